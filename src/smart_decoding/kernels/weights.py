@@ -150,20 +150,19 @@ def pack(
 
     order: which row comes where (-1: a row of zeros), else as they are. Quants stay what they are
     wherever the rows of a vector have one format; else all become bf16."""
-    if order is None:
-        order = np.arange(sum(map(len, parts)))
     tensors = [part for part in parts if isinstance(part, Tensor)]
     if len(tensors) == len(parts):
         return _pack_panels(tensors, order, arena)
     addresses, formats = _rows_of(parts)
-    padded = np.full(packed_rows(len(order)), -1)
-    padded[: len(order)] = order
+    places = np.arange(sum(map(len, parts))) if order is None else order
+    padded = np.full(packed_rows(len(places)), -1)
+    padded[: len(places)] = places
     of_rows = formats[padded].reshape(-1, vector_width())
     of_strips = of_rows.max(axis=1)
     if ((of_rows != of_strips[:, None]) & (padded.reshape(of_rows.shape) >= 0)).any():
         return _pack_panels([as_tensor(part) for part in parts], order, arena)
     rows = np.where(padded < 0, 0, addresses[padded])
-    return _pack_strips(rows, of_strips, (len(order), parts[0].shape[1]), arena)
+    return _pack_strips(rows, of_strips, (len(places), parts[0].shape[1]), arena)
 
 
 def as_tensor(matrix: Matrix) -> Tensor:
@@ -172,10 +171,10 @@ def as_tensor(matrix: Matrix) -> Tensor:
 
 
 def _pack_panels(
-    parts: Sequence[Tensor], order: NDArray[np.int64], arena: Arena | None
+    parts: Sequence[Tensor], order: NDArray[np.int64] | None, arena: Arena | None
 ) -> PackedWeight:
     weight = parts[0] if len(parts) == 1 else torch.cat(list(parts))
-    if len(order) != len(weight) or (order[:-1] > order[1:]).any():
+    if order is not None:
         weight = F.pad(weight, (0, 0, 0, 1))[torch.from_numpy(order)]  # the last row is of zeros
     n, k = weight.shape
     size = packed_rows(n) * k * weight.element_size()

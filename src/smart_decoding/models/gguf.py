@@ -31,6 +31,7 @@ from smart_decoding.kernels.weights import FORMATS, Matrix, QuantizedTensor
 from smart_decoding.models.config import ModelConfig
 from smart_decoding.models.hub import cache_dir, scratch, sha256_of
 from smart_decoding.models.tokenizer import Tokenizer
+from smart_decoding.models.weight_files import Weights
 
 if TYPE_CHECKING:
     from smart_decoding.models.registry import Source
@@ -78,7 +79,7 @@ def converted_folder(
     return target
 
 
-class StoredWeights(Mapping[str, Matrix]):
+class StoredWeights(Weights[Matrix]):
     """The tensors of a GGUF file under Hugging Face's names, each read when asked for: quants that
     the kernels know as they are, others as bfloat16, floats in their own type.
 
@@ -108,14 +109,8 @@ class StoredWeights(Mapping[str, Matrix]):
             for entry in self._index.values()
         )
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._index)
-
-    def __len__(self) -> int:
-        return len(self._index)
-
     def dtype_of(self, name: str) -> str:
-        """The type on disk."""
+        """See `Weights`."""
         return str(self._index[name]["type"])
 
 

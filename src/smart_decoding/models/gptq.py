@@ -8,7 +8,7 @@ of q along k in GPTQ, along n in AWQ; of zeros along n in both.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from smart_decoding.errors import ModelError
 from smart_decoding.kernels.weights import Matrix, QuantizedTensor
@@ -77,7 +78,7 @@ def scheme_of(config: Mapping[str, Any], quantization: str | None) -> Scheme | N
     )
 
 
-class GroupedWeights(Mapping[str, Matrix]):
+class GroupedWeights(Weights[Matrix]):
     """The tensors of a quantised checkpoint, each read when asked for: X.weight for X.qweight and
     what belongs to it, others as they are.
 
@@ -87,14 +88,14 @@ class GroupedWeights(Mapping[str, Matrix]):
     Raises ModelError, naming the tensor."""
 
     def __init__(
-        self, weights: Weights, scheme: Scheme, known: Collection[str], stored: bool
+        self, weights: Weights[Tensor], scheme: Scheme, known: Collection[str], stored: bool
     ) -> None:
         self._weights = weights
         self._scheme = scheme
         self._stored = stored
         ends = ".qweight"
         self._modules = {name.removesuffix(ends) for name in weights if name.endswith(ends)}
-        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.shapes = {}
         for name in weights:
             module, _, part = name.rpartition(".")
             if module not in self._modules:
@@ -129,12 +130,6 @@ class GroupedWeights(Mapping[str, Matrix]):
         if self._is_packed(name):
             return self._matrix(name.removesuffix(".weight"))
         return self._weights[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.shapes)
-
-    def __len__(self) -> int:
-        return len(self.shapes)
 
     @property
     def _is_scattered(self) -> bool:

@@ -70,13 +70,14 @@ def load_checkpoint(
     config = read_config(folder)
     check(config)
     is_file = source.path != folder
-    weights: StoredWeights | Weights | GroupedWeights = (
-        StoredWeights(source.path, folder)
-        if is_file and stored
-        else open_weights(folder, trust_pickle)
-    )
-    if scheme is not None and isinstance(weights, Weights):
-        weights = GroupedWeights(weights, scheme, config.expected_shapes(), stored)
+    weights: Weights[Any]
+    if is_file and stored:
+        weights = StoredWeights(source.path, folder)
+    elif scheme is None:
+        weights = open_weights(folder, trust_pickle)
+    else:
+        plain = open_weights(folder, trust_pickle)
+        weights = GroupedWeights(plain, scheme, config.expected_shapes(), stored)
     config.check_tensors(weights.shapes, source.path.name if is_file else folder.name)
     provenance = _provenance(source, weights.dtype_of("model.embed_tokens.weight"))
     if is_file or scheme is not None:

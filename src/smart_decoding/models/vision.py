@@ -48,7 +48,7 @@ class VisionFiles:
     folder: Path
     config: Any
     names: Mapping[str, str]
-    weights: Weights
+    weights: Weights[Tensor]
 
 
 class RenamedWeights(Mapping[str, Tensor]):

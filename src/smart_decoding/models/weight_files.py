@@ -10,13 +10,14 @@ from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from smart_decoding.errors import ModelError
+from smart_decoding.kernels.weights import Matrix
 from smart_decoding.models.registry import TRUST
 
 _DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
@@ -26,17 +27,26 @@ INTEGERS = (".qweight", ".qzeros", ".g_idx")  # ends of names of GPTQ and AWQ th
 _IGNORED = ("inv_freq", "position_ids")
 
 
-class Weights(Mapping[str, Tensor]):
+MatrixT_co = TypeVar("MatrixT_co", Tensor, Matrix, covariant=True)
+
+
+class Weights(Mapping[str, MatrixT_co]):
     """Tensors by name, each read when asked for, of known shapes."""
 
     shapes: dict[str, tuple[int, ...]]
 
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
     @abstractmethod
     def dtype_of(self, name: str) -> str:
-        """The type on disk: BF16, F16 or F32; empty for an unknown name."""
+        """The type on disk: BF16, F16, F32 or one of quants; empty for an unknown name."""
 
 
-def open_weights(folder: Path, trust_pickle: bool = False) -> Weights:
+def open_weights(folder: Path, trust_pickle: bool = False) -> Weights[Tensor]:
     """The folder's safetensors; its pytorch_model.bin where there are none and pickles are
     trusted.
 
@@ -57,7 +67,7 @@ def open_weights(folder: Path, trust_pickle: bool = False) -> Weights:
     return PickledWeights(files)
 
 
-class SafetensorsWeights(Weights):
+class SafetensorsWeights(Weights[Tensor]):
     """The tensors of safetensors files, with the names that an index lists in each (None: all)."""
 
     def __init__(self, files: Mapping[Path, list[str] | None]) -> None:
@@ -73,18 +83,12 @@ class SafetensorsWeights(Weights):
     def __getitem__(self, name: str) -> Tensor:
         return torch.as_tensor(self._file_of[name].get_tensor(name))
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._file_of)
-
-    def __len__(self) -> int:
-        return len(self._file_of)
-
     def dtype_of(self, name: str) -> str:
         """See `Weights`."""
         return str(self._file_of[name].get_slice(name).get_dtype()) if name in self._file_of else ""
 
 
-class PickledWeights(Weights):
+class PickledWeights(Weights[Tensor]):
     """The tensors of pickles, which may hold nothing else: no code is run."""
 
     def __init__(self, files: Mapping[Path, list[str] | None]) -> None:
@@ -99,12 +103,6 @@ class PickledWeights(Weights):
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
 
     def dtype_of(self, name: str) -> str:
         """See `Weights`."""
