@@ -16,11 +16,11 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from smart_decoding.errors import DownloadError, ModelError
+from smart_decoding.errors import ConfigError, DownloadError, ModelError
 from smart_decoding.kernels.weights import QuantizedTensor, as_tensor
 from smart_decoding.models.config import ModelConfig
 from smart_decoding.models.hub_repository import is_complete
-from smart_decoding.models.loading import load_checkpoint
+from smart_decoding.models.loading import load_checkpoint, with_rounded_inputs
 from smart_decoding.models.memory import parameters, weight_bytes
 from smart_decoding.models.tokenizer import Tokenizer
 
@@ -559,6 +559,19 @@ def test_matrices_are_rounded_when_loaded(scheme: str, bits: float, tmp_path: Pa
     torch.testing.assert_close(as_tensor(matrix).float(), exact[name], rtol=0.01, atol=float(scale))
     norm = "model.norm.weight"
     assert torch.equal(as_tensor(rounded[norm]), as_tensor(exact[norm]))
+
+
+def test_rounded_activations_need_quants(tmp_path: Path) -> None:
+    """Else the option would do nothing."""
+    write_gguf(tmp_path / "plain.gguf", "llama")
+    write_gguf(tmp_path / "quants.gguf", "llama", gguf.GGMLQuantizationType.Q8_0)
+    assert with_rounded_inputs(
+        load_checkpoint(tmp_path / "quants.gguf", quantization=None)
+    ).in_bytes
+    for quantization in (None, "off"):
+        plain = load_checkpoint(tmp_path / "plain.gguf", quantization=quantization)
+        with pytest.raises(ConfigError, match="activations='int8' needs quantised weights"):
+            with_rounded_inputs(plain)
 
 
 def test_a_gguf_file_that_cannot_be_used_here_is_not_converted(

@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from smart_decoding.errors import ConfigError
+from smart_decoding.kernels.weights import QuantizedTensor
 from smart_decoding.models import vision
 from smart_decoding.models.config import ModelConfig
 from smart_decoding.models.gguf import StoredWeights, converted_folder
@@ -98,7 +100,14 @@ def _rounded(checkpoint: Checkpoint, quantization: str | None) -> Checkpoint:
 
 
 def with_rounded_inputs(checkpoint: Checkpoint) -> Checkpoint:
-    """The same, inputs of its quants rounded to 8 bits."""
+    """The same, inputs of its quants rounded to 8 bits. Raises ConfigError where its first layer
+    has no quants."""
+    layer = (name for name in checkpoint.weights if name.startswith("model.layers.0."))
+    if not any(isinstance(checkpoint.weights[name], QuantizedTensor) for name in layer):
+        raise ConfigError(
+            "activations='int8' needs quantised weights: a GGUF, GPTQ or AWQ checkpoint, "
+            "or quantization='int8' or 'int4'"
+        )
     dtype = f"{checkpoint.provenance['dtype']}, activations in 8 bits"
     return replace(checkpoint, provenance={**checkpoint.provenance, "dtype": dtype}, in_bytes=True)
 
