@@ -92,7 +92,10 @@ async def _job(worker: Worker, settings: ServerSettings, request: Request, asked
     name = request.state.request_id
     asks = [Ask(prompt, params, asked.media) for prompt in asked.prompts]
     engine = worker.ready().engine
-    return HttpJob(uuid.uuid4().hex, engine, asks, bool(body.stream), request_id=name)
+    client = request.state.client
+    return HttpJob(
+        uuid.uuid4().hex, engine, asks, bool(body.stream), request_id=name, client=client
+    )
 
 
 def _check_length(asked: Asked, llm: LLM) -> None:

@@ -77,6 +77,7 @@ def make_server(load: Callable[[], LLM], settings: ServerSettings) -> tuple[Serv
     metrics = Metrics(settings.model_name)
     live = Live(settings.model_name)
     worker = Worker(load, settings.max_queue, settings.queue_timeout, (metrics, live))
+    metrics.shared = worker.gauges
     connection = functools.partial(
         Connection,
         head_timeout=settings.head_timeout,
