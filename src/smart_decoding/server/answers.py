@@ -11,6 +11,7 @@ from smart_decoding.server.tool_text import ToolText, whole_calls
 
 if TYPE_CHECKING:
     from smart_decoding.engine.jobs import Chunk
+    from smart_decoding.engine.request import RequestMetrics
     from smart_decoding.engine.stopping import Detokenizer
 
 TokenText = Callable[[int], str]
@@ -19,19 +20,28 @@ Json = dict[str, Any]
 
 @dataclass(slots=True)
 class Usage:
-    """Token counts of one HTTP request, added up over its answers."""
+    """Token counts of one HTTP request, added up over its answers.
+
+    accepted, rejected: drafted tokens; last: figures of the answer that ended last.
+    """
 
     prompt: int
     completion: int = 0
+    accepted: int = 0
+    rejected: int = 0
+    last: RequestMetrics | None = None
     cached: dict[int, int] = field(default_factory=dict)  # by prompt
 
     def add(self, chunk: Chunk, n: int) -> None:
         """Counts a chunk; n: answers to each prompt."""
         self.completion += len(chunk.tokens)
-        if chunk.finish_reason:
+        if chunk.metrics is not None:
+            self.last = chunk.metrics
+            self.accepted += chunk.metrics.accepted
+            self.rejected += chunk.metrics.wasted_rows
             place = chunk.index // n
-            known = self.cached.get(place, chunk.cached_tokens)
-            self.cached[place] = min(known, chunk.cached_tokens)
+            known = self.cached.get(place, chunk.metrics.cached_tokens)
+            self.cached[place] = min(known, chunk.metrics.cached_tokens)
 
     def json(self) -> Json:
         """As OpenAI writes it."""
@@ -40,6 +50,10 @@ class Usage:
             "completion_tokens": self.completion,
             "total_tokens": self.prompt + self.completion,
             "prompt_tokens_details": {"cached_tokens": sum(self.cached.values())},
+            "completion_tokens_details": {
+                "accepted_prediction_tokens": self.accepted,
+                "rejected_prediction_tokens": self.rejected,
+            },
         }
 
 

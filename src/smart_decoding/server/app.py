@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, FastAPI
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from prometheus_client import generate_latest
 
 from smart_decoding import __version__
 from smart_decoding.server import errors, openai_api
 from smart_decoding.server.answering import STREAM_HEADERS
-from smart_decoding.server.exposition import CONTENT_TYPE
 from smart_decoding.server.live import CSP, PAGE, Live
 from smart_decoding.server.middleware import Gate
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from smart_decoding.server.metrics import Metrics
     from smart_decoding.server.settings import ServerSettings
     from smart_decoding.server.worker import Worker
+
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 def create_app(worker: Worker, settings: ServerSettings, metrics: Metrics, live: Live) -> FastAPI:
@@ -72,7 +74,7 @@ def _state(worker: Worker, metrics: Metrics) -> APIRouter:
     @api.get("/metrics", response_class=Response)
     async def prometheus() -> Response:
         """Prometheus' text format."""
-        return Response(metrics.render(), media_type=CONTENT_TYPE)
+        return Response(generate_latest(metrics), media_type=METRICS_TYPE)
 
     return api
 
