@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from smart_decoding.server.figures import figures
 from smart_decoding.server.tool_text import ToolText, whole_calls
 
 if TYPE_CHECKING:
@@ -42,6 +43,11 @@ class Usage:
             place = chunk.index // n
             known = self.cached.get(place, chunk.metrics.cached_tokens)
             self.cached[place] = min(known, chunk.metrics.cached_tokens)
+
+    def figures(self) -> Json:
+        """How the one answer that has ended went, as llama.cpp and vLLM tell."""
+        assert self.last is not None
+        return figures(self.last, self.prompt, self.completion)
 
     def json(self) -> Json:
         """As OpenAI writes it."""
@@ -85,7 +91,7 @@ class ChatForm:
 
     def delta(self, chunk: Chunk) -> Json | None:
         """What a chunk adds, or None if there is nothing to tell."""
-        content, calls, reason = self._read(chunk)
+        content, calls, reason = self.read(chunk)
         if not (content or calls or reason or chunk.logprobs):
             return None
         delta: Json = {}
@@ -97,7 +103,7 @@ class ChatForm:
 
     def choice(self, chunk: Chunk) -> Json:
         """A whole answer."""
-        content, calls, reason = self._read(chunk)
+        content, calls, reason = self.read(chunk)
         message: Json = {"role": "assistant", "content": content, "refusal": None}
         if calls:
             message |= {"content": content or None, "tool_calls": whole_calls(calls)}
@@ -107,20 +113,21 @@ class ChatForm:
         return {
             "index": chunk.index,
             kind: what,
-            "logprobs": self._logprobs(chunk),
+            "logprobs": self.logprobs(chunk),
             "finish_reason": reason,
         }
 
-    def _read(self, chunk: Chunk) -> tuple[str, list[Json], str | None]:
+    def read(self, chunk: Chunk) -> tuple[str, list[Json], str | None]:
         """Content, pieces of tool calls, and why the answer ended."""
         if not self._calls:
             return chunk.text, [], chunk.finish_reason
         text = self._texts.setdefault(chunk.index, ToolText())
-        content, calls = text.feed(chunk.text, chunk.finish_reason is not None)
+        content, calls = text.feed(chunk.text, chunk.finish_reason)
         called = chunk.finish_reason == "stop" and text.complete
         return content, calls, "tool_calls" if called else chunk.finish_reason
 
-    def _logprobs(self, chunk: Chunk) -> Json | None:
+    def logprobs(self, chunk: Chunk) -> Json | None:
+        """Of a chunk's tokens, or None if they were not asked for."""
         if chunk.logprobs is None:
             return None
         content = []

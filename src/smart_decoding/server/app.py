@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from fastapi import APIRouter, FastAPI
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from prometheus_client import generate_latest
+from starlette.middleware.cors import CORSMiddleware
 
 from smart_decoding import __version__
 from smart_decoding.server import errors, openai_api
@@ -39,6 +40,14 @@ def create_app(worker: Worker, settings: ServerSettings, metrics: Metrics, live:
     app.include_router(_state(worker, metrics))
     app.include_router(_live_page(worker, live), include_in_schema=False)
     app.add_middleware(Gate, settings=settings)
+    if settings.allowed_origins:  # outside of the gate: browsers ask first, and without a key
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.allowed_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "warning", "retry-after"],
+        )
     return app
 
 
