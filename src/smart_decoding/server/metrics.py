@@ -1,16 +1,18 @@
 """Prometheus metrics, in vLLM's names where vLLM has them: with our prefix and with its own.
 
-Counted by the engine thread between rounds, read by the event loop.
+Counted by the engine thread between rounds, read by the event loop: numbers that only grow need
+no lock.
 """
 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, Metric
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client import CollectorRegistry, Histogram, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 if TYPE_CHECKING:
     from smart_decoding.core.cost import CostModel
@@ -25,7 +27,7 @@ _FIRST = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0)
 _WHOLE = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 60.0, 120.0, 300.0)
 
-# A new metric is a line here, and `metrics.counters[NAME].inc()` where it is counted.
+# A new metric is a line here, and `metrics.counts[NAME] += 1` where it is counted.
 _COUNTERS = {
     "prompt_tokens": "Prompt tokens of answers that have begun.",
     "generation_tokens": "Tokens generated.",
@@ -93,16 +95,16 @@ _VLLM = {
 
 
 class Metrics:
-    """An observer of the worker that counts, and a collector for prometheus_client."""
+    """An observer of the worker that counts, and a collector for prometheus_client.
+
+    counts, by: plain numbers, since they are counted in every round; by a label's values.
+    """
 
     def __init__(self, model_name: str) -> None:
+        self.counts = dict.fromkeys(_COUNTERS, 0.0)
+        self.by: dict[str, Counter[str]] = {name: Counter() for name in _COUNTERS_BY}
         self._model = model_name
         self._registry = CollectorRegistry()
-        self.counters = {name: self._counter(name, text) for name, text in _COUNTERS.items()}
-        self._by = {
-            name: Counter(f"smart:{name}", text, ("model_name", label), registry=self._registry)
-            for name, (text, label) in _COUNTERS_BY.items()
-        }
         self.histograms = {
             name: Histogram(
                 f"smart:{name}", text, ("model_name",), buckets=buckets, registry=self._registry
@@ -112,12 +114,7 @@ class Metrics:
         self._engine: Engine | None = None
         self._cost: CostModel | None = None
         self._last: RoundRecord | None = None
-        self._rounds = 0
         self._tokens_at: dict[Request, float] = {}  # when it got its last ones
-
-    def _counter(self, name: str, text: str) -> Counter:
-        made = Counter(f"smart:{name}", text, ("model_name",), registry=self._registry)
-        return made.labels(self._model)
 
     # --- the engine thread's calls ---
 
@@ -149,40 +146,38 @@ class Metrics:
     def _count_begun(self, request: Request) -> None:
         done = request.metrics
         self.histograms["time_to_first_token_seconds"].observe(done.ttft or 0.0)
-        self.counters["prompt_tokens"].inc(len(request.prompt))
-        self.counters["prefix_cache_queries"].inc(len(request.prompt))
-        self.counters["prefix_cache_hits"].inc(done.cached_tokens)
+        self.counts["prompt_tokens"] += len(request.prompt)
+        self.counts["prefix_cache_queries"] += len(request.prompt)
+        self.counts["prefix_cache_hits"] += done.cached_tokens
 
     def _count_round(self, record: RoundRecord) -> None:
-        count = self.counters
+        counts = self.counts
         done = record.round
-        count["rounds"].inc()
-        count["generation_tokens"].inc(record.emitted)
-        count["verify_rows"].inc(done.verify_rows)
+        counts["rounds"] += 1
+        counts["generation_tokens"] += record.emitted
+        counts["verify_rows"] += done.verify_rows
         if done.rule is not None:
-            count["drafting_rounds"].inc()
-            count["draft_levels"].inc(len(done.level_widths))
-            count["spec_decode_num_drafts"].inc(len(set(done.trees.owner[done.kept].tolist())))
-            count["spec_decode_num_draft_tokens"].inc(len(done.kept))
-            count["spec_decode_num_proposed_tokens"].inc(len(done.trees))
-            count["spec_decode_num_accepted_tokens"].inc(sum(record.accepted))
-            for position in range(max(record.accepted, default=0)):
-                reached = sum(accepted > position for accepted in record.accepted)
-                self._count_by("spec_decode_num_accepted_tokens_per_pos", position, reached)
-        count["round_seconds"].inc(record.seconds)
-        count["controller_seconds"].inc(max(0.0, record.controller_seconds))
-        self._rounds += 1
-        if self._cost is not None and done.batch.size and self._rounds % CHECK_EVERY == 0:
-            real = done.verify_seconds + sum(done.level_seconds)
-            count["checked_round_seconds"].inc(real)
-            count["predicted_round_seconds"].inc(predicted_seconds(self._cost, done))
+            counts["drafting_rounds"] += 1
+            counts["draft_levels"] += len(done.level_widths)
+            counts["spec_decode_num_drafts"] += len(set(done.trees.owner[done.kept].tolist()))
+            counts["spec_decode_num_draft_tokens"] += len(done.kept)
+            counts["spec_decode_num_proposed_tokens"] += len(done.trees)
+            counts["spec_decode_num_accepted_tokens"] += sum(record.accepted)
+            by_position = self.by["spec_decode_num_accepted_tokens_per_pos"]
+            for accepted in record.accepted:
+                by_position.update(map(str, range(accepted)))
+        counts["round_seconds"] += record.seconds
+        counts["controller_seconds"] += record.controller_seconds
+        if self._cost is not None and done.batch.size and counts["rounds"] % CHECK_EVERY == 0:
+            counts["checked_round_seconds"] += done.verify_seconds + sum(done.level_seconds)
+            counts["predicted_round_seconds"] += predicted_seconds(self._cost, done)
 
     def ended(self, request: Request, reason: str) -> None:
         """Counts an answer that is over."""
         self._tokens_at.pop(request, None)
-        self._count_by("request_success", reason)
+        self.by["request_success"][reason] += 1
         metrics = request.metrics
-        self.counters["num_preemptions"].inc(metrics.preemptions)
+        self.counts["num_preemptions"] += metrics.preemptions
         if reason not in ("stop", "length"):
             return
         if metrics.finished is None or metrics.first_token is None:
@@ -194,18 +189,26 @@ class Metrics:
             mean = seconds / (len(request.output) - 1)
             self.histograms["time_per_output_token_seconds"].observe(mean)
 
-    def _count_by(self, name: str, label: str | int, amount: int = 1) -> None:
-        self._by[name].labels(self._model, label).inc(amount)
-
     # --- the event loop's ---
 
     def collect(self) -> Iterator[Metric]:
         """All of them, as prometheus_client asks for them."""
-        for metric in (*self._gauges(), *self._registry.collect()):
+        for metric in (*self._gauges(), *self._counted(), *self._registry.collect()):
             metric.samples = [each for each in metric.samples if not each.name.endswith("_created")]
             yield metric
             for name in _VLLM.get(metric.name.removeprefix("smart:"), ()):
                 yield _renamed(metric, f"vllm:{name}")
+
+    def _counted(self) -> Iterator[Metric]:
+        for name, text in _COUNTERS.items():
+            family = CounterMetricFamily(f"smart:{name}", text, labels=("model_name",))
+            family.add_metric((self._model,), self.counts[name])
+            yield family
+        for name, (text, label) in _COUNTERS_BY.items():
+            family = CounterMetricFamily(f"smart:{name}", text, labels=("model_name", label))
+            for value, count in sorted(self.by[name].copy().items()):
+                family.add_metric((self._model, value), count)
+            yield family
 
     def _gauges(self) -> Iterator[Metric]:
         if self._engine is None:
