@@ -46,7 +46,6 @@ def test_unknown_fields_are_ignored_and_named_in_a_header(running: Running) -> N
         {"cache_salt": "s"},
         {"chat_template_kwargs": {"enable_thinking": False}},
         {"continue_final_message": True},
-        {"stream": True, "stream_options": {"continuous_usage_stats": True}},
     ],
 )
 def test_what_would_change_the_answer_elsewhere_is_refused(
@@ -96,7 +95,7 @@ def test_an_answer_tells_how_it_went(repeating: Running, stream: bool, usage: bo
         "stream_options": {"include_usage": True} if stream and usage else None,
     }
     answer = post(repeating, "/v1/chat/completions", json=body)
-    told = _last(answer) if stream else answer.json()
+    told = _events(answer)[-1] if stream else answer.json()
     timings = told["timings"]
     spec = told["metrics"]["speculative_decoding"]
     assert timings["predicted_n"] == 40
@@ -119,10 +118,20 @@ def test_an_answer_tells_how_it_went(repeating: Running, stream: bool, usage: bo
         assert details["rejected_prediction_tokens"] == rejected
 
 
-def _last(answer: httpx.Response) -> Any:
-    *_, last, done = [line[6:] for line in answer.text.splitlines() if line]
+def test_usage_with_every_chunk(running: Running) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    body = {**CHAT, "max_tokens": 9, "ignore_eos": True, "stream": True, "stream_options": options}
+    answer = post(running, "/v1/chat/completions", json=body)
+    counts = [event["usage"]["completion_tokens"] for event in _events(answer)]
+    assert counts == sorted(counts)
+    assert len(set(counts)) > 3
+    assert counts[-1] == 9
+
+
+def _events(answer: httpx.Response) -> list[Any]:
+    *events, done = [line.removeprefix("data: ") for line in answer.text.splitlines() if line]
     assert done == "[DONE]"
-    return json.loads(last)
+    return [json.loads(event) for event in events]
 
 
 def test_figures_are_of_one_answer_and_drafts_of_all(repeating: Running) -> None:

@@ -8,7 +8,13 @@ from collections.abc import Mapping
 from contextvars import ContextVar
 from typing import Annotated, Any, ClassVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    model_validator,
+)
 
 
 def _whole_characters(text: str) -> str:
@@ -69,6 +75,8 @@ class Body(BaseModel):
         if not isinstance(data, Mapping):
             return data
         known = _names(cls)
+        if data.keys() <= known:
+            return data
         unknown = data.keys() - known - cls._NEUTRAL.keys()
         noted = ignored.get(set())
         noted.update(list(unknown)[: MAX_IGNORED - len(noted)])

@@ -44,6 +44,8 @@ class Reply:
         opened: set[int] = set()
         try:
             async for chunk in self._chunks(first):
+                if self.body.continuous_usage:
+                    more = {"usage": self.usage.json()}
                 opening = self.form.opening(chunk.index) if chunk.index not in opened else None
                 opened.add(chunk.index)
                 if opening is not None:
