@@ -81,7 +81,7 @@ class LLM:
             checkpoint, args.dtype, device, pages, longest, args.enforce_eager, slow
         )
         self.speculation: Speculation = build_speculation(
-            asked, checkpoint, self.target, pages, args.max_num_seqs
+            asked, checkpoint, self.target, pages, args.max_num_seqs, args.profile_later
         )
         config = EngineConfig(
             pages,
@@ -121,6 +121,17 @@ class LLM:
         )
         other.engine = self._engine(other.speculation, config)
         return other
+
+    def take_profile(self) -> None:
+        """Measures and stores what `profile_later` has put off, in a few seconds. To be called
+        while no request runs: KV memory is overwritten, so cached prefixes are forgotten."""
+        measure = self.speculation.put_off
+        if measure is None:
+            return
+        self.engine.pool.forget_idle()
+        policy: Any = self.policy  # one that takes costs
+        policy.cost = self.speculation.cost = measure()
+        self.speculation.put_off = None
 
     def _engine(self, speculation: Speculation, config: EngineConfig) -> Engine:
         return Engine(

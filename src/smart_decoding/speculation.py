@@ -51,7 +51,8 @@ class Speculation:
     """What drafts, and what decides about it; without a drafter the engine decodes plainly.
 
     cost: the measured costs, or None where nothing needs them. model: the EAGLE head or draft model
-    in use. description: in words. selection: what follows the policy's rules."""
+    in use. description: in words. selection: what follows the policy's rules. put_off: measures and
+    stores the costs that `cost` still guesses; None where they are known."""
 
     policy: Policy
     drafter: Drafter | None
@@ -59,6 +60,7 @@ class Speculation:
     model: EagleHead | DraftModel | None = None
     description: str = "none"
     selection: Selection = field(default_factory=RuleSelection)
+    put_off: Callable[[], CostModel] | None = None
 
 
 def level_drafter(drafter: Drafter | None) -> LevelDrafter[Any] | None:
@@ -212,14 +214,20 @@ def build_speculation(
     target: TorchTarget,
     pages: int,
     max_num_seqs: int,
+    put_off: bool = False,
 ) -> Speculation:
-    """Builds what was asked for. Raises ConfigError for bad values of a drafter's options,
-    ModelError for a head that does not fit."""
+    """Builds what was asked for. put_off: costs that no stored profile knows are guessed, and
+    measured by `Speculation.put_off`.
+
+    Raises ConfigError for bad values of a drafter's options, ModelError for a head that does not
+    fit."""
     if asked.method == "none":
         return Speculation(make_policy("off"), None)
     builder = _Builder(checkpoint, target, pages, max_num_seqs, asked)
     drafter = builder.drafter(asked.method)
-    cost = builder.cost(drafter) if "cost" in policy_options(asked.policy) else None
+    cost, later = None, None
+    if "cost" in policy_options(asked.policy):
+        cost, later = builder.cost(drafter, put_off)
     offered = {
         **stored_prior(builder.folder),
         "cost": cost,
@@ -227,7 +235,7 @@ def build_speculation(
     }
     policy = make_policy(asked.policy, offered, **builder.left)
     return Speculation(
-        policy, drafter, cost, builder.model, builder.description, fastest_selection()
+        policy, drafter, cost, builder.model, builder.description, fastest_selection(), later
     )
 
 
@@ -325,9 +333,11 @@ class _Builder:
             return self._union()
         return self._ngram() if method == "ngram" else self._recycling()
 
-    def cost(self, drafter: Drafter) -> CostModel:
+    def cost(
+        self, drafter: Drafter, put_off: bool
+    ) -> tuple[CostModel, Callable[[], CostModel] | None]:
         """The cached profile of this machine, else a new one (a few seconds): also if that was
-        taken of an engine for smaller batches."""
+        taken of an engine for smaller batches. put_off: a guess instead, and what measures."""
         from smart_decoding.profiling.measure import largest_batch, longest_context, measure
 
         target = self._target
@@ -335,13 +345,18 @@ class _Builder:
         weights = self._checkpoint.provenance
         longest = longest_context(target.max_positions)
         path = profile_path(weights, target.dtype, target.device, head, longest, target.steps)
-        cost = load_profile(path)
-        if cost is None or max(cost.verify) < largest_batch(self._pages, self._seqs):
+
+        def measured() -> CostModel:
             samples = measure(target, level_drafter(drafter), self._pages, self._seqs)
             cost = CostModel.fit(samples, ROUND_OVERHEAD)
             if samples:
-                save_profile(path, cost)
-        return cost
+                save_profile(path, cost, weights["model"])
+            return cost
+
+        cost = load_profile(path)
+        if cost is not None and max(cost.verify) >= largest_batch(self._pages, self._seqs):
+            return cost, None
+        return (cost or CostModel.default(), measured) if put_off else (measured(), None)
 
     def _eagle(self) -> Drafter:
         from smart_decoding.drafters.eagle import EagleDrafter

@@ -70,7 +70,7 @@ def main(args: argparse.Namespace) -> int:
         path = profile_path(
             llm.provenance, target.dtype, target.device, head, longest, target.steps
         )
-        save_profile(path, cost)
+        save_profile(path, cost, llm.provenance["model"])
     return 0
 
 

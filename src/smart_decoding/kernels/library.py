@@ -17,6 +17,7 @@ from smart_decoding.kernels import abi
 
 SOURCES = Path(__file__).parent / "csrc"
 LIBRARIES = Path(__file__).parent / "lib"
+CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")  # microseconds of CPU time, of so many that pass
 BUILD = "build them with `make env` in a clone, or `pip install .` (needs g++ 11 or newer)"
 
 
@@ -88,6 +89,7 @@ def load(name: str) -> ctypes.CDLL:
         )
     _check_age(variant)
     _load_openmp()
+    set_threads()
     try:
         library = ctypes.CDLL(str(variant.path))
     except OSError as error:
@@ -148,6 +150,33 @@ def identity() -> str:
     """Tells these kernels from all others: what was measured with others does not hold for them."""
     variant = next(v for v in variants() if v.name == chosen())
     return f"{variant.name} {hashlib.sha256(variant.path.read_bytes()).hexdigest()}"
+
+
+def set_threads() -> None:
+    """As many threads as SMART_NUM_THREADS says; without it, no more than the CPUs that a container
+    may use. Raises ConfigError for what is no number above 0."""
+    import torch  # late: it is slow
+
+    wanted = os.environ.get("SMART_NUM_THREADS")
+    if wanted:
+        if not wanted.isdecimal() or int(wanted) < 1:
+            raise ConfigError(
+                f"SMART_NUM_THREADS={wanted!r} is not allowed: it must be a number above 0"
+            )
+        torch.set_num_threads(int(wanted))
+    elif "OMP_NUM_THREADS" not in os.environ:
+        granted = _granted_cpus()
+        if granted is not None and granted < torch.get_num_threads():
+            torch.set_num_threads(granted)
+
+
+def _granted_cpus() -> int | None:
+    """CPUs that this container may use, rounded up; None without a limit."""
+    try:
+        quota, period = CPU_LIMIT.read_text().split()
+        return None if quota == "max" else max(1, -(-int(quota) // int(period)))
+    except (OSError, ValueError):
+        return None
 
 
 @functools.cache

@@ -8,7 +8,6 @@ such a folder.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -24,19 +23,18 @@ from gguf import GGMLQuantizationType, GGUFReader, dequantize
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from tqdm import tqdm
 
 from smart_decoding.errors import DownloadError, ModelError
 from smart_decoding.kernels.weights import FORMATS, Matrix, QuantizedTensor
 from smart_decoding.models.config import ModelConfig
-from smart_decoding.models.hub import cache_dir, scratch, sha256_of
+from smart_decoding.models.hub import cache_dir, conversion_key, scratch, sha256_of
 from smart_decoding.models.tokenizer import Tokenizer
 from smart_decoding.models.weight_files import Weights
+from smart_decoding.progress import long_step
 
 if TYPE_CHECKING:
     from smart_decoding.models.registry import Source
 
-_VERSION = 1  # of the conversion: cached folders of another version are not used
 _SHARD = 1 << 30  # bytes of weights held in memory before they are written
 _RECORD = "converted.json"
 _TENSORS = "tensors.json"
@@ -72,10 +70,12 @@ def converted_folder(
     without the weights, for StoredWeights.
     Raises ModelError for a file that is corrupt or not supported, DownloadError if the cache has no
     room."""
-    target = cache_dir() / "converted" / (_key(source) + ("-stored" if stored else ""))
+    key = conversion_key(source.path, source.sha256)
+    target = cache_dir() / "converted" / (key + ("-stored" if stored else ""))
     if not is_whole(target):
         shutil.rmtree(target, ignore_errors=True)
-        _convert(source, target, check, stored)
+        with long_step(f"converting {source.path.name}, once", 1.0):
+            _convert(source, target, check, stored)
     return target
 
 
@@ -126,16 +126,6 @@ def _matrix(name: str, kind: str, content: NDArray[np.uint8], shape: list[int]) 
     if _stays(kind, shape):
         return QuantizedTensor(rows, kind, shape[1])
     return torch.from_numpy(_dequantised(name, rows, GGMLQuantizationType[kind])).bfloat16()
-
-
-def _key(source: Source) -> str:
-    """A pinned file is known by its checksum; a user's file by place, size and time, since hashing
-    it takes long."""
-    if source.sha256:
-        return f"v{_VERSION}-{source.sha256[:16]}"
-    stat = source.path.stat()
-    identity = f"{source.path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
-    return f"v{_VERSION}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
 
 
 def is_whole(folder: Path) -> bool:
@@ -229,11 +219,13 @@ def _write_weights(
         weight_map.update(dict.fromkeys(shard, name))
         shard.clear()
 
-    for name, weight in _expanded(config, tensors):
-        if shard and sum(w.nbytes for w in shard.values()) + weight.nbytes > _SHARD:
-            flush()
-        shard[name] = weight
-    flush()
+    with long_step("dequantising", len(tensors), "tensor") as progress:
+        for name, weight in _expanded(config, tensors):
+            if shard and sum(w.nbytes for w in shard.values()) + weight.nbytes > _SHARD:
+                flush()
+            shard[name] = weight
+            progress(1)
+        flush()
     (folder / "model.safetensors.index.json").write_text(
         json.dumps({"metadata": {}, "weight_map": weight_map})
     )
@@ -243,7 +235,7 @@ def _expanded(
     config: ModelConfig, tensors: Mapping[str, Any]
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Hugging Face names and weights in Hugging Face's layout."""
-    for name, tensor in tqdm(tensors.items(), desc="dequantising", unit="tensor", disable=None):
+    for name, tensor in tensors.items():
         kind = tensor.tensor_type.name
         floats = (
             tensor.data if kind in _FLOATS else _dequantised(name, tensor.data, tensor.tensor_type)

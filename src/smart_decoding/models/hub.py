@@ -30,6 +30,8 @@ from smart_decoding.errors import DownloadError
 
 _log = logging.getLogger(__name__)
 
+CONVERSION = 1  # version of the conversion of GGUF files: folders of another one are not used
+
 
 @dataclass(frozen=True, slots=True)
 class Part:
@@ -66,6 +68,16 @@ def cache_dir() -> Path:
     """$SMART_CACHE, or ~/.cache/smart-decoding."""
     chosen = os.environ.get("SMART_CACHE")
     return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "smart-decoding"
+
+
+def conversion_key(path: Path, sha256: str = "") -> str:
+    """The name of what is made of a GGUF file. A pinned file is known by its checksum; a user's
+    file by place, size and time, since hashing it takes long."""
+    if sha256:
+        return f"v{CONVERSION}-{sha256[:16]}"
+    stat = path.stat()
+    identity = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
+    return f"v{CONVERSION}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
 
 
 @contextmanager

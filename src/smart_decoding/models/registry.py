@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 
 from smart_decoding.errors import DownloadError, ModelError
@@ -141,12 +142,23 @@ def resolve(name: str | Path, trust_pickle: bool = False) -> Source:
     known = ", ".join(known_names())
     raise ModelError(
         f"no model {text!r}: no such folder or GGUF file, nor a hub id; built in: {known}"
+        f"{unknown_model(text)}"
     )
 
 
 def known_names() -> list[str]:
     """The built-in names."""
     return [name + origin for name in NAMED_MODELS for origin in ("", "@hub", "@pypi")]
+
+
+def unknown_model(name: str) -> str:
+    """What to add to an error about an unknown name: the built-in name or the file beside it that
+    was meant; nothing where none is like it."""
+    path = Path(name).expanduser()
+    beside = path.parent.glob("*.gguf") if path.suffix == ".gguf" and path.parent.is_dir() else ()
+    known = {each.lower(): each for each in (*known_names(), *map(str, beside))}
+    close = get_close_matches(name.lower(), known, 1, cutoff=0.5)
+    return f"; did you mean {known[close[0]]}?" if close else ""
 
 
 def cached_sibling(name: str) -> str | None:

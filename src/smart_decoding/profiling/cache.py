@@ -58,13 +58,13 @@ def load_profile(path: Path) -> CostModel | None:
         return None
 
 
-def save_profile(path: Path, cost: CostModel) -> None:
-    """Stores a cost model, all of it or nothing; a full disk only means measuring again next
-    time."""
+def save_profile(path: Path, cost: CostModel, model: str) -> None:
+    """Stores the costs of a model of that name, all of it or nothing; a full disk only means
+    measuring again next time."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole(path) as scratch:
-            scratch.write_text(json.dumps(cost.to_dict()))
+            scratch.write_text(json.dumps({"model": model, **cost.to_dict()}))
     except OSError as error:
         log.warning(
             f"the profile {path} cannot be kept, "

@@ -37,16 +37,21 @@ class FakeLLM:
         self.asked = []
         self.provenance = {"model": model, "weights": "fake weights"}
         self.tokenizer = SimpleNamespace(
-            encode_chat=lambda messages: [1, *map(ord, messages[0]["content"])],
+            encode_chat=lambda messages: [1, *map(ord, messages[-1]["content"])],
             decode=lambda ids, skip=True: "".join(WORDS.get(i, "?") for i in ids),
         )
         self.engine = SimpleNamespace(last_round=None)
         self.drafts = options["speculative_config"] is not False
         self.speculation = SimpleNamespace(description="ngram")
+        self.profiles = 0
         FakeLLM.made.append(self)
 
+    def take_profile(self) -> None:
+        self.profiles += 1
+
     def chat_prompt(self, messages: list[dict[str, Any]]) -> Any:
-        (message,) = messages
+        self.messages = messages
+        message = messages[-1]
         is_text = isinstance(message["content"], str)
         return (
             SimpleNamespace(tokens=self.tokenizer.encode_chat(messages))
@@ -74,7 +79,12 @@ class FakeLLM:
             if on_step is not None:
                 on_step([request])
         output = SimpleNamespace(
-            token_ids=list(ANSWER), text="", metrics=metrics, tokens_per_round=4.0, logprobs=None
+            token_ids=list(ANSWER),
+            text="Paris is the capital.",
+            finish_reason="stop",
+            metrics=metrics,
+            tokens_per_round=4.0,
+            logprobs=None,
         )
         return [SimpleNamespace(outputs=[output])]
 
