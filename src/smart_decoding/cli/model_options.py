@@ -16,7 +16,7 @@ DTYPES = ("bf16", "bfloat16", "fp32", "float32")
 
 def policy_name(name: str) -> str:
     """`name` if it is a policy's; the error lists them."""
-    from smart_decoding.core.policies import POLICIES  # imported late: scipy is slow
+    from smart_decoding.core.policies import POLICIES  # imported late: numpy is slow
 
     if name not in POLICIES:
         known = ", ".join(POLICIES)
@@ -148,7 +148,7 @@ def speculative_config(args: argparse.Namespace) -> dict[str, Any] | None:
     policy_options = _once_each(args.policy_option)
     method_options = _once_each(args.method_option)
     if args.policy or policy_options:
-        from smart_decoding.core.policies import check_policy  # imported late: scipy is slow
+        from smart_decoding.core.policies import check_policy  # imported late: numpy is slow
 
         check_policy(args.policy or "smart", policy_options)
     both = sorted(set(policy_options) & set(method_options))

