@@ -57,7 +57,7 @@ def short_profile() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(profiling, "measure", functools.partial(profiling.measure, seconds=0.1))
         patch.setattr(speculation, "load_profile", lambda path: None)
-        patch.setattr(speculation, "save_profile", lambda path, cost: None)
+        patch.setattr(speculation, "save_profile", lambda path, cost, model: None)
         yield
 
 

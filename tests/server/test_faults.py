@@ -140,6 +140,33 @@ def test_a_server_with_a_damaged_profile_measures_again(
     assert load_profile(path) is not None
 
 
+def test_a_profile_that_is_put_off_changes_no_answer(cache: Path, load: Any, plain: LLM) -> None:
+    """It is taken once, between requests; what it overwrites is not found any more."""
+    llm = load(speculative_config=SMART, profile_later=True)
+    path = profile_of(llm)
+    prompt = list(range(48))
+    params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+
+    def answer(asked: LLM) -> tuple[list[int], int]:
+        output = asked.generate(prompt, params)[0].outputs[0]
+        return output.token_ids, output.metrics.cached_tokens
+
+    expected = answer(plain)[0]
+    assert answer(llm) == (expected, 0)
+    assert answer(llm)[1] > 0
+    assert not path.exists()
+    llm.take_profile()
+    stored = load_profile(path)
+    assert stored is not None
+    assert stored.to_dict() == llm.policy.cost.to_dict()
+    assert answer(llm) == (expected, 0)
+    llm.engine.check_integrity()
+    taken = path.stat().st_mtime_ns
+    llm.take_profile()
+    assert path.stat().st_mtime_ns == taken
+    assert load(speculative_config=SMART, profile_later=True).speculation.put_off is None
+
+
 def test_a_profile_of_an_engine_for_smaller_batches_is_taken_again(
     cache: Path, load: Any, plain: LLM
 ) -> None:

@@ -497,7 +497,9 @@ def fake_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace
     whether it answers, `fetched` which files the client has."""
     import huggingface_hub
 
-    hub = SimpleNamespace(online=True, fetched=[], folder=tmp_path / "hub" / "0123456789abcdef")
+    root = tmp_path / "hub" / "models--owner--tiny"
+    folder = root / "snapshots" / "0123456789abcdef"
+    hub = SimpleNamespace(online=True, fetched=[], folder=folder)
 
     def model_info(api: object, repository: str, timeout: float) -> Any:
         assert timeout > 0
@@ -505,10 +507,8 @@ def fake_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace
             raise ConnectionError("the hub does not answer\nat all")
         return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in GGUF_FILES])
 
-    def snapshot_download(
-        repository: str, *, allow_patterns: list[str], local_files_only: bool, **_: object
-    ) -> str:
-        if local_files_only or not hub.online:  # the client takes what it has
+    def snapshot_download(repository: str, *, allow_patterns: list[str], **_: object) -> str:
+        if not hub.online:  # the client takes what it has
             if not hub.fetched:
                 raise ConnectionError("the hub does not answer\nat all")
             return str(hub.folder)
@@ -516,8 +516,11 @@ def fake_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace
             (hub.folder / file).parent.mkdir(parents=True, exist_ok=True)
             (hub.folder / file).write_bytes(CONTENT)
             hub.fetched.append(file)
+            (root / "refs").mkdir(exist_ok=True)
+            (root / "refs" / "main").write_text(folder.name)
         return str(hub.folder)
 
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     return hub

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType, GGUFReader, dequantize
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -125,7 +124,7 @@ def _matrix(name: str, kind: str, content: NDArray[np.uint8], shape: list[int]) 
     rows = content.reshape(*shape[:-1], -1)
     if _stays(kind, shape):
         return QuantizedTensor(rows, kind, shape[1])
-    return torch.from_numpy(_dequantised(name, rows, GGMLQuantizationType[kind])).bfloat16()
+    return torch.from_numpy(_dequantised(name, rows, kind)).bfloat16()
 
 
 def is_whole(folder: Path) -> bool:
@@ -237,9 +236,7 @@ def _expanded(
     """Hugging Face names and weights in Hugging Face's layout."""
     for name, tensor in tensors.items():
         kind = tensor.tensor_type.name
-        floats = (
-            tensor.data if kind in _FLOATS else _dequantised(name, tensor.data, tensor.tensor_type)
-        )
+        floats = tensor.data if kind in _FLOATS else _dequantised(name, tensor.data, kind)
         weight = torch.from_numpy(np.array(floats))
         heads = _split_heads(config, name)
         if heads is not None:
@@ -247,14 +244,14 @@ def _expanded(
         yield hf_name(name), (weight if kind in _FLOATS else weight.bfloat16()).contiguous()
 
 
-def _dequantised(
-    name: str, blocks: NDArray[np.uint8], kind: GGMLQuantizationType
-) -> NDArray[np.float32]:
+def _dequantised(name: str, blocks: NDArray[np.uint8], kind: str) -> NDArray[np.float32]:
+    from gguf import GGMLQuantizationType, dequantize  # imported late: it is slow
+
     try:
-        return dequantize(blocks, kind)
+        return dequantize(blocks, GGMLQuantizationType[kind])
     except NotImplementedError as error:
         raise ModelError(
-            f"the tensor {name} has the type {kind.name}, which cannot be dequantised"
+            f"the tensor {name} has the type {kind}, which cannot be dequantised"
         ) from error
 
 
@@ -278,6 +275,8 @@ def hf_name(name: str) -> str:
 def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Metadata by key and the reader's tensors by name; ModelError if the file is corrupt or
     truncated."""
+    from gguf import GGUFReader  # imported late: it is slow
+
     try:
         reader = GGUFReader(path)
         metadata = {key: reader_field.contents() for key, reader_field in reader.fields.items()}

@@ -58,7 +58,7 @@ def load_profile(path: Path) -> CostModel | None:
         return None
 
 
-def save_profile(path: Path, cost: CostModel, model: str) -> None:
+def save_profile(path: Path, cost: CostModel, model: str = "") -> None:
     """Stores the costs of a model of that name, all of it or nothing; a full disk only means
     measuring again next time."""
     try:

@@ -131,6 +131,12 @@ def test_help_imports_nothing_slow() -> None:
     assert set(cli.COMMANDS) <= set(done.stdout.split())
 
 
+def test_loading_a_model_imports_nothing_slow_but_torch() -> None:
+    slow = "{'gguf', 'httpx', 'huggingface_hub', 'matplotlib', 'scipy', 'transformers', 'yaml'}"
+    done = smart("-c", f"import sys, smart_decoding.llm; print({slow} & set(sys.modules))")
+    assert done.stdout == "set()\n"
+
+
 def test_as_a_program() -> None:
     assert smart("-m", "smart_decoding.cli.main", "--version").stdout == "smart 0.1.0\n"
     wrong = smart("-m", "smart_decoding.cli.main", "run", "--temperature", "9", "hi")
