@@ -19,7 +19,7 @@ from smart_decoding.engine.jobs import Ask, Job
 from smart_decoding.engine.outputs import RequestOutput, completion_of
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine_args import EngineArgs
-from smart_decoding.errors import ConfigError
+from smart_decoding.errors import CapacityError, ConfigError
 from smart_decoding.kernels import library
 from smart_decoding.models import chat_template, memory
 from smart_decoding.models.grammars import Grammars
@@ -76,7 +76,7 @@ class LLM:
         if asked.draft is not None:
             require_served(asked.draft.config, device, slow, "the draft model")
         pages = pages_for(args.kv_tokens(longest), args.max_num_seqs)
-        _require_memory(args, checkpoint, asked, pages, longest)
+        asked = _require_memory(args, checkpoint, asked, pages, longest)
         self.target = TorchTarget(
             checkpoint, args.dtype, device, pages, longest, args.enforce_eager, slow
         )
@@ -323,14 +323,22 @@ def _tokenizer(args: EngineArgs, checkpoint: Checkpoint) -> Tokenizer:
 
 def _require_memory(
     args: EngineArgs, checkpoint: Checkpoint, asked: SpeculativeConfig, pages: int, longest: int
-) -> None:
-    """Raises CapacityError for a model that does not fit, before its weights are read."""
+) -> SpeculativeConfig:
+    """Raises CapacityError for a model that does not fit, before its weights are read; without a
+    draft model that only came by default, if it fits so."""
     rows = max(args.max_num_batched_tokens, 8 * args.max_num_seqs)
     limits = memory.Limits(args.kv_tokens(longest), pages, rows, longest)
     device = device_of(args.device)
     dtype = dtype_of(args.dtype)
     need = memory.need_of(checkpoint, dtype, device, limits, asked.draft, asked.head)
-    memory.require_memory(checkpoint, need, limits, device)
+    try:
+        memory.require_memory(checkpoint, need, limits, device)
+    except CapacityError:
+        if not asked.by_default:
+            raise
+        log.warning("there is no memory for a draft model beside it, so n-grams draft")
+        return _require_memory(args, checkpoint, asked.without_draft(), pages, longest)
+    return asked
 
 
 def quantization_of(args: EngineArgs, device: torch.device) -> str | None:

@@ -24,6 +24,7 @@ from smart_decoding.errors import ConfigError, DownloadError, ModelError
 from smart_decoding.kernels import library
 from smart_decoding.models.head_files import VISUAL_POSITIONS, HeadFiles, head_folder, load_head
 from smart_decoding.models.loading import Checkpoint, load_checkpoint
+from smart_decoding.models.memory import parameters
 from smart_decoding.models.ranking import torch_top_k
 from smart_decoding.models.registry import cached_sibling
 from smart_decoding.models.tokenizer import Tokenizer
@@ -83,7 +84,8 @@ class SpeculativeConfig:
     loaded.
 
     options: of the drafter and the policy; draft: the draft model, head: the folder of the draft
-    head, if there is one; trust_pickle: whether that may be a pickle."""
+    head, if there is one; trust_pickle: whether that may be a pickle; by_default: the draft model
+    was not asked for, but found in the cache."""
 
     method: str
     policy: str
@@ -91,6 +93,11 @@ class SpeculativeConfig:
     draft: Checkpoint | None = None
     head: Path | None = None
     trust_pickle: bool = False
+    by_default: bool = False
+
+    def without_draft(self) -> SpeculativeConfig:
+        """N-grams draft instead of a model that nobody asked for."""
+        return replace(self, method="ngram", draft=None, by_default=False)
 
 
 def check_speculation(
@@ -111,8 +118,9 @@ def check_speculation(
     has_head = "model" in given or shipped
     asks_for_itself = has_head or "method" in given or _leaves_out_siblings(given)
     draft = None
-    if not asks_for_itself:
+    if not asks_for_itself and checkpoint.vision is None:
         draft = _sibling(checkpoint, tokenizer, max_model_len, trust_pickle)
+    by_default = draft is not None
     default = "eagle" if has_head else "draft_model" if draft else "ngram"
     method = given.pop("method", default)
     policy = given.pop("policy", "off" if method == "none" else "smart")
@@ -127,7 +135,7 @@ def check_speculation(
             given.pop("model", None), checkpoint, tokenizer, max_model_len, trust_pickle
         )
     head = _head(method, given.pop("model", None) or shipped, trust_pickle)
-    return SpeculativeConfig(method, policy, given, draft, head, trust_pickle)
+    return SpeculativeConfig(method, policy, given, draft, head, trust_pickle, by_default)
 
 
 def _check_known(method: str, policy: str, given: Mapping[str, Any], theirs: Sequence[str]) -> None:
@@ -166,13 +174,13 @@ def _sibling(
     """The smaller built-in model that drafts for the target by default, if it is at hand and
     fits."""
     name = target.provenance["model"]
-    sibling = cached_sibling(name)
+    sibling = cached_sibling(target.config.vocab, parameters(target.config))
     if sibling is None:
         return None
     try:
         draft = _draft_checkpoint(sibling, target, tokenizer, max_model_len, trust_pickle)
     except (DownloadError, ModelError) as error:
-        log.warning("%s cannot draft for %s, so n-grams do: %s", sibling, name, error)
+        log.info("%s cannot draft for %s, so n-grams do: %s", sibling, name, error)
         return None
     log.info("%s drafts for %s: it is in the cache", sibling, name)
     return draft

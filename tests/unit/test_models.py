@@ -579,27 +579,25 @@ def test_a_built_in_gguf_from_the_hub(
 def test_a_sibling_counts_where_the_cache_holds_it(
     tiny_named: models.NamedModel, fake_hub: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    by_hub = dataclasses.replace(tiny_named, hub_file="tiny-q4_0.gguf")
-    large = dataclasses.replace(tiny_named, sibling="tiny")
+    by_hub = dataclasses.replace(tiny_named, hub_file="tiny-q4_0.gguf", vocab=7, parameters=10_000)
     monkeypatch.setitem(NAMED_MODELS, "tiny", by_hub)
-    monkeypatch.setitem(NAMED_MODELS, "large", large)
-    assert models.cached_sibling("large") is None
+    assert models.cached_sibling(7, 20_000) is None
     assert fake_hub.fetched == []
     resolve("tiny@hub")
-    assert models.cached_sibling("large") == models.cached_sibling("large@pypi") == "tiny"
+    assert models.cached_sibling(7, 20_000) == "tiny"
     fake_hub.fetched.remove("tiny-q4_0.gguf")
     (fake_hub.folder / "tiny-q4_0.gguf").unlink()
-    assert models.cached_sibling("large") is None
+    assert models.cached_sibling(7, 20_000) is None
     fetch_pinned(by_hub.pinned)
-    assert models.cached_sibling("large") == "tiny"
-    assert models.cached_sibling("tiny") is None
-    assert models.cached_sibling("owner/tiny") is None
+    assert models.cached_sibling(7, 20_000) == "tiny"
+    assert models.cached_sibling(7, 19_999) is None
+    assert models.cached_sibling(8, 20_000) is None
 
 
 def test_the_pairs_that_are_built_in() -> None:
     large = NAMED_MODELS["qwen2.5-coder-1.5b"]
-    small = NAMED_MODELS[large.sibling]
-    assert small.pinned.size < large.pinned.size
+    assert models.siblings(large.vocab, large.parameters) == ["qwen2.5-coder-0.5b"]
+    small = NAMED_MODELS["qwen2.5-coder-0.5b"]
     for model, count in ((large, 22), (small, 6)):
         parts = model.pinned.parts
         assert [part.member.rpartition("/")[2] for part in parts] == [
@@ -607,8 +605,7 @@ def test_the_pairs_that_are_built_in() -> None:
         ]
         assert len({part.requirement for part in parts}) == count
         assert model.hub_file == model.pinned.name
-    for named in NAMED_MODELS.values():
-        assert named.sibling == "" or named.sibling in NAMED_MODELS
+    assert models.siblings(small.vocab, small.parameters) == []
 
 
 def test_general_prompts() -> None:

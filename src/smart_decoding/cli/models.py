@@ -17,7 +17,13 @@ from smart_decoding.models.kept import (
     repository_of,
     size_of,
 )
-from smart_decoding.models.registry import DEFAULT_MODEL, NAMED_MODELS, resolve, unknown_model
+from smart_decoding.models.registry import (
+    DEFAULT_MODEL,
+    NAMED_MODELS,
+    resolve,
+    siblings,
+    unknown_model,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,8 +60,8 @@ def show() -> None:
         print(f"{name}{default}: {_summary(kept) if _is_here(kept) else size}")
         print(f"  {name}@hub   {model.on_hub}")
         print(f"  {name}@pypi  {model.pinned.origin}, {model.quantisation}")
-        if model.sibling:
-            print(f"  drafts with {model.sibling} where that is in the cache")
+        for sibling in siblings(model.vocab, model.parameters):
+            print(f"  drafts with {sibling} where that is in the cache")
     for each in hub_repositories():
         if each.path not in listed:
             print(f"{repository_of(each.path)}: {readable(each.size)} in the hub's cache")
