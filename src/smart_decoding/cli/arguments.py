@@ -80,8 +80,8 @@ def add_options(parser: _ActionsContainer, options: Iterable[Option], unset: boo
 
 
 def add_allow_slow(parser: _ActionsContainer) -> None:
-    """--allow-slow, of every command that loads a model."""
-    ALLOW_SLOW.add_to(parser)
+    """--allow-slow and --threads, of every command that loads a model."""
+    add_options(parser, (ALLOW_SLOW, THREADS))
 
 
 def use_threads(count: int | None) -> None:

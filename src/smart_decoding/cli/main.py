@@ -18,6 +18,7 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from smart_decoding import __version__
+from smart_decoding.cli.arguments import use_threads
 from smart_decoding.errors import ConfigError, SmartError
 
 # Subcommand: (what it does, the module with its add_arguments(parser) and main(args)).
@@ -175,6 +176,7 @@ def _run(arguments: Sequence[str], program: Program) -> int:
         if meant:
             parser.error(f"no command {given!r}; did you mean '{program.name} {meant}'?")
     args = parser.parse_args(arguments)
+    use_threads(getattr(args, "threads", None))
     module = _import(f"{program.name} {args.command}", program.commands[args.command][1])
     return module.main(args) or 0
 

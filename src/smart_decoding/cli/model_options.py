@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from smart_decoding.cli.arguments import ALLOW_SLOW, THREADS, Option, key_value, use_threads
+from smart_decoding.cli.arguments import ALLOW_SLOW, THREADS, Option, key_value
 from smart_decoding.drafters import METHODS, check_draft, check_plain
 from smart_decoding.errors import ConfigError
 from smart_decoding.models import chat_template
@@ -118,9 +118,7 @@ MODEL_OPTIONS = (
 
 
 def llm_options(args: argparse.Namespace) -> dict[str, Any]:
-    """What `LLM` takes of them, `speculative_config` and the chat template checked; --threads is
-    heeded."""
-    use_threads(args.threads)
+    """What `LLM` takes of them, `speculative_config` and the chat template checked."""
     if args.chat_template is not None:
         chat_template.read(args.chat_template)
     names = (

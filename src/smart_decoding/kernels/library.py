@@ -9,6 +9,7 @@ import hashlib
 import importlib.util
 import os
 import platform
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -191,11 +192,29 @@ def _load_openmp() -> None:
     folders += [folder.parents[1] / "torch.libs" for folder in folders]
     mine = [str(path) for folder in folders for path in sorted(folder.glob("libgomp*.so*"))]
     try:
-        ctypes.CDLL((mine or ["libgomp.so.1"])[0], ctypes.RTLD_GLOBAL)
+        openmp = ctypes.CDLL((mine or ["libgomp.so.1"])[0], ctypes.RTLD_GLOBAL)
     except OSError as error:
         raise ConfigError(
             f"the CPU kernels need OpenMP (Debian: apt-get install libgomp1): {error}"
         ) from error
+    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+        _make_waiting_short(openmp)
+
+
+def _make_waiting_short(openmp: ctypes.CDLL) -> None:
+    """For a process that imported torch first: its OpenMP has already read how long threads spin.
+    But where it has more threads than there are CPUs, they sleep after 1,000 rounds, too. So a team
+    of that many is made once, which sleeps for good."""
+    nothing = ctypes.CDLL(None).getpid
+
+    def hold() -> None:
+        openmp.GOMP_parallel(nothing, None, (os.cpu_count() or 1) + 1, 0)
+        made.set()
+        threading.Event().wait()
+
+    made = threading.Event()
+    threading.Thread(target=hold, name="smart-openmp", daemon=True).start()
+    made.wait()
 
 
 def _nothing() -> str:

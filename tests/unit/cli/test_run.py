@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import os
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -190,6 +192,20 @@ def test_run_takes_the_prompt_as_llama_cpp_does(fake: type[FakeLLM], tmp_path: P
     assert {llm.model for llm in fake.made} == {"m"}
     params = fake.made[0].asked[0][1]
     assert (params.temperature, params.max_tokens) == (0.5, 3)
+
+
+@pytest.mark.parametrize("command", ["run", "chat", "serve", "bench", "demo"])
+def test_threads_are_set_before_the_kernels_are_loaded(
+    command: str, fake: type[FakeLLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SMART_NUM_THREADS", "9")
+    seen: list[str] = []
+    module = import_module(f"smart_decoding.cli.{command}")
+    monkeypatch.setattr(module, "main", lambda _: seen.append(os.environ["SMART_NUM_THREADS"]))
+    prompt = ["hi"] if command == "run" else []
+    for threads in ([], ["-t", "3"]):
+        assert cli.main([command, *prompt, *threads]) == 0
+    assert seen == ["9", "3"]
 
 
 def test_run_takes_the_profile_after_the_answer(fake: type[FakeLLM]) -> None:
