@@ -20,6 +20,7 @@ OPTIONAL = (
     "llguidance",
     "fastapi",
     "uvicorn",
+    "prometheus-client",
     "matplotlib",
     "sentencepiece",
     "vllm",

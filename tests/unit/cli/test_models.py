@@ -28,7 +28,8 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(kept, "_hub_cache", lambda: hub)
     write(SMALL.pinned.path, 3_000_000)
     write(SMALL.pinned.path.with_name(f"{SMALL.pinned.path.name}.verified"), 70)
-    write(root / "converted" / f"v1-{SMALL.pinned.sha256[:16]}-stored" / "tokenizer.json", 1000)
+    key = conversion_key(SMALL.pinned.path, SMALL.pinned.sha256)
+    write(root / "converted" / f"{key}-stored" / "tokenizer.json", 1000)
     write(root / "converted" / "v1-other" / "config.json", 500)
     for model in ("qwen2.5-coder-0.5b@pypi", "another"):
         path = root / "profiles" / f"{hashlib.sha256(model.encode()).hexdigest()[:16]}.json"
