@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from smart_decoding.cli.arguments import add_options
@@ -40,7 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--system", metavar="TEXT", help="instructions for the model (none)")
     add_model_options(parser)
-    add_options(parser.add_argument_group("sampling"), SAMPLING)
+    longer = [
+        replace(each, default=1024) if each.name == "max-tokens" else each for each in SAMPLING
+    ]
+    add_options(parser.add_argument_group("sampling"), longer)
 
 
 def main(args: argparse.Namespace) -> None:

@@ -104,7 +104,7 @@ def _measured(
     timed: list[tuple[Point, float, float]] = []
     started = clock()
     turn = 0
-    with long_step("measuring costs of this machine, once", seconds) as progress:
+    with long_step("measuring costs, once", seconds) as progress:
         shown = 0.0
         while turn < 2 or clock() - started < seconds:
             for point in points:
