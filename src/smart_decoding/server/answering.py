@@ -60,7 +60,7 @@ async def answer(
     finally:
         if not job.stream or job.closed:
             watch.cancel()
-    events = _to_the_end(reply.events(first, asked.body.include_usage), job, worker, watch)
+    events = _to_the_end(reply.events(first, asked.body), job, worker, watch)
     return StreamingResponse(events, media_type="text/event-stream", headers=STREAM_HEADERS)
 
 
@@ -142,20 +142,22 @@ class _Reply:
             "usage": self.usage.json(),
         }
 
-    async def events(self, first: Chunk, include_usage: bool) -> AsyncIterator[str]:
+    async def events(self, first: Chunk, body: Sampling) -> AsyncIterator[str]:
         """Server-sent events: a delta per round with text, the usage if asked for, [DONE]."""
         frame = envelope(self.form, self.job.id, self.model, False)
-        more: Json = {"usage": None} if include_usage else {}
+        more: Json = {"usage": None} if body.include_usage else {}
         opened: set[int] = set()
         try:
             async for chunk in _chunks(self.job, first):
                 self.usage.add(chunk, self.job.n)
+                if body.continuous_usage:
+                    more = {"usage": self.usage.json()}
                 opening = self.form.opening(chunk.index) if chunk.index not in opened else None
                 opened.add(chunk.index)
                 for choice in (opening, self.form.delta(chunk)):
                     if choice is not None:
                         yield _event({**frame, "choices": [choice], **more})
-            if include_usage:
+            if body.include_usage:
                 yield _event({**frame, "choices": [], "usage": self.usage.json()})
             yield "data: [DONE]\n\n"
         except ApiError as error:  # too late for a status

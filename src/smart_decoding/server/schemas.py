@@ -40,6 +40,9 @@ class StreamOptions(Body):
     """What a stream holds besides its choices."""
 
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = Field(
+        None, description="With include_usage: each event holds the token counts so far."
+    )
 
 
 class Sampling(Body):
@@ -113,6 +116,12 @@ class Sampling(Body):
     def include_usage(self) -> bool:
         """Whether a stream ends with its token counts."""
         return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def continuous_usage(self) -> bool:
+        """Whether each event of a stream holds the token counts so far."""
+        options = self.stream_options
+        return bool(options and options.include_usage and options.continuous_usage_stats)
 
     @property
     def limit(self) -> int | None:
