@@ -9,6 +9,7 @@ import argparse
 import os
 import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -35,6 +36,7 @@ _ROOT_TOKENS = 8  # of the text before a tree
 _ROWS = 8  # of text in a lane
 _NARROWEST = 60  # columns in which two lanes can be read
 _FRAME = 0.05  # seconds
+_END = 0.5  # seconds that the end is held
 _COLOURS = {"smart": "\x1b[32m", "plain": "\x1b[33m"}
 NEXT = """what to try next:
   smart serve                               the same race in a browser
@@ -104,7 +106,7 @@ def main(args: argparse.Namespace) -> None:
     print("\n" + summary(races, all(each == same[0] for same in answers for each in same)))
     model = smart.provenance.get("model", DEFAULT_MODEL)
     weights = smart.provenance.get("weights", "unknown")
-    print(f"model: {model}\nweights: {weights}\n{kernels()}\n\n{NEXT}")
+    print(f"model: {model}\n{textwrap.fill(f'weights: {weights}', 79)}\n{kernels()}\n\n{NEXT}")
 
 
 def kernels() -> str:
@@ -176,7 +178,7 @@ def show_race(race: dict[str, Answer]) -> None:
         with _redrawing() as draw:
             started = time.perf_counter()
             now = 0.0
-            while now < max(answer.seconds for answer in race.values()):
+            while now < _END + max(answer.seconds for answer in race.values()):
                 now = time.perf_counter() - started
                 draw(_frame(race, now, width))
                 time.sleep(_FRAME)
