@@ -236,12 +236,17 @@ def test_the_page_in_chromium(load: Any) -> None:
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium")
 def test_a_race_in_chromium(load: Any) -> None:
-    """The same answer twice, through the ordinary route: with drafts, then plainly; then both are
-    shown from the start."""
-    with browser_page(1280, 800) as page, serving(lambda: slow(load(), 0.01)) as running:
+    """The same answer twice, through the ordinary route and with its key: with drafts, then
+    plainly; then both are shown from the start."""
+    with (
+        browser_page(1280, 800) as page,
+        serving(lambda: slow(load(), 0.01), api_keys=("k",)) as running,
+    ):
         bodies: list[dict[str, Any]] = []
         page.on("request", lambda r: r.method == "POST" and bodies.append(json.loads(r.post_data)))
         page.goto(running.url)
+        page.fill("#key input", "k")
+        page.press("#key input", "Enter")
         page.wait_for_selector("#state.live")
         page.fill("#ask textarea", "abcabcabc")
         page.press("#ask textarea", "Enter")
@@ -266,6 +271,13 @@ def test_a_race_in_chromium(load: Any) -> None:
         page.wait_for_selector("#replay", state="visible")
         assert page.text_content("#verdict") == verdict
         assert len(bodies) == 2  # the replay asks for nothing
+        page.click("#ask button.main")
+        page.wait_for_selector("#lane-smart pre span")
+        page.click("#ask button.main")  # Stop: the request ends with it
+        page.wait_for_function(
+            "() => document.querySelector('#verdict').textContent === 'Stopped.'"
+        )
+        assert running.idle()
         running.worker.draining = True  # what is refused is said
         page.click("#ask button.main")
         page.wait_for_function(
