@@ -90,10 +90,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
     """Times each answer, shows the race and a tree, and sums up."""
     params = SamplingParams(temperature=0.0, max_tokens=args.max_tokens)
-    print("Each question is answered twice with SMART and twice plainly, in turns.")
-    print("You see the faster answer of each, side by side, at the speed it had.", flush=True)
     smart = load(args.allow_slow)
     engines = {"smart": smart, "plain": smart.sharing_weights(False)}
+    print("Each question is answered twice with SMART and twice plainly, in turns.")
+    print("You see the faster answer of each, side by side, at the speed it had.", flush=True)
     races = []
     answers = []
     for prompt in PROMPTS:
