@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,6 +20,7 @@ from smart_decoding.drafters.recycling import RecyclingDrafter
 from smart_decoding.drafters.union import UnionDrafter
 from smart_decoding.engine.drafting import RuleSelection
 from smart_decoding.errors import ConfigError, DownloadError, ModelError
+from smart_decoding.files import read_json, reading
 from smart_decoding.kernels import library
 from smart_decoding.models.head_files import VISUAL_POSITIONS, HeadFiles, head_folder, load_head
 from smart_decoding.models.loading import Checkpoint, load_checkpoint
@@ -284,12 +284,13 @@ def stored_prior(folder: Path | None) -> dict[str, Any]:
     path = folder / "prior.json" if folder else None
     if path is None or not path.is_file():
         return {}
-    state = json.loads(path.read_text())
-    calibration = Calibration.from_state(state["calibration"])
-    return {
-        "calibration": calibration,
-        "forecast": Forecast.from_state(state["forecast"], calibration),
-    }
+    with reading(path):
+        state = read_json(path)
+        calibration = Calibration.from_state(state["calibration"])
+        return {
+            "calibration": calibration,
+            "forecast": Forecast.from_state(state["forecast"], calibration),
+        }
 
 
 class _Builder:

@@ -3,6 +3,7 @@ on, and says why."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -10,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,17 +92,25 @@ def good() -> str:
     return json.dumps(COST.to_dict())
 
 
+def summed(state: Mapping[str, Any]) -> bytes:
+    """A profile's file with the checksum that is right for it."""
+    sha256 = hashlib.sha256(json.dumps(state).encode()).hexdigest()
+    return json.dumps({"sha256": sha256, "cost": state}).encode()
+
+
 DAMAGE: dict[str, Callable[[], bytes]] = {
     "empty": lambda: b"",
-    "cut": lambda: good().encode()[:-20],
+    "cut": lambda: summed(COST.to_dict())[:-20],
     "zeros": lambda: bytes(4096),
     "not utf-8": lambda: b"\xff\xfe{}",
     "no object": lambda: b"[1, 2]",
-    "no curves": lambda: json.dumps({**COST.to_dict(), "verify": {}}).encode(),
-    "a text for a number": lambda: json.dumps({**COST.to_dict(), "row_token": "much"}).encode(),
-    "not a number": lambda: good().replace("0.002", "NaN").encode(),
-    "below zero": lambda: good().replace("0.002", "-0.002").encode(),
-    "infinite": lambda: good().replace("0.002", "1e999").encode(),
+    "no curves": lambda: summed({**COST.to_dict(), "verify": {}}),
+    "a text for a number": lambda: summed({**COST.to_dict(), "row_token": "much"}),
+    "not a number": lambda: summed(json.loads(good().replace("0.002", "NaN"))),
+    "below zero": lambda: summed(json.loads(good().replace("0.002", "-0.002"))),
+    "infinite": lambda: summed(json.loads(good().replace("0.002", "1e999"))),
+    "another number": lambda: summed(COST.to_dict()).replace(b"0.002", b"0.003"),
+    "no checksum": lambda: good().encode(),
     "too deep": lambda: b"[" * 100_000,
 }
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from smart_decoding import files
 from smart_decoding.bench.data import HUMAN_EVAL, TASKS, load_task
 from smart_decoding.errors import ConfigError, DownloadError, ModelError
 from smart_decoding.models import hub as downloads
@@ -122,7 +123,7 @@ def test_fetches_once_and_again_when_corrupt(
     assert fetch_pinned(pinned).read_bytes() == CONTENT
     monkeypatch.setattr(downloads, "_pip_download", no_download)
     assert fetch_pinned(pinned) == path
-    monkeypatch.setattr(downloads, "sha256_of", no_download)
+    monkeypatch.setattr(files, "sha256_of", no_download)
     assert fetch_pinned(pinned) == path, "a file that nobody wrote to is summed once"
     assert capfd.readouterr().out == ""
 
@@ -543,14 +544,12 @@ def test_evaluation_prompts() -> None:
     assert sorted(TASKS) == ["code", "edit", "general", "long", "maths"]
     assert "def has_close_elements" in code[0]
     assert code[0].endswith("```")
-    assert downloads.is_intact(HUMAN_EVAL.path, HUMAN_EVAL)
+    assert downloads.is_intact(HUMAN_EVAL)
 
 
 @pytest.mark.model
 def test_the_pinned_default_model() -> None:
     source = resolve("smollm2-135m@pypi")
     assert (
-        downloads.sha256_of(source.path)
-        == source.sha256
-        == NAMED_MODELS[DEFAULT_MODEL].pinned.sha256
+        files.sha256_of(source.path) == source.sha256 == NAMED_MODELS[DEFAULT_MODEL].pinned.sha256
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -27,18 +28,22 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from smart_decoding.errors import DownloadError, ModelError
+from smart_decoding.files import are_intact, read_json, reading, remember, sha256_of
 from smart_decoding.kernels.weights import FORMATS, Matrix, QuantizedTensor
 from smart_decoding.models.config import ModelConfig
-from smart_decoding.models.hub import cache_dir, scratch, sha256_of
+from smart_decoding.models.hub import cache_dir, scratch
 from smart_decoding.models.tokenizer import Tokenizer
 from smart_decoding.models.weight_files import Weights
 
 if TYPE_CHECKING:
     from smart_decoding.models.registry import Source
 
-_VERSION = 1  # of the conversion: cached folders of another version are not used
+log = logging.getLogger("smart.models")
+
+_VERSION = 2  # of the conversion: cached folders of another version are not used
 _SHARD = 1 << 30  # bytes of weights held in memory before they are written
-_RECORD = "converted.json"
+RECORD = "converted.json"  # of a converted folder: what it was made of, and its checksums
+_MARKER = "verified"
 _TENSORS = "tensors.json"
 _FLOATS = {"F32": np.float32, "F16": np.float16}
 MatrixT = TypeVar("MatrixT", torch.Tensor, QuantizedTensor, Matrix)
@@ -75,7 +80,8 @@ def converted_folder(
     target = cache_dir() / "converted" / (_key(source) + ("-stored" if stored else ""))
     if not is_whole(target):
         shutil.rmtree(target, ignore_errors=True)
-        _convert(source, target, check, stored)
+        with reading(source.path):
+            _convert(source, target, check, stored)
     return target
 
 
@@ -87,7 +93,7 @@ class StoredWeights(Weights[Matrix]):
 
     def __init__(self, path: Path, folder: Path) -> None:
         self._path = path
-        self._index: dict[str, Any] = json.loads((folder / _TENSORS).read_text())
+        self._index = read_json(folder / _TENSORS)
         self.shapes = {name: tuple(entry["shape"]) for name, entry in self._index.items()}
 
     def __getitem__(self, name: str) -> Matrix:
@@ -139,12 +145,28 @@ def _key(source: Source) -> str:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether a converted folder has all its files, each with all its bytes."""
-    try:
-        sizes = json.loads((folder / _RECORD).read_text())["files"]
-        return all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, KeyError):
+    """Whether a converted folder is there and has all its files, with the bytes that were written.
+    One that is damaged is told in the log."""
+    if not folder.is_dir():
         return False
+    try:
+        with reading(folder / RECORD):
+            sums = read_json(folder / RECORD)["sha256"]
+            if are_intact({folder / name: sums[name] for name in sums}, folder / _MARKER):
+                return True
+        reason = "its files have other checksums"
+    except ModelError as error:
+        reason = str(error.__cause__ or error)
+    log.warning("the converted model %s is damaged, it is made again: %s", folder, reason)
+    return False
+
+
+def write_record(part: Path, told: Mapping[str, str]) -> None:
+    """Ends a converted folder by its record: what `told` says of it, and what `is_whole` needs."""
+    sums = {path: sha256_of(path) for path in sorted(part.iterdir())}
+    record = {**told, "sha256": {path.name: sha256 for path, sha256 in sums.items()}}
+    (part / RECORD).write_text(json.dumps(record, indent=1))
+    remember(sums, part / _MARKER)
 
 
 def _convert(
@@ -171,8 +193,7 @@ def _convert(
             _write_weights(config, tensors, part, record)
         tokenizer.save(part)
         (part / "config.json").write_text(json.dumps(config.to_hf(), indent=1))
-        sizes = {path.name: path.stat().st_size for path in part.iterdir()}
-        (part / _RECORD).write_text(json.dumps({**record, "files": sizes}, indent=1))
+        write_record(part, record)
         move_into_place(part, target)
 
 
@@ -284,14 +305,8 @@ def hf_name(name: str) -> str:
 
 
 def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Metadata by key and the reader's tensors by name; ModelError if the file is corrupt or
-    truncated."""
-    try:
-        reader = GGUFReader(path)
-        metadata = {key: reader_field.contents() for key, reader_field in reader.fields.items()}
-        return metadata, {tensor.name: tensor for tensor in reader.tensors}
-    except Exception as error:  # the reader parses what it finds: a corrupt file can raise any
-        reason = (str(error).splitlines() or [""])[0]
-        raise ModelError(
-            f"{path.name} is not a readable GGUF file, corrupt or truncated: {reason}"
-        ) from error
+    """Metadata by key and the reader's tensors by name. The reader parses what it finds: a corrupt
+    file can raise any error."""
+    reader = GGUFReader(path)
+    metadata = {key: reader_field.contents() for key, reader_field in reader.fields.items()}
+    return metadata, {tensor.name: tensor for tensor in reader.tensors}

