@@ -49,6 +49,9 @@ class FakeLLM:
     def take_profile(self) -> None:
         self.profiles += 1
 
+    def sharing_weights(self, speculative_config: bool) -> FakeLLM:
+        return FakeLLM(self.model, speculative_config=speculative_config)
+
     def chat_prompt(self, messages: list[dict[str, Any]]) -> Any:
         self.messages = messages
         message = messages[-1]
@@ -69,13 +72,15 @@ class FakeLLM:
             arrival=0.0, first_token=0.5, finished=0.9, rounds=1, verified=5, accepted=3
         )
         texts = iter(["Paris", " is the capital."])
-        request = SimpleNamespace(tokens=[1, 2], stop=SimpleNamespace(new_text=lambda: next(texts)))
+        stop = SimpleNamespace(new_text=lambda: next(texts))
+        request = SimpleNamespace(tokens=[1, 2], output=[], stop=stop)
         for tokens, record in (
             (ANSWER[:1], self.round(DraftTrees.empty(1))),
             (ANSWER[1:], self.round(self.tree())),
         ):
             self.engine.last_round = record
             request.tokens += tokens
+            request.output += tokens
             if on_step is not None:
                 on_step([request])
         output = SimpleNamespace(
