@@ -18,7 +18,7 @@ from smart_decoding.llm import LLM
             {"max_model_length": 8},
             "unknown option 'max_model_length': did you mean 'max_model_len'?",
         ),
-        ({"tensor_parallel": 2}, "unknown option 'tensor_parallel': use model, speculative_config"),
+        ({"wings": 2}, "unknown option 'wings': use model, speculative_config"),
         ({"dtype": "int3"}, "dtype='int3' is not supported"),
         (
             {"quantization": "int3"},

@@ -22,8 +22,8 @@ from smart_decoding.models.registry import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from smart_decoding.engine.outputs import CompletionOutput
-    from smart_decoding.llm import LLM, Prompt
-    from smart_decoding.multimodal.prompts import MediaPrompt
+    from smart_decoding.llm import LLM
+    from smart_decoding.multimodal.prompts import MediaPrompt, Prompt
 
 SAMPLING = (
     Option("temperature", float, 0.0, "spread of the draws", shown="0: greedy"),

@@ -58,7 +58,7 @@ class _Routes:
         given = _prompts(body.prompt)
         llm = self._worker.check_room(len(given) * (body.n or 1))
         prompts = await in_thread(lambda: [llm.text_prompt(each).tokens for each in given])
-        form = CompletionForm(_token_text(llm), body.logprobs, _readers(llm, body, prompts))
+        form = CompletionForm(llm.tokenizer.token_text, body.logprobs, _readers(llm, body, prompts))
         asked = Asked(body, prompts, form, body.logprobs)
         return await answer(self._worker, self._settings, request, asked)
 
@@ -68,7 +68,7 @@ class _Routes:
         tools = offer.tools if offer else ()
         prompt = await in_thread(lambda: chat_prompt(llm, body.messages, tools))
         top = (body.top_logprobs or 0) if body.logprobs else None
-        form = ChatForm(_token_text(llm), top, offer is not None)
+        form = ChatForm(llm.tokenizer.token_text, top, offer is not None)
         asked = Asked(body, [list(prompt.tokens)], form, top, prompt.media)
         return await answer(self._worker, self._settings, request, asked)
 
@@ -114,17 +114,6 @@ def _prompts(given: str | list[str] | list[int] | list[list[int]]) -> list[Any]:
     if given == []:
         raise ApiError(400, "the prompt is empty", "invalid_value", "prompt")
     return [given] if isinstance(given, str) or isinstance(given[0], int) else list(given)
-
-
-def _token_text(llm: LLM) -> Callable[[int], str]:
-    """Decodes a token as it reads behind another one.
-
-    Some tokenizers drop the space that a text begins with.
-    """
-    decode = llm.tokenizer.decode
-    anchor = llm.tokenizer.encode("a", add_special_tokens=False)
-    known = len(decode(anchor, False))
-    return lambda token: decode([*anchor, token], False)[known:]
 
 
 def _readers(
