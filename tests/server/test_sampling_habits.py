@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from serving import NAME, post, save_tiny_model, serving
 
-from smart_decoding import LLM, AsyncLLM, ConfigError, SamplingParams
+from smart_decoding import LLM, AsyncLLM, ConfigError, SamplingParams, StructuredOutputsParams
 
 PROMPTS = ["abc abc abc", "some words, some more words", "12 and 12 and 13"]
 SHORT = {"dtype": "float32", "max_model_len": 512, "max_num_seqs": 4, "speculative_config": False}
@@ -157,3 +157,11 @@ def test_async_outputs_know_the_prompt(folder: Path) -> None:
     assert last.outputs[0].cumulative_logprob < 0
     assert len(asyncio.run(all_of(None))[-1].outputs[0].token_ids) <= 24
     engine.shutdown()
+
+
+def test_a_grammar_that_is_neither_lark_nor_gbnf_is_one_line(plain: LLM) -> None:
+    pytest.importorskip("llguidance")
+    for grammar in ('root ::= ("a"', "root ::= other", "root ::= " + "(" * 5000):
+        form = StructuredOutputsParams(grammar=grammar)
+        with pytest.raises(ConfigError, match="the grammar is no GBNF"):
+            plain.generate("a", SamplingParams(structured_outputs=form))
