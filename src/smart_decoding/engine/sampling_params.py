@@ -11,6 +11,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
 
+import numpy as np
+from numpy.typing import NDArray
+
 from smart_decoding.engine.structured import StructuredOutputsParams
 from smart_decoding.errors import ConfigError
 
@@ -67,7 +70,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     bad_words: list[str] | None = None
-    allowed_token_ids: list[int] | None = None
+    allowed_token_ids: list[int] | NDArray[np.int64] | None = None
     detokenize: bool = True
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
@@ -185,14 +188,17 @@ class SamplingParams:
             )
             for name in ("bad_words", "allowed_token_ids"):
                 value = getattr(self, name)
-                _require(not value, name, value, "None with structured_outputs")
+                _require(
+                    value is None or not len(value), name, value, "None with structured_outputs"
+                )
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raises ConfigError if a token id or a number of log probabilities does not fit a model of
         `vocab_size` tokens."""
         allowed = f"less than the model's vocabulary of {vocab_size}"
         for name in ("logit_bias", "stop_token_ids", "allowed_token_ids"):
-            for token in getattr(self, name) or ():
+            ids = getattr(self, name)
+            for token in () if ids is None else ids:
                 _require(token < vocab_size, name, token, allowed)
         for name in ("logprobs", "prompt_logprobs"):
             count = getattr(self, name)
@@ -202,6 +208,8 @@ class SamplingParams:
     def checked(self, encode: Callable[[str], Sequence[int]]) -> SamplingParams:
         """A copy, checked anew, with its bad words as token ids. encode: text to ids."""
         found = replace(self)
+        if self.allowed_token_ids is not None:
+            found.allowed_token_ids = np.array(self.allowed_token_ids, np.int64)
         if self.bad_words:
             texts = [blank + word.lstrip() for word in self.bad_words for blank in ("", " ")]
             found.bad_words_token_ids = list(dict.fromkeys(tuple(encode(text)) for text in texts))
