@@ -41,7 +41,7 @@ def asked(i: int) -> tuple[list[int], SamplingParams]:
 def said(outputs: list[Any]) -> list[Any]:
     """All that a caller can compare, the logprobs to the last bit."""
     return [
-        (answer.token_ids, answer.text, answer.finish_reason, [e.logprob for e in answer.logprobs])
+        (answer.token_ids, answer.text, answer.finish_reason, answer.logprobs)
         for output in outputs
         for answer in output.outputs
     ]

@@ -25,8 +25,8 @@ from smart_decoding.models.registry import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from smart_decoding.engine.outputs import CompletionOutput
-    from smart_decoding.llm import LLM, Prompt
-    from smart_decoding.multimodal.prompts import MediaPrompt
+    from smart_decoding.llm import LLM
+    from smart_decoding.multimodal.prompts import MediaPrompt, Prompt
 
 TOGETHER = 32  # answers of a batch that run at a time
 SAMPLING = (
@@ -161,7 +161,9 @@ def answer_all(
         nonlocal shown
         for request in touched:
             if request.finished:
-                done[int(request.id.rpartition("-")[2])] = completion_of(request)
+                done[int(request.id.rpartition("-")[2])] = completion_of(
+                    request, llm.tokenizer.token_text
+                )
         while shown in done:
             answer = done.pop(shown)
             print(

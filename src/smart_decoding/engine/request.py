@@ -69,6 +69,7 @@ class Request:
     constraint: Constraint | None = None
     tokens: list[int] = field(default_factory=list)
     logprobs: list[Any] | None = None
+    prompt_logprobs: list[Any] | None = None  # of the prompt's first tokens, as far as it has run
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
     aborted: bool = False
     admitted: bool = False  # it has run, if only a part of its prompt
@@ -99,6 +100,12 @@ class Request:
     def pending(self) -> int:
         """Tokens that are not in the KV cache yet: 1 while decoding, more for a prompt."""
         return len(self.tokens) - self.table.length
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether log probabilities of prompt tokens are still to come."""
+        found = self.prompt_logprobs
+        return found is not None and len(found) < len(self.prompt)
 
     @property
     def output(self) -> list[int]:

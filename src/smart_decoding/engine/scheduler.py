@@ -141,7 +141,7 @@ class Scheduler:
     def _admit(self, request: Request) -> bool:
         """Moves a waiting request to the running ones if its first chunk and a page of room to grow
         fit."""
-        cached = request.table.reuse(request.tokens)
+        cached = 0 if request.scores_prompt else request.table.reuse(request.tokens)
         rows = min(request.pending, self.chunk)
         slack = PAGE * (1 + len(self.running)) if self.running else 0
         if (rows + slack + PAGE - 1) // PAGE > self.pool.available:

@@ -22,7 +22,8 @@ class StructuredOutputsParams:
 
     json: valid under this JSON schema (a dict, or its text). json_object: true for any JSON object.
     regex: matched by this regular expression. choice: one of these texts.
-    grammar: derived from `start` of this context-free grammar, in llguidance's dialect of Lark.
+    grammar: derived from `start` of this context-free grammar, in llguidance's dialect of Lark; or
+    from `root` of one in GBNF.
     """
 
     json: str | Mapping[str, Any] | None = None

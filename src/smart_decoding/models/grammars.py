@@ -187,7 +187,17 @@ def _source(llguidance: Any, params: StructuredOutputsParams) -> str:
     if params.choice is not None:
         choices = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in params.choice)
         return str(make.grammar_from_lark(f"start: {choices}"))
-    return str(make.grammar_from_lark(params.grammar))
+    return str(make.grammar_from_lark(_lark(params.grammar or "")))
+
+
+def _lark(grammar: str) -> str:
+    """A grammar as llguidance takes it: those of llama.cpp and vLLM's examples are GBNF."""
+    from llguidance.gbnf_to_lark import any_to_lark
+
+    try:
+        return str(any_to_lark(grammar))
+    except Exception as error:  # the library raises bare Exception
+        raise ValueError(f"the grammar is no GBNF: {error}") from error
 
 
 def _library() -> Any:

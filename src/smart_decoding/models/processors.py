@@ -1,5 +1,5 @@
-"""Logit processors: bias, minimum length, penalties and grammar on one row, with that row's own
-history."""
+"""Logit processors: bias, minimum length, penalties, masks and grammar on one row, with that row's
+own history."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ FloatRow = NDArray[np.float32]
 
 
 def process(row: FloatRow, spec: SampleSpec) -> FloatRow:
-    """[vocab] logits with bias, minimum length, penalties and grammar applied; `row` itself is not
-    changed."""
+    """[vocab] logits with bias, minimum length, penalties, masks and grammar applied; `row` itself
+    is not changed."""
     params = spec.params
     if not params.changes_logits:
         return row
@@ -28,6 +28,14 @@ def process(row: FloatRow, spec: SampleSpec) -> FloatRow:
         row[params.stop_array] = -np.inf
     if params.needs_history:
         _penalise(row, spec)
+    if params.allowed_token_ids is not None:
+        ids = np.asarray(params.allowed_token_ids, np.int64)
+        allowed = row[ids]
+        row[:] = -np.inf
+        row[ids] = allowed
+    for word in params.bad_words_token_ids or ():
+        if spec.ends_with(word[:-1]):
+            row[word[-1]] = -np.inf
     if spec.constraint is not None:
         row[~spec.constraint.allowed(spec.path)] = -np.inf
     return row

@@ -62,6 +62,7 @@ class Tokenizer:
     template_given: bool = False
     context: int | None = None
     growth: float = 1.0
+    _texts: dict[int, str] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
@@ -169,6 +170,15 @@ class Tokenizer:
         except BaseException as error:
             raise _told(error, "decode these tokens") from error
 
+    def token_text(self, token: int) -> str:
+        """A token's text as it reads behind another one: some tokenizers drop the space that a text
+        begins with."""
+        if token not in self._texts:
+            anchor = self.encode("a", add_special_tokens=False)
+            known = len(self.decode(anchor, False))
+            self._texts[token] = self.decode([*anchor, token], False)[known:]
+        return self._texts[token]
+
     def apply_chat_template(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -195,12 +205,13 @@ class Tokenizer:
         """Token ids of a conversation's prompt."""
         return self.encode_prompt(self.apply_chat_template(messages, add_generation_prompt))
 
-    def encode_prompt(self, text: str) -> list[int]:
+    def encode_prompt(self, text: str, template_given: bool = False) -> list[int]:
         """Token ids of a template's text. A model's own template writes special tokens itself; one
         that was given may leave the beginning to the tokenizer."""
         bos = self.specials.get("bos_token")
         begun = bos is not None and text.startswith(bos)
-        return self.encode(text, add_special_tokens=self.template_given and not begun)
+        given = self.template_given or template_given
+        return self.encode(text, add_special_tokens=given and not begun)
 
     def _ids_of(self, special: str) -> tuple[int, ...]:
         text = self.specials.get(special)

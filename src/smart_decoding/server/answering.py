@@ -93,7 +93,11 @@ async def _job(worker: Worker, settings: ServerSettings, request: Request, asked
     limit = body.limit
     if limit is None and isinstance(asked.form, CompletionForm):
         limit = COMPLETION_TOKENS
-    params = body.params(limit, asked.logprobs)
+    defaults = worker.ready().default_sampling_params
+    longest = defaults.get("max_tokens")  # the model's limit holds for all requests, as in vLLM
+    if longest is not None:
+        limit = longest if limit is None else min(limit, longest)
+    params = body.params(limit, asked.logprobs, defaults)
     await _check_structure(body, params, worker.ready())
     name = request.state.request_id
     asks = [Ask(prompt, params, asked.media) for prompt in asked.prompts]

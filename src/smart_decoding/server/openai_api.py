@@ -72,7 +72,7 @@ class _Routes:
         llm = self._worker.check_room(len(given) * (body.n or 1), request.state.client)
         read = [partial(llm.text_prompt, each) for each in given]
         prompts = [(await self._read(request, body.prompt_field, each)).tokens for each in read]
-        form = CompletionForm(_token_text(llm), body.logprobs, _readers(llm, body, prompts))
+        form = CompletionForm(llm.tokenizer.token_text, body.logprobs, _readers(llm, body, prompts))
         asked = Asked(body, prompts, form, body.logprobs)
         return await answer(self._worker, self._settings, request, asked)
 
@@ -92,7 +92,7 @@ class _Routes:
         read = partial(chat_prompt, llm, body.messages, tools)
         prompt = await self._read(request, body.prompt_field, read)
         top = (body.top_logprobs or 0) if body.logprobs else None
-        form = ChatForm(_token_text(llm), top, offer is not None)
+        form = ChatForm(llm.tokenizer.token_text, top, offer is not None)
         asked = Asked(body, [list(prompt.tokens)], form, top, prompt.media, reply)
         return await answer(self._worker, self._settings, request, asked)
 
@@ -147,17 +147,6 @@ def _prompts(given: str | list[str] | list[int] | list[list[int]]) -> list[Any]:
     if given == []:
         raise ApiError(400, "the prompt is empty", "invalid_value", "prompt")
     return [given] if isinstance(given, str) or isinstance(given[0], int) else list(given)
-
-
-def _token_text(llm: LLM) -> Callable[[int], str]:
-    """Decodes a token as it reads behind another one.
-
-    Some tokenizers drop the space that a text begins with.
-    """
-    decode = llm.tokenizer.decode
-    anchor = llm.tokenizer.encode("a", add_special_tokens=False)
-    known = len(decode(anchor, False))
-    return lambda token: decode([*anchor, token], False)[known:]
 
 
 def _readers(

@@ -163,8 +163,11 @@ class Completions(Sampling):
         """The field that says so."""
         return "max_tokens"
 
-    def params(self, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
-        """The engine's parameters. Raises ConfigError for a value out of range."""
+    def params(
+        self, max_tokens: int | None, logprobs: int | None, defaults: Mapping[str, Any]
+    ) -> SamplingParams:
+        """The engine's parameters; defaults: of those that the request leaves open. Raises
+        ConfigError for a value out of range."""
         given = {
             name: getattr(self, name)
             for name in self._AS_THEY_ARE
@@ -173,13 +176,13 @@ class Completions(Sampling):
         bias = None
         if self.logit_bias:
             bias = {int(token): value for token, value in self.logit_bias.items()}
-        return SamplingParams(
-            max_tokens=max_tokens,
-            logprobs=logprobs,
-            logit_bias=bias,
-            structured_outputs=self.structure(),
-            **given,
-        )
+        fixed = {
+            "max_tokens": max_tokens,
+            "logprobs": logprobs,
+            "logit_bias": bias,
+            "structured_outputs": self.structure(),
+        }
+        return SamplingParams(**{**defaults, **given, **fixed})
 
     def structure(self) -> StructuredOutputsParams | None:
         """What the text must be, if anything. Raises ConfigError."""
