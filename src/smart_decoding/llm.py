@@ -242,12 +242,11 @@ class LLM:
     ) -> Job:
         """What `engine_thread` answers them by. Grammars are compiled here, not in its time. Raises
         ConfigError for one that cannot be."""
-        for each in {id(p): p.structured_outputs for p in params}.values():
-            if each is not None:
-                self.grammars(each)
+        wanted = {id(p): p.structured_outputs for p in params}.values()
+        grammars = [self.grammars.compiled(each) for each in wanted if each is not None]
         pairs = zip(prompts, params, strict=True)
         asks = [Ask(prompt.tokens, each, prompt.media) for prompt, each in pairs]
-        return Job(str(next(self._count)), self.engine, asks, stream)
+        return Job(str(next(self._count)), self.engine, asks, stream, grammars=grammars)
 
     def _decoder(self, skip_special_tokens: bool) -> Decode:
         return lambda ids: self.tokenizer.decode(ids, skip_special_tokens)
