@@ -70,6 +70,7 @@ class LLM:
         self.tokenizer = _tokenizer(args, checkpoint)
         self._vision = _prompt_builder(args, checkpoint, self.tokenizer)
         longest = args.longest(checkpoint.config.max_positions)
+        self.tokenizer.context = longest
         asked = check_speculation(
             args.speculative_config, checkpoint, self.tokenizer, longest, args.trust_pickle
         )

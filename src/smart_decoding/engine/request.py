@@ -49,6 +49,7 @@ class RequestMetrics:
 class Request:
     """One answer to one prompt (a request with n > 1 becomes n of these, `sample` = 0 .. n-1).
 
+    client: whom it is for; clients take turns.
     tokens: prompt and output so far. table.length of them are in the KV cache: all but the last
     while decoding."""
 
@@ -69,6 +70,7 @@ class Request:
     admitted: bool = False  # it has run, if only a part of its prompt
     takes_argmax: bool = False  # its token is the largest logit, as it comes from the model
     media: Media | None = None
+    client: str = ""
 
     def __post_init__(self) -> None:
         self.tokens = list(self.prompt)

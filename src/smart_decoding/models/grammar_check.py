@@ -8,10 +8,13 @@ standard output. On a vocabulary of bytes this takes as long as on a model's, an
 from __future__ import annotations
 
 import contextlib
+import os
 import resource
 import signal
 import sys
 import threading
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 # Of one mask, by Earley's algorithm. With llguidance's own 50,000 an ambiguous grammar takes a
@@ -27,40 +30,48 @@ def new_matcher(llguidance: Any, tokens: Any, source: str) -> Any:
     return llguidance.LLMatcher(tokens, source, log_level=0, limits=limits)
 
 
-class _Bytes:
-    """A vocabulary as llguidance's wrapper asks for it: a token a byte, and the end."""
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """A tokenizer as llguidance's wrapper asks for it."""
 
-    eos_token_id = 256
-    bos_token_id = None
-    tokens = [bytes([i]) for i in range(256)] + [b"<end>"]  # noqa: RUF012
-    special_token_ids = [256]  # noqa: RUF012
+    eos_token_id: int
+    bos_token_id: int | None
+    tokens: list[bytes]
+    special_token_ids: list[int]
+    encode: Callable[[bytes], list[int]]
 
     def __call__(self, text: bytes) -> list[int]:
-        return list(text)
+        """The ids of a text."""
+        return self.encode(text)
 
 
-def _try(source: str) -> None:
+def _try(source: str, found: list[str]) -> None:
     import llguidance
 
-    wrapped = llguidance.TokenizerWrapper(_Bytes())
+    spelt = Tokens(256, None, [*(bytes([i]) for i in range(256)), b"<end>"], [256], list)
+    wrapped = llguidance.TokenizerWrapper(spelt)
     tokens = llguidance.LLTokenizer(wrapped, n_vocab=257, eos_token=[256], slices=[])
     matcher = new_matcher(llguidance, tokens, source)
     matcher.compute_bitmask()
-    sys.stdout.write(matcher.get_error())
+    found.append(matcher.get_error())
 
 
-def main() -> None:
+def main() -> int:
     """Ends by a signal if the grammar takes more than the seconds of processor, stack or memory."""
+    os.nice(5)  # rounds go on meanwhile
     signal.setitimer(signal.ITIMER_PROF, float(sys.argv[1]))
     with contextlib.suppress(ValueError, OSError):  # macOS knows no such limit
         resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     source = sys.stdin.read()
     threading.stack_size(STACK)
-    thread = threading.Thread(target=_try, args=(source,))
+    found: list[str] = []
+    thread = threading.Thread(target=_try, args=(source, found))
     thread.start()
     thread.join()
+    sys.stdout.write("".join(found))
+    return 0 if found else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

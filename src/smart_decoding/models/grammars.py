@@ -7,7 +7,7 @@ import contextlib
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from smart_decoding.errors import ConfigError
-from smart_decoding.models.grammar_check import new_matcher
+from smart_decoding.models.grammar_check import Tokens, new_matcher
 
 if TYPE_CHECKING:
     from smart_decoding.engine.structured import StructuredOutputsParams
@@ -121,7 +121,7 @@ class Grammars:
             return found
         everything = range(self._vocab)
         special = [id_ for id_ in everything if found.is_special_token(id_) and id_ not in text]
-        told = _Tokens(
+        told = Tokens(
             ends[0],
             None,
             [found.decode_bytes([id_]) for id_ in everything],
@@ -131,20 +131,6 @@ class Grammars:
         return llguidance.LLTokenizer(
             llguidance.TokenizerWrapper(told), n_vocab=self._vocab, eos_token=ends
         )
-
-
-@dataclass(frozen=True, slots=True)
-class _Tokens:
-    """A tokenizer as llguidance's wrapper asks for it."""
-
-    eos_token_id: int
-    bos_token_id: int | None
-    tokens: list[bytes]
-    special_token_ids: list[int]
-    encode: Callable[[bytes], list[int]]
-
-    def __call__(self, text: bytes) -> list[int]:
-        return self.encode(text)
 
 
 class GrammarConstraint:
@@ -220,7 +206,7 @@ def source_of(params: StructuredOutputsParams) -> str:
         raise ConfigError(f"structured_outputs: {one_line(error)}") from error
 
 
-def _source(make: Any, params: StructuredOutputsParams) -> str:
+def _source(make: Any, params: StructuredOutputsParams) -> Any:
     if params.json is not None:
         return make.grammar_from_json_schema(params.json, overrides=JSON_OPTIONS)
     if params.json_object:

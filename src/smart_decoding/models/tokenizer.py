@@ -17,7 +17,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
-from smart_decoding.errors import ConfigError, ModelError
+from smart_decoding.errors import CapacityError, ConfigError, ModelError
 from smart_decoding.models import chat_template
 
 _SPECIALS = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -25,6 +25,10 @@ _SPECIALS = ("bos_token", "eos_token", "unk_token", "pad_token")
 _CONTROL = 3
 _USER_DEFINED = 4
 _UNUSED = 5
+# From so many characters or tokens on, the library is called by a function that lets other threads
+# run. It may start threads of its own, so that later forks warn: not for less.
+_LONG = 2048
+_CHARACTERS = 8  # a token: texts with more of them are measured by their beginning first
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _OTHERS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _LLAMA3_SPLIT = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _OTHERS
@@ -43,12 +47,14 @@ _PRE_TOKENIZERS = {
 class Tokenizer:
     """One model's tokenizer. `specials` maps bos_token, eos_token, ... to their text.
 
-    template: what makes prompts of conversations. template_given: it is not the model's own."""
+    template: what makes prompts of conversations. template_given: it is not the model's own.
+    context: tokens that the model can hold; longer texts are refused half read."""
 
     backend: tokenizers.Tokenizer
     specials: Mapping[str, str] = field(default_factory=dict)
     template: str | None = None
     template_given: bool = False
+    context: int | None = None
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
@@ -108,12 +114,37 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text. `add_special_tokens` puts the beginning token there if this model
-        uses one."""
-        return list(self.backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        uses one.
+
+        Raises CapacityError for a text of more than eight characters a token of the context whose
+        beginning has too many tokens: in seconds that do not grow with its length."""
+        if self.context is not None:
+            self._refuse_too_long(text, self.context)
+        return self._encode(text, add_special_tokens)
+
+    def _refuse_too_long(self, text: str, context: int) -> None:
+        length = _CHARACTERS * context
+        while length < len(text):
+            # The cut may lie within a token and change the few before it, hence the slack.
+            if len(self._encode(text[:length], False)) > context + _CHARACTERS**2:
+                raise CapacityError(
+                    f"the prompt is too long: its first {length} of {len(text)} characters exceed "
+                    f"max_model_len={context} tokens: shorten it or raise max_model_len"
+                )
+            length *= 2
+
+    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        if len(text) < _LONG:
+            return list(self.backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        (found,) = self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        return list(found.ids)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of token ids; bytes that are no UTF-8 become U+FFFD."""
-        return str(self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
+        if len(ids) < _LONG:
+            return str(self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
+        (text,) = self.backend.decode_batch([list(ids)], skip_special_tokens=skip_special_tokens)
+        return str(text)
 
     def apply_chat_template(
         self,

@@ -7,7 +7,7 @@ no lock.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from smart_decoding.server.exposition import Exposition, Histogram
@@ -89,6 +89,8 @@ class Metrics:
         self.tpot = Histogram(_TOKEN)
         self.e2e = Histogram(_WHOLE)
         self._exposition = Exposition(model_name)
+        # What the event loop knows: (name, what it says, value).
+        self.shared: Callable[[], Iterable[tuple[str, str, float]]] = tuple
         self._engine: Engine | None = None
         self._cost: CostModel | None = None
         self._last: RoundRecord | None = None
@@ -183,6 +185,7 @@ class Metrics:
             ("num_requests_running", "Answers in the running batch.", len(scheduler.running)),
             ("num_requests_waiting", "Answers waiting for a slot.", len(scheduler.waiting)),
             ("kv_cache_usage_perc", "Share of KV pages in use, 1 is all.", used),
+            *self.shared(),
         ):
             yield from self._exposition.number(name, "gauge", text, value)
         stats = self._engine.policy.stats()
