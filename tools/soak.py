@@ -1,5 +1,5 @@
-"""Load with faults on servers of its own: many clients, cancellations, slow readers, mixed requests
-and grammars.
+"""Load with faults on servers of its own: many clients, cancellations, slow readers, mixed
+requests, grammars, and grammars that are bombs.
 
     python tools/soak.py --seconds 600 --clients 64 --json soak.json
 
@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from soak_bombs import bomb, is_refusal
 from soak_result import DIFFERS, SETTLED, Figures, Times, faults, ratio, show, summary
 
 WORDS = [
@@ -70,7 +71,7 @@ BLOCK = 30.0
 class Plan:
     """One request, `at` seconds into its block.
 
-    kind: read to its end, slow, or cancel after so many `pieces`.
+    kind: read to its end, slow, cancel after so many `pieces`, or a bomb, which must be refused.
     """
 
     at: float
@@ -87,9 +88,11 @@ def plans(args: argparse.Namespace, client: str) -> list[Plan]:
     found = []
     while at < args.seconds / args.blocks:
         body = _body(rng)
-        kind = rng.choices(["read", "cancel", "slow"], [0.75, 0.15, 0.1])[0]
+        kind = rng.choices(["read", "cancel", "slow", "bomb"], [0.72, 0.15, 0.1, 0.03])[0]
+        if kind == "bomb":
+            body |= {"structured_outputs": bomb(rng), "temperature": 1.0}
         pieces = rng.randrange(1, 20)
-        checked = kind != "cancel" and rng.random() < args.checked
+        checked = kind in ("read", "slow") and rng.random() < args.checked
         found.append(Plan(at, body, kind, pieces, checked))
         at += rng.expovariate(1 / args.pause)
     return found
@@ -150,10 +153,15 @@ async def ask(client: httpx.AsyncClient, plan: Plan, name: str, figures: Figures
                     await asyncio.sleep(SLOW)
     except (RuntimeError, httpx.HTTPError) as error:
         reason = str(error) if isinstance(error, RuntimeError) else type(error).__name__
+        if plan.kind == "bomb" and is_refusal(reason):
+            figures.ends["refused"] += 1
+            return
         figures.ends[reason] += 1
         figures.wrong.append(f"{reason}: seed {plan.body['seed']}")
         return
     figures.ends["read"] += 1
+    if plan.kind == "bomb":
+        figures.wrong.append(f"a bomb was answered: {list(plan.body['structured_outputs'])}")
     figures.tokens += tokens
     if plan.kind == "read" and first:
         each = (time.monotonic() - first) / (tokens - 1) if tokens > 1 else None
