@@ -10,7 +10,7 @@ demo: .venv/.installed
 	$(BIN)/smart demo
 
 test: env
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadscope
 
 # Published draft heads: loading, proposals, export, training from one. Includes the shipped head (fetches its model).
 test-heads: env

@@ -1,10 +1,16 @@
 """What tests of several packages share."""
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+# Workers of pytest-xdist divide the cores among themselves: OpenMP reads this when torch is loaded.
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    cores = len(os.sched_getaffinity(0))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // workers)))
 
 from smart_decoding.kernels import library
 

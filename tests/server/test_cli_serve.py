@@ -99,6 +99,13 @@ def test_limits_of_pictures_reach_the_model(served: Any, tmp_path: Path) -> None
     assert options["max_image_pixels"] == 9
 
 
+def test_origins_one_by_one_or_as_vllm_takes_them(served: Any) -> None:
+    origins = ("--allowed-origins", "http://a.example", "--allowed-origins", '["http://b", "*"]')
+    assert cli.main(["serve", "m", *origins]) == 0
+    ((settings, _),) = served
+    assert settings.allowed_origins == ("http://a.example", "http://b", "*")
+
+
 def test_a_key_from_the_environment(served: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SMART_API_KEY", "secret")
     assert cli.main(["serve", "--host", "0.0.0.0"]) == 0

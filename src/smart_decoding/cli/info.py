@@ -19,6 +19,7 @@ OPTIONAL = (
     "llguidance",
     "fastapi",
     "uvicorn",
+    "prometheus-client",
     "matplotlib",
     "sentencepiece",
     "vllm",

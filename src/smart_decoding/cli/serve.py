@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from dataclasses import fields
 from pathlib import Path
@@ -79,6 +80,15 @@ def _server_options(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def _listed(text: str) -> list[Any]:
+    """vLLM's scripts give a JSON list."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return [text]
+    return found if isinstance(found, list) else [text]
+
+
 def _settings(args: argparse.Namespace) -> ServerSettings:
     """Raises ConfigError for values that are not allowed."""
     from smart_decoding.server.settings import ServerSettings
@@ -90,5 +100,8 @@ def _settings(args: argparse.Namespace) -> ServerSettings:
         for field in fields(ServerSettings)
         if field.name not in ("model_name", "api_keys")
     }
+    given["allowed_origins"] = tuple(
+        each for text in args.allowed_origins for each in _listed(text)
+    )
     given["no_api_key"] = bool(args.no_api_key)
     return ServerSettings(args.served_model_name or args.model, api_keys=tuple(keys), **given)

@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from numbers import Integral, Real
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from smart_decoding.engine.structured import StructuredOutputsParams
 from smart_decoding.errors import ConfigError
@@ -43,6 +47,7 @@ class SamplingParams:
     all. structured_outputs: what the text must be, such as JSON under a schema; it decides alone
     when the answer may end. speculate: false refuses speculation for this request; its tokens are
     the same either way.
+    bias_ids, bias_values, stop_array: [entries] logit_bias and stop_token_ids, for each row's sake.
     """
 
     n: int = 1
@@ -65,6 +70,9 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     structured_outputs: StructuredOutputsParams | None = None
     speculate: bool = True
+    bias_ids: NDArray[np.int64] = field(init=False, repr=False, compare=False)
+    bias_values: NDArray[np.float32] = field(init=False, repr=False, compare=False)
+    stop_array: NDArray[np.int64] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.seed == -1:
@@ -133,6 +141,7 @@ class SamplingParams:
             self.stop_token_ids,
             "a list of token ids >= 0",
         )
+        object.__setattr__(self, "stop_array", np.array(self.stop_token_ids or (), np.int64))
 
     def _check_logit_bias(self) -> None:
         allowed = "a dict of token ids >= 0 to biases in [-100, 100]"
@@ -142,9 +151,13 @@ class SamplingParams:
             self.logit_bias,
             allowed,
         )
-        for token, bias in (self.logit_bias or {}).items():
-            good = _token_ids([token]) and isinstance(bias, Real) and -100 <= bias <= 100
-            _require(good, "logit_bias", {token: bias}, allowed)
+        given = self.logit_bias or {}
+        _require(_token_ids(given), "logit_bias", given, allowed)
+        for token, bias in given.items():
+            if not (isinstance(bias, int | float | Real) and -100 <= bias <= 100):
+                _require(False, "logit_bias", {token: bias}, allowed)
+        object.__setattr__(self, "bias_ids", np.fromiter(given, np.int64))
+        object.__setattr__(self, "bias_values", np.fromiter(given.values(), np.float32))
 
     def _check_structure(self) -> None:
         given = self.structured_outputs
@@ -163,8 +176,8 @@ class SamplingParams:
         tokens."""
         allowed = f"less than the model's vocabulary of {vocab_size}"
         for name, ids in (("logit_bias", self.logit_bias), ("stop_token_ids", self.stop_token_ids)):
-            for token in ids or ():
-                _require(token < vocab_size, name, token, allowed)
+            largest = max(ids or (), default=0)
+            _require(largest < vocab_size, name, largest, allowed)
         if self.logprobs is not None:
             _require(
                 self.logprobs <= vocab_size,
@@ -209,7 +222,7 @@ class SamplingParams:
 
 def _require(good: bool, name: str, value: object, allowed: str) -> None:
     if not good:
-        raise ConfigError(f"{name}={value!r} is not allowed: it must be {allowed}")
+        raise ConfigError(f"{name}={value!r:.200} is not allowed: it must be {allowed}")
 
 
 def _real(name: str, value: object, allowed: str, in_range: Callable[[float], bool]) -> None:
@@ -225,6 +238,7 @@ def _integer(name: str, value: object, low: int, allowed: str, high: int = INT64
 def _token_ids(ids: Iterable[object] | None) -> bool:
     if isinstance(ids, str) or not isinstance(ids, Iterable | None):
         return False
-    return all(
-        isinstance(i, Integral) and not isinstance(i, bool) and int(i) >= 0 for i in ids or ()
-    )
+    given: list[Any] = list(ids or ())
+    kinds: set[type[Any]] = {type(i) for i in given}
+    whole = bool not in kinds and all(issubclass(kind, Integral) for kind in kinds)
+    return whole and min(given, default=0) >= 0 and max(given, default=0) <= INT64_MAX

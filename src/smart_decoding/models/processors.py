@@ -22,9 +22,10 @@ def process(row: FloatRow, spec: SampleSpec) -> FloatRow:
         return row
     row = row.copy()
     if params.logit_bias:
-        row[list(params.logit_bias)] += np.fromiter(params.logit_bias.values(), np.float32)
+        row[params.bias_ids] += params.bias_values
     if spec.position < params.min_tokens:
-        row[[*spec.eos_ids, *params.stop_ids]] = -np.inf
+        row[list(spec.eos_ids)] = -np.inf
+        row[params.stop_array] = -np.inf
     if params.needs_history:
         _penalise(row, spec)
     if spec.constraint is not None:

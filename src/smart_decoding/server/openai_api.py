@@ -19,6 +19,9 @@ from smart_decoding.server.body import CountedRoute
 from smart_decoding.server.chat import chat_prompt
 from smart_decoding.server.errors import ApiError
 from smart_decoding.server.lane import Lane
+from smart_decoding.server.replies import Reply
+from smart_decoding.server.responses import ResponsesReply
+from smart_decoding.server.responses_request import ResponsesRequest
 from smart_decoding.server.schemas import (
     ChatRequest,
     CompletionRequest,
@@ -43,6 +46,7 @@ def router(worker: Worker, settings: ServerSettings) -> APIRouter:
     api.get("/v1/models/{name:path}")(routes.model)
     api.post("/v1/completions", response_model=None)(routes.completions)
     api.post("/v1/chat/completions", response_model=None)(routes.chat)
+    api.post("/v1/responses", response_model=None)(routes.responses)
     api.post("/tokenize")(routes.tokenize)
     api.post("/detokenize")(routes.detokenize)
     return api
@@ -67,20 +71,29 @@ class _Routes:
         given = _prompts(body.prompt)
         llm = self._worker.check_room(len(given) * (body.n or 1), request.state.client)
         read = [partial(llm.text_prompt, each) for each in given]
-        prompts = [(await self._read(request, "prompt", each)).tokens for each in read]
+        prompts = [(await self._read(request, body.prompt_field, each)).tokens for each in read]
         form = CompletionForm(_token_text(llm), body.logprobs, _readers(llm, body, prompts))
         asked = Asked(body, prompts, form, body.logprobs)
         return await answer(self._worker, self._settings, request, asked)
 
     async def chat(self, request: Request, body: ChatRequest) -> Response:
+        return await self._chat(request, body, Reply)
+
+    async def responses(self, request: Request, body: ResponsesRequest) -> Response:
+        reply = partial(ResponsesReply, echo=body.echo())
+        return await self._chat(request, body.chat, reply)
+
+    async def _chat(
+        self, request: Request, body: ChatRequest, reply: Callable[..., Reply]
+    ) -> Response:
         llm = self._worker.check_room(1, request.state.client)
         offer = body.offer
         tools = offer.tools if offer else ()
         read = partial(chat_prompt, llm, body.messages, tools)
-        prompt = await self._read(request, "messages", read)
+        prompt = await self._read(request, body.prompt_field, read)
         top = (body.top_logprobs or 0) if body.logprobs else None
         form = ChatForm(_token_text(llm), top, offer is not None)
-        asked = Asked(body, [list(prompt.tokens)], form, top, prompt.media)
+        asked = Asked(body, [list(prompt.tokens)], form, top, prompt.media, reply)
         return await answer(self._worker, self._settings, request, asked)
 
     async def _read(self, request: Request, field: str, read: Callable[[], T]) -> T:
