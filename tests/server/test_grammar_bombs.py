@@ -108,7 +108,7 @@ def test_bombs_that_llguidance_defuses(running: Running, regex: str) -> None:
 def test_six_bombs_beside_a_client(
     running: Running, plain: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its answers are those alone, none waits for a grammar."""
+    """Its answers are those alone, and neither they nor its own grammars wait for the bombs."""
     monkeypatch.setattr(grammar_queue, "SECONDS", 0.15)
     params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
     wanted = plain.generate("abc", params)[0].outputs[0].text
@@ -122,6 +122,7 @@ def test_six_bombs_beside_a_client(
         while count < 5 or not all(bomb.done() for bomb in bombs):
             started = time.monotonic()
             answer = post(running, "/v1/completions", json=BODY).json()
+            assert asked(running, {"regex": f"own {count}"}).status_code == 200
             slowest = max(slowest, time.monotonic() - started)
             assert answer["choices"][0]["text"] == wanted
             count += 1
@@ -166,8 +167,8 @@ def test_the_end_waits_for_no_grammar(load: Any, monkeypatch: pytest.MonkeyPatch
     with ThreadPoolExecutor() as pool, serving(load, shutdown_timeout=30) as running:
         bombs = [pool.submit(asked, running, optional(6000, f"end_{i}")) for i in range(2)]
         grammars = running.worker.grammars
-        assert wait_for(lambda: grammars._child is not None and len(grammars._tasks) == 2)
-        child = grammars._child
+        assert wait_for(lambda: len(grammars._children) == 1 and len(grammars._tasks) == 2)
+        (child,) = grammars._children
         started = time.monotonic()
         running.server.should_exit = True
         running.thread.join(20)

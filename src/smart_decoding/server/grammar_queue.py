@@ -19,6 +19,7 @@ from smart_decoding.server.lane import Lane
 if TYPE_CHECKING:
     from smart_decoding.engine.structured import StructuredOutputsParams
 
+SHORT = 4096  # characters: no wait behind long ones
 SIZE = 2**18  # characters: of a long literal, a mask takes a microsecond for each
 SECONDS = 2.0  # of a processor
 PATIENCE = 30.0  # seconds, on a machine that has others to do
@@ -29,10 +30,11 @@ class GrammarQueue:
     """What stands between requests and `Grammars`. All methods are the event loop's."""
 
     def __init__(self) -> None:
-        self._lane = Lane()
+        self._short = Lane()
+        self._long = Lane()
         self._waiting: Counter[str] = Counter()
         self._tasks: set[asyncio.Task[Compiled]] = set()
-        self._child: subprocess.Popen[str] | None = None
+        self._children: set[subprocess.Popen[str]] = set()
         self._stopped = False
 
     async def compiled(
@@ -40,7 +42,7 @@ class GrammarQueue:
     ) -> Compiled:
         """The grammar, once it is its client's turn. Raises ConfigError for one that is wrong or
         too large, ApiError if the client has too many here or the server ends."""
-        _check_size(params)
+        size = _size(params)
         found = grammars.known(params)
         if found is not None:
             return found
@@ -48,8 +50,9 @@ class GrammarQueue:
             message = f"{WAITING} of your grammars are waiting to be compiled: try again later"
             raise ApiError(429, message, "queue_full")
         self._waiting[client] += 1
+        lane = self._short if size <= SHORT else self._long
         work = partial(self._compile, grammars, params)
-        task = asyncio.ensure_future(self._lane.run(client, work))
+        task = asyncio.ensure_future(lane.run(client, work))
         self._tasks.add(task)
         try:
             return await task
@@ -65,8 +68,8 @@ class GrammarQueue:
     def stop(self) -> None:
         """The server ends: nobody waits for a grammar any more."""
         self._stopped = True
-        if self._child is not None:
-            self._child.kill()
+        for child in tuple(self._children):
+            child.kill()
         for task in self._tasks:
             task.cancel()
 
@@ -84,14 +87,14 @@ class GrammarQueue:
         with subprocess.Popen(
             command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, encoding="utf-8"
         ) as child:
-            self._child = child
+            self._children.add(child)
             try:
                 said, _ = child.communicate(source, PATIENCE)
             except subprocess.TimeoutExpired:
                 said = ""
             finally:
                 child.kill()
-                self._child = None
+                self._children.discard(child)
         if said:
             raise ConfigError(f"structured_outputs: {one_line(said)}")
         if child.returncode:
@@ -101,7 +104,8 @@ class GrammarQueue:
             )
 
 
-def _check_size(params: StructuredOutputsParams) -> None:
+def _size(params: StructuredOutputsParams) -> int:
+    """Characters. Raises ConfigError for too many."""
     text = params.json or params.regex or params.grammar or ""
     size = len(text) + sum(len(each) + 3 for each in params.choice or ())
     if size > SIZE:
@@ -109,3 +113,4 @@ def _check_size(params: StructuredOutputsParams) -> None:
             f"structured_outputs: it has {size} characters, and at most {SIZE} are compiled here: "
             "make it smaller"
         )
+    return size
