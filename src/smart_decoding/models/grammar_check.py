@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import resource
 import signal
 import sys
 import threading
@@ -58,6 +57,8 @@ def _try(source: str, found: list[str]) -> None:
 
 def main() -> int:
     """Ends by a signal if the grammar takes more than the seconds of processor, stack or memory."""
+    import resource  # not everywhere where the rest of this module is
+
     os.nice(5)  # rounds go on meanwhile
     signal.setitimer(signal.ITIMER_PROF, float(sys.argv[1]))
     with contextlib.suppress(ValueError, OSError):  # macOS knows no such limit
