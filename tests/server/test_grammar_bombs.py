@@ -159,6 +159,8 @@ def test_a_clients_queue_is_small(running: Running, monkeypatch: pytest.MonkeyPa
     with ThreadPoolExecutor() as pool:
         many = [pool.submit(asked, running, optional(6000, f"many_{i}")) for i in range(4)]
         assert sorted(each.result().status_code for each in many) == [400, 400, 429, 429]
+        same = [pool.submit(asked, running, {"regex": "the same"}) for _ in range(6)]
+        assert [each.result().status_code for each in same] == [200] * 6
     assert asked(running, {"regex": "many"}).status_code == 200
 
 

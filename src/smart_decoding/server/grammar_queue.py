@@ -33,7 +33,7 @@ class GrammarQueue:
         self._short = Lane()
         self._long = Lane()
         self._waiting: Counter[str] = Counter()
-        self._tasks: set[asyncio.Task[Compiled]] = set()
+        self._tasks: dict[StructuredOutputsParams, asyncio.Task[Compiled]] = {}
         self._children: set[subprocess.Popen[str]] = set()
         self._stopped = False
 
@@ -46,32 +46,42 @@ class GrammarQueue:
         found = grammars.known(params)
         if found is not None:
             return found
-        if self._waiting[client] >= WAITING:
-            message = f"{WAITING} of your grammars are waiting to be compiled: try again later"
-            raise ApiError(429, message, "queue_full")
-        self._waiting[client] += 1
-        lane = self._short if size <= SHORT else self._long
-        work = partial(self._compile, grammars, params)
-        task = asyncio.ensure_future(lane.run(client, work))
-        self._tasks.add(task)
+        task = self._tasks.get(params)
+        if task is None:
+            lane = self._short if size <= SHORT else self._long
+            task = self._queued(lane, grammars, params, client)
         try:
-            return await task
+            return await asyncio.shield(task)  # others may want the same
         except asyncio.CancelledError:
             if self._stopped:
                 raise shutting_down() from None
             raise
-        finally:
-            self._tasks.discard(task)
-            self._waiting[client] -= 1
-            self._waiting += Counter()  # without those that wait no more
 
     def stop(self) -> None:
         """The server ends: nobody waits for a grammar any more."""
         self._stopped = True
         for child in tuple(self._children):
             child.kill()
-        for task in self._tasks:
+        for task in self._tasks.values():
             task.cancel()
+
+    def _queued(
+        self, lane: Lane, grammars: Grammars, params: StructuredOutputsParams, client: str
+    ) -> asyncio.Task[Compiled]:
+        if self._waiting[client] >= WAITING:
+            message = f"{WAITING} of your grammars are waiting to be compiled: try again later"
+            raise ApiError(429, message, "queue_full")
+        self._waiting[client] += 1
+        work = partial(self._compile, grammars, params)
+        task = asyncio.ensure_future(lane.run(client, work))
+        self._tasks[params] = task
+        task.add_done_callback(lambda _: self._done(params, client))
+        return task
+
+    def _done(self, params: StructuredOutputsParams, client: str) -> None:
+        del self._tasks[params]
+        self._waiting[client] -= 1
+        self._waiting += Counter()  # without those that wait no more
 
     def _compile(self, grammars: Grammars, params: StructuredOutputsParams) -> Compiled:
         """In another thread."""
