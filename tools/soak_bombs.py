@@ -1,5 +1,5 @@
-"""Grammars that would hold up or kill a server: one kind of client of soak.py. Each must be
-refused, or fail on its way, and nobody else notice."""
+"""Grammars that would hold up or kill a server, for soak.py's hostile clients: each is refused, or
+fails on its way, and nobody else may notice."""
 
 from __future__ import annotations
 
@@ -7,15 +7,12 @@ import random
 from typing import Any
 
 
-def bomb(rng: random.Random) -> dict[str, Any]:
-    """`structured_outputs` that no server takes; no two are alike, for compiled ones are kept."""
+def bomb(rng: random.Random) -> tuple[str, dict[str, Any]]:
+    """A path, and what is not in every body. No two are alike, for compiled ones are kept."""
     name = f"b{rng.randrange(2**31)}"
-    return rng.choice([_quadratic, _huge, _choices, _deep, _ambiguous])(name)
-
-
-def is_refusal(reason: str) -> bool:
-    """Whether it is how a bomb should end: a 400, a full queue, or an error on the way."""
-    return reason in ("400", "429") or reason.startswith("in the stream: structured_outputs")
+    structure = rng.choice([_quadratic, _huge, _choices, _deep, _ambiguous])(name)
+    body = {"prompt": "the sea", "max_tokens": 100, "temperature": 0}
+    return "/v1/completions", {**body, "structured_outputs": structure}
 
 
 def _quadratic(name: str) -> dict[str, Any]:
@@ -41,4 +38,4 @@ def _deep(name: str) -> dict[str, Any]:
 
 def _ambiguous(name: str) -> dict[str, Any]:
     rules = [f"r{i}: r{(i + 1) % 80} r{(i + 2) % 80} | /[a-z ]/" for i in range(80)]
-    return {"grammar": "\n".join([f'start: "{name}" r0', *rules])}
+    return {"grammar": "\n".join([f'start: "{name}" r0 "~{name}"', *rules])}
