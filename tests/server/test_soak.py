@@ -40,7 +40,7 @@ def test_a_short_soak_finds_nothing_wrong(
     monkeypatch.setattr(grammar_queue, "SECONDS", 0.2)
     monkeypatch.setattr(tool, "MAX_GAP", 5.0)  # on this machine others work, too
     size = {"max_num_seqs": 16, "max_model_len": 2048}
-    args = argparse.Namespace(seed=0, seconds=2.4, blocks=2, clients=64, pause=1.5, checked=0.05)
+    args = argparse.Namespace(seed=0, seconds=2.4, blocks=2, clients=64, pause=1.5, checked=0.1)
     with (
         serving(lambda: load(**size), model_name="soak") as ours,
         serving(lambda: load(**size, speculative_config=False), model_name="soak") as off,
