@@ -99,11 +99,13 @@ def plans(args: argparse.Namespace, client: str) -> list[Plan]:
     found = []
     while at < args.seconds / args.blocks:
         body = _body(rng)
-        kind = rng.choices(["read", "cancel", "slow", "hostile"], [0.7, 0.15, 0.1, 0.05])[0]
+        kind = rng.choices(["read", "hostile", "cancel", "slow"], [0.7, 0.05, 0.15, 0.1])[0]
         pieces = rng.randrange(1, 20)
-        checked = kind in ("read", "slow") and rng.random() < args.checked
+        checked = kind != "cancel" and rng.random() < args.checked
         if kind == "hostile":
-            path, change = rng.choice([rng.choice(HOSTILE), bomb(rng)])
+            path, change = HOSTILE[pieces // 2 % len(HOSTILE)]
+            if pieces % 2:
+                path, change = bomb(random.Random(f"{args.seed}-{client}-{at}"))
             found.append(Plan(at, {"model": "soak", **change}, kind, 0, False, path))
         else:
             found.append(Plan(at, body, kind, pieces, checked))

@@ -9,7 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smart_decoding.cli.arguments import add_options
+from smart_decoding.cli.arguments import add_options, use_threads
 from smart_decoding.cli.model_options import llm_options
 from smart_decoding.cli.serve_options import KEY_VARIABLE, OPTIONS, merge, read_config
 from smart_decoding.errors import ConfigError
@@ -46,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Checks everything that can be checked without the model, then serves."""
     merge(args, read_config(args.config) if args.config else {})
+    use_threads(args.threads)  # the file may say it, too
     options = {**llm_options(args), **_server_options(args)}
     try:
         from smart_decoding.server.launch import serve
