@@ -17,7 +17,7 @@ from serving import NAME, Running, post, serving, slow, wait_for
 
 from smart_decoding.errors import CapacityError
 from smart_decoding.models import tokenizer as tokenizing
-from smart_decoding.server.body import MAX_NESTED, MAX_VALUES, check_count
+from smart_decoding.server.counting import MAX_NESTED, MAX_VALUES, check_count
 from smart_decoding.server.errors import ApiError
 from smart_decoding.server.lane import Lane
 

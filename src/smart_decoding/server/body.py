@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Mapping
 from contextvars import ContextVar
 from typing import Annotated, Any, ClassVar
 
-from fastapi import Request, Response
-from fastapi.routing import APIRoute
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
-from starlette.requests import ClientDisconnect
-
-from smart_decoding.server.errors import ApiError
 
 
 def _whole_characters(text: str) -> str:
@@ -26,8 +21,6 @@ def _whole_characters(text: str) -> str:
 
 
 MAX_DEPTH = 64
-MAX_VALUES = 200_000  # in a body: numbers, texts, ...
-MAX_NESTED = 10_000  # in a body: objects and lists, which take fifty times as long to check
 MAX_IGNORED = 16  # names that an answer's header tells of
 # Of the request that is being answered: the names of fields that nobody knows.
 ignored: ContextVar[set[str]] = ContextVar("ignored")
@@ -35,41 +28,6 @@ Token = Annotated[int, Field(ge=0)]
 # Of lists: one error is enough, and a body of nulls would make a million.
 FAST = Field(fail_fast=True)
 Text = Annotated[str, AfterValidator(_whole_characters)]
-
-
-def check_count(raw: bytes) -> None:
-    """Raises ApiError for a JSON body of so many values that reading it would hold up others.
-
-    Counts outside of texts, which may be as long as the body."""
-    if raw.count(b",") < MAX_VALUES and raw.count(b"[") + raw.count(b"{") <= MAX_NESTED:
-        return
-    if b"\0" in raw:  # as in UTF-16, whose texts could not be told from the rest
-        raise ApiError(400, "the body is not UTF-8")
-    plain = raw.replace(rb"\\", b"").replace(rb"\"", b"")
-    if plain.count(b'"') <= 2 * MAX_VALUES:
-        outside = b"".join(plain.split(b'"')[::2])
-        nested = outside.count(b"[") + outside.count(b"{")
-        if nested <= MAX_NESTED and outside.count(b",") < MAX_VALUES:
-            return
-    most = f"{MAX_VALUES} values or {MAX_NESTED} objects and lists"
-    raise ApiError(400, f"the body holds more than {most}: send fewer at a time")
-
-
-class CountedRoute(APIRoute):
-    """A route whose bodies are counted before they are read: reading cannot be interrupted."""
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """FastAPI's, behind the count."""
-        handle = super().get_route_handler()
-
-        async def counted(request: Request) -> Response:
-            try:
-                check_count(await request.body())
-            except ClientDisconnect:
-                raise ApiError(499, "the client has gone") from None
-            return await handle(request)
-
-        return counted
 
 
 def check_json(value: Any) -> None:

@@ -15,8 +15,8 @@ from smart_decoding.engine.stopping import Detokenizer
 from smart_decoding.errors import CapacityError
 from smart_decoding.server.answering import Asked, answer, check_model
 from smart_decoding.server.answers import ChatForm, CompletionForm, Json
-from smart_decoding.server.body import CountedRoute
 from smart_decoding.server.chat import chat_prompt
+from smart_decoding.server.counting import CountedRoute
 from smart_decoding.server.errors import ApiError
 from smart_decoding.server.lane import Lane
 from smart_decoding.server.replies import Reply
