@@ -1,5 +1,5 @@
 """Load with faults on servers of its own: many clients, cancellations, slow readers, bodies of four
-megabytes, mixed requests and grammars.
+megabytes, mixed requests, grammars, and grammars that are bombs.
 
     python tools/soak.py --seconds 600 --clients 64 --json soak.json
 
@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from soak_bombs import bomb
 from soak_result import DIFFERS, SETTLED, Figures, Times, faults, ratio, show, summary
 
 WORDS = [
@@ -102,7 +103,9 @@ def plans(args: argparse.Namespace, client: str) -> list[Plan]:
         pieces = rng.randrange(1, 20)
         checked = kind != "cancel" and rng.random() < args.checked
         if kind == "hostile":
-            path, change = HOSTILE[pieces % len(HOSTILE)]
+            path, change = HOSTILE[pieces // 2 % len(HOSTILE)]
+            if pieces % 2:
+                path, change = bomb(random.Random(f"{args.seed}-{client}-{at}"))
             found.append(Plan(at, {"model": "soak", **change}, kind, 0, False, path))
         else:
             found.append(Plan(at, body, kind, pieces, checked))

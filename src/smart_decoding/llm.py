@@ -277,12 +277,11 @@ class LLM:
         ConfigError for one that cannot be."""
         encode = partial(self.tokenizer.encode, add_special_tokens=False)
         checked = {id(each): each.checked(encode) for each in params}
-        for each in checked.values():
-            if each.structured_outputs is not None:
-                self.grammars(each.structured_outputs)
+        wanted = [each.structured_outputs for each in checked.values()]
+        grammars = [self.grammars.compiled(each) for each in wanted if each is not None]
         pairs = zip(prompts, params, strict=True)
         asks = [Ask(prompt.tokens, checked[id(each)], prompt.media) for prompt, each in pairs]
-        return Job(str(next(self._count)), self.engine, asks, stream)
+        return Job(str(next(self._count)), self.engine, asks, stream, grammars=grammars)
 
     def _decoder(self, skip_special_tokens: bool) -> Decode:
         return lambda ids: self.tokenizer.decode(ids, skip_special_tokens)

@@ -111,11 +111,11 @@ def main(args: argparse.Namespace) -> None:
     prompts = [prompt_of(llm, text, images, args.raw) for text in texts]
     if args.batch is not None or args.json:
         answer_all(llm, texts, prompts, params, args.json)
-        return
-    answer = stream_answer(llm, prompts[0], params)
-    if args.stats:
-        drawn = args.seed is None and not params.greedy
-        print(stats_line(answer) + (f", seed {params.seed}" if drawn else ""), file=sys.stderr)
+    else:
+        answer = stream_answer(llm, prompts[0], params)
+        if args.stats:
+            drawn = args.seed is None and not params.greedy
+            print(stats_line(answer) + (f", seed {params.seed}" if drawn else ""), file=sys.stderr)
     take_profile(llm)
 
 

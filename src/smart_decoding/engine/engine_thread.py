@@ -262,6 +262,8 @@ class Rounds:
         job = self.owners.get(request)
         if job is None or not (job.stream or request.finished):
             return
+        if request.error is not None:
+            raise request.error
         stop = request.stop
         start = job.sent[request]
         tokens = list(request.output[start:])

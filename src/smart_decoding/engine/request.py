@@ -84,7 +84,7 @@ class Request:
     def accept(self, tokens: Sequence[int], now: float) -> list[int]:
         """Takes the tokens of a round, at the second `now`; returns those that belong to the
         answer."""
-        answer = self.stop.push(tokens)
+        answer = self.stop.push(tokens if self.error is None else ())
         if self.logprobs is not None:
             del self.logprobs[len(self.output) :]
         self.tokens.extend(answer)
@@ -118,6 +118,11 @@ class Request:
         return self.max_tokens - len(self.stop.token_ids)
 
     @property
+    def error(self) -> Exception | None:
+        """Why its answer cannot go on."""
+        return None if self.constraint is None else self.constraint.error
+
+    @property
     def finished(self) -> bool:
-        """Whether it has ended, or was aborted."""
-        return self.aborted or self.stop.finish_reason is not None
+        """Whether it has ended, was aborted, or has failed."""
+        return self.aborted or self.stop.finish_reason is not None or self.error is not None

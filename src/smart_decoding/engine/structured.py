@@ -77,7 +77,12 @@ def _schema_text(schema: object) -> str:
 
 class Constraint(Protocol):
     """One answer's grammar, and where in it the answer is. A path: tree tokens from the first level
-    on."""
+    on.
+
+    error: why it cannot go on, such as a grammar that has outgrown its limits on the way. It ends
+    its own request, whose tokens from then on mean nothing: the round goes on for the others."""
+
+    error: ConfigError | None
 
     def allowed(self, path: Sequence[int]) -> NDArray[np.bool_]:
         """[vocab] the tokens that may follow the committed ones and `path`; at least one."""

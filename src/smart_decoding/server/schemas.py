@@ -16,11 +16,10 @@ from smart_decoding.server.structure import ResponseFormat, StructuredOutputs, s
 from smart_decoding.server.tools import MAX_TOOLS, NamedTool, Offer, Tool, ToolCall
 
 MAX_STOPS = 16
+MAX_BAD_WORDS = 128
 MAX_LOGPROBS = 20
 # Of OpenAI's fields and vLLM's, those that would change an answer.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "allowed_token_ids": (None,),
-    "bad_words": (None, []),
     "best_of": (None, 1),
     "cache_salt": (None,),
     "echo": (None, False),
@@ -81,6 +80,8 @@ class Sampling(Body):
     repetition_penalty: float | None = None
     min_tokens: int | None = None
     stop_token_ids: Annotated[list[Token], FAST] | None = None
+    allowed_token_ids: Annotated[list[Token], FAST] | None = None
+    bad_words: Annotated[list[Text], Field(max_length=MAX_BAD_WORDS)] | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
@@ -122,6 +123,8 @@ class Completions(Sampling):
         "repetition_penalty",
         "min_tokens",
         "stop_token_ids",
+        "allowed_token_ids",
+        "bad_words",
         "ignore_eos",
         "skip_special_tokens",
         "include_stop_str_in_output",

@@ -19,7 +19,8 @@ from smart_decoding.engine.isolation import warm_up
 from smart_decoding.engine.jobs import Delivery, QueueTimeoutError
 from smart_decoding.engine.observers import Observer, Observers
 from smart_decoding.errors import CapacityError, ConfigError, EngineStoppedError, SmartError
-from smart_decoding.server.errors import ApiError, of_smart_error
+from smart_decoding.server.errors import ApiError, of_smart_error, shutting_down
+from smart_decoding.server.grammar_queue import GrammarQueue
 from smart_decoding.server.jobs import HttpJob
 
 if TYPE_CHECKING:
@@ -40,7 +41,8 @@ class Watcher(Observer, Protocol):
 class Worker:
     """Serves an LLM. `load` builds it in a thread; `failed` is called if that fails.
 
-    llm: None until it is ready; clients: answers that wait or run, by client.
+    llm: None until it is ready; clients: answers that wait or run, by client; grammars: those of
+    requests, before they are jobs.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class Worker:
         self.llm: LLM | None = None
         self.failed: Callable[[], None] = lambda: None
         self.clients: Counter[str] = Counter()
+        self.grammars = GrammarQueue()
         self.draining = False
         self.observers = Observers(observers)
         self._watchers = observers
@@ -72,13 +75,18 @@ class Worker:
     def drain(self) -> None:
         """No new jobs from now on; what is here goes on."""
         self.draining = True
+        self.grammars.stop()
+
+    def give_up(self) -> None:
+        """What still runs is told that the server ends, after the present round."""
+        if self.llm is not None:
+            self.llm.engine_thread.inbox.stop()
 
     def stop(self, timeout: float = 10.0) -> None:
-        """Ends the engine after its present round; what still runs is aborted."""
+        """Ends the engine after its present round; what still runs is aborted. A model that is
+        being loaded is not waited for: the process ends with the daemon thread that loads it."""
         self.draining = True
-        if self.llm is None:
-            self._thread.join(timeout)
-        else:
+        if self.llm is not None:
             self.llm.engine_thread.stop(timeout)
 
     @property
@@ -105,7 +113,7 @@ class Worker:
     def ready(self) -> LLM:
         """The loaded model. Raises ApiError (503) while there is none."""
         if self._stopping:
-            raise _shutting_down()
+            raise shutting_down()
         self.check_alive()
         if self.llm is None:
             raise ApiError(503, "the model is still loading", "not_ready")
@@ -197,7 +205,7 @@ class Worker:
         if isinstance(error, QueueTimeoutError):
             return ApiError(503, str(error), "queue_timeout", retry_after=self._retry_after())
         if isinstance(error, EngineStoppedError):
-            return _shutting_down() if self._stopping else ApiError(500, str(error), "engine_died")
+            return shutting_down() if self._stopping else ApiError(500, str(error), "engine_died")
         if isinstance(error, ConfigError | CapacityError):  # any other error is not the request's
             return of_smart_error(error)
         log.error("request failed", exc_info=error, extra={"request_id": job.request_id})
@@ -217,6 +225,7 @@ class Worker:
 
     def _loaded(self) -> LLM:
         llm = self._load()
+        llm.grammars.prepare()
         warm_up(llm.engine)
         for watcher in self._watchers:
             watcher.start(llm)
@@ -234,7 +243,3 @@ class Worker:
         assert self._loop is not None
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
             self._loop.call_soon_threadsafe(function, argument)
-
-
-def _shutting_down() -> ApiError:
-    return ApiError(503, "the server is shutting down", "shutting_down")
