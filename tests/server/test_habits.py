@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -10,6 +11,7 @@ import pytest
 from serving import NAME, Running, post, serving
 
 from smart_decoding.errors import ConfigError
+from smart_decoding.models.tokenizer import Tokenizer
 from smart_decoding.server.settings import ServerSettings
 
 if TYPE_CHECKING:
@@ -48,6 +50,28 @@ def test_masks_hold_in_the_server(running: Running) -> None:
     refused = post(running, "/v1/completions", json={**masked, "allowed_token_ids": []})
     assert refused.status_code == 400
     assert refused.json()["error"]["param"] == "allowed_token_ids"
+
+
+def test_bad_words_are_short_and_read_beside_the_event_loop(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = {"prompt": [1], "max_tokens": 1, "bad_words": ["a" * 257]}
+    refused = post(running, "/v1/completions", json=asked)
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "bad_words"
+    assert "at most 256 characters" in refused.json()["error"]["message"]
+    encode = Tokenizer.encode
+    read: dict[str, threading.Thread] = {}
+
+    def noted(tokenizer: Tokenizer, text: str, **named: bool) -> list[int]:
+        read[text] = threading.current_thread()
+        return encode(tokenizer, text, **named)
+
+    monkeypatch.setattr(Tokenizer, "encode", noted)
+    asked["bad_words"] = ["ab"]
+    assert post(running, "/v1/completions", json=asked).status_code == 200
+    assert running.thread not in read.values()
+    assert read.keys() == {"ab", " ab"}
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,10 @@ class SampleSpec:
 
     def ends_with(self, tokens: Sequence[int]) -> bool:
         """Whether these are the last tokens of output and path."""
+        if not len(tokens):
+            return True
+        last = self.path if len(self.path) else self.output
+        if not len(last) or last[-1] != tokens[-1]:  # nearly always: asked of each word and row
+            return False
         count = len(tokens)
-        past = [*self.output[-count:], *self.path][-count:] if count else []
-        return past == list(tokens)
+        return [*self.output[-count:], *self.path][-count:] == list(tokens)

@@ -1,7 +1,7 @@
 """`SamplingParams`: what a user may ask of one request, in vLLM's names and defaults.
 
-Some ranges are narrower than vLLM's: those of temperature and repetition_penalty; a logit_bias out
-of range is refused, not clamped.
+Some ranges are narrower than vLLM's: those of temperature and repetition_penalty, and the length of
+bad words; a logit_bias out of range is refused, not clamped.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from smart_decoding.engine.structured import StructuredOutputsParams
 from smart_decoding.errors import ConfigError
 
+MAX_BAD_WORD = 256  # characters
 GREEDY_BELOW = 1e-5  # vLLM's threshold: colder than this is argmax
 INT64_MIN = -(2**63)
 INT64_MAX = 2**63 - 1
@@ -165,6 +166,9 @@ class SamplingParams:
             isinstance(words, list | tuple) and all(isinstance(w, str) and w.strip() for w in words)
         )
         _require(good, "bad_words", words, "a list of texts that are not blank")
+        longest = max(words or (), key=len, default="")
+        allowed = f"a list of texts of at most {MAX_BAD_WORD} characters each"
+        _require(len(longest) <= MAX_BAD_WORD, "bad_words", longest, allowed)
         ids = self.allowed_token_ids
         good = ids is None or (_token_ids(ids) and len(ids) > 0)
         _require(good, "allowed_token_ids", ids, "a list of token ids >= 0, not empty")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -30,17 +30,31 @@ if TYPE_CHECKING:
     from smart_decoding.server.worker import Worker
 
 COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions; a chat goes on to the context's end
+T = TypeVar("T")
 STREAM_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+
+
+class Read(Protocol):
+    """As `_Routes._read`, of one request."""
+
+    def __call__(self, field: str, read: Callable[[], T], /) -> Awaitable[T]:
+        """What `read` makes of the texts in `field`."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A request as its route reads it. form, reply: shape the answers; media: of the one prompt."""
+    """A request as its route reads it.
+
+    form, reply: shape the answers; read: what is made of a field's texts, when it is the client's
+    turn; media: of the one prompt.
+    """
 
     body: Completions
     prompts: list[list[int]]
     form: Form
     logprobs: int | None
+    read: Read
     media: Media | None = None
     reply: Callable[..., Reply] = Reply
 
@@ -94,7 +108,12 @@ async def _job(worker: Worker, settings: ServerSettings, request: Request, asked
     if longest is not None:
         limit = longest if limit is None else min(limit, longest)
     encode = partial(worker.ready().tokenizer.encode, add_special_tokens=False)
-    params = body.params(limit, asked.logprobs, defaults).checked(encode)
+
+    def checked() -> SamplingParams:
+        return body.params(limit, asked.logprobs, defaults).checked(encode)
+
+    masked = body.bad_words or body.allowed_token_ids
+    params = await asked.read("bad_words", checked) if masked else checked()
     client = request.state.client
     grammars = await _grammars(body, params, worker, client)
     return HttpJob(

@@ -73,7 +73,7 @@ class _Routes:
         read = [partial(llm.text_prompt, each) for each in given]
         prompts = [(await self._read(request, body.prompt_field, each)).tokens for each in read]
         form = CompletionForm(llm.tokenizer.token_text, body.logprobs, _readers(llm, body, prompts))
-        asked = Asked(body, prompts, form, body.logprobs)
+        asked = Asked(body, prompts, form, body.logprobs, partial(self._read, request))
         return await answer(self._worker, self._settings, request, asked)
 
     async def chat(self, request: Request, body: ChatRequest) -> Response:
@@ -93,7 +93,9 @@ class _Routes:
         prompt = await self._read(request, body.prompt_field, read)
         top = (body.top_logprobs or 0) if body.logprobs else None
         form = ChatForm(llm.tokenizer.token_text, top, offer is not None)
-        asked = Asked(body, [list(prompt.tokens)], form, top, prompt.media, reply)
+        prompts = [list(prompt.tokens)]
+        read_more = partial(self._read, request)
+        asked = Asked(body, prompts, form, top, read_more, prompt.media, reply)
         return await answer(self._worker, self._settings, request, asked)
 
     async def _read(self, request: Request, field: str, read: Callable[[], T]) -> T:
