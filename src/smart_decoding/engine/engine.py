@@ -107,13 +107,15 @@ class Engine:
         prompt: Sequence[int],
         params: SamplingParams,
         media: Media | None = None,
+        client: str = "",
     ) -> list[Request]:
-        """Queues the prompt's `params.n` answers. Raises ConfigError or CapacityError for what can
-        never run."""
+        """Queues the prompt's `params.n` answers for `client`. Raises ConfigError or CapacityError
+        for what can never run."""
         requests = self.admission.requests(request_id, prompt, params, media)
         if any(request.id in self._requests for request in requests):
             raise ConfigError(f"request id {request_id!r} is already running")
         for request in requests:
+            request.client = client
             self._requests[request.id] = request
             self.scheduler.add(request)
         return requests

@@ -213,8 +213,8 @@ class Rounds:
         try:
             for place, ask in enumerate(job.asks):
                 name = f"{job.id}-{place}"
-                for request in job.engine.add_request(name, ask.tokens, ask.params, ask.media):
-                    request.client = job.client
+                asked = (ask.tokens, ask.params, ask.media, job.client)
+                for request in job.engine.add_request(name, *asked):
                     job.answers[request] = len(job.answers)
                     job.sent[request] = 0
                     self.owners[request] = job

@@ -52,7 +52,9 @@ class Isolation:
         self.failures = 0 if survivors else self.failures + 1
         if self.failures >= GIVE_UP:
             self._check_engine(error)
-        queue.extend(request for request in (*survivors, *others) if not request.finished)
+        for request in (*survivors, *others):
+            if not request.finished:
+                queue.append(request)
 
     def _survives(self, request: Request) -> bool:
         """Runs it alone, through a round of each kind: its prompt's, and a decoding one."""

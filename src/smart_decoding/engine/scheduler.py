@@ -3,12 +3,12 @@ out."""
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from smart_decoding.engine.kv import PAGE, OutOfPagesError, PagePool
-from smart_decoding.engine.turns import Turns
+from smart_decoding.engine.turns import Turns, Waiting
 
 if TYPE_CHECKING:
     from smart_decoding.engine.request import Request
@@ -37,7 +37,7 @@ class Scheduler:
         self.pool = pool
         self.max_num_seqs = max_num_seqs
         self.chunk = max_num_batched_tokens
-        self.waiting: deque[Request] = deque()
+        self.waiting: Waiting[Request] = Waiting()
         self.running: list[Request] = []
         # of the last next_batch(): the engine tells their drafters
         self.preempted: list[Request] = []
@@ -108,7 +108,7 @@ class Scheduler:
         return chunks
 
     def _next_waiting(self) -> Request:
-        return self._turns.choose(self.waiting, self._held())
+        return self._turns.choose(self.waiting.heads(), self._held())
 
     def _held(self) -> Counter[str]:
         """Slots, by client."""
@@ -156,8 +156,8 @@ class Scheduler:
         return True
 
     def put_back(self, request: Request) -> None:
-        """Puts a running request back to the front of the queue; its keys are computed again
-        later."""
+        """Puts a running request back to the front of its client's line; its keys are computed
+        again later."""
         request.table.release()
         self.running.remove(request)
         self.waiting.appendleft(request)

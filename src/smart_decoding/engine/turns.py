@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
-from typing import Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 REMEMBERED = 1024  # clients whose last turn is known; the others count as newcomers
 _NOTHING: Mapping[str, int] = MappingProxyType({})
@@ -40,3 +41,42 @@ class Turns:
         self._last[client] = self._count
         if len(self._last) > REMEMBERED:
             del self._last[next(iter(self._last))]
+
+
+class Waiting(Generic[T]):
+    """What waits, in a line for each client: whose turn it is depends on the heads alone."""
+
+    def __init__(self) -> None:
+        self._lines: dict[str, deque[T]] = {}  # none is empty
+
+    def append(self, one: T) -> None:
+        """At the end of its client's line."""
+        self._lines.setdefault(one.client, deque()).append(one)
+
+    def appendleft(self, one: T) -> None:
+        """At the front of its client's line."""
+        self._lines.setdefault(one.client, deque()).appendleft(one)
+
+    def remove(self, one: T) -> None:
+        """Takes one out. Raises ValueError if it does not wait."""
+        line = self._lines.get(one.client, deque())
+        line.remove(one)
+        if not line:
+            del self._lines[one.client]
+
+    def clear(self) -> None:
+        """Takes all out."""
+        self._lines.clear()
+
+    def heads(self) -> list[T]:
+        """The first of each client."""
+        return [line[0] for line in self._lines.values()]
+
+    def __iter__(self) -> Iterator[T]:
+        return (one for line in self._lines.values() for one in line)
+
+    def __contains__(self, one: T) -> bool:
+        return one in self._lines.get(one.client, ())
+
+    def __len__(self) -> int:
+        return sum(map(len, list(self._lines.values())))  # other threads ask, too

@@ -8,7 +8,7 @@ import pytest
 from smart_decoding.engine.engine import Engine
 from smart_decoding.engine.request import Request
 from smart_decoding.engine.sampling_params import SamplingParams
-from smart_decoding.engine.turns import REMEMBERED, Turns
+from smart_decoding.engine.turns import REMEMBERED, Turns, Waiting
 
 from .fakes import VOCAB, alone, finish, make_engine
 
@@ -21,9 +21,7 @@ def add(
     requests = []
     for i in range(count):
         prompt = [(i * 7 + j + len(client)) % VOCAB for j in range(length)]
-        requests += engine.add_request(f"{client}-{length}-{i}", prompt, params)
-    for request in requests:
-        request.client = client
+        requests += engine.add_request(f"{client}-{length}-{i}", prompt, params, client=client)
     return requests
 
 
@@ -32,7 +30,7 @@ def step(engine: Engine, rounds: int) -> None:
         engine.step()
 
 
-@dataclass
+@dataclass(eq=False)
 class Named:
     client: str
 
@@ -107,3 +105,36 @@ def test_no_order_and_no_lack_of_memory_changes_an_answer(pages: int) -> None:
     finish(engine)
     for request in requests:
         assert request.output == alone(request.prompt, request.params)[0].output
+
+
+def test_a_round_does_not_look_at_all_that_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine(max_num_seqs=1)
+    add(engine, "many", 50)
+    add(engine, "few", 1)
+    seen: list[int] = []
+    choose = Turns.choose
+
+    def counting(turns: Turns, waiting: list[Request], *held: dict[str, int]) -> Request:
+        seen.append(len(waiting))
+        return choose(turns, waiting, *held)
+
+    monkeypatch.setattr(Turns, "choose", counting)
+    step(engine, 30)
+    assert max(seen) == 2
+    assert len(engine.scheduler.waiting) == len(list(engine.scheduler.waiting)) == 49
+
+
+def test_lines_keep_each_clients_order() -> None:
+    a, b, c = Named("x"), Named("x"), Named("y")
+    waiting: Waiting[Named] = Waiting()
+    for one in (b, c):
+        waiting.append(one)
+    waiting.appendleft(a)
+    assert list(map(id, waiting)) == list(map(id, (a, b, c)))
+    assert list(map(id, waiting.heads())) == list(map(id, (a, c)))
+    waiting.remove(c)
+    assert c not in waiting
+    assert b in waiting
+    waiting.clear()
+    assert not waiting
+    assert waiting.heads() == []
