@@ -52,7 +52,8 @@ class SamplingParams:
     the answer may end. speculate: false refuses speculation for this request; its tokens are the
     same either way.
     bad_words_token_ids: what `bad_words` are for the model, as `LLM` finds out. bias_ids,
-    bias_values, stop_array: [entries] logit_bias and stop_token_ids, for each row's sake.
+    bias_values, stop_array, allowed_array: [entries] logit_bias, stop_token_ids and
+    allowed_token_ids, for each row's sake.
     """
 
     n: int = 1
@@ -65,7 +66,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     logit_bias: dict[int, float] | None = None
     stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: list[int] | NDArray[np.int64] | None = None
     ignore_eos: bool = False
     min_tokens: int = 0
     max_tokens: int | None = 16
@@ -83,8 +84,12 @@ class SamplingParams:
     bias_ids: NDArray[np.int64] = field(init=False, repr=False, compare=False)
     bias_values: NDArray[np.float32] = field(init=False, repr=False, compare=False)
     stop_array: NDArray[np.int64] = field(init=False, repr=False, compare=False)
+    allowed_array: NDArray[np.int64] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        for name in ("stop_token_ids", "allowed_token_ids"):
+            if isinstance(getattr(self, name), np.ndarray):  # lists can be compared
+                setattr(self, name, getattr(self, name).tolist())
         if self.seed == -1:
             self.seed = None
         self._check_numbers()
@@ -172,6 +177,7 @@ class SamplingParams:
         ids = self.allowed_token_ids
         good = ids is None or (_token_ids(ids) and len(ids) > 0)
         _require(good, "allowed_token_ids", ids, "a list of token ids >= 0, not empty")
+        self.allowed_array = np.array(() if ids is None else ids, np.int64)
 
     def _check_logit_bias(self) -> None:
         allowed = "a dict of token ids >= 0 to biases in [-100, 100]"
@@ -222,8 +228,6 @@ class SamplingParams:
     def checked(self, encode: Callable[[str], Sequence[int]]) -> SamplingParams:
         """A copy, checked anew, with its bad words as token ids. encode: text to ids."""
         found = replace(self)
-        if self.allowed_token_ids is not None:
-            found.allowed_token_ids = np.array(self.allowed_token_ids, np.int64)
         if self.bad_words:
             texts = [blank + word.lstrip() for word in self.bad_words for blank in ("", " ")]
             found.bad_words_token_ids = list(dict.fromkeys(tuple(encode(text)) for text in texts))

@@ -29,7 +29,7 @@ def process(row: FloatRow, spec: SampleSpec) -> FloatRow:
     if params.needs_history:
         _penalise(row, spec)
     if params.allowed_token_ids is not None:
-        ids = np.asarray(params.allowed_token_ids, np.int64)
+        ids = params.allowed_array
         allowed = row[ids]
         row[:] = -np.inf
         row[ids] = allowed

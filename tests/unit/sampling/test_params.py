@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 
 from smart_decoding.engine.history import SampleSpec
@@ -177,3 +178,16 @@ def test_where_a_row_ends_is_seen_at_its_last_token_first():
     assert SampleSpec(SamplingParams(), output=[1, 2]).ends_with((1, 2))
     assert not SampleSpec(SamplingParams()).ends_with((1,))
     assert not SampleSpec(SamplingParams(), output=Uncut([1, 2])).ends_with((1,) * 99)
+
+
+@pytest.mark.parametrize("name", ["allowed_token_ids", "stop_token_ids"])
+def test_token_ids_may_be_arrays(name):
+    given = SamplingParams(**{name: np.array([3, 5])})
+    checked = given.checked(lambda text: text.encode())
+    assert checked.checked(lambda text: text.encode()) == checked == given
+    assert given == SamplingParams(**{name: [3, 5]}) != SamplingParams(**{name: [3, 4]})
+    assert list(getattr(checked, f"{name.partition('_')[0]}_array")) == [3, 5]
+    with pytest.raises(ConfigError, match=name):
+        SamplingParams(**{name: np.array([0.5, 3])})
+    with pytest.raises(ConfigError, match=name):
+        given.check_vocabulary(5)
