@@ -21,7 +21,10 @@ T = TypeVar("T", bound=Asking)
 
 
 class Turns:
-    """The next is who holds least, then whose last turn is longest ago, then who came first."""
+    """The next is who holds least, then whose last turn is longest ago, then who came first.
+
+    Newcomers are before the last one whose turn it was, and behind all others: else a client with
+    ever new names would always be the next."""
 
     def __init__(self) -> None:
         self._last: dict[str, int] = {}  # the latest is the last entry
@@ -30,6 +33,10 @@ class Turns:
     def choose(self, waiting: Iterable[T], held: Mapping[str, int] = _NOTHING) -> T:
         """Of what waits, in order of arrival and not empty, what is next. held: what each client
         has already."""
+        waiting = list(waiting)
+        for each in waiting:
+            if each.client not in self._last:
+                self._note(each.client, self._count - 1)
         return min(
             waiting, key=lambda each: (held.get(each.client, 0), self._last.get(each.client, 0))
         )
@@ -38,7 +45,10 @@ class Turns:
         """It was this client's turn."""
         self._count += 1
         self._last.pop(client, None)
-        self._last[client] = self._count
+        self._note(client, self._count)
+
+    def _note(self, client: str, turn: int) -> None:
+        self._last[client] = turn
         if len(self._last) > REMEMBERED:
             del self._last[next(iter(self._last))]
 

@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from smart_decoding.server.body import ignored
 from smart_decoding.server.errors import ApiError
-from smart_decoding.server.settings import ServerSettings, is_loopback
+from smart_decoding.server.settings import ServerSettings, is_loopback, network_of
 
 log = logging.getLogger("smart.access")
 
@@ -70,11 +70,11 @@ class Gate:
 
     def _client(self, scope: Scope, headers: Headers) -> str:
         """Who takes turns with the others: a key, by its number, or an address where there are no
-        keys. Empty without a valid key."""
+        keys, of IPv6 its /64. Empty without a valid key."""
         if self._keys:
             return self._fitting_key(headers.get("authorization", ""))
         address = scope.get("client")
-        return address[0] if address else "unknown"
+        return network_of(address[0]) if address else "unknown"
 
     def _refusal(self, path: str, headers: Headers, client: str) -> ApiError | None:
         if self.settings.local_names_only and not is_loopback(_host_of(headers.get("host", ""))):

@@ -79,6 +79,20 @@ class ServerSettings:
         return not self.api_keys and not self.no_api_key
 
 
+def network_of(address: str) -> str:
+    """Who is at an IP address: of IPv6 the /64, of which one machine may have all."""
+    try:
+        found = ipaddress.ip_address(address)
+    except ValueError:
+        return address
+    if isinstance(found, ipaddress.IPv4Address):
+        return address
+    if found.ipv4_mapped is not None:  # as a socket for both kinds spells it
+        return str(found.ipv4_mapped)
+    network = ipaddress.IPv6Address(int(found) >> 64 << 64)
+    return f"{network}/64"
+
+
 def is_loopback(host: str) -> bool:
     """Whether only this machine can connect to `host`, or a Host header names this machine."""
     if host.lower() == "localhost":

@@ -50,6 +50,23 @@ def test_the_next_is_who_holds_least_then_who_waits_longest_then_who_came_first(
     assert len(turns._last) == REMEMBERED
 
 
+def test_ever_new_names_are_not_always_the_next() -> None:
+    turns = Turns()
+    for name in ("a", "b", "c"):
+        turns.taken(name)
+    waiting = [Named("a"), Named("b"), Named("new")]
+    order = []
+    for i in range(6):
+        one = turns.choose(waiting)
+        turns.taken(one.client)
+        waiting.remove(one)
+        waiting.append(Named(f"new {i}"))
+        order.append(one.client)
+    assert order == ["a", "b", "new", "new 0", "new 1", "new 2"]
+    turns.taken("x")
+    assert turns.choose([Named("x"), Named("newest")]).client == "newest"
+
+
 def test_a_client_does_not_wait_behind_all_requests_of_another() -> None:
     engine = make_engine(max_num_seqs=1)
     many = add(engine, "many", 6)
