@@ -28,9 +28,9 @@ def impatient(load: Any) -> Iterator[Running]:
 
 
 @contextmanager
-def connected(running: Running) -> Iterator[socket.socket]:
+def connected(running: Running, source: str = "127.0.0.1") -> Iterator[socket.socket]:
     host, _, port = running.url.removeprefix("http://").partition(":")
-    with socket.create_connection((host, int(port)), timeout=5) as client:
+    with socket.create_connection((host, int(port)), 5, (source, 0)) as client:
         yield client
 
 
@@ -196,7 +196,8 @@ def test_slow_loris_is_cut_off_and_the_others_do_not_notice(impatient: Running) 
 def test_more_connections_than_are_allowed(load: Any) -> None:
     with serving(load, max_connections=4) as running, ExitStack() as stack:
         connections = running.server.server_state.connections
-        first, *_ = [stack.enter_context(connected(running)) for _ in range(4)]
+        sources = ["127.0.0.1"] * 2 + ["127.0.0.2", "127.0.0.3"]
+        first, *_ = [stack.enter_context(connected(running, each)) for each in sources]
         assert wait_for(lambda: len(connections) == 4)
         status, error, _ = said(running, b"")
         assert status == 503
@@ -207,6 +208,18 @@ def test_more_connections_than_are_allowed(load: Any) -> None:
         assert b"200 OK" in read_all(first)
         assert wait_for(lambda: len(connections) == 3)
         goes_on(running)
+
+
+def test_one_address_has_half_of_the_connections(load: Any) -> None:
+    with serving(load, max_connections=4) as running, ExitStack() as stack:
+        connections = running.server.server_state.connections
+        for _ in range(2):
+            stack.enter_context(connected(running, "127.0.0.2"))
+        assert wait_for(lambda: len(connections) == 2)
+        refused = read_all(stack.enter_context(connected(running, "127.0.0.2")))
+        assert b"503 Service Unavailable" in refused
+        assert b"retry-after: 5\r\n" in refused.lower()
+        goes_on(running)  # at another address
 
 
 def test_a_reader_that_stops_reading_is_cut_off(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,9 +17,12 @@ from serving import NAME, Running, post, serving, slow, wait_for
 
 from smart_decoding.errors import CapacityError
 from smart_decoding.models import tokenizer as tokenizing
+from smart_decoding.models.tokenizer import Tokenizer
+from smart_decoding.server import openai_api
 from smart_decoding.server.counting import MAX_NESTED, MAX_VALUES, check_count
 from smart_decoding.server.errors import ApiError
 from smart_decoding.server.lane import Lane
+from smart_decoding.server.settings import network_of
 
 if TYPE_CHECKING:
     from smart_decoding.llm import LLM
@@ -188,3 +191,70 @@ def test_in_a_lane_clients_take_turns_one_at_a_time() -> None:
 
     asyncio.run(all_of_them())
     assert done == ["many", "few", "many", "many", "many"]
+
+
+def test_work_that_nobody_waits_for_keeps_its_place_to_its_end() -> None:
+    free = threading.Event()
+    done: list[str] = []
+
+    def work(name: str) -> None:
+        free.wait(5)
+        done.append(name)
+
+    async def both() -> None:
+        lane = Lane()
+        gone = asyncio.create_task(lane.run("a", lambda: work("gone")))
+        await asyncio.sleep(0.01)
+        stays = asyncio.create_task(lane.run("a", lambda: done.append("stays")))
+        gone.cancel()
+        await asyncio.sleep(0.05)
+        assert done == []
+        free.set()
+        await stays
+
+    asyncio.run(both())
+    assert done == ["gone", "stays"]
+
+
+def test_the_texts_of_one_client_that_wait_have_an_end(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = threading.Event()
+    read: list[str] = []
+    encode = Tokenizer.encode
+
+    def held_up(tokenizer: Tokenizer, text: str, *given: bool, **named: bool) -> list[int]:
+        read.append(text[0])
+        free.wait(20)
+        return encode(tokenizer, text[:9], *given, **named)
+
+    monkeypatch.setattr(Tokenizer, "encode", held_up)
+    monkeypatch.setattr(openai_api, "WAITING", 1)
+    with ThreadPoolExecutor() as pool, client(running) as other:
+        first = pool.submit(post, running, "/tokenize", json={"prompt": "1" * 3_000_000})
+        assert wait_for(lambda: read == ["1"])
+        refused = post(running, "/tokenize", json={"prompt": "2" * 3_000_000})
+        assert refused.status_code == 429
+        assert refused.headers["retry-after"]
+        with pytest.raises(httpx.ReadTimeout):  # it waits, and hangs up
+            other.post("/tokenize", json={"prompt": "3" * 3_000_000}, timeout=1)
+        last = pool.submit(other.post, "/tokenize", json={"prompt": "4" * 20_000})
+        time.sleep(0.1)
+        free.set()
+        assert first.result().status_code == last.result().status_code == 200
+    assert read == ["1", "4"]
+
+
+@pytest.mark.parametrize(
+    ("address", "network"),
+    [
+        ("127.0.0.2", "127.0.0.2"),
+        ("::ffff:10.0.0.7", "10.0.0.7"),
+        ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"),
+        ("2001:db8:1:2::9", "2001:db8:1:2::/64"),
+        ("::1", "::/64"),
+        ("unix", "unix"),
+    ],
+)
+def test_an_address_stands_for_its_network(address: str, network: str) -> None:
+    assert network_of(address) == network

@@ -84,6 +84,20 @@ async def answer(
     return StreamingResponse(events, media_type="text/event-stream", headers=STREAM_HEADERS)
 
 
+async def unless_gone(request: Request, work: Awaitable[T]) -> T:
+    """What `work` comes to. It is cancelled, and ApiError raised, if the client hangs up before."""
+    task = asyncio.ensure_future(work)
+    watch = asyncio.ensure_future(_disconnect(request))
+    try:
+        await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise _gone()
+        return task.result()
+    finally:
+        task.cancel()
+        watch.cancel()
+
+
 def check_model(name: str, settings: ServerSettings) -> None:
     """Raises ApiError unless `name` is the model's."""
     if name != settings.model_name:
@@ -114,15 +128,14 @@ async def _job(worker: Worker, settings: ServerSettings, request: Request, asked
 
     masked = body.bad_words or body.allowed_token_ids
     params = await asked.read("bad_words", checked) if masked else checked()
-    client = request.state.client
-    grammars = await _grammars(body, params, worker, client)
+    grammars = await _grammars(body, params, worker, request)
     return HttpJob(
         uuid.uuid4().hex,
         worker.ready().engine,
         [Ask(prompt, params, asked.media) for prompt in asked.prompts],
         bool(body.stream),
         request_id=request.state.request_id,
-        client=client,
+        client=request.state.client,
         grammars=grammars,
     )
 
@@ -143,14 +156,16 @@ def _check_length(asked: Asked, llm: LLM) -> None:
 
 
 async def _grammars(
-    body: Completions, params: SamplingParams, worker: Worker, client: str
+    body: Completions, params: SamplingParams, worker: Worker, request: Request
 ) -> list[Compiled]:
     """The request's grammar, if it has one, compiled. Raises ApiError."""
     structure = params.structured_outputs
+    client = request.state.client
     if structure is None:
         return []
     try:
-        return [await worker.grammars.compiled(worker.ready().grammars, structure, client)]
+        wanted = worker.grammars.compiled(worker.ready().grammars, structure, client)
+        return [await unless_gone(request, wanted)]
     except ConfigError as error:
         field = body.structured_by
         message = str(error).removeprefix("structured_outputs: ")
@@ -170,7 +185,15 @@ async def _to_the_end(
 
 
 async def _cancel_at_disconnect(request: Request, job: HttpJob, worker: Worker) -> None:
+    await _disconnect(request)
+    worker.cancel(job)
+    job.chunks.put_nowait(_gone())
+
+
+async def _disconnect(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
-    worker.cancel(job)
-    job.chunks.put_nowait(ApiError(499, "the client has gone"))
+
+
+def _gone() -> ApiError:
+    return ApiError(499, "the client has gone")

@@ -6,12 +6,13 @@ import asyncio
 import json
 import math
 from http import HTTPStatus
-from typing import Any
+from typing import Any, cast
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from smart_decoding.server.errors import ApiError
+from smart_decoding.server.settings import network_of
 
 MAX_HEAD = 64 * 1024  # bytes
 STALLED = 60.0  # seconds in which a client has read nothing of what is to be sent
@@ -21,13 +22,15 @@ class Connection(H11Protocol):
     """One connection.
 
     head_timeout: seconds for a request's head, from the connection's or its first byte on;
-    max_connections: those that are open at a time; more get a 503.
+    max_connections: those that are open at a time, and half of them for each address; more get a
+    503.
     """
 
     def __init__(self, *args: Any, head_timeout: float, max_connections: int, **named: Any) -> None:
         super().__init__(*args, **named)
         self._head_timeout = head_timeout
         self._max_connections = max_connections
+        self.network = ""
         self._head_timer: asyncio.TimerHandle | None = None
         self._stall_timer: asyncio.TimerHandle | None = None
 
@@ -35,7 +38,10 @@ class Connection(H11Protocol):
         """A client is there: refuses it, or waits for its first request."""
         super().connection_made(transport)
         transport.set_write_buffer_limits(high=0)  # whatever is left unsent is to be known of
-        if len(self.connections) > self._max_connections:
+        self.network = network_of(self.client[0]) if self.client else ""
+        mine = sum(cast(Connection, each).network == self.network for each in self.connections)
+        most = self._max_connections
+        if len(self.connections) > most or mine > (most + 1) // 2:
             message = "too many connections are open: try again later"
             self._refuse(ApiError(503, message, "too_many_connections"))
         else:

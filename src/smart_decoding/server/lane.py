@@ -33,13 +33,19 @@ class Lane:
         self._call_next()
         try:
             await place.called.wait()
-            return await asyncio.to_thread(work)
-        finally:
+        except asyncio.CancelledError:
             if self._busy is place:
-                self._busy = None
+                self._end()
             else:
                 self._waiting.remove(place)
-            self._call_next()
+            raise
+        working = asyncio.get_running_loop().run_in_executor(None, work)
+        working.add_done_callback(lambda _: self._end())
+        return await asyncio.shield(working)  # nobody can stop it: it keeps its place to its end
+
+    def _end(self) -> None:
+        self._busy = None
+        self._call_next()
 
     def _call_next(self) -> None:
         if self._busy is None and self._waiting:

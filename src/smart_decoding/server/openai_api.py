@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -13,7 +14,7 @@ from fastapi.responses import Response
 from smart_decoding.engine.engine import BEFORE
 from smart_decoding.engine.stopping import Detokenizer
 from smart_decoding.errors import CapacityError
-from smart_decoding.server.answering import Asked, answer, check_model
+from smart_decoding.server.answering import Asked, answer, check_model, unless_gone
 from smart_decoding.server.answers import ChatForm, CompletionForm, Json
 from smart_decoding.server.chat import chat_prompt
 from smart_decoding.server.counting import CountedRoute
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from smart_decoding.server.worker import Worker
 
 T = TypeVar("T")
+WAITING = 16  # largest bodies of one client, or as many bytes, that wait to be read
 SHORT = 16_384  # bytes of a body whose texts are not worth a wait for long ones
 
 
@@ -59,6 +61,7 @@ class _Routes:
         self._started = int(time.time())
         self._short = Lane()
         self._long = Lane()
+        self._unread: Counter[str] = Counter()  # bytes of bodies in the lanes, by client
 
     async def models(self) -> Json:
         return {"object": "list", "data": [self._card()]}
@@ -100,11 +103,20 @@ class _Routes:
 
     async def _read(self, request: Request, field: str, read: Callable[[], T]) -> T:
         """What `read` makes of the texts in `field`, when it is the client's turn."""
-        lane = self._short if len(await request.body()) < SHORT else self._long
+        client = request.state.client
+        size = len(await request.body())
+        lane = self._short if size < SHORT else self._long
+        if self._unread[client] + size > WAITING * self._settings.max_body:
+            message = "too many of your texts wait to be read: try again later"
+            raise ApiError(429, message, "queue_full")
+        self._unread[client] += size
         try:
-            return await lane.run(request.state.client, read)
+            return await unless_gone(request, lane.run(client, read))
         except CapacityError as error:
             raise ApiError(400, str(error), "context_length_exceeded", field) from error
+        finally:
+            self._unread[client] -= size
+            self._unread += Counter()  # without those that wait no more
 
     async def tokenize(self, request: Request, body: TokenizeRequest) -> Json:
         llm = self._model(body.model)
