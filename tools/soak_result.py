@@ -30,7 +30,8 @@ class Figures:
     times: by request; answers: requests and their texts, to be checked; memory: KiB, over the run;
     gaps: the longest waits of a bystander, in seconds, by what it waited for; busy: processor
     seconds of the server's process, and seconds of the blocks; late: requests that began after
-    their time, since their client still had the one before.
+    their time, since their client still had the one before; whole: a bystander's answers that
+    ended.
     """
 
     ends: Counter[str] = field(default_factory=Counter)
@@ -41,6 +42,7 @@ class Figures:
     gaps: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     busy: tuple[float, float] = (0.0, 0.0)
     late: int = 0
+    whole: int = 0
     tokens: int = 0
 
 

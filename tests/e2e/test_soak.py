@@ -36,6 +36,8 @@ def test_a_short_soak_of_the_default_model(tmp_path: Path) -> None:
         "3",
         "--checked",
         "0.2",
+        "--max-gap",
+        "5",
         "--option=--max-model-len=1024",
         "--option=--kv-cache-tokens=4096",
     ]

@@ -42,17 +42,24 @@ def client(running: Running, address: str = "127.0.0.2") -> Iterator[httpx.Clien
 def longest_gap(running: Running, done: threading.Event) -> float:
     """Seconds between two pieces of a stream, or to an answer about health, at most."""
     longest = 0.0
+    whole = 0
     with client(running) as bystander:
         while not done.is_set():
             last = time.monotonic()
+            lines = [""]
             with bystander.stream("POST", "/v1/completions", json={**LONG, "stream": True}) as r:
-                for _ in r.iter_lines():
+                r.raise_for_status()
+                for line in filter(None, r.iter_lines()):
+                    lines.append(line)
                     longest = max(longest, time.monotonic() - last)
                     last = time.monotonic()
+            assert lines[-1] == "data: [DONE]"
+            whole += 1
             for path in ("/health", "/metrics"):
-                bystander.get(path)
+                bystander.get(path).raise_for_status()
                 longest = max(longest, time.monotonic() - last)
                 last = time.monotonic()
+    assert whole
     return longest
 
 

@@ -38,9 +38,9 @@ def test_a_short_soak_finds_nothing_wrong(
 ) -> None:
     monkeypatch.setattr(tool, "SLOW", 0.02)
     monkeypatch.setattr(grammar_queue, "SECONDS", 0.2)
-    monkeypatch.setattr(tool, "MAX_GAP", 5.0)  # on this machine others work, too
     size = {"max_num_seqs": 16, "max_model_len": 2048}
     args = argparse.Namespace(seed=0, seconds=2.4, blocks=2, clients=64, pause=1.5, checked=0.1)
+    args.max_gap = 5.0  # on this machine others work, too
     with (
         serving(lambda: load(**size), model_name="soak") as ours,
         serving(lambda: load(**size, speculative_config=False), model_name="soak") as off,
@@ -124,6 +124,24 @@ def test_refused_requests_are_faults_and_nothing_to_compare_is_one(tool: Any) ->
         "over_off": {"smart": {"tpot": tool.ratio({}, {}, "tpot")}},
     }
     assert tool.faults(result) == ["smart: median tpot: too few answers to compare (0)"]
+
+
+def test_a_bystander_who_is_refused_is_told_of(tool: Any) -> None:
+    """Not taken for one who was answered at once."""
+    figures = tool.Figures()
+    original = tool.httpx.AsyncClient
+
+    def answer(request: Any) -> Any:
+        return tool.httpx.Response(200 if request.url.path == "/v1/completions" else 500)
+
+    def client(**given: Any) -> Any:
+        return original(**given | {"transport": tool.httpx.MockTransport(answer)})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tool.httpx, "AsyncClient", client)
+        with pytest.raises(tool.httpx.HTTPStatusError):
+            tool.asyncio.run(tool.stand_by("http://x", figures))
+    assert figures.gaps.keys() == set()
 
 
 @pytest.mark.parametrize("judged", [False, True])
