@@ -155,6 +155,7 @@ for metric in llm.get_metrics():
 assert found["vllm:generation_tokens"] == 80
 assert found["vllm:prompt_tokens"] == 2 * len(ids)
 assert found["vllm:prefix_cache_hits"] == second.num_cached_tokens
+assert found["vllm:prefix_cache_queries"] == found["vllm:prompt_tokens"]
 accepted = found["vllm:spec_decode_num_accepted_tokens"]
 assert 0 < accepted <= found["vllm:spec_decode_num_draft_tokens"]
 assert sum(found["vllm:spec_decode_num_accepted_tokens_per_pos"]) == accepted

@@ -1,4 +1,5 @@
-"""What an engine has done so far, in vLLM's names: the answer of `LLM.get_metrics`."""
+"""What an engine has done so far, in vLLM's names: the answer of `LLM.get_metrics`, and a part of
+what the server tells."""
 
 from __future__ import annotations
 
@@ -29,13 +30,14 @@ _LIMITS = (
 )
 
 _COUNTERS = (
-    "prompt_tokens",  # of answers that are over
+    "prompt_tokens",  # of answers that have begun
     "generation_tokens",
+    "prefix_cache_queries",  # tokens of prompts
     "prefix_cache_hits",  # tokens of prompts
     "num_preemptions",
     "spec_decode_num_drafts",  # trees
     "spec_decode_num_draft_tokens",  # nodes verified
-    "spec_decode_num_accepted_tokens",  # by the target, those behind an answer's end included
+    "spec_decode_num_accepted_tokens",  # without those behind an answer's end, unlike vLLM's
 )
 
 
@@ -85,12 +87,16 @@ class Histogram(Metric):
 
 
 class Record:
-    """An observer of the engine thread that counts. Numbers that only grow need no lock."""
+    """An observer of the engine thread that counts. Numbers that only grow need no lock.
+
+    ends: answers that are over, by reason; accepted: nodes at each depth.
+    """
 
     def __init__(self) -> None:
-        self._counts = dict.fromkeys(_COUNTERS, 0)
-        self._ended: Counts[str] = Counts()
-        self._accepted: list[int] = []  # nodes at each depth
+        self.counts = dict.fromkeys(_COUNTERS, 0)
+        self.ends: Counts[str] = Counts()
+        self.accepted: list[int] = []
+        self._begun: set[Request] = set()
         self._first = Histogram("vllm:time_to_first_token_seconds")
         self._whole = Histogram("vllm:e2e_request_latency_seconds")
 
@@ -102,26 +108,31 @@ class Record:
         done = engine.last_round
         if done is None or not touched:  # drafts were dropped, or prompts go on
             return
-        counts = self._counts
+        counts = self.counts
         counts["generation_tokens"] += done.emitted
+        for request in touched:
+            if request not in self._begun:
+                self._begun.add(request)
+                counts["prompt_tokens"] += len(request.prompt)
+                counts["prefix_cache_queries"] += len(request.prompt)
+                counts["prefix_cache_hits"] += request.metrics.cached_tokens
         kept = done.round.kept
-        if not len(kept) or done.acceptance is None:
+        if not len(kept):
             return
         counts["spec_decode_num_drafts"] += len(set(done.round.trees.owner[kept].tolist()))
         counts["spec_decode_num_draft_tokens"] += len(kept)
-        for path in done.acceptance.path:
-            counts["spec_decode_num_accepted_tokens"] += len(path)
-            self._accepted += [0] * (len(path) - len(self._accepted))
-            for depth in range(len(path)):
-                self._accepted[depth] += 1
+        for length in done.accepted:
+            counts["spec_decode_num_accepted_tokens"] += length
+            self.accepted += [0] * (length - len(self.accepted))
+            for depth in range(length):
+                self.accepted[depth] += 1
 
     def ended(self, request: Request, reason: str) -> None:
         """Counts an answer that is over."""
         metrics = request.metrics
-        self._ended[reason] += 1
-        self._counts["prompt_tokens"] += len(request.prompt)
-        self._counts["prefix_cache_hits"] += metrics.cached_tokens
-        self._counts["num_preemptions"] += metrics.preemptions
+        self._begun.discard(request)
+        self.ends[reason] += 1
+        self.counts["num_preemptions"] += metrics.preemptions
         if metrics.ttft is not None and metrics.finished is not None:
             self._first.observe(metrics.ttft)
             self._whole.observe(metrics.finished - metrics.arrival)
@@ -136,12 +147,12 @@ class Record:
         }
         ended = [
             Counter("vllm:request_success", count, labels={"finished_reason": reason})
-            for reason, count in list(self._ended.items())
+            for reason, count in list(self.ends.items())
         ]
         return [
             *(Gauge(f"vllm:{name}", value) for name, value in gauges.items()),
-            *(Counter(f"vllm:{name}", value) for name, value in self._counts.items()),
+            *(Counter(f"vllm:{name}", value) for name, value in self.counts.items()),
             *ended,
-            Vector("vllm:spec_decode_num_accepted_tokens_per_pos", list(self._accepted)),
+            Vector("vllm:spec_decode_num_accepted_tokens_per_pos", list(self.accepted)),
             *copy.deepcopy([self._first, self._whole]),
         ]

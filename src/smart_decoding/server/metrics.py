@@ -7,12 +7,13 @@ no lock.
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Histogram, Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+from smart_decoding.engine.metrics import Record
 
 if TYPE_CHECKING:
     from smart_decoding.core.cost import CostModel
@@ -33,7 +34,7 @@ _COUNTERS = {
     "generation_tokens": "Tokens generated.",
     "prefix_cache_queries": "Prompt tokens looked up in the prefix cache.",
     "prefix_cache_hits": "Prompt tokens found in the prefix cache.",
-    "num_preemptions": "Answers put back for lack of KV memory.",
+    "num_preemptions": "Answers put back: for lack of KV memory, or for another client's turn.",
     "spec_decode_num_drafts": "Trees of which nodes were verified.",
     "spec_decode_num_draft_tokens": "Tree nodes verified.",
     "spec_decode_num_accepted_tokens": "Tree nodes accepted.",
@@ -97,12 +98,13 @@ _VLLM = {
 class Metrics:
     """An observer of the worker that counts, and a collector for prometheus_client.
 
-    counts, by: plain numbers, since they are counted in every round; by a label's values.
+    counts: plain numbers, since they are counted in every round; record: those that `LLM` gives,
+    too.
     """
 
     def __init__(self, model_name: str) -> None:
-        self.counts = dict.fromkeys(_COUNTERS, 0.0)
-        self.by: dict[str, Counter[str]] = {name: Counter() for name in _COUNTERS_BY}
+        self.record = Record()
+        self.counts = dict.fromkeys(_COUNTERS.keys() - self.record.counts.keys(), 0.0)
         self._model = model_name
         self._registry = CollectorRegistry()
         self.histograms = {
@@ -136,38 +138,26 @@ class Metrics:
             return
         self._last = record
         self._count_round(record)
+        self.record.after(engine, touched)
         now = time.monotonic()
         for request in touched:
             if request in self._tokens_at:
                 waited = now - self._tokens_at[request]
                 self.histograms["inter_token_latency_seconds"].observe(waited)
             else:
-                self._count_begun(request)
+                first = request.metrics.ttft or 0.0
+                self.histograms["time_to_first_token_seconds"].observe(first)
             self._tokens_at[request] = now
-
-    def _count_begun(self, request: Request) -> None:
-        done = request.metrics
-        self.histograms["time_to_first_token_seconds"].observe(done.ttft or 0.0)
-        self.counts["prompt_tokens"] += len(request.prompt)
-        self.counts["prefix_cache_queries"] += len(request.prompt)
-        self.counts["prefix_cache_hits"] += done.cached_tokens
 
     def _count_round(self, record: RoundRecord) -> None:
         counts = self.counts
         done = record.round
         counts["rounds"] += 1
-        counts["generation_tokens"] += record.emitted
         counts["verify_rows"] += done.verify_rows
         if done.rule is not None:
             counts["drafting_rounds"] += 1
             counts["draft_levels"] += len(done.level_widths)
-            counts["spec_decode_num_drafts"] += len(set(done.trees.owner[done.kept].tolist()))
-            counts["spec_decode_num_draft_tokens"] += len(done.kept)
             counts["spec_decode_num_proposed_tokens"] += len(done.trees)
-            counts["spec_decode_num_accepted_tokens"] += sum(record.accepted)
-            by_position = self.by["spec_decode_num_accepted_tokens_per_pos"]
-            for accepted in record.accepted:
-                by_position.update(map(str, range(accepted)))
         counts["round_seconds"] += record.seconds
         counts["controller_seconds"] += record.controller_seconds
         if self._cost is not None and done.batch.size and counts["rounds"] % CHECK_EVERY == 0:
@@ -177,9 +167,8 @@ class Metrics:
     def ended(self, request: Request, reason: str) -> None:
         """Counts an answer that is over."""
         self._tokens_at.pop(request, None)
-        self.by["request_success"][reason] += 1
+        self.record.ended(request, reason)
         metrics = request.metrics
-        self.counts["num_preemptions"] += metrics.preemptions
         if reason not in ("stop", "length"):
             return
         if metrics.finished is None or metrics.first_token is None:
@@ -202,13 +191,19 @@ class Metrics:
                 yield _renamed(metric, f"vllm:{name}")
 
     def _counted(self) -> Iterator[Metric]:
+        counts = {**self.counts, **self.record.counts}
         for name, text in _COUNTERS.items():
             family = CounterMetricFamily(f"smart:{name}", text, labels=("model_name",))
-            family.add_metric((self._model,), self.counts[name])
+            family.add_metric((self._model,), counts[name])
             yield family
+        depths = {str(i): count for i, count in enumerate(list(self.record.accepted))}
+        by = {
+            "request_success": self.record.ends.copy(),
+            "spec_decode_num_accepted_tokens_per_pos": depths,
+        }
         for name, (text, label) in _COUNTERS_BY.items():
             family = CounterMetricFamily(f"smart:{name}", text, labels=("model_name", label))
-            for value, count in sorted(self.by[name].copy().items()):
+            for value, count in sorted(by[name].items()):
                 family.add_metric((self._model, value), count)
             yield family
 
