@@ -239,7 +239,8 @@ class Rounds:
 
     def _drop_overdue(self) -> None:
         now = time.monotonic()
-        self._waiting = [job for job in self._waiting if not any(r.admitted for r in job.answers)]
+        still = [job for job in self._waiting if not any(r.admitted for r in job.answers)]
+        self._waiting = [job for job in still if not all(r.finished for r in job.answers)]
         for job in [job for job in self._waiting if now - job.submitted > job.timeout]:
             message = f"no free slot within {job.timeout:g} s: try again later"
             self._end(job, QueueTimeoutError(message))

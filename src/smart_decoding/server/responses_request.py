@@ -272,7 +272,7 @@ class ResponsesRequest(Sampling):
         for item in self.input:
             message = item.plain()
             if isinstance(item, InputCall) and turn.get("role") == "assistant":
-                turn["tool_calls"] = [*turn.get("tool_calls", ()), *message["tool_calls"]]
+                turn.setdefault("tool_calls", []).extend(message["tool_calls"])
                 continue
             if turn:
                 yield turn

@@ -4,6 +4,10 @@ import pytest
 
 from smart_decoding.core.policies import POLICIES
 from smart_decoding.engine.engine import Engine
+from smart_decoding.engine.engine_thread import Rounds
+from smart_decoding.engine.inbox import Inbox
+from smart_decoding.engine.jobs import Ask, Job
+from smart_decoding.engine.observers import Observers
 from smart_decoding.engine.request import Request
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import CapacityError, ConfigError
@@ -368,3 +372,15 @@ def test_a_drafter_cannot_be_changed_under_a_running_request() -> None:
         engine.listen(engine.drafter)
     finish(engine)
     engine.listen(engine.drafter)
+
+
+def test_who_ended_before_it_began_waits_no_more() -> None:
+    rounds = Rounds(Inbox(), Observers())
+    engine = make_engine(max_num_seqs=1)
+    jobs = [Job(name, engine, [Ask([1, 2], greedy())]) for name in ("a", "b", "c")]
+    for job in jobs:
+        rounds._add(job)
+    engine.step()
+    engine.abort("c-0")
+    rounds._drop_overdue()
+    assert rounds._waiting == [jobs[1]]
