@@ -73,6 +73,7 @@ class HostWeights:
 
     final_norm: torch.Tensor | None = None
     embedding = None
+    graphs = False  # each call has a cache of its own
 
     def __init__(self, files: HeadFiles, model: PreTrainedModel) -> None:
         self.config, _ = host_config(model)
