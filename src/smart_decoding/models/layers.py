@@ -91,6 +91,11 @@ class KVCache:
         values = _zeros((*planes, PAGE, head_dim), dtype, device)
         return cls(keys, values, native)
 
+    @cached_property
+    def layers(self) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of each layer."""
+        return list(zip(self.keys.unbind(), self.values.unbind(), strict=True))
+
     @property
     def bytes(self) -> int:
         """Of keys and values."""

@@ -116,6 +116,12 @@ def upload(array: NDArray[Any], device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=True)
 
 
+def download(tensor: Tensor) -> NDArray[Any]:
+    """The tensor on the host, which waits for the device: the one way back."""
+    array: NDArray[Any] = tensor.cpu().numpy()
+    return array
+
+
 Slots: TypeAlias = tuple[Tensor, Tensor]  # pages, and offsets in them
 
 

@@ -44,10 +44,11 @@ class TorchLayers:
 
     def __call__(self, x: Tensor, context: Context, cache: KVCache) -> None:
         """See `Layers`."""
-        for i, layer in enumerate(self.each):
-            inputs = context.inputs if i == 0 else None
-            layer(x, context, inputs, cache.keys[i], cache.values[i])
-            context.keep_aux(i + 1, x)
+        inputs = context.inputs
+        for i, (layer, (keys, values)) in enumerate(zip(self.each, cache.layers, strict=True), 1):
+            layer(x, context, inputs, keys, values)
+            inputs = None
+            context.keep_aux(i, x)
 
 
 class TorchLayer:

@@ -13,7 +13,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from triton import cdiv, next_power_of_2
 
 from smart_decoding.models import triton_kernels as kernels
 from smart_decoding.models.rows import TILE
@@ -52,7 +51,7 @@ class TritonOps:
             heads=w.heads,
             kv_heads=w.kv_heads,
             half=half,
-            block=next_power_of_2(half),
+            block=_power_of_2(half),
             normed=w.q_norm is not None,
             num_warps=1,
         )
@@ -68,14 +67,14 @@ class TritonOps:
         alone = splits == 1
         partial = out if alone else q.new_empty(rows, heads, splits, width, dtype=torch.float32)
         weight = q.new_empty(rows, heads, splits, 2, dtype=torch.float32)
-        shape = {"heads": heads, "width": width, "block_d": next_power_of_2(max(16, width))}
+        shape = {"heads": heads, "width": width, "block_d": _power_of_2(max(16, width))}
         kernels.attend[(at.tiles, len(keys), splits)](
             *(q, keys, values, at.meta, partial, weight),
             width**-0.5 * LOG2_E,
             *(at.size, at.tiles, keys.stride(0), splits),
             alone=alone,
             group=group,
-            block_m=max(16, next_power_of_2(TILE * group)),
+            block_m=max(16, _power_of_2(TILE * group)),
             **shape,
             num_warps=8,  # with 4, registers spill
             num_stages=2,
@@ -83,7 +82,7 @@ class TritonOps:
         if not alone:
             kernels.reduce[(rows, heads)](
                 *(partial, weight, at.meta, out, splits),
-                block_s=next_power_of_2(splits),
+                block_s=_power_of_2(splits),
                 **shape,
                 num_warps=4,
             )
@@ -94,10 +93,14 @@ class TritonOps:
         rows, both = gate_up.shape
         ffn = both // 2
         out = gate_up.new_empty(rows, ffn)
-        kernels.gate[(rows, cdiv(ffn, COLUMNS))](gate_up, out, ffn, block=COLUMNS)
+        kernels.gate[(rows, -(-ffn // COLUMNS))](gate_up, out, ffn, block=COLUMNS)
         return out
 
 
 def splits_of(rows: int, kv_heads: int) -> int:
     """Parts that contexts are read in, so that forwards of so many rows keep a GPU busy."""
     return max(1, min(MOST_SPLITS, BLOCKS // (-(-rows // TILE) * kv_heads)))
+
+
+def _power_of_2(least: int) -> int:
+    return 1 << (least - 1).bit_length()
