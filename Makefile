@@ -4,13 +4,13 @@ PYTHON ?= $(shell for p in python3.11 python3; do \
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test wheel test-wheel test-native test-heads test-transformers test-vllm test-sglang test-gpu-path quality docs soak lab pictures env clean
+.PHONY: demo test wheel test-wheel test-native test-heads test-transformers test-vllm test-sglang test-gpu-path quality docs soak fuzz lab pictures env clean
 
 demo: .venv/.installed
 	$(BIN)/smart demo
 
 test: env
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadscope
 
 # Published draft heads: loading, proposals, export, training from one. Includes the shipped head (fetches its model).
 test-heads: env
@@ -59,6 +59,10 @@ soak: env
 	$(BIN)/python tools/soak.py --seconds $(or $(SECONDS_),600)
 	SMART_EXAMPLES=$(or $(SMART_EXAMPLES),400) $(BIN)/python -m pytest tests/server/test_faults.py \
 		tests/server/test_hostile.py tests/server/test_limits.py tests/server/test_openapi.py
+
+# A minute of damage at random on model files: configurations, headers of safetensors and GGUF, tokenizers, templates.
+fuzz: env
+	SMART_EXAMPLES=$(or $(SMART_EXAMPLES),600) $(BIN)/python -m pytest tests/unit/test_strange_files.py
 
 # The laboratory's command line: make lab ARGS="simulate --acceptance 3.5 --hardware h100".
 lab: env

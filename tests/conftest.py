@@ -7,6 +7,11 @@ from pathlib import Path
 
 import pytest
 
+# Workers of pytest-xdist divide the cores among themselves: OpenMP reads this when torch is loaded.
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    cores = len(os.sched_getaffinity(0))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // workers)))
+
 from smart_decoding.kernels import library
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # for smart_lab

@@ -34,7 +34,7 @@ from smart_decoding.bench.provenance import commit, machine, provenance, write_j
 from smart_decoding.bench.resume import Progress, source_digest
 from smart_decoding.cli.arguments import whole_numbers, words
 from smart_decoding.errors import ConfigError
-from smart_decoding.models.hub import sha256_of
+from smart_decoding.files import sha256_of
 from smart_lab.gguf import report
 from smart_lab.gguf.ours import HELD, Ours, speculative_configs, without_folders
 from smart_lab.gguf.rates import Reply

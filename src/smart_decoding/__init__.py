@@ -4,6 +4,7 @@ use: torch is slow."""
 from __future__ import annotations
 
 import os
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -23,9 +24,10 @@ if TYPE_CHECKING:
 
 # Threads that wait for each other look at a barrier so often before they sleep. OpenMP's own
 # 300,000 take milliseconds, in which another process cannot run: beside one, decoding is then many
-# times slower. Alone it makes no difference. Torch's OpenMP reads it when torch is imported.
+# times slower. Alone it makes no difference. Torch's OpenMP reads it when torch is imported; where
+# that was before, the kernels see to it when they are loaded.
 SPINS = "1000"
-if "OMP_WAIT_POLICY" not in os.environ:
+if "OMP_WAIT_POLICY" not in os.environ and "torch" not in sys.modules:
     os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
 
 __version__ = "0.1.0"

@@ -43,6 +43,7 @@ class EngineArgs:
     enable_prefix_caching: keep the keys of finished requests for prompts that begin alike.
     seed: what the seeds of requests without their own are drawn from.
     stop_at_loops: end an answer that only repeats itself.
+    profile_later: costs that are not known yet are guessed, until `LLM.take_profile` is called.
     chat_template: what makes prompts of conversations, instead of the model's own template: a file,
         a built-in name (vicuna), or the text itself.
     trust_pickle: load pytorch_model.bin where a model or draft head has no safetensors, of which
@@ -72,6 +73,7 @@ class EngineArgs:
     enable_prefix_caching: bool = True
     seed: int = 0
     stop_at_loops: bool = False
+    profile_later: bool = False
     chat_template: str | Path | None = None
     trust_pickle: bool = False
     enforce_eager: bool = False

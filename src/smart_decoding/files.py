@@ -1,11 +1,18 @@
-"""Files that are there whole or not at all."""
+"""Files that are written whole or not at all, and files of strangers, which are read in bounds."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
+
+from smart_decoding.errors import ModelError, SmartError
+
+LARGEST = 64 << 20  # bytes of a model's text file; the largest vocabularies take 35 MB
 
 
 @contextmanager
@@ -20,3 +27,84 @@ def whole(path: Path) -> Iterator[Path]:
         os.replace(scratch, path)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """The boundary to a file of a model, which may hold anything: whatever goes wrong in the block
+    because of it is a ModelError of one line that names it.
+
+    Raises ModelError, too, where the file is missing, or is no regular file: reading a device or a
+    pipe may never end."""
+    if not path.is_file():
+        what = "no regular file" if path.exists() else "missing: is the folder a whole model?"
+        raise ModelError(f"{path.name} in {path.parent} is {what}")
+    try:
+        yield
+    except (SmartError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # a panic in Rust's libraries is no Exception
+        raise ModelError(
+            f"{path.name} in {path.parent} is corrupt, cut or malformed ({reason_of(error)}); "
+            "fetch it again"
+        ) from error
+
+
+def reason_of(error: BaseException) -> str:
+    """An error's type and the first line of what it says."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+
+
+def read_text(path: Path) -> str:
+    """A text file of a model's folder. Raises ModelError."""
+    with reading(path), path.open("rb") as file:
+        content = file.read(LARGEST + 1)
+        if len(content) > LARGEST:
+            raise ValueError(f"larger than {LARGEST >> 20} MB")
+        return content.decode()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a model's folder. Raises ModelError."""
+    with reading(path):
+        content = json.loads(read_text(path))
+        if not isinstance(content, dict):
+            raise ValueError("not a JSON object")
+        return content
+
+
+def sha256_of(path: Path) -> str:
+    """The checksum of a file, in hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def are_intact(sums: Mapping[Path, str], marker: Path) -> bool:
+    """Whether files have these checksums. Raises OSError for one that cannot be read.
+
+    They are summed once (1.5 s for a gigabyte), which `marker` remembers; after that, files that
+    were not written to since are taken to be what they were."""
+    told = _seen(sums)
+    with suppress(OSError):
+        if marker.read_bytes() == told:
+            return True
+    if any(sha256_of(path) != sha256 for path, sha256 in sums.items()):
+        return False
+    with suppress(OSError):  # a cache that is only read is summed each time
+        marker.write_bytes(told)
+    return True
+
+
+def remember(sums: Mapping[Path, str], marker: Path) -> None:
+    """Writes the marker of files whose checksums were just taken."""
+    marker.write_bytes(_seen(sums))
+
+
+def _seen(sums: Mapping[Path, str]) -> bytes:
+    stats = {path: path.stat() for path in sums}
+    lines = (
+        f"{path.name} {sha256} {stats[path].st_size} {stats[path].st_mtime_ns}"
+        for path, sha256 in sums.items()
+    )
+    return "\n".join(lines).encode()

@@ -19,7 +19,7 @@ from smart_decoding.engine.jobs import Ask, Job
 from smart_decoding.engine.outputs import RequestOutput, completion_of
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine_args import EngineArgs
-from smart_decoding.errors import ConfigError
+from smart_decoding.errors import CapacityError, ConfigError
 from smart_decoding.kernels import library
 from smart_decoding.models import chat_template, memory
 from smart_decoding.models.grammars import Grammars
@@ -76,12 +76,12 @@ class LLM:
         if asked.draft is not None:
             require_served(asked.draft.config, device, slow, "the draft model")
         pages = pages_for(args.kv_tokens(longest), args.max_num_seqs)
-        _require_memory(args, checkpoint, asked, pages, longest)
+        asked = _require_memory(args, checkpoint, asked, pages, longest)
         self.target = TorchTarget(
             checkpoint, args.dtype, device, pages, longest, args.enforce_eager, slow
         )
         self.speculation: Speculation = build_speculation(
-            asked, checkpoint, self.target, pages, args.max_num_seqs
+            asked, checkpoint, self.target, pages, args.max_num_seqs, args.profile_later
         )
         config = EngineConfig(
             pages,
@@ -121,6 +121,17 @@ class LLM:
         )
         other.engine = self._engine(other.speculation, config)
         return other
+
+    def take_profile(self) -> None:
+        """Measures and stores what `profile_later` has put off, in a few seconds. To be called
+        while no request runs: KV memory is overwritten, so cached prefixes are forgotten."""
+        measure = self.speculation.put_off
+        if measure is None:
+            return
+        self.engine.pool.forget_idle()
+        policy: Any = self.policy  # one that takes costs
+        policy.cost = self.speculation.cost = measure()
+        self.speculation.put_off = None
 
     def _engine(self, speculation: Speculation, config: EngineConfig) -> Engine:
         return Engine(
@@ -312,14 +323,22 @@ def _tokenizer(args: EngineArgs, checkpoint: Checkpoint) -> Tokenizer:
 
 def _require_memory(
     args: EngineArgs, checkpoint: Checkpoint, asked: SpeculativeConfig, pages: int, longest: int
-) -> None:
-    """Raises CapacityError for a model that does not fit, before its weights are read."""
+) -> SpeculativeConfig:
+    """Raises CapacityError for a model that does not fit, before its weights are read; without a
+    draft model that only came by default, if it fits so."""
     rows = max(args.max_num_batched_tokens, 8 * args.max_num_seqs)
     limits = memory.Limits(args.kv_tokens(longest), pages, rows, longest)
     device = device_of(args.device)
     dtype = dtype_of(args.dtype)
     need = memory.need_of(checkpoint, dtype, device, limits, asked.draft, asked.head)
-    memory.require_memory(checkpoint, need, limits, device)
+    try:
+        memory.require_memory(checkpoint, need, limits, device)
+    except CapacityError:
+        if not asked.by_default:
+            raise
+        log.warning("there is no memory for a draft model beside it, so n-grams draft")
+        return _require_memory(args, checkpoint, asked.without_draft(), pages, longest)
+    return asked
 
 
 def quantization_of(args: EngineArgs, device: torch.device) -> str | None:

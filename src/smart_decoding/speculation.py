@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,9 +20,11 @@ from smart_decoding.drafters.recycling import RecyclingDrafter
 from smart_decoding.drafters.union import UnionDrafter
 from smart_decoding.engine.drafting import RuleSelection
 from smart_decoding.errors import ConfigError, DownloadError, ModelError
+from smart_decoding.files import read_json, reading
 from smart_decoding.kernels import library
 from smart_decoding.models.head_files import VISUAL_POSITIONS, HeadFiles, head_folder, load_head
 from smart_decoding.models.loading import Checkpoint, load_checkpoint
+from smart_decoding.models.memory import parameters
 from smart_decoding.models.ranking import torch_top_k
 from smart_decoding.models.registry import cached_sibling
 from smart_decoding.models.tokenizer import Tokenizer
@@ -51,7 +52,8 @@ class Speculation:
     """What drafts, and what decides about it; without a drafter the engine decodes plainly.
 
     cost: the measured costs, or None where nothing needs them. model: the EAGLE head or draft model
-    in use. description: in words. selection: what follows the policy's rules."""
+    in use. description: in words. selection: what follows the policy's rules. put_off: measures and
+    stores the costs that `cost` still guesses; None where they are known."""
 
     policy: Policy
     drafter: Drafter | None
@@ -59,6 +61,7 @@ class Speculation:
     model: EagleHead | DraftModel | None = None
     description: str = "none"
     selection: Selection = field(default_factory=RuleSelection)
+    put_off: Callable[[], CostModel] | None = None
 
 
 def level_drafter(drafter: Drafter | None) -> LevelDrafter[Any] | None:
@@ -81,7 +84,8 @@ class SpeculativeConfig:
     loaded.
 
     options: of the drafter and the policy; draft: the draft model, head: the folder of the draft
-    head, if there is one; trust_pickle: whether that may be a pickle."""
+    head, if there is one; trust_pickle: whether that may be a pickle; by_default: the draft model
+    was not asked for, but found in the cache."""
 
     method: str
     policy: str
@@ -89,6 +93,11 @@ class SpeculativeConfig:
     draft: Checkpoint | None = None
     head: Path | None = None
     trust_pickle: bool = False
+    by_default: bool = False
+
+    def without_draft(self) -> SpeculativeConfig:
+        """N-grams draft instead of a model that nobody asked for."""
+        return replace(self, method="ngram", draft=None, by_default=False)
 
 
 def check_speculation(
@@ -109,8 +118,9 @@ def check_speculation(
     has_head = "model" in given or shipped
     asks_for_itself = has_head or "method" in given or _leaves_out_siblings(given)
     draft = None
-    if not asks_for_itself:
+    if not asks_for_itself and checkpoint.vision is None:
         draft = _sibling(checkpoint, tokenizer, max_model_len, trust_pickle)
+    by_default = draft is not None
     default = "eagle" if has_head else "draft_model" if draft else "ngram"
     method = given.pop("method", default)
     policy = given.pop("policy", "off" if method == "none" else "smart")
@@ -125,7 +135,7 @@ def check_speculation(
             given.pop("model", None), checkpoint, tokenizer, max_model_len, trust_pickle
         )
     head = _head(method, given.pop("model", None) or shipped, trust_pickle)
-    return SpeculativeConfig(method, policy, given, draft, head, trust_pickle)
+    return SpeculativeConfig(method, policy, given, draft, head, trust_pickle, by_default)
 
 
 def _check_known(method: str, policy: str, given: Mapping[str, Any], theirs: Sequence[str]) -> None:
@@ -164,13 +174,13 @@ def _sibling(
     """The smaller built-in model that drafts for the target by default, if it is at hand and
     fits."""
     name = target.provenance["model"]
-    sibling = cached_sibling(name)
+    sibling = cached_sibling(target.config.vocab, parameters(target.config))
     if sibling is None:
         return None
     try:
         draft = _draft_checkpoint(sibling, target, tokenizer, max_model_len, trust_pickle)
     except (DownloadError, ModelError) as error:
-        log.warning("%s cannot draft for %s, so n-grams do: %s", sibling, name, error)
+        log.info("%s cannot draft for %s, so n-grams do: %s", sibling, name, error)
         return None
     log.info("%s drafts for %s: it is in the cache", sibling, name)
     return draft
@@ -212,14 +222,20 @@ def build_speculation(
     target: TorchTarget,
     pages: int,
     max_num_seqs: int,
+    put_off: bool = False,
 ) -> Speculation:
-    """Builds what was asked for. Raises ConfigError for bad values of a drafter's options,
-    ModelError for a head that does not fit."""
+    """Builds what was asked for. put_off: costs that no stored profile knows are guessed, and
+    measured by `Speculation.put_off`.
+
+    Raises ConfigError for bad values of a drafter's options, ModelError for a head that does not
+    fit."""
     if asked.method == "none":
         return Speculation(make_policy("off"), None)
     builder = _Builder(checkpoint, target, pages, max_num_seqs, asked)
     drafter = builder.drafter(asked.method)
-    cost = builder.cost(drafter) if "cost" in policy_options(asked.policy) else None
+    cost, later = None, None
+    if "cost" in policy_options(asked.policy):
+        cost, later = builder.cost(drafter, put_off)
     offered = {
         **stored_prior(builder.folder),
         "cost": cost,
@@ -227,7 +243,7 @@ def build_speculation(
     }
     policy = make_policy(asked.policy, offered, **builder.left)
     return Speculation(
-        policy, drafter, cost, builder.model, builder.description, fastest_selection()
+        policy, drafter, cost, builder.model, builder.description, fastest_selection(), later
     )
 
 
@@ -284,12 +300,13 @@ def stored_prior(folder: Path | None) -> dict[str, Any]:
     path = folder / "prior.json" if folder else None
     if path is None or not path.is_file():
         return {}
-    state = json.loads(path.read_text())
-    calibration = Calibration.from_state(state["calibration"])
-    return {
-        "calibration": calibration,
-        "forecast": Forecast.from_state(state["forecast"], calibration),
-    }
+    with reading(path):
+        state = read_json(path)
+        calibration = Calibration.from_state(state["calibration"])
+        return {
+            "calibration": calibration,
+            "forecast": Forecast.from_state(state["forecast"], calibration),
+        }
 
 
 class _Builder:
@@ -325,9 +342,11 @@ class _Builder:
             return self._union()
         return self._ngram() if method == "ngram" else self._recycling()
 
-    def cost(self, drafter: Drafter) -> CostModel:
+    def cost(
+        self, drafter: Drafter, put_off: bool
+    ) -> tuple[CostModel, Callable[[], CostModel] | None]:
         """The cached profile of this machine, else a new one (a few seconds): also if that was
-        taken of an engine for smaller batches."""
+        taken of an engine for smaller batches. put_off: a guess instead, and what measures."""
         from smart_decoding.profiling.measure import largest_batch, longest_context, measure
 
         target = self._target
@@ -335,13 +354,18 @@ class _Builder:
         weights = self._checkpoint.provenance
         longest = longest_context(target.max_positions)
         path = profile_path(weights, target.dtype, target.device, head, longest, target.steps)
-        cost = load_profile(path)
-        if cost is None or max(cost.verify) < largest_batch(self._pages, self._seqs):
+
+        def measured() -> CostModel:
             samples = measure(target, level_drafter(drafter), self._pages, self._seqs)
             cost = CostModel.fit(samples, ROUND_OVERHEAD)
             if samples:
-                save_profile(path, cost)
-        return cost
+                save_profile(path, cost, weights["model"])
+            return cost
+
+        cost = load_profile(path)
+        if cost is not None and max(cost.verify) >= largest_batch(self._pages, self._seqs):
+            return cost, None
+        return (cost or CostModel.default(), measured) if put_off else (measured(), None)
 
     def _eagle(self) -> Drafter:
         from smart_decoding.drafters.eagle import EagleDrafter

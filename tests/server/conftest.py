@@ -16,7 +16,6 @@ from serving import Running, save_tiny_model, serving
 
 from smart_decoding import speculation
 from smart_decoding.llm import LLM
-from smart_decoding.models.hub import cache_dir
 from smart_decoding.profiling import measure as profiling
 
 Load = Callable[..., LLM]
@@ -57,17 +56,13 @@ def short_profile() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(profiling, "measure", functools.partial(profiling.measure, seconds=0.1))
         patch.setattr(speculation, "load_profile", lambda path: None)
-        patch.setattr(speculation, "save_profile", lambda path, cost: None)
+        patch.setattr(speculation, "save_profile", lambda path, cost, model: None)
         yield
 
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache, but for the compiled kernels; profiles are measured in a tenth of a
-    second."""
-    kernels = cache_dir() / "kernels"
-    if kernels.is_dir():
-        (tmp_path / "kernels").symlink_to(kernels)
+    """An empty cache; profiles are measured in a tenth of a second."""
     monkeypatch.setenv("SMART_CACHE", str(tmp_path))
     monkeypatch.setattr(profiling, "measure", functools.partial(profiling.measure, seconds=0.1))
     return tmp_path

@@ -3,7 +3,14 @@ before any loading."""
 
 from __future__ import annotations
 
+import io
+import json
+import logging
+import re
+import shlex
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -99,6 +106,13 @@ def test_limits_of_pictures_reach_the_model(served: Any, tmp_path: Path) -> None
     assert options["max_image_pixels"] == 9
 
 
+def test_origins_one_by_one_or_as_vllm_takes_them(served: Any) -> None:
+    origins = ("--allowed-origins", "http://a.example", "--allowed-origins", '["http://b", "*"]')
+    assert cli.main(["serve", "m", *origins]) == 0
+    ((settings, _),) = served
+    assert settings.allowed_origins == ("http://a.example", "http://b", "*")
+
+
 def test_a_key_from_the_environment(served: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SMART_API_KEY", "secret")
     assert cli.main(["serve", "--host", "0.0.0.0"]) == 0
@@ -169,3 +183,47 @@ def test_a_taken_port_is_one_line(served: Any) -> None:
         taken.listen()
         with pytest.raises(cli_serve.ConfigError, match="cannot listen"):
             launch.bind("127.0.0.1", taken.getsockname()[1])
+
+
+@pytest.fixture
+def loggers() -> Iterator[None]:
+    """As they were, afterwards."""
+    kept = [logging.getLogger(name) for name in ("smart", "uvicorn")]
+    before = [(each.handlers, each.propagate, each.level) for each in kept]
+    yield
+    for each, (handlers, propagate, level) in zip(kept, before, strict=True):
+        each.handlers = handlers
+        each.propagate = propagate
+        each.setLevel(level)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_people_are_told_where_to_look_and_programs_get_json_lines(
+    terminal: bool, loggers: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = io.StringIO()
+    monkeypatch.setattr(written, "isatty", lambda: terminal)
+    monkeypatch.setattr("sys.stderr", written)
+
+    def run(sockets: Any) -> None:
+        launch.log.info("ready", extra={"speculation": "a head"})
+        launch.log.warning("GET / 200", extra={"seconds": 1.234})
+
+    worker = SimpleNamespace(error=None)
+    made = SimpleNamespace(run=run), worker
+    monkeypatch.setattr(launch, "make_server", lambda load, settings: made)
+    name = "Ann's model"
+    settings = ServerSettings(name, host="0.0.0.0", port=0, api_keys=("k",))
+    assert launch.serve(lambda: None, settings) == 0  # type: ignore[arg-type,return-value]
+    lines = written.getvalue().splitlines()
+    if not terminal:
+        assert [json.loads(line)["level"] for line in lines] == ["info", "info", "warning"]
+        return
+    assert re.fullmatch(r"\d\d:\d\d:\d\d ready, a head", lines[-2])
+    assert lines[-1].endswith(" warning: GET / 200, 1.23 s")
+    url = re.search(r"page +(http://localhost:\d+)/ ", written.getvalue())[1]
+    _, _, example = written.getvalue().partition("example ")
+    words = shlex.split(example.partition("  end ")[0])
+    assert words[:2] == ["curl", f"{url}/v1/chat/completions"]
+    assert words[words.index("-H") + 1] == "Authorization: Bearer KEY"
+    assert json.loads(words[words.index("-d") + 1])["model"] == name

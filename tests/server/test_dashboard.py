@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client import generate_latest
 
 from smart_decoding.core.policies import make_policy
+from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.server.metrics import Metrics
 
 ROOT = Path(__file__).parents[2]
@@ -30,8 +32,9 @@ def exported(load: Any) -> dict[str, tuple[str, set[str]]]:
     llm = load()
     llm.engine.policy = make_policy("smart")
     metrics.start(llm)
-    metrics.ended_by["stop"] += 1
-    text = metrics.render()
+    llm.engine_thread.observers.append(metrics)
+    llm.generate("a", SamplingParams(max_tokens=1))
+    text = generate_latest(metrics).decode()
     kinds = {}
     found = {}
     for name, kind in re.findall(r"^# TYPE (\S+) (\S+)$", text, re.MULTILINE):

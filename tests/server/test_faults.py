@@ -3,6 +3,7 @@ on, and says why."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -10,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,17 +92,25 @@ def good() -> str:
     return json.dumps(COST.to_dict())
 
 
+def summed(state: Mapping[str, Any]) -> bytes:
+    """A profile's file with the checksum that is right for it."""
+    sha256 = hashlib.sha256(json.dumps(state).encode()).hexdigest()
+    return json.dumps({"sha256": sha256, "cost": state}).encode()
+
+
 DAMAGE: dict[str, Callable[[], bytes]] = {
     "empty": lambda: b"",
-    "cut": lambda: good().encode()[:-20],
+    "cut": lambda: summed(COST.to_dict())[:-20],
     "zeros": lambda: bytes(4096),
     "not utf-8": lambda: b"\xff\xfe{}",
     "no object": lambda: b"[1, 2]",
-    "no curves": lambda: json.dumps({**COST.to_dict(), "verify": {}}).encode(),
-    "a text for a number": lambda: json.dumps({**COST.to_dict(), "row_token": "much"}).encode(),
-    "not a number": lambda: good().replace("0.002", "NaN").encode(),
-    "below zero": lambda: good().replace("0.002", "-0.002").encode(),
-    "infinite": lambda: good().replace("0.002", "1e999").encode(),
+    "no curves": lambda: summed({**COST.to_dict(), "verify": {}}),
+    "a text for a number": lambda: summed({**COST.to_dict(), "row_token": "much"}),
+    "not a number": lambda: summed(json.loads(good().replace("0.002", "NaN"))),
+    "below zero": lambda: summed(json.loads(good().replace("0.002", "-0.002"))),
+    "infinite": lambda: summed(json.loads(good().replace("0.002", "1e999"))),
+    "another number": lambda: summed(COST.to_dict()).replace(b"0.002", b"0.003"),
+    "no checksum": lambda: good().encode(),
     "too deep": lambda: b"[" * 100_000,
 }
 
@@ -138,6 +147,33 @@ def test_a_server_with_a_damaged_profile_measures_again(
         assert answer_of(running) == wanted(plain)
     assert "measured again" in caplog.text
     assert load_profile(path) is not None
+
+
+def test_a_profile_that_is_put_off_changes_no_answer(cache: Path, load: Any, plain: LLM) -> None:
+    """It is taken once, between requests; what it overwrites is not found any more."""
+    llm = load(speculative_config=SMART, profile_later=True)
+    path = profile_of(llm)
+    prompt = list(range(48))
+    params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+
+    def answer(asked: LLM) -> tuple[list[int], int]:
+        output = asked.generate(prompt, params)[0].outputs[0]
+        return output.token_ids, output.metrics.cached_tokens
+
+    expected = answer(plain)[0]
+    assert answer(llm) == (expected, 0)
+    assert answer(llm)[1] > 0
+    assert not path.exists()
+    llm.take_profile()
+    stored = load_profile(path)
+    assert stored is not None
+    assert stored.to_dict() == llm.policy.cost.to_dict()
+    assert answer(llm) == (expected, 0)
+    llm.engine.check_integrity()
+    taken = path.stat().st_mtime_ns
+    llm.take_profile()
+    assert path.stat().st_mtime_ns == taken
+    assert load(speculative_config=SMART, profile_later=True).speculation.put_off is None
 
 
 def test_a_profile_of_an_engine_for_smaller_batches_is_taken_again(

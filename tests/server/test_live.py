@@ -4,6 +4,7 @@ playwright)."""
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import threading
 from collections.abc import Iterator
@@ -24,13 +25,33 @@ BODY = {
     "stream": True,
 }
 CHROMIUM = shutil.which("chromium")
+# Of texts that overlap others, and of what is cut off: the page must have none.
+COLLISIONS = """() => {
+  const texts = "h1, h2, h3, b, small, .say, button, textarea, svg text, header span";
+  const seen = [...document.querySelectorAll(texts)]
+    .filter(e => e.textContent.trim() && e.getClientRects().length && !e.closest(".tree"));
+  const faults = [];
+  seen.forEach((a, i) => {
+    const p = a.getBoundingClientRect();
+    if (p.left < 0 || p.right > innerWidth) faults.push(`cut off: ${a.textContent}`);
+    for (const b of seen.slice(i + 1)) {
+      const q = b.getBoundingClientRect();
+      if (a.contains(b) || b.contains(a)) continue;
+      if (Math.min(p.right, q.right) - Math.max(p.left, q.left) > 1 &&
+          Math.min(p.bottom, q.bottom) - Math.max(p.top, q.top) > 3)
+        faults.push(`${a.textContent} / ${b.textContent}`);
+    }
+  });
+  return faults;
+}"""
 BACKGROUND = "getComputedStyle(document.body).backgroundColor.match(/[0-9]+/g).map(Number)"
 
 
 @contextmanager
-def busy(running: Running) -> Iterator[None]:
+def busy(running: Running, **more: Any) -> Iterator[None]:
     """While one answer streams."""
-    with httpx.stream("POST", f"{running.url}/v1/completions", json=BODY, timeout=30) as stream:
+    body = {**BODY, **more}
+    with httpx.stream("POST", f"{running.url}/v1/completions", json=body, timeout=30) as stream:
         stop = threading.Event()
 
         def drain() -> None:
@@ -65,6 +86,7 @@ def test_events_show_the_running_trees(load: Any) -> None:
         assert quiet["running"] == 0
         assert quiet["tps"] == 0
         assert quiet["trees"] == []
+        assert quiet["idle"] is None
         with busy(running):
             _, *later = events(running, 4)
         assert all(
@@ -85,6 +107,14 @@ def test_events_show_the_running_trees(load: Any) -> None:
         assert later[-1]["plain_tps"] is None
         assert later[-1]["curve"] is None
         assert running.idle()
+        past = events(running, 1)[0]  # the last result stays
+        assert past["idle"] > 0
+        assert past["tps"] > 0
+        assert past["trees"]
+        with busy(running, speculate=False):  # nothing of drafting: it does not count
+            undrafted = events(running, 4)[-1]
+        assert undrafted["running"] == 1
+        assert undrafted["idle"] > past["idle"]
 
 
 def test_a_policy_with_costs_shows_its_curve_and_the_point_moves(
@@ -135,42 +165,113 @@ def test_nobody_watching_costs_nothing_and_a_key_guards_the_events(load: Any) ->
         assert wait_for(lambda: live.watchers == 0)
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium")
-def test_the_page_in_chromium(load: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    """It loads without errors, moves while a request runs, fits a phone, and comes back after the
-    server was away."""
+@contextmanager
+def browser_page(width: int, height: int) -> Iterator[Any]:
+    """A page of a real browser; at its end it must have had no error, and asked nobody else."""
     sync_api = pytest.importorskip("playwright.sync_api")
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 390, "height": 800}, color_scheme="dark")
+        page = browser.new_page(viewport={"width": width, "height": height}, color_scheme="dark")
+        page.set_default_timeout(15_000)
         faults: list[str] = []
         asked: set[str] = set()
         page.on("pageerror", lambda error: faults.append(str(error)))
         page.on("request", lambda request: asked.add(urlsplit(request.url).hostname))
+        yield page
+        browser.close()
+    assert faults == []
+    assert asked == {"127.0.0.1"}
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium")
+def test_the_page_in_chromium(load: Any) -> None:
+    """It loads without errors, moves while a request runs, rests when told to, keeps the last
+    result, and comes back after the server was away."""
+    with browser_page(390, 844) as page:
         with serving(lambda: slow(load(), 0.01)) as running:
             port = int(running.url.rpartition(":")[2])
             page.goto(running.url)
-            page.wait_for_selector("#state.live", timeout=5000)
+            page.wait_for_selector("#state.live")
             assert f'"model": "{NAME}"' in page.text_content("#hint")
             assert page.is_visible("#hint")
+            changed = "old => document.querySelector('#trees p i').textContent !== old"
             with busy(running):
-                page.wait_for_selector("#trees rect", timeout=5000)
-                page.wait_for_selector("#hint", state="hidden", timeout=5000)
-                before = page.text_content("#trees p i")
-                page.wait_for_function(
-                    "old => document.querySelector('#trees p i').textContent !== old", arg=before
-                )
+                page.wait_for_selector("#trees rect")
+                page.wait_for_selector("#hint", state="hidden")
+                page.wait_for_function(changed, arg=page.text_content("#trees p i"))
                 assert float(page.text_content("#tps")) > 0
                 assert page.evaluate("document.querySelector('#bar').clientWidth") > 20
-                page.wait_for_selector("#trees rect.accepted, #trees rect.rejected", timeout=5000)
-            assert page.evaluate("document.documentElement.scrollWidth") <= 390
+                page.wait_for_selector("#trees rect.accepted, #trees rect.rejected")
+                page.click("#pause")
+                still = page.inner_html("main")
+                page.wait_for_timeout(700)
+                assert page.inner_html("main") == still
+                page.click("#pause")
+                page.wait_for_function(changed, arg=page.text_content("#trees p i"))
+            assert page.evaluate(COLLISIONS) == []
+            page.wait_for_function(
+                "() => document.querySelector('#quiet').textContent.startsWith('Quiet')"
+            )
+            assert float(page.text_content("#tps")) > 0  # the last result stays
+            assert page.locator("#trees .tree").count() == 1
             dark = page.evaluate(BACKGROUND)
             page.emulate_media(color_scheme="light")
             assert sum(page.evaluate(BACKGROUND)) > 600
             assert sum(dark) < 120
-        page.wait_for_selector("#state.lost", timeout=5000)
+        page.wait_for_selector("#state.lost")
         with serving(load, port=port):
-            page.wait_for_selector("#state.live", timeout=8000)
-        browser.close()
-    assert faults == []
-    assert asked == {"127.0.0.1"}
+            page.wait_for_selector("#state.live")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium")
+def test_a_race_in_chromium(load: Any) -> None:
+    """The same answer twice, through the ordinary route and with its key: with drafts, then
+    plainly; then both are shown from the start."""
+    with (
+        browser_page(1280, 800) as page,
+        serving(lambda: slow(load(), 0.01), api_keys=("k",)) as running,
+    ):
+        bodies: list[dict[str, Any]] = []
+        page.on("request", lambda r: r.method == "POST" and bodies.append(json.loads(r.post_data)))
+        page.goto(running.url)
+        page.fill("#key input", "k")
+        page.press("#key input", "Enter")
+        page.wait_for_selector("#state.live")
+        page.fill("#ask textarea", "abcabcabc")
+        page.press("#ask textarea", "Enter")
+        page.wait_for_selector("#lane-plain pre span")
+        assert page.locator("#lane-smart pre span").count() < 160  # it has begun again
+        page.wait_for_selector("#replay")
+        smart, plain = (page.text_content(f"#lane-{name} pre") for name in ("smart", "plain"))
+        assert smart == plain != ""
+        verdict = page.text_content("#verdict")
+        assert re.search(r"was [\d.]+ times as fast. The two answers are the same", verdict)
+        passes = [
+            int(re.search(r"in (\d+) passes", page.text_content(f"#lane-{name} > small"))[1])
+            for name in ("smart", "plain")
+        ]
+        assert passes[0] < passes[1]  # a pass with drafts gives more than one token at times
+        assert re.search(r"; \d+ of \d+ guesses right$", page.text_content("#lane-smart > small"))
+        assert "guesses" not in page.text_content("#lane-plain > small")
+        assert [body["speculate"] for body in bodies] == [True, False]
+        assert page.evaluate(COLLISIONS) == []
+        page.set_viewport_size({"width": 390, "height": 844})
+        page.wait_for_timeout(500)  # the charts are drawn anew
+        assert page.evaluate(COLLISIONS) == []
+        page.click("#replay")
+        page.wait_for_selector("#replay", state="visible")
+        assert page.text_content("#verdict") == verdict
+        assert len(bodies) == 2  # the replay asks for nothing
+        page.click("#ask button.main")
+        page.wait_for_selector("#lane-smart pre span")
+        page.click("#ask button.main")  # Stop: the request ends with it
+        page.wait_for_function(
+            "() => document.querySelector('#verdict').textContent === 'Stopped.'"
+        )
+        assert running.idle()
+        running.worker.draining = True  # what is refused is said
+        page.click("#ask button.main")
+        page.wait_for_function(
+            "() => document.querySelector('#verdict').textContent.includes('shutting down')"
+        )
+        running.worker.draining = False

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 from serving import NAME, Running, post, serving
 
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.server.metrics import Metrics
-
-_LINE = re.compile(r'(smart:[a-z0-9_]+)\{([a-z_]+="[^"]*"(?:,[a-z_]+="[^"]*")*)\} (-?[0-9.e+-]+)')
 
 HISTOGRAMS = (
     "time_to_first_token_seconds",
@@ -30,15 +28,22 @@ def smart_server(load: Any, short_profile: None) -> Iterator[Running]:
         yield running
 
 
-def read(running: Running) -> dict[str, float]:
+def read(running: Running, prefix: str = "smart:") -> dict[str, float]:
     response = httpx.get(f"{running.url}/metrics")
     assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
     values = {}
-    for line in response.text.splitlines():
-        if not line.startswith("#"):
-            name, labels, value = _LINE.fullmatch(line).groups()
-            more = labels.removeprefix(f'model_name="{NAME}"').lstrip(",")
-            values[name.removeprefix("smart:") + (f"[{more}]" if more else "")] = float(value)
+    samples = [
+        sample
+        for family in text_string_to_metric_families(response.text)
+        for sample in family.samples
+    ]
+    for sample in samples:
+        if not sample.name.startswith(prefix):
+            continue
+        labels = {key: value for key, value in sample.labels.items() if key != "engine"}
+        assert labels.pop("model_name") == NAME
+        more = ",".join(f'{key}="{value}"' for key, value in labels.items())
+        values[sample.name.removeprefix(prefix) + (f"[{more}]" if more else "")] = sample.value
     return values
 
 
@@ -102,17 +107,72 @@ def test_drafts_are_the_requests_whose_nodes_are_verified(load: Any) -> None:
             drafts += np.count_nonzero(np.bincount(record.round.trees.owner[record.round.kept]))
             walked += sum(map(len, record.acceptance.path))
     assert (
-        metrics.counts["drafts"] == drafts < sum(request.metrics.rounds for request in requests) / 2
+        counted(metrics, "spec_decode_num_drafts")
+        == drafts
+        < sum(request.metrics.rounds for request in requests) / 2
     )
-    assert metrics.counts["accepted"] == sum(request.metrics.accepted for request in requests)
-    assert 0 < metrics.counts["accepted"] < walked
+    accepted = counted(metrics, "spec_decode_num_accepted_tokens")
+    assert accepted == sum(request.metrics.accepted for request in requests)
+    assert 0 < accepted < walked
+    by_depth = "spec_decode_num_accepted_tokens_per_pos"
+    deepest = max(max(request.metrics.accepted_lengths, default=0) for request in requests)
+    reached = [counted(metrics, by_depth, position=str(i)) for i in range(deepest)]
+    assert sum(reached) == accepted
+    assert reached == sorted(reached, reverse=True)
+    for request in requests:
+        lengths = request.metrics.accepted_lengths
+        assert sum(lengths.elements()) == request.metrics.accepted
+        assert lengths.total() <= request.metrics.rounds
 
 
 def test_every_metric_says_what_it_is(smart_server: Running) -> None:
     text = httpx.get(f"{smart_server.url}/metrics").text
-    kinds = dict(re.findall(r"^# TYPE (\S+) (\S+)$", text, re.MULTILINE))
-    assert set(kinds) == set(re.findall(r"^# HELP (\S+) \S.*$", text, re.MULTILINE))
-    assert all((kind == "counter") == name.endswith("_total") for name, kind in kinds.items())
+    for family in text_string_to_metric_families(text):
+        assert family.documentation
+        assert family.type in ("counter", "gauge", "histogram")
+        for sample in family.samples:
+            assert (family.type == "counter") == sample.name.endswith("_total")
+
+
+# What docs.vllm.ai lists under "Production Metrics" and its dashboards ask for.
+VLLM = """
+    num_requests_running num_requests_waiting kv_cache_usage_perc prompt_tokens_total
+    generation_tokens_total prefix_cache_queries_total prefix_cache_hits_total
+    num_preemptions_total spec_decode_num_drafts_total spec_decode_num_draft_tokens_total
+    spec_decode_num_accepted_tokens_total time_to_first_token_seconds_bucket
+    inter_token_latency_seconds_bucket time_per_output_token_seconds_bucket
+    request_time_per_output_token_seconds_bucket e2e_request_latency_seconds_bucket
+"""
+
+
+def test_vllms_names_have_the_same_figures(smart_server: Running) -> None:
+    text = "a long prompt that fills more than a single page of KV memory " * 2
+    body = {"model": NAME, "prompt": text, "max_tokens": 40, "temperature": 0, "ignore_eos": True}
+    for _ in range(2):
+        assert post(smart_server, "/v1/completions", json=body).status_code == 200
+    assert smart_server.idle()
+    ours = read(smart_server)
+    theirs = read(smart_server, "vllm:")
+    assert set(VLLM.split()) <= {name.partition("[")[0] for name in theirs}
+    assert theirs.pop('request_success_total[finished_reason="length"]') >= 2
+    assert 'spec_decode_num_accepted_tokens_per_pos_total[position="0"]' in theirs
+    assert 64 <= theirs["prefix_cache_hits_total"] < theirs["prefix_cache_queries_total"]
+    renamed = {"time_per_output_token": "inter_token_latency"}
+    renamed["request_time_per_output_token"] = "time_per_output_token"
+    for name, value in theirs.items():
+        base, found, rest = name.partition("_seconds")
+        assert value == ours[renamed.get(base, base) + found + rest]
+    gaps = theirs["inter_token_latency_seconds_count"]
+    assert 2 <= gaps <= theirs["generation_tokens_total"]
+
+
+def counted(metrics: Metrics, name: str, **labels: str) -> float:
+    return next(
+        sample.value
+        for family in metrics.collect()
+        for sample in family.samples
+        if sample.name == f"smart:{name}_total" and labels.items() <= sample.labels.items()
+    )
 
 
 def test_an_aborted_answer_counts_as_such(smart_server: Running) -> None:

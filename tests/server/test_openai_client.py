@@ -229,7 +229,7 @@ def test_what_is_not_supported_is_refused(client: openai.OpenAI) -> None:
     refused = [
         {"messages": picture},
         {"reasoning_effort": "low"},
-        {"extra_body": {"beam_width": 3}},
+        {"extra_body": {"use_beam_search": True}},
     ]
     for options in refused:
         with pytest.raises(openai.BadRequestError) as error:

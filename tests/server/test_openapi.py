@@ -59,6 +59,7 @@ def test_the_document_tells_of_what_is_served(document: Any) -> None:
         "/v1/models",
         "/v1/completions",
         "/v1/chat/completions",
+        "/v1/responses",
         "/tokenize",
         "/detokenize",
         "/health",
@@ -66,7 +67,9 @@ def test_the_document_tells_of_what_is_served(document: Any) -> None:
         "/version",
         "/metrics",
     } <= set(paths)
-    fields = document.raw_schema["components"]["schemas"]["ChatRequest"]["properties"]
+    schemas = document.raw_schema["components"]["schemas"]
+    assert all(schema.get("additionalProperties") is not False for schema in schemas.values())
+    fields = schemas["ChatRequest"]["properties"]
     assert {"tools", "tool_choice", "response_format", "structured_outputs", "messages"} <= set(
         fields
     )

@@ -278,7 +278,7 @@ def test_reading_calls_from_text_in_any_pieces(size: int) -> None:
     calls = []
     for start in range(0, len(text), size):
         piece = text[start : start + size]
-        more, found = reader.feed(piece, start + size >= len(text))
+        more, found = reader.feed(piece, "stop" if start + size >= len(text) else None)
         content += more
         for part in found:
             if "id" in part:
@@ -290,14 +290,28 @@ def test_reading_calls_from_text_in_any_pieces(size: int) -> None:
     assert calls == [["now", "{}"], ["now", arguments]]
 
 
-def test_an_answer_that_is_cut_keeps_what_it_has() -> None:
-    reader = ToolText()
-    assert reader.feed("a <tool_c", True) == ("a <tool_c", [])
-    reader = ToolText()
-    content, (call,) = reader.feed(CALL[:-13], True)
-    assert content == ""
-    assert call["function"] == {"name": "now", "arguments": "{}}"}
-    assert not reader.complete
+def test_an_answer_that_ends_may_have_looked_like_a_call() -> None:
+    assert ToolText().feed("a <tool_c", "stop") == ("a <tool_c", [])
+
+
+@pytest.mark.parametrize("size", [1, 1000])
+@pytest.mark.parametrize("end", ["length", "stop"])  # a stop string cuts too
+def test_a_call_that_is_cut_shows_nothing_of_its_wrapper(size: int, end: str) -> None:
+    """Its arguments are there as far as they came."""
+    arguments = '{"a": "}\\n</tool_call>", "b": [{}]}'
+    whole = CALL.replace("{}", arguments)
+    begins = whole.index(arguments)
+    for cut in range(1 if end == "length" else len("<tool_call>"), len(whole)):
+        reader = ToolText()
+        content = got = ""
+        for start in range(0, cut, size):
+            last = end if start + size >= cut else None
+            more, calls = reader.feed(whole[start : min(start + size, cut)], last)
+            content += more
+            got += "".join(call["function"]["arguments"] for call in calls)
+        assert content == ""
+        assert got == arguments[: max(0, cut - begins)]
+        assert not reader.complete
 
 
 def test_calls_and_results_go_back_to_the_model(running: Running, client: openai.OpenAI) -> None:

@@ -10,8 +10,11 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
+
+from smart_decoding.cli.demo import PROMPTS
 
 ROOT = Path(__file__).parents[2]
 if not (ROOT / "docs" / "index.md").is_file():
@@ -86,6 +89,15 @@ def test_the_sources_name_pages_that_exist() -> None:
 
 def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_bytes()) <= 6_000
+
+
+def test_the_recording_is_of_todays_demo() -> None:
+    """docs/demo.svg, which tools/record_demo.py writes."""
+    path = ROOT / "docs" / "demo.svg"
+    assert path.stat().st_size <= 200_000
+    text = " ".join(ElementTree.parse(path).getroot().itertext())
+    assert all(f"> {prompt}" in text for prompt in PROMPTS)
+    assert "identical output: yes" in text
 
 
 def test_entries_of_the_log_have_dates_in_order() -> None:

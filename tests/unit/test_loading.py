@@ -237,7 +237,7 @@ def test_refuses_damaged_folders(folder: Path) -> None:
     weights = folder / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-100])
-    assert_refused(folder, "model.safetensors", "truncated")
+    assert_refused(folder, "model.safetensors", "cut")
     weights.write_bytes(b"no tensors here")
     assert_refused(folder, "model.safetensors", "corrupt")
     weights.rename(folder / "pytorch_model.bin")

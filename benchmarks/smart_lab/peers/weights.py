@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from smart_decoding.errors import ModelError
-from smart_decoding.files import whole
-from smart_decoding.models.hub import cache_dir, sha256_of
+from smart_decoding.files import sha256_of, whole
+from smart_decoding.models.hub import cache_dir
 from smart_decoding.models.loading import load_checkpoint
 from smart_decoding.models.registry import resolve
 

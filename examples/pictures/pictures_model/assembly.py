@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from smart_decoding.models.gguf import is_whole, move_into_place
+from smart_decoding.models.gguf import is_whole, move_into_place, write_record
 from smart_decoding.models.hub import cache_dir, scratch
 from smart_decoding.models.loading import load_checkpoint
 
@@ -26,7 +26,6 @@ HEAD = PARTS_FOLDER / "head"  # which drafts for it
 PARTS = "parts.json"  # the base, and how the parts go onto it
 PARTS_WEIGHTS = "parts.safetensors"
 IMAGE_TOKEN = "<image>"
-_RECORD = "converted.json"
 
 
 def model_folder(parts: Path = PARTS_FOLDER) -> Path:
@@ -65,8 +64,7 @@ def _assemble(parts: Path, base: Path, target: Path) -> None:
             shutil.copyfile(parts / name, part / name)
         for name in ("tokenizer.json", "tokenizer_config.json"):
             _rename_token(base / name, part / name, told["image_token"])
-        sizes = {path.name: path.stat().st_size for path in part.iterdir()}
-        (part / _RECORD).write_text(json.dumps({"base": told["base"], "files": sizes}, indent=1))
+        write_record(part, {"base": told["base"]})
         move_into_place(part, target)
 
 

@@ -130,7 +130,7 @@ class BenchOptions:
         self._check_arms()
 
     def _check_arms(self) -> None:
-        from smart_decoding.core.policies import make_policy  # imported late: scipy is slow
+        from smart_decoding.core.policies import make_policy  # imported late: numpy is slow
 
         for arm in self.arms:
             make_policy(arm.policy, **arm.policy_options)

@@ -31,7 +31,7 @@ _FLAGS = (
     "bf16",
     "sve",
 )
-_PACKAGES = ("torch", "numpy", "scipy", "safetensors", "tokenizers")
+_PACKAGES = ("torch", "numpy", "safetensors", "tokenizers")
 
 
 def provenance(

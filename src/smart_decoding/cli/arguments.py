@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 from argparse import ArgumentTypeError, _ActionsContainer
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from smart_decoding.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
 class Option:
     """One option `--name`.
 
-    many: may be given several times; shown: the default in words, for the help.
+    many: may be given several times; shown: the default in words, for the help; aliases: other
+    flags, dashes and all.
     """
 
     name: str
@@ -23,6 +28,7 @@ class Option:
     choices: tuple[str, ...] | None = None
     many: bool = False
     shown: str = ""
+    aliases: tuple[str, ...] = ()
 
     @property
     def dest(self) -> str:
@@ -33,13 +39,13 @@ class Option:
         """Adds it to a parser; with `unset`, None stands for 'not given', not the default."""
         words = f"{self.help} ({self.shown or self.default})"
         default = None if unset else self.default
-        flag = f"--{self.name}"
+        flags = (f"--{self.name}", *self.aliases)
         if self.kind is bool:
-            parser.add_argument(flag, action="store_true", default=default, help=words)
+            parser.add_argument(*flags, action="store_true", default=default, help=words)
             return
         metavar = "K=V" if self.kind is key_value else self.name.rpartition("-")[2].upper()
         parser.add_argument(
-            flag,
+            *flags,
             type=self.kind,
             default=default,
             choices=self.choices,
@@ -57,6 +63,15 @@ ALLOW_SLOW = Option(
     shown="off: an error",
 )
 
+THREADS = Option(
+    "threads",
+    int,
+    None,
+    "threads that compute",
+    shown="$SMART_NUM_THREADS, else one for each core",
+    aliases=("-t",),
+)
+
 
 def add_options(parser: _ActionsContainer, options: Iterable[Option], unset: bool = False) -> None:
     """Adds options, as `Option.add_to` does."""
@@ -65,8 +80,38 @@ def add_options(parser: _ActionsContainer, options: Iterable[Option], unset: boo
 
 
 def add_allow_slow(parser: _ActionsContainer) -> None:
-    """--allow-slow, of every command that loads a model."""
-    ALLOW_SLOW.add_to(parser)
+    """--allow-slow and --threads, of every command that loads a model."""
+    add_options(parser, (ALLOW_SLOW, THREADS))
+
+
+def use_threads(count: int | None) -> None:
+    """What --threads asks for, before the kernels are loaded; None leaves the default. Raises
+    ConfigError for less than one."""
+    if count is not None:
+        if count < 1:
+            raise ConfigError(f"--threads {count} is not allowed: it must be at least 1")
+        os.environ["SMART_NUM_THREADS"] = str(count)
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The prompts of a file: a line each that is not empty, or a JSON object with 'prompt'. Raises
+    ConfigError if there is none, or the file is not text."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text: {error}") from error
+    prompts = []
+    for number, line in enumerate(lines, start=1):
+        if line.strip().startswith("{"):
+            try:
+                prompts.append(str(json.loads(line)["prompt"]))
+            except (ValueError, KeyError) as error:
+                raise ConfigError(f"{path}, line {number}: no JSON object with 'prompt'") from error
+        elif line.strip():
+            prompts.append(line.strip())
+    if not prompts:
+        raise ConfigError(f"{path} holds no prompt: give one a line")
+    return prompts
 
 
 def key_value(text: str) -> tuple[str, Any]:

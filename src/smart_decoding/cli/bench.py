@@ -16,6 +16,7 @@ from smart_decoding.bench.results import Results
 from smart_decoding.cli.arguments import add_allow_slow, shares, whole_numbers, words
 from smart_decoding.cli.model_options import ACTIVATIONS, QUANTIZATION
 from smart_decoding.cli.report import add_output_arguments, write_outputs
+from smart_decoding.cli.run import show_steps
 
 MOVED = (
     "--full",
@@ -169,6 +170,7 @@ def options_of(
 
 def main(args: argparse.Namespace) -> int:
     """Runs the benchmark and prints its tables. Raises SmartError for what a user can mend."""
+    show_steps()
     options = options_of(args)
     # torch is slow to import: options come first.
     from smart_decoding.models.kernel_check import require_kernels

@@ -1,18 +1,23 @@
-"""`smart demo`: the default model answers, its last trees, and the measured speedup."""
+"""`smart demo`: the default model answers, with SMART and plainly; both are shown as a race.
+
+Nothing is printed while an answer is timed: what is shown is a replay at the measured speeds.
+"""
 
 from __future__ import annotations
 
 import argparse
-import statistics
+import os
+import shutil
 import sys
+import textwrap
 import time
-from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from smart_decoding.cli.arguments import add_allow_slow
-from smart_decoding.cli.run import chat_prompt
+from smart_decoding.cli.run import chat_prompt, show_steps
 from smart_decoding.core.tree_picture import TreeStyle, draw_tree, legend, wants_colour
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.models.registry import DEFAULT_MODEL
@@ -21,19 +26,24 @@ if TYPE_CHECKING:
     from smart_decoding.engine.engine import RoundRecord
     from smart_decoding.llm import LLM
 
+# What the default model answers right.
 PROMPTS = (
-    "Write a Python function that returns the n-th Fibonacci number, and explain it.",
-    "A shop sells pens at 3 dollars each. How much do 12 pens cost with a discount of 10 percent? "
-    "Think step by step.",
+    "List the months of the year.",
+    "Write a Python function is_even(n) with a docstring.",
+    "Count from 1 to 20.",
 )
-ALTERNATIONS = 3
 _ROOT_TOKENS = 8  # of the text before a tree
-_WARM_UP = SamplingParams(temperature=0.0, max_tokens=8)
+_ROWS = 8  # of text in a lane
+_NARROWEST = 60  # columns in which two lanes can be read
+_FRAME = 0.05  # seconds
+_END = 0.5  # seconds that the end is held
+_COLOURS = {"smart": "\x1b[32m", "plain": "\x1b[33m"}
 NEXT = """what to try next:
-  smart run --stats "your question"                  ask it something
-  smart run --policy off --stats "your question"     the same answer, decoded plainly
-  smart run --temperature 0.8 --seed 1 "a question"  sampling: the same tokens under every policy
-  smart bench --help                                 compare policies on benchmark prompts"""
+  smart serve                               the same race in a browser
+  smart run --stats "a question"            ask it something
+  smart run --policy off "a question"       the same answer, decoded plainly
+  smart run --temperature 0.8 --seed 1 "…"  the same tokens under every policy
+  smart bench --help                        compare policies"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,32 +54,60 @@ class VerifiedTree:
     before: list[int]
 
 
-@dataclass(frozen=True, slots=True)
-class Timing:
-    """One pass over the prompts: tokens per second from end to end, and the answers' tokens."""
+@dataclass(slots=True)
+class Answer:
+    """One timed answer.
 
-    tokens_per_s: float
-    answers: list[list[int]]
+    pieces: what each round gave: seconds since the first one, text, tokens so far.
+    """
+
+    pieces: list[tuple[float, str, int]] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    trees: list[VerifiedTree] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        """From the first piece to the last."""
+        return self.pieces[-1][0]
+
+    @property
+    def timed(self) -> int:
+        """Tokens that came in this time."""
+        return self.pieces[-1][2] - self.pieces[0][2]
+
+    @property
+    def text(self) -> str:
+        """All of it."""
+        return "".join(text for _, text, _ in self.pieces)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """--max-tokens and --allow-slow; all else is fixed."""
-    parser.add_argument("--max-tokens", type=int, default=96, help="of each answer (96)")
+    parser.add_argument("--max-tokens", type=int, default=128, help="of each answer (128)")
     add_allow_slow(parser)
 
 
 def main(args: argparse.Namespace) -> None:
-    """Streams, draws, measures."""
+    """Times each answer, shows the race and a tree, and sums up."""
+    show_steps()
     params = SamplingParams(temperature=0.0, max_tokens=args.max_tokens)
-    smart = load({"policy": "smart"}, args.allow_slow)
-    trees = show_answers(smart, params)
-    show_trees(smart, trees)
-    print("\nmeasuring plain decoding and smart in turn ...", flush=True)
-    plain = load(False, args.allow_slow)
-    print(summary(*measure(plain, smart, params)))
+    smart = load(args.allow_slow)
+    engines = {"smart": smart, "plain": smart.sharing_weights(False)}
+    print("Each question is answered twice with SMART and twice plainly, in turns.")
+    print("You see the faster answer of each, side by side, at the speed it had.", flush=True)
+    races = []
+    answers = []
+    for prompt in PROMPTS:
+        print(f"\n> {prompt}", flush=True)
+        runs = measure(engines, prompt, params)
+        answers.append([run.tokens for each in runs.values() for run in each])
+        races.append({name: min(each, key=lambda run: run.seconds) for name, each in runs.items()})
+        show_race(races[-1])
+    show_tree(smart, [tree for race in races for tree in race["smart"].trees])
+    print("\n" + summary(races, all(each == same[0] for same in answers for each in same)))
     model = smart.provenance.get("model", DEFAULT_MODEL)
     weights = smart.provenance.get("weights", "unknown")
-    print(f"model: {model}, weights: {weights}\n{kernels()}\n\n{NEXT}")
+    print(f"model: {model}\n{textwrap.fill(f'weights: {weights}', 79)}\n{kernels()}\n\n{NEXT}")
 
 
 def kernels() -> str:
@@ -84,16 +122,16 @@ def kernels() -> str:
     return f"CPU kernels: {library.chosen() if reason is None else f'none, plain torch ({reason})'}"
 
 
-def load(speculative_config: dict[str, Any] | bool, allow_slow: bool) -> LLM:
+def load(allow_slow: bool) -> LLM:
     """The default model for one request at a time.
 
-    No prefix cache: a second pass must cost as much as the first.
+    No prefix cache: a second answer must cost as much as the first.
     """
     from smart_decoding.llm import LLM
 
     return LLM(
         DEFAULT_MODEL,
-        speculative_config=speculative_config,
+        speculative_config={"policy": "smart"},
         max_model_len=1024,
         max_num_seqs=1,
         enable_prefix_caching=False,
@@ -101,72 +139,145 @@ def load(speculative_config: dict[str, Any] | bool, allow_slow: bool) -> LLM:
     )
 
 
-def show_answers(llm: LLM, params: SamplingParams) -> list[VerifiedTree]:
-    """Streams the answers to standard output; returns the last two rounds that verified a tree."""
-    trees: deque[VerifiedTree] = deque(maxlen=2)
+def measure(
+    engines: dict[str, LLM], prompt: str, params: SamplingParams
+) -> dict[str, list[Answer]]:
+    """Two answers of each engine, in turns, in reversed order the second time."""
+    runs: dict[str, list[Answer]] = {name: [] for name in engines}
+    for name in [*engines, *reversed(engines)]:
+        runs[name].append(ask(engines[name], prompt, params))
+    return runs
+
+
+def ask(llm: LLM, prompt: str, params: SamplingParams) -> Answer:
+    """One answer, with the time of each round."""
+    answer = Answer()
+    started = 0.0
 
     def after_round(touched: Sequence[Any]) -> None:
-        for request in touched:
-            print(request.stop.new_text(), end="", flush=True)
-        record = llm.engine.last_round
-        if touched and record is not None and len(record.round.kept):
-            end = len(touched[0].tokens) - record.emitted  # the only request of the batch
-            trees.append(VerifiedTree(record, touched[0].tokens[max(0, end - _ROOT_TOKENS) : end]))
+        nonlocal started
+        for request in touched:  # there is only one
+            now = time.perf_counter()
+            started = started or now
+            piece = (now - started, request.stop.new_text(), len(request.output))
+            answer.pieces.append(piece)
+            record = llm.engine.last_round
+            if record is not None and len(record.round.kept):
+                end = len(request.tokens) - record.emitted
+                before = request.tokens[max(0, end - _ROOT_TOKENS) : end]
+                answer.trees.append(VerifiedTree(record, before))
 
-    for prompt in PROMPTS:
-        print(f"> {prompt}", flush=True)
-        llm.generate(chat_prompt(llm, prompt), params, on_step=after_round)
-        print("\n")
-    return list(trees)
+    (output,) = llm.generate(chat_prompt(llm, prompt), params, on_step=after_round)
+    answer.tokens = list(output.outputs[0].token_ids)
+    return answer
 
 
-def show_trees(llm: LLM, trees: Sequence[VerifiedTree]) -> None:
-    """Prints the pictures, or why there are none."""
+def show_race(race: dict[str, Answer]) -> None:
+    """Replays both on a terminal that is wide enough; then, or instead, the answer and speeds."""
+    width = min(100, shutil.get_terminal_size().columns)
+    if sys.stdout.isatty() and os.environ.get("TERM") != "dumb" and width >= _NARROWEST:
+        with _redrawing() as draw:
+            started = time.perf_counter()
+            now = 0.0
+            while now < _END + max(answer.seconds for answer in race.values()):
+                now = time.perf_counter() - started
+                draw(_frame(race, now, width))
+                time.sleep(_FRAME)
+    print(race["smart"].text)
+    fastest = max(_speed(answer) for answer in race.values())
+    for name, answer in race.items():
+        bar = _bar(_speed(answer) / fastest if fastest else 0.0, 30).ljust(30)
+        words = f"{_speed(answer):6.1f} tok/s, {len(answer.pieces)} passes for {len(answer.tokens)}"
+        print(f"  {name}  {_painted(name, bar)}  {words} tokens", flush=True)
+
+
+@contextmanager
+def _redrawing() -> Iterator[Any]:
+    """Gives what draws lines over the last ones; they are gone afterwards."""
+    height = 0
+
+    def draw(lines: Sequence[str]) -> None:
+        nonlocal height
+        up = f"\x1b[{height}A" if height else ""
+        sys.stdout.write(up + "".join(f"{line}\x1b[K\n" for line in lines))
+        sys.stdout.flush()
+        height = len(lines)
+
+    sys.stdout.write("\x1b[?25l")  # no cursor
+    try:
+        yield draw
+    finally:
+        sys.stdout.write((f"\x1b[{height}A\x1b[J" if height else "") + "\x1b[?25h")
+        sys.stdout.flush()
+
+
+def _frame(race: dict[str, Answer], now: float, width: int) -> list[str]:
+    """Both answers beside each other, as they were `now` seconds after their first token."""
+    lanes = [_lane(name, answer, now, width // 2 - 2) for name, answer in race.items()]
+    return [" │ ".join(row).rstrip() for row in zip(*lanes, strict=True)]
+
+
+def _lane(name: str, answer: Answer, now: float, width: int) -> list[str]:
+    """A name and speed, a bar, and the end of the text so far, each line `width` wide."""
+    come = [piece for piece in answer.pieces if piece[0] <= now]
+    tokens = come[-1][2]
+    spent = min(now, answer.seconds)
+    speed = f"{(tokens - come[0][2]) / spent:.0f} tok/s" if spent > 0 else ""
+    title = f"{name:<{width - 23}}{tokens:>4} tokens {speed:>11}"
+    bar = _bar(tokens / answer.pieces[-1][2], width).ljust(width)
+    text = "".join(text for _, text, _ in come)
+    lines = [
+        "".join(char if char.isprintable() else " " for char in line[start : start + width])
+        for line in text.expandtabs(4).split("\n")
+        for start in range(0, max(1, len(line)), width)
+    ]
+    rows = [*lines[-_ROWS:], *[""] * _ROWS][:_ROWS]
+    return [_painted(name, title), _painted(name, bar), *(row.ljust(width) for row in rows)]
+
+
+def _bar(share: float, width: int) -> str:
+    """A bar of a share in [0, 1] of the width, in eighths of a character."""
+    eighths = round(8 * share * width)
+    part = " ▏▎▍▌▋▊▉"[eighths % 8].strip()
+    return "█" * (eighths // 8) + part
+
+
+def _painted(name: str, text: str) -> str:
+    return f"{_COLOURS[name]}{text}\x1b[0m" if wants_colour(sys.stdout) else text
+
+
+def _speed(answer: Answer) -> float:
+    return answer.timed / answer.seconds if answer.seconds > 0 else 0.0
+
+
+def show_tree(llm: LLM, trees: Sequence[VerifiedTree]) -> None:
+    """Prints the largest tree, or why there is none."""
     if not trees:
-        print("no tree to show: every round was decoded plainly")
+        print("\nno tree to show: every round was decoded plainly")
         return
-    print(f"the last {len(trees)} verified trees" if len(trees) > 1 else "the last verified tree")
-    nodes = [tree.record.round.trees.take(tree.record.round.kept) for tree in trees]
-    rules = [tree.record.round.rule for tree in trees]
-    print(legend(all(rule is not None and rule.scores is not None for rule in rules)))
+    tree = max(trees, key=lambda tree: (len(tree.record.round.kept), tree.record.emitted))
+    done = tree.record.round
+    accepted = tree.record.acceptance
+    assert accepted is not None  # a round with nodes has verified them
 
     def text_of(token: int) -> str:
         return llm.tokenizer.decode([token], False)
 
+    print("\nthe largest tree of drafts, all checked in one pass:")
     style = TreeStyle(text_of, colour=wants_colour(sys.stdout))
-    for tree, drafted in zip(trees, nodes, strict=True):
-        accepted = tree.record.acceptance
-        assert accepted is not None  # a round with nodes has verified them
-        root = llm.tokenizer.decode(tree.before, False)
-        bonus_token = accepted.emitted[0][-1]
-        print()
-        print(draw_tree(drafted, 0, accepted.path[0], style, root=root, bonus_token=bonus_token))
+    nodes = done.trees.take(done.kept)
+    root = llm.tokenizer.decode(tree.before, False)
+    bonus_token = accepted.emitted[0][-1]
+    print(draw_tree(nodes, 0, accepted.path[0], style, root=root, bonus_token=bonus_token))
+    shown = legend(done.rule is not None and done.rule.scores is not None)
+    print(shown.replace("; ", "\n"))
 
 
-def measure(plain: LLM, smart: LLM, params: SamplingParams) -> tuple[list[Timing], list[Timing]]:
-    """Passes of both over the same prompts, taking turns, the order reversed each time."""
-    timings: dict[int, list[Timing]] = {id(plain): [], id(smart): []}
-    plain.generate(chat_prompt(plain, PROMPTS[0]), _WARM_UP)  # smart is warm from streaming
-    for turn in range(ALTERNATIONS):
-        for llm in (plain, smart) if turn % 2 == 0 else (smart, plain):
-            timings[id(llm)].append(_timed(llm, params))
-    return timings[id(plain)], timings[id(smart)]
-
-
-def summary(plain: Sequence[Timing], smart: Sequence[Timing]) -> str:
-    """One line: medians, and the median of the turns' ratios."""
-    speeds = [statistics.median(t.tokens_per_s for t in timings) for timings in (plain, smart)]
-    speedup = statistics.median(
-        s.tokens_per_s / p.tokens_per_s for p, s in zip(plain, smart, strict=True)
-    )
-    same = all(timing.answers == plain[0].answers for timing in (*plain, *smart))
-    figures = f"plain {speeds[0]:.1f} tok/s, smart {speeds[1]:.1f} tok/s, speedup {speedup:.2f}"
+def summary(races: Sequence[dict[str, Answer]], same: bool) -> str:
+    """One line: speeds over all questions, after the first tokens, and whether all is the same."""
+    tokens = {name: sum(race[name].timed for race in races) for name in ("plain", "smart")}
+    seconds = {name: sum(race[name].seconds for race in races) for name in tokens}
+    plain, smart = (tokens[name] / max(seconds[name], 1e-9) for name in ("plain", "smart"))
+    figures = f"plain {plain:.1f} tok/s, smart {smart:.1f} tok/s, speedup {smart / plain:.2f}"
     identical = "yes" if same else "no, see: python -m smart_lab divergence"
     return f"{figures} (identical output: {identical})"
-
-
-def _timed(llm: LLM, params: SamplingParams) -> Timing:
-    start = time.perf_counter()
-    outputs = [llm.generate(chat_prompt(llm, prompt), params)[0].outputs[0] for prompt in PROMPTS]
-    answers = [output.token_ids for output in outputs]
-    return Timing(sum(map(len, answers)) / (time.perf_counter() - start), answers)

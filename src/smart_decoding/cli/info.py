@@ -8,10 +8,11 @@ import os
 import platform
 from collections.abc import Iterator, Mapping
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 from smart_decoding.errors import ConfigError
+from smart_decoding.models.hub import cache_dir
+from smart_decoding.models.kept import hub_repositories, made_of, readable, repository_of, size_of
 
 OPTIONAL = (
     "transformers",
@@ -19,6 +20,7 @@ OPTIONAL = (
     "llguidance",
     "fastapi",
     "uvicorn",
+    "prometheus-client",
     "matplotlib",
     "sentencepiece",
     "vllm",
@@ -86,35 +88,21 @@ def cache() -> dict[str, Any]:
     """The cache of models and profiles and the hub's own cache, with their models; in bytes."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    from smart_decoding.models.hub import cache_dir
-
     root = cache_dir()
-    models = {_name(folder): _size(folder) for folder in sorted((root / "converted").glob("*/"))}
-    models |= {path.name: _size(path) for path in sorted((root / "files").glob("*.gguf"))}
-    hub = Path(HF_HUB_CACHE)
-    of_hub = sorted(
-        path.name.removeprefix("models--").replace("--", "/") for path in hub.glob("models--*")
-    )
+    models = {
+        f"{folder.name} ({made_of(folder)})": size_of(folder)
+        for folder in sorted((root / "converted").glob("*/"))
+    }
+    models |= {path.name: size_of(path) for path in sorted((root / "files").glob("*.gguf"))}
     return {
         "path": str(root),
-        "bytes": _size(root),
+        "bytes": size_of(root),
         "models": models,
-        "hub": {"path": str(hub), "models": of_hub},
+        "hub": {
+            "path": HF_HUB_CACHE,
+            "models": [repository_of(each.path) for each in hub_repositories()],
+        },
     }
-
-
-def _name(folder: Path) -> str:
-    """A converted model, and what it was made of."""
-    try:
-        record = json.loads((folder / "converted.json").read_text(encoding="utf-8"))
-        return f"{folder.name} (of {record.get('source') or record['base']})"
-    except (OSError, ValueError, KeyError):
-        return f"{folder.name} (incomplete)"
-
-
-def _size(path: Path) -> int:
-    files = path.rglob("*") if path.is_dir() else [path]
-    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def _version(package: str) -> str | None:
@@ -137,9 +125,9 @@ def lines(found: Mapping[str, Any]) -> Iterator[str]:
     yield f"threads: {machine['threads']} (torch's)"
     yield f"memory: {machine['memory_gib'] or 'unknown'} GiB"
     yield f"GPU: {machine['gpu'] or 'none'}"
-    yield f"cache: {kept['path']}, {_readable(kept['bytes'])}"
+    yield f"cache: {kept['path']}, {readable(kept['bytes'])}"
     for name, size in kept["models"].items():
-        yield f"  {name}, {_readable(size)}"
+        yield f"  {name}, {readable(size)}"
     yield f"hub's cache: {kept['hub']['path']}"
     for name in kept["hub"]["models"]:
         yield f"  {name}"
@@ -149,7 +137,3 @@ def lines(found: Mapping[str, Any]) -> Iterator[str]:
 
 def _listed(versions: Mapping[str, str | None]) -> str:
     return ", ".join(f"{name} {version or 'absent'}" for name, version in versions.items())
-
-
-def _readable(size: int) -> str:
-    return f"{size / 1e6:.0f} MB" if size < 1e9 else f"{size / 1e9:.1f} GB"

@@ -11,17 +11,20 @@ import contextlib
 import os
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from importlib import import_module
 from typing import Any, NoReturn
 
 from smart_decoding import __version__
+from smart_decoding.cli.arguments import use_threads
 from smart_decoding.errors import ConfigError, SmartError
 
 # Subcommand: (what it does, the module with its add_arguments(parser) and main(args)).
 COMMANDS = {
-    "run": ("answer one prompt", "smart_decoding.cli.run"),
+    "run": ("answer one prompt, or those of a file", "smart_decoding.cli.run"),
+    "chat": ("talk to a model", "smart_decoding.cli.chat"),
     "serve": ("serve a model to OpenAI's clients", "smart_decoding.cli.serve"),
     "demo": (
         "watch the default model speculate: its trees and the speedup",
@@ -36,7 +39,7 @@ COMMANDS = {
         "which CPU kernels run here and why, the machine, the cache, versions",
         "smart_decoding.cli.info",
     ),
-    "models": ("list the built-in models", "smart_decoding.cli.models"),
+    "models": ("list, fetch and remove models", "smart_decoding.cli.models"),
     "sglang-costs": (
         "turn what sglang.bench_serving measured into SMART's costs",
         "smart_decoding.cli.sglang_costs",
@@ -51,22 +54,36 @@ MOVED = {
     "simulate": "python -m smart_lab simulate, in a clone (docs/simulate.md)",
     "divergence": "python -m smart_lab divergence, in a clone (docs/bench.md)",
 }
+# What other programs call it.
+MEANT = {
+    "generate": "run",
+    "complete": "run",
+    "list": "models list",
+    "ls": "models list",
+    "pull": "models pull",
+    "download": "models pull",
+    "rm": "models rm",
+    "show": "info",
+    "help": "--help",
+    "version": "--version",
+}
 INTERRUPTED = 130  # as the shell reports SIGINT
 BROKEN_PIPE = 141  # and SIGPIPE
 
 
 @dataclass(frozen=True)
 class Program:
-    """A command line: its name, what it is, and its subcommands as in COMMANDS and MOVED."""
+    """A command line: its name, what it is, and its subcommands as in COMMANDS, MOVED and MEANT."""
 
     name: str
     description: str
     commands: Mapping[str, tuple[str, str]]
     moved: Mapping[str, str] = field(default_factory=dict)
+    meant: Mapping[str, str] = field(default_factory=dict)
 
 
 SMART = Program(
-    "smart", "Speculative decoding with draft trees sized by their cost.", COMMANDS, MOVED
+    "smart", "Speculative decoding with draft trees sized by their cost.", COMMANDS, MOVED, MEANT
 )
 
 
@@ -78,6 +95,22 @@ class Parser(argparse.ArgumentParser):
         program = self.prog.split()[0]
         print(f"{program}: error: {_one_line(message)} (see: {self.prog} --help)", file=sys.stderr)
         raise SystemExit(2)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Unknown arguments are an error here already: a subcommand knows what was meant."""
+        known, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            hint = did_you_mean(unknown[0].partition("=")[0], self._option_string_actions)
+            if not unknown[0].startswith("-"):
+                hint = "; put a text of several words in quotes"
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        return known, unknown
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """What to add to an error about an unknown word; nothing where no known one is like it."""
+    close = get_close_matches(word, known, 1)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def main(argv: Sequence[str] | None = None, program: Program = SMART) -> int:
@@ -135,7 +168,15 @@ def _run(arguments: Sequence[str], program: Program) -> int:
     command = next((word for word in arguments if word in known), None)
     if command is not None and command in program.moved:
         raise ConfigError(f"'{program.name} {command}' is now {program.moved[command]}")
-    args = build_parser(command, program).parse_args(arguments)
+    parser = build_parser(command, program)
+    given = next((word for word in arguments if not word.startswith("-")), None)
+    if given is not None and given not in known:
+        close = get_close_matches(given, program.commands, 1)
+        meant = program.meant.get(given) or next(iter(close), None)
+        if meant:
+            parser.error(f"no command {given!r}; did you mean '{program.name} {meant}'?")
+    args = parser.parse_args(arguments)
+    use_threads(getattr(args, "threads", None))
     module = _import(f"{program.name} {args.command}", program.commands[args.command][1])
     return module.main(args) or 0
 

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from smart_decoding.cli.arguments import ALLOW_SLOW, Option, key_value
+from smart_decoding.cli.arguments import ALLOW_SLOW, THREADS, Option, key_value
 from smart_decoding.drafters import METHODS, check_draft, check_plain
 from smart_decoding.errors import ConfigError
 from smart_decoding.models import chat_template
@@ -16,7 +16,7 @@ DTYPES = ("bf16", "bfloat16", "fp32", "float32")
 
 def policy_name(name: str) -> str:
     """`name` if it is a policy's; the error lists them."""
-    from smart_decoding.core.policies import POLICIES  # imported late: scipy is slow
+    from smart_decoding.core.policies import POLICIES  # imported late: numpy is slow
 
     if name not in POLICIES:
         known = ", ".join(POLICIES)
@@ -72,6 +72,7 @@ MODEL_OPTIONS = (
     DEVICE,
     Option("enforce-eager", bool, False, "no CUDA graphs", shown="off"),
     ALLOW_SLOW,
+    THREADS,
     METHOD,
     DRAFT,
     Option(
@@ -145,7 +146,7 @@ def speculative_config(args: argparse.Namespace) -> dict[str, Any] | None:
     policy_options = _once_each(args.policy_option)
     method_options = _once_each(args.method_option)
     if args.policy or policy_options:
-        from smart_decoding.core.policies import check_policy  # imported late: scipy is slow
+        from smart_decoding.core.policies import check_policy  # imported late: numpy is slow
 
         check_policy(args.policy or "smart", policy_options)
     both = sorted(set(policy_options) & set(method_options))

@@ -17,6 +17,7 @@ from smart_decoding.cli.model_options import (
     TRUST_PICKLE,
     speculative_config,
 )
+from smart_decoding.cli.run import show_steps
 from smart_decoding.models.registry import DEFAULT_MODEL
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ def main(args: argparse.Namespace) -> int:
     from smart_decoding.profiling.measure import held_out_error, longest_context, measure
     from smart_decoding.speculation import ROUND_OVERHEAD, level_drafter
 
+    show_steps()
     given = ("dtype", "quantization", "activations", "device", "trust_pickle", "allow_slow")
     options = {name: getattr(args, name) for name in given}
     llm = LLM(args.model, speculative_config=speculative_config(args), **options)
@@ -70,7 +72,7 @@ def main(args: argparse.Namespace) -> int:
         path = profile_path(
             llm.provenance, target.dtype, target.device, head, longest, target.steps
         )
-        save_profile(path, cost)
+        save_profile(path, cost, llm.provenance["model"])
     return 0
 
 

@@ -1,4 +1,4 @@
-"""`smart run`: the answer to one prompt, streamed.
+"""`smart run`: the answer to one prompt, streamed, or to all prompts of a file.
 
 Everything that can be wrong is checked before a model is loaded.
 """
@@ -6,16 +6,19 @@ Everything that can be wrong is checked before a model is loaded.
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import secrets
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smart_decoding.cli.arguments import Option, add_options
+from smart_decoding.cli.arguments import Option, add_options, read_prompts
 from smart_decoding.cli.model_options import MODEL_OPTIONS, llm_options
+from smart_decoding.engine.outputs import completion_of
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ConfigError
 from smart_decoding.models.registry import DEFAULT_MODEL
@@ -25,8 +28,11 @@ if TYPE_CHECKING:
     from smart_decoding.llm import LLM, Prompt
     from smart_decoding.multimodal.prompts import MediaPrompt
 
+TOGETHER = 32  # answers of a batch that run at a time
 SAMPLING = (
-    Option("temperature", float, 0.0, "spread of the draws", shown="0: greedy"),
+    Option(
+        "temperature", float, 0.0, "spread of the draws", shown="0: greedy", aliases=("--temp",)
+    ),
     Option("top-p", float, 1.0, "draw from the likeliest tokens of this mass"),
     Option("top-k", int, 0, "draw from so many likeliest tokens", shown="0: all"),
     Option("min-p", float, 0.0, "draw from tokens this likely, relative to the likeliest"),
@@ -37,13 +43,24 @@ SAMPLING = (
         "the same seed gives the same answer under every policy",
         shown="a new one each time, which --stats tells",
     ),
-    Option("max-tokens", int, 256, "length of the answer at most"),
+    Option("max-tokens", int, 256, "length of the answer at most", aliases=("-n",)),
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `smart run`."""
-    parser.add_argument("prompt", help="the user's message; - reads it from standard input")
+    prompt = parser.add_mutually_exclusive_group(required=True)
+    prompt.add_argument(
+        "prompt", nargs="?", help="the user's message; - reads it from standard input"
+    )
+    prompt.add_argument("-p", "--prompt", dest="text", metavar="PROMPT", help="the same")
+    prompt.add_argument("-f", "--file", type=Path, metavar="FILE", help="a file that holds it")
+    prompt.add_argument(
+        "--batch",
+        type=Path,
+        metavar="FILE",
+        help="answer all prompts of a file together: one a line, as text or JSON with 'prompt'",
+    )
     parser.add_argument(
         "--image",
         type=Path,
@@ -52,52 +69,150 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="a picture the message is about, for models that take images; may be repeated",
     )
-    group = parser.add_argument_group("model")
-    group.add_argument("--model", help=f"name, hub id, folder or GGUF file ({DEFAULT_MODEL})")
-    add_options(group, MODEL_OPTIONS)
+    add_model_options(parser)
     add_options(parser.add_argument_group("sampling"), SAMPLING)
     parser.add_argument(
         "--raw", action="store_true", help="continue the prompt as it is, without the chat template"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print each answer as one line of JSON when it is done"
     )
     parser.add_argument(
         "--stats", action="store_true", help="one line of speed and rows on standard error"
     )
 
 
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Which model, and how it is loaded."""
+    group = parser.add_argument_group("model")
+    group.add_argument("-m", "--model", help=f"name, hub id, folder or GGUF file ({DEFAULT_MODEL})")
+    add_options(group, MODEL_OPTIONS)
+
+
 def main(args: argparse.Namespace) -> None:
-    """Streams the answer to standard output."""
+    """Streams the answer to standard output, or prints those of a batch as they come, in order."""
     options = llm_options(args)
-    params = SamplingParams(**{option.dest: getattr(args, option.dest) for option in SAMPLING})
-    drawn = params.seed is None and not params.greedy
-    if drawn:  # the engine's own draws are the same in every process
-        params = replace(params, seed=secrets.randbits(32))
-    text = read_prompt(args.prompt)
+    params = sampling_params(args)
+    texts = prompt_texts(args)
     images = read_images(args.image)
     if images:
         check_takes_images(args.model, args.trust_pickle)
     from smart_decoding.llm import LLM
 
-    show_memory()
-    llm = LLM(args.model or DEFAULT_MODEL, max_num_seqs=1, **options)
+    show_steps()
+    together = min(len(texts), TOGETHER)
+    llm = LLM(
+        args.model or DEFAULT_MODEL,
+        max_num_seqs=together,
+        profile_later=args.batch is None,
+        **options,
+    )
     announce_default(llm, options["speculative_config"])
-    prompt: Prompt
-    if not args.raw:
-        prompt = chat_prompt(llm, text, images)
-    elif images:
-        prompt = {"prompt": text, "multi_modal_data": {"image": images}}
-    else:
-        prompt = text
-    answer = stream_answer(llm, prompt, params)
+    prompts = [prompt_of(llm, text, images, args.raw) for text in texts]
+    if args.batch is not None or args.json:
+        answer_all(llm, texts, prompts, params, args.json)
+        return
+    answer = stream_answer(llm, prompts[0], params)
     if args.stats:
+        drawn = args.seed is None and not params.greedy
         print(stats_line(answer) + (f", seed {params.seed}" if drawn else ""), file=sys.stderr)
+    take_profile(llm)
 
 
-def show_memory() -> None:
-    """Lets the estimate of a model's memory appear on standard error, on a terminal."""
-    logger = logging.getLogger("smart.memory")
-    if sys.stderr.isatty() and not logger.handlers:
-        logger.addHandler(logging.StreamHandler())
-        logger.setLevel(logging.INFO)
+def sampling_params(args: argparse.Namespace) -> SamplingParams:
+    """Of the options SAMPLING; where draws have no seed, with a new one."""
+    params = SamplingParams(**{option.dest: getattr(args, option.dest) for option in SAMPLING})
+    if params.seed is None and not params.greedy:
+        # the engine's own draws are the same in every process
+        params = replace(params, seed=secrets.randbits(32))
+    return params
+
+
+def prompt_texts(args: argparse.Namespace) -> list[str]:
+    """One prompt, or those of a batch. Raises ConfigError."""
+    if args.batch is not None:
+        if args.image:
+            raise ConfigError("--image belongs to one prompt: it cannot be given with --batch")
+        return read_prompts(args.batch)
+    if args.file is None:
+        return [read_prompt(args.prompt if args.text is None else args.text)]
+    try:
+        return [read_prompt(args.file.read_text(encoding="utf-8"), literal=True)]
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{args.file} is not UTF-8 text: {error}") from error
+
+
+def prompt_of(llm: LLM, text: str, images: Sequence[Any], raw: bool) -> Prompt:
+    """What the model is asked, through its chat template unless it is `raw`."""
+    if not raw:
+        return chat_prompt(llm, text, images)
+    return {"prompt": text, "multi_modal_data": {"image": images}} if images else text
+
+
+def answer_all(
+    llm: LLM, texts: Sequence[str], prompts: Sequence[Prompt], params: SamplingParams, as_json: bool
+) -> None:
+    """Answers prompts together; each answer is printed as soon as it and those before it are
+    done."""
+    done: dict[int, CompletionOutput] = {}
+    shown = 0
+
+    def show(touched: Sequence[Any]) -> None:
+        nonlocal shown
+        for request in touched:
+            if request.finished:
+                done[int(request.id.rpartition("-")[2])] = completion_of(request)
+        while shown in done:
+            answer = done.pop(shown)
+            print(
+                json.dumps(record_of(texts[shown], answer), ensure_ascii=False)
+                if as_json
+                else f"> {texts[shown]}\n{answer.text}\n",
+                flush=True,
+            )
+            shown += 1
+
+    llm.generate(prompts, params, on_step=show)
+
+
+def record_of(prompt: str, answer: CompletionOutput) -> dict[str, Any]:
+    """An answer as --json prints it. Seconds count from the first token."""
+    metrics = answer.metrics
+    return {
+        "prompt": prompt,
+        "text": answer.text,
+        "finish_reason": answer.finish_reason,
+        "tokens": len(answer.token_ids),
+        "tokens_per_s": rate(answer),
+        "ttft_s": metrics.ttft,
+        "rounds": metrics.rounds,
+        "drafts_verified": metrics.verified,
+        "drafts_accepted": metrics.accepted,
+    }
+
+
+def rate(answer: CompletionOutput) -> float | None:
+    """Tokens per second from the first token on; None for a single one."""
+    count = len(answer.token_ids) - 1
+    seconds = (answer.metrics.finished or 0.0) - (answer.metrics.first_token or 0.0)
+    return count / seconds if count > 0 and seconds > 0 else None
+
+
+def take_profile(llm: LLM) -> None:
+    """What the first start puts off until the answer is there; Ctrl-C leaves it for the next."""
+    with suppress(KeyboardInterrupt):
+        llm.take_profile()
+
+
+def show_steps() -> None:
+    """Lets long steps appear on standard error, and on a terminal the estimate of memory."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("smart: %(message)s"))
+    for name in ("smart.steps", *(["smart.memory"] if sys.stderr.isatty() else [])):
+        logger = logging.getLogger(name)
+        if not logger.handlers:
+            logger.addHandler(handler)
+            logger.setLevel(logging.INFO)
 
 
 def announce_default(llm: LLM, config: Mapping[str, Any] | None) -> None:
@@ -111,10 +226,11 @@ def announce_default(llm: LLM, config: Mapping[str, Any] | None) -> None:
         print(f"smart: drafts come from {llm.speculation.description}; {choose}", file=sys.stderr)
 
 
-def read_prompt(text: str) -> str:
-    """The prompt, or standard input for '-'. Raises ConfigError if it is empty or not UTF-8."""
+def read_prompt(text: str, literal: bool = False) -> str:
+    """The prompt, or standard input for '-' unless that is `literal`. Raises ConfigError if it is
+    empty or not UTF-8."""
     try:
-        text = sys.stdin.read() if text == "-" else text
+        text = sys.stdin.read() if text == "-" and not literal else text
         text.encode()
     except UnicodeError as error:
         raise ConfigError(f"the prompt is not valid UTF-8: {error}") from error
@@ -178,8 +294,8 @@ def stats_line(answer: CompletionOutput) -> str:
     metrics = answer.metrics
     count = len(answer.token_ids)
     ttft = metrics.ttft or 0.0
-    seconds = (metrics.finished or 0.0) - (metrics.first_token or 0.0)
-    speed = f"{(count - 1) / seconds:.1f}" if count > 1 and seconds > 0 else "-"
+    reached = rate(answer)
+    speed = "-" if reached is None else f"{reached:.1f}"
     vision = f" (vision {1000 * metrics.vision_seconds:.0f} ms)" if metrics.vision_seconds else ""
     return (
         f"{count} tokens, {speed} tokens/s, {answer.tokens_per_round:.2f} tokens per round, "

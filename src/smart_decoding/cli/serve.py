@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smart_decoding.cli.arguments import add_options
+from smart_decoding.cli.arguments import add_options, use_threads
 from smart_decoding.cli.model_options import llm_options
 from smart_decoding.cli.serve_options import KEY_VARIABLE, OPTIONS, merge, read_config
 from smart_decoding.errors import ConfigError
@@ -45,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Checks everything that can be checked without the model, then serves."""
     merge(args, read_config(args.config) if args.config else {})
+    use_threads(args.threads)  # the file may say it, too
     options = {**llm_options(args), **_server_options(args)}
     try:
         from smart_decoding.server.launch import serve
@@ -79,6 +81,15 @@ def _server_options(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def _listed(text: str) -> list[Any]:
+    """vLLM's scripts give a JSON list."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return [text]
+    return found if isinstance(found, list) else [text]
+
+
 def _settings(args: argparse.Namespace) -> ServerSettings:
     """Raises ConfigError for values that are not allowed."""
     from smart_decoding.server.settings import ServerSettings
@@ -90,5 +101,8 @@ def _settings(args: argparse.Namespace) -> ServerSettings:
         for field in fields(ServerSettings)
         if field.name not in ("model_name", "api_keys")
     }
+    given["allowed_origins"] = tuple(
+        each for text in args.allowed_origins for each in _listed(text)
+    )
     given["no_api_key"] = bool(args.no_api_key)
     return ServerSettings(args.served_model_name or args.model, api_keys=tuple(keys), **given)

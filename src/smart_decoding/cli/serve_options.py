@@ -69,6 +69,14 @@ OPTIONS = {
             shown=f"${KEY_VARIABLE}, else none",
         ),
         Option(
+            "allowed-origins",
+            str,
+            [],
+            "origin of web pages whose scripts may ask, '*' for all; may be repeated",
+            many=True,
+            shown="none",
+        ),
+        Option(
             "log-level",
             str,
             "info",

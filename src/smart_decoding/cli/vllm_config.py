@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from smart_decoding.cli.arguments import whole_numbers
+from smart_decoding.cli.arguments import read_prompts, whole_numbers
 from smart_decoding.errors import ConfigError
 from smart_decoding.files import whole
 from smart_decoding.integrations.vllm import schedule
@@ -77,7 +77,8 @@ def _add_measurements(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Measures, prints the schedule with its reasons, writes it and all measurements."""
     _check_arguments(args)
-    prompts = read_prompts(args.prompts)
+    ours = Path(str(resources.files("smart_decoding.bench"))) / "prompts_general.jsonl"
+    prompts = read_prompts(args.prompts or ours)
     if max(args.batch_sizes) > len(prompts):
         raise ConfigError(
             f"{len(prompts)} prompts are too few for a batch of {max(args.batch_sizes)}"
@@ -193,22 +194,6 @@ def blocks(args: argparse.Namespace, prompts: Sequence[str]) -> Iterator[tuple[i
     for _ in range(args.blocks):
         for batch in sorted(set(args.batch_sizes)):
             yield batch, chooser.sample(list(prompts), batch)
-
-
-def read_prompts(path: Path | None) -> list[str]:
-    """One per line that is not empty. Raises ConfigError for JSON without 'prompt'."""
-    ours = resources.files("smart_decoding.bench") / "prompts_general.jsonl"
-    source = ours if path is None else path
-    prompts = []
-    for number, line in enumerate(source.read_text(encoding="utf-8").splitlines(), start=1):
-        if line.strip().startswith("{"):
-            try:
-                prompts.append(str(json.loads(line)["prompt"]))
-            except (ValueError, KeyError) as error:
-                raise ConfigError(f"{path}, line {number}: no JSON object with 'prompt'") from error
-        elif line.strip():
-            prompts.append(line.strip())
-    return prompts
 
 
 def _timing(answers: Sequence[Mapping[str, Any]]) -> Timing:

@@ -1,1 +1,1 @@
-"""The decision core: trees, costs, calibration and policies. numpy and scipy only."""
+"""The decision core: trees, costs, calibration and policies. numpy only."""

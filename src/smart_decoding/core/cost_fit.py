@@ -7,11 +7,14 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import numpy as np
 
 from smart_decoding.core.curve import Curve
+
+if TYPE_CHECKING:
+    from smart_decoding.core.tree import FloatArray
 
 LEAST = 0.05  # part of a forward's seconds that is not attention, whatever the fit says
 Cells: TypeAlias = dict[int, list[float]]  # seconds measured, by rows
@@ -128,7 +131,17 @@ def _attention(samples: Sequence[VerifySample]) -> tuple[float, float]:
             targets.append((seconds - seconds.mean()) / seconds.mean())
     if not features:
         return 0.0, 0.0
-    from scipy.optimize import nnls  # imported late: it takes half a second
+    return non_negative(np.concatenate(features), np.concatenate(targets))
 
-    solution, _ = nnls(np.concatenate(features), np.concatenate(targets))
-    return float(solution[0]), float(solution[1])
+
+def non_negative(features: FloatArray, targets: FloatArray) -> tuple[float, float]:
+    """x >= 0 with the least |features x - targets|, features [n, 2]: the least squares, or where
+    one of these is negative, the better of what either column alone gives."""
+    both = np.linalg.lstsq(features, targets, rcond=None)[0]
+    if both.min() >= 0:
+        return float(both[0]), float(both[1])
+    squares = np.maximum((features**2).sum(axis=0), np.finfo(float).tiny)
+    alone = np.diag(np.maximum(features.T @ targets / squares, 0.0))
+    errors = [float(((features @ x - targets) ** 2).sum()) for x in alone]
+    best = alone[int(np.argmin(errors))]
+    return float(best[0]), float(best[1])

@@ -36,10 +36,7 @@ class Curve:
         rows = sorted(samples)
         logs = np.log([float(np.median(samples[r])) for r in rows])
         weights = np.array([len(samples[r]) for r in rows], np.float64)
-        from scipy.optimize import isotonic_regression  # imported late: it takes half a second
-
-        fitted = isotonic_regression(logs, weights=weights).x
-        return cls(tuple(rows), tuple(float(s) for s in np.exp(fitted)))
+        return cls(tuple(rows), tuple(float(s) for s in np.exp(non_decreasing(logs, weights))))
 
     def beyond_first(self) -> Curve:
         """What further rows add; no curve holds a zero."""
@@ -68,3 +65,16 @@ class Curve:
     def from_lists(cls, lists: list[list[float]]) -> Curve:
         """Raises TypeError or ValueError for what `to_lists` never wrote."""
         return cls.from_table(dict(zip(*lists, strict=True)))
+
+
+def non_decreasing(values: FloatArray, weights: FloatArray) -> FloatArray:
+    """The non-decreasing sequence closest to `values` by weighted least squares: neighbours that
+    decrease become one, at their mean (pool adjacent violators)."""
+    blocks: list[tuple[float, float, int]] = []  # mean, weight, values
+    for value, weight in zip(values.tolist(), weights.tolist(), strict=True):
+        blocks.append((value, weight, 1))
+        while len(blocks) > 1 and blocks[-2][0] > blocks[-1][0]:
+            (low, first, n), (high, second, m) = blocks[-2:]
+            mean = (low * first + high * second) / (first + second)
+            blocks[-2:] = [(mean, first + second, n + m)]
+    return np.repeat([mean for mean, _, _ in blocks], [count for _, _, count in blocks])

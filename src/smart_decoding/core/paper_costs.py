@@ -9,7 +9,6 @@ too.
 
 from __future__ import annotations
 
-import itertools
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -20,6 +19,9 @@ if TYPE_CHECKING:
     from smart_decoding.core.tree import FloatArray
 
 _MAX_EXPONENT = 50.0
+GRID = 129  # values of each of the two constants that are searched
+ZOOMS = 8
+SHRINK = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,21 +66,30 @@ class PaperCosts:
 def _fit_verify(
     n: FloatArray, seconds: FloatArray, offsets: bool
 ) -> tuple[float, float, float, float]:
-    """gamma, delta, rho and eta: the best of several starts, over the logarithms of all four."""
-    scale = float(np.mean(seconds))
-
-    def residual(x: FloatArray) -> FloatArray:
-        exponent = np.minimum(np.exp(x[1]) * n ** np.exp(x[2]), _MAX_EXPONENT)
-        eta = np.exp(x[3]) if offsets else 0.0
-        result: FloatArray = np.exp(x[0]) * np.expm1(exponent) + eta - seconds / scale
-        return result
-
-    free = 4 if offsets else 3
-    starts = itertools.product((-2.0, 0.0), (-4.0, -1.0), (-1.0, 0.0), (-1.0,))
-    bounds = ([-12.0, -12.0, -4.0, -12.0][:free], [6.0, 3.0, 0.7, 3.0][:free])
-    from scipy.optimize import least_squares  # imported late: it takes half a second
-
-    fits = [least_squares(residual, start[:free], bounds=bounds) for start in starts]
-    best = min(fits, key=lambda fit: float(fit.cost)).x
-    gamma, delta, rho = (float(v) for v in np.exp(best[:3]))
-    return gamma * scale, delta, rho, float(np.exp(best[3])) * scale if offsets else 0.0
+    """gamma, delta, rho and eta by least squares. For each delta and rho the best gamma and eta >=
+    0 are known; these two are searched on a grid, which is laid ever closer around its best."""
+    low = np.array([-12.0, -4.0])  # of the logarithms of delta and rho
+    high = np.array([3.0, 0.7])
+    centre, reach = (low + high) / 2, (high - low) / 2
+    for _ in range(ZOOMS):
+        ends = np.clip([centre - reach, centre + reach], low, high)
+        axes = np.exp(np.linspace(ends[0], ends[1], GRID))
+        delta, rho = axes[:, :1, None], axes[:, 1, None]
+        grown = np.expm1(np.minimum(delta * n**rho, _MAX_EXPONENT))  # [delta, rho, samples]
+        gamma = grown @ seconds / (grown**2).sum(axis=-1)
+        eta = np.zeros_like(gamma)
+        if offsets:
+            mean = grown.mean(axis=-1)
+            about = grown - mean[..., None]
+            squares = np.maximum((about**2).sum(axis=-1), np.finfo(float).tiny)
+            slope = np.maximum(about @ seconds / squares, 0.0)
+            free = seconds.mean() - slope * mean
+            gamma = np.where(free > 0, slope, gamma)
+            eta = np.maximum(free, 0.0)
+        errors = ((gamma[..., None] * grown + eta[..., None] - seconds) ** 2).sum(axis=-1)
+        at = np.unravel_index(np.argmin(errors), errors.shape)
+        best = (gamma[at], axes[at[0], 0], axes[at[1], 1], eta[at])
+        centre = np.log(best[1:3])
+        reach = reach * SHRINK
+    gamma_, delta_, rho_, eta_ = map(float, best)
+    return gamma_, delta_, rho_, eta_

@@ -36,7 +36,8 @@ class RoundRecord:
     """One finished round, for benchmarks, metrics and pictures. Seconds; `seconds` is the whole
     round.
 
-    `emitted`: tokens that entered answers; `accepted`: of those the drafted ones."""
+    `emitted`: tokens that entered answers; `accepted`: of those the drafted ones, for each decoding
+    request."""
 
     round: Round
     emitted: int
@@ -47,7 +48,7 @@ class RoundRecord:
     kv_seconds: float
     requests: list[Request] = field(default_factory=list)
     acceptance: Acceptance | None = None
-    accepted: int = 0
+    accepted: Sequence[int] = ()
 
     @property
     def controller_seconds(self) -> float:
@@ -58,10 +59,11 @@ class RoundRecord:
 
 @dataclass(slots=True)
 class _Accepted:
-    """Tokens of a round that entered answers, and how many of them had been drafted."""
+    """Tokens of a round that entered answers; of those the drafted ones, for each decoding
+    request."""
 
     emitted: int = 0
-    drafted: int = 0
+    drafted: list[int] = field(default_factory=list)
 
 
 class Engine:
@@ -163,6 +165,8 @@ class Engine:
         self._forget(self.scheduler.preempted)
         if not batch:
             return []
+        for request, _ in batch.prefill:
+            request.metrics.scheduled = request.metrics.scheduled or started
         started += self._encode_images(batch)  # no part of what a round costs
         state = self._state(batch)
         rule = self._plan(batch, state)
@@ -174,7 +178,7 @@ class Engine:
         verified = verify(self.target, self.drafter, batch, draft.trees, kept, self._clock)
         accepted = self._update(batch, verified)
         self._hand_over(batch, verified)
-        _count_nodes(batch, draft.trees, kept)
+        _count_nodes(batch, draft.trees, kept, accepted.drafted)
         done = _round(batch, state, rule, draft, kept, verified)
         if batch.decode:
             self._observe(done, self._clock() - started - verified.seconds - draft.seconds)
@@ -251,7 +255,7 @@ class Engine:
             accepted.emitted += len(tokens)
             if i < len(batch.decode):  # an end may cut the path short
                 drafted = min(len(tokens), len(verified.acceptance.path[i]))
-                accepted.drafted += drafted
+                accepted.drafted.append(drafted)
                 request.metrics.rounds += 1
                 request.metrics.accepted += drafted
         for part in verified.committed:
@@ -368,7 +372,7 @@ def _record(
     )
 
 
-def _count_nodes(batch: Batch, trees: DraftTrees, kept: IntArray) -> None:
+def _count_nodes(batch: Batch, trees: DraftTrees, kept: IntArray, accepted: Sequence[int]) -> None:
     if not len(trees):
         return
     drafted = np.bincount(trees.owner, minlength=len(batch.decode))
@@ -376,3 +380,5 @@ def _count_nodes(batch: Batch, trees: DraftTrees, kept: IntArray) -> None:
     for i, request in enumerate(batch.decode):
         request.metrics.drafted += int(drafted[i])
         request.metrics.verified += int(verified[i])
+        if verified[i]:
+            request.metrics.accepted_lengths[accepted[i]] += 1

@@ -273,7 +273,7 @@ class Rounds:
         reason = "abort" if request.aborted else stop.finish_reason
         chunk = Chunk(job.answers[request], stop.new_text(), tokens, logprobs, reason)
         if request.finished:
-            chunk.cached_tokens = request.metrics.cached_tokens
+            chunk.metrics = request.metrics
             del self.owners[request]
             job.left -= 1
             self._tell_ended(request, reason or "abort")

@@ -11,7 +11,7 @@ from smart_decoding.errors import SmartError
 if TYPE_CHECKING:
     from smart_decoding.engine.engine import Engine
     from smart_decoding.engine.media import Media
-    from smart_decoding.engine.request import Request
+    from smart_decoding.engine.request import Request, RequestMetrics
     from smart_decoding.engine.sampling_params import SamplingParams
 
 
@@ -30,14 +30,15 @@ class Ask:
 
 @dataclass(slots=True)
 class Chunk:
-    """What one answer gained. tokens: ids; logprobs: one entry a token, None if not asked for."""
+    """What one answer gained. tokens: ids; logprobs: one entry a token, None if not asked for;
+    metrics: of the whole answer, at its end."""
 
     index: int
     text: str
     tokens: list[int]
     logprobs: list[Any] | None
     finish_reason: str | None
-    cached_tokens: int = 0
+    metrics: RequestMetrics | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -113,6 +113,11 @@ class PagePool:
             del self._idle[same[0]]
             self._drop(same[0])
 
+    def forget_idle(self) -> None:
+        """Nothing is found any more in pages that nobody holds: they are about to be written to."""
+        while self._idle:
+            self._free.append(self._evict())
+
     def check_integrity(self, tables: Iterable[BlockTable]) -> None:
         """Raises AssertionError unless every page is free, idle, or held exactly as often as the
         tables say."""

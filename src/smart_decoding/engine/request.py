@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -18,18 +19,21 @@ if TYPE_CHECKING:
 class RequestMetrics:
     """Counts and times of one request. Seconds are on the engine's clock.
 
-    vision_seconds: of the vision tower, within the time to the first token;
-    rounds: decoding rounds; drafted / verified: tree nodes proposed for it and verified; accepted:
-    of those accepted; preemptions: how often it was put back for lack of KV memory.
+    scheduled: when it left the queue; vision_seconds: of the vision tower, within the time to the
+    first token; rounds: decoding rounds; drafted / verified: tree nodes proposed for it and
+    verified; accepted: of those accepted; accepted_lengths: rounds that verified nodes, by how many
+    of them were accepted; preemptions: how often it was put back for lack of KV memory.
     """
 
     arrival: float = 0.0
+    scheduled: float | None = None
     first_token: float | None = None
     finished: float | None = None
     rounds: int = 0
     drafted: int = 0
     verified: int = 0
     accepted: int = 0
+    accepted_lengths: Counter[int] = field(default_factory=Counter)
     preemptions: int = 0
     cached_tokens: int = 0
     vision_seconds: float = 0.0

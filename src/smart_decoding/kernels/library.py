@@ -9,6 +9,7 @@ import hashlib
 import importlib.util
 import os
 import platform
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from smart_decoding.kernels import abi
 
 SOURCES = Path(__file__).parent / "csrc"
 LIBRARIES = Path(__file__).parent / "lib"
+CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")  # microseconds of CPU time, of so many that pass
 BUILD = "build them with `make env` in a clone, or `pip install .` (needs g++ 11 or newer)"
 
 
@@ -88,6 +90,7 @@ def load(name: str) -> ctypes.CDLL:
         )
     _check_age(variant)
     _load_openmp()
+    set_threads()
     try:
         library = ctypes.CDLL(str(variant.path))
     except OSError as error:
@@ -150,6 +153,33 @@ def identity() -> str:
     return f"{variant.name} {hashlib.sha256(variant.path.read_bytes()).hexdigest()}"
 
 
+def set_threads() -> None:
+    """As many threads as SMART_NUM_THREADS says; without it, no more than the CPUs that a container
+    may use. Raises ConfigError for what is no number above 0."""
+    import torch  # late: it is slow
+
+    wanted = os.environ.get("SMART_NUM_THREADS")
+    if wanted:
+        if not wanted.isdecimal() or int(wanted) < 1:
+            raise ConfigError(
+                f"SMART_NUM_THREADS={wanted!r} is not allowed: it must be a number above 0"
+            )
+        torch.set_num_threads(int(wanted))
+    elif "OMP_NUM_THREADS" not in os.environ:
+        granted = _granted_cpus()
+        if granted is not None and granted < torch.get_num_threads():
+            torch.set_num_threads(granted)
+
+
+def _granted_cpus() -> int | None:
+    """CPUs that this container may use, rounded up; None without a limit."""
+    try:
+        quota, period = CPU_LIMIT.read_text().split()
+        return None if quota == "max" else max(1, -(-int(quota) // int(period)))
+    except (OSError, ValueError):
+        return None
+
+
 @functools.cache
 def _load_openmp() -> None:
     """Makes an OpenMP runtime known to the kernels: torch's, since two in a process are two teams
@@ -162,11 +192,29 @@ def _load_openmp() -> None:
     folders += [folder.parents[1] / "torch.libs" for folder in folders]
     mine = [str(path) for folder in folders for path in sorted(folder.glob("libgomp*.so*"))]
     try:
-        ctypes.CDLL((mine or ["libgomp.so.1"])[0], ctypes.RTLD_GLOBAL)
+        openmp = ctypes.CDLL((mine or ["libgomp.so.1"])[0], ctypes.RTLD_GLOBAL)
     except OSError as error:
         raise ConfigError(
             f"the CPU kernels need OpenMP (Debian: apt-get install libgomp1): {error}"
         ) from error
+    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+        _make_waiting_short(openmp)
+
+
+def _make_waiting_short(openmp: ctypes.CDLL) -> None:
+    """For a process that imported torch first: its OpenMP has already read how long threads spin.
+    But where it has more threads than there are CPUs, they sleep after 1,000 rounds, too. So a team
+    of that many is made once, which sleeps for good."""
+    nothing = ctypes.CDLL(None).getpid
+
+    def hold() -> None:
+        openmp.GOMP_parallel(nothing, None, (os.cpu_count() or 1) + 1, 0)
+        made.set()
+        threading.Event().wait()
+
+    made = threading.Event()
+    threading.Thread(target=hold, name="smart-openmp", daemon=True).start()
+    made.wait()
 
 
 def _nothing() -> str:

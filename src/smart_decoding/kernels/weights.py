@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType, dequantize
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
@@ -56,6 +55,8 @@ class QuantizedTensor:
         if self.format == "Q4_Z":
             floats = _dequantize_with_zeros(self.rows)
         else:
+            from gguf import GGMLQuantizationType, dequantize  # imported late: it is slow
+
             floats = dequantize(self.rows, GGMLQuantizationType[self.format])
         return torch.from_numpy(floats).to(torch.bfloat16)
 

@@ -8,13 +8,14 @@ transformers gives them, and get plain JSON data only.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
 
 from smart_decoding.errors import ConfigError
+from smart_decoding.files import read_json, read_text, reading, reason_of
 
 # FastChat's conversation "vicuna_v1.1", of Vicuna 1.1 to 1.5; the tokenizer begins it
 _VICUNA = (
@@ -56,9 +57,9 @@ def read(chosen: str | Path) -> str:
             raise ConfigError(f"cannot read {given}: {reason}; built in: {known}") from error
     try:
         _compile(text)
-    except jinja2.TemplateSyntaxError as error:
-        where = f"line {error.lineno}: {error.message}"
-        raise ConfigError(f"{given} is no Jinja template: {where}") from error
+    except Exception as error:  # nested too deep, and the like
+        where = f"line {error.lineno}: " if isinstance(error, jinja2.TemplateSyntaxError) else ""
+        raise ConfigError(f"{given} is no Jinja template: {where}{reason_of(error)}") from error
     return text
 
 
@@ -66,7 +67,7 @@ def hint(folder: Path, name: str) -> str:
     """Which built-in template a model without one seems to want, by its name and config.json;
     empty if that is not known."""
     path = folder / "config.json"
-    config = path.read_text(encoding="utf-8") if path.is_file() else ""
+    config = read_text(path) if path.is_file() else ""
     wanted = [known for known in BUILT_IN if known in f"{name} {config}".lower()]
     if not wanted:
         return ""
@@ -76,25 +77,34 @@ def hint(folder: Path, name: str) -> str:
     )
 
 
-def find(folder: Path, tokenizer_config: Mapping[str, Any]) -> str | None:
+def find(folder: Path) -> str | None:
     """A folder's template: chat_template.jinja, the entry of tokenizer_config.json, or that of a
-    processor."""
-    if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    found = tokenizer_config.get("chat_template")
-    for name in ("chat_template.json", "processor_config.json"):
-        if found is None and (folder / name).is_file():
-            content = json.loads((folder / name).read_text(encoding="utf-8"))
-            found = content.get("chat_template")
-    if isinstance(found, list):  # several named templates
-        found = {entry["name"]: entry["template"] for entry in found}.get("default")
-    return found
+    processor. Raises ModelError."""
+    if (folder / "chat_template.jinja").exists():
+        return read_text(folder / "chat_template.jinja")
+    for name in ("tokenizer_config.json", "chat_template.json", "processor_config.json"):
+        path = folder / name
+        found = _entry(path) if path.exists() else None
+        if found is not None:
+            return found
+    return None
+
+
+def _entry(path: Path) -> str | None:
+    with reading(path):
+        found = read_json(path).get("chat_template")
+        if isinstance(found, list):  # several named templates
+            found = {entry["name"]: entry["template"] for entry in found}.get("default")
+        if not isinstance(found, str | None):
+            raise TypeError("chat_template is no text")
+        return found
 
 
 def render(
     template: str, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]
 ) -> str:
-    """The prompt text. Raises ConfigError for a malformed template or messages that it refuses."""
+    """The prompt text. Raises ConfigError for a malformed template, messages that it refuses, and
+    one that takes too long or makes too much text."""
     import jinja2
 
     given = [
@@ -103,15 +113,17 @@ def render(
     ]
     try:
         plain = json.loads(json.dumps({**variables, "messages": given}, default=_type_name))
-        return str(_compile(template).render(plain))
-    except (jinja2.TemplateError, TypeError, KeyError) as error:
-        raise ConfigError(f"the chat template refuses these messages: {error}") from error
+        return _compile(template)(plain)
+    except Exception as error:  # a template is a program, which can fail in any way
+        reason = str(error) if isinstance(error, jinja2.TemplateError) else reason_of(error)
+        raise ConfigError(f"the chat template refuses these messages: {reason}") from error
 
 
 @lru_cache(maxsize=16)
-def _compile(template: str) -> Any:
+def _compile(template: str) -> Callable[[Mapping[str, Any]], str]:
     from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    from smart_decoding.models.bounded_template import BoundedEnvironment
 
     class Generation(Extension):
         """{% generation %} … {% endgeneration %}: what training learns from; nothing here."""
@@ -123,13 +135,11 @@ def _compile(template: str) -> Any:
             return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
     extensions = [loopcontrols, Generation]
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=extensions
-    )
+    environment = BoundedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment.from_string(template)
+    return environment.renderer(template)
 
 
 def _to_json(value: Any, **options: Any) -> str:

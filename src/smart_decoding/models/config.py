@@ -27,6 +27,16 @@ FAMILIES = {
 }
 _ARCHITECTURES = {family: name for name, family in FAMILIES.items()}
 _GGUF_FAMILIES = ("llama", "qwen2", "qwen3")
+# what a model can have: what is beyond it would be counted for ever, or does not fit the kernels
+_MOST = {
+    "layers": 10_000,
+    "hidden": 1 << 20,
+    "heads": 1 << 16,
+    "head_dim": 1 << 16,
+    "ffn": 1 << 24,
+    "vocab": 1 << 24,
+    "max_positions": 1 << 30,
+}
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size")
 
 
@@ -65,6 +75,13 @@ class ModelConfig:
                 f"{self.heads} query heads cannot share {self.kv_heads} key heads: "
                 "the config is wrong"
             )
+        for name, most in _MOST.items():
+            if not 1 <= getattr(self, name) <= most:
+                raise ModelError(f"the config has {name} = {getattr(self, name)}, not 1 to {most}")
+        with np.errstate(all="ignore"):
+            frequencies, _ = self.inverse_frequencies()
+        if not np.isfinite([*frequencies, self.rms_eps]).all():
+            raise ModelError("the config's rms_norm_eps or RoPE options give no finite numbers")
 
     @classmethod
     def from_hf(
@@ -72,15 +89,11 @@ class ModelConfig:
     ) -> ModelConfig:
         """From the contents of config.json and, for further end tokens, generation_config.json.
 
-        Raises ModelError, naming what is not supported or missing."""
+        Raises ModelError, naming what is not supported, and any error where an entry is missing or
+        malformed (`files.reading` tells whose)."""
         family = _family_of(config)
         _refuse_options(config, family)
-        try:
-            return _from_hf(cls, family, config, generation or {})
-        except (KeyError, TypeError, ValueError) as error:
-            raise ModelError(
-                f"config.json is incomplete or malformed: {type(error).__name__} {error}"
-            ) from error
+        return _from_hf(cls, family, config, generation or {})
 
     @classmethod
     def from_gguf(
@@ -92,17 +105,12 @@ class ModelConfig:
         """From a GGUF file's metadata, the names of its tensors, and its `rope_freqs.weight` if
         there is one.
 
-        Raises ModelError, naming what is not supported or missing."""
+        Raises as `from_hf` does."""
         family = metadata.get("general.architecture")
         if family not in _GGUF_FAMILIES:
             known = ", ".join(_GGUF_FAMILIES)
             raise ModelError(f"GGUF architecture {family!r} is not supported; supported: {known}")
-        try:
-            return _from_gguf(cls, str(family), metadata, tensor_names, rope_factors)
-        except KeyError as error:
-            raise ModelError(
-                f"the GGUF file lacks the metadata {error}; it is incomplete"
-            ) from error
+        return _from_gguf(cls, str(family), metadata, tensor_names, rope_factors)
 
     def to_hf(self) -> dict[str, Any]:
         """The config.json that `from_hf` (and transformers, but for `factors` scaling) reads
@@ -263,8 +271,8 @@ def _from_hf(
         rope_scaling=scaling,
         mrope=_mrope_of(options, config),
         sliding_window=_window_of(family, config),
-        eos_token_ids=_ids(config.get("eos_token_id"), generation.get("eos_token_id")),
-        bos_token_id=next(iter(_ids(config.get("bos_token_id"))), None),
+        eos_token_ids=token_ids(config.get("eos_token_id"), generation.get("eos_token_id")),
+        bos_token_id=next(iter(token_ids(config.get("bos_token_id"))), None),
     )
 
 
@@ -283,7 +291,7 @@ def _window_of(family: str, config: Mapping[str, Any]) -> int | None:
     return int(window) if window and is_used else None
 
 
-def _ids(*values: Any) -> tuple[int, ...]:
+def token_ids(*values: Any) -> tuple[int, ...]:
     """Token ids out of None, an id, or a list of ids; each once, in order."""
     lists = [value if isinstance(value, (list, tuple)) else [value] for value in values]
     return tuple(dict.fromkeys(int(item) for items in lists for item in items if item is not None))
@@ -323,8 +331,8 @@ def _from_gguf(
         qk_norm="blk.0.attn_q_norm.weight" in tensor_names,
         rope_scaling=scaling,
         sliding_window=metadata.get(own + "attention.sliding_window"),
-        eos_token_ids=_ids(*(metadata.get(f"tokenizer.ggml.{name}") for name in ends)),
-        bos_token_id=next(iter(_ids(metadata.get("tokenizer.ggml.bos_token_id"))), None),
+        eos_token_ids=token_ids(*(metadata.get(f"tokenizer.ggml.{name}") for name in ends)),
+        bos_token_id=next(iter(token_ids(metadata.get("tokenizer.ggml.bos_token_id"))), None),
     )
 
 

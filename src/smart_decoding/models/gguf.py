@@ -8,8 +8,8 @@ such a folder.
 
 from __future__ import annotations
 
-import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -20,25 +20,27 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType, GGUFReader, dequantize
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from tqdm import tqdm
 
 from smart_decoding.errors import DownloadError, ModelError
+from smart_decoding.files import are_intact, read_json, reading, remember, sha256_of
 from smart_decoding.kernels.weights import FORMATS, Matrix, QuantizedTensor
 from smart_decoding.models.config import ModelConfig
-from smart_decoding.models.hub import cache_dir, scratch, sha256_of
+from smart_decoding.models.hub import cache_dir, conversion_key, scratch
 from smart_decoding.models.tokenizer import Tokenizer
 from smart_decoding.models.weight_files import Weights
+from smart_decoding.progress import long_step
 
 if TYPE_CHECKING:
     from smart_decoding.models.registry import Source
 
-_VERSION = 1  # of the conversion: cached folders of another version are not used
+log = logging.getLogger("smart.models")
+
 _SHARD = 1 << 30  # bytes of weights held in memory before they are written
-_RECORD = "converted.json"
+RECORD = "converted.json"  # of a converted folder: what it was made of, and its checksums
+_MARKER = "verified"
 _TENSORS = "tensors.json"
 _FLOATS = {"F32": np.float32, "F16": np.float16}
 MatrixT = TypeVar("MatrixT", torch.Tensor, QuantizedTensor, Matrix)
@@ -72,10 +74,12 @@ def converted_folder(
     without the weights, for StoredWeights.
     Raises ModelError for a file that is corrupt or not supported, DownloadError if the cache has no
     room."""
-    target = cache_dir() / "converted" / (_key(source) + ("-stored" if stored else ""))
+    key = conversion_key(source.path, source.sha256)
+    target = cache_dir() / "converted" / (key + ("-stored" if stored else ""))
     if not is_whole(target):
         shutil.rmtree(target, ignore_errors=True)
-        _convert(source, target, check, stored)
+        with reading(source.path), long_step(f"converting {source.path.name}, once", 1.0):
+            _convert(source, target, check, stored)
     return target
 
 
@@ -87,7 +91,7 @@ class StoredWeights(Weights[Matrix]):
 
     def __init__(self, path: Path, folder: Path) -> None:
         self._path = path
-        self._index: dict[str, Any] = json.loads((folder / _TENSORS).read_text())
+        self._index = read_json(folder / _TENSORS)
         self.shapes = {name: tuple(entry["shape"]) for name, entry in self._index.items()}
 
     def __getitem__(self, name: str) -> Matrix:
@@ -125,26 +129,32 @@ def _matrix(name: str, kind: str, content: NDArray[np.uint8], shape: list[int]) 
     rows = content.reshape(*shape[:-1], -1)
     if _stays(kind, shape):
         return QuantizedTensor(rows, kind, shape[1])
-    return torch.from_numpy(_dequantised(name, rows, GGMLQuantizationType[kind])).bfloat16()
-
-
-def _key(source: Source) -> str:
-    """A pinned file is known by its checksum; a user's file by place, size and time, since hashing
-    it takes long."""
-    if source.sha256:
-        return f"v{_VERSION}-{source.sha256[:16]}"
-    stat = source.path.stat()
-    identity = f"{source.path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
-    return f"v{_VERSION}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
+    return torch.from_numpy(_dequantised(name, rows, kind)).bfloat16()
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether a converted folder has all its files, each with all its bytes."""
-    try:
-        sizes = json.loads((folder / _RECORD).read_text())["files"]
-        return all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, KeyError):
+    """Whether a converted folder is there and has all its files, with the bytes that were written.
+    One that is damaged is told in the log."""
+    if not folder.is_dir():
         return False
+    try:
+        with reading(folder / RECORD):
+            sums = read_json(folder / RECORD)["sha256"]
+            if are_intact({folder / name: sums[name] for name in sums}, folder / _MARKER):
+                return True
+        reason = "its files have other checksums"
+    except ModelError as error:
+        reason = str(error.__cause__ or error)
+    log.warning("the converted model %s is damaged, it is made again: %s", folder, reason)
+    return False
+
+
+def write_record(part: Path, told: Mapping[str, str]) -> None:
+    """Ends a converted folder by its record: what `told` says of it, and what `is_whole` needs."""
+    sums = {path: sha256_of(path) for path in sorted(part.iterdir())}
+    record = {**told, "sha256": {path.name: sha256 for path, sha256 in sums.items()}}
+    (part / RECORD).write_text(json.dumps(record, indent=1))
+    remember(sums, part / _MARKER)
 
 
 def _convert(
@@ -171,8 +181,7 @@ def _convert(
             _write_weights(config, tensors, part, record)
         tokenizer.save(part)
         (part / "config.json").write_text(json.dumps(config.to_hf(), indent=1))
-        sizes = {path.name: path.stat().st_size for path in part.iterdir()}
-        (part / _RECORD).write_text(json.dumps({**record, "files": sizes}, indent=1))
+        write_record(part, record)
         move_into_place(part, target)
 
 
@@ -229,11 +238,13 @@ def _write_weights(
         weight_map.update(dict.fromkeys(shard, name))
         shard.clear()
 
-    for name, weight in _expanded(config, tensors):
-        if shard and sum(w.nbytes for w in shard.values()) + weight.nbytes > _SHARD:
-            flush()
-        shard[name] = weight
-    flush()
+    with long_step("dequantising", len(tensors), "tensor") as progress:
+        for name, weight in _expanded(config, tensors):
+            if shard and sum(w.nbytes for w in shard.values()) + weight.nbytes > _SHARD:
+                flush()
+            shard[name] = weight
+            progress(1)
+        flush()
     (folder / "model.safetensors.index.json").write_text(
         json.dumps({"metadata": {}, "weight_map": weight_map})
     )
@@ -243,11 +254,9 @@ def _expanded(
     config: ModelConfig, tensors: Mapping[str, Any]
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Hugging Face names and weights in Hugging Face's layout."""
-    for name, tensor in tqdm(tensors.items(), desc="dequantising", unit="tensor", disable=None):
+    for name, tensor in tensors.items():
         kind = tensor.tensor_type.name
-        floats = (
-            tensor.data if kind in _FLOATS else _dequantised(name, tensor.data, tensor.tensor_type)
-        )
+        floats = tensor.data if kind in _FLOATS else _dequantised(name, tensor.data, kind)
         weight = torch.from_numpy(np.array(floats))
         heads = _split_heads(config, name)
         if heads is not None:
@@ -255,14 +264,14 @@ def _expanded(
         yield hf_name(name), (weight if kind in _FLOATS else weight.bfloat16()).contiguous()
 
 
-def _dequantised(
-    name: str, blocks: NDArray[np.uint8], kind: GGMLQuantizationType
-) -> NDArray[np.float32]:
+def _dequantised(name: str, blocks: NDArray[np.uint8], kind: str) -> NDArray[np.float32]:
+    from gguf import GGMLQuantizationType, dequantize  # imported late: it is slow
+
     try:
-        return dequantize(blocks, kind)
+        return dequantize(blocks, GGMLQuantizationType[kind])
     except NotImplementedError as error:
         raise ModelError(
-            f"the tensor {name} has the type {kind.name}, which cannot be dequantised"
+            f"the tensor {name} has the type {kind}, which cannot be dequantised"
         ) from error
 
 
@@ -284,14 +293,10 @@ def hf_name(name: str) -> str:
 
 
 def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Metadata by key and the reader's tensors by name; ModelError if the file is corrupt or
-    truncated."""
-    try:
-        reader = GGUFReader(path)
-        metadata = {key: reader_field.contents() for key, reader_field in reader.fields.items()}
-        return metadata, {tensor.name: tensor for tensor in reader.tensors}
-    except Exception as error:  # the reader parses what it finds: a corrupt file can raise any
-        reason = (str(error).splitlines() or [""])[0]
-        raise ModelError(
-            f"{path.name} is not a readable GGUF file, corrupt or truncated: {reason}"
-        ) from error
+    """Metadata by key and the reader's tensors by name. The reader parses what it finds: a corrupt
+    file can raise any error."""
+    from gguf import GGUFReader  # imported late: it is slow
+
+    reader = GGUFReader(path)
+    metadata = {key: reader_field.contents() for key, reader_field in reader.fields.items()}
+    return metadata, {tensor.name: tensor for tensor in reader.tensors}

@@ -7,7 +7,6 @@ strict: a tensor that is missing, misshapen or unknown is an error that names it
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from smart_decoding.errors import ModelError
+from smart_decoding.files import read_json, reading
 from smart_decoding.models import rope
 from smart_decoding.models.config import ModelConfig
 from smart_decoding.models.head_shapes import (
@@ -88,14 +88,13 @@ def load_head(folder: Path, target: ModelConfig, trust_pickle: bool = False) -> 
     """Reads a head and checks that it fits the target. Raises ModelError naming what does not.
 
     trust_pickle: whether its weights may be a pickle, where there are no others."""
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except FileNotFoundError as error:
-        raise ModelError(f"{folder} is not a draft head: it has no config.json") from error
-    except ValueError as error:
-        raise ModelError(f"config.json in {folder} is corrupt: {error}") from error
+    path = folder / "config.json"
+    if not path.exists():
+        raise ModelError(f"{folder} is not a draft head: it has no config.json")
+    config = read_json(path)
     ours = config.get("architectures") == [ARCHITECTURE]
-    return (_load_ours if ours else _load_published)(folder, config, target, trust_pickle)
+    with reading(path):
+        return (_load_ours if ours else _load_published)(folder, config, target, trust_pickle)
 
 
 def _load_ours(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from smart_decoding.errors import DownloadError, ModelError
+from smart_decoding.files import reading, reason_of
 from smart_decoding.models.registry import TRUST
 from smart_decoding.models.weight_files import unpickle
 
@@ -23,10 +23,8 @@ def read_tensors(folder: Path, trust_pickle: bool) -> dict[str, Tensor]:
         return unpickle(pickled)
     tensors: dict[str, Tensor] = {}
     for path in files or [folder / "model.safetensors"]:
-        try:
+        with reading(path):
             tensors |= load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise ModelError(f"{path.name} in {folder} is missing or corrupt ({error})") from error
     return tensors
 
 
@@ -37,5 +35,6 @@ def snapshot(repository: str, patterns: list[str]) -> Path:
     try:
         return Path(str(snapshot_download(repository, allow_patterns=patterns)))
     except Exception as error:  # the client lets errors of several libraries through
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise DownloadError(f"cannot fetch the head {repository} from the hub: {reason}") from error
+        raise DownloadError(
+            f"cannot fetch the head {repository} from the hub: {reason_of(error)}"
+        ) from error

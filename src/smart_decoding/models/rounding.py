@@ -7,7 +7,6 @@ from math import prod
 
 import numpy as np
 import torch
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quantize
 
 from smart_decoding.kernels.weights import Matrix, QuantizedTensor
 
@@ -33,6 +32,8 @@ class RoundedWeights(Mapping[str, Matrix]):
         format_ = _format_of(name, tuple(weight.shape), self._scheme)
         if isinstance(weight, QuantizedTensor) or format_ is None:
             return weight
+        from gguf import GGMLQuantizationType, quantize  # imported late: it is slow
+
         kind = GGMLQuantizationType[format_]
         parts = [quantize(np.asarray(part.float()), kind) for part in torch.split(weight, _PART)]
         return QuantizedTensor(np.concatenate(parts), format_, weight.shape[1])
@@ -53,6 +54,8 @@ def rounded_bytes(shapes: Mapping[str, tuple[int, ...]], scheme: str) -> int:
 def _bytes_of(shape: tuple[int, ...], format_: str | None) -> int:
     if format_ is None:
         return 2 * prod(shape)
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
     weights, size = GGML_QUANT_SIZES[GGMLQuantizationType[format_]]
     return prod(shape) // weights * size
 

@@ -18,8 +18,13 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from smart_decoding.errors import ConfigError, ModelError
+from smart_decoding.files import read_json, reading, reason_of
 from smart_decoding.models import chat_template
+from smart_decoding.models.hub import cache_dir
+from smart_decoding.models.tokenizer_growth import check_growth
 
+_LONGEST = 1 << 28  # bytes that encoding may take at worst
+_PROBE = "A text, 12 of them.\n"  # some tokenizers load, and can encode nothing
 _SPECIALS = ("bos_token", "eos_token", "unk_token", "pad_token")
 # GGUF token types
 _CONTROL = 3
@@ -43,21 +48,27 @@ _PRE_TOKENIZERS = {
 class Tokenizer:
     """One model's tokenizer. `specials` maps bos_token, eos_token, ... to their text.
 
-    template: what makes prompts of conversations. template_given: it is not the model's own."""
+    template: what makes prompts of conversations. template_given: it is not the model's own.
+    growth: bytes that are made of a byte of text at worst."""
 
     backend: tokenizers.Tokenizer
     specials: Mapping[str, str] = field(default_factory=dict)
     template: str | None = None
     template_given: bool = False
+    growth: float = 1.0
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
         """From a model's folder. Raises ModelError if there is no usable tokenizer in it."""
-        config = _read_json(folder / "tokenizer_config.json")
-        specials = {
-            name: _text_of(config[name]) for name in _SPECIALS if config.get(name) is not None
-        }
-        return cls(_backend_of(folder), specials, chat_template.find(folder, config))
+        path = folder / "tokenizer_config.json"
+        specials = {}
+        if path.exists():
+            with reading(path):
+                config = read_json(path)
+                known = (name for name in _SPECIALS if config.get(name) is not None)
+                specials = {name: _text_of(config[name]) for name in known}
+        backend, growth = _backend_of(folder)
+        return cls(backend, specials, chat_template.find(folder), growth=growth)
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any]) -> Tokenizer:
@@ -108,12 +119,21 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text. `add_special_tokens` puts the beginning token there if this model
-        uses one."""
-        return list(self.backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        uses one. Raises ConfigError for a text that this tokenizer cannot encode."""
+        if len(text) * self.growth > _LONGEST:
+            raise ConfigError(f"a text of {len(text)} characters is too long for this tokenizer")
+        try:
+            return list(self.backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        except BaseException as error:
+            raise _told(error, "encode this text") from error
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Text of token ids; bytes that are no UTF-8 become U+FFFD."""
-        return str(self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
+        """Text of token ids; bytes that are no UTF-8 become U+FFFD. Raises ConfigError for ids that
+        this tokenizer cannot decode."""
+        try:
+            return str(self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
+        except BaseException as error:
+            raise _told(error, "decode these tokens") from error
 
     def apply_chat_template(
         self,
@@ -154,32 +174,39 @@ class Tokenizer:
         return () if id_ is None else (int(id_),)
 
 
-def _backend_of(folder: Path) -> tokenizers.Tokenizer:
-    """Without the truncation and padding that some files have kept from training: a prompt is all
-    of it, no more."""
-    backend = _stored_backend(folder)
-    backend.no_truncation()
-    backend.no_padding()
-    return backend
+def _told(error: BaseException, task: str) -> BaseException:
+    """What to raise where the library fails; its panics are no Exceptions."""
+    if isinstance(error, KeyboardInterrupt | SystemExit):
+        return error
+    return ConfigError(f"the model's tokenizer cannot {task}: {reason_of(error)}")
 
 
-def _stored_backend(folder: Path) -> tokenizers.Tokenizer:
+def _backend_of(folder: Path) -> tuple[tokenizers.Tokenizer, float]:
+    """The tokenizer and its growth. Without the truncation and padding that some files have kept
+    from training: a prompt is all of it, no more."""
     path = folder / "tokenizer.json"
-    if path.is_file():
-        try:
-            return tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception
-            raise ModelError(
-                f"{path.name} in {folder} is corrupt: {error}; fetch it again"
-            ) from error
-    if (folder / "tokenizer.model").is_file():
-        return _through_transformers(folder)
-    raise ModelError(f"{folder} has neither tokenizer.json nor tokenizer.model")
+    growth = 1.0
+    if path.exists():
+        with reading(path):
+            if folder.parent != cache_dir() / "converted":  # those were written here
+                growth = check_growth(read_json(path))
+            backend = tokenizers.Tokenizer.from_file(str(path))
+    elif (folder / "tokenizer.model").exists():
+        path = folder / "tokenizer.model"
+        backend = _through_transformers(folder)
+    else:
+        raise ModelError(f"{folder} has neither tokenizer.json nor tokenizer.model")
+    with reading(path):
+        backend.no_truncation()
+        backend.no_padding()
+        backend.decode(backend.encode(_PROBE).ids)
+    return backend, growth
 
 
 def _through_transformers(folder: Path) -> tokenizers.Tokenizer:
     """Llama-2 style folders hold a SentencePiece model only, which transformers converts."""
-    config = _read_json(folder / "tokenizer_config.json")
+    path = folder / "tokenizer_config.json"
+    config = read_json(path) if path.exists() else {}
     # what the files of Llama-1's time mean that do not say it: a blank before each piece of text
     old = "legacy" not in config and str(config.get("tokenizer_class")).startswith("LlamaTokenizer")
     options = {"legacy": True} if old else {}
@@ -242,18 +269,9 @@ def _pre_tokenizer(family: str) -> pre_tokenizers.PreTokenizer:
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(
-            f"{path.name} in {path.parent} is corrupt: {error}; fetch it again"
-        ) from error
-    return content
-
-
 def _text_of(token: Any) -> str:
     """A special token is written as a string or as an object with `content`."""
-    return str(token["content"] if isinstance(token, dict) else token)
+    text = token["content"] if isinstance(token, dict) else token
+    if not isinstance(text, str):
+        raise TypeError(f"{text!r} is no token")
+    return text

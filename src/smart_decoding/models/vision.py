@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from smart_decoding.errors import ModelError
+from smart_decoding.files import reading
 from smart_decoding.models.config import ModelConfig
 from smart_decoding.multimodal.pixels import Pixels, quiet_transformers
 
@@ -86,29 +87,26 @@ def read_configs(
     with quiet_transformers():
         from transformers import AutoConfig
 
-        try:
+        with reading(folder / "config.json"):
             config = AutoConfig.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
             )
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ModelError(
-                f"config.json in {folder} is incomplete or malformed: {reason}"
-            ) from error
-    text = config.text_config
-    tower = config.vision_config.model_type
+            text = config.text_config
+            tower = config.vision_config.model_type
+            of_text = text.to_dict()
     if text.model_type not in _TEXT_FAMILIES or tower not in _TOWERS:
         known = f"{', '.join(sorted(_TEXT_FAMILIES))} with {', '.join(_TOWERS)}"
         raise ModelError(
             f"a {text.model_type} behind a {tower} is not supported; supported: {known}"
         )
     given = {
-        **text.to_dict(),
+        **of_text,
         "architectures": [_TEXT_FAMILIES[text.model_type]],
         "tie_word_embeddings": bool(config.tie_word_embeddings),
         "quantization_config": raw.get("quantization_config"),
     }
-    return ModelConfig.from_hf(given, generation), config
+    with reading(folder / "config.json"):
+        return ModelConfig.from_hf(given, generation), config
 
 
 def split_names(found: Iterable[str], architecture: str) -> tuple[dict[str, str], dict[str, str]]:

@@ -3,7 +3,6 @@ their index. Tensors stay on disk (mmap) until they are asked for."""
 
 from __future__ import annotations
 
-import json
 import pickle
 import zipfile
 from abc import abstractmethod
@@ -13,10 +12,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from smart_decoding.errors import ModelError
+from smart_decoding.files import read_json, reading, reason_of
 from smart_decoding.kernels.weights import Matrix
 from smart_decoding.models.registry import TRUST
 
@@ -74,11 +74,12 @@ class SafetensorsWeights(Weights[Tensor]):
         self._file_of: dict[str, Any] = {}
         self.shapes = {}
         for path, listed in files.items():
-            file = _open(path)
-            for name in _names(path, set(file.keys()), listed):
-                self._file_of[name] = file
-                self.shapes[name] = tuple(file.get_slice(name).get_shape())
-                _check_dtype(name, self.dtype_of(name))
+            with reading(path):
+                file: Any = safe_open(path, framework="pt")
+                for name in _names(path, set(file.keys()), listed):
+                    self._file_of[name] = file
+                    self.shapes[name] = tuple(file.get_slice(name).get_shape())
+                    _check_dtype(name, self.dtype_of(name))
 
     def __getitem__(self, name: str) -> Tensor:
         return torch.as_tensor(self._file_of[name].get_tensor(name))
@@ -115,15 +116,15 @@ class PickledWeights(Weights[Tensor]):
 def unpickle(path: Path) -> dict[str, Tensor]:
     """Tensors of a pickle, mapped from disk where its format allows; it may hold nothing else, and
     no code is run. Raises ModelError."""
-    try:
+    with reading(path):
         # files older than torch 1.6 are no archives, and are read at once
         mmap = zipfile.is_zipfile(path)
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except FileNotFoundError as error:
-        raise _missing(path) from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ModelError(f"{path} holds more than tensors, or is corrupt: {reason}") from error
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        except pickle.UnpicklingError as error:
+            raise ModelError(
+                f"{path} holds more than tensors, or is corrupt: {reason_of(error)}"
+            ) from error
     if not isinstance(content, dict) or not all(
         isinstance(tensor, Tensor) for tensor in content.values()
     ):
@@ -159,47 +160,12 @@ def _weight_files(folder: Path, stem: str, end: str) -> Mapping[Path, list[str] 
     index = folder / f"{stem}.{end}.index.json"
     if not index.is_file():
         return dict.fromkeys(sorted(folder.glob(f"{stem}-*.{end}")))
-    try:
-        weight_map: dict[str, str] = dict(read_json(index)["weight_map"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ModelError(
-            f"{index.name} in {folder} is corrupt: it has no weight_map; fetch it again"
-        ) from error
     files: dict[Path, list[str]] = defaultdict(list)
-    for name, shard in weight_map.items():
-        if Path(shard).name != shard:
-            raise ModelError(f"{index.name} in {folder} names {shard}, which is outside the folder")
-        files[folder / shard].append(name)
+    with reading(index):
+        for name, shard in read_json(index)["weight_map"].items():
+            if Path(shard).name != shard:
+                raise ModelError(
+                    f"{index.name} in {folder} names {shard}, which is outside the folder"
+                )
+            files[folder / shard].append(name)
     return dict(files)
-
-
-def _open(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except FileNotFoundError as error:
-        raise _missing(path) from error
-    except (SafetensorError, OSError) as error:
-        raise ModelError(
-            f"{path.name} in {path.parent} is corrupt or truncated ({error}); fetch it again"
-        ) from error
-
-
-def _missing(path: Path) -> ModelError:
-    return ModelError(f"{path.name} is missing from {path.parent}; fetch it again")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file of a model's folder. Raises ModelError."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ModelError(
-            f"{path.name} is missing from {path.parent}; is it a model folder?"
-        ) from error
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"{path.name} in {path.parent} is corrupt or unreadable: {error}"
-        ) from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{path.name} in {path.parent} is corrupt: it is not a JSON object")
-    return content

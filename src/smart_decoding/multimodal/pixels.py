@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from smart_decoding.errors import ConfigError, ModelError
+from smart_decoding.files import reading
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -138,20 +139,13 @@ def load_reader(folder: Path, config: Any, options: Mapping[str, Any] | None = N
     with quiet_transformers():
         from transformers import AutoImageProcessor
 
-        try:
+        with reading(folder / "preprocessor_config.json"):
             load: Any = AutoImageProcessor.from_pretrained
             processor = load(folder, backend="pil", local_files_only=True, trust_remote_code=False)
             processor = _with_options(processor, options or {})
-        except ConfigError:
-            raise
-        except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ModelError(
-                f"{folder} has no usable preprocessor_config.json: {reason}"
-            ) from error
-    if config.model_type == "qwen2_vl":
-        return DynamicReader(processor, config)
-    return FixedReader(processor, config)
+            if config.model_type == "qwen2_vl":
+                return DynamicReader(processor, config)
+            return FixedReader(processor, config)
 
 
 def _with_options(processor: Any, options: Mapping[str, Any]) -> Any:

@@ -9,17 +9,19 @@ import logging
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from smart_decoding.core.cost import CostModel
-from smart_decoding.files import whole
+from smart_decoding.errors import ModelError
+from smart_decoding.files import read_json, reading, whole
 from smart_decoding.kernels import library
 from smart_decoding.models.hub import cache_dir
 
 log = logging.getLogger("smart.profile")
 
-VERSION = 6  # raise when the engine's speed changes; other kernels are other costs anyway
+VERSION = 7  # raise when the engine's speed changes; other kernels are other costs anyway
 
 
 def profile_path(
@@ -48,28 +50,37 @@ def profile_path(
 
 def load_profile(path: Path) -> CostModel | None:
     """The stored cost model, or None if there is none that can be read."""
+    if not path.exists():
+        return None
     try:
-        return CostModel.from_dict(json.loads(path.read_text()))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        log.warning(f"the profile {path} cannot be used, costs are measured again: {reason}")
+        with reading(path):
+            stored = read_json(path)
+            if stored["sha256"] != _sum(stored["cost"]):
+                raise ValueError("it has another checksum")
+            return CostModel.from_dict(stored["cost"])
+    except ModelError as error:
+        reason = error.__cause__ or error
+        log.warning("the profile %s cannot be used, costs are measured again: %s", path, reason)
         return None
 
 
-def save_profile(path: Path, cost: CostModel) -> None:
-    """Stores a cost model, all of it or nothing; a full disk only means measuring again next
-    time."""
+def save_profile(path: Path, cost: CostModel, model: str = "") -> None:
+    """Stores the costs of a model of that name, all of it or nothing; a full disk only means
+    measuring again next time."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole(path) as scratch:
-            scratch.write_text(json.dumps(cost.to_dict()))
+            state = cost.to_dict()
+            scratch.write_text(json.dumps({"model": model, "sha256": _sum(state), "cost": state}))
     except OSError as error:
         log.warning(
             f"the profile {path} cannot be kept, "
             f"costs will be measured again next time: {error.strerror}"
         )
+
+
+def _sum(state: Any) -> str:
+    return hashlib.sha256(json.dumps(state).encode()).hexdigest()
 
 
 def _cpu() -> str:

@@ -16,6 +16,7 @@ from smart_decoding.engine.kv import PAGE, Ints
 from smart_decoding.engine.protocols import NativeBatch
 from smart_decoding.engine.rows import Rows, Span, build_rows
 from smart_decoding.profiling.rehearsal import MORE, Rehearsal
+from smart_decoding.progress import long_step
 
 if TYPE_CHECKING:
     from smart_decoding.drafters.levels import LevelDrafter
@@ -103,13 +104,18 @@ def _measured(
     timed: list[tuple[Point, float, float]] = []
     started = clock()
     turn = 0
-    while turn < 2 or clock() - started < seconds:
-        for point in points:
-            reference = _timed(points[0], clock)
-            timed.append((point, reference, _timed(point, clock)))
-            if turn >= 1 and clock() - started > seconds:
-                return timed
-        turn += 1
+    with long_step("measuring costs, once", seconds) as progress:
+        shown = 0.0
+        while turn < 2 or clock() - started < seconds:
+            for point in points:
+                reference = _timed(points[0], clock)
+                timed.append((point, reference, _timed(point, clock)))
+                passed = min(clock() - started, seconds)
+                progress(passed - shown)
+                shown = passed
+                if turn >= 1 and passed >= seconds:
+                    return timed
+            turn += 1
     return timed
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import uuid
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
@@ -12,17 +11,19 @@ from typing import TYPE_CHECKING, TypeVar
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from smart_decoding.engine.jobs import Ask, Chunk
+from smart_decoding.engine.jobs import Ask
 from smart_decoding.errors import ConfigError
-from smart_decoding.server.answers import CompletionForm, Form, Json, Usage, envelope, in_order
+from smart_decoding.server.answers import CompletionForm, Usage
 from smart_decoding.server.errors import ApiError
 from smart_decoding.server.jobs import HttpJob
+from smart_decoding.server.replies import Reply, next_chunk
 
 if TYPE_CHECKING:
     from smart_decoding.engine.media import Media
     from smart_decoding.engine.sampling_params import SamplingParams
     from smart_decoding.llm import LLM
-    from smart_decoding.server.schemas import Sampling
+    from smart_decoding.server.answers import Form
+    from smart_decoding.server.schemas import Completions
     from smart_decoding.server.settings import ServerSettings
     from smart_decoding.server.worker import Worker
 
@@ -33,13 +34,14 @@ STREAM_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A request as its route reads it. form: shapes the answers; media: of the one prompt."""
+    """A request as its route reads it. form, reply: shape the answers; media: of the one prompt."""
 
-    body: Sampling
+    body: Completions
     prompts: list[list[int]]
     form: Form
     logprobs: int | None
     media: Media | None = None
+    reply: Callable[..., Reply] = Reply
 
 
 async def answer(
@@ -49,9 +51,12 @@ async def answer(
     job = await _job(worker, settings, request, asked)
     worker.submit(job)
     watch = asyncio.create_task(_cancel_at_disconnect(request, job, worker))
-    reply = _Reply(job, asked.form, settings.model_name, Usage(sum(map(len, asked.prompts))))
+    usage = Usage(sum(map(len, asked.prompts)))
+    reply = asked.reply(job, asked.form, settings.model_name, usage, asked.body)
     try:
-        first = await _next(job)  # before the headers: until here an error has a status of its own
+        first = await next_chunk(
+            job
+        )  # before the headers: until here an error has a status of its own
         if not job.stream:
             return JSONResponse(await reply.whole(first))
     except BaseException:
@@ -60,7 +65,7 @@ async def answer(
     finally:
         if not job.stream or job.closed:
             watch.cancel()
-    events = _to_the_end(reply.events(first, asked.body.include_usage), job, worker, watch)
+    events = _to_the_end(reply.events(first), job, worker, watch)
     return StreamingResponse(events, media_type="text/event-stream", headers=STREAM_HEADERS)
 
 
@@ -79,7 +84,8 @@ def check_model(name: str, settings: ServerSettings) -> None:
 async def _job(worker: Worker, settings: ServerSettings, request: Request, asked: Asked) -> HttpJob:
     """The job that does what is asked for. Raises ApiError if that is not allowed."""
     body = asked.body
-    check_model(body.model, settings)
+    if body.model is not None:
+        check_model(body.model, settings)
     if (body.n or 1) > settings.max_n:
         message = f"n={body.n}: at most {settings.max_n} answers to one prompt"
         raise ApiError(400, message, "invalid_value", "n")
@@ -110,7 +116,7 @@ def _check_length(asked: Asked, llm: LLM) -> None:
         raise ApiError(400, message, "context_length_exceeded", at_fault)
 
 
-async def _check_structure(body: Sampling, params: SamplingParams, llm: LLM) -> None:
+async def _check_structure(body: Completions, params: SamplingParams, llm: LLM) -> None:
     """Compiles the request's grammar, not in the engine's time: the engine then finds it ready."""
     structure = params.structured_outputs
     if structure is not None:
@@ -120,50 +126,6 @@ async def _check_structure(body: Sampling, params: SamplingParams, llm: LLM) -> 
             field = body.structured_by
             message = str(error).removeprefix("structured_outputs: ")
             raise ApiError(400, f"{field}: {message}", "invalid_value", field) from error
-
-
-@dataclass(frozen=True, slots=True)
-class _Reply:
-    """What a job's chunks become. model: its name for clients."""
-
-    job: HttpJob
-    form: Form
-    model: str
-    usage: Usage
-
-    async def whole(self, first: Chunk) -> Json:
-        choices = []
-        async for chunk in _chunks(self.job, first):
-            self.usage.add(chunk, self.job.n)
-            choices.append(self.form.choice(chunk))
-        return {
-            **envelope(self.form, self.job.id, self.model, True),
-            "choices": in_order(choices),
-            "usage": self.usage.json(),
-        }
-
-    async def events(self, first: Chunk, include_usage: bool) -> AsyncIterator[str]:
-        """Server-sent events: a delta per round with text, the usage if asked for, [DONE]."""
-        frame = envelope(self.form, self.job.id, self.model, False)
-        more: Json = {"usage": None} if include_usage else {}
-        opened: set[int] = set()
-        try:
-            async for chunk in _chunks(self.job, first):
-                self.usage.add(chunk, self.job.n)
-                opening = self.form.opening(chunk.index) if chunk.index not in opened else None
-                opened.add(chunk.index)
-                for choice in (opening, self.form.delta(chunk)):
-                    if choice is not None:
-                        yield _event({**frame, "choices": [choice], **more})
-            if include_usage:
-                yield _event({**frame, "choices": [], "usage": self.usage.json()})
-            yield "data: [DONE]\n\n"
-        except ApiError as error:  # too late for a status
-            yield _event(error.body)
-
-
-def _event(data: Json) -> str:
-    return f"data: {json.dumps(data, separators=(',', ':'))}\n\n"
 
 
 async def _to_the_end(
@@ -176,27 +138,6 @@ async def _to_the_end(
     finally:
         worker.cancel(job)  # of no effect if it is over
         watch.cancel()
-
-
-async def _chunks(job: HttpJob, first: Chunk) -> AsyncIterator[Chunk]:
-    """All chunks of a job, to the end of its last answer. Raises ApiError if it fails."""
-    chunk = first
-    left = job.size
-    while True:
-        left -= chunk.finish_reason is not None
-        job.closed = job.closed or not left
-        yield chunk
-        if not left:
-            return
-        chunk = await _next(job)
-
-
-async def _next(job: HttpJob) -> Chunk:
-    item = await job.chunks.get()
-    if isinstance(item, ApiError):
-        job.closed = True
-        raise item
-    return item
 
 
 async def _cancel_at_disconnect(request: Request, job: HttpJob, worker: Worker) -> None:

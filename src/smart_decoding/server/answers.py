@@ -7,10 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from smart_decoding.server.figures import figures
 from smart_decoding.server.tool_text import ToolText, whole_calls
 
 if TYPE_CHECKING:
     from smart_decoding.engine.jobs import Chunk
+    from smart_decoding.engine.request import RequestMetrics
     from smart_decoding.engine.stopping import Detokenizer
 
 TokenText = Callable[[int], str]
@@ -19,19 +21,33 @@ Json = dict[str, Any]
 
 @dataclass(slots=True)
 class Usage:
-    """Token counts of one HTTP request, added up over its answers."""
+    """Token counts of one HTTP request, added up over its answers.
+
+    accepted, rejected: drafted tokens; last: figures of the answer that ended last.
+    """
 
     prompt: int
     completion: int = 0
+    accepted: int = 0
+    rejected: int = 0
+    last: RequestMetrics | None = None
     cached: dict[int, int] = field(default_factory=dict)  # by prompt
 
     def add(self, chunk: Chunk, n: int) -> None:
         """Counts a chunk; n: answers to each prompt."""
         self.completion += len(chunk.tokens)
-        if chunk.finish_reason:
+        if chunk.metrics is not None:
+            self.last = chunk.metrics
+            self.accepted += chunk.metrics.accepted
+            self.rejected += chunk.metrics.wasted_rows
             place = chunk.index // n
-            known = self.cached.get(place, chunk.cached_tokens)
-            self.cached[place] = min(known, chunk.cached_tokens)
+            known = self.cached.get(place, chunk.metrics.cached_tokens)
+            self.cached[place] = min(known, chunk.metrics.cached_tokens)
+
+    def figures(self) -> Json:
+        """How the one answer that has ended went, as llama.cpp and vLLM tell."""
+        assert self.last is not None
+        return figures(self.last, self.prompt, self.completion)
 
     def json(self) -> Json:
         """As OpenAI writes it."""
@@ -40,6 +56,10 @@ class Usage:
             "completion_tokens": self.completion,
             "total_tokens": self.prompt + self.completion,
             "prompt_tokens_details": {"cached_tokens": sum(self.cached.values())},
+            "completion_tokens_details": {
+                "accepted_prediction_tokens": self.accepted,
+                "rejected_prediction_tokens": self.rejected,
+            },
         }
 
 
@@ -71,7 +91,7 @@ class ChatForm:
 
     def delta(self, chunk: Chunk) -> Json | None:
         """What a chunk adds, or None if there is nothing to tell."""
-        content, calls, reason = self._read(chunk)
+        content, calls, reason = self.read(chunk)
         if not (content or calls or reason or chunk.logprobs):
             return None
         delta: Json = {}
@@ -83,7 +103,7 @@ class ChatForm:
 
     def choice(self, chunk: Chunk) -> Json:
         """A whole answer."""
-        content, calls, reason = self._read(chunk)
+        content, calls, reason = self.read(chunk)
         message: Json = {"role": "assistant", "content": content, "refusal": None}
         if calls:
             message |= {"content": content or None, "tool_calls": whole_calls(calls)}
@@ -93,20 +113,21 @@ class ChatForm:
         return {
             "index": chunk.index,
             kind: what,
-            "logprobs": self._logprobs(chunk),
+            "logprobs": self.logprobs(chunk),
             "finish_reason": reason,
         }
 
-    def _read(self, chunk: Chunk) -> tuple[str, list[Json], str | None]:
+    def read(self, chunk: Chunk) -> tuple[str, list[Json], str | None]:
         """Content, pieces of tool calls, and why the answer ended."""
         if not self._calls:
             return chunk.text, [], chunk.finish_reason
         text = self._texts.setdefault(chunk.index, ToolText())
-        content, calls = text.feed(chunk.text, chunk.finish_reason is not None)
+        content, calls = text.feed(chunk.text, chunk.finish_reason)
         called = chunk.finish_reason == "stop" and text.complete
         return content, calls, "tool_calls" if called else chunk.finish_reason
 
-    def _logprobs(self, chunk: Chunk) -> Json | None:
+    def logprobs(self, chunk: Chunk) -> Json | None:
+        """Of a chunk's tokens, or None if they were not asked for."""
         if chunk.logprobs is None:
             return None
         content = []

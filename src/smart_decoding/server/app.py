@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, FastAPI
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from prometheus_client import generate_latest
+from starlette.middleware.cors import CORSMiddleware
 
 from smart_decoding import __version__
 from smart_decoding.server import errors, openai_api
 from smart_decoding.server.answering import STREAM_HEADERS
-from smart_decoding.server.exposition import CONTENT_TYPE
 from smart_decoding.server.live import CSP, PAGE, Live
 from smart_decoding.server.middleware import Gate
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from smart_decoding.server.metrics import Metrics
     from smart_decoding.server.settings import ServerSettings
     from smart_decoding.server.worker import Worker
+
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 def create_app(worker: Worker, settings: ServerSettings, metrics: Metrics, live: Live) -> FastAPI:
@@ -37,6 +40,14 @@ def create_app(worker: Worker, settings: ServerSettings, metrics: Metrics, live:
     app.include_router(_state(worker, metrics))
     app.include_router(_live_page(worker, live), include_in_schema=False)
     app.add_middleware(Gate, settings=settings)
+    if settings.allowed_origins:  # outside of the gate: browsers ask first, and without a key
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.allowed_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "warning", "retry-after"],
+        )
     return app
 
 
@@ -72,7 +83,7 @@ def _state(worker: Worker, metrics: Metrics) -> APIRouter:
     @api.get("/metrics", response_class=Response)
     async def prometheus() -> Response:
         """Prometheus' text format."""
-        return Response(metrics.render(), media_type=CONTENT_TYPE)
+        return Response(generate_latest(metrics), media_type=METRICS_TYPE)
 
     return api
 

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping
+from contextvars import ContextVar
 from typing import Annotated, Any, ClassVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    model_validator,
+)
 
 
 def _whole_characters(text: str) -> str:
@@ -19,6 +27,9 @@ def _whole_characters(text: str) -> str:
 
 
 MAX_DEPTH = 64
+MAX_IGNORED = 16  # names that an answer's header tells of
+# Of the request that is being answered: the names of fields that nobody knows.
+ignored: ContextVar[set[str]] = ContextVar("ignored")
 Token = Annotated[int, Field(ge=0)]
 # Of lists: one error is enough, and a body of nulls would make a million.
 FAST = Field(fail_fast=True)
@@ -43,18 +54,40 @@ def check_json(value: Any) -> None:
 
 
 class Body(BaseModel):
-    """A JSON object without unknown fields.
+    """A JSON object. Unknown fields are left out and noted in `ignored`.
 
-    _NEUTRAL: values of unsupported fields that change nothing.
+    _NEUTRAL: fields that are known and not supported, with the values that ask for nothing; any
+    other value is refused.
     """
 
-    model_config = ConfigDict(extra="forbid", strict=True, populate_by_name=True)
+    model_config = ConfigDict(
+        extra="forbid",  # of what is left then: names in _NEUTRAL
+        strict=True,
+        populate_by_name=True,
+        json_schema_extra=lambda schema: schema.pop("additionalProperties", None),
+    )
 
     _NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
 
     @model_validator(mode="before")
     @classmethod
     def _drop_what_asks_for_nothing(cls, data: Any) -> Any:
-        if not isinstance(data, Mapping) or not cls._NEUTRAL:
+        if not isinstance(data, Mapping):
             return data
-        return {k: v for k, v in data.items() if k not in cls._NEUTRAL or v not in cls._NEUTRAL[k]}
+        known = _names(cls)
+        if data.keys() <= known:
+            return data
+        unknown = data.keys() - known - cls._NEUTRAL.keys()
+        noted = ignored.get(set())
+        noted.update(list(unknown)[: MAX_IGNORED - len(noted)])
+        return {
+            name: value
+            for name, value in data.items()
+            if name in known or (name not in unknown and value not in cls._NEUTRAL[name])
+        }
+
+
+@functools.cache
+def _names(body: type[Body]) -> frozenset[str]:
+    fields = body.model_fields.items()
+    return frozenset(name for key, field in fields for name in (key, field.alias) if name)

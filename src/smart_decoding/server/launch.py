@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import socket
+import sys
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
@@ -47,6 +48,21 @@ class JsonLines(logging.Formatter):
         return json.dumps(line, ensure_ascii=False)
 
 
+class Lines(logging.Formatter):
+    """A line for a terminal: time, message, and how long it took or what drafts."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(message)s", "%H:%M:%S")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
+        """The line, without a traceback."""
+        if record.levelno > logging.INFO:
+            record.message = f"{record.levelname.lower()}: {record.message}"
+        seconds = record.__dict__.get("seconds")
+        more = record.__dict__.get("speculation") if seconds is None else f"{seconds:.2f} s"
+        return super().formatMessage(record) + (f", {more}" if more else "")
+
+
 class Server(uvicorn.Server):
     """uvicorn, telling the worker when it begins to drain: endless streams must not hold it up."""
 
@@ -61,9 +77,9 @@ class Server(uvicorn.Server):
 
 
 def set_up_logging(level: str) -> None:
-    """JSON lines on standard error, for our loggers and uvicorn's."""
+    """On standard error, for our loggers and uvicorn's: JSON lines, or text on a terminal."""
     handler = logging.StreamHandler()
-    handler.setFormatter(JsonLines())
+    handler.setFormatter(Lines() if sys.stderr.isatty() else JsonLines())
     for name in ("smart", "uvicorn"):
         logger = logging.getLogger(name)
         logger.handlers = [handler]
@@ -112,11 +128,30 @@ def serve(load: Callable[[], LLM], settings: ServerSettings) -> int:
     server, worker = make_server(lambda: _kept_for_good(load()), settings)
     with bind(settings.host, settings.port) as listener:
         host, port = listener.getsockname()[:2]
-        log.info(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}")
+        url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        log.info(f"listening on {url}")
+        if sys.stderr.isatty():
+            print(welcome(settings, url), file=sys.stderr, flush=True)
         server.run(sockets=[listener])
     if isinstance(worker.error, SmartError):
         raise worker.error
     return 1 if worker.error is not None else 0
+
+
+def welcome(settings: ServerSettings, url: str) -> str:
+    """What to do with the server, for people. url: where it listens."""
+    url = url.replace("//0.0.0.0:", "//localhost:").replace("//[::]:", "//localhost:")
+    key = " -H 'Authorization: Bearer KEY'" if settings.api_keys else ""
+    message = {"role": "user", "content": "Count from 1 to 20."}
+    body = json.dumps({"model": settings.model_name, "messages": [message]}, ensure_ascii=False)
+    quoted = body.replace("'", "'\\''")
+    return f"""
+  page      {url}/  (ask there, and watch; also while the model loads)
+  API       {url}/v1  (OpenAI's; metrics at {url}/metrics)
+  example   curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' \\
+              -d '{quoted}'
+  end       Ctrl-C
+"""
 
 
 def _kept_for_good(llm: LLM) -> LLM:

@@ -47,7 +47,7 @@ class Pace:
 
 
 class Live:
-    """An observer of the worker that keeps the last round, and makes events of it.
+    """An observer of the worker that keeps the last round that could draft, and makes events of it.
 
     name: the model's, as clients ask for it.
     """
@@ -77,6 +77,9 @@ class Live:
         if not self.watchers or record is None or record is self._counted:
             return
         self._counted = record
+        # Requests that refuse drafts say nothing about drafting, such as the page's plain answer.
+        if not any(request.params.speculate for request in record.requests):
+            return
         batch = record.round.batch
         if batch.size:
             self._last = record, [len(request.tokens) for request in record.requests]
@@ -111,40 +114,48 @@ class Live:
             raise ApiError(503, message, "too_many_watchers", retry_after=10)
 
     def snapshot(self) -> dict[str, Any]:
-        """The present state as JSON; null is what is not known."""
+        """The present state as JSON; null is what is not known.
+
+        idle: seconds since the last round, of which the speeds and the trees are.
+        """
         llm = self._llm
         if llm is None:
             return {"ready": False}
         engine = llm.engine
         stats = engine.policy.stats()
-        recent = [pace for pace in self._paces.copy() if pace.at > time.monotonic() - WINDOW]
+        paces = self._paces.copy()
+        last = paces[-1].at if paces else 0.0  # what was last seen stays
+        recent = [pace for pace in paces if pace.at > last - WINDOW]
+        idle = round(time.monotonic() - last, 2) if paces else None
         return {
             "ready": True,
             "name": self.name,
             "model": str(llm.provenance.get("model", "")).rpartition("/")[2],
+            "chat": llm.tokenizer.template is not None,
+            "drafts": engine.drafter is not None,
             "policy": engine.policy.name,
             "speculation": llm.speculation.description,
             "running": len(engine.scheduler.running),
             "waiting": len(engine.scheduler.waiting),
             "slots": engine.config.max_num_seqs,
             "kv": round(1 - engine.pool.available / engine.pool.pages, 4),
+            "idle": idle,
             **_speeds(recent),
             "off": _rounded(stats.get("share_off")),
             "calibration": _rounded(stats.get("calibration_error")),
-            **self._last_round(llm, engine.policy.cost, idle=not recent),
+            **self._last_round(llm, engine.policy.cost),
         }
 
-    def _last_round(self, llm: LLM, cost: CostModel | None, idle: bool) -> dict[str, Any]:
+    def _last_round(self, llm: LLM, cost: CostModel | None) -> dict[str, Any]:
         if self._last is None:
             return {"curve": None, "point": None, "trees": []}
         record, ends = self._last
         done = record.round
-        shown = [] if idle else list(enumerate(ends[:MAX_TREES]))
         return {
             "curve": None if cost is None else _curve(cost, done),
             "point": {"rows": done.verify_rows, "ms": round(1000 * done.verify_seconds, 3)},
             "levels": len(done.level_widths),
-            "trees": [_tree(llm, record, owner, end) for owner, end in shown],
+            "trees": [_tree(llm, record, owner, end) for owner, end in enumerate(ends[:MAX_TREES])],
         }
 
 

@@ -1,16 +1,18 @@
-"""Prometheus metrics, in vLLM's names with our prefix where vLLM has them.
+"""Prometheus metrics, in vLLM's names where vLLM has them: with our prefix and with its own.
 
-Written by the engine thread between rounds, read by the event loop: numbers that only grow need
+Counted by the engine thread between rounds, read by the event loop: numbers that only grow need
 no lock.
 """
 
 from __future__ import annotations
 
+import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from smart_decoding.server.exposition import Exposition, Histogram
+from prometheus_client import CollectorRegistry, Histogram, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 if TYPE_CHECKING:
     from smart_decoding.core.cost import CostModel
@@ -20,78 +22,99 @@ if TYPE_CHECKING:
     from smart_decoding.llm import LLM
 
 CHECK_EVERY = 8  # rounds, of which one is compared with its prediction
+
 _FIRST = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0)
 _WHOLE = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 60.0, 120.0, 300.0)
 
-# What a policy's statistics are called here: (their key, metric, what it says).
-_POLICY_GAUGES = (
-    (
-        "estimated_speedup",
+# A new metric is a line here, and `metrics.counts[NAME] += 1` where it is counted.
+_COUNTERS = {
+    "prompt_tokens": "Prompt tokens of answers that have begun.",
+    "generation_tokens": "Tokens generated.",
+    "prefix_cache_queries": "Prompt tokens looked up in the prefix cache.",
+    "prefix_cache_hits": "Prompt tokens found in the prefix cache.",
+    "num_preemptions": "Answers put back for lack of KV memory.",
+    "spec_decode_num_drafts": "Trees of which nodes were verified.",
+    "spec_decode_num_draft_tokens": "Tree nodes verified.",
+    "spec_decode_num_accepted_tokens": "Tree nodes accepted.",
+    "spec_decode_num_proposed_tokens": "Tree nodes drafted, pruned ones too.",
+    "rounds": "Rounds of the engine.",
+    "drafting_rounds": "Rounds that speculated; the others had speculation off.",
+    "draft_levels": "Levels drafted by the model drafter.",
+    "verify_rows": "Rows of the verifying forwards.",
+    "round_seconds": "Seconds in rounds.",
+    "controller_seconds": "Seconds in rounds outside of forwards, sampling and KV.",
+    "checked_round_seconds": f"Real seconds of every {CHECK_EVERY}th decoding round.",
+    "predicted_round_seconds": "The cost model's seconds for the same rounds.",
+}
+_COUNTERS_BY = {  # name: (what it says, the label that it has beside the model's name)
+    "request_success": ("Answers that ended, by reason.", "finished_reason"),
+    "spec_decode_num_accepted_tokens_per_pos": ("Tree nodes accepted, by depth.", "position"),
+}
+_HISTOGRAMS = {
+    "time_to_first_token_seconds": ("Arrival to first token.", _FIRST),
+    "inter_token_latency_seconds": ("Between the rounds that gave an answer tokens.", _TOKEN),
+    "time_per_output_token_seconds": ("Mean per answer, first token excluded.", _TOKEN),
+    "e2e_request_latency_seconds": ("Arrival to end.", _WHOLE),
+}
+# Key of a policy's statistics: (name, what it says).
+_POLICY_GAUGES = {
+    "estimated_speedup": (
         "speedup_estimate",
         "Tokens per second over plain decoding's, as estimated.",
     ),
-    ("calibration_error", "calibration_error", "Accepted over expected nodes, minus 1."),
-    ("share_off", "speculation_off_share", "Share of recent rounds that did not draft."),
-    ("probe_seconds", "probe_seconds", "Seconds that exploration has cost."),
-)
-# (key of `Metrics.counts`, metric, what it says).
-_COUNTERS = (
-    ("prompt_tokens", "prompt_tokens_total", "Prompt tokens of answers that have begun."),
-    ("tokens", "generation_tokens_total", "Tokens generated."),
-    ("preemptions", "num_preemptions_total", "Answers put back for lack of KV memory."),
-    ("drafts", "spec_decode_num_drafts_total", "Trees of which nodes were verified."),
-    ("verified", "spec_decode_num_draft_tokens_total", "Tree nodes verified."),
-    ("accepted", "spec_decode_num_accepted_tokens_total", "Tree nodes accepted."),
-    (
-        "drafted",
-        "spec_decode_num_proposed_tokens_total",
-        "Tree nodes drafted, pruned ones too.",
-    ),
-    ("rounds", "rounds_total", "Rounds of the engine."),
-    (
-        "drafting_rounds",
-        "drafting_rounds_total",
-        "Rounds that speculated; the others had speculation off.",
-    ),
-    ("levels", "draft_levels_total", "Levels drafted by the model drafter."),
-    ("rows", "verify_rows_total", "Rows of the verifying forwards."),
-)
-# (key of `Metrics.seconds`, metric, what it says).
-_SECONDS = (
-    ("round", "round_seconds_total", "Seconds in rounds."),
-    (
-        "controller",
-        "controller_seconds_total",
-        "Seconds in rounds outside of forwards, sampling and KV.",
-    ),
-    (
-        "checked_round",
-        "checked_round_seconds_total",
-        f"Real seconds of every {CHECK_EVERY}th decoding round.",
-    ),
-    (
-        "predicted_round",
-        "predicted_round_seconds_total",
-        "The cost model's seconds for the same rounds.",
-    ),
-)
+    "calibration_error": ("calibration_error", "Accepted over expected nodes, minus 1."),
+    "share_off": ("speculation_off_share", "Share of recent rounds that did not draft."),
+    "probe_seconds": ("probe_seconds", "Seconds that exploration has cost."),
+}
+# What vLLM has too, and how it calls that.
+_VLLM = {
+    name: (name,)
+    for name in (
+        "num_requests_running",
+        "num_requests_waiting",
+        "kv_cache_usage_perc",
+        "prompt_tokens",
+        "generation_tokens",
+        "prefix_cache_queries",
+        "prefix_cache_hits",
+        "num_preemptions",
+        "request_success",
+        "spec_decode_num_drafts",
+        "spec_decode_num_draft_tokens",
+        "spec_decode_num_accepted_tokens",
+        "spec_decode_num_accepted_tokens_per_pos",
+        "time_to_first_token_seconds",
+        "e2e_request_latency_seconds",
+    )
+} | {
+    # The second is what older versions call it.
+    "inter_token_latency_seconds": ("inter_token_latency_seconds", "time_per_output_token_seconds"),
+    "time_per_output_token_seconds": ("request_time_per_output_token_seconds",),
+}
 
 
 class Metrics:
-    """An observer of the worker that counts."""
+    """An observer of the worker that counts, and a collector for prometheus_client.
+
+    counts, by: plain numbers, since they are counted in every round; by a label's values.
+    """
 
     def __init__(self, model_name: str) -> None:
-        self.counts: Counter[str] = Counter()
-        self.ended_by: Counter[str] = Counter()
-        self.seconds = {key: 0.0 for key, _, _ in _SECONDS}
-        self.ttft = Histogram(_FIRST)
-        self.tpot = Histogram(_TOKEN)
-        self.e2e = Histogram(_WHOLE)
-        self._exposition = Exposition(model_name)
+        self.counts = dict.fromkeys(_COUNTERS, 0.0)
+        self.by: dict[str, Counter[str]] = {name: Counter() for name in _COUNTERS_BY}
+        self._model = model_name
+        self._registry = CollectorRegistry()
+        self.histograms = {
+            name: Histogram(
+                f"smart:{name}", text, ("model_name",), buckets=buckets, registry=self._registry
+            ).labels(model_name)
+            for name, (text, buckets) in _HISTOGRAMS.items()
+        }
         self._engine: Engine | None = None
         self._cost: CostModel | None = None
         self._last: RoundRecord | None = None
+        self._tokens_at: dict[Request, float] = {}  # when it got its last ones
 
     # --- the engine thread's calls ---
 
@@ -105,90 +128,120 @@ class Metrics:
         self._cost = engine.policy.cost  # immutable
 
     def after(self, engine: Engine, touched: Sequence[Request]) -> None:
-        """Counts the round and the answers that have begun in it."""
+        """Counts the round and the answers that have got tokens in it."""
         record = engine.last_round
         if record is None or record is self._last:
             return
         self._last = record
         self._count_round(record)
+        now = time.monotonic()
         for request in touched:
-            # More output than a token: a prompt that was run again after a preemption.
-            if request.metrics.rounds == 0 and len(request.output) <= 1:
-                self.ttft.observe(request.metrics.ttft or 0.0)
-                self.counts["prompt_tokens"] += len(request.prompt)
+            if request in self._tokens_at:
+                waited = now - self._tokens_at[request]
+                self.histograms["inter_token_latency_seconds"].observe(waited)
+            else:
+                self._count_begun(request)
+            self._tokens_at[request] = now
+
+    def _count_begun(self, request: Request) -> None:
+        done = request.metrics
+        self.histograms["time_to_first_token_seconds"].observe(done.ttft or 0.0)
+        self.counts["prompt_tokens"] += len(request.prompt)
+        self.counts["prefix_cache_queries"] += len(request.prompt)
+        self.counts["prefix_cache_hits"] += done.cached_tokens
 
     def _count_round(self, record: RoundRecord) -> None:
         counts = self.counts
         done = record.round
         counts["rounds"] += 1
-        counts["tokens"] += record.emitted
-        counts["accepted"] += record.accepted
-        counts["rows"] += done.verify_rows
+        counts["generation_tokens"] += record.emitted
+        counts["verify_rows"] += done.verify_rows
         if done.rule is not None:
             counts["drafting_rounds"] += 1
-            counts["levels"] += len(done.level_widths)
-            counts["drafts"] += len(set(done.trees.owner[done.kept].tolist()))
-            counts["verified"] += len(done.kept)
-            counts["drafted"] += len(done.trees)
-        self.seconds["round"] += record.seconds
-        self.seconds["controller"] += record.controller_seconds
+            counts["draft_levels"] += len(done.level_widths)
+            counts["spec_decode_num_drafts"] += len(set(done.trees.owner[done.kept].tolist()))
+            counts["spec_decode_num_draft_tokens"] += len(done.kept)
+            counts["spec_decode_num_proposed_tokens"] += len(done.trees)
+            counts["spec_decode_num_accepted_tokens"] += sum(record.accepted)
+            by_position = self.by["spec_decode_num_accepted_tokens_per_pos"]
+            for accepted in record.accepted:
+                by_position.update(map(str, range(accepted)))
+        counts["round_seconds"] += record.seconds
+        counts["controller_seconds"] += record.controller_seconds
         if self._cost is not None and done.batch.size and counts["rounds"] % CHECK_EVERY == 0:
-            self.seconds["checked_round"] += done.verify_seconds + sum(done.level_seconds)
-            self.seconds["predicted_round"] += predicted_seconds(self._cost, done)
+            counts["checked_round_seconds"] += done.verify_seconds + sum(done.level_seconds)
+            counts["predicted_round_seconds"] += predicted_seconds(self._cost, done)
 
     def ended(self, request: Request, reason: str) -> None:
         """Counts an answer that is over."""
-        self.ended_by[reason] += 1
+        self._tokens_at.pop(request, None)
+        self.by["request_success"][reason] += 1
         metrics = request.metrics
-        self.counts["preemptions"] += metrics.preemptions
+        self.counts["num_preemptions"] += metrics.preemptions
         if reason not in ("stop", "length"):
             return
         if metrics.finished is None or metrics.first_token is None:
             return
-        self.e2e.observe(metrics.finished - metrics.arrival)
+        took = metrics.finished - metrics.arrival
+        self.histograms["e2e_request_latency_seconds"].observe(took)
         if len(request.output) > 1:
             seconds = metrics.finished - metrics.first_token
-            self.tpot.observe(seconds / (len(request.output) - 1))
+            mean = seconds / (len(request.output) - 1)
+            self.histograms["time_per_output_token_seconds"].observe(mean)
 
     # --- the event loop's ---
 
-    def render(self) -> str:
-        """The text exposition format."""
-        return "".join(f"{line}\n" for line in self._lines())
+    def collect(self) -> Iterator[Metric]:
+        """All of them, as prometheus_client asks for them."""
+        for metric in (*self._gauges(), *self._counted(), *self._registry.collect()):
+            metric.samples = [each for each in metric.samples if not each.name.endswith("_created")]
+            yield metric
+            for name in _VLLM.get(metric.name.removeprefix("smart:"), ()):
+                yield _renamed(metric, f"vllm:{name}")
 
-    def _lines(self) -> Iterator[str]:
-        out = self._exposition
-        yield from self._engine_gauges()
-        for key, name, text in _COUNTERS:
-            yield from out.number(name, "counter", text, self.counts[key])
-        for key, name, text in _SECONDS:
-            yield from out.number(name, "counter", text, self.seconds[key])
-        yield from out.by_reason(
-            "request_success_total", "Answers that ended, by reason.", self.ended_by
-        )
-        for name, text, histogram in (
-            ("time_to_first_token_seconds", "Arrival to first token.", self.ttft),
-            ("time_per_output_token_seconds", "Mean per answer, first token excluded.", self.tpot),
-            ("e2e_request_latency_seconds", "Arrival to end.", self.e2e),
-        ):
-            yield from out.histogram(name, text, histogram)
+    def _counted(self) -> Iterator[Metric]:
+        for name, text in _COUNTERS.items():
+            family = CounterMetricFamily(f"smart:{name}", text, labels=("model_name",))
+            family.add_metric((self._model,), self.counts[name])
+            yield family
+        for name, (text, label) in _COUNTERS_BY.items():
+            family = CounterMetricFamily(f"smart:{name}", text, labels=("model_name", label))
+            for value, count in sorted(self.by[name].copy().items()):
+                family.add_metric((self._model, value), count)
+            yield family
 
-    def _engine_gauges(self) -> Iterator[str]:
+    def _gauges(self) -> Iterator[Metric]:
         if self._engine is None:
             return
         scheduler = self._engine.scheduler
         pool = self._engine.pool
         used = 1 - pool.available / pool.pages
-        for name, text, value in (
-            ("num_requests_running", "Answers in the running batch.", len(scheduler.running)),
-            ("num_requests_waiting", "Answers waiting for a slot.", len(scheduler.waiting)),
-            ("kv_cache_usage_perc", "Share of KV pages in use, 1 is all.", used),
-        ):
-            yield from self._exposition.number(name, "gauge", text, value)
-        stats = self._engine.policy.stats()
-        for key, name, text in _POLICY_GAUGES:
+        running = len(scheduler.running)
+        yield self._gauge("num_requests_running", "Answers in the running batch.", running)
+        waiting = len(scheduler.waiting)
+        yield self._gauge("num_requests_waiting", "Answers waiting for a slot.", waiting)
+        yield self._gauge("kv_cache_usage_perc", "Share of KV pages in use, 1 is all.", used)
+        stats: Mapping[str, float] = self._engine.policy.stats()
+        for key, (name, text) in _POLICY_GAUGES.items():
             if key in stats:
-                yield from self._exposition.number(name, "gauge", text, stats[key])
+                yield self._gauge(name, text, stats[key])
+
+    def _gauge(self, name: str, text: str, value: float) -> Metric:
+        family = GaugeMetricFamily(f"smart:{name}", text, labels=("model_name",))
+        family.add_metric((self._model,), value)
+        return family
+
+
+def _renamed(metric: Metric, name: str) -> Metric:
+    """The same under another name, with the engine's number as vLLM has it."""
+    renamed = Metric(name, metric.documentation, metric.type)
+    renamed.samples = [
+        each._replace(
+            name=name + each.name.removeprefix(metric.name), labels={**each.labels, "engine": "0"}
+        )
+        for each in metric.samples
+    ]
+    return renamed
 
 
 def predicted_seconds(cost: CostModel, done: Round) -> float:

@@ -14,6 +14,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from smart_decoding.server.body import ignored
 from smart_decoding.server.errors import ApiError
 from smart_decoding.server.settings import ServerSettings, is_loopback
 
@@ -43,12 +44,17 @@ class Gate:
         scope.setdefault("state", {})["request_id"] = request_id
         started = time.monotonic()
         status = 0
+        unknown: set[str] = set()
+        ignored.set(unknown)
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                sent = MutableHeaders(scope=message)
+                sent["x-request-id"] = request_id
+                if unknown:
+                    sent["warning"] = _warning(unknown, request_id)
             await send(message)
 
         try:
@@ -106,6 +112,15 @@ class Gate:
 
     def _too_big(self) -> ApiError:
         return ApiError(413, f"the body is larger than {self.settings.max_body} bytes")
+
+
+def _warning(unknown: set[str], request_id: str) -> str:
+    """The header that tells of ignored fields."""
+    names = ", ".join(
+        sorted(re.sub(r"[^\w.-]", "?", name, flags=re.ASCII)[:64] for name in unknown)
+    )
+    log.warning(f"unknown fields were ignored: {names}", extra={"request_id": request_id})
+    return f'299 - "unknown fields were ignored: {names}"'
 
 
 def _log_access(scope: Scope, request_id: str, status: int, seconds: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,9 @@ from smart_decoding.server.answering import Asked, answer, check_model, in_threa
 from smart_decoding.server.answers import ChatForm, CompletionForm, Json
 from smart_decoding.server.chat import chat_prompt
 from smart_decoding.server.errors import ApiError
+from smart_decoding.server.replies import Reply
+from smart_decoding.server.responses import ResponsesReply
+from smart_decoding.server.responses_request import ResponsesRequest
 from smart_decoding.server.schemas import (
     ChatRequest,
     CompletionRequest,
@@ -36,6 +40,7 @@ def router(worker: Worker, settings: ServerSettings) -> APIRouter:
     api.get("/v1/models/{name:path}")(routes.model)
     api.post("/v1/completions", response_model=None)(routes.completions)
     api.post("/v1/chat/completions", response_model=None)(routes.chat)
+    api.post("/v1/responses", response_model=None)(routes.responses)
     api.post("/tokenize")(routes.tokenize)
     api.post("/detokenize")(routes.detokenize)
     return api
@@ -63,13 +68,22 @@ class _Routes:
         return await answer(self._worker, self._settings, request, asked)
 
     async def chat(self, request: Request, body: ChatRequest) -> Response:
+        return await self._chat(request, body, Reply)
+
+    async def responses(self, request: Request, body: ResponsesRequest) -> Response:
+        reply = functools.partial(ResponsesReply, echo=body.echo())
+        return await self._chat(request, body.chat, reply)
+
+    async def _chat(
+        self, request: Request, body: ChatRequest, reply: Callable[..., Reply]
+    ) -> Response:
         llm = self._worker.check_room()
         offer = body.offer
         tools = offer.tools if offer else ()
         prompt = await in_thread(lambda: chat_prompt(llm, body.messages, tools))
         top = (body.top_logprobs or 0) if body.logprobs else None
         form = ChatForm(_token_text(llm), top, offer is not None)
-        asked = Asked(body, [list(prompt.tokens)], form, top, prompt.media)
+        asked = Asked(body, [list(prompt.tokens)], form, top, prompt.media, reply)
         return await answer(self._worker, self._settings, request, asked)
 
     async def tokenize(self, body: TokenizeRequest) -> Json:

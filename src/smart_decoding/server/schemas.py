@@ -1,6 +1,5 @@
-"""Request bodies. A field that is not supported is refused, unless its value asks for nothing.
-
-docs/serving.md lists the few that are accepted without effect.
+"""Request bodies. A field that changes answers elsewhere and is not supported here is refused,
+unless its value asks for nothing. docs/serving.md tells which are accepted without effect.
 """
 
 from __future__ import annotations
@@ -18,21 +17,39 @@ from smart_decoding.server.tools import MAX_TOOLS, NamedTool, Offer, Tool, ToolC
 
 MAX_STOPS = 16
 MAX_LOGPROBS = 20
-_ASKS_FOR_NOTHING: dict[str, tuple[Any, ...]] = {
-    "audio": (None,),
+# Of OpenAI's fields and vLLM's, those that would change an answer.
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "allowed_token_ids": (None,),
+    "bad_words": (None, []),
     "best_of": (None, 1),
+    "cache_salt": (None,),
     "echo": (None, False),
-    "function_call": (None, "none"),
-    "functions": (None, []),
-    "metadata": (None, {}),
-    "modalities": (None, ["text"]),
-    "prediction": (None,),
-    "reasoning_effort": (None,),
-    "service_tier": (None, "auto", "default"),
-    "store": (None, False),
-    "suffix": (None, ""),
-    "verbosity": (None,),
-    "web_search_options": (None,),
+    "guided_choice": (None,),
+    "guided_grammar": (None,),
+    "guided_json": (None,),
+    "guided_regex": (None,),
+    "kv_transfer_params": (None,),
+    "length_penalty": (None, 1),
+    "logits_processors": (None, []),
+    "logprob_token_ids": (None,),
+    "priority": (None, 0),
+    "prompt_logprobs": (None,),
+    "repetition_detection": (None,),
+    "return_token_ids": (None, False),
+    "return_tokens_as_token_ids": (None, False),
+    "spaces_between_special_tokens": (None, True),
+    "thinking_token_budget": (None, -1),
+    "truncate_prompt_tokens": (None,),
+    "use_beam_search": (None, False),
+    "vllm_xargs": (None, {}),
+    "watermarking": (None, False),
+}
+# The same of conversations.
+TEMPLATE_FIELDS: dict[str, tuple[Any, ...]] = {
+    "add_generation_prompt": (None, True),
+    "chat_template": (None,),
+    "chat_template_kwargs": (None, {}),
+    "continue_final_message": (None, False),
 }
 
 
@@ -40,16 +57,16 @@ class StreamOptions(Body):
     """What a stream holds besides its choices."""
 
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = Field(
+        None, description="With include_usage: each event holds the token counts so far."
+    )
 
 
 class Sampling(Body):
-    """What completions and chat completions share; null means the default."""
+    """How answers are drawn, the same for every route; null means the default."""
 
-    model: str
+    model: str | None = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    max_tokens: int | None = None
-    n: int | None = None
     temperature: float | None = None
     top_p: float | None = None
     stop: Text | Annotated[list[Text], Field(max_length=MAX_STOPS)] | None = None
@@ -58,7 +75,6 @@ class Sampling(Body):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     user: str | None = Field(None, description="Names your end user; it goes nowhere.")
-    response_format: ResponseFormat | None = None
     # Beyond OpenAI's, in vLLM's names:
     top_k: int | None = None
     min_p: float | None = None
@@ -73,7 +89,24 @@ class Sampling(Body):
         None, description="false decodes this request plainly; its tokens are the same."
     )
 
-    _NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = _ASKS_FOR_NOTHING
+    _NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = UNSUPPORTED
+
+    @model_validator(mode="after")
+    def _bias_keys_are_token_ids(self) -> Sampling:
+        for token in self.logit_bias or ():
+            if not (token.isascii() and token.isdigit() and len(token) < 12):
+                raise ValueError(f"logit_bias: {token!r} is not a token id")
+        return self
+
+
+class Completions(Sampling):
+    """What completions and chat completions share."""
+
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = None
+    n: int | None = None
+    response_format: ResponseFormat | None = None
+
     prompt_field: ClassVar[str]
 
     _AS_THEY_ARE: ClassVar[tuple[str, ...]] = (
@@ -96,13 +129,13 @@ class Sampling(Body):
     )
 
     @model_validator(mode="after")
-    def _stream_options_need_a_stream(self) -> Sampling:
+    def _stream_options_need_a_stream(self) -> Completions:
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options is only allowed with stream=true")
         return self
 
     @model_validator(mode="after")
-    def _one_structure(self) -> Sampling:
+    def _one_structure(self) -> Completions:
         if self.structured_outputs is not None and schema_of(self.response_format) is not None:
             raise ValueError(
                 "response_format and structured_outputs exclude each other: give one of them"
@@ -113,6 +146,12 @@ class Sampling(Body):
     def include_usage(self) -> bool:
         """Whether a stream ends with its token counts."""
         return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def continuous_usage(self) -> bool:
+        """Whether each event of a stream holds the token counts so far."""
+        options = self.stream_options
+        return bool(options and options.include_usage and options.continuous_usage_stats)
 
     @property
     def limit(self) -> int | None:
@@ -154,18 +193,16 @@ class Sampling(Body):
         """The field that says what the text must be."""
         return "structured_outputs" if self.structured_outputs is not None else "response_format"
 
-    @model_validator(mode="after")
-    def _bias_keys_are_token_ids(self) -> Sampling:
-        for token in self.logit_bias or ():
-            if not (token.isascii() and token.isdigit() and len(token) < 12):
-                raise ValueError(f"logit_bias: {token!r} is not a token id")
-        return self
 
-
-class CompletionRequest(Sampling):
+class CompletionRequest(Completions):
     """The body of /v1/completions."""
 
     prompt_field: ClassVar[str] = "prompt"
+    _NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = UNSUPPORTED | {
+        "add_special_tokens": (None, True),
+        "prompt_embeds": (None,),
+        "suffix": (None, ""),
+    }
 
     prompt: (
         Text
@@ -248,10 +285,26 @@ class Message(Body):
         return {key: value for key, value in found.items() if value is not None}
 
 
-class ChatRequest(Sampling):
+class ChatRequest(Completions):
     """The body of /v1/chat/completions."""
 
     prompt_field: ClassVar[str] = "messages"
+    _NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = (
+        UNSUPPORTED
+        | TEMPLATE_FIELDS
+        | {
+            "add_special_tokens": (None, False),
+            "audio": (None,),
+            "documents": (None, []),
+            "function_call": (None, "none"),
+            "functions": (None, []),
+            "media_io_kwargs": (None, {}),
+            "mm_processor_kwargs": (None, {}),
+            "modalities": (None, ["text"]),
+            "reasoning_effort": (None,),
+            "web_search_options": (None,),
+        }
+    )
 
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     # Checked here: the engine's own check calls it max_tokens.
@@ -324,6 +377,11 @@ class TokenizeRequest(Body):
     prompt: Text | None = None
     messages: Annotated[list[Message], FAST] | None = None
     add_special_tokens: bool = True
+
+    _NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = TEMPLATE_FIELDS | {
+        "return_token_strs": (None, False),
+        "tools": (None, []),
+    }
 
     @model_validator(mode="after")
     def _one_of_them(self) -> TokenizeRequest:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from dataclasses import dataclass
 
 from smart_decoding.errors import ConfigError
 
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s\"',]+")
 _LOWEST = {
     "max_queue": 0,
     "max_body": 1,
@@ -22,7 +24,8 @@ class ServerSettings:
 
     max_queue: answers that may wait beyond the running ones, then 429; queue_timeout: seconds that
     an answer may wait, then 503; api_keys: any of them opens the server; no_api_key: serve
-    strangers too, and under any host name.
+    strangers too, and under any host name; allowed_origins: of web pages whose scripts may ask, "*"
+    is all.
     """
 
     model_name: str
@@ -30,6 +33,7 @@ class ServerSettings:
     port: int = 8000
     api_keys: tuple[str, ...] = ()
     no_api_key: bool = False
+    allowed_origins: tuple[str, ...] = ()
     max_queue: int = 256
     queue_timeout: float = 60.0
     max_body: int = 4 * 2**20
@@ -50,6 +54,12 @@ class ServerSettings:
             raise ConfigError(
                 "an API key must be non-empty ASCII text without blanks or line ends around it"
             )
+        for origin in self.allowed_origins:
+            if origin != "*" and not _ORIGIN.fullmatch(str(origin)):
+                raise ConfigError(
+                    f"allowed-origins: {origin!r} is no origin such as https://example.org, "
+                    "nor '*' for all"
+                )
         if self.api_keys and self.no_api_key:
             raise ConfigError("an API key and --no-api-key contradict each other: give one of them")
         if not (is_loopback(self.host) or self.api_keys or self.no_api_key):

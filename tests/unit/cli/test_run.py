@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import os
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -43,9 +45,9 @@ def test_the_estimate_of_memory_is_shown_on_a_terminal(
     monkeypatch.setattr(logger, "handlers", [])
     monkeypatch.setattr(logger, "level", logging.NOTSET)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
-    cli_run.show_memory()
+    cli_run.show_steps()
     logger.info("3 GB")
-    assert capsys.readouterr().err == ("3 GB\n" if terminal else "")
+    assert capsys.readouterr().err == ("smart: 3 GB\n" if terminal else "")
 
 
 def test_run_says_what_drafts_by_default(
@@ -181,6 +183,54 @@ def test_run_draws_another_seed_each_time_and_tells_it(
     assert "seed" not in lines[2]
 
 
+def test_run_takes_the_prompt_as_llama_cpp_does(fake: type[FakeLLM], tmp_path: Path) -> None:
+    path = tmp_path / "prompt"
+    path.write_text("-")  # from a file it means nothing
+    for words in (["-p", "hi"], ["-f", str(path)]):
+        assert cli.main(["run", "-m", "m", "--temp", "0.5", "-n", "3", "--raw", *words]) == 0
+    assert [llm.asked[0][0] for llm in fake.made] == ["hi", "-"]
+    assert {llm.model for llm in fake.made} == {"m"}
+    params = fake.made[0].asked[0][1]
+    assert (params.temperature, params.max_tokens) == (0.5, 3)
+
+
+@pytest.mark.parametrize("command", ["run", "chat", "serve", "bench", "demo"])
+def test_threads_are_set_before_the_kernels_are_loaded(
+    command: str, fake: type[FakeLLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SMART_NUM_THREADS", "9")
+    seen: list[str] = []
+    module = import_module(f"smart_decoding.cli.{command}")
+    monkeypatch.setattr(module, "main", lambda _: seen.append(os.environ["SMART_NUM_THREADS"]))
+    prompt = ["hi"] if command == "run" else []
+    for threads in ([], ["-t", "3"]):
+        assert cli.main([command, *prompt, *threads]) == 0
+    assert seen == ["9", "3"]
+
+
+def test_run_takes_the_profile_after_the_answer(fake: type[FakeLLM]) -> None:
+    assert cli.main(["run", "hi"]) == 0
+    (llm,) = fake.made
+    assert llm.options["profile_later"]
+    assert llm.profiles == 1
+
+
+def test_a_batch_must_hold_prompts(
+    fake: type[FakeLLM], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "prompts"
+    path.write_text("\n")
+    assert "holds no prompt" in fails(capsys, "run", "--batch", str(path))
+    path.write_bytes(b"\xff")
+    assert "is not UTF-8 text" in fails(capsys, "run", "--batch", str(path))
+    assert "is not UTF-8 text" in fails(capsys, "run", "-f", str(path))
+    path.write_text("hi\n")
+    picture = ["--image", str(tmp_path / "a.png")]
+    assert "cannot be given with --batch" in fails(capsys, "run", "--batch", str(path), *picture)
+    assert "not allowed with argument" in fails(capsys, "run", "--batch", str(path), "-p", "hi")
+    assert not fake.made
+
+
 def test_run_reads_standard_input(fake: type[FakeLLM], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("from a pipe\n"))
     assert cli.main(["run", "--raw", "-"]) == 0
@@ -221,13 +271,16 @@ def test_standard_input_must_be_text(
         ("--policy chain --policy-option length=2 --method-option length=3", "give it once"),
         ("--temperature 3", "temperature=3.0 is not allowed: it must be in [0, 2]"),
         ("--temperature nan", "temperature=nan"),
-        ("--temperature warm", "argument --temperature: invalid float value: 'warm'"),
+        ("--temperature warm", "argument --temperature/--temp: invalid float value: 'warm'"),
         ("--top-p 0", "top_p=0.0"),
         ("--top-k -2", "top_k=-2"),
         ("--min-p 2", "min_p=2.0"),
         ("--max-tokens 0", "max_tokens=0"),
         ("--seed 99999999999999999999", "seed="),
         ("--frobnicate", "unrecognized arguments: --frobnicate"),
+        ("--temprature=3", "did you mean --temperature? (see: smart run --help)"),
+        ("--threads 0", "--threads 0 is not allowed: it must be at least 1"),
+        ("Why is", "put a text of several words in quotes"),
     ],
 )
 def test_bad_arguments_are_refused_before_a_model_is_loaded(

@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import isotonic_regression, nnls
 
 from smart_decoding.core.cost import CostModel, DraftSample, VerifySample
+from smart_decoding.core.cost_fit import non_negative
+from smart_decoding.core.curve import non_decreasing
 from smart_decoding.core.paper_costs import PaperCosts
 
 STAIRCASE = {1: 10.0, 4: 10.0, 5: 25.0, 6: 20.0, 8: 20.0}
@@ -167,3 +170,18 @@ def test_paper_families_fit_their_own_curves() -> None:
         list(0.001 * nodes + verify + 0.022), rel=0.02
     )
     assert exact.slope(16) == pytest.approx((exact.seconds(17) - exact.seconds(15)) / 2, rel=0.02)
+
+
+def test_least_squares_under_bounds_are_scipys() -> None:
+    rng = np.random.default_rng(0)
+    for trial in range(100):
+        features = rng.normal(size=(2 + trial % 9, 2))
+        if trial % 10 == 0:
+            features[:, 1] = 2 * features[:, 0]
+        targets = rng.normal(size=len(features))
+        residual = float(np.linalg.norm(features @ non_negative(features, targets) - targets))
+        assert residual == pytest.approx(nnls(features, targets)[1], abs=1e-9)
+        values = rng.normal(size=1 + trial % 20)
+        weights = rng.uniform(0.1, 1.0, len(values))
+        expected = isotonic_regression(values, weights=weights).x
+        assert non_decreasing(values, weights) == pytest.approx(expected)

@@ -20,8 +20,9 @@ from smart_decoding.drafters import levels
 from smart_decoding.drafters.draft_model import DraftModelDrafter
 from smart_decoding.engine.kv import PAGE
 from smart_decoding.engine.sampling_params import SamplingParams
-from smart_decoding.errors import ConfigError, ModelError
+from smart_decoding.errors import CapacityError, ConfigError, ModelError
 from smart_decoding.llm import LLM
+from smart_decoding.models import memory
 from smart_decoding.models.draft_model import DraftModel
 from smart_decoding.models.tokenizer import Tokenizer
 from smart_decoding.profiling.measure import LONG_WAITING, WAITING, WIDTHS, measure
@@ -383,8 +384,7 @@ def sibling(
 
     def make(words: list[str]) -> Path:
         draft = saved(tmp_path / "small", SMALL, words, 1)
-        siblings = {str(target_folder): str(draft)}
-        monkeypatch.setattr(speculation, "cached_sibling", siblings.get)
+        monkeypatch.setattr(speculation, "cached_sibling", lambda vocab, parameters: str(draft))
         monkeypatch.setattr("smart_decoding.profiling.measure.measure", lambda *_: [])
         return draft
 
@@ -413,12 +413,34 @@ def test_without_a_sibling_that_fits_n_grams_draft(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     draft = sibling(WORDS[:-1])
+    caplog.set_level("INFO", "smart.speculation")
     assert drafted_by(target_folder, {"policy": "eagle2"}) == "ngram"
     (record,) = caplog.records
-    assert record.levelname == "WARNING"
     assert record.getMessage().startswith(f"{draft} cannot draft for {target_folder}, so n-grams")
     assert "another vocabulary" in record.getMessage()
-    monkeypatch.setattr(speculation, "cached_sibling", lambda _: None)
+    monkeypatch.setattr(speculation, "cached_sibling", lambda vocab, parameters: None)
     caplog.clear()
     assert drafted_by(target_folder, {"policy": "eagle2"}) == "ngram"
     assert not caplog.records
+
+
+def test_a_sibling_without_room_makes_way(
+    sibling: Callable[[list[str]], Path],
+    target_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    draft = sibling(WORDS)
+    needs: list[int] = []
+
+    def little(checkpoint: Any, need: memory.Need, *_: Any) -> None:
+        needs.append(need.total)
+        if need.draft:
+            raise CapacityError("too little memory")
+
+    monkeypatch.setattr(memory, "require_memory", little)
+    assert drafted_by(target_folder, {"policy": "eagle2"}) == "ngram"
+    assert needs[0] > needs[1]
+    assert "no memory for a draft model" in caplog.text
+    with pytest.raises(CapacityError):
+        drafted_by(target_folder, {"method": "draft_model", "model": str(draft)})

@@ -355,7 +355,7 @@ def test_nodes_beyond_the_end_of_an_answer_are_not_accepted() -> None:
         before = accepted
         while engine.has_unfinished_requests:
             engine.step()
-            accepted += engine.last_round.accepted
+            accepted += sum(engine.last_round.accepted)
             walked += sum(map(len, engine.last_round.acceptance.path))
         assert accepted - before == sum(r.metrics.accepted for r in requests)
     assert 0 < accepted < walked

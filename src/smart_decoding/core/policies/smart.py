@@ -78,6 +78,7 @@ class Smart:
     @cost.setter
     def cost(self, model: CostModel) -> None:
         self.learned.cost = model
+        self._predictions.clear()
 
     # --- before a round ---
 

@@ -44,7 +44,7 @@ def cost_of(target: HostTarget, batch: int, seconds: float, source: Source | Non
         cost = load_profile(path)
         if cost is None:
             cost = _measured(target, batch, seconds, source)
-            save_profile(path, cost)
+            save_profile(path, cost, str(target.model.config.name_or_path))
         costs[key] = cost
     return costs[key]
 

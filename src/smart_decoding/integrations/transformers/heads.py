@@ -141,7 +141,7 @@ def host_config(model: PreTrainedModel) -> tuple[ModelConfig, bool]:
     described = {**text.to_dict(), "architectures": [type(model).__name__]}
     try:
         return ModelConfig.from_hf(described), True
-    except ModelError:
+    except (ModelError, KeyError, TypeError, ValueError):  # another family's
         heads = int(text.num_attention_heads)
         hidden = int(text.hidden_size)
         config = ModelConfig(

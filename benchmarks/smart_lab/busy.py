@@ -1,0 +1,205 @@
+"""Tokens per second of every entry point, alone and beside one busy process for every two CPUs.
+
+Each is measured in turn, quiet and beside the busy processes, the order reversed each time; printed
+are the medians and the ratio, which is to be 0.6 or more, then one line of JSON. A machine that
+does anything else meanwhile shows less than it can.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from urllib.request import Request, urlopen
+
+from smart_decoding.bench.provenance import commit, hardware
+from smart_decoding.errors import ConfigError
+
+WANTED = 0.6
+PROMPT = "Write a Python function that returns the n-th Fibonacci number, and explain it."
+LIBRARY = """
+import sys, time
+from smart_decoding import LLM, SamplingParams
+llm = LLM("smollm2-135m", max_num_seqs=1, enable_prefix_caching=False)
+params = SamplingParams(temperature=0, max_tokens={tokens}, ignore_eos=True)
+def answer():
+    return len(llm.generate(llm.chat_prompt([{{"role": "user", "content": {prompt!r}}}]), params)[0]
+               .outputs[0].token_ids)
+"""
+PLUGIN = """
+import sys, time
+import torch, transformers
+from smart_decoding.integrations.transformers import generate
+from smart_decoding.models.loading import load_checkpoint
+from smart_decoding.models.tokenizer import Tokenizer
+folder = load_checkpoint("smollm2-135m").tokenizer_source
+model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+chat = Tokenizer.load(folder).encode_chat([{{"role": "user", "content": {prompt!r}}}])
+def answer():
+    found = model.generate(
+        torch.tensor([chat]), max_new_tokens={tokens}, min_new_tokens={tokens}, do_sample=False,
+        custom_generate=generate, speculative_config={{"method": "eagle", "model": "smollm2-135m"}})
+    return found.shape[1] - len(chat)
+"""
+LOOP = """
+answer()
+for _ in sys.stdin:
+    start = time.perf_counter()
+    count = answer()
+    print("rate", count / (time.perf_counter() - start), flush=True)
+"""
+Measure = Callable[[], float]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """How much is measured, and of what."""
+    add = parser.add_argument
+    add("--tokens", type=int, default=200, help="of each answer (200)")
+    add("--turns", type=int, default=5, help="quiet and busy measurements of each (5)")
+    add(
+        "--only", nargs="+", choices=list(ENTRIES), default=list(ENTRIES), help="entry points (all)"
+    )
+
+
+def main(args: argparse.Namespace) -> int:
+    """Prints a line for each entry point; 1 if one is below WANTED."""
+    found = {name: measured(ENTRIES[name], args.tokens, args.turns) for name in args.only}
+    for name, figures in found.items():
+        quiet, busy, ratio = figures["quiet"], figures["busy"], figures["ratio"]
+        print(f"{name:<13}{quiet:7.1f} tok/s alone{busy:7.1f} beside{ratio:6.2f}")
+    print(
+        json.dumps({"wanted": WANTED, "found": found, "about": {"commit": commit(), **hardware()}})
+    )
+    return int(any(figures["ratio"] < WANTED for figures in found.values()))
+
+
+def measured(entry: Callable[..., object], tokens: int, turns: int) -> dict[str, float]:
+    """Medians in tokens per second, and of the turns' ratios."""
+    rates: dict[bool, list[float]] = {False: [], True: []}
+    with entry(tokens) as measure:  # type: ignore[attr-defined]
+        for turn in range(turns):
+            for beside in (False, True) if turn % 2 == 0 else (True, False):
+                with busy() if beside else ExitStack():
+                    rates[beside].append(measure())
+    ratios = [b / q for q, b in zip(rates[False], rates[True], strict=True)]
+    quiet, beside = (statistics.median(rates[each]) for each in (False, True))
+    return {"quiet": quiet, "busy": beside, "ratio": statistics.median(ratios)}
+
+
+@contextmanager
+def busy() -> Iterator[None]:
+    """One busy process for every two CPUs, wherever the system puts them."""
+    line = [sys.executable, "-c", "while True: pass"]
+    processes = [subprocess.Popen(line) for _ in range(max(1, (os.cpu_count() or 1) // 2))]
+    time.sleep(0.5)
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+@contextmanager
+def started(line: list[str], **pipes: int) -> Iterator[subprocess.Popen[str]]:
+    """A program that ends with the block, whatever happens."""
+    running = subprocess.Popen(line, text=True, **pipes)
+    try:
+        yield running
+    finally:
+        running.terminate()
+        running.wait()
+
+
+@contextmanager
+def library(tokens: int, program: str = LIBRARY) -> Iterator[Measure]:
+    """A program that answers whenever it gets a line."""
+    line = [sys.executable, "-c", program.format(tokens=tokens, prompt=PROMPT) + LOOP]
+    with subprocess.Popen(
+        line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as running:
+        assert running.stdin is not None
+        assert running.stdout is not None
+        given, told = running.stdin, running.stdout
+
+        def measure() -> float:
+            print(file=given, flush=True)
+            rate = next(line for line in told if line.startswith("rate "))
+            return float(rate.split()[1])
+
+        yield measure
+        given.close()
+
+
+def transformers(tokens: int) -> object:
+    """The plugin, with torch imported first, as its users do."""
+    return library(tokens, PLUGIN)
+
+
+@contextmanager
+def run(tokens: int) -> Iterator[Measure]:
+    """`smart run`, a new process each time; its own speed, from the first token on."""
+    line = [sys.executable, "-m", "smart_decoding.cli.main", "run", "--json", PROMPT]
+
+    def measure() -> float:
+        done = subprocess.run(
+            [*line, "-n", str(tokens)], capture_output=True, text=True, check=True
+        )
+        return float(json.loads(done.stdout)["tokens_per_s"])
+
+    measure()  # the first one may measure costs afterwards
+    yield measure
+
+
+@contextmanager
+def serve(tokens: int) -> Iterator[Measure]:
+    """`smart serve`, asked by one client."""
+    line = [sys.executable, "-m", "smart_decoding.cli.main", "serve", "--port", "0"]
+    with started(line, stderr=subprocess.PIPE) as running:
+        found = (re.search(r"http://[\w.:]+\d", line) for line in running.stderr or ())
+        address = next(match[0] for match in found if match)
+        threading.Thread(target=list, args=(running.stderr,), daemon=True).start()
+        body = {
+            "model": "smollm2-135m",
+            "messages": [{"role": "user", "content": PROMPT}],
+            "max_tokens": tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+        }
+
+        def measure() -> float:
+            request = Request(
+                f"{address}/v1/chat/completions",
+                json.dumps(body).encode(),
+                {"Content-Type": "application/json"},
+            )
+            start = time.perf_counter()
+            with urlopen(request, timeout=600) as answer:
+                count = json.load(answer)["usage"]["completion_tokens"]
+            return float(count / (time.perf_counter() - start))
+
+        while not is_ready(f"{address}/health/ready"):
+            if running.poll() is not None:
+                raise ConfigError("smart serve has ended")
+            time.sleep(0.2)
+        measure()
+        yield measure
+
+
+def is_ready(address: str) -> bool:
+    """Whether the server listens, and has loaded its model."""
+    try:
+        return bool(urlopen(address, timeout=60).status == 200)
+    except OSError:
+        return False
+
+
+ENTRIES = {"LLM": library, "run": run, "serve": serve, "transformers": transformers}

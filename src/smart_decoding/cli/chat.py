@@ -1,0 +1,140 @@
+"""`smart chat`: a conversation with a model, its history kept."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from smart_decoding.cli.arguments import add_options
+from smart_decoding.cli.model_options import llm_options
+from smart_decoding.cli.run import (
+    SAMPLING,
+    add_model_options,
+    announce_default,
+    rate,
+    sampling_params,
+    show_steps,
+    stream_answer,
+    take_profile,
+)
+from smart_decoding.errors import ConfigError, SmartError
+from smart_decoding.models.registry import DEFAULT_MODEL
+
+if TYPE_CHECKING:
+    from smart_decoding.engine.outputs import CompletionOutput
+    from smart_decoding.engine.sampling_params import SamplingParams
+    from smart_decoding.llm import LLM
+
+HELP = """/reset        forget the conversation
+/system TEXT  instructions for the model, from now on; without TEXT none
+/bye          leave (also /exit, or Ctrl-D)
+Ctrl-C ends an answer."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `smart chat`."""
+    parser.add_argument(
+        "name", nargs="?", metavar="MODEL", help=f"the model, as for --model ({DEFAULT_MODEL})"
+    )
+    parser.add_argument("--system", metavar="TEXT", help="instructions for the model (none)")
+    add_model_options(parser)
+    longer = [
+        replace(each, default=1024) if each.name == "max-tokens" else each for each in SAMPLING
+    ]
+    add_options(parser.add_argument_group("sampling"), longer)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Answers what is typed, or the lines of standard input, until it ends."""
+    if args.name and args.model:
+        raise ConfigError(f"two models are given, {args.name} and {args.model}: leave out one")
+    options = llm_options(args)
+    params = sampling_params(args)
+    show_steps()
+    from smart_decoding.llm import LLM
+
+    llm = LLM(
+        args.model or args.name or DEFAULT_MODEL, max_num_seqs=1, profile_later=True, **options
+    )
+    announce_default(llm, options["speculative_config"])
+    typed = sys.stdin.isatty()
+    if typed:
+        print("/help lists the commands", file=sys.stderr)
+    talk = Conversation(llm, params, args.system)
+    for line in lines(typed):
+        if not talk.take(line.strip()):
+            break
+
+
+def lines(typed: bool) -> Iterator[str]:
+    """What the user says; after Ctrl-C he may say something else."""
+    if not typed:
+        yield from sys.stdin
+        return
+    import readline  # noqa: F401  (input() then has history and editing)
+
+    while True:
+        try:
+            yield input("> ")
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:
+            print("  (/bye or Ctrl-D leaves)")
+
+
+class Conversation:
+    """The messages so far, and the model that answers. system: its instructions, or None."""
+
+    def __init__(self, llm: LLM, params: SamplingParams, system: str | None = None) -> None:
+        self._llm = llm
+        self._params = params
+        self._system = system
+        self.messages: list[dict[str, Any]] = []
+
+    def take(self, line: str) -> bool:
+        """Obeys a command or answers a message; false when the conversation is over."""
+        command, _, rest = line.partition(" ")
+        if command in ("/bye", "/exit", "/quit"):
+            return False
+        if command == "/reset":
+            self.messages = []
+        elif command == "/system":
+            self._system = rest.strip() or None
+        elif command.startswith("/"):
+            print(HELP if command == "/help" else f"no command {command}\n{HELP}", file=sys.stderr)
+        elif line:
+            self._answer(line)
+        return True
+
+    def _answer(self, text: str) -> None:
+        """An answer that fails or is cut by Ctrl-C leaves no trace in the history."""
+        system = [{"role": "system", "content": self._system}] if self._system else []
+        asked = [*self.messages, {"role": "user", "content": text}]
+        try:
+            prompt = self._llm.chat_prompt([*system, *asked])
+            answer = stream_answer(self._llm, prompt, self._params)
+        except KeyboardInterrupt:
+            print("(interrupted: this message and its answer are forgotten)", file=sys.stderr)
+            return
+        except SmartError as error:
+            print(f"smart: error: {error}; /reset begins anew", file=sys.stderr)
+            return
+        self.messages = [*asked, {"role": "assistant", "content": answer.text}]
+        print(figures(answer), file=sys.stderr)
+        take_profile(self._llm)
+
+
+def figures(answer: CompletionOutput) -> str:
+    """What stands below an answer: tokens, speed, and how many drafts were right."""
+    reached = rate(answer)
+    speed = "" if reached is None else f", {reached:.1f} tok/s"
+    metrics = answer.metrics
+    drafts = (
+        f", {metrics.accepted} of {metrics.verified} drafts accepted" if metrics.verified else ""
+    )
+    cut = ", cut at --max-tokens" if answer.finish_reason == "length" else ""
+    return f"[{len(answer.token_ids)} tokens{speed}{drafts}{cut}]"

@@ -1,0 +1,95 @@
+"""What the chunks of a job become: one JSON object, or server-sent events."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from smart_decoding.server.answers import Form, Json, Usage, envelope, in_order
+from smart_decoding.server.errors import ApiError
+
+if TYPE_CHECKING:
+    from smart_decoding.engine.jobs import Chunk
+    from smart_decoding.server.jobs import HttpJob
+    from smart_decoding.server.schemas import Completions
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """To /v1/completions and /v1/chat/completions. model: its name for clients."""
+
+    job: HttpJob
+    form: Form
+    model: str
+    usage: Usage
+    body: Completions
+
+    async def whole(self, first: Chunk) -> Json:
+        """All of it. Raises ApiError."""
+        choices = [self.form.choice(chunk) async for chunk in self._chunks(first)]
+        return {
+            **envelope(self.form, self.job.id, self.model, True),
+            "choices": in_order(choices),
+            "usage": self.usage.json(),
+            **self._figures(),
+        }
+
+    async def events(self, first: Chunk) -> AsyncIterator[str]:
+        """A delta per round with text, the usage if asked for, [DONE]."""
+        frame = envelope(self.form, self.job.id, self.model, False)
+        with_usage = self.body.include_usage
+        more: Json = {"usage": None} if with_usage else {}
+        opened: set[int] = set()
+        try:
+            async for chunk in self._chunks(first):
+                if self.body.continuous_usage:
+                    more = {"usage": self.usage.json()}
+                opening = self.form.opening(chunk.index) if chunk.index not in opened else None
+                opened.add(chunk.index)
+                if opening is not None:
+                    yield event({**frame, "choices": [opening], **more})
+                delta = self.form.delta(chunk)
+                if delta is not None:
+                    last = chunk.finish_reason is not None and not with_usage
+                    figures = self._figures() if last else {}
+                    yield event({**frame, "choices": [delta], **more, **figures})
+            if with_usage:
+                usage = self.usage.json()
+                yield event({**frame, "choices": [], "usage": usage, **self._figures()})
+            yield "data: [DONE]\n\n"
+        except ApiError as error:  # too late for a status
+            yield event(error.body)
+
+    def _figures(self) -> Json:
+        """As vLLM, only where there is one answer."""
+        return self.usage.figures() if self.job.size == 1 else {}
+
+    async def _chunks(self, first: Chunk) -> AsyncIterator[Chunk]:
+        """All chunks of the job, to the end of its last answer. Raises ApiError if it fails."""
+        chunk = first
+        left = self.job.size
+        while True:
+            left -= chunk.finish_reason is not None
+            self.job.closed = self.job.closed or not left
+            self.usage.add(chunk, self.job.n)
+            yield chunk
+            if not left:
+                return
+            chunk = await next_chunk(self.job)
+
+
+async def next_chunk(job: HttpJob) -> Chunk:
+    """Waits for it. Raises ApiError if the job has failed."""
+    item = await job.chunks.get()
+    if isinstance(item, ApiError):
+        job.closed = True
+        raise item
+    return item
+
+
+def event(data: Json) -> str:
+    """A server-sent event; one with a type of its own is also called so."""
+    name = f"event: {data['type']}\n" if "type" in data else ""
+    return f"{name}data: {json.dumps(data, separators=(',', ':'))}\n\n"

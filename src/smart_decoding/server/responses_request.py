@@ -1,0 +1,285 @@
+"""The body of /v1/responses, which is read as a chat: messages, tools and limits are the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Discriminator, Field, PrivateAttr, Tag, ValidationError, model_validator
+
+from smart_decoding.server.body import FAST, Body, Text
+from smart_decoding.server.schemas import (
+    MAX_LOGPROBS,
+    TEMPLATE_FIELDS,
+    UNSUPPORTED,
+    ChatRequest,
+    Sampling,
+)
+from smart_decoding.server.structure import JsonObjectFormat, NamedSchema, TextFormat
+from smart_decoding.server.tools import MAX_TOOLS, Function
+
+Json = dict[str, Any]
+LOGPROBS = "message.output_text.logprobs"
+
+
+class Chat(ChatRequest):
+    """The same request as a chat, whose errors name the fields that were sent."""
+
+    prompt_field: ClassVar[str] = "input"
+
+    @property
+    def limit_field(self) -> str:
+        """The field that says how many tokens may come."""
+        return "max_output_tokens"
+
+    @property
+    def structured_by(self) -> str:
+        """The field that says what the text must be."""
+        named = super().structured_by
+        return "text" if named == "response_format" else named
+
+
+class _Item(Body):
+    """What answers have and clients send back is taken without effect."""
+
+    id: Text | None = None
+    status: Text | None = None
+
+
+class TextPart(Body):
+    """A text in a message; `output_text` is one of an earlier answer."""
+
+    type: Literal["input_text", "output_text"]
+    text: Text
+
+    _NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "annotations": (None, []),
+        "logprobs": (None, []),
+    }
+
+    def plain(self) -> Json:
+        """As a chat has it."""
+        return {"type": "text", "text": self.text}
+
+
+class ImagePart(Body):
+    """A picture in a message, by its address or data."""
+
+    type: Literal["input_image"]
+    image_url: Text
+    detail: Literal["auto", "low", "high"] | None = Field(None, description="Changes nothing.")
+
+    _NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = {"file_id": (None,)}
+
+    def plain(self) -> Json:
+        """As a chat has it."""
+        return {"type": "image_url", "image_url": {"url": self.image_url}}
+
+
+Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+
+
+class InputMessage(_Item):
+    """One turn of a conversation."""
+
+    type: Literal["message"] = "message"
+    role: Literal["user", "assistant", "system", "developer"]
+    content: Text | Annotated[list[Part], FAST]
+
+    def plain(self) -> Json:
+        """As a chat has it."""
+        content = self.content
+        parts = content if isinstance(content, str) else [part.plain() for part in content]
+        return {"role": self.role, "content": parts}
+
+
+class InputCall(_Item):
+    """A call in an earlier answer."""
+
+    type: Literal["function_call"]
+    call_id: Text
+    name: Text
+    arguments: Text = Field(description="A JSON object, as text.")
+
+    def plain(self) -> Json:
+        """As a chat has it."""
+        function = {"name": self.name, "arguments": self.arguments}
+        call = {"id": self.call_id, "type": "function", "function": function}
+        return {"role": "assistant", "tool_calls": [call]}
+
+
+class CallOutput(_Item):
+    """What a call has returned."""
+
+    type: Literal["function_call_output"]
+    call_id: Text
+    output: Text | Annotated[list[TextPart], FAST]
+
+    def plain(self) -> Json:
+        """As a chat has it."""
+        output = self.output
+        text = output if isinstance(output, str) else "".join(part.text for part in output)
+        return {"role": "tool", "tool_call_id": self.call_id, "content": text}
+
+
+def _kind(item: Any) -> Any:
+    given = item if isinstance(item, Mapping) else vars(item) if isinstance(item, Body) else {}
+    return given.get("type", "message")
+
+
+InputItem = Annotated[
+    Annotated[InputMessage, Tag("message")]
+    | Annotated[InputCall, Tag("function_call")]
+    | Annotated[CallOutput, Tag("function_call_output")],
+    Discriminator(_kind),
+]
+
+
+class FunctionTool(Function):
+    """A function, as a request offers it."""
+
+    type: Literal["function"]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_a_function(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and data.get("type") != "function":
+            raise ValueError("only tools of the type 'function' are supported")
+        return data
+
+
+class NamedFunction(Body):
+    """`tool_choice` with a name."""
+
+    type: Literal["function"]
+    name: Text
+
+
+class JsonSchemaFormat(NamedSchema):
+    """JSON under a schema."""
+
+    type: Literal["json_schema"]
+
+
+class TextConfig(Body):
+    """What the text must be."""
+
+    format: (
+        Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")]
+        | None
+    ) = None
+
+    def response_format(self) -> Json | None:
+        """As a chat has it."""
+        if not isinstance(self.format, JsonSchemaFormat):
+            return None if self.format is None else {"type": self.format.type}
+        schema = self.format.model_dump(exclude={"type"}, exclude_none=True, by_alias=True)
+        return {"type": "json_schema", "json_schema": schema}
+
+
+class ResponsesRequest(Sampling):
+    """The body of /v1/responses. chat: the same as a chat."""
+
+    input: Text | Annotated[list[InputItem], Field(min_length=1, fail_fast=True)]
+    instructions: Text | None = Field(None, description="A system message before the input.")
+    max_output_tokens: Annotated[int, Field(ge=1)] | None = None
+    text: TextConfig | None = None
+    tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedFunction | None = None
+    parallel_tool_calls: bool | None = None
+    include: list[Text] | None = Field(None, description=f"{LOGPROBS!r}; others have no effect.")
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    metadata: dict[str, Text] | None = Field(None, description="Comes back with the answer.")
+
+    _NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = (
+        UNSUPPORTED
+        | TEMPLATE_FIELDS
+        | {
+            "background": (None, False),
+            "conversation": (None,),
+            "context_management": (None, []),
+            "mm_processor_kwargs": (None, {}),
+            "previous_input_messages": (None, []),
+            "previous_response_id": (None,),
+            "prompt": (None,),
+            "reasoning": (None, {}),
+            "truncation": (None, "disabled"),
+        }
+    )
+    _chat: Chat = PrivateAttr()
+
+    @property
+    def chat(self) -> Chat:
+        """The same as a chat."""
+        return self._chat
+
+    def echo(self) -> Json:
+        """What the answer repeats of it."""
+        as_sent = self.model_dump(by_alias=True, exclude_none=True)
+        text = as_sent.get("text", {})
+        return {
+            "instructions": self.instructions,
+            "max_output_tokens": self.max_output_tokens,
+            "metadata": self.metadata or {},
+            "parallel_tool_calls": self.parallel_tool_calls is not False,
+            "previous_response_id": None,
+            "store": False,
+            "temperature": 1.0 if self.temperature is None else self.temperature,
+            "text": {"format": text.get("format", {"type": "text"})},
+            "tool_choice": as_sent.get("tool_choice", "auto"),
+            "tools": as_sent.get("tools", []),
+            "top_logprobs": self.top_logprobs or 0,
+            "top_p": 1.0 if self.top_p is None else self.top_p,
+            "truncation": "disabled",
+            "user": self.user,
+        }
+
+    @model_validator(mode="after")
+    def _read_as_chat(self) -> ResponsesRequest:
+        try:
+            self._chat = Chat.model_validate(self._as_chat())
+        except ValidationError as error:
+            raise ValueError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
+        return self
+
+    def _as_chat(self) -> Json:
+        given = {name: getattr(self, name) for name in Sampling.model_fields}
+        with_logprobs = LOGPROBS in (self.include or ())
+        choice = self.tool_choice
+        if isinstance(choice, NamedFunction):
+            named = {"type": "function", "function": {"name": choice.name}}
+        found = {
+            **given,
+            "messages": list(self._messages()),
+            "max_completion_tokens": self.max_output_tokens,
+            "response_format": self.text and self.text.response_format(),
+            "tools": [_nested(tool) for tool in self.tools or ()] or None,
+            "tool_choice": named if isinstance(choice, NamedFunction) else choice,
+            "parallel_tool_calls": self.parallel_tool_calls,
+            "logprobs": with_logprobs or None,
+            "top_logprobs": self.top_logprobs if with_logprobs else None,
+        }
+        return {name: value for name, value in found.items() if value is not None}
+
+    def _messages(self) -> Iterator[Json]:
+        """Calls belong to the assistant's message before them, one after the other."""
+        if self.instructions is not None:
+            yield {"role": "system", "content": self.instructions}
+        if isinstance(self.input, str):
+            yield {"role": "user", "content": self.input}
+            return
+        turn: Json = {}
+        for item in self.input:
+            message = item.plain()
+            if isinstance(item, InputCall) and turn.get("role") == "assistant":
+                turn["tool_calls"] = [*turn.get("tool_calls", ()), *message["tool_calls"]]
+                continue
+            if turn:
+                yield turn
+            turn = message
+        yield turn
+
+
+def _nested(tool: FunctionTool) -> Json:
+    function = tool.model_dump(exclude={"type"}, exclude_none=True)
+    return {"type": "function", "function": function}

