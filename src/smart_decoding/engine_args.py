@@ -37,9 +37,11 @@ class EngineArgs:
     device: cpu or cuda; auto takes CUDA where there is one.
     max_model_len: longest prompt plus answer, in tokens (4,096, or what the model or
         kv_cache_tokens allows if that is less).
-    max_num_seqs: requests in a round. max_num_batched_tokens: prompt tokens in a round.
-    kv_cache_tokens: KV memory, in tokens over all requests (up to 16 of 2,048); at least
-        max_model_len.
+    max_num_seqs: requests in a round. max_num_batched_tokens: prompt tokens in a round (256, on
+        CUDA 2,048).
+    kv_cache_tokens: KV memory, in tokens over all requests (up to 16 of 2,048; on CUDA what
+        gpu_memory_utilization leaves); at least max_model_len.
+    gpu_memory_utilization: part of a GPU's memory that weights and KV memory may fill.
     enable_prefix_caching: keep the keys of finished requests for prompts that begin alike.
     seed: what the seeds of requests without their own are drawn from.
     stop_at_loops: end an answer that only repeats itself.
@@ -68,8 +70,9 @@ class EngineArgs:
     device: str = "auto"
     max_model_len: int | None = None
     max_num_seqs: int = 32
-    max_num_batched_tokens: int = 256
+    max_num_batched_tokens: int | None = None
     kv_cache_tokens: int | None = None
+    gpu_memory_utilization: float = 0.9
     enable_prefix_caching: bool = True
     seed: int = 0
     stop_at_loops: bool = False
@@ -98,6 +101,11 @@ class EngineArgs:
             1, "max_num_seqs", "max_num_batched_tokens", "max_model_len", "kv_cache_tokens"
         )
         self._at_least(0, "seed")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ConfigError(
+                f"gpu_memory_utilization={self.gpu_memory_utilization} is not allowed: "
+                "it must be above 0 and at most 1"
+            )
 
     @classmethod
     def of(cls, **options: Any) -> EngineArgs:
@@ -140,6 +148,10 @@ class EngineArgs:
         """Tokens of KV memory where an answer and its prompt may be `longest` tokens."""
         usual = min(longest, 2048) * min(self.max_num_seqs, 16)
         return self.kv_cache_tokens or max(longest, usual)
+
+    def chunk(self, on_cuda: bool) -> int:
+        """Prompt tokens in a round."""
+        return self.max_num_batched_tokens or (2048 if on_cuda else 256)
 
     def _at_least(self, least: int, *names: str) -> None:
         for name in names:

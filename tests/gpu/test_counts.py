@@ -138,7 +138,7 @@ def rounds(
         engine.step()
         found.append(counts.take())
         assert engine.last_round is not None
-        accepted += engine.last_round.accepted
+        accepted += sum(engine.last_round.accepted)
     assert bool(accepted) == (drafter is not None)
     return found
 

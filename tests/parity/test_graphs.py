@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -166,3 +168,20 @@ def test_where_recording_fails_kernels_are_launched_one_by_one(
         for _ in range(2):
             torch.testing.assert_close(model.forward(rows).logits, wanted.logits, rtol=0, atol=1e-4)
     assert caplog.text.count("no CUDA graphs") == 1
+
+
+def test_a_layers_parts_go_when_they_are_joined() -> None:
+    """No two layers' parts are in memory at a time, beside their copies."""
+    weights = [layer.weights for layer in decoder("llama", False)._layers.each]
+    parts: list[weakref.ref[Tensor]] = []
+
+    def loading() -> Iterator[LayerWeights]:
+        for w in weights:
+            assert all(part() is None for part in parts)
+            w = replace(w, qkv=[w.qkv[0].clone()], gate=w.gate.clone(), up=w.up.clone())
+            parts.extend(map(weakref.ref, (*w.qkv, w.gate, w.up)))
+            yield w
+            del w
+
+    TorchLayers(loading(), TorchOps())
+    assert len(parts) == 3 * len(weights)

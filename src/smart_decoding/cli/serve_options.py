@@ -18,7 +18,7 @@ OPTIONS = {
     "model": (
         *MODEL_OPTIONS,
         Option("max-num-seqs", int, 32, "answers that run at a time"),
-        Option("max-num-batched-tokens", int, 256, "prompt tokens in a round"),
+        Option("max-num-batched-tokens", int, None, "prompt tokens in a round (256, on CUDA 2048)"),
         Option(
             "kv-cache-tokens",
             int,

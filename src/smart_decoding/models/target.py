@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from smart_decoding.models.loading import Checkpoint
     from smart_decoding.multimodal.pixels import Pixels
 
+# what torch says where memory is short; not of an illegal access to it
+_LACKING = re.compile("out of memory|not enough memory|allocate memory", re.IGNORECASE)
 DTYPES = {
     "bfloat16": torch.bfloat16,
     "bf16": torch.bfloat16,
@@ -60,7 +63,7 @@ def fitting_memory(what: str, pages: int) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if "memory" not in str(error).lower():
+        if not (isinstance(error, MemoryError) or _LACKING.search(str(error))):
             raise
         raise CapacityError(
             f"no memory for the {what} and {pages} KV pages: lower kv_cache_tokens"
