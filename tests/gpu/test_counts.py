@@ -17,18 +17,22 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import smart_decoding.models
 from smart_decoding.core.cost import CostModel
 from smart_decoding.core.policies import make_policy
+from smart_decoding.drafters.eagle import EagleDrafter
 from smart_decoding.drafters.ngram import NgramDrafter
 from smart_decoding.engine.engine import Engine, EngineConfig
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.models import decoder as decoder_module
-from smart_decoding.models import sampler, target
+from smart_decoding.models import head_weights, ranking, sampler, target
 from smart_decoding.models.config import ModelConfig
+from smart_decoding.models.eagle_head import EagleHead
 from smart_decoding.models.graphs import GraphedLayers
 from smart_decoding.models.loading import Checkpoint
 from smart_decoding.models.target import TorchTarget
 from smart_decoding.models.torch_layers import TorchLayers
+from smart_lab.replayed_run import RandomWeights, random_head
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -86,14 +90,17 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counts]:
             return lambda *args, **options: counting.seen.update(["launch"])
 
     monkeypatch.setitem(sys.modules, "smart_decoding.models.triton_kernels", Launched())
+    monkeypatch.setattr(smart_decoding.models, "triton_kernels", Launched(), raising=False)
     monkeypatch.delitem(sys.modules, "smart_decoding.models.triton_ops", raising=False)
 
     def download(tensor: Tensor) -> np.ndarray:
+        """Tokens 0 of probability a half."""
         counting.seen["wait"] += 1
-        return np.zeros(tensor.shape, np.int64)
+        floats = tensor.is_floating_point()
+        return np.full(tensor.shape, 0.5) if floats else np.zeros(tensor.shape, np.int64)
 
-    monkeypatch.setattr(sampler, "download", download)
-    monkeypatch.setattr(target, "download", download)
+    for module in (sampler, target, ranking):
+        monkeypatch.setattr(module, "download", download)
     with counting:
         yield counting
     sys.modules.pop("smart_decoding.models.triton_ops", None)
@@ -111,7 +118,8 @@ def target_on_meta(monkeypatch: pytest.MonkeyPatch, graphs: bool) -> TorchTarget
         eager = TorchLayers(layers, TritonOps())
         return GraphedLayers(eager, record) if graphs else eager
 
-    monkeypatch.setattr(decoder_module, "layers_on", layers_on)
+    for module in (decoder_module, head_weights):
+        monkeypatch.setattr(module, "layers_on", layers_on)
     weights = {
         name: torch.empty(shape, dtype=torch.bfloat16, device=META)
         for name, shape in LLAMA_8B.expected_shapes().items()
@@ -162,3 +170,36 @@ def test_a_round_asks_little(
         assert seen["wait"] == 1 + drawn, seen
         assert seen["upload"] <= 2 + 2 * drawn, seen  # one more where accepted keys move
     assert min(seen["upload"] for _, seen in found) == 1 + 2 * drawn
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_a_draft_level_asks_little(
+    temperature: float, counts: Counts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rounds of EAGLE-3 in graphs: what its levels add to the verification's."""
+    monkeypatch.setattr(
+        RandomWeights,
+        "__getitem__",
+        lambda self, name: torch.empty(self.shapes[name], dtype=torch.bfloat16, device=META),
+    )
+    model = target_on_meta(monkeypatch, True)
+    head = EagleHead(random_head(LLAMA_8B, 32_000), model.decoder, 400, 40, 2048)
+    policy = make_policy("chain", {"cost": CostModel.default()}, length=4)
+    config = EngineConfig(400, 2048, 8, 256, False, 0, False)
+    drafter = EagleDrafter(head, 400, 40)
+    engine = Engine(model, policy, drafter, config, lambda skip: lambda ids: "")
+    params = SamplingParams(temperature=temperature, max_tokens=60, ignore_eos=True)
+    for i in range(8):
+        engine.add_request(str(i), [5, 6, 7, i], params)
+    for _ in range(3):
+        engine.step()
+    counts.take()
+    engine.step()
+    operations, seen = counts.take()
+    assert engine.last_round is not None
+    assert len(engine.last_round.round.level_widths) == 4
+    drawn = temperature > 0
+    assert operations <= 400 + 300 * drawn, seen
+    assert seen["launch"] == 4 + 1, seen
+    assert seen["wait"] == 4 + 1 + drawn, seen
+    assert seen["upload"] <= 4 * (2 + drawn) + 2 + 2 * drawn, seen

@@ -6,11 +6,11 @@ on the number of rows alone, which is padded to the next bucket.
 
 from __future__ import annotations
 
+import functools
 import gc
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
@@ -35,7 +35,7 @@ def layers_on(device: torch.device, layers: Iterable[LayerWeights], graphs: bool
     """The layers on torch's products. graphs: whether they are recorded, on a CUDA device. Raises
     ConfigError where Triton is missing there."""
     eager = TorchLayers(layers, ops_for(device))
-    return GraphedLayers(eager, CudaRecorder(device)) if device.type == "cuda" and graphs else eager
+    return GraphedLayers(eager, recorder(device)) if device.type == "cuda" and graphs else eager
 
 
 class CudaRecorder:
@@ -61,6 +61,9 @@ class CudaRecorder:
         current.wait_stream(self._stream)
         replay: Callable[[], None] = graph.replay
         return replay
+
+
+recorder = functools.cache(CudaRecorder)  # one for a target and what drafts for it
 
 
 @dataclass
@@ -137,7 +140,9 @@ class GraphedLayers:
         buffers = self._buffers[form]
         if (form, rows.size) not in self._replays:
             buffers.fill(x, context)
-            run = partial(self.eager, buffers.x[: rows.size], buffers.context(context), cache)
+            run = functools.partial(
+                self.eager, buffers.x[: rows.size], buffers.context(context), cache
+            )
             if not self._try_to_record((form, rows.size), run):
                 self.eager(x, context, cache)
                 return

@@ -76,15 +76,15 @@ def _top(
     logits: Tensor, tokens: Tensor, k: int, scale: FloatRow, keys: NDArray[np.uint64] | None
 ) -> tuple[Tensor, Tensor]:
     """Tokens and probabilities, [rows, k] float64 each."""
-    given = np.zeros(len(scale), np.uint64) if keys is None else keys
-    columns = (scale.astype(np.float64).view(np.int64), given.view(np.int64))
-    whole = upload(np.stack(columns), logits.device)
-    scores = logits.float() * whole[0].view(torch.float64).float()[:, None]
+    scores = logits.float()
+    if keys is None:  # all are greedy
+        top, ids = scores.topk(k)
+        total = scores.logsumexp(-1, keepdim=True)
+        return tokens[ids].double(), (top - total).exp().double()
+    columns = np.stack((scale.astype(np.float64).view(np.int64), keys.view(np.int64)))
+    factor, key = upload(columns, logits.device)[..., None]
+    scores = scores * factor.view(torch.float64).float()
     total = scores.logsumexp(-1, keepdim=True)
-    if keys is not None:
-        key = whole[1][:, None]
-        scores = scores + gumbel(key, tokens) * (key != 0)
-    top, ids = scores.topk(k)
-    if keys is not None:
-        total = torch.where(key != 0, top.logsumexp(-1, keepdim=True), total)
+    top, ids = (scores + gumbel(key, tokens) * (key != 0)).topk(k)
+    total = torch.where(key != 0, top.logsumexp(-1, keepdim=True), total)
     return tokens[ids].double(), (top - total).exp().double()

@@ -129,7 +129,7 @@ class TorchTarget(Sampled):
     def verify(self, rows: Rows, aux_layers: tuple[int, ...]) -> TargetScores:
         """See `Target`."""
         out = self.decoder.forward(rows, aux_layers)
-        if self.device.type == "cpu":
+        if out.logits.device.type == "cpu":
             return TargetScores(out.logits, out.aux_hidden, out.best)
         # The one wait of a greedy round, and of a forward that is timed: not for its launch.
         greedy = download(first_maximum(out.logits))
