@@ -120,11 +120,13 @@ def test_nothing_spills(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     capability = request.node.callspec.params["compiled"]
-    for count in (8, 512):  # in parts, and not
+    for count in (1, 8, 100, 512):  # in parts, and not
         launch_all(*SHAPES[model], count)
     assert compiled.keys() == MOST_REGISTERS.keys()
     for name, kernels in compiled.items():
-        for kernel in {kernel.hash: kernel for kernel in kernels}.values():
+        different = {kernel.hash: kernel for kernel in kernels}.values()
+        assert len(different) <= (2 if name == "attend" else 1)  # each takes a second to compile
+        for kernel in different:
             registers, spilled = resources(kernel, capability)
             shared = kernel.metadata.shared
             with capsys.disabled():

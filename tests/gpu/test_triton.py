@@ -90,7 +90,7 @@ def context_of(rows: Rows, width: int) -> Context:
     return Context(rows, angles.cos(), angles.sin())
 
 
-@pytest.mark.parametrize("most_splits", [1, 3])
+@pytest.mark.parametrize("most_splits", [1, 4])
 @pytest.mark.parametrize(("heads", "kv_heads", "width"), HEADS)
 def test_attention_is_that_of_float64(
     heads: int, kv_heads: int, width: int, most_splits: int, monkeypatch: pytest.MonkeyPatch

@@ -28,7 +28,7 @@ def _target(queries, keys, values, row, slot, plane, heads, kv_heads, width):
     return target
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["meta"])
 def write(
     qkv,
     queries,
@@ -155,7 +155,7 @@ def _keep(partial, weight, to, d, best, total, acc, live, width, alone):
     tl.store(partial + to * width + d, acc, mask=live & (d < width) & (best > NONE))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size", "tiles", "splits"], do_not_specialize_on_alignment=["meta"])
 def attend(
     queries,
     keys,
@@ -198,7 +198,7 @@ def attend(
     _keep(partial, weight, to, d, best, total, acc, live[:, None], width, alone)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"], do_not_specialize_on_alignment=["meta"])
 def reduce(
     partial,
     weight,

@@ -82,7 +82,7 @@ class TritonOps:
         if not alone:
             kernels.reduce[(rows, heads)](
                 *(partial, weight, at.meta, out, splits),
-                block_s=_power_of_2(splits),
+                block_s=MOST_SPLITS,
                 **shape,
                 num_warps=4,
             )
