@@ -70,6 +70,7 @@ def _server_options(args: argparse.Namespace) -> dict[str, Any]:
         "max_num_seqs",
         "max_num_batched_tokens",
         "kv_cache_tokens",
+        "gpu_memory_utilization",
         "seed",
         "allowed_local_media_path",
         "max_image_pixels",
