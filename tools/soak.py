@@ -1,13 +1,14 @@
-"""Load with faults on servers of its own: many clients, cancellations, slow readers, mixed requests
-and grammars.
+"""Load with faults on servers of its own: many clients, cancellations, slow readers, bodies of four
+megabytes, mixed requests, grammars, and grammars that are bombs.
 
     python tools/soak.py --seconds 600 --clients 64 --json soak.json
 
 Two servers run side by side, `smart` and speculation off; blocks of load go to one, then the other,
 with the same requests at the same times, so that a change of the machine's speed hits both. It
 looks for requests that fail, are refused or hang, for leaked slots, pages and memory, for answers
-that differ from the same request served alone without speculation (5 % of them, in float32), and
-for a median that speculation has worsened. Prints a table (Markdown) and PASS or FAIL with the
+that differ from the same request served alone without speculation (5 % of them, in float32), for a
+bystander at another address who waits longer than a second, and for a median that speculation has
+worsened. Prints a table (Markdown) and PASS or FAIL with the
 reasons, writes everything as JSON, and exits with 1 if something is wrong.
 """
 
@@ -31,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from soak_bombs import bomb
 from soak_result import DIFFERS, SETTLED, Figures, Times, faults, ratio, show, summary
 
 WORDS = [
@@ -59,7 +61,16 @@ FORMS: list[dict[str, Any]] = [
         }
     },
 ]
+HUGE = "7" * 4_000_000
+# What nobody can answer, and no other client may notice: (path, what is not in every body).
+HOSTILE: list[tuple[str, dict[str, Any]]] = [
+    ("/v1/completions", {"prompt": HUGE}),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": HUGE}]}),
+    ("/tokenize", {"prompt": HUGE}),
+    ("/v1/completions", {"prompt": [7] * 1_300_000}),
+]
 HANGS = 300.0  # seconds without a byte
+MAX_GAP = 1.0  # seconds that a bystander may wait for the next piece of anything
 SLOW = 0.1  # seconds that a slow reader sleeps after each piece
 GROWTH = 1.1  # times the memory after the first fifth of the run
 # seconds of load on one server, then on the other: the machine's speed changes within minutes
@@ -70,7 +81,7 @@ BLOCK = 30.0
 class Plan:
     """One request, `at` seconds into its block.
 
-    kind: read to its end, slow, or cancel after so many `pieces`.
+    kind: read to its end, slow, cancel after so many `pieces`, or hostile: to be refused.
     """
 
     at: float
@@ -78,6 +89,7 @@ class Plan:
     kind: str
     pieces: int
     checked: bool
+    path: str = "/v1/completions"
 
 
 def plans(args: argparse.Namespace, client: str) -> list[Plan]:
@@ -87,10 +99,16 @@ def plans(args: argparse.Namespace, client: str) -> list[Plan]:
     found = []
     while at < args.seconds / args.blocks:
         body = _body(rng)
-        kind = rng.choices(["read", "cancel", "slow"], [0.75, 0.15, 0.1])[0]
+        kind = rng.choices(["read", "hostile", "cancel", "slow"], [0.7, 0.05, 0.15, 0.1])[0]
         pieces = rng.randrange(1, 20)
         checked = kind != "cancel" and rng.random() < args.checked
-        found.append(Plan(at, body, kind, pieces, checked))
+        if kind == "hostile":
+            path, change = HOSTILE[pieces // 2 % len(HOSTILE)]
+            if pieces % 2:
+                path, change = bomb(random.Random(f"{args.seed}-{client}-{at}"))
+            found.append(Plan(at, {"model": "soak", **change}, kind, 0, False, path))
+        else:
+            found.append(Plan(at, body, kind, pieces, checked))
         at += rng.expovariate(1 / args.pause)
     return found
 
@@ -129,6 +147,42 @@ async def stream_of(
                 usage = event["usage"]
                 text = "".join(choice["text"] for choice in event["choices"])
                 yield text, usage["completion_tokens"] if usage else 0
+
+
+async def refused(client: httpx.AsyncClient, plan: Plan, figures: Figures) -> None:
+    """A hostile request, which must be a 400."""
+    try:
+        status = str((await client.post(plan.path, json=plan.body)).status_code)
+    except httpx.HTTPError as error:
+        status = type(error).__name__
+    figures.ends["refused" if status == "400" else f"hostile: {status}"] += 1
+    if status != "400":
+        figures.wrong.append(f"{status} instead of 400: {plan.path}")
+
+
+async def stand_by(url: str, figures: Figures) -> None:
+    """A client at another address, whose answers and looks at /health and /metrics go on, one after
+    another."""
+    transport = httpx.AsyncHTTPTransport(local_address="127.0.0.2")
+    body = {"model": "soak", "prompt": "the sea", "max_tokens": 40, "stream": True}
+    body["stream_options"] = {"include_usage": True}
+    async with httpx.AsyncClient(base_url=url, timeout=HANGS, transport=transport) as client:
+        last = time.monotonic()
+
+        def heard(what: str) -> None:
+            nonlocal last
+            gap = time.monotonic() - last
+            figures.gaps[what] = max(figures.gaps[what], gap)
+            last += gap
+
+        while True:
+            async for _ in stream_of(client, body):
+                heard("answer")
+            for path in ("/health", "/metrics"):
+                await client.get(path)
+                heard(path)
+            await asyncio.sleep(0.1)
+            last = time.monotonic()
 
 
 async def ask(client: httpx.AsyncClient, plan: Plan, name: str, figures: Figures) -> None:
@@ -171,7 +225,10 @@ async def one_client(
         wait = start + plan.at - time.monotonic()
         figures.late += wait < -0.05
         await asyncio.sleep(max(0.0, wait))
-        await ask(client, plan, f"{name}-{i}", figures)
+        if plan.kind == "hostile":
+            await refused(client, plan, figures)
+        else:
+            await ask(client, plan, f"{name}-{i}", figures)
 
 
 async def play(url: str, args: argparse.Namespace, block: int, figures: Figures, pid: int) -> None:
@@ -180,12 +237,19 @@ async def play(url: str, args: argparse.Namespace, block: int, figures: Figures,
     async with httpx.AsyncClient(base_url=url, timeout=HANGS, limits=limits) as client:
         started = time.monotonic()
         used = processor_seconds(pid)
-        watch = asyncio.create_task(watch_memory(pid, figures))
+        watch = [
+            asyncio.create_task(each)
+            for each in (watch_memory(pid, figures), stand_by(url, figures))
+        ]
         names = [f"{block}-{i}" for i in range(args.clients)]
         await asyncio.gather(
             *(one_client(client, name, plans(args, name), figures) for name in names)
         )
-        watch.cancel()
+        for each in watch:
+            each.cancel()
+        for end in await asyncio.gather(*watch, return_exceptions=True):
+            if not isinstance(end, asyncio.CancelledError):
+                figures.wrong.append(f"a bystander's request failed: {end!r}")
         busy, whole = figures.busy
         busy += processor_seconds(pid) - used
         whole += time.monotonic() - started
@@ -284,6 +348,12 @@ def soak(args: argparse.Namespace, servers: dict[str, tuple[str, int]]) -> dict[
             url, pid = servers[policy]
             asyncio.run(play(url, args, block, figures[policy], pid))
     asyncio.run(check_answers(servers["off"][0], *figures.values()))
+    for each in figures.values():
+        each.wrong += [
+            f"a bystander waited {gap:.2f} s for {what}"
+            for what, gap in each.gaps.items()
+            if gap > MAX_GAP
+        ]
     counted = {policy: check_leaks(url, figures[policy]) for policy, (url, _) in servers.items()}
     over_off = {
         policy: {

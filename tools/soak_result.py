@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,8 +28,9 @@ class Figures:
     """What the load on one server came to.
 
     times: by request; answers: requests and their texts, to be checked; memory: KiB, over the run;
-    busy: processor seconds of the server's process, and seconds of the blocks; late: requests that
-    began after their time, since their client still had the one before.
+    gaps: the longest waits of a bystander, in seconds, by what it waited for; busy: processor
+    seconds of the server's process, and seconds of the blocks; late: requests that began after
+    their time, since their client still had the one before.
     """
 
     ends: Counter[str] = field(default_factory=Counter)
@@ -37,6 +38,7 @@ class Figures:
     answers: list[tuple[Any, str]] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
     memory: list[int] = field(default_factory=list)
+    gaps: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     busy: tuple[float, float] = (0.0, 0.0)
     late: int = 0
     tokens: int = 0
@@ -61,6 +63,7 @@ def summary(figures: Figures, counted: dict[str, float]) -> dict[str, Any]:
         "tokens": figures.tokens,
         "ttft_ms": quantiles([t.ttft for t in times]),
         "tpot_ms": quantiles([t.tpot for t in times if t.tpot is not None]),
+        "longest_wait_s": {what: round(gap, 3) for what, gap in figures.gaps.items()},
         "memory_judged": len(settled) >= SETTLED,
         "memory_mib": [settled[0] // 1024, settled[-1] // 1024],
         **_rounds(counted),
@@ -163,7 +166,8 @@ def show(result: dict[str, Any]) -> None:
             f"{policy}: ends {found['ends']}, {found['late']} began late; "
             f"{found['tokens_per_round']} tokens and {found['round_ms']} ms a round, "
             f"{found['rounds_off']} of the rounds without drafts, "
-            f"controller {found['controller_share']}, {found['cores_busy']} cores busy"
+            f"controller {found['controller_share']}, {found['cores_busy']} cores busy; "
+            f"a bystander's longest waits, s: {found['longest_wait_s']}"
         )
     for policy, ratios in result["over_off"].items():
         for name, r in ratios.items():

@@ -13,7 +13,7 @@ difference at all is expected.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,7 @@ from smart_decoding.errors import ConfigError
 from smart_decoding.models.registry import DEFAULT_MODEL
 
 if TYPE_CHECKING:
-    from smart_decoding.engine.outputs import CompletionOutput
+    from smart_decoding.engine.outputs import CompletionOutput, Logprob
     from smart_decoding.llm import LLM
 
 SPECULATION = {"policy": "eagle2"}  # 60 nodes a round: far more rows than plain decoding
@@ -127,7 +127,7 @@ def record(report: Report, prompt: int, plain: CompletionOutput, spec: Completio
     report.verified += spec.metrics.verified
     at, under = plain.logprobs or [], spec.logprobs or []
     for position in range(same):
-        top, second = (int(t) for t in at[position].top_tokens[:2])
+        top, second = sorted(at[position], key=lambda token: at[position][token].rank or 0)[:2]
         gap, other = _gap(at[position], top, second), _gap(under[position], top, second)
         report.gaps.append(gap)
         if np.isfinite(other):
@@ -166,13 +166,12 @@ def render(report: Report, llm: LLM) -> str:
     return "\n".join(lines)
 
 
-def _gap(scores: Any, winner: int, loser: int) -> float:
+def _gap(scores: Mapping[int, Logprob], winner: int, loser: int) -> float:
     """log p(winner) - log p(loser), which is the difference of their logits; inf if either is not
     recorded."""
-    known = dict(zip(scores.top_tokens.tolist(), scores.top_logprobs.tolist(), strict=True))
-    return (
-        float(known[winner] - known[loser]) if winner in known and loser in known else float("inf")
-    )
+    if winner not in scores or loser not in scores:
+        return float("inf")
+    return scores[winner].logprob - scores[loser].logprob
 
 
 def _share(values: Sequence[float], limit: float) -> str:

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from smart_decoding.async_llm import AsyncLLM
+    from smart_decoding.engine.outputs import CompletionOutput, Logprob, RequestOutput
     from smart_decoding.engine.sampling_params import SamplingParams
     from smart_decoding.engine.structured import StructuredOutputsParams
+    from smart_decoding.engine_args import EngineArgs
     from smart_decoding.errors import (
         CapacityError,
         ConfigError,
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
         SmartError,
     )
     from smart_decoding.llm import LLM
+    from smart_decoding.multimodal.prompts import TextPrompt, TokensPrompt
 
 # Threads that wait for each other look at a barrier so often before they sleep. OpenMP's own
 # 300,000 take milliseconds, in which another process cannot run: beside one, decoding is then many
@@ -36,21 +39,33 @@ __all__ = [
     "LLM",
     "AsyncLLM",
     "CapacityError",
+    "CompletionOutput",
     "ConfigError",
     "DownloadError",
+    "EngineArgs",
     "EngineStoppedError",
+    "Logprob",
     "ModelError",
+    "RequestOutput",
     "SamplingParams",
     "SmartError",
     "StructuredOutputsParams",
+    "TextPrompt",
+    "TokensPrompt",
     "__version__",
 ]
 
 _HOMES = {
     "AsyncLLM": "smart_decoding.async_llm",
+    "CompletionOutput": "smart_decoding.engine.outputs",
+    "EngineArgs": "smart_decoding.engine_args",
     "LLM": "smart_decoding.llm",
+    "Logprob": "smart_decoding.engine.outputs",
+    "RequestOutput": "smart_decoding.engine.outputs",
     "SamplingParams": "smart_decoding.engine.sampling_params",
     "StructuredOutputsParams": "smart_decoding.engine.structured",
+    "TextPrompt": "smart_decoding.multimodal.prompts",
+    "TokensPrompt": "smart_decoding.multimodal.prompts",
 }
 
 

@@ -9,9 +9,14 @@ from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from smart_decoding.engine.outputs import CompletionOutput, RequestOutput, completion_of
+from smart_decoding.engine.outputs import (
+    CompletionOutput,
+    RequestOutput,
+    completion_of,
+    logprobs_of,
+    prompt_logprobs_of,
+)
 from smart_decoding.engine.request import RequestMetrics
-from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ConfigError
 from smart_decoding.models.registry import DEFAULT_MODEL
 
@@ -19,14 +24,17 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from smart_decoding.engine.jobs import Chunk, Delivery, Job
-    from smart_decoding.llm import LLM, Prompt
-    from smart_decoding.multimodal.prompts import MediaPrompt
+    from smart_decoding.engine.outputs import TokenText
+    from smart_decoding.engine.sampling_params import SamplingParams
+    from smart_decoding.llm import LLM
+    from smart_decoding.multimodal.prompts import MediaPrompt, Prompt
 
 
 @dataclass(slots=True)
 class _Asked:
     """A request on its way. job: None while its prompt is tokenised."""
 
+    text_of: TokenText
     job: Job | None = None
     aborted: bool = False
     box: asyncio.Queue[list[Delivery]] = field(default_factory=asyncio.Queue)
@@ -53,8 +61,8 @@ class AsyncLLM:
         CapacityError for what can never run or an id that runs, and EngineStoppedError."""
         if request_id in self._asked:
             raise ConfigError(f"request id {request_id!r} is already running: give another")
-        asked = self._asked[request_id] = _Asked()
-        params = sampling_params or SamplingParams()
+        asked = self._asked[request_id] = _Asked(self.llm.tokenizer.token_text)
+        params = sampling_params or self.llm.get_default_sampling_params()
         try:
             ready = await asyncio.to_thread(self.llm.text_prompt, prompt)
             job = await asyncio.to_thread(self.llm.job, [ready], [params], True)
@@ -108,24 +116,30 @@ async def _more(output: RequestOutput, asked: _Asked) -> RequestOutput:
             over = True
         else:
             chunk = delivery.content
-            answers[chunk.index] = _grown(answers[chunk.index], chunk, asked.job)
+            answers[chunk.index] = _grown(answers[chunk.index], chunk, asked)
     if over:
         answers = [replace(each, finish_reason=each.finish_reason or "abort") for each in answers]
     finished = all(each.finish_reason is not None for each in answers)
-    return replace(output, outputs=answers, finished=finished)
+    scored = output.prompt_logprobs
+    if scored is None and asked.job is not None and answers[0].token_ids:  # its prompt has run
+        scored = prompt_logprobs_of(next(iter(asked.job.answers)), asked.text_of)
+    return replace(output, outputs=answers, finished=finished, prompt_logprobs=scored)
 
 
-def _grown(answer: CompletionOutput, chunk: Chunk, job: Job | None) -> CompletionOutput:
+def _grown(answer: CompletionOutput, chunk: Chunk, asked: _Asked) -> CompletionOutput:
     """A new object: those given out before stay as they were."""
-    assert job is not None
-    request = list(job.answers)[chunk.index]
+    assert asked.job is not None
+    request = list(asked.job.answers)[chunk.index]
     if chunk.finish_reason is not None:  # the engine has done with it
-        return completion_of(request)
+        return completion_of(request, asked.text_of)
+    logprobs = answer.logprobs
+    if chunk.logprobs is not None:
+        logprobs = (logprobs or []) + logprobs_of(chunk.logprobs, asked.text_of)
     return replace(
         answer,
         text=answer.text + chunk.text,
         token_ids=answer.token_ids + chunk.tokens,
-        logprobs=None if chunk.logprobs is None else (answer.logprobs or []) + chunk.logprobs,
+        logprobs=logprobs,
         metrics=copy(request.metrics),
     )
 

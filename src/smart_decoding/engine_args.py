@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
+import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import CapacityError, ConfigError
 from smart_decoding.models import chat_template
 from smart_decoding.models.registry import DEFAULT_MODEL
@@ -15,7 +19,24 @@ from smart_decoding.multimodal.images import Limits
 
 DEFAULT_MODEL_LEN = 4096  # where the model and the KV memory allow it
 
+log = logging.getLogger("smart.llm")
+
 QUANTIZATIONS = (None, "off", "int8", "int4")
+# generation_config.json's names of what SamplingParams are by default, and ours
+_SAMPLING = {
+    **{name: name for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")},
+    "max_new_tokens": "max_tokens",
+}
+# vLLM's options that change nothing here, with the values that they may have.
+_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "tensor_parallel_size": (1,),
+    "pipeline_parallel_size": (1,),
+    "trust_remote_code": (False,),
+    "tokenizer_mode": ("auto",),
+    "load_format": ("auto",),
+    "enable_chunked_prefill": (None, True),
+    "cpu_offload_gb": (0,),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +48,8 @@ class EngineArgs:
         False (plain decoding), or a dict: method (eagle, draft_model, ngram, recycling, union,
         none), policy (off, chain, static, eagle2, paper, pooled_chain, throughput_chain, smart),
         and either's options.
-    dtype: bfloat16 or float32, of weights and KV cache.
+    tokenizer: a folder with another tokenizer than the model's.
+    dtype: bfloat16 or float32, of weights and KV cache. auto and half are bfloat16, too.
     quantization: None keeps weights as they are stored: quants of GGUF, GPTQ and AWQ files stay
         quants on the CPU kernels in bfloat16. off expands them to dtype. int8 and int4 round
         matrices to so many bits when they are loaded.
@@ -48,6 +70,9 @@ class EngineArgs:
     profile_later: costs that are not known yet are guessed, until `LLM.take_profile` is called.
     chat_template: what makes prompts of conversations, instead of the model's own template: a file,
         a built-in name (vicuna), or the text itself.
+    generation_config: where default sampling parameters come from: auto (the model's
+        generation_config.json), vllm (nowhere), or a folder with such a file.
+        override_generation_config: values in place of its own.
     trust_pickle: load pytorch_model.bin where a model or draft head has no safetensors, of which
         only tensors are read; safetensors only without.
     enforce_eager: no CUDA graphs.
@@ -59,11 +84,16 @@ class EngineArgs:
     mm_processor_kwargs: options of the image processor, such as max_pixels.
     max_image_pixels: of one image as it is sent.
 
+    Of vLLM, with no effect here. swap_space, disable_log_stats: any value.
+    tensor_parallel_size, pipeline_parallel_size: 1. trust_remote_code: false, as a model's code is
+    never run. tokenizer_mode, load_format: auto. enable_chunked_prefill: true. cpu_offload_gb: 0.
+
     Raises ConfigError or CapacityError for values that cannot be.
     """
 
     model: str | Path = DEFAULT_MODEL
     speculative_config: Mapping[str, Any] | bool | None = None
+    tokenizer: str | Path | None = None
     dtype: str = "bfloat16"
     quantization: str | None = None
     activations: str | None = None
@@ -78,6 +108,8 @@ class EngineArgs:
     stop_at_loops: bool = False
     profile_later: bool = False
     chat_template: str | Path | None = None
+    generation_config: str | Path = "auto"
+    override_generation_config: Mapping[str, Any] | None = None
     trust_pickle: bool = False
     enforce_eager: bool = False
     allow_slow: bool = False
@@ -85,11 +117,23 @@ class EngineArgs:
     allowed_local_media_path: str | Path | None = None
     mm_processor_kwargs: Mapping[str, Any] | None = None
     max_image_pixels: int = Limits().pixels
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    swap_space: float = 4
+    cpu_offload_gb: float = 0
+    trust_remote_code: bool = False
+    tokenizer_mode: str = "auto"
+    load_format: str = "auto"
+    enable_chunked_prefill: bool | None = None
+    disable_log_stats: bool = False
 
     def __post_init__(self) -> None:
         from smart_decoding.models.target import dtype_of  # imported late: torch is slow
 
         dtype_of(self.dtype)
+        if self.dtype in ("half", "float16"):
+            log.warning("dtype=%r runs in bfloat16: float16 is not supported", self.dtype)
+        self._check_neutral()
         self.template()
         if self.activations not in (None, "int8"):
             raise ConfigError(f"activations={self.activations!r} is not supported: use int8")
@@ -117,6 +161,49 @@ class EngineArgs:
                 hint = f"did you mean {close[0]!r}?" if close else f"use {', '.join(known)}"
                 raise ConfigError(f"unknown option {name!r}: {hint}")
         return cls(**options)
+
+    @classmethod
+    def add_cli_args(cls, parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        """Gives a parser an option for each, such as --max-model-len, with mappings in JSON.
+        `LLM(**vars(args))` takes what it parses."""
+        for each in fields(cls):
+            option = "--" + each.name.replace("_", "-")
+            kind = str(each.type).partition(" ")[0].partition("[")[0]
+            if kind == "bool":
+                action = argparse.BooleanOptionalAction
+                parser.add_argument(option, action=action, default=each.default)
+            else:
+                parse: Any = {"int": int, "float": float, "Mapping": json.loads}.get(kind, str)
+                parser.add_argument(option, type=parse, default=each.default)
+        return parser
+
+    def sampling_defaults(self, folder: Path) -> dict[str, Any]:
+        """What SamplingParams are where nobody says otherwise. folder: the model's. Raises
+        ConfigError for values that they cannot be."""
+        from smart_decoding.models.loading import generation_config  # imported late: torch is slow
+
+        chosen = self.generation_config
+        found: dict[str, Any] | None = {}
+        if chosen != "vllm":
+            found = generation_config(folder if chosen == "auto" else Path(chosen).expanduser())
+        if found is None and chosen != "auto":
+            raise ConfigError(
+                f"generation_config={str(chosen)!r} is not supported: give auto, vllm, or a folder "
+                "with generation_config.json"
+            )
+        given = {**(found or {}), **(self.override_generation_config or {})}
+        ours = {
+            _SAMPLING[name]: value
+            for name, value in given.items()
+            if name in _SAMPLING and value is not None
+        }
+        try:
+            SamplingParams(**ours)
+        except ConfigError as error:
+            raise ConfigError(
+                f"generation_config.json: {error}; generation_config='vllm' leaves it out"
+            ) from error
+        return ours
 
     def template(self) -> str | None:
         """The text of the chat template asked for; None for the model's own."""
@@ -152,6 +239,21 @@ class EngineArgs:
     def chunk(self, on_cuda: bool) -> int:
         """Prompt tokens in a round."""
         return self.max_num_batched_tokens or (2048 if on_cuda else 256)
+
+    def _check_neutral(self) -> None:
+        for name, allowed in _NEUTRAL.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ConfigError(f"{name}={value!r} is not supported: leave it at {allowed[-1]!r}")
+        folder = self.tokenizer
+        if folder not in (None, self.model) and not Path(str(folder)).expanduser().is_dir():
+            raise ConfigError(f"tokenizer={str(folder)!r} is not supported: give a folder, or none")
+        unknown = sorted(set(self.override_generation_config or ()) - set(_SAMPLING))
+        if unknown:
+            raise ConfigError(
+                f"override_generation_config has an unknown option {unknown[0]!r}: "
+                f"use {', '.join(_SAMPLING)}"
+            )
 
     def _at_least(self, least: int, *names: str) -> None:
         for name in names:

@@ -5,20 +5,22 @@ from __future__ import annotations
 import copy
 import itertools
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
-from numbers import Integral
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from tqdm import tqdm
 
 from smart_decoding.engine.engine import Engine, EngineConfig
 from smart_decoding.engine.engine_thread import EngineThread
 from smart_decoding.engine.jobs import Ask, Job
 from smart_decoding.engine.kv import PAGE
-from smart_decoding.engine.outputs import RequestOutput, completion_of
+from smart_decoding.engine.metrics import Metric, Record
+from smart_decoding.engine.outputs import RequestOutput, completion_of, prompt_logprobs_of
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine_args import EngineArgs
 from smart_decoding.errors import CapacityError, ConfigError
@@ -34,9 +36,14 @@ from smart_decoding.models.loading import Checkpoint, load_checkpoint, with_roun
 from smart_decoding.models.registry import DEFAULT_MODEL
 from smart_decoding.models.target import TorchTarget, device_of, dtype_of, pages_for
 from smart_decoding.models.tokenizer import Tokenizer
-from smart_decoding.multimodal.messages import as_text, has_pictures, split
 from smart_decoding.multimodal.pixels import load_reader
-from smart_decoding.multimodal.prompts import MediaPrompt, PromptBuilder
+from smart_decoding.multimodal.prompts import MediaPrompt, Prompt, PromptBuilder
+from smart_decoding.multimodal.text_prompts import (
+    TextPrompts,
+    as_list,
+    parts_of,
+    template_options,
+)
 from smart_decoding.speculation import (
     Speculation,
     SpeculativeConfig,
@@ -51,7 +58,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("smart.llm")
 
-Prompt = str | Sequence[int] | MediaPrompt | Mapping[str, Any]
 Message = Mapping[str, Any]
 
 
@@ -70,8 +76,11 @@ class LLM:
         checkpoint = self._checkpoint = _load(args, device)
         self.provenance = dict(checkpoint.provenance)
         self.tokenizer = _tokenizer(args, checkpoint)
-        self._vision = _prompt_builder(args, checkpoint, self.tokenizer)
+        # of generation_config.json
+        self.default_sampling_params = args.sampling_defaults(checkpoint.tokenizer_source)
+        self._prompts = _prompts(args, checkpoint, self.tokenizer)
         longest = args.longest(checkpoint.config.max_positions)
+        self.tokenizer.context = longest
         asked = check_speculation(
             args.speculative_config, checkpoint, self.tokenizer, longest, args.trust_pickle
         )
@@ -96,6 +105,8 @@ class LLM:
         self.grammars = Grammars(self.tokenizer, self.target.vocab, self.target.eos_token_ids)
         self.engine = self._engine(self.speculation, config)
         self.engine_thread = EngineThread()
+        self._record = Record()
+        self.engine_thread.observers.append(self._record)
         self._count = itertools.count(1)
 
     def sharing_weights(self, speculative_config: Mapping[str, Any] | bool | None) -> LLM:
@@ -155,83 +166,93 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         on_step: Callable[[list[Request]], None] | None = None,
+        use_tqdm: bool = False,
     ) -> list[RequestOutput]:
         """Answers all prompts, in order. `on_step` is called after every round, in the engine's
-        thread, with the requests of these prompts that got tokens.
+        thread, with the requests of these prompts that got tokens. use_tqdm: show progress.
 
         A prompt is a text, token ids, what `chat_prompt` returns, or vLLM's {"prompt": …,
-        "multi_modal_data": …}."""
-        many = _as_list(prompts)
-        params = _params_for(many, sampling_params)
+        "multi_modal_data": …}. Without sampling_params: `get_default_sampling_params`."""
+        many = as_list(prompts)
+        default = self.get_default_sampling_params()
+        params = _params_for(many, default if sampling_params is None else sampling_params)
         ready = [self.text_prompt(prompt) for prompt in many]
         job = self.job(ready, params)
         job.on_round = on_step
-        for _ in self.engine_thread.results(job):
-            pass  # nothing comes before an answer's end
+        with tqdm(total=job.size, desc="answers", disable=not use_tqdm) as bar:
+            for _ in self.engine_thread.results(job):  # nothing comes before an answer's end
+                bar.update()
         requests = iter(job.answers)
+        groups = [[next(requests) for _ in range(ask.params.n)] for ask in job.asks]
+        text_of = self.tokenizer.token_text
         return [
             RequestOutput(
                 f"{job.id}-{place}",
                 prompt.text,
                 list(prompt.tokens),
-                [completion_of(next(requests)) for _ in range(ask.params.n)],
+                [completion_of(request, text_of) for request in group],
+                prompt_logprobs=prompt_logprobs_of(group[0], text_of),
             )
-            for place, (prompt, ask) in enumerate(zip(ready, job.asks, strict=True))
+            for place, (prompt, group) in enumerate(zip(ready, groups, strict=True))
         ]
 
     def chat(
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = False,
+        **template: Any,
     ) -> list[RequestOutput]:
-        """Answers one conversation, or several, through the model's own chat template."""
+        """Answers one conversation, or several, through a chat template. template: as to
+        `chat_prompt`."""
         many = [messages] if messages and isinstance(messages[0], Mapping) else messages
-        return self.generate([self.chat_prompt(m) for m in many], sampling_params)  # type: ignore[arg-type]
+        prompts = [self.chat_prompt(each, **template) for each in many]  # type: ignore[arg-type]
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What is taken where none are given: vLLM's defaults, but for what the model's
+        generation_config.json says."""
+        return SamplingParams(**self.default_sampling_params)
+
+    def get_tokenizer(self) -> Tokenizer:
+        """The model's tokenizer."""
+        return self.tokenizer
+
+    def get_metrics(self) -> list[Metric]:
+        """What has been done so far, in vLLM's names; see engine/metrics.py."""
+        return self._record.metrics(self.engine)
 
     @property
     def supports_images(self) -> bool:
         """Whether the model reads images, too."""
-        return self._vision is not None
+        return isinstance(self._prompts, PromptBuilder)
 
-    def chat_prompt(self, messages: Sequence[Message]) -> MediaPrompt:
+    def chat_prompt(
+        self,
+        messages: Sequence[Message],
+        chat_template: str | Path | None = None,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> MediaPrompt:
         """The prompt of one conversation. Contents may be lists of OpenAI's parts, and hold
         images if the model reads them.
 
-        Raises ConfigError for messages or pictures that cannot be used."""
-        if self._vision is not None:
-            return self._vision.chat(messages)
-        if has_pictures(messages):
-            raise self._text_only()
-        if any(not isinstance(message.get("content"), str) for message in messages):
-            messages = as_text(split(messages)[0], {})
-        text = self.tokenizer.apply_chat_template(messages)
-        return MediaPrompt(self.tokenizer.encode_prompt(text), None, text)
-
-    def _text_only(self) -> ConfigError:
-        name = self.provenance["model"]
-        return ConfigError(
-            f"the model {name} reads text only: take one that reads images (docs/vision.md)"
+        chat_template: instead of the model's. tools: what the template tells of; answers are not
+        forced to call them. chat_template_kwargs: further variables of the template.
+        Raises ConfigError for what cannot be used."""
+        own = self.tokenizer.template
+        given = template_options(
+            own, chat_template, add_generation_prompt, tools, chat_template_kwargs
         )
+        return self._prompts.chat(messages, **given)
 
     def text_prompt(self, prompt: Prompt) -> MediaPrompt:
         """A prompt as `generate` takes it, in tokens. Raises ConfigError; placeholders need their
         pictures."""
         if isinstance(prompt, MediaPrompt):
             return prompt
-        given = prompt if isinstance(prompt, Mapping) else {"prompt": prompt}
-        if not given.keys() <= {"prompt", "prompt_token_ids", "multi_modal_data"}:
-            raise ConfigError(
-                "a prompt's keys are prompt or prompt_token_ids, and multi_modal_data"
-            )
-        wanted: Any = given.get("prompt", given.get("prompt_token_ids"))
-        text = wanted if isinstance(wanted, str) else None
-        tokens = _token_ids(wanted) if text is None else []
-        pictures: Any = given.get("multi_modal_data") or {}
-        if self._vision is not None:
-            return self._vision.prompt(tokens if text is None else text, pictures)
-        if pictures:
-            raise self._text_only()
-        return MediaPrompt(tokens if text is None else self.tokenizer.encode(text), None, text)
+        return self._prompts.prompt(*parts_of(prompt))
 
     def stream(
         self, prompt: Prompt | Sequence[Message], sampling_params: SamplingParams | None = None
@@ -240,7 +261,8 @@ class LLM:
         it."""
         if isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
             prompt = self.chat_prompt(prompt)  # type: ignore[arg-type]
-        params = sampling_params or SamplingParams(max_tokens=256)
+        default = {"max_tokens": 256, **self.default_sampling_params}
+        params = sampling_params or SamplingParams(**default)
         if params.n != 1:
             raise ConfigError(f"stream gives one answer, so n={params.n} cannot be: use generate")
         job = self.job([self.text_prompt(prompt)], [params], stream=True)  # type: ignore[arg-type]
@@ -254,39 +276,23 @@ class LLM:
     ) -> Job:
         """What `engine_thread` answers them by. Grammars are compiled here, not in its time. Raises
         ConfigError for one that cannot be."""
-        for each in {id(p): p.structured_outputs for p in params}.values():
-            if each is not None:
-                self.grammars(each)
+        encode = partial(self.tokenizer.encode, add_special_tokens=False)
+        checked = {id(each): each.checked(encode) for each in params}
+        wanted = [each.structured_outputs for each in checked.values()]
+        grammars = [self.grammars.compiled(each) for each in wanted if each is not None]
         pairs = zip(prompts, params, strict=True)
-        asks = [Ask(prompt.tokens, each, prompt.media) for prompt, each in pairs]
-        return Job(str(next(self._count)), self.engine, asks, stream)
+        asks = [Ask(prompt.tokens, checked[id(each)], prompt.media) for prompt, each in pairs]
+        return Job(str(next(self._count)), self.engine, asks, stream, grammars=grammars)
 
     def _decoder(self, skip_special_tokens: bool) -> Decode:
         return lambda ids: self.tokenizer.decode(ids, skip_special_tokens)
 
 
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str | Mapping | MediaPrompt) or (
-        len(prompts) and isinstance(prompts[0], Integral)
-    ):
-        return [prompts]  # type: ignore[list-item]
-    return list(prompts)  # type: ignore[arg-type]
-
-
-def _token_ids(given: Any) -> list[int]:
-    """As ints, whatever kind of sequence or array they are in. Raises ConfigError for anything
-    else."""
-    ids: list[Any] = list(given) if isinstance(given, Iterable) else [None]
-    if not all(isinstance(token, Integral) for token in ids):
-        raise ConfigError("a prompt must be a text or token ids")
-    return [int(token) for token in ids]
-
-
 def _params_for(
-    prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
+    prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams]
 ) -> list[SamplingParams]:
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * len(prompts)
+    if isinstance(params, SamplingParams):
+        return [params] * len(prompts)
     if len(params) != len(prompts):
         raise ConfigError(
             f"{len(prompts)} prompts but {len(params)} sampling_params: give one, or one for each"
@@ -310,7 +316,9 @@ def _load(args: EngineArgs, device: torch.device) -> Checkpoint:
 
 def _tokenizer(args: EngineArgs, checkpoint: Checkpoint) -> Tokenizer:
     """The model's, with the chat template asked for."""
-    tokenizer = Tokenizer.load(checkpoint.tokenizer_source)
+    other = args.tokenizer not in (None, args.model)
+    folder = Path(str(args.tokenizer)).expanduser() if other else checkpoint.tokenizer_source
+    tokenizer = Tokenizer.load(folder)
     given = args.template()
     if given is not None:
         tokenizer.template = given
@@ -358,12 +366,12 @@ def quantization_of(args: EngineArgs, device: torch.device) -> str | None:
     return args.quantization if args.quantization or (keeps and in_bf16) else "off"
 
 
-def _prompt_builder(
+def _prompts(
     args: EngineArgs, checkpoint: Checkpoint, tokenizer: Tokenizer
-) -> PromptBuilder | None:
-    """What makes prompts with images; None for a model that reads text only."""
+) -> PromptBuilder | TextPrompts:
+    """What makes prompts, with images if the model reads them."""
     if checkpoint.vision is None:
-        return None
+        return TextPrompts(tokenizer, checkpoint.provenance["model"])
     vision = checkpoint.vision
     reader = load_reader(vision.folder, vision.config, args.mm_processor_kwargs)
     return PromptBuilder(tokenizer, reader, args.media_limits(), bool(checkpoint.config.mrope))

@@ -43,6 +43,17 @@ log = logging.getLogger("smart.speculation")
 
 HEADS = Path(__file__).with_name("heads")
 ROUND_OVERHEAD = 4e-4  # seconds that drafting adds beyond its forwards, until real rounds tell
+# vLLM's names, and ours. What a number of tokens limits depends on the method and the policy.
+IN_VLLM = {"prompt_lookup_min": "min_n", "prompt_lookup_max": "max_n"}
+DEEPEST = {
+    "ngram": "max_depth",
+    "smart": "max_levels",
+    "paper": "max_levels",
+    "eagle2": "depth",
+    "chain": "length",
+    "pooled_chain": "length",
+    "throughput_chain": "max_length",
+}
 SCRATCH_PAGES = 256  # head keys of one round's tree nodes: 4096
 DRAFT_SCRATCH_PAGES = 64  # a draft model's keys are larger: 1024 nodes
 
@@ -124,6 +135,10 @@ def check_speculation(
     default = "eagle" if has_head else "draft_model" if draft else "ngram"
     method = given.pop("method", default)
     policy = given.pop("policy", "off" if method == "none" else "smart")
+    method = "eagle" if method == "eagle3" else method  # vLLM's: here files say what a head is
+    deepest = DEEPEST.get(method, DEEPEST.get(policy))
+    if deepest is not None and "num_speculative_tokens" in given:
+        given[deepest] = given.pop("num_speculative_tokens")
     if method not in METHODS:
         raise ConfigError(f"unknown method {method!r}; choose one of: {', '.join(METHODS)}")
     check_plain(method, policy)
@@ -188,7 +203,7 @@ def _sibling(
 
 def _as_dict(config: Mapping[str, Any] | bool | None) -> dict[str, Any]:
     if isinstance(config, Mapping):
-        return dict(config)
+        return {IN_VLLM.get(name, name): value for name, value in config.items()}
     if config is not None and not isinstance(config, bool):
         raise ConfigError(
             f"speculative_config={config!r} is not allowed: give a dict such as "

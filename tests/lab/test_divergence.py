@@ -5,9 +5,9 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 
+from smart_decoding import Logprob
 from smart_decoding.cli.main import main
 from smart_lab import divergence
 from smart_lab.__main__ import LAB
@@ -22,10 +22,12 @@ def answer(tokens: list[int], gaps: list[float], verified: int = 9) -> Any:
     """At each position `token` leads by `gap` over token 60 - token; two other tokens follow far
     behind."""
     logprobs = [
-        SimpleNamespace(
-            top_tokens=np.array([token, 60 - token, 98, 99]),
-            top_logprobs=np.array([-0.1, -0.1 - gap, -20.0, -20.0]),
-        )
+        {
+            token: Logprob(-0.1, 1),
+            60 - token: Logprob(-0.1 - gap, 2),
+            98: Logprob(-20.0, 3),
+            99: Logprob(-20.0, 4),
+        }
         for token, gap in zip(tokens, gaps, strict=True)
     ]
     return SimpleNamespace(

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from smart_decoding.server.worker import Worker
 
 NAME = "tiny"
+# A grammar so ambiguous that it outgrows llguidance's limits after some tokens.
+OUTGROWING = "start: r0\n" + "\n".join(
+    f'r{i}: r{(i + 1) % 80} r{(i + 2) % 80} | "a" | "b" | "c"' for i in range(80)
+)
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}>{% endif %}"

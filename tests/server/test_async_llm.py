@@ -58,7 +58,7 @@ def test_outputs_grow_to_what_generate_gives(engine: AsyncLLM, plain: LLM, n: in
     for index, (mine, whole) in enumerate(zip(last.outputs, wanted.outputs, strict=True)):
         assert (mine.index, mine.text, mine.token_ids) == (index, whole.text, whole.token_ids)
         assert mine.finish_reason == whole.finish_reason
-        assert [e.logprob for e in mine.logprobs] == [e.logprob for e in whole.logprobs]
+        assert mine.logprobs == whole.logprobs
         for before, after in itertools.pairwise(outputs):
             longer = after.outputs[index]
             assert longer.text.startswith(before.outputs[index].text)

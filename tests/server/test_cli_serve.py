@@ -47,6 +47,15 @@ def test_defaults(served: Any) -> None:
     assert options["max_model_len"] is None
     assert options["trust_pickle"] is False
     assert options["seed"] == 0
+    assert options["generation_config"] == "auto"
+
+
+def test_sampling_defaults_of_the_model_can_be_left_out_or_changed(served: Any) -> None:
+    more = ["--generation-config", "vllm", "--override-generation-config", "temperature=0.5"]
+    assert cli.main(["serve", *more]) == 0
+    ((_, options),) = served
+    assert options["generation_config"] == "vllm"
+    assert options["override_generation_config"] == {"temperature": 0.5}
 
 
 def test_the_command_line_wins_over_the_file(served: Any, tmp_path: Path) -> None:

@@ -221,7 +221,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def start(folder: str, port: int) -> subprocess.Popen[bytes]:
+def start(folder: str, port: int, *more: str) -> subprocess.Popen[bytes]:
     """`smart serve` as a user starts it, until it is ready."""
     line = [
         "serve",
@@ -238,6 +238,7 @@ def start(folder: str, port: int) -> subprocess.Popen[bytes]:
         "1024",
         "--max-num-seqs",
         "4",
+        *more,
     ]
     process = subprocess.Popen(
         [sys.executable, "-m", "smart_decoding.cli.main", *line], stderr=subprocess.PIPE

@@ -35,6 +35,21 @@ def test_unknown_fields_are_ignored_and_named_in_a_header(running: Running) -> N
     assert len(answer.headers["warning"]) < 2000
 
 
+def test_masks_hold_in_the_server(running: Running) -> None:
+    asked = {"prompt": "abc abc", "max_tokens": 20, "temperature": 0}
+    free = post(running, "/v1/completions", json=asked).json()["choices"][0]["text"]
+    spelt = {"prompt": "abcdefgh ", "add_special_tokens": False}
+    letters = post(running, "/tokenize", json=spelt).json()["tokens"]
+    masked = {**asked, "allowed_token_ids": letters, "bad_words": ["b", "gh"]}
+    text = post(running, "/v1/completions", json=masked).json()["choices"][0]["text"]
+    assert set(text) <= set("acdefgh ")
+    assert "gh" not in text
+    assert text != free
+    refused = post(running, "/v1/completions", json={**masked, "allowed_token_ids": []})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "allowed_token_ids"
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -211,17 +211,16 @@ def test_more_connections_than_are_allowed(load: Any) -> None:
 
 def test_a_reader_that_stops_reading_is_cut_off(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "STALLED", 0.3)
-    body = json.dumps({"prompt": "a" * 3_000_000}).encode()
+    body = json.dumps({"tokens": [200] * 199_000}).encode()
     with serving(load) as running, connected(running) as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        client.sendall(
-            HEAD.replace(b"/v1/completions", b"/tokenize")
-            + b"content-length: %d\r\n\r\n" % len(body)
-            + body
-        )
         state = running.server.server_state
         assert wait_for(lambda: len(state.connections) == 1)
-        assert wait_for(lambda: not state.connections, 60)  # tokenising comes first
+        server_end = next(iter(state.connections)).transport.get_extra_info("socket")
+        server_end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        head = HEAD.replace(b"/v1/completions", b"/detokenize")
+        client.sendall(head + b"content-length: %d\r\n\r\n" % len(body) + body)
+        assert wait_for(lambda: not state.connections)
         goes_on(running)
 
 

@@ -546,7 +546,7 @@ def test_ready_only_after_the_profile_and_the_warm_up(
 def test_other_refusals_for_now_say_when_to_come_again_too(load: Any) -> None:
     """`error_of` looks at every 429 and 503 of this file."""
     with serving(load) as running:
-        running.worker.observers[1].watchers = live.MAX_WATCHERS
+        running.worker.observers[-1].watchers = live.MAX_WATCHERS
         assert error_of(httpx.get(f"{running.url}/events"), 503)["code"] == "too_many_watchers"
         running.worker.drain()
         assert error_of(httpx.get(f"{running.url}/health/ready"), 503)["code"] == "shutting_down"
@@ -554,8 +554,8 @@ def test_other_refusals_for_now_say_when_to_come_again_too(load: Any) -> None:
 
 
 def test_a_deadline_below_a_second_is_not_none(load: Any) -> None:
-    """uvicorn takes whole seconds."""
-    for asked, seconds in ((0.9, 1), (0, 0), (30.0, 30)):
+    """uvicorn takes whole seconds, and ends what does not end by itself in time."""
+    for asked, seconds in ((0.9, 3), (0, 2), (30.0, 32)):
         server, _ = make_server(load, ServerSettings(NAME, shutdown_timeout=asked))
         assert server.config.timeout_graceful_shutdown == seconds
 
@@ -611,7 +611,7 @@ def test_an_answer_that_cannot_be_written_ends_alone(load: Any, plain: LLM) -> N
         )
         assert good.result().json()["choices"][0]["text"] == wanted.outputs[0].text
         assert running.idle()
-        assert len(running.worker.observers) == 1
+        assert len(running.worker.observers) == 2
         running.llm.engine.check_integrity()
 
 

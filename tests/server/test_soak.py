@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 from serving import serving
 
+from smart_decoding.server import grammar_queue
+
 pytest.importorskip("llguidance")
 
 PATH = Path(__file__).parents[2] / "tools" / "soak.py"
@@ -35,8 +37,10 @@ def test_a_short_soak_finds_nothing_wrong(
     tool: Any, load: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tool, "SLOW", 0.02)
+    monkeypatch.setattr(grammar_queue, "SECONDS", 0.2)
+    monkeypatch.setattr(tool, "MAX_GAP", 5.0)  # on this machine others work, too
     size = {"max_num_seqs": 16, "max_model_len": 2048}
-    args = argparse.Namespace(seed=0, seconds=2.4, blocks=2, clients=64, pause=1.5, checked=0.05)
+    args = argparse.Namespace(seed=0, seconds=2.4, blocks=2, clients=64, pause=1.5, checked=0.1)
     with (
         serving(lambda: load(**size), model_name="soak") as ours,
         serving(lambda: load(**size, speculative_config=False), model_name="soak") as off,
@@ -47,6 +51,8 @@ def test_a_short_soak_finds_nothing_wrong(
         assert found["wrong"] == []
         assert found["ends"]["read"] > 50
         assert found["ends"]["cancelled"] > 2
+        assert found["ends"]["refused"] > 0
+        assert found["longest_wait_s"].keys() == {"answer", "/health", "/metrics"}
         assert found["checked"] > 2
         assert (found["rounds_off"] == 1.0) == (policy == "off")
     assert result["over_off"]["static"]["tpot"]["pairs"] > 20

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from smart_decoding.engine_args import EngineArgs
 from smart_decoding.errors import CapacityError, ConfigError
 from smart_decoding.llm import LLM
+from smart_decoding.models.target import dtype_of
 
 
 @pytest.mark.parametrize(
@@ -18,7 +20,7 @@ from smart_decoding.llm import LLM
             {"max_model_length": 8},
             "unknown option 'max_model_length': did you mean 'max_model_len'?",
         ),
-        ({"tensor_parallel": 2}, "unknown option 'tensor_parallel': use model, speculative_config"),
+        ({"wings": 2}, "unknown option 'wings': use model, speculative_config"),
         ({"dtype": "int3"}, "dtype='int3' is not supported"),
         (
             {"quantization": "int3"},
@@ -26,6 +28,19 @@ from smart_decoding.llm import LLM
         ),
         ({"max_num_seqs": 0}, "max_num_seqs=0 is not allowed: it must be at least 1"),
         ({"limit_mm_per_prompt": {"smell": 1}}, "limit_mm_per_prompt: 'smell'"),
+        ({"tensor_parallel_size": 2}, "tensor_parallel_size=2 is not supported: leave it at 1"),
+        ({"pipeline_parallel_size": 4}, "pipeline_parallel_size=4 is not supported"),
+        ({"trust_remote_code": True}, "trust_remote_code=True is not supported: leave it at False"),
+        ({"cpu_offload_gb": 1}, "cpu_offload_gb=1 is not supported"),
+        ({"load_format": "dummy"}, "load_format='dummy' is not supported: leave it at 'auto'"),
+        (
+            {"tokenizer": "another/model"},
+            "tokenizer='another/model' is not supported: give a folder",
+        ),
+        (
+            {"override_generation_config": {"beams": 2}},
+            "override_generation_config has an unknown option 'beams': use temperature",
+        ),
     ],
 )
 def test_llm_refuses_wrong_options_in_one_line(options: dict[str, Any], message: str) -> None:
@@ -47,3 +62,35 @@ def test_memory_is_for_sixteen_requests_unless_asked_otherwise() -> None:
     assert EngineArgs().kv_tokens(4096) == 16 * 2048
     assert EngineArgs(max_num_seqs=1).kv_tokens(4096) == 4096
     assert EngineArgs(kv_cache_tokens=9000).kv_tokens(4096) == 9000
+
+
+def test_what_changes_nothing_is_taken(caplog: pytest.LogCaptureFixture) -> None:
+    args = EngineArgs(
+        model="m",
+        tokenizer="m",
+        dtype="auto",
+        tensor_parallel_size=1,
+        gpu_memory_utilization=0.3,
+        swap_space=0,
+        trust_remote_code=False,
+        disable_log_stats=True,
+        enable_chunked_prefill=True,
+    )
+    assert dtype_of(args.dtype) == dtype_of("bfloat16")
+    assert not caplog.records
+    assert dtype_of(EngineArgs(dtype="half").dtype) == dtype_of("bfloat16")
+    assert "dtype='half' runs in bfloat16" in caplog.text
+
+
+def test_a_parser_gets_all_options() -> None:
+    parser = EngineArgs.add_cli_args(argparse.ArgumentParser())
+    assert EngineArgs(**vars(parser.parse_args([]))) == EngineArgs()
+    line = ["--max-model-len", "9", "--no-enable-prefix-caching", "--swap-space", "2.5"]
+    line += ["--speculative-config", '{"method": "ngram"}', "--model", "m"]
+    assert EngineArgs(**vars(parser.parse_args(line))) == EngineArgs(
+        model="m",
+        max_model_len=9,
+        enable_prefix_caching=False,
+        swap_space=2.5,
+        speculative_config={"method": "ngram"},
+    )

@@ -25,8 +25,8 @@ from smart_decoding.models.registry import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from smart_decoding.engine.outputs import CompletionOutput
-    from smart_decoding.llm import LLM, Prompt
-    from smart_decoding.multimodal.prompts import MediaPrompt
+    from smart_decoding.llm import LLM
+    from smart_decoding.multimodal.prompts import MediaPrompt, Prompt
 
 TOGETHER = 32  # answers of a batch that run at a time
 SAMPLING = (
@@ -111,11 +111,11 @@ def main(args: argparse.Namespace) -> None:
     prompts = [prompt_of(llm, text, images, args.raw) for text in texts]
     if args.batch is not None or args.json:
         answer_all(llm, texts, prompts, params, args.json)
-        return
-    answer = stream_answer(llm, prompts[0], params)
-    if args.stats:
-        drawn = args.seed is None and not params.greedy
-        print(stats_line(answer) + (f", seed {params.seed}" if drawn else ""), file=sys.stderr)
+    else:
+        answer = stream_answer(llm, prompts[0], params)
+        if args.stats:
+            drawn = args.seed is None and not params.greedy
+            print(stats_line(answer) + (f", seed {params.seed}" if drawn else ""), file=sys.stderr)
     take_profile(llm)
 
 
@@ -161,7 +161,9 @@ def answer_all(
         nonlocal shown
         for request in touched:
             if request.finished:
-                done[int(request.id.rpartition("-")[2])] = completion_of(request)
+                done[int(request.id.rpartition("-")[2])] = completion_of(
+                    request, llm.tokenizer.token_text
+                )
         while shown in done:
             answer = done.pop(shown)
             print(

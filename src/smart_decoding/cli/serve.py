@@ -72,11 +72,13 @@ def _server_options(args: argparse.Namespace) -> dict[str, Any]:
         "kv_cache_tokens",
         "gpu_memory_utilization",
         "seed",
+        "generation_config",
         "allowed_local_media_path",
         "max_image_pixels",
     )
     return {
         **{name: getattr(args, name) for name in names},
+        "override_generation_config": dict(args.override_generation_config),
         "limit_mm_per_prompt": dict(args.limit_mm_per_prompt),
         "mm_processor_kwargs": dict(args.mm_processor_option),
     }

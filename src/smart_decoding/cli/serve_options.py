@@ -33,6 +33,21 @@ OPTIONS = {
             "part of a GPU's memory for weights and KV memory",
         ),
         Option("seed", int, 0, "what the seeds of requests without one are drawn from"),
+        Option(
+            "generation-config",
+            str,
+            "auto",
+            "where requests' defaults come from: auto (the model's generation_config.json), vllm "
+            "(nowhere), or a folder with such a file",
+        ),
+        Option(
+            "override-generation-config",
+            key_value,
+            [],
+            "K=V in place of its own, such as temperature=0; may be repeated",
+            many=True,
+            shown="none",
+        ),
     ),
     "pictures": (
         Option(

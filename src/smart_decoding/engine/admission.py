@@ -84,7 +84,7 @@ class Admission:
         limit = room if params.max_tokens is None else min(params.max_tokens, room)
         stop = StopChecker(
             params,
-            self.decode(params.skip_special_tokens),
+            self.decode(params.skip_special_tokens) if params.detokenize else _no_text,
             self._target.eos_token_ids,
             limit,
             self._config.stop_at_loops,
@@ -103,17 +103,14 @@ class Admission:
             history=new_history(prompt, params),
             constraint=self._new_constraint(params),
             logprobs=None if params.logprobs is None else [],
+            prompt_logprobs=None if params.prompt_logprobs is None or sample else [None],
             metrics=RequestMetrics(arrival=self._clock()),
         )
 
     def _check(self, prompt: Sequence[int], params: SamplingParams) -> None:
         params.check_vocabulary(self._target.vocab)
         vocab = self._target.vocab
-        if params.min_tokens and len({*params.stop_ids, *self._target.eos_token_ids}) >= vocab:
-            raise ConfigError(
-                "min_tokens forbids the end before it, and all tokens are ends: "
-                "shorten stop_token_ids"
-            )
+        self._check_some_are_left(params)
         if not len(prompt):
             raise ConfigError("the prompt is empty: give at least one token")
         if min(prompt) < 0 or max(prompt) >= vocab:
@@ -122,6 +119,24 @@ class Admission:
             raise CapacityError(
                 f"the prompt has {len(prompt)} tokens, but prompt and answer must fit into "
                 f"max_model_len={self._config.max_model_len}: shorten it or raise max_model_len"
+            )
+
+    def _check_some_are_left(self, params: SamplingParams) -> None:
+        """At every token one must be left to draw."""
+        if params.bad_words and params.bad_words_token_ids is None:
+            raise ConfigError("bad_words is not supported here: this engine knows no tokenizer")
+        forbidden = {word[-1] for word in params.bad_words_token_ids or ()}
+        if params.min_tokens:
+            forbidden |= {*params.stop_ids, *self._target.eos_token_ids}
+        allowed = params.allowed_token_ids
+        if forbidden and (
+            len(forbidden) >= self._target.vocab
+            if allowed is None
+            else forbidden.issuperset(allowed)
+        ):
+            raise ConfigError(
+                "bad_words, and min_tokens with what ends an answer, may forbid all tokens that "
+                "are allowed: leave out one of them"
             )
 
     def _new_constraint(self, params: SamplingParams) -> Constraint | None:
@@ -135,3 +150,7 @@ class Admission:
 
     def _next_seed(self) -> int:
         return int(self._seeds.spawn(1)[0].generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def _no_text(ids: Sequence[int]) -> str:
+    return ""

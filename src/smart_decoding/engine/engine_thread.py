@@ -137,7 +137,7 @@ class Rounds:
         self._inbox = inbox
         self._observers = observers
         self._queue: deque[Job] = deque()  # jobs that are not in an engine yet
-        self._waiting: deque[Job] = deque()  # jobs in the engine of which no answer has begun
+        self._waiting: list[Job] = []  # jobs in the engine of which no answer had begun
         self._shown: list[Job] = []  # jobs in the engine that are called after each round
         self._outbox: list[Delivery] = []
         self._isolation = Isolation(self)
@@ -176,8 +176,6 @@ class Rounds:
         """One round. arrived: whether somebody waits for its end."""
         self._observers.tell(lambda observer: observer.before(self.engine))
         touched = self.engine.step(arrived)
-        while self._waiting and any(r.table.pages or r.finished for r in self._waiting[0].answers):
-            self._waiting.popleft()  # first come, first served: the others have not begun either
         self._observers.tell(lambda observer: observer.after(self.engine, touched))
         self._show(touched)
         for request in touched:
@@ -216,6 +214,7 @@ class Rounds:
             for place, ask in enumerate(job.asks):
                 name = f"{job.id}-{place}"
                 for request in job.engine.add_request(name, ask.tokens, ask.params, ask.media):
+                    request.client = job.client
                     job.answers[request] = len(job.answers)
                     job.sent[request] = 0
                     self.owners[request] = job
@@ -240,8 +239,8 @@ class Rounds:
 
     def _drop_overdue(self) -> None:
         now = time.monotonic()
-        while self._waiting and now - self._waiting[0].submitted > self._waiting[0].timeout:
-            job = self._waiting[0]
+        self._waiting = [job for job in self._waiting if not any(r.admitted for r in job.answers)]
+        for job in [job for job in self._waiting if now - job.submitted > job.timeout]:
             message = f"no free slot within {job.timeout:g} s: try again later"
             self._end(job, QueueTimeoutError(message))
 
@@ -263,6 +262,8 @@ class Rounds:
         job = self.owners.get(request)
         if job is None or not (job.stream or request.finished):
             return
+        if request.error is not None:
+            raise request.error
         stop = request.stop
         start = job.sent[request]
         tokens = list(request.output[start:])

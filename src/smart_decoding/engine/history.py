@@ -72,6 +72,7 @@ class SampleSpec:
     path: tree tokens from the first level to this row; () at the root.
     eos_ids: end-of-sequence ids, which `min_tokens` forbids.
     constraint: the request's grammar, if it has one.
+    output: the request's committed output tokens; needed only for `params.bad_words`.
     """
 
     params: SamplingParams
@@ -82,3 +83,10 @@ class SampleSpec:
     path: Sequence[int] = ()
     eos_ids: Sequence[int] = ()
     constraint: Constraint | None = None
+    output: Sequence[int] = ()
+
+    def ends_with(self, tokens: Sequence[int]) -> bool:
+        """Whether these are the last tokens of output and path."""
+        count = len(tokens)
+        past = [*self.output[-count:], *self.path][-count:] if count else []
+        return past == list(tokens)

@@ -62,7 +62,8 @@ class Job:
     Answers are numbered through all asks. id: unique in its engine; stream: chunks after each
     round, not only at an answer's end; deliver: the way back, called by the engine thread;
     on_round: called by it after each round with the job's requests that got tokens; timeout:
-    seconds that it may wait for its first slot; request_id: for the log.
+    seconds that it may wait for its first slot; request_id: for the log; client: whom it is for;
+    grammars: compiled ones, held so that the engine finds them.
     """
 
     id: str
@@ -73,6 +74,8 @@ class Job:
     on_round: Callable[[list[Request]], None] | None = None
     timeout: float = float("inf")
     request_id: str = ""
+    client: str = ""
+    grammars: Sequence[object] = ()
     submitted: float = 0.0  # when, on time.monotonic
     # The engine thread's:
     answers: dict[Request, int] = field(default_factory=dict)

@@ -53,6 +53,7 @@ class RequestMetrics:
 class Request:
     """One answer to one prompt (a request with n > 1 becomes n of these, `sample` = 0 .. n-1).
 
+    client: whom it is for; clients take turns.
     tokens: prompt and output so far. table.length of them are in the KV cache: all but the last
     while decoding."""
 
@@ -68,11 +69,13 @@ class Request:
     constraint: Constraint | None = None
     tokens: list[int] = field(default_factory=list)
     logprobs: list[Any] | None = None
+    prompt_logprobs: list[Any] | None = None  # of the prompt's first tokens, as far as it has run
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
     aborted: bool = False
     admitted: bool = False  # it has run, if only a part of its prompt
     takes_argmax: bool = False  # its token is the largest logit, as it comes from the model
     media: Media | None = None
+    client: str = ""
 
     def __post_init__(self) -> None:
         self.tokens = list(self.prompt)
@@ -81,7 +84,7 @@ class Request:
     def accept(self, tokens: Sequence[int], now: float) -> list[int]:
         """Takes the tokens of a round, at the second `now`; returns those that belong to the
         answer."""
-        answer = self.stop.push(tokens)
+        answer = self.stop.push(tokens if self.error is None else ())
         if self.logprobs is not None:
             del self.logprobs[len(self.output) :]
         self.tokens.extend(answer)
@@ -99,6 +102,12 @@ class Request:
         return len(self.tokens) - self.table.length
 
     @property
+    def scores_prompt(self) -> bool:
+        """Whether log probabilities of prompt tokens are still to come."""
+        found = self.prompt_logprobs
+        return found is not None and len(found) < len(self.prompt)
+
+    @property
     def output(self) -> list[int]:
         """The answer's tokens so far."""
         return self.stop.token_ids
@@ -109,6 +118,11 @@ class Request:
         return self.max_tokens - len(self.stop.token_ids)
 
     @property
+    def error(self) -> Exception | None:
+        """Why its answer cannot go on."""
+        return None if self.constraint is None else self.constraint.error
+
+    @property
     def finished(self) -> bool:
-        """Whether it has ended, or was aborted."""
-        return self.aborted or self.stop.finish_reason is not None
+        """Whether it has ended, was aborted, or has failed."""
+        return self.aborted or self.stop.finish_reason is not None or self.error is not None

@@ -7,10 +7,13 @@ of range is refused, not clamped.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from smart_decoding.engine.structured import StructuredOutputsParams
 from smart_decoding.errors import ConfigError
@@ -20,10 +23,10 @@ INT64_MIN = -(2**63)
 INT64_MAX = 2**63 - 1
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class SamplingParams:
     """How to sample one request. Raises ConfigError, naming the parameter, if a value is out of
-    range.
+    range; for one that is set later, when it is used.
 
     n: independent answers to one prompt (1 if greedy).
     temperature: in [0, 2]; below 1e-5 is greedy and then top_p, top_k and min_p have no effect.
@@ -35,14 +38,20 @@ class SamplingParams:
     frequency_penalty: in [-2, 2], on
         output.
     logit_bias: token id -> bias in [-100, 100], added to the logits before anything else.
+    allowed_token_ids: no other tokens are drawn. bad_words: texts that are not written: the token
+    that would complete one is not drawn, at a text's beginning or after a blank.
     stop / stop_token_ids: strings and token ids that end the answer; text before a stop string is
     kept. min_tokens: end-of-sequence and stop ids cannot be drawn before so many tokens.
     max_tokens: None means up to the context's end.
     seed: 64-bit signed; None (or -1) lets the engine draw one.
     logprobs: return the log probability of each token and of so many most likely ones; -1 means
-    all. structured_outputs: what the text must be, such as JSON under a schema; it decides alone
-    when the answer may end. speculate: false refuses speculation for this request; its tokens are
-    the same either way.
+    all. prompt_logprobs: the same of the prompt's tokens, which then are not taken from the cache.
+    detokenize: false leaves the text empty.
+    structured_outputs: what the text must be, such as JSON under a schema; it decides alone when
+    the answer may end. speculate: false refuses speculation for this request; its tokens are the
+    same either way.
+    bad_words_token_ids: what `bad_words` are for the model, as `LLM` finds out. bias_ids,
+    bias_values, stop_array: [entries] logit_bias and stop_token_ids, for each row's sake.
     """
 
     n: int = 1
@@ -61,21 +70,31 @@ class SamplingParams:
     max_tokens: int | None = 16
     seed: int | None = None
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    bad_words: list[str] | None = None
+    allowed_token_ids: list[int] | NDArray[np.int64] | None = None
+    detokenize: bool = True
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
     structured_outputs: StructuredOutputsParams | None = None
     speculate: bool = True
+    bad_words_token_ids: list[tuple[int, ...]] | None = field(default=None, init=False, repr=False)
+    bias_ids: NDArray[np.int64] = field(init=False, repr=False, compare=False)
+    bias_values: NDArray[np.float32] = field(init=False, repr=False, compare=False)
+    stop_array: NDArray[np.int64] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.seed == -1:
-            object.__setattr__(self, "seed", None)
+            self.seed = None
         self._check_numbers()
         self._check_lengths()
         self._check_stops()
         self._check_logit_bias()
+        self._check_masks()
         self._check_structure()
         for name in (
             "ignore_eos",
+            "detokenize",
             "skip_special_tokens",
             "include_stop_str_in_output",
             "speculate",
@@ -118,8 +137,10 @@ class SamplingParams:
         _integer("min_tokens", self.min_tokens, 0, allowed, longest)
         if self.seed is not None:
             _integer("seed", self.seed, INT64_MIN, "a 64-bit signed integer or None", INT64_MAX)
-        if self.logprobs is not None:
-            _integer("logprobs", self.logprobs, -1, "an integer >= 0, -1 (all tokens) or None")
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                allowed = "an integer >= 0, -1 (all tokens) or None"
+                _integer(name, getattr(self, name), -1, allowed)
 
     def _check_stops(self) -> None:
         strings = self.stop if isinstance(self.stop, list | tuple) else [self.stop]
@@ -133,6 +154,20 @@ class SamplingParams:
             self.stop_token_ids,
             "a list of token ids >= 0",
         )
+        self.stop_array = np.array(self.stop_token_ids or (), np.int64)
+        _require(
+            self.detokenize or not strings, "detokenize", self.detokenize, "True with stop strings"
+        )
+
+    def _check_masks(self) -> None:
+        words = self.bad_words
+        good = words is None or (
+            isinstance(words, list | tuple) and all(isinstance(w, str) and w.strip() for w in words)
+        )
+        _require(good, "bad_words", words, "a list of texts that are not blank")
+        ids = self.allowed_token_ids
+        good = ids is None or (_token_ids(ids) and len(ids) > 0)
+        _require(good, "allowed_token_ids", ids, "a list of token ids >= 0, not empty")
 
     def _check_logit_bias(self) -> None:
         allowed = "a dict of token ids >= 0 to biases in [-100, 100]"
@@ -142,9 +177,13 @@ class SamplingParams:
             self.logit_bias,
             allowed,
         )
-        for token, bias in (self.logit_bias or {}).items():
-            good = _token_ids([token]) and isinstance(bias, Real) and -100 <= bias <= 100
-            _require(good, "logit_bias", {token: bias}, allowed)
+        given = self.logit_bias or {}
+        _require(_token_ids(given), "logit_bias", given, allowed)
+        for token, bias in given.items():
+            if not (isinstance(bias, int | float | Real) and -100 <= bias <= 100):
+                _require(False, "logit_bias", {token: bias}, allowed)
+        self.bias_ids = np.fromiter(given, np.int64)
+        self.bias_values = np.fromiter(given.values(), np.float32)
 
     def _check_structure(self) -> None:
         given = self.structured_outputs
@@ -157,21 +196,34 @@ class SamplingParams:
             _require(
                 not self.min_tokens, "min_tokens", self.min_tokens, "0 with structured_outputs"
             )
+            for name in ("bad_words", "allowed_token_ids"):
+                value = getattr(self, name)
+                _require(
+                    value is None or not len(value), name, value, "None with structured_outputs"
+                )
 
     def check_vocabulary(self, vocab_size: int) -> None:
-        """Raises ConfigError if a token id or `logprobs` does not fit a model of `vocab_size`
-        tokens."""
+        """Raises ConfigError if a token id or a number of log probabilities does not fit a model of
+        `vocab_size` tokens."""
         allowed = f"less than the model's vocabulary of {vocab_size}"
-        for name, ids in (("logit_bias", self.logit_bias), ("stop_token_ids", self.stop_token_ids)):
-            for token in ids or ():
-                _require(token < vocab_size, name, token, allowed)
-        if self.logprobs is not None:
-            _require(
-                self.logprobs <= vocab_size,
-                "logprobs",
-                self.logprobs,
-                f"at most the vocabulary of {vocab_size}",
-            )
+        for name in ("logit_bias", "stop_token_ids", "allowed_token_ids"):
+            ids = getattr(self, name)
+            largest = 0 if ids is None else max(ids, default=0)
+            _require(largest < vocab_size, name, largest, allowed)
+        for name in ("logprobs", "prompt_logprobs"):
+            count = getattr(self, name)
+            allowed = f"at most the vocabulary of {vocab_size}"
+            _require(count is None or count <= vocab_size, name, count, allowed)
+
+    def checked(self, encode: Callable[[str], Sequence[int]]) -> SamplingParams:
+        """A copy, checked anew, with its bad words as token ids. encode: text to ids."""
+        found = replace(self)
+        if self.allowed_token_ids is not None:
+            found.allowed_token_ids = np.array(self.allowed_token_ids, np.int64)
+        if self.bad_words:
+            texts = [blank + word.lstrip() for word in self.bad_words for blank in ("", " ")]
+            found.bad_words_token_ids = list(dict.fromkeys(tuple(encode(text)) for text in texts))
+        return found
 
     @property
     def greedy(self) -> bool:
@@ -191,8 +243,10 @@ class SamplingParams:
     def changes_logits(self) -> bool:
         """Whether logits are processed at all before temperature; a greedy request without it is a
         plain argmax."""
+        masked = self.allowed_token_ids is not None or bool(self.bad_words)
         structured = self.structured_outputs is not None
-        return self.needs_history or bool(self.logit_bias) or self.min_tokens > 0 or structured
+        biased = bool(self.logit_bias) or self.min_tokens > 0
+        return self.needs_history or biased or masked or structured
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -201,7 +255,7 @@ class SamplingParams:
             return ()
         return (self.stop,) if isinstance(self.stop, str) else tuple(dict.fromkeys(self.stop))
 
-    @cached_property
+    @property
     def stop_ids(self) -> tuple[int, ...]:
         """Distinct token ids that end the answer."""
         return tuple(dict.fromkeys(self.stop_token_ids or ()))
@@ -209,7 +263,7 @@ class SamplingParams:
 
 def _require(good: bool, name: str, value: object, allowed: str) -> None:
     if not good:
-        raise ConfigError(f"{name}={value!r} is not allowed: it must be {allowed}")
+        raise ConfigError(f"{name}={value!r:.200} is not allowed: it must be {allowed}")
 
 
 def _real(name: str, value: object, allowed: str, in_range: Callable[[float], bool]) -> None:
@@ -225,6 +279,7 @@ def _integer(name: str, value: object, low: int, allowed: str, high: int = INT64
 def _token_ids(ids: Iterable[object] | None) -> bool:
     if isinstance(ids, str) or not isinstance(ids, Iterable | None):
         return False
-    return all(
-        isinstance(i, Integral) and not isinstance(i, bool) and int(i) >= 0 for i in ids or ()
-    )
+    given: list[Any] = list(ids or ())
+    kinds: set[type[Any]] = {type(i) for i in given}
+    whole = bool not in kinds and all(issubclass(kind, Integral) for kind in kinds)
+    return whole and min(given, default=0) >= 0 and max(given, default=0) <= INT64_MAX

@@ -3,11 +3,12 @@ out."""
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from smart_decoding.engine.kv import PAGE, OutOfPagesError, PagePool
+from smart_decoding.engine.turns import Turns
 
 if TYPE_CHECKING:
     from smart_decoding.engine.request import Request
@@ -26,8 +27,8 @@ class Batch:
 
 
 class Scheduler:
-    """First come, first served. Running requests go on before new ones join; prompts go in chunks
-    of a token budget.
+    """Running requests go on before new ones join; prompts go in chunks of a token budget. Clients
+    take turns at slots and budget; of one client, the first come is the first served.
 
     max_num_seqs: requests in a round; max_num_batched_tokens: prompt tokens in a round, beside the
     decoding rows."""
@@ -40,6 +41,7 @@ class Scheduler:
         self.running: list[Request] = []
         # of the last next_batch(): the engine tells their drafters
         self.preempted: list[Request] = []
+        self._turns = Turns()
 
     def add(self, request: Request) -> None:
         """Queues a request."""
@@ -67,30 +69,60 @@ class Scheduler:
         """The next round's requests, with KV memory for their committed rows reserved."""
         self.preempted = []
         decode = []
-        prefill = []
-        budget = self.chunk
+        prompts = []
         for request in list(self.running):
-            pending = request.pending
-            decodes = pending == 1 and bool(request.output)
-            rows = 1 if decodes else min(pending, budget)
-            if rows == 0 or request in self.preempted or not self._reserve(request, rows):
-                continue
-            if decodes:
+            if request.pending > 1 or not request.output:
+                prompts.append(request)
+            elif request not in self.preempted and self._reserve(request, 1):
                 decode.append(request)
-            else:
-                prefill.append((request, rows))
-                budget -= rows
-        while self.waiting and budget > 0 and not self.preempted:
-            request = self.waiting[0]
-            if len(self.running) >= self.max_num_seqs or not self._admit(request):
-                break
-            rows = min(request.pending, budget)
-            prefill.append((request, rows))
-            budget -= rows
+        prefill = self._prefill(prompts)
         if self.preempted:
             decode = [request for request in decode if request not in self.preempted]
             prefill = [part for part in prefill if part[0] not in self.preempted]
         return Batch(decode, prefill)
+
+    def _prefill(self, prompts: list[Request]) -> list[tuple[Request, int]]:
+        """The round's chunks of prompts: of running requests, `prompts`, and of waiting ones."""
+        chunks = []
+        budget = self.chunk
+        joining = True
+        while budget > 0:
+            asking = [request for request in prompts if request not in self.preempted]
+            if joining and self.waiting and not self.preempted:
+                asking.append(self._next_waiting())
+            if not asking:
+                break
+            request = self._turns.choose(asking)
+            if request in prompts:
+                prompts.remove(request)
+                if not self._reserve(request, min(request.pending, budget)):
+                    continue
+            elif len(self.running) >= self.max_num_seqs or not self._admit(request):
+                self._yield_to(request)
+                joining = False
+                continue
+            rows = min(request.pending, budget)
+            chunks.append((request, rows))
+            budget -= rows
+            self._turns.taken(request.client)
+        return chunks
+
+    def _next_waiting(self) -> Request:
+        return self._turns.choose(self.waiting, self._held())
+
+    def _held(self) -> Counter[str]:
+        """Slots, by client."""
+        return Counter(request.client for request in self.running)
+
+    def _yield_to(self, request: Request) -> None:
+        """Has whoever holds more slots, even without one of them, give one up: so that `request`
+        joins the next round."""
+        held = self._held()
+        for client, most in held.most_common(1):
+            if most - 1 > held[request.client]:
+                youngest = next(r for r in reversed(self.running) if r.client == client)
+                youngest.metrics.preemptions += 1
+                self.put_back(youngest)
 
     def _reserve(self, request: Request, rows: int) -> bool:
         """Makes room for the request's rows, preempting the youngest others; false if it was
@@ -109,7 +141,7 @@ class Scheduler:
     def _admit(self, request: Request) -> bool:
         """Moves a waiting request to the running ones if its first chunk and a page of room to grow
         fit."""
-        cached = request.table.reuse(request.tokens)
+        cached = 0 if request.scores_prompt else request.table.reuse(request.tokens)
         rows = min(request.pending, self.chunk)
         slack = PAGE * (1 + len(self.running)) if self.running else 0
         if (rows + slack + PAGE - 1) // PAGE > self.pool.available:
@@ -119,7 +151,8 @@ class Scheduler:
             request.metrics.cached_tokens = cached
             request.admitted = True
         request.table.cover(rows)
-        self.running.append(self.waiting.popleft())
+        self.waiting.remove(request)
+        self.running.append(request)
         return True
 
     def put_back(self, request: Request) -> None:

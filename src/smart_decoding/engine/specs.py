@@ -43,4 +43,5 @@ def _spec(row: int, asking: Sequence[Request], nodes: DraftTrees, eos: Sequence[
         path,
         eos,
         request.constraint,
+        request.output,
     )

@@ -22,7 +22,8 @@ class StructuredOutputsParams:
 
     json: valid under this JSON schema (a dict, or its text). json_object: true for any JSON object.
     regex: matched by this regular expression. choice: one of these texts.
-    grammar: derived from `start` of this context-free grammar, in llguidance's dialect of Lark.
+    grammar: derived from `start` of this context-free grammar, in llguidance's dialect of Lark; or
+    from `root` of one in GBNF.
     """
 
     json: str | Mapping[str, Any] | None = None
@@ -76,7 +77,12 @@ def _schema_text(schema: object) -> str:
 
 class Constraint(Protocol):
     """One answer's grammar, and where in it the answer is. A path: tree tokens from the first level
-    on."""
+    on.
+
+    error: why it cannot go on, such as a grammar that has outgrown its limits on the way. It ends
+    its own request, whose tokens from then on mean nothing: the round goes on for the others."""
+
+    error: ConfigError | None
 
     def allowed(self, path: Sequence[int]) -> NDArray[np.bool_]:
         """[vocab] the tokens that may follow the committed ones and `path`; at least one."""

@@ -165,13 +165,15 @@ def _native_batch(
 @dataclass(slots=True)
 class _LaidOut:
     """A round's rows. spans: committed tokens, those of the requests that get a token first, who
-    are `asking`; others have prompts that go on. nodes: those to verify."""
+    are `asking`; others have prompts that go on. nodes: those to verify. scored: requests whose
+    prompts have log probabilities to come, each with the rows of the logits that give them."""
 
     spans: list[Span]
     asking: list[Request]
     going_on: list[Request]
     nodes: DraftTrees
     layout: RowLayout
+    scored: list[tuple[Request, list[int]]]
 
 
 def _lay_out(batch: Batch, trees: DraftTrees, kept: IntArray) -> _LaidOut:
@@ -179,7 +181,28 @@ def _lay_out(batch: Batch, trees: DraftTrees, kept: IntArray) -> _LaidOut:
     going_on = [r for r, n in batch.prefill if n < r.pending]
     nodes = trees.take(kept, len(asking)) if len(trees) else DraftTrees.empty(len(asking))
     layout = build_rows(spans, nodes, [i < len(asking) for i in range(len(spans))])
-    return _LaidOut(spans, asking, going_on, nodes, layout)
+    scored = _prompt_rows([*asking, *going_on], spans, layout)
+    return _LaidOut(spans, asking, going_on, nodes, layout, scored)
+
+
+def _prompt_rows(
+    requests: Sequence[Request], spans: Sequence[Span], layout: RowLayout
+) -> list[tuple[Request, list[int]]]:
+    """`scored` of _LaidOut. The logits of these rows come behind all others."""
+    scored = []
+    for request, span, last in zip(requests, spans, layout.last, strict=True):
+        if request.prompt_logprobs is None or not request.scores_prompt:
+            continue
+        first = last + 1 - len(span.tokens)  # the row of position span.start
+        begin = len(request.prompt_logprobs) - 1  # the position that the next token follows
+        end = min(span.start + len(span.tokens), len(request.prompt) - 1)
+        rows = [first + position - span.start for position in range(begin, end)]
+        if layout.rows.logit_rows is not None:
+            known = len(layout.rows.logit_rows)
+            layout.rows.logit_rows = np.append(layout.rows.logit_rows, np.array(rows, np.int64))
+            rows = list(range(known, known + len(rows)))
+        scored.append((request, rows))
+    return scored
 
 
 def _settle(
@@ -194,6 +217,8 @@ def _settle(
     verification began."""
     sample_start = clock()
     acceptance = _accept(target, what.asking, what.nodes, what.layout, scores)
+    for request, at in what.scored:
+        _score_prompt(target, request, np.array(at, np.int64), scores)
     sampled = clock()
     if len(what.nodes):
         _commit_keys(target, acceptance, what.layout)
@@ -278,6 +303,15 @@ def _accept(
             k = request.params.logprobs or 0
             request.logprobs += target.logprobs(scores.logits, which, acceptance.emitted[i], k)
     return acceptance
+
+
+def _score_prompt(target: Target, request: Request, at: IntArray, scores: TargetScores) -> None:
+    """Log probabilities of the prompt's next tokens, from the rows `at` of the logits."""
+    assert request.prompt_logprobs is not None
+    known = len(request.prompt_logprobs)
+    tokens = request.prompt[known : known + len(at)]
+    k = request.params.prompt_logprobs or 0
+    request.prompt_logprobs += target.logprobs(scores.logits, at, tokens, k)
 
 
 def _finite(tokens: list[int]) -> list[int]:

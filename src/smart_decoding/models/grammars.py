@@ -3,17 +3,20 @@ draft tree."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 from numpy.typing import NDArray
 
 from smart_decoding.errors import ConfigError
+from smart_decoding.models.grammar_check import Tokens, new_matcher
 
 if TYPE_CHECKING:
     from smart_decoding.engine.structured import StructuredOutputsParams
@@ -26,9 +29,16 @@ _KEPT = 16  # compiled grammars
 _SHOWN = 200  # characters of an error
 
 
+@dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
+class Compiled:
+    """A grammar on a model's tokens, at its start."""
+
+    matcher: Any
+
+
 class Grammars:
-    """Compiles what requests ask for into constraints on the tokens of one model; the latest ones
-    are kept.
+    """Compiles what requests ask for into constraints on the tokens of one model. The latest ones
+    are kept, and those that somebody holds.
 
     vocab: columns of the model's logits. eos_ids: tokens that end an answer. May be called from
     several threads."""
@@ -38,45 +48,64 @@ class Grammars:
         self._vocab = vocab
         self._eos_ids = tuple(eos_ids)
         self._ready: Any = None  # llguidance's tokenizer: made at first use, which takes a while
-        self._compiled: OrderedDict[StructuredOutputsParams, Any] = OrderedDict()
+        self._latest: OrderedDict[StructuredOutputsParams, Compiled] = OrderedDict()
+        self._held: WeakValueDictionary[StructuredOutputsParams, Compiled] = WeakValueDictionary()
         self._lock = threading.Lock()
 
     def __call__(self, params: StructuredOutputsParams) -> GrammarConstraint:
         """A constraint at its start. Raises ConfigError for a grammar that is wrong, unsupported or
         matches nothing."""
-        with self._lock:
-            known = self._compiled.pop(params, None)
-        matcher = known or self._compile(params)
-        with self._lock:
-            self._compiled[params] = matcher  # the latest comes last
-            if len(self._compiled) > _KEPT:
-                self._compiled.popitem(last=False)
-        return GrammarConstraint(matcher.deep_copy(), self._vocab, self._eos_ids)
+        compiled = self.compiled(params)
+        return GrammarConstraint(compiled.matcher.deep_copy(), self._vocab, self._eos_ids)
 
-    def _compile(self, params: StructuredOutputsParams) -> Any:
+    def compiled(self, params: StructuredOutputsParams) -> Compiled:
+        """The grammar: while it is held, calls find it. Raises ConfigError as they do."""
+        found = self.known(params) or self._compile(params)
+        with self._lock:
+            self._held[params] = found
+            self._latest.pop(params, None)
+            self._latest[params] = found  # the latest comes last
+            if len(self._latest) > _KEPT:
+                self._latest.popitem(last=False)
+        return found
+
+    def known(self, params: StructuredOutputsParams) -> Compiled | None:
+        """The grammar, if it has been compiled already."""
+        with self._lock:
+            return self._held.get(params)
+
+    def prepare(self) -> None:
+        """Does what the first grammar would wait for, and all of the process with it: seconds.
+        Where grammars cannot be had, requests for them are told why."""
+        with contextlib.suppress(ConfigError):
+            self._tokens(_library())
+
+    def _compile(self, params: StructuredOutputsParams) -> Compiled:
         llguidance = _library()
+        tokens = self._tokens(llguidance)
+        matcher = new_matcher(llguidance, tokens, source_of(params))
+        # the first one takes longest: not in the engine's time
+        mask = matcher.deep_copy().compute_bitmask()
+        if matcher.is_error():
+            raise ConfigError(f"structured_outputs: {one_line(matcher.get_error())}")
+        if not any(mask):
+            raise ConfigError("structured_outputs: no text fulfils this")
+        return Compiled(matcher)
+
+    def _tokens(self, llguidance: Any) -> Any:
         if not self._eos_ids:
             raise ConfigError(
                 "structured_outputs cannot end here: this model has no end-of-sequence token"
             )
-        try:
-            matcher = llguidance.LLMatcher(
-                self._tokens(llguidance), _source(llguidance, params), log_level=0
-            )
-            # the first one takes longest: not in the engine's time
-            mask = matcher.deep_copy().compute_bitmask()
-        except ValueError as error:
-            raise ConfigError(f"structured_outputs: {_one_line(error)}") from error
-        if matcher.is_error():
-            raise ConfigError(f"structured_outputs: {_one_line(matcher.get_error())}")
-        if not any(mask):
-            raise ConfigError("structured_outputs: no text fulfils this")
-        return matcher
-
-    def _tokens(self, llguidance: Any) -> Any:
         with self._lock:
             if self._ready is None:
-                self._ready = self._new_tokens(llguidance)
+                try:
+                    self._ready = self._new_tokens(llguidance)
+                except ValueError as error:
+                    reason = one_line(error)
+                    raise ConfigError(
+                        f"structured_outputs: not with this model's tokenizer: {reason}"
+                    ) from error
             return self._ready
 
     def _new_tokens(self, llguidance: Any) -> Any:
@@ -92,7 +121,7 @@ class Grammars:
             return found
         everything = range(self._vocab)
         special = [id_ for id_ in everything if found.is_special_token(id_) and id_ not in text]
-        told = _Tokens(
+        told = Tokens(
             ends[0],
             None,
             [found.decode_bytes([id_]) for id_ in everything],
@@ -104,20 +133,6 @@ class Grammars:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class _Tokens:
-    """A tokenizer as llguidance's wrapper asks for it."""
-
-    eos_token_id: int
-    bos_token_id: int | None
-    tokens: list[bytes]
-    special_token_ids: list[int]
-    encode: Callable[[bytes], list[int]]
-
-    def __call__(self, text: bytes) -> list[int]:
-        return self.encode(text)
-
-
 class GrammarConstraint:
     """An `engine.structured.Constraint` over a matcher that has taken in the committed tokens.
 
@@ -125,6 +140,7 @@ class GrammarConstraint:
     go back."""
 
     def __init__(self, matcher: Any, vocab: int, eos_ids: Sequence[int]) -> None:
+        self.error: ConfigError | None = None
         self._matcher = matcher
         self._vocab = vocab
         self._eos_ids = eos_ids
@@ -132,13 +148,13 @@ class GrammarConstraint:
 
     def allowed(self, path: Sequence[int]) -> NDArray[np.bool_]:
         """See `Constraint`."""
-        if self._ended or not set(self._eos_ids).isdisjoint(path):  # whatever comes then is dropped
-            mask = np.zeros(self._vocab, np.bool_)
-            mask[list(self._eos_ids)] = True
-            return mask
+        if self._ended or not set(self._eos_ids).isdisjoint(path):
+            return self._ends()
         self._take(path)
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         self._check()
+        if self.error is not None:
+            return self._ends()
         self._matcher.rollback(len(path))
         return np.unpackbits(bits, count=self._vocab, bitorder="little").view(np.bool_)
 
@@ -162,13 +178,19 @@ class GrammarConstraint:
         self._ended = self._ended or bool(ends)
         self._take(tokens[: ends[0]] if ends else tokens)
 
+    def _ends(self) -> NDArray[np.bool_]:
+        """The mask where whatever comes is dropped."""
+        mask = np.zeros(self._vocab, np.bool_)
+        mask[list(self._eos_ids)] = True
+        return mask
+
     def _take(self, tokens: Sequence[int]) -> None:
         self._matcher.consume_tokens(list(tokens))
         self._check()
 
     def _check(self) -> None:
-        if self._matcher.is_error():
-            raise ConfigError(f"structured_outputs: {_one_line(self._matcher.get_error())}")
+        if self.error is None and self._matcher.is_error():
+            self.error = ConfigError(f"structured_outputs: {one_line(self._matcher.get_error())}")
 
 
 def json_grammar(schema: Mapping[str, Any]) -> str:
@@ -176,18 +198,35 @@ def json_grammar(schema: Mapping[str, Any]) -> str:
     return json.dumps({**schema, "x-guidance": JSON_OPTIONS})
 
 
-def _source(llguidance: Any, params: StructuredOutputsParams) -> str:
-    make = llguidance.LLMatcher
+def source_of(params: StructuredOutputsParams) -> str:
+    """What llguidance compiles. Raises ConfigError for what cannot be read at all."""
+    try:
+        return str(_source(_library().LLMatcher, params))
+    except ValueError as error:
+        raise ConfigError(f"structured_outputs: {one_line(error)}") from error
+
+
+def _source(make: Any, params: StructuredOutputsParams) -> Any:
     if params.json is not None:
-        return str(make.grammar_from_json_schema(params.json, overrides=JSON_OPTIONS))
+        return make.grammar_from_json_schema(params.json, overrides=JSON_OPTIONS)
     if params.json_object:
-        return str(make.grammar_from_json_schema({"type": "object"}, overrides=JSON_OPTIONS))
+        return make.grammar_from_json_schema({"type": "object"}, overrides=JSON_OPTIONS)
     if params.regex is not None:
-        return str(make.grammar_from_regex(params.regex))
-    if params.choice is not None:
+        return make.grammar_from_regex(params.regex)
+    if params.choice is not None:  # one terminal: alternatives of a rule take quadratic time
         choices = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in params.choice)
-        return str(make.grammar_from_lark(f"start: {choices}"))
-    return str(make.grammar_from_lark(params.grammar))
+        return make.grammar_from_lark(f"start: CHOICE\nCHOICE: {choices}")
+    return make.grammar_from_lark(_lark(params.grammar or ""))
+
+
+def _lark(grammar: str) -> str:
+    """A grammar as llguidance takes it: those of llama.cpp and vLLM's examples are GBNF."""
+    from llguidance.gbnf_to_lark import any_to_lark
+
+    try:
+        return str(any_to_lark(grammar))
+    except Exception as error:  # the library raises bare Exception
+        raise ValueError(f"the grammar is no GBNF: {error}") from error
 
 
 def _library() -> Any:
@@ -200,6 +239,7 @@ def _library() -> Any:
     return llguidance
 
 
-def _one_line(error: object) -> str:
+def one_line(error: object) -> str:
+    """What llguidance says is wrong, shortened."""
     text = " ".join(str(error).partition("<state>")[0].split())
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]} ..."

@@ -122,7 +122,7 @@ def _load_vision(
     check: Callable[[ModelConfig], None],
     trust_pickle: bool,
 ) -> Checkpoint:
-    config, whole = vision.read_configs(folder, raw, _generation(folder))
+    config, whole = vision.read_configs(folder, raw, generation_config(folder))
     check(config)
     weights = open_weights(folder, trust_pickle)
     ours, of_vision = vision.split_names(weights, str(vision.architecture_of(raw)))
@@ -147,12 +147,13 @@ def read_config(folder: Path) -> ModelConfig:
     """The configuration in a folder, but for how its weights are quantised; ModelError if it is
     missing, corrupt or not supported."""
     raw = read_json(folder / "config.json") | {"quantization_config": None}
-    generation = _generation(folder)
+    generation = generation_config(folder)
     with reading(folder / "config.json"):
         return ModelConfig.from_hf(raw, generation)
 
 
-def _generation(folder: Path) -> dict[str, Any] | None:
+def generation_config(folder: Path) -> dict[str, Any] | None:
+    """What a folder's generation_config.json holds; None if there is none."""
     path = folder / "generation_config.json"
     if not path.exists():
         return None

@@ -1,5 +1,5 @@
-"""Logit processors: bias, minimum length, penalties and grammar on one row, with that row's own
-history."""
+"""Logit processors: bias, minimum length, penalties, masks and grammar on one row, with that row's
+own history."""
 
 from __future__ import annotations
 
@@ -15,18 +15,27 @@ FloatRow = NDArray[np.float32]
 
 
 def process(row: FloatRow, spec: SampleSpec) -> FloatRow:
-    """[vocab] logits with bias, minimum length, penalties and grammar applied; `row` itself is not
-    changed."""
+    """[vocab] logits with bias, minimum length, penalties, masks and grammar applied; `row` itself
+    is not changed."""
     params = spec.params
     if not params.changes_logits:
         return row
     row = row.copy()
     if params.logit_bias:
-        row[list(params.logit_bias)] += np.fromiter(params.logit_bias.values(), np.float32)
+        row[params.bias_ids] += params.bias_values
     if spec.position < params.min_tokens:
-        row[[*spec.eos_ids, *params.stop_ids]] = -np.inf
+        row[list(spec.eos_ids)] = -np.inf
+        row[params.stop_array] = -np.inf
     if params.needs_history:
         _penalise(row, spec)
+    if params.allowed_token_ids is not None:
+        ids = np.asarray(params.allowed_token_ids, np.int64)
+        allowed = row[ids]
+        row[:] = -np.inf
+        row[ids] = allowed
+    for word in params.bad_words_token_ids or ():
+        if spec.ends_with(word[:-1]):
+            row[word[-1]] = -np.inf
     if spec.constraint is not None:
         row[~spec.constraint.allowed(spec.path)] = -np.inf
     return row

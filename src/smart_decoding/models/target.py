@@ -34,6 +34,11 @@ DTYPES = {
     "bf16": torch.bfloat16,
     "float32": torch.float32,
     "fp32": torch.float32,
+    "float": torch.float32,
+    # vLLM's; of 16 bits bfloat16 is the one that the kernels know
+    "auto": torch.bfloat16,
+    "half": torch.bfloat16,
+    "float16": torch.bfloat16,
 }
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
-from smart_decoding.errors import ConfigError, ModelError
+from smart_decoding.errors import CapacityError, ConfigError, ModelError
 from smart_decoding.files import read_json, reading, reason_of
 from smart_decoding.models import chat_template
 from smart_decoding.models.hub import cache_dir
@@ -30,6 +30,10 @@ _SPECIALS = ("bos_token", "eos_token", "unk_token", "pad_token")
 _CONTROL = 3
 _USER_DEFINED = 4
 _UNUSED = 5
+# From so many characters or tokens on, the library is called by a function that lets other threads
+# run. It may start threads of its own, so that later forks warn: not for less.
+_LONG = 2048
+_CHARACTERS = 8  # a token: texts with more of them are measured by their beginning first
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _OTHERS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _LLAMA3_SPLIT = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _OTHERS
@@ -49,13 +53,16 @@ class Tokenizer:
     """One model's tokenizer. `specials` maps bos_token, eos_token, ... to their text.
 
     template: what makes prompts of conversations. template_given: it is not the model's own.
-    growth: bytes that are made of a byte of text at worst."""
+    context: tokens that the model can hold; longer texts are refused half read. growth: bytes that
+    are made of a byte of text at worst."""
 
     backend: tokenizers.Tokenizer
     specials: Mapping[str, str] = field(default_factory=dict)
     template: str | None = None
     template_given: bool = False
+    context: int | None = None
     growth: float = 1.0
+    _texts: dict[int, str] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
@@ -119,21 +126,58 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text. `add_special_tokens` puts the beginning token there if this model
-        uses one. Raises ConfigError for a text that this tokenizer cannot encode."""
+        uses one.
+
+        Raises CapacityError for a text of more than eight characters a token of the context whose
+        beginning has too many tokens, in seconds that do not grow with its length, and ConfigError
+        for a text that this tokenizer cannot encode."""
+        if self.context is not None:
+            self._refuse_too_long(text, self.context)
+        return self._encode(text, add_special_tokens)
+
+    def _refuse_too_long(self, text: str, context: int) -> None:
+        length = _CHARACTERS * context
+        while length < len(text):
+            # The cut may lie within a token and change the few before it, hence the slack.
+            if len(self._encode(text[:length], False)) > context + _CHARACTERS**2:
+                raise CapacityError(
+                    f"the prompt is too long: its first {length} of {len(text)} characters exceed "
+                    f"max_model_len={context} tokens: shorten it or raise max_model_len"
+                )
+            length *= 2
+
+    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         if len(text) * self.growth > _LONGEST:
             raise ConfigError(f"a text of {len(text)} characters is too long for this tokenizer")
+        given = {"add_special_tokens": add_special_tokens}
         try:
-            return list(self.backend.encode(text, add_special_tokens=add_special_tokens).ids)
+            if len(text) < _LONG:
+                return list(self.backend.encode(text, **given).ids)
+            (found,) = self.backend.encode_batch_fast([text], **given)
+            return list(found.ids)
         except BaseException as error:
             raise _told(error, "encode this text") from error
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of token ids; bytes that are no UTF-8 become U+FFFD. Raises ConfigError for ids that
         this tokenizer cannot decode."""
+        given = {"skip_special_tokens": skip_special_tokens}
         try:
-            return str(self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
+            if len(ids) < _LONG:
+                return str(self.backend.decode(list(ids), **given))
+            (text,) = self.backend.decode_batch([list(ids)], **given)
+            return str(text)
         except BaseException as error:
             raise _told(error, "decode these tokens") from error
+
+    def token_text(self, token: int) -> str:
+        """A token's text as it reads behind another one: some tokenizers drop the space that a text
+        begins with."""
+        if token not in self._texts:
+            anchor = self.encode("a", add_special_tokens=False)
+            known = len(self.decode(anchor, False))
+            self._texts[token] = self.decode([*anchor, token], False)[known:]
+        return self._texts[token]
 
     def apply_chat_template(
         self,
@@ -161,12 +205,13 @@ class Tokenizer:
         """Token ids of a conversation's prompt."""
         return self.encode_prompt(self.apply_chat_template(messages, add_generation_prompt))
 
-    def encode_prompt(self, text: str) -> list[int]:
+    def encode_prompt(self, text: str, template_given: bool = False) -> list[int]:
         """Token ids of a template's text. A model's own template writes special tokens itself; one
         that was given may leave the beginning to the tokenizer."""
         bos = self.specials.get("bos_token")
         begun = bos is not None and text.startswith(bos)
-        return self.encode(text, add_special_tokens=self.template_given and not begun)
+        given = self.template_given or template_given
+        return self.encode(text, add_special_tokens=given and not begun)
 
     def _ids_of(self, special: str) -> tuple[int, ...]:
         text = self.specials.get(special)

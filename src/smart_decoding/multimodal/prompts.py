@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NotRequired, TypeAlias, TypedDict
 
 import numpy as np
 
@@ -33,6 +33,23 @@ class MediaPrompt:
     text: str | None = None
 
 
+class TextPrompt(TypedDict):
+    """vLLM's form of a text with pictures."""
+
+    prompt: str
+    multi_modal_data: NotRequired[Mapping[str, Any]]
+
+
+class TokensPrompt(TypedDict):
+    """vLLM's form of token ids with pictures."""
+
+    prompt_token_ids: Sequence[int]
+    multi_modal_data: NotRequired[Mapping[str, Any]]
+
+
+Prompt: TypeAlias = str | Sequence[int] | MediaPrompt | TextPrompt | TokensPrompt
+
+
 class PromptBuilder:
     """Builds prompts for one vision-language model. mrope: whether it has three rotary
     positions."""
@@ -46,13 +63,14 @@ class PromptBuilder:
         self._mrope = mrope
         self._reads_lists: bool | None = None
 
-    def chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> MediaPrompt:
-        """A conversation with content parts, through the model's template. Raises ConfigError."""
-        given, pictures = parts.split(messages)
+    def chat(self, messages: Sequence[Message], **given: Any) -> MediaPrompt:
+        """A conversation with content parts, through the model's template. given: as to
+        `Tokenizer.apply_chat_template`. Raises ConfigError."""
+        told, pictures = parts.split(messages)
         self._check_counts(pictures)
         if not self._takes_lists():
-            given = parts.as_text(given, self._placeholder_texts())
-        text = self._tokenizer.apply_chat_template(given, add_generation_prompt)
+            told = parts.as_text(told, self._placeholder_texts())
+        text = self._tokenizer.apply_chat_template(told, **given)
         return self._build(self._encode(text), pictures, text)
 
     def prompt(self, prompt: str | Sequence[int], media: Mapping[str, Any]) -> MediaPrompt:

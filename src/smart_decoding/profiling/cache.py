@@ -55,7 +55,7 @@ def load_profile(path: Path) -> CostModel | None:
     try:
         with reading(path):
             stored = read_json(path)
-            if stored["sha256"] != _sum(stored["cost"]):
+            if stored["sha256"] != _sum(stored["model"], stored["cost"]):
                 raise ValueError("it has another checksum")
             return CostModel.from_dict(stored["cost"])
     except ModelError as error:
@@ -71,7 +71,8 @@ def save_profile(path: Path, cost: CostModel, model: str = "") -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole(path) as scratch:
             state = cost.to_dict()
-            scratch.write_text(json.dumps({"model": model, "sha256": _sum(state), "cost": state}))
+            stored = {"model": model, "sha256": _sum(model, state), "cost": state}
+            scratch.write_text(json.dumps(stored))
     except OSError as error:
         log.warning(
             f"the profile {path} cannot be kept, "
@@ -79,8 +80,8 @@ def save_profile(path: Path, cost: CostModel, model: str = "") -> None:
         )
 
 
-def _sum(state: Any) -> str:
-    return hashlib.sha256(json.dumps(state).encode()).hexdigest()
+def _sum(model: str, state: Any) -> str:
+    return hashlib.sha256(json.dumps([model, state]).encode()).hexdigest()
 
 
 def _cpu() -> str:

@@ -6,7 +6,8 @@ import asyncio
 import uuid
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -22,12 +23,12 @@ if TYPE_CHECKING:
     from smart_decoding.engine.media import Media
     from smart_decoding.engine.sampling_params import SamplingParams
     from smart_decoding.llm import LLM
+    from smart_decoding.models.grammars import Compiled
     from smart_decoding.server.answers import Form
     from smart_decoding.server.schemas import Completions
     from smart_decoding.server.settings import ServerSettings
     from smart_decoding.server.worker import Worker
 
-T = TypeVar("T")
 COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions; a chat goes on to the context's end
 STREAM_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
@@ -69,11 +70,6 @@ async def answer(
     return StreamingResponse(events, media_type="text/event-stream", headers=STREAM_HEADERS)
 
 
-async def in_thread(work: Callable[[], T]) -> T:
-    """Long texts take a while to tokenise: the other streams go on meanwhile."""
-    return await asyncio.to_thread(work)
-
-
 def check_model(name: str, settings: ServerSettings) -> None:
     """Raises ApiError unless `name` is the model's."""
     if name != settings.model_name:
@@ -93,12 +89,23 @@ async def _job(worker: Worker, settings: ServerSettings, request: Request, asked
     limit = body.limit
     if limit is None and isinstance(asked.form, CompletionForm):
         limit = COMPLETION_TOKENS
-    params = body.params(limit, asked.logprobs)
-    await _check_structure(body, params, worker.ready())
-    name = request.state.request_id
-    asks = [Ask(prompt, params, asked.media) for prompt in asked.prompts]
-    engine = worker.ready().engine
-    return HttpJob(uuid.uuid4().hex, engine, asks, bool(body.stream), request_id=name)
+    defaults = worker.ready().default_sampling_params
+    longest = defaults.get("max_tokens")  # the model's limit holds for all requests, as in vLLM
+    if longest is not None:
+        limit = longest if limit is None else min(limit, longest)
+    encode = partial(worker.ready().tokenizer.encode, add_special_tokens=False)
+    params = body.params(limit, asked.logprobs, defaults).checked(encode)
+    client = request.state.client
+    grammars = await _grammars(body, params, worker, client)
+    return HttpJob(
+        uuid.uuid4().hex,
+        worker.ready().engine,
+        [Ask(prompt, params, asked.media) for prompt in asked.prompts],
+        bool(body.stream),
+        request_id=request.state.request_id,
+        client=client,
+        grammars=grammars,
+    )
 
 
 def _check_length(asked: Asked, llm: LLM) -> None:
@@ -116,16 +123,19 @@ def _check_length(asked: Asked, llm: LLM) -> None:
         raise ApiError(400, message, "context_length_exceeded", at_fault)
 
 
-async def _check_structure(body: Completions, params: SamplingParams, llm: LLM) -> None:
-    """Compiles the request's grammar, not in the engine's time: the engine then finds it ready."""
+async def _grammars(
+    body: Completions, params: SamplingParams, worker: Worker, client: str
+) -> list[Compiled]:
+    """The request's grammar, if it has one, compiled. Raises ApiError."""
     structure = params.structured_outputs
-    if structure is not None:
-        try:
-            await in_thread(lambda: llm.grammars(structure))
-        except ConfigError as error:
-            field = body.structured_by
-            message = str(error).removeprefix("structured_outputs: ")
-            raise ApiError(400, f"{field}: {message}", "invalid_value", field) from error
+    if structure is None:
+        return []
+    try:
+        return [await worker.grammars.compiled(worker.ready().grammars, structure, client)]
+    except ConfigError as error:
+        field = body.structured_by
+        message = str(error).removeprefix("structured_outputs: ")
+        raise ApiError(400, f"{field}: {message}", "invalid_value", field) from error
 
 
 async def _to_the_end(

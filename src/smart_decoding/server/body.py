@@ -8,13 +8,7 @@ from collections.abc import Mapping
 from contextvars import ContextVar
 from typing import Annotated, Any, ClassVar
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    model_validator,
-)
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 
 def _whole_characters(text: str) -> str:

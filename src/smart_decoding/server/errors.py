@@ -67,6 +67,11 @@ class ApiError(Exception):
         return JSONResponse(self.body, self.status, self.headers)
 
 
+def shutting_down() -> ApiError:
+    """For who comes, or still is here, when the server ends."""
+    return ApiError(503, "the server is shutting down", "shutting_down")
+
+
 def of_smart_error(error: SmartError) -> ApiError:
     """What the engine refuses is the request's fault."""
     code = "context_length_exceeded" if isinstance(error, CapacityError) else "invalid_value"

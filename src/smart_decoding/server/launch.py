@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import gc
 import json
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from smart_decoding.server.settings import ServerSettings
 
 log = logging.getLogger("smart.server")
+READING = 1.0  # seconds at the end for clients to read it
 _EXTRA = ("request_id", "status", "seconds", "model", "speculation", "address")
 
 
@@ -64,16 +66,25 @@ class Lines(logging.Formatter):
 
 
 class Server(uvicorn.Server):
-    """uvicorn, telling the worker when it begins to drain: endless streams must not hold it up."""
+    """uvicorn that ends within a time: what still runs then is told so, and who does not read that
+    is cut off. uvicorn itself would cancel them, which is a broken stream and a traceback."""
 
-    def __init__(self, config: uvicorn.Config, draining: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, worker: Worker, shutdown_timeout: float) -> None:
         super().__init__(config)
-        self._draining = draining
+        self._worker = worker
+        self._timeout = shutdown_timeout
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """As uvicorn's."""
-        self._draining()
+        self._worker.drain()  # endless streams must not hold it up
+        later = asyncio.get_running_loop().call_later
+        later(self._timeout, self._worker.give_up)
+        later(self._timeout + READING, self._cut_off)
         await super().shutdown(sockets)
+
+    def _cut_off(self) -> None:
+        for connection in self.server_state.connections:
+            connection.transport.abort()
 
 
 def set_up_logging(level: str) -> None:
@@ -93,6 +104,7 @@ def make_server(load: Callable[[], LLM], settings: ServerSettings) -> tuple[Serv
     metrics = Metrics(settings.model_name)
     live = Live(settings.model_name)
     worker = Worker(load, settings.max_queue, settings.queue_timeout, (metrics, live))
+    metrics.shared = worker.gauges
     connection = functools.partial(
         Connection,
         head_timeout=settings.head_timeout,
@@ -104,13 +116,14 @@ def make_server(load: Callable[[], LLM], settings: ServerSettings) -> tuple[Serv
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        timeout_graceful_shutdown=math.ceil(settings.shutdown_timeout),
+        # later than our own, which this is behind
+        timeout_graceful_shutdown=math.ceil(settings.shutdown_timeout + 2 * READING),
         lifespan="on",
         ws="none",
         http=cast(type[Connection], connection),
         h11_max_incomplete_event_size=MAX_HEAD,
     )
-    server = Server(config, worker.drain)
+    server = Server(config, worker, settings.shutdown_timeout)
 
     def give_up() -> None:
         server.should_exit = True

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Histogram, Metric
@@ -111,6 +111,8 @@ class Metrics:
             ).labels(model_name)
             for name, (text, buckets) in _HISTOGRAMS.items()
         }
+        # What the event loop knows: (name, what it says, value).
+        self.shared: Callable[[], Iterable[tuple[str, str, float]]] = tuple
         self._engine: Engine | None = None
         self._cost: CostModel | None = None
         self._last: RoundRecord | None = None
@@ -221,6 +223,8 @@ class Metrics:
         waiting = len(scheduler.waiting)
         yield self._gauge("num_requests_waiting", "Answers waiting for a slot.", waiting)
         yield self._gauge("kv_cache_usage_perc", "Share of KV pages in use, 1 is all.", used)
+        for each in self.shared():
+            yield self._gauge(*each)
         stats: Mapping[str, float] = self._engine.policy.stats()
         for key, (name, text) in _POLICY_GAUGES.items():
             if key in stats:

@@ -41,7 +41,9 @@ class Gate:
         headers = Headers(scope=scope)
         given = headers.get("x-request-id", "")
         request_id = given if _ID.fullmatch(given) else uuid.uuid4().hex
-        scope.setdefault("state", {})["request_id"] = request_id
+        state = scope.setdefault("state", {})
+        state["request_id"] = request_id
+        state["client"] = self._client(scope, headers)
         started = time.monotonic()
         status = 0
         unknown: set[str] = set()
@@ -58,7 +60,7 @@ class Gate:
             await send(message)
 
         try:
-            refusal = self._refusal(scope["path"], headers)
+            refusal = self._refusal(scope["path"], headers, state["client"])
             if refusal is not None:
                 await refusal.response(scope, receive, send_with_id)
             else:
@@ -66,12 +68,20 @@ class Gate:
         finally:
             _log_access(scope, request_id, status, time.monotonic() - started)
 
-    def _refusal(self, path: str, headers: Headers) -> ApiError | None:
+    def _client(self, scope: Scope, headers: Headers) -> str:
+        """Who takes turns with the others: a key, by its number, or an address where there are no
+        keys. Empty without a valid key."""
+        if self._keys:
+            return self._fitting_key(headers.get("authorization", ""))
+        address = scope.get("client")
+        return address[0] if address else "unknown"
+
+    def _refusal(self, path: str, headers: Headers, client: str) -> ApiError | None:
         if self.settings.local_names_only and not is_loopback(_host_of(headers.get("host", ""))):
             return ApiError(
                 403, "only localhost may be asked here: set an API key or start with --no-api-key"
             )
-        if self._keys and path not in OPEN and not self._key_fits(headers.get("authorization", "")):
+        if not client and path not in OPEN:
             return ApiError(
                 401, "no valid API key in the header 'Authorization: Bearer KEY'", "invalid_api_key"
             )
@@ -80,12 +90,13 @@ class Gate:
             return self._too_big()
         return None
 
-    def _key_fits(self, authorization: str) -> bool:
+    def _fitting_key(self, authorization: str) -> str:
         scheme, _, given = authorization.partition(" ")
         key = given.strip().encode("utf-8", "replace")
         # All of them, always: the time must tell nothing.
         fits = [hmac.compare_digest(key, each) for each in self._keys]
-        return scheme.lower() == "bearer" and any(fits)
+        good = scheme.lower() == "bearer" and any(fits)
+        return f"key {fits.index(True)}" if good else ""
 
     def _limited(self, receive: Receive) -> Receive:
         """`receive` that refuses a body too big, or too slow in coming."""

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from smart_decoding.engine.engine import BEFORE
 from smart_decoding.engine.stopping import Detokenizer
-from smart_decoding.server.answering import Asked, answer, check_model, in_thread
+from smart_decoding.errors import CapacityError
+from smart_decoding.server.answering import Asked, answer, check_model
 from smart_decoding.server.answers import ChatForm, CompletionForm, Json
 from smart_decoding.server.chat import chat_prompt
+from smart_decoding.server.counting import CountedRoute
 from smart_decoding.server.errors import ApiError
+from smart_decoding.server.lane import Lane
 from smart_decoding.server.replies import Reply
 from smart_decoding.server.responses import ResponsesReply
 from smart_decoding.server.responses_request import ResponsesRequest
@@ -31,10 +34,13 @@ if TYPE_CHECKING:
     from smart_decoding.server.settings import ServerSettings
     from smart_decoding.server.worker import Worker
 
+T = TypeVar("T")
+SHORT = 16_384  # bytes of a body whose texts are not worth a wait for long ones
+
 
 def router(worker: Worker, settings: ServerSettings) -> APIRouter:
     """All routes that speak OpenAI's language."""
-    api = APIRouter()
+    api = APIRouter(route_class=CountedRoute)
     routes = _Routes(worker, settings)
     api.get("/v1/models")(routes.models)
     api.get("/v1/models/{name:path}")(routes.model)
@@ -51,6 +57,8 @@ class _Routes:
         self._worker = worker
         self._settings = settings
         self._started = int(time.time())
+        self._short = Lane()
+        self._long = Lane()
 
     async def models(self) -> Json:
         return {"object": "list", "data": [self._card()]}
@@ -61,9 +69,10 @@ class _Routes:
 
     async def completions(self, request: Request, body: CompletionRequest) -> Response:
         given = _prompts(body.prompt)
-        llm = self._worker.check_room(len(given) * (body.n or 1))
-        prompts = await in_thread(lambda: [llm.text_prompt(each).tokens for each in given])
-        form = CompletionForm(_token_text(llm), body.logprobs, _readers(llm, body, prompts))
+        llm = self._worker.check_room(len(given) * (body.n or 1), request.state.client)
+        read = [partial(llm.text_prompt, each) for each in given]
+        prompts = [(await self._read(request, body.prompt_field, each)).tokens for each in read]
+        form = CompletionForm(llm.tokenizer.token_text, body.logprobs, _readers(llm, body, prompts))
         asked = Asked(body, prompts, form, body.logprobs)
         return await answer(self._worker, self._settings, request, asked)
 
@@ -71,22 +80,31 @@ class _Routes:
         return await self._chat(request, body, Reply)
 
     async def responses(self, request: Request, body: ResponsesRequest) -> Response:
-        reply = functools.partial(ResponsesReply, echo=body.echo())
+        reply = partial(ResponsesReply, echo=body.echo())
         return await self._chat(request, body.chat, reply)
 
     async def _chat(
         self, request: Request, body: ChatRequest, reply: Callable[..., Reply]
     ) -> Response:
-        llm = self._worker.check_room()
+        llm = self._worker.check_room(1, request.state.client)
         offer = body.offer
         tools = offer.tools if offer else ()
-        prompt = await in_thread(lambda: chat_prompt(llm, body.messages, tools))
+        read = partial(chat_prompt, llm, body.messages, tools)
+        prompt = await self._read(request, body.prompt_field, read)
         top = (body.top_logprobs or 0) if body.logprobs else None
-        form = ChatForm(_token_text(llm), top, offer is not None)
+        form = ChatForm(llm.tokenizer.token_text, top, offer is not None)
         asked = Asked(body, [list(prompt.tokens)], form, top, prompt.media, reply)
         return await answer(self._worker, self._settings, request, asked)
 
-    async def tokenize(self, body: TokenizeRequest) -> Json:
+    async def _read(self, request: Request, field: str, read: Callable[[], T]) -> T:
+        """What `read` makes of the texts in `field`, when it is the client's turn."""
+        lane = self._short if len(await request.body()) < SHORT else self._long
+        try:
+            return await lane.run(request.state.client, read)
+        except CapacityError as error:
+            raise ApiError(400, str(error), "context_length_exceeded", field) from error
+
+    async def tokenize(self, request: Request, body: TokenizeRequest) -> Json:
         llm = self._model(body.model)
 
         def tokens() -> list[int]:
@@ -94,16 +112,17 @@ class _Routes:
                 return list(chat_prompt(llm, body.messages).tokens)
             return llm.tokenizer.encode(body.prompt or "", body.add_special_tokens)
 
-        found = await in_thread(tokens)
+        found = await self._read(request, "messages" if body.messages else "prompt", tokens)
         length = llm.engine.config.max_model_len
         return {"count": len(found), "max_model_len": length, "tokens": found}
 
-    async def detokenize(self, body: DetokenizeRequest) -> Json:
+    async def detokenize(self, request: Request, body: DetokenizeRequest) -> Json:
         llm = self._model(body.model)
         if max(body.tokens, default=0) >= llm.target.vocab:
             message = f"a token id is outside the vocabulary of {llm.target.vocab}"
             raise ApiError(400, message, "invalid_value", "tokens")
-        return {"prompt": await in_thread(lambda: llm.tokenizer.decode(body.tokens, False))}
+        read = partial(llm.tokenizer.decode, body.tokens, False)
+        return {"prompt": await self._read(request, "tokens", read)}
 
     def _model(self, name: str | None) -> LLM:
         """The model, if it is there and `name`, where one is given, is its name."""
@@ -128,17 +147,6 @@ def _prompts(given: str | list[str] | list[int] | list[list[int]]) -> list[Any]:
     if given == []:
         raise ApiError(400, "the prompt is empty", "invalid_value", "prompt")
     return [given] if isinstance(given, str) or isinstance(given[0], int) else list(given)
-
-
-def _token_text(llm: LLM) -> Callable[[int], str]:
-    """Decodes a token as it reads behind another one.
-
-    Some tokenizers drop the space that a text begins with.
-    """
-    decode = llm.tokenizer.decode
-    anchor = llm.tokenizer.encode("a", add_special_tokens=False)
-    known = len(decode(anchor, False))
-    return lambda token: decode([*anchor, token], False)[known:]
 
 
 def _readers(

@@ -16,11 +16,10 @@ from smart_decoding.server.structure import ResponseFormat, StructuredOutputs, s
 from smart_decoding.server.tools import MAX_TOOLS, NamedTool, Offer, Tool, ToolCall
 
 MAX_STOPS = 16
+MAX_BAD_WORDS = 128
 MAX_LOGPROBS = 20
 # Of OpenAI's fields and vLLM's, those that would change an answer.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "allowed_token_ids": (None,),
-    "bad_words": (None, []),
     "best_of": (None, 1),
     "cache_salt": (None,),
     "echo": (None, False),
@@ -81,6 +80,8 @@ class Sampling(Body):
     repetition_penalty: float | None = None
     min_tokens: int | None = None
     stop_token_ids: Annotated[list[Token], FAST] | None = None
+    allowed_token_ids: Annotated[list[Token], FAST] | None = None
+    bad_words: Annotated[list[Text], Field(max_length=MAX_BAD_WORDS)] | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
@@ -122,6 +123,8 @@ class Completions(Sampling):
         "repetition_penalty",
         "min_tokens",
         "stop_token_ids",
+        "allowed_token_ids",
+        "bad_words",
         "ignore_eos",
         "skip_special_tokens",
         "include_stop_str_in_output",
@@ -163,8 +166,11 @@ class Completions(Sampling):
         """The field that says so."""
         return "max_tokens"
 
-    def params(self, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
-        """The engine's parameters. Raises ConfigError for a value out of range."""
+    def params(
+        self, max_tokens: int | None, logprobs: int | None, defaults: Mapping[str, Any]
+    ) -> SamplingParams:
+        """The engine's parameters; defaults: of those that the request leaves open. Raises
+        ConfigError for a value out of range."""
         given = {
             name: getattr(self, name)
             for name in self._AS_THEY_ARE
@@ -173,13 +179,13 @@ class Completions(Sampling):
         bias = None
         if self.logit_bias:
             bias = {int(token): value for token, value in self.logit_bias.items()}
-        return SamplingParams(
-            max_tokens=max_tokens,
-            logprobs=logprobs,
-            logit_bias=bias,
-            structured_outputs=self.structure(),
-            **given,
-        )
+        fixed = {
+            "max_tokens": max_tokens,
+            "logprobs": logprobs,
+            "logit_bias": bias,
+            "structured_outputs": self.structure(),
+        }
+        return SamplingParams(**{**defaults, **given, **fixed})
 
     def structure(self) -> StructuredOutputsParams | None:
         """What the text must be, if anything. Raises ConfigError."""

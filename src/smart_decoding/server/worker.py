@@ -11,6 +11,7 @@ import logging
 import math
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -18,7 +19,8 @@ from smart_decoding.engine.isolation import warm_up
 from smart_decoding.engine.jobs import Delivery, QueueTimeoutError
 from smart_decoding.engine.observers import Observer, Observers
 from smart_decoding.errors import CapacityError, ConfigError, EngineStoppedError, SmartError
-from smart_decoding.server.errors import ApiError, of_smart_error
+from smart_decoding.server.errors import ApiError, of_smart_error, shutting_down
+from smart_decoding.server.grammar_queue import GrammarQueue
 from smart_decoding.server.jobs import HttpJob
 
 if TYPE_CHECKING:
@@ -39,7 +41,8 @@ class Watcher(Observer, Protocol):
 class Worker:
     """Serves an LLM. `load` builds it in a thread; `failed` is called if that fails.
 
-    llm: None until it is ready; active: answers that wait or run.
+    llm: None until it is ready; clients: answers that wait or run, by client; grammars: those of
+    requests, before they are jobs.
     """
 
     def __init__(
@@ -51,7 +54,8 @@ class Worker:
     ) -> None:
         self.llm: LLM | None = None
         self.failed: Callable[[], None] = lambda: None
-        self.active = 0
+        self.clients: Counter[str] = Counter()
+        self.grammars = GrammarQueue()
         self.draining = False
         self.observers = Observers(observers)
         self._watchers = observers
@@ -71,13 +75,18 @@ class Worker:
     def drain(self) -> None:
         """No new jobs from now on; what is here goes on."""
         self.draining = True
+        self.grammars.stop()
+
+    def give_up(self) -> None:
+        """What still runs is told that the server ends, after the present round."""
+        if self.llm is not None:
+            self.llm.engine_thread.inbox.stop()
 
     def stop(self, timeout: float = 10.0) -> None:
-        """Ends the engine after its present round; what still runs is aborted."""
+        """Ends the engine after its present round; what still runs is aborted. A model that is
+        being loaded is not waited for: the process ends with the daemon thread that loads it."""
         self.draining = True
-        if self.llm is None:
-            self._thread.join(timeout)
-        else:
+        if self.llm is not None:
             self.llm.engine_thread.stop(timeout)
 
     @property
@@ -104,39 +113,64 @@ class Worker:
     def ready(self) -> LLM:
         """The loaded model. Raises ApiError (503) while there is none."""
         if self._stopping:
-            raise _shutting_down()
+            raise shutting_down()
         self.check_alive()
         if self.llm is None:
             raise ApiError(503, "the model is still loading", "not_ready")
         return self.llm
 
-    def check_room(self, answers: int = 1) -> LLM:
+    @property
+    def active(self) -> int:
+        """Answers that wait or run."""
+        return self.clients.total()
+
+    @property
+    def capacity(self) -> int:
+        """Answers that may wait or run."""
+        slots = 0 if self.llm is None else self.llm.engine.config.max_num_seqs
+        return slots + self._max_queue
+
+    def share(self, newcomer: str | None = None) -> int:
+        """Answers that each client may have here, even if others fill the queue."""
+        return self.capacity // max(1, len({*self.clients, newcomer} - {None}))
+
+    def check_room(self, answers: int, client: str) -> LLM:
         """The loaded model, if so many more answers may come in.
 
         Raises ApiError: 429 if the queue is full.
         """
         llm = self.ready()
-        capacity = llm.engine.config.max_num_seqs + self._max_queue
-        if answers > capacity:
-            message = f"{answers} answers in one request: at most {capacity} fit in here"
+        if answers > self.capacity:
+            message = f"{answers} answers in one request: at most {self.capacity} fit in here"
             raise ApiError(400, message, "invalid_value")
-        if self.active + answers > capacity:
+        mine = self.clients[client] + answers
+        if self.active + answers > self.capacity and mine > self.share(client):
             message = (
                 f"the queue is full ({self.active} answers are waiting or running): try again later"
             )
             raise ApiError(429, message, "queue_full", retry_after=self._retry_after())
         return llm
 
+    def gauges(self) -> list[tuple[str, str, float]]:
+        """How the server is shared, for `Metrics`: name, what it says, value."""
+        capacity = "Answers that may wait or run before more get a 429."
+        share = "Answers of one client that may wait or run even then."
+        return [
+            ("num_clients", "Clients, by key or address, with answers here.", len(self.clients)),
+            ("max_num_requests", capacity, self.capacity),
+            ("max_num_requests_per_client", share, self.share()),
+        ]
+
     def submit(self, job: HttpJob) -> None:
         """Queues a job. Raises ApiError as `check_room` does."""
-        llm = self.check_room(job.size)
+        llm = self.check_room(job.size, job.client)
         job.timeout = self._queue_timeout
         job.deliver = self._hand_over
         try:
             llm.engine_thread.submit(job)
         except EngineStoppedError as error:
             raise self._api_error(job, error) from error
-        self.active += job.size
+        self.clients[job.client] += job.size
 
     def cancel(self, job: HttpJob) -> None:
         """Ends a job before the next round, if it has not ended, and frees its slots."""
@@ -155,7 +189,8 @@ class Worker:
     def _deliver(self, deliveries: list[Delivery]) -> None:
         for each in deliveries:
             if each.ended:
-                self.active -= each.ended
+                self.clients[each.job.client] -= each.ended
+                self.clients += Counter()  # without those that have none any more
                 seconds = time.monotonic() - each.job.submitted
                 self._seconds += 0.1 * (seconds - self._seconds)
             job = each.job
@@ -170,7 +205,7 @@ class Worker:
         if isinstance(error, QueueTimeoutError):
             return ApiError(503, str(error), "queue_timeout", retry_after=self._retry_after())
         if isinstance(error, EngineStoppedError):
-            return _shutting_down() if self._stopping else ApiError(500, str(error), "engine_died")
+            return shutting_down() if self._stopping else ApiError(500, str(error), "engine_died")
         if isinstance(error, ConfigError | CapacityError):  # any other error is not the request's
             return of_smart_error(error)
         log.error("request failed", exc_info=error, extra={"request_id": job.request_id})
@@ -190,6 +225,7 @@ class Worker:
 
     def _loaded(self) -> LLM:
         llm = self._load()
+        llm.grammars.prepare()
         warm_up(llm.engine)
         for watcher in self._watchers:
             watcher.start(llm)
@@ -207,7 +243,3 @@ class Worker:
         assert self._loop is not None
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
             self._loop.call_soon_threadsafe(function, argument)
-
-
-def _shutting_down() -> ApiError:
-    return ApiError(503, "the server is shutting down", "shutting_down")

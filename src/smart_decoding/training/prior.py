@@ -15,9 +15,10 @@ from smart_decoding.core.policies.eagle2 import Eagle2
 from smart_decoding.core.policies.smart import Smart
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.files import whole
-from smart_decoding.llm import LLM, Prompt
+from smart_decoding.llm import LLM
 
 if TYPE_CHECKING:
+    from smart_decoding.multimodal.prompts import Prompt
     from smart_decoding.training.generate import PictureTurn
 
 PICTURES = 55  # first number of the pictures' seeds

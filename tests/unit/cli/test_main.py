@@ -161,18 +161,26 @@ def test_public_names() -> None:
         "LLM",
         "AsyncLLM",
         "CapacityError",
+        "CompletionOutput",
         "ConfigError",
         "DownloadError",
+        "EngineArgs",
         "EngineStoppedError",
+        "Logprob",
         "ModelError",
+        "RequestOutput",
         "SamplingParams",
         "SmartError",
         "StructuredOutputsParams",
+        "TextPrompt",
+        "TokensPrompt",
         "__version__",
     ]
     assert set(smart_decoding.__all__) <= set(dir(smart_decoding))
+    assert all(getattr(smart_decoding, name) is not None for name in smart_decoding.__all__)
     assert smart_decoding.SamplingParams is SamplingParams
     assert smart_decoding.ConfigError is ConfigError
+    assert (Path(smart_decoding.__file__).parent / "py.typed").is_file()
     assert smart_decoding.__version__ == "0.1.0"
     with pytest.raises(AttributeError, match="no attribute 'Nonsense'"):
         _ = smart_decoding.Nonsense

@@ -361,6 +361,18 @@ def test_what_would_be_ignored_is_refused(target_folder: Path, config: Any, mess
         LLM(target_folder, speculative_config=config, dtype="fp32")
 
 
+def test_vllms_names_are_taken(target_folder: Path) -> None:
+    config = {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 6}
+    config |= {"prompt_lookup_min": 3, "policy": "static"}
+    drafter = LLM(target_folder, speculative_config=config, dtype="fp32").speculation.drafter
+    assert (drafter.max_depth, drafter.max_n, drafter.min_n) == (5, 6, 3)
+    config = {"method": "recycling", "num_speculative_tokens": 2, "policy": "chain"}
+    assert LLM(target_folder, speculative_config=config, dtype="fp32").policy.length == 2
+    config["policy"] = "static"
+    with pytest.raises(ConfigError, match="unknown option 'num_speculative_tokens'"):
+        LLM(target_folder, speculative_config=config, dtype="fp32")
+
+
 @pytest.mark.parametrize("config", [False, {"method": "none"}, {"method": "none", "policy": "off"}])
 def test_nothing_drafts_if_so_asked(target_folder: Path, config: Any) -> None:
     llm = LLM(target_folder, speculative_config=config, dtype="fp32")

@@ -66,6 +66,7 @@ def true_token(target: FakeTarget, request: Request, path: Sequence[int]) -> int
         list(path),
         target.eos_token_ids,
         request.constraint,
+        request.output,
     )
     return int(target.sample(logits, np.array([0]), [spec])[0])
 
@@ -168,6 +169,10 @@ class FakeDrafter:
             parent = len(trees) - 1
 
 
+def token_ids(text: str) -> list[int]:
+    return [ord(letter) - ord("a") for letter in text.strip()]
+
+
 def text_of(tokens: Sequence[int]) -> str:
     return "".join(chr(ord("a") + token) for token in tokens)
 
@@ -217,12 +222,8 @@ def random_requests(count: int, seed: int, **params: Any) -> list[tuple[list[int
         prompt = (common if rng.random() < 0.4 else []) + rng.integers(
             0, VOCAB, rng.integers(1, 24)
         ).tolist()
-        made.append(
-            (
-                prompt,
-                SamplingParams(**{"max_tokens": int(rng.integers(1, 41)), "seed": i, **params}),
-            )
-        )
+        asked = SamplingParams(**{"max_tokens": int(rng.integers(1, 41)), "seed": i, **params})
+        made.append((prompt, asked.checked(token_ids)))
     return made
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -202,6 +203,68 @@ def test_answers_to_one_prompt_do_not_share_their_place() -> None:
     answers = engine.add_request("x", [1], params)
     finish(engine)
     assert all(text_of(answer.output) in ("ababd", "ceced", "ukukd") for answer in answers)
+
+
+# So ambiguous that it outgrows llguidance's limits after some tokens.
+OUTGROWING = "start: r0\n" + "\n".join(
+    f'r{i}: r{(i + 1) % 80} r{(i + 2) % 80} | "a" | "b" | "c"' for i in range(80)
+)
+
+
+@pytest.mark.parametrize("policy", ["off", "static"])
+def test_a_grammar_that_fails_in_a_round_ends_its_own_request_only(policy: str) -> None:
+    """The others' tokens are those alone, and no forward is done twice."""
+    bad = SamplingParams(
+        temperature=1.0,
+        seed=5,
+        max_tokens=60,
+        logit_bias={EOS: -100.0},
+        structured_outputs=StructuredOutputsParams(grammar=OUTGROWING),
+    )
+    good = [(prompt, replace(params, seed=7)) for prompt, params in requests_of("drawn")]
+    wanted = [alone(prompt, params, grammars())[0].output for prompt, params in good]
+    rounds = []
+    for failing in (0, 2):
+        engine = make_engine(policy, constrain=grammars())
+        forwards = []
+        verify = engine.target.verify
+        engine.target.verify = lambda *given, verify=verify, forwards=forwards: (  # type: ignore[method-assign]
+            forwards.append(1) or verify(*given)  # type: ignore[func-returns-value]
+        )
+        others = [engine.add_request(f"g{i}", *each)[0] for i, each in enumerate(good)]
+        failed = [engine.add_request(f"b{i}", [1, 2], bad)[0] for i in range(failing)]
+        finish(engine)
+        rounds.append(len(forwards))
+        assert [request.output for request in others] == wanted
+        for request in failed:
+            assert isinstance(request.error, ConfigError)
+            assert "items" in str(request.error)
+            assert 3 < len(request.output) < 60
+    assert rounds[1] <= rounds[0] + 3
+
+
+def test_many_choices_are_one_terminal() -> None:
+    """As alternatives of a rule more than 2000 of them failed, after a time quadratic in them."""
+    texts = [f"{a}{b}{c}{'e' * (b == 'f')}" for a in "abc" for b in "efghijklmn" for c in "opqrst"]
+    many = StructuredOutputsParams(choice=[*texts, "ae", *(f"u{'v' * i}" for i in range(2500))])
+    one = grammars()(many)
+    assert allowed(one) == "abcu"
+    assert allowed(one, "ae") == "dopqrst"
+    assert allowed(one, "bfo") == "e"
+    assert one.accepts(ids("aed"))
+    assert not one.accepts(ids("afod"))
+
+
+def test_a_grammar_that_is_held_is_found_again() -> None:
+    """However many others come between: the engine must not compile it in a round's time."""
+    make = grammars()
+    many = [StructuredOutputsParams(regex=f"a{{{i}}}") for i in range(1, 40)]
+    held = make.compiled(many[0])
+    for each in many:
+        make(each)
+    assert make.known(many[0]) is held
+    assert make.known(many[1]) is None
+    assert make.known(many[-1]) is not None
 
 
 def test_pruning_takes_what_is_below_a_forbidden_node() -> None:

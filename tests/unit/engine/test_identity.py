@@ -2,6 +2,7 @@
 and memory."""
 
 import functools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,14 +11,20 @@ import torch
 from smart_decoding.core.policies import POLICIES
 from smart_decoding.engine.history import SampleSpec, TokenHistory
 from smart_decoding.engine.sampling_params import SamplingParams
+from smart_decoding.errors import ConfigError
 
-from .fakes import EOS, alone, finish, make_engine, random_requests
+from .fakes import EOS, alone, finish, make_engine, random_requests, text_of, token_ids
 
 PENALTIES = {
     "repetition_penalty": 1.3,
     "presence_penalty": 0.4,
     "frequency_penalty": 0.3,
     "logit_bias": {5: 1.5},
+}
+# of 23 tokens, a to w; every word begins with tokens that are allowed
+MASKS = {
+    "allowed_token_ids": [0, 1, 2, 3, 5, 8, 13, 21],
+    "bad_words": ["ab", "ba", "cc", "i", "ncf", "aca", "fvfv"],
 }
 # name -> (requests, sampling, engine)
 SCENARIOS = {
@@ -41,6 +48,12 @@ SCENARIOS = {
         {"temperature": 0.8, "ignore_eos": True, "max_tokens": 44},
         {"pages": 8, "prefix_caching": False, "max_num_batched_tokens": 20},
     ),
+    "words and a few tokens, greedy": (
+        4,
+        {"temperature": 0.0, "ignore_eos": True, "max_tokens": 30, **MASKS},
+        {"max_num_batched_tokens": 16},
+    ),
+    "words and a few tokens": (4, {"temperature": 0.8, "max_tokens": 30, **MASKS}, {}),
     "few at a time": (7, {"temperature": 0.8, "stop": ["ab", "c"]}, {"max_num_seqs": 3}),
 }
 
@@ -103,6 +116,61 @@ def test_a_request_that_refuses_speculation_gets_no_nodes() -> None:
     assert no.output == yes.output == alone([1, 2], SamplingParams(**params))[0].output
     assert no.metrics.verified == 0 < yes.metrics.accepted
     assert yes.metrics.rounds < no.metrics.rounds == 19
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_masks_forbid_what_they_name_at_every_node(temperature: float) -> None:
+    """Without them the same requests do write these words and tokens."""
+    more = {"temperature": temperature, "ignore_eos": True, "max_tokens": 40}
+    free = []
+    for masks in ({}, MASKS):
+        engine = make_engine("eagle2", drafter={"skill": 0.9})
+        requests = []
+        for i, (prompt, params) in enumerate(random_requests(3, 3, **more, **masks)):
+            requests += engine.add_request(str(i), prompt, params)
+        finish(engine)
+        assert sum(r.metrics.accepted for r in requests) > 10
+        texts = [text_of(request.output) for request in requests]
+        written = [word for word in MASKS["bad_words"] for text in texts if word in text]
+        others = {token for r in requests for token in r.output} - {*MASKS["allowed_token_ids"]}
+        free.append((bool(written), bool(others)))
+    assert free == [(True, True), (False, False)]
+
+
+def test_what_may_leave_no_token_to_draw_is_refused() -> None:
+    for params in (
+        SamplingParams(allowed_token_ids=[EOS], min_tokens=1),
+        SamplingParams(allowed_token_ids=[1, 2], bad_words=["ab", "b", "kc"]),
+        SamplingParams(bad_words=[chr(ord("a") + token) for token in range(23)]),
+    ):
+        with pytest.raises(ConfigError, match="forbid all tokens"):
+            make_engine().add_request("x", [1], params.checked(token_ids))
+    with pytest.raises(ConfigError, match="bad_words is not supported here"):
+        make_engine().add_request("x", [1], SamplingParams(bad_words=["a"]))
+
+
+@pytest.mark.parametrize("config", [{}, {"max_num_batched_tokens": 7}, {"pages": 8}])
+def test_prompt_logprobs_are_those_of_the_prompt_alone(config: dict[str, int]) -> None:
+    """In chunks of any size, beside others, after preemptions and with the prompt in the cache."""
+    more = {"temperature": 0.0, "ignore_eos": True, "max_tokens": 40, "prompt_logprobs": 3}
+    engine = make_engine("eagle2", **config)
+    requests = []
+    for prompt, params in random_requests(5, 2, **more):
+        requests += engine.add_request(str(len(requests)), prompt, params)
+    requests += engine.add_request("again", prompt, replace(params, n=2, temperature=0.8))
+    finish(engine)
+    assert requests.pop().prompt_logprobs is None  # the second answer to the same prompt
+    for request in requests:
+        first, *entries = request.prompt_logprobs
+        assert first is None
+        assert [entry.token for entry in entries] == request.prompt[1:]
+        for place, entry in enumerate(entries, start=1):
+            row = engine.target.logits_of(request.prompt[:place]).astype(np.float64)
+            wanted = row - np.log(np.exp(row).sum())
+            assert entry.logprob == pytest.approx(wanted[entry.token], abs=1e-5)
+            assert entry.top_tokens.tolist() == np.argsort(-row, kind="stable")[:3].tolist()
+    preempted = sum(request.metrics.preemptions for request in requests)
+    assert (preempted > 0) == ("pages" in config)
 
 
 def test_logprobs_do_not_depend_on_the_tree() -> None:

@@ -5,6 +5,7 @@ import math
 import pytest
 
 from smart_decoding.engine.sampling_params import SamplingParams
+from smart_decoding.engine.structured import StructuredOutputsParams
 from smart_decoding.errors import ConfigError
 
 BAD = {
@@ -24,6 +25,10 @@ BAD = {
     "max_tokens": [0, -3, 2.0],
     "seed": [2**63, -(2**63) - 1, 0.5],
     "logprobs": [-2, 1.5],
+    "prompt_logprobs": [-2, "all"],
+    "bad_words": ["word", [""], [" "], [3]],
+    "allowed_token_ids": [[], [-1], ["a"], 7],
+    "detokenize": [None, 1],
     "skip_special_tokens": ["yes"],
     "include_stop_str_in_output": [0],
     "speculate": ["no"],
@@ -97,7 +102,14 @@ def test_stops_are_normalised_and_minus_one_is_no_seed():
 
 
 @pytest.mark.parametrize(
-    "options", [{"logit_bias": {50: 1.0}}, {"stop_token_ids": [3, 99]}, {"logprobs": 51}]
+    "options",
+    [
+        {"logit_bias": {50: 1.0}},
+        {"stop_token_ids": [3, 99]},
+        {"allowed_token_ids": [1, 50]},
+        {"logprobs": 51},
+        {"prompt_logprobs": 51},
+    ],
 )
 def test_what_does_not_fit_the_vocabulary_is_refused(options):
     params = SamplingParams(**options)
@@ -115,8 +127,29 @@ def test_what_does_not_fit_the_vocabulary_is_refused(options):
         ({"frequency_penalty": -0.1}, True, True),
         ({"logit_bias": {1: 1}}, False, True),
         ({"min_tokens": 1}, False, True),
+        ({"bad_words": ["a"]}, False, True),
+        ({"allowed_token_ids": [1]}, False, True),
+        ({"prompt_logprobs": 1}, False, False),
     ],
 )
 def test_what_a_request_needs(options, history, changes):
     params = SamplingParams(**options)
     assert (params.needs_history, params.changes_logits) == (history, changes)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"detokenize": False, "stop": "a"},
+        {"bad_words": ["a"], "structured_outputs": StructuredOutputsParams(regex="a")},
+        {"allowed_token_ids": [1], "structured_outputs": StructuredOutputsParams(regex="a")},
+    ],
+)
+def test_what_cannot_go_together_is_refused(options):
+    with pytest.raises(ConfigError, match=f"{next(iter(options))}=.* is not allowed"):
+        SamplingParams(**options)
+
+
+def test_a_bad_word_is_one_behind_a_blank_too():
+    params = SamplingParams(bad_words=[" ab", "ab", "c"]).checked(lambda text: text.encode())
+    assert params.bad_words_token_ids == [(97, 98), (32, 97, 98), (99,), (32, 99)]

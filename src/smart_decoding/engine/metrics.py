@@ -1,0 +1,147 @@
+"""What an engine has done so far, in vLLM's names: the answer of `LLM.get_metrics`."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter as Counts
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from smart_decoding.engine.engine import Engine
+    from smart_decoding.engine.request import Request
+
+# seconds, of times to the first token and to the end
+_LIMITS = (
+    "0.01",
+    "0.025",
+    "0.05",
+    "0.1",
+    "0.25",
+    "0.5",
+    "1.0",
+    "2.5",
+    "5.0",
+    "10.0",
+    "30.0",
+    "60.0",
+)
+
+_COUNTERS = (
+    "prompt_tokens",  # of answers that are over
+    "generation_tokens",
+    "prefix_cache_hits",  # tokens of prompts
+    "num_preemptions",
+    "spec_decode_num_drafts",  # trees
+    "spec_decode_num_draft_tokens",  # nodes verified
+    "spec_decode_num_accepted_tokens",  # by the target, those behind an answer's end included
+)
+
+
+@dataclass
+class Metric:
+    """A number, or several, with a name."""
+
+    name: str
+    labels: dict[str, str] = field(default_factory=dict, kw_only=True)
+
+
+@dataclass
+class Counter(Metric):
+    """Only grows."""
+
+    value: int
+
+
+@dataclass
+class Vector(Metric):
+    """Counters by position, from 0."""
+
+    values: list[int]
+
+
+@dataclass
+class Gauge(Metric):
+    """Goes up and down."""
+
+    value: float
+
+
+@dataclass
+class Histogram(Metric):
+    """buckets: upper limit to how many values are at most that; the last is '+Inf'."""
+
+    count: int = 0
+    sum: float = 0.0
+    buckets: dict[str, int] = field(default_factory=lambda: dict.fromkeys([*_LIMITS, "+Inf"], 0))
+
+    def observe(self, value: float) -> None:
+        """One more value."""
+        self.count += 1
+        self.sum += value
+        for limit in self.buckets:
+            self.buckets[limit] += value <= float(limit)
+
+
+class Record:
+    """An observer of the engine thread that counts. Numbers that only grow need no lock."""
+
+    def __init__(self) -> None:
+        self._counts = dict.fromkeys(_COUNTERS, 0)
+        self._ended: Counts[str] = Counts()
+        self._accepted: list[int] = []  # nodes at each depth
+        self._first = Histogram("vllm:time_to_first_token_seconds")
+        self._whole = Histogram("vllm:e2e_request_latency_seconds")
+
+    def before(self, engine: Engine) -> None:
+        """Nothing is counted before a round."""
+
+    def after(self, engine: Engine, touched: Sequence[Request]) -> None:
+        """Counts the round."""
+        done = engine.last_round
+        if done is None or not touched:  # drafts were dropped, or prompts go on
+            return
+        counts = self._counts
+        counts["generation_tokens"] += done.emitted
+        kept = done.round.kept
+        if not len(kept) or done.acceptance is None:
+            return
+        counts["spec_decode_num_drafts"] += len(set(done.round.trees.owner[kept].tolist()))
+        counts["spec_decode_num_draft_tokens"] += len(kept)
+        for path in done.acceptance.path:
+            counts["spec_decode_num_accepted_tokens"] += len(path)
+            self._accepted += [0] * (len(path) - len(self._accepted))
+            for depth in range(len(path)):
+                self._accepted[depth] += 1
+
+    def ended(self, request: Request, reason: str) -> None:
+        """Counts an answer that is over."""
+        metrics = request.metrics
+        self._ended[reason] += 1
+        self._counts["prompt_tokens"] += len(request.prompt)
+        self._counts["prefix_cache_hits"] += metrics.cached_tokens
+        self._counts["num_preemptions"] += metrics.preemptions
+        if metrics.ttft is not None and metrics.finished is not None:
+            self._first.observe(metrics.ttft)
+            self._whole.observe(metrics.finished - metrics.arrival)
+
+    def metrics(self, engine: Engine) -> list[Metric]:
+        """As they stand. engine: whose requests and memory are in use."""
+        scheduler = engine.scheduler
+        gauges = {
+            "num_requests_running": len(scheduler.running),
+            "num_requests_waiting": len(scheduler.waiting),
+            "kv_cache_usage_perc": 1 - engine.pool.available / engine.pool.pages,
+        }
+        ended = [
+            Counter("vllm:request_success", count, labels={"finished_reason": reason})
+            for reason, count in list(self._ended.items())
+        ]
+        return [
+            *(Gauge(f"vllm:{name}", value) for name, value in gauges.items()),
+            *(Counter(f"vllm:{name}", value) for name, value in self._counts.items()),
+            *ended,
+            Vector("vllm:spec_decode_num_accepted_tokens_per_pos", list(self._accepted)),
+            *copy.deepcopy([self._first, self._whole]),
+        ]

@@ -1,0 +1,100 @@
+"""Prompts as callers give them (texts, token ids, vLLM's dicts, conversations), and what makes
+tokens of them for models that read text only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
+from typing import TYPE_CHECKING, Any
+
+from smart_decoding.errors import ConfigError
+from smart_decoding.models import chat_template as templates
+from smart_decoding.multimodal.messages import Message, as_text, has_pictures, split
+from smart_decoding.multimodal.prompts import MediaPrompt, Prompt
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from smart_decoding.models.tokenizer import Tokenizer
+
+
+class TextPrompts:
+    """Builds prompts for one model that reads text only. name: the model's."""
+
+    def __init__(self, tokenizer: Tokenizer, name: str) -> None:
+        self._tokenizer = tokenizer
+        self._name = name
+
+    def chat(self, messages: Sequence[Message], **given: Any) -> MediaPrompt:
+        """A conversation, through the model's template. given: as to
+        `Tokenizer.apply_chat_template`. Raises ConfigError."""
+        self._refuse(has_pictures(messages))
+        if any(not isinstance(message.get("content"), str) for message in messages):
+            messages = as_text(split(messages)[0], {})
+        text = self._tokenizer.apply_chat_template(messages, **given)
+        tokens = self._tokenizer.encode_prompt(text, given.get("template") is not None)
+        return MediaPrompt(tokens, None, text)
+
+    def prompt(self, prompt: str | Sequence[int], media: Mapping[str, Any]) -> MediaPrompt:
+        """A text or token ids. Raises ConfigError if there are pictures."""
+        self._refuse(bool(media))
+        if isinstance(prompt, str):
+            return MediaPrompt(self._tokenizer.encode(prompt), None, prompt)
+        return MediaPrompt(list(prompt))
+
+    def _refuse(self, pictures: bool) -> None:
+        if pictures:
+            raise ConfigError(
+                f"the model {self._name} reads text only: "
+                "take one that reads images (docs/vision.md)"
+            )
+
+
+def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt, or several, as a list."""
+    if isinstance(prompts, str | Mapping | MediaPrompt) or (
+        len(prompts) and isinstance(prompts[0], Integral)
+    ):
+        return [prompts]
+    return list(prompts)  # type: ignore[arg-type]
+
+
+def parts_of(prompt: Prompt) -> tuple[str | list[int], Mapping[str, Any]]:
+    """Text or token ids, and pictures. Raises ConfigError for what is no prompt."""
+    given = prompt if isinstance(prompt, Mapping) else {"prompt": prompt}
+    if not given.keys() <= {"prompt", "prompt_token_ids", "multi_modal_data"}:
+        raise ConfigError("a prompt's keys are prompt or prompt_token_ids, and multi_modal_data")
+    wanted: Any = given.get("prompt", given.get("prompt_token_ids"))
+    pictures: Any = given.get("multi_modal_data") or {}
+    return wanted if isinstance(wanted, str) else _token_ids(wanted), pictures
+
+
+def template_options(
+    own: str | None,
+    chat_template: str | Path | None,
+    add_generation_prompt: bool,
+    tools: Sequence[Mapping[str, Any]] | None,
+    variables: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """vLLM's options of a chat as `Tokenizer.apply_chat_template` takes them. own: the model's
+    template. Raises ConfigError for tools that it would not tell of."""
+    template = None if chat_template is None else templates.read(chat_template)
+    options = {
+        **(variables or {}),
+        "template": template,
+        "add_generation_prompt": add_generation_prompt,
+    }
+    if tools:
+        if "tools" not in (template or own or ""):
+            raise ConfigError("the chat template takes no tools: give one that does, or no tools")
+        options["tools"] = list(tools)
+    return options
+
+
+def _token_ids(given: Any) -> list[int]:
+    """As ints, whatever kind of sequence or array they are in. Raises ConfigError for anything
+    else."""
+    ids: list[Any] = list(given) if isinstance(given, Iterable) else [None]
+    if not all(isinstance(token, Integral) for token in ids):
+        raise ConfigError("a prompt must be a text or token ids")
+    return [int(token) for token in ids]

@@ -1,0 +1,126 @@
+"""Grammars of requests, compiled before the engine asks for them: each client in turn, and each
+first in a process that can be killed (`models.grammar_check`)."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from collections import Counter
+from functools import partial
+from typing import TYPE_CHECKING
+
+from smart_decoding.errors import ConfigError
+from smart_decoding.models import grammar_check
+from smart_decoding.models.grammars import Compiled, Grammars, one_line, source_of
+from smart_decoding.server.errors import ApiError, shutting_down
+from smart_decoding.server.lane import Lane
+
+if TYPE_CHECKING:
+    from smart_decoding.engine.structured import StructuredOutputsParams
+
+SHORT = 4096  # characters: no wait behind long ones
+SIZE = 2**18  # characters: of a long literal, a mask takes a microsecond for each
+SECONDS = 2.0  # of a processor
+PATIENCE = 30.0  # seconds, on a machine that has others to do
+WAITING = 16  # of one client, the one that is compiled among them
+
+
+class GrammarQueue:
+    """What stands between requests and `Grammars`. All methods are the event loop's."""
+
+    def __init__(self) -> None:
+        self._short = Lane()
+        self._long = Lane()
+        self._waiting: Counter[str] = Counter()
+        self._tasks: dict[StructuredOutputsParams, asyncio.Task[Compiled]] = {}
+        self._children: set[subprocess.Popen[str]] = set()
+        self._stopped = False
+
+    async def compiled(
+        self, grammars: Grammars, params: StructuredOutputsParams, client: str
+    ) -> Compiled:
+        """The grammar, once it is its client's turn. Raises ConfigError for one that is wrong or
+        too large, ApiError if the client has too many here or the server ends."""
+        size = _size(params)
+        found = grammars.known(params)
+        if found is not None:
+            return found
+        task = self._tasks.get(params)
+        if task is None:
+            lane = self._short if size <= SHORT else self._long
+            task = self._queued(lane, grammars, params, client)
+        try:
+            return await asyncio.shield(task)  # others may want the same
+        except asyncio.CancelledError:
+            if self._stopped:
+                raise shutting_down() from None
+            raise
+
+    def stop(self) -> None:
+        """The server ends: nobody waits for a grammar any more."""
+        self._stopped = True
+        for child in tuple(self._children):
+            child.kill()
+        for task in self._tasks.values():
+            task.cancel()
+
+    def _queued(
+        self, lane: Lane, grammars: Grammars, params: StructuredOutputsParams, client: str
+    ) -> asyncio.Task[Compiled]:
+        if self._waiting[client] >= WAITING:
+            message = f"{WAITING} of your grammars are waiting to be compiled: try again later"
+            raise ApiError(429, message, "queue_full")
+        self._waiting[client] += 1
+        work = partial(self._compile, grammars, params)
+        task = asyncio.ensure_future(lane.run(client, work))
+        self._tasks[params] = task
+        task.add_done_callback(lambda _: self._done(params, client))
+        return task
+
+    def _done(self, params: StructuredOutputsParams, client: str) -> None:
+        del self._tasks[params]
+        self._waiting[client] -= 1
+        self._waiting += Counter()  # without those that wait no more
+
+    def _compile(self, grammars: Grammars, params: StructuredOutputsParams) -> Compiled:
+        """In another thread."""
+        found = grammars.known(params)
+        if found is None:
+            self._try(source_of(params))
+            found = grammars.compiled(params)
+        return found
+
+    def _try(self, source: str) -> None:
+        command = [sys.executable, "-P", "-m", grammar_check.__name__, str(SECONDS)]
+        pipe = subprocess.PIPE
+        with subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, encoding="utf-8"
+        ) as child:
+            self._children.add(child)
+            try:
+                said, _ = child.communicate(source, PATIENCE)
+            except subprocess.TimeoutExpired:
+                said = ""
+            finally:
+                child.kill()
+                self._children.discard(child)
+        if said:
+            raise ConfigError(f"structured_outputs: {one_line(said)}")
+        if child.returncode:
+            raise ConfigError(
+                "structured_outputs: it is too large or too deep to be compiled within "
+                f"{SECONDS:g} s: make it smaller, with fewer optional properties and references"
+            )
+
+
+def _size(params: StructuredOutputsParams) -> int:
+    """Characters. Raises ConfigError for too many."""
+    text = params.json or params.regex or params.grammar or ""
+    size = len(text) + sum(len(each) + 3 for each in params.choice or ())
+    if size > SIZE:
+        raise ConfigError(
+            f"structured_outputs: it has {size} characters, and at most {SIZE} are compiled here: "
+            "make it smaller"
+        )
+    return size

@@ -1,0 +1,183 @@
+"""Schemas and grammars that would stop the server, or kill it: each ends in one clear answer, and
+the others go on."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from serving import NAME, OUTGROWING, Running, post, serving, wait_for
+
+from smart_decoding.engine.isolation import Isolation
+from smart_decoding.engine.sampling_params import SamplingParams
+from smart_decoding.server import grammar_queue
+
+if TYPE_CHECKING:
+    from smart_decoding.llm import LLM
+
+pytest.importorskip("llguidance")
+
+BODY = {"model": NAME, "prompt": "abc", "max_tokens": 40, "temperature": 0, "ignore_eos": True}
+
+
+def asked(running: Running, structure: dict[str, Any]) -> Any:
+    body = {"model": NAME, "prompt": "a", "max_tokens": 60, "temperature": 0}
+    return post(running, "/v1/completions", json={**body, "structured_outputs": structure})
+
+
+def optional(count: int, name: str = "property", **more: Any) -> dict[str, Any]:
+    """A schema whose time to compile is quadratic in the count of its properties."""
+    properties = {f"{name}_{i:06d}": {"type": "string", **more} for i in range(count)}
+    return {"json": {"type": "object", "properties": properties}}
+
+
+def references(count: int) -> dict[str, Any]:
+    """Each is resolved within the one before: llguidance's stack overflows."""
+    defs: dict[str, Any] = {
+        f"d{i}": {"type": "object", "properties": {"a": {"$ref": f"#/$defs/d{i + 1}"}}}
+        for i in range(count)
+    }
+    return {"json": {"$defs": {**defs, f"d{count}": {"type": "string"}}, "$ref": "#/$defs/d0"}}
+
+
+def rules(count: int) -> dict[str, Any]:
+    lines = [f'r{i}: r{i + 1} r{i + 1} | "a{i}"' for i in range(count)]
+    return {"grammar": "\n".join(["start: r0", *lines, f'r{count}: "x"'])}
+
+
+def nested(depth: int) -> dict[str, Any]:
+    return {"json": '{"type":"array","items":' * depth + "{}" + "}" * depth}
+
+
+def one(name: str) -> dict[str, Any]:
+    return {"properties": {name: {"type": "integer"}}}
+
+
+BOMBS = {
+    "1.3 MB of schema": (optional(9000, description="d" * 100), "at most 262144"),
+    "300,000 choices": ({"choice": [f"{i}" for i in range(300_000)]}, "more than|at most"),
+    "a million letters": ({"regex": "a" * 1_000_000}, "at most 262144"),
+    "quadratic": (optional(6000), "compiled within"),
+    "references 2000 deep": (references(2000), "compiled within"),
+    "rules 5000 deep": (rules(5000), "compiled within"),
+    "arrays 900 deep": (nested(900), "recursion"),
+    "arrays 100,000 deep": (nested(100_000), "deep|recursion|schema"),
+    "groups 10,000 deep": ({"regex": "(" * 10_000 + "a" + ")*" * 10_000}, "regex"),
+    "a product of 2 ** 20": (
+        {"json": {"allOf": [{"anyOf": [one(f"a{i}"), one(f"b{i}")]} for i in range(20)]}},
+        "too large",
+    ),
+    "terminals doubled 400 times": (
+        {"grammar": "start: T0\n" + "".join(f"T{i}: T{i + 1} T{i + 1}\n" for i in range(400))},
+        "compiled within|too big|T400",
+    ),
+    "on the way": ({"grammar": OUTGROWING}, "items"),
+}
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammar_queue, "SECONDS", 0.3)
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_bomb_is_a_400_and_the_server_goes_on(running: Running, hasty: None, name: str) -> None:
+    structure, words = BOMBS[name]
+    response = asked(running, structure)
+    assert response.status_code == 400, response.text
+    error = response.json()["error"]
+    assert any(word in error["message"] for word in words.split("|")), error
+    assert "\n" not in error["message"]
+    assert len(error["message"]) < 500
+    assert post(running, "/v1/completions", json=BODY).status_code == 200
+    assert running.idle()
+
+
+@pytest.mark.parametrize(
+    "regex", ["(a{1,1000}){1,1000}", "(.*a.{200})", "((.*a.{20})|(.*b.{30})){3,40}", "(x+x+)+y"]
+)
+def test_bombs_that_llguidance_defuses(running: Running, regex: str) -> None:
+    assert asked(running, {"regex": regex}).status_code == 200
+    assert running.idle()
+
+
+def test_six_bombs_beside_a_client(
+    running: Running, plain: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its answers are those alone, and neither they nor its own grammars wait for the bombs."""
+    monkeypatch.setattr(grammar_queue, "SECONDS", 0.15)
+    params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+    wanted = plain.generate("abc", params)[0].outputs[0].text
+    slowest = 0.0
+    count = 0
+    with ThreadPoolExecutor(6) as pool:
+        bombs = [
+            *(pool.submit(asked, running, optional(6000, f"bomb_{i}")) for i in range(3)),
+            *(pool.submit(asked, running, optional(9000, f"{i}" * 100)) for i in range(3)),
+        ]
+        while count < 5 or not all(bomb.done() for bomb in bombs):
+            started = time.monotonic()
+            answer = post(running, "/v1/completions", json=BODY).json()
+            assert asked(running, {"regex": f"own {count}"}).status_code == 200
+            slowest = max(slowest, time.monotonic() - started)
+            assert answer["choices"][0]["text"] == wanted
+            count += 1
+        assert [bomb.result().status_code for bomb in bombs] == [400] * 6
+    assert slowest < 3
+    assert running.idle()
+
+
+def test_a_failing_grammar_ends_its_own_stream(
+    load: Any, plain: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a round with others, which is not run again."""
+    monkeypatch.setattr(Isolation, "after_failed_round", None)
+    params = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
+    wanted = plain.generate("abc", params)[0].outputs[0].text
+    with serving(load) as running, ThreadPoolExecutor() as pool:
+        body = {**BODY, "max_tokens": 200}
+        others = [pool.submit(post, running, "/v1/completions", json=body) for _ in range(2)]
+        bad = {"model": NAME, "prompt": "a", "max_tokens": 90, "temperature": 0, "stream": True}
+        structure = {"structured_outputs": {"grammar": OUTGROWING}}
+        stream = post(running, "/v1/completions", json={**bad, **structure})
+        *texts, last = [json.loads(line[6:]) for line in stream.text.splitlines() if line]
+        assert texts
+        assert "items" in last["error"]["message"]
+        assert last["error"]["code"] == "invalid_value"
+        for other in others:
+            assert other.result().json()["choices"][0]["text"] == wanted
+        assert running.idle()
+
+
+def test_a_clients_queue_is_small(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammar_queue, "SECONDS", 0.3)
+    monkeypatch.setattr(grammar_queue, "WAITING", 2)
+    with ThreadPoolExecutor() as pool:
+        many = [pool.submit(asked, running, optional(6000, f"many_{i}")) for i in range(4)]
+        assert sorted(each.result().status_code for each in many) == [400, 400, 429, 429]
+        same = [pool.submit(asked, running, {"regex": "the same"}) for _ in range(6)]
+        assert [each.result().status_code for each in same] == [200] * 6
+    assert asked(running, {"regex": "many"}).status_code == 200
+
+
+def test_the_end_waits_for_no_grammar(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammar_queue, "SECONDS", 60.0)
+    with ThreadPoolExecutor() as pool, serving(load, shutdown_timeout=30) as running:
+        bombs = [pool.submit(asked, running, optional(6000, f"end_{i}")) for i in range(2)]
+        grammars = running.worker.grammars
+        assert wait_for(lambda: len(grammars._children) == 1 and len(grammars._tasks) == 2)
+        (child,) = grammars._children
+        started = time.monotonic()
+        running.server.should_exit = True
+        running.thread.join(20)
+        assert time.monotonic() - started < 5
+        for bomb in bombs:
+            assert bomb.result().status_code == 503
+            assert bomb.result().json()["error"]["code"] == "shutting_down"
+        assert wait_for(lambda: child.poll() is not None)
+    with pytest.raises(ProcessLookupError):
+        os.kill(child.pid, 0)

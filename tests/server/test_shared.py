@@ -1,0 +1,190 @@
+"""One client's load is not another's: long texts, bodies of many values, full queues and slots."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import pytest
+from serving import NAME, Running, post, serving, slow, wait_for
+
+from smart_decoding.errors import CapacityError
+from smart_decoding.models import tokenizer as tokenizing
+from smart_decoding.server.counting import MAX_NESTED, MAX_VALUES, check_count
+from smart_decoding.server.errors import ApiError
+from smart_decoding.server.lane import Lane
+
+if TYPE_CHECKING:
+    from smart_decoding.llm import LLM
+
+LONG = {"model": NAME, "prompt": "a", "max_tokens": 300, "ignore_eos": True, "temperature": 0}
+HUGE = "7" * 4_000_000
+
+
+@contextmanager
+def client(running: Running, address: str = "127.0.0.2") -> Iterator[httpx.Client]:
+    """One that comes from another address."""
+    transport = httpx.HTTPTransport(local_address=address)
+    with httpx.Client(base_url=running.url, timeout=30, transport=transport) as made:
+        yield made
+
+
+def longest_gap(running: Running, done: threading.Event) -> float:
+    """Seconds between two pieces of a stream, or to an answer about health, at most."""
+    longest = 0.0
+    with client(running) as bystander:
+        while not done.is_set():
+            last = time.monotonic()
+            with bystander.stream("POST", "/v1/completions", json={**LONG, "stream": True}) as r:
+                for _ in r.iter_lines():
+                    longest = max(longest, time.monotonic() - last)
+                    last = time.monotonic()
+            for path in ("/health", "/metrics"):
+                bystander.get(path)
+                longest = max(longest, time.monotonic() - last)
+                last = time.monotonic()
+    return longest
+
+
+def test_who_sends_four_megabytes_holds_up_nobody(running: Running) -> None:
+    bodies: dict[str, Any] = {
+        "/tokenize": {"prompt": HUGE},
+        "/v1/completions": {**LONG, "prompt": HUGE},
+        "/v1/chat/completions": {"model": NAME, "messages": [{"role": "user", "content": HUGE}]},
+    }
+    done = threading.Event()
+    with ThreadPoolExecutor() as pool:
+        gap = pool.submit(longest_gap, running, done)
+        sent = [
+            pool.submit(post, running, path, json=body)
+            for path, body in bodies.items()
+            for _ in "ab"
+        ]
+        wait(sent)
+        done.set()
+        assert gap.result() < 1.5
+    refused = [each.result() for each in sent]
+    for answer in refused:
+        assert answer.status_code == 400
+        assert answer.json()["error"]["code"] == "context_length_exceeded"
+        assert answer.json()["error"]["param"] in ("prompt", "messages")
+    assert running.idle()
+
+
+def test_a_text_is_refused_by_its_beginning_or_read_whole(load: Any, running: Running) -> None:
+    llm = load(max_model_len=100)
+    assert len(llm.tokenizer.encode("a" * 800)) == 800  # short enough to be counted
+    with pytest.raises(CapacityError, match="first 800 of 801 characters exceed max_model_len=100"):
+        llm.tokenizer.encode("a" * 801)
+    with pytest.raises(CapacityError, match="too long"):
+        llm.generate("a" * 900)
+    found = post(running, "/tokenize", json={"prompt": "a" * 8192}).json()
+    assert found["count"] == 8192 > found["max_model_len"]
+
+
+@pytest.mark.parametrize("text", ["sea " * 3000, "ü😀" * 2000, "<bos>a" * 1000])
+def test_long_texts_have_the_same_tokens_beside_the_lock(
+    plain: LLM, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    monkeypatch.setattr(plain.tokenizer, "context", None)
+    beside = plain.tokenizer.encode(text)
+    back = plain.tokenizer.decode(beside, False)
+    monkeypatch.setattr(tokenizing, "_LONG", 10**9)
+    assert plain.tokenizer.encode(text) == beside
+    assert plain.tokenizer.decode(beside, False) == back == text
+
+
+def test_bodies_of_too_many_values_are_not_read(running: Running) -> None:
+    for body in (
+        {"model": NAME, "prompt": [1] * (MAX_VALUES + 1)},
+        {"model": NAME, "prompt": [[1]] * (MAX_NESTED + 1)},
+        {"model": NAME, "prompt": "a", "logit_bias": dict.fromkeys(range(MAX_VALUES + 1), 1)},
+    ):
+        answer = post(running, "/v1/completions", json=body)
+        assert answer.status_code == 400
+        assert "the body holds more than" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "text", ["{[" * 300_000, '",[' * 200_000, "\\" * 300_001, '\\"],' * 99_999]
+)
+def test_texts_may_hold_what_separates_values(text: str) -> None:
+    check_count(json.dumps({"prompt": text, "max_tokens": 1}).encode())
+    hidden = json.dumps({"prompt": text, "other": [{}] * (MAX_NESTED + 1)})
+    for encoding in ("utf-8", "utf-16"):
+        with pytest.raises(ApiError):
+            check_count(hidden.encode(encoding))
+
+
+def test_a_full_queue_has_room_for_who_holds_little(load: Any) -> None:
+    def make() -> LLM:
+        return slow(load(max_num_seqs=2, speculative_config=False), 0.002)
+
+    with serving(make, max_queue=2) as running, ThreadPoolExecutor() as pool:
+        many = [pool.submit(post, running, "/v1/completions", json=LONG) for _ in range(4)]
+        assert wait_for(lambda: running.worker.active == 4)
+        assert post(running, "/v1/completions", json=LONG).status_code == 429
+        with client(running) as other:
+            short = {**LONG, "max_tokens": 2}
+            assert other.post("/v1/completions", json=short).status_code == 200
+            assert not any(each.done() for each in many)  # it got a slot before they ended
+            found = httpx.get(f"{running.url}/metrics").text
+        for name, value in (
+            ("num_clients", 1),
+            ("max_num_requests", 4),
+            ("max_num_requests_per_client", 4),
+        ):
+            assert f'smart:{name}{{model_name="{NAME}"}} {value}.0' in found
+        assert [each.result().status_code for each in many] == [200] * 4
+        texts = {each.result().json()["choices"][0]["text"] for each in many}
+        assert len(texts) == 1  # whoever gave up his slot for a while, too
+        assert running.idle()
+
+
+def test_clients_are_told_apart_by_their_keys(load: Any) -> None:
+    with serving(lambda: slow(load(), 0.005), api_keys=("one", "two")) as running:
+        with ThreadPoolExecutor() as pool:
+            sent = [
+                pool.submit(
+                    post,
+                    running,
+                    "/v1/completions",
+                    json=LONG,
+                    headers={"authorization": f"Bearer {key}"},
+                )
+                for key in ("one", "two", "two")
+            ]
+            assert wait_for(lambda: running.worker.clients == {"key 0": 1, "key 1": 2})
+        assert all(each.result().status_code == 200 for each in sent)
+        assert running.worker.clients == {}
+
+
+def test_in_a_lane_clients_take_turns_one_at_a_time() -> None:
+    done: list[str] = []
+    at_once: list[int] = [0]
+
+    def work(name: str) -> None:
+        at_once[0] += 1
+        assert at_once == [1]
+        time.sleep(0.005)
+        at_once[0] -= 1
+        done.append(name)
+
+    async def all_of_them() -> None:
+        lane = Lane()
+        many = [asyncio.create_task(lane.run("many", lambda: work("many"))) for _ in range(5)]
+        await asyncio.sleep(0)
+        few = asyncio.create_task(lane.run("few", lambda: work("few")))
+        await asyncio.sleep(0)
+        many[-1].cancel()
+        await asyncio.gather(*many[:-1], few)
+
+    asyncio.run(all_of_them())
+    assert done == ["many", "few", "many", "many", "many"]

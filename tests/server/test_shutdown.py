@@ -1,0 +1,78 @@
+"""The end of a server in a process of its own: nobody waits for it longer than was said, and every
+client is told."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from typing import Any
+
+import httpx
+import pytest
+from serving import NAME
+from test_faults import free_port, start
+
+LOADING = """
+import sys, time
+from smart_decoding.server.launch import serve
+from smart_decoding.server.settings import ServerSettings
+
+def load():
+    print("loading", flush=True)
+    time.sleep(60)
+
+serve(load, ServerSettings("tiny", port=0))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_the_model_loads(number: signal.Signals) -> None:
+    """It took ten seconds, which is what the end of the loading was waited for."""
+    with subprocess.Popen(
+        [sys.executable, "-c", LOADING], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"loading\n"
+        started = time.monotonic()
+        process.send_signal(number)
+        try:
+            _, said = process.communicate(timeout=20)
+        finally:
+            process.kill()
+    assert time.monotonic() - started < 5
+    if number == signal.SIGTERM:
+        assert process.returncode == -signal.SIGTERM
+        assert b"Traceback" not in said
+
+
+def test_streams_beyond_the_time_limit_are_told(load: Any, plain: Any) -> None:
+    """The one who reads gets an error event, the one who does not is cut off; the log holds no
+    traceback."""
+    port = free_port()
+    folder = str(plain.provenance["model"])
+    process = start(folder, port, "--shutdown-timeout", "0", "--max-model-len", "4096")
+    url = f"http://127.0.0.1:{port}/v1/completions"
+    body = {"model": NAME, "prompt": "abc", "max_tokens": 4000, "ignore_eos": True, "stream": True}
+    lines: list[str] = []
+    with (
+        httpx.stream("POST", url, json={**body, "n": 3}, timeout=20) as silent,
+        httpx.stream("POST", url, json=body, timeout=20) as stream,
+    ):
+        events = stream.iter_lines()
+        lines.append(next(events))
+        process.send_signal(signal.SIGTERM)
+        started = time.monotonic()
+        lines += [line for line in events if line]
+        assert silent.status_code == 200
+        assert process.stderr is not None
+        said = process.stderr.read()
+        assert process.wait(20) == -signal.SIGTERM
+        assert time.monotonic() - started < 10
+    error = json.loads(lines[-1].removeprefix("data: "))["error"]
+    assert error["code"] == "shutting_down"
+    records = [json.loads(line) for line in said.splitlines()]
+    assert [record for record in records if "exception" in record] == []
+    assert [record for record in records if record["level"] == "error"] == []
