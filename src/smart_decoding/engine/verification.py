@@ -295,7 +295,7 @@ def _accept(
             tokens = draw(range(len(at)))
             acceptance = accept(nodes, lambda wanted: _finite([tokens[row] for row in wanted]))
         else:
-            acceptance = accept(nodes, draw)
+            acceptance = accept(nodes, lambda wanted: _finite(draw(wanted)))
     for i, request in enumerate(asking):
         if request.logprobs is not None:
             visited = [i, *(node + len(asking) for node in acceptance.path[i])]

@@ -15,12 +15,14 @@ from torch import Tensor
 
 from smart_decoding.models.drawing import LOWEST, min_p_distance
 from smart_decoding.models.noise import BITS, noise_key
+from smart_decoding.models.processors import edits_of
 from smart_decoding.models.rows import upload
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from smart_decoding.engine.history import SampleSpec
+    from smart_decoding.engine.sampling_params import SamplingParams
 
 _STEP = 0x9E3779B97F4A7C15 - 2**64  # SplitMix64's constants, as int64
 _FIRST = 0xBF58476D1CE4E5B9 - 2**64
@@ -101,41 +103,42 @@ def _cut(scores: Tensor, temperature: Tensor, rank: Tensor, top_p: Tensor) -> Te
 
 def process(logits: Tensor, specs: Sequence[SampleSpec]) -> Tensor:
     """[rows, vocab] logits as processors.process changes them, each row by its own spec."""
-    rows = [(i, spec) for i, spec in enumerate(specs) if spec.params.changes_logits]
+    rows = [(i, s.params, edits_of(s)) for i, s in enumerate(specs) if s.params.changes_logits]
     if not rows:
         return logits
     scores = logits.clone()
-    bias = [(i, [*b], [*b.values()]) for i, spec in rows if (b := spec.params.logit_bias)]
-    if bias:
-        at, values = _listed(bias, scores)
-        scores.view(-1)[at] += values
-    early = [
-        (i, [*spec.eos_ids, *spec.params.stop_ids])
-        for i, spec in rows
-        if spec.position < spec.params.min_tokens
+    added = [(i, *edits.added) for i, _, edits in rows if edits.added is not None]
+    if added:
+        at, numbers = _listed(added, scores)
+        scores.view(-1)[at] += numbers
+    penalised = [
+        (i, *_penalties(*edits.penalised, params))
+        for i, params, edits in rows
+        if edits.penalised is not None
     ]
-    if early:
-        scores.view(-1)[_listed(early, scores)[0]] = -torch.inf
-    penalised = [(i, *_penalties(spec)) for i, spec in rows if spec.params.needs_history]
     if penalised:
         at, repetition, frequency, presence = _listed(penalised, scores)
         old = scores.view(-1)[at]
         new = torch.where(old > 0, old / repetition, old * repetition)
         scores.view(-1)[at] = new - frequency - presence
-    bound = [(i, c.allowed(spec.path)) for i, spec in rows if (c := spec.constraint) is not None]
+    forbidden = [(i, edits.forbidden) for i, _, edits in rows if len(edits.forbidden)]
+    if forbidden:
+        scores.view(-1)[_listed(forbidden, scores)[0]] = -torch.inf
+    bound = [(i, allowed) for i, _, edits in rows for allowed in edits.allowed]
     if bound:
-        at = upload(np.array([i for i, _ in bound]), scores.device)
-        allowed = upload(np.stack([mask for _, mask in bound]), scores.device)
-        scores[at] = scores[at].masked_fill(~allowed, -torch.inf)
+        masks = np.zeros(logits.shape, np.bool_)
+        for i, allowed in bound:
+            others = np.ones(logits.shape[1], np.bool_)
+            others[allowed] = False
+            masks[i] |= others
+        scores.masked_fill_(upload(masks, scores.device), -torch.inf)
     return scores
 
 
-def _penalties(spec: SampleSpec) -> tuple[NDArray[Any], ...]:
+def _penalties(
+    tokens: NDArray[Any], counts: NDArray[Any], params: SamplingParams
+) -> tuple[NDArray[Any], ...]:
     """Tokens, and for each by what it is divided or multiplied, and what is subtracted."""
-    if spec.history is None:
-        raise ValueError("a penalty is on: SampleSpec.history is needed")
-    tokens, counts = spec.history.at(spec.path)
-    params = spec.params
     frequency = np.float32(params.frequency_penalty) * counts.astype(np.float32)
     presence = np.float32(params.presence_penalty) * (counts > 0).astype(np.float32)
     return tokens, np.full(len(tokens), params.repetition_penalty), frequency, presence

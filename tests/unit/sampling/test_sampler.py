@@ -325,6 +325,22 @@ def test_a_grammar_binds_a_gpu_too():
     assert [(token + i) % 2 for i, token in enumerate(drawn)] == [0] * 40
 
 
+def test_masks_bind_a_gpu_too():
+    rows = np.random.default_rng(0).normal(size=(60, VOCAB)).astype(np.float32) * 3
+    few = SamplingParams(allowed_token_ids=[1, 5, 7, 9, 30], presence_penalty=0.4)
+    bad = SamplingParams(bad_words=["a"], temperature=0.0)
+    bad.bad_words_token_ids = [(7, int(rows[1].argmax())), (3,)]
+    history = TokenHistory(PROMPT, OUTPUT)
+    specs = [
+        spec_for((few, bad)[i % 2], seed=i, path=[1, 7][: i % 3], history=history)
+        for i in range(60)
+    ]
+    drawn = device_sampling.draw(torch.from_numpy(rows), specs).tolist()
+    assert drawn == drawing.draw(list(rows), specs)
+    assert set(drawn[::2]) <= {1, 5, 7, 9, 30}
+    assert 3 not in drawn[1::2]
+
+
 def test_a_gpu_says_which_rows_have_no_maximum():
     rows = torch.zeros(3, VOCAB)
     rows[1, 4] = torch.nan
