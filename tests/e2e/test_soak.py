@@ -49,7 +49,7 @@ def test_a_short_soak_of_the_default_model(tmp_path: Path) -> None:
     assert ("PASS" in done.stdout) == (result["faults"] == []) == (done.returncode == 0)
     for policy, found in result["policies"].items():
         assert found["wrong"] == []
-        assert set(found["ends"]) == {"read", "cancelled"}
+        assert set(found["ends"]) - {"refused"} == {"read", "cancelled"}  # who is hostile
         assert found["ends"]["read"] > 15
         assert found["checked"] > 2
         assert (found["rounds_off"] == 1.0) == (policy == "off")
