@@ -81,11 +81,7 @@ class LLM:
         self._prompts = _prompts(args, checkpoint, self.tokenizer)
         longest = args.longest(checkpoint.config.max_positions)
         self.tokenizer.context = longest
-        asked = check_speculation(
-            args.speculative_config, checkpoint, self.tokenizer, longest, args.trust_pickle
-        )
-        if asked.draft is not None:
-            require_served(asked.draft.config, device, slow, "the draft model")
+        asked = _drafts(args, checkpoint, self.tokenizer, longest)
         asked, pages = _require_memory(args, checkpoint, asked, longest)
         self.target = TorchTarget(
             checkpoint, args.dtype, device, pages, longest, args.enforce_eager, slow
@@ -93,17 +89,8 @@ class LLM:
         self.speculation: Speculation = build_speculation(
             asked, checkpoint, self.target, pages, args.max_num_seqs, args.profile_later
         )
-        config = EngineConfig(
-            pages,
-            longest,
-            args.max_num_seqs,
-            args.chunk(device.type == "cuda"),
-            args.enable_prefix_caching,
-            args.seed,
-            args.stop_at_loops,
-        )
         self.grammars = Grammars(self.tokenizer, self.target.vocab, self.target.eos_token_ids)
-        self.engine = self._engine(self.speculation, config)
+        self.engine = self._engine(self.speculation, _engine_config(args, pages, longest))
         self.engine_thread = EngineThread()
         self._record = Record()
         self.engine_thread.observers.append(self._record)
@@ -312,6 +299,32 @@ def _load(args: EngineArgs, device: torch.device) -> Checkpoint:
         args.trust_pickle,
     )
     return checkpoint if args.activations is None else with_rounded_inputs(checkpoint)
+
+
+def _drafts(
+    args: EngineArgs, checkpoint: Checkpoint, tokenizer: Tokenizer, longest: int
+) -> SpeculativeConfig:
+    """What drafts, before it is loaded. Raises ConfigError for what does not fit or is not
+    served."""
+    asked = check_speculation(
+        args.speculative_config, checkpoint, tokenizer, longest, args.trust_pickle
+    )
+    if asked.draft is not None:
+        device = device_of(args.device)
+        require_served(asked.draft.config, device, args.allow_slow, "the draft model")
+    return asked
+
+
+def _engine_config(args: EngineArgs, pages: int, longest: int) -> EngineConfig:
+    return EngineConfig(
+        pages,
+        longest,
+        args.max_num_seqs,
+        args.chunk(device_of(args.device).type == "cuda"),
+        args.enable_prefix_caching,
+        args.seed,
+        args.stop_at_loops,
+    )
 
 
 def _tokenizer(args: EngineArgs, checkpoint: Checkpoint) -> Tokenizer:
