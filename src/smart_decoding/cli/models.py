@@ -74,7 +74,7 @@ def show() -> None:
     made = conversions()
     for each in made:
         if each.path not in listed:
-            print(f"{each.path.name}: {readable(each.size)}, {each.kind} {made_of(each.path)}")
+            print(f"{each.path.name}: {readable(each.size)}, {each.kind}, {made_of(each.path)}")
     old = sum(each.size for each in made if each.kind == OUTDATED)
     if old:
         print(f"{readable(old)} are outdated conversions, which nothing uses: smart models rm NAME")

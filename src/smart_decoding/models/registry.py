@@ -167,6 +167,8 @@ def known_names() -> list[str]:
 def unknown_model(name: str) -> str:
     """What to add to an error about an unknown name: the built-in name or the file beside it that
     was meant; nothing where none is like it."""
+    if name in known_names():  # it is known, and only not here
+        return ""
     path = expanded(name)
     beside = path.parent.glob("*.gguf") if path.suffix == ".gguf" and path.parent.is_dir() else ()
     known = {each.lower(): each for each in (*known_names(), *map(str, beside))}
