@@ -13,6 +13,7 @@ from typing import Any
 
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import CapacityError, ConfigError
+from smart_decoding.files import expanded
 from smart_decoding.models import chat_template
 from smart_decoding.models.registry import DEFAULT_MODEL
 from smart_decoding.multimodal.images import Limits
@@ -44,7 +45,8 @@ class EngineArgs:
     """What `LLM` takes.
 
     model: built-in name, hub id, folder of safetensors, or GGUF file.
-    speculative_config: None (the model's default head under the policy `smart`, if it has one),
+    speculative_config: None (under the policy `smart` drafts the head that comes with the model,
+        else a smaller built-in model of the same vocabulary in the cache, else n-grams),
         False (plain decoding), or a dict: method (eagle, draft_model, ngram, recycling, union,
         none), policy (off, chain, static, eagle2, paper, pooled_chain, throughput_chain, smart),
         and either's options.
@@ -185,7 +187,7 @@ class EngineArgs:
         chosen = self.generation_config
         found: dict[str, Any] | None = {}
         if chosen != "vllm":
-            found = generation_config(folder if chosen == "auto" else Path(chosen).expanduser())
+            found = generation_config(folder if chosen == "auto" else expanded(chosen))
         if found is None and chosen != "auto":
             raise ConfigError(
                 f"generation_config={str(chosen)!r} is not supported: give auto, vllm, or a folder "
@@ -200,9 +202,9 @@ class EngineArgs:
         try:
             SamplingParams(**ours)
         except ConfigError as error:
-            raise ConfigError(
-                f"generation_config.json: {error}; generation_config='vllm' leaves it out"
-            ) from error
+            where = folder if chosen == "auto" else chosen
+            file = "generation_config.json" + ("" if chosen == "vllm" else f" in {where}")
+            raise ConfigError(f"{file}: {error}; generation_config='vllm' leaves it out") from error
         return ours
 
     def template(self) -> str | None:
@@ -213,9 +215,7 @@ class EngineArgs:
         """What a prompt may hold beside text."""
         counts = {**Limits().per_prompt, **(self.limit_mm_per_prompt or {})}
         folder = self.allowed_local_media_path
-        return Limits(
-            counts, None if folder is None else Path(folder).expanduser(), self.max_image_pixels
-        )
+        return Limits(counts, None if folder is None else expanded(folder), self.max_image_pixels)
 
     def longest(self, positions: int) -> int:
         """The longest prompt plus answer of a model of so many positions. Raises CapacityError if
@@ -246,7 +246,7 @@ class EngineArgs:
             if value not in allowed:
                 raise ConfigError(f"{name}={value!r} is not supported: leave it at {allowed[-1]!r}")
         folder = self.tokenizer
-        if folder not in (None, self.model) and not Path(str(folder)).expanduser().is_dir():
+        if folder not in (None, self.model) and not expanded(str(folder)).is_dir():
             raise ConfigError(f"tokenizer={str(folder)!r} is not supported: give a folder, or none")
         unknown = sorted(set(self.override_generation_config or ()) - set(_SAMPLING))
         if unknown:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -10,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from smart_decoding.errors import ModelError, SmartError
+from smart_decoding.errors import CapacityError, ConfigError, ModelError, SmartError
 
 LARGEST = 64 << 20  # bytes of a model's text file; the largest vocabularies take 35 MB
 
@@ -32,7 +33,7 @@ def whole(path: Path) -> Iterator[Path]:
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
     """The boundary to a file of a model, which may hold anything: whatever goes wrong in the block
-    because of it is a ModelError of one line that names it.
+    because of it is a ModelError of one line that names it. No memory is a CapacityError.
 
     Raises ModelError, too, where the file is missing, or is no regular file: reading a device or a
     pipe may never end."""
@@ -44,10 +45,24 @@ def reading(path: Path) -> Iterator[None]:
     except (SmartError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:  # a panic in Rust's libraries is no Exception
+        where = f"{path.name} in {path.parent}"
+        number = error.errno if isinstance(error, OSError) else None
+        memory = isinstance(error, MemoryError) or number == errno.ENOMEM
+        if memory or "allocate memory" in str(error) or "out of memory" in str(error):  # torch's
+            raise CapacityError(f"there is no memory to read {where}: free some") from error
+        if isinstance(error, OSError) and number not in (None, errno.EINVAL):  # a wrong offset
+            raise ModelError(f"{where} cannot be read: {error.strerror}") from error
         raise ModelError(
-            f"{path.name} in {path.parent} is corrupt, cut or malformed ({reason_of(error)}); "
-            "fetch it again"
+            f"{where} is corrupt, cut or malformed ({reason_of(error)}); fetch it again"
         ) from error
+
+
+def expanded(path: str | Path) -> Path:
+    """With the home folder in place of ~. Raises ConfigError for a user who is not known."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{path}: no such user, so there is no such folder") from error
 
 
 def reason_of(error: BaseException) -> str:

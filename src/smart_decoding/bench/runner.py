@@ -256,6 +256,7 @@ def load(options: BenchOptions) -> LLM:
     tokens = largest * (options.max_tokens + longest)
     return LLM(
         options.model,
+        generation_config="vllm",
         speculative_config=False,
         dtype=options.dtype,
         quantization=options.quantization,

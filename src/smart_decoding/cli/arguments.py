@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from argparse import ArgumentTypeError, _ActionsContainer
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -94,19 +95,25 @@ def use_threads(count: int | None) -> None:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The prompts of a file: a line each that is not empty, or a JSON object with 'prompt'. Raises
-    ConfigError if there is none, or the file is not text."""
+    """The prompts of a file, or of standard input for '-': a line each that is not empty, or a JSON
+    object with 'prompt'. Raises ConfigError if there is none, or the file is not text."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = sys.stdin.read() if path == Path("-") else path.read_text(encoding="utf-8")
     except UnicodeError as error:
         raise ConfigError(f"{path} is not UTF-8 text: {error}") from error
     prompts = []
-    for number, line in enumerate(lines, start=1):
+    # not splitlines: U+2028 and the like may stand within a prompt
+    for number, line in enumerate(text.removeprefix("\ufeff").split("\n"), start=1):
         if line.strip().startswith("{"):
             try:
-                prompts.append(str(json.loads(line)["prompt"]))
+                prompt = json.loads(line)["prompt"]
+                if not isinstance(prompt, str):
+                    raise ValueError("a prompt is a text")
             except (ValueError, KeyError) as error:
-                raise ConfigError(f"{path}, line {number}: no JSON object with 'prompt'") from error
+                raise ConfigError(
+                    f"{path}, line {number}: no JSON object with a text as 'prompt'"
+                ) from error
+            prompts.append(prompt)
         elif line.strip():
             prompts.append(line.strip())
     if not prompts:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -70,7 +71,9 @@ def main(args: argparse.Namespace) -> None:
 
 
 def lines(typed: bool) -> Iterator[str]:
-    """What the user says; after Ctrl-C he may say something else."""
+    """What the user says; after Ctrl-C he may say something else. What is no UTF-8 is replaced."""
+    with suppress(AttributeError, ValueError):
+        sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
     if not typed:
         yield from sys.stdin
         return

@@ -96,6 +96,13 @@ class Parser(argparse.ArgumentParser):
         print(f"{program}: error: {_one_line(message)} (see: {self.prog} --help)", file=sys.stderr)
         raise SystemExit(2)
 
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            error.message += did_you_mean(value, action.choices or ())
+            raise
+
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Unknown arguments are an error here already: a subcommand knows what was meant."""
         known, unknown = super().parse_known_args(args, namespace)
@@ -171,9 +178,10 @@ def _run(arguments: Sequence[str], program: Program) -> int:
     parser = build_parser(command, program)
     given = next((word for word in arguments if not word.startswith("-")), None)
     if given is not None and given not in known:
-        close = get_close_matches(given, program.commands, 1)
-        meant = program.meant.get(given) or next(iter(close), None)
-        if meant:
+        close = get_close_matches(given, {**program.commands, **program.meant}, 1)
+        if given in program.meant or close:
+            nearest = given if given in program.meant else close[0]
+            meant = program.meant.get(nearest, nearest)
             parser.error(f"no command {given!r}; did you mean '{program.name} {meant}'?")
     args = parser.parse_args(arguments)
     use_threads(getattr(args, "threads", None))

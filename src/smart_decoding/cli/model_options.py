@@ -134,6 +134,7 @@ def llm_options(args: argparse.Namespace) -> dict[str, Any]:
     )
     return {
         "speculative_config": speculative_config(args),
+        "generation_config": "vllm",  # commands give all sampling parameters themselves
         **{name: getattr(args, name) for name in names},
     }
 

@@ -6,10 +6,14 @@ import argparse
 import shutil
 import sys
 
+from smart_decoding.cli.arguments import add_options
+from smart_decoding.cli.model_options import TRUST_PICKLE
 from smart_decoding.errors import ConfigError
-from smart_decoding.models.hub import cache_dir
 from smart_decoding.models.kept import (
+    OUTDATED,
+    PARTLY,
     Kept,
+    conversions,
     hub_repositories,
     kept_of,
     made_of,
@@ -32,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions.add_parser("list", help="names, sizes, and what is cached")
     pull = actions.add_parser("pull", help="fetch a model into the cache")
     pull.add_argument("model", help="built-in name or hub id")
+    add_options(pull, (TRUST_PICKLE,))
     remove = actions.add_parser(
         "rm", help="remove a model's download, converted weights and profiles from the caches"
     )
@@ -42,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
     """Lists, fetches or removes."""
     if args.action == "pull":
-        pull(args.model)
+        pull(args.model, args.trust_pickle)
     elif args.action == "rm":
         remove(args.model, args.yes)
     else:
@@ -56,26 +61,31 @@ def show() -> None:
         kept = kept_of(name)
         listed |= {each.path for each in kept}
         default = " (default)" if name == DEFAULT_MODEL else ""
-        size = f"{model.pinned.wheel_size / 1e6:.0f} MB to fetch"
-        print(f"{name}{default}: {_summary(kept) if _is_here(kept) else size}")
+        told = [] if _is_here(kept) else [f"{readable(model.pinned.wheel_size)} to fetch"]
+        print(f"{name}{default}: {', '.join(told + _summary(kept))}")
         print(f"  {name}@hub   {model.on_hub}")
         print(f"  {name}@pypi  {model.pinned.origin}, {model.quantisation}")
         for sibling in siblings(model.vocab, model.parameters):
             print(f"  drafts with {sibling} where that is in the cache")
     for each in hub_repositories():
         if each.path not in listed:
-            print(f"{repository_of(each.path)}: {readable(each.size)} in the hub's cache")
-    for folder in sorted((cache_dir() / "converted").glob("*/")):
-        if folder not in listed:
-            print(f"{folder.name}: {readable(size_of(folder))}, converted {made_of(folder)}")
+            partly = f", {PARTLY}" if each.kind == PARTLY else ""
+            print(f"{repository_of(each.path)}: {readable(each.size)} in the hub's cache{partly}")
+    made = conversions()
+    for each in made:
+        if each.path not in listed:
+            print(f"{each.path.name}: {readable(each.size)}, {each.kind}, {made_of(each.path)}")
+    old = sum(each.size for each in made if each.kind == OUTDATED)
+    if old:
+        print(f"{readable(old)} are outdated conversions, which nothing uses: smart models rm NAME")
     print("also: a hub id (owner/name for safetensors, owner/name:Q4_K_M or owner/name:FILE.gguf),")
     print("a folder with config.json and safetensors, or a GGUF file")
 
 
-def pull(name: str) -> None:
+def pull(name: str, trust_pickle: bool = False) -> None:
     """Fetches a model, and says where it lies."""
-    path = resolve(name).path
-    print(f"{name}: {readable(size_of(path.resolve()))} in {path}")
+    path = resolve(name, trust_pickle).path
+    print(f"{name}: {readable(size_of(path, links=True))} in {path}")
 
 
 def remove(name: str, yes: bool) -> None:
@@ -85,7 +95,10 @@ def remove(name: str, yes: bool) -> None:
     if not kept:
         raise ConfigError(f"the caches hold nothing of {name!r}{unknown_model(name)}")
     for each in kept:
-        print(f"{each.kind:<9} {readable(each.size):>8}  {each.path}")
+        print(f"{each.kind:<14} {readable(each.size):>8}  {each.path}")
+        if each.path.is_dir():
+            for file in sorted(each.path.glob("snapshots/*/**/*")):
+                print(f"{'':<25}{file.relative_to(each.path / 'snapshots')}")
     total = sum(each.size for each in kept)
     if not yes:
         if not sys.stdin.isatty():
@@ -94,7 +107,7 @@ def remove(name: str, yes: bool) -> None:
             print("nothing was removed")
             return
     for each in kept:
-        if each.path.is_dir():
+        if each.path.is_dir() and not each.path.is_symlink():
             shutil.rmtree(each.path)
         else:
             each.path.unlink()
@@ -105,10 +118,10 @@ def _is_here(kept: list[Kept]) -> bool:
     return any(each.kind in ("download", "hub") for each in kept)
 
 
-def _summary(kept: list[Kept]) -> str:
-    """Bytes by kind."""
+def _summary(kept: list[Kept]) -> list[str]:
+    """Bytes by kind, in words."""
     totals: dict[str, int] = {}
     for each in kept:
         totals[each.kind] = totals.get(each.kind, 0) + each.size
     told = [f"{kind} {readable(size)}" for kind, size in totals.items() if kind != "profile"]
-    return ", ".join(told) + (", profile" if "profile" in totals else "")
+    return told + (["profile"] if "profile" in totals else [])

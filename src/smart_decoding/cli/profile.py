@@ -51,6 +51,7 @@ def main(args: argparse.Namespace) -> int:
     show_steps()
     given = ("dtype", "quantization", "activations", "device", "trust_pickle", "allow_slow")
     options = {name: getattr(args, name) for name in given}
+    options["generation_config"] = "vllm"  # nothing is sampled
     llm = LLM(args.model, speculative_config=speculative_config(args), **options)
     model = llm.speculation.model
     target = llm.target

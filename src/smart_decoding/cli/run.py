@@ -59,7 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch",
         type=Path,
         metavar="FILE",
-        help="answer all prompts of a file together: one a line, as text or JSON with 'prompt'",
+        help="answer all prompts of a file together: one a line, as text or JSON with 'prompt'; "
+        "- reads standard input",
     )
     parser.add_argument(
         "--image",

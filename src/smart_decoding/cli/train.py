@@ -226,6 +226,7 @@ def _generate(
 
     llm = LLM(
         args.model,
+        generation_config="vllm",
         speculative_config=False,
         max_num_seqs=CONCURRENT,
         max_model_len=512,

@@ -9,6 +9,7 @@ import hashlib
 import importlib.util
 import os
 import platform
+import resource
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from smart_decoding.kernels import abi
 SOURCES = Path(__file__).parent / "csrc"
 LIBRARIES = Path(__file__).parent / "lib"
 CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")  # microseconds of CPU time, of so many that pass
+PIDS = (Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/pids"))  # where a container's threads count
+THREADS_LEFT = 64  # for everybody else, where a team is started that only sleeps
 BUILD = "build them with `make env` in a clone, or `pip install .` (needs g++ 11 or newer)"
 
 
@@ -204,17 +207,46 @@ def _load_openmp() -> None:
 def _make_waiting_short(openmp: ctypes.CDLL) -> None:
     """For a process that imported torch first: its OpenMP has already read how long threads spin.
     But where it has more threads than there are CPUs, they sleep after 1,000 rounds, too. So a team
-    of that many is made once, which sleeps for good."""
+    of that many is made once, which sleeps for good. It is left out where threads are short: OpenMP
+    ends the process where it cannot start one."""
     nothing = ctypes.CDLL(None).getpid
+    parallel = getattr(openmp, "GOMP_parallel", None)
+    team = len(os.sched_getaffinity(0)) + 1
+    if parallel is None or not _may_start(team):
+        return
 
     def hold() -> None:
-        openmp.GOMP_parallel(nothing, None, (os.cpu_count() or 1) + 1, 0)
+        parallel(nothing, None, team, 0)
         made.set()
         threading.Event().wait()
 
     made = threading.Event()
     threading.Thread(target=hold, name="smart-openmp", daemon=True).start()
     made.wait()
+
+
+def _may_start(count: int) -> bool:
+    """Whether so many threads and a margin may be started, by the limits of the user and of the
+    container. All threads of the system count as the user's, which are more than his."""
+    need = count + THREADS_LEFT
+    most, _ = resource.getrlimit(resource.RLIMIT_NPROC)
+    if most != resource.RLIM_INFINITY and most - _threads_running() < need:
+        return False
+    for folder in PIDS:
+        try:
+            limit = int((folder / "pids.max").read_text())
+            if limit - int((folder / "pids.current").read_text()) < need:
+                return False
+        except (OSError, ValueError):  # not there, or "max"
+            continue
+    return True
+
+
+def _threads_running() -> int:
+    try:
+        return int(Path("/proc/loadavg").read_text().split()[3].partition("/")[2])
+    except (OSError, ValueError, IndexError):
+        return 0
 
 
 def _nothing() -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from smart_decoding.errors import ConfigError
-from smart_decoding.files import read_json, read_text, reading, reason_of
+from smart_decoding.files import expanded, read_json, read_text, reading, reason_of
 
 # FastChat's conversation "vicuna_v1.1", of Vicuna 1.1 to 1.5; the tokenizer begins it
 _VICUNA = (
@@ -50,7 +50,7 @@ def read(chosen: str | Path) -> str:
     if not set(text) & set("{}\n"):
         given += f" {text}"
         try:
-            text = Path(text).expanduser().read_text(encoding="utf-8")
+            text = expanded(text).read_text(encoding="utf-8")
         except (OSError, UnicodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
             known = ", ".join(BUILT_IN)

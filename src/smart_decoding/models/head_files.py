@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from smart_decoding.errors import ModelError
-from smart_decoding.files import read_json, reading
+from smart_decoding.files import expanded, read_json, reading
 from smart_decoding.models import rope
 from smart_decoding.models.config import ModelConfig
 from smart_decoding.models.head_shapes import (
@@ -67,7 +67,7 @@ def head_folder(name: str | Path, trust_pickle: bool = False) -> Path:
     are no others.
 
     Raises ModelError or DownloadError."""
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.is_dir():
         return path
     if str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):

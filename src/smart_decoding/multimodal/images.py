@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 from smart_decoding.errors import ConfigError
+from smart_decoding.files import expanded
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -148,7 +149,7 @@ def _from_file(path: Path, limits: Limits) -> bytes:
             "local image files are not allowed here: set allowed_local_media_path to their folder"
         )
     try:
-        path = path.expanduser().resolve()
+        path = expanded(path).resolve()
         if not path.is_relative_to(limits.folder.resolve()):
             raise ConfigError(f"the image {path.name} does not lie within allowed_local_media_path")
         if not path.is_file():

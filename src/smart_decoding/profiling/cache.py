@@ -18,6 +18,7 @@ from smart_decoding.errors import ModelError
 from smart_decoding.files import read_json, reading, whole
 from smart_decoding.kernels import library
 from smart_decoding.models.hub import cache_dir
+from smart_decoding.models.registry import lasting_name
 
 log = logging.getLogger("smart.profile")
 
@@ -71,6 +72,7 @@ def save_profile(path: Path, cost: CostModel, model: str = "") -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole(path) as scratch:
             state = cost.to_dict()
+            model = lasting_name(model)
             stored = {"model": model, "sha256": _sum(model, state), "cost": state}
             scratch.write_text(json.dumps(stored))
     except OSError as error:

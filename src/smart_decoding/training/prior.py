@@ -62,6 +62,7 @@ def learn_prior(
     (head / "prior.json").unlink(missing_ok=True)
     llm = LLM(
         model,
+        generation_config="vllm",
         speculative_config=options,
         max_num_seqs=1,
         stop_at_loops=True,

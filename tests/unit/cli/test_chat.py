@@ -88,3 +88,10 @@ def test_what_fails_leaves_no_trace_in_the_history(
 def test_only_one_model(fake: type[FakeLLM], capsys: pytest.CaptureFixture[str]) -> None:
     assert "two models are given" in fails(capsys, "chat", "a", "-m", "b")
     assert not fake.made
+
+
+def test_what_is_no_utf8_is_replaced(fake: type[FakeLLM], monkeypatch: pytest.MonkeyPatch) -> None:
+    typed = io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", typed)
+    assert cli.main(["chat"]) == 0
+    assert fake.made[0].messages == [said("caf\ufffd")]

@@ -92,13 +92,24 @@ def test_no_command_and_an_unknown_one_list_the_commands(
 
 @pytest.mark.parametrize(
     ("given", "meant"),
-    [("generate", "run"), ("list", "models list"), ("pull", "models pull"), ("serv", "serve")],
+    [
+        ("generate", "run"),
+        ("list", "models list"),
+        ("pull", "models pull"),
+        ("serv", "serve"),
+        ("lst", "models list"),
+    ],
 )
 def test_what_was_meant_by_a_command(
     given: str, meant: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     said = fails(capsys, given, "x")
     assert said.startswith(f"smart: error: no command '{given}'; did you mean 'smart {meant}'?")
+
+
+def test_what_was_meant_by_a_value(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "did you mean list?" in fails(capsys, "models", "lst")
+    assert "did you mean bf16?" in fails(capsys, "run", "hi", "--dtype", "bf61")
 
 
 @pytest.mark.parametrize("command", ["simulate", "divergence"])

@@ -12,9 +12,11 @@ from scripted import fails
 
 from smart_decoding.cli import main as cli
 from smart_decoding.cli import models as cli_models
+from smart_decoding.core.cost import CostModel
 from smart_decoding.models import kept
 from smart_decoding.models.hub import conversion_key
 from smart_decoding.models.registry import NAMED_MODELS, Source
+from smart_decoding.profiling.cache import load_profile, save_profile
 
 SMALL = NAMED_MODELS["qwen2.5-coder-0.5b"]
 
@@ -67,7 +69,8 @@ def test_lists_names_sources_and_what_is_cached(
     assert "drafts with qwen2.5-coder-0.5b where that is in the cache" in out
     assert "qwen2.5-coder-0.5b: download 3 MB, converted 0 MB, profile" in out
     assert "Org/Model: 0 MB in the hub's cache" in out
-    assert "v1-other: 0 MB, converted incomplete" in out
+    assert "v1-other: 0 MB, outdated, incomplete" in out
+    assert "0 MB are outdated conversions" in out
 
 
 def test_removes_what_belongs_to_a_model_and_nothing_else(
@@ -80,7 +83,9 @@ def test_removes_what_belongs_to_a_model_and_nothing_else(
     gone = before - files_in(own_cache)
     assert len(gone) == 4
     assert {path.partition("/")[0] for path in gone} == {"files", "converted", "profiles"}
-    assert "the caches hold nothing of" in fails(capsys, "models", "rm", "qwen2.5-coder-0.5b")
+    said = fails(capsys, "models", "rm", "qwen2.5-coder-0.5b")
+    assert "the caches hold nothing of" in said
+    assert "did you mean" not in said
 
 
 def test_removes_a_model_of_the_hub_with_what_was_made_of_it(
@@ -128,10 +133,171 @@ def test_pull_fetches_and_says_where(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = SMALL.pinned.path
-    monkeypatch.setattr(cli_models, "resolve", lambda name: Source(name, path, "fetched"))
+    monkeypatch.setattr(cli_models, "resolve", lambda name, _: Source(name, path, "fetched"))
     assert cli.main(["models", "pull", "qwen2.5-coder-0.5b"]) == 0
     assert capsys.readouterr().out == f"qwen2.5-coder-0.5b: 3 MB in {path}\n"
 
 
 def test_a_name_that_is_nearly_one_is_said_to_be(capsys: pytest.CaptureFixture[str]) -> None:
     assert "did you mean smollm2-135m?" in fails(capsys, "models", "pull", "smolm2")
+
+
+def repository(root: Path, *files: str, revision: str = "abc") -> Path:
+    """Files of a thousand bytes and more in the hub client's cache, as links to blobs."""
+    folder = root.parent / "hub" / "models--Org--Many"
+    for number, file in enumerate(files):
+        blob = folder / "blobs" / file.replace("/", "_")
+        write(blob, 1000 + number)
+        link = folder / "snapshots" / revision / file
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(blob)
+    return folder
+
+
+def profile_of(root: Path, model: str) -> Path:
+    path = root / "profiles" / f"{hashlib.sha256(model.encode()).hexdigest()[:8]}.json"
+    write(path, 0)
+    path.write_text(json.dumps({"model": model}))
+    return path
+
+
+def test_of_a_repository_only_the_file_that_is_named_is_removed(
+    own_cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = repository(own_cache, "m-Q4_K_M.gguf", "m-q8_0.gguf", "model.safetensors")
+    both = repository(own_cache, "m-q8_0.gguf", revision="def")
+    made = own_cache / "converted" / conversion_key(both / "snapshots" / "def" / "m-q8_0.gguf")
+    write(made / "config.json", 10)
+    profiles = [profile_of(own_cache, f"Org/Many:{file}") for file in ("Q8_0", "Q4_K_M")]
+    assert "hold nothing of 'Org/Many:Q5_0'" in fails(capsys, "models", "rm", "Org/Many:Q5_0", "-y")
+    assert cli.main(["models", "rm", "Org/Many:Q8_0", "-y"]) == 0
+    assert {path.name for path in folder.glob("blobs/*")} == {"m-Q4_K_M.gguf", "model.safetensors"}
+    left = {path.relative_to(folder).as_posix() for path in folder.glob("snapshots/*/*")}
+    assert left == {"snapshots/abc/m-Q4_K_M.gguf", "snapshots/abc/model.safetensors"}
+    assert not made.exists()
+    assert [path.exists() for path in profiles] == [False, True]
+
+
+def test_a_blob_that_another_file_shares_stays(own_cache: Path) -> None:
+    folder = repository(own_cache, "m-Q4_0.gguf")
+    other = folder / "snapshots" / "abc" / "copy.gguf"
+    other.symlink_to(folder / "blobs" / "m-Q4_0.gguf")
+    assert cli.main(["models", "rm", "Org/Many:m-Q4_0.gguf", "-y"]) == 0
+    assert other.is_file()
+
+
+def test_a_whole_repository_is_listed_before_it_is_removed(
+    own_cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = repository(own_cache, "m-Q4_0.gguf", "model.safetensors")
+    assert cli.main(["models", "rm", "Org/Many", "-y"]) == 0
+    out = capsys.readouterr().out
+    assert "abc/m-Q4_0.gguf" in out
+    assert "abc/model.safetensors" in out
+    assert not folder.exists()
+
+
+def test_several_files_that_are_meant_are_named_instead(
+    own_cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    repository(own_cache, "a-Q4_0.gguf", "b-Q4_0.gguf")
+    said = fails(capsys, "models", "rm", "Org/Many:Q4_0", "-y")
+    assert "give one of: a-Q4_0.gguf, b-Q4_0.gguf" in said
+
+
+def test_the_part_behind_the_at_sign_says_which_source_is_removed(own_cache: Path) -> None:
+    hub = own_cache.parent / "hub" / f"models--{SMALL.repository.replace('/', '--')}"
+    file = hub / "snapshots" / "abc" / SMALL.hub_file
+    other = hub / "snapshots" / "abc" / "another-q8_0.gguf"
+    write(file, 100)
+    write(other, 100)
+    profile = profile_of(own_cache, "qwen2.5-coder-0.5b@hub")
+    assert cli.main(["models", "rm", "qwen2.5-coder-0.5b@pypi", "-y"]) == 0
+    assert not SMALL.pinned.path.exists()
+    assert file.exists()
+    assert profile.exists()
+    write(SMALL.pinned.path, 100)
+    assert cli.main(["models", "rm", "qwen2.5-coder-0.5b@hub", "-y"]) == 0
+    assert SMALL.pinned.path.exists()
+    assert not file.exists()
+    assert not profile.exists()
+    assert other.exists(), "another quantisation is not this model's"
+
+
+def test_what_an_older_version_converted_is_counted_and_removed(
+    own_cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    key = conversion_key(SMALL.pinned.path, SMALL.pinned.sha256).partition("-")[2]
+    old = own_cache / "converted" / f"v1-{key}"
+    write(old / "config.json", 7_000_000)
+    assert cli.main(["models"]) == 0
+    out = capsys.readouterr().out
+    assert "outdated 7 MB" in out
+    assert "7 MB are outdated conversions, which nothing uses" in out
+    assert cli.main(["models", "rm", "qwen2.5-coder-0.5b", "-y"]) == 0
+    assert not old.exists()
+
+
+def test_a_folder_that_is_a_link_is_unlinked(own_cache: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    write(elsewhere / "blobs" / "0", 10)
+    link = tmp_path / "hub" / "models--Org--Linked"
+    link.symlink_to(elsewhere)
+    assert cli.main(["models", "rm", "Org/Linked", "-y"]) == 0
+    assert not link.is_symlink()
+    assert (elsewhere / "blobs" / "0").exists()
+
+
+def test_pull_adds_up_what_links_lead_to(
+    own_cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = repository(own_cache, "model.safetensors") / "snapshots" / "abc"
+    write(folder.parents[1] / "blobs" / "model.safetensors", 4_000_000)
+    trusted = []
+
+    def found(name: str, trust_pickle: bool) -> Source:
+        trusted.append(trust_pickle)
+        return Source(name, folder, "fetched")
+
+    monkeypatch.setattr(cli_models, "resolve", found)
+    assert cli.main(["models", "pull", "Org/Many"]) == 0
+    assert cli.main(["models", "pull", "Org/Many", "--trust-pickle"]) == 0
+    assert "Org/Many: 4 MB in" in capsys.readouterr().out
+    assert trusted == [False, True]
+
+
+def test_an_unfinished_download_is_not_told_as_one_that_is_there(
+    own_cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    default = NAMED_MODELS["smollm2-135m"]
+    write(default.pinned.path.with_name(f"{default.pinned.path.name}.wheels") / "1.whl", 5_000_000)
+    hub = own_cache.parent / "hub"
+    write(hub / f"models--{default.repository.replace('/', '--')}" / "blobs" / "0", 6_000_000)
+    write(hub / "models--Org--Half" / "blobs" / "0.incomplete", 10)
+    assert cli.main(["models"]) == 0
+    out = capsys.readouterr().out
+    assert "smollm2-135m (default): 93 MB to fetch, partly fetched 11 MB" in out
+    assert "Org/Half: 0 MB in the hub's cache, partly fetched" in out
+
+
+def test_odd_records_of_conversions_and_unknown_users_are_a_line(
+    own_cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (own_cache / "converted" / "v1-other" / "converted.json").write_text("[]")
+    assert cli.main(["models"]) == 0
+    assert "v1-other: 0 MB, outdated, incomplete" in capsys.readouterr().out
+    assert "~nosuch: no such user" in fails(capsys, "models", "rm", "~nosuch")
+    assert "~nosuch: no such user" in fails(capsys, "models", "pull", "~nosuch")
+
+
+def test_a_profile_knows_its_file_by_the_whole_path(
+    own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own.gguf").write_bytes(b"GGUF")
+    monkeypatch.chdir(tmp_path)
+    path = own_cache / "profiles" / "own.json"
+    save_profile(path, CostModel.from_table({1: {1: 0.001, 8: 0.002}}, {1: 0.001}), "own.gguf")
+    monkeypatch.chdir("/")
+    assert load_profile(path) is not None
+    assert cli.main(["models", "rm", str(tmp_path / "own.gguf"), "-y"]) == 0
+    assert not path.exists()
