@@ -16,15 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from smart_decoding.errors import ConfigError
-from smart_decoding.models.grammar_check import Tokens, new_matcher
+from smart_decoding.models.grammar_check import JSON_OPTIONS, Tokens, new_matcher, source_of
 
 if TYPE_CHECKING:
     from smart_decoding.engine.structured import StructuredOutputsParams
     from smart_decoding.models.tokenizer import Tokenizer
 
-# Unbounded blanks are how small models fill an answer to its end. `lenient` would ignore keywords
-# that are not known.
-JSON_OPTIONS: dict[str, Any] = {"whitespace_pattern": r"[ \t\n\r]{0,40}", "lenient": False}
 _KEPT = 16  # compiled grammars
 _SHOWN = 200  # characters of an error
 
@@ -58,9 +55,10 @@ class Grammars:
         compiled = self.compiled(params)
         return GrammarConstraint(compiled.matcher.deep_copy(), self._vocab, self._eos_ids)
 
-    def compiled(self, params: StructuredOutputsParams) -> Compiled:
-        """The grammar: while it is held, calls find it. Raises ConfigError as they do."""
-        found = self.known(params) or self._compile(params)
+    def compiled(self, params: StructuredOutputsParams, source: str | None = None) -> Compiled:
+        """The grammar: while it is held, calls find it. Raises ConfigError as they do. source: its
+        `source_of`, where somebody has it."""
+        found = self.known(params) or self._compile(params, source)
         with self._lock:
             self._held[params] = found
             self._latest.pop(params, None)
@@ -78,12 +76,16 @@ class Grammars:
         """Does what the first grammar would wait for, and all of the process with it: seconds.
         Where grammars cannot be had, requests for them are told why."""
         with contextlib.suppress(ConfigError):
-            self._tokens(_library())
+            self._tokens(library())
 
-    def _compile(self, params: StructuredOutputsParams) -> Compiled:
-        llguidance = _library()
+    def _compile(self, params: StructuredOutputsParams, source: str | None) -> Compiled:
+        llguidance = library()
         tokens = self._tokens(llguidance)
-        matcher = new_matcher(llguidance, tokens, source_of(params))
+        try:
+            source = source or source_of(llguidance, params)
+        except ValueError as error:
+            raise ConfigError(f"structured_outputs: {one_line(error)}") from error
+        matcher = new_matcher(llguidance, tokens, source)
         # the first one takes longest: not in the engine's time
         mask = matcher.deep_copy().compute_bitmask()
         if matcher.is_error():
@@ -198,38 +200,8 @@ def json_grammar(schema: Mapping[str, Any]) -> str:
     return json.dumps({**schema, "x-guidance": JSON_OPTIONS})
 
 
-def source_of(params: StructuredOutputsParams) -> str:
-    """What llguidance compiles. Raises ConfigError for what cannot be read at all."""
-    try:
-        return str(_source(_library().LLMatcher, params))
-    except ValueError as error:
-        raise ConfigError(f"structured_outputs: {one_line(error)}") from error
-
-
-def _source(make: Any, params: StructuredOutputsParams) -> Any:
-    if params.json is not None:
-        return make.grammar_from_json_schema(params.json, overrides=JSON_OPTIONS)
-    if params.json_object:
-        return make.grammar_from_json_schema({"type": "object"}, overrides=JSON_OPTIONS)
-    if params.regex is not None:
-        return make.grammar_from_regex(params.regex)
-    if params.choice is not None:  # one terminal: alternatives of a rule take quadratic time
-        choices = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in params.choice)
-        return make.grammar_from_lark(f"start: CHOICE\nCHOICE: {choices}")
-    return make.grammar_from_lark(_lark(params.grammar or ""))
-
-
-def _lark(grammar: str) -> str:
-    """A grammar as llguidance takes it: those of llama.cpp and vLLM's examples are GBNF."""
-    from llguidance.gbnf_to_lark import any_to_lark
-
-    try:
-        return str(any_to_lark(grammar))
-    except Exception as error:  # the library raises bare Exception
-        raise ValueError(f"the grammar is no GBNF: {error}") from error
-
-
-def _library() -> Any:
+def library() -> Any:
+    """llguidance. Raises ConfigError where it is not installed."""
     try:
         import llguidance
     except ModuleNotFoundError as error:
