@@ -138,12 +138,16 @@ class Grammars:
 class GrammarConstraint:
     """An `engine.structured.Constraint` over a matcher that has taken in the committed tokens.
 
+    A matcher does not come back from an error: where a path ends in one, a copy takes its place.
     End-of-sequence tokens are not shown to the matcher: it may not count them, and then could not
     go back."""
 
     def __init__(self, matcher: Any, vocab: int, eos_ids: Sequence[int]) -> None:
         self.error: ConfigError | None = None
-        self._matcher = matcher
+        self._matcher = matcher.deep_copy()
+        self._sound = matcher  # to be copied: it takes in no drafted path
+        self._behind: list[int] = []  # committed tokens that `_sound` has not taken in yet
+        self._errors: dict[tuple[int, ...], ConfigError] = {}  # after which path
         self._vocab = vocab
         self._eos_ids = eos_ids
         self._ended = False
@@ -152,10 +156,11 @@ class GrammarConstraint:
         """See `Constraint`."""
         if self._ended or not set(self._eos_ids).isdisjoint(path):
             return self._ends()
-        self._take(path)
+        self._matcher.consume_tokens(list(path))
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
-        self._check()
-        if self.error is not None:
+        if self._matcher.is_error():
+            self._errors[tuple(path)] = self._what_is_wrong()
+            self._replace_matcher()
             return self._ends()
         self._matcher.rollback(len(path))
         return np.unpackbits(bits, count=self._vocab, bitorder="little").view(np.bool_)
@@ -167,18 +172,27 @@ class GrammarConstraint:
             return False
         if last not in self._eos_ids:
             return bool(self._matcher.validate_tokens(list(path)) == len(path))
-        if self._matcher.validate_tokens(before) < len(before):
-            return False
-        self._take(before)
-        may_end = self._matcher.is_accepting()
-        self._matcher.rollback(len(before))
-        return bool(may_end)
+        trial = self._matcher.deep_copy()
+        return bool(trial.consume_tokens(before) and trial.is_accepting())
+
+    def before_error(self, tokens: Sequence[int]) -> Sequence[int]:
+        """See `Constraint`."""
+        ends = [len(path) for path in self._errors if path == tuple(tokens[: len(path)])]
+        return tokens[: min(ends)] if ends else tokens
 
     def append(self, tokens: Sequence[int]) -> None:
         """See `Constraint`."""
+        self.error = self._errors.get(tuple(tokens))
+        self._errors.clear()
+        if self.error is not None:
+            return
         ends = [i for i, token in enumerate(tokens) if token in self._eos_ids]
         self._ended = self._ended or bool(ends)
-        self._take(tokens[: ends[0]] if ends else tokens)
+        taken = list(tokens[: ends[0]] if ends else tokens)
+        self._matcher.consume_tokens(taken)
+        self._behind += taken
+        if self._matcher.is_error():
+            self.error = self._what_is_wrong()
 
     def _ends(self) -> NDArray[np.bool_]:
         """The mask where whatever comes is dropped."""
@@ -186,13 +200,13 @@ class GrammarConstraint:
         mask[list(self._eos_ids)] = True
         return mask
 
-    def _take(self, tokens: Sequence[int]) -> None:
-        self._matcher.consume_tokens(list(tokens))
-        self._check()
+    def _replace_matcher(self) -> None:
+        self._sound.consume_tokens(self._behind)
+        self._behind.clear()
+        self._matcher = self._sound.deep_copy()
 
-    def _check(self) -> None:
-        if self.error is None and self._matcher.is_error():
-            self.error = ConfigError(f"structured_outputs: {one_line(self._matcher.get_error())}")
+    def _what_is_wrong(self) -> ConfigError:
+        return ConfigError(f"structured_outputs: {one_line(self._matcher.get_error())}")
 
 
 def json_grammar(schema: Mapping[str, Any]) -> str:
