@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3.11 python3; do \
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test wheel test-wheel test-native test-heads test-transformers test-vllm test-sglang quality docs soak fuzz lab pictures env clean
+.PHONY: demo test wheel test-wheel test-native test-heads test-transformers test-vllm test-sglang test-gpu-path quality docs soak fuzz lab pictures env clean
 
 demo: .venv/.installed
 	$(BIN)/smart demo
@@ -104,6 +104,21 @@ test-sglang: env $(SGLANG_DIR)/.installed
 $(SGLANG_DIR)/.installed:
 	$(PIP) install --no-deps --target $(SGLANG_DIR) 'sglang==0.5.23' 'triton==3.6.0'
 	$(PIP) install --target $(SGLANG_DIR)/more orjson psutil pybase64 msgspec pyzmq ipython aiohttp
+	@touch $@
+
+# The GPU path as far as a CPU goes: Triton's kernels by its interpreter and compiled ahead of time, graphs, counts of
+# operations, draws. A test that is skipped fails the target.
+TRITON_DIR ?= .triton
+test-gpu-path: env $(TRITON_DIR)/.installed
+	SMART_NO_SKIPS=1 PYTHONPATH=$(TRITON_DIR)$(if $(PYTHONPATH),:$(PYTHONPATH)) TRITON_INTERPRET=1 \
+		$(BIN)/python -m pytest -rs tests/gpu/test_triton.py
+	SMART_NO_SKIPS=1 PYTHONPATH=$(TRITON_DIR)$(if $(PYTHONPATH),:$(PYTHONPATH)) \
+		$(BIN)/python -m pytest -rs tests/gpu/test_compiled.py tests/gpu/test_counts.py tests/gpu/test_profiles.py \
+		tests/parity/test_graphs.py tests/unit/sampling/test_sampler.py
+
+# The interpreter needs an older NumPy.
+$(TRITON_DIR)/.installed:
+	$(PIP) install --no-deps --target $(TRITON_DIR) 'triton==3.6.0' 'numpy<2.4'
 	@touch $@
 
 env: .venv/.installed-dev

@@ -65,17 +65,20 @@ LABEL = "replayed acceptance"
 
 @dataclass(frozen=True)
 class RandomWeights(Mapping[str, torch.Tensor]):
-    """Tensors by name, drawn when asked for, the same every time: a model of any size takes no
-    disk."""
+    """Tensors by name, drawn on a device when asked for, the same every time: a model of any size
+    takes no disk."""
 
     shapes: Mapping[str, tuple[int, ...]]
+    device: torch.device | str = "cpu"
 
     def __getitem__(self, name: str) -> torch.Tensor:
         shape = self.shapes[name]
         if len(shape) == 1:  # norms and biases
-            return torch.full(shape, 0.0 if name.endswith("bias") else 1.0, dtype=torch.bfloat16)
-        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-        return torch.empty(shape, dtype=torch.bfloat16).normal_(0.0, SCALE, generator=generator)
+            same = 0.0 if name.endswith("bias") else 1.0
+            return torch.full(shape, same, dtype=torch.bfloat16, device=self.device)
+        generator = torch.Generator(self.device).manual_seed(zlib.crc32(name.encode()))
+        drawn = torch.empty(shape, dtype=torch.bfloat16, device=self.device)
+        return drawn.normal_(0.0, SCALE, generator=generator)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
@@ -205,7 +208,8 @@ class _Replay:
         self.pages = pages_for(largest * longest, largest)
         self.length = longest + 1
         self.slots = largest
-        checkpoint = Checkpoint(config, RandomWeights(config.expected_shapes()), Path(), {})
+        weights = RandomWeights(config.expected_shapes(), device_of(options.device))
+        checkpoint = Checkpoint(config, weights, Path(), {})
         self.target = TorchTarget(
             checkpoint,
             options.dtype,

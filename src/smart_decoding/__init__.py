@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
 # Threads that wait for each other look at a barrier so often before they sleep. OpenMP's own
 # 300,000 take milliseconds, in which another process cannot run: beside one, decoding is then many
-# times slower. Alone it makes no difference. Torch's OpenMP reads it when torch is imported; where
-# that was before, the kernels see to it when they are loaded.
-SPINS = "1000"
+# times slower. Alone, as many or 1,000 make no difference. Torch's OpenMP reads it when torch is
+# imported; where that was before, the kernels see to it when they are loaded.
+SPINS = "300"
 if "OMP_WAIT_POLICY" not in os.environ and "torch" not in sys.modules:
     os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
 

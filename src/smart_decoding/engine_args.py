@@ -59,9 +59,11 @@ class EngineArgs:
     device: cpu or cuda; auto takes CUDA where there is one.
     max_model_len: longest prompt plus answer, in tokens (4,096, or what the model or
         kv_cache_tokens allows if that is less).
-    max_num_seqs: requests in a round. max_num_batched_tokens: prompt tokens in a round.
-    kv_cache_tokens: KV memory, in tokens over all requests (up to 16 of 2,048); at least
-        max_model_len.
+    max_num_seqs: requests in a round. max_num_batched_tokens: prompt tokens in a round (256, on
+        CUDA 2,048).
+    kv_cache_tokens: KV memory, in tokens over all requests (up to 16 of 2,048; on CUDA what
+        gpu_memory_utilization leaves); at least max_model_len.
+    gpu_memory_utilization: part of a GPU's memory that weights and KV memory may fill.
     enable_prefix_caching: keep the keys of finished requests for prompts that begin alike.
     seed: what the seeds of requests without their own are drawn from.
     stop_at_loops: end an answer that only repeats itself.
@@ -82,7 +84,7 @@ class EngineArgs:
     mm_processor_kwargs: options of the image processor, such as max_pixels.
     max_image_pixels: of one image as it is sent.
 
-    Of vLLM, with no effect here. gpu_memory_utilization, swap_space, disable_log_stats: any value.
+    Of vLLM, with no effect here. swap_space, disable_log_stats: any value.
     tensor_parallel_size, pipeline_parallel_size: 1. trust_remote_code: false, as a model's code is
     never run. tokenizer_mode, load_format: auto. enable_chunked_prefill: true. cpu_offload_gb: 0.
 
@@ -98,8 +100,9 @@ class EngineArgs:
     device: str = "auto"
     max_model_len: int | None = None
     max_num_seqs: int = 32
-    max_num_batched_tokens: int = 256
+    max_num_batched_tokens: int | None = None
     kv_cache_tokens: int | None = None
+    gpu_memory_utilization: float = 0.9
     enable_prefix_caching: bool = True
     seed: int = 0
     stop_at_loops: bool = False
@@ -116,7 +119,6 @@ class EngineArgs:
     max_image_pixels: int = Limits().pixels
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
-    gpu_memory_utilization: float = 0.9
     swap_space: float = 4
     cpu_offload_gb: float = 0
     trust_remote_code: bool = False
@@ -143,6 +145,11 @@ class EngineArgs:
             1, "max_num_seqs", "max_num_batched_tokens", "max_model_len", "kv_cache_tokens"
         )
         self._at_least(0, "seed")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ConfigError(
+                f"gpu_memory_utilization={self.gpu_memory_utilization} is not allowed: "
+                "it must be above 0 and at most 1"
+            )
 
     @classmethod
     def of(cls, **options: Any) -> EngineArgs:
@@ -228,6 +235,10 @@ class EngineArgs:
         """Tokens of KV memory where an answer and its prompt may be `longest` tokens."""
         usual = min(longest, 2048) * min(self.max_num_seqs, 16)
         return self.kv_cache_tokens or max(longest, usual)
+
+    def chunk(self, on_cuda: bool) -> int:
+        """Prompt tokens in a round."""
+        return self.max_num_batched_tokens or (2048 if on_cuda else 256)
 
     def _check_neutral(self) -> None:
         for name, allowed in _NEUTRAL.items():

@@ -7,6 +7,7 @@ import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from tqdm import tqdm
 from smart_decoding.engine.engine import Engine, EngineConfig
 from smart_decoding.engine.engine_thread import EngineThread
 from smart_decoding.engine.jobs import Ask, Job
+from smart_decoding.engine.kv import PAGE
 from smart_decoding.engine.metrics import Metric, Record
 from smart_decoding.engine.outputs import RequestOutput, completion_of, prompt_logprobs_of
 from smart_decoding.engine.sampling_params import SamplingParams
@@ -79,30 +81,16 @@ class LLM:
         self._prompts = _prompts(args, checkpoint, self.tokenizer)
         longest = args.longest(checkpoint.config.max_positions)
         self.tokenizer.context = longest
-        asked = check_speculation(
-            args.speculative_config, checkpoint, self.tokenizer, longest, args.trust_pickle
-        )
-        if asked.draft is not None:
-            require_served(asked.draft.config, device, slow, "the draft model")
-        pages = pages_for(args.kv_tokens(longest), args.max_num_seqs)
-        asked = _require_memory(args, checkpoint, asked, pages, longest)
+        asked = _drafts(args, checkpoint, self.tokenizer, longest)
+        asked, pages = _require_memory(args, checkpoint, asked, longest)
         self.target = TorchTarget(
             checkpoint, args.dtype, device, pages, longest, args.enforce_eager, slow
         )
         self.speculation: Speculation = build_speculation(
             asked, checkpoint, self.target, pages, args.max_num_seqs, args.profile_later
         )
-        config = EngineConfig(
-            pages,
-            longest,
-            args.max_num_seqs,
-            args.max_num_batched_tokens,
-            args.enable_prefix_caching,
-            args.seed,
-            args.stop_at_loops,
-        )
         self.grammars = Grammars(self.tokenizer, self.target.vocab, self.target.eos_token_ids)
-        self.engine = self._engine(self.speculation, config)
+        self.engine = self._engine(self.speculation, _engine_config(args, pages, longest))
         self.engine_thread = EngineThread()
         self._record = Record()
         self.engine_thread.observers.append(self._record)
@@ -313,6 +301,32 @@ def _load(args: EngineArgs, device: torch.device) -> Checkpoint:
     return checkpoint if args.activations is None else with_rounded_inputs(checkpoint)
 
 
+def _drafts(
+    args: EngineArgs, checkpoint: Checkpoint, tokenizer: Tokenizer, longest: int
+) -> SpeculativeConfig:
+    """What drafts, before it is loaded. Raises ConfigError for what does not fit or is not
+    served."""
+    asked = check_speculation(
+        args.speculative_config, checkpoint, tokenizer, longest, args.trust_pickle
+    )
+    if asked.draft is not None:
+        device = device_of(args.device)
+        require_served(asked.draft.config, device, args.allow_slow, "the draft model")
+    return asked
+
+
+def _engine_config(args: EngineArgs, pages: int, longest: int) -> EngineConfig:
+    return EngineConfig(
+        pages,
+        longest,
+        args.max_num_seqs,
+        args.chunk(device_of(args.device).type == "cuda"),
+        args.enable_prefix_caching,
+        args.seed,
+        args.stop_at_loops,
+    )
+
+
 def _tokenizer(args: EngineArgs, checkpoint: Checkpoint) -> Tokenizer:
     """The model's, with the chat template asked for."""
     other = args.tokenizer not in (None, args.model)
@@ -330,23 +344,31 @@ def _tokenizer(args: EngineArgs, checkpoint: Checkpoint) -> Tokenizer:
 
 
 def _require_memory(
-    args: EngineArgs, checkpoint: Checkpoint, asked: SpeculativeConfig, pages: int, longest: int
-) -> SpeculativeConfig:
-    """Raises CapacityError for a model that does not fit, before its weights are read; without a
-    draft model that only came by default, if it fits so."""
-    rows = max(args.max_num_batched_tokens, 8 * args.max_num_seqs)
-    limits = memory.Limits(args.kv_tokens(longest), pages, rows, longest)
+    args: EngineArgs, checkpoint: Checkpoint, asked: SpeculativeConfig, longest: int
+) -> tuple[SpeculativeConfig, int]:
+    """What drafts, and KV pages. Raises CapacityError for a model that does not fit, before its
+    weights are read; without a draft model that only came by default, if it fits so."""
     device = device_of(args.device)
     dtype = dtype_of(args.dtype)
+    on_cuda = device.type == "cuda"
+    seqs = args.max_num_seqs
+    rows = max(args.chunk(on_cuda), 8 * seqs)
+    tokens = args.kv_tokens(longest)
+    limits = memory.Limits(tokens, pages_for(tokens, seqs), rows, longest)
     need = memory.need_of(checkpoint, dtype, device, limits, asked.draft, asked.head)
+    if on_cuda and args.kv_cache_tokens is None:
+        room = memory.tokens_beside(need, args.gpu_memory_utilization, device)
+        tokens = max(longest, room - pages_for(0, seqs) * PAGE)
+        limits = replace(limits, kv_tokens=tokens, pages=pages_for(tokens, seqs))
+        need = replace(need, tokens=limits.pages * PAGE)
     try:
         memory.require_memory(checkpoint, need, limits, device)
     except CapacityError:
         if not asked.by_default:
             raise
         log.warning("there is no memory for a draft model beside it, so n-grams draft")
-        return _require_memory(args, checkpoint, asked.without_draft(), pages, longest)
-    return asked
+        return _require_memory(args, checkpoint, asked.without_draft(), longest)
+    return asked, limits.pages
 
 
 def quantization_of(args: EngineArgs, device: torch.device) -> str | None:

@@ -367,7 +367,7 @@ class _Builder:
         target = self._target
         head = str(self.model and self.model.shape)
         weights = self._checkpoint.provenance
-        longest = longest_context(target.max_positions)
+        longest = longest_context(target.max_positions, target.device)
         path = profile_path(weights, target.dtype, target.device, head, longest, target.steps)
 
         def measured() -> CostModel:
@@ -378,7 +378,9 @@ class _Builder:
             return cost
 
         cost = load_profile(path)
-        if cost is not None and max(cost.verify) >= largest_batch(self._pages, self._seqs):
+        if cost is not None and max(cost.verify) >= largest_batch(
+            self._pages, self._seqs, target.device
+        ):
             return cost, None
         return (cost or CostModel.default(), measured) if put_off else (measured(), None)
 

@@ -16,6 +16,7 @@ from smart_decoding.models import memory
 from smart_decoding.models.config import ModelConfig
 from smart_decoding.models.loading import Checkpoint, load_checkpoint
 from smart_decoding.models.memory import Limits, Need
+from smart_decoding.models.target import fitting_memory
 
 GB = 10**9
 CPU = torch.device("cpu")
@@ -130,6 +131,33 @@ def test_the_kv_memory_advised_fits() -> None:
     fits = Limits(tokens, pages, LIMITS.rows, LIMITS.longest)
     total = memory.need_of(checkpoint(LLAMA_8B), torch.bfloat16, CPU, fits).total
     assert free - 3 * 16 * 131_072 < total <= free
+
+
+def test_a_gpus_kv_memory_is_what_weights_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 80 GB of which others hold 4: 0.9 of the whole in all."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (76 * GB, 80 * GB))
+    needed = need(LLAMA_8B)
+    tokens = memory.tokens_beside(needed, 0.9, torch.device("cuda"))
+    held = needed.weights + needed.work + tokens * needed.per_token
+    assert 68 * GB - 131_072 < held <= 68 * GB
+    assert memory.tokens_beside(needed, 0.2, torch.device("cuda")) < 0
+
+
+@pytest.mark.parametrize(
+    ("error", "lacking"),
+    [
+        (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB."), True),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you"), True),
+        (MemoryError(), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+    ],
+)
+def test_only_a_lack_of_memory_is_called_one(error: Exception, lacking: bool) -> None:
+    with (
+        pytest.raises(CapacityError if lacking else type(error), match=r"kv_cache|illegal"),
+        fitting_memory("model", 3),
+    ):
+        raise error
 
 
 def test_a_draft_model_that_is_too_much_is_said_to_be() -> None:

@@ -68,7 +68,7 @@ def main(args: argparse.Namespace) -> int:
     print(f"held-out error of the fit: median {100 * median:.1f} %, p90 {100 * high:.1f} %")
     if samples:
         head = str(model and model.shape)
-        longest = longest_context(target.max_positions)
+        longest = longest_context(target.max_positions, target.device)
         path = profile_path(
             llm.provenance, target.dtype, target.device, head, longest, target.steps
         )

@@ -70,6 +70,7 @@ def _server_options(args: argparse.Namespace) -> dict[str, Any]:
         "max_num_seqs",
         "max_num_batched_tokens",
         "kv_cache_tokens",
+        "gpu_memory_utilization",
         "seed",
         "generation_config",
         "allowed_local_media_path",

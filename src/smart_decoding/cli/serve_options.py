@@ -18,13 +18,19 @@ OPTIONS = {
     "model": (
         *MODEL_OPTIONS,
         Option("max-num-seqs", int, 32, "answers that run at a time"),
-        Option("max-num-batched-tokens", int, 256, "prompt tokens in a round"),
+        Option("max-num-batched-tokens", int, None, "prompt tokens in a round (256, on CUDA 2048)"),
         Option(
             "kv-cache-tokens",
             int,
             None,
             "KV memory, in tokens over all requests",
             shown="16 requests of 2048 tokens",
+        ),
+        Option(
+            "gpu-memory-utilization",
+            float,
+            0.9,
+            "part of a GPU's memory for weights and KV memory",
         ),
         Option("seed", int, 0, "what the seeds of requests without one are drawn from"),
         Option(

@@ -44,11 +44,13 @@ Grow: TypeAlias = Callable[[Sequence[Request], TreeRule], Grown]
 class TargetScores:
     """logits: the wanted rows' [wanted, vocab], on the backend; features: all rows' aux hidden
     states, or None; greedy: what `argmax` says of the wanted rows, where the backend knows it
-    anyway."""
+    anyway; draws_all: whether drawing all rows at once, which is one wait for a device, beats
+    drawing those that are visited level by level. Tokens of rows that are not visited may be -1."""
 
     logits: Logits
     features: Features
     greedy: IntArray | None = None
+    draws_all: bool = False
 
 
 class NativeBatch(NamedTuple):

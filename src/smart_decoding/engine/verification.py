@@ -284,15 +284,18 @@ def _accept(
             tokens = scores.greedy[at].tolist()
         acceptance = accept(nodes, lambda wanted: _finite([tokens[row] for row in wanted]))
     else:
-        eos = target.eos_token_ids
-        acceptance = accept(
-            nodes,
-            lambda wanted: target.sample(
-                scores.logits,
-                np.array([at[row] for row in wanted]),
-                specs_of(wanted, asking, nodes, eos),
-            ),
-        )
+
+        def draw(wanted: Sequence[int]) -> list[int]:
+            which = np.array([at[row] for row in wanted])
+            specs = specs_of(wanted, asking, nodes, target.eos_token_ids)
+            drawn: list[int] = target.sample(scores.logits, which, specs).tolist()
+            return drawn
+
+        if scores.draws_all:
+            tokens = draw(range(len(at)))
+            acceptance = accept(nodes, lambda wanted: _finite([tokens[row] for row in wanted]))
+        else:
+            acceptance = accept(nodes, lambda wanted: _finite(draw(wanted)))
     for i, request in enumerate(asking):
         if request.logprobs is not None:
             visited = [i, *(node + len(asking) for node in acceptance.path[i])]

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from smart_decoding.kernels import ops as kernels
 from smart_decoding.kernels.weights import Arena, QuantizedTensor, as_tensor
-from smart_decoding.models.graphs import BUCKETS, GraphedLayers, graphed
+from smart_decoding.models.graphs import GraphedLayers, layers_on
 from smart_decoding.models.kernel_check import use_native
 from smart_decoding.models.layers import (
     Context,
@@ -28,8 +28,7 @@ from smart_decoding.models.layers import (
 )
 from smart_decoding.models.linear import Linear
 from smart_decoding.models.native_model import NativeModel
-from smart_decoding.models.rows import native_rows
-from smart_decoding.models.torch_layers import TorchLayers
+from smart_decoding.models.rows import BUCKETS, native_rows, upload
 
 if TYPE_CHECKING:
     from smart_decoding.engine.media import MultimodalEmbeddings
@@ -94,7 +93,8 @@ class Decoder:
         self.native = use_native(config, device) if native is None else native
         self.work_dtype = torch.float32 if self.native else dtype
         self.workspace = Workspace()
-        arena = self._set_layers(weights, graphs)
+        self.graphs = graphs
+        arena = self._set_layers(weights)
         embedding = get("model.embed_tokens.weight")
         output = embedding if config.tie_embeddings else get("lm_head.weight")
         norm = as_tensor(get("model.norm.weight"))
@@ -119,7 +119,7 @@ class Decoder:
             return Linear(embedding, True, arena)
         return as_tensor(embedding)
 
-    def _set_layers(self, weights: Mapping[str, Matrix], graphs: bool) -> Arena | None:
+    def _set_layers(self, weights: Mapping[str, Matrix]) -> Arena | None:
         """Makes the layers; returns memory for the other matrices, on the CPU kernels."""
         config = self.config
         layers = (
@@ -132,11 +132,9 @@ class Decoder:
             arena = Arena(self.dtype.itemsize * sum(map(math.prod, shapes)), self.in_bytes)
             self._layers = NativeLayers(layers, arena, self.workspace)
             return arena
-        on_cuda = self.device.type == "cuda"
-        if on_cuda:  # cuDNN's attention makes a plan for each shape, and shapes change every round
-            torch.backends.cuda.enable_cudnn_sdp(False)
-        each = list(layers)
-        self._layers = graphed(each) if on_cuda and graphs else TorchLayers(each)
+        # sums of products that a GPU splits stay in float32
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+        self._layers = layers_on(self.device, layers, self.graphs)
         return None
 
     @property
@@ -168,38 +166,32 @@ class Decoder:
     def forward(self, rows: Rows, aux_layers: tuple[int, ...] = ()) -> ForwardOutput:
         """Runs the rows through all layers; `aux_layers` are layer counts (4 = after the fourth
         layer), ascending."""
+        context = self._context(rows, aux_layers)
         if self.model is not None:
-            context = self._context(rows)
             native = native_rows(context.rows, context.cosine, context.sine)
             logits, states, best = self.model.forward(
                 native.struct, rows.token, rows.mm_embeds, rows.logit_rows, aux_layers
             )
             return ForwardOutput(logits, states, best)
-        x = self.embed(torch.from_numpy(rows.token).to(self.device))
+        x = self.embed(context.on_device.token)
         put(x, rows.mm_embeds)
-        width = len(aux_layers) * self.config.hidden
-        aux_hidden = x.new_empty(len(rows), width) if aux_layers else None
-        self._layers(x, self._context(rows, aux_layers, aux_hidden), self.kv)
-        if rows.logit_rows is not None:
-            x = x[torch.from_numpy(rows.logit_rows).to(self.device)]
-        return ForwardOutput(self.head(x).float(), aux_hidden)
+        if aux_layers:
+            width = len(aux_layers) * self.config.hidden
+            context.aux_hidden = x.new_empty(len(rows), width)
+        self._layers(x, context, self.kv)
+        if context.on_device.logit_rows is not None:
+            x = x[context.on_device.logit_rows]
+        return ForwardOutput(self.head(x).float(), context.aux_hidden)
 
-    def _context(
-        self, rows: Rows, aux_layers: tuple[int, ...] = (), aux_hidden: Tensor | None = None
-    ) -> Context:
+    def _context(self, rows: Rows, aux_layers: tuple[int, ...]) -> Context:
         """M-RoPE rows get rotary tables of their own, in which row i finds its angles at position
         i."""
         if rows.rotary is None:
-            return Context(rows, *self.rotary, aux_layers=aux_layers, aux_hidden=aux_hidden)
-        at = torch.from_numpy(rows.rotary).to(self.device)[:, self._axis]  # [rows, head_dim / 2]
+            return Context(rows, *self.rotary, aux_layers=aux_layers)
+        at = upload(rows.rotary, self.device)[:, self._axis]  # [rows, head_dim / 2]
         cosine, sine = (table.gather(0, at) for table in self.rotary)
-        return Context(
-            replace(rows, position=np.arange(len(rows))),
-            cosine,
-            sine,
-            aux_layers=aux_layers,
-            aux_hidden=aux_hidden,
-        )
+        own = replace(rows, position=np.arange(len(rows)))
+        return Context(own, cosine, sine, aux_layers=aux_layers)
 
 
 class RoundingDecoder(Decoder):

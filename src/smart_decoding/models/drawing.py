@@ -53,7 +53,7 @@ def _draw_alone(row: FloatRow, spec: SampleSpec) -> int:
         return top
     floor = top_k_floor(row, params.top_k)
     nucleus = _Nucleus(row, top, floor, params)
-    floor = max(floor, float(row[top]) + _min_p_distance(params))
+    floor = max(floor, float(row[top]) + min_p_distance(params))
     key = noise_key(spec.seed, spec.sample, spec.position)
     token = _gumbel_max(row, top, floor, params.temperature, key)
     while token not in nucleus:  # nor is what scores no better: draw again above it
@@ -94,7 +94,7 @@ def _draw_of(spec: SampleSpec, row: int = 0) -> kernels.Draw:
         spec.position,
         max(params.top_k, 0),
         1.0 / params.temperature,
-        _min_p_distance(params),
+        min_p_distance(params),
         params.top_p,
     )
 
@@ -105,7 +105,7 @@ def survivors(row: FloatRow, params: SamplingParams) -> NDArray[np.int64]:
     top = int(row.argmax())
     floor = top_k_floor(row, params.top_k)
     nucleus = _Nucleus(row, top, floor, params)
-    tokens = np.flatnonzero(row >= max(floor, float(row[top]) + _min_p_distance(params)))
+    tokens = np.flatnonzero(row >= max(floor, float(row[top]) + min_p_distance(params)))
     return np.array([token for token in tokens if int(token) in nucleus], np.int64)
 
 
@@ -117,7 +117,7 @@ def top_k_floor(row: FloatRow, k: int) -> float:
     return max(LOWEST, float(np.partition(row, len(row) - k)[len(row) - k]))
 
 
-def _min_p_distance(params: SamplingParams) -> float:
+def min_p_distance(params: SamplingParams) -> float:
     """How far below the best score min_p cuts: where a token has that part of the most likely one's
     probability."""
     return params.temperature * math.log(params.min_p) if params.min_p > 0 else -math.inf

@@ -100,6 +100,8 @@ class EagleHead:
 
     def take(self, features: Features, rows: IntArray) -> Tensor:
         """Rows of aux hidden states: [rows, width], a copy."""
+        if len(rows) == 1:  # which a GPU need not be told
+            return torch.as_tensor(features)[rows[0] : rows[0] + 1].clone()
         return take_rows(features, rows)
 
     def copy_page(self, source: int, target: int) -> None:

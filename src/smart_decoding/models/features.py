@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from smart_decoding.kernels.memory import address
+from smart_decoding.models.rows import upload
 
 if TYPE_CHECKING:
     from smart_decoding.core.tree import IntArray
@@ -30,7 +31,7 @@ def as_tensor(part: Part) -> Tensor:
 def take_rows(features: Features, rows: IntArray) -> Tensor:
     """Rows of features or outputs: [rows, width], a copy."""
     features = torch.as_tensor(features)
-    return features[torch.from_numpy(rows).to(features.device)]
+    return features[upload(rows, features.device)]
 
 
 def readable(part: Part) -> Part:

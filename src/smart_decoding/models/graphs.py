@@ -1,36 +1,41 @@
-"""CUDA graphs: all of a decoder layer but attention, recorded once for each bucket of rows,
-replayed in one launch.
+"""CUDA graphs: all decoder layers, recorded once for each bucket of rows, replayed in one launch.
 
-Attention depends on contexts and trees, all else on the number of rows alone. So rows are padded to
-the next bucket there, and only there, and a recording reaches from one attention to the next: the
-half of a layer behind it and the half of the next layer before it.
+Kernels find contexts and trees in the device's memory (`DeviceRows`), so that a recording depends
+on the number of rows alone, which is padded to the next bucket.
 """
 
 from __future__ import annotations
 
-import bisect
+import functools
 import gc
-import itertools
 import logging
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
 
-from smart_decoding.models.torch_layers import TorchLayer, TorchLayers, attend
+from smart_decoding.models.rows import BUCKETS
+from smart_decoding.models.torch_layers import TorchLayers, ops_for
 
 if TYPE_CHECKING:
     from smart_decoding.models.layers import Context, KVCache, Layers, LayerWeights
 
 log = logging.getLogger("smart.graphs")
 
-# Rows: as many as tensor cores multiply at once anyway. More are run eagerly: prompts, which
-# launches do not slow.
-BUCKETS = (1, 2, 4, *range(8, 64, 8), *range(64, 321, 16))
+META = 1 << 18  # int32 of block tables and the like; rounds with more are run eagerly
 # from what is done to what does it again
 Record = Callable[[Callable[[], None]], Callable[[], None]]
+# widths of what the first layer reads, and aux layers
+_Form: TypeAlias = tuple[int, tuple[int, ...]]
+
+
+def layers_on(device: torch.device, layers: Iterable[LayerWeights], graphs: bool) -> Layers:
+    """The layers on torch's products. graphs: whether they are recorded, on a CUDA device. Raises
+    ConfigError where Triton is missing there."""
+    eager = TorchLayers(layers, ops_for(device))
+    return GraphedLayers(eager, recorder(device)) if device.type == "cuda" and graphs else eager
 
 
 class CudaRecorder:
@@ -48,7 +53,7 @@ class CudaRecorder:
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
             run()  # libraries set themselves up at their first call, which cannot be recorded
-            graph.capture_begin(pool=self._pool)
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 run()
             finally:
@@ -58,78 +63,106 @@ class CudaRecorder:
         return replay
 
 
-class GraphedLayers:
-    """TorchLayers whose halves are recorded."""
+recorder = functools.cache(CudaRecorder)  # one for a target and what drafts for it
 
-    def __init__(
-        self, layers: TorchLayers, record: Record, buckets: Sequence[int] = BUCKETS
-    ) -> None:
-        self._eager = layers
-        self._buckets = buckets
-        w = layers.each[0].weights
-        most = buckets[-1]
 
-        def rows(*shape: int) -> Tensor:
-            return w.post_norm.new_zeros(most, *shape)
+@dataclass
+class _Buffers:
+    """What recordings of one form read and write, with room for the largest bucket."""
 
-        self._x = rows(w.hidden)
-        self._attended = rows(w.heads * w.head_dim)
-        self._rotation = tuple(rows(w.head_dim // 2).float() for _ in range(2))
-        self._qkv = (
-            rows(w.heads, w.head_dim),
-            rows(w.kv_heads, w.head_dim),
-            rows(w.kv_heads, w.head_dim),
+    x: Tensor
+    rotation: tuple[Tensor, Tensor]
+    meta: Tensor
+    inputs: Tensor | None
+    aux_hidden: Tensor | None
+
+    @classmethod
+    def like(cls, x: Tensor, context: Context) -> _Buffers:
+        def room(tensor: Tensor) -> Tensor:
+            return tensor.new_zeros(BUCKETS[-1], *tensor.shape[1:])
+
+        inputs, aux = context.inputs, context.aux_hidden
+        cosine, sine = context.rotation
+        return cls(
+            room(x),
+            (room(cosine), room(sine)),
+            context.on_device.meta.new_zeros(META),
+            None if inputs is None else room(inputs),
+            None if aux is None else room(aux),
         )
-        halves = [None, *layers.each, None]
-        self._parts = {  # the largest first: smaller ones then fit into its memory
-            size: [record(partial(self._part, *pair, size)) for pair in itertools.pairwise(halves)]
-            for size in reversed(buckets)
-        }
 
-    @torch.inference_mode()
-    def _part(self, behind: TorchLayer | None, ahead: TorchLayer | None, size: int) -> None:
-        """From one attention to the next, for `size` rows; before the first one and after the last
-        one half of it."""
-        x = self._x[:size]
-        if behind is not None:
-            behind.after(x, self._attended[:size])
-        if ahead is not None:
-            made = ahead.before(x, *(table[:size] for table in self._rotation))
-            for buffer, part in zip(self._qkv, made, strict=True):
-                buffer[:size] = part
+    def fill(self, x: Tensor, context: Context) -> None:
+        """Brings a forward's inputs. What padding reads must not grow from forward to forward."""
+        rows = len(x)
+        meta = context.on_device.meta
+        self.meta[: len(meta)] = meta
+        self.x[:rows] = x
+        self.x[rows : context.on_device.size] = 0
+        for buffer, part in zip(self.rotation, context.rotation, strict=True):
+            buffer[:rows] = part
+        if self.inputs is not None and context.inputs is not None:
+            self.inputs[:rows] = context.inputs
+
+    def context(self, given: Context) -> Context:
+        """The context that a recording reads, for forwards as large as the `given` one."""
+        size = given.on_device.size
+        inputs = None if self.inputs is None else self.inputs[:size]
+        aux_hidden = None if self.aux_hidden is None else self.aux_hidden[:size]
+        fixed = replace(given, inputs=inputs, aux_hidden=aux_hidden)
+        fixed.rotation = (self.rotation[0][:size], self.rotation[1][:size])
+        fixed.on_device = replace(given.on_device, meta=self.meta)
+        return fixed
+
+
+class GraphedLayers:
+    """TorchLayers in recordings, which are made when they are first needed. Where that fails,
+    kernels are launched one by one."""
+
+    def __init__(self, layers: TorchLayers, record: Record) -> None:
+        self.eager = layers
+        self._record: Record | None = record
+        self._cache: KVCache | None = None
+        self._buffers: dict[_Form, _Buffers] = {}
+        self._replays: dict[tuple[_Form, int], Callable[[], None]] = {}
 
     def __call__(self, x: Tensor, context: Context, cache: KVCache) -> None:
         """See `Layers`."""
-        rows = len(x)
-        if rows > self._buckets[-1]:
-            self._eager(x, context, cache)
+        rows = context.on_device
+        if len(x) > BUCKETS[-1] or len(rows.meta) > META or self._record is None:
+            self.eager(x, context, cache)
             return
-        size = self._buckets[bisect.bisect_left(self._buckets, rows)]
-        first, *others = self._parts[size]
-        own = self._x[:rows]
-        own.copy_(x)
-        self._x[rows:size] = 0  # what nobody reads must not grow from forward to forward
-        for table, angles in zip(self._rotation, context.rotation, strict=True):
-            table[:rows] = angles
-        q, k, v = (buffer[:rows] for buffer in self._qkv)
-        first()
-        for i, part in enumerate(others):
-            self._attended[:rows] = attend(q, k, v, context, cache.keys[i], cache.values[i])
-            part()
-            context.keep_aux(i + 1, own)
-        x.copy_(own)
+        if cache is not self._cache:
+            self._cache = cache
+            self._replays = {}
+        form = (0 if context.inputs is None else context.inputs.shape[1], context.aux_layers)
+        if form not in self._buffers:
+            self._buffers[form] = _Buffers.like(x, context)
+        buffers = self._buffers[form]
+        if (form, rows.size) not in self._replays:
+            buffers.fill(x, context)
+            run = functools.partial(
+                self.eager, buffers.x[: rows.size], buffers.context(context), cache
+            )
+            if not self._try_to_record((form, rows.size), run):
+                self.eager(x, context, cache)
+                return
+        buffers.fill(x, context)
+        self._replays[form, rows.size]()
+        x.copy_(buffers.x[: len(x)])
+        if context.aux_hidden is not None and buffers.aux_hidden is not None:
+            context.aux_hidden.copy_(buffers.aux_hidden[: len(x)])
 
-
-def graphed(layers: Sequence[LayerWeights]) -> Layers:
-    """The layers in CUDA graphs; without, and saying so, where recording fails."""
-    eager = TorchLayers(layers)
-    collecting = gc.isenabled()
-    gc.disable()  # freeing a tensor in the middle of a recording would spoil it
-    try:
-        return GraphedLayers(eager, CudaRecorder(layers[0].post_norm.device))
-    except RuntimeError as error:
-        log.warning("no CUDA graphs, so every kernel is launched by itself: %s", error)
-        return eager
-    finally:
-        if collecting:
-            gc.enable()
+    def _try_to_record(self, key: tuple[_Form, int], run: Callable[[], None]) -> bool:
+        assert self._record is not None
+        collecting = gc.isenabled()
+        gc.disable()  # freeing a tensor in the middle of a recording would spoil it
+        try:
+            self._replays[key] = self._record(run)
+        except RuntimeError as error:
+            self._record = None
+            log.warning("no CUDA graphs, so every kernel is launched by itself: %s", error)
+            return False
+        finally:
+            if collecting:
+                gc.enable()
+        return True

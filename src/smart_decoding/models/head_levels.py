@@ -109,11 +109,11 @@ class SteppedLevels(ABC):
     def _run(self, rows: Rows, features: Tensor, cache: HeadCache) -> Tensor:
         """One pass over pairs of features and tokens: the outputs [rows, hidden], fed back as
         features."""
-        token = torch.from_numpy(rows.token).to(self._target.device)
-        embedded = self._embed(token)
+        context = Context(rows, *cache.rotary)
+        embedded = self._embed(context.on_device.token)
         put(embedded, rows.mm_embeds)
-        x, inputs = self._inputs(rows, embedded, features)
-        self._layers(x, Context(rows, *cache.rotary, inputs=inputs), cache.kv)
+        x, context.inputs = self._inputs(rows, embedded, features)
+        self._layers(x, context, cache.kv)
         return x
 
     def _rank(self, asked: Asked) -> Ranked:

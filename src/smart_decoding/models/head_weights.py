@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from smart_decoding.kernels.weights import Arena
+from smart_decoding.models.graphs import layers_on
 from smart_decoding.models.head_shapes import FIRST, layer_prefixes
 from smart_decoding.models.layers import Layers, NativeLayers, layer_weights
 from smart_decoding.models.linear import Linear
-from smart_decoding.models.torch_layers import TorchLayers
 
 if TYPE_CHECKING:
     from smart_decoding.models.head_files import HeadFiles
@@ -102,6 +102,10 @@ def head_layers(weights: HeadWeights, output: Tensor | None = None) -> HeadLayer
     if target.native:
         matrices = [weights.fc, *(tensor for tensor in weights.files.weights.values())]
         arena = Arena(sum(matrix.numel() for matrix in matrices) * target.dtype.itemsize)
-    layers = NativeLayers(each, arena, target.workspace) if arena else TorchLayers(each)
+    layers: Layers
+    if arena is not None:
+        layers = NativeLayers(each, arena, target.workspace)
+    else:
+        layers = layers_on(target.device, each, target.graphs)
     fc = Linear(weights.fc, target.native, arena, bias=weights.get("fc.bias"))
     return HeadLayers(layers, fc, arena)

@@ -17,7 +17,13 @@ from smart_decoding.engine.kv import PAGE
 from smart_decoding.kernels import ops as kernels
 from smart_decoding.kernels.memory import pointer
 from smart_decoding.kernels.weights import QuantizedTensor, as_tensor, interleaved, pack
-from smart_decoding.models.rows import GatheredRows, native_rows
+from smart_decoding.models.rows import (
+    DeviceRows,
+    GroupedRows,
+    device_rows,
+    native_rows,
+    upload,
+)
 
 if TYPE_CHECKING:
     from smart_decoding.engine.rows import Rows
@@ -85,6 +91,11 @@ class KVCache:
         values = _zeros((*planes, PAGE, head_dim), dtype, device)
         return cls(keys, values, native)
 
+    @cached_property
+    def layers(self) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of each layer."""
+        return list(zip(self.keys.unbind(), self.values.unbind(), strict=True))
+
     @property
     def bytes(self) -> int:
         """Of keys and values."""
@@ -96,11 +107,11 @@ class KVCache:
         if self.native:
             kernels.move_kv(self.keys, self.values, source, target)
             return
-        source = source.long().to(self.keys.device)
-        target = target.long().to(self.keys.device)
+        slots = np.stack((source.numpy(), target.numpy()))
+        page, offset = upload(np.stack((slots // PAGE, slots % PAGE)), self.keys.device)
         for part in (self.keys, self.values):
-            moved = part[..., source // PAGE, source % PAGE, :]
-            part[..., target // PAGE, target % PAGE, :] = moved
+            moved = part[..., page[0], offset[0], :]
+            part[..., page[1], offset[1], :] = moved
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -145,14 +156,19 @@ class Context:
     aux_hidden: Tensor | None = None
 
     @cached_property
-    def gathered(self) -> GatheredRows:
-        """The rows as torch's attention reads them."""
-        return GatheredRows(self.rows, self.cosine.device)
+    def grouped(self) -> GroupedRows:
+        """The rows as plain torch's attention reads them."""
+        return GroupedRows(self.rows, self.cosine.device)
+
+    @cached_property
+    def on_device(self) -> DeviceRows:
+        """The rows as kernels on a GPU read them."""
+        return device_rows(self.rows, self.cosine.device)
 
     @cached_property
     def rotation(self) -> tuple[Tensor, Tensor]:
         """cos and sin of each row: [rows, head_dim / 2]."""
-        position = torch.from_numpy(self.rows.position).to(self.cosine.device)
+        position = self.on_device.position
         return self.cosine[position], self.sine[position]
 
     def keep_aux(self, layers: int, x: Tensor) -> None:

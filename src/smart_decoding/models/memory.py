@@ -147,6 +147,14 @@ def require_memory(
         )
 
 
+def tokens_beside(need: Need, utilization: float, device: torch.device) -> int:
+    """Tokens of KV memory in that part of a GPU's memory, beside all else that is needed and what
+    others hold."""
+    free, whole = torch.cuda.mem_get_info(device)
+    room = free - (1 - utilization) * whole - (need.weights + need.draft + need.work)
+    return int(room // need.per_token)
+
+
 def what_fits(
     config: ModelConfig, need: Need, limits: Limits, free: int, device: torch.device
 ) -> str:

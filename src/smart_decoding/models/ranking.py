@@ -12,7 +12,9 @@ from torch import Tensor
 
 from smart_decoding.kernels import library
 from smart_decoding.kernels import sampling as kernels
-from smart_decoding.models.noise import gumbel, noise_key
+from smart_decoding.models.device_sampling import gumbel
+from smart_decoding.models.noise import noise_key
+from smart_decoding.models.rows import download, upload
 
 if TYPE_CHECKING:
     from smart_decoding.drafters.levels import Asked, Ranked
@@ -50,9 +52,9 @@ def ranked(logits: Tensor, tokens: Tensor, asked: Asked, native: bool) -> Ranked
     if native:
         wanted = None if keys is None else torch.from_numpy(keys.view(np.int64))
         ids, probs = kernels.top_k(logits.contiguous(), k, torch.from_numpy(scale), wanted, tokens)
-    else:
-        ids, probs = _top(logits, tokens, k, scale, keys)
-    return tokens[ids].cpu().numpy(), probs.double().cpu().numpy()
+        return tokens[ids].numpy(), probs.double().numpy()
+    both = download(torch.stack(_top(logits, tokens, k, scale, keys)))  # ids are exact in float64
+    return both[0].astype(np.int64), both[1]
 
 
 def torch_top_k(logits: Tensor, k: int) -> tuple[NDArray[np.integer], NDArray[np.floating]]:
@@ -73,14 +75,16 @@ def torch_top_k(logits: Tensor, k: int) -> tuple[NDArray[np.integer], NDArray[np
 def _top(
     logits: Tensor, tokens: Tensor, k: int, scale: FloatRow, keys: NDArray[np.uint64] | None
 ) -> tuple[Tensor, Tensor]:
-    scores = logits.float() * torch.from_numpy(scale).to(logits.device)[:, None]
+    """Tokens and probabilities, [rows, k] float64 each."""
+    scores = logits.float()
+    if keys is None:  # all are greedy
+        top, ids = scores.topk(k)
+        total = scores.logsumexp(-1, keepdim=True)
+        return tokens[ids].double(), (top - total).exp().double()
+    columns = np.stack((scale.astype(np.float64).view(np.int64), keys.view(np.int64)))
+    factor, key = upload(columns, logits.device)[..., None]
+    scores = scores * factor.view(torch.float64).float()
     total = scores.logsumexp(-1, keepdim=True)
-    if keys is not None:
-        noise = gumbel(keys[:, None], tokens.cpu().numpy())
-        noise[keys == 0] = 0.0
-        scores = scores + torch.from_numpy(noise).to(scores.device)
-    top, ids = scores.topk(k)
-    if keys is not None:
-        noisy = torch.from_numpy(keys != 0).to(top.device)[:, None]
-        total = torch.where(noisy, top.logsumexp(-1, keepdim=True), total)
-    return ids, (top - total).exp()
+    top, ids = (scores + gumbel(key, tokens) * (key != 0)).topk(k)
+    total = torch.where(key != 0, top.logsumexp(-1, keepdim=True), total)
+    return tokens[ids].double(), (top - total).exp().double()

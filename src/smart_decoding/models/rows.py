@@ -1,11 +1,13 @@
-"""The rows of a forward in the two forms that backends read: pointers for the CPU kernels, padded
-tensors for torch."""
+"""The rows of a forward in the forms that backends read: pointers for the CPU kernels, one piece of
+a GPU's memory for kernels there, masks for plain torch."""
 
 from __future__ import annotations
 
+import bisect
+import itertools
 from ctypes import Structure
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -17,7 +19,12 @@ from smart_decoding.kernels import abi
 from smart_decoding.kernels.memory import address
 
 if TYPE_CHECKING:
-    from smart_decoding.engine.rows import Rows
+    from smart_decoding.engine.rows import Ints, Rows
+
+# Rows that a graph runs at once: as many as tensor cores multiply at once anyway. More are run
+# eagerly: prompts, which launches do not slow.
+BUCKETS = (1, 2, 4, *range(8, 64, 8), *range(64, 321, 16))
+TILE = 8  # rows of a group that read their keys together
 
 _Rows = abi.structure("Rows")
 
@@ -48,58 +55,104 @@ def native_rows(rows: Rows, cosine: Tensor, sine: Tensor) -> NativeRows:
     return NativeRows(struct, (*arrays, rows.position, cosine, sine))
 
 
-class GatheredRows:
-    """The same rows for backends without ragged attention, on a device: padded to `shape` =
-    (groups, q) with a mask.
+@dataclass(frozen=True, slots=True)
+class DeviceRows:
+    """The same rows on a device, brought there in one piece.
 
-    page, offset: [rows] where each row's own key goes; key_page, key_offset: [groups, k] where the
-    keys that a group reads lie; mask: [groups, q, k]; query: [rows] flat index of each row in
-    [groups, q], or, if those are `even`, its own number.
-    """
+    token, position: [rows] int32. logit_rows: as in `Rows`, int32. meta: int32, what kernels read:
+    [4, size] slot (-1: no row), context_len, where its ancestors' slots begin and end in `meta`,
+    of each row; [3, tiles] first row, rows (0: no tile), where the block table begins in `meta`, of
+    each tile of up to TILE rows of a group; then ancestors and block tables."""
+
+    token: Tensor
+    position: Tensor
+    logit_rows: Tensor | None
+    meta: Tensor
+    size: int
+    tiles: int
+
+
+def bucket(rows: int) -> int:
+    """The size that so many rows are padded to where a graph runs them; more are not."""
+    return BUCKETS[bisect.bisect_left(BUCKETS, rows)] if rows <= BUCKETS[-1] else rows
+
+
+def device_rows(rows: Rows, device: torch.device) -> DeviceRows:
+    """Brings the rows to a device."""
+    size = bucket(len(rows))
+    starts = rows.query_start_loc
+    each = -(-np.diff(starts) // TILE)  # tiles of a group
+    count = int(each.sum())
+    tiles = count if size > BUCKETS[-1] else size
+    group = np.repeat(np.arange(len(each)), each)
+    first = starts[group] + TILE * (np.arange(count) - (np.cumsum(each) - each)[group])
+    head = np.zeros(4 * size + 3 * tiles, np.int32)
+    of_row = head[: 4 * size].reshape(4, size)
+    of_tile = head[4 * size :].reshape(3, tiles)
+    of_row[0] = -1
+    ancestors = rows.ancestors_start + len(head)
+    for row, part in enumerate(
+        (rows.slot_mapping, rows.context_len, ancestors[:-1], ancestors[1:])
+    ):
+        of_row[row, : len(rows)] = part
+    table = rows.block_table_start[group] + len(head) + len(rows.ancestors)
+    of_tile[:, :count] = first, np.minimum(TILE, starts[group + 1] - first), table
+    wanted = rows.token[:0] if rows.logit_rows is None else rows.logit_rows
+    parts = (rows.token, rows.position, wanted, head, rows.ancestors, rows.pages)
+    whole = upload(np.concatenate(parts, dtype=np.int32, casting="same_kind"), device)
+    sizes = [len(rows), len(rows), len(wanted)]
+    sizes.append(len(whole) - sum(sizes))
+    token, position, logit_rows, meta = torch.split(whole, sizes)
+    return DeviceRows(
+        token, position, None if rows.logit_rows is None else logit_rows, meta, size, tiles
+    )
+
+
+def upload(array: NDArray[Any], device: torch.device) -> Tensor:
+    """The array on a device; a GPU gets it through pinned memory, and nobody waits for it."""
+    tensor = torch.from_numpy(array)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+def download(tensor: Tensor) -> NDArray[Any]:
+    """The tensor on the host, which waits for the device: the one way back."""
+    array: NDArray[Any] = tensor.cpu().numpy()
+    return array
+
+
+Slots: TypeAlias = tuple[Tensor, Tensor]  # pages, and offsets in them
+
+
+class GroupedRows:
+    """The same rows for plain torch.
+
+    own: [rows] where each row's key goes. groups: of each group its rows, the slots [k] that it
+    reads, and which of them each row reads [rows, k]."""
 
     def __init__(self, rows: Rows, device: torch.device) -> None:
-        sizes = np.diff(rows.query_start_loc)
-        groups, q = len(sizes), int(sizes.max())
-        group_of = np.repeat(np.arange(groups), sizes)
-        within = np.arange(len(rows)) - rows.query_start_loc[group_of]
-        lists = [self._keys(rows, g) for g in range(groups)]
-        k = max(len(slots) for slots, _ in lists)
-        k += -k % 8  # as torch's kernels want the rows of a mask aligned
-        keys = np.zeros((groups, k), np.int64)
-        mask = np.zeros((groups, q, k), np.bool_)
-        mask[:, :, 0] = True  # padded queries must read something, or softmax gives NaN
-        for g, (slots, seen) in enumerate(lists):
-            # what is masked must be of the group itself: another one's NaN would get through
-            keys[g] = slots[0]
-            keys[g, : len(slots)] = slots
-            mask[g, : len(seen), : len(slots)] = seen
-        slot = rows.slot_mapping.astype(np.int64)
-        parts = (slot // PAGE, slot % PAGE, keys // PAGE, keys % PAGE, mask, group_of * q + within)
-        on_device = (torch.from_numpy(part).to(device) for part in parts)
-        self.page, self.offset, self.key_page, self.key_offset, self.mask, self.query = on_device
-        self.shape = (groups, q)
-        self.even = groups * q == len(rows)
-        self._bias: dict[int, Tensor] = {}
+        def slots(of: Ints) -> Slots:
+            at = torch.from_numpy(of.astype(np.int64)).to(device)
+            return at // PAGE, at % PAGE
 
-    def bias(self, heads: int, dtype: torch.dtype) -> Tensor:
-        """[groups, 1, heads * q, k] the mask as what is added to scores, the same for so many
-        heads."""
-        if heads not in self._bias:
-            bias = torch.zeros(self.mask.shape, dtype=dtype, device=self.mask.device)
-            bias.masked_fill_(~self.mask, -torch.inf)
-            self._bias[heads] = bias.repeat(1, heads, 1)[:, None]
-        return self._bias[heads]
+        self.own = slots(rows.slot_mapping)
+        self.groups: list[tuple[slice, Slots, Tensor]] = []
+        for g, (first, last) in enumerate(itertools.pairwise(rows.query_start_loc.tolist())):
+            read, seen = self._keys(rows, g)
+            mask = torch.from_numpy(seen).to(device)
+            self.groups.append((slice(first, last), slots(read), mask))
 
     @staticmethod
-    def _keys(rows: Rows, g: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    def _keys(rows: Rows, g: int) -> tuple[Ints, NDArray[np.bool_]]:
         """The slots that a group reads, [k], and which of them each of its rows reads, [q, k]."""
         first, last = rows.query_start_loc[g : g + 2].tolist()
         context = rows.context_len[first:last]
         span = int(context.max())
-        table = rows.pages[rows.block_table_start[g] :][: -(-span // PAGE)].astype(np.int64)
-        slots = (table[:, None] * PAGE + np.arange(PAGE)).reshape(-1)[:span]
+        table = rows.pages[rows.block_table_start[g] :][: -(-span // PAGE)]
+        slots = (table[:, None] * PAGE + np.arange(PAGE, dtype=np.int32)).reshape(-1)[:span]
         start = rows.ancestors_start
-        own = np.unique(rows.ancestors[start[first] : start[last]]).astype(np.int64)
+        own = np.unique(rows.ancestors[start[first] : start[last]])
         seen = np.zeros((last - first, span + len(own)), np.bool_)
         seen[:, :span] = np.arange(span) < context[:, None]
         for i, row in enumerate(range(first, last)):

@@ -17,7 +17,10 @@ from numpy.typing import ArrayLike, NDArray
 from smart_decoding.engine.verification import require_finite
 from smart_decoding.kernels import library
 from smart_decoding.kernels import sampling as kernels
+from smart_decoding.models import device_sampling
+from smart_decoding.models.device_sampling import first_maximum
 from smart_decoding.models.drawing import draw, top_k_floor
+from smart_decoding.models.rows import download, upload
 
 if TYPE_CHECKING:
     from smart_decoding.core.tree import IntArray
@@ -55,25 +58,23 @@ class Sampler:
             require_finite(tokens >= 0)
             return tokens
         if which is not None:
-            logits = logits[torch.from_numpy(indices).to(logits.device)]
-        if logits.device.type == "cpu":
-            rows = logits.detach().float().numpy()
-            # the first maximum: numpy guarantees that, torch.argmax does not
-            tokens = rows.argmax(-1)
-            best = np.take_along_axis(rows, tokens[:, None], -1)
-        else:
-            tokens, best = (t.cpu().numpy() for t in first_maximum(logits))
-        require_finite(np.isfinite(best))
-        return np.asarray(tokens, np.int64)
+            logits = logits[upload(indices, logits.device)]
+        tokens = download(first_maximum(logits.detach()))
+        require_finite(tokens >= 0)
+        return tokens
 
     def sample(
         self, logits: torch.Tensor, which: ArrayLike, specs: Sequence[SampleSpec]
     ) -> NDArray[np.int64]:
         """[len(which)] tokens drawn for the rows `which` of logits [rows, vocab]; `specs[i]`
-        belongs to `which[i]`."""
+        belongs to `which[i]`. On a GPU -1 where a row has no finite maximum: all rows are drawn
+        there at once, and not all of them count."""
         indices = np.asarray(which, np.int64)
         if len(indices) != len(specs):
             raise ValueError(f"{len(indices)} rows but {len(specs)} specs")
+        if logits.device.type != "cpu":
+            rows = logits.detach()[upload(indices, logits.device)].float()
+            return download(device_sampling.draw(rows, specs))
         if all(spec.params.greedy and not spec.params.changes_logits for spec in specs):
             return self.argmax(logits, indices)
         return np.array(draw(_rows(logits, indices), specs), np.int64)
@@ -87,14 +88,6 @@ class Sampler:
         rows = _rows(logits, np.asarray(which, np.int64))
         drawn = np.asarray(tokens, np.int64)
         return [_row_logprobs(row, int(token), k) for row, token in zip(rows, drawn, strict=True)]
-
-
-def first_maximum(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """[rows] lowest id of each row's maximum, and [rows] the maximum; where it is NaN, the id is
-    `vocab`."""
-    best = logits.amax(-1, keepdim=True)
-    ids = torch.arange(logits.shape[-1], device=logits.device)
-    return torch.where(logits == best, ids, logits.shape[-1]).amin(-1), best[:, 0].float()
 
 
 class Sampled:
@@ -136,4 +129,4 @@ def _rows(logits: torch.Tensor, indices: NDArray[np.int64]) -> Sequence[FloatRow
         plain = logits.dtype == torch.float32 and not logits.requires_grad
         rows = np.ascontiguousarray((logits if plain else logits.detach().float()).numpy())
         return [rows[i] for i in indices.tolist()]
-    return list(logits.detach()[torch.from_numpy(indices).to(logits.device)].float().cpu().numpy())
+    return list(download(logits.detach()[upload(indices, logits.device)].float()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -14,8 +15,10 @@ from smart_decoding.engine.protocols import NativeBatch, NativeRound, TargetScor
 from smart_decoding.engine.verification import require_finite
 from smart_decoding.errors import CapacityError, ConfigError
 from smart_decoding.models.decoder import Decoder, RoundingDecoder
+from smart_decoding.models.device_sampling import first_maximum
 from smart_decoding.models.drawing import draws_of
 from smart_decoding.models.kernel_check import use_native, why_slow
+from smart_decoding.models.rows import download
 from smart_decoding.models.sampler import Sampled, Sampler
 from smart_decoding.models.vision import VisionTower
 
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
     from smart_decoding.models.loading import Checkpoint
     from smart_decoding.multimodal.pixels import Pixels
 
+# what torch says where memory is short; not of an illegal access to it
+_LACKING = re.compile("out of memory|not enough memory|allocate memory", re.IGNORECASE)
 DTYPES = {
     "bfloat16": torch.bfloat16,
     "bf16": torch.bfloat16,
@@ -63,7 +68,7 @@ def fitting_memory(what: str, pages: int) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if "memory" not in str(error).lower():
+        if not (isinstance(error, MemoryError) or _LACKING.search(str(error))):
             raise
         raise CapacityError(
             f"no memory for the {what} and {pages} KV pages: lower kv_cache_tokens"
@@ -129,8 +134,11 @@ class TorchTarget(Sampled):
     def verify(self, rows: Rows, aux_layers: tuple[int, ...]) -> TargetScores:
         """See `Target`."""
         out = self.decoder.forward(rows, aux_layers)
-        _wait(out.logits.device)
-        return TargetScores(out.logits, out.aux_hidden, out.best)
+        if out.logits.device.type == "cpu":
+            return TargetScores(out.logits, out.aux_hidden, out.best)
+        # The one wait of a greedy round, and of a forward that is timed: not for its launch.
+        greedy = download(first_maximum(out.logits))
+        return TargetScores(out.logits, out.aux_hidden, greedy, draws_all=True)
 
     def _verify_round(self, batch: NativeBatch) -> NativeRound:
         assert self.decoder.model is not None

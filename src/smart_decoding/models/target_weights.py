@@ -31,10 +31,11 @@ class OutputMatrix(Protocol):
 
 class TargetWeights(Protocol):
     """What a head borrows of its target. native: whether the head runs on the CPU kernels;
-    work_dtype: of activations."""
+    graphs: whether its levels are recorded on a CUDA device; work_dtype: of activations."""
 
     config: ModelConfig
     native: bool
+    graphs: bool
     dtype: torch.dtype
     work_dtype: torch.dtype
     device: torch.device

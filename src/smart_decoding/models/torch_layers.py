@@ -1,116 +1,134 @@
-"""Decoder layers in plain torch: the reference, and the path for CUDA."""
+"""Decoder layers on torch's matrix products: the reference, and the path for CUDA.
+
+What lies between the products comes in two forms (`Ops`): plain torch, the reference, and Triton
+kernels (triton_ops.py).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from smart_decoding.errors import ConfigError
 from smart_decoding.kernels.weights import as_tensor
 
 if TYPE_CHECKING:
     from smart_decoding.models.layers import Context, KVCache, LayerWeights
 
 
-class TorchLayers:
-    """The same in plain torch: the reference, and the path for CUDA. Works in the weights'
-    dtype."""
+class Ops(Protocol):
+    """What of a layer is neither a product with its weights nor a norm of all of a row."""
 
-    def __init__(self, layers: Sequence[LayerWeights]) -> None:
-        self.each = [TorchLayer(w) for w in layers]
+    def write(
+        self, qkv: Tensor, w: LayerWeights, context: Context, keys: Tensor, values: Tensor
+    ) -> Tensor:
+        """The queries [rows, heads, head_dim] of qkv [rows, (heads + 2 * kv_heads) * head_dim],
+        normed and rotated. Keys, treated alike, and values go to the cache."""
+
+    def attend(self, q: Tensor, context: Context, keys: Tensor, values: Tensor) -> Tensor:
+        """What each row attends to, its own key and value included: [rows, heads * head_dim]."""
+
+    def gate(self, gate_up: Tensor) -> Tensor:
+        """silu(gate) * up of [rows, 2 * ffn]: [rows, ffn]."""
+
+
+class TorchLayers:
+    """Layers one after another, every kernel launched by itself. Works in the weights' dtype."""
+
+    def __init__(self, layers: Iterable[LayerWeights], ops: Ops) -> None:
+        self.each = [TorchLayer(w, ops) for w in layers]  # one layer's parts at a time
 
     def __call__(self, x: Tensor, context: Context, cache: KVCache) -> None:
         """See `Layers`."""
-        for i, layer in enumerate(self.each):
-            q, k, v = layer.before(x, *context.rotation, context.inputs if i == 0 else None)
-            layer.after(x, attend(q, k, v, context, cache.keys[i], cache.values[i]))
-            context.keep_aux(i + 1, x)
+        inputs = context.inputs
+        for i, (layer, (keys, values)) in enumerate(zip(self.each, cache.layers, strict=True), 1):
+            layer(x, context, inputs, keys, values)
+            inputs = None
+            context.keep_aux(i, x)
 
 
 class TorchLayer:
-    """A layer's two halves, before and after attention: what of it depends on nothing but its
-    rows."""
+    """One layer: four matrix products, two norms, and what `ops` do between them."""
 
-    def __init__(self, w: LayerWeights) -> None:
+    def __init__(self, w: LayerWeights, ops: Ops) -> None:
+        self._ops = ops
         self._qkv = torch.cat([as_tensor(part) for part in w.qkv])
-        self._output = as_tensor(w.output)
         self._gate_up = torch.cat((as_tensor(w.gate), as_tensor(w.up)))
-        self._down = as_tensor(w.down)
+        self._output = as_tensor(w.output).t()
+        self._down = as_tensor(w.down).t()
         w.qkv = (self._qkv,)  # which frees those that were given
         w.gate, w.up = self._gate_up.chunk(2)
         self.weights = w
 
-    def before(
-        self, x: Tensor, cosine: Tensor, sine: Tensor, inputs: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [rows, heads, head_dim], and keys and values [rows, kv_heads, head_dim], for x
-        [rows, hidden]."""
+    def __call__(
+        self, x: Tensor, context: Context, inputs: Tensor | None, keys: Tensor, values: Tensor
+    ) -> None:
+        """Adds the layer's outputs to x [rows, hidden]. inputs: what q, k and v read, if not the
+        normed x."""
         w = self.weights
         normed = inputs if inputs is not None else rms_norm(x, w.input_norm, w.eps)
-        qkv = F.linear(normed, self._qkv, w.qkv_bias).view(len(x), -1, w.head_dim)
-        q, k, v = torch.split(qkv, [w.heads, w.kv_heads, w.kv_heads], dim=1)
-        if w.q_norm is not None:
-            q = rms_norm(q, w.q_norm, w.eps)
-            k = rms_norm(k, w.k_norm, w.eps)
-        return rotate(q, cosine, sine), rotate(k, cosine, sine), v
-
-    def after(self, x: Tensor, attended: Tensor) -> None:
-        """Adds to x what was attended to, [rows, heads * head_dim], and the feed-forward
-        network."""
-        w = self.weights
-        x += F.linear(attended, self._output, w.output_bias)
-        gate, up = F.linear(rms_norm(x, w.post_norm, w.eps), self._gate_up).chunk(2, dim=-1)
-        x += F.linear(F.silu(gate) * up, self._down)
+        q = self._ops.write(F.linear(normed, self._qkv, w.qkv_bias), w, context, keys, values)
+        x.addmm_(self._ops.attend(q, context, keys, values), self._output)
+        if w.output_bias is not None:
+            x += w.output_bias
+        gate_up = F.linear(rms_norm(x, w.post_norm, w.eps), self._gate_up)
+        x.addmm_(self._ops.gate(gate_up), self._down)
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, context: Context, keys: Tensor, values: Tensor
-) -> Tensor:
-    """Attention of all rows over the cache, their own keys and values included: [rows, heads *
-    head_dim].
+class TorchOps:
+    """The reference, in plain torch. See `Ops`."""
 
-    Query heads that share keys are more queries of one head: so torch's memory-saving kernel takes
-    it, which knows neither flash attention's lack of masks nor a grouping of heads."""
-    rows = context.gathered
-    for cache, new in ((keys, k), (values, v)):
-        cache[:, rows.page, rows.offset] = new.transpose(0, 1).to(cache.dtype)
-    groups, longest = rows.shape
-    heads, width = q.shape[1:]
-    kv_heads = k.shape[1]
-    if not rows.even:
-        padded = q.new_zeros(groups * longest, heads, width)
-        padded[rows.query] = q
-        q = padded
-    k, v = (  # [groups, kv_heads, k, head_dim]
-        cache[:, rows.key_page, rows.key_offset].transpose(0, 1).to(q.dtype)
-        for cache in (keys, values)
-    )
-    folded = (
-        q.view(groups, longest, kv_heads, -1, width)
-        .permute(0, 2, 3, 1, 4)
-        .reshape(groups, kv_heads, -1, width)
-    )
-    out = F.scaled_dot_product_attention(
-        folded, k, v, attn_mask=rows.bias(heads // kv_heads, q.dtype)
-    )
-    out = (
-        out.view(groups, kv_heads, -1, longest, width)
-        .permute(0, 3, 1, 2, 4)
-        .reshape(groups * longest, -1)
-    )
-    return out if rows.even else out[rows.query]
+    def write(
+        self, qkv: Tensor, w: LayerWeights, context: Context, keys: Tensor, values: Tensor
+    ) -> Tensor:
+        """See `Ops`."""
+        each = qkv.view(len(qkv), -1, w.head_dim)
+        q, k, v = torch.split(each, [w.heads, w.kv_heads, w.kv_heads], dim=1)
+        q = rotate(rms_norm(q, w.q_norm, w.eps), *context.rotation)
+        k = rotate(rms_norm(k, w.k_norm, w.eps), *context.rotation)
+        page, offset = context.grouped.own
+        for cache, new in ((keys, k), (values, v)):
+            cache[:, page, offset] = new.transpose(0, 1).to(cache.dtype)
+        return q
+
+    def attend(self, q: Tensor, context: Context, keys: Tensor, values: Tensor) -> Tensor:
+        """See `Ops`."""
+        parts = []
+        for rows, (page, offset), mask in context.grouped.groups:
+            k, v = (cache[:, page, offset].to(q.dtype) for cache in (keys, values))
+            parts.append(
+                F.scaled_dot_product_attention(
+                    q[rows].transpose(0, 1)[None], k[None], v[None], mask, enable_gqa=True
+                )[0].transpose(0, 1)
+            )
+        return torch.cat(parts).flatten(1)
+
+    def gate(self, gate_up: Tensor) -> Tensor:
+        """See `Ops`."""
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+
+def ops_for(device: torch.device) -> Ops:
+    """Triton's kernels on CUDA, else the reference. Raises ConfigError where Triton is missing."""
+    if device.type != "cuda":
+        return TorchOps()
+    try:
+        from smart_decoding.models.triton_ops import TritonOps
+    except ImportError as error:
+        raise ConfigError(
+            "device='cuda' needs Triton, which torch for CUDA brings on Linux: pip install triton"
+        ) from error
+    return TritonOps()
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """x / rms(x) * weight over the last dimension, computed in float32."""
-    if weight is None:
-        return x
-    wide = x.float()
-    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return normed.to(x.dtype) * weight
+    return x if weight is None else F.rms_norm(x, weight.shape, weight, eps)
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:

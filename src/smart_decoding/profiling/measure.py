@@ -19,22 +19,54 @@ from smart_decoding.profiling.rehearsal import MORE, Rehearsal
 from smart_decoding.progress import long_step
 
 if TYPE_CHECKING:
+    import torch
+
     from smart_decoding.drafters.levels import LevelDrafter
     from smart_decoding.models.target import TorchTarget
 
-PER_SEQUENCE = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48)
-LATE_PER_SEQUENCE = (1, 4, 16)  # at the longer context
+LATE_PER_SEQUENCE = (1, 4, 16)  # at longer contexts
 COARSE = (1, 4, 16, 48)
-BATCHES = (1, 2, 4, 8, 16, 32)
-WIDTHS = (1, 2, 4, 8, 16, 32, 64)
 LONG_WIDTHS = (1, 8)
 WAITING = (0, 1, 2, 4, 8, 24, 64)
 COARSE_WAITING = (0, 16)
 # a prompt, or what several requests have waiting; one row of it costs more than one of a few
 LONG_WAITING = 384
 RANDOM_TOKENS = 1024
-MAX_ROWS = 96
-CONTEXTS = (128, 768)
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """What is measured: batch sizes, rows of each sequence, rows in all at most, contexts in
+    tokens, and widths of draft levels."""
+
+    batches: tuple[int, ...]
+    per_sequence: tuple[int, ...]
+    max_rows: int
+    contexts: tuple[int, ...]
+    widths: tuple[int, ...]
+
+
+ON_CPU = Grid(
+    (1, 2, 4, 8, 16, 32),
+    (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48),
+    96,
+    (128, 768),
+    (1, 2, 4, 8, 16, 32, 64),
+)
+# Until arithmetic is all that costs: a guess beyond that is a line, and right. A GPU is idle at
+# fewer rows.
+ON_GPU = Grid(
+    (1, 2, 4, 8, 16, 32, 64, 128, 256),
+    (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024),
+    1024,
+    (128, 1024, 4096),
+    (1, 4, 16, 64, 256),
+)
+
+
+def grid_of(device: torch.device) -> Grid:
+    """What is measured on a device."""
+    return ON_CPU if device.type == "cpu" else ON_GPU
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +98,7 @@ def measure(
     before every other one, and the ratio to it counts: neighbours then shift no point against
     another. It also leaves the caches as a real round does (before a deeper level of the drafter
     the first one runs, too). The KV cache must be idle: its contents are overwritten."""
-    if not longest_context(target.max_positions):  # too short for any verification
+    if not longest_context(target.max_positions, target.device):  # too short for any verification
         return []
     points = _points(target, drafter, pages, max_num_seqs, coarse)
     cold = 1 if coarse else 3
@@ -79,18 +111,20 @@ def measure(
             point.end()
 
 
-def longest_context(max_positions: int) -> int:
+def longest_context(max_positions: int, device: torch.device) -> int:
     """What a profile of a model of so many positions knows of contexts: up to that length."""
-    return max((context for context in CONTEXTS if context < max_positions), default=0)
+    contexts = grid_of(device).contexts
+    return max((context for context in contexts if context < max_positions), default=0)
 
 
-def largest_batch(pages: int, max_num_seqs: int) -> int:
+def largest_batch(pages: int, max_num_seqs: int, device: torch.device) -> int:
     """The largest batch that is measured, in a cache of `pages`: what a profile says of larger ones
     is a guess."""
-    each = -(-(CONTEXTS[0] + 1) // PAGE)
+    grid = grid_of(device)
+    each = -(-(grid.contexts[0] + 1) // PAGE)
     return max(
         batch
-        for batch in BATCHES
+        for batch in grid.batches
         if batch == 1 or (batch <= max_num_seqs and batch * each <= pages)
     )
 
@@ -159,14 +193,16 @@ def _points(
     coarse: bool = False,
 ) -> list[Point]:
     points = []
-    for context in CONTEXTS[: 1 if coarse else None]:
-        for batch in (b for b in BATCHES if b <= max_num_seqs):
-            if context == CONTEXTS[0]:
-                totals = _totals(batch, target.steps, coarse)
+    grid = grid_of(target.device)
+    aux_layers = drafter.aux_layers if drafter is not None else ()
+    for context in grid.contexts[: 1 if coarse else None]:
+        for batch in (b for b in grid.batches if b <= max_num_seqs):
+            if context == grid.contexts[0]:
+                totals = _totals(batch, COARSE if coarse else grid.per_sequence, target.steps)
             else:
                 totals = {batch * per for per in LATE_PER_SEQUENCE}
-            for total in sorted(t for t in totals if t <= MAX_ROWS or t == batch):
-                run = verification(target, batch, total, context, pages)
+            for total in sorted(t for t in totals if t <= grid.max_rows or t == batch):
+                run = verification(target, batch, total, context, pages, aux_layers)
                 if run is not None and context + -(-total // batch) <= target.max_positions:
                     points.append(_verify_point(run, batch, total, context))
     if drafter is not None and target.max_positions > MORE:
@@ -174,11 +210,11 @@ def _points(
     return points
 
 
-def _totals(batch: int, steps: Sequence[int], coarse: bool) -> set[int]:
-    """Rows to verify of a batch at the shorter context."""
-    if coarse:
-        return {batch * per for per in COARSE}
-    totals = {batch * per for per in PER_SEQUENCE}
+def _totals(batch: int, per_sequence: Sequence[int], steps: Sequence[int]) -> set[int]:
+    """Rows to verify of a batch at the shortest context."""
+    totals = {batch * per for per in per_sequence}
+    if per_sequence == COARSE:
+        return totals
     # Both sides of a step, between which costs are flat. Of many steps two batches show enough:
     # most totals end one.
     if len(steps) <= 1 or batch in (1, 8):
@@ -191,7 +227,8 @@ def _draft_points(
 ) -> list[Point]:
     """First levels over roots, and over rows that wait; deeper ones over their width, and over the
     context."""
-    widths, waits = (COARSE, COARSE_WAITING) if coarse else (WIDTHS, WAITING)
+    grid = grid_of(target.device)
+    widths, waits = (COARSE, COARSE_WAITING) if coarse else (grid.widths, WAITING)
 
     def rehearsal(batch: int, context: int, more: int = MORE) -> Rehearsal | None:
         context = min(context, target.max_positions - more)
@@ -200,16 +237,16 @@ def _draft_points(
         return Rehearsal(drafter, pages, batch, context, min(target.vocab, RANDOM_TOKENS), more)
 
     points: list[Point] = []
-    for batch in (b for b in BATCHES if b <= max_num_seqs and (b == 1 or not coarse)):
-        requests = rehearsal(batch, CONTEXTS[0])
+    for batch in (b for b in grid.batches if b <= max_num_seqs and (b == 1 or not coarse)):
+        requests = rehearsal(batch, grid.contexts[0])
         if requests is None:
             break
         alone = batch == 1
         points += [_first_point(requests, waiting) for waiting in (waits if alone else (0,))]
         points += [_deeper_point(requests, width) for width in (widths if alone else (batch,))]
-    late = None if coarse else rehearsal(1, CONTEXTS[0], LONG_WAITING + MORE)
+    late = None if coarse else rehearsal(1, grid.contexts[0], LONG_WAITING + MORE)
     points += [_first_point(late, LONG_WAITING)] if late else []
-    longer = None if coarse else rehearsal(1, CONTEXTS[1])
+    longer = None if coarse else rehearsal(1, grid.contexts[-1])
     return points + ([_deeper_point(longer, width) for width in LONG_WIDTHS] if longer else [])
 
 
@@ -218,13 +255,18 @@ def _verify_point(run: Callable[[], None], batch: int, total: int, context: int)
 
 
 def verification(
-    target: TorchTarget, batch: int, total: int, context: int, pages: int
+    target: TorchTarget,
+    batch: int,
+    total: int,
+    context: int,
+    pages: int,
+    aux_layers: tuple[int, ...] = (),
 ) -> Callable[[], None] | None:
     """What verifies `total` rows of `batch` sequences at `context`, as rounds do; None if the cache
-    is too small."""
+    is too small. aux_layers: as in Target.verify, where they are copied out."""
     if target.verify_round is None:
         rows = fake_rows(batch, total, context, pages)
-        return None if rows is None else lambda: _verify(target, rows, batch)
+        return None if rows is None else lambda: _verify(target, rows, batch, aux_layers)
     tables = _tables(batch, total, context, pages)
     if tables is None:
         return None
@@ -241,8 +283,10 @@ def verification(
     return run
 
 
-def _verify(target: TorchTarget, rows: Rows, batch: int) -> None:
-    target.argmax(target.verify(rows, ()).logits, np.arange(batch))
+def _verify(target: TorchTarget, rows: Rows, batch: int, aux_layers: tuple[int, ...]) -> None:
+    scores = target.verify(rows, aux_layers)
+    if scores.greedy is None:
+        target.argmax(scores.logits, np.arange(batch))
 
 
 def _first_point(requests: Rehearsal, waiting: int) -> Point:

@@ -25,7 +25,7 @@ from smart_decoding.llm import LLM
 from smart_decoding.models import memory
 from smart_decoding.models.draft_model import DraftModel
 from smart_decoding.models.tokenizer import Tokenizer
-from smart_decoding.profiling.measure import LONG_WAITING, WAITING, WIDTHS, measure
+from smart_decoding.profiling.measure import LONG_WAITING, ON_CPU, WAITING, measure
 
 from .tiny import (
     PAGES,
@@ -217,7 +217,7 @@ def test_levels_that_are_profiled_are_those_of_real_rounds() -> None:
     assert not drafter._states  # a request to come could be taken for one of the rehearsal's
     first = {(s.width, s.waiting) for s in levels if s.waiting is not None}
     assert first == {*((1, w) for w in (*WAITING, LONG_WAITING)), (2, 0)}
-    assert {s.width for s in levels if s.waiting is None} == set(WIDTHS)
+    assert {s.width for s in levels if s.waiting is None} == set(ON_CPU.widths)
     cost = CostModel.fit(levels)
     assert cost.first is not None
     assert cost.first.rows == (1, 2)

@@ -1,4 +1,4 @@
-"""`build_rows` and the padded form of it against a straightforward reading of their definition."""
+"""`build_rows`, and the forms that backends read, against a plain reading of their definition."""
 
 import numpy as np
 import torch
@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from smart_decoding.core.tree import ROOT, DraftTrees
 from smart_decoding.engine.kv import PAGE, BlockTable, PagePool
 from smart_decoding.engine.rows import RowLayout, Rows, Span, build_rows
-from smart_decoding.models.rows import GatheredRows
+from smart_decoding.models.rows import GroupedRows, device_rows
 
 from .fake_target import visible_slots
 
@@ -124,15 +124,39 @@ def test_arrays_are_as_native_code_reads_them(seed: int) -> None:
 
 @given(st.integers(0, 2**32 - 1))
 @settings(max_examples=60, deadline=None)
-def test_the_padded_form_shows_each_row_the_same_slots(seed: int) -> None:
+def test_plain_torch_is_shown_the_same_slots(seed: int) -> None:
     spans, trees, want, _, _ = random_batch(seed)
     rows: Rows = build_rows(spans, trees, want)[0]
-    padded = GatheredRows(rows, torch.device("cpu"))
-    slots = padded.key_page * PAGE + padded.key_offset
-    groups, longest = padded.shape
-    mask = padded.mask.reshape(groups * longest, -1)
-    assert mask.any(1).all()
-    for row, at in enumerate(padded.query.tolist()):
-        seen = slots[at // longest][mask[at]].tolist()
-        assert len(seen) == len(set(seen))
-        assert set(seen) == set(visible_slots(rows, row).tolist())
+    seen = 0
+    for part, (page, offset), mask in GroupedRows(rows, torch.device("cpu")).groups:
+        slots = page * PAGE + offset
+        for row, reads in zip(range(len(rows))[part], mask, strict=True):
+            assert sorted(slots[reads].tolist()) == sorted(visible_slots(rows, row).tolist())
+            seen += 1
+    assert seen == len(rows)
+
+
+@given(st.integers(0, 2**32 - 1))
+@settings(max_examples=60, deadline=None)
+def test_kernels_on_a_gpu_are_shown_the_same_slots(seed: int) -> None:
+    """As they read `meta`: tile by tile."""
+    spans, trees, want, _, _ = random_batch(seed)
+    rows: Rows = build_rows(spans, trees, want)[0]
+    there = device_rows(rows, torch.device("cpu"))
+    meta = there.meta.numpy()
+    slot, context, begin, end = meta[: 4 * there.size].reshape(4, there.size)
+    first, count, table = meta[4 * there.size :][: 3 * there.tiles].reshape(3, there.tiles)
+    assert (slot[len(rows) :] == -1).all()
+    read = [row for i in range(there.tiles) for row in range(first[i], first[i] + count[i])]
+    assert sorted(read) == list(range(len(rows)))
+    for i in range(there.tiles):
+        for row in range(first[i], first[i] + count[i]):
+            at = np.arange(context[row])
+            slots = (meta[table[i] + at // PAGE] * PAGE + at % PAGE).tolist()
+            slots += meta[begin[row] : end[row]].tolist()
+            assert slots == visible_slots(rows, row).tolist()
+            assert slot[row] == rows.slot_mapping[row]
+    assert there.token.tolist() == rows.token.tolist()
+    assert there.position.tolist() == rows.position.tolist()
+    wanted = None if there.logit_rows is None else there.logit_rows.tolist()
+    assert wanted == (None if rows.logit_rows is None else rows.logit_rows.tolist())

@@ -17,7 +17,7 @@ from smart_decoding.integrations.transformers.state import bucket, setting_of, s
 from smart_decoding.integrations.transformers.target import HostTarget
 from smart_decoding.models.target import pages_for
 from smart_decoding.profiling.cache import load_profile, profile_path, save_profile
-from smart_decoding.profiling.measure import CONTEXTS, MAX_ROWS, fake_rows, measure
+from smart_decoding.profiling.measure import fake_rows, grid_of, measure
 from smart_decoding.speculation import ROUND_OVERHEAD, level_drafter
 
 if TYPE_CHECKING:
@@ -56,10 +56,11 @@ def _measured(target: HostTarget, batch: int, seconds: float, source: Source | N
     stand_in.max_positions = min(stand_in.max_positions, window or stand_in.max_positions)
     row = _one_row(stand_in)
     widest = bucket(batch) if row < seconds / SLOW else 1
-    pages = max(
-        pages_for((CONTEXTS[0] + MAX_ROWS) * widest, 1), pages_for(CONTEXTS[1] + MAX_ROWS, 1)
-    )
-    drafter = level_drafter(source.drafter(pages, CONTEXTS[1] + MAX_ROWS) if source else None)
+    grid = grid_of(model.device)
+    shortest = grid.contexts[0] + grid.max_rows
+    longest = grid.contexts[-1] + grid.max_rows
+    pages = max(pages_for(shortest * widest, 1), pages_for(longest, 1))
+    drafter = level_drafter(source.drafter(pages, longest) if source else None)
     coarse = row > seconds / VERY_SLOW
     samples = measure(stand_in, drafter, pages, widest, seconds, coarse=coarse)  # type: ignore[arg-type]
     return CostModel.fit(samples, ROUND_OVERHEAD if source else 0.0)
@@ -68,8 +69,9 @@ def _measured(target: HostTarget, batch: int, seconds: float, source: Source | N
 def _profile_path(model: PreTrainedModel, key: tuple[object, ...]) -> Path:
     """Where the profile of a model of this shape lies, whatever its weights are."""
     shape = hashlib.sha256(model.config.to_json_string(use_diff=False).encode()).hexdigest()
+    longest = grid_of(model.device).contexts[-1]
     engine = {"engine": f"transformers {transformers.__version__}", "model": shape}
-    return profile_path(engine, model.dtype, model.device, str(key), CONTEXTS[-1])
+    return profile_path(engine, model.dtype, model.device, str(key), longest)
 
 
 def _one_row(target: HostTarget) -> float:

@@ -73,6 +73,7 @@ class HostWeights:
 
     final_norm: torch.Tensor | None = None
     embedding = None
+    graphs = False  # each call has a cache of its own
 
     def __init__(self, files: HeadFiles, model: PreTrainedModel) -> None:
         self.config, _ = host_config(model)
@@ -88,9 +89,9 @@ class HostWeights:
 
     def embed(self, token: torch.Tensor) -> torch.Tensor:
         """[n, hidden] in the working dtype."""
-        with torch.inference_mode():
-            states: torch.Tensor = self._embedding(token.to(self.device)).to(self.work_dtype)
-        return states
+        with torch.inference_mode():  # a model in shards has its embeddings on another device
+            states: torch.Tensor = self._embedding(token.to(self._embedding.weight.device))
+            return states.to(self.device, self.work_dtype)
 
 
 class HostOutput:

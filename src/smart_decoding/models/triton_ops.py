@@ -1,0 +1,106 @@
+"""What lies between a layer's matrix products, by Triton's kernels.
+
+Attention is split over the keys (flash-decoding, Dao et al. 2023): partial maxima, sums and outputs
+first, then one reduction. A tile holds up to TILE rows of a group with all query heads that share a
+head of keys, so that the keys of the context are read once for them. A row's ancestors in the draft
+tree are few: each row reads its own, which needs no mask.
+
+This never ran on a GPU so far (2026-11-27). docs/models.md says what is checked without one.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from smart_decoding.models import triton_kernels as kernels
+from smart_decoding.models.rows import TILE
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from smart_decoding.models.layers import Context, LayerWeights
+
+BLOCKS = 264  # programs that keep a GPU busy: two for each multiprocessor of an H100
+MOST_SPLITS = 32
+COLUMNS = 1024  # of a feed-forward network's rows, in one program
+LOG2_E = 1.4426950408889634
+
+
+class TritonOps:
+    """See `Ops` in torch_layers.py."""
+
+    def write(
+        self, qkv: Tensor, w: LayerWeights, context: Context, keys: Tensor, values: Tensor
+    ) -> Tensor:
+        """See `Ops`."""
+        q = qkv.new_empty(len(qkv), w.heads, w.head_dim)
+        half = w.head_dim // 2
+        kernels.write[(len(qkv), w.heads + 2 * w.kv_heads)](
+            qkv,
+            q,
+            keys,
+            values,
+            context.on_device.meta,
+            *context.rotation,
+            qkv if w.q_norm is None else w.q_norm,
+            qkv if w.k_norm is None else w.k_norm,
+            w.eps,
+            keys.stride(0),
+            heads=w.heads,
+            kv_heads=w.kv_heads,
+            half=half,
+            block=_power_of_2(half),
+            normed=w.q_norm is not None,
+            num_warps=1,
+        )
+        return q
+
+    def attend(self, q: Tensor, context: Context, keys: Tensor, values: Tensor) -> Tensor:
+        """See `Ops`."""
+        rows, heads, width = q.shape
+        at = context.on_device
+        group = heads // len(keys)
+        splits = splits_of(at.size, len(keys))
+        out = q.new_empty(rows, heads * width)
+        alone = splits == 1
+        partial = out if alone else q.new_empty(rows, heads, splits, width, dtype=torch.float32)
+        weight = q.new_empty(rows, heads, splits, 2, dtype=torch.float32)
+        shape = {"heads": heads, "width": width, "block_d": _power_of_2(max(16, width))}
+        kernels.attend[(at.tiles, len(keys), splits)](
+            *(q, keys, values, at.meta, partial, weight),
+            width**-0.5 * LOG2_E,
+            *(at.size, at.tiles, keys.stride(0), splits),
+            alone=alone,
+            group=group,
+            block_m=max(16, _power_of_2(TILE * group)),
+            **shape,
+            num_warps=8,  # with 4, registers spill
+            num_stages=2,
+        )
+        if not alone:
+            kernels.reduce[(rows, heads)](
+                *(partial, weight, at.meta, out, splits),
+                block_s=MOST_SPLITS,
+                **shape,
+                num_warps=4,
+            )
+        return out
+
+    def gate(self, gate_up: Tensor) -> Tensor:
+        """See `Ops`."""
+        rows, both = gate_up.shape
+        ffn = both // 2
+        out = gate_up.new_empty(rows, ffn)
+        kernels.gate[(rows, -(-ffn // COLUMNS))](gate_up, out, ffn, block=COLUMNS)
+        return out
+
+
+def splits_of(rows: int, kv_heads: int) -> int:
+    """Parts that contexts are read in, so that forwards of so many rows keep a GPU busy."""
+    return max(1, min(MOST_SPLITS, BLOCKS // (-(-rows // TILE) * kv_heads)))
+
+
+def _power_of_2(least: int) -> int:
+    return 1 << (least - 1).bit_length()
