@@ -10,7 +10,7 @@ from typing import Any
 def bomb(rng: random.Random) -> tuple[str, dict[str, Any]]:
     """A path, and what is not in every body. No two are alike, for compiled ones are kept."""
     name = f"b{rng.randrange(2**31)}"
-    structure = rng.choice([_quadratic, _huge, _choices, _deep, _ambiguous])(name)
+    structure = rng.choice([_quadratic, _huge, _choices, _deep, _ambiguous, _blank])(name)
     body = {"prompt": "the sea", "max_tokens": 100, "temperature": 0}
     return "/v1/completions", {**body, "structured_outputs": structure}
 
@@ -39,3 +39,7 @@ def _deep(name: str) -> dict[str, Any]:
 def _ambiguous(name: str) -> dict[str, Any]:
     rules = [f"r{i}: r{(i + 1) % 80} r{(i + 2) % 80} | /[a-z ]/" for i in range(80)]
     return {"grammar": "\n".join([f'start: "{name}"' + 30 * " r0", *rules])}
+
+
+def _blank(name: str) -> dict[str, Any]:
+    return {"grammar": f'root ::= "{name}' + "\n" * 64_000}

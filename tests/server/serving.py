@@ -25,10 +25,15 @@ if TYPE_CHECKING:
     from smart_decoding.server.worker import Worker
 
 NAME = "tiny"
-# A grammar so ambiguous that it outgrows llguidance's limits after some tokens.
-OUTGROWING = "start: r0\n" + "\n".join(
-    f'r{i}: r{(i + 1) % 80} r{(i + 2) % 80} | "a" | "b" | "c"' for i in range(80)
-)
+
+
+def outgrowing(start: str, count: int) -> str:
+    """A grammar so ambiguous that it outgrows llguidance's limits some tokens into `r0`."""
+    rules = [f'r{i}: r{(i + 1) % count} r{(i + 2) % count} | "a" | "b" | "c"' for i in range(count)]
+    return "\n".join([f"start: {start}", *rules])
+
+
+OUTGROWING = outgrowing("r0", 80)
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}>{% endif %}"

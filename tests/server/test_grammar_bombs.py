@@ -3,6 +3,7 @@ the others go on."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import time
@@ -14,12 +15,15 @@ from serving import NAME, OUTGROWING, Running, post, serving, wait_for
 
 from smart_decoding.engine.isolation import Isolation
 from smart_decoding.engine.sampling_params import SamplingParams
+from smart_decoding.engine.structured import StructuredOutputsParams
+from smart_decoding.errors import ConfigError
 from smart_decoding.server import grammar_queue
 
 if TYPE_CHECKING:
     from smart_decoding.llm import LLM
 
 pytest.importorskip("llguidance")
+from llguidance import gbnf_to_lark
 
 BODY = {"model": NAME, "prompt": "abc", "max_tokens": 40, "temperature": 0, "ignore_eos": True}
 
@@ -75,6 +79,8 @@ BOMBS = {
         {"grammar": "start: T0\n" + "".join(f"T{i}: T{i + 1} T{i + 1}\n" for i in range(400))},
         "compiled within|too big|T400",
     ),
+    "64,000 blank lines": ({"grammar": 'root ::= "a' + "\n" * 64_000}, "GBNF"),
+    "a long GBNF": ({"grammar": "root ::= " + '"a" ' * 60_000}, "compiled within"),
     "on the way": ({"grammar": OUTGROWING}, "items"),
 }
 
@@ -145,7 +151,14 @@ def test_a_failing_grammar_ends_its_own_stream(
         structure = {"structured_outputs": {"grammar": OUTGROWING}}
         stream = post(running, "/v1/completions", json={**bad, **structure})
         *texts, last = [json.loads(line[6:]) for line in stream.text.splitlines() if line]
-        assert texts
+        # what came before the error, to the last token
+        text = "".join(each["choices"][0]["text"] for each in texts)
+        form = StructuredOutputsParams(**structure["structured_outputs"])
+        constraint = plain.grammars(form)
+        for letter in text:
+            assert constraint.error is None
+            constraint.append(plain.tokenizer.encode(letter))
+        assert constraint.error is not None
         assert "items" in last["error"]["message"]
         assert last["error"]["code"] == "invalid_value"
         for other in others:
@@ -158,7 +171,9 @@ def test_a_clients_queue_is_small(running: Running, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(grammar_queue, "WAITING", 2)
     with ThreadPoolExecutor() as pool:
         many = [pool.submit(asked, running, optional(6000, f"many_{i}")) for i in range(4)]
-        assert sorted(each.result().status_code for each in many) == [400, 400, 429, 429]
+        answers = [each.result() for each in many]
+        assert sorted(each.status_code for each in answers) == [400, 400, 429, 429]
+        assert all(("Retry-After" in a.headers) == (a.status_code == 429) for a in answers)
         same = [pool.submit(asked, running, {"regex": "the same"}) for _ in range(6)]
         assert [each.result().status_code for each in same] == [200] * 6
     assert asked(running, {"regex": "many"}).status_code == 200
@@ -181,3 +196,28 @@ def test_the_end_waits_for_no_grammar(load: Any, monkeypatch: pytest.MonkeyPatch
         assert wait_for(lambda: child.poll() is not None)
     with pytest.raises(ProcessLookupError):
         os.kill(child.pid, 0)
+
+
+def test_no_child_outlives_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that starts while the server ends."""
+    monkeypatch.setattr(grammar_queue, "SECONDS", 60.0)
+    queue = grammar_queue.GrammarQueue()
+    queue.stop()
+    started = time.monotonic()
+    with pytest.raises(ConfigError):
+        queue._tried(json.dumps(vars(StructuredOutputsParams(**optional(6000)))))
+    assert time.monotonic() - started < 3
+
+
+def test_nothing_a_client_sends_is_read_here_before_its_child_has(
+    monkeypatch: pytest.MonkeyPatch, plain: LLM
+) -> None:
+    """The converter of GBNF is a parser in Python, which holds up all threads of its process."""
+    monkeypatch.setattr(gbnf_to_lark, "gbnf_to_lark", None)
+    form = StructuredOutputsParams(grammar='root ::= "abc"' + "\n" * 64_000)
+    queue = grammar_queue.GrammarQueue()
+    started = time.monotonic()
+    asyncio.run(queue.compiled(plain.grammars, form, "client"))
+    assert time.monotonic() - started < 5
+    assert plain.grammars(form).accepts(plain.tokenizer.encode("ab"))
+    assert queue._tried(json.dumps(vars(form))).count("\n") < 10

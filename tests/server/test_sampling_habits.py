@@ -160,6 +160,17 @@ def test_async_outputs_know_the_prompt(folder: Path) -> None:
     engine.shutdown()
 
 
+@pytest.mark.parametrize(
+    "rule",
+    ["?start:", "!start:", "start[temperature=0.5]:", "start[max_tokens=3]:", "start[capture]:"],
+)
+def test_lark_without_a_plain_start_is_no_gbnf(plain: LLM, rule: str) -> None:
+    pytest.importorskip("llguidance")
+    form = StructuredOutputsParams(grammar=f'// a ::= b\n{rule} "ab"')
+    params = SamplingParams(temperature=0, structured_outputs=form)
+    assert plain.generate("a", params)[0].outputs[0].text == "ab"
+
+
 def test_a_grammar_that_is_neither_lark_nor_gbnf_is_one_line(plain: LLM) -> None:
     pytest.importorskip("llguidance")
     for grammar in ('root ::= ("a"', "root ::= other", "root ::= " + "(" * 5000):

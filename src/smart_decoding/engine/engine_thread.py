@@ -185,7 +185,9 @@ class Rounds:
         """Puts out what a request has gained; ends it if that raises."""
         try:
             self._emit(request)
-        except Exception as error:  # of its text: the others have nothing to do with it
+            if request.error is not None and request in self.owners:
+                raise request.error
+        except Exception as error:  # its own: the others have nothing to do with it
             self.fail(request, error)
 
     def fail(self, request: Request, error: Exception) -> None:
@@ -259,12 +261,11 @@ class Rounds:
                 self.emit(request)
 
     def _emit(self, request: Request) -> None:
-        """For a job that does not stream, only at its end."""
+        """For a job that does not stream, only at its end. Before an error comes its text."""
         job = self.owners.get(request)
-        if job is None or not (job.stream or request.finished):
+        ended = request.finished and request.error is None
+        if job is None or not (job.stream or ended):
             return
-        if request.error is not None:
-            raise request.error
         stop = request.stop
         start = job.sent[request]
         tokens = list(request.output[start:])
@@ -274,12 +275,12 @@ class Rounds:
         job.sent[request] = start + len(tokens)
         reason = "abort" if request.aborted else stop.finish_reason
         chunk = Chunk(job.answers[request], stop.new_text(), tokens, logprobs, reason)
-        if request.finished:
+        if ended:
             chunk.metrics = request.metrics
             del self.owners[request]
             job.left -= 1
             self._tell_ended(request, reason or "abort")
-        self._outbox.append(Delivery(job, chunk, int(request.finished)))
+        self._outbox.append(Delivery(job, chunk, int(ended)))
 
     def _tell_ended(self, request: Request, reason: str) -> None:
         self._observers.tell(lambda observer: observer.ended(request, reason))

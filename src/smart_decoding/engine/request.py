@@ -83,14 +83,16 @@ class Request:
 
     def accept(self, tokens: Sequence[int], now: float) -> list[int]:
         """Takes the tokens of a round, at the second `now`; returns those that belong to the
-        answer."""
-        answer = self.stop.push(tokens if self.error is None else ())
+        answer. One that ends before its grammar's error has none."""
+        if self.constraint is not None:
+            tokens = self.constraint.before_error(tokens)
+        answer = self.stop.push(tokens)
         if self.logprobs is not None:
             del self.logprobs[len(self.output) :]
         self.tokens.extend(answer)
         if self.history is not None:
             self.history.append(answer)
-        if self.constraint is not None:
+        if self.constraint is not None and self.stop.finish_reason is None:
             self.constraint.append(answer)
         if self.metrics.first_token is None:
             self.metrics.first_token = now

@@ -79,21 +79,27 @@ class Constraint(Protocol):
     """One answer's grammar, and where in it the answer is. A path: tree tokens from the first level
     on.
 
-    error: why it cannot go on, such as a grammar that has outgrown its limits on the way. It ends
-    its own request, whose tokens from then on mean nothing: the round goes on for the others."""
+    error: why the committed tokens cannot go on, such as a grammar that has outgrown its limits. It
+    ends its own request: the round goes on for the others. An error after a path counts only once
+    the path is committed."""
 
     error: ConfigError | None
 
     def allowed(self, path: Sequence[int]) -> NDArray[np.bool_]:
-        """[vocab] the tokens that may follow the committed ones and `path`; at least one."""
+        """[vocab] the tokens that may follow the committed ones and `path`; at least one, which
+        means nothing after an error."""
         ...
 
     def accepts(self, path: Sequence[int]) -> bool:
         """Whether `path` may follow the committed tokens."""
         ...
 
+    def before_error(self, tokens: Sequence[int]) -> Sequence[int]:
+        """Those of a round's tokens that were drawn before `allowed` came upon an error."""
+        ...
+
     def append(self, tokens: Sequence[int]) -> None:
-        """Commits tokens of the answer."""
+        """Commits tokens of the answer, unless they end it."""
         ...
 
 

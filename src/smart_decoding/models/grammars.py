@@ -16,15 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from smart_decoding.errors import ConfigError
-from smart_decoding.models.grammar_check import Tokens, new_matcher
+from smart_decoding.models.grammar_check import JSON_OPTIONS, Tokens, new_matcher, source_of
 
 if TYPE_CHECKING:
     from smart_decoding.engine.structured import StructuredOutputsParams
     from smart_decoding.models.tokenizer import Tokenizer
 
-# Unbounded blanks are how small models fill an answer to its end. `lenient` would ignore keywords
-# that are not known.
-JSON_OPTIONS: dict[str, Any] = {"whitespace_pattern": r"[ \t\n\r]{0,40}", "lenient": False}
 _KEPT = 16  # compiled grammars
 _SHOWN = 200  # characters of an error
 
@@ -58,9 +55,10 @@ class Grammars:
         compiled = self.compiled(params)
         return GrammarConstraint(compiled.matcher.deep_copy(), self._vocab, self._eos_ids)
 
-    def compiled(self, params: StructuredOutputsParams) -> Compiled:
-        """The grammar: while it is held, calls find it. Raises ConfigError as they do."""
-        found = self.known(params) or self._compile(params)
+    def compiled(self, params: StructuredOutputsParams, source: str | None = None) -> Compiled:
+        """The grammar: while it is held, calls find it. Raises ConfigError as they do. source: its
+        `source_of`, where somebody has it."""
+        found = self.known(params) or self._compile(params, source)
         with self._lock:
             self._held[params] = found
             self._latest.pop(params, None)
@@ -78,12 +76,16 @@ class Grammars:
         """Does what the first grammar would wait for, and all of the process with it: seconds.
         Where grammars cannot be had, requests for them are told why."""
         with contextlib.suppress(ConfigError):
-            self._tokens(_library())
+            self._tokens(library())
 
-    def _compile(self, params: StructuredOutputsParams) -> Compiled:
-        llguidance = _library()
+    def _compile(self, params: StructuredOutputsParams, source: str | None) -> Compiled:
+        llguidance = library()
         tokens = self._tokens(llguidance)
-        matcher = new_matcher(llguidance, tokens, source_of(params))
+        try:
+            source = source or source_of(llguidance, params)
+        except ValueError as error:
+            raise ConfigError(f"structured_outputs: {one_line(error)}") from error
+        matcher = new_matcher(llguidance, tokens, source)
         # the first one takes longest: not in the engine's time
         mask = matcher.deep_copy().compute_bitmask()
         if matcher.is_error():
@@ -136,12 +138,16 @@ class Grammars:
 class GrammarConstraint:
     """An `engine.structured.Constraint` over a matcher that has taken in the committed tokens.
 
+    A matcher does not come back from an error: where a path ends in one, a copy takes its place.
     End-of-sequence tokens are not shown to the matcher: it may not count them, and then could not
     go back."""
 
     def __init__(self, matcher: Any, vocab: int, eos_ids: Sequence[int]) -> None:
         self.error: ConfigError | None = None
-        self._matcher = matcher
+        self._matcher = matcher.deep_copy()
+        self._sound = matcher  # to be copied: it takes in no drafted path
+        self._behind: list[int] = []  # committed tokens that `_sound` has not taken in yet
+        self._errors: dict[tuple[int, ...], ConfigError] = {}  # after which path
         self._vocab = vocab
         self._eos_ids = eos_ids
         self._ended = False
@@ -150,10 +156,11 @@ class GrammarConstraint:
         """See `Constraint`."""
         if self._ended or not set(self._eos_ids).isdisjoint(path):
             return self._ends()
-        self._take(path)
+        self._matcher.consume_tokens(list(path))
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
-        self._check()
-        if self.error is not None:
+        if self._matcher.is_error():
+            self._errors[tuple(path)] = self._what_is_wrong()
+            self._replace_matcher()
             return self._ends()
         self._matcher.rollback(len(path))
         return np.unpackbits(bits, count=self._vocab, bitorder="little").view(np.bool_)
@@ -165,18 +172,27 @@ class GrammarConstraint:
             return False
         if last not in self._eos_ids:
             return bool(self._matcher.validate_tokens(list(path)) == len(path))
-        if self._matcher.validate_tokens(before) < len(before):
-            return False
-        self._take(before)
-        may_end = self._matcher.is_accepting()
-        self._matcher.rollback(len(before))
-        return bool(may_end)
+        trial = self._matcher.deep_copy()
+        return bool(trial.consume_tokens(before) and trial.is_accepting())
+
+    def before_error(self, tokens: Sequence[int]) -> Sequence[int]:
+        """See `Constraint`."""
+        ends = [len(path) for path in self._errors if path == tuple(tokens[: len(path)])]
+        return tokens[: min(ends)] if ends else tokens
 
     def append(self, tokens: Sequence[int]) -> None:
         """See `Constraint`."""
+        self.error = self._errors.get(tuple(tokens))
+        self._errors.clear()
+        if self.error is not None:
+            return
         ends = [i for i, token in enumerate(tokens) if token in self._eos_ids]
         self._ended = self._ended or bool(ends)
-        self._take(tokens[: ends[0]] if ends else tokens)
+        taken = list(tokens[: ends[0]] if ends else tokens)
+        self._matcher.consume_tokens(taken)
+        self._behind += taken
+        if self._matcher.is_error():
+            self.error = self._what_is_wrong()
 
     def _ends(self) -> NDArray[np.bool_]:
         """The mask where whatever comes is dropped."""
@@ -184,13 +200,13 @@ class GrammarConstraint:
         mask[list(self._eos_ids)] = True
         return mask
 
-    def _take(self, tokens: Sequence[int]) -> None:
-        self._matcher.consume_tokens(list(tokens))
-        self._check()
+    def _replace_matcher(self) -> None:
+        self._sound.consume_tokens(self._behind)
+        self._behind.clear()
+        self._matcher = self._sound.deep_copy()
 
-    def _check(self) -> None:
-        if self.error is None and self._matcher.is_error():
-            self.error = ConfigError(f"structured_outputs: {one_line(self._matcher.get_error())}")
+    def _what_is_wrong(self) -> ConfigError:
+        return ConfigError(f"structured_outputs: {one_line(self._matcher.get_error())}")
 
 
 def json_grammar(schema: Mapping[str, Any]) -> str:
@@ -198,38 +214,8 @@ def json_grammar(schema: Mapping[str, Any]) -> str:
     return json.dumps({**schema, "x-guidance": JSON_OPTIONS})
 
 
-def source_of(params: StructuredOutputsParams) -> str:
-    """What llguidance compiles. Raises ConfigError for what cannot be read at all."""
-    try:
-        return str(_source(_library().LLMatcher, params))
-    except ValueError as error:
-        raise ConfigError(f"structured_outputs: {one_line(error)}") from error
-
-
-def _source(make: Any, params: StructuredOutputsParams) -> Any:
-    if params.json is not None:
-        return make.grammar_from_json_schema(params.json, overrides=JSON_OPTIONS)
-    if params.json_object:
-        return make.grammar_from_json_schema({"type": "object"}, overrides=JSON_OPTIONS)
-    if params.regex is not None:
-        return make.grammar_from_regex(params.regex)
-    if params.choice is not None:  # one terminal: alternatives of a rule take quadratic time
-        choices = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in params.choice)
-        return make.grammar_from_lark(f"start: CHOICE\nCHOICE: {choices}")
-    return make.grammar_from_lark(_lark(params.grammar or ""))
-
-
-def _lark(grammar: str) -> str:
-    """A grammar as llguidance takes it: those of llama.cpp and vLLM's examples are GBNF."""
-    from llguidance.gbnf_to_lark import any_to_lark
-
-    try:
-        return str(any_to_lark(grammar))
-    except Exception as error:  # the library raises bare Exception
-        raise ValueError(f"the grammar is no GBNF: {error}") from error
-
-
-def _library() -> Any:
+def library() -> Any:
+    """llguidance. Raises ConfigError where it is not installed."""
     try:
         import llguidance
     except ModuleNotFoundError as error:

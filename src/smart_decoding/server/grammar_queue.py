@@ -4,6 +4,7 @@ first in a process that can be killed (`models.grammar_check`)."""
 from __future__ import annotations
 
 import asyncio
+import json
 import subprocess
 import sys
 from collections import Counter
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from smart_decoding.errors import ConfigError
 from smart_decoding.models import grammar_check
-from smart_decoding.models.grammars import Compiled, Grammars, one_line, source_of
+from smart_decoding.models.grammars import Compiled, Grammars, library, one_line
 from smart_decoding.server.errors import ApiError, shutting_down
 from smart_decoding.server.lane import Lane
 
@@ -87,31 +88,36 @@ class GrammarQueue:
         """In another thread."""
         found = grammars.known(params)
         if found is None:
-            self._try(source_of(params))
-            found = grammars.compiled(params)
+            library()  # or nothing of this makes sense
+            found = grammars.compiled(params, self._tried(json.dumps(vars(params))))
         return found
 
-    def _try(self, source: str) -> None:
-        command = [sys.executable, "-P", "-m", grammar_check.__name__, str(SECONDS)]
+    def _tried(self, asked: str) -> str:
+        """What llguidance compiles: nothing of a request is parsed in this process before."""
+        options = ["-P", "-X", "utf8", "-m", grammar_check.__name__]
+        command = [sys.executable, *options, str(SECONDS)]
         pipe = subprocess.PIPE
         with subprocess.Popen(
             command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, encoding="utf-8"
         ) as child:
             self._children.add(child)
+            if self._stopped:  # `stop` may have come before this child was known
+                child.kill()
             try:
-                said, _ = child.communicate(source, PATIENCE)
+                said, _ = child.communicate(asked, PATIENCE)
             except subprocess.TimeoutExpired:
                 said = ""
             finally:
                 child.kill()
                 self._children.discard(child)
+        if said and child.returncode == 0:
+            return said
         if said:
             raise ConfigError(f"structured_outputs: {one_line(said)}")
-        if child.returncode:
-            raise ConfigError(
-                "structured_outputs: it is too large or too deep to be compiled within "
-                f"{SECONDS:g} s: make it smaller, with fewer optional properties and references"
-            )
+        raise ConfigError(
+            "structured_outputs: it is too large or too deep to be compiled within "
+            f"{SECONDS:g} s: make it smaller, with fewer optional properties and references"
+        )
 
 
 def _size(params: StructuredOutputsParams) -> int:

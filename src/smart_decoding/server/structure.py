@@ -65,7 +65,9 @@ class StructuredOutputs(Body):
     json_object: bool | None = None
     regex: Text | None = None
     choice: Annotated[list[Text], FAST] | None = None
-    grammar: Text | None = Field(None, description="In llguidance's dialect of Lark, from `start`.")
+    grammar: Text | None = Field(
+        None, description="In llguidance's dialect of Lark, from `start`; or GBNF, from `root`."
+    )
 
     _NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "disable_additional_properties": (None, False),

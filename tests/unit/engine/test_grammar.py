@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import functools
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,9 @@ from smart_decoding.models.tokenizer import Tokenizer
 from smart_decoding.server.tools import Offer, Tool
 
 from .fakes import EOS, VOCAB, alone, finish, make_engine, random_requests, text_of
+
+sys.path.append(str(Path(__file__).parents[2] / "server"))
+from serving import OUTGROWING, outgrowing
 
 pytest.importorskip("llguidance")
 
@@ -205,12 +210,6 @@ def test_answers_to_one_prompt_do_not_share_their_place() -> None:
     assert all(text_of(answer.output) in ("ababd", "ceced", "ukukd") for answer in answers)
 
 
-# So ambiguous that it outgrows llguidance's limits after some tokens.
-OUTGROWING = "start: r0\n" + "\n".join(
-    f'r{i}: r{(i + 1) % 80} r{(i + 2) % 80} | "a" | "b" | "c"' for i in range(80)
-)
-
-
 @pytest.mark.parametrize("policy", ["off", "static"])
 def test_a_grammar_that_fails_in_a_round_ends_its_own_request_only(policy: str) -> None:
     """The others' tokens are those alone, and no forward is done twice."""
@@ -241,6 +240,55 @@ def test_a_grammar_that_fails_in_a_round_ends_its_own_request_only(policy: str) 
             assert "items" in str(request.error)
             assert 3 < len(request.output) < 60
     assert rounds[1] <= rounds[0] + 3
+
+
+def test_an_error_on_a_drafted_path_is_none_of_the_answer() -> None:
+    one = constraint(grammar=outgrowing('"g" | "e" r0', 80))
+    path = ids("e" + "abc" * 4)
+    assert not one.accepts([*path, EOS])
+    one.allowed(path)
+    assert one.before_error(ids("eag")) == ids("eag")
+    assert one.before_error([*path, EOS]) == path
+    assert one.error is None
+    assert allowed(one) == "eg"
+    assert allowed(one, "ea") == "abcd"
+    one.append(ids("e"))
+    one.allowed(path[1:])
+    one.append(ids("a"))
+    assert one.error is None
+    assert allowed(one) == "abcd"
+    one.allowed(path[2:])
+    one.append(path[2:])
+    assert "items" in str(one.error)
+
+
+@functools.cache
+def outgrown(policy: str, **params: Any) -> tuple[str, str | None, str]:
+    """An answer whose grammar fails after nine tokens or so: its text, how it ends, its error."""
+    engine = make_engine(policy, drafter={"max_levels": 3}, constrain=grammars())
+    form = StructuredOutputsParams(grammar=outgrowing("/[abc]{6}/ r0", 240))
+    given = {"temperature": 1.0, "seed": 5, "max_tokens": 60, "logit_bias": {EOS: -100.0}}
+    (request,) = engine.add_request(
+        "x", [1, 2], SamplingParams(**{**given, **params}, structured_outputs=form)
+    )
+    finish(engine)
+    assert policy == "off" or request.metrics.accepted > 0
+    return text_of(request.output), request.stop.finish_reason, str(request.error)
+
+
+def test_an_answer_that_ends_before_its_grammars_error_has_none() -> None:
+    text, reason, error = outgrown("off")
+    assert len(text) > 6
+    assert (reason, "items" in error) == (None, True)
+    assert outgrown("off", stop=text[-3:]) == (text, "stop", "None")
+    assert outgrown("off", max_tokens=len(text)) == (text, "length", "None")
+
+
+@pytest.mark.parametrize("policy", ["static", "eagle2"])
+def test_tokens_and_end_before_an_error_are_those_of_plain_decoding(policy: str) -> None:
+    text = outgrown("off")[0]
+    for end in ({}, {"stop": text[-4:-1]}, {"stop": text[-3:]}, {"max_tokens": len(text)}):
+        assert outgrown(policy, **end) == outgrown("off", **end)
 
 
 def test_many_choices_are_one_terminal() -> None:
