@@ -3,7 +3,7 @@ runs them where it can: on this CPU, else under qemu, else not at all, which the
 
     python tools/native_tests.py                               # all variants
     python tools/native_tests.py --variant neon --quick        # one, with fewer random cases
-    python tools/native_tests.py --sanitize address,undefined  # this CPU's best, with sanitizers
+    python tools/native_tests.py --sanitize address            # this CPU's best, with a sanitizer
     python tools/native_tests.py --sanitize thread
     python tools/native_tests.py --syntax                      # are there warnings, for any CPU?
 
@@ -71,7 +71,7 @@ def main() -> int:
     add = parser.add_argument
     add("--variant", action="append", metavar="NAME", help="only this one; may be repeated")
     add("--quick", action="store_true", help="fewer random cases, as always under qemu")
-    add("--sanitize", metavar="LIST", help="address,undefined or thread")
+    add("--sanitize", metavar="LIST", help="address, undefined or thread")
     add("--syntax", action="store_true", help="only look for warnings, as if for many CPUs")
     options = parser.parse_args()
     if options.syntax:
