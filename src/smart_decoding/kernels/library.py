@@ -93,7 +93,8 @@ def load(name: str) -> ctypes.CDLL:
         )
     _check_age(variant)
     _load_openmp()
-    set_threads()
+    if importlib.util.find_spec("torch"):  # who has none counts threads himself
+        set_threads()
     try:
         library = ctypes.CDLL(str(variant.path))
     except OSError as error:
