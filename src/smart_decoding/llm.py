@@ -93,8 +93,8 @@ class LLM:
         self.grammars = Grammars(self.tokenizer, self.target.vocab, self.target.eos_token_ids)
         self.engine = self._engine(self.speculation, _engine_config(args, pages, longest))
         self.engine_thread = EngineThread()
-        self._record = Record()
-        self.engine_thread.observers.append(self._record)
+        self.record = Record()
+        self.engine_thread.observers.append(self.record)
         self._count = itertools.count(1)
 
     def sharing_weights(self, speculative_config: Mapping[str, Any] | bool | None) -> LLM:
@@ -162,8 +162,9 @@ class LLM:
         A prompt is a text, token ids, what `chat_prompt` returns, or vLLM's {"prompt": …,
         "multi_modal_data": …}. Without sampling_params: `get_default_sampling_params`."""
         many = as_list(prompts)
-        default = self.get_default_sampling_params()
-        params = _params_for(many, default if sampling_params is None else sampling_params)
+        if sampling_params is None:
+            sampling_params = self.get_default_sampling_params()
+        params = _params_for(many, sampling_params)
         ready = [self.text_prompt(prompt) for prompt in many]
         job = self.job(ready, params)
         job.on_round = on_step
@@ -208,7 +209,7 @@ class LLM:
 
     def get_metrics(self) -> list[Metric]:
         """What has been done so far, in vLLM's names; see engine/metrics.py."""
-        return self._record.metrics(self.engine)
+        return self.record.metrics(self.engine)
 
     @property
     def supports_images(self) -> bool:

@@ -102,7 +102,9 @@ def test_drafts_are_the_requests_whose_nodes_are_verified(load: Any) -> None:
             requests += engine.add_request(f"{end} {speculate}", list(b"abcdefgh"), params)
         while engine.has_unfinished_requests:
             metrics.before(engine)
-            metrics.after(engine, engine.step())
+            touched = engine.step()
+            llm.record.after(engine, touched)
+            metrics.after(engine, touched)
             record = engine.last_round
             drafts += np.count_nonzero(np.bincount(record.round.trees.owner[record.round.kept]))
             walked += sum(map(len, record.acceptance.path))

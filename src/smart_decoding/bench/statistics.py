@@ -80,9 +80,9 @@ def student_t(df: int, share: float) -> float:
     low, high = 0.0, 64.0  # of one degree of freedom the quantile of 0.99 is 32
     for _ in range(60):
         t = (low + high) / 2
-        angles = math.atan(t / math.sqrt(df)) * (nodes + 1) / 2
-        density = np.exp(log_scale + (df - 1) * np.log(np.cos(angles)))
-        below = 0.5 + float(weights @ density) * math.atan(t / math.sqrt(df)) / 2
+        half = math.atan(t / math.sqrt(df)) / 2
+        density = np.exp(log_scale + (df - 1) * np.log(np.cos(half * (nodes + 1))))
+        below = 0.5 + float(weights @ density) * half
         low, high = (t, high) if below < share else (low, t)
     return low
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from smart_decoding.errors import ConfigError
 from smart_decoding.models.hub import cache_dir
+from smart_decoding.models.hub_repository import hub_cache
 from smart_decoding.models.kept import hub_repositories, made_of, readable, repository_of, size_of
 
 OPTIONAL = (
@@ -86,8 +87,6 @@ def _refusal(variant: Any) -> str | None:
 
 def cache() -> dict[str, Any]:
     """The cache of models and profiles and the hub's own cache, with their models; in bytes."""
-    from huggingface_hub.constants import HF_HUB_CACHE
-
     root = cache_dir()
     models = {
         f"{folder.name} ({made_of(folder)})": size_of(folder)
@@ -99,7 +98,7 @@ def cache() -> dict[str, Any]:
         "bytes": size_of(root),
         "models": models,
         "hub": {
-            "path": HF_HUB_CACHE,
+            "path": str(hub_cache()),
             "models": [repository_of(each.path) for each in hub_repositories()],
         },
     }

@@ -179,9 +179,8 @@ def _run(arguments: Sequence[str], program: Program) -> int:
     given = next((word for word in arguments if not word.startswith("-")), None)
     if given is not None and given not in known:
         close = get_close_matches(given, {**program.commands, **program.meant}, 1)
-        if given in program.meant or close:
-            nearest = given if given in program.meant else close[0]
-            meant = program.meant.get(nearest, nearest)
+        if close:
+            meant = program.meant.get(close[0], close[0])
             parser.error(f"no command {given!r}; did you mean '{program.name} {meant}'?")
     args = parser.parse_args(arguments)
     use_threads(getattr(args, "threads", None))

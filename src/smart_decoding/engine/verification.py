@@ -277,25 +277,25 @@ def _accept(
 ) -> Acceptance:
     """Draws the target's tokens down the trees."""
     at = _logit_rows(layout, nodes)
-    if all(r.takes_argmax for r in asking):
-        if scores.greedy is None:
-            tokens = target.argmax(scores.logits, np.array(at)).tolist()
-        else:
-            tokens = scores.greedy[at].tolist()
-        acceptance = accept(nodes, lambda wanted: _finite([tokens[row] for row in wanted]))
+
+    def draw(wanted: Sequence[int]) -> list[int]:
+        which = np.array([at[row] for row in wanted])
+        specs = specs_of(wanted, asking, nodes, target.eos_token_ids)
+        drawn: list[int] = target.sample(scores.logits, which, specs).tolist()
+        return drawn
+
+    tokens: list[int] | None = None  # of all rows, where they are known at once
+    if not all(r.takes_argmax for r in asking):
+        tokens = draw(range(len(at))) if scores.draws_all else None
+    elif scores.greedy is None:
+        tokens = target.argmax(scores.logits, np.array(at)).tolist()
     else:
+        tokens = scores.greedy[at].tolist()
 
-        def draw(wanted: Sequence[int]) -> list[int]:
-            which = np.array([at[row] for row in wanted])
-            specs = specs_of(wanted, asking, nodes, target.eos_token_ids)
-            drawn: list[int] = target.sample(scores.logits, which, specs).tolist()
-            return drawn
+    def take(wanted: Sequence[int]) -> list[int]:
+        return _finite(draw(wanted) if tokens is None else [tokens[row] for row in wanted])
 
-        if scores.draws_all:
-            tokens = draw(range(len(at)))
-            acceptance = accept(nodes, lambda wanted: _finite([tokens[row] for row in wanted]))
-        else:
-            acceptance = accept(nodes, lambda wanted: _finite(draw(wanted)))
+    acceptance = accept(nodes, take)
     for i, request in enumerate(asking):
         if request.logprobs is not None:
             visited = [i, *(node + len(asking) for node in acceptance.path[i])]

@@ -207,7 +207,7 @@ def _load_openmp() -> None:
 
 def _make_waiting_short(openmp: ctypes.CDLL) -> None:
     """For a process that imported torch first: its OpenMP has already read how long threads spin.
-    But where it has more threads than there are CPUs, they sleep after 1,000 rounds, too. So a team
+    But where it has more threads than there are CPUs, they sleep after 100 rounds. So a team
     of that many is made once, which sleeps for good. It is left out where threads are short: OpenMP
     ends the process where it cannot start one."""
     nothing = ctypes.CDLL(None).getpid

@@ -28,7 +28,7 @@ from smart_decoding.errors import DownloadError, ModelError
 from smart_decoding.files import are_intact, read_json, reading, remember, sha256_of
 from smart_decoding.kernels.weights import FORMATS, Matrix, QuantizedTensor
 from smart_decoding.models.config import ModelConfig
-from smart_decoding.models.hub import cache_dir, conversion_key, scratch
+from smart_decoding.models.hub import RECORD, cache_dir, conversion_key, scratch
 from smart_decoding.models.tokenizer import Tokenizer
 from smart_decoding.models.weight_files import Weights
 from smart_decoding.progress import long_step
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("smart.models")
 
 _SHARD = 1 << 30  # bytes of weights held in memory before they are written
-RECORD = "converted.json"  # of a converted folder: what it was made of, and its checksums
 _MARKER = "verified"
 _TENSORS = "tensors.json"
 _FLOATS = {"F32": np.float32, "F16": np.float16}

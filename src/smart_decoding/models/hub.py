@@ -28,6 +28,7 @@ from smart_decoding.progress import long_step
 
 _log = logging.getLogger(__name__)
 
+RECORD = "converted.json"  # of a converted folder: what it was made of, and its checksums
 CONVERSION = 2  # version of the conversion of GGUF files: folders of another one are not used
 
 

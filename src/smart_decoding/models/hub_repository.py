@@ -6,7 +6,7 @@ from __future__ import annotations
 import glob
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
 from smart_decoding.errors import DownloadError, ModelError
@@ -64,16 +64,24 @@ def _snapshot(
 
 def _stored(repository: str) -> Path:
     """What the client's cache holds of the main branch. Raises DownloadError for nothing."""
+    root = cached_folder(repository)
+    with suppress(OSError):
+        folder = root / "snapshots" / (root / "refs" / "main").read_text().strip()
+        if folder.is_dir():
+            return folder
+    raise DownloadError(f"{repository} is not in the hub's cache {root.parent}")
+
+
+def cached_folder(repository: str) -> Path:
+    """Where the hub client's cache keeps a repository, if it has it."""
+    return hub_cache() / f"models--{repository.replace('/', '--')}"
+
+
+def hub_cache() -> Path:
+    """The hub client's cache, which other programs use too."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    root = Path(HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}"
-    try:
-        folder = root / "snapshots" / (root / "refs" / "main").read_text().strip()
-    except OSError as error:
-        raise DownloadError(f"{repository} is not in the hub's cache {HF_HUB_CACHE}") from error
-    if not folder.is_dir():
-        raise DownloadError(f"{repository} is not in the hub's cache {HF_HUB_CACHE}")
-    return folder
+    return Path(HF_HUB_CACHE)
 
 
 def is_complete(folder: Path) -> bool:

@@ -11,8 +11,8 @@ from typing import Any
 
 from smart_decoding.errors import ConfigError, ModelError
 from smart_decoding.files import expanded, read_json
-from smart_decoding.models.hub import CONVERSION, cache_dir, conversion_key
-from smart_decoding.models.hub_repository import fits, is_complete
+from smart_decoding.models.hub import CONVERSION, RECORD, cache_dir, conversion_key
+from smart_decoding.models.hub_repository import cached_folder, fits, hub_cache, is_complete
 from smart_decoding.models.registry import HUB_ID, NAMED_MODELS
 
 PARTLY = "partly fetched"
@@ -48,7 +48,7 @@ def kept_of(name: str) -> list[Kept]:
 
 def hub_repositories() -> list[Kept]:
     """The models in the hub client's cache, which other programs use too."""
-    return [_repository(path) for path in sorted(_hub_cache().glob("models--*"))]
+    return [_repository(path) for path in sorted(hub_cache().glob("models--*"))]
 
 
 def conversions() -> list[Kept]:
@@ -78,7 +78,7 @@ def readable(size: int) -> str:
 def made_of(folder: Path) -> str:
     """What a converted folder was made of."""
     try:
-        record = read_json(folder / "converted.json")
+        record = read_json(folder / RECORD)
         return f"of {record.get('source') or record['base']}"
     except (ModelError, KeyError):
         return "incomplete"
@@ -128,7 +128,7 @@ def _of_hub(name: str, repository: str, asked: str | None) -> list[Kept]:
 def _in_hub(repository: str, asked: str | None) -> Iterator[Kept]:
     """The repository in the hub client's cache; if a file is asked for, its links and what no other
     link leads to."""
-    folder = _hub_cache() / f"models--{repository.replace('/', '--')}"
+    folder = cached_folder(repository)
     if not folder.is_dir():
         return
     if not asked:
@@ -204,9 +204,3 @@ def _profiles(is_meant: Callable[[str], bool]) -> list[Kept]:
         if isinstance(model, str) and is_meant(model):
             found.append(_kept("profile", path))
     return found
-
-
-def _hub_cache() -> Path:
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    return Path(HF_HUB_CACHE)

@@ -69,9 +69,8 @@ async def answer(
     usage = Usage(sum(map(len, asked.prompts)))
     reply = asked.reply(job, asked.form, settings.model_name, usage, asked.body)
     try:
-        first = await next_chunk(
-            job
-        )  # before the headers: until here an error has a status of its own
+        # before the headers: until here an error has a status of its own
+        first = await next_chunk(job)
         if not job.stream:
             return JSONResponse(await reply.whole(first))
     except BaseException:
@@ -160,9 +159,9 @@ async def _grammars(
 ) -> list[Compiled]:
     """The request's grammar, if it has one, compiled. Raises ApiError."""
     structure = params.structured_outputs
-    client = request.state.client
     if structure is None:
         return []
+    client = request.state.client
     try:
         wanted = worker.grammars.compiled(worker.ready().grammars, structure, client)
         return [await unless_gone(request, wanted)]

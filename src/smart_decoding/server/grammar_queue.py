@@ -15,7 +15,7 @@ from smart_decoding.errors import ConfigError
 from smart_decoding.models import grammar_check
 from smart_decoding.models.grammars import Compiled, Grammars, library, one_line
 from smart_decoding.server.errors import ApiError, shutting_down
-from smart_decoding.server.lane import Lane
+from smart_decoding.server.lane import Lane, Lanes
 
 if TYPE_CHECKING:
     from smart_decoding.engine.structured import StructuredOutputsParams
@@ -31,8 +31,7 @@ class GrammarQueue:
     """What stands between requests and `Grammars`. All methods are the event loop's."""
 
     def __init__(self) -> None:
-        self._short = Lane()
-        self._long = Lane()
+        self._lanes = Lanes(SHORT)
         self._waiting: Counter[str] = Counter()
         self._tasks: dict[StructuredOutputsParams, asyncio.Task[Compiled]] = {}
         self._children: set[subprocess.Popen[str]] = set()
@@ -49,8 +48,7 @@ class GrammarQueue:
             return found
         task = self._tasks.get(params)
         if task is None:
-            lane = self._short if size <= SHORT else self._long
-            task = self._queued(lane, grammars, params, client)
+            task = self._queued(self._lanes.of(size), grammars, params, client)
         try:
             return await asyncio.shield(task)  # others may want the same
         except asyncio.CancelledError:

@@ -18,6 +18,20 @@ class _Place:
     called: asyncio.Event = field(default_factory=asyncio.Event)
 
 
+class Lanes:
+    """Two lanes, so that short pieces do not wait for long ones. short: the size up to which a
+    piece is short."""
+
+    def __init__(self, short: int) -> None:
+        self._size = short
+        self._short = Lane()
+        self._long = Lane()
+
+    def of(self, size: int) -> Lane:
+        """The lane of a piece of that size."""
+        return self._short if size <= self._size else self._long
+
+
 class Lane:
     """One thread's worth of work at a time, so that rounds keep their processors."""
 

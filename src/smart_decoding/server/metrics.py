@@ -98,8 +98,8 @@ _VLLM = {
 class Metrics:
     """An observer of the worker that counts, and a collector for prometheus_client.
 
-    counts: plain numbers, since they are counted in every round; record: those that `LLM` gives,
-    too.
+    counts: plain numbers, since they are counted in every round; record: those that the `LLM`
+    counts itself.
     """
 
     def __init__(self, model_name: str) -> None:
@@ -126,6 +126,7 @@ class Metrics:
         """Counts from the engine's next round on."""
         self._engine = llm.engine
         self._last = llm.engine.last_round
+        self.record = llm.record
 
     def before(self, engine: Engine) -> None:
         """Keeps the costs, as they are before the round corrects them."""
@@ -138,7 +139,6 @@ class Metrics:
             return
         self._last = record
         self._count_round(record)
-        self.record.after(engine, touched)
         now = time.monotonic()
         for request in touched:
             if request in self._tokens_at:
@@ -167,7 +167,6 @@ class Metrics:
     def ended(self, request: Request, reason: str) -> None:
         """Counts an answer that is over."""
         self._tokens_at.pop(request, None)
-        self.record.ended(request, reason)
         metrics = request.metrics
         if reason not in ("stop", "length"):
             return

@@ -19,7 +19,7 @@ from smart_decoding.server.answers import ChatForm, CompletionForm, Json
 from smart_decoding.server.chat import chat_prompt
 from smart_decoding.server.counting import CountedRoute
 from smart_decoding.server.errors import ApiError
-from smart_decoding.server.lane import Lane
+from smart_decoding.server.lane import Lanes
 from smart_decoding.server.replies import Reply
 from smart_decoding.server.responses import ResponsesReply
 from smart_decoding.server.responses_request import ResponsesRequest
@@ -59,8 +59,7 @@ class _Routes:
         self._worker = worker
         self._settings = settings
         self._started = int(time.time())
-        self._short = Lane()
-        self._long = Lane()
+        self._lanes = Lanes(SHORT)
         self._unread: Counter[str] = Counter()  # bytes of bodies in the lanes, by client
 
     async def models(self) -> Json:
@@ -105,13 +104,12 @@ class _Routes:
         """What `read` makes of the texts in `field`, when it is the client's turn."""
         client = request.state.client
         size = len(await request.body())
-        lane = self._short if size < SHORT else self._long
         if self._unread[client] + size > WAITING * self._settings.max_body:
             message = "too many of your texts wait to be read: try again later"
             raise ApiError(429, message, "queue_full")
         self._unread[client] += size
         try:
-            return await unless_gone(request, lane.run(client, read))
+            return await unless_gone(request, self._lanes.of(size).run(client, read))
         except CapacityError as error:
             raise ApiError(400, str(error), "context_length_exceeded", field) from error
         finally:

@@ -13,7 +13,6 @@ from scripted import fails
 from smart_decoding.cli import main as cli
 from smart_decoding.cli import models as cli_models
 from smart_decoding.core.cost import CostModel
-from smart_decoding.models import kept
 from smart_decoding.models.hub import conversion_key
 from smart_decoding.models.registry import NAMED_MODELS, Source
 from smart_decoding.profiling.cache import load_profile, save_profile
@@ -27,7 +26,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     root = tmp_path / "cache"
     hub = tmp_path / "hub"
     monkeypatch.setenv("SMART_CACHE", str(root))
-    monkeypatch.setattr(kept, "_hub_cache", lambda: hub)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub))
     write(SMALL.pinned.path, 3_000_000)
     write(SMALL.pinned.path.with_name(f"{SMALL.pinned.path.name}.verified"), 70)
     key = conversion_key(SMALL.pinned.path, SMALL.pinned.sha256)
