@@ -3,10 +3,10 @@
     python tools/check_wheel.py dist/smart_decoding-*.whl
 
 The Python that runs this gets all dependencies and answers with SmolLM2-135M, under speculation and
-without. `smart run` says its first word within FIRST_WORD seconds, with the model's file at hand and
-nothing that was made of it. The install, which is pip's work, is timed without downloads: packages
-are downloaded before. Every other Python from 3.11 on that the machine has gets the wheel alone,
-and calls one kernel: one wheel serves them all.
+without. `smart run` says its first word within FIRST_WORD seconds, with the model's file at hand
+and nothing that was made of it. The install, which is pip's work, is timed without downloads:
+packages are downloaded before. Every other Python from 3.11 on that the machine has gets the wheel
+alone, and calls one kernel: one wheel serves them all.
 """
 
 from __future__ import annotations

@@ -47,6 +47,7 @@ from smart_decoding.multimodal.text_prompts import (
     parts_of,
     template_options,
 )
+from smart_decoding.profiling.measure import finish
 from smart_decoding.speculation import (
     Speculation,
     SpeculativeConfig,
@@ -137,7 +138,8 @@ class LLM:
         if profile is None or profile.known:
             return
         thread = self.engine_thread
-        profile.finish(partial(thread.still_does, profile) if thread.started else profile.step)
+        step = partial(thread.still_does, profile) if thread.started else profile.step
+        finish(step, lambda: profile.share)
 
     def _engine(self, speculation: Speculation, config: EngineConfig) -> Engine:
         engine = Engine(

@@ -33,7 +33,6 @@ COARSE_WAITING = (0, 16)
 LONG_WAITING = 384
 RANDOM_TOKENS = 1024
 SECONDS = 6.0  # that are measured for, if nothing else is said
-STEP = "measuring costs, once"  # what a user is told
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,11 +152,7 @@ class Measurement:
 
     def run(self) -> list[Sample]:
         """All steps at once."""
-        with long_step(STEP, 1.0) as progress:
-            shown = 0.0
-            while self.step():
-                progress(self.share - shown)
-                shown = self.share
+        finish(self.step, lambda: self.share)
         return self.samples()
 
     def _time(self, point: Point) -> float:
@@ -165,6 +160,17 @@ class Measurement:
         start = self._clock()
         seconds = point.run()
         return self._clock() - start if seconds is None else seconds
+
+
+def finish(step: Callable[[], bool], share: Callable[[], float]) -> None:
+    """Calls `step`, which measures or waits, as long as it returns true. share: what is done, in
+    [0, 1], as a user is shown."""
+    with long_step("measuring costs, once", 1.0) as progress:
+        shown = 0.0
+        while step():
+            now = share()
+            progress(now - shown)
+            shown = now
 
 
 def longest_context(max_positions: int, device: torch.device) -> int:

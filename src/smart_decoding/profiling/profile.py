@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from smart_decoding.core.cost import CostModel
 from smart_decoding.profiling.cache import load_profile, profile_path, save_profile
-from smart_decoding.profiling.measure import STEP, Measurement, largest_batch, longest_context
-from smart_decoding.progress import long_step
+from smart_decoding.profiling.measure import Measurement, largest_batch, longest_context
 
 if TYPE_CHECKING:
     from smart_decoding.core.cost import Sample
@@ -67,15 +66,6 @@ class Profile:
             return True
         self.keep(self._measurement.samples())
         return False
-
-    def finish(self, step: Callable[[], bool]) -> None:
-        """Calls `step`, which measures or waits, as long as it returns true; shows how far it
-        is."""
-        with long_step(STEP, 1.0) as progress:
-            shown = 0.0
-            while step():
-                progress(self.share - shown)
-                shown = self.share
 
     def keep(self, samples: Sequence[Sample]) -> None:
         """These are the costs from now on, and at later starts."""
