@@ -148,6 +148,7 @@ def test_a_full_queue_has_room_for_who_holds_little(load: Any) -> None:
             found = httpx.get(f"{running.url}/metrics").text
         for name, value in (
             ("num_clients", 1),
+            ("num_clients_resting", 0),
             ("max_num_requests", 4),
             ("max_num_requests_per_client", 4),
         ):
