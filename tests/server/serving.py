@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
+import pytest
 import tokenizers
 import torch
 import transformers
@@ -116,6 +118,23 @@ def serving(load: Callable[[], LLM], ready: bool = True, **settings: Any) -> Ite
             server.should_exit = True
             thread.join(20)
             assert not thread.is_alive()
+
+
+@contextmanager
+def stretches_of_loops() -> Iterator[list[float]]:
+    """Processor seconds of each callback of an event loop: as long as one of them nobody else's
+    request is looked at, however few processors the machine has left."""
+    found: list[float] = []
+    run = asyncio.Handle._run
+
+    def timed(handle: asyncio.Handle) -> None:
+        began = time.thread_time()
+        run(handle)
+        found.append(time.thread_time() - began)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(asyncio.Handle, "_run", timed)
+        yield found
 
 
 def slow(llm: LLM, seconds: float) -> LLM:

@@ -12,7 +12,7 @@ from http.client import HTTPConnection
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from serving import NAME, OUTGROWING, Running, post, serving, wait_for
+from serving import NAME, OUTGROWING, Running, post, serving, stretches_of_loops, wait_for
 
 from smart_decoding.engine.isolation import Isolation
 from smart_decoding.engine.sampling_params import SamplingParams
@@ -141,13 +141,14 @@ def test_six_bombs_beside_a_client(
     works = running.worker.grammars._works
     bombs = [hanging(running, structured(optional(6000, f"bomb_{i}"))) for i in range(3)]
     assert wait_for(lambda: len(works) == 3 and len(children_of(running)) == 1)
-    with ThreadPoolExecutor(3) as pool:
+    with ThreadPoolExecutor(3) as pool, stretches_of_loops() as stretches:
         large = [pool.submit(asked, running, optional(9000, f"{i}" * 100)) for i in range(3)]
         for count in range(3):
             answer = post(running, "/v1/completions", json=BODY).json()
             assert answer["choices"][0]["text"] == wanted
             assert asked(running, {"regex": f"own {count}"}).status_code == 200
         assert [bomb.result().status_code for bomb in large] == [400] * 3
+    assert max(stretches) < 0.1
     assert len(works) == 3  # still
     for bomb in bombs:
         bomb.close()
