@@ -42,8 +42,8 @@ TEMPLATE = (
 )
 
 
-def save_tiny_model(folder: Path) -> Path:
-    """Random weights, a token a byte, and a chat template."""
+def save_tiny_model(folder: Path, vocab_size: int = 258) -> Path:
+    """Random weights, a token a byte, and a chat template. Ids from 258 on have no text."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         hidden_size=96,
@@ -52,7 +52,7 @@ def save_tiny_model(folder: Path) -> Path:
         num_key_value_heads=2,
         head_dim=16,
         intermediate_size=200,
-        vocab_size=258,
+        vocab_size=vocab_size,
         max_position_embeddings=4096,
         initializer_range=0.15,
         bos_token_id=256,
