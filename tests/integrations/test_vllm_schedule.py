@@ -21,6 +21,7 @@ from smart_decoding.integrations.vllm.schedule import (
     choose,
     schedule,
     speculative_config,
+    warnings,
 )
 
 
@@ -100,6 +101,32 @@ class Engine:
         return {"seconds": seconds, "tokens": tokens, "drafted": 10, "accepted": 5}
 
 
+# What vLLM makes of a schedule.
+KEPT = {
+    "vllm": "0.32.0",
+    "scheduled": True,
+    "graphs": ["FULL_AND_PIECEWISE", "FULL_AND_PIECEWISE"],
+    "all_passes": False,
+}
+PIECEWISE = {**KEPT, "graphs": ["FULL_AND_PIECEWISE", "PIECEWISE"]}
+
+
+@pytest.mark.parametrize(
+    ("resolved", "messages"),
+    [
+        (KEPT, []),
+        ({**KEPT, "scheduled": False}, ["ignores a schedule"]),
+        ({**KEPT, "all_passes": True}, ["VLLM_USE_V2_MODEL_RUNNER=0"]),
+        (PIECEWISE, ["49548"]),
+        ({**PIECEWISE, "scheduled": False}, ["ignores a schedule", "49548"]),
+    ],
+)
+def test_what_a_schedule_costs_is_said(resolved: dict[str, Any], messages: list[str]) -> None:
+    found = warnings(resolved)
+    assert len(found) == len(messages)
+    assert all(message in text for message, text in zip(messages, found, strict=True))
+
+
 COMMAND = (
     "vllm-config a-model --lengths 1,3 --batch-sizes 1,4 --blocks 2 "
     """--engine-args '{"dtype": "float32"}' --check"""
@@ -112,6 +139,10 @@ def test_the_command_measures_each_length_and_writes_schedule_and_reasons(
     monkeypatch.setattr(Engine, "started", [])
     monkeypatch.setattr(cli_vllm, "Measured", Engine)
     monkeypatch.setattr(cli_vllm, "find_spec", lambda name: object())
+    asked = []
+    monkeypatch.setattr(
+        cli_vllm, "resolved", lambda arguments: asked.append(arguments) or PIECEWISE
+    )
     output = tmp_path / "schedule.json"
     assert cli.main([*shlex.split(COMMAND), "--output", str(output)]) == 0
     written = json.loads(output.read_text())
@@ -128,7 +159,11 @@ def test_the_command_measures_each_length_and_writes_schedule_and_reasons(
     assert "batch 1: plain" in reasons["lines"][0]["reason"]
     assert reasons["checked"]["1"][0] == pytest.approx(1 / 0.7)
     assert reasons["checked"]["4"][0] == pytest.approx(1 / 1.02)
-    shown = capsys.readouterr().out
+    assert asked[0]["speculative_config"]["num_speculative_tokens_per_batch_size"][0] == [1, 1, 3]
+    assert asked[0]["dtype"] == "float32"
+    shown, warned = capsys.readouterr()
+    assert warned.startswith("warning: with a schedule vLLM 0.32.0 takes CUDA graphs PIECEWISE")
+    assert [f"warning: {text}" for text in reasons["warnings"]] == warned.splitlines()
     assert "2 to 4: no tokens" in shown
     assert "batch 4, with the schedule: 0.98 ± 0.00 × plain" in shown
 

@@ -191,6 +191,12 @@ def missing_attributes(scheduler: object) -> list[str]:
     return [f"scheduler.{path}" for path in paths if find(scheduler, path, nothing) is nothing]
 
 
+def reads(place: str, parameter: str) -> bool:
+    """Whether the method "module:Class.method" reads a parameter; also where there is none."""
+    code = getattr(inspect.unwrap(_imported(place)), "__code__", None)
+    return code is None or any(i.argval == parameter for i in dis.get_instructions(code))
+
+
 def _members(seams: Seams) -> Iterator[str]:
     for place, names in seams.classes.items():
         kind = _imported(place)

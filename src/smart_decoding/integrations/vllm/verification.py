@@ -217,11 +217,12 @@ def install() -> None:
     import vllm
     from vllm.v1.worker.gpu.spec_decode import adaptive_verification as place
 
-    refuse_missing(vllm.__version__, "SMART_VLLM_VERIFICATION", missing(VERIFICATION), WITHOUT)
     theirs = place.AdaptiveVerificationManager
-    if not issubclass(theirs, SmartVerification):
-        ours = type("SmartVerificationManager", (SmartVerification, theirs), {})
-        place.AdaptiveVerificationManager = ours
+    if issubclass(theirs, SmartVerification):
+        return
+    refuse_missing(vllm.__version__, "SMART_VLLM_VERIFICATION", missing(VERIFICATION), WITHOUT)
+    ours = type("SmartVerificationManager", (SmartVerification, theirs), {})
+    place.AdaptiveVerificationManager = ours
 
 
 def _from_first_rank(value: Any) -> Any:
