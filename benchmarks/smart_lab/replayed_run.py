@@ -26,11 +26,10 @@ from tqdm import tqdm
 
 from smart_decoding.bench.blocks import Prompt
 from smart_decoding.bench.cycles import measure, rows_of
-from smart_decoding.bench.limits import measure_limits
-from smart_decoding.bench.limits import shares as limit_shares
+from smart_decoding.bench.limits import measure_limits, rated
 from smart_decoding.bench.options import BASELINE
 from smart_decoding.bench.provenance import memory, provenance
-from smart_decoding.bench.traffic import Sizes, achieved
+from smart_decoding.bench.traffic import Sizes
 from smart_decoding.core.cost import CostModel
 from smart_decoding.drafters.eagle import EagleDrafter
 from smart_decoding.engine.engine import Engine, EngineConfig
@@ -241,8 +240,7 @@ class _Replay:
             deadline = None if share is None else time.perf_counter() + share
             found = measure(engines, prompts, size, deadline, lambda label: bar.update())
         rows = rows_of(found, size, self.options)
-        rows = [{**row, **achieved(row, self.sizes)} for row in rows]
-        return [{**row, **limit_shares(row, self.limits)} for row in rows]
+        return rated(rows, self.sizes, self.limits, self.target.device)
 
     def engines(self) -> dict[str, Engine]:
         """Every contestant by label; the baseline has no drafter."""
