@@ -4,13 +4,14 @@ decoding is slow."""
 from __future__ import annotations
 
 import math
+import time
 from typing import Any
 
 import pytest
 import torch
 from measured import results, run_of
 
-from smart_decoding.bench import page, report
+from smart_decoding.bench import limits, page, report
 from smart_decoding.bench.floor import near_floor, over_floor
 from smart_decoding.bench.limits import rated
 from smart_decoding.bench.results import Results, headline, verdict
@@ -94,3 +95,18 @@ def test_a_report_prints_both_and_quotes_one(slow: bool) -> None:
 
 def test_without_a_gpu_a_report_has_no_such_column() -> None:
     assert "over floor" not in report.everything(results())
+
+
+def test_limits_are_measured_however_long_the_first_call_takes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(limits, "SECONDS", 0.02)
+    calls: list[None] = []
+
+    def slow_at_first() -> None:
+        time.sleep(0.0 if calls else 0.06)
+        calls.append(None)
+
+    seconds = limits._best(slow_at_first, lambda: None, 2)
+    assert 0 < seconds < 0.03
+    assert len(calls) >= 3
