@@ -226,10 +226,12 @@ class Replay:
         answers = trace.recording.answers
         longest = max(a.prompt_length + max(len(a.tokens) + 1, a.limit) for a in answers)
         self.pages = pages_for(largest * longest, largest)
-        self.length = longest + 1
         self.slots = largest
         self.scratch = max(SCRATCH_PAGES, largest * NODES // PAGE)
         device = device_of(options.device)
+        coarse = device.type == "cpu"
+        # a GPU's profile goes on to 1,024 rows and long contexts, whatever is replayed
+        self.length = longest + 1 if coarse else max(longest + 1, config.max_positions)
         self.target = random_target(
             config, options.dtype, device, self.pages, self.length, options.allow_slow
         )
@@ -238,7 +240,6 @@ class Replay:
             files, self.target.decoder, self.pages, self.scratch, self.length + 64
         )
         drafter = EagleDrafter(self.head, self.pages, self.scratch)
-        coarse = device.type == "cpu"
         samples = profile(self.target, drafter, self.pages, largest, profile_seconds, coarse=coarse)
         self.cost = CostModel.fit(samples, ROUND_OVERHEAD)
         self.sizes = Sizes.of(config, self.target.dtype.itemsize)
