@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -123,7 +124,8 @@ def serving(load: Callable[[], LLM], ready: bool = True, **settings: Any) -> Ite
 @contextmanager
 def stretches_of_loops() -> Iterator[list[float]]:
     """Processor seconds of each callback of an event loop: as long as one of them nobody else's
-    request is looked at, however few processors the machine has left."""
+    request is looked at, however few processors the machine has left. Of garbage is searched what
+    comes from now on, as in a process of `smart serve`."""
     found: list[float] = []
     run = asyncio.Handle._run
 
@@ -134,7 +136,12 @@ def stretches_of_loops() -> Iterator[list[float]]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(asyncio.Handle, "_run", timed)
-        yield found
+        gc.collect()
+        gc.freeze()
+        try:
+            yield found
+        finally:
+            gc.unfreeze()
 
 
 def slow(llm: LLM, seconds: float) -> LLM:
