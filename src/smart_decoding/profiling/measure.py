@@ -286,7 +286,8 @@ def verification(
 def _verify(target: TorchTarget, rows: Rows, batch: int, aux_layers: tuple[int, ...]) -> None:
     scores = target.verify(rows, aux_layers)
     if scores.greedy is None:
-        target.argmax(scores.logits, np.arange(batch))
+        count = len(scores.logits) if scores.draws_all else batch
+        target.argmax(scores.logits, np.arange(count))
 
 
 def _first_point(requests: Rehearsal, waiting: int) -> Point:
