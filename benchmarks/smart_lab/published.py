@@ -39,7 +39,7 @@ class Setup:
     sizes: Sequence[int]
 
 
-MSD_SIZES = (1, 4, 8, 12, 16, 32)
+MSD_SIZES = (1, 4, 8, 12, 16, 24, 32)
 LARGE_SIZES = (1, 8, 32, 64, 128)
 SETUPS = (
     Setup("l40s", "vicuna-7b", "msd", True, MSD_SIZES),
@@ -148,7 +148,7 @@ def _finish(panel: Any, simulation: Simulation) -> None:
     panel.set_xscale("log", base=2)
     sizes = _sizes(simulation)
     panel.set_xticks(sizes, [str(size) for size in sizes])
-    panel.set_ylim(0.0, 1.1 * max(max(o.speedup.values()) for o in simulation.predictions))
+    panel.set_ylim(0.0, 1.15 * max(max(o.speedup.values()) for o in simulation.predictions))
     panel.set_xlabel("batch size")
     panel.set_title(f"{simulation.hardware}, {simulation.model}", fontsize=11)
     panel.grid(axis="y", color="#e4e4df")
