@@ -42,8 +42,9 @@ from smart_decoding.models.eagle_head import EagleHead
 from smart_decoding.models.head_files import HeadFiles
 from smart_decoding.models.loading import Checkpoint
 from smart_decoding.models.target import TorchTarget, device_of, pages_for
-from smart_decoding.profiling.measure import measure as profile
-from smart_decoding.speculation import ROUND_OVERHEAD, SCRATCH_PAGES
+from smart_decoding.profiling.measure import Measurement
+from smart_decoding.profiling.profile import ROUND_OVERHEAD
+from smart_decoding.speculation import SCRATCH_PAGES
 from smart_lab.hardware import dimensions
 from smart_lab.options import LabOptions, command_of
 from smart_lab.replay import Source
@@ -223,8 +224,10 @@ class _Replay:
             files, self.target.decoder, self.pages, SCRATCH_PAGES, self.length + 64
         )
         drafter = EagleDrafter(self.head, self.pages, SCRATCH_PAGES)
-        samples = profile(self.target, drafter, self.pages, largest, PROFILE_SECONDS, coarse=True)
-        self.cost = CostModel.fit(samples, ROUND_OVERHEAD)
+        profile = Measurement(
+            self.target, drafter, self.pages, largest, PROFILE_SECONDS, coarse=True
+        )
+        self.cost = CostModel.fit(profile.run(), ROUND_OVERHEAD)
         self.sizes = Sizes.of(config, self.target.dtype.itemsize)
         self.limits = measure_limits(self.target.dtype, self.target.device)
 
