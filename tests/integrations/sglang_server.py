@@ -54,7 +54,6 @@ def scheduler_of(options: dict[str, Any]) -> Any:
         "triton_attention_num_kv_splits": 2,
     }
     arguments = ServerArgs(**{**given, **options})
-    arguments.resolve_and_check() if hasattr(arguments, "resolve_and_check") else None
     ports = PortArgs.init_new(arguments)
     ranks = SpawnRanks(world_rank=0, dp_rank=None, gpu_id=0)
     publish(arguments, role="scheduler", ranks=ranks)
@@ -124,6 +123,7 @@ def main() -> None:
         "tokens": [list(request.output_ids) for request in requests],
         "rounds": [request.spec_verify_ct for request in requests],
         "verified": verified,
+        "page_size": scheduler.page_size,
     }
     print(json.dumps(answer), flush=True)
     os._exit(0)  # sockets of a server that nobody listens to

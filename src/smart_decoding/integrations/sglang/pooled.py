@@ -108,11 +108,11 @@ class PooledChoice:
             return True
         gains = np.repeat(self._typical / self._weight, batch)
         plain = batch / float(self.costs.verify(batch))
-        return self._best(gains, batch)[1] > plain
+        return self._best(gains, batch, self.correction)[1] > plain
 
-    def _best(self, probs: FloatArray, batch: int) -> tuple[int, float]:
-        """`best_size` of sorted probabilities, drafting being sunk."""
-        gains = np.minimum(self.correction * probs, 1.0)
+    def _best(self, probs: FloatArray, batch: int, correction: float) -> tuple[int, float]:
+        """`best_size` of sorted probabilities, drafting included."""
+        gains = np.minimum(correction * probs, 1.0)
         seconds = self.costs.verify(batch + np.arange(len(gains) + 1))
         return best_size(gains, float(batch), self.costs.draft(batch), seconds)
 
@@ -123,7 +123,8 @@ class PooledChoice:
         batch, nodes = path_prob.shape
         probs = np.clip(path_prob.astype(np.float64).ravel(), 0.0, 1.0)
         order = ranked(probs)
-        size, _ = self._best(probs[order], batch)
+        # An exploration takes the drafter at its word: without nodes it would find out nothing.
+        size, _ = self._best(probs[order], batch, 1.0 if self._explores else self.correction)
         keep = np.zeros(batch * nodes, np.bool_)
         keep[order[:size]] = True
         self._typical = MEMORY * self._typical + np.sort(probs.reshape(batch, -1))[:, ::-1].mean(0)
