@@ -86,8 +86,9 @@ def add(scheduler: Any, name: str, tokens: list[int], length: int) -> Any:
     return scheduler.waiting_queue[-1]
 
 
-def serve(scheduler: Any, requests: list[Any]) -> None:
-    """The scheduler's loop, without its sockets."""
+def serve(scheduler: Any, requests: list[Any]) -> list[int]:
+    """The scheduler's loop, without its sockets; returns the steps of each round."""
+    steps: list[int] = []
     while not all(request.finished() for request in requests):
         plan = scheduler.get_next_batch_to_run(
             running_batch=scheduler.running_batch, last_batch=scheduler.last_batch
@@ -95,8 +96,12 @@ def serve(scheduler: Any, requests: list[Any]) -> None:
         scheduler.running_batch = plan.running_batch
         batch = plan.batch_to_run
         if batch:
+            decodes = batch.forward_mode.is_decode()
             scheduler.process_batch_result(batch, scheduler.run_batch(batch))
+            if decodes:
+                steps.append(getattr(scheduler.model_worker, "speculative_num_steps", 0))
         scheduler.last_batch = batch
+    return steps
 
 
 def main() -> None:
@@ -118,11 +123,12 @@ def main() -> None:
         choice.choose = recorded
     with torch.inference_mode():
         requests = [add(scheduler, str(i), *prompt) for i, prompt in enumerate(prompts)]
-        serve(scheduler, requests)
+        steps = serve(scheduler, requests)
     answer = {
         "tokens": [list(request.output_ids) for request in requests],
         "rounds": [request.spec_verify_ct for request in requests],
         "verified": verified,
+        "steps": steps,
         "page_size": scheduler.page_size,
     }
     print(json.dumps(answer), flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -120,12 +121,29 @@ def algorithm(monkeypatch, tmp_path) -> Any:
     return module
 
 
+def test_the_documented_example_starts(algorithm, monkeypatch) -> None:
+    """With the options of docs/sglang.md, all of which SGLang has."""
+    from sglang.srt.server_args import ServerArgs
+
+    costs = Path(__file__).parents[2] / "docs" / "sglang" / "tree-costs.json"
+    monkeypatch.setenv("SMART_SGLANG_COSTS", str(costs))
+    given = arguments(
+        speculative_eagle_topk=4, speculative_num_steps=4, speculative_num_draft_tokens=15
+    )
+    algorithm.check(given)
+    known = ServerArgs(model_path="none", **vars(given))
+    algorithm.check(known)
+    assert [option for option in algorithm.REFUSED if not hasattr(known, option)] == []
+
+
 def arguments(**changed: Any) -> SimpleNamespace:
     given = {
         "attention_backend": "triton",
         "decode_attention_backend": None,
         "prefill_attention_backend": None,
-        "disable_cuda_graph": True,
+        "disable_cuda_graph": False,
+        "disable_decode_cuda_graph": False,
+        "cuda_graph_backend_decode": "disabled",
         "disable_overlap_schedule": False,
         "max_running_requests": None,
         "speculative_num_steps": 3,
@@ -155,7 +173,7 @@ def test_it_answers_as_eagle3_and_runs_without_overlap(algorithm) -> None:
     [
         ({"attention_backend": "flashinfer"}, "--attention-backend triton"),
         ({"prefill_attention_backend": "fa3"}, "--attention-backend triton"),
-        ({"disable_cuda_graph": False}, "--disable-cuda-graph"),
+        ({"cuda_graph_backend_decode": None}, "--cuda-graph-backend-decode disabled"),
         ({"speculative_eagle_topk": 1}, "topk 2 or more"),
         ({"speculative_num_steps": None}, "--speculative-num-steps"),
         ({"speculative_num_steps": 4}, "'nodes' lacks 4"),

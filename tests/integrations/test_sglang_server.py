@@ -1,5 +1,5 @@
-"""SMART_EAGLE3 in SGLang's own scheduler, workers, models and attention, on a CPU: tiny random
-models, every kernel by Triton's interpreter. Slow, and only in `make test-sglang`."""
+"""SMART in SGLang's own scheduler, workers, models and attention, on a CPU: tiny random models,
+every kernel by Triton's interpreter. Slow, and only in `make test-sglang`."""
 
 from __future__ import annotations
 
@@ -174,3 +174,27 @@ def test_where_rows_are_dear_most_rounds_are_plain(models, plain, tmp_path) -> N
     found = serve(options, costs_of(tmp_path, 1.0))
     assert found["tokens"] == plain
     assert len(found["verified"]) < max(found["rounds"])
+
+
+@pytest.mark.parametrize(("topk", "nodes"), [(1, {}), (2, {"1": 2, "2": 5})])
+def test_chains_and_tiers_switch_and_say_what_the_target_says(
+    models, plain, tmp_path, topk: int, nodes: dict[str, int]
+) -> None:
+    """A step for three requests and two for fewer."""
+    steps, costs = tmp_path / "steps.json", tmp_path / "costs.json"
+    steps.write_text('{"1": {"candidate_steps": [2]}, "3": {"candidate_steps": [1]}}')
+    seconds = {batch: {"0": 1.0, "1": 1.1, "2": 1.2} for batch in ("1", "3")}
+    costs.write_text(json.dumps({"seconds": seconds, "nodes": nodes}))
+    options = {
+        **models,
+        "speculative_algorithm": "EAGLE3",
+        "speculative_adaptive": True,
+        "speculative_adaptive_config": str(steps),
+        "speculative_num_steps": 2,
+        "speculative_eagle_topk": topk,
+        "speculative_num_draft_tokens": 1 + nodes.get("2", 2),
+    }
+    found = serve(options, costs)
+    assert found["tokens"] == plain
+    assert found["steps"][0] == 1
+    assert found["steps"][-1] == 2

@@ -25,7 +25,7 @@ REFUSED = {
     "enable_multi_layer_eagle": "only one layer drafts",
     "enable_lora": "adapters are laid out for rows of one number",
     "enable_mixed_chunk": "prompts would be among the rows",
-    "enable_watermark": "it reads unpruned trees",
+    "watermark_config": "it reads unpruned trees",
 }
 
 
@@ -66,8 +66,15 @@ def check(server_args: Any) -> None:
     backends |= {server_args.prefill_attention_backend}
     if backends - {None} != {"triton"}:
         raise ConfigError(f"{NAME} needs --attention-backend triton")
-    if not server_args.disable_cuda_graph:
-        raise ConfigError(f"{NAME} was never tried in CUDA graphs: give --disable-cuda-graph")
+    graphs_off = (
+        server_args.disable_cuda_graph
+        or server_args.disable_decode_cuda_graph
+        or server_args.cuda_graph_backend_decode == "disabled"
+    )
+    if not graphs_off:
+        raise ConfigError(
+            f"{NAME} was never tried in CUDA graphs: give --cuda-graph-backend-decode disabled"
+        )
     steps = server_args.speculative_num_steps
     topk = server_args.speculative_eagle_topk
     tokens = server_args.speculative_num_draft_tokens

@@ -50,9 +50,10 @@ class RowCosts:
     def verify(self, rows: IntArray | int) -> FloatArray:
         """Seconds of a forward of so many rows, of any shape."""
         slope = (self._seconds[-1] - self._seconds[-2]) / (self._rows[-1] - self._rows[-2])
-        beyond = np.maximum(np.asarray(rows) - self._rows[-1], 0.0)
-        inside: FloatArray = np.interp(rows, self._rows, self._seconds)
-        return inside + slope * beyond
+        asked = np.asarray(rows, np.float64)
+        beyond = np.maximum(asked - self._rows[-1], 0.0)
+        inside = np.interp(asked, self._rows, self._seconds)
+        return np.asarray(inside + slope * beyond)
 
     def draft(self, batch: int) -> float:
         """Seconds of all the drafting of a round."""

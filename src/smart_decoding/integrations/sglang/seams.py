@@ -1,6 +1,6 @@
 """What the plugin relies on in SGLang, beyond its command line. Imports no SGLang.
 
-tests/integrations/test_sglang_seams.py compares these names with the installed wheel.
+At start, and in tests/integrations/test_sglang_seams.py, they are compared with the installed one.
 """
 
 from __future__ import annotations
@@ -86,13 +86,13 @@ def lacking() -> list[str]:
 
     Further parameters are no harm where SGLang's own are called. Where ours take their place,
     they must be known: NEWER."""
-    names = [
-        (module, name, parameters, group is REPLACED)
+    return [
+        f"{module}.{name}"
         for group in (REPLACED, WRAPPED, USED)
         for module, members in group.items()
         for name, parameters in members.items()
+        if not _fits(module, name, parameters, group is REPLACED)
     ]
-    return [f"{module}.{name}" for module, name, *rest in names if not _fits(module, name, *rest)]
 
 
 def _fits(module: str, name: str, parameters: Parameters, replaced: bool) -> bool:
