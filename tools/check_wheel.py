@@ -3,8 +3,10 @@
     python tools/check_wheel.py dist/smart_decoding-*.whl
 
 The Python that runs this gets all dependencies and answers with SmolLM2-135M, under speculation and
-without. Every other Python from 3.11 on that the machine has gets the wheel alone, and calls one
-kernel: one wheel serves them all.
+without. `smart run` says its first word within FIRST_WORD seconds, with the model's file at hand
+and nothing that was made of it. The install, which is pip's work, is timed without downloads:
+packages are downloaded before. Every other Python from 3.11 on that the machine has gets the wheel
+alone, and calls one kernel: one wheel serves them all.
 """
 
 from __future__ import annotations
@@ -14,8 +16,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
+FIRST_WORD = 60.0
+QUESTION = "Why is the sky blue?"
 DECODE = """
 import sys
 from smart_decoding import LLM, SamplingParams
@@ -58,28 +63,79 @@ def other_pythons() -> list[str]:
 def environment(python: str, folder: Path, arguments: list[str]) -> Path:
     """A new environment with what pip is told to install; returns its Python."""
     subprocess.run([python, "-m", "venv", str(folder)], check=True)
-    pip = [
-        str(folder / "bin" / "python"),
-        "-m",
-        "pip",
-        "install",
-        "--disable-pip-version-check",
-        "-q",
-    ]
-    subprocess.run([*pip, *arguments], check=True)
-    return folder / "bin" / "python"
+    made = folder / "bin" / "python"
+    pip(str(made), "install", *arguments)
+    return made
+
+
+def pip(python: str, *arguments: str) -> None:
+    """Runs pip, quietly."""
+    quiet = ["--disable-pip-version-check", "-q"]
+    subprocess.run([python, "-m", "pip", *arguments, *quiet], check=True)
+
+
+def bare(empty: str, **more: str) -> dict[str, str]:
+    """An environment with nothing on the path, and nothing of this one that chooses code."""
+    left_out = ("PYTHONPATH", "CXX", "SMART_ISA")
+    kept = {name: value for name, value in os.environ.items() if name not in left_out}
+    return {**kept, "PATH": empty, **more}
 
 
 def run(python: Path, program: str) -> None:
-    """Runs it away from the clone, with nothing on the path."""
-    bare = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in ("PYTHONPATH", "CXX", "SMART_ISA")
-    }
+    """Runs it away from the clone."""
     with tempfile.TemporaryDirectory() as empty:
         command = [str(python), "-c", program]
-        subprocess.run(command, check=True, cwd=empty, env={**bare, "PATH": empty})
+        subprocess.run(command, check=True, cwd=empty, env=bare(empty))
+
+
+def answer(python: Path, cache: str, *options: str) -> tuple[float, str]:
+    """Seconds until the first word of `smart run`, and all that it says."""
+    with tempfile.TemporaryDirectory() as empty:
+        command = [str(python.with_name("smart")), "run", *options, QUESTION]
+        started = time.monotonic()
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, cwd=empty, env=bare(empty, SMART_CACHE=cache)
+        ) as process:
+            assert process.stdout is not None
+            first = process.stdout.read(1)
+            seconds = time.monotonic() - started
+            said = first + process.stdout.read()
+        if process.returncode:
+            sys.exit(f"smart run has failed with status {process.returncode}")
+    return seconds, said.decode()
+
+
+def model_files(cache: str) -> None:
+    """Puts the default model's file into a cache, and nothing that was made of it."""
+    from smart_decoding.models.hub import cache_dir
+    from smart_decoding.models.registry import DEFAULT_MODEL, resolve
+
+    resolve(DEFAULT_MODEL)  # fetches it if need be
+    for entry in cache_dir().iterdir():
+        if entry.name not in ("converted", "profiles"):
+            (Path(cache) / entry.name).symlink_to(entry)
+
+
+def check_first_word(path: str, folder: Path) -> Path:
+    """Installs the wheel from packages that are downloaded before, and asks; returns the Python.
+
+    Ends the check if the first word comes late, or speculation changes the answer."""
+    packages = str(folder / "packages")
+    pip(sys.executable, "download", "-d", packages, path)
+    started = time.monotonic()
+    given = ["--no-index", "--find-links", packages, path]
+    python = environment(sys.executable, folder / "full", given)
+    installed = time.monotonic() - started
+    with tempfile.TemporaryDirectory() as cache:
+        model_files(cache)
+        seconds, said = answer(python, cache)
+        _, plain = answer(python, cache, "--policy", "off")
+    print(f"installed in {installed:.1f} s, first word of smart run after {seconds:.1f} s")
+    if seconds > FIRST_WORD:
+        sys.exit(f"the first word may take {FIRST_WORD:.0f} s")
+    if said != plain or len(said) < 20:
+        sys.exit(f"plain decoding says something else: {said!r}, {plain!r}")
+    return python
 
 
 def main(wheel: str) -> None:
@@ -87,7 +143,7 @@ def main(wheel: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for number, python in enumerate(other_pythons()):
             run(environment(python, Path(folder) / str(number), ["--no-deps", path]), CALL)
-        run(environment(sys.executable, Path(folder) / "full", [path]), DECODE)
+        run(check_first_word(path, Path(folder)), DECODE)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ LIBRARY = """
 import sys, time
 from smart_decoding import LLM, SamplingParams
 llm = LLM("smollm2-135m", max_num_seqs=1, enable_prefix_caching=False)
+llm.take_profile()  # else it would be taken between the answers
 params = SamplingParams(temperature=0, max_tokens={tokens}, ignore_eos=True)
 def answer():
     return len(llm.generate(llm.chat_prompt([{{"role": "user", "content": {prompt!r}}}]), params)[0]

@@ -53,6 +53,7 @@ def errors(batch: int, prompts: int) -> Errors:
     """predicted / measured - 1 of all rounds at one batch size."""
     speculation = {"method": "eagle", "policy": "smart"}
     llm = LLM("smollm2-135m", speculative_config=speculation, max_num_seqs=batch)
+    llm.take_profile()
     policy: Any = llm.policy
     watching = _Watching(policy)
     policy.observe = watching.observe

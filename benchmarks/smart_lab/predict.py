@@ -34,8 +34,9 @@ from smart_decoding.bench.summary import POOLED, noise, summarise
 from smart_decoding.cli.arguments import whole_numbers
 from smart_decoding.core.cost import CostModel
 from smart_decoding.errors import ConfigError
-from smart_decoding.profiling.measure import measure as profile
-from smart_decoding.speculation import ROUND_OVERHEAD, level_drafter
+from smart_decoding.profiling.measure import Measurement
+from smart_decoding.profiling.profile import ROUND_OVERHEAD
+from smart_decoding.speculation import level_drafter
 from smart_lab.recorder import measure_host
 from smart_lab.replay import HostCosts, replay
 from smart_lab.simulate import enough
@@ -197,7 +198,7 @@ def _costs(llm: LLM, options: BenchOptions) -> tuple[CostModel, HostCosts]:
     arm = llm.sharing_weights({"policy": "eagle2"})
     plain = llm.sharing_weights(False)
     drafter = level_drafter(arm.speculation.drafter)
-    measured = profile(llm.target, drafter, llm.engine.config.pages, 32, 15.0)
+    measured = Measurement(llm.target, drafter, llm.engine.config.pages, 32, 15.0).run()
     further = {task: load_task(task, 48)[40:] for task in options.tasks}
     others = [p for of_task in encode(llm, further, options).values() for p in of_task][:8]
     host = measure_host(plain.engine, arm.engine, others)

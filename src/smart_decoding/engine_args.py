@@ -69,7 +69,6 @@ class EngineArgs:
     enable_prefix_caching: keep the keys of finished requests for prompts that begin alike.
     seed: what the seeds of requests without their own are drawn from.
     stop_at_loops: end an answer that only repeats itself.
-    profile_later: costs that are not known yet are guessed, until `LLM.take_profile` is called.
     chat_template: what makes prompts of conversations, instead of the model's own template: a file,
         a built-in name (vicuna), or the text itself.
     generation_config: where default sampling parameters come from: auto (the model's
@@ -108,7 +107,6 @@ class EngineArgs:
     enable_prefix_caching: bool = True
     seed: int = 0
     stop_at_loops: bool = False
-    profile_later: bool = False
     chat_template: str | Path | None = None
     generation_config: str | Path = "auto"
     override_generation_config: Mapping[str, Any] | None = None

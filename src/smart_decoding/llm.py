@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import itertools
 import logging
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from tqdm import tqdm
@@ -45,6 +47,7 @@ from smart_decoding.multimodal.text_prompts import (
     parts_of,
     template_options,
 )
+from smart_decoding.profiling.measure import finish
 from smart_decoding.speculation import (
     Speculation,
     SpeculativeConfig,
@@ -60,6 +63,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("smart.llm")
 
 Message = Mapping[str, Any]
+T = TypeVar("T")
 
 
 class LLM:
@@ -84,15 +88,17 @@ class LLM:
         self.tokenizer.context = longest
         asked = _drafts(args, checkpoint, self.tokenizer, longest)
         asked, pages = _require_memory(args, checkpoint, asked, longest)
-        self.target = TorchTarget(
-            checkpoint, args.dtype, device, pages, longest, args.enforce_eager, slow
-        )
-        self.speculation: Speculation = build_speculation(
-            asked, checkpoint, self.target, pages, args.max_num_seqs, args.profile_later
-        )
+
+        def loaded() -> tuple[TorchTarget, Speculation]:
+            target = TorchTarget(
+                checkpoint, args.dtype, device, pages, longest, args.enforce_eager, slow
+            )
+            return target, build_speculation(asked, checkpoint, target, pages, args.max_num_seqs)
+
+        self.target, self.speculation = in_own_thread(loaded)
         self.grammars = Grammars(self.tokenizer, self.target.vocab, self.target.eos_token_ids)
-        self.engine = self._engine(self.speculation, _engine_config(args, pages, longest))
         self.engine_thread = EngineThread()
+        self.engine = self._engine(self.speculation, _engine_config(args, pages, longest))
         self.record = Record()
         self.engine_thread.observers.append(self.record)
         self._count = itertools.count(1)
@@ -102,9 +108,9 @@ class LLM:
         in one process.
 
         Only one of the engines holds requests at a time: calls of the others wait for their turn.
-        Whoever steps `engine` himself must see to that. To be made while no request runs: costs may
-        be measured, in the same memory. Raises ConfigError if prefix caching is on:
-        kept keys would be overwritten by the others."""
+        Whoever steps `engine` himself must see to that. To be made while no request runs: costs are
+        measured at once, in the same memory. Raises ConfigError if prefix caching is on: kept keys
+        would be overwritten by the others."""
         config = self.engine.config
         if config.prefix_caching:
             raise ConfigError("engines can share weights only with enable_prefix_caching=False")
@@ -120,21 +126,23 @@ class LLM:
             asked, self._checkpoint, self.target, config.pages, config.max_num_seqs
         )
         other.engine = self._engine(other.speculation, config)
+        other.take_profile()
         return other
 
     def take_profile(self) -> None:
-        """Measures and stores what `profile_later` has put off, in a few seconds. To be called
-        while no request runs: KV memory is overwritten, so cached prefixes are forgotten."""
-        measure = self.speculation.put_off
-        if measure is None:
+        """Measures and stores at once what forwards cost here, in some seconds. If it is not known,
+        that is else done bit by bit after the first answer, while nobody asks.
+
+        To be called while no request runs: KV memory is overwritten."""
+        profile = self.speculation.profile
+        if profile is None or profile.known:
             return
-        self.engine.pool.forget_idle()
-        policy: Any = self.policy  # one that takes costs
-        policy.cost = self.speculation.cost = measure()
-        self.speculation.put_off = None
+        thread = self.engine_thread
+        step = partial(thread.still_does, profile) if thread.started else profile.step
+        finish(step, lambda: profile.share)
 
     def _engine(self, speculation: Speculation, config: EngineConfig) -> Engine:
-        return Engine(
+        engine = Engine(
             self.target,
             speculation.policy,
             speculation.drafter,
@@ -143,6 +151,10 @@ class LLM:
             constrain=self.grammars,
             selection=speculation.selection,
         )
+        if speculation.profile is not None:
+            speculation.profile.before = engine.pool.forget_idle
+            self.engine_thread.add_idle_work(speculation.profile)
+        return engine
 
     @property
     def policy(self) -> Policy:
@@ -287,6 +299,25 @@ def _params_for(
             f"{len(prompts)} prompts but {len(params)} sampling_params: give one, or one for each"
         )
     return list(params)
+
+
+def in_own_thread(work: Callable[[], T]) -> T:
+    """What `work` returns, or raises, in a thread that is gone afterwards.
+
+    OpenMP keeps a team of threads for every thread that has computed. More than there are CPUs
+    would sleep whenever they wait, however shortly: the engine's team is to be the only one."""
+    result: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(work())
+        except BaseException as error:
+            result.set_exception(error)
+
+    thread = threading.Thread(target=run, name="smart-load", daemon=True)
+    thread.start()
+    thread.join()
+    return result.result()
 
 
 def _load(args: EngineArgs, device: torch.device) -> Checkpoint:

@@ -6,11 +6,11 @@ import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smart_decoding.core.calibration import Calibration
-from smart_decoding.core.cost import CostModel
 from smart_decoding.core.forecast import Forecast
 from smart_decoding.core.policies import check_policy, make_policy, policy_options, user_options
 from smart_decoding.drafters import METHODS, check_draft, check_plain
@@ -28,21 +28,21 @@ from smart_decoding.models.memory import parameters
 from smart_decoding.models.ranking import torch_top_k
 from smart_decoding.models.registry import cached_sibling
 from smart_decoding.models.tokenizer import Tokenizer
-from smart_decoding.profiling.cache import load_profile, profile_path, save_profile
 
 # The models that draft are imported by what builds them: most of them are not wanted.
 if TYPE_CHECKING:
+    from smart_decoding.core.cost import CostModel
     from smart_decoding.core.policies.base import Policy
     from smart_decoding.engine.drafting import Selection
     from smart_decoding.engine.protocols import Drafter
     from smart_decoding.models.draft_model import DraftModel
     from smart_decoding.models.eagle_head import EagleHead
     from smart_decoding.models.target import TorchTarget
+    from smart_decoding.profiling.profile import Profile
 
 log = logging.getLogger("smart.speculation")
 
 HEADS = Path(__file__).with_name("heads")
-ROUND_OVERHEAD = 4e-4  # seconds that drafting adds beyond its forwards, until real rounds tell
 # vLLM's names, and ours. What a number of tokens limits depends on the method and the policy.
 IN_VLLM = {"prompt_lookup_min": "min_n", "prompt_lookup_max": "max_n"}
 DEEPEST = {
@@ -62,17 +62,20 @@ DRAFT_SCRATCH_PAGES = 64  # a draft model's keys are larger: 1024 nodes
 class Speculation:
     """What drafts, and what decides about it; without a drafter the engine decodes plainly.
 
-    cost: the measured costs, or None where nothing needs them. model: the EAGLE head or draft model
-    in use. description: in words. selection: what follows the policy's rules. put_off: measures and
-    stores the costs that `cost` still guesses; None where they are known."""
+    profile: the costs, or None where nothing needs them. model: the EAGLE head or draft model in
+    use. description: in words. selection: what follows the policy's rules."""
 
     policy: Policy
     drafter: Drafter | None
-    cost: CostModel | None = None
+    profile: Profile | None = None
     model: EagleHead | DraftModel | None = None
     description: str = "none"
     selection: Selection = field(default_factory=RuleSelection)
-    put_off: Callable[[], CostModel] | None = None
+
+    @property
+    def cost(self) -> CostModel | None:
+        """As they were measured, or are guessed until then."""
+        return None if self.profile is None else self.profile.cost
 
 
 def level_drafter(drafter: Drafter | None) -> LevelDrafter[Any] | None:
@@ -237,10 +240,8 @@ def build_speculation(
     target: TorchTarget,
     pages: int,
     max_num_seqs: int,
-    put_off: bool = False,
 ) -> Speculation:
-    """Builds what was asked for. put_off: costs that no stored profile knows are guessed, and
-    measured by `Speculation.put_off`.
+    """Builds what was asked for. Costs that no stored profile knows are guessed.
 
     Raises ConfigError for bad values of a drafter's options, ModelError for a head that does not
     fit."""
@@ -248,17 +249,18 @@ def build_speculation(
         return Speculation(make_policy("off"), None)
     builder = _Builder(checkpoint, target, pages, max_num_seqs, asked)
     drafter = builder.drafter(asked.method)
-    cost, later = None, None
-    if "cost" in policy_options(asked.policy):
-        cost, later = builder.cost(drafter, put_off)
+    needs_costs = "cost" in policy_options(asked.policy)
+    profile = builder.profile(drafter) if needs_costs else None
     offered = {
         **stored_prior(builder.folder),
-        "cost": cost,
+        "cost": profile and profile.cost,
         "eos_token_ids": target.eos_token_ids,
     }
     policy = make_policy(asked.policy, offered, **builder.left)
+    if profile is not None:
+        profile.taken = partial(setattr, policy, "cost")
     return Speculation(
-        policy, drafter, cost, builder.model, builder.description, fastest_selection(), later
+        policy, drafter, profile, builder.model, builder.description, fastest_selection()
     )
 
 
@@ -357,32 +359,14 @@ class _Builder:
             return self._union()
         return self._ngram() if method == "ngram" else self._recycling()
 
-    def cost(
-        self, drafter: Drafter, put_off: bool
-    ) -> tuple[CostModel, Callable[[], CostModel] | None]:
-        """The cached profile of this machine, else a new one (a few seconds): also if that was
-        taken of an engine for smaller batches. put_off: a guess instead, and what measures."""
-        from smart_decoding.profiling.measure import largest_batch, longest_context, measure
+    def profile(self, drafter: Drafter) -> Profile:
+        """What forwards of the target and of the drafter's model cost here."""
+        from smart_decoding.profiling.profile import Profile
 
-        target = self._target
+        levels = level_drafter(drafter)
         head = str(self.model and self.model.shape)
         weights = self._checkpoint.provenance
-        longest = longest_context(target.max_positions, target.device)
-        path = profile_path(weights, target.dtype, target.device, head, longest, target.steps)
-
-        def measured() -> CostModel:
-            samples = measure(target, level_drafter(drafter), self._pages, self._seqs)
-            cost = CostModel.fit(samples, ROUND_OVERHEAD)
-            if samples:
-                save_profile(path, cost, weights["model"])
-            return cost
-
-        cost = load_profile(path)
-        if cost is not None and max(cost.verify) >= largest_batch(
-            self._pages, self._seqs, target.device
-        ):
-            return cost, None
-        return (cost or CostModel.default(), measured) if put_off else (measured(), None)
+        return Profile(self._target, levels, self._pages, self._seqs, head, weights)
 
     def _eagle(self) -> Drafter:
         from smart_decoding.drafters.eagle import EagleDrafter

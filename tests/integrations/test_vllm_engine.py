@@ -165,18 +165,6 @@ def test_every_name_that_is_relied_on_is_there() -> None:
     assert answer["lookup"] == "Lengths"
 
 
-def test_an_unknown_version_is_stock_with_one_warning(plain) -> None:
-    answer, output = engine(
-        {"speculative_config": NGRAM, "scheduler_cls": SCHEDULER},
-        batches=[1],
-        pretend_version="0.99.0",
-    )
-    assert answer["tokens"] == plain["tokens"][:1]
-    assert answer["counters"] is None
-    assert answer["vllm"]["drafted"] > 0
-    assert output.count("SMART leaves draft lengths to vLLM") == 1
-
-
 def test_the_async_class_is_refused_where_scheduling_is_not_async() -> None:
     output = engine(
         {"speculative_config": NGRAM, "scheduler_cls": SCHEDULER.replace("Smart", "SmartAsync")},

@@ -21,6 +21,7 @@ from smart_decoding.integrations.vllm.schedule import (
     choose,
     schedule,
     speculative_config,
+    warnings,
 )
 
 
@@ -100,6 +101,32 @@ class Engine:
         return {"seconds": seconds, "tokens": tokens, "drafted": 10, "accepted": 5}
 
 
+# What vLLM makes of a schedule.
+KEPT = {
+    "vllm": "0.32.0",
+    "scheduled": True,
+    "graphs": ["FULL_AND_PIECEWISE", "FULL_AND_PIECEWISE"],
+    "all_passes": False,
+}
+PIECEWISE = {**KEPT, "graphs": ["FULL_AND_PIECEWISE", "PIECEWISE"]}
+
+
+@pytest.mark.parametrize(
+    ("resolved", "messages"),
+    [
+        (KEPT, []),
+        ({**KEPT, "scheduled": False}, ["ignores a schedule"]),
+        ({**KEPT, "all_passes": True}, ["VLLM_USE_V2_MODEL_RUNNER=0"]),
+        (PIECEWISE, ["49548"]),
+        ({**PIECEWISE, "scheduled": False}, ["ignores a schedule", "49548"]),
+    ],
+)
+def test_what_a_schedule_costs_is_said(resolved: dict[str, Any], messages: list[str]) -> None:
+    found = warnings(resolved)
+    assert len(found) == len(messages)
+    assert all(message in text for message, text in zip(messages, found, strict=True))
+
+
 COMMAND = (
     "vllm-config a-model --lengths 1,3 --batch-sizes 1,4 --blocks 2 "
     """--engine-args '{"dtype": "float32"}' --check"""
@@ -112,6 +139,10 @@ def test_the_command_measures_each_length_and_writes_schedule_and_reasons(
     monkeypatch.setattr(Engine, "started", [])
     monkeypatch.setattr(cli_vllm, "Measured", Engine)
     monkeypatch.setattr(cli_vllm, "find_spec", lambda name: object())
+    asked = []
+    monkeypatch.setattr(
+        cli_vllm, "resolved", lambda arguments: asked.append(arguments) or PIECEWISE
+    )
     output = tmp_path / "schedule.json"
     assert cli.main([*shlex.split(COMMAND), "--output", str(output)]) == 0
     written = json.loads(output.read_text())
@@ -128,7 +159,11 @@ def test_the_command_measures_each_length_and_writes_schedule_and_reasons(
     assert "batch 1: plain" in reasons["lines"][0]["reason"]
     assert reasons["checked"]["1"][0] == pytest.approx(1 / 0.7)
     assert reasons["checked"]["4"][0] == pytest.approx(1 / 1.02)
-    shown = capsys.readouterr().out
+    assert asked[0]["speculative_config"]["num_speculative_tokens_per_batch_size"][0] == [1, 1, 3]
+    assert asked[0]["dtype"] == "float32"
+    shown, warned = capsys.readouterr()
+    assert warned.startswith("warning: with a schedule vLLM 0.32.0 takes CUDA graphs PIECEWISE")
+    assert [f"warning: {text}" for text in reasons["warnings"]] == warned.splitlines()
     assert "2 to 4: no tokens" in shown
     assert "batch 4, with the schedule: 0.98 ± 0.00 × plain" in shown
 
@@ -183,6 +218,7 @@ def stock(**speculative: object) -> SimpleNamespace:
         "method": "ngram",
         "parallel_drafting": False,
         "num_speculative_tokens_per_batch_size": None,
+        "enable_adaptive_verification": False,
     }
     config = SimpleNamespace(
         additional_config={},
@@ -191,61 +227,35 @@ def stock(**speculative: object) -> SimpleNamespace:
         ),
         scheduler_config=SimpleNamespace(async_scheduling=False),
         speculative_config=SimpleNamespace(**method | speculative),
+        use_v2_model_runner=False,
     )
     return SimpleNamespace(
         vllm_config=config, dynamic_sd_lookup=None, num_spec_tokens=4, requests={}, running=[]
     )
 
 
-def reason(version: str, scheduler: object, **given: bool) -> str | None:
-    """Of its classes there are none without vLLM: `make test-vllm` compares those."""
-    return options.reason_for_stock(
-        version,
-        scheduler,
-        options.Options(**given),
-        lambda live: list(seams.missing_attributes(live)),
-    )
-
-
-def test_it_acts_in_tested_versions_only() -> None:
-    assert reason("0.32.0", stock()) is None
-    assert "0.99" in str(reason("0.99.0", stock()))
-    assert reason("0.99.0", stock(), allow_untested=True) is None
-
-
 NAMES = [
     *seams.ATTRIBUTES,
     *(f"vllm_config.speculative_config.{name}" for name in seams.SPECULATIVE),
-    "vllm_config",
 ]
 
 
-@pytest.mark.parametrize("allow_untested", [False, True])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_name_that_is_gone_means_stock_behaviour(name: str, allow_untested: bool) -> None:
+def test_a_name_that_is_gone_is_named(name: str) -> None:
     scheduler = stock()
+    assert seams.missing_attributes(scheduler) == []
     owner, _, last = name.rpartition(".")
     delattr(seams.find(scheduler, owner) if owner else scheduler, last)
-    found = reason(
-        "0.99.0" if allow_untested else "0.32.0", scheduler, allow_untested=allow_untested
-    )
-    assert found is not None
-    assert f"scheduler.{name}" in found
-    assert reason("0.99.0", scheduler) is not None  # and raises nothing
+    assert f"scheduler.{name}" in seams.missing_attributes(scheduler)
+    options.reason_for_stock(scheduler, options.Options())  # raises nothing
 
 
-def test_classes_that_are_gone_are_named() -> None:
+@pytest.mark.parametrize("part", [seams.SCHEDULER, seams.SHORTCUTS, seams.VERIFICATION])
+def test_classes_that_are_gone_are_named(part: seams.Seams) -> None:
     """Without vLLM that is all of them."""
-    gone = [*seams.missing_members(), *seams.missing_parameters()]
-    assert len(gone) == sum(map(len, seams.CLASSES.values())) + len(seams.REPLACED) + len(
-        seams.CALLED
-    )
-    assert "vllm.v1.sample.rejection_sampler:RejectionSampler.sampler" in gone
-    assert (
-        "vllm.v1.sample.sampler:Sampler.forward(logits, sampling_metadata, predict_bonus_token)"
-        in gone
-    )
-    assert "Sampler" in str(options.reason_for_stock("0.32.0", stock(), options.Options()))
+    members = [f"{place}.{name}" for place, names in part.classes.items() for name in names]
+    methods = [f"{p}({', '.join(n)})" for p, n in (*part.replaced.items(), *part.called.items())]
+    assert seams.missing(part) == [*members, *methods]
 
 
 def test_members_and_parameters_are_found_where_they_are(monkeypatch) -> None:
@@ -256,23 +266,21 @@ def test_members_and_parameters_are_found_where_they_are(monkeypatch) -> None:
         def forward(self, logits: object, more: object = None) -> None: ...
 
     monkeypatch.setitem(sys.modules, "stand_in", SimpleNamespace(Sampler=Sampler))
-    monkeypatch.setattr(seams, "CLASSES", {"stand_in:Sampler": ("forward", "sampler", "other")})
-    assert list(seams.missing_members()) == ["stand_in:Sampler.other"]
+    members = {"stand_in:Sampler": ("forward", "sampler", "other")}
+    assert seams.missing(seams.Seams(members)) == ["stand_in:Sampler.other"]
+    method = "stand_in:Sampler.forward"
     for called, replaced, gone in (
-        (("logits",), (), []),
-        ((), ("logits", "more"), []),
-        (("other",), (), ["stand_in:Sampler.forward(other)"]),
-        (
-            (),
-            ("logits",),
-            ["stand_in:Sampler.forward(logits)"],
-        ),  # vLLM may give it more than ours takes
+        (("logits",), None, []),
+        (None, ("logits", "more"), []),
+        (("other",), None, ["stand_in:Sampler.forward(other)"]),
+        (None, ("logits",), ["stand_in:Sampler.forward(logits)"]),  # vLLM may give it more
     ):
-        monkeypatch.setattr(seams, "CALLED", {"stand_in:Sampler.forward": called} if called else {})
-        monkeypatch.setattr(
-            seams, "REPLACED", {"stand_in:Sampler.forward": replaced} if replaced else {}
+        part = seams.Seams(
+            {},
+            replaced={} if replaced is None else {method: replaced},
+            called={} if called is None else {method: called},
         )
-        assert list(seams.missing_parameters()) == gone
+        assert seams.missing(part) == gone
 
 
 def test_pickles_of_another_form_are_found(monkeypatch) -> None:
@@ -283,17 +291,22 @@ def test_pickles_of_another_form_are_found(monkeypatch) -> None:
         __slots__ = ("a",)
 
     monkeypatch.setitem(sys.modules, "stand_in", SimpleNamespace(Plain=Plain, Slots=Slots))
-    monkeypatch.setattr(seams, "PICKLED", ("stand_in:Plain", "stand_in:Slots", "stand_in:Gone"))
-    assert list(seams.missing_pickles()) == ["stand_in:Slots without a __slots__ of its own"]
+    part = seams.Seams({}, pickled=("stand_in:Plain", "stand_in:Slots", "stand_in:Gone"))
+    assert seams.missing(part) == ["stand_in:Slots without a __slots__ of its own"]
 
 
 def test_nothing_to_choose_means_stock_behaviour() -> None:
+    def reason(scheduler: object, **given: bool) -> str | None:
+        return options.reason_for_stock(scheduler, options.Options(**given))
+
     plain = stock()
+    assert reason(plain) is None
     plain.vllm_config.speculative_config = None
-    assert "speculative-config" in str(reason("0.32.0", plain))
-    assert "medusa" in str(reason("0.32.0", stock(method="medusa")))
-    assert "at once" in str(reason("0.32.0", stock(parallel_drafting=True)))
-    assert "off" in str(reason("0.32.0", stock(), enabled=False))
+    assert "speculative-config" in str(reason(plain))
+    assert "medusa" in str(reason(stock(method="medusa")))
+    assert "at once" in str(reason(stock(parallel_drafting=True)))
+    assert "SMART_VLLM_VERIFICATION" in str(reason(stock(enable_adaptive_verification=True)))
+    assert "off" in str(reason(stock(), enabled=False))
 
 
 def test_data_parallel_and_the_wrong_class_are_refused() -> None:
@@ -322,11 +335,6 @@ def test_data_parallel_and_the_wrong_class_are_refused() -> None:
 def test_unknown_and_wrong_options_are_refused(given) -> None:
     with pytest.raises(ConfigError):
         options.read_options(given)
-
-
-def test_the_old_name_of_an_option_says_the_new_one() -> None:
-    with pytest.raises(ConfigError, match="is called 'exploration_budget' now"):
-        options.read_options({"smart": {"probe_budget": 0.01}})
 
 
 def test_options_are_read_and_other_plugins_left_alone() -> None:

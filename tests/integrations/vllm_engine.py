@@ -1,8 +1,8 @@
 """A process with one vLLM engine: python vllm_engine.py LLM_ARGUMENTS JOB, both JSON; answers with
 a last line of JSON.
 
-Job: batches (sizes to generate for), contract (compare names), pretend_version,
-pretend_ranks (data-parallel size that the scheduler is told)."""
+Job: batches (sizes to generate for), contract (compare names), pretend_ranks (data-parallel size
+that the scheduler is told)."""
 
 from __future__ import annotations
 
@@ -22,8 +22,6 @@ PROMPTS = [
 def main(arguments: dict[str, Any], job: dict[str, Any]) -> None:
     import vllm
 
-    if "pretend_version" in job:
-        vllm.__version__ = job["pretend_version"]
     if "pretend_ranks" in job:
         pretend_ranks(job["pretend_ranks"])
     llm = vllm.LLM(**{"disable_log_stats": False, "enable_prefix_caching": False, **arguments})
@@ -75,7 +73,8 @@ def missing(scheduler: Any) -> list[str]:
 
     from smart_decoding.integrations.vllm import seams
 
-    gone = seams.missing(scheduler)
+    gone = [*seams.missing_attributes(scheduler), *seams.missing(seams.SCHEDULER)]
+    gone += seams.missing(seams.SHORTCUTS)
     gone += ["AsyncScheduler._update_after_schedule, its own"] * (
         "_update_after_schedule" not in vars(AsyncScheduler)
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,9 +13,8 @@ sys.path.append(str(Path(__file__).parent))
 
 from serving import Running, save_tiny_model, serving
 
-from smart_decoding import speculation
 from smart_decoding.llm import LLM
-from smart_decoding.profiling import measure as profiling
+from smart_decoding.profiling import measure, profile
 
 Load = Callable[..., LLM]
 
@@ -54,9 +52,9 @@ def running(load: Load) -> Iterator[Running]:
 def short_profile() -> Iterator[None]:
     """Profiles of a tenth of a second, which are not kept."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(profiling, "measure", functools.partial(profiling.measure, seconds=0.1))
-        patch.setattr(speculation, "load_profile", lambda path: None)
-        patch.setattr(speculation, "save_profile", lambda path, cost, model: None)
+        patch.setattr(measure, "SECONDS", 0.1)
+        patch.setattr(profile, "load_profile", lambda path: None)
+        patch.setattr(profile, "save_profile", lambda path, cost, model: None)
         yield
 
 
@@ -64,5 +62,5 @@ def short_profile() -> Iterator[None]:
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache; profiles are measured in a tenth of a second."""
     monkeypatch.setenv("SMART_CACHE", str(tmp_path))
-    monkeypatch.setattr(profiling, "measure", functools.partial(profiling.measure, seconds=0.1))
+    monkeypatch.setattr(measure, "SECONDS", 0.1)
     return tmp_path

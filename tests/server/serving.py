@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
+import pytest
 import tokenizers
 import torch
 import transformers
@@ -40,8 +43,8 @@ TEMPLATE = (
 )
 
 
-def save_tiny_model(folder: Path) -> Path:
-    """Random weights, a token a byte, and a chat template."""
+def save_tiny_model(folder: Path, vocab_size: int = 258) -> Path:
+    """Random weights, a token a byte, and a chat template. Ids from 258 on have no text."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         hidden_size=96,
@@ -50,7 +53,7 @@ def save_tiny_model(folder: Path) -> Path:
         num_key_value_heads=2,
         head_dim=16,
         intermediate_size=200,
-        vocab_size=258,
+        vocab_size=vocab_size,
         max_position_embeddings=4096,
         initializer_range=0.15,
         bos_token_id=256,
@@ -116,6 +119,29 @@ def serving(load: Callable[[], LLM], ready: bool = True, **settings: Any) -> Ite
             server.should_exit = True
             thread.join(20)
             assert not thread.is_alive()
+
+
+@contextmanager
+def stretches_of_loops() -> Iterator[list[float]]:
+    """Processor seconds of each callback of an event loop: as long as one of them nobody else's
+    request is looked at, however few processors the machine has left. Of garbage is searched what
+    comes from now on, as in a process of `smart serve`."""
+    found: list[float] = []
+    run = asyncio.Handle._run
+
+    def timed(handle: asyncio.Handle) -> None:
+        began = time.thread_time()
+        run(handle)
+        found.append(time.thread_time() - began)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(asyncio.Handle, "_run", timed)
+        gc.collect()
+        gc.freeze()
+        try:
+            yield found
+        finally:
+            gc.unfreeze()
 
 
 def slow(llm: LLM, seconds: float) -> LLM:

@@ -4,6 +4,7 @@ another's."""
 from __future__ import annotations
 
 import gc
+import os
 import subprocess
 import sys
 import threading
@@ -286,6 +287,32 @@ def test_interrupts_of_the_main_thread_do_not_reach_the_others(tmp_path: Path) -
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) > 3
     assert not done.stderr
+
+
+ONE_TEAM = """
+import os, threading
+from smart_decoding import LLM, SamplingParams
+import torch
+before = len(os.listdir("/proc/self/task")) - threading.active_count()
+llm = LLM({model!r}, dtype="float32", max_model_len=1024, speculative_config=False)
+llm.generate("abc", SamplingParams(temperature=0, max_tokens=4))
+print(len(os.listdir("/proc/self/task")) - threading.active_count() - before)
+"""
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/task").exists() or len(os.sched_getaffinity(0)) < 2,
+    reason="threads are counted by Linux, and one CPU has no team",
+)
+def test_loading_and_answering_leave_one_team_of_threads(tmp_path: Path) -> None:
+    """Two were more threads than CPUs, which OpenMP lets sleep whenever they wait."""
+    program = ONE_TEAM.format(model=str(save_tiny_model(tmp_path)))
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    environment.pop("SMART_NUM_THREADS", None)
+    line = [sys.executable, "-c", program]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) == 1
 
 
 def test_on_step_sees_each_round_of_its_own_requests_and_may_abort_them(load: Any) -> None:

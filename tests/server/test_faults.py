@@ -10,8 +10,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,10 +26,12 @@ from serving import NAME, post, serving, wait_for
 from smart_decoding.core.cost import CostModel
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ModelError
+from smart_decoding.profiling import measure
 from smart_decoding.profiling.cache import load_profile, profile_path, save_profile
 
 if TYPE_CHECKING:
     from smart_decoding.llm import LLM
+    from smart_decoding.profiling.profile import Profile
 
 SMART = {"method": "recycling"}  # under the policy `smart`, which needs a profile
 BODY = {"model": NAME, "prompt": "abcabc", "max_tokens": 40, "temperature": 0, "ignore_eos": True}
@@ -38,6 +42,11 @@ def profile_of(llm: LLM) -> Path:
     return profile_path(
         llm.provenance, llm.target.dtype, llm.target.device, "None", 768, llm.target.steps
     )
+
+
+def profile(llm: LLM) -> Profile:
+    assert llm.speculation.profile is not None
+    return llm.speculation.profile
 
 
 def answer_of(running: Any) -> str:
@@ -59,6 +68,7 @@ def test_a_full_disk_for_the_profile(
     path.parent.mkdir(parents=True)
     path.with_name(f"{path.name}.{os.getpid()}.partial").symlink_to("/dev/full")
     with serving(lambda: load(speculative_config=SMART)) as running:
+        assert wait_for(lambda: profile(running.llm).known)
         assert answer_of(running) == wanted(plain)
     assert "cannot be kept" in caplog.text
     assert "No space left on device" in caplog.text
@@ -145,35 +155,116 @@ def test_a_server_with_a_damaged_profile_measures_again(
     path.write_bytes(DAMAGE["cut"]())
     with serving(lambda: load(speculative_config=SMART)) as running:
         assert answer_of(running) == wanted(plain)
+        assert wait_for(lambda: profile(running.llm).known)
     assert "measured again" in caplog.text
     assert load_profile(path) is not None
 
 
-def test_a_profile_that_is_put_off_changes_no_answer(cache: Path, load: Any, plain: LLM) -> None:
-    """It is taken once, between requests; what it overwrites is not found any more."""
-    llm = load(speculative_config=SMART, profile_later=True)
+class Steps:
+    """Counts the steps of profiles, and holds the first one up until `go`, if that is asked."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, held: bool = False) -> None:
+        self.count = 0
+        self.seen: list[int] = []  # the count in each round
+        self.begun = threading.Event()
+        self.go = threading.Event()
+        if not held:
+            self.go.set()
+        step = measure.Measurement.step
+
+        def counted(measurement: Any) -> bool:
+            self.begun.set()
+            assert self.go.wait(10)
+            self.count += 1
+            return step(measurement)
+
+        monkeypatch.setattr(measure.Measurement, "step", counted)
+
+    def look(self, _touched: object) -> None:
+        self.seen.append(self.count)
+
+
+def test_the_profile_is_taken_after_the_first_answer_and_changes_none(
+    cache: Path, load: Any, plain: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it overwrites is not found any more."""
+    steps = Steps(monkeypatch)
+    llm = load(speculative_config=SMART)
     path = profile_of(llm)
     prompt = list(range(48))
     params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
 
     def answer(asked: LLM) -> tuple[list[int], int]:
-        output = asked.generate(prompt, params)[0].outputs[0]
+        output = asked.generate(prompt, params, on_step=steps.look)[0].outputs[0]
         return output.token_ids, output.metrics.cached_tokens
 
     expected = answer(plain)[0]
     assert answer(llm) == (expected, 0)
-    assert answer(llm)[1] > 0
-    assert not path.exists()
+    assert set(steps.seen) == {0}
     llm.take_profile()
     stored = load_profile(path)
     assert stored is not None
     assert stored.to_dict() == llm.policy.cost.to_dict()
     assert answer(llm) == (expected, 0)
+    assert answer(llm)[1] > 0
     llm.engine.check_integrity()
     taken = path.stat().st_mtime_ns
     llm.take_profile()
     assert path.stat().st_mtime_ns == taken
-    assert load(speculative_config=SMART, profile_later=True).speculation.put_off is None
+    assert profile(load(speculative_config=SMART)).known
+
+
+def test_requests_are_answered_between_steps_of_the_profile_and_a_stop_leaves_nothing(
+    cache: Path, load: Any, plain: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The profile would take ten minutes."""
+    monkeypatch.setattr(measure, "SECONDS", 600.0)
+    steps = Steps(monkeypatch, held=True)
+    with serving(lambda: load(speculative_config=SMART)) as running:
+        assert steps.begun.wait(10)
+        running.llm.engine_thread.observers.append(Looking(steps))
+        with ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(answer_of, running)
+            assert wait_for(lambda: running.worker.active == 1)
+            steps.go.set()
+            assert answer.result(20) == wanted(plain)
+        assert set(steps.seen) == {1}
+        assert wait_for(lambda: steps.count > 3)  # it goes on
+    assert not profile_of(plain).parent.exists()
+
+
+class Looking:
+    """An observer that looks at the steps in each round."""
+
+    def __init__(self, steps: Steps) -> None:
+        self.before = steps.look
+
+    def after(self, _engine: object, _touched: object) -> None:
+        pass
+
+    def ended(self, _request: object, _reason: str) -> None:
+        pass
+
+
+def test_a_profile_that_fails_is_given_up(
+    cache: Path,
+    load: Any,
+    plain: LLM,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def failing(_measurement: object) -> bool:
+        raise RuntimeError("no such luck")
+
+    monkeypatch.setattr(measure.Measurement, "step", failing)
+    llm = load(speculative_config=SMART)
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    for _ in range(2):
+        answers = [each.generate("abc", params)[0].outputs[0].token_ids for each in (llm, plain)]
+        assert answers[0] == answers[1]
+        llm.take_profile()
+    assert "Profile has failed and is given up" in caplog.text
+    assert not profile_of(llm).exists()
 
 
 def test_a_profile_of_an_engine_for_smaller_batches_is_taken_again(
@@ -183,7 +274,7 @@ def test_a_profile_of_an_engine_for_smaller_batches_is_taken_again(
     path = profile_of(plain)
 
     def largest(seqs: int) -> int:
-        load(speculative_config=SMART, max_num_seqs=seqs)
+        load(speculative_config=SMART, max_num_seqs=seqs).take_profile()
         cost = load_profile(path)
         assert cost is not None
         return max(cost.verify)
@@ -257,7 +348,8 @@ def start(folder: str, port: int, *more: str) -> subprocess.Popen[bytes]:
 def test_killed_in_the_middle_and_started_again(cache: Path, load: Any, plain: LLM) -> None:
     """With SIGKILL while an answer streams: the next start takes the same port and the same
     profile."""
-    llm = load(speculative_config=SMART)  # measures the profile
+    llm = load(speculative_config=SMART)
+    llm.take_profile()
     path = profile_of(plain)
     folder = str(llm.provenance["model"])
     before = path.read_bytes()

@@ -8,10 +8,11 @@ import json
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPConnection
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from serving import NAME, OUTGROWING, Running, post, serving, wait_for
+from serving import NAME, OUTGROWING, Running, post, serving, stretches_of_loops, wait_for
 
 from smart_decoding.engine.isolation import Isolation
 from smart_decoding.engine.sampling_params import SamplingParams
@@ -20,6 +21,8 @@ from smart_decoding.errors import ConfigError
 from smart_decoding.server import grammar_queue
 
 if TYPE_CHECKING:
+    import subprocess
+
     from smart_decoding.llm import LLM
 
 pytest.importorskip("llguidance")
@@ -28,9 +31,26 @@ from llguidance import gbnf_to_lark
 BODY = {"model": NAME, "prompt": "abc", "max_tokens": 40, "temperature": 0, "ignore_eos": True}
 
 
-def asked(running: Running, structure: dict[str, Any]) -> Any:
+def structured(structure: dict[str, Any]) -> dict[str, Any]:
     body = {"model": NAME, "prompt": "a", "max_tokens": 60, "temperature": 0}
-    return post(running, "/v1/completions", json={**body, "structured_outputs": structure})
+    return {**body, "structured_outputs": structure}
+
+
+def asked(running: Running, structure: dict[str, Any]) -> Any:
+    return post(running, "/v1/completions", json=structured(structure))
+
+
+def hanging(running: Running, body: dict[str, Any]) -> HTTPConnection:
+    """A request that is sent; nobody has read the answer."""
+    connection = HTTPConnection(running.url.removeprefix("http://"), timeout=20)
+    headers = {"content-type": "application/json"}
+    connection.request("POST", "/v1/completions", json.dumps(body), headers)
+    return connection
+
+
+def children_of(running: Running) -> list[subprocess.Popen[str]]:
+    works = [*running.worker.grammars._works.values()]
+    return [work.child for work in works if work.child is not None]
 
 
 def optional(count: int, name: str = "property", **more: Any) -> dict[str, Any]:
@@ -115,25 +135,24 @@ def test_six_bombs_beside_a_client(
     running: Running, plain: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its answers are those alone, and neither they nor its own grammars wait for the bombs."""
-    monkeypatch.setattr(grammar_queue, "SECONDS", 0.15)
+    monkeypatch.setattr(grammar_queue, "SECONDS", 60.0)
     params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
     wanted = plain.generate("abc", params)[0].outputs[0].text
-    slowest = 0.0
-    count = 0
-    with ThreadPoolExecutor(6) as pool:
-        bombs = [
-            *(pool.submit(asked, running, optional(6000, f"bomb_{i}")) for i in range(3)),
-            *(pool.submit(asked, running, optional(9000, f"{i}" * 100)) for i in range(3)),
-        ]
-        while count < 5 or not all(bomb.done() for bomb in bombs):
-            started = time.monotonic()
+    works = running.worker.grammars._works
+    bombs = [hanging(running, structured(optional(6000, f"bomb_{i}"))) for i in range(3)]
+    assert wait_for(lambda: len(works) == 3 and len(children_of(running)) == 1)
+    with ThreadPoolExecutor(3) as pool, stretches_of_loops() as stretches:
+        large = [pool.submit(asked, running, optional(9000, f"{i}" * 100)) for i in range(3)]
+        for count in range(3):
             answer = post(running, "/v1/completions", json=BODY).json()
-            assert asked(running, {"regex": f"own {count}"}).status_code == 200
-            slowest = max(slowest, time.monotonic() - started)
             assert answer["choices"][0]["text"] == wanted
-            count += 1
-        assert [bomb.result().status_code for bomb in bombs] == [400] * 6
-    assert slowest < 3
+            assert asked(running, {"regex": f"own {count}"}).status_code == 200
+        assert [bomb.result().status_code for bomb in large] == [400] * 3
+    assert max(stretches) < 0.1
+    assert len(works) == 3  # still
+    for bomb in bombs:
+        bomb.close()
+    assert wait_for(lambda: not works)
     assert running.idle()
 
 
@@ -183,9 +202,9 @@ def test_the_end_waits_for_no_grammar(load: Any, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(grammar_queue, "SECONDS", 60.0)
     with ThreadPoolExecutor() as pool, serving(load, shutdown_timeout=30) as running:
         bombs = [pool.submit(asked, running, optional(6000, f"end_{i}")) for i in range(2)]
-        grammars = running.worker.grammars
-        assert wait_for(lambda: len(grammars._children) == 1 and len(grammars._tasks) == 2)
-        (child,) = grammars._children
+        works = running.worker.grammars._works
+        assert wait_for(lambda: len(works) == 2 and len(children_of(running)) == 1)
+        (child,) = children_of(running)
         started = time.monotonic()
         running.server.should_exit = True
         running.thread.join(20)
@@ -198,14 +217,34 @@ def test_the_end_waits_for_no_grammar(load: Any, monkeypatch: pytest.MonkeyPatch
         os.kill(child.pid, 0)
 
 
+def test_a_grammar_that_nobody_waits_for_is_not_compiled(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two want the same: one hangs up, then the other, and the lane is free for the next."""
+    monkeypatch.setattr(grammar_queue, "SECONDS", 60.0)
+    two = [hanging(running, structured(optional(6000, "gone"))) for _ in range(2)]
+    works = running.worker.grammars._works
+    assert wait_for(lambda: [work.wanted for work in [*works.values()]] == [2])
+    assert wait_for(lambda: len(children_of(running)) == 1)
+    (child,) = children_of(running)
+    two[0].close()
+    assert wait_for(lambda: [work.wanted for work in [*works.values()]] == [1])
+    assert child.poll() is None
+    two[1].close()
+    assert wait_for(lambda: child.poll() is not None and not works)
+    assert asked(running, optional(80, "next")).status_code == 200
+    assert running.idle()
+
+
 def test_no_child_outlives_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """One that starts while the server ends."""
     monkeypatch.setattr(grammar_queue, "SECONDS", 60.0)
     queue = grammar_queue.GrammarQueue()
-    queue.stop()
+    work = grammar_queue.Work()
+    work.end()
     started = time.monotonic()
     with pytest.raises(ConfigError):
-        queue._tried(json.dumps(vars(StructuredOutputsParams(**optional(6000)))))
+        queue._tried(json.dumps(vars(StructuredOutputsParams(**optional(6000)))), work)
     assert time.monotonic() - started < 3
 
 
@@ -220,4 +259,5 @@ def test_nothing_a_client_sends_is_read_here_before_its_child_has(
     asyncio.run(queue.compiled(plain.grammars, form, "client"))
     assert time.monotonic() - started < 5
     assert plain.grammars(form).accepts(plain.tokenizer.encode("ab"))
-    assert queue._tried(json.dumps(vars(form))).count("\n") < 10
+    tried = queue._tried(json.dumps(vars(form)), grammar_queue.Work())
+    assert tried.count("\n") < 10

@@ -23,7 +23,6 @@ from serving import NAME, Running, post, serving, slow, wait_for
 from smart_decoding.engine.jobs import Ask
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import CapacityError, ConfigError, ModelError
-from smart_decoding.profiling import measure as profiling
 from smart_decoding.server import live, worker
 from smart_decoding.server.jobs import HttpJob
 from smart_decoding.server.launch import make_server
@@ -515,31 +514,22 @@ def test_not_ready_while_loading(load: Any) -> None:
         assert wait_for(lambda: httpx.get(f"{running.url}/health/ready").status_code == 200)
 
 
-def test_ready_only_after_the_profile_and_the_warm_up(
-    cache: Any, load: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stages: list[tuple[threading.Event, threading.Event]] = []
+def test_ready_only_after_the_warm_up(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    reached = threading.Event()
+    go = threading.Event()
+    warm_up = worker.warm_up
 
-    def held(work: Any) -> Any:
-        reached = threading.Event()
-        go = threading.Event()
-        stages.append((reached, go))
+    def held(engine: Any) -> None:
+        reached.set()
+        assert go.wait(10)
+        warm_up(engine)
 
-        def waiting(*given: Any, **named: Any) -> Any:
-            reached.set()
-            assert go.wait(10)
-            return work(*given, **named)
-
-        return waiting
-
-    monkeypatch.setattr(profiling, "measure", held(profiling.measure))
-    monkeypatch.setattr(worker, "warm_up", held(worker.warm_up))
-    with serving(lambda: load(speculative_config={"method": "recycling"}), ready=False) as running:
-        for reached, go in stages:
-            assert reached.wait(10)
-            assert httpx.get(f"{running.url}/health").status_code == 200
-            assert error_of(httpx.get(f"{running.url}/health/ready"), 503)["code"] == "not_ready"
-            go.set()
+    monkeypatch.setattr(worker, "warm_up", held)
+    with serving(load, ready=False) as running:
+        assert reached.wait(10)
+        assert httpx.get(f"{running.url}/health").status_code == 200
+        assert error_of(httpx.get(f"{running.url}/health/ready"), 503)["code"] == "not_ready"
+        go.set()
         assert wait_for(lambda: httpx.get(f"{running.url}/health/ready").status_code == 200)
 
 

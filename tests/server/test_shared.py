@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
-from serving import NAME, Running, post, serving, slow, wait_for
+from serving import NAME, Running, post, serving, slow, stretches_of_loops, wait_for
 
 from smart_decoding.errors import CapacityError
 from smart_decoding.models import tokenizer as tokenizing
 from smart_decoding.models.tokenizer import Tokenizer
 from smart_decoding.server import openai_api
-from smart_decoding.server.counting import MAX_NESTED, MAX_VALUES, check_count
+from smart_decoding.server.counting import MAX_NAMED, MAX_NESTED, MAX_VALUES, check_count
 from smart_decoding.server.errors import ApiError
 from smart_decoding.server.lane import Lane
 from smart_decoding.server.settings import network_of
@@ -70,7 +70,7 @@ def test_who_sends_four_megabytes_holds_up_nobody(running: Running) -> None:
         "/v1/chat/completions": {"model": NAME, "messages": [{"role": "user", "content": HUGE}]},
     }
     done = threading.Event()
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor() as pool, stretches_of_loops() as stretches:
         gap = pool.submit(longest_gap, running, done)
         sent = [
             pool.submit(post, running, path, json=body)
@@ -80,6 +80,7 @@ def test_who_sends_four_megabytes_holds_up_nobody(running: Running) -> None:
         wait(sent)
         done.set()
         assert gap.result() < 1.5
+    assert max(stretches) < 0.1
     refused = [each.result() for each in sent]
     for answer in refused:
         assert answer.status_code == 400
@@ -115,15 +116,35 @@ def test_bodies_of_too_many_values_are_not_read(running: Running) -> None:
     for body in (
         {"model": NAME, "prompt": [1] * (MAX_VALUES + 1)},
         {"model": NAME, "prompt": [[1]] * (MAX_NESTED + 1)},
-        {"model": NAME, "prompt": "a", "logit_bias": dict.fromkeys(range(MAX_VALUES + 1), 1)},
+        {"model": NAME, "prompt": "a", "logit_bias": dict.fromkeys(range(MAX_NAMED), 1)},
     ):
         answer = post(running, "/v1/completions", json=body)
         assert answer.status_code == 400
         assert "the body holds more than" in answer.json()["error"]["message"]
 
 
+LARGEST: dict[str, dict[str, Any]] = {
+    "biases": {"logit_bias": dict.fromkeys(range(MAX_NAMED - 10), 1)},
+    "token ids": {"prompt": [1] * (MAX_VALUES - 10)},
+    "unknown fields": {f"x{i}": i for i in range(MAX_NAMED - 10)},
+    "objects": {"stream_options": [{}] * (MAX_NESTED - 10)},
+    "words": {"allowed_token_ids": list(range(MAX_VALUES - 10))},
+}
+
+
+@pytest.mark.parametrize("name", LARGEST)
+def test_the_largest_bodies_that_are_read_hold_up_nobody(running: Running, name: str) -> None:
+    longest = []
+    for _ in range(3):  # the machine's other work makes one of them longer
+        with stretches_of_loops() as stretches:
+            body = {"model": NAME, "prompt": "a", "max_tokens": 1, **LARGEST[name]}
+            assert post(running, "/v1/completions", json=body).status_code in (200, 400)
+        longest.append(max(stretches))
+    assert min(longest) < 0.1, longest
+
+
 @pytest.mark.parametrize(
-    "text", ["{[" * 300_000, '",[' * 200_000, "\\" * 300_001, '\\"],' * 99_999]
+    "text", ["{[" * 300_000, '",[:' * 200_000, "\\" * 300_001, '\\"],' * 99_999]
 )
 def test_texts_may_hold_what_separates_values(text: str) -> None:
     check_count(json.dumps({"prompt": text, "max_tokens": 1}).encode())
@@ -148,6 +169,7 @@ def test_a_full_queue_has_room_for_who_holds_little(load: Any) -> None:
             found = httpx.get(f"{running.url}/metrics").text
         for name, value in (
             ("num_clients", 1),
+            ("num_clients_resting", 0),
             ("max_num_requests", 4),
             ("max_num_requests_per_client", 4),
         ):

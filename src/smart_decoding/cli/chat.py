@@ -19,7 +19,6 @@ from smart_decoding.cli.run import (
     sampling_params,
     show_steps,
     stream_answer,
-    take_profile,
 )
 from smart_decoding.errors import ConfigError, SmartError
 from smart_decoding.models.registry import DEFAULT_MODEL
@@ -57,9 +56,7 @@ def main(args: argparse.Namespace) -> None:
     show_steps()
     from smart_decoding.llm import LLM
 
-    llm = LLM(
-        args.model or args.name or DEFAULT_MODEL, max_num_seqs=1, profile_later=True, **options
-    )
+    llm = LLM(args.model or args.name or DEFAULT_MODEL, max_num_seqs=1, **options)
     announce_default(llm, options["speculative_config"])
     typed = sys.stdin.isatty()
     if typed:
@@ -128,7 +125,6 @@ class Conversation:
             return
         self.messages = [*asked, {"role": "assistant", "content": answer.text}]
         print(figures(answer), file=sys.stderr)
-        take_profile(self._llm)
 
 
 def figures(answer: CompletionOutput) -> str:

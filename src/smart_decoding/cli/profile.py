@@ -35,18 +35,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default=DEFAULT_MODEL, help="name, hub id, folder or GGUF file")
     of_model = (DTYPE, QUANTIZATION, ACTIVATIONS, DEVICE, ALLOW_SLOW, TRUST_PICKLE)
     add_options(parser, (*of_model, replace(METHOD, choices=drafting), DRAFT))
-    # A policy that needs no profile.
-    parser.set_defaults(policy="eagle2", policy_option=[], method_option=[])
+    parser.set_defaults(policy="smart", policy_option=[], method_option=[])
     parser.add_argument("--seconds", type=float, default=6.0, help="time to measure for")
 
 
 def main(args: argparse.Namespace) -> int:
     """Measures, shows, saves."""
-    from smart_decoding.core.cost import CostModel
     from smart_decoding.llm import LLM
-    from smart_decoding.profiling.cache import profile_path, save_profile
-    from smart_decoding.profiling.measure import held_out_error, longest_context, measure
-    from smart_decoding.speculation import ROUND_OVERHEAD, level_drafter
+    from smart_decoding.profiling.measure import Measurement, held_out_error
+    from smart_decoding.speculation import level_drafter
 
     show_steps()
     given = ("dtype", "quantization", "activations", "device", "trust_pickle", "allow_slow")
@@ -54,11 +51,15 @@ def main(args: argparse.Namespace) -> int:
     options["generation_config"] = "vllm"  # nothing is sampled
     llm = LLM(args.model, speculative_config=speculative_config(args), **options)
     model = llm.speculation.model
-    target = llm.target
     drafter = level_drafter(llm.speculation.drafter)
     limits = llm.engine.config
-    samples = measure(target, drafter, limits.pages, limits.max_num_seqs, args.seconds)
-    cost = CostModel.fit(samples, ROUND_OVERHEAD)
+    profile = llm.speculation.profile
+    assert profile is not None  # the policy needs one
+    samples = Measurement(
+        llm.target, drafter, limits.pages, limits.max_num_seqs, args.seconds
+    ).run()
+    profile.keep(samples)
+    cost = profile.cost
     print(f"seconds of a forward in ms, context {CONTEXT:.0f}, {len(samples)} samples; ", end="")
     print("rows of the whole batch across")
     _show_verification(cost)
@@ -67,13 +68,6 @@ def main(args: argparse.Namespace) -> int:
     _draw(cost)
     median, high = held_out_error(samples)
     print(f"held-out error of the fit: median {100 * median:.1f} %, p90 {100 * high:.1f} %")
-    if samples:
-        head = str(model and model.shape)
-        longest = longest_context(target.max_positions, target.device)
-        path = profile_path(
-            llm.provenance, target.dtype, target.device, head, longest, target.steps
-        )
-        save_profile(path, cost, llm.provenance["model"])
     return 0
 
 

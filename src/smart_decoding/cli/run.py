@@ -102,12 +102,7 @@ def main(args: argparse.Namespace) -> None:
 
     show_steps()
     together = min(len(texts), TOGETHER)
-    llm = LLM(
-        args.model or DEFAULT_MODEL,
-        max_num_seqs=together,
-        profile_later=args.batch is None,
-        **options,
-    )
+    llm = LLM(args.model or DEFAULT_MODEL, max_num_seqs=together, **options)
     announce_default(llm, options["speculative_config"])
     prompts = [prompt_of(llm, text, images, args.raw) for text in texts]
     if args.batch is not None or args.json:
@@ -117,7 +112,8 @@ def main(args: argparse.Namespace) -> None:
         if args.stats:
             drawn = args.seed is None and not params.greedy
             print(stats_line(answer) + (f", seed {params.seed}" if drawn else ""), file=sys.stderr)
-    take_profile(llm)
+    with suppress(KeyboardInterrupt):  # it is left for the next time
+        llm.take_profile()
 
 
 def sampling_params(args: argparse.Namespace) -> SamplingParams:
@@ -199,12 +195,6 @@ def rate(answer: CompletionOutput) -> float | None:
     count = len(answer.token_ids) - 1
     seconds = (answer.metrics.finished or 0.0) - (answer.metrics.first_token or 0.0)
     return count / seconds if count > 0 and seconds > 0 else None
-
-
-def take_profile(llm: LLM) -> None:
-    """What the first start puts off until the answer is there; Ctrl-C leaves it for the next."""
-    with suppress(KeyboardInterrupt):
-        llm.take_profile()
 
 
 def show_steps() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -17,12 +18,12 @@ from smart_decoding.cli.arguments import read_prompts, whole_numbers
 from smart_decoding.errors import ConfigError
 from smart_decoding.files import whole
 from smart_decoding.integrations.vllm import schedule
-from smart_decoding.integrations.vllm.measure import Measured
-from smart_decoding.integrations.vllm.schedule import Timing
+from smart_decoding.integrations.vllm.measure import Measured, resolved
+from smart_decoding.integrations.vllm.schedule import SCHEDULE, Timing
 
 NGRAM = '{"method": "ngram", "prompt_lookup_max": 3, "prompt_lookup_min": 2}'
 # What is found out here.
-CHOSEN = ("num_speculative_tokens", "num_speculative_tokens_per_batch_size")
+CHOSEN = ("num_speculative_tokens", SCHEDULE)
 # Drafters that end vLLM if another length is scheduled than the longest.
 ONE_LENGTH = ("suffix", "medusa", "ngram_gpu")
 
@@ -88,6 +89,7 @@ def main(args: argparse.Namespace) -> int:
             "vLLM is not installed here: install smart-decoding in vLLM's environment "
             "(docs/integrations.md)"
         )
+    warnings = warn(args)
     measured, version = measure(args, prompts)
     choices = [schedule.choose(batch, timings) for batch, timings in sorted(measured.items())]
     lines = schedule.schedule(choices)
@@ -97,6 +99,7 @@ def main(args: argparse.Namespace) -> int:
         "vllm": version,
         "model": args.model,
         "engine_args": args.engine_args,
+        "warnings": warnings,
         **schedule.report(lines, choices, measured),
     }
     path = args.output.with_suffix(".reasons.json")
@@ -126,6 +129,17 @@ def _check_arguments(args: argparse.Namespace) -> None:
         raise ConfigError(f"vLLM's {method} drafting takes no schedule of several lengths{instead}")
     if args.blocks < 1 or args.max_tokens < 2:
         raise ConfigError("--blocks must be at least 1 and --max-tokens at least 2")
+
+
+def warn(args: argparse.Namespace) -> list[str]:
+    """Says, before anything is measured, where a schedule would be ignored or cost graphs."""
+    lines = [schedule.Line(1, 1, max(args.lengths), ""), schedule.Line(2, 2, 0, "")]
+    config = schedule.speculative_config(args.speculative_config, lines)
+    arguments = {"model": args.model, **args.engine_args, "speculative_config": config}
+    found = schedule.warnings(resolved(arguments))
+    for text in found:
+        print(f"warning: {text}", file=sys.stderr)
+    return found
 
 
 def measure(

@@ -185,6 +185,7 @@ class Engine:
         if batch.decode:
             self._observe(done, self._clock() - started - verified.seconds - draft.seconds)
         self.last_round = _record(done, draft, verified, accepted, self._clock() - started)
+        self.scheduler.shares.charge(batch, done, self.last_round.seconds)
         for request in verified.requests:
             if request.finished:
                 self._finish(request)
@@ -202,6 +203,7 @@ class Engine:
                 picture.embeddings = self.target.encode_image(picture.pixels)
                 spent = self._clock() - began
                 request.metrics.vision_seconds += spent
+                self.scheduler.shares.owe(request.client, spent)
                 total += spent
         return total
 

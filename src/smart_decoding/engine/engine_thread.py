@@ -9,7 +9,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Generator
 from queue import SimpleQueue
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from smart_decoding.engine.inbox import Inbox
 from smart_decoding.engine.isolation import Isolation
@@ -28,6 +28,15 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("smart.engine")
 LONGEST_ROUND = 10.0  # seconds that an end waits for the present round
+LOOK = 0.05  # seconds between two looks at idle work
+
+
+class IdleWork(Protocol):
+    """What the engine thread does bit by bit while no request runs or waits."""
+
+    def step(self) -> bool:
+        """Does a bit, which a request may have to wait for; false if nothing is left."""
+        ...
 
 
 class EngineThread:
@@ -40,17 +49,37 @@ class EngineThread:
     def __init__(self) -> None:
         self.inbox = Inbox()
         self.observers = Observers()
+        self._idle_work: list[IdleWork] = []
         self._thread: threading.Thread | None = None
         self._starting = threading.Lock()
 
-    def submit(self, job: Job) -> None:
-        """Queues a job. Raises EngineStoppedError."""
+    @property
+    def started(self) -> bool:
+        """Whether there is a thread yet."""
+        return self._thread is not None
+
+    def start(self) -> None:
+        """Does not wait for the first job."""
         with self._starting:
             if self._thread is None:
                 self._start()
+
+    def add_idle_work(self, work: IdleWork) -> None:
+        """To be done while no request runs, once the thread has started."""
+        self._idle_work.append(work)
+        self.inbox.wake()
+
+    def still_does(self, work: IdleWork) -> bool:
+        """Whether this work is still to be done, after a moment; it is not if it raised."""
+        time.sleep(LOOK)
+        return work in self._idle_work
+
+    def submit(self, job: Job) -> None:
+        """Queues a job. Raises EngineStoppedError."""
         job.submitted = time.monotonic()
         job.left = job.size
         self.inbox.add(job)
+        self.start()  # with the job there: it is not idle
 
     def cancel(self, job: Job) -> bool:
         """Ends a job before the next round, if it has not ended, and frees its slots. Then None is
@@ -91,7 +120,7 @@ class EngineThread:
             _join(self._thread, timeout)
 
     def _start(self) -> None:
-        given = (self.inbox, self.observers)
+        given = (self.inbox, self.observers, self._idle_work)
         self._thread = threading.Thread(target=_main, args=given, name="smart-engine", daemon=True)
         weakref.finalize(self, _end, self.inbox, self._thread)
         self._thread.start()
@@ -108,9 +137,9 @@ def _join(thread: threading.Thread, timeout: float) -> None:
         thread.join(timeout)
 
 
-def _main(inbox: Inbox, observers: Observers) -> None:
+def _main(inbox: Inbox, observers: Observers, idle_work: list[IdleWork]) -> None:
     reason = "the engine has been shut down"
-    rounds = Rounds(inbox, observers)
+    rounds = Rounds(inbox, observers, idle_work)
     try:
         rounds.run()
     except BaseException as error:
@@ -118,6 +147,7 @@ def _main(inbox: Inbox, observers: Observers) -> None:
         reason = f"the engine has died: {type(error).__name__}: {error}"
         inbox.error = error
     rounds.end_all(reason)
+    idle_work.clear()
     for command, job in inbox.close(reason):
         end = EngineStoppedError(reason) if command == "add" else None
         job.deliver([Delivery(job, end, job.left)])
@@ -131,11 +161,12 @@ class Rounds:
     requests, and those that come later wait behind it. An idle thread holds no engine.
     """
 
-    def __init__(self, inbox: Inbox, observers: Observers) -> None:
+    def __init__(self, inbox: Inbox, observers: Observers, idle_work: list[IdleWork]) -> None:
         self.owners: dict[Request, Job] = {}
         self._engine: Engine | None = None
         self._inbox = inbox
         self._observers = observers
+        self._idle_work = idle_work
         self._queue: deque[Job] = deque()  # jobs that are not in an engine yet
         self._waiting: list[Job] = []  # jobs in the engine of which no answer had begun
         self._shown: list[Job] = []  # jobs in the engine that are called after each round
@@ -164,6 +195,8 @@ class Rounds:
                 except Exception as error:
                     self._isolation.after_failed_round(error)
             self._flush()
+            if self._idle_work and not self._busy and not self._inbox.arrived():
+                self._work_idly()
 
     def end_all(self, reason: str) -> None:
         """Tells every job that is still here why it ends."""
@@ -197,12 +230,22 @@ class Rounds:
         if job is not None:
             self._end(job, error)
 
+    def _work_idly(self) -> None:
+        work = self._idle_work[0]
+        try:
+            going_on = work.step()
+        except Exception as error:
+            log.error("%s has failed and is given up", type(work).__name__, exc_info=error)
+            going_on = False
+        if not going_on:
+            self._idle_work.remove(work)
+
     def _carry_out_commands(self) -> None:
         idle = not self._busy and not self._queue
         if idle:
             self._engine = None
             self._shown = []
-        for command, job in self._inbox.commands(wait=idle):
+        for command, job in self._inbox.commands(wait=idle and not self._idle_work):
             if command == "add":
                 self._queue.append(job)
             else:

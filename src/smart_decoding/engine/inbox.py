@@ -45,6 +45,10 @@ class Inbox:
     def stop(self) -> None:
         """The thread is to end."""
         self.stopping = True
+        self.wake()
+
+    def wake(self) -> None:
+        """The thread is to look around."""
         self._queue.put(None)
 
     def close(self, reason: str) -> list[Command]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from smart_decoding.engine.kv import PAGE, OutOfPagesError, PagePool
+from smart_decoding.engine.sharing import Shares
 from smart_decoding.engine.turns import Turns, Waiting
 
 if TYPE_CHECKING:
@@ -28,7 +29,8 @@ class Batch:
 
 class Scheduler:
     """Running requests go on before new ones join; prompts go in chunks of a token budget. Clients
-    take turns at slots and budget; of one client, the first come is the first served.
+    take turns at slots and budget, and share the time of rounds; of one client, the first come is
+    the first served.
 
     max_num_seqs: requests in a round; max_num_batched_tokens: prompt tokens in a round, beside the
     decoding rows."""
@@ -41,6 +43,7 @@ class Scheduler:
         self.running: list[Request] = []
         # of the last next_batch(): the engine tells their drafters
         self.preempted: list[Request] = []
+        self.shares = Shares()
         self._turns = Turns()
 
     def add(self, request: Request) -> None:
@@ -68,9 +71,21 @@ class Scheduler:
     def next_batch(self) -> Batch:
         """The next round's requests, with KV memory for their committed rows reserved."""
         self.preempted = []
+        shares = self.shares
+        shares.next_round(request.client for request in (*self.running, *self.waiting.heads()))
+        batch = self._batch()
+        if not batch and shares.resting:  # who rests has what the others wait for
+            shares.resting = set()
+            batch = self._batch()
+        return batch
+
+    def _batch(self) -> Batch:
+        """Of those who do not rest."""
         decode = []
         prompts = []
         for request in list(self.running):
+            if request.client in self.shares.resting:
+                continue
             if request.pending > 1 or not request.output:
                 prompts.append(request)
             elif request not in self.preempted and self._reserve(request, 1):
@@ -88,8 +103,8 @@ class Scheduler:
         joining = True
         while budget > 0:
             asking = [request for request in prompts if request not in self.preempted]
-            if joining and self.waiting and not self.preempted:
-                asking.append(self._next_waiting())
+            if joining and not self.preempted:
+                asking += self._next_waiting()
             if not asking:
                 break
             request = self._turns.choose(asking)
@@ -107,8 +122,10 @@ class Scheduler:
             self._turns.taken(request.client)
         return chunks
 
-    def _next_waiting(self) -> Request:
-        return self._turns.choose(self.waiting.heads(), self._held())
+    def _next_waiting(self) -> list[Request]:
+        """The one whose turn it is, if any waits whose client does not rest."""
+        heads = [head for head in self.waiting.heads() if head.client not in self.shares.resting]
+        return [self._turns.choose(heads, self._held())] if heads else []
 
     def _held(self) -> Counter[str]:
         """Slots, by client."""

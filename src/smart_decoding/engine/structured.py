@@ -81,9 +81,10 @@ class Constraint(Protocol):
 
     error: why the committed tokens cannot go on, such as a grammar that has outgrown its limits. It
     ends its own request: the round goes on for the others. An error after a path counts only once
-    the path is committed."""
+    the path is committed. seconds: that the answer's last round took in here."""
 
     error: ConfigError | None
+    seconds: float
 
     def allowed(self, path: Sequence[int]) -> NDArray[np.bool_]:
         """[vocab] the tokens that may follow the committed ones and `path`; at least one, which

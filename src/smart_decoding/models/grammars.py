@@ -4,12 +4,14 @@ draft tree."""
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import threading
+import time
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from smart_decoding.engine.structured import StructuredOutputsParams
     from smart_decoding.models.tokenizer import Tokenizer
 
+T = TypeVar("T")
 _KEPT = 16  # compiled grammars
 _SHOWN = 200  # characters of an error
 
@@ -135,6 +138,22 @@ class Grammars:
         )
 
 
+def _timed(
+    method: Callable[[GrammarConstraint, Sequence[int]], T],
+) -> Callable[[GrammarConstraint, Sequence[int]], T]:
+    """The same, counted as a part of the round."""
+
+    @functools.wraps(method)
+    def timed(constraint: GrammarConstraint, tokens: Sequence[int]) -> T:
+        began = time.perf_counter()
+        try:
+            return method(constraint, tokens)
+        finally:
+            constraint._spent += time.perf_counter() - began
+
+    return timed
+
+
 class GrammarConstraint:
     """An `engine.structured.Constraint` over a matcher that has taken in the committed tokens.
 
@@ -144,6 +163,8 @@ class GrammarConstraint:
 
     def __init__(self, matcher: Any, vocab: int, eos_ids: Sequence[int]) -> None:
         self.error: ConfigError | None = None
+        self.seconds = 0.0
+        self._spent = 0.0  # since the last round
         self._matcher = matcher.deep_copy()
         self._sound = matcher  # to be copied: it takes in no drafted path
         self._behind: list[int] = []  # committed tokens that `_sound` has not taken in yet
@@ -152,6 +173,7 @@ class GrammarConstraint:
         self._eos_ids = eos_ids
         self._ended = False
 
+    @_timed
     def allowed(self, path: Sequence[int]) -> NDArray[np.bool_]:
         """See `Constraint`."""
         if self._ended or not set(self._eos_ids).isdisjoint(path):
@@ -165,6 +187,7 @@ class GrammarConstraint:
         self._matcher.rollback(len(path))
         return np.unpackbits(bits, count=self._vocab, bitorder="little").view(np.bool_)
 
+    @_timed
     def accepts(self, path: Sequence[int]) -> bool:
         """See `Constraint`."""
         *before, last = path
@@ -180,8 +203,11 @@ class GrammarConstraint:
         ends = [len(path) for path in self._errors if path == tuple(tokens[: len(path)])]
         return tokens[: min(ends)] if ends else tokens
 
+    @_timed
     def append(self, tokens: Sequence[int]) -> None:
         """See `Constraint`."""
+        self.seconds = self._spent
+        self._spent = 0.0
         self.error = self._errors.get(tuple(tokens))
         self._errors.clear()
         if self.error is not None:

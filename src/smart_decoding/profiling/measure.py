@@ -4,7 +4,7 @@ drafter with a model: roots and rows that wait for the first one, width for thos
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from smart_decoding.models.target import TorchTarget
 
 LATE_PER_SEQUENCE = (1, 4, 16)  # at longer contexts
+STEPPED = (1, 8, 32, 64)  # batches in which all of many steps are measured
 COARSE = (1, 4, 16, 48)
 LONG_WIDTHS = (1, 8)
 WAITING = (0, 1, 2, 4, 8, 24, 64)
@@ -32,6 +33,7 @@ COARSE_WAITING = (0, 16)
 # a prompt, or what several requests have waiting; one row of it costs more than one of a few
 LONG_WAITING = 384
 RANDOM_TOKENS = 1024
+SECONDS = 6.0  # that are measured for, if nothing else is said
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,35 +82,96 @@ class Point:
     end: Callable[[], object] = lambda: None
 
 
-def measure(
-    target: TorchTarget,
-    drafter: LevelDrafter[Any] | None,
-    pages: int,
-    max_num_seqs: int,
-    seconds: float = 6.0,
-    clock: Callable[[], float] = time.perf_counter,
-    coarse: bool = False,
-) -> list[Sample]:
-    """Times every point again and again, in turn, until `seconds` are used up; every point is timed
-    at least once.
+class Measurement:
+    """Times every point again and again, in turn and one a step, until `seconds` are used up; every
+    point is timed at least once.
 
     coarse: fewer points, for forwards so slow that all of them would take far more than `seconds`.
 
     A shared machine changes its speed from second to second. So the first point, one row, is timed
     before every other one, and the ratio to it counts: neighbours then shift no point against
     another. It also leaves the caches as a real round does (before a deeper level of the drafter
-    the first one runs, too). The KV cache must be idle: its contents are overwritten."""
-    if not longest_context(target.max_positions, target.device):  # too short for any verification
-        return []
-    points = _points(target, drafter, pages, max_num_seqs, coarse)
-    cold = 1 if coarse else 3
-    if target.device.type == "cuda":  # a GPU loads kernels at first use
-        cold = len(points)
-    try:
-        return _relative(_measured(points, seconds, clock, cold))
-    finally:
-        for point in points:
+    the first one runs, too). The KV cache must be idle in a step: its contents are overwritten."""
+
+    def __init__(
+        self,
+        target: TorchTarget,
+        drafter: LevelDrafter[Any] | None,
+        pages: int,
+        max_num_seqs: int,
+        seconds: float | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+        coarse: bool = False,
+    ) -> None:
+        self._points: list[Point] = []
+        if longest_context(target.max_positions, target.device):  # else too short to verify
+            self._points = _points(target, drafter, pages, max_num_seqs, coarse)
+        self._cold = self._points[: 1 if coarse else 3]
+        if target.device.type == "cuda":  # a GPU loads kernels at first use
+            self._cold = self._points[:]
+        self._seconds = SECONDS if seconds is None else seconds
+        self._clock = clock
+        self._timed: list[tuple[Point, float, float]] = []  # with the reference just before it
+        self._passed = 0.0
+
+    @property
+    def share(self) -> float:
+        """What is done of all, in [0, 1]."""
+        each_once = min(1.0, len(self._timed) / max(1, len(self._points)))
+        return min(each_once, self._passed / self._seconds if self._seconds else 1.0)
+
+    def step(self) -> bool:
+        """Times the next point; false if none is left."""
+        if not self._points or self.share == 1.0:
+            return False
+        if self._cold:
+            self._time(self._cold.pop(0))
+            return True
+        point = self._points[len(self._timed) % len(self._points)]
+        started = self._clock()
+        self._timed.append((point, self._time(self._points[0]), self._time(point)))
+        self._passed += self._clock() - started
+        return self.share < 1.0
+
+    def samples(self) -> list[Sample]:
+        """What was measured, at the reference's median speed; none where no verification fits into
+        the model's context. Tidies up.
+
+        A speed is that of three neighbouring references: one alone is noisy."""
+        for point in self._points:
             point.end()
+        if not self._timed:
+            return []
+        references = np.array([reference for _, reference, _ in self._timed])
+        padded = np.concatenate((references[:1], references, references[-1:]))
+        local = np.median(np.stack((padded[:-2], padded[1:-1], padded[2:])), axis=0)
+        usual = float(np.median(references))
+        return [
+            point.sample(seconds * usual / float(now))
+            for (point, _, seconds), now in zip(self._timed, local, strict=True)
+        ]
+
+    def run(self) -> list[Sample]:
+        """All steps at once."""
+        finish(self.step, lambda: self.share)
+        return self.samples()
+
+    def _time(self, point: Point) -> float:
+        point.prepare()
+        start = self._clock()
+        seconds = point.run()
+        return self._clock() - start if seconds is None else seconds
+
+
+def finish(step: Callable[[], bool], share: Callable[[], float]) -> None:
+    """Calls `step`, which measures or waits, as long as it returns true. share: what is done, in
+    [0, 1], as a user is shown."""
+    with long_step("measuring costs, once", 1.0) as progress:
+        shown = 0.0
+        while step():
+            now = share()
+            progress(now - shown)
+            shown = now
 
 
 def longest_context(max_positions: int, device: torch.device) -> int:
@@ -127,50 +190,6 @@ def largest_batch(pages: int, max_num_seqs: int, device: torch.device) -> int:
         for batch in grid.batches
         if batch == 1 or (batch <= max_num_seqs and batch * each <= pages)
     )
-
-
-def _measured(
-    points: Sequence[Point], seconds: float, clock: Callable[[], float], warm_up: int
-) -> list[tuple[Point, float, float]]:
-    """Each point timed, with the reference's time just before it."""
-    for point in points[:warm_up]:
-        _timed(point, clock)
-    timed: list[tuple[Point, float, float]] = []
-    started = clock()
-    turn = 0
-    with long_step("measuring costs, once", seconds) as progress:
-        shown = 0.0
-        while turn < 2 or clock() - started < seconds:
-            for point in points:
-                reference = _timed(points[0], clock)
-                timed.append((point, reference, _timed(point, clock)))
-                passed = min(clock() - started, seconds)
-                progress(passed - shown)
-                shown = passed
-                if turn >= 1 and passed >= seconds:
-                    return timed
-            turn += 1
-    return timed
-
-
-def _timed(point: Point, clock: Callable[[], float]) -> float:
-    point.prepare()
-    start = clock()
-    seconds = point.run()
-    return clock() - start if seconds is None else seconds
-
-
-def _relative(timed: Sequence[tuple[Point, float, float]]) -> list[Sample]:
-    """Samples at the reference's median speed. A speed is that of three neighbouring references:
-    one alone is noisy."""
-    references = np.array([reference for _, reference, _ in timed])
-    padded = np.concatenate((references[:1], references, references[-1:]))
-    local = np.median(np.stack((padded[:-2], padded[1:-1], padded[2:])), axis=0)
-    usual = float(np.median(references))
-    return [
-        point.sample(seconds * usual / float(now))
-        for (point, _, seconds), now in zip(timed, local, strict=True)
-    ]
 
 
 def held_out_error(samples: Sequence[Sample]) -> tuple[float, float]:
@@ -193,21 +212,29 @@ def _points(
     coarse: bool = False,
 ) -> list[Point]:
     points = []
-    grid = grid_of(target.device)
     aux_layers = drafter.aux_layers if drafter is not None else ()
-    for context in grid.contexts[: 1 if coarse else None]:
-        for batch in (b for b in grid.batches if b <= max_num_seqs):
-            if context == grid.contexts[0]:
-                totals = _totals(batch, COARSE if coarse else grid.per_sequence, target.steps)
-            else:
-                totals = {batch * per for per in LATE_PER_SEQUENCE}
-            for total in sorted(t for t in totals if t <= grid.max_rows or t == batch):
-                run = verification(target, batch, total, context, pages, aux_layers)
-                if run is not None and context + -(-total // batch) <= target.max_positions:
-                    points.append(_verify_point(run, batch, total, context))
+    verified = verifications(grid_of(target.device), target.steps, max_num_seqs, coarse)
+    for batch, total, context in verified:
+        run = verification(target, batch, total, context, pages, aux_layers)
+        if run is not None and context + -(-total // batch) <= target.max_positions:
+            points.append(_verify_point(run, batch, total, context))
     if drafter is not None and target.max_positions > MORE:
         points += _draft_points(target, drafter, pages, max_num_seqs, coarse)
     return points
+
+
+def verifications(
+    grid: Grid, steps: Sequence[int], max_num_seqs: int, coarse: bool = False
+) -> Iterator[tuple[int, int, int]]:
+    """What is verified: batch sizes, rows in all, and contexts. steps: see `Target.steps`."""
+    for context in grid.contexts[: 1 if coarse else None]:
+        for batch in (b for b in grid.batches if b <= max_num_seqs):
+            if context == grid.contexts[0]:
+                totals = _totals(batch, COARSE if coarse else grid.per_sequence, steps)
+            else:
+                totals = {batch * per for per in LATE_PER_SEQUENCE}
+            for total in sorted(t for t in totals if t <= grid.max_rows or t == batch):
+                yield batch, total, context
 
 
 def _totals(batch: int, per_sequence: Sequence[int], steps: Sequence[int]) -> set[int]:
@@ -215,9 +242,9 @@ def _totals(batch: int, per_sequence: Sequence[int], steps: Sequence[int]) -> se
     totals = {batch * per for per in per_sequence}
     if per_sequence == COARSE:
         return totals
-    # Both sides of a step, between which costs are flat. Of many steps two batches show enough:
-    # most totals end one.
-    if len(steps) <= 1 or batch in (1, 8):
+    # Both sides of a step, between which costs are flat. Of many steps a few batches show enough,
+    # large ones among them: where arithmetic begins to cost, few rows decide what pays.
+    if len(steps) <= 1 or batch in STEPPED:
         totals |= {total for step in steps for total in (step, step + 1) if total > batch}
     return totals
 
@@ -286,7 +313,8 @@ def verification(
 def _verify(target: TorchTarget, rows: Rows, batch: int, aux_layers: tuple[int, ...]) -> None:
     scores = target.verify(rows, aux_layers)
     if scores.greedy is None:
-        target.argmax(scores.logits, np.arange(batch))
+        count = len(scores.logits) if scores.draws_all else batch
+        target.argmax(scores.logits, np.arange(count))
 
 
 def _first_point(requests: Rehearsal, waiting: int) -> Point:

@@ -122,11 +122,9 @@ async def _job(worker: Worker, settings: ServerSettings, request: Request, asked
         limit = longest if limit is None else min(limit, longest)
     encode = partial(worker.ready().tokenizer.encode, add_special_tokens=False)
 
-    def checked() -> SamplingParams:
-        return body.params(limit, asked.logprobs, defaults).checked(encode)
-
-    masked = body.bad_words or body.allowed_token_ids
-    params = await asked.read("bad_words", checked) if masked else checked()
+    params = body.params(limit, asked.logprobs, defaults)
+    if body.bad_words:
+        params = await asked.read("bad_words", partial(params.checked, encode))
     grammars = await _grammars(body, params, worker, request)
     return HttpJob(
         uuid.uuid4().hex,

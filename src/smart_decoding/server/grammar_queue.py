@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -27,70 +28,94 @@ PATIENCE = 30.0  # seconds, on a machine that has others to do
 WAITING = 16  # of one client, the one that is compiled among them
 
 
+@dataclass(eq=False, slots=True)
+class Work:
+    """A grammar that is compiled, or will be. wanted: by how many requests."""
+
+    wanted: int = 0
+    task: asyncio.Task[Compiled] | None = None
+    child: subprocess.Popen[str] | None = None
+    ended: bool = False
+
+    def end(self) -> None:
+        """Nobody waits for it any more."""
+        self.ended = True
+        if self.task is not None:
+            self.task.cancel()
+        if self.child is not None:
+            self.child.kill()
+
+
 class GrammarQueue:
     """What stands between requests and `Grammars`. All methods are the event loop's."""
 
     def __init__(self) -> None:
         self._lanes = Lanes(SHORT)
         self._waiting: Counter[str] = Counter()
-        self._tasks: dict[StructuredOutputsParams, asyncio.Task[Compiled]] = {}
-        self._children: set[subprocess.Popen[str]] = set()
+        self._works: dict[StructuredOutputsParams, Work] = {}
         self._stopped = False
 
     async def compiled(
         self, grammars: Grammars, params: StructuredOutputsParams, client: str
     ) -> Compiled:
-        """The grammar, once it is its client's turn. Raises ConfigError for one that is wrong or
-        too large, ApiError if the client has too many here or the server ends."""
+        """The grammar, once it is its client's turn. If all who wait for it are cancelled, so is
+        its compilation. Raises ConfigError for one that is wrong or too large, ApiError if the
+        client has too many here or the server ends."""
         size = _size(params)
         found = grammars.known(params)
         if found is not None:
             return found
-        task = self._tasks.get(params)
-        if task is None:
-            task = self._queued(self._lanes.of(size), grammars, params, client)
+        work = self._works.get(params)
+        if work is None:
+            work = self._queued(self._lanes.of(size), grammars, params, client)
+        assert work.task is not None
+        work.wanted += 1
         try:
-            return await asyncio.shield(task)  # others may want the same
+            return await asyncio.shield(work.task)  # others may want the same
         except asyncio.CancelledError:
             if self._stopped:
                 raise shutting_down() from None
             raise
+        finally:
+            work.wanted -= 1
+            if not work.wanted and self._works.get(params) is work:
+                del self._works[params]
+                work.end()
 
     def stop(self) -> None:
         """The server ends: nobody waits for a grammar any more."""
         self._stopped = True
-        for child in tuple(self._children):
-            child.kill()
-        for task in self._tasks.values():
-            task.cancel()
+        for work in self._works.values():
+            work.end()
 
     def _queued(
         self, lane: Lane, grammars: Grammars, params: StructuredOutputsParams, client: str
-    ) -> asyncio.Task[Compiled]:
+    ) -> Work:
         if self._waiting[client] >= WAITING:
             message = f"{WAITING} of your grammars are waiting to be compiled: try again later"
             raise ApiError(429, message, "queue_full")
         self._waiting[client] += 1
-        work = partial(self._compile, grammars, params)
-        task = asyncio.ensure_future(lane.run(client, work))
-        self._tasks[params] = task
-        task.add_done_callback(lambda _: self._done(params, client))
-        return task
+        work = self._works[params] = Work(ended=self._stopped)
+        compile_ = partial(self._compile, grammars, params, work)
+        work.task = asyncio.ensure_future(lane.run(client, compile_))
+        work.task.add_done_callback(lambda _: self._done(params, work, client))
+        return work
 
-    def _done(self, params: StructuredOutputsParams, client: str) -> None:
-        del self._tasks[params]
+    def _done(self, params: StructuredOutputsParams, work: Work, client: str) -> None:
+        if self._works.get(params) is work:
+            del self._works[params]
         self._waiting[client] -= 1
         self._waiting += Counter()  # without those that wait no more
 
-    def _compile(self, grammars: Grammars, params: StructuredOutputsParams) -> Compiled:
+    def _compile(self, grammars: Grammars, params: StructuredOutputsParams, work: Work) -> Compiled:
         """In another thread."""
         found = grammars.known(params)
         if found is None:
             library()  # or nothing of this makes sense
-            found = grammars.compiled(params, self._tried(json.dumps(vars(params))))
+            found = grammars.compiled(params, self._tried(json.dumps(vars(params)), work))
         return found
 
-    def _tried(self, asked: str) -> str:
+    def _tried(self, asked: str, work: Work) -> str:
         """What llguidance compiles: nothing of a request is parsed in this process before."""
         options = ["-P", "-X", "utf8", "-m", grammar_check.__name__]
         command = [sys.executable, *options, str(SECONDS)]
@@ -98,8 +123,8 @@ class GrammarQueue:
         with subprocess.Popen(
             command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, encoding="utf-8"
         ) as child:
-            self._children.add(child)
-            if self._stopped:  # `stop` may have come before this child was known
+            work.child = child
+            if work.ended:  # before this child was known
                 child.kill()
             try:
                 said, _ = child.communicate(asked, PATIENCE)
@@ -107,7 +132,6 @@ class GrammarQueue:
                 said = ""
             finally:
                 child.kill()
-                self._children.discard(child)
         if said and child.returncode == 0:
             return said
         if said:

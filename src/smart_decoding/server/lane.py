@@ -54,8 +54,13 @@ class Lane:
                 self._waiting.remove(place)
             raise
         working = asyncio.get_running_loop().run_in_executor(None, work)
-        working.add_done_callback(lambda _: self._end())
+        working.add_done_callback(self._done)
         return await asyncio.shield(working)  # nobody can stop it: it keeps its place to its end
+
+    def _done(self, work: asyncio.Future[T]) -> None:
+        if not work.cancelled():
+            work.exception()  # or it is logged where nobody waits for it any more
+        self._end()
 
     def _end(self) -> None:
         self._busy = None

@@ -217,6 +217,8 @@ class Metrics:
         waiting = len(scheduler.waiting)
         yield self._gauge("num_requests_waiting", "Answers waiting for a slot.", waiting)
         yield self._gauge("kv_cache_usage_perc", "Share of KV pages in use, 1 is all.", used)
+        resting = len(scheduler.shares.resting)
+        yield self._gauge("num_clients_resting", "Clients that sit out this round.", resting)
         for each in self.shared():
             yield self._gauge(*each)
         stats: Mapping[str, float] = self._engine.policy.stats()

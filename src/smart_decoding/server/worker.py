@@ -231,6 +231,7 @@ class Worker:
             watcher.start(llm)
         llm.engine_thread.observers.extend(self.observers)
         self.observers = llm.engine_thread.observers
+        llm.engine_thread.start()
         model = str(llm.provenance.get("model", ""))
         log.info("ready", extra={"model": model, "speculation": llm.speculation.description})
         return llm

@@ -43,11 +43,11 @@ class FakeLLM:
         self.engine = SimpleNamespace(last_round=None)
         self.drafts = options["speculative_config"] is not False
         self.speculation = SimpleNamespace(description="ngram")
-        self.profiles = 0
+        self.profiles: list[int] = []  # answers before each
         FakeLLM.made.append(self)
 
     def take_profile(self) -> None:
-        self.profiles += 1
+        self.profiles.append(len(self.asked))
 
     def sharing_weights(self, speculative_config: bool) -> FakeLLM:
         return FakeLLM(self.model, speculative_config=speculative_config)

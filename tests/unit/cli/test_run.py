@@ -211,8 +211,18 @@ def test_threads_are_set_before_the_kernels_are_loaded(
 def test_run_takes_the_profile_after_the_answer(fake: type[FakeLLM]) -> None:
     assert cli.main(["run", "hi"]) == 0
     (llm,) = fake.made
-    assert llm.options["profile_later"]
-    assert llm.profiles == 1
+    assert llm.profiles == [1]
+
+
+def test_run_ends_well_if_its_profile_is_interrupted(
+    fake: type[FakeLLM], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(_llm: FakeLLM) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fake, "take_profile", interrupted)
+    assert cli.main(["run", "hi"]) == 0
+    assert "Paris" in capsys.readouterr().out
 
 
 def test_a_batch_must_hold_prompts(
@@ -333,7 +343,7 @@ def test_profile_takes_what_run_takes_to_draft() -> None:
         ("--method ngram", {"method": "ngram"}),
     ):
         config = speculative_config(parser.parse_args(["profile", *words.split()]))
-        assert config == {"policy": "eagle2", **drafts}
+        assert config == {"policy": "smart", **drafts}
 
 
 @pytest.mark.parametrize("command", ["profile", "bench", "serve"])

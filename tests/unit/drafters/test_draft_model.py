@@ -25,7 +25,7 @@ from smart_decoding.llm import LLM
 from smart_decoding.models import memory
 from smart_decoding.models.draft_model import DraftModel
 from smart_decoding.models.tokenizer import Tokenizer
-from smart_decoding.profiling.measure import LONG_WAITING, ON_CPU, WAITING, measure
+from smart_decoding.profiling.measure import LONG_WAITING, ON_CPU, WAITING, Measurement
 
 from .tiny import (
     PAGES,
@@ -212,7 +212,9 @@ def test_levels_that_are_profiled_are_those_of_real_rounds() -> None:
         DraftModel(checkpoint(SMALL, 1), target, PAGES, SCRATCH), PAGES, SCRATCH
     )
     levels = [
-        s for s in measure(target, drafter, PAGES, 2, seconds=0.0) if isinstance(s, DraftSample)
+        s
+        for s in Measurement(target, drafter, PAGES, 2, seconds=0.0).run()
+        if isinstance(s, DraftSample)
     ]
     assert not drafter._states  # a request to come could be taken for one of the rehearsal's
     first = {(s.width, s.waiting) for s in levels if s.waiting is not None}
@@ -397,7 +399,6 @@ def sibling(
     def make(words: list[str]) -> Path:
         draft = saved(tmp_path / "small", SMALL, words, 1)
         monkeypatch.setattr(speculation, "cached_sibling", lambda vocab, parameters: str(draft))
-        monkeypatch.setattr("smart_decoding.profiling.measure.measure", lambda *_: [])
         return draft
 
     return make

@@ -375,7 +375,7 @@ def test_a_drafter_cannot_be_changed_under_a_running_request() -> None:
 
 
 def test_who_ended_before_it_began_waits_no_more() -> None:
-    rounds = Rounds(Inbox(), Observers())
+    rounds = Rounds(Inbox(), Observers(), [])
     engine = make_engine(max_num_seqs=1)
     jobs = [Job(name, engine, [Ask([1, 2], greedy())]) for name in ("a", "b", "c")]
     for job in jobs:

@@ -17,8 +17,9 @@ from smart_decoding.integrations.transformers.state import bucket, setting_of, s
 from smart_decoding.integrations.transformers.target import HostTarget
 from smart_decoding.models.target import pages_for
 from smart_decoding.profiling.cache import load_profile, profile_path, save_profile
-from smart_decoding.profiling.measure import fake_rows, grid_of, measure
-from smart_decoding.speculation import ROUND_OVERHEAD, level_drafter
+from smart_decoding.profiling.measure import Measurement, fake_rows, grid_of
+from smart_decoding.profiling.profile import ROUND_OVERHEAD
+from smart_decoding.speculation import level_drafter
 
 if TYPE_CHECKING:
     from smart_decoding.engine.protocols import TargetScores
@@ -62,8 +63,8 @@ def _measured(target: HostTarget, batch: int, seconds: float, source: Source | N
     pages = max(pages_for(shortest * widest, 1), pages_for(longest, 1))
     drafter = level_drafter(source.drafter(pages, longest) if source else None)
     coarse = row > seconds / VERY_SLOW
-    samples = measure(stand_in, drafter, pages, widest, seconds, coarse=coarse)  # type: ignore[arg-type]
-    return CostModel.fit(samples, ROUND_OVERHEAD if source else 0.0)
+    measurement = Measurement(stand_in, drafter, pages, widest, seconds, coarse=coarse)  # type: ignore[arg-type]
+    return CostModel.fit(measurement.run(), ROUND_OVERHEAD if source else 0.0)
 
 
 def _profile_path(model: PreTrainedModel, key: tuple[object, ...]) -> Path:

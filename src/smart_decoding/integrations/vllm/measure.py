@@ -4,7 +4,8 @@
 
 reads lines of JSON, {"prompts": [...], "max_tokens": n}, and answers each with {"seconds",
 "tokens", "drafted", "accepted"}; before the first it says {"ready": vLLM's version}. `Measured` is
-the other end.
+the other end. With --resolve before the arguments it says what vLLM makes of them, and loads
+nothing; `resolved` is the other end.
 """
 
 from __future__ import annotations
@@ -19,7 +20,13 @@ from types import TracebackType
 from typing import Any
 
 from smart_decoding.errors import ConfigError
+from smart_decoding.integrations.vllm.schedule import SCHEDULE
+from smart_decoding.integrations.vllm.seams import reads
 
+# What a draft model proposes with in Model Runner V2.
+DRAFT_MODEL = (
+    "vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator:StandaloneARSpeculator.propose"
+)
 COUNTERS = {
     "vllm:spec_decode_num_draft_tokens": "drafted",
     "vllm:spec_decode_num_accepted_tokens": "accepted",
@@ -78,10 +85,54 @@ class Measured:
             self._process.kill()
 
 
-def main(arguments: dict[str, Any]) -> None:
+def resolved(arguments: Mapping[str, Any], python: str = sys.executable) -> dict[str, Any]:
+    """What vLLM makes of these arguments, whose speculative config has a schedule; see `_resolve`.
+
+    Raises ConfigError if it does not take them."""
+    command = [python, "-m", __spec__.name, "--resolve", json.dumps(dict(arguments))]
+    run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if run.returncode:
+        raise ConfigError("vLLM does not take these arguments: its own message stands above")
+    answer: dict[str, Any] = json.loads(run.stdout)
+    return answer
+
+
+def main(arguments: list[str]) -> None:
     """The process: answers on the real stdout, which everything else of it is kept off."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    given = json.loads(arguments[-1])
+    if "--resolve" in arguments:
+        print(json.dumps(_resolve(given)), file=answers, flush=True)
+    else:
+        _serve(given, answers)
+
+
+def _resolve(arguments: dict[str, Any]) -> dict[str, Any]:
+    """scheduled: whether the schedule is kept. graphs: CUDA graphs without it, and with it.
+
+    all_passes: whether a draft model runs all its passes whatever the schedule says."""
+    import vllm
+    from vllm.engine.arg_utils import EngineArgs
+
+    speculative = arguments["speculative_config"]
+    without = {name: value for name, value in speculative.items() if name != SCHEDULE}
+    configs = [
+        EngineArgs(**{**arguments, "speculative_config": config}).create_engine_config()
+        for config in (without, dict(speculative))
+    ]
+    config = configs[1]
+    return {
+        "vllm": vllm.__version__,
+        "scheduled": getattr(config.speculative_config, SCHEDULE) is not None,
+        "graphs": [each.compilation_config.cudagraph_mode.name for each in configs],
+        "all_passes": config.use_v2_model_runner
+        and config.speculative_config.method == "draft_model"
+        and not reads(DRAFT_MODEL, "num_speculative_tokens"),
+    }
+
+
+def _serve(arguments: dict[str, Any], answers: Any) -> None:
     import vllm
 
     llm = vllm.LLM(**{"disable_log_stats": False, **arguments})
@@ -116,4 +167,4 @@ def _counts(llm: Any) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    main(sys.argv[1:])

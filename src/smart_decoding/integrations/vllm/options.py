@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 from smart_decoding.errors import ConfigError
-from smart_decoding.integrations.vllm.seams import find, missing
+from smart_decoding.integrations.vllm.seams import find
 
-TESTED = ("0.32",)  # minor versions that the tests were run on
 FREE = ("ngram", "suffix")  # drafters that run no model
 MODEL = ("draft_model", "eagle", "eagle3", "mtp")
-RENAMED = {"probe_budget": "exploration_budget"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,15 +19,13 @@ class Options:
 
     enabled: false leaves everything to vLLM. exploration_budget: share of the time for checking the
     mode that is predicted worse. metrics_port: port of Prometheus metrics on 127.0.0.1 (0: none).
-    allow_untested: act in other versions too, if they have all names that are relied on. shortcuts:
-    skip vLLM's work for drafts in steps without any, a draft model's pass included where it does
-    not pay (shortcuts.py)."""
+    shortcuts: skip vLLM's work for drafts in steps without any, a draft model's pass included where
+    it does not pay (shortcuts.py)."""
 
     enabled: bool = True
     shortcuts: bool = True
     exploration_budget: float = 0.005
     metrics_port: int = 0
-    allow_untested: bool = False
 
 
 def read_options(additional_config: Any) -> Options:
@@ -42,8 +38,6 @@ def read_options(additional_config: Any) -> Options:
     known = {field.name: type(field.default) for field in fields(Options)}
     for name, value in given.items():
         where = f"additional_config['smart'][{name!r}]"
-        if name in RENAMED:
-            raise ConfigError(f"{where} is called {RENAMED[name]!r} now")
         if name not in known:
             raise ConfigError(
                 f"unknown option {name!r} of additional_config['smart']; known: {', '.join(known)}"
@@ -85,30 +79,26 @@ def refuse_layout(size: int, executor: Any) -> None:
         )
 
 
-def reason_for_stock(
-    version: str,
-    scheduler: object,
-    options: Options,
-    missing: Callable[[object], list[str]] = missing,
-) -> str | None:
-    """Why the scheduler should leave everything to vLLM, or None.
+def refuse_missing(version: str, what: str, gone: Sequence[str], instead: str) -> None:
+    """Raises ConfigError if this vLLM has not all names that `what` relies on; instead: what to do
+    to start without it."""
+    if gone:
+        raise ConfigError(f"vLLM {version} has no {', '.join(gone)}: {what} needs it; {instead}")
 
-    Raises nothing, whatever that vLLM has."""
+
+def reason_for_stock(scheduler: object, options: Options) -> str | None:
+    """Why the scheduler should leave everything to vLLM, or None."""
     if not options.enabled:
         return "it is switched off (additional_config)"
-    if not options.allow_untested and ".".join(version.split(".")[:2]) not in TESTED:
-        return (
-            f"vLLM {version} is not a version that it was tested with "
-            f"({', '.join(TESTED)}; allow_untested to try)"
-        )
-    gone = missing(scheduler)
-    if gone:
-        return f"vLLM {version} has no {', '.join(gone)}"
     speculative = find(scheduler, "vllm_config.speculative_config")
     if speculative is None:
         return "there is no --speculative-config, hence nothing to choose"
-    if speculative.method not in (*FREE, *MODEL) or speculative.parallel_drafting:
+    if find(speculative, "enable_adaptive_verification"):
         return (
-            f"the drafting method {speculative.method!r} drafts all tokens at once, or is not known"
+            "enable_adaptive_verification chooses how many drafts are verified, on the device; "
+            "SMART_VLLM_VERIFICATION=1 corrects its costs"
         )
+    method = find(speculative, "method", MODEL[0])  # a name that is gone is refused afterwards
+    if method not in (*FREE, *MODEL) or find(speculative, "parallel_drafting"):
+        return f"the drafting method {method!r} drafts all tokens at once, or is not known"
     return None

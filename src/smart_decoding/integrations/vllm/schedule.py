@@ -9,6 +9,7 @@ from typing import Any
 
 from smart_decoding.errors import ConfigError
 
+SCHEDULE = "num_speculative_tokens_per_batch_size"  # vLLM's option
 MARGIN = 1.02  # what speculation must measure over plain decoding to be switched on
 
 
@@ -104,8 +105,30 @@ def speculative_config(base: Mapping[str, Any], lines: Sequence[Line]) -> dict[s
     return {
         **base,
         "num_speculative_tokens": longest,
-        "num_speculative_tokens_per_batch_size": entries,
+        SCHEDULE: entries,
     }
+
+
+def warnings(resolved: Mapping[str, Any]) -> list[str]:
+    """What a schedule costs, or why it does nothing, by what vLLM makes of one
+    (measure.resolved)."""
+    vllm = f"vLLM {resolved['vllm']}"
+    without, with_ = resolved["graphs"]
+    found = []
+    if not resolved["scheduled"]:
+        found.append(f"{vllm} ignores a schedule here; its own message above says why")
+    elif resolved["all_passes"]:
+        found.append(
+            f"{vllm} runs all passes of a draft model in Model Runner V2, whatever the schedule "
+            "says, and only verifies fewer tokens; VLLM_USE_V2_MODEL_RUNNER=0 makes it follow"
+        )
+    if with_ != without:
+        found.append(
+            f"with a schedule {vllm} takes CUDA graphs {with_} in place of {without}: every step "
+            "is slower, also those without drafts (vLLM issue 49548); "
+            "VLLM_USE_V2_MODEL_RUNNER=1 keeps them, and --check measures what is left"
+        )
+    return found
 
 
 def report(

@@ -27,6 +27,7 @@ from smart_decoding.integrations.vllm.options import (
     reason_for_stock,
     refuse_class,
     refuse_layout,
+    refuse_missing,
 )
 from smart_decoding.integrations.vllm.ranks import (
     Length,
@@ -35,13 +36,20 @@ from smart_decoding.integrations.vllm.ranks import (
     same_machine,
     shorten_fetching,
 )
-from smart_decoding.integrations.vllm.seams import find
+from smart_decoding.integrations.vllm.seams import (
+    SCHEDULER,
+    SHORTCUTS,
+    find,
+    missing,
+    missing_attributes,
+)
 from smart_decoding.integrations.vllm.shortcuts import drafter_seen
 from smart_decoding.integrations.vllm.shortcuts import install as install_shortcuts
 
 logger = init_logger("vllm.smart_decoding")  # below vLLM's logger: its format and level
 SHORT_GAP = 0.002  # seconds between two steps that still belong to the work of a step
 FORGET_EVERY = 256  # steps
+WITHOUT = "leave out --scheduler-cls"
 
 
 class Lengths:
@@ -145,10 +153,12 @@ class _Smart:
         self.controller = None
         options = read_options(find(self, "vllm_config.additional_config"))
         refuse_class(find(self, "vllm_config.scheduler_config.async_scheduling"), self.ASYNC)
-        reason = reason_for_stock(vllm.__version__, self, options)
+        reason = reason_for_stock(self, options)
         if reason is not None:
             logger.warning("SMART leaves draft lengths to vLLM: %s", reason)
             return
+        gone = [*missing_attributes(self), *missing(SCHEDULER)]
+        refuse_missing(vllm.__version__, type(self).__name__, gone, WITHOUT)
         parallel = self.vllm_config.parallel_config  # type: ignore[attr-defined]
         refuse_layout(parallel.data_parallel_size, parallel.distributed_executor_backend)
         lengths = _lengths(self)
@@ -159,14 +169,8 @@ class _Smart:
             return
         method = self.vllm_config.speculative_config.method  # type: ignore[attr-defined]
         self.controller = Controller(self, lengths, method not in FREE, options.exploration_budget)
-        far = options.shortcuts and same_machine(
-            parallel.distributed_executor_backend, parallel.nnodes
-        )
-        self.dynamic_sd_lookup = Lengths(self.controller, Length if far else int)
-        if options.shortcuts:
-            install_shortcuts()
-        if far and not self.ASYNC:
-            shorten_fetching()
+        kind = _shorten(self, parallel) if options.shortcuts else int
+        self.dynamic_sd_lookup = Lengths(self.controller, kind)
         if options.metrics_port:
             _serve(self.controller, options.metrics_port)
         longest = self.num_spec_tokens  # type: ignore[attr-defined]
@@ -224,6 +228,22 @@ class SmartAsyncScheduler(_Smart, AsyncScheduler):  # type: ignore[misc]
             return
         scheduled = scheduler_output.num_scheduled_tokens
         _trim(self.controller, [self.requests[id_] for id_ in scheduled])
+
+
+def _shorten(scheduler: Any, parallel: Any) -> type[int]:
+    """Installs the shortcuts where this vLLM can take them; the class of its lengths."""
+    if scheduler.vllm_config.use_v2_model_runner:
+        return int  # it has neither their places nor the work that they leave out
+    gone = missing(SHORTCUTS)
+    if gone:
+        logger.warning("SMART shortens no steps: this vLLM has no %s", ", ".join(gone))
+        return int
+    install_shortcuts()
+    if not same_machine(parallel.distributed_executor_backend, parallel.nnodes):
+        return int
+    if not scheduler.ASYNC:
+        shorten_fetching()
+    return Length
 
 
 def _lengths(scheduler: Any) -> Sequence[int]:

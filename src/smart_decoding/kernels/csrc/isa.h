@@ -197,21 +197,26 @@ static inline vf bytes_to_float(const uint8_t* p) {
 #endif
 }
 
-// The low four bits of each lane as a float; higher ones are ignored.
-static inline vf nibbles_to_float(vu index) {
-#if defined(__AVX512F__)  // a permutation takes the place of a mask and a conversion
-    const __m512 values = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    return (vf)_mm512_permutexvar_ps((__m512i)index, values);
-#else
-    return __builtin_convertvector((vi)(index & 15), vf);
-#endif
+// table[the low bits] of each half of a lane. ENTRIES: 32 or 64.
+#if defined(__AVX512BW__)
+constexpr bool HAS_WORD_LOOKUP = true;
+
+template <int ENTRIES>
+static inline vu lookup_words(const uint16_t* table, const vu& index) {
+    const __m512i first = _mm512_load_si512(table);
+    if constexpr (ENTRIES == 32) return (vu)_mm512_permutexvar_epi16((__m512i)index, first);
+    return (vu)_mm512_permutex2var_epi16(first, (__m512i)index, _mm512_load_si512(table + 32));
 }
+#else
+constexpr bool HAS_WORD_LOOKUP = false;
+
+template <int ENTRIES>
+static inline vu lookup_words(const uint16_t*, const vu& index);
+#endif
 
 // table[the low four bits] of each lane.
 static inline vf lookup(const float* table, vu index) {
-#if defined(__AVX512F__)
-    return (vf)_mm512_permutexvar_ps((__m512i)index, (__m512)loadu<vf>(table));
-#elif defined(__AVX2__) && !defined(SMART_EMULATE_TILES)
+#if defined(__AVX2__) && !defined(__AVX512F__) && !defined(SMART_EMULATE_TILES)
     const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), (__m256i)index);
     const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), (__m256i)index);
     return (vf)_mm256_blendv_ps(low, high, (__m256)(index << 28));

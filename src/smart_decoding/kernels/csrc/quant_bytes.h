@@ -50,17 +50,14 @@ private:
     }
 };
 
-// Bits 4 and on of four bytes from a plane of one bit or of two bits each, whose first is bit 0 and
-// whose others are every other one.
+// Bits 4 and on of four bytes from a plane of one bit or of two bits each: two fields of each half
+// of its lanes, the first and the third.
 template <int BITS>
-static inline vu spread_high(vu plane) {
-    if constexpr (BITS == 1) {  // no two of the products that are kept meet
-        constexpr uint32_t TO_BYTES = 1 << 4 | 1 << 10 | 1 << 16 | 1 << 22;
-        return (plane & 0x55) * TO_BYTES & 0x10101010;
-    }
-    const vu fields = plane & 0x3333;
-    const vu halves = (fields | fields << 8) & 0x00330033;
-    return ((halves | halves << 4) & 0x03030303) << 4;
+static inline vu spread_high(const vu& plane) {
+    constexpr uint32_t FIELDS = BITS == 1 ? 0x00050005 : 0x00330033;
+    constexpr uint32_t BYTES = BITS == 1 ? 0x01010101 : 0x03030303;
+    const vu fields = plane & FIELDS;
+    return ((fields | fields << (8 - 2 * BITS)) & BYTES) << 4;
 }
 
 // Bytes of quants of word `word`: those whose nibbles are low, or high. Unsigned.
@@ -75,7 +72,7 @@ __attribute__((always_inline)) static inline void quant_bytes(const uint8_t* qua
         constexpr int WORDS = 4 / HIGH;  // of nibbles that a vector of the plane serves
         const vu plane = loadu<vu>(quants + (4 + word / WORDS) * sizeof(vu));
         for (int h = 0; h < 2; h++)
-            bytes[h] |= spread_high<HIGH>(plane >> (word % WORDS * 8 * HIGH + h * HIGH));
+            bytes[h] |= spread_high<HIGH>(plane >> (HIGH * (word % WORDS * 4 + h)));
     }
 }
 

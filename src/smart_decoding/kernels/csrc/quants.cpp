@@ -109,18 +109,31 @@ static inline uint64_t gathered(const uint8_t* q, int shift) {
     return (x | x >> (32 - 4 * BITS)) & ((uint64_t(1) << 8 * BITS) - 1);
 }
 
+// Fields of a plane of BITS, moved to where quants.h has them: of each eight the last four come
+// behind the first four of all.
+template <int BITS>
+static inline uint32_t in_halves(uint32_t fields) {
+    if constexpr (BITS == 4) return fields;
+    constexpr int FOUR = 4 * BITS;
+    constexpr uint32_t MASK = (1u << FOUR) - 1;
+    uint32_t out = 0;
+    for (int i = 0; i < 32 / FOUR; i++)
+        out |= (fields >> FOUR * i & MASK) << (i % 2 * 16 + i / 2 * FOUR);
+    return out;
+}
+
 // Words of a plane: where pairs are multiplied, two rows take turns, and even and odd k are apart.
 template <int BITS>
 static inline uint8_t* put_words(const uint32_t (&of_row)[VW], uint8_t* to) {
     if constexpr (!HAS_BF16_PAIRS) {
-        memcpy(to, of_row, sizeof of_row);
-        return to + sizeof of_row;
+        for (int j = 0; j < VW; j++, to += 4) storeu(to, in_halves<BITS>(of_row[j]));
+        return to;
     }
     constexpr uint32_t EVEN = 0xffffffffu / ((1 << 2 * BITS) - 1) * ((1 << BITS) - 1);
     for (int j = 0; j < VW / 2; j++)
         for (int s = 0; s < 2; s++, to += 4)
-            storeu(to, (of_row[j] >> BITS * s & EVEN)
-                           | (of_row[j + VW / 2] >> BITS * s & EVEN) << BITS);
+            storeu(to, in_halves<BITS>((of_row[j] >> BITS * s & EVEN)
+                                       | (of_row[j + VW / 2] >> BITS * s & EVEN) << BITS));
     return to;
 }
 

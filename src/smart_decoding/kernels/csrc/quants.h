@@ -6,8 +6,9 @@
 // then its quants in planes. Vector f of a block, of 32, holds quants in the order that a panel is
 // multiplied in: where that is by pairs of bf16, lane 2 j + s of vector 2 p + half is row
 // half VW / 2 + j at k = 2 p + s; else lane j is row j at k = f. Nibble n of the words w of the
-// first plane is of vector 8 w + n; planes of one and of two bits go on likewise; bytes lie vector
-// after vector.
+// first plane is of vector 8 w + n. Planes of one and of two bits go on likewise, but that n = 0 to
+// 3 of all w come before n = 4 to 7: where words are looked up, both halves of a lane are shifted
+// at once. Bytes lie vector after vector.
 //
 // A weight is scale * (q - zero) or scale * q + least, in fp32, rounded to bf16. The products are
 // exact (11 bits of a half, up to 7 of a scale, up to 6 of q): in whatever order, this is what
@@ -38,7 +39,6 @@ struct Format {
         if (bits == 16) return 0;
         return has_bytes() ? QUANT_BLOCK / group + has_least : 2 + 2 * has_least + has_zero;
     }
-    constexpr bool is_shifted() const { return has_least || has_zero || zero != 0; }
     constexpr int block() const { return scales() + bits * QUANT_BLOCK / 8; }
     constexpr int super_bytes() const { return shared() + super / QUANT_BLOCK * block(); }
 };
@@ -107,13 +107,29 @@ __attribute__((always_inline)) static inline void read_scales(const uint8_t* at,
         spread(halves_to_float(at), out.least[0]);
 }
 
-// `bits` of every lane of `plane` from bit `from` on, moved to bit 4; others are 0.
-template <int BITS, int FROM>
-static inline vu high_bits(const vu& plane) {
-    constexpr uint32_t MASK = ((1 << BITS) - 1) << 4;
-    if constexpr (FROM < 4) return (plane << (4 - FROM)) & MASK;
-    return (plane >> (FROM < 4 ? 0 : FROM - 4)) & MASK;
+// Bit FROM of every lane moved to bit 4.
+template <int FROM>
+static inline vu to_bit_four(const vu& plane) {
+    if constexpr (FROM < 4) return plane << (4 - FROM);
+    return plane >> (FROM < 4 ? 0 : FROM - 4);
 }
+
+// The values of a format's quants in bf16, twice if there are sixteen.
+template <int F>
+struct Levels {
+    static constexpr int ENTRIES = FORMATS[F].bits <= 5 ? 32 : 64;
+    alignas(64) uint16_t values[ENTRIES];
+
+    constexpr Levels() : values() {
+        for (int i = 0; i < ENTRIES; i++) {
+            const int q = i % (1 << FORMATS[F].bits);
+            const float value = F == IQ4_NL ? IQ4_NL_VALUES[q % 16] : float(q - FORMATS[F].zero);
+            values[i] = uint16_t(__builtin_bit_cast(uint32_t, value) >> 16);
+        }
+    }
+};
+template <int F>
+constexpr Levels<F> LEVELS;
 
 // A block of a strip: its scales are read, its quants are widened vector by vector.
 template <int F>
@@ -134,28 +150,44 @@ struct Block {
         constexpr int group = k_of_lane(f, 0) / format.group, kind = HAS_BF16_PAIRS ? f % 2 : 0;
         if constexpr (F == BF16_ROWS) {
             return widen<vf>((const bf16*)quants + f * VW);
-        } else if constexpr (format.is_shifted()) {
-            return quants_of<f>() * scales.scale[group][kind]
-                   + scales.least[format.has_least ? 0 : group][kind];
+        } else if constexpr (!LOOKS_UP && format.zero != 0) {
+            return quants_of<f>() * scales.scale[group][kind] + scales.least[group][kind];
+        } else if constexpr (format.has_least || format.has_zero) {
+            return quants_of<f>() * scales.scale[group][kind] + scales.least[0][kind];
         } else {
             return quants_of<f>() * scales.scale[group][kind];
         }
     }
 
 private:
+    static constexpr bool LOOKS_UP = HAS_WORD_LOOKUP && format.bits < 8;
+
     template <int f>
     __attribute__((always_inline)) vf quants_of() const {
         if constexpr (format.bits == 8) {
             return bytes_to_float<int8_t>(quants + f * VW);
+        } else if constexpr (LOOKS_UP) {
+            const vu both =
+                lookup_words<Levels<F>::ENTRIES>(LEVELS<F>.values, indices<f & ~4>());
+            return (vf)(f & 4 ? both & 0xffff0000u : both << 16);
         } else {
-            const vu low = loadu<vu>(quants + f / 8 * sizeof(vu)) >> (4 * (f % 8));
-            if constexpr (F == IQ4_NL) return lookup(IQ4_NL_VALUES, low);
-            if constexpr (format.bits == 4) return nibbles_to_float(low);
-            constexpr int BITS = format.bits > 4 ? format.bits - 4 : 1, PER_WORD = 32 / BITS;
-            const vu plane = loadu<vu>(quants + (4 + f / PER_WORD) * sizeof(vu));
-            const vu index = (low & 15) | high_bits<BITS, f % PER_WORD * BITS>(plane);
+            const vu index = indices<f>() & ((1 << format.bits) - 1);
+            if constexpr (F == IQ4_NL) return lookup(IQ4_NL_VALUES, index);
             return __builtin_convertvector((vi)index, vf);
         }
+    }
+
+    // Quants of vector f in the low bits of lanes, and in the low bits of their upper halves those
+    // of vector f + 4; bits above them are anything.
+    template <int f>
+    __attribute__((always_inline)) vu indices() const {
+        constexpr int word = f / 8, n = f % 8;
+        const vu low = loadu<vu>(quants + word * sizeof(vu)) >> (4 * n);
+        if constexpr (format.bits == 4) return low;
+        constexpr int BITS = format.bits > 4 ? format.bits - 4 : 1, WORDS = 4 / BITS;
+        constexpr int FROM = n / 4 * 16 + BITS * (word % WORDS * 4 + n % 4);
+        const vu plane = loadu<vu>(quants + (4 + word / WORDS) * sizeof(vu));
+        return (low & 0x000f000f) | (to_bit_four<FROM>(plane) & 0xfff0fff0);
     }
 };
 
@@ -172,6 +204,9 @@ static inline vf rounded(const vf& v) {
     const vu bits = (vu)v;
     return (vf)((bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000u);
 }
+
+// Bytes ahead that a strip is prefetched; it is multiplied so slowly that the first cache holds them.
+constexpr int QUANT_PREFETCH = 4096;
 
 // A strip from some k on, a multiple of a block: within a super-block, and from block to block.
 template <int F>
@@ -194,7 +229,7 @@ struct StripReader {
 
     __attribute__((always_inline)) Block<F> next() {
         for (int line = 0; line < format.block() * VW; line += 64)
-            __builtin_prefetch(at + PREFETCH_DISTANCE + line, 0, INTO_L2);
+            __builtin_prefetch(at + QUANT_PREFETCH + line, 0, INTO_CACHES);
         const uint8_t* block = at;
         at += format.block() * VW;
         return Block<F>(block, shared);

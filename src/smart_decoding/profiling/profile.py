@@ -1,0 +1,77 @@
+"""The costs of an engine's forwards on this machine: stored, or measured while it is idle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from smart_decoding.core.cost import CostModel
+from smart_decoding.profiling.cache import load_profile, profile_path, save_profile
+from smart_decoding.profiling.measure import Measurement, largest_batch, longest_context
+
+if TYPE_CHECKING:
+    from smart_decoding.core.cost import Sample
+    from smart_decoding.drafters.levels import LevelDrafter
+    from smart_decoding.models.target import TorchTarget
+
+ROUND_OVERHEAD = 4e-4  # seconds that drafting adds beyond its forwards, until real rounds tell
+
+
+class Profile:
+    """cost: the stored costs, else a guess, which real rounds correct until they are measured.
+
+    known: whether they are measured, for batches as large as this engine's. before: called before
+    each step, which overwrites the KV memory. taken: called with the costs once they are measured.
+    """
+
+    def __init__(
+        self,
+        target: TorchTarget,
+        drafter: LevelDrafter[Any] | None,
+        pages: int,
+        max_num_seqs: int,
+        head: str,
+        weights: Mapping[str, str],
+    ) -> None:
+        """head: what draws on the target's features; weights: the target's provenance."""
+        longest = longest_context(target.max_positions, target.device)
+        self._path = profile_path(weights, target.dtype, target.device, head, longest, target.steps)
+        self._model = weights["model"]
+        self._begin = partial(Measurement, target, drafter, pages, max_num_seqs)
+        self._measurement: Measurement | None = None
+        stored = load_profile(self._path)
+        self.cost = stored or CostModel.default()
+        self.known = stored is not None and max(stored.verify) >= largest_batch(
+            pages, max_num_seqs, target.device
+        )
+        self.before: Callable[[], object] = lambda: None
+        self.taken: Callable[[CostModel], object] = lambda cost: None
+
+    @property
+    def share(self) -> float:
+        """What is measured of all, in [0, 1]."""
+        if self._measurement is None:
+            return float(self.known)
+        return self._measurement.share
+
+    def step(self) -> bool:
+        """Measures a little, while no request runs; false if nothing is left to do."""
+        if self.known:
+            return False
+        if self._measurement is None:
+            self._measurement = self._begin()
+        self.before()
+        if self._measurement.step():
+            return True
+        self.keep(self._measurement.samples())
+        return False
+
+    def keep(self, samples: Sequence[Sample]) -> None:
+        """These are the costs from now on, and at later starts."""
+        self.cost = CostModel.fit(samples, ROUND_OVERHEAD)
+        if samples:
+            save_profile(self._path, self.cost, self._model)
+        self.taken(self.cost)
+        self.known = True
+        self._measurement = None
