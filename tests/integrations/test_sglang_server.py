@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -198,3 +199,13 @@ def test_chains_and_tiers_switch_and_say_what_the_target_says(
     assert found["tokens"] == plain
     assert found["steps"][0] == 1
     assert found["steps"][-1] == 2
+
+
+def test_targets_that_were_never_tried_are_refused_before_it_serves() -> None:
+    from smart_decoding.errors import ConfigError
+    from smart_decoding.integrations.sglang.eagle3 import check_target
+
+    config = SimpleNamespace(model_is_mrope=True)
+    runner = SimpleNamespace(attn_backend=object(), use_mla_backend=False, model_config=config)
+    with pytest.raises(ConfigError, match="attention of other kinds, multimodal positions"):
+        check_target(runner)

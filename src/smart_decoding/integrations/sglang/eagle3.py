@@ -89,7 +89,6 @@ def lay_out(_: None, backend: Any, forward_batch: Any) -> None:
     metadata = backend.forward_metadata
     metadata.qo_indptr = layout.qo_indptr_device
     metadata.max_extend_len = max(layout.verify_lens_cpu)
-    metadata.custom_mask = tree.custom_mask
     metadata.mask_indptr = mask_starts(forward_batch.seq_lens, layout.verify_lens)
 
 
@@ -98,13 +97,17 @@ class SmartEagle3Worker(EAGLEWorkerV2):  # type: ignore[misc]
 
     def __init__(self, server_args: Any, *others: Any, **options: Any) -> None:
         super().__init__(server_args, *others, **options)
-        check_target(self.target_worker.model_runner)
         costs = RowCosts(read_costs(), self.speculative_num_steps)
         self.choice = PooledChoice(costs, self.speculative_num_draft_tokens - 1)
         self._scores = KeptScores()
         HookRegistry.register(DRAFTED, self._scores, HookType.AROUND)
         HookRegistry.register(LAID_OUT, lay_out, HookType.AFTER)
         HookRegistry.apply_hooks()
+
+    def init_cuda_graphs(self) -> None:
+        """SGLang's last step before it serves; refuses a target of a kind that was never tried."""
+        check_target(self.target_worker.model_runner)
+        super().init_cuda_graphs()
 
     def forward_batch_generation(self, batch: Any, *others: Any, **options: Any) -> Any:
         """SGLang's; where drafting does not pay, the roots alone are verified."""
@@ -178,13 +181,13 @@ class SmartEagle3Worker(EAGLEWorkerV2):  # type: ignore[misc]
 
 def check_target(runner: Any) -> None:
     """Raises ConfigError if the target is of a kind that was never tried."""
-    backend = runner.attn_backend if hasattr(runner, "attn_backend") else None
+    backend = runner.attn_backend
+    # Backends that hold others are of other types: of recurrent layers, and of two batches.
     wrong = {
-        "multi-head latent attention": getattr(runner, "use_mla_backend", False),
-        "sliding windows": getattr(runner, "sliding_window_size", None),
+        "attention of other kinds": type(backend) is not TritonAttnBackend,
+        "multi-head latent attention": runner.use_mla_backend,
+        "sliding windows": (getattr(backend, "sliding_window_size", None) or 0) > 0,
         "multimodal positions": runner.model_config.model_is_mrope,
-        "another attention backend than triton": backend is not None
-        and not isinstance(backend, TritonAttnBackend),
     }
     found = [name for name, here in wrong.items() if here]
     if found:
