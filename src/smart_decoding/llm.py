@@ -138,8 +138,10 @@ class LLM:
         if profile is None or profile.known:
             return
         thread = self.engine_thread
-        step = partial(thread.still_does, profile) if thread.started else profile.step
-        finish(step, lambda: profile.share)
+        if thread.started:
+            finish(partial(thread.still_does, profile), lambda: profile.share)
+        else:
+            in_own_thread(lambda: finish(profile.step, lambda: profile.share))
 
     def _engine(self, speculation: Speculation, config: EngineConfig) -> Engine:
         engine = Engine(
@@ -305,7 +307,8 @@ def in_own_thread(work: Callable[[], T]) -> T:
     """What `work` returns, or raises, in a thread that is gone afterwards.
 
     OpenMP keeps a team of threads for every thread that has computed. More than there are CPUs
-    would sleep whenever they wait, however shortly: the engine's team is to be the only one."""
+    would sleep whenever they wait, however shortly: the engine's team is to be the only one.
+    Ctrl-C does not wait for it: its work goes on until it is done, or the process ends."""
     result: Future[T] = Future()
 
     def run() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -176,9 +177,13 @@ def test_the_last_line_comes_when_it_is_ended_from_outside(tmp_path: Path) -> No
     )
     path = tmp_path / "r.json"
     process = subprocess.Popen(
-        [sys.executable, "-c", script, path], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", script, path],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     while not path.exists():  # the first step begins
+        assert process.poll() is None
         time.sleep(0.02)
     time.sleep(0.3)
     process.terminate()

@@ -15,9 +15,7 @@ if TYPE_CHECKING:
 AGE = 256  # shared rounds after which a time is forgotten, and so measured again
 WEIGHT = 0.2  # of a round's time among those before
 OUTLIER = 2.0  # times what was expected: a round that takes longer counts as that
-MOST = (
-    64  # of the shortest rounds that a client sits out at most: a stall is nobody's fault
-)
+MOST = 64  # of the shortest rounds that a client sits out at most: a stall is nobody's fault
 
 
 class Shares:

@@ -51,9 +51,8 @@ class Profile:
     @property
     def share(self) -> float:
         """What is measured of all, in [0, 1]."""
-        if self._measurement is None:
-            return float(self.known)
-        return self._measurement.share
+        measurement = self._measurement  # the engine thread may end it meanwhile
+        return float(self.known) if measurement is None else measurement.share
 
     def step(self) -> bool:
         """Measures a little, while no request runs; false if nothing is left to do."""

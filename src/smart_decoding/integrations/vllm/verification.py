@@ -215,12 +215,13 @@ def install() -> None:
 
     Raises ConfigError if this vLLM lacks a name that is relied on."""
     import vllm
+
+    refuse_missing(vllm.__version__, "SMART_VLLM_VERIFICATION", missing(VERIFICATION), WITHOUT)
     from vllm.v1.worker.gpu.spec_decode import adaptive_verification as place
 
     theirs = place.AdaptiveVerificationManager
     if issubclass(theirs, SmartVerification):
         return
-    refuse_missing(vllm.__version__, "SMART_VLLM_VERIFICATION", missing(VERIFICATION), WITHOUT)
     ours = type("SmartVerificationManager", (SmartVerification, theirs), {})
     place.AdaptiveVerificationManager = ours
 
