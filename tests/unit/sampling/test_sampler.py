@@ -23,7 +23,7 @@ from smart_decoding.engine.structured import StructuredOutputsParams
 from smart_decoding.errors import ModelError
 from smart_decoding.models import device_sampling, drawing
 from smart_decoding.models.device_sampling import first_maximum
-from smart_decoding.models.drawing import NEAR, survivors
+from smart_decoding.models.drawing import NEAR
 from smart_decoding.models.noise import gumbel, noise_key, uniform_bits
 from smart_decoding.models.processors import process
 from smart_decoding.models.sampler import Sampler
@@ -155,6 +155,16 @@ def test_the_chi_square_would_notice_another_distribution():
         [draw(row, SampleSpec(SamplingParams(temperature=0.8), seed=seed)) for seed in range(SEEDS)]
     )
     assert chi_square(tokens, softmax(row / 0.8)) > 1e-3 > chi_square(tokens, softmax(row / 0.9))
+
+
+def survivors(row: np.ndarray, params: SamplingParams) -> np.ndarray:
+    """Ascending ids of the tokens of processed logits [vocab] that top-k, top-p and min-p leave:
+    what is drawn from, which drawing itself never lists."""
+    top = int(row.argmax())
+    floor = drawing.top_k_floor(row, params.top_k)
+    nucleus = drawing._Nucleus(row, top, floor, params)
+    tokens = np.flatnonzero(row >= max(floor, float(row[top]) + drawing.min_p_distance(params)))
+    return np.array([token for token in tokens if int(token) in nucleus], np.int64)
 
 
 @pytest.mark.parametrize("name", CASES)
