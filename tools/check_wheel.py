@@ -76,7 +76,7 @@ def pip(python: str, *arguments: str) -> None:
 
 def bare(empty: str, **more: str) -> dict[str, str]:
     """An environment with nothing on the path, and nothing of this one that chooses code."""
-    left_out = ("PYTHONPATH", "CXX", "SMART_ISA", "SMART_CACHE")
+    left_out = ("PYTHONPATH", "CXX", "SMART_ISA")
     kept = {name: value for name, value in os.environ.items() if name not in left_out}
     return {**kept, "PATH": empty, **more}
 

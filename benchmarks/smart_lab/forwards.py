@@ -13,7 +13,6 @@ from collections.abc import Callable
 
 import numpy as np
 
-from smart_decoding import LLM
 from smart_decoding.errors import ConfigError
 from smart_decoding.profiling.measure import verification
 
@@ -46,6 +45,8 @@ def shape_of(text: str) -> Shape:
 
 def main(args: argparse.Namespace) -> int:
     """Measures and prints a line for each shape."""
+    from smart_decoding import LLM
+
     llm = LLM("smollm2-135m", speculative_config=False, max_num_seqs=32)
     pages = llm.engine.config.pages
     runs = {}

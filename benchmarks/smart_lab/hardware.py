@@ -169,6 +169,14 @@ def dimensions(name: str) -> Dimensions:
     )
 
 
+def too_large(card: Card, model: Dimensions, batch: int, context: float) -> list[str]:
+    """That a batch does not fit into the card's memory, if it does not."""
+    needed = model.memory(batch, context)
+    if needed <= card.memory:
+        return []
+    return [f"batch {batch} needs {needed / 1e9:.0f} GB, more than its {card.memory / 1e9:.0f} GB"]
+
+
 def acceptances() -> Mapping[str, Mapping[str, Any]]:
     """Published levels of acceptance: tokens per round of EAGLE-2's trees, the context, the
     source."""

@@ -26,16 +26,17 @@ from tqdm import tqdm
 
 from smart_decoding.bench.blocks import Prompt
 from smart_decoding.bench.cycles import measure, rows_of
-from smart_decoding.bench.limits import measure_limits
-from smart_decoding.bench.limits import shares as limit_shares
+from smart_decoding.bench.limits import measure_limits, rated
 from smart_decoding.bench.options import BASELINE
 from smart_decoding.bench.provenance import memory, provenance
-from smart_decoding.bench.traffic import Sizes, achieved
+from smart_decoding.bench.traffic import Sizes
 from smart_decoding.core.cost import CostModel
 from smart_decoding.drafters.eagle import EagleDrafter
 from smart_decoding.engine.engine import Engine, EngineConfig
+from smart_decoding.engine.kv import PAGE
 from smart_decoding.engine.protocols import TargetScores
 from smart_decoding.engine.sampling_params import SamplingParams
+from smart_decoding.engine_args import EngineArgs
 from smart_decoding.errors import ConfigError, ModelError
 from smart_decoding.models.config import ModelConfig
 from smart_decoding.models.eagle_head import EagleHead
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
 
 SCALE = 0.02  # of random weights: activations stay finite through many layers
 DRAFT_VOCAB = 32000  # rows of the head's output matrix, as EAGLE-3's for Llama-3.1-8B
+NODES = 80  # that a request may expand, at any batch size: EAGLE-2 expands 70
 PROFILE_SECONDS = 10.0
 LABEL = "replayed acceptance"
 
@@ -177,8 +179,10 @@ def run(options: LabOptions) -> dict[str, Any]:
     trace = read_trace(options.replay)
     name, config = model_config(options.random_weights)
     _check(trace, config)
-    bench = _Replay(options, trace, config)
-    runs = [run for size in options.batch_sizes for run in bench.runs(size)]
+    bench = Replay(options, trace, config, PROFILE_SECONDS)
+    limit = options.time_limit
+    share = None if limit is None else limit / len(options.batch_sizes)
+    runs = [run for size in options.batch_sizes for run in bench.runs(size, share)]
     weights = {
         "model": f"{name}, random weights, {LABEL}",
         "trace": options.replay.name,
@@ -197,64 +201,76 @@ def run(options: LabOptions) -> dict[str, Any]:
     }
 
 
-class _Replay:
+def random_target(
+    config: ModelConfig,
+    dtype: str,
+    device: torch.device,
+    pages: int,
+    length: int,
+    allow_slow: bool = False,
+) -> TorchTarget:
+    """A model of random weights, drawn where it runs. Raises what TorchTarget raises."""
+    weights = RandomWeights(config.expected_shapes(), device)
+    checkpoint = Checkpoint(config, weights, Path(), {})
+    return TorchTarget(checkpoint, dtype, device, pages, length, allow_slow=allow_slow)
+
+
+class Replay:
     """The model, and engines over it."""
 
-    def __init__(self, options: LabOptions, trace: Trace, config: ModelConfig) -> None:
+    def __init__(
+        self, options: LabOptions, trace: Trace, config: ModelConfig, profile_seconds: float
+    ) -> None:
         self.options = options
         self.trace = trace
         largest = max(options.batch_sizes)
         answers = trace.recording.answers
         longest = max(a.prompt_length + max(len(a.tokens) + 1, a.limit) for a in answers)
         self.pages = pages_for(largest * longest, largest)
-        self.length = longest + 1
         self.slots = largest
-        weights = RandomWeights(config.expected_shapes(), device_of(options.device))
-        checkpoint = Checkpoint(config, weights, Path(), {})
-        self.target = TorchTarget(
-            checkpoint,
-            options.dtype,
-            device_of(options.device),
-            self.pages,
-            self.length,
-            allow_slow=options.allow_slow,
+        self.scratch = max(SCRATCH_PAGES, largest * NODES // PAGE)
+        device = device_of(options.device)
+        coarse = device.type == "cpu"
+        # a GPU's profile goes on to 1,024 rows and long contexts, whatever is replayed
+        self.length = longest + 1 if coarse else max(longest + 1, config.max_positions)
+        self.target = random_target(
+            config, options.dtype, device, self.pages, self.length, options.allow_slow
         )
-        files = random_head(config, min(DRAFT_VOCAB, config.vocab))
+        files = random_head(config, min(DRAFT_VOCAB, config.vocab), device)
         self.head = EagleHead(
-            files, self.target.decoder, self.pages, SCRATCH_PAGES, self.length + 64
+            files, self.target.decoder, self.pages, self.scratch, self.length + 64
         )
-        drafter = EagleDrafter(self.head, self.pages, SCRATCH_PAGES)
+        drafter = EagleDrafter(self.head, self.pages, self.scratch)
         profile = Measurement(
-            self.target, drafter, self.pages, largest, PROFILE_SECONDS, coarse=True
+            self.target, drafter, self.pages, largest, profile_seconds, coarse=coarse
         )
         self.cost = CostModel.fit(profile.run(), ROUND_OVERHEAD)
         self.sizes = Sizes.of(config, self.target.dtype.itemsize)
         self.limits = measure_limits(self.target.dtype, self.target.device)
 
-    def runs(self, size: int) -> list[dict[str, Any]]:
-        """The runs of one batch size, in its share of the time."""
+    def runs(self, size: int, seconds: float | None) -> list[dict[str, Any]]:
+        """The runs of one batch size, in so many seconds. Raises CapacityError where these do not
+        suffice for one block of every contestant."""
         answers = self.trace.recording.answers
         usable = [i for i, a in enumerate(answers) if a.positions > 0][: self.options.limit]
         chosen = [usable[i % len(usable)] for i in range(max(len(usable), 2 * size))]
         prompts = self.prompts(chosen)
         engines = self.engines()
-        limit = self.options.time_limit
-        share = None if limit is None else limit / len(self.options.batch_sizes)
         with tqdm(desc=f"{LABEL}, batch {size}", unit="block", leave=False) as bar:
-            deadline = None if share is None else time.perf_counter() + share
+            deadline = None if seconds is None else time.perf_counter() + seconds
             found = measure(engines, prompts, size, deadline, lambda label: bar.update())
         rows = rows_of(found, size, self.options)
-        rows = [{**row, **achieved(row, self.sizes)} for row in rows]
-        return [{**row, **limit_shares(row, self.limits)} for row in rows]
+        return rated(rows, self.sizes, self.limits, self.target.device)
 
     def engines(self) -> dict[str, Engine]:
         """Every contestant by label; the baseline has no drafter."""
-        config = EngineConfig(self.pages, self.length, self.slots, 256, prefix_caching=False)
+        chunk = EngineArgs().chunk(self.target.device.type == "cuda")
+        config = EngineConfig(self.pages, self.length, self.slots, chunk, prefix_caching=False)
         target: Any = ReplayedTarget(self.target, self.trace)
         engines = {}
         for arm in self.options.arms:
             policy = self.trace.policy(arm.policy, self.cost, **arm.policy_options)
-            drafter = ReplayedDrafter(self.head, self.trace.recording, self.pages, SCRATCH_PAGES)
+            drafter = ReplayedDrafter(self.head, self.trace.recording, self.pages, self.scratch)
             engines[arm.label] = Engine(
                 target,
                 policy,
@@ -304,7 +320,9 @@ def model_config(name: str) -> tuple[str, ModelConfig]:
     )
 
 
-def random_head(config: ModelConfig, draft_vocab: int) -> HeadFiles:
+def random_head(
+    config: ModelConfig, draft_vocab: int, device: torch.device | str = "cpu"
+) -> HeadFiles:
     """An EAGLE-3 head's shapes for a target: one layer over [embedding ; features], three
     aux_layers, its own output rows."""
     aux_layers = tuple(
@@ -325,7 +343,7 @@ def random_head(config: ModelConfig, draft_vocab: int) -> HeadFiles:
                 (dims[0], 2 * d) if wide else dims
             )
     shapes |= {"midlayer.hidden_norm.weight": (d,), "lm_head.weight": (draft_vocab, d)}
-    weights: dict[str, torch.Tensor] = dict(RandomWeights(shapes))
+    weights: dict[str, torch.Tensor] = dict(RandomWeights(shapes, device))
     return HeadFiles({}, {**weights, "draft_ids": torch.arange(draft_vocab)}, aux_layers, shape)
 
 

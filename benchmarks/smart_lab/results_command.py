@@ -23,6 +23,7 @@ from smart_lab.results import LabResults
 
 RESULTS = Path(__file__).parents[1] / "results"
 MADE = "Made by `python -m smart_lab results` from the JSON files of this folder; do not edit."
+TOLD = {"simulated": ": nothing here was measured"}
 # Kind -> title, in the order of the page.
 KINDS = {
     "bench": "Policies",
@@ -36,6 +37,7 @@ KINDS = {
     "transformers": "Inside transformers",
     "pictures": "Pictures",
     "pictures-fp32": "Pictures, fp32",
+    "published": "Simulated from data sheets",
 }
 
 
@@ -73,7 +75,11 @@ def page(folder: Path) -> str:
     files = sorted(folder.glob("*.json"), key=lambda path: list(KINDS).index(kind_of(path)))
     return (
         "\n\n".join(
-            [f"# {folder.name}: what was measured", MADE, *(section(path) for path in files)]
+            [
+                f"# {folder.name}{TOLD.get(folder.name, ': what was measured')}",
+                MADE,
+                *(section(path) for path in files),
+            ]
         )
         + "\n"
     )
@@ -124,7 +130,9 @@ def facts(origin: Mapping[str, Any]) -> str:
 def tables_of(data: Mapping[str, Any]) -> list[str]:
     """Every part of a run as a table under its title."""
     found: list[Section] = []
-    if "llama_cpp" in data:
+    if "simulated" in data:
+        found += tables.simulated(data["simulated"])
+    elif "llama_cpp" in data:
         found += tables.gguf(data)
     elif "runs" in data:
         results = LabResults.from_dict(data)

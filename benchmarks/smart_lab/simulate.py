@@ -65,13 +65,17 @@ class Prediction:
 
 @dataclass(slots=True)
 class Simulation:
-    """What is simulated, in words, and an prediction for each batch size."""
+    """What is simulated, in words, and a prediction for each batch size.
+
+    profiled: by batch size, the speedup of `smart` where it knows of the costs what a profile of a
+    range finds."""
 
     hardware: str
     model: str
     acceptance: str
     predictions: list[Prediction] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    profiled: dict[int, dict[str, float]] = field(default_factory=dict)
 
     def crossing(self, policy: str) -> float | None:
         """The batch size at which a policy's speedup falls below 1, interpolated; None where it
@@ -94,6 +98,7 @@ class Simulation:
             "model": self.model,
             "acceptance": self.acceptance,
             "notes": self.notes,
+            "profiled": {str(size): found for size, found in self.profiled.items()},
             "outlooks": [
                 {
                     "batch_size": o.batch_size,
@@ -133,18 +138,14 @@ class Simulator:
         self, batch_size: int, on_policy: Callable[[str], object] = lambda name: None
     ) -> Prediction:
         """All policies at one batch size."""
-        trace, cost, host = self.trace, self.cost, self.host
-        rounds = max(LEAST_ROUNDS, ROUNDS // batch_size)
-        recording = enough(trace.recording, batch_size)
-
-        def of(name: str, **options: int) -> Replayed:
+        cost, host = self.cost, self.host
+        recording = enough(self.trace.recording, batch_size)
+        found = []
+        for name in ("off", "smart", "paper"):
             on_policy(name)
-            policy = trace.policy(name, cost, **options)
-            return self._counted(replay(policy, recording, cost, batch_size, host, rounds=rounds))
-
-        plain = of("off").tokens_per_s
-        smart = of("smart")
-        paper = of("paper", **self._paper)
+            found.append(self.replayed(name, batch_size))
+        plain = found[0].tokens_per_s
+        _, smart, paper = found
         on_policy("eagle2")
         ((_, eagle),) = self._over(self._eagle, recording).rank(cost, batch_size, host)
         ranked = self._over(self._fixed, recording).rank(cost, batch_size, host)
@@ -153,6 +154,16 @@ class Simulator:
         speedup = {SMART: smart, PAPER: paper, EAGLE2: eagle, name_of(setting): fixed}
         rates = {name: result.tokens_per_s / plain for name, result in speedup.items()}
         return Prediction(batch_size, plain, rates, setting, smart)
+
+    def replayed(self, name: str, batch_size: int, believed: CostModel | None = None) -> Replayed:
+        """One policy at one batch size. believed: what it knows of the costs, if not the truth."""
+        options = self._paper if name == "paper" else {}
+        policy = self.trace.policy(name, believed or self.cost, **options)
+        recording = enough(self.trace.recording, batch_size)
+        rounds = max(LEAST_ROUNDS, ROUNDS // batch_size)
+        return self._counted(
+            replay(policy, recording, self.cost, batch_size, self.host, rounds=rounds)
+        )
 
     def _counted(self, found: Replayed) -> Replayed:
         self.rounds += found.rounds * found.batch_size  # of requests

@@ -209,7 +209,7 @@ def _costs(
             trace.host,
             Simulation(f"profile {Path(name).name}", "as profiled", acceptance),
         )
-    from smart_lab.hardware import card, dimensions, roofline
+    from smart_lab.hardware import card, dimensions, roofline, too_large
 
     sheet, model = card(name, args.eager), dimensions(args.model or MODEL)
     how = "every kernel launched from Python" if args.eager else "CUDA graphs"
@@ -220,11 +220,7 @@ def _costs(
         acceptance,
     )
     longest = max((a.prompt_length + len(a.tokens) for a in trace.recording.answers), default=0)
-    if model.memory(largest, longest) > sheet.memory:
-        needed = model.memory(largest, longest) / 1e9
-        simulation.notes.append(
-            f"batch {largest} needs {needed:.0f} GB, more than its {sheet.memory / 1e9:.0f} GB"
-        )
+    simulation.notes += too_large(sheet, model, largest, longest)
     return roofline(sheet, model), None, simulation
 
 

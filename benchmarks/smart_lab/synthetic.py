@@ -44,7 +44,8 @@ def synthetic(
     low, high = EASES
     for _ in range(9):
         ease = (low + high) / 2
-        found = _yield(_draw(ease, 8, 40, context, seed, spread), tree or {})
+        tried = _draw(ease, min(8, answers), min(40, length), context, seed, spread)
+        found = _yield(tried, tree or {})
         low, high = (ease, high) if found < tokens_per_round else (low, ease)
     if not EASES[0] + 0.01 < low < EASES[1] - 0.01 or not 1 < tokens_per_round < LEVELS + 1:
         raise ConfigError(

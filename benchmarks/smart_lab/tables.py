@@ -268,6 +268,63 @@ def _runs(peer: Mapping[str, Any]) -> list[Run]:
     return [run for run in runs if isinstance(run, Mapping)] if isinstance(runs, Sequence) else []
 
 
+def simulated(found: Sequence[Mapping[str, Any]]) -> list[Section]:
+    """What `smart_lab published` simulates, a table a card."""
+    return [_simulated(each) for each in found]
+
+
+def _simulated(found: Mapping[str, Any]) -> Section:
+    published = found["published"]
+    ranges = list(next(iter(found["profiled"].values())))
+    rows = [
+        _predicted(o, found["profiled"][str(o["batch_size"])], published) for o in found["outlooks"]
+    ]
+    head = (
+        "batch",
+        "plain tok/s",
+        "fixed tree, 59 nodes",
+        "published rule",
+        "best of 15 fixed trees",
+        "smart",
+        *(f"smart, profile of {name}" for name in ranges),
+        "smart: tokens, rows per round",
+    )
+    captions = [
+        f"Acceptance: {found['acceptance']}.",
+        *(f"It does not fit: {note}." for note in found["notes"]),
+    ]
+    title = f"Simulated: {found['hardware']}, {found['model']} (published speedups in brackets)"
+    return Section("simulated", title, head=head, rows=rows, captions=captions)
+
+
+def _predicted(
+    o: Mapping[str, Any],
+    profiled: Mapping[str, float],
+    published: Mapping[str, Mapping[str, float]],
+) -> Sequence[Cell]:
+    size = str(o["batch_size"])
+    speedup = dict(o["speedup"])
+    smart = speedup.pop("smart")
+    rule = speedup.pop("paper")
+    tree = speedup.pop("eagle2, EAGLE-2's size")
+    (fixed,) = speedup.values()
+
+    def beside(value: float, method: str) -> str:
+        known = published.get(method, {}).get(size)
+        return f"{value:.2f}" + (f" ({known:.2f})" if known else "")
+
+    return (
+        size,
+        f"{o['plain_tokens_per_s']:.0f}",
+        beside(tree, "msd"),
+        beside(rule, "smart"),
+        f"{fixed:.2f}",
+        f"{smart:.2f}",
+        *(f"{value:.2f}" for value in profiled.values()),
+        f"{o['smart_tokens_per_round']:.1f}, {o['smart_rows_per_round']:.0f}",
+    )
+
+
 def gguf(result: Mapping[str, Any]) -> list[Section]:
     """One GGUF file here and in llama.cpp: forwards, then a table for each number of requests."""
     return [_gguf_forwards(result), *(_gguf_run(run) for run in result["runs"])]

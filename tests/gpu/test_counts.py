@@ -22,20 +22,24 @@ from smart_decoding.core.cost import CostModel
 from smart_decoding.core.policies import make_policy
 from smart_decoding.drafters.eagle import EagleDrafter
 from smart_decoding.drafters.ngram import NgramDrafter
+from smart_decoding.drafters.recycling import RecyclingDrafter
 from smart_decoding.engine.engine import Engine, EngineConfig
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.models import decoder as decoder_module
-from smart_decoding.models import head_weights, ranking, sampler, target
+from smart_decoding.models import head_weights, ranking, sampler
 from smart_decoding.models.config import ModelConfig
 from smart_decoding.models.eagle_head import EagleHead
 from smart_decoding.models.graphs import GraphedLayers
 from smart_decoding.models.loading import Checkpoint
+from smart_decoding.models.ranking import torch_top_k
 from smart_decoding.models.target import TorchTarget
 from smart_decoding.models.torch_layers import TorchLayers
 from smart_lab.replayed_run import RandomWeights, random_head
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    from smart_decoding.engine.protocols import Drafter
 
 LLAMA_8B = ModelConfig(
     family="llama",
@@ -89,8 +93,9 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counts]:
         def __getitem__(self, grid: object) -> Callable[..., None]:
             return lambda *args, **options: counting.seen.update(["launch"])
 
-    monkeypatch.setitem(sys.modules, "smart_decoding.models.triton_kernels", Launched())
-    monkeypatch.setattr(smart_decoding.models, "triton_kernels", Launched(), raising=False)
+    for name in ("triton_kernels", "triton_sampling"):
+        monkeypatch.setitem(sys.modules, f"smart_decoding.models.{name}", Launched())
+        monkeypatch.setattr(smart_decoding.models, name, Launched(), raising=False)
     monkeypatch.delitem(sys.modules, "smart_decoding.models.triton_ops", raising=False)
 
     def download(tensor: Tensor) -> np.ndarray:
@@ -99,7 +104,7 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counts]:
         floats = tensor.is_floating_point()
         return np.full(tensor.shape, 0.5) if floats else np.zeros(tensor.shape, np.int64)
 
-    for module in (sampler, target, ranking):
+    for module in (sampler, ranking):
         monkeypatch.setattr(module, "download", download)
     with counting:
         yield counting
@@ -129,13 +134,19 @@ def target_on_meta(monkeypatch: pytest.MonkeyPatch, graphs: bool) -> TorchTarget
 
 
 def rounds(
-    model: TorchTarget, counts: Counts, temperature: float, drafter: NgramDrafter | None
+    model: TorchTarget,
+    counts: Counts,
+    temperature: float,
+    drafter: Drafter | None,
+    logprobs: int | None = None,
 ) -> list[tuple[int, Counter[str]]]:
     """The counts of decoding rounds of eight requests."""
     policy = make_policy("static" if drafter else "off", {"cost": CostModel.default()})
     config = EngineConfig(400, 2048, 8, 256, False, 0, False)
     engine = Engine(model, policy, drafter, config, lambda skip: lambda ids: "")
-    params = SamplingParams(temperature=temperature, max_tokens=60, top_p=0.9, ignore_eos=True)
+    params = SamplingParams(
+        temperature=temperature, max_tokens=60, top_p=0.9, ignore_eos=True, logprobs=logprobs
+    )
     for i in range(8):
         engine.add_request(str(i), [5, 6, 7, 0, 0, 0, i], params)
     engine.step()
@@ -165,11 +176,23 @@ def test_a_round_asks_little(
     found = rounds(model, counts, temperature, NgramDrafter() if drafts else None)
     drawn = temperature > 0
     for operations, seen in found[1:]:
-        assert operations <= (70 if graphs else 600) + 125 * drawn, seen
-        assert seen["launch"] == (1 if graphs else 4 * LLAMA_8B.layers), seen
-        assert seen["wait"] == 1 + drawn, seen
-        assert seen["upload"] <= 2 + 2 * drawn, seen  # one more where accepted keys move
-    assert min(seen["upload"] for _, seen in found) == 1 + 2 * drawn
+        assert operations <= (70 if graphs else 600), seen
+        assert seen["launch"] == 1 + (1 if graphs else 4 * LLAMA_8B.layers), seen
+        assert seen["wait"] == 1, seen
+        assert seen["upload"] <= 2 + drawn, seen  # one of them where accepted keys move
+    assert min(seen["upload"] for _, seen in found) == 1 + drawn
+
+
+@pytest.mark.parametrize("what", ["logprobs", "recycling"])
+def test_what_else_reads_logits_waits_once(
+    what: str, counts: Counts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = target_on_meta(monkeypatch, True)
+    recycling = RecyclingDrafter(LLAMA_8B.vocab, torch_top_k) if what == "recycling" else None
+    logprobs = 3 if what == "logprobs" else None
+    for operations, seen in rounds(model, counts, 0.8, recycling, logprobs)[1:]:
+        assert operations <= 70, seen
+        assert seen["wait"] == 2, seen
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
@@ -199,7 +222,7 @@ def test_a_draft_level_asks_little(
     assert engine.last_round is not None
     assert len(engine.last_round.round.level_widths) == 4
     drawn = temperature > 0
-    assert operations <= 400 + 300 * drawn, seen
-    assert seen["launch"] == 4 + 1, seen
-    assert seen["wait"] == 4 + 1 + drawn, seen
-    assert seen["upload"] <= 4 * (2 + drawn) + 2 + 2 * drawn, seen
+    assert operations <= 300, seen
+    assert seen["launch"] == 4 * (1 + drawn) + 2, seen
+    assert seen["wait"] == 4 + 1, seen
+    assert seen["upload"] <= 4 * (2 + drawn) + 3, seen

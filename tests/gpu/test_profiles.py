@@ -47,6 +47,10 @@ def test_a_gpu_is_measured_until_arithmetic_is_all_that_costs() -> None:
     for device in (GPU, torch.device("cpu")):
         cost = CostModel.fit(measured(device))
         far[device.type] = np.abs(cost.verify_seconds(8, rows, 3000.0) / exact - 1).max()
+        if device == GPU:  # where arithmetic begins to cost, in a large batch
+            near = np.arange(64, 320)
+            known = np.array([seconds(VerifySample(64, n, 500.0, 0.0)) for n in near])
+            assert np.abs(cost.verify_seconds(64, near, 500.0) / known - 1).max() < 0.05
     assert far["cuda"] < 0.1
     assert far["cpu"] > 0.3
 

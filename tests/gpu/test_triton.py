@@ -14,80 +14,18 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("Triton is to interpret: make test-gpu-path", allow_module_level=True)
 pytest.importorskip("triton", reason="Triton is not installed here: make test-gpu-path")
 
-from smart_decoding.core.tree import ROOT, DraftTrees
-from smart_decoding.engine.kv import PAGE
-from smart_decoding.engine.rows import Rows, Span, build_rows
+from smart_decoding.engine.rows import build_rows
 from smart_decoding.models import triton_ops
 from smart_decoding.models.graphs import GraphedLayers
-from smart_decoding.models.layers import Context, KVCache
+from smart_decoding.models.layers import KVCache
 from smart_decoding.models.torch_layers import TorchLayers, TorchOps
 from smart_decoding.models.triton_ops import TritonOps, splits_of
+from smart_lab.gpu_parity import PAGES, cache_for, context_of, exact, random_rows
 
 from ..parity.checkpoints import VOCAB, Memory, decoder, plain_rows, random_trees, span
 
-PAGES = 120
 # query heads, heads of keys, width
 HEADS = [(6, 2, 24), (7, 1, 64), (2, 2, 80), (8, 1, 128)]
-
-
-def random_rows(rng: np.random.Generator) -> Rows:
-    """Trees of some requests beside chunks of prompts, at contexts of up to nine pages."""
-    free = rng.permutation(PAGES).astype(np.int32).tolist()
-    decoding = int(rng.integers(0, 4))
-    spans = []
-    trees = DraftTrees.empty(decoding)
-    for owner in range(decoding):
-        for _ in range(int(rng.integers(0, 20))):
-            parent = int(rng.choice([ROOT, *trees.nodes_of(owner)]))
-            trees.append([owner], [int(rng.integers(50))], [parent], [0.5])
-    for i in range(decoding + int(rng.integers(decoding == 0, 3))):
-        count = 1 if i < decoding else int(rng.integers(1, 40))
-        start = int(rng.integers(0, 140))
-        at = np.arange(start, start + count + len(trees.nodes_of(i)))
-        pages = np.array([free.pop() for _ in range(-(-(at[-1] + 1) // PAGE))], np.int32)
-        slots = (pages[at // PAGE] * PAGE + at % PAGE).astype(np.int32)
-        spans.append(Span([1] * count, start, slots, pages))
-    return build_rows(spans, trees, [True] * len(spans)).rows
-
-
-def read_by(rows: Rows, row: int) -> np.ndarray:
-    """The slots that a row reads."""
-    group = int(np.searchsorted(rows.query_start_loc, row, "right")) - 1
-    at = np.arange(rows.context_len[row])
-    pages = rows.pages[rows.block_table_start[group] + at // PAGE]
-    own = rows.ancestors[rows.ancestors_start[row] : rows.ancestors_start[row + 1]]
-    return np.concatenate((pages * PAGE + at % PAGE, own)).astype(np.int64)
-
-
-def exact(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rows: Rows) -> torch.Tensor:
-    """[rows, heads * width] attention in float64, row by row."""
-    heads, width = q.shape[1:]
-    k, v = (part.double().flatten(1, 2) for part in (keys, values))
-    out = torch.zeros(len(rows), heads, width, dtype=torch.float64)
-    for row in range(len(rows)):
-        slots = read_by(rows, row)
-        for head in range(heads):
-            kv_head = head // (heads // len(keys))
-            scores = k[kv_head, slots] @ q[row, head].double() * width**-0.5
-            out[row, head] = scores.softmax(0) @ v[kv_head, slots]
-    return out.flatten(1)
-
-
-def cache_for(rows: Rows, kv_heads: int, width: int, dtype: torch.dtype) -> KVCache:
-    """Random keys and values where rows read, NaN elsewhere."""
-    cache = KVCache.empty(1, kv_heads, PAGES, width, dtype, torch.device("cpu"), False)
-    live = np.unique(np.concatenate([read_by(rows, row) for row in range(len(rows))]))
-    for part in (cache.keys, cache.values):
-        part.fill_(torch.nan)
-        part[..., live // PAGE, live % PAGE, :] = torch.randn(
-            1, kv_heads, len(live), width, dtype=dtype
-        )
-    return cache
-
-
-def context_of(rows: Rows, width: int) -> Context:
-    angles = torch.rand(512, width // 2) * 6
-    return Context(rows, angles.cos(), angles.sin())
 
 
 @pytest.mark.parametrize("most_splits", [1, 4])

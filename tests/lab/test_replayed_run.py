@@ -83,10 +83,11 @@ def test_tokens_and_rounds_are_those_of_a_replay(folder):
 
 def test_answers_are_the_recorded_ones_under_every_policy(folder):
     trace = replayed_run.read_trace(folder / "t")
-    bench = replayed_run._Replay(
+    bench = replayed_run.Replay(
         options(folder, policies=("off", "smart", "eagle2")),
         trace,
         replayed_run.model_config(str(folder / "config.json"))[1],
+        0.05,
     )
     for label, engine in bench.engines().items():
         prompts = bench.prompts([0, 1, 2])["recorded"]

@@ -9,10 +9,11 @@ import pytest
 from smart_decoding.cli.main import main
 from smart_decoding.core.cost import CostModel
 from smart_decoding.errors import ConfigError, ModelError
-from smart_lab import assumptions
+from smart_lab import assumptions, tables
 from smart_lab.__main__ import LAB
-from smart_lab.hardware import _data, acceptances, card, dimensions, roofline
-from smart_lab.published import cell
+from smart_lab.hardware import _data, acceptances, card, dimensions, roofline, too_large
+from smart_lab.profiled import RANGES, profiled
+from smart_lab.published import SETUPS, published_of
 from smart_lab.replay import HostCosts
 from smart_lab.simulate import (
     EAGLE2,
@@ -268,10 +269,34 @@ def test_published_figures_stand_beside_what_they_are_figures_of(msd):
     """The paper's rule beside `paper`, MSD beside its tree, nothing beside `smart`."""
     simulator = Simulator(msd, roofline(card("l40s", eager=True), dimensions("vicuna-7b")))
     prediction = simulator.prediction(12)
-    known = acceptances()["msd"]["published"]["l40s"]
-    assert cell(prediction, PAPER, known) == f"{prediction.speedup[PAPER]:.2f} (1.40)"
-    assert cell(prediction, EAGLE2, known) == f"{prediction.speedup[EAGLE2]:.2f} (0.90)"
-    assert cell(prediction, SMART, known) == f"{prediction.speedup[SMART]:.2f}"
+    profiled_at = {12: {"1,024 rows": 1.5}}
+    found = Simulation("h", "m", "a", [prediction], ["too large"], profiled_at).to_dict()
+    (part,) = tables.simulated([{**found, "published": published_of(SETUPS[0])}])
+    speedup = prediction.speedup
+    assert part.rows[0][2] == f"{speedup[EAGLE2]:.2f} (0.90)"
+    assert part.rows[0][3] == f"{speedup[PAPER]:.2f} (1.40)"
+    assert part.rows[0][5:7] == (f"{speedup[SMART]:.2f}", "1.50")
+    assert "It does not fit: too large." in part.captions
+
+
+def test_70b_does_not_fit_one_card():
+    model = dimensions("llama-3.3-70b")
+    assert model.weights == pytest.approx(69.5e9, rel=0.01)  # 70.6 G less the input embedding
+    assert "more than its 80 GB" in too_large(card("h100"), model, 1, 300)[0]
+    assert not too_large(card("4-h100"), model, 128, 300)
+
+
+def test_a_profile_of_1024_rows_knows_where_arithmetic_begins():
+    """One of 96 rows goes on with a flat line."""
+    truth = roofline(card("h100"), dimensions("llama-3.1-8b"))
+    rows = np.arange(64, 1025)
+    exact = truth.verify_seconds(64, rows, 300.0)
+    off = {
+        name: np.abs(profiled(truth, grid).verify_seconds(64, rows, 300.0) / exact - 1).max()
+        for name, grid in RANGES.items()
+    }
+    assert off["1,024 rows"] < 0.06
+    assert off["96 rows"] > 0.5
 
 
 def test_the_published_rule_is_bound_to_its_drafter():

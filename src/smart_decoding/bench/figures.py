@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from smart_decoding.bench.floor import FLOOR
 from smart_decoding.bench.options import BASELINE
 from smart_decoding.bench.report import PLAIN
-from smart_decoding.bench.results import Results, Run, interval, mapping
+from smart_decoding.bench.results import Results, Run, headline, interval, mapping
 from smart_decoding.bench.sections import number
 
 NEUTRAL = -1  # the colour of what is no policy
@@ -95,9 +96,9 @@ def speedup(results: Results) -> Figure:
     title = "Speedup against batch size"
     points = {
         policy: [
-            Point(run["batch_size"], value, interval(run))
+            Point(run["batch_size"], value, interval(run, headline(run)))
             for run in runs_of(results, policy)
-            if (value := number(run, "speedup")) is not None
+            if (value := number(run, headline(run))) is not None
         ]
         for policy in results.names
     }
@@ -108,6 +109,8 @@ def speedup(results: Results) -> Figure:
         "Throughput while decoding, divided by that of plain decoding in the same run; bands are "
         "95 % intervals over paired blocks. Below the line at 1× speculation costs time."
     )
+    if any(headline(run) == FLOOR for run in results.contestants):
+        caption += " Where plain decoding is slow for its GPU: over a round that reads memory once."
     sizes = [float(size) for size in results.batch_sizes]
     level = (1.0, "1×, plain decoding: below it is slower")
     panel = Panel("", "batch size", "speedup", series, sizes, True, level=level)

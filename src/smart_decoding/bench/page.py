@@ -21,7 +21,15 @@ from smart_decoding.bench.report import (
     speedups,
     warnings,
 )
-from smart_decoding.bench.results import Results, Run, interval, mapping, verdict
+from smart_decoding.bench.results import (
+    Results,
+    Run,
+    headline,
+    headline_cell,
+    interval,
+    mapping,
+    verdict,
+)
 from smart_decoding.bench.sections import (
     FASTER,
     SLOWER,
@@ -29,7 +37,6 @@ from smart_decoding.bench.sections import (
     Marked,
     Section,
     number,
-    ratio_cell,
     text_of,
 )
 from smart_decoding.bench.summary import POOLED
@@ -43,7 +50,8 @@ ROUNDS = (
     "Rows and wasted rows are the whole batch's, tokens one request's. GB/s: all weights and "
     "cached keys and values, read once in the mean time of a verifying forward; GFLOP/s: products "
     "with weights in that time; their limits: what this machine reached in a sum and in a matrix "
-    "product of torch, in their best moment. Peak memory: of the process, over all policies of a "
+    "product of torch, in their best moment. Over floor, on GPUs: over rounds of plain decoding in "
+    "which memory is read once at that rate. Peak memory: of the process, over all policies of a "
     "batch size."
 )
 
@@ -157,14 +165,14 @@ def tiles(results: Results) -> list[Tile]:
     runs = results.decided
     if not runs:
         return []
-    best = max(runs, key=lambda run: run["speedup"])
-    worst = min(runs, key=lambda run: run["speedup"])
+    best = max(runs, key=_quoted)
+    worst = min(runs, key=_quoted)
     different = [run for run in results.contestants if run.get("identical") is False]
     told = f"of {len(results.contestants)} runs gave other tokens than plain decoding"
     return [
         *_smart_tile(runs),
-        Tile(f"{best['speedup']:.2f}×", f"best: {_where(results, best)}", verdict(best)),
-        Tile(f"{worst['speedup']:.2f}×", f"worst: {_where(results, worst)}", verdict(worst)),
+        Tile(f"{_quoted(best):.2f}×", f"best: {_where(results, best)}", verdict(best)),
+        Tile(f"{_quoted(worst):.2f}×", f"worst: {_where(results, worst)}", verdict(worst)),
         *_noise_tile(results),
         Tile(str(len(different)), told, SLOWER if different else FASTER),
     ]
@@ -175,7 +183,7 @@ def _smart_tile(runs: Sequence[Run]) -> list[Tile]:
     ours = sorted((r for r in runs if r["policy"] == "smart"), key=lambda run: run["batch_size"])
     if not ours:
         return []
-    speedups = [run["speedup"] for run in ours]
+    speedups = [_quoted(run) for run in ours]
     verdicts = {verdict(run) for run in ours}
     kind = next(kind for kind in (SLOWER, UNDECIDED, FASTER) if kind in verdicts)
     told = f"smart, over batch sizes {', '.join(str(run['batch_size']) for run in ours)}"
@@ -199,17 +207,22 @@ def _noise_tile(results: Results) -> list[Tile]:
 def losses(results: Results) -> Section:
     """All pooled runs below 1x and single tasks that are slower, the lowest first; where another
     policy beats smart."""
-    below = [run for run in results.decided if round(run["speedup"], 2) < 1.0]
+    below = [run for run in results.decided if round(_quoted(run), 2) < 1.0]
     below += [run for run in results.runs if _slow_task(results, run)]
     lines: list[str | Marked] = []
-    for run in sorted(below, key=lambda run: run["speedup"]):
+    for run in sorted(below, key=_quoted):
         kind = verdict(run)
-        value, _, bounds = text_of(ratio_cell(run)).partition(" ")
+        value, _, bounds = text_of(headline_cell(run)).partition(" ")
         told = f"{value}× {bounds or '(one block)'}, {WORDS[kind]}"
         lines.append(Marked(f"{_where(results, run)}: {told}", kind))
     lines += _beaten(results)
     intro = "" if lines else "No policy was below 1× at any batch size over all tasks."
     return Section("losses", "Where it loses", intro=intro, lines=lines)
+
+
+def _quoted(run: Run) -> float:
+    """The speedup to quote."""
+    return float(run[headline(run)])
 
 
 def _slow_task(results: Results, run: Run) -> bool:
@@ -228,9 +241,9 @@ def _beaten(results: Results) -> list[str]:
         ours = next((run for run in runs if policy_of(run["policy"]) == "smart"), None)
         best = max(runs, key=lambda run: run["speedup"], default=None)
         if ours is not None and best is not None and best["speedup"] > ours["speedup"]:
-            other = f"{results.names[best['policy']]} has {best['speedup']:.2f}×"
+            other = f"{results.names[best['policy']]} has {_quoted(best):.2f}×"
             name = results.names[ours["policy"]]
-            lines.append(f"batch {size}: {other}, more than {name}'s {ours['speedup']:.2f}×")
+            lines.append(f"batch {size}: {other}, more than {name}'s {_quoted(ours):.2f}×")
     return lines
 
 

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+from smart_decoding.bench.floor import FLOOR, PLAIN
 from smart_decoding.bench.names import policy_of, short_names
 from smart_decoding.bench.options import BASELINE
-from smart_decoding.bench.sections import UNDECIDED, RatioCell, number, ratio_cell
+from smart_decoding.bench.sections import UNDECIDED, Cell, RatioCell, number, ratio_cell
 from smart_decoding.bench.summary import POOLED
 from smart_decoding.core.cost import CostModel
 from smart_decoding.errors import ConfigError
@@ -142,9 +143,20 @@ def interval(run: Mapping[str, Any], name: str = "speedup") -> tuple[float, floa
     return (low, high) if low is not None and high is not None else None
 
 
+def headline(run: Run) -> str:
+    """The name of the speedup to quote: over plain decoding; on a GPU where that is slow, over what
+    reading memory takes."""
+    return FLOOR if run.get("headline") == FLOOR and number(run, FLOOR) is not None else PLAIN
+
+
+def headline_cell(run: Run | None) -> Cell:
+    """The speedup to quote, with its interval."""
+    return ratio_cell(run) if run is None else ratio_cell(run, headline(run))
+
+
 def verdict(run: Run) -> str:
-    """FASTER or SLOWER than plain decoding only where the whole interval says so."""
-    cell = ratio_cell(run)
+    """FASTER or SLOWER by the speedup to quote, only where its whole interval says so."""
+    cell = headline_cell(run)
     return cell.kind if isinstance(cell, RatioCell) else UNDECIDED
 
 

@@ -21,12 +21,11 @@ from smart_decoding.bench.blocks import Prompt
 from smart_decoding.bench.command import command_of
 from smart_decoding.bench.cycles import Measurement, Prompts, cycles_of, measure, rows_of
 from smart_decoding.bench.data import load_task
-from smart_decoding.bench.limits import measure_limits
-from smart_decoding.bench.limits import shares as limit_shares
+from smart_decoding.bench.limits import measure_limits, rated
 from smart_decoding.bench.peak import forget_peak, peak_gib
 from smart_decoding.bench.provenance import memory, provenance
 from smart_decoding.bench.resume import Progress, key_of
-from smart_decoding.bench.traffic import Sizes, achieved
+from smart_decoding.bench.traffic import Sizes
 from smart_decoding.engine_args import DEFAULT_MODEL_LEN
 from smart_decoding.errors import CapacityError
 from smart_decoding.llm import LLM
@@ -178,9 +177,12 @@ class Bench:
                 print(f"smart: batch {batch_size} {told}", file=sys.stderr)
                 continue
             settings = {arm.label: _setting(arm) for arm in contestants if arm.name}
-            for run in rows_of(found, batch_size, self.options, temperature):
-                run |= achieved(run, self.sizes) | settings.get(run["policy"], {})
-                runs.append({**run, **limit_shares(run, self.limits), "peak_gib": peak_gib()})
+            of_size = rows_of(found, batch_size, self.options, temperature)
+            peak = {"peak_gib": peak_gib()}
+            runs += [
+                run | settings.get(run["policy"], {}) | peak
+                for run in rated(of_size, self.sizes, self.limits, self.llm.target.device)
+            ]
         return runs
 
     def _batch(

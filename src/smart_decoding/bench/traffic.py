@@ -1,4 +1,4 @@
-"""What a verifying forward moves and computes, so that its time can be read as GB/s and GFLOP/s."""
+"""What a forward moves and computes, so that its time can be read as GB/s and GFLOP/s."""
 
 from __future__ import annotations
 
@@ -28,6 +28,10 @@ class Sizes:
         kv = 2 * config.layers * config.kv_heads * config.head_dim
         return cls(config.layers * layer + config.vocab * config.hidden, kv, item)
 
+    def moved(self, batch_size: int, context: float) -> float:
+        """Bytes: every weight and every cached key and value once."""
+        return self.item * (self.weights + batch_size * context * self.kv)
+
 
 def layer_elements(hidden: int, heads: int, kv_heads: int, head_dim: int, ffn: int) -> int:
     """Elements of the matrices of one layer."""
@@ -38,10 +42,9 @@ def achieved(run: Mapping[str, Any], sizes: Sizes) -> dict[str, float]:
     """Mean GB/s and GFLOP/s of a run's verifying forwards (sampling included), NaN where no round
     was counted.
 
-    Bytes: every weight and every cached key and value once. FLOPs: products with weights; attention
-    is left out."""
+    FLOPs: products with weights; attention is left out."""
     seconds = 1e-3 * run["verify_ms"]
-    moved = sizes.item * (sizes.weights + run["batch_size"] * run["context_tokens"] * sizes.kv)
+    moved = sizes.moved(run["batch_size"], run["context_tokens"])
     computed = 2 * sizes.weights * run["rows_per_round"]
     return {"gb_per_s": _rate(moved, seconds), "gflop_per_s": _rate(computed, seconds)}
 

@@ -82,7 +82,7 @@ class Correction:
         left = error.take(low)
         between = (error.take(low + 1) - left) * _FRACTION[rows]
         factor: FloatArray = np.exp(left + between + self.mean[0])
-        factor *= table + self.mean[1] * weights
+        factor *= table + self.mean[1] * np.minimum(weights, table)
         return factor
 
     def updated(
@@ -99,6 +99,7 @@ class Correction:
         right = float(_FRACTION[row])
         left = 1.0 - right
         speed, memory, left_error, right_error = self.mean[[0, 1, 2 + low, 3 + low]].tolist()
+        weights = min(weights, table)  # a noisy profile may say that they take longer
         now = table + memory * weights
         slope = weights / now
         covariance = self.covariance + _WALK

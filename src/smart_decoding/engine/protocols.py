@@ -44,8 +44,8 @@ Grow: TypeAlias = Callable[[Sequence[Request], TreeRule], Grown]
 class TargetScores:
     """logits: the wanted rows' [wanted, vocab], on the backend; features: all rows' aux hidden
     states, or None; greedy: what `argmax` says of the wanted rows, where the backend knows it
-    anyway; draws_all: whether drawing all rows at once, which is one wait for a device, beats
-    drawing those that are visited level by level. Tokens of rows that are not visited may be -1."""
+    anyway; draws_all: whether the forward goes on while its rows are drawn, all at once, which
+    is the one wait for a device. Tokens of rows that are not visited may be -1."""
 
     logits: Logits
     features: Features
@@ -113,8 +113,10 @@ class Target(Protocol):
         """[which] greedy tokens of the rows `which`, ties to the lowest id."""
         ...
 
-    def logprobs(self, logits: Logits, which: IntArray, tokens: Sequence[int], k: int) -> list[Any]:
-        """Log probabilities of drawn tokens and of the k most likely ones."""
+    def logprobs(
+        self, logits: Logits, which: IntArray, tokens: Sequence[int], k: Sequence[int]
+    ) -> list[Any]:
+        """Log probabilities of drawn tokens and of each row's k most likely ones."""
         ...
 
     def encode_image(self, pixels: Any) -> Any:

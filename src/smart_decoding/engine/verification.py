@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -223,6 +223,9 @@ def _settle(
     if len(what.nodes):
         _commit_keys(target, acceptance, what.layout)
     moved = clock()
+    if scores.draws_all:  # the wait for the tokens was that for the forward
+        forward_seconds += sampled - sample_start
+        sample_start = sampled
     requests = what.asking + what.going_on
     return Verified(
         what.asking,
@@ -296,13 +299,34 @@ def _accept(
         return _finite(draw(wanted) if tokens is None else [tokens[row] for row in wanted])
 
     acceptance = accept(nodes, take)
+    _add_logprobs(target, asking, at, acceptance, scores)
+    return acceptance
+
+
+def _add_logprobs(
+    target: Target,
+    asking: list[Request],
+    at: list[int],
+    acceptance: Acceptance,
+    scores: TargetScores,
+) -> None:
+    """Log probabilities for the requests that want them: at once, which is one wait for a
+    device."""
+    receivers: list[list[Any]] = []
+    visited: list[int] = []
+    k: list[int] = []
+    emitted: list[int] = []
     for i, request in enumerate(asking):
         if request.logprobs is not None:
-            visited = [i, *(node + len(asking) for node in acceptance.path[i])]
-            which = np.array([at[row] for row in visited])
-            k = request.params.logprobs or 0
-            request.logprobs += target.logprobs(scores.logits, which, acceptance.emitted[i], k)
-    return acceptance
+            rows = [i, *(node + len(asking) for node in acceptance.path[i])]
+            receivers += [request.logprobs] * len(rows)
+            visited += [at[row] for row in rows]
+            k += [request.params.logprobs or 0] * len(rows)
+            emitted += acceptance.emitted[i]
+    if receivers:
+        entries = target.logprobs(scores.logits, np.array(visited), emitted, k)
+        for receiver, entry in zip(receivers, entries, strict=True):
+            receiver.append(entry)
 
 
 def _score_prompt(target: Target, request: Request, at: IntArray, scores: TargetScores) -> None:
@@ -310,7 +334,7 @@ def _score_prompt(target: Target, request: Request, at: IntArray, scores: Target
     assert request.prompt_logprobs is not None
     known = len(request.prompt_logprobs)
     tokens = request.prompt[known : known + len(at)]
-    k = request.params.prompt_logprobs or 0
+    k = [request.params.prompt_logprobs or 0] * len(at)
     request.prompt_logprobs += target.logprobs(scores.logits, at, tokens, k)
 
 

@@ -1,8 +1,8 @@
-"""Draws on a GPU, where the logits lie: the noise, the processors and the cuts of noise.py,
-processors.py and drawing.py in torch. Only tokens go to the host.
+"""Draws on a GPU, where the logits lie: the processors of processors.py in torch, the rest, noise,
+cuts and maxima, in one kernel for all rows (triton_sampling.py). Only tokens go to the host.
 
-The noise has the same bits: it is integer arithmetic, and int64 wraps as uint64 does. The CPU's
-draws are the reference; sums round differently here, so that a near-tie can fall the other way."""
+The CPU's draws are the reference; sums round differently here, so that a near-tie can fall the
+other way."""
 
 from __future__ import annotations
 
@@ -11,106 +11,87 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from smart_decoding.models.drawing import LOWEST, min_p_distance
-from smart_decoding.models.noise import BITS, noise_key
+from smart_decoding.models.drawing import min_p_distance
+from smart_decoding.models.noise import noise_key
 from smart_decoding.models.processors import edits_of
 from smart_decoding.models.rows import upload
 
+PART = 1024  # of a row of a drafter's logits, in one program
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+    from torch import Tensor
 
     from smart_decoding.engine.history import SampleSpec
     from smart_decoding.engine.sampling_params import SamplingParams
 
-_STEP = 0x9E3779B97F4A7C15 - 2**64  # SplitMix64's constants, as int64
-_FIRST = 0xBF58476D1CE4E5B9 - 2**64
-_SECOND = 0x94D049BB133111EB - 2**64
 
-
-def uniform_bits(key: Tensor, token: Tensor) -> Tensor:
-    """noise.uniform_bits of int64 keys and tokens, broadcast."""
-    z = token * _STEP + (key + _STEP)
-    z = (z ^ _shifted(z, 30)) * _FIRST
-    z = (z ^ _shifted(z, 27)) * _SECOND
-    return _shifted(z ^ _shifted(z, 31), 64 - BITS)
-
-
-def _shifted(z: Tensor, by: int) -> Tensor:
-    """z >> by of unsigned numbers."""
-    return (z >> by) & ((1 << (64 - by)) - 1)
-
-
-def gumbel(key: Tensor, token: Tensor) -> Tensor:
-    """noise.gumbel of int64 keys and tokens, broadcast: float32."""
-    uniform = (uniform_bits(key, token).double() + 0.5) * 0.5**BITS
-    return (-(-uniform.log()).log()).float()
-
-
-def first_maximum(scores: Tensor) -> Tensor:
-    """[rows] lowest id of each row's maximum; -1 where that is not finite."""
-    best = scores.amax(-1, keepdim=True)
-    ids = torch.arange(scores.shape[-1], device=scores.device)
-    first = torch.where(scores == best, ids, scores.shape[-1]).amin(-1)
-    return torch.where(best[:, 0].isfinite(), first, -1)
-
-
-def draw(logits: Tensor, specs: Sequence[SampleSpec]) -> Tensor:
-    """[rows] the tokens of rows of raw logits [rows, vocab] float32, each by its own spec; -1 where
-    a row has no finite maximum."""
-    scores = process(logits, specs)
-    top = first_maximum(scores)
+def draw(logits: Tensor, which: NDArray[np.int64], specs: Sequence[SampleSpec]) -> Tensor:
+    """[len(which)] int32 tokens of the rows `which` of raw logits [rows, vocab], each by its own
+    spec; -1 where a row has no finite maximum."""
     params = [spec.params for spec in specs]
+    if any(p.changes_logits for p in params):
+        logits = process(logits[upload(which, logits.device)].float(), specs)
+        which = np.arange(len(which))
     if all(p.greedy for p in params):
-        return top
-    numbers = np.array(
-        [
-            [1.0 if p.greedy else p.temperature for p in params],
-            [min_p_distance(p) for p in params],
-            [p.top_p for p in params],
-        ]
-    )
+        return _launch(logits, which[None])
+    numbers = np.array([(p.temperature, min_p_distance(p), p.top_p) for p in params])
     keys = noise_key(*np.array([(s.seed, s.sample, s.position) for s in specs]).T)
-    drawn = np.array([not p.greedy for p in params])
-    ranks = np.array([p.top_k if 0 < p.top_k < scores.shape[1] else 0 for p in params])
-    columns = (*numbers.view(np.int64), keys.view(np.int64), drawn, ranks)
-    whole = upload(np.stack(columns), top.device)
-    temperature, distance, top_p = whole[:3].view(torch.float64)[..., None]
-    key, is_drawn, rank = whole[3:][..., None]
-    perturbed = (scores / temperature.float()).double() + gumbel(
-        key, torch.arange(scores.shape[1], device=scores.device)
+    ranks = [p.top_k if 0 < p.top_k < logits.shape[1] else 0 for p in params]
+    return _launch(logits, np.stack((which, *numbers.view(np.int64).T, keys.view(np.int64), ranks)))
+
+
+def maxima(logits: Tensor) -> Tensor:
+    """[rows] int32: the most likely token of each row, as `draw`."""
+    return _launch(logits, None)
+
+
+def _launch(logits: Tensor, asked: NDArray[np.int64] | None) -> Tensor:
+    """asked: [1 or 6, rows] the rows; their temperature (0: greedy), distance of min-p and top-p as
+    float64, key of the noise, and top-k (0: all)."""
+    from smart_decoding.models import triton_sampling as kernels
+
+    count = len(logits) if asked is None else asked.shape[1]
+    out = logits.new_empty(count, dtype=torch.int32)
+    kernels.draw[(count,)](
+        logits,
+        None if asked is None else upload(asked, logits.device),
+        out,
+        count,
+        logits.stride(0),
+        logits.shape[1],
+        drawn=asked is not None and len(asked) > 1,
+        num_warps=8,
     )
-    floor = scores.amax(-1, keepdim=True) + distance
-    if ranks.any() or (numbers[2] < 1).any():
-        floor = floor.maximum(_cut(scores, temperature, rank, top_p))
-    perturbed = perturbed.masked_fill(scores < floor.clamp(min=LOWEST).float(), -torch.inf)
-    token = torch.where(is_drawn[:, 0] > 0, first_maximum(perturbed), top)
-    return torch.where(top < 0, -1, token)
+    return out
 
 
-def _cut(scores: Tensor, temperature: Tensor, rank: Tensor, top_p: Tensor) -> Tensor:
-    """[rows, 1] the lowest score that top-k and top-p leave; what ties with it stays."""
-    ordered = scores.sort(-1, descending=True).values
-    floor = torch.where(rank > 0, ordered.gather(1, (rank - 1).clamp(min=0)), LOWEST)
-    mass = ((ordered - ordered[:, :1]) / temperature.float()).exp().double()
-    mass = mass.masked_fill(ordered < floor, 0.0).cumsum(-1)
-    above = torch.cat((torch.zeros_like(top_p), mass[:, :-1]), -1)
-    kept = (above < top_p * mass[:, -1:]).sum(-1, keepdim=True)
-    nucleus = ordered.gather(1, (kept - 1).clamp(min=0))
-    return floor.maximum(torch.where(top_p < 1, nucleus, LOWEST))
+def perturbed(
+    logits: Tensor, tokens: Tensor, factor: NDArray[np.float32], keys: NDArray[np.uint64]
+) -> Tensor:
+    """[rows, n] float32 logits of `tokens` [n] times each row's factor, plus the noise that the
+    target will draw those tokens with (key 0: none)."""
+    from smart_decoding.models import triton_sampling as kernels
+
+    rows, n = logits.shape
+    asked = np.stack((factor.astype(np.float64).view(np.int64), keys.view(np.int64)))
+    out = logits.new_empty(rows, n, dtype=torch.float32)
+    kernels.perturb[(rows, -(-n // PART))](
+        logits, tokens, upload(asked, logits.device), out, rows, n, block=PART
+    )
+    return out
 
 
-def process(logits: Tensor, specs: Sequence[SampleSpec]) -> Tensor:
-    """[rows, vocab] logits as processors.process changes them, each row by its own spec."""
+def process(scores: Tensor, specs: Sequence[SampleSpec]) -> Tensor:
+    """[rows, vocab] scores, changed in place as processors.process says, each row by its own
+    spec."""
     rows = [(i, s.params, edits_of(s)) for i, s in enumerate(specs) if s.params.changes_logits]
-    if not rows:
-        return logits
-    scores = logits.clone()
+    flat = scores.view(-1)
     added = [(i, *edits.added) for i, _, edits in rows if edits.added is not None]
     if added:
         at, numbers = _listed(added, scores)
-        scores.view(-1)[at] += numbers
+        flat[at] += numbers
     penalised = [
         (i, *_penalties(*edits.penalised, params))
         for i, params, edits in rows
@@ -118,17 +99,17 @@ def process(logits: Tensor, specs: Sequence[SampleSpec]) -> Tensor:
     ]
     if penalised:
         at, repetition, frequency, presence = _listed(penalised, scores)
-        old = scores.view(-1)[at]
+        old = flat[at]
         new = torch.where(old > 0, old / repetition, old * repetition)
-        scores.view(-1)[at] = new - frequency - presence
+        flat[at] = new - frequency - presence
     forbidden = [(i, edits.forbidden) for i, _, edits in rows if len(edits.forbidden)]
     if forbidden:
-        scores.view(-1)[_listed(forbidden, scores)[0]] = -torch.inf
+        flat[_listed(forbidden, scores)[0]] = -torch.inf
     bound = [(i, allowed) for i, _, edits in rows for allowed in edits.allowed]
     if bound:
-        masks = np.zeros(logits.shape, np.bool_)
+        masks = np.zeros(scores.shape, np.bool_)
         for i, allowed in bound:
-            others = np.ones(logits.shape[1], np.bool_)
+            others = np.ones(scores.shape[1], np.bool_)
             others[allowed] = False
             masks[i] |= others
         scores.masked_fill_(upload(masks, scores.device), -torch.inf)

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from smart_decoding.kernels import library
 from smart_decoding.kernels import sampling as kernels
-from smart_decoding.models.device_sampling import gumbel
-from smart_decoding.models.noise import noise_key
-from smart_decoding.models.rows import download, upload
+from smart_decoding.models.device_sampling import perturbed
+from smart_decoding.models.noise import gumbel, noise_key
+from smart_decoding.models.rows import download
 
 if TYPE_CHECKING:
+    from smart_decoding.core.tree import FloatArray
     from smart_decoding.drafters.levels import Asked, Ranked
     from smart_decoding.models.processors import FloatRow
 
@@ -53,8 +54,32 @@ def ranked(logits: Tensor, tokens: Tensor, asked: Asked, native: bool) -> Ranked
         wanted = None if keys is None else torch.from_numpy(keys.view(np.int64))
         ids, probs = kernels.top_k(logits.contiguous(), k, torch.from_numpy(scale), wanted, tokens)
         return tokens[ids].numpy(), probs.double().numpy()
-    both = download(torch.stack(_top(logits, tokens, k, scale, keys)))  # ids are exact in float64
-    return both[0].astype(np.int64), both[1]
+    scores = logits.float() if keys is None else _noisy(logits, tokens, scale, keys)
+    found, best, total = _top(scores, logits, k, tokens)
+    if keys is not None:
+        among = np.logaddexp.reduce(best, axis=1, keepdims=True)
+        total = np.where(keys[:, None] != 0, among, total)
+    return found, np.exp(best - total)
+
+
+def _top(
+    scores: Tensor, logits: Tensor, k: int, tokens: Tensor | None = None
+) -> tuple[NDArray[np.int64], FloatArray, FloatArray]:
+    """The `k` best ids of each row, or their `tokens`, and scores [rows, k], and log sums of the
+    exponentials of logits [rows, 1]: by one wait, for ids are exact in float64."""
+    best, ids = scores.topk(k)
+    total = logits.float().logsumexp(-1, keepdim=True)
+    ids = ids if tokens is None else tokens[ids]
+    found = download(torch.cat((ids.double(), best, total), -1))
+    return found[:, :k].astype(np.int64), found[:, k:-1], found[:, -1:]
+
+
+def _noisy(logits: Tensor, tokens: Tensor, scale: FloatRow, keys: NDArray[np.uint64]) -> Tensor:
+    """[rows, n] the logits times each row's factor, plus the noise of its key."""
+    if logits.device.type != "cpu":
+        return perturbed(logits, tokens, scale, keys)
+    noise = gumbel(keys[:, None], tokens.numpy()) * (keys != 0)[:, None]
+    return logits.float() * torch.from_numpy(scale)[:, None] + torch.from_numpy(noise)
 
 
 def torch_top_k(logits: Tensor, k: int) -> tuple[NDArray[np.integer], NDArray[np.floating]]:
@@ -65,26 +90,6 @@ def torch_top_k(logits: Tensor, k: int) -> tuple[NDArray[np.integer], NDArray[np
     )
     if on_cpu and library.unavailable() is None:
         ids, probs = kernels.top_k(logits, k)
-    else:
-        logits = logits.float()
-        values, ids = logits.topk(k, dim=-1)
-        probs = (values - logits.logsumexp(-1, keepdim=True)).exp()
-    return ids.cpu().numpy(), probs.cpu().numpy()
-
-
-def _top(
-    logits: Tensor, tokens: Tensor, k: int, scale: FloatRow, keys: NDArray[np.uint64] | None
-) -> tuple[Tensor, Tensor]:
-    """Tokens and probabilities, [rows, k] float64 each."""
-    scores = logits.float()
-    if keys is None:  # all are greedy
-        top, ids = scores.topk(k)
-        total = scores.logsumexp(-1, keepdim=True)
-        return tokens[ids].double(), (top - total).exp().double()
-    columns = np.stack((scale.astype(np.float64).view(np.int64), keys.view(np.int64)))
-    factor, key = upload(columns, logits.device)[..., None]
-    scores = scores * factor.view(torch.float64).float()
-    total = scores.logsumexp(-1, keepdim=True)
-    top, ids = (scores + gumbel(key, tokens) * (key != 0)).topk(k)
-    total = torch.where(key != 0, top.logsumexp(-1, keepdim=True), total)
-    return tokens[ids].double(), (top - total).exp().double()
+        return ids.numpy(), probs.numpy()
+    found, best, total = _top(logits.float(), logits, k)
+    return found, np.exp(best - total)

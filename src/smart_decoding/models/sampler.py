@@ -18,7 +18,6 @@ from smart_decoding.engine.verification import require_finite
 from smart_decoding.kernels import library
 from smart_decoding.kernels import sampling as kernels
 from smart_decoding.models import device_sampling
-from smart_decoding.models.device_sampling import first_maximum
 from smart_decoding.models.drawing import draw, top_k_floor
 from smart_decoding.models.rows import download, upload
 
@@ -57,9 +56,12 @@ class Sampler:
             tokens = kernels.argmax(logits.contiguous(), indices)
             require_finite(tokens >= 0)
             return tokens
-        if which is not None:
-            logits = logits[upload(indices, logits.device)]
-        tokens = download(first_maximum(logits.detach()))
+        logits = logits.detach()
+        if logits.device.type != "cpu":
+            # those of all rows, so that nobody has to tell the device which
+            tokens = download(device_sampling.maxima(logits)).astype(np.int64)[indices]
+        else:
+            tokens = _first_maximum(logits[torch.from_numpy(indices)]).numpy()
         require_finite(tokens >= 0)
         return tokens
 
@@ -73,21 +75,22 @@ class Sampler:
         if len(indices) != len(specs):
             raise ValueError(f"{len(indices)} rows but {len(specs)} specs")
         if logits.device.type != "cpu":
-            rows = logits.detach()[upload(indices, logits.device)].float()
-            return download(device_sampling.draw(rows, specs))
+            drawn = device_sampling.draw(logits.detach(), indices, specs)
+            return download(drawn).astype(np.int64)
         if all(spec.params.greedy and not spec.params.changes_logits for spec in specs):
             return self.argmax(logits, indices)
         return np.array(draw(_rows(logits, indices), specs), np.int64)
 
     def logprobs(
-        self, logits: torch.Tensor, which: ArrayLike, tokens: ArrayLike, k: int
+        self, logits: torch.Tensor, which: ArrayLike, tokens: ArrayLike, k: ArrayLike
     ) -> list[TokenLogprobs]:
         """Log-softmax of the raw logits at the drawn `tokens` of rows `which`, and of the `k` most
-        likely (-1: all)."""
-        k = self.vocab_size if k < 0 else min(k, self.vocab_size)
+        likely of each row, or of all (-1: all tokens)."""
         rows = _rows(logits, np.asarray(which, np.int64))
-        drawn = np.asarray(tokens, np.int64)
-        return [_row_logprobs(row, int(token), k) for row, token in zip(rows, drawn, strict=True)]
+        drawn = np.asarray(tokens, np.int64).tolist()
+        wanted = np.broadcast_to(k, len(rows))
+        most = np.where(wanted < 0, self.vocab_size, np.minimum(wanted, self.vocab_size)).tolist()
+        return [_row_logprobs(*one) for one in zip(rows, drawn, most, strict=True)]
 
 
 class Sampled:
@@ -106,10 +109,18 @@ class Sampled:
         return self.sampler.sample(logits, which, specs)
 
     def logprobs(
-        self, logits: torch.Tensor, which: IntArray, tokens: Sequence[int], k: int
+        self, logits: torch.Tensor, which: IntArray, tokens: Sequence[int], k: Sequence[int]
     ) -> list[TokenLogprobs]:
         """See `Sampler.logprobs`."""
         return self.sampler.logprobs(logits, which, tokens, k)
+
+
+def _first_maximum(scores: torch.Tensor) -> torch.Tensor:
+    """[rows] lowest id of each row's maximum; -1 where that is not finite."""
+    best = scores.amax(-1, keepdim=True)
+    ids = torch.arange(scores.shape[-1])
+    first = torch.where(scores == best, ids, scores.shape[-1]).amin(-1)
+    return torch.where(best[:, 0].isfinite(), first, -1)
 
 
 def _row_logprobs(row: FloatRow, token: int, k: int) -> TokenLogprobs:

@@ -15,10 +15,8 @@ from smart_decoding.engine.protocols import NativeBatch, NativeRound, TargetScor
 from smart_decoding.engine.verification import require_finite
 from smart_decoding.errors import CapacityError, ConfigError
 from smart_decoding.models.decoder import Decoder, RoundingDecoder
-from smart_decoding.models.device_sampling import first_maximum
 from smart_decoding.models.drawing import draws_of
 from smart_decoding.models.kernel_check import use_native, why_slow
-from smart_decoding.models.rows import download
 from smart_decoding.models.sampler import Sampled, Sampler
 from smart_decoding.models.vision import VisionTower
 
@@ -136,9 +134,7 @@ class TorchTarget(Sampled):
         out = self.decoder.forward(rows, aux_layers)
         if out.logits.device.type == "cpu":
             return TargetScores(out.logits, out.aux_hidden, out.best)
-        # The one wait of a greedy round, and of a forward that is timed: not for its launch.
-        greedy = download(first_maximum(out.logits))
-        return TargetScores(out.logits, out.aux_hidden, greedy, draws_all=True)
+        return TargetScores(out.logits, out.aux_hidden, draws_all=True)
 
     def _verify_round(self, batch: NativeBatch) -> NativeRound:
         assert self.decoder.model is not None

@@ -4,7 +4,7 @@ drafter with a model: roots and rows that wait for the first one, width for thos
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from smart_decoding.models.target import TorchTarget
 
 LATE_PER_SEQUENCE = (1, 4, 16)  # at longer contexts
+STEPPED = (1, 8, 32, 64)  # batches in which all of many steps are measured
 COARSE = (1, 4, 16, 48)
 LONG_WIDTHS = (1, 8)
 WAITING = (0, 1, 2, 4, 8, 24, 64)
@@ -211,21 +212,29 @@ def _points(
     coarse: bool = False,
 ) -> list[Point]:
     points = []
-    grid = grid_of(target.device)
     aux_layers = drafter.aux_layers if drafter is not None else ()
-    for context in grid.contexts[: 1 if coarse else None]:
-        for batch in (b for b in grid.batches if b <= max_num_seqs):
-            if context == grid.contexts[0]:
-                totals = _totals(batch, COARSE if coarse else grid.per_sequence, target.steps)
-            else:
-                totals = {batch * per for per in LATE_PER_SEQUENCE}
-            for total in sorted(t for t in totals if t <= grid.max_rows or t == batch):
-                run = verification(target, batch, total, context, pages, aux_layers)
-                if run is not None and context + -(-total // batch) <= target.max_positions:
-                    points.append(_verify_point(run, batch, total, context))
+    verified = verifications(grid_of(target.device), target.steps, max_num_seqs, coarse)
+    for batch, total, context in verified:
+        run = verification(target, batch, total, context, pages, aux_layers)
+        if run is not None and context + -(-total // batch) <= target.max_positions:
+            points.append(_verify_point(run, batch, total, context))
     if drafter is not None and target.max_positions > MORE:
         points += _draft_points(target, drafter, pages, max_num_seqs, coarse)
     return points
+
+
+def verifications(
+    grid: Grid, steps: Sequence[int], max_num_seqs: int, coarse: bool = False
+) -> Iterator[tuple[int, int, int]]:
+    """What is verified: batch sizes, rows in all, and contexts. steps: see `Target.steps`."""
+    for context in grid.contexts[: 1 if coarse else None]:
+        for batch in (b for b in grid.batches if b <= max_num_seqs):
+            if context == grid.contexts[0]:
+                totals = _totals(batch, COARSE if coarse else grid.per_sequence, steps)
+            else:
+                totals = {batch * per for per in LATE_PER_SEQUENCE}
+            for total in sorted(t for t in totals if t <= grid.max_rows or t == batch):
+                yield batch, total, context
 
 
 def _totals(batch: int, per_sequence: Sequence[int], steps: Sequence[int]) -> set[int]:
@@ -233,9 +242,9 @@ def _totals(batch: int, per_sequence: Sequence[int], steps: Sequence[int]) -> se
     totals = {batch * per for per in per_sequence}
     if per_sequence == COARSE:
         return totals
-    # Both sides of a step, between which costs are flat. Of many steps two batches show enough:
-    # most totals end one.
-    if len(steps) <= 1 or batch in (1, 8):
+    # Both sides of a step, between which costs are flat. Of many steps a few batches show enough,
+    # large ones among them: where arithmetic begins to cost, few rows decide what pays.
+    if len(steps) <= 1 or batch in STEPPED:
         totals |= {total for step in steps for total in (step, step + 1) if total > batch}
     return totals
 
@@ -304,7 +313,8 @@ def verification(
 def _verify(target: TorchTarget, rows: Rows, batch: int, aux_layers: tuple[int, ...]) -> None:
     scores = target.verify(rows, aux_layers)
     if scores.greedy is None:
-        target.argmax(scores.logits, np.arange(batch))
+        count = len(scores.logits) if scores.draws_all else batch
+        target.argmax(scores.logits, np.arange(count))
 
 
 def _first_point(requests: Rehearsal, waiting: int) -> Point:

@@ -129,6 +129,17 @@ def levels() -> list[DraftSample]:
     ]
 
 
+def test_a_profile_in_which_a_larger_batch_is_faster_can_be_corrected() -> None:
+    """Noise can make one row of one request take longer than two of two."""
+    verify = {1: [[1, 4], [0.010, 0.012]], 2: [[2, 8], [0.004, 0.006]]}
+    model = CostModel.from_dict({**CostModel.default().to_dict(), "verify": verify})
+    for _ in range(60):
+        model = model.corrected(VerifySample(2, 2, 0.0, 0.0015))
+        model = model.corrected(VerifySample(1, 4, 0.0, 0.012))
+    assert 0.001 < float(model.verify_seconds(2, 2, 0.0)) < 0.004
+    assert (model.verify_curve(2, 2, 7, 0.0) > 0).all()
+
+
 def test_the_first_level_and_what_waits_for_it_are_apart_from_deeper_levels() -> None:
     cost = CostModel.fit([*samples(), *levels()])
     assert cost.levels_seconds(2, [6, 4, 8], 100) == pytest.approx(

@@ -19,14 +19,12 @@ from transformers import (
 
 from smart_decoding.engine.history import SampleSpec, TokenHistory
 from smart_decoding.engine.sampling_params import SamplingParams
-from smart_decoding.engine.structured import StructuredOutputsParams
 from smart_decoding.errors import ModelError
-from smart_decoding.models import device_sampling, drawing
-from smart_decoding.models.device_sampling import first_maximum
+from smart_decoding.models import drawing
 from smart_decoding.models.drawing import NEAR
-from smart_decoding.models.noise import gumbel, noise_key, uniform_bits
+from smart_decoding.models.noise import gumbel, noise_key
 from smart_decoding.models.processors import process
-from smart_decoding.models.sampler import Sampler
+from smart_decoding.models.sampler import Sampler, _first_maximum
 
 VOCAB = 50
 SEEDS = 2000
@@ -288,76 +286,9 @@ def test_ties_go_to_the_lowest_id(dtype):
     logits[0, [4000, 17, 2500]] = 3.0
     logits[1, [4999, 4998]] = 1.0
     assert Sampler(5000).argmax(logits).tolist() == [17, 4998, 0]
-    assert first_maximum(logits).tolist() == [17, 4998, 0]  # what other devices than a CPU run
+    assert _first_maximum(logits).tolist() == [17, 4998, 0]  # where there are no kernels
     specs = [SampleSpec(SamplingParams(temperature=0, logit_bias={1: -1.0}))] * 3
     assert Sampler(5000).sample(logits, [0, 1, 2], specs).tolist() == [17, 4998, 0]
-
-
-def test_noise_on_a_gpu_has_the_bits_of_the_cpu():
-    keys = noise_key(np.array([[-5], [7], [2**62]]), 3, 11)
-    tokens = np.arange(0, 130_000)
-    signed = torch.from_numpy(keys.view(np.int64))
-    bits = device_sampling.uniform_bits(signed, torch.from_numpy(tokens))
-    assert (bits.numpy() == uniform_bits(keys, tokens).view(np.int64)).all()
-    noise = device_sampling.gumbel(signed, torch.from_numpy(tokens)).numpy()
-    assert (noise == gumbel(keys, tokens)).all()
-
-
-@pytest.mark.parametrize("name", [*CASES, "greedy", "mixed"])
-def test_a_gpu_draws_the_same_tokens(name):
-    """Its code, on CPU tensors: all rows at once."""
-    rng = np.random.default_rng(3)
-    rows = rng.normal(size=(300, VOCAB)).astype(np.float32) * 2
-    rows[::7] = rows[::7].round()  # ties
-    rows[3, :20] = -np.inf
-    kinds = [*CASES.values(), {"temperature": 0}] if name == "mixed" else [CASES.get(name)]
-    kinds = [{"temperature": 0} if kind is None else kind for kind in kinds]
-    params = [SamplingParams(**kind) for kind in kinds]
-    history = TokenHistory(PROMPT, OUTPUT)
-    specs = [
-        spec_for(params[i % len(params)], seed=i, path=[7, i % 9][: i % 3], history=history)
-        for i in range(300)
-    ]
-    drawn = device_sampling.draw(torch.from_numpy(rows), specs)
-    assert drawn.tolist() == drawing.draw(list(rows), specs)
-
-
-def test_a_grammar_binds_a_gpu_too():
-    class Even:
-        def allowed(self, path):
-            return (np.arange(VOCAB) + len(path)) % 2 == 0
-
-    rows = np.random.default_rng(0).normal(size=(40, VOCAB)).astype(np.float32)
-    params = SamplingParams(structured_outputs=StructuredOutputsParams(regex="a"))
-    specs = [SampleSpec(params, i, path=[1] * (i % 2), constraint=Even()) for i in range(40)]
-    drawn = device_sampling.draw(torch.from_numpy(rows), specs).tolist()
-    assert drawn == drawing.draw(list(rows), specs)
-    assert [(token + i) % 2 for i, token in enumerate(drawn)] == [0] * 40
-
-
-def test_masks_bind_a_gpu_too():
-    rows = np.random.default_rng(0).normal(size=(60, VOCAB)).astype(np.float32) * 3
-    few = SamplingParams(allowed_token_ids=[1, 5, 7, 9, 30], presence_penalty=0.4)
-    bad = SamplingParams(bad_words=["a"], temperature=0.0)
-    bad.bad_words_token_ids = [(7, int(rows[1].argmax())), (3,)]
-    history = TokenHistory(PROMPT, OUTPUT)
-    specs = [
-        spec_for((few, bad)[i % 2], seed=i, path=[1, 7][: i % 3], history=history)
-        for i in range(60)
-    ]
-    drawn = device_sampling.draw(torch.from_numpy(rows), specs).tolist()
-    assert drawn == drawing.draw(list(rows), specs)
-    assert set(drawn[::2]) <= {1, 5, 7, 9, 30}
-    assert 3 not in drawn[1::2]
-
-
-def test_a_gpu_says_which_rows_have_no_maximum():
-    rows = torch.zeros(3, VOCAB)
-    rows[1, 4] = torch.nan
-    rows[2] = -torch.inf
-    for temperature in (0.0, 1.0):
-        specs = [SampleSpec(SamplingParams(temperature=temperature))] * 3
-        assert (device_sampling.draw(rows, specs) < 0).tolist() == [False, True, True]
 
 
 def test_tokens_that_tie_at_the_boundary_all_survive():

@@ -1,0 +1,273 @@
+"""The steps of gpu_check.py, each in a process of its own. A step yields all that it has found so
+far, again and again; "missing" names what it could not measure."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from smart_decoding.bench.floor import near_floor
+from smart_decoding.bench.limits import measure_limits
+from smart_decoding.bench.provenance import commit, hardware, versions, write_json
+from smart_decoding.bench.summary import POOLED
+from smart_decoding.bench.traffic import Sizes
+from smart_decoding.engine.kv import PAGE
+from smart_decoding.errors import CapacityError
+from smart_decoding.models.config import ModelConfig
+from smart_decoding.models.loading import Checkpoint
+from smart_decoding.models.memory import Limits, need_of, tokens_beside
+from smart_decoding.models.target import DTYPES, TorchTarget
+from smart_decoding.profiling.measure import verification
+from smart_lab.forwards import median_ms
+from smart_lab.hardware import acceptances
+from smart_lab.options import LabOptions
+from smart_lab.replayed_run import PROFILE_SECONDS, Replay, model_config, random_target
+from smart_lab.simulate import limits_of
+from smart_lab.synthetic import synthetic
+from smart_lab.trace import Trace, write_trace
+
+Found = dict[str, Any]
+MODEL = "llama-3.1-8b"
+CURVE_CONTEXT = 1024
+DTYPE = "bfloat16"
+RISEN = 1.5  # less may be noise
+LAUNCHES = ("LaunchKernel", "GraphLaunch")  # as the CUDA runtime and driver name them
+WAITS = ("cudaStreamSynchronize", "cudaEventSynchronize", "cuStreamSynchronize")
+COPIES = ("cudaMemcpyAsync", "cudaMemcpy", "cuMemcpy")
+RIVALS = ("off", "smart", "eagle2", "paper", "pooled_chain")
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """What is measured: a model, batch sizes and contexts of plain decoding, rows of the curve;
+    batch sizes of the replays with shares of their time, what is recorded, seconds of profiling."""
+
+    config: ModelConfig
+    batches: Sequence[int]
+    contexts: Sequence[int]
+    rows: Sequence[int]
+    replayed: Mapping[int, float]
+    answers: int
+    length: int
+    profile_seconds: float
+
+
+TINY = ModelConfig("llama", 2, 64, 4, 2, 16, 96, 300, 10_000.0, 1e-5, 2048)
+ROWS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 320, 384, 512, 768, 1024)
+
+
+def scale_of(tiny: bool) -> Scale:
+    """The full size, or one for a rehearsal."""
+    if tiny:
+        return Scale(TINY, (1, 2), (40,), (1, 4, 16), {1: 0.5, 2: 0.5}, 2, 24, 0.5)
+    config = model_config(MODEL)[1]
+    shares = {1: 0.25, 16: 0.3, 64: 0.45}
+    return Scale(config, (1, 16, 64), (128, 1024, 4096), ROWS, shares, 24, 80, PROFILE_SECONDS)
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What a step is given: the results so far, the device, and when it should be done, on
+    time.perf_counter."""
+
+    known: Mapping[str, Any]
+    device: torch.device
+    stop: float
+
+    @property
+    def tiny(self) -> bool:
+        """Whether this is a rehearsal."""
+        return bool(self.known["tiny"]) or self.device.type == "cpu"
+
+    @property
+    def scale(self) -> Scale:
+        """What is measured."""
+        return scale_of(self.tiny)
+
+
+def run_step(name: str, known: Mapping[str, Any], seconds: float, into: Path) -> None:
+    """Runs a step, and keeps what it has found in a file. Raises what the step raises."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    task = Task(known, device, time.perf_counter() + seconds)
+    kind, _, detail = name.partition("-")
+    for found in STEPS[kind](task, *([detail] if detail else [])):
+        write_json(into, found)
+
+
+def limits(task: Task) -> Iterator[Found]:
+    """What the machine is, and what it can do at best."""
+    found: Found = {
+        "device": task.device.type,
+        "commit": commit(),
+        "versions": versions(),
+        "hardware": hardware(),
+    }
+    yield found
+    yield {**found, "limits": measure_limits(DTYPES[DTYPE], task.device)}
+
+
+def check_parity(task: Task) -> Iterator[Found]:
+    """See gpu_parity.py."""
+    from smart_lab.gpu_parity import parity  # Triton may be missing
+
+    checks = []
+    for check in parity(task.device, task.tiny):
+        checks.append(check)
+        yield {"checks": checks}
+
+
+def decode(task: Task) -> Iterator[Found]:
+    """Forwards of plain decoding over batch sizes and contexts: milliseconds, and the time in which
+    memory is read once; then launches, waits and copies."""
+    scale = task.scale
+    shapes = [(batch, context) for context in scale.contexts for batch in scale.batches]
+    target, pages = _target(task, max(batch * -(-(c + 1) // PAGE) for batch, c in shapes))
+    runs = {}
+    found: Found = {"points": [], "missing": []}
+    for batch, context in shapes:
+        run = verification(target, batch, batch, context, pages)
+        if run is None or time.perf_counter() > task.stop:
+            why = "no memory" if run is None else "no time"
+            found["missing"].append(f"{why} for batch {batch} at {context} tokens")
+            continue
+        point = {"batch_size": batch, "context": context, "ms": median_ms(run)}
+        found["points"].append({**point, **_beside_floor(task, point)})
+        runs[batch, context] = run
+        yield found
+    for point, run in zip(found["points"], runs.values(), strict=True):
+        try:
+            point["counts"] = counted(run)
+        except RuntimeError as error:  # a profiler needs rights that a machine may not give
+            found["missing"].append(f"launches of {point['batch_size']} rows: {error}")
+        yield found
+
+
+def _beside_floor(task: Task, point: Mapping[str, Any]) -> Found:
+    rate = task.known.get("limits", {}).get("gb_per_s")
+    if rate is None:
+        return {"near_floor": False}
+    sizes = Sizes.of(task.scale.config, DTYPES[DTYPE].itemsize)
+    floor_ms = 1e-6 * sizes.moved(point["batch_size"], point["context"]) / rate
+    held = near_floor(point["ms"], floor_ms)
+    return {"floor_ms": floor_ms, "ratio": point["ms"] / floor_ms, "near_floor": held}
+
+
+def counted(run: Callable[[], object]) -> Counter[str]:
+    """Launches, waits and copies of a forward, and operations that torch dispatches."""
+    kinds = {torch.profiler.ProfilerActivity.CPU}
+    if torch.cuda.is_available():
+        kinds.add(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=kinds) as seen:
+        run()
+    found: Counter[str] = Counter({"operations": 0, "launches": 0, "waits": 0, "copies": 0})
+    for event in seen.events() or ():
+        name = event.name
+        found["operations"] += name.startswith("aten::")
+        found["launches"] += any(part in name for part in LAUNCHES)
+        found["waits"] += name in WAITS
+        found["copies"] += name.startswith(COPIES)
+    return found
+
+
+def curve(task: Task) -> Iterator[Found]:
+    """Milliseconds of verifying rows of one request, and the knee."""
+    scale = task.scale
+    context = min(CURVE_CONTEXT, scale.config.max_positions // 4)
+    target, pages = _target(task, -(-(context + scale.rows[-1]) // PAGE))
+    found: Found = {"context": context, "rows": [], "ms": [], "missing": []}
+    for rows in scale.rows:
+        run = verification(target, 1, rows, context, pages)
+        if run is None or time.perf_counter() > task.stop:
+            found["missing"].append(f"{'no memory' if run is None else 'no time'} for {rows} rows")
+            continue
+        found["rows"].append(rows)
+        found["ms"].append(median_ms(run))
+        found["knee"] = knee_of(found["rows"], found["ms"])
+        yield found
+
+
+def knee_of(rows: Sequence[int], ms: Sequence[float]) -> float | None:
+    """Rows at which the line through the last two points reaches the time of one row: where
+    arithmetic takes as long as reading the weights. None while they take less than RISEN times the
+    time of one row."""
+    if len(rows) < 2 or not ms[-1] > ms[-2] or ms[-1] < RISEN * ms[0]:
+        return None
+    slope = (ms[-1] - ms[-2]) / (rows[-1] - rows[-2])
+    knee = rows[-1] - (ms[-1] - ms[0]) / slope
+    return knee if knee > rows[0] else None
+
+
+def _target(task: Task, pages: int) -> tuple[TorchTarget, int]:
+    """A model with so many pages of keys and values, or as many as fit on the GPU."""
+    config = task.scale.config
+    if task.device.type == "cuda":
+        checkpoint = Checkpoint(config, {}, Path(), {})
+        rows = Limits(0, 0, max(ROWS), config.max_positions)
+        need = need_of(checkpoint, DTYPES[DTYPE], task.device, rows)
+        pages = min(pages, tokens_beside(need, 0.9, task.device) // PAGE)
+    length = config.max_positions
+    target = random_target(config, DTYPE, task.device, pages, length, allow_slow=True)
+    return target, pages
+
+
+def replay(task: Task, level: str) -> Iterator[Found]:
+    """Whole rounds of all contestants, with a published level of acceptance."""
+    scale = task.scale
+    known = acceptances()[level]
+    tree = known["tree"]
+    drawn = synthetic(
+        known["tokens_per_round"],
+        answers=scale.answers,
+        length=scale.length,
+        context=min(known["context"], scale.config.max_positions // 4),
+        tree=tree,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / level
+        write_trace(path, Trace(drawn, {"temperature": 0.0}))
+        options = LabOptions(
+            random_weights=MODEL,
+            replay=path,
+            policies=RIVALS,
+            policy_options=(_setting("eagle2", tree), _setting("paper", limits_of(tree))),
+            batch_sizes=tuple(scale.replayed),
+            dtype=DTYPE,
+            device=task.device.type,
+            allow_slow=True,
+        )
+    bench = Replay(options, Trace(drawn, {}), scale.config, scale.profile_seconds)
+    found: Found = {"source": known["source"], "tokens_per_round": known["tokens_per_round"]}
+    found |= {"runs": [], "missing": [], "cost": bench.cost.to_dict(), "limits": bench.limits}
+    yield found
+    shares = dict(scale.replayed)
+    for size in scale.replayed:
+        left = max(0.0, task.stop - time.perf_counter()) * shares[size] / sum(shares.values())
+        del shares[size]
+        try:
+            runs = bench.runs(size, left)
+        except CapacityError as error:
+            found["missing"].append(str(error))
+            continue
+        found["runs"] += [run for run in runs if run["task"] == POOLED]
+        yield found
+
+
+def _setting(policy: str, options: Mapping[str, int]) -> str:
+    """As --policy-options takes it."""
+    return f"{policy}:" + ",".join(f"{name}={value}" for name, value in options.items())
+
+
+STEPS: Mapping[str, Callable[..., Iterator[Found]]] = {
+    "limits": limits,
+    "parity": check_parity,
+    "decode": decode,
+    "curve": curve,
+    "replay": replay,
+}
