@@ -107,14 +107,19 @@ $(VLLM_NEWEST)/.installed: $(VLLM_ENV)/.installed
 # wheel is unpacked for it, without its GPU dependencies; what its modules import at the least comes beside it. A test
 # that is skipped fails the target.
 SGLANG_DIR ?= .sglang
-test-sglang: env $(SGLANG_DIR)/.installed
+test-sglang: env $(SGLANG_DIR)/.installed-2
 	SMART_NO_SKIPS=1 PYTHONPATH=$(SGLANG_DIR):$(SGLANG_DIR)/more$(if $(PYTHONPATH),:$(PYTHONPATH)) TRITON_INTERPRET=1 \
 		$(BIN)/python -m pytest -rs tests/integrations/test_sglang_policy.py tests/integrations/test_sglang_seams.py \
-		tests/integrations/test_sglang_hooks.py tests/integrations/test_sglang_trees.py tests/integrations/test_sglang_costs.py
+		tests/integrations/test_sglang_hooks.py tests/integrations/test_sglang_trees.py tests/integrations/test_sglang_costs.py \
+		tests/integrations/test_sglang_algorithm.py tests/integrations/test_sglang_server.py
 
-$(SGLANG_DIR)/.installed:
+# Without their own dependencies: a torch for GPUs would come with them. A torchvision is for one torch.
+$(SGLANG_DIR)/.installed-2:
 	$(PIP) install --no-deps --target $(SGLANG_DIR) 'sglang==0.5.23' 'triton==3.6.0'
 	$(PIP) install --target $(SGLANG_DIR)/more orjson psutil pybase64 msgspec pyzmq ipython aiohttp
+	$(PIP) install --no-deps --target $(SGLANG_DIR)/more 'numpy<2.4' apache-tvm-ffi einops dill compressed-tensors loguru \
+		partial-json-parser setproctitle uvloop xgrammar \
+		"torchvision==0.$$($(BIN)/python -c 'import torch; print(int(torch.__version__.split(".")[1]) + 15)').*"
 	@touch $@
 
 # The GPU path as far as a CPU goes: Triton's kernels by its interpreter and compiled ahead of time, graphs, counts of

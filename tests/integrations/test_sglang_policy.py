@@ -83,6 +83,18 @@ def test_ranks_that_see_the_same_counts_choose_the_same(tmp_path, policy) -> Non
     assert serve(policy, 8, 300, 0.6) == serve(other, 8, 300, 0.6)
 
 
+def test_steps_that_later_versions_name_are_counted_even_as_they_change(policy) -> None:
+    """A batch reported late, between two that have other steps, is otherwise unknown."""
+    policy.get_steps_for_batch(1)
+    policy._recent.extend([1, 5])
+    before = policy.acceptance(3)
+    policy.on_verify_complete([3], 1)
+    assert policy.acceptance(3) == before
+    policy.on_state_activated(5)
+    policy.on_verify_complete([3], 1, num_steps=3)
+    assert all(now > then for now, then in zip(policy.acceptance(3)[:3], before, strict=False))
+
+
 NODES = {"1": 4, "3": 12, "5": 30}
 
 

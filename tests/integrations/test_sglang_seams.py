@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import ast
 import inspect
+import logging
 import os
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,73 +15,65 @@ from smart_decoding.integrations import sglang as integration
 from smart_decoding.integrations.sglang import seams
 from smart_decoding.integrations.sglang.policy import SmartSpecPolicy
 
-ALL = [
-    (module, name, parameters)
-    for part in (seams.REPLACED, seams.WRAPPED, seams.USED)
-    for module, names in part.items()
-    for name, parameters in names.items()
-]
+pytest.importorskip(
+    "msgspec", reason="SGLang's light dependencies are not installed here: make test-sglang"
+)
+PARAMS = "sglang.srt.speculative.adaptive_spec_params"
 
 
-def members(body: list[ast.stmt]) -> Iterator[tuple[str, ast.stmt]]:
-    """Names that these statements define, or import, at their own level or in a `try` of it."""
-    for node in body:
-        if isinstance(node, ast.ClassDef | ast.FunctionDef):
-            yield node.name, node
-        elif isinstance(node, ast.Try):
-            yield from members(node.body)
-        elif isinstance(node, ast.ImportFrom):
-            yield from ((alias.asname or alias.name, node) for alias in node.names)
-        elif isinstance(node, ast.Assign):
-            yield from (
-                (target.id, node) for target in node.targets if isinstance(target, ast.Name)
-            )
+def test_every_name_that_is_relied_on_is_there() -> None:
+    source_of("sglang.version")
+    assert seams.lacking() == []
 
 
-@pytest.mark.parametrize(("module", "name", "parameters"), ALL)
-def test_every_name_that_is_relied_on_is_there(
-    module: str, name: str, parameters: seams.Parameters
-) -> None:
-    body = ast.parse(source_of(module).read_text()).body
-    *owners, last = name.split(".")
-    for owner in owners:
-        found = dict(members(body))[owner]
-        assert isinstance(found, ast.ClassDef)
-        body = found.body
-    node = dict(members(body))[last]
-    if parameters is not None:
-        assert isinstance(node, ast.FunctionDef)
-        taken = [
-            *node.args.posonlyargs,
-            *node.args.args,
-            *([node.args.kwarg] if node.args.kwarg else []),
-        ]
-        taken = [argument.arg for argument in taken if argument.arg not in ("self", "cls")]
-        assert tuple(taken[: len(parameters)]) == parameters
+def test_further_parameters_are_known_or_harmless(monkeypatch) -> None:
+    """As in later versions: `num_steps` where our policy is called, defaults where SGLang is."""
+    source_of("sglang.version")
+    from sglang.srt.speculative.adaptive_spec_params import AdaptiveSpeculativeParams
+
+    def newer(self, num_correct_drafts_per_req, batch_size=0, num_steps=None): ...
+
+    monkeypatch.setattr(AdaptiveSpeculativeParams, "on_verify_complete", newer)
+    assert seams.lacking() == []
+
+    def unknown(self, num_correct_drafts_per_req, batch_size, seconds=None): ...
+
+    monkeypatch.setattr(AdaptiveSpeculativeParams, "on_verify_complete", unknown)
+    assert seams.lacking() == [f"{PARAMS}.AdaptiveSpeculativeParams.on_verify_complete"]
+
+
+def test_a_version_without_a_name_is_left_alone(monkeypatch, caplog) -> None:
+    source_of("sglang.version")
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    monkeypatch.setenv(integration.COSTS, "unread.json")
+    monkeypatch.setitem(seams.USED, "sglang.srt.plugins.hook_registry", {"HookRegistry.gone": None})
+    before = dict(HookRegistry._hooks)
+    with caplog.at_level(logging.WARNING):
+        integration.register()
+    assert "hook_registry.HookRegistry.gone" in caplog.text
+    assert before == HookRegistry._hooks
 
 
 def test_the_policy_has_all_that_is_public_in_the_class_it_replaces() -> None:
-    names = seams.REPLACED["sglang.srt.speculative.adaptive_spec_params"]
+    source_of("sglang.version")
+    from sglang.srt.speculative.adaptive_spec_params import AdaptiveSpeculativeParams
+
+    names = seams.REPLACED[PARAMS]
     _, _, kind = integration.TARGET.rpartition(".")
-    body = dict(
-        members(
-            ast.parse(source_of("sglang.srt.speculative.adaptive_spec_params").read_text()).body
-        )
-    )[kind]
-    assert isinstance(body, ast.ClassDef)
-    public = {name for name, _ in members(body.body) if not name.startswith("_")}
+    public = {name for name in vars(AdaptiveSpeculativeParams) if not name.startswith("_")}
     assert {f"{kind}.{name}" for name in public} == set(names) - {f"{kind}.__init__"}
     for name, parameters in names.items():
+        assert parameters is not None
         ours = inspect.getattr_static(SmartSpecPolicy, name.split(".")[1])
         function = ours.fget if isinstance(ours, property) else ours
-        assert tuple(inspect.signature(function).parameters)[1:] == parameters
+        taken = tuple(inspect.signature(function).parameters)[1:]
+        assert taken[: len(parameters)] == parameters
+        assert set(taken[len(parameters) :]) <= set(seams.NEWER)
     assert f"{kind}(" in source_of("sglang.srt.speculative.eagle_worker_v2").read_text()
 
 
 def test_options_are_those_of_its_arguments() -> None:
-    pytest.importorskip(
-        "msgspec", reason="SGLang's light dependencies are not installed here: make test-sglang"
-    )
     source_of("sglang.srt.server_args")
     from sglang.srt.arg_groups.overrides import declare_resolution
     from sglang.srt.server_args import ServerArgs

@@ -173,7 +173,9 @@ def serve(engine: Engine, wave: Wave, timing: Time) -> Segment:
             if not engine.has_unfinished_requests:
                 timing.sleep(coming[0][1][0] - now)
                 continue
-            touched = engine.step(lambda: bool(coming) and coming[0][1][0] <= clock() - started)
+            touched = engine.step(
+                lambda: [""] if coming and coming[0][1][0] <= clock() - started else []
+            )
             if touched and engine.last_round is not None and engine.last_round.round.batch.size:
                 decoding.append(engine.last_round.round.batch.size)
         seconds = clock() - started

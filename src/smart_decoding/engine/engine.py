@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -156,12 +156,12 @@ class Engine:
         """Whether any request waits or runs."""
         return self.scheduler.has_work
 
-    def step(self, arrived: Callable[[], bool] = lambda: False) -> list[Request]:
+    def step(self, arrived: Callable[[], Collection[str]] = tuple) -> list[Request]:
         """One round. Returns the requests that got tokens, finished ones included.
 
-        arrived: whether a request waits to be added. If a slot is free, drafting stops for it, and
-        nothing is returned: a forward cannot be cut short, so the request would wait for all of
-        it."""
+        arrived: clients whose requests wait to be added. If a slot is free, drafting stops for one
+        that does not rest, and nothing is returned: a forward cannot be cut short, so the request
+        would wait for all of it."""
         started = self._clock()
         batch = self.scheduler.next_batch()
         self._forget(self.scheduler.preempted)
@@ -236,17 +236,22 @@ class Engine:
         return self.policy.plan(state)
 
     def _draft(
-        self, batch: Batch, state: BatchState, rule: TreeRule | None, arrived: Callable[[], bool]
+        self,
+        batch: Batch,
+        state: BatchState,
+        rule: TreeRule | None,
+        arrived: Callable[[], Collection[str]],
     ) -> Draft:
         if rule is None or self.drafter is None:
             return Draft(DraftTrees.empty(len(batch.decode)))
+        resting = self.scheduler.shares.resting
         return draft_trees(
             self.drafter,
             self._selection,
             rule,
             state,
             batch.decode,
-            lambda: self.scheduler.has_room and arrived(),
+            lambda: self.scheduler.has_room and not resting.issuperset(arrived()),
             self._clock,
         )
 

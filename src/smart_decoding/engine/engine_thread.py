@@ -7,7 +7,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Collection, Generator
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Protocol
 
@@ -205,8 +205,8 @@ class Rounds:
             job.left = 0
         self._flush()
 
-    def step(self, arrived: Callable[[], bool] = lambda: False) -> None:
-        """One round. arrived: whether somebody waits for its end."""
+    def step(self, arrived: Callable[[], Collection[str]] = tuple) -> None:
+        """One round. arrived: clients that wait for its end."""
         self._observers.tell(lambda observer: observer.before(self.engine))
         touched = self.engine.step(arrived)
         self._observers.tell(lambda observer: observer.after(self.engine, touched))

@@ -65,10 +65,10 @@ class Inbox:
             if command is not None:
                 yield command
 
-    def arrived(self) -> bool:
-        """Whether a job that waits to be taken in has not left again."""
+    def arrived(self) -> set[str]:
+        """Clients of jobs that wait to be taken in and have not left again."""
         while not self._queue.empty():
             self._read.append(self._queue.get())
         commands = [command for command in self._read if command is not None]
         left = [job for name, job in commands if name == "abort"]
-        return any(name == "add" and job not in left for name, job in commands)
+        return {job.client for name, job in commands if name == "add" and job not in left}

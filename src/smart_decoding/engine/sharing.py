@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 AGE = 256  # shared rounds after which a time is forgotten, and so measured again
 WEIGHT = 0.2  # of a round's time among those before
 OUTLIER = 2.0  # times what was expected: a round that takes longer counts as that
+MOST = (
+    64  # of the shortest rounds that a client sits out at most: a stall is nobody's fault
+)
 
 
 class Shares:
@@ -38,8 +41,6 @@ class Shares:
         """Says who rests. clients: of all requests."""
         present = set(clients)
         self._shared = len(present) > 1
-        if not self._shared:
-            self._owed.clear()
         self.resting = {who for who in present if self._owed.get(who, 0.0) > self._allowed}
 
     def owe(self, client: str, seconds: float) -> None:
@@ -50,6 +51,7 @@ class Shares:
     def charge(self, batch: Batch, done: Round, seconds: float) -> None:
         """Charges a round that took so many seconds to the clients in it."""
         if not self._shared:
+            self._pay(seconds)
             return
         parts = _parts(batch, done)
         whole = _Part(
@@ -58,16 +60,23 @@ class Shares:
         )
         forward = max(seconds - whole.grammars, 1e-9)  # clocks may stand still
         self._times.observe(whole.rows, forward)
-        speed = forward / self._times.seconds(whole.rows)
+        usual = self._times.seconds(whole.rows)
+        speed = min(forward / usual, OUTLIER)
         alone = {
             who: speed * self._times.seconds(part.rows) + part.grammars
             for who, part in parts.items()
         }
         self._allowed = min(alone.values())
         for who, part in parts.items():
-            others = speed * self._times.seconds(whole.rows - part.rows)
-            self.owe(who, forward - others + part.grammars)
-        left = {who: owed - self._allowed for who, owed in self._owed.items()}
+            others = self._times.seconds(whole.rows - part.rows)
+            self.owe(who, speed * (usual - others) + part.grammars)
+        self._pay(self._allowed)
+        most = MOST * self._times.least
+        self._owed = {who: min(owed, most) for who, owed in self._owed.items()}
+
+    def _pay(self, seconds: float) -> None:
+        """The others have had so many seconds."""
+        left = {who: owed - seconds for who, owed in self._owed.items()}
         self._owed = {who: owed for who, owed in left.items() if owed > 0.0}
 
 
@@ -90,6 +99,11 @@ class RoundTimes:
         time.rows += WEIGHT * (rows - time.rows)
         time.seconds += WEIGHT * (min(seconds, OUTLIER * time.seconds) - time.seconds)
         self._known = dict(sorted(known.items()))
+
+    @property
+    def least(self) -> float:
+        """Of the shortest round. Some round must be known."""
+        return min(time.seconds for time in self._known.values())
 
     def seconds(self, rows: int) -> float:
         """Of a round of so many rows. Some round must be known."""
@@ -122,8 +136,8 @@ def _parts(batch: Batch, done: Round) -> dict[str, _Part]:
     rows = [(request, 1 + count) for request, count in zip(batch.decode, nodes, strict=True)]
     parts: dict[str, _Part] = {}
     for request, count in (*rows, *batch.prefill):
-        part = parts.setdefault(request.client, _Part())
-        part.rows += count
+        parts.setdefault(request.client, _Part()).rows += count
+    for request in batch.decode:
         if request.constraint is not None:
-            part.grammars += request.constraint.seconds
+            parts[request.client].grammars += request.constraint.seconds
     return parts

@@ -125,6 +125,27 @@ def test_nothing_to_gain_means_plain(name: str) -> None:
     assert policy.plan(state([9, 9], [False, False])) is None
 
 
+@pytest.mark.parametrize("name", ["paper", "pooled_chain", "throughput_chain", "smart"])
+def test_measured_costs_replace_a_guess_at_once(name: str) -> None:
+    """Where costs are measured while the engine is idle."""
+    batch = state([50, 50])
+    steep = CostModel.from_table({1: {1: 1.0, 64: 200.0}}, {1: 0.5, 64: 20.0})
+    policy = make_policy(name, {"eos_token_ids": (EOS,), "cost": CostModel.default()})
+    policy.plan(batch)
+    policy.cost = steep
+    fresh = make_policy(name, {"eos_token_ids": (EOS,), "cost": steep})
+    kept = []
+    for asked in (policy, fresh):
+        plan = asked.plan(batch)
+        kept.append(None if plan is None else len(draft(asked, batch, np.random.default_rng(0))[2]))
+    assert kept[0] == kept[1]
+    rules = [asked.plan(batch) for asked in (policy, fresh)]
+    if name == "paper":
+        assert rules[0] is not None
+        assert rules[1] is not None
+        np.testing.assert_array_equal(rules[0].keep.spent, rules[1].keep.spent)
+
+
 def test_off_is_always_plain() -> None:
     assert make_policy("off").plan(state([20, 20], has_free=True)) is None
 

@@ -91,7 +91,7 @@ def drafts(
     while engine.has_unfinished_requests:
         length = len(request.tokens)
         comes = cut_every > 0 and length % cut_every == 0
-        touched = engine.step(lambda comes=comes: comes)
+        touched = engine.step(lambda comes=comes: [""] * comes)
         done = engine.last_round.round  # type: ignore[union-attr]
         if touched and len(done.trees):
             trees[length] = done.trees.token.tolist(), done.trees.draft_prob

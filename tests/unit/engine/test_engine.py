@@ -92,12 +92,12 @@ def test_who_arrives_while_a_round_drafts_need_not_wait_for_its_forward(
     cuts = 0
     for _ in range(30):
         before = engine.last_round
-        if not engine.step(lambda: True):
+        if not engine.step(lambda: [""]):
             cuts += 1
             if stays:
                 requests.append(add(engine, f"new {cuts}", [cuts % VOCAB] * 6, greedy(2)))
             assert engine.last_round is before
-            assert engine.step(lambda: True)  # never twice in a row: the others go on
+            assert engine.step(lambda: [""])  # never twice in a row: the others go on
             assert not len(engine.last_round.round.trees)
             assert requests[-1].output
         engine.step()
@@ -111,7 +111,7 @@ def test_drafting_goes_on_where_nobody_could_begin() -> None:
     engine = make_engine("static", max_num_seqs=1)
     add(engine, "0", [1, 2], greedy(40))
     engine.step()
-    assert engine.step(lambda: True)
+    assert engine.step(lambda: [""])
     assert len(engine.last_round.round.trees)
 
 

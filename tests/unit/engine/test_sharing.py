@@ -108,6 +108,52 @@ def test_a_stream_of_prompts_leaves_another_client_half_its_speed() -> None:
         assert request.output == alone(request.prompt, request.params)[0].output
 
 
+@pytest.mark.parametrize("gap", [1, 2])
+def test_prompts_with_gaps_between_them_leave_another_client_half_its_speed(gap: int) -> None:
+    engine = new_engine("off", prefix_caching=False)
+    light = add(engine, "light", 1, 150)
+    begin(engine, light)
+    before = tokens_of(light)
+    began = engine.target.clock.now
+    count = waited = 0
+    heavy: list[Request] = []
+    while not light[0].finished:
+        waited = waited + 1 if all(request.finished for request in heavy) else 0
+        if waited > gap:
+            count += 1
+            params = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
+            prompt = [(count * 11 + j) % VOCAB for j in range(200)]
+            heavy = engine.add_request(f"heavy-{count}", prompt, params, client="heavy")
+        engine.step()
+    assert count > 5
+    speed = (tokens_of(light) - before) / (engine.target.clock.now - began)
+    assert speed > 0.4 * speed_alone("off", 1, 100)  # debts that gaps wipe out: 0.15
+
+
+def test_a_stall_keeps_nobody_out_for_long() -> None:
+    engine = new_engine("off")
+    heavy = add(engine, "heavy", 64, 200)
+    begin(engine, heavy)
+    begin(engine, add(engine, "light", 3, 200))
+    for _ in range(10):
+        engine.step()
+    before = tokens_of(heavy)
+    stalled = engine.target.verify
+
+    def verify(*args: Any) -> Any:
+        engine.target.clock.now += 10_000.0
+        engine.target.verify = stalled
+        return stalled(*args)
+
+    while tokens_of(heavy) == before:  # until it is in a round
+        engine.target.verify = verify
+        engine.step()
+    before = tokens_of(heavy)
+    for _ in range(80):
+        engine.step()
+    assert tokens_of(heavy) > before
+
+
 def test_nobody_rests_where_rounds_cost_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fakes, "CHEAP_ROWS", CostModel.from_table({1: {1: 1.0, 101: 1.1}}))
     engine = new_engine("off")

@@ -61,7 +61,7 @@ class Paper(StatelessPolicy):
             raise ConfigError(f"family must be one of {', '.join(FAMILIES)}, not {family!r}")
         if l_tree not in L_TREES:
             raise ConfigError(f"l_tree must be one of {', '.join(L_TREES)}, not {l_tree!r}")
-        self.cost: CostModel = cost or CostModel.default()
+        self._cost = cost or CostModel.default()
         self.alpha = require_number("alpha", alpha, 0.0, 1.0)
         self.budget = require_int("budget", budget, 1, 100_000)
         self.offsets = FAMILIES[family]
@@ -70,6 +70,16 @@ class Paper(StatelessPolicy):
         self.children = require_int("children", children, 1, 256)
         self._ends = token_array(eos_token_ids)
         self._rules: dict[tuple[int, int], MarginalRatio] = {}
+
+    @property
+    def cost(self) -> CostModel:
+        """What rules are fitted to."""
+        return self._cost
+
+    @cost.setter
+    def cost(self, model: CostModel) -> None:
+        self._cost = model
+        self._rules.clear()
 
     def plan(self, batch: BatchState) -> TreeRule | None:
         """As many levels as the longest request may use."""
@@ -81,7 +91,7 @@ class Paper(StatelessPolicy):
         context = int(batch.mean_context) // 256 * 256 + 128
         key = (batch.size, context)
         if key not in self._rules:
-            costs = fitted_costs(self.cost, batch.size, context, self.max_levels, self.offsets)
+            costs = fitted_costs(self._cost, batch.size, context, self.max_levels, self.offsets)
             sizes = range(max(1, self.budget // batch.size) + 1)
             spent = np.array([costs.seconds(n) for n in sizes])
             step = np.array([costs.slope(n) for n in sizes])

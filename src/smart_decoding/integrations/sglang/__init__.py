@@ -1,17 +1,16 @@
-"""SMART inside SGLang: how large EAGLE drafts, at each batch size, under `--speculative-adaptive`.
+"""SMART inside SGLang, in two ways.
 
-Chains: how many steps. Trees (`--speculative-eagle-topk` above 1): which of several pairs of steps
-and nodes, the tree of each being SGLang's own. SGLang finds `register` by itself, as a plugin. It
-does nothing unless SMART_SGLANG_COSTS names a file of measured costs (docs/integrations.md), and
-imports nothing of SGLang before that.
+`--speculative-algorithm SMART_EAGLE3`: of what EAGLE-3 drafts, each request verifies the nodes that
+pay, chosen over the whole batch. `--speculative-adaptive`: how large stock drafts are, at each
+batch size; chains by steps, trees by tiers of steps and nodes. SGLang finds `register` by itself,
+as a plugin. It does nothing unless SMART_SGLANG_COSTS names a file of measured costs
+(docs/sglang.md), and imports nothing of SGLang before that.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-
-from smart_decoding.integrations.sglang.seams import TESTED
 
 COSTS = "SMART_SGLANG_COSTS"
 # The class that is replaced.
@@ -21,22 +20,29 @@ logger = logging.getLogger("sglang.smart_decoding")
 
 
 def register() -> None:
-    """SGLang's plugin entry point: puts SMART's policy in the place of SGLang's own."""
+    """SGLang's plugin entry point: adds SMART_EAGLE3, and puts SMART's policy in the place of
+    SGLang's own.
+
+    In a version that lacks a name it needs, it says so once and leaves all as it is."""
     if not os.environ.get(COSTS):
         return
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-    from sglang.version import __version__ as version
+    from smart_decoding.integrations.sglang.seams import lacking
 
+    names = lacking()
+    if names:
+        logger.warning(
+            "SMART leaves speculation to SGLang: this version lacks, or calls otherwise, %s",
+            ", ".join(names),
+        )
+        return
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+    from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
+
+    from smart_decoding.integrations.sglang.algorithm import NAME, SmartEagle3, worker
     from smart_decoding.integrations.sglang.costs import read_costs
     from smart_decoding.integrations.sglang.policy import SmartSpecPolicy
 
-    if version not in TESTED:
-        logger.warning(
-            "SMART leaves speculation to SGLang: %s is not a version that it was tested with (%s)",
-            version,
-            ", ".join(TESTED),
-        )
-        return
+    SpeculativeAlgorithm.register(NAME, supports_overlap=True, spec_class=SmartEagle3)(worker)
     HookRegistry.register(TARGET, SmartSpecPolicy, HookType.REPLACE)
     if read_costs().nodes:
         from smart_decoding.integrations.sglang.trees import HOOKS

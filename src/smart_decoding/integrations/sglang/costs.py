@@ -29,7 +29,7 @@ class RoundCosts:
         table: Mapping[int, Mapping[int, float]],
         nodes: Mapping[int, int] = MappingProxyType({}),
     ) -> None:
-        self._batches = sorted(table)
+        self.batches = sorted(table)
         self._table = {batch: dict(sorted(row.items())) for batch, row in table.items()}
         self.nodes = dict(nodes)
 
@@ -60,9 +60,9 @@ class RoundCosts:
         """Seconds of one round: drafting, verifying and all else."""
         of_batch = [
             np.interp(steps, list(self._table[b]), list(self._table[b].values()))
-            for b in self._batches
+            for b in self.batches
         ]
-        return float(np.interp(math.log(max(batch, 1)), np.log(self._batches), of_batch))
+        return float(np.interp(math.log(max(batch, 1)), np.log(self.batches), of_batch))
 
     def tokens(self, steps: int) -> int:
         """Tokens that a round verifies for a request, its last one included."""

@@ -70,19 +70,27 @@ class SmartSpecPolicy:
         return steps
 
     def on_verify_complete(
-        self, num_correct_drafts_per_req: list[int], batch_size: int
+        self,
+        num_correct_drafts_per_req: list[int],
+        batch_size: int,
+        num_steps: int | None = None,
     ) -> int | None:
-        """Counts what was accepted.
+        """Counts what was accepted. num_steps: of that batch, where SGLang says it.
 
         There is never a switch to announce: the next batch asks for its steps by itself."""
         if not self._recent:
             return None
         self._observe_exploration(batch_size, batch_size + sum(num_correct_drafts_per_req))
-        steady = len(set(self._recent)) == 1 and self._recent[0] > 0
-        if num_correct_drafts_per_req and steady:
-            self._count(num_correct_drafts_per_req, self._recent[0])
+        steps = num_steps
+        if steps is None:  # unknown where the last two batches had different ones
+            steps = self._recent[0] if len(set(self._recent)) == 1 else 0
+        if num_correct_drafts_per_req and steps:
+            self._count(num_correct_drafts_per_req, steps)
             self._steps.clear()
         return None
+
+    def on_state_activated(self, steps: int) -> None:
+        """Steps that SGLang now runs: the batch that asked for them is counted by itself."""
 
     def cuda_graph_bs_for_step(self, step: int) -> list[int] | None:
         """The captured batch sizes that may draft so many steps."""

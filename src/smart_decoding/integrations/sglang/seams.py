@@ -1,11 +1,15 @@
 """What the plugin relies on in SGLang, beyond its command line. Imports no SGLang.
 
-tests/integrations/test_sglang_seams.py compares these names with the installed wheel.
+At start, and in tests/integrations/test_sglang_seams.py, they are compared with the installed one.
 """
 
 from __future__ import annotations
 
-TESTED = ("0.5.23",)  # versions that the tests were run on: in others the plugin does nothing
+import importlib
+import inspect
+import operator
+
+NEWER = ("num_steps",)  # parameters of later versions that ours take, too
 
 # Of a function, `self` left out; None: no function, or whatever it takes.
 Parameters = tuple[str, ...] | None
@@ -46,7 +50,14 @@ WRAPPED: dict[str, dict[str, Parameters]] = {
     },
 }
 USED: dict[str, dict[str, Parameters]] = {
-    "sglang.version": {"__version__": None},
+    "sglang.srt.speculative.spec_info": {
+        "SpeculativeAlgorithm.register": (
+            "name",
+            "supports_overlap",
+            "validate_server_args",
+            "spec_class",
+        ),
+    },
     "sglang.srt.plugins.hook_registry": {
         "HookRegistry.register": ("target", "hook", "hook_type"),
         "HookType.REPLACE": None,
@@ -68,3 +79,38 @@ OPTIONS = (
     "page_size",
 )
 RECORD = "_resolved_overrides"
+
+
+def lacking() -> list[str]:
+    """Names that the installed SGLang lacks or calls otherwise, as 'module.name'.
+
+    Further parameters are no harm where SGLang's own are called. Where ours take their place,
+    they must be known: NEWER."""
+    return [
+        f"{module}.{name}"
+        for group in (REPLACED, WRAPPED, USED)
+        for module, members in group.items()
+        for name, parameters in members.items()
+        if not _fits(module, name, parameters, group is REPLACED)
+    ]
+
+
+def _fits(module: str, name: str, parameters: Parameters, replaced: bool) -> bool:
+    try:
+        found = operator.attrgetter(name)(importlib.import_module(module))
+    except (ImportError, AttributeError):
+        return False
+    if parameters is None or not callable(found):  # a property is read
+        return True
+
+    given = list(inspect.signature(found).parameters.values())
+    given = [parameter for parameter in given if parameter.name not in ("self", "cls")]
+    further = given[len(parameters) :]
+    if tuple(parameter.name for parameter in given[: len(parameters)]) != parameters:
+        return False
+    if replaced:
+        return {parameter.name for parameter in further} <= set(NEWER)
+    return all(
+        parameter.default is not parameter.empty or parameter.kind is parameter.VAR_KEYWORD
+        for parameter in further
+    )
