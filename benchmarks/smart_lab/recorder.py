@@ -45,7 +45,7 @@ def record_trace(options: LabOptions) -> Trace:
     policy = arm.policy
     if (
         arm.engine.drafter is None
-        or not arm.engine.drafter.max_levels
+        or not arm.engine.drafter.has_model
         or not isinstance(policy, Smart)
     ):
         raise ConfigError(

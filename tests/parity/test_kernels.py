@@ -39,7 +39,7 @@ def test_linear(n: int, k: int, dtype: torch.dtype) -> None:
     w = packed(weight)
     norm = torch.rand(k) + 0.5
     alone = torch.cat([kernels.linear(x[i : i + 1], w, (norm, 1e-5), bias) for i in range(40)])
-    rounds = dtype == torch.bfloat16 and kernels.rounds_inputs()
+    rounds = dtype == torch.bfloat16 and library.library().smart_rounds_inputs()
     normed = torch.nn.functional.rms_norm(x, (k,), norm, 1e-5)
     normed, read = (normed.bfloat16(), x.bfloat16()) if rounds else (normed, x)
     wanted = normed.double() @ weight.double().T + bias
@@ -64,7 +64,9 @@ def test_linear_over_panels_that_are_taken_in_blocks(dtype: torch.dtype, hint: i
     x = torch.randn(40, k)
     w = packed(weight)
     alone = torch.cat([kernels.linear(x[i : i + 1], w, hint=hint) for i in range(40)])
-    read = x.bfloat16() if dtype == torch.bfloat16 and kernels.rounds_inputs() else x
+    read = (
+        x.bfloat16() if dtype == torch.bfloat16 and library.library().smart_rounds_inputs() else x
+    )
     torch.testing.assert_close(
         alone.double(), read.double() @ weight.double().T, rtol=1e-4, atol=1e-3
     )
@@ -168,7 +170,9 @@ def in_pairs(matrices: torch.Tensor) -> torch.Tensor:
     """Pages as products of pairs read them, where these attend: rows of their matrices interleaved
     in pairs."""
     rows, columns = matrices.shape[-2:]
-    if not kernels.attends_by_pairs(matrices.dtype == torch.bfloat16, rows * columns // PAGE):
+    if not library.library().smart_attends_by_pairs(
+        matrices.dtype == torch.bfloat16, rows * columns // PAGE
+    ):
         return matrices.clone(memory_format=torch.contiguous_format)
     return matrices.unflatten(-2, (-1, 2)).transpose(-2, -1).reshape(matrices.shape)
 

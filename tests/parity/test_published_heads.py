@@ -485,7 +485,7 @@ def test_a_head_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     asked: list[list[str]] = []
 
-    def snapshot_download(repository: str, allow_patterns: list[str]) -> str:
+    def snapshot_download(repository: str, allow_patterns: list[str], **_: object) -> str:
         if repository == "nobody/nothing":
             raise OSError("404")
         asked.append(allow_patterns)

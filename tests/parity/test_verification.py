@@ -16,12 +16,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from smart_decoding.core.tree import ROOT, DraftTrees
+from smart_decoding.engine.history import TokenHistory
 from smart_decoding.engine.kv import BlockTable, PagePool
 from smart_decoding.engine.media import Media
 from smart_decoding.engine.request import Request
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine.scheduler import Batch
-from smart_decoding.engine.specs import new_history
 from smart_decoding.engine.stopping import StopChecker
 from smart_decoding.engine.verification import Verified, make_room, verify
 from smart_decoding.errors import ModelError
@@ -81,7 +81,7 @@ class World(Sampled):
                 7 + n,
                 BlockTable(pool),
                 StopChecker(each, str),
-                history=new_history(PROMPT[n : n + n], each),
+                history=TokenHistory(PROMPT[n : n + n]) if each.needs_history else None,
             )
             for n, each in zip(CONTEXTS, params, strict=True)
         ]

@@ -275,7 +275,7 @@ class FakeModel:
     children of what it has expanded only, and each only once."""
 
     name = "fake"
-    max_levels = 4
+    has_model = True
     free = False
     aux_layers = (1, 2)
 
@@ -417,8 +417,8 @@ def test_union_derives_what_the_engine_asks_for() -> None:
     model = FakeModel(0)
     ngram = NgramDrafter()
     union = UnionDrafter([model, recycling, ngram])
-    assert (union.max_levels, union.free, union.aux_layers, union.wants_logits) == (
-        4,
+    assert (union.has_model, union.free, union.aux_layers, union.wants_logits) == (
+        True,
         True,
         (1, 2),
         True,
@@ -434,7 +434,12 @@ def test_union_derives_what_the_engine_asks_for() -> None:
     assert model.calls == ["extend", "release"]
     assert not ngram._index
     free = UnionDrafter([ngram, NgramDrafter()])
-    assert (free.max_levels, free.free, free.aux_layers, free.wants_logits) == (0, True, (), False)
+    assert (free.has_model, free.free, free.aux_layers, free.wants_logits) == (
+        False,
+        True,
+        (),
+        False,
+    )
     assert free.pending_rows([text]) == 0
     assert (free.start([text], FREE).source == 1).all()
 

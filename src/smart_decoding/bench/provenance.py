@@ -87,17 +87,17 @@ def machine() -> dict[str, Any]:
     matter, any GPU."""
     import torch
 
+    from smart_decoding.kernels.library import cpu_flags, cpu_info
+
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    cpu = _cpu_info()
-    flags = set((cpu.get("flags") or cpu.get("Features") or "").split())
     return {
         "machine": platform.machine(),
         "system": f"{platform.system()} {platform.release()}",
-        "cpu": cpu.get("model name") or platform.processor() or platform.machine(),
+        "cpu": cpu_info().get("model name") or platform.processor() or platform.machine(),
         "cores": usable,
         "threads": torch.get_num_threads(),
         "memory_gib": _memory_gib(),
-        "flags": [flag for flag in _FLAGS if flag in flags],
+        "flags": [flag for flag in _FLAGS if flag in cpu_flags()],
         "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
     }
 
@@ -153,16 +153,6 @@ def _git(folder: Path, *arguments: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
-
-
-def _cpu_info() -> dict[str, str]:
-    """The first processor's entry of /proc/cpuinfo; empty where there is none."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return {}
-    pairs = (line.partition(":") for line in text.split("\n\n")[0].splitlines())
-    return {key.strip(): value.strip() for key, _, value in pairs}
 
 
 def _peak_gib() -> float | None:

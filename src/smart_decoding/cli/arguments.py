@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from argparse import ArgumentTypeError, _ActionsContainer
+from argparse import Action, ArgumentParser, ArgumentTypeError, _ActionsContainer
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +54,16 @@ class Option:
             action="append" if self.many else "store",
             help=words,
         )
+
+
+class Gone(Action):
+    """An option that is no more: an error, whose words `const` has, says what there is instead."""
+
+    def __call__(
+        self, parser: ArgumentParser, _: object, __: object, option: str | None = None
+    ) -> None:
+        """Ends the program."""
+        parser.error(f"{option} {self.const}")
 
 
 ALLOW_SLOW = Option(

@@ -13,7 +13,7 @@ from smart_decoding.bench.options import BenchOptions, parse_setting
 from smart_decoding.bench.presets import PRESETS
 from smart_decoding.bench.provenance import write_json
 from smart_decoding.bench.results import Results
-from smart_decoding.cli.arguments import add_allow_slow, shares, whole_numbers, words
+from smart_decoding.cli.arguments import Gone, add_allow_slow, shares, whole_numbers, words
 from smart_decoding.cli.model_options import ACTIVATIONS, QUANTIZATION
 from smart_decoding.cli.report import add_output_arguments, write_outputs
 from smart_decoding.cli.run import show_steps
@@ -33,22 +33,12 @@ MOVED = (
 )
 
 
-class _Moved(argparse.Action):
-    """An option that the laboratory has now."""
-
-    def __call__(
-        self, parser: argparse.ArgumentParser, _: object, __: object, option: str | None = None
-    ) -> None:
-        parser.error(
-            f"{option} is now an option of `python -m smart_lab bench`, in a clone (docs/bench.md)"
-        )
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `smart bench`, and those that are gone, which say where they went."""
     add_common_arguments(parser)
+    where = "is now an option of `python -m smart_lab bench`, in a clone (docs/bench.md)"
     for name in MOVED:
-        parser.add_argument(name, nargs="?", action=_Moved, help=argparse.SUPPRESS)
+        parser.add_argument(name, nargs="?", action=Gone, const=where, help=argparse.SUPPRESS)
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> Any:

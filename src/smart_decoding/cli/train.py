@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smart_decoding.cli.arguments import add_allow_slow
+from smart_decoding.cli.arguments import Gone, add_allow_slow
 from smart_decoding.errors import ConfigError
 from smart_decoding.models.registry import DEFAULT_MODEL
 
@@ -25,19 +25,11 @@ if TYPE_CHECKING:
 TUNABLES = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=100000000000"
 
 
-class _Renamed(argparse.Action):
-    """`--taps`, as --aux-layers was called."""
-
-    def __call__(
-        self, parser: argparse.ArgumentParser, _: object, __: object, option: str | None = None
-    ) -> None:
-        parser.error(f"{option} is called --aux-layers now")
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `smart train`."""
     add = parser.add_argument
-    add("--taps", nargs="?", action=_Renamed, help=argparse.SUPPRESS)
+    renamed = "is called --aux-layers now"
+    add("--taps", nargs="?", action=Gone, const=renamed, help=argparse.SUPPRESS)
     add("--model", default=DEFAULT_MODEL, help="the target: name, hub id, folder or GGUF file")
     add(
         "--output",

@@ -13,13 +13,11 @@ from typing import TypeAlias
 
 import numpy as np
 
-from smart_decoding.core.tree import ROOT, DraftTrees, FloatArray, IntArray
+from smart_decoding.core.tree import ROOT, DraftTrees, IntArray
 
 # Rows of the verifying forward: roots are 0 .. batch - 1, node i is row batch + i. The target's
 # token at each.
 Sampler: TypeAlias = Callable[[list[int]], Iterable[int]]
-# (owner, tokens after the root) -> the target's next-token distribution, [vocabulary].
-Target: TypeAlias = Callable[[int, tuple[int, ...]], FloatArray]
 
 _NONE = np.zeros(0, np.int64)
 _NO_PATH: list[int] = []
@@ -79,21 +77,3 @@ def _children(trees: DraftTrees) -> dict[tuple[int, int], int]:
         row = owner if parent == ROOT else trees.batch + parent
         children.setdefault((row, token), node)
     return children
-
-
-def expected_tokens(trees: DraftTrees, target: Target) -> FloatArray:
-    """[batch] exact expectation of the tokens emitted per request, by enumerating every walk over
-    the vocabulary."""
-    children: dict[tuple[int, int], dict[int, int]] = {}
-    for node in range(len(trees)):
-        siblings = children.setdefault((int(trees.owner[node]), int(trees.parent[node])), {})
-        siblings.setdefault(int(trees.token[node]), node)
-
-    def below(owner: int, node: int, tokens: tuple[int, ...]) -> float:
-        p_target = target(owner, tokens)
-        drafted = children.get((owner, node), {})
-        return 1.0 + sum(
-            float(p_target[t]) * below(owner, child, (*tokens, t)) for t, child in drafted.items()
-        )
-
-    return np.array([below(owner, ROOT, ()) for owner in range(trees.batch)])

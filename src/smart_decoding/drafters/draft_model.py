@@ -41,10 +41,8 @@ class DraftModelDrafter(LevelDrafter[State]):
     name = "draft_model"
     ahead = 0
 
-    def __init__(
-        self, model: SmallModel, pool_pages: int, scratch_pages: int, max_levels: int = 8
-    ) -> None:
-        super().__init__(pool_pages, scratch_pages, max_levels, model.grow is not None)
+    def __init__(self, model: SmallModel, pool_pages: int, scratch_pages: int) -> None:
+        super().__init__(pool_pages, scratch_pages, model.grow is not None)
         self._model = model
 
     def _admit(self, request: Request, first: int) -> State:

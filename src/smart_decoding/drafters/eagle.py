@@ -100,11 +100,9 @@ class EagleDrafter(LevelDrafter[Pairs]):
     name = "eagle"
     ahead = 1
 
-    def __init__(
-        self, head: Head, pool_pages: int, scratch_pages: int, max_levels: int = 8
-    ) -> None:
+    def __init__(self, head: Head, pool_pages: int, scratch_pages: int) -> None:
         spare = scratch_pages // 8
-        super().__init__(pool_pages, scratch_pages - spare, max_levels, head.grows)
+        super().__init__(pool_pages, scratch_pages - spare, head.grows)
         pages = pool_pages + scratch_pages
         self._spare = [*range(pages - spare, pages)]  # for copies of pages
         self._head = head

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 class FreeDrafter:
     """The part of `Drafter` that is the same for all of them: nothing to run, nothing to keep."""
 
-    max_levels = 0
+    has_model = False
     free = True
     aux_layers: tuple[int, ...] = ()
     grow: Grow | None = None

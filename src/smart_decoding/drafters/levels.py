@@ -86,6 +86,7 @@ class LevelDrafter(ABC, Generic[S]):
 
     name: str
     ahead: ClassVar[int]
+    has_model = True
     free = False
     wants_logits = False
     wants_ends = False
@@ -94,11 +95,8 @@ class LevelDrafter(ABC, Generic[S]):
     # whether the model reads the embeddings of pictures; else it drafts from the text behind them
     supports_images = False
 
-    def __init__(
-        self, pool_pages: int, scratch_pages: int, max_levels: int = 8, grows: bool = False
-    ) -> None:
+    def __init__(self, pool_pages: int, scratch_pages: int, grows: bool) -> None:
         """grows: whether the model drafts whole rounds in one call (`_grow`)."""
-        self.max_levels = max_levels
         self.grow = self._from_nothing if grows else None
         self._scratch_slot = pool_pages * PAGE
         self._scratch_size = scratch_pages * PAGE

@@ -35,14 +35,14 @@ class UnionDrafter:
     def __init__(self, drafters: Sequence[Drafter]) -> None:
         if not drafters:
             raise ConfigError("a union needs at least one drafter")
-        if any(drafter.max_levels for drafter in drafters[1:]):
+        if any(drafter.has_model for drafter in drafters[1:]):
             raise ConfigError(
                 "a union takes at most one drafter with a model, and it must be the first"
             )
         self.drafters = list(drafters)
-        self.model = drafters[0] if drafters[0].max_levels else None
+        self.model = drafters[0] if drafters[0].has_model else None
         self.free_drafters = self.drafters[1:] if self.model else self.drafters
-        self.max_levels = self.model.max_levels if self.model else 0
+        self.has_model = self.model is not None
         self.aux_layers: tuple[int, ...] = self.model.aux_layers if self.model else ()
         self.free = bool(self.free_drafters)
         self._listeners = [

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from smart_decoding.engine.history import TokenHistory
 from smart_decoding.engine.kv import BlockTable, PagePool
 from smart_decoding.engine.request import Request, RequestMetrics
-from smart_decoding.engine.specs import new_history
 from smart_decoding.engine.stopping import Decode, StopChecker
 from smart_decoding.errors import CapacityError, ConfigError
 
@@ -100,7 +100,7 @@ class Admission:
             sample=sample,
             max_tokens=limit,
             media=media.copy() if media else None,
-            history=new_history(prompt, params),
+            history=TokenHistory(prompt) if params.needs_history else None,
             constraint=self._new_constraint(params),
             logprobs=None if params.logprobs is None else [],
             prompt_logprobs=None if params.prompt_logprobs is None or sample else [None],

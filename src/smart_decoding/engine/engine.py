@@ -210,7 +210,7 @@ class Engine:
     def _state(self, batch: Batch) -> BatchState:
         requests = batch.decode
         drafter = self.drafter
-        has_model = drafter is not None and drafter.max_levels > 0
+        has_model = drafter is not None and drafter.has_model
         pending = drafter.pending_rows(requests) - len(requests) if drafter and has_model else 0
         if requests != self._batched:
             self._batched = requests

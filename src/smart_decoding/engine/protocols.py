@@ -133,12 +133,12 @@ class Target(Protocol):
 
 
 class Drafter(Protocol):
-    """Whatever proposes tokens. `max_levels` is 0 for a drafter without model cost. grow: `start`,
-    `expand` and the choice of what to verify in one call, where the drafter follows rules by
-    itself."""
+    """Whatever proposes tokens. has_model: whether a model of its own drafts levels, which cost
+    something. grow: `start`, `expand` and the choice of what to verify in one call, where the
+    drafter follows rules by itself."""
 
     name: str
-    max_levels: int
+    has_model: bool
     free: bool
     grow: Grow | None
     aux_layers: tuple[int, ...]

@@ -6,17 +6,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from smart_decoding.engine.history import SampleSpec, TokenHistory
+from smart_decoding.engine.history import SampleSpec
 
 if TYPE_CHECKING:
     from smart_decoding.core.tree import DraftTrees
     from smart_decoding.engine.request import Request
-    from smart_decoding.engine.sampling_params import SamplingParams
-
-
-def new_history(prompt: Sequence[int], params: SamplingParams) -> TokenHistory | None:
-    """The token counts that penalties need, or None if the request has none."""
-    return TokenHistory(prompt) if params.needs_history else None
 
 
 def specs_of(

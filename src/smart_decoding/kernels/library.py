@@ -58,16 +58,22 @@ class Variant:
         return None if self.path.exists() else f"is not built ({self.path} is missing)"
 
 
+def cpu_info() -> dict[str, str]:
+    """The first processor's entry of /proc/cpuinfo; empty where there is none."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return {}
+    pairs = (line.partition(":") for line in text.split("\n\n")[0].splitlines())
+    return {key.strip(): value.strip() for key, _, value in pairs}
+
+
 @functools.cache
 def cpu_flags() -> frozenset[str]:
     """What the CPU can do and the system lets it, in the words of /proc/cpuinfo; empty where there
     is none."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return frozenset()
-    line = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    return frozenset(line.partition(":")[2].split())
+    info = cpu_info()
+    return frozenset((info.get("flags") or info.get("Features") or "").split())
 
 
 @functools.cache

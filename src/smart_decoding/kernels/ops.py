@@ -35,20 +35,9 @@ def pass_rows(bf16: bool) -> int:
     return int(_lib().smart_pass_rows(bf16))
 
 
-def rounds_inputs() -> bool:
-    """Do linear layers with bf16 weights round what they read to bf16? (True on CPUs with bf16
-    instructions.)"""
-    return bool(_lib().smart_rounds_inputs())
-
-
 def multiplies_bytes() -> bool:
     """Can quants be multiplied with inputs rounded to 8 bits? (True on CPUs with VNNI or i8mm.)"""
     return bool(_lib().smart_multiplies_bytes())
-
-
-def attends_by_pairs(bf16: bool, head_dim: int) -> bool:
-    """Do keys and values of a page lie in pairs?"""
-    return bool(_lib().smart_attends_by_pairs(bf16, head_dim))
 
 
 def linear(

@@ -144,7 +144,7 @@ class ModelConfig:
         shapes: dict[str, tuple[int, ...]] = {
             "model.embed_tokens.weight": (self.vocab, self.hidden)
         }
-        layer = self._layer_shapes()
+        layer = self.layer_shapes(self.hidden)
         for i in range(self.layers):
             shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
         shapes["model.norm.weight"] = (self.hidden,)
@@ -152,12 +152,13 @@ class ModelConfig:
             shapes["lm_head.weight"] = (self.vocab, self.hidden)
         return shapes
 
-    def _layer_shapes(self) -> dict[str, tuple[int, ...]]:
+    def layer_shapes(self, width: int) -> dict[str, tuple[int, ...]]:
+        """The weights of one layer, whose q, k and v read vectors of this width."""
         q_out = self.heads * self.head_dim
         kv_out = self.kv_heads * self.head_dim
         shapes: dict[str, tuple[int, ...]] = {"input_layernorm.weight": (self.hidden,)}
         for name, rows in {"q_proj": q_out, "k_proj": kv_out, "v_proj": kv_out}.items():
-            shapes[f"self_attn.{name}.weight"] = (rows, self.hidden)
+            shapes[f"self_attn.{name}.weight"] = (rows, width)
             if self.qkv_bias:
                 shapes[f"self_attn.{name}.bias"] = (rows,)
         if self.qk_norm:

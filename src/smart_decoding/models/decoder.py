@@ -146,12 +146,6 @@ class Decoder:
         return BUCKETS if isinstance(self._layers, GraphedLayers) else ()
 
     @property
-    def weight_bytes(self) -> int:
-        """Of the matrices that a forward on the CPU kernels reads."""
-        assert isinstance(self._layers, NativeLayers)
-        return self._layers.nbytes + self.head.packed.nbytes
-
-    @property
     def embedding(self) -> Linear | Tensor:
         """The embeddings: the table, or the output matrix where that is the same."""
         return self.head if self._embedding is None else self._embedding

@@ -99,16 +99,6 @@ def _draw_of(spec: SampleSpec, row: int = 0) -> kernels.Draw:
     )
 
 
-def survivors(row: FloatRow, params: SamplingParams) -> NDArray[np.int64]:
-    """Ascending ids of the tokens of processed logits [vocab] that top-k, top-p and min-p leave:
-    what `draw` draws from, which itself never lists them."""
-    top = int(row.argmax())
-    floor = top_k_floor(row, params.top_k)
-    nucleus = _Nucleus(row, top, floor, params)
-    tokens = np.flatnonzero(row >= max(floor, float(row[top]) + min_p_distance(params)))
-    return np.array([token for token in tokens if int(token) in nucleus], np.int64)
-
-
 def top_k_floor(row: FloatRow, k: int) -> float:
     """The k-th largest score: tokens below are cut, all that tie with it stay (as in transformers
     and vLLM)."""

@@ -27,8 +27,9 @@ from smart_decoding.models.head_shapes import (
     eagle3_shapes,
     further_shapes,
 )
-from smart_decoding.models.head_tensors import read_tensors, snapshot
-from smart_decoding.models.registry import TRUST
+from smart_decoding.models.head_tensors import read_tensors
+from smart_decoding.models.hub_repository import download
+from smart_decoding.models.registry import PATIENT, TRUST
 
 ARCHITECTURE = "SmartEagle3Head"
 # what a head reads of images: nothing, or their embeddings
@@ -74,13 +75,13 @@ def head_folder(name: str | Path, trust_pickle: bool = False) -> Path:
         raise ModelError(
             f"no draft head {str(name)!r}: no such folder, nor a hub id such as OWNER/NAME"
         )
-    folder = snapshot(str(name), ["config.json", "*.safetensors"])
+    folder = download(str(name), ["config.json", "*.safetensors"], [], PATIENT)
     if not any(folder.glob("*.safetensors")):
         if not trust_pickle:
             raise ModelError(
                 f"the head {name} has no safetensors, and pickles are refused: {TRUST}"
             )
-        folder = snapshot(str(name), ["config.json", "pytorch_model.bin"])
+        folder = download(str(name), ["config.json", "pytorch_model.bin"], [], PATIENT)
     return folder
 
 

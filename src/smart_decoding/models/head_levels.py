@@ -65,8 +65,8 @@ class SteppedLevels(ABC):
 
     _output: OutputMatrix
 
-    def __init__(self, weights: HeadWeights, output: Tensor | None) -> None:
-        packed = head_layers(weights, output)
+    def __init__(self, weights: HeadWeights) -> None:
+        packed = head_layers(weights)
         self._layers = packed.layers
         self._fc = packed.fc
         self._arena = packed.arena
@@ -139,7 +139,7 @@ class Eagle2Levels(SteppedLevels):
     """EAGLE-1/2: the features are what the target's output matrix reads, and it ranks."""
 
     def __init__(self, weights: HeadWeights) -> None:
-        super().__init__(weights, None)
+        super().__init__(weights)
         norm = self._target.final_norm
         self._final_norm = None if norm is None else weights.as_norm(norm)
         self._output = self._target.head.without_norm()
@@ -159,7 +159,7 @@ class Eagle3Levels(SteppedLevels):
     """EAGLE-3: fc makes features of several layers' states, and the head has an output matrix."""
 
     def __init__(self, weights: HeadWeights) -> None:
-        super().__init__(weights, weights.output)
+        super().__init__(weights)
         self._aux_norm = weights.ones() if weights.norms_aux else None
         self._input_norm = weights.norm("midlayer.input_layernorm.weight")
         self._hidden_norm = weights.norm("midlayer.hidden_norm.weight")

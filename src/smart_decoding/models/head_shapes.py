@@ -25,13 +25,13 @@ def eagle3_shapes(c: ModelConfig, target_hidden: int, aux_layers: tuple[int, ...
         "norm.weight": (c.hidden,),
         f"{FIRST}input_layernorm.weight": (c.hidden,),
         f"{FIRST}hidden_norm.weight": (c.hidden,),
-        **_common_shapes(c, 2 * c.hidden, FIRST),
+        **_first_shapes(c, 2 * c.hidden),
     }
 
 
 def eagle2_shapes(c: ModelConfig) -> Shapes:
     """EAGLE-1/2: fc reads [embedding ; features], and the layer has no norm at its input."""
-    return {"fc.weight": (c.hidden, 2 * c.hidden), **_common_shapes(c, c.hidden, FIRST)}
+    return {"fc.weight": (c.hidden, 2 * c.hidden), **_first_shapes(c, c.hidden)}
 
 
 def further_shapes(c: ModelConfig) -> Shapes:
@@ -39,10 +39,7 @@ def further_shapes(c: ModelConfig) -> Shapes:
     their own norm."""
     shapes: Shapes = {}
     for prefix in layer_prefixes(c.layers)[1:]:
-        shapes |= {
-            f"{prefix}input_layernorm.weight": (c.hidden,),
-            **_common_shapes(c, c.hidden, prefix),
-        }
+        shapes |= _layer_shapes(c, c.hidden, prefix)
     return shapes
 
 
@@ -51,24 +48,16 @@ def layer_prefixes(layers: int) -> list[str]:
     return [FIRST, *(f"layers.{i}." for i in range(1, layers))]
 
 
-def _common_shapes(c: ModelConfig, width: int, prefix: str) -> Shapes:
-    """What every layer has; width: of what q, k and v read."""
-    attention = f"{prefix}self_attn."
-    q = c.heads * c.head_dim
-    kv = c.kv_heads * c.head_dim
-    d = c.hidden
-    rows = {"q_proj": q, "k_proj": kv, "v_proj": kv}
-    shapes: Shapes = {
-        f"{prefix}post_attention_layernorm.weight": (d,),
-        **{f"{attention}{name}.weight": (n, width) for name, n in rows.items()},
-        f"{attention}o_proj.weight": (d, q),
-        f"{prefix}mlp.gate_proj.weight": (c.ffn, d),
-        f"{prefix}mlp.up_proj.weight": (c.ffn, d),
-        f"{prefix}mlp.down_proj.weight": (d, c.ffn),
-    }
-    if c.qkv_bias:
-        shapes |= {f"{attention}{name}.bias": (n,) for name, n in rows.items()}
-    return shapes | ({f"{attention}o_proj.bias": (d,)} if c.o_bias else {})
+def _layer_shapes(c: ModelConfig, width: int, prefix: str) -> Shapes:
+    """Those of an ordinary layer; width: of what q, k and v read."""
+    return {prefix + name: shape for name, shape in c.layer_shapes(width).items()}
+
+
+def _first_shapes(c: ModelConfig, width: int) -> Shapes:
+    """Those of the first layer, but for norms of what it reads."""
+    shapes = _layer_shapes(c, width, FIRST)
+    del shapes[f"{FIRST}input_layernorm.weight"]
+    return shapes
 
 
 def check_tensors(

@@ -1,4 +1,4 @@
-"""The tensors of a head's folder, and folders from the hub."""
+"""The tensors of a head's folder."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 from safetensors.torch import load_file
 from torch import Tensor
 
-from smart_decoding.errors import DownloadError, ModelError
-from smart_decoding.files import reading, reason_of
+from smart_decoding.errors import ModelError
+from smart_decoding.files import reading
 from smart_decoding.models.registry import TRUST
 from smart_decoding.models.weight_files import unpickle
 
@@ -26,15 +26,3 @@ def read_tensors(folder: Path, trust_pickle: bool) -> dict[str, Tensor]:
         with reading(path):
             tensors |= load_file(path)
     return tensors
-
-
-def snapshot(repository: str, patterns: list[str]) -> Path:
-    """The folder of a head on the hub, with the files that match. Raises DownloadError."""
-    from huggingface_hub import snapshot_download  # imported late: it takes a quarter of a second
-
-    try:
-        return Path(str(snapshot_download(repository, allow_patterns=patterns)))
-    except Exception as error:  # the client lets errors of several libraries through
-        raise DownloadError(
-            f"cannot fetch the head {repository} from the hub: {reason_of(error)}"
-        ) from error

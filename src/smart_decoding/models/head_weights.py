@@ -88,8 +88,9 @@ class HeadLayers:
     arena: Arena | None
 
 
-def head_layers(weights: HeadWeights, output: Tensor | None = None) -> HeadLayers:
-    """Packs a head's layers and `fc` where the CPU kernels run them, beside an `output` to come."""
+def head_layers(weights: HeadWeights) -> HeadLayers:
+    """Packs a head's layers and `fc` where the CPU kernels run them, with room for the output
+    matrix."""
     target = weights.target
     shape = weights.files.shape
     each = [

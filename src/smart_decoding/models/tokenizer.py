@@ -110,20 +110,6 @@ class Tokenizer:
             json.dumps(config, ensure_ascii=False, indent=1), encoding="utf-8"
         )
 
-    @property
-    def vocab_size(self) -> int:
-        """Token ids are below this number (a model's vocabulary may be padded beyond it)."""
-        return int(self.backend.get_vocab_size(with_added_tokens=True))
-
-    @property
-    def eos_ids(self) -> tuple[int, ...]:
-        """The tokenizer's own end token; a model's configuration may know more."""
-        return self._ids_of("eos_token")
-
-    def token_id(self, token: str) -> int | None:
-        """The id of a token by its text, special tokens included; None if there is none."""
-        return self.backend.token_to_id(token)
-
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text. `add_special_tokens` puts the beginning token there if this model
         uses one.
@@ -212,11 +198,6 @@ class Tokenizer:
         begun = bos is not None and text.startswith(bos)
         given = self.template_given or template_given
         return self.encode(text, add_special_tokens=given and not begun)
-
-    def _ids_of(self, special: str) -> tuple[int, ...]:
-        text = self.specials.get(special)
-        id_ = self.backend.token_to_id(text) if text is not None else None
-        return () if id_ is None else (int(id_),)
 
 
 def _told(error: BaseException, task: str) -> BaseException:

@@ -133,7 +133,6 @@ class VisionTower:
     def __init__(self, files: VisionFiles, dtype: torch.dtype, device: torch.device) -> None:
         with quiet_transformers():
             self._model = _module(files, dtype, device)
-        self._merge = int(getattr(files.config.vision_config, "spatial_merge_size", 1))
         self._dtype = dtype
         self._device = device
         self._kept: OrderedDict[bytes, Tensor] = OrderedDict()

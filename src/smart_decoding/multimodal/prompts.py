@@ -71,7 +71,8 @@ class PromptBuilder:
         if not self._takes_lists():
             told = parts.as_text(told, self._placeholder_texts())
         text = self._tokenizer.apply_chat_template(told, **given)
-        return self._build(self._encode(text), pictures, text)
+        # As transformers' processors do: the beginning token is added where it is not written yet.
+        return self._build(self._tokenizer.encode_prompt(text, True), pictures, text)
 
     def prompt(self, prompt: str | Sequence[int], media: Mapping[str, Any]) -> MediaPrompt:
         """A text or token ids with one placeholder a picture. media: image and video, each one or a
@@ -150,12 +151,6 @@ class PromptBuilder:
             name: self._tokenizer.decode([token], False)
             for name, token in self._reader.placeholders.items()
         }
-
-    def _encode(self, text: str) -> list[int]:
-        """As transformers' processors do: the beginning token is added where the template has not
-        written it."""
-        bos = self._tokenizer.specials.get("bos_token")
-        return self._tokenizer.encode(text, add_special_tokens=not (bos and text.startswith(bos)))
 
     def _takes_lists(self) -> bool:
         """Whether the template reads content as a list of parts; some know texts only."""

@@ -7,7 +7,7 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -34,27 +34,19 @@ T = TypeVar("T")
 STREAM_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
 
-class Read(Protocol):
-    """As `_Routes._read`, of one request."""
-
-    def __call__(self, field: str, read: Callable[[], T], /) -> Awaitable[T]:
-        """What `read` makes of the texts in `field`."""
-        ...
-
-
 @dataclass(frozen=True, slots=True)
 class Asked:
     """A request as its route reads it.
 
-    form, reply: shape the answers; read: what is made of a field's texts, when it is the client's
-    turn; media: of the one prompt.
+    form, reply: shape the answers; read: takes a field's name and what is to be made of its texts
+    when it is the client's turn; media: of the one prompt.
     """
 
     body: Completions
     prompts: list[list[int]]
     form: Form
     logprobs: int | None
-    read: Read
+    read: Callable[[str, Callable[[], Any]], Awaitable[Any]]
     media: Media | None = None
     reply: Callable[..., Reply] = Reply
 

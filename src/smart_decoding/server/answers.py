@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -225,11 +225,6 @@ def envelope(form: Form, job_id: str, model: str, whole: bool) -> Json:
     """What surrounds the choices."""
     kind = form.whole if whole else form.piece
     return {"id": form.prefix + job_id, "object": kind, "created": int(time.time()), "model": model}
-
-
-def in_order(choices: Sequence[Json]) -> list[Json]:
-    """Sorted by their index."""
-    return sorted(choices, key=lambda choice: int(choice["index"]))
 
 
 def _finite(logprob: float) -> float:

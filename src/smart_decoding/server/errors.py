@@ -82,31 +82,24 @@ def of_smart_error(error: SmartError) -> ApiError:
 def install(app: FastAPI) -> None:
     """Makes every error of `app` come out in the one shape."""
 
-    async def api(_: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, ApiError)
-        return error.response
+    async def told(_: Request, error: Exception) -> JSONResponse:
+        return _api_error(error).response
 
-    async def smart(_: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, SmartError)
-        return of_smart_error(error).response
+    for kind in (ApiError, SmartError, HTTPException, RequestValidationError, Exception):
+        app.add_exception_handler(kind, told)
 
-    async def http(_: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, HTTPException)
-        return ApiError(error.status_code, str(error.detail)).response
 
-    async def invalid(_: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, RequestValidationError)
-        return _of_validation(error).response
-
-    async def defect(_: Request, error: Exception) -> JSONResponse:
-        log.error("request failed", exc_info=error)
-        return ApiError(500, f"internal error: {type(error).__name__}").response
-
-    app.add_exception_handler(ApiError, api)
-    app.add_exception_handler(SmartError, smart)
-    app.add_exception_handler(HTTPException, http)
-    app.add_exception_handler(RequestValidationError, invalid)
-    app.add_exception_handler(Exception, defect)
+def _api_error(error: Exception) -> ApiError:
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, SmartError):
+        return of_smart_error(error)
+    if isinstance(error, HTTPException):
+        return ApiError(error.status_code, str(error.detail))
+    if isinstance(error, RequestValidationError):
+        return _of_validation(error)
+    log.error("request failed", exc_info=error)
+    return ApiError(500, f"internal error: {type(error).__name__}")
 
 
 def _of_validation(error: RequestValidationError) -> ApiError:

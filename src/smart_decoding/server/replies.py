@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from smart_decoding.server.answers import Form, Json, Usage, envelope, in_order
+from smart_decoding.server.answers import Form, Json, Usage, envelope
 from smart_decoding.server.errors import ApiError
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class Reply:
         choices = [self.form.choice(chunk) async for chunk in self._chunks(first)]
         return {
             **envelope(self.form, self.job.id, self.model, True),
-            "choices": in_order(choices),
+            "choices": sorted(choices, key=lambda choice: int(choice["index"])),
             "usage": self.usage.json(),
             **self._figures(),
         }

@@ -5,6 +5,7 @@ unless its value asks for nothing. docs/serving.md tells which are accepted with
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -110,27 +111,6 @@ class Completions(Sampling):
 
     prompt_field: ClassVar[str]
 
-    _AS_THEY_ARE: ClassVar[tuple[str, ...]] = (
-        "n",
-        "temperature",
-        "top_p",
-        "stop",
-        "seed",
-        "presence_penalty",
-        "frequency_penalty",
-        "top_k",
-        "min_p",
-        "repetition_penalty",
-        "min_tokens",
-        "stop_token_ids",
-        "allowed_token_ids",
-        "bad_words",
-        "ignore_eos",
-        "skip_special_tokens",
-        "include_stop_str_in_output",
-        "speculate",
-    )
-
     @model_validator(mode="after")
     def _stream_options_need_a_stream(self) -> Completions:
         if self.stream_options is not None and not self.stream:
@@ -171,11 +151,10 @@ class Completions(Sampling):
     ) -> SamplingParams:
         """The engine's parameters; defaults: of those that the request leaves open. Raises
         ConfigError for a value out of range."""
-        given = {
-            name: getattr(self, name)
-            for name in self._AS_THEY_ARE
-            if getattr(self, name) is not None
-        }
+        names = [
+            each.name for each in fields(SamplingParams) if each.name in type(self).model_fields
+        ]
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         bias = None
         if self.logit_bias:
             bias = {int(token): value for token, value in self.logit_bias.items()}

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from smart_decoding.core.tree import DraftTrees, IntArray
+from smart_decoding.core.tree import DraftTrees
+from smart_decoding.drafters.free import FreeDrafter
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.multimodal.prompts import MediaPrompt
 from smart_decoding.training.seeds import user_turn
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from smart_decoding.core.rule import TreeRule
     from smart_decoding.engine.engine import Engine
     from smart_decoding.engine.media import MultimodalEmbeddings
-    from smart_decoding.engine.protocols import Grow
     from smart_decoding.engine.request import Request
     from smart_decoding.llm import LLM
 
@@ -33,14 +33,11 @@ CODE_TURN_TOKENS = 100
 PictureTurn: TypeAlias = Callable[[np.random.Generator], Sequence[Mapping[str, Any]]]
 
 
-class Recorder:
+class Recorder(FreeDrafter):
     """A drafter that never drafts: it keeps the target's features of the requests `wanted`."""
 
     name = "recorder"
-    max_levels = 0
     free = False
-    grow: Grow | None = None
-    wants_logits = False
     wants_ends = True
 
     def __init__(self, aux_layers: tuple[int, ...]) -> None:
@@ -50,19 +47,9 @@ class Recorder:
         # Each with its features and its pictures' embeddings.
         self.done: list[tuple[Request, Tensor, MultimodalEmbeddings]] = []
 
-    def pending_rows(self, requests: Sequence[Request]) -> int:
-        """One row each."""
-        return len(requests)
-
     def start(self, requests: Sequence[Request], rule: TreeRule) -> DraftTrees:
         """No drafts."""
         return DraftTrees.empty(len(requests))
-
-    def expand(
-        self, requests: Sequence[Request], trees: DraftTrees, nodes: IntArray, rule: TreeRule
-    ) -> int:
-        """Never called."""
-        raise NotImplementedError("a recorder does not draft")
 
     def extend(self, request: Request, features: Any, first: int, tokens: Sequence[int]) -> None:
         """Keeps features [tokens, layers * hidden]."""
@@ -74,9 +61,6 @@ class Recorder:
         """Keeps features of one token of each request."""
         for i, request in enumerate(requests):
             self.extend(request, features[i : i + 1], request.table.length - 1, [])
-
-    def observe_logits(self, tokens: IntArray, logits: Any) -> None:
-        """Not wanted."""
 
     def release(self, request: Request) -> None:
         """A request that has ended is done; of one that was preempted nothing is kept."""

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from smart_decoding.multimodal.prompts import Prompt
     from smart_decoding.training.generate import PictureTurn
 
+ANSWER_TOKENS = 100
 PICTURES = 55  # first number of the pictures' seeds
 
 
@@ -51,7 +52,6 @@ def learn_prior(
     model: str,
     head: Path,
     prompts: Sequence[Sequence[int] | Conversation],
-    max_tokens: int = 100,
     trust_pickle: bool = False,
     allow_slow: bool = False,
 ) -> None:
@@ -75,7 +75,9 @@ def learn_prior(
     for i, prompt in enumerate(tqdm(prompts, desc="learning the prior")):
         ready: Prompt = llm.chat_prompt(prompt) if isinstance(prompt[0], Mapping) else list(prompt)
         temperature = 0.8 if i % 4 == 3 else 0.0
-        llm.generate(ready, SamplingParams(temperature=temperature, max_tokens=max_tokens, seed=i))
+        llm.generate(
+            ready, SamplingParams(temperature=temperature, max_tokens=ANSWER_TOKENS, seed=i)
+        )
     state = {
         "calibration": policy.calibration.state_dict(),
         "forecast": policy.forecast.state_dict(),

@@ -44,6 +44,7 @@ HELD_OUT = 0.03  # share of the conversations, of which there are 8 at least
 SAVE_EVERY = 120.0  # seconds
 STEP_WEIGHT = 0.85  # of a further unrolled step's loss
 WARM_UP = 50  # steps
+DEPTHS = 6  # at which a head is measured
 # Shares of the time at which one more step is unrolled: starting deep is far worse.
 UNROLL_STARTS = (0.15, 0.4, 0.7)
 
@@ -265,14 +266,14 @@ class Trainer:
                 g = F.pad(out, (0, 0, 1, 0))[:, :pairs]
 
     @torch.no_grad()
-    def evaluate(self, depths: int = 6) -> dict[str, Any]:
+    def evaluate(self) -> dict[str, Any]:
         """The card's figures.
 
         Above all: the held-out share of the target's choices among the head's 1, 2 and 4 best, by
         depth (true prefix)."""
-        ranks: list[list[Tensor]] = [[] for _ in range(depths)]
+        ranks: list[list[Tensor]] = [[] for _ in range(DEPTHS)]
         for batch in bucketed(self._held, self.options.batch_tokens, np.random.default_rng(0)):
-            for depth, (student, _, chosen) in enumerate(self._unrolled(batch, depths)):
+            for depth, (student, _, chosen) in enumerate(self._unrolled(batch, DEPTHS)):
                 rank = (student > student.gather(1, chosen.clamp(min=0)[:, None])).sum(-1)
                 ranks[depth].append(torch.where(chosen < 0, len(self.draft_ids), rank))
         top = {}

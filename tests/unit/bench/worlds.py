@@ -56,9 +56,9 @@ class RuleDrafter:
     """Proposes the right token first if `good`, and a wrong one; a level takes `seconds`, and each
     of its rows `row_seconds`, the rows of tokens that it has not seen yet included."""
 
-    name, max_levels, free, grow, aux_layers, wants_logits, wants_ends = (
+    name, has_model, free, grow, aux_layers, wants_logits, wants_ends = (
         "rule",
-        8,
+        True,
         False,
         None,
         (),

@@ -78,6 +78,7 @@ class FakeDrafter:
     own features."""
 
     name = "fake"
+    has_model = True
     aux_layers = (1,)
     grow = None
     wants_logits = True
@@ -86,13 +87,11 @@ class FakeDrafter:
     def __init__(
         self,
         target: TimedTarget,
-        max_levels: int = 4,
         free: bool = False,
         skill: float = 0.8,
         seed: int = 0,
     ):
         self.target = target
-        self.max_levels = max_levels
         self.free = free
         self.skill = skill
         self.rng = np.random.default_rng(seed)

@@ -265,7 +265,7 @@ def test_an_error_on_a_drafted_path_is_none_of_the_answer() -> None:
 @functools.cache
 def outgrown(policy: str, **params: Any) -> tuple[str, str | None, str]:
     """An answer whose grammar fails after nine tokens or so: its text, how it ends, its error."""
-    engine = make_engine(policy, drafter={"max_levels": 3}, constrain=grammars())
+    engine = make_engine(policy, constrain=grammars())
     form = StructuredOutputsParams(grammar=outgrowing("/[abc]{6}/ r0", 240))
     given = {"temperature": 1.0, "seed": 5, "max_tokens": 60, "logit_bias": {EOS: -100.0}}
     (request,) = engine.add_request(

@@ -21,7 +21,7 @@ from smart_decoding.engine.history import SampleSpec, TokenHistory
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ModelError
 from smart_decoding.models import drawing
-from smart_decoding.models.drawing import NEAR, survivors
+from smart_decoding.models.drawing import NEAR
 from smart_decoding.models.noise import gumbel, noise_key
 from smart_decoding.models.processors import process
 from smart_decoding.models.sampler import Sampler, _first_maximum
@@ -153,6 +153,16 @@ def test_the_chi_square_would_notice_another_distribution():
         [draw(row, SampleSpec(SamplingParams(temperature=0.8), seed=seed)) for seed in range(SEEDS)]
     )
     assert chi_square(tokens, softmax(row / 0.8)) > 1e-3 > chi_square(tokens, softmax(row / 0.9))
+
+
+def survivors(row: np.ndarray, params: SamplingParams) -> np.ndarray:
+    """Ascending ids of the tokens of processed logits [vocab] that top-k, top-p and min-p leave:
+    what is drawn from, which drawing itself never lists."""
+    top = int(row.argmax())
+    floor = drawing.top_k_floor(row, params.top_k)
+    nucleus = drawing._Nucleus(row, top, floor, params)
+    tokens = np.flatnonzero(row >= max(floor, float(row[top]) + drawing.min_p_distance(params)))
+    return np.array([token for token in tokens if int(token) in nucleus], np.int64)
 
 
 @pytest.mark.parametrize("name", CASES)
