@@ -167,8 +167,7 @@ private:
         if constexpr (format.bits == 8) {
             return bytes_to_float<int8_t>(quants + f * VW);
         } else if constexpr (LOOKS_UP) {
-            const vu both =
-                lookup_words<Levels<F>::ENTRIES>(LEVELS<F>.values, indices<f & ~4>());
+            const vu both = lookup_words<Levels<F>::ENTRIES>(LEVELS<F>.values, indices<f & ~4>());
             return (vf)(f & 4 ? both & 0xffff0000u : both << 16);
         } else {
             const vu index = indices<f>() & ((1 << format.bits) - 1);
@@ -205,7 +204,8 @@ static inline vf rounded(const vf& v) {
     return (vf)((bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000u);
 }
 
-// Bytes ahead that a strip is prefetched; it is multiplied so slowly that the first cache holds them.
+// Bytes ahead that a strip is prefetched; it is multiplied so slowly that the first cache holds
+// them.
 constexpr int QUANT_PREFETCH = 4096;
 
 // A strip from some k on, a multiple of a block: within a super-block, and from block to block.
