@@ -3,6 +3,7 @@ fp32."""
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from pathlib import Path
@@ -417,7 +418,7 @@ def test_refusals_come_before_any_forward(
 
 
 def test_a_device_where_no_tokens_are_drawn_is_refused() -> None:
-    model = model_of("llama").to("meta")
+    model = copy.deepcopy(model_of("llama")).to("meta")
     reason = unsupported(model, model.generation_config, (), {})
     assert reason == "device 'meta' is not supported: move the model to cpu or cuda"
 
