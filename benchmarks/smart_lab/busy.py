@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 from urllib.request import Request, urlopen
 
 from smart_decoding.bench.provenance import commit, hardware
@@ -91,8 +92,8 @@ def measured(entry: Callable[..., object], tokens: int, turns: int) -> dict[str,
                 with busy() if beside else ExitStack():
                     rates[beside].append(measure())
     ratios = [b / q for q, b in zip(rates[False], rates[True], strict=True)]
-    quiet, beside = (statistics.median(rates[each]) for each in (False, True))
-    return {"quiet": quiet, "busy": beside, "ratio": statistics.median(ratios)}
+    quiet, loaded = (statistics.median(rates[each]) for each in (False, True))
+    return {"quiet": quiet, "busy": loaded, "ratio": statistics.median(ratios)}
 
 
 @contextmanager
@@ -110,7 +111,7 @@ def busy() -> Iterator[None]:
 
 
 @contextmanager
-def started(line: list[str], **pipes: int) -> Iterator[subprocess.Popen[str]]:
+def started(line: list[str], **pipes: Any) -> Iterator[subprocess.Popen[str]]:
     """A program that ends with the block, whatever happens."""
     running = subprocess.Popen(line, text=True, **pipes)
     try:

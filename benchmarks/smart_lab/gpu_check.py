@@ -13,7 +13,7 @@ published levels of acceptance. knee: rows at which arithmetic takes as long as 
 
 PASS means, and FAIL says under why= which of these does not hold:
   steps   all of them ended by themselves and measured all that fits into memory;
-  parity  the device computes what the CPU's references do;
+  parity  the device computes what the CPU's references do, by all checks of a step that ended;
   plain   plain decoding takes at most 1.15 x that floor + 1 ms, everywhere;
   smart   `smart` is at least 0.97 times as fast as plain decoding, eagle2, paper and pooled_chain;
   knee    the curve of verification has one below 1,024 rows;
@@ -185,10 +185,10 @@ def verdict(found: Mapping[str, Any], steps: Iterable[Step] = STEPS) -> tuple[li
     gates = [point["near_floor"] for point in points]
     gates += [run.get("headline") == "speedup" for run in plain]
     knee = found.get("curve", {}).get("knee")
-    ended = [found["steps"].get(step.name, {}).get("status") == "ok" for step in steps]
+    ended = {step.name: found["steps"].get(step.name, {}).get("status") == "ok" for step in steps}
     holds = {
-        "steps": all(ended) and not found.get("interrupted"),
-        "parity": bool(checks) and all(check["ok"] for check in checks),
+        "steps": all(ended.values()) and not found.get("interrupted"),
+        "parity": ended.get("parity", False) and bool(checks) and all(c["ok"] for c in checks),
         "plain": bool(points) and bool(plain) and all(gates),
         "smart": bool(runs) and all(value >= SAME for value in _smart_over(runs)),
         "knee": knee is not None,

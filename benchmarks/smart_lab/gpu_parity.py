@@ -24,6 +24,7 @@ from smart_decoding.models.graphs import GraphedLayers, recorder
 from smart_decoding.models.layers import Context, KVCache
 from smart_decoding.models.rows import BUCKETS
 from smart_decoding.models.torch_layers import TorchLayers, TorchOps
+from smart_lab import gpu_noise
 from smart_lab.replayed_run import RandomWeights
 
 if TYPE_CHECKING:
@@ -245,21 +246,33 @@ def _rows_in_all(rng: np.random.Generator, count: int, pages: int) -> Rows:
 
 def _draws(device: torch.device, vocab: int) -> Iterator[Check]:
     """Noise, and tokens drawn with it, against the CPU's."""
-    keys = noise.noise_key(np.array([[-5], [7], [2**62]]), 3, 11)
+    keys = noise.noise_key(np.array([-5, 7, 2**62]), 3, 11)
     tokens = np.arange(vocab)
-    on_device = [torch.from_numpy(each).to(device) for each in (keys.view(np.int64), tokens)]
-    bits = device_sampling.uniform_bits(*on_device).cpu().numpy()
-    differing = int((bits != noise.uniform_bits(keys, tokens).view(np.int64)).sum())
+    keys_there = torch.from_numpy(keys.view(np.int64)).to(device)
+    found = gpu_noise.noise(keys_there, torch.from_numpy(tokens).to(device))
+    bits, gumbel = (each.cpu() for each in found)
+    wanted = noise.uniform_bits(keys[:, None], tokens).view(np.int64)
+    differing = int((bits.numpy() != wanted).sum())
     yield _check("noise, bit by bit, against the CPU's", differing, 0)
-    gumbel = device_sampling.gumbel(*on_device).cpu()
-    error = _apart(gumbel, torch.from_numpy(noise.gumbel(keys, tokens)))
+    error = _apart(gumbel, torch.from_numpy(noise.gumbel(keys[:, None], tokens)))
     yield _check("Gumbel noise, against the CPU's", error, 1e-5)
     rows = (np.random.default_rng(3).normal(size=(60, vocab)) * 2).astype(np.float32)
     params = [SamplingParams(**SAMPLED[i % len(SAMPLED)]) for i in range(len(rows))]
     specs = [SampleSpec(each, seed=i, position=i % 7) for i, each in enumerate(params)]
-    drawn = device_sampling.draw(torch.from_numpy(rows).to(device), specs).tolist()
-    same = np.mean(np.array(drawn) == np.array(drawing.draw(list(rows), specs)))
+    drawn, reference = draws(rows, specs, device)
+    same = np.mean(np.array(drawn) == np.array(reference))
     yield _check("drawn tokens that differ from the CPU's", 1.0 - float(same), 1.0 - DRAWN)
+
+
+def draws(
+    rows: NDArray[np.float32], specs: Sequence[SampleSpec], device: torch.device | str = "cpu"
+) -> tuple[list[int], list[int]]:
+    """The tokens of rows [rows, vocab] by the kernel, which finds them in another order, and by
+    the reference."""
+    which = np.arange(len(rows))[::-1].copy()
+    shuffled = torch.from_numpy(rows[which]).to(device)
+    drawn: list[int] = device_sampling.draw(shuffled, which, specs).tolist()
+    return drawn, drawing.draw(list(rows), specs)
 
 
 def _apart(got: Tensor, wanted: Tensor) -> float:

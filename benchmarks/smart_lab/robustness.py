@@ -40,6 +40,7 @@ from smart_decoding.bench.summary import decode_speedup, end_to_end_speedup
 from smart_decoding.cli.arguments import whole_numbers, words
 from smart_decoding.core.policies.smart import Smart
 from smart_decoding.errors import ConfigError
+from smart_decoding.kernels.weights import as_tensor
 from smart_decoding.models.head_files import load_head
 from smart_decoding.models.loading import load_checkpoint
 from smart_decoding.speculation import shipped_head
@@ -98,7 +99,7 @@ def other_head(folder: Path) -> None:
     files = load_head(source, checkpoint.config)
     torch.manual_seed(7)
     head = TrainableHead(form_of(files))
-    embedding = checkpoint.weights["model.embed_tokens.weight"].float()
+    embedding = as_tensor(checkpoint.weights["model.embed_tokens.weight"]).float()
     ids = files.weights["draft_ids"].long()
     place = torch.full((checkpoint.config.vocab,), -100)
     place[ids] = torch.arange(len(ids))

@@ -332,7 +332,7 @@ def gguf(result: Mapping[str, Any]) -> list[Section]:
 
 def _gguf_forwards(result: Mapping[str, Any]) -> Section:
     found = result["forwards"]
-    sizes = next(iter(found.values()), {})
+    sizes: Mapping[str, Any] = next(iter(found.values()), {})
     rows = [(size, *(_range(times[size]) for times in found.values())) for size in sizes]
     title = f"Milliseconds of a forward after {result['forward_context']} tokens (lowest–highest)"
     return Section("forwards", title, head=("rows", *found), rows=rows)

@@ -30,6 +30,7 @@ from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.models import device_sampling
 from smart_decoding.models.layers import Context, KVCache
 from smart_decoding.models.triton_ops import TritonOps
+from smart_lab import gpu_noise
 
 # query heads, heads of keys, width, norms of queries and keys
 SHAPES = {
@@ -157,3 +158,10 @@ def test_nothing_spills(
             assert spilled == 0
             assert registers <= MOST_REGISTERS[name]
             assert shared <= MOST_SHARED
+
+
+@pytest.mark.parametrize("compiled", [90], indirect=True, ids="sm_{}".format)
+def test_the_noise_of_the_parity_check_compiles(compiled: Compiled) -> None:
+    gpu_noise.noise(torch.zeros(3, dtype=torch.int64), torch.arange(128_256))
+    assert [*compiled] == ["noise_kernel"]
+    assert resources(compiled["noise_kernel"][0], 90)[1] == 0

@@ -13,14 +13,13 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("Triton is to interpret: make test-gpu-path", allow_module_level=True)
 pytest.importorskip("triton", reason="Triton is not installed here: make test-gpu-path")
 
-import triton
-import triton.language as tl
-
 from smart_decoding.engine.history import SampleSpec, TokenHistory
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine.structured import StructuredOutputsParams
-from smart_decoding.models import device_sampling, drawing, triton_sampling
+from smart_decoding.models import device_sampling
 from smart_decoding.models.noise import gumbel, noise_key, uniform_bits
+from smart_lab import gpu_noise
+from smart_lab.gpu_parity import draws
 
 VOCAB = 50
 PROMPT = [3, 7, 7, 12, 30]
@@ -58,33 +57,10 @@ def specs_for(params: list[SamplingParams], rows: int, **changes: Any) -> list[S
     ]
 
 
-def both(rows: np.ndarray, specs: list[SampleSpec]) -> tuple[list[int], list[int]]:
-    """The tokens of rows by the kernel, which finds them among others, and by the reference."""
-    which = np.arange(len(rows))[::-1].copy()
-    shuffled = torch.from_numpy(rows[which])
-    drawn = device_sampling.draw(shuffled, which, specs).tolist()
-    return drawn, drawing.draw(list(rows), specs)
-
-
-@triton.jit
-def noise_kernel(keys, tokens, bits, noise, size, block: tl.constexpr):
-    n = tl.program_id(1) * block + tl.arange(0, block)
-    inside = n < size
-    key = tl.load(keys + tl.program_id(0))
-    found = triton_sampling._uniform_bits(key, tl.load(tokens + n, mask=inside, other=0))
-    to = tl.program_id(0) * size + n
-    tl.store(bits + to, found, mask=inside)
-    tl.store(noise + to, triton_sampling._gumbel(found), mask=inside)
-
-
 def test_noise_has_the_bits_of_the_cpu() -> None:
     keys = noise_key(np.array([-5, 7, 2**62]), 3, 11)
     tokens = torch.arange(130_000)
-    bits = torch.empty(3, len(tokens), dtype=torch.int64)
-    noise = torch.empty(3, len(tokens))
-    noise_kernel[(3, 2)](
-        torch.from_numpy(keys.view(np.int64)), tokens, bits, noise, len(tokens), block=1 << 16
-    )
+    bits, noise = gpu_noise.noise(torch.from_numpy(keys.view(np.int64)), tokens, block=1 << 16)
     wanted = uniform_bits(keys[:, None], tokens.numpy())
     assert (bits.numpy() == wanted.view(np.int64)).all()
     assert (noise.numpy() == gumbel(keys[:, None], tokens.numpy())).all()
@@ -97,7 +73,7 @@ def test_a_gpu_draws_the_same_tokens(name: str) -> None:
     rows[::5] = rows[::5].round()  # ties
     rows[3, :20] = -np.inf
     kinds = [*CUTS.values()] if name == "mixed" else [CUTS[name]]
-    drawn, wanted = both(rows, specs_for([SamplingParams(**kind) for kind in kinds], len(rows)))
+    drawn, wanted = draws(rows, specs_for([SamplingParams(**kind) for kind in kinds], len(rows)))
     assert drawn == wanted
 
 
@@ -105,7 +81,7 @@ def test_a_gpu_draws_the_same_tokens(name: str) -> None:
 def test_far_tokens_win_where_they_do_on_a_cpu(scale: float) -> None:
     """Rows of several blocks, most of which need no doubles."""
     rows = np.random.default_rng(1).normal(size=(40, 9000)).astype(np.float32) * scale
-    drawn, wanted = both(rows, specs_for([SamplingParams(), SamplingParams(min_p=1e-4)], 40))
+    drawn, wanted = draws(rows, specs_for([SamplingParams(), SamplingParams(min_p=1e-4)], 40))
     assert drawn == wanted
     assert len({token // 2048 for token in drawn}) == 5
 
@@ -126,7 +102,7 @@ def test_a_grammar_binds_a_gpu_too() -> None:
     rows = np.random.default_rng(0).normal(size=(40, VOCAB)).astype(np.float32)
     params = SamplingParams(structured_outputs=StructuredOutputsParams(regex="a"))
     specs = [SampleSpec(params, i, path=[1] * (i % 2), constraint=Even()) for i in range(40)]
-    drawn, wanted = both(rows, specs)
+    drawn, wanted = draws(rows, specs)
     assert drawn == wanted
     assert [(token + i) % 2 for i, token in enumerate(drawn)] == [0] * 40
 
@@ -136,7 +112,7 @@ def test_masks_bind_a_gpu_too() -> None:
     few = SamplingParams(allowed_token_ids=[1, 5, 7, 9, 30], presence_penalty=0.4)
     bad = SamplingParams(bad_words=["a"], temperature=0.0)
     bad.bad_words_token_ids = [(7, int(rows[1].argmax())), (3,)]
-    drawn, wanted = both(rows, specs_for([few, bad], 40))
+    drawn, wanted = draws(rows, specs_for([few, bad], 40))
     assert drawn == wanted
     assert set(drawn[::2]) <= {1, 5, 7, 9, 30}
     assert 3 not in drawn[1::2]

@@ -21,6 +21,7 @@ from smart_lab.gpu_check import Step, main, run_steps, stand_in, verdict
 from smart_lab.gpu_steps import knee_of
 from smart_lab.hardware import card, dimensions, roofline
 
+ENDED = {step.name: {"status": "ok"} for step in gpu_check.STEPS}
 POINT = {"ms": 6.0, "floor_ms": 5.5, "near_floor": True}
 
 
@@ -37,7 +38,7 @@ def good() -> dict[str, Any]:
     return {
         "tiny": False,
         "device": "cuda",
-        "steps": {step.name: {"status": "ok"} for step in gpu_check.STEPS},
+        "steps": ENDED,
         "parity": {"checks": [{"name": "noise", "ok": True}]},
         "decode": {"points": [POINT, POINT]},
         "curve": {"knee": 231.4},
@@ -58,7 +59,9 @@ def test_a_pass_has_all_ratios_the_worst_of_both_levels() -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"steps": {}}, "steps"),
+        ({"steps": {**ENDED, "curve": {"status": "failed: exit code 1"}}}, "steps"),
+        ({"steps": {**ENDED, "parity": {"status": "failed: exit code 1"}}}, "steps,parity"),
+        ({"steps": {}}, "steps,parity"),
         ({"parity": {"checks": [{"ok": True}, {"ok": False}]}}, "parity"),
         ({"parity": {}}, "parity"),
         ({"decode": {"points": [POINT, {**POINT, "near_floor": False}]}}, "plain"),
@@ -71,7 +74,7 @@ def test_a_pass_has_all_ratios_the_worst_of_both_levels() -> None:
 )
 def test_a_fail_says_why(change: dict[str, Any], reason: str) -> None:
     why, line = verdict(good() | change)
-    assert why == [reason]
+    assert why == reason.split(",")
     assert line.startswith("GPU_CHECK FAIL plain/floor=")
     assert line.endswith(f" why={reason}")
 

@@ -12,6 +12,7 @@ import torch
 from smart_decoding.errors import ConfigError, ModelError
 from smart_decoding.kernels import library
 from smart_decoding.kernels.ops import HEAD_DIMS, MAX_QUERIES, multiplies_bytes
+from smart_decoding.models.torch_layers import ops_for
 
 if TYPE_CHECKING:
     from smart_decoding.models.config import ModelConfig
@@ -44,9 +45,10 @@ def why_slow(config: ModelConfig, device: torch.device) -> str | None:
 
 
 def require_kernels(device: torch.device, allow_slow: bool) -> None:
-    """Raises ConfigError for a CPU without any kernels: before a model is fetched, whatever its
-    shape. Sets the number of threads."""
+    """Raises ConfigError for a CPU without any kernels, or CUDA without Triton: before a model is
+    fetched, whatever its shape. Sets the number of threads."""
     library.set_threads()
+    ops_for(device)
     if device.type == "cpu" and not allow_slow:
         reason = library.unavailable()
         if reason is not None:
@@ -89,7 +91,8 @@ def use_native(config: ModelConfig, device: torch.device, allow_slow: bool = Fal
 
 def warn_if_missing(device: torch.device) -> None:
     """One warning on a CPU without kernels, where others run the model and only drafting is
-    slower."""
+    slower. Raises ConfigError for CUDA without Triton."""
+    ops_for(device)
     reason = library.unavailable() if device.type == "cpu" else None
     if reason is not None:
         _warn(reason)

@@ -210,7 +210,10 @@ def test_a_name_that_is_no_variant_lists_what_runs() -> None:
 
 
 @pytest.mark.usefixtures("missing")
-def test_other_devices_need_none(caplog: pytest.LogCaptureFixture) -> None:
+def test_other_devices_need_none(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(kernel_check, "ops_for", lambda device: None)  # as if Triton were here
     kernel_check.require_kernels(CUDA, allow_slow=False)
     kernel_check.require_served(ODD, CUDA, allow_slow=False)
     kernel_check.warn_if_missing(CUDA)
@@ -351,3 +354,13 @@ def test_a_run_does_not_go_on_with_other_kernels(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(library, "unavailable", lambda: MISSING)
     assert first["cpu_kernels"] == library.chosen()
     assert key_of(BenchOptions())["machine"] == {**first, "cpu_kernels": f"none: {MISSING}"}
+
+
+def test_cuda_without_triton_is_told_before_a_model_is_fetched(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "smart_decoding.models.triton_ops", None)
+    with pytest.raises(ConfigError, match="device='cuda' needs Triton, which torch"):
+        kernel_check.require_kernels(CUDA, allow_slow=True)
+    with pytest.raises(ConfigError, match="device='cuda' needs Triton"):
+        kernel_check.warn_if_missing(CUDA)

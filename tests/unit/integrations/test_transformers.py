@@ -3,6 +3,7 @@ fp32."""
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from pathlib import Path
@@ -27,7 +28,7 @@ from smart_decoding.integrations.transformers import (
     last_report,
     sequences,
 )
-from smart_decoding.integrations.transformers.checks import cache_of
+from smart_decoding.integrations.transformers.checks import cache_of, unsupported
 from smart_decoding.integrations.transformers.heads import HostWeights
 from smart_decoding.kernels import library
 from smart_decoding.models import kernel_check
@@ -414,6 +415,12 @@ def test_refusals_come_before_any_forward(
         )
     with pytest.raises(ConfigError, match=reason):
         model.generate(**{**inputs(), **options}, custom_generate=generate)
+
+
+def test_a_device_where_no_tokens_are_drawn_is_refused() -> None:
+    model = copy.deepcopy(model_of("llama")).to("meta")
+    reason = unsupported(model, model.generation_config, (), {})
+    assert reason == "device 'meta' is not supported: move the model to cpu or cuda"
 
 
 def test_a_sliding_window_that_is_not_reached_is_no_obstacle() -> None:

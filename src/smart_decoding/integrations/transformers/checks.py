@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from smart_decoding.integrations.transformers.target import HostTarget
 
 MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+DEVICES = ("cpu", "cuda")  # where tokens are drawn
 CACHES = ("cache", "past_key_values", "cache_params")  # its present name, and earlier ones
 KNOWN_INPUTS = ("attention_mask", "position_ids", "use_cache", "logits_to_keep", *CACHES)
 STATEFUL = ("UnbatchedClassifierFreeGuidanceLogitsProcessor", "SynthIDTextWatermarkLogitsProcessor")
@@ -35,6 +36,14 @@ def unsupported(
     model: PreTrainedModel, config: GenerationConfig, processors: Any, inputs: Mapping[str, Any]
 ) -> str | None:
     """Why this call cannot be run, or None."""
+    if model.device.type not in DEVICES:
+        return f"device {model.device.type!r} is not supported: move the model to cpu or cuda"
+    return _unsupported_call(model, config, processors, inputs)
+
+
+def _unsupported_call(
+    model: PreTrainedModel, config: GenerationConfig, processors: Any, inputs: Mapping[str, Any]
+) -> str | None:
     name = type(model).__name__
     if model.config.is_encoder_decoder:
         return f"{name} is an encoder-decoder model: only decoders are supported"
