@@ -301,9 +301,9 @@ def test_only_who_waits_stops_the_drafting(load: Any) -> None:
         def act(arrived: Any) -> None:
             running.worker.submit(gone)
             running.worker.cancel(gone)
-            heard.append(arrived())
+            heard.append(bool(arrived()))
             running.worker.submit(stays)
-            heard.extend((arrived(), arrived()))
+            heard.extend((bool(arrived()), bool(arrived())))
 
         in_its_first_round(running, act)
         assert post(running, "/v1/completions", json={**LONG, "max_tokens": 9}).status_code == 200
@@ -319,7 +319,7 @@ def test_who_arrives_in_the_last_round_is_told(load: Any) -> None:
 
         def act(arrived: Any) -> None:
             running.worker.submit(late)
-            running.worker.inbox.stopping = arrived()
+            running.worker.inbox.stopping = bool(arrived())
 
         in_its_first_round(running, act)
         error_of(post(running, "/v1/completions", json=LONG), 503)
