@@ -50,6 +50,7 @@ class AsyncLLM:
         from smart_decoding.llm import LLM
 
         self.llm: LLM = LLM(model, **options)
+        self.llm.take_profile()
         self._asked: dict[str, _Asked] = {}
 
     async def generate(

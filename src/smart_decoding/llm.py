@@ -130,8 +130,8 @@ class LLM:
         return other
 
     def take_profile(self) -> None:
-        """Measures and stores at once what forwards cost here, in some seconds. If it is not known,
-        that is else done bit by bit after the first answer, while nobody asks.
+        """Measures and stores at once what forwards cost here, in some seconds, if it is not known.
+        After a lone answer that is else done bit by bit, while nobody asks.
 
         To be called while no request runs: KV memory is overwritten."""
         profile = self.speculation.profile
@@ -182,6 +182,10 @@ class LLM:
         ready = [self.text_prompt(prompt) for prompt in many]
         job = self.job(ready, params)
         job.on_round = on_step
+        if job.size > 1 and not self.engine_thread.started:
+            # A guess of what rows cost can make a batch much slower, and a lone answer hardly.
+            self.engine_thread.start()
+            self.take_profile()
         with tqdm(total=job.size, desc="answers", disable=not use_tqdm) as bar:
             for _ in self.engine_thread.results(job):  # nothing comes before an answer's end
                 bar.update()

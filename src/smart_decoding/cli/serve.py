@@ -61,7 +61,13 @@ def main(args: argparse.Namespace) -> int:
 
     # Checked here already: the server loads the model later, on another thread.
     require_kernels(device_of(args.device), args.allow_slow)
-    return serve(lambda: LLM(args.model, **options), settings)
+
+    def load() -> LLM:
+        llm = LLM(args.model, **options)
+        llm.take_profile()  # before the load: a server may never be idle
+        return llm
+
+    return serve(load, settings)
 
 
 def _server_options(args: argparse.Namespace) -> dict[str, Any]:
