@@ -154,10 +154,16 @@ def test_allow_slow_reaches_the_model(
 
 def test_a_server_may_be_configured_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked: list[bool] = []
-    monkeypatch.setattr(
-        llm_module, "LLM", lambda model, allow_slow, **options: asked.append(allow_slow)
-    )
-    monkeypatch.setattr(launch, "serve", lambda load, settings: load() or 0)
+
+    class Fake:
+        def __init__(self, model: str, allow_slow: bool, **options: Any) -> None:
+            asked.append(allow_slow)
+
+        def take_profile(self) -> None:
+            pass
+
+    monkeypatch.setattr(llm_module, "LLM", Fake)
+    monkeypatch.setattr(launch, "serve", lambda load, settings: 0 if load() else 1)
     file = tmp_path / "smart.toml"
     file.write_text("allow-slow = true\n")
     assert cli.main(["serve", "--config", str(file)]) == 0
