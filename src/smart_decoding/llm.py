@@ -183,7 +183,8 @@ class LLM:
         job = self.job(ready, params)
         job.on_round = on_step
         if job.size > 1 and not self.engine_thread.started:
-            # A guess of what rows cost can make a batch much slower, and a lone answer hardly.
+            # A guess of what rows cost can make a batch much slower, and a lone answer hardly. In
+            # the engine thread, so that other callers are answered between its steps.
             self.engine_thread.start()
             self.take_profile()
         with tqdm(total=job.size, desc="answers", disable=not use_tqdm) as bar:

@@ -64,7 +64,7 @@ def main(args: argparse.Namespace) -> int:
 
     def load() -> LLM:
         llm = LLM(args.model, **options)
-        llm.take_profile()  # before the load: a server may never be idle
+        llm.take_profile()  # before it is ready: a busy server is never idle
         return llm
 
     return serve(load, settings)

@@ -39,7 +39,9 @@ class Shares:
         """Says who rests. clients: of all requests."""
         present = set(clients)
         self._shared = len(present) > 1
-        self.resting = {who for who in present if self._owed.get(who, 0.0) > self._allowed}
+        self.resting = set()
+        if self._shared:
+            self.resting = {who for who in present if self._owed.get(who, 0.0) > self._allowed}
 
     def owe(self, client: str, seconds: float) -> None:
         """Charges what is no part of a round."""
