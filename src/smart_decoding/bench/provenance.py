@@ -31,7 +31,7 @@ _FLAGS = (
     "bf16",
     "sve",
 )
-_PACKAGES = ("torch", "numpy", "safetensors", "tokenizers")
+_PACKAGES = ("numpy", "safetensors", "tokenizers")
 
 
 def provenance(
@@ -65,7 +65,13 @@ def commit() -> str:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide speed and results."""
-    found = {"smart-decoding": smart_decoding.__version__, "python": platform.python_version()}
+    import torch
+
+    found = {
+        "smart-decoding": smart_decoding.__version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),  # with its build, which PyPI's metadata leave out
+    }
     for package in _PACKAGES:
         try:
             found[package] = metadata.version(package)
