@@ -74,12 +74,16 @@ def grid_of(device: torch.device) -> Grid:
 @dataclass(frozen=True, slots=True)
 class Point:
     """One thing to time: `run` performs it once, after `prepare`, and may say itself how many
-    seconds count; `sample` wraps the seconds; `end` tidies up."""
+    seconds count; `sample` wraps the seconds; `end` tidies up.
+
+    cold: it is the first to touch some of the KV memory, which a system hands out page by page. A
+    first run that pays for it says nothing of later ones."""
 
     run: Callable[[], float | None]
     sample: Callable[[float], Sample]
     prepare: Callable[[], object] = lambda: None
     end: Callable[[], object] = lambda: None
+    cold: bool = False
 
 
 class Measurement:
@@ -106,9 +110,10 @@ class Measurement:
         self._points: list[Point] = []
         if longest_context(target.max_positions, target.device):  # else too short to verify
             self._points = _points(target, drafter, pages, max_num_seqs, coarse)
-        self._cold = self._points[: 1 if coarse else 3]
-        if target.device.type == "cuda":  # a GPU loads kernels at first use
-            self._cold = self._points[:]
+        # Run once before any is timed; a GPU loads kernels at first use.
+        every = target.device.type == "cuda"
+        cold = [every or (point.cold and not coarse) for point in self._points]
+        self._cold = [p for i, p in enumerate(self._points) if i == 0 or cold[i]]
         self._seconds = SECONDS if seconds is None else seconds
         self._clock = clock
         self._timed: list[tuple[Point, float, float]] = []  # with the reference just before it
@@ -212,12 +217,15 @@ def _points(
     coarse: bool = False,
 ) -> list[Point]:
     points = []
+    touched = 0  # pages
     aux_layers = drafter.aux_layers if drafter is not None else ()
     verified = verifications(grid_of(target.device), target.steps, max_num_seqs, coarse)
     for batch, total, context in verified:
         run = verification(target, batch, total, context, pages, aux_layers)
         if run is not None and context + -(-total // batch) <= target.max_positions:
-            points.append(_verify_point(run, batch, total, context))
+            needed = batch * _pages_each(batch, total, context)
+            points.append(_verify_point(run, batch, total, context, needed > touched))
+            touched = max(touched, needed)
     if drafter is not None and target.max_positions > MORE:
         points += _draft_points(target, drafter, pages, max_num_seqs, coarse)
     return points
@@ -277,8 +285,10 @@ def _draft_points(
     return points + ([_deeper_point(longer, width) for width in LONG_WIDTHS] if longer else [])
 
 
-def _verify_point(run: Callable[[], None], batch: int, total: int, context: int) -> Point:
-    return Point(run, lambda s: VerifySample(batch, total, float(context), s))
+def _verify_point(
+    run: Callable[[], None], batch: int, total: int, context: int, cold: bool
+) -> Point:
+    return Point(run, lambda s: VerifySample(batch, total, float(context), s), cold=cold)
 
 
 def verification(
@@ -321,7 +331,8 @@ def _first_point(requests: Rehearsal, waiting: int) -> Point:
     def sample(seconds: float) -> Sample:
         return DraftSample(requests.batch, float(requests.context), seconds, waiting)
 
-    return Point(requests.first, sample, lambda: requests.commit(waiting), requests.end)
+    cold = waiting in (0, LONG_WAITING)
+    return Point(requests.first, sample, lambda: requests.commit(waiting), requests.end, cold)
 
 
 def _deeper_point(requests: Rehearsal, width: int) -> Point:
@@ -353,10 +364,14 @@ def fake_rows(batch: int, total: int, context: int, pages: int) -> Rows | None:
     return rows
 
 
+def _pages_each(batch: int, total: int, context: int) -> int:
+    return -(-(context + -(-total // batch)) // PAGE)
+
+
 def _tables(batch: int, total: int, context: int, pages: int) -> list[Ints] | None:
     """Block tables of `batch` sequences whose pages lie anywhere, as they do once requests have
     come and gone: read in order they are up to a tenth faster."""
-    each = (context + -(-total // batch) + PAGE - 1) // PAGE
+    each = _pages_each(batch, total, context)
     if batch * each > pages:
         return None
     taken = np.random.default_rng(batch).permutation(batch * each).astype(np.int32)

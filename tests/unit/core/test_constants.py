@@ -18,7 +18,6 @@ CONSTANTS = [
     (f"{CORE}.learned", "SURPRISE"),
     (f"{CORE}.learned", "UNSURE"),
     (f"{CORE}.overhead", "SLOW"),
-    (f"{CORE}.policies.smart", "NEAR"),
     (f"{CORE}.policies.smart", "REST"),
     (f"{CORE}.prediction", "STAY"),
     (f"{CORE}.prediction", "NODES"),

@@ -21,9 +21,6 @@ if TYPE_CHECKING:
     from smart_decoding.core.policies.base import BatchState, Round, TokenIds
     from smart_decoding.core.tree import IntArray
 
-# Plain decoding is explored where drafting is predicted to be at most so much faster: a machine's
-# costs change by a part, a drafter's acceptance by any factor.
-NEAR = 1.5
 REST = 32  # rounds of plain decoding at most without asking whether to draft
 
 
@@ -129,7 +126,7 @@ class Smart:
             self.exploration.stop()
         if self.exploration.left and self._explored in rates:
             return self._explored
-        others = self._others(prediction)
+        others = [mode for mode in rates if mode is not best]
         if not others:
             return best
         wait = self.exploration.wait
@@ -141,12 +138,6 @@ class Smart:
             self._rest = int(min(wait, REST, deepest)) - 1
             self._rest_size = size
         return best
-
-    def _others(self, prediction: Prediction) -> list[Mode]:
-        """The modes that are worth exploring."""
-        rates = prediction.rates
-        near = rates[self._best] < NEAR * rates[Mode.PLAIN]
-        return [m for m in rates if m is not self._best and (near or m is not Mode.PLAIN)]
 
     def _rule(
         self, batch: BatchState, limits: IntArray, shape: Shape, prediction: Prediction
