@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -11,8 +11,10 @@ import torch
 
 from smart_decoding.core.cost import VerifySample
 from smart_decoding.engine.kv import PAGE
-from smart_decoding.engine.rows import Rows
 from smart_decoding.profiling.measure import Measurement
+
+if TYPE_CHECKING:
+    from smart_decoding.engine.rows import Rows
 
 ROW = 1e-3  # seconds
 FAULT = 5e-3  # seconds of a page's first use
