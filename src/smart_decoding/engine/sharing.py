@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 AGE = 256  # shared rounds after which a time is forgotten, and so measured again
 WEIGHT = 0.2  # of a round's time among those before
 OUTLIER = 2.0  # times what was expected: a round that takes longer counts as that
-MOST = 64  # of the shortest rounds that a client sits out at most: a stall is nobody's fault
+MOST = 64  # of the shortest rounds that one forward charges at most: a stall is nobody's fault
 
 
 class Shares:
@@ -67,12 +67,11 @@ class Shares:
             for who, part in parts.items()
         }
         self._allowed = min(alone.values())
+        most = MOST * self._times.least
         for who, part in parts.items():
             others = self._times.seconds(whole.rows - part.rows)
-            self.owe(who, speed * (usual - others) + part.grammars)
+            self.owe(who, min(speed * (usual - others), most) + part.grammars)
         self._pay(self._allowed)
-        most = MOST * self._times.least
-        self._owed = {who: min(owed, most) for who, owed in self._owed.items()}
 
     def _pay(self, seconds: float) -> None:
         """The others have had so many seconds."""

@@ -168,22 +168,23 @@ def test_nobody_rests_where_all_ask_for_as_much_or_are_alone() -> None:
     assert rests(engine, add(engine, "alone", 64, 10)) == 0
 
 
-def test_a_grammar_is_charged_to_its_client() -> None:
-    """Each of its rounds takes six seconds in six grammars."""
+@pytest.mark.parametrize(("each", "tokens"), [(1.0, 60), (20.0, 240)])
+def test_a_grammar_is_charged_to_its_client(each: float, tokens: int) -> None:
+    """Rounds of a second take six times `each` longer in six grammars."""
 
     class Slow:
         error = None
         seconds = 0.0
 
         def allowed(self, path: Sequence[int]) -> np.ndarray:
-            engine.target.clock.now += 1.0
+            engine.target.clock.now += each
             return np.arange(VOCAB) != EOS
 
         def before_error(self, tokens: Sequence[int]) -> Sequence[int]:
             return tokens
 
         def append(self, tokens: Sequence[int]) -> None:
-            self.seconds = 1.0
+            self.seconds = each
 
     engine = new_engine("off", constrain=lambda params: Slow())
     params = SamplingParams(
@@ -197,12 +198,13 @@ def test_a_grammar_is_charged_to_its_client() -> None:
         for request in engine.add_request(f"bomb-{i}", [1, i], params, client="bombs")
     ]
     begin(engine, bombs)
-    light = add(engine, "light", 1, 60)
+    light = add(engine, "light", 1, tokens)
     begin(engine, light)
+    before = len(bombs[0].output)
     seconds = until_done(engine, light)
-    assert 59 / seconds > 0.45 * speed_alone("off", 1, 60)
+    assert (tokens - 1) / seconds > 0.45 * speed_alone("off", 1, 60)
     assert not any(bomb.finished for bomb in bombs)
-    assert min(len(bomb.output) for bomb in bombs) > 6
+    assert len(bombs[0].output) - before >= tokens / (6 * each) - 2  # half the time is theirs
     finish(engine)
 
 
