@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from smart_decoding.engine.scheduler import Batch
 
 AGE = 256  # shared rounds after which a time is forgotten, and so measured again
-WEIGHT = 0.2  # of a round's time among those before
+WEIGHT = 0.2  # of a round among those before
 OUTLIER = 2.0  # times what was expected: a round that takes longer counts as that
 MOST = 64  # of the shortest rounds that one forward charges at most: a stall is nobody's fault
 
@@ -37,6 +38,7 @@ class Shares:
         self._owed: dict[str, float] = {}  # seconds used beyond those allowed
         self._allowed = 0.0  # seconds of each client, in the last round
         self._times = RoundTimes()
+        self._grammars: dict[str, float] = {}  # mean seconds of a client's masks in a round, lately
 
     def next_round(self, clients: Collection[str], decoding: Sequence[Request]) -> None:
         """Says who waits. clients: of all requests; decoding: those that need no prompt."""
@@ -56,12 +58,12 @@ class Shares:
         whole = len(decoding)
         usual = self._times.seconds(whole)
         paid = self._payment(usual)
-        parts = _parts([(request, 1) for request in decoding])
-        return {
-            who
-            for who in self.indebted & parts.keys()
-            if usual - self._times.seconds(whole - parts[who].rows) + parts[who].grammars > paid
-        }
+        rows = Counter(request.client for request in decoding)
+
+        def added(who: str) -> float:
+            return usual - self._times.seconds(whole - rows[who]) + self._grammars.get(who, 0.0)
+
+        return {who for who in self.indebted if added(who) > paid}
 
     def _payment(self, seconds: float) -> float:
         """What a round pays of a debt: a fair part at least, for what is allowed may be a guess."""
@@ -95,7 +97,15 @@ class Shares:
         for who, part in parts.items():
             others = self._times.seconds(whole.rows - part.rows)
             self.owe(who, min(speed * (usual - others), most) + part.grammars)
+            self._remember(who, part.grammars)
         self._pay(self._allowed, self._payment(seconds))
+
+    def _remember(self, who: str, grammars: float) -> None:
+        """Masks are dear now and then, not in turn."""
+        mean = self._grammars.pop(who, 0.0)
+        mean += WEIGHT * (grammars - mean)
+        if mean > 0.0:
+            self._grammars[who] = mean
 
     def _pay(self, new: float, old: float) -> None:
         """The others have had so many seconds of a new debt, and of one from before the round."""
