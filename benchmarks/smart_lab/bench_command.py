@@ -11,13 +11,14 @@ from smart_decoding.cli.arguments import words
 from smart_decoding.cli.bench import add_common_arguments, options_of
 from smart_lab.options import LAB_PRESETS, LabOptions
 from smart_lab.report import everything
-from smart_lab.report_command import write_outputs
+from smart_lab.report_command import add_output_arguments, write_outputs
 from smart_lab.results import LabResults
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Those of `smart bench`, and ours."""
     preset = add_common_arguments(parser)
+    add_output_arguments(parser)
     preset.add_argument(
         "--full",
         dest="preset",

@@ -132,7 +132,7 @@ def checked(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     for name, value in {**least, "--blocks": args.blocks}.items():
         if value < 2 - (name == "--blocks"):
             raise ConfigError(f"{name} {value} is too small to measure anything")
-    check_outputs((args.json, args.resume), None)
+    check_outputs((args.json, args.resume))
     usual = ["draft_model", "ngram", "union"] if args.draft else ["ngram", "union"]
     return speculative_configs(args.smart or usual, args.draft)
 

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from smart_decoding.bench.command import words_of
-from smart_decoding.bench.options import BASELINE, Arm, BenchOptions, check_outputs
+from smart_decoding.bench.options import BASELINE, Arm, BenchOptions
 from smart_decoding.bench.presets import EAGLE_2, PRESETS
 from smart_decoding.errors import ConfigError
 from smart_lab.ablations import VARIANTS
 from smart_lab.peers.catalogue import environments_of, wanted
+from smart_lab.plots import check_outputs
 
 VARIANT_SIZES = (1, 4)  # where variants of smart are measured
 
@@ -61,6 +62,7 @@ class LabOptions(BenchOptions):
     questions: also answer by replay how far policies are from oracle and what each ingredient
     gives. peers: other engines on the same prompts; peer_env: 'name=folder', environments to use as
     they are. They replace the comparison of policies in blocks unless `blocks` asks for that, too.
+    html: a file for the report; plots: folder for pictures, made if need be.
     record: instead of measuring, record the drafts of the prompts there.
     random_weights, replay: measure a model of this config with random weights, its acceptance taken
     from this recording."""
@@ -76,6 +78,8 @@ class LabOptions(BenchOptions):
     questions: bool = False
     peers: Sequence[str] = ()
     peer_env: Sequence[str] = ()
+    html: Path | None = None
+    plots: Path | None = None
     record: Path | None = None
     random_weights: str | None = None
     replay: Path | None = None
@@ -91,7 +95,7 @@ class LabOptions(BenchOptions):
             raise ConfigError(
                 "a replayed run is greedy and in blocks: leave out temperatures, --load and --peers"
             )
-        check_outputs((self.record,), None)
+        check_outputs((self.record, self.html), self.plots)
         wanted(self.peers)
         environments_of(self.peer_env)
         for arm in [*self.arms, *self.variant_arms]:
@@ -158,4 +162,7 @@ def command_of(options: LabOptions) -> str:
     words += ["--questions"] if options.questions else []
     words += ["--peers", ",".join(options.peers)] if options.peers else []
     words += ["--record", options.record.name] if options.record is not None else []
-    return shlex.join([*words, *words_of(options)])
+    words += words_of(options)
+    words += ["--html", options.html.name] if options.html is not None else []
+    words += ["--plots", options.plots.name] if options.plots is not None else []
+    return shlex.join(words)

@@ -338,7 +338,7 @@ def main(args: argparse.Namespace) -> int:
     unknown = [case for case in args.cases if case not in CASES]
     if unknown:
         raise ConfigError(f"unknown case {unknown[0]!r}; known: {', '.join(CASES)}")
-    check_outputs((args.json, args.resume), None)
+    check_outputs((args.json, args.resume))
     stop = time.perf_counter() + args.time_limit
     key = {"seconds": args.seconds, "batch_sizes": args.batch_sizes}
     progress = Progress(args.resume, key)

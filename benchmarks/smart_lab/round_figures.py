@@ -8,7 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from smart_decoding.bench.figures import (
+from smart_decoding.bench.options import BASELINE
+from smart_decoding.bench.reliability import BINS, Floats
+from smart_decoding.bench.report import PLAIN
+from smart_decoding.bench.results import Results, Run, mapping
+from smart_decoding.bench.sections import number
+from smart_lab.panels import (
     AGAIN,
     NEUTRAL,
     Figure,
@@ -18,11 +23,6 @@ from smart_decoding.bench.figures import (
     lines,
     runs_of,
 )
-from smart_decoding.bench.options import BASELINE
-from smart_decoding.bench.reliability import BINS, Floats
-from smart_decoding.bench.report import PLAIN
-from smart_decoding.bench.results import Results, Run, mapping
-from smart_decoding.bench.sections import number
 
 if TYPE_CHECKING:
     from smart_decoding.core.cost import CostModel

@@ -65,7 +65,7 @@ def main(args: argparse.Namespace) -> int:
     sizes = sorted(set(args.batch_sizes))
     if sizes[-1] > LARGEST:
         raise ConfigError(f"batch sizes must lie between 1 and {LARGEST}, not {sizes[-1]}")
-    check_outputs((args.json, args.html), None)
+    check_outputs((args.json, args.html))
     if (args.trace is None) == (args.acceptance is None):
         raise ConfigError(
             "give either --trace FILE (smart_lab bench --record makes one) or --acceptance NAME"

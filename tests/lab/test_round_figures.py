@@ -10,12 +10,12 @@ from xml.etree import ElementTree
 import pytest
 from measured import ODD, changed, results, section, text_of
 
-from smart_decoding.bench import plots
-from smart_decoding.bench.figures import NEUTRAL
 from smart_decoding.cli import main as cli
+from smart_lab import plots
 from smart_lab.__main__ import LAB
 from smart_lab.figures import figures
 from smart_lab.page import page
+from smart_lab.panels import NEUTRAL
 from smart_lab.results import LabResults
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from smart_decoding.bench.options import BenchOptions
 
-OUTPUTS = ("resume", "json", "html", "plots")
+OUTPUTS = ("resume", "json")
 
 
 def command_of(options: BenchOptions) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,7 +16,6 @@ from smart_decoding.models.registry import DEFAULT_MODEL
 
 BASELINE, OURS = "off", "smart"
 SLOTS = 16  # requests at once under load
-EXTRA = "in the clone, pip install -e '.[bench]'"  # how to get matplotlib
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +62,8 @@ class BenchOptions:
     load: shares of the measured capacity at which requests arrive. It replaces the comparison of
     policies in blocks unless `blocks` asks for that, too.
     time_limit: seconds over the whole run; what is measured by then is reported, marked as partial.
-    json, html: files for the results and for the report; plots: folder for pictures, made if need
-    be. resume: a file that keeps what is measured, so that the same command goes on after a cut.
+    json: a file for the results. resume: a file that keeps what is measured, so that the same
+    command goes on after a cut.
     quantization, activations, chat_template, trust_pickle: as `EngineArgs` takes them.
     allow_slow: run plain torch on a CPU where the CPU kernels cannot run.
     Raises ConfigError for anything that cannot be run."""
@@ -87,8 +85,6 @@ class BenchOptions:
     json: Path | None = None
     device: str = "auto"
     least_blocks: int = 1
-    html: Path | None = None
-    plots: Path | None = None
     draft: str | None = None
     method_options: Mapping[str, Any] = field(default_factory=dict)
     resume: Path | None = None
@@ -125,7 +121,7 @@ class BenchOptions:
             raise ConfigError(
                 "--sampled adds a second temperature to a greedy run: leave out --temperature"
             )
-        check_outputs((self.json, self.html, self.resume), self.plots)
+        check_outputs((self.json, self.resume))
         self.sampling(0)
         self._check_arms()
 
@@ -203,18 +199,11 @@ class BenchOptions:
         return SamplingParams(temperature=heat, max_tokens=self.max_tokens, seed=self.seed + index)
 
 
-def check_outputs(files: Sequence[Path | None], plots: Path | None) -> None:
-    """Raises ConfigError if a file, or the folder `plots`, cannot be written, or if matplotlib is
-    missing for it."""
+def check_outputs(files: Sequence[Path | None]) -> None:
+    """Raises ConfigError if a file cannot be written."""
     for file in files:
         if file is not None and (not file.parent.is_dir() or file.is_dir()):
             raise ConfigError(f"{file} cannot be written: it must be a file in an existing folder")
-    if plots is None:
-        return
-    if not plots.parent.is_dir() or (plots.exists() and not plots.is_dir()):
-        raise ConfigError(f"{plots} cannot be made: it must be a folder in an existing folder")
-    if find_spec("matplotlib") is None:
-        raise ConfigError(f"plots need matplotlib: {EXTRA}")
 
 
 def parse_setting(text: str, kind: type[Arm] = Arm) -> Arm:

@@ -1,4 +1,4 @@
-"""The tables of a benchmark, built once for the terminal, for Markdown and for the page."""
+"""The tables of a benchmark, for the terminal, for Markdown and for the laboratory's page."""
 
 from __future__ import annotations
 
@@ -168,25 +168,6 @@ def by_task(results: Results) -> Section:
     ]
     head = ("policy", "b", *tasks)
     return Section("tasks", "Speedup by task", head=head, rows=rows, lines=legend)
-
-
-def speedups(key: str, title: str, all_runs: Sequence[Run]) -> list[Section]:
-    """A table of runs other than those of the main comparison, if there are any."""
-    runs = [run for run in all_runs if run["policy"] != BASELINE]
-    names = short_names(run["policy"] for run in runs)
-    rows = [
-        (
-            names[run["policy"]],
-            str(run["batch_size"]),
-            str(run["task"]),
-            headline_cell(run),
-            ratio_cell(run, "end_to_end_speedup"),
-            same_tokens(run),
-        )
-        for run in runs
-    ]
-    head = ("policy", "b", "task", "speedup (95 %)", "end to end", "same")
-    return [Section(key, title, head=head, rows=rows)] if rows else []
 
 
 def load_table(results: Results) -> list[Section]:

@@ -12,10 +12,8 @@ from smart_decoding.bench import report
 from smart_decoding.bench.options import BenchOptions, parse_setting
 from smart_decoding.bench.presets import PRESETS
 from smart_decoding.bench.provenance import write_json
-from smart_decoding.bench.results import Results
 from smart_decoding.cli.arguments import Gone, add_allow_slow, shares, whole_numbers, words
 from smart_decoding.cli.model_options import ACTIVATIONS, QUANTIZATION
-from smart_decoding.cli.report import add_output_arguments, write_outputs
 from smart_decoding.cli.run import show_steps
 
 MOVED = (
@@ -30,6 +28,8 @@ MOVED = (
     "--record",
     "--random-weights",
     "--replay",
+    "--html",
+    "--plots",
 )
 
 
@@ -68,7 +68,6 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> Any:
         help="keep what is measured there, and go on from it after a cut",
     )
     add("--json", type=Path, metavar="FILE", help="write the results there, whole or not at all")
-    add_output_arguments(parser)
     add("--markdown", action="store_true", help="print the table in Markdown")
     return preset
 
@@ -173,8 +172,6 @@ def main(args: argparse.Namespace) -> int:
     if options.json is not None:
         write_json(options.json, result)
     print(report.everything(result, getattr(args, "markdown", False)))
-    if options.html is not None or options.plots is not None:
-        write_outputs(Results.from_dict(result), options.html, options.plots)
     return 0
 
 
