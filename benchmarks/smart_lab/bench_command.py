@@ -18,6 +18,12 @@ from smart_lab.results import LabResults
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Those of `smart bench`, and ours."""
     preset = add_common_arguments(parser)
+    parser.add_argument(
+        "--resume",
+        type=Path,
+        metavar="FILE",
+        help="keep what is measured there, and go on from it after a cut",
+    )
     add_output_arguments(parser)
     preset.add_argument(
         "--full",

@@ -62,6 +62,7 @@ class LabOptions(BenchOptions):
     questions: also answer by replay how far policies are from oracle and what each ingredient
     gives. peers: other engines on the same prompts; peer_env: 'name=folder', environments to use as
     they are. They replace the comparison of policies in blocks unless `blocks` asks for that, too.
+    resume: a file that keeps what is measured, so that the same command goes on after a cut.
     html: a file for the report; plots: folder for pictures, made if need be.
     record: instead of measuring, record the drafts of the prompts there.
     random_weights, replay: measure a model of this config with random weights, its acceptance taken
@@ -78,6 +79,7 @@ class LabOptions(BenchOptions):
     questions: bool = False
     peers: Sequence[str] = ()
     peer_env: Sequence[str] = ()
+    resume: Path | None = None
     html: Path | None = None
     plots: Path | None = None
     record: Path | None = None
@@ -95,7 +97,7 @@ class LabOptions(BenchOptions):
             raise ConfigError(
                 "a replayed run is greedy and in blocks: leave out temperatures, --load and --peers"
             )
-        check_outputs((self.record, self.html), self.plots)
+        check_outputs((self.record, self.html, self.resume), self.plots)
         wanted(self.peers)
         environments_of(self.peer_env)
         for arm in [*self.arms, *self.variant_arms]:
@@ -163,6 +165,10 @@ def command_of(options: LabOptions) -> str:
     words += ["--peers", ",".join(options.peers)] if options.peers else []
     words += ["--record", options.record.name] if options.record is not None else []
     words += words_of(options)
-    words += ["--html", options.html.name] if options.html is not None else []
-    words += ["--plots", options.plots.name] if options.plots is not None else []
+    for name, path in (
+        ("resume", options.resume),
+        ("html", options.html),
+        ("plots", options.plots),
+    ):
+        words += [f"--{name}", path.name] if path is not None else []
     return shlex.join(words)

@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from smart_decoding.bench.options import BenchOptions
 
-OUTPUTS = ("resume", "json")
-
 
 def command_of(options: BenchOptions) -> str:
     """The command line that asks for this run."""
@@ -45,10 +43,8 @@ def words_of(options: BenchOptions) -> list[str]:
         "load": ",".join(f"{share:g}" for share in options.load) or None,
         "blocks": options.blocks,
         "time-limit": None if options.time_limit is None else f"{options.time_limit:g}",
+        "json": options.json.name if options.json is not None else None,
     }
-    for name in OUTPUTS:
-        path = getattr(options, name)
-        given[name] = path.name if path is not None else None
     return [word for name, value in given.items() for word in option_words(name, value)]
 
 

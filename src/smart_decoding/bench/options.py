@@ -62,8 +62,7 @@ class BenchOptions:
     load: shares of the measured capacity at which requests arrive. It replaces the comparison of
     policies in blocks unless `blocks` asks for that, too.
     time_limit: seconds over the whole run; what is measured by then is reported, marked as partial.
-    json: a file for the results. resume: a file that keeps what is measured, so that the same
-    command goes on after a cut.
+    json: a file for the results.
     quantization, activations, chat_template, trust_pickle: as `EngineArgs` takes them.
     allow_slow: run plain torch on a CPU where the CPU kernels cannot run.
     Raises ConfigError for anything that cannot be run."""
@@ -87,7 +86,6 @@ class BenchOptions:
     least_blocks: int = 1
     draft: str | None = None
     method_options: Mapping[str, Any] = field(default_factory=dict)
-    resume: Path | None = None
     sampled: float = 0.0
     sampled_batch_sizes: Sequence[int] = (1, 8)
     load: Sequence[float] = ()
@@ -121,7 +119,7 @@ class BenchOptions:
             raise ConfigError(
                 "--sampled adds a second temperature to a greedy run: leave out --temperature"
             )
-        check_outputs((self.json, self.resume))
+        check_outputs((self.json,))
         self.sampling(0)
         self._check_arms()
 

@@ -30,6 +30,7 @@ MOVED = (
     "--replay",
     "--html",
     "--plots",
+    "--resume",
 )
 
 
@@ -60,12 +61,6 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> Any:
         type=float,
         metavar="SECONDS",
         help="report what was measured by then, marked as partial",
-    )
-    add(
-        "--resume",
-        type=Path,
-        metavar="FILE",
-        help="keep what is measured there, and go on from it after a cut",
     )
     add("--json", type=Path, metavar="FILE", help="write the results there, whole or not at all")
     add("--markdown", action="store_true", help="print the table in Markdown")

@@ -20,9 +20,7 @@ from safetensors.torch import save_file
 
 from smart_decoding import llm as llm_module
 from smart_decoding.bench import report, runner
-from smart_decoding.bench.options import BenchOptions
 from smart_decoding.bench.provenance import provenance
-from smart_decoding.bench.resume import key_of
 from smart_decoding.cli import main as cli
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ConfigError, ModelError
@@ -350,13 +348,6 @@ def test_a_benchmark_on_the_kernels_does_not() -> None:
         "dtype": "fp32",
     }
     assert "plain torch" not in report.everything({"provenance": origin, "runs": [run]})
-
-
-def test_a_run_does_not_go_on_with_other_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    first = key_of(BenchOptions())["machine"]
-    monkeypatch.setattr(library, "unavailable", lambda: MISSING)
-    assert first["cpu_kernels"] == library.chosen()
-    assert key_of(BenchOptions())["machine"] == {**first, "cpu_kernels": f"none: {MISSING}"}
 
 
 def test_cuda_without_triton_is_told_before_a_model_is_fetched(
