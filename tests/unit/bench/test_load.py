@@ -23,10 +23,6 @@ def sleeping(clock: worlds.Clock):
     return sleep
 
 
-def fail(seconds: float) -> None:
-    raise AssertionError("nothing is to be waited for")
-
-
 def test_latencies_count_from_arrival() -> None:
     clock = worlds.Clock()
     engine = worlds.engine(clock)
