@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from smart_decoding.bench.command import words_of
-from smart_decoding.bench.options import BASELINE, Arm, BenchOptions
+from smart_decoding.bench.options import BASELINE, MEAN_PROMPT, Arm, BenchOptions
 from smart_decoding.bench.presets import EAGLE_2, PRESETS
 from smart_decoding.errors import ConfigError
 from smart_lab.ablations import VARIANTS
 from smart_lab.peers.catalogue import environments_of, wanted
 from smart_lab.plots import check_outputs
+from smart_lab.suites import LONG_PROMPT
 
 VARIANT_SIZES = (1, 4)  # where variants of smart are measured
 
@@ -118,6 +119,14 @@ class LabOptions(BenchOptions):
     @property
     def all_tasks(self) -> Sequence[str]:
         return (*self.tasks, *self.suites)
+
+    @property
+    def mean_prompt(self) -> int:
+        return LONG_PROMPT if "long" in self.tasks else MEAN_PROMPT
+
+    @property
+    def max_model_len(self) -> int | None:
+        return self.max_tokens + LONG_PROMPT if "long" in self.all_tasks else None
 
     def most_requests(self) -> int:
         sizes = VARIANT_SIZES if self.variants else ()

@@ -4,7 +4,7 @@
     python -m smart_lab predict others.smart
     python -m smart_lab predict others.smart --against RESULTS.json
 
-First the costs are measured anew (forwards as by `smart profile`, and rounds beyond their
+First the costs are measured anew (forwards as by `profile`, and rounds beyond their
 forwards), then every policy is replayed on the recording; its own seconds are timed as it decides,
 with caches emptied as forwards empty them. Only then the same policies run live, in turn, on the
 first 40 prompts of each task, none of which is in the recording.

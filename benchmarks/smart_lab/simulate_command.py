@@ -234,7 +234,7 @@ def _profile(path: Path) -> CostModel:
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{path} is not a profile as smart profile stores it") from error
+        raise ConfigError(f"{path} is not a profile as the cache has it") from error
 
 
 def _at_context(recording: Recording, context: int) -> Recording:

@@ -16,6 +16,7 @@ from smart_decoding.models.registry import DEFAULT_MODEL
 
 BASELINE, OURS = "off", "smart"
 SLOTS = 16  # requests at once under load
+MEAN_PROMPT = 1024  # tokens, at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +157,16 @@ class BenchOptions:
             arms += [arm for arm in settings if arm.policy == policy] or [self.ARM(policy)]
         unique = {arm.label: arm for arm in arms}
         return list(unique.values())
+
+    @property
+    def mean_prompt(self) -> int:
+        """Tokens of a prompt that KV memory is made for; longer ones may be preempted."""
+        return MEAN_PROMPT
+
+    @property
+    def max_model_len(self) -> int | None:
+        """The longest prompt plus answer; None for the usual."""
+        return None
 
     @property
     def all_tasks(self) -> Sequence[str]:

@@ -33,10 +33,6 @@ if TYPE_CHECKING:
     from smart_decoding.bench.options import Arm, BenchOptions
     from smart_decoding.core.cost import CostModel
 
-LONG_PROMPT = 4096  # the longest of the task `long`, for which memory is then made
-# KV memory is made for prompts up to this on average; longer ones may be preempted
-LONGEST_PROMPT = 1024
-
 
 @dataclass(frozen=True, slots=True)
 class Part:
@@ -248,9 +244,7 @@ def at_temperature(prompts: Prompts, options: BenchOptions, temperature: float) 
 def load(options: BenchOptions) -> LLM:
     """The target, with memory for the largest part of the run."""
     largest = options.most_requests()
-    longest = LONG_PROMPT if "long" in options.tasks else LONGEST_PROMPT
-    long = "long" in options.all_tasks
-    tokens = largest * (options.max_tokens + longest)
+    tokens = largest * (options.max_tokens + options.mean_prompt)
     return LLM(
         options.model,
         generation_config="vllm",
@@ -260,11 +254,9 @@ def load(options: BenchOptions) -> LLM:
         activations=options.activations,
         device=options.device,
         max_num_seqs=largest,
-        kv_cache_tokens=max(
-            tokens, LONG_PROMPT + options.max_tokens if long else DEFAULT_MODEL_LEN
-        ),
+        kv_cache_tokens=max(tokens, options.max_model_len or DEFAULT_MODEL_LEN),
         enable_prefix_caching=False,
-        max_model_len=options.max_tokens + LONG_PROMPT if long else None,
+        max_model_len=options.max_model_len,
         seed=options.seed,
         stop_at_loops=True,
         chat_template=options.chat_template,

@@ -109,7 +109,7 @@ def _what_is_measured(parser: argparse.ArgumentParser, default: BenchOptions) ->
         "--tasks",
         type=words,
         metavar="A,B",
-        help="code, maths, general (these by default), long, edit",
+        help="code, maths, general (all by default)",
     )
     add("--limit", type=int, help=f"prompts per task (default: {default.limit})")
     add(

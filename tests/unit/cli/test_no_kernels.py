@@ -44,7 +44,6 @@ COMMANDS = {
     "demo": ["demo"],
     "bench": ["bench", "--policies", "off"],
     "serve": ["serve", "--port", "0"],
-    "profile": ["profile"],
     "train": ["train", "--output", "head"],
 }
 CPU = torch.device("cpu")
