@@ -16,7 +16,7 @@ from smart_decoding.bench.runner import Bench, Part
 from smart_decoding.bench.runner import run as run_bench
 from smart_decoding.bench.summary import POOLED
 from smart_lab.ablations import VARIANTS
-from smart_lab.options import VARIANT_SIZES, LabArm, LabOptions, command_of
+from smart_lab.options import SAMPLED_SIZES, VARIANT_SIZES, LabArm, LabOptions, command_of
 from smart_lab.peers.session import measure_peers
 from smart_lab.questions import Asker
 from smart_lab.resume import KeptMeasurement, Progress, key_of, source_digest
@@ -66,6 +66,9 @@ class LabBench(Bench):
         options = self.options
         found = super().parts()
         load = found.pop("load", None)
+        if options.sampled and options.compares_policies:
+            measure = partial(self.blocks, options.sampled, SAMPLED_SIZES)
+            found["sampled_runs"] = Part(0.11, measure)
         if options.suites:
             found["suite_runs"] = Part(0.06, self.suites)
         if options.variants:

@@ -51,6 +51,8 @@ def _further_parts(parser: argparse.ArgumentParser) -> None:
     add("--policy-gain", action="store_true", help=alone)
     exchanged = "measure smart with one ingredient exchanged, in a part of its own"
     add("--variants", type=words, metavar="A,B", help=exchanged)
+    twice = "measure once more at this temperature, at batch 1 and 8"
+    add("--sampled", type=float, metavar="T", help=twice)
     add(
         "--suites",
         type=words,

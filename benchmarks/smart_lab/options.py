@@ -19,6 +19,7 @@ from smart_lab.plots import check_outputs
 from smart_lab.suites import LONG_PROMPT
 
 VARIANT_SIZES = (1, 4)  # where variants of smart are measured
+SAMPLED_SIZES = (1, 8)  # where a second temperature is
 
 FULL: dict[str, Any] = {
     "policies": ("off", "smart", "eagle2"),
@@ -58,6 +59,7 @@ class LabOptions(BenchOptions):
     of `pooled_chain` and `throughput_chain`.
     policy_gain: also replay every contestant on the run's own recording at its own costs, where
     nothing but the policy differs.
+    sampled: measure again at this temperature, at SAMPLED_SIZES.
     suites: tasks such as long and edit, measured at batch 1 in a part of their own, smart with
     n-grams too. variants: of `smart`, measured beside it in a part of their own, at VARIANT_SIZES.
     questions: also answer by replay how far policies are from oracle and what each ingredient
@@ -75,6 +77,7 @@ class LabOptions(BenchOptions):
     tune_paper: bool = False
     tune_chains: bool = False
     policy_gain: bool = False
+    sampled: float = 0.0
     suites: Sequence[str] = ()
     variants: Sequence[str] = ()
     questions: bool = False
@@ -90,6 +93,10 @@ class LabOptions(BenchOptions):
     def __post_init__(self) -> None:
         if self.tune_eagle2 < 0:
             raise ConfigError(f"tune_eagle2 must not be negative, but is {self.tune_eagle2}")
+        if self.temperature and self.sampled:
+            raise ConfigError(
+                "--sampled adds a second temperature to a greedy run: leave out --temperature"
+            )
         if (self.random_weights is None) != (self.replay is None):
             raise ConfigError("--random-weights CONFIG and --replay TRACE go together: give both")
         if self.replay is not None and (
@@ -130,7 +137,8 @@ class LabOptions(BenchOptions):
 
     def most_requests(self) -> int:
         sizes = VARIANT_SIZES if self.variants else ()
-        return max(BenchOptions.most_requests(self), *sizes, 1)
+        sampled = SAMPLED_SIZES if self.sampled else ()
+        return max(BenchOptions.most_requests(self), *sizes, *sampled, 1)
 
     @property
     def compares_policies(self) -> bool:
@@ -168,6 +176,7 @@ def command_of(options: LabOptions) -> str:
     words += ["--tune-eagle2", str(options.tune_eagle2)] if options.tune_eagle2 else []
     flags = ("tune_paper", "tune_chains", "policy_gain")
     words += [f"--{flag.replace('_', '-')}" for flag in flags if getattr(options, flag)]
+    words += ["--sampled", f"{options.sampled:g}"] if options.sampled else []
     words += ["--suites", ",".join(options.suites)] if options.suites else []
     words += ["--variants", ",".join(options.variants)] if options.variants else []
     words += ["--questions"] if options.questions else []

@@ -120,7 +120,7 @@ def figure_sections(found: Sequence[Figure]) -> list[Section]:
     ]
 
 
-def comparisons(results: Results) -> list[Section]:
+def comparisons(results: LabResults) -> list[Section]:
     """The speedups: where they are below 1×, beside other policies, by task, at a second
     temperature."""
     heat = number(results.sampled[0], "temperature") if results.sampled else None

@@ -18,8 +18,8 @@ from smart_decoding.errors import ConfigError
 
 @dataclass(frozen=True)
 class LabResults(Results):
-    """cost: the measured profile, if the file has one. suites, variants, replayed, peers: the
-    laboratory's parts, empty where they were not measured."""
+    """cost: the measured profile, if the file has one. sampled, suites, variants, replayed,
+    peers: the laboratory's parts, empty where they were not measured."""
 
     # that several files may contribute
     PARTS: ClassVar[Sequence[str]] = (
@@ -34,6 +34,7 @@ class LabResults(Results):
     cost: CostModel | None = None
     memory: Mapping[str, Any] = field(default_factory=dict)
     limits: Mapping[str, Any] = field(default_factory=dict)
+    sampled: Sequence[Run] = ()
     suites: Sequence[Run] = ()
     variants: Sequence[Run] = ()
     replayed: Mapping[str, Any] = field(default_factory=dict)

@@ -26,6 +26,7 @@ from smart_lab.panels import (
 
 if TYPE_CHECKING:
     from smart_decoding.core.cost import CostModel
+    from smart_lab.results import LabResults
 
 # rows per request beyond which a policy would push all others to the left of the cost figure
 FAR = 24
@@ -34,12 +35,12 @@ NO_ROWS = f"These results do not say how many rows a round had: {AGAIN}."
 Bins = tuple[Floats, Floats, Floats]  # predicted, chosen, count
 
 
-def round_figures(results: Results) -> list[Figure]:
+def round_figures(results: LabResults) -> list[Figure]:
     """All three, those without data too."""
     return [cost(results), tokens(results), reliability(results)] if results.runs else []
 
 
-def cost(results: Results) -> Figure:
+def cost(results: LabResults) -> Figure:
     """The profile's verification seconds over rows, and where each policy's rounds really were."""
     title = "What a round costs, and the rows that policies chose"
     profile = results.cost

@@ -39,7 +39,6 @@ def words_of(options: BenchOptions) -> list[str]:
         "chat-template": options.chat_template,
         "trust-pickle": options.trust_pickle,
         "allow-slow": options.allow_slow,
-        "sampled": f"{options.sampled:g}" if options.sampled else None,
         "load": ",".join(f"{share:g}" for share in options.load) or None,
         "blocks": options.blocks,
         "time-limit": None if options.time_limit is None else f"{options.time_limit:g}",

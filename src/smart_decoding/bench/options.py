@@ -59,7 +59,6 @@ class BenchOptions:
     head's folder or a smaller model; method_options: its other options.
     limit: prompts per task; skip: prompts of each task to pass over first; least_blocks: of each
     task and batch size, prompts are used again where they are too few.
-    sampled: measure again at this temperature, at `sampled_batch_sizes`.
     load: shares of the measured capacity at which requests arrive. It replaces the comparison of
     policies in blocks unless `blocks` asks for that, too.
     time_limit: seconds over the whole run; what is measured by then is reported, marked as partial.
@@ -87,8 +86,6 @@ class BenchOptions:
     least_blocks: int = 1
     draft: str | None = None
     method_options: Mapping[str, Any] = field(default_factory=dict)
-    sampled: float = 0.0
-    sampled_batch_sizes: Sequence[int] = (1, 8)
     load: Sequence[float] = ()
     blocks: bool = False
     skip: int = 0
@@ -115,10 +112,6 @@ class BenchOptions:
         if any(not 0 < share <= 2 for share in self.load):
             raise ConfigError(
                 f"load must be shares of the capacity such as 0.3,0.6,0.9, not {list(self.load)}"
-            )
-        if self.temperature and self.sampled:
-            raise ConfigError(
-                "--sampled adds a second temperature to a greedy run: leave out --temperature"
             )
         check_outputs((self.json,))
         self.sampling(0)
@@ -175,21 +168,13 @@ class BenchOptions:
 
     def most_requests(self) -> int:
         """The largest number of requests that some part of the run keeps going at once."""
-        sampled = self.sampled_batch_sizes if self.sampled else ()
-        sizes: list[int] = [*self.batch_sizes, *sampled, *([SLOTS] if self.load else ())]
-        return max(sizes)
+        return max(*self.batch_sizes, SLOTS if self.load else 1)
 
     @property
     def compares_policies(self) -> bool:
         """Whether policies are compared in blocks: what `smart bench` does unless asked for
         something else."""
         return self.blocks or not self.load
-
-    @property
-    def temperatures(self) -> list[tuple[float, Sequence[int]]]:
-        """Temperatures with their batch sizes, in the order of measuring."""
-        first = (self.temperature, self.batch_sizes)
-        return [first, (self.sampled, self.sampled_batch_sizes)] if self.sampled else [first]
 
     def speculation(self, arm: Arm) -> dict[str, Any] | bool:
         """The `speculative_config` of an arm."""

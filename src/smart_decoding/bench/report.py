@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from smart_decoding.bench.floor import FLOOR
@@ -49,12 +48,8 @@ def printed(first: Sequence[str], parts: Sequence[Section], in_markdown: bool) -
 
 
 def sections(results: Results) -> list[Section]:
-    """The comparison, the same at a second temperature, and requests under load."""
-    parts = comparison(results)
-    if results.sampled:
-        heat = results.sampled[0].get("temperature")
-        parts += comparison(replace(results, runs=results.sampled), f"At temperature {heat}")
-    return [*parts, *load_table(results)]
+    """The comparison, and requests under load."""
+    return [*comparison(results), *load_table(results)]
 
 
 def comparison(results: Results, title: str = "Policies") -> list[Section]:

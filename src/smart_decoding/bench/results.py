@@ -20,11 +20,10 @@ class Results:
     """runs: as in the JSON. names: policy -> short name.
 
     copies: runs of contestants that verified the same trees as another one, which stands for them.
-    sampled, load: the further parts, empty where they were not measured."""
+    load: what was measured under load, empty without."""
 
     provenance: Mapping[str, Any]
     runs: Sequence[Run]
-    sampled: Sequence[Run] = ()
     load: Mapping[str, Any] = field(default_factory=dict)
     copies: Sequence[Run] = ()
 
@@ -35,7 +34,6 @@ class Results:
             provenance=mapping(data.get("provenance")),
             runs=originals(data["runs"]),
             copies=[run for run in data["runs"] if "copy_of" in run],
-            sampled=originals(data.get("sampled_runs") or ()),
             load=mapping(data.get("load")),
         )
 

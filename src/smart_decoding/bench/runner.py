@@ -45,7 +45,7 @@ class Part:
 
 def run(options: BenchOptions, kind: Callable[..., Bench] | None = None) -> dict[str, Any]:
     """Measures everything asked for; returns what the JSON file has: 'provenance', 'runs' (policies
-    in blocks, maybe none), 'sampled_runs' (the same at a second temperature), 'load', 'cost' (the
+    in blocks, maybe none), 'load', 'cost' (the
     measured profile that policies started from, None if none needs one), 'limits' and 'memory'.
     kind: makes a Bench with further parts.
 
@@ -102,10 +102,9 @@ class Bench:
         """The parts that were asked for, in order."""
         found: dict[str, Part] = {}
         if self.options.compares_policies:
-            first, *second = self.options.temperatures
-            found["runs"] = Part(0.56, partial(self.blocks, *first))
-            if second:
-                found["sampled_runs"] = Part(0.11, partial(self.blocks, *second[0]))
+            options = self.options
+            measure = partial(self.blocks, options.temperature, options.batch_sizes)
+            found["runs"] = Part(0.56, measure)
         if self.options.load:
             found["load"] = Part(0.1, self.load)
         return found

@@ -31,6 +31,7 @@ MOVED = (
     "--html",
     "--plots",
     "--resume",
+    "--sampled",
 )
 
 
@@ -122,12 +123,6 @@ def _what_is_measured(parser: argparse.ArgumentParser, default: BenchOptions) ->
     add("--skip", type=int, metavar="N", help="pass over the first N prompts of each task")
     add("--max-tokens", type=int, help=f"tokens per answer (default: {default.max_tokens})")
     add("--temperature", type=float, help="0, the default, is greedy")
-    add(
-        "--sampled",
-        type=float,
-        metavar="T",
-        help="measure once more at this temperature, at fewer batch sizes",
-    )
     add("--seed", type=int)
     add(
         "--load",
