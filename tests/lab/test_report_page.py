@@ -221,17 +221,6 @@ def test_without_matplotlib_the_extra_is_named(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_plots_are_pictures(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    found = figures(LabResults.from_dict(results()))
-    paths = plots.write_plots(found, tmp_path / "plots")
-    assert [p.name for p in paths] == ["speedup.png"]
-    assert all(p.read_bytes().startswith(b"\x89PNG") for p in paths)
-    assert (
-        plots.write_plots(figures(LabResults.from_dict(results())), tmp_path / "plots") == paths
-    )  # again, into the same folder
-
-
 def test_a_benchmark_can_draw_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

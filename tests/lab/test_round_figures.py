@@ -88,6 +88,8 @@ def test_odd_values_are_unknown_not_errors(change: dict[str, Any]) -> None:
 
 def test_plots_are_pictures(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    paths = plots.write_plots(figures(LabResults.from_dict(results())), tmp_path / "plots")
+    found = figures(LabResults.from_dict(results()))
+    paths = plots.write_plots(found, tmp_path / "plots")
     assert [p.name for p in paths] == ["speedup.png", "cost.png", "tokens.png", "reliability.png"]
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in paths)
+    assert plots.write_plots(found, tmp_path / "plots") == paths  # again, into the same folder
