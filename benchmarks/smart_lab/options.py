@@ -163,30 +163,6 @@ def check_variant(arm: Arm) -> None:
 
 def command_of(options: LabOptions) -> str:
     """The command line that asks for this run."""
-    words = ["python", "-m", "smart_lab", "bench"]
-    if options.random_weights is not None and options.replay is not None:
-        words += [
-            "--random-weights",
-            Path(options.random_weights).name,
-            "--replay",
-            options.replay.name,
-        ]
-    else:
-        words += ["--model", options.model]
-    words += ["--tune-eagle2", str(options.tune_eagle2)] if options.tune_eagle2 else []
-    flags = ("tune_paper", "tune_chains", "policy_gain")
-    words += [f"--{flag.replace('_', '-')}" for flag in flags if getattr(options, flag)]
-    words += ["--sampled", f"{options.sampled:g}"] if options.sampled else []
-    words += ["--suites", ",".join(options.suites)] if options.suites else []
-    words += ["--variants", ",".join(options.variants)] if options.variants else []
-    words += ["--questions"] if options.questions else []
-    words += ["--peers", ",".join(options.peers)] if options.peers else []
-    words += ["--record", options.record.name] if options.record is not None else []
-    words += words_of(options)
-    for name, path in (
-        ("resume", options.resume),
-        ("html", options.html),
-        ("plots", options.plots),
-    ):
-        words += [f"--{name}", path.name] if path is not None else []
-    return shlex.join(words)
+    model = [] if options.replay is not None else ["--model", options.model]
+    words = words_of(options, ("model", "peer_env"))
+    return shlex.join(["python", "-m", "smart_lab", "bench", *model, *words])
