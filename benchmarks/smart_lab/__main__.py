@@ -12,7 +12,8 @@ LAB = Program(
     "Replay, simulation, tuning, other engines and results: what is not in the wheel.",
     {
         "bench": ("smart bench, with what needs the laboratory", "smart_lab.bench_command"),
-        "report": ("smart report, with what the laboratory measured", "smart_lab.report_command"),
+        "report": ("draw what a benchmark measured: a page, plots", "smart_lab.report_command"),
+        "profile": ("measure what a forward costs on this machine", "smart_lab.profile_command"),
         "results": ("write the pages of benchmarks/results", "smart_lab.results_command"),
         "simulate": (
             "what speculation would bring on other hardware",

@@ -197,7 +197,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Prints one table. Raises ConfigError for unknown names and unusable files."""
-    check_outputs((args.json,), None)
+    check_outputs((args.json,))
     names = list(dict.fromkeys((args.over, *args.names)))
     ablation = Ablation(read_trace(args.trace), costs_of(args.machines), names, args.answers)
     for name in set(names) - set(RIVALS):

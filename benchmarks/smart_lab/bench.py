@@ -5,24 +5,26 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from tqdm import tqdm
 
 from smart_decoding.bench.options import BASELINE, OURS, SLOTS, Arm
-from smart_decoding.bench.resume import Progress, source_digest
 from smart_decoding.bench.runner import Bench, Part
 from smart_decoding.bench.runner import run as run_bench
 from smart_decoding.bench.summary import POOLED
 from smart_lab.ablations import VARIANTS
-from smart_lab.options import VARIANT_SIZES, LabArm, LabOptions, command_of
+from smart_lab.options import SAMPLED_SIZES, VARIANT_SIZES, LabArm, LabOptions, command_of
 from smart_lab.peers.session import measure_peers
 from smart_lab.questions import Asker
+from smart_lab.resume import KeptMeasurement, Progress, key_of, source_digest
 from smart_lab.tuning import Tuner
 
 if TYPE_CHECKING:
     from smart_decoding.bench.blocks import Prompt
+    from smart_decoding.bench.cycles import Measurement
     from smart_decoding.llm import LLM
 
 
@@ -30,8 +32,10 @@ def run(options: LabOptions) -> dict[str, Any]:
     """What `smart bench` returns, and of what was asked for 'suite_runs', 'variant_runs',
     'replayed' and 'peers'.
 
-    Raises what the user's `run` raises."""
-    return run_bench(options, LabBench)
+    Raises what the user's `run` raises, and ConfigError for a file of --resume that is of another
+    run."""
+    progress = Progress(options.resume, key_of(options) if options.resume else {})
+    return run_bench(options, partial(LabBench, progress=progress))
 
 
 class LabBench(Bench):
@@ -47,8 +51,10 @@ class LabBench(Bench):
         prompts: Mapping[str, Sequence[Prompt]],
         progress: Progress,
     ) -> None:
-        super().__init__(options, llm, prompts, progress)
+        super().__init__(options, llm, prompts)
+        progress.agree("weights", llm.provenance)
         progress.agree("laboratory", source_digest(Path(__file__).parent))
+        self.progress = progress
         self.tuner = Tuner(llm, options)
 
     @property
@@ -60,6 +66,9 @@ class LabBench(Bench):
         options = self.options
         found = super().parts()
         load = found.pop("load", None)
+        if options.sampled and options.compares_policies:
+            measure = partial(self.blocks, options.sampled, SAMPLED_SIZES)
+            found["sampled_runs"] = Part(0.11, measure)
         if options.suites:
             found["suite_runs"] = Part(0.06, self.suites)
         if options.variants:
@@ -68,6 +77,16 @@ class LabBench(Bench):
             found["load"] = load
         if options.questions:
             found["replayed"] = Part(0.1, self.questions)
+        return found
+
+    def begun(self, name: str) -> Measurement:
+        """From where --resume left it."""
+        return KeptMeasurement(self.progress, name)
+
+    def load(self, stop: float | None) -> dict[str, Any]:
+        if not self.progress.units("load"):
+            self.progress.add("load", super().load(stop))
+        found: dict[str, Any] = self.progress.units("load")[0]
         return found
 
     def measure(self) -> dict[str, Any]:

@@ -11,13 +11,20 @@ from smart_decoding.cli.arguments import words
 from smart_decoding.cli.bench import add_common_arguments, options_of
 from smart_lab.options import LAB_PRESETS, LabOptions
 from smart_lab.report import everything
-from smart_lab.report_command import write_outputs
+from smart_lab.report_command import add_output_arguments, write_outputs
 from smart_lab.results import LabResults
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Those of `smart bench`, and ours."""
     preset = add_common_arguments(parser)
+    parser.add_argument(
+        "--resume",
+        type=Path,
+        metavar="FILE",
+        help="keep what is measured there, and go on from it after a cut",
+    )
+    add_output_arguments(parser)
     preset.add_argument(
         "--full",
         dest="preset",
@@ -44,6 +51,8 @@ def _further_parts(parser: argparse.ArgumentParser) -> None:
     add("--policy-gain", action="store_true", help=alone)
     exchanged = "measure smart with one ingredient exchanged, in a part of its own"
     add("--variants", type=words, metavar="A,B", help=exchanged)
+    twice = "measure once more at this temperature, at batch 1 and 8"
+    add("--sampled", type=float, metavar="T", help=twice)
     add(
         "--suites",
         type=words,

@@ -31,7 +31,6 @@ from typing import Any
 from smart_decoding.bench.data import load_task
 from smart_decoding.bench.options import check_outputs
 from smart_decoding.bench.provenance import commit, machine, provenance, write_json
-from smart_decoding.bench.resume import Progress, source_digest
 from smart_decoding.cli.arguments import whole_numbers, words
 from smart_decoding.errors import ConfigError
 from smart_decoding.files import sha256_of
@@ -40,6 +39,7 @@ from smart_lab.gguf.ours import HELD, Ours, speculative_configs, without_folders
 from smart_lab.gguf.rates import Reply
 from smart_lab.gguf.server import Flags, LlamaCpp, Server
 from smart_lab.gguf.tuning import DRAFT, DRAFTS, PLAIN, Tuned, draft_words, tune
+from smart_lab.resume import Progress, source_digest
 
 TASKS = ("code", "maths")
 KEPT_BACK = 24  # prompts for tuning and warming up, or more if there are more slots
@@ -132,7 +132,7 @@ def checked(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     for name, value in {**least, "--blocks": args.blocks}.items():
         if value < 2 - (name == "--blocks"):
             raise ConfigError(f"{name} {value} is too small to measure anything")
-    check_outputs((args.json, args.resume), None)
+    check_outputs((args.json, args.resume))
     usual = ["draft_model", "ngram", "union"] if args.draft else ["ngram", "union"]
     return speculative_configs(args.smart or usual, args.draft)
 

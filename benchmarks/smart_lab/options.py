@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from smart_decoding.bench.command import words_of
-from smart_decoding.bench.options import BASELINE, Arm, BenchOptions, check_outputs
+from smart_decoding.bench.options import BASELINE, MEAN_PROMPT, Arm, BenchOptions
 from smart_decoding.bench.presets import EAGLE_2, PRESETS
 from smart_decoding.errors import ConfigError
 from smart_lab.ablations import VARIANTS
 from smart_lab.peers.catalogue import environments_of, wanted
+from smart_lab.plots import check_outputs
+from smart_lab.suites import LONG_PROMPT
 
 VARIANT_SIZES = (1, 4)  # where variants of smart are measured
+SAMPLED_SIZES = (1, 8)  # where a second temperature is
 
 FULL: dict[str, Any] = {
     "policies": ("off", "smart", "eagle2"),
@@ -56,11 +59,14 @@ class LabOptions(BenchOptions):
     of `pooled_chain` and `throughput_chain`.
     policy_gain: also replay every contestant on the run's own recording at its own costs, where
     nothing but the policy differs.
+    sampled: measure again at this temperature, at SAMPLED_SIZES.
     suites: tasks such as long and edit, measured at batch 1 in a part of their own, smart with
     n-grams too. variants: of `smart`, measured beside it in a part of their own, at VARIANT_SIZES.
     questions: also answer by replay how far policies are from oracle and what each ingredient
     gives. peers: other engines on the same prompts; peer_env: 'name=folder', environments to use as
     they are. They replace the comparison of policies in blocks unless `blocks` asks for that, too.
+    resume: a file that keeps what is measured, so that the same command goes on after a cut.
+    html: a file for the report; plots: folder for pictures, made if need be.
     record: instead of measuring, record the drafts of the prompts there.
     random_weights, replay: measure a model of this config with random weights, its acceptance taken
     from this recording."""
@@ -71,11 +77,15 @@ class LabOptions(BenchOptions):
     tune_paper: bool = False
     tune_chains: bool = False
     policy_gain: bool = False
+    sampled: float = 0.0
     suites: Sequence[str] = ()
     variants: Sequence[str] = ()
     questions: bool = False
     peers: Sequence[str] = ()
     peer_env: Sequence[str] = ()
+    resume: Path | None = None
+    html: Path | None = None
+    plots: Path | None = None
     record: Path | None = None
     random_weights: str | None = None
     replay: Path | None = None
@@ -83,6 +93,10 @@ class LabOptions(BenchOptions):
     def __post_init__(self) -> None:
         if self.tune_eagle2 < 0:
             raise ConfigError(f"tune_eagle2 must not be negative, but is {self.tune_eagle2}")
+        if self.temperature and self.sampled:
+            raise ConfigError(
+                "--sampled adds a second temperature to a greedy run: leave out --temperature"
+            )
         if (self.random_weights is None) != (self.replay is None):
             raise ConfigError("--random-weights CONFIG and --replay TRACE go together: give both")
         if self.replay is not None and (
@@ -91,7 +105,7 @@ class LabOptions(BenchOptions):
             raise ConfigError(
                 "a replayed run is greedy and in blocks: leave out temperatures, --load and --peers"
             )
-        check_outputs((self.record,), None)
+        check_outputs((self.record, self.html, self.resume), self.plots)
         wanted(self.peers)
         environments_of(self.peer_env)
         for arm in [*self.arms, *self.variant_arms]:
@@ -113,9 +127,18 @@ class LabOptions(BenchOptions):
     def all_tasks(self) -> Sequence[str]:
         return (*self.tasks, *self.suites)
 
+    @property
+    def mean_prompt(self) -> int:
+        return LONG_PROMPT if "long" in self.tasks else MEAN_PROMPT
+
+    @property
+    def max_model_len(self) -> int | None:
+        return self.max_tokens + LONG_PROMPT if "long" in self.all_tasks else None
+
     def most_requests(self) -> int:
         sizes = VARIANT_SIZES if self.variants else ()
-        return max(BenchOptions.most_requests(self), *sizes, 1)
+        sampled = SAMPLED_SIZES if self.sampled else ()
+        return max(BenchOptions.most_requests(self), *sizes, *sampled, 1)
 
     @property
     def compares_policies(self) -> bool:
@@ -140,22 +163,6 @@ def check_variant(arm: Arm) -> None:
 
 def command_of(options: LabOptions) -> str:
     """The command line that asks for this run."""
-    words = ["python", "-m", "smart_lab", "bench"]
-    if options.random_weights is not None and options.replay is not None:
-        words += [
-            "--random-weights",
-            Path(options.random_weights).name,
-            "--replay",
-            options.replay.name,
-        ]
-    else:
-        words += ["--model", options.model]
-    words += ["--tune-eagle2", str(options.tune_eagle2)] if options.tune_eagle2 else []
-    flags = ("tune_paper", "tune_chains", "policy_gain")
-    words += [f"--{flag.replace('_', '-')}" for flag in flags if getattr(options, flag)]
-    words += ["--suites", ",".join(options.suites)] if options.suites else []
-    words += ["--variants", ",".join(options.variants)] if options.variants else []
-    words += ["--questions"] if options.questions else []
-    words += ["--peers", ",".join(options.peers)] if options.peers else []
-    words += ["--record", options.record.name] if options.record is not None else []
-    return shlex.join([*words, *words_of(options)])
+    model = [] if options.replay is not None else ["--model", options.model]
+    words = words_of(options, ("model", "peer_env"))
+    return shlex.join(["python", "-m", "smart_lab", "bench", *model, *words])

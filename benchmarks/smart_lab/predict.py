@@ -4,7 +4,7 @@
     python -m smart_lab predict others.smart
     python -m smart_lab predict others.smart --against RESULTS.json
 
-First the costs are measured anew (forwards as by `smart profile`, and rounds beyond their
+First the costs are measured anew (forwards as by `profile`, and rounds beyond their
 forwards), then every policy is replayed on the recording; its own seconds are timed as it decides,
 with caches emptied as forwards empty them. Only then the same policies run live, in turn, on the
 first 40 prompts of each task, none of which is in the recording.
@@ -28,7 +28,6 @@ import numpy as np
 from smart_decoding.bench.cycles import measure
 from smart_decoding.bench.data import load_task
 from smart_decoding.bench.options import BenchOptions, check_outputs, parse_setting
-from smart_decoding.bench.results import Results
 from smart_decoding.bench.runner import encode, load
 from smart_decoding.bench.summary import POOLED, noise, summarise
 from smart_decoding.cli.arguments import whole_numbers
@@ -39,6 +38,7 @@ from smart_decoding.profiling.profile import ROUND_OVERHEAD
 from smart_decoding.speculation import level_drafter
 from smart_lab.recorder import measure_host
 from smart_lab.replay import HostCosts, replay
+from smart_lab.results import LabResults
 from smart_lab.simulate import enough
 from smart_lab.trace import Trace, read_trace
 
@@ -96,7 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Prints a line for each policy and batch size. Raises ConfigError for unusable files."""
-    check_outputs((args.json,), None)
+    check_outputs((args.json,))
     trace = read_trace(args.trace)
     if args.against:
         rows = against(trace, args.against)
@@ -115,7 +115,7 @@ def main(args: argparse.Namespace) -> int:
 
 def against(trace: Trace, path: Path) -> list[dict[str, Any]]:
     """Predictions of a finished benchmark, from the profile that it started with."""
-    results = Results.read(path)
+    results = LabResults.read(path)
     if results.cost is None:
         raise ConfigError(f"{path} holds no profile: give a run of smart")
     host = trace.host or HostCosts.of(results.cost)

@@ -1,4 +1,4 @@
-"""What a controller knows of a card after `smart profile`: costs fitted to what a profile's points
+"""What a controller knows of a card after a profile: costs fitted to what a profile's points
 take by a roofline."""
 
 from __future__ import annotations

@@ -15,12 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from smart_decoding.bench.options import check_outputs
-from smart_decoding.bench.plots import COLOURS
 from smart_decoding.bench.provenance import provenance, write_json
 from smart_decoding.bench.sections import as_text
 from smart_lab import tables
 from smart_lab.hardware import acceptances, card, dimensions, roofline, too_large
+from smart_lab.plots import COLOURS, check_outputs
 from smart_lab.profiled import RANGES, profiled
 from smart_lab.simulate import EAGLE2, PAPER, SMART, Prediction, Simulation, Simulator, name_of
 from smart_lab.synthetic import synthetic

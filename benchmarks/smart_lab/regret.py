@@ -128,7 +128,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Prints a table; 1 if anything is worse than before by more than a hundredth."""
-    check_outputs((args.json,), None)
+    check_outputs((args.json,))
     before = means(json.loads(args.against.read_text())["regret"]) if args.against else None
     cells = [
         Cell(machine, size, seed, args.rounds, tuple(args.policies))

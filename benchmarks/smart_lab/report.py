@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from smart_decoding.bench import report
@@ -18,5 +19,9 @@ def everything(result: Mapping[str, Any], in_markdown: bool = False) -> str:
         model = result["provenance"]["weights"]["model"]
         kind = str(result["acceptance"]).upper()
         first.insert(0, f"{kind}: compute is real, tokens are a recording's ({model})")
-    parts = [*report.sections(results), *tables.sections(results)]
+    parts = report.comparison(results)
+    if results.sampled:
+        heat = results.sampled[0].get("temperature")
+        parts += report.comparison(replace(results, runs=results.sampled), f"At temperature {heat}")
+    parts += [*report.load_table(results), *tables.sections(results)]
     return report.printed(first, parts, in_markdown)

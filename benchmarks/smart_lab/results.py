@@ -1,42 +1,137 @@
-"""What the laboratory's `bench` wrote: results of `smart bench` with further parts."""
+"""The results that `bench --json` wrote, checked: what is missing or odd is unknown, not an
+error."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from smart_decoding.bench.results import Results, Run, checked_runs, mapping
+from smart_decoding.bench.results import Results, Run, mapping, originals
+from smart_decoding.bench.sections import number
+from smart_decoding.bench.summary import POOLED
+from smart_decoding.core.cost import CostModel
+from smart_decoding.errors import ConfigError
 
 
 @dataclass(frozen=True)
 class LabResults(Results):
-    """suites, variants, replayed, peers: the laboratory's parts, empty where they were not
-    measured."""
+    """cost: the measured profile, if the file has one. sampled, suites, variants, replayed,
+    peers: the laboratory's parts, empty where they were not measured."""
 
-    PARTS: ClassVar[Sequence[str]] = (*Results.PARTS, "suites", "variants", "replayed", "peers")
+    # that several files may contribute
+    PARTS: ClassVar[Sequence[str]] = (
+        "sampled",
+        "load",
+        "suites",
+        "variants",
+        "replayed",
+        "peers",
+    )
 
+    cost: CostModel | None = None
+    memory: Mapping[str, Any] = field(default_factory=dict)
+    limits: Mapping[str, Any] = field(default_factory=dict)
+    sampled: Sequence[Run] = ()
     suites: Sequence[Run] = ()
     variants: Sequence[Run] = ()
     replayed: Mapping[str, Any] = field(default_factory=dict)
     peers: Sequence[Mapping[str, Any]] = ()
 
     @classmethod
-    def parts_of(cls, data: Mapping[str, Any], source: str) -> dict[str, Any]:
-        return {
-            **super().parts_of(data, source),
-            "suites": checked_runs(data.get("suite_runs"), source),
-            "variants": checked_runs(data.get("variant_runs"), source),
-            "replayed": _replayed(data.get("replayed")),
-            "peers": _peers(data.get("peers")),
-        }
+    def from_dict(cls, data: Any, source: str = "the results") -> Self:
+        """Raises ConfigError for what `bench` cannot have written."""
+        none = ConfigError(f"{source} has no 'runs': give a file that smart bench --json wrote")
+        if not isinstance(data, Mapping) or not isinstance(data.get("runs"), Sequence):
+            raise none
+        runs = checked_runs(data["runs"], source)
+        found = cls(
+            provenance=mapping(data.get("provenance")),
+            runs=originals(runs),
+            copies=[run for run in runs if "copy_of" in run],
+            cost=_cost(data.get("cost")),
+            memory=mapping(data.get("memory")),
+            limits=mapping(data.get("limits")),
+            sampled=originals(checked_runs(data.get("sampled_runs"), source)),
+            load=_load(data.get("load")),
+            suites=checked_runs(data.get("suite_runs"), source),
+            variants=checked_runs(data.get("variant_runs"), source),
+            replayed=_replayed(data.get("replayed")),
+            peers=_peers(data.get("peers")),
+        )
+        if not runs and not any(getattr(found, part) for part in cls.PARTS):
+            raise none
+        if runs and not any(run["task"] == POOLED for run in runs):
+            raise ConfigError(
+                f"{source} has no runs of the task {POOLED!r}, which pools the others"
+            )
+        return found
 
     @classmethod
-    def joined(cls, part: str, found: Sequence[Self]) -> Any:
-        """As in Results, but for peers: those of all files."""
-        if part == "peers":
-            return [peer for each in found for peer in each.peers]
-        return super().joined(part, found)
+    def read(cls, path: Path, *others: Path) -> Self:
+        """One file, or several whose parts are put together: the first that has runs gives them,
+        and the machine; peers are those of all.
+
+        Raises ConfigError for a file that is missing or not what `bench --json` writes."""
+        found = [cls.from_dict(_json_in(each), str(each)) for each in (path, *others)]
+        main = next((each for each in found if each.runs), found[0])
+        commands = [
+            str(each.provenance.get("command")) for each in found if each.provenance.get("command")
+        ]
+        origin = {**main.provenance, **({"command": "\n".join(commands)} if commands else {})}
+        parts = {}
+        for part in cls.PARTS:
+            values = [getattr(each, part) for each in found]
+            parts[part] = next(filter(None, values), values[0])
+        parts["peers"] = [peer for each in found for peer in each.peers]
+        return replace(main, provenance=origin, **parts)
+
+    @property
+    def decided(self) -> list[Run]:
+        """The contestants whose speedup is known."""
+        return [run for run in self.contestants if number(run, "speedup") is not None]
+
+
+def _json_in(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON: {error}") from error
+
+
+def _load(value: Any) -> Mapping[str, Any]:
+    """The part about load, if its runs can be read."""
+    found = mapping(value)
+    runs = found.get("runs")
+    usable = (
+        isinstance(runs, Sequence)
+        and runs
+        and all(
+            isinstance(run, Mapping)
+            and isinstance(run.get("policy"), str)
+            and number(run, "load") is not None
+            for run in runs
+        )
+    )
+    return found if usable else {}
+
+
+def checked_runs(value: Any, source: str) -> Sequence[Run]:
+    """A list of runs; none if there is no list. Raises ConfigError for a run that cannot be one."""
+    runs = value if isinstance(value, Sequence) and not isinstance(value, str) else ()
+    for run in runs:
+        if not isinstance(run, Mapping):
+            raise ConfigError(f"{source}: each of 'runs' must be an object")
+        for name, kind in (("policy", str), ("task", str), ("batch_size", int)):
+            if not isinstance(run.get(name), kind):
+                raise ConfigError(f"{source}: a run has no usable {name!r}")
+        if "speedup" not in run:
+            raise ConfigError(f"{source}: a run has no 'speedup'")
+    return runs
 
 
 def _replayed(value: Any) -> Mapping[str, Any]:
@@ -56,3 +151,10 @@ def _peers(value: Any) -> Sequence[Mapping[str, Any]]:
     return [
         peer for peer in found if isinstance(peer, Mapping) and isinstance(peer.get("name"), str)
     ]
+
+
+def _cost(state: Any) -> CostModel | None:
+    try:
+        return CostModel.from_dict(state) if isinstance(state, Mapping) else None
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return None

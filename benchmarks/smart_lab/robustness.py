@@ -34,7 +34,6 @@ from smart_decoding.bench.cycles import measure
 from smart_decoding.bench.data import DEFAULT_TASKS, load_task
 from smart_decoding.bench.options import BenchOptions, check_outputs
 from smart_decoding.bench.provenance import provenance, write_json
-from smart_decoding.bench.resume import Progress
 from smart_decoding.bench.runner import encode, load
 from smart_decoding.bench.summary import decode_speedup, end_to_end_speedup
 from smart_decoding.cli.arguments import whole_numbers, words
@@ -46,6 +45,7 @@ from smart_decoding.models.loading import load_checkpoint
 from smart_decoding.speculation import shipped_head
 from smart_decoding.training.head import TrainableHead, form_of
 from smart_lab.ablations import VARIANTS
+from smart_lab.resume import Progress
 
 if TYPE_CHECKING:
     from smart_decoding.engine.engine import Engine
@@ -338,7 +338,7 @@ def main(args: argparse.Namespace) -> int:
     unknown = [case for case in args.cases if case not in CASES]
     if unknown:
         raise ConfigError(f"unknown case {unknown[0]!r}; known: {', '.join(CASES)}")
-    check_outputs((args.json, args.resume), None)
+    check_outputs((args.json, args.resume))
     stop = time.perf_counter() + args.time_limit
     key = {"seconds": args.seconds, "batch_sizes": args.batch_sizes}
     progress = Progress(args.resume, key)

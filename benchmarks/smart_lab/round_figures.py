@@ -8,7 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from smart_decoding.bench.figures import (
+from smart_decoding.bench.options import BASELINE
+from smart_decoding.bench.reliability import BINS, Floats
+from smart_decoding.bench.report import PLAIN
+from smart_decoding.bench.results import Results, Run, mapping
+from smart_decoding.bench.sections import number
+from smart_lab.panels import (
     AGAIN,
     NEUTRAL,
     Figure,
@@ -18,14 +23,10 @@ from smart_decoding.bench.figures import (
     lines,
     runs_of,
 )
-from smart_decoding.bench.options import BASELINE
-from smart_decoding.bench.reliability import BINS, Floats
-from smart_decoding.bench.report import PLAIN
-from smart_decoding.bench.results import Results, Run, mapping
-from smart_decoding.bench.sections import number
 
 if TYPE_CHECKING:
     from smart_decoding.core.cost import CostModel
+    from smart_lab.results import LabResults
 
 # rows per request beyond which a policy would push all others to the left of the cost figure
 FAR = 24
@@ -34,12 +35,12 @@ NO_ROWS = f"These results do not say how many rows a round had: {AGAIN}."
 Bins = tuple[Floats, Floats, Floats]  # predicted, chosen, count
 
 
-def round_figures(results: Results) -> list[Figure]:
+def round_figures(results: LabResults) -> list[Figure]:
     """All three, those without data too."""
     return [cost(results), tokens(results), reliability(results)] if results.runs else []
 
 
-def cost(results: Results) -> Figure:
+def cost(results: LabResults) -> Figure:
     """The profile's verification seconds over rows, and where each policy's rounds really were."""
     title = "What a round costs, and the rows that policies chose"
     profile = results.cost

@@ -65,7 +65,7 @@ def main(args: argparse.Namespace) -> int:
     sizes = sorted(set(args.batch_sizes))
     if sizes[-1] > LARGEST:
         raise ConfigError(f"batch sizes must lie between 1 and {LARGEST}, not {sizes[-1]}")
-    check_outputs((args.json, args.html), None)
+    check_outputs((args.json, args.html))
     if (args.trace is None) == (args.acceptance is None):
         raise ConfigError(
             "give either --trace FILE (smart_lab bench --record makes one) or --acceptance NAME"
@@ -234,7 +234,7 @@ def _profile(path: Path) -> CostModel:
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{path} is not a profile as smart profile stores it") from error
+        raise ConfigError(f"{path} is not a profile as the cache has it") from error
 
 
 def _at_context(recording: Recording, context: int) -> Recording:

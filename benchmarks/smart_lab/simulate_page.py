@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from smart_decoding.bench.figures import Figure, Panel, Point, Series
-from smart_decoding.bench.page import document, figure_sections
 from smart_decoding.bench.sections import FASTER, SLOWER, Cell, Marked, Section
+from smart_lab.page import document, figure_sections
+from smart_lab.panels import Figure, Panel, Point, Series
 from smart_lab.simulate import EAGLE2, PAPER, SMART, Simulation, name_of
 
 WARNING = "Simulated, not measured: policies replayed on recorded or drawn trees at modelled costs."

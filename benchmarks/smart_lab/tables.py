@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from smart_decoding.bench.names import short_names
 from smart_decoding.bench.options import BASELINE
-from smart_decoding.bench.report import speedups
+from smart_decoding.bench.results import headline_cell
 from smart_decoding.bench.sections import (
     UNKNOWN,
     Cell,
@@ -16,6 +16,7 @@ from smart_decoding.bench.sections import (
     number,
     ratio_cell,
     said,
+    same_tokens,
     text_of,
 )
 from smart_decoding.bench.summary import POOLED
@@ -52,6 +53,25 @@ def suites(runs: Sequence[Run]) -> list[Section]:
     """Long contexts and edits."""
     of_tasks = [run for run in runs if run["task"] != POOLED]
     return speedups("suites", "Long contexts and edits", of_tasks)
+
+
+def speedups(key: str, title: str, all_runs: Sequence[Run]) -> list[Section]:
+    """A table of runs other than those of the main comparison, if there are any."""
+    runs = [run for run in all_runs if run["policy"] != BASELINE]
+    names = short_names(run["policy"] for run in runs)
+    rows = [
+        (
+            names[run["policy"]],
+            str(run["batch_size"]),
+            str(run["task"]),
+            headline_cell(run),
+            ratio_cell(run, "end_to_end_speedup"),
+            same_tokens(run),
+        )
+        for run in runs
+    ]
+    head = ("policy", "b", "task", "speedup (95 %)", "end to end", "same")
+    return [Section(key, title, head=head, rows=rows)] if rows else []
 
 
 def variants(all_runs: Sequence[Run]) -> list[Section]:

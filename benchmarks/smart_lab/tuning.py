@@ -22,11 +22,11 @@ from smart_lab.sweep import Sweep
 from smart_lab.trace import Trace
 
 if TYPE_CHECKING:
-    from smart_decoding.bench.resume import Progress
     from smart_decoding.core.cost import CostModel
     from smart_decoding.core.policies.base import Policy, Round
     from smart_decoding.llm import LLM
     from smart_lab.options import LabOptions
+    from smart_lab.resume import Progress
 
 PER_TASK = 8  # prompts, or more where large batches need them
 PAPER_ROUNDS, PAPER_LEAST = 240, 24  # of requests; of the batch

@@ -28,10 +28,7 @@ def test_presets_fill_in_what_is_not_given() -> None:
     assert quick.time_limit <= 150
     assert 1 in quick.batch_sizes
     assert full.batch_sizes == (1, 2, 4, 8, 16, 32)
-    assert full.temperatures == [
-        (0.0, full.batch_sizes),
-        (0.8, (1, 8)),
-    ]
+    assert (full.temperature, full.sampled) == (0.0, 0.8)
     assert full.load
     assert full.compares_policies
     assert len(full.all_tasks) == 5

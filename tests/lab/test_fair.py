@@ -11,11 +11,11 @@ from smart_decoding.bench.cycles import copies_in
 from smart_decoding.bench.options import Arm
 from smart_decoding.bench.report import everything
 from smart_decoding.bench.results import Results
-from smart_decoding.bench.resume import Progress
 from smart_decoding.core.cost import CostModel
 from smart_lab.bench import LabBench
 from smart_lab.options import LabOptions
 from smart_lab.replay import replay
+from smart_lab.resume import Progress
 from smart_lab.synthetic import synthetic
 from smart_lab.trace import Trace
 from smart_lab.tuning import CHAINS, LENGTHS, Tuner, best_chain, distinct, gains

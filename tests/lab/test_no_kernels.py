@@ -10,7 +10,8 @@ from smart_lab.__main__ import LAB
 
 
 @pytest.mark.parametrize(
-    "command", [["bench", "--policies", "off"], ["bench", "--record", "trace"], ["divergence"]]
+    "command",
+    [["bench", "--policies", "off"], ["bench", "--record", "trace"], ["divergence"], ["profile"]],
 )
 def test_it_stops_with_one_line(
     command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

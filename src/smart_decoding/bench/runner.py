@@ -24,7 +24,6 @@ from smart_decoding.bench.data import load_task
 from smart_decoding.bench.limits import measure_limits, rated
 from smart_decoding.bench.peak import forget_peak, peak_gib
 from smart_decoding.bench.provenance import memory, provenance
-from smart_decoding.bench.resume import Progress, key_of
 from smart_decoding.bench.traffic import Sizes
 from smart_decoding.engine_args import DEFAULT_MODEL_LEN
 from smart_decoding.errors import CapacityError
@@ -33,10 +32,6 @@ from smart_decoding.llm import LLM
 if TYPE_CHECKING:
     from smart_decoding.bench.options import Arm, BenchOptions
     from smart_decoding.core.cost import CostModel
-
-LONG_PROMPT = 4096  # the longest of the task `long`, for which memory is then made
-# KV memory is made for prompts up to this on average; longer ones may be preempted
-LONGEST_PROMPT = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,22 +43,19 @@ class Part:
     measure: Callable[[float | None], Any]
 
 
-def run(options: BenchOptions, kind: type[Bench] | None = None) -> dict[str, Any]:
+def run(options: BenchOptions, kind: Callable[..., Bench] | None = None) -> dict[str, Any]:
     """Measures everything asked for; returns what the JSON file has: 'provenance', 'runs' (policies
-    in blocks, maybe none), 'sampled_runs' (the same at a second temperature), 'load', 'cost' (the
+    in blocks, maybe none), 'load', 'cost' (the
     measured profile that policies started from, None if none needs one), 'limits' and 'memory'.
-    kind: a Bench with further parts.
+    kind: makes a Bench with further parts.
 
-    Raises CapacityError if the time limit was too short for a single cycle, ConfigError for a file
-    of --resume that is of another run, and what LLM raises."""
-    progress = Progress(options.resume, key_of(options) if options.resume else {})
+    Raises CapacityError if the time limit was too short for a single cycle, and what LLM raises."""
     texts = {
         task: load_task(task, options.skip + options.limit)[options.skip :]
         for task in options.all_tasks
     }
     llm = load(options)
-    progress.agree("weights", llm.provenance)
-    bench = (kind or Bench)(options, llm, encode(llm, texts, options), progress)
+    bench = (kind or Bench)(options, llm, encode(llm, texts, options))
     result = bench.measure()
     if not any(result.get(part) for part in bench.MAIN_PARTS):
         raise CapacityError(
@@ -92,12 +84,10 @@ class Bench:
         options: BenchOptions,
         llm: LLM,
         prompts: Prompts,
-        progress: Progress,
     ) -> None:
         self.options = options
         self.llm = llm
         self.prompts = prompts
-        self.progress = progress
         self.head: str | None = None
         self.cost: CostModel | None = None
         self.sizes = Sizes.of(llm.target.decoder.config, llm.target.dtype.itemsize)
@@ -112,10 +102,9 @@ class Bench:
         """The parts that were asked for, in order."""
         found: dict[str, Part] = {}
         if self.options.compares_policies:
-            first, *second = self.options.temperatures
-            found["runs"] = Part(0.56, partial(self.blocks, *first))
-            if second:
-                found["sampled_runs"] = Part(0.11, partial(self.blocks, *second[0]))
+            options = self.options
+            measure = partial(self.blocks, options.temperature, options.batch_sizes)
+            found["runs"] = Part(0.56, measure)
         if self.options.load:
             found["load"] = Part(0.1, self.load)
         return found
@@ -127,6 +116,10 @@ class Bench:
     def served(self) -> list[Arm]:
         """Who is compared under load."""
         return self.options.arms
+
+    def begun(self, name: str) -> Measurement:
+        """What is known of a batch size before it is measured: nothing."""
+        return Measurement()
 
     def measure(self) -> dict[str, Any]:
         """Each part with its share of the time that is left."""
@@ -193,10 +186,9 @@ class Bench:
         batch_size: int,
         deadline: float | None,
     ) -> Measurement:
-        """One batch size measured, from where --resume left it. Engines are gone afterwards."""
+        """One batch size measured. Engines are gone afterwards."""
         made = self.made(contestants)
-        keep = partial(self.progress.add, name)
-        found = Measurement.restored(self.progress.units(name), keep)
+        found = self.begun(name)
         cycles = sum(1 for _ in cycles_of(prompts, batch_size, self.options.least_blocks))
         gc.collect()
         gc.freeze()  # else what was loaded is searched for garbage in the midst of a round
@@ -222,9 +214,7 @@ class Bench:
         seconds = None if stop is None else max(1.0, stop - time.perf_counter())
         engines = {label: arm.engine for label, arm in self.made(self.served()).items()}
         prompts = {task: self.prompts[task] for task in self.options.tasks}
-        return measure_load(
-            engines, prompts, self.options.load, self.options.seed, seconds, self.progress
-        )
+        return measure_load(engines, prompts, self.options.load, self.options.seed, seconds)
 
 
 def _setting(arm: Arm) -> dict[str, str]:
@@ -253,9 +243,7 @@ def at_temperature(prompts: Prompts, options: BenchOptions, temperature: float) 
 def load(options: BenchOptions) -> LLM:
     """The target, with memory for the largest part of the run."""
     largest = options.most_requests()
-    longest = LONG_PROMPT if "long" in options.tasks else LONGEST_PROMPT
-    long = "long" in options.all_tasks
-    tokens = largest * (options.max_tokens + longest)
+    tokens = largest * (options.max_tokens + options.mean_prompt)
     return LLM(
         options.model,
         generation_config="vllm",
@@ -265,11 +253,9 @@ def load(options: BenchOptions) -> LLM:
         activations=options.activations,
         device=options.device,
         max_num_seqs=largest,
-        kv_cache_tokens=max(
-            tokens, LONG_PROMPT + options.max_tokens if long else DEFAULT_MODEL_LEN
-        ),
+        kv_cache_tokens=max(tokens, options.max_model_len or DEFAULT_MODEL_LEN),
         enable_prefix_caching=False,
-        max_model_len=options.max_tokens + LONG_PROMPT if long else None,
+        max_model_len=options.max_model_len,
         seed=options.seed,
         stop_at_loops=True,
         chat_template=options.chat_template,

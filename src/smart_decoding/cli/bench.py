@@ -12,10 +12,8 @@ from smart_decoding.bench import report
 from smart_decoding.bench.options import BenchOptions, parse_setting
 from smart_decoding.bench.presets import PRESETS
 from smart_decoding.bench.provenance import write_json
-from smart_decoding.bench.results import Results
 from smart_decoding.cli.arguments import Gone, add_allow_slow, shares, whole_numbers, words
 from smart_decoding.cli.model_options import ACTIVATIONS, QUANTIZATION
-from smart_decoding.cli.report import add_output_arguments, write_outputs
 from smart_decoding.cli.run import show_steps
 
 MOVED = (
@@ -30,6 +28,10 @@ MOVED = (
     "--record",
     "--random-weights",
     "--replay",
+    "--html",
+    "--plots",
+    "--resume",
+    "--sampled",
 )
 
 
@@ -61,14 +63,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> Any:
         metavar="SECONDS",
         help="report what was measured by then, marked as partial",
     )
-    add(
-        "--resume",
-        type=Path,
-        metavar="FILE",
-        help="keep what is measured there, and go on from it after a cut",
-    )
     add("--json", type=Path, metavar="FILE", help="write the results there, whole or not at all")
-    add_output_arguments(parser)
     add("--markdown", action="store_true", help="print the table in Markdown")
     return preset
 
@@ -115,7 +110,7 @@ def _what_is_measured(parser: argparse.ArgumentParser, default: BenchOptions) ->
         "--tasks",
         type=words,
         metavar="A,B",
-        help="code, maths, general (these by default), long, edit",
+        help="code, maths, general (all by default)",
     )
     add("--limit", type=int, help=f"prompts per task (default: {default.limit})")
     add(
@@ -128,12 +123,6 @@ def _what_is_measured(parser: argparse.ArgumentParser, default: BenchOptions) ->
     add("--skip", type=int, metavar="N", help="pass over the first N prompts of each task")
     add("--max-tokens", type=int, help=f"tokens per answer (default: {default.max_tokens})")
     add("--temperature", type=float, help="0, the default, is greedy")
-    add(
-        "--sampled",
-        type=float,
-        metavar="T",
-        help="measure once more at this temperature, at fewer batch sizes",
-    )
     add("--seed", type=int)
     add(
         "--load",
@@ -173,8 +162,6 @@ def main(args: argparse.Namespace) -> int:
     if options.json is not None:
         write_json(options.json, result)
     print(report.everything(result, getattr(args, "markdown", False)))
-    if options.html is not None or options.plots is not None:
-        write_outputs(Results.from_dict(result), options.html, options.plots)
     return 0
 
 

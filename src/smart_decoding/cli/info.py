@@ -13,7 +13,7 @@ from typing import Any
 from smart_decoding.errors import ConfigError
 from smart_decoding.models.hub import cache_dir
 from smart_decoding.models.hub_repository import hub_cache
-from smart_decoding.models.kept import hub_repositories, made_of, readable, repository_of, size_of
+from smart_decoding.models.kept import readable, size_of
 
 OPTIONAL = (
     "transformers",
@@ -86,22 +86,10 @@ def _refusal(variant: Any) -> str | None:
 
 
 def cache() -> dict[str, Any]:
-    """The cache of models and profiles and the hub's own cache, with their models; in bytes."""
+    """Where models and profiles are cached, in how many bytes, and the hub's own cache. `smart
+    models` lists what they hold."""
     root = cache_dir()
-    models = {
-        f"{folder.name} ({made_of(folder)})": size_of(folder)
-        for folder in sorted((root / "converted").glob("*/"))
-    }
-    models |= {path.name: size_of(path) for path in sorted((root / "files").glob("*.gguf"))}
-    return {
-        "path": str(root),
-        "bytes": size_of(root),
-        "models": models,
-        "hub": {
-            "path": str(hub_cache()),
-            "models": [repository_of(each.path) for each in hub_repositories()],
-        },
-    }
+    return {"path": str(root), "bytes": size_of(root), "hub": str(hub_cache())}
 
 
 def _version(package: str) -> str | None:
@@ -125,11 +113,7 @@ def lines(found: Mapping[str, Any]) -> Iterator[str]:
     yield f"memory: {machine['memory_gib'] or 'unknown'} GiB"
     yield f"GPU: {machine['gpu'] or 'none'}"
     yield f"cache: {kept['path']}, {readable(kept['bytes'])}"
-    for name, size in kept["models"].items():
-        yield f"  {name}, {readable(size)}"
-    yield f"hub's cache: {kept['hub']['path']}"
-    for name in kept["hub"]["models"]:
-        yield f"  {name}"
+    yield f"hub's cache: {kept['hub']} (smart models lists what both hold)"
     yield f"versions: {_listed(found['versions'])}"
     yield f"optional: {_listed(found['optional'])}"
 

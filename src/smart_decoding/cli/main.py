@@ -31,8 +31,6 @@ COMMANDS = {
         "smart_decoding.cli.demo",
     ),
     "bench": ("compare policies on natural prompts", "smart_decoding.cli.bench"),
-    "report": ("draw what a benchmark measured", "smart_decoding.cli.report"),
-    "profile": ("measure what a forward costs on this machine", "smart_decoding.cli.profile"),
     "train": ("train a draft head for a model", "smart_decoding.cli.train"),
     "export": ("write a draft head in another engine's layout", "smart_decoding.cli.export"),
     "info": (
@@ -51,6 +49,8 @@ COMMANDS = {
 }
 # Subcommand that is gone: who does its work now.
 MOVED = {
+    "profile": "python -m smart_lab profile, in a clone (docs/lab.md)",
+    "report": "python -m smart_lab report, in a clone (docs/lab.md)",
     "simulate": "python -m smart_lab simulate, in a clone (docs/simulate.md)",
     "divergence": "python -m smart_lab divergence, in a clone (docs/bench.md)",
 }

@@ -1,4 +1,4 @@
-"""How a model is loaded and what speculates: options that `run`, `serve` and `profile` share."""
+"""How a model is loaded and what speculates: options that `run`, `chat` and `serve` share."""
 
 from __future__ import annotations
 

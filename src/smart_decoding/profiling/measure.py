@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from smart_decoding.core.cost import CostModel, DraftSample, Sample, VerifySample
+from smart_decoding.core.cost import DraftSample, Sample, VerifySample
 from smart_decoding.core.tree import ROOT, DraftTrees
 from smart_decoding.engine.kv import PAGE, Ints
 from smart_decoding.engine.protocols import NativeBatch
@@ -195,18 +195,6 @@ def largest_batch(pages: int, max_num_seqs: int, device: torch.device) -> int:
         for batch in grid.batches
         if batch == 1 or (batch <= max_num_seqs and batch * each <= pages)
     )
-
-
-def held_out_error(samples: Sequence[Sample]) -> tuple[float, float]:
-    """Median and 90th percentile of |predicted / measured - 1|: odd verify samples under a fit of
-    the even ones."""
-    verify = [s for s in samples if isinstance(s, VerifySample)]
-    model = CostModel.fit(verify[::2])
-    errors = [
-        abs(float(model.verify_seconds(s.batch, np.array([s.rows]), s.context)[0]) / s.seconds - 1)
-        for s in verify[1::2]
-    ]
-    return (float(np.median(errors)), float(np.percentile(errors, 90))) if errors else (0.0, 0.0)
 
 
 def _points(

@@ -1,13 +1,15 @@
 """What self-written conversations start from.
 
 These are openings of a user's turn that the target itself completes, whole turns built from a task
-and a topic, and questions about images.
+and a topic, and questions about images. texts.json was written for this project; none of it comes
+from a benchmark. Its {name}, {n}, {thing}, {verb}, {noun} and {topic} are drawn anew each time.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -15,30 +17,22 @@ import numpy as np
 
 from smart_decoding.errors import ConfigError
 from smart_decoding.multimodal.images import Limits, read_file
-from smart_decoding.training.texts import (
-    IMAGE_TASKS,
-    NAMES,
-    NOUNS,
-    OPENINGS,
-    TASKS,
-    THINGS,
-    TOPICS,
-    VERBS,
-)
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
 HELD_OUT_EVERY = 10  # of so many images one is never trained on
 COMPLETED = 0.55  # share of the turns that the target completes
-WORDS = {"name": NAMES, "thing": THINGS, "verb": VERBS, "noun": NOUNS, "topic": TOPICS}
+TEXTS: dict[str, list[str]] = json.loads(
+    (resources.files("smart_decoding.training") / "texts.json").read_text(encoding="utf-8")
+)
 
-ImageQuestion: TypeAlias = tuple[Path, str | None]  # None: any of IMAGE_TASKS
+ImageQuestion: TypeAlias = tuple[Path, str | None]  # None: any of TEXTS['image_tasks']
 
 
 def user_turn(rng: np.random.Generator) -> tuple[str, bool]:
     """A user's turn and whether it is complete (false: an opening that the target completes)."""
     if rng.random() < COMPLETED:
-        return _filled(str(rng.choice(OPENINGS)), rng), False
-    return str(rng.choice(TASKS)).format(rng.choice(TOPICS)), True
+        return _filled(str(rng.choice(TEXTS["openings"])), rng), False
+    return str(rng.choice(TEXTS["tasks"])).format(rng.choice(TEXTS["topics"])), True
 
 
 def read_questions(path: Path) -> list[ImageQuestion]:
@@ -96,13 +90,14 @@ def held_out(asked: Sequence[ImageQuestion]) -> tuple[list[ImageQuestion], list[
 def image_turn(asked: Sequence[ImageQuestion], rng: np.random.Generator) -> list[dict[str, Any]]:
     """A conversation that begins with one of the images and its question, or one for any image."""
     path, question = asked[int(rng.integers(len(asked)))]
-    text = question or str(rng.choice(IMAGE_TASKS))
+    text = question or str(rng.choice(TEXTS["image_tasks"]))
     parts = [{"type": "image", "image": read_file(path, Limits())}, {"type": "text", "text": text}]
     return [{"role": "user", "content": parts}]
 
 
 def _filled(opening: str, rng: np.random.Generator) -> str:
-    for slot, words in WORDS.items():
+    for slot in ("name", "thing", "verb", "noun", "topic"):
+        words = TEXTS[f"{slot}s"]
         while f"{{{slot}}}" in opening:
             opening = opening.replace(f"{{{slot}}}", str(rng.choice(words)), 1)
     while "{n}" in opening:

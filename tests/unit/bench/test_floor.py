@@ -11,10 +11,10 @@ import pytest
 import torch
 from measured import results, run_of
 
-from smart_decoding.bench import limits, page, report
+from smart_decoding.bench import limits, report
 from smart_decoding.bench.floor import near_floor, over_floor
 from smart_decoding.bench.limits import rated
-from smart_decoding.bench.results import Results, headline, verdict
+from smart_decoding.bench.results import headline
 from smart_decoding.bench.traffic import Sizes
 
 SIZES = Sizes(weights=1_000_000_000, kv=1000, item=2)  # 2 GB, and 2 kB a token of context
@@ -41,7 +41,6 @@ def test_what_counts_is_the_memory_that_is_read() -> None:
     assert smart["floor_speedup_low"] == pytest.approx(0.85)
     assert smart["floor_speedup_high"] == pytest.approx(0.95)
     assert headline(smart) == "floor_speedup"
-    assert verdict(smart) == "slower"  # though it is 1.8 times as fast as our own plain decoding
 
 
 def test_near_its_floor_plain_decoding_is_what_to_compare_with() -> None:
@@ -83,14 +82,6 @@ def test_a_report_prints_both_and_quotes_one(slow: bool) -> None:
     assert "1.80 (1.70-1.90)" in text
     warning = "Batch 4: plain decoding takes 5.0 ms a round, reading memory once 2.0 ms."
     assert (warning in text) == slow
-    found = Results.from_dict(data)
-    (told, *_) = page.tiles(found)
-    quoted = over if slow else 1.8
-    assert told.figure == f"{quoted:.2f} – {quoted:.2f}×"
-    html = page.page(found)
-    assert (warning in html) == slow
-    assert "over floor" in html
-    assert f"{over:.2f}" in html
 
 
 def test_without_a_gpu_a_report_has_no_such_column() -> None:

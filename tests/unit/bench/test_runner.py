@@ -366,7 +366,7 @@ def test_load_alone_replaces_the_blocks():
 
 
 @pytest.mark.parametrize(
-    "words", ["--full", "--tune-eagle2 3", "--record f", "--peers", "--replay f"]
+    "words", ["--full", "--tune-eagle2 3", "--record f", "--html f", "--resume f"]
 )
 def test_what_the_laboratory_has_now_is_named(words, capsys):
     with pytest.raises(SystemExit):

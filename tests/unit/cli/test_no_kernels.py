@@ -20,11 +20,7 @@ from safetensors.torch import save_file
 
 from smart_decoding import llm as llm_module
 from smart_decoding.bench import report, runner
-from smart_decoding.bench.options import BenchOptions
-from smart_decoding.bench.page import page
 from smart_decoding.bench.provenance import provenance
-from smart_decoding.bench.results import Results
-from smart_decoding.bench.resume import key_of
 from smart_decoding.cli import main as cli
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ConfigError, ModelError
@@ -48,7 +44,6 @@ COMMANDS = {
     "demo": ["demo"],
     "bench": ["bench", "--policies", "off"],
     "serve": ["serve", "--port", "0"],
-    "profile": ["profile"],
     "train": ["train", "--output", "head"],
 }
 CPU = torch.device("cpu")
@@ -328,7 +323,7 @@ def test_a_benchmark_on_plain_torch_says_so_everywhere(
         "--policies off --tasks general --limit 2 --max-tokens 4 --batch-sizes 1 --device cpu "
         "--dtype fp32"
     )
-    written = ["--json", str(tmp_path / "r.json"), "--html", str(tmp_path / "r.html")]
+    written = ["--json", str(tmp_path / "r.json")]
     assert (
         cli.main(["bench", "--model", str(folder), *command.split(), *written, "--allow-slow"]) == 0
     )
@@ -336,7 +331,6 @@ def test_a_benchmark_on_plain_torch_says_so_everywhere(
     assert result["provenance"]["plain_torch"] == "intermediate size 47 is odd"
     assert "--allow-slow" in result["provenance"]["command"]
     assert capsys.readouterr().out.splitlines()[0] == LINE
-    assert f'<p class="warn">{LINE}</p>' in (tmp_path / "r.html").read_text()
 
 
 def test_a_benchmark_on_the_kernels_does_not() -> None:
@@ -352,14 +346,7 @@ def test_a_benchmark_on_the_kernels_does_not() -> None:
         "temperature": 0.0,
         "dtype": "fp32",
     }
-    assert "plain torch" not in page(Results.from_dict({"provenance": origin, "runs": [run]}))
-
-
-def test_a_run_does_not_go_on_with_other_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    first = key_of(BenchOptions())["machine"]
-    monkeypatch.setattr(library, "unavailable", lambda: MISSING)
-    assert first["cpu_kernels"] == library.chosen()
-    assert key_of(BenchOptions())["machine"] == {**first, "cpu_kernels": f"none: {MISSING}"}
+    assert "plain torch" not in report.everything({"provenance": origin, "runs": [run]})
 
 
 def test_cuda_without_triton_is_told_before_a_model_is_fetched(

@@ -334,19 +334,7 @@ def test_option_values(text: str, value: object) -> None:
     assert key_value(text) == ("a", value)
 
 
-def test_profile_takes_what_run_takes_to_draft() -> None:
-    parser = cli.build_parser("profile")
-    for words, drafts in (
-        ("", {}),
-        ("--draft folder", {"model": "folder"}),
-        ("--method draft_model --draft small", {"method": "draft_model", "model": "small"}),
-        ("--method ngram", {"method": "ngram"}),
-    ):
-        config = speculative_config(parser.parse_args(["profile", *words.split()]))
-        assert config == {"policy": "smart", **drafts}
-
-
-@pytest.mark.parametrize("command", ["profile", "bench", "serve"])
+@pytest.mark.parametrize("command", ["chat", "bench", "serve"])
 def test_weights_are_rounded_where_it_is_asked_for(
     command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -356,13 +344,6 @@ def test_weights_are_rounded_where_it_is_asked_for(
     with pytest.raises(SystemExit):
         parser.parse_args([command, "--quantization", "int3"])
     assert "int8" in capsys.readouterr().err
-
-
-def test_profile_needs_a_draft_model_for_that_method(
-    fake: type[FakeLLM], capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert "give --draft MODEL" in fails(capsys, "profile", "--method", "draft_model")
-    assert not fake.made
 
 
 def test_what_is_no_file_is_not_read_as_a_picture() -> None:

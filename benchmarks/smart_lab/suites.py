@@ -14,7 +14,10 @@ import ast
 import re
 from collections.abc import Mapping, Sequence
 
+from smart_decoding.bench.data import TASKS, gsm8k, human_eval
+
 Task = Mapping[str, str]
+LONG_PROMPT = 4096  # tokens of the longest of the task `long`, for which memory is then made
 LONG_CHARACTERS = (3800, 5000, 6400, 8200, 9800)  # of context, in turn: 1,200 to 3,800 tokens
 STRIDE = 7  # examples of neighbouring long prompts start so far apart
 SWAPS = (
@@ -152,3 +155,8 @@ def _logging(task: Task) -> str | None:
     return _asked(
         f"Print the arguments of `{name}` at its start and change nothing else.", solution(task)
     )
+
+
+# importing this module adds the tasks to those that `load_task` knows
+TASKS["long"] = lambda: long_contexts(human_eval(), gsm8k())
+TASKS["edit"] = lambda: edits(human_eval())

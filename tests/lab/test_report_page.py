@@ -13,26 +13,26 @@ from xml.etree import ElementTree
 import pytest
 from measured import FIXED_LONG, ODD, changed, results, run_of, section, text_of
 
-from smart_decoding.bench import plots
-from smart_decoding.bench.command import command_of
-from smart_decoding.bench.figures import figures
-from smart_decoding.bench.options import BenchOptions
-from smart_decoding.bench.page import page
-from smart_decoding.bench.results import Results, verdict
 from smart_decoding.bench.sections import FASTER, SLOWER, UNDECIDED
 from smart_decoding.cli import main as cli
 from smart_decoding.errors import ConfigError
+from smart_lab import plots
+from smart_lab.__main__ import LAB
+from smart_lab.figures import figures
+from smart_lab.options import LabOptions, command_of
+from smart_lab.page import page, verdict
+from smart_lab.results import LabResults
 
 
 @pytest.fixture
 def document() -> ElementTree.Element:
-    return ElementTree.fromstring(page(Results.from_dict(results())))
+    return ElementTree.fromstring(page(LabResults.from_dict(results())))
 
 
 def test_the_page_is_well_formed_and_needs_nothing_from_outside(
     document: ElementTree.Element,
 ) -> None:
-    source = page(Results.from_dict(results()))
+    source = page(LabResults.from_dict(results()))
     assert source.startswith("<!DOCTYPE html>")
     assert not re.search(r"https?:|//[a-z]|url\((?!#)|@import", source)
     assert not {"script", "link", "img", "iframe", "object"} & {e.tag for e in document.iter()}
@@ -52,14 +52,14 @@ def test_the_figure_is_drawn(document: ElementTree.Element) -> None:
 def test_drawings_follow_the_page_and_do_not_share_ids(document: ElementTree.Element) -> None:
     ids = [e.get("id") for s in document.iter("svg") for e in s.iter() if e.get("id")]
     assert len(ids) == len(set(ids)) > 10
-    source = page(Results.from_dict(results()))
+    source = page(LabResults.from_dict(results()))
     assert "currentColor" in source
     assert plots.INK not in source
     assert set(re.findall(r"url\(#([^)]*)\)", source)) <= set(ids)
 
 
 def test_speedups_have_bands_and_the_line_at_one() -> None:
-    figure = figures(Results.from_dict(results()))[0]
+    figure = figures(LabResults.from_dict(results()))[0]
     (axes,) = plots.drawn(figure).axes
     policies = [line for line in axes.lines if line.get_linestyle() == "-"]
     (level,) = [line for line in axes.lines if line not in policies]
@@ -80,6 +80,12 @@ def test_speedups_have_bands_and_the_line_at_one() -> None:
         if p.x == 4
     }
     assert ends == {(4, 0.62, (0.58, 0.66)), (4, 0.99, (0.9, 1.07))}
+
+
+def test_a_warning_stands_on_top() -> None:
+    slow = {**results(), "provenance": {"plain_torch": "intermediate size 47 is odd"}}
+    told = "plain torch, not the CPU kernels: intermediate size 47 is odd"
+    assert f'<p class="warn">{told}</p>' in page(LabResults.from_dict(slow))
 
 
 def test_losses_are_listed_and_who_beats_smart(document: ElementTree.Element) -> None:
@@ -111,7 +117,7 @@ def test_a_task_that_is_slower_counts_though_the_policy_is_not() -> None:
         r for r in data["runs"] if (r["policy"], r["batch_size"], r["task"]) == ("smart", 1, "code")
     )
     one.update(speedup=0.9, speedup_low=0.85, speedup_high=0.95)
-    document = ElementTree.fromstring(page(Results.from_dict(data)))
+    document = ElementTree.fromstring(page(LabResults.from_dict(data)))
     assert "smart, batch 1, code alone: 0.90× (0.85–0.95), slower" in text_of(
         section(document, "losses")
     )
@@ -135,10 +141,26 @@ def test_verdicts_need_the_whole_interval() -> None:
     assert verdict(run_of("smart", 1, "all", 0.8, 0.7, 0.9)) == SLOWER
 
 
+@pytest.mark.parametrize("slow", [True, False])
+def test_the_page_quotes_the_floor_where_plain_decoding_is_slow(slow: bool) -> None:
+    floor = {"headline": "floor_speedup" if slow else "speedup", "plain_ms": 5.0, "floor_ms": 2.0}
+    below = {"floor_speedup": 0.72, "floor_speedup_low": 0.68, "floor_speedup_high": 0.76}
+    runs = [
+        run_of("off", 4, "all", 1.0, 1.0, 1.0, **floor, **below),
+        run_of("smart", 4, "all", 1.8, 1.7, 1.9, **floor, **below),
+    ]
+    assert verdict(runs[1]) == (SLOWER if slow else FASTER)
+    html = page(LabResults.from_dict({**results(), "runs": runs}))
+    quoted = 0.72 if slow else 1.8
+    assert f"{quoted:.2f} – {quoted:.2f}×" in html
+    assert ("Batch 4: plain decoding takes 5.0 ms a round" in html) == slow
+    assert "over floor" in html
+
+
 @pytest.mark.parametrize("change", ODD)
 def test_odd_values_are_unknown_not_errors(change: dict[str, Any]) -> None:
     data = changed(change)
-    ElementTree.fromstring(page(Results.from_dict(data)))
+    ElementTree.fromstring(page(LabResults.from_dict(data)))
 
 
 @pytest.mark.parametrize(
@@ -159,7 +181,7 @@ def test_odd_values_are_unknown_not_errors(change: dict[str, Any]) -> None:
 def test_what_is_no_result_is_refused(content: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "r.json").write_text(content)
     with pytest.raises(ConfigError, match=message):
-        Results.read(tmp_path / "r.json")
+        LabResults.read(tmp_path / "r.json")
 
 
 def test_the_command_refuses_what_it_cannot_do(
@@ -172,10 +194,10 @@ def test_the_command_refuses_what_it_cannot_do(
         [str(source), "--html", str(tmp_path / "none" / "r.html")],
         [str(source), "--plots", str(tmp_path / "none" / "plots")],
     ):
-        assert cli.main(["report", *words]) == 2
+        assert cli.main(["report", *words], LAB) == 2
         out, err = capsys.readouterr()
         assert out == ""
-        assert err.startswith("smart: error: ")
+        assert err.startswith("smart_lab: error: ")
         assert err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
@@ -187,27 +209,16 @@ def test_without_matplotlib_the_extra_is_named(
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     monkeypatch.setattr(plots, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"-e '\.\[bench\]'"):
-        plots.write_plots(figures(Results.from_dict(results())), tmp_path / "plots")
-    document = ElementTree.fromstring(page(Results.from_dict(results())))
+        plots.write_plots(figures(LabResults.from_dict(results())), tmp_path / "plots")
+    document = ElementTree.fromstring(page(LabResults.from_dict(results())))
     assert "-e '.[bench]'" in text_of(section(document, "figures"))
     assert not list(document.iter("svg"))
     assert "0.62" in text_of(section(document, "losses"))
     assert "1.25" in text_of(section(document, "tasks"))
-    monkeypatch.setattr("smart_decoding.bench.options.find_spec", lambda name: None)
+    monkeypatch.setattr("smart_lab.plots.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"-e '\.\[bench\]'"):
-        BenchOptions(plots=tmp_path / "plots")
+        LabOptions(plots=tmp_path / "plots")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_plots_are_pictures(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    found = figures(Results.from_dict(results()))
-    paths = plots.write_plots(found, tmp_path / "plots")
-    assert [p.name for p in paths] == ["speedup.png"]
-    assert all(p.read_bytes().startswith(b"\x89PNG") for p in paths)
-    assert (
-        plots.write_plots(figures(Results.from_dict(results())), tmp_path / "plots") == paths
-    )  # again, into the same folder
 
 
 def test_a_benchmark_can_draw_at_once(
@@ -226,15 +237,13 @@ def test_a_benchmark_can_draw_at_once(
             )
         )
         run.update(looping_answers=0.0, looping_tokens=0.0)
-    monkeypatch.setattr(
-        "smart_decoding.bench.runner.run", lambda options: asked.append(options) or data
-    )
+    monkeypatch.setattr("smart_lab.bench.run", lambda options: asked.append(options) or data)
     target = tmp_path / "page.html"
-    assert cli.main(["bench", "--policies", "smart", "--html", str(target)]) == 0
+    assert cli.main(["bench", "--policies", "smart", "--html", str(target)], LAB) == 0
     assert f"wrote {target}" in capsys.readouterr().out
     assert "0.62" in text_of(section(ElementTree.fromstring(target.read_text()), "losses"))
     assert command_of(asked[0]).endswith("--html page.html")
-    assert cli.main(["bench", "--html", str(tmp_path)]) == 2
+    assert cli.main(["bench", "--html", str(tmp_path)], LAB) == 2
     assert len(asked) == 1
 
 
@@ -263,7 +272,7 @@ LOAD = {
 def test_the_further_parts_have_their_sections() -> None:
     sampled = [{**run, "temperature": 0.8} for run in results()["runs"]]
     data = {**results(), "load": LOAD, "sampled_runs": sampled, "limits": {"gb_per_s": 25.0}}
-    document = ElementTree.fromstring(page(Results.from_dict(data)))
+    document = ElementTree.fromstring(page(LabResults.from_dict(data)))
     assert len([s for s in section(document, "load").iter("svg") if s.get("role") == "img"]) == 3
     table = text_of(section(document, "load-table"))
     assert "plain decoding 30 %" in table
@@ -272,7 +281,7 @@ def test_the_further_parts_have_their_sections() -> None:
     assert "At temperature 0.8" in text_of(section(document, "sampled"))
     assert "best of reading memory 25 GB/s" in text_of(section(document, "origin"))
     alone = {"runs": [], "load": LOAD, "provenance": {"command": "smart bench --load 0.3"}}
-    only = ElementTree.fromstring(page(Results.from_dict(alone)))
+    only = ElementTree.fromstring(page(LabResults.from_dict(alone)))
     assert {s.get("id") for s in only.iter("section")} == {"load", "load-table", "origin"}
     other = {
         **LOAD,
@@ -281,7 +290,7 @@ def test_the_further_parts_have_their_sections() -> None:
             for run in LOAD["runs"]
         ],
     }
-    page(Results.from_dict({**results(), "load": other}))  # a policy that runs under load only
+    page(LabResults.from_dict({**results(), "load": other}))  # a policy that runs under load only
 
 
 def test_parts_of_several_files_make_one_page(
@@ -291,8 +300,8 @@ def test_parts_of_several_files_make_one_page(
     other = {"runs": [], "load": LOAD, "provenance": {"command": "smart bench --load 0.3"}}
     (tmp_path / "b.json").write_text(json.dumps(other))
     files = [str(tmp_path / f"{name}.json") for name in "ba"]
-    assert cli.main(["report", *files, "--html", str(tmp_path / "r.html")]) == 0
-    read = Results.read(*map(Path, files))
+    assert cli.main(["report", *files, "--html", str(tmp_path / "r.html")], LAB) == 0
+    read = LabResults.read(*map(Path, files))
     assert read.load["slots"] == 16
     assert len(read.runs) == len(results()["runs"])
     document = ElementTree.fromstring((tmp_path / "r.html").read_text())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,20 @@ import pytest
 import worlds
 
 from smart_decoding.bench import cycles
-from smart_decoding.bench.cycles import Measurement, measure, rows_of
-from smart_decoding.bench.options import BenchOptions
-from smart_decoding.bench.resume import Progress, block_of, key_of, plain_block, source_digest
+from smart_decoding.bench.cycles import measure, rows_of
+from smart_decoding.bench.runner import Bench
 from smart_decoding.errors import ConfigError
+from smart_decoding.kernels import library
+from smart_lab.bench import LabBench
+from smart_lab.options import LabOptions
+from smart_lab.resume import (
+    KeptMeasurement,
+    Progress,
+    block_of,
+    key_of,
+    plain_block,
+    source_digest,
+)
 
 
 def engines(clock: worlds.Clock) -> dict[str, Any]:
@@ -53,7 +62,7 @@ def test_a_cut_run_measures_only_what_is_missing(
             tasks,
             1,
             clock=clock,
-            into=Measurement.restored(progress.units("b"), partial(progress.add, "b")),
+            into=KeptMeasurement(progress, "b"),
         )
 
     with pytest.raises(CutError):
@@ -138,10 +147,27 @@ def test_what_is_no_run_is_refused(text: str, tmp_path: Path) -> None:
 
 
 def test_the_key_knows_options_machine_and_source(tmp_path: Path) -> None:
-    key = key_of(BenchOptions(limit=3, json=tmp_path / "a.json", time_limit=9.0))
+    key = key_of(LabOptions(limit=3, json=tmp_path / "a.json", time_limit=9.0))
     assert key["option"]["limit"] == 3
     assert not {"json", "time_limit", "resume"} & set(key["option"])
     assert set(key["machine"]) >= {"cpu", "cores", "threads"}
     assert key["source"] == source_digest()
-    assert key == key_of(BenchOptions(limit=3, json=tmp_path / "b.json"))
-    assert key != key_of(BenchOptions(limit=4))
+    assert key == key_of(LabOptions(limit=3, json=tmp_path / "b.json"))
+    assert key != key_of(LabOptions(limit=4))
+
+
+def test_a_run_does_not_go_on_with_other_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = key_of(LabOptions())["machine"]
+    monkeypatch.setattr(library, "unavailable", lambda: "none were built")
+    assert first["cpu_kernels"] == library.chosen()
+    assert key_of(LabOptions())["machine"] == {**first, "cpu_kernels": "none: none were built"}
+
+
+def test_load_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(Bench, "load", lambda self, stop: asked.append(stop) or {"runs": [1]})
+    for _ in range(2):
+        bench = LabBench.__new__(LabBench)
+        bench.progress = Progress(tmp_path / "run.part", {})
+        assert bench.load(9.0) == {"runs": [1]}
+    assert asked == [9.0]

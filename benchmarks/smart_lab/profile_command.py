@@ -1,10 +1,12 @@
-"""`smart profile`: measures what forwards cost here, prints and draws it, caches the profile."""
+"""`python -m smart_lab profile`: measures what forwards cost, prints and draws it, caches it."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+
+import numpy as np
 
 from smart_decoding.cli.arguments import ALLOW_SLOW, add_options
 from smart_decoding.cli.model_options import (
@@ -18,10 +20,8 @@ from smart_decoding.cli.model_options import (
     speculative_config,
 )
 from smart_decoding.cli.run import show_steps
+from smart_decoding.core.cost import CostModel, Sample, VerifySample
 from smart_decoding.models.registry import DEFAULT_MODEL
-
-if TYPE_CHECKING:
-    from smart_decoding.core.cost import CostModel
 
 ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96)
 WIDTHS = (1, 2, 4, 8, 16, 32, 64)
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Measures, shows, saves."""
     from smart_decoding.llm import LLM
-    from smart_decoding.profiling.measure import Measurement, held_out_error
+    from smart_decoding.profiling.measure import Measurement
     from smart_decoding.speculation import level_drafter
 
     show_steps()
@@ -71,9 +71,19 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def _show_verification(cost: CostModel) -> None:
-    import numpy as np
+def held_out_error(samples: Sequence[Sample]) -> tuple[float, float]:
+    """Median and 90th percentile of |predicted / measured - 1|: odd verify samples under a fit of
+    the even ones."""
+    verify = [s for s in samples if isinstance(s, VerifySample)]
+    model = CostModel.fit(verify[::2])
+    errors = [
+        abs(float(model.verify_seconds(s.batch, np.array([s.rows]), s.context)[0]) / s.seconds - 1)
+        for s in verify[1::2]
+    ]
+    return (float(np.median(errors)), float(np.percentile(errors, 90))) if errors else (0.0, 0.0)
 
+
+def _show_verification(cost: CostModel) -> None:
     print("batch " + "".join(f"{rows:>8}" for rows in ROWS))
     for batch in cost.verify:
         seconds = cost.verify_seconds(batch, np.array(ROWS), CONTEXT)
@@ -86,8 +96,6 @@ def _show_verification(cost: CostModel) -> None:
 
 def _show_drafting(cost: CostModel) -> None:
     """Levels by their width, and the first one by the tokens that it has to take in."""
-    import numpy as np
-
     levels = cost.draft_seconds(np.array(WIDTHS), CONTEXT)
     print("level " + "".join(f"{1e3 * seconds:8.2f}" for seconds in levels))
     print("width " + "".join(f"{width:>8}" for width in WIDTHS))
@@ -98,8 +106,6 @@ def _show_drafting(cost: CostModel) -> None:
 
 def _draw(cost: CostModel, height: int = 10) -> None:
     """The curve at batch 1, one column a row."""
-    import numpy as np
-
     values = 1e3 * cost.verify_seconds(1, np.arange(1, 65), CONTEXT)
     top = float(values.max())
     print(f"\nms at batch 1 against rows 1..{len(values)} (top: {top:.0f} ms)")

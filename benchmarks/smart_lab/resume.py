@@ -21,12 +21,13 @@ import numpy as np
 
 import smart_decoding
 from smart_decoding.bench.blocks import Answer, Block, Counts
+from smart_decoding.bench.cycles import Measurement
 from smart_decoding.bench.provenance import commit, hardware, versions, write_text
 from smart_decoding.bench.reliability import Reliability
 from smart_decoding.errors import ConfigError
 
 if TYPE_CHECKING:
-    from smart_decoding.bench.options import BenchOptions
+    from smart_lab.options import LabOptions
 
 _MACHINE = ("machine", "cpu", "cores", "threads", "gpu", "cpu_kernels")
 _NOT_PART = (
@@ -93,7 +94,29 @@ class Progress:
         return f'{{"key": {json.dumps(self._key)},\n"units": {{{units}}}}}\n'
 
 
-def key_of(options: BenchOptions) -> dict[str, Any]:
+class KeptMeasurement(Measurement):
+    """A measurement that goes on from what a file has under `name`, and keeps each new cycle
+    there."""
+
+    def __init__(self, progress: Progress, name: str) -> None:
+        super().__init__()
+        for unit in progress.units(name):
+            again = unit["again"]
+            cycle = {label: block_of(block) for label, block in unit["cycle"].items()}
+            super().add(cycle, None if again is None else block_of(again))
+        self._progress = progress
+        self._name = name
+
+    def add(self, cycle: dict[str, Block], again: Block | None) -> None:
+        super().add(cycle, again)
+        unit = {
+            "cycle": {label: plain_block(block) for label, block in cycle.items()},
+            "again": None if again is None else plain_block(again),
+        }
+        self._progress.add(self._name, unit)
+
+
+def key_of(options: LabOptions) -> dict[str, Any]:
     """What must be the same for a run to go on."""
     names = (field.name for field in fields(options))
     given = {name: getattr(options, name) for name in names if name not in _NOT_PART}

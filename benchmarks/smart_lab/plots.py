@@ -11,10 +11,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from smart_decoding.bench.figures import NEUTRAL, Figure, Panel, Series
-from smart_decoding.bench.options import EXTRA
+from smart_decoding.bench import options
 from smart_decoding.errors import CapacityError, ConfigError
+from smart_lab.panels import NEUTRAL, Figure, Panel, Series
 
+EXTRA = "in the clone, pip install -e '.[bench]'"  # how to get matplotlib
 COLOURS = ("#2a78d6", "#d9541e", "#128a5e", "#b07800", "#c2478a", "#5a48c8", "#6b7d1e", "#a03a3a")
 MUTED = "#777775"
 BELOW = "#c0392b"  # where speculation costs time
@@ -36,6 +37,18 @@ _NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 def can_draw() -> bool:
     """Whether matplotlib is installed."""
     return find_spec("matplotlib") is not None
+
+
+def check_outputs(files: Sequence[Path | None], plots: Path | None) -> None:
+    """Raises ConfigError if a file, or the folder `plots`, cannot be written, or if matplotlib is
+    missing for it."""
+    options.check_outputs(files)
+    if plots is None:
+        return
+    if not plots.parent.is_dir() or (plots.exists() and not plots.is_dir()):
+        raise ConfigError(f"{plots} cannot be made: it must be a folder in an existing folder")
+    if not can_draw():
+        raise ConfigError(f"plots need matplotlib: {EXTRA}")
 
 
 def write_plots(figures: Sequence[Figure], folder: Path) -> list[Path]:
