@@ -25,7 +25,7 @@ from smart_decoding.engine.metrics import Metric, Record
 from smart_decoding.engine.outputs import RequestOutput, completion_of, prompt_logprobs_of
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine_args import EngineArgs, require_neutral
-from smart_decoding.errors import CapacityError, ConfigError
+from smart_decoding.errors import CapacityError, ConfigError, ModelError
 from smart_decoding.files import expanded
 from smart_decoding.kernels import library
 from smart_decoding.models import chat_template, memory
@@ -373,7 +373,13 @@ def _drafts(
     )
     if asked.draft is not None:
         device = device_of(args.device)
-        require_served(asked.draft.config, device, args.allow_slow, "the draft model")
+        try:
+            require_served(asked.draft.config, device, args.allow_slow, "the draft model")
+        except ModelError as error:
+            if not asked.by_default:
+                raise
+            log.warning("n-grams draft: %s", error)
+            return asked.without_draft()
     return asked
 
 

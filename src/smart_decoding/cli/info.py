@@ -12,8 +12,8 @@ from typing import Any
 
 from smart_decoding.errors import ConfigError
 from smart_decoding.models.hub import cache_dir
-from smart_decoding.models.hub_repository import hub_cache
-from smart_decoding.models.kept import hub_repositories, made_of, readable, repository_of, size_of
+from smart_decoding.models.hub_repository import hub_cache, repository_of
+from smart_decoding.models.kept import hub_repositories, made_of, readable, size_of
 
 OPTIONAL = (
     "transformers",
