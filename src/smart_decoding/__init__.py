@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from smart_decoding.async_llm import AsyncLLM
     from smart_decoding.engine.outputs import CompletionOutput, Logprob, RequestOutput
-    from smart_decoding.engine.sampling_params import SamplingParams
+    from smart_decoding.engine.sampling_params import RequestOutputKind, SamplingParams
     from smart_decoding.engine.structured import StructuredOutputsParams
-    from smart_decoding.engine_args import EngineArgs
+    from smart_decoding.engine_args import AsyncEngineArgs, EngineArgs
     from smart_decoding.errors import (
         CapacityError,
         ConfigError,
@@ -38,6 +38,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "LLM",
+    "AsyncEngineArgs",
     "AsyncLLM",
     "CapacityError",
     "CompletionOutput",
@@ -48,6 +49,7 @@ __all__ = [
     "Logprob",
     "ModelError",
     "RequestOutput",
+    "RequestOutputKind",
     "SamplingParams",
     "SmartError",
     "StructuredOutputsParams",
@@ -57,12 +59,14 @@ __all__ = [
 ]
 
 _HOMES = {
+    "AsyncEngineArgs": "smart_decoding.engine_args",
     "AsyncLLM": "smart_decoding.async_llm",
     "CompletionOutput": "smart_decoding.engine.outputs",
     "EngineArgs": "smart_decoding.engine_args",
     "LLM": "smart_decoding.llm",
     "Logprob": "smart_decoding.engine.outputs",
     "RequestOutput": "smart_decoding.engine.outputs",
+    "RequestOutputKind": "smart_decoding.engine.sampling_params",
     "SamplingParams": "smart_decoding.engine.sampling_params",
     "StructuredOutputsParams": "smart_decoding.engine.structured",
     "TextPrompt": "smart_decoding.multimodal.prompts",

@@ -17,6 +17,8 @@ from smart_decoding.engine.outputs import (
     prompt_logprobs_of,
 )
 from smart_decoding.engine.request import RequestMetrics
+from smart_decoding.engine.sampling_params import RequestOutputKind
+from smart_decoding.engine_args import require_neutral
 from smart_decoding.errors import ConfigError
 from smart_decoding.models.registry import DEFAULT_MODEL
 
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from smart_decoding.engine.jobs import Chunk, Delivery, Job
     from smart_decoding.engine.outputs import TokenText
     from smart_decoding.engine.sampling_params import SamplingParams
+    from smart_decoding.engine_args import EngineArgs
     from smart_decoding.llm import LLM
     from smart_decoding.multimodal.prompts import MediaPrompt, Prompt
 
@@ -53,13 +56,25 @@ class AsyncLLM:
         self.llm.take_profile()
         self._asked: dict[str, _Asked] = {}
 
+    @classmethod
+    def from_engine_args(cls, engine_args: EngineArgs) -> AsyncLLM:
+        """The same from `AsyncEngineArgs`."""
+        return cls(**vars(engine_args))
+
     async def generate(
-        self, prompt: Prompt, sampling_params: SamplingParams | None, request_id: str
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None,
+        request_id: str,
+        lora_request: object = None,
+        priority: object = 0,
     ) -> AsyncGenerator[RequestOutput, None]:
-        """The answers to one prompt, each time as they stand so far; the last is `finished`.
+        """The answers to one prompt, each time as they stand so far, or as `output_kind` says; the
+        last is `finished`. lora_request, priority: as to `LLM.generate`.
 
         Leaving the loop, or the end of its task, aborts the request. Raises ConfigError or
         CapacityError for what can never run or an id that runs, and EngineStoppedError."""
+        require_neutral({"lora_request": lora_request, "priority": priority})
         if request_id in self._asked:
             raise ConfigError(f"request id {request_id!r} is already running: give another")
         asked = self._asked[request_id] = _Asked(self.llm.tokenizer.token_text)
@@ -71,8 +86,12 @@ class AsyncLLM:
                 self._submit(job, asked)
             output = _nothing_yet(request_id, ready, params)
             while not output.finished:
+                before = output
                 output = await _more(output, asked)
-                yield output
+                if params.output_kind is RequestOutputKind.DELTA:
+                    yield _news(before, output)
+                elif output.finished or params.output_kind is RequestOutputKind.CUMULATIVE:
+                    yield output
         finally:
             del self._asked[request_id]
             if asked.job is not None:
@@ -125,6 +144,23 @@ async def _more(output: RequestOutput, asked: _Asked) -> RequestOutput:
     if scored is None and asked.job is not None and answers[0].token_ids:  # its prompt has run
         scored = prompt_logprobs_of(next(iter(asked.job.answers)), asked.text_of)
     return replace(output, outputs=answers, finished=finished, prompt_logprobs=scored)
+
+
+def _news(before: RequestOutput, output: RequestOutput) -> RequestOutput:
+    """What has come between two outputs; answers that stayed as they were are left out."""
+    pairs = zip(before.outputs, output.outputs, strict=True)
+    new = [
+        replace(
+            answer,
+            text=answer.text[len(old.text) :],
+            token_ids=answer.token_ids[len(old.token_ids) :],
+            logprobs=answer.logprobs and answer.logprobs[len(old.logprobs or ()) :],
+        )
+        for old, answer in pairs
+        if answer != old
+    ]
+    scored = output.prompt_logprobs if before.prompt_logprobs is None else None
+    return replace(output, outputs=new, prompt_logprobs=scored)
 
 
 def _grown(answer: CompletionOutput, chunk: Chunk, asked: _Asked) -> CompletionOutput:

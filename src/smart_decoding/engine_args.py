@@ -11,6 +11,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from smart_decoding.engine.kv import PAGE
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import CapacityError, ConfigError
 from smart_decoding.files import expanded
@@ -37,6 +38,14 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "load_format": ("auto",),
     "enable_chunked_prefill": (None, True),
     "cpu_offload_gb": (0,),
+    "kv_cache_dtype": ("auto",),
+    "block_size": (None, PAGE),
+    "revision": (None,),
+    # of calls
+    "lora_request": (None,),
+    "priority": (None, 0),
+    "chat_template_content_format": ("auto",),
+    "continue_final_message": (False,),
 }
 
 
@@ -46,7 +55,7 @@ class EngineArgs:
 
     model: built-in name, hub id, folder of safetensors, or GGUF file.
     speculative_config: None (under the policy `smart` drafts the head that comes with the model,
-        else a smaller built-in model of the same vocabulary in the cache, else n-grams),
+        else a smaller model of its family or a built-in one in the cache, else n-grams),
         False (plain decoding), or a dict: method (eagle, draft_model, ngram, recycling, union,
         none), policy (off, chain, static, eagle2, paper, pooled_chain, throughput_chain, smart),
         and either's options.
@@ -69,6 +78,7 @@ class EngineArgs:
     enable_prefix_caching: keep the keys of finished requests for prompts that begin alike.
     seed: what the seeds of requests without their own are drawn from.
     stop_at_loops: end an answer that only repeats itself.
+    max_logprobs: the most log probabilities of a token that requests may ask for; -1: any.
     chat_template: what makes prompts of conversations, instead of the model's own template: a file,
         a built-in name (vicuna), or the text itself.
     generation_config: where default sampling parameters come from: auto (the model's
@@ -87,7 +97,8 @@ class EngineArgs:
 
     Of vLLM, with no effect here. swap_space, disable_log_stats: any value.
     tensor_parallel_size, pipeline_parallel_size: 1. trust_remote_code: false, as a model's code is
-    never run. tokenizer_mode, load_format: auto. enable_chunked_prefill: true. cpu_offload_gb: 0.
+    never run. tokenizer_mode, load_format, kv_cache_dtype: auto. enable_chunked_prefill: true.
+    cpu_offload_gb: 0. block_size: 16. revision: none.
 
     Raises ConfigError or CapacityError for values that cannot be.
     """
@@ -107,6 +118,7 @@ class EngineArgs:
     enable_prefix_caching: bool = True
     seed: int = 0
     stop_at_loops: bool = False
+    max_logprobs: int = -1
     chat_template: str | Path | None = None
     generation_config: str | Path = "auto"
     override_generation_config: Mapping[str, Any] | None = None
@@ -125,6 +137,9 @@ class EngineArgs:
     tokenizer_mode: str = "auto"
     load_format: str = "auto"
     enable_chunked_prefill: bool | None = None
+    kv_cache_dtype: str = "auto"
+    block_size: int | None = None
+    revision: str | None = None
     disable_log_stats: bool = False
 
     def __post_init__(self) -> None:
@@ -145,6 +160,7 @@ class EngineArgs:
             1, "max_num_seqs", "max_num_batched_tokens", "max_model_len", "kv_cache_tokens"
         )
         self._at_least(0, "seed")
+        self._at_least(-1, "max_logprobs")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ConfigError(
                 f"gpu_memory_utilization={self.gpu_memory_utilization} is not allowed: "
@@ -239,10 +255,7 @@ class EngineArgs:
         return self.max_num_batched_tokens or (2048 if on_cuda else 256)
 
     def _check_neutral(self) -> None:
-        for name, allowed in _NEUTRAL.items():
-            value = getattr(self, name)
-            if value not in allowed:
-                raise ConfigError(f"{name}={value!r} is not supported: leave it at {allowed[-1]!r}")
+        require_neutral({name: value for name, value in vars(self).items() if name in _NEUTRAL})
         folder = self.tokenizer
         if folder not in (None, self.model) and not expanded(str(folder)).is_dir():
             raise ConfigError(f"tokenizer={str(folder)!r} is not supported: give a folder, or none")
@@ -258,3 +271,14 @@ class EngineArgs:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"{name}={value} is not allowed: it must be at least {least}")
+
+
+AsyncEngineArgs = EngineArgs  # vLLM's name of those of `AsyncLLM`
+
+
+def require_neutral(given: Mapping[str, Any]) -> None:
+    """Raises ConfigError, naming it, for an option of vLLM with a value that is not served here."""
+    for name, value in given.items():
+        allowed = _NEUTRAL[name]
+        if value not in allowed:
+            raise ConfigError(f"{name}={value!r} is not supported: leave it at {allowed[-1]!r}")

@@ -24,8 +24,8 @@ from smart_decoding.engine.kv import PAGE
 from smart_decoding.engine.metrics import Metric, Record
 from smart_decoding.engine.outputs import RequestOutput, completion_of, prompt_logprobs_of
 from smart_decoding.engine.sampling_params import SamplingParams
-from smart_decoding.engine_args import EngineArgs
-from smart_decoding.errors import CapacityError, ConfigError
+from smart_decoding.engine_args import EngineArgs, require_neutral
+from smart_decoding.errors import CapacityError, ConfigError, ModelError
 from smart_decoding.files import expanded
 from smart_decoding.kernels import library
 from smart_decoding.models import chat_template, memory
@@ -168,13 +168,18 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         on_step: Callable[[list[Request]], None] | None = None,
-        use_tqdm: bool = False,
+        use_tqdm: bool = True,
+        lora_request: object = None,
+        priority: object = None,
     ) -> list[RequestOutput]:
         """Answers all prompts, in order. `on_step` is called after every round, in the engine's
-        thread, with the requests of these prompts that got tokens. use_tqdm: show progress.
+        thread, with the requests of these prompts that got tokens. use_tqdm: show progress where
+        standard error is a terminal. lora_request, priority: vLLM's; other values than None are
+        refused.
 
         A prompt is a text, token ids, what `chat_prompt` returns, or vLLM's {"prompt": …,
         "multi_modal_data": …}. Without sampling_params: `get_default_sampling_params`."""
+        require_neutral({"lora_request": lora_request, "priority": priority})
         many = as_list(prompts)
         if sampling_params is None:
             sampling_params = self.get_default_sampling_params()
@@ -187,9 +192,13 @@ class LLM:
             # the engine thread, so that other callers are answered between its steps.
             self.engine_thread.start()
             self.take_profile()
-        with tqdm(total=job.size, desc="answers", disable=not use_tqdm) as bar:
+        with tqdm(total=job.size, desc="answers", disable=None if use_tqdm else True) as bar:
             for _ in self.engine_thread.results(job):  # nothing comes before an answer's end
                 bar.update()
+        return self._outputs(job, ready)
+
+    def _outputs(self, job: Job, prompts: Sequence[MediaPrompt]) -> list[RequestOutput]:
+        """What a job that has ended has answered to each prompt."""
         requests = iter(job.answers)
         groups = [[next(requests) for _ in range(ask.params.n)] for ask in job.asks]
         text_of = self.tokenizer.token_text
@@ -201,18 +210,28 @@ class LLM:
                 [completion_of(request, text_of) for request in group],
                 prompt_logprobs=prompt_logprobs_of(group[0], text_of),
             )
-            for place, (prompt, group) in enumerate(zip(ready, groups, strict=True))
+            for place, (prompt, group) in enumerate(zip(prompts, groups, strict=True))
         ]
 
     def chat(
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        use_tqdm: bool = False,
+        use_tqdm: bool = True,
+        lora_request: object = None,
+        chat_template_content_format: str = "auto",
+        continue_final_message: bool = False,
         **template: Any,
     ) -> list[RequestOutput]:
         """Answers one conversation, or several, through a chat template. template: as to
-        `chat_prompt`."""
+        `chat_prompt`; the others as to `generate`, or vLLM's with one value only."""
+        require_neutral(
+            {
+                "lora_request": lora_request,
+                "chat_template_content_format": chat_template_content_format,
+                "continue_final_message": continue_final_message,
+            }
+        )
         many = [messages] if messages and isinstance(messages[0], Mapping) else messages
         prompts = [self.chat_prompt(each, **template) for each in many]  # type: ignore[arg-type]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
@@ -284,6 +303,8 @@ class LLM:
     ) -> Job:
         """What `engine_thread` answers them by. Grammars are compiled here, not in its time. Raises
         ConfigError for one that cannot be."""
+        for each in params:
+            each.check_logprobs(self._args.max_logprobs)
         encode = partial(self.tokenizer.encode, add_special_tokens=False)
         checked = {id(each): each.checked(encode) for each in params}
         wanted = [each.structured_outputs for each in checked.values()]
@@ -352,7 +373,13 @@ def _drafts(
     )
     if asked.draft is not None:
         device = device_of(args.device)
-        require_served(asked.draft.config, device, args.allow_slow, "the draft model")
+        try:
+            require_served(asked.draft.config, device, args.allow_slow, "the draft model")
+        except ModelError as error:
+            if not asked.by_default:
+                raise
+            log.warning("n-grams draft: %s", error)
+            return asked.without_draft()
     return asked
 
 

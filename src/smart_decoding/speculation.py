@@ -19,14 +19,14 @@ from smart_decoding.drafters.ngram import NgramDrafter
 from smart_decoding.drafters.recycling import RecyclingDrafter
 from smart_decoding.drafters.union import UnionDrafter
 from smart_decoding.engine.drafting import RuleSelection
-from smart_decoding.errors import ConfigError, DownloadError, ModelError
+from smart_decoding.errors import ConfigError, ModelError, SmartError
 from smart_decoding.files import read_json, reading
 from smart_decoding.kernels import library
 from smart_decoding.models.head_files import VISUAL_POSITIONS, HeadFiles, head_folder, load_head
 from smart_decoding.models.loading import Checkpoint, load_checkpoint
 from smart_decoding.models.memory import parameters
 from smart_decoding.models.ranking import torch_top_k
-from smart_decoding.models.registry import cached_sibling
+from smart_decoding.models.registry import Source, cached_sibling
 from smart_decoding.models.tokenizer import Tokenizer
 
 # The models that draft are imported by what builds them: most of them are not wanted.
@@ -189,15 +189,15 @@ def _leaves_out_siblings(given: Mapping[str, Any]) -> bool:
 def _sibling(
     target: Checkpoint, tokenizer: Tokenizer, max_model_len: int, trust_pickle: bool
 ) -> Checkpoint | None:
-    """The smaller built-in model that drafts for the target by default, if it is at hand and
-    fits."""
+    """The smaller model that drafts for the target by default, if it is at hand and fits."""
     name = target.provenance["model"]
-    sibling = cached_sibling(target.config.vocab, parameters(target.config))
-    if sibling is None:
+    found = cached_sibling(name, target.config.vocab, parameters(target.config))
+    if found is None:
         return None
+    sibling = found.name if isinstance(found, Source) else found
     try:
-        draft = _draft_checkpoint(sibling, target, tokenizer, max_model_len, trust_pickle)
-    except (DownloadError, ModelError) as error:
+        draft = _draft_checkpoint(found, target, tokenizer, max_model_len, trust_pickle)
+    except SmartError as error:
         log.info("%s cannot draft for %s, so n-grams do: %s", sibling, name, error)
         return None
     log.info("%s drafts for %s: it is in the cache", sibling, name)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from serving import save_tiny_model, slow, wait_for
 
-from smart_decoding import AsyncLLM, SamplingParams
+from smart_decoding import AsyncLLM, RequestOutputKind, SamplingParams
 from smart_decoding.errors import CapacityError, ConfigError, EngineStoppedError
 
 if TYPE_CHECKING:
@@ -67,6 +67,33 @@ def test_outputs_grow_to_what_generate_gives(engine: AsyncLLM, plain: LLM, n: in
             )
             assert len(longer.logprobs or []) == len(longer.token_ids)
     assert idle(engine.llm)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_other_kinds_of_output_tell_the_same(engine: AsyncLLM, n: int) -> None:
+    given: dict[str, Any] = {"temperature": 0.7, "seed": 3, "max_tokens": 40, "n": n}
+    given |= {"logprobs": 2, "prompt_logprobs": 1}
+    found = {
+        kind: asyncio.run(collect(engine, "abcabc", SamplingParams(**given, output_kind=kind), "1"))
+        for kind in RequestOutputKind
+    }
+    (whole,) = found[RequestOutputKind.FINAL_ONLY]
+    last = found[RequestOutputKind.CUMULATIVE][-1]
+    news = found[RequestOutputKind.DELTA]
+    assert whole.finished
+    assert len(news) > 3
+    assert [output.finished for output in news] == [False] * (len(news) - 1) + [True]
+    assert [each.prompt_logprobs for each in news if each.prompt_logprobs] == [
+        whole.prompt_logprobs
+    ]
+    for index, wanted in enumerate(last.outputs):
+        mine = [each for output in news for each in output.outputs if each.index == index]
+        assert "".join(each.text for each in mine) == wanted.text == whole.outputs[index].text
+        assert [token for each in mine for token in each.token_ids] == wanted.token_ids
+        assert [entry for each in mine for entry in each.logprobs or ()] == wanted.logprobs
+        assert [each.finish_reason for each in mine if each.finish_reason] == [wanted.finish_reason]
+    with pytest.raises(ConfigError, match="output_kind=2 is not allowed"):
+        SamplingParams(output_kind=2)  # type: ignore[arg-type]
 
 
 def test_many_at_once(engine: AsyncLLM, plain: LLM) -> None:

@@ -60,6 +60,19 @@ def test_defaults(served: Any) -> None:
     assert options["generation_config"] == "auto"
 
 
+def test_the_model_may_be_an_option_as_for_llama_server(
+    served: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "smart.toml"
+    file.write_text('model = "m"\n')
+    for given in (["-m", "a.gguf"], ["--model", "a.gguf"], ["a.gguf"]):
+        assert cli.main(["serve", *given, "--config", str(file)]) == 0
+    assert [options["model"] for _, options in served] == ["a.gguf"] * 3
+    assert [settings.model_name for settings, _ in served] == ["a.gguf"] * 3
+    assert cli.main(["serve", "b", "-m", "a.gguf"]) == 2
+    assert "two models are given, b and a.gguf" in capsys.readouterr().err
+
+
 def test_sampling_defaults_of_the_model_can_be_left_out_or_changed(served: Any) -> None:
     more = ["--generation-config", "vllm", "--override-generation-config", "temperature=0.5"]
     assert cli.main(["serve", *more]) == 0

@@ -83,7 +83,9 @@ def test_bad_words_are_short_and_read_beside_the_event_loop(
         {"truncate_prompt_tokens": 5},
         {"guided_json": {}},
         {"cache_salt": "s"},
-        {"chat_template_kwargs": {"enable_thinking": False}},
+        {"chat_template_kwargs": {"messages": []}},
+        {"chat_template_kwargs": {"self": 1}},
+        {"chat_template_kwargs": {"chat_template": "x"}},
         {"continue_final_message": True},
     ],
 )
@@ -109,6 +111,46 @@ def test_neutral_values_of_vllms_fields_are_taken(running: Running) -> None:
     answer = post(running, "/v1/chat/completions", json={**CHAT, **neutral})
     assert answer.status_code == 200
     assert "warning" not in answer.headers
+
+
+THINKING = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if tools %}{{ tools | length }} tools <tool_call>\n{% endif %}"
+    "{% if enable_thinking is defined and enable_thinking is false %}<think></think>{% endif %}"
+)
+
+
+def test_variables_of_the_chat_template_reach_it(load: Callable[..., LLM]) -> None:
+    """As Qwen3's clients say that it is not to think."""
+    off = {"chat_template_kwargs": {"enable_thinking": False}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+    asked = {"input": "hi", "max_output_tokens": 1}
+    with serving(lambda: load(chat_template=THINKING)) as server:
+
+        def grown(path: str, body: dict[str, Any], *place: str) -> int:
+            counts = []
+            for more in ({}, off):
+                found = post(server, path, json={**body, **more}).json()
+                for name in place:
+                    found = found[name]
+                counts.append(int(found))
+            return counts[1] - counts[0]
+
+        chat = "/v1/chat/completions"
+        longer = len("<think></think>")
+        assert grown(chat, CHAT, "usage", "prompt_tokens") == longer
+        called = {**CHAT, "tools": [tool]}
+        assert grown(chat, called, "usage", "prompt_tokens") == longer
+        assert grown("/v1/responses", asked, "usage", "input_tokens") == longer
+        assert grown("/tokenize", {"messages": CHAT["messages"]}, "count") == longer
+        refused = post(server, "/tokenize", json={"prompt": "hi", **off})
+        assert refused.status_code == 400
+        deep: Any = {}
+        for _ in range(100):
+            deep = {"a": deep}
+        refused = post(server, chat, json={**CHAT, "chat_template_kwargs": deep})
+        assert refused.status_code == 400
+        assert "nested more than 64 deep" in refused.json()["error"]["message"]
 
 
 @pytest.fixture(scope="module")

@@ -1,20 +1,33 @@
-"""Scripts in the shape of vLLM's offline examples run once their imports are changed.
+"""Scripts in the shape of vLLM's examples run once their imports are changed.
 
 Only import lines are rewritten, and the model's name, for which the tiny model stands.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from serving import save_tiny_model
 
+from smart_decoding import ConfigError, SamplingParams
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from smart_decoding import LLM
+
 MOVED = (
-    (r"from vllm(\.sampling_params|\.inputs)? import", "from smart_decoding import"),
+    (
+        r"from vllm(\.sampling_params|\.inputs|\.engine\.arg_utils)? import",
+        "from smart_decoding import",
+    ),
+    (r"from vllm\.v1\.engine\.async_llm import", "from smart_decoding import"),
     (r"from vllm\.v1\.metrics\.reader import", "from smart_decoding.engine.metrics import"),
     (r"from vllm\.utils import FlexibleArg", "from argparse import ArgumentParser as FlexibleArg"),
 )
@@ -26,8 +39,9 @@ questions = ["The first thing to pack is", "A good name for a cat is", "Ships si
 params = SamplingParams(temperature=0.8, top_p=0.95, seed=1)
 
 llm = LLM(model="MODEL", dtype="auto", tensor_parallel_size=1, gpu_memory_utilization=0.5,
-          swap_space=1, trust_remote_code=False, tokenizer="MODEL", enforce_eager=True)
-outputs = llm.generate(questions, params, use_tqdm=True)
+          swap_space=1, trust_remote_code=False, tokenizer="MODEL", enforce_eager=True,
+          kv_cache_dtype="auto", block_size=16, revision=None, max_logprobs=20)
+outputs = llm.generate(questions, params, use_tqdm=True, lora_request=None)
 for question, output in zip(questions, outputs):
     assert output.prompt == question and output.finished
     assert len(output.outputs[0].token_ids) <= 16
@@ -77,7 +91,8 @@ talk = [
 llm = LLM(model="MODEL", max_model_len=600)
 params = SamplingParams(temperature=0, max_tokens=8)
 (one,) = llm.chat(talk, params, use_tqdm=False)
-many = llm.chat([talk] * 3, params, use_tqdm=True)
+many = llm.chat([talk] * 3, params, use_tqdm=True, lora_request=None,
+                chat_template_content_format="auto")
 assert [each.outputs[0].text for each in many] == [one.outputs[0].text] * 3
 template = "{% for m in messages %}<{{ m.content }}>{% endfor %}{{ mood }}{{ tools | tojson }}"
 (own,) = llm.chat(talk, params, chat_template=template, add_generation_prompt=False,
@@ -163,6 +178,47 @@ assert len(found["vllm:spec_decode_num_accepted_tokens_per_pos"]) <= 3
 assert found["vllm:num_requests_running"] == 0
 """
 
+STREAMING = """
+import asyncio
+
+from vllm import SamplingParams
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.async_llm import AsyncLLM
+
+
+async def told(engine: AsyncLLM, prompt: str, name: str) -> str:
+    params = SamplingParams(
+        max_tokens=30, temperature=0.8, top_p=0.95, seed=7, ignore_eos=True,
+        output_kind=RequestOutputKind.DELTA)
+    pieces = []
+    async for output in engine.generate(request_id=name, prompt=prompt, sampling_params=params):
+        for answer in output.outputs:
+            pieces.append(answer.text)
+        if output.finished:
+            break
+    assert len(pieces) > 3
+    return "".join(pieces)
+
+
+async def main() -> None:
+    args = AsyncEngineArgs(model="MODEL", enforce_eager=True, max_model_len=300)
+    engine = AsyncLLM.from_engine_args(args)
+    try:
+        one = [await told(engine, prompt, prompt) for prompt in ("A fox is", "An ox is")]
+        both = await asyncio.gather(told(engine, "A fox is", "a"), told(engine, "An ox is", "b"))
+        assert one == both and one[0] != one[1]
+        params = SamplingParams(max_tokens=30, temperature=0.8, top_p=0.95, seed=7,
+                                ignore_eos=True)
+        (whole,) = engine.llm.generate("A fox is", params)
+        assert whole.outputs[0].text == one[0]
+    finally:
+        engine.shutdown()
+
+
+asyncio.run(main())
+"""
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -174,7 +230,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("script", [BASIC, GENERATE, CHAT, STRUCTURED, SPECULATIVE])
+@pytest.mark.parametrize("script", [BASIC, GENERATE, CHAT, STRUCTURED, SPECULATIVE, STREAMING])
 def test_a_script_runs_with_other_imports(
     script: str, model: Path, short_profile: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -186,3 +242,43 @@ def test_a_script_runs_with_other_imports(
         script = re.sub(f"^{theirs}", ours, script, flags=re.MULTILINE)
     assert "vllm import" not in script
     exec(compile(script.replace("MODEL", str(model)), "script", "exec"), {"__name__": "script"})
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+@pytest.mark.parametrize("wanted", [True, False])
+def test_progress_is_shown_on_a_terminal_unless_it_is_not_wanted(
+    plain: LLM, monkeypatch: pytest.MonkeyPatch, terminal: bool, wanted: bool
+) -> None:
+    shown = io.StringIO()
+    monkeypatch.setattr(shown, "isatty", lambda: terminal)
+    monkeypatch.setattr(sys, "stderr", shown)
+    params = SamplingParams(max_tokens=2, seed=1)
+    plain.generate(["a", "b"], params) if wanted else plain.generate("a", params, use_tqdm=False)
+    assert ("2/2" in shown.getvalue()) == (terminal and wanted)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lora_request": object()}, "lora_request=<object"),
+        ({"chat_template_content_format": "openai"}, "chat_template_content_format='openai' is"),
+        ({"continue_final_message": True}, "continue_final_message=True is not supported"),
+    ],
+)
+def test_what_a_call_cannot_do_is_refused_by_name(
+    plain: LLM, change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        plain.chat([{"role": "user", "content": "hi"}], **change)
+    assert str(caught.value).startswith(message)
+    with pytest.raises(TypeError, match="temprature"):
+        plain.chat([{"role": "user", "content": "hi"}], temprature=1)
+
+
+def test_log_probabilities_are_limited_where_that_is_asked_for(load: Callable[..., LLM]) -> None:
+    llm = load(speculative_config=False, max_logprobs=5)
+    (answer,) = llm.generate("a", SamplingParams(max_tokens=1, logprobs=5))
+    assert len(answer.outputs[0].logprobs[0]) in (5, 6)
+    for asked in ({"logprobs": 6}, {"prompt_logprobs": -1}):
+        with pytest.raises(ConfigError, match="must be at most max_logprobs=5"):
+            llm.generate("a", SamplingParams(max_tokens=1, **asked))

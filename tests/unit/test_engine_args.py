@@ -32,6 +32,10 @@ from smart_decoding.models.target import dtype_of
         ({"pipeline_parallel_size": 4}, "pipeline_parallel_size=4 is not supported"),
         ({"trust_remote_code": True}, "trust_remote_code=True is not supported: leave it at False"),
         ({"cpu_offload_gb": 1}, "cpu_offload_gb=1 is not supported"),
+        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype='fp8' is not supported: leave it at 'auto'"),
+        ({"block_size": 32}, "block_size=32 is not supported: leave it at 16"),
+        ({"revision": "v1"}, "revision='v1' is not supported: leave it at None"),
+        ({"max_logprobs": -2}, "max_logprobs=-2 is not allowed: it must be at least -1"),
         ({"load_format": "dummy"}, "load_format='dummy' is not supported: leave it at 'auto'"),
         (
             {"tokenizer": "another/model"},

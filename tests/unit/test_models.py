@@ -651,17 +651,64 @@ def test_a_sibling_counts_where_the_cache_holds_it(
 ) -> None:
     by_hub = dataclasses.replace(tiny_named, hub_file="tiny-q4_0.gguf", vocab=7, parameters=10_000)
     monkeypatch.setitem(NAMED_MODELS, "tiny", by_hub)
-    assert models.cached_sibling(7, 20_000) is None
+    assert models.cached_sibling("owner/large", 7, 20_000) is None
     assert fake_hub.fetched == []
     resolve("tiny@hub")
-    assert models.cached_sibling(7, 20_000) == "tiny"
+    assert models.cached_sibling("owner/large", 7, 20_000) == "tiny"
     fake_hub.fetched.remove("tiny-q4_0.gguf")
     (fake_hub.folder / "tiny-q4_0.gguf").unlink()
-    assert models.cached_sibling(7, 20_000) is None
+    assert models.cached_sibling("owner/large", 7, 20_000) is None
     fetch_pinned(by_hub.pinned)
-    assert models.cached_sibling(7, 20_000) == "tiny"
-    assert models.cached_sibling(7, 19_999) is None
-    assert models.cached_sibling(8, 20_000) is None
+    assert models.cached_sibling("owner/large", 7, 20_000) == "tiny"
+    assert models.cached_sibling("owner/large", 7, 19_999) is None
+    assert models.cached_sibling("owner/large", 8, 20_000) is None
+
+
+def test_the_smallest_of_a_family_in_the_hubs_cache_drafts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+
+    def keep(repository: str, *files: str) -> Path:
+        folder = tmp_path / f"models--{repository.replace('/', '--')}"
+        snapshot = folder / "snapshots" / "0123456789abcdef"
+        snapshot.mkdir(parents=True)
+        (folder / "refs").mkdir()
+        (folder / "refs" / "main").write_text(snapshot.name)
+        for file in files:
+            (snapshot / file).write_bytes(CONTENT)
+        return snapshot
+
+    def found(target: str) -> object:
+        return models.cached_sibling(target, 7, 20_000)
+
+    whole = ("config.json", "tokenizer.json", "model.safetensors")
+    keep("Q/Q2.5-7B-Instruct", *whole)
+    keep("Q/Q2.5-4B-Instruct", *whole)  # more than half
+    keep("Q/Q2.5-0.5B-Instruct", *whole[:2])  # partly fetched
+    for other in (
+        "R/Q2.5-1B-Instruct",
+        "Q/Q2.5-1B",
+        "Q/Q2.5-Coder-1B-Instruct",
+        "Q/Q3-1B-Instruct",
+    ):
+        keep(other, *whole)
+    assert found("Q/Q2.5-7B-Instruct") is None
+    keep("Q/Q2.5-3B-Instruct", *whole)
+    path = keep("Q/Q2.5-500M-Instruct", *whole)
+    name = "Q/Q2.5-500M-Instruct"
+    source = Source(name, path, f"hub {name} at 0123456789ab")
+    assert found("Q/Q2.5-7B-Instruct") == source
+    assert resolve(source) is source
+    for alone in (name, "Q/Q2.5-Instruct", str(path), "smollm2-135m@hub"):
+        assert found(alone) is None
+    path = keep("Q/Q2.5-0.5B-Instruct-GGUF", "q-q4_0.gguf")
+    gguf = found("Q/Q2.5-7B-Instruct-GGUF:Q4_K_M")
+    assert isinstance(gguf, Source)
+    assert (gguf.name, gguf.path) == (
+        "Q/Q2.5-0.5B-Instruct-GGUF:q-q4_0.gguf",
+        path / "q-q4_0.gguf",
+    )
 
 
 def test_the_pairs_that_are_built_in() -> None:

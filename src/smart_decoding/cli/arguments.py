@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from argparse import Action, ArgumentParser, ArgumentTypeError, _ActionsContainer
+from argparse import Action, ArgumentParser, ArgumentTypeError, Namespace, _ActionsContainer
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,6 +93,14 @@ def add_options(parser: _ActionsContainer, options: Iterable[Option], unset: boo
 def add_allow_slow(parser: _ActionsContainer) -> None:
     """--allow-slow and --threads, of every command that loads a model."""
     add_options(parser, (ALLOW_SLOW, THREADS))
+
+
+def chosen_model(args: Namespace) -> str | None:
+    """The one of the argument MODEL or of --model; None for neither. Raises ConfigError for
+    both."""
+    if args.name and args.model:
+        raise ConfigError(f"two models are given, {args.name} and {args.model}: leave out one")
+    return args.model or args.name or None
 
 
 def use_threads(count: int | None) -> None:

@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from smart_decoding.cli.arguments import add_options
+from smart_decoding.cli.arguments import add_options, chosen_model
 from smart_decoding.cli.model_options import llm_options
 from smart_decoding.cli.run import (
     SAMPLING,
@@ -20,7 +20,7 @@ from smart_decoding.cli.run import (
     show_steps,
     stream_answer,
 )
-from smart_decoding.errors import ConfigError, SmartError
+from smart_decoding.errors import SmartError
 from smart_decoding.models.registry import DEFAULT_MODEL
 
 if TYPE_CHECKING:
@@ -49,14 +49,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Answers what is typed, or the lines of standard input, until it ends."""
-    if args.name and args.model:
-        raise ConfigError(f"two models are given, {args.name} and {args.model}: leave out one")
+    model = chosen_model(args) or DEFAULT_MODEL
     options = llm_options(args)
     params = sampling_params(args)
     show_steps()
     from smart_decoding.llm import LLM
 
-    llm = LLM(args.model or args.name or DEFAULT_MODEL, max_num_seqs=1, **options)
+    llm = LLM(model, max_num_seqs=1, **options)
     announce_default(llm, options["speculative_config"])
     typed = sys.stdin.isatty()
     if typed:

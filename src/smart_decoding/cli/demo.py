@@ -167,7 +167,8 @@ def ask(llm: LLM, prompt: str, params: SamplingParams) -> Answer:
                 before = request.tokens[max(0, end - _ROOT_TOKENS) : end]
                 answer.trees.append(VerifiedTree(record, before))
 
-    (output,) = llm.generate(chat_prompt(llm, prompt), params, on_step=after_round)
+    asked = chat_prompt(llm, prompt)
+    (output,) = llm.generate(asked, params, on_step=after_round, use_tqdm=False)
     answer.tokens = list(output.outputs[0].token_ids)
     return answer
 

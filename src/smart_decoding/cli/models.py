@@ -9,6 +9,7 @@ import sys
 from smart_decoding.cli.arguments import add_options
 from smart_decoding.cli.model_options import TRUST_PICKLE
 from smart_decoding.errors import ConfigError
+from smart_decoding.models.hub_repository import repository_of
 from smart_decoding.models.kept import (
     OUTDATED,
     PARTLY,
@@ -18,7 +19,6 @@ from smart_decoding.models.kept import (
     kept_of,
     made_of,
     readable,
-    repository_of,
     size_of,
 )
 from smart_decoding.models.registry import (

@@ -171,7 +171,7 @@ def answer_all(
             )
             shown += 1
 
-    llm.generate(prompts, params, on_step=show)
+    llm.generate(prompts, params, on_step=show, use_tqdm=False)
 
 
 def record_of(prompt: str, answer: CompletionOutput) -> dict[str, Any]:
@@ -276,7 +276,7 @@ def stream_answer(llm: LLM, prompt: Prompt, params: SamplingParams) -> Completio
             print(request.stop.new_text(), end="", flush=True)
 
     try:
-        (output,) = llm.generate(prompt, params, on_step=show)
+        (output,) = llm.generate(prompt, params, on_step=show, use_tqdm=False)
     finally:
         print(flush=True)
     return output.outputs[0]

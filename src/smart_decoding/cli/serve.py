@@ -9,7 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smart_decoding.cli.arguments import add_options, use_threads
+from smart_decoding.cli.arguments import add_options, chosen_model, use_threads
 from smart_decoding.cli.model_options import llm_options
 from smart_decoding.cli.serve_options import KEY_VARIABLE, OPTIONS, merge, read_config
 from smart_decoding.errors import ConfigError
@@ -22,11 +22,12 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `smart serve`. None stands for 'not given', so that a file can say it."""
     parser.add_argument(
-        "model",
+        "name",
         nargs="?",
         metavar="MODEL",
         help=f"name, hub id, folder or GGUF file ({DEFAULT_MODEL})",
     )
+    parser.add_argument("-m", "--model", help="the same")
     parser.add_argument(
         "--config",
         type=Path,
@@ -45,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Checks everything that can be checked without the model, then serves."""
+    args.model = chosen_model(args)
     merge(args, read_config(args.config) if args.config else {})
     use_threads(args.threads)  # the file may say it, too
     options = {**llm_options(args), **_server_options(args)}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from enum import Enum
 from numbers import Integral, Real
 from typing import Any
 
@@ -22,6 +23,15 @@ MAX_BAD_WORD = 256  # characters
 GREEDY_BELOW = 1e-5  # vLLM's threshold: colder than this is argmax
 INT64_MIN = -(2**63)
 INT64_MAX = 2**63 - 1
+
+
+class RequestOutputKind(Enum):
+    """What each output of `AsyncLLM.generate` holds, in vLLM's names: the answers so far, what has
+    come since the last output, or nothing until all of them are whole."""
+
+    CUMULATIVE = 0
+    DELTA = 1
+    FINAL_ONLY = 2
 
 
 @dataclass(slots=True)
@@ -47,7 +57,8 @@ class SamplingParams:
     seed: 64-bit signed; None (or -1) lets the engine draw one.
     logprobs: return the log probability of each token and of so many most likely ones; -1 means
     all. prompt_logprobs: the same of the prompt's tokens, which then are not taken from the cache.
-    detokenize: false leaves the text empty.
+    detokenize: false leaves the text empty. output_kind: see `RequestOutputKind`; `LLM` gives whole
+    answers whatever it is.
     structured_outputs: what the text must be, such as JSON under a schema; it decides alone when
     the answer may end. speculate: false refuses speculation for this request; its tokens are the
     same either way.
@@ -80,6 +91,7 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     structured_outputs: StructuredOutputsParams | None = None
     speculate: bool = True
+    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
     bad_words_token_ids: list[tuple[int, ...]] | None = field(default=None, init=False, repr=False)
     bias_ids: NDArray[np.int64] = field(init=False, repr=False, compare=False)
     bias_values: NDArray[np.float32] = field(init=False, repr=False, compare=False)
@@ -107,6 +119,8 @@ class SamplingParams:
         ):
             value = getattr(self, name)
             _require(isinstance(value, bool), name, value, "True or False")
+        kind = self.output_kind
+        _require(isinstance(kind, RequestOutputKind), "output_kind", kind, "a RequestOutputKind")
 
     def _check_numbers(self) -> None:
         _real("temperature", self.temperature, "in [0, 2]", lambda x: 0 <= x <= 2)
@@ -224,6 +238,13 @@ class SamplingParams:
             count = getattr(self, name)
             allowed = f"at most the vocabulary of {vocab_size}"
             _require(count is None or count <= vocab_size, name, count, allowed)
+
+    def check_logprobs(self, most: int) -> None:
+        """Raises ConfigError for more log probabilities of a token than `most` (-1: any number)."""
+        for name in ("logprobs", "prompt_logprobs"):
+            count = getattr(self, name)
+            good = most == -1 or count is None or 0 <= count <= most
+            _require(good, name, count, f"at most max_logprobs={most}")
 
     def checked(self, encode: Callable[[str], Sequence[int]]) -> SamplingParams:
         """A copy, checked anew, with its bad words as token ids. encode: text to ids."""

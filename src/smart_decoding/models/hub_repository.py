@@ -78,6 +78,11 @@ def cached_folder(repository: str) -> Path:
     return hub_cache() / f"models--{repository.replace('/', '--')}"
 
 
+def repository_of(folder: Path) -> str:
+    """The hub id of a folder in the hub client's cache."""
+    return folder.name.removeprefix("models--").replace("--", "/")
+
+
 def hub_cache() -> Path:
     """The hub client's cache, which other programs use too."""
     from huggingface_hub.constants import HF_HUB_CACHE

@@ -56,11 +56,6 @@ def conversions() -> list[Kept]:
     return [_conversion(folder) for folder in sorted((cache_dir() / "converted").glob("*/"))]
 
 
-def repository_of(folder: Path) -> str:
-    """The hub id of a folder in the hub client's cache."""
-    return folder.name.removeprefix("models--").replace("--", "/")
-
-
 def size_of(path: Path, links: bool = False) -> int:
     """Bytes of a file, or of all files below a folder. Links count nothing, or with `links` what
     they lead to."""

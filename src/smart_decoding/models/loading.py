@@ -49,7 +49,7 @@ def _accept(config: ModelConfig) -> None:
 
 
 def load_checkpoint(
-    path_or_name: str | Path,
+    path_or_name: str | Path | Source,
     check: Callable[[ModelConfig], None] = _accept,
     quantization: str | None = "off",
     trust_pickle: bool = False,

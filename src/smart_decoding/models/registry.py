@@ -22,6 +22,8 @@ from smart_decoding.models.hub import Part, PinnedFile, fetch_pinned
 DEFAULT_MODEL = "smollm2-135m"
 
 HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w./-]+))?")
+# What tells the models of a family apart, as in Qwen2.5-7B-Instruct
+_SIZE = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)([BM])(?![\w.])", re.IGNORECASE)
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 TRUST = "convert it to safetensors, or allow it by --trust-pickle (trust_pickle=True)"
 # seconds to wait for the hub's first answer
@@ -115,12 +117,14 @@ NAMED_MODELS = {
 }
 
 
-def resolve(name: str | Path, trust_pickle: bool = False) -> Source:
+def resolve(name: str | Path | Source, trust_pickle: bool = False) -> Source:
     """The files of a model, fetched if they are not here yet; pickled weights only if they are
-    trusted and there are no others.
+    trusted and there are no others. Those of a Source are known.
 
     Raises ModelError for a name that means nothing or pickled weights, DownloadError if the files
     cannot be had."""
+    if isinstance(name, Source):
+        return name
     text = str(name)
     path = expanded(name)
     base, _, origin = text.partition("@")
@@ -187,13 +191,54 @@ def siblings(vocab: int, parameters: int) -> list[str]:
     return sorted(fitting, key=lambda name: -NAMED_MODELS[name].parameters)
 
 
-def cached_sibling(vocab: int, parameters: int) -> str | None:
-    """The first of `siblings` that the cache holds, if it holds any."""
+def cached_sibling(target: str, vocab: int, parameters: int) -> str | Source | None:
+    """A smaller model that may draft for a target and is in the cache: of a hub id the smallest of
+    its family, else the first of `siblings`."""
+    found = _of_family(target)
+    if found is not None:
+        return found
     for name in siblings(vocab, parameters):
         model = NAMED_MODELS[name]
         if model.pinned.path.is_file() or _cached_from_hub(name, model) is not None:
             return name
     return None
+
+
+def _of_family(target: str) -> Source | None:
+    """The smallest model in the hub's cache whose id is the target's but for a size of at most half
+    of it."""
+    hub_id = HUB_ID.fullmatch(target)
+    family, size = _family_of(hub_id[1] if hub_id else "")
+    smaller = []
+    for folder in hub_repository.hub_cache().glob("models--*") if size else ():
+        repository = hub_repository.repository_of(folder)
+        theirs, its_size = _family_of(repository)
+        if theirs == family and 0 < 2 * its_size <= size:
+            smaller.append((its_size, repository))
+    held = (_held(repository) for _, repository in sorted(smaller))
+    return next(filter(None, held), None)
+
+
+def _family_of(repository: str) -> tuple[str, float]:
+    """A hub id without its size, and the size in millions of parameters (0: it tells none)."""
+    size = _SIZE.search(repository)
+    millions = float(size[1]) * (1000 if size[2] in "Bb" else 1) if size else 0.0
+    return _SIZE.sub("", repository, count=1), millions
+
+
+def _held(repository: str) -> Source | None:
+    """All safetensors of a repository, or else a GGUF file, if the hub's cache holds them."""
+    try:
+        folder = hub_repository.snapshot(repository, _QUICK, local_only=True)
+    except DownloadError:
+        return None
+    if hub_repository.is_complete(folder):
+        return _folder_source(repository, repository, folder)
+    files = sorted(folder.glob("*.gguf"))
+    if not files:
+        return None
+    name = f"{repository}:{files[0].name}"
+    return _gguf_source(name, repository, files[0].name, _QUICK, local_only=True)
 
 
 def _resolve_named(name: str, model: NamedModel, origin: str) -> Source:

@@ -17,6 +17,18 @@ if TYPE_CHECKING:
 
     from smart_decoding.models.tokenizer import Tokenizer
 
+# What is given otherwise, or would change more than the template's variables.
+_NO_VARIABLES = {
+    "self",
+    "messages",
+    "tools",
+    "template",
+    "chat_template",
+    "tokenize",
+    "add_generation_prompt",
+    "continue_final_message",
+}
+
 
 class TextPrompts:
     """Builds prompts for one model that reads text only. name: the model's."""
@@ -77,7 +89,11 @@ def template_options(
     variables: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """vLLM's options of a chat as `Tokenizer.apply_chat_template` takes them. own: the model's
-    template. Raises ConfigError for tools that it would not tell of."""
+    template. Raises ConfigError for tools that it would not tell of, and for variables that have
+    parameters of their own."""
+    taken = sorted(_NO_VARIABLES.intersection(variables or ()))
+    if taken:
+        raise ConfigError(f"chat_template_kwargs={taken} is not allowed: give other variables")
     template = None if chat_template is None else templates.read(chat_template)
     options = {
         **(variables or {}),

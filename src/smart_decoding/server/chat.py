@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from smart_decoding.multimodal.messages import has_pictures
 from smart_decoding.multimodal.prompts import MediaPrompt
+from smart_decoding.multimodal.text_prompts import template_options
 from smart_decoding.server import tools
 from smart_decoding.server.errors import ApiError
 
@@ -16,9 +17,13 @@ if TYPE_CHECKING:
 
 
 def chat_prompt(
-    llm: LLM, messages: Sequence[Message], offered: Sequence[tools.Tool] = ()
+    llm: LLM,
+    messages: Sequence[Message],
+    offered: Sequence[tools.Tool] = (),
+    variables: Mapping[str, Any] | None = None,
 ) -> MediaPrompt:
-    """The prompt of a conversation, with the tools that the model may call.
+    """The prompt of a conversation, with the tools that the model may call. variables: of the chat
+    template.
 
     Raises ApiError, ConfigError.
     """
@@ -30,10 +35,11 @@ def chat_prompt(
         if with_tools:
             message = "tools and pictures are not supported in one conversation"
             raise ApiError(400, message, "invalid_value", "messages")
-        return llm.chat_prompt(plain)
+        return llm.chat_prompt(plain, chat_template_kwargs=variables)
     described = [tool.model_dump(exclude_none=True) for tool in offered]
     if not tools.speaks_our_form(llm.tokenizer.template):
-        return llm.chat_prompt(tools.explained(plain, described))
-    variables: dict[str, Any] = {"tools": described} if described else {}
-    text = llm.tokenizer.apply_chat_template(plain, **variables)
+        told = tools.explained(plain, described)
+        return llm.chat_prompt(told, chat_template_kwargs=variables)
+    given = template_options(llm.tokenizer.template, None, True, described, variables)
+    text = llm.tokenizer.apply_chat_template(plain, **given)
     return MediaPrompt(llm.tokenizer.encode_prompt(text))

@@ -91,7 +91,7 @@ class _Routes:
         llm = self._worker.check_room(1, request.state.client)
         offer = body.offer
         tools = offer.tools if offer else ()
-        read = partial(chat_prompt, llm, body.messages, tools)
+        read = partial(chat_prompt, llm, body.messages, tools, body.chat_template_kwargs)
         prompt = await self._read(request, body.prompt_field, read)
         top = (body.top_logprobs or 0) if body.logprobs else None
         form = ChatForm(llm.tokenizer.token_text, top, offer is not None)
@@ -121,7 +121,8 @@ class _Routes:
 
         def tokens() -> list[int]:
             if body.messages:
-                return list(chat_prompt(llm, body.messages).tokens)
+                variables = body.chat_template_kwargs
+                return list(chat_prompt(llm, body.messages, variables=variables).tokens)
             return llm.tokenizer.encode(body.prompt or "", body.add_special_tokens)
 
         found = await self._read(request, "messages" if body.messages else "prompt", tokens)

@@ -14,6 +14,7 @@ from smart_decoding.server.schemas import (
     UNSUPPORTED,
     ChatRequest,
     Sampling,
+    TemplateVariables,
 )
 from smart_decoding.server.structure import JsonObjectFormat, NamedSchema, TextFormat
 from smart_decoding.server.tools import MAX_TOOLS, Function
@@ -190,6 +191,7 @@ class ResponsesRequest(Sampling):
     include: list[Text] | None = Field(None, description=f"{LOGPROBS!r}; others have no effect.")
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     metadata: dict[str, Text] | None = Field(None, description="Comes back with the answer.")
+    chat_template_kwargs: TemplateVariables | None = None
 
     _NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = (
         UNSUPPORTED
@@ -256,6 +258,7 @@ class ResponsesRequest(Sampling):
             "tools": [_nested(tool) for tool in self.tools or ()] or None,
             "tool_choice": named if isinstance(choice, NamedFunction) else choice,
             "parallel_tool_calls": self.parallel_tool_calls,
+            "chat_template_kwargs": self.chat_template_kwargs,
             "logprobs": with_logprobs or None,
             "top_logprobs": self.top_logprobs if with_logprobs else None,
         }

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine.structured import StructuredOutputsParams
-from smart_decoding.server.body import FAST, Body, Text, Token
+from smart_decoding.server.body import FAST, Body, Text, Token, check_json
 from smart_decoding.server.structure import ResponseFormat, StructuredOutputs, schema_of
 from smart_decoding.server.tools import MAX_TOOLS, NamedTool, Offer, Tool, ToolCall
 
@@ -48,9 +48,17 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 TEMPLATE_FIELDS: dict[str, tuple[Any, ...]] = {
     "add_generation_prompt": (None, True),
     "chat_template": (None,),
-    "chat_template_kwargs": (None, {}),
     "continue_final_message": (None, False),
 }
+
+
+def _writable(variables: dict[str, Any]) -> dict[str, Any]:
+    check_json(variables)
+    return variables
+
+
+# Variables of the chat template, such as Qwen3's enable_thinking.
+TemplateVariables = Annotated[dict[str, Any], AfterValidator(_writable)]
 
 
 class StreamOptions(Body):
@@ -299,6 +307,7 @@ class ChatRequest(Completions):
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
+    chat_template_kwargs: TemplateVariables | None = None
 
     @property
     def limit(self) -> int | None:
@@ -362,6 +371,7 @@ class TokenizeRequest(Body):
     prompt: Text | None = None
     messages: Annotated[list[Message], FAST] | None = None
     add_special_tokens: bool = True
+    chat_template_kwargs: TemplateVariables | None = None
 
     _NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = TEMPLATE_FIELDS | {
         "return_token_strs": (None, False),
@@ -372,6 +382,8 @@ class TokenizeRequest(Body):
     def _one_of_them(self) -> TokenizeRequest:
         if (self.prompt is None) == (not self.messages):
             raise ValueError("give either prompt or messages")
+        if self.chat_template_kwargs and not self.messages:
+            raise ValueError("chat_template_kwargs is only allowed with messages")
         return self
 
 

@@ -75,9 +75,8 @@ def learn_prior(
     for i, prompt in enumerate(tqdm(prompts, desc="learning the prior")):
         ready: Prompt = llm.chat_prompt(prompt) if isinstance(prompt[0], Mapping) else list(prompt)
         temperature = 0.8 if i % 4 == 3 else 0.0
-        llm.generate(
-            ready, SamplingParams(temperature=temperature, max_tokens=ANSWER_TOKENS, seed=i)
-        )
+        params = SamplingParams(temperature=temperature, max_tokens=ANSWER_TOKENS, seed=i)
+        llm.generate(ready, params, use_tqdm=False)
     state = {
         "calibration": policy.calibration.state_dict(),
         "forecast": policy.forecast.state_dict(),

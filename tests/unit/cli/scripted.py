@@ -63,8 +63,13 @@ class FakeLLM:
         )
 
     def generate(
-        self, prompt: Any, params: SamplingParams, on_step: Callable[..., None] | None = None
+        self,
+        prompt: Any,
+        params: SamplingParams,
+        on_step: Callable[..., None] | None = None,
+        use_tqdm: bool = True,
     ) -> list[Any]:
+        assert not use_tqdm  # no bar beside what a command prints
         self.asked.append((prompt, params))
         if FakeLLM.failure is not None:
             raise FakeLLM.failure

@@ -170,6 +170,7 @@ def test_a_closed_pipe_is_quiet() -> None:
 def test_public_names() -> None:
     assert smart_decoding.__all__ == [
         "LLM",
+        "AsyncEngineArgs",
         "AsyncLLM",
         "CapacityError",
         "CompletionOutput",
@@ -180,6 +181,7 @@ def test_public_names() -> None:
         "Logprob",
         "ModelError",
         "RequestOutput",
+        "RequestOutputKind",
         "SamplingParams",
         "SmartError",
         "StructuredOutputsParams",

@@ -385,7 +385,7 @@ def test_nothing_drafts_if_so_asked(target_folder: Path, config: Any) -> None:
 # --- the default
 
 
-def drafted_by(target: Path, config: dict[str, Any] | bool | None) -> str:
+def drafted_by(target: Path | str, config: dict[str, Any] | bool | None) -> str:
     llm = LLM(target, speculative_config=config, dtype="fp32", max_model_len=128, max_num_seqs=1)
     return llm.speculation.description
 
@@ -398,7 +398,7 @@ def sibling(
 
     def make(words: list[str]) -> Path:
         draft = saved(tmp_path / "small", SMALL, words, 1)
-        monkeypatch.setattr(speculation, "cached_sibling", lambda vocab, parameters: str(draft))
+        monkeypatch.setattr(speculation, "cached_sibling", lambda *_: str(draft))
         return draft
 
     return make
@@ -431,7 +431,7 @@ def test_without_a_sibling_that_fits_n_grams_draft(
     (record,) = caplog.records
     assert record.getMessage().startswith(f"{draft} cannot draft for {target_folder}, so n-grams")
     assert "another vocabulary" in record.getMessage()
-    monkeypatch.setattr(speculation, "cached_sibling", lambda vocab, parameters: None)
+    monkeypatch.setattr(speculation, "cached_sibling", lambda *_: None)
     caplog.clear()
     assert drafted_by(target_folder, {"policy": "eagle2"}) == "ngram"
     assert not caplog.records
@@ -457,3 +457,34 @@ def test_a_sibling_without_room_makes_way(
     assert "no memory for a draft model" in caplog.text
     with pytest.raises(CapacityError):
         drafted_by(target_folder, {"method": "draft_model", "model": str(draft)})
+
+
+@pytest.mark.parametrize(
+    ("words", "change", "told"),
+    [
+        (WORDS, {}, "o/Tiny-0.5B-Chat drafts for o/Tiny-7B-Chat: it is in the cache"),
+        (WORDS[:-1], {}, "o/Tiny-0.5B-Chat cannot draft for o/Tiny-7B-Chat"),
+        (WORDS, {"ffn": 47}, "n-grams draft: the CPU kernels do not serve the draft model"),
+    ],
+)
+def test_a_smaller_model_of_the_family_in_the_hubs_cache_drafts_if_it_fits(
+    words: list[str],
+    change: dict[str, int],
+    told: str,
+    tmp_path: Path,
+    target_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(target_folder))
+    kept = tmp_path / "hub" / "models--o--Tiny-0.5B-Chat"
+    (kept / "snapshots").mkdir(parents=True)
+    (kept / "refs").mkdir()
+    (kept / "refs" / "main").write_text("0123")
+    saved(kept / "snapshots" / "0123", replace(SMALL, **change), words, 1)
+    fits = "drafts for" in told
+    with caplog.at_level("INFO", "smart"):
+        drafts = drafted_by("o/Tiny-7B-Chat", None)
+    assert drafts == ("draft model o/Tiny-0.5B-Chat" if fits else "ngram")
+    assert [r.getMessage() for r in caplog.records if told in r.getMessage()]
