@@ -28,7 +28,7 @@ class Figures:
     """What the load on one server came to.
 
     times: by request; answers: requests and their texts, to be checked; memory: KiB, over the run;
-    gaps: the longest waits of a bystander, in seconds, by what it waited for; busy: processor
+    gaps: the longest waits between pieces, in seconds, by who waited or what for; busy: processor
     seconds of the server's process, and seconds of the blocks; late: requests that began after
     their time, since their client still had the one before; whole: a bystander's answers that
     ended.
@@ -169,7 +169,7 @@ def show(result: dict[str, Any]) -> None:
             f"{found['tokens_per_round']} tokens and {found['round_ms']} ms a round, "
             f"{found['rounds_off']} of the rounds without drafts, "
             f"controller {found['controller_share']}, {found['cores_busy']} cores busy; "
-            f"a bystander's longest waits, s: {found['longest_wait_s']}"
+            f"longest waits, s: {found['longest_wait_s']}"
         )
     for policy, ratios in result["over_off"].items():
         for name, r in ratios.items():

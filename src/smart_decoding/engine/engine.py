@@ -160,7 +160,7 @@ class Engine:
         """One round. Returns the requests that got tokens, finished ones included.
 
         arrived: clients whose requests wait to be added. If a slot is free, drafting stops for one
-        that does not rest, and nothing is returned: a forward cannot be cut short, so the request
+        that need not wait, and nothing is returned: a forward cannot be cut short, so the request
         would wait for all of it."""
         started = self._clock()
         batch = self.scheduler.next_batch()
@@ -244,14 +244,14 @@ class Engine:
     ) -> Draft:
         if rule is None or self.drafter is None:
             return Draft(DraftTrees.empty(len(batch.decode)))
-        resting = self.scheduler.shares.resting
+        indebted = self.scheduler.shares.indebted
         return draft_trees(
             self.drafter,
             self._selection,
             rule,
             state,
             batch.decode,
-            lambda: self.scheduler.has_room and not resting.issuperset(arrived()),
+            lambda: self.scheduler.has_room and not indebted.issuperset(arrived()),
             self._clock,
         )
 

@@ -71,23 +71,24 @@ class Scheduler:
     def next_batch(self) -> Batch:
         """The next round's requests, with KV memory for their committed rows reserved."""
         self.preempted = []
-        shares = self.shares
-        shares.next_round(request.client for request in (*self.running, *self.waiting.heads()))
+        clients = {request.client for request in (*self.running, *self.waiting.heads())}
+        self.shares.next_round(clients, [r for r in self.running if _decodes(r)])
         batch = self._batch()
-        if not batch and shares.resting:  # who rests has what the others wait for
-            shares.resting = set()
+        if not batch and self.shares.indebted:
+            self.shares.forgive()
             batch = self._batch()
         return batch
 
     def _batch(self) -> Batch:
-        """Of those who do not rest."""
+        """Of those who need not wait."""
         decode = []
         prompts = []
         for request in list(self.running):
-            if request.client in self.shares.resting:
+            if not _decodes(request):
+                if request.client not in self.shares.indebted:
+                    prompts.append(request)
+            elif request.client in self.shares.resting:
                 continue
-            if request.pending > 1 or not request.output:
-                prompts.append(request)
             elif request not in self.preempted and self._reserve(request, 1):
                 decode.append(request)
         prefill = self._prefill(prompts)
@@ -123,8 +124,8 @@ class Scheduler:
         return chunks
 
     def _next_waiting(self) -> list[Request]:
-        """The one whose turn it is, if any waits whose client does not rest."""
-        heads = [head for head in self.waiting.heads() if head.client not in self.shares.resting]
+        """The one whose turn it is, if any waits whose client is not in debt."""
+        heads = [head for head in self.waiting.heads() if head.client not in self.shares.indebted]
         return [self._turns.choose(heads, self._held())] if heads else []
 
     def _held(self) -> Counter[str]:
@@ -179,3 +180,8 @@ class Scheduler:
         self.running.remove(request)
         self.waiting.appendleft(request)
         self.preempted.append(request)
+
+
+def _decodes(request: Request) -> bool:
+    """Whether its next round is one of its own tokens, and none of its prompt."""
+    return request.pending == 1 and bool(request.output)

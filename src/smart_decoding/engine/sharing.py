@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,6 +10,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     from smart_decoding.core.policies.base import Round
+    from smart_decoding.engine.request import Request
     from smart_decoding.engine.scheduler import Batch
 
 AGE = 256  # shared rounds after which a time is forgotten, and so measured again
@@ -22,26 +23,49 @@ class Shares:
     """Each of k clients keeps about a k-th of the speed that it has alone, or more.
 
     A round is charged to its clients: each uses the seconds by which it makes the round longer, and
-    may use as many as a round of the cheapest client alone takes. Who has used more rests: it sits
-    out rounds until those have paid for it. So of two clients the cheaper one's rounds take at most
-    twice, on average, what they take alone, and the other has the other half.
+    may use as many as a round of the cheapest client alone takes. Who has used more is in debt: its
+    prompts wait until rounds have paid for it, and the rest of it, too, where that would add to the
+    debt. So of two clients the cheaper one's rounds take at most twice, on average, what they take
+    alone, and the other has the other half.
 
-    resting: who sits out the present round."""
+    indebted: whose prompts wait in the present round; resting: those of them that sit it out."""
 
     def __init__(self) -> None:
+        self.indebted: set[str] = set()
         self.resting: set[str] = set()
         self._shared = False
         self._owed: dict[str, float] = {}  # seconds used beyond those allowed
         self._allowed = 0.0  # seconds of each client, in the last round
         self._times = RoundTimes()
 
-    def next_round(self, clients: Iterable[str]) -> None:
-        """Says who rests. clients: of all requests."""
-        present = set(clients)
-        self._shared = len(present) > 1
+    def next_round(self, clients: Collection[str], decoding: Sequence[Request]) -> None:
+        """Says who waits. clients: of all requests; decoding: those that need no prompt."""
+        self._shared = len(clients) > 1
+        self.indebted = set()
+        if self._shared and self._owed:
+            self.indebted = {who for who in clients if self._owed.get(who, 0.0) > self._allowed}
+        self.resting = self._too_dear(decoding) if self.indebted else set()
+
+    def forgive(self) -> None:
+        """Nobody waits in the present round: all others wait for what these have."""
+        self.indebted = set()
         self.resting = set()
-        if self._shared:
-            self.resting = {who for who in present if self._owed.get(who, 0.0) > self._allowed}
+
+    def _too_dear(self, decoding: Sequence[Request]) -> set[str]:
+        """Those in debt that would use more of a round of all that decode than it pays."""
+        whole = len(decoding)
+        usual = self._times.seconds(whole)
+        paid = self._payment(usual)
+        parts = _parts([(request, 1) for request in decoding])
+        return {
+            who
+            for who in self.indebted & parts.keys()
+            if usual - self._times.seconds(whole - parts[who].rows) + parts[who].grammars > paid
+        }
+
+    def _payment(self, seconds: float) -> float:
+        """What a round pays of a debt: a fair part at least, for what is allowed may be a guess."""
+        return max(self._allowed, seconds / (1 + len(self.indebted)))
 
     def owe(self, client: str, seconds: float) -> None:
         """Charges what is no part of a round."""
@@ -51,9 +75,9 @@ class Shares:
     def charge(self, batch: Batch, done: Round, seconds: float) -> None:
         """Charges a round that took so many seconds to the clients in it."""
         if not self._shared:
-            self._pay(seconds)
+            self._pay(seconds, seconds)
             return
-        parts = _parts(batch, done)
+        parts = _parts([*_verified(batch, done), *batch.prefill])
         whole = _Part(
             sum(part.rows for part in parts.values()),
             sum(part.grammars for part in parts.values()),
@@ -71,11 +95,13 @@ class Shares:
         for who, part in parts.items():
             others = self._times.seconds(whole.rows - part.rows)
             self.owe(who, min(speed * (usual - others), most) + part.grammars)
-        self._pay(self._allowed)
+        self._pay(self._allowed, self._payment(seconds))
 
-    def _pay(self, seconds: float) -> None:
-        """The others have had so many seconds."""
-        left = {who: owed - seconds for who, owed in self._owed.items()}
+    def _pay(self, new: float, old: float) -> None:
+        """The others have had so many seconds of a new debt, and of one from before the round."""
+        left = {
+            who: owed - (old if who in self.indebted else new) for who, owed in self._owed.items()
+        }
         self._owed = {who: owed for who, owed in left.items() if owed > 0.0}
 
 
@@ -105,8 +131,10 @@ class RoundTimes:
         return min(time.seconds for time in self._known.values())
 
     def seconds(self, rows: int) -> float:
-        """Of a round of so many rows. Some round must be known."""
+        """Of a round of so many rows; 0 where no round is known."""
         times = list(self._known.values())
+        if not times:
+            return 0.0
         last = times[-1]
         if rows > last.rows:
             return last.seconds * rows / last.rows
@@ -129,14 +157,18 @@ class _Part:
     grammars: float = 0.0
 
 
-def _parts(batch: Batch, done: Round) -> dict[str, _Part]:
-    """What of a round is whose."""
+def _verified(batch: Batch, done: Round) -> list[tuple[Request, int]]:
+    """The rows of each request that decoded."""
     nodes = np.bincount(done.trees.owner[done.kept], minlength=len(batch.decode)).tolist()
-    rows = [(request, 1 + count) for request, count in zip(batch.decode, nodes, strict=True)]
+    return [(request, 1 + count) for request, count in zip(batch.decode, nodes, strict=True)]
+
+
+def _parts(rows: Sequence[tuple[Request, int]]) -> dict[str, _Part]:
+    """What is whose of a round of these requests' rows, with their grammars' last seconds."""
     parts: dict[str, _Part] = {}
-    for request, count in (*rows, *batch.prefill):
-        parts.setdefault(request.client, _Part()).rows += count
-    for request in batch.decode:
+    for request, count in rows:
+        part = parts.setdefault(request.client, _Part())
+        part.rows += count
         if request.constraint is not None:
-            parts[request.client].grammars += request.constraint.seconds
+            part.grammars += request.constraint.seconds
     return parts

@@ -213,8 +213,37 @@ def test_who_rests_gives_way_where_the_others_wait_for_its_memory() -> None:
     heavy = add(engine, "heavy", 1, 100)
     begin(engine, heavy)
     light = add(engine, "light", 1, 5, length=100)
-    engine.scheduler.shares.next_round(["heavy", "light"])
+    engine.scheduler.shares.next_round(["heavy", "light"], heavy)
     engine.scheduler.shares.owe("heavy", 1e6)
     finish(engine)
     for request in (*light, *heavy):
         assert request.output == alone(request.prompt, request.params)[0].output
+
+
+def longest_wait(own_addresses: bool) -> float:
+    """Seconds between two tokens of one answer, among 24 users who send prompts all the time."""
+    engine = new_engine("off", prefix_caching=False)
+    running: list[tuple[Request, int, float]] = []
+    longest = 0.0
+    for turn in range(600):
+        if turn % 8 == 0:
+            user = turn // 8 % 24
+            params = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
+            prompt = [(turn + 3 * j) % VOCAB for j in range(100)]
+            client = f"user {user}" if own_addresses else "all"
+            found = engine.add_request(f"{turn}", prompt, params, client=client)
+            running += [(request, 0, engine.target.clock.now) for request in found]
+        engine.step()
+        now = engine.target.clock.now
+        for place, (request, tokens, since) in enumerate(running):
+            if len(request.output) > tokens:
+                longest = max(longest, now - since if tokens else 0.0)
+                running[place] = (request, len(request.output), now)
+        running = [entry for entry in running if not entry[0].finished]
+    assert longest > 0
+    return longest
+
+
+def test_a_prompt_in_debt_does_not_stop_the_answer_to_it() -> None:
+    """Among many clients no round has few rows, so that what one costs alone is a guess."""
+    assert longest_wait(own_addresses=True) < 2 * longest_wait(own_addresses=False)
