@@ -262,11 +262,13 @@ def test_a_batch_waits_for_costs_while_others_ask_but_not_for_ever(
 
         asking = [pool.submit(others) for _ in range(2)]
         steps.go.set()
-        assert len(batch.result(20)) == 2
-        for each in asking:
-            each.result(20)
-    assert not profile(llm).known
-    llm.engine_thread.stop()
+        try:
+            assert len(batch.result(20)) == 2
+            for each in asking:
+                each.result(20)
+            assert not profile(llm).known
+        finally:
+            llm.engine_thread.stop()
 
 
 def test_requests_are_answered_between_steps_of_the_profile_and_a_stop_leaves_nothing(
