@@ -1,5 +1,6 @@
 """What tests of several packages share."""
 
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
 
 from smart_decoding.kernels import library
 
+logging.getLogger("smart.steps").setLevel(logging.WARNING)  # long steps are silent here
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # for smart_lab
 
 

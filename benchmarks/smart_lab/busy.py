@@ -1,8 +1,8 @@
 """Tokens per second of every entry point, alone and beside one busy process for every two CPUs.
 
 Each is measured in turn, quiet and beside the busy processes, the order reversed each time; printed
-are the medians and the ratio, which is to be 0.6 or more, then one line of JSON. A machine that
-does anything else meanwhile shows less than it can.
+are the medians and the ratio, which is to be 0.6 or more. A machine that does anything else
+meanwhile shows less than it can.
 """
 
 from __future__ import annotations
@@ -18,13 +18,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.request import Request, urlopen
 
-from smart_decoding.bench.provenance import commit, hardware
+from smart_decoding.bench.options import check_outputs
+from smart_decoding.bench.provenance import provenance, write_json
 from smart_decoding.errors import ConfigError
 
 WANTED = 0.6
+MODEL = "smollm2-135m"
 PROMPT = "Write a Python function that returns the n-th Fibonacci number, and explain it."
 LIBRARY = """
 import sys, time
@@ -58,6 +62,7 @@ for _ in sys.stdin:
     count = answer()
     print("rate", count / (time.perf_counter() - start), flush=True)
 """
+COMMAND = [sys.executable, "-m", "smart_decoding.cli.main"]
 Measure = Callable[[], float]
 
 
@@ -69,17 +74,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--only", nargs="+", choices=list(ENTRIES), default=list(ENTRIES), help="entry points (all)"
     )
+    add("--json", type=Path, metavar="FILE", help="write the results there")
 
 
 def main(args: argparse.Namespace) -> int:
     """Prints a line for each entry point; 1 if one is below WANTED."""
+    check_outputs((args.json,), None)
     found = {name: measured(ENTRIES[name], args.tokens, args.turns) for name in args.only}
     for name, figures in found.items():
         quiet, busy, ratio = figures["quiet"], figures["busy"], figures["ratio"]
         print(f"{name:<13}{quiet:7.1f} tok/s alone{busy:7.1f} beside{ratio:6.2f}")
-    print(
-        json.dumps({"wanted": WANTED, "found": found, "about": {"commit": commit(), **hardware()}})
-    )
+    if args.json is not None:
+        command = f"python -m smart_lab busy --tokens {args.tokens} --turns {args.turns}"
+        origin = provenance(command, 0, {"model": MODEL}, "its own")
+        write_json(args.json, {"provenance": origin, "busy": found})
     return int(any(figures["ratio"] < WANTED for figures in found.values()))
 
 
@@ -149,28 +157,48 @@ def transformers(tokens: int) -> object:
 @contextmanager
 def run(tokens: int) -> Iterator[Measure]:
     """`smart run`, a new process each time; its own speed, from the first token on."""
-    line = [sys.executable, "-m", "smart_decoding.cli.main", "run", "--json", PROMPT]
+    line = [*COMMAND, "run", "--json", PROMPT, "-n", str(tokens)]
+    said(line)  # the first one may measure costs afterwards
+    yield lambda: float(json.loads(said(line))["tokens_per_s"])
 
-    def measure() -> float:
-        done = subprocess.run(
-            [*line, "-n", str(tokens)], capture_output=True, text=True, check=True
-        )
-        return float(json.loads(done.stdout)["tokens_per_s"])
 
-    measure()  # the first one may measure costs afterwards
-    yield measure
+@contextmanager
+def demo(tokens: int) -> Iterator[Measure]:
+    """`smart demo`, a new process each time; SMART's speed as it prints it."""
+    line = [*COMMAND, "demo", "--max-tokens", str(tokens)]
+    yield lambda: float(re.findall(r"smart ([\d.]+) tok/s, speedup", said(line))[0])
+
+
+@contextmanager
+def bench(tokens: int) -> Iterator[Measure]:
+    """`smart bench` of one prompt, a new process each time; SMART's speed."""
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "bench.json"
+        what = ["--policies", "smart", "--batch-sizes", "1", "--tasks", "code", "--limit", "1"]
+        line = [*COMMAND, "bench", *what, "--max-tokens", str(tokens), "--json", str(file)]
+
+        def measure() -> float:
+            said(line)
+            runs = json.loads(file.read_text(encoding="utf-8"))["runs"]
+            return float(next(r["tokens_per_s"] for r in runs if r["policy"] == "smart"))
+
+        yield measure
+
+
+def said(line: list[str]) -> str:
+    """The standard output of a command that must succeed."""
+    return subprocess.run(line, stdout=subprocess.PIPE, text=True, check=True).stdout
 
 
 @contextmanager
 def serve(tokens: int) -> Iterator[Measure]:
     """`smart serve`, asked by one client."""
-    line = [sys.executable, "-m", "smart_decoding.cli.main", "serve", "--port", "0"]
-    with started(line, stderr=subprocess.PIPE) as running:
+    with started([*COMMAND, "serve", "--port", "0"], stderr=subprocess.PIPE) as running:
         found = (re.search(r"http://[\w.:]+\d", line) for line in running.stderr or ())
         address = next(match[0] for match in found if match)
         threading.Thread(target=list, args=(running.stderr,), daemon=True).start()
         body = {
-            "model": "smollm2-135m",
+            "model": MODEL,
             "messages": [{"role": "user", "content": PROMPT}],
             "max_tokens": tokens,
             "temperature": 0,
@@ -204,4 +232,11 @@ def is_ready(address: str) -> bool:
         return False
 
 
-ENTRIES = {"LLM": library, "run": run, "serve": serve, "transformers": transformers}
+ENTRIES = {
+    "LLM": library,
+    "run": run,
+    "demo": demo,
+    "bench": bench,
+    "serve": serve,
+    "transformers": transformers,
+}

@@ -1,7 +1,7 @@
 """`python -m smart_lab results`: one Markdown page a machine, made from the JSON files beside it.
 
-benchmarks/results/MACHINE/DATE-KIND.json is one run: what `bench`, `robustness`, `vllm` or
-`transformers` wrote. A new run of a kind replaces the one before.
+benchmarks/results/MACHINE/DATE-KIND.json is one run: what `bench`, `robustness`, `busy`,
+`vllm` or `transformers` wrote. A new run of a kind replaces the one before.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ KINDS = {
     "batch-16-32": "Large batches",
     "sampled": "Sampled",
     "robustness": "Never slower?",
+    "busy": "Beside busy processes",
     "peers": "Other engines",
     "vllm": "Inside vLLM",
     "transformers": "Inside transformers",
@@ -145,6 +146,8 @@ def tables_of(data: Mapping[str, Any]) -> list[str]:
         found += tables.peers(results.peers)
     if data.get("robustness"):
         found.append(tables.robust(data["robustness"]))
+    if data.get("busy"):
+        found.append(tables.busy(data["busy"]))
     found += [tables.vllm(run) for run in data.get("vllm", ())]
     found += [tables.transformers(run) for run in data.get("transformers", ())]
     if not found:

@@ -234,6 +234,16 @@ def robust(rows: Sequence[Run]) -> Section:
     return Section("robust", "", head=head, rows=cells)
 
 
+def busy(found: Mapping[str, Run]) -> Section:
+    """Tokens per second of each entry point, alone and beside busy processes."""
+    rows = [
+        (name, f"{row['quiet']:.1f}", f"{row['busy']:.1f}", f"{row['ratio']:.2f}")
+        for name, row in found.items()
+    ]
+    head = ("entry point", "alone, tok/s", "beside a busy process for every two CPUs", "ratio")
+    return Section("busy", "", head=head, rows=rows)
+
+
 def _noticed(row: Run) -> str:
     if "rounds_until_noticed" not in row:
         return ""

@@ -6,6 +6,7 @@ import copy
 import itertools
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import closing
@@ -64,6 +65,8 @@ log = logging.getLogger("smart.llm")
 
 Message = Mapping[str, Any]
 T = TypeVar("T")
+LOOK = 0.05  # seconds between two looks at what is measured
+PATIENCE = 3.0  # seconds of others' answers that a batch waits for, while costs are measured
 
 
 class LLM:
@@ -102,6 +105,7 @@ class LLM:
         self.record = Record()
         self.engine_thread.observers.append(self.record)
         self._count = itertools.count(1)
+        self._measuring = threading.Lock()
 
     def sharing_weights(self, speculative_config: Mapping[str, Any] | bool | None) -> LLM:
         """Another engine, drafter and policy over this one's weights and KV memory: to compare them
@@ -134,14 +138,35 @@ class LLM:
         After a lone answer that is else done bit by bit, while nobody asks.
 
         To be called while no request runs: KV memory is overwritten."""
-        profile = self.speculation.profile
-        if profile is None or profile.known:
-            return
+        self._measure()
+
+    def _measure(self, patience: float | None = None) -> None:
+        """patience: for a batch, seconds of other callers' requests that it waits for in all; it
+        joins those that run already. Without it all is measured, however long that takes."""
         thread = self.engine_thread
-        if thread.started:
-            finish(partial(thread.still_does, profile), lambda: profile.share)
-        else:
-            in_own_thread(lambda: finish(profile.step, lambda: profile.share))
+        thread.require_another()
+        profile = self.speculation.profile
+        if profile is None:
+            return
+        looks = float("inf") if patience is None else patience / LOOK
+
+        def waits() -> bool:
+            nonlocal looks
+            time.sleep(LOOK)
+            looks -= self.engine.has_unfinished_requests
+            return looks > 0 and thread.still_does(profile)
+
+        with self._measuring:  # of several callers one measures, and says so
+            if profile.known or not thread.still_does(profile):
+                return
+            if patience is not None:
+                if self.engine.has_unfinished_requests:
+                    return
+                thread.start()  # so that other callers are answered between its steps
+            if thread.started:
+                finish(waits, lambda: profile.share)
+            else:
+                in_own_thread(lambda: finish(profile.step, lambda: profile.share))
 
     def _engine(self, speculation: Speculation, config: EngineConfig) -> Engine:
         engine = Engine(
@@ -187,11 +212,8 @@ class LLM:
         ready = [self.text_prompt(prompt) for prompt in many]
         job = self.job(ready, params)
         job.on_round = on_step
-        if job.size > 1 and not self.engine_thread.started:
-            # A guess of what rows cost can make a batch much slower, and a lone answer hardly. In
-            # the engine thread, so that other callers are answered between its steps.
-            self.engine_thread.start()
-            self.take_profile()
+        if job.size > 1:  # a guess of what rows cost can make it much slower; a lone answer hardly
+            self._measure(PATIENCE)
         with tqdm(total=job.size, desc="answers", disable=None if use_tqdm else True) as bar:
             for _ in self.engine_thread.results(job):  # nothing comes before an answer's end
                 bar.update()

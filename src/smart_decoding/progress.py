@@ -1,5 +1,5 @@
-"""Long steps say that they run: as a bar on a terminal, else as lines of the logger `smart.steps`,
-which the command line shows."""
+"""Long steps say that they run: as a bar on a terminal, else as lines on standard error, or in the
+log of a program that has set up the logger `smart`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,15 @@ from tqdm import tqdm
 log = logging.getLogger("smart.steps")
 
 
+def _say(line: str) -> None:
+    """A program that logs INFO gets it there; one that gave `smart` another level gets nothing."""
+    shown = log.isEnabledFor(logging.INFO) and log.hasHandlers()
+    if shown or log.level or logging.getLogger("smart").level:
+        log.info(line)
+    else:
+        print(f"smart: {line}", file=sys.stderr, flush=True)
+
+
 @contextmanager
 def long_step(what: str, total: float, unit: str = "it") -> Iterator[Callable[[float], object]]:
     """what: such as 'measuring costs'. Yields what takes the progress made, of `total` in all."""
@@ -22,7 +31,7 @@ def long_step(what: str, total: float, unit: str = "it") -> Iterator[Callable[[f
         with tqdm(total=total, desc=what, unit=unit, bar_format=shown, leave=False) as bar:
             yield bar.update
         return
-    log.info("%s ...", what)
+    _say(f"{what} ...")
     start = time.perf_counter()
     yield lambda _: None
-    log.info("%s: done in %.1f s", what, time.perf_counter() - start)
+    _say(f"{what}: done in {time.perf_counter() - start:.1f} s")

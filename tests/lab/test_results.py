@@ -68,6 +68,10 @@ def test_a_changed_file_makes_its_page_stale(
     file.write_text(json.dumps({"robustness": [{**case, "speedup": 1.5}]}))
     assert main(["results", "--folder", str(tmp_path), "--check"], LAB) == 2
     assert "not up to date" in capsys.readouterr().err
+    beside = {"quiet": 200.04, "busy": 140.0, "ratio": 0.7}
+    (folder / "2026-11-26-busy.json").write_text(json.dumps({"busy": {"serve": beside}}))
+    assert main(["results", "--folder", str(tmp_path)], LAB) == 0
+    assert "| serve | 200.0 | 140.0 | 0.70 |" in (folder / "README.md").read_text()
     for name, content in (
         ("2026-11-26-cooking", "{}"),
         ("2026-11-26-bench", "{"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import signal
 import socket
@@ -21,11 +22,11 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 import torch
-from serving import NAME, post, serving, wait_for
+from serving import NAME, post, serving, slow, wait_for
 
 from smart_decoding.core.cost import CostModel
 from smart_decoding.engine.sampling_params import SamplingParams
-from smart_decoding.errors import ModelError
+from smart_decoding.errors import ConfigError, ModelError
 from smart_decoding.profiling import measure
 from smart_decoding.profiling.cache import load_profile, profile_path, save_profile
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 SMART = {"method": "recycling"}  # under the policy `smart`, which needs a profile
 BODY = {"model": NAME, "prompt": "abcabc", "max_tokens": 40, "temperature": 0, "ignore_eos": True}
+NATIVE_CODE = (b"\x7fELF", b"\xcf\xfa\xed\xfe", b"\xca\xfe\xba\xbe", b"MZ")  # how it begins
 COST = CostModel.from_table({1: {1: 0.001, 8: 0.002}}, {1: 0.001})
 
 
@@ -214,6 +216,61 @@ def test_the_profile_is_taken_after_the_first_answer_and_changes_none(
     assert profile(load(speculative_config=SMART)).known
 
 
+def test_a_batch_after_a_lone_answer_runs_on_measured_costs(
+    cache: Path, load: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It ran on a guess. Of several batches at once none does, and one tells that it measures."""
+    caplog.set_level(logging.INFO, "smart.steps")
+    steps = Steps(monkeypatch, held=True)
+    llm = load(speculative_config=SMART)
+    params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
+    with pytest.raises(ConfigError, match="on_step cannot ask the model"):
+        llm.generate("abc", params, on_step=lambda touched: llm.generate(["a", "b"]))
+    assert steps.begun.wait(10)
+    known: list[bool] = []
+
+    def batch(_number: int) -> None:
+        llm.generate(["abc"] * 3, params, on_step=lambda _: known.append(profile(llm).known))
+
+    with ThreadPoolExecutor(4) as pool:
+        batches = [pool.submit(batch, number) for number in range(4)]
+        assert wait_for(lambda: "measuring costs" in caplog.text)
+        steps.go.set()
+        for each in batches:
+            each.result(20)
+    assert set(known) == {True}
+    assert caplog.text.count("measuring costs, once ...") == 1
+    llm.engine.check_integrity()
+
+
+def test_a_batch_waits_for_costs_while_others_ask_but_not_for_ever(
+    cache: Path, load: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The profile would take ten minutes, and is only taken while nobody asks."""
+    monkeypatch.setattr(measure, "SECONDS", 600.0)
+    monkeypatch.setattr("smart_decoding.llm.PATIENCE", 0.1)
+    steps = Steps(monkeypatch, held=True)
+    llm = slow(load(speculative_config=SMART), 0.002)
+    params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+    with ThreadPoolExecutor(3) as pool:
+        batch = pool.submit(llm.generate, ["abc"] * 2, params)
+        assert steps.begun.wait(10)
+
+        def others() -> None:
+            while not batch.done():
+                llm.generate("abc", params)
+
+        asking = [pool.submit(others) for _ in range(2)]
+        steps.go.set()
+        try:
+            assert len(batch.result(20)) == 2
+            for each in asking:
+                each.result(20)
+            assert not profile(llm).known
+        finally:
+            llm.engine_thread.stop()
+
+
 def test_requests_are_answered_between_steps_of_the_profile_and_a_stop_leaves_nothing(
     cache: Path, load: Any, plain: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -347,7 +404,7 @@ def start(folder: str, port: int, *more: str) -> subprocess.Popen[bytes]:
 
 def test_killed_in_the_middle_and_started_again(cache: Path, load: Any, plain: LLM) -> None:
     """With SIGKILL while an answer streams: the next start takes the same port and the same
-    profile."""
+    profile. The cache then holds that, and no native code."""
     llm = load(speculative_config=SMART)
     llm.take_profile()
     path = profile_of(plain)
@@ -380,6 +437,9 @@ def test_killed_in_the_middle_and_started_again(cache: Path, load: Any, plain: L
         assert process.wait(20) in (0, -signal.SIGTERM)
         assert time.monotonic() - started < 10
     assert process.stderr is not None
+    kept = [file for file in cache.rglob("*") if file.is_file()]
+    assert {file.relative_to(cache).parts[0] for file in kept} == {"profiles"}
+    assert not [file for file in kept if file.read_bytes().startswith(NATIVE_CODE)]
     lines = [json.loads(line) for line in process.stderr.read().splitlines()]
     assert {"time", "level", "logger", "message"} <= set.intersection(*map(set, lines))
     assert any(line["message"] == "ready" for line in lines)

@@ -135,20 +135,27 @@ def test_six_bombs_beside_a_client(
     running: Running, plain: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its answers are those alone, and neither they nor its own grammars wait for the bombs."""
+
+    def answered(number: int) -> float:
+        started = time.monotonic()
+        answer = post(running, "/v1/completions", json=BODY).json()
+        assert answer["choices"][0]["text"] == wanted
+        assert asked(running, {"regex": f"own {number}"}).status_code == 200
+        return time.monotonic() - started
+
     monkeypatch.setattr(grammar_queue, "SECONDS", 60.0)
     params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
     wanted = plain.generate("abc", params)[0].outputs[0].text
+    alone = max(answered(number) for number in range(3))
     works = running.worker.grammars._works
     bombs = [hanging(running, structured(optional(6000, f"bomb_{i}"))) for i in range(3)]
     assert wait_for(lambda: len(works) == 3 and len(children_of(running)) == 1)
     with ThreadPoolExecutor(3) as pool, stretches_of_loops() as stretches:
         large = [pool.submit(asked, running, optional(9000, f"{i}" * 100)) for i in range(3)]
-        for count in range(3):
-            answer = post(running, "/v1/completions", json=BODY).json()
-            assert answer["choices"][0]["text"] == wanted
-            assert asked(running, {"regex": f"own {count}"}).status_code == 200
+        beside = [answered(number) for number in range(3, 6)]
         assert [bomb.result().status_code for bomb in large] == [400] * 3
     assert max(stretches) < 0.1
+    assert max(beside) < 2 + 8 * alone
     assert len(works) == 3  # still
     for bomb in bombs:
         bomb.close()

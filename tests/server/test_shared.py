@@ -39,11 +39,11 @@ def client(running: Running, address: str = "127.0.0.2") -> Iterator[httpx.Clien
         yield made
 
 
-def longest_gap(running: Running, done: threading.Event) -> float:
+def longest_gap(running: Running, done: threading.Event, address: str = "127.0.0.2") -> float:
     """Seconds between two pieces of a stream, or to an answer about health, at most."""
     longest = 0.0
     whole = 0
-    with client(running) as bystander:
+    with client(running, address) as bystander:
         while not done.is_set():
             last = time.monotonic()
             lines = [""]
@@ -86,6 +86,26 @@ def test_who_sends_four_megabytes_holds_up_nobody(running: Running) -> None:
         assert answer.status_code == 400
         assert answer.json()["error"]["code"] == "context_length_exceeded"
         assert answer.json()["error"]["param"] in ("prompt", "messages")
+    assert running.idle()
+
+
+def test_two_addresses_that_tokenise_four_megabytes_hold_up_nobody(running: Running) -> None:
+    """A bystander waited 13 s, and who asked about health 22 s."""
+
+    def hostile(address: str) -> list[int]:
+        with client(running, address) as attacker:
+            body = {"prompt": HUGE}
+            return [attacker.post("/tokenize", json=body).status_code for _ in range(4)]
+
+    done = threading.Event()
+    with ThreadPoolExecutor() as pool, stretches_of_loops() as stretches:
+        gap = pool.submit(longest_gap, running, done, "127.0.0.4")
+        sent = [pool.submit(hostile, address) for address in ("127.0.0.2", "127.0.0.3") * 2]
+        wait(sent)
+        done.set()
+        assert gap.result() < 1.5
+    assert max(stretches) < 0.1
+    assert [each.result() for each in sent] == [[400] * 4] * 4
     assert running.idle()
 
 

@@ -4,7 +4,8 @@ refused in one line."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -624,6 +625,28 @@ def test_gguf_is_converted_once_and_again_when_damaged(
     assert len(list(sharded.tokenizer_source.glob("*.safetensors"))) > 2
     assert all(torch.equal(sharded.weights[key], tensor) for key, tensor in expected.items())
     transformers.AutoModelForCausalLM.from_pretrained(sharded.tokenizer_source)
+
+
+@pytest.mark.parametrize("quantization", [None, "off"])
+def test_a_conversion_tells_its_progress(
+    tmp_path: Path,
+    own_cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    quantization: str | None,
+) -> None:
+    made: list[float] = []
+
+    @contextmanager
+    def recorded(what: str, total: float) -> Iterator[Callable[[float], None]]:
+        assert what == "converting tiny.gguf, once"
+        assert total == 1.0
+        yield made.append
+
+    monkeypatch.setattr("smart_decoding.models.gguf.long_step", recorded)
+    write_gguf(tmp_path / "tiny.gguf", "llama", gguf.GGMLQuantizationType.Q8_0)
+    load_checkpoint(tmp_path / "tiny.gguf", quantization=quantization)
+    assert sum(made) == pytest.approx(1.0)
+    assert len(made) == 1 if quantization is None else len(made) > 10
 
 
 def test_refuses_damaged_and_unsupported_gguf(tmp_path: Path, own_cache: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Iterator
 
 import pytest
 
@@ -11,16 +12,43 @@ from smart_decoding.cli import run as cli_run
 from smart_decoding.progress import long_step
 
 
+@pytest.fixture
+def as_nobody_set_it_up() -> Iterator[None]:
+    logger = logging.getLogger("smart.steps")
+    before = logger.level
+    logger.setLevel(logging.NOTSET)
+    yield
+    logger.setLevel(before)
+
+
+def said_of_a_step(capsys: pytest.CaptureFixture[str]) -> str:
+    with long_step("measuring", 2.0) as progress:
+        progress(1.0)
+    return capsys.readouterr().err
+
+
 def test_in_a_pipe_a_step_has_a_line_at_its_beginning_and_at_its_end(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    as_nobody_set_it_up: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in ("smart.steps", "smart.memory"):
-        monkeypatch.setattr(logging.getLogger(name), "handlers", [])
+    """From the command line, and in any program that makes an `LLM`."""
     cli_run.show_steps()
     with long_step("measuring", 2.0) as progress:
         assert capsys.readouterr().err == "smart: measuring ...\n"
         progress(1.0)
     assert capsys.readouterr().err == "smart: measuring: done in 0.0 s\n"
+
+
+def test_a_program_that_logs_gets_each_line_once_and_one_that_wants_silence_has_it(
+    as_nobody_set_it_up: None,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)  # of the root
+    assert said_of_a_step(capsys) == ""
+    assert caplog.messages == ["measuring ...", "measuring: done in 0.0 s"]
+    caplog.set_level(logging.WARNING, "smart")
+    assert said_of_a_step(capsys) == ""
+    assert len(caplog.messages) == 2
 
 
 def test_on_a_terminal_a_step_has_a_bar(

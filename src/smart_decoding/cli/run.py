@@ -198,14 +198,13 @@ def rate(answer: CompletionOutput) -> float | None:
 
 
 def show_steps() -> None:
-    """Lets long steps appear on standard error, and on a terminal the estimate of memory."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("smart: %(message)s"))
-    for name in ("smart.steps", *(["smart.memory"] if sys.stderr.isatty() else [])):
-        logger = logging.getLogger(name)
-        if not logger.handlers:
-            logger.addHandler(handler)
-            logger.setLevel(logging.INFO)
+    """Lets the estimate of memory appear on a terminal, beside long steps, which always do."""
+    logger = logging.getLogger("smart.memory")
+    if sys.stderr.isatty() and not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("smart: %(message)s"))
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
 
 
 def announce_default(llm: LLM, config: Mapping[str, Any] | None) -> None:

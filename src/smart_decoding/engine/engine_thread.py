@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("smart.engine")
 LONGEST_ROUND = 10.0  # seconds that an end waits for the present round
-LOOK = 0.05  # seconds between two looks at idle work
 
 
 class IdleWork(Protocol):
@@ -70,9 +69,13 @@ class EngineThread:
         self.inbox.wake()
 
     def still_does(self, work: IdleWork) -> bool:
-        """Whether this work is still to be done, after a moment; it is not if it raised."""
-        time.sleep(LOOK)
+        """Whether this work is still to be done; it is not if it raised."""
         return work in self._idle_work
+
+    def require_another(self) -> None:
+        """Raises ConfigError in the engine thread itself, which cannot wait for what it does."""
+        if threading.current_thread() is self._thread:
+            raise ConfigError("on_step cannot ask the model: it would wait for itself")
 
     def submit(self, job: Job) -> None:
         """Queues a job. Raises EngineStoppedError."""
@@ -91,8 +94,7 @@ class EngineThread:
 
         Raises what its asks or its `on_round` raised, EngineStoppedError, and ConfigError in the
         engine thread itself."""
-        if threading.current_thread() is self._thread:
-            raise ConfigError("on_step cannot ask the model: it would wait for itself")
+        self.require_another()
         box: SimpleQueue[list[Delivery]] = SimpleQueue()
         job.deliver = box.put
         left = job.size

@@ -77,8 +77,9 @@ def converted_folder(
     target = cache_dir() / "converted" / (key + ("-stored" if stored else ""))
     if not is_whole(target):
         shutil.rmtree(target, ignore_errors=True)
-        with reading(source.path), long_step(f"converting {source.path.name}, once", 1.0):
-            _convert(source, target, check, stored)
+        step = long_step(f"converting {source.path.name}, once", 1.0)
+        with reading(source.path), step as progress:
+            _convert(source, target, check, stored, progress)
     return target
 
 
@@ -159,7 +160,11 @@ def write_record(part: Path, told: Mapping[str, str]) -> None:
 
 
 def _convert(
-    source: Source, target: Path, check: Callable[[ModelConfig], None], stored: bool
+    source: Source,
+    target: Path,
+    check: Callable[[ModelConfig], None],
+    stored: bool,
+    progress: Callable[[float], object],
 ) -> None:
     metadata, tensors = read_gguf(source.path)
     rope_factors = tensors.pop("rope_freqs.weight", None)
@@ -177,9 +182,10 @@ def _convert(
         record = {"source": source.path.name}
         if stored:
             (part / _TENSORS).write_text(json.dumps(_index(config, tensors)))
+            progress(1.0)
         else:
             record["source_sha256"] = source.sha256 or sha256_of(source.path)
-            _write_weights(config, tensors, part, record)
+            _write_weights(config, tensors, part, record, progress)
         tokenizer.save(part)
         (part / "config.json").write_text(json.dumps(config.to_hf(), indent=1))
         write_record(part, record)
@@ -221,7 +227,11 @@ def move_into_place(part: Path, target: Path) -> None:
 
 
 def _write_weights(
-    config: ModelConfig, tensors: Mapping[str, Any], folder: Path, record: dict[str, str]
+    config: ModelConfig,
+    tensors: Mapping[str, Any],
+    folder: Path,
+    record: dict[str, str],
+    progress: Callable[[float], object],
 ) -> None:
     """Writes numbered shards and their index, so that memory stays bounded however large the model
     is."""
@@ -239,13 +249,12 @@ def _write_weights(
         weight_map.update(dict.fromkeys(shard, name))
         shard.clear()
 
-    with long_step("dequantising", len(tensors), "tensor") as progress:
-        for name, weight in _expanded(config, tensors):
-            if shard and sum(w.nbytes for w in shard.values()) + weight.nbytes > _SHARD:
-                flush()
-            shard[name] = weight
-            progress(1)
-        flush()
+    for name, weight in _expanded(config, tensors):
+        if shard and sum(w.nbytes for w in shard.values()) + weight.nbytes > _SHARD:
+            flush()
+        shard[name] = weight
+        progress(1 / len(tensors))
+    flush()
     (folder / "model.safetensors.index.json").write_text(
         json.dumps({"metadata": {}, "weight_map": weight_map})
     )
