@@ -79,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Prints a line for each entry point; 1 if one is below WANTED."""
-    check_outputs((args.json,), None)
+    check_outputs((args.json,))
     found = {name: measured(ENTRIES[name], args.tokens, args.turns) for name in args.only}
     for name, figures in found.items():
         quiet, busy, ratio = figures["quiet"], figures["busy"], figures["ratio"]
