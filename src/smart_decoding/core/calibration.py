@@ -2,10 +2,10 @@
 rounds.
 
 Learned is P(child accepted | parent accepted), by drafter, depth (6 and beyond together) and kind
-of request (greedy or not, with pictures in its prompt or not: confidence means something else
-there), on bins of the arcsine of sqrt(draft_prob), which are finer near 0 and 1. Few observations
-are no knowledge: each curve is shrunk towards its prior times what all depths together say about
-the prior, and made monotone in confidence.
+of request (greedy or not, with pictures in its prompt or not, under a grammar or not: confidence
+means something else there), on bins of the arcsine of sqrt(draft_prob), which are finer near 0 and
+1. Few observations are no knowledge: each curve is shrunk towards its prior times what all depths
+together say about the prior, and made monotone in confidence.
 
 Only children of accepted nodes are observed (the others are censored), pruned ones too: since
 whether a child is observed depends on its parent alone, the conditional probabilities are unbiased
@@ -34,7 +34,7 @@ from smart_decoding.core.tree import (
 BINS = 16  # of a curve
 FINE = 64  # of the interpolated table
 DEPTHS = 6
-KINDS = 4  # of requests: 1 if greedy, and 2 more with pictures
+KINDS = 8  # of requests: `BatchState.kind`
 MAX_PROB = 0.999
 MEMORY = 3000.0  # each curve remembers about its last 3000 observed children
 AFTER_CHANGE = 40.0  # and this many once the drafter has visibly changed
@@ -72,9 +72,9 @@ class Calibration:
         self.prior = default_prior(2) if prior is None else prior
         self.counts = np.zeros_like(self.prior) if counts is None else counts
         self.hits = self.counts * self.prior
-        self.drift = DriftDetector(len(self.prior))
-        self.changes = 0  # how often a drafter was found to have changed
-        self._before: dict[int, tuple[FloatArray, FloatArray, FloatArray]] = {}
+        self.drift = DriftDetector(len(self.prior) * KINDS)
+        self.changes = 0  # how often a drafter was found to have changed, for a kind of request
+        self._before: dict[tuple[int, int], tuple[FloatArray, FloatArray, FloatArray]] = {}
         self._refresh()
 
     def score(self, trees: DraftTrees, kind: KindArray) -> FloatArray:
@@ -98,7 +98,6 @@ class Calibration:
         if not len(nodes):
             return
         cells = self._cells(trees, kind, nodes)
-        source = trees.source.take(nodes)
         expected = self._lookup(cells)
         group, fine = np.divmod(cells, FINE)
         flat = group * BINS + _BIN_OF_FINE.take(fine)
@@ -107,9 +106,10 @@ class Calibration:
         keep = np.exp(seen.sum(axis=3, keepdims=True) * (-1.0 / MEMORY))
         self.counts = self.counts * keep + seen
         self.hits = self.hits * keep + hits
-        changed = self.drift.update(source, expected, chosen)
-        for drafter, ratio in changed:
-            self._rescale(drafter, ratio)
+        kinds = trees.source.take(nodes) * KINDS + group % KINDS
+        changed = self.drift.update(kinds, expected, chosen)
+        for drafter_kind, ratio in changed:
+            self._rescale(*divmod(drafter_kind, KINDS), ratio)
         self.changes += len(changed)
         self._refresh()
 
@@ -130,12 +130,12 @@ class Calibration:
     @classmethod
     def from_state(cls, state: Mapping[str, Any], weight: float = 40.0) -> Calibration:
         """Starts from a stored state as prior, each bin worth at most `weight` observations. What
-        was learned from text alone is the prior for requests with pictures, too, and worth none.
+        was learned of fewer kinds is the prior for the others, too, and worth none.
 
         Raises KeyError or ValueError if `state` is not one."""
         prior = np.asarray(state["curve"], np.float64)
         counts = np.asarray(state["counts"], np.float64)
-        if prior.ndim == 4 and prior.shape[2] == 2 and counts.shape == prior.shape:
+        while prior.ndim == 4 and prior.shape[2] in (2, KINDS // 2) and counts.shape == prior.shape:
             prior = np.concatenate((prior, prior), axis=2)
             counts = np.concatenate((counts, np.zeros_like(counts)), axis=2)
         fits = prior.ndim == 4 and prior.shape[1:] == (DEPTHS, KINDS, BINS)
@@ -171,31 +171,33 @@ class Calibration:
             empty = np.zeros_like(self.prior[:missing])
             self.counts = np.concatenate((self.counts, empty))
             self.hits = np.concatenate((self.hits, empty))
-            self.drift.reserve(source + 1)
+            self.drift.reserve((source + 1) * KINDS)
             self._refresh()
 
-    def _rescale(self, source: int, ratio: float) -> None:
+    def _rescale(self, source: int, kind: int, ratio: float) -> None:
         """The drafter has changed: what is known of it is scaled, and remembered weakly: it is soon
         relearned.
 
         What was known before it became worse is kept, for when it is found to be better again."""
-        prior = self.prior[source]
-        counts = self.counts[source]
-        hits = self.hits[source]
+        at = source, slice(None), kind
+        known = self.prior[at].copy(), self.counts[at].copy(), self.hits[at].copy()
+        prior, counts, hits = known
         if ratio < 1:
-            self._before.setdefault(source, (prior.copy(), counts.copy(), hits.copy()))
-            self._set(source, prior * ratio, counts, hits * ratio)
-        elif source in self._before:
-            self._set(source, *self._before.pop(source))
+            self._before.setdefault((source, kind), known)
+            self._set(at, prior * ratio, counts, hits * ratio)
+        elif (source, kind) in self._before:
+            self._set(at, *self._before.pop((source, kind)))
         else:
             better = _better(hits / np.maximum(counts, 1e-9), ratio) * counts
-            self._set(source, _better(prior, ratio), counts, better)
+            self._set(at, _better(prior, ratio), counts, better)
 
-    def _set(self, source: int, prior: FloatArray, counts: FloatArray, hits: FloatArray) -> None:
+    def _set(
+        self, at: tuple[int, slice, int], prior: FloatArray, counts: FloatArray, hits: FloatArray
+    ) -> None:
         weight = min(1.0, AFTER_CHANGE / max(float(counts.sum()), 1e-9))
-        self.prior[source] = np.clip(prior, 1e-4, MAX_PROB)
-        self.counts[source] = counts * weight
-        self.hits[source] = hits * weight
+        self.prior[at] = np.clip(prior, 1e-4, MAX_PROB)
+        self.counts[at] = counts * weight
+        self.hits[at] = hits * weight
 
     def _refresh(self) -> None:
         pool_hits = self.hits.sum(axis=1, keepdims=True)

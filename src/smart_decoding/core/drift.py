@@ -18,7 +18,8 @@ THRESHOLD = 8.0
 
 
 class DriftDetector:
-    """One pair of tests per drafter. State arrays have shape [2 (worse, better), sources]."""
+    """One pair of tests per source: a drafter with one kind of request. State arrays have shape [2
+    (worse, better), sources]."""
 
     def __init__(self, sources: int) -> None:
         self.evidence = np.zeros((2, sources))
@@ -35,7 +36,7 @@ class DriftDetector:
     def update(
         self, source: IntArray, expected: FloatArray, hit: BoolArray
     ) -> list[tuple[int, float]]:
-        """After observed children (arrays [observed]): the drafters that changed, each with
+        """After observed children (arrays [observed]): the sources that changed, each with
         accepted / expected since the change began."""
         size = self.evidence.shape[1]
         odds = expected / (1.0 - expected)

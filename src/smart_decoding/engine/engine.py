@@ -215,7 +215,7 @@ class Engine:
         if requests != self._batched:
             self._batched = requests
             self._traits = _traits(requests)
-        temperature, may_speculate, pictures = self._traits
+        temperature, may_speculate, pictures, constrained = self._traits
         return BatchState(
             context=np.array([r.table.length for r in requests], np.int64),
             remaining=np.array([r.remaining for r in requests], np.int64),
@@ -226,6 +226,7 @@ class Engine:
             has_model=has_model,
             has_free=drafter is not None and drafter.free,
             pictures=pictures,
+            constrained=constrained,
         )
 
     def _plan(self, batch: Batch, state: BatchState) -> TreeRule | None:
@@ -320,13 +321,21 @@ class Engine:
         self.pool.check_integrity(r.table for r in self._requests.values())
 
 
-def _traits(requests: Sequence[Request]) -> tuple[FloatArray, BoolArray, BoolArray | None]:
-    """What stays as it is as long as the batch is the same: temperature, may_speculate and pictures
-    of BatchState."""
+def _traits(
+    requests: Sequence[Request],
+) -> tuple[FloatArray, BoolArray, BoolArray | None, BoolArray | None]:
+    """What stays as it is as long as the batch is the same: temperature, may_speculate, pictures
+    and constrained of BatchState."""
     temperature = np.array([r.params.temperature for r in requests], np.float64)
     may_speculate = np.array([r.params.speculate for r in requests], np.bool_)
     pictures = np.array([r.media is not None for r in requests], np.bool_)
-    return temperature, may_speculate, pictures if pictures.any() else None
+    constrained = np.array([r.constraint is not None for r in requests], np.bool_)
+    return (
+        temperature,
+        may_speculate,
+        pictures if pictures.any() else None,
+        constrained if constrained.any() else None,
+    )
 
 
 def _allowed(batch: Batch, draft: Draft) -> IntArray:

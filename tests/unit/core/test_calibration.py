@@ -146,7 +146,7 @@ def test_monotone_in_confidence_whatever_was_observed() -> None:
 
 def test_fresh_state_starts_from_the_default_or_the_stored_prior() -> None:
     np.testing.assert_allclose(
-        Calibration().curve(1, np.full(KINDS, 0.25)), default_prior(1)[0, :, 0], atol=1e-12
+        Calibration().curve(1, np.full(KINDS, 1 / KINDS)), default_prior(1)[0, :, 0], atol=1e-12
     )
     trained = Calibration()
     rng = np.random.default_rng(2)
@@ -161,27 +161,28 @@ def test_fresh_state_starts_from_the_default_or_the_stored_prior() -> None:
         Calibration.from_state({"curve": [1.0], "counts": [1.0]})
 
 
-def test_requests_with_pictures_are_learned_apart() -> None:
+@pytest.mark.parametrize("field", ["pictures", "constrained"])
+def test_requests_of_another_kind_are_learned_apart(field: str) -> None:
     rng = np.random.default_rng(4)
     calibration = Calibration()
-    for prob in rng.random(800):  # the same confidence, but behind a picture rarely accepted
+    for prob in rng.random(800):  # the same confidence, but there rarely accepted
         trees = DraftTrees.empty(2)
         trees.append([0, 1], [1, 1], [-1, -1], [prob, prob])
         kind = BatchState(
             *np.ones((2, 2), np.int64),
             np.zeros(2),
             np.ones(2, bool),
-            pictures=np.array([False, True]),
+            **{field: np.array([False, True])},
         ).kind
         calibration.observe(trees, np.arange(2), rng.random(2) < prob * np.array([0.9, 0.2]), kind)
     trees = DraftTrees.empty(2)
     trees.append([0, 1], [1, 1], [-1, -1], [0.8, 0.8])
-    text, picture = calibration.score(trees, kind)
+    text, other = calibration.score(trees, kind)
     assert text > 0.6
-    assert picture < 0.3
+    assert other < 0.3
     both = calibration.curve(0, np.bincount(kind, minlength=KINDS) / 2)
     np.testing.assert_allclose(
-        both, (calibration.curve(0, np.eye(4)[1]) + calibration.curve(0, np.eye(4)[3])) / 2
+        both, sum(calibration.curve(0, np.eye(KINDS)[each]) for each in kind) / 2
     )
 
 
@@ -223,3 +224,21 @@ def test_unknown_confidence_scores_as_none() -> None:
     trees = DraftTrees.empty(1)
     trees.append([0, 0], [1, 2], [-1, -1], [np.nan, 0.5])
     assert Calibration().score(trees, GREEDY)[0] < 0.02
+
+
+def test_what_one_kind_of_request_reveals_is_no_change_of_the_drafter() -> None:
+    """Grammars under which hardly a proposal is accepted."""
+    rng = np.random.default_rng(5)
+    calibration = Calibration()
+    prob = np.full(4, 0.7)
+    for _ in range(40):
+        trees = DraftTrees.empty(2)
+        trees.append([0, 1], [1, 1], [-1, -1], prob[:2])
+        chosen = rng.random(2) < np.array([0.6, 0.01])
+        calibration.observe(trees, np.arange(2), chosen, np.array([1, 5], np.uint8))
+    assert calibration.changes > 0
+    trees = DraftTrees.empty(2)
+    trees.append([0, 1], [1, 1], [-1, -1], prob[:2])
+    free, constrained = calibration.score(trees, np.array([1, 5], np.uint8))
+    assert free > 0.5
+    assert constrained < 0.2

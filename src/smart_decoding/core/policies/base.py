@@ -33,6 +33,7 @@ class BatchState:
     has_model: whether a drafter with a model (head, draft model) is loaded.
     has_free: whether a drafter without model cost (n-gram, recycling) is loaded.
     pictures: whether the request's prompt has any, or None where none has.
+    constrained: whether a grammar allows but some tokens, or None where none does.
     """
 
     context: IntArray
@@ -44,6 +45,7 @@ class BatchState:
     has_model: bool = True
     has_free: bool = False
     pictures: BoolArray | None = None
+    constrained: BoolArray | None = None
 
     @property
     def size(self) -> int:
@@ -64,9 +66,12 @@ class BatchState:
 
     @property
     def kind(self) -> KindArray:
-        """[batch] 1 if greedy, and 2 more with pictures."""
-        greedy = (self.temperature <= 0).astype(np.uint8)
-        return greedy if self.pictures is None else greedy + 2 * self.pictures.astype(np.uint8)
+        """[batch] 1 if greedy, 2 more with pictures, and 4 more under a grammar."""
+        kind = (self.temperature <= 0).astype(np.uint8)
+        for more, those in ((2, self.pictures), (4, self.constrained)):
+            if those is not None:
+                kind += more * those.astype(np.uint8)
+        return kind
 
 
 @dataclass(slots=True)
