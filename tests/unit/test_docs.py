@@ -109,7 +109,7 @@ def test_entries_of_the_log_have_dates_in_order() -> None:
 
 def test_the_readme_table_is_in_the_files_that_it_names() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    folder = ROOT / "benchmarks" / "results" / "zen5"
+    folder = ROOT / "benchmarks" / "results" / "zen4"
     names = re.findall(r"`(2026-\S+\.json)`", readme)
     runs = [run for name in names for run in json.loads((folder / name).read_text())["runs"]]
     lines = re.findall(r"^\| \d+ \|.*\|$", readme, re.MULTILINE)
