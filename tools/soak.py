@@ -7,8 +7,8 @@ Two servers run side by side, `smart` and speculation off; blocks of load go to 
 with the same requests at the same times, so that a change of the machine's speed hits both. It
 looks for requests that fail, are refused or hang, for leaked slots, pages and memory, for answers
 that differ from the same request served alone without speculation (5 % of them, in float32), for
-anybody who waits longer than --max-gap seconds for the next piece of an answer, a bystander at an
-address of its own among them, and for a median that speculation has worsened. Every other client
+anybody at an address of his own who waits longer than --max-gap seconds for the next piece of an
+answer, a bystander among them, and for a median that speculation has worsened. Every other client
 has its own address; the rest share one, as behind a router. Prints a table (Markdown) and PASS or
 FAIL with the reasons, writes everything as JSON, and exits with 1 if something is wrong.
 """
@@ -76,6 +76,8 @@ SLOW = 0.1  # seconds that a slow reader sleeps after each piece
 GROWTH = 1.1  # times the memory after the first fifth of the run
 # seconds of load on one server, then on the other: the machine's speed changes within minutes
 BLOCK = 30.0
+# One client to the server, with one client's share: how long its readers wait is told, not bounded.
+SHARED = "a reader at the shared address"
 TLS = ssl.create_default_context()  # which is not used, and takes long to make
 
 
@@ -206,7 +208,8 @@ async def ask(client: httpx.AsyncClient, plan: Plan, name: str, figures: Figures
                 now = time.monotonic()
                 first = first or now
                 if plan.kind == "read":
-                    figures.gaps["a reader"] = max(figures.gaps["a reader"], now - last)
+                    who = SHARED if int(name.split("-")[1]) % 2 == 0 else "a reader"
+                    figures.gaps[who] = max(figures.gaps[who], now - last)
                 last = now
                 texts.append(piece)
                 tokens = total
@@ -371,7 +374,7 @@ def soak(args: argparse.Namespace, servers: dict[str, tuple[str, int]]) -> dict[
         each.wrong += [
             f"the longest wait was {gap:.2f} s: {what}"
             for what, gap in each.gaps.items()
-            if gap > args.max_gap
+            if gap > args.max_gap and what != SHARED
         ]
         if not each.whole:
             each.wrong.append("no answer of a bystander ended")

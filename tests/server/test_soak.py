@@ -52,7 +52,13 @@ def test_a_short_soak_finds_nothing_wrong(
         assert found["ends"]["read"] > 50
         assert found["ends"]["cancelled"] > 2
         assert found["ends"]["refused"] > 0
-        assert found["longest_wait_s"].keys() == {"a bystander", "a reader", "/health", "/metrics"}
+        assert found["longest_wait_s"].keys() == {
+            "a bystander",
+            "a reader",
+            tool.SHARED,
+            "/health",
+            "/metrics",
+        }
         assert found["checked"] > 2
         assert (found["rounds_off"] == 1.0) == (policy == "off")
     assert result["over_off"]["static"]["tpot"]["pairs"] > 20
