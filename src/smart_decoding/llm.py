@@ -49,6 +49,7 @@ from smart_decoding.multimodal.text_prompts import (
     template_options,
 )
 from smart_decoding.profiling.measure import finish
+from smart_decoding.progress import on_terminal
 from smart_decoding.speculation import (
     Speculation,
     SpeculativeConfig,
@@ -214,7 +215,7 @@ class LLM:
         job.on_round = on_step
         if job.size > 1:  # a guess of what rows cost can make it much slower; a lone answer hardly
             self._measure(PATIENCE)
-        with tqdm(total=job.size, desc="answers", disable=None if use_tqdm else True) as bar:
+        with tqdm(total=job.size, desc="answers", disable=not (use_tqdm and on_terminal())) as bar:
             for _ in self.engine_thread.results(job):  # nothing comes before an answer's end
                 bar.update()
         return self._outputs(job, ready)

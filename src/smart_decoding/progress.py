@@ -7,7 +7,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from tqdm import tqdm
 
@@ -19,14 +19,22 @@ def _say(line: str) -> None:
     shown = log.isEnabledFor(logging.INFO) and log.hasHandlers()
     if shown or log.level or logging.getLogger("smart").level:
         log.info(line)
-    else:
-        print(f"smart: {line}", file=sys.stderr, flush=True)
+    elif sys.stderr is not None:  # closed at the start
+        with suppress(OSError, ValueError):  # nobody reads it
+            print(f"smart: {line}", file=sys.stderr, flush=True)
+
+
+def on_terminal() -> bool:
+    """Whether somebody sees standard error, which may be closed."""
+    with suppress(AttributeError, ValueError):
+        return sys.stderr.isatty()
+    return False
 
 
 @contextmanager
 def long_step(what: str, total: float, unit: str = "it") -> Iterator[Callable[[float], object]]:
     """what: such as 'measuring costs'. Yields what takes the progress made, of `total` in all."""
-    if sys.stderr.isatty():
+    if on_terminal():
         shown = "{desc}: {percentage:3.0f}%|{bar}| {remaining} left"
         with tqdm(total=total, desc=what, unit=unit, bar_format=shown, leave=False) as bar:
             yield bar.update

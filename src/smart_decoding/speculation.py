@@ -191,7 +191,11 @@ def _sibling(
 ) -> Checkpoint | None:
     """The smaller model that drafts for the target by default, if it is at hand and fits."""
     name = target.provenance["model"]
-    found = cached_sibling(name, target.config.vocab, parameters(target.config))
+    try:
+        found = cached_sibling(name, target.config.vocab, parameters(target.config))
+    except (SmartError, OSError, TypeError, ValueError) as error:  # of damaged files of another
+        log.info("the cache is not searched for a smaller model: %s", error)
+        return None
     if found is None:
         return None
     sibling = found.name if isinstance(found, Source) else found

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 AGE = 256  # shared rounds after which a time is forgotten, and so measured again
 WEIGHT = 0.2  # of a round among those before
 OUTLIER = 2.0  # times what was expected: a round that takes longer counts as that
+MANY = 2.0  # times the others' mean rows
 MOST = 64  # of the shortest rounds that one forward charges at most: a stall is nobody's fault
 
 
@@ -38,12 +39,16 @@ class Shares:
         self._owed: dict[str, float] = {}  # seconds used beyond those allowed
         self._allowed = 0.0  # seconds of each client, in the last round
         self._times = RoundTimes()
+        self._rows: dict[str, float] = {}  # of a request of each client, in its last round
         self._grammars: dict[str, float] = {}  # mean seconds of a client's masks in a round, lately
 
     def next_round(self, clients: Collection[str], decoding: Sequence[Request]) -> None:
         """Says who waits. clients: of all requests; decoding: those that need no prompt."""
         self._shared = len(clients) > 1
         self.indebted = set()
+        for known in (self._rows, self._grammars):
+            for who in known.keys() - clients:
+                del known[who]
         if self._shared and self._owed:
             self.indebted = {who for who in clients if self._owed.get(who, 0.0) > self._allowed}
         self.resting = self._too_dear(decoding) if self.indebted else set()
@@ -55,15 +60,25 @@ class Shares:
 
     def _too_dear(self, decoding: Sequence[Request]) -> set[str]:
         """Those in debt that would use more of a round of all that decode than it pays."""
-        whole = len(decoding)
+        rows: dict[str, float] = {}
+        for request in decoding:
+            who = request.client
+            rows[who] = rows.get(who, 0.0) + self._rows.get(who, 1.0)
+        whole = sum(rows.values())
         usual = self._times.seconds(whole)
         paid = self._payment(usual)
-        rows = Counter(request.client for request in decoding)
 
-        def added(who: str) -> float:
-            return usual - self._times.seconds(whole - rows[who]) + self._grammars.get(who, 0.0)
+        def too_dear(who: str) -> bool:
+            mine = rows.get(who, 0.0)
+            masks = self._grammars.get(who, 0.0)
+            others = len(rows) - (who in rows)
+            # Who has about as many rows as others is not what makes the round dear; small rounds'
+            # times may be guesses.
+            many = mine * others > MANY * (whole - mine)
+            added = usual - self._times.seconds(whole - mine) + masks
+            return added > paid and (many or masks > paid)
 
-        return {who for who in self.indebted if added(who) > paid}
+        return {who for who in self.indebted if too_dear(who)}
 
     def _payment(self, seconds: float) -> float:
         """What a round pays of a debt: a fair part at least, for what is allowed may be a guess."""
@@ -79,7 +94,11 @@ class Shares:
         if not self._shared:
             self._pay(seconds, seconds)
             return
-        parts = _parts([*_verified(batch, done), *batch.prefill])
+        verified = _verified(batch, done)
+        parts = _parts([*verified, *batch.prefill])
+        requests = Counter(request.client for request, _ in verified)
+        for who, part in _parts(verified).items():
+            self._rows[who] = part.rows / requests[who]
         whole = _Part(
             sum(part.rows for part in parts.values()),
             sum(part.grammars for part in parts.values()),
@@ -140,7 +159,7 @@ class RoundTimes:
         """Of the shortest round. Some round must be known."""
         return min(time.seconds for time in self._known.values())
 
-    def seconds(self, rows: int) -> float:
+    def seconds(self, rows: float) -> float:
         """Of a round of so many rows; 0 where no round is known."""
         times = list(self._known.values())
         if not times:

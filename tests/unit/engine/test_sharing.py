@@ -247,3 +247,15 @@ def longest_wait(own_addresses: bool) -> float:
 def test_a_prompt_in_debt_does_not_stop_the_answer_to_it() -> None:
     """Among many clients no round has few rows, so that what one costs alone is a guess."""
     assert longest_wait(own_addresses=True) < 2 * longest_wait(own_addresses=False)
+
+
+def test_a_client_in_debt_rests_where_rounds_carry_drafts() -> None:
+    """Sixteen answers with trees beside one: their rows in a round are not one each."""
+    engine = new_engine("static", prefix_caching=False)
+    heavy = add(engine, "heavy", 16, 200)
+    begin(engine, heavy)
+    light = add(engine, "light", 1, 100)
+    begin(engine, light)
+    before = tokens_of(light)
+    seconds = until_done(engine, light)
+    assert (tokens_of(light) - before) / seconds > 0.4 * speed_alone("static", 1, 100)
