@@ -45,9 +45,8 @@ class Part:
 
 def run(options: BenchOptions, kind: Callable[..., Bench] | None = None) -> dict[str, Any]:
     """Measures everything asked for; returns what the JSON file has: 'provenance', 'runs' (policies
-    in blocks, maybe none), 'load', 'cost' (the
-    measured profile that policies started from, None if none needs one), 'limits' and 'memory'.
-    kind: makes a Bench with further parts.
+    in blocks, maybe none), 'load', 'cost' (the measured profile that policies started from, None if
+    none needs one), 'limits' and 'memory'. kind: makes a Bench with further parts.
 
     Raises CapacityError if the time limit was too short for a single cycle, and what LLM raises."""
     texts = {

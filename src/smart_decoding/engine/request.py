@@ -104,6 +104,11 @@ class Request:
         return len(self.tokens) - self.table.length
 
     @property
+    def decodes(self) -> bool:
+        """Whether its next round is one of its own tokens, and none of its prompt."""
+        return self.pending == 1 and bool(self.output)
+
+    @property
     def scores_prompt(self) -> bool:
         """Whether log probabilities of prompt tokens are still to come."""
         found = self.prompt_logprobs

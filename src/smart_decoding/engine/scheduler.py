@@ -72,7 +72,7 @@ class Scheduler:
         """The next round's requests, with KV memory for their committed rows reserved."""
         self.preempted = []
         clients = {request.client for request in (*self.running, *self.waiting.heads())}
-        self.shares.next_round(clients, [r for r in self.running if _decodes(r)])
+        self.shares.next_round(clients, self.running)
         batch = self._batch()
         if not batch and self.shares.indebted:
             self.shares.forgive()
@@ -84,7 +84,7 @@ class Scheduler:
         decode = []
         prompts = []
         for request in list(self.running):
-            if not _decodes(request):
+            if not request.decodes:
                 if request.client not in self.shares.indebted:
                     prompts.append(request)
             elif request.client in self.shares.resting:
@@ -180,8 +180,3 @@ class Scheduler:
         self.running.remove(request)
         self.waiting.appendleft(request)
         self.preempted.append(request)
-
-
-def _decodes(request: Request) -> bool:
-    """Whether its next round is one of its own tokens, and none of its prompt."""
-    return request.pending == 1 and bool(request.output)

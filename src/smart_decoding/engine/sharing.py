@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
 AGE = 256  # shared rounds after which a time is forgotten, and so measured again
 WEIGHT = 0.2  # of a round among those before
 OUTLIER = 2.0  # times what was expected: a round that takes longer counts as that
-MANY = 2.0  # times the others' mean rows
+MANY = 2.0  # times the others' mean rows: who has more than that makes a round dear
 MOST = 64  # of the shortest rounds that one forward charges at most: a stall is nobody's fault
 
 
@@ -42,16 +41,18 @@ class Shares:
         self._rows: dict[str, float] = {}  # of a request of each client, in its last round
         self._grammars: dict[str, float] = {}  # mean seconds of a client's masks in a round, lately
 
-    def next_round(self, clients: Collection[str], decoding: Sequence[Request]) -> None:
-        """Says who waits. clients: of all requests; decoding: those that need no prompt."""
+    def next_round(self, clients: Collection[str], running: Sequence[Request]) -> None:
+        """Says who waits. clients: of all requests, those that do not run yet included."""
         self._shared = len(clients) > 1
-        self.indebted = set()
+        self.forgive()
+        if not self._shared:
+            return
         for known in (self._rows, self._grammars):
             for who in known.keys() - clients:
                 del known[who]
-        if self._shared and self._owed:
-            self.indebted = {who for who in clients if self._owed.get(who, 0.0) > self._allowed}
-        self.resting = self._too_dear(decoding) if self.indebted else set()
+        self.indebted = {who for who in clients if self._owed.get(who, 0.0) > self._allowed}
+        if self.indebted:
+            self.resting = self._too_dear([request for request in running if request.decodes])
 
     def forgive(self) -> None:
         """Nobody waits in the present round: all others wait for what these have."""
@@ -96,9 +97,8 @@ class Shares:
             return
         verified = _verified(batch, done)
         parts = _parts([*verified, *batch.prefill])
-        requests = Counter(request.client for request, _ in verified)
         for who, part in _parts(verified).items():
-            self._rows[who] = part.rows / requests[who]
+            self._rows[who] = part.rows / part.requests
         whole = _Part(
             sum(part.rows for part in parts.values()),
             sum(part.grammars for part in parts.values()),
@@ -180,10 +180,11 @@ class _Time:
 
 @dataclass(slots=True)
 class _Part:
-    """Of a round: rows, and seconds in grammars."""
+    """Of a round: rows, seconds in grammars, and requests."""
 
     rows: int = 0
     grammars: float = 0.0
+    requests: int = 0
 
 
 def _verified(batch: Batch, done: Round) -> list[tuple[Request, int]]:
@@ -198,6 +199,7 @@ def _parts(rows: Sequence[tuple[Request, int]]) -> dict[str, _Part]:
     for request, count in rows:
         part = parts.setdefault(request.client, _Part())
         part.rows += count
+        part.requests += 1
         if request.constraint is not None:
             part.grammars += request.constraint.seconds
     return parts

@@ -111,9 +111,9 @@ class Measurement:
         if longest_context(target.max_positions, target.device):  # else too short to verify
             self._points = _points(target, drafter, pages, max_num_seqs, coarse)
         # Run once before any is timed; a GPU loads kernels at first use.
-        every = target.device.type == "cuda"
-        cold = [every or (point.cold and not coarse) for point in self._points]
-        self._cold = [p for i, p in enumerate(self._points) if i == 0 or cold[i]]
+        self._cold = self._points[:1] if coarse else [p for p in self._points if p.cold]
+        if target.device.type == "cuda":
+            self._cold = self._points[:]
         self._seconds = SECONDS if seconds is None else seconds
         self._clock = clock
         self._timed: list[tuple[Point, float, float]] = []  # with the reference just before it
@@ -189,7 +189,7 @@ def largest_batch(pages: int, max_num_seqs: int, device: torch.device) -> int:
     """The largest batch that is measured, in a cache of `pages`: what a profile says of larger ones
     is a guess."""
     grid = grid_of(device)
-    each = -(-(grid.contexts[0] + 1) // PAGE)
+    each = _pages_each(1, 1, grid.contexts[0])
     return max(
         batch
         for batch in grid.batches
