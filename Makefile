@@ -10,7 +10,7 @@ demo: .venv/.installed
 	$(BIN)/smart demo
 
 test: env
-	$(BIN)/python -m pytest -n auto --dist loadscope
+	$(BIN)/python -m pytest -n auto --dist loadscope --no-loadscope-reorder
 
 # Published draft heads: loading, proposals, export, training from one. Includes the shipped head (fetches its model).
 test-heads: env
@@ -33,13 +33,10 @@ test-wheel: wheel
 	$(BIN)/python tools/check_wheel.py dist/smart_decoding-*.whl
 
 # The CPU kernels in C++: every variant on this CPU, under qemu, or compiled only, as the last lines say; and this
-# CPU's best one with sanitizers, one by one: two at once take three times as long to compile. Debian:
-# g++-aarch64-linux-gnu and qemu-user for the variants of Arm.
+# CPU's best one with each sanitizer. Debian: g++-aarch64-linux-gnu and qemu-user for the variants of Arm.
 test-native:
 	$(PYTHON) tools/native_tests.py
-	$(PYTHON) tools/native_tests.py --quick --sanitize address
-	$(PYTHON) tools/native_tests.py --quick --sanitize undefined
-	$(PYTHON) tools/native_tests.py --quick --sanitize thread
+	$(PYTHON) tools/native_tests.py --quick --sanitize address,undefined,thread
 
 quality: env
 	$(BIN)/ruff check .

@@ -3,12 +3,12 @@ runs them where it can: on this CPU, else under qemu, else not at all, which the
 
     python tools/native_tests.py                               # all variants
     python tools/native_tests.py --variant neon --quick        # one, with fewer random cases
-    python tools/native_tests.py --sanitize address            # this CPU's best, with a sanitizer
-    python tools/native_tests.py --sanitize thread
+    python tools/native_tests.py --sanitize address,thread     # this CPU's best, with each of them
     python tools/native_tests.py --syntax                      # are there warnings, for any CPU?
 
-Needs g++; for other architectures g++-aarch64-linux-gnu and qemu-user. Objects are kept in
-build/native-tests by a hash of what they are made of. The exit code is 0 if nothing failed.
+Needs g++; for other architectures g++-aarch64-linux-gnu and qemu-user. All is compiled first, then
+programs run, two at a time. Objects are kept in build/native-tests by a hash of what they are made
+of. The exit code is 0 if nothing failed.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -52,18 +53,30 @@ CPUS = {  # of --syntax
     "aarch64": ("armv8-a", "armv8.2-a+bf16+dotprod", "armv8.2-a+bf16+dotprod+i8mm"),
 }
 EMULATE = "SMART_EMULATE_TILES"  # AMX's tiles as plain loops, for CPUs without
-COMPILES_AT_ONCE = 2
+AT_ONCE = 2  # compilers, and then programs
 CANNOT_RUN = 77  # exit code of a test program that this system cannot run
 LONGEST = 1800  # seconds of a run
 
 
+@dataclass(frozen=True)
+class Build:
+    """A test program; sanitize: with this sanitizer."""
+
+    variant: Variant
+    sanitize: str | None
+
+    @property
+    def name(self) -> str:
+        return self.variant.name + (f", {self.sanitize}" if self.sanitize else "")
+
+
 @dataclass
 class Outcome:
-    variant: Variant
+    build: Build
     how: str  # "ran", "ran under emulation", "compiled only", "not compiled", "FAILED"
     why: str = ""
-    compiled: float = 0.0  # seconds
-    ran: float = 0.0
+    ran: float = 0.0  # seconds
+    said: str = ""
 
 
 def main() -> int:
@@ -71,7 +84,7 @@ def main() -> int:
     add = parser.add_argument
     add("--variant", action="append", metavar="NAME", help="only this one; may be repeated")
     add("--quick", action="store_true", help="fewer random cases, as always under qemu")
-    add("--sanitize", metavar="LIST", help="address, undefined or thread")
+    add("--sanitize", metavar="LIST", help="address, undefined, thread: a program for each")
     add("--syntax", action="store_true", help="only look for warnings, as if for many CPUs")
     options = parser.parse_args()
     if options.syntax:
@@ -87,11 +100,15 @@ def main() -> int:
         asked = [known[name] for name in options.variant or ()] or best[:1]
     else:
         asked = [known[name] for name in options.variant or known]
+    sanitizers = options.sanitize.split(",") if options.sanitize else [None]
+    builds = [Build(variant, sanitize) for sanitize in sanitizers for variant in asked]
+    compile_all(builds)
     outcomes = []
-    for variant in asked:
-        print(f"--- {variant.name}", flush=True)
-        outcomes.append(attempt(variant, options.quick, options.sanitize))
-    report(outcomes, options.sanitize)
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        for outcome in pool.map(functools.partial(attempt, quick=options.quick), builds):
+            print(f"--- {outcome.build.name}\n{outcome.said}", end="", flush=True)
+            outcomes.append(outcome)
+    report(outcomes)
     return int(any(outcome.how == "FAILED" for outcome in outcomes))
 
 
@@ -189,65 +206,83 @@ def compile_one(unit: Unit) -> subprocess.CompletedProcess[str] | None:
     return done
 
 
-def build(cxx: str, variant: Variant, sanitize: str | None) -> Path | None:
-    """The test program of a variant, or None if a source does not compile."""
+def compile_all(builds: Sequence[Build]) -> None:
+    """Compiles what all of them are made of, each source once."""
     BUILD.mkdir(parents=True, exist_ok=True)
-    sources = units(cxx, variant, sanitize)
-    with ThreadPoolExecutor(COMPILES_AT_ONCE) as pool:
-        for done in pool.map(compile_one, sources):
+    started = time.perf_counter()
+    wanted = {
+        unit.target: unit
+        for build in builds
+        if (cxx := compiler(build.variant.machine)) is not None
+        for unit in units(cxx, build.variant, build.sanitize)
+    }
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        for done in pool.map(compile_one, wanted.values()):
             if done is not None and done.stderr:
                 shown = done.stderr if done.returncode else "\n".join(warnings(done.stderr))
                 print(shown.rstrip(), flush=True)
-    objects = [unit.target for unit in sources]
+    print(f"{len(wanted)} objects after {time.perf_counter() - started:.1f} s", flush=True)
+
+
+def link(cxx: str, build: Build) -> tuple[Path | None, str]:
+    """The test program, or None if a source does not compile, and what the linker says."""
+    objects = [unit.target for unit in units(cxx, build.variant, build.sanitize)]
     if not all(path.exists() for path in objects):
-        return None
-    names = hashlib.sha256("\n".join((variant.name, *map(str, objects))).encode()).hexdigest()[:16]
-    program = BUILD / f"kernels_test-{variant.name}-{names}"
+        return None, ""
+    names = "\n".join((build.variant.name, *map(str, objects)))
+    digest = hashlib.sha256(names.encode()).hexdigest()[:16]
+    program = BUILD / f"kernels_test-{build.variant.name}-{digest}"
     if not program.exists():
-        how = [f"-fsanitize={sanitize}"] if sanitize else []
-        how.append("-pthread" if sanitize == "thread" else "-fopenmp")
+        how = [f"-fsanitize={build.sanitize}"] if build.sanitize else []
+        how.append("-pthread" if build.sanitize == "thread" else "-fopenmp")
         command = [cxx, *how, *map(str, objects), "-o", str(program)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            print(done.stderr.rstrip(), flush=True)
-            return None
-    return program
+            return None, done.stderr
+    return program, ""
 
 
 # ---------------------------------------------------------------------------------------- running
 
 
-def attempt(variant: Variant, quick: bool, sanitize: str | None) -> Outcome:
+def attempt(build: Build, quick: bool) -> Outcome:
+    """Links a program and runs it, if it can be."""
+    variant = build.variant
     cxx = compiler(variant.machine)
     if cxx is None:
-        return Outcome(variant, "not compiled", f"no {triplet(variant.machine)}-g++")
+        return Outcome(build, "not compiled", f"no {triplet(variant.machine)}-g++")
     if f"-D{EMULATE}" in variant.flags and not known_to_csrc(EMULATE):
-        return Outcome(variant, "not compiled", f"csrc does not know {EMULATE}")
-    start = time.perf_counter()
-    program = build(cxx, variant, sanitize)
-    compiled = time.perf_counter() - start
+        return Outcome(build, "not compiled", f"csrc does not know {EMULATE}")
+    program, said = link(cxx, build)
     if program is None:
-        return Outcome(variant, "FAILED", "it does not compile", compiled)
+        return Outcome(build, "FAILED", "it does not compile", said=said)
     command, how = [str(program)], "ran"
     if not runs_here(variant):
         emulated = emulator(variant)
         if emulated is None:
-            return Outcome(variant, "compiled only", lacking(variant), compiled)
+            return Outcome(build, "compiled only", lacking(variant))
         command, how, quick = [*emulated, *command], "ran under emulation", True
     command += ["--quick"] if quick else []
     # Threads that wait for one another must not spin: there may be more of them than cores.
     environment = {"OMP_WAIT_POLICY": "passive", **os.environ}
     start = time.perf_counter()
-    try:
-        code = subprocess.run(command, timeout=LONGEST, env=environment).returncode
-    except subprocess.TimeoutExpired:
-        return Outcome(variant, "FAILED", f"not done after {LONGEST} s", compiled, LONGEST)
-    ran = time.perf_counter() - start
+    with tempfile.TemporaryFile("w+") as output:
+        try:
+            code = subprocess.run(
+                command, timeout=LONGEST, env=environment, stdout=output, stderr=output
+            ).returncode
+        except subprocess.TimeoutExpired:
+            code = None
+        ran = time.perf_counter() - start
+        output.seek(0)
+        said = output.read()
+    if code is None:
+        return Outcome(build, "FAILED", f"not done after {LONGEST} s", ran, said)
     if code == CANNOT_RUN:
-        return Outcome(variant, "compiled only", "the system refuses what it needs", compiled)
+        return Outcome(build, "compiled only", "the system refuses what it needs", ran, said)
     if code:
-        return Outcome(variant, "FAILED", f"exit code {code}", compiled, ran)
-    return Outcome(variant, how, "", compiled, ran)
+        return Outcome(build, "FAILED", f"exit code {code}", ran, said)
+    return Outcome(build, how, "", ran, said)
 
 
 def known_to_csrc(word: str) -> bool:
@@ -261,17 +296,16 @@ def lacking(variant: Variant) -> str:
     return "this CPU lacks " + " ".join(variant.lacking)
 
 
-def report(outcomes: Sequence[Outcome], sanitize: str | None) -> None:
-    print(f"\n{'variant':<16}{'architecture':<14}{'built, s':>9}{'ran, s':>9}  result")
+def report(outcomes: Sequence[Outcome]) -> None:
+    print(f"\n{'variant':<24}{'architecture':<14}{'ran, s':>9}  result")
     for o in outcomes:
         result = f"{o.how}: {o.why}" if o.why else o.how
-        seconds = f"{o.compiled:>9.1f}{o.ran:>9.1f}"
-        print(f"{o.variant.name:<16}{o.variant.machine:<14}{seconds}  {result}")
-    print(f"\nsanitizers: {sanitize}" if sanitize else "")
+        print(f"{o.build.name:<24}{o.build.variant.machine:<14}{o.ran:>9.1f}  {result}")
+    print()
     for how in ("ran", "ran under emulation", "compiled only", "not compiled", "FAILED"):
-        names = [o.variant.name for o in outcomes if o.how == how]
+        names = [o.build.name for o in outcomes if o.how == how]
         if names or how != "FAILED":
-            print(f"{how}: {', '.join(names) or 'none'}")
+            print(f"{how}: {'; '.join(names) or 'none'}")
 
 
 def syntax() -> int:
@@ -289,7 +323,7 @@ def syntax() -> int:
             jobs += [(source, cpu, [*command, f"-march={cpu}", source]) for source in sources]
     run = functools.partial(subprocess.run, cwd=ROOT, capture_output=True, text=True)
     failed = []
-    with ThreadPoolExecutor(COMPILES_AT_ONCE) as pool:
+    with ThreadPoolExecutor(AT_ONCE) as pool:
         answers = list(pool.map(run, [command for *_, command in jobs]))
     for (source, cpu, _), answer in zip(jobs, answers, strict=True):
         if answer.returncode:

@@ -42,12 +42,13 @@ def synthetic(
 
     Raises ConfigError for a number that such a tree cannot yield."""
     low, high = EASES
-    for _ in range(9):
+    possible = 1 < tokens_per_round < LEVELS + 1
+    for _ in range(9 if possible else 0):
         ease = (low + high) / 2
         tried = _draw(ease, min(8, answers), min(40, length), context, seed, spread)
         found = _yield(tried, tree or {})
         low, high = (ease, high) if found < tokens_per_round else (low, ease)
-    if not EASES[0] + 0.01 < low < EASES[1] - 0.01 or not 1 < tokens_per_round < LEVELS + 1:
+    if not possible or not EASES[0] + 0.01 < low < EASES[1] - 0.01:
         raise ConfigError(
             f"{tokens_per_round:g} tokens per round cannot be had from a tree of {LEVELS} levels"
         )

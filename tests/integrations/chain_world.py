@@ -84,5 +84,7 @@ class World:
 
 
 def _run_length(random: np.random.Generator, probability: float, most: int) -> int:
+    if not most:
+        return 0
     outcomes = random.random(most) < probability
     return most if outcomes.all() else int(outcomes.argmin())

@@ -24,15 +24,19 @@ from smart_lab.page import page, verdict
 from smart_lab.results import LabResults
 
 
-@pytest.fixture
-def document() -> ElementTree.Element:
-    return ElementTree.fromstring(page(LabResults.from_dict(results())))
+@pytest.fixture(scope="module")
+def source() -> str:
+    return page(LabResults.from_dict(results()))
+
+
+@pytest.fixture(scope="module")
+def document(source: str) -> ElementTree.Element:
+    return ElementTree.fromstring(source)
 
 
 def test_the_page_is_well_formed_and_needs_nothing_from_outside(
-    document: ElementTree.Element,
+    document: ElementTree.Element, source: str
 ) -> None:
-    source = page(LabResults.from_dict(results()))
     assert source.startswith("<!DOCTYPE html>")
     assert not re.search(r"https?:|//[a-z]|url\((?!#)|@import", source)
     assert not {"script", "link", "img", "iframe", "object"} & {e.tag for e in document.iter()}
@@ -49,10 +53,11 @@ def test_the_figure_is_drawn(document: ElementTree.Element) -> None:
     assert len([svg for svg in svgs if svg.get("role") == "img"]) == 1
 
 
-def test_drawings_follow_the_page_and_do_not_share_ids(document: ElementTree.Element) -> None:
+def test_drawings_follow_the_page_and_do_not_share_ids(
+    document: ElementTree.Element, source: str
+) -> None:
     ids = [e.get("id") for s in document.iter("svg") for e in s.iter() if e.get("id")]
     assert len(ids) == len(set(ids)) > 10
-    source = page(LabResults.from_dict(results()))
     assert "currentColor" in source
     assert plots.INK not in source
     assert set(re.findall(r"url\(#([^)]*)\)", source)) <= set(ids)

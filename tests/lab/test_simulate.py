@@ -120,8 +120,14 @@ def test_synthetic_acceptance_is_what_was_asked_for(tokens):
     recording = synthetic(tokens, answers=30, length=40)
     ((_, found),) = Sweep(recording, [EAGLE_2]).rank(COST, 1)
     assert found.tokens_per_round == pytest.approx(tokens, rel=0.12)  # answers end in mid-round
-    again = synthetic(tokens, answers=30, length=40)
-    assert np.array_equal(again.token, recording.token)
+
+
+def test_what_is_drawn_is_the_same_each_time(trace):
+    again = synthetic(3.0, answers=8, length=24, context=50)
+    assert np.array_equal(again.token, trace.recording.token)
+
+
+def test_more_tokens_than_a_tree_has_levels_cannot_be_had():
     with pytest.raises(ConfigError, match="cannot be had"):
         synthetic(30.0)
 

@@ -381,7 +381,7 @@ def test_limits_are_positive_and_shares_are_shares():
     import torch
 
     from smart_decoding.bench import limits
-    from smart_decoding.bench.peak import forget_peak, peak_gib
+    from smart_decoding.bench.provenance import forget_peak, peak_gib
 
     found = limits.measure_limits(torch.float32, torch.device("cpu"))
     assert 0.1 < found["gb_per_s"] < 10_000
