@@ -10,8 +10,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from smart_decoding.bench.command import words_of
-from smart_decoding.bench.options import BASELINE, MEAN_PROMPT, Arm, BenchOptions
-from smart_decoding.bench.presets import EAGLE_2, PRESETS
+from smart_decoding.bench.options import (
+    BASELINE,
+    EAGLE_2,
+    MEAN_PROMPT,
+    PRESETS,
+    Arm,
+    BenchOptions,
+)
 from smart_decoding.errors import ConfigError
 from smart_lab.ablations import VARIANTS
 from smart_lab.peers.catalogue import environments_of, wanted

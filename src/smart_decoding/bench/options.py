@@ -17,6 +17,17 @@ from smart_decoding.models.registry import DEFAULT_MODEL
 BASELINE, OURS = "off", "smart"
 SLOTS = 16  # requests at once under load
 MEAN_PROMPT = 1024  # tokens, at most
+EAGLE_2 = "eagle2:depth=7,top_k=10,total_tokens=60"  # its published size
+# The ready-made run `--quick`, to see something within three minutes.
+QUICK: dict[str, Any] = {
+    "policies": ("off", "smart", "paper", "eagle2"),
+    "policy_options": (EAGLE_2,),
+    "batch_sizes": (1, 4, 16),
+    "limit": 8,
+    "max_tokens": 64,
+    "time_limit": 100.0,
+}
+PRESETS = {"quick": QUICK}
 
 
 @dataclass(frozen=True, slots=True)

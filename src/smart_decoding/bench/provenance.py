@@ -32,6 +32,7 @@ _FLAGS = (
     "sve",
 )
 _PACKAGES = ("numpy", "safetensors", "tokenizers")
+_PROC = Path("/proc/self")
 
 
 def provenance(
@@ -116,11 +117,30 @@ def memory(weights_bytes: int, kv_bytes: int) -> dict[str, Any]:
 
     gpu = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
     return {
-        "peak_process_gib": _peak_gib(),
+        "peak_process_gib": _process_peak_gib(),
         "peak_gpu_gib": gpu,
         "weights_gib": weights_bytes / 2**30,
         "kv_cache_gib": kv_bytes / 2**30,
     }
+
+
+def forget_peak() -> bool:
+    """Starts a new peak at the present size; false where that cannot be done."""
+    try:
+        (_PROC / "clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def peak_gib() -> float | None:
+    """GiB at the peak; None where the system does not tell."""
+    try:
+        lines = (_PROC / "status").read_text().splitlines()
+    except OSError:
+        return None
+    found = next((line for line in lines if line.startswith("VmHWM:")), None)
+    return int(found.split()[1]) / 2**20 if found else None
 
 
 def write_json(path: Path, result: Mapping[str, Any]) -> None:
@@ -161,7 +181,7 @@ def _git(folder: Path, *arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def _peak_gib() -> float | None:
+def _process_peak_gib() -> float | None:
     try:
         import resource
     except ImportError:  # Windows

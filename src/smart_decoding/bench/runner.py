@@ -22,8 +22,7 @@ from smart_decoding.bench.command import command_of
 from smart_decoding.bench.cycles import Measurement, Prompts, cycles_of, measure, rows_of
 from smart_decoding.bench.data import load_task
 from smart_decoding.bench.limits import measure_limits, rated
-from smart_decoding.bench.peak import forget_peak, peak_gib
-from smart_decoding.bench.provenance import memory, provenance
+from smart_decoding.bench.provenance import forget_peak, memory, peak_gib, provenance
 from smart_decoding.bench.traffic import Sizes
 from smart_decoding.engine_args import DEFAULT_MODEL_LEN
 from smart_decoding.errors import CapacityError

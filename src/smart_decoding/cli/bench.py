@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from smart_decoding.bench import report
-from smart_decoding.bench.options import BenchOptions, parse_setting
-from smart_decoding.bench.presets import PRESETS
+from smart_decoding.bench.options import PRESETS, BenchOptions, parse_setting
 from smart_decoding.bench.provenance import write_json
 from smart_decoding.cli.arguments import Gone, add_allow_slow, shares, whole_numbers, words
 from smart_decoding.cli.model_options import ACTIVATIONS, QUANTIZATION

@@ -21,31 +21,23 @@ from smart_decoding import __version__
 from smart_decoding.cli.arguments import use_threads
 from smart_decoding.errors import ConfigError, SmartError
 
+_SUMMARIES = {
+    "run": "answer one prompt, or those of a file",
+    "chat": "talk to a model",
+    "serve": "serve a model to OpenAI's clients",
+    "demo": "watch the default model speculate: its trees and the speedup",
+    "bench": "compare policies on natural prompts",
+    "train": "train a draft head for a model",
+    "export": "write a draft head in another engine's layout",
+    "info": "which CPU kernels run here and why, the machine, the cache, versions",
+    "models": "list, fetch and remove models",
+    "sglang-costs": "turn what sglang.bench_serving measured into SMART's costs",
+    "vllm-config": "measure your vLLM and write the schedule that its option takes",
+}
 # Subcommand: (what it does, the module with its add_arguments(parser) and main(args)).
 COMMANDS = {
-    "run": ("answer one prompt, or those of a file", "smart_decoding.cli.run"),
-    "chat": ("talk to a model", "smart_decoding.cli.chat"),
-    "serve": ("serve a model to OpenAI's clients", "smart_decoding.cli.serve"),
-    "demo": (
-        "watch the default model speculate: its trees and the speedup",
-        "smart_decoding.cli.demo",
-    ),
-    "bench": ("compare policies on natural prompts", "smart_decoding.cli.bench"),
-    "train": ("train a draft head for a model", "smart_decoding.cli.train"),
-    "export": ("write a draft head in another engine's layout", "smart_decoding.cli.export"),
-    "info": (
-        "which CPU kernels run here and why, the machine, the cache, versions",
-        "smart_decoding.cli.info",
-    ),
-    "models": ("list, fetch and remove models", "smart_decoding.cli.models"),
-    "sglang-costs": (
-        "turn what sglang.bench_serving measured into SMART's costs",
-        "smart_decoding.cli.sglang_costs",
-    ),
-    "vllm-config": (
-        "measure your vLLM and write the schedule that its option takes",
-        "smart_decoding.cli.vllm_config",
-    ),
+    name: (summary, f"smart_decoding.cli.{name.replace('-', '_')}")
+    for name, summary in _SUMMARIES.items()
 }
 # Subcommand that is gone: who does its work now.
 MOVED = {

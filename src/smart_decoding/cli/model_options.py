@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from typing import Any
 
 from smart_decoding.cli.arguments import ALLOW_SLOW, THREADS, Option, key_value
@@ -117,25 +118,22 @@ MODEL_OPTIONS = (
 )
 
 
-def llm_options(args: argparse.Namespace) -> dict[str, Any]:
+def llm_options(
+    args: argparse.Namespace, options: Iterable[Option] = MODEL_OPTIONS
+) -> dict[str, Any]:
     """What `LLM` takes of them, `speculative_config` and the chat template checked."""
+    from smart_decoding.engine_args import EngineArgs  # imported late: numpy is slow
+
     if args.chat_template is not None:
         chat_template.read(args.chat_template)
-    names = (
-        "dtype",
-        "quantization",
-        "activations",
-        "device",
-        "max_model_len",
-        "chat_template",
-        "trust_pickle",
-        "enforce_eager",
-        "allow_slow",
-    )
+    known = {field.name for field in fields(EngineArgs)}
+    taken = [option for option in options if option.dest in known]
+    given = {option.dest: getattr(args, option.dest) for option in taken}
     return {
         "speculative_config": speculative_config(args),
         "generation_config": "vllm",  # commands give all sampling parameters themselves
-        **{name: getattr(args, name) for name in names},
+        **given,
+        **{option.dest: dict(given[option.dest]) for option in taken if option.kind is key_value},
     }
 
 

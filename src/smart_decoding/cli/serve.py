@@ -49,7 +49,8 @@ def main(args: argparse.Namespace) -> int:
     args.model = chosen_model(args)
     merge(args, read_config(args.config) if args.config else {})
     use_threads(args.threads)  # the file may say it, too
-    options = {**llm_options(args), **_server_options(args)}
+    options = llm_options(args, (*OPTIONS["model"], *OPTIONS["pictures"]))
+    options["mm_processor_kwargs"] = dict(args.mm_processor_option)
     try:
         from smart_decoding.server.launch import serve
     except ModuleNotFoundError as error:
@@ -70,26 +71,6 @@ def main(args: argparse.Namespace) -> int:
         return llm
 
     return serve(load, settings)
-
-
-def _server_options(args: argparse.Namespace) -> dict[str, Any]:
-    """What `LLM` takes beyond what `smart run` offers."""
-    names = (
-        "max_num_seqs",
-        "max_num_batched_tokens",
-        "kv_cache_tokens",
-        "gpu_memory_utilization",
-        "seed",
-        "generation_config",
-        "allowed_local_media_path",
-        "max_image_pixels",
-    )
-    return {
-        **{name: getattr(args, name) for name in names},
-        "override_generation_config": dict(args.override_generation_config),
-        "limit_mm_per_prompt": dict(args.limit_mm_per_prompt),
-        "mm_processor_kwargs": dict(args.mm_processor_option),
-    }
 
 
 def _listed(text: str) -> list[Any]:

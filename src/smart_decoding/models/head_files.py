@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from smart_decoding.errors import ModelError
@@ -27,9 +28,9 @@ from smart_decoding.models.head_shapes import (
     eagle3_shapes,
     further_shapes,
 )
-from smart_decoding.models.head_tensors import read_tensors
 from smart_decoding.models.hub_repository import download
 from smart_decoding.models.registry import PATIENT, TRUST
+from smart_decoding.models.weight_files import unpickle
 
 ARCHITECTURE = "SmartEagle3Head"
 # what a head reads of images: nothing, or their embeddings
@@ -110,7 +111,7 @@ def _load_ours(
         _check_equal(folder, name, config.get(name), value)
     aux_layers = _within(folder, config.get("taps") or (), target)
     shape = replace(target, layers=1, qkv_bias=False, o_bias=False, qk_norm=False)
-    weights = read_tensors(folder, trust_pickle)
+    weights = _read_tensors(folder, trust_pickle)
     shapes = eagle3_shapes(shape, target.hidden, aux_layers) | _aux_norms(shape, len(aux_layers))
     check_tensors(folder, weights, shapes, ("draft_ids",))
     _check_ids(folder, weights.get("draft_ids"), target.vocab)
@@ -122,7 +123,7 @@ def _load_published(
     folder: Path, config: Mapping[str, Any], target: ModelConfig, trust_pickle: bool
 ) -> HeadFiles:
     shape = _shape(folder, config, target)
-    tensors = read_tensors(folder, trust_pickle)
+    tensors = _read_tensors(folder, trust_pickle)
     weights = {_plain_name(name): tensor for name, tensor in tensors.items()}
     shape = replace(
         shape,
@@ -153,6 +154,21 @@ def _load_published(
         bool(config.get("norm_before_residual", False)),
         _supports_images(folder, config),
     )
+
+
+def _read_tensors(folder: Path, trust_pickle: bool) -> dict[str, Tensor]:
+    """All tensors of the folder; safetensors first. Raises ModelError."""
+    files = sorted(folder.glob("model*.safetensors"))
+    pickled = folder / "pytorch_model.bin"
+    if not files and pickled.is_file():
+        if not trust_pickle:
+            raise ModelError(f"{pickled} is a pickle, and pickles are refused: {TRUST}")
+        return unpickle(pickled)
+    tensors: dict[str, Tensor] = {}
+    for path in files or [folder / "model.safetensors"]:
+        with reading(path):
+            tensors |= load_file(path)
+    return tensors
 
 
 def _aux_norms(shape: ModelConfig, aux_layers: int) -> Shapes:

@@ -18,6 +18,6 @@ except ImportError as error:
     ) from error
 
 from smart_decoding.integrations.transformers.generation import generate, last_report
-from smart_decoding.integrations.transformers.report import Report
+from smart_decoding.integrations.transformers.state import Report
 
 __all__ = ["Report", "generate", "last_report"]

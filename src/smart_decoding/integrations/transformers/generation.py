@@ -25,7 +25,6 @@ from smart_decoding.integrations.transformers.drafting import (
     options_of,
     source_for,
 )
-from smart_decoding.integrations.transformers.report import Report
 from smart_decoding.integrations.transformers.sequences import (
     SLACK,
     Host,
@@ -34,7 +33,7 @@ from smart_decoding.integrations.transformers.sequences import (
     HostStop,
     Stream,
 )
-from smart_decoding.integrations.transformers.state import layers_of, layout_of, state_of
+from smart_decoding.integrations.transformers.state import Report, layers_of, layout_of, state_of
 from smart_decoding.integrations.transformers.target import HostTarget
 from smart_decoding.models.kernel_check import warn_if_missing
 from smart_decoding.models.target import pages_for

@@ -14,10 +14,28 @@ from smart_decoding.integrations.transformers.checks import cache_of, fitting_la
 if TYPE_CHECKING:
     from smart_decoding.core.cost import CostModel
     from smart_decoding.integrations.transformers.drafting import Drafting
-    from smart_decoding.integrations.transformers.report import Report
     from smart_decoding.integrations.transformers.sources import Source
 
 ATTRIBUTE = "_smart_decoding"  # on the model
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Counts of one `generate` call. rounds: forwards that decoded; drafted / verified / accepted:
+    tree nodes.
+
+    layout: 'tree', or 'chain' where the model's attention takes no tree mask. drafter: 'none' if
+    speculation was off.
+    """
+
+    drafter: str
+    policy: str
+    layout: str
+    tokens: int
+    rounds: int
+    drafted: int
+    verified: int
+    accepted: int
 
 
 @dataclass
