@@ -145,12 +145,13 @@ $(BIN)/python:
 	$(PIP) install -e .
 	@touch $@
 
+# What the clone asks for beside, without compiling it once more.
 .venv/.installed-dev: .venv/.installed
-	$(PIP) install -e '.[test,dev,bench]'
+	$(PIP) install 'smart-decoding[test,dev,bench]'
 	@touch $@
 
 .venv/.installed-docs: .venv/.installed
-	$(PIP) install -e '.[docs]'
+	$(PIP) install 'smart-decoding[docs]'
 	@touch $@
 
 clean:
