@@ -108,7 +108,7 @@ def main(args: argparse.Namespace) -> int:
     result = run(options)
     if options.json is not None:
         write_json(options.json, result)
-    print(everything(result, getattr(args, "markdown", False)))
+    print(everything(result))
     if options.html is not None or options.plots is not None:
         write_outputs(LabResults.from_dict(result), options.html, options.plots)
     return 0

@@ -11,7 +11,7 @@ from smart_lab import tables
 from smart_lab.results import LabResults
 
 
-def everything(result: Mapping[str, Any], in_markdown: bool = False) -> str:
+def everything(result: Mapping[str, Any]) -> str:
     """All tables of a result."""
     results = LabResults.from_dict(result)
     first = report.warnings(results)
@@ -24,4 +24,4 @@ def everything(result: Mapping[str, Any], in_markdown: bool = False) -> str:
         heat = results.sampled[0].get("temperature")
         parts += report.comparison(replace(results, runs=results.sampled), f"At temperature {heat}")
     parts += [*report.load_table(results), *tables.sections(results)]
-    return report.printed(first, parts, in_markdown)
+    return report.printed(first, parts)

@@ -16,7 +16,7 @@ from typing import Any
 from smart_decoding.bench import report
 from smart_decoding.bench.provenance import write_text
 from smart_decoding.bench.results import Run, mapping
-from smart_decoding.bench.sections import Section, as_markdown
+from smart_decoding.bench.sections import Cell, RatioCell, Section, text_of
 from smart_decoding.errors import ConfigError
 from smart_lab import tables
 from smart_lab.results import LabResults
@@ -173,3 +173,24 @@ def _shown(part: Section) -> str:
 def _told(name: str, value: Any) -> str:
     shown = " ".join(map(str, value)) if isinstance(value, list) else value
     return f"{name} {shown}"
+
+
+def as_markdown(section: Section) -> str:
+    """Table, list and captions, a blank line between them; speedups below 1 are bold."""
+    parts = []
+    if section.rows:
+        rows = [_row([_markdown(cell) for cell in row]) for row in section.rows]
+        parts.append("\n".join([_row(section.head), "|" + "---|" * len(section.head), *rows]))
+    if section.lines:
+        parts.append("\n".join(f"- {text_of(line)}" for line in section.lines))
+    return "\n\n".join([*parts, *section.captions])
+
+
+def _markdown(cell: Cell) -> str:
+    if isinstance(cell, RatioCell) and cell.value < 0.995:
+        return f"**{cell.value:.2f}**{cell.bounds}"
+    return text_of(cell)
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"

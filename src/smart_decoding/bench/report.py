@@ -1,4 +1,4 @@
-"""The tables of a benchmark, for the terminal, for Markdown and for the laboratory's page."""
+"""The tables of a benchmark, for the terminal and for the laboratory's page."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from smart_decoding.bench.sections import (
     UNKNOWN,
     Cell,
     Section,
-    as_markdown,
     as_text,
     number,
     ratio_cell,
@@ -31,25 +30,15 @@ REPLAYED = (
 PARTIAL = "Partial: the time limit came before all blocks had run."
 
 
-def everything(result: Mapping[str, Any], in_markdown: bool = False) -> str:
+def everything(result: Mapping[str, Any]) -> str:
     """All tables of a result."""
     results = Results.from_dict(result)
-    return printed(warnings(results), sections(results), in_markdown)
+    return printed(warnings(results), [*comparison(results), *load_table(results)])
 
 
-def printed(first: Sequence[str], parts: Sequence[Section], in_markdown: bool) -> str:
+def printed(first: Sequence[str], parts: Sequence[Section]) -> str:
     """Sections below one another; what has neither rows nor lines is left out."""
-    shown = [part for part in parts if part.rows or part.lines]
-    if in_markdown:
-        tables = [f"**{part.title}**\n\n{as_markdown(part)}" for part in shown]
-    else:
-        tables = [as_text(part) for part in shown]
-    return "\n\n".join([*first, *tables])
-
-
-def sections(results: Results) -> list[Section]:
-    """The comparison, and requests under load."""
-    return [*comparison(results), *load_table(results)]
+    return "\n\n".join([*first, *(as_text(part) for part in parts if part.rows or part.lines)])
 
 
 def comparison(results: Results, title: str = "Policies") -> list[Section]:

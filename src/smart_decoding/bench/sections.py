@@ -1,5 +1,5 @@
-"""Sections of a report, built once: a page shows them by its template, a terminal as aligned text,
-the pages of results as Markdown."""
+"""Sections of a report, built once: shown as aligned text on a terminal, and otherwise by the
+laboratory's pages."""
 
 from __future__ import annotations
 
@@ -40,16 +40,11 @@ class RatioCell:
     @property
     def text(self) -> str:
         """1.35 (1.30–1.40)"""
-        return f"{self.value:.2f}{self._bounds}"
+        return f"{self.value:.2f}{self.bounds}"
 
     @property
-    def markdown(self) -> str:
-        """In bold where it is below 1."""
-        value = f"{self.value:.2f}" if self.value >= 0.995 else f"**{self.value:.2f}**"
-        return value + self._bounds
-
-    @property
-    def _bounds(self) -> str:
+    def bounds(self) -> str:
+        """(1.30–1.40), or what stands in its place."""
         if self.low is None:
             return ""
         return " (one block)" if self.high is None else f" ({self.low:.2f}–{self.high:.2f})"
@@ -87,17 +82,6 @@ def as_text(section: Section) -> str:
     for text in (*map(text_of, section.lines), *section.captions):
         parts.append(textwrap.fill(text, WIDTH, subsequent_indent="  ", break_on_hyphens=False))
     return "\n".join(parts).translate(ASCII)
-
-
-def as_markdown(section: Section) -> str:
-    """Table, list and captions, a blank line between them."""
-    parts = []
-    if section.rows:
-        rows = [_row([_markdown(cell) for cell in row]) for row in section.rows]
-        parts.append("\n".join([_row(section.head), "|" + "---|" * len(section.head), *rows]))
-    if section.lines:
-        parts.append("\n".join(f"- {text_of(line)}" for line in section.lines))
-    return "\n\n".join([*parts, *section.captions])
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -142,11 +126,3 @@ def number(run: Mapping[str, Any], name: str) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     return float(value) if math.isfinite(value) else None
-
-
-def _markdown(cell: Cell) -> str:
-    return cell.markdown if isinstance(cell, RatioCell) else text_of(cell)
-
-
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"

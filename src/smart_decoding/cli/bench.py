@@ -63,7 +63,6 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> Any:
         help="report what was measured by then, marked as partial",
     )
     add("--json", type=Path, metavar="FILE", help="write the results there, whole or not at all")
-    add("--markdown", action="store_true", help="print the table in Markdown")
     return preset
 
 
@@ -160,7 +159,7 @@ def main(args: argparse.Namespace) -> int:
     result = run(options)
     if options.json is not None:
         write_json(options.json, result)
-    print(report.everything(result, getattr(args, "markdown", False)))
+    print(report.everything(result))
     return 0
 
 
