@@ -98,6 +98,7 @@ def test_nobody_gives_way_to_himself_or_to_who_holds_as_much() -> None:
     engine.scheduler.shares = SimpleNamespace(  # type: ignore[assignment]
         next_round=lambda clients, decoding: None,
         charge=lambda batch, done, seconds: None,
+        idle=lambda seconds: None,
         indebted=set(),  # who waits for debts holds less
         resting=set(),
     )
