@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import numpy as np
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 TokenIds: TypeAlias = Collection[int]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class BatchState:
     """The running batch before a round. Arrays have shape [batch].
 
@@ -47,34 +48,34 @@ class BatchState:
     pictures: BoolArray | None = None
     constrained: BoolArray | None = None
 
-    @property
+    @cached_property
     def size(self) -> int:
         """Requests."""
         return len(self.context)
 
-    @property
+    @cached_property
     def mean_context(self) -> float:
         """Tokens in the target's KV cache, of a request on average; 0 without requests."""
         return float(sum(self.context.tolist()) / max(self.size, 1))
 
-    @property
+    @cached_property
     def limits(self) -> IntArray:
         """[batch] deepest useful node of each request: 0 where it refuses speculation or needs one
         token only."""
         result: IntArray = np.where(self.may_speculate, self.remaining - 1, 0)
         return result
 
-    @property
+    @cached_property
     def kind(self) -> KindArray:
         """[batch] 1 if greedy, 2 more with pictures, and 4 more under a grammar."""
         kind = (self.temperature <= 0).astype(np.uint8)
-        for more, those in ((2, self.pictures), (4, self.constrained)):
+        for bit, those in enumerate((self.pictures, self.constrained), 1):
             if those is not None:
-                kind += more * those.astype(np.uint8)
+                kind += those.astype(np.uint8) << bit
         return kind
 
 
-@dataclass(slots=True)
+@dataclass
 class Round:
     """What really happened in one round, for `Policy.observe`.
 
@@ -107,14 +108,15 @@ class Round:
         """The whole round."""
         return self.verify_seconds + sum(self.level_seconds) + self.other_seconds
 
-    @property
+    @cached_property
     def accepted(self) -> int:
         """Nodes that the target chose."""
         return int(np.count_nonzero(self.next_token >= 0))
 
-    @property
+    @cached_property
     def expected(self) -> float:
-        """Verified nodes that the target was to choose, by their accept_prob."""
+        """Verified nodes that the target was to choose, by their accept_prob. Asked for once they
+        are scored."""
         return float(self.trees.accept_prob[self.kept].sum()) if len(self.kept) else 0.0
 
     def observed(self) -> tuple[IntArray, BoolArray]:
