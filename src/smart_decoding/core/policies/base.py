@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import numpy as np
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 TokenIds: TypeAlias = Collection[int]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class BatchState:
     """The running batch before a round. Arrays have shape [batch].
 
@@ -35,6 +34,7 @@ class BatchState:
     has_free: whether a drafter without model cost (n-gram, recycling) is loaded.
     pictures: whether the request's prompt has any, or None where none has.
     constrained: whether a grammar allows but some tokens, or None where none does.
+    size: requests.
     """
 
     context: IntArray
@@ -47,25 +47,24 @@ class BatchState:
     has_free: bool = False
     pictures: BoolArray | None = None
     constrained: BoolArray | None = None
+    size: int = field(init=False)
 
-    @cached_property
-    def size(self) -> int:
-        """Requests."""
-        return len(self.context)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "size", len(self.context))
 
-    @cached_property
+    @property
     def mean_context(self) -> float:
         """Tokens in the target's KV cache, of a request on average; 0 without requests."""
         return float(sum(self.context.tolist()) / max(self.size, 1))
 
-    @cached_property
+    @property
     def limits(self) -> IntArray:
         """[batch] deepest useful node of each request: 0 where it refuses speculation or needs one
         token only."""
         result: IntArray = np.where(self.may_speculate, self.remaining - 1, 0)
         return result
 
-    @cached_property
+    @property
     def kind(self) -> KindArray:
         """[batch] 1 if greedy, 2 more with pictures, and 4 more under a grammar."""
         kind = (self.temperature <= 0).astype(np.uint8)
@@ -75,7 +74,7 @@ class BatchState:
         return kind
 
 
-@dataclass
+@dataclass(slots=True)
 class Round:
     """What really happened in one round, for `Policy.observe`.
 
@@ -108,15 +107,14 @@ class Round:
         """The whole round."""
         return self.verify_seconds + sum(self.level_seconds) + self.other_seconds
 
-    @cached_property
+    @property
     def accepted(self) -> int:
         """Nodes that the target chose."""
         return int(np.count_nonzero(self.next_token >= 0))
 
-    @cached_property
+    @property
     def expected(self) -> float:
-        """Verified nodes that the target was to choose, by their accept_prob. Asked for once they
-        are scored."""
+        """Verified nodes that the target was to choose, by their accept_prob."""
         return float(self.trees.accept_prob[self.kept].sum()) if len(self.kept) else 0.0
 
     def observed(self) -> tuple[IntArray, BoolArray]:
