@@ -3,10 +3,12 @@
     python tools/check_wheel.py dist/smart_decoding-*.whl
 
 The Python that runs this gets all dependencies and answers with SmolLM2-135M, under speculation and
-without. `smart run` says its first word within FIRST_WORD seconds, with the model's file at hand
-and nothing that was made of it. The install, which is pip's work, is timed without downloads:
-packages are downloaded before. Every other Python from 3.11 on that the machine has gets the wheel
-alone, and calls one kernel: one wheel serves them all.
+without. `pip install` and then `smart run` come to their first word within FIRST_WORD seconds.
+Counted are: a new environment, the install of the wheel and of all dependencies, torch among them,
+and the first `smart run`, which compiles nothing, converts the model's file and starts cold. Not
+counted are downloads: of packages, which pip fetches before, and of the model's file. Every other
+Python from 3.11 on that the machine has gets the wheel alone, and calls one kernel: one wheel
+serves them all.
 """
 
 from __future__ import annotations
@@ -130,9 +132,11 @@ def check_first_word(path: str, folder: Path) -> Path:
         model_files(cache)
         seconds, said = answer(python, cache)
         _, plain = answer(python, cache, "--policy", "off")
-    print(f"installed in {installed:.1f} s, first word of smart run after {seconds:.1f} s")
-    if seconds > FIRST_WORD:
-        sys.exit(f"the first word may take {FIRST_WORD:.0f} s")
+    total = installed + seconds
+    print(f"{total:.1f} s to the first word, downloads not counted: ", end="")
+    print(f"pip install {installed:.1f} s, smart run {seconds:.1f} s")
+    if total > FIRST_WORD:
+        sys.exit(f"pip install and the first word may take {FIRST_WORD:.0f} s together")
     if said != plain or len(said) < 20:
         sys.exit(f"plain decoding says something else: {said!r}, {plain!r}")
     return python

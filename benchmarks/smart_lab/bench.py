@@ -6,7 +6,6 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from tqdm import tqdm
@@ -19,7 +18,7 @@ from smart_lab.ablations import VARIANTS
 from smart_lab.options import SAMPLED_SIZES, VARIANT_SIZES, LabArm, LabOptions, command_of
 from smart_lab.peers.session import measure_peers
 from smart_lab.questions import Asker
-from smart_lab.resume import KeptMeasurement, Progress, key_of, source_digest
+from smart_lab.resume import KeptMeasurement, Progress, key_of
 from smart_lab.tuning import Tuner
 
 if TYPE_CHECKING:
@@ -53,7 +52,6 @@ class LabBench(Bench):
     ) -> None:
         super().__init__(options, llm, prompts)
         progress.agree("weights", llm.provenance)
-        progress.agree("laboratory", source_digest(Path(__file__).parent))
         self.progress = progress
         self.tuner = Tuner(llm, options)
 

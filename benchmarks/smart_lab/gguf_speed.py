@@ -332,7 +332,7 @@ def key_of(args: argparse.Namespace, about: Mapping[str, Any]) -> dict[str, Any]
         "llama.cpp": about,
         "machine": machine(),
         "commit": commit(),
-        "source": source_digest() + source_digest(Path(__file__).parent),
+        "source": source_digest(),
     }
 
 

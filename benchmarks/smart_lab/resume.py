@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from smart_lab.options import LabOptions
 
 _MACHINE = ("machine", "cpu", "cores", "threads", "gpu", "cpu_kernels")
+SOURCES = (Path(smart_decoding.__file__).parent, Path(__file__).parent)
+_CODE = (".py", ".cpp", ".h", ".inc")
 _NOT_PART = (
     "json",
     "html",
@@ -130,12 +132,13 @@ def key_of(options: LabOptions) -> dict[str, Any]:
     }
 
 
-def source_digest(root: Path = Path(smart_decoding.__file__).parent) -> str:
-    """Of the code in a folder, this package's by default: a commit says nothing about files changed
+def source_digest() -> str:
+    """Of the package's code and the laboratory's: a commit says nothing about files changed
     since."""
     digest = hashlib.sha256()
-    for path in sorted(p for suffix in ("*.py", "*.cpp") for p in root.rglob(suffix)):
-        digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
+    for root in SOURCES:
+        for path in sorted(p for p in root.rglob("*") if p.suffix in _CODE):
+            digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
 
 

@@ -84,12 +84,15 @@ class AsyncLLM:
             job = await asyncio.to_thread(self.llm.job, [ready], [params], True)
             if not asked.aborted:
                 self._submit(job, asked)
-            output = _nothing_yet(request_id, ready, params)
+            given = output = _nothing_yet(request_id, ready, params)
             while not output.finished:
-                before = output
                 output = await _more(output, asked)
+                news = _news(given, output)
+                if not news.outputs:  # callers read outputs[0] without asking
+                    continue
+                given = output
                 if params.output_kind is RequestOutputKind.DELTA:
-                    yield _news(before, output)
+                    yield news
                 elif output.finished or params.output_kind is RequestOutputKind.CUMULATIVE:
                     yield output
         finally:
@@ -157,7 +160,7 @@ def _news(before: RequestOutput, output: RequestOutput) -> RequestOutput:
             logprobs=answer.logprobs and answer.logprobs[len(old.logprobs or ()) :],
         )
         for old, answer in pairs
-        if answer != old
+        if len(answer.token_ids) > len(old.token_ids) or answer.finish_reason != old.finish_reason
     ]
     scored = output.prompt_logprobs if before.prompt_logprobs is None else None
     return replace(output, outputs=new, prompt_logprobs=scored)

@@ -14,6 +14,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
+from weakref import WeakSet
 
 import torch
 from tqdm import tqdm
@@ -102,6 +103,7 @@ class LLM:
         self.target, self.speculation = in_own_thread(loaded)
         self.grammars = Grammars(self.tokenizer, self.target.vocab, self.target.eos_token_ids)
         self.engine_thread = EngineThread()
+        self._engines: WeakSet[Engine] = WeakSet()  # that share the thread
         self.engine = self._engine(self.speculation, _engine_config(args, pages, longest))
         self.record = Record()
         self.engine_thread.observers.append(self.record)
@@ -142,8 +144,10 @@ class LLM:
         self._measure()
 
     def _measure(self, patience: float | None = None) -> None:
-        """patience: for a batch, seconds of other callers' requests that it waits for in all; it
-        joins those that run already. Without it all is measured, however long that takes."""
+        """patience: for a batch, seconds of other callers' requests that it waits for in all, be
+        they of another engine; it joins those that run already. Then it goes on with what is
+        guessed: while others are answered nothing is measured, and they may never pause. Without
+        patience all is measured, however long that takes."""
         thread = self.engine_thread
         thread.require_another()
         profile = self.speculation.profile
@@ -151,13 +155,16 @@ class LLM:
             return
         looks = float("inf") if patience is None else patience / LOOK
 
-        def waits() -> bool:
+        def waits(seconds: float = LOOK) -> bool:
             nonlocal looks
-            time.sleep(LOOK)
-            looks -= self.engine.has_unfinished_requests
+            time.sleep(seconds)
+            looks -= any(engine.has_unfinished_requests for engine in list(self._engines))
             return looks > 0 and thread.still_does(profile)
 
-        with self._measuring:  # of several callers one measures, and says so
+        while not self._measuring.acquire(timeout=LOOK):  # of several callers one measures
+            if not waits(0.0):
+                return
+        try:
             if profile.known or not thread.still_does(profile):
                 return
             if patience is not None:
@@ -168,6 +175,8 @@ class LLM:
                 finish(waits, lambda: profile.share)
             else:
                 in_own_thread(lambda: finish(profile.step, lambda: profile.share))
+        finally:
+            self._measuring.release()
 
     def _engine(self, speculation: Speculation, config: EngineConfig) -> Engine:
         engine = Engine(
@@ -179,6 +188,7 @@ class LLM:
             constrain=self.grammars,
             selection=speculation.selection,
         )
+        self._engines.add(engine)
         if speculation.profile is not None:
             speculation.profile.before = engine.pool.forget_idle
             self.engine_thread.add_idle_work(speculation.profile)

@@ -26,7 +26,7 @@ from smart_decoding.models.head_files import VISUAL_POSITIONS, HeadFiles, head_f
 from smart_decoding.models.loading import Checkpoint, load_checkpoint
 from smart_decoding.models.memory import parameters
 from smart_decoding.models.ranking import torch_top_k
-from smart_decoding.models.registry import Source, cached_sibling
+from smart_decoding.models.registry import Source, cached_siblings
 from smart_decoding.models.tokenizer import Tokenizer
 
 # The models that draft are imported by what builds them: most of them are not wanted.
@@ -189,23 +189,23 @@ def _leaves_out_siblings(given: Mapping[str, Any]) -> bool:
 def _sibling(
     target: Checkpoint, tokenizer: Tokenizer, max_model_len: int, trust_pickle: bool
 ) -> Checkpoint | None:
-    """The smaller model that drafts for the target by default, if it is at hand and fits."""
+    """The smaller model that drafts for the target by default: the first at hand that fits."""
     name = target.provenance["model"]
     try:
-        found = cached_sibling(name, target.config.vocab, parameters(target.config))
+        siblings = cached_siblings(name, target.config.vocab, parameters(target.config))
     except (SmartError, OSError, TypeError, ValueError) as error:  # of damaged files of another
         log.info("the cache is not searched for a smaller model: %s", error)
         return None
-    if found is None:
-        return None
-    sibling = found.name if isinstance(found, Source) else found
-    try:
-        draft = _draft_checkpoint(found, target, tokenizer, max_model_len, trust_pickle)
-    except SmartError as error:
-        log.info("%s cannot draft for %s, so n-grams do: %s", sibling, name, error)
-        return None
-    log.info("%s drafts for %s: it is in the cache", sibling, name)
-    return draft
+    for found in siblings:
+        sibling = found.name if isinstance(found, Source) else found
+        try:
+            draft = _draft_checkpoint(found, target, tokenizer, max_model_len, trust_pickle)
+        except SmartError as error:
+            log.info("%s cannot draft for %s: %s", sibling, name, error)
+        else:
+            log.info("%s drafts for %s: it is in the cache", sibling, name)
+            return draft
+    return None
 
 
 def _as_dict(config: Mapping[str, Any] | bool | None) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from smart_decoding.bench.cycles import measure, rows_of
 from smart_decoding.bench.runner import Bench
 from smart_decoding.errors import ConfigError
 from smart_decoding.kernels import library
+from smart_lab import resume
 from smart_lab.bench import LabBench
 from smart_lab.options import LabOptions
 from smart_lab.resume import (
@@ -154,6 +155,22 @@ def test_the_key_knows_options_machine_and_source(tmp_path: Path) -> None:
     assert key["source"] == source_digest()
     assert key == key_of(LabOptions(limit=3, json=tmp_path / "b.json"))
     assert key != key_of(LabOptions(limit=4))
+
+
+@pytest.mark.parametrize("changed", ["a/b.py", "csrc/a.h"])
+def test_a_run_does_not_go_on_with_other_code(
+    changed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert [root.name for root in resume.SOURCES] == ["smart_decoding", "smart_lab"]
+    monkeypatch.setattr(resume, "SOURCES", [tmp_path])
+    (tmp_path / changed).parent.mkdir()
+    (tmp_path / changed).write_text("a = 1")
+    file = tmp_path / "run.part"
+    Progress(file, key_of(LabOptions())).add("x", 1)
+    assert Progress(file, key_of(LabOptions())).units("x") == [1]
+    (tmp_path / changed).write_text("a = 2")
+    with pytest.raises(ConfigError, match="source"):
+        Progress(file, key_of(LabOptions()))
 
 
 def test_a_run_does_not_go_on_with_other_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

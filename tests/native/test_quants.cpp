@@ -142,7 +142,7 @@ void one_weight(uint64_t seed, const std::vector<Kind>& kinds, int64_t k) {
     }
     rows.resize(smart_packed_rows(n), nullptr);
     check::begin("quants", seed, names + ", n " + std::to_string(n) + ", k " + std::to_string(k));
-    smart_pack_quants(strips.data(), strips.size(), rows.data(), k);
+    smart_pack_quants(strips.data(), strips.size(), rows.data(), k, 0);
     const Weight quants{nullptr, strips.data(), 0};
 
     std::vector<int64_t> index(n);
@@ -168,29 +168,51 @@ void one_weight(uint64_t seed, const std::vector<Kind>& kinds, int64_t k) {
 }
 
 // With inputs in 8 bits: near the exact product, and a row is the same in any company.
-void in_bytes(uint64_t seed, const Kind& kind) {
+void in_bytes(uint64_t seed, const std::vector<Kind>& kinds, int64_t k) {
     Random random(seed);
-    const int64_t lanes = smart_vector_width(), n = 2 * lanes, k = 256 * random.between(1, 4);
-    check::begin("quants in 8 bits", seed, std::string(kind.name) + ", k " + std::to_string(k));
-    const Rows8 part(random, kind, n, k);
+    const int64_t lanes = smart_vector_width();
+    std::string names;
+    std::vector<Rows8> parts;
     std::vector<const void*> rows;
-    for (int64_t r = 0; r < n; r++) rows.push_back(&part.file[r * part.row_bytes]);
-    std::vector<std::vector<uint8_t>> memory(
-        2, std::vector<uint8_t>(smart_strip_bytes(kind.format, k)));
-    const Strip strips[2] = {{memory[0].data(), kind.format}, {memory[1].data(), kind.format}};
-    smart_pack_quants(strips, 2, rows.data(), k);
-    const int count = int(random.between(1, 11));
-    const std::vector<float> x = random.normals(count * k);
-    std::vector<float> scratch(x.size()), exact(count * n), found(count * n), alone(n);
-    const Weight weight{nullptr, strips, 0}, rounded{nullptr, strips, 1};
-    smart_linear(x.data(), count, &weight, n, k, 1, nullptr, 0, nullptr, scratch.data(),
-                 exact.data(), n, 0, 3, nullptr, 2);
+    std::vector<std::vector<uint8_t>> exact_memory, byte_memory;
+    std::vector<Strip> exact_strips, byte_strips;
+    parts.reserve(kinds.size());
+    for (const Kind& kind : kinds) {
+        names += (names.empty() ? "" : ", ") + std::string(kind.name);
+        parts.emplace_back(random, kind, lanes, k);
+        for (int64_t r = 0; r < lanes; r++)
+            rows.push_back(&parts.back().file[r * parts.back().row_bytes]);
+        const int64_t bytes = smart_strip_bytes(kind.format, k);
+        exact_memory.emplace_back(bytes);
+        byte_memory.emplace_back(bytes);
+        exact_strips.push_back({exact_memory.back().data(), kind.format});
+        byte_strips.push_back({byte_memory.back().data(), kind.format});
+    }
+    const int64_t n = int64_t(rows.size());
+    check::begin("quants in 8 bits", seed, names + ", k " + std::to_string(k));
+    smart_pack_quants(exact_strips.data(), exact_strips.size(), rows.data(), k, 0);
+    smart_pack_quants(byte_strips.data(), byte_strips.size(), rows.data(), k, 1);
+    const Weight exact{nullptr, exact_strips.data(), 0}, rounded{nullptr, byte_strips.data(), 1};
+
+    std::vector<int64_t> index(n);
+    for (int64_t i = 0; i < n; i++) index[i] = i;
+    std::vector<float> wanted_rows(n * k), found_rows(n * k);
+    smart_unpack(&exact, k, 1, index.data(), int32_t(n), wanted_rows.data());
+    smart_unpack(&rounded, k, 1, index.data(), int32_t(n), found_rows.data());
+    if (!check::bits("weights", wanted_rows.data(), found_rows.data(), found_rows.size())) return;
+
+    const int count = int(random.between(1, 20));
+    std::vector<float> x = random.normals(count * k);
+    if (random.chance(0.3)) std::fill_n(x.begin() + random.below(count) * k, k, 0.0f);
+    std::vector<float> scratch(x.size()), wanted(count * n), found(count * n), alone(n);
+    smart_linear(x.data(), count, &exact, n, k, 1, nullptr, 0, nullptr, scratch.data(),
+                 wanted.data(), n, 0, 3, nullptr, 2);
     smart_linear(x.data(), count, &rounded, n, k, 1, nullptr, 0, nullptr, scratch.data(),
                  found.data(), n, 0, 3, nullptr, 2);
-    double squares = 0, errors = 0;
+    double squares = 1e-30, errors = 0;
     for (int64_t i = 0; i < count * n; i++) {
-        squares += double(exact[i]) * exact[i];
-        errors += (double(found[i]) - exact[i]) * (double(found[i]) - exact[i]);
+        squares += double(wanted[i]) * wanted[i];
+        errors += (double(found[i]) - wanted[i]) * (double(found[i]) - wanted[i]);
     }
     check::near("relative error", 0, std::sqrt(errors / squares), 0.02);
     const int row = int(random.below(count));
@@ -202,9 +224,20 @@ void in_bytes(uint64_t seed, const Kind& kind) {
 }  // namespace
 
 void test_quants() {
+    std::vector<Kind> byte_kinds;
     for (const Kind& kind : KINDS)
-        for (uint64_t seed = 1; seed <= check::seeds(8); seed++)
-            in_bytes(seed + 1000 * kind.format, kind);
+        if (kind.format != BF16_ROWS) byte_kinds.push_back(kind);
+    for (const Kind& kind : byte_kinds)
+        for (uint64_t seed = 1; seed <= check::seeds(8); seed++) {
+            Random random(seed);
+            const int64_t k = kind.k * (kind.k > 32 ? random.between(1, 4) : random.between(1, 20));
+            in_bytes(seed + 1000 * kind.format, {kind, kind}, k);
+        }
+    for (uint64_t seed = 1; seed <= check::seeds(8); seed++) {
+        Random random(seed + 300);
+        const auto any = [&] { return byte_kinds[random.below(byte_kinds.size())]; };
+        in_bytes(seed + 30000, {any(), any(), any(), any()}, 256 * random.between(1, 3));
+    }
     for (const Kind& kind : KINDS)
         for (uint64_t seed = 1; seed <= check::seeds(8); seed++) {
             Random random(seed + 100);

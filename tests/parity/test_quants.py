@@ -96,3 +96,29 @@ def test_some_rows_of_quants() -> None:
     order = np.random.default_rng(0).permutation(64)
     assert torch.equal(as_tensor(matrix[order]), as_tensor(matrix)[torch.from_numpy(order)])
     assert_same(pack([matrix[:33]]), as_tensor(matrix)[:33])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_products_in_8_bits_are_near(kind: str) -> None:
+    if not ops.multiplies_bytes():
+        pytest.skip("this variant of the kernels has no products of bytes")
+    matrix = quants(kind, 75)
+    wanted = floats_of(matrix)
+    packed = pack([matrix], weights.Arena(0, in_bytes=True))
+    assert packed.struct.in_bytes
+    assert torch.equal(unpack(packed, torch.arange(75)), wanted.float())
+    x = torch.randn(21, K)
+    found = ops.linear(x, packed)
+    exact = ops.linear(x, pack([wanted]))
+    assert not torch.equal(found, exact)
+    assert (found - exact).norm() < 0.01 * exact.norm()
+    for rows in (1, 2, 9):  # whatever the company
+        assert torch.equal(ops.linear(x[:rows].contiguous(), packed), found[:rows])
+
+
+def test_products_in_8_bits_need_quants_only() -> None:
+    parts = [quants("Q4_K", 64), torch.randn(32, K).bfloat16()]
+    packed = pack(parts, weights.Arena(0, in_bytes=True))
+    assert packed.struct.strips
+    assert not packed.struct.in_bytes
+    assert_same(packed, torch.cat([as_tensor(part) for part in parts]))

@@ -10,11 +10,13 @@ import pytest
 from serving import save_tiny_model, slow, wait_for
 
 from smart_decoding import AsyncLLM, RequestOutputKind, SamplingParams
+from smart_decoding.engine.jobs import Chunk, Delivery
 from smart_decoding.errors import CapacityError, ConfigError, EngineStoppedError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from smart_decoding.engine.jobs import Job
     from smart_decoding.llm import LLM
 
 LONG = SamplingParams(temperature=0, max_tokens=800, ignore_eos=True)
@@ -94,6 +96,33 @@ def test_other_kinds_of_output_tell_the_same(engine: AsyncLLM, n: int) -> None:
         assert [each.finish_reason for each in mine if each.finish_reason] == [wanted.finish_reason]
     with pytest.raises(ConfigError, match="output_kind=2 is not allowed"):
         SamplingParams(output_kind=2)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", [RequestOutputKind.DELTA, RequestOutputKind.CUMULATIVE])
+def test_where_nothing_is_new_nothing_comes(
+    engine: AsyncLLM, monkeypatch: pytest.MonkeyPatch, kind: RequestOutputKind
+) -> None:
+    submit = engine.llm.engine_thread.submit
+
+    def with_empty_chunks(job: Job) -> None:
+        deliver = job.deliver
+
+        def more(deliveries: list[Delivery]) -> None:
+            deliver([Delivery(job, Chunk(0, "", [], None, None))])
+            deliver(deliveries)
+
+        job.deliver = more
+        submit(job)
+
+    monkeypatch.setattr(engine.llm.engine_thread, "submit", with_empty_chunks)
+    params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, output_kind=kind)
+    outputs = asyncio.run(collect(engine, "abc", params, "one"))
+    assert [output.finished for output in outputs] == [False] * (len(outputs) - 1) + [True]
+    given = [len(output.outputs[0].token_ids) for output in outputs]
+    if kind is RequestOutputKind.DELTA:
+        given = list(itertools.accumulate(given))
+    assert given == sorted(set(given))
+    assert given[-1] == 20
 
 
 def test_many_at_once(engine: AsyncLLM, plain: LLM) -> None:

@@ -31,6 +31,7 @@ from smart_decoding.profiling import measure
 from smart_decoding.profiling.cache import load_profile, profile_path, save_profile
 
 if TYPE_CHECKING:
+    from smart_decoding.engine.jobs import Job
     from smart_decoding.llm import LLM
     from smart_decoding.profiling.profile import Profile
 
@@ -269,6 +270,50 @@ def test_a_batch_waits_for_costs_while_others_ask_but_not_for_ever(
             assert not profile(llm).known
         finally:
             llm.engine_thread.stop()
+
+
+@pytest.mark.parametrize("behind", ["another engine", "take_profile"])
+def test_a_batch_does_not_wait_for_ever_behind(
+    behind: str, cache: Path, load: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other engine's answer has no end, and the profile would take ten minutes."""
+    monkeypatch.setattr(measure, "SECONDS", 600.0)
+    monkeypatch.setattr("smart_decoding.llm.PATIENCE", 0.2)
+    llm = load(speculative_config=SMART, enable_prefix_caching=False)
+    other = llm.sharing_weights(False)
+    thread = llm.engine_thread
+    began = threading.Event()
+    ends = threading.Event()
+
+    def holds(_touched: object) -> None:
+        began.set()
+        ends.wait(30)
+
+    params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
+    with ThreadPoolExecutor(3) as pool:
+        answer = pool.submit(other.generate, "abc", params, holds)
+        assert began.wait(10)
+        if behind == "take_profile":
+            pool.submit(llm.take_profile)
+            assert wait_for(llm._measuring.locked)
+        submitted: list[Job] = []
+        submit = thread.submit
+
+        def noted(job: Job) -> None:
+            submitted.append(job)
+            submit(job)
+
+        monkeypatch.setattr(thread, "submit", noted)
+        batch = pool.submit(llm.generate, ["abc"] * 2, params)
+        try:
+            assert wait_for(lambda: len(submitted) == 1)
+            ends.set()
+            assert len(batch.result(20)) == 2
+            assert len(answer.result(20)) == 1
+            assert not profile(llm).known
+        finally:
+            ends.set()
+            thread.stop()
 
 
 def test_requests_are_answered_between_steps_of_the_profile_and_a_stop_leaves_nothing(

@@ -44,6 +44,15 @@ COLLISIONS = """() => {
   });
   return faults;
 }"""
+# Of a tree with these labels: what is shown, where it ends, and where its probability begins.
+LABELS = """texts => {
+  const nodes = texts.map(text => [-1, text, 1, false]);
+  const box = by("trees").appendChild(drawTree({id: 1, tokens: 1, before: "", own: "", nodes}));
+  const found = [...box.querySelectorAll("text")].map(e => [e.textContent, e.getBBox()]);
+  box.remove();
+  return texts.map((_, i) => [found[2 * i], found[2 * i + 1]])
+    .map(([[text, label], [, chance]]) => [text, label.x + label.width, chance.x]);
+}"""
 BACKGROUND = "getComputedStyle(document.body).backgroundColor.match(/[0-9]+/g).map(Number)"
 
 
@@ -192,6 +201,11 @@ def test_the_page_in_chromium(load: Any) -> None:
             port = int(running.url.rpartition(":")[2])
             page.goto(running.url)
             page.wait_for_selector("#state.live")
+            labels = page.evaluate(LABELS, ["short", "W" * 12, "漢字" * 6, "😀" * 9, "👨‍👩‍👧" * 3])
+            assert labels[0][0] == "short"
+            for text, end, chance in labels:
+                assert end + 2 < chance, text
+                assert len(text) > 2
             assert f'"model": "{NAME}"' in page.text_content("#hint")
             assert page.is_visible("#hint")
             changed = "old => document.querySelector('#trees p i').textContent !== old"

@@ -193,11 +193,9 @@ async def told(engine: AsyncLLM, prompt: str, name: str) -> str:
         output_kind=RequestOutputKind.DELTA)
     pieces = []
     async for output in engine.generate(request_id=name, prompt=prompt, sampling_params=params):
-        for answer in output.outputs:
-            pieces.append(answer.text)
+        pieces.append(output.outputs[0].text)
         if output.finished:
             break
-    assert len(pieces) > 3
     return "".join(pieces)
 
 

@@ -13,7 +13,7 @@ import shutil
 import threading
 import zipfile
 from collections import namedtuple
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -651,25 +651,28 @@ def test_a_sibling_counts_where_the_cache_holds_it(
 ) -> None:
     by_hub = dataclasses.replace(tiny_named, hub_file="tiny-q4_0.gguf", vocab=7, parameters=10_000)
     monkeypatch.setitem(NAMED_MODELS, "tiny", by_hub)
-    assert models.cached_sibling("owner/large", 7, 20_000) is None
+    assert models.cached_siblings("owner/large", 7, 20_000) == []
     assert fake_hub.fetched == []
     resolve("tiny@hub")
-    assert models.cached_sibling("owner/large", 7, 20_000) == "tiny"
+    assert models.cached_siblings("owner/large", 7, 20_000) == ["tiny"]
     fake_hub.fetched.remove("tiny-q4_0.gguf")
     (fake_hub.folder / "tiny-q4_0.gguf").unlink()
-    assert models.cached_sibling("owner/large", 7, 20_000) is None
+    assert models.cached_siblings("owner/large", 7, 20_000) == []
     fetch_pinned(by_hub.pinned)
-    assert models.cached_sibling("owner/large", 7, 20_000) == "tiny"
-    assert models.cached_sibling("owner/large", 7, 19_999) is None
-    assert models.cached_sibling("owner/large", 8, 20_000) is None
+    assert models.cached_siblings("owner/large", 7, 20_000) == ["tiny"]
+    assert models.cached_siblings("owner/large", 7, 19_999) == []
+    assert models.cached_siblings("owner/large", 8, 20_000) == []
 
 
-def test_the_smallest_of_a_family_in_the_hubs_cache_drafts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+Keep = Callable[..., Path]
+
+
+@pytest.fixture
+def keep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Keep:
+    """Puts files of a repository, each with its size, into the hub client's cache."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
 
-    def keep(repository: str, *files: str) -> Path:
+    def put(repository: str, *files: str, **sizes: int) -> Path:
         folder = tmp_path / f"models--{repository.replace('/', '--')}"
         snapshot = folder / "snapshots" / "0123456789abcdef"
         snapshot.mkdir(parents=True)
@@ -677,10 +680,16 @@ def test_the_smallest_of_a_family_in_the_hubs_cache_drafts(
         (folder / "refs" / "main").write_text(snapshot.name)
         for file in files:
             (snapshot / file).write_bytes(CONTENT)
+        for file, size in sizes.items():
+            (snapshot / f"{file}.gguf").write_bytes(bytes(size))
         return snapshot
 
-    def found(target: str) -> object:
-        return models.cached_sibling(target, 7, 20_000)
+    return put
+
+
+def test_the_smallest_of_a_family_in_the_hubs_cache_drafts_first(keep: Keep) -> None:
+    def found(target: str) -> list[str | Source]:
+        return models.cached_siblings(target, 7, 20_000)
 
     whole = ("config.json", "tokenizer.json", "model.safetensors")
     keep("Q/Q2.5-7B-Instruct", *whole)
@@ -693,22 +702,41 @@ def test_the_smallest_of_a_family_in_the_hubs_cache_drafts(
         "Q/Q3-1B-Instruct",
     ):
         keep(other, *whole)
-    assert found("Q/Q2.5-7B-Instruct") is None
-    keep("Q/Q2.5-3B-Instruct", *whole)
+    assert found("Q/Q2.5-7B-Instruct") == []
+    larger = keep("Q/Q2.5-3B-Instruct", *whole)
     path = keep("Q/Q2.5-500M-Instruct", *whole)
     name = "Q/Q2.5-500M-Instruct"
-    source = Source(name, path, f"hub {name} at 0123456789ab")
-    assert found("Q/Q2.5-7B-Instruct") == source
+    source, next_one = (
+        Source(each, at, f"hub {each} at 0123456789ab")
+        for each, at in ((name, path), ("Q/Q2.5-3B-Instruct", larger))
+    )
+    assert found("Q/Q2.5-7B-Instruct") == [source, next_one]
     assert resolve(source) is source
     for alone in (name, "Q/Q2.5-Instruct", str(path), "smollm2-135m@hub"):
-        assert found(alone) is None
-    path = keep("Q/Q2.5-0.5B-Instruct-GGUF", "q-q4_0.gguf")
-    gguf = found("Q/Q2.5-7B-Instruct-GGUF:Q4_K_M")
-    assert isinstance(gguf, Source)
-    assert (gguf.name, gguf.path) == (
-        "Q/Q2.5-0.5B-Instruct-GGUF:q-q4_0.gguf",
-        path / "q-q4_0.gguf",
-    )
+        assert found(alone) == []
+
+
+@pytest.mark.parametrize(
+    ("asked", "first"),
+    [
+        (":Q8_0", ["q-0.5b-Q8_0", "q-0.5b-IQ2_M", "q-0.5b-q4_k_m"]),
+        (":Q-7B-q4_k_m.gguf", ["q-0.5b-q4_k_m", "q-0.5b-IQ2_M", "q-0.5b-Q8_0"]),
+        (":Q6_K", ["q-0.5b-IQ2_M", "q-0.5b-q4_k_m", "q-0.5b-Q8_0"]),
+        ("", ["q-0.5b-IQ2_M", "q-0.5b-q4_k_m", "q-0.5b-Q8_0"]),
+    ],
+)
+def test_of_gguf_files_those_stored_as_the_target_come_first_then_the_smallest(
+    keep: Keep, asked: str, first: list[str]
+) -> None:
+    sizes = {"q-0.5b-IQ2_M": 2, "q-0.5b-q4_k_m": 4, "q-0.5b-Q8_0": 8, "a-fp16": 16, "b-bf16": 17}
+    no_models = {"mmproj-q-Q8_0": 1, "imatrix": 1, "q-Q8_0-00001-of-00002": 1}
+    path = keep("Q/Q-0.5B-GGUF", **sizes, **no_models)
+    (path / "gone-Q8_0.gguf").symlink_to("nowhere")
+    found = models.cached_siblings(f"Q/Q-7B-GGUF{asked}", 7, 20_000)
+    assert all(isinstance(each, Source) for each in found)
+    assert [str(each.name) for each in found if isinstance(each, Source)] == [
+        f"Q/Q-0.5B-GGUF:{file}.gguf" for file in first
+    ]
 
 
 def test_the_pairs_that_are_built_in() -> None:

@@ -97,6 +97,7 @@ class Engine:
         self._selection = selection or RuleSelection()
         self._requests: dict[str, Request] = {}
         self._observe_seconds = 0.0  # of the round before
+        self._worked = clock()  # when the last round ended
         self._interrupted = False  # the last step dropped its drafts: the next one is plain
         self._batched: list[Request] = []  # the last round's decoding requests
         self._traits = _traits([])
@@ -114,6 +115,8 @@ class Engine:
         requests = self.admission.requests(request_id, prompt, params, media)
         if any(request.id in self._requests for request in requests):
             raise ConfigError(f"request id {request_id!r} is already running")
+        if not self.has_unfinished_requests:
+            self.scheduler.shares.idle(self._clock() - self._worked)
         for request in requests:
             request.client = client
             self._requests[request.id] = request
@@ -184,7 +187,8 @@ class Engine:
         done = _round(batch, state, rule, draft, kept, verified)
         if batch.decode:
             self._observe(done, self._clock() - started - verified.seconds - draft.seconds)
-        self.last_round = _record(done, draft, verified, accepted, self._clock() - started)
+        self._worked = self._clock()
+        self.last_round = _record(done, draft, verified, accepted, self._worked - started)
         self.scheduler.shares.charge(batch, done, self.last_round.seconds)
         for request in verified.requests:
             if request.finished:

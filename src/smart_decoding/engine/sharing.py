@@ -92,32 +92,33 @@ class Shares:
 
     def charge(self, batch: Batch, done: Round, seconds: float) -> None:
         """Charges a round that took so many seconds to the clients in it."""
+        grammars = _grammar_seconds(batch)  # taken note of here, whether anybody pays for them
         if not self._shared:
-            self._pay(seconds, seconds)
+            self.idle(seconds)
             return
         verified = _verified(batch, done)
-        parts = _parts([*verified, *batch.prefill])
         for who, part in _parts(verified).items():
             self._rows[who] = part.rows / part.requests
-        whole = _Part(
-            sum(part.rows for part in parts.values()),
-            sum(part.grammars for part in parts.values()),
-        )
-        forward = max(seconds - whole.grammars, 1e-9)  # clocks may stand still
-        self._times.observe(whole.rows, forward)
-        usual = self._times.seconds(whole.rows)
+        parts = _parts([*verified, *batch.prefill])
+        rows = sum(part.rows for part in parts.values())
+        forward = max(seconds - sum(grammars.values()), 1e-9)  # clocks may stand still
+        self._times.observe(rows, forward)
+        usual = self._times.seconds(rows)
         speed = min(forward / usual, OUTLIER)
-        alone = {
-            who: speed * self._times.seconds(part.rows) + part.grammars
+        self._allowed = min(
+            speed * self._times.seconds(part.rows) + grammars.get(who, 0.0)
             for who, part in parts.items()
-        }
-        self._allowed = min(alone.values())
+        )
         most = MOST * self._times.least
         for who, part in parts.items():
-            others = self._times.seconds(whole.rows - part.rows)
-            self.owe(who, min(speed * (usual - others), most) + part.grammars)
-            self._remember(who, part.grammars)
+            added = speed * (usual - self._times.seconds(rows - part.rows))
+            self.owe(who, min(added, most) + grammars.get(who, 0.0))
+            self._remember(who, grammars.get(who, 0.0))
         self._pay(self._allowed, self._payment(seconds))
+
+    def idle(self, seconds: float) -> None:
+        """Nobody waited for others for so long: that pays of all debts."""
+        self._pay(seconds, seconds)
 
     def _remember(self, who: str, grammars: float) -> None:
         """Masks are dear now and then, not in turn."""
@@ -180,10 +181,9 @@ class _Time:
 
 @dataclass(slots=True)
 class _Part:
-    """Of a round: rows, seconds in grammars, and requests."""
+    """Of a round: rows and requests."""
 
     rows: int = 0
-    grammars: float = 0.0
     requests: int = 0
 
 
@@ -194,12 +194,20 @@ def _verified(batch: Batch, done: Round) -> list[tuple[Request, int]]:
 
 
 def _parts(rows: Sequence[tuple[Request, int]]) -> dict[str, _Part]:
-    """What is whose of a round of these requests' rows, with their grammars' last seconds."""
+    """What is whose of a round of these requests' rows."""
     parts: dict[str, _Part] = {}
     for request, count in rows:
         part = parts.setdefault(request.client, _Part())
         part.rows += count
         part.requests += 1
-        if request.constraint is not None:
-            part.grammars += request.constraint.seconds
     return parts
+
+
+def _grammar_seconds(batch: Batch) -> dict[str, float]:
+    """Seconds in the grammars of each client since its last round."""
+    seconds: dict[str, float] = {}
+    for request in (*batch.decode, *(request for request, _ in batch.prefill)):
+        if request.constraint is not None:
+            spent = request.constraint.take_seconds()
+            seconds[request.client] = seconds.get(request.client, 0.0) + spent
+    return seconds

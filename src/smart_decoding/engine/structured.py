@@ -81,10 +81,9 @@ class Constraint(Protocol):
 
     error: why the committed tokens cannot go on, such as a grammar that has outgrown its limits. It
     ends its own request: the round goes on for the others. An error after a path counts only once
-    the path is committed. seconds: that the answer's last round took in here."""
+    the path is committed."""
 
     error: ConfigError | None
-    seconds: float
 
     def allowed(self, path: Sequence[int]) -> NDArray[np.bool_]:
         """[vocab] the tokens that may follow the committed ones and `path`; at least one, which
@@ -101,6 +100,10 @@ class Constraint(Protocol):
 
     def append(self, tokens: Sequence[int]) -> None:
         """Commits tokens of the answer, unless they end it."""
+        ...
+
+    def take_seconds(self) -> float:
+        """Seconds spent in here since the last call."""
         ...
 
 

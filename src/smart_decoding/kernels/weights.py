@@ -160,6 +160,8 @@ def pack(
     padded[: len(places)] = places
     of_rows = formats[padded].reshape(-1, vector_width())
     of_strips = of_rows.max(axis=1)
+    if (padded[-vector_width() :] < 0).all():
+        of_strips[-1] = of_strips[-2]  # it fills a panel up
     if ((of_rows != of_strips[:, None]) & (padded.reshape(of_rows.shape) >= 0)).any():
         return _pack_panels([as_tensor(part) for part in parts], order, arena)
     rows = np.where(padded < 0, 0, addresses[padded])
@@ -198,14 +200,15 @@ def _pack_strips(
     sizes = np.array([_lib().smart_strip_bytes(i, k) for i in range(len(FORMATS))])[formats]
     size = int(sizes.sum())
     arena = arena or Arena(size)
+    in_bytes = arena.in_bytes and bool(_lib().smart_multiplies_bytes() and formats.all())
     memory = arena.take(size)
     strips = np.empty((len(formats), 2), np.int64)
     strips[:, 0] = memory.data_ptr() + np.cumsum(sizes) - sizes
     strips[:, 1] = formats
-    _lib().smart_pack_quants(strips.ctypes.data, len(strips), rows.ctypes.data, k)
+    _lib().smart_pack_quants(strips.ctypes.data, len(strips), rows.ctypes.data, k, in_bytes)
     packed = PackedWeight(shape, True, memory)
     packed.struct.strips = strips.ctypes.data
-    packed.struct.in_bytes = arena.in_bytes
+    packed.struct.in_bytes = in_bytes
     packed._keep.append(strips)
     return packed
 

@@ -107,7 +107,7 @@ def main() -> int:
     """Ends by a signal if the grammar takes more than the seconds of processor, stack or memory."""
     import resource  # not everywhere where the rest of this module is
 
-    os.nice(5)  # rounds go on meanwhile
+    os.nice(10)  # rounds go on meanwhile
     signal.setitimer(signal.ITIMER_PROF, float(sys.argv[1]))
     with contextlib.suppress(ValueError, OSError):  # macOS knows no such limit
         resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))

@@ -141,7 +141,7 @@ class Grammars:
 def _timed(
     method: Callable[[GrammarConstraint, Sequence[int]], T],
 ) -> Callable[[GrammarConstraint, Sequence[int]], T]:
-    """The same, counted as a part of the round."""
+    """The same, with its seconds counted."""
 
     @functools.wraps(method)
     def timed(constraint: GrammarConstraint, tokens: Sequence[int]) -> T:
@@ -163,8 +163,7 @@ class GrammarConstraint:
 
     def __init__(self, matcher: Any, vocab: int, eos_ids: Sequence[int]) -> None:
         self.error: ConfigError | None = None
-        self.seconds = 0.0
-        self._spent = 0.0  # since the last round
+        self._spent = 0.0  # seconds that nobody has taken note of yet
         self._matcher = matcher.deep_copy()
         self._sound = matcher  # to be copied: it takes in no drafted path
         self._behind: list[int] = []  # committed tokens that `_sound` has not taken in yet
@@ -206,8 +205,6 @@ class GrammarConstraint:
     @_timed
     def append(self, tokens: Sequence[int]) -> None:
         """See `Constraint`."""
-        self.seconds = self._spent
-        self._spent = 0.0
         self.error = self._errors.get(tuple(tokens))
         self._errors.clear()
         if self.error is not None:
@@ -219,6 +216,12 @@ class GrammarConstraint:
         self._behind += taken
         if self._matcher.is_error():
             self.error = self._what_is_wrong()
+
+    def take_seconds(self) -> float:
+        """See `Constraint`."""
+        spent = self._spent
+        self._spent = 0.0
+        return spent
 
     def _ends(self) -> NDArray[np.bool_]:
         """The mask where whatever comes is dropped."""

@@ -9,7 +9,7 @@ end in a GGUF file or its quantisation: `owner/name:file.gguf`, `owner/name:Q4_K
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -24,6 +24,10 @@ DEFAULT_MODEL = "smollm2-135m"
 HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w./-]+))?")
 # What tells the models of a family apart, as in Qwen2.5-7B-Instruct
 _SIZE = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)([BM])(?![\w.])", re.IGNORECASE)
+_QUANTISATION = re.compile(r"(?:^|[-._])(I?Q\d\w*|BF16|FP?16|FP?32)(?:\.gguf)?$", re.IGNORECASE)
+# Projectors of pictures, statistics, and parts of models, which are not read from several files
+_NO_MODEL = re.compile(r"mmproj|imatrix|-\d+-of-(?!0*1\.)\d+\.gguf$", re.IGNORECASE)
+_TRIED = 3  # GGUF files of a repository: all have one vocabulary, but one may be damaged
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 TRUST = "convert it to safetensors, or allow it by --trust-pickle (trust_pickle=True)"
 # seconds to wait for the hub's first answer
@@ -191,22 +195,20 @@ def siblings(vocab: int, parameters: int) -> list[str]:
     return sorted(fitting, key=lambda name: -NAMED_MODELS[name].parameters)
 
 
-def cached_sibling(target: str, vocab: int, parameters: int) -> str | Source | None:
-    """A smaller model that may draft for a target and is in the cache: of a hub id the smallest of
-    its family, else the first of `siblings`."""
-    found = _of_family(target)
-    if found is not None:
-        return found
+def cached_siblings(target: str, vocab: int, parameters: int) -> list[str | Source]:
+    """Smaller models in the cache that may draft for a target, in the order to try them: of a hub
+    id those of its family, then those of `siblings`."""
+    found: list[str | Source] = [*_of_family(target)]
     for name in siblings(vocab, parameters):
         model = NAMED_MODELS[name]
         if model.pinned.path.is_file() or _cached_from_hub(name, model) is not None:
-            return name
-    return None
+            found.append(name)
+    return found
 
 
-def _of_family(target: str) -> Source | None:
-    """The smallest model in the hub's cache whose id is the target's but for a size of at most half
-    of it."""
+def _of_family(target: str) -> Iterator[Source]:
+    """The models in the hub's cache whose id is the target's but for a size of at most half of it,
+    the smallest first."""
     hub_id = HUB_ID.fullmatch(target)
     family, size = _family_of(hub_id[1] if hub_id else "")
     smaller = []
@@ -215,8 +217,9 @@ def _of_family(target: str) -> Source | None:
         theirs, its_size = _family_of(repository)
         if theirs == family and 0 < 2 * its_size <= size:
             smaller.append((its_size, repository))
-    held = (_held(repository) for _, repository in sorted(smaller))
-    return next(filter(None, held), None)
+    stored = _quantisation(hub_id[2] or "") if hub_id else ""
+    for _, repository in sorted(smaller):
+        yield from _held(repository, stored)
 
 
 def _family_of(repository: str) -> tuple[str, float]:
@@ -226,19 +229,29 @@ def _family_of(repository: str) -> tuple[str, float]:
     return _SIZE.sub("", repository, count=1), millions
 
 
-def _held(repository: str) -> Source | None:
-    """All safetensors of a repository, or else a GGUF file, if the hub's cache holds them."""
+def _quantisation(name: str) -> str:
+    """What a GGUF file's name, or what stands for it in a model's, says of its weights; else ""."""
+    found = _QUANTISATION.search(name)
+    return found[1].upper() if found else ""
+
+
+def _held(repository: str, stored: str) -> Iterator[Source]:
+    """What the hub's cache holds of a repository: its safetensors, or else GGUF files. Those of
+    the quantisation `stored` come first, then the smallest: less to read for each guess."""
     try:
         folder = hub_repository.snapshot(repository, _QUICK, local_only=True)
     except DownloadError:
-        return None
+        return
     if hub_repository.is_complete(folder):
-        return _folder_source(repository, repository, folder)
-    files = sorted(folder.glob("*.gguf"))
-    if not files:
-        return None
-    name = f"{repository}:{files[0].name}"
-    return _gguf_source(name, repository, files[0].name, _QUICK, local_only=True)
+        yield _folder_source(repository, repository, folder)
+        return
+    files = [
+        (not stored or _quantisation(path.name) != stored, path.stat().st_size, path.name)
+        for path in folder.glob("*.gguf")
+        if path.is_file() and not _NO_MODEL.search(path.name)
+    ]
+    for _, _, file in sorted(files)[:_TRIED]:
+        yield _gguf_source(f"{repository}:{file}", repository, file, _QUICK, local_only=True)
 
 
 def _resolve_named(name: str, model: NamedModel, origin: str) -> Source:

@@ -398,7 +398,7 @@ def sibling(
 
     def make(words: list[str]) -> Path:
         draft = saved(tmp_path / "small", SMALL, words, 1)
-        monkeypatch.setattr(speculation, "cached_sibling", lambda *_: str(draft))
+        monkeypatch.setattr(speculation, "cached_siblings", lambda *_: [str(draft)])
         return draft
 
     return make
@@ -429,12 +429,27 @@ def test_without_a_sibling_that_fits_n_grams_draft(
     caplog.set_level("INFO", "smart.speculation")
     assert drafted_by(target_folder, {"policy": "eagle2"}) == "ngram"
     (record,) = caplog.records
-    assert record.getMessage().startswith(f"{draft} cannot draft for {target_folder}, so n-grams")
+    assert record.getMessage().startswith(f"{draft} cannot draft for {target_folder}: ")
     assert "another vocabulary" in record.getMessage()
-    monkeypatch.setattr(speculation, "cached_sibling", lambda *_: None)
+    monkeypatch.setattr(speculation, "cached_siblings", lambda *_: [])
     caplog.clear()
     assert drafted_by(target_folder, {"policy": "eagle2"}) == "ngram"
     assert not caplog.records
+
+
+def test_where_one_sibling_does_not_fit_the_next_drafts(
+    sibling: Callable[[list[str]], Path],
+    target_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    draft = sibling(WORDS)
+    other = saved(tmp_path / "other", SMALL, WORDS[:-1], 1)
+    damaged = tmp_path / "damaged.gguf"
+    damaged.write_bytes(b"GGUF")
+    found = [str(damaged), str(other), str(draft)]
+    monkeypatch.setattr(speculation, "cached_siblings", lambda *_: found)
+    assert drafted_by(target_folder, {"policy": "eagle2"}) == f"draft model {draft}"
 
 
 def test_a_sibling_without_room_makes_way(

@@ -242,6 +242,16 @@ def test_a_grammar_that_fails_in_a_round_ends_its_own_request_only(policy: str) 
     assert rounds[1] <= rounds[0] + 3
 
 
+def test_seconds_in_a_grammar_are_told_once() -> None:
+    one = constraint(regex="a*")
+    one.take_seconds()
+    one.allowed(ids("a"))
+    assert one.take_seconds() > 0.0
+    one.append(ids("a"))
+    assert one.take_seconds() > 0.0
+    assert one.take_seconds() == 0.0
+
+
 def test_an_error_on_a_drafted_path_is_none_of_the_answer() -> None:
     one = constraint(grammar=outgrowing('"g" | "e" r0', 80))
     path = ids("e" + "abc" * 4)

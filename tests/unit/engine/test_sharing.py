@@ -168,35 +168,53 @@ def test_nobody_rests_where_all_ask_for_as_much_or_are_alone() -> None:
     assert rests(engine, add(engine, "alone", 64, 10)) == 0
 
 
+class Slow:
+    """A grammar that forbids the end. Masks take `each` seconds, in turn."""
+
+    error = None
+
+    def __init__(self, engine: Engine, each: Sequence[float]) -> None:
+        self.clock = engine.target.clock
+        self.left = list(each)
+        self.spent = 0.0
+
+    def allowed(self, path: Sequence[int]) -> np.ndarray:
+        seconds = self.left.pop(0)
+        self.clock.now += seconds
+        self.spent += seconds
+        return np.arange(VOCAB) != EOS
+
+    def before_error(self, tokens: Sequence[int]) -> Sequence[int]:
+        return tokens
+
+    def append(self, tokens: Sequence[int]) -> None:
+        pass
+
+    def take_seconds(self) -> float:
+        spent = self.spent
+        self.spent = 0.0
+        return spent
+
+
+def add_bombs(engine: Engine, count: int, tokens: int) -> list[Request]:
+    params = SamplingParams(
+        temperature=0.0,
+        max_tokens=tokens,
+        structured_outputs=StructuredOutputsParams(regex="a"),
+    )
+    return [
+        request
+        for i in range(count)
+        for request in engine.add_request(f"bomb-{i}", [1, i], params, client="bombs")
+    ]
+
+
 @pytest.mark.parametrize(("each", "tokens"), [(1.0, 60), (20.0, 240)])
 def test_a_grammar_is_charged_to_its_client(each: float, tokens: int) -> None:
     """Rounds of a second take six times `each` longer in six grammars."""
 
-    class Slow:
-        error = None
-        seconds = 0.0
-
-        def allowed(self, path: Sequence[int]) -> np.ndarray:
-            engine.target.clock.now += each
-            return np.arange(VOCAB) != EOS
-
-        def before_error(self, tokens: Sequence[int]) -> Sequence[int]:
-            return tokens
-
-        def append(self, tokens: Sequence[int]) -> None:
-            self.seconds = each
-
-    engine = new_engine("off", constrain=lambda params: Slow())
-    params = SamplingParams(
-        temperature=0.0,
-        max_tokens=60,
-        structured_outputs=StructuredOutputsParams(regex="a"),
-    )
-    bombs = [
-        request
-        for i in range(6)
-        for request in engine.add_request(f"bomb-{i}", [1, i], params, client="bombs")
-    ]
+    engine = new_engine("off", constrain=lambda params: Slow(engine, [each] * 100))
+    bombs = add_bombs(engine, 6, 60)
     begin(engine, bombs)
     light = add(engine, "light", 1, tokens)
     begin(engine, light)
@@ -207,6 +225,54 @@ def test_a_grammar_is_charged_to_its_client(each: float, tokens: int) -> None:
     gained = min(len(bomb.output) for bomb in bombs) - before
     assert gained >= tokens / (6 * each) - 2  # half the time is theirs
     finish(engine)
+
+
+@pytest.mark.parametrize("each", [[20.0, 0.0], [0.0, 20.0]])
+def test_a_grammars_seconds_are_charged_once(
+    each: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the round that they are a part of, which may be the answer's last one."""
+    engine = new_engine("off", constrain=lambda params: Slow(engine, each))
+    shares = engine.scheduler.shares
+    charged: list[float] = []
+    owe = shares.owe
+
+    def noted(client: str, seconds: float) -> None:
+        charged.extend([seconds] if client == "bombs" else [])
+        owe(client, seconds)
+
+    monkeypatch.setattr(shares, "owe", noted)
+    add(engine, "light", 1, 60)
+    (bomb,) = add_bombs(engine, 1, 2)
+    while not bomb.finished:
+        engine.step()
+    assert len(charged) == 2
+    assert sum(charged) == pytest.approx(20.0, rel=0.2)
+    assert shares._times.least > 0.5  # no round's forward has taken nothing
+
+
+def test_a_grammars_seconds_alone_are_not_charged_later() -> None:
+    engine = new_engine("off", constrain=lambda params: Slow(engine, [20.0] * 3 + [0.0] * 100))
+    bombs = add_bombs(engine, 1, 60)
+    while len(bombs[0].output) < 3:
+        engine.step()
+    begin(engine, add(engine, "light", 1, 60))
+    assert engine.scheduler.shares._owed.get("bombs", 0.0) < 5.0
+
+
+def test_time_in_which_nobody_asks_pays_debts() -> None:
+    engine = new_engine("off")
+    both = [*add(engine, "heavy", 16, 3), *add(engine, "light", 1, 3)]
+    begin(engine, both)
+    engine.scheduler.shares.owe("heavy", 1000.0)
+    finish(engine)
+    for idle, heavy_waits in ((300.0, True), (2000.0, False)):
+        engine.target.clock.now += idle
+        both = [*add(engine, "heavy", 16, 3), *add(engine, "light", 1, 3)]
+        engine.step()
+        assert any(request.output for request in both)
+        assert ("heavy" in engine.scheduler.shares.indebted) == heavy_waits
+        finish(engine)
 
 
 def test_who_rests_gives_way_where_the_others_wait_for_its_memory() -> None:

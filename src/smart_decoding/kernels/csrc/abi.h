@@ -26,7 +26,7 @@ struct Strip {  // as many rows of a quantised weight as a vector has lanes; see
 struct Weight {  // [n, k], packed: bf16 or fp32 panels, or two strips of each panel
     const void* panels;
     const struct Strip* strips;  // or null
-    int64_t in_bytes;            // may strips be multiplied with inputs rounded to 8 bits?
+    int64_t in_bytes;            // are strips, packed so, multiplied with inputs in 8 bits?
 };
 
 // ---------------------------------------------------------------------------- what a forward reads
@@ -243,7 +243,7 @@ int32_t smart_page();          // positions of a KV page
 // Rows that share a pass over weights: one more costs a step.
 int32_t smart_pass_rows(int32_t is_bf16);
 int32_t smart_rounds_inputs();     // does bf16 mean bf16 inputs of linear layers, too?
-int32_t smart_multiplies_bytes();  // may inputs be rounded to 8 bits (Weight)?
+int32_t smart_multiplies_bytes();  // can quants be multiplied with inputs in 8 bits (Weight)?
 // Do keys and values of a page lie in pairs?
 int32_t smart_attends_by_pairs(int32_t is_bf16, int32_t head_dim);
 
@@ -259,9 +259,9 @@ void smart_pack_bytes(const float* w, int64_t n, int64_t k, int8_t* out, float* 
 // Bytes of a strip of row length k; 0 where k is not whole blocks of the format.
 int64_t smart_strip_bytes(int64_t format, int64_t k);
 // Fills strips whose memory is there. rows: [count, lanes of float] where each of their rows begins
-// in a file (BF16_ROWS: in memory), null: a row of zeros.
+// in a file (BF16_ROWS: in memory), null: a row of zeros; in_bytes: for Weight's, not of BF16_ROWS.
 void smart_pack_quants(const struct Strip* strips, int64_t count, const void* const* rows,
-                       int64_t k);
+                       int64_t k, int32_t in_bytes);
 // Rows `index` of a packed weight [n, k] as fp32 [count, k].
 void smart_unpack(const struct Weight* w, int64_t k, int32_t is_bf16, const int64_t* index,
                   int32_t count, float* out);

@@ -76,22 +76,28 @@ static inline void storeu(void* p, const V& v) {
     memcpy(p, &v, sizeof v);
 }
 
+// The same number in every lane. Of a plain sum GCC 12 makes a sum, and two steps of it.
+static inline vi broadcast(const int32_t* p) {
+#if defined(__AVX512F__)
+    return (vi)_mm512_set1_epi32(*p);
+#else
+    return vi{} + *p;
+#endif
+}
+static inline vf broadcast(const float* p) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_set1_ps(*p);
+#else
+    return vf{} + *p;
+#endif
+}
+
 // Four bytes in every lane: a pair of bf16, or four inputs of 8 bits.
 static inline vu broadcast4(const void* p) {
 #if defined(__AVX512F__)  // of the plain sum GCC 12 makes a load and a broadcast
     return (vu)_mm512_set1_epi32(loadu<int32_t>(p));
 #else
     return vu{} + loadu<uint32_t>(p);
-#endif
-}
-
-// Eight bytes, over and over.
-static inline vu broadcast8(const void* p) {
-#if defined(__AVX512F__)
-    return (vu)_mm512_set1_epi64(loadu<int64_t>(p));
-#else
-    const Vector<uint64_t, VW / 2> eight = Vector<uint64_t, VW / 2>{} + loadu<uint64_t>(p);
-    return (vu)eight;
 #endif
 }
 
@@ -180,6 +186,24 @@ static inline vf halves_to_float(const uint8_t* p) {
 #endif
 }
 
+// Floats to bytes, rounded to the nearest; returns their sum.
+static inline int32_t to_bytes(const vf& v, int8_t* to) {
+#if defined(__AVX512F__)
+    const __m512i integers = _mm512_cvtps_epi32((__m512)v);
+    storeu(to, _mm512_cvtepi32_epi8(integers));
+    return _mm512_reduce_add_epi32(integers);
+#else
+    int32_t sum = 0;
+    for (int j = 0; j < VW; j++) {
+        // rounds to an integer, as vexp does; a call of lrint would be one for each
+        const int32_t value = int32_t((v[j] + 12582912.0f) - 12582912.0f);
+        to[j] = int8_t(value);
+        sum += value;
+    }
+    return sum;
+#endif
+}
+
 // Bytes to float. T: int8_t or uint8_t.
 template <class T>
 static inline vf bytes_to_float(const uint8_t* p) {
@@ -224,6 +248,19 @@ static inline vf lookup(const float* table, vu index) {
     vf values;
     for (int j = 0; j < VW; j++) values[j] = table[index[j] & 15];
     return values;
+#endif
+}
+
+// table[the low four bits] of each byte, all other bits of which are 0.
+static inline vu lookup_bytes(const uint8_t* table, const vu& index) {
+#if defined(__AVX512BW__)
+    const __m512i four = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)table));
+    return (vu)_mm512_shuffle_epi8(four, (__m512i)index);
+#else
+    uint8_t bytes[sizeof(vu)];
+    storeu(bytes, index);
+    for (uint8_t& byte : bytes) byte = table[byte];
+    return loadu<vu>(bytes);
 #endif
 }
 
@@ -334,6 +371,16 @@ __attribute__((always_inline)) static inline void dot_u8s8(vi& sum, vi x, vi w) 
 #else
     for (int shift = 0; shift < 32; shift += 8)
         sum += (x >> shift & 255) * (w << (24 - shift) >> 24);
+#endif
+}
+
+// The same with four signed bytes at `four` in every lane.
+__attribute__((always_inline)) static inline void dot_u8s8_of(vi& sum, const vi& x,
+                                                              const int8_t* four) {
+#if defined(__AVX512VNNI__)
+    asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(x), "m"(*(const int32_t*)four));
+#else
+    dot_u8s8(sum, x, (vi)broadcast4(four));
 #endif
 }
 

@@ -82,7 +82,12 @@ static void unpack_strip(const Strip* strip, int64_t k, int row, float* out) {
 
 template <class W>
 void unpack_row(const Weight& w, int64_t k, int64_t row, float* out) {
-    if (w.strips) return unpack_strip(w.strips + row / VW, k, int(row % VW), out);
+    const Strip* strip = w.strips + row / VW;
+    if (w.in_bytes)
+        return with_format(strip->format, [&](auto format) {
+            unpack_bytes<format>(strip->data, k, int(row % VW), out);
+        });
+    if (w.strips) return unpack_strip(strip, k, int(row % VW), out);
     const W* panel = (const W*)w.panels + row / PANEL * PANEL * k;
     for (int64_t i = 0; i < k; i++) out[i] = to_f32(panel[panel_place<W>(i, int(row % PANEL))]);
 }

@@ -221,24 +221,13 @@ static inline void quant_panel(const Wide* x, int64_t ld, int rows, const Strip*
     }
 }
 
-// Whether a panel's quants are multiplied in 8 bits: in one format, and where CPUs can.
-static inline bool multiplies_bytes(const Strip* strips) {
-    bool can = false;
-    with_format(strips[0].format, [&](auto format) { can = has_byte_products<format>(); });
-    return HAS_BYTE_DOT && can && strips[0].format == strips[1].format;
-}
-
-// `gemm` of quants. in_bytes: inputs may be rounded to 8 bits.
+// `gemm` of quants. in_bytes: they are packed for inputs in 8 bits.
 template <class Epilogue>
 static void quant_gemm(const Wide* x, int64_t ld, int rows, const Strip* strips, int64_t n,
                        int64_t k, bool in_bytes, Epilogue&& done) {
     if (!rows) return;
     static thread_local ByteRows bytes;
-    static thread_local std::vector<vf> byte_sums;
-    if (in_bytes) {
-        bytes.read(x, ld, rows, k);
-        byte_sums.resize(rows * 2 * KINDS);
-    }
+    if (in_bytes) bytes.read(x, ld, rows, k);
     static thread_local std::vector<float> kept;
     if (int64_t(kept.size()) < int64_t(rows) * PANEL) kept.resize(int64_t(rows) * PANEL);
     float* sums = kept.data();
@@ -246,17 +235,9 @@ static void quant_gemm(const Wide* x, int64_t ld, int rows, const Strip* strips,
     const Panels mine(n);
     for (int64_t p = mine.first; p < mine.last; p++) {
         const Strip* pair = strips + 2 * p;
-        if (in_bytes && multiplies_bytes(pair)) {
-            with_format(pair->format, [&](auto format) {
-                if constexpr (has_byte_products<format>())
-                    byte_panel<format>(bytes, rows, pair, k, byte_sums.data(),
-                                       [&](int r, const vf& low, const vf& high) {
-                                           done(r, p * PANEL, low, high);
-                                       });
-            });
-            continue;
-        }
-        if (rows <= FEW_ROWS && pair[0].format == pair[1].format)
+        if (in_bytes)
+            byte_panel(bytes, pair, sums);
+        else if (rows <= FEW_ROWS && pair[0].format == pair[1].format)
             with_count<std::max(FEW_ROWS, 1)>(rows, [&](auto r) {
                 with_format(pair->format,
                             [&](auto format) { multiply_strips<format, r>(x, ld, pair, k, sums); });

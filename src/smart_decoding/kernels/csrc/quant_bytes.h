@@ -1,6 +1,7 @@
 // Products of quants with inputs in 8 bits: for draft models, and for targets where that is asked
 // for. Quants are not widened; four of them are multiplied with four bytes and added in one
-// instruction. A row's sums have the same bits in any company, but not those of quants.h.
+// instruction. Inputs of a block share a scale. A row's sums have the same bits in any company, but
+// not those of quants.h.
 
 #pragma once
 #include <vector>
@@ -9,164 +10,204 @@
 
 namespace [[gnu::visibility("hidden")]] smart {
 
-// Kinds of vectors of quants that have sums of their own, and rows that share a pass.
-constexpr int KINDS = HAS_BF16_PAIRS ? 2 : 1, BYTE_ROWS = 4;
+// Rows that share a pass: their sums, and those of integers, stay in registers.
+constexpr int BYTE_ROWS = VW == 16 ? 8 : 4;
+constexpr int BYTE_GROUP = 16;  // inputs whose sum is kept: the fewest that share a scale
 
-// Rows of inputs in 8 bits. Of each eight of k, the even ones come first.
+// Rows of inputs in 8 bits, pass by pass: what is at the same k of its rows lies side by side.
 struct ByteRows {
-    int64_t groups = 0;
-    std::vector<int8_t> bytes;  // [rows, k]
-    std::vector<float> scale;   // [rows, groups of 16]: of the group of 32 that it is in
-    std::vector<float> sums;    // [rows, groups of 16, 2] of even and odd inputs
+    int64_t k = 0;
+    int passes = 0, rows = 0;
+    std::vector<int8_t> bytes;   // [k / 4, rows, 4] of each pass
+    std::vector<float> scale;    // [k / 32, rows]
+    std::vector<float> sums;     // [k / 32, rows] of rounded inputs
+    std::vector<int32_t> minus;  // [k / 16, rows] of bytes, negative
 
     template <class X>
-    void read(const X* x, int64_t ld, int rows, int64_t k) {
-        groups = k / 16;
+    void read(const X* x, int64_t ld, int count, int64_t length) {
+        k = length;
+        rows = count;
+        passes = (rows + BYTE_ROWS - 1) / BYTE_ROWS;
         bytes.resize(rows * k);
-        scale.resize(rows * groups);
-        sums.resize(2 * rows * groups);
-        for (int r = 0; r < rows; r++)
-            for (int64_t i = 0; i < k; i += QUANT_BLOCK)
-                read_group(x + r * ld + i, &bytes[r * k + i], r * groups + i / 16);
+        scale.resize(rows * k / QUANT_BLOCK);
+        sums.resize(rows * k / QUANT_BLOCK);
+        minus.resize(rows * k / BYTE_GROUP);
+        for (int pass = 0; pass < passes; pass++)
+            for (int row = first_of(pass); row < first_of(pass + 1); row++)
+                for (int64_t i = 0; i < k; i += QUANT_BLOCK)
+                    read_block(x + row * ld + i, pass, row, i);
     }
+
+    int first_of(int pass) const { return int(int64_t(rows) * pass / passes); }
 
 private:
     template <class X>
-    void read_group(const X* x, int8_t* to, int64_t group) {
-        float largest = 1e-30f;
-        for (int i = 0; i < QUANT_BLOCK; i++) largest = std::max(largest, std::fabs(to_f32(x[i])));
-        const float step = largest / 127;
-        int32_t total[2][2] = {};
-        for (int i = 0; i < QUANT_BLOCK; i++) {
-            // rounds to an integer, as vexp does; a call of lrint would be one for each input
-            const int value = int((to_f32(x[i]) / step + 12582912.0f) - 12582912.0f);
-            to[i / 8 * 8 + i % 2 * 4 + i % 8 / 2] = int8_t(value);
-            total[i / 16][i % 2] += value;
+    void read_block(const X* x, int pass, int row, int64_t first) {
+        const int start = first_of(pass), together = first_of(pass + 1) - start;
+        vf largest = vf{} + 1e-30f;
+        for (int i = 0; i < QUANT_BLOCK; i += VW) {
+            const vf v = widen<vf>(x + i), size = v < 0 ? -v : v;
+            largest = size > largest ? size : largest;
         }
-        for (int half = 0; half < 2; half++) {
-            scale[group + half] = step;
-            for (int s = 0; s < 2; s++) sums[2 * (group + half) + s] = step * float(total[half][s]);
-        }
+        const float step = max_of(largest) / 127, factor = 1 / step;
+        int8_t block[QUANT_BLOCK];
+        int32_t totals[QUANT_BLOCK / BYTE_GROUP] = {};
+        for (int i = 0; i < QUANT_BLOCK; i += VW)
+            totals[i / BYTE_GROUP] += to_bytes(widen<vf>(x + i) * factor, block + i);
+        const int64_t from = start * k + first * together, at = row - start;
+        for (int i = 0; i < QUANT_BLOCK; i += 4)
+            memcpy(&bytes[from + i * together + 4 * at], block + i, 4);
+        for (int g = 0; g < QUANT_BLOCK / BYTE_GROUP; g++)
+            minus[from / BYTE_GROUP + g * together + at] = -totals[g];
+        scale[from / QUANT_BLOCK + at] = step;
+        sums[from / QUANT_BLOCK + at] = step * float(totals[0] + totals[1]);
     }
 };
 
-// Bits 4 and on of four bytes from a plane of one bit or of two bits each: two fields of each half
-// of its lanes, the first and the third.
-template <int BITS>
-static inline vu spread_high(const vu& plane) {
-    constexpr uint32_t FIELDS = BITS == 1 ? 0x00050005 : 0x00330033;
-    constexpr uint32_t BYTES = BITS == 1 ? 0x01010101 : 0x03030303;
-    const vu fields = plane & FIELDS;
-    return ((fields | fields << (8 - 2 * BITS)) & BYTES) << 4;
+// The values of IQ4_NL with 128 added.
+alignas(16) constexpr uint8_t IQ4_NL_BYTES[16] = {1,   24,  45,  63,  79,  93,  106, 118,
+                                                  129, 141, 153, 166, 181, 197, 217, 241};
+
+// What quants are in bytes more than their weights are scales.
+template <int F>
+constexpr int BYTE_ZERO = F == Q8_0 || F == IQ4_NL ? 128 : FORMATS[F].zero;
+
+// BITS of each byte of vector v of a plane, moved to bit TO.
+template <int BITS, int TO>
+__attribute__((always_inline)) static inline vu field(const uint8_t* plane, int v) {
+    const int from = BITS * (v % (8 / BITS)), left = TO > from ? TO - from : 0;
+    const vu word = loadu<vu>(plane + v / (8 / BITS) * sizeof(vu));
+    return (word << left >> (from - TO + left)) & ((1u << BITS) - 1) * 0x01010101u << TO;
 }
 
-// Bytes of quants of word `word`: those whose nibbles are low, or high. Unsigned.
+// Quants of a block at k = 4 v to 4 v + 3, unsigned.
 template <int F>
-__attribute__((always_inline)) static inline void quant_bytes(const uint8_t* quants, int word,
-                                                              vu (&bytes)[2]) {
+__attribute__((always_inline)) static inline vu quant_bytes(const uint8_t* quants, int v) {
     constexpr int HIGH = FORMATS[F].bits - 4;
-    const vu words = loadu<vu>(quants + word * sizeof(vu));
-    bytes[0] = words & 0x0f0f0f0f;
-    bytes[1] = words >> 4 & 0x0f0f0f0f;
-    if constexpr (HIGH > 0) {
-        constexpr int WORDS = 4 / HIGH;  // of nibbles that a vector of the plane serves
-        const vu plane = loadu<vu>(quants + (4 + word / WORDS) * sizeof(vu));
-        for (int h = 0; h < 2; h++)
-            bytes[h] |= spread_high<HIGH>(plane >> (HIGH * (word % WORDS * 4 + h)));
-    }
+    if constexpr (HIGH == 4) return loadu<vu>(quants + v * sizeof(vu));
+    const vu low = field<4, 0>(quants, v);
+    if constexpr (F == IQ4_NL) return lookup_bytes(IQ4_NL_BYTES, low);
+    if constexpr (HIGH == 1 || HIGH == 2) return low | field<HIGH, 4>(quants + 4 * sizeof(vu), v);
+    return low;
 }
 
-template <int F>
-constexpr bool has_byte_products() {
-    return FORMATS[F].bits < 8 && F != IQ4_NL;
-}
+// What a pass reads: its rows' inputs from some k on.
+struct PassInputs {
+    const int8_t* bytes;
+    const float *scale, *sums;
+    const int32_t* minus;
+};
 
-// Sums of a group's integers, as floats, under the group's scales.
-template <int R>
-__attribute__((always_inline)) static inline void add_group(
-    const vi (&integers)[R][KINDS], const vf (&scale)[2], const vf (&least)[2], const ByteRows& in,
-    int row, int64_t group, bool both, vf (&sums)[R][KINDS]) {
+// What a group's sums of integers begin with: the inputs' own, times what bytes are too large by.
+template <int F, int R>
+__attribute__((always_inline)) static inline void begin_group(const int32_t* minus,
+                                                              vi (&integers)[R]) {
     for (int r = 0; r < R; r++) {
-        const int64_t at = (row + r) * in.groups + group;
-        const float* total = &in.sums[2 * at];
-        const float pair[2] = {total[0] + (both ? total[2] : 0), total[1] + (both ? total[3] : 0)};
-        const vf inputs = HAS_BF16_PAIRS ? (vf)broadcast8(pair) : vf{} + (pair[0] + pair[1]);
-        for (int kind = 0; kind < KINDS; kind++) {
-            const vf products = __builtin_convertvector(integers[r][kind], vf);
-            const vf step = scale[kind] * in.scale[at];
-            sums[r][kind] = fused(least[kind], inputs, fused(products, step, sums[r][kind]));
+        integers[r] = vi{};
+        if constexpr (BYTE_ZERO<F> != 0) {
+            integers[r] = broadcast(minus + r);
+            if (FORMATS[F].group > BYTE_GROUP) integers[r] += broadcast(minus + R + r);
+            integers[r] *= BYTE_ZERO<F>;
         }
     }
 }
 
-// Adds the products of R rows from `row` on with a block of a strip at k = i.
+// Adds the products of R rows with a block of a strip.
 template <int F, int R>
-__attribute__((always_inline)) static inline void byte_block(StripReader<F>& strip,
-                                                             const ByteRows& in, int row, int64_t i,
-                                                             vf (&sums)[R][KINDS]) {
+__attribute__((always_inline)) static inline void byte_block(const uint8_t* at,
+                                                             const vf (&shared)[2],
+                                                             const PassInputs& in, vf (&sums)[R]) {
     constexpr Format format = FORMATS[F];
-    constexpr int GROUPS = QUANT_BLOCK / format.group, WORDS = 4 / GROUPS;
-    const Block<F> block = strip.next();
-    for (int group = 0; group < GROUPS; group++) {
-        vi integers[R][KINDS] = {};
-        for (int word = group * WORDS; word < (group + 1) * WORDS; word++) {
-            vu bytes[2];
-            quant_bytes<F>(block.quants, word, bytes);
-            for (int r = 0; r < R; r++) {
-                const int8_t* x = &in.bytes[(row + r) * in.groups * 16 + i + 8 * word];
-                const vi even = (vi)(HAS_BF16_PAIRS ? broadcast8(x) : broadcast4(x));
-                const vi odd = HAS_BF16_PAIRS ? even : (vi)broadcast4(x + 4);
-                dot_u8s8(integers[r][0], (vi)bytes[0], even);
-                dot_u8s8(integers[r][KINDS - 1], (vi)bytes[1], odd);
-            }
+    const RowScales scales = row_scales<F>(at, shared);
+    const uint8_t* quants = at + format.scales() * VW;
+    vi integers[R];
+    vf scaled[R];
+    for_block<4>([&](auto i) __attribute__((always_inline)) {
+        constexpr int group = i / format.group;
+        if constexpr (i % format.group == 0) begin_group<F, R>(in.minus + group * R, integers);
+        const vi bytes = (vi)quant_bytes<F>(quants, i / 4);
+        for (int r = 0; r < R; r++) dot_u8s8_of(integers[r], bytes, in.bytes + i * R + 4 * r);
+        if constexpr (i % format.group != format.group - 4) return;
+        for (int r = 0; r < R; r++) {
+            const vf products = __builtin_convertvector(integers[r], vf);
+            const vf& scale = scales.scale[group];
+            scaled[r] = group ? fused(products, scale, scaled[r]) : products * scale;
         }
-        add_group<R>(integers, block.scales.scale[group],
-                     block.scales.least[format.has_least ? 0 : group], in, row, i / 16 + group,
-                     GROUPS == 1, sums);
+    });
+    for (int r = 0; r < R; r++) {
+        sums[r] = fused(scaled[r], broadcast(in.scale + r), sums[r]);
+        if constexpr (format.has_least || format.has_zero)
+            sums[r] = fused(scales.least[0], broadcast(in.sums + r), sums[r]);
     }
 }
 
-// Adds to sums [R, 2, KINDS] what a super-block of a panel from k = first on yields for R rows.
-template <int F, int R>
-__attribute__((noinline)) static void byte_pass(const ByteRows& in, int row, const Strip* strips,
-                                                int64_t first, int64_t depth, vf* sums) {
-    for (int half = 0; half < 2; half++) {
-        StripReader<F> strip(strips[half].data, first);
-        vf kept[R][KINDS];
-        for (int r = 0; r < R; r++)
-            for (int kind = 0; kind < KINDS; kind++)
-                kept[r][kind] = sums[(2 * r + half) * KINDS + kind];
-        for (int64_t i = first; i < first + depth; i += QUANT_BLOCK)
-            byte_block<F, R>(strip, in, row, i, kept);
-        for (int r = 0; r < R; r++)
-            for (int kind = 0; kind < KINDS; kind++)
-                sums[(2 * r + half) * KINDS + kind] = kept[r][kind];
+// Adds to sums [R, PANEL] what `depth` of a strip from k = first on yields for a pass of R rows;
+// all of it lies in one super-block. FRESH: it is read from memory.
+template <int F, int R, bool FRESH>
+__attribute__((noinline)) static void byte_pass(PassInputs in, const uint8_t* data, int64_t first,
+                                                int64_t depth, float* sums) {
+    StripReader<F> strip(data, first);
+    vf kept[R];
+    for (int r = 0; r < R; r++) kept[r] = loadu<vf>(sums + r * PANEL);
+    for (int64_t i = 0; i < depth; i += QUANT_BLOCK) {
+        byte_block<F, R>(strip.template step<FRESH>(), strip.shared, in, kept);
+        in.bytes += QUANT_BLOCK * R;
+        in.scale += R;
+        in.sums += R;
+        in.minus += QUANT_BLOCK / BYTE_GROUP * R;
     }
+    for (int r = 0; r < R; r++) storeu(sums + r * PANEL, kept[r]);
 }
 
-// The columns of a strip of what its kinds of vectors hold.
-static inline vf columns_of(const vf* kinds) {
-    if constexpr (KINDS == 1) return kinds[0];
-    vf out = kinds[0];
-    for (int lane = 0; lane < VW; lane++) {
-        const vf& from = kinds[lane / (VW / 2)];
-        out[lane] = from[2 * lane % VW] + from[2 * lane % VW + 1];
-    }
-    return out;
-}
-
-template <int F, class Epilogue>
-static void byte_panel(const ByteRows& in, int rows, const Strip* strips, int64_t k, vf* sums,
-                       Epilogue&& take) {
-    std::fill_n(sums, rows * 2 * KINDS, vf{});
-    for (int64_t first = 0; first < k; first += SUPER_BLOCK)
-        for (int row = 0; row < rows; row += BYTE_ROWS)
-            with_count<BYTE_ROWS>(std::min(BYTE_ROWS, rows - row), [&](auto r) {
-                byte_pass<F, r>(in, row, strips, first, std::min<int64_t>(SUPER_BLOCK, k - first),
-                                sums + row * 2 * KINDS);
+// sums [rows, PANEL] of the columns of a strip; the others stay as they are.
+template <int F>
+static void byte_strip(const ByteRows& in, const uint8_t* data, float* sums) {
+    for (int r = 0; r < in.rows; r++) storeu(sums + r * PANEL, vf{});
+    for (int64_t first = 0; first < in.k; first += SUPER_BLOCK) {
+        const int64_t depth = std::min<int64_t>(SUPER_BLOCK, in.k - first);
+        for (int pass = 0; pass < in.passes; pass++) {
+            const int row = in.first_of(pass), count = in.first_of(pass + 1) - row;
+            const int64_t from = row * in.k + first * count;
+            const PassInputs inputs = {&in.bytes[from], &in.scale[from / QUANT_BLOCK],
+                                       &in.sums[from / QUANT_BLOCK], &in.minus[from / BYTE_GROUP]};
+            with_count<BYTE_ROWS>(count, [&](auto r) {
+                const auto run = pass ? byte_pass<F, r, false> : byte_pass<F, r, true>;
+                run(inputs, data, first, depth, sums + row * PANEL);
             });
-    for (int r = 0; r < rows; r++)
-        take(r, columns_of(sums + 2 * r * KINDS), columns_of(sums + (2 * r + 1) * KINDS));
+        }
+    }
+}
+
+// sums [rows, PANEL] of a panel.
+static inline void byte_panel(const ByteRows& in, const Strip* strips, float* sums) {
+    for (int half = 0; half < 2; half++)
+        with_format(strips[half].format, [&](auto format) {
+            if constexpr (format != BF16_ROWS)
+                byte_strip<format>(in, strips[half].data, sums + half * VW);
+        });
+}
+
+// Row `row` of a strip, [k], as it would be widened.
+template <int F>
+static void unpack_bytes(const uint8_t* data, int64_t k, int row, float* out) {
+    constexpr Format format = FORMATS[F];
+    StripReader<F> strip(data, 0);
+    for (int64_t i = 0; i < k; i += QUANT_BLOCK) {
+        if (format.has_bytes() && i && i % SUPER_BLOCK == 0) strip.read_shared();
+        const uint8_t* at = strip.template step<true>();
+        const RowScales scales = row_scales<F>(at, strip.shared);
+        for (int j = 0; j < QUANT_BLOCK; j++) {
+            const vu bytes = quant_bytes<F>(at + format.scales() * VW, j / 4);
+            const int quant = int(bytes[row] >> j % 4 * 8 & 255) - BYTE_ZERO<F>;
+            out[i + j] = float(quant) * scales.scale[j / format.group][row];
+            if (format.has_least || format.has_zero) out[i + j] += scales.least[0][row];
+        }
+    }
+    for (int64_t i = 0; i < k; i++) {
+        bf16 value;
+        from_f32(out[i], &value);
+        out[i] = to_f32(value);
+    }
 }
 
 }  // namespace smart

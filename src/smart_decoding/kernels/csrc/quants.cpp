@@ -152,6 +152,31 @@ static inline uint8_t* put_plane(const FileBlock* rows, int block, int shift, ui
     return to;
 }
 
+// A plane for products in 8 bits.
+template <int BITS>
+static inline uint8_t* put_byte_plane(const FileBlock* rows, int block, int shift, uint8_t* to) {
+    constexpr int VECTORS = 8 / BITS;
+    constexpr uint32_t MASK = ((1u << BITS) - 1) * 0x01010101u;
+    for (int first = 0; first < QUANT_BLOCK; first += 4 * VECTORS)
+        for (int r = 0; r < VW; r++, to += 4) {
+            const uint8_t* q = rows[r].q + block * QUANT_BLOCK + first;
+            uint32_t word = 0;
+            for (int v = 0; v < VECTORS; v++)
+                word |= (loadu<uint32_t>(q + 4 * v) >> shift & MASK) << BITS * v;
+            storeu(to, BITS == 8 ? word ^ 0x80808080u : word);
+        }
+    return to;
+}
+
+template <int F>
+static uint8_t* put_bytes(const FileBlock* rows, int block, uint8_t* to) {
+    constexpr int BITS = FORMATS[F].bits;
+    if constexpr (BITS == 8) return put_byte_plane<8>(rows, block, 0, to);
+    to = put_byte_plane<4>(rows, block, 0, to);
+    if constexpr (BITS > 4 && BITS < 8) to = put_byte_plane<BITS - 4>(rows, block, 4, to);
+    return to;
+}
+
 template <int F>
 static uint8_t* put_quants(const FileBlock* rows, int block, uint8_t* to) {
     constexpr int BITS = FORMATS[F].bits, STEP = HAS_BF16_PAIRS ? 2 : 1;
@@ -172,7 +197,7 @@ static uint8_t* put_halves(const FileBlock* rows, uint16_t (FileBlock::*halves)[
     return to;
 }
 
-template <int F>
+template <int F, bool BYTES>
 static uint8_t* put_super_block(const FileBlock* rows, uint8_t* to) {
     constexpr Format format = FORMATS[F];
     for (int i = 0; i < format.shared() / 2; i++) to = put_halves(rows, &FileBlock::shared, i, to);
@@ -182,13 +207,13 @@ static uint8_t* put_super_block(const FileBlock* rows, uint8_t* to) {
         const int bytes = format.has_bytes() ? format.scales() : format.has_zero;
         for (int i = 0; i < bytes; i++)
             for (int r = 0; r < VW; r++) *to++ = rows[r].bytes[block][i];
-        to = put_quants<F>(rows, block, to);
+        to = BYTES ? put_bytes<F>(rows, block, to) : put_quants<F>(rows, block, to);
     }
     return to;
 }
 
-// rows: [VW] where each row begins in a file, null: a row of zeros.
-template <int F>
+// rows: [VW] where each row begins in a file, null: a row of zeros. BYTES: for products in 8 bits.
+template <int F, bool BYTES>
 static void pack_strip(const uint8_t* const* rows, int64_t k, uint8_t* to) {
     if constexpr (F == BF16_ROWS) {
         for (int64_t i = 0; i < k; i += QUANT_BLOCK)
@@ -203,7 +228,7 @@ static void pack_strip(const uint8_t* const* rows, int64_t k, uint8_t* to) {
         for (int64_t i = 0; i < k / format.super; i++) {
             for (int r = 0; r < VW; r++)
                 if (rows[r]) read_file_block<F>(rows[r] + i * file_bytes(F), blocks[r]);
-            to = put_super_block<F>(blocks.data(), to);
+            to = put_super_block<F, BYTES>(blocks.data(), to);
         }
     }
 }
@@ -219,11 +244,13 @@ int64_t smart_strip_bytes(int64_t format, int64_t k) {
     return k % f.super ? 0 : k / f.super * f.super_bytes() * VW;
 }
 
-void smart_pack_quants(const Strip* strips, int64_t count, const void* const* rows, int64_t k) {
+void smart_pack_quants(const Strip* strips, int64_t count, const void* const* rows, int64_t k,
+                       int32_t in_bytes) {
 #pragma omp parallel for schedule(dynamic, 4)
     for (int64_t i = 0; i < count; i++)
         with_format(strips[i].format, [&](auto format) {
-            pack_strip<format>((const uint8_t* const*)rows + i * VW, k, (uint8_t*)strips[i].data);
+            const auto pack = in_bytes ? pack_strip<format, true> : pack_strip<format, false>;
+            pack((const uint8_t* const*)rows + i * VW, k, (uint8_t*)strips[i].data);
         });
 }
 }

@@ -10,6 +10,10 @@
 // 3 of all w come before n = 4 to 7: where words are looked up, both halves of a lane are shifted
 // at once. Bytes lie vector after vector.
 //
+// Quants that are multiplied in 8 bits (quant_bytes.h) lie otherwise: lane j is row j, and its four
+// bytes hold quants at four of k in a row. A plane of n bits has 8 / n such vectors in a word, the
+// first one in the lowest bits of each byte. Bytes lie vector after vector, with 128 added.
+//
 // A weight is scale * (q - zero) or scale * q + least, in fp32, rounded to bf16. The products are
 // exact (11 bits of a half, up to 7 of a scale, up to 6 of q): in whatever order, this is what
 // dequantising the file in fp32 and rounding gives.
@@ -71,7 +75,37 @@ constexpr int row_of_lane(int f, int lane) {
 }
 constexpr int k_of_lane(int f, int lane) { return HAS_BF16_PAIRS ? f / 2 * 2 + lane % 2 : f; }
 
-// The scales of a block: of its groups along k, and of the two kinds of vectors that pairs have.
+// The scales of a block and its least values, of its groups along k; a lane is a row.
+struct RowScales {
+    vf scale[2], least[2];
+};
+
+// shared: the halves of the super-block.
+template <int F>
+__attribute__((always_inline)) static inline RowScales row_scales(const uint8_t* at,
+                                                                  const vf (&shared)[2]) {
+    constexpr Format format = FORMATS[F];
+    RowScales out;
+    for (int group = 0; group < QUANT_BLOCK / format.group; group++) {
+        vf& scale = out.scale[group];
+        if constexpr (!format.has_bytes())
+            scale = halves_to_float(at);
+        else if constexpr (format.has_least)
+            scale = shared[0] * bytes_to_float<uint8_t>(at);
+        else
+            scale = shared[0] * bytes_to_float<int8_t>(at);
+        at += format.has_bytes() ? VW : 2 * VW;
+        if constexpr (format.zero != 0) out.least[group] = scale * -float(format.zero);
+        if constexpr (format.has_zero) out.least[group] = -(scale * bytes_to_float<uint8_t>(at));
+    }
+    if constexpr (format.has_least && format.has_bytes())
+        out.least[0] = -(shared[1] * bytes_to_float<uint8_t>(at));
+    else if constexpr (format.has_least)
+        out.least[0] = halves_to_float(at);
+    return out;
+}
+
+// The same for the two kinds of vectors that pairs have.
 struct BlockScales {
     vf scale[2][2], least[2][2];
 };
@@ -81,30 +115,18 @@ static inline void spread(const vf& rows, vf (&out)[2]) {
     if constexpr (HAS_BF16_PAIRS) out[1] = twice<1>(rows);
 }
 
-// shared: the halves of the super-block.
 template <int F>
 __attribute__((always_inline)) static inline void read_scales(const uint8_t* at,
                                                               const vf (&shared)[2],
                                                               BlockScales& out) {
     constexpr Format format = FORMATS[F];
+    const RowScales rows = row_scales<F>(at, shared);
     for (int group = 0; group < QUANT_BLOCK / format.group; group++) {
-        vf scale;
-        if constexpr (!format.has_bytes())
-            scale = halves_to_float(at);
-        else if constexpr (format.has_least)
-            scale = shared[0] * bytes_to_float<uint8_t>(at);
-        else
-            scale = shared[0] * bytes_to_float<int8_t>(at);
-        at += format.has_bytes() ? VW : 2 * VW;
-        spread(scale, out.scale[group]);
-        if constexpr (format.zero != 0) spread(scale * -float(format.zero), out.least[group]);
-        if constexpr (format.has_zero)
-            spread(-(scale * bytes_to_float<uint8_t>(at)), out.least[group]);
+        spread(rows.scale[group], out.scale[group]);
+        if constexpr (format.zero != 0 || format.has_zero)
+            spread(rows.least[group], out.least[group]);
     }
-    if constexpr (format.has_least && format.has_bytes())
-        spread(-(shared[1] * bytes_to_float<uint8_t>(at)), out.least[0]);
-    else if constexpr (format.has_least)
-        spread(halves_to_float(at), out.least[0]);
+    if constexpr (format.has_least) spread(rows.least[0], out.least[0]);
 }
 
 // Bit FROM of every lane moved to bit 4.
@@ -190,13 +212,16 @@ private:
     }
 };
 
-// Calls `take` with each of 0, 2, ... of a block's vectors, as a constant of the compiler.
-template <class Take, int... PAIR>
-__attribute__((always_inline)) static inline void for_pairs(Take&& take,
-                                                            std::integer_sequence<int, PAIR...>) {
-    (take(std::integral_constant<int, 2 * PAIR>()), ...);
+// Calls `take` with 0, STEP, 2 STEP, ... below QUANT_BLOCK, as constants of the compiler.
+template <int STEP, class Take, int... I>
+__attribute__((always_inline)) static inline void each(Take&& take,
+                                                       std::integer_sequence<int, I...>) {
+    (take(std::integral_constant<int, STEP * I>()), ...);
 }
-typedef std::make_integer_sequence<int, QUANT_BLOCK / 2> BlockPairs;
+template <int STEP, class Take>
+__attribute__((always_inline)) static inline void for_block(Take&& take) {
+    each<STEP>(take, std::make_integer_sequence<int, QUANT_BLOCK / STEP>());
+}
 
 // Rounds to bf16, ties to even, and keeps floats.
 static inline vf rounded(const vf& v) {
@@ -227,12 +252,16 @@ struct StripReader {
         at += format.shared() * VW;
     }
 
-    __attribute__((always_inline)) Block<F> next() {
-        for (int line = 0; line < format.block() * VW; line += 64)
+    __attribute__((always_inline)) Block<F> next() { return Block<F>(step<true>(), shared); }
+
+    // The next block as it lies.
+    template <bool PREFETCH>
+    __attribute__((always_inline)) const uint8_t* step() {
+        for (int line = 0; PREFETCH && line < format.block() * VW; line += 64)
             __builtin_prefetch(at + QUANT_PREFETCH + line, 0, INTO_CACHES);
         const uint8_t* block = at;
         at += format.block() * VW;
-        return Block<F>(block, shared);
+        return block;
     }
 };
 
@@ -246,17 +275,15 @@ static void widen_strip(const uint8_t* data, int64_t first, int64_t depth, Wide*
     StripReader<F> strip(data, first);
     for (int64_t i = 0; i < depth; i += QUANT_BLOCK, to += QUANT_BLOCK * PANEL) {
         const Block<F> block = strip.next();
-        for_pairs(
-            [&](auto f) __attribute__((always_inline)) {
-                const vf even = block.template vector<f>(), odd = block.template vector<f + 1>();
-                if constexpr (HAS_BF16_PAIRS) {
-                    storeu(to + f * PANEL, two_to_bf16(even, odd));
-                } else {
-                    storeu(to + f * PANEL, rounded(even));
-                    storeu(to + (f + 1) * PANEL, rounded(odd));
-                }
-            },
-            BlockPairs());
+        for_block<2>([&](auto f) __attribute__((always_inline)) {
+            const vf even = block.template vector<f>(), odd = block.template vector<f + 1>();
+            if constexpr (HAS_BF16_PAIRS) {
+                storeu(to + f * PANEL, two_to_bf16(even, odd));
+            } else {
+                storeu(to + f * PANEL, rounded(even));
+                storeu(to + (f + 1) * PANEL, rounded(odd));
+            }
+        });
     }
 }
 
@@ -288,14 +315,12 @@ __attribute__((noinline)) static void multiply_strips(const Wide* x, int64_t ld,
             second.read_shared();
         }
         const Block<F> a = first.next(), b = second.next();
-        for_pairs(
-            [&](auto f) __attribute__((always_inline)) {
-                multiply_pair<R>(x + i + f, ld, a.template vector<f>(), a.template vector<f + 1>(),
-                                 low);
-                multiply_pair<R>(x + i + f, ld, b.template vector<f>(), b.template vector<f + 1>(),
-                                 high);
-            },
-            BlockPairs());
+        for_block<2>([&](auto f) __attribute__((always_inline)) {
+            multiply_pair<R>(x + i + f, ld, a.template vector<f>(), a.template vector<f + 1>(),
+                             low);
+            multiply_pair<R>(x + i + f, ld, b.template vector<f>(), b.template vector<f + 1>(),
+                             high);
+        });
     }
     for (int r = 0; r < R; r++) {
         storeu(sums + r * PANEL, low[r]);
