@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from chain_world import World
 
-from smart_decoding.core.exploration import PAUSE, RUN
+from smart_decoding.core.exploration import RUN
+from smart_decoding.core.running import HORIZON
 from smart_decoding.integrations.chains import Chains, Step
 from smart_decoding.integrations.disabling import DISABLED, NEWCOMERS_RUN
 
@@ -99,4 +100,4 @@ def test_an_exploration_in_a_step_that_prefills_is_paid_for_all_the_same() -> No
         policy.observe(Step(4, 0, {}, clean=False, exploring=True), 0.5)
     lost = 4 * RUN * (1 - 4 / policy.costs.plain(4) / policy._rate)
     assert policy.exploration.left == 0
-    assert PAUSE < 0.5 * lost / policy.exploration.budget < policy.exploration.wait
+    assert HORIZON < 0.5 * lost / policy.exploration.budget < policy.exploration.wait

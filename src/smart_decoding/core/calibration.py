@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from smart_decoding.core.drift import DriftDetector
+from smart_decoding.core.drift import MEMORY, DriftDetector
 from smart_decoding.core.tree import (
     ROOT,
     BoolArray,
@@ -32,16 +32,17 @@ from smart_decoding.core.tree import (
 )
 
 BINS = 16  # of a curve
-FINE = 64  # of the interpolated table
-DEPTHS = 6
-KINDS = 8  # of requests: `BatchState.kind`
-MAX_PROB = 0.999
-MEMORY = 3000.0  # each curve remembers about its last 3000 observed children
-AFTER_CHANGE = 40.0  # and this many once the drafter has visibly changed
-SHRINK_CURVE = 8.0  # pseudo-observations of a curve
-SHRINK_POOL = 1.0  # pseudo-hits of the pool over depths
+FINE = 4 * BINS  # of the interpolated table
+DEPTHS = 6  # that are learned apart, deeper ones with the last
+KINDS = 2 * 2 * 2  # of requests: `BatchState.kind`
+MAX_PROB = 1 - 1 / MEMORY  # that anything is accepted: surer than that, nothing can be known
+# Observations that knowledge of other times is worth at most: a stored bin, a drafter before it has
+# visibly changed.
+STORED = 40.0
+PRIOR_WEIGHT = 8.0  # observations that a prior is worth
 
-_RESOLUTION = 4096
+_RESOLUTION = FINE**2  # of probabilities: about the width of the first and the last fine bin
+_TINY = np.finfo(float).tiny
 _ANGLE: FloatArray = np.arcsin(np.sqrt(np.arange(_RESOLUTION + 1) / _RESOLUTION)) * (2 / math.pi)
 FINE_OF: IntArray = np.rint(_ANGLE * (FINE - 1)).astype(np.int64)
 _BIN_OF_FINE: IntArray = np.minimum(np.arange(FINE) * BINS // (FINE - 1), BINS - 1)
@@ -50,8 +51,9 @@ _INTERPOLATE: FloatArray = np.stack(
     [np.interp(np.arange(FINE) / (FINE - 1), _CENTRES, row) for row in np.eye(BINS)]
 )
 
-# Raw confidence is over-optimistic, more so with depth (a small head on unseen prompts).
-_DEFAULT_TRUST = np.array([0.90, 0.85, 0.76, 0.66, 0.58, 0.52])
+# Acceptance over raw confidence, to the power of the depth, before anything is known: confidence is
+# over-optimistic, more so with depth (a small head on unseen prompts).
+TRUST = 0.9
 # [BINS] draft_prob at each bin's centre.
 BIN_PROBS: FloatArray = np.sin(_CENTRES * (math.pi / 2)) ** 2
 
@@ -59,7 +61,7 @@ BIN_PROBS: FloatArray = np.sin(_CENTRES * (math.pi / 2)) ** 2
 def default_prior(sources: int) -> FloatArray:
     """[sources, DEPTHS, KINDS, BINS] conditional acceptance probabilities where nothing is
     stored."""
-    curve = _DEFAULT_TRUST[:, None] * BIN_PROBS
+    curve = TRUST ** np.arange(1, DEPTHS + 1)[:, None] * BIN_PROBS
     return np.broadcast_to(curve[None, :, None, :], (sources, DEPTHS, KINDS, BINS)).copy()
 
 
@@ -128,17 +130,17 @@ class Calibration:
         }
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Any], weight: float = 40.0) -> Calibration:
+    def from_state(cls, state: Mapping[str, Any], weight: float = STORED) -> Calibration:
         """Starts from a stored state as prior, each bin worth at most `weight` observations. What
         was learned of fewer kinds is the prior for the others, too, and worth none.
 
         Raises KeyError or ValueError if `state` is not one."""
         prior = np.asarray(state["curve"], np.float64)
         counts = np.asarray(state["counts"], np.float64)
-        while prior.ndim == 4 and prior.shape[2] in (2, KINDS // 2) and counts.shape == prior.shape:
+        while prior.ndim > 2 and prior.shape[2] in (2, KINDS // 2) and counts.shape == prior.shape:
             prior = np.concatenate((prior, prior), axis=2)
             counts = np.concatenate((counts, np.zeros_like(counts)), axis=2)
-        fits = prior.ndim == 4 and prior.shape[1:] == (DEPTHS, KINDS, BINS)
+        fits = prior.shape[1:] == (DEPTHS, KINDS, BINS)
         if not fits or counts.shape != prior.shape:
             raise ValueError("not a calibration state")
         if not (np.isfinite(counts).all() and (prior >= 0).all() and (prior <= 1).all()):
@@ -188,23 +190,23 @@ class Calibration:
         elif (source, kind) in self._before:
             self._set(at, *self._before.pop((source, kind)))
         else:
-            better = _better(hits / np.maximum(counts, 1e-9), ratio) * counts
+            better = _better(hits / np.maximum(counts, _TINY), ratio) * counts
             self._set(at, _better(prior, ratio), counts, better)
 
     def _set(
         self, at: tuple[int, slice, int], prior: FloatArray, counts: FloatArray, hits: FloatArray
     ) -> None:
-        weight = min(1.0, AFTER_CHANGE / max(float(counts.sum()), 1e-9))
-        self.prior[at] = np.clip(prior, 1e-4, MAX_PROB)
+        weight = min(1.0, STORED / max(float(counts.sum()), 1.0))
+        self.prior[at] = np.clip(prior, 1 - MAX_PROB, MAX_PROB)
         self.counts[at] = counts * weight
         self.hits[at] = hits * weight
 
     def _refresh(self) -> None:
         pool_hits = self.hits.sum(axis=1, keepdims=True)
         pool_expected = (self.counts * self.prior).sum(axis=1, keepdims=True)
-        pooled = (pool_hits + SHRINK_POOL) / (pool_expected + SHRINK_POOL)
+        pooled = (pool_hits + 1.0) / (pool_expected + 1.0)
         centre = np.minimum(self.prior * pooled, MAX_PROB)
-        raw = (self.hits + SHRINK_CURVE * centre) / (self.counts + SHRINK_CURVE)
+        raw = (self.hits + PRIOR_WEIGHT * centre) / (self.counts + PRIOR_WEIGHT)
         rising = np.maximum.accumulate(raw, axis=3)
         falling = np.minimum.accumulate(raw[..., ::-1], axis=3)[..., ::-1]
         # Both are monotone, hence their mean.

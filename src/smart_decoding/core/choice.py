@@ -12,7 +12,7 @@ import numpy as np
 if TYPE_CHECKING:
     from smart_decoding.core.tree import FloatArray, IntArray
 
-NONE = 1e30  # in place of a loss: there is no candidate, and no size reaches so far
+NONE = math.inf  # in place of a loss: there is no candidate, and no size reaches so far
 _ONE = np.float64(1.0).view(np.int64)
 
 

@@ -23,20 +23,17 @@ import numpy as np
 if TYPE_CHECKING:
     from smart_decoding.core.tree import FloatArray, IntArray
 
-BINS = 27  # two per octave: centres at 1, 1.4, 2, ... 8192 rows
-MAX_ROWS = 8192
+MAX_ROWS = 8192  # further ones are corrected as these
+BINS = 2 * (MAX_ROWS.bit_length() - 1) + 1  # two per octave: centres at 1, 1.4, 2, ... rows
 NOISE = 0.06  # of one step's time: standard deviation of its logarithm
-CLIP = 2.0  # standard deviations that one observation counts as at most: outliers move little
+# Standard deviations beyond which an observation surprises: it counts as no further off, since
+# outliers should move little, and the speed becomes less certain: it may be a new state.
+SURPRISE = 2.0
 # Prior standard deviations.
 SPEED = 0.2
 MEMORY = 0.8
-TABLE = 0.12
-# Walks per observation.
-SPEED_WALK = 0.015
-MEMORY_WALK = 0.05
-# What the speed becomes less certain by after an observation beyond CLIP: a lone outlier, or a new
-# state.
-SHOCK = 0.1
+TABLE = 2 * NOISE  # its entries are medians of a few steps, of another day
+WALK = 1 / 16  # of speed and memory, per observation, over their prior standard deviations
 REACH = 10.0  # bins over which the table's error is alike
 
 _POSITION = 2.0 * np.log2(np.maximum(np.arange(MAX_ROWS + 1), 1))
@@ -55,7 +52,7 @@ def _covariance(speed: float, memory: float, table: FloatArray) -> FloatArray:
 
 
 # What an observation's time adds to the uncertainty.
-_WALK = _covariance(SPEED_WALK, MEMORY_WALK, np.zeros_like(_ALIKE))
+_WALK = _covariance(WALK * SPEED, WALK * MEMORY, np.zeros_like(_ALIKE))
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,9 +110,9 @@ class Correction:
         spread = math.sqrt(float(along_row(along)) + NOISE**2 / steps)
         error = math.log(seconds / now) - speed - left * left_error - right * right_error
         gain = along / spread
-        mean = self.mean + gain * min(max(error / spread, -CLIP), CLIP)
+        mean = self.mean + gain * min(max(error / spread, -SURPRISE), SURPRISE)
         mean[1] = min(max(float(mean[1]), -MEMORY), MEMORY)
         covariance -= np.multiply.outer(gain, gain)
-        if abs(error) > CLIP * spread:
-            covariance[0, 0] += SHOCK**2
+        if abs(error) > SURPRISE * spread:
+            covariance[0, 0] += (0.5 * SPEED) ** 2
         return Correction(mean, covariance)

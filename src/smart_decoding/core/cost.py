@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike
 
-from smart_decoding.core.correction import Correction
+from smart_decoding.core.correction import MAX_ROWS, Correction
 from smart_decoding.core.cost_fit import (
     DraftSample,
     Sample,
@@ -39,14 +39,12 @@ if TYPE_CHECKING:
 
 __all__ = ["CostModel", "Curve", "DraftSample", "Sample", "VerifySample"]
 
-# A forward that takes this multiple of the smallest one is bound by arithmetic, not by reading
-# weights.
-RISEN = 1.6
-DENSE = 512  # rows that a dense table has at first
-# Used where nothing was measured: a forward bound by reading weights, 2 % more per row. Real rounds
-# correct it.
-DEFAULT_VERIFY = {1: Curve((1, 101), (0.02, 0.06))}
-DEFAULT_DRAFT = Curve((1, 101), (0.002, 0.004))
+# Used where nothing was measured, and corrected by real rounds: a forward of 20 ms, bound by
+# reading weights, with 2 % more per further row; drafting a level takes a tenth of it.
+SMALLEST = 0.02
+_DEFAULT = Curve((1, 2), (SMALLEST, SMALLEST * 1.02))
+DEFAULT_VERIFY = {1: _DEFAULT}
+DEFAULT_DRAFT = Curve(_DEFAULT.rows, tuple(0.1 * s for s in _DEFAULT.seconds))
 
 _Key: TypeAlias = int | str  # of a dense table: the batch size of a verification, or a field
 
@@ -254,7 +252,7 @@ class CostModel:
         """Dense seconds over rows, computed once and grown on demand."""
         table = self._dense.get(key)
         if table is None or len(table) < size:
-            length = DENSE if size <= DENSE else 2 * size
+            length = MAX_ROWS if size <= MAX_ROWS else 2 * size
             if isinstance(key, str):
                 curve: Curve = getattr(self, key)
                 table = curve.dense(length)
@@ -276,6 +274,6 @@ class CostModel:
 
 def _stall_of(curve: Curve) -> tuple[float, float]:
     """Seconds of the smallest forward, in which the arithmetic waits for the weights, and the rows
-    whose arithmetic takes about as long: where the curve has risen well above that."""
-    risen = np.flatnonzero(curve.dense(DENSE) > RISEN * curve.seconds[0])
-    return float(curve.seconds[0]), max(float(risen[0]) if len(risen) else float(DENSE), 2.0)
+    whose arithmetic takes about as long: where the curve has risen to twice that."""
+    risen = np.flatnonzero(curve.dense(MAX_ROWS) > 2.0 * curve.seconds[0])
+    return float(curve.seconds[0]), max(float(risen[0]) if len(risen) else float(MAX_ROWS), 2.0)

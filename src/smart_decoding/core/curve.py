@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from smart_decoding.core.tree import FloatArray
 
 
+_TINY = float(np.finfo(float).tiny)
+
+
 @dataclass(frozen=True, slots=True)
 class Curve:
     """Linear between points, constant before the first, linear beyond the last with the mean slope
@@ -40,7 +43,7 @@ class Curve:
 
     def beyond_first(self) -> Curve:
         """What further rows add; no curve holds a zero."""
-        return Curve(self.rows, tuple(max(s - self.seconds[0], 1e-9) for s in self.seconds))
+        return Curve(self.rows, tuple(max(s - self.seconds[0], _TINY) for s in self.seconds))
 
     def dense(self, size: int) -> FloatArray:
         """Seconds at 0, 1, ... size - 1 rows."""

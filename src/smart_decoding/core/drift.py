@@ -11,10 +11,11 @@ import numpy as np
 if TYPE_CHECKING:
     from smart_decoding.core.tree import BoolArray, FloatArray, IntArray
 
+MEMORY = 3000.0  # observed children that a calibration remembers of each curve, about
 ODDS = 4.0  # the alternatives tested: acceptance odds four times lower, or higher
-# Log likelihood ratio that raises the alarm. False ones in 21,600 steady simulated rounds: 4 at 6,
-# 3 at 7, none at 8.
-THRESHOLD = 8.0
+# Log likelihood ratio that raises the alarm: in the mean, no false one within as many observations
+# as a calibration remembers (Lorden's bound).
+THRESHOLD = math.log(MEMORY)
 
 
 class DriftDetector:

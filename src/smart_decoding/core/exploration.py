@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import math
 
+from smart_decoding.core.running import HORIZON
+
 RUN = 2  # rounds of an exploration
-PAUSE = 32  # rounds between two runs at least, however little they cost
 
 
 class Exploration:
@@ -27,7 +28,7 @@ class Exploration:
         self.seconds = 0.0
         self.count = 0
         self._debt = 0.0  # plain rounds that explorations have lost and that are not earned yet
-        self._pause = PAUSE  # rounds until the next run at least
+        self._pause = HORIZON  # rounds until the next run at least, however little it costs
         self._lost = 0.0  # seconds, by the run that is going on
 
     @property
@@ -58,10 +59,10 @@ class Exploration:
         some may follow the last one of a run: each counts as a run of its own.
 
         A process that was stopped meanwhile must not lose the explorations of hours to come: a
-        round loses no more than PAUSE plain ones."""
-        self._debt = max(0.0, self._debt + min(loss / plain, PAUSE))
+        round loses no more than HORIZON plain ones."""
+        self._debt = max(0.0, self._debt + min(loss / plain, HORIZON))
         self._lost += loss
-        self._pause = PAUSE
+        self._pause = HORIZON
         if self.left > 1:
             self.left -= 1
             return False

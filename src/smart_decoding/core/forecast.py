@@ -12,28 +12,32 @@ from typing import Any
 
 import numpy as np
 
-from smart_decoding.core.calibration import BINS, DEPTHS, Calibration
-from smart_decoding.core.tree import DraftTrees, FloatArray, IntArray, of_expanded, slots
+from smart_decoding.core.calibration import BINS, DEPTHS, PRIOR_WEIGHT, Calibration
+from smart_decoding.core.running import HORIZON
+from smart_decoding.core.tree import (
+    DraftTrees,
+    FloatArray,
+    IntArray,
+    of_expanded,
+    sibling_ranks,
+    slots,
+)
 
 RANKS = 8  # children beyond the eighth bring next to nothing
-FREE = 16  # best candidates of the drafters without model, per request
-MEMORY = 64.0  # rounds
-FREE_MEMORY = 16  # rounds
-# The best free candidate before anything is known; the next ones fall off by it. Optimistic: to ask
-# costs next to nothing, and what is verified is still only what pays. A pessimist would wait for a
-# rare exploration.
-FREE_PRIOR = 0.6
-PRIOR_WEIGHT = 8.0
-_PRIOR_PROBS = np.array([0.60, 0.13, 0.06, 0.035, 0.02, 0.015, 0.01, 0.008])
-_KEY_BITS = 20
-_KEY_MASK = (1 << _KEY_BITS) - 1
+NODES = 64  # candidates of a request, the best ones, that may be verified: EAGLE-2's tree has 59
+# Draft probabilities before anything is known: they fall off by the square of the rank, and sum to
+# 1. The free drafters' best candidate is as likely, and the next ones fall off by it. That is
+# optimistic: to ask costs next to nothing, and what is verified is still only what pays. A
+# pessimist would wait for a rare exploration.
+_FALLING: FloatArray = np.arange(1.0, RANKS + 1) ** -2
+_PRIOR_PROBS: FloatArray = _FALLING / _FALLING.sum()
 
 
 class Forecast:
     """Running histogram [DEPTHS, RANKS, BINS] of draft_prob and the weight [DEPTHS] of expanded
     nodes behind it.
 
-    free: [FREE] mean accept_prob of the k-th best candidate that the drafters without model have
+    free: [NODES] mean accept_prob of the k-th best candidate that the drafters without model have
     for a request."""
 
     def __init__(self, calibration: Calibration) -> None:
@@ -41,7 +45,7 @@ class Forecast:
         self.histogram = np.zeros((DEPTHS, RANKS, BINS))
         self.histogram[:, np.arange(RANKS), calibration.bins(_PRIOR_PROBS)] = PRIOR_WEIGHT
         self.weight = np.full(DEPTHS, PRIOR_WEIGHT)
-        self.free: FloatArray = FREE_PRIOR ** np.arange(1.0, FREE + 1)
+        self.free: FloatArray = _PRIOR_PROBS[0] ** np.arange(1.0, NODES + 1)
 
     def children(self, shares: FloatArray) -> FloatArray:
         """[DEPTHS, RANKS] mean acceptance probability, given its parent's, of the k-th child at
@@ -56,19 +60,19 @@ class Forecast:
     def observe(self, trees: DraftTrees) -> None:
         """Learns from all drafted nodes (scored), weighted by their parents' accept_prob: the paths
         that matter."""
-        slot = slots(trees)
-        order, rank, starts = _by_sibling_rank(slot, trees.draft_prob)
+        rank = sibling_ranks(trees)
         weight_of = np.append(trees.accept_prob, 1.0)  # the root's, reached by index -1
-        weight = weight_of[trees.parent[order]]
+        weight = weight_of[trees.parent]
         if trees.source.any():  # only nodes that the model drafter expanded tell what it proposes
-            weight = weight * of_expanded(trees, slot)[order]
-        depth = np.minimum(trees.depth[order], DEPTHS) - 1
-        bins = self.calibration.bins(trees.draft_prob[order])
+            weight = weight * of_expanded(trees, slots(trees))
+        depth = np.minimum(trees.depth, DEPTHS) - 1
+        bins = self.calibration.bins(trees.draft_prob)
         cell = (depth * RANKS + np.minimum(rank, RANKS - 1)) * BINS + bins
         kept = np.where(rank < RANKS, weight, 0.0)
         new = np.bincount(cell, kept, self.histogram.size).reshape(self.histogram.shape)
-        parents = np.bincount(depth[starts], weight[starts], DEPTHS)
-        keep = np.where(parents > 0, 1.0 - 1.0 / MEMORY, 1.0)
+        first = rank == 0  # one for each parent
+        parents = np.bincount(depth[first], weight[first], DEPTHS)
+        keep = np.where(parents > 0, 1.0 - 1.0 / HORIZON, 1.0)
         self.histogram = self.histogram * keep[:, None, None] + new / trees.batch
         self.weight = self.weight * keep + parents / trees.batch
 
@@ -78,11 +82,11 @@ class Forecast:
         limits: [batch] the nodes below each other that a request may still use; those of requests
         that may use none do not count."""
         asking = np.flatnonzero(limits > 0).tolist()
-        best = np.zeros(FREE)
+        best = np.zeros(NODES)
         for owner in asking:
-            mine = np.sort(trees.accept_prob[trees.owner == owner])[::-1][:FREE]
+            mine = np.sort(trees.accept_prob[trees.owner == owner])[::-1][:NODES]
             best[: len(mine)] += mine
-        self.free += (best / max(len(asking), 1) - self.free) / FREE_MEMORY
+        self.free += (best / max(len(asking), 1) - self.free) / HORIZON
 
     def state_dict(self) -> dict[str, Any]:
         """What is known, as plain lists."""
@@ -103,20 +107,6 @@ class Forecast:
         forecast = cls(calibration)
         forecast.histogram = histogram * (PRIOR_WEIGHT / weight)[:, None, None]
         return forecast
-
-
-def _by_sibling_rank(slot: IntArray, prob: FloatArray) -> tuple[IntArray, IntArray, IntArray]:
-    """([nodes] nodes in the order of their parents and, below one, by falling probability; [nodes]
-    the rank of each of these among its siblings; [parents] where each parent's children begin).
-
-    One integer sort of (parent, probability, index)."""
-    clipped = np.fmin(np.fmax(prob, 0.0), 1.0)
-    quantised = ((1.0 - clipped) * _KEY_MASK).astype(np.int64)
-    keys = (slot << (2 * _KEY_BITS)) | (quantised << _KEY_BITS) | np.arange(len(prob))
-    keys.sort()
-    starts = np.flatnonzero(np.diff(keys >> (2 * _KEY_BITS), prepend=-1))
-    rank = np.arange(len(keys)) - np.repeat(starts, np.diff(starts, append=len(keys)))
-    return keys & _KEY_MASK, rank, starts
 
 
 def expected_subtree(children: FloatArray, depth: int, levels: int, ranks: int) -> FloatArray:

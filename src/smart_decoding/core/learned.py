@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from smart_decoding.core.correction import SURPRISE
 from smart_decoding.core.cost import DraftSample, VerifySample
 from smart_decoding.core.overhead import Overhead, size_bucket
 from smart_decoding.core.policies.base import merged
-from smart_decoding.core.running import RunningMean
+from smart_decoding.core.running import HORIZON, RunningMean
 from smart_decoding.core.selection import BestRate
 
 if TYPE_CHECKING:
@@ -18,13 +20,10 @@ if TYPE_CHECKING:
     from smart_decoding.core.cost import CostModel, Sample
     from smart_decoding.core.forecast import Forecast
     from smart_decoding.core.policies.base import Round
-    from smart_decoding.core.tree import FloatArray
 
-# Rounds between two lessons, once as many have passed: learning takes time itself, but a machine's
-# state lasts for seconds only.
+# Rounds between two lessons in costs, once as many have passed: learning takes time itself, but a
+# machine's state lasts for seconds only. HORIZON rounds pass between two lessons in acceptance.
 COSTS_EVERY = 8
-ACCEPTANCE_EVERY = 32
-SURPRISE = 2.0  # standard deviations of accepted nodes, as if these were Poisson: learn at once
 UNSURE = 0.3  # standard deviation of one request's log rate in a round over its forecast
 
 
@@ -37,8 +36,9 @@ class Learned:
         self.forecast = forecast
         self.overhead = Overhead(cost.overhead_seconds)
         self._rounds = 0  # that drafted
-        self._realised: dict[int, RunningMean] = {}  # log of value over forecast, by size bucket
-        self._plain: dict[int, FloatArray] = {}  # size -> rounds, sums of contexts and of seconds
+        # Log of value over forecast, by size bucket.
+        self._realised: defaultdict[int, RunningMean] = defaultdict(RunningMean)
+        self._plain: dict[int, list[float]] = {}  # size -> rounds, sums of contexts and of seconds
         self._waiting: list[Round] = []  # not learned from yet
         self._expected = 0.0  # nodes that these should have accepted
         self._missing = 0.0  # and that they accepted less
@@ -48,7 +48,7 @@ class Learned:
         far as they may: what was hardly tried is believed to be good.
 
         Choosing among real nodes does better than a mean can predict."""
-        mean = self._realised.get(size_bucket(size), RunningMean())
+        mean = self._realised[size_bucket(size)]
         return math.exp(mean.mean + UNSURE / math.sqrt((1 + mean.seen) * size))
 
     def observe(self, round: Round, forecast_rate: float) -> bool:
@@ -59,17 +59,20 @@ class Learned:
         if not batch.prefill_rows:
             self.overhead.observe(batch.size, round.rule is not None, round.other_seconds)
         if round.rule is None and not batch.prefill_rows:
-            sums = self._plain.setdefault(batch.size, np.zeros(3))
-            sums += 1.0, batch.mean_context, round.verify_seconds
+            sums = self._plain.setdefault(batch.size, [0, 0.0, 0.0])
+            sums[0] += 1
+            sums[1] += batch.mean_context
+            sums[2] += round.verify_seconds
             return False
         self._rounds += 1
-        if self._rounds % min(COSTS_EVERY, 1 + self._rounds // 4) == 0:
+        if self._rounds % min(COSTS_EVERY, self._rounds) == 0:
             self._learn_costs(round)
         if not len(round.trees):
             return False
         self._observe_trees(round, forecast_rate)
+        # As if accepted nodes were Poisson.
         surprised = self._missing**2 > SURPRISE**2 * self._expected
-        due = len(self._waiting) >= min(ACCEPTANCE_EVERY, 1 + self._rounds // 4)
+        due = len(self._waiting) >= min(HORIZON, self._rounds - len(self._waiting))
         return (surprised or due) and self.learn_acceptance()
 
     def learn_plain(self) -> bool:
@@ -127,8 +130,8 @@ class Learned:
             self.forecast.observe_free(trees, rule.limits)
         elif forecast_rate:
             costs = rule.keep.costs
-            seconds = costs.drafted(trees) + float(costs.verify[len(round.kept)])
+            further = sum(costs.levels[round.level_widths[1:]].tolist())
+            seconds = costs.sunk + further + float(costs.verify[len(round.kept)])
             rate = (costs.tokens + expected) / seconds
-            bucket = size_bucket(round.batch.size)
-            mean = self._realised.setdefault(bucket, RunningMean())
+            mean = self._realised[size_bucket(round.batch.size)]
             mean.observe(math.log(rate / forecast_rate))

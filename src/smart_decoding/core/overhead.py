@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from smart_decoding.core.running import RunningMean
+from collections import defaultdict
 
-SLOW = 2.0  # one slow round counts as at most so many times the usual
+from smart_decoding.core.running import RunningMean
 
 
 def size_bucket(size: int) -> int:
@@ -17,7 +17,7 @@ class Overhead:
 
     def __init__(self, drafting: float) -> None:
         self._drafting = drafting  # beyond a plain round, before anything is known
-        self._means: dict[tuple[int, bool], RunningMean] = {}
+        self._means: defaultdict[tuple[int, bool], RunningMean] = defaultdict(RunningMean)
 
     def of(self, size: int, drafts: bool) -> float:
         """For a batch of `size` requests. A bucket that is unknown is as the nearest known one."""
@@ -30,7 +30,7 @@ class Overhead:
         return 0.0
 
     def observe(self, size: int, drafts: bool, seconds: float) -> None:
-        """After a round that prefilled nothing."""
-        mean = self._means.setdefault((size_bucket(size), drafts), RunningMean())
-        most = SLOW * mean.mean if mean.seen else seconds
+        """After a round that prefilled nothing. A slow one counts as at most twice the usual."""
+        mean = self._means[size_bucket(size), drafts]
+        most = 2.0 * mean.mean if mean.seen else seconds
         mean.observe(min(seconds, most))

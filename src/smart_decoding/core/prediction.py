@@ -11,8 +11,10 @@ import numpy as np
 
 from smart_decoding.core.calibration import KINDS
 from smart_decoding.core.choice import NONE, best_rates
-from smart_decoding.core.forecast import expected_subtree
-from smart_decoding.core.selection import RANKS, LookAhead, RoundCosts
+from smart_decoding.core.forecast import NODES, expected_subtree
+from smart_decoding.core.forecast import RANKS as WIDEST
+from smart_decoding.core.running import HORIZON
+from smart_decoding.core.selection import RANKS, BestRate, LookAhead, RoundCosts
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -20,11 +22,6 @@ if TYPE_CHECKING:
     from smart_decoding.core.learned import Learned
     from smart_decoding.core.policies.base import BatchState
     from smart_decoding.core.tree import FloatArray, IntArray
-
-WIDTHS = (1, 2, 4, 8)  # frontier nodes per drafting request
-REACH = 3  # levels that are looked ahead while drafting
-NODES = 64  # per drafting request that may be verified: EAGLE-2's tree has 59
-STAY = 32  # rounds that drafting lasts, once it has caught up
 
 
 class Mode(Enum):
@@ -62,7 +59,7 @@ class Shape:
             batch.mean_context,
             tuple(np.bincount(batch.kind, minlength=KINDS).tolist()),
             batch.catch_up_rows,
-            max(1, min(STAY, left)),
+            max(1, min(HORIZON, left)),
             batch.has_model,
             batch.has_free,
         )
@@ -72,21 +69,21 @@ class Shape:
         waiting = (self.waiting // (2 * max_levels * self.size)).bit_length()
         stay = self.stay.bit_length() if waiting else 0
         fixed = (self.size, self.drafting, self.kinds, self.has_model, self.has_free)
-        return (*fixed, self.deepest > 1, waiting, stay, int(self.context) // 128)
+        return (*fixed, self.deepest > 1, waiting, stay, int(self.context).bit_length())
 
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
     """rates: tokens per second of each mode that there is. forecast_rate: of MODEL, before what
-    such forecasts really reach is taken into account. plain: seconds of a plain round. costs: of a
-    round that drafts nothing with a model. grow: how a model's trees grow; its costs have the first
-    level, a share of the catching up included."""
+    such forecasts really reach is taken into account. plain: seconds of a plain round. grow: how a
+    model's trees grow. keep: what is verified; for MODEL its costs have the first level, a share of
+    the catching up included."""
 
     rates: Mapping[Mode, float]
     forecast_rate: float
     plain: float
-    costs: RoundCosts
     grow: LookAhead
+    keep: Mapping[Mode, BestRate]
 
 
 def predict(
@@ -106,7 +103,7 @@ def predict(
     costs = RoundCosts(
         tokens=size,
         sunk=overhead.of(size, True),
-        levels=cost.draft_seconds(np.arange(1 + WIDTHS[-1] * drafting), shape.context),
+        levels=cost.draft_seconds(np.arange(1 + WIDEST * drafting), shape.context),
         verify=verify,
         # A lone request has all the nodes, and nobody to wait for.
         limit=max_round_slowdown * plain if size > 1 else math.inf,
@@ -126,16 +123,18 @@ def predict(
         rates[Mode.MODEL] = forecast_rate * learned.realised(size)
     with_model = replace(costs, sunk=costs.sunk + first)
     grow = _look_ahead(with_model, children, drafting, max_levels)
-    return Prediction(rates, forecast_rate, plain, costs, grow)
+    keep = {Mode.FREE: BestRate(costs), Mode.MODEL: BestRate(with_model)}
+    return Prediction(rates, forecast_rate, plain, grow, keep)
 
 
 def _look_ahead(
     costs: RoundCosts, children: FloatArray, drafting: int, max_levels: int
 ) -> LookAhead:
     """What to expand, where a model drafts for so many requests."""
-    widths = {max(1, drafting // 4), max(1, drafting // 2), *(w * drafting for w in WIDTHS)}
-    below = [expected_subtree(children, 2 + level, REACH, RANKS) for level in range(max_levels)]
-    return LookAhead(costs, np.array(sorted(widths), np.int64), np.stack(below))
+    widths = 2 ** np.arange((WIDEST * drafting).bit_length())
+    # Two levels ahead: further ones have never changed a choice.
+    below = [expected_subtree(children, 2 + level, 2, RANKS) for level in range(max_levels)]
+    return LookAhead(costs, widths, np.stack(below))
 
 
 def _model_rate(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-GAIN = 1 / 32  # of one observation, once as many were seen
+HORIZON = 32  # rounds for which what was learned or decided holds; lessons and rests last as long
 
 
 @dataclass(slots=True)
@@ -25,4 +25,4 @@ class RunningMean:
         error = value - self.mean
         if self.seen > 1:
             error = min(max(error, -self.clip), self.clip)
-        self.mean += error * max(GAIN, 1 / self.seen)
+        self.mean += error * max(1 / HORIZON, 1 / self.seen)

@@ -13,7 +13,14 @@ import numpy as np
 
 from smart_decoding.core.choice import NONE, best_rates, best_size, ranked
 from smart_decoding.core.rule import NO_NODES, TreeRule, expanded_widths
-from smart_decoding.core.tree import ROOT, BoolArray, DraftTrees, FloatArray, IntArray, slots
+from smart_decoding.core.tree import (
+    ROOT,
+    BoolArray,
+    DraftTrees,
+    FloatArray,
+    IntArray,
+    sibling_ranks,
+)
 
 RANKS = 4  # forecast children of each node in a look-ahead; the others bring next to nothing
 
@@ -296,13 +303,3 @@ def best_per_owner(trees: DraftTrees, nodes: IntArray, count: int) -> IntArray:
     sorted_owner = owner[order]
     rank = np.arange(len(nodes)) - np.searchsorted(sorted_owner, sorted_owner)
     return np.sort(nodes[order[rank < count]])
-
-
-def sibling_ranks(trees: DraftTrees) -> IntArray:
-    """[nodes] rank among siblings by draft_prob, 0 the largest, ties to the lower index."""
-    slot = slots(trees)
-    order = np.lexsort((-trees.draft_prob, slot))
-    sorted_slot = slot[order]
-    rank = np.empty(len(trees), np.int64)
-    rank[order] = np.arange(len(trees)) - np.searchsorted(sorted_slot, sorted_slot)
-    return rank

@@ -20,10 +20,9 @@ KindArray: TypeAlias = NDArray[np.uint8]  # kinds of requests that calibration t
 
 ROOT = -1
 
-# Columns of each kind.
-_INTS = 5
-_FLOATS = 3
-ROOM = 32  # nodes that new trees have room for
+# Columns of each type: those of `owner` to `source`, and of the probabilities.
+_INTS = len(("owner", "token", "parent", "depth", "source"))
+_FLOATS = len(("draft_prob", "path_prob", "accept_prob"))
 _NO_INTS = np.zeros((_INTS, 0), np.int64)
 _NO_FLOATS = np.zeros((_FLOATS, 0))
 
@@ -182,9 +181,8 @@ class DraftTrees:
     def _make_room(self, nodes: int) -> None:
         if nodes <= self.ints.shape[1]:
             return
-        room = max(2 * nodes, ROOM)
-        ints = np.empty((_INTS, room), np.int64)
-        floats = np.empty((_FLOATS, room))
+        ints = np.empty((_INTS, 2 * nodes), np.int64)
+        floats = np.empty((_FLOATS, 2 * nodes))
         ints[:, : self._count] = self.ints[:, : self._count]
         floats[:, : self._count] = self.floats[:, : self._count]
         self.ints = ints
@@ -207,6 +205,14 @@ class DraftTrees:
             raise ValueError("a kept node has lost its parent: the selection is not prefix-closed")
         return self._of(batch, ints, floats, count)
 
+    def counts(self, nodes: IntArray | None = None) -> list[int]:
+        """[batch] how many nodes each request has; of `nodes`, if given."""
+        owner = self.owner if nodes is None else self.owner[nodes]
+        if self.batch == 1:
+            return [len(owner)]
+        counts: list[int] = np.bincount(owner, minlength=self.batch).tolist()
+        return counts
+
     def nodes_of(self, owner: int) -> IntArray:
         """Indices of one request's nodes, ascending."""
         return np.flatnonzero(self.owner == owner)
@@ -226,6 +232,16 @@ def slots(trees: DraftTrees) -> IntArray:
     slot: IntArray = trees.parent + trees.batch
     np.copyto(slot, trees.owner, where=trees.parent < 0)
     return slot
+
+
+def sibling_ranks(trees: DraftTrees) -> IntArray:
+    """[nodes] rank among siblings by draft_prob, 0 the largest, ties to the lower index."""
+    slot = slots(trees)
+    order = np.lexsort((-trees.draft_prob, slot))
+    sorted_slot = slot[order]
+    rank = np.empty(len(trees), np.int64)
+    rank[order] = np.arange(len(trees)) - np.searchsorted(sorted_slot, sorted_slot)
+    return rank
 
 
 def of_expanded(trees: DraftTrees, slot: IntArray) -> BoolArray:

@@ -179,7 +179,7 @@ class Engine:
         self._interrupted = draft.interrupted
         if draft.interrupted:
             return []
-        kept = _allowed(batch, draft)
+        kept = _allowed(batch, state, draft)
         verified = verify(self.target, self.drafter, batch, draft.trees, kept, self._clock)
         accepted = self._update(batch, verified)
         self._hand_over(batch, verified)
@@ -342,12 +342,11 @@ def _traits(
     )
 
 
-def _allowed(batch: Batch, draft: Draft) -> IntArray:
+def _allowed(batch: Batch, state: BatchState, draft: Draft) -> IntArray:
     """The nodes to verify: those selected that grammars allow and that memory is left for."""
     kept = draft.kept
-    constraints = [r.constraint for r in batch.decode]
-    if any(constraint is not None for constraint in constraints):
-        kept = grammatical(constraints, draft.trees, kept)
+    if state.constrained is not None:
+        kept = grammatical([r.constraint for r in batch.decode], draft.trees, kept)
     return make_room(batch, draft.trees, kept)
 
 
@@ -397,10 +396,10 @@ def _record(
 def _count_nodes(batch: Batch, trees: DraftTrees, kept: IntArray, accepted: Sequence[int]) -> None:
     if not len(trees):
         return
-    drafted = np.bincount(trees.owner, minlength=len(batch.decode))
-    verified = np.bincount(trees.owner[kept], minlength=len(batch.decode))
+    drafted = trees.counts()
+    verified = trees.counts(kept)
     for i, request in enumerate(batch.decode):
-        request.metrics.drafted += int(drafted[i])
-        request.metrics.verified += int(verified[i])
+        request.metrics.drafted += drafted[i]
+        request.metrics.verified += verified[i]
         if verified[i]:
             request.metrics.accepted_lengths[accepted[i]] += 1

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from smart_decoding.core.acceptance import Acceptance, accept
 from smart_decoding.core.tree import DraftTrees, IntArray
@@ -68,7 +67,7 @@ def make_room(batch: Batch, trees: DraftTrees, kept: IntArray) -> IntArray:
     those left."""
     if not len(kept):
         return kept
-    for i, count in enumerate(np.bincount(trees.owner[kept], minlength=len(batch.decode)).tolist()):
+    for i, count in enumerate(trees.counts(kept)):
         try:
             batch.decode[i].table.cover(1 + count)
         except OutOfPagesError:
@@ -242,9 +241,7 @@ def _settle(
 
 def _spans(batch: Batch, trees: DraftTrees, kept: IntArray) -> tuple[list[Span], list[Request]]:
     """Committed tokens of the round, requests that get a token first; and those requests."""
-    counts = [0] * len(batch.decode)
-    if len(kept):
-        counts = np.bincount(trees.owner[kept], minlength=len(batch.decode)).tolist()
+    counts = trees.counts(kept)
     spans = [
         _span(request, 1, 1 + count) for request, count in zip(batch.decode, counts, strict=True)
     ]
@@ -345,9 +342,9 @@ def _finite(tokens: list[int]) -> list[int]:
     return tokens
 
 
-def require_finite(finite: ArrayLike) -> None:
-    """Raises ModelError unless all the rows' maxima are: `finite` says so of each."""
-    if not np.all(finite):
+def require_finite(finite: bool | np.bool_) -> None:
+    """Raises ModelError unless all the rows' maxima are: `finite` says so."""
+    if not finite:
         raise ModelError(
             "the model's logits are NaN or infinite: check the weights, or use dtype float32"
         )

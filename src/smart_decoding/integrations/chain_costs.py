@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from smart_decoding.core.overhead import SLOW
 from smart_decoding.core.running import RunningMean
 
 if TYPE_CHECKING:
     from smart_decoding.core.tree import FloatArray
 
+SLOW = 2.0  # one slow step counts as at most so many times the usual
 PRIOR = 4.0  # observations that a starting guess is worth
 # Per observation of the same knot: what a slow start taught must go, or drafts stay off.
 MEMORY = 0.99

@@ -43,6 +43,7 @@ Choice = abi.structure("Choice")
 Rule = abi.structure("Rule")
 Growth = abi.structure("Growth")
 _BEST, _RATE, _TOPOLOGY, _MARGINAL_RATIO = range(4)  # as in abi.h
+_CALIBRATION = Calibration(None, address(FINE_OF), len(FINE_OF) - 1, FINE, DEPTHS, KINDS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +137,7 @@ class NativeSelection:
     def _of(self, rule: TreeRule, trees: DraftTrees) -> Structure:
         """The rule for these trees."""
         if self._native is None or self._native.rule is not rule:
-            self._native = _NativeRule(rule)
+            self._native = _NativeRule(rule, self._native)
         if rule.scores is not None:
             calibration = rule.scores.calibration
             calibration.reserve(int(trees.source.max(initial=0)))
@@ -144,26 +145,54 @@ class NativeSelection:
         return self._native.struct
 
 
+class _Arrays:
+    """Keeps alive what a structure points to."""
+
+    def __init__(self) -> None:
+        self._alive: list[Any] = []
+
+    def at(self, array: NDArray[Any], dtype: type[np.generic] = np.int64) -> int:
+        """The address of an array, or of a copy as the kernels read it."""
+        self._alive.append(np.ascontiguousarray(array, dtype))
+        return address(self._alive[-1])
+
+
 class _NativeRule:
     """A rule as the kernels read it, and the arrays behind it."""
 
-    def __init__(self, rule: TreeRule) -> None:
+    def __init__(self, rule: TreeRule, before: _NativeRule | None) -> None:
+        """before: the last one. Policies keep to the same parts for many rounds."""
         self.rule = rule
-        self._keep: list[Any] = []
-        calibration = Calibration(None, address(FINE_OF), len(FINE_OF) - 1, FINE, DEPTHS, KINDS)
-        kind = None if rule.scores is None else self._at(rule.scores.kind, np.uint8)
+        self._arrays = _Arrays()
+        grow = before.grow if before and before.rule.grow is rule.grow else None
+        keep = before.keep if before and before.rule.keep is rule.keep else None
+        self.grow: _Part = grow or _Part(rule.grow)
+        self.keep: _Part = keep or _Part(rule.keep)
+        if isinstance(rule.grow, LookAhead) and len(rule.grow.below) < rule.levels - 1:
+            raise ValueError(
+                f"a forecast of {len(rule.grow.below)} levels is not one of all levels"
+            )
+        kind = None if rule.scores is None else self._arrays.at(rule.scores.kind, np.uint8)
         self.struct = Rule(
             levels=rule.levels,
-            limits=self._at(rule.limits),
+            limits=self._arrays.at(rule.limits),
             kind=kind,
-            ends=self._at(rule.ends),
+            ends=self._arrays.at(rule.ends),
             end_count=len(rule.ends),
-            calibration=calibration,
-            grow=self._part(rule.grow),
-            keep=self._part(rule.keep),
+            calibration=_CALIBRATION,
+            grow=self.grow.struct,
+            keep=self.keep.struct,
         )
 
-    def _part(self, part: Any) -> Structure:
+
+class _Part:
+    """What is expanded or kept, as the kernels read it, and the arrays behind it."""
+
+    def __init__(self, part: Any) -> None:
+        self._arrays = _Arrays()
+        self.struct = self._choice(part)
+
+    def _choice(self, part: Any) -> Structure:
         if isinstance(part, Beam):
             return Choice(kind=_BEST, count=part.width)
         if isinstance(part, KeepBest):
@@ -173,25 +202,25 @@ class _NativeRule:
         if isinstance(part, LookAhead):
             return self._look_ahead(part)
         if isinstance(part, Topology):
-            return Choice(kind=_TOPOLOGY, next=self._at(part.next), ranks=part.next.shape[1])
+            return Choice(kind=_TOPOLOGY, next=self._arrays.at(part.next), ranks=part.next.shape[1])
         assert isinstance(part, MarginalRatio)
         return Choice(
             kind=_MARGINAL_RATIO,
             mean_over_paths=part.mean_over_paths,
             count=len(part.spent) - 1,
             alpha=part.alpha,
-            spent=self._at(part.spent, np.float64),
-            step=self._at(part.step, np.float64),
+            spent=self._arrays.at(part.spent, np.float64),
+            step=self._arrays.at(part.step, np.float64),
         )
 
     def _look_ahead(self, part: LookAhead) -> Structure:
-        if len(part.below) < self.rule.levels - 1 or part.below.shape[1] % RANKS:
+        if part.below.shape[1] % RANKS:
             raise ValueError(f"a forecast of shape {part.below.shape} is not one of all levels")
         return Choice(
             kind=_RATE,
             costs=self._costs(part.costs),
-            widths=self._at(part.widths),
-            below=self._at(part.below, np.float64),
+            widths=self._arrays.at(part.widths),
+            below=self._arrays.at(part.below, np.float64),
             width_count=len(part.widths),
             reach=part.reach,
         )
@@ -201,29 +230,24 @@ class _NativeRule:
             costs.tokens,
             costs.sunk,
             costs.limit,
-            self._at(costs.levels, np.float64),
-            self._at(costs.verify, np.float64),
+            self._arrays.at(costs.levels, np.float64),
+            self._arrays.at(costs.verify, np.float64),
             len(costs.levels),
             len(costs.verify),
         )
-
-    def _at(self, array: NDArray[Any], dtype: type[np.generic] = np.int64) -> int:
-        """The address of an array, or of a copy as the kernels read it."""
-        self._keep.append(np.ascontiguousarray(array, dtype))
-        return address(self._keep[-1])
 
 
 def most_expanded(rule: TreeRule, batch: int, slots: range) -> int:
     """How many nodes a rule may expand at most, with `slots` for their keys."""
     grow = rule.grow
+    if isinstance(grow, LookAhead):
+        return min(len(slots), int(grow.widths[-1]) * (rule.levels - 1))
     if isinstance(grow, Topology):
         return min(len(slots), batch * len(grow.next))
     if isinstance(grow, MarginalRatio):
         return min(len(slots), batch * (len(grow.spent) - 1))
-    if isinstance(grow, Beam):
-        return min(len(slots), batch * grow.width * (rule.levels - 1))
-    assert isinstance(grow, LookAhead)
-    return min(len(slots), int(grow.widths[-1]) * (rule.levels - 1))
+    assert isinstance(grow, Beam)
+    return min(len(slots), batch * grow.width * (rule.levels - 1))
 
 
 def _with_room(given: DraftTrees, rule: TreeRule, first: FirstLevel) -> DraftTrees:

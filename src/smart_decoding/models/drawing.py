@@ -67,7 +67,7 @@ def _draw_by_kernels(rows: Sequence[FloatRow], specs: Sequence[SampleSpec]) -> l
     numpy."""
     asked = [_draw_of(spec, address(row)) for row, spec in zip(rows, specs, strict=True)]
     drawn = kernels.draw(kernels.draw_structs(asked), len(rows[0]))
-    require_finite(drawn.best >= 0)
+    require_finite((drawn.best >= 0).all())
     tokens: list[int] = drawn.token.tolist()
     for i, (row, spec) in enumerate(zip(rows, specs, strict=True)):
         if spec.params.greedy:

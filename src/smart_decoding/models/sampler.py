@@ -54,7 +54,7 @@ class Sampler:
         indices = np.arange(len(logits)) if which is None else np.ascontiguousarray(which, np.int64)
         if logits.device.type == "cpu" and self._kernels and logits.dtype == torch.float32:
             tokens = kernels.argmax(logits.contiguous(), indices)
-            require_finite(tokens >= 0)
+            require_finite((tokens >= 0).all())
             return tokens
         logits = logits.detach()
         if logits.device.type != "cpu":
@@ -62,7 +62,7 @@ class Sampler:
             tokens = download(device_sampling.maxima(logits)).astype(np.int64)[indices]
         else:
             tokens = _first_maximum(logits[torch.from_numpy(indices)]).numpy()
-        require_finite(tokens >= 0)
+        require_finite((tokens >= 0).all())
         return tokens
 
     def sample(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from smart_decoding.core.exploration import PAUSE, RUN, Exploration
+from smart_decoding.core.exploration import RUN, Exploration
+from smart_decoding.core.running import HORIZON
 
 
 def pay(exploration: Exploration, rounds: int, loss: float) -> list[bool]:
@@ -25,9 +26,9 @@ def test_the_next_run_waits_until_the_last_one_is_earned_again() -> None:
     exploration.begin()
     pay(exploration, RUN, 0.5)
     assert exploration.wait == RUN * 0.5 / 0.01
-    for _ in range(PAUSE):
+    for _ in range(HORIZON):
         exploration.observe_best()
-    assert exploration.wait == RUN * 0.5 / 0.01 - PAUSE
+    assert exploration.wait == RUN * 0.5 / 0.01 - HORIZON
 
 
 def test_rounds_that_follow_a_run_are_paid_for_once() -> None:

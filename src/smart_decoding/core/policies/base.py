@@ -34,6 +34,7 @@ class BatchState:
     has_free: whether a drafter without model cost (n-gram, recycling) is loaded.
     pictures: whether the request's prompt has any, or None where none has.
     constrained: whether a grammar allows but some tokens, or None where none does.
+    size: requests.
     """
 
     context: IntArray
@@ -46,11 +47,10 @@ class BatchState:
     has_free: bool = False
     pictures: BoolArray | None = None
     constrained: BoolArray | None = None
+    size: int = field(init=False)
 
-    @property
-    def size(self) -> int:
-        """Requests."""
-        return len(self.context)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "size", len(self.context))
 
     @property
     def mean_context(self) -> float:
@@ -68,9 +68,9 @@ class BatchState:
     def kind(self) -> KindArray:
         """[batch] 1 if greedy, 2 more with pictures, and 4 more under a grammar."""
         kind = (self.temperature <= 0).astype(np.uint8)
-        for more, those in ((2, self.pictures), (4, self.constrained)):
+        for bit, those in enumerate((self.pictures, self.constrained), 1):
             if those is not None:
-                kind += more * those.astype(np.uint8)
+                kind += those.astype(np.uint8) << bit
         return kind
 
 

@@ -4,24 +4,24 @@ costs and calibrated probabilities. How it works: docs/controller.md."""
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from smart_decoding.core.calibration import Calibration
 from smart_decoding.core.cost import CostModel
 from smart_decoding.core.exploration import Exploration
-from smart_decoding.core.forecast import Forecast
+from smart_decoding.core.forecast import RANKS, Forecast
 from smart_decoding.core.learned import Learned
+from smart_decoding.core.overhead import size_bucket
 from smart_decoding.core.policies.base import require_int, require_number, token_array
 from smart_decoding.core.policies.statistics import Statistics
 from smart_decoding.core.prediction import Mode, Prediction, Shape, predict
 from smart_decoding.core.rule import Scores, TreeRule
-from smart_decoding.core.selection import BestRate
+from smart_decoding.core.running import HORIZON
 
 if TYPE_CHECKING:
     from smart_decoding.core.policies.base import BatchState, Round, TokenIds
     from smart_decoding.core.tree import IntArray
-
-REST = 32  # rounds of plain decoding at most without asking whether to draft
 
 
 class Smart:
@@ -42,7 +42,7 @@ class Smart:
         calibration: Calibration | None = None,
         forecast: Forecast | None = None,
         max_levels: int = 8,
-        children: int = 8,
+        children: int = RANKS,
         max_round_slowdown: float = 2.0,
         exploration_budget: float = 0.005,
         eos_token_ids: TokenIds = (),
@@ -64,8 +64,8 @@ class Smart:
         self._mode = Mode.PLAIN  # of the round to come
         self._best = Mode.PLAIN  # what was predicted best last
         self._explored = Mode.PLAIN  # by the last exploration
-        self._rest = 0  # rounds of plain decoding that need not ask, for a batch of about
-        self._rest_size = 0  # so many requests
+        self._rest = 0  # rounds of plain decoding that need not ask, for a batch of
+        self._rest_bucket = 0  # about as many requests
 
     @property
     def cost(self) -> CostModel:
@@ -108,9 +108,8 @@ class Smart:
         return found
 
     def _rests(self, size: int) -> bool:
-        """Whether this round need not ask. Requests come and go: up to an eighth fewer or a quarter
-        more are about the same batch."""
-        if self._rest and 7 * self._rest_size <= 8 * size <= 10 * self._rest_size:
+        """Whether this round need not ask."""
+        if self._rest and self._rest_bucket == size_bucket(size):
             self._rest -= 1
             return True
         self._rest = 0
@@ -135,8 +134,8 @@ class Smart:
             self.exploration.begin()
             return self._explored
         if best is Mode.PLAIN:
-            self._rest = int(min(wait, REST, deepest)) - 1
-            self._rest_size = size
+            self._rest = int(min(wait, HORIZON, deepest)) - 1
+            self._rest_bucket = size_bucket(size)
         return best
 
     def _rule(
@@ -144,13 +143,13 @@ class Smart:
     ) -> TreeRule:
         """How deep to go is decided level by level."""
         levels = min(self.max_levels, shape.deepest) if self._mode is Mode.MODEL else 0
-        grow = prediction.grow
-        costs = grow.costs if levels else prediction.costs
-        # An exploration verifies at least one node: otherwise a cost predicted too high would never
-        # be measured again.
-        keep = BestRate(costs, least=int(self._mode is not self._best))
+        keep = prediction.keep[self._mode]
+        if self._mode is not self._best:
+            # An exploration verifies at least one node: otherwise a cost predicted too high would
+            # never be measured again.
+            keep = replace(keep, least=1)
         scores = Scores(self.calibration, batch.kind)
-        return TreeRule(levels, self.children, limits, self._ends, grow, keep, scores)
+        return TreeRule(levels, self.children, limits, self._ends, prediction.grow, keep, scores)
 
     # --- after a round ---
 

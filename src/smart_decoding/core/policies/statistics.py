@@ -5,13 +5,21 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 if TYPE_CHECKING:
     from smart_decoding.core.policies.base import Round
     from smart_decoding.core.tree import DraftTrees, IntArray
 
 KEEP = 1.0 - 1.0 / 256.0  # decay per round
+FIGURES = (
+    "rounds",
+    "off",
+    "tokens",
+    "seconds",
+    "plain_tokens",
+    "plain_seconds",
+    "accepted",
+    "expected",
+)
 
 
 class Statistics:
@@ -21,14 +29,13 @@ class Statistics:
 
     def __init__(self) -> None:
         self.verified: Counter[tuple[int, str]] = Counter()
-        self._sums = np.zeros(8)
+        self._sums = [0.0] * len(FIGURES)
 
     def record(self, round: Round, plain_seconds: float) -> None:
         """After a round; `plain_seconds` is what a plain one is predicted to take."""
         size = round.batch.size
         accepted = round.accepted
-        self._sums *= KEEP
-        self._sums += (
+        figures = (
             1.0,
             round.rule is None,
             size + accepted,
@@ -38,6 +45,7 @@ class Statistics:
             accepted,
             round.expected,
         )
+        self._sums = [KEEP * sum_ + new for sum_, new in zip(self._sums, figures, strict=True)]
         self.verified[size, shape_of(round.trees, round.kept)] += 1
 
     def summary(self) -> dict[str, float]:
@@ -51,9 +59,9 @@ class Statistics:
         for (_, kind), count in self.verified.items():
             kinds[kind] += count
         return {
-            "estimated_speedup": float(speedup),
-            "share_off": float(off / rounds) if rounds else 0.0,
-            "calibration_error": float(accepted / expected - 1.0) if expected > 0 else 0.0,
+            "estimated_speedup": speedup,
+            "share_off": off / rounds if rounds else 0.0,
+            "calibration_error": accepted / expected - 1.0 if expected > 0 else 0.0,
             "chain_rounds": float(kinds["chain"]),
             "tree_rounds": float(kinds["tree"]),
         }
