@@ -219,6 +219,11 @@ void in_bytes(uint64_t seed, const std::vector<Kind>& kinds, int64_t k) {
     smart_linear(&x[row * k], 1, &rounded, n, k, 1, nullptr, 0, nullptr, scratch.data(),
                  alone.data(), n, 0, 3, nullptr, 1);
     check::bits("a row alone", alone.data(), &found[row * n], n);
+
+    x[row * k + random.below(k)] = random.of({NAN, INFINITY});
+    smart_linear(x.data(), count, &rounded, n, k, 1, nullptr, 0, nullptr, scratch.data(),
+                 found.data(), n, 0, 3, nullptr, 1);
+    for (int64_t i = 0; i < n; i++) check::same("not a number", 1, std::isnan(found[row * n + i]));
 }
 
 }  // namespace

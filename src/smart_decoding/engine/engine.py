@@ -116,7 +116,9 @@ class Engine:
         if any(request.id in self._requests for request in requests):
             raise ConfigError(f"request id {request_id!r} is already running")
         if not self.has_unfinished_requests:
-            self.scheduler.shares.idle(self._clock() - self._worked)
+            now = self._clock()
+            self.scheduler.shares.idle(now - self._worked)
+            self._worked = now
         for request in requests:
             request.client = client
             self._requests[request.id] = request

@@ -124,17 +124,9 @@ class Scheduler:
         return chunks
 
     def _next_waiting(self) -> list[Request]:
-        """The one whose turn it is, if any waits whose client is not in debt. The last slots are
-        left for those in debt who hold fewer: to have them given up later would cost more."""
-        heads = self.waiting.heads()
-        paid = [head for head in heads if head.client not in self.shares.indebted]
-        if not paid:
-            return []
-        held = self._held()
-        one = self._turns.choose(paid, held)
-        fewer = sum(held[head.client] < held[one.client] for head in heads)
-        left = self.max_num_seqs - len(self.running)
-        return [one] if fewer == 0 or fewer < left else []
+        """The one whose turn it is, if any waits whose client is not in debt."""
+        heads = [head for head in self.waiting.heads() if head.client not in self.shares.indebted]
+        return [self._turns.choose(heads, self._held())] if heads else []
 
     def _held(self) -> Counter[str]:
         """Slots, by client."""

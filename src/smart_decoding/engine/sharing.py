@@ -101,10 +101,11 @@ class Shares:
             self._rows[who] = part.rows / part.requests
         parts = _parts([*verified, *batch.prefill])
         rows = sum(part.rows for part in parts.values())
-        forward = max(seconds - sum(grammars.values()), 1e-9)  # clocks may stand still
-        self._times.observe(rows, forward)
+        forward = seconds - sum(grammars.values())
+        if forward > 0.0:  # else the clock stood still, or these were of a round that failed
+            self._times.observe(rows, forward)
         usual = self._times.seconds(rows)
-        speed = min(forward / usual, OUTLIER)
+        speed = min(max(forward, 0.0) / usual, OUTLIER) if usual else 0.0
         self._allowed = min(
             speed * self._times.seconds(part.rows) + grammars.get(who, 0.0)
             for who, part in parts.items()

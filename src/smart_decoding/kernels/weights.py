@@ -160,7 +160,7 @@ def pack(
     padded[: len(places)] = places
     of_rows = formats[padded].reshape(-1, vector_width())
     of_strips = of_rows.max(axis=1)
-    if (padded[-vector_width() :] < 0).all():
+    if len(places) and (padded[-vector_width() :] < 0).all():
         of_strips[-1] = of_strips[-2]  # it fills a panel up
     if ((of_rows != of_strips[:, None]) & (padded.reshape(of_rows.shape) >= 0)).any():
         return _pack_panels([as_tensor(part) for part in parts], order, arena)

@@ -44,15 +44,16 @@ private:
     template <class X>
     void read_block(const X* x, int pass, int row, int64_t first) {
         const int start = first_of(pass), together = first_of(pass + 1) - start;
-        vf largest = vf{} + 1e-30f;
+        vf largest = vf{} + 1e-30f, unknown = vf{};  // NaN where an input is not finite
         for (int i = 0; i < QUANT_BLOCK; i += VW) {
             const vf v = widen<vf>(x + i), size = v < 0 ? -v : v;
             largest = size > largest ? size : largest;
+            unknown += v - v;
         }
-        const float step = max_of(largest) / 127, factor = 1 / step;
-        int8_t block[QUANT_BLOCK];
+        const float step = max_of(largest) / 127 + sum_of(unknown), factor = 1 / step;
+        int8_t block[QUANT_BLOCK] = {};
         int32_t totals[QUANT_BLOCK / BYTE_GROUP] = {};
-        for (int i = 0; i < QUANT_BLOCK; i += VW)
+        for (int i = 0; step == step && i < QUANT_BLOCK; i += VW)
             totals[i / BYTE_GROUP] += to_bytes(widen<vf>(x + i) * factor, block + i);
         const int64_t from = start * k + first * together, at = row - start;
         for (int i = 0; i < QUANT_BLOCK; i += 4)
