@@ -150,18 +150,18 @@ def test_a_request_alone_and_in_a_batch_gets_the_same_tokens(
         assert alone.outputs[0].logprobs == together[i].outputs[0].logprobs  # to the last bit
 
 
-def test_smart_drafts_for_32_requests_where_rows_are_cheap(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a table in which further rows cost next to nothing, as on a large GPU; real rounds,
-    which say otherwise, do not correct it."""
-    monkeypatch.setattr(CostModel, "corrected", lambda self, sample: self)
+def test_smart_drafts_for_32_requests_where_rows_are_cheap() -> None:
+    """With a table in which further rows cost next to nothing, as on a large GPU (until real rounds
+    correct it)."""
     cheap = CostModel.from_table({1: {1: 5.0, 512: 5.1}}, {1: 0.01, 512: 0.01})
     llm = LLM(MODEL, speculative_config={"policy": "smart"}, max_model_len=128, max_num_seqs=32)
+    llm.take_profile()  # else `generate` would, and replace the table
     llm.engine.policy.cost = cheap
     prompts = [
         llm.tokenizer.encode_chat([{"role": "user", "content": f"Count to {i}."}])
         for i in range(2, 34)
     ]
-    outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=48, ignore_eos=True))
+    outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=8, ignore_eos=True))
     metrics = [output.outputs[0].metrics for output in outputs]
     assert sum(m.verified for m in metrics) > 64
     assert sum(m.accepted for m in metrics) > 8
