@@ -158,8 +158,8 @@ class RoundTimes:
 
     @property
     def least(self) -> float:
-        """Of the shortest round. Some round must be known."""
-        return min(time.seconds for time in self._known.values())
+        """Of the shortest round; 0 where none is known."""
+        return min((time.seconds for time in self._known.values()), default=0.0)
 
     def seconds(self, rows: float) -> float:
         """Of a round of so many rows; 0 where no round is known."""
@@ -190,7 +190,7 @@ class _Part:
 
 def _verified(batch: Batch, done: Round) -> list[tuple[Request, int]]:
     """The rows of each request that decoded."""
-    nodes = np.bincount(done.trees.owner[done.kept], minlength=len(batch.decode)).tolist()
+    nodes = done.trees.counts(done.kept)
     return [(request, 1 + count) for request, count in zip(batch.decode, nodes, strict=True)]
 
 

@@ -260,6 +260,18 @@ def test_a_grammars_seconds_alone_are_not_charged_later() -> None:
     assert engine.scheduler.shares._owed.get("bombs", 0.0) < 5.0
 
 
+def test_a_shared_round_in_which_the_clock_stands_still_is_charged_to_nobody(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = new_engine("off")
+    add(engine, "heavy", 16, 3)
+    add(engine, "light", 1, 3)
+    monkeypatch.setattr(engine, "_clock", lambda: 0.0)
+    engine.step()
+    assert not engine.scheduler.shares._owed
+    finish(engine)
+
+
 def test_time_in_which_nobody_asks_pays_debts() -> None:
     engine = new_engine("off")
     both = [*add(engine, "heavy", 16, 3), *add(engine, "light", 1, 3)]
