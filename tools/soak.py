@@ -195,8 +195,10 @@ async def stand_by(url: str, figures: Figures) -> None:
             last = time.monotonic()
 
 
-async def ask(client: httpx.AsyncClient, plan: Plan, name: str, figures: Figures) -> None:
-    """One request, as planned, and what came of it."""
+async def ask(
+    client: httpx.AsyncClient, reader: str, plan: Plan, name: str, figures: Figures
+) -> None:
+    """One request, as planned, and what came of it. reader: whose waits these are, if it reads."""
     started = time.monotonic()
     first = 0.0
     texts: list[str] = []
@@ -208,8 +210,7 @@ async def ask(client: httpx.AsyncClient, plan: Plan, name: str, figures: Figures
                 now = time.monotonic()
                 first = first or now
                 if plan.kind == "read":
-                    who = SHARED if int(name.split("-")[1]) % 2 == 0 else "a reader"
-                    figures.gaps[who] = max(figures.gaps[who], now - last)
+                    figures.gaps[reader] = max(figures.gaps[reader], now - last)
                 last = now
                 texts.append(piece)
                 tokens = total
@@ -233,7 +234,7 @@ async def ask(client: httpx.AsyncClient, plan: Plan, name: str, figures: Figures
 
 
 async def one_client(
-    client: httpx.AsyncClient, name: str, mine: Sequence[Plan], figures: Figures
+    client: httpx.AsyncClient, reader: str, name: str, mine: Sequence[Plan], figures: Figures
 ) -> None:
     """Its requests, one after the other, each not before its time."""
     start = time.monotonic()
@@ -244,7 +245,7 @@ async def one_client(
         if plan.kind == "hostile":
             await refused(client, plan, figures)
         else:
-            await ask(client, plan, f"{name}-{i}", figures)
+            await ask(client, reader, plan, f"{name}-{i}", figures)
 
 
 async def play(url: str, args: argparse.Namespace, block: int, figures: Figures, pid: int) -> None:
@@ -263,9 +264,9 @@ async def play(url: str, args: argparse.Namespace, block: int, figures: Figures,
         ]
         loads = []
         for i in range(args.clients):
-            client = own[i // 2] if i % 2 else shared
+            client, reader = (own[i // 2], "a reader") if i % 2 else (shared, SHARED)
             name = f"{block}-{i}"
-            loads.append(one_client(client, name, plans(args, name), figures))
+            loads.append(one_client(client, reader, name, plans(args, name), figures))
         await asyncio.gather(*loads)
         for each in watch:
             each.cancel()

@@ -246,7 +246,7 @@ def _held(repository: str, stored: str) -> Iterator[Source]:
         yield _folder_source(repository, repository, folder)
         return
     files = [
-        (not stored or _quantisation(path.name) != stored, path.stat().st_size, path.name)
+        (not hub_repository.fits(path.name, stored), path.stat().st_size, path.name)
         for path in folder.glob("*.gguf")
         if path.is_file() and not _NO_MODEL.search(path.name)
     ]
