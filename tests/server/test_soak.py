@@ -120,7 +120,8 @@ def test_refused_requests_are_faults_and_nothing_to_compare_is_one(tool: Any) ->
             async with tool.httpx.AsyncClient(
                 transport=refuse, base_url=f"http://s{status}"
             ) as client:
-                await tool.ask(client, tool.Plan(0, body, "read", 1, False), "0-0", figures)
+                plan = tool.Plan(0, body, "read", 1, False)
+                await tool.ask(client, "own", plan, "0-0", figures)
 
     tool.asyncio.run(ask_all())
     assert figures.wrong == ["429: seed 1", "503: seed 1"]

@@ -76,23 +76,7 @@ static inline void storeu(void* p, const V& v) {
     memcpy(p, &v, sizeof v);
 }
 
-// The same number in every lane. Of a plain sum GCC 12 makes a sum, and two steps of it.
-static inline vi broadcast(const int32_t* p) {
-#if defined(__AVX512F__)
-    return (vi)_mm512_set1_epi32(*p);
-#else
-    return vi{} + *p;
-#endif
-}
-static inline vf broadcast(const float* p) {
-#if defined(__AVX512F__)
-    return (vf)_mm512_set1_ps(*p);
-#else
-    return vf{} + *p;
-#endif
-}
-
-// Four bytes in every lane: a pair of bf16, or four inputs of 8 bits.
+// Four bytes in every lane: a number, a pair of bf16, or four inputs of 8 bits.
 static inline vu broadcast4(const void* p) {
 #if defined(__AVX512F__)  // of the plain sum GCC 12 makes a load and a broadcast
     return (vu)_mm512_set1_epi32(loadu<int32_t>(p));

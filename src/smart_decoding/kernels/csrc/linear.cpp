@@ -70,11 +70,14 @@ static inline int64_t panel_place(int64_t i, int column) {
 }
 
 // A row of quants is widened with those beside it, which is rare: for embeddings of few tokens.
-static void unpack_strip(const Strip* strip, int64_t k, int row, float* out) {
+static void unpack_strip(const Strip& strip, bool in_bytes, int64_t k, int row, float* out) {
+    if (in_bytes)
+        return with_format(strip.format,
+                           [&](auto format) { unpack_bytes<format>(strip.data, k, row, out); });
     static thread_local QuantPanel panel;
     for (int64_t first = 0; first < k; first += SUPER_BLOCK) {
         const int64_t depth = std::min<int64_t>(SUPER_BLOCK, k - first);
-        panel.widen_half(*strip, 0, first, depth);
+        panel.widen_half(strip, 0, first, depth);
         for (int64_t i = 0; i < depth; i++)
             out[first + i] = to_f32(panel.widened[panel_place<Wide>(i, row)]);
     }
@@ -82,12 +85,7 @@ static void unpack_strip(const Strip* strip, int64_t k, int row, float* out) {
 
 template <class W>
 void unpack_row(const Weight& w, int64_t k, int64_t row, float* out) {
-    const Strip* strip = w.strips + row / VW;
-    if (w.in_bytes)
-        return with_format(strip->format, [&](auto format) {
-            unpack_bytes<format>(strip->data, k, int(row % VW), out);
-        });
-    if (w.strips) return unpack_strip(strip, k, int(row % VW), out);
+    if (w.strips) return unpack_strip(w.strips[row / VW], w.in_bytes, k, int(row % VW), out);
     const W* panel = (const W*)w.panels + row / PANEL * PANEL * k;
     for (int64_t i = 0; i < k; i++) out[i] = to_f32(panel[panel_place<W>(i, int(row % PANEL))]);
 }

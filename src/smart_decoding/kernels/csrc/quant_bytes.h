@@ -53,7 +53,7 @@ private:
         const float step = max_of(largest) / 127 + sum_of(unknown), factor = 1 / step;
         int8_t block[QUANT_BLOCK] = {};
         int32_t totals[QUANT_BLOCK / BYTE_GROUP] = {};
-        for (int i = 0; step == step && i < QUANT_BLOCK; i += VW)
+        for (int i = 0; !std::isnan(step) && i < QUANT_BLOCK; i += VW)
             totals[i / BYTE_GROUP] += to_bytes(widen<vf>(x + i) * factor, block + i);
         const int64_t from = start * k + first * together, at = row - start;
         for (int i = 0; i < QUANT_BLOCK; i += 4)
@@ -106,8 +106,8 @@ __attribute__((always_inline)) static inline void begin_group(const int32_t* min
     for (int r = 0; r < R; r++) {
         integers[r] = vi{};
         if constexpr (BYTE_ZERO<F> != 0) {
-            integers[r] = broadcast(minus + r);
-            if (FORMATS[F].group > BYTE_GROUP) integers[r] += broadcast(minus + R + r);
+            integers[r] = (vi)broadcast4(minus + r);
+            if (FORMATS[F].group > BYTE_GROUP) integers[r] += (vi)broadcast4(minus + R + r);
             integers[r] *= BYTE_ZERO<F>;
         }
     }
@@ -136,9 +136,9 @@ __attribute__((always_inline)) static inline void byte_block(const uint8_t* at,
         }
     });
     for (int r = 0; r < R; r++) {
-        sums[r] = fused(scaled[r], broadcast(in.scale + r), sums[r]);
+        sums[r] = fused(scaled[r], (vf)broadcast4(in.scale + r), sums[r]);
         if constexpr (format.has_least || format.has_zero)
-            sums[r] = fused(scales.least[0], broadcast(in.sums + r), sums[r]);
+            sums[r] = fused(scales.least[0], (vf)broadcast4(in.sums + r), sums[r]);
     }
 }
 
@@ -200,14 +200,12 @@ static void unpack_bytes(const uint8_t* data, int64_t k, int row, float* out) {
         for (int j = 0; j < QUANT_BLOCK; j++) {
             const vu bytes = quant_bytes<F>(at + format.scales() * VW, j / 4);
             const int quant = int(bytes[row] >> j % 4 * 8 & 255) - BYTE_ZERO<F>;
-            out[i + j] = float(quant) * scales.scale[j / format.group][row];
-            if (format.has_least || format.has_zero) out[i + j] += scales.least[0][row];
+            float value = float(quant) * scales.scale[j / format.group][row];
+            if (format.has_least || format.has_zero) value += scales.least[0][row];
+            bf16 narrow;
+            from_f32(value, &narrow);
+            out[i + j] = to_f32(narrow);
         }
-    }
-    for (int64_t i = 0; i < k; i++) {
-        bf16 value;
-        from_f32(out[i], &value);
-        out[i] = to_f32(value);
     }
 }
 
