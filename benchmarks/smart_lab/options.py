@@ -47,6 +47,7 @@ FULL: dict[str, Any] = {
     "time_limit": 3300.0,
 }
 LAB_PRESETS = {**PRESETS, "full": FULL}
+CHAINS = {"pooled_chain": "length", "throughput_chain": "max_length"}  # and what is tuned
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +146,11 @@ class LabOptions(BenchOptions):
         sizes = VARIANT_SIZES if self.variants else ()
         sampled = SAMPLED_SIZES if self.sampled else ()
         return max(BenchOptions.most_requests(self), *sizes, *sampled, 1)
+
+    def most_contestants(self) -> int:
+        tuned = self.tune_eagle2 + self.tune_paper + len(CHAINS) * self.tune_chains
+        suites = 2 * bool(self.suites)  # with a drafter of their own
+        return BenchOptions.most_contestants(self) + max(tuned, len(self.variant_arms), suites)
 
     @property
     def compares_policies(self) -> bool:

@@ -173,7 +173,8 @@ def row_of(policy: str, size: int, value: float, measured: Mapping[str, Any]) ->
 
 def live(trace: Trace, sizes: Sequence[int], seconds: float) -> list[dict[str, Any]]:
     """Predictions of what then runs here."""
-    options = BenchOptions(policies=("off", "smart"), batch_sizes=sizes, limit=40, max_tokens=96)
+    policies = tuple(dict.fromkeys(policy for policy, _ in POLICIES.values()))
+    options = BenchOptions(policies=policies, batch_sizes=sizes, limit=40, max_tokens=96)
     llm = load(options)
     prompts = encode(llm, {task: load_task(task, options.limit) for task in options.tasks}, options)
     started = time.perf_counter()

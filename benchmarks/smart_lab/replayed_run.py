@@ -226,7 +226,8 @@ class Replay:
         largest = max(options.batch_sizes)
         answers = trace.recording.answers
         longest = max(a.prompt_length + max(len(a.tokens) + 1, a.limit) for a in answers)
-        self.pages = pages_for(largest * longest, largest)
+        together = largest * options.most_contestants()
+        self.pages = pages_for(together * longest, together)
         self.slots = largest
         self.scratch = max(SCRATCH_PAGES, largest * NODES // PAGE)
         device = device_of(options.device)
@@ -256,9 +257,9 @@ class Replay:
         chosen = [usable[i % len(usable)] for i in range(max(len(usable), 2 * size))]
         prompts = self.prompts(chosen)
         engines = self.engines()
-        with tqdm(desc=f"{LABEL}, batch {size}", unit="block", leave=False) as bar:
+        with tqdm(desc=f"{LABEL}, batch {size}", unit="cycle", leave=False) as bar:
             deadline = None if seconds is None else time.perf_counter() + seconds
-            found = measure(engines, prompts, size, deadline, lambda label: bar.update())
+            found = measure(engines, prompts, size, deadline, bar.update)
         rows = rows_of(found, size, self.options)
         return rated(rows, self.sizes, self.limits, self.target.device)
 
@@ -271,13 +272,14 @@ class Replay:
         for arm in self.options.arms:
             policy = self.trace.policy(arm.policy, self.cost, **arm.policy_options)
             drafter = ReplayedDrafter(self.head, self.trace.recording, self.pages, self.scratch)
-            engines[arm.label] = Engine(
+            engines[arm.label] = engine = Engine(
                 target,
                 policy,
                 None if arm.policy == BASELINE else drafter,
                 config,
                 lambda skip: lambda ids: " " * len(ids),
             )
+            engine.share_pages(engines[BASELINE])
         return engines
 
     def prompts(self, answers: Sequence[int]) -> dict[str, list[Prompt]]:

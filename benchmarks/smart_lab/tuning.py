@@ -16,6 +16,7 @@ from smart_decoding.bench.data import load_task
 from smart_decoding.bench.options import BASELINE, Arm
 from smart_decoding.errors import ConfigError
 from smart_lab.ablations import VARIANTS
+from smart_lab.options import CHAINS
 from smart_lab.replay import HostCosts, replay
 from smart_lab.simulate import enough
 from smart_lab.sweep import Sweep
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 PER_TASK = 8  # prompts, or more where large batches need them
 PAPER_ROUNDS, PAPER_LEAST = 240, 24  # of requests; of the batch
 PAPER_BUDGETS = (1, 2, 4, 8, 16, 32)  # nodes per request
-CHAINS = {"pooled_chain": "length", "throughput_chain": "max_length"}  # and what is tuned
 LENGTHS = range(1, 9)
 PAPER_FORMS = (
     ("published", "published"),

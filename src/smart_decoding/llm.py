@@ -114,10 +114,10 @@ class LLM:
         """Another engine, drafter and policy over this one's weights and KV memory: to compare them
         in one process.
 
-        Only one of the engines holds requests at a time: calls of the others wait for their turn.
-        Whoever steps `engine` himself must see to that. To be made while no request runs: costs are
-        measured at once, in the same memory. Raises ConfigError if prefix caching is on: kept keys
-        would be overwritten by the others."""
+        Calls of the engines wait for each other. Whoever steps `engine` himself may do so with
+        several in turn: each takes pages of its own. To be made while no request runs: costs are
+        measured at once, in the same memory. Raises ConfigError if prefix caching is on: drafters
+        would find pages of which they hold no keys."""
         config = self.engine.config
         if config.prefix_caching:
             raise ConfigError("engines can share weights only with enable_prefix_caching=False")
@@ -133,6 +133,7 @@ class LLM:
             asked, self._checkpoint, self.target, config.pages, config.max_num_seqs
         )
         other.engine = self._engine(other.speculation, config)
+        other.engine.share_pages(self.engine)
         other.take_profile()
         return other
 

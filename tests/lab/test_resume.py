@@ -30,7 +30,11 @@ from smart_lab.resume import (
 
 def engines(clock: worlds.Clock) -> dict[str, Any]:
     drafter = worlds.RuleDrafter(clock, seconds=0.25)
-    return {"off": worlds.engine(clock), "chain": worlds.engine(clock, "chain", drafter, length=2)}
+    return {
+        "off": worlds.engine(clock),
+        cycles.AGAIN: worlds.engine(clock),
+        "chain": worlds.engine(clock, "chain", drafter, length=2),
+    }
 
 
 class CutError(Exception):
@@ -44,17 +48,15 @@ def test_a_cut_run_measures_only_what_is_missing(
     clock = worlds.Clock()
     whole = rows_of(measure(engines(clock), tasks, 1, clock=clock), 1, worlds.options())
     file, asked = tmp_path / "run.part", []
-    run_block = cycles.run_block
+    rounds_of = cycles.rounds_of
 
     def counted(engine: Any, prompts: Any, *rest: Any) -> Any:
         asked.append(prompts[0].index)
-        if (
-            len(asked) == 9
-        ):  # two warm-ups, a cycle with the second baseline, a cycle, and half of the next
+        if len(asked) == 7:  # a cycle with the second baseline, a cycle, and half of the next
             raise CutError
-        return run_block(engine, prompts, *rest)
+        return rounds_of(engine, prompts, *rest)
 
-    monkeypatch.setattr(cycles, "run_block", counted)
+    monkeypatch.setattr(cycles, "rounds_of", counted)
 
     def go_on() -> Any:
         progress, clock = Progress(file, {"option": 1}), worlds.Clock()
@@ -71,18 +73,10 @@ def test_a_cut_run_measures_only_what_is_missing(
     assert [len(of) for of in json.loads(file.read_text())["units"].values()] == [2]
     asked.clear()
     monkeypatch.setattr(
-        cycles, "run_block", lambda *a: asked.append(a[1][0].index) or run_block(*a)
+        cycles, "rounds_of", lambda *a: asked.append(a[1][0].index) or rounds_of(*a)
     )
     rows = rows_of(go_on(), 1, worlds.options())
-    assert sorted(asked[2:]) == [
-        2,
-        2,
-        3,
-        3,
-        3,
-        4,
-        4,
-    ]  # after the warm-ups; the fourth cycle has a second baseline
+    assert sorted(asked) == [2, 2, 3, 3, 3, 4, 4]  # the fourth cycle has a second baseline
     for mine, theirs in zip(rows, whole, strict=True):
         for name in (
             "speedup",

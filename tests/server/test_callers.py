@@ -142,6 +142,24 @@ def test_engines_that_share_weights_take_turns(load: Any) -> None:
         check_free(llm)
 
 
+def test_engines_that_share_weights_may_be_stepped_in_turn(load: Any) -> None:
+    """As benchmarks do: each holds requests meanwhile, in pages of its own."""
+    first = load(enable_prefix_caching=False)
+    static = {"method": "ngram", "policy": "static"}
+    engines = [first.engine, first.sharing_weights(static).engine]
+    params = SamplingParams(temperature=0.0, max_tokens=20)
+    prompts = [list(range(3 + i, 30 + 3 * i)) for i in range(3)]
+    (wanted, drafted) = (
+        [e.add_request(str(i), p, params)[0] for i, p in enumerate(prompts)] for e in engines
+    )
+    while any(engine.has_unfinished_requests for engine in engines):
+        for engine in engines:
+            engine.step()
+    alone = [first.generate([prompt], params)[0].outputs[0].token_ids for prompt in prompts]
+    assert [r.output for r in wanted] == [r.output for r in drafted] == [list(a) for a in alone]
+    check_free(first)
+
+
 def failing(touched: Any) -> NoReturn:
     raise RuntimeError("mine")
 

@@ -13,11 +13,12 @@ from __future__ import annotations
 import itertools
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from smart_decoding.bench.reliability import Reliability
+from smart_decoding.errors import CapacityError
 
 if TYPE_CHECKING:
     from smart_decoding.engine.engine import Engine, RoundRecord
@@ -108,42 +109,72 @@ class _Note:
     spans: list[tuple[Request, int, int]]
 
 
+@dataclass(slots=True)
+class _Times:
+    """Of an answer, in seconds of its block."""
+
+    arrival: float
+    first: float | None = None
+    finished: float | None = None
+
+
 def run_block(
     engine: Engine,
     prompts: Sequence[Prompt],
     fillers: Sequence[Prompt],
     batch_size: int,
     clock: Callable[[], float] = time.perf_counter,
-    on_tokens: Callable[[int], None] = lambda new: None,
 ) -> Block:
-    """Answers `prompts` at `batch_size` running requests, `fillers` (cycled) taking the places that
-    become free.
+    """All of `rounds_of` without a pause."""
+    rounds = rounds_of(engine, prompts, fillers, batch_size, clock)
+    while True:
+        try:
+            next(rounds)
+        except StopIteration as end:
+            block: Block = end.value
+            return block
 
-    The engine is empty before and after. `on_tokens` is told the new tokens of each round."""
+
+def rounds_of(
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    fillers: Sequence[Prompt],
+    batch_size: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Generator[int, None, Block]:
+    """Answers `prompts` at `batch_size` running requests, `fillers` (cycled) taking the places that
+    become free. Yields the new tokens after each round, and returns the block.
+
+    Time between rounds does not count, so that others may run then. The engine is empty before and
+    after. Raises CapacityError if its requests find no KV memory."""
     if any(prompt.media for prompt in prompts):
         # so that each arm's times to the first token hold the tower's
         engine.target.forget_pictures()
     queue = _Queue(engine, prompts, fillers, batch_size)
     notes: list[_Note] = []
     total = 0
-    started = clock()
+    seconds = 0.0  # of the block so far
     try:
         while not queue.done:
-            queue.fill()
+            started = clock()
+            queue.fill(seconds)
             before = {id(request): len(request.output) for request in queue.running}
+            engine.last_round = None
             engine.step()
+            record = engine.last_round
+            if record is None:
+                raise CapacityError("the KV memory of this run is too small: measure fewer at once")
             new = sum(len(request.output) for request in queue.running) - sum(before.values())
             total += new
-            record = engine.last_round
-            if record is not None and _counts(record, batch_size):
+            if _counts(record, batch_size):
                 spans = [(r, before[id(r)], len(r.output)) for r in record.requests]
                 notes.append(_Note(record, spans))
-            queue.drop_finished()
-            on_tokens(new)
-        seconds = clock() - started
+            seconds += clock() - started
+            queue.look(seconds)
+            yield new
     finally:
         queue.abort()
-    answers = {index: _answer(request) for index, request in queue.measured.items()}
+    answers = {index: _answer(*measured) for index, measured in queue.measured.items()}
     return _accounted(Block(prompts[0].task, batch_size, Counts(), answers, total, seconds), notes)
 
 
@@ -157,7 +188,7 @@ class _Queue:
         fillers: Sequence[Prompt],
         batch_size: int,
     ) -> None:
-        self.measured: dict[int, Request] = {}
+        self.measured: dict[int, tuple[Request, _Times]] = {}
         self.running: list[Request] = []
         self._engine = engine
         self._batch_size = batch_size
@@ -169,9 +200,9 @@ class _Queue:
     def done(self) -> bool:
         """Whether every measured prompt is answered."""
         started = len(self.measured) == self._count
-        return started and all(request.finished for request in self.measured.values())
+        return started and all(request.finished for request, _ in self.measured.values())
 
-    def fill(self) -> None:
+    def fill(self, now: float) -> None:
         """Starts the next prompts where places are free."""
         while len(self.running) < self._batch_size:
             prompt = next(self._prompts)
@@ -179,10 +210,16 @@ class _Queue:
             (request,) = self._engine.add_request(name, prompt.tokens, prompt.params, prompt.media)
             self.running.append(request)
             if len(self.measured) < self._count:
-                self.measured[prompt.index] = request
+                self.measured[prompt.index] = request, _Times(now)
 
-    def drop_finished(self) -> None:
-        """Frees the places of finished requests."""
+    def look(self, now: float) -> None:
+        """After a round: notes when answers began and ended, and frees the places of finished
+        requests."""
+        for request, times in self.measured.values():
+            if request.output:
+                times.first = times.first or now
+            if request.finished:
+                times.finished = times.finished or now
         self.running = [request for request in self.running if not request.finished]
 
     def abort(self) -> None:
@@ -238,16 +275,16 @@ def _figures(record: RoundRecord) -> Counts:
     )
 
 
-def _answer(request: Request) -> Answer:
-    metrics, ids = request.metrics, list(request.output)
+def _answer(request: Request, times: _Times) -> Answer:
+    ids = list(request.output)
     end = request.stop.loop_start
     kept = ids if end is None else ids[:end]
-    first = metrics.first_token or metrics.arrival
-    spent = (metrics.finished or first) - first
+    first = times.first or times.arrival
+    spent = (times.finished or first) - first
     return Answer(
         kept,
         len(ids) - len(kept),
-        first - metrics.arrival,
+        first - times.arrival,
         spent / (len(ids) - 1) if len(ids) > 1 else float("nan"),
-        metrics.vision_seconds,
+        request.metrics.vision_seconds,
     )

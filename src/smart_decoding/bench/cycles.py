@@ -1,18 +1,18 @@
 """Contestants compared in cycles of blocks.
 
-In each cycle every arm answers the same prompts; the order rotates from cycle to cycle, so that no
-arm always runs first. Tasks take turns too. Every third cycle the baseline runs once more: the
-noise.
+In each cycle every arm answers the same prompts, and all do so at once, some rounds each in turn:
+what slows the machine for a second, or for ten, slows all of them. Who goes first changes from
+cycle to cycle. Tasks take turns too. In every third cycle the baseline runs twice: the noise.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from smart_decoding.bench.blocks import Block, Prompt, run_block
+from smart_decoding.bench.blocks import Block, Prompt, rounds_of, run_block
 from smart_decoding.bench.options import BASELINE, OURS, BenchOptions
 from smart_decoding.bench.summary import noise, smart_over, summarise
 from smart_decoding.engine.sampling_params import SamplingParams
@@ -21,12 +21,14 @@ from smart_decoding.errors import CapacityError
 if TYPE_CHECKING:
     from smart_decoding.engine.engine import Engine
 
+AGAIN = "off again"  # the baseline's second engine, whose speed is told as noise
 NOISE_EVERY = 3  # cycles
 # a contestant whose block takes so many times as long as the baseline's runs in every 2nd cycle, 8:
 # 3rd, ...
 SLOW = 4
 WARM_UP_TOKENS = 8  # few, so that a policy still starts from its prior
 Prompts = Mapping[str, Sequence[Prompt]]  # by task
+Rounds: TypeAlias = Generator[int, None, Block]
 
 
 @dataclass(slots=True)
@@ -50,13 +52,15 @@ def measure(
     prompts: Prompts,
     batch_size: int,
     deadline: float | None = None,
-    on_block: Callable[[str], object] = lambda label: None,
+    on_cycle: Callable[[], object] = lambda: None,
     clock: Callable[[], float] = time.perf_counter,
     into: Measurement | None = None,
     least_blocks: int = 1,
 ) -> Measurement:
-    """Runs the engines in turn over all prompts (task -> prompts) until done or past the deadline
-    (on `clock`). into: what was measured of the same before; it is gone on from.
+    """Runs the engines in turns over all prompts (task -> prompts) until done or past the deadline
+    (on `clock`). They hold requests at once, in KV memory that is shared or their own; AGAIN is the
+    baseline's second one. into: what was measured of the same before; it is gone on from.
+    on_cycle: is called after each cycle.
 
     A cycle that the deadline cuts is dropped: all arms have answered the same prompts. After the
     first cycle a slow engine runs in few of them: it would use up the time that the others'
@@ -71,18 +75,43 @@ def measure(
     for number, (chunk, fillers) in enumerate(cycles[first:], first):
         # Turns over all tasks: what happens every third time would else meet one task only.
         turn, task = divmod(number, len(prompts))
-        cycle: dict[str, Block] = {}
-        for label in _due(list(engines), result.cycles, turn, task):
-            if deadline is not None and clock() > deadline:
-                result.partial = True
-                return result
-            cycle[label] = run_block(engines[label], chunk, fillers, batch_size, clock)
-            on_block(label)
-        again = None
-        if (turn + task) % NOISE_EVERY == 0:
-            again = run_block(engines[BASELINE], chunk, fillers, batch_size, clock)
-        result.add(cycle, again)
+        due = _due(list(engines), result.cycles, turn, task)
+        blocks = {
+            label: rounds_of(engines[label], chunk, fillers, batch_size, clock) for label in due
+        }
+        cycle = _in_turns(blocks, batch_size, lambda: deadline is not None and clock() > deadline)
+        if cycle is None:
+            result.partial = True
+            return result
+        again = cycle.pop(AGAIN, None)
+        result.add({label: cycle[label] for label in engines if label in cycle}, again)
+        on_cycle()
     return result
+
+
+def _in_turns(
+    blocks: Mapping[str, Rounds], tokens: int, late: Callable[[], bool]
+) -> dict[str, Block] | None:
+    """The blocks, each going on for `tokens` more tokens in each turn; None if it gets too late."""
+    running = dict(blocks)
+    ahead = dict.fromkeys(blocks, 0)
+    done: dict[str, Block] = {}
+    try:
+        while running:
+            for label in list(running):
+                if late():
+                    return None
+                ahead[label] -= tokens
+                try:
+                    while ahead[label] < 0:
+                        ahead[label] += next(running[label])
+                except StopIteration as end:
+                    done[label] = end.value
+                    del running[label]
+        return done
+    finally:
+        for block in blocks.values():
+            block.close()
 
 
 def _due(
@@ -91,7 +120,10 @@ def _due(
     """Who runs in a cycle, in order."""
     start = (turn + task) % len(labels)
     order = labels[start:] + labels[:start]
-    return [label for label in order if turn % _every(cycles, label) == 0]
+    noise = (turn + task) % NOISE_EVERY == 0
+    return [
+        label for label in order if (noise if label == AGAIN else turn % _every(cycles, label) == 0)
+    ]
 
 
 def _every(cycles: Sequence[Mapping[str, Block]], label: str) -> int:

@@ -16,7 +16,7 @@ from smart_decoding.models.registry import DEFAULT_MODEL
 
 BASELINE, OURS = "off", "smart"
 SLOTS = 16  # requests at once under load
-MEAN_PROMPT = 1024  # tokens, at most
+MEAN_PROMPT = 512  # tokens, at most
 EAGLE_2 = "eagle2:depth=7,top_k=10,total_tokens=60"  # its published size
 # The ready-made run `--quick`, to see something within three minutes.
 QUICK: dict[str, Any] = {
@@ -180,6 +180,10 @@ class BenchOptions:
     def most_requests(self) -> int:
         """The largest number of requests that some part of the run keeps going at once."""
         return max(*self.batch_sizes, SLOTS if self.load else 1)
+
+    def most_contestants(self) -> int:
+        """How many hold requests at once, at most: the arms, and the baseline once more."""
+        return len(self.arms) + 1
 
     @property
     def compares_policies(self) -> bool:

@@ -1,8 +1,7 @@
-"""`smart bench`: policies compared with plain decoding, in one process, in short blocks that take
-turns.
+"""`smart bench`: policies compared with plain decoding, in one process, some rounds each in turn.
 
-All arms share the target's weights and its KV memory, since an engine is empty between its blocks.
-The baseline has no drafter and asks for no aux hidden states.
+All arms share the target's weights and the pages of its KV memory. The baseline has no drafter and
+asks for no aux hidden states.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from tqdm import tqdm
 
 from smart_decoding.bench.blocks import Prompt
 from smart_decoding.bench.command import command_of
-from smart_decoding.bench.cycles import Measurement, Prompts, cycles_of, measure, rows_of
+from smart_decoding.bench.cycles import AGAIN, Measurement, Prompts, cycles_of, measure, rows_of
 from smart_decoding.bench.data import load_task
 from smart_decoding.bench.limits import measure_limits, rated
 from smart_decoding.bench.provenance import forget_peak, memory, peak_gib, provenance
@@ -186,17 +185,18 @@ class Bench:
     ) -> Measurement:
         """One batch size measured. Engines are gone afterwards."""
         made = self.made(contestants)
+        made[AGAIN] = self.llm.sharing_weights(False)
         found = self.begun(name)
         cycles = sum(1 for _ in cycles_of(prompts, batch_size, self.options.least_blocks))
         gc.collect()
         gc.freeze()  # else what was loaded is searched for garbage in the midst of a round
-        with _bar(cycles, len(made), name, found) as bar:
+        with _bar(cycles, name, found) as bar:
             measure(
                 {label: arm.engine for label, arm in made.items()},
                 prompts,
                 batch_size,
                 deadline,
-                partial(_advance, bar),
+                bar.update,
                 into=found,
                 least_blocks=self.options.least_blocks,
             )
@@ -239,9 +239,10 @@ def at_temperature(prompts: Prompts, options: BenchOptions, temperature: float) 
 
 
 def load(options: BenchOptions) -> LLM:
-    """The target, with memory for the largest part of the run."""
+    """The target, with memory for the largest part of the run: contestants hold requests at
+    once."""
     largest = options.most_requests()
-    tokens = largest * (options.max_tokens + options.mean_prompt)
+    tokens = largest * (options.max_tokens + options.mean_prompt) * options.most_contestants()
     return LLM(
         options.model,
         generation_config="vllm",
@@ -279,12 +280,7 @@ def encode(
     return prompts
 
 
-def _bar(cycles: int, arms: int, name: str, done: Measurement) -> Any:
-    """Blocks done and to come, with the time left."""
-    first = len(done.cycles)
-    return tqdm(total=cycles * arms, initial=first * arms, desc=name, unit="block", leave=False)
-
-
-def _advance(bar: Any, label: str) -> None:
-    bar.set_postfix_str(label, refresh=False)
-    bar.update()
+def _bar(cycles: int, name: str, found: Measurement) -> Any:
+    """Cycles done and to come, with the time left."""
+    done = len(found.cycles)
+    return tqdm(total=cycles, initial=done, desc=name, unit="cycle", leave=False)

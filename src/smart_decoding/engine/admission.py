@@ -52,9 +52,9 @@ class Admission:
         constrain: Callable[[StructuredOutputsParams], Constraint] | None,
     ) -> None:
         self.decode = decode
+        self.pool = pool
         self._target = target
         self._config = config
-        self._pool = pool
         self._clock = clock
         self._constrain = constrain
         self._seeds = np.random.SeedSequence(config.seed).spawn(1)[0]
@@ -95,7 +95,7 @@ class Admission:
             list(prompt),
             params,
             seed,
-            table=BlockTable(self._pool, media.content_hashes if media else {}),
+            table=BlockTable(self.pool, media.content_hashes if media else {}),
             stop=stop,
             sample=sample,
             max_tokens=limit,

@@ -156,6 +156,11 @@ class Engine:
             raise ConfigError("a drafter can only be changed while no request is running")
         self.drafter = drafter
 
+    def share_pages(self, other: Engine) -> None:
+        """Takes KV pages from the pool of `other`, over the same memory. To be called before the
+        first request."""
+        self.pool = self.scheduler.pool = self.admission.pool = other.pool
+
     @property
     def has_unfinished_requests(self) -> bool:
         """Whether any request waits or runs."""

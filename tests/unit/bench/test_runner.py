@@ -12,7 +12,7 @@ from smart_decoding.bench.names import short_names
 from smart_decoding.bench.options import BenchOptions, parse_setting
 from smart_decoding.bench.provenance import provenance, write_json
 from smart_decoding.bench.results import Results
-from smart_decoding.bench.runner import command_of, cycles_of, measure, rows_of
+from smart_decoding.bench.runner import AGAIN, command_of, cycles_of, measure, rows_of
 from smart_decoding.cli import bench as cli
 from smart_decoding.errors import CapacityError, ConfigError
 
@@ -41,6 +41,7 @@ def world():
     clock = worlds.Clock()
     engines = {
         "off": worlds.engine(clock),
+        AGAIN: worlds.engine(clock),
         "chain": worlds.engine(clock, "chain", worlds.RuleDrafter(clock, seconds=0.25), length=2),
         "chain(length=1)": worlds.engine(
             clock, "chain", worlds.RuleDrafter(clock, good=False, seconds=0.25), length=1
@@ -423,6 +424,37 @@ def test_a_slow_contestant_runs_in_few_cycles_and_is_paired_with_its_own(world):
     )
     assert run["blocks"] == sum(shown)
     assert run["speedup"] == pytest.approx(1 / 9, rel=0.02)
+
+
+def test_what_slows_the_machine_for_a_while_slows_all_contestants(world):
+    """Blocks one after the other would have an arm to itself in a slow minute."""
+    clock, engines, _ = world
+
+    class Unsteady(worlds.RuleTarget):
+        def verify(self, rows, aux_layers):
+            found = super().verify(rows, aux_layers)
+            self.clock.now += self.clock.now // 100 % 2  # every other 100 s takes twice as long
+            return found
+
+    for engine in engines.values():
+        engine.target = Unsteady(clock)
+    measured = measure(engines, {"code": worlds.prompts(count=1, tokens=300)}, 1, clock=clock)
+    (cycle,) = measured.cycles
+    ((again, first),) = measured.again
+    assert again.tokens_per_s == pytest.approx(first.tokens_per_s, rel=0.02)
+    # a round of it drafts for 0.5 s and verifies for 1 s or 2 s where a plain one takes 1 s or 2 s
+    assert cycle["chain"].tokens_per_s / first.tokens_per_s == pytest.approx(9 / 4, rel=0.03)
+    waited = [block.answers[0].tpot for block in (first, again)]
+    assert waited == pytest.approx([1 / first.tokens_per_s] * 2, rel=0.02)
+
+
+def test_a_run_without_memory_says_so():
+    clock = worlds.Clock()
+    engines = {"off": worlds.engine(clock), "chain": worlds.engine(clock)}
+    engines["chain"].share_pages(engines["off"])
+    engines["off"].pool.take(engines["off"].pool.available - 1)
+    with pytest.raises(CapacityError, match="KV memory of this run is too small"):
+        measure(engines, {"code": worlds.prompts()}, 2, clock=clock)
 
 
 def test_noise_and_slow_contestants_meet_every_task(world):
