@@ -30,7 +30,7 @@ class Overhead:
         return 0.0
 
     def observe(self, size: int, drafts: bool, seconds: float) -> None:
-        """After a round that prefilled nothing. A slow one counts as at most twice the usual."""
-        mean = self._means[size_bucket(size), drafts]
-        most = 2.0 * mean.mean if mean.seen else seconds
-        mean.observe(min(seconds, most))
+        """After a round that prefilled nothing. A slow one, as the first of its kind often is,
+        counts as at most twice the usual."""
+        usual = self.of(size, drafts)
+        self._means[size_bucket(size), drafts].observe(min(seconds, 2.0 * usual or seconds))
