@@ -14,7 +14,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
-from weakref import WeakSet
+from weakref import ref
 
 import torch
 from tqdm import tqdm
@@ -103,7 +103,8 @@ class LLM:
         self.target, self.speculation = in_own_thread(loaded)
         self.grammars = Grammars(self.tokenizer, self.target.vocab, self.target.eos_token_ids)
         self.engine_thread = EngineThread()
-        self._engines: WeakSet[Engine] = WeakSet()  # that share the thread
+        # That share the thread. A list may be read while another thread appends to it.
+        self._engines: list[ref[Engine]] = []
         self.engine = self._engine(self.speculation, _engine_config(args, pages, longest))
         self.record = Record()
         self.engine_thread.observers.append(self.record)
@@ -159,7 +160,8 @@ class LLM:
         def waits(seconds: float = LOOK) -> bool:
             nonlocal looks
             time.sleep(seconds)
-            looks -= any(engine.has_unfinished_requests for engine in list(self._engines))
+            engines = (each() for each in self._engines)
+            looks -= any(engine.has_unfinished_requests for engine in engines if engine)
             return looks > 0 and thread.still_does(profile)
 
         while not self._measuring.acquire(timeout=LOOK):  # of several callers one measures
@@ -189,7 +191,7 @@ class LLM:
             constrain=self.grammars,
             selection=speculation.selection,
         )
-        self._engines.add(engine)
+        self._engines.append(ref(engine))
         if speculation.profile is not None:
             speculation.profile.before = engine.pool.forget_idle
             self.engine_thread.add_idle_work(speculation.profile)

@@ -231,6 +231,31 @@ def test_a_request_that_breaks_a_round_ends_alone(
     check_free(llm)
 
 
+def test_a_request_that_breaks_a_round_before_it_begins_ends_alone(load: Any) -> None:
+    """Nothing runs then that could be suspected, and the engine itself is sound."""
+    llm = slow(load(enable_prefix_caching=False, speculative_config=False), 0.001)
+    (wanted,) = llm.generate("abc", GREEDY)
+    scheduler = llm.engine.scheduler
+    next_batch = scheduler.next_batch
+
+    def raising() -> Any:
+        if any(7 in request.prompt for request in scheduler.waiting):
+            raise RuntimeError("poison")
+        return next_batch()
+
+    scheduler.next_batch = raising  # type: ignore[method-assign]
+
+    def mine(thread: int) -> bool:
+        if thread % 4:
+            return bool(llm.generate("abc", GREEDY)[0].outputs[0].text == wanted.outputs[0].text)
+        with pytest.raises(RuntimeError, match="poison"):
+            llm.generate([[1, 7, 2]], GREEDY)
+        return True
+
+    assert all(in_threads(mine))
+    check_free(llm)
+
+
 def test_a_grammar_that_fails_in_a_round_ends_alone(
     load: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

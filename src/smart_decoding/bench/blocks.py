@@ -158,17 +158,10 @@ def rounds_of(
         while not queue.done:
             started = clock()
             queue.fill(seconds)
-            before = {id(request): len(request.output) for request in queue.running}
-            engine.last_round = None
-            engine.step()
-            record = engine.last_round
-            if record is None:
-                raise CapacityError("the KV memory of this run is too small: measure fewer at once")
-            new = sum(len(request.output) for request in queue.running) - sum(before.values())
+            note, new = queue.step()
             total += new
-            if _counts(record, batch_size):
-                spans = [(r, before[id(r)], len(r.output)) for r in record.requests]
-                notes.append(_Note(record, spans))
+            if _counts(note.record, batch_size):
+                notes.append(note)
             seconds += clock() - started
             queue.look(seconds)
             yield new
@@ -211,6 +204,17 @@ class _Queue:
             self.running.append(request)
             if len(self.measured) < self._count:
                 self.measured[prompt.index] = request, _Times(now)
+
+    def step(self) -> tuple[_Note, int]:
+        """A round, and its new tokens. Raises CapacityError if there was none."""
+        before = {id(request): len(request.output) for request in self.running}
+        self._engine.last_round = None
+        self._engine.step()
+        record = self._engine.last_round
+        if record is None:
+            raise CapacityError("the KV memory of this run is too small: measure fewer at once")
+        new = sum(len(request.output) for request in self.running) - sum(before.values())
+        return _Note(record, [(r, before[id(r)], len(r.output)) for r in record.requests]), new
 
     def look(self, now: float) -> None:
         """After a round: notes when answers began and ended, and frees the places of finished

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
@@ -75,14 +75,40 @@ def is_usable(sample: Sample) -> bool:
 
 
 def fit_verify(samples: Sequence[VerifySample]) -> VerifyFit:
-    """Curves by batch size, and the attention's slopes, of target forwards."""
+    """Curves by batch size, and the attention's slopes, of target forwards.
+
+    But for the attention, rows cost the same whosever they are. So all batches share one shape,
+    which has far less noise than each one's few forwards, and differ by a factor."""
+    if not samples:
+        return VerifyFit({}, 0.0, 0.0)
     row_token, sequence_token = _attention(samples)
-    cells: dict[int, Cells] = defaultdict(lambda: defaultdict(list))
-    for s in samples:
-        attention = s.context * (row_token * s.rows + sequence_token * s.batch)
-        cells[s.batch][s.rows].append(_without(s.seconds, attention))
-    curves = {batch: Curve.monotone(cell) for batch, cell in sorted(cells.items())}
+    seconds = [
+        _without(s.seconds, s.context * (row_token * s.rows + sequence_token * s.batch))
+        for s in samples
+    ]
+    factors = dict.fromkeys(sorted({s.batch for s in samples}), 1.0)
+    shape = _shape(samples, seconds, factors)
+    for _ in range(2):  # as the shape depends on the factors, and they on it
+        of_rows = dict(zip(shape.rows, shape.seconds, strict=True))
+        for batch in factors:
+            mine = zip(samples, seconds, strict=True)
+            ratios = [each / of_rows[s.rows] for s, each in mine if s.batch == batch]
+            factors[batch] = float(np.median(ratios))
+        shape = _shape(samples, seconds, factors)
+    curves = {
+        batch: Curve(shape.rows, tuple(factor * s for s in shape.seconds))
+        for batch, factor in factors.items()
+    }
     return VerifyFit(curves, row_token, sequence_token)
+
+
+def _shape(
+    samples: Sequence[VerifySample], seconds: Sequence[float], factors: Mapping[int, float]
+) -> Curve:
+    cells: Cells = defaultdict(list)
+    for sample, each in zip(samples, seconds, strict=True):
+        cells[sample.rows].append(each / factors[sample.batch])
+    return Curve.monotone(cells)
 
 
 def fit_levels(samples: Sequence[DraftSample]) -> LevelFit:

@@ -34,7 +34,7 @@ class Isolation:
         log.info("a round has failed; trying its requests one by one", exc_info=error)
         engine = self._rounds.engine
         queue = engine.scheduler.waiting
-        suspects = engine.suspend()
+        suspects = engine.suspend() or list(queue)  # it may have failed before it took one
         others = [request for request in queue if request not in suspects]
         survivors = []
         for suspect in suspects:
