@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from smart_decoding.bench.cycles import measure
+from smart_decoding.bench.cycles import AGAIN, measure
 from smart_decoding.bench.data import load_task
 from smart_decoding.bench.options import BenchOptions, check_outputs, parse_setting
 from smart_decoding.bench.runner import encode, load
@@ -214,6 +214,7 @@ def _measured(
     for name, (policy, given) in POLICIES.items():
         speculation = {"policy": policy, **given} if name != "off" else False
         engines[name] = llm.sharing_weights(speculation).engine
+    engines[AGAIN] = llm.sharing_weights(False).engine
     found = measure(engines, prompts, size, time.perf_counter() + seconds)
     print(f"batch {size}: the baseline against itself gives {noise(found.again)['noise']:.3f}")
     figures = {}

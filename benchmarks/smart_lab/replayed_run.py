@@ -25,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 from smart_decoding.bench.blocks import Prompt
-from smart_decoding.bench.cycles import measure, rows_of
+from smart_decoding.bench.cycles import AGAIN, measure, rows_of
 from smart_decoding.bench.limits import measure_limits, rated
 from smart_decoding.bench.options import BASELINE
 from smart_decoding.bench.provenance import memory, provenance
@@ -264,15 +264,16 @@ class Replay:
         return rated(rows, self.sizes, self.limits, self.target.device)
 
     def engines(self) -> dict[str, Engine]:
-        """Every contestant by label; the baseline has no drafter."""
+        """Every contestant by label, the baseline twice; it has no drafter."""
         chunk = EngineArgs().chunk(self.target.device.type == "cuda")
         config = EngineConfig(self.pages, self.length, self.slots, chunk, prefix_caching=False)
         target: Any = ReplayedTarget(self.target, self.trace)
-        engines = {}
-        for arm in self.options.arms:
+        engines: dict[str, Engine] = {}
+        arms = {arm.label: arm for arm in self.options.arms}
+        for label, arm in {**arms, AGAIN: arms[BASELINE]}.items():
             policy = self.trace.policy(arm.policy, self.cost, **arm.policy_options)
             drafter = ReplayedDrafter(self.head, self.trace.recording, self.pages, self.scratch)
-            engines[arm.label] = engine = Engine(
+            engines[label] = engine = Engine(
                 target,
                 policy,
                 None if arm.policy == BASELINE else drafter,

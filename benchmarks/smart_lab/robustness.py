@@ -1,8 +1,8 @@
 """Never slower than plain decoding? Bad heads, adversarial prompts, a noisy neighbour, wrong
 profiles: all in one go.
 
-Every case: `smart` and plain decoding of one process answer the same prompts in turn, block by
-block; printed is the paired ratio with its 95 % interval (0.97 or more is wanted), decode-only and
+Every case: `smart` and plain decoding of one process answer the same prompts, some rounds each in
+turn; printed is the paired ratio with its 95 % interval (0.97 or more is wanted), decode-only and
 end to end. `smart` starts afresh in each case and batch size, so that the ratio includes what
 noticing costs. How long it takes to notice is measured apart, in rounds at batch 1: until three
 quarters of 16 rounds are off (bad drafts), or until the median of 16 rounds is predicted to within

@@ -147,15 +147,15 @@ def rounds_of(
 
     Time between rounds does not count, so that others may run then. The engine is empty before and
     after. Raises CapacityError if its requests find no KV memory."""
-    if any(prompt.media for prompt in prompts):
-        # so that each arm's times to the first token hold the tower's
-        engine.target.forget_pictures()
+    pictures = any(prompt.media for prompt in prompts)
     queue = _Queue(engine, prompts, fillers, batch_size)
     notes: list[_Note] = []
     total = 0
     seconds = 0.0  # of the block so far
     try:
         while not queue.done:
+            if pictures:  # so that each arm's times to the first token hold the tower's
+                engine.target.forget_pictures()
             started = clock()
             queue.fill(seconds)
             note, new = queue.step()

@@ -92,13 +92,16 @@ def measure(
 def _in_turns(
     blocks: Mapping[str, Rounds], tokens: int, late: Callable[[], bool]
 ) -> dict[str, Block] | None:
-    """The blocks, each going on for `tokens` more tokens in each turn; None if it gets too late."""
+    """The blocks, each going on for `tokens` more tokens in each turn; None if it gets too late.
+    Every other turn goes the other way, as what runs before a round may leave its traces."""
     running = dict(blocks)
+    order = list(blocks)
     ahead = dict.fromkeys(blocks, 0)
     done: dict[str, Block] = {}
     try:
         while running:
-            for label in list(running):
+            order = [label for label in reversed(order) if label in running]
+            for label in order:
                 if late():
                     return None
                 ahead[label] -= tokens

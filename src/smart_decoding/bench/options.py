@@ -16,7 +16,8 @@ from smart_decoding.models.registry import DEFAULT_MODEL
 
 BASELINE, OURS = "off", "smart"
 SLOTS = 16  # requests at once under load
-MEAN_PROMPT = 512  # tokens, at most
+MEAN_PROMPT = 256  # tokens, at most
+LONGEST_PROMPT = 1024
 EAGLE_2 = "eagle2:depth=7,top_k=10,total_tokens=60"  # its published size
 # The ready-made run `--quick`, to see something within three minutes.
 QUICK: dict[str, Any] = {

@@ -21,6 +21,7 @@ from smart_decoding.bench.command import command_of
 from smart_decoding.bench.cycles import AGAIN, Measurement, Prompts, cycles_of, measure, rows_of
 from smart_decoding.bench.data import load_task
 from smart_decoding.bench.limits import measure_limits, rated
+from smart_decoding.bench.options import LONGEST_PROMPT
 from smart_decoding.bench.provenance import forget_peak, memory, peak_gib, provenance
 from smart_decoding.bench.traffic import Sizes
 from smart_decoding.engine_args import DEFAULT_MODEL_LEN
@@ -183,23 +184,27 @@ class Bench:
         batch_size: int,
         deadline: float | None,
     ) -> Measurement:
-        """One batch size measured. Engines are gone afterwards."""
+        """One batch size measured, as far as memory allows. Engines are gone afterwards."""
+        found = self.begun(name)
         made = self.made(contestants)
         made[AGAIN] = self.llm.sharing_weights(False)
-        found = self.begun(name)
         cycles = sum(1 for _ in cycles_of(prompts, batch_size, self.options.least_blocks))
         gc.collect()
         gc.freeze()  # else what was loaded is searched for garbage in the midst of a round
-        with _bar(cycles, name, found) as bar:
-            measure(
-                {label: arm.engine for label, arm in made.items()},
-                prompts,
-                batch_size,
-                deadline,
-                bar.update,
-                into=found,
-                least_blocks=self.options.least_blocks,
-            )
+        try:
+            with _bar(cycles, name, found) as bar:
+                measure(
+                    {label: arm.engine for label, arm in made.items()},
+                    prompts,
+                    batch_size,
+                    deadline,
+                    bar.update,
+                    into=found,
+                    least_blocks=self.options.least_blocks,
+                )
+        except CapacityError as error:
+            print(f"smart: batch {batch_size}: {error}", file=sys.stderr)
+            found.partial = True
         del made
         gc.unfreeze()
         gc.collect()  # drafters hold memory of their own
@@ -242,7 +247,9 @@ def load(options: BenchOptions) -> LLM:
     """The target, with memory for the largest part of the run: contestants hold requests at
     once."""
     largest = options.most_requests()
-    tokens = largest * (options.max_tokens + options.mean_prompt) * options.most_contestants()
+    longest = options.max_model_len or options.max_tokens + LONGEST_PROMPT
+    tokens = max(largest * (options.max_tokens + options.mean_prompt), longest)
+    tokens *= options.most_contestants()
     return LLM(
         options.model,
         generation_config="vllm",

@@ -1,7 +1,7 @@
 """Paired ratios with bootstrap intervals.
 
-A pair is the same block of prompts run by a policy and by the baseline one after the other, so that
-slow changes of the machine hit both. The speedup over several pairs is a ratio of times for the
+A pair is the same block of prompts run by a policy and by the baseline, some rounds each in turn,
+so that changes of the machine hit both. The speedup over several pairs is a ratio of times for the
 same work, as a user would see it: sum_k w_k / base_k over sum_k w_k / policy_k, with rates in
 tokens per second and w_k the baseline's tokens of pair k.
 """
