@@ -202,6 +202,19 @@ def test_what_one_caller_does_wrong_does_not_reach_the_others(load: Any) -> None
     check_free(llm)
 
 
+def check_poison_ends_alone(llm: Any, params: SamplingParams, wanted: str) -> None:
+    """Token 7 raises: to who asks for it, while others get what they want."""
+
+    def mine(thread: int) -> bool:
+        if thread % 4:
+            return bool(llm.generate("abc", params)[0].outputs[0].text == wanted)
+        with pytest.raises(RuntimeError, match="poison"):
+            llm.generate([[1, 7, 2]], params)
+        return True
+
+    assert all(in_threads(mine))
+
+
 def test_a_request_that_breaks_a_round_ends_alone(
     load: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -218,15 +231,8 @@ def test_a_request_that_breaks_a_round_ends_alone(
 
     llm.target.verify = raising  # type: ignore[method-assign]
 
-    def mine(thread: int) -> bool:
-        if thread % 4:
-            return bool(llm.generate("abc", free)[0].outputs[0].text == wanted.outputs[0].text)
-        with pytest.raises(RuntimeError, match="poison"):
-            llm.generate([[1, 7, 2]], free)
-        return True
-
     caplog.set_level("WARNING", "smart")
-    assert all(in_threads(mine))
+    check_poison_ends_alone(llm, free, wanted.outputs[0].text)
     assert not caplog.records  # the caller is told by the exception
     check_free(llm)
 
@@ -245,14 +251,7 @@ def test_a_request_that_breaks_a_round_before_it_begins_ends_alone(load: Any) ->
 
     scheduler.next_batch = raising  # type: ignore[method-assign]
 
-    def mine(thread: int) -> bool:
-        if thread % 4:
-            return bool(llm.generate("abc", GREEDY)[0].outputs[0].text == wanted.outputs[0].text)
-        with pytest.raises(RuntimeError, match="poison"):
-            llm.generate([[1, 7, 2]], GREEDY)
-        return True
-
-    assert all(in_threads(mine))
+    check_poison_ends_alone(llm, GREEDY, wanted.outputs[0].text)
     check_free(llm)
 
 

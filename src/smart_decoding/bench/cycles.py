@@ -94,23 +94,21 @@ def _in_turns(
 ) -> dict[str, Block] | None:
     """The blocks, each going on for `tokens` more tokens in each turn; None if it gets too late.
     Every other turn goes the other way, as what runs before a round may leave its traces."""
-    running = dict(blocks)
     order = list(blocks)
     ahead = dict.fromkeys(blocks, 0)
     done: dict[str, Block] = {}
     try:
-        while running:
-            order = [label for label in reversed(order) if label in running]
+        while len(done) < len(blocks):
+            order = [label for label in reversed(order) if label not in done]
             for label in order:
                 if late():
                     return None
                 ahead[label] -= tokens
                 try:
                     while ahead[label] < 0:
-                        ahead[label] += next(running[label])
+                        ahead[label] += next(blocks[label])
                 except StopIteration as end:
                     done[label] = end.value
-                    del running[label]
         return done
     finally:
         for block in blocks.values():

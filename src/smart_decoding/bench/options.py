@@ -16,7 +16,8 @@ from smart_decoding.models.registry import DEFAULT_MODEL
 
 BASELINE, OURS = "off", "smart"
 SLOTS = 16  # requests at once under load
-MEAN_PROMPT = 256  # tokens, at most
+# Tokens of prompts that KV memory is made for: in the mean of a batch, and of a single one.
+MEAN_PROMPT = 256
 LONGEST_PROMPT = 1024
 EAGLE_2 = "eagle2:depth=7,top_k=10,total_tokens=60"  # its published size
 # The ready-made run `--quick`, to see something within three minutes.
