@@ -57,9 +57,11 @@ _WALK = _covariance(WALK * SPEED, WALK * MEMORY, np.zeros_like(_ALIKE))
 
 @dataclass(frozen=True, slots=True)
 class Correction:
-    """mean: [2 + BINS] speed, the log factor on every step of the machine; memory, what reading the
-    weights takes more or less as a part of what it takes by the table; and the table's log error by
-    bin. covariance: of these."""
+    """mean: [2 + BINS] log factors: speed, on every step of the machine; memory, on reading the
+    weights; and the table's error by bin. covariance: of these.
+
+    All three are logarithms, so that a step that only reads weights is linear in them: the filter
+    would drift along a curve."""
 
     mean: FloatArray = field(default_factory=lambda: np.zeros(BINS + 2))
     covariance: FloatArray = field(default_factory=lambda: _covariance(SPEED, MEMORY, _ALIKE))
@@ -79,26 +81,26 @@ class Correction:
         left = error.take(low)
         between = (error.take(low + 1) - left) * _FRACTION[rows]
         factor: FloatArray = np.exp(left + between + self.mean[0])
-        factor *= table + self.mean[1] * np.minimum(weights, table)
+        factor *= table + math.expm1(self.mean[1]) * np.minimum(weights, table)
         return factor
 
     def updated(
-        self, rows: int, table: float, weights: float, seconds: float, steps: int = 1
+        self, rows: float, table: float, weights: float, seconds: float, steps: int = 1
     ) -> Correction:
-        """After a step of `rows` rows that took `seconds`, or the mean of `steps`; `table` and
+        """After a step of `rows` rows that took `seconds`, or the means of `steps`; `table` and
         `weights` as in `seconds()`.
 
         Unusable times (NaN, zero, negative) change nothing."""
         if not (math.isfinite(seconds) and seconds > 0 and table > 0):
             return self
-        row = min(max(rows, 0), MAX_ROWS)
-        low = int(_LOW[row])
-        right = float(_FRACTION[row])
+        position = 2.0 * math.log2(min(max(rows, 1), MAX_ROWS))
+        low = min(int(position), BINS - 2)
+        right = position - low
         left = 1.0 - right
         speed, memory, left_error, right_error = self.mean[[0, 1, 2 + low, 3 + low]].tolist()
         weights = min(weights, table)  # a noisy profile may say that they take longer
-        now = table + memory * weights
-        slope = weights / now
+        now = table + math.expm1(memory) * weights
+        slope = math.exp(memory) * weights / now
         covariance = self.covariance + _WALK
 
         def along_row(x: FloatArray) -> FloatArray:
@@ -111,7 +113,6 @@ class Correction:
         error = math.log(seconds / now) - speed - left * left_error - right * right_error
         gain = along / spread
         mean = self.mean + gain * min(max(error / spread, -SURPRISE), SURPRISE)
-        mean[1] = min(max(float(mean[1]), -MEMORY), MEMORY)
         covariance -= np.multiply.outer(gain, gain)
         if abs(error) > SURPRISE * spread:
             covariance[0, 0] += (0.5 * SPEED) ** 2

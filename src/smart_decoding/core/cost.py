@@ -183,19 +183,20 @@ class CostModel:
 
     def _corrected_by_verify(self, s: VerifySample) -> CostModel:
         attention = s.context * (self.row_token * s.rows + self.sequence_token * s.batch)
-        table = float(self._table(s.batch, s.rows + 1)[s.rows]) + attention
+        table = self._at(s.batch, s.rows) + attention
         stalled = float(self._stall_seconds(s.rows))
         correction = self.verify_correction.updated(s.rows, table, stalled, s.seconds, s.rounds)
         return replace(self, verify_correction=correction)
 
-    def _corrected_by_first(self, s: DraftSample, waiting: int) -> CostModel:
-        table = float(self._first_level(s.width, np.array(waiting), s.context))
+    def _corrected_by_first(self, s: DraftSample, waiting: float) -> CostModel:
+        caught_up = self._at("waiting", waiting)
+        table = self._at("first", s.width) + caught_up + s.width * self.draft_token * s.context
         correction = self.first_correction.updated(s.width + waiting, table, 0.0, s.seconds)
         return replace(self, first_correction=correction)
 
     def _corrected_by_level(self, s: DraftSample) -> CostModel:
         width = s.width + (s.waiting or 0)
-        table = float(self._table("draft", width + 1)[width]) + self.draft_token * width * s.context
+        table = self._at("draft", width) + self.draft_token * width * s.context
         correction = self.draft_correction.updated(width, table, 0.0, s.seconds)
         return replace(self, draft_correction=correction)
 
@@ -241,7 +242,7 @@ class CostModel:
         caught_up: FloatArray = self._table("waiting", int(waiting.max()) + 1)[waiting]
         return caught_up + base
 
-    def _stall_seconds(self, rows: IntArray | int) -> FloatArray:
+    def _stall_seconds(self, rows: IntArray | float) -> FloatArray:
         """Seconds of a verification in which its arithmetic waits for the weights: all of the
         smallest one's, fewer with every further row."""
         weights, most = self._stall
@@ -260,6 +261,13 @@ class CostModel:
                 table = self._at_batch(key, length)
             self._dense[key] = table
         return table
+
+    def _at(self, key: _Key, rows: float) -> float:
+        """A table's seconds at a mean of several rows."""
+        low = int(rows)
+        table = self._table(key, low + 2)
+        left, right = table[low : low + 2].tolist()
+        return float(left + (rows - low) * (right - left))
 
     def _at_batch(self, batch: int, length: int) -> FloatArray:
         known = sorted(self.verify)

@@ -26,7 +26,7 @@ class VerifySample:
     sequence, seconds; or the means of several `rounds`."""
 
     batch: int
-    rows: int
+    rows: float
     context: float
     seconds: float
     rounds: int = 1
@@ -34,15 +34,16 @@ class VerifySample:
 
 @dataclass(frozen=True, slots=True)
 class DraftSample:
-    """One timed level of the model drafter: expanded rows, mean KV tokens per sequence, seconds.
+    """One timed level of the model drafter: expanded rows, mean KV tokens per sequence, seconds; or
+    the means of several.
 
     waiting: of a first level, whose `width` rows are the roots, the rows that it caught up with
     beside them."""
 
-    width: int
+    width: float
     context: float
     seconds: float
-    waiting: int | None = None
+    waiting: float | None = None
 
 
 Sample: TypeAlias = VerifySample | DraftSample
@@ -92,7 +93,7 @@ def fit_verify(samples: Sequence[VerifySample]) -> VerifyFit:
         of_rows = dict(zip(shape.rows, shape.seconds, strict=True))
         for batch in factors:
             mine = zip(samples, seconds, strict=True)
-            ratios = [each / of_rows[s.rows] for s, each in mine if s.batch == batch]
+            ratios = [each / of_rows[int(s.rows)] for s, each in mine if s.batch == batch]
             factors[batch] = float(np.median(ratios))
         shape = _shape(samples, seconds, factors)
     curves = {
@@ -107,7 +108,7 @@ def _shape(
 ) -> Curve:
     cells: Cells = defaultdict(list)
     for sample, each in zip(samples, seconds, strict=True):
-        cells[sample.rows].append(each / factors[sample.batch])
+        cells[int(sample.rows)].append(each / factors[sample.batch])
     return Curve.monotone(cells)
 
 
@@ -121,12 +122,12 @@ def fit_levels(samples: Sequence[DraftSample]) -> LevelFit:
     for s in samples:
         seconds = _without(s.seconds, draft_token * s.width * s.context)
         if s.waiting is None:
-            widths[s.width].append(seconds)
+            widths[int(s.width)].append(seconds)
             continue
         if not s.waiting:
-            roots[s.width].append(seconds)
+            roots[int(s.width)].append(seconds)
         if s.width == 1:
-            waiting[s.waiting].append(s.seconds)
+            waiting[int(s.waiting)].append(s.seconds)
     caught_up = len(waiting) > 1 and 0 in waiting
     return LevelFit(
         Curve.monotone(widths) if widths else None,
@@ -145,7 +146,7 @@ def _attention(samples: Sequence[VerifySample]) -> tuple[float, float]:
     several contexts."""
     cells: dict[tuple[int, int], list[VerifySample]] = defaultdict(list)
     for sample in samples:
-        cells[sample.batch, sample.rows].append(sample)
+        cells[sample.batch, int(sample.rows)].append(sample)
     features = []
     targets = []
     for (batch, rows), cell in cells.items():

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from smart_decoding.core.correction import SURPRISE
-from smart_decoding.core.cost import DraftSample, VerifySample
 from smart_decoding.core.overhead import Overhead, size_bucket
 from smart_decoding.core.policies.base import merged
 from smart_decoding.core.running import HORIZON, RunningMean
 from smart_decoding.core.selection import BestRate
+from smart_decoding.core.timings import Timings
 
 if TYPE_CHECKING:
     from smart_decoding.core.calibration import Calibration
-    from smart_decoding.core.cost import CostModel, Sample
+    from smart_decoding.core.cost import CostModel
     from smart_decoding.core.forecast import Forecast
     from smart_decoding.core.policies.base import Round
 
@@ -36,9 +36,12 @@ class Learned:
         self.forecast = forecast
         self.overhead = Overhead(cost.overhead_seconds)
         self._rounds = 0  # that drafted
-        # Log of value over forecast, by size bucket.
-        self._realised: defaultdict[int, RunningMean] = defaultdict(RunningMean)
-        self._plain: dict[int, list[float]] = {}  # size -> rounds, sums of contexts and of seconds
+        # Tokens of drafted rounds, and those that were forecast for their seconds, by size bucket:
+        # the mean of single rounds' ratios would say less than all of them together reach.
+        self._tokens: defaultdict[int, RunningMean] = defaultdict(RunningMean)
+        self._forecast_tokens: defaultdict[int, RunningMean] = defaultdict(RunningMean)
+        self._plain = Timings()  # of plain rounds that costs are not corrected by yet
+        self._drafted = Timings()  # of others
         self._waiting: list[Round] = []  # not learned from yet
         self._expected = 0.0  # nodes that these should have accepted
         self._missing = 0.0  # and that they accepted less
@@ -48,8 +51,12 @@ class Learned:
         far as they may: what was hardly tried is believed to be good.
 
         Choosing among real nodes does better than a mean can predict."""
-        mean = self._realised[size_bucket(size)]
-        return math.exp(mean.mean + UNSURE / math.sqrt((1 + mean.seen) * size))
+        bucket = size_bucket(size)
+        tokens = self._tokens[bucket]
+        hope = math.exp(UNSURE / math.sqrt((1 + tokens.seen) * size))
+        if not tokens.seen:
+            return hope
+        return hope * tokens.mean / self._forecast_tokens[bucket].mean
 
     def observe(self, round: Round, forecast_rate: float) -> bool:
         """After any round; whether something was learned that predictions depend on.
@@ -59,14 +66,12 @@ class Learned:
         if not batch.prefill_rows:
             self.overhead.observe(batch.size, round.rule is not None, round.other_seconds)
         if round.rule is None and not batch.prefill_rows:
-            sums = self._plain.setdefault(batch.size, [0, 0.0, 0.0])
-            sums[0] += 1
-            sums[1] += batch.mean_context
-            sums[2] += round.verify_seconds
+            self._plain.add(round)
             return False
         self._rounds += 1
+        self._drafted.add(round)
         if self._rounds % min(COSTS_EVERY, self._rounds) == 0:
-            self._learn_costs(round)
+            self._learn_costs(self._drafted)
         if not len(round.trees):
             return False
         self._observe_trees(round, forecast_rate)
@@ -76,16 +81,9 @@ class Learned:
         return (surprised or due) and self.learn_acceptance()
 
     def learn_plain(self) -> bool:
-        """Corrects costs by the plain rounds since the last time; whether there were any.
-
-        One correction for each size, almost without noise: what the machine has become meanwhile
-        may make drafting pay."""
-        for size, (rounds, context, seconds) in self._plain.items():
-            sample = VerifySample(size, size, context / rounds, seconds / rounds, int(rounds))
-            self.cost = self.cost.corrected(sample)
-        found = bool(self._plain)
-        self._plain.clear()
-        return found
+        """Corrects costs by the plain rounds since the last time; whether there were any: what the
+        machine has become meanwhile may make drafting pay."""
+        return self._learn_costs(self._plain)
 
     def learn_acceptance(self) -> bool:
         """Learns from the trees since the last time; whether there were any. Several rounds in one
@@ -102,18 +100,11 @@ class Learned:
             self.forecast.observe(trees)
         return True
 
-    def _learn_costs(self, round: Round) -> None:
-        batch = round.batch
-        context = batch.mean_context
-        samples: list[Sample] = [
-            VerifySample(batch.size, round.verify_rows, context, round.verify_seconds)
-        ]
-        waiting: int | None = batch.catch_up_rows
-        for width, seconds in zip(round.level_widths, round.level_seconds, strict=True):
-            samples.append(DraftSample(width - (waiting or 0), context, seconds, waiting))
-            waiting = None
+    def _learn_costs(self, timings: Timings) -> bool:
+        samples = timings.take()
         for sample in samples:
             self.cost = self.cost.corrected(sample)
+        return bool(samples)
 
     def _observe_trees(self, round: Round, forecast_rate: float) -> None:
         trees = round.trees
@@ -132,6 +123,6 @@ class Learned:
             costs = rule.keep.costs
             further = sum(costs.levels[round.level_widths[1:]].tolist())
             seconds = costs.sunk + further + float(costs.verify[len(round.kept)])
-            rate = (costs.tokens + expected) / seconds
-            mean = self._realised[size_bucket(round.batch.size)]
-            mean.observe(math.log(rate / forecast_rate))
+            bucket = size_bucket(round.batch.size)
+            self._tokens[bucket].observe(costs.tokens + expected)
+            self._forecast_tokens[bucket].observe(forecast_rate * seconds)

@@ -218,3 +218,18 @@ def test_all_batches_tell_what_rows_cost() -> None:
         factors.append(float(cost.verify_seconds(4, 16, 64) / cost.verify_seconds(8, 16, 64)))
     assert math.sqrt(np.mean(np.square(errors))) < 0.095
     assert np.mean(factors) == pytest.approx(1.1, rel=0.05)
+
+
+def test_sizes_that_never_ran_do_not_drift() -> None:
+    """What one row takes says the same of speed and memory: the filter must not wander between the
+    two along a curve, which would change what many rows are believed to take."""
+    rng = np.random.default_rng(1)
+    true = CostModel.from_table({1: {1: 10.0, 64: 220.0}})
+    cost = true
+    for _ in range(1500):
+        for rows in (1, 3):
+            noise = float(np.exp(0.06 * rng.standard_normal()))
+            seconds = noise * float(true.verify_seconds(1, rows, 0))
+            cost = cost.corrected(VerifySample(1, rows, 0, seconds))
+    many = float(cost.verify_seconds(1, 8, 0) / true.verify_seconds(1, 8, 0))
+    assert many == pytest.approx(1.0, abs=0.08)
