@@ -43,12 +43,7 @@ from smart_decoding.models.target import TorchTarget, device_of, dtype_of, pages
 from smart_decoding.models.tokenizer import Tokenizer
 from smart_decoding.multimodal.pixels import load_reader
 from smart_decoding.multimodal.prompts import MediaPrompt, Prompt, PromptBuilder
-from smart_decoding.multimodal.text_prompts import (
-    TextPrompts,
-    as_list,
-    parts_of,
-    template_options,
-)
+from smart_decoding.multimodal.text_prompts import TextPrompts, as_list, parts_of, template_options
 from smart_decoding.profiling.measure import finish
 from smart_decoding.progress import on_terminal
 from smart_decoding.speculation import (

@@ -175,11 +175,7 @@ class _Queue:
     """Prompts in order, then fillers in circle; keeps `batch_size` requests running."""
 
     def __init__(
-        self,
-        engine: Engine,
-        prompts: Sequence[Prompt],
-        fillers: Sequence[Prompt],
-        batch_size: int,
+        self, engine: Engine, prompts: Sequence[Prompt], fillers: Sequence[Prompt], batch_size: int
     ) -> None:
         self.measured: dict[int, tuple[Request, _Times]] = {}
         self.running: list[Request] = []

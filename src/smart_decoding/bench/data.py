@@ -78,9 +78,5 @@ def _rows(lines: str) -> list[dict[str, str]]:
     return [json.loads(line) for line in lines.splitlines() if line.strip()]
 
 
-TASKS: dict[str, Callable[[], list[Any]]] = {
-    "code": _code,
-    "maths": _maths,
-    "general": _general,
-}
+TASKS: dict[str, Callable[[], list[Any]]] = {"code": _code, "maths": _maths, "general": _general}
 DEFAULT_TASKS = tuple(TASKS)

@@ -77,12 +77,7 @@ class Bench:
 
     MAIN_PARTS: ClassVar[Sequence[str]] = ("runs", "load")  # a run needs one of these
 
-    def __init__(
-        self,
-        options: BenchOptions,
-        llm: LLM,
-        prompts: Prompts,
-    ) -> None:
+    def __init__(self, options: BenchOptions, llm: LLM, prompts: Prompts) -> None:
         self.options = options
         self.llm = llm
         self.prompts = prompts

@@ -104,12 +104,7 @@ def _what_runs(parser: argparse.ArgumentParser, default: BenchOptions) -> None:
 def _what_is_measured(parser: argparse.ArgumentParser, default: BenchOptions) -> None:
     add = parser.add_argument_group("what is measured").add_argument
     add("--batch-sizes", type=whole_numbers, metavar="1,4")
-    add(
-        "--tasks",
-        type=words,
-        metavar="A,B",
-        help="code, maths, general (all by default)",
-    )
+    add("--tasks", type=words, metavar="A,B", help="code, maths, general (all by default)")
     add("--limit", type=int, help=f"prompts per task (default: {default.limit})")
     add(
         "--least-blocks",

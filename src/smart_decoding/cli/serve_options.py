@@ -27,10 +27,7 @@ OPTIONS = {
             shown="16 requests of 2048 tokens",
         ),
         Option(
-            "gpu-memory-utilization",
-            float,
-            0.9,
-            "part of a GPU's memory for weights and KV memory",
+            "gpu-memory-utilization", float, 0.9, "part of a GPU's memory for weights and KV memory"
         ),
         Option("seed", int, 0, "what the seeds of requests without one are drawn from"),
         Option(

@@ -55,10 +55,7 @@ def download(repository: str, take: list[str], leave: list[str], timeout: float)
 
     with _one_line_errors(repository):
         folder = snapshot_download(
-            repository,
-            allow_patterns=take,
-            ignore_patterns=leave,
-            etag_timeout=timeout,
+            repository, allow_patterns=take, ignore_patterns=leave, etag_timeout=timeout
         )
     return Path(str(folder))
 

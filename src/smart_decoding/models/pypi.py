@@ -108,12 +108,7 @@ def _file_name(url: str) -> str:
 
 
 def _download(
-    url: str,
-    page: str,
-    sha256: str,
-    path: Path,
-    progress: Callable[[int], object],
-    largest: int,
+    url: str, page: str, sha256: str, path: Path, progress: Callable[[int], object], largest: int
 ) -> Path:
     """Raises ValueError for another checksum, DownloadError for more bytes than `largest`, having
     taken back the progress."""

@@ -81,10 +81,7 @@ class TritonOps:
         )
         if not alone:
             kernels.reduce[(rows, heads)](
-                *(partial, weight, at.meta, out, splits),
-                block_s=MOST_SPLITS,
-                **shape,
-                num_warps=4,
+                *(partial, weight, at.meta, out, splits), block_s=MOST_SPLITS, **shape, num_warps=4
             )
         return out
 
