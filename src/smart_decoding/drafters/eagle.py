@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,51 +25,9 @@ if TYPE_CHECKING:
     from smart_decoding.engine.protocols import Grown
     from smart_decoding.engine.request import Request
     from smart_decoding.engine.rows import Rows
+    from smart_decoding.models.eagle_head import EagleHead
 
 LOG = 64  # rounds of plain decoding that are shared out together
-
-
-class Head(Protocol):
-    """What the drafter needs of a head; arrays of the backend are opaque. A part of a request's
-    features is an array [rows, width], or several rounds' features [requests, width] and the
-    request's place in them."""
-
-    aux_layers: tuple[int, ...]
-    supports_images: bool  # whether its rows take the embeddings of pictures, `Rows.mm_embeds`
-
-    @property
-    def grows(self) -> bool:
-        """Whether it has `grow`."""
-        ...
-
-    def first(self, rows: Rows, parts: Sequence[Any], last: IntArray, asked: Asked) -> Ranked:
-        """Begins a round: runs pairs of tokens and features, the best children after the `last`
-        ones."""
-        ...
-
-    def deeper(self, rows: Rows, above: IntArray, asked: Asked) -> Ranked:
-        """Runs nodes below the outputs `above` of this round (the first level's come first), the
-        best children."""
-        ...
-
-    def grow(
-        self, rule: TreeRule, given: DraftTrees, growth: Growth | None, parts: Sequence[Any]
-    ) -> Grown:
-        """A round in one call, as the rule says, beside the nodes `given`; only if the head
-        `grows`."""
-        ...
-
-    def blank(self, rows: int) -> Any:
-        """Features of `rows` rows, of arbitrary content."""
-        ...
-
-    def take(self, features: Any, rows: IntArray) -> Any:
-        """Rows of features, as a copy."""
-        ...
-
-    def copy_page(self, source: int, target: int) -> None:
-        """Copies the keys of a page."""
-        ...
 
 
 @dataclass(eq=False, slots=True)
@@ -86,9 +44,8 @@ class Log:
 
 @dataclass(slots=True)
 class Pairs(State):
-    """parts: the features of the waiting pairs, as `Head` has them. copies: scratch pages in the
-    place of the request's, by index, each with the features of its last pair, which is run
-    again."""
+    """parts: features of the waiting pairs (`models.features.Part`). copies: scratch pages in place
+    of the request's, by index, each with the features of its last pair, which is run again."""
 
     parts: list[Any] = field(default_factory=list)
     copies: dict[int, tuple[int, Any]] = field(default_factory=dict)
@@ -100,7 +57,7 @@ class EagleDrafter(LevelDrafter[Pairs]):
     name = "eagle"
     ahead = 1
 
-    def __init__(self, head: Head, pool_pages: int, scratch_pages: int) -> None:
+    def __init__(self, head: EagleHead, pool_pages: int, scratch_pages: int) -> None:
         spare = scratch_pages // 8
         super().__init__(pool_pages, scratch_pages - spare, head.grows)
         pages = pool_pages + scratch_pages

@@ -12,7 +12,7 @@ from smart_decoding.engine.kv import PAGE
 from smart_decoding.errors import ModelError
 from smart_decoding.models.decoder import rotary_table
 from smart_decoding.models.features import Features, Part, take_rows
-from smart_decoding.models.head_levels import Eagle2Levels, Eagle3Levels, HeadCache, Levels
+from smart_decoding.models.head_levels import Eagle2Levels, Eagle3Levels, HeadCache, SteppedLevels
 from smart_decoding.models.head_weights import HeadWeights
 from smart_decoding.models.kernel_check import unserved
 from smart_decoding.models.layers import KVCache
@@ -115,7 +115,7 @@ class EagleHead:
         return torch.ones(rows, width, dtype=self.work_dtype, device=self._target.device)
 
 
-def _levels(weights: HeadWeights) -> Levels:
+def _levels(weights: HeadWeights) -> SteppedLevels | NativeLevel:
     if NativeLevel.serves(weights):
         return NativeLevel(weights)
     return Eagle2Levels(weights) if weights.files.fused else Eagle3Levels(weights)

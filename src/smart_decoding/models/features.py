@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from smart_decoding.core.tree import IntArray
 
 Features: TypeAlias = Tensor | NDArray[np.float32]
-Part: TypeAlias = Features | tuple[Sequence[Features], int]  # see drafters.eagle.Head
+# Of a request: [rows, width], or several rounds' [requests, width] and its place in them.
+Part: TypeAlias = Features | tuple[Sequence[Features], int]
 
 
 def as_tensor(part: Part) -> Tensor:

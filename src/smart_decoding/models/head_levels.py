@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -40,26 +40,6 @@ class HeadCache:
     rotary: tuple[Tensor, Tensor]
 
 
-class Levels(Protocol):
-    """How a head runs a level. It keeps the outputs of a round, which deeper levels read."""
-
-    def first(
-        self, rows: Rows, parts: Sequence[Part], last: IntArray, cache: HeadCache, asked: Asked
-    ) -> Ranked:
-        """Begins a round: runs pairs of tokens and aux hidden states; the best children of the
-        `last` rows of each request."""
-        ...
-
-    def deeper(self, rows: Rows, above: IntArray, cache: HeadCache, asked: Asked) -> Ranked:
-        """Runs nodes below the outputs `above` of this round; the best children of all."""
-        ...
-
-    @property
-    def outputs(self) -> Tensor:
-        """[rows, hidden] of this round so far."""
-        ...
-
-
 class SteppedLevels(ABC):
     """What EAGLE-1/2 and EAGLE-3 share: pairs go through the layers, and the output is ranked."""
 
@@ -80,7 +60,7 @@ class SteppedLevels(ABC):
     def first(
         self, rows: Rows, parts: Sequence[Part], last: IntArray, cache: HeadCache, asked: Asked
     ) -> Ranked:
-        """See `Levels`."""
+        """Begins a round: runs pairs of tokens and aux states; children of the `last` rows."""
         states = torch.cat([as_tensor(part) for part in parts])
         features = self._features(states.to(self._target.device, self._target.work_dtype))
         self._round = [take_rows(self._run(rows, features, cache), last)]
@@ -88,13 +68,13 @@ class SteppedLevels(ABC):
 
     @torch.inference_mode()
     def deeper(self, rows: Rows, above: IntArray, cache: HeadCache, asked: Asked) -> Ranked:
-        """See `Levels`."""
+        """Runs nodes below the outputs `above` of this round; the best children of all."""
         self._round.append(self._run(rows, take_rows(self.outputs, above), cache))
         return self._rank(asked)
 
     @property
     def outputs(self) -> Tensor:
-        """See `Levels`."""
+        """[rows, hidden] of this round so far, which deeper levels read."""
         return torch.cat(self._round)
 
     @abstractmethod

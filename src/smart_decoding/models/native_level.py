@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 class NativeLevel:
-    """Implements `Levels`, and `grow`: all levels of a round in one call."""
+    """The same as `SteppedLevels`, and `grow`: all levels of a round in one call."""
 
     def __init__(self, weights: HeadWeights) -> None:
         self._bf16 = weights.target.dtype == torch.bfloat16
@@ -57,20 +57,20 @@ class NativeLevel:
 
     @property
     def outputs(self) -> Tensor:
-        """See `Levels`."""
+        """See `SteppedLevels`."""
         return self._outputs[: self._count]
 
     def first(
         self, rows: Rows, parts: Sequence[Part], last: IntArray, cache: HeadCache, asked: Asked
     ) -> Ranked:
-        """See `Levels`; `last` are the last rows of all requests."""
+        """See `SteppedLevels`; `last` are the last rows of all requests."""
         self._count = 0
         kept = [readable(part) for part in parts]
         batch = len(rows.query_start_loc) - 1
         return self._run(True, rows, row_addresses(kept), batch, cache, asked)
 
     def deeper(self, rows: Rows, above: IntArray, cache: HeadCache, asked: Asked) -> Ranked:
-        """See `Levels`."""
+        """See `SteppedLevels`."""
         self._reserve(len(rows))
         features = above * (4 * self._outputs.shape[1]) + self._outputs.data_ptr()
         return self._run(False, rows, features, len(rows), cache, asked)
