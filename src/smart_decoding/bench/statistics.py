@@ -100,29 +100,13 @@ def _resample(strata: Sequence[str], resamples: int, rng: np.random.Generator) -
     return np.concatenate(parts, axis=1)
 
 
-@dataclass(frozen=True, slots=True)
-class Difference:
-    """How far answers differ: prompts compared and differing, tokens compared (common lengths) and
-    differing."""
-
-    prompts: int = 0
-    prompts_differing: int = 0
-    tokens: int = 0
-    tokens_differing: int = 0
-
-    @property
-    def identical(self) -> bool:
-        """Whether no answer differs."""
-        return self.prompts_differing == 0
-
-
-def compare(answers: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Difference:
-    """Compares pairs of answers token by token over their common length; another length alone is a
-    difference too."""
-    prompts = tokens = differing = 0
+def differing(answers: Sequence[tuple[Sequence[int], Sequence[int]]]) -> tuple[int, int, int]:
+    """Of pairs of answers: how many differ, be it in length alone; of their common length, how many
+    tokens differ, and of how many."""
+    prompts = tokens = common = 0
     for ours, theirs in answers:
         unequal = sum(a != b for a, b in zip(ours, theirs, strict=False))
         prompts += int(unequal > 0 or len(ours) != len(theirs))
-        tokens += min(len(ours), len(theirs))
-        differing += unequal
-    return Difference(len(answers), prompts, tokens, differing)
+        tokens += unequal
+        common += min(len(ours), len(theirs))
+    return prompts, tokens, common

@@ -11,7 +11,7 @@ import numpy as np
 
 from smart_decoding.bench.blocks import Answer, Block, Counts
 from smart_decoding.bench.reliability import Reliability
-from smart_decoding.bench.statistics import Pair, Ratio, compare, paired_ratio
+from smart_decoding.bench.statistics import Pair, Ratio, differing, paired_ratio
 
 POOLED = "all"
 Paired = tuple[Block, Block]  # an arm's block and the baseline's block of the same cycle
@@ -20,41 +20,33 @@ Paired = tuple[Block, Block]  # an arm's block and the baseline's block of the s
 def summarise(pairs: Sequence[Paired], seed: int = 0) -> list[dict[str, Any]]:
     """One dict of figures for each task of the pairs and one for all of them pooled, `task` = 'all'
     the last: it also has the distributions over rounds."""
-    tasks = list(dict.fromkeys(ours.task for ours, _ in pairs))
-    by_task = [_figures(task, [p for p in pairs if p[0].task == task], seed) for task in tasks]
-    return [
-        *by_task,
-        {**_figures(POOLED, pairs, seed), **_distributions([ours for ours, _ in pairs])},
-    ]
+    by_task = [_figures(task, of_task, seed) for task, of_task in _by_task(pairs).items()]
+    pooled = {**_figures(POOLED, pairs, seed), **_distributions([ours for ours, _ in pairs])}
+    return [*by_task, pooled]
+
+
+def _by_task(pairs: Sequence[Paired]) -> dict[str, list[Paired]]:
+    tasks: dict[str, list[Paired]] = {}
+    for pair in pairs:
+        tasks.setdefault(pair[0].task, []).append(pair)
+    return tasks
+
+
+def _bounds(name: str, ratio: Ratio) -> dict[str, Any]:
+    return {name: ratio.value, f"{name}_low": ratio.low, f"{name}_high": ratio.high}
 
 
 def noise(again: Sequence[Paired], seed: int = 0) -> dict[str, Any]:
     """The baseline against itself: what a ratio of 1 looks like on this machine."""
     ratio = decode_speedup(again, seed)
-    return {
-        "noise": ratio.value,
-        "noise_low": ratio.low,
-        "noise_high": ratio.high,
-        "noise_pairs": ratio.pairs,
-    }
+    return {**_bounds("noise", ratio), "noise_pairs": ratio.pairs}
 
 
 def smart_over(both: Sequence[Paired], seed: int = 0) -> dict[str, dict[str, Any]]:
     """How much faster `smart` decodes than another contestant, on the blocks that both ran: by
     task, and over all."""
-    tasks = {
-        task: [p for p in both if p[0].task == task]
-        for task in dict.fromkeys(ours.task for ours, _ in both)
-    }
-    found = {task: decode_speedup(pairs, seed) for task, pairs in {**tasks, POOLED: both}.items()}
-    return {
-        task: {
-            "smart_over": ratio.value,
-            "smart_over_low": ratio.low,
-            "smart_over_high": ratio.high,
-        }
-        for task, ratio in found.items()
-    }
+    pairs = {**_by_task(both), POOLED: both}
+    return {task: _bounds("smart_over", decode_speedup(of, seed)) for task, of in pairs.items()}
 
 
 def decode_speedup(pairs: Sequence[Paired], seed: int = 0) -> Ratio:
@@ -89,18 +81,12 @@ def _figures(task: str, pairs: Sequence[Paired], seed: int) -> dict[str, Any]:
 
 def _throughput(pairs: Sequence[Paired], seed: int) -> dict[str, Any]:
     ours = [a for a, _ in pairs]
-    decode = decode_speedup(pairs, seed)
-    overall = end_to_end_speedup(pairs, seed)
     counts = sum((block.counts for block in ours), Counts())
     return {
         "tokens_per_s": _per(counts.tokens, counts.seconds),
-        "speedup": decode.value,
-        "speedup_low": decode.low,
-        "speedup_high": decode.high,
+        **_bounds("speedup", decode_speedup(pairs, seed)),
         "end_to_end_tokens_per_s": _overall(ours),
-        "end_to_end_speedup": overall.value,
-        "end_to_end_speedup_low": overall.low,
-        "end_to_end_speedup_high": overall.high,
+        **_bounds("end_to_end_speedup", end_to_end_speedup(pairs, seed)),
     }
 
 
@@ -147,11 +133,11 @@ def _latencies(both: Sequence[tuple[Answer, Answer]]) -> dict[str, Any]:
 
 
 def _identity(both: Sequence[tuple[Answer, Answer]]) -> dict[str, Any]:
-    found = compare([(a.tokens, b.tokens) for a, b in both])
+    prompts, tokens, compared = differing([(a.tokens, b.tokens) for a, b in both])
     return {
-        "identical": found.identical,
-        "differing_prompts": _per(found.prompts_differing, found.prompts),
-        "differing_tokens": _per(found.tokens_differing, found.tokens),
+        "identical": prompts == 0,
+        "differing_prompts": _per(prompts, len(both)),
+        "differing_tokens": _per(tokens, compared),
     }
 
 

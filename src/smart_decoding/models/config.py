@@ -178,24 +178,9 @@ class ModelConfig:
 
         found: shape by Hugging Face name; where: the file or folder for the message."""
         expected = self.expected_shapes()
-        for name, shape in expected.items():
-            if name not in found:
-                raise ModelError(
-                    f"{where} lacks the tensor {name}: "
-                    "it is incomplete, or its config does not fit it"
-                )
-            if tuple(found[name]) != shape:
-                raise ModelError(
-                    f"{where}: the tensor {name} has shape {tuple(found[name])}, "
-                    f"the config says {shape}"
-                )
-        known = {*expected, "lm_head.weight"} if self.tie_embeddings else expected
-        unknown = [name for name in found if name not in known and not name.endswith("inv_freq")]
-        if unknown:
-            raise ModelError(
-                f"{where} holds the tensor {unknown[0]}, "
-                f"which {_ARCHITECTURES[self.family]} does not use"
-            )
+        ignored = [name for name in found if name.endswith("inv_freq")]
+        ignored += ["lm_head.weight"] if self.tie_embeddings else []
+        check_shapes(where, found, expected, ignored, _ARCHITECTURES[self.family])
 
     def check_context(self, tokens: int) -> None:
         """Raises ModelError if `tokens` positions cannot be computed exactly: beyond the model or
@@ -215,6 +200,29 @@ class ModelConfig:
         """RoPE frequencies, shape [head_dim / 2] in radians per position, and the factor on cos and
         sin."""
         return rope.inverse_frequencies(self.rope_theta, self.head_dim, self.rope_scaling)
+
+
+def check_shapes(
+    where: str,
+    found: Mapping[str, Collection[int]],
+    expected: Mapping[str, Collection[int]],
+    ignored: Collection[str],
+    user: str,
+) -> None:
+    """Raises ModelError for a tensor that is missing, misshapen, or neither expected nor ignored.
+
+    where: which files they are found in; user: what expects them."""
+    for name, shape in expected.items():
+        if name not in found:
+            raise ModelError(
+                f"{where} lacks the tensor {name}: it is incomplete, or its config does not fit it"
+            )
+        if tuple(found[name]) != tuple(shape):
+            has = f"the tensor {name} has shape {tuple(found[name])}"
+            raise ModelError(f"{where}: {has}, the config says {tuple(shape)}")
+    unknown = [name for name in found if name not in expected and name not in ignored]
+    if unknown:
+        raise ModelError(f"{where} holds the tensor {unknown[0]}, which {user} does not use")
 
 
 def _family_of(config: Mapping[str, Any]) -> str:

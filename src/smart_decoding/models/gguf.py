@@ -13,7 +13,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 
 from smart_decoding.errors import DownloadError, ModelError
 from smart_decoding.files import are_intact, read_json, reading, remember, sha256_of
-from smart_decoding.kernels.weights import FORMATS, Matrix, QuantizedTensor
+from smart_decoding.kernels.weights import FORMATS, Matrix, QuantizedTensor, as_tensor
 from smart_decoding.models.config import ModelConfig
 from smart_decoding.models.hub import RECORD, cache_dir, conversion_key, scratch
 from smart_decoding.models.tokenizer import Tokenizer
@@ -180,12 +180,12 @@ def _convert(
     need = 0 if stored else 2 * sum(int(tensor.n_elements) for tensor in tensors.values())
     with scratch(need) as part:
         record = {"source": source.path.name}
+        (part / _TENSORS).write_text(json.dumps(_index(config, tensors)))
         if stored:
-            (part / _TENSORS).write_text(json.dumps(_index(config, tensors)))
             progress(1.0)
         else:
             record["source_sha256"] = source.sha256 or sha256_of(source.path)
-            _write_weights(config, tensors, part, record, progress)
+            _write_weights(StoredWeights(source.path, part), part, record, progress)
         tokenizer.save(part)
         (part / "config.json").write_text(json.dumps(config.to_hf(), indent=1))
         write_record(part, record)
@@ -227,8 +227,7 @@ def move_into_place(part: Path, target: Path) -> None:
 
 
 def _write_weights(
-    config: ModelConfig,
-    tensors: Mapping[str, Any],
+    weights: StoredWeights,
     folder: Path,
     record: dict[str, str],
     progress: Callable[[float], object],
@@ -249,29 +248,16 @@ def _write_weights(
         weight_map.update(dict.fromkeys(shard, name))
         shard.clear()
 
-    for name, weight in _expanded(config, tensors):
+    for name in weights:
+        weight = as_tensor(weights[name]).contiguous()
         if shard and sum(w.nbytes for w in shard.values()) + weight.nbytes > _SHARD:
             flush()
         shard[name] = weight
-        progress(1 / len(tensors))
+        progress(1 / len(weights))
     flush()
     (folder / "model.safetensors.index.json").write_text(
         json.dumps({"metadata": {}, "weight_map": weight_map})
     )
-
-
-def _expanded(
-    config: ModelConfig, tensors: Mapping[str, Any]
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Hugging Face names and weights in Hugging Face's layout."""
-    for name, tensor in tensors.items():
-        kind = tensor.tensor_type.name
-        floats = tensor.data if kind in _FLOATS else _dequantised(name, tensor.data, kind)
-        weight = torch.from_numpy(np.array(floats))
-        heads = _split_heads(config, name)
-        if heads is not None:
-            weight = half_split(weight, heads)
-        yield hf_name(name), (weight if kind in _FLOATS else weight.bfloat16()).contiguous()
 
 
 def _dequantised(name: str, blocks: NDArray[np.uint8], kind: str) -> NDArray[np.float32]:

@@ -19,11 +19,10 @@ from torch import Tensor
 from smart_decoding.errors import ModelError
 from smart_decoding.files import expanded, read_json, reading
 from smart_decoding.models import rope
-from smart_decoding.models.config import ModelConfig
+from smart_decoding.models.config import ModelConfig, check_shapes
 from smart_decoding.models.head_shapes import (
     FIRST,
     Shapes,
-    check_tensors,
     eagle2_shapes,
     eagle3_shapes,
     further_shapes,
@@ -113,7 +112,7 @@ def _load_ours(
     shape = replace(target, layers=1, qkv_bias=False, o_bias=False, qk_norm=False)
     weights = _read_tensors(folder, trust_pickle)
     shapes = eagle3_shapes(shape, target.hidden, aux_layers) | _aux_norms(shape, len(aux_layers))
-    check_tensors(folder, weights, shapes, ("draft_ids",))
+    _check_shapes(folder, weights, shapes, ("draft_ids",))
     _check_ids(folder, weights.get("draft_ids"), target.vocab)
     images = _supports_images(folder, config)
     return HeadFiles(config, weights, aux_layers, shape, supports_images=images)
@@ -142,7 +141,7 @@ def _load_published(
         shapes = eagle3_shapes(shape, target.hidden, aux_layers)
         shapes |= _found_aux_norms(folder, weights, shape, len(aux_layers))
         shapes["lm_head.weight"] = (len(ids), shape.hidden)
-    check_tensors(folder, weights, shapes | further_shapes(shape), _OPTIONAL)
+    _check_shapes(folder, weights, shapes | further_shapes(shape), _OPTIONAL)
     _check_embedding(folder, weights, target)
     kept = {name: tensor for name, tensor in weights.items() if name not in ("d2t", *_IGNORED)}
     return HeadFiles(
@@ -169,6 +168,13 @@ def _read_tensors(folder: Path, trust_pickle: bool) -> dict[str, Tensor]:
         with reading(path):
             tensors |= load_file(path)
     return tensors
+
+
+def _check_shapes(
+    folder: Path, weights: Mapping[str, Tensor], shapes: Shapes, optional: tuple[str, ...]
+) -> None:
+    found = {name: tensor.shape for name, tensor in weights.items()}
+    check_shapes(f"the head in {folder}", found, shapes, optional, "this layout")
 
 
 def _aux_norms(shape: ModelConfig, aux_layers: int) -> Shapes:

@@ -1,14 +1,8 @@
-"""The tensors that a head must hold, by EAGLE-3's names: their shapes, and the check."""
+"""The shapes of the tensors that a head must hold, by EAGLE-3's names."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
-
-from torch import Tensor
-
-from smart_decoding.errors import ModelError
 
 if TYPE_CHECKING:
     from smart_decoding.models.config import ModelConfig
@@ -58,20 +52,3 @@ def _first_shapes(c: ModelConfig, width: int) -> Shapes:
     shapes = _layer_shapes(c, width, FIRST)
     del shapes[f"{FIRST}input_layernorm.weight"]
     return shapes
-
-
-def check_tensors(
-    folder: Path, weights: Mapping[str, Tensor], shapes: Shapes, optional: tuple[str, ...]
-) -> None:
-    """Raises ModelError for a tensor that is missing, misshapen, or neither listed nor optional."""
-    for name, shape in shapes.items():
-        if name not in weights:
-            raise ModelError(f"the head in {folder} lacks the tensor {name}")
-        found = tuple(weights[name].shape)
-        if found != shape:
-            raise ModelError(f"the head's {name} has shape {found}, but the model needs {shape}")
-    unknown = [name for name in weights if name not in shapes and name not in optional]
-    if unknown:
-        raise ModelError(
-            f"the head in {folder} holds the tensor {unknown[0]}, which is not supported"
-        )

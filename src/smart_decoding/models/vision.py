@@ -20,7 +20,7 @@ from torch import Tensor
 
 from smart_decoding.errors import ModelError
 from smart_decoding.files import reading
-from smart_decoding.models.config import ModelConfig
+from smart_decoding.models.config import ModelConfig, check_shapes
 from smart_decoding.multimodal.pixels import Pixels, quiet_transformers
 
 if TYPE_CHECKING:
@@ -187,23 +187,9 @@ def _module(files: VisionFiles, dtype: torch.dtype, device: torch.device) -> Any
     del model.language_model
     wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
     names = _fitted(files.names, wanted)
-    for name, shape in wanted.items():
-        if name not in names:
-            raise ModelError(
-                f"{files.folder} lacks the tensor {name}: "
-                "it is incomplete, or its config does not fit it"
-            )
-        if files.weights[names[name]].shape != shape:
-            found = tuple(files.weights[names[name]].shape)
-            raise ModelError(
-                f"{files.folder}: the tensor {name} has shape {found}, "
-                f"the config says {tuple(shape)}"
-            )
-    unknown = [name for name in names if name not in wanted and not name.endswith("position_ids")]
-    if unknown:
-        raise ModelError(
-            f"{files.folder} holds the tensor {unknown[0]}, which its vision part does not use"
-        )
+    found = {name: files.weights.shapes[theirs] for name, theirs in names.items()}
+    ignored = [name for name in names if name.endswith("position_ids")]
+    check_shapes(str(files.folder), found, wanted, ignored, "its vision part")
     model.load_state_dict({name: files.weights[names[name]] for name in wanted})
     for weight in model.parameters():  # rotary frequencies, which are none, stay in float32
         weight.data = weight.data.to(dtype)
