@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from smart_decoding.bench.floor import FLOOR
 from smart_decoding.bench.options import BASELINE
 from smart_decoding.bench.report import PLAIN
-from smart_decoding.bench.results import Results, headline, interval, mapping
+from smart_decoding.bench.results import FLOOR, Results, headline, interval, mapping
 from smart_decoding.bench.sections import number
 from smart_lab.panels import AGAIN, NEUTRAL, Figure, Panel, Point, Series, lines, runs_of
 from smart_lab.round_figures import round_figures

@@ -13,11 +13,9 @@ from typing import Any
 
 import torch
 
-from smart_decoding.bench.floor import near_floor
-from smart_decoding.bench.limits import measure_limits
+from smart_decoding.bench.limits import Sizes, measure_limits, near_floor
 from smart_decoding.bench.provenance import commit, hardware, versions, write_json
 from smart_decoding.bench.summary import POOLED
-from smart_decoding.bench.traffic import Sizes
 from smart_decoding.engine.kv import PAGE
 from smart_decoding.errors import CapacityError
 from smart_decoding.models.config import ModelConfig

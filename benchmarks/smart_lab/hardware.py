@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from smart_decoding.bench.traffic import layer_elements
+from smart_decoding.bench.limits import layer_elements
 from smart_decoding.core.cost import CostModel, Curve
 from smart_decoding.errors import ConfigError, ModelError
 from smart_decoding.models.config import ModelConfig

@@ -26,10 +26,9 @@ from tqdm import tqdm
 
 from smart_decoding.bench.blocks import Prompt
 from smart_decoding.bench.cycles import AGAIN, measure, rows_of
-from smart_decoding.bench.limits import measure_limits, rated
+from smart_decoding.bench.limits import Sizes, measure_limits, rated
 from smart_decoding.bench.options import BASELINE
 from smart_decoding.bench.provenance import memory, provenance
-from smart_decoding.bench.traffic import Sizes
 from smart_decoding.core.cost import CostModel
 from smart_decoding.drafters.eagle import EagleDrafter
 from smart_decoding.engine.engine import Engine, EngineConfig

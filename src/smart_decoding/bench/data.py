@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from collections.abc import Callable
 from importlib import resources
 from typing import Any
@@ -76,6 +77,12 @@ def gsm8k() -> list[dict[str, str]]:
 
 def _rows(lines: str) -> list[dict[str, str]]:
     return [json.loads(line) for line in lines.splitlines() if line.strip()]
+
+
+def ngrams(text: str, n: int = 8) -> set[tuple[str, ...]]:
+    """All runs of `n` words of a text, lower case: what training text must not share."""
+    words = re.findall(r"[\w']+", text.lower())
+    return {tuple(words[i : i + n]) for i in range(len(words) - n + 1)}
 
 
 TASKS: dict[str, Callable[[], list[Any]]] = {"code": _code, "maths": _maths, "general": _general}

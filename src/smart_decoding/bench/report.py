@@ -5,10 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from smart_decoding.bench.floor import FLOOR
 from smart_decoding.bench.names import policy_of, short_names
 from smart_decoding.bench.options import BASELINE
-from smart_decoding.bench.results import Results, Run, headline, headline_cell, interval, mapping
+from smart_decoding.bench.results import (
+    FLOOR,
+    Results,
+    Run,
+    headline,
+    headline_cell,
+    interval,
+    mapping,
+)
 from smart_decoding.bench.sections import (
     UNKNOWN,
     Cell,

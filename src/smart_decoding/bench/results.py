@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-from smart_decoding.bench.floor import FLOOR, PLAIN
 from smart_decoding.bench.names import policy_of, short_names
 from smart_decoding.bench.options import BASELINE
 from smart_decoding.bench.sections import Cell, number, ratio_cell
 from smart_decoding.bench.summary import POOLED
 
 Run = Mapping[str, Any]
+PLAIN, FLOOR = "speedup", "floor_speedup"  # what a headline may be, as runs name it
 
 
 @dataclass(frozen=True)

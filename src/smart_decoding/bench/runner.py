@@ -20,10 +20,9 @@ from smart_decoding.bench.blocks import Prompt
 from smart_decoding.bench.command import command_of
 from smart_decoding.bench.cycles import AGAIN, Measurement, Prompts, cycles_of, measure, rows_of
 from smart_decoding.bench.data import load_task
-from smart_decoding.bench.limits import measure_limits, rated
+from smart_decoding.bench.limits import Sizes, measure_limits, rated
 from smart_decoding.bench.options import LONGEST_PROMPT
 from smart_decoding.bench.provenance import forget_peak, memory, peak_gib, provenance
-from smart_decoding.bench.traffic import Sizes
 from smart_decoding.engine_args import DEFAULT_MODEL_LEN
 from smart_decoding.errors import CapacityError
 from smart_decoding.llm import LLM

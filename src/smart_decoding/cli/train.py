@@ -252,8 +252,7 @@ def _use_huge_pages() -> None:
 
 def _without(checkpoint: Checkpoint, tasks: Sequence[str]) -> Callable[[Sequence[int]], bool]:
     """Rejects conversations that share a run of eight words with a prompt of the benchmark."""
-    from smart_decoding.bench.data import load_task
-    from smart_decoding.bench.overlap import ngrams
+    from smart_decoding.bench.data import load_task, ngrams
     from smart_decoding.models.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load(checkpoint.tokenizer_source)

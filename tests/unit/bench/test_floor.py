@@ -12,10 +12,8 @@ import torch
 from measured import results, run_of
 
 from smart_decoding.bench import limits, report
-from smart_decoding.bench.floor import near_floor, over_floor
-from smart_decoding.bench.limits import rated
+from smart_decoding.bench.limits import Sizes, near_floor, over_floor, rated
 from smart_decoding.bench.results import headline
-from smart_decoding.bench.traffic import Sizes
 
 SIZES = Sizes(weights=1_000_000_000, kv=1000, item=2)  # 2 GB, and 2 kB a token of context
 LIMITS = {"gb_per_s": 1000.0, "gflop_per_s": 1e5}

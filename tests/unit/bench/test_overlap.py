@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from smart_decoding.bench.data import load_task
-from smart_decoding.bench.overlap import ngrams
+from smart_decoding.bench.data import load_task, ngrams
 from smart_decoding.training.seeds import TEXTS
 
 

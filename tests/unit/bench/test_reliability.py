@@ -9,10 +9,10 @@ import pytest
 import worlds
 
 from smart_decoding.bench.blocks import run_block
+from smart_decoding.bench.limits import Sizes, achieved
 from smart_decoding.bench.provenance import memory
 from smart_decoding.bench.reliability import BINS, Reliability
 from smart_decoding.bench.runner import measure, rows_of
-from smart_decoding.bench.traffic import Sizes, achieved
 from smart_decoding.core.calibration import Calibration
 from smart_decoding.core.policies.base import Round
 from smart_decoding.core.rule import Scores, TreeRule
