@@ -16,20 +16,21 @@ from smart_decoding.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """One option `--name`.
+    """One option `--name`, which may be given several times if its default is a list.
 
-    many: may be given several times; shown: the default in words, for the help; aliases: other
-    flags, dashes and all.
-    """
+    help: it names the default itself where that is empty. aliases: other flags, dashes and all."""
 
     name: str
     kind: Callable[[str], Any]
     default: Any
     help: str
     choices: tuple[str, ...] | None = None
-    many: bool = False
-    shown: str = ""
     aliases: tuple[str, ...] = ()
+
+    @property
+    def many(self) -> bool:
+        """Whether it may be given several times."""
+        return isinstance(self.default, list)
 
     @property
     def dest(self) -> str:
@@ -38,7 +39,7 @@ class Option:
 
     def add_to(self, parser: _ActionsContainer, unset: bool = False) -> None:
         """Adds it to a parser; with `unset`, None stands for 'not given', not the default."""
-        words = f"{self.help} ({self.shown or self.default})"
+        words = f"{self.help} ({self.default})" if self.default else self.help
         default = None if unset else self.default
         flags = (f"--{self.name}", *self.aliases)
         if self.kind is bool:
@@ -70,16 +71,14 @@ ALLOW_SLOW = Option(
     "allow-slow",
     bool,
     False,
-    "run plain torch on a CPU where the CPU kernels cannot run",
-    shown="off: an error",
+    "run plain torch on a CPU where the CPU kernels cannot run (off: an error)",
 )
 
 THREADS = Option(
     "threads",
     int,
     None,
-    "threads that compute",
-    shown="$SMART_NUM_THREADS, else one for each core",
+    "threads that compute ($SMART_NUM_THREADS, else one for each core)",
     aliases=("-t",),
 )
 

@@ -30,48 +30,44 @@ QUANTIZATION = Option(
     "quantization",
     str,
     None,
-    "round weights to int8 or int4, or expand those of a GGUF file (off)",
+    "round weights to int8 or int4, or expand those of a GGUF file (off) (as they are stored)",
     ("off", "int8", "int4"),
-    shown="as they are stored",
 )
 ACTIVATIONS = Option(
     "activations",
     str,
     None,
-    "round what quantised weights are multiplied with to int8: faster, slightly another model",
+    "round what quantised weights are multiplied with to int8: faster, slightly another "
+    "model (exact)",
     ("int8",),
-    shown="exact",
 )
 DEVICE = Option("device", str, "auto", "auto, cpu or cuda")
 METHOD = Option(
     "method",
     str,
     None,
-    "what drafts",
+    "what drafts (the model's own head, else a cached smaller model of its family, else ngram)",
     METHODS,
-    shown="the model's own head, else a cached smaller model of its family, else ngram",
 )
 DRAFT = Option(
     "draft",
     str,
     None,
-    "what the method drafts with: a head's folder, or for draft_model any smaller model of the "
-    "same vocabulary",
-    shown="the model's own head",
+    "what the method drafts with: a head's folder, or for draft_model any smaller model "
+    "of the same vocabulary (the model's own head)",
 )
 TRUST_PICKLE = Option(
     "trust-pickle",
     bool,
     False,
-    "load models and draft heads that are pickled (pytorch_model.bin), tensors only",
-    shown="off",
+    "load models and draft heads that are pickled (pytorch_model.bin), tensors only (off)",
 )
 MODEL_OPTIONS = (
     DTYPE,
     QUANTIZATION,
     ACTIVATIONS,
     DEVICE,
-    Option("enforce-eager", bool, False, "no CUDA graphs", shown="off"),
+    Option("enforce-eager", bool, False, "no CUDA graphs (off)"),
     ALLOW_SLOW,
     THREADS,
     METHOD,
@@ -80,40 +76,23 @@ MODEL_OPTIONS = (
         "policy",
         policy_name,
         None,
-        "what sizes the trees: off, chain, static, eagle2, paper, pooled_chain, throughput_chain, "
-        "smart",
-        shown="smart",
+        "what sizes the trees: off, chain, static, eagle2, paper, pooled_chain, "
+        "throughput_chain, smart (smart)",
     ),
-    Option(
-        "policy-option",
-        key_value,
-        [],
-        "K=V for the policy; may be repeated",
-        many=True,
-        shown="none",
-    ),
-    Option(
-        "method-option",
-        key_value,
-        [],
-        "K=V for the method; may be repeated",
-        many=True,
-        shown="none",
-    ),
+    Option("policy-option", key_value, [], "K=V for the policy; may be repeated (none)"),
+    Option("method-option", key_value, [], "K=V for the method; may be repeated (none)"),
     Option(
         "chat-template",
         str,
         None,
-        "file, or built-in name (vicuna), of what makes prompts of conversations",
-        shown="the model's own",
+        "file, or built-in name (vicuna), of what makes prompts of conversations (the model's own)",
     ),
     TRUST_PICKLE,
     Option(
         "max-model-len",
         int,
         None,
-        "longest prompt plus answer, in tokens",
-        shown="the model's, 4096 and the KV memory at most",
+        "longest prompt plus answer, in tokens (the model's, 4096 and the KV memory at most)",
     ),
 )
 

@@ -30,18 +30,16 @@ if TYPE_CHECKING:
 
 TOGETHER = 32  # answers of a batch that run at a time
 SAMPLING = (
-    Option(
-        "temperature", float, 0.0, "spread of the draws", shown="0: greedy", aliases=("--temp",)
-    ),
+    Option("temperature", float, 0.0, "spread of the draws (0: greedy)", aliases=("--temp",)),
     Option("top-p", float, 1.0, "draw from the likeliest tokens of this mass"),
-    Option("top-k", int, 0, "draw from so many likeliest tokens", shown="0: all"),
-    Option("min-p", float, 0.0, "draw from tokens this likely, relative to the likeliest"),
+    Option("top-k", int, 0, "draw from so many likeliest tokens (0: all)"),
+    Option("min-p", float, 0.0, "draw from tokens this likely, relative to the likeliest (0.0)"),
     Option(
         "seed",
         int,
         None,
-        "the same seed gives the same answer under every policy",
-        shown="a new one each time, which --stats tells",
+        "the same seed gives the same answer under every policy (a new one each time, which "
+        "--stats tells)",
     ),
     Option("max-tokens", int, 256, "length of the answer at most", aliases=("-n",)),
 )

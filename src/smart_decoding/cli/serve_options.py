@@ -23,13 +23,12 @@ OPTIONS = {
             "kv-cache-tokens",
             int,
             None,
-            "KV memory, in tokens over all requests",
-            shown="16 requests of 2048 tokens",
+            "KV memory, in tokens over all requests (16 requests of 2048 tokens)",
         ),
         Option(
             "gpu-memory-utilization", float, 0.9, "part of a GPU's memory for weights and KV memory"
         ),
-        Option("seed", int, 0, "what the seeds of requests without one are drawn from"),
+        Option("seed", int, 0, "what the seeds of requests without one are drawn from (0)"),
         Option(
             "generation-config",
             str,
@@ -41,34 +40,24 @@ OPTIONS = {
             "override-generation-config",
             key_value,
             [],
-            "K=V in place of its own, such as temperature=0; may be repeated",
-            many=True,
-            shown="none",
+            "K=V in place of its own, such as temperature=0; may be repeated (none)",
         ),
     ),
     "pictures": (
         Option(
-            "allowed-local-media-path",
-            str,
-            None,
-            "folder of files that messages may name",
-            shown="none",
+            "allowed-local-media-path", str, None, "folder of files that messages may name (none)"
         ),
         Option(
             "limit-mm-per-prompt",
             key_value,
             [],
-            "image=N or video=N, of one prompt; may be repeated",
-            many=True,
-            shown="image=16, video=1",
+            "image=N or video=N, of one prompt; may be repeated (image=16, video=1)",
         ),
         Option(
             "mm-processor-option",
             key_value,
             [],
-            "K=V for the image processor, such as max_pixels; may be repeated",
-            many=True,
-            shown="none",
+            "K=V for the image processor, such as max_pixels; may be repeated (none)",
         ),
         Option(
             "max-image-pixels", int, 50_000_000, "of one picture as it is sent; more are refused"
@@ -77,22 +66,18 @@ OPTIONS = {
     "server": (
         Option("host", str, "127.0.0.1", "address to listen on; any but loopback needs an API key"),
         Option("port", int, 8000, "port to listen on; 0 takes a free one"),
-        Option("served-model-name", str, None, "the name that clients ask for", shown="MODEL"),
+        Option("served-model-name", str, None, "the name that clients ask for (MODEL)"),
         Option(
             "api-key",
             str,
             [],
-            "key that clients must send; may be repeated",
-            many=True,
-            shown=f"${KEY_VARIABLE}, else none",
+            f"key that clients must send; may be repeated (${KEY_VARIABLE}, else none)",
         ),
         Option(
             "allowed-origins",
             str,
             [],
-            "origin of web pages whose scripts may ask, '*' for all; may be repeated",
-            many=True,
-            shown="none",
+            "origin of web pages whose scripts may ask, '*' for all; may be repeated (none)",
         ),
         Option(
             "log-level",
