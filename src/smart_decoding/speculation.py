@@ -252,11 +252,11 @@ def build_speculation(
     if asked.method == "none":
         return Speculation(make_policy("off"), None)
     builder = _Builder(checkpoint, target, pages, max_num_seqs, asked)
-    drafter = builder.drafter(asked.method)
+    drafter = builder.drafter()
     needs_costs = "cost" in policy_options(asked.policy)
     profile = builder.profile(drafter) if needs_costs else None
     offered = {
-        **stored_prior(builder.folder),
+        **stored_prior(asked.head),
         "cost": profile and profile.cost,
         "eos_token_ids": target.eos_token_ids,
     }
@@ -330,38 +330,30 @@ def stored_prior(folder: Path | None) -> dict[str, Any]:
         }
 
 
+@dataclass
 class _Builder:
     """Makes the parts of one Speculation, taking their options out of `left`: the rest belongs to
     the policy."""
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        target: TorchTarget,
-        pages: int,
-        max_num_seqs: int,
-        asked: SpeculativeConfig,
-    ) -> None:
-        self._checkpoint = checkpoint
-        self._target = target
-        self._pages = pages
-        self._seqs = max_num_seqs
-        self.left = dict(asked.options)
-        self._draft = asked.draft
-        self._trust_pickle = asked.trust_pickle
-        self.model: EagleHead | DraftModel | None = None
-        self.folder = asked.head
-        self.description = ""
+    checkpoint: Checkpoint
+    target: TorchTarget
+    pages: int
+    seqs: int
+    asked: SpeculativeConfig
+    model: EagleHead | DraftModel | None = None
 
-    def drafter(self, method: str) -> Drafter:
-        self.description = method
-        if method == "eagle":
-            return self._eagle()
-        if method == "draft_model":
-            return self._draft_model()
-        if method == "union":
-            return self._union()
-        return self._ngram() if method == "ngram" else self._recycling()
+    def __post_init__(self) -> None:
+        self.left = dict(self.asked.options)
+        self.description = self.asked.method
+
+    def drafter(self) -> Drafter:
+        return {
+            "eagle": self._eagle,
+            "draft_model": self._draft_model,
+            "union": self._union,
+            "ngram": self._ngram,
+            "recycling": self._recycling,
+        }[self.asked.method]()
 
     def profile(self, drafter: Drafter) -> Profile:
         """What forwards of the target and of the drafter's model cost here."""
@@ -369,27 +361,25 @@ class _Builder:
 
         levels = level_drafter(drafter)
         head = str(self.model and self.model.shape)
-        weights = self._checkpoint.provenance
-        return Profile(self._target, levels, self._pages, self._seqs, head, weights)
+        weights = self.checkpoint.provenance
+        return Profile(self.target, levels, self.pages, self.seqs, head, weights)
 
     def _eagle(self) -> Drafter:
         from smart_decoding.drafters.eagle import EagleDrafter
         from smart_decoding.models.eagle_head import EagleHead
         from smart_decoding.models.target import fitting_memory
 
-        assert self.folder is not None
-        files = self._with_images(
-            load_head(self.folder, self._checkpoint.config, self._trust_pickle)
-        )
-        positions = self._target.max_positions + 64
-        with fitting_memory("draft head", self._pages):
-            self.model = EagleHead(
-                files, self._target.decoder, self._pages, SCRATCH_PAGES, positions
-            )
-        self.description = f"eagle head {self.folder.name}"
-        return EagleDrafter(self.model, self._pages, SCRATCH_PAGES)
+        folder = self.asked.head
+        assert folder is not None
+        files = load_head(folder, self.checkpoint.config, self.asked.trust_pickle)
+        files = self._with_images(files, folder)
+        positions = self.target.max_positions + 64
+        with fitting_memory("draft head", self.pages):
+            self.model = EagleHead(files, self.target.decoder, self.pages, SCRATCH_PAGES, positions)
+        self.description = f"eagle head {folder.name}"
+        return EagleDrafter(self.model, self.pages, SCRATCH_PAGES)
 
-    def _with_images(self, files: HeadFiles) -> HeadFiles:
+    def _with_images(self, files: HeadFiles, folder: Path) -> HeadFiles:
         """As the option `visual_positions` says, for heads whose files do not: MSD's are laid out
         as EAGLE-1's."""
         how = self.left.pop("visual_positions", None)
@@ -400,14 +390,12 @@ class _Builder:
         if how is not None:
             files = replace(files, supports_images=how == "decoupled")
         known = how or files.config.get("visual_positions")  # it was trained so, or is wanted so
-        if self._checkpoint.vision is not None and known is None:
-            log.warning(
-                "the head %s reads no images: it drafts from the text behind them", self.folder
-            )
+        if self.checkpoint.vision is not None and known is None:
+            log.warning("the head %s reads no images: it drafts from the text behind them", folder)
         return files
 
     def _union(self) -> Drafter:
-        if self.folder is not None:
+        if self.asked.head is not None:
             parts = [self._eagle(), self._ngram()]
         else:
             parts = [self._ngram(), self._recycling()]
@@ -418,18 +406,19 @@ class _Builder:
         from smart_decoding.drafters.draft_model import DraftModelDrafter
         from smart_decoding.models.draft_model import DraftModel
 
-        assert self._draft is not None
-        if self._checkpoint.vision is not None:
+        draft = self.asked.draft
+        assert draft is not None
+        if self.checkpoint.vision is not None:
             log.warning("the draft model reads no images: it drafts from the text behind them")
-        self.model = DraftModel(self._draft, self._target, self._pages, DRAFT_SCRATCH_PAGES)
-        self.description = f"draft model {self._draft.provenance['model']}"
-        return DraftModelDrafter(self.model, self._pages, DRAFT_SCRATCH_PAGES)
+        self.model = DraftModel(draft, self.target, self.pages, DRAFT_SCRATCH_PAGES)
+        self.description = f"draft model {draft.provenance['model']}"
+        return DraftModelDrafter(self.model, self.pages, DRAFT_SCRATCH_PAGES)
 
     def _ngram(self) -> Drafter:
         return made(NgramDrafter, self.left)
 
     def _recycling(self) -> Drafter:
-        return made(RecyclingDrafter, self.left, vocab=self._target.vocab, top_k=torch_top_k)
+        return made(RecyclingDrafter, self.left, vocab=self.target.vocab, top_k=torch_top_k)
 
 
 def made(cls: Callable[..., Drafter], options: dict[str, Any], **fixed: Any) -> Drafter:

@@ -80,23 +80,23 @@ class EagleHead:
         kv = KVCache.empty(
             c.layers, c.kv_heads, pages, c.head_dim, target.dtype, target.device, target.native
         )
-        self._cache = HeadCache(kv, rotary_table(c, positions, target.device))
+        self.levels.cache = HeadCache(kv, rotary_table(c, positions, target.device))
 
     def first(self, rows: Rows, parts: Sequence[Part], last: IntArray, asked: Asked) -> Ranked:
         """Begins a round: runs pairs of tokens and aux hidden states, and ranks children after the
         `last` ones."""
-        return self.levels.first(rows, parts, last, self._cache, asked)
+        return self.levels.first(rows, parts, last, asked)
 
     def deeper(self, rows: Rows, above: IntArray, asked: Asked) -> Ranked:
         """Runs nodes below earlier outputs of this round, and ranks their children."""
-        return self.levels.deeper(rows, above, self._cache, asked)
+        return self.levels.deeper(rows, above, asked)
 
     def grow(
         self, rule: TreeRule, given: DraftTrees, growth: Growth | None, parts: Sequence[Part]
     ) -> Grown:
         """A round in one call, as the rule says, beside the nodes `given`."""
         assert isinstance(self.levels, NativeLevel)
-        return self.levels.grow(rule, given, growth, parts, self._cache)
+        return self.levels.grow(rule, given, growth, parts)
 
     def take(self, features: Features, rows: IntArray) -> Tensor:
         """Rows of aux hidden states: [rows, width], a copy."""
@@ -107,7 +107,7 @@ class EagleHead:
     def copy_page(self, source: int, target: int) -> None:
         """Copies the keys of page `source` to a later page `target`."""
         slots = torch.arange(PAGE, dtype=torch.int32)
-        self._cache.kv.move(source * PAGE + slots, target * PAGE + slots)
+        self.levels.cache.kv.move(source * PAGE + slots, target * PAGE + slots)
 
     def blank(self, rows: int) -> Tensor:
         """Aux hidden states of `rows` rows, of arbitrary content."""

@@ -43,6 +43,7 @@ class HeadCache:
 class SteppedLevels(ABC):
     """What EAGLE-1/2 and EAGLE-3 share: pairs go through the layers, and the output is ranked."""
 
+    cache: HeadCache  # whose head sets it
     _output: OutputMatrix
 
     def __init__(self, weights: HeadWeights) -> None:
@@ -57,19 +58,17 @@ class SteppedLevels(ABC):
         self._round: list[Tensor] = []
 
     @torch.inference_mode()
-    def first(
-        self, rows: Rows, parts: Sequence[Part], last: IntArray, cache: HeadCache, asked: Asked
-    ) -> Ranked:
+    def first(self, rows: Rows, parts: Sequence[Part], last: IntArray, asked: Asked) -> Ranked:
         """Begins a round: runs pairs of tokens and aux states; children of the `last` rows."""
         states = torch.cat([as_tensor(part) for part in parts])
         features = self._features(states.to(self._target.device, self._target.work_dtype))
-        self._round = [take_rows(self._run(rows, features, cache), last)]
+        self._round = [take_rows(self._run(rows, features), last)]
         return self._rank(asked)
 
     @torch.inference_mode()
-    def deeper(self, rows: Rows, above: IntArray, cache: HeadCache, asked: Asked) -> Ranked:
+    def deeper(self, rows: Rows, above: IntArray, asked: Asked) -> Ranked:
         """Runs nodes below the outputs `above` of this round; the best children of all."""
-        self._round.append(self._run(rows, take_rows(self.outputs, above), cache))
+        self._round.append(self._run(rows, take_rows(self.outputs, above)))
         return self._rank(asked)
 
     @property
@@ -86,14 +85,14 @@ class SteppedLevels(ABC):
         """The residual stream [rows, hidden], to be changed in place, and what q, k and v of the
         first layer read."""
 
-    def _run(self, rows: Rows, features: Tensor, cache: HeadCache) -> Tensor:
+    def _run(self, rows: Rows, features: Tensor) -> Tensor:
         """One pass over pairs of features and tokens: the outputs [rows, hidden], fed back as
         features."""
-        context = Context(rows, *cache.rotary)
+        context = Context(rows, *self.cache.rotary)
         embedded = self._embed(context.on_device.token)
         put(embedded, rows.mm_embeds)
         x, context.inputs = self._inputs(rows, embedded, features)
-        self._layers(x, context, cache.kv)
+        self._layers(x, context, self.cache.kv)
         return x
 
     def _rank(self, asked: Asked) -> Ranked:

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 class NativeLevel:
     """The same as `SteppedLevels`, and `grow`: all levels of a round in one call."""
 
+    cache: HeadCache  # whose head sets it
+
     def __init__(self, weights: HeadWeights) -> None:
         self._bf16 = weights.target.dtype == torch.bfloat16
         self._children = len(weights.draft_ids)
@@ -60,28 +62,21 @@ class NativeLevel:
         """See `SteppedLevels`."""
         return self._outputs[: self._count]
 
-    def first(
-        self, rows: Rows, parts: Sequence[Part], last: IntArray, cache: HeadCache, asked: Asked
-    ) -> Ranked:
+    def first(self, rows: Rows, parts: Sequence[Part], last: IntArray, asked: Asked) -> Ranked:
         """See `SteppedLevels`; `last` are the last rows of all requests."""
         self._count = 0
         kept = [readable(part) for part in parts]
         batch = len(rows.query_start_loc) - 1
-        return self._run(True, rows, row_addresses(kept), batch, cache, asked)
+        return self._run(True, rows, row_addresses(kept), batch, asked)
 
-    def deeper(self, rows: Rows, above: IntArray, cache: HeadCache, asked: Asked) -> Ranked:
+    def deeper(self, rows: Rows, above: IntArray, asked: Asked) -> Ranked:
         """See `SteppedLevels`."""
         self._reserve(len(rows))
         features = above * (4 * self._outputs.shape[1]) + self._outputs.data_ptr()
-        return self._run(False, rows, features, len(rows), cache, asked)
+        return self._run(False, rows, features, len(rows), asked)
 
     def grow(
-        self,
-        rule: TreeRule,
-        given: DraftTrees,
-        growth: Growth | None,
-        parts: Sequence[Part],
-        cache: HeadCache,
+        self, rule: TreeRule, given: DraftTrees, growth: Growth | None, parts: Sequence[Part]
     ) -> Grown:
         """A round as the rule says beside the nodes `given`."""
         if growth is None:
@@ -93,7 +88,7 @@ class NativeLevel:
         k = min(rule.children, self._children)
         call = LevelCall(True, growth.rows, row_addresses(kept), batch, k)
         call.struct.out = self._outputs.data_ptr()
-        native = native_rows(growth.rows, *cache.rotary)
+        native = native_rows(growth.rows, *self.cache.rotary)
         first = FirstLevel(
             native.struct,
             call.struct,
@@ -101,21 +96,15 @@ class NativeLevel:
             *noise_of_levels(growth.asked, rule.levels),
             head=self._head,
             bf16=self._bf16,
-            keys=cache.kv.keys,
-            values=cache.kv.values,
+            keys=self.cache.kv.keys,
+            values=self.cache.kv.values,
         )
         grown = self._selection.grow(rule, given, first)
         self._count = batch + sum(grown.expanded)
         return grown
 
     def _run(
-        self,
-        first: bool,
-        rows: Rows,
-        features: IntArray,
-        wanted: int,
-        cache: HeadCache,
-        asked: Asked,
+        self, first: bool, rows: Rows, features: IntArray, wanted: int, asked: Asked
     ) -> Ranked:
         self._reserve(wanted)
         scale, keys = noise_of(asked) if len(asked.draws) else (None, None)
@@ -123,8 +112,8 @@ class NativeLevel:
         call.struct.out = self._outputs[self._count :].data_ptr()
         call.struct.scale = address_or_none(scale)
         call.struct.keys = address_or_none(keys)
-        native = native_rows(rows, *cache.rotary)
-        both = (cache.kv.keys, cache.kv.values)
+        native = native_rows(rows, *self.cache.rotary)
+        both = (self.cache.kv.keys, self.cache.kv.values)
         kernels.draft(self._head, native.struct, call.struct, both, self._bf16)
         self._count += wanted
         return call.tokens, call.probs
