@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 from smart_decoding.engine.outputs import (
     CompletionOutput,
     RequestOutput,
+    TokenText,
     completion_of,
     logprobs_of,
     prompt_logprobs_of,
 )
 from smart_decoding.engine.request import RequestMetrics
-from smart_decoding.engine.sampling_params import RequestOutputKind
-from smart_decoding.engine_args import require_neutral
+from smart_decoding.engine.sampling_params import RequestOutputKind, SamplingParams
+from smart_decoding.engine_args import EngineArgs, require_neutral
 from smart_decoding.errors import ConfigError
 from smart_decoding.models.registry import DEFAULT_MODEL
 
@@ -26,9 +27,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from smart_decoding.engine.jobs import Chunk, Delivery, Job
-    from smart_decoding.engine.outputs import TokenText
-    from smart_decoding.engine.sampling_params import SamplingParams
-    from smart_decoding.engine_args import EngineArgs
     from smart_decoding.llm import LLM
     from smart_decoding.multimodal.prompts import MediaPrompt, Prompt
 

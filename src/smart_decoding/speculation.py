@@ -18,7 +18,7 @@ from smart_decoding.drafters.levels import LevelDrafter
 from smart_decoding.drafters.ngram import NgramDrafter
 from smart_decoding.drafters.recycling import RecyclingDrafter
 from smart_decoding.drafters.union import UnionDrafter
-from smart_decoding.engine.drafting import RuleSelection
+from smart_decoding.engine.drafting import RuleSelection, Selection
 from smart_decoding.errors import ConfigError, ModelError, SmartError
 from smart_decoding.files import read_json, reading
 from smart_decoding.kernels import library
@@ -33,7 +33,6 @@ from smart_decoding.models.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from smart_decoding.core.cost import CostModel
     from smart_decoding.core.policies.base import Policy
-    from smart_decoding.engine.drafting import Selection
     from smart_decoding.engine.protocols import Drafter
     from smart_decoding.models.draft_model import DraftModel
     from smart_decoding.models.eagle_head import EagleHead

@@ -73,12 +73,15 @@ def versions() -> dict[str, str]:
         "python": platform.python_version(),
         "torch": str(torch.__version__),  # with its build, which PyPI's metadata leave out
     }
-    for package in _PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "absent"
-    return found
+    return {**found, **{package: version_of(package) or "absent" for package in _PACKAGES}}
+
+
+def version_of(package: str) -> str | None:
+    """That of an installed package."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def hardware() -> dict[str, Any]:

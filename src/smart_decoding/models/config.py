@@ -8,16 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from smart_decoding.errors import ModelError
 from smart_decoding.models import rope
-
-if TYPE_CHECKING:
-    from smart_decoding.models.rope import RopeScaling
 
 FAMILIES = {
     "LlamaForCausalLM": "llama",
@@ -63,7 +60,7 @@ class ModelConfig:
     qkv_bias: bool = False
     o_bias: bool = False
     qk_norm: bool = False
-    rope_scaling: RopeScaling | None = None
+    rope_scaling: rope.RopeScaling | None = None
     mrope: tuple[int, ...] = ()
     sliding_window: int | None = None
     eos_token_ids: tuple[int, ...] = ()

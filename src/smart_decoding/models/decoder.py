@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from smart_decoding.kernels import ops as kernels
-from smart_decoding.kernels.weights import Arena, QuantizedTensor, as_tensor
+from smart_decoding.kernels.weights import Arena, Matrix, QuantizedTensor, as_tensor
 from smart_decoding.models.graphs import GraphedLayers, layers_on
 from smart_decoding.models.kernel_check import use_native
 from smart_decoding.models.layers import (
@@ -33,7 +33,6 @@ from smart_decoding.models.rows import BUCKETS, native_rows, upload
 if TYPE_CHECKING:
     from smart_decoding.engine.media import MultimodalEmbeddings
     from smart_decoding.engine.rows import Rows
-    from smart_decoding.kernels.weights import Matrix
     from smart_decoding.models.config import ModelConfig
 
 

@@ -57,7 +57,7 @@ def _draw_alone(row: FloatRow, spec: SampleSpec) -> int:
     key = noise_key(spec.seed, spec.sample, spec.position)
     token = _gumbel_max(row, top, floor, params.temperature, key)
     while token not in nucleus:  # nor is what scores no better: draw again above it
-        floor = _next_above(row[token])
+        floor = float(np.nextafter(row[token], np.float32(np.inf)))
         token = _gumbel_max(row, top, floor, params.temperature, key)
     return token
 
@@ -111,10 +111,6 @@ def min_p_distance(params: SamplingParams) -> float:
     """How far below the best score min_p cuts: where a token has that part of the most likely one's
     probability."""
     return params.temperature * math.log(params.min_p) if params.min_p > 0 else -math.inf
-
-
-def _next_above(score: np.float32) -> float:
-    return float(np.nextafter(score, np.float32(np.inf)))
 
 
 class _Nucleus:

@@ -60,7 +60,11 @@ class EagleHead:
             len(weights.draft_ids),
             len(files.aux_layers),
         )
-        self.levels = _levels(weights)
+        self.levels: SteppedLevels | NativeLevel
+        if NativeLevel.serves(weights):
+            self.levels = NativeLevel(weights)
+        else:
+            self.levels = (Eagle2Levels if files.fused else Eagle3Levels)(weights)
         self.allocate(pages + scratch_pages, positions)
 
     @property
@@ -113,9 +117,3 @@ class EagleHead:
         """Aux hidden states of `rows` rows, of arbitrary content."""
         width = len(self.aux_layers) * self._target.config.hidden
         return torch.ones(rows, width, dtype=self.work_dtype, device=self._target.device)
-
-
-def _levels(weights: HeadWeights) -> SteppedLevels | NativeLevel:
-    if NativeLevel.serves(weights):
-        return NativeLevel(weights)
-    return Eagle2Levels(weights) if weights.files.fused else Eagle3Levels(weights)

@@ -16,12 +16,18 @@ from torch import Tensor
 from smart_decoding.engine.kv import PAGE
 from smart_decoding.kernels import ops as kernels
 from smart_decoding.kernels.memory import pointer
-from smart_decoding.kernels.weights import QuantizedTensor, as_tensor, interleaved, pack
+from smart_decoding.kernels.weights import (
+    Arena,
+    Matrix,
+    QuantizedTensor,
+    as_tensor,
+    interleaved,
+    pack,
+)
 from smart_decoding.models.rows import DeviceRows, GroupedRows, device_rows, native_rows, upload
 
 if TYPE_CHECKING:
     from smart_decoding.engine.rows import Rows
-    from smart_decoding.kernels.weights import Arena, Matrix
     from smart_decoding.models.config import ModelConfig
 
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from smart_decoding.errors import ConfigError
 from smart_decoding.files import read_json, reading
-from smart_decoding.kernels.weights import QuantizedTensor
+from smart_decoding.kernels.weights import Matrix, QuantizedTensor
 from smart_decoding.models import vision
 from smart_decoding.models.config import ModelConfig, token_ids
 from smart_decoding.models.gguf import StoredWeights, converted_folder
@@ -23,9 +23,6 @@ from smart_decoding.models.registry import Source, resolve
 from smart_decoding.models.rounding import RoundedWeights
 from smart_decoding.models.vision import RenamedWeights, VisionFiles
 from smart_decoding.models.weight_files import Weights, open_weights
-
-if TYPE_CHECKING:
-    from smart_decoding.kernels.weights import Matrix
 
 
 @dataclass(frozen=True, slots=True)

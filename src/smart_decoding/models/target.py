@@ -149,7 +149,8 @@ class TorchTarget(Sampled):
         if self._tower is None:
             raise ConfigError("this model reads text only")
         embeddings = self._tower.encode_image(pixels)
-        _wait(self.device)
+        if self.device.type == "cuda":  # what is timed is not its launch
+            torch.cuda.current_stream(self.device).synchronize()
         return embeddings
 
     def forget_pictures(self) -> None:
@@ -160,12 +161,6 @@ class TorchTarget(Sampled):
     def move(self, source: Ints, target: Ints) -> None:
         """See `Target`."""
         self.decoder.kv.move(torch.from_numpy(source), torch.from_numpy(target))
-
-
-def _wait(device: torch.device) -> None:
-    """Until a GPU has done it: what is timed is not its launch."""
-    if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()
 
 
 def pages_for(tokens: int, max_num_seqs: int) -> int:

@@ -69,7 +69,9 @@ class PromptBuilder:
         told, pictures = parts.split(messages)
         self._check_counts(pictures)
         if not self._takes_lists():
-            told = parts.as_text(told, self._placeholder_texts())
+            kinds = self._reader.placeholders.items()
+            texts = {name: self._tokenizer.decode([token], False) for name, token in kinds}
+            told = parts.as_text(told, texts)
         text = self._tokenizer.apply_chat_template(told, **given)
         # As transformers' processors do: the beginning token is added where it is not written yet.
         return self._build(self._tokenizer.encode_prompt(text, True), pictures, text)
@@ -97,7 +99,7 @@ class PromptBuilder:
     ) -> MediaPrompt:
         """Expands the placeholders, which must be as many as the pictures of their kind, in the
         same order."""
-        kinds = self._kinds()
+        kinds = {token: name for name, token in self._reader.placeholders.items()}
         places = [kinds[token] for token in tokens if token in kinds]
         for name in MODALITIES:
             _check_places(
@@ -142,15 +144,6 @@ class PromptBuilder:
                     f"{count} {name}s in one prompt: "
                     f"at most {limit} are allowed (limit_mm_per_prompt)"
                 )
-
-    def _kinds(self) -> dict[int, str]:
-        return {token: name for name, token in self._reader.placeholders.items()}
-
-    def _placeholder_texts(self) -> dict[str, str]:
-        return {
-            name: self._tokenizer.decode([token], False)
-            for name, token in self._reader.placeholders.items()
-        }
 
     def _takes_lists(self) -> bool:
         """Whether the template reads content as a list of parts; some know texts only."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -212,7 +213,8 @@ def _points(
         run = verification(target, batch, total, context, pages, aux_layers)
         if run is not None and context + -(-total // batch) <= target.max_positions:
             needed = batch * _pages_each(batch, total, context)
-            points.append(_verify_point(run, batch, total, context, needed > touched))
+            sample = partial(VerifySample, batch, total, float(context))
+            points.append(Point(run, sample, cold=needed > touched))
             touched = max(touched, needed)
     if drafter is not None and target.max_positions > MORE:
         points += _draft_points(target, drafter, pages, max_num_seqs, coarse)
@@ -271,12 +273,6 @@ def _draft_points(
     points += [_first_point(late, LONG_WAITING)] if late else []
     longer = None if coarse else rehearsal(1, grid.contexts[-1])
     return points + ([_deeper_point(longer, width) for width in LONG_WIDTHS] if longer else [])
-
-
-def _verify_point(
-    run: Callable[[], None], batch: int, total: int, context: int, cold: bool
-) -> Point:
-    return Point(run, lambda s: VerifySample(batch, total, float(context), s), cold=cold)
 
 
 def verification(

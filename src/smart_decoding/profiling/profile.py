@@ -6,12 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from smart_decoding.core.cost import CostModel
+from smart_decoding.core.cost import CostModel, Sample
 from smart_decoding.profiling.cache import load_profile, profile_path, save_profile
 from smart_decoding.profiling.measure import Measurement, largest_batch, longest_context
 
 if TYPE_CHECKING:
-    from smart_decoding.core.cost import Sample
     from smart_decoding.drafters.levels import LevelDrafter
     from smart_decoding.models.target import TorchTarget
 
