@@ -124,7 +124,6 @@ class AsyncLLM:
 
 
 async def _more(output: RequestOutput, asked: _Asked) -> RequestOutput:
-    """The answers with what has come since. Raises what ended the job."""
     answers = list(output.outputs)
     over = asked.job is None
     deliveries = [] if asked.job is None else await asked.box.get()

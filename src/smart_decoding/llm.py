@@ -229,7 +229,6 @@ class LLM:
         return self._outputs(job, ready)
 
     def _outputs(self, job: Job, prompts: Sequence[MediaPrompt]) -> list[RequestOutput]:
-        """What a job that has ended has answered to each prompt."""
         requests = iter(job.answers)
         groups = [[next(requests) for _ in range(ask.params.n)] for ask in job.asks]
         text_of = self.tokenizer.token_text
@@ -381,7 +380,6 @@ def in_own_thread(work: Callable[[], T]) -> T:
 
 
 def _load(args: EngineArgs, device: torch.device) -> Checkpoint:
-    """The target, without its weights."""
     quantization = quantization_of(args, device)
     if args.activations is not None:
         require_byte_products(quantization)
@@ -427,7 +425,6 @@ def _engine_config(args: EngineArgs, pages: int, longest: int) -> EngineConfig:
 
 
 def _tokenizer(args: EngineArgs, checkpoint: Checkpoint) -> Tokenizer:
-    """The model's, with the chat template asked for."""
     other = args.tokenizer not in (None, args.model)
     folder = expanded(str(args.tokenizer)) if other else checkpoint.tokenizer_source
     tokenizer = Tokenizer.load(folder)
@@ -481,7 +478,6 @@ def quantization_of(args: EngineArgs, device: torch.device) -> str | None:
 def _prompts(
     args: EngineArgs, checkpoint: Checkpoint, tokenizer: Tokenizer
 ) -> PromptBuilder | TextPrompts:
-    """What makes prompts, with images if the model reads them."""
     if checkpoint.vision is None:
         return TextPrompts(tokenizer, checkpoint.provenance["model"])
     vision = checkpoint.vision

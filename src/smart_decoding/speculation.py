@@ -170,7 +170,6 @@ def _check_known(method: str, policy: str, given: Mapping[str, Any], theirs: Seq
 
 
 def _head(method: str, name: str | Path | None, trust_pickle: bool) -> Path | None:
-    """The folder of the draft head that a method drafts with, fetched if need be."""
     if method == "eagle" and name is None:
         raise ConfigError(
             "method 'eagle' needs a head: give model=FOLDER (smart train makes one), or use ngram"
@@ -188,7 +187,6 @@ def _leaves_out_siblings(given: Mapping[str, Any]) -> bool:
 def _sibling(
     target: Checkpoint, tokenizer: Tokenizer, max_model_len: int, trust_pickle: bool
 ) -> Checkpoint | None:
-    """The smaller model that drafts for the target by default: the first at hand that fits."""
     name = target.provenance["model"]
     try:
         siblings = cached_siblings(name, target.config.vocab, parameters(target.config))

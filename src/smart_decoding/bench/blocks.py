@@ -229,7 +229,6 @@ class _Queue:
 
 
 def _accounted(block: Block, notes: Sequence[_Note]) -> Block:
-    """The block with the sums over its counted rounds."""
     block.counts = sum((_settled(note) for note in notes), Counts())
     for done in (note.record.round for note in notes):
         block.row_counts[done.verify_rows] += 1

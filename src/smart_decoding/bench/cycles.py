@@ -118,7 +118,6 @@ def _in_turns(
 def _due(
     labels: list[str], cycles: Sequence[Mapping[str, Block]], turn: int, task: int
 ) -> list[str]:
-    """Who runs in a cycle, in order."""
     start = (turn + task) % len(labels)
     order = labels[start:] + labels[:start]
     noise = (turn + task) % NOISE_EVERY == 0

@@ -47,7 +47,6 @@ def load_task(task: str, limit: int | None = None) -> list[Any]:
 
 
 def _code() -> list[str]:
-    """164 functions to complete."""
     return [
         f"Complete the following Python function.\n```python\n{entry['prompt'].rstrip()}\n```"
         for entry in human_eval()
@@ -55,7 +54,6 @@ def _code() -> list[str]:
 
 
 def _maths() -> list[str]:
-    """100 grade-school word problems."""
     return [entry["prompt"] for entry in gsm8k()]
 
 

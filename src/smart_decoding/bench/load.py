@@ -104,7 +104,6 @@ def measure_load(
 
 
 def _turns(labels: Sequence[str], number: int) -> Sequence[str]:
-    """Who serves a stretch, in order: who takes the first turn changes."""
     turn = number % len(labels)
     return [*labels[turn:], *labels[:turn]]
 
@@ -213,7 +212,6 @@ def _served(prompt: Prompt, request: Request, arrived: float) -> Served:
 
 
 def _percentiles(seconds: Sequence[float]) -> dict[str, float]:
-    """In milliseconds."""
     known = [value for value in seconds if math.isfinite(value)]
     return {
         f"p{p}": 1e3 * float(np.percentile(known, p)) if known else math.nan for p in PERCENTILES

@@ -218,7 +218,6 @@ def noise(results: Results) -> Section:
 
 
 def _apart(results: Results, copy: Run) -> str:
-    """Two names of one contestant, and their speedups."""
     first = results.find(copy["copy_of"], copy["batch_size"])
     told = f"{copy['policy']} verifies the same trees as {copy['copy_of']}"
     pair = said(copy, "speedup", 3), said(first or {}, "speedup", 3)

@@ -281,6 +281,5 @@ def encode(
 
 
 def _bar(cycles: int, name: str, found: Measurement) -> Any:
-    """Cycles done and to come, with the time left."""
     done = len(found.cycles)
     return tqdm(total=cycles, initial=done, desc=name, unit="cycle", leave=False)

@@ -109,8 +109,6 @@ def _round_figures(blocks: Sequence[Block]) -> dict[str, Any]:
 
 
 def _distributions(blocks: Sequence[Block]) -> dict[str, Any]:
-    """How many rounds had so many rows and so many drafted levels, and whether the probabilities
-    came true."""
     rows: Counter[int] = sum((block.row_counts for block in blocks), Counter())
     levels: Counter[int] = sum((block.level_counts for block in blocks), Counter())
     return {

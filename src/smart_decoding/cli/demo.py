@@ -213,7 +213,6 @@ def _redrawing() -> Iterator[Any]:
 
 
 def _frame(race: dict[str, Answer], now: float, width: int) -> list[str]:
-    """Both answers beside each other, as they were `now` seconds after their first token."""
     lanes = [_lane(name, answer, now, width // 2 - 2) for name, answer in race.items()]
     return [" │ ".join(row).rstrip() for row in zip(*lanes, strict=True)]
 
@@ -237,7 +236,6 @@ def _lane(name: str, answer: Answer, now: float, width: int) -> list[str]:
 
 
 def _bar(share: float, width: int) -> str:
-    """A bar of a share in [0, 1] of the width, in eighths of a character."""
     eighths = round(8 * share * width)
     part = " ▏▎▍▌▋▊▉"[eighths % 8].strip()
     return "█" * (eighths // 8) + part

@@ -116,7 +116,6 @@ def remove(name: str, yes: bool) -> None:
 
 
 def _summary(kept: list[Kept]) -> list[str]:
-    """Bytes by kind, in words."""
     totals: dict[str, int] = {}
     for each in kept:
         totals[each.kind] = totals.get(each.kind, 0) + each.size

@@ -83,7 +83,6 @@ def _listed(text: str) -> list[Any]:
 
 
 def _settings(args: argparse.Namespace) -> ServerSettings:
-    """Raises ConfigError for values that are not allowed."""
     from smart_decoding.server.settings import ServerSettings
 
     from_environment = None if args.no_api_key else os.environ.get(KEY_VARIABLE)

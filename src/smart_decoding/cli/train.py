@@ -184,7 +184,6 @@ def _train_options(args: argparse.Namespace, layers: int, init: HeadFiles | None
 
 
 def _turns(images: Path) -> tuple[PictureTurn, PictureTurn]:
-    """What draws a conversation about an image: one to train on, one to learn the prior on."""
     from smart_decoding.training.seeds import held_out, image_turn, read_questions
 
     train, kept = held_out(read_questions(images))
@@ -234,7 +233,6 @@ def _generate(
 
 
 def _write_visual_positions(path: Path, supports_images: bool) -> None:
-    """Adds to a head's config what it reads of pictures."""
     from smart_decoding.models.head_files import VISUAL_POSITIONS
 
     config = json.loads(path.read_text())
@@ -251,7 +249,6 @@ def _use_huge_pages() -> None:
 
 
 def _without(checkpoint: Checkpoint, tasks: Sequence[str]) -> Callable[[Sequence[int]], bool]:
-    """Rejects conversations that share a run of eight words with a prompt of the benchmark."""
     from smart_decoding.bench.data import load_task, ngrams
     from smart_decoding.models.tokenizer import Tokenizer
 

@@ -116,7 +116,6 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _check_arguments(args: argparse.Namespace) -> None:
-    """Raises ConfigError for what cannot be measured."""
     given = sorted(set(CHOSEN) & set(args.speculative_config))
     if given:
         raise ConfigError(

@@ -140,7 +140,6 @@ class EagleDrafter(LevelDrafter[Pairs]):
             self._share_out()
 
     def _share_out(self) -> None:
-        """Gives the requests of the log what is in it."""
         log = self._log
         self._log = None
         for i, request in enumerate(log.requests if log else ()):

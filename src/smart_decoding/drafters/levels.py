@@ -224,7 +224,6 @@ class LevelDrafter(ABC, Generic[S]):
     def _waiting_rows(
         self, requests: Sequence[Request], states: Sequence[S]
     ) -> tuple[Rows, IntArray]:
-        """All waiting rows, and each request's last one."""
         builder = RowsBuilder()
         last: list[int] = []
         for request, state in zip(requests, states, strict=True):
@@ -311,7 +310,6 @@ class LevelDrafter(ABC, Generic[S]):
         self._states.pop(id(request), None)
 
     def _end(self, request: Request) -> int:
-        """Rows of the request's committed tokens."""
         return len(request.tokens) - self.ahead
 
     def _waiting(self, request: Request, state: S) -> int:

@@ -84,7 +84,6 @@ class UnionDrafter:
         return self.model.grow_beside(self._proposed(requests, rule), requests, rule)
 
     def _proposed(self, requests: Sequence[Request], rule: TreeRule) -> DraftTrees:
-        """The free drafters' trees as one."""
         trees = DraftTrees.empty(len(requests))
         for source, drafter in enumerate(self.free_drafters, start=MODEL + 1):
             merge(trees, drafter.start(requests, rule), source)

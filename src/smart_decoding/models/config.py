@@ -231,7 +231,6 @@ def _family_of(config: Mapping[str, Any]) -> str:
 
 
 def _refuse_options(config: Mapping[str, Any], family: str) -> None:
-    """Refuses by name every option that would change the computation in a way that is not built."""
     options = {**rope.options_of(config), **config}
     refused = {
         "quantization_config": config.get("quantization_config") is not None,
@@ -343,7 +342,6 @@ def _from_gguf(
 
 
 def _refuse_gguf_options(metadata: Mapping[str, Any], own: str, head_dim: int) -> None:
-    """Raises ModelError for what is not computed. own: the prefix of the family's metadata."""
     if metadata.get(own + "expert_count", 0):
         raise ModelError("GGUF option expert_count: mixtures of experts are not supported")
     if int(metadata.get(own + "rope.dimension_count", head_dim)) != head_dim:

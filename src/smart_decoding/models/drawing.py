@@ -45,7 +45,6 @@ def draw(rows: Sequence[FloatRow], specs: Sequence[SampleSpec]) -> list[int]:
 
 
 def _draw_alone(row: FloatRow, spec: SampleSpec) -> int:
-    """The token of one processed row, in numpy."""
     params = spec.params
     top = int(row.argmax())
     require_finite(np.isfinite(row[top]))

@@ -57,7 +57,6 @@ def row_addresses(parts: Sequence[Part]) -> IntArray:
 
 
 def _first_row(features: Features) -> tuple[int, int]:
-    """The address of the first row, and the bytes from one to the next."""
     if isinstance(features, Tensor):
         return features.data_ptr(), 4 * features.stride(0)
     return address(features), features.strides[0]

@@ -194,7 +194,6 @@ class GroupedWeights(Weights[Matrix]):
         return stored + np.int8(self._scheme.offset)
 
     def _groups(self, module: str, k: int) -> NDArray[np.int64]:
-        """The group of each k."""
         if not self._scheme.by_activation:
             return np.arange(k) // (k if self._scheme.group == -1 else self._scheme.group)
         name = f"{module}.g_idx"
@@ -206,7 +205,6 @@ class GroupedWeights(Weights[Matrix]):
 
 
 def _fill_blocks(groups: NDArray[np.int64]) -> bool:
-    """Whether every block lies in one group."""
     first = groups[::_BLOCK]
     return len(groups) % _BLOCK == 0 and bool((first == groups.reshape(-1, _BLOCK).T).all())
 

@@ -86,7 +86,6 @@ class Tokens:
 
 
 def _try(asked: str, found: list[str]) -> None:
-    """Finds what is wrong, or '', and what is compiled."""
     import llguidance
 
     params: Any = SimpleNamespace(**json.loads(asked))

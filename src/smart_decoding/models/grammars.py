@@ -141,8 +141,6 @@ class Grammars:
 def _timed(
     method: Callable[[GrammarConstraint, Sequence[int]], T],
 ) -> Callable[[GrammarConstraint, Sequence[int]], T]:
-    """The same, with its seconds counted."""
-
     @functools.wraps(method)
     def timed(constraint: GrammarConstraint, tokens: Sequence[int]) -> T:
         began = time.perf_counter()

@@ -196,7 +196,6 @@ def output_rows(checkpoint: Checkpoint) -> Tensor:
 
 
 def _layer_config(shape: ModelConfig) -> dict[str, Any]:
-    """The head's layers as a Llama model's config.json."""
     plain = replace(shape, family="llama", tie_embeddings=False, sliding_window=None)
     return {**plain.to_hf(), "attention_bias": shape.qkv_bias or shape.o_bias}
 

@@ -156,7 +156,6 @@ def _load_published(
 
 
 def _read_tensors(folder: Path, trust_pickle: bool) -> dict[str, Tensor]:
-    """All tensors of the folder; safetensors first. Raises ModelError."""
     files = sorted(folder.glob("model*.safetensors"))
     pickled = folder / "pytorch_model.bin"
     if not files and pickled.is_file():
@@ -178,7 +177,6 @@ def _check_shapes(
 
 
 def _aux_norms(shape: ModelConfig, aux_layers: int) -> Shapes:
-    """Norms of each layer's aux hidden states, before fc."""
     return {f"fc_norm.{i}.weight": (shape.hidden,) for i in range(aux_layers)}
 
 
@@ -241,7 +239,6 @@ def _shape(folder: Path, config: Mapping[str, Any], target: ModelConfig) -> Mode
 
 
 def _refuse_options(folder: Path, config: Mapping[str, Any], layer: Mapping[str, Any]) -> None:
-    """Raises ModelError for layouts and options that are not built."""
     if config.get("speculators_model_type") == "eagle":
         raise ModelError(
             f"the head in {folder} is speculators' layout of EAGLE-1, which is not supported"

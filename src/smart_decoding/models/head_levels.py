@@ -96,7 +96,6 @@ class SteppedLevels(ABC):
         return x
 
     def _rank(self, asked: Asked) -> Ranked:
-        """The children of the last level's outputs; see `ranked`."""
         logits = self._output(self._round[-1])
         return ranked(logits, self._draft_ids, asked, self._target.native)
 

@@ -43,7 +43,6 @@ def layer_prefixes(layers: int) -> list[str]:
 
 
 def _layer_shapes(c: ModelConfig, width: int, prefix: str) -> Shapes:
-    """Those of an ordinary layer; width: of what q, k and v read."""
     return {prefix + name: shape for name, shape in c.layer_shapes(width).items()}
 
 

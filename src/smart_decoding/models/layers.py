@@ -204,7 +204,6 @@ class NativeLayers:
         kernels.layers(self.structs, rows.struct, context.inputs, x, both, scratch)
 
     def _scratch(self, rows: int) -> Structure:
-        """Working memory for `rows` rows."""
         w = self.structs[0]
         width = (w.heads + 2 * w.kv_heads) * w.head_dim
         sizes = (max(w.hidden, w.input), width, w.heads * w.head_dim, w.ffn)

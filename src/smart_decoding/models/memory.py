@@ -209,7 +209,6 @@ def _free_of_container() -> int | None:
 
 
 def _file_bytes(folder: Path) -> int:
-    """Of the weights in a folder."""
     files = [*folder.glob("*.safetensors")] or [*folder.glob("pytorch_model*.bin")]
     return sum(path.stat().st_size for path in files)
 

@@ -119,7 +119,6 @@ class NativeLevel:
         return call.tokens, call.probs
 
     def _reserve(self, more: int) -> None:
-        """Makes room for more outputs."""
         if self._count + more > len(self._outputs):
             outputs = torch.empty(2 * (self._count + more), self._outputs.shape[1])
             outputs[: self._count] = self.outputs

@@ -75,6 +75,5 @@ def _mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def _uint64(x: ArrayLike) -> NDArray[np.uint64]:
-    """Integers modulo 2**64: negative seeds wrap."""
     x = np.asarray(x)
     return x if x.dtype == np.uint64 else x.astype(np.int64).astype(np.uint64)

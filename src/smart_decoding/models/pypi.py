@@ -92,8 +92,6 @@ def _files_of(content: bytes, kind: str) -> Iterator[tuple[str, str, str]]:
 
 
 class _Links(HTMLParser):
-    """The links of an index that knows no JSON."""
-
     def __init__(self) -> None:
         super().__init__()
         self.found: list[str] = []
@@ -156,7 +154,6 @@ def _origin(url: str) -> tuple[str, str | None, int | None]:
 
 
 def _public(url: str) -> str:
-    """Without name and password."""
     parts = urlsplit(url)
     return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
 

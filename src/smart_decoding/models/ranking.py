@@ -75,7 +75,6 @@ def _top(
 
 
 def _noisy(logits: Tensor, tokens: Tensor, scale: FloatRow, keys: NDArray[np.uint64]) -> Tensor:
-    """[rows, n] the logits times each row's factor, plus the noise of its key."""
     if logits.device.type != "cpu":
         return perturbed(logits, tokens, scale, keys)
     noise = gumbel(keys[:, None], tokens.numpy()) * (keys != 0)[:, None]

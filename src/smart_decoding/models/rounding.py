@@ -61,7 +61,6 @@ def _bytes_of(shape: tuple[int, ...], format_: str | None) -> int:
 
 
 def _format_of(name: str, shape: tuple[int, ...], scheme: str) -> str | None:
-    """What a weight is rounded to; None if it stays what it is."""
     if len(shape) != 2 or shape[1] % _GROUP:
         return None
     return FORMATS["int8" if name in _BY_TOKEN else scheme]

@@ -145,7 +145,6 @@ class GroupedRows:
 
     @staticmethod
     def _keys(rows: Rows, g: int) -> tuple[Ints, NDArray[np.bool_]]:
-        """The slots that a group reads, [k], and which of them each of its rows reads, [q, k]."""
         first, last = rows.query_start_loc[g : g + 2].tolist()
         context = rows.context_len[first:last]
         span = int(context.max())

@@ -133,7 +133,6 @@ def unpickle(path: Path) -> dict[str, Tensor]:
 
 
 def _names(path: Path, found: set[str], listed: list[str] | None) -> list[str]:
-    """The names to take of a file, which must be in it."""
     for name in listed or ():
         if name not in found:
             raise ModelError(

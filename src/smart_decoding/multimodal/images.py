@@ -162,7 +162,6 @@ def _from_file(path: Path, limits: Limits) -> bytes:
 
 
 def _pil() -> Any:
-    """PIL.Image, or an error that names the extra."""
     try:
         import PIL.Image
     except ModuleNotFoundError as error:

@@ -196,7 +196,6 @@ def _check_places(modality: str, places: int, pictures: int) -> None:
 
 
 def _as_list(modality: str, given: Any) -> list[Any]:
-    """One picture or several; a video is a list of frames."""
     if modality == "image":
         return list(given) if isinstance(given, list | tuple) else [given]
     is_one = isinstance(given, list | tuple) and given and not isinstance(given[0], list | tuple)

@@ -236,7 +236,6 @@ def verifications(
 
 
 def _totals(batch: int, per_sequence: Sequence[int], steps: Sequence[int]) -> set[int]:
-    """Rows to verify of a batch at the shortest context."""
     totals = {batch * per for per in per_sequence}
     if per_sequence == COARSE:
         return totals

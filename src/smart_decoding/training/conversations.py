@@ -76,7 +76,6 @@ def load_conversations(
 
 
 def _of_shard(shard: Mapping[str, Tensor]) -> Iterator[Conversation]:
-    """Those whose answers are long enough."""
     bounds = shard["starts"].tolist()
     visual = shard.get("visual", torch.zeros(0, dtype=torch.long))
     embeddings = shard.get("embeddings", torch.zeros(0, 0))

@@ -158,7 +158,6 @@ class _Conversations:
                 self._answer(turn)
 
     def _answer(self, turn: str) -> None:
-        """Has the target answer a user's turn, unless it was asked that before."""
         prompt = self._encode(self._before + turn + self._after)
         if tuple(prompt) in self._asked:
             self._running -= 1

@@ -80,7 +80,6 @@ class Writer:
 
 
 def _joined(items: list[Recorded]) -> dict[str, Tensor]:
-    """The tensors of a shard."""
     starts = np.concatenate(([0], np.cumsum([len(item.tokens) for item in items])))
     tokens = [token for item in items for token in item.tokens]
     tensors = {

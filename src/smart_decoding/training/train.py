@@ -70,7 +70,6 @@ class TrainOptions:
     supports_images: bool = False
 
     def __post_init__(self) -> None:
-        """Raises ConfigError."""
         require_number("seconds", self.seconds, 0.0, 1e9)
         require_int("draft_vocab", self.draft_vocab, 1, 1 << 20)
 
@@ -117,12 +116,10 @@ class Trainer:
         self._resume()
 
     def _new_form(self) -> Form:
-        """One layer, as the target's without its biases and norms of queries and keys."""
         shape = replace(self.config, layers=1, qkv_bias=False, o_bias=False, qk_norm=False)
         return Form(shape, len(self.options.aux_layers), self.options.layout != "eagle3")
 
     def _load(self, folder: Path, keep: Keep | None) -> None:
-        """The conversations, apart from those that the head is measured on."""
         options = self.options
         data, self._dropped = load_conversations(folder, keep, options.supports_images)
         np.random.default_rng(options.seed).shuffle(data)
@@ -154,7 +151,6 @@ class Trainer:
         return frequent_tokens(self._train, vocab, len(known), known)
 
     def _aux_scale(self) -> float:
-        """Root mean square of the last state that the head reads."""
         end = len(self.options.aux_layers) * self.config.hidden
         part = slice(end - self.config.hidden, end)
         last = torch.cat([item.aux_hidden[:, part].float() for item in self._train[:50]])
@@ -210,7 +206,6 @@ class Trainer:
                     yield batch
 
     def _step(self, batch: list[Conversation]) -> float:
-        """One step of the optimiser; returns the loss."""
         progress = min(1.0, self.elapsed / self.options.seconds)
         for group in self._optimiser.param_groups:
             group["lr"] = self._learning_rate(progress)
