@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from smart_decoding.errors import ConfigError
+from smart_decoding.kernels.memory import address
 
 HEADER = Path(__file__).parent / "csrc" / "abi.h"
 LAYOUT = HEADER.with_name("layout.inc")
@@ -101,6 +102,20 @@ def _names(name: str) -> list[str]:
     return [field[0] for field in structure(name)._fields_]
 
 
+class Pointer(ctypes.c_void_p):
+    """An argument of the kernels: an address, None, or a tensor or array that lies there."""
+
+    @classmethod
+    def from_param(cls, value: Any) -> Any:
+        """As ctypes asks for it. Numbers and structures come first: they are what rounds pass."""
+        try:
+            return ctypes.c_void_p.from_param(value)
+        except TypeError:
+            return ctypes.c_void_p(
+                value.data_ptr() if hasattr(value, "data_ptr") else address(value)
+            )
+
+
 def declare(library: ctypes.CDLL) -> None:
     """Gives the library's functions their types. Raises ConfigError for one that was built from
     another abi.h."""
@@ -114,7 +129,8 @@ def declare(library: ctypes.CDLL) -> None:
             for argument in arguments.split(",")
             if argument.strip()
         ]
-        function.argtypes = [_type(each) for each in types]
+        given = [_type(each) for each in types]
+        function.argtypes = [Pointer if each is ctypes.c_void_p else each for each in given]
     if library.smart_layout().decode() != layout():
         raise ConfigError(f"{library._name} lays structures out in another way: {_STALE}")
 

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from smart_decoding.engine.kv import PAGE
 from smart_decoding.kernels import abi, library
-from smart_decoding.kernels.memory import pointer
 from smart_decoding.kernels.weights import INTO_CACHES, PackedWeight
 
 HEAD_DIMS = (16, 32, 64, 96, 128)
@@ -59,24 +58,9 @@ def linear(
     y = torch.empty(rows, n) if out is None else out
     scratch = torch.empty(rows, k)
     norm_weight, eps = norm or (None, 0.0)
-    _lib().smart_linear(
-        x.data_ptr(),
-        rows,
-        packed.address,
-        n,
-        k,
-        packed.is_bf16,
-        pointer(norm_weight),
-        eps,
-        pointer(bias),
-        scratch.data_ptr(),
-        y.data_ptr() if y.numel() else None,
-        n,
-        0,
-        hint,
-        None if best is None else best.ctypes.data,
-        torch.get_num_threads(),
-    )
+    given = (x, rows, packed.address, n, k, packed.is_bf16, norm_weight, eps, bias, scratch)
+    result = (y if y.numel() else None, n, 0)
+    _lib().smart_linear(*given, *result, hint, best, torch.get_num_threads())
     return y
 
 
@@ -93,21 +77,9 @@ def layers(
 
     Layer one reads `inputs` where given."""
     keys, values = cache
-    status = _lib().smart_layers(
-        weights,
-        len(weights),
-        byref(rows),
-        pointer(inputs),
-        x.data_ptr(),
-        keys.data_ptr(),
-        values.data_ptr(),
-        keys.shape[-3],
-        byref(workspace),
-        keys.dtype == torch.bfloat16,
-        keys.dtype == torch.bfloat16,
-        torch.get_num_threads(),
-    )
-    if status:
+    bf16 = keys.dtype == torch.bfloat16
+    given = (weights, len(weights), byref(rows), inputs, x, keys, values, keys.shape[-3])
+    if _lib().smart_layers(*given, byref(workspace), bf16, bf16, torch.get_num_threads()):
         raise RuntimeError("the CPU kernels do not support this layer")
 
 
@@ -132,18 +104,8 @@ def draft(
     """One level of a draft head: writes the rows' keys and values to the caches [1, ...], and what
     `level` names."""
     keys, values = cache
-    status = _lib().smart_draft(
-        byref(head),
-        byref(rows),
-        byref(level),
-        keys.data_ptr(),
-        values.data_ptr(),
-        keys.shape[-3],
-        bf16,
-        keys.dtype == torch.bfloat16,
-        torch.get_num_threads(),
-    )
-    if status:
+    given = (byref(head), byref(rows), byref(level), keys, values, keys.shape[-3], bf16)
+    if _lib().smart_draft(*given, keys.dtype == torch.bfloat16, torch.get_num_threads()):
         raise RuntimeError("the CPU kernels do not support this head")
 
 
@@ -154,27 +116,11 @@ def move_kv(keys: Tensor, values: Tensor, source: Tensor, target: Tensor) -> Non
         raise ValueError("slots to move must be contiguous")
     pages, head_dim = keys.shape[-3:-1]
     planes = keys.numel() // (pages * head_dim * PAGE)
-    _lib().smart_move_kv(
-        keys.data_ptr(),
-        values.data_ptr(),
-        planes,
-        pages,
-        head_dim,
-        keys.element_size(),
-        source.data_ptr(),
-        target.data_ptr(),
-        len(source),
-    )
+    size = keys.element_size()
+    _lib().smart_move_kv(keys, values, planes, pages, head_dim, size, source, target, len(source))
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor, column: int = 0) -> None:
     """rms_norm of x [rows, d] into columns column .. column + d of out [rows, width]."""
-    _lib().smart_rms_norm(
-        x.data_ptr(),
-        weight.data_ptr(),
-        eps,
-        len(x),
-        x.shape[1],
-        out.data_ptr() + 4 * column,
-        out.shape[1],
-    )
+    at = out.data_ptr() + 4 * column
+    _lib().smart_rms_norm(x, weight, eps, len(x), x.shape[1], at, out.shape[1])

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from smart_decoding.kernels.library import library
-from smart_decoding.kernels.memory import address, pointer
 
 NOT_DRAWN = -1
 _DRAW = np.dtype(
@@ -24,14 +23,7 @@ def argmax(x: Tensor, which: NDArray[np.int64]) -> NDArray[np.int64]:
     """First index of the largest entry of the rows `which` of x [rows, n]: [which]; -1 where it is
     not finite."""
     out = np.empty(len(which), np.int64)
-    library().smart_argmax(
-        x.data_ptr(),
-        which.ctypes.data,
-        len(which),
-        x.shape[1],
-        out.ctypes.data,
-        torch.get_num_threads(),
-    )
+    library().smart_argmax(x, which, len(which), x.shape[1], out, torch.get_num_threads())
     return out
 
 
@@ -51,18 +43,8 @@ def top_k(
     scale = torch.ones(len(x)) if scale is None else scale
     ids = torch.empty(len(x), k, dtype=torch.int64)
     probs = torch.empty(len(x), k)
-    library().smart_top_k(
-        x.data_ptr(),
-        len(x),
-        x.shape[1],
-        k,
-        scale.data_ptr(),
-        pointer(keys),
-        pointer(tokens),
-        ids.data_ptr(),
-        probs.data_ptr(),
-        torch.get_num_threads(),
-    )
+    given = (x, len(x), x.shape[1], k, scale, keys, tokens)
+    library().smart_top_k(*given, ids, probs, torch.get_num_threads())
     return ids, probs
 
 
@@ -99,5 +81,5 @@ def draw(draws: NDArray[np.void], n: int) -> Drawn:
     """The argmax of row * scale + noise for rows of n float32, each as its `Draw` says."""
     count = len(draws)
     drawn = Drawn(np.empty(count, np.int64), np.empty(count, np.int64))
-    library().smart_draw(address(draws), count, n, *map(address, drawn), torch.get_num_threads())
+    library().smart_draw(draws, count, n, *drawn, torch.get_num_threads())
     return drawn

@@ -84,7 +84,7 @@ def fastest_hint() -> int:
     seconds = dict.fromkeys((PAST_CACHES, INTO_L2, INTO_CACHES), float("inf"))
     for hint in tuple(seconds) * 6:
         start = time.perf_counter()
-        _lib().smart_read(memory.data_ptr(), len(memory), hint, torch.get_num_threads())
+        _lib().smart_read(memory, len(memory), hint, torch.get_num_threads())
         seconds[hint] = min(seconds[hint], time.perf_counter() - start)
     within_noise = 1.03 * min(seconds.values())
     return next(hint for hint, taken in seconds.items() if taken <= within_noise)
@@ -184,7 +184,7 @@ def _pack_panels(
     memory = (arena or Arena(size)).take(size)
     packed = PackedWeight((n, k), weight.dtype == torch.bfloat16, memory)
     weight = weight.contiguous()
-    _lib().smart_pack(weight.data_ptr(), n, k, memory.data_ptr(), packed.is_bf16)
+    _lib().smart_pack(weight, n, k, memory, packed.is_bf16)
     packed.struct.panels = memory.data_ptr()
     return packed
 
@@ -205,7 +205,7 @@ def _pack_strips(
     strips = np.empty((len(formats), 2), np.int64)
     strips[:, 0] = memory.data_ptr() + np.cumsum(sizes) - sizes
     strips[:, 1] = formats
-    _lib().smart_pack_quants(strips.ctypes.data, len(strips), rows.ctypes.data, k, in_bytes)
+    _lib().smart_pack_quants(strips, len(strips), rows, k, in_bytes)
     packed = PackedWeight(shape, True, memory)
     packed.struct.strips = strips.ctypes.data
     packed.struct.in_bytes = in_bytes
@@ -248,9 +248,7 @@ def pack_bytes(weight: Tensor) -> tuple[PackedWeight, Tensor, Tensor]:
     memory = Arena(size * k).take(size * k)
     scale = torch.empty(size)
     sums = torch.empty(size, dtype=torch.int32)
-    _lib().smart_pack_bytes(
-        weight.data_ptr(), n, k, memory.data_ptr(), scale.data_ptr(), sums.data_ptr()
-    )
+    _lib().smart_pack_bytes(weight, n, k, memory, scale, sums)
     packed = PackedWeight((n, k), False, memory)
     packed.struct.panels = memory.data_ptr()
     return packed, scale, sums
@@ -269,7 +267,5 @@ def vector_width() -> int:
 def unpack(packed: PackedWeight, index: Tensor) -> Tensor:
     """Rows `index` (int64 [n]) of a packed weight: float32 [n, k]."""
     out = torch.empty(len(index), packed.k)
-    _lib().smart_unpack(
-        packed.address, packed.k, packed.is_bf16, index.data_ptr(), len(index), out.data_ptr()
-    )
+    _lib().smart_unpack(packed.address, packed.k, packed.is_bf16, index, len(index), out)
     return out
