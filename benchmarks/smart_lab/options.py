@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from smart_decoding.bench.command import words_of
 from smart_decoding.bench.options import (
     BASELINE,
     EAGLE_2,
@@ -17,6 +16,7 @@ from smart_decoding.bench.options import (
     PRESETS,
     Arm,
     BenchOptions,
+    words_of,
 )
 from smart_decoding.errors import ConfigError
 from smart_lab.ablations import VARIANTS

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import shlex
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -30,6 +31,8 @@ QUICK: dict[str, Any] = {
     "time_limit": 100.0,
 }
 PRESETS = {"quick": QUICK}
+FILES = ("draft", "random_weights")  # of options that are texts, those that may name a folder
+REPEATED = {"policy_options": "policy-options", "method_options": "method-option"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,3 +246,30 @@ def _value(text: str) -> Any:
 def _at_least_one(name: str, values: Sequence[int]) -> None:
     if not values or min(values) < 1:
         raise ConfigError(f"{name} must be at least 1")
+
+
+def command_of(options: BenchOptions) -> str:
+    """The command line that asks for this run, with names of files only."""
+    return shlex.join(["smart", "bench", "--model", options.model, *words_of(options, ("model",))])
+
+
+def words_of(options: BenchOptions, without: Collection[str]) -> list[str]:
+    """The options as words, but for those `without` and for what is empty, false or 0."""
+    words: list[str] = []
+    for name in (each.name for each in fields(options) if each.name not in without):
+        value = getattr(options, name)
+        if name in REPEATED:
+            each = [f"{k}={v}" for k, v in value.items()] if isinstance(value, Mapping) else value
+            words += [word for one in each for word in (f"--{REPEATED[name]}", one)]
+        elif value:
+            words.append(f"--{name.replace('_', '-')}")
+            words += [] if value is True else [_told(Path(value) if name in FILES else value)]
+    return words
+
+
+def _told(value: Any) -> str:
+    if isinstance(value, Path):
+        return value.name
+    if isinstance(value, float):
+        return f"{value:g}"
+    return str(value) if isinstance(value, str | int) else ",".join(map(_told, value))

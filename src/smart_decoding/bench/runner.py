@@ -17,11 +17,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from tqdm import tqdm
 
 from smart_decoding.bench.blocks import Prompt
-from smart_decoding.bench.command import command_of
 from smart_decoding.bench.cycles import AGAIN, Measurement, Prompts, cycles_of, measure, rows_of
 from smart_decoding.bench.data import load_task
 from smart_decoding.bench.limits import Sizes, measure_limits, rated
-from smart_decoding.bench.options import LONGEST_PROMPT, Arm, BenchOptions
+from smart_decoding.bench.options import LONGEST_PROMPT, Arm, BenchOptions, command_of
 from smart_decoding.bench.provenance import forget_peak, memory, peak_gib, provenance
 from smart_decoding.engine_args import DEFAULT_MODEL_LEN
 from smart_decoding.errors import CapacityError

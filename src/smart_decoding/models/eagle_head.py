@@ -13,7 +13,7 @@ from smart_decoding.errors import ModelError
 from smart_decoding.models.decoder import rotary_table
 from smart_decoding.models.features import Features, Part, take_rows
 from smart_decoding.models.head_levels import Eagle2Levels, Eagle3Levels, HeadCache, SteppedLevels
-from smart_decoding.models.head_weights import HeadWeights
+from smart_decoding.models.head_weights import HeadWeights, TargetWeights
 from smart_decoding.models.kernel_check import unserved
 from smart_decoding.models.layers import KVCache
 from smart_decoding.models.native_level import NativeLevel
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from smart_decoding.engine.protocols import Grown
     from smart_decoding.engine.rows import Rows
     from smart_decoding.models.head_files import HeadFiles
-    from smart_decoding.models.target_weights import TargetWeights
 
 
 class EagleHead:

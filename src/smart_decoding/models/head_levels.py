@@ -19,7 +19,7 @@ from torch import Tensor
 from smart_decoding.kernels import ops as kernels
 from smart_decoding.models.decoder import put
 from smart_decoding.models.features import Part, as_tensor, take_rows
-from smart_decoding.models.head_weights import HeadWeights, head_layers
+from smart_decoding.models.head_weights import HeadWeights, OutputMatrix, head_layers
 from smart_decoding.models.layers import Context, KVCache
 from smart_decoding.models.linear import Linear
 from smart_decoding.models.ranking import ranked
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from smart_decoding.core.tree import IntArray
     from smart_decoding.drafters.levels import Asked, Ranked
     from smart_decoding.engine.rows import Rows
-    from smart_decoding.models.target_weights import OutputMatrix
 
 
 @dataclass(frozen=True, slots=True)
