@@ -66,7 +66,7 @@ def main(args: argparse.Namespace) -> int:
     """Prints the table and the line."""
     torch.set_num_threads(1)
     logits = logits_like_a_model(args.logits)
-    sampler = Sampler(logits.shape[1])
+    sampler = Sampler()
     history = TokenHistory(range(0, 600, 2), range(300))
     results = {"argmax_16_rows": median_us(lambda i: sampler.argmax(logits))}
     for name, options in OPTIONS.items():
@@ -74,7 +74,7 @@ def main(args: argparse.Namespace) -> int:
 
         def one(i: int, params: SamplingParams = params) -> object:
             spec = SampleSpec(params, seed=1, position=i, history=history, path=(5, 9, 700))
-            return sampler.sample(logits, [i % ROWS], [spec])
+            return sampler.sample(logits, np.array([i % ROWS]), [spec])
 
         results[name + "_1_row"] = median_us(one)
     for name, value in results.items():

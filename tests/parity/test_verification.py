@@ -25,7 +25,7 @@ from smart_decoding.engine.scheduler import Batch
 from smart_decoding.engine.stopping import StopChecker
 from smart_decoding.engine.verification import Verified, make_room, verify
 from smart_decoding.errors import ModelError
-from smart_decoding.models.sampler import Sampled, Sampler
+from smart_decoding.models.sampler import Sampler
 from smart_decoding.models.target import TorchTarget
 
 from .checkpoints import MODELS, PAGES, VOCAB, decoder
@@ -52,7 +52,7 @@ def pictured(length: int) -> Media:
     return Media([], rotary, int(rotary.max()) + 1 - length)
 
 
-class World(Sampled):
+class World(Sampler):
     """Requests of several lengths on a tiny model, verified in one call or step by step."""
 
     verify = TorchTarget.verify
@@ -69,7 +69,6 @@ class World(Sampled):
         pictures: Sequence[bool] = (),
     ) -> None:
         self.decoder = decoder(name, True, dtype, MROPE if any(pictures) else ())
-        self.sampler = Sampler(VOCAB)
         self.rounds: list[NativeRound] = []
         self.verify_round = self._counted if whole else None
         pool = PagePool(PAGES)

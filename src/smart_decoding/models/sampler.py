@@ -44,15 +44,12 @@ class Sampler:
     """Draws target tokens from logits [rows, vocab] on any device. Raises ModelError if a row has
     NaN or no finite maximum."""
 
-    def __init__(self, vocab_size: int) -> None:
-        self.vocab_size = vocab_size
-        self._kernels = library.unavailable() is None
-
     def argmax(self, logits: torch.Tensor, which: ArrayLike | None = None) -> NDArray[np.int64]:
         """[which] most likely token of each of the rows `which` (default: all); of several, the
         lowest id."""
         indices = np.arange(len(logits)) if which is None else np.ascontiguousarray(which, np.int64)
-        if logits.device.type == "cpu" and self._kernels and logits.dtype == torch.float32:
+        native = logits.device.type == "cpu" and library.unavailable() is None
+        if native and logits.dtype == torch.float32:
             tokens = kernels.argmax(logits.contiguous(), indices)
             require_finite((tokens >= 0).all())
             return tokens
@@ -66,7 +63,7 @@ class Sampler:
         return tokens
 
     def sample(
-        self, logits: torch.Tensor, which: ArrayLike, specs: Sequence[SampleSpec]
+        self, logits: torch.Tensor, which: IntArray, specs: Sequence[SampleSpec]
     ) -> NDArray[np.int64]:
         """[len(which)] tokens drawn for the rows `which` of logits [rows, vocab]; `specs[i]`
         belongs to `which[i]`. On a GPU -1 where a row has no finite maximum: all rows are drawn
@@ -89,30 +86,9 @@ class Sampler:
         rows = _rows(logits, np.asarray(which, np.int64))
         drawn = np.asarray(tokens, np.int64).tolist()
         wanted = np.broadcast_to(k, len(rows))
-        most = np.where(wanted < 0, self.vocab_size, np.minimum(wanted, self.vocab_size)).tolist()
+        vocab = logits.shape[1]
+        most = np.where(wanted < 0, vocab, np.minimum(wanted, vocab)).tolist()
         return [_row_logprobs(*one) for one in zip(rows, drawn, most, strict=True)]
-
-
-class Sampled:
-    """What a target answers by its sampler; see `Target`."""
-
-    sampler: Sampler
-
-    def argmax(self, logits: torch.Tensor, which: IntArray) -> IntArray:
-        """See `Sampler.argmax`."""
-        return self.sampler.argmax(logits, which)
-
-    def sample(
-        self, logits: torch.Tensor, which: IntArray, specs: Sequence[SampleSpec]
-    ) -> IntArray:
-        """See `Sampler.sample`."""
-        return self.sampler.sample(logits, which, specs)
-
-    def logprobs(
-        self, logits: torch.Tensor, which: IntArray, tokens: Sequence[int], k: Sequence[int]
-    ) -> list[TokenLogprobs]:
-        """See `Sampler.logprobs`."""
-        return self.sampler.logprobs(logits, which, tokens, k)
 
 
 def _first_maximum(scores: torch.Tensor) -> torch.Tensor:

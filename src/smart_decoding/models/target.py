@@ -17,7 +17,7 @@ from smart_decoding.errors import CapacityError, ConfigError
 from smart_decoding.models.decoder import Decoder, RoundingDecoder
 from smart_decoding.models.drawing import draws_of
 from smart_decoding.models.kernel_check import use_native, why_slow
-from smart_decoding.models.sampler import Sampled, Sampler
+from smart_decoding.models.sampler import Sampler
 from smart_decoding.models.vision import VisionTower
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def fitting_memory(what: str, pages: int) -> Iterator[None]:
         ) from error
 
 
-class TorchTarget(Sampled):
+class TorchTarget(Sampler):
     """A Llama-family model on one device, with room for `pages` KV pages of 16 tokens, and its
     vision tower if it has one.
 
@@ -115,7 +115,6 @@ class TorchTarget(Sampled):
         self.vocab = config.vocab
         self.max_positions = max_model_len
         self.eos_token_ids = config.eos_token_ids
-        self.sampler = Sampler(config.vocab)
         whole = self.decoder.model is not None
         self.verify_round: VerifyRound | None = self._verify_round if whole else None
 

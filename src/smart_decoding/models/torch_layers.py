@@ -1,13 +1,13 @@
 """Decoder layers on torch's matrix products: the reference, and the path for CUDA.
 
-What lies between the products comes in two forms (`Ops`): plain torch, the reference, and Triton
+What lies between the products comes in two forms: plain torch, the reference, and Triton
 kernels (triton_ops.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,22 +18,9 @@ from smart_decoding.kernels.weights import as_tensor
 
 if TYPE_CHECKING:
     from smart_decoding.models.layers import Context, KVCache, LayerWeights
+    from smart_decoding.models.triton_ops import TritonOps
 
-
-class Ops(Protocol):
-    """What of a layer is neither a product with its weights nor a norm of all of a row."""
-
-    def write(
-        self, qkv: Tensor, w: LayerWeights, context: Context, keys: Tensor, values: Tensor
-    ) -> Tensor:
-        """The queries [rows, heads, head_dim] of qkv [rows, (heads + 2 * kv_heads) * head_dim],
-        normed and rotated. Keys, treated alike, and values go to the cache."""
-
-    def attend(self, q: Tensor, context: Context, keys: Tensor, values: Tensor) -> Tensor:
-        """What each row attends to, its own key and value included: [rows, heads * head_dim]."""
-
-    def gate(self, gate_up: Tensor) -> Tensor:
-        """silu(gate) * up of [rows, 2 * ffn]: [rows, ffn]."""
+    Ops: TypeAlias = "TorchOps | TritonOps"
 
 
 class TorchLayers:
@@ -80,12 +67,13 @@ class TorchLayer:
 
 
 class TorchOps:
-    """The reference, in plain torch. See `Ops`."""
+    """What of a layer is neither a product with its weights nor a norm of all of a row."""
 
     def write(
         self, qkv: Tensor, w: LayerWeights, context: Context, keys: Tensor, values: Tensor
     ) -> Tensor:
-        """See `Ops`."""
+        """The queries [rows, heads, head_dim] of qkv [rows, (heads + 2 * kv_heads) * head_dim],
+        normed and rotated. Keys, treated alike, and values go to the cache."""
         each = qkv.view(len(qkv), -1, w.head_dim)
         q, k, v = torch.split(each, [w.heads, w.kv_heads, w.kv_heads], dim=1)
         q = rotate(rms_norm(q, w.q_norm, w.eps), *context.rotation)
@@ -96,7 +84,7 @@ class TorchOps:
         return q
 
     def attend(self, q: Tensor, context: Context, keys: Tensor, values: Tensor) -> Tensor:
-        """See `Ops`."""
+        """What each row attends to, its own key and value included: [rows, heads * head_dim]."""
         parts = []
         for rows, (page, offset), mask in context.grouped.groups:
             k, v = (cache[:, page, offset].to(q.dtype) for cache in (keys, values))
@@ -108,7 +96,7 @@ class TorchOps:
         return torch.cat(parts).flatten(1)
 
     def gate(self, gate_up: Tensor) -> Tensor:
-        """See `Ops`."""
+        """silu(gate) * up of [rows, 2 * ffn]: [rows, ffn]."""
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate) * up
 

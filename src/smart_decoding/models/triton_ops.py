@@ -29,12 +29,12 @@ LOG2_E = 1.4426950408889634
 
 
 class TritonOps:
-    """See `Ops` in torch_layers.py."""
+    """See `TorchOps`."""
 
     def write(
         self, qkv: Tensor, w: LayerWeights, context: Context, keys: Tensor, values: Tensor
     ) -> Tensor:
-        """See `Ops`."""
+        """See `TorchOps`."""
         q = qkv.new_empty(len(qkv), w.heads, w.head_dim)
         half = w.head_dim // 2
         kernels.write[(len(qkv), w.heads + 2 * w.kv_heads)](
@@ -58,7 +58,7 @@ class TritonOps:
         return q
 
     def attend(self, q: Tensor, context: Context, keys: Tensor, values: Tensor) -> Tensor:
-        """See `Ops`."""
+        """See `TorchOps`."""
         rows, heads, width = q.shape
         at = context.on_device
         group = heads // len(keys)
@@ -86,7 +86,7 @@ class TritonOps:
         return out
 
     def gate(self, gate_up: Tensor) -> Tensor:
-        """See `Ops`."""
+        """See `TorchOps`."""
         rows, both = gate_up.shape
         ffn = both // 2
         out = gate_up.new_empty(rows, ffn)

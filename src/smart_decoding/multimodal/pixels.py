@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,22 +48,6 @@ class Pixels:
         return digest.digest()
 
 
-class PixelReader(Protocol):
-    """Prepares pictures for one model. placeholders: the token id that stands for a picture, by
-    modality."""
-
-    placeholders: Mapping[str, int]
-    merge: int  # patches per position, along each side
-
-    def image(self, image: Image) -> Pixels:
-        """Raises ConfigError for a shape that the model cannot take."""
-        ...
-
-    def video(self, frames: Sequence[Image]) -> Pixels:
-        """Raises ConfigError for a shape that the model cannot take, or if it reads images only."""
-        ...
-
-
 class FixedReader:
     """LLaVA: every image is scaled to one size, and all take the same number of positions."""
 
@@ -78,13 +62,13 @@ class FixedReader:
         self._more = has_class_token - (config.vision_feature_select_strategy == "default")
 
     def image(self, image: Image) -> Pixels:
-        """See `PixelReader`."""
+        """Raises ConfigError for a shape that the model cannot take."""
         values = _processed(self._processor, image)["pixel_values"][0]
         rows, columns = (size // self._patch for size in values.shape[-2:])
         return Pixels("image", values, (1, rows, columns), rows * columns + self._more)
 
     def video(self, frames: Sequence[Image]) -> Pixels:
-        """See `PixelReader`."""
+        """Raises ConfigError."""
         raise ConfigError("this model reads images, not videos")
 
 
@@ -105,12 +89,12 @@ class DynamicReader:
         self._depth = int(processor.temporal_patch_size)
 
     def image(self, image: Image) -> Pixels:
-        """See `PixelReader`."""
+        """Raises ConfigError for a shape that the model cannot take."""
         out = _processed(self._processor, image)
         return self._pixels("image", out["pixel_values"], out["image_grid_thw"][0])
 
     def video(self, frames: Sequence[Image]) -> Pixels:
-        """See `PixelReader`."""
+        """Raises ConfigError for shapes that the model cannot take."""
         if len({frame.size for frame in frames}) > 1:
             raise ConfigError("the frames of a video must all have the same size")
         padded = [*frames, *[frames[-1]] * (-len(frames) % self._depth)]
@@ -128,6 +112,11 @@ class DynamicReader:
         values = np.ascontiguousarray(values, np.float32)
         length = time * height * width // self.merge**2
         return Pixels(modality, values, (time, height, width), length)
+
+
+# What prepares pictures for one model. placeholders: their token ids by modality; merge: patches
+# per position, along each side.
+PixelReader: TypeAlias = FixedReader | DynamicReader
 
 
 def load_reader(folder: Path, config: Any, options: Mapping[str, Any] | None = None) -> PixelReader:

@@ -4,32 +4,26 @@ from __future__ import annotations
 
 import signal
 import threading
-from types import FrameType
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
-class DeferredInterrupt:
-    """Within the block the first Ctrl-C only sets `asked`; a second one interrupts at once.
+@contextmanager
+def deferred_interrupt() -> Iterator[threading.Event]:
+    """The first Ctrl-C in the block only sets the event, a second one interrupts. Without effect
+    outside of the main thread, which alone gets signals."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
 
-    Outside of the main thread, which alone gets signals, it does nothing."""
+    def note(*_: object) -> None:
+        asked.set()
+        signal.signal(signal.SIGINT, previous)
 
-    def __init__(self) -> None:
-        self.asked = False
-        self._previous: Any = None
-
-    def __enter__(self) -> DeferredInterrupt:
-        if threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGINT, self._note)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._restore()
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
-        self._restore()
-
-    def _restore(self) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
-            self._previous = None
+    previous = signal.getsignal(signal.SIGINT) or signal.SIG_DFL
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, previous)

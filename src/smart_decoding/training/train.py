@@ -34,7 +34,7 @@ from smart_decoding.training.conversations import (
     recorded_layers,
 )
 from smart_decoding.training.head import Form, TrainableHead, form_of
-from smart_decoding.training.interrupt import DeferredInterrupt
+from smart_decoding.training.interrupt import deferred_interrupt
 from smart_decoding.training.objective import Objective, SoftCrossEntropy, append_choices
 
 if TYPE_CHECKING:
@@ -174,11 +174,11 @@ class Trainer:
             tqdm(
                 total=round(limit), initial=round(self.elapsed), unit="s", desc="training the head"
             ) as bar,
-            DeferredInterrupt() as interrupt,  # a step that is half done must not be saved
+            deferred_interrupt() as interrupt,  # a step that is half done must not be saved
         ):
             batches = self._batches()
             last_saved = time.monotonic()
-            while self.elapsed < limit and not interrupt.asked:
+            while self.elapsed < limit and not interrupt.is_set():
                 started = time.monotonic()
                 loss = self._step(next(batches))
                 self.elapsed += time.monotonic() - started
@@ -189,7 +189,7 @@ class Trainer:
                     self._save_state()
                     last_saved = time.monotonic()
             self._save_state()
-        if interrupt.asked:
+        if interrupt.is_set():
             raise KeyboardInterrupt
         figures = self.evaluate()
         self._export(figures)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from smart_decoding.engine.kv import PAGE, Ints
 from smart_decoding.engine.protocols import TargetScores
 from smart_decoding.models.noise import uniform_bits
-from smart_decoding.models.sampler import Sampled, Sampler
+from smart_decoding.models.sampler import Sampler
 
 if TYPE_CHECKING:
     from smart_decoding.core.tree import IntArray
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 EMPTY = -1  # token and position of a slot that was never written
 
 
-class FakeTarget(Sampled):
+class FakeTarget(Sampler):
     """`pages` KV pages; `spread`: difference between the largest and smallest logit. Features are
     (token, position)."""
 
@@ -46,7 +46,6 @@ class FakeTarget(Sampled):
         self.max_positions = max_positions
         self._spread = spread
         self.slots = np.full((pages * PAGE, 2), EMPTY, np.int64)
-        self.sampler = Sampler(vocab)
         self.rows = 0  # of all forwards so far
 
     def verify(self, rows: Rows, aux_layers: tuple[int, ...]) -> TargetScores:

@@ -182,7 +182,7 @@ def test_processed_greedy_is_transformers_argmax(name):
     for seed in range(40):
         logits = small_logits(seed)
         expected = int(transformers_scores(logits, params).argmax())
-        assert Sampler(VOCAB).sample(logits[None], [0], [spec_for(params)]).tolist() == [expected]
+        assert Sampler().sample(logits[None], [0], [spec_for(params)]).tolist() == [expected]
 
 
 @pytest.mark.parametrize(
@@ -220,7 +220,7 @@ def mixed_specs(rows: int) -> list[SampleSpec]:
 
 def test_a_row_alone_equals_the_row_within_any_batch():
     logits = torch.randn(38, 3000, generator=torch.Generator().manual_seed(2)) * 3
-    sampler = Sampler(3000)
+    sampler = Sampler()
     specs = mixed_specs(38)
     together = sampler.sample(logits, range(38), specs)
     alone = [int(sampler.sample(logits[i : i + 1], [0], [specs[i]])[0]) for i in range(38)]
@@ -235,7 +235,7 @@ def test_a_row_alone_equals_the_row_within_any_batch():
 def test_logits_are_left_unchanged():
     logits = torch.randn(19, VOCAB)
     before = logits.clone()
-    Sampler(VOCAB).sample(logits, range(19), mixed_specs(19))
+    Sampler().sample(logits, range(19), mixed_specs(19))
     assert torch.equal(logits, before)
 
 
@@ -285,10 +285,10 @@ def test_ties_go_to_the_lowest_id(dtype):
     logits = torch.zeros(3, 5000, dtype=dtype)
     logits[0, [4000, 17, 2500]] = 3.0
     logits[1, [4999, 4998]] = 1.0
-    assert Sampler(5000).argmax(logits).tolist() == [17, 4998, 0]
+    assert Sampler().argmax(logits).tolist() == [17, 4998, 0]
     assert _first_maximum(logits).tolist() == [17, 4998, 0]  # where there are no kernels
     specs = [SampleSpec(SamplingParams(temperature=0, logit_bias={1: -1.0}))] * 3
-    assert Sampler(5000).sample(logits, [0, 1, 2], specs).tolist() == [17, 4998, 0]
+    assert Sampler().sample(logits, [0, 1, 2], specs).tolist() == [17, 4998, 0]
 
 
 def test_tokens_that_tie_at_the_boundary_all_survive():
@@ -333,12 +333,12 @@ def test_logits_without_a_finite_maximum_are_refused(bad, options):
     logits = torch.zeros(2, VOCAB)
     logits[1] = bad
     with pytest.raises(ModelError, match="NaN or infinite"):
-        Sampler(VOCAB).sample(logits, [0, 1], [SampleSpec(SamplingParams(**options))] * 2)
+        Sampler().sample(logits, [0, 1], [SampleSpec(SamplingParams(**options))] * 2)
 
 
 def test_specs_must_match_the_rows():
     with pytest.raises(ValueError, match="2 rows but 1 specs"):
-        Sampler(VOCAB).sample(torch.zeros(2, VOCAB), [0, 1], [SampleSpec(SamplingParams())])
+        Sampler().sample(torch.zeros(2, VOCAB), [0, 1], [SampleSpec(SamplingParams())])
 
 
 @pytest.mark.parametrize("k", [0, 1, 5, -1])
@@ -346,7 +346,7 @@ def test_logprobs_are_the_raw_log_softmax(k):
     logits = torch.randn(4, VOCAB, generator=torch.Generator().manual_seed(5)) * 3
     tokens = [7, int(logits[3].argmax())]
     expected = torch.log_softmax(logits.double(), -1)
-    for row, found in zip([1, 3], Sampler(VOCAB).logprobs(logits, [1, 3], tokens, k), strict=True):
+    for row, found in zip([1, 3], Sampler().logprobs(logits, [1, 3], tokens, k), strict=True):
         values, ids = expected[row].sort(descending=True)
         size = VOCAB if k < 0 else k
         assert found.top_tokens.tolist() == ids[:size].tolist()

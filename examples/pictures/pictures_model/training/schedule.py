@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from smart_decoding.files import whole
-from smart_decoding.training.interrupt import DeferredInterrupt
+from smart_decoding.training.interrupt import deferred_interrupt
 
 COOL_DOWN = 0.3  # share of the steps in which the rate falls to nothing
 
@@ -43,8 +43,8 @@ class Stage:
         optimisers = self._optimisers()
         step, seconds = self._resume(folder, optimisers)
         last_saved = last_said = time.monotonic()
-        with DeferredInterrupt() as interrupt:
-            while step < self.steps and not interrupt.asked:
+        with deferred_interrupt() as interrupt:
+            while step < self.steps and not interrupt.is_set():
                 started = time.process_time()
                 figures = self._step(step, optimisers)
                 step += 1
@@ -57,7 +57,7 @@ class Stage:
                     )
                     last_said = time.monotonic()
                 if (
-                    interrupt.asked
+                    interrupt.is_set()
                     or step == self.steps
                     or time.monotonic() - last_saved > self.save_every
                 ):

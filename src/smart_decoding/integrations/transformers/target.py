@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from smart_decoding.engine.protocols import TargetScores, VerifyRound
 from smart_decoding.integrations.transformers.aux_hidden import AuxHidden
 from smart_decoding.integrations.transformers.cache import Layout, SlotCache, lay_out
-from smart_decoding.models.sampler import Sampled, Sampler
+from smart_decoding.models.sampler import Sampler
 
 if TYPE_CHECKING:
     from smart_decoding.core.tree import IntArray
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 UNEVEN = 4  # groups with so many times more rows than the smallest go into another forward
 
 
-class HostTarget(Sampled):
+class HostTarget(Sampler):
     """A text model, whose keys lie in a `SlotCache`.
 
     tree: whether the model takes a mask [groups, 1, queries, keys]; else rows must be chains, under
@@ -55,7 +55,6 @@ class HostTarget(Sampled):
         self.cache = SlotCache(layers)
         self._layers = layers
         self._aux_hidden: AuxHidden | None = None
-        self.sampler = Sampler(self.vocab)
         self._takes = frozenset(inspect.signature(model.forward).parameters)
 
     def verify(self, rows: Rows, aux_layers: tuple[int, ...]) -> TargetScores:
@@ -144,7 +143,7 @@ class HostTarget(Sampled):
         """The tokens that the call's processors and settings choose."""
         assert self.host is not None
         rows = torch.from_numpy(which).to(logits.device)
-        return self.host.draw(logits[rows], specs, self.sampler)
+        return self.host.draw(logits[rows], specs, Sampler())
 
     def move(self, source: Ints, target: Ints) -> None:
         """Copies KV slots source[i] -> target[i]."""
