@@ -4,12 +4,10 @@ and a whole drafting in one call (drafting.cpp)."""
 from __future__ import annotations
 
 import time
-from ctypes import Structure, addressof, byref
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from ctypes import Structure, byref
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
 
 from smart_decoding.core.calibration import DEPTHS, FINE, FINE_OF, KINDS
 from smart_decoding.core.rule import NO_NODES
@@ -27,11 +25,10 @@ from smart_decoding.core.selection import (
 from smart_decoding.core.tree import DraftTrees
 from smart_decoding.engine.protocols import Grown
 from smart_decoding.kernels import abi, library
-from smart_decoding.kernels.memory import address, address_or_none
+from smart_decoding.kernels.memory import address
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-    from torch import Tensor
 
     from smart_decoding.core.rule import TreeRule
     from smart_decoding.core.tree import IntArray
@@ -41,30 +38,21 @@ Calibration = abi.structure("Calibration")
 Costs = abi.structure("Costs")
 Choice = abi.structure("Choice")
 Rule = abi.structure("Rule")
-Growth = abi.structure("Growth")
 _BEST, _RATE, _TOPOLOGY, _MARGINAL_RATIO = range(4)  # as in abi.h
 _CALIBRATION = Calibration(None, address(FINE_OF), len(FINE_OF) - 1, FINE, DEPTHS, KINDS)
 
 
-@dataclass(frozen=True, slots=True)
-class FirstLevel:
+class FirstLevel(NamedTuple):
     """How the first level of a round runs, and what further levels need.
 
-    rows, level: as smart_draft takes them. slots: where the keys of expanded nodes go. scale:
-    [batch] on the logits, and noise: [batch, levels] its keys, as for smart_top_k, or None. A head
-    with its cache (keys, values), or else a model and the ids of its tokens [vocab]."""
+    rows, level: as smart_draft takes them. growth: who drafts, and how. slots: for the keys of
+    expanded nodes. alive: what must be as long as this is."""
 
     rows: Structure
     level: Structure
+    growth: Structure
     slots: range
-    scale: NDArray[np.float32] | None
-    noise: NDArray[np.uint64] | None
-    head: Structure | None = None
-    bf16: bool = False
-    keys: Tensor | None = None
-    values: Tensor | None = None
-    model: Structure | None = None
-    tokens: Tensor | None = None
+    alive: object
 
 
 class NativeSelection:
@@ -114,8 +102,11 @@ class NativeSelection:
         kept_count = np.zeros(1, np.int64)
         expanded = np.zeros(rule.levels, np.int64)
         seconds = np.zeros(rule.levels + 1)  # of each level, and of choosing
+        first.growth.expanded = address(expanded)
+        first.growth.seconds = address(seconds)
+        first.growth.choosing = address(seconds) + seconds.itemsize * rule.levels
         levels = self._library.smart_grow(
-            byref(_growth(first, expanded, seconds)),
+            byref(first.growth),
             byref(self._of(rule, given)),
             byref(first.rows),
             byref(first.level),
@@ -264,28 +255,3 @@ def _with_room(given: DraftTrees, rule: TreeRule, first: FirstLevel) -> DraftTre
 def _trees(trees: DraftTrees) -> Structure:
     room = trees.ints.shape[1]
     return Trees(len(trees), trees.batch, room, address(trees.ints), address(trees.floats))
-
-
-def _growth(first: FirstLevel, expanded: IntArray, seconds: NDArray[np.float64]) -> Structure:
-    """How a round runs, whose results smart_grow writes to `expanded` and `seconds`."""
-    growth = Growth(
-        first_slot=first.slots.start,
-        slots=len(first.slots),
-        scale=address_or_none(first.scale),
-        noise=address_or_none(first.noise),
-        threads=torch.get_num_threads(),
-        expanded=address(expanded),
-        seconds=address(seconds),
-        choosing=address(seconds) + seconds.itemsize * len(expanded),
-    )
-    if first.head is not None and first.keys is not None and first.values is not None:
-        growth.head = addressof(first.head)
-        growth.keys = first.keys.data_ptr()
-        growth.values = first.values.data_ptr()
-        growth.pages = first.keys.shape[-3]
-        growth.w_bf16 = first.bf16
-        growth.kv_bf16 = first.keys.dtype == torch.bfloat16
-    if first.model is not None and first.tokens is not None:
-        growth.model = addressof(first.model)
-        growth.tokens = first.tokens.data_ptr()
-    return growth

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import ChainMap
+from ctypes import addressof
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -10,12 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from smart_decoding.kernels.selection import FirstLevel, NativeSelection
+from smart_decoding.kernels.selection import NativeSelection
 from smart_decoding.models.decoder import RoundingDecoder
 from smart_decoding.models.kernel_check import use_native
-from smart_decoding.models.native_level import LevelCall
-from smart_decoding.models.ranking import noise_of_levels, ranked
-from smart_decoding.models.rows import native_rows
+from smart_decoding.models.native_level import LevelCall, first_level
+from smart_decoding.models.ranking import ranked
 from smart_decoding.models.target import TorchTarget, fitting_memory
 
 if TYPE_CHECKING:
@@ -98,13 +98,6 @@ class DraftModel:
             return self._selection.grow(rule, given, None)
         k = min(rule.children, self.config.vocab)
         call = LevelCall(True, growth.rows, None, given.batch, k)
-        native = native_rows(growth.rows, *self._decoder.rotary)
-        first = FirstLevel(
-            native.struct,
-            call.struct,
-            growth.slots,
-            *noise_of_levels(growth.asked, rule.levels),
-            model=self._decoder.model.struct,
-            tokens=self._tokens,
-        )
+        drafts = {"model": addressof(self._decoder.model.struct), "tokens": self._tokens.data_ptr()}
+        first = first_level(growth, call, self._decoder.rotary, rule.levels, **drafts)
         return self._selection.grow(rule, given, first)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from ctypes import Structure
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -88,16 +88,18 @@ class NativeLevel:
         k = min(rule.children, self._children)
         call = LevelCall(True, growth.rows, row_addresses(kept), batch, k)
         call.struct.out = self._outputs.data_ptr()
-        native = native_rows(growth.rows, *self.cache.rotary)
-        first = FirstLevel(
-            native.struct,
-            call.struct,
-            growth.slots,
-            *noise_of_levels(growth.asked, rule.levels),
-            head=self._head,
-            bf16=self._bf16,
-            keys=self.cache.kv.keys,
-            values=self.cache.kv.values,
+        kv = self.cache.kv
+        first = first_level(
+            growth,
+            call,
+            self.cache.rotary,
+            rule.levels,
+            head=ctypes.addressof(self._head),
+            keys=kv.keys.data_ptr(),
+            values=kv.values.data_ptr(),
+            pages=kv.keys.shape[-3],
+            w_bf16=self._bf16,
+            kv_bf16=kv.keys.dtype == torch.bfloat16,
         )
         grown = self._selection.grow(rule, given, first)
         self._count = batch + sum(grown.expanded)
@@ -145,6 +147,23 @@ class LevelCall:
             tokens=address(self.tokens),
             probs=address(self.probs),
         )
+
+
+def first_level(
+    growth: Growth, call: LevelCall, rotary: tuple[Tensor, Tensor], levels: int, **drafts: Any
+) -> FirstLevel:
+    """A round's first level. drafts: the fields of the structure Growth that say who drafts."""
+    native = native_rows(growth.rows, *rotary)
+    scale, noise = noise_of_levels(growth.asked, levels)
+    struct = kernels.Growth(
+        first_slot=growth.slots.start,
+        slots=len(growth.slots),
+        scale=address_or_none(scale),
+        noise=address_or_none(noise),
+        threads=torch.get_num_threads(),
+        **drafts,
+    )
+    return FirstLevel(native.struct, call.struct, struct, growth.slots, (native, scale, noise))
 
 
 def _structure(weights: HeadWeights) -> tuple[Structure, tuple[object, ...]]:
