@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from smart_decoding.core.tree import DraftTrees
 
 if TYPE_CHECKING:
     from smart_decoding.core.rule import TreeRule
-    from smart_decoding.core.tree import DraftTrees, IntArray
+    from smart_decoding.core.tree import IntArray
     from smart_decoding.engine.protocols import Features, Grow, Logits
     from smart_decoding.engine.request import Request
+
+
+def free_trees(batch: int, owner: IntArray, *columns: Any) -> DraftTrees:
+    """Trees of a drafter without a model, whose nodes cannot be expanded: source 0 is a model's."""
+    unknown = np.full(len(owner), np.nan)
+    return DraftTrees(batch, owner, *columns, unknown, np.ones(len(owner), np.int64))
 
 
 class FreeDrafter:

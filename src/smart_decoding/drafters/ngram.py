@@ -15,7 +15,7 @@ import numpy as np
 
 from smart_decoding.core.policies.base import require_int
 from smart_decoding.core.tree import ROOT, DraftTrees
-from smart_decoding.drafters.free import FreeDrafter
+from smart_decoding.drafters.free import FreeDrafter, free_trees
 from smart_decoding.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -160,23 +160,8 @@ class NgramDrafter(FreeDrafter):
                 rows.append((token, above, depth, draft, path))
         if not rows:
             return DraftTrees.empty(len(requests))
-        tokens, parents, depths, drafts, paths = (
-            np.array(column) for column in zip(*rows, strict=True)
-        )
-        # Source 0 is kept for the drafter with a model, the one whose nodes can be expanded.
-        accept_prob = np.full(len(rows), np.nan)
-        source = np.ones(len(rows), np.int64)
-        return DraftTrees(
-            len(requests),
-            np.array(owner),
-            tokens,
-            parents,
-            depths,
-            drafts,
-            paths,
-            accept_prob,
-            source,
-        )
+        columns = (np.array(column) for column in zip(*rows, strict=True))
+        return free_trees(len(requests), np.array(owner), *columns)
 
     def extend(
         self, request: Request, features: Features, first: int, tokens: Sequence[int]

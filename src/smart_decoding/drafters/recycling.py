@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from smart_decoding.core.policies.base import require_int
 from smart_decoding.core.tree import ROOT, DraftTrees, FloatArray, IntArray
-from smart_decoding.drafters.free import FreeDrafter
+from smart_decoding.drafters.free import FreeDrafter, free_trees
 from smart_decoding.engine.protocols import Logits
 
 if TYPE_CHECKING:
@@ -117,9 +117,4 @@ class RecyclingDrafter(FreeDrafter):
         above = parent[owner, column]
         above = np.where(above == ROOT, ROOT, number[owner, above])
         at = (owner, column)
-        blank = np.full(len(owner), np.nan)
-        # Source 0 is kept for the drafter with a model, the one whose nodes can be expanded.
-        source = np.ones(len(owner), np.int64)
-        return DraftTrees(
-            len(token), owner, token[at], above, depth[at], draft[at], path[at], blank, source
-        )
+        return free_trees(len(token), owner, token[at], above, depth[at], draft[at], path[at])

@@ -32,10 +32,10 @@ def split(messages: Sequence[Message]) -> tuple[list[dict[str, Any]], list[Pictu
     """The messages with every content as a list of {type: text, text}, {type: image} and {type:
     video}, and the pictures. Raises ConfigError for parts that are malformed or of another type."""
     pictures: list[PictureSource] = []
-    plain = []
-    for message in messages:
-        parts = [_plain(part, pictures) for part in _parts(message.get("content"))]
-        plain.append({**message, "content": parts})
+    plain = [
+        {**each, "content": [_plain(part, pictures) for part in _parts(each.get("content"))]}
+        for each in messages
+    ]
     return plain, pictures
 
 

@@ -37,15 +37,10 @@ def profile_path(
     knows; steps: of its costs over rows."""
     machine = _cpu() + (torch.cuda.get_device_name(device) if device.type == "cuda" else "")
     native = library.identity() if library.unavailable() is None else ""
-    parts = [
-        str(VERSION),
-        torch.__version__,
-        json.dumps(dict(weights), sort_keys=True),
-        str(dtype),
-        machine,
-    ]
-    parts += [head, native, str(torch.get_num_threads()), str(longest), str(tuple(steps))]
-    key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+    model = json.dumps(dict(weights), sort_keys=True)
+    parts = [VERSION, torch.__version__, model, dtype, machine, head, native]
+    parts += [torch.get_num_threads(), longest, tuple(steps)]
+    key = hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:16]
     return cache_dir() / "profiles" / f"{key}.json"
 
 
