@@ -40,7 +40,7 @@ log = logging.getLogger("smart.models")
 
 _SHARD = 1 << 30  # bytes of weights held in memory before they are written
 _MARKER = "verified"
-_TENSORS = "tensors.json"
+TENSORS = "tensors.json"
 _FLOATS = {"F32": np.float32, "F16": np.float16}
 MatrixT = TypeVar("MatrixT", torch.Tensor, QuantizedTensor, Matrix)
 _NAMES = {
@@ -89,9 +89,9 @@ class StoredWeights(Weights[Matrix]):
 
     folder: of `converted_folder`. Raises ModelError for a file that is shorter than it was."""
 
-    def __init__(self, path: Path, folder: Path) -> None:
+    def __init__(self, path: Path, index: Mapping[str, Any]) -> None:
         self._path = path
-        self._index = read_json(folder / _TENSORS)
+        self._index = index
         self.shapes = {name: tuple(entry["shape"]) for name, entry in self._index.items()}
 
     def __getitem__(self, name: str) -> Matrix:
@@ -180,12 +180,13 @@ def _convert(
     need = 0 if stored else 2 * sum(int(tensor.n_elements) for tensor in tensors.values())
     with scratch(need) as part:
         record = {"source": source.path.name}
-        (part / _TENSORS).write_text(json.dumps(_index(config, tensors)))
+        index = _index(config, tensors)
         if stored:
+            (part / TENSORS).write_text(json.dumps(index))
             progress(1.0)
         else:
             record["source_sha256"] = source.sha256 or sha256_of(source.path)
-            _write_weights(StoredWeights(source.path, part), part, record, progress)
+            _write_weights(StoredWeights(source.path, index), part, record, progress)
         tokenizer.save(part)
         (part / "config.json").write_text(json.dumps(config.to_hf(), indent=1))
         write_record(part, record)

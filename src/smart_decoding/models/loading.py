@@ -17,7 +17,7 @@ from smart_decoding.files import read_json, reading
 from smart_decoding.kernels.weights import Matrix, QuantizedTensor
 from smart_decoding.models import vision
 from smart_decoding.models.config import ModelConfig, token_ids
-from smart_decoding.models.gguf import StoredWeights, converted_folder
+from smart_decoding.models.gguf import TENSORS, StoredWeights, converted_folder
 from smart_decoding.models.gptq import GroupedWeights, scheme_of
 from smart_decoding.models.registry import Source, resolve
 from smart_decoding.models.rounding import RoundedWeights
@@ -74,7 +74,7 @@ def load_checkpoint(
     is_file = source.path != folder
     weights: Weights[Any]
     if is_file and stored:
-        weights = StoredWeights(source.path, folder)
+        weights = StoredWeights(source.path, read_json(folder / TENSORS))
     elif scheme is None:
         weights = open_weights(folder, trust_pickle)
     else:
