@@ -110,15 +110,11 @@ class EagleDrafter(LevelDrafter[Pairs]):
         key = self._keys(request, state, page + 1)[-1]
         self._ends[request.table.pages[page]] = key, self._head.take(features, np.array([row]))
 
-    def start(self, requests: Sequence[Request], rule: TreeRule) -> DraftTrees:
-        """The first level, with the features of all rounds before."""
+    def _waiting_rows(
+        self, requests: Sequence[Request], states: Sequence[Pairs]
+    ) -> tuple[Rows, IntArray]:
         self._share_out()
-        return super().start(requests, rule)
-
-    def grow_beside(self, given: DraftTrees, requests: Sequence[Request], rule: TreeRule) -> Grown:
-        """The same, with the features of all rounds before."""
-        self._share_out()
-        return super().grow_beside(given, requests, rule)
+        return super()._waiting_rows(requests, states)
 
     def _grow(
         self, rule: TreeRule, given: DraftTrees, growth: Growth | None, states: Sequence[Pairs]

@@ -41,13 +41,9 @@ class Checkpoint:
     in_bytes: bool = False
 
 
-def _accept(config: ModelConfig) -> None:
-    """Takes any."""
-
-
 def load_checkpoint(
     path_or_name: str | Path | Source,
-    check: Callable[[ModelConfig], None] = _accept,
+    check: Callable[[ModelConfig], None] = lambda config: None,
     quantization: str | None = "off",
     trust_pickle: bool = False,
 ) -> Checkpoint:
