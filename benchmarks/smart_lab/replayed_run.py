@@ -196,7 +196,7 @@ def run(options: LabOptions) -> dict[str, Any]:
         "runs": runs,
         "cost": bench.cost.to_dict(),
         "limits": bench.limits,
-        "memory": memory(bench.sizes.weights * bench.sizes.item, bench.target.kv_bytes),
+        "memory": memory(bench.sizes.weights * bench.sizes.item, bench.target.decoder.kv.bytes),
     }
 
 

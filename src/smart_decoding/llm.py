@@ -83,6 +83,7 @@ class LLM:
         self.tokenizer = _tokenizer(args, checkpoint)
         # of generation_config.json
         self.default_sampling_params = args.sampling_defaults(checkpoint.tokenizer_source)
+        self.supports_images = checkpoint.vision is not None
         self._prompts = _prompts(args, checkpoint, self.tokenizer)
         longest = args.longest(checkpoint.config.max_positions)
         self.tokenizer.context = longest
@@ -278,11 +279,6 @@ class LLM:
     def get_metrics(self) -> list[Metric]:
         """What has been done so far, in vLLM's names; see engine/metrics.py."""
         return self.record.metrics(self.engine)
-
-    @property
-    def supports_images(self) -> bool:
-        """Whether the model reads images, too."""
-        return isinstance(self._prompts, PromptBuilder)
 
     def chat_prompt(
         self,

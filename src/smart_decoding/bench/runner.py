@@ -64,7 +64,7 @@ def run(options: BenchOptions, kind: Callable[..., Bench] | None = None) -> dict
         **result,
         "cost": bench.cost.to_dict() if bench.cost else None,
         "limits": bench.limits,
-        "memory": memory(sizes.weights * sizes.item, llm.target.kv_bytes),
+        "memory": memory(sizes.weights * sizes.item, llm.target.decoder.kv.bytes),
     }
 
 

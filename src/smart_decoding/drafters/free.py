@@ -16,10 +16,13 @@ if TYPE_CHECKING:
     from smart_decoding.engine.request import Request
 
 
-def free_trees(batch: int, owner: IntArray, *columns: Any) -> DraftTrees:
-    """Trees of a drafter without a model, whose nodes cannot be expanded: source 0 is a model's."""
+def free_trees(batch: int, nodes: Sequence[Any]) -> DraftTrees:
+    """Trees of a drafter without a model, whose nodes cannot be expanded: source 0 is a model's.
+    nodes: owner, token, parent, depth, draft_prob and path_prob, [nodes] each."""
+    owner, token, parent, depth, draft, path = nodes
     unknown = np.full(len(owner), np.nan)
-    return DraftTrees(batch, owner, *columns, unknown, np.ones(len(owner), np.int64))
+    source = np.ones(len(owner), np.int64)
+    return DraftTrees(batch, owner, token, parent, depth, draft, path, unknown, source)
 
 
 class FreeDrafter:

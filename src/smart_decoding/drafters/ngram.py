@@ -161,7 +161,7 @@ class NgramDrafter(FreeDrafter):
         if not rows:
             return DraftTrees.empty(len(requests))
         columns = (np.array(column) for column in zip(*rows, strict=True))
-        return free_trees(len(requests), np.array(owner), *columns)
+        return free_trees(len(requests), (owner, *columns))
 
     def extend(
         self, request: Request, features: Features, first: int, tokens: Sequence[int]

@@ -117,4 +117,5 @@ class RecyclingDrafter(FreeDrafter):
         above = parent[owner, column]
         above = np.where(above == ROOT, ROOT, number[owner, above])
         at = (owner, column)
-        return free_trees(len(token), owner, token[at], above, depth[at], draft[at], path[at])
+        nodes = (owner, token[at], above, depth[at], draft[at], path[at])
+        return free_trees(len(token), nodes)

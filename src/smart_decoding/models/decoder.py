@@ -98,7 +98,8 @@ class Decoder:
         output = embedding if config.tie_embeddings else get("lm_head.weight")
         norm = as_tensor(get("model.norm.weight"))
         self.head = Linear(output, self.native, arena, norm, config.rms_eps)
-        self._embedding = None if config.tie_embeddings else self._table(embedding, arena)
+        tied = config.tie_embeddings
+        self.embedding: Linear | Tensor = self.head if tied else self._table(embedding, arena)
         self.final_norm: Tensor | None = norm
         self.rotary = rotary_table(config, positions, device)
         axes = np.repeat(np.arange(3), config.mrope) if config.mrope else None
@@ -143,11 +144,6 @@ class Decoder:
         if self.native:
             return (kernels.pass_rows(self.dtype == torch.bfloat16),)
         return BUCKETS if isinstance(self._layers, GraphedLayers) else ()
-
-    @property
-    def embedding(self) -> Linear | Tensor:
-        """The embeddings: the table, or the output matrix where that is the same."""
-        return self.head if self._embedding is None else self._embedding
 
     def embed(self, token: Tensor) -> Tensor:
         """Token embeddings [n, hidden] in the working dtype."""

@@ -64,17 +64,8 @@ class EagleHead:
             self.levels = NativeLevel(weights)
         else:
             self.levels = (Eagle2Levels if files.fused else Eagle3Levels)(weights)
+        self.grows = isinstance(self.levels, NativeLevel)  # all levels of a round in one call
         self.allocate(pages + scratch_pages, positions)
-
-    @property
-    def work_dtype(self) -> torch.dtype:
-        """Of the aux hidden states and activations."""
-        return self._target.work_dtype
-
-    @property
-    def grows(self) -> bool:
-        """Whether `grow` runs all levels of a round in one call."""
-        return isinstance(self.levels, NativeLevel)
 
     def allocate(self, pages: int, positions: int) -> None:
         """Makes room for keys, anew, and for positions below `positions`."""
@@ -115,4 +106,4 @@ class EagleHead:
     def blank(self, rows: int) -> Tensor:
         """Aux hidden states of `rows` rows, of arbitrary content."""
         width = len(self.aux_layers) * self._target.config.hidden
-        return torch.ones(rows, width, dtype=self.work_dtype, device=self._target.device)
+        return torch.ones(rows, width, dtype=self._target.work_dtype, device=self._target.device)

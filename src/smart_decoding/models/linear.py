@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from smart_decoding.kernels import ops as kernels
-from smart_decoding.kernels.weights import Arena, Matrix, PackedWeight, as_tensor, pack, unpack
+from smart_decoding.kernels.weights import Arena, Matrix, as_tensor, pack, unpack
 from smart_decoding.models.torch_layers import rms_norm
 
 
@@ -33,7 +33,7 @@ class Linear:
             self._weight = as_tensor(weight)
             return
         arena = arena or Arena(0)
-        self._packed = pack([weight], arena)
+        self.packed = pack([weight], arena)
         self._hint = arena.hint
         self._norm = None if norm is None else norm.float().contiguous()
         self.bias = None if bias is None else bias.float().contiguous()
@@ -42,13 +42,8 @@ class Linear:
         """[rows, in] -> [rows, out]; float32 on the CPU kernels, else in the weight's dtype."""
         if self._native:
             norm = None if self._norm is None else (self._norm, self._eps)
-            return kernels.linear(x, self._packed, norm, self.bias, hint=self._hint)
+            return kernels.linear(x, self.packed, norm, self.bias, hint=self._hint)
         return F.linear(rms_norm(x, self._norm, self._eps), self._weight, self.bias)
-
-    @property
-    def packed(self) -> PackedWeight:
-        """The packed weight on the CPU kernels."""
-        return self._packed
 
     def without_norm(self) -> Linear:
         """The same map without the norm before it, sharing the weight."""
@@ -61,4 +56,4 @@ class Linear:
         embeddings a second copy."""
         if not self._native:
             return self._weight[index]
-        return unpack(self._packed, index)
+        return unpack(self.packed, index)

@@ -41,7 +41,7 @@ class NativeModel:
     ) -> None:
         norm = final_norm.float().contiguous()
         self._keep = (layers, norm, embedding, output, kv, rotary)
-        self._model = _model(layers, embedding, output, norm, kv)
+        self.struct = _model(layers, embedding, output, norm, kv)
         first = layers.structs[0]
         self._hidden = first.hidden
         self._vocab = output.rows
@@ -57,11 +57,6 @@ class NativeModel:
             sine=rotary[1].data_ptr(),
             seconds=address(self._seconds),
         )
-
-    @property
-    def struct(self) -> Structure:
-        """The structure Model, valid as long as this is."""
-        return self._model
 
     def forward(
         self,
@@ -86,7 +81,7 @@ class NativeModel:
         what.wanted_count = count
         what.wanted = address_or_none(wanted)
         what.embeddings = address_or_none(embeddings)
-        kernels.forward(self._model, rows, what)
+        kernels.forward(self.struct, rows, what)
         del alive  # until here
         states = None if aux_hidden is None else torch.from_numpy(aux_hidden)
         return logits, states, best
@@ -110,7 +105,7 @@ class NativeModel:
         aux_hidden = self._prepare(rows, batch.aux_layers)
         self._pass.wanted = self._pass.embeddings = None
         self._pass.logits = pointer(logits)
-        decided = kernels.verify_round(self._model, struct, self._pass)
+        decided = kernels.verify_round(self.struct, struct, self._pass)
         acceptance = _acceptance(found, requests) if decided else None
         scores = TargetScores(logits, aux_hidden)
         return NativeRound(

@@ -113,20 +113,11 @@ class TorchTarget(Sampler):
                 self.graphs,
             )
         self.vocab = config.vocab
+        self.steps = self.decoder.steps
         self.max_positions = max_model_len
         self.eos_token_ids = config.eos_token_ids
         whole = self.decoder.model is not None
         self.verify_round: VerifyRound | None = self._verify_round if whole else None
-
-    @property
-    def steps(self) -> tuple[int, ...]:
-        """Row counts beyond which one more row costs a step, where they are known."""
-        return self.decoder.steps
-
-    @property
-    def kv_bytes(self) -> int:
-        """Of keys and values."""
-        return self.decoder.kv.bytes
 
     def verify(self, rows: Rows, aux_layers: tuple[int, ...]) -> TargetScores:
         """See `Target`."""
