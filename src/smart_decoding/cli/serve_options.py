@@ -105,7 +105,9 @@ OPTIONS = {
         Option("max-n", int, 8, "answers to one prompt"),
     ),
 }
-_ALL = {option.name: option for group in OPTIONS.values() for option in group}
+_MODEL = Option("model", str, DEFAULT_MODEL, "as of the command line")
+_NO_KEY = Option("no-api-key", bool, False, "as of the command line (off)")
+_ALL = {each.name: each for group in ((_MODEL, _NO_KEY), *OPTIONS.values()) for each in group}
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -119,11 +121,8 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def _checked(path: Path, name: str, value: Any) -> Any:
-    if name in ("model", "no-api-key"):
-        good = isinstance(value, bool if name == "no-api-key" else str)
-        return value if good else _refuse(path, name, value)
     if name not in _ALL:
-        known = ", ".join(["model", "no-api-key", *_ALL])
+        known = ", ".join(_ALL)
         raise ConfigError(f"{path} has an unknown option {name!r}; the options: {known}")
     option = _ALL[name]
     if option.kind is key_value:
@@ -152,7 +151,7 @@ def _fits(option: Option, value: Any) -> bool:
 
 
 def _refuse(path: Path, name: str, value: Any) -> Any:
-    choices = _ALL[name].choices if name in _ALL else None
+    choices = _ALL[name].choices
     hint = f"; choose one of: {', '.join(choices)}" if choices else ""
     raise ConfigError(f"{path}: {name} = {value!r} is not allowed{hint}")
 
@@ -162,6 +161,3 @@ def merge(args: argparse.Namespace, file: Mapping[str, Any]) -> None:
     for option in _ALL.values():
         if getattr(args, option.dest) is None:
             setattr(args, option.dest, file.get(option.name, option.default))
-    args.model = args.model or file.get("model", DEFAULT_MODEL)
-    if args.no_api_key is None:
-        args.no_api_key = file.get("no-api-key", False)
