@@ -49,6 +49,7 @@ class EagleHead:
         weights = HeadWeights(files, target)
         self._config = files.shape
         self._target = target
+        self.work_dtype = target.work_dtype  # of aux hidden states and activations
         self.aux_layers = files.aux_layers
         self.supports_images = files.supports_images
         self.draft_ids = weights.draft_ids
@@ -106,4 +107,4 @@ class EagleHead:
     def blank(self, rows: int) -> Tensor:
         """Aux hidden states of `rows` rows, of arbitrary content."""
         width = len(self.aux_layers) * self._target.config.hidden
-        return torch.ones(rows, width, dtype=self._target.work_dtype, device=self._target.device)
+        return torch.ones(rows, width, dtype=self.work_dtype, device=self._target.device)
