@@ -82,7 +82,6 @@ class Decoder:
         native: bool | None = None,
         graphs: bool = True,
     ) -> None:
-
         def get(name: str) -> Matrix:
             return converted(weights[name], dtype, device)
 
