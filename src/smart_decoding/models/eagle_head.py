@@ -65,8 +65,12 @@ class EagleHead:
             self.levels = NativeLevel(weights)
         else:
             self.levels = (Eagle2Levels if files.fused else Eagle3Levels)(weights)
-        self.grows = isinstance(self.levels, NativeLevel)  # all levels of a round in one call
         self.allocate(pages + scratch_pages, positions)
+
+    @property
+    def grows(self) -> bool:
+        """Whether `grow` runs all levels of a round in one call."""
+        return isinstance(self.levels, NativeLevel)
 
     def allocate(self, pages: int, positions: int) -> None:
         """Makes room for keys, anew, and for positions below `positions`."""
