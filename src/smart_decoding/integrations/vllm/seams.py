@@ -200,10 +200,11 @@ def reads(place: str, parameter: str) -> bool:
 def _members(seams: Seams) -> Iterator[str]:
     for place, names in seams.classes.items():
         kind = _imported(place)
-        init = getattr(inspect.unwrap(kind.__init__), "__code__", None)  # it may be decorated
         known = set(getattr(kind, "__dataclass_fields__", ()))
-        if init:
-            known |= {i.argval for i in dis.get_instructions(init) if i.opname == "STORE_ATTR"}
+        for base in getattr(kind, "__mro__", ()):  # ours may already be in the place of vLLM's
+            init = getattr(inspect.unwrap(base.__init__), "__code__", None)  # it may be decorated
+            if init:
+                known |= {i.argval for i in dis.get_instructions(init) if i.opname == "STORE_ATTR"}
         yield from (
             f"{place}.{name}" for name in names if name not in known and not hasattr(kind, name)
         )
