@@ -1,9 +1,9 @@
 """What ten minutes with a GPU must answer (tools/gpu_check.sh), on a machine with torch, Triton and
 numpy only.
 
-Every step is a process of its own with a time limit: one that fails, hangs or is killed leaves what
-it had found, and the next begins. The results so far are in one JSON file after each step. The last
-line sums up:
+Every step is a process of its own with a time limit, its share of what is left: one that fails,
+hangs or is killed leaves what it had found, and the next begins. The results so far are in one JSON
+file after each step. The last line sums up:
 
     GPU_CHECK PASS|FAIL plain/floor=.. smart/eagle2@1,16,64=.. smart/pooled_chain@1,16,64=.. knee=..
 
@@ -52,19 +52,19 @@ RIVALS = ("eagle2", "pooled_chain")  # whose ratios are in the last line
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A step and its time limit in seconds."""
+    """A step, and the seconds that it has if no step before it ends early."""
 
     name: str
     seconds: float
 
 
 STEPS = (
-    Step("limits", 45),
-    Step("parity", 100),
-    Step("decode", 85),
-    Step("curve", 60),
-    Step("replay-eagle3", 150),
-    Step("replay-msd", 150),
+    Step("limits", 40),
+    Step("parity", 95),
+    Step("decode", 80),
+    Step("curve", 55),
+    Step("replay-eagle3", 130),
+    Step("replay-msd", 170),
 )
 
 
@@ -91,8 +91,9 @@ def run_steps(
     """Runs the steps one after another, and keeps what they found, so far, in a file."""
     stop = time.monotonic() + seconds
     write(path, found)
-    for step in steps:
-        left = min(step.seconds, stop - time.monotonic())
+    for number, step in enumerate(steps):
+        share = step.seconds / sum(other.seconds for other in steps[number:])
+        left = share * (stop - time.monotonic())
         if left < min(LEAST, step.seconds):
             found["steps"][step.name] = {"status": "left out: no time was left"}
         else:

@@ -3,11 +3,10 @@ far, again and again; "missing" names what it could not measure."""
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +25,23 @@ from smart_decoding.profiling.measure import verification
 from smart_lab.forwards import median_ms
 from smart_lab.hardware import acceptances
 from smart_lab.options import LabOptions
-from smart_lab.replayed_run import PROFILE_SECONDS, Replay, model_config, random_target
+from smart_lab.replayed_run import (
+    PROFILE_SECONDS,
+    Replay,
+    model_config,
+    need_on_gpu,
+    random_target,
+)
 from smart_lab.simulate import limits_of
 from smart_lab.synthetic import synthetic
-from smart_lab.trace import Trace, write_trace
+from smart_lab.trace import Trace
 
 Found = dict[str, Any]
 MODEL = "llama-3.1-8b"
 CURVE_CONTEXT = 1024
 DTYPE = "bfloat16"
 RISEN = 1.5  # less may be noise
+UTILIZATION = 0.9  # of the GPU's memory
 LAUNCHES = ("LaunchKernel", "GraphLaunch")  # as the CUDA runtime and driver name them
 WAITS = ("cudaStreamSynchronize", "cudaEventSynchronize", "cuStreamSynchronize")
 COPIES = ("cudaMemcpyAsync", "cudaMemcpy", "cuMemcpy")
@@ -209,7 +215,7 @@ def _target(task: Task, pages: int) -> tuple[TorchTarget, int]:
         checkpoint = Checkpoint(config, {}, Path(), {})
         rows = Limits(0, 0, max(ROWS), config.max_positions)
         need = need_of(checkpoint, DTYPES[DTYPE], task.device, rows)
-        pages = min(pages, tokens_beside(need, 0.9, task.device) // PAGE)
+        pages = min(pages, tokens_beside(need, UTILIZATION, task.device) // PAGE)
     length = config.max_positions
     target = random_target(config, DTYPE, task.device, pages, length, allow_slow=True)
     return target, pages
@@ -219,42 +225,71 @@ def replay(task: Task, level: str) -> Iterator[Found]:
     """Whole rounds of all contestants, with a published level of acceptance."""
     scale = task.scale
     known = acceptances()[level]
-    tree = known["tree"]
-    drawn = synthetic(
-        known["tokens_per_round"],
-        answers=scale.answers,
-        length=scale.length,
-        context=min(known["context"], scale.config.max_positions // 4),
-        tree=tree,
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / level
-        write_trace(path, Trace(drawn, {"temperature": 0.0}))
-        options = LabOptions(
-            random_weights=MODEL,
-            replay=path,
-            policies=RIVALS,
-            policy_options=(_setting("eagle2", tree), _setting("paper", limits_of(tree))),
-            batch_sizes=tuple(scale.replayed),
-            dtype=DTYPE,
-            device=task.device.type,
-            allow_slow=True,
-        )
-    bench = Replay(options, Trace(drawn, {}), scale.config, scale.profile_seconds)
+    trace = trace_of(level, scale)
+    options = replay_options(task, level)
+    sizes, missing = that_fit(task, options, trace)
     found: Found = {"source": known["source"], "tokens_per_round": known["tokens_per_round"]}
-    found |= {"runs": [], "missing": [], "cost": bench.cost.to_dict(), "limits": bench.limits}
+    found |= {"runs": [], "missing": missing}
     yield found
-    shares = dict(scale.replayed)
-    for size in scale.replayed:
+    if not sizes:
+        return
+    options = replace(options, batch_sizes=sizes)
+    bench = Replay(options, trace, scale.config, scale.profile_seconds)
+    found |= {"cost": bench.cost.to_dict(), "limits": bench.limits}
+    yield found
+    shares = {size: scale.replayed[size] for size in sizes}
+    for size in sizes:
         left = max(0.0, task.stop - time.perf_counter()) * shares[size] / sum(shares.values())
         del shares[size]
         try:
             runs = bench.runs(size, left)
         except CapacityError as error:
-            found["missing"].append(str(error))
+            missing.append(str(error))
             continue
         found["runs"] += [run for run in runs if run["task"] == POOLED]
         yield found
+
+
+def trace_of(level: str, scale: Scale) -> Trace:
+    """A recording with a published level of acceptance."""
+    known = acceptances()[level]
+    drawn = synthetic(
+        known["tokens_per_round"],
+        answers=scale.answers,
+        length=scale.length,
+        context=min(known["context"], scale.config.max_positions // 4),
+        tree=known["tree"],
+    )
+    return Trace(drawn, {"temperature": 0.0})
+
+
+def replay_options(task: Task, level: str) -> LabOptions:
+    """How a level is replayed."""
+    tree = acceptances()[level]["tree"]
+    return LabOptions(
+        random_weights=MODEL,
+        replay=Path(level),  # its name; the recording is at hand
+        policies=RIVALS,
+        policy_options=(_setting("eagle2", tree), _setting("paper", limits_of(tree))),
+        batch_sizes=tuple(task.scale.replayed),
+        dtype=DTYPE,
+        device=task.device.type,
+        allow_slow=True,
+    )
+
+
+def that_fit(task: Task, options: LabOptions, trace: Trace) -> tuple[tuple[int, ...], list[str]]:
+    """The batch sizes that fit into a GPU's memory, and which do not."""
+    sizes = tuple(options.batch_sizes)
+    if task.device.type == "cpu":
+        return sizes, []
+    needs = {size: need_on_gpu(options, trace, task.scale.config, size) for size in sizes}
+    lacking = {
+        size: f"no memory for batch {size}: {need}"
+        for size, need in needs.items()
+        if need.tokens > tokens_beside(need, UTILIZATION, task.device)
+    }
+    return tuple(size for size in sizes if size not in lacking), [*lacking.values()]
 
 
 def _setting(policy: str, options: Mapping[str, int]) -> str:

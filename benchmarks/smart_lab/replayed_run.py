@@ -13,6 +13,7 @@ knows whose pages it writes.
 from __future__ import annotations
 
 import json
+import math
 import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,16 +36,16 @@ from smart_decoding.engine.engine import Engine, EngineConfig
 from smart_decoding.engine.kv import PAGE
 from smart_decoding.engine.protocols import TargetScores
 from smart_decoding.engine.sampling_params import SamplingParams
-from smart_decoding.engine_args import EngineArgs
 from smart_decoding.errors import ConfigError, ModelError
 from smart_decoding.models.config import ModelConfig
 from smart_decoding.models.eagle_head import EagleHead
 from smart_decoding.models.head_files import HeadFiles
 from smart_decoding.models.loading import Checkpoint
-from smart_decoding.models.target import TorchTarget, device_of, pages_for
+from smart_decoding.models.memory import Limits, Need, need_of
+from smart_decoding.models.target import TorchTarget, device_of, dtype_of, pages_for
 from smart_decoding.profiling.measure import Measurement
 from smart_decoding.profiling.profile import ROUND_OVERHEAD
-from smart_decoding.speculation import SCRATCH_PAGES
+from smart_decoding.speculation import SCRATCH_PAGES, fastest_selection
 from smart_lab.hardware import dimensions
 from smart_lab.options import LabOptions, command_of
 from smart_lab.replay import Source
@@ -61,6 +62,9 @@ if TYPE_CHECKING:
 SCALE = 0.02  # of random weights: activations stay finite through many layers
 DRAFT_VOCAB = 32000  # rows of the head's output matrix, as EAGLE-3's for Llama-3.1-8B
 NODES = 80  # that a request may expand, at any batch size: EAGLE-2 expands 70
+# Prompt tokens in a round: so many that a batch's requests begin together. Where they begin one by
+# one they also end so, a next prompt is in most rounds, and those do not count.
+CHUNK = 16_384
 PROFILE_SECONDS = 10.0
 LABEL = "replayed acceptance"
 
@@ -200,6 +204,43 @@ def run(options: LabOptions) -> dict[str, Any]:
     }
 
 
+def longest_of(trace: Trace) -> int:
+    """Tokens of the longest recorded prompt with its answer."""
+    answers = trace.recording.answers
+    return max(a.prompt_length + max(len(a.tokens) + 1, a.limit) for a in answers)
+
+
+def pages_of(options: LabOptions, trace: Trace, size: int) -> int:
+    """KV pages of a batch size: its contestants hold requests at once."""
+    together = size * options.most_contestants()
+    return pages_for(together * longest_of(trace), together)
+
+
+def need_on_gpu(options: LabOptions, trace: Trace, config: ModelConfig, size: int) -> Need:
+    """Memory that a batch size needs at most. Besides a head, drafting has the features of what
+    each contestant's requests have not drafted on yet, and of the end of each page."""
+    dtype = dtype_of(options.dtype)
+    longest = longest_of(trace)
+    rows = max(size * NODES, CHUNK // 4)  # with logits; a chunk has hardly any
+    need = need_of(
+        Checkpoint(config, {}, Path(), {}),
+        dtype,
+        torch.device("cuda"),
+        Limits(0, 0, rows, longest),
+    )
+    shapes, aux_layers, _ = head_shapes(config, min(DRAFT_VOCAB, config.vocab))
+    feature = len(aux_layers) * config.hidden
+    drafting = len(options.arms) - 1
+    elements = sum(map(math.prod, shapes.values())) + size * drafting * longest * feature
+    of_token = drafting * feature // PAGE + 2 * config.kv_heads * config.head_dim
+    return replace(
+        need,
+        draft=dtype.itemsize * elements,
+        per_token=need.per_token + dtype.itemsize * of_token,
+        tokens=PAGE * pages_of(options, trace, size),
+    )
+
+
 def random_target(
     config: ModelConfig,
     dtype: str,
@@ -223,10 +264,8 @@ class Replay:
         self.options = options
         self.trace = trace
         largest = max(options.batch_sizes)
-        answers = trace.recording.answers
-        longest = max(a.prompt_length + max(len(a.tokens) + 1, a.limit) for a in answers)
-        together = largest * options.most_contestants()
-        self.pages = pages_for(together * longest, together)
+        longest = longest_of(trace)
+        self.pages = pages_of(options, trace, largest)
         self.slots = largest
         self.scratch = max(SCRATCH_PAGES, largest * NODES // PAGE)
         device = device_of(options.device)
@@ -264,8 +303,7 @@ class Replay:
 
     def engines(self) -> dict[str, Engine]:
         """Every contestant by label, the baseline twice; it has no drafter."""
-        chunk = EngineArgs().chunk(self.target.device.type == "cuda")
-        config = EngineConfig(self.pages, self.length, self.slots, chunk, prefix_caching=False)
+        config = EngineConfig(self.pages, self.length, self.slots, CHUNK, prefix_caching=False)
         target: Any = ReplayedTarget(self.target, self.trace)
         engines: dict[str, Engine] = {}
         arms = {arm.label: arm for arm in self.options.arms}
@@ -278,6 +316,7 @@ class Replay:
                 None if arm.policy == BASELINE else drafter,
                 config,
                 lambda skip: lambda ids: " " * len(ids),
+                selection=fastest_selection(),
             )
             engine.share_pages(engines[BASELINE])
         return engines
@@ -322,15 +361,15 @@ def model_config(name: str) -> tuple[str, ModelConfig]:
     )
 
 
-def random_head(
-    config: ModelConfig, draft_vocab: int, device: torch.device | str = "cpu"
-) -> HeadFiles:
-    """An EAGLE-3 head's shapes for a target: one layer over [embedding ; features], three
-    aux_layers, its own output rows."""
+def head_shapes(
+    config: ModelConfig, draft_vocab: int
+) -> tuple[dict[str, tuple[int, ...]], tuple[int, ...], ModelConfig]:
+    """An EAGLE-3 head for a target: the shapes of its tensors, aux_layers, and its one layer, which
+    reads [embedding ; features]; its own output rows."""
     aux_layers = tuple(
         sorted({max(1, config.layers // 8), max(1, config.layers // 2), max(1, config.layers - 2)})
     )
-    shape = replace(
+    layer = replace(
         config, layers=1, qkv_bias=False, o_bias=False, qk_norm=False, tie_embeddings=True
     )
     d = config.hidden
@@ -338,15 +377,23 @@ def random_head(
         "fc.weight": (d, len(aux_layers) * d),
         "norm.weight": (d,),
     }
-    for full, dims in shape.expected_shapes().items():
+    for full, dims in layer.expected_shapes().items():
         if full.startswith("model.layers.0."):
             wide = full.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight"))
             shapes[full.replace("model.layers.0.", "midlayer.")] = (
                 (dims[0], 2 * d) if wide else dims
             )
     shapes |= {"midlayer.hidden_norm.weight": (d,), "lm_head.weight": (draft_vocab, d)}
+    return shapes, aux_layers, layer
+
+
+def random_head(
+    config: ModelConfig, draft_vocab: int, device: torch.device | str = "cpu"
+) -> HeadFiles:
+    """A head of random weights; see `head_shapes`."""
+    shapes, aux_layers, layer = head_shapes(config, draft_vocab)
     weights: dict[str, torch.Tensor] = dict(RandomWeights(shapes, device))
-    return HeadFiles({}, {**weights, "draft_ids": torch.arange(draft_vocab)}, aux_layers, shape)
+    return HeadFiles({}, {**weights, "draft_ids": torch.arange(draft_vocab)}, aux_layers, layer)
 
 
 def _check(trace: Trace, config: ModelConfig) -> None:

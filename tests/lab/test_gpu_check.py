@@ -10,15 +10,17 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from smart_lab import gpu_check
 from smart_lab.gpu_check import Step, main, run_steps, stand_in, verdict
-from smart_lab.gpu_steps import knee_of
+from smart_lab.gpu_steps import Task, knee_of, replay_options, that_fit, trace_of
 from smart_lab.hardware import card, dimensions, roofline
 
 ENDED = {step.name: {"status": "ok"} for step in gpu_check.STEPS}
@@ -130,13 +132,13 @@ def test_steps_that_fail_or_hang_keep_what_they_found_and_end_nothing_else(
     found: dict[str, Any] = {"tiny": False, "steps": {}}
     path = tmp_path / "r.json"
     started = time.monotonic()
-    run_steps(steps, found, path)
+    run_steps(steps, found, path, seconds=80.0)
     assert time.monotonic() - started < 30  # nobody waited for the child
     status = {name: step["status"] for name, step in found["steps"].items()}
     assert status == {
         "limits": "ok",
         "parity": "failed: exit code 1",
-        "decode": "failed: not done within 0 s",
+        "decode": "failed: not done within 1 s",
         "curve": "failed: exit code -6",
         "replay-msd": "failed: no time for batch 64",
     }
@@ -218,3 +220,37 @@ def test_the_knee_is_where_arithmetic_takes_over() -> None:
     h100 = roofline(card("h100"), dimensions("llama-3.1-8b"))
     ms = [1e3 * float(h100.verify_seconds(1, np.array([n]), 1024.0)[0]) for n in rows]
     assert knee_of(rows, ms) == pytest.approx(150, abs=15)
+
+
+@pytest.mark.parametrize(
+    ("gib", "level", "fitting"),
+    [
+        (78.0, "msd", (1, 16, 64)),
+        (78.0, "eagle3", (1, 16, 64)),
+        (44.4, "msd", (1, 16)),
+        (15.0, "msd", ()),
+    ],
+)
+def test_batch_sizes_that_do_not_fit_are_left_out(
+    gib: float, level: str, fitting: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Llama-3.1-8B's shape, by count: cards of 80, 48 and 16 GB."""
+    whole = int(gib * 2**30)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (whole - 600_000_000, whole))
+    task = Task({"tiny": False}, torch.device("cuda"), 0.0)
+    trace = trace_of(level, replace(task.scale, answers=1))
+    sizes, missing = that_fit(task, replay_options(task, level), trace)
+    assert sizes == fitting
+    assert len(missing) == 3 - len(fitting)
+    assert all("no memory for batch" in each for each in missing)
+
+
+def test_a_step_has_its_share_of_what_is_left(
+    scripts: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What others did not need too."""
+    given: list[float] = []
+    monkeypatch.setattr(gpu_check, "_run", lambda name, seconds, found: given.append(seconds))
+    found: dict[str, Any] = {"tiny": False, "steps": {name: {"status": "ok"} for name in "abc"}}
+    run_steps([Step("a", 20), Step("b", 20), Step("c", 60)], found, tmp_path / "r.json", 200.0)
+    assert given == pytest.approx([40, 50, 200], abs=1)

@@ -10,6 +10,7 @@ from smart_decoding.bench import cycles
 from smart_decoding.cli.main import main
 from smart_decoding.core.cost import CostModel
 from smart_decoding.errors import ConfigError
+from smart_decoding.speculation import fastest_selection
 from smart_lab import replayed_run
 from smart_lab.__main__ import LAB
 from smart_lab.options import LabOptions
@@ -90,6 +91,7 @@ def test_answers_are_the_recorded_ones_under_every_policy(folder):
         0.05,
     )
     for label, engine in bench.engines().items():
+        assert type(engine._selection) is type(fastest_selection())  # as of an LLM
         prompts = bench.prompts([0, 1, 2])["recorded"]
         requests = [engine.add_request(str(p.index), p.tokens, p.params)[0] for p in prompts]
         while engine.has_unfinished_requests:

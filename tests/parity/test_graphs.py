@@ -170,6 +170,13 @@ def test_where_recording_fails_kernels_are_launched_one_by_one(
     assert caplog.text.count("no CUDA graphs") == 1
 
 
+def test_split_sums_stay_in_float32() -> None:
+    matmul = torch.backends.cuda.matmul
+    matmul.allow_bf16_reduced_precision_reduction = True
+    decoder("llama", False)
+    assert not matmul.allow_bf16_reduced_precision_reduction
+
+
 def test_a_layers_parts_go_when_they_are_joined() -> None:
     """No two layers' parts are in memory at a time, beside their copies."""
     weights = [layer.weights for layer in decoder("llama", False)._layers.each]
