@@ -120,14 +120,14 @@ $(SGLANG_DIR)/.installed-2:
 	@touch $@
 
 # The GPU path as far as a CPU goes: Triton's kernels by its interpreter and compiled ahead of time, graphs, counts of
-# operations, draws. A test that is skipped fails the target.
+# operations, draws, the check of a GPU, the floor. A test that is skipped fails the target.
 TRITON_DIR ?= .triton
 test-gpu-path: env $(TRITON_DIR)/.installed
 	SMART_NO_SKIPS=1 PYTHONPATH=$(TRITON_DIR)$(if $(PYTHONPATH),:$(PYTHONPATH)) TRITON_INTERPRET=1 \
-		$(BIN)/python -m pytest -rs tests/gpu/test_triton.py tests/gpu/test_draws.py tests/gpu/test_gpu_check.py
+		$(BIN)/python -m pytest -n auto -rs tests/gpu/test_triton.py tests/gpu/test_draws.py tests/gpu/test_gpu_check.py
 	SMART_NO_SKIPS=1 PYTHONPATH=$(TRITON_DIR)$(if $(PYTHONPATH),:$(PYTHONPATH)) \
 		$(BIN)/python -m pytest -rs tests/gpu/test_compiled.py tests/gpu/test_counts.py tests/gpu/test_profiles.py \
-		tests/parity/test_graphs.py
+		tests/parity/test_graphs.py tests/lab/test_gpu_check.py tests/unit/bench/test_floor.py
 
 # The interpreter needs an older NumPy.
 $(TRITON_DIR)/.installed:
