@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection
@@ -18,6 +19,8 @@ from smart_decoding.engine.isolation import Isolation
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine.structured import StructuredOutputsParams
 from smart_decoding.errors import ConfigError
+from smart_decoding.models import grammars
+from smart_decoding.models.grammars import GrammarConstraint
 from smart_decoding.server import grammar_queue
 
 if TYPE_CHECKING:
@@ -189,6 +192,41 @@ def test_a_failing_grammar_ends_its_own_stream(
         assert last["error"]["code"] == "invalid_value"
         for other in others:
             assert other.result().json()["choices"][0]["text"] == wanted
+        assert running.idle()
+
+
+def test_nobody_waits_for_a_mask_that_takes_for_ever(
+    load: Any, plain: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others are answered, who hangs up gives its slot back, and then the answer is the same."""
+    free = threading.Event()
+    mask = GrammarConstraint._mask
+
+    def held_up(constraint: GrammarConstraint, path: Any) -> Any:
+        if threading.current_thread().name.startswith("smart-masks"):
+            free.wait(20)
+        return mask(constraint, path)
+
+    monkeypatch.setattr(grammars, "DEAR", -1.0)
+    regex = {"regex": "[a-z ]{20}"}
+    form = StructuredOutputsParams(**regex)
+    params = SamplingParams(temperature=0, max_tokens=60, structured_outputs=form)
+    wanted = [plain.generate("a", params)[0].outputs[0].text]
+    params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+    wanted.append(plain.generate("abc", params)[0].outputs[0].text)
+    monkeypatch.setattr(GrammarConstraint, "_mask", held_up)
+    with serving(load) as running, ThreadPoolExecutor() as pool:
+        first = pool.submit(asked, running, regex)
+        gone = hanging(running, structured(regex))
+        assert wait_for(lambda: running.worker.active == 2)
+        answers = [post(running, "/v1/completions", json=BODY) for _ in range(3)]
+        gone.close()
+        assert wait_for(lambda: running.worker.active == 1)
+        assert not first.done()
+        free.set()
+        answers.insert(0, first.result())
+        texts = [answer.json()["choices"][0]["text"] for answer in answers]
+        assert texts == [wanted[0], *wanted[1:] * 3]
         assert running.idle()
 
 

@@ -121,6 +121,8 @@ class Engine:
             self._worked = now
         for request in requests:
             request.client = client
+            if request.constraint is not None and client in self.scheduler.shares.dear:
+                request.constraint.compute_beside()
             self._requests[request.id] = request
             self.scheduler.add(request)
         return requests
@@ -227,6 +229,8 @@ class Engine:
             self._batched = requests
             self._traits = _traits(requests)
         temperature, may_speculate, pictures, constrained = self._traits
+        if constrained is not None:
+            may_speculate = np.array([r.may_speculate for r in requests], np.bool_)
         return BatchState(
             context=np.array([r.table.length for r in requests], np.int64),
             remaining=np.array([r.remaining for r in requests], np.int64),

@@ -109,6 +109,16 @@ class Request:
         return self.pending == 1 and bool(self.output)
 
     @property
+    def may_speculate(self) -> bool:
+        """Whether drafts for it can be worth their rows."""
+        return self.params.speculate and not (self.constraint and self.constraint.dear)
+
+    @property
+    def ready(self) -> bool:
+        """Whether a round need not wait for it."""
+        return self.constraint is None or self.constraint.ready()
+
+    @property
     def scores_prompt(self) -> bool:
         """Whether log probabilities of prompt tokens are still to come."""
         found = self.prompt_logprobs

@@ -14,6 +14,8 @@ from smart_decoding.engine.turns import Turns, Waiting
 if TYPE_CHECKING:
     from smart_decoding.engine.request import Request
 
+PATIENCE = 0.01  # seconds for a mask where nobody else can go on: others may come meanwhile
+
 
 @dataclass(slots=True)
 class Batch:
@@ -77,7 +79,15 @@ class Scheduler:
         if not batch and self.shares.indebted:
             self.shares.forgive()
             batch = self._batch()
+        if not batch:
+            self._wait_for_masks()
         return batch
+
+    def _wait_for_masks(self) -> None:
+        for request in (*self.running, *self.waiting):
+            if request.constraint is not None and not request.constraint.ready():
+                request.constraint.ready(PATIENCE)
+                break
 
     def _batch(self) -> Batch:
         """Of those who need not wait."""
@@ -85,9 +95,9 @@ class Scheduler:
         prompts = []
         for request in list(self.running):
             if not request.decodes:
-                if request.client not in self.shares.indebted:
+                if request.client not in self.shares.indebted and request.ready:
                     prompts.append(request)
-            elif request.client in self.shares.resting:
+            elif request.client in self.shares.resting or not request.ready:
                 continue
             elif request not in self.preempted and self._reserve(request, 1):
                 decode.append(request)
@@ -125,7 +135,8 @@ class Scheduler:
 
     def _next_waiting(self) -> list[Request]:
         """The one whose turn it is, if any waits whose client is not in debt."""
-        heads = [head for head in self.waiting.heads() if head.client not in self.shares.indebted]
+        indebted = self.shares.indebted
+        heads = self.waiting.heads(lambda one: one.client not in indebted and one.ready)
         return [self._turns.choose(heads, self._held())] if heads else []
 
     def _held(self) -> Counter[str]:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from smart_decoding.engine.turns import REMEMBERED
+
 if TYPE_CHECKING:
     from smart_decoding.core.policies.base import Round
     from smart_decoding.engine.request import Request
@@ -29,11 +31,13 @@ class Shares:
     debt. So of two clients the cheaper one's rounds take at most twice, on average, what they take
     alone, and the other has the other half.
 
-    indebted: whose prompts wait in the present round; resting: those of them that sit it out."""
+    indebted: whose prompts wait in the present round; resting: those of them that sit it out.
+    dear: whose latest grammars had masks that take long."""
 
     def __init__(self) -> None:
         self.indebted: set[str] = set()
         self.resting: set[str] = set()
+        self.dear: dict[str, None] = {}
         self._shared = False
         self._owed: dict[str, float] = {}  # seconds used beyond those allowed
         self._allowed = 0.0  # seconds of each client, in the last round
@@ -92,6 +96,7 @@ class Shares:
 
     def charge(self, batch: Batch, done: Round, seconds: float) -> None:
         """Charges a round that took so many seconds to the clients in it."""
+        self._note_dear(batch)
         grammars = _grammar_seconds(batch)  # taken note of here, whether anybody pays for them
         if not self._shared:
             self.idle(seconds)
@@ -116,6 +121,17 @@ class Shares:
             self.owe(who, min(added, most) + grammars.get(who, 0.0))
             self._remember(who, grammars.get(who, 0.0))
         self._pay(self._allowed, self._payment(seconds))
+
+    def _note_dear(self, batch: Batch) -> None:
+        for request in (*batch.decode, *(request for request, _ in batch.prefill)):
+            if request.constraint is None:
+                continue
+            if request.constraint.dear:
+                self.dear[request.client] = None
+                if len(self.dear) > REMEMBERED:
+                    del self.dear[next(iter(self.dear))]
+            elif request.finished:
+                self.dear.pop(request.client, None)
 
     def idle(self, seconds: float) -> None:
         """Nobody waited for others for so long: that pays of all debts."""

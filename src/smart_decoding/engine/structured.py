@@ -81,9 +81,21 @@ class Constraint(Protocol):
 
     error: why the committed tokens cannot go on, such as a grammar that has outgrown its limits. It
     ends its own request: the round goes on for the others. An error after a path counts only once
-    the path is committed."""
+    the path is committed.
+
+    dear: its masks take long. From then on they are computed in another thread, and drafts, which
+    need more of them, are not worth it."""
 
     error: ConfigError | None
+    dear: bool
+
+    def compute_beside(self) -> None:
+        """To be computed in another thread from the first mask on."""
+        ...
+
+    def ready(self, seconds: float = 0.0) -> bool:
+        """Whether the next mask is known, so that a round does not wait for it. Waits so long."""
+        ...
 
     def allowed(self, path: Sequence[int]) -> NDArray[np.bool_]:
         """[vocab] the tokens that may follow the committed ones and `path`; at least one, which

@@ -28,10 +28,17 @@ if TYPE_CHECKING:
 _STEP_ITEMS = 20_000
 STACK = 4 * 2**20  # bytes here; where the grammar is used there must be more
 _MEMORY = 2**30  # bytes
+NICE = 10  # a tenth of the processor time of who wants it, too: rounds go on meanwhile
 # Unbounded blanks are how small models fill an answer to its end. `lenient` would ignore keywords
 # that are not known.
 JSON_OPTIONS: dict[str, Any] = {"whitespace_pattern": r"[ \t\n\r]{0,40}", "lenient": False}
 _GBNF_RULE = re.compile(r"^[ \t]*[\w-]+[ \t]*::=", re.MULTILINE)  # linear in a text's length
+
+
+def stand_back(nice: int = NICE) -> None:
+    """Has this thread, and the processes that it starts, leave most of the processors to rounds."""
+    if sys.platform == "linux":  # elsewhere this is told of whole processes
+        os.nice(nice)
 
 
 def source_of(llguidance: Any, params: StructuredOutputsParams) -> str:
@@ -106,7 +113,8 @@ def main() -> int:
     """Ends by a signal if the grammar takes more than the seconds of processor, stack or memory."""
     import resource  # not everywhere where the rest of this module is
 
-    os.nice(10)  # rounds go on meanwhile
+    if sys.platform != "linux":  # there the thread that starts it stands back
+        os.nice(NICE)
     signal.setitimer(signal.ITIMER_PROF, float(sys.argv[1]))
     with contextlib.suppress(ValueError, OSError):  # macOS knows no such limit
         resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))

@@ -10,15 +10,22 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
-from weakref import WeakValueDictionary
+from weakref import ReferenceType, WeakValueDictionary, ref
 
 import numpy as np
 from numpy.typing import NDArray
 
 from smart_decoding.errors import ConfigError
-from smart_decoding.models.grammar_check import JSON_OPTIONS, Tokens, new_matcher, source_of
+from smart_decoding.models.grammar_check import (
+    JSON_OPTIONS,
+    Tokens,
+    new_matcher,
+    source_of,
+    stand_back,
+)
 
 if TYPE_CHECKING:
     from smart_decoding.engine.structured import StructuredOutputsParams
@@ -27,6 +34,13 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _KEPT = 16  # compiled grammars
 _SHOWN = 200  # characters of an error
+# Seconds of processor of a mask: from there on a round does not wait for it. A usual one takes a
+# thousandth, the first one of a large vocabulary more.
+DEAR = 0.03
+# One thread, so that all grammars together take no more than a third of the processor time of a
+# round's thread. llguidance does not hold the interpreter.
+NICE = 5
+_BESIDE = ThreadPoolExecutor(1, "smart-masks", stand_back, (NICE,))
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
@@ -157,10 +171,14 @@ class GrammarConstraint:
 
     A matcher does not come back from an error: where a path ends in one, a copy takes its place.
     End-of-sequence tokens are not shown to the matcher: it may not count them, and then could not
-    go back."""
+    go back. The matcher is used by one thread at a time: while a mask is computed beside the
+    rounds, it is that thread's."""
 
     def __init__(self, matcher: Any, vocab: int, eos_ids: Sequence[int]) -> None:
         self.error: ConfigError | None = None
+        self.dear = False
+        self._beside = False
+        self._coming: Future[NDArray[np.bool_]] | None = None  # the next mask
         self._spent = 0.0  # seconds that nobody has taken note of yet
         self._matcher = matcher.deep_copy()
         self._sound = matcher  # to be copied: it takes in no drafted path
@@ -175,8 +193,17 @@ class GrammarConstraint:
         """See `Constraint`."""
         if self._ended or not set(self._eos_ids).isdisjoint(path):
             return self._ends()
+        if self._coming is not None:
+            coming = self._coming.result()
+            if not path:
+                return coming
+        return self._mask(path)
+
+    def _mask(self, path: Sequence[int]) -> NDArray[np.bool_]:
+        began = time.thread_time()
         self._matcher.consume_tokens(list(path))
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        self.dear |= time.thread_time() - began > DEAR
         if self._matcher.is_error():
             self._errors[tuple(path)] = self._what_is_wrong()
             self._replace_matcher()
@@ -188,6 +215,8 @@ class GrammarConstraint:
     def accepts(self, path: Sequence[int]) -> bool:
         """See `Constraint`."""
         *before, last = path
+        if self._coming is not None:
+            self._coming.result()
         if self._ended or not set(self._eos_ids).isdisjoint(before):
             return False
         if last not in self._eos_ids:
@@ -210,10 +239,26 @@ class GrammarConstraint:
         ends = [i for i, token in enumerate(tokens) if token in self._eos_ids]
         self._ended = self._ended or bool(ends)
         taken = list(tokens[: ends[0]] if ends else tokens)
-        self._matcher.consume_tokens(taken)
         self._behind += taken
+        if self._beside or self.dear:
+            self._begin(taken)
+            return
+        self._matcher.consume_tokens(taken)
         if self._matcher.is_error():
             self.error = self._what_is_wrong()
+
+    def compute_beside(self) -> None:
+        """See `Constraint`."""
+        self._beside = True
+        self._begin([])
+
+    def ready(self, seconds: float = 0.0) -> bool:
+        """See `Constraint`."""
+        return self._coming is None or bool(wait([self._coming], seconds).done)
+
+    def _begin(self, taken: list[int]) -> None:
+        """Has another thread take in the tokens and compute the next mask."""
+        self._coming = _BESIDE.submit(_mask_after, ref(self), taken)
 
     def take_seconds(self) -> float:
         """See `Constraint`."""
@@ -234,6 +279,17 @@ class GrammarConstraint:
 
     def _what_is_wrong(self) -> ConfigError:
         return ConfigError(f"structured_outputs: {one_line(self._matcher.get_error())}")
+
+
+def _mask_after(
+    constraint: ReferenceType[GrammarConstraint], taken: list[int]
+) -> NDArray[np.bool_]:
+    """The mask after the answer and these tokens; any if nobody wants it any more."""
+    wanted = constraint()
+    if wanted is None:
+        return np.zeros(0, np.bool_)
+    wanted._matcher.consume_tokens(taken)  # an error is found with the mask
+    return wanted._mask([])
 
 
 def json_grammar(schema: Mapping[str, Any]) -> str:

@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -50,7 +51,8 @@ class GrammarQueue:
     """What stands between requests and `Grammars`. All methods are the event loop's."""
 
     def __init__(self) -> None:
-        self._lanes = Lanes(SHORT)
+        threads = ThreadPoolExecutor(2, "smart-grammars", initializer=grammar_check.stand_back)
+        self._lanes = Lanes(SHORT, threads)
         self._waiting: Counter[str] = Counter()
         self._works: dict[StructuredOutputsParams, Work] = {}
         self._stopped = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -20,12 +21,12 @@ class _Place:
 
 class Lanes:
     """Two lanes, so that short pieces do not wait for long ones. short: the size up to which a
-    piece is short."""
+    piece is short; threads: in which they are done, the event loop's by default."""
 
-    def __init__(self, short: int) -> None:
+    def __init__(self, short: int, threads: Executor | None = None) -> None:
         self._size = short
-        self._short = Lane()
-        self._long = Lane()
+        self._short = Lane(threads)
+        self._long = Lane(threads)
 
     def of(self, size: int) -> Lane:
         """The lane of a piece of that size."""
@@ -35,7 +36,8 @@ class Lanes:
 class Lane:
     """One thread's worth of work at a time, so that rounds keep their processors."""
 
-    def __init__(self) -> None:
+    def __init__(self, threads: Executor | None = None) -> None:
+        self._threads = threads
         self._turns = Turns()
         self._waiting: list[_Place] = []
         self._busy: _Place | None = None
@@ -53,7 +55,7 @@ class Lane:
             else:
                 self._waiting.remove(place)
             raise
-        working = asyncio.get_running_loop().run_in_executor(None, work)
+        working = asyncio.get_running_loop().run_in_executor(self._threads, work)
         working.add_done_callback(self._done)
         return await asyncio.shield(working)  # nobody can stop it: it keeps its place to its end
 

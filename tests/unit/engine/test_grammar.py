@@ -4,8 +4,10 @@ tree was."""
 from __future__ import annotations
 
 import functools
+import os
 import re
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +23,7 @@ from smart_decoding.core.tree import ROOT, DraftTrees
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine.structured import StructuredOutputsParams, grammatical
 from smart_decoding.errors import ConfigError
+from smart_decoding.models import grammars as models_grammars
 from smart_decoding.models.grammars import Grammars
 from smart_decoding.models.tokenizer import Tokenizer
 from smart_decoding.server.tools import Offer, Tool
@@ -210,8 +213,49 @@ def test_answers_to_one_prompt_do_not_share_their_place() -> None:
     assert all(text_of(answer.output) in ("ababd", "ceced", "ukukd") for answer in answers)
 
 
+@pytest.fixture(params=[False, True], ids=["in the round", "beside"])
+def dear(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether every mask takes too long for a round to wait for it, or none."""
+    monkeypatch.setattr(models_grammars, "DEAR", -1.0 if request.param else np.inf)
+    return bool(request.param)
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+@pytest.mark.parametrize("policy", ["off", "static", "smart"])
+def test_tokens_are_the_same_if_masks_are_computed_beside_the_rounds(
+    policy: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one without a grammar does not wait, nor does it if one is aborted meanwhile."""
+    wanted = expected(name)
+    monkeypatch.setattr(models_grammars, "DEAR", -1.0)
+    engine = make_engine(policy, constrain=grammars(), **SCENARIOS[name][2])
+    requests = []
+    for i, (prompt, params) in enumerate(requests_of(name)):
+        requests += engine.add_request(str(i), prompt, params)
+        requests += engine.add_request(f"again {i}", prompt, params)
+        engine.add_request(f"gone {i}", prompt, params)
+        engine.step()
+        engine.check_integrity()
+        engine.abort(f"gone {i}")
+    finish(engine)
+    engine.check_integrity()
+    assert engine.pool.available == engine.pool.pages
+    assert [request.output for request in requests[::2]] == wanted
+    assert [request.output for request in requests[1::2]] == wanted
+    assert all(request.constraint.dear for request in requests[:-2])
+
+
+def test_masks_are_computed_where_they_take_what_rounds_leave() -> None:
+    def nice() -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    if sys.platform == "linux":
+        beside = models_grammars._BESIDE.submit(nice).result()
+        assert beside == min(19, nice() + models_grammars.NICE)
+
+
 @pytest.mark.parametrize("policy", ["off", "static"])
-def test_a_grammar_that_fails_in_a_round_ends_its_own_request_only(policy: str) -> None:
+def test_a_grammar_that_fails_in_a_round_ends_its_own_request_only(policy: str, dear: bool) -> None:
     """The others' tokens are those alone, and no forward is done twice."""
     bad = SamplingParams(
         temperature=1.0,
@@ -239,7 +283,7 @@ def test_a_grammar_that_fails_in_a_round_ends_its_own_request_only(policy: str) 
             assert isinstance(request.error, ConfigError)
             assert "items" in str(request.error)
             assert 3 < len(request.output) < 60
-    assert rounds[1] <= rounds[0] + 3
+    assert dear or rounds[1] <= rounds[0] + 3
 
 
 def test_seconds_in_a_grammar_are_told_once() -> None:
@@ -295,10 +339,15 @@ def test_an_answer_that_ends_before_its_grammars_error_has_none() -> None:
 
 
 @pytest.mark.parametrize("policy", ["static", "eagle2"])
-def test_tokens_and_end_before_an_error_are_those_of_plain_decoding(policy: str) -> None:
+def test_tokens_and_end_before_an_error_are_those_of_plain_decoding(
+    policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     text = outgrown("off")[0]
     for end in ({}, {"stop": text[-4:-1]}, {"stop": text[-3:]}, {"max_tokens": len(text)}):
         assert outgrown(policy, **end) == outgrown("off", **end)
+        with monkeypatch.context() as patch:
+            patch.setattr(models_grammars, "DEAR", -1.0)
+            assert outgrown.__wrapped__("off", **end) == outgrown("off", **end)
 
 
 def test_many_choices_are_one_terminal() -> None:

@@ -172,6 +172,8 @@ class Slow:
     """A grammar that forbids the end. Masks take `each` seconds, in turn."""
 
     error = None
+    dear = False
+    beside = False
 
     def __init__(self, engine: Engine, each: Sequence[float]) -> None:
         self.clock = engine.target.clock
@@ -183,6 +185,12 @@ class Slow:
         self.clock.now += seconds
         self.spent += seconds
         return np.arange(VOCAB) != EOS
+
+    def compute_beside(self) -> None:
+        self.beside = True
+
+    def ready(self, seconds: float = 0.0) -> bool:
+        return True
 
     def before_error(self, tokens: Sequence[int]) -> Sequence[int]:
         return tokens
@@ -225,6 +233,63 @@ def test_a_grammar_is_charged_to_its_client(each: float, tokens: int) -> None:
     gained = min(len(bomb.output) for bomb in bombs) - before
     assert gained >= tokens / (6 * each) - 2  # half the time is theirs
     finish(engine)
+
+
+class Beside(Slow):
+    """Its masks are computed in another thread, one after the other."""
+
+    dear = True
+    free = 0.0  # when that thread has done all that it was given
+
+    def __init__(self, engine: Engine, each: Sequence[float]) -> None:
+        super().__init__(engine, each)
+        self.append([])
+
+    def append(self, tokens: Sequence[int]) -> None:
+        Beside.free = self.known = max(Beside.free, self.clock.now) + self.left.pop(0)
+
+    def ready(self, seconds: float = 0.0) -> bool:
+        if seconds:  # of less than a step each there would be many
+            self.clock.now = max(self.known, self.clock.now)
+        return self.clock.now >= self.known
+
+    def allowed(self, path: Sequence[int]) -> np.ndarray:
+        assert not path  # nothing is drafted
+        assert self.ready()
+        return np.arange(VOCAB) != EOS
+
+
+@pytest.mark.parametrize("policy", ["off", "static"])
+@pytest.mark.parametrize("each", [0.3, 20.0])
+def test_rounds_wait_for_no_dear_grammar(each: float, policy: str) -> None:
+    """Beside six of them an answer keeps more than half of its speed, and each goes on as soon as
+    it can. Tight memory and few slots change no token."""
+    Beside.free = 0.0
+    engine = new_engine(policy, constrain=lambda params: Beside(engine, [each] * 61))
+    bombs = add_bombs(engine, 6, 60)
+    begin(engine, bombs)
+    light = add(engine, "light", 1, 240)
+    begin(engine, light)
+    before = len(light[0].output)
+    gained = tokens_of(bombs)
+    seconds = until_done(engine, light)
+    assert (240 - before) / seconds > 0.5 * speed_alone(policy, 1, 240)
+    assert tokens_of(bombs) - gained > 0.8 * min(seconds / each, 6 * 60 - gained) - 1
+    finish(engine)
+    assert light[0].output == alone(light[0].prompt, light[0].params)[0].output
+    for bomb in bombs:
+        wanted = alone(bomb.prompt, bomb.params, lambda params: Slow(engine, [0.0] * 61))[0]
+        assert bomb.output == wanted.output
+        assert len(bomb.output) == 60
+
+
+def test_a_clients_grammars_are_computed_beside_until_one_is_not_dear() -> None:
+    engine = new_engine("off", constrain=lambda params: Slow(engine, [0.0] * 9))
+    for dear, known in ((True, False), (True, True), (False, True), (False, False)):
+        (request,) = add_bombs(engine, 1, 3)
+        assert request.constraint.beside == known
+        request.constraint.dear = dear
+        finish(engine)
 
 
 @pytest.mark.parametrize("each", [[20.0, 0.0], [0.0, 20.0]])
