@@ -31,7 +31,7 @@ LAB = Program(
             "how often bf16 output differs under speculation, and why",
             "smart_lab.divergence",
         ),
-        "identity": ("is fp32 output the same under every policy", "smart_lab.identity"),
+        "identity": ("is the output the same under every policy", "smart_lab.identity"),
         "cost-error": ("how well the cost model predicts real rounds", "smart_lab.cost_error"),
         "forwards": ("milliseconds of verification forwards", "smart_lab.forwards"),
         "busy": ("speed beside busy processes, of every entry point", "smart_lab.busy"),

@@ -1,5 +1,4 @@
-"""Are the tokens of the real model in float32 the same under every policy, batch size and
-temperature?
+"""Are the tokens of the real model the same under every policy, batch size and temperature?
 
 Sixteen prompts of three tasks, 32 tokens each; every policy at every batch size against plain
 decoding one by one, greedy and at temperature 0.8. Printed: answers compared, those that differ,
@@ -20,8 +19,9 @@ Answers = list[list[int]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The batch sizes."""
+    """The batch sizes and the type of the weights."""
     parser.add_argument("batches", type=int, nargs="*", default=[1, 4, 16], metavar="BATCH")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -29,7 +29,7 @@ def main(args: argparse.Namespace) -> int:
     plain = LLM(
         "smollm2-135m",
         speculative_config=False,
-        dtype="float32",
+        dtype=args.dtype,
         max_num_seqs=max(args.batches),
         enable_prefix_caching=False,
     )

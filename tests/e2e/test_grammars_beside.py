@@ -40,25 +40,25 @@ def address() -> Iterator[str]:
 
 
 @contextmanager
-def six(address: str, same: bool) -> Iterator[list[int]]:
+def six(address: str, same: bool) -> Iterator[list[str]]:
     """Clients that ask again as soon as they are refused: masks take 0.1 s, and outgrow the limits
-    after some tokens. Yields the answers' codes."""
+    after some tokens. Yields what they are told."""
     done = threading.Event()
-    codes: list[int] = []
+    told: list[str] = []
     numbers = count()
     rules = [f"r{i}: r{(i + 1) % 80} r{(i + 2) % 80} | /[a-z ]/" for i in range(80)]
 
     def ask() -> None:
-        with httpx.Client(base_url=address, timeout=60) as client:
+        with httpx.Client(base_url=address, timeout=120) as client:
             while not done.is_set():
                 start = f'start: "b{0 if same else next(numbers)}"' + " r0" * 30
                 body = {**BODY, "structured_outputs": {"grammar": "\n".join([start, *rules])}}
-                codes.append(client.post("/v1/completions", json=body).status_code)
+                told.append(client.post("/v1/completions", json=body).text)
 
     with ThreadPoolExecutor() as pool:
         asking = [pool.submit(ask) for _ in range(6)]
         try:
-            yield codes
+            yield told
         finally:
             done.set()
     assert [each.result() for each in asking] == [None] * 6
@@ -78,13 +78,15 @@ def test_an_answer_beside_six_dear_grammars_takes_at_most_twice_as_long(
             return time.monotonic() - began
 
         alone = [seconds() for _ in range(5)]
-        with six(address, same) as codes:
-            while len(codes) < 6:
+        with six(address, same) as told:
+            late = time.monotonic() + 60
+            while len(told) < 6:
+                assert time.monotonic() < late
                 time.sleep(0.01)
             beside = [seconds() for _ in range(5)]
-            assert set(codes) == {400}
+            assert all("items" in each for each in told), told  # masks were computed, up to a limit
         alone += [seconds() for _ in range(5)]
-        print(sorted(alone), sorted(beside), len(codes))
+        print(sorted(alone), sorted(beside), len(told))
         assert len(texts) == 1
         # the shortest: other work on the machine makes the rest longer
         assert min(beside) < 2 * min(alone)

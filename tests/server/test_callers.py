@@ -21,6 +21,8 @@ from smart_decoding.engine.isolation import Isolation
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine.structured import StructuredOutputsParams
 from smart_decoding.errors import CapacityError, ConfigError, EngineStoppedError
+from smart_decoding.models import grammars
+from smart_decoding.models.grammars import GrammarConstraint
 
 if TYPE_CHECKING:
     from smart_decoding.llm import LLM
@@ -252,6 +254,46 @@ def test_a_request_that_breaks_a_round_before_it_begins_ends_alone(load: Any) ->
     scheduler.next_batch = raising  # type: ignore[method-assign]
 
     check_poison_ends_alone(llm, GREEDY, wanted.outputs[0].text)
+    check_free(llm)
+
+
+def test_who_waits_for_a_mask_has_not_survived(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its decoding round breaks, which comes after steps that wait for its mask."""
+    pytest.importorskip("llguidance")
+    llm = slow(load(enable_prefix_caching=False, speculative_config=False), 0.001)
+    (poison,) = llm.tokenizer.encode("h", add_special_tokens=False)
+    free = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True, logit_bias={poison: -100})
+    form = StructuredOutputsParams(regex="h{30}")
+    bound = SamplingParams(temperature=0, max_tokens=20, structured_outputs=form)
+    (wanted,) = llm.generate("abc", free)
+    verify = llm.target.verify
+    mask = GrammarConstraint._mask
+    after = Isolation.after_failed_round
+    failed = []
+
+    def raising(rows: Any, aux_layers: Any) -> Any:
+        if (rows.token == poison).any():
+            raise RuntimeError("poison")
+        return verify(rows, aux_layers)
+
+    def late(constraint: GrammarConstraint, path: Any) -> Any:
+        time.sleep(0.05)
+        return mask(constraint, path)
+
+    def counting(isolation: Isolation, error: Exception) -> None:
+        failed.append(error)
+        after(isolation, error)
+
+    monkeypatch.setattr(grammars, "DEAR", -1.0)
+    monkeypatch.setattr(GrammarConstraint, "_mask", late)
+    monkeypatch.setattr(Isolation, "after_failed_round", counting)
+    llm.target.verify = raising  # type: ignore[method-assign]
+    with ThreadPoolExecutor() as pool:
+        other = pool.submit(llm.generate, "abc", free)
+        with pytest.raises(RuntimeError, match="poison"):
+            llm.generate("abc", bound)
+        assert other.result()[0].outputs[0].text == wanted.outputs[0].text
+    assert len(failed) == 1
     check_free(llm)
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from smart_decoding.bench.reliability import Reliability
+from smart_decoding.core.policies.statistics import shape_of
 from smart_decoding.errors import CapacityError
 
 if TYPE_CHECKING:
@@ -57,8 +58,8 @@ class Counts:
     """Sums over the counted rounds of a block; tokens and seconds are less than all where a request
     was in a loop.
 
-    verify_seconds: of the verifying forwards, sampling included; context: mean KV tokens of a
-    request, per round."""
+    off, trees: rounds that drafted nothing, and that verified more than chains; verify_seconds: of
+    the verifying forwards, sampling included; context: mean KV tokens of a request, per round."""
 
     tokens: float = 0.0
     seconds: float = 0.0
@@ -69,6 +70,7 @@ class Counts:
     rows: int = 0
     wasted: int = 0
     off: int = 0
+    trees: int = 0
     levels: int = 0
     verify_seconds: float = 0.0
     draft_seconds: float = 0.0
@@ -267,6 +269,7 @@ def _figures(record: RoundRecord) -> Counts:
         rows=done.verify_rows,
         wasted=len(done.kept) - accepted,
         off=int(not drafted),
+        trees=int(shape_of(done.trees, done.kept) == "tree"),
         levels=len(done.level_widths),
         verify_seconds=done.verify_seconds,
         draft_seconds=record.draft_seconds,

@@ -258,6 +258,7 @@ COLUMNS: Mapping[str, Column] = {
     "same": lambda results, run: same_tokens(run),
     "levels": _figure("levels_per_round", 2),
     "off %": _figure("off_share", 0, 100),
+    "trees %": _figure("tree_share", 0, 100),
     "controller %": _figure("controller_share", 1, 100),
     "blocks": _figure("blocks", 0),
     "TTFT ms": _figure("ttft_ms", 0),

@@ -121,8 +121,6 @@ class Engine:
             self._worked = now
         for request in requests:
             request.client = client
-            if request.constraint is not None and client in self.scheduler.shares.dear:
-                request.constraint.compute_beside()
             self._requests[request.id] = request
             self.scheduler.add(request)
         return requests

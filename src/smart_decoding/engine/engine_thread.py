@@ -192,8 +192,8 @@ class Rounds:
             self._drop_overdue()
             if self._busy:
                 try:
-                    self.step(self._inbox.arrived)
-                    self._isolation.failures = 0
+                    if self.step(self._inbox.arrived):
+                        self._isolation.failures = 0
                 except Exception as error:
                     self._isolation.after_failed_round(error)
             self._flush()
@@ -207,14 +207,16 @@ class Rounds:
             job.left = 0
         self._flush()
 
-    def step(self, arrived: Callable[[], Collection[str]] = tuple) -> None:
-        """One round. arrived: clients that wait for its end."""
+    def step(self, arrived: Callable[[], Collection[str]] = tuple) -> bool:
+        """One round; whether any request has gained by it. arrived: clients that wait for its
+        end."""
         self._observers.tell(lambda observer: observer.before(self.engine))
         touched = self.engine.step(arrived)
         self._observers.tell(lambda observer: observer.after(self.engine, touched))
         self._show(touched)
         for request in touched:
             self.emit(request)
+        return bool(touched)
 
     def emit(self, request: Request) -> None:
         """Puts out what a request has gained; ends it if that raises."""

@@ -68,7 +68,8 @@ class Scheduler:
     @property
     def has_room(self) -> bool:
         """Whether a new request would join the next round, as far as slots go."""
-        return not self.waiting and len(self.running) < self.max_num_seqs
+        waiting = any(head.ready for head in self.waiting.heads())
+        return not waiting and len(self.running) < self.max_num_seqs
 
     def next_batch(self) -> Batch:
         """The next round's requests, with KV memory for their committed rows reserved."""
@@ -134,10 +135,14 @@ class Scheduler:
         return chunks
 
     def _next_waiting(self) -> list[Request]:
-        """The one whose turn it is, if any waits whose client is not in debt."""
-        indebted = self.shares.indebted
-        heads = self.waiting.heads(lambda one: one.client not in indebted and one.ready)
-        return [self._turns.choose(heads, self._held())] if heads else []
+        """The one whose turn it is, of those whose client is not in debt. A client with dear
+        grammars has the first mask of one of them computed at a time."""
+        heads = [head for head in self.waiting.heads() if head.client not in self.shares.indebted]
+        for head in heads:
+            if head.constraint is not None and head.client in self.shares.dear:
+                head.constraint.compute_beside()
+        ready = [head for head in heads if head.ready]
+        return [self._turns.choose(ready, self._held())] if ready else []
 
     def _held(self) -> Counter[str]:
         """Slots, by client."""

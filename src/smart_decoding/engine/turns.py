@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import islice
+from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Generic, Protocol, TypeVar
 
@@ -79,9 +78,9 @@ class Waiting(Generic[T]):
         """Takes all out."""
         self._lines.clear()
 
-    def heads(self, wanted: Callable[[T], bool] = lambda one: True) -> list[T]:
-        """The first of each client that is wanted."""
-        return [one for line in self._lines.values() for one in islice(filter(wanted, line), 1)]
+    def heads(self) -> list[T]:
+        """The first of each client."""
+        return [line[0] for line in self._lines.values()]
 
     def __iter__(self) -> Iterator[T]:
         return (one for line in self._lines.values() for one in line)

@@ -87,7 +87,7 @@ class StoredWeights(Weights[Matrix]):
     """The tensors of a GGUF file under Hugging Face's names, each read when asked for: quants that
     the kernels know as they are, others as bfloat16, floats in their own type.
 
-    folder: of `converted_folder`. Raises ModelError for a file that is shorter than it was."""
+    index: of `converted_folder`. Raises ModelError for a file that is shorter than it was."""
 
     def __init__(self, path: Path, index: Mapping[str, Any]) -> None:
         self._path = path

@@ -38,7 +38,7 @@ _SHOWN = 200  # characters of an error
 # thousandth, the first one of a large vocabulary more.
 DEAR = 0.03
 # One thread, so that all grammars together take no more than a third of the processor time of a
-# round's thread. llguidance does not hold the interpreter.
+# round's thread. llguidance does not hold the interpreter while it computes one.
 NICE = 5
 _BESIDE = ThreadPoolExecutor(1, "smart-masks", stand_back, (NICE,))
 
@@ -249,12 +249,17 @@ class GrammarConstraint:
 
     def compute_beside(self) -> None:
         """See `Constraint`."""
-        self._beside = True
-        self._begin([])
+        if not self._beside and self._coming is None:
+            self._beside = True
+            self._begin([])
 
     def ready(self, seconds: float = 0.0) -> bool:
         """See `Constraint`."""
-        return self._coming is None or bool(wait([self._coming], seconds).done)
+        if self._coming is None:
+            return True
+        if seconds:
+            wait([self._coming], seconds)
+        return self._coming.done()
 
     def _begin(self, taken: list[int]) -> None:
         """Has another thread take in the tokens and compute the next mask."""

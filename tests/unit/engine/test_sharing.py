@@ -287,6 +287,7 @@ def test_a_clients_grammars_are_computed_beside_until_one_is_not_dear() -> None:
     engine = new_engine("off", constrain=lambda params: Slow(engine, [0.0] * 9))
     for dear, known in ((True, False), (True, True), (False, True), (False, False)):
         (request,) = add_bombs(engine, 1, 3)
+        engine.step()
         assert request.constraint.beside == known
         request.constraint.dear = dear
         finish(engine)

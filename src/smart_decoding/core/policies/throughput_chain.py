@@ -43,7 +43,8 @@ class ThroughputChain(StatelessPolicy):
     def _best(self, batch: BatchState) -> int:
         size = batch.size
         context = batch.mean_context
-        drafted = float(self.cost.first_seconds(size, batch.catch_up_rows, context))
+        first = float(self.cost.first_seconds(size, batch.catch_up_rows, context))
+        drafted = self.cost.overhead_seconds + first
         level = float(self.cost.draft_seconds(size, context))
         verify = self.cost.verify_seconds(
             size, [size * (1 + length) for length in range(1, self.max_length + 1)], context
