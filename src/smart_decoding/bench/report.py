@@ -258,7 +258,6 @@ COLUMNS: Mapping[str, Column] = {
     "same": lambda results, run: same_tokens(run),
     "levels": _figure("levels_per_round", 2),
     "off %": _figure("off_share", 0, 100),
-    "trees %": _figure("tree_share", 0, 100),
     "controller %": _figure("controller_share", 1, 100),
     "blocks": _figure("blocks", 0),
     "TTFT ms": _figure("ttft_ms", 0),
@@ -267,6 +266,7 @@ COLUMNS: Mapping[str, Column] = {
     "TPOT ms": _figure("tpot_ms", 1),
     "worst ×": _figure("worst_tpot_ratio", 2),
     "rounds": _figure("rounds", 0),
+    "trees %": _figure("tree_share", 0, 100),
     "verify ms": _figure("verify_ms", 1),
     "draft ms": _figure("draft_ms", 1),
     "GB/s": _figure("gb_per_s", 1),
@@ -275,5 +275,6 @@ COLUMNS: Mapping[str, Column] = {
     "% of its limit": _figure("gflop_share", 0, 100),
     "peak GiB": _figure("peak_gib", 2),
 }
-SPEED = tuple(COLUMNS)[:10]
-ROUNDS = tuple(COLUMNS)[10:19]
+_NAMES = tuple(COLUMNS)
+SPEED = _NAMES[: _NAMES.index("levels")]
+ROUNDS = _NAMES[_NAMES.index("levels") : _NAMES.index("rounds")]

@@ -156,7 +156,8 @@ class CostModel:
         waiting_: IntArray = np.asarray(waiting, np.int64)
         if not self._knows_first:
             return self.draft_seconds(roots + waiting_, context)
-        table = self._first_level(roots, waiting_, context)
+        caught_up = self._table("waiting", int(waiting_.max()) + 1)[waiting_]
+        table = caught_up + self._first_level(roots, context)
         return self.first_correction.seconds(roots + waiting_, table, 0.0)
 
     def levels_seconds(self, roots: int, widths: Sequence[int], context: float) -> list[float]:
@@ -189,8 +190,7 @@ class CostModel:
         return replace(self, verify_correction=correction)
 
     def _corrected_by_first(self, s: DraftSample, waiting: float) -> CostModel:
-        caught_up = self._at("waiting", waiting)
-        table = self._at("first", s.width) + caught_up + s.width * self.draft_token * s.context
+        table = self._at("waiting", waiting) + self._first_level(s.width, s.context)
         correction = self.first_correction.updated(s.width + waiting, table, 0.0, s.seconds)
         return replace(self, first_correction=correction)
 
@@ -236,11 +236,9 @@ class CostModel:
     def _knows_first(self) -> bool:
         return self.first is not None and self.waiting is not None
 
-    def _first_level(self, roots: int, waiting: IntArray, context: float) -> FloatArray:
-        """The table's seconds of a first level."""
-        base = float(self._table("first", roots + 1)[roots]) + roots * self.draft_token * context
-        caught_up: FloatArray = self._table("waiting", int(waiting.max()) + 1)[waiting]
-        return caught_up + base
+    def _first_level(self, roots: float, context: float) -> float:
+        """The table's seconds of a first level in which nothing waits."""
+        return self._at("first", roots) + roots * self.draft_token * context
 
     def _stall_seconds(self, rows: IntArray | float) -> FloatArray:
         """Seconds of a verification in which its arithmetic waits for the weights: all of the

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from smart_decoding.core.tree import FloatArray
 
 LEAST = 0.05  # part of a forward's seconds that is not attention, whatever the fit says
-Cells: TypeAlias = dict[int, list[float]]  # seconds measured, by rows
+Cells: TypeAlias = dict[float, list[float]]  # seconds measured, by rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,10 +90,10 @@ def fit_verify(samples: Sequence[VerifySample]) -> VerifyFit:
     factors = dict.fromkeys(sorted({s.batch for s in samples}), 1.0)
     shape = _shape(samples, seconds, factors)
     for _ in range(2):  # as the shape depends on the factors, and they on it
-        of_rows = dict(zip(shape.rows, shape.seconds, strict=True))
+        of_rows: dict[float, float] = dict(zip(shape.rows, shape.seconds, strict=True))
         for batch in factors:
             mine = zip(samples, seconds, strict=True)
-            ratios = [each / of_rows[int(s.rows)] for s, each in mine if s.batch == batch]
+            ratios = [each / of_rows[s.rows] for s, each in mine if s.batch == batch]
             factors[batch] = float(np.median(ratios))
         shape = _shape(samples, seconds, factors)
     curves = {
@@ -108,7 +108,7 @@ def _shape(
 ) -> Curve:
     cells: Cells = defaultdict(list)
     for sample, each in zip(samples, seconds, strict=True):
-        cells[int(sample.rows)].append(each / factors[sample.batch])
+        cells[sample.rows].append(each / factors[sample.batch])
     return Curve.monotone(cells)
 
 
@@ -122,12 +122,12 @@ def fit_levels(samples: Sequence[DraftSample]) -> LevelFit:
     for s in samples:
         seconds = _without(s.seconds, draft_token * s.width * s.context)
         if s.waiting is None:
-            widths[int(s.width)].append(seconds)
+            widths[s.width].append(seconds)
             continue
         if not s.waiting:
-            roots[int(s.width)].append(seconds)
+            roots[s.width].append(seconds)
         if s.width == 1:
-            waiting[int(s.waiting)].append(s.seconds)
+            waiting[s.waiting].append(s.seconds)
     caught_up = len(waiting) > 1 and 0 in waiting
     return LevelFit(
         Curve.monotone(widths) if widths else None,
@@ -144,9 +144,9 @@ def _without(seconds: float, attention: float) -> float:
 def _attention(samples: Sequence[VerifySample]) -> tuple[float, float]:
     """Seconds per (row, context token) and (sequence, context token), from cells measured at
     several contexts."""
-    cells: dict[tuple[int, int], list[VerifySample]] = defaultdict(list)
+    cells: dict[tuple[int, float], list[VerifySample]] = defaultdict(list)
     for sample in samples:
-        cells[sample.batch, int(sample.rows)].append(sample)
+        cells[sample.batch, sample.rows].append(sample)
     features = []
     targets = []
     for (batch, rows), cell in cells.items():

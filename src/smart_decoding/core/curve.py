@@ -34,12 +34,14 @@ class Curve:
         return cls(tuple(int(r) for r in rows), tuple(seconds))
 
     @classmethod
-    def monotone(cls, samples: Mapping[int, list[float]]) -> Curve:
-        """Medians per row count, made non-decreasing by isotonic regression of their logarithms."""
+    def monotone(cls, samples: Mapping[float, list[float]]) -> Curve:
+        """Medians per (whole) row count, made non-decreasing by isotonic regression of their
+        logarithms."""
         rows = sorted(samples)
         logs = np.log([float(np.median(samples[r])) for r in rows])
         weights = np.array([len(samples[r]) for r in rows], np.float64)
-        return cls(tuple(rows), tuple(float(s) for s in np.exp(non_decreasing(logs, weights))))
+        seconds = np.exp(non_decreasing(logs, weights)).tolist()
+        return cls(tuple(int(r) for r in rows), tuple(seconds))
 
     def beyond_first(self) -> Curve:
         """What further rows add; no curve holds a zero."""

@@ -50,6 +50,8 @@ class _Sums:
         context = self.context / n
         seconds = self.seconds / n
         if kind is _Kind.VERIFY:
+            # Plain rounds are many, and all alike. A drafting round's mean counts as one: were it
+            # believed more, a few slow ones would say that drafting does not pay.
             return VerifySample(size, rows, context, seconds, n if rows == size else 1)
         waiting = self.waiting / n if kind is _Kind.FIRST else None
         return DraftSample(rows, context, seconds, waiting)

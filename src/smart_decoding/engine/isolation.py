@@ -68,7 +68,7 @@ class Isolation:
                 and request.metrics.rounds == rounds
                 and request.table.length > progress
             ):
-                progress = request.table.length if request.ready else -1
+                progress = request.table.length if request.ready() else -1
                 self._rounds.step()
         except Exception as error:
             self._rounds.fail(request, error)

@@ -113,10 +113,9 @@ class Request:
         """Whether drafts for it can be worth their rows."""
         return self.params.speculate and not (self.constraint and self.constraint.dear)
 
-    @property
-    def ready(self) -> bool:
-        """Whether a round need not wait for it."""
-        return self.constraint is None or self.constraint.ready()
+    def ready(self, seconds: float = 0.0) -> bool:
+        """Whether a round need not wait for its mask. Waits so long."""
+        return self.constraint is None or self.constraint.ready(seconds)
 
     @property
     def scores_prompt(self) -> bool:

@@ -68,7 +68,7 @@ class Scheduler:
     @property
     def has_room(self) -> bool:
         """Whether a new request would join the next round, as far as slots go."""
-        waiting = any(head.ready for head in self.waiting.heads())
+        waiting = any(head.ready() for head in self.waiting.heads())
         return not waiting and len(self.running) < self.max_num_seqs
 
     def next_batch(self) -> Batch:
@@ -86,8 +86,8 @@ class Scheduler:
 
     def _wait_for_masks(self) -> None:
         for request in (*self.running, *self.waiting):
-            if request.constraint is not None and not request.constraint.ready():
-                request.constraint.ready(PATIENCE)
+            if not request.ready():
+                request.ready(PATIENCE)
                 break
 
     def _batch(self) -> Batch:
@@ -96,9 +96,9 @@ class Scheduler:
         prompts = []
         for request in list(self.running):
             if not request.decodes:
-                if request.client not in self.shares.indebted and request.ready:
+                if request.client not in self.shares.indebted and request.ready():
                     prompts.append(request)
-            elif request.client in self.shares.resting or not request.ready:
+            elif request.client in self.shares.resting or not request.ready():
                 continue
             elif request not in self.preempted and self._reserve(request, 1):
                 decode.append(request)
@@ -141,7 +141,7 @@ class Scheduler:
         for head in heads:
             if head.constraint is not None and head.client in self.shares.dear:
                 head.constraint.compute_beside()
-        ready = [head for head in heads if head.ready]
+        ready = [head for head in heads if head.ready()]
         return [self._turns.choose(ready, self._held())] if ready else []
 
     def _held(self) -> Counter[str]:

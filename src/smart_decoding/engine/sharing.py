@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from smart_decoding.engine.turns import REMEMBERED
+from smart_decoding.engine.turns import remember
 
 if TYPE_CHECKING:
     from smart_decoding.core.policies.base import Round
@@ -127,9 +127,7 @@ class Shares:
             if request.constraint is None:
                 continue
             if request.constraint.dear:
-                self.dear[request.client] = None
-                if len(self.dear) > REMEMBERED:
-                    del self.dear[next(iter(self.dear))]
+                remember(self.dear, request.client, None)
             elif request.finished:
                 self.dear.pop(request.client, None)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Generic, Protocol, TypeVar
 
-REMEMBERED = 1024  # clients whose last turn is known; the others count as newcomers
+REMEMBERED = 1024  # clients of whom something is known; the others count as newcomers
 _NOTHING: Mapping[str, int] = MappingProxyType({})
 
 
@@ -18,6 +18,14 @@ class Asking(Protocol):
 
 
 T = TypeVar("T", bound=Asking)
+V = TypeVar("V")
+
+
+def remember(known: dict[str, V], client: str, value: V) -> None:
+    """Notes something of a client. Of too many the one that was noted first is forgotten."""
+    known[client] = value
+    if len(known) > REMEMBERED:
+        del known[next(iter(known))]
 
 
 class Turns:
@@ -36,7 +44,7 @@ class Turns:
         waiting = list(waiting)
         for each in waiting:
             if each.client not in self._last:
-                self._note(each.client, self._count - 1)
+                remember(self._last, each.client, self._count - 1)
         return min(
             waiting, key=lambda each: (held.get(each.client, 0), self._last.get(each.client, 0))
         )
@@ -45,12 +53,7 @@ class Turns:
         """It was this client's turn."""
         self._count += 1
         self._last.pop(client, None)
-        self._note(client, self._count)
-
-    def _note(self, client: str, turn: int) -> None:
-        self._last[client] = turn
-        if len(self._last) > REMEMBERED:
-            del self._last[next(iter(self._last))]
+        remember(self._last, client, self._count)
 
 
 class Waiting(Generic[T]):

@@ -205,10 +205,11 @@ def check_shapes(
     expected: Mapping[str, Collection[int]],
     ignored: Collection[str],
     user: str,
+    says: str = "the config says",
 ) -> None:
     """Raises ModelError for a tensor that is missing, misshapen, or neither expected nor ignored.
 
-    where: which files they are found in; user: what expects them."""
+    where: which files they are found in; user: what expects them; says: by what."""
     for name, shape in expected.items():
         if name not in found:
             raise ModelError(
@@ -216,7 +217,7 @@ def check_shapes(
             )
         if tuple(found[name]) != tuple(shape):
             has = f"the tensor {name} has shape {tuple(found[name])}"
-            raise ModelError(f"{where}: {has}, the config says {tuple(shape)}")
+            raise ModelError(f"{where}: {has}, {says} {tuple(shape)}")
     unknown = [name for name in found if name not in expected and name not in ignored]
     if unknown:
         raise ModelError(f"{where} holds the tensor {unknown[0]}, which {user} does not use")

@@ -173,7 +173,7 @@ def _check_shapes(
     folder: Path, weights: Mapping[str, Tensor], shapes: Shapes, optional: tuple[str, ...]
 ) -> None:
     found = {name: tensor.shape for name, tensor in weights.items()}
-    check_shapes(f"the head in {folder}", found, shapes, optional, "this layout")
+    check_shapes(f"the head in {folder}", found, shapes, optional, "this layout", "the model needs")
 
 
 def _aux_norms(shape: ModelConfig, aux_layers: int) -> Shapes:

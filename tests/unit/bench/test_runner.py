@@ -74,6 +74,7 @@ def test_speedups_tokens_and_identity(world):
     )  # an answer's last round may have no room for 3 tokens
     assert good["tokens_per_round"] == pytest.approx(3.0, rel=0.02)
     assert good["wasted_rows"] == 0
+    assert good["tree_share"] == 0
     assert bad["speedup"] == pytest.approx(1 / 1.25, rel=0.02)
     assert bad["tokens_per_round"] == 1.0
     assert bad["wasted_rows"] == pytest.approx(2.0, rel=0.05)
@@ -193,6 +194,7 @@ def test_tables_fit_their_place(world):
     text = terminal(renamed)
     assert max(map(len, text.splitlines())) <= 100
     assert "chain 1/1234567890 = chain(length=1,and_more=1234567890)" in text
+    assert (report.SPEED[-1], *report.ROUNDS[::8]) == ("same", "levels", "worst ×")
     table = report.policies(Results({}, runs), "", report.SPEED)
     assert len(table.rows) == 3
     assert {len(row) for row in table.rows} == {len(table.head)}
