@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -164,24 +165,37 @@ def test_a_server_with_a_damaged_profile_measures_again(
 
 
 class Steps:
-    """Counts the steps of profiles, and holds the first one up until `go`, if that is asked."""
+    """Counts the steps of profiles, and holds the first one up until `go`, if that is asked.
+
+    llm: whose profile counts, if set: another test's model may still be at its own."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, held: bool = False) -> None:
-        self.count = 0
+        self.llm: LLM | None = None
+        self.counts: Counter[int] = Counter()  # by the model's target
         self.seen: list[int] = []  # the count in each round
         self.begun = threading.Event()
         self.go = threading.Event()
         if not held:
             self.go.set()
         step = measure.Measurement.step
+        begin = measure.Measurement.__init__
+
+        def noted(measurement: Any, target: Any, *more: Any, **options: Any) -> None:
+            measurement.of = target
+            begin(measurement, target, *more, **options)
 
         def counted(measurement: Any) -> bool:
             self.begun.set()
             assert self.go.wait(10)
-            self.count += 1
+            self.counts[id(getattr(measurement, "of", None))] += 1  # None: it was begun before
             return step(measurement)
 
+        monkeypatch.setattr(measure.Measurement, "__init__", noted)
         monkeypatch.setattr(measure.Measurement, "step", counted)
+
+    @property
+    def count(self) -> int:
+        return self.counts.total() if self.llm is None else self.counts[id(self.llm.target)]
 
     def look(self, _touched: object) -> None:
         self.seen.append(self.count)
@@ -193,6 +207,7 @@ def test_the_profile_is_taken_after_the_first_answer_and_changes_none(
     """What it overwrites is not found any more."""
     steps = Steps(monkeypatch)
     llm = load(speculative_config=SMART)
+    steps.llm = llm
     path = profile_of(llm)
     prompt = list(range(48))
     params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
