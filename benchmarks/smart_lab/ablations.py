@@ -16,11 +16,20 @@ import numpy as np
 from smart_decoding.core.calibration import BIN_PROBS, MAX_PROB, Calibration, default_prior
 from smart_decoding.core.choice import best_size, ranked
 from smart_decoding.core.cost import CostModel, Curve
+from smart_decoding.core.drift import DriftDetector
+from smart_decoding.core.learned import Learned
 from smart_decoding.core.policies.base import StatelessPolicy, token_array
 from smart_decoding.core.policies.smart import Smart
 from smart_decoding.core.rule import NO_NODES, Grow, Scores, TreeRule, expanded_widths
 from smart_decoding.core.selection import BestRate, RoundCosts, best_per_owner
-from smart_decoding.core.tree import ROOT, BoolArray, DraftTrees, IntArray, KindArray
+from smart_decoding.core.tree import (
+    ROOT,
+    BoolArray,
+    DraftTrees,
+    FloatArray,
+    IntArray,
+    KindArray,
+)
 from smart_lab.replay import Source, Walk
 
 if TYPE_CHECKING:
@@ -213,6 +222,37 @@ class FrozenCosts(Variant):
         self.inner.cost = self._cost
 
 
+class TrustedForecasts(Learned):
+    """Believes that drafted rounds reach the rate that is forecast for them."""
+
+    def realised(self, size: int) -> float:
+        """All of it."""
+        return 1.0
+
+
+class NeverChanged(DriftDetector):
+    """A drafter that becomes worse or better is learned about as fast as any other."""
+
+    def update(
+        self, source: IntArray, expected: FloatArray, hit: BoolArray
+    ) -> list[tuple[int, float]]:
+        """No alarm."""
+        return []
+
+
+def trusting(inner: Smart) -> Smart:
+    """With forecasts that are not corrected."""
+    known = inner.learned
+    inner.learned = TrustedForecasts(known.cost, known.calibration, known.forecast)
+    return inner
+
+
+def unalarmed(inner: Smart) -> Smart:
+    """Without the test for change."""
+    inner.calibration.drift = NeverChanged(inner.calibration.drift.evidence.shape[1])
+    return inner
+
+
 class Foreseeing(FrozenCosts):
     """Knows what deeper levels would propose before they are drafted, and pays for those that it
     takes only."""
@@ -398,6 +438,9 @@ ABLATIONS: Mapping[str, Make] = {
     "stop rule: always 8 levels": lambda t, c: Variant(smart(t, c), all_levels(8)),
     "stop rule: always 2 levels": lambda t, c: Variant(smart(t, c), all_levels(2)),
     "stop rule: look back": lambda t, c: Variant(smart(t, c), look_back),
+    "costs: not corrected": lambda t, c: FrozenCosts(smart(t, c)),
+    "forecasts: not corrected": lambda t, c: trusting(smart(t, c)),
+    "no test for change": lambda t, c: unalarmed(smart(t, c)),
     "no probing": lambda t, c: smart(t, c, exploration_budget=0.0),
     "no context in the cost": lambda t, c: smart(t, flat(c)),
     "no round limit": lambda t, c: smart(t, c, max_round_slowdown=math.inf),

@@ -2,6 +2,8 @@
 
 The drafter is good all the time, hopeless all the time, or turns bad and good again. With
 `--against OLD.json` (an earlier run's `--json`) each line says how much the rate has changed.
+
+    python -m smart_lab regret --policies smart,"no calibration","no probing"
 """
 
 from __future__ import annotations
@@ -21,8 +23,10 @@ from smart_decoding.bench.options import BASELINE, check_outputs
 from smart_decoding.bench.provenance import write_json
 from smart_decoding.cli.arguments import whole_numbers, words
 from smart_decoding.core.cost import CostModel
-from smart_decoding.core.policies import make_policy
+from smart_lab.ablate import contestant
+from smart_lab.recording import Recording
 from smart_lab.simulation import Totals, World, best_rounds, run, total
+from smart_lab.trace import Trace
 
 # Shapes of measured machines: milliseconds of a forward by rows (2 CPU cores in bf16; per-row
 # costs; cheap rows on a GPU).
@@ -41,6 +45,7 @@ SCENARIOS: Mapping[str, Callable[[int], bool]] = {
     "bad for a while": lambda index: index not in BAD,
 }
 WORSE = 0.01  # of the rate: more than that is told
+NOTHING = Trace(Recording.of(()), {})  # recorded: what policies start from
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +67,11 @@ def simulated(cell: Cell) -> list[dict[str, Any]]:
     rows = []
     for scenario, good in SCENARIOS.items():
         world = World(cell.seed, cell.batch_size, costs, good)
-        plain = run(make_policy(BASELINE), world, span)
+        plain = run(contestant(BASELINE, NOTHING, costs), world, span)
         each = Totals(plain.tokens / len(span), plain.seconds / len(span), 0, 1)
         best = total(known[index] if good(index) else each for index in span)
         for policy in cell.policies:
-            found = run(make_policy(policy, {"cost": costs}), world, span)
+            found = run(contestant(policy, NOTHING, costs), world, span)
             rows.append(
                 {
                     "machine": cell.machine,
@@ -100,12 +105,12 @@ def table(found: Mapping[tuple[Any, ...], Mapping[str, float]], before: Any = No
     """A line for each world and policy."""
     changed = "   change" if before else ""
     lines = [
-        f"{'machine':20} {'batch':>5}  {'drafter':16}{'policy':>17}"
+        f"{'machine':20} {'batch':>5}  {'drafter':16}{'policy':>33}"
         f"{'over plain':>12}{'over full knowledge':>21}{'nodes':>8}{'off':>6}{changed}"
     ]
     for group, row in found.items():
         machine, batch, scenario, policy = group
-        line = f"{machine:20} {batch:5}  {scenario:16}{policy:>17}{row['over_plain']:12.3f}"
+        line = f"{machine:20} {batch:5}  {scenario:16}{policy:>33}{row['over_plain']:12.3f}"
         line += f"{row['over_best']:21.3f}{row['nodes']:8.1f}{row['off_share']:6.0%}"
         if before and group in before:
             change = row["over_plain"] / before[group]["over_plain"] - 1
@@ -120,7 +125,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--rounds", type=int, default=1200)
     add("--seeds", type=int, default=1, help="worlds whose mean is told")
     add("--batch-sizes", type=whole_numbers, default=(1, 4, 16), metavar="1,4")
-    add("--policies", type=words, default=("smart",), metavar="A,B")
+    named = "policies, or variants of `smart` as `ablate` knows them"
+    add("--policies", type=words, default=("smart",), metavar="A,B", help=named)
     add("--against", type=Path, metavar="OLD.json", help="an earlier run, to compare with")
     add("--processes", type=int, default=2)
     add("--json", type=Path, metavar="FILE")

@@ -17,7 +17,9 @@ from smart_lab.ablations import (
     raw,
     smart,
 )
+from smart_lab.regret import MACHINES
 from smart_lab.replay import Replayed, Walk, draft, replay
+from smart_lab.simulation import World, run
 from smart_lab.synthetic import synthetic
 from smart_lab.trace import Trace
 
@@ -167,3 +169,22 @@ def test_looking_back_stops_at_the_level_that_made_the_round_worse(trace):
     )
     assert 1 < levels_of(back) < 4
     assert levels_of(all_of_them) > 6
+
+
+@pytest.mark.parametrize(("name", "noticed"), [("smart", 1), ("no test for change", 0)])
+def test_without_its_test_a_drafter_that_becomes_bad_is_not_said_to_have_changed(
+    trace, name, noticed
+):
+    costs = MACHINES["cheap rows"]
+    policy = ABLATIONS[name](trace, costs)
+    run(policy, World(1, 4, costs, good=lambda index: index < 20), range(60))
+    assert policy.calibration.changes == noticed
+
+
+def test_forecasts_that_are_not_corrected_are_believed(trace):
+    costs = MACHINES["cheap rows"]
+    policies = [ABLATIONS[name](trace, costs) for name in ("smart", "forecasts: not corrected")]
+    for policy in policies:
+        run(policy, World(1, 4, costs), range(40))
+    corrected, believed = (policy.learned.realised(4) for policy in policies)
+    assert believed == 1.0 != corrected

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from smart_decoding.core.correction import SURPRISE
+from smart_decoding.core.observed import merged
 from smart_decoding.core.overhead import Overhead, size_bucket
-from smart_decoding.core.policies.base import merged
 from smart_decoding.core.running import HORIZON, RunningMean
 from smart_decoding.core.selection import BestRate
 from smart_decoding.core.timings import Timings

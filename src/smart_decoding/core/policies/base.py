@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import numpy as np
 
-from smart_decoding.core.tree import BoolArray, DraftTrees, FloatArray, IntArray, KindArray, join
+from smart_decoding.core.observed import observed
 from smart_decoding.errors import ConfigError
 
 if TYPE_CHECKING:
     from smart_decoding.core.cost import CostModel
     from smart_decoding.core.rule import TreeRule
+    from smart_decoding.core.tree import BoolArray, DraftTrees, FloatArray, IntArray, KindArray
 
 TokenIds: TypeAlias = Collection[int]
 
@@ -122,25 +123,7 @@ class Round:
         observations.
 
         Children of a rejected node were never tested and do not appear."""
-        return _observed(self.trees, self.root_next, self.next_token)
-
-
-def merged(rounds: Sequence[Round]) -> tuple[DraftTrees, IntArray, BoolArray]:
-    """The trees of several rounds as those of one, and what `observed()` says of them."""
-    if len(rounds) == 1:
-        return (rounds[0].trees, *rounds[0].observed())
-    trees = join([r.trees for r in rounds])
-    next_token = np.concatenate([r.next_token for r in rounds])
-    root_next = np.concatenate([r.root_next for r in rounds])
-    return (trees, *_observed(trees, root_next, next_token))
-
-
-def _observed(
-    trees: DraftTrees, root_next: IntArray, next_token: IntArray
-) -> tuple[IntArray, BoolArray]:
-    after = np.where(trees.parent < 0, root_next[trees.owner], next_token[trees.parent])
-    nodes = np.flatnonzero(after >= 0)
-    return nodes, trees.token[nodes] == after[nodes]
+        return observed(self.trees, self.root_next, self.next_token)
 
 
 class Policy(Protocol):
