@@ -6,8 +6,9 @@ import argparse
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import Field, dataclass, field, fields
 from difflib import get_close_matches
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -29,24 +30,29 @@ _SAMPLING = {
     **{name: name for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")},
     "max_new_tokens": "max_tokens",
 }
-# vLLM's options that change nothing here, with the values that they may have.
+# vLLM's options of calls that change nothing here, with the values that they may have.
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "tensor_parallel_size": (1,),
-    "pipeline_parallel_size": (1,),
-    "trust_remote_code": (False,),
-    "tokenizer_mode": ("auto",),
-    "load_format": ("auto",),
-    "enable_chunked_prefill": (None, True),
-    "cpu_offload_gb": (0,),
-    "kv_cache_dtype": ("auto",),
-    "block_size": (None, PAGE),
-    "revision": (None,),
-    # of calls
     "lora_request": (None,),
     "priority": (None, 0),
     "chat_template_content_format": ("auto",),
     "continue_final_message": (False,),
 }
+# What an option's type takes: bool is a number, too, and so are numpy's.
+_KINDS: Mapping[str, type] = {
+    "int": Integral,
+    "float": Real,
+    "bool": Integral,
+    "str": str,
+    "Path": Path,
+    "Mapping": Mapping,
+    "None": type(None),
+}
+
+
+def _neutral(*allowed: Any) -> Any:
+    """An option of vLLM's that changes nothing here, by default the first of the values that it may
+    have; without any it takes all, and is None."""
+    return field(default=next(iter(allowed), None), metadata={"allowed": allowed})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,12 +101,12 @@ class EngineArgs:
     mm_processor_kwargs: options of the image processor, such as max_pixels.
     max_image_pixels: of one image as it is sent.
 
-    Of vLLM, with no effect here. swap_space, disable_log_stats: any value.
-    tensor_parallel_size, pipeline_parallel_size: 1. trust_remote_code: false, as a model's code is
-    never run. tokenizer_mode, load_format, kv_cache_dtype: auto. enable_chunked_prefill: true.
-    cpu_offload_gb: 0. block_size: 16. revision: none.
+    The others are vLLM's and have no effect here. Those that change no answer there, such as
+    swap_space, may be anything, the rest only what they are by default. trust_remote_code: a
+    model's code is never run.
 
-    Raises ConfigError or CapacityError for values that cannot be.
+    None leaves any option at its default. Raises ConfigError or CapacityError for values that
+    cannot be.
     """
 
     model: str | Path = DEFAULT_MODEL
@@ -129,22 +135,35 @@ class EngineArgs:
     allowed_local_media_path: str | Path | None = None
     mm_processor_kwargs: Mapping[str, Any] | None = None
     max_image_pixels: int = Limits().pixels
-    tensor_parallel_size: int = 1
-    pipeline_parallel_size: int = 1
-    swap_space: float = 4
-    cpu_offload_gb: float = 0
-    trust_remote_code: bool = False
-    tokenizer_mode: str = "auto"
-    load_format: str = "auto"
-    enable_chunked_prefill: bool | None = None
-    kv_cache_dtype: str = "auto"
-    block_size: int | None = None
-    revision: str | None = None
-    disable_log_stats: bool = False
+    tensor_parallel_size: int = _neutral(1)
+    pipeline_parallel_size: int = _neutral(1)
+    data_parallel_size: int = _neutral(1)
+    trust_remote_code: bool = _neutral(False)
+    enable_lora: bool = _neutral(False)
+    skip_tokenizer_init: bool = _neutral(False)
+    tokenizer_mode: str = _neutral("auto")
+    load_format: str = _neutral("auto")
+    kv_cache_dtype: str = _neutral("auto")
+    runner: str = _neutral("auto", "generate")
+    task: str = _neutral("auto", "generate")
+    cpu_offload_gb: float = _neutral(0)
+    enable_chunked_prefill: bool | None = _neutral(None, True)
+    block_size: int | None = _neutral(None, PAGE)
+    revision: str | None = _neutral(None)
+    tokenizer_revision: str | None = _neutral(None)
+    hf_overrides: Mapping[str, Any] | None = _neutral(None, {})
+    swap_space: float | None = _neutral()
+    disable_log_stats: bool | None = _neutral()
+    max_seq_len_to_capture: int | None = _neutral()
+    compilation_config: Mapping[str, Any] | int | None = _neutral()
+    disable_custom_all_reduce: bool | None = _neutral()
+    async_scheduling: bool | None = _neutral()
+    distributed_executor_backend: str | None = _neutral()
 
     def __post_init__(self) -> None:
         from smart_decoding.models.target import dtype_of  # imported late: torch is slow
 
+        self._check_kinds()
         dtype_of(self.dtype)
         if self.dtype in ("half", "float16"):
             log.warning("dtype=%r runs in bfloat16: float16 is not supported", self.dtype)
@@ -170,7 +189,7 @@ class EngineArgs:
     @classmethod
     def of(cls, **options: Any) -> EngineArgs:
         """From keyword arguments. Raises ConfigError for one that is not known."""
-        known = [field.name for field in fields(cls)]
+        known = [each.name for each in fields(cls)]
         for name in options:
             if name not in known:
                 close = get_close_matches(name, known, 1)
@@ -184,7 +203,7 @@ class EngineArgs:
         `LLM(**vars(args))` takes what it parses."""
         for each in fields(cls):
             option = "--" + each.name.replace("_", "-")
-            kind = str(each.type).partition(" ")[0].partition("[")[0]
+            kind = _kinds(each)[0]
             if kind == "bool":
                 action = argparse.BooleanOptionalAction
                 parser.add_argument(option, action=action, default=each.default)
@@ -254,8 +273,24 @@ class EngineArgs:
         """Prompt tokens in a round."""
         return self.max_num_batched_tokens or (2048 if on_cuda else 256)
 
+    def _check_kinds(self) -> None:
+        for each in fields(self):
+            value = getattr(self, each.name)
+            kinds = _kinds(each)
+            good = isinstance(value, tuple(_KINDS[kind] for kind in kinds))
+            if value is None and not good:
+                object.__setattr__(self, each.name, each.default)
+            elif not good and each.name not in (
+                "dtype",
+                "speculative_config",
+            ):  # told more of below
+                raise ConfigError(
+                    f"{each.name}={value!r} is not allowed: it must be of the type {each.type}"
+                )
+
     def _check_neutral(self) -> None:
-        require_neutral({name: value for name, value in vars(self).items() if name in _NEUTRAL})
+        for each in fields(self):
+            _require_one_of(each.name, getattr(self, each.name), each.metadata.get("allowed", ()))
         folder = self.tokenizer
         if folder not in (None, self.model) and not expanded(str(folder)).is_dir():
             raise ConfigError(f"tokenizer={str(folder)!r} is not supported: give a folder, or none")
@@ -279,6 +314,14 @@ AsyncEngineArgs = EngineArgs  # vLLM's name of those of `AsyncLLM`
 def require_neutral(given: Mapping[str, Any]) -> None:
     """Raises ConfigError, naming it, for an option of vLLM with a value that is not served here."""
     for name, value in given.items():
-        allowed = _NEUTRAL[name]
-        if value not in allowed:
-            raise ConfigError(f"{name}={value!r} is not supported: leave it at {allowed[-1]!r}")
+        _require_one_of(name, value, _NEUTRAL[name])
+
+
+def _require_one_of(name: str, value: object, allowed: tuple[Any, ...]) -> None:
+    if allowed and value not in allowed:
+        raise ConfigError(f"{name}={value!r} is not supported: leave it at {allowed[-1]!r}")
+
+
+def _kinds(option: Field[Any]) -> list[str]:
+    """The names of an option's types."""
+    return [kind.partition("[")[0] for kind in str(option.type).split(" | ")]

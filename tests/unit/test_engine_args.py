@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -35,6 +36,11 @@ from smart_decoding.models.target import dtype_of
         ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype='fp8' is not supported: leave it at 'auto'"),
         ({"block_size": 32}, "block_size=32 is not supported: leave it at 16"),
         ({"revision": "v1"}, "revision='v1' is not supported: leave it at None"),
+        ({"enable_lora": True}, "enable_lora=True is not supported: leave it at False"),
+        ({"runner": "pooling"}, "runner='pooling' is not supported: leave it at 'generate'"),
+        ({"max_model_len": "100"}, "max_model_len='100' is not allowed: it must be of the type"),
+        ({"max_num_seqs": 2.5}, "max_num_seqs=2.5 is not allowed: it must be of the type int"),
+        ({"limit_mm_per_prompt": 5}, "limit_mm_per_prompt=5 is not allowed"),
         ({"max_logprobs": -2}, "max_logprobs=-2 is not allowed: it must be at least -1"),
         ({"load_format": "dummy"}, "load_format='dummy' is not supported: leave it at 'auto'"),
         (
@@ -79,11 +85,19 @@ def test_what_changes_nothing_is_taken(caplog: pytest.LogCaptureFixture) -> None
         trust_remote_code=False,
         disable_log_stats=True,
         enable_chunked_prefill=True,
+        compilation_config={"level": 3},
+        runner="generate",
     )
     assert dtype_of(args.dtype) == dtype_of("bfloat16")
     assert not caplog.records
     assert dtype_of(EngineArgs(dtype="half").dtype) == dtype_of("bfloat16")
     assert "dtype='half' runs in bfloat16" in caplog.text
+
+
+def test_none_leaves_an_option_at_its_default() -> None:
+    """As vLLM's own defaults are; it turned prefix caching off, or ended in a traceback."""
+    options = [each.name for each in fields(EngineArgs)]
+    assert EngineArgs(**dict.fromkeys(options)) == EngineArgs()
 
 
 def test_a_parser_gets_all_options() -> None:
