@@ -121,6 +121,8 @@ class Engine:
             self._worked = now
         for request in requests:
             request.client = client
+            if request.constraint is not None:
+                request.constraint.client = client
             self._requests[request.id] = request
             self.scheduler.add(request)
         return requests

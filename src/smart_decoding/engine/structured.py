@@ -84,10 +84,11 @@ class Constraint(Protocol):
     the path is committed.
 
     dear: its masks take long. From then on they are computed in another thread, and drafts, which
-    need more of them, are not worth it."""
+    need more of them, are not worth it. client: whose turn it is there."""
 
     error: ConfigError | None
     dear: bool
+    client: str
 
     def compute_beside(self) -> None:
         """To be computed in another thread from the first mask on."""

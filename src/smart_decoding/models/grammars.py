@@ -18,6 +18,7 @@ from weakref import ReferenceType, WeakValueDictionary, ref
 import numpy as np
 from numpy.typing import NDArray
 
+from smart_decoding.engine.turns import Turns, Waiting
 from smart_decoding.errors import ConfigError
 from smart_decoding.models.grammar_check import (
     JSON_OPTIONS,
@@ -37,10 +38,7 @@ _SHOWN = 200  # characters of an error
 # Seconds of processor of a mask: from there on a round does not wait for it. A usual one takes a
 # thousandth, the first one of a large vocabulary more.
 DEAR = 0.03
-# One thread, so that all grammars together take no more than a third of the processor time of a
-# round's thread. llguidance does not hold the interpreter while it computes one.
 NICE = 5
-_BESIDE = ThreadPoolExecutor(1, "smart-masks", stand_back, (NICE,))
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
@@ -152,6 +150,50 @@ class Grammars:
         )
 
 
+@dataclass(eq=False, slots=True)
+class _Place:
+    """What waits for the thread. result: what `work` returns or raises, once it is done."""
+
+    client: str
+    work: Callable[[], Any]
+    result: Future[Any]
+
+
+class MaskThread:
+    """Work beside the rounds, one piece after another and each client in turn.
+
+    One thread, so that all grammars together take no more than a third of the processor time of a
+    round's thread; so nobody is charged for it. llguidance does not hold the interpreter while it
+    computes a mask."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "smart-masks", stand_back, (NICE,))
+        self._waiting: Waiting[_Place] = Waiting()
+        self._turns = Turns()
+        self._lock = threading.Lock()
+
+    def submit(self, client: str, work: Callable[[], T]) -> Future[T]:
+        """What `work` will have returned."""
+        place = _Place(client, work, Future())
+        with self._lock:
+            self._waiting.append(place)
+        self._thread.submit(self._next)
+        return place.result
+
+    def _next(self) -> None:
+        with self._lock:
+            place = self._turns.choose(self._waiting.heads())
+            self._waiting.remove(place)
+            self._turns.taken(place.client)
+        try:
+            place.result.set_result(place.work())
+        except BaseException as error:  # llguidance's panics are no Exceptions
+            place.result.set_exception(error)
+
+
+_BESIDE = MaskThread()
+
+
 def _timed(
     method: Callable[[GrammarConstraint, Sequence[int]], T],
 ) -> Callable[[GrammarConstraint, Sequence[int]], T]:
@@ -177,6 +219,7 @@ class GrammarConstraint:
     def __init__(self, matcher: Any, vocab: int, eos_ids: Sequence[int]) -> None:
         self.error: ConfigError | None = None
         self.dear = False
+        self.client = ""
         self._beside = False
         self._coming: Future[NDArray[np.bool_]] | None = None  # the next mask
         self._spent = 0.0  # seconds that nobody has taken note of yet
@@ -263,7 +306,7 @@ class GrammarConstraint:
 
     def _begin(self, taken: list[int]) -> None:
         """Has another thread take in the tokens and compute the next mask."""
-        self._coming = _BESIDE.submit(_mask_after, ref(self), taken)
+        self._coming = _BESIDE.submit(self.client, functools.partial(_mask_after, ref(self), taken))
 
     def take_seconds(self) -> float:
         """See `Constraint`."""

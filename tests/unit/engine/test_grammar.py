@@ -250,8 +250,37 @@ def test_masks_are_computed_where_they_take_what_rounds_leave() -> None:
         return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
 
     if sys.platform == "linux":
-        beside = models_grammars._BESIDE.submit(nice).result()
+        beside = models_grammars._BESIDE.submit("", nice).result()
         assert beside == min(19, nice() + models_grammars.NICE)
+
+
+def test_clients_take_turns_at_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """First come, first served let one who had six grammars have six times as many."""
+    free = threading.Event()
+    done: list[str] = []
+    beside = models_grammars.MaskThread()
+    beside.submit("many", free.wait)
+    for client in ("many", "many", "few", "many", "few"):
+        last = beside.submit(client, functools.partial(done.append, client))
+    free.set()
+    last.result(10)
+    assert done[:3] == ["few", "many", "few"]
+    with pytest.raises(ConfigError):
+        beside.submit("few", functools.partial(constraint, regex="(")).result(10)
+    asked: list[str] = []
+    monkeypatch.setattr(models_grammars, "DEAR", -1.0)
+    submit = models_grammars._BESIDE.submit
+    monkeypatch.setattr(
+        models_grammars._BESIDE,
+        "submit",
+        lambda client, work: asked.append(client) or submit(client, work),
+    )
+    engine = make_engine("off", constrain=grammars())
+    for client in ("many", "few"):
+        for prompt, params in requests_of("drawn"):
+            engine.add_request(f"{client} {prompt}", prompt, params, client=client)
+    finish(engine)
+    assert set(asked) == {"many", "few"}
 
 
 @pytest.mark.parametrize("policy", ["off", "static"])
