@@ -109,6 +109,9 @@ def test_errors_name_what_is_wrong(running: Running) -> None:
     )
     assert unknown["param"] == "best_of"
     assert unknown["code"] == "unsupported_parameter"
+    options = {"model": NAME, "prompt": "a", "stream_options": {}}
+    told = error_of(post(running, "/v1/completions", json=options), 400)["message"]
+    assert told == "the body: stream_options is only allowed with stream=true"
     assert error_of(post(running, "/v1/nothing"), 404)["type"] == "invalid_request_error"
     error_of(httpx.get(f"{running.url}/v1/completions"), 405)
     form = {

@@ -117,4 +117,5 @@ def _of_validation(error: RequestValidationError) -> ApiError:
         return ApiError(400, f"the body is not valid JSON: {reason}")
     if kind == "extra_forbidden":
         return ApiError(400, f"{'.'.join(path)} is not supported", "unsupported_parameter", param)
-    return ApiError(400, f"{'.'.join(path) or 'the body'}: {first['msg']}", "invalid_value", param)
+    reason = first["msg"].removeprefix("Value error, ")
+    return ApiError(400, f"{'.'.join(path) or 'the body'}: {reason}", "invalid_value", param)
