@@ -24,12 +24,15 @@ if TYPE_CHECKING:
 
 MOVED = (
     (
-        r"from vllm(\.sampling_params|\.inputs|\.engine\.arg_utils)? import",
+        r"from vllm(\.sampling_params|\.inputs|\.outputs|\.engine\.arg_utils)? import",
         "from smart_decoding import",
     ),
     (r"from vllm\.v1\.engine\.async_llm import", "from smart_decoding import"),
     (r"from vllm\.v1\.metrics\.reader import", "from smart_decoding.engine.metrics import"),
-    (r"from vllm\.utils import FlexibleArg", "from argparse import ArgumentParser as FlexibleArg"),
+    (
+        r"from vllm\.utils(\.argparse_utils)? import FlexibleArg",
+        "from argparse import ArgumentParser as FlexibleArg",
+    ),
 )
 
 BASIC = """
@@ -51,7 +54,8 @@ assert len({output.outputs[0].text for output in outputs}) == 3
 
 GENERATE = """
 from vllm import LLM, EngineArgs
-from vllm.utils import FlexibleArgumentParser
+from vllm.outputs import RequestOutput
+from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 
 def main(args: dict):
@@ -65,6 +69,7 @@ def main(args: dict):
     if warmth is not None:
         params.temperature = warmth
     (output,) = llm.generate("Rain falls when", params)
+    assert isinstance(output, RequestOutput)
     assert len(output.outputs[0].token_ids) == limit
     assert llm.get_tokenizer().decode(output.outputs[0].token_ids) == output.outputs[0].text
 
@@ -144,7 +149,7 @@ from vllm.v1.metrics.reader import Counter, Gauge, Histogram, Vector
 
 table = "| 1 | Ann | 31 | Bern |\\n| 2 | Bob | 45 | Oslo |\\n" * 6
 llm = LLM(model="MODEL", max_model_len=900, enable_prefix_caching=True, disable_log_stats=False,
-          enable_chunked_prefill=True, speculative_config={
+          enable_chunked_prefill=True, max_num_seqs=None, runner="generate", speculative_config={
               "method": "ngram", "num_speculative_tokens": 3, "policy": "static",
               "prompt_lookup_max": 3, "prompt_lookup_min": 2})
 params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, logprobs=2)
