@@ -85,7 +85,8 @@ def main(args: argparse.Namespace) -> int:
         quiet, busy, ratio = figures["quiet"], figures["busy"], figures["ratio"]
         print(f"{name:<13}{quiet:7.1f} tok/s alone{busy:7.1f} beside{ratio:6.2f}")
     if args.json is not None:
-        command = f"python -m smart_lab busy --tokens {args.tokens} --turns {args.turns}"
+        given = f"--tokens {args.tokens} --turns {args.turns} --only {' '.join(args.only)}"
+        command = f"python -m smart_lab busy {given}"
         origin = provenance(command, 0, {"model": MODEL}, "its own")
         write_json(args.json, {"provenance": origin, "busy": found})
     return int(any(figures["ratio"] < WANTED for figures in found.values()))

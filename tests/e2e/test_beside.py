@@ -1,27 +1,31 @@
-"""What grammars whose masks take long cost the others: an answer beside six of them takes at most
-twice as long as alone."""
+"""What others' load costs an answer, and whoever asks how the server is: grammars whose masks take
+long, texts that no model holds, and another process that keeps a processor busy."""
 
 from __future__ import annotations
 
+import json
 import re
+import statistics
 import subprocess
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import count
 
 import httpx
 import pytest
 
-from smart_lab.busy import COMMAND, is_ready, started
+from smart_lab.busy import COMMAND, is_ready, measured, started
 
 pytestmark = pytest.mark.model
 pytest.importorskip("llguidance")
 
 BODY = {"model": "smollm2-135m", "prompt": "The tides", "max_tokens": 60}
 PLAIN = {**BODY, "temperature": 0, "ignore_eos": True}
+IS_JSON = {"content-type": "application/json"}
+HUGE = json.dumps({**BODY, "prompt": "7" * 4_000_000}).encode()
 
 
 @pytest.fixture(scope="module")
@@ -90,3 +94,59 @@ def test_an_answer_beside_six_dear_grammars_takes_at_most_twice_as_long(
         assert len(texts) == 1
         # the shortest: other work on the machine makes the rest longer
         assert min(beside) < 2 * min(alone)
+
+
+def test_an_answer_beside_a_busy_process_keeps_half_of_its_speed(address: str) -> None:
+    """`smart_lab busy` asks for 0.6. Such medians were 0.58 to 0.93 on a quiet machine, and 0.28 to
+    0.37 where threads looked at barriers 300,000 times."""
+    with httpx.Client(base_url=address, timeout=60) as client:
+
+        def rate() -> float:
+            began = time.monotonic()
+            client.post("/v1/completions", json={**PLAIN, "max_tokens": 40}).raise_for_status()
+            return 40 / (time.monotonic() - began)
+
+        def keeps() -> bool:
+            ratios.append(measured(lambda _: nullcontext(rate), 40, 5)["ratio"])
+            return ratios[-1] > 0.5
+
+        ratios: list[float] = []
+        kept = keeps() or keeps()  # other work may come in the midst of it
+    print(ratios)
+    assert kept, ratios
+
+
+def test_health_and_metrics_answer_within_a_tenth_of_a_second(address: str) -> None:
+    """Beside grammars, answers, and texts of four megabytes. One look may come while the machine's
+    other work has the processors."""
+
+    def refused(path: str) -> set[int]:
+        codes = set()
+        with httpx.Client(base_url=address, timeout=60) as attacker:
+            while not done.is_set():
+                codes.add(attacker.post(path, content=HUGE, headers=IS_JSON).status_code)
+        return codes
+
+    done = threading.Event()
+    waits = []
+    other = httpx.HTTPTransport(local_address="127.0.0.2")
+    with (
+        httpx.Client(base_url=address, timeout=60, transport=other) as client,
+        ThreadPoolExecutor() as pool,
+        six(address, False) as told,
+    ):
+        sent = [pool.submit(refused, path) for path in ("/tokenize", "/v1/completions")]
+        ends = time.monotonic() + 3
+        while time.monotonic() < ends or not told:
+            for path in ("/health", "/metrics"):
+                began = time.monotonic()
+                client.get(path).raise_for_status()
+                waits.append(time.monotonic() - began)
+            time.sleep(0.02)
+        done.set()
+        assert [each.result() for each in sent] == [{400}] * 2
+    *_, second, longest = sorted(waits)
+    print(statistics.median(waits), second, longest)
+    assert statistics.median(waits) < 0.1
+    assert second < 0.3
+    assert longest < 1.0
