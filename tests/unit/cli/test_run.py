@@ -263,7 +263,7 @@ def test_standard_input_must_be_text(
         ("--method draft_model", "give --draft MODEL"),
         ("--method none --policy chain", "policy 'chain' is given: leave out one of them"),
         ("--draft small --method-option model=other", "give it once"),
-        ("--dtype int4", "'bf16', 'bfloat16', 'fp32', 'float32'"),
+        ("--dtype int4", "'bf16', 'bfloat16', 'fp32', 'float32', 'auto'"),
         (
             "--policy chain --policy-option depth=3",
             "policy 'chain' has no option 'depth'; its options: length",
