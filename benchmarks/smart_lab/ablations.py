@@ -434,7 +434,7 @@ ABLATIONS: Mapping[str, Make] = {
     "greedy rule": lambda t, c: Variant(smart(t, c), greedy_rule),
     "no calibration": lambda t, c: smart(t, c, raw()),
     "calibration: default prior": lambda t, c: smart(t, c, Calibration()),
-    "calibration: prior, not learning": lambda t, c: smart(t, c, _still(t)),
+    "calibration: not learning": lambda t, c: smart(t, c, _still(t)),
     "stop rule: always 8 levels": lambda t, c: Variant(smart(t, c), all_levels(8)),
     "stop rule: always 2 levels": lambda t, c: Variant(smart(t, c), all_levels(2)),
     "stop rule: look back": lambda t, c: Variant(smart(t, c), look_back),
