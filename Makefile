@@ -82,13 +82,14 @@ pictures: env
 VLLM_ENV ?= .venv-vllm
 VLLM_NEWEST ?= .vllm-0.33
 VLLM_TESTS = $(VLLM_ENV)/bin/python -m pytest -rs tests/integrations/test_vllm_contract.py tests/integrations/test_vllm_async.py
+VLLM_HOST = tests/integrations/test_chains.py $(foreach part,schedule ranks verification,tests/integrations/test_vllm_$(part).py)
+VLLM_MODEL = SMART_TEST_MODEL="$$($(BIN)/python tools/model_folder.py smollm2-135m)"
+VLLM_CLASSES = VLLM_TARGET_DEVICE=cpu PYTHONPATH=src:$(VLLM_NEWEST) $(VLLM_TESTS)
 test-vllm: export SMART_NO_SKIPS = 1
 test-vllm: env $(VLLM_ENV)/.installed $(VLLM_NEWEST)/.installed
-	$(BIN)/python -m pytest -rs tests/integrations/test_chains.py tests/integrations/test_vllm_schedule.py \
-		tests/integrations/test_vllm_ranks.py tests/integrations/test_vllm_verification.py
-	export SMART_TEST_MODEL="$$($(BIN)/python tools/model_folder.py smollm2-135m)" && \
-		VLLM_TARGET_DEVICE=cpu PYTHONPATH=src:$(VLLM_NEWEST) $(VLLM_TESTS) && \
-		PYTHONPATH=src $(VLLM_TESTS) tests/integrations/test_vllm_engine.py
+	$(BIN)/python -m pytest -rs $(VLLM_HOST)
+	$(VLLM_MODEL) $(VLLM_CLASSES)
+	$(VLLM_MODEL) PYTHONPATH=src $(VLLM_TESTS) tests/integrations/test_vllm_engine.py
 
 $(VLLM_ENV)/.installed:
 	$(PYTHON) -m venv $(VLLM_ENV)
@@ -104,8 +105,9 @@ $(VLLM_NEWEST)/.installed: $(VLLM_ENV)/.installed
 # wheel is unpacked for it, without its GPU dependencies; what its modules import at the least comes beside it. A test
 # that is skipped fails the target.
 SGLANG_DIR ?= .sglang
+SGLANG_PATH = $(SGLANG_DIR):$(SGLANG_DIR)/more$(if $(PYTHONPATH),:$(PYTHONPATH))
 test-sglang: env $(SGLANG_DIR)/.installed-2
-	SMART_NO_SKIPS=1 PYTHONPATH=$(SGLANG_DIR):$(SGLANG_DIR)/more$(if $(PYTHONPATH),:$(PYTHONPATH)) TRITON_INTERPRET=1 \
+	SMART_NO_SKIPS=1 PYTHONPATH=$(SGLANG_PATH) TRITON_INTERPRET=1 \
 		$(BIN)/python -m pytest -rs tests/integrations/test_sglang_policy.py tests/integrations/test_sglang_seams.py \
 		tests/integrations/test_sglang_hooks.py tests/integrations/test_sglang_trees.py tests/integrations/test_sglang_costs.py \
 		tests/integrations/test_sglang_algorithm.py tests/integrations/test_sglang_server.py
@@ -119,20 +121,19 @@ $(SGLANG_DIR)/.installed-2:
 		"torchvision==0.$$($(BIN)/python -c 'import torch; print(int(torch.__version__.split(".")[1]) + 15)').*"
 	@touch $@
 
-# The GPU path as far as a CPU goes: Triton's kernels by its interpreter and compiled ahead of time, graphs, counts of
-# operations, draws, the check of a GPU, the floor. A test that is skipped fails the target.
-TRITON_DIR ?= .triton
-test-gpu-path: env $(TRITON_DIR)/.installed
-	SMART_NO_SKIPS=1 PYTHONPATH=$(TRITON_DIR)$(if $(PYTHONPATH),:$(PYTHONPATH)) TRITON_INTERPRET=1 \
-		$(BIN)/python -m pytest -n auto -rs tests/gpu/test_triton.py tests/gpu/test_draws.py tests/gpu/test_gpu_check.py
-	SMART_NO_SKIPS=1 PYTHONPATH=$(TRITON_DIR)$(if $(PYTHONPATH),:$(PYTHONPATH)) \
-		$(BIN)/python -m pytest -rs tests/gpu/test_compiled.py tests/gpu/test_counts.py tests/gpu/test_profiles.py \
-		tests/parity/test_graphs.py tests/lab/test_gpu_check.py tests/unit/bench/test_floor.py
-
-# The interpreter needs an older NumPy.
-$(TRITON_DIR)/.installed:
-	$(PIP) install --no-deps --target $(TRITON_DIR) 'triton==3.6.0' 'numpy<2.4'
-	@touch $@
+# The GPU path as far as a CPU goes, in less than ten minutes once all is installed: Triton's kernels by its interpreter and
+# compiled ahead of time, graphs, counts of operations, draws, shards, the check of a GPU, the floor, simulated cards, and
+# vLLM's and SGLang's own classes. Their engines are for test-vllm and test-sglang. A test that is skipped fails the target.
+INTERPRETED = $(addprefix tests/gpu/,test_triton.py test_draws.py test_gpu_check.py) \
+	$(foreach part,policy seams costs trees algorithm,tests/integrations/test_sglang_$(part).py)
+HOST = $(addprefix tests/gpu/,test_counts.py test_profiles.py) tests/parity/test_graphs.py tests/unit/bench/test_floor.py \
+	tests/unit/integrations/test_sharded.py tests/lab/test_gpu_check.py tests/lab/test_simulate.py $(VLLM_HOST)
+test-gpu-path: export SMART_NO_SKIPS = 1
+test-gpu-path: env $(SGLANG_DIR)/.installed-2 $(VLLM_NEWEST)/.installed
+	TRITON_INTERPRET=1 PYTHONPATH=$(SGLANG_PATH) $(BIN)/python -m pytest -n auto -rs $(INTERPRETED)
+	PYTHONPATH=$(SGLANG_PATH) $(BIN)/python -m pytest -rs tests/gpu/test_compiled.py
+	$(BIN)/python -m pytest -n auto -rs $(HOST)
+	$(VLLM_MODEL) $(VLLM_CLASSES)
 
 env: .venv/.installed-dev
 

@@ -25,6 +25,8 @@ from smart_decoding.drafters.ngram import NgramDrafter
 from smart_decoding.drafters.recycling import RecyclingDrafter
 from smart_decoding.engine.engine import Engine, EngineConfig
 from smart_decoding.engine.sampling_params import SamplingParams
+from smart_decoding.engine_args import EngineArgs
+from smart_decoding.llm import _engine_config
 from smart_decoding.models import decoder as decoder_module
 from smart_decoding.models import head_weights, ranking, sampler
 from smart_decoding.models.config import ModelConfig
@@ -32,6 +34,7 @@ from smart_decoding.models.eagle_head import EagleHead
 from smart_decoding.models.graphs import GraphedLayers
 from smart_decoding.models.loading import Checkpoint
 from smart_decoding.models.ranking import torch_top_k
+from smart_decoding.models.rows import upload
 from smart_decoding.models.target import TorchTarget
 from smart_decoding.models.torch_layers import TorchLayers
 from smart_lab.replayed_run import RandomWeights, random_head
@@ -226,3 +229,33 @@ def test_a_draft_level_asks_little(
     assert seen["launch"] == 4 * (1 + drawn) + 2, seen
     assert seen["wait"] == 4 + 1, seen
     assert seen["upload"] <= 4 * (2 + drawn) + 3, seen
+
+
+def test_uploads_are_pinned_and_nobody_waits_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The calls alone: a CPU has no memory to pin."""
+    seen: list[object] = []
+
+    def pin(tensor: Tensor) -> Tensor:
+        seen.append("pinned")
+        return tensor
+
+    def to(tensor: Tensor, device: torch.device, **options: bool) -> Tensor:
+        seen.append((device.type, options))
+        return tensor
+
+    monkeypatch.setattr(Tensor, "pin_memory", pin)
+    monkeypatch.setattr(Tensor, "to", to)
+    for device in ("cuda", "cpu"):
+        upload(np.arange(3), torch.device(device))
+    assert seen == ["pinned", ("cuda", {"non_blocking": True}), ("cpu", {"non_blocking": True})]
+
+
+def test_a_gpu_takes_more_of_prompts_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for args, tokens in (
+        (EngineArgs(device="cuda"), 2048),
+        (EngineArgs(), 2048),
+        (EngineArgs(device="cpu"), 256),
+        (EngineArgs(device="cuda", max_num_batched_tokens=512), 512),
+    ):
+        assert _engine_config(args, 400, 2048).max_num_batched_tokens == tokens

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -56,7 +57,7 @@ def bare_tree(folder: Path) -> Path:
 
 def test_it_answers_on_a_bare_machine(tmp_path: Path) -> None:
     hiding = bare_tree(tmp_path / "tree")
-    path = [str(hiding), str(Path(triton.__file__).parents[1])]
+    path = [str(hiding), *(str(Path(package.__file__).parents[1]) for package in (triton, np))]
     environment = {
         **{name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
         "PYTHON": sys.executable,

@@ -7,8 +7,10 @@ cycle to cycle. Tasks take turns too. In every third cycle the baseline runs twi
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -47,6 +49,18 @@ class Measurement:
             self.again.append((again, cycle[BASELINE]))
 
 
+@contextmanager
+def _frozen() -> Iterator[None]:
+    """What is there before is not searched for garbage in the midst of a round."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+@_frozen()
 def measure(
     engines: Mapping[str, Engine],
     prompts: Prompts,

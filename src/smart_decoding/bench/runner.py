@@ -181,8 +181,6 @@ class Bench:
         made = self.made(contestants)
         made[AGAIN] = self.llm.sharing_weights(False)
         cycles = sum(1 for _ in cycles_of(prompts, batch_size, self.options.least_blocks))
-        gc.collect()
-        gc.freeze()  # else what was loaded is searched for garbage in the midst of a round
         try:
             with _bar(cycles, name, found) as bar:
                 measure(
@@ -198,7 +196,6 @@ class Bench:
             print(f"smart: batch {batch_size}: {error}", file=sys.stderr)
             found.partial = True
         del made
-        gc.unfreeze()
         gc.collect()  # drafters hold memory of their own
         return found
 

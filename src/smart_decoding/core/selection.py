@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from smart_decoding.core.choice import NONE, best_rates, best_size, ranked
+from smart_decoding.core.choice import best_size, ranked
 from smart_decoding.core.rule import NO_NODES, TreeRule, expanded_widths
 from smart_decoding.core.tree import (
     ROOT,
@@ -44,13 +44,12 @@ class RoundCosts:
         widths = expanded_widths(trees)[1:]
         return self.sunk + float(self.levels.take(widths[widths > 0]).sum())
 
-    def best(self, gains: FloatArray, sunk: float, least: int = 0) -> int:
-        """How many of the sorted `gains` to verify; see `best_size`."""
+    def best(self, gains: FloatArray, sunk: float, least: int = 0) -> tuple[int, float]:
+        """How many of the sorted `gains` to verify, and the rate; see `best_size`."""
         gains = gains[: len(self.verify) - 1]
         verify = self.verify[: len(gains) + 1]
         least = min(least, len(gains))
-        size, _ = best_size(gains, self.tokens, sunk, verify, self.limit, least)
-        return size
+        return best_size(gains, self.tokens, sunk, verify, self.limit, least)
 
 
 # --- what to expand ---
@@ -110,23 +109,19 @@ class LookAhead:
         sunk: float,
     ) -> int:
         """How many of the sorted `frontier` to expand; 0 where nothing deeper beats stopping."""
-        ahead = np.arange(1, len(below) // RANKS + 1)
-        reached = np.arange(len(below)) // RANKS < ahead[:, None]
-        expanded = np.arange(len(frontier)) < widths[:, None]
-        inside = reached[:, None, None, :] & expanded[None, :, :, None]
-        forecast = np.where(inside, -np.multiply.outer(frontier, below), NONE)
-        options = len(ahead) * len(widths)
-        losses = np.full((options + 1, len(present) + len(frontier) * len(below)), NONE)
-        losses[:, : len(present)] = -present
-        losses[:options, len(present) :] = forecast.reshape(options, -1)  # the last option: stop
-        losses.sort(axis=1)
-        spent = np.full(options + 1, sunk)
-        spent[:options] += np.multiply.outer(ahead, self.costs.levels.take(widths)).ravel()
-        most = min(losses.shape[1], len(self.costs.verify) - 1)
-        verify = self.costs.verify[: most + 1]
-        rates = best_rates(losses[:, :most], self.costs.tokens, spent, verify, self.costs.limit)
-        best = int(rates.argmax())
-        return int(widths[best % len(widths)]) if rates[best] > rates[-1] else 0
+        most = 0
+        rate = self.costs.best(np.sort(present)[::-1], sunk)[1]
+        levels = self.costs.levels.take(widths).tolist()
+        for ahead in range(1, len(below) // RANKS + 1):
+            tree = below[: ahead * RANKS]
+            for width, seconds in zip(widths.tolist(), levels, strict=True):
+                forecast = np.multiply.outer(frontier[:width], tree).ravel()
+                gains = np.sort(np.concatenate((present, forecast)))[::-1]
+                found = self.costs.best(gains, sunk + ahead * seconds)[1]
+                if found > rate:
+                    rate = found
+                    most = width
+        return most
 
 
 # --- what to verify ---
@@ -156,7 +151,8 @@ class BestRate:
         nodes = np.flatnonzero(rule.useful(trees))
         accept_prob = trees.accept_prob.take(nodes)
         order = ranked(accept_prob)
-        size = self.costs.best(accept_prob.take(order), self.costs.drafted(trees), self.least)
+        gains = accept_prob.take(order)
+        size, _ = self.costs.best(gains, self.costs.drafted(trees), self.least)
         return np.sort(nodes.take(order[:size]))
 
 

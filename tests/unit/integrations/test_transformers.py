@@ -29,7 +29,6 @@ from smart_decoding.integrations.transformers import (
     sequences,
 )
 from smart_decoding.integrations.transformers.checks import cache_of, unsupported
-from smart_decoding.integrations.transformers.heads import HostWeights
 from smart_decoding.kernels import library
 from smart_decoding.models import kernel_check
 
@@ -565,21 +564,3 @@ def test_smollm2_answers_as_generate_does() -> None:
     report = last_report(model)
     assert report is not None
     assert report.accepted > 0
-
-
-def test_a_model_in_shards_has_its_embeddings_elsewhere() -> None:
-    """Tokens go to the embeddings' device, what comes of them to the head's."""
-
-    class Elsewhere:
-        weight = torch.empty(2, 2, device="meta")
-
-        def __call__(self, token: torch.Tensor) -> torch.Tensor:
-            assert token.device.type == "meta"
-            return torch.ones(len(token), 2, dtype=torch.float64)
-
-    weights = HostWeights.__new__(HostWeights)
-    weights.device = torch.device("cpu")
-    weights.work_dtype = torch.float32
-    weights._embedding = Elsewhere()
-    states = weights.embed(torch.tensor([1, 0]))
-    assert (states.dtype, states.device, states.shape) == (torch.float32, weights.device, (2, 2))

@@ -81,18 +81,18 @@ struct LookAhead {
     }
 
     void look(const double* below, int64_t ahead, double* rate, int64_t* best) const {
-        std::vector<double> tree(below, below + ahead * RANKS), node(tree.size()), forecast, merged,
-            all;
-        std::sort(tree.begin(), tree.end(), std::greater<double>());
+        const std::vector<double> tree(below, below + ahead * RANKS);
+        std::vector<double> added, forecast, merged, all;
         int64_t expanded = 0;
         for (int64_t w = 0; w < part.width_count; w++) {
             const int64_t wanted = std::min(part.widths[w], int64_t(frontier.size()));
             if (wanted == expanded) continue;
-            for (; expanded < wanted; expanded++) {
-                for (size_t j = 0; j < tree.size(); j++) node[j] = frontier[expanded] * tree[j];
-                merge(forecast, node, merged);
-                forecast.swap(merged);
-            }
+            added.clear();
+            for (; expanded < wanted; expanded++)
+                for (double p : tree) added.push_back(frontier[expanded] * p);
+            std::sort(added.begin(), added.end(), std::greater<double>());
+            merge(forecast, added, merged);
+            forecast.swap(merged);
             merge(present, forecast, all);
             // Rounded before it is added, as numpy does: not one instruction.
             const volatile double further = double(ahead) * seconds_of(part.costs, wanted);
