@@ -1,5 +1,6 @@
 """What tests of several packages share."""
 
+import gc
 import logging
 import os
 import sys
@@ -15,6 +16,7 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
 
 from smart_decoding.kernels import library
 
+gc.disable()  # while modules are imported: what they make stays
 logging.getLogger("smart.steps").setLevel(logging.WARNING)  # long steps are silent here
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # for smart_lab
 
@@ -27,6 +29,12 @@ def variant(request: pytest.FixtureRequest) -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(library, "chosen", lambda: request.param)
         yield request.param
+
+
+def pytest_collection_finish() -> None:
+    """No collection looks through what was imported again."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

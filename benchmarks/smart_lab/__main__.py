@@ -32,10 +32,8 @@ LAB = Program(
             "smart_lab.divergence",
         ),
         "identity": ("is the output the same under every policy", "smart_lab.identity"),
-        "cost-error": ("how well the cost model predicts real rounds", "smart_lab.cost_error"),
         "forwards": ("milliseconds of verification forwards", "smart_lab.forwards"),
         "busy": ("speed beside busy processes, of every entry point", "smart_lab.busy"),
-        "sampler": ("microseconds of the sampler", "smart_lab.sampler"),
         "gguf-speed": ("a GGUF file here and in llama.cpp", "smart_lab.gguf_speed"),
         "vllm": ("SMART inside vLLM against stock vLLM", "smart_lab.vllm_speed"),
         "transformers": (

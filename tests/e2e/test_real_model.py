@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -77,8 +77,8 @@ def tied_positions(
 
 
 def test_greedy_answers_are_those_of_transformers(llm: LLM, prompts: list[list[int]]) -> None:
-    """Where an answer first differs the two tokens must tie; the rest is then compared
-    teacher-forced."""
+    """Each token is the best one after those before it, or ties with it; `generate` itself, which
+    takes the longest, is asked for one answer only."""
     if llm.target.dtype != torch.float32:
         pytest.skip("bfloat16 rounds activations in transformers, but not here")
     model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -88,29 +88,23 @@ def test_greedy_answers_are_those_of_transformers(llm: LLM, prompts: list[list[i
         llm, prompts[:3], SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
     )
     assert [len(tokens) for tokens in ours] == [40] * 3
-    ties = 0
-    for prompt, tokens in zip(prompts, ours, strict=False):
-        tied = tied_positions(model, prompt, tokens)
-        generated = model.generate(
-            torch.tensor([prompt]),
-            do_sample=False,
-            max_new_tokens=40,
-            min_new_tokens=40,
-            pad_token_id=0,
-        )
-        theirs = generated[0, len(prompt) :].tolist()
-        assert len(theirs) == 40
-        first = next((i for i in range(40) if tokens[i] != theirs[i]), None)
-        assert first is None or first in tied
-        ties += len(tied)
-    assert ties <= 1  # 0.1 % may be ties: in 120 tokens less than one
+    tied = [tied_positions(model, *each) for each in zip(prompts, ours, strict=False)]
+    assert sum(map(len, tied)) <= 1  # 0.1 % may be ties: in 120 tokens less than one
+    generated = model.generate(
+        torch.tensor(prompts[:1]),
+        do_sample=False,
+        max_new_tokens=40,
+        min_new_tokens=40,
+        pad_token_id=0,
+    )
+    theirs = generated[0, len(prompts[0]) :].tolist()
+    assert len(theirs) == 40
+    first = next((i for i in range(40) if ours[0][i] != theirs[i]), None)
+    assert first is None or first in tied[0]
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
 @pytest.mark.parametrize("method", ["eagle", "ngram"])
-def test_rounds_in_one_call_change_no_token(
-    method: str, temperature: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rounds_in_one_call_change_no_token(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     llm = LLM(
         MODEL,
         speculative_config={"method": method, "policy": "eagle2"},
@@ -118,20 +112,19 @@ def test_rounds_in_one_call_change_no_token(
         max_num_seqs=8,
         enable_prefix_caching=False,
     )
-    cuts = ({}, {"top_p": 0.9}, {"top_k": 100}, {"min_p": 0.05}, {"temperature": 0.0})
-    params = [
-        SamplingParams(**{"temperature": temperature, **cut}, max_tokens=32, seed=7) for cut in cuts
-    ]
+    cuts: list[dict[str, Any]] = [{}, {"top_p": 0.9}, {"top_k": 100}, {"min_p": 0.05}]
+    cuts += [{"temperature": 0.0}, {"temperature": 0.0, "top_p": 0.9}]
+    params = [SamplingParams(**{"temperature": 0.8, **cut}, max_tokens=32, seed=7) for cut in cuts]
     native = llm.target.verify_round
     assert native is not None
     rounds = []
     monkeypatch.setattr(
         llm.target, "verify_round", lambda batch: rounds.append(native(batch)) or rounds[-1]
     )
-    in_one_call = llm.generate(QUESTIONS[:5], params)
+    in_one_call = llm.generate(QUESTIONS[:6], params)
     assert len(rounds) > 5
     monkeypatch.setattr(llm.target, "verify_round", None)
-    for ours, theirs in zip(in_one_call, llm.generate(QUESTIONS[:5], params), strict=True):
+    for ours, theirs in zip(in_one_call, llm.generate(QUESTIONS[:6], params), strict=True):
         assert ours.outputs[0].token_ids == theirs.outputs[0].token_ids
         assert ours.outputs[0].metrics.accepted == theirs.outputs[0].metrics.accepted
 
@@ -189,6 +182,7 @@ def test_a_stream_is_whole_even_if_another_call_runs_its_rounds(llm: LLM) -> Non
 
 def test_two_threads_on_one_model(llm: LLM, prompts: list[list[int]]) -> None:
     """It ended in logits that were not numbers, and then in a segmentation fault."""
+    prompts = prompts[:4]
     params = SamplingParams(temperature=0, max_tokens=24, logprobs=0)
     alone = [llm.generate(prompt, params)[0].outputs[0] for prompt in prompts]
 

@@ -19,9 +19,13 @@ def dear(batch: int, drafts: int, levels: int) -> float:
     return 0.008 + 0.0004 * (batch + drafts) + 0.004 * max(levels, 0 if levels == DISABLED else 1)
 
 
+def world_of(accept: float, batch: int, seed: int) -> World:
+    return World([accept] * batch, dear, longest=3, model=True, life=150, disables=True, seed=seed)
+
+
 def run(accept: float, batch: int, policy: Chains, seed: int) -> tuple[float, float, float]:
     """Tokens per second under the policy, of the best fixed length, and without a draft model."""
-    world = World([accept] * batch, dear, longest=3, model=True, life=150, disables=True, seed=seed)
+    world = world_of(accept, batch, seed)
     rate = world.run(STEPS, policy)
     return (
         rate,
@@ -41,7 +45,7 @@ def test_never_far_below_the_better_of_no_draft_model_and_a_fixed_length(
 
 def test_it_is_disabled_nearly_always_where_it_does_not_pay_and_observed_now_and_then() -> None:
     policy = Chains(range(4), model=True)
-    run(0.1, 4, policy, 0)
+    world_of(0.1, 4, 0).run(STEPS, policy)
     counters = policy.counters
     assert 0.93 * STEPS < counters.rests < STEPS
     assert sum(counters.lengths.values()) + counters.rests == STEPS
@@ -49,11 +53,11 @@ def test_it_is_disabled_nearly_always_where_it_does_not_pay_and_observed_now_and
 
 def test_it_comes_back_with_requests_that_suit_it() -> None:
     policy = Chains(range(4), model=True, exploration_budget=0.05)
-    run(0.1, 2, policy, 0)
+    world_of(0.1, 2, 0).run(STEPS, policy)
     assert policy.switch.disabled
     before = policy.counters.rests
     policy.forget({})
-    run(0.9, 2, policy, 1)
+    world_of(0.9, 2, 1).run(STEPS, policy)
     assert not policy.switch.disabled
     assert policy.counters.rests - before < 0.7 * STEPS
 
@@ -78,7 +82,7 @@ def test_nobody_is_drafted_for_who_has_missed_something() -> None:
 def test_newcomers_are_drafted_for_within_the_budget() -> None:
     policy = Chains(range(4), model=True, exploration_budget=0.01)
     seconds = STEPS * dear(4, 0, DISABLED)
-    run(0.1, 4, policy, 0)
+    world_of(0.1, 4, 0).run(STEPS, policy)
     assert policy.counters.probes > 20
     assert 0 < policy.exploration.seconds < 0.01 * seconds + NEWCOMERS_RUN * dear(4, 0, 1)
 

@@ -11,6 +11,7 @@ import pytest
 
 from smart_decoding.cli.main import main
 from smart_lab.__main__ import LAB
+from smart_lab.figures import figures
 from smart_lab.page import page
 from smart_lab.results import LabResults
 from smart_lab.results_command import KINDS, RESULTS, kind_of
@@ -19,6 +20,7 @@ FILES = sorted(RESULTS.glob("*/*.json"))
 DRAWN = [
     path for path in FILES if kind_of(path) != "gguf" and "runs" in json.loads(path.read_text())
 ]
+NEWEST = {kind_of(path): path for path in sorted(DRAWN, key=lambda path: path.stem)}
 
 
 def test_every_page_is_up_to_date() -> None:
@@ -33,7 +35,15 @@ def test_a_machine_has_one_run_of_each_kind() -> None:
 
 
 @pytest.mark.parametrize("path", DRAWN, ids=lambda path: f"{path.parent.name}-{path.stem}")
-def test_the_committed_results_can_be_drawn(path: Path) -> None:
+def test_the_committed_results_have_figures(path: Path) -> None:
+    read = LabResults.read(path)
+    found = {figure.key: figure for figure in figures(read)}
+    part = "speedup" if read.runs else "load"
+    assert found[part].panels if part in found else read.peers
+
+
+@pytest.mark.parametrize("path", NEWEST.values(), ids=NEWEST)
+def test_the_newest_of_a_kind_is_drawn(path: Path) -> None:
     read = LabResults.read(path)
     document = ElementTree.fromstring(page(read))
     part = "speedup" if read.runs else "load" if read.load else "peers"

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from measured import ODD, changed, results, section, text_of
+from measured import results, section, text_of
 
 from smart_decoding.cli import main as cli
 from smart_lab import plots
@@ -79,11 +78,6 @@ def test_missing_fields_are_said_in_one_line(
     assert "hold no cost curve" in text_of(section(document, "cost"))
     assert "The noise was not measured" in text_of(section(document, "noise"))
     assert "0.62" in text_of(section(document, "losses"))
-
-
-@pytest.mark.parametrize("change", ODD)
-def test_odd_values_are_unknown_not_errors(change: dict[str, Any]) -> None:
-    ElementTree.fromstring(page(LabResults.from_dict(changed(change))))
 
 
 def test_plots_are_pictures(tmp_path: Path) -> None:

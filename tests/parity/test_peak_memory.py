@@ -47,7 +47,7 @@ print(seen[0], max(seen), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1
 
 
 def save(folder: Path, config: ModelConfig, pickled: bool) -> int:
-    """Writes random fp16 weights in four shards; returns their bytes."""
+    """Writes fp16 weights, random along a row, in four shards; returns their bytes."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({**config.to_hf(), "torch_dtype": "float16"}))
     shapes = list(config.expected_shapes().items())
@@ -58,7 +58,7 @@ def save(folder: Path, config: ModelConfig, pickled: bool) -> int:
     for i in range(4):
         size = -(-len(shapes) // 4)
         part = {
-            name: torch.rand(shape).half() * 0.02
+            name: (torch.rand(shape[-1]).half() * 0.02).expand(shape).contiguous()
             for name, shape in shapes[size * i : size * i + size]
         }
         file = f"{stem}-{i + 1:05d}-of-00004{end}"

@@ -32,7 +32,7 @@ def test_what_is_the_tallest_bar(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 def test_it_answers_from_the_picture() -> None:
     llm = LLM(model_folder(), speculative_config=False, max_model_len=512, max_num_seqs=32)
-    pictures = [random_picture(np.random.default_rng((SEEDS, i))) for i in range(16)]
+    pictures = [random_picture(np.random.default_rng((SEEDS, i))) for i in range(10)]
     asked = [
         [q for q in questions(p, np.random.default_rng(i)) if q.kind not in LONG_KINDS]
         for i, p in enumerate(pictures)

@@ -8,6 +8,7 @@ output, which tests compare.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -71,8 +72,13 @@ class FakeTarget(Sampler):
     def _logits(self, seen: IntArray) -> NDArray[np.float32]:
         """Of the seen (token, position) pairs, in any order, as attention is."""
         key = uniform_bits(seen[:, 1], seen[:, 0] + 1).sum(dtype=np.uint64)
-        noise = uniform_bits(key, np.arange(self.vocab)).astype(np.float64) * 2.0**-32
-        return (self._spread * noise).astype(np.float32)
+        return _drawn(key, self.vocab, self._spread).copy()
+
+
+@functools.lru_cache(1 << 16)  # each prefix is met under every policy
+def _drawn(key: np.uint64, vocab: int, spread: float) -> NDArray[np.float32]:
+    noise = uniform_bits(key, np.arange(vocab)).astype(np.float64) * 2.0**-32
+    return (spread * noise).astype(np.float32)
 
 
 def visible_slots(rows: Rows, row: int) -> IntArray:
