@@ -88,7 +88,7 @@ def test_an_answer_beside_six_dear_grammars_takes_at_most_twice_as_long(
                 assert time.monotonic() < late
                 time.sleep(0.01)
             beside = [seconds()]
-            while min(beside) >= 2 * min(alone) and len(beside) < 5:
+            while min(beside) > 1.5 * min(alone) and len(beside) < 5:  # clearly less: enough
                 beside.append(seconds())
             assert all("items" in each for each in told), told  # masks were computed, up to a limit
         alone += [seconds() for _ in range(3)]
