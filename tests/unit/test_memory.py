@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,14 @@ from smart_decoding.kernels.weights import Matrix, QuantizedTensor
 from smart_decoding.llm import LLM
 from smart_decoding.models import memory
 from smart_decoding.models.config import ModelConfig
+from smart_decoding.models.layers import KVCache
 from smart_decoding.models.loading import Checkpoint, load_checkpoint
 from smart_decoding.models.memory import Limits, Need
 from smart_decoding.models.target import fitting_memory
 
 GB = 10**9
 CPU = torch.device("cpu")
+HUGE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 def config(layers: int, hidden: int, heads: int, kv_heads: int, ffn: int, vocab: int) -> Any:
@@ -143,12 +147,35 @@ def test_a_gpus_kv_memory_is_what_weights_leave(monkeypatch: pytest.MonkeyPatch)
     assert memory.tokens_beside(needed, 0.2, torch.device("cuda")) < 0
 
 
+def anonymous() -> int:
+    """Bytes of memory that this process holds, without files."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * next(int(n.split()[1]) for n in status.splitlines() if n.startswith("RssAnon"))
+
+
+@pytest.mark.skipif(
+    not HUGE.exists() or "[always]" in HUGE.read_text(), reason="all memory is on huge pages"
+)
+@pytest.mark.parametrize("pages", [250, 520])  # a plane of 1 MB and of 2.1 MB
+def test_a_short_prompt_touches_little_of_a_small_kv_memory(pages: int) -> None:
+    kv = KVCache.empty(20, 2, pages, 128, torch.bfloat16, CPU, native=True)
+    before = anonymous()
+    for part in (kv.keys, kv.values):
+        assert part.is_contiguous()
+        assert part.data_ptr() % 64 == 0
+        part[:, :, :2] = 1.0
+        assert not part[:, :, 2].any()
+    if pages == 250:
+        assert anonymous() - before < kv.bytes / 10
+
+
 @pytest.mark.parametrize(
     ("error", "lacking"),
     [
         (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB."), True),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you"), True),
         (MemoryError(), True),
+        (OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)), True),
         (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
     ],
 )

@@ -15,6 +15,7 @@ from smart_decoding.cli.run import (
     SAMPLING,
     add_model_options,
     announce_default,
+    loaded,
     rate,
     sampling_params,
     show_steps,
@@ -53,17 +54,15 @@ def main(args: argparse.Namespace) -> None:
     options = llm_options(args)
     params = sampling_params(args)
     show_steps()
-    from smart_decoding.llm import LLM
-
-    llm = LLM(model, max_num_seqs=1, **options)
-    announce_default(llm, options["speculative_config"])
-    typed = sys.stdin.isatty()
-    if typed:
-        print("/help lists the commands", file=sys.stderr)
-    talk = Conversation(llm, params, args.system)
-    for line in lines(typed):
-        if not talk.take(line.strip()):
-            break
+    with loaded(model, 1, options) as llm:
+        announce_default(llm, options["speculative_config"])
+        typed = sys.stdin.isatty()
+        if typed:
+            print("/help lists the commands", file=sys.stderr)
+        talk = Conversation(llm, params, args.system)
+        for line in lines(typed):
+            if not talk.take(line.strip()):
+                break
 
 
 def lines(typed: bool) -> Iterator[str]:

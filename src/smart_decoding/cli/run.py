@@ -6,12 +6,13 @@ Everything that can be wrong is checked before a model is loaded.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import logging
 import secrets
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,22 +96,38 @@ def main(args: argparse.Namespace) -> None:
     images = read_images(args.image)
     if images:
         check_takes_images(args.model, args.trust_pickle)
-    from smart_decoding.llm import LLM
-
     show_steps()
-    together = min(len(texts), TOGETHER)
-    llm = LLM(args.model or DEFAULT_MODEL, max_num_seqs=together, **options)
-    announce_default(llm, options["speculative_config"])
-    prompts = [prompt_of(llm, text, images, args.raw) for text in texts]
-    if args.batch is not None or args.json:
-        answer_all(llm, texts, prompts, params, args.json)
-    else:
-        answer = stream_answer(llm, prompts[0], params)
-        if args.stats:
-            drawn = args.seed is None and not params.greedy
-            print(stats_line(answer) + (f", seed {params.seed}" if drawn else ""), file=sys.stderr)
-    with suppress(KeyboardInterrupt):  # it is left for the next time
-        llm.take_profile()
+    with loaded(args.model or DEFAULT_MODEL, min(len(texts), TOGETHER), options) as llm:
+        announce_default(llm, options["speculative_config"])
+        prompts = [prompt_of(llm, text, images, args.raw) for text in texts]
+        if args.batch is not None or args.json:
+            answer_all(llm, texts, prompts, params, args.json)
+        else:
+            answer = stream_answer(llm, prompts[0], params)
+            if args.stats:
+                drawn = args.seed is None and not params.greedy
+                told = stats_line(answer) + (f", seed {params.seed}" if drawn else "")
+                print(told, file=sys.stderr)
+        with suppress(KeyboardInterrupt):  # it is left for the next time
+            llm.take_profile()
+
+
+@contextmanager
+def loaded(model: str, max_num_seqs: int, options: Mapping[str, Any]) -> Iterator[LLM]:
+    """The model. What is imported and loaded is all in use, so that it is not searched for garbage:
+    that took 0.4 s before the first word."""
+    gc.disable()
+    try:
+        from smart_decoding.llm import LLM
+
+        llm = LLM(model, max_num_seqs=max_num_seqs, **options)
+        gc.freeze()
+    finally:
+        gc.enable()
+    try:
+        yield llm
+    finally:
+        gc.unfreeze()
 
 
 def sampling_params(args: argparse.Namespace) -> SamplingParams:

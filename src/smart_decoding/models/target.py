@@ -65,7 +65,7 @@ def fitting_memory(what: str, pages: int) -> Iterator[None]:
     memory."""
     try:
         yield
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, MemoryError, OSError) as error:
         if not (isinstance(error, MemoryError) or _LACKING.search(str(error))):
             raise
         raise CapacityError(

@@ -8,6 +8,7 @@ and merges.
 
 from __future__ import annotations
 
+import filecmp
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -54,7 +55,7 @@ class Tokenizer:
 
     template: what makes prompts of conversations. template_given: it is not the model's own.
     context: tokens that the model can hold; longer texts are refused half read. growth: bytes that
-    are made of a byte of text at worst."""
+    are made of a byte of text at worst. file: the tokenizer.json that it was loaded from."""
 
     backend: tokenizers.Tokenizer
     specials: Mapping[str, str] = field(default_factory=dict)
@@ -62,6 +63,7 @@ class Tokenizer:
     template_given: bool = False
     context: int | None = None
     growth: float = 1.0
+    file: Path | None = None
     _texts: dict[int, str] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
@@ -75,7 +77,22 @@ class Tokenizer:
                 known = (name for name in _SPECIALS if config.get(name) is not None)
                 specials = {name: _text_of(config[name]) for name in known}
         backend, growth = _backend_of(folder)
-        return cls(backend, specials, chat_template.find(folder), growth=growth)
+        file = folder / "tokenizer.json"
+        return cls(
+            backend,
+            specials,
+            chat_template.find(folder),
+            growth=growth,
+            file=file if file.exists() else None,
+        )
+
+    def is_that_of(self, folder: Path) -> bool:
+        """Whether a folder's is the same, byte by byte: loading takes 0.4 s for 150,000 tokens."""
+        theirs = folder / "tokenizer.json"
+        if self.file is None or not theirs.exists():
+            return False
+        with reading(theirs):
+            return filecmp.cmp(self.file, theirs, shallow=False)
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any]) -> Tokenizer:

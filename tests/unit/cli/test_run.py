@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import logging
 import os
@@ -35,6 +36,31 @@ def test_run_streams_the_answer(fake: type[FakeLLM], capsys: pytest.CaptureFixtu
     prompt, params = llm.asked[0]
     assert prompt.tokens == [1, ord("h"), ord("i")]
     assert params == SamplingParams(temperature=0.0, max_tokens=256)
+
+
+@pytest.mark.parametrize("failure", [None, ConfigError("no")])
+def test_nothing_is_searched_for_garbage_until_it_is_loaded(
+    fake: type[FakeLLM], monkeypatch: pytest.MonkeyPatch, failure: ConfigError | None
+) -> None:
+    seen: list[object] = []
+    frozen = gc.get_freeze_count()
+
+    def load(*given: object, **options: object) -> FakeLLM:
+        seen.append(gc.isenabled())
+        if failure is not None:
+            raise failure
+        return fake(*given, **options)
+
+    def answer(*_: object) -> object:
+        seen.append((gc.isenabled(), gc.get_freeze_count() > frozen))
+        return None
+
+    monkeypatch.setattr(sys.modules["smart_decoding.llm"], "LLM", load)
+    monkeypatch.setattr(cli_run, "stream_answer", answer)
+    assert cli.main(["run", "hi"]) == (2 if failure else 0)
+    assert seen == ([False] if failure else [False, (True, True)])
+    assert gc.isenabled()
+    assert gc.get_freeze_count() <= frozen
 
 
 @pytest.mark.parametrize("terminal", [True, False])
