@@ -7,9 +7,9 @@ another time, while many rows, which are bound by arithmetic, cost what they did
 explain is the table's own error: a factor that is smooth over the logarithm of the rows.
 
 The three are told apart by a Kalman filter (extended, as the shift acts within a logarithm): speed
-and memory walk quickly, the table's error is a slow Gaussian process over bins. What a step of 24
-rows says of 32 rows, of one row, and of the machine follows from how uncertain each of them is; a
-rare exploration settles what many steps of one size left open.
+and memory wander quickly about the table's, and the table's error is a Gaussian process over bins.
+What a step of 24 rows says of 32 rows, of one row, and of the machine follows from how uncertain
+each of them is; a rare exploration settles what many steps of one size left open.
 """
 
 from __future__ import annotations
@@ -34,6 +34,9 @@ SPEED = 0.2
 MEMORY = 0.8
 TABLE = 2 * NOISE  # its entries are medians of a few steps, of another day
 WALK = 1 / 16  # of speed and memory, per observation, over their prior standard deviations
+KEEP = math.sqrt(
+    1 - WALK**2
+)  # of them: what is not observed becomes as uncertain as it was, no more
 REACH = 10.0  # bins over which the table's error is alike
 
 _POSITION = 2.0 * np.log2(np.maximum(np.arange(MAX_ROWS + 1), 1))
@@ -51,7 +54,11 @@ def _covariance(speed: float, memory: float, table: FloatArray) -> FloatArray:
     return covariance
 
 
-# What an observation's time adds to the uncertainty.
+# What an observation's time leaves of the state, and adds to the uncertainty: what is not observed
+# becomes as uncertain as it was at first, and no more.
+_KEEP = np.ones(BINS + 2)
+_KEEP[:2] = math.sqrt(1.0 - WALK**2)
+_KEEP_BOTH = np.multiply.outer(_KEEP, _KEEP)
 _WALK = _covariance(WALK * SPEED, WALK * MEMORY, np.zeros_like(_ALIKE))
 
 
@@ -97,11 +104,12 @@ class Correction:
         low = min(int(position), BINS - 2)
         right = position - low
         left = 1.0 - right
-        speed, memory, left_error, right_error = self.mean[[0, 1, 2 + low, 3 + low]].tolist()
+        mean = self.mean * _KEEP
+        speed, memory, left_error, right_error = mean[[0, 1, 2 + low, 3 + low]].tolist()
         weights = min(weights, table)  # a noisy profile may say that they take longer
         now = table + math.expm1(memory) * weights
         slope = math.exp(memory) * weights / now
-        covariance = self.covariance + _WALK
+        covariance = self.covariance * _KEEP_BOTH + _WALK
 
         def along_row(x: FloatArray) -> FloatArray:
             """The log seconds' derivatives, which are sparse, times `x`."""
@@ -112,7 +120,7 @@ class Correction:
         spread = math.sqrt(float(along_row(along)) + NOISE**2 / steps)
         error = math.log(seconds / now) - speed - left * left_error - right * right_error
         gain = along / spread
-        mean = self.mean + gain * min(max(error / spread, -SURPRISE), SURPRISE)
+        mean += gain * min(max(error / spread, -SURPRISE), SURPRISE)
         covariance -= np.multiply.outer(gain, gain)
         if abs(error) > SURPRISE * spread:
             covariance[0, 0] += (0.5 * SPEED) ** 2

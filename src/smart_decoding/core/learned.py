@@ -65,15 +65,14 @@ class Learned:
         batch = round.batch
         if not batch.prefill_rows:
             self.overhead.observe(batch.size, round.rule is not None, round.other_seconds)
-        if round.rule is None and not batch.prefill_rows:
-            self._plain.add(round)
+        if round.rule is None:
+            # Rounds with prompts have as many rows as those that draft.
+            (self._drafted if batch.prefill_rows else self._plain).add(round)
             return False
         self._rounds += 1
         self._drafted.add(round)
         if self._rounds % min(COSTS_EVERY, self._rounds) == 0:
             self._learn_costs(self._drafted)
-        if not len(round.trees):
-            return False
         self._observe_trees(round, forecast_rate)
         # As if accepted nodes were Poisson.
         surprised = self._missing**2 > SURPRISE**2 * self._expected
@@ -96,7 +95,7 @@ class Learned:
         self._expected = 0.0
         self._missing = 0.0
         self.calibration.observe(trees, nodes, chosen, kinds)
-        if trees.source.min() == 0:  # nodes of the model drafter
+        if trees.source.min(initial=1) == 0:  # nodes of the model drafter
             self.forecast.observe(trees)
         return True
 

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import isotonic_regression, nnls
 
+from smart_decoding.core.correction import Correction
 from smart_decoding.core.cost import CostModel, DraftSample, VerifySample
 from smart_decoding.core.cost_fit import non_negative
 from smart_decoding.core.curve import non_decreasing
@@ -233,3 +234,16 @@ def test_sizes_that_never_ran_do_not_drift() -> None:
             cost = cost.corrected(VerifySample(1, rows, 0, seconds))
     many = float(cost.verify_seconds(1, 8, 0) / true.verify_seconds(1, 8, 0))
     assert many == pytest.approx(1.0, abs=0.08)
+
+
+def test_what_is_never_observed_is_as_uncertain_as_it_was_and_no_more() -> None:
+    """Thousands of rounds whose time the memory has no part in must not make one round of few rows
+    say everything about it."""
+    correction = Correction()
+    for _ in range(4000):
+        correction = correction.updated(64, 0.1, 0.0, 0.1)
+    variance = correction.covariance[1, 1]
+    assert variance == pytest.approx(Correction().covariance[1, 1], rel=1e-6)
+    slower = correction.updated(28, 0.05, 0.02, 0.055)
+    one_row = np.array([1])
+    assert slower.seconds(one_row, np.array([0.02]), 0.02)[0] < 1.5 * 0.02

@@ -12,6 +12,7 @@ from smart_decoding.core.calibration import Calibration
 from smart_decoding.core.cost import CostModel
 from smart_decoding.core.policies import make_policy
 from smart_decoding.core.policies.base import BatchState, Policy, Round
+from smart_decoding.core.prediction import Mode, Shape
 from smart_decoding.core.tree import DraftTrees
 from smart_lab.simulation import World, full_knowledge, run
 
@@ -182,9 +183,36 @@ def test_exploration_keeps_to_its_budget() -> None:
     assert run(silent, world, range(200, 900)).off == 700
 
 
+FREE_OR_NOT = (Mode.PLAIN, Mode.FREE)
+
+
 def free_only(size: int) -> BatchState:
     """A batch without a model drafter."""
     return replace(World(5, size, FLAT).state(), has_model=False, has_free=True)
+
+
+def test_free_drafters_that_seldom_propose_are_not_taken_for_ones_that_always_do() -> None:
+    """What they bring is a mean over all rounds in which they were asked: one in ten."""
+    policy = make_policy("smart", cost=FLAT)
+    now = free_only(1)
+    rules = []
+    for index in range(400):
+        rule = policy.plan(now)
+        trees = DraftTrees.empty(1)
+        if rule is not None and index % 10 == 0:
+            trees.append([0], [1], [-1], [0.9], source=1)
+        kept = np.arange(0) if rule is None else rule.select(trees)
+        next_token = np.full(len(trees), -1)
+        next_token[kept] = 9
+        seconds = float(FLAT.verify_seconds(1, 1 + len(kept), 200))
+        policy.observe(
+            Round(now, rule, trees, kept, next_token, np.array([1]), [], [], 1 + len(kept), seconds)
+        )
+        rules.append(rule)
+    assert sum(rule is not None for rule in rules) > 100  # to ask costs nothing
+    assert policy.forecast.free[0] < 0.25
+    plain, free = (policy.predict(Shape.of(now, now.limits)).rates[mode] for mode in FREE_OR_NOT)
+    assert 1.0 < free / plain < 1.3
 
 
 @pytest.mark.parametrize("right", [True, False])

@@ -30,8 +30,8 @@ class Smart:
     cost: measured costs (None: a guess that real rounds correct). calibration, forecast: stored
     priors. max_levels, children: the deepest tree and the proposals per node that are considered.
     max_round_slowdown: with several requests, no round is planned to last longer than this multiple
-    of a plain one. exploration_budget: share of the time that may go into exploring the options
-    predicted worse.
+    of a plain one, but for what the drafter has to catch up with. exploration_budget: share of the
+    time that may go into exploring the options predicted worse.
     """
 
     name = "smart"
