@@ -17,9 +17,8 @@ from smart_lab.results import LabResults
 from smart_lab.results_command import KINDS, RESULTS, kind_of
 
 FILES = sorted(RESULTS.glob("*/*.json"))
-DRAWN = [
-    path for path in FILES if kind_of(path) != "gguf" and "runs" in json.loads(path.read_text())
-]
+MEASURED = {path: json.loads(path.read_text()) for path in FILES}
+DRAWN = [path for path, data in MEASURED.items() if "runs" in data and "llama_cpp" not in data]
 NEWEST = {kind_of(path): path for path in sorted(DRAWN, key=lambda path: path.stem)}
 
 

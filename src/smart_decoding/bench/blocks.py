@@ -58,7 +58,7 @@ class Counts:
     """Sums over the counted rounds of a block; tokens and seconds are less than all where a request
     was in a loop.
 
-    off, trees: rounds that drafted nothing, and that verified more than chains; verify_seconds: of
+    off, chains, trees: rounds that drafted nothing, and what others verified; verify_seconds: of
     the verifying forwards, sampling included; context: mean KV tokens of a request, per round."""
 
     tokens: float = 0.0
@@ -70,6 +70,7 @@ class Counts:
     rows: int = 0
     wasted: int = 0
     off: int = 0
+    chains: int = 0
     trees: int = 0
     levels: int = 0
     verify_seconds: float = 0.0
@@ -261,6 +262,7 @@ def _figures(record: RoundRecord) -> Counts:
     done = record.round
     accepted = sum(len(path) for path in record.acceptance.path) if record.acceptance else 0
     drafted = done.rule is not None and len(done.trees) > 0
+    shape = shape_of(done.trees, done.kept)
     return Counts(
         round_seconds=record.seconds,
         controller_seconds=record.controller_seconds,
@@ -269,7 +271,8 @@ def _figures(record: RoundRecord) -> Counts:
         rows=done.verify_rows,
         wasted=len(done.kept) - accepted,
         off=int(not drafted),
-        trees=int(shape_of(done.trees, done.kept) == "tree"),
+        chains=int(shape == "chain"),
+        trees=int(shape == "tree"),
         levels=len(done.level_widths),
         verify_seconds=done.verify_seconds,
         draft_seconds=record.draft_seconds,

@@ -266,6 +266,7 @@ COLUMNS: Mapping[str, Column] = {
     "TPOT ms": _figure("tpot_ms", 1),
     "worst ×": _figure("worst_tpot_ratio", 2),
     "rounds": _figure("rounds", 0),
+    "chains %": _figure("chain_share", 0, 100),
     "trees %": _figure("tree_share", 0, 100),
     "verify ms": _figure("verify_ms", 1),
     "draft ms": _figure("draft_ms", 1),

@@ -100,6 +100,7 @@ def _round_figures(blocks: Sequence[Block]) -> dict[str, Any]:
         "wasted_rows": _per(counts.wasted, counts.rounds),
         "controller_share": _per(counts.controller_seconds, counts.round_seconds),
         "off_share": _per(counts.off, counts.rounds),
+        "chain_share": _per(counts.chains, counts.rounds),
         "tree_share": _per(counts.trees, counts.rounds),
         "levels_per_round": _per(counts.levels, counts.rounds),
         "rounds": counts.rounds,

@@ -75,6 +75,7 @@ def test_speedups_tokens_and_identity(world):
     assert good["tokens_per_round"] == pytest.approx(3.0, rel=0.02)
     assert good["wasted_rows"] == 0
     assert good["tree_share"] == 0
+    assert good["chain_share"] > 0.9
     assert bad["speedup"] == pytest.approx(1 / 1.25, rel=0.02)
     assert bad["tokens_per_round"] == 1.0
     assert bad["wasted_rows"] == pytest.approx(2.0, rel=0.05)
