@@ -122,7 +122,7 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     size = math.prod(shape) * dtype.itemsize
-    if math.prod(shape[2:]) * dtype.itemsize < Arena.HUGE:
+    if size and math.prod(shape[2:]) * dtype.itemsize < Arena.HUGE:
         private = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         return torch.frombuffer(private, dtype=dtype).view(shape)
     memory = torch.from_numpy(np.zeros(size + 64, np.uint8))  # on huge pages, if there are any
