@@ -47,6 +47,7 @@ _KINDS: Mapping[str, type] = {
     "Mapping": Mapping,
     "None": type(None),
 }
+_CHECKED_APART = ("dtype", "speculative_config")  # whoever reads them says more
 
 
 def _neutral(*allowed: Any) -> Any:
@@ -280,10 +281,7 @@ class EngineArgs:
             good = isinstance(value, tuple(_KINDS[kind] for kind in kinds))
             if value is None and not good:
                 object.__setattr__(self, each.name, each.default)
-            elif not good and each.name not in (
-                "dtype",
-                "speculative_config",
-            ):  # told more of below
+            elif not good and each.name not in _CHECKED_APART:
                 raise ConfigError(
                     f"{each.name}={value!r} is not allowed: it must be of the type {each.type}"
                 )

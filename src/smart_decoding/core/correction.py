@@ -34,9 +34,6 @@ SPEED = 0.2
 MEMORY = 0.8
 TABLE = 2 * NOISE  # its entries are medians of a few steps, of another day
 WALK = 1 / 16  # of speed and memory, per observation, over their prior standard deviations
-KEEP = math.sqrt(
-    1 - WALK**2
-)  # of them: what is not observed becomes as uncertain as it was, no more
 REACH = 10.0  # bins over which the table's error is alike
 
 _POSITION = 2.0 * np.log2(np.maximum(np.arange(MAX_ROWS + 1), 1))

@@ -95,7 +95,7 @@ class Learned:
         self._expected = 0.0
         self._missing = 0.0
         self.calibration.observe(trees, nodes, chosen, kinds)
-        if trees.source.min(initial=1) == 0:  # nodes of the model drafter
+        if (trees.source == 0).any():  # nodes of the model drafter
             self.forecast.observe(trees)
         return True
 

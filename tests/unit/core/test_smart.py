@@ -183,36 +183,43 @@ def test_exploration_keeps_to_its_budget() -> None:
     assert run(silent, world, range(200, 900)).off == 700
 
 
-FREE_OR_NOT = (Mode.PLAIN, Mode.FREE)
-
-
 def free_only(size: int) -> BatchState:
     """A batch without a model drafter."""
     return replace(World(5, size, FLAT).state(), has_model=False, has_free=True)
+
+
+def play(policy: Policy, now: BatchState, tokens: list[int], right: bool) -> tuple[bool, int]:
+    """A round in which, if it is asked for, the first request is proposed `tokens`, one below the
+    other; whether it was, and how many nodes were verified. right: the first token is, else
+    none."""
+    rule = policy.plan(now)
+    trees = DraftTrees.empty(now.size)
+    kept = np.zeros(0, np.int64)
+    if rule is not None:
+        assert rule.levels == 0
+        count = len(tokens)
+        trees.append([0] * count, tokens, [*range(-1, count - 1)], [0.9] * count, source=1)
+        kept = rule.select(trees)
+    next_token = np.full(len(trees), -1)
+    root_next = np.full(now.size, 7)
+    root_next[0] = 1 if right else 8
+    if right:
+        next_token[kept[:1]] = 9
+    rows = now.size + len(kept)
+    seconds = float(FLAT.verify_seconds(now.size, rows, 200))
+    policy.observe(Round(now, rule, trees, kept, next_token, root_next, [], [], rows, seconds))
+    return rule is not None, len(kept)
 
 
 def test_free_drafters_that_seldom_propose_are_not_taken_for_ones_that_always_do() -> None:
     """What they bring is a mean over all rounds in which they were asked: one in ten."""
     policy = make_policy("smart", cost=FLAT)
     now = free_only(1)
-    rules = []
-    for index in range(400):
-        rule = policy.plan(now)
-        trees = DraftTrees.empty(1)
-        if rule is not None and index % 10 == 0:
-            trees.append([0], [1], [-1], [0.9], source=1)
-        kept = np.arange(0) if rule is None else rule.select(trees)
-        next_token = np.full(len(trees), -1)
-        next_token[kept] = 9
-        seconds = float(FLAT.verify_seconds(1, 1 + len(kept), 200))
-        policy.observe(
-            Round(now, rule, trees, kept, next_token, np.array([1]), [], [], 1 + len(kept), seconds)
-        )
-        rules.append(rule)
-    assert sum(rule is not None for rule in rules) > 100  # to ask costs nothing
+    rounds = [play(policy, now, [] if index % 10 else [1], True) for index in range(400)]
+    assert sum(asked for asked, _ in rounds) > 100  # to ask costs nothing
     assert policy.forecast.free[0] < 0.25
-    plain, free = (policy.predict(Shape.of(now, now.limits)).rates[mode] for mode in FREE_OR_NOT)
-    assert 1.0 < free / plain < 1.3
+    rates = policy.predict(Shape.of(now, now.limits)).rates
+    assert 1.0 < rates[Mode.FREE] / rates[Mode.PLAIN] < 1.3
 
 
 @pytest.mark.parametrize("right", [True, False])
@@ -220,24 +227,7 @@ def test_free_drafters_alone_are_used_where_they_are_right(right: bool) -> None:
     """One request of the two proposes two tokens, of which the first is right."""
     policy = make_policy("smart", cost=FLAT)
     now = free_only(2)
-    verified = []
-    for _ in range(400):
-        rule = policy.plan(now)
-        trees = DraftTrees.empty(2)
-        kept = np.zeros(0, np.int64)
-        if rule is not None:
-            assert rule.levels == 0
-            trees.append([0, 0], [1, 2], [-1, 0], [0.9, 0.9], source=1)
-            kept = rule.select(trees)
-        next_token = np.full(len(trees), -1)
-        root_next = np.array([1 if right else 8, 7])
-        if right:
-            next_token[kept[:1]] = 9
-        seconds = float(FLAT.verify_seconds(2, 2 + len(kept), 200))
-        policy.observe(
-            Round(now, rule, trees, kept, next_token, root_next, [], [], 2 + len(kept), seconds)
-        )
-        verified.append(len(kept))
+    verified = [play(policy, now, [1, 2], right)[1] for _ in range(400)]
     assert np.mean(verified[200:]) > 0.9 if right else np.mean(verified[200:]) < 0.1
 
 
