@@ -12,10 +12,10 @@ from smart_decoding.core.cost import CostModel
 from smart_decoding.core.exploration import Exploration
 from smart_decoding.core.forecast import RANKS, Forecast
 from smart_decoding.core.learned import Learned
-from smart_decoding.core.overhead import size_bucket
 from smart_decoding.core.policies.base import require_int, require_number, token_array
 from smart_decoding.core.policies.statistics import Statistics
 from smart_decoding.core.prediction import Mode, Prediction, Shape, predict
+from smart_decoding.core.rest import Rest
 from smart_decoding.core.rule import Scores, TreeRule
 from smart_decoding.core.running import HORIZON
 
@@ -64,8 +64,7 @@ class Smart:
         self._mode = Mode.PLAIN  # of the round to come
         self._best = Mode.PLAIN  # what was predicted best last
         self._explored = Mode.PLAIN  # by the last exploration
-        self._rest = 0  # rounds of plain decoding that need not ask, for a batch of
-        self._rest_bucket = 0  # about as many requests
+        self._rest = Rest()
 
     @property
     def cost(self) -> CostModel:
@@ -81,9 +80,10 @@ class Smart:
 
     def plan(self, batch: BatchState) -> TreeRule | None:
         """The option predicted best, or one to explore."""
-        if self._rests(batch.size):
+        if self._rest.goes_on(batch.size):
             self._prediction = None
             return None
+        self._observe_all(self._rest.take())
         limits = batch.limits
         shape = Shape.of(batch, limits)
         if not shape.drafting:
@@ -107,14 +107,6 @@ class Smart:
             self._predictions[key] = found
         return found
 
-    def _rests(self, size: int) -> bool:
-        """Whether this round need not ask."""
-        if self._rest and self._rest_bucket == size_bucket(size):
-            self._rest -= 1
-            return True
-        self._rest = 0
-        return False
-
     def _choose(self, prediction: Prediction, size: int, deepest: int) -> Mode:
         """The mode predicted best, but for explorations; and how long it may rest: no longer than
         these answers last."""
@@ -134,8 +126,7 @@ class Smart:
             self.exploration.begin()
             return self._explored
         if best is Mode.PLAIN:
-            self._rest = int(min(wait, HORIZON, deepest)) - 1
-            self._rest_bucket = size_bucket(size)
+            self._rest.begin(int(min(wait, HORIZON, deepest)) - 1, size)
         return best
 
     def _rule(
@@ -155,6 +146,14 @@ class Smart:
 
     def observe(self, round: Round) -> None:
         """Learns from any round; explorations pay for what they lost."""
+        rested = self._prediction is None and round.rule is None
+        self._observe_all(self._rest.add(round) if rested else [round])
+
+    def _observe_all(self, rounds: list[Round]) -> None:
+        for round in rounds:
+            self._observe(round)
+
+    def _observe(self, round: Round) -> None:
         prediction = self._prediction
         if round.batch.prefill_rows or (round.rule is None) != (self._mode is Mode.PLAIN):
             prediction = None  # another round than the one that was planned
