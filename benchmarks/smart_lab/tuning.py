@@ -151,14 +151,19 @@ class Traced:
 
 
 def distinct(arms: Sequence[Arm], trace: Trace, batch_size: int, rounds: int = 200) -> list[Arm]:
-    """The arms without those that draft and verify the same trees as an earlier one, by replay."""
+    """The arms without those that draft and verify the same trees as an earlier one, by replay.
+
+    Whose they are is printed."""
     first: dict[str, Arm] = {}
     for arm in arms:
         found = Traced(trace.policy(arm.policy, trace.cost, **arm.policy_options))
         recording = enough(trace.recording, batch_size)
         assert trace.cost is not None
         replay(found, recording, trace.cost, batch_size, trace.host, rounds=rounds)
-        first.setdefault(found.digest, arm)
+        same = first.setdefault(found.digest, arm)
+        if same is not arm:
+            message = f"smart_lab: {arm.label} verifies the trees of {same.label}: left out"
+            print(message, file=sys.stderr)
     return list(first.values())
 
 

@@ -42,11 +42,14 @@ def test_a_chain_is_tuned_over_its_length(trace: Trace, policy: str) -> None:
     assert found.label == f"{policy} tuned"
 
 
-def test_settings_that_verify_the_same_trees_are_one_contestant(trace: Trace) -> None:
+def test_settings_that_verify_the_same_trees_are_one_contestant(
+    trace: Trace, capsys: pytest.CaptureFixture[str]
+) -> None:
     chain = Arm("chain", {"length": 2})
     same = Arm("eagle2", {"depth": 1, "top_k": 1, "total_tokens": 3})
     other = Arm("eagle2", {"depth": 1, "top_k": 2, "total_tokens": 3})
     assert distinct([chain, same, other], trace, 2) == [chain, other]
+    assert f"{same.label} verifies the trees of {chain.label}" in capsys.readouterr().err
     assert distinct([same, Arm("smart"), chain], trace, 2) == [same, Arm("smart")]
 
 
