@@ -1,14 +1,16 @@
-"""`AsyncLLM`: the engine behind vLLM's asynchronous interface."""
+"""`AsyncLLM`: the engine behind vLLM's asynchronous interface, and below the server."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from smart_decoding.engine.engine_thread import LONGEST_ROUND
+from smart_decoding.engine.jobs import Chunk, Delivery, Job
 from smart_decoding.engine.outputs import (
     CompletionOutput,
     RequestOutput,
@@ -17,7 +19,7 @@ from smart_decoding.engine.outputs import (
     logprobs_of,
     prompt_logprobs_of,
 )
-from smart_decoding.engine.request import RequestMetrics
+from smart_decoding.engine.request import Request, RequestMetrics
 from smart_decoding.engine.sampling_params import RequestOutputKind, SamplingParams
 from smart_decoding.engine_args import EngineArgs, require_neutral
 from smart_decoding.errors import ConfigError
@@ -26,33 +28,66 @@ from smart_decoding.models.registry import DEFAULT_MODEL
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from smart_decoding.engine.jobs import Chunk, Delivery, Job
     from smart_decoding.llm import LLM
     from smart_decoding.multimodal.prompts import MediaPrompt, Prompt
 
 
-@dataclass(slots=True)
-class _Asked:
-    """A request on its way. job: None while its prompt is tokenised."""
+@dataclass(eq=False, slots=True)
+class AsyncJob(Job):
+    """A job whose deliveries come to the event loop in which it was submitted.
 
-    text_of: TokenText
-    job: Job | None = None
-    aborted: bool = False
-    box: asyncio.Queue[list[Delivery]] = field(default_factory=asyncio.Queue)
+    told: called there with each of them; box: those that nobody has taken; open: answers of which
+    the end has not been taken, none before it is submitted; cancelled: nobody wants it any more.
+    """
+
+    told: Callable[[Delivery], None] = lambda delivery: None
+    box: asyncio.Queue[Delivery] = field(default_factory=asyncio.Queue)
+    open: int = 0
+    cancelled: bool = False
+
+    async def next(self) -> Chunk | None:
+        """Waits for the next chunk; None if the job was cancelled. Raises what ended it."""
+        delivery = await self.box.get()
+        self.open -= delivery.ended
+        if isinstance(delivery.content, Chunk):
+            return delivery.content
+        self.open = 0
+        if delivery.content is not None:
+            raise delivery.content
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class _Loop:
+    """The way from the engine thread to an event loop: one call for all jobs of a round."""
+
+    loop: asyncio.AbstractEventLoop
+
+    def __call__(self, deliveries: list[Delivery]) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
+            self.loop.call_soon_threadsafe(_deliver, deliveries)
+
+
+def _deliver(deliveries: list[Delivery]) -> None:
+    for delivery in deliveries:
+        job = delivery.job
+        assert isinstance(job, AsyncJob)
+        job.told(delivery)
+        job.box.put_nowait(delivery)
 
 
 class AsyncLLM:
     """A model ready to answer from asyncio. The requests of all tasks share rounds.
 
-    model, options: as for `LLM`, which is `llm`: its `chat_prompt` makes prompts of conversations.
+    model, options: as for `LLM`, or one that is loaded; it is `llm`, whose `chat_prompt` makes
+    prompts of conversations.
     """
 
-    def __init__(self, model: str | Path = DEFAULT_MODEL, **options: Any) -> None:
+    def __init__(self, model: str | Path | LLM = DEFAULT_MODEL, **options: Any) -> None:
         from smart_decoding.llm import LLM
 
-        self.llm: LLM = LLM(model, **options)
-        self.llm.take_profile()
-        self._asked: dict[str, _Asked] = {}
+        self.llm = model if isinstance(model, LLM) else LLM(model, **options)
+        self._asked: dict[str, AsyncJob] = {}
 
     @classmethod
     def from_engine_args(cls, engine_args: EngineArgs) -> AsyncLLM:
@@ -75,16 +110,16 @@ class AsyncLLM:
         require_neutral({"lora_request": lora_request, "priority": priority})
         if request_id in self._asked:
             raise ConfigError(f"request id {request_id!r} is already running: give another")
-        asked = self._asked[request_id] = _Asked(self.llm.tokenizer.token_text)
+        job = self._asked[request_id] = AsyncJob(request_id, self.llm.engine, [], stream=True)
         params = sampling_params or self.llm.get_default_sampling_params()
         try:
             ready = await asyncio.to_thread(self.llm.text_prompt, prompt)
-            job = await asyncio.to_thread(self.llm.job, [ready], [params], True)
-            if not asked.aborted:
-                self._submit(job, asked)
+            made = await asyncio.to_thread(self.llm.job, [ready], [params])
+            job.id, job.asks, job.grammars = made.id, made.asks, made.grammars
+            self.submit(job)
             given = output = _nothing_yet(request_id, ready, params)
             while not output.finished:
-                output = await _more(output, asked)
+                output = await _more(output, job, self.llm.tokenizer.token_text)
                 news = _news(given, output)
                 if not news.outputs:  # callers read outputs[0] without asking
                     continue
@@ -95,54 +130,50 @@ class AsyncLLM:
                     yield output
         finally:
             del self._asked[request_id]
-            if asked.job is not None:
-                self.llm.engine_thread.cancel(asked.job)  # of no effect if it is over
+            self.cancel(job)
 
     async def abort(self, request_id: str) -> None:
         """Ends a request; its last output's answers have the finish_reason 'abort'. Unknown ids are
         ignored: it may have ended."""
-        asked = self._asked.get(request_id)
-        if asked is not None:
-            asked.aborted = True
-            if asked.job is not None:
-                self.llm.engine_thread.cancel(asked.job)
+        if request_id in self._asked:
+            self.cancel(self._asked[request_id])
 
-    def shutdown(self) -> None:
-        """Ends the engine after its present round. What still runs raises EngineStoppedError."""
-        self.llm.engine_thread.stop()
-
-    def _submit(self, job: Job, asked: _Asked) -> None:
-        loop = asyncio.get_running_loop()
-
-        def deliver(deliveries: list[Delivery]) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
-                loop.call_soon_threadsafe(asked.box.put_nowait, deliveries)
-
-        job.deliver = deliver
+    def submit(self, job: AsyncJob) -> None:
+        """Has a job done, unless it is cancelled already; this event loop gets its deliveries.
+        Raises EngineStoppedError."""
+        if job.cancelled:
+            return
+        job.deliver = _Loop(asyncio.get_running_loop())
         self.llm.engine_thread.submit(job)
-        asked.job = job
+        job.open = job.size
+
+    def cancel(self, job: AsyncJob) -> None:
+        """Ends a job before the next round, if it has not ended, and frees its slots."""
+        job.cancelled = True
+        if job.open:
+            self.llm.engine_thread.cancel(job)
+
+    def shutdown(self, timeout: float = LONGEST_ROUND) -> None:
+        """Ends the engine after its present round, for which it waits so many seconds. What still
+        runs raises EngineStoppedError."""
+        self.llm.engine_thread.stop(timeout)
 
 
-async def _more(output: RequestOutput, asked: _Asked) -> RequestOutput:
+async def _more(output: RequestOutput, job: AsyncJob, text_of: TokenText) -> RequestOutput:
     answers = list(output.outputs)
-    over = asked.job is None
-    deliveries = [] if asked.job is None else await asked.box.get()
-    while not asked.box.empty():  # the caller is slower than the engine
-        deliveries += asked.box.get_nowait()
-    for delivery in deliveries:
-        if isinstance(delivery.content, BaseException):
-            raise delivery.content
-        if delivery.content is None:
-            over = True
-        else:
-            chunk = delivery.content
-            answers[chunk.index] = _grown(answers[chunk.index], chunk, asked)
-    if over:
+    while job.open:
+        chunk = await job.next()
+        if chunk is not None:
+            index = chunk.index
+            answers[index] = _grown(answers[index], chunk, list(job.answers)[index], text_of)
+        if job.box.empty():  # else the caller is slower than the engine
+            break
+    if not job.open:
         answers = [replace(each, finish_reason=each.finish_reason or "abort") for each in answers]
     finished = all(each.finish_reason is not None for each in answers)
     scored = output.prompt_logprobs
-    if scored is None and asked.job is not None and answers[0].token_ids:  # its prompt has run
-        scored = prompt_logprobs_of(next(iter(asked.job.answers)), asked.text_of)
+    if scored is None and answers[0].token_ids:  # its prompt has run
+        scored = prompt_logprobs_of(next(iter(job.answers)), text_of)
     return replace(output, outputs=answers, finished=finished, prompt_logprobs=scored)
 
 
@@ -163,15 +194,15 @@ def _news(before: RequestOutput, output: RequestOutput) -> RequestOutput:
     return replace(output, outputs=new, prompt_logprobs=scored)
 
 
-def _grown(answer: CompletionOutput, chunk: Chunk, asked: _Asked) -> CompletionOutput:
+def _grown(
+    answer: CompletionOutput, chunk: Chunk, request: Request, text_of: TokenText
+) -> CompletionOutput:
     """A new object: those given out before stay as they were."""
-    assert asked.job is not None
-    request = list(asked.job.answers)[chunk.index]
     if chunk.finish_reason is not None:  # the engine has done with it
-        return completion_of(request, asked.text_of)
+        return completion_of(request, text_of)
     logprobs = answer.logprobs
     if chunk.logprobs is not None:
-        logprobs = (logprobs or []) + logprobs_of(chunk.logprobs, asked.text_of)
+        logprobs = (logprobs or []) + logprobs_of(chunk.logprobs, text_of)
     return replace(
         answer,
         text=answer.text + chunk.text,

@@ -3,6 +3,7 @@ go on."""
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
 import threading
@@ -20,11 +21,12 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from serving import NAME, Running, post, serving, slow, wait_for
 
+from smart_decoding.async_llm import AsyncJob
 from smart_decoding.engine.jobs import Ask
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import CapacityError, ConfigError, ModelError
 from smart_decoding.server import live, worker
-from smart_decoding.server.jobs import HttpJob
+from smart_decoding.server.errors import ApiError
 from smart_decoding.server.launch import make_server
 from smart_decoding.server.schemas import ChatRequest, CompletionRequest
 from smart_decoding.server.settings import ServerSettings
@@ -291,8 +293,18 @@ def in_its_first_round(running: Running, act: Any) -> None:
     running.llm.engine.step = watched  # type: ignore[method-assign]
 
 
-def job_of(running: Running, name: str) -> HttpJob:
-    return HttpJob(name, running.llm.engine, [Ask([1], SamplingParams(max_tokens=2))])
+def job_of(running: Running, name: str) -> AsyncJob:
+    return AsyncJob(name, running.llm.engine, [Ask([1], SamplingParams(max_tokens=2))])
+
+
+def in_its_loop(running: Running, *calls: Any) -> None:
+    """Makes the server's event loop call these, and waits for it."""
+
+    async def called() -> None:
+        for call, job in calls:
+            call(job)
+
+    asyncio.run_coroutine_threadsafe(called(), running.server.servers[0].get_loop()).result(5)
 
 
 def test_only_who_waits_stops_the_drafting(load: Any) -> None:
@@ -302,18 +314,18 @@ def test_only_who_waits_stops_the_drafting(load: Any) -> None:
         heard: list[bool] = []
 
         def act(arrived: Any) -> None:
-            running.worker.submit(gone)
-            running.worker.cancel(gone)
+            worker = running.worker
+            in_its_loop(running, (worker.submit, gone), (worker.cancel, gone))
             heard.append(bool(arrived()))
-            running.worker.submit(stays)
+            in_its_loop(running, (worker.submit, stays))
             heard.extend((bool(arrived()), bool(arrived())))
 
         in_its_first_round(running, act)
         assert post(running, "/v1/completions", json={**LONG, "max_tokens": 9}).status_code == 200
         assert heard == [False, True, True]
         assert running.idle()
-        assert stays.chunks.get_nowait().tokens
-        assert gone.chunks.empty()
+        assert stays.box.get_nowait().content.tokens  # type: ignore[union-attr]
+        assert gone.box.get_nowait().content is None
 
 
 def test_who_arrives_in_the_last_round_is_told(load: Any) -> None:
@@ -321,13 +333,14 @@ def test_who_arrives_in_the_last_round_is_told(load: Any) -> None:
         late = job_of(running, "late")
 
         def act(arrived: Any) -> None:
-            running.worker.submit(late)
+            in_its_loop(running, (running.worker.submit, late))
             running.worker.inbox.stopping = bool(arrived())
 
         in_its_first_round(running, act)
         error_of(post(running, "/v1/completions", json=LONG), 503)
         assert wait_for(lambda: running.worker.active == 0)
-        assert late.chunks.get_nowait().code == "shutting_down"
+        with pytest.raises(ApiError, match="shutting down"):
+            asyncio.run(running.worker.chunk(late))
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
+from smart_decoding.async_llm import AsyncJob
 from smart_decoding.engine.jobs import Ask
 from smart_decoding.errors import ConfigError
 from smart_decoding.server.answers import CompletionForm, Usage
-from smart_decoding.server.errors import ApiError
-from smart_decoding.server.jobs import HttpJob
-from smart_decoding.server.replies import Reply, next_chunk
+from smart_decoding.server.errors import ApiError, gone
+from smart_decoding.server.replies import Reply
 
 if TYPE_CHECKING:
     from smart_decoding.engine.media import Media
@@ -59,20 +59,20 @@ async def answer(
     worker.submit(job)
     watch = asyncio.create_task(_cancel_at_disconnect(request, job, worker))
     usage = Usage(sum(map(len, asked.prompts)))
-    reply = asked.reply(job, asked.form, settings.model_name, usage, asked.body)
+    reply = asked.reply(worker, job, asked.form, settings.model_name, usage, asked.body)
     try:
         # before the headers: until here an error has a status of its own
-        first = await next_chunk(job)
-        if not job.stream:
-            return JSONResponse(await reply.whole(first))
+        first = await worker.chunk(job)
+        if job.stream:
+            events = _to_the_end(reply.events(first), job, worker, watch)
+            return StreamingResponse(events, media_type="text/event-stream", headers=STREAM_HEADERS)
+        response = JSONResponse(await reply.whole(first))
     except BaseException:
         worker.cancel(job)
+        watch.cancel()
         raise
-    finally:
-        if not job.stream or job.closed:
-            watch.cancel()
-    events = _to_the_end(reply.events(first), job, worker, watch)
-    return StreamingResponse(events, media_type="text/event-stream", headers=STREAM_HEADERS)
+    watch.cancel()
+    return response
 
 
 async def unless_gone(request: Request, work: Awaitable[T]) -> T:
@@ -82,7 +82,7 @@ async def unless_gone(request: Request, work: Awaitable[T]) -> T:
     try:
         await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise _gone()
+            raise gone()
         return task.result()
     finally:
         task.cancel()
@@ -96,7 +96,9 @@ def check_model(name: str, settings: ServerSettings) -> None:
         raise ApiError(404, message, "model_not_found", "model")
 
 
-async def _job(worker: Worker, settings: ServerSettings, request: Request, asked: Asked) -> HttpJob:
+async def _job(
+    worker: Worker, settings: ServerSettings, request: Request, asked: Asked
+) -> AsyncJob:
     """The job that does what is asked for. Raises ApiError if that is not allowed."""
     body = asked.body
     if body.model is not None:
@@ -118,7 +120,7 @@ async def _job(worker: Worker, settings: ServerSettings, request: Request, asked
     if body.bad_words:
         params = await asked.read("bad_words", partial(params.checked, encode))
     grammars = await _grammars(body, params, worker, request)
-    return HttpJob(
+    return AsyncJob(
         uuid.uuid4().hex,
         worker.ready().engine,
         [Ask(prompt, params, asked.media) for prompt in asked.prompts],
@@ -162,7 +164,7 @@ async def _grammars(
 
 
 async def _to_the_end(
-    events: AsyncIterator[str], job: HttpJob, worker: Worker, watch: asyncio.Task[None]
+    events: AsyncIterator[str], job: AsyncJob, worker: Worker, watch: asyncio.Task[None]
 ) -> AsyncIterator[str]:
     """The events. However they end, nobody waits for the job any more."""
     try:
@@ -173,16 +175,11 @@ async def _to_the_end(
         watch.cancel()
 
 
-async def _cancel_at_disconnect(request: Request, job: HttpJob, worker: Worker) -> None:
+async def _cancel_at_disconnect(request: Request, job: AsyncJob, worker: Worker) -> None:
     await _disconnect(request)
-    worker.cancel(job)
-    job.chunks.put_nowait(_gone())
+    worker.cancel(job)  # which wakes who waits for its chunks
 
 
 async def _disconnect(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-def _gone() -> ApiError:
-    return ApiError(499, "the client has gone")

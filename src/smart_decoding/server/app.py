@@ -54,7 +54,7 @@ def create_app(worker: Worker, settings: ServerSettings, metrics: Metrics, live:
 def _lifespan(worker: Worker) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        worker.start(asyncio.get_running_loop())
+        worker.start()
         yield
         await asyncio.to_thread(worker.stop)
 

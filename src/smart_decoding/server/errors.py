@@ -72,6 +72,11 @@ def shutting_down() -> ApiError:
     return ApiError(503, "the server is shutting down", "shutting_down")
 
 
+def gone() -> ApiError:
+    """For the log: nobody reads it."""
+    return ApiError(499, "the client has gone")
+
+
 def of_smart_error(error: SmartError) -> ApiError:
     """What the engine refuses is the request's fault."""
     code = "context_length_exceeded" if isinstance(error, CapacityError) else "invalid_value"

@@ -11,16 +11,21 @@ from smart_decoding.server.answers import Form, Json, Usage, envelope
 from smart_decoding.server.errors import ApiError
 
 if TYPE_CHECKING:
+    from smart_decoding.async_llm import AsyncJob
     from smart_decoding.engine.jobs import Chunk
-    from smart_decoding.server.jobs import HttpJob
     from smart_decoding.server.schemas import Completions
+    from smart_decoding.server.worker import Worker
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """To /v1/completions and /v1/chat/completions. model: its name for clients."""
+    """To /v1/completions and /v1/chat/completions. model: its name for clients.
 
-    job: HttpJob
+    The job's asks share their parameters: answer i to prompt p has the index p * n + i.
+    """
+
+    worker: Worker
+    job: AsyncJob
     form: Form
     model: str
     usage: Usage
@@ -69,24 +74,12 @@ class Reply:
     async def _chunks(self, first: Chunk) -> AsyncIterator[Chunk]:
         """All chunks of the job, to the end of its last answer. Raises ApiError if it fails."""
         chunk = first
-        left = self.job.size
         while True:
-            left -= chunk.finish_reason is not None
-            self.job.closed = self.job.closed or not left
-            self.usage.add(chunk, self.job.n)
+            self.usage.add(chunk, self.job.asks[0].params.n)
             yield chunk
-            if not left:
+            if not self.job.open:
                 return
-            chunk = await next_chunk(self.job)
-
-
-async def next_chunk(job: HttpJob) -> Chunk:
-    """Waits for it. Raises ApiError if the job has failed."""
-    item = await job.chunks.get()
-    if isinstance(item, ApiError):
-        job.closed = True
-        raise item
-    return item
+            chunk = await self.worker.chunk(self.job)
 
 
 def event(data: Json) -> str:

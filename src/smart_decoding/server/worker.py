@@ -1,27 +1,23 @@
-"""The event loop's side of the engine: loads the model, admits jobs, and collects their chunks.
-
-What the event loop counts, it counts on its own thread (`_deliver`).
-"""
+"""Around the server's `AsyncLLM`: it is loaded here, its jobs are admitted and counted, and its
+errors become HTTP's."""
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import logging
 import math
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
+from smart_decoding.async_llm import AsyncJob, AsyncLLM
 from smart_decoding.engine.isolation import warm_up
-from smart_decoding.engine.jobs import Delivery, QueueTimeoutError
+from smart_decoding.engine.jobs import Chunk, Delivery, QueueTimeoutError
 from smart_decoding.engine.observers import Observer, Observers
 from smart_decoding.errors import CapacityError, ConfigError, EngineStoppedError, SmartError
-from smart_decoding.server.errors import ApiError, of_smart_error, shutting_down
+from smart_decoding.server.errors import ApiError, gone, of_smart_error, shutting_down
 from smart_decoding.server.grammar_queue import GrammarQueue
-from smart_decoding.server.jobs import HttpJob
 
 if TYPE_CHECKING:
     from smart_decoding.engine.inbox import Inbox
@@ -41,7 +37,7 @@ class Watcher(Observer, Protocol):
 class Worker:
     """Serves an LLM. `load` builds it in a thread; `failed` is called if that fails.
 
-    llm: None until it is ready; clients: answers that wait or run, by client; grammars: those of
+    engine: None until it is ready; clients: answers that wait or run, by client; grammars: those of
     requests, before they are jobs.
     """
 
@@ -52,7 +48,7 @@ class Worker:
         queue_timeout: float = 60.0,
         observers: Sequence[Watcher] = (),
     ) -> None:
-        self.llm: LLM | None = None
+        self.engine: AsyncLLM | None = None
         self.failed: Callable[[], None] = lambda: None
         self.clients: Counter[str] = Counter()
         self.grammars = GrammarQueue()
@@ -64,12 +60,10 @@ class Worker:
         self._max_queue = max_queue
         self._queue_timeout = queue_timeout
         self._seconds = 1.0  # an answer takes, on average
-        self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._main, name="smart-load", daemon=True)
 
-    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+    def start(self) -> None:
         """Begins to load the model."""
-        self._loop = loop
         self._thread.start()
 
     def drain(self) -> None:
@@ -79,15 +73,20 @@ class Worker:
 
     def give_up(self) -> None:
         """What still runs is told that the server ends, after the present round."""
-        if self.llm is not None:
-            self.llm.engine_thread.inbox.stop()
+        if self.engine is not None:
+            self.engine.shutdown(0)
 
     def stop(self, timeout: float = 10.0) -> None:
         """Ends the engine after its present round; what still runs is aborted. A model that is
         being loaded is not waited for: the process ends with the daemon thread that loads it."""
         self.draining = True
-        if self.llm is not None:
-            self.llm.engine_thread.stop(timeout)
+        if self.engine is not None:
+            self.engine.shutdown(timeout)
+
+    @property
+    def llm(self) -> LLM | None:
+        """The engine's, once there is one."""
+        return None if self.engine is None else self.engine.llm
 
     @property
     def inbox(self) -> Inbox | None:
@@ -161,22 +160,32 @@ class Worker:
             ("max_num_requests_per_client", share, self.share()),
         ]
 
-    def submit(self, job: HttpJob) -> None:
+    def submit(self, job: AsyncJob) -> None:
         """Queues a job. Raises ApiError as `check_room` does."""
-        llm = self.check_room(job.size, job.client)
+        self.check_room(job.size, job.client)
+        assert self.engine is not None
         job.timeout = self._queue_timeout
-        job.deliver = self._hand_over
+        job.told = self._count
         try:
-            llm.engine_thread.submit(job)
+            self.engine.submit(job)
         except EngineStoppedError as error:
             raise self._api_error(job, error) from error
         self.clients[job.client] += job.size
 
-    def cancel(self, job: HttpJob) -> None:
+    async def chunk(self, job: AsyncJob) -> Chunk:
+        """Waits for a job's next one. Raises ApiError if it has failed or was cancelled."""
+        try:
+            chunk = await job.next()
+        except Exception as error:
+            raise self._api_error(job, error) from error
+        if chunk is None:
+            raise gone()
+        return chunk
+
+    def cancel(self, job: AsyncJob) -> None:
         """Ends a job before the next round, if it has not ended, and frees its slots."""
-        if not job.closed and self.llm is not None:
-            job.closed = True
-            self.llm.engine_thread.cancel(job)
+        if self.engine is not None:
+            self.engine.cancel(job)
 
     @property
     def _stopping(self) -> bool:
@@ -186,21 +195,14 @@ class Worker:
         """Seconds after which a place may be free."""
         return min(30, max(1, math.ceil(self._seconds)))
 
-    def _deliver(self, deliveries: list[Delivery]) -> None:
-        for each in deliveries:
-            if each.ended:
-                self.clients[each.job.client] -= each.ended
-                self.clients += Counter()  # without those that have none any more
-                seconds = time.monotonic() - each.job.submitted
-                self._seconds += 0.1 * (seconds - self._seconds)
-            job = each.job
-            assert isinstance(job, HttpJob)
-            if isinstance(each.content, BaseException):
-                job.chunks.put_nowait(self._api_error(job, each.content))
-            elif each.content is not None:
-                job.chunks.put_nowait(each.content)
+    def _count(self, delivery: Delivery) -> None:
+        if delivery.ended:
+            self.clients[delivery.job.client] -= delivery.ended
+            self.clients += Counter()  # without those that have none any more
+            seconds = time.monotonic() - delivery.job.submitted
+            self._seconds += 0.1 * (seconds - self._seconds)
 
-    def _api_error(self, job: HttpJob, error: BaseException) -> ApiError:
+    def _api_error(self, job: AsyncJob, error: BaseException) -> ApiError:
         """What a job's client is told."""
         if isinstance(error, QueueTimeoutError):
             return ApiError(503, str(error), "queue_timeout", retry_after=self._retry_after())
@@ -216,7 +218,7 @@ class Worker:
 
     def _main(self) -> None:
         try:
-            self.llm = self._loaded()
+            self.engine = AsyncLLM(self._loaded())
         except BaseException as error:
             self._load_error = error
             if not isinstance(error, SmartError):
@@ -235,12 +237,3 @@ class Worker:
         model = str(llm.provenance.get("model", ""))
         log.info("ready", extra={"model": model, "speculation": llm.speculation.description})
         return llm
-
-    def _hand_over(self, deliveries: list[Delivery]) -> None:
-        self._call(self._deliver, deliveries)
-
-    def _call(self, function: Callable[[Any], None], argument: Any) -> None:
-        """Has the event loop call `function`."""
-        assert self._loop is not None
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
-            self._loop.call_soon_threadsafe(function, argument)
