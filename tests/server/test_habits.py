@@ -117,6 +117,7 @@ THINKING = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     "{% if tools %}{{ tools | length }} tools <tool_call>\n{% endif %}"
     "{% if enable_thinking is defined and enable_thinking is false %}<think></think>{% endif %}"
+    "{{ reasoning_effort }}"
 )
 
 
@@ -139,6 +140,12 @@ def test_variables_of_the_chat_template_reach_it(load: Callable[..., LLM]) -> No
         chat = "/v1/chat/completions"
         longer = len("<think></think>")
         assert grown(chat, CHAT, "usage", "prompt_tokens") == longer
+        effort = {**off, "reasoning_effort": "medium"}
+        counts = [
+            post(server, chat, json={**CHAT, **more}).json()["usage"]["prompt_tokens"]
+            for more in ({}, effort)
+        ]
+        assert counts[1] - counts[0] == longer + len("medium")
         called = {**CHAT, "tools": [tool]}
         assert grown(chat, called, "usage", "prompt_tokens") == longer
         assert grown("/v1/responses", asked, "usage", "input_tokens") == longer

@@ -227,7 +227,7 @@ def test_what_is_not_supported_is_refused(client: openai.OpenAI) -> None:
     picture = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]}]
     refused = [
         {"messages": picture},
-        {"reasoning_effort": "low"},
+        {"modalities": ["audio"]},
         {"extra_body": {"use_beam_search": True}},
     ]
     for options in refused:

@@ -91,7 +91,7 @@ class _Routes:
         llm = self._worker.check_room(1, request.state.client)
         offer = body.offer
         tools = offer.tools if offer else ()
-        read = partial(chat_prompt, llm, body.messages, tools, body.chat_template_kwargs)
+        read = partial(chat_prompt, llm, body.messages, tools, body.variables)
         prompt = await self._read(request, body.prompt_field, read)
         top = (body.top_logprobs or 0) if body.logprobs else None
         form = ChatForm(llm.tokenizer.token_text, top, offer is not None)

@@ -294,7 +294,6 @@ class ChatRequest(Completions):
             "media_io_kwargs": (None, {}),
             "mm_processor_kwargs": (None, {}),
             "modalities": (None, ["text"]),
-            "reasoning_effort": (None,),
             "web_search_options": (None,),
         }
     )
@@ -307,7 +306,15 @@ class ChatRequest(Completions):
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
+    reasoning_effort: Text | None = Field(None, description="A variable of the chat template.")
     chat_template_kwargs: TemplateVariables | None = None
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """Those of the chat template."""
+        effort = self.reasoning_effort
+        given = {} if effort is None else {"reasoning_effort": effort}
+        return given | (self.chat_template_kwargs or {})
 
     @property
     def limit(self) -> int | None:
