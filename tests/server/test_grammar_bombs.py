@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection
 from typing import TYPE_CHECKING, Any
 
+import httpx
 import pytest
 from serving import NAME, OUTGROWING, Running, post, serving, stretches_of_loops, wait_for
 
@@ -198,7 +199,8 @@ def test_a_failing_grammar_ends_its_own_stream(
 def test_nobody_waits_for_a_mask_that_takes_for_ever(
     load: Any, plain: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Others are answered, who hangs up gives its slot back, and then the answer is the same."""
+    """Other clients are answered, who hangs up gives its slot back, and then the answer is the
+    same. A client's own further requests may stand behind one that waits for its first mask."""
     free = threading.Event()
     mask = GrammarConstraint._mask
 
@@ -215,11 +217,12 @@ def test_nobody_waits_for_a_mask_that_takes_for_ever(
     params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
     wanted.append(plain.generate("abc", params)[0].outputs[0].text)
     monkeypatch.setattr(GrammarConstraint, "_mask", held_up)
-    with serving(load) as running, ThreadPoolExecutor() as pool:
+    other = httpx.Client(transport=httpx.HTTPTransport(local_address="127.0.0.2"), timeout=20)
+    with serving(load) as running, ThreadPoolExecutor() as pool, other:
         first = pool.submit(asked, running, regex)
         gone = hanging(running, structured(regex))
         assert wait_for(lambda: running.worker.active == 2)
-        answers = [post(running, "/v1/completions", json=BODY) for _ in range(3)]
+        answers = [other.post(f"{running.url}/v1/completions", json=BODY) for _ in range(3)]
         gone.close()
         assert wait_for(lambda: running.worker.active == 1)
         early = first.done()
