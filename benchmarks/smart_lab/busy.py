@@ -194,6 +194,8 @@ def said(line: list[str]) -> str:
 @contextmanager
 def serve(tokens: int) -> Iterator[Measure]:
     """`smart serve`, asked by one client."""
+    known = f"from smart_decoding import LLM; LLM({MODEL!r}).take_profile()"
+    said([sys.executable, "-c", known])  # else it would be taken between the answers
     with started([*COMMAND, "serve", "--port", "0"], stderr=subprocess.PIPE) as running:
         found = (re.search(r"http://[\w.:]+\d", line) for line in running.stderr or ())
         address = next(match[0] for match in found if match)

@@ -14,7 +14,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
-from weakref import ref
 
 import torch
 from tqdm import tqdm
@@ -63,7 +62,6 @@ log = logging.getLogger("smart.llm")
 Message = Mapping[str, Any]
 T = TypeVar("T")
 LOOK = 0.05  # seconds between two looks at what is measured
-PATIENCE = 3.0  # seconds of others' answers that a batch waits for, while costs are measured
 
 
 class LLM:
@@ -99,8 +97,6 @@ class LLM:
         self.target, self.speculation = in_own_thread(loaded)
         self.grammars = Grammars(self.tokenizer, self.target.vocab, self.target.eos_token_ids)
         self.engine_thread = EngineThread()
-        # That share the thread. A list may be read while another thread appends to it.
-        self._engines: list[ref[Engine]] = []
         self.engine = self._engine(self.speculation, _engine_config(args, pages, longest))
         self.record = Record()
         self.engine_thread.observers.append(self.record)
@@ -129,55 +125,37 @@ class LLM:
         other.speculation = build_speculation(
             asked, self._checkpoint, self.target, config.pages, config.max_num_seqs
         )
-        other.engine = self._engine(other.speculation, config)
-        other.engine.share_pages(self.engine)
+        other.engine = self._engine(other.speculation, config, self.engine)
         other.take_profile()
         return other
 
     def take_profile(self) -> None:
         """Measures and stores at once what forwards cost here, in some seconds, if it is not known.
-        After a lone answer that is else done bit by bit, while nobody asks.
+        Else that is done bit by bit, while nobody asks and beside rounds of several requests.
 
-        To be called while no request runs: KV memory is overwritten."""
-        self._measure()
-
-    def _measure(self, patience: float | None = None) -> None:
-        """patience: for a batch, seconds of other callers' requests that it waits for in all, be
-        they of another engine; it joins those that run already. Then it goes on with what is
-        guessed: while others are answered nothing is measured, and they may never pause. Without
-        patience all is measured, however long that takes."""
+        It waits for a lone request that runs. Raises ConfigError in the engine thread."""
         thread = self.engine_thread
         thread.require_another()
         profile = self.speculation.profile
         if profile is None:
             return
-        looks = float("inf") if patience is None else patience / LOOK
-
-        def waits(seconds: float = LOOK) -> bool:
-            nonlocal looks
-            time.sleep(seconds)
-            engines = (each() for each in self._engines)
-            looks -= any(engine.has_unfinished_requests for engine in engines if engine)
-            return looks > 0 and thread.still_does(profile)
-
-        while not self._measuring.acquire(timeout=LOOK):  # of several callers one measures
-            if not waits(0.0):
-                return
-        try:
+        with self._measuring:  # of several callers one tells what is done
             if profile.known or not thread.still_does(profile):
                 return
-            if patience is not None:
-                if self.engine.has_unfinished_requests:
-                    return
-                thread.start()  # so that other callers are answered between its steps
-            if thread.started:
-                finish(waits, lambda: profile.share)
-            else:
+            if not thread.started:
                 in_own_thread(lambda: finish(profile.step, lambda: profile.share))
-        finally:
-            self._measuring.release()
+                return
 
-    def _engine(self, speculation: Speculation, config: EngineConfig) -> Engine:
+            def waits() -> bool:
+                time.sleep(LOOK)
+                return thread.still_does(profile)
+
+            finish(waits, lambda: profile.share)
+
+    def _engine(
+        self, speculation: Speculation, config: EngineConfig, beside: Engine | None = None
+    ) -> Engine:
+        """beside: whose pages it takes."""
         engine = Engine(
             self.target,
             speculation.policy,
@@ -187,9 +165,10 @@ class LLM:
             constrain=self.grammars,
             selection=speculation.selection,
         )
-        self._engines.append(ref(engine))
+        if beside is not None:
+            engine.share_pages(beside)
         if speculation.profile is not None:
-            speculation.profile.before = engine.pool.forget_idle
+            speculation.profile.pool = engine.pool
             self.engine_thread.add_idle_work(speculation.profile)
         return engine
 
@@ -222,8 +201,6 @@ class LLM:
         ready = [self.text_prompt(prompt) for prompt in many]
         job = self.job(ready, params)
         job.on_round = on_step
-        if job.size > 1:  # a guess of what rows cost can make it much slower; a lone answer hardly
-            self._measure(PATIENCE)
         with tqdm(total=job.size, desc="answers", disable=not (use_tqdm and on_terminal())) as bar:
             for _ in self.engine_thread.results(job):  # nothing comes before an answer's end
                 bar.update()

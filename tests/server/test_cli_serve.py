@@ -22,21 +22,12 @@ from smart_decoding.server import launch
 from smart_decoding.server.settings import ServerSettings
 
 
-class Options(dict[str, Any]):
-    """What stands for a model: the options that it was made with, and whether it was measured."""
-
-    measured = False
-
-    def take_profile(self) -> None:
-        self.measured = True
-
-
 @pytest.fixture
 def served(monkeypatch: pytest.MonkeyPatch) -> list[tuple[ServerSettings, dict[str, Any]]]:
     """What would be served, and with which options of LLM."""
     found: list[tuple[ServerSettings, dict[str, Any]]] = []
     monkeypatch.delenv("SMART_API_KEY", raising=False)
-    monkeypatch.setattr(llm, "LLM", lambda model, **options: Options(model=model, **options))
+    monkeypatch.setattr(llm, "LLM", lambda model, **options: dict(model=model, **options))
 
     def serve(load: Any, settings: ServerSettings) -> int:
         found.append((settings, load()))
@@ -51,7 +42,6 @@ def test_defaults(served: Any) -> None:
     ((settings, options),) = served
     assert settings == ServerSettings("smollm2-135m")
     assert options["model"] == "smollm2-135m"
-    assert options.measured  # before it is ready
     assert options["max_num_seqs"] == 32
     assert options["speculative_config"] is None
     assert options["max_model_len"] is None

@@ -4,6 +4,7 @@ on, and says why."""
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -17,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,13 +28,13 @@ import torch
 from serving import NAME, post, serving, slow, wait_for
 
 from smart_decoding.core.cost import CostModel
+from smart_decoding.engine.kv import PAGE
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ConfigError, ModelError
 from smart_decoding.profiling import measure
 from smart_decoding.profiling.cache import load_profile, profile_path, save_profile
 
 if TYPE_CHECKING:
-    from smart_decoding.engine.jobs import Job
     from smart_decoding.llm import LLM
     from smart_decoding.profiling.profile import Profile
 
@@ -204,9 +206,10 @@ class Steps:
 def test_the_profile_is_taken_after_the_first_answer_and_changes_none(
     cache: Path, load: Any, plain: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What it overwrites is not found any more."""
+    """It overwrites all pages, in which then nothing is found any more."""
     steps = Steps(monkeypatch)
-    llm = load(speculative_config=SMART)
+    llm = load(speculative_config=SMART, kv_cache_tokens=1248)
+    assert llm.engine.pool.pages == 2 * -(-(768 + 1) // PAGE)
     steps.llm = llm
     path = profile_of(llm)
     prompt = list(range(48))
@@ -232,103 +235,74 @@ def test_the_profile_is_taken_after_the_first_answer_and_changes_none(
     assert profile(load(speculative_config=SMART)).known
 
 
-def test_a_batch_after_a_lone_answer_runs_on_measured_costs(
+def test_costs_are_measured_beside_a_batch_which_does_not_wait_for_them(
+    cache: Path, load: Any, plain: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A third of the time, and in memory that no request holds: its keys and the drafter's stay.
+    Until costs are known nothing is drafted for several requests."""
+    steps = Steps(monkeypatch)
+    llm = slow(load(speculative_config=SMART), 0.002)
+    steps.llm = llm
+    params = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
+    prompts = [[7 * i % 250, *range(60)] for i in range(8)]  # more than there are slots
+    known: list[bool] = []
+
+    def look(touched: object) -> None:
+        steps.look(touched)
+        known.append(profile(llm).known)
+        llm.engine.check_integrity()
+
+    llm.generate(prompts[0], replace(params, max_tokens=1))
+    steps.seen.clear()
+    before = steps.count
+    outputs = llm.generate(prompts, params, on_step=look)
+    assert [each.outputs[0].token_ids for each in outputs] == [
+        each.outputs[0].token_ids for each in plain.generate(prompts, params)
+    ]
+    assert not known[0]  # it did not wait
+    assert known[-1]
+    beside = [b - a for a, b in itertools.pairwise(steps.seen)]
+    assert max(beside) == 1  # never two without a round between them
+    assert sum(beside) > (steps.count - before) / 2
+    assert llm.engine.pool.available == llm.engine.pool.pages
+    stored = load_profile(profile_of(llm))
+    assert stored is not None
+
+
+def test_a_lone_answer_is_not_held_up_by_what_is_measured(
+    cache: Path, load: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long its rounds are."""
+    monkeypatch.setattr(measure, "SECONDS", 600.0)
+    steps = Steps(monkeypatch)
+    llm = slow(load(speculative_config=SMART), 0.002)
+    steps.llm = llm
+    params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+    llm.generate("abc", replace(params, max_tokens=1))
+    assert wait_for(lambda: steps.count > 1)
+    llm.generate("abc", params, on_step=steps.look)
+    llm.engine_thread.stop()
+    assert len(set(steps.seen)) == 1
+
+
+def test_of_several_who_want_the_profile_now_one_tells_of_it(
     cache: Path, load: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It ran on a guess. Of several batches at once none does, and one tells that it measures."""
     caplog.set_level(logging.INFO, "smart.steps")
     steps = Steps(monkeypatch, held=True)
     llm = load(speculative_config=SMART)
     params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
     with pytest.raises(ConfigError, match="on_step cannot ask the model"):
-        llm.generate("abc", params, on_step=lambda touched: llm.generate(["a", "b"]))
+        llm.generate("abc", params, on_step=lambda touched: llm.take_profile())
     assert steps.begun.wait(10)
-    known: list[bool] = []
-
-    def batch(_number: int) -> None:
-        llm.generate(["abc"] * 3, params, on_step=lambda _: known.append(profile(llm).known))
-
     with ThreadPoolExecutor(4) as pool:
-        batches = [pool.submit(batch, number) for number in range(4)]
+        taken = [pool.submit(llm.take_profile) for _ in range(4)]
         assert wait_for(lambda: "measuring costs" in caplog.text)
         steps.go.set()
-        for each in batches:
+        for each in taken:
             each.result(20)
-    assert set(known) == {True}
+    assert profile(llm).known
     assert caplog.text.count("measuring costs, once ...") == 1
-    llm.engine.check_integrity()
-
-
-def test_a_batch_waits_for_costs_while_others_ask_but_not_for_ever(
-    cache: Path, load: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The profile would take ten minutes, and is only taken while nobody asks."""
-    monkeypatch.setattr(measure, "SECONDS", 600.0)
-    monkeypatch.setattr("smart_decoding.llm.PATIENCE", 0.1)
-    steps = Steps(monkeypatch, held=True)
-    llm = slow(load(speculative_config=SMART), 0.002)
-    params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
-    with ThreadPoolExecutor(3) as pool:
-        batch = pool.submit(llm.generate, ["abc"] * 2, params)
-        assert steps.begun.wait(10)
-
-        def others() -> None:
-            while not batch.done():
-                llm.generate("abc", params)
-
-        asking = [pool.submit(others) for _ in range(2)]
-        steps.go.set()
-        try:
-            assert len(batch.result(20)) == 2
-            for each in asking:
-                each.result(20)
-            assert not profile(llm).known
-        finally:
-            llm.engine_thread.stop()
-
-
-@pytest.mark.parametrize("behind", ["another engine", "take_profile"])
-def test_a_batch_does_not_wait_for_ever_behind(
-    behind: str, cache: Path, load: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The other engine's answer has no end, and the profile would take ten minutes."""
-    monkeypatch.setattr(measure, "SECONDS", 600.0)
-    monkeypatch.setattr("smart_decoding.llm.PATIENCE", 0.2)
-    llm = load(speculative_config=SMART, enable_prefix_caching=False)
-    other = llm.sharing_weights(False)
-    thread = llm.engine_thread
-    began = threading.Event()
-    ends = threading.Event()
-
-    def holds(_touched: object) -> None:
-        began.set()
-        ends.wait(30)
-
-    params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
-    with ThreadPoolExecutor(3) as pool:
-        answer = pool.submit(other.generate, "abc", params, holds)
-        assert began.wait(10)
-        if behind == "take_profile":
-            pool.submit(llm.take_profile)
-            assert wait_for(llm._measuring.locked)
-        submitted: list[Job] = []
-        submit = thread.submit
-
-        def noted(job: Job) -> None:
-            submitted.append(job)
-            submit(job)
-
-        monkeypatch.setattr(thread, "submit", noted)
-        batch = pool.submit(llm.generate, ["abc"] * 2, params)
-        try:
-            assert wait_for(lambda: len(submitted) == 1)
-            ends.set()
-            assert len(batch.result(20)) == 2
-            assert len(answer.result(20)) == 1
-            assert not profile(llm).known
-        finally:
-            ends.set()
-            thread.stop()
 
 
 def test_requests_are_answered_between_steps_of_the_profile_and_a_stop_leaves_nothing(

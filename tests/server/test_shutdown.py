@@ -33,7 +33,6 @@ serve(load, ServerSettings("tiny", port=0))
 MOMENTS = {
     "torch is imported": "torch.",
     "it is packed": "needs about",
-    "costs are measured": "measuring costs",
 }
 
 

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from smart_decoding.core.cost import VerifySample
-from smart_decoding.engine.kv import PAGE
+from smart_decoding.core.cost import Sample, VerifySample
+from smart_decoding.engine.kv import PAGE, PagePool
 from smart_decoding.profiling.measure import Measurement
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from smart_decoding.engine.rows import Rows
 
 ROW = 1e-3  # seconds
@@ -27,16 +29,17 @@ class Machine:
     def __init__(self) -> None:
         self.now = 0.0
         self.touched: set[int] = set()
+        self.held: set[int] = set()  # pages of requests
 
     def verify(self, rows: Rows, aux_layers: tuple[int, ...]) -> Any:
         used = set((rows.slot_mapping // PAGE).tolist()) | set(rows.pages.tolist())
+        assert used.isdisjoint(self.held)
         self.now += ROW * len(rows.token) + FAULT * len(used - self.touched)
         self.touched |= used
         return SimpleNamespace(greedy=np.zeros(len(rows.token)))
 
 
-def test_no_cost_has_what_the_first_touch_of_memory_takes() -> None:
-    machine = Machine()
+def measurement_of(machine: Machine, pages: int, seqs: int, pool: PagePool) -> Measurement:
     target: Any = SimpleNamespace(
         device=torch.device("cpu"),
         max_positions=4096,
@@ -44,9 +47,41 @@ def test_no_cost_has_what_the_first_touch_of_memory_takes() -> None:
         verify_round=None,
         verify=machine.verify,
     )
-    measurement = Measurement(target, None, PAGES, 32, seconds=0.0, clock=lambda: machine.now)
-    samples = measurement.run()
-    assert {s.batch for s in samples if isinstance(s, VerifySample)} == {1, 2, 4, 8, 16, 32}
+    clock = lambda: machine.now  # noqa: E731
+    return Measurement(target, None, pages, seqs, seconds=0.0, clock=clock, pool=pool)
+
+
+def checked(samples: Sequence[Sample]) -> set[tuple[int, float]]:
+    """Batches and contexts, of which no cost has what the first touch of memory takes."""
     for sample in samples:
         assert isinstance(sample, VerifySample)
         assert sample.seconds == pytest.approx(ROW * sample.rows), sample
+    return {(s.batch, s.context) for s in samples if isinstance(s, VerifySample)}
+
+
+def test_no_cost_has_what_the_first_touch_of_memory_takes() -> None:
+    pool = PagePool(PAGES)
+    found = checked(measurement_of(Machine(), PAGES, 32, pool).run())
+    assert found == {(batch, context) for batch in (1, 2, 4, 8, 16, 32) for context in (128, 768)}
+    assert pool.available == PAGES
+
+
+@pytest.mark.parametrize("for_ever", [False, True])
+def test_beside_requests_it_keeps_to_free_memory_and_what_needs_more_waits(for_ever: bool) -> None:
+    machine = Machine()
+    pool = PagePool(600)
+    machine.held.update(pool.take(560))
+    measurement = measurement_of(machine, 600, 8, pool)
+    small = {(1, 128.0), (2, 128.0), (4, 128.0)}
+    steps = 0
+    while (for_ever or steps < 100) and measurement.step():
+        steps += 1
+        if steps % 7 == 0:  # one request goes, another comes
+            pool.give(machine.held)
+            pool._free.sort(key=lambda page: page * 7 % 601)
+            machine.held = set(pool.take(560))
+    assert checked(measurement.samples()) == small
+    pool.give(machine.held)
+    machine.held = set()
+    assert len(checked(measurement.run())) == (3 if for_ever else 8)
+    assert pool.available == pool.pages

@@ -65,12 +65,7 @@ def main(args: argparse.Namespace) -> int:
     # Checked here already: the server loads the model later, on another thread.
     require_kernels(device_of(args.device), args.allow_slow)
 
-    def load() -> LLM:
-        llm = LLM(args.model, **options)
-        llm.take_profile()  # before it is ready: a busy server is never idle
-        return llm
-
-    return serve(load, settings)
+    return serve(lambda: LLM(args.model, **options), settings)
 
 
 def _listed(text: str) -> list[Any]:

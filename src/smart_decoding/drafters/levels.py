@@ -137,6 +137,12 @@ class LevelDrafter(ABC, Generic[S]):
         """Features of `rows` rows of arbitrary content, to be timed with."""
         return None
 
+    def skip(self, request: Request) -> None:
+        """Takes all that waits for run, to time what comes then: its keys are whatever is there."""
+        state = self._states[id(request)]
+        self._drop(state, self._end(request) - state.length)
+        state.length = self._end(request)
+
     def _receive(self, request: Request, state: S, features: Any, first: int) -> None:
         """Features of the target that arrived with committed rows."""
 

@@ -28,13 +28,18 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("smart.engine")
 LONGEST_ROUND = 10.0  # seconds that an end waits for the present round
+ROUNDS_OVER_WORK = 2.0  # seconds of rounds for each of idle work, where several requests run
 
 
 class IdleWork(Protocol):
-    """What the engine thread does bit by bit while no request runs or waits."""
+    """What the engine thread does bit by bit between rounds.
+
+    While no request runs or waits it does nothing else. A lone request is not held up. Where
+    several run, a bit follows rounds that have taken ROUNDS_OVER_WORK times as long as the last
+    one."""
 
     def step(self) -> bool:
-        """Does a bit, which a request may have to wait for; false if nothing is left."""
+        """Does a bit, which requests may have to wait for; false if nothing is left."""
         ...
 
 
@@ -64,7 +69,7 @@ class EngineThread:
                 self._start()
 
     def add_idle_work(self, work: IdleWork) -> None:
-        """To be done while no request runs, once the thread has started."""
+        """To be done between rounds, once the thread has started."""
         self._idle_work.append(work)
         self.inbox.wake()
 
@@ -174,6 +179,7 @@ class Rounds:
         self._shown: list[Job] = []  # jobs in the engine that are called after each round
         self._outbox: list[Delivery] = []
         self._isolation = Isolation(self)
+        self._owed = 0.0  # seconds of rounds before the next bit of idle work
 
     @property
     def engine(self) -> Engine:
@@ -191,13 +197,15 @@ class Rounds:
             self._carry_out_commands()
             self._drop_overdue()
             if self._busy:
+                began = time.perf_counter()
                 try:
                     if self.step(self._inbox.arrived):
                         self._isolation.failures = 0
                 except Exception as error:
                     self._isolation.after_failed_round(error)
+                self._owed -= time.perf_counter() - began
             self._flush()
-            if self._idle_work and not self._busy and not self._inbox.arrived():
+            if self._idle_work and self._has_time():
                 self._work_idly()
 
     def end_all(self, reason: str) -> None:
@@ -234,7 +242,14 @@ class Rounds:
         if job is not None:
             self._end(job, error)
 
+    def _has_time(self) -> bool:
+        """Whether some idle work may be done now."""
+        if not self._busy:
+            return not self._inbox.arrived()
+        return self._owed <= 0 and len(self.engine.scheduler.running) > 1
+
     def _work_idly(self) -> None:
+        began = time.perf_counter()
         work = self._idle_work[0]
         try:
             going_on = work.step()
@@ -243,6 +258,7 @@ class Rounds:
             going_on = False
         if not going_on:
             self._idle_work.remove(work)
+        self._owed = ROUNDS_OVER_WORK * (time.perf_counter() - began)
 
     def _carry_out_commands(self) -> None:
         idle = not self._busy and not self._queue

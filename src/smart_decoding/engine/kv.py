@@ -45,6 +45,13 @@ class PagePool:
         # cached pages that nobody holds, oldest first
         self._idle: OrderedDict[int, None] = OrderedDict()
 
+    @classmethod
+    def of(cls, pages: Sequence[int]) -> PagePool:
+        """Pages that were taken from another pool, as one in which nothing is found."""
+        pool = cls(max(pages) + 1)
+        pool._free = list(pages)
+        return pool
+
     @property
     def available(self) -> int:
         """Pages that can be taken, cached idle ones included."""
@@ -112,11 +119,6 @@ class PagePool:
         if same[0] in self._idle:  # this one stays longer
             del self._idle[same[0]]
             self._drop(same[0])
-
-    def forget_idle(self) -> None:
-        """Nothing is found any more in pages that nobody holds: they are about to be written to."""
-        while self._idle:
-            self._free.append(self._evict())
 
     def check_integrity(self, tables: Iterable[BlockTable]) -> None:
         """Raises AssertionError unless every page is free, idle, or held exactly as often as the

@@ -4,16 +4,17 @@ drafter with a model: roots and rows that wait for the first one, width for thos
 from __future__ import annotations
 
 import time
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from smart_decoding.core.cost import DraftSample, Sample, VerifySample
 from smart_decoding.core.tree import ROOT, DraftTrees
-from smart_decoding.engine.kv import PAGE, Ints
+from smart_decoding.engine.kv import PAGE, Ints, PagePool
 from smart_decoding.engine.protocols import NativeBatch
 from smart_decoding.engine.rows import Rows, Span, build_rows
 from smart_decoding.profiling.rehearsal import MORE, Rehearsal
@@ -72,31 +73,44 @@ def grid_of(device: torch.device) -> Grid:
     return ON_CPU if device.type == "cpu" else ON_GPU
 
 
-@dataclass(frozen=True, slots=True)
+class Stage(Protocol):
+    """What is timed. needed: pages of KV memory."""
+
+    needed: int
+
+    def place(self, pages: Sequence[int]) -> None:
+        """It overwrites these from now on."""
+        ...
+
+    def end(self) -> None:
+        """And from now on no more."""
+        ...
+
+
+@dataclass(eq=False, frozen=True, slots=True)
 class Point:
     """One thing to time: `run` performs it once, after `prepare`, and may say itself how many
-    seconds count; `sample` wraps the seconds; `end` tidies up.
+    seconds count; `sample` wraps the seconds."""
 
-    cold: it is the first to touch some of the KV memory, which a system hands out page by page. A
-    first run that pays for it says nothing of later ones."""
-
+    stage: Stage
     run: Callable[[], float | None]
     sample: Callable[[float], Sample]
     prepare: Callable[[], object] = lambda: None
-    end: Callable[[], object] = lambda: None
-    cold: bool = False
 
 
 class Measurement:
     """Times every point again and again, in turn and one a step, until `seconds` are used up; every
     point is timed at least once.
 
-    coarse: fewer points, for forwards so slow that all of them would take far more than `seconds`.
+    pages: of the KV memory. pool: theirs, if requests may run between the steps: a step takes what
+    it overwrites. Points for which there is no memory wait, in the end in vain. coarse: fewer
+    points, for forwards so slow that all of them would take far more than `seconds`.
 
     A shared machine changes its speed from second to second. So the first point, one row, is timed
     before every other one, and the ratio to it counts: neighbours then shift no point against
     another. It also leaves the caches as a real round does (before a deeper level of the drafter
-    the first one runs, too). The KV cache must be idle in a step: its contents are overwritten."""
+    the first one runs, too). A system hands memory out page by page when it is first touched. A run
+    that pays for it says nothing of later ones, so it does not count."""
 
     def __init__(
         self,
@@ -107,14 +121,21 @@ class Measurement:
         seconds: float | None = None,
         clock: Callable[[], float] = time.perf_counter,
         coarse: bool = False,
+        pool: PagePool | None = None,
     ) -> None:
-        self._points: list[Point] = []
+        points: list[Point] = []
         if longest_context(target.max_positions, target.device):  # else too short to verify
-            self._points = _points(target, drafter, pages, max_num_seqs, coarse)
+            points = _points(target, drafter, pages, max_num_seqs, coarse)
+        self._reference = points[0] if points else None
+        self._queue = deque(points)
+        self._untimed = set(points)
+        self._again = 0  # points timed again while some have not been timed
         # Run once before any is timed; a GPU loads kernels at first use.
-        self._cold = self._points[:1] if coarse else [p for p in self._points if p.cold]
-        if target.device.type == "cuda":
-            self._cold = self._points[:]
+        self._cold = set(points if target.device.type == "cuda" else points[:1])
+        # By kind of stage: the drafter's keys lie elsewhere. All of it, where forwards are so slow
+        # that it does not matter.
+        self._touched: dict[type, set[int]] = defaultdict(lambda: set(range(coarse * pages)))
+        self._pool = pool or PagePool(pages)
         self._seconds = SECONDS if seconds is None else seconds
         self._clock = clock
         self._timed: list[tuple[Point, float, float]] = []  # with the reference just before it
@@ -123,29 +144,51 @@ class Measurement:
     @property
     def share(self) -> float:
         """What is done of all, in [0, 1]."""
-        each_once = min(1.0, len(self._timed) / max(1, len(self._points)))
+        each_once = 1.0 - len(self._untimed) / max(1, len(self._queue))
         return min(each_once, self._passed / self._seconds if self._seconds else 1.0)
 
     def step(self) -> bool:
         """Times the next point; false if none is left."""
-        if not self._points or self.share == 1.0:
+        if self._reference is None or self._done:
             return False
-        if self._cold:
-            self._time(self._cold.pop(0))
-            return True
-        point = self._points[len(self._timed) % len(self._points)]
+        for _ in range(len(self._queue)):
+            if self._queue[0].stage.needed <= self._pool.available:
+                self._run(self._queue[0], self._reference)
+                break
+            self._queue.rotate(-1)
+        return not self._done
+
+    @property
+    def _done(self) -> bool:
+        return self.share == 1.0 or self._again > 2 * len(self._queue)
+
+    def _run(self, point: Point, reference: Point) -> None:
+        stage = point.stage
+        pages = self._pool.take(stage.needed)
         started = self._clock()
-        self._timed.append((point, self._time(self._points[0]), self._time(point)))
+        try:
+            reference.stage.place(pages[: reference.stage.needed])
+            stage.place(pages)
+            touched = self._touched[type(stage)]
+            if point in self._cold or not touched.issuperset(pages):
+                self._time(point)
+                touched.update(pages)
+                self._cold.discard(point)
+                return
+            self._timed.append((point, self._time(reference), self._time(point)))
+        finally:
+            stage.end()
+            self._pool.give(pages)
+        self._again += bool(self._untimed) and point not in self._untimed
+        self._untimed.discard(point)
+        self._queue.rotate(-1)
         self._passed += self._clock() - started
-        return self.share < 1.0
 
     def samples(self) -> list[Sample]:
         """What was measured, at the reference's median speed; none where no verification fits into
-        the model's context. Tidies up.
+        the model's context.
 
         A speed is that of three neighbouring references: one alone is noisy."""
-        for point in self._points:
-            point.end()
         if not self._timed:
             return []
         references = np.array([reference for _, reference, _ in self._timed])
@@ -205,17 +248,14 @@ def _points(
     max_num_seqs: int,
     coarse: bool = False,
 ) -> list[Point]:
-    points = []
-    touched = 0  # pages
+    points: list[Point] = []
     aux_layers = drafter.aux_layers if drafter is not None else ()
     verified = verifications(grid_of(target.device), target.steps, max_num_seqs, coarse)
     for batch, total, context in verified:
-        run = verification(target, batch, total, context, pages, aux_layers)
-        if run is not None and context + -(-total // batch) <= target.max_positions:
-            needed = batch * _pages_each(batch, total, context)
+        stage = Verification(target, batch, total, context, aux_layers)
+        if stage.needed <= pages and context + -(-total // batch) <= target.max_positions:
             sample = partial(VerifySample, batch, total, float(context))
-            points.append(Point(run, sample, cold=needed > touched))
-            touched = max(touched, needed)
+            points.append(Point(stage, stage.run, sample))
     if drafter is not None and target.max_positions > MORE:
         points += _draft_points(target, drafter, pages, max_num_seqs, coarse)
     return points
@@ -256,9 +296,10 @@ def _draft_points(
 
     def rehearsal(batch: int, context: int, more: int = MORE) -> Rehearsal | None:
         context = min(context, target.max_positions - more)
-        if context < 1 or not Rehearsal.fits(pages, batch, context, more):
+        if context < 1:
             return None
-        return Rehearsal(drafter, pages, batch, context, min(target.vocab, RANDOM_TOKENS), more)
+        found = Rehearsal(drafter, batch, context, min(target.vocab, RANDOM_TOKENS), more)
+        return found if found.needed <= pages else None
 
     points: list[Point] = []
     for batch in (b for b in grid.batches if b <= max_num_seqs and (b == 1 or not coarse)):
@@ -274,48 +315,74 @@ def _draft_points(
     return points + ([_deeper_point(longer, width) for width in LONG_WIDTHS] if longer else [])
 
 
+class Verification:
+    """Verifies `total` rows of `batch` sequences at `context`, as rounds do. aux_layers: as in
+    Target.verify, where they are copied out."""
+
+    def __init__(
+        self,
+        target: TorchTarget,
+        batch: int,
+        total: int,
+        context: int,
+        aux_layers: tuple[int, ...] = (),
+    ) -> None:
+        each = _pages_each(batch, total, context)
+        self.needed = batch * each
+        self._target = target
+        self._shape = batch, total, context
+        self._aux_layers = aux_layers
+        self._tables = np.zeros((batch, each), np.int32)
+        self._rows: Rows | None = None
+        self._asked: NativeBatch | None = None
+        if target.verify_round is not None:
+            trees = fake_trees(batch, total - batch)
+            addresses = [table.ctypes.data for table in self._tables]
+            at = [context] * batch
+            kept = np.arange(len(trees))
+            self._asked = NativeBatch([1] * batch, at, at, addresses, trees, kept, aux_layers)
+
+    def place(self, pages: Sequence[int]) -> None:
+        """In any order, as they lie once requests have come and gone: read in order they are up to
+        a tenth faster."""
+        batch = len(self._tables)
+        mixed = np.random.default_rng(batch).permutation(np.asarray(pages, np.int32))
+        self._tables[:] = mixed.reshape(batch, -1)
+        if self._asked is None:
+            self._rows = _rows(self._tables, *self._shape)
+
+    def end(self) -> None:
+        """Nothing."""
+
+    def run(self) -> None:
+        """Once."""
+        if self._asked is not None:
+            assert self._target.verify_round is not None
+            self._target.verify_round(self._asked)
+            return
+        assert self._rows is not None
+        scores = self._target.verify(self._rows, self._aux_layers)
+        if scores.greedy is None:
+            count = len(scores.logits) if scores.draws_all else len(self._tables)
+            self._target.argmax(scores.logits, np.arange(count))
+
+
 def verification(
-    target: TorchTarget,
-    batch: int,
-    total: int,
-    context: int,
-    pages: int,
-    aux_layers: tuple[int, ...] = (),
+    target: TorchTarget, batch: int, total: int, context: int, pages: int
 ) -> Callable[[], None] | None:
-    """What verifies `total` rows of `batch` sequences at `context`, as rounds do; None if the cache
-    is too small. aux_layers: as in Target.verify, where they are copied out."""
-    if target.verify_round is None:
-        rows = fake_rows(batch, total, context, pages)
-        return None if rows is None else lambda: _verify(target, rows, batch, aux_layers)
-    tables = _tables(batch, total, context, pages)
-    if tables is None:
+    """What verifies that in a cache of `pages` that nobody else uses; None if it is too small."""
+    stage = Verification(target, batch, total, context)
+    if stage.needed > pages:
         return None
-    trees = fake_trees(batch, total - batch)
-    verify = target.verify_round
-    addresses = [table.ctypes.data for table in tables]
-    at = [context] * batch
-    asked = NativeBatch([1] * batch, at, at, addresses, trees, np.arange(len(trees)), ())
-
-    def run() -> None:
-        assert len(tables)  # which must live as long as their addresses
-        verify(asked)
-
-    return run
-
-
-def _verify(target: TorchTarget, rows: Rows, batch: int, aux_layers: tuple[int, ...]) -> None:
-    scores = target.verify(rows, aux_layers)
-    if scores.greedy is None:
-        count = len(scores.logits) if scores.draws_all else batch
-        target.argmax(scores.logits, np.arange(count))
+    stage.place(range(stage.needed))
+    return stage.run
 
 
 def _first_point(requests: Rehearsal, waiting: int) -> Point:
     def sample(seconds: float) -> Sample:
         return DraftSample(requests.batch, float(requests.context), seconds, waiting)
 
-    cold = waiting in (0, LONG_WAITING)
-    return Point(requests.first, sample, lambda: requests.commit(waiting), requests.end, cold)
+    return Point(requests, requests.first, sample, lambda: requests.commit(waiting))
 
 
 def _deeper_point(requests: Rehearsal, width: int) -> Point:
@@ -328,15 +395,21 @@ def _deeper_point(requests: Rehearsal, width: int) -> Point:
     def sample(seconds: float) -> Sample:
         return DraftSample(expanded[0], float(requests.context), seconds)
 
-    return Point(run, sample, lambda: requests.reach(width), requests.end)
+    return Point(requests, run, sample, lambda: requests.reach(width))
 
 
 def fake_rows(batch: int, total: int, context: int, pages: int) -> Rows | None:
     """`total` rows of `batch` sequences at `context`, all logits wanted; None if the cache is too
     small."""
-    tables = _tables(batch, total, context, pages)
-    if tables is None:
+    each = _pages_each(batch, total, context)
+    if batch * each > pages:
         return None
+    return _rows(
+        np.arange(batch * each, dtype=np.int32).reshape(batch, each), batch, total, context
+    )
+
+
+def _rows(tables: Ints, batch: int, total: int, context: int) -> Rows:
     spans = []
     for i, table in enumerate(tables):
         at = np.arange(context, context + total // batch + (i < total % batch))
@@ -349,16 +422,6 @@ def fake_rows(batch: int, total: int, context: int, pages: int) -> Rows | None:
 
 def _pages_each(batch: int, total: int, context: int) -> int:
     return -(-(context + -(-total // batch)) // PAGE)
-
-
-def _tables(batch: int, total: int, context: int, pages: int) -> list[Ints] | None:
-    """Block tables of `batch` sequences whose pages lie anywhere, as they do once requests have
-    come and gone: read in order they are up to a tenth faster."""
-    each = _pages_each(batch, total, context)
-    if batch * each > pages:
-        return None
-    taken = np.random.default_rng(batch).permutation(batch * each).astype(np.int32)
-    return list(taken.reshape(batch, each))
 
 
 def fake_trees(batch: int, nodes: int) -> DraftTrees:

@@ -1,4 +1,4 @@
-"""The costs of an engine's forwards on this machine: stored, or measured while it is idle."""
+"""The costs of an engine's forwards on this machine: stored, or measured between its rounds."""
 
 from __future__ import annotations
 
@@ -6,22 +6,35 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from smart_decoding.core.cost import CostModel, Sample
+from smart_decoding.core.cost import (
+    DEFAULT_DRAFT,
+    DEFAULT_VERIFY,
+    SMALLEST,
+    CostModel,
+    Curve,
+    Sample,
+)
 from smart_decoding.profiling.cache import load_profile, profile_path, save_profile
 from smart_decoding.profiling.measure import Measurement, largest_batch, longest_context
 
 if TYPE_CHECKING:
     from smart_decoding.drafters.levels import LevelDrafter
+    from smart_decoding.engine.kv import PagePool
     from smart_decoding.models.target import TorchTarget
 
 ROUND_OVERHEAD = 4e-4  # seconds that drafting adds beyond its forwards, until real rounds tell
+
+# Of one request rows cost little, on most machines; of many at once that guess would make rounds
+# two or three times too long on some, so these are not drafted for until costs are measured.
+GUESS = CostModel(DEFAULT_VERIFY | {2: Curve((2, 4), (SMALLEST, 2 * SMALLEST))}, DEFAULT_DRAFT)
 
 
 class Profile:
     """cost: the stored costs, else a guess, which real rounds correct until they are measured.
 
-    known: whether they are measured, for batches as large as this engine's. before: called before
-    each step, which overwrites the KV memory. taken: called with the costs once they are measured.
+    known: whether they are measured, for batches as large as this engine's. pool: the engine's, of
+    which steps overwrite pages that nobody holds. taken: called with the costs once they are
+    measured.
     """
 
     def __init__(
@@ -38,13 +51,13 @@ class Profile:
         self._path = profile_path(weights, target.dtype, target.device, head, longest, target.steps)
         self._model = weights["model"]
         self._begin = partial(Measurement, target, drafter, pages, max_num_seqs)
+        self.pool: PagePool | None = None
         self._measurement: Measurement | None = None
         stored = load_profile(self._path)
-        self.cost = stored or CostModel.default()
+        self.cost = stored or GUESS
         self.known = stored is not None and max(stored.verify) >= largest_batch(
             pages, max_num_seqs, target.device
         )
-        self.before: Callable[[], object] = lambda: None
         self.taken: Callable[[CostModel], object] = lambda cost: None
 
     @property
@@ -54,12 +67,11 @@ class Profile:
         return float(self.known) if measurement is None else measurement.share
 
     def step(self) -> bool:
-        """Measures a little, while no request runs; false if nothing is left to do."""
+        """Measures a little; false if nothing is left to do."""
         if self.known:
             return False
         if self._measurement is None:
-            self._measurement = self._begin()
-        self.before()
+            self._measurement = self._begin(pool=self.pool)
         if self._measurement.step():
             return True
         self.keep(self._measurement.samples())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,19 +21,17 @@ if TYPE_CHECKING:
 
 LEVELS = 8
 CHILDREN = 8
-AT_ONCE = 256  # rows that are caught up with together
 FREE = np.ones(1 << 14)  # seconds of verifying any number of nodes
-MORE = 96  # tokens that requests grow by before they begin anew, if nothing else is said
+MORE = 96  # tokens that requests may grow by, if nothing else is said
 
 
 class Rehearsal:
-    """`batch` requests of `context` random tokens, and up to `more`. The drafter's keys are
-    overwritten."""
+    """`batch` requests of `context` random tokens, and up to `more`. needed: pages, of which the
+    drafter's keys are overwritten."""
 
     def __init__(
         self,
         drafter: LevelDrafter[Any],
-        pages: int,
         batch: int,
         context: int,
         vocab: int,
@@ -40,9 +39,8 @@ class Rehearsal:
     ) -> None:
         self.batch = batch
         self.context = context
+        self.needed = batch * -(-(context + more + 1) // PAGE)
         self._drafter = drafter
-        self._pool = PagePool(pages)
-        self._more = more
         self._vocab = vocab
         self._random = np.random.default_rng(0)
         self._requests: list[Request] = []
@@ -51,16 +49,19 @@ class Rehearsal:
         self._trees = DraftTrees.empty(batch)
         self._frontier = np.zeros(0, np.int64)
 
-    @staticmethod
-    def fits(pages: int, batch: int, context: int, more: int = MORE) -> bool:
-        """Whether the requests at their longest fit into a cache of `pages`."""
-        return batch * -(-(context + more + 1) // PAGE) <= pages
+    def place(self, pages: Sequence[int]) -> None:
+        """Begins in these pages."""
+        pool = PagePool.of(pages)
+        params = SamplingParams(temperature=0.0)
+        for _ in range(self.batch):
+            stop = StopChecker(params, lambda ids: "")
+            request = Request("rehearsal", self._tokens(1), params, 0, BlockTable(pool), stop)
+            self._requests.append(request)
+            self._lengthen(request, self.context)
+            self._drafter.skip(request)
 
     def commit(self, waiting: int) -> None:
         """Every request gets a token, and the first one `waiting` more."""
-        longest = self.context + self._more
-        if not self._requests or self._requests[0].table.length + 1 + waiting > longest:
-            self._begin()
         for request in self._requests:
             self._lengthen(request, 1)
         if waiting:
@@ -104,22 +105,10 @@ class Rehearsal:
         return grown.expanded[-1], grown.seconds[-1]
 
     def end(self) -> None:
-        """Releases the requests and their pages."""
+        """Releases the requests."""
         for request in self._requests:
             self._drafter.release(request)
-            self._pool.give(request.table.pages)
         self._requests = []
-
-    def _begin(self) -> None:
-        self.end()
-        params = SamplingParams(temperature=0.0)
-        for _ in range(self.batch):
-            stop = StopChecker(params, lambda ids: "")
-            request = Request("rehearsal", self._tokens(1), params, 0, BlockTable(self._pool), stop)
-            self._requests.append(request)
-            for start in range(0, self.context, AT_ONCE):
-                self._lengthen(request, min(AT_ONCE, self.context - start))
-                self._drafter.start([request], self._rule)
 
     def _lengthen(self, request: Request, count: int) -> None:
         """The target has processed `count` more tokens."""

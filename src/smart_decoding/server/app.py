@@ -72,7 +72,7 @@ def _state(worker: Worker, metrics: Metrics) -> APIRouter:
 
     @api.get("/health/ready")
     async def ready() -> dict[str, str]:
-        """Ready: the model is loaded, its costs are known, and it has answered once."""
+        """Ready: the model is loaded and has answered once."""
         worker.ready()
         return {"status": "ready"}
 

@@ -154,9 +154,6 @@ def test_a_server_may_be_configured_so(monkeypatch: pytest.MonkeyPatch, tmp_path
         def __init__(self, model: str, allow_slow: bool, **options: Any) -> None:
             asked.append(allow_slow)
 
-        def take_profile(self) -> None:
-            pass
-
     monkeypatch.setattr(llm_module, "LLM", Fake)
     monkeypatch.setattr(launch, "serve", lambda load, settings: 0 if load() else 1)
     file = tmp_path / "smart.toml"
