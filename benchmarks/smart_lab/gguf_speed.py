@@ -1,6 +1,7 @@
 """The same GGUF file in our engine and in a llama.cpp built on this machine, in one run.
 
-    python -m smart_lab gguf-speed FILE --llama-cpp build/bin [--draft FILE] [--slots 1,4,8]
+    python -m smart_lab gguf-speed FILE --llama-cpp build/bin [--draft FILE] [--slots 1,4,8] \\
+        [--vllm PYTHON]
 
 llama.cpp's flags are found first, for each number of slots, on prompts of their own: threads, flash
 attention, layout of the weights, batches, then the settings of its draft model and n-gram modes.
@@ -8,7 +9,8 @@ After that its best modes and ours answer the same chunks of prompts in turn: as
 there are slots, the same token ids, greedy, up to the same number of tokens. Nobody keeps prompts,
 and a server that is not asked is stopped. Printed are tokens per second after the first token of
 each answer, and overall with prompts: median, lowest and highest; ratios have 95 % intervals. A
-forward of a few rows is timed before that, in turn as well.
+forward of a few rows is timed before that, in turn as well. With --vllm its CPU build answers too,
+from the same weights in bf16.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -39,6 +42,7 @@ from smart_lab.gguf.ours import HELD, Ours, speculative_configs, without_folders
 from smart_lab.gguf.rates import Reply
 from smart_lab.gguf.server import Flags, LlamaCpp, Server
 from smart_lab.gguf.tuning import DRAFT, DRAFTS, PLAIN, Tuned, draft_words, tune
+from smart_lab.gguf.vllm import MODES, NAME, Vllm
 from smart_lab.resume import Progress, source_digest
 
 TASKS = ("code", "maths")
@@ -58,6 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--draft", type=Path, metavar="FILE", help="a smaller GGUF file of the same vocabulary")
     binaries = "folder of llama-server, llama-bench and llama-batched-bench"
     add("--llama-cpp", type=Path, required=True, metavar="DIR", help=binaries)
+    vllm = "Python of an environment that has vLLM for CPUs, which answers in bf16 too"
+    add("--vllm", type=Path, metavar="PYTHON", help=vllm)
     add("--slots", type=whole_numbers, default=(1, 4, 8), metavar="1,4,8")
     held = f"how our engine holds the weights, of: {', '.join(HELD)} (as-stored)"
     add("--ours", type=words, default=("as-stored",), metavar="A,B", help=held)
@@ -87,7 +93,7 @@ def main(args: argparse.Namespace) -> int:
     progress = Progress(args.resume, key_of(args, about))
     print(f"llama.cpp: {about['version']}; {about['system']}", flush=True)
     session = Session(args, cpp, configs, progress)
-    with servers_end_with_us():
+    with servers_end_with_us(), session:
         session.forwards(time.monotonic() + FORWARD_SHARE * args.time_limit)
         for number, slots in enumerate(args.slots):
             now = time.monotonic()
@@ -125,6 +131,8 @@ def checked(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     for path in (args.file, args.draft):
         if path is not None and not (path.is_file() and path.suffix == ".gguf"):
             raise ConfigError(f"{path} is not a GGUF file")
+    if args.vllm is not None and not args.vllm.is_file():
+        raise ConfigError(f"--vllm {args.vllm} is no Python")
     unknown = [held for held in args.ours if held not in HELD]
     if unknown or not args.ours:
         raise ConfigError(f"--ours takes {', '.join(HELD)}, not {', '.join(unknown) or 'nothing'}")
@@ -149,6 +157,8 @@ class Session:
     ) -> None:
         self._args, self._cpp, self._progress = args, cpp, progress
         self._cores = len(os.sched_getaffinity(0))
+        self._vllm: Vllm | None = None
+        self._open = ExitStack()
         self.load_average = os.getloadavg()[0]  # before we add to it
         most, context = max(args.slots), args.max_model_len
         self._ours = [Ours(args.file, held, configs, most, context) for held in args.ours]
@@ -163,6 +173,12 @@ class Session:
         self._kept, self._measured = prompts[:kept], prompts[kept:]
         if len(self._measured) < most:
             raise ConfigError("too few prompts fit: raise --max-model-len or lower --max-tokens")
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
 
     def forwards(self, stop: float) -> None:
         """Adds turns of forwards: each engine's own benchmark, one after the other."""
@@ -196,6 +212,7 @@ class Session:
             for mode, flags in self._final(tuned).items():
                 server = stack.enter_context(self._server(flags, slots))
                 contestants[f"llama.cpp {mode}"] = server.answer
+            contestants |= self._in_vllm()
             for ours in self._ours:
                 contestants |= ours.contestants()
             for who, answer in contestants.items():
@@ -222,6 +239,7 @@ class Session:
             "forwards": forward_medians(self._progress.units("forwards")),
             "forward_context": self._args.forward_context,
             "max_tokens": self._args.max_tokens,
+            "vllm": (self._progress.units(NAME) or [None])[0],
             "runs": runs,
         }
 
@@ -268,6 +286,19 @@ class Session:
         longest = max(map(len, chain(self._kept, self._measured)))
         args = self._args
         return Server(self._cpp, args.file, flags, slots, args.max_model_len, longest)
+
+    def _in_vllm(self) -> dict[str, Contestant]:
+        """Its modes, loaded once for all numbers of slots."""
+        args = self._args
+        if args.vllm is None:
+            return {}
+        if self._vllm is None:
+            print("vLLM is loaded (minutes, while it compiles)", flush=True)
+            found = Vllm(args.vllm, args.file, max(args.slots), args.max_model_len)
+            self._vllm = self._open.enter_context(found)
+            if not self._progress.units(NAME):
+                self._progress.add(NAME, found.version)
+        return {f"{NAME} {mode}": partial(self._vllm.answer, mode) for mode in MODES}
 
     def _prompts(self) -> list[list[int]]:
         """Tasks in turn, as chats of one message, those that leave room for an answer."""
@@ -327,7 +358,12 @@ def key_of(args: argparse.Namespace, about: Mapping[str, Any]) -> dict[str, Any]
     files = {path.name: path.stat().st_size for path in (args.file, args.draft) if path}
     given = {name: value for name, value in vars(args).items() if name not in free}
     return {
-        "option": {**given, "file": args.file.name, "draft": args.draft and args.draft.name},
+        "option": {
+            **given,
+            "file": args.file.name,
+            "draft": args.draft and args.draft.name,
+            "vllm": args.vllm is not None,
+        },
         "bytes": files,
         "llama.cpp": about,
         "machine": machine(),
@@ -340,6 +376,7 @@ def command_of(args: argparse.Namespace) -> str:
     """The command line that asks for this run, with the names of files alone."""
     told = ["python", "-m", "smart_lab", "gguf-speed", args.file.name, "--llama-cpp", "DIR"]
     told += ["--draft", args.draft.name] if args.draft else []
+    told += ["--vllm", "PYTHON"] if args.vllm else []
     told += ["--slots", ",".join(map(str, args.slots)), "--ours", ",".join(args.ours)]
     for text in args.smart or ():
         told += ["--smart", without_folders(text)]

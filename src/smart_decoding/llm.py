@@ -67,11 +67,14 @@ LOOK = 0.05  # seconds between two looks at what is measured
 class LLM:
     """A model ready to answer, from as many threads as there are: their requests share rounds.
 
-    model: built-in name, hub id, folder of safetensors, or GGUF file. options: see `EngineArgs`.
+    model: built-in name, hub id, folder of safetensors, or GGUF file. draft_later: a draft model's
+    weights are read by `speculation.load()`, or when it first drafts. options: see `EngineArgs`.
     Raises ModelError, DownloadError, ConfigError or CapacityError, each in one line.
     """
 
-    def __init__(self, model: str | Path = DEFAULT_MODEL, **options: Any) -> None:
+    def __init__(
+        self, model: str | Path = DEFAULT_MODEL, *, draft_later: bool = False, **options: Any
+    ) -> None:
         args = self._args = EngineArgs.of(model=model, **options)
         device = device_of(args.device)
         slow = args.allow_slow
@@ -92,7 +95,10 @@ class LLM:
             target = TorchTarget(
                 checkpoint, args.dtype, device, pages, longest, args.enforce_eager, slow
             )
-            return target, build_speculation(asked, checkpoint, target, pages, args.max_num_seqs)
+            speculation = build_speculation(asked, checkpoint, target, pages, args.max_num_seqs)
+            if not draft_later:
+                speculation.load()
+            return target, speculation
 
         self.target, self.speculation = in_own_thread(loaded)
         self.grammars = Grammars(self.tokenizer, self.target.vocab, self.target.eos_token_ids)
@@ -125,6 +131,7 @@ class LLM:
         other.speculation = build_speculation(
             asked, self._checkpoint, self.target, config.pages, config.max_num_seqs
         )
+        other.speculation.load()
         other.engine = self._engine(other.speculation, config, self.engine)
         other.take_profile()
         return other

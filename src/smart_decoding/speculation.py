@@ -62,7 +62,8 @@ class Speculation:
     """What drafts, and what decides about it; without a drafter the engine decodes plainly.
 
     profile: the costs, or None where nothing needs them. model: the EAGLE head or draft model in
-    use. description: in words. selection: what follows the policy's rules."""
+    use. description: in words. selection: what follows the policy's rules. load: reads a draft
+    model's weights, if they are not here yet; else drafting does."""
 
     policy: Policy
     drafter: Drafter | None
@@ -70,6 +71,7 @@ class Speculation:
     model: EagleHead | DraftModel | None = None
     description: str = "none"
     selection: Selection = field(default_factory=RuleSelection)
+    load: Callable[[], None] = lambda: None
 
     @property
     def cost(self) -> CostModel | None:
@@ -261,7 +263,13 @@ def build_speculation(
     if profile is not None:
         profile.taken = partial(setattr, policy, "cost")
     return Speculation(
-        policy, drafter, profile, builder.model, builder.description, fastest_selection()
+        policy,
+        drafter,
+        profile,
+        builder.model,
+        builder.description,
+        fastest_selection(),
+        builder.load,
     )
 
 
@@ -339,6 +347,7 @@ class _Builder:
     seqs: int
     asked: SpeculativeConfig
     model: EagleHead | DraftModel | None = None
+    load: Callable[[], None] = lambda: None
 
     def __post_init__(self) -> None:
         self.left = dict(self.asked.options)
@@ -408,9 +417,11 @@ class _Builder:
         assert draft is not None
         if self.checkpoint.vision is not None:
             log.warning("the draft model reads no images: it drafts from the text behind them")
-        self.model = DraftModel(draft, self.target, self.pages, DRAFT_SCRATCH_PAGES)
+        model = DraftModel(draft, self.target, self.pages, DRAFT_SCRATCH_PAGES)
+        self.model = model
+        self.load = model.load
         self.description = f"draft model {draft.provenance['model']}"
-        return DraftModelDrafter(self.model, self.pages, DRAFT_SCRATCH_PAGES)
+        return DraftModelDrafter(model, self.pages, DRAFT_SCRATCH_PAGES)
 
     def _ngram(self) -> Drafter:
         return made(NgramDrafter, self.left)

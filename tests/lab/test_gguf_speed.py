@@ -20,7 +20,7 @@ import worlds
 
 from smart_decoding.errors import ConfigError, ModelError
 from smart_lab import gguf_speed
-from smart_lab.gguf import ours, report
+from smart_lab.gguf import ours, report, vllm
 from smart_lab.gguf.rates import Reply, Span, agreement, best, decode_rate, figures, ratio
 from smart_lab.gguf.server import (
     BATCHED,
@@ -93,6 +93,25 @@ import sys
 words = sys.argv[1:]
 for n in words[words.index("-npl") + 1].split(","):
     print('{{"n_kv_max": 9, "pl": %s, "tg": 4, "t_tg": %f}}' % (n, 0.02 * int(n)))
+"""
+
+WORKS = f"""#!{sys.executable}
+import json, sys
+settings = json.loads(sys.stdin.readline())
+assert sys.argv[1].endswith("run_vllm.py") and settings["stops"] == [{worlds.EOS}], settings
+print(json.dumps({{"version": "9", "precision": "bf16"}}), flush=True)
+fast = 2 if "ngram" in settings else 1
+for line in sys.stdin:
+    job = json.loads(line)
+    prompts, tokens = job["prompts"], job["tokens"]
+    if len(prompts) > settings["sequences"]:
+        print(json.dumps({{"error": "too many"}}), flush=True)
+        continue
+    told = [[(p[-1] + 1 + i) % {worlds.EOS} for i in range(tokens)] for p in prompts]
+    seconds = 0.5 + (tokens - 1) / fast
+    found = {{"began": 0.5, "before": [1] * len(prompts), "ends": [seconds] * len(prompts),
+             "steps": [1 + (tokens - 1) // fast] * len(prompts), "answers": told}}
+    print(json.dumps({{**found, "seconds": seconds}}), flush=True)
 """
 
 
@@ -208,6 +227,37 @@ def test_a_server_answers_and_is_stopped_in_between(
 def test_what_a_server_dies_of_is_told(binaries: Path) -> None:
     with pytest.raises(ModelError, match="ended with 3: error: no such thing"):
         Server(LlamaCpp(binaries), Path("m.gguf"), Flags(2, sampling=True), 1, 64, 9)
+
+
+@pytest.fixture
+def vllm_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A program in place of vLLM's, and a checkpoint that is not read."""
+    config = argparse.Namespace(eos_token_ids=(worlds.EOS,))
+    found = argparse.Namespace(tokenizer_source=tmp_path, config=config)
+    monkeypatch.setattr(vllm, "load_checkpoint", lambda path: found)
+    path = tmp_path / "python"
+    path.write_text(WORKS)
+    path.chmod(0o755)
+    return path
+
+
+def test_vllm_answers_by_its_own_clock(vllm_python: Path) -> None:
+    with vllm.Vllm(vllm_python, Path("m.gguf"), 2, 64) as engines:
+        assert engines.version == "9"
+        plain, ngram = (engines.answer(mode, [[4, 5], [7]], 5) for mode in (PLAIN, NGRAM))
+        assert plain.answers == ngram.answers == [[6, 7, 8, 9, 10], [8, 9, 10, 11, 12]]
+        assert plain.decode == pytest.approx(2.0)  # a second a token, two at a time
+        assert ngram.decode == pytest.approx(4.0)
+        assert plain.overall == pytest.approx(10 / 4.5)
+        assert (plain.prefill_seconds, plain.per_round, ngram.per_round) == (0.5, 1.0, 2.0)
+        with pytest.raises(ModelError, match="too many"):
+            engines.answer(PLAIN, [[1]] * 3, 5)
+
+
+def test_what_vllm_dies_of_is_told(vllm_python: Path) -> None:
+    vllm_python.write_text(f"#!{sys.executable}\nimport vllm_of_nowhere\n")
+    with pytest.raises(ModelError, match="No module named 'vllm_of_nowhere'"):
+        vllm.Vllm(vllm_python, Path("m.gguf"), 2, 64)
 
 
 def reply(decode: float, overall: float = 1.0) -> Reply:
@@ -427,9 +477,33 @@ def test_the_best_and_the_default_draft_model_are_measured(
     assert "not tried" not in told
 
 
+def test_vllm_takes_part(
+    command: Callable[..., argparse.Namespace],
+    vllm_python: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It is loaded once for all numbers of slots, and its version lasts."""
+    words = ["--vllm", str(vllm_python), "--slots", "1,2", "--blocks", "1", "--time-limit", "0"]
+    words += ["--resume", str(tmp_path / "run.part"), "--json", str(tmp_path / "run.json")]
+    for _ in range(2):
+        assert gguf_speed.main(command(*words)) == 0
+        told = capsys.readouterr().out
+        assert "vLLM 9, in bf16" in told
+        assert "as-stored smart draft_model over vLLM n-gram: 4.50 (one block)" in told
+        text = (tmp_path / "run.json").read_text()
+        assert str(tmp_path) not in text
+        for slots, run in enumerate(json.loads(text)["runs"], 1):
+            rates = {one["name"]: one["decode"][0] for one in run["contestants"]}
+            assert rates["vLLM plain"] == slots
+            assert rates["vLLM n-gram"] == 2 * slots
+    assert "vLLM is loaded" not in told  # all was measured
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (("--vllm", "nowhere/python"), "--vllm nowhere/python is no Python"),
         (("--ours", "packed"), "--ours takes as-stored, int8, expanded, not packed"),
         (("--max-tokens", "1"), "--max-tokens 1 is too small"),
         (("--blocks", "0"), "--blocks 0 is too small"),

@@ -28,7 +28,13 @@ from smart_decoding.files import sha256_of
 from smart_decoding.models import hub as downloads
 from smart_decoding.models import hub_repository, pypi
 from smart_decoding.models import registry as models
-from smart_decoding.models.hub import Part, PinnedFile, cache_dir, fetch_pinned
+from smart_decoding.models.hub import (
+    Part,
+    PinnedFile,
+    cache_dir,
+    conversion_folder,
+    fetch_pinned,
+)
 from smart_decoding.models.registry import DEFAULT_MODEL, NAMED_MODELS, Source, resolve
 
 
@@ -644,6 +650,25 @@ def test_a_built_in_gguf_from_the_hub(
     fake_hub.online = False
     monkeypatch.setattr(models, "fetch_pinned", no_download)
     assert resolve("tiny").path == fake_hub.folder / "tiny-q4_0.gguf"
+
+
+def test_a_folder_is_at_hand_where_nobody_need_be_asked(
+    tiny_named: models.NamedModel, fake_hub: SimpleNamespace, tmp_path: Path
+) -> None:
+    fake_hub.online = False
+    assert models.folder_at_hand(str(tmp_path), True) == tmp_path
+    for name in ("nothing", "owner/model", str(tmp_path / "no.gguf"), "tiny"):
+        assert models.folder_at_hand(name, True) is None
+    source = resolve("tiny@pypi")
+    assert models.folder_at_hand("tiny", True) is None  # its file, and not what is made of it
+    for stored in (True, False):
+        made = conversion_folder(source.path, source.sha256, stored)
+        made.mkdir(parents=True)
+        assert models.folder_at_hand("tiny", stored) == made
+        assert models.folder_at_hand(str(source.path), stored) is None  # anybody's file
+        made = conversion_folder(source.path, "", stored)
+        made.mkdir()
+        assert models.folder_at_hand(str(source.path), stored) == made
 
 
 def test_a_sibling_counts_where_the_cache_holds_it(

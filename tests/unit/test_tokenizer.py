@@ -21,7 +21,7 @@ from smart_decoding.bench.data import load_task
 from smart_decoding.engine.stopping import Detokenizer
 from smart_decoding.engine_args import EngineArgs
 from smart_decoding.errors import ConfigError, ModelError
-from smart_decoding.models import chat_template
+from smart_decoding.models import chat_template, tokenizer
 from smart_decoding.models.tokenizer import Tokenizer
 
 CHATML = (
@@ -447,3 +447,19 @@ def test_smollm2_encodes_like_transformers() -> None:
     ends = [ours.specials["eos_token"], "<|im_start|>"]
     assert [ours.backend.token_to_id(token) for token in ends] == [2, 1]
     assert ours.backend.get_vocab_size() == 49_152
+
+
+def test_a_tokenizer_is_loaded_beside_other_work(tmp_path: Path) -> None:
+    """By the next load of the same file; of another one nothing is taken."""
+    TINY.save(tmp_path)
+    tokenizer.begin(tmp_path)
+    begun = tokenizer._begun[tokenizer._identity(tmp_path)]
+    assert Tokenizer.load(tmp_path) is begun.result()
+    assert Tokenizer.load(tmp_path) is not begun.result()
+    tokenizer.begin(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(ModelError):
+        Tokenizer.load(tmp_path)
+    tokenizer.begin(tmp_path)
+    with pytest.raises(ModelError):  # as it would have been here
+        Tokenizer.load(tmp_path)

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from smart_lab.gguf.rates import best, figures, ratio
+from smart_lab.gguf.vllm import NAME as VLLM
 
 THEIRS = "llama.cpp"
 KEYS = ("decode", "overall")
@@ -19,14 +20,15 @@ def run_of(
     blocks."""
     found = figures(blocks, f"{held[0]} plain")
     names = [each.name for each in found]
-    theirs = [name for name in names if name.startswith(THEIRS)]
+    peers = [[name for name in names if name.startswith(whose)] for whose in (THEIRS, VLLM)]
     ratios = []
     for way in held:
         plain = f"{way} plain"
         smart = [name for name in names if name.startswith(f"{way} smart")]
         for key in KEYS:
-            ours, peer = best(found, smart or [plain], key), best(found, theirs, key)
-            asked = [(ours, peer), (ours, plain), (plain, f"{THEIRS} plain")]
+            ours = best(found, smart or [plain], key)
+            asked = [(ours, best(found, theirs, key)) for theirs in peers if theirs]
+            asked += [(ours, plain), (plain, f"{THEIRS} plain")]
             for a, b in dict.fromkeys(pair for pair in asked if pair[0] != pair[1]):
                 ratios.append({"of": a, "over": b, "key": key, **asdict(ratio(blocks, a, b, key))})
     return {
@@ -44,6 +46,8 @@ def text(result: Mapping[str, Any]) -> str:
     """Tables for a terminal."""
     about = result["llama_cpp"]
     lines = [f"\nllama.cpp: {about['version']}", about["system"]]
+    if result["vllm"]:
+        lines.append(f"vLLM {result['vllm']}, in bf16")
     lines += _forwards(result)
     for run in result["runs"]:
         lines += _run(run)

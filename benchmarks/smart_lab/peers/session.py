@@ -77,7 +77,7 @@ class Worker:
         )
         self._lines: queue.Queue[str] = queue.Queue()
         threading.Thread(target=self._listen, daemon=True).start()
-        self.about = self._ask(settings, LOADING)
+        self.about = self.ask(settings, LOADING)
 
     def __enter__(self) -> Worker:
         return self
@@ -86,9 +86,7 @@ class Worker:
         self.close()
 
     def answer(self, prompts: Sequence[Sequence[int]], tokens: int) -> Timed:
-        reply = self._ask(
-            {"prompts": [list(map(int, p)) for p in prompts], "tokens": tokens}, ANSWERING
-        )
+        reply = self.ask(job_of(prompts, tokens), ANSWERING)
         return Timed(reply["seconds"], reply["tokens"], reply["prefill_seconds"], reply["answers"])
 
     def close(self) -> None:
@@ -101,7 +99,8 @@ class Worker:
             self._process.wait()
         self._errors.close()
 
-    def _ask(self, message: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+    def ask(self, message: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+        """The worker's reply to a line."""
         try:
             print(json.dumps(message), file=self._process.stdin, flush=True)
             reply: dict[str, Any] = json.loads(self._lines.get(timeout=seconds))
@@ -134,6 +133,11 @@ class Worker:
         for line in self._process.stdout or ():
             self._lines.put(line)
         self._lines.put("")  # the end: not JSON
+
+
+def job_of(prompts: Sequence[Sequence[int]], tokens: int) -> dict[str, Any]:
+    """The line that has them answered."""
+    return {"prompts": [list(map(int, prompt)) for prompt in prompts], "tokens": tokens}
 
 
 def measure_peers(

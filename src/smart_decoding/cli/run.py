@@ -22,7 +22,8 @@ from smart_decoding.cli.model_options import MODEL_OPTIONS, llm_options
 from smart_decoding.engine.outputs import CompletionOutput, completion_of
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ConfigError
-from smart_decoding.models.registry import DEFAULT_MODEL
+from smart_decoding.models import tokenizer
+from smart_decoding.models.registry import DEFAULT_MODEL, folder_at_hand
 
 if TYPE_CHECKING:
     from smart_decoding.llm import LLM
@@ -97,30 +98,38 @@ def main(args: argparse.Namespace) -> None:
     if images:
         check_takes_images(args.model, args.trust_pickle)
     show_steps()
-    with loaded(args.model or DEFAULT_MODEL, min(len(texts), TOGETHER), options) as llm:
+    one = args.batch is None and not args.json
+    with loaded(args.model or DEFAULT_MODEL, min(len(texts), TOGETHER), options, one) as llm:
         announce_default(llm, options["speculative_config"])
         prompts = [prompt_of(llm, text, images, args.raw) for text in texts]
-        if args.batch is not None or args.json:
-            answer_all(llm, texts, prompts, params, args.json)
-        else:
+        if one:
             answer = stream_answer(llm, prompts[0], params)
             if args.stats:
                 drawn = args.seed is None and not params.greedy
                 told = stats_line(answer) + (f", seed {params.seed}" if drawn else "")
                 print(told, file=sys.stderr)
+        else:
+            answer_all(llm, texts, prompts, params, args.json)
         with suppress(KeyboardInterrupt):  # it is left for the next time
             llm.take_profile()
 
 
 @contextmanager
-def loaded(model: str, max_num_seqs: int, options: Mapping[str, Any]) -> Iterator[LLM]:
-    """The model. What is imported and loaded is all in use, so that it is not searched for garbage:
-    that took 0.4 s before the first word."""
+def loaded(
+    model: str, max_num_seqs: int, options: Mapping[str, Any], draft_later: bool = False
+) -> Iterator[LLM]:
+    """The model. draft_later: for an answer that `stream_answer` gives.
+
+    What is imported and loaded is all in use, so that it is not searched for garbage: that took
+    0.4 s before the first word."""
     gc.disable()
     try:
+        folder = folder_at_hand(model, options.get("quantization") != "off")
+        if folder is not None:
+            tokenizer.begin(folder)
         from smart_decoding.llm import LLM
 
-        llm = LLM(model, max_num_seqs=max_num_seqs, **options)
+        llm = LLM(model, draft_later=draft_later, max_num_seqs=max_num_seqs, **options)
         gc.freeze()
     finally:
         gc.enable()
@@ -287,6 +296,8 @@ def stream_answer(llm: LLM, prompt: Prompt, params: SamplingParams) -> Completio
     def show(touched: Sequence[Any]) -> None:
         for request in touched:
             print(request.stop.new_text(), end="", flush=True)
+        if not all(request.finished for request in touched):
+            llm.speculation.load()  # the first word needed none
 
     try:
         (output,) = llm.generate(prompt, params, on_step=show, use_tqdm=False)

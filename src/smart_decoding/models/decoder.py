@@ -70,6 +70,7 @@ class Decoder:
     cannot). graphs: whether CUDA graphs do, on a CUDA device."""
 
     in_bytes = False  # whether quants are multiplied with inputs rounded to 8 bits
+    quiet: bool | None = None  # no progress is shown; None: only on a terminal
 
     def __init__(
         self,
@@ -123,7 +124,9 @@ class Decoder:
         config = self.config
         layers = (
             layer_weights(config, weights, f"model.layers.{i}.", self.dtype, self.device)
-            for i in tqdm(range(config.layers), "loading", unit="layer", disable=None, leave=False)
+            for i in tqdm(
+                range(config.layers), "loading", unit="layer", disable=self.quiet, leave=False
+            )
         )
         self._layers: Layers
         if self.native:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import ChainMap
 from ctypes import addressof
 from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -32,40 +33,31 @@ if TYPE_CHECKING:
 _BY_TOKEN = ("model.embed_tokens.weight", "lm_head.weight")
 
 
+class _Decoder(RoundingDecoder):
+    """No answer depends on drafts. It may be loaded while an answer is shown."""
+
+    quiet = True
+
+
 class DraftModel:
     """A Llama-family model in the target's dtype on its device, with pages of its numbers and
     `scratch_pages` more.
 
     Models pad their vocabularies differently: tokens that only one of the two has are never
-    proposed."""
+    proposed. The weights are read by `load`, or when something is drafted."""
 
     def __init__(
         self, checkpoint: Checkpoint, target: TorchTarget, pages: int, scratch_pages: int
     ) -> None:
         vocab = min(checkpoint.config.vocab, target.vocab)
-        cut = {
-            name: checkpoint.weights[name][:vocab]
-            for name in _BY_TOKEN
-            if name in checkpoint.weights
-        }
         self.config = c = replace(checkpoint.config, vocab=vocab)
-        positions = target.max_positions + 64
-        weights: ChainMap[str, Matrix] = ChainMap(cut, checkpoint.weights)  # type: ignore[arg-type]  # only read
-        native = use_native(c, target.device, target.allow_slow)
-        with fitting_memory("draft model", pages):
-            self._decoder = RoundingDecoder(  # no answer depends on drafts
-                c,
-                weights,
-                target.dtype,
-                target.device,
-                pages + scratch_pages,
-                positions,
-                native,
-                target.graphs,
-            )
-        self._selection = NativeSelection() if native else None
+        self._checkpoint = checkpoint
+        self._target = target
+        self._pages = (pages, scratch_pages)
+        self._native = use_native(c, target.device, target.allow_slow)
+        self._selection = NativeSelection() if self._native else None
         self.grow: Callable[[TreeRule, DraftTrees, Growth | None], Grown] | None = (
-            self._grow if native else None
+            self._grow if self._native else None
         )
         self._tokens = torch.arange(vocab, device=target.device)
         self.shape = (
@@ -79,6 +71,29 @@ class DraftModel:
             c.ffn,
             vocab,
         )
+
+    def load(self) -> None:
+        """Reads the weights, if they are not here yet. Raises CapacityError."""
+        _ = self._decoder
+
+    @cached_property
+    def _decoder(self) -> _Decoder:
+        vocab = self.config.vocab
+        given = self._checkpoint.weights
+        cut = {name: given[name][:vocab] for name in _BY_TOKEN if name in given}
+        weights: ChainMap[str, Matrix] = ChainMap(cut, given)  # type: ignore[arg-type]  # only read
+        target = self._target
+        with fitting_memory("draft model", self._pages[0]):
+            return _Decoder(
+                self.config,
+                weights,
+                target.dtype,
+                target.device,
+                sum(self._pages),
+                target.max_positions + 64,
+                self._native,
+                target.graphs,
+            )
 
     def run(self, rows: Rows) -> Tensor:
         """One forward: logits [wanted rows, vocab], valid until the next one."""

@@ -28,7 +28,7 @@ from smart_decoding.errors import DownloadError, ModelError
 from smart_decoding.files import are_intact, read_json, reading, remember, sha256_of
 from smart_decoding.kernels.weights import FORMATS, Matrix, QuantizedTensor, as_tensor
 from smart_decoding.models.config import ModelConfig
-from smart_decoding.models.hub import RECORD, cache_dir, conversion_key, scratch
+from smart_decoding.models.hub import RECORD, conversion_folder, scratch
 from smart_decoding.models.tokenizer import Tokenizer
 from smart_decoding.models.weight_files import Weights
 from smart_decoding.progress import long_step
@@ -73,8 +73,7 @@ def converted_folder(
     without the weights, for StoredWeights.
     Raises ModelError for a file that is corrupt or not supported, DownloadError if the cache has no
     room."""
-    key = conversion_key(source.path, source.sha256)
-    target = cache_dir() / "converted" / (key + ("-stored" if stored else ""))
+    target = conversion_folder(source.path, source.sha256, stored)
     if not is_whole(target):
         shutil.rmtree(target, ignore_errors=True)
         step = long_step(f"converting {source.path.name}, once", 1.0)

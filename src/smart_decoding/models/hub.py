@@ -79,6 +79,12 @@ def conversion_key(path: Path, sha256: str = "") -> str:
     return f"v{CONVERSION}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
 
 
+def conversion_folder(path: Path, sha256: str, stored: bool) -> Path:
+    """Where the cache keeps what is made of a GGUF file, with the weights or `stored` without."""
+    name = conversion_key(path, sha256) + ("-stored" if stored else "")
+    return cache_dir() / "converted" / name
+
+
 @contextmanager
 def scratch(need: int = 0) -> Iterator[Path]:
     """A temporary folder in the cache with room for `need` bytes, removed in any case; rename out

@@ -18,7 +18,7 @@ from pathlib import Path
 from smart_decoding.errors import DownloadError, ModelError
 from smart_decoding.files import expanded
 from smart_decoding.models import hub_repository
-from smart_decoding.models.hub import Part, PinnedFile, fetch_pinned
+from smart_decoding.models.hub import Part, PinnedFile, conversion_folder, fetch_pinned
 
 DEFAULT_MODEL = "smollm2-135m"
 
@@ -162,6 +162,21 @@ def resolve(name: str | Path | Source, trust_pickle: bool = False) -> Source:
         f"no model {text!r}: no such folder or GGUF file, nor a hub id; built in: {known}"
         f"{unknown_model(text)}"
     )
+
+
+def folder_at_hand(name: str, stored: bool) -> Path | None:
+    """Where a model's configuration and tokenizer lie, if they are here; nobody is asked. stored:
+    as for `conversion_folder`."""
+    path = expanded(name)
+    sha256 = ""
+    if name in NAMED_MODELS:
+        model = NAMED_MODELS[name]
+        source = _cached_from_hub(name, model)
+        path = model.pinned.path if source is None else source.path
+        sha256 = model.pinned.sha256 if source is None else ""
+    if path.is_file():
+        path = conversion_folder(path, sha256, stored)
+    return path if path.is_dir() else None
 
 
 def lasting_name(name: str) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import filecmp
 import json
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,11 @@ class Tokenizer:
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
         """From a model's folder. Raises ModelError if there is no usable tokenizer in it."""
+        begun = _begun.pop(_identity(folder), None)
+        return begun.result() if begun else cls._load(folder)
+
+    @classmethod
+    def _load(cls, folder: Path) -> Tokenizer:
         path = folder / "tokenizer_config.json"
         specials = {}
         if path.exists():
@@ -215,6 +221,25 @@ class Tokenizer:
         begun = bos is not None and text.startswith(bos)
         given = self.template_given or template_given
         return self.encode(text, add_special_tokens=given and not begun)
+
+
+_begun: dict[tuple[object, ...], Future[Tokenizer]] = {}  # what `begin` began
+
+
+def begin(folder: Path) -> None:
+    """Begins to load a folder's tokenizer, for the next `Tokenizer.load` of the same file: in a
+    thread that lets others run, which may import torch meanwhile."""
+    pool = ThreadPoolExecutor(1)
+    _begun[_identity(folder)] = pool.submit(Tokenizer._load, folder)
+    pool.shutdown(wait=False)
+
+
+def _identity(folder: Path) -> tuple[object, ...]:
+    try:
+        stat = (folder / "tokenizer.json").stat()
+    except OSError:
+        return (folder,)
+    return folder, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def _told(error: BaseException, task: str) -> BaseException:

@@ -42,6 +42,7 @@ class FakeLLM:
         )
         self.engine = SimpleNamespace(last_round=None)
         self.drafts = options["speculative_config"] is not False
+        self.loads: list[int] = []  # tokens of the answer before each
         self.speculation = SimpleNamespace(description="ngram")
         self.profiles: list[int] = []  # answers before each
         FakeLLM.made.append(self)
@@ -78,7 +79,8 @@ class FakeLLM:
         )
         texts = iter(["Paris", " is the capital."])
         stop = SimpleNamespace(new_text=lambda: next(texts))
-        request = SimpleNamespace(tokens=[1, 2], output=[], stop=stop)
+        request = SimpleNamespace(tokens=[1, 2], output=[], stop=stop, finished=False)
+        self.speculation.load = lambda: self.loads.append(len(request.output))
         for tokens, record in (
             (ANSWER[:1], self.round(DraftTrees.empty(1))),
             (ANSWER[1:], self.round(self.tree())),
@@ -86,6 +88,7 @@ class FakeLLM:
             self.engine.last_round = record
             request.tokens += tokens
             request.output += tokens
+            request.finished = len(request.output) == len(ANSWER)
             if on_step is not None:
                 on_step([request])
         output = SimpleNamespace(

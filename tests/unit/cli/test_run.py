@@ -36,6 +36,8 @@ def test_run_streams_the_answer(fake: type[FakeLLM], capsys: pytest.CaptureFixtu
     prompt, params = llm.asked[0]
     assert prompt.tokens == [1, ord("h"), ord("i")]
     assert params == SamplingParams(temperature=0.0, max_tokens=256)
+    assert llm.options["draft_later"]
+    assert llm.loads == [1]  # behind the first word, and not once all is answered
 
 
 @pytest.mark.parametrize("failure", [None, ConfigError("no")])

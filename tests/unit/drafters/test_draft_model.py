@@ -206,6 +206,24 @@ def test_what_waits_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not drafting.drafter._kept.any()
 
 
+@pytest.mark.parametrize("asked", [True, False])
+def test_weights_are_read_when_they_are_asked_for(asked: bool) -> None:
+    """Or else with the first draft; a prompt's own pass, the first word, reads none."""
+    drafting = engine("chain")
+    model = drafting.drafter._model
+    (request,) = ask(drafting, prompts(1), tokens=9)
+    while not request.output:
+        drafting.step()
+    assert "_decoder" not in vars(model)
+    if asked:
+        model.load()
+        assert "_decoder" in vars(model)
+    while drafting.has_unfinished_requests:
+        drafting.step()
+    assert [request.output] == [plain(prompts(1), 0.0)[0][:9]]
+    assert request.metrics.verified
+
+
 def test_levels_that_are_profiled_are_those_of_real_rounds() -> None:
     target = target_of()
     drafter = DraftModelDrafter(

@@ -1,10 +1,13 @@
-"""vLLM's CPU build: plain, or with its n-gram drafter. What decoding takes is the whole less a run
-of one token."""
+"""vLLM's CPU build: plain, or with its n-gram drafter. What decoding takes is the whole less a
+run of one token; where answers may end, at tokens `stops`, each one's end is told."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from lines import Answer, Settings, serve
@@ -31,6 +34,7 @@ def load(settings: Settings) -> tuple[dict[str, str], Answer]:
         max_model_len=settings["context"],
         enable_prefix_caching=False,
         max_num_seqs=settings["sequences"],
+        enforce_eager=bool(os.environ.get("VL_EAGER")),
         skip_tokenizer_init=True,
         speculative_config=drafter if ngram else None,
     )
@@ -53,8 +57,59 @@ def load(settings: Settings) -> tuple[dict[str, str], Answer]:
             "prefill_seconds": first,
         }
 
-    return {"version": vllm.__version__, "precision": settings["dtype"]}, answer
+    def ended(prompts: list[list[int]], tokens: int) -> dict[str, Any]:
+        params = vllm.SamplingParams(
+            temperature=0.0,
+            max_tokens=tokens,
+            stop_token_ids=settings["stops"],
+            detokenize=False,
+        )
+        return stepped(model.llm_engine, prompts, params)
+
+    about = {"version": vllm.__version__, "precision": settings["dtype"]}
+    return about, ended if "stops" in settings else answer
+
+
+def stepped(engine: Any, prompts: list[list[int]], params: Any) -> dict[str, Any]:
+    """Answers all at once. ends: seconds from sending to each one's last token; began: those until
+    all have one, and `before` how many tokens each had then; steps: those that gave it tokens."""
+    started = time.perf_counter()
+    for index, prompt in enumerate(prompts):
+        engine.add_request(str(index), {"prompt_token_ids": prompt}, params)
+    answers: list[list[int]] = [[] for _ in prompts]
+    before: list[int] = []
+    began = 0.0
+    ends = [0.0] * len(prompts)
+    steps = [0] * len(prompts)
+    while engine.has_unfinished_requests():
+        outputs = engine.step()
+        now = time.perf_counter() - started
+        for output in outputs:
+            index = int(output.request_id)
+            steps[index] += 1
+            ends[index] = now
+            answers[index] = list(output.outputs[0].token_ids)
+        if not before and all(answers):
+            began = now
+            before = [len(answer) for answer in answers]
+    seconds = time.perf_counter() - started
+    found = {"began": began, "before": before, "ends": ends, "steps": steps}
+    return {**found, "answers": answers, "seconds": seconds}
+
+
+def preload() -> None:
+    """Starts this program anew with the libraries that vLLM preloads into processes of its own:
+    without torch's OpenMP its threads share one core."""
+    found = []
+    for package, name in (("torch", "lib/libgomp*.so*"), ("vllm", "libs/libtcmalloc*.so*")):
+        spec = importlib.util.find_spec(package)
+        folders = spec.submodule_search_locations if spec else None
+        found += [str(path) for folder in folders or () for path in Path(folder).glob(name)][:1]
+    if found and "LD_PRELOAD" not in os.environ:
+        os.environ["LD_PRELOAD"] = ":".join(found)
+        os.execv(sys.executable, [sys.executable, *sys.argv])
 
 
 if __name__ == "__main__":
+    preload()
     serve(load)
