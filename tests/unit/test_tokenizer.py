@@ -451,6 +451,9 @@ def test_smollm2_encodes_like_transformers() -> None:
 
 def test_a_tokenizer_is_loaded_beside_other_work(tmp_path: Path) -> None:
     """By the next load of the same file; of another one nothing is taken."""
+    before = len(tokenizer._begun)
+    tokenizer.begin(tmp_path)
+    assert len(tokenizer._begun) == before  # transformers must not be imported beside torch
     TINY.save(tmp_path)
     tokenizer.begin(tmp_path)
     begun = tokenizer._begun[tokenizer._identity(tmp_path)]

@@ -15,7 +15,7 @@ from smart_lab.gguf.tuning import NGRAM, PLAIN
 from smart_lab.peers.session import ANSWERING, WORKERS, Worker, job_of
 
 NAME = "vLLM"
-# How it decodes -> its options: its own n-grams, in as many tokens as were best (docs/lab.md).
+# How it decodes -> the worker's options: its own n-grams propose four tokens.
 MODES: Mapping[str, Mapping[str, Any]] = {PLAIN: {}, NGRAM: {"ngram": 4}}
 
 

@@ -223,22 +223,26 @@ class Tokenizer:
         return self.encode(text, add_special_tokens=given and not begun)
 
 
-_begun: dict[tuple[object, ...], Future[Tokenizer]] = {}  # what `begin` began
+_begun: dict[tuple[object, ...] | None, Future[Tokenizer]] = {}  # what `begin` began
 
 
 def begin(folder: Path) -> None:
     """Begins to load a folder's tokenizer, for the next `Tokenizer.load` of the same file: in a
-    thread that lets others run, which may import torch meanwhile."""
+    thread that lets others run, which may import torch meanwhile. Only from a tokenizer.json:
+    others are read through transformers, which imports torch, too."""
+    key = _identity(folder)
+    if key is None:
+        return
     pool = ThreadPoolExecutor(1)
-    _begun[_identity(folder)] = pool.submit(Tokenizer._load, folder)
+    _begun[key] = pool.submit(Tokenizer._load, folder)
     pool.shutdown(wait=False)
 
 
-def _identity(folder: Path) -> tuple[object, ...]:
+def _identity(folder: Path) -> tuple[object, ...] | None:
     try:
         stat = (folder / "tokenizer.json").stat()
     except OSError:
-        return (folder,)
+        return None
     return folder, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 

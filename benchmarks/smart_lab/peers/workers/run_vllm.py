@@ -3,11 +3,8 @@ run of one token; where answers may end, at tokens `stops`, each one's end is to
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 from lines import Answer, Settings, serve
@@ -34,7 +31,6 @@ def load(settings: Settings) -> tuple[dict[str, str], Answer]:
         max_model_len=settings["context"],
         enable_prefix_caching=False,
         max_num_seqs=settings["sequences"],
-        enforce_eager=bool(os.environ.get("VL_EAGER")),
         skip_tokenizer_init=True,
         speculative_config=drafter if ngram else None,
     )
@@ -97,19 +93,5 @@ def stepped(engine: Any, prompts: list[list[int]], params: Any) -> dict[str, Any
     return {**found, "answers": answers, "seconds": seconds}
 
 
-def preload() -> None:
-    """Starts this program anew with the libraries that vLLM preloads into processes of its own:
-    without torch's OpenMP its threads share one core."""
-    found = []
-    for package, name in (("torch", "lib/libgomp*.so*"), ("vllm", "libs/libtcmalloc*.so*")):
-        spec = importlib.util.find_spec(package)
-        folders = spec.submodule_search_locations if spec else None
-        found += [str(path) for folder in folders or () for path in Path(folder).glob(name)][:1]
-    if found and "LD_PRELOAD" not in os.environ:
-        os.environ["LD_PRELOAD"] = ":".join(found)
-        os.execv(sys.executable, [sys.executable, *sys.argv])
-
-
 if __name__ == "__main__":
-    preload()
     serve(load)
