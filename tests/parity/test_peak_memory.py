@@ -121,4 +121,4 @@ def test_weights_are_not_held_twice(form: str, tmp_path: Path) -> None:
     before, peak, highest = map(float, out.split())
     print(f"weights {total:.0f} MB: anonymous {before:.0f} -> {peak:.0f}, all {highest:.0f} MB")
     most = 1.15 if form == "quants" else 1.25
-    assert total < peak - before <= most * total + FIXED
+    assert 0.9 * total < peak - before <= most * total + FIXED
