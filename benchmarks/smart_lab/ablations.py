@@ -21,7 +21,7 @@ from smart_decoding.core.learned import Learned
 from smart_decoding.core.policies.base import StatelessPolicy, token_array
 from smart_decoding.core.policies.smart import Smart
 from smart_decoding.core.rule import NO_NODES, Grow, Scores, TreeRule, expanded_widths
-from smart_decoding.core.selection import BestRate, RoundCosts, best_per_owner
+from smart_decoding.core.selection import BestRate, Fixed, RoundCosts, best_per_owner
 from smart_decoding.core.tree import (
     ROOT,
     BoolArray,
@@ -94,6 +94,11 @@ def all_levels(levels: int) -> Exchange:
 def look_back(rule: TreeRule, exact: BestRate) -> TreeRule:
     """Stops when the level that was just drafted has not made the round better."""
     return replace(rule, grow=LookBack(AtLeast(rule.grow, rule.levels), exact.costs))
+
+
+def fixed_before(rule: TreeRule, exact: BestRate) -> TreeRule:
+    """Expands as many nodes as a GPU does, where nobody sees scores before all is drafted."""
+    return replace(rule, grow=Fixed.before(rule) or rule.grow)
 
 
 @dataclass(frozen=True, slots=True)
@@ -438,6 +443,7 @@ ABLATIONS: Mapping[str, Make] = {
     "stop rule: always 8 levels": lambda t, c: Variant(smart(t, c), all_levels(8)),
     "stop rule: always 2 levels": lambda t, c: Variant(smart(t, c), all_levels(2)),
     "stop rule: look back": lambda t, c: Variant(smart(t, c), look_back),
+    "stop rule: fixed before": lambda t, c: Variant(smart(t, c), fixed_before),
     "costs: not corrected": lambda t, c: FrozenCosts(smart(t, c)),
     "forecasts: not corrected": lambda t, c: trusting(smart(t, c)),
     "no test for change": lambda t, c: unalarmed(smart(t, c)),

@@ -31,6 +31,8 @@ from smart_decoding.bench.limits import Sizes, measure_limits, rated
 from smart_decoding.bench.options import BASELINE
 from smart_decoding.bench.provenance import memory, provenance
 from smart_decoding.core.cost import CostModel
+from smart_decoding.core.selection import Fixed
+from smart_decoding.core.tree import ROOT, DraftTrees
 from smart_decoding.drafters.eagle import EagleDrafter
 from smart_decoding.engine.engine import Engine, EngineConfig
 from smart_decoding.engine.kv import PAGE
@@ -42,6 +44,7 @@ from smart_decoding.models.eagle_head import EagleHead
 from smart_decoding.models.head_files import HeadFiles
 from smart_decoding.models.loading import Checkpoint
 from smart_decoding.models.memory import Limits, Need, need_of
+from smart_decoding.models.native_level import NativeLevel
 from smart_decoding.models.target import TorchTarget, device_of, dtype_of, pages_for
 from smart_decoding.profiling.measure import Measurement
 from smart_decoding.profiling.profile import ROUND_OVERHEAD
@@ -53,8 +56,9 @@ from smart_lab.trace import Trace, read_trace
 
 if TYPE_CHECKING:
     from smart_decoding.core.rule import TreeRule
-    from smart_decoding.core.tree import DraftTrees, IntArray
+    from smart_decoding.core.tree import IntArray
     from smart_decoding.drafters.levels import Ranked
+    from smart_decoding.engine.protocols import Grown
     from smart_decoding.engine.request import Request
     from smart_decoding.engine.rows import Rows
     from smart_lab.recording import Recording
@@ -152,17 +156,35 @@ class ReplayedDrafter(EagleDrafter):
         self, head: EagleHead, recording: Recording, pool_pages: int, scratch_pages: int
     ) -> None:
         super().__init__(head, pool_pages, scratch_pages)
-        self.grow = None  # in one call the head's own candidates would be taken
+        if isinstance(head.levels, NativeLevel):
+            self.grow = None  # in one call the head's own candidates would be taken
         self._recording = recording
 
+    def grow_beside(self, given: DraftTrees, requests: Sequence[Request], rule: TreeRule) -> Grown:
+        """What a device has drafted is put aside; the recorded candidates grow by the same
+        widths."""
+        grown = super().grow_beside(given, requests, rule)
+        fixed = Fixed.before(rule)
+        assert fixed is not None
+        self._look_up(requests)
+        trees = DraftTrees.empty(len(requests))
+        owners = np.arange(len(requests))
+        self._source.expand(trees, np.full(len(requests), ROOT), rule.children, owners)
+        for level in range(1, 1 + len(grown.expanded)):
+            self._source.expand(trees, fixed.frontier(rule, trees, level), rule.children)
+        return grown._replace(trees=trees)
+
     def start(self, requests: Sequence[Request], rule: TreeRule) -> DraftTrees:
+        self._look_up(requests)
+        return super().start(requests, rule)
+
+    def _look_up(self, requests: Sequence[Request]) -> None:
         answers = [self._recording.answers[request.tokens[0]] for request in requests]
         roots = [
             a.first + min(len(r.output), a.positions) - 1
             for a, r in zip(answers, requests, strict=True)
         ]
         self._source = Source(self._recording, np.array(roots, np.int64))
-        return super().start(requests, rule)
 
     def _append(
         self, trees: DraftTrees, owner: IntArray, parents: IntArray, ranked: Ranked

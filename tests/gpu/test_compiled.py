@@ -128,8 +128,7 @@ def launch_all(heads: int, kv_heads: int, width: int, normed: bool, count: int) 
     device_sampling.draw(logits, np.arange(count), [SampleSpec(params)] * count)
     tokens = torch.arange(32000)
     scores = torch.zeros(count, 32000, dtype=torch.bfloat16)
-    factor = np.ones(count, np.float32)
-    device_sampling.perturbed(scores, tokens, factor, np.ones(count, np.uint64))
+    device_sampling.perturbed(scores, tokens, torch.ones(2, count, dtype=torch.int64))
 
 
 @pytest.mark.parametrize("model", SHAPES)

@@ -28,10 +28,11 @@ from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine_args import EngineArgs
 from smart_decoding.llm import _engine_config
 from smart_decoding.models import decoder as decoder_module
-from smart_decoding.models import head_weights, ranking, sampler
+from smart_decoding.models import device_growth, head_weights, ranking, sampler
 from smart_decoding.models.config import ModelConfig
 from smart_decoding.models.eagle_head import EagleHead
 from smart_decoding.models.graphs import GraphedLayers
+from smart_decoding.models.head_levels import SteppedLevels
 from smart_decoding.models.loading import Checkpoint
 from smart_decoding.models.ranking import torch_top_k
 from smart_decoding.models.rows import upload
@@ -58,6 +59,8 @@ LLAMA_8B = ModelConfig(
     max_positions=8192,
 )
 META = torch.device("meta")
+# next to a forward of the target, levels and rows cost nothing
+CHEAP_LEVELS = CostModel.from_table({8: {8: 1.0, 512: 1.1}}, {8: 1e-3, 512: 1e-3}, 0.0)
 
 
 class Counts(TorchDispatchMode):
@@ -105,9 +108,9 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counts]:
         """Tokens 0 of probability a half."""
         counting.seen["wait"] += 1
         floats = tensor.is_floating_point()
-        return np.full(tensor.shape, 0.5) if floats else np.zeros(tensor.shape, np.int64)
+        return np.full(tensor.shape, np.log(0.5)) if floats else np.zeros(tensor.shape, np.int64)
 
-    for module in (sampler, ranking):
+    for module in (sampler, ranking, device_growth):
         monkeypatch.setattr(module, "download", download)
     with counting:
         yield counting
@@ -199,10 +202,12 @@ def test_what_else_reads_logits_waits_once(
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_a_draft_level_asks_little(
-    temperature: float, counts: Counts, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("policy", ["chain", "eagle2", "smart"])
+def test_drafted_levels_ask_little(
+    policy: str, temperature: float, counts: Counts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rounds of EAGLE-3 in graphs: what its levels add to the verification's."""
+    """Rounds of EAGLE-3 in graphs: they wait once for all levels, and once for the
+    verification."""
     monkeypatch.setattr(
         RandomWeights,
         "__getitem__",
@@ -210,10 +215,13 @@ def test_a_draft_level_asks_little(
     )
     model = target_on_meta(monkeypatch, True)
     head = EagleHead(random_head(LLAMA_8B, 32_000), model.decoder, 400, 40, 2048)
-    policy = make_policy("chain", {"cost": CostModel.default()}, length=4)
+    assert isinstance(head.levels, SteppedLevels)
+    head.levels.on_device = True
+    options = {"chain": {"length": 4}, "eagle2": {"depth": 3}, "smart": {"max_levels": 4}}[policy]
+    chosen = make_policy(policy, {"cost": CHEAP_LEVELS}, **options)
     config = EngineConfig(400, 2048, 8, 256, False, 0, False)
     drafter = EagleDrafter(head, 400, 40)
-    engine = Engine(model, policy, drafter, config, lambda skip: lambda ids: "")
+    engine = Engine(model, chosen, drafter, config, lambda skip: lambda ids: "")
     params = SamplingParams(temperature=temperature, max_tokens=60, ignore_eos=True)
     for i in range(8):
         engine.add_request(str(i), [5, 6, 7, i], params)
@@ -223,12 +231,13 @@ def test_a_draft_level_asks_little(
     engine.step()
     operations, seen = counts.take()
     assert engine.last_round is not None
-    assert len(engine.last_round.round.level_widths) == 4
+    levels = len(engine.last_round.round.level_widths)
+    assert levels == 4 if policy != "smart" else levels > 2
     drawn = temperature > 0
-    assert operations <= 300, seen
-    assert seen["launch"] == 4 * (1 + drawn) + 2, seen
-    assert seen["wait"] == 4 + 1, seen
-    assert seen["upload"] <= 4 * (2 + drawn) + 3, seen
+    assert operations <= (350 if drawn else 300), seen
+    assert seen["launch"] == levels * (1 + drawn) + 2, seen
+    assert seen["wait"] == 2, seen
+    assert seen["upload"] <= levels + 4 + drawn, seen
 
 
 def test_uploads_are_pinned_and_nobody_waits_for_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine.structured import StructuredOutputsParams
 from smart_decoding.models import device_sampling
 from smart_decoding.models.noise import gumbel, noise_key, uniform_bits
+from smart_decoding.models.ranking import packed_noise
 from smart_lab import gpu_noise
 from smart_lab.gpu_parity import draws
 
@@ -136,5 +137,7 @@ def test_a_drafters_noise_is_the_targets() -> None:
     keys[1] = 0
     factor = np.array([0.5, 1.0, 2.0], np.float32)
     noise = gumbel(keys[:, None], tokens.numpy()) * (keys != 0)[:, None]
-    found = device_sampling.perturbed(logits, tokens, factor, keys).numpy()
+    found = device_sampling.perturbed(
+        logits, tokens, torch.from_numpy(packed_noise(factor, keys))
+    ).numpy()
     assert np.abs(found - (logits.numpy() * factor[:, None] + noise)).max() < 1e-5

@@ -206,7 +206,7 @@ def test_one_call_drafts_what_levels_draft(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["eagle3", "eagle1, two layers"])
-def test_what_torch_runs_does_not_grow(name: str, tmp_path: Path) -> None:
+def test_what_torch_runs_on_a_cpu_does_not_grow(name: str, tmp_path: Path) -> None:
     drafter = head_of(name, tmp_path, native=False).drafter()
     assert drafter.grow is None
     assert UnionDrafter([drafter, NgramDrafter()]).grow is None

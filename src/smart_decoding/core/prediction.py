@@ -134,7 +134,8 @@ def _look_ahead(
     widths = 2 ** np.arange((WIDEST * drafting).bit_length())
     # Two levels ahead: further ones have never changed a choice.
     below = [expected_subtree(children, 2 + level, 2, RANKS) for level in range(max_levels)]
-    return LookAhead(costs, widths, np.stack(below))
+    first = np.sort(np.tile(children[0], drafting))[::-1]
+    return LookAhead(costs, widths, np.stack(below), first)
 
 
 def _model_rate(

@@ -7,7 +7,9 @@ the two together.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
@@ -66,7 +68,7 @@ class Beam:
         return best_per_owner(trees, rule.expandable(trees, level), self.width)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class LookAhead:
     """The surest nodes of the whole batch, as many as pay: stopping is compared with every number
     of further levels and every width, by forecast. One level ahead is not enough: a first level may
@@ -74,11 +76,13 @@ class LookAhead:
 
     widths: ascending numbers of nodes that may be expanded. below: [levels, reach * RANKS] forecast
     probabilities of the descendants of a node of level 1, 2, ..., given that node, level by level.
+    first: those of all nodes of level 1, falling.
     """
 
     costs: RoundCosts
     widths: IntArray
     below: FloatArray
+    first: FloatArray = field(default_factory=lambda: np.zeros(0))
 
     @property
     def reach(self) -> int:
@@ -99,6 +103,23 @@ class LookAhead:
         sunk = self.costs.drafted(trees)
         width = self._width(present, accept_prob.take(order), widths, below, sunk)
         return np.sort(nodes.take(order[:width]))
+
+    @cached_property
+    def foreseen(self) -> Sequence[int]:
+        """How many nodes of level 1, 2, ... it would expand if all were as forecast."""
+        found: list[int] = []
+        present = frontier = self.first
+        sunk = self.costs.sunk
+        for below in self.below if len(frontier) else ():
+            widths = np.unique(np.minimum(self.widths, len(frontier)))
+            width = self._width(present, frontier, widths, below, sunk)
+            if not width:
+                break
+            found.append(width)
+            sunk += float(self.costs.levels[width])
+            frontier = np.sort(np.multiply.outer(frontier[:width], below[:RANKS]).ravel())[::-1]
+            present = np.concatenate((present, frontier))
+        return found
 
     def _width(
         self,
@@ -122,6 +143,36 @@ class LookAhead:
                     rate = found
                     most = width
         return most
+
+
+@dataclass(frozen=True, slots=True)
+class Fixed:
+    """So many nodes of level 1, 2, ... as are in `widths`, those with the largest path_prob: `each`
+    request's, or the whole batch's. A device can do so without asking the host."""
+
+    widths: Sequence[int]
+    each: bool
+
+    @classmethod
+    def before(cls, rule: TreeRule) -> Fixed | None:
+        """What a rule expands, as far as that is known before the round; None where it is not."""
+        grow = rule.grow
+        further = rule.levels - 1
+        if isinstance(grow, Beam):
+            return cls([grow.width] * further, True)
+        if isinstance(grow, LookAhead) and len(grow.first):
+            return cls(grow.foreseen[:further], False)
+        return None
+
+    def frontier(self, rule: TreeRule, trees: DraftTrees, level: int) -> IntArray:
+        """See `Grow`."""
+        nodes = rule.expandable(trees, level)
+        if level > len(self.widths) or not len(nodes):
+            return NO_NODES
+        width = self.widths[level - 1]
+        if self.each:
+            return best_per_owner(trees, nodes, width, trees.path_prob)
+        return np.sort(nodes.take(ranked(trees.path_prob.take(nodes))[:width]))
 
 
 # --- what to verify ---
@@ -289,13 +340,16 @@ def is_data(rule: TreeRule) -> bool:
     return type(rule.grow) in GROW_KINDS and type(rule.keep) in KEEP_KINDS
 
 
-def best_per_owner(trees: DraftTrees, nodes: IntArray, count: int) -> IntArray:
-    """The `count` of `nodes` of each request with the largest accept_prob, ties to the lower index;
-    ascending."""
+def best_per_owner(
+    trees: DraftTrees, nodes: IntArray, count: int, prob: FloatArray | None = None
+) -> IntArray:
+    """The `count` of `nodes` of each request with the largest accept_prob, or `prob`, ties to the
+    lower index; ascending."""
     if not len(nodes):
         return NO_NODES
     owner = trees.owner[nodes]
-    order = np.lexsort((-trees.accept_prob[nodes], owner))  # stable: ties stay in ascending order
+    prob = trees.accept_prob if prob is None else prob
+    order = np.lexsort((-prob[nodes], owner))  # stable: ties stay in ascending order
     sorted_owner = owner[order]
     rank = np.arange(len(nodes)) - np.searchsorted(sorted_owner, sorted_owner)
     return np.sort(nodes[order[rank < count]])

@@ -93,6 +93,10 @@ class EagleDrafter(LevelDrafter[Pairs]):
     def _deeper(self, rows: Rows, above: IntArray, asked: Asked) -> Ranked:
         return self._head.deeper(rows, above, asked)
 
+    def follows(self, rule: TreeRule) -> bool:
+        """The head's."""
+        return self._head.follows(rule)
+
     def blank(self, rows: int) -> Any:
         """The head's."""
         return self._head.blank(rows)

@@ -133,6 +133,10 @@ class LevelDrafter(ABC, Generic[S]):
         `growth`."""
         raise NotImplementedError
 
+    def follows(self, rule: TreeRule) -> bool:
+        """Whether `grow` follows a rule of `core.selection`'s parts."""
+        return True
+
     def blank(self, rows: int) -> Any:
         """Features of `rows` rows of arbitrary content, to be timed with."""
         return None
@@ -203,7 +207,8 @@ class LevelDrafter(ABC, Generic[S]):
 
     def grow_beside(self, given: DraftTrees, requests: Sequence[Request], rule: TreeRule) -> Grown:
         """`start`, `expand` as the rule says, and what to verify, in one call, where `grow` is not
-        None. given: what free drafters propose: a child that is there already stays one node."""
+        None and the rule one that it follows. given: what free drafters propose: a child that is
+        there already stays one node."""
         if not rule.levels:
             return self._grow(rule, given, None, ())
         states = [self._states[id(r)] for r in requests]
@@ -217,7 +222,9 @@ class LevelDrafter(ABC, Generic[S]):
             self._advance(request, state)
         return grown
 
-    def _from_nothing(self, requests: Sequence[Request], rule: TreeRule) -> Grown:
+    def _from_nothing(self, requests: Sequence[Request], rule: TreeRule) -> Grown | None:
+        if not self.follows(rule):
+            return None
         return self.grow_beside(DraftTrees.empty(len(requests)), requests, rule)
 
     def _append(

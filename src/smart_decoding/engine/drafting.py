@@ -74,7 +74,11 @@ def draft_trees(
     start = clock()
     if drafter.grow is not None and rule.levels and is_data(rule):
         grown = drafter.grow(requests, rule)
-        return _grown(grown, width, clock() - start, arrived())
+        if grown is not None:
+            draft = _grown(grown, width, clock() - start, arrived())
+            if grown.kept is None and not draft.interrupted:
+                draft.kept = selection.select(rule, draft.trees)
+            return draft
     draft = Draft(drafter.start(requests, rule))
     draft.seconds = clock() - start
     for level in range(1, rule.levels + 1):
@@ -101,4 +105,5 @@ def _grown(grown: Grown, first_width: int, seconds: float, interrupted: bool) ->
     deeper = grown.seconds[1:]
     level_seconds = [drafting - sum(deeper), *deeper]
     widths = [first_width, *grown.expanded]
-    return Draft(grown.trees, grown.kept, widths, level_seconds, drafting, interrupted)
+    kept = NO_NODES if grown.kept is None else grown.kept
+    return Draft(grown.trees, kept, widths, level_seconds, drafting, interrupted)

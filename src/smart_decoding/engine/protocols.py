@@ -27,17 +27,18 @@ Clock: TypeAlias = Callable[[], float]
 
 
 class Grown(NamedTuple):
-    """A round's trees, those of their nodes to verify, the nodes that a model ran at levels 2, 3,
-    ..., the seconds of levels 1, 2, ..., and those that choosing took."""
+    """A round's trees, those of their nodes to verify (None: not chosen yet), how many a
+    model ran at levels 2, 3, ..., the seconds of levels 1, 2, ..., and those that choosing took."""
 
     trees: DraftTrees
-    kept: IntArray
+    kept: IntArray | None
     expanded: list[int]
     seconds: list[float]
     choosing: float
 
 
-Grow: TypeAlias = Callable[[Sequence[Request], TreeRule], Grown]
+# None: it does not follow this rule, and is to be asked level by level
+Grow: TypeAlias = Callable[[Sequence[Request], TreeRule], Grown | None]
 
 
 @dataclass(slots=True)

@@ -67,19 +67,14 @@ def _launch(logits: Tensor, asked: NDArray[np.int64] | None) -> Tensor:
     return out
 
 
-def perturbed(
-    logits: Tensor, tokens: Tensor, factor: NDArray[np.float32], keys: NDArray[np.uint64]
-) -> Tensor:
+def perturbed(logits: Tensor, tokens: Tensor, noise: Tensor) -> Tensor:
     """[rows, n] float32 logits of `tokens` [n] times each row's factor, plus the noise that the
-    target will draw those tokens with (key 0: none)."""
+    target will draw those tokens with (key 0: none). noise: `ranking.packed_noise`."""
     from smart_decoding.models import triton_sampling as kernels
 
     rows, n = logits.shape
-    asked = np.stack((factor.astype(np.float64).view(np.int64), keys.view(np.int64)))
     out = logits.new_empty(rows, n, dtype=torch.float32)
-    kernels.perturb[(rows, -(-n // PART))](
-        logits, tokens, upload(asked, logits.device), out, rows, n, block=PART
-    )
+    kernels.perturb[(rows, -(-n // PART))](logits, tokens, noise, out, rows, n, block=PART)
     return out
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from smart_decoding.core.selection import Fixed
 from smart_decoding.engine.kv import PAGE
 from smart_decoding.errors import ModelError
 from smart_decoding.models.decoder import rotary_table
@@ -69,8 +70,12 @@ class EagleHead:
 
     @property
     def grows(self) -> bool:
-        """Whether `grow` runs all levels of a round in one call."""
-        return isinstance(self.levels, NativeLevel)
+        """Whether `grow` runs all levels of a round in one call, by the rules that it follows."""
+        return isinstance(self.levels, NativeLevel) or self.levels.on_device
+
+    def follows(self, rule: TreeRule) -> bool:
+        """Whether `grow` follows a rule: on a GPU what a level expands must be known before."""
+        return isinstance(self.levels, NativeLevel) or Fixed.before(rule) is not None
 
     def allocate(self, pages: int, positions: int) -> None:
         """Makes room for keys, anew, and for positions below `positions`."""
@@ -94,7 +99,9 @@ class EagleHead:
         self, rule: TreeRule, given: DraftTrees, growth: Growth | None, parts: Sequence[Part]
     ) -> Grown:
         """A round in one call, as the rule says, beside the nodes `given`."""
-        assert isinstance(self.levels, NativeLevel)
+        if isinstance(self.levels, NativeLevel):
+            return self.levels.grow(rule, given, growth, parts)
+        assert growth is not None
         return self.levels.grow(rule, given, growth, parts)
 
     def take(self, features: Features, rows: IntArray) -> Tensor:

@@ -16,8 +16,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from smart_decoding.core.merging import merge
+from smart_decoding.core.selection import Fixed
+from smart_decoding.engine.protocols import Grown
 from smart_decoding.kernels import ops as kernels
 from smart_decoding.models.decoder import put
+from smart_decoding.models.device_growth import DeviceGrowth
 from smart_decoding.models.features import Part, as_tensor, take_rows
 from smart_decoding.models.head_weights import HeadWeights, OutputMatrix, head_layers
 from smart_decoding.models.layers import Context, KVCache
@@ -26,8 +30,9 @@ from smart_decoding.models.ranking import ranked
 from smart_decoding.models.torch_layers import rms_norm
 
 if TYPE_CHECKING:
-    from smart_decoding.core.tree import IntArray
-    from smart_decoding.drafters.levels import Asked, Ranked
+    from smart_decoding.core.rule import TreeRule
+    from smart_decoding.core.tree import DraftTrees, IntArray
+    from smart_decoding.drafters.levels import Asked, Growth, Ranked
     from smart_decoding.engine.rows import Rows
 
 
@@ -55,20 +60,42 @@ class SteppedLevels(ABC):
         self._embedding = weights.embedding
         self._draft_ids = weights.draft_ids
         self._round: list[Tensor] = []
+        # whether kernels read `DeviceRows`, so that rows may be completed on a device
+        self.on_device = weights.target.device.type == "cuda"
 
     @torch.inference_mode()
     def first(self, rows: Rows, parts: Sequence[Part], last: IntArray, asked: Asked) -> Ranked:
         """Begins a round: runs pairs of tokens and aux states; children of the `last` rows."""
-        states = torch.cat([as_tensor(part) for part in parts])
-        features = self._features(states.to(self._target.device, self._target.work_dtype))
-        self._round = [take_rows(self._run(rows, features), last)]
+        self._round = [take_rows(self._catch_up(rows, parts), last)]
         return self._rank(asked)
 
     @torch.inference_mode()
     def deeper(self, rows: Rows, above: IntArray, asked: Asked) -> Ranked:
         """Runs nodes below the outputs `above` of this round; the best children of all."""
-        self._round.append(self._run(rows, take_rows(self.outputs, above)))
+        context = Context(rows, *self.cache.rotary)
+        self._round.append(self._run(context, take_rows(self.outputs, above)))
         return self._rank(asked)
+
+    @torch.inference_mode()
+    def grow(
+        self, rule: TreeRule, given: DraftTrees, growth: Growth, parts: Sequence[Part]
+    ) -> Grown:
+        """All levels of a rule of which `Fixed.before` knows the widths, beside the nodes `given`;
+        the host waits for a device once."""
+        fixed = Fixed.before(rule)
+        assert fixed is not None
+        round = DeviceGrowth(rule, fixed, growth, self._draft_ids)
+        self._round = [self._catch_up(growth.rows, parts)[round.last]]
+        round.rank(self._output(self._round[0]))
+        while (level := round.expand(self.cache.rotary)) is not None:
+            context, above = level
+            self._round.append(self._run(context, self._round[-1][above]))
+            round.rank(self._output(self._round[-1]))
+        trees, expanded, seconds = round.fetch()
+        if len(given):
+            merge(given, trees, 0)
+            trees = given
+        return Grown(trees, None, expanded, seconds, 0.0)
 
     @property
     def outputs(self) -> Tensor:
@@ -84,10 +111,16 @@ class SteppedLevels(ABC):
         """The residual stream [rows, hidden], to be changed in place, and what q, k and v of the
         first layer read."""
 
-    def _run(self, rows: Rows, features: Tensor) -> Tensor:
+    def _catch_up(self, rows: Rows, parts: Sequence[Part]) -> Tensor:
+        """The outputs [rows, hidden] of all pairs that wait."""
+        states = torch.cat([as_tensor(part) for part in parts])
+        features = self._features(states.to(self._target.device, self._target.work_dtype))
+        return self._run(Context(rows, *self.cache.rotary), features)
+
+    def _run(self, context: Context, features: Tensor) -> Tensor:
         """One pass over pairs of features and tokens: the outputs [rows, hidden], fed back as
         features."""
-        context = Context(rows, *self.cache.rotary)
+        rows = context.rows
         embedded = self._embed(context.on_device.token)
         put(embedded, rows.mm_embeds)
         x, context.inputs = self._inputs(rows, embedded, features)

@@ -14,10 +14,9 @@ from smart_decoding.kernels import library
 from smart_decoding.kernels import sampling as kernels
 from smart_decoding.models.device_sampling import perturbed
 from smart_decoding.models.noise import gumbel, noise_key
-from smart_decoding.models.rows import download
+from smart_decoding.models.rows import download, upload
 
 if TYPE_CHECKING:
-    from smart_decoding.core.tree import FloatArray
     from smart_decoding.drafters.levels import Asked, Ranked
     from smart_decoding.models.processors import FloatRow
 
@@ -54,31 +53,42 @@ def ranked(logits: Tensor, tokens: Tensor, asked: Asked, native: bool) -> Ranked
         wanted = None if keys is None else torch.from_numpy(keys.view(np.int64))
         ids, probs = kernels.top_k(logits.contiguous(), k, torch.from_numpy(scale), wanted, tokens)
         return tokens[ids].numpy(), probs.double().numpy()
-    scores = logits.float() if keys is None else _noisy(logits, tokens, scale, keys)
-    found, best, total = _top(scores, logits, k, tokens)
-    if keys is not None:
-        among = np.logaddexp.reduce(best, axis=1, keepdims=True)
-        total = np.where(keys[:, None] != 0, among, total)
-    return found, np.exp(best - total)
+    noise = None if keys is None else upload(packed_noise(scale, keys), logits.device)
+    return fetched(*best_children(logits, tokens, k, noise))
 
 
-def _top(
-    scores: Tensor, logits: Tensor, k: int, tokens: Tensor | None = None
-) -> tuple[NDArray[np.int64], FloatArray, FloatArray]:
-    """The `k` best ids of each row, or their `tokens`, and scores [rows, k], and log sums of the
-    exponentials of logits [rows, 1]: by one wait, for ids are exact in float64."""
+def fetched(ids: Tensor, logprobs: Tensor) -> Ranked:
+    """Both on the host, by one wait: ids below 2^24 are exact in float32."""
+    found = download(torch.cat((ids, logprobs), -1))
+    k = ids.shape[-1]
+    return found[:, :k].astype(np.int64), np.exp(found[:, k:].astype(np.float64))
+
+
+def packed_noise(scale: FloatRow, keys: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """[2, rows] of `noise_of`, as devices take it: the bits of the factors as float64, and keys."""
+    return np.stack((scale.astype(np.float64).view(np.int64), keys.view(np.int64)))
+
+
+def best_children(
+    logits: Tensor, tokens: Tensor, k: int, noise: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """What `ranked` says, where the logits lie: ids and log probabilities, [rows, k]. noise:
+    `packed_noise`, or None where all rows are greedy."""
+    scores = logits.float() if noise is None else _noisy(logits, tokens, noise)
     best, ids = scores.topk(k)
     total = logits.float().logsumexp(-1, keepdim=True)
-    ids = ids if tokens is None else tokens[ids]
-    found = download(torch.cat((ids.double(), best, total), -1))
-    return found[:, :k].astype(np.int64), found[:, k:-1], found[:, -1:]
+    if noise is not None:
+        total = torch.where(noise[1][:, None] != 0, best.logsumexp(-1, keepdim=True), total)
+    return tokens[ids], best - total
 
 
-def _noisy(logits: Tensor, tokens: Tensor, scale: FloatRow, keys: NDArray[np.uint64]) -> Tensor:
+def _noisy(logits: Tensor, tokens: Tensor, noise: Tensor) -> Tensor:
     if logits.device.type != "cpu":
-        return perturbed(logits, tokens, scale, keys)
-    noise = gumbel(keys[:, None], tokens.numpy()) * (keys != 0)[:, None]
-    return logits.float() * torch.from_numpy(scale)[:, None] + torch.from_numpy(noise)
+        return perturbed(logits, tokens, noise)
+    scale, keys = noise.numpy()
+    drawn = gumbel(keys.view(np.uint64)[:, None], tokens.numpy()) * (keys != 0)[:, None]
+    factor = torch.from_numpy(scale.view(np.float64)).float()
+    return logits.float() * factor[:, None] + torch.from_numpy(drawn)
 
 
 def torch_top_k(logits: Tensor, k: int) -> tuple[NDArray[np.integer], NDArray[np.floating]]:
@@ -90,5 +100,6 @@ def torch_top_k(logits: Tensor, k: int) -> tuple[NDArray[np.integer], NDArray[np
     if on_cpu and library.unavailable() is None:
         ids, probs = kernels.top_k(logits, k)
         return ids.numpy(), probs.numpy()
-    found, best, total = _top(logits.float(), logits, k)
-    return found, np.exp(best - total)
+    scores = logits.float()
+    best, ids = scores.topk(k)
+    return fetched(ids, best - scores.logsumexp(-1, keepdim=True))

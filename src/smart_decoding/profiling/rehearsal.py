@@ -102,6 +102,7 @@ class Rehearsal:
             levels += 1
             reached *= CHILDREN
         grown = self._grow(self._requests, _forced(self.batch, width, levels))
+        assert grown is not None
         return grown.expanded[-1], grown.seconds[-1]
 
     def end(self) -> None:
@@ -135,7 +136,9 @@ def _forced(batch: int, width: int, levels: int) -> TreeRule:
         CHILDREN,
         limits=np.full(batch, levels + 1),
         ends=np.zeros(0, np.int64),
-        grow=LookAhead(costs, np.array([width]), np.full((levels, RANKS), 0.5)),
+        grow=LookAhead(
+            costs, np.array([width]), np.full((levels, RANKS), 0.5), np.full(CHILDREN * batch, 0.5)
+        ),
         keep=BestRate(costs),
         scores=Scores(Calibration(), np.ones(batch, np.uint8)),
     )

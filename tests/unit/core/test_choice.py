@@ -14,13 +14,15 @@ from hypothesis import strategies as st
 
 from smart_decoding.core.calibration import Calibration
 from smart_decoding.core.choice import best_rates, best_size, ranked
+from smart_decoding.core.forecast import expected_subtree
 from smart_decoding.core.policies import make_policy
 from smart_decoding.core.policies.base import BatchState
-from smart_decoding.core.rule import Keep, Scores, TreeRule
+from smart_decoding.core.rule import NO_NODES, Keep, Scores, TreeRule
 from smart_decoding.core.selection import (
     RANKS,
     Beam,
     BestRate,
+    Fixed,
     KeepBest,
     LookAhead,
     RoundCosts,
@@ -182,6 +184,37 @@ def test_one_level_may_pay_only_together_with_the_next() -> None:
 
     assert frontier(1) == []  # 2.1 / 1.6 < 2
     assert frontier(2) == [0]  # 5.7 / 2.2 > 2
+
+
+@given(SEEDS, st.integers(1, 3))
+@settings(max_examples=60, deadline=None)
+def test_what_is_foreseen_is_what_it_expands_if_all_is_as_forecast(seed: int, batch: int) -> None:
+    """And what is fixed before the round then expands the same nodes."""
+    rng = np.random.default_rng(seed)
+    costs = random_costs(rng, batch, 40)
+    children = -np.sort(-rng.random((9, RANKS)) * 0.6, axis=1)
+    below = np.stack([expected_subtree(children, 2 + level, 2, RANKS) for level in range(6)])
+    first = np.sort(np.tile(children[0], batch))[::-1]
+    grow = LookAhead(costs, np.unique(rng.integers(1, 13, 3)), below, first)
+    rule = TreeRule(7, RANKS, np.full(batch, 99), NO_NODES, grow, KeepBest(1))
+    trees = DraftTrees.empty(batch)
+    nodes = np.full(batch, ROOT)
+    owner = np.arange(batch)
+    widths: list[int] = []
+    for level in range(6):
+        tokens = np.arange(RANKS * len(nodes))
+        trees.append(
+            owner.repeat(RANKS), tokens, nodes.repeat(RANKS), [*children[level]] * len(nodes)
+        )
+        nodes = rule.frontier(trees, level + 1)
+        if level == 5 or not len(nodes):  # at the sixth there is one level to look ahead, not two
+            break
+        fixed = Fixed.before(rule)
+        assert fixed is not None
+        assert fixed.frontier(rule, trees, level + 1).tolist() == nodes.tolist()
+        owner = trees.owner[nodes]
+        widths.append(len(nodes))
+    assert grow.foreseen[: level + (level < 5)] == widths
 
 
 class Mine:

@@ -19,6 +19,7 @@ from smart_decoding.models.head_export import smart_config
 from smart_decoding.models.head_files import load_head
 from smart_decoding.training.head import Form, TrainableHead
 
+from ...parity.test_device_growth import as_on_a_gpu
 from .tiny import (
     PAGES,
     SCRATCH,
@@ -54,14 +55,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(params=["kernels", "torch"])
+@pytest.fixture(params=["kernels", "torch", "device"])
 def engine(request: pytest.FixtureRequest, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    if request.param == "torch":
+    """device: torch's levels, chosen where they are drafted as on a GPU."""
+    if request.param != "kernels":
         monkeypatch.setattr("smart_decoding.models.target.use_native", lambda *given: False)
 
     def make(pages: int = PAGES, policy: str = "eagle2", **more: Any) -> Engine:
         target = target_of(pages)
         head = EagleHead(load_head(folder, TARGET), target.decoder, pages, SCRATCH, 600)
+        if request.param == "device":
+            as_on_a_gpu(head)
         more = {"options": WIDE if policy == "eagle2" else {}, **more}
         return engine_of(target, EagleDrafter(head, pages, SCRATCH), policy, pages, **more)
 
