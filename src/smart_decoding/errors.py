@@ -27,3 +27,11 @@ class CapacityError(SmartError):
 
 class EngineStoppedError(SmartError):
     """A request to an engine that was shut down, or that has failed for good."""
+
+
+def require_finite(finite: object) -> None:
+    """Raises ModelError unless `finite` is true: whether all maxima of a model's rows are."""
+    if not finite:
+        raise ModelError(
+            "the model's logits are NaN or infinite: check the weights, or use dtype float32"
+        )

@@ -23,7 +23,7 @@ from smart_decoding.engine.protocols import (
 )
 from smart_decoding.engine.rows import RowLayout, Span, build_rows
 from smart_decoding.engine.specs import specs_of
-from smart_decoding.errors import ModelError
+from smart_decoding.errors import require_finite
 
 if TYPE_CHECKING:
     from smart_decoding.engine.request import Request
@@ -340,14 +340,6 @@ def _finite(tokens: list[int]) -> list[int]:
     leaves out may be."""
     require_finite(min(tokens, default=0) >= 0)
     return tokens
-
-
-def require_finite(finite: bool | np.bool_) -> None:
-    """Raises ModelError unless all the rows' maxima are: `finite` says so."""
-    if not finite:
-        raise ModelError(
-            "the model's logits are NaN or infinite: check the weights, or use dtype float32"
-        )
 
 
 def _commit_keys(target: Target, acceptance: Acceptance, layout: RowLayout) -> None:

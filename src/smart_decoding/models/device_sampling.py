@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from smart_decoding.models.drawing import min_p_distance
 from smart_decoding.models.noise import noise_key
-from smart_decoding.models.processors import edits_of
+from smart_decoding.models.processors import edits_of, min_p_distance
 from smart_decoding.models.rows import upload
 
 PART = 1024  # of a row of a drafter's logits, in one program

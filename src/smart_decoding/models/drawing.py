@@ -7,14 +7,13 @@ lowest token id everywhere.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from smart_decoding.engine.verification import require_finite
+from smart_decoding.errors import require_finite
 from smart_decoding.kernels import library
 from smart_decoding.kernels import sampling as kernels
 from smart_decoding.kernels.memory import address
@@ -26,7 +25,7 @@ from smart_decoding.models.noise import (
     noise_key,
     uniform_bits,
 )
-from smart_decoding.models.processors import FloatRow, process
+from smart_decoding.models.processors import FloatRow, min_p_distance, process
 
 if TYPE_CHECKING:
     from smart_decoding.engine.history import SampleSpec
@@ -104,12 +103,6 @@ def top_k_floor(row: FloatRow, k: int) -> float:
     if not 0 < k < len(row):
         return LOWEST
     return max(LOWEST, float(np.partition(row, len(row) - k)[len(row) - k]))
-
-
-def min_p_distance(params: SamplingParams) -> float:
-    """How far below the best score min_p cuts: where a token has that part of the most likely one's
-    probability."""
-    return params.temperature * math.log(params.min_p) if params.min_p > 0 else -math.inf
 
 
 class _Nucleus:

@@ -3,6 +3,7 @@ own history."""
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -82,3 +83,9 @@ def _penalise(
     score -= np.float32(params.frequency_penalty) * counts.astype(np.float32)
     score -= np.float32(params.presence_penalty) * (counts > 0).astype(np.float32)
     row[tokens] = score
+
+
+def min_p_distance(params: SamplingParams) -> float:
+    """How far below the best score min_p cuts: where a token has that part of the most likely one's
+    probability."""
+    return params.temperature * math.log(params.min_p) if params.min_p > 0 else -math.inf

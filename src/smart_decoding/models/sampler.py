@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from smart_decoding.engine.verification import require_finite
+from smart_decoding.errors import require_finite
 from smart_decoding.kernels import library
 from smart_decoding.kernels import sampling as kernels
 from smart_decoding.models import device_sampling

@@ -12,8 +12,7 @@ import torch
 
 from smart_decoding.engine.kv import PAGE, Ints
 from smart_decoding.engine.protocols import NativeBatch, NativeRound, TargetScores, VerifyRound
-from smart_decoding.engine.verification import require_finite
-from smart_decoding.errors import CapacityError, ConfigError
+from smart_decoding.errors import CapacityError, ConfigError, require_finite
 from smart_decoding.models.decoder import Decoder, RoundingDecoder
 from smart_decoding.models.drawing import draws_of
 from smart_decoding.models.kernel_check import use_native, why_slow

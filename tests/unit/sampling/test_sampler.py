@@ -23,7 +23,7 @@ from smart_decoding.errors import ModelError
 from smart_decoding.models import drawing
 from smart_decoding.models.drawing import NEAR
 from smart_decoding.models.noise import gumbel, noise_key
-from smart_decoding.models.processors import process
+from smart_decoding.models.processors import min_p_distance, process
 from smart_decoding.models.sampler import Sampler, _first_maximum
 
 VOCAB = 50
@@ -161,7 +161,7 @@ def survivors(row: np.ndarray, params: SamplingParams) -> np.ndarray:
     top = int(row.argmax())
     floor = drawing.top_k_floor(row, params.top_k)
     nucleus = drawing._Nucleus(row, top, floor, params)
-    tokens = np.flatnonzero(row >= max(floor, float(row[top]) + drawing.min_p_distance(params)))
+    tokens = np.flatnonzero(row >= max(floor, float(row[top]) + min_p_distance(params)))
     return np.array([token for token in tokens if int(token) in nucleus], np.int64)
 
 
