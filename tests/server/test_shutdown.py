@@ -8,13 +8,14 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from serving import NAME
 from test_faults import free_port, start
+
+from smart_decoding.models.registry import DEFAULT_MODEL
 
 LOADING = """
 import sys, time
@@ -64,12 +65,13 @@ def test_a_signal_while_the_model_loads(number: signal.Signals) -> None:
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_a_signal_while_a_real_model_loads(cache: Path, plain: Any, moment: str) -> None:
+def test_a_signal_while_a_real_model_loads(moment: str) -> None:
+    """One that takes a second to pack: a tiny one would be ready before the signal."""
     said = []
     with subprocess.Popen(
         [
             *(sys.executable, "-X", "importtime", "-m", "smart_decoding.cli.main"),
-            *("serve", str(plain.provenance["model"]), "--port", "0", "--method", "recycling"),
+            *("serve", DEFAULT_MODEL, "--port", "0", "--method", "recycling"),
         ],
         stderr=subprocess.PIPE,
         text=True,
