@@ -343,10 +343,6 @@ def server(args: argparse.Namespace, policy: str) -> Iterator[tuple[str, int]]:
     url = f"http://127.0.0.1:{port}"
     fixed = f"--served-model-name soak --log-level warning --port {port}".split()
     options = [*fixed, "--dtype", args.dtype, "--policy", policy, *args.option]
-    known = (
-        f"from smart_decoding import LLM; LLM({args.model!r}, dtype={args.dtype!r}).take_profile()"
-    )
-    subprocess.run([sys.executable, "-c", known], check=True)  # else it is taken beside the other
     process = subprocess.Popen(
         [sys.executable, "-m", "smart_decoding.cli.main", "serve", args.model, *options]
     )
@@ -429,6 +425,10 @@ def main() -> int:
     """Runs it all; 1 if something is wrong."""
     args = arguments()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the servers end with it
+    known = (
+        f"from smart_decoding import LLM; LLM({args.model!r}, dtype={args.dtype!r}).take_profile()"
+    )
+    subprocess.run([sys.executable, "-c", known], check=True)  # else it is taken beside the load
     with server(args, args.policy) as ours, server(args, "off") as off:
         result = soak(args, {args.policy: ours, "off": off})
     from smart_decoding.bench.provenance import provenance, write_json

@@ -88,8 +88,9 @@ def test_a_device_expands_what_the_host_would(name: str, tmp_path: Path) -> None
         temperatures = [(0.0,), (0.0, 0.8, 1.2), (0.8, 0.8)][seed % 3]
         rule = random_round(rng, ("beam", "look_ahead")[seed % 2], "best_rate", len(temperatures))
         if isinstance(rule.grow, LookAhead):
-            first = np.sort(rng.random(8 * len(temperatures)))[::-1]
-            rule = replace(rule, grow=replace(rule.grow, first=first))
+            first = np.sort(rng.random(8))[::-1]
+            grow = replace(rule.grow, first=first, requests=len(temperatures))
+            rule = replace(rule, grow=grow)
         trees = check(source, temperatures, rule, [])
         free = free_trees(rng, trees)
         both = check(source, temperatures, rule, [free])

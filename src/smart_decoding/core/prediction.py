@@ -134,8 +134,7 @@ def _look_ahead(
     widths = 2 ** np.arange((WIDEST * drafting).bit_length())
     # Two levels ahead: further ones have never changed a choice.
     below = [expected_subtree(children, 2 + level, 2, RANKS) for level in range(max_levels)]
-    first = np.sort(np.tile(children[0], drafting))[::-1]
-    return LookAhead(costs, widths, np.stack(below), first)
+    return LookAhead(costs, widths, np.stack(below), children[0], drafting)
 
 
 def _model_rate(

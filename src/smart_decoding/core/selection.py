@@ -76,13 +76,14 @@ class LookAhead:
 
     widths: ascending numbers of nodes that may be expanded. below: [levels, reach * RANKS] forecast
     probabilities of the descendants of a node of level 1, 2, ..., given that node, level by level.
-    first: those of all nodes of level 1, falling.
+    first: those of a root's children; none where `foreseen` is not asked. requests: that draft.
     """
 
     costs: RoundCosts
     widths: IntArray
     below: FloatArray
     first: FloatArray = field(default_factory=lambda: np.zeros(0))
+    requests: int = 0
 
     @property
     def reach(self) -> int:
@@ -108,7 +109,7 @@ class LookAhead:
     def foreseen(self) -> Sequence[int]:
         """How many nodes of level 1, 2, ... it would expand if all were as forecast."""
         found: list[int] = []
-        present = frontier = self.first
+        present = frontier = np.sort(np.tile(self.first, self.requests))[::-1]
         sunk = self.costs.sunk
         for below in self.below if len(frontier) else ():
             widths = np.unique(np.minimum(self.widths, len(frontier)))

@@ -99,9 +99,6 @@ class EagleHead:
         self, rule: TreeRule, given: DraftTrees, growth: Growth | None, parts: Sequence[Part]
     ) -> Grown:
         """A round in one call, as the rule says, beside the nodes `given`."""
-        if isinstance(self.levels, NativeLevel):
-            return self.levels.grow(rule, given, growth, parts)
-        assert growth is not None
         return self.levels.grow(rule, given, growth, parts)
 
     def take(self, features: Features, rows: IntArray) -> Tensor:

@@ -78,12 +78,13 @@ class SteppedLevels(ABC):
 
     @torch.inference_mode()
     def grow(
-        self, rule: TreeRule, given: DraftTrees, growth: Growth, parts: Sequence[Part]
+        self, rule: TreeRule, given: DraftTrees, growth: Growth | None, parts: Sequence[Part]
     ) -> Grown:
         """All levels of a rule of which `Fixed.before` knows the widths, beside the nodes `given`;
         the host waits for a device once."""
         fixed = Fixed.before(rule)
         assert fixed is not None
+        assert growth is not None
         round = DeviceGrowth(rule, fixed, growth, self._draft_ids)
         self._round = [self._catch_up(growth.rows, parts)[round.last]]
         round.rank(self._output(self._round[0]))

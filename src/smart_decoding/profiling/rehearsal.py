@@ -137,7 +137,7 @@ def _forced(batch: int, width: int, levels: int) -> TreeRule:
         limits=np.full(batch, levels + 1),
         ends=np.zeros(0, np.int64),
         grow=LookAhead(
-            costs, np.array([width]), np.full((levels, RANKS), 0.5), np.full(CHILDREN * batch, 0.5)
+            costs, np.array([width]), np.full((levels, RANKS), 0.5), np.full(CHILDREN, 0.5), batch
         ),
         keep=BestRate(costs),
         scores=Scores(Calibration(), np.ones(batch, np.uint8)),

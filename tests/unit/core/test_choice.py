@@ -194,8 +194,7 @@ def test_what_is_foreseen_is_what_it_expands_if_all_is_as_forecast(seed: int, ba
     costs = random_costs(rng, batch, 40)
     children = -np.sort(-rng.random((9, RANKS)) * 0.6, axis=1)
     below = np.stack([expected_subtree(children, 2 + level, 2, RANKS) for level in range(6)])
-    first = np.sort(np.tile(children[0], batch))[::-1]
-    grow = LookAhead(costs, np.unique(rng.integers(1, 13, 3)), below, first)
+    grow = LookAhead(costs, np.unique(rng.integers(1, 13, 3)), below, children[0], batch)
     rule = TreeRule(7, RANKS, np.full(batch, 99), NO_NODES, grow, KeepBest(1))
     trees = DraftTrees.empty(batch)
     nodes = np.full(batch, ROOT)

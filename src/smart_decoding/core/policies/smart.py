@@ -181,7 +181,7 @@ class Smart:
 
     def stats(self) -> dict[str, float]:
         """Running figures for metrics: estimated speedup, share of rounds off, calibration error,
-        exploration."""
+        exploration. At rest they are up to HORIZON rounds old."""
         return {
             **self.statistics.summary(),
             "probe_seconds": self.exploration.seconds,
