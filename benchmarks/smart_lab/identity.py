@@ -1,8 +1,9 @@
 """Are the tokens of the real model the same under every policy, batch size and temperature?
 
 Sixteen prompts of three tasks, 32 tokens each; every policy at every batch size against plain
-decoding one by one, greedy and at temperature 0.8. Printed: answers compared, those that differ,
-and how many drafted nodes were verified and accepted: a run that drafts nothing would show nothing.
+decoding one by one, greedy and at temperature 0.8; with --expanded, against that of the same file
+expanded to bf16. Printed: answers compared, those that differ, and how many drafted nodes were
+verified and accepted: a run that drafts nothing would show nothing.
 """
 
 from __future__ import annotations
@@ -19,20 +20,24 @@ Answers = list[list[int]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The batch sizes and the type of the weights."""
+    """The batch sizes, the model and the type of the weights."""
     parser.add_argument("batches", type=int, nargs="*", default=[1, 4, 16], metavar="BATCH")
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--method", default="eagle", help="what drafts (eagle)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--expanded", action="store_true", help="against expanded quants, bfloat16")
 
 
 def main(args: argparse.Namespace) -> int:
     """Prints a line for each comparison; 1 if any answer differs."""
-    plain = LLM(
-        "smollm2-135m",
-        speculative_config=False,
-        dtype=args.dtype,
-        max_num_seqs=max(args.batches),
-        enable_prefix_caching=False,
-    )
+    options = {
+        "speculative_config": False,
+        "dtype": "bfloat16" if args.expanded else args.dtype,
+        "max_num_seqs": max(args.batches),
+        "enable_prefix_caching": False,
+    }
+    plain = LLM(args.model, **options)
+    reference = LLM(args.model, quantization="off", **options) if args.expanded else plain
     texts = [text for task in DEFAULT_TASKS for text in load_task(task, 6)][:COUNT]
     prompts = [plain.tokenizer.encode_chat([{"role": "user", "content": text}]) for text in texts]
     wrong = 0
@@ -40,9 +45,9 @@ def main(args: argparse.Namespace) -> int:
         params = [
             SamplingParams(temperature=temperature, max_tokens=TOKENS, seed=i) for i in range(COUNT)
         ]
-        alone, _ = answers(plain, prompts, params, 1)
-        for policy in [name for name in POLICIES if name != "off"]:
-            llm = plain.sharing_weights({"method": "eagle", "policy": policy})
+        alone, _ = answers(reference, prompts, params, 1)
+        for policy in POLICIES if args.expanded else [name for name in POLICIES if name != "off"]:
+            llm = plain.sharing_weights({"method": args.method, "policy": policy})
             for batch in args.batches:
                 found, told = answers(llm, prompts, params, batch)
                 differ = sum(a != b for a, b in zip(alone, found, strict=True))

@@ -136,6 +136,11 @@ class LLM:
         other.take_profile()
         return other
 
+    def keep_panels(self) -> None:
+        """Keeps the weights as they are packed here, where later starts can map them; where they
+        are not kept already (models/panels.py)."""
+        self.target.decoder.keep_panels()
+
     def take_profile(self) -> None:
         """Measures and stores at once what forwards cost here, in some seconds, if it is not known.
         Else that is done bit by bit, while nobody asks and beside rounds of several requests.

@@ -111,6 +111,7 @@ def main(args: argparse.Namespace) -> None:
         else:
             answer_all(llm, texts, prompts, params, args.json)
         with suppress(KeyboardInterrupt):  # it is left for the next time
+            llm.keep_panels()
             llm.take_profile()
 
 

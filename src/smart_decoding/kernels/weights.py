@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from ctypes import c_void_p
 from dataclasses import dataclass
 
@@ -97,12 +97,15 @@ class Arena:
     size: bytes expected in all. in_bytes: whether quants may be multiplied with inputs rounded to 8
     bits, as is right for what only drafts. hint: where forwards prefetch them to. What does not fit
     into caches anyway had better go past them, where that is as fast: other weights and Python then
-    stay there."""
+    stay there. kept: strips that were packed before, in the same order."""
 
     HUGE, CACHES, BLOCK = 2 << 20, 32 << 20, 64 << 20
 
-    def __init__(self, size: int, in_bytes: bool = False) -> None:
+    def __init__(self, size: int, in_bytes: bool = False, kept: Tensor | None = None) -> None:
         self.in_bytes = in_bytes
+        self.strips: list[Tensor] = []  # all that were packed, or kept
+        self.all_kept = True
+        self._kept = kept
         self.hint = fastest_hint() if size > self.CACHES else INTO_CACHES
         self._left = size
         self._free = torch.empty(0, dtype=torch.uint8)
@@ -116,6 +119,31 @@ class Arena:
         taken = self._free[:size]
         self._free = self._free[size:]
         return taken
+
+    def take_strips(self, size: int, pack_into: Callable[[Tensor], None], sample: int) -> Tensor:
+        """The next `size` bytes with what `pack_into` writes: kept ones if their first `sample`
+        bytes are what it writes there."""
+        size += -size % 64
+        memory = self._next_kept(size)
+        if memory is not None:
+            first = torch.empty(sample, dtype=torch.uint8)
+            pack_into(first)
+            if not torch.equal(first, memory[:sample]):
+                memory = None
+        if memory is None:
+            self._kept = None
+            self.all_kept = False
+            memory = self.take(size)
+            pack_into(memory)
+        self.strips.append(memory)
+        return memory
+
+    def _next_kept(self, size: int) -> Tensor | None:
+        if self._kept is None or len(self._kept) < size:
+            return None
+        memory = self._kept[:size]
+        self._kept = self._kept[size:]
+        return memory
 
     def _block(self, size: int) -> Tensor:
         block = torch.empty(size + 2 * self.HUGE, dtype=torch.uint8)
@@ -201,11 +229,17 @@ def _pack_strips(
     size = int(sizes.sum())
     arena = arena or Arena(size)
     in_bytes = arena.in_bytes and bool(_lib().smart_multiplies_bytes() and formats.all())
-    memory = arena.take(size)
+    starts = np.cumsum(sizes) - sizes
     strips = np.empty((len(formats), 2), np.int64)
-    strips[:, 0] = memory.data_ptr() + np.cumsum(sizes) - sizes
     strips[:, 1] = formats
-    _lib().smart_pack_quants(strips, len(strips), rows, k, in_bytes)
+
+    def pack_into(memory: Tensor) -> None:
+        strips[:, 0] = memory.data_ptr() + starts
+        whole = int(np.searchsorted(starts, len(memory)))
+        _lib().smart_pack_quants(strips, whole, rows, k, in_bytes)
+
+    memory = arena.take_strips(size, pack_into, int(sizes[0]))
+    strips[:, 0] = memory.data_ptr() + starts
     packed = PackedWeight(shape, True, memory)
     packed.struct.strips = strips.ctypes.data
     packed.struct.in_bytes = in_bytes

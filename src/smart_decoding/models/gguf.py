@@ -86,10 +86,12 @@ class StoredWeights(Weights[Matrix]):
     """The tensors of a GGUF file under Hugging Face's names, each read when asked for: quants that
     the kernels know as they are, others as bfloat16, floats in their own type.
 
-    index: of `converted_folder`. Raises ModelError for a file that is shorter than it was."""
+    index, folder: of `converted_folder`. Raises ModelError for a file that is shorter than it
+    was."""
 
-    def __init__(self, path: Path, index: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, index: Mapping[str, Any], folder: Path | None = None) -> None:
         self._path = path
+        self.folder = folder
         self._index = index
         self.shapes = {name: tuple(entry["shape"]) for name, entry in self._index.items()}
 

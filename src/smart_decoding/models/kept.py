@@ -179,8 +179,8 @@ def _converted(keys: set[str], name: str = "") -> Iterator[Kept]:
     """What was made of files with these keys, by whatever version; or the folder of that name."""
     wanted = {key.partition("-")[2] for key in keys}
     for each in conversions():
-        key = each.path.name.removesuffix("-stored").partition("-")[2]
-        if key in wanted or each.path.name == name:
+        key = each.path.name.split("-", 2)[1:2]  # behind it, what was made
+        if wanted.intersection(key) or each.path.name == name:
             yield each
 
 

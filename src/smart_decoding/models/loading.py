@@ -70,7 +70,7 @@ def load_checkpoint(
     is_file = source.path != folder
     weights: Weights[Any]
     if is_file and stored:
-        weights = StoredWeights(source.path, read_json(folder / TENSORS))
+        weights = StoredWeights(source.path, read_json(folder / TENSORS), folder)
     elif scheme is None:
         weights = open_weights(folder, trust_pickle)
     else:

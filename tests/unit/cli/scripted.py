@@ -45,10 +45,14 @@ class FakeLLM:
         self.loads: list[int] = []  # tokens of the answer before each
         self.speculation = SimpleNamespace(description="ngram")
         self.profiles: list[int] = []  # answers before each
+        self.kept: list[int] = []  # likewise
         FakeLLM.made.append(self)
 
     def take_profile(self) -> None:
         self.profiles.append(len(self.asked))
+
+    def keep_panels(self) -> None:
+        self.kept.append(len(self.asked))
 
     def sharing_weights(self, speculative_config: bool) -> FakeLLM:
         return FakeLLM(self.model, speculative_config=speculative_config)

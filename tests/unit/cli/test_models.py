@@ -237,6 +237,18 @@ def test_what_an_older_version_converted_is_counted_and_removed(
     assert not old.exists()
 
 
+def test_packed_weights_go_with_their_model(
+    own_cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    key = conversion_key(SMALL.pinned.path, SMALL.pinned.sha256)
+    packed = own_cache / "converted" / f"{key}-panels-amx-01234567"
+    write(packed / "panels", 4_000_000)
+    assert cli.main(["models"]) == 0
+    assert "converted 4 MB" in capsys.readouterr().out
+    assert cli.main(["models", "rm", "qwen2.5-coder-0.5b", "-y"]) == 0
+    assert not packed.exists()
+
+
 def test_a_folder_that_is_a_link_is_unlinked(own_cache: Path, tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
     write(elsewhere / "blobs" / "0", 10)

@@ -236,10 +236,11 @@ def test_threads_are_set_before_the_kernels_are_loaded(
     assert seen == ["9", "3"]
 
 
-def test_run_takes_the_profile_after_the_answer(fake: type[FakeLLM]) -> None:
+def test_run_leaves_weights_and_profile_after_the_answer(fake: type[FakeLLM]) -> None:
     assert cli.main(["run", "hi"]) == 0
     (llm,) = fake.made
     assert llm.profiles == [1]
+    assert llm.kept == [1]
 
 
 def test_run_ends_well_if_its_profile_is_interrupted(

@@ -1,0 +1,87 @@
+"""Quants as they are stored, and expanded: the same tokens under every policy."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from smart_decoding.core.policies import POLICIES
+from smart_decoding.drafters.draft_model import DraftModelDrafter
+from smart_decoding.kernels.weights import Matrix, QuantizedTensor, as_tensor
+from smart_decoding.models.config import ModelConfig
+from smart_decoding.models.draft_model import DraftModel
+from smart_decoding.models.loading import Checkpoint
+from smart_decoding.models.target import TorchTarget
+
+from .tiny import LIMIT, PAGES, SCRATCH, VOCAB, answer, engine_of, prompts
+
+CONFIG = ModelConfig("qwen2", 2, 256, 4, 2, 64, 512, VOCAB, 1e4, 1e-5, 1024, qkv_bias=True)
+BATCH, TOKENS = 3, 16
+# what a Q4_K_M file mixes -> k and bytes of a block, and which of those begin a half
+BLOCKS = {
+    "Q4_K": (256, 144, (0, 2)),
+    "Q6_K": (256, 210, (208,)),
+    "Q5_0": (32, 22, (0,)),
+    "Q8_0": (32, 34, (0,)),
+}
+KINDS = {"v_proj": "Q6_K", "down_proj": "Q6_K", "o_proj": "Q5_0", "embed_tokens": "Q8_0"}
+Answers = tuple[list[list[int]], int]
+
+
+def checkpoint(stored: bool) -> Checkpoint:
+    rng = np.random.default_rng(1)
+    weights: dict[str, Matrix] = {}
+    for name, shape in CONFIG.expected_shapes().items():
+        kind = KINDS.get(name.split(".")[-2], "Q4_K")
+        n, k = (shape[0], 256) if len(shape) == 1 else shape
+        size, count, halves = BLOCKS[kind]
+        scale = 0.0002 if name == "lm_head.weight" else 0.002  # no token is certain
+        blocks = rng.integers(0, 256, (n, k // size, count), dtype=np.uint8)
+        for at in halves:
+            scales = (rng.normal(size=(n, k // size, 1)) * scale).astype(np.float16)
+            blocks[:, :, at : at + 2] = scales.view(np.uint8)
+        matrix = QuantizedTensor(blocks.reshape(n, -1), kind, k)
+        if len(shape) == 1:
+            weights[name] = as_tensor(matrix)[:, 0] + 1
+        else:
+            weights[name] = matrix if stored else as_tensor(matrix)
+    return Checkpoint(CONFIG, weights, Path("nowhere"), {"model": "tiny"})
+
+
+@functools.cache
+def targets() -> dict[bool, TorchTarget]:
+    return {
+        stored: TorchTarget(checkpoint(stored), "bfloat16", "cpu", PAGES, LIMIT)
+        for stored in (True, False)
+    }
+
+
+def answers(stored: bool, policy: str, temperature: float) -> Answers:
+    """The tokens, and how many drafted nodes were verified. The model is its own draft model."""
+    target = targets()[stored]
+    drafter = None
+    if policy != "off":
+        model = DraftModel(checkpoint(stored), target, PAGES, SCRATCH)
+        drafter = DraftModelDrafter(model, PAGES, SCRATCH)
+    engine = engine_of(target, drafter, policy)
+    requests = answer(engine, prompts(BATCH), temperature, TOKENS)
+    return [r.output for r in requests], sum(r.metrics.verified for r in requests)
+
+
+def test_logits_hold_something_to_tell_apart() -> None:
+    greedy, _ = answers(True, "off", 0.0)
+    assert len({tuple(tokens) for tokens in greedy}) == BATCH
+    assert greedy != answers(True, "off", 0.8)[0]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_no_policy_tells_stored_from_expanded(policy: str, temperature: float) -> None:
+    expected, _ = answers(False, "off", temperature)
+    for stored in (True, False):
+        found, verified = answers(stored, policy, temperature)
+        assert found == expected
+        assert policy == "off" or verified > 0

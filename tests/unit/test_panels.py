@@ -1,0 +1,179 @@
+"""Packed quants in the cache: later starts map them, the same bits; what does not fit is packed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import namedtuple
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from gguf import GGMLQuantizationType
+
+from smart_decoding.kernels import library, weights
+from smart_decoding.models.loading import load_checkpoint, with_rounded_inputs
+from smart_decoding.models.panels import KeptPanels
+from smart_decoding.models.target import TorchTarget
+from smart_decoding.profiling.measure import verification
+
+from .test_loading import write_gguf
+
+Usage = namedtuple("Usage", "total used free")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SMART_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    write_gguf(tmp_path / "tiny.gguf", "qwen3", GGMLQuantizationType.Q8_0)
+    return tmp_path / "tiny.gguf"
+
+
+@pytest.fixture
+def packed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Strips packed by each call."""
+    counts: list[int] = []
+    kernels = weights._lib()
+
+    class Counting:
+        def __getattr__(self, name: str) -> object:
+            return getattr(kernels, name)
+
+        def smart_pack_quants(self, *given: object) -> None:
+            counts.append(given[1])  # type: ignore[arg-type]
+            kernels.smart_pack_quants(*given)
+
+    monkeypatch.setattr(weights, "_lib", Counting)
+    return counts
+
+
+def load(file: Path, in_bytes: bool = False) -> TorchTarget:
+    checkpoint = load_checkpoint(file, quantization=None)
+    if in_bytes:
+        checkpoint = with_rounded_inputs(checkpoint)
+    return TorchTarget(checkpoint, "bfloat16", "cpu", 16, 128)
+
+
+def logits(target: TorchTarget) -> torch.Tensor:
+    run = verification(target, 2, 8, 20, 16)
+    assert run is not None
+    run()
+    assert target.decoder.model is not None
+    return target.decoder.model._logits[:8].clone()
+
+
+def kept(cache: Path) -> list[Path]:
+    return sorted((cache / "converted").glob("*-panels-*"))
+
+
+def damage_a_byte(panels: Path) -> None:
+    content = bytearray(panels.read_bytes())
+    content[-100] ^= 1
+    panels.write_bytes(content)
+
+
+def cut(panels: Path) -> None:
+    os.truncate(panels, 100)
+
+
+def exchange_strips(panels: Path) -> None:
+    """With a checksum that is right, as a version that packs in another order would leave them."""
+    content = panels.read_bytes()
+    sample = len(content) // 3 // 64 * 64
+    shutil.rmtree(panels.parent)
+    made = next(path for path in panels.parent.parent.iterdir() if path.name.endswith("-stored"))
+    parts = [
+        torch.frombuffer(bytearray(part), dtype=torch.uint8)
+        for part in (content[sample:], content[:sample])
+    ]
+    KeptPanels(made, False).write(parts)
+
+
+def test_a_later_start_packs_nothing_and_computes_the_same_bits(
+    file: Path, own_cache: Path, packed: list[int]
+) -> None:
+    first = load(file)
+    expected = logits(first)
+    assert not kept(own_cache)  # until it is asked for
+    first.decoder.keep_panels()
+    whole, packed[:] = list(packed), []
+    later = load(file)
+    assert max(whole) > 1
+    assert packed == [1] * len(whole)  # to compare
+    assert torch.equal(logits(later), expected)
+    made = (kept(own_cache)[0] / "panels").stat()
+    later.decoder.keep_panels()  # nothing to do
+    assert (kept(own_cache)[0] / "panels").stat().st_ino == made.st_ino
+
+
+@pytest.mark.parametrize("harm", [damage_a_byte, cut, exchange_strips])
+def test_panels_that_are_not_those_are_packed_again(
+    harm: Callable[[Path], None], file: Path, own_cache: Path, packed: list[int]
+) -> None:
+    first = load(file)
+    expected = logits(first)
+    first.decoder.keep_panels()
+    harm(kept(own_cache)[0] / "panels")
+    packed.clear()
+    later = load(file)
+    assert max(packed) > 1
+    assert torch.equal(logits(later), expected)
+    later.decoder.keep_panels()
+    packed.clear()
+    assert torch.equal(logits(load(file)), expected)
+    assert max(packed) == 1
+
+
+def test_those_of_older_kernels_and_of_an_older_file_are_not_used(
+    file: Path, own_cache: Path, packed: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load(file).decoder.keep_panels()
+    old = kept(own_cache)
+    monkeypatch.setattr(library, "identity", lambda: "another build")
+    packed.clear()
+    later = load(file)
+    assert max(packed) > 1
+    later.decoder.keep_panels()
+    assert len(kept(own_cache)) == 1
+    assert kept(own_cache) != old
+    os.utime(file, (1, 1))
+    packed.clear()
+    load(file)
+    assert max(packed) > 1
+
+
+def test_products_in_8_bits_have_panels_of_their_own(file: Path, own_cache: Path) -> None:
+    if not weights._lib().smart_multiplies_bytes():
+        pytest.skip("this CPU multiplies no bytes")
+    for in_bytes in (False, True):
+        load(file, in_bytes).decoder.keep_panels()
+    assert len(kept(own_cache)) == 2
+    both = [logits(load(file, in_bytes)) for in_bytes in (False, True)]
+    shutil.rmtree(own_cache)
+    for in_bytes in (False, True):
+        assert torch.equal(both[in_bytes], logits(load(file, in_bytes)))
+
+
+def test_without_room_a_line_says_that_nothing_is_kept(
+    file: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    target = load(file)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10, 10, 0))
+    target.decoder.keep_panels()
+    assert not kept(own_cache)
+    (line,) = caplog.messages
+    assert line.startswith("packed weights are not kept, each start packs them: the cache")
+    assert "\n" not in line
+
+
+def test_only_quants_as_they_are_stored_are_kept(file: Path, own_cache: Path) -> None:
+    for dtype, quantization in (("float32", None), ("bfloat16", "off"), ("bfloat16", "int4")):
+        checkpoint = load_checkpoint(file, quantization=quantization)
+        TorchTarget(checkpoint, dtype, "cpu", 16, 128).decoder.keep_panels()
+    assert not kept(own_cache)
