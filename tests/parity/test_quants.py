@@ -9,7 +9,15 @@ from gguf import GGMLQuantizationType, dequantize
 from gguf.constants import GGML_QUANT_SIZES
 
 from smart_decoding.kernels import ops, weights
-from smart_decoding.kernels.weights import QuantizedTensor, as_tensor, interleaved, pack, unpack
+from smart_decoding.kernels.weights import (
+    PackedWeight,
+    QuantizedTensor,
+    as_tensor,
+    interleaved,
+    pack,
+    unpack,
+)
+from smart_decoding.models.layers import LayerWeights, NativeLayers, Workspace
 
 pytestmark = pytest.mark.usefixtures("variant")
 KINDS = weights.FORMATS[1:]
@@ -89,6 +97,40 @@ def test_gate_and_up_alternate(n: int) -> None:
     wanted = torch.cat([as_tensor(gate), as_tensor(up), zero])[torch.from_numpy(order)]
     assert_same(pack([gate, up], order=order), wanted)
     assert_same(pack([as_tensor(gate), as_tensor(up)], order=order), wanted)
+
+
+def test_a_forward_reads_no_more_than_the_file_holds() -> None:
+    """Counted for Qwen2.5-Coder-1.5B in Q4_K_M: 28 layers, half of which have two matrices in Q6_K.
+    Of the embeddings a forward reads a row a token."""
+    ffn, hidden, vocab = 8960, 1536, 151_936
+    arena = weights.Arena(0)
+    vectors = {name: torch.ones(hidden) for name in ("input_norm", "post_norm")}
+    read = held = 4 * hidden  # the last norm
+    for finer in ("Q4_K", "Q6_K"):
+        qkv = [zeros("Q4_K", hidden, hidden), zeros("Q4_K", 256, hidden), zeros(finer, 256, hidden)]
+        rest = {name: zeros("Q4_K", ffn, hidden) for name in ("gate", "up")}
+        rest["output"] = zeros("Q4_K", hidden, hidden)
+        rest["down"] = zeros(finer, hidden, ffn)
+        bias = torch.zeros(hidden + 512)
+        layer = LayerWeights(12, 2, 128, 1e-6, qkv=qkv, qkv_bias=bias, **rest, **vectors)
+        packed = NativeLayers([layer], arena, Workspace())._keep
+        both = 4 * (2 * hidden + len(bias))
+        read += 14 * (both + sum(each.nbytes for each in packed if isinstance(each, PackedWeight)))
+        held += 14 * (both + sum(each.rows.nbytes for each in (*qkv, *rest.values())))
+    output = zeros("Q6_K", vocab, hidden)
+    read += pack([output], arena).nbytes
+    held += output.rows.nbytes
+    embeddings = zeros("Q4_K", vocab, hidden).rows.nbytes
+    assert held + embeddings == 1_111_370_240  # all tensors of the file
+    print(f"{read:,} bytes a forward, {read / held:.3f} of its tensors, embeddings aside")
+    assert read < 1.03 * held
+
+
+def zeros(kind: str, n: int, k: int) -> QuantizedTensor:
+    """A row of zeros, n times, in the memory of one: only sizes are looked at."""
+    size, count = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+    row = np.zeros((1, k // size * count), np.uint8)
+    return QuantizedTensor(np.broadcast_to(row, (n, row.shape[1])), kind, k)
 
 
 def test_some_rows_of_quants() -> None:

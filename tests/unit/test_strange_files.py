@@ -31,8 +31,9 @@ from smart_decoding.core.cost import CostModel
 from smart_decoding.errors import CapacityError, ConfigError, ModelError, SmartError
 from smart_decoding.models import bounded_template, chat_template, hub
 from smart_decoding.models.config import ModelConfig
-from smart_decoding.models.gguf import converted_folder, is_whole
+from smart_decoding.models.gguf import converted_folder
 from smart_decoding.models.head_files import load_head
+from smart_decoding.models.hub import is_whole
 from smart_decoding.models.loading import load_checkpoint
 from smart_decoding.models.registry import Source
 from smart_decoding.models.tokenizer import Tokenizer

@@ -28,7 +28,7 @@ from smart_decoding.models.layers import (
 )
 from smart_decoding.models.linear import Linear
 from smart_decoding.models.native_model import NativeModel
-from smart_decoding.models.panels import kept_panels
+from smart_decoding.models.panels import KeptPanels, kept_panels
 from smart_decoding.models.rows import BUCKETS, native_rows, upload
 
 if TYPE_CHECKING:
@@ -72,6 +72,7 @@ class Decoder:
 
     in_bytes = False  # whether quants are multiplied with inputs rounded to 8 bits
     quiet: bool | None = None  # no progress is shown; None: only on a terminal
+    _panels: KeptPanels | None = None
 
     def __init__(
         self,
@@ -101,7 +102,6 @@ class Decoder:
         self.head = Linear(output, self.native, arena, norm, config.rms_eps)
         tied = config.tie_embeddings
         self.embedding: Linear | Tensor = self.head if tied else self._table(embedding, arena)
-        self._arena = arena
         self.final_norm: Tensor | None = norm
         self.rotary = rotary_table(config, positions, device)
         axes = np.repeat(np.arange(3), config.mrope) if config.mrope else None
@@ -136,9 +136,9 @@ class Decoder:
             self._panels = kept_panels(weights, self.dtype, self.in_bytes)
             kept = None if self._panels is None else self._panels.read()
             size = self.dtype.itemsize * sum(map(math.prod, shapes))
-            arena = Arena(size, self.in_bytes, kept)
-            self._layers = NativeLayers(layers, arena, self.workspace)
-            return arena
+            self._arena = Arena(size, self.in_bytes, kept)
+            self._layers = NativeLayers(layers, self._arena, self.workspace)
+            return self._arena
         # sums of products that a GPU splits stay in float32
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         self._layers = layers_on(self.device, layers, self.graphs)
@@ -146,7 +146,7 @@ class Decoder:
 
     def keep_panels(self) -> None:
         """Keeps packed quants for later starts, where that is done and they are not kept yet."""
-        if self._arena is not None and self._panels is not None and not self._arena.all_kept:
+        if self._panels is not None and not self._arena.all_kept:
             self._panels.write(self._arena.strips)
 
     @property

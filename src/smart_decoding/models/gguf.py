@@ -9,8 +9,6 @@ such a folder.
 from __future__ import annotations
 
 import json
-import logging
-import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -25,10 +23,16 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from smart_decoding.errors import DownloadError, ModelError
-from smart_decoding.files import are_intact, read_json, reading, remember, sha256_of
+from smart_decoding.files import reading, sha256_of
 from smart_decoding.kernels.weights import FORMATS, Matrix, QuantizedTensor, as_tensor
 from smart_decoding.models.config import ModelConfig
-from smart_decoding.models.hub import RECORD, conversion_folder, scratch
+from smart_decoding.models.hub import (
+    conversion_folder,
+    is_whole,
+    move_into_place,
+    scratch,
+    write_record,
+)
 from smart_decoding.models.tokenizer import Tokenizer
 from smart_decoding.models.weight_files import Weights
 from smart_decoding.progress import long_step
@@ -36,10 +40,7 @@ from smart_decoding.progress import long_step
 if TYPE_CHECKING:
     from smart_decoding.models.registry import Source
 
-log = logging.getLogger("smart.models")
-
 _SHARD = 1 << 30  # bytes of weights held in memory before they are written
-_MARKER = "verified"
 TENSORS = "tensors.json"
 _FLOATS = {"F32": np.float32, "F16": np.float16}
 MatrixT = TypeVar("MatrixT", torch.Tensor, QuantizedTensor, Matrix)
@@ -135,31 +136,6 @@ def _matrix(name: str, kind: str, content: NDArray[np.uint8], shape: list[int]) 
     return torch.from_numpy(_dequantised(name, rows, kind)).bfloat16()
 
 
-def is_whole(folder: Path) -> bool:
-    """Whether a converted folder is there and has all its files, with the bytes that were written.
-    One that is damaged is told in the log."""
-    if not folder.is_dir():
-        return False
-    try:
-        with reading(folder / RECORD):
-            sums = read_json(folder / RECORD)["sha256"]
-            if are_intact({folder / name: sums[name] for name in sums}, folder / _MARKER):
-                return True
-        reason = "its files have other checksums"
-    except ModelError as error:
-        reason = str(error.__cause__ or error)
-    log.warning("the converted model %s is damaged, it is made again: %s", folder, reason)
-    return False
-
-
-def write_record(part: Path, told: Mapping[str, str]) -> None:
-    """Ends a converted folder by its record: what `told` says of it, and what `is_whole` needs."""
-    sums = {path: sha256_of(path) for path in sorted(part.iterdir())}
-    record = {**told, "sha256": {path.name: sha256 for path, sha256 in sums.items()}}
-    (part / RECORD).write_text(json.dumps(record, indent=1))
-    remember(sums, part / _MARKER)
-
-
 def _convert(
     source: Source,
     target: Path,
@@ -215,17 +191,6 @@ def _split_heads(config: ModelConfig, name: str) -> int | None:
     if config.family != "llama" or part not in (["attn_q"], ["attn_k"]):
         return None
     return config.heads if part == ["attn_q"] else config.kv_heads
-
-
-def move_into_place(part: Path, target: Path) -> None:
-    """Renames a finished folder, unless another process was faster. Raises DownloadError."""
-    target.parent.mkdir(exist_ok=True)
-    part.chmod(0o755)  # a temporary folder is its owner's alone, and a cache may be shared
-    try:
-        os.rename(part, target)
-    except OSError as error:
-        if not is_whole(target):
-            raise DownloadError(f"cannot write {target}: {error.strerror}") from error
 
 
 def _write_weights(

