@@ -35,8 +35,9 @@ int main(int count, char** arguments) {
         printf("this system cannot run this variant\n");
         return 77;
     }
+    const Weight panels = {};
     printf("%d lanes, %d rows a pass of bf16, inputs %s\n", smart_vector_width(),
-           smart_pass_rows(1), smart_rounds_inputs() ? "rounded to bf16" : "in fp32");
+           smart_pass_rows(&panels, 1), smart_rounds_inputs() ? "rounded to bf16" : "in fp32");
     int run = 0;
     for (const Test& test : TESTS) {
         bool wanted = asked.empty();

@@ -30,9 +30,9 @@ Level = abi.structure("Level")
 _lib = library.library
 
 
-def pass_rows(bf16: bool) -> int:
-    """Rows that share a pass over the weights of a linear layer: one more costs a step."""
-    return int(_lib().smart_pass_rows(bf16))
+def pass_rows(packed: PackedWeight) -> int:
+    """Rows that share a pass over a weight: one more costs a step."""
+    return int(_lib().smart_pass_rows(packed.address, packed.is_bf16))
 
 
 def multiplies_bytes() -> bool:

@@ -154,7 +154,7 @@ class Decoder:
         """Row counts beyond which one more row costs a step: what a pass over the weights serves,
         or a CUDA graph."""
         if self.native:
-            return (kernels.pass_rows(self.dtype == torch.bfloat16),)
+            return (kernels.pass_rows(self.head.packed),)
         return BUCKETS if isinstance(self._layers, GraphedLayers) else ()
 
     def embed(self, token: Tensor) -> Tensor:

@@ -240,8 +240,8 @@ int32_t smart_enable();
 const char* smart_layout();
 int32_t smart_vector_width();  // lanes of float
 int32_t smart_page();          // positions of a KV page
-// Rows that share a pass over weights: one more costs a step.
-int32_t smart_pass_rows(int32_t is_bf16);
+// Rows that share a pass over a weight: one more costs a step.
+int32_t smart_pass_rows(const struct Weight* w, int32_t is_bf16);
 int32_t smart_rounds_inputs();     // does bf16 mean bf16 inputs of linear layers, too?
 int32_t smart_multiplies_bytes();  // can quants be multiplied with inputs in 8 bits (Weight)?
 // Do keys and values of a page lie in pairs?

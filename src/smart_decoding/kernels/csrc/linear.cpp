@@ -143,7 +143,11 @@ extern "C" {
 
 int32_t smart_enable() { return !enable_tiles(); }
 int32_t smart_vector_width() { return VW; }
-int32_t smart_pass_rows(int32_t is_bf16) { return HAS_TILES && is_bf16 ? TILE_PASS : PASS_ROWS; }
+int32_t smart_pass_rows(const Weight* w, int32_t is_bf16) {
+    if (w->in_bytes) return BYTE_ROWS;
+    if (HAS_TILES && is_bf16) return TILE_PASS;
+    return w->strips ? STRIP_ROWS : PASS_ROWS;
+}
 int32_t smart_multiplies_bytes() { return HAS_BYTE_DOT; }
 int32_t smart_rounds_inputs() { return sizeof(Input<bf16>) == 2; }
 

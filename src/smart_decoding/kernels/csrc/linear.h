@@ -195,9 +195,6 @@ static void gemm(const Input<W>* x, int64_t ld, int rows, const W* w, int64_t n,
         }
 }
 
-// Rows that quants are widened in registers for.
-constexpr int FEW_ROWS = HAS_TILES ? 0 : VW == 8 ? 2 : 6;
-
 // sums [rows, PANEL] of a panel of quants: a block of k is widened once, and all rows go over it.
 static inline void quant_panel(const Wide* x, int64_t ld, int rows, const Strip* strips, int64_t k,
                                float* sums, [[maybe_unused]] int& shaped) {
@@ -237,11 +234,8 @@ static void quant_gemm(const Wide* x, int64_t ld, int rows, const Strip* strips,
         const Strip* pair = strips + 2 * p;
         if (in_bytes)
             byte_panel(bytes, pair, sums);
-        else if (rows <= FEW_ROWS && pair[0].format == pair[1].format)
-            with_count<std::max(FEW_ROWS, 1)>(rows, [&](auto r) {
-                with_format(pair->format,
-                            [&](auto format) { multiply_strips<format, r>(x, ld, pair, k, sums); });
-            });
+        else if (!HAS_TILES && rows <= STRIP_ROWS)
+            strip_panel(x, ld, rows, pair, k, sums);
         else
             quant_panel(x, ld, rows, pair, k, sums, shaped);
         for (int r = 0; r < rows; r++)

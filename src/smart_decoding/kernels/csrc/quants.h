@@ -302,30 +302,24 @@ __attribute__((always_inline)) static inline void multiply_pair(const Wide* x, i
     }
 }
 
-// sums [R, PANEL] of R rows by a panel of two strips, widened in registers. For few rows that is
-// faster: a sum must wait for the one before, and meanwhile the other strip is widened.
+// Rows that a strip is widened in registers for, once: their sums stay there, too.
+constexpr int STRIP_ROWS = VW == 16 ? 16 : 8;
+
+// The sums of R rows by a strip, [R, VW] of a panel's [R, PANEL].
 template <int F, int R>
-__attribute__((noinline)) static void multiply_strips(const Wide* x, int64_t ld,
-                                                      const Strip* strips, int64_t k, float* sums) {
-    StripReader<F> first(strips[0].data, 0), second(strips[1].data, 0);
-    vf low[R] = {}, high[R] = {};
+__attribute__((noinline)) static void multiply_strip(const Wide* x, int64_t ld, const uint8_t* data,
+                                                     int64_t k, float* sums) {
+    StripReader<F> strip(data, 0);
+    vf kept[R] = {};
     for (int64_t i = 0; i < k; i += QUANT_BLOCK) {
-        if (FORMATS[F].has_bytes() && i && i % SUPER_BLOCK == 0) {
-            first.read_shared();
-            second.read_shared();
-        }
-        const Block<F> a = first.next(), b = second.next();
+        if (FORMATS[F].has_bytes() && i && i % SUPER_BLOCK == 0) strip.read_shared();
+        const Block<F> block = strip.next();
         for_block<2>([&](auto f) __attribute__((always_inline)) {
-            multiply_pair<R>(x + i + f, ld, a.template vector<f>(), a.template vector<f + 1>(),
-                             low);
-            multiply_pair<R>(x + i + f, ld, b.template vector<f>(), b.template vector<f + 1>(),
-                             high);
+            multiply_pair<R>(x + i + f, ld, block.template vector<f>(),
+                             block.template vector<f + 1>(), kept);
         });
     }
-    for (int r = 0; r < R; r++) {
-        storeu(sums + r * PANEL, low[r]);
-        storeu(sums + r * PANEL + VW, high[r]);
-    }
+    for (int r = 0; r < R; r++) storeu(sums + r * PANEL, kept[r]);
 }
 
 // Calls `run` with the format as a constant of the compiler.
@@ -355,6 +349,17 @@ __attribute__((always_inline)) static inline void with_format(int64_t format, R&
         case Q4_Z:
             return run(std::integral_constant<int, Q4_Z>());
     }
+}
+
+// sums [rows, PANEL] of a panel, for up to STRIP_ROWS.
+static inline void strip_panel(const Wide* x, int64_t ld, int rows, const Strip* strips, int64_t k,
+                               float* sums) {
+    for (int half = 0; half < 2; half++)
+        with_format(strips[half].format, [&](auto format) {
+            with_count<STRIP_ROWS>(rows, [&](auto r) {
+                multiply_strip<format, r>(x, ld, strips[half].data, k, sums + half * VW);
+            });
+        });
 }
 
 // A panel of quants, widened a block of k at a time into memory that stays in the first cache.
