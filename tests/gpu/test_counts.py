@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import smart_decoding.models
 from smart_decoding.core.cost import CostModel
 from smart_decoding.core.policies import make_policy
+from smart_decoding.core.policies.smart import Smart
 from smart_decoding.drafters.eagle import EagleDrafter
 from smart_decoding.drafters.ngram import NgramDrafter
 from smart_decoding.drafters.recycling import RecyclingDrafter
@@ -219,6 +220,8 @@ def test_drafted_levels_ask_little(
     head.levels.on_device = True
     options = {"chain": {"length": 4}, "eagle2": {"depth": 3}, "smart": {"max_levels": 4}}[policy]
     chosen = make_policy(policy, {"cost": CHEAP_LEVELS}, **options)
+    if isinstance(chosen, Smart):  # candidates that are all alike would teach it to be shallow
+        monkeypatch.setattr(chosen.learned, "learn_acceptance", lambda: False)
     config = EngineConfig(400, 2048, 8, 256, False, 0, False)
     drafter = EagleDrafter(head, 400, 40)
     engine = Engine(model, chosen, drafter, config, lambda skip: lambda ids: "")
