@@ -171,7 +171,7 @@ class Decoder:
         if self.model is not None:
             native = native_rows(context.rows, context.cosine, context.sine)
             logits, states, best = self.model.forward(
-                native.struct, rows.token, rows.mm_embeds, rows.logit_rows, aux_layers
+                native, rows.token, rows.mm_embeds, rows.logit_rows, aux_layers
             )
             return ForwardOutput(logits, states, best)
         x = self.embed(context.on_device.token)

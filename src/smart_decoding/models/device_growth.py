@@ -27,7 +27,6 @@ from smart_decoding.models.rows import download, upload
 if TYPE_CHECKING:
     from smart_decoding.core.rule import TreeRule
     from smart_decoding.core.selection import Fixed
-    from smart_decoding.core.tree import FloatArray, IntArray
     from smart_decoding.drafters.levels import Growth
     from smart_decoding.models.rows import DeviceRows
 
@@ -63,7 +62,7 @@ class DeviceGrowth:
         self._mine = mine.view(5, batch)
         self._depth = 0
         self._prob = tokens.new_zeros(batch, dtype=torch.float32)  # log path_prob, or DEAD
-        self._chosen = self.last  # which candidates they were; of no meaning yet
+        self._chosen = self._mine[4]  # which candidates they were: first the requests themselves
         self._children = self._able = self._prob  # [rows, k] their tokens; log path_prob, or DEAD
         self._found: list[Tensor] = []  # of each level [rows, 2 + 2 * k], what the host must know
         self._noise: Tensor | None = None
@@ -151,28 +150,21 @@ class DeviceGrowth:
     def fetch(self) -> tuple[DraftTrees, list[int], list[float]]:
         """Waits for all of it: the trees, the rows of levels 2, 3, ..., the seconds of levels."""
         whole = download(torch.cat(self._found)).astype(np.float64)
-        first, *levels = np.split(whole, np.cumsum([len(part) for part in self._found])[:-1])
+        sizes = [len(part) for part in self._found]
         trees = DraftTrees.empty(self._batch)
-        number = self._append(trees, np.arange(self._batch), np.full(self._batch, ROOT), first)
-        for level in levels:
-            live = level[level[:, 1] > DEAD]
-            nodes = number[live[:, 0].astype(np.int64)]
-            number = np.full(len(level) * self._k, ROOT)
-            number[(level[:, 1] > DEAD).repeat(self._k)] = self._append(
-                trees, trees.owner[nodes], nodes, live
-            )
-        return trees, [len(level) for level in levels], self._seconds()
-
-    def _append(
-        self, trees: DraftTrees, owner: IntArray, parent: IntArray, level: FloatArray
-    ) -> IntArray:
-        """Adds the children of rows; returns their numbers as nodes."""
-        known = len(trees)
         k = self._k
-        tokens = level[:, 2 : 2 + k].astype(np.int64)
-        probs = np.exp(level[:, 2 + k :])
-        trees.append(owner.repeat(k), tokens.reshape(-1), parent.repeat(k), probs.reshape(-1))
-        return np.arange(known, len(trees))
+        number = np.full(self._batch, ROOT)  # of each candidate, as a node of the trees
+        for level in np.split(whole, np.cumsum(sizes)[:-1]):
+            alive = level[:, 1] > DEAD
+            above, _, ids, logprobs = np.split(level[alive], [1, 2, 2 + k], axis=1)
+            candidate = above[:, 0].astype(np.int64)
+            parent = number[candidate]
+            owner = trees.owner[parent] if len(trees) else candidate
+            number = len(trees) + k * (np.cumsum(alive) - 1)[:, None] + np.arange(k)
+            number = number.reshape(-1)
+            tokens = ids.astype(np.int64).reshape(-1)
+            trees.append(owner.repeat(k), tokens, parent.repeat(k), np.exp(logprobs).reshape(-1))
+        return trees, sizes[1:], self._seconds()
 
     def _mark(self) -> Any:
         """A moment: of the device, where it goes by its own clock."""

@@ -10,7 +10,7 @@ import functools
 import gc
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
@@ -66,52 +66,50 @@ class CudaRecorder:
 recorder = functools.cache(CudaRecorder)  # one for a target and what drafts for it
 
 
-@dataclass
 class _Buffers:
     """What recordings of one form read and write, with room for the largest bucket."""
 
-    x: Tensor
-    rotation: tuple[Tensor, Tensor]
-    meta: Tensor
-    inputs: Tensor | None
-    aux_hidden: Tensor | None
+    def __init__(self, x: Tensor, context: Context) -> None:
+        self._meta = context.on_device.meta.new_zeros(META)
+        self._read = [_room(part) for part in _given(x, context)]
+        aux = context.aux_hidden
+        self._aux_hidden = None if aux is None else _room(aux)
 
-    @classmethod
-    def like(cls, x: Tensor, context: Context) -> _Buffers:
-        def room(tensor: Tensor) -> Tensor:
-            return tensor.new_zeros(BUCKETS[-1], *tensor.shape[1:])
-
-        inputs, aux = context.inputs, context.aux_hidden
-        cosine, sine = context.rotation
-        return cls(
-            room(x),
-            (room(cosine), room(sine)),
-            context.on_device.meta.new_zeros(META),
-            None if inputs is None else room(inputs),
-            None if aux is None else room(aux),
-        )
+    def arguments(self, given: Context) -> tuple[Tensor, Context]:
+        """What a recording is given, for forwards as large as the `given` one."""
+        size = given.on_device.size
+        x, cosine, sine, *inputs = (part[:size] for part in self._read)
+        aux = self._aux_hidden
+        fixed = replace(given, inputs=inputs[0] if inputs else None)
+        fixed.aux_hidden = None if aux is None else aux[:size]
+        fixed.rotation = cosine, sine
+        fixed.on_device = replace(given.on_device, meta=self._meta)
+        return x, fixed
 
     def fill(self, x: Tensor, context: Context) -> None:
         """Brings a forward's inputs. What padding reads must not grow from forward to forward."""
-        rows = len(x)
         meta = context.on_device.meta
-        self.meta[: len(meta)] = meta
-        self.x[:rows] = x
-        self.x[rows : context.on_device.size] = 0
-        for buffer, part in zip(self.rotation, context.rotation, strict=True):
-            buffer[:rows] = part
-        if self.inputs is not None and context.inputs is not None:
-            self.inputs[:rows] = context.inputs
+        self._meta[: len(meta)] = meta
+        for buffer, part in zip(self._read, _given(x, context), strict=True):
+            buffer[: len(x)] = part
+        if len(x) < context.on_device.size:
+            self._read[0][len(x) : context.on_device.size] = 0
 
-    def context(self, given: Context) -> Context:
-        """The context that a recording reads, for forwards as large as the `given` one."""
-        size = given.on_device.size
-        inputs = None if self.inputs is None else self.inputs[:size]
-        aux_hidden = None if self.aux_hidden is None else self.aux_hidden[:size]
-        fixed = replace(given, inputs=inputs, aux_hidden=aux_hidden)
-        fixed.rotation = (self.rotation[0][:size], self.rotation[1][:size])
-        fixed.on_device = replace(given.on_device, meta=self.meta)
-        return fixed
+    def fetch(self, x: Tensor, context: Context) -> None:
+        """Takes a forward's outputs to where its caller has them."""
+        x.copy_(self._read[0][: len(x)])
+        if context.aux_hidden is not None and self._aux_hidden is not None:
+            context.aux_hidden.copy_(self._aux_hidden[: len(x)])
+
+
+def _given(x: Tensor, context: Context) -> list[Tensor]:
+    """What a forward reads, row by row."""
+    inputs = [] if context.inputs is None else [context.inputs]
+    return [x, *context.rotation, *inputs]
+
+
+def _room(tensor: Tensor) -> Tensor:
+    return tensor.new_zeros(BUCKETS[-1], *tensor.shape[1:])
 
 
 class GraphedLayers:
@@ -136,21 +134,17 @@ class GraphedLayers:
             self._replays = {}
         form = (0 if context.inputs is None else context.inputs.shape[1], context.aux_layers)
         if form not in self._buffers:
-            self._buffers[form] = _Buffers.like(x, context)
+            self._buffers[form] = _Buffers(x, context)
         buffers = self._buffers[form]
         if (form, rows.size) not in self._replays:
             buffers.fill(x, context)
-            run = functools.partial(
-                self.eager, buffers.x[: rows.size], buffers.context(context), cache
-            )
+            run = functools.partial(self.eager, *buffers.arguments(context), cache)
             if not self._try_to_record((form, rows.size), run):
                 self.eager(x, context, cache)
                 return
         buffers.fill(x, context)
         self._replays[form, rows.size]()
-        x.copy_(buffers.x[: len(x)])
-        if context.aux_hidden is not None and buffers.aux_hidden is not None:
-            context.aux_hidden.copy_(buffers.aux_hidden[: len(x)])
+        buffers.fetch(x, context)
 
     def _try_to_record(self, key: tuple[_Form, int], run: Callable[[], None]) -> bool:
         assert self._record is not None

@@ -206,7 +206,7 @@ class NativeLayers:
         rows = native_rows(context.rows, context.cosine, context.sine)
         both = (cache.keys, cache.values)
         scratch = self._scratch(len(x))
-        kernels.layers(self.structs, rows.struct, context.inputs, x, both, scratch)
+        kernels.layers(self.structs, rows, context.inputs, x, both, scratch)
 
     def _scratch(self, rows: int) -> Structure:
         w = self.structs[0]

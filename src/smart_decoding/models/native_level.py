@@ -116,7 +116,7 @@ class NativeLevel:
         call.struct.keys = address_or_none(keys)
         native = native_rows(rows, *self.cache.rotary)
         both = (self.cache.kv.keys, self.cache.kv.values)
-        kernels.draft(self._head, native.struct, call.struct, both, self._bf16)
+        kernels.draft(self._head, native, call.struct, both, self._bf16)
         self._count += wanted
         return call.tokens, call.probs
 
@@ -163,7 +163,7 @@ def first_level(
         threads=torch.get_num_threads(),
         **drafts,
     )
-    return FirstLevel(native.struct, call.struct, struct, growth.slots, (native, scale, noise))
+    return FirstLevel(native, call.struct, struct, growth.slots, (native, scale, noise))
 
 
 def _structure(weights: HeadWeights) -> tuple[Structure, tuple[object, ...]]:

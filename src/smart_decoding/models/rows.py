@@ -29,16 +29,8 @@ TILE = 8  # rows of a group that read their keys together
 _Rows = abi.structure("Rows")
 
 
-@dataclass(frozen=True, slots=True)
-class NativeRows:
-    """Pointers for the CPU kernels, and the arrays behind them."""
-
-    struct: Structure
-    keep: tuple[object, ...]
-
-
-def native_rows(rows: Rows, cosine: Tensor, sine: Tensor) -> NativeRows:
-    """The rows as the kernels read them. cosine, sine: tables [positions, head_dim / 2]."""
+def native_rows(rows: Rows, cosine: Tensor, sine: Tensor) -> Structure:
+    """The rows as the CPU kernels read them. cosine, sine: tables [positions, head_dim / 2]."""
     arrays = (
         rows.query_start_loc,
         rows.block_table_start,
@@ -47,12 +39,13 @@ def native_rows(rows: Rows, cosine: Tensor, sine: Tensor) -> NativeRows:
         rows.context_len,
         rows.ancestors_start,
         rows.ancestors,
+        rows.position,
     )
-    pointers = map(address, (*arrays, rows.position))
-    struct = _Rows(
-        len(rows), len(rows.query_start_loc) - 1, *pointers, cosine.data_ptr(), sine.data_ptr()
-    )
-    return NativeRows(struct, (*arrays, rows.position, cosine, sine))
+    groups = len(rows.query_start_loc) - 1
+    tables = cosine.data_ptr(), sine.data_ptr()
+    struct = _Rows(len(rows), groups, *map(address, arrays), *tables)
+    struct.keep = *arrays, cosine, sine  # what its pointers lead to
+    return struct
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,22 +132,12 @@ class GroupedRows:
         self.own = slots(rows.slot_mapping)
         self.groups: list[tuple[slice, Slots, Tensor]] = []
         for g, (first, last) in enumerate(itertools.pairwise(rows.query_start_loc.tolist())):
-            read, seen = self._keys(rows, g)
-            mask = torch.from_numpy(seen).to(device)
+            context = rows.context_len[first:last, None]
+            at = np.arange(context.max())
+            pages = rows.pages[rows.block_table_start[g] + at // PAGE]
+            begin = rows.ancestors_start[first : last + 1]
+            of_row = np.repeat(np.arange(first, last), np.diff(begin))
+            own = of_row == np.arange(first, last)[:, None]
+            read = np.concatenate((pages * PAGE + at % PAGE, rows.ancestors[begin[0] : begin[-1]]))
+            mask = torch.from_numpy(np.concatenate((at < context, own), axis=1)).to(device)
             self.groups.append((slice(first, last), slots(read), mask))
-
-    @staticmethod
-    def _keys(rows: Rows, g: int) -> tuple[Ints, NDArray[np.bool_]]:
-        first, last = rows.query_start_loc[g : g + 2].tolist()
-        context = rows.context_len[first:last]
-        span = int(context.max())
-        table = rows.pages[rows.block_table_start[g] :][: -(-span // PAGE)]
-        slots = (table[:, None] * PAGE + np.arange(PAGE, dtype=np.int32)).reshape(-1)[:span]
-        start = rows.ancestors_start
-        own = np.unique(rows.ancestors[start[first] : start[last]])
-        seen = np.zeros((last - first, span + len(own)), np.bool_)
-        seen[:, :span] = np.arange(span) < context[:, None]
-        for i, row in enumerate(range(first, last)):
-            ancestors = rows.ancestors[start[row] : start[row + 1]]
-            seen[i, span + np.searchsorted(own, ancestors)] = True
-        return np.concatenate((slots, own)), seen

@@ -12,11 +12,6 @@ NONE = tl.constexpr(float("-inf"))
 
 
 @triton.jit
-def _normed(x, weight, i, inside, inverse):
-    return x * inverse * tl.load(weight + i, mask=inside, other=0.0).to(tl.float32)
-
-
-@triton.jit
 def _target(queries, keys, values, row, slot, plane, heads, kv_heads, width):
     """Where a head of a row goes."""
     head = tl.program_id(1).to(tl.int64)
@@ -44,23 +39,21 @@ def write(
     heads: tl.constexpr,
     kv_heads: tl.constexpr,
     half: tl.constexpr,
-    block: tl.constexpr,
-    normed: tl.constexpr,
 ):
     """One head of one row: queries and keys are normed and rotated; keys and values are cached."""
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
-    i = tl.arange(0, block)
+    i = tl.arange(0, triton.next_power_of_2(half))
     inside = i < half
     at = qkv + (row * (heads + 2 * kv_heads) + head) * 2 * half + i
     a = tl.load(at, mask=inside, other=0.0).to(tl.float32)
     b = tl.load(at + half, mask=inside, other=0.0).to(tl.float32)
     if head < heads + kv_heads:
-        if normed:
+        if q_norm is not None:
             inverse = tl.rsqrt(tl.sum(a * a + b * b) / (2 * half) + eps)
-            weight = q_norm if head < heads else k_norm
-            a = _normed(a, weight, i, inside, inverse)
-            b = _normed(b, weight + half, i, inside, inverse)
+            weight = (q_norm if head < heads else k_norm) + i
+            a *= inverse * tl.load(weight, mask=inside, other=0.0).to(tl.float32)
+            b *= inverse * tl.load(weight + half, mask=inside, other=0.0).to(tl.float32)
         c = tl.load(cosine + row * half + i, mask=inside)
         s = tl.load(sine + row * half + i, mask=inside)
         a, b = a * c - b * s, b * c + a * s
@@ -124,9 +117,10 @@ def _over_ancestors(best, total, acc, q, keys, values, slots, count, scale, widt
 
 
 @triton.jit
-def _over_both(q, keys, values, meta, row, live, size, table, splits, scale, width):
+def _over_both(q, keys, values, meta, row, live, size, table, scale, width):
     """One part of the context; with the last part come the ancestors."""
     split = tl.program_id(2)
+    splits = tl.num_programs(2)
     context = tl.load(meta + size + row, mask=live, other=0)
     longest = tl.max(context)
     part = tl.cdiv(tl.cdiv(longest, KEYS), splits) * KEYS
@@ -142,20 +136,7 @@ def _over_both(q, keys, values, meta, row, live, size, table, splits, scale, wid
     return best, total, acc
 
 
-@triton.jit
-def _keep(partial, weight, to, d, best, total, acc, live, width, alone):
-    """Keeps what came of a part, or the outputs if there is no other part."""
-    best = best[:, None]
-    total = total[:, None]
-    if alone:
-        acc /= tl.where(total > 0, total, 1.0)
-    else:
-        tl.store(weight + 2 * to, best, mask=live)
-        tl.store(weight + 2 * to + 1, total, mask=live)
-    tl.store(partial + to * width + d, acc, mask=live & (d < width) & (best > NONE))
-
-
-@triton.jit(do_not_specialize=["size", "tiles", "splits"], do_not_specialize_on_alignment=["meta"])
+@triton.jit(do_not_specialize=["size"], do_not_specialize_on_alignment=["meta"])
 def attend(
     queries,
     keys,
@@ -163,20 +144,16 @@ def attend(
     meta,
     partial,
     weight,
-    scale,
     size,
-    tiles,
     plane,
-    splits,
-    alone: tl.constexpr,
-    heads: tl.constexpr,
+    scale,
     group: tl.constexpr,
     width: tl.constexpr,
     block_m: tl.constexpr,
-    block_d: tl.constexpr,
 ):
     """A tile's queries of one head of keys, over one part. partial [rows, heads, splits, width]:
-    outputs; weight [rows, heads, splits, 2]: maxima and sums."""
+    outputs; weight [rows, heads, splits, 2]: maxima and sums, or None if there is one part."""
+    tiles = tl.num_programs(0)
     of_tile = meta + 4 * size + tl.program_id(0)
     count = tl.load(of_tile + tiles)
     if count == 0:
@@ -185,36 +162,30 @@ def attend(
     live = m // group < count
     row = tl.load(of_tile).to(tl.int64) + m // group
     kv_head = tl.program_id(1).to(tl.int64)
-    at = (row * heads + kv_head * group + m % group)[:, None]  # among the queries
-    d = tl.arange(0, block_d)
-    q = tl.load(queries + at * width + d, mask=live[:, None] & (d < width), other=0.0)
+    at = ((row * tl.num_programs(1) + kv_head) * group + m % group)[:, None]  # among the queries
+    d = tl.arange(0, max(16, triton.next_power_of_2(width)))
+    inside = live[:, None] & (d < width)
+    q = tl.load(queries + at * width + d, mask=inside, other=0.0)
     keys += kv_head * plane
     values += kv_head * plane
     table = meta + tl.load(of_tile + 2 * tiles)
-    best, total, acc = _over_both(
-        q, keys, values, meta, row, live, size, table, splits, scale, width
-    )
-    to = at * splits + tl.program_id(2)
-    _keep(partial, weight, to, d, best, total, acc, live[:, None], width, alone)
+    best, total, acc = _over_both(q, keys, values, meta, row, live, size, table, scale, width)
+    to = at * tl.num_programs(2) + tl.program_id(2)
+    if weight is None:
+        acc /= tl.where(total > 0, total, 1.0)[:, None]
+    else:
+        tl.store(weight + 2 * to, best[:, None], mask=live[:, None])
+        tl.store(weight + 2 * to + 1, total[:, None], mask=live[:, None])
+    tl.store(partial + to * width + d, acc, mask=inside & (best > NONE)[:, None])
 
 
 @triton.jit(do_not_specialize=["splits"], do_not_specialize_on_alignment=["meta"])
-def reduce(
-    partial,
-    weight,
-    meta,
-    out,
-    splits,
-    heads: tl.constexpr,
-    width: tl.constexpr,
-    block_s: tl.constexpr,
-    block_d: tl.constexpr,
-):
+def reduce(partial, weight, meta, out, splits, width: tl.constexpr, block_s: tl.constexpr):
     """What a row's head attends to, of all parts; zeros for padding."""
     row = tl.program_id(0).to(tl.int64)
-    at = row * heads + tl.program_id(1)
+    at = row * tl.num_programs(1) + tl.program_id(1)
     s = tl.arange(0, block_s)
-    d = tl.arange(0, block_d)
+    d = tl.arange(0, max(16, triton.next_power_of_2(width)))
     there = (s < splits) & (tl.load(meta + row) >= 0)
     best = tl.load(weight + 2 * (at * splits + s), mask=there, other=NONE)
     there = best > NONE

@@ -36,23 +36,12 @@ class TritonOps:
     ) -> Tensor:
         """See `TorchOps`."""
         q = qkv.new_empty(len(qkv), w.heads, w.head_dim)
-        half = w.head_dim // 2
         kernels.write[(len(qkv), w.heads + 2 * w.kv_heads)](
-            qkv,
-            q,
-            keys,
-            values,
-            context.on_device.meta,
-            *context.rotation,
-            qkv if w.q_norm is None else w.q_norm,
-            qkv if w.k_norm is None else w.k_norm,
-            w.eps,
-            keys.stride(0),
+            *(qkv, q, keys, values, context.on_device.meta, *context.rotation),
+            *(w.q_norm, w.k_norm, w.eps, keys.stride(0)),
             heads=w.heads,
             kv_heads=w.kv_heads,
-            half=half,
-            block=_power_of_2(half),
-            normed=w.q_norm is not None,
+            half=w.head_dim // 2,
             num_warps=1,
         )
         return q
@@ -60,28 +49,26 @@ class TritonOps:
     def attend(self, q: Tensor, context: Context, keys: Tensor, values: Tensor) -> Tensor:
         """See `TorchOps`."""
         rows, heads, width = q.shape
+        kv_heads = len(keys)
         at = context.on_device
-        group = heads // len(keys)
-        splits = splits_of(at.size, len(keys))
-        out = q.new_empty(rows, heads * width)
-        alone = splits == 1
-        partial = out if alone else q.new_empty(rows, heads, splits, width, dtype=torch.float32)
-        weight = q.new_empty(rows, heads, splits, 2, dtype=torch.float32)
-        shape = {"heads": heads, "width": width, "block_d": _power_of_2(max(16, width))}
-        kernels.attend[(at.tiles, len(keys), splits)](
-            *(q, keys, values, at.meta, partial, weight),
+        splits = splits_of(at.size, kv_heads)
+        out = partial = q.new_empty(rows, heads * width)
+        weight = None
+        if splits > 1:
+            partial = q.new_empty(rows, heads, splits, width, dtype=torch.float32)
+            weight = q.new_empty(rows, heads, splits, 2, dtype=torch.float32)
+        kernels.attend[(at.tiles, kv_heads, splits)](
+            *(q, keys, values, at.meta, partial, weight, at.size, keys.stride(0)),
             width**-0.5 * LOG2_E,
-            *(at.size, at.tiles, keys.stride(0), splits),
-            alone=alone,
-            group=group,
-            block_m=max(16, _power_of_2(TILE * group)),
-            **shape,
+            group=heads // kv_heads,
+            width=width,
+            block_m=max(16, _power_of_2(TILE * heads // kv_heads)),
             num_warps=8,  # with 4, registers spill
             num_stages=2,
         )
-        if not alone:
+        if splits > 1:
             kernels.reduce[(rows, heads)](
-                *(partial, weight, at.meta, out, splits), block_s=MOST_SPLITS, **shape, num_warps=4
+                partial, weight, at.meta, out, splits, width, MOST_SPLITS, num_warps=4
             )
         return out
 
