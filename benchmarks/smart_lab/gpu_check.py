@@ -19,6 +19,10 @@ PASS means, and FAIL says under why= which of these does not hold:
   knee    the curve of verification has one below 1,024 rows;
   gpu     there was a GPU. Without one everything runs at a tiny size: a rehearsal.
 
+The line before it says which way to draft is faster with a head, and what to write into
+models/head_levels.py: the device chooses what levels expand, with two waits a round, or the host,
+with one for each level.
+
 Nothing here needs more than Python until a step runs.
 """
 
@@ -81,6 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found["interrupted"] = True
     why, line = verdict(found, args.steps)
     write(args.json, {**found, "why": why, "line": line})
+    print(ways(found, args.steps))
     print(line, flush=True)
     return 3 if why else 0
 
@@ -206,6 +211,22 @@ def verdict(found: Mapping[str, Any], steps: Iterable[Step] = STEPS) -> tuple[li
     parts.append(f"knee={'-' if knee is None else round(knee)}")
     told = ["FAIL", *parts, f"why={','.join(why)}"] if why else ["PASS", *parts]
     return why, " ".join(["GPU_CHECK", *told])
+
+
+def ways(found: Mapping[str, Any], steps: Iterable[Step] = STEPS) -> str:
+    """Which way to draft is faster, by the geometric mean over batch sizes and levels of
+    acceptance, and the setting that takes it."""
+    runs = [run for step in steps for run in found.get(step.name, {}).get("ways", ())]
+    if not runs:
+        return "DRAFTING not measured"
+    over = [_number(run["speedup"]) for run in runs]
+    mean = math.prod(over) ** (1 / len(over))
+    sure = [run for run in runs if run["speedup_low"] > 1 or run["speedup_high"] < 1]
+    each = ",".join(f"{run['batch_size']}:{_said(run['speedup'])}" for run in runs)
+    return (
+        f"DRAFTING winner={'device' if mean >= 1 else 'host'} set DEVICE_CHOOSES = {mean >= 1} "
+        f"device/host={_said(mean)} by batch {each} beyond noise: {len(sure)} of {len(runs)}"
+    )
 
 
 def _smart_over(runs: Sequence[Mapping[str, Any]]) -> Iterator[float]:

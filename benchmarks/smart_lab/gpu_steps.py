@@ -46,6 +46,7 @@ LAUNCHES = ("LaunchKernel", "GraphLaunch")  # as the CUDA runtime and driver nam
 WAITS = ("cudaStreamSynchronize", "cudaEventSynchronize", "cuStreamSynchronize")
 COPIES = ("cudaMemcpyAsync", "cudaMemcpy", "cuMemcpy")
 RIVALS = ("off", "smart", "eagle2", "paper", "pooled_chain")
+BOTH_WAYS = 0.2  # of a step's time, for the two ways of drafting
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,10 +238,7 @@ def replay(task: Task, level: str) -> Iterator[Found]:
     bench = Replay(options, trace, scale.config, scale.profile_seconds)
     found |= {"cost": bench.cost.to_dict(), "limits": bench.limits}
     yield found
-    shares = {size: scale.replayed[size] for size in sizes}
-    for size in sizes:
-        left = max(0.0, task.stop - time.perf_counter()) * shares[size] / sum(shares.values())
-        del shares[size]
+    for size, left in _shared(task, sizes, kept=BOTH_WAYS):
         try:
             runs = bench.runs(size, left)
         except CapacityError as error:
@@ -248,6 +246,23 @@ def replay(task: Task, level: str) -> Iterator[Found]:
             continue
         found["runs"] += [run for run in runs if run["task"] == POOLED]
         yield found
+    found["ways"] = []
+    for size, left in _shared(task, sizes):
+        try:
+            found["ways"].append(bench.ways(size, left))
+        except CapacityError as error:
+            missing.append(f"the two ways of drafting: {error}")
+        yield found
+
+
+def _shared(task: Task, sizes: Sequence[int], kept: float = 0.0) -> Iterator[tuple[int, float]]:
+    """Each batch size with its share of the seconds that are left, but for a part that is kept."""
+    shares = {size: task.scale.replayed[size] for size in sizes}
+    stop = task.stop - kept * max(0.0, task.stop - time.perf_counter())
+    for size in sizes:
+        left = max(0.0, stop - time.perf_counter()) * shares[size] / sum(shares.values())
+        del shares[size]
+        yield size, left
 
 
 def trace_of(level: str, scale: Scale) -> Trace:

@@ -28,8 +28,9 @@ from tqdm import tqdm
 from smart_decoding.bench.blocks import Prompt
 from smart_decoding.bench.cycles import AGAIN, measure, rows_of
 from smart_decoding.bench.limits import Sizes, measure_limits, rated
-from smart_decoding.bench.options import BASELINE
+from smart_decoding.bench.options import BASELINE, OURS
 from smart_decoding.bench.provenance import memory, provenance
+from smart_decoding.bench.summary import POOLED
 from smart_decoding.core.cost import CostModel
 from smart_decoding.core.selection import Fixed
 from smart_decoding.core.tree import ROOT, DraftTrees
@@ -42,6 +43,7 @@ from smart_decoding.errors import ConfigError, ModelError
 from smart_decoding.models.config import ModelConfig
 from smart_decoding.models.eagle_head import EagleHead
 from smart_decoding.models.head_files import HeadFiles
+from smart_decoding.models.head_levels import SteppedLevels
 from smart_decoding.models.loading import Checkpoint
 from smart_decoding.models.memory import Limits, Need, need_of
 from smart_decoding.models.native_level import NativeLevel
@@ -55,6 +57,7 @@ from smart_lab.replay import Source
 from smart_lab.trace import Trace, read_trace
 
 if TYPE_CHECKING:
+    from smart_decoding.core.policies.base import Policy
     from smart_decoding.core.rule import TreeRule
     from smart_decoding.core.tree import IntArray
     from smart_decoding.drafters.levels import Ranked
@@ -323,25 +326,46 @@ class Replay:
         rows = rows_of(found, size, self.options)
         return rated(rows, self.sizes, self.limits, self.target.device)
 
+    def ways(self, size: int, seconds: float) -> dict[str, Any]:
+        """How much faster `smart` is where the device chooses what levels expand than where the
+        host does, level by level. Raises CapacityError where the seconds are too few for a block of
+        each."""
+        levels = self.head.levels
+        engines = {}
+        for label, on_device in ((BASELINE, False), (OURS, True)):  # as `measure` knows them
+            if isinstance(levels, SteppedLevels):
+                levels.on_device = on_device
+            engines[label] = self._engine(self.trace.policy(OURS, self.cost))
+            engines[label].share_pages(engines[BASELINE])
+        answers = self.trace.recording.answers
+        prompts = self.prompts([i % len(answers) for i in range(max(len(answers), 2 * size))])
+        found = measure(engines, prompts, size, time.perf_counter() + seconds, least_blocks=2)
+        runs = rows_of(found, size, self.options)
+        run = next(run for run in runs if run["policy"] == OURS and run["task"] == POOLED)
+        names = ("batch_size", "speedup", "speedup_low", "speedup_high", "identical")
+        return {name: run[name] for name in names}
+
     def engines(self) -> dict[str, Engine]:
         """Every contestant by label, the baseline twice; it has no drafter."""
-        config = EngineConfig(self.pages, self.length, self.slots, CHUNK, prefix_caching=False)
-        target: Any = ReplayedTarget(self.target, self.trace)
         engines: dict[str, Engine] = {}
         arms = {arm.label: arm for arm in self.options.arms}
         for label, arm in {**arms, AGAIN: arms[BASELINE]}.items():
             policy = self.trace.policy(arm.policy, self.cost, **arm.policy_options)
-            drafter = ReplayedDrafter(self.head, self.trace.recording, self.pages, self.scratch)
-            engines[label] = engine = Engine(
-                target,
-                policy,
-                None if arm.policy == BASELINE else drafter,
-                config,
-                lambda skip: lambda ids: " " * len(ids),
-                selection=fastest_selection(),
-            )
-            engine.share_pages(engines[BASELINE])
+            engines[label] = self._engine(policy, drafts=arm.policy != BASELINE)
+            engines[label].share_pages(engines[BASELINE])
         return engines
+
+    def _engine(self, policy: Policy, drafts: bool = True) -> Engine:
+        drafter = ReplayedDrafter(self.head, self.trace.recording, self.pages, self.scratch)
+        target: Any = ReplayedTarget(self.target, self.trace)
+        return Engine(
+            target,
+            policy,
+            drafter if drafts else None,
+            EngineConfig(self.pages, self.length, self.slots, CHUNK, prefix_caching=False),
+            lambda skip: lambda ids: " " * len(ids),
+            selection=fastest_selection(),
+        )
 
     def prompts(self, answers: Sequence[int]) -> dict[str, list[Prompt]]:
         """One prompt for each recorded answer; its first token says which."""

@@ -89,3 +89,6 @@ def test_it_answers_on_a_bare_machine(tmp_path: Path) -> None:
         runs = found[level]["runs"]
         assert [run["batch_size"] for run in runs] == [1] * 5 + [2] * 5
         assert all(run["identical"] for run in runs)
+        assert [run["batch_size"] for run in found[level]["ways"]] == [1, 2]
+        assert all(run["identical"] for run in found[level]["ways"])
+    assert done.stdout.splitlines()[-2].startswith("DRAFTING winner=")

@@ -18,8 +18,9 @@ import numpy as np
 import pytest
 import torch
 
+from smart_decoding.models import head_levels
 from smart_lab import gpu_check
-from smart_lab.gpu_check import Step, main, run_steps, stand_in, verdict
+from smart_lab.gpu_check import Step, main, run_steps, stand_in, verdict, ways
 from smart_lab.gpu_steps import Task, knee_of, replay_options, that_fit, trace_of
 from smart_lab.hardware import card, dimensions, roofline
 
@@ -94,6 +95,31 @@ def test_one_bad_run_of_either_replay_is_enough(run: dict[str, Any], reason: str
     found = good()
     found["replay-msd"]["runs"].append(run)
     assert verdict(found)[0] == [reason]
+
+
+def way(size: int, speedup: float) -> dict[str, Any]:
+    ends = {"speedup_low": speedup - 0.02, "speedup_high": speedup + 0.02}
+    return {"batch_size": size, "speedup": speedup, **ends}
+
+
+@pytest.mark.parametrize(
+    ("speedups", "line"),
+    [
+        ((1.2, 1.01), "winner=device set DEVICE_CHOOSES = True device/host=1.10"),
+        ((0.8, 0.9), "winner=host set DEVICE_CHOOSES = False device/host=0.85"),
+    ],
+)
+def test_the_faster_way_to_draft_is_named_with_its_setting(
+    speedups: tuple[float, float], line: str
+) -> None:
+    assert head_levels.DEVICE_CHOOSES in (True, False)
+    found = good()
+    assert ways(found) == "DRAFTING not measured"
+    for level, speedup in zip(("eagle3", "msd"), speedups, strict=True):
+        found[f"replay-{level}"]["ways"] = [way(16, speedup)]
+    sure = sum(abs(speedup - 1) > 0.02 for speedup in speedups)
+    each = ",".join(f"16:{speedup:.2f}" for speedup in speedups)
+    assert ways(found) == f"DRAFTING {line} by batch {each} beyond noise: {sure} of 2"
 
 
 def test_nothing_found_is_said_too() -> None:

@@ -36,6 +36,11 @@ if TYPE_CHECKING:
     from smart_decoding.engine.rows import Rows
 
 
+# On a GPU: two waits a round, or one for each level and a host that can stop. Which is faster was
+# not measured yet: tools/gpu_check.sh says which of both to write here.
+DEVICE_CHOOSES = True
+
+
 @dataclass(frozen=True, slots=True)
 class HeadCache:
     """A head's keys and values, and its rotary tables: [positions, head_dim / 2] each."""
@@ -60,8 +65,8 @@ class SteppedLevels(ABC):
         self._embedding = weights.embedding
         self._draft_ids = weights.draft_ids
         self._round: list[Tensor] = []
-        # whether kernels read `DeviceRows`, so that rows may be completed on a device
-        self.on_device = weights.target.device.type == "cuda"
+        # whether a device chooses what levels expand: its kernels must read `DeviceRows`
+        self.on_device = DEVICE_CHOOSES and weights.target.device.type == "cuda"
 
     @torch.inference_mode()
     def first(self, rows: Rows, parts: Sequence[Part], last: IntArray, asked: Asked) -> Ranked:
