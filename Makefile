@@ -126,7 +126,7 @@ $(SGLANG_DIR)/.installed-2:
 # vLLM's and SGLang's own classes. Their engines are for test-vllm and test-sglang. A test that is skipped fails the target.
 INTERPRETED = $(addprefix tests/gpu/,test_triton.py test_draws.py test_gpu_check.py) \
 	$(foreach part,policy seams costs trees algorithm,tests/integrations/test_sglang_$(part).py)
-HOST = $(addprefix tests/gpu/,test_counts.py test_profiles.py) tests/parity/test_graphs.py tests/unit/bench/test_floor.py \
+HOST = $(addprefix tests/gpu/,test_counts.py test_cuda_calls.py test_profiles.py) tests/parity/test_graphs.py tests/unit/bench/test_floor.py \
 	tests/unit/integrations/test_sharded.py tests/lab/test_gpu_check.py tests/lab/test_simulate.py $(VLLM_HOST)
 test-gpu-path: export SMART_NO_SKIPS = 1
 test-gpu-path: env $(SGLANG_DIR)/.installed-2 $(VLLM_NEWEST)/.installed
