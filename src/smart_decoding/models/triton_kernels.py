@@ -162,10 +162,10 @@ def attend(
     live = m // group < count
     row = tl.load(of_tile).to(tl.int64) + m // group
     kv_head = tl.program_id(1).to(tl.int64)
-    at = ((row * tl.num_programs(1) + kv_head) * group + m % group)[:, None]  # among the queries
+    heads = tl.num_programs(1) * group
+    at = (row * heads + kv_head * group + m % group)[:, None]  # among the queries
     d = tl.arange(0, max(16, triton.next_power_of_2(width)))
-    inside = live[:, None] & (d < width)
-    q = tl.load(queries + at * width + d, mask=inside, other=0.0)
+    q = tl.load(queries + at * width + d, mask=live[:, None] & (d < width), other=0.0)
     keys += kv_head * plane
     values += kv_head * plane
     table = meta + tl.load(of_tile + 2 * tiles)
@@ -176,7 +176,8 @@ def attend(
     else:
         tl.store(weight + 2 * to, best[:, None], mask=live[:, None])
         tl.store(weight + 2 * to + 1, total[:, None], mask=live[:, None])
-    tl.store(partial + to * width + d, acc, mask=inside & (best > NONE)[:, None])
+    inside = (live & (best > NONE))[:, None] & (d < width)
+    tl.store(partial + to * width + d, acc, mask=inside)
 
 
 @triton.jit(do_not_specialize=["splits"], do_not_specialize_on_alignment=["meta"])
