@@ -86,11 +86,9 @@ class Running:
         return self.worker.llm
 
     def idle(self, seconds: float = 5.0) -> bool:
-        """Whether all slots and pages are free within `seconds`."""
-        engine = self.llm.engine
-        return wait_for(
-            lambda: self.worker.active == 0 and engine.pool.available == engine.pool.pages, seconds
-        )
+        """Whether requests hold no slots and pages any more within `seconds`."""
+        pool = self.llm.engine.pool
+        return wait_for(lambda: self.worker.active == 0 and pool.used == 0, seconds)
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 5.0) -> bool:

@@ -41,10 +41,9 @@ async def collect(engine: AsyncLLM, prompt: Any, params: SamplingParams, name: s
 
 
 def idle(llm: LLM) -> bool:
-    pool = llm.engine.pool
     free = wait_for(lambda: not llm.engine.has_unfinished_requests, 1.0)
     llm.engine.check_integrity()
-    return free and pool.available == pool.pages
+    return free and llm.engine.pool.used == 0
 
 
 @pytest.mark.parametrize("n", [1, 3])

@@ -264,7 +264,7 @@ def test_costs_are_measured_beside_a_batch_which_does_not_wait_for_them(
     beside = [b - a for a, b in itertools.pairwise(steps.seen)]
     assert max(beside) == 1  # never two without a round between them
     assert sum(beside) > (steps.count - before) / 2
-    assert llm.engine.pool.available == llm.engine.pool.pages
+    assert llm.engine.pool.used == 0
     stored = load_profile(profile_of(llm))
     assert stored is not None
 

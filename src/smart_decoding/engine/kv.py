@@ -44,6 +44,7 @@ class PagePool:
         self._next_content = _ROOT_CONTENT + 1
         # cached pages that nobody holds, oldest first
         self._idle: OrderedDict[int, None] = OrderedDict()
+        self._lent: set[int] = set()
 
     @classmethod
     def of(cls, pages: Sequence[int]) -> PagePool:
@@ -57,13 +58,27 @@ class PagePool:
         """Pages that can be taken, cached idle ones included."""
         return len(self._free) + len(self._idle)
 
+    @property
+    def used(self) -> float:
+        """The share that requests hold, in [0, 1]. One look, so other threads may ask, too."""
+        return np.count_nonzero(self._references) / self.pages
+
     def take(self, count: int) -> list[int]:
         """`count` pages of arbitrary content. Raises OutOfPagesError, taking none."""
-        if count > self.available:
-            raise OutOfPagesError
-        pages = [self._free.pop() if self._free else self._evict() for _ in range(count)]
+        pages = self._pop(count)
         self._references[pages] += 1
         return pages
+
+    def lend(self, count: int) -> list[int]:
+        """The same between rounds, for no request: until `take_back` they count as nobody's."""
+        pages = self._pop(count)
+        self._lent.update(pages)
+        return pages
+
+    def take_back(self, pages: Iterable[int]) -> None:
+        """The end of what was lent."""
+        self._lent.difference_update(pages)
+        self._free.extend(pages)
 
     def give(self, pages: Iterable[int]) -> None:
         """Drops one reference to each page."""
@@ -130,7 +145,8 @@ class PagePool:
         assert (held == self._references).all(), "reference counts differ from the block tables"
         free = set(self._free) | set(self._idle)
         assert len(free) == self.available, "a page is listed as free twice"
-        assert free == set(np.flatnonzero(held == 0).tolist()), "a page is lost, or free and held"
+        unheld = set(np.flatnonzero(held == 0).tolist())
+        assert free | self._lent == unheld, "a page is lost, or free and held"
         listed = {page: key for key, pages in self._pages_of.items() for page in pages}
         assert listed == self._key_of, "the index of content is not sound"
         assert listed.keys() == self._content.keys(), "the index of content is not sound"
@@ -139,6 +155,11 @@ class PagePool:
             assert self._pages_of[listed[page]] == [page], (
                 "an idle page holds what another one holds too"
             )
+
+    def _pop(self, count: int) -> list[int]:
+        if count > self.available:
+            raise OutOfPagesError
+        return [self._free.pop() if self._free else self._evict() for _ in range(count)]
 
     def _evict(self) -> int:
         page, _ = self._idle.popitem(last=False)

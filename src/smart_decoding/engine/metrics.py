@@ -143,7 +143,7 @@ class Record:
         gauges = {
             "num_requests_running": len(scheduler.running),
             "num_requests_waiting": len(scheduler.waiting),
-            "kv_cache_usage_perc": 1 - engine.pool.available / engine.pool.pages,
+            "kv_cache_usage_perc": engine.pool.used,
         }
         ended = [
             Counter("vllm:request_success", count, labels={"finished_reason": reason})

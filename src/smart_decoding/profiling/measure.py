@@ -164,7 +164,7 @@ class Measurement:
 
     def _run(self, point: Point, reference: Point) -> None:
         stage = point.stage
-        pages = self._pool.take(stage.needed)
+        pages = self._pool.lend(stage.needed)
         started = self._clock()
         try:
             reference.stage.place(pages[: reference.stage.needed])
@@ -178,7 +178,7 @@ class Measurement:
             self._timed.append((point, self._time(reference), self._time(point)))
         finally:
             stage.end()
-            self._pool.give(pages)
+            self._pool.take_back(pages)
         self._again += bool(self._untimed) and point not in self._untimed
         self._untimed.discard(point)
         self._queue.rotate(-1)

@@ -138,7 +138,7 @@ class Live:
             "running": len(engine.scheduler.running),
             "waiting": len(engine.scheduler.waiting),
             "slots": engine.config.max_num_seqs,
-            "kv": round(1 - engine.pool.available / engine.pool.pages, 4),
+            "kv": round(engine.pool.used, 4),
             "idle": idle,
             **_speeds(recent),
             "off": _rounded(stats.get("share_off")),

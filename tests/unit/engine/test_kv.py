@@ -168,6 +168,23 @@ def test_a_page_that_is_held_outlives_an_idle_one_of_the_same_content() -> None:
     assert len(pool.find(tokens, 48)) == 3
 
 
+def test_what_is_lent_between_rounds_is_nobodys_use_of_memory() -> None:
+    """`/metrics` told of a full memory while costs were measured."""
+    pool = PagePool(6, prefix_caching=True)
+    table = filled(pool, list(range(33)))
+    lent = pool.lend(pool.available)
+    assert len(lent) == 3
+    assert pool.used == 0.5
+    pool.check_integrity([table])
+    with pytest.raises(OutOfPagesError):
+        pool.take(1)
+    table.release()
+    assert pool.used == 0
+    pool.take_back(lent)
+    pool.check_integrity([])
+    assert pool.available == pool.pages
+
+
 def test_integrity_notices_a_lost_page_and_a_double_use() -> None:
     pool = PagePool(3)
     table = filled(pool, [1] * 20)
