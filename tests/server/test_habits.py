@@ -140,12 +140,13 @@ def test_variables_of_the_chat_template_reach_it(load: Callable[..., LLM]) -> No
         chat = "/v1/chat/completions"
         longer = len("<think></think>")
         assert grown(chat, CHAT, "usage", "prompt_tokens") == longer
-        effort = {**off, "reasoning_effort": "medium"}
-        counts = [
-            post(server, chat, json={**CHAT, **more}).json()["usage"]["prompt_tokens"]
-            for more in ({}, effort)
-        ]
-        assert counts[1] - counts[0] == longer + len("medium")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(off, "reasoning_effort", "medium")
+            assert grown(chat, CHAT, "usage", "prompt_tokens") == longer + len("medium")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(off, "reasoning", {"effort": "low", "summary": "auto"})
+            known = longer + len("low")
+            assert grown("/v1/responses", asked, "usage", "input_tokens") == known
         called = {**CHAT, "tools": [tool]}
         assert grown(chat, called, "usage", "prompt_tokens") == longer
         assert grown("/v1/responses", asked, "usage", "input_tokens") == longer

@@ -190,7 +190,7 @@ def test_logprobs_if_they_are_included(client: openai.OpenAI) -> None:
         ({"background": True}, "background"),
         ({"conversation": "c"}, "conversation"),
         ({"truncation": "auto"}, "truncation"),
-        ({"reasoning": {"effort": "low"}}, "reasoning"),
+        ({"reasoning": {"effort": 1}}, "reasoning"),
         ({"tools": [{"type": "web_search"}]}, "only tools of the type 'function'"),
         ({"tools": [TOOL, TOOL]}, "same name"),
         ({"max_output_tokens": 5000}, "context length"),

@@ -18,7 +18,6 @@ from serving import NAME, Running, post, serving, slow, stretches_of_loops, wait
 from smart_decoding.errors import CapacityError
 from smart_decoding.models import tokenizer as tokenizing
 from smart_decoding.models.tokenizer import Tokenizer
-from smart_decoding.server import openai_api
 from smart_decoding.server.counting import MAX_NAMED, MAX_NESTED, MAX_VALUES, check_count
 from smart_decoding.server.errors import ApiError
 from smart_decoding.server.lane import Lane
@@ -278,7 +277,7 @@ def test_the_texts_of_one_client_that_wait_have_an_end(
         return encode(tokenizer, text[:9], *given, **named)
 
     monkeypatch.setattr(Tokenizer, "encode", held_up)
-    monkeypatch.setattr(openai_api, "WAITING", 1)
+    monkeypatch.setattr(running.server.config.app.state.texts, "_most", 2**22)
     with ThreadPoolExecutor() as pool, client(running) as other:
         first = pool.submit(post, running, "/tokenize", json={"prompt": "1" * 3_000_000})
         assert wait_for(lambda: read == ["1"])

@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import Response, StreamingResponse
 
 from smart_decoding.async_llm import AsyncJob
 from smart_decoding.engine.jobs import Ask
 from smart_decoding.errors import ConfigError
 from smart_decoding.server.answers import CompletionForm, Usage
 from smart_decoding.server.errors import ApiError, gone
-from smart_decoding.server.replies import Reply
+from smart_decoding.server.replies import Reply, encoded
 
 if TYPE_CHECKING:
+    from smart_decoding.engine.jobs import Chunk
     from smart_decoding.engine.media import Media
     from smart_decoding.engine.sampling_params import SamplingParams
     from smart_decoding.llm import LLM
     from smart_decoding.models.grammars import Compiled
     from smart_decoding.server.answers import Form
+    from smart_decoding.server.counting import Texts
     from smart_decoding.server.schemas import Completions
     from smart_decoding.server.settings import ServerSettings
     from smart_decoding.server.worker import Worker
@@ -66,13 +68,25 @@ async def answer(
         if job.stream:
             events = _to_the_end(reply.events(first), job, worker, watch)
             return StreamingResponse(events, media_type="text/event-stream", headers=STREAM_HEADERS)
-        response = JSONResponse(await reply.whole(first))
+        chunks = [chunk async for chunk in reply.chunks(first)]
+        body = await _written(request, reply, chunks)
     except BaseException:
         worker.cancel(job)
         watch.cancel()
         raise
     watch.cancel()
-    return response
+    return Response(body, media_type="application/json")
+
+
+async def _written(request: Request, reply: Reply, chunks: Sequence[Chunk]) -> str:
+    """The whole answer. Log probabilities are much to write, and others are served meanwhile."""
+    texts: Texts = request.app.state.texts
+
+    def write() -> str:
+        return encoded(reply.whole(chunks))
+
+    long = any(chunk.logprobs for chunk in chunks)
+    return await texts.write(request, write) if long else write()
 
 
 async def unless_gone(request: Request, work: Awaitable[T]) -> T:

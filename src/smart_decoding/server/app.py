@@ -15,6 +15,7 @@ from starlette.middleware.cors import CORSMiddleware
 from smart_decoding import __version__
 from smart_decoding.server import errors, openai_api
 from smart_decoding.server.answering import STREAM_HEADERS
+from smart_decoding.server.counting import WAITING, Texts
 from smart_decoding.server.live import CSP, PAGE, Live
 from smart_decoding.server.middleware import Gate
 
@@ -35,6 +36,7 @@ def create_app(worker: Worker, settings: ServerSettings, metrics: Metrics, live:
         docs_url=None,
         redoc_url=None,
     )
+    app.state.texts = Texts(WAITING * settings.max_body)
     errors.install(app)
     app.include_router(openai_api.router(worker, settings))
     app.include_router(_state(worker, metrics))

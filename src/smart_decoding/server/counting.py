@@ -1,15 +1,28 @@
-"""How much a body holds, before it is read: reading cannot be interrupted."""
+"""How bodies are read: counted before, as reading cannot be interrupted, and long ones in turn."""
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from collections.abc import Callable, Coroutine
-from typing import Any
+from contextvars import copy_context
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from starlette.requests import ClientDisconnect
 
-from smart_decoding.server.errors import ApiError
+from smart_decoding.server.answering import unless_gone
+from smart_decoding.server.errors import ApiError, gone, of_validation
+from smart_decoding.server.lane import Lane, Lanes
+
+if TYPE_CHECKING:
+    from fastapi._compat import ModelField
+
+T = TypeVar("T")
+SHORT = 16_384  # bytes of a body whose texts are not worth a wait for long ones
+WAITING = 16  # largest bodies of one client, or as many bytes, that wait to be read
 
 MAX_VALUES = 200_000  # in a body: numbers, texts, ...
 MAX_NAMED = 50_000  # in a body: values that have names, which take ten times as long to read
@@ -37,18 +50,74 @@ def _few(raw: bytes) -> bool:
     return raw.count(b",") < MAX_VALUES and named <= MAX_NAMED and nested <= MAX_NESTED
 
 
+class Texts:
+    """What clients have sent is read, and long answers are written, beside the event loop: one
+    piece at a time and each client in turn. A piece holds Python's lock, and many at once would
+    hold up who asks for little.
+
+    most: bytes of one client that may wait."""
+
+    def __init__(self, most: int) -> None:
+        self._lanes = Lanes(SHORT)
+        self._answers = Lane()
+        self._most = most
+        self._unread: Counter[str] = Counter()  # bytes in the lanes, by client
+
+    async def read(self, request: Request, work: Callable[[], T]) -> T:
+        """What `work` makes of a request, when it is its client's turn. Raises ApiError if too much
+        of this client's waits already, or if the client hangs up."""
+        client = request.state.client
+        size = len(await request.body())
+        if self._unread[client] + size > self._most:
+            message = "too many of your texts wait to be read: try again later"
+            raise ApiError(429, message, "queue_full")
+        self._unread[client] += size
+        try:
+            return await unless_gone(request, self._lanes.of(size).run(client, work))
+        finally:
+            self._unread[client] -= size
+            self._unread += Counter()  # without those that wait no more
+
+    async def write(self, request: Request, work: Callable[[], T]) -> T:
+        """What `work` makes of a long answer, when it is its client's turn."""
+        return await self._answers.run(request.state.client, work)
+
+
 class CountedRoute(APIRoute):
-    """A route whose bodies are counted before they are read."""
+    """A route whose bodies are counted before they are read, and read in their turn if they are
+    long; by `Texts` in the application's state."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """FastAPI's, behind the count."""
+        """FastAPI's, which finds the body read."""
         handle = super().get_route_handler()
+        field = self.body_field
 
         async def counted(request: Request) -> Response:
             try:
-                check_count(await request.body())
+                raw = await request.body()
             except ClientDisconnect:
-                raise ApiError(499, "the client has gone") from None
+                raise gone() from None
+            if field is not None and raw:
+                # With this request's own `ignored`, in another thread, too.
+                read = partial(copy_context().run, _read, field, raw)
+                texts: Texts = request.app.state.texts
+                long = len(raw) > SHORT
+                request._json = await texts.read(request, read) if long else read()
             return await handle(request)
 
         return counted
+
+
+def _read(field: ModelField, raw: bytes) -> Any:
+    """The body as its model. Raises ApiError."""
+    check_count(raw)
+    try:
+        given = json.loads(raw)
+    except json.JSONDecodeError as error:
+        raise ApiError(400, f"the body is not valid JSON: {error.msg}") from None
+    except (ValueError, RecursionError):
+        raise ApiError(400, "the body is not valid JSON: no UTF-8, or too deep") from None
+    found, errors = field.validate(given, {}, loc=("body",))
+    if errors:
+        raise of_validation(errors)
+    return found

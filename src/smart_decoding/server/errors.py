@@ -6,6 +6,7 @@ The shape: {"error": {"message", "type", "param", "code"}}.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -102,24 +103,21 @@ def _api_error(error: Exception) -> ApiError:
     if isinstance(error, HTTPException):
         return ApiError(error.status_code, str(error.detail))
     if isinstance(error, RequestValidationError):
-        return _of_validation(error)
+        return of_validation(error.errors())
     log.error("request failed", exc_info=error)
     return ApiError(500, f"internal error: {type(error).__name__}")
 
 
-def _of_validation(error: RequestValidationError) -> ApiError:
+def of_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     """The first thing that is wrong; of a value that may be of several types, the deepest."""
-    field = error.errors()[0]["loc"][:2]
-    first = max((e for e in error.errors() if e["loc"][:2] == field), key=lambda e: len(e["loc"]))
+    field = errors[0]["loc"][:2]
+    first = max((e for e in errors if e["loc"][:2] == field), key=lambda e: len(e["loc"]))
     kind = first["type"]
     # Behind "body" and the field's name "list[...]" is a type that was tried.
     path = [
         part for i, part in enumerate(map(str, first["loc"])) if i and (i == 1 or "[" not in part)
     ]
     param = path[0] if path else None
-    if kind == "json_invalid":
-        reason = first.get("ctx", {}).get("error", first["msg"])
-        return ApiError(400, f"the body is not valid JSON: {reason}")
     if kind == "extra_forbidden":
         return ApiError(400, f"{'.'.join(path)} is not supported", "unsupported_parameter", param)
     reason = first["msg"].removeprefix("Value error, ")

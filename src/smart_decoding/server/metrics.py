@@ -215,7 +215,9 @@ class Metrics:
         yield self._gauge("num_requests_running", "Answers in the running batch.", running)
         waiting = len(scheduler.waiting)
         yield self._gauge("num_requests_waiting", "Answers waiting for a slot.", waiting)
-        yield self._gauge("kv_cache_usage_perc", "Share of KV pages that requests hold, 1 is all.", used)
+        yield self._gauge(
+            "kv_cache_usage_perc", "Share of KV pages that requests hold, 1 is all.", used
+        )
         resting = len(scheduler.shares.resting)
         yield self._gauge("num_clients_resting", "Clients that sit out this round.", resting)
         for each in self.shared():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -14,12 +13,11 @@ from fastapi.responses import Response
 from smart_decoding.engine.engine import BEFORE
 from smart_decoding.engine.stopping import Detokenizer
 from smart_decoding.errors import CapacityError
-from smart_decoding.server.answering import Asked, answer, check_model, unless_gone
+from smart_decoding.server.answering import Asked, answer, check_model
 from smart_decoding.server.answers import ChatForm, CompletionForm, Json
 from smart_decoding.server.chat import chat_prompt
-from smart_decoding.server.counting import CountedRoute
+from smart_decoding.server.counting import CountedRoute, Texts
 from smart_decoding.server.errors import ApiError
-from smart_decoding.server.lane import Lanes
 from smart_decoding.server.replies import Reply
 from smart_decoding.server.responses import ResponsesReply
 from smart_decoding.server.responses_request import ResponsesRequest
@@ -36,8 +34,6 @@ if TYPE_CHECKING:
     from smart_decoding.server.worker import Worker
 
 T = TypeVar("T")
-WAITING = 16  # largest bodies of one client, or as many bytes, that wait to be read
-SHORT = 16_384  # bytes of a body whose texts are not worth a wait for long ones
 
 
 def router(worker: Worker, settings: ServerSettings) -> APIRouter:
@@ -59,8 +55,6 @@ class _Routes:
         self._worker = worker
         self._settings = settings
         self._started = int(time.time())
-        self._lanes = Lanes(SHORT)
-        self._unread: Counter[str] = Counter()  # bytes of bodies in the lanes, by client
 
     async def models(self) -> Json:
         return {"object": "list", "data": [self._card()]}
@@ -102,19 +96,11 @@ class _Routes:
 
     async def _read(self, request: Request, field: str, read: Callable[[], T]) -> T:
         """What `read` makes of the texts in `field`, when it is the client's turn."""
-        client = request.state.client
-        size = len(await request.body())
-        if self._unread[client] + size > WAITING * self._settings.max_body:
-            message = "too many of your texts wait to be read: try again later"
-            raise ApiError(429, message, "queue_full")
-        self._unread[client] += size
+        texts: Texts = request.app.state.texts
         try:
-            return await unless_gone(request, self._lanes.of(size).run(client, read))
+            return await texts.read(request, read)
         except CapacityError as error:
             raise ApiError(400, str(error), "context_length_exceeded", field) from error
-        finally:
-            self._unread[client] -= size
-            self._unread += Counter()  # without those that wait no more
 
     async def tokenize(self, request: Request, body: TokenizeRequest) -> Json:
         llm = self._model(body.model)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from smart_decoding.server.answers import Form, Json, Usage, envelope
 from smart_decoding.server.errors import ApiError
@@ -31,9 +31,9 @@ class Reply:
     usage: Usage
     body: Completions
 
-    async def whole(self, first: Chunk) -> Json:
-        """All of it. Raises ApiError."""
-        choices = [self.form.choice(chunk) async for chunk in self._chunks(first)]
+    def whole(self, chunks: Sequence[Chunk]) -> Json:
+        """All of it, of all `chunks`."""
+        choices = [self.form.choice(chunk) for chunk in chunks]
         return {
             **envelope(self.form, self.job.id, self.model, True),
             "choices": sorted(choices, key=lambda choice: int(choice["index"])),
@@ -48,7 +48,7 @@ class Reply:
         more: Json = {"usage": None} if with_usage else {}
         opened: set[int] = set()
         try:
-            async for chunk in self._chunks(first):
+            async for chunk in self.chunks(first):
                 if self.body.continuous_usage:
                     more = {"usage": self.usage.json()}
                 opening = self.form.opening(chunk.index) if chunk.index not in opened else None
@@ -71,7 +71,7 @@ class Reply:
         """As vLLM, only where there is one answer."""
         return self.usage.figures() if self.job.size == 1 else {}
 
-    async def _chunks(self, first: Chunk) -> AsyncIterator[Chunk]:
+    async def chunks(self, first: Chunk) -> AsyncIterator[Chunk]:
         """All chunks of the job, to the end of its last answer. Raises ApiError if it fails."""
         chunk = first
         while True:
@@ -80,6 +80,17 @@ class Reply:
             if not self.job.open:
                 return
             chunk = await self.worker.chunk(self.job)
+
+
+def encoded(value: Any, depth: int = 6) -> str:
+    """As JSON. The outer values one by one: a single call holds Python's lock to its end, and log
+    probabilities can be many megabytes."""
+    if depth and isinstance(value, dict):
+        parts = (f"{json.dumps(key)}:{encoded(each, depth - 1)}" for key, each in value.items())
+        return "{" + ",".join(parts) + "}"
+    if depth and isinstance(value, list):
+        return "[" + ",".join(encoded(each, depth - 1) for each in value) + "]"
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
 def event(data: Json) -> str:

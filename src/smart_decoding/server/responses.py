@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -97,11 +97,11 @@ class ResponsesReply(Reply):
     echo: Json
     created: int = field(default_factory=lambda: int(time.time()))
 
-    async def whole(self, first: Chunk) -> Json:
-        """All of it. Raises ApiError."""
+    def whole(self, chunks: Sequence[Chunk]) -> Json:
+        """All of it, of all `chunks`."""
         items = Items()
         reason = None
-        async for chunk in self._chunks(first):
+        for chunk in chunks:
             for _ in self._told(items, chunk):
                 pass
             reason = chunk.finish_reason
@@ -124,7 +124,7 @@ class ResponsesReply(Reply):
         for kind in ("created", "in_progress"):
             yield {"type": f"response.{kind}", "response": self._response(items, None)}
         reason = None
-        async for chunk in self._chunks(first):
+        async for chunk in self.chunks(first):
             for told in self._told(items, chunk):
                 yield told
             reason = chunk.finish_reason

@@ -178,6 +178,15 @@ class TextConfig(Body):
         return {"type": "json_schema", "json_schema": schema}
 
 
+class Reasoning(Body):
+    """How long the model may think, if its template knows of that."""
+
+    effort: Text | None = Field(None, description="A variable of the chat template.")
+    summary: Text | None = Field(None, description="Changes nothing: answers have no summaries.")
+
+    _NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = {"generate_summary": (None,)}
+
+
 class ResponsesRequest(Sampling):
     """The body of /v1/responses. chat: the same as a chat."""
 
@@ -191,6 +200,7 @@ class ResponsesRequest(Sampling):
     include: list[Text] | None = Field(None, description=f"{LOGPROBS!r}; others have no effect.")
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     metadata: dict[str, Text] | None = Field(None, description="Comes back with the answer.")
+    reasoning: Reasoning | None = None
     chat_template_kwargs: TemplateVariables | None = None
 
     _NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = (
@@ -204,15 +214,15 @@ class ResponsesRequest(Sampling):
             "previous_input_messages": (None, []),
             "previous_response_id": (None,),
             "prompt": (None,),
-            "reasoning": (None, {}),
             "truncation": (None, "disabled"),
         }
     )
-    _chat: Chat = PrivateAttr()
+    _chat: Chat | None = PrivateAttr(None)
 
     @property
     def chat(self) -> Chat:
         """The same as a chat."""
+        assert self._chat is not None
         return self._chat
 
     def echo(self) -> Json:
@@ -225,6 +235,7 @@ class ResponsesRequest(Sampling):
             "metadata": self.metadata or {},
             "parallel_tool_calls": self.parallel_tool_calls is not False,
             "previous_response_id": None,
+            "reasoning": as_sent.get("reasoning", {"effort": None, "summary": None}),
             "store": False,
             "temperature": 1.0 if self.temperature is None else self.temperature,
             "text": {"format": text.get("format", {"type": "text"})},
@@ -238,6 +249,8 @@ class ResponsesRequest(Sampling):
 
     @model_validator(mode="after")
     def _read_as_chat(self) -> ResponsesRequest:
+        if self._chat is not None:  # FastAPI checks what is read already
+            return self
         try:
             self._chat = Chat.model_validate(self._as_chat())
         except ValidationError as error:
@@ -258,6 +271,7 @@ class ResponsesRequest(Sampling):
             "tools": [_nested(tool) for tool in self.tools or ()] or None,
             "tool_choice": named if isinstance(choice, NamedFunction) else choice,
             "parallel_tool_calls": self.parallel_tool_calls,
+            "reasoning_effort": self.reasoning and self.reasoning.effort,
             "chat_template_kwargs": self.chat_template_kwargs,
             "logprobs": with_logprobs or None,
             "top_logprobs": self.top_logprobs if with_logprobs else None,
