@@ -149,7 +149,8 @@ from vllm.v1.metrics.reader import Counter, Gauge, Histogram, Vector
 
 table = "| 1 | Ann | 31 | Bern |\\n| 2 | Bob | 45 | Oslo |\\n" * 6
 llm = LLM(model="MODEL", max_model_len=900, enable_prefix_caching=True, disable_log_stats=False,
-          enable_chunked_prefill=True, max_num_seqs=None, runner="generate", speculative_config={
+          enable_chunked_prefill=False, disable_chunked_mm_input=True, max_num_seqs=None,
+          runner="generate", speculative_config={
               "method": "ngram", "num_speculative_tokens": 3, "policy": "static",
               "prompt_lookup_max": 3, "prompt_lookup_min": 2})
 params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, logprobs=2)

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("smart.server")
 READING = 1.0  # seconds at the end for clients to read it
+# Seconds after which a thread that runs Python lets another one: every step of an answer about
+# health may wait for so long, and so may a round.
+SWITCH = 0.001
 _EXTRA = ("request_id", "status", "seconds", "model", "speculation", "address")
 
 
@@ -138,6 +141,7 @@ def serve(load: Callable[[], LLM], settings: ServerSettings) -> int:
     Raises ConfigError for an address that cannot be had, SmartError if the model cannot be loaded.
     """
     set_up_logging(settings.log_level)
+    sys.setswitchinterval(SWITCH)
     server, worker = make_server(lambda: _kept_for_good(load()), settings)
     with bind(settings.host, settings.port) as listener:
         host, port = listener.getsockname()[:2]
