@@ -17,7 +17,7 @@ from itertools import count
 import httpx
 import pytest
 
-from smart_lab.busy import COMMAND, is_ready, measured, started
+from smart_lab.busy import COMMAND, is_ready, library, measured, started
 
 pytestmark = pytest.mark.model
 pytest.importorskip("llguidance")
@@ -98,9 +98,10 @@ def test_an_answer_beside_six_dear_grammars_takes_at_most_twice_as_long(
         assert min(beside) < 2 * min(alone)
 
 
-def test_an_answer_beside_a_busy_process_keeps_half_of_its_speed(address: str) -> None:
-    """`smart_lab busy` asks for 0.6. Such medians were 0.58 to 0.93 on a quiet machine, and 0.28 to
-    0.37 where threads looked at barriers 300,000 times."""
+@pytest.mark.parametrize("entry", ["LLM", "serve"])
+def test_an_answer_beside_a_busy_process_keeps_half_of_its_speed(address: str, entry: str) -> None:
+    """`smart_lab busy` asks for 0.6, and of all entry points. Such medians were 0.58 to 0.93 on a
+    quiet machine, and 0.28 to 0.37 where threads looked at barriers 300,000 times."""
     with httpx.Client(base_url=address, timeout=60) as client:
 
         def rate() -> float:
@@ -109,7 +110,8 @@ def test_an_answer_beside_a_busy_process_keeps_half_of_its_speed(address: str) -
             return 40 / (time.monotonic() - began)
 
         def keeps() -> bool:
-            ratios.append(measured(lambda _: nullcontext(rate), 40, 5)["ratio"])
+            measure = library if entry == "LLM" else lambda _: nullcontext(rate)
+            ratios.append(measured(measure, 40, 5)["ratio"])
             return ratios[-1] > 0.5
 
         ratios: list[float] = []
@@ -119,8 +121,8 @@ def test_an_answer_beside_a_busy_process_keeps_half_of_its_speed(address: str) -
 
 
 def test_health_and_metrics_answer_within_a_tenth_of_a_second(address: str) -> None:
-    """Beside grammars, answers, and texts of four megabytes. One look may come while the machine's
-    other work has the processors."""
+    """Beside grammars, answers, and texts of four megabytes. One look in twenty may come while the
+    machine's other work has the processors."""
 
     def refused(path: str) -> set[int]:
         codes = set()
@@ -147,8 +149,8 @@ def test_health_and_metrics_answer_within_a_tenth_of_a_second(address: str) -> N
             time.sleep(0.02)
         done.set()
         assert [each.result() for each in sent] == [{400}] * 2
-    *_, second, longest = sorted(waits)
-    print(statistics.median(waits), second, longest)
-    assert statistics.median(waits) < 0.1
-    assert second < 0.3
-    assert longest < 1.0
+    waits.sort()
+    usual, longest = waits[len(waits) * 19 // 20], waits[-1]
+    print(len(waits), statistics.median(waits), usual, longest)
+    assert usual < 0.1
+    assert longest < 0.5

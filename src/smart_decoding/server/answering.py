@@ -130,7 +130,9 @@ async def _job(
         limit = longest if limit is None else min(limit, longest)
     encode = partial(worker.ready().tokenizer.encode, add_special_tokens=False)
 
-    params = body.params(limit, asked.logprobs, defaults)
+    texts: Texts = request.app.state.texts
+    given = partial(body.params, limit, asked.logprobs, defaults)
+    params = await texts.checked(request, given)
     if body.bad_words:
         params = await asked.read("bad_words", partial(params.checked, encode))
     grammars = await _grammars(body, params, worker, request)

@@ -78,6 +78,11 @@ class Texts:
             self._unread[client] -= size
             self._unread += Counter()  # without those that wait no more
 
+    async def checked(self, request: Request, work: Callable[[], T]) -> T:
+        """The same for what takes no time where the body is short: that is done at once."""
+        long = len(await request.body()) > SHORT
+        return await self.read(request, work) if long else work()
+
     async def write(self, request: Request, work: Callable[[], T]) -> T:
         """What `work` makes of a long answer, when it is its client's turn."""
         return await self._answers.run(request.state.client, work)
@@ -101,8 +106,7 @@ class CountedRoute(APIRoute):
                 # With this request's own `ignored`, in another thread, too.
                 read = partial(copy_context().run, _read, field, raw)
                 texts: Texts = request.app.state.texts
-                long = len(raw) > SHORT
-                request._json = await texts.read(request, read) if long else read()
+                request._json = await texts.checked(request, read)
             return await handle(request)
 
         return counted
@@ -110,14 +114,21 @@ class CountedRoute(APIRoute):
 
 def _read(field: ModelField, raw: bytes) -> Any:
     """The body as its model. Raises ApiError."""
+    found = _model_of(field, raw)
+    if isinstance(found, ApiError):
+        raise found
+    return found
+
+
+def _model_of(field: ModelField, raw: bytes) -> Any:
+    """That, or what is wrong: an error that was raised would hold all that was read, for the event
+    loop to free."""
     check_count(raw)
     try:
         given = json.loads(raw)
     except json.JSONDecodeError as error:
-        raise ApiError(400, f"the body is not valid JSON: {error.msg}") from None
+        return ApiError(400, f"the body is not valid JSON: {error.msg}")
     except (ValueError, RecursionError):
-        raise ApiError(400, "the body is not valid JSON: no UTF-8, or too deep") from None
+        return ApiError(400, "the body is not valid JSON: no UTF-8, or too deep")
     found, errors = field.validate(given, {}, loc=("body",))
-    if errors:
-        raise of_validation(errors)
-    return found
+    return of_validation(errors) if errors else found

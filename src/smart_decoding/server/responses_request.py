@@ -227,7 +227,8 @@ class ResponsesRequest(Sampling):
 
     def echo(self) -> Json:
         """What the answer repeats of it."""
-        as_sent = self.model_dump(by_alias=True, exclude_none=True)
+        repeated = {"text", "tool_choice", "tools", "reasoning"}
+        as_sent = self.model_dump(include=repeated, by_alias=True, exclude_none=True)
         text = as_sent.get("text", {})
         return {
             "instructions": self.instructions,
