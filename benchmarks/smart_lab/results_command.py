@@ -34,6 +34,7 @@ KINDS = {
     "sampled": "Sampled",
     "robustness": "Never slower?",
     "busy": "Beside busy processes",
+    "busy-bench": "The same, `smart bench`",
     "peers": "Other engines",
     "vllm": "Inside vLLM",
     "transformers": "Inside transformers",

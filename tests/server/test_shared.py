@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from smart_decoding.llm import LLM
 
 # Seconds of a processor in which the event loop looks at nobody else, at most.
-STRETCH = 0.03
+STRETCH = 0.015
 LONG = {"model": NAME, "prompt": "a", "max_tokens": 300, "ignore_eos": True, "temperature": 0}
 HUGE = "7" * 4_000_000
 
@@ -196,7 +196,7 @@ def test_log_probabilities_of_long_answers_hold_up_nobody(load: Any, chat: bool)
         answer = post(running, path, json={**body, **more}).json()
     assert len(answer["choices"]) == 8
     assert answer["usage"]["completion_tokens"] == 8 * 1000
-    assert max(stretches) < 2 * STRETCH  # megabytes are sent
+    assert max(stretches) < 4 * STRETCH  # ten megabytes are sent
 
 
 @pytest.mark.parametrize(

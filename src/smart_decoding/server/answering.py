@@ -101,6 +101,7 @@ async def unless_gone(request: Request, work: Awaitable[T]) -> T:
     finally:
         task.cancel()
         watch.cancel()
+        del task  # else an error, which knows this frame, would hold itself and all that was read
 
 
 def check_model(name: str, settings: ServerSettings) -> None:

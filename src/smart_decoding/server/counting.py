@@ -63,6 +63,11 @@ class Texts:
         self._most = most
         self._unread: Counter[str] = Counter()  # bytes in the lanes, by client
 
+    @property
+    def quiet(self) -> bool:
+        """Whether nothing is here to be read."""
+        return not self._unread
+
     async def read(self, request: Request, work: Callable[[], T]) -> T:
         """What `work` makes of a request, when it is its client's turn. Raises ApiError if too much
         of this client's waits already, or if the client hangs up."""

@@ -57,7 +57,10 @@ class Lane:
             raise
         working = asyncio.get_running_loop().run_in_executor(self._threads, work)
         working.add_done_callback(self._done)
-        return await asyncio.shield(working)  # nobody can stop it: it keeps its place to its end
+        try:
+            return await asyncio.shield(working)  # nobody can stop it: it keeps its place to its end
+        finally:
+            del working  # else an error would hold itself, and all that was read
 
     def _done(self, work: asyncio.Future[T]) -> None:
         if not work.cancelled():

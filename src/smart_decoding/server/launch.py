@@ -10,11 +10,13 @@ import logging
 import math
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 import uvicorn
+from fastapi import FastAPI
 
 from smart_decoding.errors import ConfigError, SmartError
 from smart_decoding.server.app import create_app
@@ -25,6 +27,7 @@ from smart_decoding.server.worker import Worker
 
 if TYPE_CHECKING:
     from smart_decoding.llm import LLM
+    from smart_decoding.server.counting import Texts
     from smart_decoding.server.settings import ServerSettings
 
 log = logging.getLogger("smart.server")
@@ -32,6 +35,7 @@ READING = 1.0  # seconds at the end for clients to read it
 # Seconds after which a thread that runs Python lets another one: every step of an answer about
 # health may wait for so long, and so may a round.
 SWITCH = 0.001
+TIDY = 60.0  # seconds between two looks for old garbage
 _EXTRA = ("request_id", "status", "seconds", "model", "speculation", "address")
 
 
@@ -143,6 +147,8 @@ def serve(load: Callable[[], LLM], settings: ServerSettings) -> int:
     set_up_logging(settings.log_level)
     sys.setswitchinterval(SWITCH)
     server, worker = make_server(lambda: _kept_for_good(load()), settings)
+    texts = cast(FastAPI, server.config.app).state.texts
+    threading.Thread(target=_tidy, args=(texts,), name="smart-tidy", daemon=True).start()
     with bind(settings.host, settings.port) as listener:
         host, port = listener.getsockname()[:2]
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
@@ -172,10 +178,20 @@ def welcome(settings: ServerSettings, url: str) -> str:
 
 
 def _kept_for_good(llm: LLM) -> LLM:
-    """What is loaded stays: searching it for garbage again would hold up rounds."""
+    """What is loaded stays: searching it for garbage again would hold up rounds. What has come
+    since is searched by `_tidy`: large bodies are many objects, and a search took 0.12 s."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(*gc.get_threshold()[:2], 1 << 30)
     return llm
+
+
+def _tidy(texts: Texts) -> None:
+    """Looks for old garbage while no large body is there."""
+    while True:
+        time.sleep(TIDY)
+        if texts.quiet:
+            gc.collect()
 
 
 def bind(host: str, port: int) -> socket.socket:
