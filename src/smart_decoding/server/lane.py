@@ -58,7 +58,7 @@ class Lane:
         working = asyncio.get_running_loop().run_in_executor(self._threads, work)
         working.add_done_callback(self._done)
         try:
-            return await asyncio.shield(working)  # nobody can stop it: it keeps its place to its end
+            return await asyncio.shield(working)  # it cannot be stopped: it keeps its place
         finally:
             del working  # else an error would hold itself, and all that was read
 
