@@ -145,10 +145,12 @@ def serve(load: Callable[[], LLM], settings: ServerSettings) -> int:
     Raises ConfigError for an address that cannot be had, SmartError if the model cannot be loaded.
     """
     set_up_logging(settings.log_level)
-    sys.setswitchinterval(SWITCH)
-    server, worker = make_server(lambda: _kept_for_good(load()), settings)
-    texts = cast(FastAPI, server.config.app).state.texts
-    threading.Thread(target=_tidy, args=(texts,), name="smart-tidy", daemon=True).start()
+
+    def loaded() -> LLM:
+        texts: Texts = cast(FastAPI, server.config.app).state.texts
+        return _settled(load(), texts)
+
+    server, worker = make_server(loaded, settings)
     with bind(settings.host, settings.port) as listener:
         host, port = listener.getsockname()[:2]
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
@@ -177,12 +179,15 @@ def welcome(settings: ServerSettings, url: str) -> str:
 """
 
 
-def _kept_for_good(llm: LLM) -> LLM:
-    """What is loaded stays: searching it for garbage again would hold up rounds. What has come
-    since is searched by `_tidy`: large bodies are many objects, and a search took 0.12 s."""
+def _settled(llm: LLM, texts: Texts) -> LLM:
+    """Python is told what a server needs. What is loaded stays: searching it for garbage again
+    would hold up rounds. What has come since is searched by `_tidy`: large bodies are many objects,
+    and a search took 0.12 s."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(*gc.get_threshold()[:2], 1 << 30)
+    threading.Thread(target=_tidy, args=(texts,), name="smart-tidy", daemon=True).start()
+    sys.setswitchinterval(SWITCH)
     return llm
 
 
