@@ -7,7 +7,7 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
@@ -16,7 +16,8 @@ from smart_decoding.async_llm import AsyncJob
 from smart_decoding.engine.jobs import Ask
 from smart_decoding.errors import ConfigError
 from smart_decoding.server.answers import CompletionForm, Usage
-from smart_decoding.server.errors import ApiError, gone
+from smart_decoding.server.counting import Texts, disconnect, unless_gone
+from smart_decoding.server.errors import ApiError
 from smart_decoding.server.replies import Reply, encoded
 
 if TYPE_CHECKING:
@@ -26,13 +27,11 @@ if TYPE_CHECKING:
     from smart_decoding.llm import LLM
     from smart_decoding.models.grammars import Compiled
     from smart_decoding.server.answers import Form
-    from smart_decoding.server.counting import Texts
     from smart_decoding.server.schemas import Completions
     from smart_decoding.server.settings import ServerSettings
     from smart_decoding.server.worker import Worker
 
 COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions; a chat goes on to the context's end
-T = TypeVar("T")
 STREAM_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
 
@@ -87,21 +86,6 @@ async def _written(request: Request, reply: Reply, chunks: Sequence[Chunk]) -> s
 
     long = any(chunk.logprobs for chunk in chunks)
     return await texts.write(request, write) if long else write()
-
-
-async def unless_gone(request: Request, work: Awaitable[T]) -> T:
-    """What `work` comes to. It is cancelled, and ApiError raised, if the client hangs up before."""
-    task = asyncio.ensure_future(work)
-    watch = asyncio.ensure_future(_disconnect(request))
-    try:
-        await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise gone()
-        return task.result()
-    finally:
-        task.cancel()
-        watch.cancel()
-        del task  # else an error, which knows this frame, would hold itself and all that was read
 
 
 def check_model(name: str, settings: ServerSettings) -> None:
@@ -193,10 +177,5 @@ async def _to_the_end(
 
 
 async def _cancel_at_disconnect(request: Request, job: AsyncJob, worker: Worker) -> None:
-    await _disconnect(request)
+    await disconnect(request)
     worker.cancel(job)  # which wakes who waits for its chunks
-
-
-async def _disconnect(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass

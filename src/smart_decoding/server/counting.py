@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections import Counter
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from contextvars import copy_context
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -13,7 +14,6 @@ from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from starlette.requests import ClientDisconnect
 
-from smart_decoding.server.answering import unless_gone
 from smart_decoding.server.errors import ApiError, gone, of_validation
 from smart_decoding.server.lane import Lane, Lanes
 
@@ -137,3 +137,24 @@ def _model_of(field: ModelField, raw: bytes) -> Any:
         return ApiError(400, "the body is not valid JSON: no UTF-8, or too deep")
     found, errors = field.validate(given, {}, loc=("body",))
     return of_validation(errors) if errors else found
+
+
+async def unless_gone(request: Request, work: Awaitable[T]) -> T:
+    """What `work` comes to. It is cancelled, and ApiError raised, if the client hangs up before."""
+    task = asyncio.ensure_future(work)
+    watch = asyncio.ensure_future(disconnect(request))
+    try:
+        await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise gone()
+        return task.result()
+    finally:
+        task.cancel()
+        watch.cancel()
+        del task  # else an error, which knows this frame, would hold itself and all that was read
+
+
+async def disconnect(request: Request) -> None:
+    """Returns when the client hangs up."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
