@@ -1,4 +1,5 @@
-"""SMART's decisions in a loop of your own, around any two transformers models of one vocabulary.
+"""SMART's decisions in a loop of your own, around two transformers models with full attention and
+one vocabulary.
 
 python examples/your_engine.py TARGET DRAFTER "a prompt"     # one request, greedy"""
 
@@ -7,7 +8,7 @@ from timeit import default_timer, timeit
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, DynamicLayer
 
 from smart_decoding.core.acceptance import accept
 from smart_decoding.core.cost import CostModel, DraftSample, VerifySample
@@ -23,6 +24,8 @@ class CachedModel:
 
     def __init__(self, model):
         self.model, self.cache, self.length, self.nodes = model, DynamicCache(), 0, []
+        if {*map(type, DynamicCache(config=model.config).layers)} != {DynamicLayer}:
+            raise ValueError("every layer must have full attention: no window, no state")
 
     @torch.inference_mode()
     def read(self, text, trees=None, nodes=()):
@@ -55,22 +58,19 @@ def seconds_of(model, rows):
 def draft(rule, drafter, text):
     """The tree, grown level by level as the rule says; rows and seconds of each level."""
     trees, rows, seconds, nodes = DraftTrees.empty(1), [], [], np.array([ROOT])
-    for level in range(1, rule.levels + 1 if rule else 1):
+    while rule and len(rows) < rule.levels and len(nodes):
         start = default_timer()
-        logits = drafter.read(text, trees, nodes if level > 1 else ())
+        logits = drafter.read(text, trees, nodes if rows else ())
         prob, token = logits[-len(nodes) :].softmax(-1).topk(rule.children)
         trees.append(0, token.flatten(), nodes.repeat(rule.children), prob.flatten())
         rows, seconds = [*rows, len(logits)], [*seconds, default_timer() - start]
-        nodes = rule.frontier(trees, level)
-        if not len(nodes):
-            break
+        nodes = rule.frontier(trees, len(rows))
     return trees, rows, seconds
 
 
 def generate(target, drafter, prompt, max_new_tokens, policy=None):
     """The answer's tokens, those of `target.generate`. policy: any of `make_policy`'s, or yours."""
-    ends = target.generation_config.eos_token_id
-    ends = [] if ends is None else np.ravel(ends).tolist()
+    ends = [end for end in np.ravel(target.generation_config.eos_token_id) if end is not None]
     if policy is None:  # costs are measured here, and corrected by every round
         samples = [VerifySample(1, rows, 0, seconds_of(target, rows)) for rows in SIZES]
         samples += [DraftSample(rows, 0, seconds_of(drafter, rows)) for rows in SIZES]
@@ -100,6 +100,7 @@ def generate(target, drafter, prompt, max_new_tokens, policy=None):
 
 
 if __name__ == "__main__":
-    tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
-    models = [AutoModelForCausalLM.from_pretrained(name) for name in sys.argv[1:3]]
-    print(tokenizer.decode(generate(*models, tokenizer(sys.argv[3]).input_ids, 100)))
+    *names, prompt = sys.argv[1:] if len(sys.argv) == 4 else sys.exit(__doc__)
+    tokenizer = AutoTokenizer.from_pretrained(names[0])
+    models = [AutoModelForCausalLM.from_pretrained(name) for name in names]
+    print(tokenizer.decode(generate(*models, tokenizer(prompt).input_ids, 100)))

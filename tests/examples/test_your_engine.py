@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import runpy
+import subprocess
+import sys
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,8 +17,10 @@ import torch
 pytest.importorskip("transformers")
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
     GPT2Config,
     LlamaConfig,
+    MistralConfig,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen3Config,
@@ -125,6 +131,39 @@ def test_smart_drafts_where_the_drafter_is_cheap_and_right() -> None:
     policy = make_policy("smart", cost=CostModel.default())
     assert generate(target, drafter, PROMPT, 40, policy) == tokens
     assert max(rows[rows.index(len(PROMPT)) + 1 :]) > 1
+
+
+@pytest.mark.parametrize(
+    "config",
+    [MistralConfig(**SMALL, sliding_window=16), Gemma2Config(**SMALL, head_dim=8)],
+    ids=lambda config: config.model_type,
+)
+def test_a_model_that_sees_a_window_only_is_refused(config: PreTrainedConfig) -> None:
+    full = random_model(CONFIGS[0], 0)
+    for models in ((random_model(config, 0), full), (full, random_model(config, 0))):
+        with pytest.raises(ValueError, match="full attention"):
+            generate(*models, PROMPT, 4)
+
+
+def test_without_arguments_it_says_what_it_takes() -> None:
+    done = subprocess.run([sys.executable, EXAMPLE], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert 'your_engine.py TARGET DRAFTER "a prompt"' in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_it_is_as_short_as_the_readme_says() -> None:
+    """Lines of code: neither empty, nor a comment or a docstring."""
+    code = set()
+    statement = True
+    for token in tokenize.generate_tokens(io.StringIO(EXAMPLE.read_text()).readline):
+        if token.type in (tokenize.NEWLINE, tokenize.NL, tokenize.INDENT, tokenize.DEDENT):
+            statement = True
+        elif token.type not in (tokenize.COMMENT, tokenize.ENDMARKER):
+            if not (statement and token.type == tokenize.STRING):
+                code.add(token.start[0])
+            statement = False
+    assert 70 < len(code) <= 80
 
 
 def test_an_end_ends_the_answer() -> None:
