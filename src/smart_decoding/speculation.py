@@ -161,11 +161,12 @@ def _check_known(method: str, policy: str, given: Mapping[str, Any], theirs: Seq
     """theirs: the method's options."""
     ours = user_options(policy) if method != "none" else []
     unknown = [option for option in given if option not in (*ours, *theirs)]
+    called = ["'model' (--draft)" if option == "model" else repr(option) for option in unknown]
     if unknown and method == "none":
-        raise ConfigError(f"method 'none' takes no options, but {unknown[0]!r} is given")
+        raise ConfigError(f"method 'none' takes no options, but {called[0]} is given")
     if unknown:
         raise ConfigError(
-            f"unknown option {unknown[0]!r}; "
+            f"unknown option {called[0]}; "
             f"method {method!r} takes: {', '.join(theirs) or 'none'}; "
             f"policy {policy!r}: {', '.join(ours) or 'none'}"
         )
@@ -174,7 +175,8 @@ def _check_known(method: str, policy: str, given: Mapping[str, Any], theirs: Seq
 def _head(method: str, name: str | Path | None, trust_pickle: bool) -> Path | None:
     if method == "eagle" and name is None:
         raise ConfigError(
-            "method 'eagle' needs a head: give model=FOLDER (smart train makes one), or use ngram"
+            "method 'eagle' needs a head: give model=FOLDER, or --draft FOLDER "
+            "(smart train makes one), or use ngram"
         )
     if name is None or method not in ("eagle", "union"):
         return None

@@ -376,8 +376,9 @@ def test_what_is_missing_or_too_short_is_refused(tmp_path: Path, target_folder: 
         ({"method": "none", "length": 2}, "'none' takes no options, but 'length' is given"),
         (
             {"method": "none", "policy": "off", "model": "small"},
-            "'none' takes no options, but 'model' is given",
+            r"'none' takes no options, but 'model' \(--draft\) is given",
         ),
+        ({"method": "eagle"}, "give model=FOLDER, or --draft FOLDER"),
     ],
 )
 def test_what_would_be_ignored_is_refused(target_folder: Path, config: Any, message: str) -> None:
