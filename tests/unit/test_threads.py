@@ -133,6 +133,24 @@ def test_how_many_threads_compute(
     assert torch.get_num_threads() == expected
 
 
+def test_more_threads_than_cpus_are_told_once_and_thousands_are_refused(
+    threads: int,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(library, "CPU_LIMIT", tmp_path / "cpu.max")
+    library.CPU_LIMIT.write_text("100000 100000")
+    for asked in ("1", "16", "16"):
+        monkeypatch.setenv("SMART_NUM_THREADS", asked)
+        library.set_threads()
+    assert caplog.messages == ["16 threads for 1 CPUs wait for each other: fewer are faster"]
+    monkeypatch.setenv("SMART_NUM_THREADS", "17")
+    with pytest.raises(ConfigError, match="17 threads are not allowed: this process may use 1 CPU"):
+        library.set_threads()
+    assert torch.get_num_threads() == 16
+
+
 @pytest.mark.parametrize("wrong", ["0", "-1", "two"])
 def test_a_number_of_threads_that_cannot_be_is_refused(
     wrong: str, monkeypatch: pytest.MonkeyPatch

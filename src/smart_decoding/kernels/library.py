@@ -7,6 +7,7 @@ import ctypes
 import functools
 import hashlib
 import importlib.util
+import logging
 import os
 import platform
 import resource
@@ -17,11 +18,14 @@ from pathlib import Path
 from smart_decoding.errors import ConfigError
 from smart_decoding.kernels import abi
 
+log = logging.getLogger("smart.kernels")
+
 SOURCES = Path(__file__).parent / "csrc"
 LIBRARIES = Path(__file__).parent / "lib"
 CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")  # microseconds of CPU time, of so many that pass
 PIDS = (Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/pids"))  # where a container's threads count
 THREADS_LEFT = 64  # for everybody else, where a team is started that only sleeps
+MOST_THREADS = 16  # that are started for each CPU; with thousands nothing ends
 BUILD = "build them with `make env` in a clone, or `pip install .` (needs g++ 11 or newer)"
 
 
@@ -174,11 +178,23 @@ def set_threads() -> None:
             raise ConfigError(
                 f"SMART_NUM_THREADS={wanted!r} is not allowed: it must be a number above 0"
             )
+        _check_threads(int(wanted), torch.get_num_threads())
         torch.set_num_threads(int(wanted))
     elif "OMP_NUM_THREADS" not in os.environ:
         granted = _granted_cpus()
         if granted is not None and granted < torch.get_num_threads():
             torch.set_num_threads(granted)
+
+
+def _check_threads(wanted: int, before: int) -> None:
+    """A warning for more threads than there are CPUs, unless they are so many already. Raises
+    ConfigError for so many that no answer would end."""
+    cpus = len(os.sched_getaffinity(0))
+    cpus = min(cpus, _granted_cpus() or cpus)
+    if wanted > MOST_THREADS * cpus:
+        raise ConfigError(f"{wanted} threads are not allowed: this process may use {cpus} CPUs")
+    if wanted > cpus and wanted != before:
+        log.warning("%d threads for %d CPUs wait for each other: fewer are faster", wanted, cpus)
 
 
 def _granted_cpus() -> int | None:
