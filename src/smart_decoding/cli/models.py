@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
+from contextlib import suppress
 
 from smart_decoding.cli.arguments import add_options
 from smart_decoding.cli.model_options import TRUST_PICKLE
@@ -104,7 +105,10 @@ def remove(name: str, yes: bool) -> None:
     if not yes:
         if not sys.stdin.isatty():
             raise ConfigError("nobody can be asked whether to remove them: give -y")
-        if input(f"remove {readable(total)}? [y/N] ").strip().lower() not in ("y", "yes"):
+        answer = ""
+        with suppress(EOFError):  # Ctrl-D is no
+            answer = input(f"remove {readable(total)}? [y/N] ")
+        if answer.strip().lower() not in ("y", "yes"):
             print("nothing was removed")
             return
     for each in kept:

@@ -108,13 +108,12 @@ def test_of_a_users_own_file_only_what_was_made_of_it_is_removed(
     assert not made.exists()
 
 
-@pytest.mark.parametrize(("answer", "removed"), [("y", True), ("", False)])
+@pytest.mark.parametrize(("answer", "removed"), [("y\n", True), ("\n", False), ("", False)])
 def test_asks_first(
     answer: str, removed: bool, monkeypatch: pytest.MonkeyPatch, own_cache: Path
 ) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO())
+    monkeypatch.setattr("sys.stdin", io.StringIO(answer))
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
-    monkeypatch.setattr("builtins.input", lambda _: answer)
     assert cli.main(["models", "rm", "v1-other"]) == 0
     assert (own_cache / "converted" / "v1-other").exists() is not removed
 
