@@ -48,8 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(parser.add_argument_group("sampling"), longer)
 
 
-def main(args: argparse.Namespace) -> None:
-    """Answers what is typed, or the lines of standard input, until it ends."""
+def main(args: argparse.Namespace) -> int:
+    """Answers what is typed, or the lines of standard input, until it ends; 2 if one of these could
+    not be answered."""
     model = chosen_model(args) or DEFAULT_MODEL
     options = llm_options(args)
     params = sampling_params(args)
@@ -63,6 +64,7 @@ def main(args: argparse.Namespace) -> None:
         for line in lines(typed):
             if not talk.take(line.strip()):
                 break
+        return 2 if talk.failed and not typed else 0
 
 
 def lines(typed: bool) -> Iterator[str]:
@@ -85,13 +87,15 @@ def lines(typed: bool) -> Iterator[str]:
 
 
 class Conversation:
-    """The messages so far, and the model that answers. system: its instructions, or None."""
+    """The messages so far, and the model that answers. system: its instructions, or None. failed:
+    whether a message was refused."""
 
     def __init__(self, llm: LLM, params: SamplingParams, system: str | None = None) -> None:
         self._llm = llm
         self._params = params
         self._system = system
         self.messages: list[dict[str, Any]] = []
+        self.failed = False
 
     def take(self, line: str) -> bool:
         """Obeys a command or answers a message; false when the conversation is over."""
@@ -102,7 +106,7 @@ class Conversation:
             self.messages = []
         elif command == "/system":
             self._system = rest.strip() or None
-        elif command.startswith("/"):
+        elif command == "/help" or (line.startswith("/") and line[1:].isalpha()):
             print(HELP if command == "/help" else f"no command {command}\n{HELP}", file=sys.stderr)
         elif line:
             self._answer(line)
@@ -120,6 +124,7 @@ class Conversation:
             return
         except SmartError as error:
             print(f"smart: error: {error}; /reset begins anew", file=sys.stderr)
+            self.failed = True
             return
         self.messages = [*asked, {"role": "assistant", "content": answer.text}]
         print(figures(answer), file=sys.stderr)

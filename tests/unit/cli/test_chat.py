@@ -15,9 +15,11 @@ from smart_decoding.errors import CapacityError
 ANSWER = {"role": "assistant", "content": "Paris is the capital."}
 
 
-def talk(monkeypatch: pytest.MonkeyPatch, *lines: str, options: tuple[str, ...] = ()) -> None:
+def talk(
+    monkeypatch: pytest.MonkeyPatch, *lines: str, options: tuple[str, ...] = (), code: int = 0
+) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
-    assert cli.main(["chat", *options]) == 0
+    assert cli.main(["chat", *options]) == code
 
 
 def said(text: str) -> dict[str, Any]:
@@ -78,10 +80,21 @@ def test_what_fails_leaves_no_trace_in_the_history(
         FakeLLM.failure = failure if len(asked) == 1 else None
 
     monkeypatch.setattr(FakeLLM, "chat_prompt", prompt)
-    talk(monkeypatch, "one", "two")
+    code = 2 if isinstance(failure, CapacityError) else 0
+    talk(monkeypatch, "one", "two", code=code)
     assert asked[1] == [said("two")]
     err = capsys.readouterr().err
     assert ("too long; /reset" in err) == isinstance(failure, CapacityError)
+
+
+def test_a_path_is_no_command(
+    fake: type[FakeLLM], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    talk(monkeypatch, "/tmp/foo is what?", "/help me", "/reset now", "/tmp/foo", "/nonsense")
+    (llm,) = fake.made
+    assert llm.messages == [said("/tmp/foo")]
+    assert len(llm.asked) == 2
+    assert capsys.readouterr().err.count("no command") == 1
 
 
 def test_only_one_model(fake: type[FakeLLM], capsys: pytest.CaptureFixture[str]) -> None:
