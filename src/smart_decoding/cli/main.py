@@ -134,7 +134,10 @@ def main(argv: Sequence[str] | None = None, program: Program = SMART) -> int:
     except KeyboardInterrupt:
         print(f"\n{program.name}: interrupted", file=sys.stderr)
         return INTERRUPTED
-    except (SmartError, OSError) as error:  # OSError: a full disk, a file that cannot be read
+    except OSError as error:  # a full disk, a file that cannot be read
+        message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        return _failed(error, program.name, debug, 2, message)
+    except SmartError as error:
         return _failed(error, program.name, debug, 2, str(error))
     except Exception as error:
         message = f"{type(error).__name__}: {error}"

@@ -114,7 +114,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """The options of a TOML file. Raises ConfigError for unknown names and wrong values."""
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise ConfigError(f"cannot read {path}: {error}") from error
     named = {name.replace("_", "-"): value for name, value in content.items()}
     return {name: _checked(path, name, value) for name, value in named.items()}
