@@ -48,9 +48,9 @@ SAMPLING = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `smart run`."""
-    prompt = parser.add_mutually_exclusive_group(required=True)
+    prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument(
-        "prompt", nargs="?", help="the user's message; - reads it from standard input"
+        "prompt", nargs="?", help="the user's message; - or a pipe: of standard input"
     )
     prompt.add_argument("-p", "--prompt", dest="text", metavar="PROMPT", help="the same")
     prompt.add_argument("-f", "--file", type=Path, metavar="FILE", help="a file that holds it")
@@ -110,9 +110,17 @@ def main(args: argparse.Namespace) -> None:
                 print(told, file=sys.stderr)
         else:
             answer_all(llm, texts, prompts, params, args.json)
-        with suppress(KeyboardInterrupt):  # it is left for the next time
-            llm.keep_panels()
-            llm.take_profile()
+        keep_for_later(llm)
+
+
+def keep_for_later(llm: LLM) -> None:
+    """What later answers need and is not there yet; says how to do without what takes seconds."""
+    with suppress(KeyboardInterrupt):  # it is left for the next time
+        llm.keep_panels()
+        profile = llm.speculation.profile
+        if profile is not None and not profile.known:
+            print("smart: costs are measured now, for later answers; Ctrl-C skips that", file=sys.stderr)
+        llm.take_profile()
 
 
 @contextmanager
@@ -156,7 +164,10 @@ def prompt_texts(args: argparse.Namespace) -> list[str]:
             raise ConfigError("--image belongs to one prompt: it cannot be given with --batch")
         return read_prompts(args.batch)
     if args.file is None:
-        return [read_prompt(args.prompt if args.text is None else args.text)]
+        given = args.prompt if args.text is None else args.text
+        if given is None and (sys.stdin is None or sys.stdin.isatty()):
+            raise ConfigError("there is no prompt: give one, or -f FILE, or one through a pipe")
+        return [read_prompt("-" if given is None else given)]
     try:
         return [read_prompt(args.file.read_text(encoding="utf-8"), literal=True)]
     except UnicodeDecodeError as error:
@@ -294,16 +305,22 @@ def chat_prompt(llm: LLM, text: str, images: Sequence[Any] = ()) -> MediaPrompt:
 def stream_answer(llm: LLM, prompt: Prompt, params: SamplingParams) -> CompletionOutput:
     """Answers one prompt, printing the text as rounds yield it."""
 
+    shown = False
+
     def show(touched: Sequence[Any]) -> None:
+        nonlocal shown
         for request in touched:
-            print(request.stop.new_text(), end="", flush=True)
+            text = request.stop.new_text()
+            shown |= bool(text)
+            print(text, end="", flush=True)
         if not all(request.finished for request in touched):
             llm.speculation.load()  # the first word needed none
 
     try:
         (output,) = llm.generate(prompt, params, on_step=show, use_tqdm=False)
     finally:
-        print(flush=True)
+        if shown:
+            print(flush=True)
     return output.outputs[0]
 
 

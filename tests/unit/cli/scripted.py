@@ -43,7 +43,7 @@ class FakeLLM:
         self.engine = SimpleNamespace(last_round=None)
         self.drafts = options["speculative_config"] is not False
         self.loads: list[int] = []  # tokens of the answer before each
-        self.speculation = SimpleNamespace(description="ngram")
+        self.speculation = SimpleNamespace(description="ngram", profile=None)
         self.profiles: list[int] = []  # answers before each
         self.kept: list[int] = []  # likewise
         FakeLLM.made.append(self)

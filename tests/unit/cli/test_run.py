@@ -10,6 +10,7 @@ import os
 import sys
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from scripted import FakeLLM, fails, vision_checkpoints
@@ -20,7 +21,7 @@ from smart_decoding.cli.arguments import key_value, read_prompts
 from smart_decoding.cli.model_options import speculative_config
 from smart_decoding.core.policies import POLICIES
 from smart_decoding.engine.sampling_params import SamplingParams
-from smart_decoding.errors import ConfigError
+from smart_decoding.errors import CapacityError, ConfigError
 
 
 def test_run_streams_the_answer(fake: type[FakeLLM], capsys: pytest.CaptureFixture[str]) -> None:
@@ -243,6 +244,26 @@ def test_run_leaves_weights_and_profile_after_the_answer(fake: type[FakeLLM]) ->
     assert llm.kept == [1]
 
 
+def test_run_says_how_to_do_without_a_profile(
+    fake: type[FakeLLM], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def prompt(llm: FakeLLM, messages: object) -> str:
+        llm.speculation.profile = SimpleNamespace(known=known)
+        return "hi"
+
+    monkeypatch.setattr(fake, "chat_prompt", prompt)
+    for known in (True, False):
+        assert cli.main(["run", "hi"]) == 0
+        assert ("Ctrl-C skips" in capsys.readouterr().err) is not known
+
+
+def test_what_fails_before_it_says_anything_leaves_no_empty_line(
+    fake: type[FakeLLM], capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.failure = CapacityError("too long")
+    assert "too long" in fails(capsys, "run", "hi")
+
+
 def test_run_ends_well_if_its_profile_is_interrupted(
     fake: type[FakeLLM], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -271,9 +292,19 @@ def test_a_batch_must_hold_prompts(
 
 
 def test_run_reads_standard_input(fake: type[FakeLLM], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stdin", io.StringIO("from a pipe\n"))
-    assert cli.main(["run", "--raw", "-"]) == 0
-    assert fake.made[0].asked[0][0] == "from a pipe\n"
+    for given in ([], ["-"]):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("from a pipe\n"))
+        assert cli.main(["run", "--raw", *given]) == 0
+    assert [llm.asked[0][0] for llm in fake.made] == ["from a pipe\n"] * 2
+
+
+def test_a_terminal_is_not_waited_for(
+    fake: type[FakeLLM], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("typed\n"))
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+    assert "there is no prompt" in fails(capsys, "run")
+    assert not fake.made
 
 
 def test_standard_input_must_be_text(
