@@ -186,6 +186,7 @@ def test_tool_calls_streamed_and_not(client: openai.OpenAI, choice: Any) -> None
         reasons += [piece.finish_reason] if piece.finish_reason else []
         for part in piece.delta.tool_calls or ():
             assert part.index == 0
+            assert part.id or part.function.arguments  # none that says nothing
             assert bool(part.id) == bool(part.function.name) == (not name)
             name += part.function.name or ""
             arguments += part.function.arguments

@@ -51,7 +51,7 @@ class ToolText:
                 calls.append(_begun_call(self._calls, piece))
             elif calls:
                 calls[-1]["function"]["arguments"] += piece
-            else:
+            elif piece:
                 calls.append({"index": self._calls, "function": {"arguments": piece}})
         return content, calls
 
