@@ -116,11 +116,10 @@ def test_errors_name_what_is_wrong(running: Running) -> None:
     assert told == "the body: stream_options is only allowed with stream=true"
     assert error_of(post(running, "/v1/nothing"), 404)["type"] == "invalid_request_error"
     error_of(httpx.get(f"{running.url}/v1/completions"), 405)
-    form = {
-        "content": b'{"model": "tiny", "prompt": "a"}',
-        "headers": {"content-type": "text/plain"},
-    }
-    error_of(post(running, "/v1/completions", **form), 400)
+    for headers in ({"content-type": "text/plain"}, {}):
+        form = {"content": b'{"model": "tiny", "prompt": "a"}', "headers": headers}
+        told = error_of(post(running, "/v1/completions", **form), 400)["message"]
+        assert told == "the body is not JSON: send Content-Type: application/json"
 
 
 @pytest.mark.parametrize(
