@@ -59,6 +59,7 @@ def test_a_signal_while_the_model_loads(number: signal.Signals) -> None:
         finally:
             process.kill()
     assert time.monotonic() - started < allowed()
+    assert b"stopping: 0 answers have 30 s to end" in said
     if number == signal.SIGTERM:
         assert process.returncode == -signal.SIGTERM
         assert b"Traceback" not in said

@@ -83,6 +83,7 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """As uvicorn's."""
+        log.info(f"stopping: {self._worker.active} answers have {self._timeout:g} s to end")
         self._worker.drain()  # endless streams must not hold it up
         later = asyncio.get_running_loop().call_later
         later(self._timeout, self._worker.give_up)
