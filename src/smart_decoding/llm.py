@@ -40,6 +40,7 @@ from smart_decoding.models.loading import Checkpoint, load_checkpoint, with_roun
 from smart_decoding.models.registry import DEFAULT_MODEL
 from smart_decoding.models.target import TorchTarget, device_of, dtype_of, pages_for
 from smart_decoding.models.tokenizer import Tokenizer
+from smart_decoding.multimodal.messages import check_messages
 from smart_decoding.multimodal.pixels import load_reader
 from smart_decoding.multimodal.prompts import MediaPrompt, Prompt, PromptBuilder
 from smart_decoding.multimodal.text_prompts import TextPrompts, as_list, parts_of, template_options
@@ -252,7 +253,9 @@ class LLM:
                 "continue_final_message": continue_final_message,
             }
         )
-        many = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        is_list = isinstance(messages, list | tuple)
+        is_one = not is_list or (messages and isinstance(messages[0], Mapping))
+        many = [messages] if is_one else messages
         prompts = [self.chat_prompt(each, **template) for each in many]  # type: ignore[arg-type]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
@@ -283,6 +286,7 @@ class LLM:
         chat_template: instead of the model's. tools: what the template tells of; answers are not
         forced to call them. chat_template_kwargs: further variables of the template.
         Raises ConfigError for what cannot be used."""
+        check_messages(messages)
         own = self.tokenizer.template
         given = template_options(
             own, chat_template, add_generation_prompt, tools, chat_template_kwargs
@@ -305,9 +309,9 @@ class LLM:
             prompt = self.chat_prompt(prompt)  # type: ignore[arg-type]
         default = {"max_tokens": 256, **self.default_sampling_params}
         params = sampling_params or SamplingParams(**default)
+        job = self.job([self.text_prompt(prompt)], [params], stream=True)  # type: ignore[arg-type]
         if params.n != 1:
             raise ConfigError(f"stream gives one answer, so n={params.n} cannot be: use generate")
-        job = self.job([self.text_prompt(prompt)], [params], stream=True)  # type: ignore[arg-type]
         with closing(self.engine_thread.results(job)) as chunks:
             for chunk in chunks:
                 if chunk.text:
@@ -317,8 +321,13 @@ class LLM:
         self, prompts: Sequence[MediaPrompt], params: Sequence[SamplingParams], stream: bool = False
     ) -> Job:
         """What `engine_thread` answers them by. Grammars are compiled here, not in its time. Raises
-        ConfigError for one that cannot be."""
+        ConfigError for one that cannot be, and for what are no SamplingParams."""
         for each in params:
+            if not isinstance(each, SamplingParams):
+                raise ConfigError(
+                    f"sampling_params={each!r:.200} is not allowed: give SamplingParams, such as "
+                    "SamplingParams(max_tokens=16)"
+                )
             each.check_logprobs(self._args.max_logprobs)
         encode = partial(self.tokenizer.encode, add_special_tokens=False)
         checked = {id(each): each.checked(encode) for each in params}
@@ -332,10 +341,9 @@ class LLM:
         return lambda ids: self.tokenizer.decode(ids, skip_special_tokens)
 
 
-def _params_for(
-    prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams]
-) -> list[SamplingParams]:
-    if isinstance(params, SamplingParams):
+def _params_for(prompts: Sequence[Prompt], params: Any) -> list[SamplingParams]:
+    """Whatever they are: `LLM.job` looks at each."""
+    if not isinstance(params, list | tuple):
         return [params] * len(prompts)
     if len(params) != len(prompts):
         raise ConfigError(

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from serving import NAME, Running, post, serving, slow, wait_for
 
-from smart_decoding.async_llm import AsyncJob
+from smart_decoding.async_llm import AsyncJob, AsyncLLM
 from smart_decoding.engine.jobs import Ask
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import CapacityError, ConfigError, ModelError
@@ -702,11 +702,43 @@ def test_prompts_may_be_arrays(plain: LLM) -> None:
 
 
 @pytest.mark.parametrize(
-    "prompt", [np.array([0.5]), [1, "a"], [[1, 2.5]], [3.5], [None], {"prompt": 7}]
+    "prompt",
+    [
+        *(np.array([0.5]), [1, "a"], [[1, 2.5]], [3.5], [None], {"prompt": 7}),
+        *(None, 5, iter(["a", "b"])),
+    ],
 )
 def test_what_is_no_prompt_is_refused(plain: LLM, prompt: Any) -> None:
     with pytest.raises(ConfigError, match="a prompt must be a text or token ids"):
         plain.generate(prompt)
+
+
+@pytest.mark.parametrize("params", [{"max_tokens": 3}, "x", 5, [{"max_tokens": 3}]])
+def test_what_are_no_sampling_params_is_refused(plain: LLM, params: Any) -> None:
+    async def asked() -> None:
+        async for _ in AsyncLLM(plain).generate("hi", params, "r"):
+            pass
+
+    for ask in (
+        lambda: plain.generate("hi", params),
+        lambda: next(plain.stream("hi", params)),
+        lambda: asyncio.run(asked()),
+    ):
+        with pytest.raises(ConfigError, match=r"give SamplingParams, such as"):
+            ask()
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        *((wrong, "must be a list of messages") for wrong in ("hello", None, 5, ["hello"], [None])),
+        ([{"role": "user"}], "a message of the user needs a content"),
+        ([{"role": "system", "content": None}], "a message of the system needs a content"),
+    ],
+)
+def test_what_is_no_conversation_is_refused(plain: LLM, messages: Any, reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        plain.chat(messages)
 
 
 def test_a_conversations_output_holds_its_text(plain: LLM) -> None:

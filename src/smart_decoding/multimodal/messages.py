@@ -22,6 +22,19 @@ class PictureSource:
     source: Any
 
 
+def check_messages(messages: Any) -> None:
+    """Raises ConfigError for what is no conversation, and where the user or the system says
+    nothing."""
+    is_list = isinstance(messages, Sequence) and not isinstance(messages, str)
+    if not is_list or not all(isinstance(message, Mapping) for message in messages):
+        raise ConfigError(
+            "a conversation must be a list of messages such as {'role': 'user', 'content': …}"
+        )
+    for message in messages:
+        if message.get("role") in ("user", "system") and message.get("content") is None:
+            raise ConfigError(f"a message of the {message['role']} needs a content")
+
+
 def has_pictures(messages: Sequence[Message]) -> bool:
     """Whether any part of any message is not text."""
     parts = (part for message in messages for part in _parts(message.get("content")))

@@ -62,13 +62,12 @@ class TextPrompts:
             )
 
 
-def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One prompt, or several, as a list."""
-    if isinstance(prompts, str | Mapping | MediaPrompt) or (
-        len(prompts) and isinstance(prompts[0], Integral)
-    ):
+def as_list(prompts: Any) -> list[Prompt]:
+    """One prompt, or several, as a list; what can be neither as one, for `parts_of` to refuse."""
+    is_list = hasattr(prompts, "__getitem__") and not isinstance(prompts, str | Mapping)
+    if not is_list or (len(prompts) and isinstance(prompts[0], Integral)):
         return [prompts]
-    return list(prompts)  # type: ignore[arg-type]
+    return list(prompts)
 
 
 def parts_of(prompt: Prompt) -> tuple[str | list[int], Mapping[str, Any]]:
@@ -112,5 +111,5 @@ def _token_ids(given: Any) -> list[int]:
     else."""
     ids: list[Any] = list(given) if isinstance(given, Iterable) else [None]
     if not all(isinstance(token, Integral) for token in ids):
-        raise ConfigError("a prompt must be a text or token ids")
+        raise ConfigError("a prompt must be a text or token ids; several are a list of these")
     return [int(token) for token in ids]
