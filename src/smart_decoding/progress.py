@@ -41,5 +41,9 @@ def long_step(what: str, total: float, unit: str = "it") -> Iterator[Callable[[f
         return
     _say(f"{what} ...")
     start = time.perf_counter()
-    yield lambda _: None
-    _say(f"{what}: done in {time.perf_counter() - start:.1f} s")
+    ended = "broken off after"
+    try:
+        yield lambda _: None
+        ended = "done in"
+    finally:
+        _say(f"{what}: {ended} {time.perf_counter() - start:.1f} s")

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from smart_decoding.cli import run as cli_run
+from smart_decoding.errors import ModelError
 from smart_decoding.progress import long_step
 
 
@@ -49,6 +50,14 @@ def test_a_program_that_logs_gets_each_line_once_and_one_that_wants_silence_has_
     caplog.set_level(logging.WARNING, "smart")
     assert said_of_a_step(capsys) == ""
     assert len(caplog.messages) == 2
+
+
+def test_a_step_that_fails_has_an_end_too(
+    as_nobody_set_it_up: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ModelError), long_step("converting", 1.0):
+        raise ModelError("damaged")
+    assert capsys.readouterr().err.endswith("smart: converting: broken off after 0.0 s\n")
 
 
 def test_on_a_terminal_a_step_has_a_bar(

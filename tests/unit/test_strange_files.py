@@ -31,7 +31,7 @@ from smart_decoding.core.cost import CostModel
 from smart_decoding.errors import CapacityError, ConfigError, ModelError, SmartError
 from smart_decoding.models import bounded_template, chat_template, hub
 from smart_decoding.models.config import ModelConfig
-from smart_decoding.models.gguf import converted_folder
+from smart_decoding.models.gguf import converted_folder, read_gguf
 from smart_decoding.models.head_files import load_head
 from smart_decoding.models.hub import is_whole
 from smart_decoding.models.loading import load_checkpoint
@@ -495,6 +495,24 @@ def test_strange_headers_of_gguf(place: Path, draw: st.DataObject) -> None:
     first = draw.draw(st.sampled_from([0, 300, header - 900]))
     changed = with_strange_bytes(draw, content[first:], header - first)
     try_with(path, content[:first] + changed, path)
+
+
+def test_a_gguf_file_that_was_cut_says_so_without_numpys_words(place: Path) -> None:
+    path = place / "tiny.gguf"
+    content = path.read_bytes()
+    for left, said in (
+        (len(content) - 1, f"was cut: {len(content) - 1:,} bytes of {len(content):,}"),
+        (len(content) // 2, "was cut: "),
+        (100, "is no GGUF file, cut, damaged"),
+        (0, "is no GGUF file, cut, damaged"),
+    ):
+        path.write_bytes(content[:left])
+        try:
+            error = error_of(lambda: read_gguf(path))
+        finally:
+            path.write_bytes(content)
+        assert error.startswith(f"{path} {said}")
+        assert error.endswith("; fetch it again")
 
 
 FRAGMENTS = """

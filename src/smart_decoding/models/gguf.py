@@ -256,10 +256,27 @@ def hf_name(name: str) -> str:
 
 
 def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Metadata by key and the reader's tensors by name. The reader parses what it finds: a corrupt
-    file can raise any error."""
-    from gguf import GGUFReader  # imported late: it is slow
+    """Metadata by key and the reader's tensors by name. Raises ModelError for a file that is
+    shorter than its header says, or corrupt."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader  # imported late: it is slow
 
-    reader = GGUFReader(path)
-    metadata = {key: reader_field.contents() for key, reader_field in reader.fields.items()}
+    class Reader(GGUFReader):
+        def _build_tensors(self, start_offs: int, fields: list[Any]) -> None:
+            need = start_offs
+            for *_, dims, kind, offset in (field.parts for field in fields):
+                elements, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind[0])]
+                length = prod(dims.tolist()) // elements * size
+                need = max(need, start_offs + int(offset[0]) + length)
+            have = len(self.data)
+            if have < need:
+                raise ModelError(f"{path} was cut: {have:,} bytes of {need:,}; fetch it again")
+            super()._build_tensors(start_offs, fields)
+
+    try:
+        reader = Reader(path)
+        metadata = {key: reader_field.contents() for key, reader_field in reader.fields.items()}
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:  # whatever it meets
+        raise ModelError(
+            f"{path} is no GGUF file, cut, damaged or of a kind not known here; fetch it again"
+        ) from error
     return metadata, {tensor.name: tensor for tensor in reader.tensors}
