@@ -132,12 +132,12 @@ class Calibration:
     @classmethod
     def from_state(cls, state: Mapping[str, Any], weight: float = STORED) -> Calibration:
         """Starts from a stored state as prior, each bin worth at most `weight` observations. What
-        was learned of fewer kinds is the prior for the others, too, and worth none.
+        was learned before grammars were kinds is their prior, too, and worth none.
 
         Raises KeyError or ValueError if `state` is not one."""
         prior = np.asarray(state["curve"], np.float64)
         counts = np.asarray(state["counts"], np.float64)
-        while prior.ndim > 2 and prior.shape[2] in (2, KINDS // 2) and counts.shape == prior.shape:
+        if prior.ndim > 2 and prior.shape[2] == KINDS // 2 and counts.shape == prior.shape:
             prior = np.concatenate((prior, prior), axis=2)
             counts = np.concatenate((counts, np.zeros_like(counts)), axis=2)
         fits = prior.shape[1:] == (DEPTHS, KINDS, BINS)

@@ -38,9 +38,9 @@ class Exploration:
             return math.inf
         return max(self._pause, math.ceil(self._debt / self.budget))
 
-    def begin(self, rounds: int = 0) -> None:
-        """A run of so many rounds (0: RUN) begins with the coming one."""
-        self.left = rounds or RUN
+    def begin(self, rounds: int | None = None) -> None:
+        """A run of so many rounds (None: RUN) begins with the coming one."""
+        self.left = RUN if rounds is None else rounds
         self.count += 1
         self._lost = 0.0
 

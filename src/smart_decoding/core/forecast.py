@@ -24,18 +24,18 @@ from smart_decoding.core.tree import (
     slots,
 )
 
-RANKS = 8  # children beyond the eighth bring next to nothing
+WIDEST = 8  # children beyond the eighth bring next to nothing
 NODES = 64  # candidates of a request, the best ones, that may be verified: EAGLE-2's tree has 59
 # Draft probabilities before anything is known: they fall off by the square of the rank, and sum to
 # 1. The free drafters' best candidate is as likely, and the next ones fall off by it. That is
 # optimistic: to ask costs next to nothing, and what is verified is still only what pays. A
 # pessimist would wait for a rare exploration.
-_FALLING: FloatArray = np.arange(1.0, RANKS + 1) ** -2
+_FALLING: FloatArray = np.arange(1.0, WIDEST + 1) ** -2
 _PRIOR_PROBS: FloatArray = _FALLING / _FALLING.sum()
 
 
 class Forecast:
-    """Running histogram [DEPTHS, RANKS, BINS] of draft_prob and the weight [DEPTHS] of expanded
+    """Running histogram [DEPTHS, WIDEST, BINS] of draft_prob and the weight [DEPTHS] of expanded
     nodes behind it. Few nodes are no knowledge: each depth is shrunk towards the one above, so that
     what was never reached is believed to be as what was.
 
@@ -44,13 +44,13 @@ class Forecast:
 
     def __init__(self, calibration: Calibration) -> None:
         self.calibration = calibration
-        self.histogram = np.zeros((DEPTHS, RANKS, BINS))
+        self.histogram = np.zeros((DEPTHS, WIDEST, BINS))
         self.weight = np.zeros(DEPTHS)
         self._stored: FloatArray | None = None  # what is known of other times, as `_shapes`
         self.free: FloatArray = _PRIOR_PROBS[0] ** np.arange(1.0, NODES + 1)
 
     def children(self, shares: FloatArray) -> FloatArray:
-        """[DEPTHS, RANKS] mean acceptance probability, given its parent's, of the k-th child at
+        """[DEPTHS, WIDEST] mean acceptance probability, given its parent's, of the k-th child at
         depth 1, 2, ...
 
         shares: [KINDS] of the kinds of requests."""
@@ -60,9 +60,9 @@ class Forecast:
         return result
 
     def _shapes(self) -> FloatArray:
-        """[DEPTHS, RANKS, BINS] how draft_prob is distributed, by depth and rank."""
-        shape = np.zeros((RANKS, BINS))
-        shape[np.arange(RANKS), self.calibration.bins(_PRIOR_PROBS)] = 1.0
+        """[DEPTHS, WIDEST, BINS] how draft_prob is distributed, by depth and rank."""
+        shape = np.zeros((WIDEST, BINS))
+        shape[np.arange(WIDEST), self.calibration.bins(_PRIOR_PROBS)] = 1.0
         shapes = []
         for depth, (seen, weight) in enumerate(zip(self.histogram, self.weight, strict=True)):
             shape = shape if self._stored is None else self._stored[depth]
@@ -80,8 +80,8 @@ class Forecast:
             weight = weight * of_expanded(trees, slots(trees))
         depth = np.minimum(trees.depth, DEPTHS) - 1
         bins = self.calibration.bins(trees.draft_prob)
-        cell = (depth * RANKS + np.minimum(rank, RANKS - 1)) * BINS + bins
-        kept = np.where(rank < RANKS, weight, 0.0)
+        cell = (depth * WIDEST + np.minimum(rank, WIDEST - 1)) * BINS + bins
+        kept = np.where(rank < WIDEST, weight, 0.0)
         new = np.bincount(cell, kept, self.histogram.size).reshape(self.histogram.shape)
         first = rank == 0  # one for each parent
         parents = np.bincount(depth[first], weight[first], DEPTHS)
@@ -111,7 +111,7 @@ class Forecast:
         or ValueError."""
         histogram = np.asarray(state["histogram"], np.float64)
         weight = np.asarray(state["weight"], np.float64)
-        fits = histogram.shape == (DEPTHS, RANKS, BINS) and weight.shape == (DEPTHS,)
+        fits = histogram.shape == (DEPTHS, WIDEST, BINS) and weight.shape == (DEPTHS,)
         if not fits or not (weight > 0).all():
             raise ValueError("not a forecast state")
         forecast = cls(calibration)

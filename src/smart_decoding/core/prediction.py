@@ -11,8 +11,7 @@ import numpy as np
 
 from smart_decoding.core.calibration import KINDS
 from smart_decoding.core.choice import NONE, best_rates
-from smart_decoding.core.forecast import NODES, expected_subtree
-from smart_decoding.core.forecast import RANKS as WIDEST
+from smart_decoding.core.forecast import NODES, WIDEST, expected_subtree
 from smart_decoding.core.running import HORIZON
 from smart_decoding.core.selection import RANKS, BestRate, LookAhead, RoundCosts
 

@@ -186,16 +186,17 @@ def test_requests_of_another_kind_are_learned_apart(field: str) -> None:
     )
 
 
-def test_what_was_learned_from_text_alone_is_a_prior_for_pictures() -> None:
+def test_what_was_learned_without_grammars_is_a_prior_for_them() -> None:
+    """As the shipped heads' are."""
     old = {
-        "curve": np.full((1, DEPTHS, 2, BINS), 0.3),
-        "counts": np.full((1, DEPTHS, 2, BINS), 9.0),
+        "curve": np.full((1, DEPTHS, 4, BINS), 0.3),
+        "counts": np.full((1, DEPTHS, 4, BINS), 9.0),
     }
     calibration = Calibration.from_state(old)
     assert calibration.prior.shape == (1, DEPTHS, KINDS, BINS)
     assert (calibration.prior == 0.3).all()
-    assert (calibration.counts[:, :, :2] == 9).all()
-    assert (calibration.counts[:, :, 2:] == 0).all()
+    assert (calibration.counts[:, :, :4] == 9).all()
+    assert (calibration.counts[:, :, 4:] == 0).all()
 
 
 def test_a_drafter_gone_bad_is_noticed_within_rounds_and_so_is_its_recovery() -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from smart_decoding.core.calibration import Calibration
 from smart_decoding.core.cost import CostModel
 from smart_decoding.core.exploration import Exploration
-from smart_decoding.core.forecast import RANKS, Forecast
+from smart_decoding.core.forecast import WIDEST, Forecast
 from smart_decoding.core.learned import Learned
 from smart_decoding.core.policies.base import require_int, require_number, token_array
 from smart_decoding.core.policies.statistics import Statistics
@@ -42,7 +42,7 @@ class Smart:
         calibration: Calibration | None = None,
         forecast: Forecast | None = None,
         max_levels: int = 8,
-        children: int = RANKS,
+        children: int = WIDEST,
         max_round_slowdown: float = 2.0,
         exploration_budget: float = 0.005,
         eos_token_ids: TokenIds = (),
