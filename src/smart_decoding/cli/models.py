@@ -66,7 +66,7 @@ def show() -> None:
         told = [] if is_here else [f"{readable(model.pinned.wheel_size)} to fetch"]
         print(f"{name}{default}: {', '.join(told + _summary(kept))}")
         print(f"  {name}@hub   {model.on_hub}")
-        print(f"  {name}@pypi  {model.pinned.origin}, {model.quantisation}")
+        print(f"  {name}@pypi  {model.pinned.origin}, {model.quantisation}, pinned by sha256")
         for sibling in siblings(model.vocab, model.parameters):
             print(f"  drafts with {sibling} where that is in the cache")
     for each in hub_repositories():

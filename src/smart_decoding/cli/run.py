@@ -119,7 +119,7 @@ def keep_for_later(llm: LLM) -> None:
         llm.keep_panels()
         profile = llm.speculation.profile
         if profile is not None and not profile.known:
-            print("smart: costs are measured now, for later answers; Ctrl-C skips that", file=sys.stderr)
+            print("smart: costs are measured for later answers; Ctrl-C skips that", file=sys.stderr)
         llm.take_profile()
 
 
