@@ -14,19 +14,6 @@ from tqdm import tqdm
 log = logging.getLogger("smart.steps")
 
 
-class _Named(logging.Formatter):
-    """Of warnings in a program that has set up no log: ours say who speaks, as steps do."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """The line."""
-        line = super().format(record)
-        return f"smart: {line}" if record.name.startswith("smart.") else line
-
-
-if logging.lastResort is not None:
-    logging.lastResort.setFormatter(_Named())
-
-
 def _say(line: str) -> None:
     """A program that logs INFO gets it there; one that gave `smart` another level gets nothing."""
     shown = log.isEnabledFor(logging.INFO) and log.hasHandlers()

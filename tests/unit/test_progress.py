@@ -9,7 +9,6 @@ from collections.abc import Iterator
 import pytest
 
 from smart_decoding.cli import run as cli_run
-from smart_decoding.engine_args import EngineArgs
 from smart_decoding.errors import ModelError
 from smart_decoding.progress import long_step
 
@@ -51,16 +50,6 @@ def test_a_program_that_logs_gets_each_line_once_and_one_that_wants_silence_has_
     caplog.set_level(logging.WARNING, "smart")
     assert said_of_a_step(capsys) == ""
     assert len(caplog.messages) == 2
-
-
-def test_a_warning_says_who_speaks_where_nobody_set_up_a_log(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(logging.getLogger(), "handlers", [])
-    EngineArgs(dtype="float16")
-    logging.getLogger("another").warning("theirs")
-    err = "smart: dtype='float16' runs in bfloat16: float16 is not supported\ntheirs\n"
-    assert capsys.readouterr().err == err
 
 
 def test_a_step_that_fails_has_an_end_too(
