@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from smart_decoding.core.calibration import BINS, DEPTHS, PRIOR_WEIGHT, Calibration
-from smart_decoding.core.drift import MEMORY
 from smart_decoding.core.running import HORIZON
 from smart_decoding.core.tree import (
     DraftTrees,
@@ -36,8 +35,7 @@ _PRIOR_PROBS: FloatArray = _FALLING / _FALLING.sum()
 
 class Forecast:
     """Running histogram [DEPTHS, WIDEST, BINS] of draft_prob and the weight [DEPTHS] of expanded
-    nodes behind it. Few nodes are no knowledge: each depth is shrunk towards the one above, so that
-    what was never reached is believed to be as what was.
+    nodes behind it.
 
     free: [NODES] mean accept_prob of the k-th best candidate that the drafters without model have
     for a request."""
@@ -45,8 +43,8 @@ class Forecast:
     def __init__(self, calibration: Calibration) -> None:
         self.calibration = calibration
         self.histogram = np.zeros((DEPTHS, WIDEST, BINS))
-        self.weight = np.zeros(DEPTHS)
-        self._stored: FloatArray | None = None  # what is known of other times, as `_shapes`
+        self.histogram[:, np.arange(WIDEST), calibration.bins(_PRIOR_PROBS)] = PRIOR_WEIGHT
+        self.weight = np.full(DEPTHS, PRIOR_WEIGHT)
         self.free: FloatArray = _PRIOR_PROBS[0] ** np.arange(1.0, NODES + 1)
 
     def children(self, shares: FloatArray) -> FloatArray:
@@ -55,20 +53,9 @@ class Forecast:
 
         shares: [KINDS] of the kinds of requests."""
         curve = self.calibration.curve(0, shares)
-        mean = (self._shapes() @ curve[:, :, None])[:, :, 0]
+        mean = (self.histogram @ curve[:, :, None])[:, :, 0] / self.weight[:, None]
         result: FloatArray = mean / np.maximum(mean.sum(axis=1, keepdims=True), 1.0)
         return result
-
-    def _shapes(self) -> FloatArray:
-        """[DEPTHS, WIDEST, BINS] how draft_prob is distributed, by depth and rank."""
-        shape = np.zeros((WIDEST, BINS))
-        shape[np.arange(WIDEST), self.calibration.bins(_PRIOR_PROBS)] = 1.0
-        shapes = []
-        for depth, (seen, weight) in enumerate(zip(self.histogram, self.weight, strict=True)):
-            shape = shape if self._stored is None else self._stored[depth]
-            shape = (seen + PRIOR_WEIGHT * shape) / (weight + PRIOR_WEIGHT)
-            shapes.append(shape)
-        return np.stack(shapes)
 
     def observe(self, trees: DraftTrees) -> None:
         """Learns from all drafted nodes (scored), weighted by their parents' accept_prob: the paths
@@ -85,9 +72,9 @@ class Forecast:
         new = np.bincount(cell, kept, self.histogram.size).reshape(self.histogram.shape)
         first = rank == 0  # one for each parent
         parents = np.bincount(depth[first], weight[first], DEPTHS)
-        keep = np.exp(-parents / MEMORY)
-        self.histogram = self.histogram * keep[:, None, None] + new
-        self.weight = self.weight * keep + parents
+        keep = np.where(parents > 0, 1.0 - 1.0 / HORIZON, 1.0)
+        self.histogram = self.histogram * keep[:, None, None] + new / trees.batch
+        self.weight = self.weight * keep + parents / trees.batch
 
     def observe_free(self, trees: DraftTrees, limits: IntArray) -> None:
         """Learns what drafters without a model propose, from a round that used nothing else.
@@ -103,7 +90,10 @@ class Forecast:
 
     def state_dict(self) -> dict[str, Any]:
         """What is known, as plain lists."""
-        return {"histogram": np.round(self._shapes(), 5).tolist(), "weight": [1.0] * DEPTHS}
+        return {
+            "histogram": np.round(self.histogram, 4).tolist(),
+            "weight": np.round(self.weight, 4).tolist(),
+        }
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any], calibration: Calibration) -> Forecast:
@@ -115,7 +105,7 @@ class Forecast:
         if not fits or not (weight > 0).all():
             raise ValueError("not a forecast state")
         forecast = cls(calibration)
-        forecast._stored = histogram / weight[:, None, None]
+        forecast.histogram = histogram * (PRIOR_WEIGHT / weight)[:, None, None]
         return forecast
 
 

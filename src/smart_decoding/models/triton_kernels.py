@@ -162,8 +162,7 @@ def attend(
     live = m // group < count
     row = tl.load(of_tile).to(tl.int64) + m // group
     kv_head = tl.program_id(1).to(tl.int64)
-    heads = tl.num_programs(1) * group
-    at = (row * heads + kv_head * group + m % group)[:, None]  # among the queries
+    at = (row * (tl.num_programs(1) * group) + kv_head * group + m % group)[:, None]
     d = tl.arange(0, max(16, triton.next_power_of_2(width)))
     q = tl.load(queries + at * width + d, mask=live[:, None] & (d < width), other=0.0)
     keys += kv_head * plane
