@@ -57,15 +57,6 @@ class RoundRecord:
         return self.seconds - work
 
 
-@dataclass(slots=True)
-class _Accepted:
-    """Tokens of a round that entered answers; of those the drafted ones, for each decoding
-    request."""
-
-    emitted: int = 0
-    drafted: list[int] = field(default_factory=list)
-
-
 class Engine:
     """Runs requests to their end, one round at a time. Without a drafter this is plain decoding."""
 
@@ -190,15 +181,16 @@ class Engine:
             return []
         kept = _allowed(batch, state, draft)
         verified = verify(self.target, self.drafter, batch, draft.trees, kept, self._clock)
-        accepted = self._update(batch, verified)
+        emitted, accepted = self._update(batch, verified)
         self._hand_over(batch, verified)
-        _count_nodes(batch, draft.trees, kept, accepted.drafted)
+        _count_nodes(batch, draft.trees, kept, accepted)
         done = _round(batch, state, rule, draft, kept, verified)
         if batch.decode:
             self._observe(done, self._clock() - started - verified.seconds - draft.seconds)
         self._worked = self._clock()
-        self.last_round = _record(done, draft, verified, accepted, self._worked - started)
-        self.scheduler.shares.charge(batch, done, self.last_round.seconds)
+        seconds = self._worked - started
+        self.last_round = _record(done, draft, verified, emitted, accepted, seconds)
+        self.scheduler.shares.charge(batch, done, seconds)
         for request in verified.requests:
             if request.finished:
                 self._finish(request)
@@ -271,22 +263,24 @@ class Engine:
             self._clock,
         )
 
-    def _update(self, batch: Batch, verified: Verified) -> _Accepted:
-        """Appends the new tokens and commits the KV lengths."""
+    def _update(self, batch: Batch, verified: Verified) -> tuple[int, list[int]]:
+        """Appends the new tokens and commits the KV lengths. Returns how many entered answers, and
+        of those the drafted ones, for each decoding request."""
         now = self._clock()
-        accepted = _Accepted()
+        emitted = 0
+        accepted = []
         for i, request in enumerate(verified.requests):
             tokens = request.accept(verified.acceptance.emitted[i], now)
-            accepted.emitted += len(tokens)
+            emitted += len(tokens)
             if i < len(batch.decode):  # an end may cut the path short
                 drafted = min(len(tokens), len(verified.acceptance.path[i]))
-                accepted.drafted.append(drafted)
+                accepted.append(drafted)
                 request.metrics.rounds += 1
                 request.metrics.accepted += drafted
         for part in verified.committed:
             tokens = part.request.tokens
             part.request.table.commit(tokens, min(part.first + part.count, len(tokens)))
-        return accepted
+        return emitted, accepted
 
     def _hand_over(self, batch: Batch, verified: Verified) -> None:
         """Tells the drafter what the target computed."""
@@ -388,11 +382,16 @@ def _round(
 
 
 def _record(
-    done: Round, draft: Draft, verified: Verified, accepted: _Accepted, seconds: float
+    done: Round,
+    draft: Draft,
+    verified: Verified,
+    emitted: int,
+    accepted: list[int],
+    seconds: float,
 ) -> RoundRecord:
     return RoundRecord(
         done,
-        emitted=accepted.emitted,
+        emitted=emitted,
         seconds=seconds,
         draft_seconds=draft.seconds,
         verify_seconds=verified.forward_seconds,
@@ -400,7 +399,7 @@ def _record(
         kv_seconds=verified.kv_seconds,
         requests=verified.requests,
         acceptance=verified.acceptance,
-        accepted=accepted.drafted,
+        accepted=accepted,
     )
 
 

@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
+    from smart_decoding.core.tree import DraftTrees
+    from smart_decoding.engine.request import Request
     from smart_decoding.engine.sampling_params import SamplingParams
     from smart_decoding.engine.structured import Constraint
 
@@ -94,3 +96,32 @@ class SampleSpec:
             return False
         count = len(tokens)
         return [*self.output[-count:], *self.path][-count:] == list(tokens)
+
+
+def specs_of(
+    rows: Iterable[int], asking: Sequence[Request], nodes: DraftTrees, eos: Sequence[int]
+) -> list[SampleSpec]:
+    """One spec per visited row, in the numbering of core.acceptance: roots first, then nodes."""
+    specs = []
+    for row in rows:
+        owner = row
+        path: list[int] = []
+        if row >= len(asking):
+            node = row - len(asking)
+            owner = int(nodes.owner[node])
+            path = nodes.token[nodes.path(node)].tolist()
+        request = asking[owner]
+        specs.append(
+            SampleSpec(
+                request.params,
+                request.seed,
+                request.sample,
+                len(request.output) + len(path),
+                request.history,
+                path,
+                eos,
+                request.constraint,
+                request.output,
+            )
+        )
+    return specs

@@ -11,6 +11,7 @@ import numpy as np
 
 from smart_decoding.core.acceptance import Acceptance, accept
 from smart_decoding.core.tree import DraftTrees, IntArray
+from smart_decoding.engine.history import specs_of
 from smart_decoding.engine.kv import OutOfPagesError
 from smart_decoding.engine.protocols import (
     Clock,
@@ -22,7 +23,6 @@ from smart_decoding.engine.protocols import (
     VerifyRound,
 )
 from smart_decoding.engine.rows import RowLayout, Span, build_rows
-from smart_decoding.engine.specs import specs_of
 from smart_decoding.errors import require_finite
 
 if TYPE_CHECKING:
@@ -176,8 +176,13 @@ class _LaidOut:
 
 
 def _lay_out(batch: Batch, trees: DraftTrees, kept: IntArray) -> _LaidOut:
-    spans, asking = _spans(batch, trees, kept)
-    going_on = [r for r, n in batch.prefill if n < r.pending]
+    ending = [(r, n) for r, n in batch.prefill if n == r.pending]
+    unfinished = [(r, n) for r, n in batch.prefill if n < r.pending]
+    counts = trees.counts(kept)
+    spans = [_span(r, 1, 1 + count) for r, count in zip(batch.decode, counts, strict=True)]
+    spans += [_span(r, n, n) for r, n in ending + unfinished]
+    asking = batch.decode + [r for r, _ in ending]
+    going_on = [r for r, _ in unfinished]
     nodes = trees.take(kept, len(asking)) if len(trees) else DraftTrees.empty(len(asking))
     layout = build_rows(spans, nodes, [i < len(asking) for i in range(len(spans))])
     scored = _prompt_rows([*asking, *going_on], spans, layout)
@@ -239,18 +244,6 @@ def _settle(
     )
 
 
-def _spans(batch: Batch, trees: DraftTrees, kept: IntArray) -> tuple[list[Span], list[Request]]:
-    """Committed tokens of the round, requests that get a token first; and those requests."""
-    counts = trees.counts(kept)
-    spans = [
-        _span(request, 1, 1 + count) for request, count in zip(batch.decode, counts, strict=True)
-    ]
-    ending = [(r, n) for r, n in batch.prefill if n == r.pending]
-    unfinished = [(r, n) for r, n in batch.prefill if n < r.pending]
-    spans += [_span(request, count, count) for request, count in ending + unfinished]
-    return spans, batch.decode + [request for request, _ in ending]
-
-
 def _span(request: Request, count: int, slots: int) -> Span:
     start = request.table.length
     tokens = request.tokens[start : start + count]
@@ -293,7 +286,9 @@ def _accept(
         tokens = scores.greedy[at].tolist()
 
     def take(wanted: Sequence[int]) -> list[int]:
-        return _finite(draw(wanted) if tokens is None else [tokens[row] for row in wanted])
+        found = draw(wanted) if tokens is None else [tokens[row] for row in wanted]
+        require_finite(min(found, default=0) >= 0)  # of rows that the walk leaves out, some may be
+        return found
 
     acceptance = accept(nodes, take)
     _add_logprobs(target, asking, at, acceptance, scores)
@@ -333,13 +328,6 @@ def _score_prompt(target: Target, request: Request, at: IntArray, scores: Target
     tokens = request.prompt[known : known + len(at)]
     k = [request.params.prompt_logprobs or 0] * len(at)
     request.prompt_logprobs += target.logprobs(scores.logits, at, tokens, k)
-
-
-def _finite(tokens: list[int]) -> list[int]:
-    """The same tokens. Raises ModelError for one of a row without a maximum; rows that the walk
-    leaves out may be."""
-    require_finite(min(tokens, default=0) >= 0)
-    return tokens
 
 
 def _commit_keys(target: Target, acceptance: Acceptance, layout: RowLayout) -> None:
