@@ -3,16 +3,35 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from smart_decoding.bench import report
-from smart_decoding.bench.options import PRESETS, BenchOptions, parse_setting
+from smart_decoding.bench.options import PRESETS, BenchOptions
 from smart_decoding.bench.provenance import write_json
-from smart_decoding.cli.arguments import Gone, add_allow_slow, shares, whole_numbers, words
-from smart_decoding.cli.model_options import ACTIVATIONS, QUANTIZATION
+from smart_decoding.cli.arguments import (
+    ALLOW_SLOW,
+    THREADS,
+    Gone,
+    add_options,
+    shares,
+    whole_numbers,
+    words,
+)
+from smart_decoding.cli.model_options import (
+    ACTIVATIONS,
+    CHAT_TEMPLATE,
+    DEVICE,
+    DRAFT,
+    DTYPE,
+    METHOD,
+    METHOD_OPTION,
+    QUANTIZATION,
+    TRUST_PICKLE,
+    once_each,
+)
 from smart_decoding.cli.run import show_steps
 
 MOVED = (
@@ -78,27 +97,9 @@ def _what_runs(parser: argparse.ArgumentParser, default: BenchOptions) -> None:
         help="one setting of a policy; may be repeated. method= and model= give it a drafter of "
         "its own",
     )
-    add("--method", help="drafter (default: the model's own)")
-    add(
-        "--draft",
-        metavar="MODEL",
-        help="what the method drafts with: a head's folder, or for draft_model any "
-        "smaller model of the same vocabulary",
-    )
-    add(
-        "--method-option",
-        dest="method_options",
-        action="append",
-        metavar="K=V",
-        help="an option of the drafter",
-    )
-    add("--chat-template", help="file or built-in name (vicuna) of what makes prompts")
-    add("--trust-pickle", action="store_true", help="models and heads may be pickled")
-    add("--dtype", help=f"bf16 or fp32 (default: {default.dtype})")
-    QUANTIZATION.add_to(group)
-    ACTIVATIONS.add_to(group)
-    add("--device", help=f"cpu, cuda or auto (default: {default.device})")
-    add_allow_slow(group)
+    drafter = (METHOD, DRAFT, METHOD_OPTION)
+    model = (CHAT_TEMPLATE, TRUST_PICKLE, DTYPE, QUANTIZATION, ACTIVATIONS, DEVICE)
+    add_options(group, (*drafter, *model, ALLOW_SLOW, THREADS), unset=True)
 
 
 def _what_is_measured(parser: argparse.ArgumentParser, default: BenchOptions) -> None:
@@ -135,8 +136,9 @@ def options_of(
     """What was asked for, over the preset, over the defaults."""
     names = {field.name for field in fields(kind)}
     given = {name: value for name, value in vars(args).items() if name in names}
-    if "method_options" in given:
-        given["method_options"] = _named(given["method_options"])
+    given = {name: value for name, value in given.items() if value is not None}
+    if args.method_option:
+        given["method_options"] = once_each(args.method_option)
     return kind(**{**presets.get(getattr(args, "preset", ""), {}), **given})
 
 
@@ -156,11 +158,3 @@ def main(args: argparse.Namespace) -> int:
         write_json(options.json, result)
     print(report.everything(result))
     return 0
-
-
-def _named(texts: Sequence[str]) -> dict[str, Any]:
-    """K=V several times, as a dict; values as in --policy-options."""
-    named: dict[str, Any] = {}
-    for text in texts:
-        named |= parse_setting(f":{text}").options
-    return named

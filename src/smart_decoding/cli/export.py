@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from smart_decoding.cli.model_options import TRUST_PICKLE
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The head, its target, the layout and where to write it."""
@@ -15,11 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", help="its target: name, hub id, folder or GGUF file (default: HEAD, if built in)"
     )
     parser.add_argument("--layout", required=True, choices=("eagle3", "speculators", "eagle"))
-    parser.add_argument(
-        "--trust-pickle",
-        action="store_true",
-        help="read a pickled head or model, of which only tensors are taken",
-    )
+    TRUST_PICKLE.add_to(parser)
     parser.add_argument("--output", type=Path, required=True, help="folder to write to")
 
 

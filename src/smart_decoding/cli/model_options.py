@@ -56,6 +56,13 @@ DRAFT = Option(
     "what the method drafts with: a head's folder, or for draft_model any smaller model "
     "of the same vocabulary (the model's own head)",
 )
+METHOD_OPTION = Option("method-option", key_value, [], "K=V for the method; may be repeated (none)")
+CHAT_TEMPLATE = Option(
+    "chat-template",
+    str,
+    None,
+    "file, or built-in name (vicuna), of what makes prompts of conversations (the model's own)",
+)
 TRUST_PICKLE = Option(
     "trust-pickle",
     bool,
@@ -80,13 +87,8 @@ MODEL_OPTIONS = (
         "throughput_chain, smart (smart)",
     ),
     Option("policy-option", key_value, [], "K=V for the policy; may be repeated (none)"),
-    Option("method-option", key_value, [], "K=V for the method; may be repeated (none)"),
-    Option(
-        "chat-template",
-        str,
-        None,
-        "file, or built-in name (vicuna), of what makes prompts of conversations (the model's own)",
-    ),
+    METHOD_OPTION,
+    CHAT_TEMPLATE,
     TRUST_PICKLE,
     Option(
         "max-model-len",
@@ -121,8 +123,8 @@ def speculative_config(args: argparse.Namespace) -> dict[str, Any] | None:
 
     Raises ConfigError for unknown options and bad values.
     """
-    policy_options = _once_each(args.policy_option)
-    method_options = _once_each(args.method_option)
+    policy_options = once_each(args.policy_option)
+    method_options = once_each(args.method_option)
     if args.policy or policy_options:
         from smart_decoding.core.policies import check_policy  # imported late: numpy is slow
 
@@ -143,7 +145,8 @@ def speculative_config(args: argparse.Namespace) -> dict[str, Any] | None:
     return {**given, **policy_options, **method_options} or None
 
 
-def _once_each(options: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+def once_each(options: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """Pairs as a dict. Raises ConfigError for a name that is given twice."""
     given = dict(options)
     if len(given) < len(options):
         names = [name for name, _ in options]

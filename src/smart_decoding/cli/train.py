@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smart_decoding.cli.arguments import Gone, add_allow_slow
+from smart_decoding.cli.model_options import TRUST_PICKLE
 from smart_decoding.errors import ConfigError
 from smart_decoding.models.registry import DEFAULT_MODEL
 
@@ -77,11 +78,7 @@ def _add_head(group: argparse._ArgumentGroup) -> None:
         help="layers whose outputs the head reads, such as 4,15,30 (default: early, middle, last)",
     )
     add("--init", help="a head to start from, in any layout: folder, hub id, or built-in model")
-    add(
-        "--trust-pickle",
-        action="store_true",
-        help="the model and the head of --init may be pickled",
-    )
+    TRUST_PICKLE.add_to(group)
     add(
         "--export",
         choices=("eagle3", "speculators", "eagle"),
@@ -167,9 +164,7 @@ def _train_options(args: argparse.Namespace, layers: int, init: HeadFiles | None
     supports_images = init is not None and init.supports_images
     if args.visual_positions:
         supports_images = args.visual_positions == "decoupled"
-    if (
-        supports_images and args.images is None
-    ):  # what is read of pictures would not be written down
+    if supports_images and args.images is None:  # what is read of pictures would not be recorded
         raise ConfigError(
             "a head that reads pictures needs conversations about them: give --images"
         )
@@ -258,7 +253,6 @@ def _without(checkpoint: Checkpoint, tasks: Sequence[str]) -> Callable[[Sequence
 
 
 def _aux_layers(text: str | None, layers: int) -> tuple[int, ...]:
-
     if text is None:
         return (max(1, layers // 8 + 1), layers // 2, layers)
     try:
