@@ -551,7 +551,7 @@ def test_ready_only_after_the_warm_up(load: Any, monkeypatch: pytest.MonkeyPatch
 def test_other_refusals_for_now_say_when_to_come_again_too(load: Any) -> None:
     """`error_of` looks at every 429 and 503 of this file."""
     with serving(load) as running:
-        running.worker.observers[-1].watchers = live.MAX_WATCHERS
+        running.llm.engine_thread.observers[-1].watchers = live.MAX_WATCHERS
         assert error_of(httpx.get(f"{running.url}/events"), 503)["code"] == "too_many_watchers"
         running.worker.drain()
         assert error_of(httpx.get(f"{running.url}/health/ready"), 503)["code"] == "shutting_down"
@@ -606,7 +606,7 @@ def test_an_answer_that_cannot_be_written_ends_alone(load: Any, plain: LLM) -> N
         decode = running.llm._decoder
         broken = lambda skip: lambda ids: 1 / 0 if not skip else decode(skip)(ids)  # noqa: E731
         running.llm.engine.admission.decode = broken
-        running.worker.observers[0].after = lambda engine, touched: 1 / 0  # type: ignore[method-assign]
+        running.llm.engine_thread.observers[0].after = lambda engine, touched: 1 / 0  # type: ignore[method-assign]
         bad = post(
             running, "/v1/completions", json={**LONG, "max_tokens": 9, "skip_special_tokens": False}
         )
@@ -616,7 +616,7 @@ def test_an_answer_that_cannot_be_written_ends_alone(load: Any, plain: LLM) -> N
         )
         assert good.result().json()["choices"][0]["text"] == wanted.outputs[0].text
         assert running.idle()
-        assert len(running.worker.observers) == 2
+        assert len(running.llm.engine_thread.observers) == 2
         running.llm.engine.check_integrity()
 
 

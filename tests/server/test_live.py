@@ -161,7 +161,7 @@ def test_nobody_watching_costs_nothing_and_a_key_guards_the_events(load: Any) ->
         page = httpx.get(running.url)
         assert page.status_code == 200
         assert "default-src 'none'" in page.headers["content-security-policy"]
-        live = running.worker.observers[-1]
+        live = running.llm.engine_thread.observers[-1]
         post(
             running,
             "/v1/completions",

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from smart_decoding.engine.observers import Observer
+
 if TYPE_CHECKING:
     from smart_decoding.engine.engine import Engine
     from smart_decoding.engine.request import Request
@@ -29,7 +31,7 @@ _LIMITS = (
     "60.0",
 )
 
-_COUNTERS = (
+COUNTERS = (
     "prompt_tokens",  # of answers that have begun
     "generation_tokens",
     "prefix_cache_queries",  # tokens of prompts
@@ -86,22 +88,28 @@ class Histogram(Metric):
             self.buckets[limit] += value <= float(limit)
 
 
-class Record:
+def gauges(engine: Engine) -> dict[str, float]:
+    """What requests and memory are in use now."""
+    return {
+        "num_requests_running": len(engine.scheduler.running),
+        "num_requests_waiting": len(engine.scheduler.waiting),
+        "kv_cache_usage_perc": engine.pool.used,
+    }
+
+
+class Record(Observer):
     """An observer of the engine thread that counts. Numbers that only grow need no lock.
 
     ends: answers that are over, by reason; accepted: nodes at each depth.
     """
 
     def __init__(self) -> None:
-        self.counts = dict.fromkeys(_COUNTERS, 0)
+        self.counts = dict.fromkeys(COUNTERS, 0)
         self.ends: Counts[str] = Counts()
         self.accepted: list[int] = []
         self._begun: set[Request] = set()
         self._first = Histogram("vllm:time_to_first_token_seconds")
         self._whole = Histogram("vllm:e2e_request_latency_seconds")
-
-    def before(self, engine: Engine) -> None:
-        """Nothing is counted before a round."""
 
     def after(self, engine: Engine, touched: Sequence[Request]) -> None:
         """Counts the round."""
@@ -139,18 +147,12 @@ class Record:
 
     def metrics(self, engine: Engine) -> list[Metric]:
         """As they stand. engine: whose requests and memory are in use."""
-        scheduler = engine.scheduler
-        gauges = {
-            "num_requests_running": len(scheduler.running),
-            "num_requests_waiting": len(scheduler.waiting),
-            "kv_cache_usage_perc": engine.pool.used,
-        }
         ended = [
             Counter("vllm:request_success", count, labels={"finished_reason": reason})
             for reason, count in list(self.ends.items())
         ]
         return [
-            *(Gauge(f"vllm:{name}", value) for name, value in gauges.items()),
+            *(Gauge(f"vllm:{name}", value) for name, value in gauges(engine).items()),
             *(Counter(f"vllm:{name}", value) for name, value in self.counts.items()),
             *ended,
             Vector("vllm:spec_decode_num_accepted_tokens_per_pos", list(self.accepted)),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from smart_decoding.engine.engine import Engine
@@ -13,20 +13,18 @@ if TYPE_CHECKING:
 log = logging.getLogger("smart.engine")
 
 
-class Observer(Protocol):
-    """Called by the engine thread. All calls must be quick."""
+class Observer:
+    """Called by the engine thread; what it does not override is nothing to it. All calls must be
+    quick."""
 
     def before(self, engine: Engine) -> None:
         """A round begins."""
-        ...
 
     def after(self, engine: Engine, touched: Sequence[Request]) -> None:
         """A round is over; `touched` got tokens."""
-        ...
 
     def ended(self, request: Request, reason: str) -> None:
         """An answer is over: 'stop', 'length', 'abort' or 'error'."""
-        ...
 
 
 class Observers(list[Observer]):

@@ -86,7 +86,7 @@ class Server(uvicorn.Server):
         log.info(f"stopping: {self._worker.active} answers have {self._timeout:g} s to end")
         self._worker.drain()  # endless streams must not hold it up
         later = asyncio.get_running_loop().call_later
-        later(self._timeout, self._worker.give_up)
+        later(self._timeout, self._worker.stop, 0.0)
         later(self._timeout + READING, self._cut_off)
         await super().shutdown(sockets)
 
@@ -132,11 +132,7 @@ def make_server(load: Callable[[], LLM], settings: ServerSettings) -> tuple[Serv
         h11_max_incomplete_event_size=MAX_HEAD,
     )
     server = Server(config, worker, settings.shutdown_timeout)
-
-    def give_up() -> None:
-        server.should_exit = True
-
-    worker.failed = give_up
+    worker.failed = functools.partial(setattr, server, "should_exit", True)
     return server, worker
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from smart_decoding.server.errors import ApiError
+from smart_decoding.server.worker import Watcher, Worker
 
 if TYPE_CHECKING:
     from smart_decoding.core.cost import CostModel
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from smart_decoding.engine.engine import Engine, RoundRecord
     from smart_decoding.engine.request import Request
     from smart_decoding.llm import LLM
-    from smart_decoding.server.worker import Worker
 
 PAGE = Path(__file__).with_name("page.html")
 INTERVAL = 0.25  # seconds between events
@@ -46,7 +46,7 @@ class Pace:
     plain_tokens: int
 
 
-class Live:
+class Live(Watcher):
     """An observer of the worker that keeps the last round that could draft, and makes events of it.
 
     name: the model's, as clients ask for it.
@@ -68,9 +68,6 @@ class Live:
         """There is something to show."""
         self._llm = llm
 
-    def before(self, engine: Engine) -> None:
-        """Nothing."""
-
     def after(self, engine: Engine, touched: Sequence[Request]) -> None:
         """Keeps the round, if anybody watches."""
         record = engine.last_round
@@ -91,9 +88,6 @@ class Live:
         self._paces.append(
             Pace(time.monotonic(), record.seconds, record.emitted, plain, len(record.requests))
         )
-
-    def ended(self, request: Request, reason: str) -> None:
-        """Nothing."""
 
     # --- the event loop's ---
 

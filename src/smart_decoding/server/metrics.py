@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 from prometheus_client import CollectorRegistry, Histogram, Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-from smart_decoding.engine.metrics import Record
+from smart_decoding.engine.metrics import COUNTERS, Record, gauges
+from smart_decoding.server.worker import Watcher
 
 if TYPE_CHECKING:
     from smart_decoding.core.cost import CostModel
@@ -52,6 +53,11 @@ _COUNTERS_BY = {  # name: (what it says, the label that it has beside the model'
     "request_success": ("Answers that ended, by reason.", "finished_reason"),
     "spec_decode_num_accepted_tokens_per_pos": ("Tree nodes accepted, by depth.", "position"),
 }
+_GAUGES = {
+    "num_requests_running": "Answers in the running batch.",
+    "num_requests_waiting": "Answers waiting for a slot.",
+    "kv_cache_usage_perc": "Share of KV pages that requests hold, 1 is all.",
+}
 _HISTOGRAMS = {
     "time_to_first_token_seconds": ("Arrival to first token.", _FIRST),
     "inter_token_latency_seconds": ("Between the rounds that gave an answer tokens.", _TOKEN),
@@ -70,32 +76,16 @@ _POLICY_GAUGES = {
 }
 # What vLLM has too, and how it calls that.
 _VLLM = {
-    name: (name,)
-    for name in (
-        "num_requests_running",
-        "num_requests_waiting",
-        "kv_cache_usage_perc",
-        "prompt_tokens",
-        "generation_tokens",
-        "prefix_cache_queries",
-        "prefix_cache_hits",
-        "num_preemptions",
-        "request_success",
-        "spec_decode_num_drafts",
-        "spec_decode_num_draft_tokens",
-        "spec_decode_num_accepted_tokens",
-        "spec_decode_num_accepted_tokens_per_pos",
-        "time_to_first_token_seconds",
-        "e2e_request_latency_seconds",
-    )
-} | {
+    **{name: (name,) for name in (*_GAUGES, *COUNTERS, *_COUNTERS_BY)},
+    "time_to_first_token_seconds": ("time_to_first_token_seconds",),
+    "e2e_request_latency_seconds": ("e2e_request_latency_seconds",),
     # The second is what older versions call it.
     "inter_token_latency_seconds": ("inter_token_latency_seconds", "time_per_output_token_seconds"),
     "time_per_output_token_seconds": ("request_time_per_output_token_seconds",),
 }
 
 
-class Metrics:
+class Metrics(Watcher):
     """An observer of the worker that counts, and a collector for prometheus_client.
 
     counts: plain numbers, since they are counted in every round; record: those that the `LLM`
@@ -209,16 +199,9 @@ class Metrics:
     def _gauges(self) -> Iterator[Metric]:
         if self._engine is None:
             return
-        scheduler = self._engine.scheduler
-        used = self._engine.pool.used
-        running = len(scheduler.running)
-        yield self._gauge("num_requests_running", "Answers in the running batch.", running)
-        waiting = len(scheduler.waiting)
-        yield self._gauge("num_requests_waiting", "Answers waiting for a slot.", waiting)
-        yield self._gauge(
-            "kv_cache_usage_perc", "Share of KV pages that requests hold, 1 is all.", used
-        )
-        resting = len(scheduler.shares.resting)
+        for name, value in gauges(self._engine).items():
+            yield self._gauge(name, _GAUGES[name], value)
+        resting = len(self._engine.scheduler.shares.resting)
         yield self._gauge("num_clients_resting", "Clients that sit out this round.", resting)
         for each in self.shared():
             yield self._gauge(*each)

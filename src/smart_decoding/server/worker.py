@@ -9,12 +9,12 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from smart_decoding.async_llm import AsyncJob, AsyncLLM
 from smart_decoding.engine.isolation import warm_up
 from smart_decoding.engine.jobs import Chunk, Delivery, QueueTimeoutError
-from smart_decoding.engine.observers import Observer, Observers
+from smart_decoding.engine.observers import Observer
 from smart_decoding.errors import CapacityError, ConfigError, EngineStoppedError, SmartError
 from smart_decoding.server.errors import ApiError, gone, of_smart_error, shutting_down
 from smart_decoding.server.grammar_queue import GrammarQueue
@@ -26,12 +26,11 @@ if TYPE_CHECKING:
 log = logging.getLogger("smart.engine")
 
 
-class Watcher(Observer, Protocol):
+class Watcher(Observer):
     """An observer that is told when the model is loaded."""
 
     def start(self, llm: LLM) -> None:
         """The model is loaded."""
-        ...
 
 
 class Worker:
@@ -53,8 +52,7 @@ class Worker:
         self.clients: Counter[str] = Counter()
         self.grammars = GrammarQueue()
         self.draining = False
-        self.observers = Observers(observers)
-        self._watchers = observers
+        self._observers = observers
         self._load_error: BaseException | None = None
         self._load = load
         self._max_queue = max_queue
@@ -71,13 +69,8 @@ class Worker:
         self.draining = True
         self.grammars.stop()
 
-    def give_up(self) -> None:
-        """What still runs is told that the server ends, after the present round."""
-        if self.engine is not None:
-            self.engine.shutdown(0)
-
     def stop(self, timeout: float = 10.0) -> None:
-        """Ends the engine after its present round; what still runs is aborted. A model that is
+        """Ends the engine after its present round; what still runs is told so. A model that is
         being loaded is not waited for: the process ends with the daemon thread that loads it."""
         self.draining = True
         if self.engine is not None:
@@ -229,10 +222,9 @@ class Worker:
         llm = self._load()
         llm.grammars.prepare()
         warm_up(llm.engine)
-        for watcher in self._watchers:
+        for watcher in self._observers:
             watcher.start(llm)
-        llm.engine_thread.observers.extend(self.observers)
-        self.observers = llm.engine_thread.observers
+        llm.engine_thread.observers.extend(self._observers)
         llm.engine_thread.start()
         model = str(llm.provenance.get("model", ""))
         log.info("ready", extra={"model": model, "speculation": llm.speculation.description})
