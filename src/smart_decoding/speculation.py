@@ -18,7 +18,7 @@ from smart_decoding.drafters.levels import LevelDrafter
 from smart_decoding.drafters.ngram import NgramDrafter
 from smart_decoding.drafters.recycling import RecyclingDrafter
 from smart_decoding.drafters.union import UnionDrafter
-from smart_decoding.engine.drafting import RuleSelection, Selection
+from smart_decoding.engine.drafting import Selection
 from smart_decoding.errors import ConfigError, ModelError, SmartError
 from smart_decoding.files import read_json, reading
 from smart_decoding.kernels import library
@@ -70,7 +70,7 @@ class Speculation:
     profile: Profile | None = None
     model: EagleHead | DraftModel | None = None
     description: str = "none"
-    selection: Selection = field(default_factory=RuleSelection)
+    selection: Selection = field(default_factory=Selection)
     load: Callable[[], None] = lambda: None
 
     @property
@@ -278,7 +278,7 @@ def build_speculation(
 def fastest_selection() -> Selection:
     """The native form of selection where kernels run, else numpy's."""
     if library.unavailable() is not None:
-        return RuleSelection()
+        return Selection()
     from smart_decoding.kernels.selection import NativeSelection
 
     return NativeSelection()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from smart_decoding.core.rule import NO_NODES
 from smart_decoding.core.selection import is_data
@@ -17,20 +17,9 @@ if TYPE_CHECKING:
     from smart_decoding.engine.request import Request
 
 
-class Selection(Protocol):
-    """Follows rules: numpy (`RuleSelection`), or a backend's native form of the same."""
-
-    def frontier(self, rule: TreeRule, trees: DraftTrees, level: int) -> IntArray:
-        """See `TreeRule.frontier`."""
-        ...
-
-    def select(self, rule: TreeRule, trees: DraftTrees) -> IntArray:
-        """See `TreeRule.select`."""
-        ...
-
-
-class RuleSelection:
-    """The reference: what the rule itself says."""
+class Selection:
+    """Follows rules as they say themselves, in numpy: the reference. A backend may have a native
+    form of the same."""
 
     def frontier(self, rule: TreeRule, trees: DraftTrees, level: int) -> IntArray:
         """See `TreeRule.frontier`."""

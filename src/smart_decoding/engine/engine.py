@@ -12,7 +12,7 @@ import numpy as np
 from smart_decoding.core.policies.base import BatchState, Policy, Round
 from smart_decoding.core.tree import BoolArray, DraftTrees, FloatArray, IntArray
 from smart_decoding.engine.admission import BEFORE, Admission, EngineConfig
-from smart_decoding.engine.drafting import Draft, RuleSelection, Selection, draft_trees
+from smart_decoding.engine.drafting import Draft, Selection, draft_trees
 from smart_decoding.engine.kv import PAGE, PagePool
 from smart_decoding.engine.scheduler import Batch, Scheduler
 from smart_decoding.engine.structured import Constraint, StructuredOutputsParams, grammatical
@@ -85,7 +85,7 @@ class Engine:
         self.last_round: RoundRecord | None = None
         self.admission = Admission(target, config, self.pool, decode, clock, constrain)
         self._clock = clock
-        self._selection = selection or RuleSelection()
+        self._selection = selection or Selection()
         self._requests: dict[str, Request] = {}
         self._observe_seconds = 0.0  # of the round before
         self._worked = clock()  # when the last round ended

@@ -23,6 +23,7 @@ from smart_decoding.core.selection import (
     is_data,
 )
 from smart_decoding.core.tree import DraftTrees
+from smart_decoding.engine.drafting import Selection
 from smart_decoding.engine.protocols import Grown
 from smart_decoding.kernels import abi, library
 from smart_decoding.kernels.memory import address
@@ -55,9 +56,9 @@ class FirstLevel(NamedTuple):
     alive: object
 
 
-class NativeSelection:
-    """Implements `engine.drafting.Selection`. A rule with parts of a user's own is followed by
-    itself. Raises ConfigError where no kernels run."""
+class NativeSelection(Selection):
+    """The same in native code. A rule with parts of a user's own is followed by itself. Raises
+    ConfigError where no kernels run."""
 
     def __init__(self) -> None:
         self._library = library.library()

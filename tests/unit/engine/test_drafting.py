@@ -15,7 +15,7 @@ from smart_decoding.core.policies.base import BatchState, StatelessPolicy
 from smart_decoding.core.rule import TreeRule
 from smart_decoding.core.selection import Beam, KeepBest
 from smart_decoding.core.tree import DraftTrees, IntArray
-from smart_decoding.engine.drafting import Draft, RuleSelection, draft_trees
+from smart_decoding.engine.drafting import Draft, Selection, draft_trees
 from smart_decoding.engine.engine import Engine
 from smart_decoding.engine.protocols import Grown
 
@@ -75,7 +75,7 @@ class Mine:
 def drafted(rule: TreeRule, arrived: bool = False) -> tuple[Draft, list[str]]:
     clock = Clock()
     drafter: Any = OneCall(clock)
-    draft = draft_trees(drafter, RuleSelection(), rule, BATCH, [], lambda: arrived, clock)
+    draft = draft_trees(drafter, Selection(), rule, BATCH, [], lambda: arrived, clock)
     return draft, drafter.calls
 
 
@@ -145,7 +145,7 @@ def test_a_policy_with_a_rule_of_its_own_serves() -> None:
     answers(engine)
 
 
-class Counting(RuleSelection):
+class Counting(Selection):
     """Notes that it was asked."""
 
     asked = 0
