@@ -40,7 +40,6 @@ class IdleWork(Protocol):
 
     def step(self) -> bool:
         """Does a bit, which requests may have to wait for; false if nothing is left."""
-        ...
 
 
 class EngineThread:

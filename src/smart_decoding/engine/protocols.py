@@ -104,33 +104,26 @@ class Target(Protocol):
 
     def verify(self, rows: Rows, aux_layers: tuple[int, ...]) -> TargetScores:
         """One forward of the rows; their keys and values are written to their slots."""
-        ...
 
     def sample(self, logits: Logits, which: IntArray, specs: Sequence[Any]) -> IntArray:
         """[which] the target's tokens at rows `which` of `logits`."""
-        ...
 
     def argmax(self, logits: Logits, which: IntArray) -> IntArray:
         """[which] greedy tokens of the rows `which`, ties to the lowest id."""
-        ...
 
     def logprobs(
         self, logits: Logits, which: IntArray, tokens: Sequence[int], k: Sequence[int]
     ) -> list[Any]:
         """Log probabilities of drawn tokens and of each row's k most likely ones."""
-        ...
 
     def encode_image(self, pixels: Any) -> Any:
         """[length, hidden] the embeddings of a picture; of text models never called."""
-        ...
 
     def forget_pictures(self) -> None:
         """`encode_image` computes all pictures anew; of text models never called."""
-        ...
 
     def move(self, source: Ints, target: Ints) -> None:
         """Copies KV slots source[i] -> target[i], in order."""
-        ...
 
 
 class Drafter(Protocol):
@@ -148,36 +141,29 @@ class Drafter(Protocol):
 
     def pending_rows(self, requests: Sequence[Request]) -> int:
         """Rows the first level must process for these requests."""
-        ...
 
     def start(self, requests: Sequence[Request], rule: TreeRule) -> DraftTrees:
         """The first model level (if rule.levels > 0), and all that free drafters propose."""
-        ...
 
     def expand(
         self, requests: Sequence[Request], trees: DraftTrees, nodes: IntArray, rule: TreeRule
     ) -> int:
         """Appends the children of `nodes`, all of one level; returns how many the model ran: others
         stay leaves."""
-        ...
 
     def extend(
         self, request: Request, features: Features, first: int, tokens: Sequence[int]
     ) -> None:
         """The target processed `tokens` at the positions first, first + 1, ...; features: [tokens,
         ...] or None."""
-        ...
 
     def extend_each(self, requests: Sequence[Request], features: Features) -> None:
         """The target processed one more token of each request, and that was all of the round: plain
         decoding, whose rounds must not pay for a drafter in backoff. features: [requests, ...] or
         None."""
-        ...
 
     def observe_logits(self, tokens: IntArray, logits: Logits) -> None:
         """The target's logits [rows, vocab] after `tokens`; called only if `wants_logits`."""
-        ...
 
     def release(self, request: Request) -> None:
         """The request ended or was preempted: forget it."""
-        ...

@@ -117,92 +117,65 @@ class SamplingParams:
             "include_stop_str_in_output",
             "speculate",
         ):
-            value = getattr(self, name)
-            _require(isinstance(value, bool), name, value, "True or False")
-        kind = self.output_kind
-        _require(isinstance(kind, RequestOutputKind), "output_kind", kind, "a RequestOutputKind")
+            self._check(isinstance(getattr(self, name), bool), name, "True or False")
+        of_kind = isinstance(self.output_kind, RequestOutputKind)
+        self._check(of_kind, "output_kind", "a RequestOutputKind")
 
     def _check_numbers(self) -> None:
-        _real("temperature", self.temperature, "in [0, 2]", lambda x: 0 <= x <= 2)
-        _real("top_p", self.top_p, "in (0, 1]", lambda x: 0 < x <= 1)
-        _real("min_p", self.min_p, "in [0, 1]", lambda x: 0 <= x <= 1)
-        _real(
-            "repetition_penalty",
-            self.repetition_penalty,
-            "in [0.01, 100]",
-            lambda x: 0.01 <= x <= 100,
-        )
-        _real("presence_penalty", self.presence_penalty, "in [-2, 2]", lambda x: -2 <= x <= 2)
-        _real("frequency_penalty", self.frequency_penalty, "in [-2, 2]", lambda x: -2 <= x <= 2)
-        _integer("top_k", self.top_k, -1, "0 or -1 (all tokens) or an integer >= 1")
+        self._check_real("temperature", "in [0, 2]", lambda x: 0 <= x <= 2)
+        self._check_real("top_p", "in (0, 1]", lambda x: 0 < x <= 1)
+        self._check_real("min_p", "in [0, 1]", lambda x: 0 <= x <= 1)
+        self._check_real("repetition_penalty", "in [0.01, 100]", lambda x: 0.01 <= x <= 100)
+        self._check_real("presence_penalty", "in [-2, 2]", lambda x: -2 <= x <= 2)
+        self._check_real("frequency_penalty", "in [-2, 2]", lambda x: -2 <= x <= 2)
+        self._check_integer("top_k", "0 or -1 (all tokens) or an integer >= 1", -1)
 
     def _check_lengths(self) -> None:
-        _integer("n", self.n, 1, "an integer >= 1")
-        _require(
-            self.n == 1 or not self.greedy, "n", self.n, "1 with greedy sampling (temperature 0)"
-        )
+        self._check_integer("n", "an integer >= 1", 1)
+        self._check(self.n == 1 or not self.greedy, "n", "1 with greedy sampling (temperature 0)")
+        most = INT64_MAX
+        allowed = "an integer >= 0"
         if self.max_tokens is not None:
-            _integer(
-                "max_tokens",
-                self.max_tokens,
-                1,
-                "an integer >= 1, or None (up to the context's end)",
-            )
-        longest = INT64_MAX if self.max_tokens is None else self.max_tokens
-        allowed = (
-            "an integer >= 0"
-            if self.max_tokens is None
-            else f"an integer in [0, max_tokens={self.max_tokens}]"
-        )
-        _integer("min_tokens", self.min_tokens, 0, allowed, longest)
+            end = "an integer >= 1, or None (up to the context's end)"
+            self._check_integer("max_tokens", end, 1)
+            most = self.max_tokens
+            allowed = f"an integer in [0, max_tokens={most}]"
+        self._check_integer("min_tokens", allowed, 0, most)
         if self.seed is not None:
-            _integer("seed", self.seed, INT64_MIN, "a 64-bit signed integer or None", INT64_MAX)
+            self._check_integer("seed", "a 64-bit signed integer or None", INT64_MIN)
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
-                allowed = "an integer >= 0, -1 (all tokens) or None"
-                _integer(name, getattr(self, name), -1, allowed)
+                self._check_integer(name, "an integer >= 0, -1 (all tokens) or None", -1)
 
     def _check_stops(self) -> None:
         strings = self.stop if isinstance(self.stop, list | tuple) else [self.stop]
         if self.stop is None:
             strings = []
         good = all(isinstance(s, str) and s for s in strings)
-        _require(good, "stop", self.stop, "a non-empty string or a list of non-empty strings")
-        _require(
-            _token_ids(self.stop_token_ids),
-            "stop_token_ids",
-            self.stop_token_ids,
-            "a list of token ids >= 0",
-        )
+        self._check(good, "stop", "a non-empty string or a list of non-empty strings")
+        good = _token_ids(self.stop_token_ids)
+        self._check(good, "stop_token_ids", "a list of token ids >= 0")
         self.stop_array = np.array(self.stop_token_ids or (), np.int64)
-        _require(
-            self.detokenize or not strings, "detokenize", self.detokenize, "True with stop strings"
-        )
+        self._check(self.detokenize or not strings, "detokenize", "True with stop strings")
 
     def _check_masks(self) -> None:
         words = self.bad_words
         good = words is None or (
             isinstance(words, list | tuple) and all(isinstance(w, str) and w.strip() for w in words)
         )
-        _require(good, "bad_words", words, "a list of texts that are not blank")
+        self._check(good, "bad_words", "a list of texts that are not blank")
         longest = max(words or (), key=len, default="")
         allowed = f"a list of texts of at most {MAX_BAD_WORD} characters each"
         _require(len(longest) <= MAX_BAD_WORD, "bad_words", longest, allowed)
         ids = self.allowed_token_ids
         good = ids is None or (_token_ids(ids) and len(ids) > 0)
-        _require(good, "allowed_token_ids", ids, "a list of token ids >= 0, not empty")
+        self._check(good, "allowed_token_ids", "a list of token ids >= 0, not empty")
         self.allowed_array = np.array(() if ids is None else ids, np.int64)
 
     def _check_logit_bias(self) -> None:
         allowed = "a dict of token ids >= 0 to biases in [-100, 100]"
-        _require(
-            self.logit_bias is None or isinstance(self.logit_bias, dict),
-            "logit_bias",
-            self.logit_bias,
-            allowed,
-        )
-        given = self.logit_bias or {}
-        _require(_token_ids(given), "logit_bias", given, allowed)
+        given = {} if self.logit_bias is None else self.logit_bias
+        self._check(isinstance(given, dict) and _token_ids(given), "logit_bias", allowed)
         for token, bias in given.items():
             if not (isinstance(bias, int | float | Real) and -100 <= bias <= 100):
                 _require(False, "logit_bias", {token: bias}, allowed)
@@ -211,20 +184,28 @@ class SamplingParams:
 
     def _check_structure(self) -> None:
         given = self.structured_outputs
-        good = given is None or isinstance(given, StructuredOutputsParams)
-        _require(good, "structured_outputs", given, "StructuredOutputsParams or None")
-        if given is not None:
-            _require(
-                not self.ignore_eos, "ignore_eos", self.ignore_eos, "False with structured_outputs"
-            )
-            _require(
-                not self.min_tokens, "min_tokens", self.min_tokens, "0 with structured_outputs"
-            )
-            for name in ("bad_words", "allowed_token_ids"):
-                value = getattr(self, name)
-                _require(
-                    value is None or not len(value), name, value, "None with structured_outputs"
-                )
+        if given is None:
+            return
+        good = isinstance(given, StructuredOutputsParams)
+        self._check(good, "structured_outputs", "StructuredOutputsParams or None")
+        self._check(not self.ignore_eos, "ignore_eos", "False with structured_outputs")
+        self._check(not self.min_tokens, "min_tokens", "0 with structured_outputs")
+        for name in ("bad_words", "allowed_token_ids"):
+            value = getattr(self, name)
+            self._check(value is None or not len(value), name, "None with structured_outputs")
+
+    def _check(self, good: bool, name: str, allowed: str) -> None:
+        _require(good, name, getattr(self, name), allowed)
+
+    def _check_real(self, name: str, allowed: str, in_range: Callable[[float], bool]) -> None:
+        value = getattr(self, name)
+        number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+        self._check(number and in_range(float(value)), name, allowed)
+
+    def _check_integer(self, name: str, allowed: str, low: int, high: int = INT64_MAX) -> None:
+        value = getattr(self, name)
+        whole = isinstance(value, Integral) and not isinstance(value, bool)
+        self._check(whole and low <= int(value) <= high, name, allowed)
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raises ConfigError if a token id or a number of log probabilities does not fit a model of
@@ -293,16 +274,6 @@ class SamplingParams:
 def _require(good: bool, name: str, value: object, allowed: str) -> None:
     if not good:
         raise ConfigError(f"{name}={value!r:.200} is not allowed: it must be {allowed}")
-
-
-def _real(name: str, value: object, allowed: str, in_range: Callable[[float], bool]) -> None:
-    number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-    _require(number and in_range(float(value)), name, value, allowed)  # type: ignore[arg-type]
-
-
-def _integer(name: str, value: object, low: int, allowed: str, high: int = INT64_MAX) -> None:
-    good = isinstance(value, Integral) and not isinstance(value, bool) and low <= int(value) <= high
-    _require(good, name, value, allowed)
 
 
 def _token_ids(ids: Iterable[object] | None) -> bool:

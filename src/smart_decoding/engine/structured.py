@@ -35,33 +35,28 @@ class StructuredOutputsParams:
     def __post_init__(self) -> None:
         if self.json_object is False:
             object.__setattr__(self, "json_object", None)
-        given = [field.name for field in fields(self) if getattr(self, field.name) is not None]
+        given = {name: value for name, value in vars(self).items() if value is not None}
         if len(given) != 1:
             names = ", ".join(field.name for field in fields(self))
             raise ConfigError(
-                f"structured_outputs={given} is not allowed: give exactly one of {names}"
+                f"structured_outputs={[*given]} is not allowed: give exactly one of {names}"
             )
-        if self.json is not None:
-            object.__setattr__(self, "json", _schema_text(self.json))
-        for name in ("regex", "grammar"):
-            value = getattr(self, name)
-            if value is not None and not isinstance(value, str):
-                raise ConfigError(
-                    f"structured_outputs={{{name!r}: {value!r}}} is not allowed: it must be a text"
-                )
-        if self.json_object is not None and self.json_object is not True:
-            given_value = {"json_object": self.json_object}
-            raise ConfigError(f"structured_outputs={given_value} is not allowed: give True")
-        if self.choice is not None:
-            good = isinstance(self.choice, list | tuple) and all(
-                isinstance(each, str) and each for each in self.choice
-            )
-            if not good or not self.choice:
-                raise ConfigError(
-                    f"structured_outputs={{'choice': {self.choice!r}}} is not allowed: it must be "
-                    "a list of non-empty texts"
-                )
-            object.__setattr__(self, "choice", tuple(self.choice))
+        ((name, value),) = given.items()
+        if name == "json":
+            object.__setattr__(self, name, _schema_text(value))
+        elif name == "choice":
+            texts = isinstance(value, list | tuple) and all(isinstance(t, str) and t for t in value)
+            _require(texts and len(value) > 0, given, "it must be a list of non-empty texts")
+            object.__setattr__(self, name, tuple(value))
+        elif name == "json_object":
+            _require(value is True, given, "give True")
+        else:
+            _require(isinstance(value, str), given, "it must be a text")
+
+
+def _require(good: bool, given: Mapping[str, Any], wanted: str) -> None:
+    if not good:
+        raise ConfigError(f"structured_outputs={given} is not allowed: {wanted}")
 
 
 def _schema_text(schema: object) -> str:
@@ -92,32 +87,25 @@ class Constraint(Protocol):
 
     def compute_beside(self) -> None:
         """To be computed in another thread from the first mask on."""
-        ...
 
     def ready(self, seconds: float = 0.0) -> bool:
         """Whether the next mask is known, so that a round does not wait for it. Waits so long."""
-        ...
 
     def allowed(self, path: Sequence[int]) -> NDArray[np.bool_]:
         """[vocab] the tokens that may follow the committed ones and `path`; at least one, which
         means nothing after an error."""
-        ...
 
     def accepts(self, path: Sequence[int]) -> bool:
         """Whether `path` may follow the committed tokens."""
-        ...
 
     def before_error(self, tokens: Sequence[int]) -> Sequence[int]:
         """Those of a round's tokens that were drawn before `allowed` came upon an error."""
-        ...
 
     def append(self, tokens: Sequence[int]) -> None:
         """Commits tokens of the answer, unless they end it."""
-        ...
 
     def take_seconds(self) -> float:
         """Seconds spent in here since the last call."""
-        ...
 
 
 def grammatical(
