@@ -15,21 +15,8 @@ if TYPE_CHECKING:
     from smart_decoding.engine.engine import Engine
     from smart_decoding.engine.request import Request
 
-# seconds, of times to the first token and to the end
-_LIMITS = (
-    "0.01",
-    "0.025",
-    "0.05",
-    "0.1",
-    "0.25",
-    "0.5",
-    "1.0",
-    "2.5",
-    "5.0",
-    "10.0",
-    "30.0",
-    "60.0",
-)
+# seconds, of times to the first token, and of those to the end in `LLM.get_metrics`
+TTFT_LIMITS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
 COUNTERS = (
     "prompt_tokens",  # of answers that have begun
@@ -78,7 +65,9 @@ class Histogram(Metric):
 
     count: int = 0
     sum: float = 0.0
-    buckets: dict[str, int] = field(default_factory=lambda: dict.fromkeys([*_LIMITS, "+Inf"], 0))
+    buckets: dict[str, int] = field(
+        default_factory=lambda: dict.fromkeys([*map(str, TTFT_LIMITS), "+Inf"], 0)
+    )
 
     def observe(self, value: float) -> None:
         """One more value."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from prometheus_client import CollectorRegistry, Histogram, Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-from smart_decoding.engine.metrics import COUNTERS, Record, gauges
+from smart_decoding.engine.metrics import COUNTERS, TTFT_LIMITS, Record, gauges
 from smart_decoding.server.worker import Watcher
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 CHECK_EVERY = 8  # rounds, of which one is compared with its prediction
 
-_FIRST = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0)
 _WHOLE = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 60.0, 120.0, 300.0)
 
@@ -59,7 +58,7 @@ _GAUGES = {
     "kv_cache_usage_perc": "Share of KV pages that requests hold, 1 is all.",
 }
 _HISTOGRAMS = {
-    "time_to_first_token_seconds": ("Arrival to first token.", _FIRST),
+    "time_to_first_token_seconds": ("Arrival to first token.", TTFT_LIMITS),
     "inter_token_latency_seconds": ("Between the rounds that gave an answer tokens.", _TOKEN),
     "time_per_output_token_seconds": ("Mean per answer, first token excluded.", _TOKEN),
     "e2e_request_latency_seconds": ("Arrival to end.", _WHOLE),
