@@ -16,7 +16,7 @@ from smart_decoding.async_llm import AsyncJob
 from smart_decoding.engine.jobs import Ask
 from smart_decoding.errors import ConfigError
 from smart_decoding.server.answers import CompletionForm, Usage
-from smart_decoding.server.counting import Texts, disconnect, unless_gone
+from smart_decoding.server.counting import disconnect, unless_gone
 from smart_decoding.server.errors import ApiError
 from smart_decoding.server.replies import Reply, encoded
 
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from smart_decoding.models.grammars import Compiled
     from smart_decoding.server.answers import Form
     from smart_decoding.server.schemas import Completions
-    from smart_decoding.server.settings import ServerSettings
     from smart_decoding.server.worker import Worker
 
 COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions; a chat goes on to the context's end
@@ -52,15 +51,13 @@ class Asked:
     reply: Callable[..., Reply] = Reply
 
 
-async def answer(
-    worker: Worker, settings: ServerSettings, request: Request, asked: Asked
-) -> Response:
+async def answer(worker: Worker, request: Request, asked: Asked) -> Response:
     """The response, whole or as a stream. Raises ApiError until its first token is there."""
-    job = await _job(worker, settings, request, asked)
+    job = await _job(worker, request, asked)
     worker.submit(job)
     watch = asyncio.create_task(_cancel_at_disconnect(request, job, worker))
     usage = Usage(sum(map(len, asked.prompts)))
-    reply = asked.reply(worker, job, asked.form, settings.model_name, usage, asked.body)
+    reply = asked.reply(worker, job, asked.form, worker.settings.model_name, usage, asked.body)
     try:
         # before the headers: until here an error has a status of its own
         first = await worker.chunk(job)
@@ -68,7 +65,7 @@ async def answer(
             events = _to_the_end(reply.events(first), job, worker, watch)
             return StreamingResponse(events, media_type="text/event-stream", headers=STREAM_HEADERS)
         chunks = [chunk async for chunk in reply.chunks(first)]
-        body = await _written(request, reply, chunks)
+        body = await _written(worker, request, reply, chunks)
     except BaseException:
         worker.cancel(job)
         watch.cancel()
@@ -77,53 +74,51 @@ async def answer(
     return Response(body, media_type="application/json")
 
 
-async def _written(request: Request, reply: Reply, chunks: Sequence[Chunk]) -> str:
+async def _written(worker: Worker, request: Request, reply: Reply, chunks: Sequence[Chunk]) -> str:
     """The whole answer. Log probabilities are much to write, and others are served meanwhile."""
-    texts: Texts = request.app.state.texts
 
     def write() -> str:
         return encoded(reply.whole(chunks))
 
     long = any(chunk.logprobs for chunk in chunks)
-    return await texts.write(request, write) if long else write()
+    return await worker.texts.write(request, write) if long else write()
 
 
-def check_model(name: str, settings: ServerSettings) -> None:
+def check_model(name: str, worker: Worker) -> None:
     """Raises ApiError unless `name` is the model's."""
-    if name != settings.model_name:
-        message = f"there is no model {name!r} here; this server has {settings.model_name!r}"
+    ours = worker.settings.model_name
+    if name != ours:
+        message = f"there is no model {name!r} here; this server has {ours!r}"
         raise ApiError(404, message, "model_not_found", "model")
 
 
-async def _job(
-    worker: Worker, settings: ServerSettings, request: Request, asked: Asked
-) -> AsyncJob:
+async def _job(worker: Worker, request: Request, asked: Asked) -> AsyncJob:
     """The job that does what is asked for. Raises ApiError if that is not allowed."""
     body = asked.body
     if body.model is not None:
-        check_model(body.model, settings)
-    if (body.n or 1) > settings.max_n:
-        message = f"n={body.n}: at most {settings.max_n} answers to one prompt"
+        check_model(body.model, worker)
+    most = worker.settings.max_n
+    if (body.n or 1) > most:
+        message = f"n={body.n}: at most {most} answers to one prompt"
         raise ApiError(400, message, "invalid_value", "n")
-    _check_length(asked, worker.ready())
+    llm = worker.ready()
+    _check_length(asked, llm)
     limit = body.limit
     if limit is None and isinstance(asked.form, CompletionForm):
         limit = COMPLETION_TOKENS
-    defaults = worker.ready().default_sampling_params
+    defaults = llm.default_sampling_params
     longest = defaults.get("max_tokens")  # the model's limit holds for all requests, as in vLLM
     if longest is not None:
         limit = longest if limit is None else min(limit, longest)
-    encode = partial(worker.ready().tokenizer.encode, add_special_tokens=False)
-
-    texts: Texts = request.app.state.texts
+    encode = partial(llm.tokenizer.encode, add_special_tokens=False)
     given = partial(body.params, limit, asked.logprobs, defaults)
-    params = await texts.checked(request, given)
+    params = await worker.texts.checked(request, given)
     if body.bad_words:
         params = await asked.read("bad_words", partial(params.checked, encode))
     grammars = await _grammars(body, params, worker, request)
     return AsyncJob(
         uuid.uuid4().hex,
-        worker.ready().engine,
+        llm.engine,
         [Ask(prompt, params, asked.media) for prompt in asked.prompts],
         bool(body.stream),
         request_id=request.state.request_id,

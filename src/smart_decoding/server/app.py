@@ -15,20 +15,19 @@ from starlette.middleware.cors import CORSMiddleware
 from smart_decoding import __version__
 from smart_decoding.server import errors, openai_api
 from smart_decoding.server.answering import STREAM_HEADERS
-from smart_decoding.server.counting import WAITING, Texts
 from smart_decoding.server.live import CSP, PAGE, Live
 from smart_decoding.server.middleware import Gate
 
 if TYPE_CHECKING:
     from smart_decoding.server.metrics import Metrics
-    from smart_decoding.server.settings import ServerSettings
     from smart_decoding.server.worker import Worker
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
-def create_app(worker: Worker, settings: ServerSettings, metrics: Metrics, live: Live) -> FastAPI:
+def create_app(worker: Worker, metrics: Metrics, live: Live) -> FastAPI:
     """The ASGI application over a worker that has not been started yet."""
+    settings = worker.settings
     app = FastAPI(
         title="SMART",
         version=__version__,
@@ -36,9 +35,9 @@ def create_app(worker: Worker, settings: ServerSettings, metrics: Metrics, live:
         docs_url=None,
         redoc_url=None,
     )
-    app.state.texts = Texts(WAITING * settings.max_body)
+    app.state.texts = worker.texts
     errors.install(app)
-    app.include_router(openai_api.router(worker, settings))
+    app.include_router(openai_api.router(worker))
     app.include_router(_state(worker, metrics))
     app.include_router(_live_page(worker, live), include_in_schema=False)
     app.add_middleware(Gate, settings=settings)

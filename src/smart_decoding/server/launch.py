@@ -16,7 +16,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 import uvicorn
-from fastapi import FastAPI
 
 from smart_decoding.errors import ConfigError, SmartError
 from smart_decoding.server.app import create_app
@@ -76,10 +75,10 @@ class Server(uvicorn.Server):
     """uvicorn that ends within a time: what still runs then is told so, and who does not read that
     is cut off. uvicorn itself would cancel them, which is a broken stream and a traceback."""
 
-    def __init__(self, config: uvicorn.Config, worker: Worker, shutdown_timeout: float) -> None:
+    def __init__(self, config: uvicorn.Config, worker: Worker) -> None:
         super().__init__(config)
         self._worker = worker
-        self._timeout = shutdown_timeout
+        self._timeout = worker.settings.shutdown_timeout
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """As uvicorn's."""
@@ -111,7 +110,7 @@ def make_server(load: Callable[[], LLM], settings: ServerSettings) -> tuple[Serv
     """A server that has not been started."""
     metrics = Metrics(settings.model_name)
     live = Live(settings.model_name)
-    worker = Worker(load, settings.max_queue, settings.queue_timeout, (metrics, live))
+    worker = Worker(load, settings, (metrics, live))
     metrics.shared = worker.gauges
     connection = functools.partial(
         Connection,
@@ -119,7 +118,7 @@ def make_server(load: Callable[[], LLM], settings: ServerSettings) -> tuple[Serv
         max_connections=settings.max_connections,
     )
     config = uvicorn.Config(
-        create_app(worker, settings, metrics, live),
+        create_app(worker, metrics, live),
         log_config=None,
         access_log=False,
         server_header=False,
@@ -131,7 +130,7 @@ def make_server(load: Callable[[], LLM], settings: ServerSettings) -> tuple[Serv
         http=cast(type[Connection], connection),
         h11_max_incomplete_event_size=MAX_HEAD,
     )
-    server = Server(config, worker, settings.shutdown_timeout)
+    server = Server(config, worker)
     worker.failed = functools.partial(setattr, server, "should_exit", True)
     return server, worker
 
@@ -144,8 +143,7 @@ def serve(load: Callable[[], LLM], settings: ServerSettings) -> int:
     set_up_logging(settings.log_level)
 
     def loaded() -> LLM:
-        texts: Texts = cast(FastAPI, server.config.app).state.texts
-        return _settled(load(), texts)
+        return _settled(load(), worker.texts)
 
     server, worker = make_server(loaded, settings)
     with bind(settings.host, settings.port) as listener:

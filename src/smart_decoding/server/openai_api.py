@@ -16,7 +16,7 @@ from smart_decoding.errors import CapacityError
 from smart_decoding.server.answering import Asked, answer, check_model
 from smart_decoding.server.answers import ChatForm, CompletionForm, Json
 from smart_decoding.server.chat import chat_prompt
-from smart_decoding.server.counting import CountedRoute, Texts
+from smart_decoding.server.counting import CountedRoute
 from smart_decoding.server.errors import ApiError
 from smart_decoding.server.replies import Reply
 from smart_decoding.server.responses import ResponsesReply
@@ -30,16 +30,15 @@ from smart_decoding.server.schemas import (
 
 if TYPE_CHECKING:
     from smart_decoding.llm import LLM
-    from smart_decoding.server.settings import ServerSettings
     from smart_decoding.server.worker import Worker
 
 T = TypeVar("T")
 
 
-def router(worker: Worker, settings: ServerSettings) -> APIRouter:
+def router(worker: Worker) -> APIRouter:
     """All routes that speak OpenAI's language."""
     api = APIRouter(route_class=CountedRoute)
-    routes = _Routes(worker, settings)
+    routes = _Routes(worker)
     api.get("/v1/models")(routes.models)
     api.get("/v1/models/{name:path}")(routes.model)
     api.post("/v1/completions", response_model=None)(routes.completions)
@@ -51,16 +50,15 @@ def router(worker: Worker, settings: ServerSettings) -> APIRouter:
 
 
 class _Routes:
-    def __init__(self, worker: Worker, settings: ServerSettings) -> None:
+    def __init__(self, worker: Worker) -> None:
         self._worker = worker
-        self._settings = settings
         self._started = int(time.time())
 
     async def models(self) -> Json:
         return {"object": "list", "data": [self._card()]}
 
     async def model(self, name: str) -> Json:
-        check_model(name, self._settings)
+        check_model(name, self._worker)
         return self._card()
 
     async def completions(self, request: Request, body: CompletionRequest) -> Response:
@@ -70,7 +68,7 @@ class _Routes:
         prompts = [(await self._read(request, body.prompt_field, each)).tokens for each in read]
         form = CompletionForm(llm.tokenizer.token_text, body.logprobs, _readers(llm, body, prompts))
         asked = Asked(body, prompts, form, body.logprobs, partial(self._read, request))
-        return await answer(self._worker, self._settings, request, asked)
+        return await answer(self._worker, request, asked)
 
     async def chat(self, request: Request, body: ChatRequest) -> Response:
         return await self._chat(request, body, Reply)
@@ -92,13 +90,12 @@ class _Routes:
         prompts = [list(prompt.tokens)]
         read_more = partial(self._read, request)
         asked = Asked(body, prompts, form, top, read_more, prompt.media, reply)
-        return await answer(self._worker, self._settings, request, asked)
+        return await answer(self._worker, request, asked)
 
     async def _read(self, request: Request, field: str, read: Callable[[], T]) -> T:
         """What `read` makes of the texts in `field`, when it is the client's turn."""
-        texts: Texts = request.app.state.texts
         try:
-            return await texts.read(request, read)
+            return await self._worker.texts.read(request, read)
         except CapacityError as error:
             raise ApiError(400, str(error), "context_length_exceeded", field) from error
 
@@ -127,13 +124,13 @@ class _Routes:
         """The model, if it is there and `name`, where one is given, is its name."""
         llm = self._worker.ready()
         if name:
-            check_model(name, self._settings)
+            check_model(name, self._worker)
         return llm
 
     def _card(self) -> Json:
         llm = self._worker.llm
         return {
-            "id": self._settings.model_name,
+            "id": self._worker.settings.model_name,
             "object": "model",
             "created": self._started,
             "owned_by": "smart-decoding",

@@ -16,12 +16,14 @@ from smart_decoding.engine.isolation import warm_up
 from smart_decoding.engine.jobs import Chunk, Delivery, QueueTimeoutError
 from smart_decoding.engine.observers import Observer
 from smart_decoding.errors import CapacityError, ConfigError, EngineStoppedError, SmartError
+from smart_decoding.server.counting import WAITING, Texts
 from smart_decoding.server.errors import ApiError, gone, of_smart_error, shutting_down
 from smart_decoding.server.grammar_queue import GrammarQueue
 
 if TYPE_CHECKING:
     from smart_decoding.engine.inbox import Inbox
     from smart_decoding.llm import LLM
+    from smart_decoding.server.settings import ServerSettings
 
 log = logging.getLogger("smart.engine")
 
@@ -36,17 +38,18 @@ class Watcher(Observer):
 class Worker:
     """Serves an LLM. `load` builds it in a thread; `failed` is called if that fails.
 
-    engine: None until it is ready; clients: answers that wait or run, by client; grammars: those of
-    requests, before they are jobs.
+    engine: None until it is ready; clients: answers that wait or run, by client; texts, grammars:
+    those of requests, before they are jobs.
     """
 
     def __init__(
         self,
         load: Callable[[], LLM],
-        max_queue: int = 256,
-        queue_timeout: float = 60.0,
+        settings: ServerSettings,
         observers: Sequence[Watcher] = (),
     ) -> None:
+        self.settings = settings
+        self.texts = Texts(WAITING * settings.max_body)
         self.engine: AsyncLLM | None = None
         self.failed: Callable[[], None] = lambda: None
         self.clients: Counter[str] = Counter()
@@ -55,8 +58,6 @@ class Worker:
         self._observers = observers
         self._load_error: BaseException | None = None
         self._load = load
-        self._max_queue = max_queue
-        self._queue_timeout = queue_timeout
         self._seconds = 1.0  # an answer takes, on average
         self._thread = threading.Thread(target=self._main, name="smart-load", daemon=True)
 
@@ -91,14 +92,10 @@ class Worker:
         """What ended the engine, or kept it from being loaded."""
         return self.inbox.error if self.inbox else self._load_error
 
-    @property
-    def alive(self) -> bool:
-        """Whether it loads or runs."""
-        return self.error is None and (self.inbox is not None or self._thread.is_alive())
-
     def check_alive(self) -> None:
         """Raises ApiError (503) if the engine neither loads nor runs."""
-        if not self.alive:
+        runs = self.inbox is not None or self._thread.is_alive()
+        if self.error is not None or not runs:
             message = "the engine has stopped; the server's log says why"
             raise ApiError(503, message, "engine_stopped")
 
@@ -120,7 +117,7 @@ class Worker:
     def capacity(self) -> int:
         """Answers that may wait or run."""
         slots = 0 if self.llm is None else self.llm.engine.config.max_num_seqs
-        return slots + self._max_queue
+        return slots + self.settings.max_queue
 
     def share(self, newcomer: str | None = None) -> int:
         """Answers that each client may have here, even if others fill the queue."""
@@ -157,7 +154,7 @@ class Worker:
         """Queues a job. Raises ApiError as `check_room` does."""
         self.check_room(job.size, job.client)
         assert self.engine is not None
-        job.timeout = self._queue_timeout
+        job.timeout = self.settings.queue_timeout
         job.told = self._count
         try:
             self.engine.submit(job)
