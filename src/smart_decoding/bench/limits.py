@@ -60,19 +60,24 @@ def layer_elements(hidden: int, heads: int, kv_heads: int, head_dim: int, ffn: i
     return hidden * (2 * head_dim * (heads + kv_heads) + 3 * ffn)
 
 
-def achieved(run: Mapping[str, Any], sizes: Sizes) -> dict[str, float]:
-    """Mean GB/s and GFLOP/s of a run's verifying forwards (sampling included), NaN where no round
-    was counted.
+def achieved(
+    run: Mapping[str, Any], sizes: Sizes, limits: Mapping[str, float]
+) -> dict[str, float]:
+    """Mean GB/s and GFLOP/s of a run's verifying forwards (sampling included), and both as shares
+    of the limits; NaN where no round was counted.
 
     FLOPs: products with weights; attention is left out."""
     seconds = 1e-3 * run["verify_ms"]
-    moved = sizes.moved(run["batch_size"], run["context_tokens"])
-    computed = 2 * sizes.weights * run["rows_per_round"]
-    return {"gb_per_s": _rate(moved, seconds), "gflop_per_s": _rate(computed, seconds)}
-
-
-def _rate(amount: float, seconds: float) -> float:
-    return 1e-9 * amount / seconds if seconds > 0 else float("nan")
+    amounts = {
+        "gb": sizes.moved(run["batch_size"], run["context_tokens"]),
+        "gflop": 2 * sizes.weights * run["rows_per_round"],
+    }
+    found = {}
+    for name, amount in amounts.items():
+        rate = 1e-9 * amount / seconds if seconds > 0 else math.nan
+        found[f"{name}_per_s"] = rate
+        found[f"{name}_share"] = rate / limits[f"{name}_per_s"]
+    return found
 
 
 def measure_limits(dtype: torch.dtype, device: torch.device) -> dict[str, float]:
@@ -95,18 +100,8 @@ def rated(
 ) -> list[dict[str, Any]]:
     """The runs of one batch size with their achieved rates, those as shares of the limits, and on a
     GPU what `over_floor` says."""
-    found = [{**run, **achieved(run, sizes)} for run in runs]
-    found = [{**run, **shares(run, limits)} for run in found]
+    found = [{**run, **achieved(run, sizes, limits)} for run in runs]
     return over_floor(found, sizes, limits["gb_per_s"]) if device.type == "cuda" else found
-
-
-def shares(run: Mapping[str, Any], limits: Mapping[str, float]) -> dict[str, float]:
-    """A run's achieved rates as shares of the limits."""
-    return {
-        f"{name.split('_')[0]}_share": run[name] / limit
-        for name, limit in limits.items()
-        if limit > 0
-    }
 
 
 def _best(work: Callable[[], object], wait: Callable[[], object], calls: int) -> float:

@@ -9,7 +9,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -112,28 +112,32 @@ def machine() -> dict[str, Any]:
     }
 
 
-def memory(weights_bytes: int, kv_bytes: int) -> dict[str, Any]:
+def memory(
+    weights_bytes: int, kv_bytes: int, forgotten: Iterable[float | None] = ()
+) -> dict[str, Any]:
     """Memory in GiB. peak_process_gib is the highest resident size of the whole process since it
     started, so it covers all policies and batch sizes, loading and the interpreter; None where the
-    system does not tell."""
+    system does not tell. forgotten: what `forget_peak` returned, which the system knows no more."""
     import torch
 
     gpu = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
     return {
-        "peak_process_gib": _process_peak_gib(),
+        "peak_process_gib": max(filter(None, [*forgotten, _process_peak_gib()]), default=None),
         "peak_gpu_gib": gpu,
         "weights_gib": weights_bytes / 2**30,
         "kv_cache_gib": kv_bytes / 2**30,
     }
 
 
-def forget_peak() -> bool:
-    """Starts a new peak at the present size; false where that cannot be done."""
+def forget_peak() -> float | None:
+    """Starts a new peak at the present size. Returns the last one in GiB, or None where that cannot
+    be done."""
+    last = peak_gib()
     try:
         (_PROC / "clear_refs").write_text("5")
     except OSError:
-        return False
-    return True
+        return None
+    return last
 
 
 def peak_gib() -> float | None:

@@ -64,7 +64,7 @@ def run(options: BenchOptions, kind: Callable[..., Bench] | None = None) -> dict
         **result,
         "cost": bench.cost.to_dict() if bench.cost else None,
         "limits": bench.limits,
-        "memory": memory(sizes.weights * sizes.item, llm.target.decoder.kv.bytes),
+        "memory": memory(sizes.weights * sizes.item, llm.target.decoder.kv.bytes, bench.peaks),
     }
 
 
@@ -80,6 +80,7 @@ class Bench:
         self.prompts = prompts
         self.head: str | None = None
         self.cost: CostModel | None = None
+        self.peaks: list[float | None] = []  # GiB, of what ran before each batch size
         self.sizes = Sizes.of(llm.target.decoder.config, llm.target.dtype.itemsize)
         self.limits = measure_limits(llm.target.dtype, llm.target.device)
 
@@ -149,7 +150,7 @@ class Bench:
         chosen = {task: self.prompts[task] for task in tasks or self.options.tasks}
         prompts = at_temperature(chosen, self.options, temperature)
         for i, batch_size in enumerate(batch_sizes):
-            forget_peak()
+            self.peaks.append(forget_peak())
             contestants = arms or self.contestants(batch_size)
             name = f"{kind}T {temperature:g}, batch {batch_size}"
             found = self._batch(

@@ -105,6 +105,9 @@ def test_runs_have_the_new_figures_and_only_pooled_ones_the_distributions():
     )
 
 
+LIMITS = {"gb_per_s": 10.0, "gflop_per_s": 60.0}
+
+
 def test_traffic_counts_weights_once_and_every_cached_key():
     config = ModelConfig(
         "llama",
@@ -123,10 +126,14 @@ def test_traffic_counts_weights_once_and_every_cached_key():
     layer = 8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 16  # q; k and v; output; gate, up and down
     assert sizes == Sizes(2 * layer + 800, 2 * 2 * 4, 2)
     run = {"verify_ms": 2.0, "batch_size": 3, "context_tokens": 10.0, "rows_per_round": 6.0}
-    told = achieved(run, sizes)
+    told = achieved(run, sizes, LIMITS)
     assert told["gb_per_s"] == pytest.approx((2 * (2 * layer + 800) + 2 * 3 * 10 * 16) / 2e-3 / 1e9)
     assert told["gflop_per_s"] == pytest.approx(2 * (2 * layer + 800) * 6 / 2e-3 / 1e9)
-    assert math.isnan(achieved({**run, "verify_ms": math.nan}, sizes)["gb_per_s"])
+    assert told["gb_share"] == told["gb_per_s"] / 10.0
+    assert told["gflop_share"] == told["gflop_per_s"] / 60.0
+    nothing = achieved({**run, "verify_ms": math.nan}, sizes, LIMITS)
+    assert math.isnan(nothing["gb_per_s"])
+    assert math.isnan(nothing["gflop_share"])
 
 
 def test_peak_memory_is_that_of_this_process():

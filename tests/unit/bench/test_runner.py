@@ -380,21 +380,20 @@ def test_what_the_laboratory_has_now_is_named(words, capsys):
     )
 
 
-def test_limits_are_positive_and_shares_are_shares():
+def test_limits_are_positive_and_a_peak_is_forgotten():
     import torch
 
     from smart_decoding.bench import limits
-    from smart_decoding.bench.provenance import forget_peak, peak_gib
+    from smart_decoding.bench.provenance import forget_peak, memory, peak_gib
 
     found = limits.measure_limits(torch.float32, torch.device("cpu"))
     assert 0.1 < found["gb_per_s"] < 10_000
     assert 0.1 < found["gflop_per_s"] < 1_000_000
-    told = limits.shares(
-        {"gb_per_s": 5.0, "gflop_per_s": 30.0}, {"gb_per_s": 10.0, "gflop_per_s": 60.0}
-    )
-    assert told == {"gb_share": 0.5, "gflop_share": 0.5}
-    if forget_peak():
+    last = forget_peak()
+    if last:
         assert 0.01 < peak_gib() < 1000
+        told = memory(0, 0, [last + 9.0, last])
+        assert told["peak_process_gib"] == last + 9.0  # the process forgets it, the result does not
 
 
 def test_prompts_are_used_again_where_a_batch_is_large():
