@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from smart_decoding.engine.kv import PAGE
 from smart_decoding.engine.loops import loop_start
@@ -135,17 +136,12 @@ def frequent_tokens(
 
 
 def padded(batch: list[Conversation]) -> tuple[Tensor, Tensor, Tensor]:
-    """tokens [b, n], aux_hidden [b, n, width] float32, and where the answers are [b, n]."""
-    n = max(len(item.tokens) for item in batch)
-    tokens = torch.zeros(len(batch), n, dtype=torch.long)
-    aux_hidden = torch.zeros(len(batch), n, batch[0].aux_hidden.shape[1])
-    answer = torch.zeros(len(batch), n, dtype=torch.bool)
-    for i, item in enumerate(batch):
-        size = len(item.tokens)
-        tokens[i, :size] = item.tokens
-        aux_hidden[i, : len(item.aux_hidden)] = item.aux_hidden.float()
-        answer[i, item.answer : size] = True
-    return tokens, aux_hidden, answer
+    """tokens [b, n], aux_hidden [b, n - 1, width] float32, and where the answers are [b, n]."""
+    tokens = pad_sequence([item.tokens for item in batch], batch_first=True)
+    aux_hidden = pad_sequence([item.aux_hidden for item in batch], batch_first=True).float()
+    places = torch.arange(tokens.shape[1])
+    answers = [(item.answer <= places) & (places < len(item.tokens)) for item in batch]
+    return tokens, aux_hidden, torch.stack(answers)
 
 
 def put_pictures(embedded: Tensor, batch: list[Conversation]) -> Tensor:
