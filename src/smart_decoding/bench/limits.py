@@ -60,9 +60,7 @@ def layer_elements(hidden: int, heads: int, kv_heads: int, head_dim: int, ffn: i
     return hidden * (2 * head_dim * (heads + kv_heads) + 3 * ffn)
 
 
-def achieved(
-    run: Mapping[str, Any], sizes: Sizes, limits: Mapping[str, float]
-) -> dict[str, float]:
+def achieved(run: Mapping[str, Any], sizes: Sizes, limits: Mapping[str, float]) -> dict[str, float]:
     """Mean GB/s and GFLOP/s of a run's verifying forwards (sampling included), and both as shares
     of the limits; NaN where no round was counted.
 
