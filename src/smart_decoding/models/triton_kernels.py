@@ -5,8 +5,10 @@ import triton
 import triton.language as tl
 
 from smart_decoding.engine.kv import PAGE as _PAGE
+from smart_decoding.models.rows import TILE as _TILE
 
 PAGE = tl.constexpr(_PAGE)
+TILE = tl.constexpr(_TILE)
 KEYS = tl.constexpr(64)  # of the context, read at once
 NONE = tl.constexpr(float("-inf"))
 
@@ -98,27 +100,8 @@ def _over_context(q, keys, values, table, context, start, end, scale, width: tl.
 
 
 @triton.jit
-def _over_ancestors(best, total, acc, q, keys, values, slots, count, scale, width: tl.constexpr):
-    """The same with each row's own ancestors, `count` of them at `slots`."""
-    d = tl.arange(0, q.shape[1])
-    for j in range(0, tl.max(count)):
-        has = j < count
-        at = (tl.load(slots + j, mask=has, other=0) * width)[:, None] + d
-        readable = has[:, None] & (d < width)
-        k = tl.load(keys + at, mask=readable, other=0.0)
-        scores = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1) * scale
-        scores = tl.where(has, scores, NONE)
-        best, safe, total, acc = _rescaled(best, total, acc, scores)
-        p = tl.exp2(scores - safe)
-        v = tl.load(values + at, mask=readable, other=0.0)
-        total += p
-        acc += p[:, None] * v.to(tl.float32)
-    return best, total, acc
-
-
-@triton.jit
-def _over_both(q, keys, values, meta, row, live, size, table, scale, width):
-    """One part of the context; with the last part come the ancestors."""
+def _over_both(q, keys, values, meta, row, live, size, table, scale, width: tl.constexpr):
+    """The same over one part of the context, and with the last part over each row's ancestors."""
     split = tl.program_id(2)
     splits = tl.num_programs(2)
     context = tl.load(meta + size + row, mask=live, other=0)
@@ -130,9 +113,19 @@ def _over_both(q, keys, values, meta, row, live, size, table, scale, width):
     if split == splits - 1:
         begin = tl.load(meta + 2 * size + row, mask=live, other=0)
         count = tl.load(meta + 3 * size + row, mask=live, other=0) - begin
-        best, total, acc = _over_ancestors(
-            best, total, acc, q, keys, values, meta + begin, count, scale, width
-        )
+        d = tl.arange(0, q.shape[1])
+        for j in range(0, tl.max(count)):
+            has = j < count
+            at = (tl.load(meta + begin + j, mask=has, other=0) * width)[:, None] + d
+            readable = has[:, None] & (d < width)
+            k = tl.load(keys + at, mask=readable, other=0.0)
+            scores = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1) * scale
+            scores = tl.where(has, scores, NONE)
+            best, safe, total, acc = _rescaled(best, total, acc, scores)
+            p = tl.exp2(scores - safe)
+            v = tl.load(values + at, mask=readable, other=0.0)
+            total += p
+            acc += p[:, None] * v.to(tl.float32)
     return best, total, acc
 
 
@@ -149,7 +142,6 @@ def attend(
     scale,
     group: tl.constexpr,
     width: tl.constexpr,
-    block_m: tl.constexpr,
 ):
     """A tile's queries of one head of keys, over one part. partial [rows, heads, splits, width]:
     outputs; weight [rows, heads, splits, 2]: maxima and sums, or None if there is one part."""
@@ -158,7 +150,7 @@ def attend(
     count = tl.load(of_tile + tiles)
     if count == 0:
         return
-    m = tl.arange(0, block_m)
+    m = tl.arange(0, max(16, triton.next_power_of_2(TILE * group)))
     live = m // group < count
     row = tl.load(of_tile).to(tl.int64) + m // group
     kv_head = tl.program_id(1).to(tl.int64)

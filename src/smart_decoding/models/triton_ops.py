@@ -62,7 +62,6 @@ class TritonOps:
             width**-0.5 * LOG2_E,
             group=heads // kv_heads,
             width=width,
-            block_m=max(16, _power_of_2(TILE * heads // kv_heads)),
             num_warps=8,  # with 4, registers spill
             num_stages=2,
         )
@@ -84,7 +83,3 @@ class TritonOps:
 def splits_of(rows: int, kv_heads: int) -> int:
     """Parts that contexts are read in, so that forwards of so many rows keep a GPU busy."""
     return max(1, min(MOST_SPLITS, BLOCKS // (-(-rows // TILE) * kv_heads)))
-
-
-def _power_of_2(least: int) -> int:
-    return 1 << (least - 1).bit_length()
