@@ -11,7 +11,7 @@ import gc
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -27,8 +27,6 @@ log = logging.getLogger("smart.graphs")
 META = 1 << 18  # int32 of block tables and the like; rounds with more are run eagerly
 # from what is done to what does it again
 Record = Callable[[Callable[[], None]], Callable[[], None]]
-# widths of what the first layer reads, and aux layers
-_Form: TypeAlias = tuple[int, tuple[int, ...]]
 
 
 def layers_on(device: torch.device, layers: Iterable[LayerWeights], graphs: bool) -> Layers:
@@ -67,9 +65,11 @@ recorder = functools.cache(CudaRecorder)  # one for a target and what drafts for
 
 
 class _Buffers:
-    """What recordings of one form read and write, with room for the largest bucket."""
+    """Recordings that keep the same aux layers, and what they read and write, with room for the
+    largest bucket."""
 
     def __init__(self, x: Tensor, context: Context) -> None:
+        self.replays: dict[int, Callable[[], None]] = {}  # by rows
         self._meta = context.on_device.meta.new_zeros(META)
         self._read = [_room(part) for part in _given(x, context)]
         aux = context.aux_hidden
@@ -120,8 +120,7 @@ class GraphedLayers:
         self.eager = layers
         self._record: Record | None = record
         self._cache: KVCache | None = None
-        self._buffers: dict[_Form, _Buffers] = {}
-        self._replays: dict[tuple[_Form, int], Callable[[], None]] = {}
+        self._buffers: dict[tuple[int, ...], _Buffers] = {}  # by aux layers
 
     def __call__(self, x: Tensor, context: Context, cache: KVCache) -> None:
         """See `Layers`."""
@@ -131,32 +130,30 @@ class GraphedLayers:
             return
         if cache is not self._cache:
             self._cache = cache
-            self._replays = {}
-        form = (0 if context.inputs is None else context.inputs.shape[1], context.aux_layers)
-        if form not in self._buffers:
-            self._buffers[form] = _Buffers(x, context)
-        buffers = self._buffers[form]
-        if (form, rows.size) not in self._replays:
+            self._buffers = {}
+        if context.aux_layers not in self._buffers:
+            self._buffers[context.aux_layers] = _Buffers(x, context)
+        buffers = self._buffers[context.aux_layers]
+        if rows.size not in buffers.replays:
             buffers.fill(x, context)
             run = functools.partial(self.eager, *buffers.arguments(context), cache)
-            if not self._try_to_record((form, rows.size), run):
+            try:
+                buffers.replays[rows.size] = _without_collection(self._record, run)
+            except RuntimeError as error:
+                log.warning("no CUDA graphs, so every kernel is launched by itself: %s", error)
+                self._record = None
                 self.eager(x, context, cache)
                 return
         buffers.fill(x, context)
-        self._replays[form, rows.size]()
+        buffers.replays[rows.size]()
         buffers.fetch(x, context)
 
-    def _try_to_record(self, key: tuple[_Form, int], run: Callable[[], None]) -> bool:
-        assert self._record is not None
-        collecting = gc.isenabled()
-        gc.disable()  # freeing a tensor in the middle of a recording would spoil it
-        try:
-            self._replays[key] = self._record(run)
-        except RuntimeError as error:
-            self._record = None
-            log.warning("no CUDA graphs, so every kernel is launched by itself: %s", error)
-            return False
-        finally:
-            if collecting:
-                gc.enable()
-        return True
+
+def _without_collection(record: Record, run: Callable[[], None]) -> Callable[[], None]:
+    collecting = gc.isenabled()
+    gc.disable()  # freeing a tensor in the middle of a recording would spoil it
+    try:
+        return record(run)
+    finally:
+        if collecting:
+            gc.enable()
