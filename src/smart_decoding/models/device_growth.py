@@ -21,7 +21,7 @@ from torch import Tensor
 from smart_decoding.core.tree import ROOT, DraftTrees
 from smart_decoding.engine.rows import Rows
 from smart_decoding.models.layers import Context
-from smart_decoding.models.ranking import best_children, noise_of, packed_noise
+from smart_decoding.models.ranking import best_children, noise_there
 from smart_decoding.models.rows import download, upload
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class DeviceGrowth:
         self._batch = batch = len(rows.query_start_loc) - 1
         self._k = min(rule.children, len(tokens))
         self._groups = batch if fixed.each else 1  # that nodes are chosen from
-        self._widths = fixed.widths
+        self._widths = (*fixed.widths, 0)  # of levels 2, 3, ...; none behind the last
         self._limited = bool((rule.limits <= rule.levels).any())
         self._tokens = tokens
         self._pages = rows.pages
@@ -65,11 +65,8 @@ class DeviceGrowth:
         self._chosen = self._mine[4]  # which candidates they were: first the requests themselves
         self._children = self._able = self._prob  # [rows, k] their tokens; log path_prob, or DEAD
         self._found: list[Tensor] = []  # of each level [rows, 2 + 2 * k], what the host must know
-        self._noise: Tensor | None = None
-        scale, keys = noise_of(growth.asked)
-        if keys is not None:
-            noise = upload(packed_noise(scale, keys), tokens.device)
-            self._noise = noise.view(2, batch, rule.levels)
+        noise = noise_there(growth.asked, tokens.device)
+        self._noise = None if noise is None else noise.view(2, batch, rule.levels)
         self._marks = [self._mark()]
 
     def rank(self, logits: Tensor) -> None:
@@ -91,7 +88,8 @@ class DeviceGrowth:
     def expand(self, rotary: tuple[Tensor, Tensor]) -> tuple[Context, Tensor] | None:
         """The rows of the next level, and which of the rows that were run last lie above them; None
         behind the last level."""
-        each = self._width()
+        able = self._able.numel() // self._groups
+        each = min(self._widths[self._depth], able, len(self._slots) // self._groups)
         if not each:
             return None
         count = each * self._groups
@@ -105,13 +103,6 @@ class DeviceGrowth:
         context.on_device = self._completed(context.on_device, self._children.take(chosen))
         self._slots = self._slots[count:]
         return context, above
-
-    def _width(self) -> int:
-        """Rows of the next level, of each group."""
-        if self._depth >= len(self._widths):
-            return 0
-        able = self._able.numel() // self._groups
-        return min(self._widths[self._depth], able, len(self._slots) // self._groups)
 
     def _choose(self, each: int) -> Tensor:
         """The best candidates, ascending, so that a request's are neighbours."""

@@ -48,13 +48,12 @@ def ranked(logits: Tensor, tokens: Tensor, asked: Asked, native: bool) -> Ranked
     Greedy rows: softmax over `tokens`. Others: what the drafter would draw at the row's temperature
     [rows] with the noise that the target will draw with: the target most often draws the same."""
     k = min(asked.k, len(tokens))
-    scale, keys = noise_of(asked)
     if native:
+        scale, keys = noise_of(asked)
         wanted = None if keys is None else torch.from_numpy(keys.view(np.int64))
         ids, probs = kernels.top_k(logits.contiguous(), k, torch.from_numpy(scale), wanted, tokens)
         return tokens[ids].numpy(), probs.double().numpy()
-    noise = None if keys is None else upload(packed_noise(scale, keys), logits.device)
-    return fetched(*best_children(logits, tokens, k, noise))
+    return fetched(*best_children(logits, tokens, k, noise_there(asked, logits.device)))
 
 
 def fetched(ids: Tensor, logprobs: Tensor) -> Ranked:
@@ -67,6 +66,12 @@ def fetched(ids: Tensor, logprobs: Tensor) -> Ranked:
 def packed_noise(scale: FloatRow, keys: NDArray[np.uint64]) -> NDArray[np.int64]:
     """[2, rows] of `noise_of`, as devices take it: the bits of the factors as float64, and keys."""
     return np.stack((scale.astype(np.float64).view(np.int64), keys.view(np.int64)))
+
+
+def noise_there(asked: Asked, device: torch.device) -> Tensor | None:
+    """`packed_noise` on a device, or None where all rows are greedy."""
+    scale, keys = noise_of(asked)
+    return None if keys is None else upload(packed_noise(scale, keys), device)
 
 
 def best_children(
