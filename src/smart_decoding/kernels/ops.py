@@ -4,6 +4,7 @@ said otherwise."""
 from __future__ import annotations
 
 from ctypes import Array, Structure, byref
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,13 +13,17 @@ from torch import Tensor
 
 from smart_decoding.engine.kv import PAGE
 from smart_decoding.kernels import abi, library
+from smart_decoding.kernels.memory import address
 from smart_decoding.kernels.weights import INTO_CACHES, PackedWeight
+
+if TYPE_CHECKING:
+    from smart_decoding.engine.rows import Rows
 
 HEAD_DIMS = (16, 32, 64, 96, 128)
 MAX_QUERIES = 32  # query heads per key head
 
 
-Rows = abi.structure("Rows")
+_Rows = abi.structure("Rows")
 Layer = abi.structure("Layer")
 Workspace = abi.structure("Workspace")
 Head = abi.structure("Head")
@@ -28,6 +33,25 @@ Pass = abi.structure("Pass")
 Round = abi.structure("Round")
 Level = abi.structure("Level")
 _lib = library.library
+
+
+def native_rows(rows: Rows, cosine: Tensor, sine: Tensor) -> Structure:
+    """The rows as the kernels read them. cosine, sine: tables [positions, head_dim / 2]."""
+    arrays = (
+        rows.query_start_loc,
+        rows.block_table_start,
+        rows.pages,
+        rows.slot_mapping,
+        rows.context_len,
+        rows.ancestors_start,
+        rows.ancestors,
+        rows.position,
+    )
+    groups = len(rows.query_start_loc) - 1
+    tables = cosine.data_ptr(), sine.data_ptr()
+    struct = _Rows(len(rows), groups, *map(address, arrays), *tables)
+    struct.keep = *arrays, cosine, sine  # what its pointers lead to
+    return struct
 
 
 def pass_rows(packed: PackedWeight) -> int:

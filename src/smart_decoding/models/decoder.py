@@ -29,7 +29,7 @@ from smart_decoding.models.layers import (
 from smart_decoding.models.linear import Linear
 from smart_decoding.models.native_model import NativeModel
 from smart_decoding.models.panels import KeptPanels, kept_panels
-from smart_decoding.models.rows import BUCKETS, native_rows, upload
+from smart_decoding.models.rows import BUCKETS, upload
 
 if TYPE_CHECKING:
     from smart_decoding.engine.media import MultimodalEmbeddings
@@ -169,7 +169,7 @@ class Decoder:
         layer), ascending."""
         context = self._context(rows, aux_layers)
         if self.model is not None:
-            native = native_rows(context.rows, context.cosine, context.sine)
+            native = kernels.native_rows(context.rows, context.cosine, context.sine)
             logits, states, best = self.model.forward(
                 native, rows.token, rows.mm_embeds, rows.logit_rows, aux_layers
             )
@@ -180,7 +180,7 @@ class Decoder:
             width = len(aux_layers) * self.config.hidden
             context.aux_hidden = x.new_empty(len(rows), width)
         self._layers(x, context, self.kv)
-        if context.on_device.logit_rows is not None:
+        if rows.logit_rows is not None:
             x = x[context.on_device.logit_rows]
         return ForwardOutput(self.head(x).float(), context.aux_hidden)
 

@@ -25,7 +25,8 @@ from smart_decoding.kernels.weights import (
     interleaved,
     pack,
 )
-from smart_decoding.models.rows import DeviceRows, GroupedRows, device_rows, native_rows, upload
+from smart_decoding.models.rows import DeviceRows, device_rows, upload
+from smart_decoding.models.torch_layers import GroupedRows
 
 if TYPE_CHECKING:
     from smart_decoding.engine.rows import Rows
@@ -203,7 +204,7 @@ class NativeLayers:
 
     def __call__(self, x: Tensor, context: Context, cache: KVCache) -> None:
         """See `Layers`."""
-        rows = native_rows(context.rows, context.cosine, context.sine)
+        rows = kernels.native_rows(context.rows, context.cosine, context.sine)
         both = (cache.keys, cache.values)
         scratch = self._scratch(len(x))
         kernels.layers(self.structs, rows, context.inputs, x, both, scratch)

@@ -25,7 +25,6 @@ from smart_decoding.models.layers import NativeLayers
 from smart_decoding.models.linear import Linear
 from smart_decoding.models.native_model import embedding_addresses, embedding_fields
 from smart_decoding.models.ranking import noise_of, noise_of_levels
-from smart_decoding.models.rows import native_rows
 
 if TYPE_CHECKING:
     from smart_decoding.core.rule import TreeRule
@@ -114,7 +113,7 @@ class NativeLevel:
         call.struct.out = self._outputs[self._count :].data_ptr()
         call.struct.scale = address_or_none(scale)
         call.struct.keys = address_or_none(keys)
-        native = native_rows(rows, *self.cache.rotary)
+        native = kernels.native_rows(rows, *self.cache.rotary)
         both = (self.cache.kv.keys, self.cache.kv.values)
         kernels.draft(self._head, native, call.struct, both, self._bf16)
         self._count += wanted
@@ -153,7 +152,7 @@ def first_level(
     growth: Growth, call: LevelCall, rotary: tuple[Tensor, Tensor], levels: int, **drafts: Any
 ) -> FirstLevel:
     """A round's first level. drafts: the fields of the structure Growth that say who drafts."""
-    native = native_rows(growth.rows, *rotary)
+    native = kernels.native_rows(growth.rows, *rotary)
     scale, noise = noise_of_levels(growth.asked, levels)
     struct = kernels.Growth(
         first_slot=growth.slots.start,

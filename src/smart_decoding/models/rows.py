@@ -1,65 +1,38 @@
-"""The rows of a forward in the forms that backends read: pointers for the CPU kernels, one piece of
-a GPU's memory for kernels there, masks for plain torch."""
+"""The rows of a forward in one piece of a GPU's memory, as kernels there read them, and the ways to
+a device and back. kernels/ops.py has them for the CPU kernels, torch_layers.py for plain torch."""
 
 from __future__ import annotations
 
 import bisect
-import itertools
-from ctypes import Structure
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from smart_decoding.engine.kv import PAGE
-from smart_decoding.kernels import abi
-from smart_decoding.kernels.memory import address
-
 if TYPE_CHECKING:
-    from smart_decoding.engine.rows import Ints, Rows
+    from smart_decoding.engine.rows import Rows
 
 # Rows that a graph runs at once: as many as tensor cores multiply at once anyway. More are run
 # eagerly: prompts, which launches do not slow.
 BUCKETS = (1, 2, 4, *range(8, 64, 8), *range(64, 321, 16))
 TILE = 8  # rows of a group that read their keys together
 
-_Rows = abi.structure("Rows")
-
-
-def native_rows(rows: Rows, cosine: Tensor, sine: Tensor) -> Structure:
-    """The rows as the CPU kernels read them. cosine, sine: tables [positions, head_dim / 2]."""
-    arrays = (
-        rows.query_start_loc,
-        rows.block_table_start,
-        rows.pages,
-        rows.slot_mapping,
-        rows.context_len,
-        rows.ancestors_start,
-        rows.ancestors,
-        rows.position,
-    )
-    groups = len(rows.query_start_loc) - 1
-    tables = cosine.data_ptr(), sine.data_ptr()
-    struct = _Rows(len(rows), groups, *map(address, arrays), *tables)
-    struct.keep = *arrays, cosine, sine  # what its pointers lead to
-    return struct
-
 
 @dataclass(frozen=True, slots=True)
 class DeviceRows:
-    """The same rows on a device, brought there in one piece.
+    """Rows on a device, brought there in one piece.
 
-    token, position: [rows] int32. logit_rows: as in `Rows`, int32. meta: int32, what kernels read:
-    [4, size] slot (-1: no row), context_len, where its ancestors' slots begin and end in `meta`,
-    of each row; [3, tiles] first row, rows (0: no tile), where the block table begins in `meta`, of
-    each tile of up to TILE rows of a group; then ancestors and block tables."""
+    token, position: [rows] int32. logit_rows: as in `Rows`, int32, empty for all. meta: int32, what
+    kernels read: [4, size] slot (-1: no row), context_len, where its ancestors' slots begin and end
+    in `meta`, of each row; [3, tiles] first row, rows (0: no tile), where the block table begins in
+    `meta`, of each tile of up to TILE rows of a group; then ancestors and block tables."""
 
     token: Tensor
     position: Tensor
-    logit_rows: Tensor | None
+    logit_rows: Tensor
     meta: Tensor
     size: int
     tiles: int
@@ -84,21 +57,15 @@ def device_rows(rows: Rows, device: torch.device) -> DeviceRows:
     of_tile = head[4 * size :].reshape(3, tiles)
     of_row[0] = -1
     ancestors = rows.ancestors_start + len(head)
-    for row, part in enumerate(
-        (rows.slot_mapping, rows.context_len, ancestors[:-1], ancestors[1:])
-    ):
-        of_row[row, : len(rows)] = part
+    of_row[:, : len(rows)] = rows.slot_mapping, rows.context_len, ancestors[:-1], ancestors[1:]
     table = rows.block_table_start[group] + len(head) + len(rows.ancestors)
     of_tile[:, :count] = first, np.minimum(TILE, starts[group + 1] - first), table
     wanted = rows.token[:0] if rows.logit_rows is None else rows.logit_rows
     parts = (rows.token, rows.position, wanted, head, rows.ancestors, rows.pages)
     whole = upload(np.concatenate(parts, dtype=np.int32, casting="same_kind"), device)
-    sizes = [len(rows), len(rows), len(wanted)]
-    sizes.append(len(whole) - sum(sizes))
+    sizes = [len(rows), len(rows), len(wanted), sum(map(len, parts[3:]))]
     token, position, logit_rows, meta = torch.split(whole, sizes)
-    return DeviceRows(
-        token, position, None if rows.logit_rows is None else logit_rows, meta, size, tiles
-    )
+    return DeviceRows(token, position, logit_rows, meta, size, tiles)
 
 
 def upload(array: NDArray[Any], device: torch.device) -> Tensor:
@@ -113,31 +80,3 @@ def download(tensor: Tensor) -> NDArray[Any]:
     """The tensor on the host, which waits for the device: the one way back."""
     array: NDArray[Any] = tensor.cpu().numpy()
     return array
-
-
-Slots: TypeAlias = tuple[Tensor, Tensor]  # pages, and offsets in them
-
-
-class GroupedRows:
-    """The same rows for plain torch.
-
-    own: [rows] where each row's key goes. groups: of each group its rows, the slots [k] that it
-    reads, and which of them each row reads [rows, k]."""
-
-    def __init__(self, rows: Rows, device: torch.device) -> None:
-        def slots(of: Ints) -> Slots:
-            at = torch.from_numpy(of.astype(np.int64)).to(device)
-            return at // PAGE, at % PAGE
-
-        self.own = slots(rows.slot_mapping)
-        self.groups: list[tuple[slice, Slots, Tensor]] = []
-        for g, (first, last) in enumerate(itertools.pairwise(rows.query_start_loc.tolist())):
-            context = rows.context_len[first:last, None]
-            at = np.arange(context.max())
-            pages = rows.pages[rows.block_table_start[g] + at // PAGE]
-            begin = rows.ancestors_start[first : last + 1]
-            of_row = np.repeat(np.arange(first, last), np.diff(begin))
-            own = of_row == np.arange(first, last)[:, None]
-            read = np.concatenate((pages * PAGE + at % PAGE, rows.ancestors[begin[0] : begin[-1]]))
-            mask = torch.from_numpy(np.concatenate((at < context, own), axis=1)).to(device)
-            self.groups.append((slice(first, last), slots(read), mask))

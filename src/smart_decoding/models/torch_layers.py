@@ -6,17 +6,21 @@ kernels (triton_ops.py).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from smart_decoding.engine.kv import PAGE
 from smart_decoding.errors import ConfigError
 from smart_decoding.kernels.weights import as_tensor
 
 if TYPE_CHECKING:
+    from smart_decoding.engine.rows import Ints, Rows
     from smart_decoding.models.layers import Context, KVCache, LayerWeights
     from smart_decoding.models.triton_ops import TritonOps
 
@@ -64,6 +68,34 @@ class TorchLayer:
             x += w.output_bias
         gate_up = F.linear(rms_norm(x, w.post_norm, w.eps), self._gate_up)
         x.addmm_(self._ops.gate(gate_up), self._down)
+
+
+Slots: TypeAlias = tuple[Tensor, Tensor]  # pages, and offsets in them
+
+
+class GroupedRows:
+    """The rows of a forward as `TorchOps` read them.
+
+    own: [rows] where each row's key goes. groups: of each group its rows, the slots [k] that it
+    reads, and which of them each row reads [rows, k]."""
+
+    def __init__(self, rows: Rows, device: torch.device) -> None:
+        def slots(of: Ints) -> Slots:
+            at = torch.from_numpy(of.astype(np.int64)).to(device)
+            return at // PAGE, at % PAGE
+
+        self.own = slots(rows.slot_mapping)
+        self.groups: list[tuple[slice, Slots, Tensor]] = []
+        for g, (first, last) in enumerate(itertools.pairwise(rows.query_start_loc.tolist())):
+            context = rows.context_len[first:last, None]
+            at = np.arange(context.max())
+            pages = rows.pages[rows.block_table_start[g] + at // PAGE]
+            begin = rows.ancestors_start[first : last + 1]
+            of_row = np.repeat(np.arange(first, last), np.diff(begin))
+            own = of_row == np.arange(first, last)[:, None]
+            read = np.concatenate((pages * PAGE + at % PAGE, rows.ancestors[begin[0] : begin[-1]]))
+            mask = torch.from_numpy(np.concatenate((at < context, own), axis=1)).to(device)
+            self.groups.append((slice(first, last), slots(read), mask))
 
 
 class TorchOps:

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from smart_decoding.core.tree import ROOT, DraftTrees
 from smart_decoding.engine.kv import PAGE, BlockTable, PagePool
 from smart_decoding.engine.rows import RowLayout, Rows, Span, build_rows
-from smart_decoding.models.rows import GroupedRows, device_rows
+from smart_decoding.models.rows import device_rows
+from smart_decoding.models.torch_layers import GroupedRows
 
 from .fake_target import visible_slots
 
@@ -158,5 +159,5 @@ def test_kernels_on_a_gpu_are_shown_the_same_slots(seed: int) -> None:
             assert slot[row] == rows.slot_mapping[row]
     assert there.token.tolist() == rows.token.tolist()
     assert there.position.tolist() == rows.position.tolist()
-    wanted = None if there.logit_rows is None else there.logit_rows.tolist()
-    assert wanted == (None if rows.logit_rows is None else rows.logit_rows.tolist())
+    wanted = [] if rows.logit_rows is None else rows.logit_rows.tolist()
+    assert there.logit_rows.tolist() == wanted
