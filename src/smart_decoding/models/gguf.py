@@ -95,6 +95,7 @@ class StoredWeights(Weights[Matrix]):
         self.folder = folder
         self._index = index
         self.shapes = {name: tuple(entry["shape"]) for name, entry in self._index.items()}
+        self.dtypes = {name: entry["type"] for name, entry in index.items()}
 
     def __getitem__(self, name: str) -> Matrix:
         entry = self._index[name]
@@ -117,10 +118,6 @@ class StoredWeights(Weights[Matrix]):
             for entry in self._index.values()
         )
 
-    def dtype_of(self, name: str) -> str:
-        """See `Weights`."""
-        return str(self._index[name]["type"])
-
 
 def _stays(kind: str, shape: list[int]) -> bool:
     """Whether a tensor stays quants; others are widened to bfloat16, or are floats."""
@@ -130,10 +127,15 @@ def _stays(kind: str, shape: list[int]) -> bool:
 def _matrix(name: str, kind: str, content: NDArray[np.uint8], shape: list[int]) -> Matrix:
     if kind in _FLOATS:
         return torch.tensor(content.view(_FLOATS[kind])).reshape(shape)
-    rows = content.reshape(*shape[:-1], -1)
+    quants = QuantizedTensor(content.reshape(*shape[:-1], -1), kind, shape[-1])
     if _stays(kind, shape):
-        return QuantizedTensor(rows, kind, shape[1])
-    return torch.from_numpy(_dequantised(name, rows, kind)).bfloat16()
+        return quants
+    try:
+        return quants.dequantize()
+    except NotImplementedError as error:
+        raise ModelError(
+            f"the tensor {name} has the type {kind}, which cannot be dequantised"
+        ) from error
 
 
 def _convert(
@@ -225,17 +227,6 @@ def _write_weights(
     (folder / "model.safetensors.index.json").write_text(
         json.dumps({"metadata": {}, "weight_map": weight_map})
     )
-
-
-def _dequantised(name: str, blocks: NDArray[np.uint8], kind: str) -> NDArray[np.float32]:
-    from gguf import GGMLQuantizationType, dequantize  # imported late: it is slow
-
-    try:
-        return dequantize(blocks, GGMLQuantizationType[kind])
-    except NotImplementedError as error:
-        raise ModelError(
-            f"the tensor {name} has the type {kind}, which cannot be dequantised"
-        ) from error
 
 
 def half_split(weight: MatrixT, heads: int) -> MatrixT:

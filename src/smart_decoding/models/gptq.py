@@ -104,6 +104,10 @@ class GroupedWeights(Weights[Matrix]):
                 self.shapes[f"{module}.weight"] = self._checked_shape(module)
             elif part == "bias" and (name in known or weights[name].any()):
                 self.shapes[name] = weights.shapes[name]
+        self.dtypes = {
+            name: scheme.method if self._is_packed(name) else weights.dtypes[name]
+            for name in self.shapes
+        }
         if stored and self._is_scattered:
             log.warning(
                 "columns were quantised in an order of their own (desc_act), which is not "
@@ -119,10 +123,6 @@ class GroupedWeights(Weights[Matrix]):
             else prod(shape) * torch.bfloat16.itemsize
             for name, shape in self.shapes.items()
         )
-
-    def dtype_of(self, name: str) -> str:
-        """The type on disk, gptq or awq for quants."""
-        return self._scheme.method if self._is_packed(name) else self._weights.dtype_of(name)
 
     def __getitem__(self, name: str) -> Matrix:
         if name not in self.shapes:
@@ -156,8 +156,8 @@ class GroupedWeights(Weights[Matrix]):
                     f"{module}.qweight {packed} and the group_size {self._scheme.group}"
                 )
         for name in (f"{module}.qweight", *(f"{module}.{part}" for part in wanted)):
-            if name.endswith(INTEGERS) and self._weights.dtype_of(name) != "I32":
-                raise ModelError(f"the tensor {name} is {self._weights.dtype_of(name)}, not I32")
+            if name.endswith(INTEGERS) and self._weights.dtypes[name] != "I32":
+                raise ModelError(f"the tensor {name} is {self._weights.dtypes[name]}, not I32")
         return n, k
 
     def _matrix(self, module: str) -> Matrix:

@@ -35,7 +35,7 @@ ARCHITECTURE = "SmartEagle3Head"
 # what a head reads of images: nothing, or their embeddings
 VISUAL_POSITIONS = ("dropped", "decoupled")
 _IGNORED = ("t2d", "midlayer.self_attn.rotary_emb.inv_freq")  # what they say is known already
-_OPTIONAL = ("d2t", "embed_tokens.weight", *_IGNORED)
+_OPTIONAL = ("d2t", *_IGNORED)
 # speculators options, and what they add
 _UNSUPPORTED = {"norm_before_fc": "input_norm", "norm_output": "norm_output"}
 
@@ -141,8 +141,9 @@ def _load_published(
         shapes = eagle3_shapes(shape, target.hidden, aux_layers)
         shapes |= _found_aux_norms(folder, weights, shape, len(aux_layers))
         shapes["lm_head.weight"] = (len(ids), shape.hidden)
+    if "embed_tokens.weight" in weights:
+        shapes["embed_tokens.weight"] = (target.vocab, target.hidden)
     _check_shapes(folder, weights, shapes | further_shapes(shape), _OPTIONAL)
-    _check_embedding(folder, weights, target)
     kept = {name: tensor for name, tensor in weights.items() if name not in ("d2t", *_IGNORED)}
     return HeadFiles(
         config,
@@ -281,14 +282,6 @@ def _within(folder: Path, listed: Sequence[Any], target: ModelConfig) -> tuple[i
             "they must be distinct, ascending and within it"
         )
     return aux_layers
-
-
-def _check_embedding(folder: Path, weights: Mapping[str, Tensor], target: ModelConfig) -> None:
-    embedding = weights.get("embed_tokens.weight")
-    if embedding is not None and tuple(embedding.shape) != (target.vocab, target.hidden):
-        raise ModelError(
-            f"the head in {folder} has embed_tokens.weight of shape {tuple(embedding.shape)}"
-        )
 
 
 def _draft_ids(folder: Path, weights: Mapping[str, Tensor], vocab: int) -> Tensor:

@@ -77,7 +77,7 @@ def load_checkpoint(
         plain = open_weights(folder, trust_pickle)
         weights = GroupedWeights(plain, scheme, config.expected_shapes(), stored)
     config.check_tensors(weights.shapes, source.path.name if is_file else folder.name)
-    provenance = _provenance(source, weights.dtype_of("model.embed_tokens.weight"))
+    provenance = _provenance(source, weights.dtypes["model.embed_tokens.weight"])
     if is_file or scheme is not None:
         provenance["weights"] += ", as stored" if stored else ", dequantised to bf16"
     return _rounded(Checkpoint(config, weights, folder, provenance), quantization)
@@ -119,12 +119,11 @@ def _load_vision(
     check(config)
     weights = open_weights(folder, trust_pickle)
     ours, of_vision = vision.split_names(weights, str(vision.architecture_of(raw)))
-    config.check_tensors(
-        {name: weights.shapes[theirs] for name, theirs in ours.items()}, folder.name
-    )
-    provenance = _provenance(source, weights.dtype_of(ours["model.embed_tokens.weight"]))
+    text = RenamedWeights(weights, ours)
+    config.check_tensors(text.shapes, folder.name)
+    provenance = _provenance(source, text.dtypes["model.embed_tokens.weight"])
     files = VisionFiles(folder, whole, of_vision, weights)
-    return Checkpoint(config, RenamedWeights(weights, ours), folder, provenance, files)
+    return Checkpoint(config, text, folder, provenance, files)
 
 
 def _provenance(source: Source, dtype: str) -> dict[str, str]:

@@ -10,10 +10,10 @@ from __future__ import annotations
 import copy
 import re
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,10 +21,8 @@ from torch import Tensor
 from smart_decoding.errors import ModelError
 from smart_decoding.files import reading
 from smart_decoding.models.config import ModelConfig, check_shapes
+from smart_decoding.models.weight_files import Weights
 from smart_decoding.multimodal.pixels import Pixels, quiet_transformers
-
-if TYPE_CHECKING:
-    from smart_decoding.models.weight_files import Weights
 
 # Architecture: the parts of its checkpoint beside the language model's.
 ARCHITECTURES = {
@@ -52,21 +50,17 @@ class VisionFiles:
     weights: Weights[Tensor]
 
 
-class RenamedWeights(Mapping[str, Tensor]):
+class RenamedWeights(Weights[Tensor]):
     """Some of a checkpoint's tensors under other names."""
 
-    def __init__(self, weights: Mapping[str, Tensor], names: Mapping[str, str]) -> None:
+    def __init__(self, weights: Weights[Tensor], names: Mapping[str, str]) -> None:
         self._weights = weights
-        self.names = names
+        self._names = names
+        self.shapes = {name: weights.shapes[theirs] for name, theirs in names.items()}
+        self.dtypes = {name: weights.dtypes[theirs] for name, theirs in names.items()}
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._weights[self.names[name]]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)
+        return self._weights[self._names[name]]
 
 
 def architecture_of(config: Mapping[str, Any]) -> str | None:

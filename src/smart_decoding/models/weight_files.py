@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import pickle
 import zipfile
-from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,8 +19,13 @@ from smart_decoding.files import read_json, reading, reason_of
 from smart_decoding.kernels.weights import Matrix
 from smart_decoding.models.registry import TRUST
 
-_DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
-_FLOATS = tuple(_DTYPES.values())
+_DTYPES = {
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float32: "F32",
+    torch.int32: "I32",
+}
+_FLOATS = ("BF16", "F16", "F32")
 INTEGERS = (".qweight", ".qzeros", ".g_idx")  # ends of names of GPTQ and AWQ that are int32
 # buffers that old checkpoints hold, whatever their type: they are computed anew
 _IGNORED = ("inv_freq", "position_ids")
@@ -31,10 +35,11 @@ MatrixT_co = TypeVar("MatrixT_co", Tensor, Matrix, covariant=True)
 
 
 class Weights(Mapping[str, MatrixT_co]):
-    """Tensors by name, each read when asked for, of known shapes. folder: what was made of a GGUF
-    file whose quants these are."""
+    """Tensors by name, each read when asked for. shapes, dtypes: theirs on disk; a dtype is BF16,
+    F16, F32 or one of quants. folder: what was made of a GGUF file whose quants these are."""
 
     shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, str]
     folder: Path | None = None
 
     def __iter__(self) -> Iterator[str]:
@@ -42,10 +47,6 @@ class Weights(Mapping[str, MatrixT_co]):
 
     def __len__(self) -> int:
         return len(self.shapes)
-
-    @abstractmethod
-    def dtype_of(self, name: str) -> str:
-        """The type on disk: BF16, F16, F32 or one of quants; empty for an unknown name."""
 
 
 def open_weights(folder: Path, trust_pickle: bool = False) -> Weights[Tensor]:
@@ -75,20 +76,18 @@ class SafetensorsWeights(Weights[Tensor]):
     def __init__(self, files: Mapping[Path, list[str] | None]) -> None:
         self._file_of: dict[str, Any] = {}
         self.shapes = {}
+        self.dtypes = {}
         for path, listed in files.items():
             with reading(path):
                 file: Any = safe_open(path, framework="pt")
                 for name in _names(path, set(file.keys()), listed):
                     self._file_of[name] = file
-                    self.shapes[name] = tuple(file.get_slice(name).get_shape())
-                    _check_dtype(name, self.dtype_of(name))
+                    part = file.get_slice(name)
+                    self.shapes[name] = tuple(part.get_shape())
+                    self.dtypes[name] = _checked_dtype(name, str(part.get_dtype()))
 
     def __getitem__(self, name: str) -> Tensor:
         return torch.as_tensor(self._file_of[name].get_tensor(name))
-
-    def dtype_of(self, name: str) -> str:
-        """See `Weights`."""
-        return str(self._file_of[name].get_slice(name).get_dtype()) if name in self._file_of else ""
 
 
 class PickledWeights(Weights[Tensor]):
@@ -97,22 +96,17 @@ class PickledWeights(Weights[Tensor]):
     def __init__(self, files: Mapping[Path, list[str] | None]) -> None:
         self._tensors: dict[str, Tensor] = {}
         self.shapes = {}
+        self.dtypes = {}
         for path, listed in files.items():
             tensors = unpickle(path)
             for name in _names(path, set(tensors), listed):
-                self._tensors[name] = tensors[name]
-                self.shapes[name] = tuple(tensors[name].shape)
-                _check_dtype(name, self.dtype_of(name))
+                tensor = self._tensors[name] = tensors[name]
+                self.shapes[name] = tuple(tensor.shape)
+                dtype = _DTYPES.get(tensor.dtype, str(tensor.dtype))
+                self.dtypes[name] = _checked_dtype(name, dtype)
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]
-
-    def dtype_of(self, name: str) -> str:
-        """See `Weights`."""
-        if name not in self._tensors:
-            return ""
-        dtype = self._tensors[name].dtype
-        return "I32" if dtype == torch.int32 else _DTYPES.get(dtype, str(dtype))
 
 
 def unpickle(path: Path) -> dict[str, Tensor]:
@@ -143,10 +137,11 @@ def _names(path: Path, found: set[str], listed: list[str] | None) -> list[str]:
     return sorted(found) if listed is None else listed
 
 
-def _check_dtype(name: str, dtype: str) -> None:
+def _checked_dtype(name: str, dtype: str) -> str:
     is_packed = dtype == "I32" and name.endswith(INTEGERS)
     if dtype not in _FLOATS and not is_packed and not name.endswith(_IGNORED):
         raise ModelError(f"the tensor {name} is {dtype}; supported: {', '.join(_FLOATS)}")
+    return dtype
 
 
 def _weight_files(folder: Path, stem: str, end: str) -> Mapping[Path, list[str] | None]:
