@@ -10,13 +10,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from smart_decoding.kernels import abi
 from smart_decoding.kernels.library import library
 
 NOT_DRAWN = -1
-_DRAW = np.dtype(
-    [(name, np.int64) for name in ("row", "seed", "sample", "position", "k")]
-    + [(name, np.float64) for name in ("scale", "below", "top_p")]
-)
+_DRAW = np.dtype(abi.structure("Draw"))  # an address in place of the row
 
 
 def argmax(x: Tensor, which: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -42,6 +42,7 @@ class Layout:
     valid: Bools
     write: IntArray
     attended: Bools
+    _on: dict[torch.device, tuple[torch.Tensor, ...]] = field(default_factory=dict)
 
     @property
     def groups(self) -> int:
@@ -57,6 +58,16 @@ class Layout:
     def width(self) -> int:
         """Keys of each sequence, padding included."""
         return int(self.read.shape[1])
+
+    def on(self, device: torch.device) -> tuple[torch.Tensor, ...]:
+        """On a device that holds layers: group and column [rows], write [rows], read
+        [groups * width]."""
+        if device not in self._on:
+            parts = (*self.at, self.write, self.read.reshape(-1))
+            self._on[device] = tuple(
+                torch.from_numpy(np.ascontiguousarray(part)).to(device) for part in parts
+            )
+        return self._on[device]
 
 
 def lay_out(rows: Rows, groups: list[int]) -> Layout:
@@ -119,23 +130,6 @@ def _keys(rows: Rows, group: int) -> _Keys:
     return _Keys(slots, b - a, attended)
 
 
-@dataclass(slots=True)
-class Indices:
-    """A layout's index tensors, on each device that holds layers."""
-
-    layout: Layout
-    _on: dict[torch.device, tuple[torch.Tensor, ...]] = field(default_factory=dict)
-
-    def on(self, device: torch.device) -> tuple[torch.Tensor, ...]:
-        """group and column [rows], write [rows], read [groups * width]."""
-        if device not in self._on:
-            parts = (*self.layout.at, self.layout.write, self.layout.read.reshape(-1))
-            self._on[device] = tuple(
-                torch.from_numpy(np.ascontiguousarray(part)).to(device) for part in parts
-            )
-        return self._on[device]
-
-
 class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """One layer's keys and values, [slots, heads, head_dim], grown as slots come into use."""
 
@@ -146,7 +140,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.slots = 0
-        self.indices: Indices | None = None
+        self.layout: Layout | None = None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Stores as many slots as are in use, in the dtype and on the device of the states."""
@@ -169,9 +163,9 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         return self._exchange(self.keys, key_states), self._exchange(self.values, value_states)
 
     def _exchange(self, store: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-        assert self.indices is not None
-        layout = self.indices.layout
-        group, column, write, read = self.indices.on(states.device)
+        layout = self.layout
+        assert layout is not None
+        group, column, write, read = layout.on(states.device)
         new = states[:, :, 0] if layout.queries == 1 else states[group, :, column]
         # index_copy_ and index_select cost less than general indices, at every layer.
         store.index_copy_(0, write, new)
@@ -188,9 +182,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def get_seq_length(self) -> int:
         """Keys before the rows of this forward, padding included."""
-        if self.indices is None:
-            return 0
-        return self.indices.layout.width - self.indices.layout.queries
+        return 0 if self.layout is None else self.layout.width - self.layout.queries
 
     def get_mask_sizes(self, query_length: int | torch.Tensor) -> tuple[int, int]:
         """query_length: rows, or in some earlier releases their positions [queries]."""
@@ -213,10 +205,9 @@ class SlotCache(Cache):
 
     def show(self, layout: Layout) -> None:
         """The next forward is laid out like this."""
-        indices = Indices(layout)
         needed = int(layout.read.max()) + 1
         for layer in self.stores:
-            layer.indices = indices
+            layer.layout = layout
             if layer.slots < needed:
                 layer.slots = max(needed, 2 * layer.slots)
 
