@@ -232,7 +232,8 @@ def _buckets(device: torch.device, sizes: Sequence[int]) -> Iterator[Check]:
 
 def _logits(model: Decoder, layers: Layers, rows: Rows) -> Tensor:
     model._layers = layers
-    return model.forward(rows).logits.clone()
+    logits: Tensor = model.forward(rows).logits
+    return logits.clone()
 
 
 def _rows_in_all(rng: np.random.Generator, count: int, pages: int) -> Rows:

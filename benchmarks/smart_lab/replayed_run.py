@@ -334,7 +334,7 @@ class Replay:
         engines = {}
         for label, on_device in ((BASELINE, False), (OURS, True)):  # as `measure` knows them
             if isinstance(levels, SteppedLevels):
-                levels.on_device = on_device
+                levels.grows = on_device
             engines[label] = self._engine(self.trace.policy(OURS, self.cost))
             engines[label].share_pages(engines[BASELINE])
         answers = self.trace.recording.answers

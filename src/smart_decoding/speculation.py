@@ -356,13 +356,17 @@ class _Builder:
         self.description = self.asked.method
 
     def drafter(self) -> Drafter:
-        return {
-            "eagle": self._eagle,
-            "draft_model": self._draft_model,
-            "union": self._union,
-            "ngram": self._ngram,
-            "recycling": self._recycling,
-        }[self.asked.method]()
+        method = self.asked.method
+        parts: list[Drafter] = []
+        if method == "draft_model":
+            parts.append(self._draft_model())
+        elif self.asked.head is not None:
+            parts.append(self._eagle(self.asked.head))
+        parts += free_drafters(method, self.left, self.target.vocab, bool(parts))
+        if len(parts) == 1:
+            return parts[0]
+        self.description = f"union of {parts[0].name} + {parts[1].name}"
+        return UnionDrafter(parts)
 
     def profile(self, drafter: Drafter) -> Profile:
         """What forwards of the target and of the drafter's model cost here."""
@@ -373,13 +377,11 @@ class _Builder:
         weights = self.checkpoint.provenance
         return Profile(self.target, levels, self.pages, self.seqs, head, weights)
 
-    def _eagle(self) -> Drafter:
+    def _eagle(self, folder: Path) -> Drafter:
         from smart_decoding.drafters.eagle import EagleDrafter
         from smart_decoding.models.eagle_head import EagleHead
         from smart_decoding.models.target import fitting_memory
 
-        folder = self.asked.head
-        assert folder is not None
         files = load_head(folder, self.checkpoint.config, self.asked.trust_pickle)
         files = self._with_images(files, folder)
         positions = self.target.max_positions + 64
@@ -403,14 +405,6 @@ class _Builder:
             log.warning("the head %s reads no images: it drafts from the text behind them", folder)
         return files
 
-    def _union(self) -> Drafter:
-        if self.asked.head is not None:
-            parts = [self._eagle(), self._ngram()]
-        else:
-            parts = [self._ngram(), self._recycling()]
-        self.description = f"union of {parts[0].name} + {parts[1].name}"
-        return UnionDrafter(parts)
-
     def _draft_model(self) -> Drafter:
         from smart_decoding.drafters.draft_model import DraftModelDrafter
         from smart_decoding.models.draft_model import DraftModel
@@ -425,14 +419,22 @@ class _Builder:
         self.description = f"draft model {draft.provenance['model']}"
         return DraftModelDrafter(model, self.pages, DRAFT_SCRATCH_PAGES)
 
-    def _ngram(self) -> Drafter:
-        return made(NgramDrafter, self.left)
 
-    def _recycling(self) -> Drafter:
-        return made(RecyclingDrafter, self.left, vocab=self.target.vocab, top_k=torch_top_k)
+def free_drafters(
+    method: str, options: dict[str, Any], vocab: int, has_model: bool, **fixed: Any
+) -> list[Drafter]:
+    """What drafts without a model, by this method beside what has one. Their options are taken out
+    of `options`; fixed: others."""
+    found = []
+    if method in ("ngram", "union"):
+        found.append(_made(NgramDrafter, options, **fixed))
+    if method == "recycling" or (method == "union" and not has_model):
+        fixed |= {"vocab": vocab, "top_k": torch_top_k}
+        found.append(_made(RecyclingDrafter, options, **fixed))
+    return found
 
 
-def made(cls: Callable[..., Drafter], options: dict[str, Any], **fixed: Any) -> Drafter:
+def _made(cls: Callable[..., Drafter], options: dict[str, Any], **fixed: Any) -> Drafter:
     """The drafter, with those of the options that it has; they are taken out of `options`."""
     names = [name for name in _parameters(cls) if name in options and name not in fixed]
     return cls(**fixed, **{name: options.pop(name) for name in names})

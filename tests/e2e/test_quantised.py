@@ -78,7 +78,9 @@ def test_activations_in_8_bits_are_one_model_under_every_policy() -> None:
 def matrix_bytes(llm: LLM) -> int:
     """Of what a forward reads, the output matrix included."""
     decoder = llm.target.decoder
-    kept = (*decoder._layers._keep, decoder.head.packed)
+    assert decoder.model is not None
+    layers, *_ = decoder.model._keep
+    kept = (*layers._keep, decoder.head)
     return sum(each.nbytes for each in kept if isinstance(each, PackedWeight))
 
 

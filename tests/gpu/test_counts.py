@@ -29,7 +29,7 @@ from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine_args import EngineArgs
 from smart_decoding.llm import _engine_config
 from smart_decoding.models import decoder as decoder_module
-from smart_decoding.models import device_growth, head_weights, ranking, sampler
+from smart_decoding.models import device_growth, head_levels, ranking, sampler
 from smart_decoding.models.config import ModelConfig
 from smart_decoding.models.eagle_head import EagleHead
 from smart_decoding.models.graphs import GraphedLayers
@@ -130,7 +130,7 @@ def target_on_meta(monkeypatch: pytest.MonkeyPatch, graphs: bool) -> TorchTarget
         eager = TorchLayers(layers, TritonOps())
         return GraphedLayers(eager, record) if graphs else eager
 
-    for module in (decoder_module, head_weights):
+    for module in (decoder_module, head_levels):
         monkeypatch.setattr(module, "layers_on", layers_on)
     weights = {
         name: torch.empty(shape, dtype=torch.bfloat16, device=META)
@@ -217,7 +217,7 @@ def test_drafted_levels_ask_little(
     model = target_on_meta(monkeypatch, True)
     head = EagleHead(random_head(LLAMA_8B, 32_000), model.decoder, 400, 40, 2048)
     assert isinstance(head.levels, SteppedLevels)
-    head.levels.on_device = True
+    head.levels.grows = True
     options = {"chain": {"length": 4}, "eagle2": {"depth": 3}, "smart": {"max_levels": 4}}[policy]
     chosen = make_policy(policy, {"cost": CHEAP_LEVELS}, **options)
     if isinstance(chosen, Smart):  # candidates that are all alike would teach it to be shallow

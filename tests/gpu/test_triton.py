@@ -121,4 +121,4 @@ def test_a_model_on_these_kernels_computes_the_same(
         wanted = plain.forward(rows, (1, 2))
         got = model.forward(rows, (1, 2))
         torch.testing.assert_close(got.logits, wanted.logits, rtol=0, atol=1e-4)
-        torch.testing.assert_close(got.aux_hidden, wanted.aux_hidden, rtol=0, atol=1e-4)
+        torch.testing.assert_close(got.features, wanted.features, rtol=0, atol=1e-4)

@@ -67,8 +67,8 @@ def test_logits_in_bf16_are_near(name: str) -> None:
 
 def test_the_kernels_find_first_maxima_in_passing() -> None:
     out = decoder("llama", True).forward(plain_rows(span(TOKENS, 0, Memory(1).pages(len(TOKENS)))))
-    assert out.best is not None
-    assert out.best.tolist() == out.logits.argmax(1).tolist()
+    assert out.greedy is not None
+    assert out.greedy.tolist() == out.logits.argmax(1).tolist()
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -164,9 +164,9 @@ def test_aux_hidden_states_are_the_residual_streams_after_the_layers(native: boo
             .hidden_states
         )
         final = reference("qwen3").model.norm
-        torch.testing.assert_close(out.aux_hidden[:, :96], states[1][0], rtol=0, atol=TOLERANCE)
+        torch.testing.assert_close(out.features[:, :96], states[1][0], rtol=0, atol=TOLERANCE)
         torch.testing.assert_close(
-            final(out.aux_hidden[:, 96:]), states[2][0], rtol=0, atol=TOLERANCE
+            final(out.features[:, 96:]), states[2][0], rtol=0, atol=TOLERANCE
         )
 
 

@@ -116,7 +116,7 @@ def test_graphs_compute_the_same(name: str) -> None:
             wanted = eager.forward(rows, (1, 2))
             got = model.forward(rows, (1, 2))
             torch.testing.assert_close(got.logits, wanted.logits, rtol=0, atol=1e-4)
-            torch.testing.assert_close(got.aux_hidden, wanted.aux_hidden, rtol=0, atol=1e-4)
+            torch.testing.assert_close(got.features, wanted.features, rtol=0, atol=1e-4)
             assert replays.count - before == 1
 
 

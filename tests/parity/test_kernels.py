@@ -12,12 +12,12 @@ from smart_decoding.engine.kv import PAGE
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ModelError
 from smart_decoding.kernels import library, sampling, weights
-from smart_decoding.kernels import ops as kernels
 from smart_decoding.kernels.memory import address
 from smart_decoding.models.drawing import draw
 from smart_decoding.models.layers import KVCache
-from smart_decoding.models.linear import Linear
 from smart_decoding.models.noise import gumbel, noise_key
+
+from .kernel_calls import linear, rms_norm
 
 pytestmark = pytest.mark.usefixtures("variant")
 DTYPES = [torch.float32, torch.bfloat16]
@@ -38,7 +38,7 @@ def test_linear(n: int, k: int, dtype: torch.dtype) -> None:
     bias = torch.randn(n)
     w = packed(weight)
     norm = torch.rand(k) + 0.5
-    alone = torch.cat([kernels.linear(x[i : i + 1], w, (norm, 1e-5), bias) for i in range(40)])
+    alone = torch.cat([linear(x[i : i + 1], w, (norm, 1e-5), bias) for i in range(40)])
     rounds = dtype == torch.bfloat16 and library.library().smart_rounds_inputs()
     normed = torch.nn.functional.rms_norm(x, (k,), norm, 1e-5)
     normed, read = (normed.bfloat16(), x.bfloat16()) if rounds else (normed, x)
@@ -46,10 +46,8 @@ def test_linear(n: int, k: int, dtype: torch.dtype) -> None:
     tolerance = 1e-2 if rounds else 1e-5  # an input near the middle may round the other way
     torch.testing.assert_close(alone.double(), wanted, rtol=tolerance, atol=tolerance)
     for rows in range(1, 41):
-        assert torch.equal(
-            kernels.linear(x[:rows].contiguous(), w, (norm, 1e-5), bias), alone[:rows]
-        )
-    plain = kernels.linear(x, w)
+        assert torch.equal(linear(x[:rows].contiguous(), w, (norm, 1e-5), bias), alone[:rows])
+    plain = linear(x, w)
     torch.testing.assert_close(
         plain.double(), read.double() @ weight.double().T, rtol=1e-5, atol=1e-5
     )
@@ -63,7 +61,7 @@ def test_linear_over_panels_that_are_taken_in_blocks(dtype: torch.dtype, hint: i
     weight = torch.randn(n, k).to(dtype)
     x = torch.randn(40, k)
     w = packed(weight)
-    alone = torch.cat([kernels.linear(x[i : i + 1], w, hint=hint) for i in range(40)])
+    alone = torch.cat([linear(x[i : i + 1], w, hint=hint) for i in range(40)])
     read = (
         x.bfloat16() if dtype == torch.bfloat16 and library.library().smart_rounds_inputs() else x
     )
@@ -71,7 +69,7 @@ def test_linear_over_panels_that_are_taken_in_blocks(dtype: torch.dtype, hint: i
         alone.double(), read.double() @ weight.double().T, rtol=1e-4, atol=1e-3
     )
     for rows in (7, 13, 24, 40):
-        assert torch.equal(kernels.linear(x[:rows].contiguous(), w, hint=hint), alone[:rows])
+        assert torch.equal(linear(x[:rows].contiguous(), w, hint=hint), alone[:rows])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -79,7 +77,7 @@ def test_linear_over_panels_that_are_taken_in_blocks(dtype: torch.dtype, hint: i
 def test_a_packed_weights_rows_can_be_read_back(n: int, dtype: torch.dtype) -> None:
     weight = torch.randn(n, 34).to(dtype)
     index = torch.randperm(n)
-    assert torch.equal(Linear(weight, native=True).rows_of(index), weight[index].float())
+    assert torch.equal(packed(weight).rows_of(index), weight[index].float())
 
 
 @pytest.mark.parametrize("n", [16, 33, 1000])
@@ -122,9 +120,9 @@ def test_first_maxima_need_no_logits(n: int, dtype: torch.dtype) -> None:
     for b in (None, bias, bias - 1000):  # the last one: what pads the weight would be larger
         best = np.empty(40, np.int64)
         alone = np.empty(40, np.int64)
-        logits = kernels.linear(x, w, bias=b, best=best)
+        logits = linear(x, w, bias=b, best=best)
         assert best.tolist() == sampling.argmax(logits, np.arange(40)).tolist()
-        assert not kernels.linear(x, w, bias=b, best=alone, out=torch.empty(40, 0)).numel()
+        assert not linear(x, w, bias=b, best=alone, out=torch.empty(40, 0)).numel()
         assert alone.tolist() == best.tolist()
 
 
@@ -133,7 +131,7 @@ def test_rms_norm_into_columns(d: int) -> None:
     x = torch.randn(5, d)
     weight = torch.randn(d)
     out = torch.full((5, d + 9), 7.0)
-    kernels.rms_norm(x, weight, 1e-5, out, column=4)
+    rms_norm(x, weight, 1e-5, out, column=4)
     wanted = torch.nn.functional.rms_norm(x.double(), (d,), weight.double(), 1e-5)
     torch.testing.assert_close(out[:, 4 : 4 + d].double(), wanted, rtol=1e-5, atol=1e-6)
     assert (out[:, :4] == 7).all()

@@ -338,7 +338,7 @@ class Drafting:
         slots = table.reserve(len(new))
         span = Span(new, first, slots, np.array(table.pages, np.int32))
         rows, _, _ = build_rows([span], DraftTrees.empty(1), [True])
-        aux_hidden = self.decoder.forward(rows, self.drafter.aux_layers).aux_hidden
+        aux_hidden = self.decoder.forward(rows, self.drafter.aux_layers).features
         table.commit(request.tokens, first + len(new))
         self.drafter.extend(request, aux_hidden, first, new)
         rule = TreeRule(3, 3, np.array([9]), NO_NODES, Beam(3), KeepBest(9))

@@ -15,9 +15,10 @@ from smart_decoding.kernels.weights import (
     as_tensor,
     interleaved,
     pack,
-    unpack,
 )
-from smart_decoding.models.layers import LayerWeights, NativeLayers, Workspace
+from smart_decoding.models.layers import LayerWeights, NativeLayers
+
+from .kernel_calls import linear
 
 pytestmark = pytest.mark.usefixtures("variant")
 KINDS = weights.FORMATS[1:]
@@ -55,12 +56,12 @@ def floats_of(matrix: QuantizedTensor) -> torch.Tensor:
 
 def assert_same(found: weights.PackedWeight, wanted: torch.Tensor) -> None:
     """The same weights, and bit by bit the same products for any number of rows."""
-    assert torch.equal(unpack(found, torch.arange(len(wanted))), wanted.float())
+    assert torch.equal(found.rows_of(torch.arange(len(wanted))), wanted.float())
     x = torch.randn(40, wanted.shape[1])
     expanded = pack([wanted])
     for rows in (1, 2, 5, 13, 40):
         part = x[:rows].contiguous()
-        assert torch.equal(ops.linear(part, found), ops.linear(part, expanded))
+        assert torch.equal(linear(part, found), linear(part, expanded))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -113,7 +114,7 @@ def test_a_forward_reads_no_more_than_the_file_holds() -> None:
         rest["down"] = zeros(finer, hidden, ffn)
         bias = torch.zeros(hidden + 512)
         layer = LayerWeights(12, 2, 128, 1e-6, qkv=qkv, qkv_bias=bias, **rest, **vectors)
-        packed = NativeLayers([layer], arena, Workspace())._keep
+        packed = NativeLayers([layer], arena)._keep
         both = 4 * (2 * hidden + len(bias))
         read += 14 * (both + sum(each.nbytes for each in packed if isinstance(each, PackedWeight)))
         held += 14 * (both + sum(each.rows.nbytes for each in (*qkv, *rest.values())))
@@ -148,14 +149,14 @@ def test_products_in_8_bits_are_near(kind: str) -> None:
     wanted = floats_of(matrix)
     packed = pack([matrix], weights.Arena(0, in_bytes=True))
     assert packed.struct.in_bytes
-    assert torch.equal(unpack(packed, torch.arange(75)), wanted.float())
+    assert torch.equal(packed.rows_of(torch.arange(75)), wanted.float())
     x = torch.randn(21, K)
-    found = ops.linear(x, packed)
-    exact = ops.linear(x, pack([wanted]))
+    found = linear(x, packed)
+    exact = linear(x, pack([wanted]))
     assert not torch.equal(found, exact)
     assert (found - exact).norm() < 0.01 * exact.norm()
     for rows in (1, 2, 9):  # whatever the company
-        assert torch.equal(ops.linear(x[:rows].contiguous(), packed), found[:rows])
+        assert torch.equal(linear(x[:rows].contiguous(), packed), found[:rows])
 
 
 def test_products_in_8_bits_need_quants_only() -> None:

@@ -41,6 +41,7 @@ class Machine:
 
 def measurement_of(machine: Machine, pages: int, seqs: int, pool: PagePool) -> Measurement:
     target: Any = SimpleNamespace(
+        vocab=32,
         device=torch.device("cpu"),
         max_positions=4096,
         steps=(12,),

@@ -4,7 +4,7 @@ et al. 2023)."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from smart_decoding.drafters.levels import Asked, Growth, LevelDrafter, Ranked, State
 from smart_decoding.engine.kv import PAGE
@@ -21,18 +21,11 @@ class SmallModel(Protocol):
     """What the drafter needs of a model."""
 
     @property
-    def grow(self) -> Callable[[TreeRule, DraftTrees, Growth | None], Grown] | None:
+    def grow(self) -> Callable[[TreeRule, DraftTrees, Growth], Grown] | None:
         """A round in one call, as the rule says, beside given nodes, where it can do that."""
-        ...
 
-    def run(self, rows: Rows) -> Any:
-        """One forward: the logits [wanted rows, vocab] of the next tokens, valid until the next
-        one."""
-        ...
-
-    def rank(self, logits: Any, asked: Asked) -> Ranked:
-        """The best children after each row of logits."""
-        ...
+    def rank(self, rows: Rows, asked: Asked) -> Ranked:
+        """One forward: the best children of the rows whose logits are wanted."""
 
 
 class DraftModelDrafter(LevelDrafter[State]):
@@ -57,13 +50,13 @@ class DraftModelDrafter(LevelDrafter[State]):
 
     def _first(self, rows: Rows, last: IntArray, states: Sequence[State], asked: Asked) -> Ranked:
         rows.logit_rows = last
-        return self._model.rank(self._model.run(rows), asked)
+        return self._model.rank(rows, asked)
 
     def _deeper(self, rows: Rows, above: IntArray, asked: Asked) -> Ranked:
-        return self._model.rank(self._model.run(rows), asked)
+        return self._model.rank(rows, asked)
 
     def _grow(
-        self, rule: TreeRule, given: DraftTrees, growth: Growth | None, states: Sequence[State]
+        self, rule: TreeRule, given: DraftTrees, growth: Growth, states: Sequence[State]
     ) -> Grown:
         assert self._model.grow is not None
         return self._model.grow(rule, given, growth)

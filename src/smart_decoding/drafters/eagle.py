@@ -14,8 +14,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from smart_decoding.drafters.levels import Asked, Growth, LevelDrafter, Ranked, State
 from smart_decoding.engine.kv import PAGE, Ints
 
@@ -59,7 +57,7 @@ class EagleDrafter(LevelDrafter[Pairs]):
 
     def __init__(self, head: EagleHead, pool_pages: int, scratch_pages: int) -> None:
         spare = scratch_pages // 8
-        super().__init__(pool_pages, scratch_pages - spare, head.grows)
+        super().__init__(pool_pages, scratch_pages - spare, head.levels.grows)
         pages = pool_pages + scratch_pages
         self._spare = [*range(pages - spare, pages)]  # for copies of pages
         self._head = head
@@ -88,14 +86,14 @@ class EagleDrafter(LevelDrafter[Pairs]):
         return state
 
     def _first(self, rows: Rows, last: IntArray, states: Sequence[Pairs], asked: Asked) -> Ranked:
-        return self._head.first(rows, _parts(states), last, asked)
+        return self._head.levels.first(rows, _parts(states), last, asked)
 
     def _deeper(self, rows: Rows, above: IntArray, asked: Asked) -> Ranked:
-        return self._head.deeper(rows, above, asked)
+        return self._head.levels.deeper(rows, above, asked)
 
     def follows(self, rule: TreeRule) -> bool:
         """The head's."""
-        return self._head.follows(rule)
+        return self._head.levels.follows(rule)
 
     def blank(self, rows: int) -> Any:
         """The head's."""
@@ -112,7 +110,7 @@ class EagleDrafter(LevelDrafter[Pairs]):
         """Keeps the features of the last position of a page: `row` of `features`."""
         page = position // PAGE
         key = self._keys(request, state, page + 1)[-1]
-        self._ends[request.table.pages[page]] = key, self._head.take(features, np.array([row]))
+        self._ends[request.table.pages[page]] = key, self._head.take(features, row)
 
     def _waiting_rows(
         self, requests: Sequence[Request], states: Sequence[Pairs]
@@ -121,9 +119,9 @@ class EagleDrafter(LevelDrafter[Pairs]):
         return super()._waiting_rows(requests, states)
 
     def _grow(
-        self, rule: TreeRule, given: DraftTrees, growth: Growth | None, states: Sequence[Pairs]
+        self, rule: TreeRule, given: DraftTrees, growth: Growth, states: Sequence[Pairs]
     ) -> Grown:
-        return self._head.grow(rule, given, growth, _parts(states))
+        return self._head.levels.grow(rule, given, growth, _parts(states))
 
     def extend(self, request: Request, features: Any, first: int, tokens: Sequence[int]) -> None:
         """The committed pairs wait for the next first level."""

@@ -94,6 +94,7 @@ class LevelDrafter(ABC, Generic[S]):
     aux_layers: tuple[int, ...] = ()
     # whether the model reads the embeddings of pictures; else it drafts from the text behind them
     supports_images = False
+    widest = 1 << 30  # children of a node that are proposed; 1 where the target takes chains only
 
     def __init__(self, pool_pages: int, scratch_pages: int, grows: bool) -> None:
         """grows: whether the model drafts whole rounds in one call (`_grow`)."""
@@ -127,10 +128,9 @@ class LevelDrafter(ABC, Generic[S]):
         children of."""
 
     def _grow(
-        self, rule: TreeRule, given: DraftTrees, growth: Growth | None, states: Sequence[S]
+        self, rule: TreeRule, given: DraftTrees, growth: Growth, states: Sequence[S]
     ) -> Grown:
-        """All levels below and beside `given`, and what to verify, in one call; no levels without
-        `growth`."""
+        """All levels below and beside `given`, and what to verify, in one call."""
         raise NotImplementedError
 
     def follows(self, rule: TreeRule) -> bool:
@@ -167,9 +167,8 @@ class LevelDrafter(ABC, Generic[S]):
             return trees
         states = [self._states[id(r)] for r in requests]
         rows, last = self._waiting_rows(requests, states)
-        ranked = self._first(
-            rows, last, states, asked_of(requests, range(batch), [0] * batch, rule.children)
-        )
+        asked = self._asked(requests, range(batch), [0] * batch, rule)
+        ranked = self._first(rows, last, states, asked)
         for request, state in zip(requests, states, strict=True):
             self._advance(request, state)
         self._append(trees, np.arange(batch), np.full(batch, ROOT), ranked)
@@ -201,22 +200,20 @@ class LevelDrafter(ABC, Generic[S]):
             self._rows += 1
             paths.append(self._paths[node])
         rows = self._node_rows(requests, owners, trees.token[nodes].tolist(), paths)
-        asked = asked_of(requests, owners, [len(path) for path in paths], rule.children)
+        asked = self._asked(requests, owners, [len(path) for path in paths], rule)
         self._append(trees, owner, nodes, self._deeper(rows, np.array(above, np.int64), asked))
         return len(nodes)
 
     def grow_beside(self, given: DraftTrees, requests: Sequence[Request], rule: TreeRule) -> Grown:
         """`start`, `expand` as the rule says, and what to verify, in one call, where `grow` is not
-        None and the rule one that it follows. given: what free drafters propose: a child that is
-        there already stays one node."""
-        if not rule.levels:
-            return self._grow(rule, given, None, ())
+        None and follows the rule, which has levels. given: what free drafters propose: a child that
+        is there already stays one node."""
         states = [self._states[id(r)] for r in requests]
         rows, _ = self._waiting_rows(requests, states)
         owners = [i for i in range(len(requests)) for _ in range(rule.levels)]
         depths = [*range(rule.levels)] * len(requests)
         slots = range(self._scratch_slot, self._scratch_slot + self._scratch_size)
-        growth = Growth(rows, asked_of(requests, owners, depths, rule.children), slots)
+        growth = Growth(rows, self._asked(requests, owners, depths, rule), slots)
         grown = self._grow(rule, given, growth, states)
         for request, state in zip(requests, states, strict=True):
             self._advance(request, state)
@@ -350,15 +347,19 @@ class LevelDrafter(ABC, Generic[S]):
             state.keys.append(hash((before, mark, *tokens)))
         return state.keys[:pages]
 
-
-def asked_of(
-    requests: Sequence[Request], owners: Sequence[int], depths: Sequence[int], k: int
-) -> Asked:
-    """`k` children of rows of these owners at these depths (a root's is 0)."""
-    of_each = [r.params.temperature for r in requests]
-    if not any(of_each):
-        return Asked(k, np.zeros(len(owners)))
-    temperature = np.array([of_each[i] for i in owners], np.float64)
-    rows = zip((requests[i] for i in owners), depths, strict=True)
-    draws = [(r.seed, r.sample, len(r.output) + depth) for r, depth in rows]
-    return Asked(k, temperature, draws)
+    def _asked(
+        self,
+        requests: Sequence[Request],
+        owners: Sequence[int],
+        depths: Sequence[int],
+        rule: TreeRule,
+    ) -> Asked:
+        """The children of rows of these owners at these depths (a root's is 0)."""
+        k = min(rule.children, self.widest)
+        of_each = [r.params.temperature for r in requests]
+        if not any(of_each):
+            return Asked(k, np.zeros(len(owners)))
+        temperature = np.array([of_each[i] for i in owners], np.float64)
+        rows = zip((requests[i] for i in owners), depths, strict=True)
+        draws = [(r.seed, r.sample, len(r.output) + depth) for r, depth in rows]
+        return Asked(k, temperature, draws)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from smart_decoding.errors import ConfigError
-from smart_decoding.kernels.memory import address
+from smart_decoding.kernels.memory import pointer
 
 HEADER = Path(__file__).parent / "csrc" / "abi.h"
 LAYOUT = HEADER.with_name("layout.inc")
@@ -111,9 +111,7 @@ class Pointer(ctypes.c_void_p):
         try:
             return ctypes.c_void_p.from_param(value)
         except TypeError:
-            return ctypes.c_void_p(
-                value.data_ptr() if hasattr(value, "data_ptr") else address(value)
-            )
+            return ctypes.c_void_p(pointer(value))
 
 
 def declare(library: ctypes.CDLL) -> None:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from typing import Any
 
 
 def address(array: Any) -> int:
@@ -18,11 +15,8 @@ def address(array: Any) -> int:
     return at
 
 
-def address_or_none(array: Any) -> int | None:
-    """The address, or None of None: a null pointer."""
-    return None if array is None else address(array)
-
-
-def pointer(tensor: Tensor | None) -> int | None:
-    """The address of a tensor's first element, or None of None: a null pointer."""
-    return None if tensor is None else tensor.data_ptr()
+def pointer(value: Any) -> int | None:
+    """The address of an array's or tensor's first element, or None of None: a null pointer."""
+    if value is None:
+        return None
+    return value.data_ptr() if hasattr(value, "data_ptr") else address(value)

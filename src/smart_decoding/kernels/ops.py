@@ -6,18 +6,16 @@ from __future__ import annotations
 from ctypes import Array, Structure, byref
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from smart_decoding.engine.kv import PAGE
 from smart_decoding.kernels import abi, library
 from smart_decoding.kernels.memory import address
-from smart_decoding.kernels.weights import INTO_CACHES, PackedWeight
 
 if TYPE_CHECKING:
     from smart_decoding.engine.rows import Rows
+    from smart_decoding.kernels.weights import PackedWeight
 
 HEAD_DIMS = (16, 32, 64, 96, 128)
 MAX_QUERIES = 32  # query heads per key head
@@ -25,7 +23,6 @@ MAX_QUERIES = 32  # query heads per key head
 
 _Rows = abi.structure("Rows")
 Layer = abi.structure("Layer")
-Workspace = abi.structure("Workspace")
 Head = abi.structure("Head")
 Growth = abi.structure("Growth")
 Model = abi.structure("Model")
@@ -64,50 +61,6 @@ def multiplies_bytes() -> bool:
     return bool(_lib().smart_multiplies_bytes())
 
 
-def linear(
-    x: Tensor,
-    packed: PackedWeight,
-    norm: tuple[Tensor, float] | None = None,
-    bias: Tensor | None = None,
-    out: Tensor | None = None,
-    best: NDArray[np.int64] | None = None,
-    hint: int = INTO_CACHES,
-) -> Tensor:
-    """rms_norm(x) @ weight.T + bias for x [rows, k]; norm ([k] and eps) and bias [n] are
-    optional. Returns [rows, n].
-
-    `best` [rows], if given, receives what `argmax` says of the result. An empty `out` is left so:
-    `best` alone is wanted. hint: see Arena."""
-    rows, k = x.shape
-    n = packed.n
-    y = torch.empty(rows, n) if out is None else out
-    scratch = torch.empty(rows, k)
-    norm_weight, eps = norm or (None, 0.0)
-    given = (x, rows, packed.address, n, k, packed.is_bf16, norm_weight, eps, bias, scratch)
-    result = (y if y.numel() else None, n, 0)
-    _lib().smart_linear(*given, *result, hint, best, torch.get_num_threads())
-    return y
-
-
-def layers(
-    weights: Array[Structure],
-    rows: Structure,
-    inputs: Tensor | None,
-    x: Tensor,
-    cache: tuple[Tensor, Tensor],
-    workspace: Structure,
-) -> None:
-    """Decoder layers in place on x [rows, hidden], writing the rows' keys and values to the caches
-    [layers, ...].
-
-    Layer one reads `inputs` where given."""
-    keys, values = cache
-    bf16 = keys.dtype == torch.bfloat16
-    given = (weights, len(weights), byref(rows), inputs, x, keys, values, keys.shape[-3])
-    if _lib().smart_layers(*given, byref(workspace), bf16, bf16, torch.get_num_threads()):
-        raise RuntimeError("the CPU kernels do not support this layer")
-
-
 def forward(model: Structure, rows: Structure, what: Structure) -> None:
     """A whole model, from token ids to logits and their maxima."""
     if _lib().smart_forward(byref(model), byref(rows), byref(what), torch.get_num_threads()):
@@ -143,9 +96,3 @@ def move_kv(keys: Tensor, values: Tensor, source: Tensor, target: Tensor) -> Non
     planes = keys.numel() // (pages * head_dim * PAGE)
     size = keys.element_size()
     _lib().smart_move_kv(keys, values, planes, pages, head_dim, size, source, target, len(source))
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor, column: int = 0) -> None:
-    """rms_norm of x [rows, d] into columns column .. column + d of out [rows, width]."""
-    at = out.data_ptr() + 4 * column
-    _lib().smart_rms_norm(x, weight, eps, len(x), x.shape[1], at, out.shape[1])

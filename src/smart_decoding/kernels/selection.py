@@ -3,7 +3,6 @@ and a whole drafting in one call (drafting.cpp)."""
 
 from __future__ import annotations
 
-import time
 from ctypes import Structure, byref
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -88,15 +87,11 @@ class NativeSelection(Selection):
         count = self._library.smart_select(byref(native), byref(_trees(trees)), address(out))
         return out[:count]
 
-    def grow(self, rule: TreeRule, given: DraftTrees, first: FirstLevel | None) -> Grown:
-        """Drafts a round as the rule says beside the nodes `given`, and chooses what to verify;
-        without `first` no level runs. The rule must be data.
+    def grow(self, rule: TreeRule, given: DraftTrees, first: FirstLevel) -> Grown:
+        """Drafts a round as the rule says beside the nodes `given`, and chooses what to verify. The
+        rule must be data.
 
         Raises RuntimeError where the kernels do not serve what drafts."""
-        if first is None:
-            start = time.perf_counter()
-            kept = self.select(rule, given)
-            return Grown(given, kept, [], [], time.perf_counter() - start)
         trees = _with_room(given, rule, first)
         native_trees = _trees(trees)
         kept = np.empty(trees.ints.shape[1], np.int64)

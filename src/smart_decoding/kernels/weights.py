@@ -171,6 +171,12 @@ class PackedWeight:
         """Of the structure, valid as long as this is."""
         return ctypes.addressof(self.struct)
 
+    def rows_of(self, index: Tensor) -> Tensor:
+        """Its rows at `index` (int64 [n]): float32 [n, k]. Saves tied embeddings a second copy."""
+        out = torch.empty(len(index), self.k)
+        _lib().smart_unpack(self.address, self.k, self.is_bf16, index, len(index), out)
+        return out
+
 
 def pack(
     parts: Sequence[Matrix], arena: Arena | None = None, order: NDArray[np.int64] | None = None
@@ -296,10 +302,3 @@ def packed_rows(n: int) -> int:
 def vector_width() -> int:
     """Floats in a vector register of the kernels that run."""
     return int(_lib().smart_vector_width())
-
-
-def unpack(packed: PackedWeight, index: Tensor) -> Tensor:
-    """Rows `index` (int64 [n]) of a packed weight: float32 [n, k]."""
-    out = torch.empty(len(index), packed.k)
-    _lib().smart_unpack(packed.address, packed.k, packed.is_bf16, index, len(index), out)
-    return out

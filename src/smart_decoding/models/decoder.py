@@ -3,49 +3,44 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from smart_decoding.engine.protocols import TargetScores
 from smart_decoding.kernels import ops as kernels
-from smart_decoding.kernels.weights import Arena, Matrix, QuantizedTensor, as_tensor
+from smart_decoding.kernels.weights import (
+    Arena,
+    Matrix,
+    PackedWeight,
+    QuantizedTensor,
+    as_tensor,
+    pack,
+)
 from smart_decoding.models.graphs import GraphedLayers, layers_on
 from smart_decoding.models.kernel_check import use_native
 from smart_decoding.models.layers import (
     Context,
     KVCache,
-    Layers,
+    LayerWeights,
     NativeLayers,
-    Workspace,
     converted,
     layer_weights,
 )
-from smart_decoding.models.linear import Linear
 from smart_decoding.models.native_model import NativeModel
 from smart_decoding.models.panels import KeptPanels, kept_panels
 from smart_decoding.models.rows import BUCKETS, upload
+from smart_decoding.models.torch_layers import Linear
 
 if TYPE_CHECKING:
     from smart_decoding.engine.media import MultimodalEmbeddings
     from smart_decoding.engine.rows import Rows
     from smart_decoding.models.config import ModelConfig
-
-
-@dataclass
-class ForwardOutput:
-    """logits: [wanted rows, vocab], valid until the next forward; aux_hidden: [rows, aux_layers *
-    hidden], the residual streams after the aux layers, or None; best: [wanted rows] first maximum
-    of the logits (-1: not finite), where the kernels find it in passing."""
-
-    logits: Tensor
-    aux_hidden: Tensor | None
-    best: NDArray[np.int64] | None = None
 
 
 def rotary_table(
@@ -85,24 +80,15 @@ class Decoder:
         native: bool | None = None,
         graphs: bool = True,
     ) -> None:
-        def get(name: str) -> Matrix:
-            return converted(weights[name], dtype, device)
-
         self.config = config
         self.dtype = dtype
         self.device = device
         self.native = use_native(config, device) if native is None else native
         self.work_dtype = torch.float32 if self.native else dtype
-        self.workspace = Workspace()
         self.graphs = graphs
-        arena = self._set_layers(weights)
-        embedding = get("model.embed_tokens.weight")
-        output = embedding if config.tie_embeddings else get("lm_head.weight")
-        norm = as_tensor(get("model.norm.weight"))
-        self.head = Linear(output, self.native, arena, norm, config.rms_eps)
-        tied = config.tie_embeddings
-        self.embedding: Linear | Tensor = self.head if tied else self._table(embedding, arena)
-        self.final_norm: Tensor | None = norm
+        self.final_norm = as_tensor(self._get(weights, "model.norm.weight"))
+        self.head: Linear | PackedWeight
+        self.embedding: Tensor | PackedWeight
         self.rotary = rotary_table(config, positions, device)
         axes = np.repeat(np.arange(3), config.mrope) if config.mrope else None
         self._axis = None if axes is None else torch.from_numpy(axes).to(device)
@@ -110,39 +96,51 @@ class Decoder:
             config.layers, config.kv_heads, pages, config.head_dim, dtype, device, self.native
         )
         self.model: NativeModel | None = None  # all of it, where the CPU kernels run it
-        if isinstance(self._layers, NativeLayers):
-            self.model = NativeModel(
-                self._layers, self.embedding, self.head, norm, self.kv, self.rotary
-            )
-
-    def _table(self, embedding: Matrix, arena: Arena | None) -> Linear | Tensor:
-        """Embeddings that are not the output matrix: as a table, or packed if they are quants."""
-        if self.native and isinstance(embedding, QuantizedTensor):
-            return Linear(embedding, True, arena)
-        return as_tensor(embedding)
-
-    def _set_layers(self, weights: Mapping[str, Matrix]) -> Arena | None:
-        """Makes the layers; returns memory for the other matrices, on the CPU kernels."""
-        config = self.config
-        layers = (
-            layer_weights(config, weights, f"model.layers.{i}.", self.dtype, self.device)
-            for i in tqdm(
-                range(config.layers), "loading", unit="layer", disable=self.quiet, leave=False
-            )
-        )
-        self._layers: Layers
         if self.native:
-            shapes = config.expected_shapes().values()
-            self._panels = kept_panels(weights, self.dtype, self.in_bytes)
-            kept = None if self._panels is None else self._panels.read()
-            size = self.dtype.itemsize * sum(map(math.prod, shapes))
-            self._arena = Arena(size, self.in_bytes, kept)
-            self._layers = NativeLayers(layers, self._arena, self.workspace)
-            return self._arena
+            self.model = self._packed(weights)
+        else:
+            self._load(weights)
+
+    def _get(self, weights: Mapping[str, Matrix], name: str) -> Matrix:
+        return converted(weights[name], self.dtype, self.device)
+
+    def _each_layer(self, weights: Mapping[str, Matrix]) -> Iterator[LayerWeights]:
+        """One layer's weights at a time."""
+        count = self.config.layers
+        for i in tqdm(range(count), "loading", unit="layer", disable=self.quiet, leave=False):
+            prefix = f"model.layers.{i}."
+            yield layer_weights(self.config, weights, prefix, self.dtype, self.device)
+
+    def _load(self, weights: Mapping[str, Matrix]) -> None:
+        """Brings the weights to the device, as torch reads them."""
         # sums of products that a GPU splits stay in float32
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-        self._layers = layers_on(self.device, layers, self.graphs)
-        return None
+        self._layers = layers_on(self.device, self._each_layer(weights), self.graphs)
+        table = output = as_tensor(self._get(weights, "model.embed_tokens.weight"))
+        if not self.config.tie_embeddings:
+            output = as_tensor(self._get(weights, "lm_head.weight"))
+        self.embedding = table
+        self.head = self._output = Linear(output, self.final_norm, self.config.rms_eps)
+
+    def _packed(self, weights: Mapping[str, Matrix]) -> NativeModel:
+        """Packs the weights for the CPU kernels."""
+        config = self.config
+        self._panels = kept_panels(weights, self.dtype, self.in_bytes)
+        kept = None if self._panels is None else self._panels.read()
+        size = self.dtype.itemsize * sum(map(math.prod, config.expected_shapes().values()))
+        self._arena = arena = Arena(size, self.in_bytes, kept)
+        layers = NativeLayers(self._each_layer(weights), arena)
+        embedding = output = self._get(weights, "model.embed_tokens.weight")
+        if not config.tie_embeddings:
+            output = self._get(weights, "lm_head.weight")
+        self.head = packed = pack([output], arena)
+        if config.tie_embeddings:
+            self.embedding = packed
+        elif isinstance(embedding, QuantizedTensor):
+            self.embedding = pack([embedding], arena)
+        else:  # a table
+            self.embedding = embedding
+        return NativeModel(layers, self.embedding, packed, self.final_norm, self.kv, self.rotary)
 
     def keep_panels(self) -> None:
         """Keeps packed quants for later starts, where that is done and they are not kept yet."""
@@ -153,27 +151,26 @@ class Decoder:
     def steps(self) -> tuple[int, ...]:
         """Row counts beyond which one more row costs a step: what a pass over the weights serves,
         or a CUDA graph."""
-        if self.native:
-            return (kernels.pass_rows(self.head.packed),)
+        if isinstance(self.head, PackedWeight):
+            return (kernels.pass_rows(self.head),)
         return BUCKETS if isinstance(self._layers, GraphedLayers) else ()
 
     def embed(self, token: Tensor) -> Tensor:
-        """Token embeddings [n, hidden] in the working dtype."""
-        table = self.embedding
-        rows = table[token] if isinstance(table, Tensor) else table.rows_of(token)
-        return rows.to(self.work_dtype)
+        """Token embeddings [n, hidden], on torch."""
+        assert isinstance(self.embedding, Tensor)  # the kernels look up by themselves
+        return self.embedding[token]
 
     @torch.inference_mode()
-    def forward(self, rows: Rows, aux_layers: tuple[int, ...] = ()) -> ForwardOutput:
-        """Runs the rows through all layers; `aux_layers` are layer counts (4 = after the fourth
-        layer), ascending."""
+    def forward(self, rows: Rows, aux_layers: tuple[int, ...] = ()) -> TargetScores:
+        """Runs the rows through all layers. aux_layers: layer counts (4 = after the fourth layer),
+        ascending, after which the residual streams are kept, [rows, aux_layers * hidden]. Logits
+        are valid until the next forward."""
         context = self._context(rows, aux_layers)
         if self.model is not None:
             native = kernels.native_rows(context.rows, context.cosine, context.sine)
-            logits, states, best = self.model.forward(
+            return self.model.forward(
                 native, rows.token, rows.mm_embeds, rows.logit_rows, aux_layers
             )
-            return ForwardOutput(logits, states, best)
         x = self.embed(context.on_device.token)
         put(x, rows.mm_embeds)
         if aux_layers:
@@ -182,7 +179,9 @@ class Decoder:
         self._layers(x, context, self.kv)
         if rows.logit_rows is not None:
             x = x[context.on_device.logit_rows]
-        return ForwardOutput(self.head(x).float(), context.aux_hidden)
+        logits = self._output(x).float()
+        on_cpu = self.device.type == "cpu"
+        return TargetScores(logits, context.aux_hidden, draws_all=not on_cpu)
 
     def _context(self, rows: Rows, aux_layers: tuple[int, ...]) -> Context:
         """M-RoPE rows get rotary tables of their own, in which row i finds its angles at position

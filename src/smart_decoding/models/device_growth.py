@@ -39,7 +39,7 @@ class DeviceGrowth:
     def __init__(self, rule: TreeRule, fixed: Fixed, growth: Growth, tokens: Tensor) -> None:
         rows = growth.rows
         self._batch = batch = len(rows.query_start_loc) - 1
-        self._k = min(rule.children, len(tokens))
+        self._k = min(growth.asked.k, len(tokens))
         self._groups = batch if fixed.each else 1  # that nodes are chosen from
         self._widths = (*fixed.widths, 0)  # of levels 2, 3, ...; none behind the last
         self._limited = bool((rule.limits <= rule.levels).any())

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from smart_decoding.kernels.selection import NativeSelection
 from smart_decoding.models.decoder import RoundingDecoder
@@ -56,7 +55,7 @@ class DraftModel:
         self._pages = (pages, scratch_pages)
         self._native = use_native(c, target.device, target.allow_slow)
         self._selection = NativeSelection() if self._native else None
-        self.grow: Callable[[TreeRule, DraftTrees, Growth | None], Grown] | None = (
+        self.grow: Callable[[TreeRule, DraftTrees, Growth], Grown] | None = (
             self._grow if self._native else None
         )
         self._tokens = torch.arange(vocab, device=target.device)
@@ -95,23 +94,17 @@ class DraftModel:
                 target.graphs,
             )
 
-    def run(self, rows: Rows) -> Tensor:
-        """One forward: logits [wanted rows, vocab], valid until the next one."""
+    def rank(self, rows: Rows, asked: Asked) -> Ranked:
+        """One forward: the most likely next tokens of the wanted rows, and their probabilities:
+        [rows, k]; see `ranked`."""
         rows.token = np.minimum(rows.token, self.config.vocab - 1)
-        return self._decoder.forward(rows).logits
+        return ranked(self._decoder.forward(rows).logits, self._tokens, asked, self._native)
 
-    def rank(self, logits: Tensor, asked: Asked) -> Ranked:
-        """The most likely next tokens of each row and their probabilities: [rows, k]; see
-        `ranked`."""
-        return ranked(logits, self._tokens, asked, self._decoder.native)
-
-    def _grow(self, rule: TreeRule, given: DraftTrees, growth: Growth | None) -> Grown:
+    def _grow(self, rule: TreeRule, given: DraftTrees, growth: Growth) -> Grown:
         """A round in one call, as the rule says, beside the nodes `given`."""
         assert self._selection is not None
         assert self._decoder.model is not None
-        if growth is None:
-            return self._selection.grow(rule, given, None)
-        k = min(rule.children, self.config.vocab)
+        k = min(growth.asked.k, self.config.vocab)
         call = LevelCall(True, growth.rows, None, given.batch, k)
         drafts = {"model": addressof(self._decoder.model.struct), "tokens": self._tokens.data_ptr()}
         first = first_level(growth, call, self._decoder.rotary, rule.levels, **drafts)

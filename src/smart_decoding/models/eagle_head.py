@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from smart_decoding.core.selection import Fixed
 from smart_decoding.engine.kv import PAGE
 from smart_decoding.errors import ModelError
 from smart_decoding.models.decoder import rotary_table
-from smart_decoding.models.features import Features, Part, take_rows
-from smart_decoding.models.head_levels import Eagle2Levels, Eagle3Levels, HeadCache, SteppedLevels
+from smart_decoding.models.head_levels import Eagle2Levels, Eagle3Levels, SteppedLevels
 from smart_decoding.models.head_weights import HeadWeights, TargetWeights
 from smart_decoding.models.kernel_check import unserved
 from smart_decoding.models.layers import KVCache
 from smart_decoding.models.native_level import NativeLevel
 
 if TYPE_CHECKING:
-    from smart_decoding.core.rule import TreeRule
-    from smart_decoding.core.tree import DraftTrees, IntArray
-    from smart_decoding.drafters.levels import Asked, Growth, Ranked
-    from smart_decoding.engine.protocols import Grown
-    from smart_decoding.engine.rows import Rows
+    from smart_decoding.models.features import Features
     from smart_decoding.models.head_files import HeadFiles
 
 
@@ -62,55 +55,29 @@ class EagleHead:
             len(files.aux_layers),
         )
         self.levels: SteppedLevels | NativeLevel
-        if NativeLevel.serves(weights):
+        if target.native:
             self.levels = NativeLevel(weights)
         else:
             self.levels = (Eagle2Levels if files.fused else Eagle3Levels)(weights)
         self.allocate(pages + scratch_pages, positions)
 
-    @property
-    def grows(self) -> bool:
-        """Whether `grow` runs all levels of a round in one call, by the rules that it follows."""
-        return isinstance(self.levels, NativeLevel) or self.levels.on_device
-
-    def follows(self, rule: TreeRule) -> bool:
-        """Whether `grow` follows a rule: on a GPU what a level expands must be known before."""
-        return isinstance(self.levels, NativeLevel) or Fixed.before(rule) is not None
-
     def allocate(self, pages: int, positions: int) -> None:
         """Makes room for keys, anew, and for positions below `positions`."""
         c = self._config
         target = self._target
-        kv = KVCache.empty(
+        self.levels.kv = KVCache.empty(
             c.layers, c.kv_heads, pages, c.head_dim, target.dtype, target.device, target.native
         )
-        self.levels.cache = HeadCache(kv, rotary_table(c, positions, target.device))
+        self.levels.rotary = rotary_table(c, positions, target.device)
 
-    def first(self, rows: Rows, parts: Sequence[Part], last: IntArray, asked: Asked) -> Ranked:
-        """Begins a round: runs pairs of tokens and aux hidden states, and ranks children after the
-        `last` ones."""
-        return self.levels.first(rows, parts, last, asked)
-
-    def deeper(self, rows: Rows, above: IntArray, asked: Asked) -> Ranked:
-        """Runs nodes below earlier outputs of this round, and ranks their children."""
-        return self.levels.deeper(rows, above, asked)
-
-    def grow(
-        self, rule: TreeRule, given: DraftTrees, growth: Growth | None, parts: Sequence[Part]
-    ) -> Grown:
-        """A round in one call, as the rule says, beside the nodes `given`."""
-        return self.levels.grow(rule, given, growth, parts)
-
-    def take(self, features: Features, rows: IntArray) -> Tensor:
-        """Rows of aux hidden states: [rows, width], a copy."""
-        if len(rows) == 1:  # which a GPU need not be told
-            return torch.as_tensor(features)[rows[0] : rows[0] + 1].clone()
-        return take_rows(features, rows)
+    def take(self, features: Features, row: int) -> Tensor:
+        """A row of aux hidden states: [1, width], a copy."""
+        return torch.as_tensor(features)[row : row + 1].clone()
 
     def copy_page(self, source: int, target: int) -> None:
         """Copies the keys of page `source` to a later page `target`."""
         slots = torch.arange(PAGE, dtype=torch.int32)
-        self.levels.cache.kv.move(source * PAGE + slots, target * PAGE + slots)
+        self.levels.kv.move(source * PAGE + slots, target * PAGE + slots)
 
     def blank(self, rows: int) -> Tensor:
         """Aux hidden states of `rows` rows, of arbitrary content."""

@@ -1,4 +1,4 @@
-"""The levels of a head as a few calls each: torch, or CPU kernels beside a target that is not ours.
+"""The levels of a head as a few calls of torch each.
 
 EAGLE-3 (arXiv 2503.01840): q, k and v read [norm(embedding) ; norm(features)], the residual is the
 un-normalised features, and what is fed back is the output before the last norm. EAGLE-1/2: fc
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,21 +18,20 @@ from torch import Tensor
 from smart_decoding.core.merging import merge
 from smart_decoding.core.selection import Fixed
 from smart_decoding.engine.protocols import Grown
-from smart_decoding.kernels import ops as kernels
 from smart_decoding.models.decoder import put
 from smart_decoding.models.device_growth import DeviceGrowth
 from smart_decoding.models.features import Part, as_tensor, take_rows
-from smart_decoding.models.head_weights import HeadWeights, OutputMatrix, head_layers
+from smart_decoding.models.graphs import layers_on
 from smart_decoding.models.layers import Context, KVCache
-from smart_decoding.models.linear import Linear
 from smart_decoding.models.ranking import ranked
-from smart_decoding.models.torch_layers import rms_norm
+from smart_decoding.models.torch_layers import Linear, rms_norm
 
 if TYPE_CHECKING:
     from smart_decoding.core.rule import TreeRule
     from smart_decoding.core.tree import DraftTrees, IntArray
     from smart_decoding.drafters.levels import Asked, Growth, Ranked
     from smart_decoding.engine.rows import Rows
+    from smart_decoding.models.head_weights import HeadWeights
 
 
 # On a GPU: two waits a round, or one for each level and a host that can stop. Which is faster was
@@ -41,32 +39,25 @@ if TYPE_CHECKING:
 DEVICE_CHOOSES = True
 
 
-@dataclass(frozen=True, slots=True)
-class HeadCache:
-    """A head's keys and values, and its rotary tables: [positions, head_dim / 2] each."""
+class SteppedLevels(ABC):
+    """What EAGLE-1/2 and EAGLE-3 share: pairs go through the layers, and the output is ranked.
+
+    kv, rotary: a head's keys and values, and its tables [positions, head_dim / 2], which it sets.
+    grows: whether a device chooses what levels expand: its kernels must read `DeviceRows`."""
 
     kv: KVCache
     rotary: tuple[Tensor, Tensor]
-
-
-class SteppedLevels(ABC):
-    """What EAGLE-1/2 and EAGLE-3 share: pairs go through the layers, and the output is ranked."""
-
-    cache: HeadCache  # whose head sets it
-    _output: OutputMatrix
+    _output: Linear
 
     def __init__(self, weights: HeadWeights) -> None:
-        packed = head_layers(weights)
-        self._layers = packed.layers
-        self._fc = packed.fc
-        self._arena = packed.arena
         self._config = weights.files.shape
-        self._target = weights.target
+        self._target = target = weights.target
+        self._layers = layers_on(target.device, weights.layers(), target.graphs)
+        self._fc = Linear(weights.fc, bias=weights.get("fc.bias"))
         self._embedding = weights.embedding
         self._draft_ids = weights.draft_ids
         self._round: list[Tensor] = []
-        # whether a device chooses what levels expand: its kernels must read `DeviceRows`
-        self.on_device = DEVICE_CHOOSES and weights.target.device.type == "cuda"
+        self.grows = DEVICE_CHOOSES and target.device.type == "cuda"
 
     @torch.inference_mode()
     def first(self, rows: Rows, parts: Sequence[Part], last: IntArray, asked: Asked) -> Ranked:
@@ -77,23 +68,26 @@ class SteppedLevels(ABC):
     @torch.inference_mode()
     def deeper(self, rows: Rows, above: IntArray, asked: Asked) -> Ranked:
         """Runs nodes below the outputs `above` of this round; the best children of all."""
-        context = Context(rows, *self.cache.rotary)
+        context = Context(rows, *self.rotary)
         self._round.append(self._run(context, take_rows(self.outputs, above)))
         return self._rank(asked)
 
+    def follows(self, rule: TreeRule) -> bool:
+        """Whether `grow` follows a rule: what a level expands must be known before."""
+        return Fixed.before(rule) is not None
+
     @torch.inference_mode()
     def grow(
-        self, rule: TreeRule, given: DraftTrees, growth: Growth | None, parts: Sequence[Part]
+        self, rule: TreeRule, given: DraftTrees, growth: Growth, parts: Sequence[Part]
     ) -> Grown:
         """All levels of a rule of which `Fixed.before` knows the widths, beside the nodes `given`;
         the host waits for a device once."""
         fixed = Fixed.before(rule)
         assert fixed is not None
-        assert growth is not None
         round = DeviceGrowth(rule, fixed, growth, self._draft_ids)
         self._round = [self._catch_up(growth.rows, parts)[round.last]]
         round.rank(self._output(self._round[0]))
-        while (level := round.expand(self.cache.rotary)) is not None:
+        while (level := round.expand(self.rotary)) is not None:
             context, above = level
             self._round.append(self._run(context, self._round[-1][above]))
             round.rank(self._output(self._round[-1]))
@@ -121,7 +115,7 @@ class SteppedLevels(ABC):
         """The outputs [rows, hidden] of all pairs that wait."""
         states = torch.cat([as_tensor(part) for part in parts])
         features = self._features(states.to(self._target.device, self._target.work_dtype))
-        return self._run(Context(rows, *self.cache.rotary), features)
+        return self._run(Context(rows, *self.rotary), features)
 
     def _run(self, context: Context, features: Tensor) -> Tensor:
         """One pass over pairs of features and tokens: the outputs [rows, hidden], fed back as
@@ -130,25 +124,14 @@ class SteppedLevels(ABC):
         embedded = self._embed(context.on_device.token)
         put(embedded, rows.mm_embeds)
         x, context.inputs = self._inputs(rows, embedded, features)
-        self._layers(x, context, self.cache.kv)
+        self._layers(x, context, self.kv)
         return x
 
     def _rank(self, asked: Asked) -> Ranked:
-        logits = self._output(self._round[-1])
-        return ranked(logits, self._draft_ids, asked, self._target.native)
+        return ranked(self._output(self._round[-1]), self._draft_ids, asked, native=False)
 
     def _embed(self, token: Tensor) -> Tensor:
-        if self._embedding is None:
-            return self._target.embed(token)
-        return self._embedding[token].to(self._target.work_dtype)
-
-    def _norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        if not self._target.native:
-            return rms_norm(x, weight, eps)
-        x = x.contiguous()
-        out = torch.empty_like(x)
-        kernels.rms_norm(x, weight, eps, out)
-        return out
+        return self._target.embed(token) if self._embedding is None else self._embedding[token]
 
 
 class Eagle2Levels(SteppedLevels):
@@ -156,14 +139,12 @@ class Eagle2Levels(SteppedLevels):
 
     def __init__(self, weights: HeadWeights) -> None:
         super().__init__(weights)
-        norm = self._target.final_norm
-        self._final_norm = None if norm is None else weights.as_norm(norm)
-        self._output = self._target.head.without_norm()
+        head = self._target.head
+        assert isinstance(head, Linear)
+        self._output = head.without_norm()
 
     def _features(self, states: Tensor) -> Tensor:
-        if self._final_norm is None:
-            return states
-        return self._norm(states, self._final_norm, self._target.config.rms_eps)
+        return rms_norm(states, self._target.final_norm, self._target.config.rms_eps)
 
     def _inputs(self, rows: Rows, embedded: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
         x = self._fc(torch.cat((embedded, features), dim=-1))
@@ -177,26 +158,19 @@ class Eagle3Levels(SteppedLevels):
     def __init__(self, weights: HeadWeights) -> None:
         super().__init__(weights)
         self._aux_norm = weights.ones() if weights.norms_aux else None
-        self._input_norm = weights.norm("midlayer.input_layernorm.weight")
-        self._hidden_norm = weights.norm("midlayer.hidden_norm.weight")
+        self._input_norm = weights["midlayer.input_layernorm.weight"]
+        self._hidden_norm = weights["midlayer.hidden_norm.weight"]
         self._norm_before_residual = weights.files.norm_before_residual
-        self._output = Linear(
-            weights.output,
-            self._target.native,
-            self._arena,
-            weights["norm.weight"],
-            self._config.rms_eps,
-        )
+        norm = weights["norm.weight"]
+        self._output = Linear(weights.output, norm, self._config.rms_eps)
 
     def _features(self, states: Tensor) -> Tensor:
-        if self._aux_norm is not None:
-            each = states.reshape(-1, self._config.hidden)
-            each = self._norm(each, self._aux_norm, self._config.rms_eps)
-            states = each.view(len(states), -1)
-        return self._fc(states)
+        each = states.reshape(-1, self._config.hidden)
+        each = rms_norm(each, self._aux_norm, self._config.rms_eps)
+        return self._fc(each.view(len(states), -1))
 
     def _inputs(self, rows: Rows, embedded: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
         eps = self._config.rms_eps
-        normed = self._norm(features, self._hidden_norm, eps)
-        inputs = torch.cat((self._norm(embedded, self._input_norm, eps), normed), dim=-1)
+        normed = rms_norm(features, self._hidden_norm, eps)
+        inputs = torch.cat((rms_norm(embedded, self._input_norm, eps), normed), dim=-1)
         return normed if self._norm_before_residual else features.clone(), inputs

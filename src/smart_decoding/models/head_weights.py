@@ -1,45 +1,27 @@
-"""A head's tensors and layers on its target's device, and what it borrows of the target."""
+"""A head's tensors on its target's device, and what it borrows of the target."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
-from smart_decoding.kernels.weights import Arena
-from smart_decoding.models.graphs import layers_on
 from smart_decoding.models.head_shapes import FIRST, layer_prefixes
-from smart_decoding.models.layers import Layers, NativeLayers, layer_weights
-from smart_decoding.models.linear import Linear
+from smart_decoding.models.layers import LayerWeights, layer_weights
 
 if TYPE_CHECKING:
+    from smart_decoding.kernels.weights import PackedWeight
     from smart_decoding.models.config import ModelConfig
     from smart_decoding.models.head_files import HeadFiles
-    from smart_decoding.models.layers import Workspace
-
-
-class OutputMatrix(Protocol):
-    """The target's: [rows, hidden] -> logits [rows, vocab]."""
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Logits, with the target's final norm before the matrix unless it is a module apart."""
-        ...
-
-    def without_norm(self) -> OutputMatrix:
-        """Without the target's final norm before it."""
-        ...
-
-    def rows_of(self, index: Tensor) -> Tensor:
-        """Rows of the weight: [n, hidden]."""
-        ...
+    from smart_decoding.models.torch_layers import Linear
 
 
 class TargetWeights(Protocol):
     """What a head borrows of its target. native: whether the head runs on the CPU kernels;
-    graphs: whether its levels are recorded on a CUDA device; work_dtype: of activations."""
+    graphs: whether its levels are recorded on a CUDA device; work_dtype: of activations; head:
+    the output matrix."""
 
     config: ModelConfig
     native: bool
@@ -47,27 +29,19 @@ class TargetWeights(Protocol):
     dtype: torch.dtype
     work_dtype: torch.dtype
     device: torch.device
-    workspace: Workspace
+    head: Linear | PackedWeight
 
     @property
     def final_norm(self) -> Tensor | None:
         """The weight [hidden] of the norm before the output matrix; None if the aux hidden states
         of an EAGLE-1/2 head come through it already."""
-        ...
 
     @property
-    def head(self) -> OutputMatrix:
-        """The output matrix."""
-        ...
-
-    @property
-    def embedding(self) -> Linear | Tensor | None:
-        """The embeddings, packed or as a table; None if only `embed` knows them."""
-        ...
+    def embedding(self) -> PackedWeight | Tensor:
+        """The embeddings, packed or as a table, as the CPU kernels read them."""
 
     def embed(self, token: Tensor) -> Tensor:
-        """[n, hidden] in the working dtype."""
-        ...
+        """[n, hidden], on torch."""
 
 
 class HeadWeights:
@@ -90,20 +64,10 @@ class HeadWeights:
         """The tensor, or None where the head has none of that name."""
         return self[name] if name in self._tensors else None
 
-    def norm(self, name: str) -> Tensor:
-        """The weight of a norm, in the dtype that norms are computed with."""
-        return self.as_norm(self[name])
-
-    def as_norm(self, weight: Tensor) -> Tensor:
-        """The weight in the dtype that norms are computed with: float32 on the CPU kernels."""
-        return weight.float().contiguous() if self.target.native else weight
-
     def ones(self) -> Tensor:
         """[hidden] the weight of norms whose own weight is in the columns of `fc`."""
-        shape = self.files.shape
-        return self.as_norm(
-            torch.ones(shape.hidden, dtype=self.target.dtype, device=self.target.device)
-        )
+        hidden = self.files.shape.hidden
+        return torch.ones(hidden, dtype=self.target.dtype, device=self.target.device)
 
     @cached_property
     def fc(self) -> Tensor:
@@ -128,35 +92,13 @@ class HeadWeights:
         rows = self.target.head.rows_of(self.draft_ids) if own is None else own
         return rows.to(self.target.dtype)
 
-
-@dataclass(frozen=True, slots=True)
-class HeadLayers:
-    """The layers and `fc`; arena: which has room for the output matrix, on the CPU kernels."""
-
-    layers: Layers
-    fc: Linear
-    arena: Arena | None
-
-
-def head_layers(weights: HeadWeights) -> HeadLayers:
-    """Packs a head's layers and `fc` where the CPU kernels run them, with room for the output
-    matrix."""
-    target = weights.target
-    shape = weights.files.shape
-    each = [
-        layer_weights(
-            shape, weights.files.weights, prefix, target.dtype, target.device, prefix != FIRST
-        )
-        for prefix in layer_prefixes(shape.layers)
-    ]
-    arena = None
-    if target.native:
-        matrices = [weights.fc, *(tensor for tensor in weights.files.weights.values())]
-        arena = Arena(sum(matrix.numel() for matrix in matrices) * target.dtype.itemsize)
-    layers: Layers
-    if arena is not None:
-        layers = NativeLayers(each, arena, target.workspace)
-    else:
-        layers = layers_on(target.device, each, target.graphs)
-    fc = Linear(weights.fc, target.native, arena, bias=weights.get("fc.bias"))
-    return HeadLayers(layers, fc, arena)
+    def layers(self) -> list[LayerWeights]:
+        """Its layers; the first has no norm of its own at its input."""
+        shape = self.files.shape
+        target = self.target
+        return [
+            layer_weights(
+                shape, self.files.weights, prefix, target.dtype, target.device, prefix != FIRST
+            )
+            for prefix in layer_prefixes(shape.layers)
+        ]

@@ -131,21 +131,6 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     return memory[start : start + size].view(dtype).view(shape)
 
 
-class Workspace:
-    """Buffers that forwards share one after another: large ones are costly to allocate anew (page
-    faults)."""
-
-    def __init__(self) -> None:
-        self._buffers: dict[str, Tensor] = {}
-
-    def take(self, name: str, elements: int) -> Tensor:
-        """[elements] float32 of arbitrary content, valid until the next take of this name."""
-        buffer = self._buffers.get(name)
-        if buffer is None or len(buffer) < elements:
-            buffer = self._buffers[name] = torch.empty(elements + elements // 4)
-        return buffer[:elements]
-
-
 @dataclass
 class Context:
     """What the layers of one forward share: rows, the rotary tables [positions, head_dim / 2], and
@@ -185,7 +170,7 @@ class Context:
 
 
 class Layers(Protocol):
-    """All layers of a model or head."""
+    """All layers of a model or head, on torch."""
 
     def __call__(self, x: Tensor, context: Context, cache: KVCache) -> None:
         """Updates x [rows, hidden] in place, layer by layer, and writes the rows' keys and values
@@ -196,29 +181,10 @@ class NativeLayers:
     """Layers on the CPU kernels: packed weights and fp32 activations, rounded where a linear layer
     reads them if its weights are bf16 and the CPU multiplies those."""
 
-    def __init__(self, layers: Iterable[LayerWeights], arena: Arena, workspace: Workspace) -> None:
+    def __init__(self, layers: Iterable[LayerWeights], arena: Arena) -> None:
         self._keep: list[object] = []
         structs = [self._struct(w, arena) for w in layers]  # one layer's weights at a time
         self.structs = (kernels.Layer * len(structs))(*structs)
-        self._workspace = workspace
-
-    def __call__(self, x: Tensor, context: Context, cache: KVCache) -> None:
-        """See `Layers`."""
-        rows = kernels.native_rows(context.rows, context.cosine, context.sine)
-        both = (cache.keys, cache.values)
-        scratch = self._scratch(len(x))
-        kernels.layers(self.structs, rows, context.inputs, x, both, scratch)
-
-    def _scratch(self, rows: int) -> Structure:
-        w = self.structs[0]
-        width = (w.heads + 2 * w.kv_heads) * w.head_dim
-        sizes = (max(w.hidden, w.input), width, w.heads * w.head_dim, w.ffn)
-        return kernels.Workspace(
-            *(
-                self._workspace.take(f"layer{i}", rows * size).data_ptr()
-                for i, size in enumerate(sizes)
-            )
-        )
 
     def _struct(self, w: LayerWeights, arena: Arena) -> Structure:
         vectors = [

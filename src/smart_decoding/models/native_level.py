@@ -16,13 +16,11 @@ import torch
 from torch import Tensor
 
 from smart_decoding.kernels import ops as kernels
-from smart_decoding.kernels.memory import address, address_or_none, pointer
+from smart_decoding.kernels.memory import address, pointer
 from smart_decoding.kernels.selection import FirstLevel, NativeSelection, most_expanded
-from smart_decoding.kernels.weights import PackedWeight, pack, pack_bytes
+from smart_decoding.kernels.weights import Arena, PackedWeight, pack, pack_bytes
 from smart_decoding.models.features import Part, readable, row_addresses
-from smart_decoding.models.head_weights import HeadWeights, head_layers
-from smart_decoding.models.layers import NativeLayers
-from smart_decoding.models.linear import Linear
+from smart_decoding.models.layers import KVCache, NativeLayers
 from smart_decoding.models.native_model import embedding_addresses, embedding_fields
 from smart_decoding.models.ranking import noise_of, noise_of_levels
 
@@ -32,13 +30,15 @@ if TYPE_CHECKING:
     from smart_decoding.drafters.levels import Asked, Growth, Ranked
     from smart_decoding.engine.protocols import Grown
     from smart_decoding.engine.rows import Rows
-    from smart_decoding.models.head_levels import HeadCache
+    from smart_decoding.models.head_weights import HeadWeights
 
 
 class NativeLevel:
     """The same as `SteppedLevels`, and `grow`: all levels of a round in one call."""
 
-    cache: HeadCache  # whose head sets it
+    kv: KVCache  # whose head sets both
+    rotary: tuple[Tensor, Tensor]
+    grows = True
 
     def __init__(self, weights: HeadWeights) -> None:
         self._bf16 = weights.target.dtype == torch.bfloat16
@@ -48,13 +48,9 @@ class NativeLevel:
         self._count = 0
         self._selection = NativeSelection()
 
-    @staticmethod
-    def serves(weights: HeadWeights) -> bool:
-        """Whether the kernels run a level of this head in one call."""
-        target = weights.target
-        if not target.native or (weights.files.fused and not isinstance(target.head, Linear)):
-            return False
-        return weights.embedding is not None or target.embedding is not None
+    def follows(self, rule: TreeRule) -> bool:
+        """See `SteppedLevels`."""
+        return True
 
     @property
     def outputs(self) -> Tensor:
@@ -75,23 +71,21 @@ class NativeLevel:
         return self._run(False, rows, features, len(rows), asked)
 
     def grow(
-        self, rule: TreeRule, given: DraftTrees, growth: Growth | None, parts: Sequence[Part]
+        self, rule: TreeRule, given: DraftTrees, growth: Growth, parts: Sequence[Part]
     ) -> Grown:
         """A round as the rule says beside the nodes `given`."""
-        if growth is None:
-            return self._selection.grow(rule, given, None)
         batch = given.batch
         kept = [readable(part) for part in parts]
         self._count = 0
         self._reserve(batch + most_expanded(rule, batch, growth.slots))
-        k = min(rule.children, self._children)
+        k = min(growth.asked.k, self._children)
         call = LevelCall(True, growth.rows, row_addresses(kept), batch, k)
         call.struct.out = self._outputs.data_ptr()
-        kv = self.cache.kv
+        kv = self.kv
         first = first_level(
             growth,
             call,
-            self.cache.rotary,
+            self.rotary,
             rule.levels,
             head=ctypes.addressof(self._head),
             keys=kv.keys.data_ptr(),
@@ -111,10 +105,10 @@ class NativeLevel:
         scale, keys = noise_of(asked) if len(asked.draws) else (None, None)
         call = LevelCall(first, rows, features, wanted, min(asked.k, self._children))
         call.struct.out = self._outputs[self._count :].data_ptr()
-        call.struct.scale = address_or_none(scale)
-        call.struct.keys = address_or_none(keys)
-        native = kernels.native_rows(rows, *self.cache.rotary)
-        both = (self.cache.kv.keys, self.cache.kv.values)
+        call.struct.scale = pointer(scale)
+        call.struct.keys = pointer(keys)
+        native = kernels.native_rows(rows, *self.rotary)
+        both = (self.kv.keys, self.kv.values)
         kernels.draft(self._head, native, call.struct, both, self._bf16)
         self._count += wanted
         return call.tokens, call.probs
@@ -141,8 +135,8 @@ class LevelCall:
             first=first,
             k=k,
             token=address(rows.token),
-            features=address_or_none(features),
-            embeddings=address_or_none(embeddings),
+            features=pointer(features),
+            embeddings=pointer(embeddings),
             tokens=address(self.tokens),
             probs=address(self.probs),
         )
@@ -157,8 +151,8 @@ def first_level(
     struct = kernels.Growth(
         first_slot=growth.slots.start,
         slots=len(growth.slots),
-        scale=address_or_none(scale),
-        noise=address_or_none(noise),
+        scale=pointer(scale),
+        noise=pointer(noise),
         threads=torch.get_num_threads(),
         **drafts,
     )
@@ -167,15 +161,17 @@ def first_level(
 
 def _structure(weights: HeadWeights) -> tuple[Structure, tuple[object, ...]]:
     """The structure Head, and what must stay alive behind it."""
-    packed = head_layers(weights)
-    layers = packed.layers
-    assert isinstance(layers, NativeLayers)
-    embedding = weights.target.embedding if weights.embedding is None else weights.embedding
-    assert embedding is not None
+    target = weights.target
     files = weights.files
-    outputs, parts = _fused(weights) if files.fused else _eagle3(weights)
-    tensors = {"fc_bias": packed.fc.bias, "tokens": weights.draft_ids, **parts}
-    shape = weights.target.config if files.fused else files.shape
+    matrices = [weights.fc, *files.weights.values()]
+    arena = Arena(sum(matrix.numel() for matrix in matrices) * target.dtype.itemsize)
+    layers = NativeLayers(weights.layers(), arena)
+    fc = pack([weights.fc], arena)
+    embedding = target.embedding if weights.embedding is None else weights.embedding
+    outputs, scales = _outputs(weights)
+    vectors = {"fc_bias": weights.get("fc.bias"), **_norms(weights)}
+    tensors = {name: None if v is None else v.float().contiguous() for name, v in vectors.items()}
+    tensors |= {"tokens": weights.draft_ids, **scales}
     struct = kernels.Head(
         layers=ctypes.addressof(layers.structs),
         layer_count=len(layers.structs),
@@ -183,40 +179,34 @@ def _structure(weights: HeadWeights) -> tuple[Structure, tuple[object, ...]]:
         aux_count=len(files.aux_layers),
         norm_before_residual=files.norm_before_residual,
         fused=files.fused,
-        aux_eps=shape.rms_eps,
-        fc=packed.fc.packed.struct,
+        aux_eps=(target.config if files.fused else files.shape).rms_eps,
+        fc=fc.struct,
         outputs=outputs.struct,
         **embedding_fields(embedding),
         **{name: pointer(tensor) for name, tensor in tensors.items()},
     )
-    return struct, (packed, embedding, outputs, tensors)
+    return struct, (layers, fc, embedding, outputs, tensors)
 
 
-Outputs = tuple[PackedWeight, dict[str, Tensor | None]]  # and what else a head's structure names
-
-
-def _eagle3(weights: HeadWeights) -> Outputs:
-    outputs, scales = _output_matrix(weights.output)
-    return outputs, {
+def _norms(weights: HeadWeights) -> dict[str, Tensor | None]:
+    if weights.files.fused:  # the features are what the target's output matrix reads
+        return {"aux_norm": weights.target.final_norm}
+    return {
         "aux_norm": weights.ones() if weights.norms_aux else None,
-        "input_norm": weights.norm("midlayer.input_layernorm.weight"),
-        "hidden_norm": weights.norm("midlayer.hidden_norm.weight"),
-        "final_norm": weights.norm("norm.weight"),
-        **scales,
+        "input_norm": weights["midlayer.input_layernorm.weight"],
+        "hidden_norm": weights["midlayer.hidden_norm.weight"],
+        "final_norm": weights["norm.weight"],
     }
 
 
-def _fused(weights: HeadWeights) -> Outputs:
-    """EAGLE-1/2: the features are what the target's output matrix reads, and it ranks."""
-    target = weights.target
-    norm = target.final_norm
-    assert isinstance(target.head, Linear)
-    return target.head.packed, {"aux_norm": None if norm is None else weights.as_norm(norm)}
-
-
-def _output_matrix(output: Tensor) -> Outputs:
-    """The output matrix [draft, hidden] in 8 bits where it is bf16, else packed as it is."""
+def _outputs(weights: HeadWeights) -> tuple[PackedWeight, dict[str, Tensor]]:
+    """The output matrix: the target's, or [draft, hidden] in 8 bits where it is bf16, else packed
+    as it is; and what else the structure names of it."""
+    if weights.files.fused:
+        assert isinstance(weights.target.head, PackedWeight)
+        return weights.target.head, {}
+    output = weights.output
     if output.dtype == torch.bfloat16 and output.shape[1] % 4 == 0:
         packed, scale, sums = pack_bytes(output)
         return packed, {"scale": scale, "sums": sums}
-    return pack([output]), {"scale": None, "sums": None}
+    return pack([output]), {}

@@ -15,13 +15,13 @@ from torch import Tensor
 from smart_decoding.core.acceptance import Acceptance
 from smart_decoding.engine.protocols import NativeBatch, NativeRound, TargetScores
 from smart_decoding.kernels import ops as kernels
-from smart_decoding.kernels.memory import address, address_or_none, pointer
+from smart_decoding.kernels.memory import address, pointer
 
 if TYPE_CHECKING:
     from smart_decoding.core.tree import IntArray
     from smart_decoding.engine.media import MultimodalEmbeddings
+    from smart_decoding.kernels.weights import PackedWeight
     from smart_decoding.models.layers import KVCache, NativeLayers
-    from smart_decoding.models.linear import Linear
 
 
 class NativeModel:
@@ -33,8 +33,8 @@ class NativeModel:
     def __init__(
         self,
         layers: NativeLayers,
-        embedding: Linear | Tensor,
-        output: Linear,
+        embedding: PackedWeight | Tensor,
+        output: PackedWeight,
         final_norm: Tensor,
         kv: KVCache,
         rotary: tuple[Tensor, Tensor],
@@ -44,7 +44,7 @@ class NativeModel:
         self.struct = _model(layers, embedding, output, norm, kv)
         first = layers.structs[0]
         self._hidden = first.hidden
-        self._vocab = output.rows
+        self._vocab = output.n
         self._aux_layers: dict[tuple[int, ...], NDArray[np.int32]] = {}
         self._pass = kernels.Pass()
         self._logits = torch.empty(0, self._vocab)
@@ -65,7 +65,7 @@ class NativeModel:
         mm_embeds: MultimodalEmbeddings,
         wanted: IntArray | None,
         aux_layers: tuple[int, ...],
-    ) -> tuple[Tensor, Tensor | None, IntArray]:
+    ) -> TargetScores:
         """Logits of the `wanted` rows (None: of all), valid until the next forward; all rows'
         states after `aux_layers` layers; and the wanted rows' first maxima, -1 where that is not
         finite."""
@@ -79,12 +79,12 @@ class NativeModel:
         what.token = address(token)
         what.best = address(best)
         what.wanted_count = count
-        what.wanted = address_or_none(wanted)
-        what.embeddings = address_or_none(embeddings)
+        what.wanted = pointer(wanted)
+        what.embeddings = pointer(embeddings)
         kernels.forward(self.struct, rows, what)
         del alive  # until here
         states = None if aux_hidden is None else torch.from_numpy(aux_hidden)
-        return logits, states, best
+        return TargetScores(logits, states, best)
 
     def verify(self, batch: NativeBatch, draws: NDArray[np.void] | None) -> NativeRound:
         """See VerifyRound. draws: [requests] of `batch.specs`, as the kernels read them."""
@@ -99,7 +99,7 @@ class NativeModel:
         struct.room = batch.trees.ints.shape[1]
         struct.trees = address(batch.trees.ints)
         struct.kept = address(batch.kept)
-        struct.draws = address_or_none(draws)
+        struct.draws = pointer(draws)
         struct.root, struct.length, struct.position, struct.pages = _lines(given)
         struct.after, struct.emitted, struct.path, struct.accepted, struct.first = _lines(found)
         aux_hidden = self._prepare(rows, batch.aux_layers)
@@ -128,23 +128,27 @@ class NativeModel:
         what = self._pass
         what.aux_layers = address(self._aux_layers[aux_layers])
         what.aux_count = len(aux_layers)
-        what.aux_hidden = address_or_none(aux_hidden)
+        what.aux_hidden = pointer(aux_hidden)
         return aux_hidden
 
 
 def _model(
-    layers: NativeLayers, embedding: Linear | Tensor, output: Linear, norm: Tensor, kv: KVCache
+    layers: NativeLayers,
+    embedding: PackedWeight | Tensor,
+    output: PackedWeight,
+    norm: Tensor,
+    kv: KVCache,
 ) -> Structure:
     first = layers.structs[0]
     bf16 = kv.keys.dtype == torch.bfloat16
     return kernels.Model(
         layers=ctypes.addressof(layers.structs),
-        output=output.packed.struct,
+        output=output.struct,
         **embedding_fields(embedding),
         final_norm=norm.data_ptr(),
         keys=kv.keys.data_ptr(),
         values=kv.values.data_ptr(),
-        vocab=output.rows,
+        vocab=output.n,
         pages=kv.keys.shape[-3],
         layer_count=len(layers.structs),
         hint=first.hint,
@@ -154,11 +158,11 @@ def _model(
     )
 
 
-def embedding_fields(embedding: Linear | Tensor) -> dict[str, Any]:
+def embedding_fields(embedding: PackedWeight | Tensor) -> dict[str, Any]:
     """The fields `embedding` and `table` of Model and Head; a table is contiguous."""
     if isinstance(embedding, Tensor):
         return {"table": embedding.data_ptr()}
-    return {"embedding": embedding.packed.struct}
+    return {"embedding": embedding.struct}
 
 
 def _acceptance(found: NDArray[np.int64], requests: int) -> Acceptance:

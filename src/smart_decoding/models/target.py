@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 from smart_decoding.engine.kv import PAGE, Ints
-from smart_decoding.engine.protocols import NativeBatch, NativeRound, TargetScores, VerifyRound
 from smart_decoding.errors import CapacityError, ConfigError, require_finite
 from smart_decoding.models.decoder import Decoder, RoundingDecoder
 from smart_decoding.models.drawing import draws_of
@@ -20,6 +19,7 @@ from smart_decoding.models.sampler import Sampler
 from smart_decoding.models.vision import VisionTower
 
 if TYPE_CHECKING:
+    from smart_decoding.engine.protocols import NativeBatch, NativeRound, TargetScores, VerifyRound
     from smart_decoding.engine.rows import Rows
     from smart_decoding.models.loading import Checkpoint
     from smart_decoding.multimodal.pixels import Pixels
@@ -120,10 +120,7 @@ class TorchTarget(Sampler):
 
     def verify(self, rows: Rows, aux_layers: tuple[int, ...]) -> TargetScores:
         """See `Target`."""
-        out = self.decoder.forward(rows, aux_layers)
-        if out.logits.device.type == "cpu":
-            return TargetScores(out.logits, out.aux_hidden, out.best)
-        return TargetScores(out.logits, out.aux_hidden, draws_all=True)
+        return self.decoder.forward(rows, aux_layers)
 
     def _verify_round(self, batch: NativeBatch) -> NativeRound:
         assert self.decoder.model is not None

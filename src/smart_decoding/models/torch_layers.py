@@ -6,6 +6,7 @@ kernels (triton_ops.py).
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, TypeAlias
@@ -157,3 +158,33 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     cosine, sine = (part[:, None].to(x.dtype) for part in (cosine, sine))
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cosine - b * sine, b * cosine + a * sine), dim=-1)
+
+
+class Linear:
+    """y = x W^T + b for W [out, in], optionally with an RMS norm before it."""
+
+    def __init__(
+        self,
+        weight: Tensor,
+        norm: Tensor | None = None,
+        eps: float = 0.0,
+        bias: Tensor | None = None,
+    ) -> None:
+        self._weight = weight
+        self._norm = norm
+        self._eps = eps
+        self._bias = bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[rows, in] -> [rows, out] in the weight's dtype."""
+        return F.linear(rms_norm(x, self._norm, self._eps), self._weight, self._bias)
+
+    def without_norm(self) -> Linear:
+        """The same map without the norm before it, sharing the weight."""
+        twin = copy.copy(self)
+        twin._norm = None
+        return twin
+
+    def rows_of(self, index: Tensor) -> Tensor:
+        """The weight's rows at `index` [n]: [n, in]."""
+        return self._weight[index]

@@ -8,7 +8,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -73,26 +73,12 @@ def grid_of(device: torch.device) -> Grid:
     return ON_CPU if device.type == "cpu" else ON_GPU
 
 
-class Stage(Protocol):
-    """What is timed. needed: pages of KV memory."""
-
-    needed: int
-
-    def place(self, pages: Sequence[int]) -> None:
-        """It overwrites these from now on."""
-        ...
-
-    def end(self) -> None:
-        """And from now on no more."""
-        ...
-
-
 @dataclass(eq=False, frozen=True, slots=True)
 class Point:
     """One thing to time: `run` performs it once, after `prepare`, and may say itself how many
     seconds count; `sample` wraps the seconds."""
 
-    stage: Stage
+    stage: Verification | Rehearsal
     run: Callable[[], float | None]
     sample: Callable[[float], Sample]
     prepare: Callable[[], object] = lambda: None
@@ -350,6 +336,7 @@ class Verification:
         self._tables[:] = mixed.reshape(batch, -1)
         if self._asked is None:
             self._rows = _rows(self._tables, *self._shape)
+            self._rows.token %= self._target.vocab
 
     def end(self) -> None:
         """Nothing."""
@@ -396,17 +383,6 @@ def _deeper_point(requests: Rehearsal, width: int) -> Point:
         return DraftSample(expanded[0], float(requests.context), seconds)
 
     return Point(requests, run, sample, lambda: requests.reach(width))
-
-
-def fake_rows(batch: int, total: int, context: int, pages: int) -> Rows | None:
-    """`total` rows of `batch` sequences at `context`, all logits wanted; None if the cache is too
-    small."""
-    each = _pages_each(batch, total, context)
-    if batch * each > pages:
-        return None
-    return _rows(
-        np.arange(batch * each, dtype=np.int32).reshape(batch, each), batch, total, context
-    )
 
 
 def _rows(tables: Ints, batch: int, total: int, context: int) -> Rows:

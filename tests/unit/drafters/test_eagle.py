@@ -86,7 +86,7 @@ def test_drafting_equals_the_unrolled_training_forward(
     slots = request.table.reserve(n)
     pages = np.array(request.table.pages, np.int32)
     rows, _, _ = build_rows([Span(tokens[:n], 0, slots, pages)], DraftTrees.empty(1), [True])
-    aux_hidden = decoder.forward(rows, TAPS).aux_hidden
+    aux_hidden = decoder.forward(rows, TAPS).features
     assert aux_hidden is not None
     request.table.commit(tokens, n)
     drafter.extend(request, aux_hidden[:10], 0, tokens[:10])

@@ -13,22 +13,23 @@ from smart_decoding.core.rule import NO_NODES, TreeRule
 from smart_decoding.core.selection import Beam, KeepBest
 from smart_decoding.drafters.eagle import EagleDrafter
 from smart_decoding.drafters.levels import Asked
-from smart_decoding.engine.kv import BlockTable, PagePool
+from smart_decoding.engine.kv import PAGE, BlockTable, PagePool
 from smart_decoding.engine.request import Request
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine.stopping import StopChecker
+from smart_decoding.kernels.weights import pack
 from smart_decoding.models import native_level
 from smart_decoding.models.decoder import Decoder
 from smart_decoding.models.eagle_head import EagleHead
 from smart_decoding.models.head_files import HeadFiles
-from smart_decoding.models.linear import Linear
-from smart_decoding.profiling.measure import fake_rows
+from smart_decoding.profiling import measure
 from smart_decoding.training.head import Form, TrainableHead
 
 from .tiny import PAGES, SCRATCH, TARGET, VOCAB, checkpoint, outputs_of
 
 if TYPE_CHECKING:
     from smart_decoding.core.tree import DraftTrees
+    from smart_decoding.engine.rows import Rows
 
 pytestmark = pytest.mark.usefixtures("variant")
 TAPS = (1, 2, 4)
@@ -51,8 +52,14 @@ def head_of(files: HeadFiles, native: bool, dtype: torch.dtype = torch.float32) 
     weights = checkpoint(TARGET).weights
     decoder = Decoder(TARGET, weights, dtype, torch.device("cpu"), PAGES, 128, native)
     head = EagleHead(files, decoder, PAGES, SCRATCH, 128)
-    assert head.grows == native
+    assert head.levels.grows == native
     return head
+
+
+def rows_of(batch: int, total: int) -> Rows:
+    """The first rows of sequences of equal length."""
+    pages = np.arange(batch * -(-total // batch // PAGE), dtype=np.int32)
+    return measure._rows(pages.reshape(batch, -1), batch, total, 0)
 
 
 def waiting(head: EagleHead, temperatures: tuple[float, ...]) -> tuple[EagleDrafter, list[Request]]:
@@ -109,14 +116,14 @@ def test_as_torch(files: HeadFiles, temperatures: tuple[float, ...]) -> None:
 
 
 def test_hundreds_of_waiting_rows_are_run_in_parts(files: HeadFiles) -> None:
-    rows = fake_rows(6, 600, 0, PAGES)
-    assert rows is not None
+    rows = rows_of(6, 600)
     torch.manual_seed(0)
     features = torch.randn(600, WIDTH)
     last = np.arange(99, 600, 100)
     asked = Asked(4, np.zeros(6))
     ours, plain = (
-        head_of(files, native).first(rows, [features], last, asked) for native in (True, False)
+        head_of(files, native).levels.first(rows, [features], last, asked)
+        for native in (True, False)
     )
     assert np.array_equal(ours[0], plain[0])
     np.testing.assert_allclose(ours[1], plain[1], atol=2e-4)
@@ -129,11 +136,10 @@ def test_pictures_stand_in_for_tokens(files: HeadFiles) -> None:
     found = []
     for native in (True, False):
         for mm_embeds in ([(2, part)], []):
-            rows = fake_rows(1, 6, 0, PAGES)
-            assert rows is not None
+            rows = rows_of(1, 6)
             rows.mm_embeds = mm_embeds
             found.append(
-                head_of(files, native).first(
+                head_of(files, native).levels.first(
                     rows, [features], np.array([5]), Asked(4, np.zeros(1))
                 )[1]
             )
@@ -144,19 +150,16 @@ def test_pictures_stand_in_for_tokens(files: HeadFiles) -> None:
 def test_8_bits_change_probabilities_little(
     files: HeadFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = fake_rows(3, 15, 0, PAGES)
-    assert rows is not None
+    rows = rows_of(3, 15)
     torch.manual_seed(0)
     features = torch.randn(15, WIDTH)
     asked = Asked(len(files.weights["draft_ids"]), np.zeros(3))
     found = []
     for in_bytes in (True, False):
         if not in_bytes:
-            monkeypatch.setattr(
-                native_level, "pack_bytes", lambda w: (Linear(w, native=True).packed, None, None)
-            )
+            monkeypatch.setattr(native_level, "pack_bytes", lambda w: (pack([w]), None, None))
         head = head_of(files, True, torch.bfloat16)
-        ids, probs = head.first(rows, [features], np.array([4, 9, 14]), asked)
+        ids, probs = head.levels.first(rows, [features], np.array([4, 9, 14]), asked)
         order = np.argsort(ids, axis=1)
         found.append((outputs_of(head), np.take_along_axis(probs, order, axis=1)))
     assert torch.equal(found[0][0], found[1][0])

@@ -15,6 +15,7 @@ from smart_decoding.models.draft_model import DraftModel
 from .tiny import PAGES, SCRATCH, SMALL, ask, checkpoint, engine_of, target_of
 
 if TYPE_CHECKING:
+    from smart_decoding.drafters.levels import Asked
     from smart_decoding.engine.engine import Engine
     from smart_decoding.engine.rows import Rows
 
@@ -39,13 +40,13 @@ def test_widths_are_the_rows_that_the_model_ran(
 ) -> None:
     """Drafted level by level; a round in one call says the same of itself."""
     ran: list[int] = []
-    run = DraftModel.run
+    rank = DraftModel.rank
 
-    def counted(self: DraftModel, rows: Rows) -> Any:
+    def counted(self: DraftModel, rows: Rows, asked: Asked) -> Any:
         ran.append(len(rows))
-        return run(self, rows)
+        return rank(self, rows, asked)
 
-    monkeypatch.setattr(DraftModel, "run", counted)
+    monkeypatch.setattr(DraftModel, "rank", counted)
     by_level, in_one_call = (engine_with(scratch, whole) for whole in (False, True))
     fewer = 0
     while by_level.has_unfinished_requests:

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from smart_decoding.integrations.transformers import generate, heads, last_report
-from smart_decoding.integrations.transformers.heads import HostHead, host_config
+from smart_decoding.integrations.transformers.heads import HostHead, HostWeights, host_config
 from smart_lab.replayed_run import random_head
 
 CPU = torch.device("cpu")
@@ -148,3 +148,20 @@ def test_a_sharded_model_says_the_same(method: str, monkeypatch: pytest.MonkeyPa
     assert devices.moved > 40
     assert report is not None
     assert report.accepted > 0
+
+
+class Scaled(nn.Embedding):
+    """As Gemma's."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return 3 * super().forward(input)
+
+
+def test_a_head_reads_embeddings_as_the_model_computes_them() -> None:
+    model = tiny()
+    plain: Any = model.get_input_embeddings()
+    scaled = Scaled(*plain.weight.shape, _weight=plain.weight)
+    files = random_head(host_config(model)[0], VOCAB)
+    for module, factor in ((plain, 1), (scaled, 3)):
+        model.set_input_embeddings(module)
+        assert torch.equal(HostWeights(files, model).embedding, factor * plain.weight)

@@ -25,6 +25,7 @@ from smart_decoding.integrations.transformers.state import state_of
 from smart_decoding.models.eagle_head import EagleHead
 from smart_decoding.models.head_files import load_head
 from smart_decoding.models.loading import Checkpoint
+from smart_decoding.models.native_level import NativeLevel
 from smart_decoding.models.target import TorchTarget
 
 from ...parity import test_published_heads as heads
@@ -183,8 +184,8 @@ def recorded_proposals(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         return run
 
     for name in ("first", "deeper"):
-        monkeypatch.setattr(EagleHead, name, recorded(getattr(EagleHead, name)))
-    monkeypatch.setattr(EagleHead, "grows", False)
+        monkeypatch.setattr(NativeLevel, name, recorded(getattr(NativeLevel, name)))
+    monkeypatch.setattr(NativeLevel, "grows", False)
     return proposals
 
 

@@ -17,14 +17,12 @@ from smart_decoding.integrations.transformers.state import bucket, setting_of, s
 from smart_decoding.integrations.transformers.target import HostTarget
 from smart_decoding.models.target import pages_for
 from smart_decoding.profiling.cache import load_profile, profile_path, save_profile
-from smart_decoding.profiling.measure import Measurement, fake_rows, grid_of
+from smart_decoding.profiling.measure import Measurement, grid_of, verification
 from smart_decoding.profiling.profile import ROUND_OVERHEAD
 from smart_decoding.speculation import level_drafter
 
 if TYPE_CHECKING:
-    from smart_decoding.engine.protocols import TargetScores
-    from smart_decoding.engine.rows import Rows
-    from smart_decoding.integrations.transformers.sources import Source
+    from smart_decoding.integrations.transformers.drafting import Source
 
 SLOW = 100  # with fewer forwards than this in the given time, only batch size 1 is measured
 VERY_SLOW = 30  # and with so few, at fewer sizes
@@ -52,7 +50,7 @@ def cost_of(target: HostTarget, batch: int, seconds: float, source: Source | Non
 
 def _measured(target: HostTarget, batch: int, seconds: float, source: Source | None) -> CostModel:
     model = target.model
-    stand_in = _StandIn(model, len(target.cache.layers), target.tree)
+    stand_in = HostTarget(model, len(target.cache.layers), target.tree)
     window = getattr(model.config.get_text_config(decoder=True), "sliding_window", None)
     stand_in.max_positions = min(stand_in.max_positions, window or stand_in.max_positions)
     row = _one_row(stand_in)
@@ -61,7 +59,7 @@ def _measured(target: HostTarget, batch: int, seconds: float, source: Source | N
     shortest = grid.contexts[0] + grid.max_rows
     longest = grid.contexts[-1] + grid.max_rows
     pages = max(pages_for(shortest * widest, 1), pages_for(longest, 1))
-    drafter = level_drafter(source.drafter(pages, longest) if source else None)
+    drafter = level_drafter(source.drafter(pages, longest, target.tree) if source else None)
     coarse = row > seconds / VERY_SLOW
     measurement = Measurement(stand_in, drafter, pages, widest, seconds, coarse=coarse)  # type: ignore[arg-type]
     return CostModel.fit(measurement.run(), ROUND_OVERHEAD if source else 0.0)
@@ -77,19 +75,11 @@ def _profile_path(model: PreTrainedModel, key: tuple[object, ...]) -> Path:
 
 def _one_row(target: HostTarget) -> float:
     """Seconds of a forward of one row."""
+    run = verification(target, 1, 1, PAGE, 2)  # type: ignore[arg-type]
+    assert run is not None
     seconds = []
     for _ in range(2):
-        rows = fake_rows(1, 1, PAGE, 2)
-        assert rows is not None
         start = time.perf_counter()
-        target.verify(rows, ())
+        run()
         seconds.append(time.perf_counter() - start)
     return min(seconds)
-
-
-class _StandIn(HostTarget):
-    """For measuring, whose made-up token ids may lie beyond a small vocabulary."""
-
-    def verify(self, rows: Rows, aux_layers: tuple[int, ...]) -> TargetScores:
-        rows.token %= self.vocab
-        return super().verify(rows, aux_layers)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,14 +37,13 @@ if TYPE_CHECKING:
 
 
 class HostDraftModel:
-    """widest: children of a node that are proposed at most; 1 where either model takes chains only.
-    folder: of a prior; draft models have none. grow: level by level it is.
+    """folder: of a prior; draft models have none. grow: level by level it is.
 
     Models pad their vocabularies differently: tokens that only one of the two has are never
     proposed. Keys of tree nodes come first in the cache, so that it grows with the text, not with
     the pages that a call may use."""
 
-    grow: Callable[[TreeRule, DraftTrees, Growth | None], Grown] | None = None
+    grow: Callable[[TreeRule, DraftTrees, Growth], Grown] | None = None
     folder: Path | None = None
 
     def __init__(self, model: PreTrainedModel, layers: int, tree: bool, target_vocab: int) -> None:
@@ -58,34 +56,31 @@ class HostDraftModel:
         self._tokens = torch.arange(self._vocab, device=self._target.device)
         self._native = self._target.device.type == "cpu" and library.unavailable() is None
         self._pages = 0
-        self.widest = 1 << 30 if tree else 1
         self.shape = (type(model).__name__, layers, text.hidden_size, self._vocab)
 
-    def drafter(self, pages: int, positions: int) -> Drafter:
+    def drafter(self, pages: int, positions: int, tree: bool) -> Drafter:
         """For one call, with room for keys in so many pages."""
         self._target = HostTarget(self.model, self._layers, self._tree)
         self._pages = pages
-        return DraftModelDrafter(self, pages, DRAFT_SCRATCH_PAGES)
+        drafter = DraftModelDrafter(self, pages, DRAFT_SCRATCH_PAGES)
+        if not (tree and self._tree):
+            drafter.widest = 1
+        return drafter
 
     def check_length(self, max_length: int) -> None:
         """See the function."""
         check_length(self.model.config, max_length)
 
     @torch.inference_mode()
-    def run(self, rows: Rows) -> torch.Tensor:
-        """One forward: logits [wanted rows, vocab]."""
+    def rank(self, rows: Rows, asked: Asked) -> Ranked:
+        """One forward: the most likely next tokens of the wanted rows, and their probabilities:
+        [rows, k]; see `ranked`."""
         rows.token = np.minimum(rows.token, self._vocab - 1)
         rows.slot_mapping = self._moved(rows.slot_mapping, PAGE)
         rows.ancestors = self._moved(rows.ancestors, PAGE)
         rows.pages = self._moved(rows.pages, 1)
         logits: torch.Tensor = self._target.verify(rows, ()).logits
-        return logits[:, : self._vocab]
-
-    def rank(self, logits: torch.Tensor, asked: Asked) -> Ranked:
-        """The most likely next tokens of each row and their probabilities: [rows, k]; see
-        `ranked`."""
-        asked = replace(asked, k=min(asked.k, self.widest))
-        return ranked(logits, self._tokens, asked, self._native)
+        return ranked(logits[:, : self._vocab], self._tokens, asked, self._native)
 
     def _moved(self, places: Ints, unit: int) -> Ints:
         """Pages or slots: those of tree nodes before the others."""

@@ -6,27 +6,44 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from transformers import PreTrainedModel
 
 from smart_decoding.core.policies import make_policy, policy_options
-from smart_decoding.drafters.ngram import NgramDrafter
-from smart_decoding.drafters.recycling import RecyclingDrafter
 from smart_decoding.drafters.union import UnionDrafter
 from smart_decoding.errors import ConfigError
-from smart_decoding.integrations.transformers.sources import Source, key_of, load_source
-from smart_decoding.integrations.transformers.state import bucket, state_of
-from smart_decoding.models.ranking import torch_top_k
+from smart_decoding.integrations.transformers.state import bucket, layers_of, layout_of, state_of
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from smart_decoding.core.policies.base import Policy
     from smart_decoding.engine.protocols import Drafter
     from smart_decoding.integrations.transformers.target import HostTarget
 
 METHODS = ("ngram", "recycling", "eagle", "draft_model", "union", "none")
+WITH_MODEL = ("eagle", "draft_model")
 PROFILE_SECONDS = 2.0
 CHAIN = {"ngram": {"occurrences": 1}, "recycling": {"successors": 1, "max_nodes": 8}}
+
+
+class Source(Protocol):
+    """A draft head or draft model, lent to one call at a time. folder: where a prior may lie that
+    came with it, or None."""
+
+    folder: Path | None
+
+    @property
+    def shape(self) -> tuple[object, ...]:
+        """What the cost of a level depends on."""
+
+    def drafter(self, pages: int, positions: int, tree: bool) -> Drafter:
+        """For one call, with room for keys in so many pages and positions; not tree: it proposes
+        chains."""
+
+    def check_length(self, max_length: int) -> None:
+        """Raises ModelError if it cannot follow a text to this length."""
 
 
 @dataclass(slots=True)
@@ -40,11 +57,11 @@ class Drafting:
     free: list[Drafter]
     source: Source | None = None
 
-    def drafter(self, pages: int, positions: int) -> Drafter | None:
-        """For one call, with room for so many pages and positions."""
+    def drafter(self, pages: int, positions: int, tree: bool) -> Drafter | None:
+        """For one call; see `Source`."""
         parts = list(self.free)
         if self.source:
-            parts.insert(0, self.source.drafter(pages, positions))
+            parts.insert(0, self.source.drafter(pages, positions, tree))
         if len(parts) > 1:
             return UnionDrafter(parts)
         return parts[0] if parts else None
@@ -67,6 +84,36 @@ def options_of(config: Mapping[str, Any] | bool | None) -> dict[str, Any]:
         )
     policy_options(options["policy"])
     return options
+
+
+def key_of(options: Mapping[str, Any]) -> str | None:
+    """What stands for the model that these options name; None if they need none."""
+    method = options["method"]
+    model = options.get("model")
+    if method == "union" and model:
+        method = "eagle"
+    if method not in WITH_MODEL:
+        return None
+    return f"{method} {id(model)}" if isinstance(model, PreTrainedModel) else f"{method} {model}"
+
+
+def load_source(target: PreTrainedModel, options: Mapping[str, Any], max_length: int) -> Source:
+    """What `key_of` stands for.
+
+    Raises SmartError, before any forward of either model, where it does not fit."""
+    if options["method"] != "draft_model":
+        from smart_decoding.integrations.transformers.heads import load_host_head
+
+        return load_host_head(target, options.get("model"), bool(options.get("trust_pickle")))
+    from smart_decoding.integrations.transformers.draft_models import (
+        HostDraftModel,
+        load_draft_model,
+    )
+
+    model = load_draft_model(target, options.get("model"), max_length)
+    layers = layers_of(model)
+    vocab = int(target.config.get_text_config(decoder=True).vocab_size)
+    return HostDraftModel(model, layers, layout_of(model, layers) == "tree", vocab)
 
 
 def source_for(
@@ -94,8 +141,6 @@ def borrowed(
 
     At the end of the block it is given back for the next call, as is `source`. Raises ConfigError
     for options that neither the method nor the policy has."""
-    if source and not target.tree:
-        source.widest = 1
     state = state_of(target.model)
     source_key = key_of(options)
     named = {**options, "model": source_key} if source else options
@@ -116,7 +161,7 @@ def _new(
     options: dict[str, Any], target: HostTarget, batch: int, source: Source | None
 ) -> Drafting:
     from smart_decoding.integrations.transformers.costs import cost_of
-    from smart_decoding.speculation import stored_prior
+    from smart_decoding.speculation import free_drafters, stored_prior
 
     method = options.pop("method")
     policy = options.pop("policy")
@@ -126,7 +171,13 @@ def _new(
     if source:
         del options["model"]
         options.pop("trust_pickle", None)
-    free = _free_drafters(method, options, target, source)
+    if method == "union" and not target.tree:
+        raise ConfigError(
+            "method 'union' needs a tree mask, which this model's attention does not take: "
+            "use ngram"
+        )
+    chain = {} if target.tree else CHAIN.get(method, {})
+    free = free_drafters(method, options, target.vocab, source is not None, **chain)
     known = policy_options(policy)
     unknown = [name for name in options if name not in known]
     if unknown:
@@ -139,24 +190,3 @@ def _new(
     if "cost" in known:
         offered["cost"] = cost_of(target, batch, seconds, source)
     return Drafting(method, make_policy(policy, offered, **options), free)
-
-
-def _free_drafters(
-    method: str, options: dict[str, Any], target: HostTarget, source: Source | None
-) -> list[Drafter]:
-    """Those without a model; their options are taken out of `options`."""
-    from smart_decoding.speculation import made
-
-    if method == "union" and not target.tree:
-        raise ConfigError(
-            "method 'union' needs a tree mask, which this model's attention does not take: "
-            "use ngram"
-        )
-    chain = {} if target.tree else CHAIN.get(method, {})
-    free: list[Drafter] = []
-    if method in ("ngram", "union"):
-        free.append(made(NgramDrafter, options, **chain))
-    if method == "recycling" or (method == "union" and not source):
-        size = {"vocab": target.vocab, "top_k": torch_top_k}
-        free.append(made(RecyclingDrafter, options, **size, **chain))
-    return free

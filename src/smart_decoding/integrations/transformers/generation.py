@@ -172,7 +172,7 @@ def _engine(
     pages = pages_for((longest + SLACK) * batch, batch)
     chunk = config.prefill_chunk_size or min(sum(map(len, prompts)), PREFILL_ROWS)
     engine_config = EngineConfig(pages, longest, batch, chunk, prefix_caching=False)
-    drafter = drafting.drafter(pages, longest)
+    drafter = drafting.drafter(pages, longest, target.tree)
     return Engine(target, drafting.policy, drafter, engine_config, lambda _: lambda _: "")
 
 

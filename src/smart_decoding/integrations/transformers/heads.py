@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,57 +11,37 @@ from transformers import PreTrainedModel
 
 from smart_decoding.drafters.eagle import EagleDrafter
 from smart_decoding.errors import ConfigError, ModelError
+from smart_decoding.kernels.weights import PackedWeight, pack
 from smart_decoding.models.config import ModelConfig
 from smart_decoding.models.eagle_head import EagleHead
 from smart_decoding.models.head_export import layout_of
 from smart_decoding.models.head_files import HeadFiles, head_folder, load_head
 from smart_decoding.models.kernel_check import use_native
-from smart_decoding.models.layers import Workspace
+from smart_decoding.models.torch_layers import Linear
 from smart_decoding.speculation import SCRATCH_PAGES, shipped_head
 
 if TYPE_CHECKING:
-    from smart_decoding.core.rule import TreeRule
-    from smart_decoding.core.tree import DraftTrees, IntArray
-    from smart_decoding.drafters.levels import Asked, Growth, Ranked
-    from smart_decoding.engine.protocols import Drafter, Grown
-    from smart_decoding.engine.rows import Rows
-    from smart_decoding.models.features import Part
+    from smart_decoding.engine.protocols import Drafter
 
 KERNEL_DTYPES = (torch.bfloat16, torch.float32)
 
 
 class HostHead(EagleHead):
-    """A head whose target is a transformers model.
-
-    widest: children of a node that are proposed at most; 1 where the target takes chains only.
-    folder: its own."""
+    """A head whose target is a transformers model. folder: its own."""
 
     def __init__(self, files: HeadFiles, folder: Path, model: PreTrainedModel) -> None:
         if files.fused:  # transformers gives what the target's output matrix reads
             files = replace(files, aux_layers=(files.aux_layers[0] + 1,))
         super().__init__(files, HostWeights(files, model), 0, 0, 0)
         self.folder: Path | None = folder
-        self.widest = 1 << 30
 
-    def drafter(self, pages: int, positions: int) -> Drafter:
+    def drafter(self, pages: int, positions: int, tree: bool) -> Drafter:
         """For one call, with room for keys in so many pages and for positions below `positions`."""
         self.allocate(pages + SCRATCH_PAGES, positions + 64)
-        return EagleDrafter(self, pages, SCRATCH_PAGES)
-
-    def first(self, rows: Rows, parts: Sequence[Part], last: IntArray, asked: Asked) -> Ranked:
-        """The first level, of at most `widest` children."""
-        return super().first(rows, parts, last, replace(asked, k=min(asked.k, self.widest)))
-
-    def deeper(self, rows: Rows, above: IntArray, asked: Asked) -> Ranked:
-        """A further level, of at most `widest` children."""
-        return super().deeper(rows, above, replace(asked, k=min(asked.k, self.widest)))
-
-    def grow(
-        self, rule: TreeRule, given: DraftTrees, growth: Growth | None, parts: Sequence[Part]
-    ) -> Grown:
-        """A round in one call, of at most `widest` children of a node."""
-        narrow = replace(rule, children=min(rule.children, self.widest))
-        return super().grow(narrow, given, growth, parts)
+        drafter = EagleDrafter(self, pages, SCRATCH_PAGES)
+        if not tree:
+            drafter.widest = 1
+        return drafter
 
     def check_length(self, max_length: int) -> None:
         """A head follows any text."""
@@ -72,48 +51,37 @@ class HostWeights:
     """What a head borrows of a transformers model (`TargetWeights`)."""
 
     final_norm: torch.Tensor | None = None
-    embedding = None
     graphs = False  # each call has a cache of its own
 
     def __init__(self, files: HeadFiles, model: PreTrainedModel) -> None:
         self.config, _ = host_config(model)
         self.dtype = model.dtype
-        self.workspace = Workspace()
-        self.head = HostOutput(model.get_output_embeddings())  # type: ignore[no-untyped-call]
-        self.device: torch.device = self.head.weight.device
-        self.native = model.dtype in KERNEL_DTYPES and use_native(
-            files.shape, self.device, allow_slow=True
-        )
-        self.work_dtype = torch.float32 if self.native else model.dtype
         self._embedding: Any = model.get_input_embeddings()
+        output: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        weight = output.weight.detach().to(self.dtype)
+        bias = getattr(output, "bias", None)
+        bias = None if bias is None else bias.detach()
+        self.device: torch.device = weight.device
+        # the kernels rank what an EAGLE-1/2 head says without a bias
+        has_kernels = self.dtype in KERNEL_DTYPES and (bias is None or not files.fused)
+        self.native = has_kernels and use_native(files.shape, self.device, allow_slow=True)
+        self.work_dtype = torch.float32 if self.native else self.dtype
+        packs = self.native and files.fused
+        self.head: Linear | PackedWeight = pack([weight]) if packs else Linear(weight, bias=bias)
+
+    @property
+    def embedding(self) -> torch.Tensor:
+        """[vocab, hidden] as the model computes them: some scale what they look up."""
+        table: torch.Tensor = self._embedding.weight.detach()
+        if type(self._embedding) is not torch.nn.Embedding or table.device != self.device:
+            table = self.embed(torch.arange(len(table)))
+        return table.to(self.dtype).contiguous()
 
     def embed(self, token: torch.Tensor) -> torch.Tensor:
         """[n, hidden] in the working dtype."""
         with torch.inference_mode():  # a model in shards has its embeddings on another device
             states: torch.Tensor = self._embedding(token.to(self._embedding.weight.device))
             return states.to(self.device, self.work_dtype)
-
-
-class HostOutput:
-    """The model's own output matrix."""
-
-    def __init__(self, module: Any) -> None:
-        self._module = module
-        self.weight = module.weight
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Logits [n, vocab] in float32 for x [n, hidden]."""
-        logits: torch.Tensor = self._module(x.to(self.weight.dtype)).float()
-        return logits
-
-    def without_norm(self) -> HostOutput:
-        """Here the norm is a module of its own."""
-        return self
-
-    def rows_of(self, index: torch.Tensor) -> torch.Tensor:
-        """Rows of the weight: [n, hidden]."""
-        rows: torch.Tensor = self.weight.detach()[index.to(self.weight.device)]
-        return rows
 
 
 def load_host_head(model: PreTrainedModel, name: Any, trust_pickle: bool = False) -> HostHead:

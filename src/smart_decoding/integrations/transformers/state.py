@@ -13,8 +13,7 @@ from smart_decoding.integrations.transformers.checks import cache_of, fitting_la
 
 if TYPE_CHECKING:
     from smart_decoding.core.cost import CostModel
-    from smart_decoding.integrations.transformers.drafting import Drafting
-    from smart_decoding.integrations.transformers.sources import Source
+    from smart_decoding.integrations.transformers.drafting import Drafting, Source
 
 ATTRIBUTE = "_smart_decoding"  # on the model
 
