@@ -105,15 +105,9 @@ class Tokenizer:
         """From GGUF metadata: byte-level BPE of the kinds smollm, llama-bpe and qwen2; ModelError
         for any other."""
         tokens = metadata["tokenizer.ggml.tokens"]
-        ids = {
-            name: metadata.get(f"tokenizer.ggml.{name}_token_id")
-            for name in ("bos", "eos", "unknown", "padding")
-        }
-        specials = {
-            name: tokens[id_]
-            for name, id_ in zip(_SPECIALS, ids.values(), strict=True)
-            if id_ is not None
-        }
+        keys = (f"tokenizer.ggml.{name}_token_id" for name in ("bos", "eos", "unknown", "padding"))
+        ids = zip(_SPECIALS, map(metadata.get, keys), strict=True)
+        specials = {name: tokens[id_] for name, id_ in ids if id_ is not None}
         return cls(
             _gguf_backend(metadata, specials), specials, metadata.get("tokenizer.chat_template")
         )
