@@ -35,7 +35,7 @@ from smart_decoding.models.layers import (
 from smart_decoding.models.native_model import NativeModel
 from smart_decoding.models.panels import KeptPanels, kept_panels
 from smart_decoding.models.rows import BUCKETS, upload
-from smart_decoding.models.torch_layers import Linear
+from smart_decoding.models.torch_layers import Linear, rms_norm
 
 if TYPE_CHECKING:
     from smart_decoding.engine.media import MultimodalEmbeddings
@@ -120,7 +120,7 @@ class Decoder:
         if not self.config.tie_embeddings:
             output = as_tensor(self._get(weights, "lm_head.weight"))
         self.embedding = table
-        self.head = self._output = Linear(output, self.final_norm, self.config.rms_eps)
+        self.head = self._output = Linear(output)
 
     def _packed(self, weights: Mapping[str, Matrix]) -> NativeModel:
         """Packs the weights for the CPU kernels."""
@@ -179,7 +179,7 @@ class Decoder:
         self._layers(x, context, self.kv)
         if rows.logit_rows is not None:
             x = x[context.on_device.logit_rows]
-        logits = self._output(x).float()
+        logits = self._output(rms_norm(x, self.final_norm, self.config.rms_eps)).float()
         on_cpu = self.device.type == "cpu"
         return TargetScores(logits, context.aux_hidden, draws_all=not on_cpu)
 

@@ -48,12 +48,13 @@ class SteppedLevels(ABC):
     kv: KVCache
     rotary: tuple[Tensor, Tensor]
     _output: Linear
+    _last_norm: Tensor | None = None  # before it
 
     def __init__(self, weights: HeadWeights) -> None:
         self._config = weights.files.shape
         self._target = target = weights.target
         self._layers = layers_on(target.device, weights.layers(), target.graphs)
-        self._fc = Linear(weights.fc, bias=weights.get("fc.bias"))
+        self._fc = Linear(weights.fc, weights.get("fc.bias"))
         self._embedding = weights.embedding
         self._draft_ids = weights.draft_ids
         self._round: list[Tensor] = []
@@ -86,11 +87,11 @@ class SteppedLevels(ABC):
         assert fixed is not None
         round = DeviceGrowth(rule, fixed, growth, self._draft_ids)
         self._round = [self._catch_up(growth.rows, parts)[round.last]]
-        round.rank(self._output(self._round[0]))
+        round.rank(self._logits())
         while (level := round.expand(self.rotary)) is not None:
             context, above = level
             self._round.append(self._run(context, self._round[-1][above]))
-            round.rank(self._output(self._round[-1]))
+            round.rank(self._logits())
         trees, expanded, seconds = round.fetch()
         if len(given):
             merge(given, trees, 0)
@@ -127,8 +128,13 @@ class SteppedLevels(ABC):
         self._layers(x, context, self.kv)
         return x
 
+    def _logits(self) -> Tensor:
+        """After the rows that were run last."""
+        x = rms_norm(self._round[-1], self._last_norm, self._config.rms_eps)
+        return self._output(x)
+
     def _rank(self, asked: Asked) -> Ranked:
-        return ranked(self._output(self._round[-1]), self._draft_ids, asked, native=False)
+        return ranked(self._logits(), self._draft_ids, asked, native=False)
 
     def _embed(self, token: Tensor) -> Tensor:
         return self._target.embed(token) if self._embedding is None else self._embedding[token]
@@ -139,9 +145,8 @@ class Eagle2Levels(SteppedLevels):
 
     def __init__(self, weights: HeadWeights) -> None:
         super().__init__(weights)
-        head = self._target.head
-        assert isinstance(head, Linear)
-        self._output = head.without_norm()
+        assert isinstance(self._target.head, Linear)
+        self._output = self._target.head
 
     def _features(self, states: Tensor) -> Tensor:
         return rms_norm(states, self._target.final_norm, self._target.config.rms_eps)
@@ -161,8 +166,8 @@ class Eagle3Levels(SteppedLevels):
         self._input_norm = weights["midlayer.input_layernorm.weight"]
         self._hidden_norm = weights["midlayer.hidden_norm.weight"]
         self._norm_before_residual = weights.files.norm_before_residual
-        norm = weights["norm.weight"]
-        self._output = Linear(weights.output, norm, self._config.rms_eps)
+        self._last_norm = weights["norm.weight"]
+        self._output = Linear(weights.output)
 
     def _features(self, states: Tensor) -> Tensor:
         each = states.reshape(-1, self._config.hidden)

@@ -6,7 +6,6 @@ kernels (triton_ops.py).
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, TypeAlias
@@ -161,29 +160,15 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 
 
 class Linear:
-    """y = x W^T + b for W [out, in], optionally with an RMS norm before it."""
+    """y = x W^T + b for W [out, in]."""
 
-    def __init__(
-        self,
-        weight: Tensor,
-        norm: Tensor | None = None,
-        eps: float = 0.0,
-        bias: Tensor | None = None,
-    ) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self._weight = weight
-        self._norm = norm
-        self._eps = eps
         self._bias = bias
 
     def __call__(self, x: Tensor) -> Tensor:
         """[rows, in] -> [rows, out] in the weight's dtype."""
-        return F.linear(rms_norm(x, self._norm, self._eps), self._weight, self._bias)
-
-    def without_norm(self) -> Linear:
-        """The same map without the norm before it, sharing the weight."""
-        twin = copy.copy(self)
-        twin._norm = None
-        return twin
+        return F.linear(x, self._weight, self._bias)
 
     def rows_of(self, index: Tensor) -> Tensor:
         """The weight's rows at `index` [n]: [n, in]."""

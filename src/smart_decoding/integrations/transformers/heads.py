@@ -67,7 +67,7 @@ class HostWeights:
         self.native = has_kernels and use_native(files.shape, self.device, allow_slow=True)
         self.work_dtype = torch.float32 if self.native else self.dtype
         packs = self.native and files.fused
-        self.head: Linear | PackedWeight = pack([weight]) if packs else Linear(weight, bias=bias)
+        self.head: Linear | PackedWeight = pack([weight]) if packs else Linear(weight, bias)
 
     @property
     def embedding(self) -> torch.Tensor:
