@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from transformers import PreTrainedModel
 
 from smart_decoding.core.policies import make_policy, policy_options
+from smart_decoding.drafters import METHODS
 from smart_decoding.drafters.union import UnionDrafter
 from smart_decoding.errors import ConfigError
 from smart_decoding.integrations.transformers.state import bucket, layers_of, layout_of, state_of
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from smart_decoding.engine.protocols import Drafter
     from smart_decoding.integrations.transformers.target import HostTarget
 
-METHODS = ("ngram", "recycling", "eagle", "draft_model", "union", "none")
 WITH_MODEL = ("eagle", "draft_model")
 PROFILE_SECONDS = 2.0
 CHAIN = {"ngram": {"occurrences": 1}, "recycling": {"successors": 1, "max_nodes": 8}}
