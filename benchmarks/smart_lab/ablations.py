@@ -447,7 +447,7 @@ ABLATIONS: Mapping[str, Make] = {
     "costs: not corrected": lambda t, c: FrozenCosts(smart(t, c)),
     "forecasts: not corrected": lambda t, c: trusting(smart(t, c)),
     "no test for change": lambda t, c: unalarmed(smart(t, c)),
-    "no probing": lambda t, c: smart(t, c, exploration_budget=0.0),
+    "no exploration": lambda t, c: smart(t, c, exploration_budget=0.0),
     "no context in the cost": lambda t, c: smart(t, flat(c)),
     "no round limit": lambda t, c: smart(t, c, max_round_slowdown=math.inf),
 }

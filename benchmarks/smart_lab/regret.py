@@ -3,7 +3,7 @@
 The drafter is good all the time, hopeless all the time, or turns bad and good again. With
 `--against OLD.json` (an earlier run's `--json`) each line says how much the rate has changed.
 
-    python -m smart_lab regret --policies smart,"no calibration","no probing"
+    python -m smart_lab regret --policies smart,"no calibration","no exploration"
 """
 
 from __future__ import annotations

@@ -77,9 +77,9 @@ def test_a_stopped_process_goes_on_exploring() -> None:
     world.run(300, policy)
     policy.take_exploring()
     policy.observe(Step(4, 0, {}, exploring=True), 60.0)
-    before = policy.counters.probes
+    before = policy.counters.explorations
     world.run(1000, policy)
-    assert policy.counters.probes > before
+    assert policy.counters.explorations > before
 
 
 def test_nothing_is_verified_beyond_what_a_request_may_still_say() -> None:

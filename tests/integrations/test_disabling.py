@@ -83,7 +83,7 @@ def test_newcomers_are_drafted_for_within_the_budget() -> None:
     policy = Chains(range(4), model=True, exploration_budget=0.01)
     seconds = STEPS * dear(4, 0, DISABLED)
     world_of(0.1, 4, 0).run(STEPS, policy)
-    assert policy.counters.probes > 20
+    assert policy.counters.explorations > 20
     assert 0 < policy.exploration.seconds < 0.01 * seconds + NEWCOMERS_RUN * dear(4, 0, 1)
 
 

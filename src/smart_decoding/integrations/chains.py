@@ -38,7 +38,7 @@ class Counters:
     drafted: int = 0  # tokens that the drafter proposed
     verified: int = 0
     accepted: int = 0
-    probes: int = 0  # steps that explored
+    explorations: int = 0  # steps that explored
     rests: int = 0  # steps in which the draft model ran no pass at all
     seconds: float = 0.0  # spent on deciding and learning
     lengths: dict[int, int] = field(default_factory=dict)  # K -> steps drafted with it
@@ -251,7 +251,7 @@ class Chains:
             counters.rests += 1
         elif self.model and step.batch:
             counters.lengths[step.levels] = counters.lengths.get(step.levels, 0) + 1
-        counters.probes += step.exploring
+        counters.explorations += step.exploring
 
     def _observe_costs(self, step: Step, verified: int, seconds: float) -> None:
         if step.levels != DISABLED:

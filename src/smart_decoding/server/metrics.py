@@ -71,7 +71,7 @@ _POLICY_GAUGES = {
     ),
     "calibration_error": ("calibration_error", "Accepted over expected nodes, minus 1."),
     "share_off": ("speculation_off_share", "Share of recent rounds that did not draft."),
-    "probe_seconds": ("probe_seconds", "Seconds that exploration has cost."),
+    "exploration_seconds": ("exploration_seconds", "Seconds that exploration has cost."),
 }
 # What vLLM has too, and how it calls that.
 _VLLM = {

@@ -172,14 +172,14 @@ def test_exploration_keeps_to_its_budget() -> None:
     world = World(5, 1, FLAT, good=lambda _: False)
     policy = make_policy("smart", cost=FLAT, exploration_budget=0.01)
     run(policy, world, range(200))
-    spent = policy.stats()["probe_seconds"]
+    spent = policy.stats()["exploration_seconds"]
     totals = run(policy, world, range(200, 900))
-    assert 0 < policy.stats()["probe_seconds"] - spent < 0.012 * totals.seconds
+    assert 0 < policy.stats()["exploration_seconds"] - spent < 0.012 * totals.seconds
     plain = run(make_policy("off"), world, range(200, 900))
     assert totals.rate > 0.985 * plain.rate  # what it says of itself is true
     silent = make_policy("smart", cost=FLAT, exploration_budget=0.0)
     run(silent, world, range(200))
-    assert silent.stats()["probes"] == 0
+    assert silent.stats()["explorations"] == 0
     assert run(silent, world, range(200, 900)).off == 700
 
 

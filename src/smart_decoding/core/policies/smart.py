@@ -4,7 +4,7 @@ costs and calibrated probabilities. How it works: docs/controller.md."""
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from smart_decoding.core.calibration import Calibration
@@ -22,6 +22,30 @@ from smart_decoding.core.running import HORIZON
 if TYPE_CHECKING:
     from smart_decoding.core.policies.base import BatchState, Round, TokenIds
     from smart_decoding.core.tree import IntArray
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """How a round is to be spent, and what that was decided by. best: the mode predicted best."""
+
+    mode: Mode
+    best: Mode
+    prediction: Prediction
+
+    @property
+    def explores(self) -> bool:
+        """Whether the round leaves what is predicted best."""
+        return self.mode is not self.best
+
+    @property
+    def forecast_rate(self) -> float:
+        """Tokens per second that are forecast of a model's drafts, or 0."""
+        return self.prediction.forecast_rate if self.mode is Mode.MODEL else 0.0
+
+    def loss(self, round: Round) -> float:
+        """Seconds that the round took longer than the best mode for as many tokens."""
+        tokens = round.batch.size + round.accepted
+        return round.seconds - tokens / self.prediction.rates[self.best]
 
 
 class Smart:
@@ -60,8 +84,7 @@ class Smart:
         self.statistics = Statistics()
         self._ends = token_array(eos_token_ids)
         self._predictions: dict[tuple[object, ...], Prediction] = {}
-        self._prediction: Prediction | None = None  # for the round to come; None: it did not ask
-        self._mode = Mode.PLAIN  # of the round to come
+        self._choice: Choice | None = None  # for the round to come; None: it did not ask
         self._best = Mode.PLAIN  # what was predicted best last
         self._explored = Mode.PLAIN  # by the last exploration
         self._rest = Rest()
@@ -76,26 +99,23 @@ class Smart:
         self.learned.cost = model
         self._predictions.clear()
 
-    # --- before a round ---
-
     def plan(self, batch: BatchState) -> TreeRule | None:
         """The option predicted best, or one to explore."""
+        self._choice = None
         if self._rest.goes_on(batch.size):
-            self._prediction = None
             return None
-        self._observe_all(self._rest.take())
+        for round in self._rest.take():
+            self._observe(round, None)
         limits = batch.limits
         shape = Shape.of(batch, limits)
         if not shape.drafting:
-            self._prediction = None
             return None
         if self.learned.learn_plain():
             self._predictions.clear()
-        self._prediction = self.predict(shape)
-        self._mode = self._choose(self._prediction, batch.size, shape.deepest)
-        if self._mode is Mode.PLAIN:
+        self._choice = self._choose(self.predict(shape), batch.size, shape.deepest)
+        if self._choice.mode is Mode.PLAIN:
             return None
-        return self._rule(batch, limits, shape, self._prediction)
+        return self._rule(self._choice, batch, limits, shape.deepest)
 
     def predict(self, shape: Shape) -> Prediction:
         """What plain decoding and every way to draft would bring, kept until something is
@@ -107,74 +127,62 @@ class Smart:
             self._predictions[key] = found
         return found
 
-    def _choose(self, prediction: Prediction, size: int, deepest: int) -> Mode:
-        """The mode predicted best, but for explorations; and how long it may rest: no longer than
-        these answers last."""
+    def _choose(self, prediction: Prediction, size: int, deepest: int) -> Choice:
+        """The mode predicted best, but for explorations; plain decoding rests for as long as no
+        exploration is due, but no longer than these answers last."""
         rates = prediction.rates
         best = max(rates, key=rates.__getitem__)
         if best is not self._best:
             self._best = best
             self.exploration.stop()
-        if self.exploration.left and self._explored in rates:
-            return self._explored
         others = [mode for mode in rates if mode is not best]
-        if not others:
-            return best
         wait = self.exploration.wait
-        if wait == 0:
+        explores = self.exploration.left > 0 and self._explored in others
+        if not explores and others and wait == 0:
             self._explored = others[self.exploration.count % len(others)]
             self.exploration.begin()
-            return self._explored
-        if best is Mode.PLAIN:
+            explores = True
+        if explores:
+            return Choice(self._explored, best, prediction)
+        if others and best is Mode.PLAIN:
             self._rest.begin(int(min(wait, HORIZON, deepest)) - 1, size)
-        return best
+        return Choice(best, best, prediction)
 
-    def _rule(
-        self, batch: BatchState, limits: IntArray, shape: Shape, prediction: Prediction
-    ) -> TreeRule:
+    def _rule(self, choice: Choice, batch: BatchState, limits: IntArray, deepest: int) -> TreeRule:
         """How deep to go is decided level by level."""
-        levels = min(self.max_levels, shape.deepest) if self._mode is Mode.MODEL else 0
-        keep = prediction.keep[self._mode]
-        if self._mode is not self._best:
-            # An exploration verifies at least one node: otherwise a cost predicted too high would
-            # never be measured again.
+        levels = min(self.max_levels, deepest) if choice.mode is Mode.MODEL else 0
+        keep = choice.prediction.keep[choice.mode]
+        if choice.explores:
+            # At least one node: otherwise a cost predicted too high would never be measured again.
             keep = replace(keep, least=1)
+        grow = choice.prediction.grow
         scores = Scores(self.calibration, batch.kind)
-        return TreeRule(levels, self.children, limits, self._ends, prediction.grow, keep, scores)
-
-    # --- after a round ---
+        return TreeRule(levels, self.children, limits, self._ends, grow, keep, scores)
 
     def observe(self, round: Round) -> None:
         """Learns from any round; explorations pay for what they lost."""
-        rested = self._prediction is None and round.rule is None
-        self._observe_all(self._rest.add(round) if rested else [round])
+        rested = self._choice is None and round.rule is None
+        for known in self._rest.add(round) if rested else [round]:
+            self._observe(known, self._choice_of(known))
 
-    def _observe_all(self, rounds: list[Round]) -> None:
-        for round in rounds:
-            self._observe(round)
+    def _choice_of(self, round: Round) -> Choice | None:
+        """What planned the round; None where none did, as with prompts, or another one."""
+        choice = self._choice
+        if choice is None or round.batch.prefill_rows:
+            return None
+        return choice if (round.rule is None) == (choice.mode is Mode.PLAIN) else None
 
-    def _observe(self, round: Round) -> None:
-        prediction = self._prediction
-        if round.batch.prefill_rows or (round.rule is None) != (self._mode is Mode.PLAIN):
-            prediction = None  # another round than the one that was planned
-        forecast_rate = 0.0
-        if prediction is not None and self._mode is Mode.MODEL:
-            forecast_rate = prediction.forecast_rate
-        if self.learned.observe(round, forecast_rate):
+    def _observe(self, round: Round, choice: Choice | None) -> None:
+        if self.learned.observe(round, choice.forecast_rate if choice else 0.0):
             self._predictions.clear()
-        if prediction is not None:
-            self._observe_exploration(round, prediction)
+        if choice is not None and choice.explores:
+            self._observe_exploration(round, choice)
         elif not round.batch.prefill_rows:
             self.exploration.observe_best()
-        self.statistics.record(round, prediction.plain if prediction else round.seconds)
+        self.statistics.record(round, choice.prediction.plain if choice else round.seconds)
 
-    def _observe_exploration(self, round: Round, prediction: Prediction) -> None:
-        if self._mode is self._best:
-            self.exploration.observe_best()
-            return
-        tokens = round.batch.size + round.accepted
-        loss = round.seconds - tokens / prediction.rates[self._best]
-        if self.exploration.observe(loss, prediction.plain):
+    def _observe_exploration(self, round: Round, choice: Choice) -> None:
+        if self.exploration.observe(choice.loss(round), choice.prediction.plain):
             self.learned.learn_plain()
             self.learned.learn_acceptance()
             self._predictions.clear()
@@ -184,6 +192,6 @@ class Smart:
         exploration. At rest they are up to HORIZON rounds old."""
         return {
             **self.statistics.summary(),
-            "probe_seconds": self.exploration.seconds,
-            "probes": float(self.exploration.count),
+            "exploration_seconds": self.exploration.seconds,
+            "explorations": float(self.exploration.count),
         }

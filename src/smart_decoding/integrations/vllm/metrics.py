@@ -14,7 +14,7 @@ HELP = {
     "drafted": "Tokens that the drafter proposed",
     "verified": "Draft tokens that were verified",
     "accepted": "Draft tokens that were accepted",
-    "probes": "Steps in the mode predicted worse",
+    "explorations": "Steps in the mode predicted worse",
     "rests": "Steps in which the draft model ran no pass",
     "seconds": "Seconds spent on choosing and learning",
 }

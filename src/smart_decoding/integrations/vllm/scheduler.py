@@ -89,8 +89,8 @@ class Controller:
         self.policy.counters.seconds += time.perf_counter() - start
         return length
 
-    def scheduled(self, output: SchedulerOutput, start: float, probe: bool) -> None:
-        """A step was scheduled, from `start` on. probe: what the policy said before that."""
+    def scheduled(self, output: SchedulerOutput, start: float, exploring: bool) -> None:
+        """A step was scheduled, from `start` on. exploring: what the policy said before that."""
         drafts = {id_: len(tokens) for id_, tokens in output.scheduled_spec_decode_tokens.items()}
         batch = len(output.num_scheduled_tokens)
         clean = output.total_num_scheduled_tokens == batch + sum(drafts.values())
@@ -103,7 +103,7 @@ class Controller:
                 id_ for id_, count in scheduled if count > 1 + drafts.get(id_, 0)
             )
         drafts_nothing(levels <= 0)
-        step = Step(batch, levels, drafts, clean=clean, greedy=greedy, exploring=probe)
+        step = Step(batch, levels, drafts, clean=clean, greedy=greedy, exploring=exploring)
         self._under_way[id(output)] = (step, start)
 
     def trim(self, ids: Sequence[str], drafted: Sequence[int]) -> list[int]:
@@ -179,10 +179,10 @@ class _Smart:
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """vLLM's, of a step whose K the policy has chosen."""
         start = time.perf_counter()
-        probe = self.controller is not None and self.controller.policy.take_exploring()
+        exploring = self.controller is not None and self.controller.policy.take_exploring()
         output: SchedulerOutput = super().schedule(*args, **kwargs)  # type: ignore[misc]
         if self.controller is not None:
-            self.controller.scheduled(output, start, probe)
+            self.controller.scheduled(output, start, exploring)
         return output
 
     def update_from_output(
