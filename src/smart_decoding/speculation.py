@@ -20,7 +20,7 @@ from smart_decoding.drafters.recycling import RecyclingDrafter
 from smart_decoding.drafters.union import UnionDrafter
 from smart_decoding.engine.drafting import Selection
 from smart_decoding.errors import ConfigError, ModelError, SmartError
-from smart_decoding.files import read_json, reading
+from smart_decoding.files import expanded, read_json, reading
 from smart_decoding.kernels import library
 from smart_decoding.models.head_files import VISUAL_POSITIONS, HeadFiles, head_folder, load_head
 from smart_decoding.models.loading import Checkpoint, load_checkpoint
@@ -136,7 +136,7 @@ def check_speculation(
     if not asks_for_itself and checkpoint.vision is None:
         draft = _sibling(checkpoint, tokenizer, max_model_len, trust_pickle)
     by_default = draft is not None
-    default = "eagle" if has_head else "draft_model" if draft else "ngram"
+    default = "eagle" if has_head else "union" if draft else "ngram"
     method = given.pop("method", default)
     policy = given.pop("policy", "off" if method == "none" else "smart")
     method = "eagle" if method == "eagle3" else method  # vLLM's: here files say what a head is
@@ -149,11 +149,12 @@ def check_speculation(
     theirs = _method_options(method, bool(has_head))
     _check_known(method, policy, given, theirs)
     check_policy(policy, {option: value for option, value in given.items() if option not in theirs})
-    if method == "draft_model" and draft is None:
+    drafts = method == "draft_model" or (method == "union" and _is_model(given.get("model")))
+    if drafts and draft is None:
         draft = _draft_checkpoint(
             given.pop("model", None), checkpoint, tokenizer, max_model_len, trust_pickle
         )
-    head = _head(method, given.pop("model", None) or shipped, trust_pickle)
+    head = None if draft else _head(method, given.pop("model", None) or shipped, trust_pickle)
     return SpeculativeConfig(method, policy, given, draft, head, trust_pickle, by_default)
 
 
@@ -181,6 +182,16 @@ def _head(method: str, name: str | Path | None, trust_pickle: bool) -> Path | No
     if name is None or method not in ("eagle", "union"):
         return None
     return head_folder(name, trust_pickle)
+
+
+def _is_model(name: Any) -> bool:
+    """Whether what a union names is a draft model: a head has no tokenizer, and is no file."""
+    if name is None:
+        return False
+    path = expanded(name)
+    if path.is_dir():
+        return any(path.glob("tokenizer*"))
+    return path.suffix == ".gguf" or "/" not in str(name)
 
 
 def _leaves_out_siblings(given: Mapping[str, Any]) -> bool:
@@ -358,14 +369,15 @@ class _Builder:
     def drafter(self) -> Drafter:
         method = self.asked.method
         parts: list[Drafter] = []
-        if method == "draft_model":
+        if self.asked.draft is not None:
             parts.append(self._draft_model())
         elif self.asked.head is not None:
             parts.append(self._eagle(self.asked.head))
+        first = self.description if parts else "ngram"
         parts += free_drafters(method, self.left, self.target.vocab, bool(parts))
         if len(parts) == 1:
             return parts[0]
-        self.description = f"union of {parts[0].name} + {parts[1].name}"
+        self.description = f"union of {first} + {parts[1].name}"
         return UnionDrafter(parts)
 
     def profile(self, drafter: Drafter) -> Profile:

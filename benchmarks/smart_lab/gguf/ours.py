@@ -35,10 +35,10 @@ def speculative_configs(smart: Sequence[str], draft: Path | None) -> dict[str, d
     found = {}
     for text in smart:
         config = _config(text)
-        if config["method"] == "draft_model" and "model" not in config:
-            if draft is None:
-                raise ConfigError(f"--smart {text} needs a draft model: give --draft FILE")
-            config["model"] = str(draft)
+        if config["method"] == "draft_model" and "model" not in config and draft is None:
+            raise ConfigError(f"--smart {text} needs a draft model: give --draft FILE")
+        if config["method"] in ("draft_model", "union") and draft is not None:
+            config.setdefault("model", str(draft))
         found[text if text in METHODS else _short(config)] = config
     return found
 

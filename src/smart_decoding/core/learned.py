@@ -116,7 +116,7 @@ class Learned:
         self._missing += expected - round.accepted
         if rule is None or not isinstance(rule.keep, BestRate):
             return
-        if rule.levels == 0:
+        if rule.levels == 0 and not forecast_rate:
             self.forecast.observe_free(trees, rule.limits)
         elif forecast_rate:
             costs = rule.keep.costs

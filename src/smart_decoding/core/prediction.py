@@ -13,7 +13,7 @@ from smart_decoding.core.calibration import KINDS
 from smart_decoding.core.choice import NONE, best_rates
 from smart_decoding.core.forecast import NODES, WIDEST, expected_subtree
 from smart_decoding.core.running import HORIZON
-from smart_decoding.core.selection import RANKS, BestRate, LookAhead, RoundCosts
+from smart_decoding.core.selection import RANKS, BestRate, FreeAlone, LookAhead, RoundCosts
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -76,13 +76,15 @@ class Prediction:
     """rates: tokens per second of each mode that there is. forecast_rate: of MODEL, before what
     such forecasts really reach is taken into account. plain: seconds of a plain round. grow: how a
     model's trees grow. keep: what is verified; for MODEL its costs have the first level, a share of
-    the catching up included."""
+    the catching up included. alone: where free drafters propose beside the model, when that is
+    enough."""
 
     rates: Mapping[Mode, float]
     forecast_rate: float
     plain: float
     grow: LookAhead
     keep: Mapping[Mode, BestRate]
+    alone: FreeAlone | None
 
 
 def predict(
@@ -113,17 +115,21 @@ def predict(
     ).tolist()
     first = regular + (whole - regular) / shape.stay
     forecast_rate = 0.0
+    alone = None
     rates = {Mode.PLAIN: size / plain}
     if shape.has_free:
         rates[Mode.FREE] = _rate(np.sort(-forecast.free)[None], np.zeros(1), costs, drafting)
     if shape.has_model:
         levels = max_levels if shape.deepest > 1 else 1  # every answer comes to its end
-        forecast_rate = _model_rate(children, levels, costs, first, drafting)
+        losses, drafted = _levels(children, levels, costs, first, drafting)
+        forecast_rate = _rate(losses, drafted, costs, drafting)
         rates[Mode.MODEL] = forecast_rate * learned.realised(size)
+        if shape.has_free:
+            alone = FreeAlone(BestRate(costs), np.maximum(-losses[:, :NODES], 0.0), drafted)
     with_model = replace(costs, sunk=costs.sunk + first)
     grow = _look_ahead(with_model, children, drafting, max_levels)
     keep = {Mode.FREE: BestRate(costs), Mode.MODEL: BestRate(with_model)}
-    return Prediction(rates, forecast_rate, plain, grow, keep)
+    return Prediction(rates, forecast_rate, plain, grow, keep, alone)
 
 
 def _look_ahead(
@@ -136,17 +142,18 @@ def _look_ahead(
     return LookAhead(costs, widths, np.stack(below), children[0], drafting)
 
 
-def _model_rate(
+def _levels(
     children: FloatArray, levels: int, costs: RoundCosts, first: float, drafting: int
-) -> float:
-    """The best rate of 1, 2, ... `levels` levels, of which each expands one node a request. What
-    wider ones add is learned with all else that a mean cannot predict."""
+) -> tuple[FloatArray, FloatArray]:
+    """Losses [levels, nodes] and seconds [levels] of 1, 2, ... `levels` levels, of which each
+    expands one node a request. What wider ones add is learned with all else that a mean cannot
+    predict."""
     ranks = children.shape[1]
     tree = expected_subtree(children, 1, levels, ranks)
     reached = np.arange(len(tree)) // ranks <= np.arange(levels)[:, None]
     losses = np.sort(np.where(reached, -tree, NONE), axis=1)
     further = np.arange(levels, dtype=np.float64) * float(costs.levels[drafting])
-    return _rate(losses, first + further, costs, drafting)
+    return losses, first + further
 
 
 def _rate(losses: FloatArray, drafted: FloatArray, costs: RoundCosts, drafting: int) -> float:

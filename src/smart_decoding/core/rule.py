@@ -7,7 +7,7 @@ of your own may give any object with the same method instead: it is then asked l
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
@@ -53,6 +53,19 @@ class Scores(NamedTuple):
     kind: KindArray
 
 
+class Alone(Protocol):
+    """Decides whether the model drafts at all."""
+
+    @property
+    def keep(self) -> Keep:
+        """What is verified where it does not."""
+        ...
+
+    def suffices(self, rule: TreeRule, given: DraftTrees) -> bool:
+        """Whether the free drafters' nodes are verified alone. The trees are scored."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class TreeRule:
     """One round's trees.
@@ -61,6 +74,7 @@ class TreeRule:
     children: proposals per expanded node (the drafter's top-k).
     limits: [batch] deepest useful node of each request. ends: tokens that end an answer.
     scores: what accept_prob is; None: the product of draft probabilities, as it comes.
+    alone: where drafters without model propose first, whether that is enough.
     """
 
     levels: int
@@ -70,6 +84,7 @@ class TreeRule:
     grow: Grow
     keep: Keep
     scores: Scores | None = None
+    alone: Alone | None = None
 
     @classmethod
     def of(
@@ -87,6 +102,15 @@ class TreeRule:
         limits = batch.limits
         levels = min(levels, int(limits.max(initial=0)))
         return cls(levels, children, limits, ends, grow, keep, scores) if levels else None
+
+    def beside(self, given: DraftTrees) -> TreeRule:
+        """The rule where free drafters propose these nodes: without the model, if they suffice."""
+        if self.alone is None or not len(given):
+            return self
+        self.score(given)
+        if not self.alone.suffices(self, given):
+            return self
+        return replace(self, levels=0, keep=self.alone.keep, alone=None)
 
     def frontier(self, trees: DraftTrees, level: int) -> IntArray:
         """Ascending indices of the nodes of `level` to expand next; none: stop drafting."""

@@ -13,7 +13,7 @@ from functools import cached_property
 
 import numpy as np
 
-from smart_decoding.core.choice import best_size, ranked
+from smart_decoding.core.choice import best_rates, best_size, ranked
 from smart_decoding.core.rule import NO_NODES, TreeRule, expanded_widths
 from smart_decoding.core.tree import (
     ROOT,
@@ -52,6 +52,51 @@ class RoundCosts:
         verify = self.verify[: len(gains) + 1]
         least = min(least, len(gains))
         return best_size(gains, self.tokens, sunk, verify, self.limit, least)
+
+
+# --- whether the model drafts ---
+
+
+@dataclass(frozen=True, slots=True)
+class FreeAlone:
+    """The free drafters' nodes are verified alone where a model beside them promises no better
+    rate. Both may propose the same: the k-th best of a request's nodes counts as the better of
+    theirs and of the model's, by forecast.
+
+    keep: what is verified then. model: [options, nodes] forecast probabilities of a request's
+    nodes, falling, after 1, 2, ... levels. drafted: [options] seconds of these levels."""
+
+    keep: BestRate
+    model: FloatArray
+    drafted: FloatArray
+
+    def suffices(self, rule: TreeRule, given: DraftTrees) -> bool:
+        """See `Alone`. Where none of the nodes pays, the policy has said that the model does."""
+        costs = self.keep.costs
+        nodes = np.flatnonzero(rule.useful(given))
+        gains = given.accept_prob.take(nodes)
+        size, rate = costs.best(np.sort(gains)[::-1], costs.sunk)
+        if not size:
+            return False
+        options, most = self.model.shape
+        theirs = _sorted_by_owner(gains, given.owner.take(nodes), given.batch, most)
+        both = np.maximum(self.model[:, None], theirs[rule.limits > 0]).reshape(options, -1)
+        losses = np.sort(-both, axis=1)[:, : len(costs.verify) - 1]
+        verify = costs.verify[: losses.shape[1] + 1]
+        sunk = costs.sunk + self.drafted
+        with_model = best_rates(losses, costs.tokens, sunk, verify, costs.limit).max()
+        return bool(rate >= with_model)
+
+
+def _sorted_by_owner(gains: FloatArray, owner: IntArray, batch: int, most: int) -> FloatArray:
+    """[batch, most] the largest gains of each request, falling, then zeros."""
+    order = np.lexsort((-gains, owner))
+    owner = owner[order]
+    rank = np.arange(len(order)) - np.searchsorted(owner, owner)
+    inside = rank < most
+    result = np.zeros((batch, most))
+    result[owner[inside], rank[inside]] = gains[order[inside]]
+    return result
 
 
 # --- what to expand ---

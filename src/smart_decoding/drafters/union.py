@@ -49,6 +49,7 @@ class UnionDrafter:
         ]
         grows = isinstance(self.model, LevelDrafter) and self.model.grow is not None
         self.grow: Grow | None = self._grow if grows else None
+        self._given: DraftTrees | None = None  # proposed, and not taken yet
         self.wants_logits = bool(self._listeners)
         self.wants_ends = False
 
@@ -58,7 +59,7 @@ class UnionDrafter:
 
     def start(self, requests: Sequence[Request], rule: TreeRule) -> DraftTrees:
         """All that the free drafters propose, and the model's first level."""
-        trees = self._proposed(requests, rule)
+        trees = self._taken(requests, rule)
         if self.model and rule.levels:
             merge(trees, self.model.start(requests, rule), MODEL)
         return trees
@@ -82,7 +83,17 @@ class UnionDrafter:
         assert isinstance(self.model, LevelDrafter)
         if not self.model.follows(rule):
             return None
-        return self.model.grow_beside(self._proposed(requests, rule), requests, rule)
+        return self.model.grow_beside(self._taken(requests, rule), requests, rule)
+
+    def propose(self, requests: Sequence[Request], rule: TreeRule) -> DraftTrees:
+        """What the free drafters propose. The next `start` or `grow` goes on from it."""
+        self._given = self._proposed(requests, rule)
+        return self._given
+
+    def _taken(self, requests: Sequence[Request], rule: TreeRule) -> DraftTrees:
+        given = self._given
+        self._given = None
+        return self._proposed(requests, rule) if given is None else given
 
     def _proposed(self, requests: Sequence[Request], rule: TreeRule) -> DraftTrees:
         trees = DraftTrees.empty(len(requests))

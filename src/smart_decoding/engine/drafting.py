@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from smart_decoding.core.rule import NO_NODES
 from smart_decoding.core.selection import is_data
@@ -30,15 +30,25 @@ class Selection:
         return rule.select(trees)
 
 
+@runtime_checkable
+class ProposesFirst(Protocol):
+    """A drafter whose free ones propose before its model drafts."""
+
+    def propose(self, requests: Sequence[Request], rule: TreeRule) -> DraftTrees:
+        """What they propose. The next `start` or `grow` goes on from it."""
+        ...
+
+
 @dataclass(slots=True)
 class Draft:
     """A round's trees, and what they took.
 
-    kept: nodes to verify. widths, level_seconds: rows and seconds of each level that the model ran.
-    seconds: all that the drafter took. interrupted: a request arrived that can begin at once; the
-    trees are dropped."""
+    rule: that was followed. kept: nodes to verify. widths, level_seconds: rows and seconds of each
+    level that the model ran. seconds: all that the drafter took. interrupted: a request arrived
+    that can begin at once; the trees are dropped."""
 
     trees: DraftTrees
+    rule: TreeRule | None = None
     kept: IntArray = field(default_factory=NO_NODES.copy)
     widths: list[int] = field(default_factory=list)
     level_seconds: list[float] = field(default_factory=list)
@@ -61,14 +71,16 @@ def draft_trees(
     is asked level by level."""
     width = batch.size + batch.catch_up_rows
     start = clock()
+    if rule.alone is not None and isinstance(drafter, ProposesFirst):
+        rule = rule.beside(drafter.propose(requests, rule))
     if drafter.grow is not None and rule.levels and is_data(rule):
         grown = drafter.grow(requests, rule)
         if grown is not None:
-            draft = _grown(grown, width, clock() - start, arrived())
+            draft = _grown(rule, grown, width, clock() - start, arrived())
             if grown.kept is None and not draft.interrupted:
                 draft.kept = selection.select(rule, draft.trees)
             return draft
-    draft = Draft(drafter.start(requests, rule))
+    draft = Draft(drafter.start(requests, rule), rule)
     draft.seconds = clock() - start
     for level in range(1, rule.levels + 1):
         draft.widths.append(width)
@@ -88,11 +100,13 @@ def draft_trees(
     return draft
 
 
-def _grown(grown: Grown, first_width: int, seconds: float, interrupted: bool) -> Draft:
+def _grown(
+    rule: TreeRule, grown: Grown, first_width: int, seconds: float, interrupted: bool
+) -> Draft:
     """What came of one call, which took `seconds`."""
     drafting = seconds - grown.choosing
     deeper = grown.seconds[1:]
     level_seconds = [drafting - sum(deeper), *deeper]
     widths = [first_width, *grown.expanded]
     kept = NO_NODES if grown.kept is None else grown.kept
-    return Draft(grown.trees, kept, widths, level_seconds, drafting, interrupted)
+    return Draft(grown.trees, rule, kept, widths, level_seconds, drafting, interrupted)

@@ -184,7 +184,7 @@ class Engine:
         emitted, accepted = self._update(batch, verified)
         self._hand_over(batch, verified)
         _count_nodes(batch, draft.trees, kept, accepted)
-        done = _round(batch, state, rule, draft, kept, verified)
+        done = _round(batch, state, draft, kept, verified)
         if batch.decode:
             self._observe(done, self._clock() - started - verified.seconds - draft.seconds)
         self._worked = self._clock()
@@ -358,7 +358,6 @@ def _allowed(batch: Batch, state: BatchState, draft: Draft) -> IntArray:
 def _round(
     batch: Batch,
     state: BatchState,
-    rule: TreeRule | None,
     draft: Draft,
     kept: IntArray,
     verified: Verified,
@@ -369,7 +368,7 @@ def _round(
         next_token[kept] = verified.acceptance.next_token
     return Round(
         state,
-        rule,
+        draft.rule,
         draft.trees,
         kept,
         next_token,

@@ -3,7 +3,7 @@ said otherwise."""
 
 from __future__ import annotations
 
-from ctypes import Array, Structure, byref
+from ctypes import Structure, byref
 from typing import TYPE_CHECKING
 
 import torch

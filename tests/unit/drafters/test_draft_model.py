@@ -280,16 +280,26 @@ def target_folder(tmp_path: Path) -> Path:
     return saved(tmp_path / "target", TARGET, WORDS, 0)
 
 
-def test_one_line_of_configuration(tmp_path: Path, target_folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "policy"),
+    [("draft_model", "chain"), ("union", "chain"), ("union", "smart")],
+)
+def test_one_line_of_configuration(
+    tmp_path: Path, target_folder: Path, method: str, policy: str
+) -> None:
     draft = saved(tmp_path / "draft", SMALL, WORDS, 1)
-    config = {"method": "draft_model", "model": str(draft), "policy": "chain", "length": 2}
+    config = {"method": method, "model": str(draft), "policy": policy}
     llm = LLM(
         target_folder, speculative_config=config, dtype="fp32", max_model_len=128, max_num_seqs=2
     )
-    assert llm.speculation.description == f"draft model {draft}"
+    named = {
+        "draft_model": f"draft model {draft}",
+        "union": f"union of draft model {draft} + ngram",
+    }
+    assert llm.speculation.description == named[method]
     params = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
     (output,) = llm.generate([[1, 2, 3]], params)
-    assert output.outputs[0].metrics.verified > 0
+    assert output.outputs[0].metrics.verified > 0 or policy == "smart"
     without = LLM(
         target_folder, speculative_config=False, dtype="fp32", max_model_len=128, max_num_seqs=2
     )
@@ -432,10 +442,12 @@ def test_a_cached_sibling_drafts_unless_something_else_is_asked_for(
 ) -> None:
     draft = sibling(WORDS)
     with caplog.at_level("INFO", "smart.speculation"):
-        assert drafted_by(target_folder, None) == f"draft model {draft}"
+        assert drafted_by(target_folder, None) == f"union of draft model {draft} + ngram"
     (record,) = caplog.records
     assert record.getMessage() == f"{draft} drafts for {target_folder}: it is in the cache"
-    assert drafted_by(target_folder, {"policy": "eagle2"}) == f"draft model {draft}"
+    assert (
+        drafted_by(target_folder, {"policy": "eagle2"}) == f"union of draft model {draft} + ngram"
+    )
     assert drafted_by(target_folder, {"method": "ngram", "policy": "eagle2"}) == "ngram"
     assert drafted_by(target_folder, {"policy": "eagle2", "min_n": 3}) == "ngram"
     assert drafted_by(target_folder, {"policy": "off"}) == "ngram"
@@ -472,7 +484,9 @@ def test_where_one_sibling_does_not_fit_the_next_drafts(
     damaged.write_bytes(b"GGUF")
     found = [str(damaged), str(other), str(draft)]
     monkeypatch.setattr(speculation, "cached_siblings", lambda *_: found)
-    assert drafted_by(target_folder, {"policy": "eagle2"}) == f"draft model {draft}"
+    assert (
+        drafted_by(target_folder, {"policy": "eagle2"}) == f"union of draft model {draft} + ngram"
+    )
 
 
 def test_a_sibling_without_room_makes_way(
@@ -524,5 +538,5 @@ def test_a_smaller_model_of_the_family_in_the_hubs_cache_drafts_if_it_fits(
     fits = "drafts for" in told
     with caplog.at_level("INFO", "smart"):
         drafts = drafted_by("o/Tiny-7B-Chat", None)
-    assert drafts == ("draft model o/Tiny-0.5B-Chat" if fits else "ngram")
+    assert drafts == ("union of draft model o/Tiny-0.5B-Chat + ngram" if fits else "ngram")
     assert [r.getMessage() for r in caplog.records if told in r.getMessage()]

@@ -157,7 +157,8 @@ class Smart:
             keep = replace(keep, least=1)
         grow = choice.prediction.grow
         scores = Scores(self.calibration, batch.kind)
-        return TreeRule(levels, self.children, limits, self._ends, grow, keep, scores)
+        alone = choice.prediction.alone if choice.mode is Mode.MODEL else None
+        return TreeRule(levels, self.children, limits, self._ends, grow, keep, scores, alone)
 
     def observe(self, round: Round) -> None:
         """Learns from any round; explorations pay for what they lost."""
