@@ -149,8 +149,7 @@ def check_speculation(
     theirs = _method_options(method, bool(has_head))
     _check_known(method, policy, given, theirs)
     check_policy(policy, {option: value for option, value in given.items() if option not in theirs})
-    drafts = method == "draft_model" or (method == "union" and _is_model(given.get("model")))
-    if drafts and draft is None:
+    if draft is None and _needs_draft(method, given.get("model")):
         draft = _draft_checkpoint(
             given.pop("model", None), checkpoint, tokenizer, max_model_len, trust_pickle
         )
@@ -184,10 +183,11 @@ def _head(method: str, name: str | Path | None, trust_pickle: bool) -> Path | No
     return head_folder(name, trust_pickle)
 
 
-def _is_model(name: Any) -> bool:
-    """Whether what a union names is a draft model: a head has no tokenizer, and is no file."""
-    if name is None:
-        return False
+def _needs_draft(method: str, name: Any) -> bool:
+    """Whether a draft model is wanted. A union takes a head, too, which has no tokenizer and is no
+    file."""
+    if method != "union" or name is None:
+        return method == "draft_model"
     path = expanded(name)
     if path.is_dir():
         return any(path.glob("tokenizer*"))

@@ -18,6 +18,7 @@ from smart_decoding.core.selection import RANKS, BestRate, FreeAlone, LookAhead,
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from smart_decoding.core.cost import CostModel
     from smart_decoding.core.learned import Learned
     from smart_decoding.core.policies.base import BatchState
     from smart_decoding.core.tree import FloatArray, IntArray
@@ -110,10 +111,7 @@ def predict(
         limit=max_round_slowdown * plain if size > 1 else math.inf,
     )
     children = forecast.children(np.array(shape.kinds) / size)
-    regular, whole = cost.first_seconds(
-        size, [min(shape.waiting, size), shape.waiting], shape.context
-    ).tolist()
-    first = regular + (whole - regular) / shape.stay
+    first = _first_level(cost, shape)
     forecast_rate = 0.0
     alone = None
     rates = {Mode.PLAIN: size / plain}
@@ -130,6 +128,14 @@ def predict(
     grow = _look_ahead(with_model, children, drafting, max_levels)
     keep = {Mode.FREE: BestRate(costs), Mode.MODEL: BestRate(with_model)}
     return Prediction(rates, forecast_rate, plain, grow, keep, alone)
+
+
+def _first_level(cost: CostModel, shape: Shape) -> float:
+    """Seconds of a model's first level; what waits beyond one row of each request is shared
+    among the rounds that drafting usually lasts."""
+    waiting = [min(shape.waiting, shape.size), shape.waiting]
+    regular, whole = cost.first_seconds(shape.size, waiting, shape.context).tolist()
+    return float(regular + (whole - regular) / shape.stay)
 
 
 def _look_ahead(

@@ -65,14 +65,11 @@ def draft_trees(
     arrived: Callable[[], bool],
     clock: Clock,
 ) -> Draft:
-    """Drafts as `rule` says; between levels `arrived` may interrupt it.
-
-    A drafter that follows rules by itself does so where the rule is data; a rule of somebody's own
-    is asked level by level."""
+    """Drafts as `rule` says; between levels `arrived` may interrupt it. A rule of somebody's own is
+    asked level by level, as one is whose drafter does not follow it by itself."""
     width = batch.size + batch.catch_up_rows
     start = clock()
-    if rule.alone is not None and isinstance(drafter, ProposesFirst):
-        rule = rule.beside(drafter.propose(requests, rule))
+    rule = _beside_proposals(drafter, rule, requests)
     if drafter.grow is not None and rule.levels and is_data(rule):
         grown = drafter.grow(requests, rule)
         if grown is not None:
@@ -98,6 +95,13 @@ def draft_trees(
             break
     draft.kept = selection.select(rule, draft.trees)
     return draft
+
+
+def _beside_proposals(drafter: Drafter, rule: TreeRule, requests: Sequence[Request]) -> TreeRule:
+    """The rule, without the model where what free drafters propose now is enough."""
+    if rule.alone is None or not isinstance(drafter, ProposesFirst):
+        return rule
+    return rule.beside(drafter.propose(requests, rule))
 
 
 def _grown(
