@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3.11 python3; do \
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test wheel test-wheel test-native test-heads test-transformers test-vllm test-sglang test-gpu-path quality docs soak fuzz lab pictures env clean
+.PHONY: demo test wheel test-wheel test-native test-heads test-transformers test-vllm test-sglang test-triton test-gpu-path quality docs soak fuzz lab pictures env clean
 
 demo: .venv/.installed
 	$(BIN)/smart demo
@@ -105,6 +105,7 @@ $(VLLM_NEWEST)/.installed: $(VLLM_ENV)/.installed
 # wheel is unpacked for it, without its GPU dependencies; what its modules import at the least comes beside it. A test
 # that is skipped fails the target.
 SGLANG_DIR ?= .sglang
+TRITON = triton==3.6.0
 SGLANG_PATH = $(SGLANG_DIR):$(SGLANG_DIR)/more$(if $(PYTHONPATH),:$(PYTHONPATH))
 test-sglang: env $(SGLANG_DIR)/.installed-2
 	SMART_NO_SKIPS=1 PYTHONPATH=$(SGLANG_PATH) TRITON_INTERPRET=1 \
@@ -114,11 +115,20 @@ test-sglang: env $(SGLANG_DIR)/.installed-2
 
 # Without their own dependencies: a torch for GPUs would come with them. A torchvision is for one torch.
 $(SGLANG_DIR)/.installed-2:
-	$(PIP) install --no-deps --target $(SGLANG_DIR) 'sglang==0.5.23' 'triton==3.6.0'
+	$(PIP) install --no-deps --target $(SGLANG_DIR) 'sglang==0.5.23' '$(TRITON)'
 	$(PIP) install --target $(SGLANG_DIR)/more orjson psutil pybase64 msgspec pyzmq ipython aiohttp
 	$(PIP) install --no-deps --target $(SGLANG_DIR)/more 'numpy<2.4' apache-tvm-ffi einops dill compressed-tensors loguru \
 		partial-json-parser setproctitle uvloop xgrammar \
 		"torchvision==0.$$($(BIN)/python -c 'import torch; print(int(torch.__version__.split(".")[1]) + 15)').*"
+	@touch $@
+
+# Triton's kernels compiled for three generations of GPUs, with their registers and spills: no GPU is needed.
+TRITON_DIR ?= .triton
+test-triton: env $(TRITON_DIR)/.installed
+	SMART_NO_SKIPS=1 PYTHONPATH=$(TRITON_DIR) $(BIN)/python -m pytest -rs tests/gpu/test_compiled.py
+
+$(TRITON_DIR)/.installed:
+	$(PIP) install --no-deps --target $(TRITON_DIR) '$(TRITON)'
 	@touch $@
 
 # The GPU path as far as a CPU goes, in less than ten minutes once all is installed: Triton's kernels by its interpreter and

@@ -239,7 +239,7 @@ class Session:
             "forwards": forward_medians(self._progress.units("forwards")),
             "forward_context": self._args.forward_context,
             "max_tokens": self._args.max_tokens,
-            "vllm": (self._progress.units(NAME) or [None])[0],
+            "vllm_version": (self._progress.units(NAME) or [None])[0],
             "runs": runs,
         }
 

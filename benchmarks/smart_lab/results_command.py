@@ -28,7 +28,6 @@ TOLD = {"simulated": ": nothing here was measured"}
 KINDS = {
     "bench": "Policies",
     "gguf": "A GGUF file here and in llama.cpp",
-    "gguf-8-slots": "The same, eight requests at once",
     "fair-comparison": "Rivals on the same native path",
     "batch-16-32": "Large batches",
     "sampled": "Sampled",

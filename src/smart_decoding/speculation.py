@@ -22,11 +22,17 @@ from smart_decoding.engine.drafting import Selection
 from smart_decoding.errors import ConfigError, ModelError, SmartError
 from smart_decoding.files import expanded, read_json, reading
 from smart_decoding.kernels import library
-from smart_decoding.models.head_files import VISUAL_POSITIONS, HeadFiles, head_folder, load_head
+from smart_decoding.models.head_files import (
+    VISUAL_POSITIONS,
+    HeadFiles,
+    head_folder,
+    is_head,
+    load_head,
+)
 from smart_decoding.models.loading import Checkpoint, load_checkpoint
 from smart_decoding.models.memory import parameters
 from smart_decoding.models.ranking import torch_top_k
-from smart_decoding.models.registry import Source, cached_siblings
+from smart_decoding.models.registry import Source, cached_siblings, known_names
 from smart_decoding.models.tokenizer import Tokenizer
 
 # The models that draft are imported by what builds them: most of them are not wanted.
@@ -130,13 +136,13 @@ def check_speculation(
         return SpeculativeConfig("none", "off", {})
     given = _as_dict(config)
     shipped = shipped_head(checkpoint.provenance["model"])
-    has_head = "model" in given or shipped
-    asks_for_itself = has_head or "method" in given or _leaves_out_siblings(given)
+    named = _is_model(given.get("model"))
+    has_head = not named if "model" in given else shipped is not None
     draft = None
-    if not asks_for_itself and checkpoint.vision is None:
+    if not (shipped or _chooses(given)) and checkpoint.vision is None:
         draft = _sibling(checkpoint, tokenizer, max_model_len, trust_pickle)
     by_default = draft is not None
-    default = "eagle" if has_head else "union" if draft else "ngram"
+    default = "eagle" if has_head else "union" if draft or named else "ngram"
     method = given.pop("method", default)
     policy = given.pop("policy", "off" if method == "none" else "smart")
     method = "eagle" if method == "eagle3" else method  # vLLM's: here files say what a head is
@@ -146,10 +152,10 @@ def check_speculation(
     if method not in METHODS:
         raise ConfigError(f"unknown method {method!r}; choose one of: {', '.join(METHODS)}")
     check_plain(method, policy)
-    theirs = _method_options(method, bool(has_head))
+    theirs = _method_options(method, has_head, named or by_default)
     _check_known(method, policy, given, theirs)
     check_policy(policy, {option: value for option, value in given.items() if option not in theirs})
-    if draft is None and _needs_draft(method, given.get("model")):
+    if method == "draft_model" or (method == "union" and named):
         draft = _draft_checkpoint(
             given.pop("model", None), checkpoint, tokenizer, max_model_len, trust_pickle
         )
@@ -183,20 +189,23 @@ def _head(method: str, name: str | Path | None, trust_pickle: bool) -> Path | No
     return head_folder(name, trust_pickle)
 
 
-def _needs_draft(method: str, name: Any) -> bool:
-    """Whether a draft model is wanted. A union takes a head, too, which has no tokenizer and is no
-    file."""
-    if method != "union" or name is None:
-        return method == "draft_model"
+def _is_model(name: Any) -> bool:
+    """Whether this is a draft model, and no head: a built-in one, a GGUF file, or a folder with a
+    vocabulary of its own. A hub id is taken for a head's."""
+    if name is None:
+        return False
     path = expanded(name)
     if path.is_dir():
-        return any(path.glob("tokenizer*"))
-    return path.suffix == ".gguf" or "/" not in str(name)
+        has_words = any(path.glob("tokenizer*")) or (path / "vocab.json").is_file()
+        return has_words and not is_head(path)
+    return path.suffix == ".gguf" or str(name).partition("@")[0] in known_names()
 
 
-def _leaves_out_siblings(given: Mapping[str, Any]) -> bool:
-    """Whether no other model is to draft by default: n-grams' options are given, or policy off."""
-    return given.get("policy") == "off" or not given.keys().isdisjoint(_parameters(NgramDrafter))
+def _chooses(given: Mapping[str, Any]) -> bool:
+    """Whether no other model is to draft by default: something drafts by name, n-grams' options are
+    given, or policy off."""
+    chosen = given.keys() & {"model", "method", *_parameters(NgramDrafter)}
+    return bool(chosen) or given.get("policy") == "off"
 
 
 def _sibling(
@@ -231,11 +240,13 @@ def _as_dict(config: Mapping[str, Any] | bool | None) -> dict[str, Any]:
     return {}
 
 
-def _method_options(method: str, has_head: bool) -> list[str]:
+def _method_options(method: str, has_head: bool, has_draft: bool) -> list[str]:
     head = ["model", "visual_positions"]
     ngram = _parameters(NgramDrafter)
     recycling = [name for name in _parameters(RecyclingDrafter) if name not in ("vocab", "top_k")]
-    union = [*head, *ngram] if has_head else [*ngram, *recycling]
+    union = ["model", *ngram] if has_draft else [*head, *ngram]
+    if not (has_head or has_draft):
+        union = [*ngram, *recycling]
     known = {
         "eagle": head,
         "draft_model": ["model"],

@@ -46,8 +46,8 @@ def text(result: Mapping[str, Any]) -> str:
     """Tables for a terminal."""
     about = result["llama_cpp"]
     lines = [f"\nllama.cpp: {about['version']}", about["system"]]
-    if result["vllm"]:
-        lines.append(f"vLLM {result['vllm']}, in bf16")
+    if result["vllm_version"]:
+        lines.append(f"vLLM {result['vllm_version']}, in bf16")
     lines += _forwards(result)
     for run in result["runs"]:
         lines += _run(run)

@@ -49,7 +49,8 @@ class UnionDrafter:
         ]
         grows = isinstance(self.model, LevelDrafter) and self.model.grow is not None
         self.grow: Grow | None = self._grow if grows else None
-        self._given: DraftTrees | None = None  # proposed, and not taken yet
+        # what is proposed, and not taken yet: by the limits of its rule, which are the round's
+        self._given: tuple[IntArray, DraftTrees] | None = None
         self.wants_logits = bool(self._listeners)
         self.wants_ends = False
 
@@ -87,13 +88,16 @@ class UnionDrafter:
 
     def propose(self, requests: Sequence[Request], rule: TreeRule) -> DraftTrees:
         """What the free drafters propose. The next `start` or `grow` goes on from it."""
-        self._given = self._proposed(requests, rule)
-        return self._given
+        trees = self._proposed(requests, rule)
+        self._given = (rule.limits, trees)
+        return trees
 
     def _taken(self, requests: Sequence[Request], rule: TreeRule) -> DraftTrees:
         given = self._given
         self._given = None
-        return self._proposed(requests, rule) if given is None else given
+        if given is not None and given[0] is rule.limits:
+            return given[1]
+        return self._proposed(requests, rule)
 
     def _proposed(self, requests: Sequence[Request], rule: TreeRule) -> DraftTrees:
         trees = DraftTrees.empty(len(requests))

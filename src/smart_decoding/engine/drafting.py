@@ -68,8 +68,8 @@ def draft_trees(
     """Drafts as `rule` says; between levels `arrived` may interrupt it. A rule of somebody's own is
     asked level by level, as one is whose drafter does not follow it by itself."""
     width = batch.size + batch.catch_up_rows
-    start = clock()
     rule = _beside_proposals(drafter, rule, requests)
+    start = clock()
     if drafter.grow is not None and rule.levels and is_data(rule):
         grown = drafter.grow(requests, rule)
         if grown is not None:

@@ -85,6 +85,16 @@ def head_folder(name: str | Path, trust_pickle: bool = False) -> Path:
     return folder
 
 
+def is_head(folder: Path) -> bool:
+    """Whether a local folder says that it is a draft head's, though a tokenizer may lie in it."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return False
+    config = read_json(path)
+    names = config.get("architectures") or []
+    return "draft_vocab_size" in config or any("eagle" in str(name).lower() for name in names)
+
+
 def load_head(folder: Path, target: ModelConfig, trust_pickle: bool = False) -> HeadFiles:
     """Reads a head and checks that it fits the target. Raises ModelError naming what does not.
 

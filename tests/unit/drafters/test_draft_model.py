@@ -299,13 +299,19 @@ def test_one_line_of_configuration(
     assert llm.speculation.description == named[method]
     params = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
     (output,) = llm.generate([[1, 2, 3]], params)
-    assert output.outputs[0].metrics.verified > 0 or policy == "smart"
+    assert output.outputs[0].metrics.verified > 0
     without = LLM(
         target_folder, speculative_config=False, dtype="fp32", max_model_len=128, max_num_seqs=2
     )
     assert (
         output.outputs[0].token_ids == without.generate([[1, 2, 3]], params)[0].outputs[0].token_ids
     )
+
+
+def test_a_model_to_draft_with_needs_no_method(tmp_path: Path, target_folder: Path) -> None:
+    draft = saved(tmp_path / "draft", SMALL, WORDS, 1)
+    asked = drafted_by(target_folder, {"model": str(draft), "policy": "eagle2"})
+    assert asked == f"union of draft model {draft} + ngram"
 
 
 @pytest.mark.parametrize("same_file", [True, False])

@@ -157,7 +157,9 @@ class Smart:
             keep = replace(keep, least=1)
         grow = choice.prediction.grow
         scores = Scores(self.calibration, batch.kind)
-        alone = choice.prediction.alone if choice.mode is Mode.MODEL else None
+        # An exploration is to learn of the model.
+        beside = choice.mode is Mode.MODEL and not choice.explores
+        alone = choice.prediction.alone if beside else None
         return TreeRule(levels, self.children, limits, self._ends, grow, keep, scores, alone)
 
     def observe(self, round: Round) -> None:

@@ -60,7 +60,7 @@ class HostWeights:
         output: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
         weight = output.weight.detach().to(self.dtype)
         bias = getattr(output, "bias", None)
-        bias = None if bias is None else bias.detach()
+        bias = None if bias is None else bias.detach().to(self.dtype)
         self.device: torch.device = weight.device
         # the kernels rank what an EAGLE-1/2 head says without a bias
         has_kernels = self.dtype in KERNEL_DTYPES and (bias is None or not files.fused)
