@@ -150,7 +150,7 @@ def attend(
     count = tl.load(of_tile + tiles)
     if count == 0:
         return
-    m = tl.arange(0, max(16, triton.next_power_of_2(TILE * group)))
+    m = tl.arange(0, max(16, TILE * triton.next_power_of_2(group)))
     live = m // group < count
     row = tl.load(of_tile).to(tl.int64) + m // group
     kv_head = tl.program_id(1).to(tl.int64)
