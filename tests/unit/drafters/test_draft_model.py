@@ -282,7 +282,7 @@ def target_folder(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("method", "policy"),
-    [("draft_model", "chain"), ("union", "chain"), ("union", "smart")],
+    [("draft_model", "chain"), ("union", "chain"), ("union", "eagle2")],
 )
 def test_one_line_of_configuration(
     tmp_path: Path, target_folder: Path, method: str, policy: str
