@@ -384,10 +384,11 @@ class _Builder:
             parts.append(self._draft_model())
         elif self.asked.head is not None:
             parts.append(self._eagle(self.asked.head))
-        first = self.description if parts else "ngram"
-        parts += free_drafters(method, self.left, self.target.vocab, bool(parts))
+        has_model = bool(parts)
+        parts += free_drafters(method, self.left, self.target.vocab, has_model)
         if len(parts) == 1:
             return parts[0]
+        first = self.description if has_model else parts[0].name
         self.description = f"union of {first} + {parts[1].name}"
         return UnionDrafter(parts)
 

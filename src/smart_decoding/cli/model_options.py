@@ -53,8 +53,8 @@ DRAFT = Option(
     "draft",
     str,
     None,
-    "what the method drafts with: a head's folder, or for draft_model any smaller model "
-    "of the same vocabulary (the model's own head)",
+    "what drafts: a head's folder, or a smaller model of the same vocabulary "
+    "(the model's own head)",
 )
 METHOD_OPTION = Option("method-option", key_value, [], "K=V for the method; may be repeated (none)")
 CHAT_TEMPLATE = Option(

@@ -61,7 +61,8 @@ class Learned:
     def observe(self, round: Round, forecast_rate: float) -> bool:
         """After any round; whether something was learned that predictions depend on.
 
-        forecast_rate: tokens per second that were forecast of a model's drafts, or 0."""
+        forecast_rate: tokens per second that were forecast of a round in which a model may draft,
+        though free drafters may have been enough; or 0."""
         batch = round.batch
         if not batch.prefill_rows:
             self.overhead.observe(batch.size, round.rule is not None, round.other_seconds)

@@ -90,13 +90,21 @@ class FreeAlone:
 
 def _sorted_by_owner(gains: FloatArray, owner: IntArray, batch: int, most: int) -> FloatArray:
     """[batch, most] the largest gains of each request, falling, then zeros."""
-    order = np.lexsort((-gains, owner))
-    owner = owner[order]
-    rank = np.arange(len(order)) - np.searchsorted(owner, owner)
+    order, rank = _ranked_by_owner(gains, owner)
     inside = rank < most
+    best = order[inside]
     result = np.zeros((batch, most))
-    result[owner[inside], rank[inside]] = gains[order[inside]]
+    result[owner[best], rank[inside]] = gains[best]
     return result
+
+
+def _ranked_by_owner(prob: FloatArray, owner: IntArray) -> tuple[IntArray, IntArray]:
+    """Request by request, the likeliest first, ties to the lower index: indices, and the place of
+    each among its request's."""
+    order = np.lexsort((-prob, owner))  # stable: ties stay in ascending order
+    sorted_owner = owner[order]
+    rank = np.arange(len(order)) - np.searchsorted(sorted_owner, sorted_owner)
+    return order, rank
 
 
 # --- what to expand ---
@@ -393,9 +401,6 @@ def best_per_owner(
     lower index; ascending."""
     if not len(nodes):
         return NO_NODES
-    owner = trees.owner[nodes]
     prob = trees.accept_prob if prob is None else prob
-    order = np.lexsort((-prob[nodes], owner))  # stable: ties stay in ascending order
-    sorted_owner = owner[order]
-    rank = np.arange(len(nodes)) - np.searchsorted(sorted_owner, sorted_owner)
+    order, rank = _ranked_by_owner(prob[nodes], trees.owner[nodes])
     return np.sort(nodes[order[rank < count]])
