@@ -178,8 +178,9 @@ def units(cxx: str, variant: Variant, sanitize: str | None) -> list[Unit]:
     extra: tuple[str, ...] = ("-O2",)
     if sanitize:
         extra = ("-O1", "-g", f"-fsanitize={sanitize}", *SANITIZED)
-    kernels = (cxx, *LANGUAGE, *extra, *WARNINGS, "-fopenmp", *variant.flags)
-    tests = (cxx, *LANGUAGE, *extra, *WARNINGS, f"-I{CSRC.relative_to(ROOT)}")
+    common = (cxx, *LANGUAGE, *extra, *WARNINGS, "-fopenmp")
+    kernels = (*common, *variant.flags)
+    tests = (*common, f"-I{CSRC.relative_to(ROOT)}")
     found = [Unit(source, kernels) for source in sorted(CSRC.glob("*.cpp"))]
     found += [Unit(source, tests) for source in sorted(TESTS.glob("*.cpp")) if source != OPENMP]
     if sanitize == "thread":

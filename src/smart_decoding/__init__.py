@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from smart_decoding.llm import LLM
     from smart_decoding.multimodal.prompts import TextPrompt, TokensPrompt
 
-# Threads that wait for each other look at a barrier so often before they sleep. OpenMP's own
-# 300,000 take milliseconds, in which another process cannot run: beside one, decoding is then many
-# times slower. Alone, 1,000 are a tenth faster, and beside one process for two CPUs half as fast as
-# alone; with 150 it keeps two thirds. Torch's OpenMP reads it when torch is
-# imported; where that was before, the kernels see to it when they are loaded.
+# OpenMP's threads look so often whether there is work before they sleep. Its own 300,000 take
+# milliseconds, in which another process cannot run: beside one, `LLM` is then half as fast, and
+# torch a sixth. Within a forward the kernels wait by themselves (csrc/team.h); this is between
+# forwards, and in torch, where 150 and 1,000 make no difference. Torch's OpenMP reads it when torch
+# is imported; where that was before, the kernels see to it when they are loaded.
 SPINS = "150"
 if "OMP_WAIT_POLICY" not in os.environ and "torch" not in sys.modules:
     os.environ.setdefault("GOMP_SPINCOUNT", SPINS)

@@ -355,8 +355,8 @@ def _params_for(prompts: Sequence[Prompt], params: Any) -> list[SamplingParams]:
 def in_own_thread(work: Callable[[], T]) -> T:
     """What `work` returns, or raises, in a thread that is gone afterwards.
 
-    OpenMP keeps a team of threads for every thread that has computed. More than there are CPUs
-    would sleep whenever they wait, however shortly: the engine's team is to be the only one.
+    OpenMP keeps a team of threads for every thread that has computed. Where all of them are more
+    than the CPUs it sleeps at once for want of work: the engine's team is to be the only one.
     Ctrl-C does not wait for it: its work goes on until it is done, or the process ends."""
     result: Future[T] = Future()
 

@@ -158,3 +158,4 @@ void test_layers();
 void test_drafting();
 void test_rounds();
 void test_selection();
+void test_team();

@@ -40,16 +40,15 @@ static void attend_blocks(const Layer& l, const Rows& in, const std::vector<Quer
         return AttentionItem<T>{block, cache.keys + h * plane, cache.values + h * plane, table,
                                 h * heads * HD};
     };
-#pragma omp for schedule( \
-        dynamic, \
-            1)  // contexts differ; a thread's next item is most likely the one a team further
-    for (int i = 0; i < items; i++) {
+    // contexts differ; a thread's next item is most likely the one a team further
+    for (int i; (i = next_item()) < items;) {
         if constexpr (lies_in_pairs(sizeof(T), HD))
             attend_pairs<HD>(in, item(i), item(std::min(i + team, items - 1)), heads, q, ldq, out,
                              ldo);
         else
             attend_pages<T, HD>(in, item(i), heads, q, ldq, out, ldo);
     }
+    barrier();
 }
 
 template <class T>

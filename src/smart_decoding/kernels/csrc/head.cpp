@@ -75,8 +75,8 @@ struct Ranking {
             byte_logits<int8_t>(line);
         else
             plain_logits();
-#pragma omp barrier
-#pragma omp for schedule(static)
+        barrier();
+#pragma omp for schedule(static) nowait
         for (int r = 0; r < wanted; r++) find_children(r, line);
     }
 
@@ -87,7 +87,7 @@ private:
             rms_norm_rows(level.out, head.final_norm, head.layers->eps, wanted, d, inputs);
         else
             read = as_input(level.out, wanted, d, inputs);
-#pragma omp barrier
+        barrier();
         linear_rows<W>(read, d, wanted, head.outputs, n, d, nullptr, logits, n, false);
     }
 
@@ -98,16 +98,17 @@ private:
         Input<B>* read = (Input<B>*)halves;
         const float eps = head.layers->eps;
         if constexpr (std::is_same_v<Input<B>, uint8_t>) {
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
             for (int r = 0; r < wanted; r++) {
                 rms_norm_row(level.out + r * d, head.final_norm, eps, d, line);
                 step[r] = round_to_16_bits(line, d, read + 2 * r * d, read + (2 * r + 1) * d);
             }
+            barrier();
             byte_rows(read, 2 * wanted, (const B*)head.outputs.panels, n, d, head.scale, head.sums,
                       step, logits);
         } else {
             rms_norm_rows(level.out, head.final_norm, eps, wanted, d, read);
-#pragma omp barrier
+            barrier();
             gemm<INTO_CACHES>(read, d, wanted, (const B*)head.outputs.panels, n, d,
                               [this](int row, int64_t column, vf left, vf right) {
                                   left *= loadu<vf>(head.scale + column);
@@ -232,24 +233,26 @@ struct DraftLevel {
     // that nobody asks for leave keys and values only.
     void run_part(int first, int end, float* line) const {
         if (level.first) fuse_aux_hidden(first, end);
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
         for (int r = first; r < end; r++) prepare_row(r, r - first, line);
+        barrier();
         const Weight weight = columns_from<W>(layer.qkv, columns.first, 2 * d);
         const float* bias = layer.qkv_bias ? layer.qkv_bias + columns.first : nullptr;
         linear_rows<W>(inputs, 2 * d, end - first, weight, columns.width, 2 * d, bias, kv,
                        columns.width, false);
-#pragma omp barrier
-#pragma omp for schedule(static)
+        barrier();
+#pragma omp for schedule(static) nowait
         for (int r = first; r < end; r++) {
             float* keys = kv + (r - first) * columns.width + columns.q_width - columns.first;
             rope_and_store(layer, in, r, keys, 0, layer.kv_heads, cache);
         }
+        barrier();
     }
 
     // The features of the first level: several layers' states side by side through fc.
     void fuse_aux_hidden(int first, int end) const {
         const int64_t width = head.aux_count * d;
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
         for (int r = first; r < end; r++)
             for (int t = 0; t < head.aux_count; t++) {
                 const float* from = level.features[r] + t * d;
@@ -259,9 +262,10 @@ struct DraftLevel {
                 else
                     for (int64_t i = 0; i < d; i++) from_f32(from[i], to + i);
             }
+        barrier();
         linear_rows<W>(inputs, width, end - first, head.fc, d, width, head.fc_bias, features, d,
                        false);
-#pragma omp barrier
+        barrier();
     }
 
     // [norm(embedding) ; norm(features)] of row `r`, the part's `at`-th.
@@ -291,11 +295,12 @@ struct DraftLevel {
         const int64_t q_width = columns.q_width;
         linear_rows<W>(wanted_inputs, 2 * d, wanted, layer.qkv, q_width, 2 * d, layer.qkv_bias, q,
                        q_width, false);
-#pragma omp barrier
-#pragma omp for schedule(static)
+        barrier();
+#pragma omp for schedule(static) nowait
         for (int r = 0; r < in.rows; r++)
             if (asking.place[r] >= 0)
                 rope_and_store(layer, in, r, q + asking.place[r] * q_width, layer.heads, 0, cache);
+        barrier();
         attend(layer, asking.rows, blocks, q, q_width, cache, attention);
         finish_layer<W>(layer, wanted, attention, level.out, inputs, ffn);
         ranking.run(line);
@@ -360,11 +365,10 @@ struct SteppedLevel {
             const int64_t r = level.first ? in.query_start_loc[i + 1] - 1 : i;
             memcpy(level.out + i * d, x + r * d, d * sizeof(float));
         }
-#pragma omp parallel num_threads(threads)
-        {
+        run_team(threads, [&] {
             std::vector<float> line(std::max<int64_t>(d, level.k));
             ranking.run(line.data());
-        }
+        });
         return 0;
     }
 
@@ -445,8 +449,7 @@ extern "C" int32_t smart_draft(const Head* h, const Rows* in, const Level* v, vo
         const WantedRows asking(*in, v->first);
         const DraftLevel<W> level(*h, *in, *v, asking, KvCache<W>{(W*)keys, (W*)values, pages},
                                   memory);
-#pragma omp parallel num_threads(threads)
-        level.run();
+        run_team(threads, [&] { level.run(); });
     });
     return refused ? refused : status;
 }

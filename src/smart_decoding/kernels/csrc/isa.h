@@ -36,6 +36,17 @@ namespace [[gnu::visibility("hidden")]] smart {
 
 typedef uint16_t bf16;
 
+// ----------------------------------------------------------------------------------------- waiting
+
+// A short rest of a thread that looks at memory again and again.
+static inline void relax() {
+#if defined(__AVX2__)
+    _mm_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
+
 // ----------------------------------------------------------------------------------------- vectors
 
 // Lanes of a vector of float, and the rows whose sums stay in registers while they share a pass

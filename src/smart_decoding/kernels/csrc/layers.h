@@ -13,13 +13,13 @@ static void finish_layer(const Layer& l, int rows, const Input<W>* attention, fl
                          Input<W>* normed, Input<W>* ffn) {
     const int64_t d = l.hidden, width = int64_t(l.heads) * l.head_dim;
     linear_rows<W>(attention, width, rows, l.output, d, width, l.output_bias, x, d, true, l.hint);
-#pragma omp barrier
+    barrier();
     rms_norm_rows(x, l.post_norm, l.eps, rows, d, normed);
-#pragma omp barrier
+    barrier();
     gated_rows<W>(normed, rows, l.gate_up, l.ffn, d, ffn, l.hint);
-#pragma omp barrier
+    barrier();
     linear_rows<W>(ffn, l.ffn, rows, l.down, d, l.ffn, nullptr, x, d, true, l.hint);
-#pragma omp barrier
+    barrier();
 }
 
 // The embedding of a token, from packed weights or from a plain table.

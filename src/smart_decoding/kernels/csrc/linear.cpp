@@ -120,18 +120,17 @@ static void linear_run(const float* x, int rows, const Weight& w, int64_t n, int
                        int64_t ldy, bool add, int hint, int64_t* best, int threads) {
     Input<W>* workspace = (Input<W>*)scratch;
     std::vector<Maxima> found(best ? size_t(rows) * threads : 0);
-#pragma omp parallel num_threads(threads)
-    {
+    run_team(threads, [&] {
         const Input<W>* input = workspace;
         if (norm) {
             rms_norm_rows(x, norm, eps, rows, k, workspace);
-#pragma omp barrier
+            barrier();
         } else {
             input = as_input(x, rows, k, workspace);
         }
         Maxima* mine = best ? &found[int64_t(omp_get_thread_num()) * rows] : nullptr;
         linear_rows<W>(input, k, rows, w, n, k, bias, y, ldy, add, hint, mine);
-    }
+    });
     for (int r = 0; best && r < rows; r++) best[r] = first_of(&found[r], threads, rows);
 }
 

@@ -23,14 +23,15 @@ static void run_layer(const Layer& l, const Rows& in, const std::vector<QueryBlo
         read = as_input(input, in.rows, l.input, normed);
     } else {
         rms_norm_rows(x, l.input_norm, l.eps, in.rows, d, normed);
-#pragma omp barrier
+        barrier();
     }
     linear_rows<W>(read, l.input, in.rows, l.qkv, qkv_width, l.input, l.qkv_bias, qkv, qkv_width,
                    false, l.hint);
-#pragma omp barrier
-#pragma omp for schedule(static)
+    barrier();
+#pragma omp for schedule(static) nowait
     for (int r = 0; r < in.rows; r++)
         rope_and_store(l, in, r, qkv + r * qkv_width, l.heads, l.kv_heads, cache);
+    barrier();
     attend(l, in, blocks, qkv, qkv_width, cache, attention);
     finish_layer<W>(l, in.rows, attention, x, normed, ffn);
 }
@@ -65,13 +66,14 @@ static void run_layers(const Layer* layers, int count, const Rows& in,
 // The states that enter the first layer, by a whole team.
 template <class W>
 static void embed(const Model& m, const Pass& pass, int64_t rows, int64_t d, float* x) {
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (int64_t r = 0; r < rows; r++) {
         if (pass.embeddings && pass.embeddings[r])
             memcpy(x + r * d, pass.embeddings[r], d * sizeof(float));
         else
             embedding_row<W>(m.embedding, m.table, d, pass.token[r], x + r * d);
     }
+    barrier();
 }
 
 template <class W>
@@ -94,18 +96,18 @@ static void forward(const Model& m, const Rows& in, const Pass& pass, int thread
     const std::vector<QueryBlock> blocks = query_blocks<W>(in, l);
     const KvCache<W> cache{(W*)m.keys, (W*)m.values, m.pages};
     const AuxHidden aux{pass.aux_layers, pass.aux_count, pass.aux_hidden};
-#pragma omp parallel num_threads(threads)
-    {
+    run_team(threads, [&] {
         embed<W>(m, pass, rows, d, x);
         run_layers<W>(m.layers, m.layer_count, in, blocks, nullptr, x, cache, workspace, aux);
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
         for (int64_t r = 0; r < wanted; r++)
             rms_norm_row(x + (pass.wanted ? pass.wanted[r] : r) * d, m.final_norm, m.eps, d,
                          normed + r * d);
+        barrier();
         Maxima* mine = found.data() + omp_get_thread_num() * wanted;
         linear_rows<W>(normed, d, int(wanted), m.output, m.vocab, d, nullptr, pass.logits, m.vocab,
                        false, m.hint, mine);
-    }
+    });
     for (int64_t r = 0; r < wanted; r++) pass.best[r] = first_of(&found[r], threads, wanted);
 }
 
@@ -122,9 +124,10 @@ int32_t smart_layers(const Layer* layers, int32_t count, const Rows* in, const f
         typedef std::remove_pointer_t<decltype(type)> W;
         const KvCache<W> cache{(W*)keys, (W*)values, pages};
         const std::vector<QueryBlock> blocks = query_blocks<W>(*in, *layers);
-#pragma omp parallel num_threads(threads)
-        run_layers<W>(layers, count, *in, blocks, input, x, cache, *workspace,
-                      AuxHidden{nullptr, 0, nullptr});
+        run_team(threads, [&] {
+            run_layers<W>(layers, count, *in, blocks, input, x, cache, *workspace,
+                          AuxHidden{nullptr, 0, nullptr});
+        });
     });
 }
 

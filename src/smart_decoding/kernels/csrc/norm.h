@@ -33,9 +33,10 @@ static void rms_norm_rows(const float* x, const float* weight, float eps, int ro
 // at once.
 static inline const float* as_input(const float* x, int, int64_t, float*) { return x; }
 static inline const bf16* as_input(const float* x, int rows, int64_t d, bf16* workspace) {
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (int64_t r = 0; r < rows; r++)
         for (int64_t i = r * d; i < (r + 1) * d; i++) from_f32(x[i], workspace + i);
+    barrier();
     return workspace;
 }
 

@@ -4,10 +4,9 @@
 // each pair of k, PANEL columns of (even, odd). 8 bits: for each four of k, PANEL columns of four.
 
 #pragma once
-#include <omp.h>
-
 #include <type_traits>
 
+#include "team.h"
 #include "vectors.h"
 
 namespace [[gnu::visibility("hidden")]] smart {

@@ -246,11 +246,12 @@ int64_t smart_strip_bytes(int64_t format, int64_t k) {
 
 void smart_pack_quants(const Strip* strips, int64_t count, const void* const* rows, int64_t k,
                        int32_t in_bytes) {
-#pragma omp parallel for schedule(dynamic, 4)
-    for (int64_t i = 0; i < count; i++)
-        with_format(strips[i].format, [&](auto format) {
-            const auto pack = in_bytes ? pack_strip<format, true> : pack_strip<format, false>;
-            pack((const uint8_t* const*)rows + i * VW, k, (uint8_t*)strips[i].data);
-        });
+    run_team(omp_get_max_threads(), [&] {
+        for (int64_t i; (i = next_item()) < count;)
+            with_format(strips[i].format, [&](auto format) {
+                const auto pack = in_bytes ? pack_strip<format, true> : pack_strip<format, false>;
+                pack((const uint8_t* const*)rows + i * VW, k, (uint8_t*)strips[i].data);
+            });
+    });
 }
 }

@@ -376,27 +376,28 @@ void smart_top_k(const float* x, int32_t rows, int64_t n, int32_t k, const float
 void smart_draw(const Draw* draws, int64_t count, int64_t n, int64_t* best, int64_t* drawn,
                 int32_t threads) {
     std::vector<Cut> cuts(count);
-#pragma omp parallel for num_threads(threads) schedule(dynamic)
-    for (int64_t r = 0; r < count; r++) cuts[r] = Cut(draws[r], n);
     // Rows are drawn from in parts, so that all threads have work.
     const int64_t parts = (threads + count - 1) / count, size = (n + parts - 1) / parts;
     std::vector<NoisyBest> found(count * parts);
-#pragma omp parallel for num_threads(threads) schedule(dynamic)
-    for (int64_t part = 0; part < count * parts; part++) {
-        const int64_t r = part / parts, first = part % parts * size;
-        const Cut& cut = cuts[r];
-        if (cut.best < 0 || draws[r].k < 0) continue;
-        found[part] =
-            noisy_best(cut.noisy(draws[r], cut.floor), first, std::min(n, first + size), cut.best);
-    }
-#pragma omp parallel for num_threads(threads) schedule(dynamic)
-    for (int64_t r = 0; r < count; r++) {
-        const Draw& d = draws[r];
-        NoisyBest all;
-        for (int64_t part = r * parts; part < (r + 1) * parts; part++) all.add(found[part]);
-        best[r] = cuts[r].best;
-        const bool coarse = best[r] >= 0 && std::abs(d.row[best[r]] * d.scale) > LARGE_SCORE;
-        drawn[r] = coarse ? -1 : in_nucleus(d, cuts[r], n, token_of(all));
-    }
+    run_team(threads, [&] {
+        for (int64_t r; (r = next_item()) < count;) cuts[r] = Cut(draws[r], n);
+        barrier();
+        for (int64_t part; (part = next_item()) < count * parts;) {
+            const int64_t r = part / parts, first = part % parts * size;
+            const Cut& cut = cuts[r];
+            if (cut.best < 0 || draws[r].k < 0) continue;
+            found[part] = noisy_best(cut.noisy(draws[r], cut.floor), first,
+                                     std::min(n, first + size), cut.best);
+        }
+        barrier();
+        for (int64_t r; (r = next_item()) < count;) {
+            const Draw& d = draws[r];
+            NoisyBest all;
+            for (int64_t part = r * parts; part < (r + 1) * parts; part++) all.add(found[part]);
+            best[r] = cuts[r].best;
+            const bool coarse = best[r] >= 0 && std::abs(d.row[best[r]] * d.scale) > LARGE_SCORE;
+            drawn[r] = coarse ? -1 : in_nucleus(d, cuts[r], n, token_of(all));
+        }
+    });
 }
 }

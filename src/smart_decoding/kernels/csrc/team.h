@@ -1,0 +1,95 @@
+// A team of threads. OpenMP makes it, so that a process has one, torch's too; how its threads wait
+// for each other is decided here, by time. OpenMP spins by a count, which it reads once in a
+// process's life, and whose time differs between CPUs by a factor of ten.
+
+#pragma once
+#include <linux/futex.h>
+#include <omp.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <chrono>
+#include <climits>
+
+#include "isa.h"
+
+namespace [[gnu::visibility("hidden")]] smart {
+
+class Team {
+    typedef std::chrono::steady_clock Clock;
+
+    // Who waits spins for about as long as a thread takes to wake up, then sleeps: no wait costs
+    // more than twice what it must.
+    static constexpr std::chrono::microseconds SPINNING{50};
+    static constexpr int LOOKS = 16;  // between two at the clock
+
+    // After a wait so long, others work on these CPUs, and threads of a team may have to share one,
+    // where who spins keeps back the one he waits for: for a while all sleep at once.
+    static constexpr std::chrono::milliseconds LONG{1}, SHARING{50};
+    static inline std::atomic<Clock::rep> shared_until{0};
+
+    static constexpr uint32_t SOME_SLEEP = 1, NEXT = 2;
+
+    alignas(64) std::atomic<uint32_t> phase{0};  // NEXT for each barrier passed, and SOME_SLEEP
+    alignas(64) std::atomic<uint32_t> arrived{0};
+    std::atomic<int64_t> taken{0};
+
+public:
+    void wait(uint32_t size) {
+        const uint32_t now = phase.load(std::memory_order_relaxed) & ~SOME_SLEEP;
+        if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 < size) return wait_until_past(now);
+        arrived.store(0, std::memory_order_relaxed);
+        taken.store(0, std::memory_order_relaxed);
+        if (phase.exchange(now + NEXT, std::memory_order_release) & SOME_SLEEP)
+            futex(FUTEX_WAKE_PRIVATE, INT_MAX);
+    }
+
+    int64_t take() { return taken.fetch_add(1, std::memory_order_relaxed); }
+
+private:
+    void wait_until_past(uint32_t now) {
+        const Clock::time_point start = Clock::now();
+        const bool shared =
+            start.time_since_epoch().count() < shared_until.load(std::memory_order_relaxed);
+        do
+            for (int i = 0; i < LOOKS; i++, relax())
+                if ((phase.load(std::memory_order_acquire) & ~SOME_SLEEP) != now) return;
+        while (!shared && Clock::now() - start < SPINNING);
+        while ((phase.fetch_or(SOME_SLEEP, std::memory_order_acquire) & ~SOME_SLEEP) == now)
+            futex(FUTEX_WAIT_PRIVATE, now | SOME_SLEEP);
+        if (const Clock::time_point end = Clock::now(); end - start > LONG)
+            shared_until.store((end + SHARING).time_since_epoch().count(),
+                               std::memory_order_relaxed);
+    }
+
+    void futex(int operation, uint32_t value) {
+        syscall(SYS_futex, (uint32_t*)&phase, operation, value, nullptr, nullptr, 0);
+    }
+};
+
+inline thread_local Team* my_team = nullptr;
+
+// All threads of the team wait for each other.
+static inline void barrier() {
+    my_team->wait(uint32_t(omp_get_num_threads()));
+}
+
+// The next of the items 0, 1, ... that no thread of the team has taken since the last barrier.
+static inline int64_t next_item() { return my_team->take(); }
+
+// Calls `run` on each of so many threads. The barrier at its end spares OpenMP's the waiting.
+template <class F>
+static void run_team(int threads, F&& run) {
+    Team team;
+#pragma omp parallel num_threads(threads)
+    {
+        Team* const before = my_team;
+        my_team = &team;
+        run();
+        barrier();
+        my_team = before;
+    }
+}
+
+}  // namespace smart

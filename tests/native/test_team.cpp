@@ -1,0 +1,44 @@
+// Threads that wait for each other, more of them than CPUs as well, and several teams at once.
+
+#include <thread>
+
+#include "check.h"
+#include "team.h"
+
+namespace {
+
+constexpr int ITEMS = 40;
+
+// Each thread writes what all read after the barrier; at times one of them is late, so that the
+// others spin only, or sleep, or take it for a sign that the CPUs are shared.
+int64_t wrong_after_barriers(int threads, int phases) {
+    std::vector<int> reached(threads, -1), taken(ITEMS);
+    std::atomic<int64_t> wrong{0};
+    smart::run_team(threads, [&] {
+        const int me = omp_get_thread_num(), team = omp_get_num_threads();
+        for (int phase = 0; phase < phases; phase++) {
+            if (phase % 64 == me) std::this_thread::sleep_for(std::chrono::microseconds(phase * 3));
+            for (int64_t i; (i = smart::next_item()) < ITEMS;) taken[i]++;
+            reached[me] = phase;
+            smart::barrier();
+            for (int i = 0; i < team; i++) wrong += reached[i] != phase;
+            for (int count : taken) wrong += count != phase + 1;
+            smart::barrier();
+        }
+    });
+    return wrong;
+}
+
+}  // namespace
+
+void test_team() {
+    for (int threads : {1, 2, 3, 16}) {
+        check::begin("team", uint64_t(threads), std::to_string(threads) + " threads, two teams");
+        const int phases = check::quick ? 200 : 2000;
+        int64_t beside = -1;
+        std::thread other([&] { beside = wrong_after_barriers(threads, phases); });
+        check::same("what is wrong", 0, wrong_after_barriers(threads, phases));
+        other.join();
+        check::same("what is wrong in the other team", 0, beside);
+    }
+}
