@@ -233,6 +233,19 @@ template <int ENTRIES>
 static inline vu lookup_words(const uint16_t*, const vu& index);
 #endif
 
+// The same where the table is a vector of 32.
+static inline vu lookup_words(const vu& table, const vu& index) {
+#if defined(__AVX512BW__)
+    return (vu)_mm512_permutexvar_epi16((__m512i)index, (__m512i)table);
+#else
+    uint16_t entries[2 * VW], words[2 * VW];
+    storeu(entries, table);
+    storeu(words, index);
+    for (uint16_t& word : words) word = entries[word % (2 * VW)];
+    return loadu<vu>(words);
+#endif
+}
+
 // table[the low four bits] of each lane.
 static inline vf lookup(const float* table, vu index) {
 #if defined(__AVX2__) && !defined(__AVX512F__) && !defined(SMART_EMULATE_TILES)

@@ -70,10 +70,12 @@ static inline int64_t panel_place(int64_t i, int column) {
 }
 
 // A row of quants is widened with those beside it, which is rare: for embeddings of few tokens.
-static void unpack_strip(const Strip& strip, bool in_bytes, int64_t k, int row, float* out) {
+template <class Out>
+static void unpack_strip(const Strip& strip, bool in_bytes, int64_t k, int row, Out* out) {
     if (in_bytes)
         return with_format(strip.format,
                            [&](auto format) { unpack_bytes<format>(strip.data, k, row, out); });
+    if constexpr (HAS_TILES) return unpack_tiles(strip, k, row, out);
     static thread_local QuantPanel panel;
     for (int64_t first = 0; first < k; first += SUPER_BLOCK) {
         const int64_t depth = std::min<int64_t>(SUPER_BLOCK, k - first);

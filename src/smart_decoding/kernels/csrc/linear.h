@@ -6,8 +6,7 @@
 #include "maxima.h"
 #include "norm.h"
 #include "quant_bytes.h"
-#include "quants.h"
-#include "tiles.h"
+#include "quant_tiles.h"
 
 namespace [[gnu::visibility("hidden")]] smart {
 
@@ -197,16 +196,12 @@ static void gemm(const Input<W>* x, int64_t ld, int rows, const W* w, int64_t n,
 
 // sums [rows, PANEL] of a panel of quants: a block of k is widened once, and all rows go over it.
 static inline void quant_panel(const Wide* x, int64_t ld, int rows, const Strip* strips, int64_t k,
-                               float* sums, [[maybe_unused]] int& shaped) {
+                               float* sums) {
     static thread_local QuantPanel panel;
     const int passes = (rows + PASS_ROWS - 1) / PASS_ROWS;
     for (int64_t i = 0; i < k; i += SUPER_BLOCK) {
         const int64_t depth = std::min<int64_t>(SUPER_BLOCK, k - i);
         const Wide* block = panel.widen(strips, i, depth);
-        if constexpr (HAS_TILES) {
-            tile_block(x + i, ld, rows, block, depth, sums, !i, shaped);
-            continue;
-        }
         for (int pass = 0; pass < passes; pass++) {
             const int row = int(int64_t(rows) * pass / passes);
             const int count = int(int64_t(rows) * (pass + 1) / passes) - row;
@@ -223,25 +218,27 @@ template <class Epilogue>
 static void quant_gemm(const Wide* x, int64_t ld, int rows, const Strip* strips, int64_t n,
                        int64_t k, bool in_bytes, Epilogue&& done) {
     if (!rows) return;
+    if constexpr (HAS_TILES)
+        if (!in_bytes) return tile_quant_gemm(x, ld, rows, strips, n, k, done);
     static thread_local ByteRows bytes;
     if (in_bytes) bytes.read(x, ld, rows, k);
     static thread_local std::vector<float> kept;
     if (int64_t(kept.size()) < int64_t(rows) * PANEL) kept.resize(int64_t(rows) * PANEL);
     float* sums = kept.data();
-    int shaped = 0;
     const Panels mine(n);
     for (int64_t p = mine.first; p < mine.last; p++) {
         const Strip* pair = strips + 2 * p;
         if (in_bytes)
             byte_panel(bytes, pair, sums);
-        else if (!HAS_TILES && rows <= STRIP_ROWS)
-            strip_panel(x, ld, rows, pair, k, sums);
-        else
-            quant_panel(x, ld, rows, pair, k, sums, shaped);
+        else if constexpr (!HAS_TILES) {
+            if (rows <= STRIP_ROWS)
+                strip_panel(x, ld, rows, pair, k, sums);
+            else
+                quant_panel(x, ld, rows, pair, k, sums);
+        }
         for (int r = 0; r < rows; r++)
             done(r, p * PANEL, loadu<vf>(sums + r * PANEL), loadu<vf>(sums + r * PANEL + VW));
     }
-    if (shaped) tile_release();
 }
 
 static inline void store_columns(float* y, int64_t column, int64_t n, vf low, vf high, bool add) {

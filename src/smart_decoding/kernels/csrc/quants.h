@@ -10,6 +10,8 @@
 // 3 of all w come before n = 4 to 7: where words are looked up, both halves of a lane are shifted
 // at once. Bytes lie vector after vector.
 //
+// Quants that are multiplied by tiles lie as quant_tiles.h says.
+//
 // Quants that are multiplied in 8 bits (quant_bytes.h) lie otherwise: lane j is row j, and its four
 // bytes hold quants at four of k in a row. A plane of n bits has 8 / n such vectors in a word, the
 // first one in the lowest bits of each byte. Bytes lie vector after vector, with 128 added.

@@ -105,17 +105,6 @@ static int tile_rows(const char* x, int64_t ld, int left, const char* w, int64_t
     return count;
 }
 
-// All rows over a block of k of a panel that is in the first cache: adds to sums [rows, PANEL], or
-// begins them.
-template <class W>
-static void tile_block(const Input<W>* x, int64_t ld, int rows, const W* block, int64_t k,
-                       float* sums, bool begin, int& shaped) {
-    for (int row = 0; row < rows;)
-        row += tile_rows<W>((const char*)(x + row * ld), ld * sizeof(W), rows - row,
-                            (const char*)block, k * sizeof(W), Prefetch{nullptr, 0},
-                            sums + row * PANEL, begin, shaped);
-}
-
 // `gemm` by tiles, 32 rows at a time; each pass over a panel prefetches its share of the next.
 template <class W, class Epilogue>
 static void tile_gemm(const Input<W>* x, int64_t ld, int rows, const W* w, int64_t n, int64_t k,

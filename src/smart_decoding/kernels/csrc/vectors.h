@@ -30,6 +30,30 @@ __attribute__((always_inline)) static inline float sum_in_order(const F& v) {
     return sum;
 }
 
+// One step of `transpose`: blocks of STEP lanes of rows STEP apart change places.
+template <int STEP>
+__attribute__((always_inline)) static inline void exchange(vf (&rows)[VW]) {
+    vi first, second;  // constants: of both rows' lanes
+    for (int j = 0; j < VW; j++) {
+        first[j] = j & STEP ? VW + (j ^ STEP) : j;
+        second[j] = j & STEP ? VW + j : j ^ STEP;
+    }
+    for (int r = 0; r < VW; r++) {
+        if (r & STEP) continue;
+        const vf a = rows[r], b = rows[r + STEP];
+        rows[r] = __builtin_shuffle(a, b, first);
+        rows[r + STEP] = __builtin_shuffle(a, b, second);
+    }
+}
+
+// A square of lanes.
+__attribute__((always_inline)) static inline void transpose(vf (&rows)[VW]) {
+    exchange<1>(rows);
+    exchange<2>(rows);
+    if constexpr (VW > 4) exchange<4>(rows);
+    if constexpr (VW > 8) exchange<8>(rows);
+}
+
 // Whether a comparison holds in any lane.
 static inline bool any_of(vi mask) {
     int any = 0;
