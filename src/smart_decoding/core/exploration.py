@@ -3,8 +3,10 @@
 Every option but the best is explored in turn, as often as a budget allows: a share of the time. An
 exploration is a run of a few rounds, so that its price of switching is paid once. What is charged
 is what it really lost, and further ones wait until that is earned again. A run that gained is
-followed by another one at once: a drafter that has recovered is back soon. All is counted in plain
-rounds, whose length is known for every batch.
+followed by another one at once: a drafter that has recovered is back soon. What an option needs
+before its first token, as a model that has to read prompts, is earned beforehand, at the same rate:
+short answers would end before it had paid. All is counted in plain rounds, whose length is known
+for every batch.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import math
 from smart_decoding.core.running import HORIZON
 
 RUN = 2  # rounds of an exploration
+LENT = HORIZON / 2  # plain rounds at the start: enough for what a model has to read of one request
 
 
 class Exploration:
@@ -28,6 +31,7 @@ class Exploration:
         self.seconds = 0.0
         self.count = 0
         self._debt = 0.0  # plain rounds that explorations have lost and that are not earned yet
+        self._earned = LENT  # plain rounds, for what options need before they begin
         self._pause = HORIZON  # rounds until the next run at least, however little it costs
         self._lost = 0.0  # seconds, by the run that is going on
 
@@ -38,8 +42,13 @@ class Exploration:
             return math.inf
         return max(self._pause, math.ceil(self._debt / self.budget))
 
-    def begin(self, rounds: int | None = None) -> None:
+    def affords(self, price: float) -> bool:
+        """Whether an option's price of beginning, in plain rounds, has been earned."""
+        return min(price, HORIZON) <= self._earned
+
+    def begin(self, rounds: int | None = None, price: float = 0.0) -> None:
         """A run of so many rounds (None: RUN) begins with the coming one."""
+        self._earned -= min(price, HORIZON)
         self.left = RUN if rounds is None else rounds
         self.count += 1
         self._lost = 0.0
@@ -51,6 +60,7 @@ class Exploration:
     def observe_best(self) -> None:
         """After a round in the option predicted best."""
         self._debt = max(0.0, self._debt - self.budget)
+        self._earned = min(HORIZON, self._earned + self.budget)
         self._pause = max(0, self._pause - 1)
 
     def observe(self, loss: float, plain: float) -> bool:

@@ -75,17 +75,22 @@ class Shape:
 @dataclass(frozen=True, slots=True)
 class Prediction:
     """rates: tokens per second of each mode that there is. forecast_rate: of MODEL, before what
-    such forecasts really reach is taken into account. plain: seconds of a plain round. grow: how a
-    model's trees grow. keep: what is verified; for MODEL its costs have the first level, a share of
-    the catching up included. alone: where free drafters propose beside the model, when that is
-    enough."""
+    such forecasts really reach is taken into account. plain: seconds of a plain round. catch_up:
+    those that a model needs for what it has missed. grow: how a model's trees grow. keep: what is
+    verified; for MODEL its costs have the first level, a share of the catching up included. alone:
+    where free drafters propose beside the model, when that is enough."""
 
     rates: Mapping[Mode, float]
     forecast_rate: float
     plain: float
+    catch_up: float
     grow: LookAhead
     keep: Mapping[Mode, BestRate]
     alone: FreeAlone | None
+
+    def price(self, mode: Mode) -> float:
+        """Plain rounds that the mode takes before its first token."""
+        return self.catch_up / self.plain if mode is Mode.MODEL else 0.0
 
 
 def predict(
@@ -97,21 +102,10 @@ def predict(
     """The prediction for batches of one shape."""
     size = shape.size
     drafting = shape.drafting
-    cost = learned.cost
+    costs, plain = _round_costs(shape, learned, max_round_slowdown)
     forecast = learned.forecast
-    overhead = learned.overhead
-    verify = cost.verify_curve(size, size, NODES * drafting + 1, shape.context)
-    plain = overhead.of(size, False) + float(verify[0])
-    costs = RoundCosts(
-        tokens=size,
-        sunk=overhead.of(size, True),
-        levels=cost.draft_seconds(np.arange(1 + WIDEST * drafting), shape.context),
-        verify=verify,
-        # A lone request has all the nodes, and nobody to wait for.
-        limit=max_round_slowdown * plain if size > 1 else math.inf,
-    )
     children = forecast.children(np.array(shape.kinds) / size)
-    first = _first_level(cost, shape)
+    first, catch_up = _first_level(learned.cost, shape)
     forecast_rate = 0.0
     alone = None
     rates = {Mode.PLAIN: size / plain}
@@ -127,15 +121,34 @@ def predict(
     with_model = replace(costs, sunk=costs.sunk + first)
     grow = _look_ahead(with_model, children, drafting, max_levels)
     keep = {Mode.FREE: BestRate(costs), Mode.MODEL: BestRate(with_model)}
-    return Prediction(rates, forecast_rate, plain, grow, keep, alone)
+    return Prediction(rates, forecast_rate, plain, catch_up, grow, keep, alone)
 
 
-def _first_level(cost: CostModel, shape: Shape) -> float:
-    """Seconds of a model's first level; what waits beyond one row of each request is shared
-    among the rounds that drafting usually lasts."""
+def _round_costs(
+    shape: Shape, learned: Learned, max_round_slowdown: float
+) -> tuple[RoundCosts, float]:
+    """Of a round without a model, and the seconds of a plain one."""
+    size = shape.size
+    cost = learned.cost
+    verify = cost.verify_curve(size, size, NODES * shape.drafting + 1, shape.context)
+    plain = learned.overhead.of(size, False) + float(verify[0])
+    costs = RoundCosts(
+        tokens=size,
+        sunk=learned.overhead.of(size, True),
+        levels=cost.draft_seconds(np.arange(1 + WIDEST * shape.drafting), shape.context),
+        verify=verify,
+        # A lone request has all the nodes, and nobody to wait for.
+        limit=max_round_slowdown * plain if size > 1 else math.inf,
+    )
+    return costs, plain
+
+
+def _first_level(cost: CostModel, shape: Shape) -> tuple[float, float]:
+    """Seconds of a model's first level, and of the catching up: what waits beyond one row of each
+    request, which is shared among the rounds that drafting usually lasts."""
     waiting = [min(shape.waiting, shape.size), shape.waiting]
     regular, whole = cost.first_seconds(shape.size, waiting, shape.context).tolist()
-    return float(regular + (whole - regular) / shape.stay)
+    return float(regular + (whole - regular) / shape.stay), float(whole - regular)
 
 
 def _look_ahead(

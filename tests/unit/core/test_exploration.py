@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from smart_decoding.core.exploration import RUN, Exploration
+from smart_decoding.core.exploration import LENT, RUN, Exploration
 from smart_decoding.core.running import HORIZON
 
 
@@ -48,3 +48,23 @@ def test_a_run_that_gained_is_followed_by_another() -> None:
     pay(exploration, RUN, 0.5)
     assert exploration.left == 0
     assert exploration.count == 2
+
+
+def test_what_an_option_needs_first_is_earned_before() -> None:
+    exploration = Exploration(0.01)
+    assert exploration.affords(LENT)
+    assert not exploration.affords(LENT + 1)
+    for _ in range(100):
+        exploration.observe_best()
+    assert exploration.affords(LENT + 0.99)
+    exploration.begin(price=LENT)
+    assert not exploration.affords(2.0)
+    pay(exploration, RUN, 0.5)  # is owed all the same
+    assert exploration.wait == RUN * 0.5 / 0.01
+
+
+def test_no_price_is_beyond_reach() -> None:
+    exploration = Exploration(0.01)
+    for _ in range(100 * HORIZON):
+        exploration.observe_best()
+    assert exploration.affords(1e9)

@@ -135,18 +135,17 @@ class Smart:
         if best is not self._best:
             self._best = best
             self.exploration.stop()
-        others = [mode for mode in rates if mode is not best]
-        wait = self.exploration.wait
-        explores = self.exploration.left > 0 and self._explored in others
+        prices = {mode: prediction.price(mode) for mode in rates if mode is not best}
+        others = [mode for mode, price in prices.items() if self.exploration.affords(price)]
+        wait = self.exploration.wait if others else HORIZON
+        explores = self.exploration.left > 0 and self._explored in prices
         if not explores and others and wait == 0:
             self._explored = others[self.exploration.count % len(others)]
-            self.exploration.begin()
+            self.exploration.begin(price=prices[self._explored])
             explores = True
-        if explores:
-            return Choice(self._explored, best, prediction)
-        if others and best is Mode.PLAIN:
+        if prices and not explores and best is Mode.PLAIN:
             self._rest.begin(int(min(wait, HORIZON, deepest)) - 1, size)
-        return Choice(best, best, prediction)
+        return Choice(self._explored if explores else best, best, prediction)
 
     def _rule(self, choice: Choice, batch: BatchState, limits: IntArray, deepest: int) -> TreeRule:
         """How deep to go is decided level by level."""
