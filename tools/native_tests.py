@@ -264,7 +264,7 @@ def attempt(build: Build, quick: bool) -> Outcome:
             return Outcome(build, "compiled only", lacking(variant))
         command, how, quick = [*emulated, *command], "ran under emulation", True
     command += ["--quick"] if quick else []
-    # Threads that wait for one another must not spin: there may be more of them than cores.
+    # OpenMP's threads must not spin: there may be more of them than cores.
     environment = {"OMP_WAIT_POLICY": "passive", **os.environ}
     start = time.perf_counter()
     with tempfile.TemporaryFile("w+") as output:

@@ -380,5 +380,6 @@ def command_of(args: argparse.Namespace) -> str:
     told += ["--slots", ",".join(map(str, args.slots)), "--ours", ",".join(args.ours)]
     for text in args.smart or ():
         told += ["--smart", without_folders(text)]
-    told += ["--max-tokens", str(args.max_tokens), "--time-limit", f"{args.time_limit:.0f}"]
+    told += ["--max-tokens", str(args.max_tokens), "--max-model-len", str(args.max_model_len)]
+    told += ["--time-limit", f"{args.time_limit:.0f}"]
     return shlex.join(told)

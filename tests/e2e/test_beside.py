@@ -105,7 +105,7 @@ def test_an_answer_beside_a_busy_process_keeps_two_fifths_of_its_speed(
     address: str, entry: str
 ) -> None:
     """Of two equal halves of a forward, the one with half of a CPU takes twice as long: 0.5.
-    Measured were 0.50 to 0.60, and 0.26 where OpenMP's threads looked for work 300,000 times."""
+    Measured were 0.50 to 0.60, and 0.27 where OpenMP's threads looked for work 300,000 times."""
     with httpx.Client(base_url=address, timeout=60) as client:
 
         def rate() -> float:

@@ -156,7 +156,7 @@ void one_weight(uint64_t seed, const std::vector<Kind>& kinds, int64_t k) {
     smart_pack(plain.data(), n, k, packed.data(), 1);
     const Weight panels{packed.data(), nullptr, 0};
     for (int rows_of_x : {1, 2, int(random.between(3, 8)), int(random.between(9, 16)),
-                          int(random.between(17, 40))}) {
+                          int(random.between(17, 31)), 32, 33, 48, 49, 65}) {
         const std::vector<float> x = random.normals(rows_of_x * k);
         std::vector<float> scratch(x.size()), wanted(rows_of_x * n), found(rows_of_x * n);
         const int threads = int(random.between(1, 3));

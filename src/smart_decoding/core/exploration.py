@@ -4,8 +4,8 @@ Every option but the best is explored in turn, as often as a budget allows: a sh
 exploration is a run of a few rounds, so that its price of switching is paid once. What is charged
 is what it really lost, and further ones wait until that is earned again. A run that gained is
 followed by another one at once: a drafter that has recovered is back soon. What an option needs
-before its first token, as a model that has to read prompts, is earned beforehand, at the same rate:
-short answers would end before it had paid. All is counted in plain rounds, whose length is known
+before its first token, as a model that has to read prompts, is earned beforehand, at the same rate,
+but for a little that is lent: short answers would end before it had paid. All is counted in plain rounds, whose length is known
 for every batch.
 """
 

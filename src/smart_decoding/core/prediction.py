@@ -148,7 +148,7 @@ def _first_level(cost: CostModel, shape: Shape) -> tuple[float, float]:
     request, which is shared among the rounds that drafting usually lasts."""
     waiting = [min(shape.waiting, shape.size), shape.waiting]
     regular, whole = cost.first_seconds(shape.size, waiting, shape.context).tolist()
-    return float(regular + (whole - regular) / shape.stay), float(whole - regular)
+    return float(regular + (whole - regular) / shape.stay), max(0.0, whole - regular)
 
 
 def _look_ahead(

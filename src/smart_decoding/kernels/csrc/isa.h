@@ -40,8 +40,8 @@ typedef uint16_t bf16;
 
 // A short rest of a thread that looks at memory again and again.
 static inline void relax() {
-#if defined(__AVX2__)
-    _mm_pause();
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
 #elif defined(__aarch64__)
     asm volatile("yield");
 #endif

@@ -117,7 +117,7 @@ private:
             const vu table = two_to_bf16(levels<row>(0), levels<row>(VW));
             storeu(to, lookup_words(table, (vu)(nibbles | (high<row>() & 0x10))));
         } else {
-            const vu words = (vu)(((nibbles | (high<row>() & 0x30)) & 0x3f) | MAGIC);
+            const vu words = (vu)(nibbles | (high<row>() & 0x30) | MAGIC);
             storeu(to, two_to_bf16(scaled<row>((vf)(words << 16), 0),
                                    scaled<row>((vf)(words & 0xffff0000u), 1)));
         }
@@ -172,7 +172,8 @@ struct TileInputs {
     void read(const X* x, int64_t ld, int count, int64_t length) {
         rows = count;
         k = length;
-        packed.resize(rows * k + sizeof(vf));  // a last vector goes beyond the end
+        const size_t need = rows * k + sizeof(vf);  // a last vector goes beyond the end
+        if (packed.size() < need) packed.resize(need);
         for (int group = 0; group < groups(); group++)
             read_group(x + group * TILE * ld, ld, columns(group), &packed[group * TILE * k]);
     }

@@ -71,9 +71,7 @@ private:
 inline thread_local Team* my_team = nullptr;
 
 // All threads of the team wait for each other.
-static inline void barrier() {
-    my_team->wait(uint32_t(omp_get_num_threads()));
-}
+static inline void barrier() { my_team->wait(uint32_t(omp_get_num_threads())); }
 
 // The next of the items 0, 1, ... that no thread of the team has taken since the last barrier.
 static inline int64_t next_item() { return my_team->take(); }
