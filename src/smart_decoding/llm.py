@@ -356,8 +356,8 @@ def in_own_thread(work: Callable[[], T]) -> T:
     """What `work` returns, or raises, in a thread that is gone afterwards.
 
     OpenMP keeps a team of threads for every thread that has computed. Where all of them are more
-    than the CPUs OpenMP's threads sleep at once for want of work: the engine's team is to be the only one.
-    Ctrl-C does not wait for it: its work goes on until it is done, or the process ends."""
+    than the CPUs, OpenMP's threads sleep at once for want of work: the engine's team is to be the
+    only one. Ctrl-C does not wait for it: it goes on until it is done, or the process ends."""
     result: Future[T] = Future()
 
     def run() -> None:

@@ -5,8 +5,8 @@ exploration is a run of a few rounds, so that its price of switching is paid onc
 is what it really lost, and further ones wait until that is earned again. A run that gained is
 followed by another one at once: a drafter that has recovered is back soon. What an option needs
 before its first token, as a model that has to read prompts, is earned beforehand, at the same rate,
-but for a little that is lent: short answers would end before it had paid. All is counted in plain rounds, whose length is known
-for every batch.
+but for a little that is lent: short answers would end before it had paid. All is counted in plain
+rounds, whose length is known for every batch.
 """
 
 from __future__ import annotations
