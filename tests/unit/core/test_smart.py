@@ -10,9 +10,11 @@ import pytest
 
 from smart_decoding.core.calibration import Calibration
 from smart_decoding.core.cost import CostModel
+from smart_decoding.core.exploration import LENT
 from smart_decoding.core.policies import make_policy
 from smart_decoding.core.policies.base import BatchState, Policy, Round
 from smart_decoding.core.prediction import Mode, Shape
+from smart_decoding.core.running import HORIZON
 from smart_decoding.core.tree import DraftTrees
 from smart_lab.simulation import World, full_knowledge, run
 
@@ -318,3 +320,18 @@ def test_plain_rounds_that_a_profile_calls_twice_as_slow_are_found_out() -> None
     policy = make_policy("smart", cost=wrong)
     run(policy, world, range(300))
     assert run(policy, world, range(300, 600)).rate > 0.93 * plain.rate
+
+
+def test_a_model_that_has_much_to_read_is_explored_once_that_is_earned() -> None:
+    policy = make_policy("smart", cost=HOPELESS)
+    each = np.full(4, 150)
+    batch = BatchState(each, each, np.zeros(4), np.ones(4, bool), catch_up_rows=4 * 1000)
+    prediction = policy.predict(Shape.of(batch, batch.limits))
+    assert prediction.price(Mode.MODEL) > LENT
+    for _ in range(HORIZON):
+        policy.exploration.observe_best()
+    assert policy.exploration.wait == 0
+    assert policy._choose(prediction, batch.size, 149).mode is Mode.PLAIN
+    while not policy.exploration.affords(prediction.price(Mode.MODEL)):
+        policy.exploration.observe_best()
+    assert policy._choose(prediction, batch.size, 149).mode is Mode.MODEL
