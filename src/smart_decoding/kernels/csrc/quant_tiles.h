@@ -33,8 +33,7 @@ struct TileLevels {
     alignas(64) float of[QUANT_BLOCK];
 
     constexpr TileLevels() : of() {
-        for (int q = 0; q < QUANT_BLOCK; q++)
-            of[q] = F == IQ4_NL ? IQ4_NL_VALUES[q % 16] : float(q - FORMATS[F].zero);
+        for (int q = 0; q < QUANT_BLOCK; q++) of[q] = level<F>(q);
     }
 };
 template <int F>
@@ -128,8 +127,7 @@ private:
     __attribute__((always_inline)) vw high() const {
         constexpr int BITS = format.bits - 4, ROWS = 16 / BITS, from = row % ROWS * BITS;
         const vw plane = loadu<vw>(quants + (4 + row / ROWS) * sizeof(vw));
-        if constexpr (from < 4) return plane << (4 - from);
-        return plane >> (from < 4 ? 0 : from - 4);
+        return to_bit_four<from>(plane);
     }
 };
 
@@ -365,10 +363,10 @@ static void tile_quant_gemm(const X* rows, int64_t ld, int count, const Strip* s
     if (int(sums.size()) < x.groups()) sums.resize(x.groups());
     const TileProducts<X, false> one{x, 0};
     const TileProducts<X, true> two{x, 0};
-    if (count > TILE)
-        two.shape();
-    else
+    if (count <= TILE)
         one.shape();
+    else if (count <= 2 * TILE)
+        two.shape();
     const Panels mine(n);
     for (int64_t p = mine.first; p < mine.last; p++) {
         if (count <= TILE)

@@ -137,8 +137,25 @@ static inline uint8_t* put_words(const uint32_t (&of_row)[VW], uint8_t* to) {
     return to;
 }
 
-template <int BITS>
+// A plane for products by tiles.
+template <int F, int BITS>
+static inline uint8_t* put_tile_plane(const FileBlock* rows, int block, int shift, uint8_t* to) {
+    constexpr int ROWS = 16 / BITS;
+    for (int first = 0; first < TILE; first += ROWS)
+        for (int w = 0; w < QUANT_BLOCK; w++, to += 2) {
+            uint32_t word = 0;
+            for (int r = 0; r < ROWS; r++) {
+                const uint8_t q = rows[first + r].q[block * QUANT_BLOCK + k_of_word<F>(w)];
+                word |= (q >> shift & ((1u << BITS) - 1)) << BITS * r;
+            }
+            storeu(to, uint16_t(word));
+        }
+    return to;
+}
+
+template <int F, int BITS>
 static inline uint8_t* put_plane(const FileBlock* rows, int block, int shift, uint8_t* to) {
+    if constexpr (HAS_TILES) return put_tile_plane<F, BITS>(rows, block, shift, to);
     for (int first = 0; first < QUANT_BLOCK; first += 32 / BITS) {
         uint32_t of_row[VW];
         for (int r = 0; r < VW; r++) {
@@ -177,38 +194,8 @@ static uint8_t* put_bytes(const FileBlock* rows, int block, uint8_t* to) {
     return to;
 }
 
-// A plane for products by tiles.
-template <int F, int BITS>
-static inline uint8_t* put_tile_plane(const FileBlock* rows, int block, int shift, uint8_t* to) {
-    constexpr int ROWS = 16 / BITS;
-    for (int first = 0; first < TILE; first += ROWS)
-        for (int w = 0; w < QUANT_BLOCK; w++, to += 2) {
-            uint32_t word = 0;
-            for (int r = 0; r < ROWS; r++) {
-                const uint8_t q = rows[first + r].q[block * QUANT_BLOCK + k_of_word<F>(w)];
-                word |= (q >> shift & ((1u << BITS) - 1)) << BITS * r;
-            }
-            storeu(to, uint16_t(word));
-        }
-    return to;
-}
-
-template <int F>
-static uint8_t* put_tile(const FileBlock* rows, int block, uint8_t* to) {
-    constexpr int BITS = FORMATS[F].bits;
-    if constexpr (BITS == 8) {
-        for (int r = 0; r < TILE; r++, to += QUANT_BLOCK)
-            memcpy(to, rows[r].q + block * QUANT_BLOCK, QUANT_BLOCK);
-        return to;
-    }
-    to = put_tile_plane<F, 4>(rows, block, 0, to);
-    if constexpr (BITS > 4 && BITS < 8) to = put_tile_plane<F, BITS - 4>(rows, block, 4, to);
-    return to;
-}
-
 template <int F>
 static uint8_t* put_quants(const FileBlock* rows, int block, uint8_t* to) {
-    if constexpr (HAS_TILES) return put_tile<F>(rows, block, to);
     constexpr int BITS = FORMATS[F].bits, STEP = HAS_BF16_PAIRS ? 2 : 1;
     if constexpr (BITS == 8) {
         for (int f = 0; f < QUANT_BLOCK; f++)
@@ -216,8 +203,8 @@ static uint8_t* put_quants(const FileBlock* rows, int block, uint8_t* to) {
                 memcpy(to, &rows[row_of_lane(f, lane)].q[k_of_lane(f, lane)], STEP);
         return to;
     }
-    to = put_plane<4>(rows, block, 0, to);
-    if constexpr (BITS > 4) to = put_plane<BITS - 4>(rows, block, 4, to);
+    to = put_plane<F, 4>(rows, block, 0, to);
+    if constexpr (BITS > 4) to = put_plane<F, BITS - 4>(rows, block, 4, to);
     return to;
 }
 
@@ -249,10 +236,8 @@ static void pack_strip(const uint8_t* const* rows, int64_t k, uint8_t* to) {
         for (int64_t i = 0; i < k; i += QUANT_BLOCK)
             for (int f = 0; f < QUANT_BLOCK; f++)
                 for (int lane = 0; lane < VW; lane++, to += 2) {
-                    const int at = f * VW + lane;
-                    const uint8_t* row = rows[HAS_TILES ? at / QUANT_BLOCK : row_of_lane(f, lane)];
-                    const int64_t j = i + (HAS_TILES ? at % QUANT_BLOCK : k_of_lane(f, lane));
-                    storeu(to, row ? half_at(row + 2 * j) : uint16_t(0));
+                    const uint8_t* row = rows[row_of_lane(f, lane)];
+                    storeu(to, row ? half_at(row + 2 * (i + k_of_lane(f, lane))) : uint16_t(0));
                 }
     } else {
         constexpr Format format = FORMATS[F];

@@ -73,9 +73,13 @@ typedef Input<bf16> Wide;
 
 // Row and k within a block of lane `lane` of vector `f`.
 constexpr int row_of_lane(int f, int lane) {
+    if (HAS_TILES) return (f * VW + lane) / QUANT_BLOCK;
     return HAS_BF16_PAIRS ? f % 2 * (VW / 2) + lane / 2 : lane;
 }
-constexpr int k_of_lane(int f, int lane) { return HAS_BF16_PAIRS ? f / 2 * 2 + lane % 2 : f; }
+constexpr int k_of_lane(int f, int lane) {
+    if (HAS_TILES) return (f * VW + lane) % QUANT_BLOCK;
+    return HAS_BF16_PAIRS ? f / 2 * 2 + lane % 2 : f;
+}
 
 // The scales of a block and its least values, of its groups along k; a lane is a row.
 struct RowScales {
@@ -132,10 +136,16 @@ __attribute__((always_inline)) static inline void read_scales(const uint8_t* at,
 }
 
 // Bit FROM of every lane moved to bit 4.
-template <int FROM>
-static inline vu to_bit_four(const vu& plane) {
+template <int FROM, class V>
+static inline V to_bit_four(const V& plane) {
     if constexpr (FROM < 4) return plane << (4 - FROM);
     return plane >> (FROM < 4 ? 0 : FROM - 4);
+}
+
+// What a quant of up to six bits is before it is scaled.
+template <int F>
+constexpr float level(int q) {
+    return F == IQ4_NL ? IQ4_NL_VALUES[q % 16] : float(q - FORMATS[F].zero);
 }
 
 // The values of a format's quants in bf16, twice if there are sixteen.
@@ -147,8 +157,7 @@ struct Levels {
     constexpr Levels() : values() {
         for (int i = 0; i < ENTRIES; i++) {
             const int q = i % (1 << FORMATS[F].bits);
-            const float value = F == IQ4_NL ? IQ4_NL_VALUES[q % 16] : float(q - FORMATS[F].zero);
-            values[i] = uint16_t(__builtin_bit_cast(uint32_t, value) >> 16);
+            values[i] = uint16_t(__builtin_bit_cast(uint32_t, level<F>(q)) >> 16);
         }
     }
 };

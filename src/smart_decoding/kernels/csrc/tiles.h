@@ -35,17 +35,6 @@ static inline void tile_multiply() {
         tile_dot_u8s8<SUM, X, W_TILE>();
 }
 
-// The tiles of sums from memory: of up to 32 rows (BOTH: of more than 16).
-template <bool BOTH>
-static inline void load_sums(const float* sums) {
-    tile_load<0>(sums, 4 * PANEL);
-    tile_load<1>(sums + TILE, 4 * PANEL);
-    if constexpr (BOTH) {
-        tile_load<2>(sums + TILE * PANEL, 4 * PANEL);
-        tile_load<3>(sums + TILE * PANEL + TILE, 4 * PANEL);
-    }
-}
-
 static inline void clear_sums() {
     tile_zero<0>();
     tile_zero<1>();
@@ -53,15 +42,12 @@ static inline void clear_sums() {
     tile_zero<3>();
 }
 
-// Adds to sums [rows, PANEL] of up to 32 rows (BOTH: of more than 16), or begins them. depth: bytes
-// of a row; ld: bytes between rows.
+// sums [rows, PANEL] of up to 32 rows (BOTH: of more than 16). depth: bytes of a row; ld: bytes
+// between rows.
 template <class W, bool BOTH>
 static inline void tile_pass(const char* x, int64_t ld, const char* w, int64_t depth,
-                             Prefetch prefetch, float* sums, bool begin) {
-    if (begin)
-        clear_sums();
-    else
-        load_sums<BOTH>(sums);
+                             Prefetch prefetch, float* sums) {
+    clear_sums();
     for (int64_t i = 0; i < depth;
          i += TILE_WIDTH, w += TILE_STEP_BYTES, prefetch.at += prefetch.stride) {
         for (int64_t b = 0; b < prefetch.stride;
@@ -92,16 +78,16 @@ static inline void tile_pass(const char* x, int64_t ld, const char* w, int64_t d
 // shaped: rows that the tiles are configured for, or 0; the caller releases them.
 template <class W>
 static int tile_rows(const char* x, int64_t ld, int left, const char* w, int64_t depth,
-                     Prefetch prefetch, float* sums, bool begin, int& shaped) {
+                     Prefetch prefetch, float* sums, int& shaped) {
     const int count = std::min(TILE_PASS, left);
     if (count != shaped) {
         shape_linear_tiles(std::min(count, TILE), std::max(count - TILE, 1));
         shaped = count;
     }
     if (count > TILE)
-        tile_pass<W, true>(x, ld, w, depth, prefetch, sums, begin);
+        tile_pass<W, true>(x, ld, w, depth, prefetch, sums);
     else
-        tile_pass<W, false>(x, ld, w, depth, prefetch, sums, begin);
+        tile_pass<W, false>(x, ld, w, depth, prefetch, sums);
     return count;
 }
 
@@ -121,7 +107,7 @@ static void tile_gemm(const Input<W>* x, int64_t ld, int rows, const W* w, int64
         Prefetch prefetch = {panel + (passes > 1 ? panel_bytes : TILE_PREFETCH_L2), stride};
         for (int row = 0; row < rows; prefetch.at += depth / TILE_WIDTH * stride) {
             const int count = tile_rows<W>((const char*)(x + row * ld), ld_bytes, rows - row, panel,
-                                           depth, prefetch, sums, true, shaped);
+                                           depth, prefetch, sums, shaped);
             for (int r = 0; r < count; r++)
                 done(row + r, p * PANEL, loadu<vf>(sums + r * PANEL),
                      loadu<vf>(sums + r * PANEL + VW));
