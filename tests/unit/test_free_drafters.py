@@ -74,6 +74,14 @@ def test_ngram_proposes_what_followed_before() -> None:
     }  # three tokens agree, then four, five ...
 
 
+def test_ngram_quotes_at_length() -> None:
+    """Where rows are nearly free, all of a long quote is verified at once."""
+    quote = list(range(100))
+    trees = NgramDrafter().start([request([*quote, 200, *quote[:5]])], FREE)
+    assert trees.token.tolist() == quote[5:53]
+    assert trees.depth.tolist() == list(range(1, 49))
+
+
 def test_ngram_frequencies_branch() -> None:
     text = [7, 1, 2, 5, 7, 1, 2, 5, 7, 1, 2, 6, 7, 1, 2]
     found = paths(NgramDrafter(min_n=3, max_n=3, max_depth=1).start([request(text)], FREE))

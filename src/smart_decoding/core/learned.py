@@ -119,7 +119,7 @@ class Learned:
             return
         if rule.levels == 0 and not forecast_rate:
             self.forecast.observe_free(trees, rule.limits)
-        elif forecast_rate:
+        elif rule.levels and forecast_rate:
             costs = rule.keep.costs
             further = sum(costs.levels[round.level_widths[1:]].tolist())
             seconds = costs.sunk + further + float(costs.verify[len(round.kept)])

@@ -118,10 +118,18 @@ def predict(
         rates[Mode.MODEL] = forecast_rate * learned.realised(size)
         if shape.has_free:
             alone = FreeAlone(BestRate(costs), np.maximum(-losses[:, :NODES], 0.0), drafted)
+            _join(rates)
     with_model = replace(costs, sunk=costs.sunk + first)
     grow = _look_ahead(with_model, children, drafting, max_levels)
     keep = {Mode.FREE: BestRate(costs), Mode.MODEL: BestRate(with_model)}
     return Prediction(rates, forecast_rate, plain, catch_up, grow, keep, alone)
+
+
+def _join(rates: dict[Mode, float]) -> None:
+    """Where the model beats plain decoding, it drafts whenever free drafters have nothing better:
+    each round has the better of both, so free drafters alone are no option."""
+    if rates[Mode.MODEL] > rates[Mode.PLAIN]:
+        rates[Mode.MODEL] = max(rates[Mode.MODEL], rates.pop(Mode.FREE))
 
 
 def _round_costs(

@@ -7,9 +7,9 @@ quotes, summaries.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from heapq import heappop, heappush
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
@@ -66,60 +66,61 @@ class NgramIndex:
         return found
 
 
-@dataclass(slots=True)
-class Trie:
-    """Continuations of one request, parents before children; node 0 is the root. Lists have one
-    entry per node.
+# What follows an earlier occurrence of the last tokens: from where on, how many tokens agree before
+# it, and its weight.
+Occurrence: TypeAlias = tuple[int, int, float]
+# A continuation's token, the number of its parent, its depth, draft_prob and path_prob.
+Node: TypeAlias = tuple[int, int, int, float, float]
 
-    seen: weighted occurrences that came here; went_on: those of them whose next token is known;
-    context: tokens that agree with the text before this node's token (0 for the root)."""
 
-    token: list[int] = field(default_factory=lambda: [ROOT])
-    parent: list[int] = field(default_factory=lambda: [ROOT])
-    depth: list[int] = field(default_factory=lambda: [0])
-    seen: list[float] = field(default_factory=lambda: [0.0])
-    went_on: list[float] = field(default_factory=lambda: [0.0])
-    context: list[int] = field(default_factory=lambda: [0])
-    child: dict[tuple[int, int], int] = field(default_factory=dict)
+def likeliest(
+    text: Sequence[int], found: Mapping[int, int], count: int, max_depth: int
+) -> list[Node]:
+    """The `count` likeliest nodes of the trie into which the continuations of `found` merge, the
+    likeliest first.
 
-    def add(self, continuation: Sequence[int], weight: float, matched: int) -> None:
-        """One occurrence; those with long matches come first."""
-        node = 0
-        for token in continuation:
-            self.went_on[node] += weight
-            node = self.child.get((node, token)) or self._new(node, token, matched)
-            self.seen[node] += weight
+    found: as by `NgramIndex.occurrences`."""
+    longest = max(found.values(), default=0)
+    those = [(at, matched, SHORTER ** (longest - matched)) for at, matched in found.items()]
+    nodes: list[Node] = []
+    waiting: list[tuple[float, int, int, int, int, float, list[Occurrence]]] = []
+    pushed = 0  # among equals the first one is taken
+    number, depth, path_prob = ROOT, 0, 1.0
+    while True:
+        if depth < max_depth:
+            for token, prob, went_on in _next_tokens(text, those, depth):
+                entry = (-path_prob * prob, pushed, token, number, depth + 1, prob, went_on)
+                heappush(waiting, entry)
+                pushed += 1
+        if not waiting or len(nodes) == count:
+            return nodes
+        negated, _, token, parent, depth, prob, those = heappop(waiting)
+        path_prob = -negated
+        number = len(nodes)
+        nodes.append((token, parent, depth, prob, path_prob))
 
-    def best(self, count: int) -> list[tuple[int, int, int, float, float]]:
-        """The `count` likeliest nodes, parents first and renumbered: (token, parent, depth,
-        draft_prob, path_prob).
 
-        draft_prob: the share of the parent's continuations, times 1 - 2^-context: short matches are
-        chance."""
-        draft = [1.0]
-        path = [1.0]
-        for node in range(1, len(self.token)):
-            parent = self.parent[node]
-            draft.append(self.seen[node] / self.went_on[parent] * (1.0 - 0.5 ** self.context[node]))
-            path.append(path[parent] * draft[node])
-        # Stable: a parent is at least as likely as its child and comes before it, so the choice is
-        # prefix-closed.
-        chosen = sorted(sorted(range(1, len(path)), key=lambda node: -path[node])[:count])
-        number = {0: ROOT, **{node: i for i, node in enumerate(chosen)}}
-        return [
-            (self.token[n], number[self.parent[n]], self.depth[n], draft[n], path[n])
-            for n in chosen
-        ]
+def _next_tokens(
+    text: Sequence[int], those: list[Occurrence], depth: int
+) -> list[tuple[int, float, list[Occurrence]]]:
+    """The tokens that follow `depth` tokens after these occurrences, those with long matches first,
+    with their draft_prob and the occurrences that go on so.
 
-    def _new(self, parent: int, token: int, matched: int) -> int:
-        node = self.child[parent, token] = len(self.token)
-        self.token.append(token)
-        self.parent.append(parent)
-        self.depth.append(self.depth[parent] + 1)
-        self.seen.append(0.0)
-        self.went_on.append(0.0)
-        self.context.append(matched + self.depth[parent])
-        return node
+    draft_prob: the share by weight, times 1 - 2^-context, where `context` tokens agree before:
+    short matches are chance."""
+    by_token: dict[int, list[Occurrence]] = {}
+    total = 0.0
+    for occurrence in those:
+        at = occurrence[0] + depth
+        if at < len(text):
+            total += occurrence[2]
+            by_token.setdefault(text[at], []).append(occurrence)
+    found = []
+    for token, went_on in by_token.items():
+        share = 1.0 if len(by_token) == 1 else sum([weight for _, _, weight in went_on]) / total
+        context = went_on[0][1] + depth
+        found.append((token, share * (1.0 - 0.5**context), went_on))
+    return found
 
 
 class NgramDrafter(FreeDrafter):
@@ -134,8 +135,8 @@ class NgramDrafter(FreeDrafter):
         self,
         min_n: int = 2,
         max_n: int = 4,
-        max_nodes: int = 16,
-        max_depth: int = 8,
+        max_nodes: int = 64,
+        max_depth: int = 48,
         occurrences: int = 16,
     ) -> None:
         self.min_n = require_int("min_n", min_n, 1, 64)
@@ -150,10 +151,12 @@ class NgramDrafter(FreeDrafter):
     def start(self, requests: Sequence[Request], rule: TreeRule) -> DraftTrees:
         """The likeliest continuations of each request."""
         owner: list[int] = []
-        rows: list[tuple[int, int, int, float, float]] = []
+        rows: list[Node] = []
         for i, request in enumerate(requests):
             first = len(rows)
-            best = self._continuations(request).best(self.max_nodes)
+            tokens = request.tokens
+            found = self._indexed(request).occurrences(tokens, self.occurrences)
+            best = likeliest(tokens, found, self.max_nodes, self.max_depth)
             for token, parent, depth, draft, path in best:
                 owner.append(i)
                 above = parent if parent == ROOT else first + parent
@@ -184,12 +187,3 @@ class NgramDrafter(FreeDrafter):
             index = self._index[request] = NgramIndex(self.min_n, self.max_n)
         index.update(request.tokens)
         return index
-
-    def _continuations(self, request: Request) -> Trie:
-        trie = Trie()
-        tokens = request.tokens
-        found = self._indexed(request).occurrences(tokens, self.occurrences)
-        longest = max(found.values(), default=0)
-        for at, matched in found.items():
-            trie.add(tokens[at : at + self.max_depth], SHORTER ** (longest - matched), matched)
-        return trie

@@ -24,6 +24,7 @@ STEEP = CostModel.from_table({1: {1: 10.0, 64: 640.0}}, DRAFT)
 HOPELESS = CostModel.from_table(
     {1: {1: 10.0, 64: 640.0}}, {rows: 10 * seconds for rows, seconds in DRAFT.items()}
 )
+DEAR_DRAFTS = CostModel.from_table({1: {1: 20.0, 64: 30.0}}, {1: 40.0, 64: 80.0})
 CHEAP_ROWS = CostModel.from_table({1: {1: 30.0, 512: 40.0}}, DRAFT)
 
 
@@ -222,6 +223,38 @@ def test_free_drafters_that_seldom_propose_are_not_taken_for_ones_that_always_do
     assert policy.forecast.free[0] < 0.25
     rates = policy.predict(Shape.of(now, now.limits)).rates
     assert 1.0 < rates[Mode.FREE] / rates[Mode.PLAIN] < 1.3
+
+
+def test_free_drafters_alone_are_an_option_only_where_the_model_does_not_pay() -> None:
+    """Else each round has the better of both, and so has what is predicted."""
+    now = replace(World(5, 1, FLAT).state(), has_free=True)
+    shape = Shape.of(now, now.limits)
+    apart = make_policy("smart", cost=FLAT).predict(replace(shape, has_free=False)).rates
+    free = make_policy("smart", cost=FLAT).predict(replace(shape, has_model=False)).rates
+    both = make_policy("smart", cost=FLAT).predict(shape).rates
+    assert apart[Mode.MODEL] > apart[Mode.PLAIN]
+    assert both == {**apart, Mode.MODEL: max(apart[Mode.MODEL], free[Mode.FREE])}
+    slow = make_policy("smart", cost=DEAR_DRAFTS).predict(shape).rates
+    assert slow[Mode.MODEL] < slow[Mode.PLAIN] < slow[Mode.FREE]
+
+
+def test_a_round_of_free_drafters_says_nothing_of_the_model() -> None:
+    """What the model reaches of its forecast is learned where it drafts."""
+    policy = make_policy("smart", cost=FLAT)
+    now = replace(World(5, 1, FLAT).state(), has_free=True)
+    rule = policy.plan(now)
+    assert rule is not None
+    trees = DraftTrees.empty(1)
+    trees.append([0] * 8, [*range(8)], [*range(-1, 7)], [1.0] * 8, source=1)
+    rule = rule.beside(trees)
+    assert rule.levels == 0  # eight sure tokens for nothing are enough
+    before = policy.learned.realised(1)
+    kept = rule.select(trees)
+    after = np.full(8, 99)
+    policy.observe(
+        Round(now, rule, trees, kept, after, np.array([99]), [], [], 1 + len(kept), 0.03)
+    )
+    assert policy.learned.realised(1) == before
 
 
 @pytest.mark.parametrize("right", [True, False])
