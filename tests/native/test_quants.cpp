@@ -193,7 +193,8 @@ void in_bytes(uint64_t seed, const std::vector<Kind>& kinds, int64_t k) {
     check::begin("quants in 8 bits", seed, names + ", k " + std::to_string(k));
     smart_pack_quants(exact_strips.data(), exact_strips.size(), rows.data(), k, 0);
     smart_pack_quants(byte_strips.data(), byte_strips.size(), rows.data(), k, 1);
-    const Weight exact{nullptr, exact_strips.data(), 0}, rounded{nullptr, byte_strips.data(), 1};
+    const Weight exact{nullptr, exact_strips.data(), NEVER},
+        rounded{nullptr, byte_strips.data(), ALWAYS};
 
     std::vector<int64_t> index(n);
     for (int64_t i = 0; i < n; i++) index[i] = i;
@@ -203,7 +204,7 @@ void in_bytes(uint64_t seed, const std::vector<Kind>& kinds, int64_t k) {
     for (int64_t i = 0; i < n * k; i++)  // zeros may have either sign
         if (!check::near("weight", wanted_rows[i], found_rows[i], 0)) return;
 
-    const int count = int(random.between(1, 20));
+    const int count = int(random.between(1, 40));
     std::vector<float> x = random.normals(count * k);
     if (random.chance(0.3)) std::fill_n(x.begin() + random.below(count) * k, k, 0.0f);
     std::vector<float> scratch(x.size()), wanted(count * n), found(count * n), alone(n);
@@ -217,6 +218,13 @@ void in_bytes(uint64_t seed, const std::vector<Kind>& kinds, int64_t k) {
         errors += (double(found[i]) - wanted[i]) * (double(found[i]) - wanted[i]);
     }
     check::near("relative error", 0, std::sqrt(errors / squares), 0.02);
+    const Weight drafting{nullptr, byte_strips.data(), IF_FASTER};
+    const bool by_tiles = smart_pass_rows(&exact, 1) == 32 && count > 16;
+    std::vector<float> drafted(count * n);
+    smart_linear(x.data(), count, &drafting, n, k, 1, nullptr, 0, nullptr, scratch.data(),
+                 drafted.data(), n, 0, 3, nullptr, 2);
+    check::bits("many rows by tiles", by_tiles ? wanted.data() : found.data(), drafted.data(),
+                drafted.size());
     const int row = int(random.below(count));
     smart_linear(&x[row * k], 1, &rounded, n, k, 1, nullptr, 0, nullptr, scratch.data(),
                  alone.data(), n, 0, 3, nullptr, 1);

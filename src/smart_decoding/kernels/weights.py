@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from smart_decoding.kernels import abi, library
 
 PAST_CACHES, INTO_L2, INTO_CACHES = 0, 2, 3  # as in panels.h
+NEVER, ALWAYS, IF_FASTER = 0, 1, 2  # as in abi.h: when inputs of quants are rounded to 8 bits
 # As in abi.h: those of GGUF files, and Q4_Z, which is Q4_0 with a zero of each block, a byte after
 # its scale. A tensor in another format is expanded to bf16 when it is read.
 FORMATS = (
@@ -94,14 +95,14 @@ class Arena:
     """Memory for packed weights, on huge pages where the system grants them (TLB misses cost 20 %).
     It grows a block at a time.
 
-    size: bytes expected in all. in_bytes: whether quants may be multiplied with inputs rounded to 8
-    bits, as is right for what only drafts. hint: where forwards prefetch them to. What does not fit
-    into caches anyway had better go past them, where that is as fast: other weights and Python then
-    stay there. kept: strips that were packed before, in the same order."""
+    size: bytes expected in all. in_bytes: when inputs of quants are rounded to 8 bits: NEVER,
+    ALWAYS, or IF_FASTER, as is right for what only drafts. hint: where forwards prefetch them to.
+    What does not fit into caches anyway had better go past them, where that is as fast: other
+    weights and Python then stay there. kept: strips that were packed before, in the same order."""
 
     HUGE, CACHES, BLOCK = 2 << 20, 32 << 20, 64 << 20
 
-    def __init__(self, size: int, in_bytes: bool = False, kept: Tensor | None = None) -> None:
+    def __init__(self, size: int, in_bytes: int = NEVER, kept: Tensor | None = None) -> None:
         self.in_bytes = in_bytes
         self.strips: list[Tensor] = []  # all that were packed, or kept
         self.all_kept = True
@@ -234,7 +235,8 @@ def _pack_strips(
     sizes = np.array([_lib().smart_strip_bytes(i, k) for i in range(len(FORMATS))])[formats]
     size = int(sizes.sum())
     arena = arena or Arena(size)
-    in_bytes = arena.in_bytes and bool(_lib().smart_multiplies_bytes() and formats.all())
+    as_bytes = bool(_lib().smart_multiplies_bytes() and formats.all())
+    in_bytes = arena.in_bytes if as_bytes else NEVER
     starts = np.cumsum(sizes) - sizes
     strips = np.empty((len(formats), 2), np.int64)
     strips[:, 1] = formats

@@ -15,6 +15,8 @@ from tqdm import tqdm
 from smart_decoding.engine.protocols import TargetScores
 from smart_decoding.kernels import ops as kernels
 from smart_decoding.kernels.weights import (
+    ALWAYS,
+    NEVER,
     Arena,
     Matrix,
     PackedWeight,
@@ -65,7 +67,7 @@ class Decoder:
     the dtype. native: whether the CPU kernels run it (None: on every CPU, an error where they
     cannot). graphs: whether CUDA graphs do, on a CUDA device."""
 
-    in_bytes = False  # whether quants are multiplied with inputs rounded to 8 bits
+    in_bytes = NEVER  # when inputs of quants are rounded to 8 bits
     quiet: bool | None = None  # no progress is shown; None: only on a terminal
     _panels: KeptPanels | None = None
 
@@ -125,7 +127,7 @@ class Decoder:
     def _packed(self, weights: Mapping[str, Matrix]) -> NativeModel:
         """Packs the weights for the CPU kernels."""
         config = self.config
-        self._panels = kept_panels(weights, self.dtype, self.in_bytes)
+        self._panels = kept_panels(weights, self.dtype, self.in_bytes != NEVER)
         kept = None if self._panels is None else self._panels.read()
         size = self.dtype.itemsize * sum(map(math.prod, config.expected_shapes().values()))
         self._arena = arena = Arena(size, self.in_bytes, kept)
@@ -197,4 +199,4 @@ class Decoder:
 class RoundingDecoder(Decoder):
     """Inputs of its quants are rounded to 8 bits: faster, and its logits are off by a little."""
 
-    in_bytes = True
+    in_bytes = ALWAYS

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from smart_decoding.kernels.selection import NativeSelection
-from smart_decoding.models.decoder import RoundingDecoder
+from smart_decoding.kernels.weights import IF_FASTER
+from smart_decoding.models.decoder import Decoder
 from smart_decoding.models.kernel_check import use_native
 from smart_decoding.models.native_level import LevelCall, first_level
 from smart_decoding.models.ranking import ranked
@@ -32,9 +33,10 @@ if TYPE_CHECKING:
 _BY_TOKEN = ("model.embed_tokens.weight", "lm_head.weight")
 
 
-class _Decoder(RoundingDecoder):
+class _Decoder(Decoder):
     """No answer depends on drafts. It may be loaded while an answer is shown."""
 
+    in_bytes = IF_FASTER
     quiet = True
 
 

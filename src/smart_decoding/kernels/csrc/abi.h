@@ -18,6 +18,10 @@ extern "C" {
 // of. Q4_Z is Q4_0 with a zero of each block, a byte after its scale, as GPTQ and AWQ have it.
 enum { BF16_ROWS, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K, IQ4_NL, Q4_Z };
 
+// When inputs of quants are rounded to 8 bits: where drafts alone depend on it, wherever that is
+// faster.
+enum { NEVER, ALWAYS, IF_FASTER };
+
 struct Strip {  // as many rows of a quantised weight as a vector has lanes; see quants.h
     const uint8_t* data;
     int64_t format;
@@ -26,7 +30,7 @@ struct Strip {  // as many rows of a quantised weight as a vector has lanes; see
 struct Weight {  // [n, k], packed: bf16 or fp32 panels, or two strips of each panel
     const void* panels;
     const struct Strip* strips;  // or null
-    int64_t in_bytes;            // are strips, packed so, multiplied with inputs in 8 bits?
+    int64_t in_bytes;            // of strips, packed so: when inputs are rounded to 8 bits
 };
 
 // ---------------------------------------------------------------------------- what a forward reads

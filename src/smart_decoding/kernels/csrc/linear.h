@@ -213,13 +213,51 @@ static inline void quant_panel(const Wide* x, int64_t ld, int rows, const Strip*
     }
 }
 
-// `gemm` of quants. in_bytes: they are packed for inputs in 8 bits.
+// More rows than these are faster by tiles than with inputs in 8 bits: three passes.
+constexpr int FEW_ROWS = 2 * BYTE_ROWS;
+
+// `gemm` by tiles of quants that are packed for inputs in 8 bits: each panel is widened once.
+template <class Epilogue>
+static void widened_gemm(const Wide* x, int64_t ld, int rows, const Strip* strips, int64_t n,
+                         int64_t k, Epilogue&& done) {
+    static thread_local std::vector<vu> panel;
+    const int64_t depth = k * sizeof(bf16);
+    if (int64_t(panel.size() * sizeof(vu)) < depth * PANEL)
+        panel.resize(depth * PANEL / sizeof(vu));
+    const Panels mine(n);
+    int shaped = 0;
+    alignas(64) float sums[TILE_PASS * PANEL];
+    for (int64_t p = mine.first; p < mine.last; p++) {
+        for (int half = 0; half < 2; half++) {
+            const Strip& strip = strips[2 * p + half];
+            bf16* to = (bf16*)panel.data() + half * PANEL;
+            with_format(strip.format, [&](auto format) {
+                if constexpr (format != BF16_ROWS) widen_bytes<format>(strip.data, k, to);
+            });
+        }
+        for (int row = 0; row < rows;) {
+            const int count =
+                tile_rows<bf16>((const char*)(x + row * ld), ld * sizeof(Wide), rows - row,
+                                (const char*)panel.data(), depth, Prefetch{nullptr, 0}, sums, shaped);
+            for (int r = 0; r < count; r++)
+                done(row + r, p * PANEL, loadu<vf>(sums + r * PANEL),
+                     loadu<vf>(sums + r * PANEL + VW));
+            row += count;
+        }
+    }
+    tile_release();
+}
+
+// `gemm` of quants. in_bytes: as of Weight.
 template <class Epilogue>
 static void quant_gemm(const Wide* x, int64_t ld, int rows, const Strip* strips, int64_t n,
-                       int64_t k, bool in_bytes, Epilogue&& done) {
+                       int64_t k, int64_t in_bytes, Epilogue&& done) {
     if (!rows) return;
-    if constexpr (HAS_TILES)
-        if (!in_bytes) return tile_quant_gemm(x, ld, rows, strips, n, k, done);
+    if constexpr (HAS_TILES) {
+        if (in_bytes == NEVER) return tile_quant_gemm(x, ld, rows, strips, n, k, done);
+        if (in_bytes == IF_FASTER && rows > FEW_ROWS)
+            return widened_gemm(x, ld, rows, strips, n, k, done);
+    }
     static thread_local ByteRows bytes;
     if (in_bytes) bytes.read(x, ld, rows, k);
     static thread_local std::vector<float> kept;

@@ -188,6 +188,32 @@ static inline void byte_panel(const ByteRows& in, const Strip* strips, float* su
         });
 }
 
+// Widens a strip, its rows' lanes in turn, to its half of a panel of pairs.
+template <int F>
+static void widen_bytes(const uint8_t* data, int64_t k, bf16* to) {
+    constexpr Format format = FORMATS[F];
+    vu in_turn;
+    for (int j = 0; j < VW; j++) in_turn[j] = uint32_t(j | (j + VW) << 16);
+    StripReader<F> strip(data, 0);
+    for (int64_t i = 0; i < k; i += QUANT_BLOCK) {
+        if (format.has_bytes() && i && i % SUPER_BLOCK == 0) strip.read_shared();
+        const uint8_t* at = strip.template step<true>();
+        const RowScales scales = row_scales<F>(at, strip.shared);
+        for_block<4>([&](auto first) __attribute__((always_inline)) {
+            constexpr int group = first / format.group;
+            const vu bytes = quant_bytes<F>(at + format.scales() * VW, first / 4);
+            vf of_k[4];
+            for (int j = 0; j < 4; j++) {
+                const vi quants = (vi)(bytes >> 8 * j & 255) - BYTE_ZERO<F>;
+                of_k[j] = __builtin_convertvector(quants, vf) * scales.scale[group];
+                if constexpr (format.has_least || format.has_zero) of_k[j] += scales.least[0];
+            }
+            for (int j = 0; j < 4; j += 2, to += 2 * PANEL)
+                storeu(to, lookup_words(two_to_bf16(of_k[j], of_k[j + 1]), in_turn));
+        });
+    }
+}
+
 // Row `row` of a strip, [k], as it would be widened.
 template <int F>
 static void unpack_bytes(const uint8_t* data, int64_t k, int row, float* out) {
