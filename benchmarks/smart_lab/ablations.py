@@ -17,9 +17,9 @@ from smart_decoding.core.calibration import BIN_PROBS, MAX_PROB, Calibration, de
 from smart_decoding.core.choice import best_size, ranked
 from smart_decoding.core.cost import CostModel, Curve
 from smart_decoding.core.drift import DriftDetector
-from smart_decoding.core.learned import Learned
 from smart_decoding.core.policies.base import StatelessPolicy, token_array
 from smart_decoding.core.policies.smart import Smart
+from smart_decoding.core.realised import Realised
 from smart_decoding.core.rule import NO_NODES, Grow, Scores, TreeRule, expanded_widths
 from smart_decoding.core.selection import BestRate, Fixed, RoundCosts, best_per_owner
 from smart_decoding.core.tree import (
@@ -227,10 +227,10 @@ class FrozenCosts(Variant):
         self.inner.cost = self._cost
 
 
-class TrustedForecasts(Learned):
+class TrustedForecasts(Realised):
     """Believes that drafted rounds reach the rate that is forecast for them."""
 
-    def realised(self, size: int) -> float:
+    def of(self, size: int) -> float:
         """All of it."""
         return 1.0
 
@@ -247,8 +247,7 @@ class NeverChanged(DriftDetector):
 
 def trusting(inner: Smart) -> Smart:
     """With forecasts that are not corrected."""
-    known = inner.learned
-    inner.learned = TrustedForecasts(known.cost, known.calibration, known.forecast)
+    inner.learned.with_model = TrustedForecasts()
     return inner
 
 

@@ -186,5 +186,5 @@ def test_forecasts_that_are_not_corrected_are_believed(trace):
     policies = [ABLATIONS[name](trace, costs) for name in ("smart", "forecasts: not corrected")]
     for policy in policies:
         run(policy, World(1, 4, costs), range(40))
-    corrected, believed = (policy.learned.realised(4) for policy in policies)
+    corrected, believed = (policy.learned.with_model.of(4) for policy in policies)
     assert believed == 1.0 != corrected

@@ -17,7 +17,6 @@ from smart_decoding.core.running import HORIZON
 from smart_decoding.core.tree import (
     DraftTrees,
     FloatArray,
-    IntArray,
     of_expanded,
     sibling_ranks,
     slots,
@@ -26,26 +25,20 @@ from smart_decoding.core.tree import (
 WIDEST = 8  # children beyond the eighth bring next to nothing
 NODES = 64  # candidates of a request, the best ones, that may be verified: EAGLE-2's tree has 59
 # Draft probabilities before anything is known: they fall off by the square of the rank, and sum to
-# 1. The free drafters' best candidate is as likely, and the next ones fall off by it. That is
-# optimistic: to ask costs next to nothing, and what is verified is still only what pays. A
-# pessimist would wait for a rare exploration.
+# 1.
 _FALLING: FloatArray = np.arange(1.0, WIDEST + 1) ** -2
 _PRIOR_PROBS: FloatArray = _FALLING / _FALLING.sum()
 
 
 class Forecast:
     """Running histogram [DEPTHS, WIDEST, BINS] of draft_prob and the weight [DEPTHS] of expanded
-    nodes behind it.
-
-    free: [NODES] mean accept_prob of the k-th best candidate that the drafters without model have
-    for a request."""
+    nodes behind it."""
 
     def __init__(self, calibration: Calibration) -> None:
         self.calibration = calibration
         self.histogram = np.zeros((DEPTHS, WIDEST, BINS))
         self.histogram[:, np.arange(WIDEST), calibration.bins(_PRIOR_PROBS)] = PRIOR_WEIGHT
         self.weight = np.full(DEPTHS, PRIOR_WEIGHT)
-        self.free: FloatArray = _PRIOR_PROBS[0] ** np.arange(1.0, NODES + 1)
 
     def children(self, shares: FloatArray) -> FloatArray:
         """[DEPTHS, WIDEST] mean acceptance probability, given its parent's, of the k-th child at
@@ -75,18 +68,6 @@ class Forecast:
         keep = np.where(parents > 0, 1.0 - 1.0 / HORIZON, 1.0)
         self.histogram = self.histogram * keep[:, None, None] + new / trees.batch
         self.weight = self.weight * keep + parents / trees.batch
-
-    def observe_free(self, trees: DraftTrees, limits: IntArray) -> None:
-        """Learns what drafters without a model propose, from a round that used nothing else.
-
-        limits: [batch] the nodes below each other that a request may still use; those of requests
-        that may use none do not count."""
-        asking = np.flatnonzero(limits > 0).tolist()
-        best = np.zeros(NODES)
-        for owner in asking:
-            mine = np.sort(trees.accept_prob[trees.owner == owner])[::-1][:NODES]
-            best[: len(mine)] += mine
-        self.free += (best / max(len(asking), 1) - self.free) / HORIZON
 
     def state_dict(self) -> dict[str, Any]:
         """What is known, as plain lists."""

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from collections import defaultdict
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from smart_decoding.core.correction import SURPRISE
 from smart_decoding.core.observed import merged
-from smart_decoding.core.overhead import Overhead, size_bucket
-from smart_decoding.core.running import HORIZON, RunningMean
+from smart_decoding.core.overhead import Overhead
+from smart_decoding.core.realised import Realised
+from smart_decoding.core.running import HORIZON
 from smart_decoding.core.selection import BestRate
 from smart_decoding.core.timings import Timings
 
@@ -24,45 +23,31 @@ if TYPE_CHECKING:
 # Rounds between two lessons in costs, once as many have passed: learning takes time itself, but a
 # machine's state lasts for seconds only. HORIZON rounds pass between two lessons in acceptance.
 COSTS_EVERY = 8
-UNSURE = 0.3  # standard deviation of one request's log rate in a round over its forecast
 
 
 class Learned:
-    """cost: as corrected so far. calibration, forecast, overhead: as they are now."""
+    """cost: as corrected so far. calibration, forecast, overhead: as they are now. with_model: what
+    the model's rounds reach of their forecast, as choosing among real nodes does better than a mean
+    can predict. free: what rounds of free drafters reach of a plain one's rate."""
 
     def __init__(self, cost: CostModel, calibration: Calibration, forecast: Forecast) -> None:
         self.cost = cost
         self.calibration = calibration
         self.forecast = forecast
         self.overhead = Overhead(cost.overhead_seconds)
+        self.with_model = Realised()
+        self.free = Realised()
         self._rounds = 0  # that drafted
-        # Tokens of drafted rounds, and those that were forecast for their seconds, by size bucket:
-        # the mean of single rounds' ratios would say less than all of them together reach.
-        self._tokens: defaultdict[int, RunningMean] = defaultdict(RunningMean)
-        self._forecast_tokens: defaultdict[int, RunningMean] = defaultdict(RunningMean)
         self._plain = Timings()  # of plain rounds that costs are not corrected by yet
         self._drafted = Timings()  # of others
         self._waiting: list[Round] = []  # not learned from yet
         self._expected = 0.0  # nodes that these should have accepted
         self._missing = 0.0  # and that they accepted less
 
-    def realised(self, size: int) -> float:
-        """What drafted rounds of about this size reach of the rate that is forecast for them, as
-        far as they may: what was hardly tried is believed to be good.
-
-        Choosing among real nodes does better than a mean can predict."""
-        bucket = size_bucket(size)
-        tokens = self._tokens[bucket]
-        hope = math.exp(UNSURE / math.sqrt((1 + tokens.seen) * size))
-        if not tokens.seen:
-            return hope
-        return hope * tokens.mean / self._forecast_tokens[bucket].mean
-
     def observe(self, round: Round, forecast_rate: float) -> bool:
         """After any round; whether something was learned that predictions depend on.
 
-        forecast_rate: tokens per second that were forecast of a round in which a model may draft,
-        though free drafters may have been enough; or 0."""
+        forecast_rate: tokens per second that were forecast of it; 0: it says nothing of them."""
         batch = round.batch
         if not batch.prefill_rows:
             self.overhead.observe(batch.size, round.rule is not None, round.other_seconds)
@@ -115,14 +100,10 @@ class Learned:
         expected = round.expected
         self._expected += expected
         self._missing += expected - round.accepted
-        if rule is None or not isinstance(rule.keep, BestRate):
+        if not forecast_rate or rule is None or not isinstance(rule.keep, BestRate):
             return
-        if rule.levels == 0 and not forecast_rate:
-            self.forecast.observe_free(trees, rule.limits)
-        elif rule.levels and forecast_rate:
-            costs = rule.keep.costs
-            further = sum(costs.levels[round.level_widths[1:]].tolist())
-            seconds = costs.sunk + further + float(costs.verify[len(round.kept)])
-            bucket = size_bucket(round.batch.size)
-            self._tokens[bucket].observe(costs.tokens + expected)
-            self._forecast_tokens[bucket].observe(forecast_rate * seconds)
+        costs = rule.keep.costs
+        further = sum(costs.levels[round.level_widths[1:]].tolist())
+        seconds = costs.sunk + further + float(costs.verify[len(round.kept)])
+        realised = self.with_model if rule.levels else self.free
+        realised.observe(round.batch.size, costs.tokens + expected, forecast_rate * seconds)

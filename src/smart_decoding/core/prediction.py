@@ -110,12 +110,12 @@ def predict(
     alone = None
     rates = {Mode.PLAIN: size / plain}
     if shape.has_free:
-        rates[Mode.FREE] = _rate(np.sort(-forecast.free)[None], np.zeros(1), costs, drafting)
+        rates[Mode.FREE] = rates[Mode.PLAIN] * learned.free.of(size)
     if shape.has_model:
         levels = max_levels if shape.deepest > 1 else 1  # every answer comes to its end
         losses, drafted = _levels(children, levels, costs, first, drafting)
         forecast_rate = _rate(losses, drafted, costs, drafting)
-        rates[Mode.MODEL] = forecast_rate * learned.realised(size)
+        rates[Mode.MODEL] = forecast_rate * learned.with_model.of(size)
         if shape.has_free:
             alone = FreeAlone(BestRate(costs), np.maximum(-losses[:, :NODES], 0.0), drafted)
             _join(rates)

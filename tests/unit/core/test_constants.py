@@ -19,7 +19,7 @@ CONSTANTS = [
     (f"{CORE}.exploration", "RUN"),
     (f"{CORE}.learned", "COSTS_EVERY"),
     (f"{CORE}.correction", "SURPRISE"),
-    (f"{CORE}.learned", "UNSURE"),
+    (f"{CORE}.realised", "UNSURE"),
     (f"{CORE}.forecast", "NODES"),
     (f"{CORE}.running", "HORIZON"),
 ]

@@ -37,10 +37,12 @@ class Choice:
         """Whether the round leaves what is predicted best."""
         return self.mode is not self.best
 
-    @property
-    def forecast_rate(self) -> float:
-        """Tokens per second that are forecast of a model's drafts, or 0."""
-        return self.prediction.forecast_rate if self.mode is Mode.MODEL else 0.0
+    def forecast_rate(self, round: Round) -> float:
+        """Tokens per second that were forecast: of a model's drafts, else of plain decoding. 0
+        where the model was left out, as free drafters were enough: others may do worse."""
+        if self.mode is not Mode.MODEL:
+            return self.prediction.rates[Mode.PLAIN]
+        return self.prediction.forecast_rate if round.rule and round.rule.levels else 0.0
 
     def loss(self, round: Round) -> float:
         """Seconds that the round took longer than the best mode for as many tokens."""
@@ -175,7 +177,7 @@ class Smart:
         return choice if (round.rule is None) == (choice.mode is Mode.PLAIN) else None
 
     def _observe(self, round: Round, choice: Choice | None) -> None:
-        if self.learned.observe(round, choice.forecast_rate if choice else 0.0):
+        if self.learned.observe(round, choice.forecast_rate(round) if choice else 0.0):
             self._predictions.clear()
         if choice is not None and choice.explores:
             self._observe_exploration(round, choice)

@@ -236,9 +236,9 @@ static void widened_gemm(const Wide* x, int64_t ld, int rows, const Strip* strip
             });
         }
         for (int row = 0; row < rows;) {
-            const int count =
-                tile_rows<bf16>((const char*)(x + row * ld), ld * sizeof(Wide), rows - row,
-                                (const char*)panel.data(), depth, Prefetch{nullptr, 0}, sums, shaped);
+            const int count = tile_rows<bf16>((const char*)(x + row * ld), ld * sizeof(Wide),
+                                              rows - row, (const char*)panel.data(), depth,
+                                              Prefetch{nullptr, 0}, sums, shaped);
             for (int r = 0; r < count; r++)
                 done(row + r, p * PANEL, loadu<vf>(sums + r * PANEL),
                      loadu<vf>(sums + r * PANEL + VW));
