@@ -12,21 +12,32 @@ from smart_lab.gguf.rates import Reply
 from smart_lab.gguf.server import Flags
 
 PLAIN, DRAFT, NGRAM, BOTH = "plain", "draft model", "n-gram", "draft model and n-gram"
-# n-max, p-min of a draft: llama.cpp's defaults first.
-DRAFTS = ((3, 0.0), (1, 0.0), (2, 0.0), (5, 0.0), (8, 0.5), (16, 0.75), (4, 0.4))
+# n-max, p-min of a draft: llama.cpp's defaults first, then what was best on other machines.
+DRAFTS = ((3, 0.0), (16, 0.75), (8, 0.5), (5, 0.0), (2, 0.0), (1, 0.0), (4, 0.4))
+
+
+def _mod(match: int, most: int) -> tuple[str, ...]:
+    words = ("ngram-mod", "--spec-ngram-mod-n-match", str(match))
+    return (*words, "--spec-ngram-mod-n-min", "1", "--spec-ngram-mod-n-max", str(most))
+
+
+def _sized(kind: str, match: int, most: int) -> tuple[str, ...]:
+    option = f"--spec-{kind}-size"
+    return (kind, f"{option}-n", str(match), f"{option}-m", str(most))
+
+
 # What looks up n-grams, and how: defaults first, which wait for twelve equal tokens.
 NGRAMS = (
     ("ngram-simple",),
-    ("ngram-simple", "--spec-ngram-simple-size-n", "3", "--spec-ngram-simple-size-m", "4"),
-    ("ngram-simple", "--spec-ngram-simple-size-n", "5", "--spec-ngram-simple-size-m", "8"),
-    ("ngram-map-k", "--spec-ngram-map-k-size-n", "3", "--spec-ngram-map-k-size-m", "4"),
-    ("ngram-map-k4v", "--spec-ngram-map-k4v-size-n", "3", "--spec-ngram-map-k4v-size-m", "4"),
+    _mod(4, 8),
+    _mod(4, 32),
+    _sized("ngram-simple", 5, 8),
+    _sized("ngram-simple", 4, 24),
     ("ngram-cache",),
+    _sized("ngram-simple", 3, 4),
+    _sized("ngram-map-k", 3, 4),
+    _sized("ngram-map-k4v", 3, 4),
     ("ngram-mod",),
-    (
-        *("ngram-mod", "--spec-ngram-mod-n-match", "4"),
-        *("--spec-ngram-mod-n-min", "1", "--spec-ngram-mod-n-max", "8"),
-    ),
 )
 # Of plain decoding, one after the other, each in all values that are not the defaults of Flags.
 STEPS: tuple[tuple[str, tuple[Any, ...]], ...] = (
@@ -92,7 +103,7 @@ def tune(answer: Answer, cores: int, draft: str | None, time_left: TimeLeft) -> 
     search.found.flags[PLAIN] = base
     groups = {NGRAM: [ngram_words(setting) for setting in NGRAMS]}
     if draft is not None:
-        groups = {DRAFT: [draft_words(draft, setting) for setting in DRAFTS], **groups}
+        groups[DRAFT] = [draft_words(draft, setting) for setting in DRAFTS]
     for mode, settings in groups.items():
         first, *others = [replace(base, speculation=words) for words in settings]
         search.attempt(mode, first)
