@@ -74,7 +74,7 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """rates: tokens per second of each mode that there is. forecast_rate: of MODEL, before what
+    """rates: tokens per second of each mode that is an option. forecast_rate: of MODEL, before what
     such forecasts really reach is taken into account. plain: seconds of a plain round. catch_up:
     those that a model needs for what it has missed. grow: how a model's trees grow. keep: what is
     verified; for MODEL its costs have the first level, a share of the catching up included. alone:
