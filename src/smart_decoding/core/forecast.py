@@ -24,8 +24,7 @@ from smart_decoding.core.tree import (
 
 WIDEST = 8  # children beyond the eighth bring next to nothing
 NODES = 64  # candidates of a request, the best ones, that may be verified: EAGLE-2's tree has 59
-# Draft probabilities before anything is known: they fall off by the square of the rank, and sum to
-# 1.
+# Draft probabilities before anything is known: they fall off by the rank's square, and sum to 1.
 _FALLING: FloatArray = np.arange(1.0, WIDEST + 1) ** -2
 _PRIOR_PROBS: FloatArray = _FALLING / _FALLING.sum()
 

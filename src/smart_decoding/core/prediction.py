@@ -103,8 +103,7 @@ def predict(
     size = shape.size
     drafting = shape.drafting
     costs, plain = _round_costs(shape, learned, max_round_slowdown)
-    forecast = learned.forecast
-    children = forecast.children(np.array(shape.kinds) / size)
+    children = learned.forecast.children(np.array(shape.kinds) / size)
     first, catch_up = _first_level(learned.cost, shape)
     forecast_rate = 0.0
     alone = None

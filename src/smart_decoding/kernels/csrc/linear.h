@@ -213,39 +213,32 @@ static inline void quant_panel(const Wide* x, int64_t ld, int rows, const Strip*
     }
 }
 
-// More rows than these are faster by tiles than with inputs in 8 bits: three passes.
+// Rows for which inputs in 8 bits are faster than tiles: those of two passes.
 constexpr int FEW_ROWS = 2 * BYTE_ROWS;
 
 // `gemm` by tiles of quants that are packed for inputs in 8 bits: each panel is widened once.
 template <class Epilogue>
 static void widened_gemm(const Wide* x, int64_t ld, int rows, const Strip* strips, int64_t n,
                          int64_t k, Epilogue&& done) {
-    static thread_local std::vector<vu> panel;
+    static thread_local std::vector<vu> memory;  // aligned
     const int64_t depth = k * sizeof(bf16);
-    if (int64_t(panel.size() * sizeof(vu)) < depth * PANEL)
-        panel.resize(depth * PANEL / sizeof(vu));
+    if (int64_t(memory.size() * sizeof(vu)) < depth * PANEL)
+        memory.resize(depth * PANEL / sizeof(vu));
+    bf16* panel = (bf16*)memory.data();
     const Panels mine(n);
     int shaped = 0;
-    alignas(64) float sums[TILE_PASS * PANEL];
     for (int64_t p = mine.first; p < mine.last; p++) {
         for (int half = 0; half < 2; half++) {
             const Strip& strip = strips[2 * p + half];
-            bf16* to = (bf16*)panel.data() + half * PANEL;
             with_format(strip.format, [&](auto format) {
-                if constexpr (format != BF16_ROWS) widen_bytes<format>(strip.data, k, to);
+                if constexpr (format != BF16_ROWS)
+                    widen_bytes<format>(strip.data, k, panel + half * PANEL);
             });
         }
-        for (int row = 0; row < rows;) {
-            const int count = tile_rows<bf16>((const char*)(x + row * ld), ld * sizeof(Wide),
-                                              rows - row, (const char*)panel.data(), depth,
-                                              Prefetch{nullptr, 0}, sums, shaped);
-            for (int r = 0; r < count; r++)
-                done(row + r, p * PANEL, loadu<vf>(sums + r * PANEL),
-                     loadu<vf>(sums + r * PANEL + VW));
-            row += count;
-        }
+        tile_rows<bf16>(x, ld, rows, (const char*)panel, depth, Prefetch{nullptr, 0}, shaped,
+                        [&](int row, vf low, vf high) { done(row, p * PANEL, low, high); });
     }
-    tile_release();
+    if (shaped) tile_release();
 }
 
 // `gemm` of quants. in_bytes: as of Weight.

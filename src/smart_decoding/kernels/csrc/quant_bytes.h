@@ -188,6 +188,17 @@ static inline void byte_panel(const ByteRows& in, const Strip* strips, float* su
         });
 }
 
+// The weights at one k, byte j of the quants' lanes, before they are rounded. group: that of k.
+template <int F>
+__attribute__((always_inline)) static inline vf byte_weights(const vu& bytes, int j,
+                                                             const RowScales& scales, int group) {
+    constexpr Format format = FORMATS[F];
+    const vi quants = (vi)(bytes >> 8 * j & 255) - BYTE_ZERO<F>;
+    const vf scaled = __builtin_convertvector(quants, vf) * scales.scale[group];
+    if constexpr (format.has_least || format.has_zero) return scaled + scales.least[0];
+    return scaled;
+}
+
 // Widens a strip, its rows' lanes in turn, to its half of a panel of pairs.
 template <int F>
 static void widen_bytes(const uint8_t* data, int64_t k, bf16* to) {
@@ -202,14 +213,11 @@ static void widen_bytes(const uint8_t* data, int64_t k, bf16* to) {
         for_block<4>([&](auto first) __attribute__((always_inline)) {
             constexpr int group = first / format.group;
             const vu bytes = quant_bytes<F>(at + format.scales() * VW, first / 4);
-            vf of_k[4];
-            for (int j = 0; j < 4; j++) {
-                const vi quants = (vi)(bytes >> 8 * j & 255) - BYTE_ZERO<F>;
-                of_k[j] = __builtin_convertvector(quants, vf) * scales.scale[group];
-                if constexpr (format.has_least || format.has_zero) of_k[j] += scales.least[0];
+            for (int j = 0; j < 4; j += 2, to += 2 * PANEL) {
+                const vf even = byte_weights<F>(bytes, j, scales, group);
+                const vf odd = byte_weights<F>(bytes, j + 1, scales, group);
+                storeu(to, lookup_words(two_to_bf16(even, odd), in_turn));
             }
-            for (int j = 0; j < 4; j += 2, to += 2 * PANEL)
-                storeu(to, lookup_words(two_to_bf16(of_k[j], of_k[j + 1]), in_turn));
         });
     }
 }
@@ -225,11 +233,8 @@ static void unpack_bytes(const uint8_t* data, int64_t k, int row, float* out) {
         const RowScales scales = row_scales<F>(at, strip.shared);
         for (int j = 0; j < QUANT_BLOCK; j++) {
             const vu bytes = quant_bytes<F>(at + format.scales() * VW, j / 4);
-            const int quant = int(bytes[row] >> j % 4 * 8 & 255) - BYTE_ZERO<F>;
-            float value = float(quant) * scales.scale[j / format.group][row];
-            if (format.has_least || format.has_zero) value += scales.least[0][row];
             bf16 narrow;
-            from_f32(value, &narrow);
+            from_f32(byte_weights<F>(bytes, j % 4, scales, j / format.group)[row], &narrow);
             out[i + j] = to_f32(narrow);
         }
     }

@@ -74,45 +74,45 @@ static inline void tile_pass(const char* x, int64_t ld, const char* w, int64_t d
     }
 }
 
-// As many rows of those left as share a pass, over `depth` bytes of a panel; returns how many.
-// shaped: rows that the tiles are configured for, or 0; the caller releases them.
-template <class W>
-static int tile_rows(const char* x, int64_t ld, int left, const char* w, int64_t depth,
-                     Prefetch prefetch, float* sums, int& shaped) {
-    const int count = std::min(TILE_PASS, left);
-    if (count != shaped) {
-        shape_linear_tiles(std::min(count, TILE), std::max(count - TILE, 1));
-        shaped = count;
+// All rows over a panel whose rows have `depth` bytes, 32 at a time; `done(row, low half, high
+// half)` receives each result. Each pass prefetches its share of what comes next. shaped: rows that
+// the tiles are configured for, or 0; the caller releases them.
+template <class W, class Epilogue>
+static void tile_rows(const Input<W>* x, int64_t ld, int rows, const char* panel, int64_t depth,
+                      Prefetch prefetch, int& shaped, Epilogue&& done) {
+    alignas(64) float sums[TILE_PASS * PANEL];
+    for (int row = 0; row < rows; row += TILE_PASS) {
+        const char* from = (const char*)(x + row * ld);
+        const int64_t ld_bytes = ld * sizeof(Input<W>);
+        const int count = std::min(TILE_PASS, rows - row);
+        if (count != shaped) {
+            shape_linear_tiles(std::min(count, TILE), std::max(count - TILE, 1));
+            shaped = count;
+        }
+        if (count > TILE)
+            tile_pass<W, true>(from, ld_bytes, panel, depth, prefetch, sums);
+        else
+            tile_pass<W, false>(from, ld_bytes, panel, depth, prefetch, sums);
+        prefetch.at += depth / TILE_WIDTH * prefetch.stride;
+        for (int r = 0; r < count; r++)
+            done(row + r, loadu<vf>(sums + r * PANEL), loadu<vf>(sums + r * PANEL + VW));
     }
-    if (count > TILE)
-        tile_pass<W, true>(x, ld, w, depth, prefetch, sums);
-    else
-        tile_pass<W, false>(x, ld, w, depth, prefetch, sums);
-    return count;
 }
 
-// `gemm` by tiles, 32 rows at a time; each pass over a panel prefetches its share of the next.
+// `gemm` by tiles.
 template <class W, class Epilogue>
 static void tile_gemm(const Input<W>* x, int64_t ld, int rows, const W* w, int64_t n, int64_t k,
                       Epilogue&& done) {
     const Panels mine(n);
-    const int64_t depth = k * sizeof(Input<W>), panel_bytes = k * PANEL * sizeof(W),
-                  ld_bytes = ld * sizeof(Input<W>);
+    const int64_t depth = k * sizeof(Input<W>), panel_bytes = k * PANEL * sizeof(W);
     const int passes = (rows + TILE_PASS - 1) / TILE_PASS;
     const int64_t stride = (TILE_STEP_BYTES / passes + 63) / 64 * 64;
     int shaped = 0;
-    alignas(64) float sums[TILE_PASS * PANEL];
     for (int64_t p = mine.first; p < mine.last; p++) {
         const char* panel = (const char*)w + p * panel_bytes;
-        Prefetch prefetch = {panel + (passes > 1 ? panel_bytes : TILE_PREFETCH_L2), stride};
-        for (int row = 0; row < rows; prefetch.at += depth / TILE_WIDTH * stride) {
-            const int count = tile_rows<W>((const char*)(x + row * ld), ld_bytes, rows - row, panel,
-                                           depth, prefetch, sums, shaped);
-            for (int r = 0; r < count; r++)
-                done(row + r, p * PANEL, loadu<vf>(sums + r * PANEL),
-                     loadu<vf>(sums + r * PANEL + VW));
-            row += count;
-        }
+        const Prefetch ahead = {panel + (passes > 1 ? panel_bytes : TILE_PREFETCH_L2), stride};
+        tile_rows<W>(x, ld, rows, panel, depth, ahead, shaped,
+                     [&](int row, vf low, vf high) { done(row, p * PANEL, low, high); });
     }
     if (shaped) tile_release();
 }
