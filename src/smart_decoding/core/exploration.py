@@ -5,8 +5,9 @@ exploration is a run of a few rounds, so that its price of switching is paid onc
 is what it really lost, and further ones wait until that is earned again. A run that gained is
 followed by another one at once: a drafter that has recovered is back soon. What an option needs
 before its first token, as a model that has to read prompts, is earned beforehand, at the same rate,
-but for a little that is lent: short answers would end before it had paid. All is counted in plain
-rounds, whose length is known for every batch.
+but for a little that is lent: short answers would end before it had paid. The more requests wait
+for it, the less is lent to each. All is counted in plain rounds, whose length is known for every
+batch.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import math
 from smart_decoding.core.running import HORIZON
 
 RUN = 2  # rounds of an exploration
-LENT = HORIZON / 2  # plain rounds at the start: enough for what a model has to read of one request
+LENT = HORIZON / 2  # plain rounds of one request at the start: enough for a model to read its prompt
 
 
 class Exploration:
@@ -31,7 +32,8 @@ class Exploration:
         self.seconds = 0.0
         self.count = 0
         self._debt = 0.0  # plain rounds that explorations have lost and that are not earned yet
-        self._earned = LENT  # plain rounds, for what options need before they begin
+        self._earned = 0.0  # plain rounds, for what options need before they begin
+        self._lent = LENT
         self._pause = HORIZON  # rounds until the next run at least, however little it costs
         self._lost = 0.0  # seconds, by the run that is going on
 
@@ -42,13 +44,17 @@ class Exploration:
             return math.inf
         return max(self._pause, math.ceil(self._debt / self.budget))
 
-    def affords(self, price: float) -> bool:
-        """Whether an option's price of beginning, in plain rounds, has been earned."""
-        return min(price, HORIZON) <= self._earned
+    def affords(self, price: float, size: int = 1) -> bool:
+        """Whether an option's price of beginning, in plain rounds of `size` requests, has been
+        earned or is lent."""
+        return min(price, HORIZON) <= self._earned + self._lent / size
 
-    def begin(self, rounds: int | None = None, price: float = 0.0) -> None:
+    def begin(self, rounds: int | None = None, price: float = 0.0, size: int = 1) -> None:
         """A run of so many rounds (None: RUN) begins with the coming one."""
-        self._earned -= min(price, HORIZON)
+        price = min(price, HORIZON)
+        earned = min(price, self._earned)
+        self._earned -= earned
+        self._lent -= (price - earned) * size
         self.left = RUN if rounds is None else rounds
         self.count += 1
         self._lost = 0.0

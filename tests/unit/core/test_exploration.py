@@ -63,6 +63,18 @@ def test_what_an_option_needs_first_is_earned_before() -> None:
     assert exploration.wait == RUN * 0.5 / 0.01
 
 
+def test_less_is_lent_where_more_requests_wait() -> None:
+    exploration = Exploration(0.01)
+    assert exploration.affords(LENT / 4, size=4)
+    assert not exploration.affords(LENT / 4 + 1, size=4)
+    exploration.begin(price=LENT / 8, size=4)
+    assert exploration.affords(LENT / 2)
+    assert not exploration.affords(LENT / 2 + 1)
+    for _ in range(100):
+        exploration.observe_best()
+    assert exploration.affords(1.0 + LENT / 8 - 0.01, size=4)  # what is earned is each request's
+
+
 def test_no_price_is_beyond_reach() -> None:
     exploration = Exploration(0.01)
     for _ in range(100 * HORIZON):

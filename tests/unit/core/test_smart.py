@@ -374,6 +374,6 @@ def test_a_model_that_has_much_to_read_is_explored_once_that_is_earned() -> None
         policy.exploration.observe_best()
     assert policy.exploration.wait == 0
     assert policy._choose(prediction, batch.size, 149).mode is Mode.PLAIN
-    while not policy.exploration.affords(prediction.price(Mode.MODEL)):
+    while not policy.exploration.affords(prediction.price(Mode.MODEL), batch.size):
         policy.exploration.observe_best()
     assert policy._choose(prediction, batch.size, 149).mode is Mode.MODEL

@@ -138,12 +138,12 @@ class Smart:
             self._best = best
             self.exploration.stop()
         prices = {mode: prediction.price(mode) for mode in rates if mode is not best}
-        others = [mode for mode, price in prices.items() if self.exploration.affords(price)]
+        others = [mode for mode, price in prices.items() if self.exploration.affords(price, size)]
         wait = self.exploration.wait if others else HORIZON
         explores = self.exploration.left > 0 and self._explored in prices
         if not explores and others and wait == 0:
             self._explored = others[self.exploration.count % len(others)]
-            self.exploration.begin(price=prices[self._explored])
+            self.exploration.begin(price=prices[self._explored], size=size)
             explores = True
         if prices and not explores and best is Mode.PLAIN:
             self._rest.begin(int(min(wait, HORIZON, deepest)) - 1, size)
