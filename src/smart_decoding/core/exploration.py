@@ -17,7 +17,7 @@ import math
 from smart_decoding.core.running import HORIZON
 
 RUN = 2  # rounds of an exploration
-LENT = HORIZON / 2  # plain rounds of one request at the start: enough for a model to read its prompt
+LENT = HORIZON / 2  # plain rounds of a lone request at the start: a model can read its prompt
 
 
 class Exploration:
