@@ -98,6 +98,7 @@ class Decoder:
             config.layers, config.kv_heads, pages, config.head_dim, dtype, device, self.native
         )
         self.model: NativeModel | None = None  # all of it, where the CPU kernels run it
+        self.quantized = False  # whether they hold quants
         if self.native:
             self.model = self._packed(weights)
         else:
@@ -142,6 +143,7 @@ class Decoder:
             self.embedding = pack([embedding], arena)
         else:  # a table
             self.embedding = embedding
+        self.quantized = bool(arena.strips)
         return NativeModel(layers, self.embedding, packed, self.final_norm, self.kv, self.rotary)
 
     def keep_panels(self) -> None:

@@ -10,9 +10,12 @@ from torch import Tensor
 
 from smart_decoding.models.head_shapes import FIRST, layer_prefixes
 from smart_decoding.models.layers import LayerWeights, layer_weights
+from smart_decoding.models.rounding import RoundedWeights
 
 if TYPE_CHECKING:
-    from smart_decoding.kernels.weights import PackedWeight
+    from collections.abc import Mapping
+
+    from smart_decoding.kernels.weights import Matrix, PackedWeight
     from smart_decoding.models.config import ModelConfig
     from smart_decoding.models.head_files import HeadFiles
     from smart_decoding.models.torch_layers import Linear
@@ -20,11 +23,12 @@ if TYPE_CHECKING:
 
 class TargetWeights(Protocol):
     """What a head borrows of its target. native: whether the head runs on the CPU kernels;
-    graphs: whether its levels are recorded on a CUDA device; work_dtype: of activations; head:
-    the output matrix."""
+    quantized: whether these hold quants of the target; graphs: whether its levels are recorded on a
+    CUDA device; work_dtype: of activations; head: the output matrix."""
 
     config: ModelConfig
     native: bool
+    quantized: bool
     graphs: bool
     dtype: torch.dtype
     work_dtype: torch.dtype
@@ -80,6 +84,13 @@ class HeadWeights:
         return fc.to(self.target.dtype)
 
     @cached_property
+    def held(self) -> Mapping[str, Matrix]:
+        """Its tensors by name, matrices in 8 bits where the target's are quants: no answer depends
+        on drafts. `fc.weight` is `fc`."""
+        weights = {**self.files.weights, "fc.weight": self.fc}
+        return RoundedWeights(weights, "int8") if self.target.quantized else weights
+
+    @cached_property
     def embedding(self) -> Tensor | None:
         """[vocab, hidden] its own embeddings; None where it reads the target's."""
         own = self.get("embed_tokens.weight")
@@ -97,8 +108,6 @@ class HeadWeights:
         shape = self.files.shape
         target = self.target
         return [
-            layer_weights(
-                shape, self.files.weights, prefix, target.dtype, target.device, prefix != FIRST
-            )
+            layer_weights(shape, self.held, prefix, target.dtype, target.device, prefix != FIRST)
             for prefix in layer_prefixes(shape.layers)
         ]

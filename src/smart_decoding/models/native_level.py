@@ -18,7 +18,7 @@ from torch import Tensor
 from smart_decoding.kernels import ops as kernels
 from smart_decoding.kernels.memory import address, pointer
 from smart_decoding.kernels.selection import FirstLevel, NativeSelection, most_expanded
-from smart_decoding.kernels.weights import Arena, PackedWeight, pack, pack_bytes
+from smart_decoding.kernels.weights import IF_FASTER, Arena, PackedWeight, pack, pack_bytes
 from smart_decoding.models.features import Part, readable, row_addresses
 from smart_decoding.models.layers import KVCache, NativeLayers
 from smart_decoding.models.native_model import embedding_addresses, embedding_fields
@@ -163,10 +163,10 @@ def _structure(weights: HeadWeights) -> tuple[Structure, tuple[object, ...]]:
     """The structure Head, and what must stay alive behind it."""
     target = weights.target
     files = weights.files
-    matrices = [weights.fc, *files.weights.values()]
-    arena = Arena(sum(matrix.numel() for matrix in matrices) * target.dtype.itemsize)
+    count = sum(tensor.numel() for tensor in files.weights.values())
+    arena = Arena(count * target.dtype.itemsize, IF_FASTER)
     layers = NativeLayers(weights.layers(), arena)
-    fc = pack([weights.fc], arena)
+    fc = pack([weights.held["fc.weight"]], arena)
     embedding = target.embedding if weights.embedding is None else weights.embedding
     outputs, scales = _outputs(weights)
     vectors = {"fc_bias": weights.get("fc.bias"), **_norms(weights)}

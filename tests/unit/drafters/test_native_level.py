@@ -22,6 +22,7 @@ from smart_decoding.models import native_level
 from smart_decoding.models.decoder import Decoder
 from smart_decoding.models.eagle_head import EagleHead
 from smart_decoding.models.head_files import HeadFiles
+from smart_decoding.models.rounding import RoundedWeights
 from smart_decoding.profiling import measure
 from smart_decoding.training.head import Form, TrainableHead
 
@@ -48,8 +49,12 @@ def files() -> HeadFiles:
     )
 
 
-def head_of(files: HeadFiles, native: bool, dtype: torch.dtype = torch.float32) -> EagleHead:
+def head_of(
+    files: HeadFiles, native: bool, dtype: torch.dtype = torch.float32, quantized: bool = False
+) -> EagleHead:
     weights = checkpoint(TARGET).weights
+    if quantized:
+        weights = RoundedWeights(weights, "int8")
     decoder = Decoder(TARGET, weights, dtype, torch.device("cpu"), PAGES, 128, native)
     head = EagleHead(files, decoder, PAGES, SCRATCH, 128)
     assert head.levels.grows == native
@@ -145,6 +150,20 @@ def test_pictures_stand_in_for_tokens(files: HeadFiles) -> None:
             )
     np.testing.assert_allclose(found[:2], found[2:], atol=2e-4)
     assert not np.allclose(found[0], found[1], atol=1e-3)
+
+
+def test_a_quantised_target_has_its_head_in_8_bits(files: HeadFiles) -> None:
+    rows = rows_of(3, 15)
+    torch.manual_seed(0)
+    features = torch.randn(15, WIDTH)
+    found = []
+    for quantized in (False, True):
+        head = head_of(files, True, torch.bfloat16, quantized)
+        head.levels.first(rows, [features], np.array([4, 9, 14]), Asked(4, np.zeros(3)))
+        found.append(outputs_of(head))
+    scale = float(found[0].abs().max())
+    np.testing.assert_allclose(found[1], found[0], atol=0.05 * scale)
+    assert not torch.equal(found[0], found[1])
 
 
 def test_8_bits_change_probabilities_little(
