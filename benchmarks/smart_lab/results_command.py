@@ -28,6 +28,7 @@ TOLD = {"simulated": ": nothing here was measured"}
 KINDS = {
     "bench": "Policies",
     "gguf": "A GGUF file here and in llama.cpp",
+    "gguf-head": "The same with a head that was trained for it",
     "fair-comparison": "Rivals on the same native path",
     "batch-16-32": "Large batches",
     "sampled": "Sampled",
