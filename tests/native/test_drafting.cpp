@@ -20,6 +20,25 @@ struct Layout {
     }
 };
 
+// A matrix [n, k] in bf16, k whole blocks, row by row as quants lie.
+struct AsStrips {
+    std::vector<std::vector<uint8_t>> memory;
+    std::vector<Strip> strips;
+
+    void hold(const std::vector<float>& w, int64_t k) {
+        const Blob file = plain(w, true);
+        const int64_t n = w.size() / k;
+        std::vector<const void*> rows(smart_packed_rows(n), nullptr);
+        for (int64_t r = 0; r < n; r++) rows[r] = &file.bf16[r * k];
+        for (int64_t r = 0; r < int64_t(rows.size()); r += smart_vector_width()) {
+            memory.emplace_back(smart_strip_bytes(BF16_ROWS, k));
+            strips.push_back({memory.back().data(), BF16_ROWS});
+        }
+        smart_pack_quants(strips.data(), strips.size(), rows.data(), k, NEVER);
+    }
+    Weight weight() const { return {nullptr, strips.data(), NEVER}; }
+};
+
 struct TinyHead {
     Layout layout;
     Shape shape;
@@ -37,6 +56,7 @@ struct TinyHead {
     std::vector<int8_t> outputs_bytes;
     std::vector<float> scale;
     std::vector<int32_t> sums;
+    AsStrips qkv;  // of the first layer; may be empty
     Rotation rotation;
 
     static Shape of_head(Random& random, int head_dim, const Layout& layout) {
@@ -91,9 +111,14 @@ struct TinyHead {
                     outputs[j * d + i] = scale[j] * float(outputs_bytes[at]);
                 }
         }
+        if (bf16 && shape.input % 32 == 0 && random.chance(0.5)) {
+            qkv.hold(layers[0].w.qkv, shape.input);
+            structs[0].qkv = qkv.weight();
+        }
     }
     std::string text() const {
         return shape.text() + (precision.bf16 ? ", bf16" : ", fp32")
+               + (qkv.strips.empty() ? "" : ", q, k and v in strips")
                + (bytes ? ", outputs in bytes" : "") + (layout.fused ? ", fused" : "")
                + (layout.layers > 1 ? ", two layers" : "");
     }

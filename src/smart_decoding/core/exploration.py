@@ -33,7 +33,7 @@ class Exploration:
         self.count = 0
         self._debt = 0.0  # plain rounds that explorations have lost and that are not earned yet
         self._earned = 0.0  # plain rounds, for what options need before they begin
-        self._lent = LENT
+        self._lent = LENT  # what of it is left
         self._pause = HORIZON  # rounds until the next run at least, however little it costs
         self._lost = 0.0  # seconds, by the run that is going on
 

@@ -98,7 +98,6 @@ class Decoder:
             config.layers, config.kv_heads, pages, config.head_dim, dtype, device, self.native
         )
         self.model: NativeModel | None = None  # all of it, where the CPU kernels run it
-        self.quantized = False  # whether they hold quants
         if self.native:
             self.model = self._packed(weights)
         else:
@@ -143,7 +142,6 @@ class Decoder:
             self.embedding = pack([embedding], arena)
         else:  # a table
             self.embedding = embedding
-        self.quantized = bool(arena.strips)
         return NativeModel(layers, self.embedding, packed, self.final_norm, self.kv, self.rotary)
 
     def keep_panels(self) -> None:
@@ -158,6 +156,11 @@ class Decoder:
         if isinstance(self.head, PackedWeight):
             return (kernels.pass_rows(self.head),)
         return BUCKETS if isinstance(self._layers, GraphedLayers) else ()
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the CPU kernels hold quants."""
+        return self.native and bool(self._arena.strips)
 
     def embed(self, token: Tensor) -> Tensor:
         """Token embeddings [n, hidden], on torch."""

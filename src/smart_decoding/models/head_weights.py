@@ -23,17 +23,20 @@ if TYPE_CHECKING:
 
 class TargetWeights(Protocol):
     """What a head borrows of its target. native: whether the head runs on the CPU kernels;
-    quantized: whether these hold quants of the target; graphs: whether its levels are recorded on a
-    CUDA device; work_dtype: of activations; head: the output matrix."""
+    graphs: whether its levels are recorded on a CUDA device; work_dtype: of activations; head:
+    the output matrix."""
 
     config: ModelConfig
     native: bool
-    quantized: bool
     graphs: bool
     dtype: torch.dtype
     work_dtype: torch.dtype
     device: torch.device
     head: Linear | PackedWeight
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the CPU kernels hold quants of the target."""
 
     @property
     def final_norm(self) -> Tensor | None:

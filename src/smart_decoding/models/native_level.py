@@ -2,7 +2,8 @@
 children out.
 
 An EAGLE-3 head in bf16 has its output matrix in 8 bits (a scale for each token): it is half of what
-a level reads, and proposals may be off by a little, since no answer depends on them."""
+a level reads, and proposals may be off by a little, since no answer depends on them. Beside a
+target of quants all of its matrices have 8 bits."""
 
 from __future__ import annotations
 

@@ -377,3 +377,15 @@ def test_a_model_that_has_much_to_read_is_explored_once_that_is_earned() -> None
     while not policy.exploration.affords(prediction.price(Mode.MODEL), batch.size):
         policy.exploration.observe_best()
     assert policy._choose(prediction, batch.size, 149).mode is Mode.MODEL
+
+
+def test_a_batch_is_lent_less_than_a_lone_request() -> None:
+    for size, chosen in ((1, Mode.MODEL), (4, Mode.PLAIN)):
+        policy = make_policy("smart", cost=HOPELESS)
+        each = np.full(size, 150)
+        batch = BatchState(each, each, np.zeros(size), np.ones(size, bool), 0, 150 * size)
+        prediction = policy.predict(Shape.of(batch, batch.limits))
+        assert LENT / 4 + 1 < prediction.price(Mode.MODEL) < LENT
+        for _ in range(HORIZON):
+            policy.exploration.observe_best()
+        assert policy._choose(prediction, size, 149).mode is chosen

@@ -52,7 +52,7 @@ class HostWeights:
 
     final_norm: torch.Tensor | None = None
     graphs = False  # each call has a cache of its own
-    quantized = False
+    quantized = False  # its weights are torch's
 
     def __init__(self, files: HeadFiles, model: PreTrainedModel) -> None:
         self.config, _ = host_config(model)
