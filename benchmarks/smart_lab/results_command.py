@@ -29,6 +29,7 @@ KINDS = {
     "bench": "Policies",
     "gguf": "A GGUF file here and in llama.cpp",
     "gguf-head": "The same with a head that was trained for it",
+    "gguf-bench": "The same model, `smart bench`",
     "fair-comparison": "Rivals on the same native path",
     "batch-16-32": "Large batches",
     "sampled": "Sampled",
