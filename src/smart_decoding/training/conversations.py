@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zlib
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,8 @@ from smart_decoding.engine.loops import loop_start
 from smart_decoding.errors import ModelError
 
 SHORTEST = 8  # tokens of an answer: those that are not longer are left out
+HELD_OUT = 0.03  # share of the prompts
+HELD_OUT_AT_LEAST = 8  # conversations
 
 Keep: TypeAlias = Callable[[Sequence[int]], bool]
 """Whether a conversation's tokens may be trained on."""
@@ -29,13 +33,15 @@ class Conversation:
 
     tokens [n + 1]; aux_hidden [n, width]: of all but the last token, which is known only once
     `Trainer` has asked the target. answer: where the answer begins. visual [m]: positions of
-    pictures, whose embeddings [m, hidden] the target read."""
+    pictures, whose embeddings [m, hidden] the target read. prompt_hash: 32 bits of what the answer
+    was given to, pictures included."""
 
     tokens: Tensor
     aux_hidden: Tensor
     answer: int
     visual: Tensor
     embeddings: Tensor
+    prompt_hash: int
 
     def behind_pictures(self) -> Conversation:
         """What is left for a head that reads no pictures."""
@@ -46,6 +52,7 @@ class Conversation:
             self.answer - start,
             self.visual[:0],
             self.embeddings[:0],
+            self.prompt_hash,
         )
 
     @property
@@ -93,13 +100,27 @@ def _of_shard(shard: Mapping[str, Tensor]) -> Iterator[Conversation]:
             answer,
             visual[first:last] - start,
             embeddings[first:last],
+            _hash(shard["tokens"][start : start + answer], embeddings[first:last]),
         )
 
 
-def not_trained_on(held: list[Conversation], train: list[Conversation]) -> list[Conversation]:
-    """Those of `held` whose prompt is not in `train`: writers side by side repeat prompts."""
-    known = {item.prompt for item in train}
-    return [item for item in held if item.prompt not in known]
+def _hash(*parts: Tensor) -> int:
+    value = 0
+    for part in parts:
+        value = zlib.crc32(part.contiguous().view(torch.uint8).numpy().tobytes(), value)
+    return value
+
+
+def hold_out(data: list[Conversation]) -> tuple[list[Conversation], list[Conversation]]:
+    """What is trained on and what is held out, both in an order that the prompts' hashes give.
+
+    A prompt is held out if its hash is low. So writers side by side, which repeat prompts, put none
+    on both sides, and data to come moves none that was trained on to what is held out."""
+    ordered = sorted(data, key=lambda item: item.prompt_hash)
+    hashes = [item.prompt_hash for item in ordered]
+    highest = max(round(HELD_OUT * 2**32), hashes[:HELD_OUT_AT_LEAST][-1])
+    held = bisect_right(hashes, highest)
+    return ordered[held:], ordered[:held]
 
 
 def recorded_layers(aux_layers: tuple[int, ...], layers: int) -> tuple[int, ...]:

@@ -27,8 +27,8 @@ from smart_decoding.training.conversations import (
     bucketed,
     check_layers,
     frequent_tokens,
+    hold_out,
     load_conversations,
-    not_trained_on,
     padded,
     put_pictures,
     recorded_layers,
@@ -40,7 +40,6 @@ from smart_decoding.training.objective import Objective, SoftCrossEntropy, appen
 if TYPE_CHECKING:
     from smart_decoding.models.loading import Checkpoint
 
-HELD_OUT = 0.03  # share of the conversations, of which there are 8 at least
 SAVE_EVERY = 120.0  # seconds
 STEP_WEIGHT = 0.85  # of a further unrolled step's loss
 WARM_UP = 50  # steps
@@ -122,20 +121,15 @@ class Trainer:
     def _load(self, folder: Path, keep: Keep | None) -> None:
         options = self.options
         data, self._dropped = load_conversations(folder, keep, options.supports_images)
-        np.random.default_rng(options.seed).shuffle(data)
         recorded = recorded_layers(options.aux_layers, self.config.layers)
         check_layers(data, folder, recorded, self.config.hidden)
         append_choices(data, self._checkpoint)
-        held = max(8, int(len(data) * HELD_OUT))
-        self._train = data[held:]
+        self._train, self._held = hold_out(data)
         if not self._train:
             raise ModelError(
                 f"{folder} holds {len(data)} conversations: too few to train on; "
                 "write more (--tokens)"
             )
-        new = not_trained_on(data[:held], self._train)
-        self._held = new or data[:held]
-        self._held_is_new = bool(new)
 
     def _draft_vocabulary(self) -> Tensor:
         """That of the head to start from, if its output rows are its own.
@@ -281,7 +275,6 @@ class Trainer:
             "training_answer_tokens": answers,
             "training_conversations": len(self._train),
             "held_out_conversations": len(self._held),
-            "held_out_prompts_are_new": self._held_is_new,
             "conversations_dropped_for_overlap": self._dropped,
             "steps": self.steps,
             "epochs": round(self.epochs, 2),

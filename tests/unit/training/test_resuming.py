@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -23,7 +25,7 @@ from smart_decoding.models.head_export import write_head
 from smart_decoding.models.head_files import HeadFiles, load_head
 from smart_decoding.models.loading import Checkpoint
 from smart_decoding.training import train
-from smart_decoding.training.conversations import not_trained_on, recorded_layers
+from smart_decoding.training.conversations import hold_out, recorded_layers
 from smart_decoding.training.head import Form, TrainableHead
 from smart_decoding.training.train import Trainer, TrainOptions
 
@@ -354,13 +356,49 @@ def test_a_checkpoint_that_does_not_fit_is_refused(
         trainer(aux_layers=(2,))
 
 
-def test_what_is_held_out_shares_no_prompt_with_what_is_trained_on(data: Path) -> None:
-    found, _ = train.load_conversations(data)
-    twin = replace(
-        found[3], tokens=torch.cat((found[3].tokens[: found[3].answer], torch.tensor([1, 2, 3])))
-    )
-    held = not_trained_on([found[0], twin, found[1]], found[2:])
-    assert [id(item) for item in held] == [id(found[0]), id(found[1])]
+@given(st.lists(st.integers(0, 2**32 - 1), min_size=9, max_size=120), st.data())
+def test_what_was_trained_on_is_never_held_out_later(
+    hashes: list[int], draw: st.DataObject
+) -> None:
+    """Neither by a twin, whose prompt is the same, nor as more is written."""
+    data = [SimpleNamespace(prompt_hash=number) for number in hashes]
+    fewer = draw.draw(st.integers(1, len(data)))
+    for written in (data[:fewer], data):
+        trained, held = hold_out(written)  # type: ignore[arg-type]
+        assert len(trained) + len(held) == len(written)
+        assert len(held) >= min(8, len(written))
+        assert not {item.prompt_hash for item in trained} & {item.prompt_hash for item in held}
+    before, _ = hold_out(data[:fewer])  # type: ignore[arg-type]
+    assert not {item.prompt_hash for item in before} & {item.prompt_hash for item in held}
+
+
+def test_three_per_cent_of_many_prompts_are_held_out() -> None:
+    data = [SimpleNamespace(prompt_hash=number << 20) for number in range(4096)]
+    _, held = hold_out(data)  # type: ignore[arg-type]
+    assert len(held) == round(0.03 * 4096)
+
+
+def test_a_prompt_is_its_tokens_and_its_pictures(tmp_path: Path) -> None:
+    """The same question about another picture is another prompt, even if no picture is read."""
+    tokens = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 8], [5, 6, 7, 9], [5, 6, 7, 8]])
+    answers = torch.arange(10).expand(4, 10) + 20
+    lengths = torch.full((4,), 14)
+    pictures = torch.ones(4, CONFIG.hidden, dtype=torch.bfloat16)
+    pictures[3] = 2
+    tensors = {
+        "tokens": torch.cat((tokens, answers), dim=1).flatten().int(),
+        "taps": torch.zeros(56, len(AUX_LAYERS) * CONFIG.hidden).bfloat16(),
+        "starts": torch.cat((torch.zeros(1, dtype=torch.int64), lengths.cumsum(0))),
+        "answers": torch.full((4,), 4),
+        "visual": torch.arange(4) * 14 + 1,
+        "embeddings": pictures,
+    }
+    save_file(tensors, tmp_path / "shard-0000.safetensors")
+    for supports_images in (False, True):
+        found, _ = train.load_conversations(tmp_path, supports_images=supports_images)
+        first, twin, other_words, other_picture = (item.prompt_hash for item in found)
+        assert first == twin
+        assert len({first, other_words, other_picture}) == 3
 
 
 def test_an_answers_end_is_a_target_too(trainer: Callable[..., Trainer]) -> None:
