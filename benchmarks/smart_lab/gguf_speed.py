@@ -7,10 +7,10 @@ llama.cpp's flags are found first, for each number of slots, on prompts of their
 attention, layout of the weights, batches, then the settings of its draft model and n-gram modes.
 After that its best modes and ours answer the same chunks of prompts in turn: as many at once as
 there are slots, the same token ids, greedy, up to the same number of tokens. Nobody keeps prompts,
-and a server that is not asked is stopped. Printed are tokens per second after the first token of
-each answer, and overall with prompts: median, lowest and highest; ratios have 95 % intervals. A
-forward of a few rows is timed before that, in turn as well. With --vllm its CPU build answers too,
-from the same weights in bf16.
+and a server that is not asked is stopped. Printed are tokens per second once each answer has its
+first token, and overall with prompts: of all blocks, of the slowest and of the fastest; ratios have
+95 % intervals. A forward of a few rows is timed before that, in turn as well. With --vllm its CPU
+build answers too, from the same weights in bf16.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ TUNE_ANSWERS = 3  # of each candidate, in chunks of the slots; one chunk at leas
 TUNE_SHARE = 0.5  # of a number of slots' time, at most
 TURNS, CALLS = 3, 6  # of forwards
 FORWARD_SHARE = 0.1  # of the time, at most, but for one turn
+LIMITS = "time limits"  # of the parts that a resumed run was made in
 PAUSE = 0.3  # seconds between two engines: threads of the one before may still spin
 Contestant = Callable[[Sequence[Sequence[int]], int], Reply]
 
@@ -92,6 +93,7 @@ def main(args: argparse.Namespace) -> int:
     about = cpp.about()
     progress = Progress(args.resume, key_of(args, about))
     print(f"llama.cpp: {about['version']}; {about['system']}", flush=True)
+    progress.add(LIMITS, args.time_limit)
     session = Session(args, cpp, configs, progress)
     with servers_end_with_us(), session:
         session.forwards(time.monotonic() + FORWARD_SHARE * args.time_limit)
@@ -100,8 +102,12 @@ def main(args: argparse.Namespace) -> int:
             session.measure(slots, now + (stop - now) / (len(args.slots) - number))
     result = {
         "provenance": provenance(
-            command_of(args), 0, session.weights, "as each contestant's name says"
+            command_of(args, progress.units(LIMITS)),
+            0,
+            session.weights,
+            "as each contestant's name says",
         ),
+        "decode": report.DECODE,
         "llama_cpp": about,
         "load_average": session.load_average,
         **session.result(),
@@ -215,9 +221,8 @@ class Session:
             contestants |= self._in_vllm()
             for ours in self._ours:
                 contestants |= ours.contestants()
-            for who, answer in contestants.items():
-                # What learns from rounds sees the batch that it will decide about.
-                answer(self._kept[: slots if " smart " in who else 1], self._args.max_tokens)
+            for answer in contestants.values():  # what learns sees the batch that it will answer
+                answer(self._kept[:slots], self._args.max_tokens)
             for number, chunk in enumerate(chunks[done:], done):
                 started = time.monotonic()
                 unit = block(contestants, chunk, self._args.max_tokens, number)
@@ -234,7 +239,9 @@ class Session:
             kept = self._progress.units(f"tuned at {slots}")
             blocks = self._progress.units(f"blocks at {slots}")
             if kept and blocks:
-                runs.append(report.run_of(slots, blocks, self._args.ours) | self._flags(kept[0]))
+                tasks = [self._tasks_of(number, slots) for number in range(len(blocks))]
+                run = report.run_of(slots, blocks, tasks, self._args.ours)
+                runs.append(run | self._flags(kept[0]))
         return {
             "forwards": forward_medians(self._progress.units("forwards")),
             "forward_context": self._args.forward_context,
@@ -242,6 +249,11 @@ class Session:
             "vllm_version": (self._progress.units(NAME) or [None])[0],
             "runs": runs,
         }
+
+    def _tasks_of(self, number: int, slots: int) -> str:
+        first = len(self._kept) + number * slots
+        names = {TASKS[at % len(TASKS)] for at in range(first, first + slots)}
+        return ", ".join(sorted(names))
 
     def _flags(self, kept: Mapping[str, Any]) -> dict[str, Any]:
         """llama.cpp's flags, of its files the names alone."""
@@ -301,12 +313,17 @@ class Session:
         return {f"{NAME} {mode}": partial(self._vllm.answer, mode) for mode in MODES}
 
     def _prompts(self) -> list[list[int]]:
-        """Tasks in turn, as chats of one message, those that leave room for an answer."""
+        """Tasks strictly in turn, as chats of one message, those that leave room for an answer."""
         llm = self._ours[0].llm
-        texts = chain.from_iterable(zip(*(load_task(task) for task in TASKS), strict=False))
-        tokens = (llm.chat_prompt([{"role": "user", "content": t}]).tokens for t in texts)
         room = self._args.max_model_len - self._args.max_tokens - 1
-        return [list(map(int, prompt)) for prompt in tokens if len(prompt) <= room]
+
+        def fitting(task: str) -> Iterator[list[int]]:
+            for text in load_task(task):
+                tokens = llm.chat_prompt([{"role": "user", "content": text}]).tokens
+                if len(tokens) <= room:
+                    yield list(map(int, tokens))
+
+        return list(chain.from_iterable(zip(*map(fitting, TASKS), strict=False)))
 
 
 def block(
@@ -372,8 +389,10 @@ def key_of(args: argparse.Namespace, about: Mapping[str, Any]) -> dict[str, Any]
     }
 
 
-def command_of(args: argparse.Namespace) -> str:
-    """The command line that asks for this run, with the names of files alone."""
+def command_of(args: argparse.Namespace, limits: Sequence[float]) -> str:
+    """The command line that asks for this run, with the names of files alone.
+
+    limits: seconds of each part that it was made in."""
     told = ["python", "-m", "smart_lab", "gguf-speed", args.file.name, "--llama-cpp", "DIR"]
     told += ["--draft", args.draft.name] if args.draft else []
     told += ["--vllm", "PYTHON"] if args.vllm else []
@@ -381,5 +400,6 @@ def command_of(args: argparse.Namespace) -> str:
     for text in args.smart or ():
         told += ["--smart", without_folders(text)]
     told += ["--max-tokens", str(args.max_tokens), "--max-model-len", str(args.max_model_len)]
-    told += ["--time-limit", f"{args.time_limit:.0f}"]
-    return shlex.join(told)
+    told += ["--time-limit", f"{sum(limits):.0f}"]
+    parts = f"  # in {len(limits)} parts, by --resume" if len(limits) > 1 else ""
+    return shlex.join(told) + parts

@@ -20,6 +20,7 @@ from smart_decoding.bench.sections import (
     text_of,
 )
 from smart_decoding.bench.summary import POOLED
+from smart_lab.gguf.report import not_tried
 
 if TYPE_CHECKING:
     from smart_decoding.bench.results import Run
@@ -355,9 +356,13 @@ def _predicted(
     )
 
 
+OLD_DECODE = "the requests' own rates, added up (files of before 2026-11-29, 05:00)"
+
+
 def gguf(result: Mapping[str, Any]) -> list[Section]:
     """One GGUF file here and in llama.cpp: forwards, then a table for each number of requests."""
-    return [_gguf_forwards(result), *(_gguf_run(run) for run in result["runs"])]
+    decode = f"decode: {result.get('decode', OLD_DECODE)}"
+    return [_gguf_forwards(result), *(_gguf_run(run, decode) for run in result["runs"])]
 
 
 def _gguf_forwards(result: Mapping[str, Any]) -> Section:
@@ -368,7 +373,7 @@ def _gguf_forwards(result: Mapping[str, Any]) -> Section:
     return Section("forwards", title, head=("rows", *found), rows=rows)
 
 
-def _gguf_run(run: Mapping[str, Any]) -> Section:
+def _gguf_run(run: Mapping[str, Any], decode: str) -> Section:
     rows = [
         (
             each["name"],
@@ -393,8 +398,9 @@ def _gguf_run(run: Mapping[str, Any]) -> Section:
         if each["pairs"] > 1
     ]
     flags = [f"llama.cpp {mode}: `{words}`" for mode, words in run["flags"].items()]
+    flags += [f"llama.cpp: {not_tried(run)}"] if run["left_out"] else []
     title = f"{run['slots']} requests at a time, {run['blocks']} blocks"
-    return Section("gguf", title, head=head, rows=rows, captions=[*ratios, *flags])
+    return Section("gguf", title, head=head, rows=rows, captions=[decode, *ratios, *flags])
 
 
 def _range(values: Sequence[float]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -22,9 +23,8 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """One chunk answered. decode: tokens per second of all its requests after their first tokens;
-    overall: tokens over seconds, prompts included; prefill_seconds: until each has a token;
-    per_round: tokens of a request in a round."""
+    """One chunk answered. decode: `decode_rate`; overall: tokens over seconds, prompts included;
+    prefill_seconds: until each has a token; per_round: tokens of a request in a round."""
 
     decode: float
     overall: float
@@ -38,12 +38,14 @@ class Reply:
 
 
 def decode_rate(spans: Sequence[Span]) -> float:
-    """Tokens per second: the sum of the requests' own rates, from the moment when each has its
-    first token to its own end, so that nobody is judged by the slowest answer. NaN where all ended
-    before that."""
+    """Tokens per second: all but the requests' first ones, from the moment when each has its first
+    to the last one's end. NaN where all ended before that.
+
+    A sum of the requests' own rates would be a speed that nobody ever had: what ends early counts
+    in it as if its place were filled again at once."""
     begin = max(span.first for span in spans)
-    rates = [span.tokens / (span.end - begin) for span in spans if span.end > begin]
-    return sum(rates) if rates else float("nan")
+    end = max(span.end for span in spans)
+    return sum(span.tokens for span in spans) / (end - begin) if end > begin else math.nan
 
 
 def agreement(theirs: Sequence[Sequence[int]], ours: Sequence[Sequence[int]]) -> float:
@@ -58,8 +60,9 @@ def agreement(theirs: Sequence[Sequence[int]], ours: Sequence[Sequence[int]]) ->
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """Of one contestant at one number of slots: tokens per second as median, lowest and highest of
-    all blocks, overall ones, tokens of a round, and the share of answers like the baseline's."""
+    """Of one contestant at one number of slots: tokens per second of all blocks (each has the same
+    work, so their harmonic mean), of the slowest and of the fastest, decoding and overall; tokens
+    of a round; and the share of answers like the baseline's."""
 
     name: str
     decode: tuple[float, float, float]
@@ -79,28 +82,30 @@ def _figures(
     blocks: Sequence[Mapping[str, Mapping[str, Any]]], name: str, baseline: str
 ) -> Figures:
     def spread(key: str) -> tuple[float, float, float]:
-        values = [block[name][key] for block in blocks]
-        return statistics.median(values), min(values), max(values)
+        values = [block[name][key] for block in blocks if math.isfinite(block[name][key])]
+        if not values:
+            return math.nan, math.nan, math.nan
+        return statistics.harmonic_mean(values), min(values), max(values)
 
     same = [agreement(block[name]["answers"], block[baseline]["answers"]) for block in blocks]
     return Figures(
         name,
         spread("decode"),
         spread("overall"),
-        spread("prefill_seconds")[0],
-        spread("per_round")[0],
+        statistics.fmean(block[name]["prefill_seconds"] for block in blocks),
+        statistics.median(block[name]["per_round"] for block in blocks),
         sum(same) / len(same),
     )
 
 
 def best(found: Sequence[Figures], names: Sequence[str], key: str) -> str:
-    """Of these contestants the one with the highest median. key: 'decode' or 'overall'."""
+    """Of these contestants the one with the highest rate. key: 'decode' or 'overall'."""
     return max((f for f in found if f.name in names), key=lambda f: getattr(f, key)[0]).name
 
 
-def ratio(
-    blocks: Sequence[Mapping[str, Mapping[str, Any]]], name: str, base: str, key: str
-) -> Ratio:
-    """How much faster `name` is than `base` over the same blocks, with its 95 % interval."""
-    pairs = [Pair(block[name][key], block[base][key]) for block in blocks]
+def ratio(ours: Sequence[float], base: Sequence[float], tasks: Sequence[str]) -> Ratio:
+    """How much faster the first is over the same blocks, by rates, with its 95 % interval.
+
+    tasks: of each block, resampled apart."""
+    pairs = [Pair(a, b, 1.0, task) for a, b, task in zip(ours, base, tasks, strict=True)]
     return paired_ratio(pairs)

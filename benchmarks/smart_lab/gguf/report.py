@@ -11,15 +11,20 @@ from smart_lab.gguf.vllm import NAME as VLLM
 
 THEIRS = "llama.cpp"
 KEYS = ("decode", "overall")
+DECODE = "all tokens but the requests' first, from when each has its first to the last one's end"
 
 
 def run_of(
-    slots: int, blocks: Sequence[Mapping[str, Mapping[str, Any]]], held: Sequence[str]
+    slots: int,
+    blocks: Sequence[Mapping[str, Mapping[str, Any]]],
+    tasks: Sequence[str],
+    held: Sequence[str],
 ) -> dict[str, Any]:
     """Figures of all contestants at so many slots, and ratios of the best ones, over the same
-    blocks."""
+    blocks. tasks: of each block."""
     found = figures(blocks, f"{held[0]} plain")
     names = [each.name for each in found]
+    rates = {name: {key: [block[name][key] for block in blocks] for key in KEYS} for name in names}
     peers = [[name for name in names if name.startswith(whose)] for whose in (THEIRS, VLLM)]
     ratios = []
     for way in held:
@@ -30,15 +35,15 @@ def run_of(
             asked = [(ours, best(found, theirs, key)) for theirs in peers if theirs]
             asked += [(ours, plain), (plain, f"{THEIRS} plain")]
             for a, b in dict.fromkeys(pair for pair in asked if pair[0] != pair[1]):
-                ratios.append({"of": a, "over": b, "key": key, **asdict(ratio(blocks, a, b, key))})
+                value = ratio(rates[a][key], rates[b][key], tasks)
+                ratios.append({"of": a, "over": b, "key": key, **asdict(value)})
     return {
         "slots": slots,
         "blocks": len(blocks),
         "contestants": [asdict(each) for each in found],
         "ratios": ratios,
-        "rates": {
-            name: {key: [block[name][key] for block in blocks] for key in KEYS} for name in names
-        },
+        "rates": rates,
+        "tasks": list(tasks),
     }
 
 
@@ -73,6 +78,7 @@ def _forwards(result: Mapping[str, Any]) -> Iterator[str]:
 
 def _run(run: Mapping[str, Any]) -> Iterator[str]:
     yield f"\n{run['slots']} requests at a time, {run['blocks']} blocks; tokens per second"
+    yield f"decode: {DECODE}"
     yield f"{'':38}{'decode':>20}{'with prompts':>20}{'a round':>9}{'same':>6}"
     for each in run["contestants"]:
         decode, overall = (
@@ -90,4 +96,10 @@ def _run(run: Mapping[str, Any]) -> Iterator[str]:
         if "error" in each:
             yield f"failed: llama.cpp {each['mode']} with {each['flags']}: {each['error']}"
     if run["left_out"]:
-        yield f"not tried for lack of time: {len(run['left_out'])} settings of llama.cpp"
+        yield not_tried(run)
+
+
+def not_tried(run: Mapping[str, Any]) -> str:
+    """How many of llama.cpp's settings the time did not allow."""
+    missing = len(run["left_out"])
+    return f"not tried for lack of time: {missing} of {missing + len(run['tried'])} settings"

@@ -39,7 +39,8 @@ _NOT_THEIRS = ("LLAMA_", "GGML_", "OMP_", "GOMP_", "KMP_")
 @dataclass(frozen=True, slots=True)
 class Flags:
     """How llama.cpp runs. flash: on, off or auto; repack: weights in the layout that its kernels
-    like best; ubatch: rows of a forward; sampling: in the graph instead of after it; speculation:
+    like best; ubatch: rows of a forward; sampling: in the graph instead of after it; unified: one
+    KV buffer for all slots, so that uneven counts of rows fit into one forward; speculation:
     further words."""
 
     threads: int
@@ -47,6 +48,7 @@ class Flags:
     repack: bool = True
     ubatch: int = 512
     sampling: bool = False
+    unified: bool = False
     speculation: tuple[str, ...] = ()
 
     @property
@@ -56,6 +58,7 @@ class Flags:
         words += ["--ubatch-size", str(self.ubatch)]
         words += [] if self.repack else ["--no-repack"]
         words += ["--backend-sampling"] if self.sampling else []
+        words += ["--kv-unified"] if self.unified else []
         return [*words, *self.speculation]
 
 
@@ -169,7 +172,7 @@ class Server:
         self.command = [
             *(str(cpp.folder / SERVER), "--model", str(model), "--offline"),
             *("--host", "127.0.0.1", "--port", str(self._port), "--parallel", str(slots)),
-            *("--ctx-size", str(slots * context), "--no-kv-unified"),
+            *("--ctx-size", str(slots * context)),
             # All prompts of a chunk in one batch, so that the slots begin together.
             *("--batch-size", str(max(LEAST_BATCH, slots * longest))),
             *("--no-cache-prompt", "--cache-ram", "0"),

@@ -1,5 +1,6 @@
 """llama.cpp's best flags on this machine, found by trying: threads, flash attention, repacking,
-batches and sampling for plain decoding, then settings of its draft model and n-gram modes."""
+batches, sampling and the KV buffer for plain decoding, then settings of its draft model and n-gram
+modes."""
 
 from __future__ import annotations
 
@@ -26,13 +27,16 @@ def _sized(kind: str, match: int, most: int) -> tuple[str, ...]:
     return (kind, f"{option}-n", str(match), f"{option}-m", str(most))
 
 
-# What looks up n-grams, and how: defaults first, which wait for twelve equal tokens.
+# What looks up n-grams, and how: defaults first, which wait for twelve equal tokens; then what won
+# elsewhere, with drafts as long as ours.
 NGRAMS = (
     ("ngram-simple",),
-    _mod(4, 8),
-    _mod(4, 32),
-    _sized("ngram-simple", 5, 8),
     _sized("ngram-simple", 4, 24),
+    _sized("ngram-simple", 4, 48),
+    _mod(4, 32),
+    _mod(4, 64),
+    _mod(4, 8),
+    _sized("ngram-simple", 5, 8),
     ("ngram-cache",),
     _sized("ngram-simple", 3, 4),
     _sized("ngram-map-k", 3, 4),
@@ -45,6 +49,7 @@ STEPS: tuple[tuple[str, tuple[Any, ...]], ...] = (
     ("flash", ("on", "off")),
     ("repack", (False,)),
     ("sampling", (True,)),
+    ("unified", (True,)),
     ("ubatch", (128, 2048)),
 )
 Answer = Callable[[Flags], Reply]  # tries flags; raises ModelError where they do not work
@@ -108,8 +113,10 @@ def tune(answer: Answer, cores: int, draft: str | None, time_left: TimeLeft) -> 
         first, *others = [replace(base, speculation=words) for words in settings]
         search.attempt(mode, first)
         chosen = search.best(mode, first, others)
-        # More rows in a forward may want the other layout of weights.
-        chosen = search.best(mode, chosen, [replace(chosen, repack=not chosen.repack)])
+        # More rows in a forward may want other layouts: of weights, of the KV memory.
+        for name in ("repack", "unified"):
+            other: dict[str, Any] = {name: not getattr(chosen, name)}
+            chosen = search.best(mode, chosen, [replace(chosen, **other)])
         if search.works(chosen):
             search.found.flags[mode] = chosen
     flags = search.found.flags
