@@ -2,6 +2,7 @@
 wall-clock gain."""
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
@@ -12,13 +13,23 @@ from smart_decoding.bench.options import Arm
 from smart_decoding.bench.report import everything
 from smart_decoding.bench.results import Results
 from smart_decoding.core.cost import CostModel
+from smart_decoding.errors import ConfigError
+from smart_lab import tuning
 from smart_lab.bench import LabBench
 from smart_lab.options import LabOptions
 from smart_lab.replay import replay
 from smart_lab.resume import Progress
 from smart_lab.synthetic import synthetic
 from smart_lab.trace import Trace
-from smart_lab.tuning import CHAINS, LENGTHS, Tuner, best_chain, distinct, gains
+from smart_lab.tuning import (
+    CHAINS,
+    LENGTHS,
+    Tuner,
+    best_chain,
+    distinct,
+    gains,
+    prompts_needed,
+)
 
 COST = CostModel.from_table(
     {1: {1: 1.0, 8: 1.05, 64: 3.0}, 8: {8: 1.1, 64: 3.1}}, {1: 0.05, 64: 0.3}, 0.01
@@ -83,6 +94,19 @@ def test_a_run_gets_both_gains(trace: Trace) -> None:
     assert smart["policy_gain"] > 1.1
     assert "smart_policy_over" not in smart
     assert chain["smart_policy_over"] == smart["policy_gain"] / chain["policy_gain"]
+
+
+def test_rivals_are_tuned_on_prompts_that_are_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [f"prompt {number}" for number in range(100)]
+    monkeypatch.setattr(tuning, "load_task", lambda task, count: texts[:count])
+    options = LabOptions(tasks=("code", "maths"), skip=5, limit=20, batch_sizes=(16,))
+    tuner = Tuner(cast("Any", None), options)
+    measured = set(texts[5:25])
+    for others in tuner._other_texts().values():
+        assert len(others) == prompts_needed(options) == 16
+        assert not measured & set(others)
+    with pytest.raises(ConfigError, match="no code prompts beyond the first 105"):
+        Tuner(cast("Any", None), replace(options, limit=100))._other_texts()
 
 
 def block(rows: dict[int, int], levels: int, emitted: int) -> Block:

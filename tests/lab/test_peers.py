@@ -6,8 +6,10 @@ from __future__ import annotations
 import ast
 import json
 import sys
+from functools import partial
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -106,6 +108,28 @@ def test_ours_counts_decoding_alone() -> None:
 def test_only_answers_that_last_are_compared() -> None:
     prompts = worlds.prompts(count=6, tokens=20)  # 20, 21 and 22 tokens
     assert [p.index for p in lasting(worlds.engine(worlds.Clock()), prompts, 21)] == [1, 2, 4, 5]
+
+
+def test_all_are_warmed_up_and_begin_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, int]] = []
+
+    def answer(name: str, prompts: Any, tokens: int) -> Timed:
+        asked.append((name, tokens))
+        return Timed(1.0, tokens, 0.5, [[1] * tokens for _ in prompts])
+
+    monkeypatch.setattr(session, "PAUSE", 0.0)
+    monkeypatch.setattr(session, "answer_ours", answer)
+    worker = SimpleNamespace(answer=partial(answer, "peer"))
+    engines: Any = {"plain": "plain", "smart": "smart"}
+    prompts = worlds.prompts(count=4, tokens=20)
+    found = session.compare(cast("Any", worker), engines, prompts, 1, 9)
+    assert found["chunks"] == 4
+    names = ["peer", "plain", "smart"]
+    assert asked[:3] == [(name, session.WARM_UP_TOKENS) for name in names]
+    assert {tokens for _, tokens in asked[3:]} == {9}
+    assert [name for name, _ in asked[3::3]] == ["peer", "plain", "smart", "peer"]
+    for at in range(3, 15, 3):
+        assert sorted(name for name, _ in asked[at : at + 3]) == names
 
 
 def test_rates_ratios_and_agreement_are_exact() -> None:
