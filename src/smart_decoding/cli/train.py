@@ -31,7 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     renamed = "is called --aux-layers now"
     add("--taps", nargs="?", action=Gone, const=renamed, help=argparse.SUPPRESS)
-    add("--model", default=DEFAULT_MODEL, help="the target: name, hub id, folder or GGUF file")
+    add(
+        "-m",
+        "--model",
+        default=DEFAULT_MODEL,
+        help="the target: name, hub id, folder or GGUF file",
+    )
     add(
         "--output",
         type=Path,
@@ -54,7 +59,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_data(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--data", type=Path, help="folder of the conversations (default: OUTPUT/data)")
-    add("--tokens", type=int, default=1_000_000, help="tokens that the target writes")
+    add(
+        "--tokens",
+        type=int,
+        default=1_000_000,
+        help="tokens of all conversations, prompts included",
+    )
     add("--skip-generation", action="store_true", help="train on the conversations that are there")
     add(
         "--images",
@@ -97,6 +107,7 @@ def main(args: argparse.Namespace) -> int:
     from smart_decoding.core.policies.base import require_int
     from smart_decoding.training.conversations import recorded_layers
     from smart_decoding.training.prior import learn_prior, picture_turns
+    from smart_decoding.training.shards import have_pictures
     from smart_decoding.training.train import Trainer
 
     _use_huge_pages()
@@ -107,7 +118,13 @@ def main(args: argparse.Namespace) -> int:
     options = _train_options(args, checkpoint.config.layers, init)
     require_int("tokens", args.tokens, 1, 1 << 40)
     require_int("prior_prompts", args.prior_prompts, 0, 1 << 20)
+    require_int("seed", args.seed, 0, 1 << 62)
     data = args.data or args.output / "data"
+    if turns is None and have_pictures(data):
+        raise ConfigError(
+            f"the conversations in {data} are about pictures: give --images, for the prior is "
+            "learned on those that they leave out"
+        )
     if not args.skip_generation:
         layers = recorded_layers(options.aux_layers, checkpoint.config.layers)
         _generate(args, layers, data, turns[0] if turns else None)
@@ -127,8 +144,7 @@ def main(args: argparse.Namespace) -> int:
         trust_pickle=args.trust_pickle,
         allow_slow=args.allow_slow,
     )
-    config = json.dumps({"method": "eagle", "model": str(args.output)})
-    print(f"the head is in {args.output}: LLM(..., speculative_config={config})")
+    print(f"the head is in {args.output}: smart run -m {args.model} --draft {args.output} PROMPT")
     return 0
 
 
@@ -215,7 +231,7 @@ def _generate(
         generation_config="vllm",
         speculative_config=False,
         max_num_seqs=CONCURRENT,
-        max_model_len=512,
+        max_model_len=512 if turn is None else None,  # a picture may take many positions
         kv_cache_tokens=CONCURRENT * 400,
         enable_prefix_caching=False,
         stop_at_loops=True,

@@ -18,6 +18,8 @@ from torch.nn.utils.rnn import pad_sequence
 from smart_decoding.engine.kv import PAGE
 from smart_decoding.engine.loops import loop_start
 from smart_decoding.errors import ModelError
+from smart_decoding.files import reading
+from smart_decoding.training.shards import shards_in
 
 SHORTEST = 8  # tokens of an answer: those that are not longer are left out
 HELD_OUT = 0.03  # share of the prompts
@@ -70,8 +72,10 @@ def load_conversations(
     is left. Raises ModelError if there are none."""
     found = []
     dropped = 0
-    for path in sorted(folder.glob("shard-*.safetensors")):
-        for item in _of_shard(load_file(path)):
+    for path in shards_in(folder):
+        with reading(path):
+            shard = load_file(path)
+        for item in _of_shard(shard):
             if keep is not None and not keep(item.tokens.tolist()):
                 dropped += 1
                 continue

@@ -16,7 +16,7 @@ from smart_decoding.drafters.free import FreeDrafter
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.multimodal.prompts import MediaPrompt
 from smart_decoding.training.seeds import user_turn
-from smart_decoding.training.shards import SHARD_TOKENS, Recorded, Writer
+from smart_decoding.training.shards import Recorded, Writer
 
 if TYPE_CHECKING:
     from smart_decoding.core.rule import TreeRule
@@ -29,6 +29,8 @@ CONCURRENT = 128
 ANSWER_TOKENS = 256
 TURN_TOKENS = 50  # of what the target adds to a user's turn
 CODE_TURN_TOKENS = 100
+
+MARKER = "\u241e"  # in place of a user's turn: no template contains it
 
 PictureTurn: TypeAlias = Callable[[np.random.Generator], Sequence[Mapping[str, Any]]]
 
@@ -80,26 +82,24 @@ def generate(
     seed: int = 0,
     turn: PictureTurn | None = None,
 ) -> None:
-    """Writes shards until the folder holds about `tokens` answer tokens, those there included.
+    """Writes shards until the folder holds about `tokens` tokens, prompts and those there included.
 
     turn: draws the messages that each conversation begins with, for models that take images. A
     tenth of the answers is sampled at temperature 0.7, the others are greedy; an answer ends where
     it loops."""
     writer = Writer(folder)
-    have = writer.shards * SHARD_TOKENS
     rng = np.random.default_rng((seed, writer.shards))
     with tqdm(
-        total=tokens, initial=min(have, tokens), unit="tok", desc="writing conversations"
+        total=tokens, initial=min(writer.tokens, tokens), unit="tok", desc="writing conversations"
     ) as bar:
         job = _Conversations(llm, recorder, rng, writer, turn)
-        while have < tokens:
+        while writer.tokens < tokens:
             job.fill()
             job.advance(llm.engine)
             for request, aux_hidden, pictures in recorder.done:
                 rows = len(aux_hidden)
                 answer = len(request.prompt)
                 writer.add(Recorded(request.tokens[:rows], answer, aux_hidden, pictures))
-                have += rows
                 bar.update(rows)
             recorder.done.clear()
     writer.flush()
@@ -121,19 +121,22 @@ class _Conversations:
         self._rng = rng
         self._turn = turn
         self._salt = writer.shards  # names of requests differ from run to run
-        self._asked = writer.prompts()  # the same one again would teach nothing new
+        # The same one again would teach nothing new.
+        self._asked: set[tuple[object, ...]] = {*writer.prompts()}
         self._count = 0
         self._running = 0
-        marker = "\u241e"
-        text = llm.tokenizer.apply_chat_template([{"role": "user", "content": marker}])
-        self._before, self._after = text.split(marker)
+        self._ends = set(llm.target.eos_token_ids)
+        self._before = self._after = ""
+        if turn is None:
+            text = llm.chat_prompt([{"role": "user", "content": MARKER}]).text or ""
+            self._before, self._after = text.split(MARKER)
 
     def fill(self) -> None:
         """Begins conversations until enough are running."""
         while self._running < CONCURRENT:
             self._running += 1
             if self._turn is not None:
-                self._record(self._llm.chat_prompt(self._turn(self._rng)))
+                self._ask_about(self._llm.chat_prompt(self._turn(self._rng)))
                 continue
             text, complete = user_turn(self._rng)
             if complete:
@@ -153,9 +156,10 @@ class _Conversations:
             self._running -= 1
             if request.id.startswith("turn"):
                 self._running += 1
-                turn = self._llm.tokenizer.decode(request.tokens, skip_special_tokens=False)
-                turn = turn.split(self._before, 1)[-1].replace("<|im_end|>", "").strip()
-                self._answer(turn)
+                tokens = request.tokens
+                tokens = tokens[:-1] if tokens[-1] in self._ends else tokens
+                turn = self._llm.tokenizer.decode(tokens, skip_special_tokens=False)
+                self._answer(turn.split(self._before, 1)[-1].strip())
 
     def _answer(self, turn: str) -> None:
         prompt = self._encode(self._before + turn + self._after)
@@ -165,8 +169,15 @@ class _Conversations:
         self._asked.add(tuple(prompt))
         self._record(MediaPrompt(prompt))
 
-    def _record(self, prompt: MediaPrompt) -> None:
-        temperature = 0.7 if self._rng.random() < 0.1 else 0.0
+    def _ask_about(self, prompt: MediaPrompt) -> None:
+        """Of few pictures the same question comes again: then the answer is drawn."""
+        pictures = prompt.media.pictures if prompt.media is not None else ()
+        key = (*prompt.tokens, *(picture.key for picture in pictures))
+        self._record(prompt, always_drawn=key in self._asked)
+        self._asked.add(key)
+
+    def _record(self, prompt: MediaPrompt, always_drawn: bool = False) -> None:
+        temperature = 0.7 if self._rng.random() < 0.1 or always_drawn else 0.0
         seed = int(self._rng.integers(2**62))
         params = SamplingParams(
             temperature=temperature, top_k=64, max_tokens=ANSWER_TOKENS, seed=seed

@@ -55,11 +55,14 @@ def learn_prior(
     trust_pickle: bool = False,
     allow_slow: bool = False,
 ) -> None:
-    """Answers `prompts` (token ids or messages) with wide trees; writes head/prior.json.
+    """Answers `prompts` (token ids or messages) with wide trees; writes head/prior.json, which
+    is not there without prompts.
 
     Of four answers three are greedy and one is sampled."""
     options = {"method": "eagle", "policy": "smart", "model": str(head)}
     (head / "prior.json").unlink(missing_ok=True)
+    if not prompts:
+        return
     llm = LLM(
         model,
         generation_config="vllm",

@@ -19,12 +19,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from smart_decoding.files import whole
+from smart_decoding.files import reading, whole
 
 if TYPE_CHECKING:
     from smart_decoding.engine.media import MultimodalEmbeddings
 
 SHARD_TOKENS = 50_000
+_NAMES = "shard-*.safetensors"
 
 
 @dataclass(slots=True)
@@ -40,13 +41,33 @@ class Recorded:
     pictures: MultimodalEmbeddings
 
 
+def shards_in(folder: Path) -> list[Path]:
+    """In the order that they were written in."""
+    return sorted(folder.glob(_NAMES))
+
+
+def have_pictures(folder: Path) -> bool:
+    """Whether a conversation there is about one."""
+    return any("visual" in _header(path) for path in shards_in(folder))
+
+
+def _header(path: Path) -> dict[str, list[int]]:
+    """Name of a tensor -> its shape. Raises ModelError for a damaged file."""
+    with reading(path), safe_open(path, "np") as shard:
+        return {name: shard.get_slice(name).get_shape() for name in shard.keys()}  # noqa: SIM118
+
+
 class Writer:
-    """Collects conversations and writes whole shards, each under its name only when complete."""
+    """Collects conversations and writes whole shards, each under its name only when complete.
+
+    tokens: of all conversations in the folder."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
-        self.shards = len(list(folder.glob("shard-*.safetensors")))
+        found = shards_in(folder)
+        self.tokens = sum(_header(path)["tokens"][0] for path in found)
+        self.shards = 1 + max((int(path.stem.rpartition("-")[2]) for path in found), default=-1)
         self._items: list[Recorded] = []
         self._tokens = 0
 
@@ -54,14 +75,15 @@ class Writer:
         """Writes a shard if there is enough for one."""
         self._items.append(item)
         self._tokens += len(item.tokens)
+        self.tokens += len(item.tokens)
         if self._tokens >= SHARD_TOKENS:
             self.flush()
 
     def prompts(self) -> set[tuple[int, ...]]:
         """The prompts of all conversations in the folder."""
         found: set[tuple[int, ...]] = set()
-        for path in self.folder.glob("shard-*.safetensors"):
-            with safe_open(path, "np") as shard:
+        for path in shards_in(self.folder):
+            with reading(path), safe_open(path, "np") as shard:
                 tokens = shard.get_tensor("tokens")
                 starts = shard.get_tensor("starts")
                 for start, answer in zip(starts[:-1], shard.get_tensor("answers"), strict=True):
@@ -72,8 +94,10 @@ class Writer:
         """Writes what is left as a last shard."""
         if not self._items:
             return
-        with whole(self.folder / f"shard-{self.shards:04d}.safetensors") as path:
-            save_file(_joined(self._items), path)
+        while (path := self.folder / f"shard-{self.shards:04d}.safetensors").exists():
+            self.shards += 1  # of another writer
+        with whole(path) as temporary:
+            save_file(_joined(self._items), temporary)
         self.shards += 1
         self._items = []
         self._tokens = 0
