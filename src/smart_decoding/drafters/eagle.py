@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from smart_decoding.drafters.levels import Asked, Growth, LevelDrafter, Ranked, State
 from smart_decoding.engine.kv import PAGE, Ints
+from smart_decoding.models.features import apart
 
 if TYPE_CHECKING:
     from smart_decoding.core.rule import TreeRule
@@ -100,6 +101,8 @@ class EagleDrafter(LevelDrafter[Pairs]):
         return self._head.blank(rows)
 
     def _receive(self, request: Request, state: Pairs, features: Any, first: int) -> None:
+        if state.parts:  # it waits on: rounds with prompts draft nothing, and have many rows
+            state.parts[-1] = apart(state.parts[-1])
         state.parts.append(features)
         for end in range(-(first + 1) % PAGE, len(features), PAGE):
             self._keep_end(request, state, first + end, features, end)

@@ -29,6 +29,15 @@ def as_tensor(part: Part) -> Tensor:
     return torch.stack([torch.as_tensor(features[place]) for features in rounds])
 
 
+def apart(part: Part) -> Part:
+    """The part, copied where it is a small piece of an array that it would keep alive whole."""
+    if isinstance(part, tuple):
+        return part
+    if isinstance(part, Tensor):
+        return part.clone() if part.untyped_storage().nbytes() > 2 * part.nbytes else part
+    return part.copy() if part.base is not None and part.base.nbytes > 2 * part.nbytes else part
+
+
 def take_rows(features: Features, rows: IntArray) -> Tensor:
     """Rows of features or outputs: [rows, width], a copy."""
     features = torch.as_tensor(features)

@@ -114,6 +114,40 @@ def test_drafting_equals_the_unrolled_training_forward(
     check_children(head, trees, second, logits)
 
 
+def test_rows_that_wait_do_not_keep_whole_rounds_alive(
+    weights: dict[str, torch.Tensor], folder: Path
+) -> None:
+    """Rounds that read prompts have hundreds of rows; a head does not draft then, and waits with
+    one or two of each."""
+    decoder = Decoder(CONFIG, weights, torch.float32, torch.device("cpu"), PAGES, 128, False)
+    head = EagleHead(load_head(folder, CONFIG), decoder, PAGES, SCRATCH, 128)
+    drafter = EagleDrafter(head, PAGES, SCRATCH)
+    params = SamplingParams(temperature=0.0)
+    tokens = list(range(60))
+    table = BlockTable(PagePool(PAGES))
+    table.reserve(40)
+    request = Request("r", tokens, params, 0, table, StopChecker(params, lambda ids: ""))
+    width = len(TAPS) * CONFIG.hidden
+    for as_array in (np.asarray, torch.as_tensor):
+        drafter.release(request)
+        for position in range(20):
+            features = as_array(np.full((300, width), position, np.float32))
+            drafter.extend(request, features[7:8], position, tokens[position : position + 1])
+        (state,) = drafter._states.values()
+        held = sum(_held(part) for part in state.parts[:-1])
+        assert held == 19 * 4 * width
+        values = [float(torch.as_tensor(part)[0, 0]) for part in state.parts]
+        assert values == [float(position) for position in range(20)]
+
+
+def _held(part: object) -> int:
+    """Bytes that it keeps alive."""
+    if isinstance(part, torch.Tensor):
+        return part.untyped_storage().nbytes()
+    assert isinstance(part, np.ndarray)
+    return part.nbytes if part.base is None else part.base.nbytes
+
+
 def _chain(
     head: TrainableHead,
     g: torch.Tensor,
