@@ -34,13 +34,12 @@ class Detokenizer:
         """The new text up to the last complete character."""
         self._window.extend(tokens)
         text = self._decode(self._window)
-        if not text.endswith(UNFINISHED):
-            return self._give_out(text)
-        if len(tokens) <= 1:
-            return ""
-        # The last token cuts a character: give out those before it.
-        del self._window[-len(tokens) :]
-        return "".join(self.push([token]) for token in tokens)
+        if len(tokens) > 1 and UNFINISHED in text:
+            # What becomes of bytes that are no character depends on the piece that they are in: so
+            # pieces are of one token, however many a round brought.
+            del self._window[-len(tokens) :]
+            return "".join(self.push([token]) for token in tokens)
+        return "" if text.endswith(UNFINISHED) else self._give_out(text)
 
     def flush(self) -> str:
         """The rest at the end of an answer, an incomplete character included."""

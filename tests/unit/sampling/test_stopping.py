@@ -2,6 +2,7 @@
 show."""
 
 import random
+from itertools import groupby
 
 import pytest
 from hypothesis import given
@@ -173,6 +174,34 @@ def test_incomplete_characters_wait_and_are_shown_at_the_end():
     check.push(encode("🙂")[1:2])
     assert check.text == decode(encode("a🙂")[:3])
     assert check.text.endswith("\ufffd")
+
+
+def byte_fallback(ids):
+    """As Llama 2's, Mistral's and Gemma's decoders: a run of bytes that is no text becomes one mark
+    for each byte."""
+    text = ""
+    for is_byte, run in groupby(ids, lambda token: token < 256):
+        run = list(run)
+        try:
+            text += bytes(run).decode() if is_byte else "".join(map(chr, run))
+        except UnicodeDecodeError:
+            text += "\ufffd" * len(run)
+    return text
+
+
+@given(
+    st.lists(st.sampled_from([0xE2, 0x82, 0xAC, 0xC3, 0xA4, 0x41, 0x391, 0x3A9]), max_size=12),
+    st.lists(st.integers(1, 5), min_size=12, max_size=12),
+)
+def test_text_does_not_depend_on_how_many_tokens_a_round_brings(tokens, sizes):
+    alone = Detokenizer(byte_fallback)
+    text = "".join(alone.push([token]) for token in tokens) + alone.flush()
+    together, told = Detokenizer(byte_fallback), ""
+    rest = tokens
+    for size in sizes:
+        told += together.push(rest[:size])
+        rest = rest[size:]
+    assert told + together.flush() == text
 
 
 def test_a_token_whose_text_depends_on_its_neighbour():
