@@ -508,6 +508,7 @@ def test_a_snapshot_is_complete_with_every_shard(tmp_path: Path) -> None:
 
 def test_local_paths(tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(b"")
+    (tmp_path / "config.json").write_text("{}")
     assert resolve(tmp_path).path == tmp_path
     assert resolve(tmp_path / "x.gguf").path == tmp_path / "x.gguf"
 
@@ -617,6 +618,17 @@ def test_a_gguf_file_of_a_hub_id(fake_hub: SimpleNamespace, asked: str, file: st
     assert found == Source(name, fake_hub.folder / file, f"hub owner/tiny {file} at 0123456789ab")
     fake_hub.online = False
     assert resolve(name) == found  # from the cache
+
+
+def test_a_folder_of_gguf_files_names_one(tmp_path: Path) -> None:
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ModelError, match=r"folder of GGUF files: name one, such as .*/a\.gguf"):
+        resolve(tmp_path)
+
+
+@pytest.mark.parametrize("host", ["hf.co/", "huggingface.co/", "https://huggingface.co/"])
+def test_a_hub_id_may_have_its_address(fake_hub: SimpleNamespace, host: str) -> None:
+    assert resolve(f"{host}owner/tiny:Q4_0") == resolve("owner/tiny:Q4_0")
 
 
 def test_a_quantisation_that_is_no_single_file(fake_hub: SimpleNamespace) -> None:

@@ -149,6 +149,17 @@ def key_value(text: str) -> tuple[str, Any]:
         return key, value
 
 
+def json_object(text: str) -> dict[str, Any]:
+    """'{"k": v}' as a dict."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise ArgumentTypeError(f'{text!r} is not a JSON object such as {{"method": "ngram"}}')
+    return found
+
+
 def words(text: str) -> tuple[str, ...]:
     """'a,b' as words."""
     return tuple(word.strip() for word in text.split(",") if word.strip())

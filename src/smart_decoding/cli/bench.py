@@ -88,7 +88,8 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> Any:
 def _what_runs(parser: argparse.ArgumentParser, default: BenchOptions) -> None:
     group = parser.add_argument_group("what runs")
     add = group.add_argument
-    add("--model", help=f"built-in name, hub id, folder or GGUF file (default: {default.model})")
+    models = "built-in name, hub id, folder or GGUF file"
+    add("-m", "--model", help=f"{models} (default: {default.model})")
     add("--policies", type=words, metavar="A,B", help="'off', the baseline, always runs")
     add(
         "--policy-options",

@@ -98,6 +98,9 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Unknown arguments are an error here already: a subcommand knows what was meant."""
         known, unknown = super().parse_known_args(args, namespace)
+        if hasattr(known, "words") and not any(word.startswith("-") for word in unknown):
+            known.words += unknown  # argparse takes those of one place only
+            unknown = []
         if unknown:
             hint = did_you_mean(unknown[0].partition("=")[0], self._option_string_actions)
             if not unknown[0].startswith("-"):

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from typing import Any
 
-from smart_decoding.cli.arguments import ALLOW_SLOW, THREADS, Option, key_value
+from smart_decoding.cli.arguments import ALLOW_SLOW, THREADS, Option, json_object, key_value
 from smart_decoding.drafters import METHODS, check_draft, check_plain
 from smart_decoding.errors import ConfigError
 from smart_decoding.models import chat_template
@@ -88,6 +88,13 @@ MODEL_OPTIONS = (
     ),
     Option("policy-option", key_value, [], "K=V for the policy; may be repeated (none)"),
     METHOD_OPTION,
+    Option(
+        "speculative-config",
+        json_object,
+        None,
+        "all of these as vLLM writes them, JSON such as "
+        '{"method": "ngram", "num_speculative_tokens": 4} (none)',
+    ),
     CHAT_TEMPLATE,
     TRUST_PICKLE,
     Option(
@@ -95,6 +102,7 @@ MODEL_OPTIONS = (
         int,
         None,
         "longest prompt plus answer, in tokens (the model's, 4096 and the KV memory at most)",
+        aliases=("-c", "--ctx-size"),
     ),
 )
 
@@ -111,9 +119,9 @@ def llm_options(
     taken = [option for option in options if option.dest in known]
     given = {option.dest: getattr(args, option.dest) for option in taken}
     return {
-        "speculative_config": speculative_config(args),
         "generation_config": "vllm",  # commands give all sampling parameters themselves
         **given,
+        "speculative_config": speculative_config(args),
         **{option.dest: dict(given[option.dest]) for option in taken if option.kind is key_value},
     }
 
@@ -125,6 +133,13 @@ def speculative_config(args: argparse.Namespace) -> dict[str, Any] | None:
     """
     policy_options = once_each(args.policy_option)
     method_options = once_each(args.method_option)
+    if args.speculative_config is not None:
+        if args.method or args.policy or args.draft or policy_options or method_options:
+            raise ConfigError(
+                "--speculative-config takes the place of --method, --draft, --policy and their "
+                "options: leave out one or the other"
+            )
+        return dict(args.speculative_config)
     if args.policy or policy_options:
         from smart_decoding.core.policies import check_policy  # imported late: numpy is slow
 

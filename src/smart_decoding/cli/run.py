@@ -9,7 +9,10 @@ import argparse
 import gc
 import json
 import logging
+import os
 import secrets
+import select
+import stat
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -23,13 +26,15 @@ from smart_decoding.engine.outputs import CompletionOutput, completion_of
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ConfigError
 from smart_decoding.models import tokenizer
-from smart_decoding.models.registry import DEFAULT_MODEL, folder_at_hand
+from smart_decoding.models.registry import DEFAULT_MODEL, folder_at_hand, names_model, siblings
 
 if TYPE_CHECKING:
     from smart_decoding.llm import LLM
+    from smart_decoding.multimodal.messages import Message
     from smart_decoding.multimodal.prompts import MediaPrompt, Prompt
 
 TOGETHER = 32  # answers of a batch that run at a time
+PATIENCE = 1.0  # seconds until it is said that a pipe is waited for
 SAMPLING = (
     Option("temperature", float, 0.0, "spread of the draws (0: greedy)", aliases=("--temp",)),
     Option("top-p", float, 1.0, "draw from the likeliest tokens of this mass"),
@@ -48,13 +53,16 @@ SAMPLING = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `smart run`."""
-    prompt = parser.add_mutually_exclusive_group()
-    prompt.add_argument(
-        "prompt", nargs="?", help="the user's message; - or a pipe: of standard input"
+    parser.add_argument(
+        "words",
+        nargs="*",
+        metavar="[MODEL] PROMPT",
+        help="the model, as for --model, and the user's message; a file's text and a pipe's come "
+        "behind the message",
     )
-    prompt.add_argument("-p", "--prompt", dest="text", metavar="PROMPT", help="the same")
-    prompt.add_argument("-f", "--file", type=Path, metavar="FILE", help="a file that holds it")
-    prompt.add_argument(
+    parser.add_argument("-p", "--prompt", metavar="PROMPT", help="the message")
+    parser.add_argument("-f", "--file", type=Path, metavar="FILE", help="a file's text; - a pipe's")
+    parser.add_argument(
         "--batch",
         type=Path,
         metavar="FILE",
@@ -69,6 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="a picture the message is about, for models that take images; may be repeated",
     )
+    parser.add_argument("--system", metavar="TEXT", help="instructions for the model (none)")
     add_model_options(parser)
     add_options(parser.add_argument_group("sampling"), SAMPLING)
     parser.add_argument(
@@ -85,25 +94,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Which model, and how it is loaded."""
     group = parser.add_argument_group("model")
-    group.add_argument("-m", "--model", help=f"name, hub id, folder or GGUF file ({DEFAULT_MODEL})")
+    kinds = f"name, hub id, folder or GGUF file ({DEFAULT_MODEL})"
+    group.add_argument("-m", "--model", "-hf", help=kinds)
     add_options(group, MODEL_OPTIONS)
 
 
 def main(args: argparse.Namespace) -> None:
     """Streams the answer to standard output, or prints those of a batch as they come, in order."""
+    model, message = model_and_message(args)
+    if args.system and args.raw:
+        raise ConfigError("--system is for the chat template, which --raw leaves out")
     options = llm_options(args)
     params = sampling_params(args)
-    texts = prompt_texts(args)
+    texts = prompt_texts(args, message)
     images = read_images(args.image)
     if images:
-        check_takes_images(args.model, args.trust_pickle)
+        check_takes_images(model, args.trust_pickle)
     show_steps()
     one = args.batch is None and not args.json
-    with loaded(args.model or DEFAULT_MODEL, min(len(texts), TOGETHER), options, one) as llm:
+    with loaded(model or DEFAULT_MODEL, min(len(texts), TOGETHER), options, one) as llm:
         announce_default(llm, options["speculative_config"])
-        prompts = [prompt_of(llm, text, images, args.raw) for text in texts]
+        system = [{"role": "system", "content": args.system}] if args.system else []
+        prompts = [prompt_of(llm, text, images, args.raw, system) for text in texts]
         if one:
             answer = stream_answer(llm, prompts[0], params)
+            if answer.finish_reason == "length":
+                print("smart: cut at --max-tokens", file=sys.stderr)
             if args.stats:
                 drawn = args.seed is None and not params.greedy
                 told = stats_line(answer) + (f", seed {params.seed}" if drawn else "")
@@ -157,27 +173,75 @@ def sampling_params(args: argparse.Namespace) -> SamplingParams:
     return params
 
 
-def prompt_texts(args: argparse.Namespace) -> list[str]:
-    """One prompt, or those of a batch. Raises ConfigError."""
+def model_and_message(args: argparse.Namespace) -> tuple[str | None, str | None]:
+    """What was given of both, by options or by position: MODEL PROMPT, or one of them. Raises
+    ConfigError for too many."""
+    words = args.words
+    named = bool(words) and not args.model and names_model(words[0])
+    model = words[0] if named else args.model
+    messages = [*words[named:], *([] if args.prompt is None else [args.prompt])]
+    if len(messages) > 1:
+        raise ConfigError(
+            f"several prompts are given, {messages[0]!r} and {messages[1]!r}: put a text of "
+            "several words in quotes"
+        )
+    return model, messages[0] if messages else None
+
+
+def prompt_texts(args: argparse.Namespace, message: str | None) -> list[str]:
+    """One prompt, of all that was given, or those of a batch. Raises ConfigError."""
     if args.batch is not None:
-        if args.image:
-            raise ConfigError("--image belongs to one prompt: it cannot be given with --batch")
+        for option, given in (("--image", args.image), ("-f", args.file), ("a prompt", message)):
+            if given:
+                raise ConfigError(f"{option} cannot be given with --batch")
         return read_prompts(args.batch)
-    if args.file is None:
-        given = args.prompt if args.text is None else args.text
-        if given is None and (sys.stdin is None or sys.stdin.isatty()):
-            raise ConfigError("there is no prompt: give one, or -f FILE, or one through a pipe")
-        return [read_prompt("-" if given is None else given)]
+    parts = [] if message in (None, "-") else [message]
+    if args.file not in (None, Path("-")):
+        parts.append(_text_of(args.file))
+    if message == "-" or args.file == Path("-") or _piped(alone=not parts):
+        parts.append(_read_pipe())
+    if not parts:
+        raise ConfigError(
+            "there is no prompt: give one, or -f FILE, or one through a pipe (smart chat talks)"
+        )
+    return [checked_prompt("\n\n".join(part for part in parts if part.strip()))]
+
+
+def _text_of(file: Path) -> str:
     try:
-        return [read_prompt(args.file.read_text(encoding="utf-8"), literal=True)]
+        return file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{args.file} is not UTF-8 text: {error}") from error
+        raise ConfigError(f"{file} is not UTF-8 text: {error}") from error
 
 
-def prompt_of(llm: LLM, text: str, images: Sequence[Any], raw: bool) -> Prompt:
+def _piped(alone: bool) -> bool:
+    """Whether standard input holds the prompt, or, beside another one, is a pipe or a file."""
+    if alone:
+        return sys.stdin is not None and not sys.stdin.isatty()
+    try:
+        mode = os.fstat(sys.stdin.fileno()).st_mode
+    except (AttributeError, OSError, ValueError):  # there is none, or it is no file
+        return False
+    return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
+
+
+def _read_pipe() -> str:
+    """What standard input holds, until its end; who keeps it open is told that it is waited for."""
+    with suppress(OSError, ValueError):
+        if not select.select([sys.stdin], [], [], PATIENCE)[0]:
+            print("smart: reading standard input (</dev/null leaves it out)", file=sys.stderr)
+    try:
+        return sys.stdin.read()
+    except UnicodeError as error:
+        raise ConfigError(f"the prompt is not valid UTF-8: {error}") from error
+
+
+def prompt_of(
+    llm: LLM, text: str, images: Sequence[Any], raw: bool, system: Sequence[Message] = ()
+) -> Prompt:
     """What the model is asked, through its chat template unless it is `raw`."""
     if not raw:
-        return chat_prompt(llm, text, images)
+        return chat_prompt(llm, text, images, system)
     return {"prompt": text, "multi_modal_data": {"image": images}} if images else text
 
 
@@ -245,19 +309,24 @@ def show_steps() -> None:
 def announce_default(llm: LLM, config: Mapping[str, Any] | None) -> None:
     """One line on standard error that says what drafts, unless it was asked for or is the model's
     own head."""
+    from smart_decoding.models.memory import parameters
     from smart_decoding.speculation import shipped_head
 
-    asked = {"method", "model"} & set(config or {})
-    if not asked and shipped_head(llm.provenance["model"]) is None:
-        choose = "--method and --draft choose another"
-        print(f"smart: drafts come from {llm.speculation.description}; {choose}", file=sys.stderr)
+    config = config or {}
+    asked = {"method", "model"} & set(config) or config.get("policy") == "off"
+    if asked or shipped_head(llm.provenance["model"]) is not None:
+        return
+    what = llm.speculation.description
+    target = llm.target.decoder.config
+    smaller = siblings(target.vocab, parameters(target)) if what == "ngram" else []
+    faster = f"`smart models pull {smaller[0]}` adds a faster one, " if smaller else ""
+    choose = f"{faster}--method and --draft choose another"
+    print(f"smart: drafts come from {what}; {choose}", file=sys.stderr)
 
 
-def read_prompt(text: str, literal: bool = False) -> str:
-    """The prompt, or standard input for '-' unless that is `literal`. Raises ConfigError if it is
-    empty or not UTF-8."""
+def checked_prompt(text: str) -> str:
+    """The prompt. Raises ConfigError if it is empty or not UTF-8."""
     try:
-        text = sys.stdin.read() if text == "-" and not literal else text
         text.encode()
     except UnicodeError as error:
         raise ConfigError(f"the prompt is not valid UTF-8: {error}") from error
@@ -295,11 +364,13 @@ def check_takes_images(model: str | None, trust_pickle: bool = False) -> None:
         )
 
 
-def chat_prompt(llm: LLM, text: str, images: Sequence[Any] = ()) -> MediaPrompt:
-    """The prompt of a conversation that consists of one message, its pictures first."""
+def chat_prompt(
+    llm: LLM, text: str, images: Sequence[Any] = (), system: Sequence[Message] = ()
+) -> MediaPrompt:
+    """The prompt of a conversation of one message, its pictures first, behind the system's."""
     parts = [{"type": "image", "image": image} for image in images]
     content = [*parts, {"type": "text", "text": text}] if parts else text
-    return llm.chat_prompt([{"role": "user", "content": content}])
+    return llm.chat_prompt([*system, {"role": "user", "content": content}])
 
 
 def stream_answer(llm: LLM, prompt: Prompt, params: SamplingParams) -> CompletionOutput:

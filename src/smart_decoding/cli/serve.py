@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help=f"name, hub id, folder or GGUF file ({DEFAULT_MODEL})",
     )
-    parser.add_argument("-m", "--model", help="the same")
+    parser.add_argument("-m", "--model", "-hf", help="the same")
     parser.add_argument(
         "--config",
         type=Path,

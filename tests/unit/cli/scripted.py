@@ -16,11 +16,13 @@ from smart_decoding.cli import main as cli
 from smart_decoding.core.acceptance import accept
 from smart_decoding.core.tree import ROOT, DraftTrees
 from smart_decoding.engine.request import RequestMetrics
+from smart_decoding.models.config import ModelConfig
 
 if TYPE_CHECKING:
     from smart_decoding.engine.sampling_params import SamplingParams
 
 ANSWER = [10, 11, 12, 13, 14]
+CONFIG = ModelConfig("llama", 1, 8, 1, 1, 8, 8, 16, 10_000.0, 1e-5, 64)
 WORDS = {10: "Paris", 11: " is", 12: " the", 13: " capital", 14: ".", 15: " a"}
 
 
@@ -29,6 +31,7 @@ class FakeLLM:
     (three accepted)."""
 
     made: ClassVar[list[FakeLLM]] = []
+    finish_reason: ClassVar[str] = "stop"
     failure: ClassVar[BaseException | None] = None
 
     def __init__(self, model: str, **options: Any) -> None:
@@ -41,6 +44,7 @@ class FakeLLM:
             decode=lambda ids, skip=True: "".join(WORDS.get(i, "?") for i in ids),
         )
         self.engine = SimpleNamespace(last_round=None)
+        self.target = SimpleNamespace(decoder=SimpleNamespace(config=CONFIG))
         self.drafts = options["speculative_config"] is not False
         self.loads: list[int] = []  # tokens of the answer before each
         self.speculation = SimpleNamespace(description="ngram", profile=None)
@@ -98,7 +102,7 @@ class FakeLLM:
         output = SimpleNamespace(
             token_ids=list(ANSWER),
             text="Paris is the capital.",
-            finish_reason="stop",
+            finish_reason=self.finish_reason,
             metrics=metrics,
             tokens_per_round=4.0,
             logprobs=None,

@@ -13,7 +13,7 @@ from scripted import fails
 from smart_decoding.cli import main as cli
 from smart_decoding.cli import models as cli_models
 from smart_decoding.core.cost import CostModel
-from smart_decoding.models.hub import conversion_key
+from smart_decoding.models.hub import RECORD, conversion_key
 from smart_decoding.models.registry import NAMED_MODELS, Source
 from smart_decoding.profiling.cache import load_profile, save_profile
 
@@ -105,6 +105,19 @@ def test_of_a_users_own_file_only_what_was_made_of_it_is_removed(
     write(made / "config.json", 10)
     assert cli.main(["models", "rm", str(own), "-y"]) == 0
     assert own.exists()
+    assert not made.exists()
+
+
+def test_what_was_made_of_a_file_is_removed_by_the_name_that_is_shown(
+    own_cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its folder may be gone."""
+    made = own_cache / "converted" / "v2-0123456789abcdef"
+    write(made / "model.safetensors", 2_000_000)
+    (made / RECORD).write_text(json.dumps({"source": "own.gguf"}))
+    assert cli.main(["models"]) == 0
+    assert "2 MB, converted, of own.gguf" in capsys.readouterr().out
+    assert cli.main(["models", "rm", "own.gguf", "-y"]) == 0
     assert not made.exists()
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import gc
 import io
+import json
 import logging
 import os
 import sys
+import threading
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -56,7 +58,7 @@ def test_nothing_is_searched_for_garbage_until_it_is_loaded(
 
     def answer(*_: object) -> object:
         seen.append((gc.isenabled(), gc.get_freeze_count() > frozen))
-        return None
+        return SimpleNamespace(finish_reason="stop")
 
     monkeypatch.setattr(sys.modules["smart_decoding.llm"], "LLM", load)
     monkeypatch.setattr(cli_run, "stream_answer", answer)
@@ -87,9 +89,18 @@ def test_run_says_what_drafts_by_default(
         out, err = capsys.readouterr()
         assert out == "Paris is the capital.\n"
         assert err == "smart: drafts come from ngram; --method and --draft choose another\n"
-    for options in (["--method", "ngram"], ["--draft", "a-head"]):
+    for options in (["--method", "ngram"], ["--draft", "a-head"], ["--policy", "off"]):
         assert cli.main(["run", "hi", "--model", "m", *options]) == 0
         assert capsys.readouterr().err == ""
+
+
+def test_run_names_a_faster_drafter_that_is_not_here(
+    fake: type[FakeLLM], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli_run, "siblings", lambda vocab, parameters: ["small"])
+    assert cli.main(["run", "hi", "--model", "m"]) == 0
+    told = "`smart models pull small` adds a faster one, --method and --draft choose another"
+    assert capsys.readouterr().err == f"smart: drafts come from ngram; {told}\n"
 
 
 def test_run_passes_everything_on(fake: type[FakeLLM]) -> None:
@@ -287,7 +298,8 @@ def test_a_batch_must_hold_prompts(
     path.write_text("hi\n")
     picture = ["--image", str(tmp_path / "a.png")]
     assert "cannot be given with --batch" in fails(capsys, "run", "--batch", str(path), *picture)
-    assert "not allowed with argument" in fails(capsys, "run", "--batch", str(path), "-p", "hi")
+    for given in (["-p", "hi"], ["hi"], ["-f", str(path)]):
+        assert "cannot be given with --batch" in fails(capsys, "run", "--batch", str(path), *given)
     assert not fake.made
 
 
@@ -296,6 +308,103 @@ def test_run_reads_standard_input(fake: type[FakeLLM], monkeypatch: pytest.Monke
         monkeypatch.setattr(sys, "stdin", io.StringIO("from a pipe\n"))
         assert cli.main(["run", "--raw", *given]) == 0
     assert [llm.asked[0][0] for llm in fake.made] == ["from a pipe\n"] * 2
+
+
+@pytest.mark.parametrize(
+    ("given", "model", "prompt"),
+    [
+        (["hi"], "smollm2-135m", "hi"),
+        (["smollm2-135m@pypi", "hi"], "smollm2-135m@pypi", "hi"),
+        (["smollm2-135m", "--stats", "hi"], "smollm2-135m", "hi"),
+        (["--stats", "m.gguf", "-p", "hi"], "m.gguf", "hi"),
+        (["owner/name:Q4_K_M", "hi"], "owner/name:Q4_K_M", "hi"),
+        (["-m", "m", "owner/name"], "m", "owner/name"),
+        (["-hf", "owner/name", "hi"], "owner/name", "hi"),
+        (["hf.co/owner/name", "hi"], "hf.co/owner/name", "hi"),
+    ],
+)
+def test_run_takes_the_model_before_the_prompt(
+    given: list[str], model: str, prompt: str, fake: type[FakeLLM]
+) -> None:
+    assert cli.main(["run", "--raw", *given]) == 0
+    (llm,) = fake.made
+    assert (llm.model, llm.asked[0][0]) == (model, prompt)
+
+
+def test_a_model_alone_is_no_prompt(
+    fake: type[FakeLLM], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+    for model in ("smollm2-135m", "./nope.gguf"):
+        assert "there is no prompt" in fails(capsys, "run", model)
+    assert not fake.made
+
+
+def test_what_is_piped_comes_behind_the_prompt(
+    fake: type[FakeLLM],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Nothing that was given is left out; who keeps a pipe open is told what is waited for."""
+    path = tmp_path / "file"
+    path.write_text("of a file")
+    expected = {
+        ("Shorten:",): "Shorten:\n\npiped",
+        ("Shorten:", "-f", "-"): "Shorten:\n\npiped",
+        ("Shorten:", "-f", str(path)): "Shorten:\n\nof a file\n\npiped",
+        ("-f", str(path)): "of a file\n\npiped",
+        (): "piped",
+    }
+    monkeypatch.setattr(cli_run, "PATIENCE", 0.0)
+    for given, prompt in expected.items():
+        ours, theirs = os.pipe()
+        os.write(theirs, b"piped")
+        os.close(theirs)
+        with os.fdopen(ours) as pipe:
+            monkeypatch.setattr(sys, "stdin", pipe)
+            assert cli.main(["run", "--raw", *given]) == 0
+        assert fake.made[-1].asked[0][0] == prompt
+    assert "reading standard input" not in capsys.readouterr().err
+    ours, theirs = os.pipe()
+    with os.fdopen(ours) as pipe:
+        monkeypatch.setattr(sys, "stdin", pipe)
+        timer = threading.Timer(0.1, os.close, [theirs])
+        timer.start()
+        assert cli.main(["run", "--raw", "alone"]) == 0
+    assert fake.made[-1].asked[0][0] == "alone"
+    assert "reading standard input" in capsys.readouterr().err
+
+
+def test_run_says_that_an_answer_was_cut(
+    fake: type[FakeLLM], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(FakeLLM, "finish_reason", "length")
+    assert cli.main(["run", "hi"]) == 0
+    assert capsys.readouterr().err == "smart: cut at --max-tokens\n"
+
+
+def test_instructions_go_before_the_message(
+    fake: type[FakeLLM], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["run", "--system", "be brief", "hi"]) == 0
+    roles = [(message["role"], message["content"]) for message in fake.made[0].messages]
+    assert roles == [("system", "be brief"), ("user", "hi")]
+    capsys.readouterr()
+    assert "--raw leaves out" in fails(capsys, "run", "--system", "be brief", "--raw", "hi")
+
+
+def test_drafts_are_asked_for_as_vllm_writes_them(
+    fake: type[FakeLLM], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = {"method": "ngram", "num_speculative_tokens": 4}
+    words = ["run", "hi", "--speculative-config", json.dumps(config)]
+    assert cli.main(words) == 0
+    assert fake.made[0].options["speculative_config"] == config
+    capsys.readouterr()
+    assert "takes the place of" in fails(capsys, *words, "--method", "ngram")
+    assert "is not a JSON object" in fails(capsys, *words[:-1], "ngram")
 
 
 def test_a_terminal_is_not_waited_for(
