@@ -136,6 +136,8 @@ def check_speculation(
         return SpeculativeConfig("none", "off", {})
     given = _as_dict(config)
     shipped = shipped_head(checkpoint.provenance["model"])
+    if shipped and shipped == shipped_head(str(given.get("model"))):
+        given["model"] = shipped  # the model's own name: its head is meant
     named = _is_model(given.get("model"))
     has_head = not named if "model" in given else shipped is not None
     draft = None
@@ -148,6 +150,8 @@ def check_speculation(
     method = "eagle" if method == "eagle3" else method  # vLLM's: here files say what a head is
     deepest = DEEPEST.get(method, DEEPEST.get(policy))
     if deepest is not None and "num_speculative_tokens" in given:
+        if deepest in given:
+            raise ConfigError(f"num_speculative_tokens and {deepest} are the same: give one")
         given[deepest] = given.pop("num_speculative_tokens")
     if method not in METHODS:
         raise ConfigError(f"unknown method {method!r}; choose one of: {', '.join(METHODS)}")
@@ -155,6 +159,7 @@ def check_speculation(
     theirs = _method_options(method, has_head, named or by_default)
     _check_known(method, policy, given, theirs)
     check_policy(policy, {option: value for option, value in given.items() if option not in theirs})
+    NgramDrafter(**{name: given[name] for name in _parameters(NgramDrafter) if name in given})
     if method == "draft_model" or (method == "union" and named):
         draft = _draft_checkpoint(
             given.pop("model", None), checkpoint, tokenizer, max_model_len, trust_pickle
@@ -231,6 +236,9 @@ def _sibling(
 
 def _as_dict(config: Mapping[str, Any] | bool | None) -> dict[str, Any]:
     if isinstance(config, Mapping):
+        for name in ("method", "policy", "model"):
+            if not isinstance(config.get(name), str | Path | None):
+                raise ConfigError(f"{name} must be a name, not {config[name]!r}")
         return {IN_VLLM.get(name, name): value for name, value in config.items()}
     if config is not None and not isinstance(config, bool):
         raise ConfigError(

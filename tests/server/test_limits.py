@@ -114,7 +114,9 @@ def test_errors_name_what_is_wrong(running: Running) -> None:
     options = {"model": NAME, "prompt": "a", "stream_options": {}}
     told = error_of(post(running, "/v1/completions", json=options), 400)["message"]
     assert told == "the body: stream_options is only allowed with stream=true"
-    assert error_of(post(running, "/v1/nothing"), 404)["type"] == "invalid_request_error"
+    nowhere = error_of(post(running, "/v1/nothing"), 404)
+    assert nowhere["type"] == "invalid_request_error"
+    assert "/openapi.json lists them" in nowhere["message"]
     error_of(httpx.get(f"{running.url}/v1/completions"), 405)
     for headers in ({"content-type": "text/plain"}, {}):
         form = {"content": b'{"model": "tiny", "prompt": "a"}', "headers": headers}

@@ -100,6 +100,8 @@ def _api_error(error: Exception) -> ApiError:
         return error
     if isinstance(error, SmartError):
         return of_smart_error(error)
+    if isinstance(error, HTTPException) and error.detail == "Not Found":
+        return ApiError(404, "there is no such route here: GET /openapi.json lists them")
     if isinstance(error, HTTPException):
         return ApiError(error.status_code, str(error.detail))
     if isinstance(error, RequestValidationError):

@@ -333,6 +333,9 @@ def test_unknown_names_options_and_values_are_refused_with_the_valid_ones() -> N
         ("chain", {"length": 0}),
         ("eagle2", {"top_k": 1.5}),
         ("static", {"topology": [[0, 0]]}),
+        ("static", {"topology": [[0], []]}),
+        ("static", {"topology": [[0.5]]}),
+        ("static", {"topology": [[0], [10**9]]}),  # which took all memory
     ):
         with pytest.raises(ConfigError):
             make_policy(name, **options)

@@ -7,6 +7,7 @@ import functools
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from smart_decoding.models import memory
 from smart_decoding.models.draft_model import DraftModel
 from smart_decoding.models.tokenizer import Tokenizer
 from smart_decoding.profiling.measure import LONG_WAITING, ON_CPU, WAITING, Measurement
+from smart_decoding.speculation import check_speculation, shipped_head
 
 from .tiny import (
     PAGES,
@@ -395,6 +397,10 @@ def test_what_is_missing_or_too_short_is_refused(tmp_path: Path, target_folder: 
             r"'none' takes no options, but 'model' \(--draft\) is given",
         ),
         ({"method": "eagle"}, "give model=FOLDER, or --draft FOLDER"),
+        ({"method": ["ngram"]}, r"method must be a name, not \['ngram'\]"),
+        ({"method": "eagle", "model": 3}, "model must be a name, not 3"),
+        ({"num_speculative_tokens": 3, "max_depth": 2}, "max_depth are the same: give one"),
+        ({"method": "ngram", "min_n": "2"}, "min_n must be an integer"),
     ],
 )
 def test_what_would_be_ignored_is_refused(target_folder: Path, config: Any, message: str) -> None:
@@ -419,6 +425,17 @@ def test_nothing_drafts_if_so_asked(target_folder: Path, config: Any) -> None:
     llm = LLM(target_folder, speculative_config=config, dtype="fp32")
     assert llm.speculation.drafter is None
     assert llm.policy.name == "off"
+
+
+@pytest.mark.parametrize("config", [{}, {"method": "eagle3"}, {"method": "union"}])
+@pytest.mark.parametrize("name", ["smollm2-135m", "smollm2-135m@pypi"])
+def test_a_model_named_as_its_own_drafter_means_its_head(config: Any, name: str) -> None:
+    """A model that drafts for itself saves nothing."""
+    target: Any = SimpleNamespace(provenance={"model": "smollm2-135m"}, vision=None)
+    tokenizer: Any = None
+    found = check_speculation({**config, "model": name}, target, tokenizer, 64)
+    assert found.draft is None
+    assert found.head == shipped_head("smollm2-135m")
 
 
 # --- the default

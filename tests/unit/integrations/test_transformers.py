@@ -397,6 +397,7 @@ def top_k_softmax(
         ("llama", {"position_ids": torch.arange(10).repeat(3, 1) + 1}, "position_ids"),
         ("llama", {"attention_mask": torch.tensor([[1] * 9 + [0]] * 3)}, "left padding"),
         ("llama", {"speculative_config": {"method": "medusa"}}, "unknown method 'medusa'"),
+        ("llama", {"assistant_model": object()}, "{'method': 'draft_model', 'model': assistant"),
         (
             "llama",
             {"speculative_config": {"policy": "static", "exploration_budget": 0.1}},

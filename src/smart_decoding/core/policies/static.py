@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from smart_decoding.core.policies.base import StatelessPolicy, token_array
+from smart_decoding.core.policies.base import StatelessPolicy, require_int, token_array
 from smart_decoding.core.policies.topologies import TOPOLOGIES
 from smart_decoding.core.rule import TreeRule
 from smart_decoding.core.selection import Topology
@@ -15,6 +15,9 @@ from smart_decoding.errors import ConfigError
 
 if TYPE_CHECKING:
     from smart_decoding.core.policies.base import BatchState, TokenIds
+
+
+WIDEST = 255  # the last rank of a child: none was ever worth it
 
 
 class Static(StatelessPolicy):
@@ -53,13 +56,16 @@ def _parse(topology: str | Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
             )
         return TOPOLOGIES[topology]
     try:
-        paths = list(dict.fromkeys(tuple(int(rank) for rank in path) for path in topology))
-    except (TypeError, ValueError):
+        paths = list(dict.fromkeys(tuple(path) for path in topology))
+    except TypeError:
         raise ConfigError(
             "topology must be a name or a list of lists of child ranks, such as [[0], [1], [0, 0]]"
         ) from None
-    if not paths or any(not path or min(path) < 0 for path in paths):
-        raise ConfigError("topology must hold at least one path, and paths of ranks from 0 up")
+    if not all(paths) or not paths:
+        raise ConfigError("topology must hold at least one path, and no empty ones")
+    for path in paths:
+        for rank in path:
+            require_int("a child rank of topology", rank, 0, WIDEST)
     orphans = [path for path in paths if len(path) > 1 and path[:-1] not in paths]
     if orphans:
         raise ConfigError(

@@ -65,6 +65,11 @@ def generate(
     reason = unsupported(model, generation_config, logits_processor, model_inputs)
     if reason:
         raise ConfigError(reason)
+    if _of_caller("assistant_model") is not None:
+        raise ConfigError(
+            "assistant_model is not read here: give it as "
+            "speculative_config={'method': 'draft_model', 'model': assistant_model}"
+        )
     warn_if_missing(model.device)
     prompts = _prompts(input_ids, model_inputs)
     layers = layers_of(model, model_inputs)
@@ -73,7 +78,7 @@ def generate(
     tree = layout_of(model, layers) == "tree"
     target = HostTarget(model, layers, tree, _eos(generation_config), host)
     sequences = [_sequence(i, ids, generation_config.max_length) for i, ids in enumerate(input_ids)]
-    streamer = streamer if streamer is not None else _caller_streamer()
+    streamer = streamer if streamer is not None else _of_caller("streamer")
     stream = Stream(streamer, input_ids.shape[1], _pad(generation_config))
     with borrowed(options, target, len(prompts), source) as drafting:
         engine = _engine(target, drafting, generation_config, prompts)
@@ -213,10 +218,10 @@ def _pad(config: GenerationConfig) -> int:
     return 0 if pad is None else int(pad)
 
 
-def _caller_streamer() -> Any:
-    """The `streamer` of the running `model.generate`, which does not hand it on to us."""
+def _of_caller(name: str) -> Any:
+    """An argument of the running `model.generate`, which does not hand it on to us."""
     frame = sys._getframe(2)
-    return frame.f_locals.get("streamer") if frame.f_code.co_name == "generate" else None
+    return frame.f_locals.get(name) if frame.f_code.co_name == "generate" else None
 
 
 def _report(drafting: Drafting, target: HostTarget, requests: Sequence[Request]) -> Report:
