@@ -102,5 +102,5 @@ def generate(target, drafter, prompt, max_new_tokens, policy=None):
 if __name__ == "__main__":
     *names, prompt = sys.argv[1:] if len(sys.argv) == 4 else sys.exit(__doc__)
     tokenizer = AutoTokenizer.from_pretrained(names[0])
-    models = [AutoModelForCausalLM.from_pretrained(name) for name in names]
+    models = [AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32) for name in names]
     print(tokenizer.decode(generate(*models, tokenizer(prompt).input_ids, 100)))
