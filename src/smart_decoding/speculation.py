@@ -136,8 +136,8 @@ def check_speculation(
         return SpeculativeConfig("none", "off", {})
     given = _as_dict(config)
     shipped = shipped_head(checkpoint.provenance["model"])
-    if shipped and shipped == shipped_head(str(given.get("model"))):
-        given["model"] = shipped  # the model's own name: its head is meant
+    if _means_own_head(given, shipped):
+        given["model"] = shipped
     named = _is_model(given.get("model"))
     has_head = not named if "model" in given else shipped is not None
     draft = None
@@ -148,14 +148,8 @@ def check_speculation(
     method = given.pop("method", default)
     policy = given.pop("policy", "off" if method == "none" else "smart")
     method = "eagle" if method == "eagle3" else method  # vLLM's: here files say what a head is
-    deepest = DEEPEST.get(method, DEEPEST.get(policy))
-    if deepest is not None and "num_speculative_tokens" in given:
-        if deepest in given:
-            raise ConfigError(f"num_speculative_tokens and {deepest} are the same: give one")
-        given[deepest] = given.pop("num_speculative_tokens")
-    if method not in METHODS:
-        raise ConfigError(f"unknown method {method!r}; choose one of: {', '.join(METHODS)}")
-    check_plain(method, policy)
+    _name_depth(given, method, policy)
+    _check_method(method, policy)
     theirs = _method_options(method, has_head, named or by_default)
     _check_known(method, policy, given, theirs)
     check_policy(policy, {option: value for option, value in given.items() if option not in theirs})
@@ -166,6 +160,29 @@ def check_speculation(
         )
     head = None if draft else _head(method, given.pop("model", None) or shipped, trust_pickle)
     return SpeculativeConfig(method, policy, given, draft, head, trust_pickle, by_default)
+
+
+def _means_own_head(given: Mapping[str, Any], shipped: Path | None) -> bool:
+    """Whether the model's own built-in name says what drafts, and no draft model is asked for."""
+    name = str(given.get("model"))
+    asked = given.get("method", "eagle") in ("eagle", "eagle3")
+    return asked and shipped is not None and shipped_head(name) == shipped
+
+
+def _check_method(method: str, policy: str) -> None:
+    if method not in METHODS:
+        raise ConfigError(f"unknown method {method!r}; choose one of: {', '.join(METHODS)}")
+    check_plain(method, policy)
+
+
+def _name_depth(given: dict[str, Any], method: str, policy: str) -> None:
+    """Puts vLLM's number of tokens under the name that it has here."""
+    deepest = DEEPEST.get(method, DEEPEST.get(policy))
+    if deepest is None or "num_speculative_tokens" not in given:
+        return
+    if deepest in given:
+        raise ConfigError(f"num_speculative_tokens and {deepest} are the same: give one")
+    given[deepest] = given.pop("num_speculative_tokens")
 
 
 def _check_known(method: str, policy: str, given: Mapping[str, Any], theirs: Sequence[str]) -> None:

@@ -177,7 +177,7 @@ def test_an_eagle3_head_proposes_what_it_was_trained_to(
     assert request.tokens[end] == root
     visual = first + torch.arange(len(shown))
     item = Conversation(
-        torch.tensor(request.tokens[: end + 2]), aux_hidden[: end + 2], end, visual, shown
+        torch.tensor(request.tokens[: end + 2]), aux_hidden[: end + 2], end, visual, shown, 0
     )
     checkpoint = load_checkpoint(folder)
     options = TrainOptions((1, 2, 3), layout="eagle3", supports_images=sees)

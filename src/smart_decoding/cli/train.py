@@ -107,7 +107,6 @@ def main(args: argparse.Namespace) -> int:
     from smart_decoding.core.policies.base import require_int
     from smart_decoding.training.conversations import recorded_layers
     from smart_decoding.training.prior import learn_prior, picture_turns
-    from smart_decoding.training.shards import have_pictures
     from smart_decoding.training.train import Trainer
 
     _use_huge_pages()
@@ -119,12 +118,7 @@ def main(args: argparse.Namespace) -> int:
     require_int("tokens", args.tokens, 1, 1 << 40)
     require_int("prior_prompts", args.prior_prompts, 0, 1 << 20)
     require_int("seed", args.seed, 0, 1 << 62)
-    data = args.data or args.output / "data"
-    if turns is None and have_pictures(data):
-        raise ConfigError(
-            f"the conversations in {data} are about pictures: give --images, for the prior is "
-            "learned on those that they leave out"
-        )
+    data = _data(args)
     if not args.skip_generation:
         layers = recorded_layers(options.aux_layers, checkpoint.config.layers)
         _generate(args, layers, data, turns[0] if turns else None)
@@ -146,6 +140,18 @@ def main(args: argparse.Namespace) -> int:
     )
     print(f"the head is in {args.output}: smart run -m {args.model} --draft {args.output} PROMPT")
     return 0
+
+
+def _data(args: argparse.Namespace) -> Path:
+    from smart_decoding.training.shards import have_pictures
+
+    data: Path = args.data or args.output / "data"
+    if args.images is None and have_pictures(data):
+        raise ConfigError(
+            f"the conversations in {data} are about pictures: give --images, for the prior is "
+            "learned on those that they leave out"
+        )
+    return data
 
 
 def _target(args: argparse.Namespace) -> Checkpoint:

@@ -141,31 +141,41 @@ def resolve(name: str | Path | Source, trust_pickle: bool = False) -> Source:
             f"{text} holds pickled weights, which can run code when loaded: name its folder, and "
             f"{TRUST}"
         )
-    beside = sorted(path.glob("*.gguf")) if path.is_dir() else []
-    if beside and not (path / "config.json").exists():
-        raise ModelError(f"{text} is a folder of GGUF files: name one, such as {beside[0]}")
-    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
-        return Source(text, path, f"local {'folder' if path.is_dir() else 'file'} {path.name}")
+    if path.is_dir():
+        return Source(text, _not_several(path), f"local folder {path.name}")
+    if path.is_file() and path.suffix == ".gguf":
+        return Source(text, path, f"local file {path.name}")
     if path.is_file():
         raise ModelError(
             f"{text} is neither a folder nor a GGUF file; give the folder that holds config.json"
         )
     hub_id = HUB_ID.fullmatch(text)
     if hub_id and not text.startswith("."):
-        try:
-            asked = hub_id[2]
-            file = hub_repository.gguf_name(hub_id[1], asked, PATIENT) if asked else ""
-            source = _from_hub(text, hub_id[1], file, PATIENT)
-            return source if asked else _with_weights(source, hub_id[1], trust_pickle)
-        except DownloadError as error:
-            raise DownloadError(
-                f"there is no folder {text}, and the name was tried as a hub id: {error}"
-            ) from error
+        return _resolve_hub(text, hub_id[1], hub_id[2], trust_pickle)
     known = ", ".join(known_names())
     raise ModelError(
         f"no model {text!r}: no such folder or GGUF file, nor a hub id; built in: {known}"
         f"{unknown_model(text)}"
     )
+
+
+def _resolve_hub(text: str, repository: str, asked: str | None, trust_pickle: bool) -> Source:
+    try:
+        file = hub_repository.gguf_name(repository, asked, PATIENT) if asked else ""
+        source = _from_hub(text, repository, file, PATIENT)
+        return source if asked else _with_weights(source, repository, trust_pickle)
+    except DownloadError as error:
+        raise DownloadError(
+            f"there is no folder {text}, and the name was tried as a hub id: {error}"
+        ) from error
+
+
+def _not_several(folder: Path) -> Path:
+    """The folder, unless GGUF files are all that it has."""
+    files = sorted(folder.glob("*.gguf"))
+    if files and not (folder / "config.json").exists():
+        raise ModelError(f"{folder} is a folder of GGUF files: name one, such as {files[0]}")
+    return folder
 
 
 def folder_at_hand(name: str, stored: bool) -> Path | None:

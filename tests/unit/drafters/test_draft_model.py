@@ -427,7 +427,7 @@ def test_nothing_drafts_if_so_asked(target_folder: Path, config: Any) -> None:
     assert llm.policy.name == "off"
 
 
-@pytest.mark.parametrize("config", [{}, {"method": "eagle3"}, {"method": "union"}])
+@pytest.mark.parametrize("config", [{}, {"method": "eagle"}, {"method": "eagle3"}])
 @pytest.mark.parametrize("name", ["smollm2-135m", "smollm2-135m@pypi"])
 def test_a_model_named_as_its_own_drafter_means_its_head(config: Any, name: str) -> None:
     """A model that drafts for itself saves nothing."""

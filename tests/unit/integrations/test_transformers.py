@@ -28,7 +28,7 @@ from smart_decoding.integrations.transformers import (
     last_report,
     sequences,
 )
-from smart_decoding.integrations.transformers.checks import cache_of, unsupported
+from smart_decoding.integrations.transformers.checks import cache_of, check
 from smart_decoding.kernels import library
 from smart_decoding.models import kernel_check
 
@@ -419,8 +419,8 @@ def test_refusals_come_before_any_forward(
 
 def test_a_device_where_no_tokens_are_drawn_is_refused() -> None:
     model = copy.deepcopy(model_of("llama")).to("meta")
-    reason = unsupported(model, model.generation_config, (), {})
-    assert reason == "device 'meta' is not supported: move the model to cpu or cuda"
+    with pytest.raises(ConfigError, match="device 'meta' is not supported: move the model to cpu"):
+        check(model, model.generation_config, (), {})
 
 
 def test_a_sliding_window_that_is_not_reached_is_no_obstacle() -> None:

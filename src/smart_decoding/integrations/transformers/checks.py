@@ -20,6 +20,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from smart_decoding.core.tree import ROOT, DraftTrees, IntArray
 from smart_decoding.engine.kv import PAGE
 from smart_decoding.engine.rows import Span, build_rows
+from smart_decoding.errors import ConfigError
 
 if TYPE_CHECKING:
     from smart_decoding.integrations.transformers.target import HostTarget
@@ -32,12 +33,25 @@ STATEFUL = ("UnbatchedClassifierFreeGuidanceLogitsProcessor", "SynthIDTextWaterm
 MASKED = ("eager", "sdpa")  # attention implementations that add a mask [batch, 1, queries, keys]
 
 
-def unsupported(
+def check(
+    model: PreTrainedModel, config: GenerationConfig, processors: Any, inputs: Mapping[str, Any]
+) -> None:
+    """Raises ConfigError with the reason why this call cannot be run."""
+    reason = _unsupported(model, config, processors, inputs)
+    if reason:
+        raise ConfigError(reason)
+
+
+def _unsupported(
     model: PreTrainedModel, config: GenerationConfig, processors: Any, inputs: Mapping[str, Any]
 ) -> str | None:
-    """Why this call cannot be run, or None."""
     if model.device.type not in DEVICES:
         return f"device {model.device.type!r} is not supported: move the model to cpu or cuda"
+    if inputs.get("assistant_model") is not None:
+        return (
+            "assistant_model is not read here: give it as "
+            "speculative_config={'method': 'draft_model', 'model': assistant_model}"
+        )
     return _unsupported_call(model, config, processors, inputs)
 
 

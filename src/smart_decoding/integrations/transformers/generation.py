@@ -18,7 +18,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from smart_decoding.engine.engine import Engine, EngineConfig
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ConfigError
-from smart_decoding.integrations.transformers.checks import unsupported
+from smart_decoding.integrations.transformers.checks import check
 from smart_decoding.integrations.transformers.drafting import (
     Drafting,
     borrowed,
@@ -62,14 +62,8 @@ def generate(
     docs/transformers.md lists."""
     assert generation_config is not None, "pass it to model.generate as custom_generate"
     options = options_of(speculative_config)
-    reason = unsupported(model, generation_config, logits_processor, model_inputs)
-    if reason:
-        raise ConfigError(reason)
-    if _of_caller("assistant_model") is not None:
-        raise ConfigError(
-            "assistant_model is not read here: give it as "
-            "speculative_config={'method': 'draft_model', 'model': assistant_model}"
-        )
+    given = {**model_inputs, "assistant_model": _of_caller("assistant_model")}
+    check(model, generation_config, logits_processor, given)
     warn_if_missing(model.device)
     prompts = _prompts(input_ids, model_inputs)
     layers = layers_of(model, model_inputs)
