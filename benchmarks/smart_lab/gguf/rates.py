@@ -60,9 +60,9 @@ def agreement(theirs: Sequence[Sequence[int]], ours: Sequence[Sequence[int]]) ->
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """Of one contestant at one number of slots: tokens per second of all blocks (each has the same
-    work, so their harmonic mean), of the slowest and of the fastest, decoding and overall; tokens
-    of a round; and the share of answers like the baseline's."""
+    """Of one contestant at one number of slots: tokens per second of all blocks (their harmonic
+    mean, as nearly all answers go up to the same length), of the slowest and of the fastest,
+    decoding and overall; tokens of a round; and the share of answers like the baseline's."""
 
     name: str
     decode: tuple[float, float, float]

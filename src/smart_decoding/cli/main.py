@@ -98,8 +98,8 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Unknown arguments are an error here already: a subcommand knows what was meant."""
         known, unknown = super().parse_known_args(args, namespace)
-        if hasattr(known, "words") and not any(word.startswith("-") for word in unknown):
-            known.words += unknown  # argparse takes those of one place only
+        if hasattr(known, "words") and not any(map(_is_option, unknown)):
+            known.words += [word for word in unknown if word != "--"]  # argparse takes one place's
             unknown = []
         if unknown:
             hint = did_you_mean(unknown[0].partition("=")[0], self._option_string_actions)
@@ -107,6 +107,11 @@ class Parser(argparse.ArgumentParser):
                 hint = "; put a text of several words in quotes"
             self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
         return known, unknown
+
+
+def _is_option(word: str) -> bool:
+    """Of a word that begins with a dash, as argparse judges it."""
+    return word.startswith("-") and word.strip("-")[:1].isalpha() and " " not in word
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -26,7 +26,13 @@ from smart_decoding.engine.outputs import CompletionOutput, completion_of
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ConfigError
 from smart_decoding.models import tokenizer
-from smart_decoding.models.registry import DEFAULT_MODEL, folder_at_hand, names_model, siblings
+from smart_decoding.models.registry import (
+    DEFAULT_MODEL,
+    folder_at_hand,
+    names_model,
+    siblings,
+    unknown_model,
+)
 
 if TYPE_CHECKING:
     from smart_decoding.llm import LLM
@@ -183,7 +189,7 @@ def model_and_message(args: argparse.Namespace) -> tuple[str | None, str | None]
     if len(messages) > 1:
         raise ConfigError(
             f"several prompts are given, {messages[0]!r} and {messages[1]!r}: put a text of "
-            "several words in quotes"
+            f"several words in quotes{unknown_model(messages[0])}"
         )
     return model, messages[0] if messages else None
 
@@ -200,10 +206,13 @@ def prompt_texts(args: argparse.Namespace, message: str | None) -> list[str]:
         parts.append(_text_of(args.file))
     if message == "-" or args.file == Path("-") or _piped(alone=not parts):
         parts.append(_read_pipe())
-    if not parts:
+    if args.words and message is None and not any(map(str.strip, parts)):
         raise ConfigError(
-            "there is no prompt: give one, or -f FILE, or one through a pipe (smart chat talks)"
+            f"there is no prompt, as {args.words[0]!r} is taken for the model: give one behind it, "
+            "or -p for that one; smart chat talks"
         )
+    if not parts:
+        raise ConfigError("there is no prompt: give one, or -f FILE, or one through a pipe")
     return [checked_prompt("\n\n".join(part for part in parts if part.strip()))]
 
 
@@ -227,6 +236,8 @@ def _piped(alone: bool) -> bool:
 
 def _read_pipe() -> str:
     """What standard input holds, until its end; who keeps it open is told that it is waited for."""
+    if sys.stdin is None:
+        raise ConfigError("there is no standard input to read a prompt from")
     with suppress(OSError, ValueError):
         if not select.select([sys.stdin], [], [], PATIENCE)[0]:
             print("smart: reading standard input (</dev/null leaves it out)", file=sys.stderr)

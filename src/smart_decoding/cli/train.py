@@ -146,7 +146,7 @@ def _data(args: argparse.Namespace) -> Path:
     from smart_decoding.training.shards import have_pictures
 
     data: Path = args.data or args.output / "data"
-    if args.images is None and have_pictures(data):
+    if args.images is None and args.prior_prompts and have_pictures(data):
         raise ConfigError(
             f"the conversations in {data} are about pictures: give --images, for the prior is "
             "learned on those that they leave out"

@@ -49,6 +49,13 @@ class Pairs(State):
     parts: list[Any] = field(default_factory=list)
     copies: dict[int, tuple[int, Any]] = field(default_factory=dict)
 
+    def wait_with(self, part: Any) -> None:
+        """One more part. The one before waits on, as in rounds with prompts, which have many rows
+        and draft nothing."""
+        if self.parts:
+            self.parts[-1] = apart(self.parts[-1])
+        self.parts.append(part)
+
 
 class EagleDrafter(LevelDrafter[Pairs]):
     """A head on the target's features."""
@@ -101,9 +108,7 @@ class EagleDrafter(LevelDrafter[Pairs]):
         return self._head.blank(rows)
 
     def _receive(self, request: Request, state: Pairs, features: Any, first: int) -> None:
-        if state.parts:  # it waits on: rounds with prompts draft nothing, and have many rows
-            state.parts[-1] = apart(state.parts[-1])
-        state.parts.append(features)
+        state.wait_with(features)
         for end in range(-(first + 1) % PAGE, len(features), PAGE):
             self._keep_end(request, state, first + end, features, end)
 
@@ -147,7 +152,7 @@ class EagleDrafter(LevelDrafter[Pairs]):
             state = self._states.get(id(request))
             if log is None or state is None:  # released since
                 continue
-            state.parts.append((log.rounds, i))
+            state.wait_with((log.rounds, i))
             first = log.first[i]
             rounds = len(log.rounds)
             for end in range(-(first + 1) % PAGE, rounds, PAGE):

@@ -319,6 +319,8 @@ def test_run_reads_standard_input(fake: type[FakeLLM], monkeypatch: pytest.Monke
         (["--stats", "m.gguf", "-p", "hi"], "m.gguf", "hi"),
         (["owner/name:Q4_K_M", "hi"], "owner/name:Q4_K_M", "hi"),
         (["-m", "m", "owner/name"], "m", "owner/name"),
+        (["m.gguf", "-n", "5", "- an item"], "m.gguf", "- an item"),
+        (["m.gguf", "-n", "5", "--", "-5"], "m.gguf", "-5"),
         (["-hf", "owner/name", "hi"], "owner/name", "hi"),
         (["hf.co/owner/name", "hi"], "hf.co/owner/name", "hi"),
     ],
@@ -336,8 +338,12 @@ def test_a_model_alone_is_no_prompt(
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO())
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
-    for model in ("smollm2-135m", "./nope.gguf"):
-        assert "there is no prompt" in fails(capsys, "run", model)
+    for model in ("smollm2-135m", "./nope.gguf", "TCP/IP"):
+        assert f"{model!r} is taken for the model" in fails(capsys, "run", model)
+    told = fails(capsys, "run", "qwen2.5-coder-1.5", "hi")
+    assert "did you mean qwen2.5-coder-1.5b?" in told
+    monkeypatch.setattr(sys, "stdin", None)
+    assert "no standard input" in fails(capsys, "run", "-")
     assert not fake.made
 
 

@@ -23,6 +23,7 @@ from smart_decoding.errors import ModelError
 from smart_decoding.models.config import ModelConfig
 from smart_decoding.models.decoder import Decoder
 from smart_decoding.models.eagle_head import EagleHead
+from smart_decoding.models.features import as_tensor
 from smart_decoding.models.head_export import smart_config
 from smart_decoding.models.head_files import load_head
 from smart_decoding.training.head import Form, TrainableHead
@@ -130,13 +131,19 @@ def test_rows_that_wait_do_not_keep_whole_rounds_alive(
     width = len(TAPS) * CONFIG.hidden
     for as_array in (np.asarray, torch.as_tensor):
         drafter.release(request)
-        for position in range(20):
+        for position in range(20):  # every fourth round has no prompt
             features = as_array(np.full((300, width), position, np.float32))
-            drafter.extend(request, features[7:8], position, tokens[position : position + 1])
+            table.length = position + 1
+            if position % 4 == 3:
+                drafter.extend_each([request], features[:1])
+            else:
+                drafter.extend(request, features[7:8], position, tokens[position : position + 1])
+        drafter._share_out()
         (state,) = drafter._states.values()
-        held = sum(_held(part) for part in state.parts[:-1])
-        assert held == 19 * 4 * width
-        values = [float(torch.as_tensor(part)[0, 0]) for part in state.parts]
+        single = [part for part in state.parts if not isinstance(part, tuple)]
+        assert len(single) == 15
+        assert sum(map(_held, single)) == 15 * 4 * width
+        values = [float(as_tensor(part)[0, 0]) for part in state.parts]
         assert values == [float(position) for position in range(20)]
 
 
