@@ -93,8 +93,8 @@ def main(args: argparse.Namespace) -> int:
     about = cpp.about()
     progress = Progress(args.resume, key_of(args, about))
     print(f"llama.cpp: {about['version']}; {about['system']}", flush=True)
-    progress.add(LIMITS, args.time_limit)
     session = Session(args, cpp, configs, progress)
+    progress.add(LIMITS, args.time_limit)
     with servers_end_with_us(), session:
         session.forwards(time.monotonic() + FORWARD_SHARE * args.time_limit)
         for number, slots in enumerate(args.slots):

@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default=DEFAULT_MODEL, help="name, hub id, folder or GGUF file")
     of_model = (DTYPE, QUANTIZATION, ACTIVATIONS, DEVICE, ALLOW_SLOW, TRUST_PICKLE)
     add_options(parser, (*of_model, replace(METHOD, choices=drafting), DRAFT))
-    parser.set_defaults(policy="smart", policy_option=[], method_option=[])
+    parser.set_defaults(policy="smart", policy_option=[], method_option=[], speculative_config=None)
     parser.add_argument("--seconds", type=float, default=6.0, help="time to measure for")
 
 

@@ -111,13 +111,18 @@ def use_threads(count: int | None) -> None:
         os.environ["SMART_NUM_THREADS"] = str(count)
 
 
+def read_text(path: Path) -> str:
+    """What a file holds, or standard input for '-'. Raises ConfigError if that is not text."""
+    try:
+        return sys.stdin.read() if path == Path("-") else path.read_text(encoding="utf-8")
+    except UnicodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text: {error}") from error
+
+
 def read_prompts(path: Path) -> list[str]:
     """The prompts of a file, or of standard input for '-': a line each that is not empty, or a JSON
     object with 'prompt'. Raises ConfigError if there is none, or the file is not text."""
-    try:
-        text = sys.stdin.read() if path == Path("-") else path.read_text(encoding="utf-8")
-    except UnicodeError as error:
-        raise ConfigError(f"{path} is not UTF-8 text: {error}") from error
+    text = read_text(path)
     prompts = []
     # not splitlines: U+2028 and the like may stand within a prompt
     for number, line in enumerate(text.removeprefix("\ufeff").split("\n"), start=1):

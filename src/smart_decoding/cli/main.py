@@ -110,7 +110,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def _is_option(word: str) -> bool:
-    """Of a word that begins with a dash, as argparse judges it."""
+    """Whether it was meant as one: `-`, `--`, numbers and texts that begin with a dash are not."""
     return word.startswith("-") and word.strip("-")[:1].isalpha() and " " not in word
 
 

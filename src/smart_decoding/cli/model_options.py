@@ -133,14 +133,13 @@ def speculative_config(args: argparse.Namespace) -> dict[str, Any] | None:
     """
     policy_options = once_each(args.policy_option)
     method_options = once_each(args.method_option)
-    as_json = getattr(args, "speculative_config", None)  # not every command has it
-    if as_json is not None:
+    if args.speculative_config is not None:
         if args.method or args.policy or args.draft or policy_options or method_options:
             raise ConfigError(
                 "--speculative-config takes the place of --method, --draft, --policy and their "
                 "options: leave out one or the other"
             )
-        return dict(as_json)
+        return dict(args.speculative_config)
     if args.policy or policy_options:
         from smart_decoding.core.policies import check_policy  # imported late: numpy is slow
 

@@ -20,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smart_decoding.cli.arguments import Option, add_options, read_prompts
+from smart_decoding.cli.arguments import Option, add_options, read_prompts, read_text
 from smart_decoding.cli.model_options import MODEL_OPTIONS, llm_options
 from smart_decoding.engine.outputs import CompletionOutput, completion_of
 from smart_decoding.engine.sampling_params import SamplingParams
@@ -203,7 +203,7 @@ def prompt_texts(args: argparse.Namespace, message: str | None) -> list[str]:
         return read_prompts(args.batch)
     parts = [] if message in (None, "-") else [message]
     if args.file not in (None, Path("-")):
-        parts.append(_text_of(args.file))
+        parts.append(read_text(args.file))
     if message == "-" or args.file == Path("-") or _piped(alone=not parts):
         parts.append(_read_pipe())
     if args.words and message is None and not any(map(str.strip, parts)):
@@ -214,13 +214,6 @@ def prompt_texts(args: argparse.Namespace, message: str | None) -> list[str]:
     if not parts:
         raise ConfigError("there is no prompt: give one, or -f FILE, or one through a pipe")
     return [checked_prompt("\n\n".join(part for part in parts if part.strip()))]
-
-
-def _text_of(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{file} is not UTF-8 text: {error}") from error
 
 
 def _piped(alone: bool) -> bool:

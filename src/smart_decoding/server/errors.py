@@ -100,10 +100,10 @@ def _api_error(error: Exception) -> ApiError:
         return error
     if isinstance(error, SmartError):
         return of_smart_error(error)
-    if isinstance(error, HTTPException) and error.detail == "Not Found":
-        return ApiError(404, "there is no such route here: GET /openapi.json lists them")
     if isinstance(error, HTTPException):
-        return ApiError(error.status_code, str(error.detail))
+        nowhere = error.status_code == 404  # of routes: other things not found are an ApiError
+        told = "there is no such route here: GET /openapi.json lists them"
+        return ApiError(error.status_code, told if nowhere else str(error.detail))
     if isinstance(error, RequestValidationError):
         if isinstance(error.body, bytes):  # not said to be JSON
             return ApiError(400, "the body is not JSON: send Content-Type: application/json")
