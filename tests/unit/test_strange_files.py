@@ -30,6 +30,7 @@ from smart_decoding import files
 from smart_decoding.core.cost import CostModel
 from smart_decoding.errors import CapacityError, ConfigError, ModelError, SmartError
 from smart_decoding.models import bounded_template, chat_template, hub
+from smart_decoding.models import gguf as gguf_files
 from smart_decoding.models.config import ModelConfig
 from smart_decoding.models.gguf import converted_folder, read_gguf
 from smart_decoding.models.head_files import load_head
@@ -513,6 +514,28 @@ def test_a_gguf_file_that_was_cut_says_so_without_numpys_words(place: Path) -> N
             path.write_bytes(content)
         assert error.startswith(f"{path} {said}")
         assert error.endswith("; fetch it again")
+
+
+def test_a_length_beyond_a_gguf_file_takes_no_memory(place: Path) -> None:
+    path = place / "tiny.gguf"
+    content = path.read_bytes()
+    key = b"tokenizer.ggml.token_type"
+    at = content.index(key) + len(key) + 8
+    assert content[at : at + 8] == struct.pack("<Q", len(PADDED))
+    path.write_bytes(content[:at] + struct.pack("<Q", 1 << 62) + content[at + 8 :])
+    try:
+        assert "cut, damaged" in refused(path)
+    finally:
+        path.write_bytes(content)
+
+
+def test_a_gguf_header_of_too_many_values_is_refused(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each becomes an object, and a file of gigabytes has room for a billion."""
+    read_gguf(place / "tiny.gguf")
+    monkeypatch.setattr(gguf_files, "_READS", 100)
+    assert "cut, damaged" in refused(place / "tiny.gguf", read_gguf)
 
 
 FRAGMENTS = """
