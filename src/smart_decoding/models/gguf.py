@@ -264,8 +264,9 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             end = int(offset) + int(count) * np.dtype(dtype).itemsize
             if end > len(self.data) or self.reads > _READS:
                 raise ValueError("a header that does not end")
-            values = self.data.view(np.ndarray)[offset:end].view(dtype)
-            return values.view(values.dtype.newbyteorder(override_order or self.byte_order))
+            order = np.dtype(dtype).newbyteorder(override_order or self.byte_order)
+            values: NDArray[Any] = self.data.view(np.ndarray)[offset:end].view(order)
+            return values
 
         def _build_tensors(self, start_offs: int, fields: list[Any]) -> None:
             need = start_offs
