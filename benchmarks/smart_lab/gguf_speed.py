@@ -5,12 +5,13 @@
 
 llama.cpp's flags are found first, for each number of slots, on prompts of their own: threads, flash
 attention, layout of the weights, batches, then the settings of its draft model and n-gram modes.
-After that its best modes and ours answer the same chunks of prompts in turn: as many at once as
-there are slots, the same token ids, greedy, up to the same number of tokens. Nobody keeps prompts,
-and a server that is not asked is stopped. Printed are tokens per second once each answer has its
-first token, and overall with prompts: of all blocks, of the slowest and of the fastest; ratios have
-95 % intervals. A forward of a few rows is timed before that, in turn as well. With --vllm its CPU
-build answers too, from the same weights in bf16.
+After that its best modes and ours answer the same chunks of prompts in turn: three for each slot,
+as many at once as there are slots, the next when one has ended. All get the same token ids and
+answer greedily, up to the same number of tokens. Nobody keeps prompts, and a server that is not
+asked is stopped. Printed are tokens per second with prompts, and behind the first tokens alone: of
+all blocks, of the slowest and of the fastest; ratios have 95 % intervals. A forward of a few rows
+is timed before that, in turn as well. With --vllm its CPU build answers too, from the same weights
+in bf16.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ from smart_lab.resume import Progress, source_digest
 
 TASKS = ("code", "maths")
 KEPT_BACK = 24  # prompts for tuning and warming up, or more if there are more slots
+WAVES = 3  # prompts of a chunk for each slot: one ends, and the next takes its place
 TUNE_ANSWERS = 3  # of each candidate, in chunks of the slots; one chunk at least
 TUNE_SHARE = 0.5  # of a number of slots' time, at most
 TURNS, CALLS = 3, 6  # of forwards
@@ -177,7 +179,7 @@ class Session:
         prompts = self._prompts()
         kept = max(KEPT_BACK, most)
         self._kept, self._measured = prompts[:kept], prompts[kept:]
-        if len(self._measured) < most:
+        if len(self._measured) < WAVES * most:
             raise ConfigError("too few prompts fit: raise --max-model-len or lower --max-tokens")
 
     def __enter__(self) -> Session:
@@ -208,7 +210,7 @@ class Session:
         """Tunes llama.cpp, then adds blocks at so many slots, one at least, until the time is
         over."""
         name = f"blocks at {slots}"
-        chunks = in_chunks(self._measured, slots)[: self._args.blocks]
+        chunks = in_chunks(self._measured, WAVES * slots)[: self._args.blocks]
         done = len(self._progress.units(name))
         if done >= len(chunks) or (done and time.monotonic() > stop):
             return
@@ -218,9 +220,9 @@ class Session:
             for mode, flags in self._final(tuned).items():
                 server = stack.enter_context(self._server(flags, slots))
                 contestants[f"llama.cpp {mode}"] = server.answer
-            contestants |= self._in_vllm()
+            contestants |= self._in_vllm(slots)
             for ours in self._ours:
-                contestants |= ours.contestants()
+                contestants |= ours.contestants(slots)
             for answer in contestants.values():  # what learns sees the batch that it will answer
                 answer(self._kept[:slots], self._args.max_tokens)
             for number, chunk in enumerate(chunks[done:], done):
@@ -251,8 +253,9 @@ class Session:
         }
 
     def _tasks_of(self, number: int, slots: int) -> str:
-        first = len(self._kept) + number * slots
-        names = {TASKS[at % len(TASKS)] for at in range(first, first + slots)}
+        size = WAVES * slots
+        first = len(self._kept) + number * size
+        names = {TASKS[at % len(TASKS)] for at in range(first, first + size)}
         return ", ".join(sorted(names))
 
     def _flags(self, kept: Mapping[str, Any]) -> dict[str, Any]:
@@ -299,7 +302,7 @@ class Session:
         args = self._args
         return Server(self._cpp, args.file, flags, slots, args.max_model_len, longest)
 
-    def _in_vllm(self) -> dict[str, Contestant]:
+    def _in_vllm(self, slots: int) -> dict[str, Contestant]:
         """Its modes, loaded once for all numbers of slots."""
         args = self._args
         if args.vllm is None:
@@ -310,7 +313,7 @@ class Session:
             self._vllm = self._open.enter_context(found)
             if not self._progress.units(NAME):
                 self._progress.add(NAME, found.version)
-        return {f"{NAME} {mode}": partial(self._vllm.answer, mode) for mode in MODES}
+        return {f"{NAME} {mode}": partial(self._vllm.answer, mode, slots) for mode in MODES}
 
     def _prompts(self) -> list[list[int]]:
         """Tasks strictly in turn, as chats of one message, those that leave room for an answer."""

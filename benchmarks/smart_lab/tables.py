@@ -20,7 +20,7 @@ from smart_decoding.bench.sections import (
     text_of,
 )
 from smart_decoding.bench.summary import POOLED
-from smart_lab.gguf.report import not_tried
+from smart_lab.gguf.report import not_tried, title
 
 if TYPE_CHECKING:
     from smart_decoding.bench.results import Run
@@ -399,8 +399,7 @@ def _gguf_run(run: Mapping[str, Any], decode: str) -> Section:
     ]
     flags = [f"llama.cpp {mode}: `{words}`" for mode, words in run["flags"].items()]
     flags += [f"llama.cpp: {not_tried(run)}"] if run["left_out"] else []
-    title = f"{run['slots']} requests at a time, {run['blocks']} blocks"
-    return Section("gguf", title, head=head, rows=rows, captions=[decode, *ratios, *flags])
+    return Section("gguf", title(run), head=head, rows=rows, captions=[decode, *ratios, *flags])
 
 
 def _range(values: Sequence[float]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib
 import json
 import math
 import os
@@ -109,12 +110,13 @@ fast = 2 if "ngram" in settings else 1
 for line in sys.stdin:
     job = json.loads(line)
     prompts, tokens = job["prompts"], job["tokens"]
-    if len(prompts) > settings["sequences"]:
+    if job["places"] > settings["sequences"]:
         print(json.dumps({{"error": "too many"}}), flush=True)
         continue
     told = [[(p[-1] + 1 + i) % {worlds.EOS} for i in range(tokens)] for p in prompts]
     seconds = 0.5 + (tokens - 1) / fast
-    found = {{"began": 0.5, "before": [1] * len(prompts), "ends": [seconds] * len(prompts),
+    found = {{"placed": [0.0] * len(prompts), "firsts": [0.5] * len(prompts),
+             "ends": [seconds] * len(prompts),
              "steps": [1 + (tokens - 1) // fast] * len(prompts), "answers": told}}
     print(json.dumps({{**found, "seconds": seconds}}), flush=True)
 """
@@ -144,10 +146,12 @@ def stopped(server: Server) -> bool:
     return state == "T"
 
 
-def test_all_tokens_count_over_the_seconds_that_all_of_them_take() -> None:
-    spans = [Span(1.0, 3.0, 20), Span(2.0, 6.0, 20)]  # from second 2 to second 6
-    assert decode_rate(spans) == pytest.approx(10.0)
-    assert math.isnan(decode_rate([Span(1.0, 1.0, 0)]))
+def test_tokens_of_all_count_over_the_seconds_of_all() -> None:
+    """A mean of their own rates would have the quick one count as much as the slow one."""
+    spans = [Span(1.0, 2.0, 20), Span(2.0, 6.0, 20)]
+    assert decode_rate(spans, 1) == pytest.approx(5.0)
+    assert decode_rate(spans, 2) == decode_rate(spans, 8) == pytest.approx(10.0)
+    assert math.isnan(decode_rate([Span(1.0, 0.0, 0)], 1))
 
 
 def test_agreement_ends_at_the_first_other_token() -> None:
@@ -160,9 +164,9 @@ def test_a_servers_answers_become_rates() -> None:
         times |= {"predicted_ms": 100.0 * tokens - 100.0, "draft_n_accepted": accepted}
         return {"index": index, "tokens": [index] * tokens, "timings": times}
 
-    reply = reply_of([one(1, 500.0, 11, 5), one(0, 500.0, 21, 10)], [[1, 2, 3]] * 2, 4.0)
+    reply = reply_of([one(1, 700.0, 11, 5), one(0, 300.0, 21, 10)], [[1, 2, 3]] * 2, 2, 4.0)
     assert reply.answers == [[0] * 21, [1] * 11]
-    assert reply.decode == pytest.approx((20 + 10) / 2)
+    assert reply.decode == pytest.approx(2 * 30 / 3.0)
     assert reply.overall == pytest.approx(32 / 4)
     assert reply.prefill_seconds == 0.5
     assert reply.per_round == pytest.approx(2.0)
@@ -171,7 +175,7 @@ def test_a_servers_answers_become_rates() -> None:
 def test_a_prompt_that_came_from_a_cache_is_refused() -> None:
     times = {"prompt_n": 1, "prompt_ms": 1.0, "predicted_n": 2, "predicted_ms": 1.0}
     with pytest.raises(ModelError, match="computed 1 tokens of a prompt of 3"):
-        reply_of({"index": 0, "tokens": [1, 2], "timings": times}, [[1, 2, 3]], 1.0)
+        reply_of({"index": 0, "tokens": [1, 2], "timings": times}, [[1, 2, 3]], 1, 1.0)
 
 
 def test_llama_benchs_output_is_read() -> None:
@@ -249,14 +253,50 @@ def vllm_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_vllm_answers_by_its_own_clock(vllm_python: Path) -> None:
     with vllm.Vllm(vllm_python, Path("m.gguf"), 2, 64) as engines:
         assert engines.version == "9"
-        plain, ngram = (engines.answer(mode, [[4, 5], [7]], 5) for mode in (PLAIN, NGRAM))
+        plain, ngram = (engines.answer(mode, 2, [[4, 5], [7]], 5) for mode in (PLAIN, NGRAM))
         assert plain.answers == ngram.answers == [[6, 7, 8, 9, 10], [8, 9, 10, 11, 12]]
         assert plain.decode == pytest.approx(2.0)  # a second a token, two at a time
         assert ngram.decode == pytest.approx(4.0)
         assert plain.overall == pytest.approx(10 / 4.5)
         assert (plain.prefill_seconds, plain.per_round, ngram.per_round) == (0.5, 1.0, 2.0)
         with pytest.raises(ModelError, match="too many"):
-            engines.answer(PLAIN, [[1]] * 3, 5)
+            engines.answer(PLAIN, 3, [[1]] * 3, 5)
+
+
+def test_vllms_worker_keeps_its_places_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine that gives each request a token a step, and as many as its prompt says."""
+    monkeypatch.syspath_prepend(str(vllm.WORKERS))
+    worker = importlib.import_module("run_vllm")
+    clock = worlds.Clock()
+    monkeypatch.setattr(worker.time, "perf_counter", clock)
+    running: dict[str, list[int]] = {}
+    wanted: dict[str, int] = {}
+    most = 0
+
+    def add_request(name: str, prompt: Any, params: object) -> None:
+        wanted[name], running[name] = prompt["prompt_token_ids"][0], []
+
+    def step() -> list[Any]:
+        nonlocal most
+        most = max(most, len(running))
+        clock.now += 1.0
+        outputs = []
+        for name, tokens in list(running.items()):
+            tokens.append(len(tokens))
+            ended = len(tokens) == wanted[name]
+            answer = argparse.Namespace(token_ids=list(tokens))
+            outputs.append(argparse.Namespace(request_id=name, outputs=[answer], finished=ended))
+            if ended:
+                del running[name]
+        return outputs
+
+    engine = argparse.Namespace(add_request=add_request, step=step)
+    found = vllm.reply_of(worker.stepped(engine, [[3], [5], [4], [2]], None, 2), 2)
+    assert most == 2
+    assert found.answers == [[0, 1, 2], [0, 1, 2, 3, 4], [0, 1, 2, 3], [0, 1]]
+    assert (found.prefill_seconds, found.per_round) == (1.0, 1.0)
+    assert found.decode == pytest.approx(2.0)
+    assert found.overall == pytest.approx(14 / 7)
 
 
 def test_what_vllm_dies_of_is_told(vllm_python: Path) -> None:
@@ -325,12 +365,32 @@ def test_plain_decoding_must_work() -> None:
 def test_our_engine_counts_as_the_server_does() -> None:
     clock = worlds.Clock()
     engine = worlds.engine(clock)
-    found = ours.answer(engine, [[1, 2], [50, 51, 52]], 6, clock)
+    found = ours.answer(engine, 2, [[1, 2], [50, 51, 52]], 6, clock)
     assert found.answers == [[3, 4, 5, 6, 7, 8], [53, 54, 55, 56, 57, 58]]
     assert found.prefill_seconds == pytest.approx(1.0)
     assert found.decode == pytest.approx(2.0)  # a second a round, two requests
     assert found.overall == pytest.approx(12 / 6)
     assert found.per_round == pytest.approx(1.0)
+
+
+def test_the_next_prompt_has_the_place_of_the_one_that_ended() -> None:
+    """Never more at once than places; a wait for a place is not a request's time."""
+    clock = worlds.Clock()
+    engine = worlds.engine(clock)
+    most, step = 0, engine.step
+
+    def counted() -> Any:
+        nonlocal most
+        most = max(most, len(engine._requests))
+        return step()
+
+    engine.step = counted  # type: ignore[method-assign]
+    found = ours.answer(engine, 2, [[n, n + 1] for n in (1, 50, 100, 200, 300)], 6, clock)
+    assert found.answers == [[n + 2 + i for i in range(6)] for n in (1, 50, 100, 200, 300)]
+    assert most == 2
+    assert found.prefill_seconds == pytest.approx(1.0)
+    assert found.decode == pytest.approx(2.0)
+    assert found.overall == pytest.approx(30 / 18)  # two, two and one, six rounds each
 
 
 def test_drafters_are_names_or_configs() -> None:
@@ -405,11 +465,11 @@ class RuleOurs:
     def _chat(messages: Any) -> Any:
         return argparse.Namespace(tokens=[int(messages[0]["content"]), 5])
 
-    def contestants(self) -> dict[str, Callable[..., Reply]]:
+    def contestants(self, places: int) -> dict[str, Callable[..., Reply]]:
         def answer(prompts: Any, tokens: int) -> Reply:
             RuleOurs.answered += 1
             told = [[(p[-1] + 1 + i) % worlds.EOS for i in range(tokens)] for p in prompts]
-            return Reply(9.0 * len(prompts), 8.0, 0.1, 3.0, told)
+            return Reply(9.0 * places, 8.0, 0.1, 3.0, told)
 
         return {f"{self.held} {name}": answer for name in self._names}
 
@@ -423,7 +483,7 @@ def command(
 ) -> Callable[..., argparse.Namespace]:
     monkeypatch.setattr(gguf_speed, "Ours", RuleOurs)
     monkeypatch.setattr(gguf_speed, "PAUSE", 0.0)
-    monkeypatch.setattr(gguf_speed, "load_task", lambda task: [str(n) for n in range(20)])
+    monkeypatch.setattr(gguf_speed, "load_task", lambda task: [str(n) for n in range(30)])
     monkeypatch.setattr(RuleOurs, "answered", 0)
     for name in ("m.gguf", "d.gguf"):
         (tmp_path / name).write_bytes(b"GGUF")
@@ -447,7 +507,7 @@ def test_a_run_is_whole_whatever_the_time_and_goes_on(
     words = ("--slots", "2", "--resume", kept, "--json", str(file))
     assert gguf_speed.main(command(*words, "--time-limit", "0")) == 0
     text = capsys.readouterr().out
-    assert "2 requests at a time, 1 blocks" in text
+    assert "2 requests at a time, 1 blocks of 6 prompts" in text
     assert "not tried for lack of time: 29 of 32 settings" in text
     result = json.loads(file.read_text())
     assert str(tmp_path) not in file.read_text()
@@ -472,7 +532,7 @@ def test_a_run_is_whole_whatever_the_time_and_goes_on(
     before = RuleOurs.answered
     assert gguf_speed.main(command(*words, "--time-limit", "60", "--blocks", "3")) == 0
     text = capsys.readouterr().out
-    assert "2 requests at a time, 3 blocks" in text
+    assert "2 requests at a time, 3 blocks of 6 prompts" in text
     assert "llama.cpp with" not in text  # tuned once
     assert gguf_speed.main(command(*words, "--time-limit", "60", "--blocks", "3")) == 0
     told = json.loads(file.read_text())["provenance"]["command"]
@@ -504,7 +564,8 @@ def test_llama_cpp_is_asked_as_fairly_as_we_are(
     assert len(measured) == 5  # plain, n-grams, draft model as tuned and by default, both
     for warm_up, first, second in measured.values():
         assert max(warm_up) < gguf_speed.KEPT_BACK / 2 <= min(*first, *second)
-        assert len(warm_up) == len(first) == len(second) == 3
+        assert len(warm_up) == 3
+        assert len(first) == len(second) == 3 * gguf_speed.WAVES
 
 
 def test_who_begins_changes_from_block_to_block(monkeypatch: pytest.MonkeyPatch) -> None:

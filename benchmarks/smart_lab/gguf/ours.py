@@ -14,7 +14,7 @@ from smart_decoding import LLM, SamplingParams
 from smart_decoding.drafters import METHODS
 from smart_decoding.errors import ConfigError
 from smart_decoding.profiling.measure import verification
-from smart_lab.gguf.rates import Reply, Span, decode_rate
+from smart_lab.gguf.rates import Reply, Span, reply
 
 if TYPE_CHECKING:
     from smart_decoding.engine.engine import Engine
@@ -95,10 +95,13 @@ class Ours:
         for name, config in configs.items():
             self._engines[f"smart {name}"] = self.llm.sharing_weights(config).engine
 
-    def contestants(self) -> dict[str, Callable[[Sequence[Sequence[int]], int], Reply]]:
-        """Name -> what answers a chunk of prompts."""
+    def contestants(
+        self, places: int
+    ) -> dict[str, Callable[[Sequence[Sequence[int]], int], Reply]]:
+        """Name -> what answers a chunk of prompts, so many at once."""
         return {
-            f"{self.held} {name}": partial(answer, engine) for name, engine in self._engines.items()
+            f"{self.held} {name}": partial(answer, engine, places)
+            for name, engine in self._engines.items()
         }
 
     def forwards(self, rows: Sequence[int], context: int, turns: int) -> dict[int, float]:
@@ -119,42 +122,55 @@ class Ours:
         return {count: sorted(seconds)[len(seconds) // 2] for count, seconds in found.items()}
 
 
+class Asked:
+    """A request on its way: when it got its place and its first token, and when it ended."""
+
+    def __init__(self, request: Request, now: float) -> None:
+        self.request = request
+        self._placed, self._first, self._end = now, math.nan, math.nan
+        self._before = 0  # tokens of its first round
+
+    def look(self, now: float) -> None:
+        """After a step."""
+        if math.isnan(self._first) and self.request.output:
+            self._first, self._before = now, len(self.request.output)
+        if self.request.finished:
+            self._end = now
+
+    @property
+    def span(self) -> Span:
+        """Once it ended."""
+        later = len(self.request.output) - self._before
+        return Span(self._first - self._placed, self._end - self._first, later)
+
+
 def answer(
     engine: Engine,
+    places: int,
     prompts: Sequence[Sequence[int]],
     tokens: int,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Reply:
-    """All prompts at once, greedy, up to so many tokens each."""
+    """So many at once, the next one when one has ended, greedy, up to so many tokens each."""
     params = SamplingParams(temperature=0.0, max_tokens=tokens)
     started = clock()
-    requests = [
-        engine.add_request(f"gguf-{i}", prompt, params)[0] for i, prompt in enumerate(prompts)
-    ]
-    begin = math.nan  # when each has a token
-    before = [0] * len(requests)
-    ends: dict[str, float] = {}
-    while engine.has_unfinished_requests:
+    asked: list[Asked] = []
+    running: list[Asked] = []
+    while running or len(asked) < len(prompts):
+        for prompt in prompts[len(asked) :][: places - len(running)]:
+            (request,) = engine.add_request(f"gguf-{len(asked)}", prompt, params)
+            asked.append(Asked(request, clock()))
+            running.append(asked[-1])
         engine.step()
-        now = clock() - started
-        ends |= {r.id: now for r in requests if r.finished and r.id not in ends}
-        if math.isnan(begin) and all(r.output or r.finished for r in requests):
-            begin, before = now, [len(request.output) for request in requests]
-    seconds = clock() - started
-    spans = [
-        Span(begin, ends[request.id], len(request.output) - count)
-        for request, count in zip(requests, before, strict=True)
-    ]
-    return Reply(
-        decode_rate(spans),
-        sum(len(request.output) for request in requests) / seconds,
-        begin,
-        _per_round(requests),
+        now = clock()
+        for each in running:
+            each.look(now)
+        running = [each for each in running if not each.request.finished]
+    requests = [each.request for each in asked]
+    return reply(
+        [each.span for each in asked],
+        places,
+        clock() - started,
+        sum(request.metrics.rounds for request in requests),
         [list(request.output) for request in requests],
     )
-
-
-def _per_round(requests: Sequence[Request]) -> float:
-    rounds = sum(request.metrics.rounds for request in requests)
-    later = sum(len(request.output) - 1 for request in requests)
-    return later / rounds if rounds else math.nan

@@ -13,18 +13,18 @@ from smart_decoding.bench.statistics import Pair, Ratio, paired_ratio
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """One answer of a chunk. first, end: seconds from sending to its first and last token; tokens:
-    those that count."""
+    """One answer. first: seconds to its first token from when it has a place; later: from there to
+    its last token; tokens: that come later."""
 
     first: float
-    end: float
+    later: float
     tokens: int
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
     """One chunk answered. decode: `decode_rate`; overall: tokens over seconds, prompts included;
-    prefill_seconds: until each has a token; per_round: tokens of a request in a round."""
+    prefill_seconds: mean of Span.first; per_round: tokens of a request in a round."""
 
     decode: float
     overall: float
@@ -37,15 +37,33 @@ class Reply:
         return asdict(self)
 
 
-def decode_rate(spans: Sequence[Span]) -> float:
-    """Tokens per second: all but the requests' first ones, from the moment when each has its first
-    to the last one's end. NaN where all ended before that.
+def reply(
+    spans: Sequence[Span],
+    places: int,
+    seconds: float,
+    rounds: int,
+    answers: list[list[int]],
+) -> Reply:
+    """Of a queue that went through so many places in so many seconds. rounds: all that gave later
+    tokens to requests, counted for each."""
+    later = sum(span.tokens for span in spans)
+    return Reply(
+        decode_rate(spans, places),
+        sum(map(len, answers)) / seconds,
+        statistics.fmean(span.first for span in spans),
+        later / rounds if rounds else math.nan,
+        answers,
+    )
 
-    A sum of the requests' own rates would be a speed that nobody ever had: what ends early counts
-    in it as if its place were filled again at once."""
-    begin = max(span.first for span in spans)
-    end = max(span.end for span in spans)
-    return sum(span.tokens for span in spans) / (end - begin) if end > begin else math.nan
+
+def decode_rate(spans: Sequence[Span], places: int) -> float:
+    """Tokens per second behind the requests' first ones, while all places are taken: of one place,
+    by all tokens and all seconds, times the places. NaN where none came later.
+
+    Time per output token as vLLM counts it. What neighbours' prompts take meanwhile is in it."""
+    seconds = sum(span.later for span in spans)
+    taken = min(places, len(spans))
+    return taken * sum(span.tokens for span in spans) / seconds if seconds > 0 else math.nan
 
 
 def agreement(theirs: Sequence[Sequence[int]], ours: Sequence[Sequence[int]]) -> float:

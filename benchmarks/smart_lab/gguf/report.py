@@ -11,7 +11,7 @@ from smart_lab.gguf.vllm import NAME as VLLM
 
 THEIRS = "llama.cpp"
 KEYS = ("decode", "overall")
-DECODE = "all tokens but the requests' first, from when each has its first to the last one's end"
+DECODE = "tokens behind the first ones over the seconds from there to each one's end, times places"
 
 
 def run_of(
@@ -21,7 +21,7 @@ def run_of(
     held: Sequence[str],
 ) -> dict[str, Any]:
     """Figures of all contestants at so many slots, and ratios of the best ones, over the same
-    blocks. tasks: of each block."""
+    blocks. tasks: of each block; held: our ways, the baseline first."""
     found = figures(blocks, f"{held[0]} plain")
     names = [each.name for each in found]
     rates = {name: {key: [block[name][key] for block in blocks] for key in KEYS} for name in names}
@@ -40,6 +40,7 @@ def run_of(
     return {
         "slots": slots,
         "blocks": len(blocks),
+        "prompts": len(blocks[0][found[0].name]["answers"]),
         "contestants": [asdict(each) for each in found],
         "ratios": ratios,
         "rates": rates,
@@ -77,7 +78,7 @@ def _forwards(result: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _run(run: Mapping[str, Any]) -> Iterator[str]:
-    yield f"\n{run['slots']} requests at a time, {run['blocks']} blocks; tokens per second"
+    yield f"\n{title(run)}; tokens per second"
     yield f"decode: {DECODE}"
     yield f"{'':38}{'decode':>20}{'with prompts':>20}{'a round':>9}{'same':>6}"
     for each in run["contestants"]:
@@ -97,6 +98,12 @@ def _run(run: Mapping[str, Any]) -> Iterator[str]:
             yield f"failed: llama.cpp {each['mode']} with {each['flags']}: {each['error']}"
     if run["left_out"]:
         yield not_tried(run)
+
+
+def title(run: Mapping[str, Any]) -> str:
+    """Of a run's table. Early files sent no more prompts than there are slots."""
+    prompts = run.get("prompts", run["slots"])
+    return f"{run['slots']} requests at a time, {run['blocks']} blocks of {prompts} prompts"
 
 
 def not_tried(run: Mapping[str, Any]) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import re
 import signal
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from smart_decoding.errors import ConfigError, ModelError
-from smart_lab.gguf.rates import Reply, Span, decode_rate
+from smart_lab.gguf.rates import Reply, Span, reply
 
 SERVER, BENCH, BATCHED = "llama-server", "llama-bench", "llama-batched-bench"
 LOADING, ANSWERING = 300.0, 600.0  # seconds until it is given up
@@ -168,12 +167,13 @@ class Server:
         self, cpp: LlamaCpp, model: Path, flags: Flags, slots: int, context: int, longest: int
     ) -> None:
         """context: tokens of a slot; longest: tokens of a prompt."""
+        self._slots = slots
         self._port = _free_port()
         self.command = [
             *(str(cpp.folder / SERVER), "--model", str(model), "--offline"),
             *("--host", "127.0.0.1", "--port", str(self._port), "--parallel", str(slots)),
             *("--ctx-size", str(slots * context)),
-            # All prompts of a chunk in one batch, so that the slots begin together.
+            # The prompts of all slots in one batch, so that they begin together.
             *("--batch-size", str(max(LEAST_BATCH, slots * longest))),
             *("--no-cache-prompt", "--cache-ram", "0"),
             *flags.words,
@@ -200,7 +200,8 @@ class Server:
         self.close()
 
     def answer(self, prompts: Sequence[Sequence[int]], tokens: int) -> Reply:
-        """All prompts at once, greedy, up to so many tokens each."""
+        """As many at once as there are slots, in the server's own queue, greedy, up to so many
+        tokens each."""
         body = {
             "prompt": [list(map(int, prompt)) for prompt in prompts],
             "n_predict": tokens,
@@ -218,7 +219,7 @@ class Server:
             raise ModelError(f"{SERVER} did not answer: {self._told(error)}") from error
         seconds = time.perf_counter() - started
         self._process.send_signal(signal.SIGSTOP)
-        return reply_of(found, prompts, seconds)
+        return reply_of(found, prompts, self._slots, seconds)
 
     def close(self) -> None:
         """Ends the process, by force if it does not end by itself."""
@@ -266,30 +267,21 @@ class Server:
         return os.pread(self._log.fileno(), size, 0).decode(errors="replace")
 
 
-def reply_of(found: Any, prompts: Sequence[Sequence[int]], seconds: float) -> Reply:
+def reply_of(found: Any, prompts: Sequence[Sequence[int]], slots: int, seconds: float) -> Reply:
     """What llama-server answered, by its own clock but for the seconds in all. Raises ModelError
     where a prompt was not computed in full."""
     answers = sorted(found if isinstance(found, list) else [found], key=lambda one: one["index"])
-    spans, steps, free = [], 0, 0
+    spans, rounds = [], 0
     for one, prompt in zip(answers, prompts, strict=True):
         times = one["timings"]
         if times["prompt_n"] != len(prompt):
             raise ModelError(
                 f"{SERVER} computed {times['prompt_n']} tokens of a prompt of {len(prompt)}"
             )
-        first = times["prompt_ms"] / 1e3
         later = times["predicted_n"] - 1
-        spans.append(Span(first, first + times["predicted_ms"] / 1e3, later))
-        steps += later
-        free += times.get("draft_n_accepted", 0)
-    tokens = [list(one["tokens"]) for one in answers]
-    return Reply(
-        decode_rate(spans),
-        sum(one["timings"]["predicted_n"] for one in answers) / seconds,
-        max(span.first for span in spans),
-        steps / (steps - free) if steps > free else math.nan,
-        tokens,
-    )
+        spans.append(Span(times["prompt_ms"] / 1e3, times["predicted_ms"] / 1e3, later))
+        rounds += later - times.get("draft_n_accepted", 0)
+    return reply(spans, slots, seconds, rounds, [list(one["tokens"]) for one in answers])
 
 
 def _call(command: Sequence[str]) -> str:

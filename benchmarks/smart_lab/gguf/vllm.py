@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from smart_decoding.models.loading import load_checkpoint
-from smart_lab.gguf.rates import Reply, Span, decode_rate
+from smart_lab.gguf.rates import Reply, Span, reply
 from smart_lab.gguf.tuning import NGRAM, PLAIN
 from smart_lab.peers.session import ANSWERING, WORKERS, Worker, job_of
 
@@ -56,24 +55,21 @@ class Vllm:
         """Its own word."""
         return str(self._workers[PLAIN].about["version"])
 
-    def answer(self, mode: str, prompts: Sequence[Sequence[int]], tokens: int) -> Reply:
-        """All prompts at once, greedy, up to so many tokens each."""
-        return reply_of(self._workers[mode].ask(job_of(prompts, tokens), ANSWERING))
+    def answer(
+        self, mode: str, places: int, prompts: Sequence[Sequence[int]], tokens: int
+    ) -> Reply:
+        """So many at once, the next one when one has ended, greedy, up to so many tokens each."""
+        job = {**job_of(prompts, tokens), "places": places}
+        return reply_of(self._workers[mode].ask(job, ANSWERING), places)
 
 
-def reply_of(found: Mapping[str, Any]) -> Reply:
+def reply_of(found: Mapping[str, Any], places: int) -> Reply:
     """What a worker told, counted as for our engine."""
     answers = found["answers"]
-    lengths = [len(answer) for answer in answers]
+    times = zip(found["placed"], found["firsts"], found["ends"], strict=True)
     spans = [
-        Span(found["began"], end, length - before)
-        for end, length, before in zip(found["ends"], lengths, found["before"], strict=True)
+        Span(first - placed, end - first, len(answer) - 1)
+        for (placed, first, end), answer in zip(times, answers, strict=True)
     ]
     rounds = sum(found["steps"]) - len(answers)
-    return Reply(
-        decode_rate(spans),
-        sum(lengths) / found["seconds"],
-        found["began"],
-        (sum(lengths) - len(answers)) / rounds if rounds else math.nan,
-        answers,
-    )
+    return reply(spans, places, found["seconds"], rounds, answers)

@@ -1,9 +1,9 @@
 """How a worker speaks with `smart bench`: JSON lines. It runs in a peer's environment, with nothing
 of ours beside it.
 
-In: one line of settings, then a line per job {"prompts": [[id, ...], ...], "tokens": count}. Out: a
-line that says it is ready, with version and precision, then one per job: seconds and tokens of
-decoding alone, and the answers' ids.
+In: one line of settings, then a line per job {"prompts": [[id, ...], ...], "tokens": count}, to
+which a worker may know more. Out: a line that says it is ready, with version and precision, then
+one per job: seconds and tokens of decoding alone, and the answers' ids.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 Settings = dict[str, Any]
-Answer = Callable[[list[list[int]], int], dict[str, Any]]
+Answer = Callable[..., dict[str, Any]]
 
 
 def serve(load: Callable[[Settings], tuple[dict[str, str], Answer]]) -> None:
@@ -31,8 +31,7 @@ def serve(load: Callable[[Settings], tuple[dict[str, str], Answer]]) -> None:
         about, answer = load(json.loads(sys.stdin.readline()))
         say(about)
         for line in sys.stdin:
-            job = json.loads(line)
-            say(answer(job["prompts"], job["tokens"]))
+            say(answer(**json.loads(line)))
     except Exception as error:  # whatever a peer raises is its result
         say({"error": f"{type(error).__name__}: {error}".splitlines()[0][:300]})
         raise

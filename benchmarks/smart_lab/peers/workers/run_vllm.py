@@ -1,5 +1,5 @@
 """vLLM's CPU build: plain, or with its n-gram drafter. What decoding takes is the whole less a
-run of one token; where answers may end, at tokens `stops`, each one's end is told."""
+run of one token; where answers may end, at tokens `stops`, each one's times are told."""
 
 from __future__ import annotations
 
@@ -53,44 +53,46 @@ def load(settings: Settings) -> tuple[dict[str, str], Answer]:
             "prefill_seconds": first,
         }
 
-    def ended(prompts: list[list[int]], tokens: int) -> dict[str, Any]:
+    def ended(prompts: list[list[int]], tokens: int, places: int) -> dict[str, Any]:
         params = vllm.SamplingParams(
             temperature=0.0,
             max_tokens=tokens,
             stop_token_ids=settings["stops"],
             detokenize=False,
         )
-        return stepped(model.llm_engine, prompts, params)
+        return stepped(model.llm_engine, prompts, params, places)
 
     about = {"version": vllm.__version__, "precision": settings["dtype"]}
     return about, ended if "stops" in settings else answer
 
 
-def stepped(engine: Any, prompts: list[list[int]], params: Any) -> dict[str, Any]:
-    """Answers all at once. ends: seconds from sending to each one's last token; began: those until
-    all have one, and `before` how many tokens each had then; steps: those that gave it tokens."""
+def stepped(engine: Any, prompts: list[list[int]], params: Any, places: int) -> dict[str, Any]:
+    """Answers so many at once, the next one when one has ended. placed, firsts, ends: seconds until
+    each got its place, its first token and its last one; steps: those that gave it tokens."""
     started = time.perf_counter()
-    for index, prompt in enumerate(prompts):
-        engine.add_request(str(index), {"prompt_token_ids": prompt}, params)
-    answers: list[list[int]] = [[] for _ in prompts]
-    before: list[int] = []
-    began = 0.0
+    answers: list[list[int]] = []
+    placed: list[float] = []
+    firsts = [0.0] * len(prompts)
     ends = [0.0] * len(prompts)
     steps = [0] * len(prompts)
-    while engine.has_unfinished_requests():
+    running = 0
+    while running or len(placed) < len(prompts):
+        for prompt in prompts[len(placed) :][: places - running]:
+            engine.add_request(str(len(placed)), {"prompt_token_ids": prompt}, params)
+            placed.append(time.perf_counter() - started)
+            answers.append([])
+            running += 1
         outputs = engine.step()
         now = time.perf_counter() - started
         for output in outputs:
             index = int(output.request_id)
             steps[index] += 1
+            firsts[index] = firsts[index] or now
             ends[index] = now
             answers[index] = list(output.outputs[0].token_ids)
-        if not before and all(answers):
-            began = now
-            before = [len(answer) for answer in answers]
-    seconds = time.perf_counter() - started
-    found = {"began": began, "before": before, "ends": ends, "steps": steps}
-    return {**found, "answers": answers, "seconds": seconds}
+            running -= output.finished
+    times = {"placed": placed, "firsts": firsts, "ends": ends, "steps": steps}
+    return {**times, "answers": answers, "seconds": time.perf_counter() - started}
 
 
 if __name__ == "__main__":
