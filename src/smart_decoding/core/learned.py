@@ -9,7 +9,7 @@ import numpy as np
 from smart_decoding.core.correction import SURPRISE
 from smart_decoding.core.observed import merged
 from smart_decoding.core.overhead import Overhead
-from smart_decoding.core.realised import Realised
+from smart_decoding.core.realised import CatchingUp, Realised
 from smart_decoding.core.running import HORIZON
 from smart_decoding.core.selection import BestRate
 from smart_decoding.core.timings import Timings
@@ -28,7 +28,8 @@ COSTS_EVERY = 8
 class Learned:
     """cost: as corrected so far. calibration, forecast, overhead: as they are now. with_model: what
     the model's rounds reach of their forecast, as choosing among real nodes does better than a mean
-    can predict. free: what rounds of free drafters reach of a plain one's rate."""
+    can predict. free: what rounds of free drafters reach of a plain one's rate. catching_up: rows
+    that wait for a model's rounds."""
 
     def __init__(self, cost: CostModel, calibration: Calibration, forecast: Forecast) -> None:
         self.cost = cost
@@ -37,6 +38,7 @@ class Learned:
         self.overhead = Overhead(cost.overhead_seconds)
         self.with_model = Realised()
         self.free = Realised()
+        self.catching_up = CatchingUp()
         self._rounds = 0  # that drafted
         self._plain = Timings()  # of plain rounds that costs are not corrected by yet
         self._drafted = Timings()  # of others
@@ -57,6 +59,8 @@ class Learned:
             return False
         self._rounds += 1
         self._drafted.add(round)
+        if round.level_widths:
+            self.catching_up.observe(batch.size, max(0, batch.catch_up_rows - batch.size))
         if self._rounds % min(COSTS_EVERY, self._rounds) == 0:
             self._learn_costs(self._drafted)
         self._observe_trees(round, forecast_rate)

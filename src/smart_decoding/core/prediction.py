@@ -18,7 +18,6 @@ from smart_decoding.core.selection import RANKS, BestRate, FreeAlone, LookAhead,
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from smart_decoding.core.cost import CostModel
     from smart_decoding.core.learned import Learned
     from smart_decoding.core.policies.base import BatchState
     from smart_decoding.core.tree import FloatArray, IntArray
@@ -104,7 +103,7 @@ def predict(
     drafting = shape.drafting
     costs, plain = _round_costs(shape, learned, max_round_slowdown)
     children = learned.forecast.children(np.array(shape.kinds) / size)
-    first, catch_up = _first_level(learned.cost, shape)
+    first, catch_up = _first_level(learned, shape)
     forecast_rate = 0.0
     alone = None
     rates = {Mode.PLAIN: size / plain}
@@ -150,12 +149,14 @@ def _round_costs(
     return costs, plain
 
 
-def _first_level(cost: CostModel, shape: Shape) -> tuple[float, float]:
+def _first_level(learned: Learned, shape: Shape) -> tuple[float, float]:
     """Seconds of a model's first level, and of the catching up: what waits beyond one row of each
-    request, which is shared among the rounds that drafting usually lasts."""
+    request, which is shared among the rounds that it serves."""
     waiting = [min(shape.waiting, shape.size), shape.waiting]
-    regular, whole = cost.first_seconds(shape.size, waiting, shape.context).tolist()
-    return float(regular + (whole - regular) / shape.stay), max(0.0, whole - regular)
+    regular, whole = learned.cost.first_seconds(shape.size, waiting, shape.context).tolist()
+    usual = learned.catching_up.of(shape.size, shape.size * shape.context, shape.stay)
+    rounds = max(1.0, (waiting[1] - waiting[0]) / usual)
+    return float(regular + (whole - regular) / rounds), max(0.0, whole - regular)
 
 
 def _look_ahead(

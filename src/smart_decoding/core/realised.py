@@ -1,4 +1,5 @@
-"""What drafted rounds reach of the rate that is forecast for them."""
+"""What drafted rounds reach of the rate that is forecast for them, and what a model catches up with
+in its rounds."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import math
 from collections import defaultdict
 
 from smart_decoding.core.overhead import size_bucket
-from smart_decoding.core.running import RunningMean
+from smart_decoding.core.running import HORIZON, RunningMean
 
 UNSURE = 0.3  # standard deviation of one request's log rate in a round over its forecast
 
@@ -32,3 +33,25 @@ class Realised:
         bucket = size_bucket(size)
         self._tokens[bucket].observe(tokens)
         self._forecast[bucket].observe(forecast)
+
+
+class CatchingUp:
+    """Rows beyond one of each request that a model has caught up with in the rounds that it drafted
+    in, by size bucket.
+
+    Where new requests come all the time, a prompt serves the few rounds until the next one comes,
+    and not until its own answer ends."""
+
+    def __init__(self) -> None:
+        self._rows: defaultdict[int, RunningMean] = defaultdict(RunningMean)
+
+    def of(self, size: int, held: float, stay: int) -> float:
+        """A round's rows on average. Before any is known: all that the requests hold (`held` rows)
+        within the `stay` rounds that they last, which weighs as much as these rounds later on."""
+        rows = self._rows[size_bucket(size)]
+        seen = min(rows.seen, HORIZON)
+        return max(1.0, (held + seen * rows.mean) / (stay + seen))
+
+    def observe(self, size: int, rows: int) -> None:
+        """After a round in which the model drafted."""
+        self._rows[size_bucket(size)].observe(rows)
