@@ -8,10 +8,10 @@ attention, layout of the weights, batches, then the settings of its draft model 
 After that its best modes and ours answer the same chunks of prompts in turn: three for each slot,
 as many at once as there are slots, the next when one has ended. All get the same token ids and
 answer greedily, up to the same number of tokens. Nobody keeps prompts, and a server that is not
-asked is stopped. Printed are tokens per second with prompts, and behind the first tokens alone: of
-all blocks, of the slowest and of the fastest; ratios have 95 % intervals. A forward of a few rows
-is timed before that, in turn as well. With --vllm its CPU build answers too, from the same weights
-in bf16.
+asked is stopped. Printed are tokens per second of all requests, prompts included, and of one behind
+its first token: of all blocks, of the slowest and of the fastest; ratios have 95 % intervals. A
+forward of a few rows is timed before that, in turn as well. With --vllm its CPU build answers too,
+from the same weights in bf16.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import signal
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
@@ -180,7 +181,9 @@ class Session:
         kept = max(KEPT_BACK, most)
         self._kept, self._measured = prompts[:kept], prompts[kept:]
         if len(self._measured) < WAVES * most:
-            raise ConfigError("too few prompts fit: raise --max-model-len or lower --max-tokens")
+            raise ConfigError(
+                "too few prompts fit: raise --max-model-len, or lower --max-tokens or --slots"
+            )
 
     def __enter__(self) -> Session:
         return self
@@ -223,7 +226,7 @@ class Session:
             contestants |= self._in_vllm(slots)
             for ours in self._ours:
                 contestants |= ours.contestants(slots)
-            for answer in contestants.values():  # what learns sees the batch that it will answer
+            for answer in contestants.values():  # what learns sees a batch of that size
                 answer(self._kept[:slots], self._args.max_tokens)
             for number, chunk in enumerate(chunks[done:], done):
                 started = time.monotonic()
@@ -255,8 +258,8 @@ class Session:
     def _tasks_of(self, number: int, slots: int) -> str:
         size = WAVES * slots
         first = len(self._kept) + number * size
-        names = {TASKS[at % len(TASKS)] for at in range(first, first + size)}
-        return ", ".join(sorted(names))
+        names = Counter(TASKS[at % len(TASKS)] for at in range(first, first + size))
+        return ", ".join(f"{count} {name}" for name, count in sorted(names.items()))
 
     def _flags(self, kept: Mapping[str, Any]) -> dict[str, Any]:
         """llama.cpp's flags, of its files the names alone."""

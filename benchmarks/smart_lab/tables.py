@@ -377,8 +377,8 @@ def _gguf_run(run: Mapping[str, Any], decode: str) -> Section:
     rows = [
         (
             each["name"],
-            _range(each["decode"]),
             _range(each["overall"]),
+            _range(each["decode"]),
             f"{each['per_round']:.2f}",
             f"{100 * each['same']:.0f} %",
         )
@@ -386,8 +386,8 @@ def _gguf_run(run: Mapping[str, Any], decode: str) -> Section:
     ]
     head = (
         "",
-        "decode tok/s (lowest–highest)",
-        "with prompts",
+        "tok/s, prompts included (lowest–highest)",
+        "decode",
         "tokens a round",
         "our plain's words",
     )

@@ -21,7 +21,7 @@ import worlds
 
 from smart_decoding.errors import ConfigError, ModelError
 from smart_lab import gguf_speed
-from smart_lab.gguf import ours, report, vllm
+from smart_lab.gguf import ours, rates, report, vllm
 from smart_lab.gguf.rates import Reply, Span, agreement, best, decode_rate, figures, ratio
 from smart_lab.gguf.server import (
     BATCHED,
@@ -37,7 +37,7 @@ from smart_lab.gguf.server import (
 from smart_lab.gguf.tuning import BOTH, DRAFT, DRAFTS, NGRAM, NGRAMS, PLAIN, Tuned, tune
 
 SERVES = f"""#!{sys.executable}
-import json, os, sys
+import json, os, sys, time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 words = sys.argv[1:]
@@ -53,7 +53,7 @@ if "--backend-sampling" in words:
     sys.exit(3)
 drafts = 1
 if "draft-simple" in " ".join(words):
-    drafts = 2 + ("--spec-draft-n-max 5" in " ".join(words))
+    drafts = 2 + 2 * ("--spec-draft-n-max 5" in " ".join(words))
 
 class Handler(BaseHTTPRequestHandler):
     def log_message(self, *_):
@@ -76,6 +76,7 @@ class Handler(BaseHTTPRequestHandler):
                 told = {{"words": words, "environment": list(os.environ), "process": os.getpid()}}
                 told |= {{"tokens": tokens, "prompts": asked["prompt"]}}
                 print(json.dumps(told), file=log)
+        time.sleep(0.06 / drafts)
         for index, prompt in enumerate(asked["prompt"]):
             times = {{"prompt_n": len(prompt), "prompt_ms": 100.0, "predicted_n": tokens,
                      "predicted_ms": 1000.0 * (tokens - 1) / drafts,
@@ -116,7 +117,7 @@ for line in sys.stdin:
     told = [[(p[-1] + 1 + i) % {worlds.EOS} for i in range(tokens)] for p in prompts]
     seconds = 0.5 + (tokens - 1) / fast
     found = {{"placed": [0.0] * len(prompts), "firsts": [0.5] * len(prompts),
-             "ends": [seconds] * len(prompts),
+             "ends": [seconds] * len(prompts), "before": [1] * len(prompts),
              "steps": [1 + (tokens - 1) // fast] * len(prompts), "answers": told}}
     print(json.dumps({{**found, "seconds": seconds}}), flush=True)
 """
@@ -149,9 +150,23 @@ def stopped(server: Server) -> bool:
 def test_tokens_of_all_count_over_the_seconds_of_all() -> None:
     """A mean of their own rates would have the quick one count as much as the slow one."""
     spans = [Span(1.0, 2.0, 20), Span(2.0, 6.0, 20)]
-    assert decode_rate(spans, 1) == pytest.approx(5.0)
-    assert decode_rate(spans, 2) == decode_rate(spans, 8) == pytest.approx(10.0)
-    assert math.isnan(decode_rate([Span(1.0, 0.0, 0)], 1))
+    assert decode_rate(spans) == pytest.approx(5.0)
+    assert math.isnan(decode_rate([Span(1.0, 1e-6, 0)]))  # as llama-server tells it
+
+
+def test_an_answer_without_a_token_is_an_error() -> None:
+    with pytest.raises(ModelError, match="an answer has no token"):
+        rates.reply([Span(1.0, 1.0, 4), Span(1.0, 0.0, 0)], 2.0, 4, [[1] * 5, []])
+
+
+def test_rounds_that_accept_behind_an_end_are_no_gift() -> None:
+    def one(index: int, tokens: int, accepted: int) -> dict[str, Any]:
+        times = {"prompt_n": 1, "prompt_ms": 1.0, "predicted_n": tokens, "predicted_ms": 2.0}
+        times["draft_n_accepted"] = accepted
+        return {"index": index, "tokens": [1] * tokens, "timings": times}
+
+    found = reply_of([one(0, 3, 5), one(1, 9, 0)], [[1]] * 2, 1.0)
+    assert found.per_round == pytest.approx(10 / 8)
 
 
 def test_agreement_ends_at_the_first_other_token() -> None:
@@ -164,9 +179,9 @@ def test_a_servers_answers_become_rates() -> None:
         times |= {"predicted_ms": 100.0 * tokens - 100.0, "draft_n_accepted": accepted}
         return {"index": index, "tokens": [index] * tokens, "timings": times}
 
-    reply = reply_of([one(1, 700.0, 11, 5), one(0, 300.0, 21, 10)], [[1, 2, 3]] * 2, 2, 4.0)
+    reply = reply_of([one(1, 700.0, 11, 5), one(0, 300.0, 21, 10)], [[1, 2, 3]] * 2, 4.0)
     assert reply.answers == [[0] * 21, [1] * 11]
-    assert reply.decode == pytest.approx(2 * 30 / 3.0)
+    assert reply.decode == pytest.approx(30 / 3.0)
     assert reply.overall == pytest.approx(32 / 4)
     assert reply.prefill_seconds == 0.5
     assert reply.per_round == pytest.approx(2.0)
@@ -175,7 +190,7 @@ def test_a_servers_answers_become_rates() -> None:
 def test_a_prompt_that_came_from_a_cache_is_refused() -> None:
     times = {"prompt_n": 1, "prompt_ms": 1.0, "predicted_n": 2, "predicted_ms": 1.0}
     with pytest.raises(ModelError, match="computed 1 tokens of a prompt of 3"):
-        reply_of({"index": 0, "tokens": [1, 2], "timings": times}, [[1, 2, 3]], 1, 1.0)
+        reply_of({"index": 0, "tokens": [1, 2], "timings": times}, [[1, 2, 3]], 1.0)
 
 
 def test_llama_benchs_output_is_read() -> None:
@@ -228,7 +243,7 @@ def test_a_server_answers_and_is_stopped_in_between(
         assert stopped(server)
         reply = server.answer([[4, 5], [7]], 3)
         assert reply.answers == [[6, 7, 8], [8, 9, 10]]
-        assert reply.decode == pytest.approx(2.0)  # a second a token, two at a time
+        assert reply.decode == pytest.approx(1.0)  # a second a token
         assert stopped(server)
     assert server._process.returncode is not None
 
@@ -255,8 +270,8 @@ def test_vllm_answers_by_its_own_clock(vllm_python: Path) -> None:
         assert engines.version == "9"
         plain, ngram = (engines.answer(mode, 2, [[4, 5], [7]], 5) for mode in (PLAIN, NGRAM))
         assert plain.answers == ngram.answers == [[6, 7, 8, 9, 10], [8, 9, 10, 11, 12]]
-        assert plain.decode == pytest.approx(2.0)  # a second a token, two at a time
-        assert ngram.decode == pytest.approx(4.0)
+        assert plain.decode == pytest.approx(1.0)  # a second a token
+        assert ngram.decode == pytest.approx(2.0)
         assert plain.overall == pytest.approx(10 / 4.5)
         assert (plain.prefill_seconds, plain.per_round, ngram.per_round) == (0.5, 1.0, 2.0)
         with pytest.raises(ModelError, match="too many"):
@@ -291,11 +306,11 @@ def test_vllms_worker_keeps_its_places_full(monkeypatch: pytest.MonkeyPatch) -> 
         return outputs
 
     engine = argparse.Namespace(add_request=add_request, step=step)
-    found = vllm.reply_of(worker.stepped(engine, [[3], [5], [4], [2]], None, 2), 2)
+    found = vllm.reply_of(worker.stepped(engine, [[3], [5], [4], [2]], None, 2))
     assert most == 2
     assert found.answers == [[0, 1, 2], [0, 1, 2, 3, 4], [0, 1, 2, 3], [0, 1]]
     assert (found.prefill_seconds, found.per_round) == (1.0, 1.0)
-    assert found.decode == pytest.approx(2.0)
+    assert found.decode == pytest.approx(1.0)
     assert found.overall == pytest.approx(14 / 7)
 
 
@@ -317,7 +332,7 @@ def rule(flags: Flags) -> Reply:
     rate = 10.0 * flags.threads + 3.0 * (not flags.repack) + 1.0 * (flags.flash == "off")
     rate += 5.0 * ("n-max 5" in words) - 2.0 * ("draft-simple" in words)
     rate += 4.0 * ("simple-size-n 3" in words)
-    return reply(rate, overall=float(flags.ubatch == 128))
+    return reply(1.0, overall=rate + 0.5 * (flags.ubatch == 128))
 
 
 def test_tuning_finds_the_best_flags_of_each_mode() -> None:
@@ -368,7 +383,7 @@ def test_our_engine_counts_as_the_server_does() -> None:
     found = ours.answer(engine, 2, [[1, 2], [50, 51, 52]], 6, clock)
     assert found.answers == [[3, 4, 5, 6, 7, 8], [53, 54, 55, 56, 57, 58]]
     assert found.prefill_seconds == pytest.approx(1.0)
-    assert found.decode == pytest.approx(2.0)  # a second a round, two requests
+    assert found.decode == pytest.approx(1.0)  # a second a round
     assert found.overall == pytest.approx(12 / 6)
     assert found.per_round == pytest.approx(1.0)
 
@@ -389,7 +404,7 @@ def test_the_next_prompt_has_the_place_of_the_one_that_ended() -> None:
     assert found.answers == [[n + 2 + i for i in range(6)] for n in (1, 50, 100, 200, 300)]
     assert most == 2
     assert found.prefill_seconds == pytest.approx(1.0)
-    assert found.decode == pytest.approx(2.0)
+    assert found.decode == pytest.approx(1.0)
     assert found.overall == pytest.approx(30 / 18)  # two, two and one, six rounds each
 
 
@@ -469,7 +484,7 @@ class RuleOurs:
         def answer(prompts: Any, tokens: int) -> Reply:
             RuleOurs.answered += 1
             told = [[(p[-1] + 1 + i) % worlds.EOS for i in range(tokens)] for p in prompts]
-            return Reply(9.0 * places, 8.0, 0.1, 3.0, told)
+            return Reply(9.0, 8.0 * places, 0.1, 3.0, told)
 
         return {f"{self.held} {name}": answer for name in self._names}
 
@@ -517,12 +532,12 @@ def test_a_run_is_whole_whatever_the_time_and_goes_on(
     rates = {one["name"]: one["decode"][0] for one in run["contestants"]}
     assert rates == pytest.approx(
         {
-            "llama.cpp plain": 2.0,
-            "llama.cpp draft model": 4.0,
-            "llama.cpp n-gram": 2.0,
-            "llama.cpp draft model and n-gram": 4.0,
-            **{f"as-stored {name}": 18.0 for name in ("plain", "smart draft_model")},
-            **{f"as-stored smart {name}": 18.0 for name in ("ngram", "union")},
+            "llama.cpp plain": 1.0,
+            "llama.cpp draft model": 2.0,
+            "llama.cpp n-gram": 1.0,
+            "llama.cpp draft model and n-gram": 2.0,
+            **{f"as-stored {name}": 9.0 for name in ("plain", "smart draft_model")},
+            **{f"as-stored smart {name}": 9.0 for name in ("ngram", "union")},
         }
     )
     assert {one["same"] for one in run["contestants"]} == {1.0}
@@ -593,9 +608,10 @@ def test_the_best_and_the_default_draft_model_are_measured(
     assert gguf_speed.main(command(*words)) == 0
     told = capsys.readouterr().out.rpartition("1 requests at a time")[2]
     rates = {line[:38].strip(): line[38:].split() for line in told.splitlines()[2:11]}
-    assert rates["llama.cpp draft model, its defaults"][0] == "2.0"
-    assert rates["llama.cpp draft model"][0] == "3.0"
-    assert "as-stored smart draft_model over llama.cpp draft model: 3.00 (one block)" in told
+    decode = {name: words[4] for name, words in rates.items()}
+    assert decode["llama.cpp draft model, its defaults"] == "2.0"
+    assert decode["llama.cpp draft model"] == "4.0"
+    assert "as-stored smart draft_model over llama.cpp draft model, decode: 2.25 (one" in told
     assert "failed: llama.cpp plain with" in told
     assert "not tried" not in told
 
@@ -613,13 +629,13 @@ def test_vllm_takes_part(
         assert gguf_speed.main(command(*words)) == 0
         told = capsys.readouterr().out
         assert "vLLM 9, in bf16" in told
-        assert "as-stored smart draft_model over vLLM n-gram: 4.50 (one block)" in told
+        assert "as-stored smart draft_model over vLLM n-gram, decode: 4.50 (one block)" in told
         text = (tmp_path / "run.json").read_text()
         assert str(tmp_path) not in text
-        for slots, run in enumerate(json.loads(text)["runs"], 1):
+        for run in json.loads(text)["runs"]:
             rates = {one["name"]: one["decode"][0] for one in run["contestants"]}
-            assert rates["vLLM plain"] == slots
-            assert rates["vLLM n-gram"] == 2 * slots
+            assert rates["vLLM plain"] == 1.0
+            assert rates["vLLM n-gram"] == 2.0
     assert "vLLM is loaded" not in told  # all was measured
 
 

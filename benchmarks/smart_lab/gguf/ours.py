@@ -169,7 +169,6 @@ def answer(
     requests = [each.request for each in asked]
     return reply(
         [each.span for each in asked],
-        places,
         clock() - started,
         sum(request.metrics.rounds for request in requests),
         [list(request.output) for request in requests],

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from smart_decoding.bench.statistics import Pair, Ratio, paired_ratio
+from smart_decoding.errors import ModelError
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +24,9 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """One chunk answered. decode: `decode_rate`; overall: tokens over seconds, prompts included;
-    prefill_seconds: mean of Span.first; per_round: tokens of a request in a round."""
+    """One chunk answered. overall: tokens per second of all, prompts included; decode: of one
+    request, behind its first; prefill_seconds: mean of Span.first; per_round: tokens of a request
+    in a round."""
 
     decode: float
     overall: float
@@ -37,33 +39,28 @@ class Reply:
         return asdict(self)
 
 
-def reply(
-    spans: Sequence[Span],
-    places: int,
-    seconds: float,
-    rounds: int,
-    answers: list[list[int]],
-) -> Reply:
-    """Of a queue that went through so many places in so many seconds. rounds: all that gave later
-    tokens to requests, counted for each."""
+def reply(spans: Sequence[Span], seconds: float, rounds: int, answers: list[list[int]]) -> Reply:
+    """Of a queue that was answered in so many seconds. rounds: all that gave later tokens to
+    requests, counted for each. Raises ModelError for an answer without a token."""
+    if not all(answers):
+        raise ModelError("an answer has no token")
     later = sum(span.tokens for span in spans)
     return Reply(
-        decode_rate(spans, places),
+        decode_rate(spans),
         sum(map(len, answers)) / seconds,
         statistics.fmean(span.first for span in spans),
-        later / rounds if rounds else math.nan,
+        later / rounds if rounds > 0 else math.nan,
         answers,
     )
 
 
-def decode_rate(spans: Sequence[Span], places: int) -> float:
-    """Tokens per second behind the requests' first ones, while all places are taken: of one place,
-    by all tokens and all seconds, times the places. NaN where none came later.
+def decode_rate(spans: Sequence[Span]) -> float:
+    """Tokens per second of one request behind its first token: all tokens over all seconds of all
+    requests. NaN where none came later.
 
-    Time per output token as vLLM counts it. What neighbours' prompts take meanwhile is in it."""
-    seconds = sum(span.later for span in spans)
-    taken = min(places, len(spans))
-    return taken * sum(span.tokens for span in spans) / seconds if seconds > 0 else math.nan
+    What neighbours' prompts take meanwhile is in it."""
+    tokens = sum(span.tokens for span in spans)
+    return tokens / sum(span.later for span in spans) if tokens else math.nan
 
 
 def agreement(theirs: Sequence[Sequence[int]], ours: Sequence[Sequence[int]]) -> float:

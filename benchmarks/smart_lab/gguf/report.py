@@ -10,8 +10,8 @@ from smart_lab.gguf.rates import best, figures, ratio
 from smart_lab.gguf.vllm import NAME as VLLM
 
 THEIRS = "llama.cpp"
-KEYS = ("decode", "overall")
-DECODE = "tokens behind the first ones over the seconds from there to each one's end, times places"
+KEYS = ("overall", "decode")
+DECODE = "of one request behind its first token; neighbours' prompts are in it"
 
 
 def run_of(
@@ -80,15 +80,15 @@ def _forwards(result: Mapping[str, Any]) -> Iterator[str]:
 def _run(run: Mapping[str, Any]) -> Iterator[str]:
     yield f"\n{title(run)}; tokens per second"
     yield f"decode: {DECODE}"
-    yield f"{'':38}{'decode':>20}{'with prompts':>20}{'a round':>9}{'same':>6}"
+    yield f"{'':38}{'all':>20}{'decode':>20}{'a round':>9}{'same':>6}"
     for each in run["contestants"]:
-        decode, overall = (
+        overall, decode = (
             f"{each[key][0]:.1f} ({each[key][1]:.1f} - {each[key][2]:.1f})" for key in KEYS
         )
         per_round = f"{each['per_round']:.2f}"
-        yield f"{each['name']:38}{decode:>20}{overall:>20}{per_round:>9}{each['same']:>6.0%}"
+        yield f"{each['name']:38}{overall:>20}{decode:>20}{per_round:>9}{each['same']:>6.0%}"
     for each in run["ratios"]:
-        of = "" if each["key"] == "decode" else ", with prompts"
+        of = "" if each["key"] == "overall" else ", decode"
         bounds = f"({each['low']:.2f} - {each['high']:.2f})" if each["pairs"] > 1 else "(one block)"
         yield f"{each['of']} over {each['over']}{of}: {each['value']:.2f} {bounds}"
     for mode, flags in run["flags"].items():

@@ -24,7 +24,7 @@ from smart_decoding.errors import ConfigError, ModelError
 from smart_lab.gguf.rates import Reply, Span, reply
 
 SERVER, BENCH, BATCHED = "llama-server", "llama-bench", "llama-batched-bench"
-LOADING, ANSWERING = 300.0, 600.0  # seconds until it is given up
+LOADING, ANSWERING = 300.0, 600.0  # seconds until it is given up; of a prompt for each slot
 LEAST_BATCH = 2048  # llama.cpp's default of --batch-size
 _BUILD = re.compile(
     r"^(CMAKE_BUILD_TYPE|BUILD_SHARED_LIBS|GGML_(?:NATIVE|OPENMP|CPU_REPACK|LLAMAFILE|BLAS|LTO))"
@@ -173,7 +173,7 @@ class Server:
             *(str(cpp.folder / SERVER), "--model", str(model), "--offline"),
             *("--host", "127.0.0.1", "--port", str(self._port), "--parallel", str(slots)),
             *("--ctx-size", str(slots * context)),
-            # The prompts of all slots in one batch, so that they begin together.
+            # The prompts of all slots in one batch.
             *("--batch-size", str(max(LEAST_BATCH, slots * longest))),
             *("--no-cache-prompt", "--cache-ram", "0"),
             *flags.words,
@@ -214,12 +214,13 @@ class Server:
         self._process.send_signal(signal.SIGCONT)
         started = time.perf_counter()
         try:
-            found = self._ask("/completion", body, ANSWERING)
+            waves = -(-len(prompts) // self._slots)
+            found = self._ask("/completion", body, ANSWERING * waves)
         except OSError as error:
             raise ModelError(f"{SERVER} did not answer: {self._told(error)}") from error
         seconds = time.perf_counter() - started
         self._process.send_signal(signal.SIGSTOP)
-        return reply_of(found, prompts, self._slots, seconds)
+        return reply_of(found, prompts, seconds)
 
     def close(self) -> None:
         """Ends the process, by force if it does not end by itself."""
@@ -267,7 +268,7 @@ class Server:
         return os.pread(self._log.fileno(), size, 0).decode(errors="replace")
 
 
-def reply_of(found: Any, prompts: Sequence[Sequence[int]], slots: int, seconds: float) -> Reply:
+def reply_of(found: Any, prompts: Sequence[Sequence[int]], seconds: float) -> Reply:
     """What llama-server answered, by its own clock but for the seconds in all. Raises ModelError
     where a prompt was not computed in full."""
     answers = sorted(found if isinstance(found, list) else [found], key=lambda one: one["index"])
@@ -280,8 +281,9 @@ def reply_of(found: Any, prompts: Sequence[Sequence[int]], slots: int, seconds: 
             )
         later = times["predicted_n"] - 1
         spans.append(Span(times["prompt_ms"] / 1e3, times["predicted_ms"] / 1e3, later))
-        rounds += later - times.get("draft_n_accepted", 0)
-    return reply(spans, slots, seconds, rounds, [list(one["tokens"]) for one in answers])
+        # accepted drafts behind an end are counted there, too
+        rounds += max(0, later - times.get("draft_n_accepted", 0))
+    return reply(spans, seconds, rounds, [list(one["tokens"]) for one in answers])
 
 
 def _call(command: Sequence[str]) -> str:

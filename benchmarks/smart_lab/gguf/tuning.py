@@ -104,7 +104,7 @@ def tune(answer: Answer, cores: int, draft: str | None, time_left: TimeLeft) -> 
     search.attempt(PLAIN, base)
     for name, values in STEPS:
         changed = [replace(base, **{name: value}) for value in values]
-        base = search.best(PLAIN, base, changed, "overall" if name == "ubatch" else "decode")
+        base = search.best(PLAIN, base, changed)
     search.found.flags[PLAIN] = base
     groups = {NGRAM: [ngram_words(setting) for setting in NGRAMS]}
     if draft is not None:
@@ -148,9 +148,7 @@ class _Search:
         rates = {"decode": reply.decode, "overall": reply.overall}
         self.found.tried.append({"mode": mode, "flags": words, **rates})
 
-    def best(
-        self, mode: str, known: Flags, others: Sequence[Flags], score: str = "decode"
-    ) -> Flags:
+    def best(self, mode: str, known: Flags, others: Sequence[Flags]) -> Flags:
         """The best of `known`, which was tried before, and of the others."""
         for flags in others:
             if flags == known or self.works(flags):
@@ -160,7 +158,7 @@ class _Search:
             else:
                 self.found.left_out.append(f"{mode}: {' '.join(flags.words)}")
         working = [flags for flags in (known, *others) if self.works(flags)]
-        return max(working, key=lambda f: float(getattr(self._replies[f], score)), default=known)
+        return max(working, key=lambda flags: self._replies[flags].overall, default=known)
 
     def works(self, flags: Flags) -> bool:
         """Whether it answered with them."""

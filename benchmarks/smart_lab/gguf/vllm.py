@@ -60,16 +60,17 @@ class Vllm:
     ) -> Reply:
         """So many at once, the next one when one has ended, greedy, up to so many tokens each."""
         job = {**job_of(prompts, tokens), "places": places}
-        return reply_of(self._workers[mode].ask(job, ANSWERING), places)
+        waves = -(-len(prompts) // places)
+        return reply_of(self._workers[mode].ask(job, ANSWERING * waves))
 
 
-def reply_of(found: Mapping[str, Any], places: int) -> Reply:
+def reply_of(found: Mapping[str, Any]) -> Reply:
     """What a worker told, counted as for our engine."""
     answers = found["answers"]
-    times = zip(found["placed"], found["firsts"], found["ends"], strict=True)
+    times = zip(found["placed"], found["firsts"], found["ends"], found["before"], strict=True)
     spans = [
-        Span(first - placed, end - first, len(answer) - 1)
-        for (placed, first, end), answer in zip(times, answers, strict=True)
+        Span(first - placed, end - first, len(answer) - before)
+        for (placed, first, end, before), answer in zip(times, answers, strict=True)
     ]
     rounds = sum(found["steps"]) - len(answers)
-    return reply(spans, places, found["seconds"], rounds, answers)
+    return reply(spans, found["seconds"], rounds, answers)

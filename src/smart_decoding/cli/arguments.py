@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from argparse import Action, ArgumentParser, ArgumentTypeError, Namespace, _ActionsContainer
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from smart_decoding.errors import ConfigError
@@ -109,38 +107,6 @@ def use_threads(count: int | None) -> None:
         if count < 1:
             raise ConfigError(f"--threads {count} is not allowed: it must be at least 1")
         os.environ["SMART_NUM_THREADS"] = str(count)
-
-
-def read_text(path: Path) -> str:
-    """What a file holds, or standard input for '-'. Raises ConfigError if that is not text."""
-    try:
-        return sys.stdin.read() if path == Path("-") else path.read_text(encoding="utf-8")
-    except UnicodeError as error:
-        raise ConfigError(f"{path} is not UTF-8 text: {error}") from error
-
-
-def read_prompts(path: Path) -> list[str]:
-    """The prompts of a file, or of standard input for '-': a line each that is not empty, or a JSON
-    object with 'prompt'. Raises ConfigError if there is none, or the file is not text."""
-    text = read_text(path)
-    prompts = []
-    # not splitlines: U+2028 and the like may stand within a prompt
-    for number, line in enumerate(text.removeprefix("\ufeff").split("\n"), start=1):
-        if line.strip().startswith("{"):
-            try:
-                prompt = json.loads(line)["prompt"]
-                if not isinstance(prompt, str):
-                    raise ValueError("a prompt is a text")
-            except (ValueError, KeyError) as error:
-                raise ConfigError(
-                    f"{path}, line {number}: no JSON object with a text as 'prompt'"
-                ) from error
-            prompts.append(prompt)
-        elif line.strip():
-            prompts.append(line.strip())
-    if not prompts:
-        raise ConfigError(f"{path} holds no prompt: give one a line")
-    return prompts
 
 
 def key_value(text: str) -> tuple[str, Any]:

@@ -9,10 +9,7 @@ import argparse
 import gc
 import json
 import logging
-import os
 import secrets
-import select
-import stat
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -20,19 +17,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smart_decoding.cli.arguments import Option, add_options, read_prompts, read_text
+from smart_decoding.cli.arguments import Option, add_options
 from smart_decoding.cli.model_options import MODEL_OPTIONS, llm_options
+from smart_decoding.cli.prompts import (
+    check_takes_images,
+    model_and_message,
+    prompt_texts,
+    read_images,
+)
 from smart_decoding.engine.outputs import CompletionOutput, completion_of
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ConfigError
 from smart_decoding.models import tokenizer
-from smart_decoding.models.registry import (
-    DEFAULT_MODEL,
-    folder_at_hand,
-    names_model,
-    siblings,
-    unknown_model,
-)
+from smart_decoding.models.registry import DEFAULT_MODEL, folder_at_hand, siblings
 
 if TYPE_CHECKING:
     from smart_decoding.llm import LLM
@@ -40,7 +37,6 @@ if TYPE_CHECKING:
     from smart_decoding.multimodal.prompts import MediaPrompt, Prompt
 
 TOGETHER = 32  # answers of a batch that run at a time
-PATIENCE = 1.0  # seconds until it is said that a pipe is waited for
 SAMPLING = (
     Option("temperature", float, 0.0, "spread of the draws (0: greedy)", aliases=("--temp",)),
     Option("top-p", float, 1.0, "draw from the likeliest tokens of this mass"),
@@ -179,67 +175,6 @@ def sampling_params(args: argparse.Namespace) -> SamplingParams:
     return params
 
 
-def model_and_message(args: argparse.Namespace) -> tuple[str | None, str | None]:
-    """What was given of both, by options or by position: MODEL PROMPT, or one of them. Raises
-    ConfigError for too many."""
-    words = args.words
-    named = bool(words) and not args.model and names_model(words[0])
-    model = words[0] if named else args.model
-    messages = [*words[named:], *([] if args.prompt is None else [args.prompt])]
-    if len(messages) > 1:
-        raise ConfigError(
-            f"several prompts are given, {messages[0]!r} and {messages[1]!r}: put a text of "
-            f"several words in quotes{unknown_model(messages[0])}"
-        )
-    return model, messages[0] if messages else None
-
-
-def prompt_texts(args: argparse.Namespace, message: str | None) -> list[str]:
-    """One prompt, of all that was given, or those of a batch. Raises ConfigError."""
-    if args.batch is not None:
-        for option, given in (("--image", args.image), ("-f", args.file), ("a prompt", message)):
-            if given:
-                raise ConfigError(f"{option} cannot be given with --batch")
-        return read_prompts(args.batch)
-    parts = [] if message in (None, "-") else [message]
-    if args.file not in (None, Path("-")):
-        parts.append(read_text(args.file))
-    if message == "-" or args.file == Path("-") or _piped(alone=not parts):
-        parts.append(_read_pipe())
-    if args.words and message is None and not any(map(str.strip, parts)):
-        raise ConfigError(
-            f"there is no prompt, as {args.words[0]!r} is taken for the model: give one behind it, "
-            "or -p for that one; smart chat talks"
-        )
-    if not parts:
-        raise ConfigError("there is no prompt: give one, or -f FILE, or one through a pipe")
-    return [checked_prompt("\n\n".join(part for part in parts if part.strip()))]
-
-
-def _piped(alone: bool) -> bool:
-    """Whether standard input holds the prompt, or, beside another one, is a pipe or a file."""
-    if alone:
-        return sys.stdin is not None and not sys.stdin.isatty()
-    try:
-        mode = os.fstat(sys.stdin.fileno()).st_mode
-    except (AttributeError, OSError, ValueError):  # there is none, or it is no file
-        return False
-    return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
-
-
-def _read_pipe() -> str:
-    """What standard input holds, until its end; who keeps it open is told that it is waited for."""
-    if sys.stdin is None:
-        raise ConfigError("there is no standard input to read a prompt from")
-    with suppress(OSError, ValueError):
-        if not select.select([sys.stdin], [], [], PATIENCE)[0]:
-            print("smart: reading standard input (</dev/null leaves it out)", file=sys.stderr)
-    try:
-        return sys.stdin.read()
-    except UnicodeError as error:
-        raise ConfigError(f"the prompt is not valid UTF-8: {error}") from error
-
-
 def prompt_of(
     llm: LLM, text: str, images: Sequence[Any], raw: bool, system: Sequence[Message] = ()
 ) -> Prompt:
@@ -326,46 +261,6 @@ def announce_default(llm: LLM, config: Mapping[str, Any] | None) -> None:
     faster = f"`smart models pull {smaller[0]}` adds a faster one, " if smaller else ""
     choose = f"{faster}--method and --draft choose another"
     print(f"smart: drafts come from {what}; {choose}", file=sys.stderr)
-
-
-def checked_prompt(text: str) -> str:
-    """The prompt. Raises ConfigError if it is empty or not UTF-8."""
-    try:
-        text.encode()
-    except UnicodeError as error:
-        raise ConfigError(f"the prompt is not valid UTF-8: {error}") from error
-    if not text.strip():
-        raise ConfigError("the prompt is empty: give some text")
-    return text
-
-
-def read_images(paths: Sequence[Path]) -> list[Any]:
-    """The pictures of some files. Raises ConfigError that names the first that cannot be used."""
-    from smart_decoding.multimodal.images import Limits, open_image, read_file
-
-    images = []
-    limits = Limits()
-    for path in paths:
-        try:
-            images.append(open_image(read_file(path, limits), limits))
-        except (OSError, ConfigError) as error:
-            reason = error.strerror if isinstance(error, OSError) else str(error)
-            raise ConfigError(f"{path}: {reason}") from error
-    return images
-
-
-def check_takes_images(model: str | None, trust_pickle: bool = False) -> None:
-    """Raises ConfigError for a model of text only (None: the default), before weights are read."""
-    from smart_decoding.models.loading import load_checkpoint
-
-    if (
-        model is None
-        or load_checkpoint(model, quantization=None, trust_pickle=trust_pickle).vision is None
-    ):
-        name = model or DEFAULT_MODEL
-        raise ConfigError(
-            f"{name} reads text only: give a --model that takes images (docs/vision.md)"
-        )
 
 
 def chat_prompt(

@@ -14,7 +14,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from smart_decoding.cli.arguments import read_prompts, whole_numbers
+from smart_decoding.cli.arguments import whole_numbers
+from smart_decoding.cli.prompts import read_prompts
 from smart_decoding.errors import ConfigError
 from smart_decoding.files import whole
 from smart_decoding.integrations.vllm import schedule

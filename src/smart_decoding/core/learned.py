@@ -46,10 +46,11 @@ class Learned:
         self._expected = 0.0  # nodes that these should have accepted
         self._missing = 0.0  # and that they accepted less
 
-    def observe(self, round: Round, forecast_rate: float) -> bool:
+    def observe(self, round: Round, forecast_rate: float, explores: bool = False) -> bool:
         """After any round; whether something was learned that predictions depend on.
 
-        forecast_rate: tokens per second that were forecast of it; 0: it says nothing of them."""
+        forecast_rate: tokens per second that were forecast of it; 0: it says nothing of them.
+        explores: it is one of a few, and caught up with what those would not have missed."""
         batch = round.batch
         if not batch.prefill_rows:
             self.overhead.observe(batch.size, round.rule is not None, round.other_seconds)
@@ -59,7 +60,7 @@ class Learned:
             return False
         self._rounds += 1
         self._drafted.add(round)
-        if round.level_widths:
+        if round.level_widths and not explores:
             self.catching_up.observe(batch.size, max(0, batch.catch_up_rows - batch.size))
         if self._rounds % min(COSTS_EVERY, self._rounds) == 0:
             self._learn_costs(self._drafted)

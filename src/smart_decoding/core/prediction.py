@@ -63,9 +63,14 @@ class Shape:
             batch.has_free,
         )
 
-    def key(self, max_levels: int) -> tuple[object, ...]:
+    @property
+    def missed(self) -> int:
+        """Rows to catch up with beyond those of any round: about one of each request."""
+        return max(0, self.waiting - self.size)
+
+    def key(self) -> tuple[object, ...]:
         """Shapes with the same key have the same prediction: what barely matters is coarse."""
-        waiting = (self.waiting // (2 * max_levels * self.size)).bit_length()
+        waiting = (self.missed // self.size).bit_length() // 2
         stay = self.stay.bit_length() if waiting else 0
         fixed = (self.size, self.drafting, self.kinds, self.has_model, self.has_free)
         return (*fixed, self.deepest > 1, waiting, stay, int(self.context).bit_length())
@@ -152,10 +157,12 @@ def _round_costs(
 def _first_level(learned: Learned, shape: Shape) -> tuple[float, float]:
     """Seconds of a model's first level, and of the catching up: what waits beyond one row of each
     request, which is shared among the rounds that it serves."""
-    waiting = [min(shape.waiting, shape.size), shape.waiting]
+    missed = shape.missed
+    waiting = [shape.waiting - missed, shape.waiting]
     regular, whole = learned.cost.first_seconds(shape.size, waiting, shape.context).tolist()
-    usual = learned.catching_up.of(shape.size, shape.size * shape.context, shape.stay)
-    rounds = max(1.0, (waiting[1] - waiting[0]) / usual)
+    # what one has missed, all others will have
+    held = shape.size * min(shape.context, missed)
+    rounds = learned.catching_up.rounds(shape.size, missed, held, shape.stay)
     return float(regular + (whole - regular) / rounds), max(0.0, whole - regular)
 
 

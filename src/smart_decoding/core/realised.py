@@ -36,7 +36,7 @@ class Realised:
 
 
 class CatchingUp:
-    """Rows beyond one of each request that a model has caught up with in the rounds that it drafted
+    """Rows beyond those of any round that a model has caught up with in the rounds that it drafted
     in, by size bucket.
 
     Where new requests come all the time, a prompt serves the few rounds until the next one comes,
@@ -45,13 +45,19 @@ class CatchingUp:
     def __init__(self) -> None:
         self._rows: defaultdict[int, RunningMean] = defaultdict(RunningMean)
 
-    def of(self, size: int, held: float, stay: int) -> float:
-        """A round's rows on average. Before any is known: all that the requests hold (`held` rows)
-        within the `stay` rounds that they last, which weighs as much as these rounds later on."""
+    def rounds(self, size: int, missed: int, held: float, stay: int) -> float:
+        """How many rounds catching up with `missed` rows serves, `stay` at most: as many as usually
+        miss so much together.
+
+        Before any round is known these are `held` rows in `stay` rounds, which weighs as much as
+        those rounds later on."""
+        if not missed:
+            return stay
         rows = self._rows[size_bucket(size)]
         seen = min(rows.seen, HORIZON)
-        return max(1.0, (held + seen * rows.mean) / (stay + seen))
+        usual = (held + seen * rows.mean) / (stay + seen)
+        return min(max(1.0, missed / usual), stay)
 
-    def observe(self, size: int, rows: int) -> None:
+    def observe(self, size: int, missed: int) -> None:
         """After a round in which the model drafted."""
-        self._rows[size_bucket(size)].observe(rows)
+        self._rows[size_bucket(size)].observe(missed)

@@ -269,6 +269,7 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             return values
 
         def _build_tensors(self, start_offs: int, fields: list[Any]) -> None:
+            start_offs = int(start_offs)  # of an alignment's type, which is narrow
             need = start_offs
             for *_, dims, kind, offset in (field.parts for field in fields):
                 elements, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind[0])]

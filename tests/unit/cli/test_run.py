@@ -18,8 +18,9 @@ import pytest
 from scripted import FakeLLM, fails, vision_checkpoints
 
 from smart_decoding.cli import main as cli
+from smart_decoding.cli import prompts as cli_prompts
 from smart_decoding.cli import run as cli_run
-from smart_decoding.cli.arguments import key_value, read_prompts
+from smart_decoding.cli.arguments import key_value
 from smart_decoding.cli.model_options import speculative_config
 from smart_decoding.core.policies import POLICIES
 from smart_decoding.engine.sampling_params import SamplingParams
@@ -363,7 +364,7 @@ def test_what_is_piped_comes_behind_the_prompt(
         ("-f", str(path)): "of a file\n\npiped",
         (): "piped",
     }
-    monkeypatch.setattr(cli_run, "PATIENCE", 0.0)
+    monkeypatch.setattr(cli_prompts, "PATIENCE", 0.0)
     for given, prompt in expected.items():
         ours, theirs = os.pipe()
         os.write(theirs, b"piped")
@@ -523,7 +524,7 @@ def test_weights_are_rounded_where_it_is_asked_for(
 
 def test_what_is_no_file_is_not_read_as_a_picture() -> None:
     with pytest.raises(ConfigError, match="/dev/zero: an image must be a file"):
-        cli_run.read_images([Path("/dev/zero")])
+        cli_prompts.read_images([Path("/dev/zero")])
 
 
 def test_lines_of_a_batch_end_at_line_breaks_only(
@@ -531,7 +532,7 @@ def test_lines_of_a_batch_end_at_line_breaks_only(
 ) -> None:
     path = tmp_path / "prompts"
     path.write_bytes('\ufeff{"prompt": "a\u2028b"}\r\nc\u2028d\x0ce\n'.encode())
-    assert read_prompts(path) == ["a\u2028b", "c\u2028d\x0ce"]
+    assert cli_prompts.read_prompts(path) == ["a\u2028b", "c\u2028d\x0ce"]
     for odd in ('{"prompt": null}', '{"prompt": ["a"]}'):
         path.write_text(odd)
         assert "no JSON object with a text" in fails(capsys, "run", "--batch", str(path))
@@ -540,7 +541,7 @@ def test_lines_of_a_batch_end_at_line_breaks_only(
 
 def test_a_batch_comes_from_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("one\ntwo\n"))
-    assert read_prompts(Path("-")) == ["one", "two"]
+    assert cli_prompts.read_prompts(Path("-")) == ["one", "two"]
 
 
 def test_run_leaves_out_the_sampling_defaults_of_a_model(fake: type[FakeLLM]) -> None:

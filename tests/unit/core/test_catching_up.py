@@ -5,52 +5,91 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from smart_decoding.core.calibration import Calibration
 from smart_decoding.core.cost import CostModel
-from smart_decoding.core.forecast import Forecast
-from smart_decoding.core.learned import Learned
-from smart_decoding.core.policies.base import BatchState
-from smart_decoding.core.prediction import Mode, Shape, predict
+from smart_decoding.core.policies.base import BatchState, Round
+from smart_decoding.core.policies.smart import Smart
+from smart_decoding.core.prediction import Mode, Shape
 from smart_decoding.core.realised import CatchingUp
+from smart_decoding.core.rule import NO_NODES
 from smart_decoding.core.running import HORIZON
+from smart_decoding.core.tree import DraftTrees
+
+COST = CostModel.from_table({8: {8: 0.1, 64: 0.1}}, {1: 0.001, 8: 0.008, 1200: 1.2})
 
 
 def test_before_anything_is_known_all_that_is_held_is_read_once() -> None:
     rows = CatchingUp()
-    assert rows.of(8, 8 * 150, 24) == pytest.approx(8 * 150 / 24)
-    assert rows.of(1, 150, 30) == pytest.approx(5.0)
-    assert rows.of(1, 3, 30) == 1.0
+    assert rows.rounds(8, 150, 8 * 150, 24) == pytest.approx(24 / 8)
+    assert rows.rounds(8, 1200, 8 * 150, 24) == pytest.approx(24)
+    assert rows.rounds(8, 10, 8 * 150, 24) == 1.0
+    assert rows.rounds(8, 0, 0, 24) == 24
 
 
 def test_what_is_observed_weighs_as_its_rounds() -> None:
     rows = CatchingUp()
     for each in (900, 0, 60):
         rows.observe(8, each)
-    assert rows.of(8, 1200, 24) == pytest.approx((1200 + 960) / (24 + 3))
-    assert rows.of(2, 1200, 24) == pytest.approx(1200 / 24)  # another bucket
+    assert rows.rounds(8, 150, 1200, 24) == pytest.approx(150 / ((1200 + 960) / (24 + 3)))
+    assert rows.rounds(2, 150, 1200, 24) == pytest.approx(150 / (1200 / 24))  # another bucket
     for _ in range(20 * HORIZON):
         rows.observe(8, 10)
-    assert rows.of(8, 1200, 24) == pytest.approx((1200 + 10 * HORIZON) / (24 + HORIZON))
+    usual = (1200 + 10 * HORIZON) / (24 + HORIZON)
+    assert rows.rounds(8, 150, 1200, 24) == pytest.approx(150 / usual)
+    assert rows.rounds(8, 1200, 1200, 24) == 24  # no more than there are
 
 
-def batch_of(size: int, waiting: int) -> BatchState:
-    each = np.full(size, 150)
+def batch_of(size: int, waiting: int, context: int = 150) -> BatchState:
+    each = np.full(size, context)
     return BatchState(each, np.full(size, 100), np.zeros(size), np.ones(size, bool), 0, waiting)
 
 
-def rate(learned: Learned, batch: BatchState) -> float:
-    return predict(Shape.of(batch, batch.limits), learned, 8, 2.0).rates[Mode.MODEL]
+def rate(policy: Smart, batch: BatchState) -> float:
+    """As the policy is asked: by its kept predictions."""
+    return policy.predict(Shape.of(batch, batch.limits)).rates[Mode.MODEL]
+
+
+def draft(policy: Smart, batch: BatchState, explores: bool = False) -> None:
+    """A round of the model that catches up, of which nothing came."""
+    nodes = DraftTrees.empty(batch.size)
+    empty = np.full(batch.size, 5)
+    round = Round(batch, None, nodes, NO_NODES, NO_NODES, empty)
+    round.rule = policy.plan(batch)
+    round.level_widths = [batch.size + batch.catch_up_rows]
+    round.level_seconds = [0.01]
+    round.verify_rows, round.verify_seconds = batch.size, 0.1
+    policy.learned.observe(round, 0.0, explores)
+    policy.cost = COST  # nothing is kept
 
 
 def test_one_prompt_among_many_serves_until_the_next_one_comes() -> None:
     """For eight requests a prompt of 150 rows costs its eighth of the rounds: as much a round as
     eight prompts at once."""
-    cost = CostModel.from_table({8: {8: 0.1, 64: 0.1}}, {1: 0.001, 8: 0.008, 1200: 1.2})
-    calibration = Calibration()
-    learned = Learned(cost, calibration, Forecast(calibration))
-    nothing, one, all_of_them = (rate(learned, batch_of(8, n)) for n in (8, 8 + 150, 8 + 1200))
-    assert nothing > one == pytest.approx(all_of_them, rel=0.02)
-    for _ in range(HORIZON):  # where three quarters of a prompt come in each round
-        learned.catching_up.observe(8, 110)
-    assert rate(learned, batch_of(8, 8 + 150)) < 0.9 * one
-    assert rate(learned, batch_of(8, 8)) == pytest.approx(nothing)
+    nothing, one, all_of_them = (rate(Smart(COST), batch_of(8, n)) for n in (8, 158, 1208))
+    assert nothing > 1.1 * one
+    assert one == pytest.approx(all_of_them, rel=0.02)
+
+
+@pytest.mark.parametrize("order", [(8, 158), (158, 8)])
+def test_a_kept_prediction_is_not_one_of_other_rows(order: tuple[int, int]) -> None:
+    policy = Smart(COST)
+    for waiting in order:
+        assert rate(policy, batch_of(8, waiting)) == rate(Smart(COST), batch_of(8, waiting))
+
+
+def test_what_a_models_rounds_had_to_read_is_learned() -> None:
+    """Where three quarters of a prompt come in each round; of explorations nothing is."""
+    seen, explored = Smart(COST), Smart(COST)
+    for _ in range(HORIZON):
+        draft(seen, batch_of(8, 8 + 110))
+        draft(explored, batch_of(8, 8 + 110), explores=True)
+    prompt = batch_of(8, 158)
+    assert seen.learned.catching_up.rounds(8, 150, 1200, 24) == pytest.approx(
+        150 / ((1200 + 110 * HORIZON) / (24 + HORIZON))
+    )
+    assert explored.learned.catching_up.rounds(8, 150, 1200, 24) == pytest.approx(3.0)
+    assert rate(seen, prompt) < rate(explored, prompt)
+
+
+def test_a_lone_long_answer_shares_a_stretch_among_its_rounds() -> None:
+    nothing, stretch = (rate(Smart(COST), batch_of(1, n, context=8000)) for n in (1, 101))
+    assert nothing > stretch > 0.95 * nothing

@@ -68,12 +68,14 @@ def load(settings: Settings) -> tuple[dict[str, str], Answer]:
 
 def stepped(engine: Any, prompts: list[list[int]], params: Any, places: int) -> dict[str, Any]:
     """Answers so many at once, the next one when one has ended. placed, firsts, ends: seconds until
-    each got its place, its first token and its last one; steps: those that gave it tokens."""
+    each got its place, its first tokens, of which there were so many `before` the others, and its
+    last one; steps: those that gave it tokens."""
     started = time.perf_counter()
     answers: list[list[int]] = []
     placed: list[float] = []
     firsts = [0.0] * len(prompts)
     ends = [0.0] * len(prompts)
+    before = [0] * len(prompts)
     steps = [0] * len(prompts)
     running = 0
     while running or len(placed) < len(prompts):
@@ -90,8 +92,9 @@ def stepped(engine: Any, prompts: list[list[int]], params: Any, places: int) -> 
             firsts[index] = firsts[index] or now
             ends[index] = now
             answers[index] = list(output.outputs[0].token_ids)
+            before[index] = before[index] or len(answers[index])
             running -= output.finished
-    times = {"placed": placed, "firsts": firsts, "ends": ends, "steps": steps}
+    times = {"placed": placed, "firsts": firsts, "ends": ends, "before": before, "steps": steps}
     return {**times, "answers": answers, "seconds": time.perf_counter() - started}
 
 

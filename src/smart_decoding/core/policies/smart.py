@@ -122,7 +122,7 @@ class Smart:
     def predict(self, shape: Shape) -> Prediction:
         """What plain decoding and every way to draft would bring, kept until something is
         learned."""
-        key = shape.key(self.max_levels)
+        key = shape.key()
         found = self._predictions.get(key)
         if found is None:
             found = predict(shape, self.learned, self.max_levels, self.max_round_slowdown)
@@ -177,7 +177,8 @@ class Smart:
         return choice if (round.rule is None) == (choice.mode is Mode.PLAIN) else None
 
     def _observe(self, round: Round, choice: Choice | None) -> None:
-        if self.learned.observe(round, choice.forecast_rate(round) if choice else 0.0):
+        explores = choice is not None and choice.explores
+        if self.learned.observe(round, choice.forecast_rate(round) if choice else 0.0, explores):
             self._predictions.clear()
         if choice is not None and choice.explores:
             self._observe_exploration(round, choice)
