@@ -94,8 +94,10 @@ def write_model(folder: Path) -> None:
         (folder / name).write_text(json.dumps(content))
 
 
-def write_gguf(path: Path) -> None:
+def write_gguf(path: Path, alignment: int | None = None) -> None:
     writer = gguf.GGUFWriter(path, "llama")
+    if alignment is not None:
+        writer.add_custom_alignment(alignment)
     writer.add_block_count(1)
     writer.add_context_length(128)
     writer.add_embedding_length(32)
@@ -527,6 +529,30 @@ def test_a_length_beyond_a_gguf_file_takes_no_memory(place: Path) -> None:
         assert "cut, damaged" in refused(path)
     finally:
         path.write_bytes(content)
+
+
+def test_nested_arrays_in_a_gguf_header_end(place: Path) -> None:
+    """A header of one key whose value is an array of an array of an array ..."""
+    path = place / "nested.gguf"
+    array, key = 9, b"a"
+    start = struct.pack("<4sIQQ", b"GGUF", 3, 0, 1) + struct.pack("<Q", len(key)) + key
+    path.write_bytes(start + struct.pack("<I", array) + struct.pack("<IQ", array, 1) * 100_000)
+    assert "cut, damaged" in refused(path, read_gguf)
+
+
+@pytest.mark.parametrize("alignment", [None, 64])
+def test_offsets_beyond_four_gigabytes_are_counted(alignment: int | None, tmp_path: Path) -> None:
+    """With a named alignment the library counts in its type, of 32 bits."""
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, alignment)
+    read_gguf(path)
+    content = path.read_bytes()
+    name = b"output_norm.weight"
+    at = content.index(name) + len(name)
+    (dims,) = struct.unpack_from("<I", content, at)
+    at += 4 + 8 * dims + 4  # the shape, and the type
+    path.write_bytes(content[:at] + struct.pack("<Q", 5 << 30) + content[at + 8 :])
+    assert "was cut: " in refused(path, read_gguf)
 
 
 def test_a_gguf_header_of_too_many_values_is_refused(

@@ -283,7 +283,7 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
         reader = Reader(path)
         metadata = {key: reader_field.contents() for key, reader_field in reader.fields.items()}
-    except (ArithmeticError, LookupError, TypeError, ValueError) as error:  # whatever it meets
+    except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise ModelError(
             f"{path} is no GGUF file, cut, damaged or of a kind not known here; fetch it again"
         ) from error
