@@ -7,7 +7,7 @@ import math
 from collections import defaultdict
 
 from smart_decoding.core.overhead import size_bucket
-from smart_decoding.core.running import HORIZON, RunningMean
+from smart_decoding.core.running import RunningMean
 
 UNSURE = 0.3  # standard deviation of one request's log rate in a round over its forecast
 
@@ -43,21 +43,26 @@ class CatchingUp:
     and not until its own answer ends."""
 
     def __init__(self) -> None:
-        self._rows: defaultdict[int, RunningMean] = defaultdict(RunningMean)
+        self._known: dict[int, RunningMean] = {}
+        self._believed: dict[int, RunningMean] = {}  # of sizes that are not known yet
 
     def rounds(self, size: int, missed: int, held: float, stay: int) -> float:
         """How many rounds catching up with `missed` rows serves, `stay` at most: as many as usually
         miss so much together.
 
-        Before any round is known these are `held` rows in `stay` rounds, which weighs as much as
-        those rounds later on."""
+        Before any round is known these are `held` rows in `stay` rounds. That weighs as much as
+        those rounds, and fades as they do."""
         if not missed:
             return stay
-        rows = self._rows[size_bucket(size)]
-        seen = min(rows.seen, HORIZON)
-        usual = (held + seen * rows.mean) / (stay + seen)
-        return min(max(1.0, missed / usual), stay)
+        bucket = size_bucket(size)
+        rows = self._known.get(bucket)
+        if rows is None:
+            rows = self._believed[bucket] = RunningMean(held / stay, seen=stay)
+        return min(max(1.0, missed / max(1.0, rows.mean)), stay)
 
     def observe(self, size: int, missed: int) -> None:
         """After a round in which the model drafted."""
-        self._rows[size_bucket(size)].observe(missed)
+        bucket = size_bucket(size)
+        if bucket not in self._known:
+            self._known[bucket] = self._believed.get(bucket, RunningMean())
+        self._known[bucket].observe(missed)
