@@ -220,8 +220,8 @@ def test_drafted_levels_ask_little(
     head.levels.grows = True
     options = {"chain": {"length": 4}, "eagle2": {"depth": 3}, "smart": {"max_levels": 4}}[policy]
     chosen = make_policy(policy, {"cost": CHEAP_LEVELS}, **options)
-    if isinstance(chosen, Smart):  # candidates that are all alike would teach it to be shallow
-        monkeypatch.setattr(chosen.learned, "learn_acceptance", lambda: False)
+    if isinstance(chosen, Smart):  # candidates that are all alike, and a device that takes no time
+        monkeypatch.setattr(chosen.learned, "observe", lambda *_: False)
     config = EngineConfig(400, 2048, 8, 256, False, 0, False)
     drafter = EagleDrafter(head, 400, 40)
     engine = Engine(model, chosen, drafter, config, lambda skip: lambda ids: "")

@@ -390,7 +390,7 @@ def test_a_template_ends(template: str, monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(ConfigError, match="the chat template refuses") as caught:
         chat_template.render(template, [], {})
     assert "\n" not in str(caught.value)
-    assert time.thread_time() - start < 1.0
+    assert time.thread_time() - start < 4.0  # a slow machine is not endless
 
 
 def test_long_conversations_are_within_the_bounds() -> None:

@@ -250,6 +250,19 @@ def hf_name(name: str) -> str:
 def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Metadata by key and the reader's tensors by name. Raises ModelError for a file that is
     shorter than its header says, or corrupt."""
+    try:
+        reader = _reader(path)
+        metadata = {key: reader_field.contents() for key, reader_field in reader.fields.items()}
+    except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
+        raise ModelError(
+            f"{path} is no GGUF file, cut, damaged or of a kind not known here; fetch it again"
+        ) from error
+    return metadata, {tensor.name: tensor for tensor in reader.tensors}
+
+
+def _reader(path: Path) -> Any:
+    """The library's, within the file's bounds. Raises whatever it meets, and ModelError for a file
+    that was cut."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader  # imported late: it is slow
 
     class Reader(GGUFReader):
@@ -280,11 +293,4 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
                 raise ModelError(f"{path} was cut: {have:,} bytes of {need:,}; fetch it again")
             super()._build_tensors(start_offs, fields)
 
-    try:
-        reader = Reader(path)
-        metadata = {key: reader_field.contents() for key, reader_field in reader.fields.items()}
-    except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
-        raise ModelError(
-            f"{path} is no GGUF file, cut, damaged or of a kind not known here; fetch it again"
-        ) from error
-    return metadata, {tensor.name: tensor for tensor in reader.tensors}
+    return Reader(path)
