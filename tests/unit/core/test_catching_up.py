@@ -100,3 +100,10 @@ def test_what_a_models_rounds_had_to_read_is_learned() -> None:
 def test_a_lone_long_answer_shares_a_stretch_among_its_rounds() -> None:
     nothing, stretch = (rate(Smart(COST), batch_of(1, n, context=8000)) for n in (1, 101))
     assert nothing > stretch > 0.95 * nothing
+
+
+def test_the_rows_of_any_round_are_not_missed() -> None:
+    policy = Smart(COST)
+    for _ in range(3):
+        draft(policy, batch_of(8, 8))
+    assert policy.learned.catching_up.rounds(8, 150, 1200, 24) == 24
