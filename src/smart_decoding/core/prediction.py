@@ -155,8 +155,8 @@ def _round_costs(
 
 
 def _first_level(learned: Learned, shape: Shape) -> tuple[float, float]:
-    """Seconds of a model's first level, and of the catching up: what waits beyond one row of each
-    request, which is shared among the rounds that it serves."""
+    """Seconds of a model's first level, and of catching up with what it has missed, which is shared
+    among the rounds that it serves."""
     missed = shape.missed
     waiting = [shape.waiting - missed, shape.waiting]
     regular, whole = learned.cost.first_seconds(shape.size, waiting, shape.context).tolist()
