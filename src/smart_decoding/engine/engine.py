@@ -89,7 +89,9 @@ class Engine:
         self._requests: dict[str, Request] = {}
         self._observe_seconds = 0.0  # of the round before
         self._worked = clock()  # when the last round ended
-        self._interrupted = False  # the last step dropped its drafts: the next one is plain
+        # Whose drafts were dropped: their next round is plain, whenever it comes. So nobody waits
+        # for two drafts, and a drafter that has read their last tokens gets new ones.
+        self._dropped: set[Request] = set()
         self._batched: list[Request] = []  # the last round's decoding requests
         self._traits = _traits([])
 
@@ -121,10 +123,12 @@ class Engine:
     def abort(self, request_id: str) -> None:
         """Ends a request, all answers of it, freeing its memory now. Unknown ids are ignored: it
         may have ended."""
-        for request in list(self._requests.values()):
-            if request.id == request_id or request.id.startswith(f"{request_id}#"):
-                request.aborted = True
-                self._finish(request)
+        found = self._requests.get(request_id)
+        prefix = f"{request_id}#"
+        several = [] if found else [r for r in self._requests.values() if r.id.startswith(prefix)]
+        for request in [found] if found else several:
+            request.aborted = True
+            self._finish(request)
 
     def suspend(self) -> list[Request]:
         """Puts all running requests back to the queue, as they were after their last tokens: after
@@ -176,11 +180,12 @@ class Engine:
         state = self._state(batch)
         rule = self._plan(batch, state)
         draft = self._draft(batch, state, rule, arrived)
-        self._interrupted = draft.interrupted
         if draft.interrupted:
+            self._dropped.update(batch.decode)
             return []
         kept = _allowed(batch, state, draft)
         verified = verify(self.target, self.drafter, batch, draft.trees, kept, self._clock)
+        self._dropped.difference_update(batch.decode)
         emitted, accepted = self._update(batch, verified)
         self._hand_over(batch, verified)
         _count_nodes(batch, draft.trees, kept, accepted)
@@ -239,7 +244,9 @@ class Engine:
     def _plan(self, batch: Batch, state: BatchState) -> TreeRule | None:
         """Rounds that carry prompts do not draft, whatever the policy: others wait for their first
         token."""
-        if batch.prefill or not batch.decode or self.drafter is None or self._interrupted:
+        if batch.prefill or not batch.decode or self.drafter is None:
+            return None
+        if not self._dropped.isdisjoint(batch.decode):
             return None
         return self.policy.plan(state)
 
@@ -252,14 +259,13 @@ class Engine:
     ) -> Draft:
         if rule is None or self.drafter is None:
             return Draft(DraftTrees.empty(len(batch.decode)))
-        indebted = self.scheduler.shares.indebted
         return draft_trees(
             self.drafter,
             self._selection,
             rule,
             state,
             batch.decode,
-            lambda: self.scheduler.has_room and not indebted.issuperset(arrived()),
+            lambda: self.scheduler.can_begin(arrived()),
             self._clock,
         )
 
@@ -313,6 +319,7 @@ class Engine:
         self._observe_seconds = self._clock() - start
 
     def _forget(self, requests: Sequence[Request]) -> None:
+        self._dropped.difference_update(requests)
         for request in requests:
             if self.drafter is not None:
                 self.drafter.release(request)

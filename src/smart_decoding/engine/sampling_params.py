@@ -20,6 +20,7 @@ from smart_decoding.engine.structured import StructuredOutputsParams
 from smart_decoding.errors import ConfigError
 
 MAX_BAD_WORD = 256  # characters
+MAX_STOP = 1024  # characters: how far a text has come in one is looked up in every round
 GREEDY_BELOW = 1e-5  # vLLM's threshold: colder than this is argmax
 INT64_MIN = -(2**63)
 INT64_MAX = 2**63 - 1
@@ -153,6 +154,9 @@ class SamplingParams:
             strings = []
         good = all(isinstance(s, str) and s for s in strings)
         self._check(good, "stop", "a non-empty string or a list of non-empty strings")
+        longest = max(self.stop_strings, key=len, default="")
+        allowed = f"texts of at most {MAX_STOP} characters each"
+        _require(len(longest) <= MAX_STOP, "stop", longest, allowed)
         good = _token_ids(self.stop_token_ids)
         self._check(good, "stop_token_ids", "a list of token ids >= 0")
         self.stop_array = np.array(self.stop_token_ids or (), np.int64)

@@ -4,6 +4,7 @@ out."""
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -65,11 +66,14 @@ class Scheduler:
         """Whether any request waits or runs."""
         return bool(self.waiting or self.running)
 
-    @property
-    def has_room(self) -> bool:
-        """Whether a new request would join the next round, as far as slots go."""
+    def can_begin(self, clients: Collection[str]) -> bool:
+        """Whether a request of one of these clients, coming now, would join the next round, as far
+        as slots and debts go."""
         waiting = any(head.ready() for head in self.waiting.heads())
-        return not waiting and len(self.running) < self.max_num_seqs
+        if not clients or waiting or len(self.running) >= self.max_num_seqs:
+            return False
+        here = {request.client for request in (*self.running, *self.waiting.heads())}
+        return not self.shares.wait(clients, here)
 
     def next_batch(self) -> Batch:
         """The next round's requests, with KV memory for their committed rows reserved."""

@@ -63,6 +63,12 @@ class Shares:
         self.indebted = set()
         self.resting = set()
 
+    def wait(self, clients: Collection[str], here: Collection[str]) -> bool:
+        """Whether all of these would wait if a request of theirs came now. here: clients of all
+        requests."""
+        is_shared = len({*clients, *here}) > 1
+        return is_shared and all(self._owed.get(who, 0.0) > self._allowed for who in clients)
+
     def _too_dear(self, decoding: Sequence[Request]) -> set[str]:
         """Those in debt that would use more of a round of all that decode than it pays."""
         rows: dict[str, float] = {}

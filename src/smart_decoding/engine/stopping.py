@@ -15,6 +15,7 @@ FinishReason: TypeAlias = Literal["stop", "length"]
 Decode: TypeAlias = Callable[[Sequence[int]], str]
 
 UNFINISHED = "\ufffd"  # what tokenizers put for the bytes of an incomplete character
+LONGEST = 32  # tokens that one may be spread over: more are bytes that never become one
 LOOP = "loop"  # the stop_reason of an answer that ran into a loop
 
 
@@ -39,7 +40,8 @@ class Detokenizer:
             # pieces are of one token, however many a round brought.
             del self._window[-len(tokens) :]
             return "".join(self.push([token]) for token in tokens)
-        return "" if text.endswith(UNFINISHED) else self._give_out(text)
+        waits = text.endswith(UNFINISHED) and len(self._window) - self._read < LONGEST
+        return "" if waits else self._give_out(text)
 
     def flush(self) -> str:
         """The rest at the end of an answer, an incomplete character included."""

@@ -12,6 +12,7 @@ from smart_decoding.engine.jobs import Ask, Job
 from smart_decoding.engine.observers import Observers
 from smart_decoding.engine.request import Request
 from smart_decoding.engine.sampling_params import SamplingParams
+from smart_decoding.engine.scheduler import Batch
 from smart_decoding.errors import CapacityError, ConfigError
 from smart_decoding.training.generate import Recorder
 
@@ -121,6 +122,41 @@ def test_who_arrives_while_a_round_drafts_need_not_wait_for_its_forward(
     assert cuts > 5
     assert sum(r.metrics.accepted for r in requests) > 10
     assert [r.output for r in requests] == outputs_alone(requests)
+
+
+def test_whoever_rests_after_its_drafts_were_dropped_has_a_plain_round_first() -> None:
+    """Its drafter has read its last tokens already, and would find nothing new to read."""
+    engine = make_engine("eagle2", max_num_seqs=3)
+    first, second = (add(engine, str(i), [i + 1, 2], greedy(40)) for i in range(2))
+    engine.step()
+    assert not engine.step(lambda: [""])
+    before = len(second.output)
+    engine.scheduler.shares.resting = {second.client}
+    batch = Batch([first], [])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine.scheduler, "next_batch", lambda: batch)
+        for _ in range(3):
+            assert engine.step() == [first]
+    assert len(second.output) == before
+    engine.step()
+    assert not len(engine.last_round.round.trees)
+    assert len(second.output) == before + 1
+    engine.step()
+    assert len(engine.last_round.round.trees)
+    finish(engine)
+    assert [r.output for r in (first, second)] == outputs_alone([first, second])
+
+
+def test_all_answers_of_a_request_are_aborted_and_no_others() -> None:
+    engine = make_engine()
+    several = engine.add_request("a", [1, 2], SamplingParams(max_tokens=9, n=2, temperature=1.0))
+    others = [add(engine, name, [1, 2], greedy(9)) for name in ("ab", "b")]
+    engine.abort("a")
+    assert [r.aborted for r in (*several, *others)] == [True, True, False, False]
+    engine.abort("b")
+    assert others[1].aborted
+    finish(engine)
+    assert len(others[0].output) == 9
 
 
 def test_drafting_goes_on_where_nobody_could_begin() -> None:

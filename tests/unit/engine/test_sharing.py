@@ -53,6 +53,23 @@ def until_done(engine: Engine, requests: Sequence[Request]) -> float:
     return engine.target.clock.now - began
 
 
+def test_who_would_wait_interrupts_no_drafting() -> None:
+    """As `next_round` decides it: whether it has a request here or not, and only among others."""
+    engine = new_engine("off")
+    add(engine, "a", 1, 20)
+    engine.step()
+    scheduler = engine.scheduler
+    assert not scheduler.can_begin([])
+    scheduler.shares._owed = {"a": 5.0, "b": 5.0}
+    scheduler.shares._allowed = 1.0
+    assert scheduler.can_begin(["a"])  # it is alone
+    assert not scheduler.can_begin(["b"])
+    assert not scheduler.can_begin(["a", "b"])
+    assert scheduler.can_begin(["b", "c"])
+    scheduler.max_num_seqs = 1
+    assert not scheduler.can_begin(["c"])
+
+
 def begin(engine: Engine, requests: Sequence[Request]) -> None:
     while not all(request.output for request in requests):
         engine.step()

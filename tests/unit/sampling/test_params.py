@@ -20,7 +20,7 @@ BAD = {
     "presence_penalty": [-2.1, 2.1],
     "frequency_penalty": [-2.1, 2.1],
     "logit_bias": [{1: 101.0}, {1: -math.inf}, {-1: 1.0}, {"a": 1.0}, {1: "x"}, [1]],
-    "stop": ["", ["a", ""], [1], 3],
+    "stop": ["", ["a", ""], [1], 3, "x" * 1025],
     "stop_token_ids": [[-1], ["a"], [1.5], 7, "12"],
     "ignore_eos": [1, None],
     "min_tokens": [-1, 17],
@@ -47,7 +47,7 @@ def test_a_value_out_of_range_is_refused_in_one_line_that_names_it(name, value):
     assert name in message
     assert "must be" in message
     assert "\n" not in message
-    assert repr(value) in message or name == "logit_bias"
+    assert repr(value)[:200] in message or name == "logit_bias"
 
 
 def test_boundaries_are_allowed():

@@ -37,6 +37,21 @@ def test_what_a_detokenizer_holds_back_are_complete_characters():
     assert seen == [("", " "), ("", " "), ("", " €"), ("", " €"), (" €😀.", ""), ("x", "")]
 
 
+@pytest.mark.parametrize("step", [1, 100, 3000])
+def test_bytes_that_never_become_a_character_do_not_pile_up(step):
+    decoded = []
+
+    def count(ids):
+        decoded.append(len(ids))
+        return bytes(ids).decode("utf-8", errors="replace")
+
+    reader = Detokenizer(count)
+    tokens = [0x80] * 3000
+    pieces = [reader.push(tokens[at : at + step]) for at in range(0, 3000, step)]
+    assert "".join([*pieces, reader.flush()]) == "\ufffd" * 3000
+    assert sum(decoded) < 200 * 3000
+
+
 def test_a_stop_string_over_several_tokens_ends_the_answer_before_it():
     check = checker(stop=["END", "###"])
     assert check.push(encode("one two E")) == encode("one two E")

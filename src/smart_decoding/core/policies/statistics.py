@@ -56,7 +56,7 @@ class Statistics:
         if seconds > 0 and plain_seconds > 0:
             speedup = tokens / seconds / (plain_tokens / plain_seconds)
         kinds: Counter[str] = Counter()
-        for (_, kind), count in self.verified.items():
+        for (_, kind), count in list(self.verified.items()):  # other threads read, too
             kinds[kind] += count
         return {
             "estimated_speedup": speedup,
