@@ -15,10 +15,16 @@ from safetensors.torch import load_file
 
 from smart_decoding.cli.main import main
 from smart_decoding.errors import ConfigError, ModelError
-from smart_decoding.models.head_export import check_layout, layout_of, smart_config, write_head
+from smart_decoding.models.head_export import (
+    check_layout,
+    check_rope,
+    layout_of,
+    smart_config,
+    write_head,
+)
 from smart_decoding.models.head_files import HeadFiles, load_head
 from smart_decoding.models.loading import Checkpoint
-from smart_decoding.models.rope import scaling_from_hf
+from smart_decoding.models.rope import RopeScaling, scaling_from_hf
 from smart_decoding.speculation import shipped_head
 from smart_decoding.training.head import Form, TrainableHead, form_of
 
@@ -292,3 +298,28 @@ def test_the_shipped_head_proposes_the_same_through_smart_export(tmp_path: Path)
             (output.outputs[0].token_ids, metrics.rounds, metrics.drafted, metrics.accepted)
         )
     assert outputs[0] == outputs[1]
+
+
+def test_what_vllm_needs_beside_the_tensors(tmp_path: Path) -> None:
+    """It has no map where the draft vocabulary is all of the target's, asks for the count of aux
+    layers, and looks for the target by its name on the hub."""
+    files = load_head(ours(tmp_path), target_config())
+    whole = replace(files, weights={**files.weights, "draft_ids": torch.arange(VOCAB)})
+    named = replace(checkpoint(), provenance={"model": "qwen2.5-coder-1.5b@hub"})
+    write_head(whole, named, "speculators", tmp_path / "s")
+    assert not {"d2t", "t2d"} & load_file(tmp_path / "s" / "model.safetensors").keys()
+    back = load_head(tmp_path / "s", target_config())
+    assert torch.equal(back.weights["draft_ids"], whole.weights["draft_ids"])
+    config = json.loads((tmp_path / "s" / "config.json").read_text())
+    assert config["transformer_layer_config"]["num_aux_hidden_states"] == len(AUX_LAYERS)
+    verifier = config["speculators_config"]["verifier"]["name_or_path"]
+    assert verifier == "Qwen/Qwen2.5-Coder-1.5B-Instruct"
+
+
+def test_a_gguf_files_rope_factors_have_no_words_in_other_layouts() -> None:
+    """Said before hours of training."""
+    target = replace(target_config(), rope_scaling=RopeScaling("factors", {}, (1.0,) * 8))
+    check_rope(target, "smart")
+    for layout in ("eagle3", "speculators", "eagle"):
+        with pytest.raises(ModelError, match="take the model's safetensors"):
+            check_rope(target, layout)

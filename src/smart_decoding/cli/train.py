@@ -105,6 +105,7 @@ def _add_head(group: argparse._ArgumentGroup) -> None:
 def main(args: argparse.Namespace) -> int:
     """Has the conversations written, trains the head, learns its prior."""
     from smart_decoding.core.policies.base import require_int
+    from smart_decoding.models.head_export import check_rope
     from smart_decoding.training.conversations import recorded_layers
     from smart_decoding.training.prior import learn_prior, picture_turns
     from smart_decoding.training.train import Trainer
@@ -115,6 +116,7 @@ def main(args: argparse.Namespace) -> int:
     keep = _without(checkpoint, args.without_tasks.split(",")) if args.without_tasks else None
     init = _initial(args, checkpoint.config) if args.init else None
     options = _train_options(args, checkpoint.config.layers, init)
+    check_rope(init.shape if init else checkpoint.config, options.layout)
     require_int("tokens", args.tokens, 1, 1 << 40)
     require_int("prior_prompts", args.prior_prompts, 0, 1 << 20)
     require_int("seed", args.seed, 0, 1 << 62)

@@ -22,6 +22,7 @@ from smart_decoding.kernels.weights import as_tensor
 from smart_decoding.models.head_files import ARCHITECTURE, HeadFiles
 from smart_decoding.models.head_shapes import FIRST
 from smart_decoding.models.loading import Checkpoint
+from smart_decoding.models.registry import NAMED_MODELS, hub_id_of
 
 if TYPE_CHECKING:
     from smart_decoding.models.config import ModelConfig
@@ -62,12 +63,23 @@ def check_layout(files: HeadFiles, layout: str) -> None:
         )
 
 
+def check_rope(target: ModelConfig, layout: str) -> None:
+    """Raises ModelError for a target whose frequencies no other engine reads, as a head has the
+    target's."""
+    if layout != "smart" and target.rope_scaling and target.rope_scaling.kind == "factors":
+        raise ModelError(
+            f"a head of this GGUF file cannot be written as {layout!r}, which has no words for its "
+            "RoPE factors: take the model's safetensors"
+        )
+
+
 def write_head(files: HeadFiles, checkpoint: Checkpoint, layout: str, folder: Path) -> None:
     """Writes model.safetensors and config.json. checkpoint: the target, whose output rows a head
     may have borrowed.
 
     Raises ConfigError or ModelError, before anything is written."""
     check_layout(files, layout)
+    check_rope(files.shape, layout)
     tensors, config = LAYOUTS[layout](files, checkpoint)
     folder.mkdir(parents=True, exist_ok=True)
     with whole(folder / "model.safetensors") as path:
@@ -126,13 +138,16 @@ def _speculators(
         "fc_norm": "fc_norm.0.weight" in files.weights,
         "target_hidden_size": None,  # that of the head
         "eagle_aux_hidden_state_layer_ids": list(files.aux_layers),
-        "transformer_layer_config": _layer_config(files.shape),
+        "transformer_layer_config": {
+            **_layer_config(files.shape),
+            "num_aux_hidden_states": len(files.aux_layers),
+        },
         "speculators_config": {
             "algorithm": "eagle3",
             "default_proposal_method": "greedy",
             "proposal_methods": [proposal],
             "verifier": {
-                "name_or_path": checkpoint.provenance["model"],
+                "name_or_path": _on_hub(checkpoint.provenance["model"]),
                 "architectures": target["architectures"],
             },
         },
@@ -182,11 +197,21 @@ def _eagle3_tensors(files: HeadFiles, checkpoint: Checkpoint) -> dict[str, Tenso
     if "lm_head.weight" not in weights:
         weights["lm_head.weight"] = output_rows(checkpoint)[ids]
     vocab = checkpoint.config.vocab
+    if torch.equal(ids, torch.arange(vocab)):  # all of it, in order: vLLM knows no map then
+        return weights
     return {
         **weights,
         "d2t": ids - torch.arange(len(ids)),
         "t2d": torch.isin(torch.arange(vocab), ids),
     }
+
+
+def _on_hub(model: str) -> str:
+    """What other programs know a built-in model by; other names as they are."""
+    known = NAMED_MODELS.get(model.partition("@")[0])
+    hub_id = hub_id_of(model)
+    repository = known.repository if known else hub_id[1] if hub_id else model
+    return repository.removesuffix("-GGUF")
 
 
 def output_rows(checkpoint: Checkpoint) -> Tensor:

@@ -86,23 +86,25 @@ def generate(
 
     turn: draws the messages that each conversation begins with, for models that take images. A
     tenth of the answers is sampled at temperature 0.7, the others are greedy; an answer ends where
-    it loops."""
+    it loops. Whatever ends this early, conversations that are done are written."""
     writer = Writer(folder)
     rng = np.random.default_rng((seed, writer.shards))
     with tqdm(
         total=tokens, initial=min(writer.tokens, tokens), unit="tok", desc="writing conversations"
     ) as bar:
         job = _Conversations(llm, recorder, rng, writer, turn)
-        while writer.tokens < tokens:
-            job.fill()
-            job.advance(llm.engine)
-            for request, aux_hidden, pictures in recorder.done:
-                rows = len(aux_hidden)
-                answer = len(request.prompt)
-                writer.add(Recorded(request.tokens[:rows], answer, aux_hidden, pictures))
-                bar.update(rows)
-            recorder.done.clear()
-    writer.flush()
+        try:
+            while writer.tokens < tokens:
+                job.fill()
+                job.advance(llm.engine)
+                for request, aux_hidden, pictures in recorder.done:
+                    rows = len(aux_hidden)
+                    answer = len(request.prompt)
+                    writer.add(Recorded(request.tokens[:rows], answer, aux_hidden, pictures))
+                    bar.update(rows)
+                recorder.done.clear()
+        finally:
+            writer.flush()
 
 
 class _Conversations:
@@ -125,7 +127,7 @@ class _Conversations:
         self._asked: set[tuple[object, ...]] = {*writer.prompts()}
         self._count = 0
         self._running = 0
-        self._ends = set(llm.target.eos_token_ids)
+        self._begun: dict[str, str] = {}  # turns that the target goes on with, by their request
         self._before = self._after = ""
         if turn is None:
             text = llm.chat_prompt([{"role": "user", "content": MARKER}]).text or ""
@@ -143,6 +145,7 @@ class _Conversations:
                 self._answer(text)
                 continue
             prompt = MediaPrompt(self._encode(self._before + text))
+            self._begun[f"turn-{self._salt}-{self._count + 1}"] = text
             limit = CODE_TURN_TOKENS if "```" in text else TURN_TOKENS
             seed = int(self._rng.integers(2**62))
             params = SamplingParams(temperature=1.0, top_k=64, max_tokens=limit, seed=seed)
@@ -156,10 +159,7 @@ class _Conversations:
             self._running -= 1
             if request.id.startswith("turn"):
                 self._running += 1
-                tokens = request.tokens
-                tokens = tokens[:-1] if tokens[-1] in self._ends else tokens
-                turn = self._llm.tokenizer.decode(tokens, skip_special_tokens=False)
-                self._answer(turn.split(self._before, 1)[-1].strip())
+                self._answer(f"{self._begun.pop(request.id)}{request.stop.text}".strip())
 
     def _answer(self, turn: str) -> None:
         prompt = self._encode(self._before + turn + self._after)

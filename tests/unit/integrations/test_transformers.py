@@ -423,6 +423,26 @@ def test_a_device_where_no_tokens_are_drawn_is_refused() -> None:
         check(model, model.generation_config, (), {})
 
 
+@pytest.mark.parametrize("how", ["tensor parallel", "FSDP", "ZeRO-3", "data parallel"])
+def test_a_model_that_lies_in_several_processes_is_refused(
+    how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each would choose by its own clock; where each has all of it, that does no harm."""
+    model = model_of("llama")
+    refused = how != "data parallel"
+    for processes in (1, 2):
+        with monkeypatch.context() as patch:
+            patch.setattr(checks, "_is_distributed", lambda: True)
+            patch.setattr(checks.distributed, "get_world_size", lambda n=processes: n)
+            patch.setattr(checks, "is_fsdp_managed_module", lambda _: how == "FSDP")
+            patch.setattr(checks, "is_deepspeed_zero3_enabled", lambda: how == "ZeRO-3")
+            patch.setattr(model, "_tp_size", 2 if how == "tensor parallel" else None)
+            assert checks._is_spread(model) == (refused and processes > 1)
+            if refused and processes > 1:
+                with pytest.raises(ConfigError, match="lie in several processes"):
+                    check(model, model.generation_config, (), {})
+
+
 def test_a_sliding_window_that_is_not_reached_is_no_obstacle() -> None:
     model, given = model_of("sliding"), {**inputs(), "max_new_tokens": 22}
     assert torch.equal(smart(model, **given), model.generate(**given))

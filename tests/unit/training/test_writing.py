@@ -96,7 +96,8 @@ class Stub:
     def add(self, name: str, prompt: list[int], params: Any, media: Media | None) -> None:
         self.asked.append((name, list(prompt), params))
         tokens = [*prompt, *map(ord, self.says), END]
-        request = SimpleNamespace(id=name, prompt=prompt, tokens=tokens, media=media)
+        stop = SimpleNamespace(text=self.says)
+        request = SimpleNamespace(id=name, prompt=prompt, tokens=tokens, media=media, stop=stop)
         request.finished = True
         self.running.append(request)
 
@@ -125,6 +126,28 @@ def test_a_turn_that_the_target_completes_ends_once(
         assert text.count("<end>") == 1
     written, _ = load_conversations(tmp_path)
     assert written[0].answer == len(written[0].prompt) == len(Stub.encode(answers[0]))
+
+
+def test_conversations_that_are_done_are_written_whatever_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writing, "CONCURRENT", 2)
+    monkeypatch.setattr(writing, "user_turn", lambda rng: (f"Tell {rng.integers(1e9)}", True))
+    llm: Any = Stub("of tides, and at some length")
+    step = llm.step
+    done: list[Any] = []
+
+    def interrupted() -> list[Any]:
+        if done:
+            raise KeyboardInterrupt
+        done.extend(step())
+        return done
+
+    llm.engine.step = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        generate(llm, llm.recorder, tmp_path, 10_000)
+    written, _ = load_conversations(tmp_path)
+    assert len(written) == len(done) == 2
 
 
 def test_the_same_question_about_a_picture_is_answered_greedily_once(

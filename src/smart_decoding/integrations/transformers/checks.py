@@ -13,9 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import distributed
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.generation.configuration_utils import GenerationMode
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.integrations.fsdp import is_fsdp_managed_module
 
 from smart_decoding.core.tree import ROOT, DraftTrees, IntArray
 from smart_decoding.engine.kv import PAGE
@@ -47,12 +50,31 @@ def _unsupported(
 ) -> str | None:
     if model.device.type not in DEVICES:
         return f"device {model.device.type!r} is not supported: move the model to cpu or cuda"
+    if _is_spread(model):
+        return (
+            "a model whose parts lie in several processes (tensor parallel, FSDP, ZeRO-3) is not "
+            "supported: each would choose trees by its own clock; serve it with vLLM or SGLang"
+        )
     if inputs.get("assistant_model") is not None:
         return (
             "assistant_model is not read here: give it as "
             "speculative_config={'method': 'draft_model', 'model': assistant_model}"
         )
     return _unsupported_call(model, config, processors, inputs)
+
+
+def _is_spread(model: PreTrainedModel) -> bool:
+    """Whether several processes must run the same forwards together."""
+    processes = distributed.get_world_size() if _is_distributed() else 1
+    if processes == 1:
+        return False
+    zero3 = bool(is_deepspeed_zero3_enabled())  # type: ignore[no-untyped-call]
+    is_parallel = (getattr(model, "tp_size", None) or 1) > 1
+    return is_parallel or zero3 or bool(is_fsdp_managed_module(model))
+
+
+def _is_distributed() -> bool:
+    return distributed.is_available() and distributed.is_initialized()
 
 
 def _unsupported_call(

@@ -154,8 +154,10 @@ class Host:
                 shown = [rows[0]] * self.batch
                 for at, i in zip(place, rows, strict=True):
                     shown[at] = i
-            processed = self.processors(torch.stack([ids[i] for i in shown]), logits[shown])
-            scores[rows] = processed[place]
+            tokens = torch.stack([ids[i] for i in shown])
+            # as `generate` does: where the caller's ids are, which may be another device
+            processed = self.processors(tokens, logits[shown].to(tokens.device))
+            scores[rows] = processed[place].to(scores.device)
         return scores
 
 
