@@ -463,7 +463,11 @@ NESTED_OBJECT = {"type": "object", "properties": {"a": NESTED}}
                 "tools": [
                     {
                         "type": "function",
-                        "function": {"name": "a", "parameters": {"propertyNames": {}}},
+                        "function": {
+                            "name": "a",
+                            "parameters": {"propertyNames": {}},
+                            "strict": True,
+                        },
                     }
                 ]
             },
@@ -508,60 +512,6 @@ NESTED_OBJECT = {"type": "object", "properties": {"a": NESTED}}
         ({"messages": [{"role": "user", "content": "x", "tool_call_id": "c"}]}, "tool_call_id"),
         ({"messages": [{"role": "assistant"}]}, "content"),
         ({"messages": [{"role": "assistant", "refusal": "no"}]}, "refusal"),
-        (
-            {
-                "messages": [
-                    {
-                        "role": "assistant",
-                        "tool_calls": [
-                            {
-                                "id": "c",
-                                "type": "function",
-                                "function": {"name": "f", "arguments": "[]"},
-                            }
-                        ],
-                    }
-                ]
-            },
-            "JSON object",
-        ),
-        (
-            {
-                "messages": [
-                    {
-                        "role": "assistant",
-                        "tool_calls": [
-                            {
-                                "id": "c",
-                                "type": "function",
-                                "function": {
-                                    "name": "f",
-                                    "arguments": '{"a":' + 400 * "[" + 400 * "]" + "}",
-                                },
-                            }
-                        ],
-                    }
-                ]
-            },
-            "deep",
-        ),
-        (
-            {
-                "messages": [
-                    {
-                        "role": "assistant",
-                        "tool_calls": [
-                            {
-                                "id": "c",
-                                "type": "function",
-                                "function": {"name": "f", "arguments": '{"a": "\\ud800"}'},
-                            }
-                        ],
-                    }
-                ]
-            },
-            "surrogate",
-        ),
     ],
 )
 def test_what_cannot_be_kept_to_is_refused(
@@ -577,3 +527,30 @@ def test_what_cannot_be_kept_to_is_refused(
     assert "\n" not in error["message"]
     assert len(error["message"]) < 500
     assert running.idle()
+
+
+CUT = ['{"city": "Par', "[]", "", '{"a":' + 400 * "[" + 400 * "]" + "}", '{"a": "\\ud800"}']
+
+
+@pytest.mark.parametrize("arguments", CUT)
+def test_a_call_that_was_cut_may_be_sent_back(running: Running, arguments: str) -> None:
+    """An agent keeps what it got in its conversation."""
+    function = {"name": "f", "arguments": arguments}
+    calls = [{"id": "c", "type": "function", "function": function}]
+    call = {"role": "assistant", "tool_calls": calls}
+    chat = {"model": NAME, "messages": [*MESSAGES, call, *MESSAGES], "max_tokens": 2}
+    assert post(running, "/v1/chat/completions", json=chat).status_code == 200
+    item = {"type": "function_call", "call_id": "c", **function}
+    response = {"model": NAME, "input": [item, *MESSAGES], "max_output_tokens": 2}
+    assert post(running, "/v1/responses", json=response).status_code == 200
+
+
+@pytest.mark.parametrize("strict", [None, False, True])
+def test_tools_of_any_schema_may_be_offered(running: Running, strict: bool | None) -> None:
+    """What cannot be kept to is left out, unless it is asked for."""
+    parameters = {"properties": {"a": {"type": "integer"}}, "propertyNames": {"pattern": "a"}}
+    function = {"name": "f", "parameters": parameters, "strict": strict}
+    tools = [{"type": "function", "function": function}]
+    body = {"model": NAME, "messages": MESSAGES, "max_tokens": 2, "tools": tools}
+    answered = post(running, "/v1/chat/completions", json=body)
+    assert answered.status_code == (400 if strict else 200), answered.text

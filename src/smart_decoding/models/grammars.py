@@ -340,9 +340,10 @@ def _mask_after(
     return wanted._mask([])
 
 
-def json_grammar(schema: Mapping[str, Any]) -> str:
-    """A JSON schema with our options in it, as a Lark grammar takes it after %json."""
-    return json.dumps({**schema, "x-guidance": JSON_OPTIONS})
+def json_grammar(schema: Mapping[str, Any], lenient: bool = False) -> str:
+    """A JSON schema with our options in it, as a Lark grammar takes it after %json. lenient: what
+    cannot be kept to is left out."""
+    return json.dumps({**schema, "x-guidance": {**JSON_OPTIONS, "lenient": lenient}})
 
 
 def library() -> Any:

@@ -100,7 +100,7 @@ class InputCall(_Item):
     type: Literal["function_call"]
     call_id: Text
     name: Text
-    arguments: Text = Field(description="A JSON object, as text.")
+    arguments: Text = Field(description="A JSON object, as text; as far as it came.")
 
     def plain(self) -> Json:
         """As a chat has it."""

@@ -45,7 +45,9 @@ class Function(Body):
     parameters: Json | None = Field(
         None, description="A JSON schema of an object; none without it."
     )
-    strict: bool | None = Field(None, description="The schema is kept to in any case.")
+    strict: bool | None = Field(
+        None, description="Whether keywords of the schema that cannot be kept to are refused."
+    )
 
     @model_validator(mode="after")
     def _takes_an_object(self) -> Function:
@@ -55,9 +57,11 @@ class Function(Body):
         return self
 
     @property
-    def takes(self) -> Json:
-        """The schema of its arguments."""
-        return _NOTHING if self.parameters is None else {"type": "object", **self.parameters}
+    def takes(self) -> str:
+        """The schema of its arguments, as it stands in a grammar. Unless it is strict, what cannot
+        be kept to is left out: agents offer tools with any schema, and call few of them."""
+        schema = _NOTHING if self.parameters is None else {"type": "object", **self.parameters}
+        return json_grammar(schema, lenient=not self.strict)
 
 
 class Tool(Body):
@@ -84,23 +88,17 @@ class CalledFunction(Body):
     """A call in an earlier answer."""
 
     name: Text
-    arguments: Text = Field(description="A JSON object, as text.")
+    arguments: Text = Field(description="A JSON object, as text; as far as it came.")
 
-    @model_validator(mode="after")
-    def _arguments_are_an_object(self) -> CalledFunction:
-        self.parsed()
-        return self
-
-    def parsed(self) -> Json:
-        """The arguments. Raises ValueError if they are no JSON object."""
+    def parsed(self) -> Json | str:
+        """The arguments: an object, or their text where they are none, as in an answer that was
+        cut. Agents send back what they got."""
         try:
-            found = json.loads(self.arguments)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"arguments are not JSON: {error}") from None
-        if not isinstance(found, dict):
-            raise ValueError("arguments must be a JSON object")
-        check_json(found)
-        return found
+            found = json.loads(self.arguments.strip() or "{}")
+            check_json(found)
+        except (ValueError, RecursionError):
+            return self.arguments
+        return found if isinstance(found, dict) else self.arguments
 
 
 class ToolCall(Body):
@@ -111,7 +109,7 @@ class ToolCall(Body):
     function: CalledFunction
 
     def plain(self) -> Json:
-        """As chat templates know it: the arguments are an object."""
+        """As chat templates know it: the arguments are an object, if they are whole."""
         return {
             "id": self.id,
             "type": "function",
@@ -134,7 +132,7 @@ class Offer:
         more = f'("\\n{OPENING}" body){{0,{MAX_CALLS - 1}}}' if self.many else ""
         functions = " | ".join(
             f'{json.dumps(json.dumps(tool.function.name) + ", ")} "\\"arguments\\": " %json '
-            + json_grammar(tool.function.takes)
+            + tool.function.takes
             for tool in self.tools
         )
         body = f'body: "\\n{{\\"name\\": " ({functions}) {json.dumps(CLOSING)}\n'
