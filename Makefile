@@ -1,5 +1,5 @@
 # Each target makes the environment it needs; repeated calls skip pip while pyproject.toml is unchanged.
-PYTHON ?= $(shell for p in python3.11 python3; do \
+PYTHON ?= $(shell for p in python3.11 python3 python3.14 python3.13 python3.12; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -148,8 +148,8 @@ test-gpu-path: env $(SGLANG_DIR)/.installed-2 $(VLLM_NEWEST)/.installed
 env: .venv/.installed-dev
 
 $(BIN)/python:
-	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed (Debian: apt install python3 python3-venv)"; exit 1; }
-	$(PYTHON) -m venv .venv || { rm -rf .venv; echo "venv is missing (Debian: apt install python3-venv)"; exit 1; }
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: install one, or name yours by make PYTHON=..."; exit 1; }
+	$(PYTHON) -m venv .venv || { rm -rf .venv; echo "venv is missing (Debian: apt install $(notdir $(PYTHON))-venv)"; exit 1; }
 
 # Installing compiles the CPU kernels, all variants of them: 100 s on two cores.
 .venv/.installed: pyproject.toml CMakeLists.txt $(wildcard src/smart_decoding/kernels/csrc/*) | $(BIN)/python

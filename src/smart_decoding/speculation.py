@@ -29,10 +29,18 @@ from smart_decoding.models.head_files import (
     is_head,
     load_head,
 )
+from smart_decoding.models.hub_repository import config_file, listing
 from smart_decoding.models.loading import Checkpoint, load_checkpoint
 from smart_decoding.models.memory import parameters
 from smart_decoding.models.ranking import torch_top_k
-from smart_decoding.models.registry import Source, cached_siblings, known_names
+from smart_decoding.models.registry import (
+    PATIENT,
+    Source,
+    cached_siblings,
+    hub_id_of,
+    is_gguf,
+    known_names,
+)
 from smart_decoding.models.tokenizer import Tokenizer
 
 # The models that draft are imported by what builds them: most of them are not wanted.
@@ -138,7 +146,7 @@ def check_speculation(
     shipped = shipped_head(checkpoint.provenance["model"])
     if _means_own_head(given, shipped):
         given["model"] = shipped
-    named = _is_model(given.get("model"))
+    named = _is_model(given.get("model"), ask=given.get("method", "union") == "union")
     has_head = not named if "model" in given else shipped is not None
     draft = None
     if not (shipped or _chooses(given)) and checkpoint.vision is None:
@@ -211,16 +219,33 @@ def _head(method: str, name: str | Path | None, trust_pickle: bool) -> Path | No
     return head_folder(name, trust_pickle)
 
 
-def _is_model(name: Any) -> bool:
-    """Whether this is a draft model, and no head: a built-in one, a GGUF file, or a folder with a
-    vocabulary of its own. A hub id is taken for a head's."""
+def _is_model(name: Any, ask: bool) -> bool:
+    """Whether this is a draft model, and no head: a built-in one, a GGUF file, or a folder or hub
+    id with a vocabulary of its own.
+
+    ask: the hub, else a hub id is taken for a head's. Raises DownloadError."""
     if name is None:
         return False
     path = expanded(name)
     if path.is_dir():
-        has_words = any(path.glob("tokenizer*")) or (path / "vocab.json").is_file()
-        return has_words and not is_head(path)
-    return path.suffix == ".gguf" or str(name).partition("@")[0] in known_names()
+        return _has_words([each.name for each in path.glob("*")]) and not is_head(path)
+    if path.suffix == ".gguf" or is_gguf(path) or str(name).partition("@")[0] in known_names():
+        return True
+    hub_id = hub_id_of(str(name))
+    return ask and hub_id is not None and (bool(hub_id[2]) or _is_model_on_hub(hub_id[1]))
+
+
+def _is_model_on_hub(repository: str) -> bool:
+    held = listing(repository, PATIENT)
+    if held.has_only_ggufs:
+        return True
+    folder = config_file(repository, None, local_only=not held.answered)
+    return _has_words(held.files) and not is_head(folder)
+
+
+def _has_words(files: Sequence[str]) -> bool:
+    """Whether a vocabulary is among them; a few heads have one, too."""
+    return any(name.startswith("tokenizer") or name == "vocab.json" for name in files)
 
 
 def _chooses(given: Mapping[str, Any]) -> bool:

@@ -378,7 +378,7 @@ def save_llama3(folder: Path) -> None:
 
 def save_r1(folder: Path) -> None:
     bos, eos = R1_SPECIALS[:2]
-    backend = byte_level(LLAMA3_SPLIT, 128_000, R1_SPECIALS, bos)
+    backend = byte_level(LLAMA3_SPLIT, 128_000, R1_SPECIALS, None)  # its class alone says so
     backend.save(str(folder / "tokenizer.json"))
     config = {
         "add_bos_token": True,

@@ -492,6 +492,7 @@ def test_a_head_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: object())
     assert head_folder(tmp_path) == tmp_path
     assert not asked
     with pytest.raises(ModelError, match="pickles are refused"):

@@ -112,7 +112,9 @@ def test_prompts_are_those_of_transformers(name: str, folder: Path) -> None:
     assert wanted[0] == 128_000
     assert wanted.count(128_000) == 1
     text = "Hello 12345, it's\n\nhere "
-    assert llm.tokenizer.encode(text) == theirs.encode(text)
+    plain = theirs.encode(text)
+    begun = [] if plain[0] == wanted[0] else wanted[:1]  # R1's file leaves that to its class
+    assert llm.tokenizer.encode(text) == begun + plain
 
 
 @pytest.mark.parametrize("name", ["Llama-3.1-8B-Instruct", "Llama-3.3-70B-Instruct"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from fnmatch import fnmatch
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -318,9 +319,11 @@ def test_models_load_by_their_names_on_the_hub(
 
     save(tmp_path / "snapshot")
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    info = SimpleNamespace(siblings=[SimpleNamespace(rfilename="model.safetensors")])
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: info)
     llm = load(name)
     needed = {path.name for path in (tmp_path / "snapshot").iterdir()}
-    ((repository, patterns),) = asked
+    _, (repository, patterns) = asked  # its configuration comes first
     assert repository == name
     assert needed == {n for n in needed if any(fnmatch(n, p) for p in patterns)}
     (answer,) = llm.chat(message(picture(1), "What is it?"), GREEDY)

@@ -4,6 +4,7 @@ refused in one line."""
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from smart_decoding.errors import ConfigError, DownloadError, ModelError
 from smart_decoding.kernels.weights import QuantizedTensor, as_tensor
+from smart_decoding.models import loading, rope
 from smart_decoding.models.config import ModelConfig
+from smart_decoding.models.gguf import TENSORS
 from smart_decoding.models.hub_repository import is_complete
 from smart_decoding.models.loading import load_checkpoint, with_rounded_inputs
 from smart_decoding.models.memory import parameters, weight_bytes
@@ -404,13 +407,14 @@ def write_gguf(
     name: str,
     kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
     rope_freqs: np.ndarray | None = None,
+    split: int = 0,
     **metadata: int,
 ) -> dict[str, torch.Tensor]:
     """Writes a tiny model as llama.cpp's converter would, and returns the weights that must be read
-    back."""
+    back. split: tensors of each file, if there are to be several."""
     model = tiny_model(name)
     architecture = name if name.startswith("qwen") else "llama"
-    writer = gguf.GGUFWriter(path, architecture)
+    writer = gguf.GGUFWriter(path, architecture, split_max_tensors=split)
     add_shape(writer)
     if "head_dim" in FAMILIES[name][1]:  # as llama.cpp's converter writes it where it is its own
         writer.add_key_length(model.config.head_dim)
@@ -463,7 +467,7 @@ def add_tokenizer(writer: gguf.GGUFWriter, pre: str) -> None:
     """300 tokens: three specials, the 256 bytes, one merge, padding."""
     from tokenizers.pre_tokenizers import ByteLevel
 
-    tokens = ["<|start|>", "<|end|>", "<|eos|>", *sorted(ByteLevel.alphabet()), "he"]
+    tokens = ["<|start|>", "<|begin|>", "<|eos|>", *sorted(ByteLevel.alphabet()), "he"]
     padding = [f"[PAD{i}]" for i in range(300 - len(tokens))]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
@@ -487,6 +491,99 @@ def test_reads_gguf_exactly(name: str, tmp_path: Path) -> None:
     assert checkpoint.config.tie_embeddings == (name in ("llama", "qwen2"))
     tokenizer = Tokenizer.load(checkpoint.tokenizer_source)
     assert tokenizer.encode("he<|eos|>") == [259, 2]
+
+
+def test_all_tokens_that_end_an_answer_are_known(tmp_path: Path) -> None:
+    """A file names one or two of them, where generation_config.json has all."""
+    path = tmp_path / "tiny.gguf"
+    named = {"<|eot_id|>": 5, "<|endoftext|>": 7}
+    with pytest.MonkeyPatch.context() as patch:
+        plain = gguf.GGUFWriter.add_token_list
+
+        def add_token_list(writer: gguf.GGUFWriter, tokens: list[str]) -> None:
+            for token, id_ in named.items():
+                tokens[id_] = token
+            plain(writer, tokens)
+
+        patch.setattr(gguf.GGUFWriter, "add_token_list", add_token_list)
+        write_gguf(path, "qwen2")
+    assert load_checkpoint(path).config.eos_token_ids == (2, 5, 7)
+
+
+def test_a_factor_on_attention_that_transformers_does_not_know() -> None:
+    """As in DeepSeek-R1-0528-Qwen3-8B, where it undoes YaRN's own; vLLM multiplies by it."""
+    options = {"rope_type": "yarn", "factor": 4.0, "attn_factor": 1 / (0.1 * math.log(4) + 1)}
+    scaling = rope.scaling_from_hf(options, 128)
+    assert rope.inverse_frequencies(10_000.0, 8, scaling)[1] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("quantization", [None, "off"])
+def test_a_split_file_is_read_by_the_name_of_any_part(
+    quantization: str | None, tmp_path: Path
+) -> None:
+    """As the gguf package splits it, which llama.cpp does in the same way."""
+    kind = gguf.GGMLQuantizationType.Q8_0
+    write_gguf(tmp_path / "whole.gguf", "qwen2", kind)
+    write_gguf(tmp_path / "tiny.gguf", "qwen2", kind, split=9)
+    parts = sorted(tmp_path.glob("tiny-*"))
+    assert [path.name for path in parts] == [f"tiny-0000{n}-of-00003.gguf" for n in (1, 2, 3)]
+    whole = load_checkpoint(tmp_path / "whole.gguf", quantization=quantization)
+    for path in parts:
+        checkpoint = load_checkpoint(path, quantization=quantization)
+        assert checkpoint.config == whole.config
+        assert set(checkpoint.weights) == set(whole.weights)
+        for key in whole.weights:
+            read, wanted = as_tensor(checkpoint.weights[key]), as_tensor(whole.weights[key])
+            assert torch.equal(read, wanted), key
+
+
+def test_a_split_file_needs_all_its_parts_under_their_names(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf", "qwen2", split=9)
+    first, second, _ = sorted(tmp_path.glob("tiny-*"))
+    other = second.rename(tmp_path / "elsewhere.gguf")
+    with pytest.raises(ModelError, match=r"tiny-00002-of-00003\.gguf is missing: .* 3 files"):
+        load_checkpoint(first)
+    other.rename(second)
+    alone = first.rename(tmp_path / "model.gguf")
+    with pytest.raises(ModelError, match=r"one of 3 files .* NAME-00001-of-00003\.gguf"):
+        load_checkpoint(alone)
+
+
+def test_a_part_that_goes_later_is_missed_too(tmp_path: Path) -> None:
+    """What was read of the files is in the cache."""
+    write_gguf(tmp_path / "tiny.gguf", "qwen2", split=9)
+    parts = sorted(tmp_path.glob("tiny-*"))
+    load_checkpoint(parts[1], quantization=None)
+    for gone, named in ((parts[2], parts[0]), (parts[0], parts[1])):
+        gone.unlink()
+        with pytest.raises(ModelError, match=rf"{gone.name} is missing"):
+            load_checkpoint(named, quantization=None)
+
+
+def test_quants_that_are_expanded_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each time: they take several times the memory."""
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, "qwen2", gguf.GGMLQuantizationType.Q8_0)
+    folder = load_checkpoint(path, quantization=None).tokenizer_source
+    assert not caplog.records
+    index = json.loads((folder / "tensors.json").read_text())
+    others = {
+        name: {**entry, "type": "Q3_K" if len(entry["shape"]) == 2 else entry["type"]}
+        for name, entry in index.items()
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loading, "read_json", lambda at: others if at.name == TENSORS else read(at))
+        for _ in range(2):
+            load_checkpoint(path, quantization=None)
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 2
+    assert "tiny.gguf: weights of Q3_K are expanded to bf16" in told[0]
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text())
 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1", "BF16"])

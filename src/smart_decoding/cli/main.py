@@ -102,11 +102,19 @@ class Parser(argparse.ArgumentParser):
             known.words += [word for word in unknown if word != "--"]  # argparse takes one place's
             unknown = []
         if unknown:
-            hint = did_you_mean(unknown[0].partition("=")[0], self._option_string_actions)
-            if not unknown[0].startswith("-"):
-                hint = "; put a text of several words in quotes"
+            hint = self._hint(unknown[0])
             self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
         return known, unknown
+
+    def _hint(self, unknown: str) -> str:
+        """What was meant by an unknown argument."""
+        if unknown.startswith("-"):
+            return did_you_mean(unknown.partition("=")[0], self._option_string_actions)
+        from smart_decoding.models.registry import names_model  # late: it takes a while
+
+        if "--model" in self._option_string_actions and names_model(unknown):
+            return "; a model is given by --model"
+        return "" if " " in unknown else "; put a text of several words in quotes"
 
 
 def _is_option(word: str) -> bool:

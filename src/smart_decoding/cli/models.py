@@ -10,6 +10,7 @@ from contextlib import suppress
 from smart_decoding.cli.arguments import add_options
 from smart_decoding.cli.model_options import TRUST_PICKLE
 from smart_decoding.errors import ConfigError
+from smart_decoding.models.gguf_parts import parts_of
 from smart_decoding.models.hub_repository import repository_of
 from smart_decoding.models.kept import (
     OUTDATED,
@@ -80,14 +81,18 @@ def show() -> None:
     old = sum(each.size for each in made if each.kind == OUTDATED)
     if old:
         print(f"{readable(old)} are outdated conversions, which nothing uses: smart models rm NAME")
-    print("also: a hub id (owner/name for safetensors, owner/name:Q4_K_M or owner/name:FILE.gguf),")
+    print("also: a hub id (owner/name, owner/name:Q4_K_M or owner/name:FILE.gguf),")
     print("a folder with config.json and safetensors, or a GGUF file")
 
 
 def pull(name: str, trust_pickle: bool = False) -> None:
     """Fetches a model, and says where it lies."""
-    path = resolve(name, trust_pickle).path
-    print(f"{name}: {readable(size_of(path, links=True))} in {path}")
+    from smart_decoding.models.loading import require_usable  # late: torch is slow
+
+    path = resolve(name, trust_pickle, require_usable).path
+    parts = [path.parent / part for part in parts_of(path.name)]
+    size = sum(size_of(part, links=True) for part in parts)
+    print(f"{name}: {readable(size)} in {path}")
 
 
 def remove(name: str, yes: bool) -> None:

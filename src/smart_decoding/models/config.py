@@ -34,6 +34,15 @@ _MOST = {
     "vocab": 1 << 24,
     "max_positions": 1 << 30,
 }
+# Tokens that end an answer wherever a vocabulary has them, those of llama.cpp that our families
+# have: a GGUF file names one or two, where generation_config.json has all.
+_ENDS = frozenset(
+    (
+        *("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|end|>"),
+        *("<\uff5cend\u2581of\u2581sentence\uff5c>", "<EOT>", "_<EOT>", "<end_of_turn>"),
+        *("<|fim_pad|>", "<|repo_name|>", "<|file_sep|>"),  # of Qwen2.5-Coder
+    )
+)
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size")
 
 
@@ -104,9 +113,7 @@ class ModelConfig:
 
         Raises as `from_hf` does."""
         family = metadata.get("general.architecture")
-        if family not in _GGUF_FAMILIES:
-            known = ", ".join(_GGUF_FAMILIES)
-            raise ModelError(f"GGUF architecture {family!r} is not supported; supported: {known}")
+        check_gguf_family(family)
         return _from_gguf(cls, str(family), metadata, tensor_names, rope_factors)
 
     def to_hf(self) -> dict[str, Any]:
@@ -197,6 +204,13 @@ class ModelConfig:
         """RoPE frequencies, shape [head_dim / 2] in radians per position, and the factor on cos and
         sin."""
         return rope.inverse_frequencies(self.rope_theta, self.head_dim, self.rope_scaling)
+
+
+def check_gguf_family(family: object) -> None:
+    """Raises ModelError for the architecture of a GGUF file that is not supported."""
+    if family not in _GGUF_FAMILIES:
+        known = ", ".join(_GGUF_FAMILIES)
+        raise ModelError(f"GGUF architecture {family!r} is not supported; supported: {known}")
 
 
 def check_shapes(
@@ -318,7 +332,9 @@ def _from_gguf(
     epsilon = float(metadata[own + "attention.layer_norm_rms_epsilon"])
     trained = int(metadata[own + "context_length"])
     scaling = rope.scaling_from_gguf(metadata, family, trained, rope_factors)
-    ends = ("eos_token_id", "eot_token_id", "eom_token_id")
+    tokens = metadata["tokenizer.ggml.tokens"]
+    ends = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    ends += [id_ for id_, token in enumerate(tokens) if token in _ENDS]
     return cls(
         family=family,
         layers=int(metadata[own + "block_count"]),
@@ -327,7 +343,7 @@ def _from_gguf(
         kv_heads=int(metadata.get(own + "attention.head_count_kv", heads)),
         head_dim=head_dim,
         ffn=int(metadata[own + "feed_forward_length"]),
-        vocab=len(metadata["tokenizer.ggml.tokens"]),
+        vocab=len(tokens),
         rope_theta=float(metadata.get(own + "rope.freq_base", 10_000.0)),
         rms_eps=round(epsilon, 12),  # stored as float32
         max_positions=rope.stretched_positions(scaling, trained),
@@ -337,7 +353,7 @@ def _from_gguf(
         qk_norm="blk.0.attn_q_norm.weight" in tensor_names,
         rope_scaling=scaling,
         sliding_window=metadata.get(own + "attention.sliding_window"),
-        eos_token_ids=token_ids(*(metadata.get(f"tokenizer.ggml.{name}") for name in ends)),
+        eos_token_ids=token_ids(*ends),
         bos_token_id=next(iter(token_ids(metadata.get("tokenizer.ggml.bos_token_id"))), None),
     )
 

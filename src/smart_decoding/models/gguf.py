@@ -26,6 +26,7 @@ from smart_decoding.errors import DownloadError, ModelError
 from smart_decoding.files import reading, sha256_of
 from smart_decoding.kernels.weights import FORMATS, Matrix, QuantizedTensor, as_tensor
 from smart_decoding.models.config import ModelConfig
+from smart_decoding.models.gguf_parts import parts_of
 from smart_decoding.models.hub import (
     conversion_folder,
     is_whole,
@@ -75,6 +76,10 @@ def converted_folder(
     without the weights, for StoredWeights.
     Raises ModelError for a file that is corrupt or not supported, DownloadError if the cache has no
     room."""
+    files = _files(source.path)
+    for file in files:
+        if not file.is_file():
+            raise ModelError(f"{file.name} is missing: the model is split into {len(files)} files")
     target = conversion_folder(source.path, source.sha256, stored)
     if not is_whole(target):
         shutil.rmtree(target, ignore_errors=True)
@@ -85,14 +90,15 @@ def converted_folder(
 
 
 class StoredWeights(Weights[Matrix]):
-    """The tensors of a GGUF file under Hugging Face's names, each read when asked for: quants that
-    the kernels know as they are, others as bfloat16, floats in their own type.
+    """The tensors of a GGUF file, or of all that it is split into, under Hugging Face's names, each
+    read when asked for: quants that the kernels know as they are, others as bfloat16, floats in
+    their own type.
 
     index, folder: of `converted_folder`. Raises ModelError for a file that is shorter than it
     was."""
 
     def __init__(self, path: Path, index: Mapping[str, Any], folder: Path | None = None) -> None:
-        self._path = path
+        self._files = _files(path)
         self.folder = folder
         self._index = index
         self.shapes = {name: tuple(entry["shape"]) for name, entry in self._index.items()}
@@ -101,13 +107,20 @@ class StoredWeights(Weights[Matrix]):
     def __getitem__(self, name: str) -> Matrix:
         entry = self._index[name]
         size, kind, shape = entry["bytes"], entry["type"], entry["shape"]
+        path = self._files[entry["part"]]
         try:  # mapped: reading into new memory takes ten times as long as the pages themselves
-            content = np.memmap(self._path, np.uint8, "r", entry["offset"], size)
+            content = np.memmap(path, np.uint8, "r", entry["offset"], size)
         except ValueError as error:
-            reason = f"{self._path.name} ends within the tensor {entry['tensor']}"
+            reason = f"{path.name} ends within the tensor {entry['tensor']}"
             raise ModelError(reason) from error
         matrix = _matrix(entry["tensor"], kind, np.asarray(content), shape)
         return matrix if entry["heads"] is None else half_split(matrix, entry["heads"])
+
+    @property
+    def expanded(self) -> list[str]:
+        """Types of quants that the kernels do not multiply: those tensors become bfloat16."""
+        kinds = {entry["type"] for entry in self._index.values() if len(entry["shape"]) == 2}
+        return sorted(kinds.difference(FORMATS, _FLOATS, ["BF16"]))
 
     @property
     def nbytes(self) -> int:
@@ -146,7 +159,7 @@ def _convert(
     stored: bool,
     progress: Callable[[float], object],
 ) -> None:
-    metadata, tensors = read_gguf(source.path)
+    metadata, tensors, parts = _read_parts(source.path)
     rope_factors = tensors.pop("rope_freqs.weight", None)
     factors = None if rope_factors is None else np.asarray(rope_factors.data, np.float32)
     config = ModelConfig.from_gguf(metadata, tensors.keys(), factors)
@@ -160,7 +173,7 @@ def _convert(
     need = 0 if stored else 2 * sum(int(tensor.n_elements) for tensor in tensors.values())
     with scratch(need) as part:
         record = {"source": source.path.name}
-        index = _index(config, tensors)
+        index = _index(config, tensors, parts)
         if stored:
             (part / TENSORS).write_text(json.dumps(index))
             progress(1.0)
@@ -173,11 +186,38 @@ def _convert(
         move_into_place(part, target)
 
 
-def _index(config: ModelConfig, tensors: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """What StoredWeights must know of each tensor. heads: whose rows are reordered, or None."""
+def _files(path: Path) -> list[Path]:
+    return [path.with_name(name) for name in parts_of(path.name)]
+
+
+def _read_parts(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, int]]:
+    """Metadata and tensors as by `read_gguf`, of all files of a split model, and the number of the
+    file of each tensor."""
+    files = _files(path)
+    metadata, tensors = read_gguf(path)
+    count = int(metadata.get("split.count", 1))
+    if count > 1 and count != len(files):
+        raise ModelError(
+            f"{path.name} is one of {count} files that a model is split into; they must keep the "
+            f"names of the kind NAME-00001-of-{count:05d}.gguf"
+        )
+    parts = dict.fromkeys(tensors, 0)
+    for number, file in enumerate(files[1:], 1):
+        _, further = read_gguf(file)
+        tensors |= further
+        parts |= dict.fromkeys(further, number)
+    return metadata, tensors, parts
+
+
+def _index(
+    config: ModelConfig, tensors: Mapping[str, Any], parts: Mapping[str, int]
+) -> dict[str, dict[str, Any]]:
+    """What StoredWeights must know of each tensor. part: the number of its file; heads: whose rows
+    are reordered, or None."""
     return {
         hf_name(name): {
             "tensor": name,
+            "part": parts[name],
             "type": tensor.tensor_type.name,
             "shape": [int(n) for n in reversed(tensor.shape)],
             "offset": int(tensor.data_offset),

@@ -28,7 +28,7 @@ from smart_decoding.models.head_shapes import (
     further_shapes,
 )
 from smart_decoding.models.hub_repository import download
-from smart_decoding.models.registry import PATIENT, TRUST
+from smart_decoding.models.registry import PATIENT, TRUST, hub_id_of
 from smart_decoding.models.weight_files import unpickle
 
 ARCHITECTURE = "SmartEagle3Head"
@@ -71,17 +71,18 @@ def head_folder(name: str | Path, trust_pickle: bool = False) -> Path:
     path = expanded(name)
     if path.is_dir():
         return path
-    if str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
+    hub_id = hub_id_of(str(name))
+    if hub_id is None or hub_id[2]:
         raise ModelError(
             f"no draft head {str(name)!r}: no such folder, nor a hub id such as OWNER/NAME"
         )
-    folder = download(str(name), ["config.json", "*.safetensors"], [], PATIENT)
+    folder = download(hub_id[1], ["config.json", "*.safetensors"], [], PATIENT)
     if not any(folder.glob("*.safetensors")):
         if not trust_pickle:
             raise ModelError(
                 f"the head {name} has no safetensors, and pickles are refused: {TRUST}"
             )
-        folder = download(str(name), ["config.json", "pytorch_model.bin"], [], PATIENT)
+        folder = download(hub_id[1], ["config.json", "pytorch_model.bin"], [], PATIENT)
     return folder
 
 
@@ -90,9 +91,10 @@ def is_head(folder: Path) -> bool:
     path = folder / "config.json"
     if not path.is_file():
         return False
-    config = read_json(path)
-    names = config.get("architectures") or []
-    return "draft_vocab_size" in config or any("eagle" in str(name).lower() for name in names)
+    with reading(path):
+        config = read_json(path)
+        names = config.get("architectures") or []
+        return "draft_vocab_size" in config or any("eagle" in str(name).lower() for name in names)
 
 
 def load_head(folder: Path, target: ModelConfig, trust_pickle: bool = False) -> HeadFiles:

@@ -3,61 +3,98 @@ hub client's own cache."""
 
 from __future__ import annotations
 
+import fnmatch
 import glob
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from smart_decoding.errors import DownloadError, ModelError
 from smart_decoding.files import read_json, reading
+from smart_decoding.models.gguf_parts import is_further_part, parts_of, without_part
 
 # The hub client is imported late: it takes a quarter of a second.
 
 _FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
 _PICKLES = ["pytorch_model*.bin"]
 _NOT = ["*/*", "consolidated*", "*.gguf"]
+_LONGEST = 300  # characters of what the client says
+_PATIENT = 10.0  # seconds for each file's first answer
 
 
-def snapshot(repository: str, timeout: float, *, local_only: bool) -> Path:
+def snapshot(repository: str, timeout: float | None, *, local_only: bool) -> Path:
     """The folder with a repository's safetensors, json and tokenizer files.
 
-    timeout: seconds to wait for the hub's first answer; local_only: take only what is in the
-    cache. Raises DownloadError."""
+    timeout: seconds to wait for the hub's first answer, None if it has just given one; local_only:
+    take only what is in the cache. Raises DownloadError."""
     return _stored(repository) if local_only else download(repository, _FILES, _NOT, timeout)
 
 
-def pickles(repository: str, timeout: float) -> Path:
+def pickles(repository: str, timeout: float | None) -> Path:
     """The folder as by `snapshot`, with the repository's pickled weights. Raises DownloadError."""
     return download(repository, _PICKLES, _NOT, timeout)
 
 
-def gguf_file(repository: str, file: str, timeout: float, *, local_only: bool) -> Path:
-    """One file of a repository; its arguments and errors are as those of `snapshot`."""
+def gguf_file(repository: str, file: str, timeout: float | None, *, local_only: bool) -> Path:
+    """One file of a repository, the first if a model is split into several, which are fetched too;
+    arguments and errors are as those of `snapshot`."""
     # not hf_hub_download, which tries for 23 seconds where there is no network
+    names = parts_of(file)
     if local_only:
         folder = _stored(repository)
     else:
-        folder = download(repository, [glob.escape(file)], [], timeout)
-    path = folder / file
-    if not path.is_file():
-        raise DownloadError(
-            f"cannot fetch {file} of {repository} from the hub: "
-            "it is not there, or the hub does not answer"
-        )
-    return path
+        folder = download(repository, [glob.escape(name) for name in names], [], timeout)
+    for name in names:
+        if not (folder / name).is_file():
+            raise DownloadError(
+                f"cannot fetch {name} of {repository} from the hub: "
+                "it is not there, or the hub does not answer"
+            )
+    return folder / names[0]
 
 
-def download(repository: str, take: list[str], leave: list[str], timeout: float) -> Path:
+def config_file(repository: str, timeout: float | None, *, local_only: bool) -> Path:
+    """The folder with a repository's config.json, if it has one: what is worth a look before
+    gigabytes are fetched. Arguments and errors are as those of `snapshot`."""
+    if local_only:
+        return _stored(repository)
+    return download(repository, ["config.json", "generation_config.json"], _NOT, timeout)
+
+
+def download(repository: str, take: list[str], leave: list[str], timeout: float | None) -> Path:
     """The folder of a repository, with the files that the patterns `take` name and `leave` do
-    not. Raises DownloadError."""
+    not; where the hub does not answer in time, as it is in the cache.
+
+    timeout: as for `snapshot`; the client's download itself would wait for the first answer without
+    end. Raises DownloadError."""
     from huggingface_hub import snapshot_download
 
-    with _one_line_errors(repository):
+    silence = None if timeout is None else _silence(repository, timeout)
+    with _one_line_errors(repository, silence):
         folder = snapshot_download(
-            repository, allow_patterns=take, ignore_patterns=leave, etag_timeout=timeout
+            repository,
+            allow_patterns=take,
+            ignore_patterns=leave,
+            etag_timeout=timeout or _PATIENT,
+            local_files_only=silence is not None,
         )
     return Path(str(folder))
+
+
+def _silence(repository: str, timeout: float) -> Exception | None:
+    """Why the hub says nothing in time, if it does not."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        HfApi().model_info(repository, timeout=timeout)
+    except HfHubHTTPError:  # it says something; the download tells what
+        return None
+    except Exception as error:  # of several libraries
+        return error
+    return None
 
 
 def _stored(repository: str) -> Path:
@@ -109,42 +146,66 @@ def revision_of(path: Path, file: str) -> str:
     return path.parents[len(PurePosixPath(file).parts) - 1].name[:12]
 
 
-def gguf_name(repository: str, asked: str, timeout: float) -> str:
-    """The GGUF file that `asked` means: its name, or a quantisation such as Q4_K_M.
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """What a repository holds. files: their names; gguf_family: the architecture of its GGUF files,
+    where the hub tells it; answered: whether this is from the hub, not from the cache."""
 
-    Raises DownloadError, with the names to choose from, unless one file fits."""
-    if asked.endswith(".gguf"):
-        return asked
-    names = _gguf_names(repository, timeout)
-    fitting = [name for name in names if fits(name, asked)]
-    if len(fitting) == 1:
-        return fitting[0]
-    found = "several GGUF files" if fitting else "no GGUF file"
-    known = ", ".join(fitting or names) or "none"
-    raise DownloadError(
-        f"{repository} has {found} of {asked}; give {repository}:FILE with one of: {known}"
-    )
+    repository: str
+    files: list[str]
+    gguf_family: str = ""
+    answered: bool = True
+
+    @property
+    def ggufs(self) -> list[str]:
+        """The GGUF files, of a split one the first."""
+        names = sorted(name for name in self.files if name.endswith(".gguf"))
+        return [name for name in names if not is_further_part(name)]
+
+    @property
+    def has_only_ggufs(self) -> bool:
+        """Whether these are all of its weights."""
+        others = [*_FILES[:1], *_PICKLES]
+        top = [name for name in self.files if "/" not in name]
+        return bool(self.ggufs) and not any(fnmatch.filter(top, pattern) for pattern in others)
+
+    def gguf_name(self, asked: str) -> str:
+        """The GGUF file that `asked` means: its name, or a quantisation such as Q4_K_M.
+
+        Raises DownloadError, with the names to choose from, unless one file fits."""
+        if asked.endswith(".gguf"):
+            return asked
+        fitting = [name for name in self.ggufs if fits(name, asked)]
+        if len(fitting) == 1:
+            return fitting[0]
+        found = "several GGUF files" if fitting else "no GGUF file"
+        known = ", ".join(fitting or self.ggufs) or "none"
+        name = self.repository
+        raise DownloadError(f"{name} has {found} of {asked}; give {name}:FILE with one of: {known}")
 
 
 def fits(name: str, asked: str) -> bool:
     """Whether a GGUF file of a repository is the one asked for by name or quantisation."""
     ending = rf"(.*[-._/])?{re.escape(asked)}\.gguf"
-    return name == asked or re.fullmatch(ending, name, re.IGNORECASE) is not None
+    model = without_part(name)
+    is_named = model == without_part(asked)
+    return is_named or re.fullmatch(ending, model, re.IGNORECASE) is not None
 
 
-def _gguf_names(repository: str, timeout: float) -> list[str]:
-    """As the hub lists them; without the hub, those in the cache."""
+def listing(repository: str, timeout: float) -> Listing:
+    """As the hub tells; without the hub, what is in the cache. Raises DownloadError."""
     from huggingface_hub import HfApi
 
     try:
         with _one_line_errors(repository):
-            files = HfApi().model_info(repository, timeout=timeout).siblings or []
-        names = [file.rfilename for file in files]
+            found = HfApi().model_info(repository, timeout=timeout)
     except DownloadError:
-        names = _cached_names(repository)
-        if not names:
+        files = _cached_names(repository)
+        if not files:
             raise
-    return sorted(name for name in names if name.endswith(".gguf"))
+        return Listing(repository, files, answered=False)
+    family = (getattr(found, "gguf", None) or {}).get("architecture", "")
+    return Listing(repository, [file.rfilename for file in found.siblings or []], family)
 
 
 def _cached_names(repository: str) -> list[str]:
@@ -152,13 +213,34 @@ def _cached_names(repository: str) -> list[str]:
         folder = snapshot(repository, 0.0, local_only=True)
     except DownloadError:
         return []
-    return [path.relative_to(folder).as_posix() for path in folder.rglob("*.gguf")]
+    return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
 
 
 @contextmanager
-def _one_line_errors(repository: str) -> Iterator[None]:
+def _one_line_errors(repository: str, silence: Exception | None = None) -> Iterator[None]:
+    """silence: why the hub said nothing, which explains what is missing then."""
     try:
         yield
     except Exception as error:  # the client lets errors of several libraries through
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = _reason(silence or error)
         raise DownloadError(f"cannot fetch {repository} from the hub: {reason}") from error
+
+
+def _reason(error: Exception) -> str:
+    """In one line. The client's own says first what number its request had."""
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        RepositoryNotFoundError,
+    )
+
+    if isinstance(error.__cause__, HfHubHTTPError):  # it looked into the cache then
+        error = error.__cause__
+    if isinstance(error, GatedRepoError):
+        return "it is gated: accept its terms on its page, then `hf auth login` or set HF_TOKEN"
+    if isinstance(error, RepositoryNotFoundError):
+        return "there is no such repository, or it is private (`hf auth login`, or set HF_TOKEN)"
+    text = " ".join(str(error).split())[:_LONGEST] or type(error).__name__
+    of_network = isinstance(error, ConnectionError | TimeoutError)
+    is_known = isinstance(error, HfHubHTTPError | ValueError | OSError) and not of_network
+    return text if is_known else f"it does not answer: {text}"

@@ -11,9 +11,10 @@ from typing import Any
 
 from smart_decoding.errors import ConfigError, ModelError
 from smart_decoding.files import expanded, read_json
+from smart_decoding.models.gguf_parts import without_part
 from smart_decoding.models.hub import CONVERSION, RECORD, cache_dir, conversion_key
 from smart_decoding.models.hub_repository import cached_folder, fits, hub_cache, is_complete
-from smart_decoding.models.registry import HUB_ID, NAMED_MODELS
+from smart_decoding.models.registry import HUB, HUB_ID, NAMED_MODELS, first_part
 
 PARTLY = "partly fetched"
 OUTDATED = "outdated"
@@ -35,11 +36,13 @@ def kept_of(name: str) -> list[Kept]:
     user's own file only what was made of it.
 
     Raises ConfigError where several files of a repository are meant."""
+    name = HUB.sub("", name)
     base, _, origin = name.partition("@")
     hub_id = HUB_ID.fullmatch(name)
     if base in NAMED_MODELS and origin in ("", "hub", "pypi"):
         return _of_named(name, base, origin)
     local = expanded(name)
+    local = first_part(local)
     if hub_id and not local.exists() and not name.startswith("."):
         return _of_hub(name, hub_id[1], hub_id[2])
     place = str(local.resolve())
@@ -133,7 +136,7 @@ def _in_hub(repository: str, asked: str | None) -> Iterator[Kept]:
         return
     links = {path: _name_of(path) for path in folder.glob("snapshots/**/*") if not path.is_dir()}
     names = {file for file in links.values() if fits(file, asked)}
-    if len(names) > 1:
+    if len(set(map(without_part, names))) > 1:
         known = ", ".join(sorted(names))
         raise ConfigError(
             f"the cache holds several files of {repository}:{asked}; give one of: {known}"

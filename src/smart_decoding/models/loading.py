@@ -7,8 +7,10 @@ configuration before any weight is read.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,13 @@ from smart_decoding.models import vision
 from smart_decoding.models.config import ModelConfig, token_ids
 from smart_decoding.models.gguf import TENSORS, StoredWeights, converted_folder
 from smart_decoding.models.gptq import GroupedWeights, scheme_of
+from smart_decoding.models.head_files import is_head
 from smart_decoding.models.registry import Source, resolve
 from smart_decoding.models.rounding import RoundedWeights
 from smart_decoding.models.vision import RenamedWeights, VisionFiles
 from smart_decoding.models.weight_files import Weights, open_weights
+
+log = logging.getLogger("smart.models")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,16 +52,16 @@ def load_checkpoint(
     quantization: str | None = "off",
     trust_pickle: bool = False,
 ) -> Checkpoint:
-    """Finds (or fetches) a model and checks its configuration, names and shapes; reads no weight
-    yet.
+    """Finds (or fetches) a model and checks its configuration, names and shapes; no weight is read.
 
-    check: raises for a configuration that cannot be used here, before GGUF weights are converted.
+    check: raises for a configuration that cannot be used here, before weights are converted, or
+        fetched (but for GGUF files).
     quantization: None (quants of GGUF, GPTQ and AWQ stay what they are), off (they are expanded to
         bf16), int8 or int4 (matrices are rounded to so many bits).
     trust_pickle: whether the weights may be a pickle, where there are no others.
-    Raises ModelError, in one line that names the file or tensor; DownloadError if it cannot be
-    fetched."""
-    source = resolve(path_or_name, trust_pickle)
+    Raises ModelError, which names the file or tensor; DownloadError if it cannot be fetched."""
+    usable = partial(require_usable, check=check, quantization=quantization)
+    source = resolve(path_or_name, trust_pickle, usable)
     stored = quantization is None
     folder = source.path if source.path.is_dir() else converted_folder(source, check, stored)
     raw = read_json(folder / "config.json")
@@ -70,7 +75,7 @@ def load_checkpoint(
     is_file = source.path != folder
     weights: Weights[Any]
     if is_file and stored:
-        weights = StoredWeights(source.path, read_json(folder / TENSORS), folder)
+        weights = _stored_weights(source.path, folder)
     elif scheme is None:
         weights = open_weights(folder, trust_pickle)
     else:
@@ -81,6 +86,36 @@ def load_checkpoint(
     if is_file or scheme is not None:
         provenance["weights"] += ", as stored" if stored else ", dequantised to bf16"
     return _rounded(Checkpoint(config, weights, folder, provenance), quantization)
+
+
+def require_usable(
+    folder: Path,
+    check: Callable[[ModelConfig], None] = lambda config: None,
+    quantization: str | None = None,
+) -> None:
+    """Raises ModelError, or what `check` raises, for a folder's config.json; its weights need not
+    be there. A draft head's is not looked at."""
+    if is_head(folder):
+        return
+    raw = read_json(folder / "config.json")
+    with reading(folder / "config.json"):
+        if vision.architecture_of(raw) is not None:
+            return
+        scheme_of(raw, quantization)
+    check(read_config(folder))
+
+
+def _stored_weights(path: Path, folder: Path) -> StoredWeights:
+    """Those of a GGUF file, which tell in the log if they cannot stay as they are."""
+    weights = StoredWeights(path, read_json(folder / TENSORS), folder)
+    if weights.expanded:
+        log.warning(
+            "%s: weights of %s are expanded to bf16, which takes more memory and time than a file "
+            "of Q4_K_M or Q8_0, whose weights stay quantised",
+            path.name,
+            ", ".join(weights.expanded),
+        )
+    return weights
 
 
 def _rounded(checkpoint: Checkpoint, quantization: str | None) -> Checkpoint:

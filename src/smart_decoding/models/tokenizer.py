@@ -77,12 +77,18 @@ class Tokenizer:
     def _load(cls, folder: Path) -> Tokenizer:
         path = folder / "tokenizer_config.json"
         specials = {}
+        begins = False
         if path.exists():
             with reading(path):
                 config = read_json(path)
                 known = (name for name in _SPECIALS if config.get(name) is not None)
                 specials = {name: _text_of(config[name]) for name in known}
+                of_llama = str(config.get("tokenizer_class")).startswith("LlamaTokenizer")
+                begins = of_llama and config.get("add_bos_token") is True
         backend, growth = _backend_of(folder)
+        if begins and "bos_token" in specials:
+            with reading(path):
+                _begin_with(backend, specials["bos_token"])
         file = folder / "tokenizer.json"
         return cls(
             backend,
@@ -317,11 +323,19 @@ def _gguf_backend(metadata: Mapping[str, Any], specials: Mapping[str, str]) -> t
             [AddedToken(token, special=is_special, normalized=False) for token in added]
         )
     if metadata.get("tokenizer.ggml.add_bos_token", family == "llama3") and "bos_token" in specials:
-        bos = specials["bos_token"]
-        backend.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, vocab[bos])]
-        )
+        _begin_with(backend, specials["bos_token"])
     return backend
+
+
+def _begin_with(backend: tokenizers.Tokenizer, bos: str) -> None:
+    """Has texts begin with this token, unless they do: of some models, DeepSeek's for one, only the
+    class that transformers reads them by says so."""
+    id_ = backend.token_to_id(bos)
+    if id_ is None or backend.encode(_PROBE).ids[:1] == [id_]:
+        return
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, id_)]
+    )
 
 
 def _pre_tokenizer(family: str) -> pre_tokenizers.PreTokenizer:

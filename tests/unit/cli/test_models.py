@@ -13,7 +13,7 @@ from scripted import fails
 from smart_decoding.cli import main as cli
 from smart_decoding.cli import models as cli_models
 from smart_decoding.core.cost import CostModel
-from smart_decoding.models.hub import RECORD, conversion_key
+from smart_decoding.models.hub import CONVERSION, RECORD, conversion_key
 from smart_decoding.models.registry import NAMED_MODELS, Source
 from smart_decoding.profiling.cache import load_profile, save_profile
 
@@ -112,7 +112,7 @@ def test_what_was_made_of_a_file_is_removed_by_the_name_that_is_shown(
     own_cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Its folder may be gone."""
-    made = own_cache / "converted" / "v2-0123456789abcdef"
+    made = own_cache / "converted" / f"v{CONVERSION}-0123456789abcdef"
     write(made / "model.safetensors", 2_000_000)
     (made / RECORD).write_text(json.dumps({"source": "own.gguf"}))
     assert cli.main(["models"]) == 0
@@ -144,7 +144,7 @@ def test_pull_fetches_and_says_where(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = SMALL.pinned.path
-    monkeypatch.setattr(cli_models, "resolve", lambda name, _: Source(name, path, "fetched"))
+    monkeypatch.setattr(cli_models, "resolve", lambda name, *_: Source(name, path, "fetched"))
     assert cli.main(["models", "pull", "qwen2.5-coder-0.5b"]) == 0
     assert capsys.readouterr().out == f"qwen2.5-coder-0.5b: 3 MB in {path}\n"
 
@@ -278,7 +278,7 @@ def test_pull_adds_up_what_links_lead_to(
     write(folder.parents[1] / "blobs" / "model.safetensors", 4_000_000)
     trusted = []
 
-    def found(name: str, trust_pickle: bool) -> Source:
+    def found(name: str, trust_pickle: bool, _: object) -> Source:
         trusted.append(trust_pickle)
         return Source(name, folder, "fetched")
 

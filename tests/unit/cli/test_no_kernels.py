@@ -137,7 +137,7 @@ def test_allow_slow_reaches_the_model(
         monkeypatch.setattr(module, "LLM", made)
     config = saved(tmp_path / "model", SERVED)
     monkeypatch.setattr(
-        loading, "resolve", lambda name, trust: loading.Source(str(name), config, "random")
+        loading, "resolve", lambda name, *_: loading.Source(str(name), config, "random")
     )
     monkeypatch.setattr(launch, "serve", lambda load, settings: load())
     monkeypatch.setattr(runner, "load_task", lambda task, limit: [])

@@ -476,6 +476,20 @@ def test_bad_arguments_are_refused_before_a_model_is_loaded(
     assert not fake.made
 
 
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        ("bench smollm2-135m", "unrecognized arguments: smollm2-135m; a model is given by --model"),
+        ("train --output x a.gguf", "unrecognized arguments: a.gguf; a model is given by --model"),
+        ("train --output x y", "unrecognized arguments: y; put a text of several words in quotes"),
+    ],
+)
+def test_a_model_in_the_wrong_place_is_told_where_it_belongs(
+    command: str, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert told in fails(capsys, *command.split())
+
+
 @pytest.mark.parametrize("prompt", ["", " \n", "\udcff"])
 def test_a_prompt_must_hold_text(
     prompt: str, fake: type[FakeLLM], capsys: pytest.CaptureFixture[str]

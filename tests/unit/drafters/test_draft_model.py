@@ -535,6 +535,31 @@ def test_a_sibling_without_room_makes_way(
 
 
 @pytest.mark.parametrize(
+    ("files", "config", "is_model"),
+    [
+        (["tokenizer.json"], {"architectures": ["Qwen2ForCausalLM"]}, True),
+        ([], {"architectures": ["LlamaForCausalLM"]}, False),  # EAGLE-1 and 2 call themselves so
+        (["tokenizer.json"], {"architectures": ["LlamaForCausalLMEagle3"]}, False),
+        (["a-Q4_K_M.gguf"], {}, True),
+    ],
+)
+def test_a_hub_id_drafts_as_what_its_files_say(
+    files: list[str],
+    config: dict[str, Any],
+    is_model: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    info = SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in files])
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: info)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert speculation._is_model("owner/small", ask=True) == is_model
+    assert not speculation._is_model("owner/small", ask=False)
+    assert speculation._is_model("hf.co/owner/small:Q8_0", ask=True)
+
+
+@pytest.mark.parametrize(
     ("words", "change", "told"),
     [
         (WORDS, {}, "o/Tiny-0.5B-Chat drafts for o/Tiny-7B-Chat: it is in the cache"),
@@ -553,6 +578,9 @@ def test_a_smaller_model_of_the_family_in_the_hubs_cache_drafts_if_it_fits(
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(target_folder))
+    siblings = [SimpleNamespace(rfilename="model.safetensors")]
+    info = SimpleNamespace(siblings=siblings)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: info)
     kept = tmp_path / "hub" / "models--o--Tiny-0.5B-Chat"
     (kept / "snapshots").mkdir(parents=True)
     (kept / "refs").mkdir()
