@@ -19,6 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
+import huggingface_hub
 import pytest
 
 from smart_decoding import files
@@ -584,8 +585,6 @@ def hub_error(kind: str) -> Exception:
 def test_a_hub_failure_is_one_line_that_says_why(
     error: Exception, told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import huggingface_hub
-
     def fail(*_: object, **__: object) -> str:
         raise error
 
@@ -594,6 +593,36 @@ def test_a_hub_failure_is_one_line_that_says_why(
     with pytest.raises(DownloadError) as found:
         resolve("owner/absent")
     assert_one_line(found, "owner/absent", told)
+
+
+@pytest.mark.parametrize("missing", ["", "tokenizer.json", "chat_template.jinja", "revision"])
+def test_what_the_cache_has_of_a_revision_is_not_asked_for_again(
+    missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Starting costs one question; whatever is missing is fetched."""
+    names = ["config.json", "tokenizer.json", "chat_template.jinja", "model.safetensors"]
+    root = tmp_path / "models--owner--tiny"
+    folder = root / "snapshots" / "0123"
+    folder.mkdir(parents=True)
+    (root / "refs").mkdir()
+    (root / "refs" / "main").write_text("0123")
+    for name in names:
+        if name != missing:
+            (folder / name).write_text("{}")
+    fetched: list[str] = []
+
+    def snapshot_download(repository: str, **_: object) -> str:
+        fetched.append(repository)
+        return str(folder)
+
+    revision = "4567" if missing == "revision" else "0123"
+    others = ["README.md", "onnx/model.safetensors", "consolidated.safetensors"]
+    answer = holding(*names, *others, sha=revision)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", answer)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert resolve("owner/tiny").path == folder
+    assert bool(fetched) == bool(missing)
 
 
 @pytest.mark.parametrize("answers", [True, False])
@@ -658,8 +687,6 @@ GGUF_FILES = [
 def fake_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """The repository owner/tiny, which holds GGUF_FILES, and a client with a cache; `online` says
     whether it answers, `fetched` which files the client has."""
-    import huggingface_hub
-
     root = tmp_path / "hub" / "models--owner--tiny"
     folder = root / "snapshots" / "0123456789abcdef"
     hub = SimpleNamespace(online=True, fetched=[], folder=folder)

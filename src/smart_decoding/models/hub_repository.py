@@ -6,7 +6,7 @@ from __future__ import annotations
 import fnmatch
 import glob
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -149,12 +149,32 @@ def revision_of(path: Path, file: str) -> str:
 @dataclass(frozen=True, slots=True)
 class Listing:
     """What a repository holds. files: their names; gguf_family: the architecture of its GGUF files,
-    where the hub tells it; answered: whether this is from the hub, not from the cache."""
+    where the hub tells it; answered: whether this is from the hub, not from the cache; revision:
+    the hub's."""
 
     repository: str
     files: list[str]
     gguf_family: str = ""
     answered: bool = True
+    revision: str = ""
+
+    def nothing_to_fetch(self, names: Iterable[str]) -> bool:
+        """Whether the cache has these files of this revision, or must do as nobody answers."""
+        if not self.answered:
+            return True
+        with suppress(DownloadError):
+            folder = _stored(self.repository)
+            return folder.name == self.revision and all((folder / n).is_file() for n in names)
+        return False
+
+    @property
+    def of_snapshot(self) -> list[str]:
+        """The files that `snapshot` takes."""
+
+        def fits_one(name: str, patterns: list[str]) -> bool:
+            return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+        return [n for n in self.files if fits_one(n, _FILES) and not fits_one(n, _NOT)]
 
     @property
     def ggufs(self) -> list[str]:
@@ -205,7 +225,8 @@ def listing(repository: str, timeout: float) -> Listing:
             raise
         return Listing(repository, files, answered=False)
     family = (getattr(found, "gguf", None) or {}).get("architecture", "")
-    return Listing(repository, [file.rfilename for file in found.siblings or []], family)
+    files = [file.rfilename for file in found.siblings or []]
+    return Listing(repository, files, family, revision=getattr(found, "sha", None) or "")
 
 
 def _cached_names(repository: str) -> list[str]:

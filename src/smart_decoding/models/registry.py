@@ -202,9 +202,11 @@ def _resolve_hub(
             if held.gguf_family not in ("", _PROJECTOR):
                 check_gguf_family(held.gguf_family)
             file = held.gguf_name(asked or _USUAL)
-            return _from_hub(text, repository, file, None, local_only=not held.answered)
-        check(hub_repository.config_file(repository, None, local_only=not held.answered))
-        source = _from_hub(text, repository, "", None, local_only=not held.answered)
+            here = held.nothing_to_fetch(parts_of(file))
+            return _from_hub(text, repository, file, None, local_only=here)
+        here = held.nothing_to_fetch(held.of_snapshot)
+        check(hub_repository.config_file(repository, None, local_only=here))
+        source = _from_hub(text, repository, "", None, local_only=here)
         return _with_weights(source, repository, trust_pickle, held.answered)
     except DownloadError as error:
         raise DownloadError(
