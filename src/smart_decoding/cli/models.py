@@ -10,7 +10,7 @@ from contextlib import suppress
 from smart_decoding.cli.arguments import add_options
 from smart_decoding.cli.model_options import TRUST_PICKLE
 from smart_decoding.errors import ConfigError
-from smart_decoding.models.gguf_parts import parts_of
+from smart_decoding.models.gguf_parts import files_of
 from smart_decoding.models.hub_repository import repository_of
 from smart_decoding.models.kept import (
     OUTDATED,
@@ -90,8 +90,7 @@ def pull(name: str, trust_pickle: bool = False) -> None:
     from smart_decoding.models.loading import require_usable  # late: torch is slow
 
     path = resolve(name, trust_pickle, require_usable).path
-    parts = [path.parent / part for part in parts_of(path.name)]
-    size = sum(size_of(part, links=True) for part in parts)
+    size = sum(size_of(part, links=True) for part in files_of(path))
     print(f"{name}: {readable(size)} in {path}")
 
 

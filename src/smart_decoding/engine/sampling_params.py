@@ -154,9 +154,7 @@ class SamplingParams:
             strings = []
         good = all(isinstance(s, str) and s for s in strings)
         self._check(good, "stop", "a non-empty string or a list of non-empty strings")
-        longest = max(self.stop_strings, key=len, default="")
-        allowed = f"texts of at most {MAX_STOP} characters each"
-        _require(len(longest) <= MAX_STOP, "stop", longest, allowed)
+        _check_lengths("stop", self.stop_strings, MAX_STOP)
         good = _token_ids(self.stop_token_ids)
         self._check(good, "stop_token_ids", "a list of token ids >= 0")
         self.stop_array = np.array(self.stop_token_ids or (), np.int64)
@@ -168,9 +166,7 @@ class SamplingParams:
             isinstance(words, list | tuple) and all(isinstance(w, str) and w.strip() for w in words)
         )
         self._check(good, "bad_words", "a list of texts that are not blank")
-        longest = max(words or (), key=len, default="")
-        allowed = f"a list of texts of at most {MAX_BAD_WORD} characters each"
-        _require(len(longest) <= MAX_BAD_WORD, "bad_words", longest, allowed)
+        _check_lengths("bad_words", words or (), MAX_BAD_WORD)
         ids = self.allowed_token_ids
         good = ids is None or (_token_ids(ids) and len(ids) > 0)
         self._check(good, "allowed_token_ids", "a list of token ids >= 0, not empty")
@@ -273,6 +269,11 @@ class SamplingParams:
     def stop_ids(self) -> tuple[int, ...]:
         """Distinct token ids that end the answer."""
         return tuple(dict.fromkeys(self.stop_token_ids or ()))
+
+
+def _check_lengths(name: str, texts: Sequence[str], most: int) -> None:
+    longest = max(texts, key=len, default="")
+    _require(len(longest) <= most, name, longest, f"texts of at most {most} characters each")
 
 
 def _require(good: bool, name: str, value: object, allowed: str) -> None:

@@ -69,17 +69,19 @@ class Scheduler:
     def can_begin(self, clients: Collection[str]) -> bool:
         """Whether a request of one of these clients, coming now, would join the next round, as far
         as slots and debts go."""
-        waiting = any(head.ready() for head in self.waiting.heads())
-        if not clients or waiting or len(self.running) >= self.max_num_seqs:
+        if not clients or len(self.running) >= self.max_num_seqs:
             return False
-        here = {request.client for request in (*self.running, *self.waiting.heads())}
-        return not self.shares.wait(clients, here)
+        waiting = any(head.ready() for head in self.waiting.heads())
+        return not waiting and not self.shares.wait(clients, self._clients())
+
+    def _clients(self) -> set[str]:
+        """Those that have requests here."""
+        return {request.client for request in (*self.running, *self.waiting.heads())}
 
     def next_batch(self) -> Batch:
         """The next round's requests, with KV memory for their committed rows reserved."""
         self.preempted = []
-        clients = {request.client for request in (*self.running, *self.waiting.heads())}
-        self.shares.next_round(clients, self.running)
+        self.shares.next_round(self._clients(), self.running)
         batch = self._batch()
         if not batch and self.shares.indebted:
             self.shares.forgive()

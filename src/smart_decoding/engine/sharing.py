@@ -54,7 +54,7 @@ class Shares:
         for known in (self._rows, self._grammars):
             for who in known.keys() - clients:
                 del known[who]
-        self.indebted = {who for who in clients if self._owed.get(who, 0.0) > self._allowed}
+        self.indebted = set(filter(self._is_in_debt, clients))
         if self.indebted:
             self.resting = self._too_dear([request for request in running if request.decodes])
 
@@ -67,7 +67,10 @@ class Shares:
         """Whether all of these would wait if a request of theirs came now. here: clients of all
         requests."""
         is_shared = len({*clients, *here}) > 1
-        return is_shared and all(self._owed.get(who, 0.0) > self._allowed for who in clients)
+        return is_shared and all(map(self._is_in_debt, clients))
+
+    def _is_in_debt(self, client: str) -> bool:
+        return self._owed.get(client, 0.0) > self._allowed
 
     def _too_dear(self, decoding: Sequence[Request]) -> set[str]:
         """Those in debt that would use more of a round of all that decode than it pays."""

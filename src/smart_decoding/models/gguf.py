@@ -26,7 +26,7 @@ from smart_decoding.errors import DownloadError, ModelError
 from smart_decoding.files import reading, sha256_of
 from smart_decoding.kernels.weights import FORMATS, Matrix, QuantizedTensor, as_tensor
 from smart_decoding.models.config import ModelConfig
-from smart_decoding.models.gguf_parts import parts_of
+from smart_decoding.models.gguf_parts import files_of
 from smart_decoding.models.hub import (
     conversion_folder,
     is_whole,
@@ -76,7 +76,7 @@ def converted_folder(
     without the weights, for StoredWeights.
     Raises ModelError for a file that is corrupt or not supported, DownloadError if the cache has no
     room."""
-    files = _files(source.path)
+    files = files_of(source.path)
     for file in files:
         if not file.is_file():
             raise ModelError(f"{file.name} is missing: the model is split into {len(files)} files")
@@ -98,7 +98,7 @@ class StoredWeights(Weights[Matrix]):
     was."""
 
     def __init__(self, path: Path, index: Mapping[str, Any], folder: Path | None = None) -> None:
-        self._files = _files(path)
+        self._files = files_of(path)
         self.folder = folder
         self._index = index
         self.shapes = {name: tuple(entry["shape"]) for name, entry in self._index.items()}
@@ -186,14 +186,10 @@ def _convert(
         move_into_place(part, target)
 
 
-def _files(path: Path) -> list[Path]:
-    return [path.with_name(name) for name in parts_of(path.name)]
-
-
 def _read_parts(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, int]]:
     """Metadata and tensors as by `read_gguf`, of all files of a split model, and the number of the
     file of each tensor."""
-    files = _files(path)
+    files = files_of(path)
     metadata, tensors = read_gguf(path)
     count = int(metadata.get("split.count", 1))
     if count > 1 and count != len(files):

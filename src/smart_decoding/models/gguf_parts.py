@@ -1,8 +1,9 @@
-"""Names of GGUF files that llama.cpp has split: NAME-00001-of-00003.gguf and so on."""
+"""GGUF files that llama.cpp has split: NAME-00001-of-00003.gguf and so on."""
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 
@@ -14,6 +15,11 @@ def parts_of(name: str) -> list[str]:
     if match is None or not 1 <= int(match[2]) <= int(match[3]):
         return [name]
     return [f"{match[1]}-{n:05d}-of-{match[3]}.gguf" for n in range(1, int(match[3]) + 1)]
+
+
+def files_of(path: Path) -> list[Path]:
+    """The same as paths, whether they are there or not."""
+    return [path.parent / name for name in parts_of(path.name)]
 
 
 def without_part(name: str) -> str:

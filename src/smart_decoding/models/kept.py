@@ -14,7 +14,7 @@ from smart_decoding.files import expanded, read_json
 from smart_decoding.models.gguf_parts import without_part
 from smart_decoding.models.hub import CONVERSION, RECORD, cache_dir, conversion_key
 from smart_decoding.models.hub_repository import cached_folder, fits, hub_cache, is_complete
-from smart_decoding.models.registry import HUB, HUB_ID, NAMED_MODELS, first_part
+from smart_decoding.models.registry import HUB, HUB_ID, NAMED_MODELS, first_part, hub_id_of
 
 PARTLY = "partly fetched"
 OUTDATED = "outdated"
@@ -38,12 +38,12 @@ def kept_of(name: str) -> list[Kept]:
     Raises ConfigError where several files of a repository are meant."""
     name = HUB.sub("", name)
     base, _, origin = name.partition("@")
-    hub_id = HUB_ID.fullmatch(name)
+    hub_id = hub_id_of(name)
     if base in NAMED_MODELS and origin in ("", "hub", "pypi"):
         return _of_named(name, base, origin)
     local = expanded(name)
     local = first_part(local)
-    if hub_id and not local.exists() and not name.startswith("."):
+    if hub_id and not local.exists():
         return _of_hub(name, hub_id[1], hub_id[2])
     place = str(local.resolve())
     found = [*_converted(_keys([local]), name), *_profiles(lambda model: model == place)]

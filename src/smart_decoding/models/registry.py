@@ -21,8 +21,9 @@ from smart_decoding.errors import DownloadError, ModelError
 from smart_decoding.files import expanded
 from smart_decoding.models import hub_repository
 from smart_decoding.models.config import check_gguf_family
-from smart_decoding.models.gguf_parts import is_further_part, parts_of, without_part
+from smart_decoding.models.gguf_parts import files_of, is_further_part, parts_of, without_part
 from smart_decoding.models.hub import Part, PinnedFile, conversion_folder, fetch_pinned
+from smart_decoding.models.hub_repository import PATIENT
 
 DEFAULT_MODEL = "smollm2-135m"
 
@@ -38,9 +39,7 @@ _USUAL = "Q4_K_M"  # of a repository's GGUF files the one that is meant where no
 _TRIED = 3  # GGUF files of a repository: all have one vocabulary, but one may be damaged
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 TRUST = "convert it to safetensors, or allow it by --trust-pickle (trust_pickle=True)"
-# seconds to wait for the hub's first answer
-_QUICK = 3.0
-PATIENT = 10.0
+_QUICK = 3.0  # seconds to wait for the hub's first answer where there is another source
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +155,7 @@ def resolve(
     if path.is_dir():
         return Source(text, _not_several(path), f"local folder {path.name}")
     if is_gguf(path):
-        return Source(text, path.with_name(parts_of(path.name)[0]), f"local file {path.name}")
+        return Source(text, files_of(path)[0], f"local file {path.name}")
     if path.is_file():
         raise ModelError(
             f"{text} is neither a folder nor a GGUF file; give the folder that holds config.json"
@@ -269,7 +268,7 @@ def lasting_name(name: str) -> str:
 
 def first_part(path: Path) -> Path:
     """The file that stands for all where a model is split into several."""
-    first = path.parent / parts_of(path.name)[0]
+    first = files_of(path)[0]
     return first if first.is_file() else path
 
 
@@ -356,7 +355,7 @@ def _held(repository: str, stored: str) -> Iterator[Source]:
         for path in folder.glob("*.gguf")
         if not is_further_part(path.name)
         and not _NO_MODEL.search(path.name)
-        and all((folder / part).is_file() for part in parts_of(path.name))
+        and all(part.is_file() for part in files_of(path))
     ]
     for _, _, file in sorted(files)[:_TRIED]:
         yield _from_hub(f"{repository}:{file}", repository, file, _QUICK, local_only=True)

@@ -145,11 +145,10 @@ class _Conversations:
                 self._answer(text)
                 continue
             prompt = MediaPrompt(self._encode(self._before + text))
-            self._begun[f"turn-{self._salt}-{self._count + 1}"] = text
             limit = CODE_TURN_TOKENS if "```" in text else TURN_TOKENS
             seed = int(self._rng.integers(2**62))
             params = SamplingParams(temperature=1.0, top_k=64, max_tokens=limit, seed=seed)
-            self._add(prompt, params, record=False)
+            self._begun[self._add(prompt, params, record=False)] = text
 
     def advance(self, engine: Engine) -> None:
         """One step of the engine; turns that are complete are answered next."""
@@ -184,12 +183,14 @@ class _Conversations:
         )
         self._add(prompt, params, record=True)
 
-    def _add(self, prompt: MediaPrompt, params: SamplingParams, record: bool) -> None:
+    def _add(self, prompt: MediaPrompt, params: SamplingParams, record: bool) -> str:
+        """The request's id."""
         self._count += 1
         name = f"{'answer' if record else 'turn'}-{self._salt}-{self._count}"
         if record:
             self._recorder.wanted.add(name)
         self._llm.engine.add_request(name, prompt.tokens, params, prompt.media)
+        return name
 
     def _encode(self, text: str) -> list[int]:
         return self._llm.tokenizer.encode(text, add_special_tokens=False)

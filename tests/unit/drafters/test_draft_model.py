@@ -534,6 +534,13 @@ def test_a_sibling_without_room_makes_way(
         drafted_by(target_folder, {"method": "draft_model", "model": str(draft)})
 
 
+def play_hub(monkeypatch: pytest.MonkeyPatch, folder: Path, *files: str) -> None:
+    """A hub that says that each repository holds these files, and fetches this folder."""
+    info = SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in files])
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: info)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(folder))
+
+
 @pytest.mark.parametrize(
     ("files", "config", "is_model"),
     [
@@ -550,9 +557,7 @@ def test_a_hub_id_drafts_as_what_its_files_say(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    info = SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in files])
-    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: info)
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path))
+    play_hub(monkeypatch, tmp_path, *files)
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert speculation._is_model("owner/small", ask=True) == is_model
     assert not speculation._is_model("owner/small", ask=False)
@@ -577,10 +582,7 @@ def test_a_smaller_model_of_the_family_in_the_hubs_cache_drafts_if_it_fits(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(target_folder))
-    siblings = [SimpleNamespace(rfilename="model.safetensors")]
-    info = SimpleNamespace(siblings=siblings)
-    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: info)
+    play_hub(monkeypatch, target_folder, "model.safetensors")
     kept = tmp_path / "hub" / "models--o--Tiny-0.5B-Chat"
     (kept / "snapshots").mkdir(parents=True)
     (kept / "refs").mkdir()

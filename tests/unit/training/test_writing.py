@@ -76,8 +76,7 @@ class Stub:
         self.says = says
         self.asked: list[tuple[str, list[int], Any]] = []
         self.running: list[Any] = []
-        self.target = SimpleNamespace(eos_token_ids=(END,))
-        self.tokenizer = SimpleNamespace(encode=self.encode, decode=self.decode)
+        self.tokenizer = SimpleNamespace(encode=self.encode)
         self.engine = SimpleNamespace(add_request=self.add, step=self.step)
         self.recorder = Recorder((1,))
 
@@ -110,13 +109,18 @@ class Stub:
         return done
 
 
+def two_at_once(monkeypatch: pytest.MonkeyPatch, says: str, complete: bool) -> Any:
+    """A target that says this, and turns that are complete, or that it goes on with."""
+    monkeypatch.setattr(writing, "CONCURRENT", 2)
+    monkeypatch.setattr(writing, "user_turn", lambda rng: (f"Tell {rng.integers(1e9)}", complete))
+    return Stub(says)
+
+
 def test_a_turn_that_the_target_completes_ends_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the template's end of a turn is: its token is the template's to write."""
-    monkeypatch.setattr(writing, "CONCURRENT", 2)
-    monkeypatch.setattr(writing, "user_turn", lambda rng: (f"Tell {rng.integers(1e9)}", False))
-    llm: Any = Stub(" of tides please, and at some length")
+    llm = two_at_once(monkeypatch, " of tides please, and at some length", complete=False)
     generate(llm, llm.recorder, tmp_path, 100)
     answers = [Stub.decode(prompt) for name, prompt, _ in llm.asked if name.startswith("answer")]
     assert answers
@@ -131,9 +135,7 @@ def test_a_turn_that_the_target_completes_ends_once(
 def test_conversations_that_are_done_are_written_whatever_ends_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writing, "CONCURRENT", 2)
-    monkeypatch.setattr(writing, "user_turn", lambda rng: (f"Tell {rng.integers(1e9)}", True))
-    llm: Any = Stub("of tides, and at some length")
+    llm = two_at_once(monkeypatch, "of tides, and at some length", complete=True)
     step = llm.step
     done: list[Any] = []
 
