@@ -38,6 +38,7 @@ PAGES = 120
 CONTEXT = 140  # tokens at most: nine pages
 MOST_PAGES = 1300  # of five requests of 4,000 tokens
 # query heads, heads of keys, width: as in the tests, and Llama-3.1-8B's
+WINDOW = 20  # positions
 SMALL_HEADS, HEADS = ((6, 2, 24),), ((32, 8, 128), (28, 4, 128), (9, 3, 64))
 NEAR = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 SAMPLED: Sequence[Mapping[str, Any]] = (
@@ -59,9 +60,10 @@ def parity(device: torch.device, tiny: bool) -> Iterator[Check]:
     batches = _batches(tiny)
     for dtype in (torch.float32, half):
         for shape in SMALL_HEADS if tiny else HEADS:
-            error = max(_attention_error(shape, dtype, device, rows) for rows in batches)
             name = f"attention, {shape[0]} heads on {shape[1]} of width {shape[2]}, {dtype}"
-            yield _check(f"{name}: ragged trees against float64", error, NEAR[dtype])
+            for window, kind in ((0, "ragged trees"), (WINDOW, "with a window")):
+                each = (_attention_error(shape, dtype, device, rows, window) for rows in batches)
+                yield _check(f"{name}: {kind} against float64", max(each), NEAR[dtype])
     yield from _layer_parts(device, batches[0])
     yield from _buckets(device, BUCKETS[:3] if tiny else BUCKETS)
     yield from _draws(device, 300 if tiny else 128_256)
@@ -124,14 +126,14 @@ def read_by(rows: Rows, row: int) -> NDArray[np.int64]:
     return np.concatenate((pages * PAGE + at % PAGE, own)).astype(np.int64)
 
 
-def exact(q: Tensor, keys: Tensor, values: Tensor, rows: Rows) -> Tensor:
+def exact(q: Tensor, keys: Tensor, values: Tensor, rows: Rows, window: int = 0) -> Tensor:
     """[rows, heads * width] attention in float64, row by row. q [rows, heads, width]; keys, values:
-    a layer's cache."""
+    a layer's cache; window: how many positions a row sees, 0: all."""
     heads, width = q.shape[1:]
     q, keys, values = (part.double() for part in (q, keys, values))
     out = torch.zeros_like(q)
     for row in range(len(rows)):
-        slots = torch.from_numpy(read_by(rows, row)).to(q.device)
+        slots = torch.from_numpy(read_by(rows, row)[-window:]).to(q.device)
         k, v = (part.flatten(1, 2)[:, slots] for part in (keys, values))
         scores = q[row].view(len(keys), -1, width) @ k.transpose(1, 2) * width**-0.5
         out[row] = (scores.softmax(-1) @ v).view(heads, width)
@@ -165,22 +167,27 @@ def context_of(rows: Rows, width: int, device: torch.device | str = "cpu") -> Co
 
 
 def _attention_error(
-    shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, rows: Rows
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    rows: Rows,
+    window: int = 0,
 ) -> float:
     heads, kv_heads, width = shape
     cache = cache_for(rows, kv_heads, width, dtype, device, MOST_PAGES)
     q = torch.randn(len(rows), heads, width, dtype=dtype).to(device)
     keys, values = cache.keys[0], cache.values[0]
-    got = triton_ops.TritonOps().attend(q, context_of(rows, width, device), keys, values)
-    return _apart(got, exact(q, keys, values, rows))
+    got = triton_ops.TritonOps().attend(q, context_of(rows, width, device), keys, values, window)
+    return _apart(got, exact(q, keys, values, rows, window))
 
 
 def _layer_parts(device: torch.device, rows: Rows) -> Iterator[Check]:
     """Norms, rotations, writes to the cache, and gates, against plain torch."""
     heads, kv_heads, width = 6, 2, 24
     norms = torch.rand(2, width).to(device)
+    norm = {"q_norm": norms[0], "k_norm": norms[1]}
     w: Any = SimpleNamespace(
-        heads=heads, kv_heads=kv_heads, head_dim=width, eps=1e-5, q_norm=norms[0], k_norm=norms[1]
+        heads=heads, kv_heads=kv_heads, head_dim=width, eps=1e-5, angle=0, **norm
     )
     qkv = torch.randn(len(rows), (heads + 2 * kv_heads) * width).to(device)
     context = context_of(rows, width, device)
@@ -200,8 +207,9 @@ def _layer_parts(device: torch.device, rows: Rows) -> Iterator[Check]:
     )
     yield _check("norms, rotation and the cache, against torch", error, 2e-5)
     gate_up = torch.randn(5, 2 * 1100).to(device)
-    error = _apart(triton_ops.TritonOps().gate(gate_up), TorchOps().gate(gate_up))
-    yield _check("gates, against torch", error, 2e-5)
+    for name, gelu in (("SiLU", False), ("GELU", True)):
+        got = triton_ops.TritonOps().gate(gate_up, gelu)
+        yield _check(f"{name}, against torch", _apart(got, TorchOps().gate(gate_up, gelu)), 2e-5)
 
 
 def _buckets(device: torch.device, sizes: Sequence[int]) -> Iterator[Check]:

@@ -40,6 +40,7 @@ SHAPES = {
     "Qwen3-8B": (32, 8, 128, True),
     "Vicuna-7B": (32, 32, 128, False),
     "SmolLM2-135M": (9, 3, 64, False),
+    "Gemma-3-4B": (8, 4, 256, True),
 }
 Compiled: TypeAlias = dict[str, list[Any]]
 MOST_REGISTERS = {  # of a thread
@@ -51,7 +52,7 @@ MOST_REGISTERS = {  # of a thread
     "perturb": 64,
 }
 # compiled for different arguments, a second each
-MOST_FORMS = {"attend": 2, "draw": 2}
+MOST_FORMS = {"attend": 2, "gate": 2, "draw": 2}
 MOST_SHARED = 99 << 10  # bytes: what a block may have on every card since the RTX 3090
 
 
@@ -115,13 +116,14 @@ def launch_all(heads: int, kv_heads: int, width: int, normed: bool, count: int) 
     )
     norm = torch.ones(width, dtype=torch.bfloat16) if normed else None
     w: Any = SimpleNamespace(
-        heads=heads, kv_heads=kv_heads, head_dim=width, eps=1e-5, q_norm=norm, k_norm=norm
+        heads=heads, kv_heads=kv_heads, head_dim=width, eps=1e-5, q_norm=norm, k_norm=norm, angle=0
     )
     context = Context(rows, torch.ones(count, width // 2), torch.ones(count, width // 2))
     qkv = torch.zeros(count, (heads + 2 * kv_heads) * width, dtype=torch.bfloat16)
     q = ops.write(qkv, w, context, cache.keys[0], cache.values[0])
     ops.attend(q, context, cache.keys[0], cache.values[0])
-    ops.gate(torch.zeros(count, 2 * 14336, dtype=torch.bfloat16))
+    for gelu in (False, True):
+        ops.gate(torch.zeros(count, 2 * 14336, dtype=torch.bfloat16), gelu)
     logits = torch.zeros(count, 128256)
     device_sampling.maxima(logits)
     params = SamplingParams(temperature=0.8, top_k=20, top_p=0.9)

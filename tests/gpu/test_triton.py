@@ -25,13 +25,19 @@ from smart_lab.gpu_parity import PAGES, cache_for, context_of, exact, random_row
 from ..parity.checkpoints import VOCAB, Memory, decoder, plain_rows, random_trees, span
 
 # query heads, heads of keys, width
-HEADS = [(6, 2, 24), (7, 1, 64), (2, 2, 80), (8, 1, 128)]
+HEADS = [(6, 2, 24), (7, 1, 64), (2, 2, 80), (8, 1, 128), (4, 1, 256)]
 
 
+@pytest.mark.parametrize("window", [0, 1, 20, 70])
 @pytest.mark.parametrize("most_splits", [1, 4])
 @pytest.mark.parametrize(("heads", "kv_heads", "width"), HEADS)
 def test_attention_is_that_of_float64(
-    heads: int, kv_heads: int, width: int, most_splits: int, monkeypatch: pytest.MonkeyPatch
+    heads: int,
+    kv_heads: int,
+    width: int,
+    most_splits: int,
+    window: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(triton_ops, "MOST_SPLITS", most_splits)
     torch.manual_seed(0)
@@ -40,11 +46,11 @@ def test_attention_is_that_of_float64(
         cache = cache_for(rows, kv_heads, width, torch.float32)
         q = torch.randn(len(rows), heads, width)
         keys, values = cache.keys[0], cache.values[0]
-        got = TritonOps().attend(q, context_of(rows, width), keys, values)
-        wanted = exact(q, keys, values, rows)
+        got = TritonOps().attend(q, context_of(rows, width), keys, values, window)
+        wanted = exact(q, keys, values, rows, window)
         torch.testing.assert_close(got.double(), wanted, rtol=0, atol=3e-6)
         if most_splits == 1:  # the reference is held to the same
-            plain = TorchOps().attend(q, context_of(rows, width), keys, values)
+            plain = TorchOps().attend(q, context_of(rows, width), keys, values, window)
             torch.testing.assert_close(plain.double(), wanted, rtol=0, atol=3e-6)
 
 
@@ -68,7 +74,7 @@ def test_small_batches_are_split_and_large_ones_are_not() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("normed", [False, True])
-@pytest.mark.parametrize("width", [16, 24, 128])
+@pytest.mark.parametrize("width", [16, 24, 128, 256])
 def test_queries_and_cached_keys_are_the_references(
     width: int, normed: bool, dtype: torch.dtype
 ) -> None:
@@ -78,8 +84,9 @@ def test_queries_and_cached_keys_are_the_references(
     w: Any = SimpleNamespace(
         heads=6, kv_heads=2, head_dim=width, eps=1e-5, q_norm=norms[0], k_norm=norms[1]
     )
+    w.angle = width // 2 if normed else 0
     qkv = torch.randn(len(rows), 10 * width, dtype=dtype)
-    context = context_of(rows, width)
+    context = context_of(rows, 2 * width)  # of two kinds of layers
     caches = []
     queries = []
     for ops in (TorchOps(), TritonOps()):
@@ -92,12 +99,13 @@ def test_queries_and_cached_keys_are_the_references(
     torch.testing.assert_close(caches[1].values, caches[0].values, rtol=0, atol=0)
 
 
-def test_the_gate_is_the_references() -> None:
+@pytest.mark.parametrize("gelu", [False, True])
+def test_the_gate_is_the_references(gelu: bool) -> None:
     gate_up = torch.randn(5, 2 * 1100)
-    torch.testing.assert_close(TritonOps().gate(gate_up), TorchOps().gate(gate_up))
+    torch.testing.assert_close(TritonOps().gate(gate_up, gelu), TorchOps().gate(gate_up, gelu))
 
 
-@pytest.mark.parametrize("name", ["llama-bias", "qwen3"])
+@pytest.mark.parametrize("name", ["llama-bias", "qwen3", "gemma3"])
 def test_a_model_on_these_kernels_computes_the_same(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

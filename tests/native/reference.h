@@ -73,8 +73,10 @@ inline Doubles linear(const Doubles& x, const std::vector<float>& w, int64_t k,
 struct Weights {  // of a layer, as [out, in]; vectors that it does not have are empty
     int hidden, input, heads, kv_heads, head_dim, ffn;
     float eps;
-    std::vector<float> input_norm, q_norm, k_norm, qkv_bias, output_bias, post_norm, qkv, output,
-        gate, up, down;
+    std::vector<float> input_norm{}, q_norm{}, k_norm{}, qkv_bias{}, output_bias{}, post_norm{},
+        attention_norm{}, ffn_norm{}, qkv{}, output{}, gate{}, up{}, down{};
+    int window = 0, angle = 0;
+    bool gelu = false;
 };
 
 struct Rounds {       // what is rounded to bf16
@@ -97,12 +99,11 @@ struct Cache {  // keys and values [layers, kv_heads, slots, head_dim]
 };
 
 // Turns halves of x by the angles of a position, after an optional norm.
-inline void rope(const Rows& in, int64_t row, const std::vector<float>& norm, double eps,
-                 int64_t head_dim, double* x) {
-    int64_t half = head_dim / 2;
-    const float* cosine = in.cosine + in.position[row] * half;
-    const float* sine = in.sine + in.position[row] * half;
-    if (!norm.empty()) rms_norm(x, norm.data(), eps, head_dim, x);
+inline void rope(const Weights& w, const Rows& in, int64_t row, const std::vector<float>& norm,
+                 double* x) {
+    int64_t half = w.head_dim / 2, first = in.position[row] * in.angles + w.angle;
+    const float *cosine = in.cosine + first, *sine = in.sine + first;
+    if (!norm.empty()) rms_norm(x, norm.data(), w.eps, w.head_dim, x);
     for (int64_t d = 0; d < half; d++) {
         double a = x[d], b = x[d + half];
         x[d] = a * cosine[d] - b * sine[d];
@@ -117,8 +118,8 @@ inline int64_t request_of(const Rows& in, int64_t row) {
 }
 
 // The slots that a row sees, in order: its context through the block table, then its ancestors and
-// itself.
-inline std::vector<int64_t> seen_by(const Rows& in, int64_t row) {
+// itself; with a window the last of these.
+inline std::vector<int64_t> seen_by(const Rows& in, int64_t row, int64_t window) {
     const int32_t* table = in.block_tables + in.block_table_start[request_of(in, row)];
     const int page = smart_page();
     std::vector<int64_t> slots;
@@ -126,6 +127,8 @@ inline std::vector<int64_t> seen_by(const Rows& in, int64_t row) {
         slots.push_back(int64_t(table[i / page]) * page + i % page);
     for (int64_t i = in.ancestors_start[row]; i < in.ancestors_start[row + 1]; i++)
         slots.push_back(in.ancestors[i]);
+    const int64_t hidden = window ? int64_t(slots.size()) - window : 0;
+    if (hidden > 0) slots.erase(slots.begin(), slots.begin() + hidden);
     return slots;
 }
 
@@ -137,10 +140,10 @@ inline Doubles attention(const Weights& w, const Rows& in, const Doubles& input,
     Doubles qkv = linear(input, w.qkv, w.input, w.qkv_bias);
     for (int64_t r = 0; r < in.rows; r++) {
         double* x = &qkv[r * width];
-        for (int64_t h = 0; h < w.heads; h++) rope(in, r, w.q_norm, w.eps, hd, x + h * hd);
+        for (int64_t h = 0; h < w.heads; h++) rope(w, in, r, w.q_norm, x + h * hd);
         for (int64_t h = 0; h < w.kv_heads; h++) {
             double *key = x + (w.heads + h) * hd, *value = key + w.kv_heads * hd;
-            rope(in, r, w.k_norm, w.eps, hd, key);
+            rope(w, in, r, w.k_norm, key);
             for (int64_t d = 0; d < hd; d++) {
                 int64_t at = cache.at(layer, h, in.slot_mapping[r]) + d;
                 cache.k[at] = rounds.kv ? rounded(float(key[d])) : key[d];
@@ -150,7 +153,7 @@ inline Doubles attention(const Weights& w, const Rows& in, const Doubles& input,
     }
     Doubles out(in.rows * w.heads * hd);
     for (int64_t r = 0; r < in.rows; r++) {
-        const std::vector<int64_t> slots = seen_by(in, r);
+        const std::vector<int64_t> slots = seen_by(in, r, w.window);
         for (int64_t h = 0; h < w.heads; h++) {
             int64_t kv = h / (w.heads / w.kv_heads);
             Doubles query(&qkv[r * width + h * hd], &qkv[r * width + h * hd] + hd), weight;
@@ -175,20 +178,30 @@ inline Doubles attention(const Weights& w, const Rows& in, const Doubles& input,
     return out;
 }
 
+// x += more, or what a norm that is there makes of it.
+inline void add(const Weights& w, Doubles more, const std::vector<float>& norm, Doubles& x) {
+    if (!norm.empty()) more = rms_norms(more, norm.data(), w.eps, w.hidden);
+    for (size_t i = 0; i < x.size(); i++) x[i] += more[i];
+}
+
+inline double activated(double x, bool gelu) {
+    const double root = std::sqrt(2 / std::acos(-1.0));
+    return gelu ? 0.5 * x * (1 + std::tanh(root * (x + 0.044715 * x * x * x)))
+                : x / (1 + std::exp(-x));
+}
+
 // What follows attention: x += attention output^T, then the gated part.
 inline void finish(const Weights& w, Doubles attended, Doubles& x, Rounds rounds) {
     const std::vector<float> none;
     if (rounds.inputs) round_all(attended);
-    Doubles more = linear(attended, w.output, w.heads * w.head_dim, w.output_bias);
-    for (size_t i = 0; i < x.size(); i++) x[i] += more[i];
+    add(w, linear(attended, w.output, w.heads * w.head_dim, w.output_bias), w.attention_norm, x);
     Doubles normed = rms_norms(x, w.post_norm.data(), w.eps, w.hidden);
     if (rounds.inputs) round_all(normed);
     Doubles gate = linear(normed, w.gate, w.hidden, none),
             up = linear(normed, w.up, w.hidden, none);
-    for (size_t i = 0; i < gate.size(); i++) gate[i] = gate[i] / (1 + std::exp(-gate[i])) * up[i];
+    for (size_t i = 0; i < gate.size(); i++) gate[i] = activated(gate[i], w.gelu) * up[i];
     if (rounds.inputs) round_all(gate);
-    more = linear(gate, w.down, w.ffn, none);
-    for (size_t i = 0; i < x.size(); i++) x[i] += more[i];
+    add(w, linear(gate, w.down, w.ffn, none), w.ffn_norm, x);
 }
 
 // A layer in place on x [rows, hidden]. input: what q, k and v read; null: the norm of x.

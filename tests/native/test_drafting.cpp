@@ -76,10 +76,10 @@ struct TinyHead {
           outputs_count(random.between(40, 90)),
           rotation(POSITIONS, head_dim) {
         const int64_t d = shape.hidden, reads = layout.fused ? 2 * d : aux_count * d;
-        layers.emplace_back(random, shape, bf16, false);
+        layers.emplace_back(random, shape, bf16, false, true);
         Shape further = shape;
         further.input = d;
-        if (layout.layers > 1) layers.emplace_back(random, further, bf16, true);
+        if (layout.layers > 1) layers.emplace_back(random, further, bf16, true, true);
         for (const TinyLayer& layer : layers) structs.push_back(layer.layer());
         if (random.chance(0.4)) aux_norm = norm(random, d);
         if (random.chance(0.4)) fc_bias = random.normals(d, 0.3);
@@ -147,7 +147,7 @@ struct TinyHead {
         return TinyCache(random, int64_t(layers.size()) * shape.kv_heads, pages, shape.head_dim,
                          precision.bf16);
     }
-    Rows rows(const Batch& batch) const { return batch.rows(rotation.cosine, rotation.sine); }
+    Rows rows(const Batch& batch) const { return batch.rows(rotation); }
 };
 
 struct Drafted {  // what a level yields

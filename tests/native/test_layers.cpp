@@ -75,9 +75,9 @@ Doubles hidden_states(const TinyModel& m, const Batch& batch, reference::Cache& 
     const Rows rows = m.rows(batch);
     Doubles x;
     for (int64_t r = 0; r < batch.size(); r++) {
-        const float* from = &m.embedding[batch.token[r] * d];
-        if (!embeddings.empty() && embeddings[r]) from = embeddings[r];
-        x.insert(x.end(), from, from + d);
+        const bool given = !embeddings.empty() && embeddings[r];
+        const float* from = given ? embeddings[r] : &m.embedding[batch.token[r] * d];
+        for (int64_t i = 0; i < d; i++) x.push_back(from[i] * (given ? 1.0f : m.embedding_scale));
     }
     for (size_t i = 0; i < m.layers.size(); i++) {
         reference::layer(m.layers[i].w, rows, nullptr, x, cache, int64_t(i), m.precision.rounds);
@@ -229,12 +229,12 @@ void one_stack(uint64_t seed, int head_dim, bool bf16) {
         add_prompt(batch, request, 0, int64_t(request.prompt.size()));
     }
     const Rotation rotation(POSITIONS, head_dim);
-    const Rows rows = batch.rows(rotation.cosine, rotation.sine);
+    const Rows rows = batch.rows(rotation);
     const int64_t n = batch.size(), d = shape.hidden, wide = structs[0].input, hd = head_dim;
     TinyCache cache(Random(seed + 5), int64_t(count) * shape.kv_heads, 24, head_dim, bf16);
     const std::vector<float> x = random.normals(n * d), inputs = random.normals(n * wide);
-    std::vector<float> normed(n * wide), qkv(n * (shape.heads + 2 * shape.kv_heads) * hd),
-        attended(n * shape.heads * hd);
+    const int64_t qkv_width = std::max((shape.heads + 2 * shape.kv_heads) * hd, d);
+    std::vector<float> normed(n * wide), qkv(n * qkv_width), attended(n * shape.heads * hd);
     std::vector<float> ffn(n * shape.ffn), out = x;
     const Workspace workspace{normed.data(), qkv.data(), attended.data(), ffn.data()};
     const int32_t status =
@@ -302,7 +302,7 @@ void refused() {
 void moves() {
     for (uint64_t seed = 1; seed <= check::seeds(24); seed++) {
         Random random(seed + 900);
-        const int head_dim = random.of({16, 32, 64, 96, 128});
+        const int head_dim = random.of({16, 32, 64, 96, 128, 256});
         const bool bf16 = random.chance(0.6);
         const int64_t planes = random.between(1, 3), pages = random.between(1, 4),
                       slots = pages * smart_page();
@@ -337,7 +337,7 @@ void moves() {
 void test_layers() {
     const uint64_t rounds = check::quick ? 1 : 8;
     for (uint64_t seed = 1; seed <= rounds; seed++)
-        for (int head_dim : {16, 32, 64, 96, 128})
+        for (int head_dim : {16, 32, 64, 96, 128, 256})
             for (bool bf16 : {false, true}) {
                 one_model(1000 * seed + 2 * head_dim + bf16, head_dim, bf16);
                 one_stack(1000 * seed + 2 * head_dim + bf16, head_dim, bf16);

@@ -138,6 +138,7 @@ void one_round(uint64_t seed, int head_dim, bool bf16) {
                       head_dim,
                       m.rotation.cosine.data(),
                       m.rotation.sine.data(),
+                      m.rotation.angles,
                       after.data(),
                       emitted.data(),
                       path.data(),

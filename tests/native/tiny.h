@@ -93,16 +93,18 @@ struct TinyLayer {
     reference::Weights w;
     Blob qkv, output, gate_up, down;
 
-    TinyLayer(Random& random, const Shape& s, bool bf16, bool has_input_norm) {
+    // of_head: heads have plain layers.
+    TinyLayer(Random& random, const Shape& s, bool bf16, bool has_input_norm,
+              bool of_head = false) {
         const int64_t q = s.heads * s.head_dim, width = q + 2 * s.kv_heads * s.head_dim;
-        w = {s.hidden, s.input, s.heads, s.kv_heads, s.head_dim, s.ffn, 1e-5f, {}, {},
-             {},       {},      {},      {},         {},         {},    {},    {}, {}};
+        w = {s.hidden, s.input, s.heads, s.kv_heads, s.head_dim, s.ffn, 1e-5f};
         if (has_input_norm) w.input_norm = norm(random, s.hidden);
         if (random.chance(0.5)) w.q_norm = norm(random, s.head_dim);
         if (random.chance(0.5)) w.k_norm = norm(random, s.head_dim);
         if (random.chance(0.5)) w.qkv_bias = random.normals(width, 0.3);
         if (random.chance(0.3)) w.output_bias = random.normals(s.hidden, 0.3);
         w.post_norm = norm(random, s.hidden);
+        if (!of_head) vary(random, s);
         w.qkv = matrix(random, width, s.input, bf16, 1.2);
         w.output = matrix(random, s.hidden, q, bf16, 1.5);
         w.gate = matrix(random, s.ffn, s.hidden, bf16);
@@ -112,6 +114,13 @@ struct TinyLayer {
         output = packed(w.output, q, bf16);
         gate_up = packed(interleaved(), s.hidden, bf16);
         down = packed(w.down, s.ffn, bf16);
+    }
+    void vary(Random& random, const Shape& s) {
+        if (random.chance(0.3)) w.attention_norm = norm(random, s.hidden);
+        if (random.chance(0.3)) w.ffn_norm = norm(random, s.hidden);
+        if (random.chance(0.5)) w.window = random.of({1, 3, 16, 17, 64, 70});
+        if (random.chance(0.5)) w.angle = s.head_dim / 2;
+        w.gelu = random.chance(0.5);
     }
     // Blocks of one vector's rows in turn: gate, up, gate, ...; the last ones filled up.
     std::vector<float> interleaved() const {
@@ -132,6 +141,9 @@ struct TinyLayer {
                 w.head_dim,
                 w.ffn,
                 3,
+                w.window,
+                w.angle,
+                w.gelu,
                 w.eps,
                 pointer(w.input_norm),
                 pointer(w.q_norm),
@@ -139,6 +151,8 @@ struct TinyLayer {
                 pointer(w.qkv_bias),
                 pointer(w.output_bias),
                 w.post_norm.data(),
+                pointer(w.attention_norm),
+                pointer(w.ffn_norm),
                 qkv.weight(),
                 output.weight(),
                 gate_up.weight(),
@@ -186,6 +200,20 @@ struct TinyCache {
     }
 };
 
+struct Rotation {  // of two kinds of layers
+    int64_t angles;
+    std::vector<float> cosine, sine;
+    Rotation(int64_t positions, int64_t head_dim) : angles(head_dim) {
+        for (int64_t p = 0; p < positions; p++)
+            for (double base : {100.0, 30.0})
+                for (int64_t d = 0; d < head_dim / 2; d++) {
+                    double angle = double(p) * std::pow(base, -2.0 * double(d) / double(head_dim));
+                    cosine.push_back(float(std::cos(angle)));
+                    sine.push_back(float(std::sin(angle)));
+                }
+    }
+};
+
 // A batch of rows under construction, request after request.
 struct Batch {
     std::vector<int32_t> query_start_loc{0}, block_table_start, block_tables, slot_mapping,
@@ -209,13 +237,14 @@ struct Batch {
         query_start_loc.back()++;
     }
     int64_t size() const { return int64_t(token.size()); }
-    Rows rows(const std::vector<float>& cosine, const std::vector<float>& sine) const {
+    Rows rows(const Rotation& rotation) const {
         return {int32_t(size()),        int32_t(block_table_start.size()),
                 query_start_loc.data(), block_table_start.data(),
                 block_tables.data(),    slot_mapping.data(),
                 context_len.data(),     ancestors_start.data(),
                 ancestors.data(),       position.data(),
-                cosine.data(),          sine.data()};
+                rotation.cosine.data(), rotation.sine.data(),
+                rotation.angles};
     }
     // Row `r` in a batch of its own.
     Batch alone(int64_t r) const {
@@ -231,18 +260,6 @@ struct Batch {
             token[r], position[r], slot_mapping[r], context_len[r],
             {ancestors.begin() + ancestors_start[r], ancestors.begin() + ancestors_start[r + 1]});
         return batch;
-    }
-};
-
-struct Rotation {
-    std::vector<float> cosine, sine;
-    Rotation(int64_t positions, int64_t head_dim) {
-        for (int64_t p = 0; p < positions; p++)
-            for (int64_t d = 0; d < head_dim / 2; d++) {
-                double angle = double(p) * std::pow(100.0, -2.0 * double(d) / double(head_dim));
-                cosine.push_back(float(std::cos(angle)));
-                sine.push_back(float(std::sin(angle)));
-            }
     }
 };
 
@@ -275,6 +292,7 @@ struct TinyModel {
     std::vector<Layer> structs;
     std::vector<float> embedding, output, final_norm;
     bool plain_table;
+    float embedding_scale;
     Blob embedding_blob, output_blob;
     Rotation rotation;
 
@@ -286,6 +304,7 @@ struct TinyModel {
         output = matrix(random, vocab, s.hidden, bf16, 2);
         final_norm = norm(random, s.hidden);
         plain_table = random.chance(0.5);
+        embedding_scale = random.chance(0.5) ? 1.0f : 1.5f;
         embedding_blob = plain_table ? plain(embedding, bf16) : packed(embedding, s.hidden, bf16);
         output_blob = packed(output, s.hidden, bf16);
     }
@@ -307,9 +326,10 @@ struct TinyModel {
                 3,
                 precision.bf16,
                 precision.bf16,
-                1e-5f};
+                1e-5f,
+                embedding_scale};
     }
-    Rows rows(const Batch& batch) const { return batch.rows(rotation.cosine, rotation.sine); }
+    Rows rows(const Batch& batch) const { return batch.rows(rotation); }
 };
 
 struct Result {

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from torch import Tensor
 
 from smart_decoding.core.tree import ROOT, DraftTrees
 from smart_decoding.engine.kv import PAGE
@@ -44,6 +45,17 @@ Llama = transformers.LlamaConfig
 Mistral = transformers.MistralConfig
 Qwen2 = transformers.Qwen2Config
 Qwen3 = transformers.Qwen3Config
+Gemma3 = transformers.Gemma3TextConfig
+GEMMA3 = {
+    "num_hidden_layers": 3,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "sliding_window": 20,
+    "query_pre_attn_scalar": 24,
+    "rope_parameters": {
+        "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+    },
+}
 MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "llama": (Llama, {}),
     "llama-tied": (Llama, {"tie_word_embeddings": True}),
@@ -51,6 +63,18 @@ MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "llama-linear": (Llama, {"rope_parameters": LINEAR}),
     "llama-bias": (Llama, {"attention_bias": True}),
     "mistral": (Mistral, {}),
+    "mistral, with a window": (Mistral, {"sliding_window": 24}),
+    "gemma3": (Gemma3, GEMMA3),
+    "gemma3, head_dim 256, tied": (
+        Gemma3,
+        {
+            **GEMMA3,
+            "head_dim": 256,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 1,
+            "tie_word_embeddings": True,
+        },
+    ),
     "qwen2": (Qwen2, {}),
     "qwen3": (Qwen3, {"head_dim": 32}),
     "head_dim 64, one query per key": (
@@ -92,6 +116,14 @@ def config_of(name: str) -> ModelConfig:
     return ModelConfig.from_hf({**model.config.to_dict(), "architectures": [type(model).__name__]})
 
 
+def computed(name: str) -> dict[str, Tensor]:
+    """The reference's weights as layers multiply by them: Gemma's norms lack 1."""
+    published = reference(name).state_dict()
+    if not config_of(name).gemma:
+        return published
+    return {key: w + 1 if key.endswith("norm.weight") else w for key, w in published.items()}
+
+
 def decoder(
     name: str,
     native: bool | None,
@@ -101,7 +133,7 @@ def decoder(
     """A fresh decoder, its cache full of rubbish that no row may read. mrope: as in its config."""
     model = Decoder(
         replace(config_of(name), mrope=mrope),
-        reference(name).state_dict(),
+        computed(name),
         dtype,
         torch.device("cpu"),
         PAGES,

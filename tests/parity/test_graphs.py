@@ -61,14 +61,17 @@ class ReadsMeta(TorchOps):
         there = context.on_device
         assert len(qkv) in (there.size, len(context.rows))
         q, k, v = qkv.view(len(qkv), -1, w.head_dim).split([w.heads, w.kv_heads, w.kv_heads], 1)
-        k = rotate(rms_norm(k, w.k_norm, w.eps), *context.rotation)
+        cosine, sine = (each[:, w.angle : w.angle + w.head_dim // 2] for each in context.rotation)
+        k = rotate(rms_norm(k, w.k_norm, w.eps), cosine, sine)
         for row, slot in enumerate(there.meta[: len(qkv)].tolist()):
             if slot >= 0:
                 keys[:, slot // PAGE, slot % PAGE] = k[row]
                 values[:, slot // PAGE, slot % PAGE] = v[row]
-        return rotate(rms_norm(q, w.q_norm, w.eps), *context.rotation)
+        return rotate(rms_norm(q, w.q_norm, w.eps), cosine, sine)
 
-    def attend(self, q: Tensor, context: Context, keys: Tensor, values: Tensor) -> Tensor:
+    def attend(
+        self, q: Tensor, context: Context, keys: Tensor, values: Tensor, window: int = 0
+    ) -> Tensor:
         there = context.on_device
         meta = there.meta.numpy()
         _, length, begin, end = meta[: 4 * there.size].reshape(4, there.size)
@@ -77,7 +80,8 @@ class ReadsMeta(TorchOps):
             for row in range(first, first + count):
                 at = np.arange(length[row])
                 slots = meta[table + at // PAGE] * PAGE + at % PAGE
-                slots = torch.from_numpy(np.append(slots, meta[begin[row] : end[row]])).long()
+                slots = np.append(slots, meta[begin[row] : end[row]])[-window:]
+                slots = torch.from_numpy(slots).long()
                 k, v = (part.flatten(1, 2)[:, slots] for part in (keys, values))
                 groups = q[row].view(len(keys), -1, q.shape[2])
                 scores = groups @ k.transpose(1, 2) * q.shape[2] ** -0.5

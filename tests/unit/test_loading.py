@@ -54,7 +54,19 @@ FAMILIES = {
     "llama3": (transformers.LlamaConfig, {"rope_parameters": LLAMA3}),
     "mistral": (transformers.MistralConfig, {"sliding_window": 64}),
     "qwen2": (transformers.Qwen2Config, {"tie_word_embeddings": True}),
+    "qwen2-window": (
+        transformers.Qwen2Config,
+        {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
+    ),
     "qwen3": (transformers.Qwen3Config, {"head_dim": 16}),
+    "gemma3": (
+        transformers.Gemma3TextConfig,
+        {
+            "sliding_window": 16,
+            "query_pre_attn_scalar": 12,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
 }
 
 
@@ -65,7 +77,7 @@ def tiny_model(name: str) -> transformers.PreTrainedModel:
     model = transformers.AutoModelForCausalLM.from_config(config_class(**{**SIZES, **extra}))
     with torch.no_grad():
         for weight in model.parameters():
-            weight.copy_(torch.randn_like(weight))
+            weight.copy_(torch.randn_like(weight).bfloat16())  # as published weights are
     return model
 
 
@@ -126,18 +138,24 @@ def test_reads_what_transformers_writes(name: str, shard: str, tmp_path: Path) -
         {"lm_head.weight"} if config.tie_embeddings else set()
     )
     for weight in config.expected_shapes():
-        assert torch.equal(checkpoint.weights[weight], expected[weight])
+        beyond = 1.0 if name == "gemma3" and weight.endswith("norm.weight") else 0.0
+        assert torch.equal(checkpoint.weights[weight], expected[weight] + beyond)
     assert (config.layers, config.heads, config.kv_heads, config.vocab) == (2, 4, 2, 300)
     assert (config.eos_token_ids, config.bos_token_id) == ((2,), 1)
     inverse, factor = config.inverse_frequencies()
-    np.testing.assert_allclose(inverse, model.model.rotary_emb.inv_freq.numpy(), rtol=1e-6)
+    rotary = model.model.rotary_emb
+    of_all = "full_attention_inv_freq" if name == "gemma3" else "inv_freq"
+    np.testing.assert_allclose(inverse, getattr(rotary, of_all).numpy(), rtol=1e-6)
     assert factor == 1.0
+    if name == "gemma3":
+        local = config.local_frequencies()
+        np.testing.assert_allclose(local, rotary.sliding_attention_inv_freq.numpy(), rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_config_survives_writing(name: str) -> None:
     config_class, extra = FAMILIES[name]
-    architecture = config_class.__name__.replace("Config", "ForCausalLM")
+    architecture = type(tiny_model(name)).__name__
     config = ModelConfig.from_hf(
         {**config_class(**{**SIZES, **extra}).to_dict(), "architectures": [architecture]}
     )
@@ -179,14 +197,26 @@ def test_generation_config_adds_end_tokens(folder: Path) -> None:
     assert load_checkpoint(folder).config.eos_token_ids == (2, 7)
 
 
-def test_context_is_limited_by_positions_and_by_the_window(tmp_path: Path) -> None:
+def test_context_is_limited_by_positions(tmp_path: Path) -> None:
     tiny_model("mistral").save_pretrained(tmp_path / "mistral")
     config = load_checkpoint(tmp_path / "mistral").config
-    config.check_context(64)
-    with pytest.raises(ModelError, match="sliding window of 64"):
-        config.check_context(65)
+    config.check_context(128)
     with pytest.raises(ModelError, match="model's 128"):
         config.check_context(129)
+
+
+@pytest.mark.parametrize(
+    ("name", "windows"),
+    [("mistral", (64, 64)), ("qwen2", ()), ("qwen2-window", (0, 16)), ("gemma3", (16, 0))],
+)
+def test_layers_with_windows_are_those_of_transformers(
+    name: str, windows: tuple[int, ...], tmp_path: Path
+) -> None:
+    tiny_model(name).save_pretrained(tmp_path / name)
+    assert load_checkpoint(tmp_path / name).config.windows == windows
+    older: dict[str, Any] = {"layer_types": None, "_sliding_window_pattern": None}
+    change_config(tmp_path / name, sliding_window_pattern=2, **older)
+    assert load_checkpoint(tmp_path / name).config.windows == windows
 
 
 @pytest.mark.parametrize(
@@ -394,11 +424,19 @@ GGUF_NAMES = {
 }
 
 
-def gguf_name(name: str) -> str:
+GEMMA_NAMES = {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+
+
+def gguf_name(name: str, architecture: str) -> str:
+    names = GGUF_NAMES | (GEMMA_NAMES if architecture == "gemma3" else {})
     stem, kind = name.rsplit(".", 1)
     if stem.startswith("model.layers."):
         _, _, layer, rest = stem.split(".", 3)
-        return f"blk.{layer}.{GGUF_NAMES[rest]}.{kind}"
+        return f"blk.{layer}.{names[rest]}.{kind}"
     return f"{GGUF_NAMES[stem]}.{kind}"
 
 
@@ -413,9 +451,11 @@ def write_gguf(
     """Writes a tiny model as llama.cpp's converter would, and returns the weights that must be read
     back. split: tensors of each file, if there are to be several."""
     model = tiny_model(name)
-    architecture = name if name.startswith("qwen") else "llama"
+    architecture = name if name.startswith(("qwen", "gemma")) else "llama"
     writer = gguf.GGUFWriter(path, architecture, split_max_tensors=split)
     add_shape(writer)
+    if architecture == "gemma3":
+        writer.add_sliding_window(16)
     if "head_dim" in FAMILIES[name][1]:  # as llama.cpp's converter writes it where it is its own
         writer.add_key_length(model.config.head_dim)
         writer.add_value_length(model.config.head_dim)
@@ -424,11 +464,8 @@ def write_gguf(
     add_tokenizer(writer, "qwen2" if name.startswith("qwen") else "smollm")
     if rope_freqs is not None:
         writer.add_tensor("rope_freqs.weight", rope_freqs)
-    weights = model.state_dict()
-    if model.config.tie_word_embeddings:
-        del weights["lm_head.weight"]
     expected = {}
-    for key, tensor in weights.items():
+    for key, tensor in held_by(model).items():
         array = tensor.numpy()
         if kind != gguf.GGMLQuantizationType.F32 and array.ndim == 2:
             rounded = gguf.quants.dequantize(gguf.quants.quantize(array, kind), kind)
@@ -438,11 +475,22 @@ def write_gguf(
         if architecture == "llama" and ("q_proj" in key or "k_proj" in key):
             array = interleaved(array, 4 if "q_proj" in key else 2)
         if kind != gguf.GGMLQuantizationType.F32 and array.ndim == 2:
-            writer.add_tensor(gguf_name(key), gguf.quants.quantize(array, kind), raw_dtype=kind)
+            quants = gguf.quants.quantize(array, kind)
+            writer.add_tensor(gguf_name(key, architecture), quants, raw_dtype=kind)
         else:
-            writer.add_tensor(gguf_name(key), np.ascontiguousarray(array))
+            writer.add_tensor(gguf_name(key, architecture), np.ascontiguousarray(array))
     finish(writer)
     return expected
+
+
+def held_by(model: transformers.PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The weights that a GGUF file of a model holds."""
+    weights = model.state_dict()
+    if model.config.tie_word_embeddings:
+        del weights["lm_head.weight"]
+    if model.config.model_type == "gemma3_text":
+        weights |= {key: w + 1 for key, w in weights.items() if key.endswith("norm.weight")}
+    return weights
 
 
 def add_shape(writer: gguf.GGUFWriter) -> None:
@@ -478,7 +526,7 @@ def add_tokenizer(writer: gguf.GGUFWriter, pre: str) -> None:
     writer.add_eos_token_id(2)
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-bias", "llama3", "qwen2", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", "llama-bias", "llama3", "qwen2", "qwen3", "gemma3"])
 def test_reads_gguf_exactly(name: str, tmp_path: Path) -> None:
     expected = write_gguf(tmp_path / "tiny.gguf", name)
     checkpoint = load_checkpoint(tmp_path / "tiny.gguf")
@@ -486,11 +534,28 @@ def test_reads_gguf_exactly(name: str, tmp_path: Path) -> None:
     for key, tensor in expected.items():
         assert torch.equal(checkpoint.weights[key], tensor), key
     assert checkpoint.config.qkv_bias == (name in ("qwen2", "llama-bias"))
-    assert checkpoint.config.qk_norm == (name == "qwen3")
+    assert checkpoint.config.qk_norm == (name in ("qwen3", "gemma3"))
     assert checkpoint.config.head_dim == (16 if name == "qwen3" else 8)
-    assert checkpoint.config.tie_embeddings == (name in ("llama", "qwen2"))
+    assert checkpoint.config.tie_embeddings == (name in ("llama", "qwen2", "gemma3"))
     tokenizer = Tokenizer.load(checkpoint.tokenizer_source)
     assert tokenizer.encode("he<|eos|>") == [259, 2]
+
+
+@pytest.mark.parametrize("name", ["llama3", "qwen3", "gemma3"])
+def test_transformers_reads_what_is_expanded(name: str, tmp_path: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf", name)
+    folder = load_checkpoint(tmp_path / "tiny.gguf").tokenizer_source
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    for key, weight in tiny_model(name).state_dict().items():
+        assert torch.equal(theirs.state_dict()[key], weight), key
+
+
+def test_what_a_gguf_file_of_gemma_leaves_out_is_known(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf", "gemma3")
+    config = load_checkpoint(tmp_path / "tiny.gguf").config
+    assert config.windows == (16, 16), "the sixth layer would be the first to see all"
+    assert (config.local_theta, config.query_scalar) == (10_000.0, 8)
+    assert ModelConfig.from_hf(json.loads(json.dumps(config.to_hf()))) == config
 
 
 def test_all_tokens_that_end_an_answer_are_known(tmp_path: Path) -> None:
@@ -613,7 +678,7 @@ STORED = ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"]
 
 
 @pytest.mark.parametrize("kind", STORED)
-@pytest.mark.parametrize("name", ["llama", "qwen2"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma3"])
 def test_stored_weights_are_the_expanded_ones(kind: str, name: str, tmp_path: Path) -> None:
     path = tmp_path / "tiny.gguf"
     write_gguf(path, name, gguf.GGMLQuantizationType[kind])

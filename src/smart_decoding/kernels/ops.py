@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from smart_decoding.engine.rows import Rows
     from smart_decoding.kernels.weights import PackedWeight
 
-HEAD_DIMS = (16, 32, 64, 96, 128)
+HEAD_DIMS = (16, 32, 64, 96, 128, 256)
 MAX_QUERIES = 32  # query heads per key head
 
 
@@ -33,7 +33,7 @@ _lib = library.library
 
 
 def native_rows(rows: Rows, cosine: Tensor, sine: Tensor) -> Structure:
-    """The rows as the kernels read them. cosine, sine: tables [positions, head_dim / 2]."""
+    """The rows as the kernels read them. cosine, sine: tables [positions, angles]."""
     arrays = (
         rows.query_start_loc,
         rows.block_table_start,
@@ -46,7 +46,7 @@ def native_rows(rows: Rows, cosine: Tensor, sine: Tensor) -> Structure:
     )
     groups = len(rows.query_start_loc) - 1
     tables = cosine.data_ptr(), sine.data_ptr()
-    struct = _Rows(len(rows), groups, *map(address, arrays), *tables)
+    struct = _Rows(len(rows), groups, *map(address, arrays), *tables, cosine.shape[1])
     struct.keep = *arrays, cosine, sine  # what its pointers lead to
     return struct
 

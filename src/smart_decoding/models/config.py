@@ -6,8 +6,8 @@ other kinds of RoPE, ...) is refused here by name, before any weight is read.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,9 +21,12 @@ FAMILIES = {
     "MistralForCausalLM": "mistral",
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
+    "Gemma3ForCausalLM": "gemma3",
 }
 _ARCHITECTURES = {family: name for name, family in FAMILIES.items()}
-_GGUF_FAMILIES = ("llama", "qwen2", "qwen3")
+_MODEL_TYPES = {"gemma3": "gemma3_text"}  # those that are not the family's name
+_GGUF_FAMILIES = ("llama", "qwen2", "qwen3", "gemma3")
+_GEMMA_PATTERN = 6  # one layer in so many of Gemma sees all positions
 # what a model can have: what is beyond it would be counted for ever, or does not fit the kernels
 _MOST = {
     "layers": 10_000,
@@ -43,6 +46,8 @@ _ENDS = frozenset(
         *("<|fim_pad|>", "<|repo_name|>", "<|file_sep|>"),  # of Qwen2.5-Coder
     )
 )
+_GELU = "gelu_pytorch_tanh"
+_SOFTCAPS = ("attn_logit_softcapping", "final_logit_softcapping")
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size")
 
 
@@ -52,7 +57,9 @@ class ModelConfig:
     tokens.
 
     mrope: how many rotary frequencies follow time, height and width (M-RoPE); () where all follow
-    the position."""
+    the position. windows: how many positions each layer sees, 0: all; () where all layers see all.
+    local_theta: RoPE's base in layers with a window, where it is another. query_scalar: what scores
+    are divided by the root of, in place of head_dim."""
 
     family: str
     layers: int
@@ -71,7 +78,9 @@ class ModelConfig:
     qk_norm: bool = False
     rope_scaling: rope.RopeScaling | None = None
     mrope: tuple[int, ...] = ()
-    sliding_window: int | None = None
+    windows: tuple[int, ...] = ()
+    local_theta: float | None = None
+    query_scalar: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
 
@@ -84,6 +93,8 @@ class ModelConfig:
         for name, most in _MOST.items():
             if not 1 <= getattr(self, name) <= most:
                 raise ModelError(f"the config has {name} = {getattr(self, name)}, not 1 to {most}")
+        if self.windows and (len(self.windows) != self.layers or min(self.windows) < 0):
+            raise ModelError(f"the config has windows {self.windows} for {self.layers} layers")
         with np.errstate(all="ignore"):
             frequencies, _ = self.inverse_frequencies()
         if not np.isfinite([*frequencies, self.rms_eps]).all():
@@ -121,7 +132,7 @@ class ModelConfig:
         back."""
         return {
             "architectures": [_ARCHITECTURES[self.family]],
-            "model_type": self.family,
+            "model_type": _MODEL_TYPES.get(self.family, self.family),
             "num_hidden_layers": self.layers,
             "hidden_size": self.hidden,
             "num_attention_heads": self.heads,
@@ -129,19 +140,52 @@ class ModelConfig:
             "head_dim": self.head_dim,
             "intermediate_size": self.ffn,
             "vocab_size": self.vocab,
-            "hidden_act": "silu",
+            "hidden_act": _GELU if self.gemma else "silu",
             "rope_theta": self.rope_theta,
             "rope_scaling": self.rope_scaling.to_hf() if self.rope_scaling else None,
             "rms_norm_eps": self.rms_eps,
             "max_position_embeddings": self.max_positions,
             "tie_word_embeddings": self.tie_embeddings,
             "attention_bias": self.o_bias,
-            "sliding_window": self.sliding_window,
-            "use_sliding_window": self.sliding_window is not None,
+            **self._windows_to_hf(),
             "eos_token_id": list(self.eos_token_ids) or None,
             "bos_token_id": self.bos_token_id,
             "torch_dtype": "bfloat16",
         }
+
+    def _windows_to_hf(self) -> dict[str, Any]:
+        of_gemma = {
+            "hidden_activation": _GELU,
+            "query_pre_attn_scalar": self.query_scalar,
+            "rope_local_base_freq": self.local_theta,
+        }
+        kinds = ("full_attention", "sliding_attention")
+        return {
+            "sliding_window": max(self.windows, default=None),
+            "use_sliding_window": bool(self.windows),
+            "layer_types": [kinds[w > 0] for w in self.windows] or None,
+            **(of_gemma if self.gemma else {}),
+        }
+
+    @property
+    def gemma(self) -> bool:
+        """Whether layers are Gemma's: norms of what they add, whose weights are what is beyond 1,
+        GELU, and embeddings times the root of their width."""
+        return self.family == "gemma3"
+
+    def of_head(self) -> ModelConfig:
+        """The shape of a draft head's layer for this model: a plain one of Llama."""
+        return replace(
+            self,
+            family="llama",
+            layers=1,
+            qkv_bias=False,
+            o_bias=False,
+            qk_norm=False,
+            windows=(),
+            local_theta=None,
+            query_scalar=None,
+        )
 
     def expected_shapes(self) -> dict[str, tuple[int, ...]]:
         """Every weight a checkpoint must hold: Hugging Face name to shape, in the order of use."""
@@ -172,6 +216,9 @@ class ModelConfig:
         if self.o_bias:
             shapes["self_attn.o_proj.bias"] = (self.hidden,)
         shapes["post_attention_layernorm.weight"] = (self.hidden,)
+        if self.gemma:
+            shapes["pre_feedforward_layernorm.weight"] = (self.hidden,)
+            shapes["post_feedforward_layernorm.weight"] = (self.hidden,)
         shapes["mlp.gate_proj.weight"] = (self.ffn, self.hidden)
         shapes["mlp.up_proj.weight"] = (self.ffn, self.hidden)
         shapes["mlp.down_proj.weight"] = (self.hidden, self.ffn)
@@ -187,23 +234,22 @@ class ModelConfig:
         check_shapes(where, found, expected, ignored, _ARCHITECTURES[self.family])
 
     def check_context(self, tokens: int) -> None:
-        """Raises ModelError if `tokens` positions cannot be computed exactly: beyond the model or
-        its window."""
+        """Raises ModelError if `tokens` positions are more than the model has."""
         if tokens > self.max_positions:
             raise ModelError(
                 f"a context of {tokens} tokens exceeds the model's {self.max_positions}; lower it"
-            )
-        if self.sliding_window is not None and tokens > self.sliding_window:
-            raise ModelError(
-                f"a context of {tokens} tokens exceeds the model's sliding window of "
-                f"{self.sliding_window}, which is not supported beyond the window; "
-                "lower the context"
             )
 
     def inverse_frequencies(self) -> tuple[NDArray[np.float64], float]:
         """RoPE frequencies, shape [head_dim / 2] in radians per position, and the factor on cos and
         sin."""
         return rope.inverse_frequencies(self.rope_theta, self.head_dim, self.rope_scaling)
+
+    def local_frequencies(self) -> NDArray[np.float64] | None:
+        """The same of layers with a window, where they have their own."""
+        if self.local_theta is None:
+            return None
+        return rope.inverse_frequencies(self.local_theta, self.head_dim, None)[0]
 
 
 def check_gguf_family(family: object) -> None:
@@ -247,13 +293,18 @@ def _family_of(config: Mapping[str, Any]) -> str:
 
 def _refuse_options(config: Mapping[str, Any], family: str) -> None:
     options = {**rope.options_of(config), **config}
+    activations = (_GELU,) if family == "gemma3" else ("silu", "swish")
     refused = {
         "quantization_config": config.get("quantization_config") is not None,
         "mlp_bias": bool(config.get("mlp_bias")),
         "rope_interleaved": bool(config.get("rope_interleaved")),
         "partial_rotary_factor": options.get("partial_rotary_factor", 1.0) not in (None, 1.0),
-        "hidden_act": config.get("hidden_act", "silu") not in ("silu", "swish"),
-        "attention_bias": bool(config.get("attention_bias")) and family in ("mistral", "qwen2"),
+        "hidden_act": config.get("hidden_act", activations[0]) not in activations,
+        "hidden_activation": config.get("hidden_activation") not in (None, *activations),
+        "attention_bias": bool(config.get("attention_bias"))
+        and family in ("mistral", "qwen2", "gemma3"),
+        **{name: config.get(name) is not None for name in _SOFTCAPS},
+        "use_bidirectional_attention": bool(config.get("use_bidirectional_attention")),
         **{name: bool(config.get(name)) for name in _EXPERTS},
     }
     for name, is_refused in refused.items():
@@ -270,8 +321,10 @@ def _from_hf(
     heads = int(config["num_attention_heads"])
     hidden = int(config["hidden_size"])
     options = rope.options_of(config)
-    scaling = rope.scaling_from_hf(options, int(config["max_position_embeddings"]))
+    positions = int(config["max_position_embeddings"])
+    scaling = rope.scaling_from_hf(options, positions)
     has_bias = bool(config.get("attention_bias", False))
+    gemma = family == "gemma3"
     return cls(
         family=family,
         layers=int(config["num_hidden_layers"]),
@@ -281,16 +334,18 @@ def _from_hf(
         head_dim=int(config.get("head_dim") or hidden // heads),
         ffn=int(config["intermediate_size"]),
         vocab=int(config["vocab_size"]),
-        rope_theta=float(options.get("rope_theta", 10_000.0)),
+        rope_theta=float(options.get("rope_theta", 1_000_000.0 if gemma else 10_000.0)),
         rms_eps=float(config["rms_norm_eps"]),
-        max_positions=rope.stretched_positions(scaling, int(config["max_position_embeddings"])),
-        tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+        max_positions=positions if gemma else rope.stretched_positions(scaling, positions),
+        tie_embeddings=bool(config.get("tie_word_embeddings", gemma)),
         qkv_bias=has_bias or family == "qwen2",
         o_bias=has_bias,
-        qk_norm=family == "qwen3",
+        qk_norm=family in ("qwen3", "gemma3"),
         rope_scaling=scaling,
         mrope=_mrope_of(options, config),
-        sliding_window=_window_of(family, config),
+        windows=_windows_of(family, config),
+        local_theta=rope.local_theta_of(config) if gemma else None,
+        query_scalar=int(config["query_pre_attn_scalar"]) if gemma else None,
         eos_token_ids=token_ids(config.get("eos_token_id"), generation.get("eos_token_id")),
         bos_token_id=next(iter(token_ids(config.get("bos_token_id"))), None),
     )
@@ -305,10 +360,26 @@ def _mrope_of(options: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[in
     return sections
 
 
-def _window_of(family: str, config: Mapping[str, Any]) -> int | None:
-    window = config.get("sliding_window")
-    is_used = family == "mistral" or (family != "llama" and bool(config.get("use_sliding_window")))
-    return int(window) if window and is_used else None
+def _windows_of(family: str, config: Mapping[str, Any]) -> tuple[int, ...]:
+    layers = range(int(config["num_hidden_layers"]))
+    window = int(config.get("sliding_window") or 0)
+    types = config.get("layer_types")
+    if family == "llama" or (family.startswith("qwen") and not config.get("use_sliding_window")):
+        has_window = [False for _ in layers]
+    elif types is not None:
+        has_window = [kind == "sliding_attention" for kind in types]
+    elif family == "gemma3":
+        pattern = config.get("sliding_window_pattern") or config.get("_sliding_window_pattern")
+        has_window = [(i + 1) % int(pattern or _GEMMA_PATTERN) > 0 for i in layers]
+    else:
+        first = int(config.get("max_window_layers") or 0) if family != "mistral" else 0
+        has_window = [i >= first for i in layers]
+    return _windows(window * has for has in has_window)
+
+
+def _windows(each: Iterable[int]) -> tuple[int, ...]:
+    windows = tuple(each)
+    return windows if any(windows) else ()
 
 
 def token_ids(*values: Any) -> tuple[int, ...]:
@@ -335,9 +406,12 @@ def _from_gguf(
     tokens = metadata["tokenizer.ggml.tokens"]
     ends = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
     ends += [id_ for id_, token in enumerate(tokens) if token in _ENDS]
+    gemma = family == "gemma3"
+    layers = int(metadata[own + "block_count"])
+    window = int(metadata.get(own + "attention.sliding_window") or 0)
     return cls(
         family=family,
-        layers=int(metadata[own + "block_count"]),
+        layers=layers,
         hidden=hidden,
         heads=heads,
         kv_heads=int(metadata.get(own + "attention.head_count_kv", heads)),
@@ -346,13 +420,18 @@ def _from_gguf(
         vocab=len(tokens),
         rope_theta=float(metadata.get(own + "rope.freq_base", 10_000.0)),
         rms_eps=round(epsilon, 12),  # stored as float32
-        max_positions=rope.stretched_positions(scaling, trained),
+        max_positions=trained if gemma else rope.stretched_positions(scaling, trained),
         tie_embeddings="output.weight" not in tensor_names,
         qkv_bias="blk.0.attn_q.bias" in tensor_names,
         o_bias="blk.0.attn_output.bias" in tensor_names,
         qk_norm="blk.0.attn_q_norm.weight" in tensor_names,
         rope_scaling=scaling,
-        sliding_window=metadata.get(own + "attention.sliding_window"),
+        windows=_windows(
+            window * (not gemma or (i + 1) % _GEMMA_PATTERN > 0) for i in range(layers)
+        ),
+        local_theta=float(metadata.get(own + "rope.freq_base_swa", 10_000.0)) if gemma else None,
+        # of all sizes the one of 62 layers alone does not divide by the heads' own width
+        query_scalar=(hidden // heads if layers == 62 else head_dim) if gemma else None,
         eos_token_ids=token_ids(*ends),
         bos_token_id=next(iter(token_ids(metadata.get("tokenizer.ggml.bos_token_id"))), None),
     )

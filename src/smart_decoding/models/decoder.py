@@ -33,6 +33,7 @@ from smart_decoding.models.layers import (
     NativeLayers,
     converted,
     layer_weights,
+    norm_weight,
 )
 from smart_decoding.models.native_model import NativeModel
 from smart_decoding.models.panels import KeptPanels, kept_panels
@@ -48,10 +49,17 @@ if TYPE_CHECKING:
 def rotary_table(
     config: ModelConfig, positions: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin for every position: [positions, head_dim / 2] float32 each."""
+    """cos and sin for every position: [positions, angles] float32 each; of layers with a window
+    behind those of others, where they differ."""
     inverse, factor = config.inverse_frequencies()
+    local = config.local_frequencies()
+    factors = np.full(len(inverse), factor)
+    if local is not None:
+        inverse = np.concatenate((inverse, local))
+        factors = np.concatenate((factors, np.ones(len(local))))
     angles = torch.arange(positions).float()[:, None] * torch.from_numpy(inverse).float()
-    return (angles.cos() * factor).to(device), (angles.sin() * factor).to(device)
+    by = torch.from_numpy(factors).float()
+    return (angles.cos() * by).to(device), (angles.sin() * by).to(device)
 
 
 def put(x: Tensor, mm_embeds: MultimodalEmbeddings) -> None:
@@ -88,7 +96,9 @@ class Decoder:
         self.native = use_native(config, device) if native is None else native
         self.work_dtype = torch.float32 if self.native else dtype
         self.graphs = graphs
-        self.final_norm = as_tensor(self._get(weights, "model.norm.weight"))
+        self.final_norm = norm_weight(config, weights, "model.norm.weight", dtype).to(device)
+        # as embeddings are multiplied: in their dtype
+        self._scale = float(torch.tensor(config.hidden**0.5 if config.gemma else 1.0, dtype=dtype))
         self.head: Linear | PackedWeight
         self.embedding: Tensor | PackedWeight
         self.rotary = rotary_table(config, positions, device)
@@ -108,10 +118,14 @@ class Decoder:
 
     def _each_layer(self, weights: Mapping[str, Matrix]) -> Iterator[LayerWeights]:
         """One layer's weights at a time."""
-        count = self.config.layers
-        for i in tqdm(range(count), "loading", unit="layer", disable=self.quiet, leave=False):
+        windows = self.config.windows or (0,) * self.config.layers
+        for i, window in enumerate(
+            tqdm(windows, "loading", unit="layer", disable=self.quiet, leave=False)
+        ):
             prefix = f"model.layers.{i}."
-            yield layer_weights(self.config, weights, prefix, self.dtype, self.device)
+            yield layer_weights(
+                self.config, weights, prefix, self.dtype, self.device, window=window
+            )
 
     def _load(self, weights: Mapping[str, Matrix]) -> None:
         """Brings the weights to the device, as torch reads them."""
@@ -142,7 +156,9 @@ class Decoder:
             self.embedding = pack([embedding], arena)
         else:  # a table
             self.embedding = embedding
-        return NativeModel(layers, self.embedding, packed, self.final_norm, self.kv, self.rotary)
+        return NativeModel(
+            layers, self.embedding, packed, self.final_norm, self.kv, self.rotary, self._scale
+        )
 
     def keep_panels(self) -> None:
         """Keeps packed quants for later starts, where that is done and they are not kept yet."""
@@ -163,7 +179,7 @@ class Decoder:
         return self.native and bool(self._arena.strips)
 
     def embed(self, token: Tensor) -> Tensor:
-        """Token embeddings [n, hidden], on torch."""
+        """Token embeddings [n, hidden] as they are stored, on torch."""
         assert isinstance(self.embedding, Tensor)  # the kernels look up by themselves
         return self.embedding[token]
 
@@ -178,7 +194,7 @@ class Decoder:
             return self.model.forward(
                 native, rows.token, rows.mm_embeds, rows.logit_rows, aux_layers
             )
-        x = self.embed(context.on_device.token)
+        x = self.embed(context.on_device.token) * self._scale
         put(x, rows.mm_embeds)
         if aux_layers:
             width = len(aux_layers) * self.config.hidden
@@ -195,7 +211,7 @@ class Decoder:
         i."""
         if rows.rotary is None:
             return Context(rows, *self.rotary, aux_layers=aux_layers)
-        at = upload(rows.rotary, self.device)[:, self._axis]  # [rows, head_dim / 2]
+        at = upload(rows.rotary, self.device)[:, self._axis]  # [rows, angles]
         cosine, sine = (table.gather(0, at) for table in self.rotary)
         own = replace(rows, position=np.arange(len(rows)))
         return Context(own, cosine, sine, aux_layers=aux_layers)

@@ -35,7 +35,7 @@ from smart_decoding.models.hub import (
     write_record,
 )
 from smart_decoding.models.tokenizer import Tokenizer
-from smart_decoding.models.weight_files import Weights
+from smart_decoding.models.weight_files import Weights, as_published
 from smart_decoding.progress import long_step
 
 if TYPE_CHECKING:
@@ -58,6 +58,11 @@ _NAMES = {
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
+}
+_GEMMA_NAMES = {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
 }
 _TOP_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -165,7 +170,7 @@ def _convert(
     config = ModelConfig.from_gguf(metadata, tensors.keys(), factors)
     check(config)
     shapes = {
-        hf_name(name): tuple(int(n) for n in reversed(tensor.shape))
+        hf_name(name, config.family): tuple(int(n) for n in reversed(tensor.shape))
         for name, tensor in tensors.items()
     }
     config.check_tensors(shapes, source.path.name)
@@ -179,7 +184,8 @@ def _convert(
             progress(1.0)
         else:
             record["source_sha256"] = source.sha256 or sha256_of(source.path)
-            _write_weights(StoredWeights(source.path, index), part, record, progress)
+            weights = as_published(config, StoredWeights(source.path, index))
+            _write_weights(weights, part, record, progress)
         tokenizer.save(part)
         (part / "config.json").write_text(json.dumps(config.to_hf(), indent=1))
         write_record(part, record)
@@ -211,7 +217,7 @@ def _index(
     """What StoredWeights must know of each tensor. part: the number of its file; heads: whose rows
     are reordered, or None."""
     return {
-        hf_name(name): {
+        hf_name(name, config.family): {
             "tensor": name,
             "part": parts[name],
             "type": tensor.tensor_type.name,
@@ -233,7 +239,7 @@ def _split_heads(config: ModelConfig, name: str) -> int | None:
 
 
 def _write_weights(
-    weights: StoredWeights,
+    weights: Mapping[str, Matrix],
     folder: Path,
     record: dict[str, str],
     progress: Callable[[float], object],
@@ -273,11 +279,12 @@ def half_split(weight: MatrixT, heads: int) -> MatrixT:
     return weight[rows]
 
 
-def hf_name(name: str) -> str:
+def hf_name(name: str, family: str) -> str:
     """The Hugging Face name of a GGUF tensor; ModelError for one that no supported model has."""
+    names = _NAMES | _GEMMA_NAMES if family == "gemma3" else _NAMES
     match = _BLOCK.fullmatch(name)
-    if match and match[2] in _NAMES:
-        return f"model.layers.{match[1]}.{_NAMES[match[2]]}.{match[3]}"
+    if match and match[2] in names:
+        return f"model.layers.{match[1]}.{names[match[2]]}.{match[3]}"
     if name not in _TOP_NAMES:
         raise ModelError(f"the GGUF tensor {name} belongs to no supported architecture")
     return _TOP_NAMES[name]

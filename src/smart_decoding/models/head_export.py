@@ -222,7 +222,7 @@ def output_rows(checkpoint: Checkpoint) -> Tensor:
 
 
 def _layer_config(shape: ModelConfig) -> dict[str, Any]:
-    plain = replace(shape, family="llama", tie_embeddings=False, sliding_window=None)
+    plain = replace(shape, family="llama", tie_embeddings=False, windows=())
     return {**plain.to_hf(), "attention_bias": shape.qkv_bias or shape.o_bias}
 
 

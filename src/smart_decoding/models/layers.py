@@ -38,7 +38,9 @@ class LayerWeights:
     """One Llama-style layer under its usual names. Matrices are [out, in]; qkv: q, k and v.
 
     `input` is the width that q, k and v read: `hidden`, or twice that in an EAGLE-3 head, which
-    then has no input_norm.
+    then has no input_norm. attention_norm, ffn_norm: of what both add to x. window: how many
+    positions a row sees, 0: all. angle: the first of its own among a position's rotary angles.
+    gelu: its gates go through GELU (by tanh) in place of SiLU.
     """
 
     heads: int
@@ -56,6 +58,11 @@ class LayerWeights:
     output_bias: Tensor | None = None
     q_norm: Tensor | None = None
     k_norm: Tensor | None = None
+    attention_norm: Tensor | None = None
+    ffn_norm: Tensor | None = None
+    window: int = 0
+    angle: int = 0
+    gelu: bool = False
 
     @property
     def hidden(self) -> int:
@@ -133,8 +140,8 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
 @dataclass
 class Context:
-    """What the layers of one forward share: rows, the rotary tables [positions, head_dim / 2], and
-    what either form makes of them.
+    """What the layers of one forward share: rows, the rotary tables [positions, angles], and what
+    either form makes of them. angles: head_dim / 2 for each kind of layer that rotates by its own.
 
     inputs: what q, k and v of the first layer read, [rows, width], if not its normed x. aux_hidden
     [rows, aux_layers * hidden] receives x as it is after as many layers as `aux_layers` says."""
@@ -158,7 +165,7 @@ class Context:
 
     @cached_property
     def rotation(self) -> tuple[Tensor, Tensor]:
-        """cos and sin of each row: [rows, head_dim / 2]."""
+        """cos and sin of each row: [rows, angles]."""
         position = self.on_device.position
         return self.cosine[position], self.sine[position]
 
@@ -189,7 +196,10 @@ class NativeLayers:
     def _struct(self, w: LayerWeights, arena: Arena) -> Structure:
         vectors = [
             None if vector is None else vector.float().contiguous()
-            for vector in (w.input_norm, w.q_norm, w.k_norm, w.qkv_bias, w.output_bias, w.post_norm)
+            for vector in (
+                *(w.input_norm, w.q_norm, w.k_norm, w.qkv_bias, w.output_bias, w.post_norm),
+                *(w.attention_norm, w.ffn_norm),
+            )
         ]
         gate_up = pack([w.gate, w.up], arena, interleaved(len(w.gate)))
         matrices = [pack(w.qkv, arena), pack([w.output], arena), gate_up, pack([w.down], arena)]
@@ -201,7 +211,7 @@ class NativeLayers:
             w.kv_heads,
             w.head_dim,
             len(w.gate),
-            arena.hint,
+            *(arena.hint, w.window, w.angle, w.gelu),
             w.eps,
             *(pointer(v) for v in vectors),
             *(matrix.struct for matrix in matrices),
@@ -222,11 +232,12 @@ def layer_weights(
     dtype: torch.dtype,
     device: torch.device,
     input_norm: bool = True,
+    window: int = 0,
 ) -> LayerWeights:
     """Collects one layer's tensors from a checkpoint in Hugging Face's names.
 
     input_norm: whether the layer has a norm of its own at its input; the first one of a head has
-    none."""
+    none. window: how many positions it sees, 0: all."""
 
     def matrix(name: str) -> Matrix:
         return converted(weights[prefix + name], dtype, device)
@@ -234,7 +245,15 @@ def layer_weights(
     def get(name: str) -> Tensor:
         return as_tensor(weights[prefix + name]).to(device, dtype)
 
+    def norm(name: str, there: bool = True, factor: float = 1.0) -> Tensor | None:
+        weight = norm_weight(config, weights, f"{prefix}{name}.weight", dtype) if there else None
+        return None if weight is None else (factor * weight).to(device)
+
     qkv = [f"self_attn.{name}_proj" for name in "qkv"]
+    before, after = "pre_feedforward_layernorm", "post_attention_layernorm"
+    post_norm = norm(before if config.gemma else after)
+    assert post_norm is not None
+    scale = (config.head_dim / (config.query_scalar or config.head_dim)) ** 0.5
     return LayerWeights(
         heads=config.heads,
         kv_heads=config.kv_heads,
@@ -245,10 +264,23 @@ def layer_weights(
         gate=matrix("mlp.gate_proj.weight"),
         up=matrix("mlp.up_proj.weight"),
         down=matrix("mlp.down_proj.weight"),
-        input_norm=get("input_layernorm.weight") if input_norm else None,
-        post_norm=get("post_attention_layernorm.weight"),
+        input_norm=norm("input_layernorm", input_norm),
+        post_norm=post_norm,
         qkv_bias=torch.cat([get(f"{name}.bias") for name in qkv]) if config.qkv_bias else None,
         output_bias=get("self_attn.o_proj.bias") if config.o_bias else None,
-        q_norm=get("self_attn.q_norm.weight") if config.qk_norm else None,
-        k_norm=get("self_attn.k_norm.weight") if config.qk_norm else None,
+        q_norm=norm("self_attn.q_norm", config.qk_norm, scale),
+        k_norm=norm("self_attn.k_norm", config.qk_norm),
+        attention_norm=norm(after, config.gemma),
+        ffn_norm=norm("post_feedforward_layernorm", config.gemma),
+        window=window,
+        angle=config.head_dim // 2 if window and config.local_theta else 0,
+        gelu=config.gemma,
     )
+
+
+def norm_weight(
+    config: ModelConfig, weights: Mapping[str, Matrix], name: str, dtype: torch.dtype
+) -> Tensor:
+    """A norm's weight: in the dtype of all weights, but Gemma's, which have more digits, in
+    float32."""
+    return as_tensor(weights[name]).to(torch.float32 if config.gemma else dtype)

@@ -25,7 +25,7 @@ from smart_decoding.models.head_files import is_head
 from smart_decoding.models.registry import Source, resolve
 from smart_decoding.models.rounding import RoundedWeights
 from smart_decoding.models.vision import RenamedWeights, VisionFiles
-from smart_decoding.models.weight_files import Weights, open_weights
+from smart_decoding.models.weight_files import Weights, as_computed, open_weights
 
 log = logging.getLogger("smart.models")
 
@@ -77,9 +77,9 @@ def load_checkpoint(
     if is_file and stored:
         weights = _stored_weights(source.path, folder)
     elif scheme is None:
-        weights = open_weights(folder, trust_pickle)
+        weights = as_computed(config, open_weights(folder, trust_pickle))
     else:
-        plain = open_weights(folder, trust_pickle)
+        plain = as_computed(config, open_weights(folder, trust_pickle))
         weights = GroupedWeights(plain, scheme, config.expected_shapes(), stored)
     config.check_tensors(weights.shapes, source.path.name if is_file else folder.name)
     provenance = _provenance(source, weights.dtypes["model.embed_tokens.weight"])

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 
 class NativeModel:
-    """layers: of a model; embedding: packed, or as a table; final_norm: before the output matrix.
+    """layers: of a model; embedding: packed, or as a table; final_norm: before the output matrix;
+    scale: what embeddings are multiplied with.
 
     What stays as it is from round to round is laid out once: between two forwards caches are cold,
     and a dozen Python calls take as long as three rows."""
@@ -38,10 +39,12 @@ class NativeModel:
         final_norm: Tensor,
         kv: KVCache,
         rotary: tuple[Tensor, Tensor],
+        scale: float = 1.0,
     ) -> None:
         norm = final_norm.float().contiguous()
         self._keep = (layers, norm, embedding, output, kv, rotary)
         self.struct = _model(layers, embedding, output, norm, kv)
+        self.struct.embedding_scale = scale
         first = layers.structs[0]
         self._hidden = first.hidden
         self._vocab = output.n
@@ -55,6 +58,7 @@ class NativeModel:
             head_dim=first.head_dim,
             cosine=rotary[0].data_ptr(),
             sine=rotary[1].data_ptr(),
+            angles=rotary[0].shape[1],
             seconds=address(self._seconds),
         )
 

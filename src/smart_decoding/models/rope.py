@@ -60,7 +60,16 @@ def options_of(config: Mapping[str, Any]) -> dict[str, Any]:
         for name in ("rope_theta", "partial_rotary_factor")
         if config.get(name) is not None
     }
-    return {**top, **(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    given = config.get("rope_parameters") or {}
+    given = given.get("full_attention", given)
+    return {**top, **(config.get("rope_scaling") or {}), **given}
+
+
+def local_theta_of(config: Mapping[str, Any]) -> float:
+    """RoPE's base in Gemma's layers with a window, which have no scaling."""
+    given = (config.get("rope_parameters") or {}).get("sliding_attention") or {}
+    theta = given.get("rope_theta") or config.get("rope_local_base_freq")
+    return float(theta or 10_000.0)
 
 
 def scaling_from_hf(options: Mapping[str, Any], max_positions: int) -> RopeScaling | None:

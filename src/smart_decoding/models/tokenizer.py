@@ -3,7 +3,7 @@ streaming.
 
 A tokenizer comes from a folder (tokenizer.json, tokenizer_config.json, chat_template.jinja), or
 from the metadata of a GGUF file, which names the kind of byte-pair encoding and lists its tokens
-and merges.
+and merges, or SentencePiece's scores in their place.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ _LONGEST = 1 << 28  # bytes that encoding may take at worst
 _PROBE = "A text, 12 of them.\n"  # some tokenizers load, and can encode nothing
 _SPECIALS = ("bos_token", "eos_token", "unk_token", "pad_token")
 # GGUF token types
+_NORMAL = 1
 _CONTROL = 3
 _USER_DEFINED = 4
 _UNUSED = 5
@@ -108,8 +109,8 @@ class Tokenizer:
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any]) -> Tokenizer:
-        """From GGUF metadata: byte-level BPE of the kinds smollm, llama-bpe and qwen2; ModelError
-        for any other."""
+        """From GGUF metadata: SentencePiece's BPE, or byte-level BPE of the kinds smollm, llama-bpe
+        and qwen2; ModelError for any other."""
         tokens = metadata["tokenizer.ggml.tokens"]
         keys = (f"tokenizer.ggml.{name}_token_id" for name in ("bos", "eos", "unknown", "padding"))
         ids = zip(_SPECIALS, map(metadata.get, keys), strict=True)
@@ -299,16 +300,33 @@ def _through_transformers(folder: Path) -> tokenizers.Tokenizer:
 def _gguf_backend(metadata: Mapping[str, Any], specials: Mapping[str, str]) -> tokenizers.Tokenizer:
     kind = metadata.get("tokenizer.ggml.model")
     pre = metadata.get("tokenizer.ggml.pre", "default")
-    if kind != "gpt2" or pre not in _PRE_TOKENIZERS:
-        known = ", ".join(_PRE_TOKENIZERS)
-        raise ModelError(
-            f"GGUF tokenizer {kind!r} with pre-tokenizer {pre!r} is not supported "
-            f"(gpt2 with {known} is)"
-        )
-    family = _PRE_TOKENIZERS[pre]
     tokens = metadata["tokenizer.ggml.tokens"]
     types = metadata["tokenizer.ggml.token_type"]
     vocab = {token: id_ for id_, token in enumerate(tokens) if types[id_] != _UNUSED}
+    if kind == "llama":
+        backend = _sentencepiece(metadata, vocab, specials.get("unk_token"))
+    elif kind == "gpt2" and pre in _PRE_TOKENIZERS:
+        backend = _byte_level(metadata, vocab, _PRE_TOKENIZERS[pre])
+    else:
+        known = ", ".join(_PRE_TOKENIZERS)
+        raise ModelError(
+            f"GGUF tokenizer {kind!r} with pre-tokenizer {pre!r} is not supported "
+            f"(llama, and gpt2 with {known} are)"
+        )
+    for type_, is_special in ((_CONTROL, True), (_USER_DEFINED, False)):
+        added = [token for token, its_type in zip(tokens, types, strict=True) if its_type == type_]
+        backend.add_tokens(
+            [AddedToken(token, special=is_special, normalized=False) for token in added]
+        )
+    begins = kind == "llama" or _PRE_TOKENIZERS[pre] == "llama3"
+    if metadata.get("tokenizer.ggml.add_bos_token", begins) and "bos_token" in specials:
+        _begin_with(backend, specials["bos_token"])
+    return backend
+
+
+def _byte_level(
+    metadata: Mapping[str, Any], vocab: dict[str, int], family: str
+) -> tokenizers.Tokenizer:
     merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
     backend = tokenizers.Tokenizer(
         models.BPE(vocab=vocab, merges=merges, ignore_merges=family == "llama3")
@@ -317,14 +335,41 @@ def _gguf_backend(metadata: Mapping[str, Any], specials: Mapping[str, str]) -> t
     backend.decoder = decoders.ByteLevel()
     if family == "qwen2":
         backend.normalizer = normalizers.NFC()
-    for type_, is_special in ((_CONTROL, True), (_USER_DEFINED, False)):
-        added = [token for token, its_type in zip(tokens, types, strict=True) if its_type == type_]
-        backend.add_tokens(
-            [AddedToken(token, special=is_special, normalized=False) for token in added]
-        )
-    if metadata.get("tokenizer.ggml.add_bos_token", family == "llama3") and "bos_token" in specials:
-        _begin_with(backend, specials["bos_token"])
     return backend
+
+
+def _sentencepiece(
+    metadata: Mapping[str, Any], vocab: dict[str, int], unknown: str | None
+) -> tokenizers.Tokenizer:
+    """Blanks are written as U+2581, one more before a text unless the file says otherwise; bytes of
+    what has no piece have tokens of their own."""
+    types, scores = (metadata[f"tokenizer.ggml.{name}"] for name in ("token_type", "scores"))
+    pieces = {token: id_ for token, id_ in vocab.items() if types[id_] in (_NORMAL, _USER_DEFINED)}
+    merges = _merges_of(pieces, scores)
+    backend = tokenizers.Tokenizer(
+        models.BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    )
+    blank = "\u2581"
+    normal: list[normalizers.Normalizer] = [normalizers.Replace(" ", blank)]
+    plain = [decoders.Replace(blank, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if metadata.get("tokenizer.ggml.add_space_prefix", True):
+        normal.insert(0, normalizers.Prepend(blank))
+        plain.append(decoders.Strip(" ", 1, 0))
+    backend.normalizer = normalizers.Sequence(normal)
+    backend.decoder = decoders.Sequence(plain)
+    return backend
+
+
+def _merges_of(pieces: Mapping[str, int], scores: Sequence[float]) -> list[tuple[str, str]]:
+    """All pairs of pieces that make another one; those of the best piece first."""
+    found = []
+    for piece, id_ in pieces.items():
+        pairs = ((piece[:at], piece[at:]) for at in range(1, len(piece)))
+        known = [(left, right) for left, right in pairs if left in pieces and right in pieces]
+        known.sort(key=lambda pair: (pieces[pair[0]], pieces[pair[1]]))
+        found += [(-scores[id_], pair) for pair in known]
+    found.sort(key=lambda each: each[0])
+    return [pair for _, pair in found]
 
 
 def _begin_with(backend: tokenizers.Tokenizer, bos: str) -> None:

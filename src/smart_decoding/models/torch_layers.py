@@ -43,7 +43,7 @@ class TorchLayers:
 
 
 class TorchLayer:
-    """One layer: four matrix products, two norms, and what `ops` do between them."""
+    """One layer: four matrix products, its norms, and what `ops` do between them."""
 
     def __init__(self, w: LayerWeights, ops: Ops) -> None:
         self._ops = ops
@@ -63,11 +63,28 @@ class TorchLayer:
         w = self.weights
         normed = inputs if inputs is not None else rms_norm(x, w.input_norm, w.eps)
         q = self._ops.write(F.linear(normed, self._qkv, w.qkv_bias), w, context, keys, values)
-        x.addmm_(self._ops.attend(q, context, keys, values), self._output)
-        if w.output_bias is not None:
-            x += w.output_bias
+        attended = self._ops.attend(q, context, keys, values, w.window)
+        _add(x, attended, self._output, w.output_bias, w.attention_norm, w.eps)
         gate_up = F.linear(rms_norm(x, w.post_norm, w.eps), self._gate_up)
-        x.addmm_(self._ops.gate(gate_up), self._down)
+        _add(x, self._ops.gate(gate_up, w.gelu), self._down, None, w.ffn_norm, w.eps)
+
+
+def _add(
+    x: Tensor,
+    inputs: Tensor,
+    matrix: Tensor,
+    bias: Tensor | None,
+    norm: Tensor | None,
+    eps: float,
+) -> None:
+    """x += inputs @ matrix + bias, or what a norm makes of that."""
+    if norm is not None:
+        added = inputs @ matrix if bias is None else torch.addmm(bias, inputs, matrix)
+        x += rms_norm(added, norm, eps)
+        return
+    x.addmm_(inputs, matrix)
+    if bias is not None:
+        x += bias
 
 
 Slots: TypeAlias = tuple[Tensor, Tensor]  # pages, and offsets in them
@@ -77,7 +94,10 @@ class GroupedRows:
     """The rows of a forward as `TorchOps` read them.
 
     own: [rows] where each row's key goes. groups: of each group its rows, the slots [k] that it
-    reads, and which of them each row reads [rows, k]."""
+    reads, and how many positions each of them lies behind each row's own [rows, k]; NOTHING where
+    the row does not read it."""
+
+    NOTHING = torch.iinfo(torch.int64).max
 
     def __init__(self, rows: Rows, device: torch.device) -> None:
         def slots(of: Ints) -> Slots:
@@ -87,15 +107,17 @@ class GroupedRows:
         self.own = slots(rows.slot_mapping)
         self.groups: list[tuple[slice, Slots, Tensor]] = []
         for g, (first, last) in enumerate(itertools.pairwise(rows.query_start_loc.tolist())):
-            context = rows.context_len[first:last, None]
+            context = rows.context_len[first:last, None].astype(np.int64)
             at = np.arange(context.max())
             pages = rows.pages[rows.block_table_start[g] + at // PAGE]
-            begin = rows.ancestors_start[first : last + 1]
-            of_row = np.repeat(np.arange(first, last), np.diff(begin))
-            own = of_row == np.arange(first, last)[:, None]
-            read = np.concatenate((pages * PAGE + at % PAGE, rows.ancestors[begin[0] : begin[-1]]))
-            mask = torch.from_numpy(np.concatenate((at < context, own), axis=1)).to(device)
-            self.groups.append((slice(first, last), slots(read), mask))
+            starts = rows.ancestors_start[first : last + 1].astype(np.int64)
+            begin, end = starts[:-1, None], starts[1:, None]
+            nodes = np.arange(starts[0], starts[-1])
+            read = np.concatenate((pages * PAGE + at % PAGE, rows.ancestors[nodes]))
+            of_context = np.where(at < context, context + end - begin - 1 - at, self.NOTHING)
+            own = np.where((nodes >= begin) & (nodes < end), end - 1 - nodes, self.NOTHING)
+            behind = torch.from_numpy(np.concatenate((of_context, own), axis=1)).to(device)
+            self.groups.append((slice(first, last), slots(read), behind))
 
 
 class TorchOps:
@@ -108,17 +130,22 @@ class TorchOps:
         normed and rotated. Keys, treated alike, and values go to the cache."""
         each = qkv.view(len(qkv), -1, w.head_dim)
         q, k, v = torch.split(each, [w.heads, w.kv_heads, w.kv_heads], dim=1)
-        q = rotate(rms_norm(q, w.q_norm, w.eps), *context.rotation)
-        k = rotate(rms_norm(k, w.k_norm, w.eps), *context.rotation)
+        cosine, sine = (each[:, w.angle : w.angle + w.head_dim // 2] for each in context.rotation)
+        q = rotate(rms_norm(q, w.q_norm, w.eps), cosine, sine)
+        k = rotate(rms_norm(k, w.k_norm, w.eps), cosine, sine)
         page, offset = context.grouped.own
         for cache, new in ((keys, k), (values, v)):
             cache[:, page, offset] = new.transpose(0, 1).to(cache.dtype)
         return q
 
-    def attend(self, q: Tensor, context: Context, keys: Tensor, values: Tensor) -> Tensor:
-        """What each row attends to, its own key and value included: [rows, heads * head_dim]."""
+    def attend(
+        self, q: Tensor, context: Context, keys: Tensor, values: Tensor, window: int = 0
+    ) -> Tensor:
+        """What each row attends to, its own key and value included: [rows, heads * head_dim].
+        window: how many positions it sees, 0: all."""
         parts = []
-        for rows, (page, offset), mask in context.grouped.groups:
+        for rows, (page, offset), behind in context.grouped.groups:
+            mask = behind < (window or GroupedRows.NOTHING)
             k, v = (cache[:, page, offset].to(q.dtype) for cache in (keys, values))
             parts.append(
                 F.scaled_dot_product_attention(
@@ -127,10 +154,10 @@ class TorchOps:
             )
         return torch.cat(parts).flatten(1)
 
-    def gate(self, gate_up: Tensor) -> Tensor:
-        """silu(gate) * up of [rows, 2 * ffn]: [rows, ffn]."""
+    def gate(self, gate_up: Tensor, gelu: bool = False) -> Tensor:
+        """silu(gate) * up, or with GELU, of [rows, 2 * ffn]: [rows, ffn]."""
         gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate) * up
+        return (F.gelu(gate, approximate="tanh") if gelu else F.silu(gate)) * up
 
 
 def ops_for(device: torch.device) -> Ops:
@@ -148,7 +175,10 @@ def ops_for(device: torch.device) -> Ops:
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """x / rms(x) * weight over the last dimension, computed in float32."""
-    return x if weight is None else F.rms_norm(x, weight.shape, weight, eps)
+    if weight is None:
+        return x
+    wide = torch.promote_types(x.dtype, weight.dtype)
+    return F.rms_norm(x.to(wide), weight.shape, weight.to(wide), eps).to(x.dtype)
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ def _target(queries, keys, values, row, slot, plane, heads, kv_heads, width):
     return target
 
 
-@triton.jit(do_not_specialize_on_alignment=["meta"])
+@triton.jit(do_not_specialize=["angles", "angle"], do_not_specialize_on_alignment=["meta"])
 def write(
     qkv,
     queries,
@@ -38,6 +38,8 @@ def write(
     k_norm,
     eps,
     plane,
+    angles,
+    angle,
     heads: tl.constexpr,
     kv_heads: tl.constexpr,
     half: tl.constexpr,
@@ -56,8 +58,8 @@ def write(
             weight = (q_norm if head < heads else k_norm) + i
             a *= inverse * tl.load(weight, mask=inside, other=0.0).to(tl.float32)
             b *= inverse * tl.load(weight + half, mask=inside, other=0.0).to(tl.float32)
-        c = tl.load(cosine + row * half + i, mask=inside)
-        s = tl.load(sine + row * half + i, mask=inside)
+        c = tl.load(cosine + row * angles + angle + i, mask=inside)
+        s = tl.load(sine + row * angles + angle + i, mask=inside)
         a, b = a * c - b * s, b * c + a * s
     slot = tl.load(meta + row).to(tl.int64)
     to = _target(queries, keys, values, row, slot, plane, heads, kv_heads, 2 * half) + i
@@ -76,9 +78,9 @@ def _rescaled(best, total, acc, scores):
 
 
 @triton.jit
-def _over_context(q, keys, values, table, context, start, end, scale, width: tl.constexpr):
+def _over_context(q, keys, values, table, seen, context, start, end, scale, width: tl.constexpr):
     """Maxima, sums and outputs of rows over the positions start .. end - 1, of which each row reads
-    those below its own `context`."""
+    those from its own `seen` to below its `context`."""
     best = tl.full([q.shape[0]], NONE, tl.float32)
     total = tl.zeros([q.shape[0]], tl.float32)
     acc = tl.zeros(q.shape, tl.float32)
@@ -90,7 +92,8 @@ def _over_context(q, keys, values, table, context, start, end, scale, width: tl.
         readable = (n < end)[:, None] & (d < width)  # other memory may hold NaN
         k = tl.load(keys + at, mask=readable, other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        scores = tl.where((n < context[:, None]) & (n < end), scores, NONE)
+        reads = (n >= seen[:, None]) & (n < context[:, None])
+        scores = tl.where(reads & (n < end), scores, NONE)
         best, safe, total, acc = _rescaled(best, total, acc, tl.max(scores, 1))
         p = tl.exp2(scores - safe[:, None])
         v = tl.load(values + at, mask=readable, other=0.0)
@@ -100,22 +103,27 @@ def _over_context(q, keys, values, table, context, start, end, scale, width: tl.
 
 
 @triton.jit
-def _over_both(q, keys, values, meta, row, live, size, table, scale, width: tl.constexpr):
-    """The same over one part of the context, and with the last part over each row's ancestors."""
+def _over_both(q, keys, values, meta, row, live, size, table, scale, window, width: tl.constexpr):
+    """The same over one part of the context, and with the last part over each row's ancestors.
+    window: how many of all those a row sees, 0: all."""
     split = tl.program_id(2)
     splits = tl.num_programs(2)
     context = tl.load(meta + size + row, mask=live, other=0)
+    begin = tl.load(meta + 2 * size + row, mask=live, other=0)
+    count = tl.load(meta + 3 * size + row, mask=live, other=0) - begin
+    seen = tl.where(live & (window > 0), context + count - window, 0)
     longest = tl.max(context)
-    part = tl.cdiv(tl.cdiv(longest, KEYS), splits) * KEYS
-    start = split * part
+    first = tl.maximum(tl.min(tl.where(live, seen, longest)), 0) // KEYS * KEYS
+    part = tl.cdiv(tl.cdiv(longest - first, KEYS), splits) * KEYS
+    start = first + split * part
     end = tl.minimum(start + part, longest)
-    best, total, acc = _over_context(q, keys, values, table, context, start, end, scale, width)
+    best, total, acc = _over_context(
+        q, keys, values, table, seen, context, start, end, scale, width
+    )
     if split == splits - 1:
-        begin = tl.load(meta + 2 * size + row, mask=live, other=0)
-        count = tl.load(meta + 3 * size + row, mask=live, other=0) - begin
         d = tl.arange(0, q.shape[1])
         for j in range(0, tl.max(count)):
-            has = j < count
+            has = (j < count) & (context + j >= seen)
             at = (tl.load(meta + begin + j, mask=has, other=0) * width)[:, None] + d
             readable = has[:, None] & (d < width)
             k = tl.load(keys + at, mask=readable, other=0.0)
@@ -129,7 +137,7 @@ def _over_both(q, keys, values, meta, row, live, size, table, scale, width: tl.c
     return best, total, acc
 
 
-@triton.jit(do_not_specialize=["size"], do_not_specialize_on_alignment=["meta"])
+@triton.jit(do_not_specialize=["size", "window"], do_not_specialize_on_alignment=["meta"])
 def attend(
     queries,
     keys,
@@ -140,6 +148,7 @@ def attend(
     size,
     plane,
     scale,
+    window,
     group: tl.constexpr,
     width: tl.constexpr,
 ):
@@ -160,7 +169,9 @@ def attend(
     keys += kv_head * plane
     values += kv_head * plane
     table = meta + tl.load(of_tile + 2 * tiles)
-    best, total, acc = _over_both(q, keys, values, meta, row, live, size, table, scale, width)
+    best, total, acc = _over_both(
+        q, keys, values, meta, row, live, size, table, scale, window, width
+    )
     to = at * tl.num_programs(2) + tl.program_id(2)
     if weight is None:
         acc /= tl.where(total > 0, total, 1.0)[:, None]
@@ -190,10 +201,14 @@ def reduce(partial, weight, meta, out, splits, width: tl.constexpr, block_s: tl.
 
 
 @triton.jit
-def gate(gate_up, out, ffn, block: tl.constexpr):
-    """silu(gate) * up of a part of one row."""
+def gate(gate_up, out, ffn, gelu: tl.constexpr, block: tl.constexpr):
+    """silu(gate) * up of a part of one row, or with GELU: by tanh, as 1 + tanh(u) is twice the
+    sigmoid of 2 u."""
     row = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * block + tl.arange(0, block)
     of_gate = tl.load(gate_up + row * 2 * ffn + i, mask=i < ffn, other=0.0).to(tl.float32)
     up = tl.load(gate_up + (row * 2 + 1) * ffn + i, mask=i < ffn, other=0.0).to(tl.float32)
-    tl.store(out + row * ffn + i, of_gate * tl.sigmoid(of_gate) * up, mask=i < ffn)
+    slope = of_gate
+    if gelu:
+        slope *= 1.5957691216 + 0.0713548163 * of_gate * of_gate
+    tl.store(out + row * ffn + i, of_gate * tl.sigmoid(slope) * up, mask=i < ffn)

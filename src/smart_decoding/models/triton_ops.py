@@ -39,6 +39,8 @@ class TritonOps:
         kernels.write[(len(qkv), w.heads + 2 * w.kv_heads)](
             *(qkv, q, keys, values, context.on_device.meta, *context.rotation),
             *(w.q_norm, w.k_norm, w.eps, keys.stride(0)),
+            angles=context.rotation[0].shape[1],
+            angle=w.angle,
             heads=w.heads,
             kv_heads=w.kv_heads,
             half=w.head_dim // 2,
@@ -46,7 +48,9 @@ class TritonOps:
         )
         return q
 
-    def attend(self, q: Tensor, context: Context, keys: Tensor, values: Tensor) -> Tensor:
+    def attend(
+        self, q: Tensor, context: Context, keys: Tensor, values: Tensor, window: int = 0
+    ) -> Tensor:
         """See `TorchOps`."""
         rows, heads, width = q.shape
         kv_heads = len(keys)
@@ -59,7 +63,7 @@ class TritonOps:
             weight = q.new_empty(rows, heads, splits, 2, dtype=torch.float32)
         kernels.attend[(at.tiles, kv_heads, splits)](
             *(q, keys, values, at.meta, partial, weight, at.size, keys.stride(0)),
-            width**-0.5 * LOG2_E,
+            *(width**-0.5 * LOG2_E, window),
             group=heads // kv_heads,
             width=width,
             num_warps=8,  # with 4, registers spill
@@ -71,12 +75,12 @@ class TritonOps:
             )
         return out
 
-    def gate(self, gate_up: Tensor) -> Tensor:
+    def gate(self, gate_up: Tensor, gelu: bool = False) -> Tensor:
         """See `TorchOps`."""
         rows, both = gate_up.shape
         ffn = both // 2
         out = gate_up.new_empty(rows, ffn)
-        kernels.gate[(rows, -(-ffn // COLUMNS))](gate_up, out, ffn, block=COLUMNS)
+        kernels.gate[(rows, -(-ffn // COLUMNS))](gate_up, out, ffn, gelu=gelu, block=COLUMNS)
         return out
 
 

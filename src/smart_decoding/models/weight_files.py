@@ -8,7 +8,7 @@ import zipfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors import safe_open
@@ -18,6 +18,9 @@ from smart_decoding.errors import ModelError
 from smart_decoding.files import read_json, reading, reason_of
 from smart_decoding.kernels.weights import Matrix
 from smart_decoding.models.registry import TRUST
+
+if TYPE_CHECKING:
+    from smart_decoding.models.config import ModelConfig
 
 _DTYPES = {
     torch.bfloat16: "BF16",
@@ -31,6 +34,7 @@ INTEGERS = (".qweight", ".qzeros", ".g_idx")  # ends of names of GPTQ and AWQ th
 _IGNORED = ("inv_freq", "position_ids")
 
 
+MatrixT = TypeVar("MatrixT", Tensor, Matrix)
 MatrixT_co = TypeVar("MatrixT_co", Tensor, Matrix, covariant=True)
 
 
@@ -107,6 +111,34 @@ class PickledWeights(Weights[Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]
+
+
+class ShiftedNorms(Weights[MatrixT]):
+    """Weights whose norms are those of others and `by`."""
+
+    def __init__(self, weights: Weights[MatrixT], by: float) -> None:
+        self._weights: Weights[MatrixT] = weights
+        self._by = by
+        self.shapes = weights.shapes
+        self.dtypes = weights.dtypes
+        self.folder = weights.folder
+
+    def __getitem__(self, name: str) -> MatrixT:
+        weight = self._weights[name]
+        if isinstance(weight, Tensor) and name.endswith("norm.weight"):
+            return weight.float() + self._by
+        return weight
+
+
+def as_computed(config: ModelConfig, weights: Weights[MatrixT]) -> Weights[MatrixT]:
+    """Published weights as layers multiply by them: of Gemma's norms what is beyond 1 is
+    published."""
+    return ShiftedNorms(weights, 1.0) if config.gemma else weights
+
+
+def as_published(config: ModelConfig, weights: Weights[MatrixT]) -> Weights[MatrixT]:
+    """The other way round: a GGUF file has them as they are computed with."""
+    return ShiftedNorms(weights, -1.0) if config.gemma else weights
 
 
 def unpickle(path: Path) -> dict[str, Tensor]:

@@ -126,7 +126,10 @@ class TrainableHead(nn.Module):
             )
             self.down_proj.weight.copy_(get("mlp.down_proj.weight"))
             self.hidden_norm.weight.copy_(get("input_layernorm.weight"))
-            self.post_attention_layernorm.weight.copy_(get("post_attention_layernorm.weight"))
+            before_ffn = "pre_feedforward_layernorm.weight"  # Gemma's name of it
+            if prefix + before_ffn not in weights:
+                before_ffn = "post_attention_layernorm.weight"
+            self.post_attention_layernorm.weight.copy_(get(before_ffn))
             self.norm.weight.copy_(as_tensor(weights["model.norm.weight"]).float())
 
     @torch.no_grad()

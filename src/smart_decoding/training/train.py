@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -115,8 +115,8 @@ class Trainer:
         self._resume()
 
     def _new_form(self) -> Form:
-        shape = replace(self.config, layers=1, qkv_bias=False, o_bias=False, qk_norm=False)
-        return Form(shape, len(self.options.aux_layers), self.options.layout != "eagle3")
+        fused = self.options.layout != "eagle3"
+        return Form(self.config.of_head(), len(self.options.aux_layers), fused)
 
     def _load(self, folder: Path, keep: Keep | None) -> None:
         options = self.options

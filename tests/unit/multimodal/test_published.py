@@ -128,7 +128,7 @@ def test_published_configurations(
     )
     assert (*found, c.qkv_bias) == shape
     assert c.eos_token_ids == ((151645, 7) if c.mrope else (2, 7))
-    assert c.sliding_window is None
+    assert c.windows == ()
     assert whole.vision_config.patch_size == 14
 
 

@@ -49,23 +49,28 @@ struct Rows {  // the rows (tokens) of a forward; each request has one at least
     // slots of the positions from context_len on: ancestors in the tree, then itself
     const int32_t* ancestors;
     const int64_t* position;  // [rows]
-    const float* cosine;      // [positions, head_dim / 2]
+    const float* cosine;      // [positions, angles]
     const float* sine;
+    int64_t angles;  // head_dim / 2 for each kind of layer that rotates by its own
 };
 
 struct Layer {
     // input: width that q, k and v read (2 hidden in EAGLE-3)
     int32_t hidden, input, heads, kv_heads, head_dim, ffn;
-    int32_t hint;  // where weights are prefetched to
+    int32_t hint;    // where weights are prefetched to
+    int32_t window;  // positions that a row sees, its own the last of them; 0: all
+    int32_t angle;   // the first of its own among the rotary angles of a position
+    int32_t gelu;    // gates go through GELU (by tanh) in place of SiLU
     float eps;
     // all but post_norm may be null
     const float *input_norm, *q_norm, *k_norm, *qkv_bias, *output_bias, *post_norm;
+    const float *attention_norm, *ffn_norm;  // of what both add to x
     struct Weight qkv, output, gate_up, down;
 };
 
 struct Workspace {
     float* normed;     // [rows, max(hidden, input)]
-    float* qkv;        // [rows, (heads + 2 kv_heads) head_dim]
+    float* qkv;        // [rows, (heads + 2 kv_heads) head_dim], and [rows, hidden] has room
     float* attention;  // [rows, heads head_dim]
     float* ffn;        // [rows, ffn]
 };
@@ -78,7 +83,7 @@ struct Model {  // a whole target, from token ids to logits
     void *keys, *values;
     int64_t vocab, pages;
     int32_t layer_count, hint, w_bf16, kv_bf16;
-    float eps;
+    float eps, embedding_scale;
 };
 
 struct Pass {  // one forward of a target: what it reads beside its rows, and what it leaves
@@ -153,7 +158,8 @@ struct Round {
     const int64_t* trees;         // owner, token, parent, depth: [4, room] (core/tree.py)
     const int64_t* kept;          // [nodes] which of the trees' nodes are verified, ascending
     int64_t hidden, kv_heads, head_dim;
-    const float *cosine, *sine;  // [positions, head_dim / 2]
+    const float *cosine, *sine;  // [positions, angles], as in Rows
+    int64_t angles;
     // What comes of it. Nodes count as they do in `kept`. [requests + nodes] the target's token
     // after each root and each accepted node, else -1
     int64_t* after;

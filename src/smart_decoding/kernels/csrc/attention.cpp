@@ -20,7 +20,9 @@ std::vector<QueryBlock> query_blocks(const Rows& in, const Layer& l) {
             QueryBlock block{g, row, std::min(size, in.query_start_loc[g + 1] - row)};
             for (int r = row; r < row + block.count; r++) {
                 block.context_len = std::max(block.context_len, in.context_len[r]);
-                block.longest = std::max(block.longest, in.context_len[r] + ancestor_count(in, r));
+                const int all = in.context_len[r] + ancestor_count(in, r);
+                block.longest = std::max(block.longest, all);
+                block.shortest = std::min(block.shortest, all);
             }
             blocks.push_back(block);
         }
@@ -31,14 +33,14 @@ template <class T, int HD>
 static void attend_blocks(const Layer& l, const Rows& in, const std::vector<QueryBlock>& blocks,
                           const float* q, int64_t ldq, const KvCache<T>& cache, Input<T>* out) {
     const int kv = l.kv_heads, heads = l.heads / kv, items = int(blocks.size()) * kv,
-              team = omp_get_num_threads();
+              team = omp_get_num_threads(), window = l.window ? l.window : INT32_MAX;
     const int64_t plane = cache.pages * HD * PAGE, ldo = int64_t(l.heads) * HD;
     auto item = [&](int i) {
         const QueryBlock& block = blocks[i / kv];
         const int64_t h = i % kv;
         const int32_t* table = in.block_tables + in.block_table_start[block.request];
-        return AttentionItem<T>{block, cache.keys + h * plane, cache.values + h * plane, table,
-                                h * heads * HD};
+        return AttentionItem<T>{block, cache.keys + h * plane, cache.values + h * plane,
+                                table, h * heads * HD,         window};
     };
     // contexts differ; a thread's next item is most likely the one a team further
     for (int i; (i = next_item()) < items;) {
@@ -70,7 +72,7 @@ static inline void rope(float* x, const float* cosine, const float* sine) {
 template <class T, int HD>
 static void rope_and_store_row(const Layer& l, const Rows& in, int row, float* projected, int heads,
                                int kv_heads, const KvCache<T>& cache) {
-    const int64_t angle = in.position[row] * (HD / 2), plane = cache.pages * PAGE * HD;
+    const int64_t angle = in.position[row] * in.angles + l.angle, plane = cache.pages * PAGE * HD;
     for (int h = 0; h < heads + kv_heads; h++) {
         float* x = projected + h * HD;
         const float* norm = h < heads ? l.q_norm : l.k_norm;

@@ -15,8 +15,9 @@ constexpr int MAX_QUERIES = 32;  // of the rows of a block together
 // Rows of one request that share passes over its pages.
 struct QueryBlock {
     int32_t request, row, count;
-    int32_t context_len = 0;  // the most positions that a row reads through the block table
-    int32_t longest = 0;      // the same with its ancestors
+    int32_t context_len = 0;       // the most positions that a row reads through the block table
+    int32_t longest = 0;           // the same with its ancestors
+    int32_t shortest = INT32_MAX;  // and of the row that sees least
 };
 
 template <class T>
@@ -54,6 +55,9 @@ static inline bool dispatch_head_dim(int head_dim, F&& run) {
         case 128:
             run(std::integral_constant<int, 128>());
             return true;
+        case 256:
+            run(std::integral_constant<int, 256>());
+            return true;
         default:
             return false;
     }
@@ -81,6 +85,12 @@ struct AttentionItem {
     const T *keys, *values;
     const int32_t* block_table;
     int64_t column;  // of its queries, and of what comes out
+    int32_t window;  // positions that a row sees
+
+    // The first position of a row, which sees `all` with its own, that is within its window.
+    int first(int all) const { return std::max(0, all - window); }
+    // The first chunk that holds one of any row's.
+    int begin() const { return first(block.shortest) / CHUNK * CHUNK; }
 };
 
 // How many ancestors a row of a tree has.

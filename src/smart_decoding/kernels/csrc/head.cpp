@@ -302,7 +302,7 @@ struct DraftLevel {
                 rope_and_store(layer, in, r, q + asking.place[r] * q_width, layer.heads, 0, cache);
         barrier();
         attend(layer, asking.rows, blocks, q, q_width, cache, attention);
-        finish_layer<W>(layer, wanted, attention, level.out, inputs, ffn);
+        finish_layer<W>(layer, wanted, attention, level.out, inputs, ffn, nullptr);
         ranking.run(line);
     }
 };
@@ -336,7 +336,7 @@ struct SteppedLevel {
           ranking(h, v, int(wanted)) {
         int64_t width = 0, input = 0, attention = 0, ffn = 0;
         for (const Layer* l = h.layers; l < h.layers + h.layer_count; l++) {
-            width = std::max<int64_t>(width, (l->heads + 2 * l->kv_heads) * l->head_dim);
+            width = std::max<int64_t>({width, (l->heads + 2 * l->kv_heads) * l->head_dim, d});
             input = std::max<int64_t>({input, l->input, d});
             attention = std::max<int64_t>(attention, l->heads * l->head_dim);
             ffn = std::max<int64_t>(ffn, l->ffn);

@@ -6,20 +6,32 @@
 
 namespace [[gnu::visibility("hidden")]] smart {
 
+// x += input w^T + bias, or if there is a norm what it makes of that. `added` [rows, hidden] is
+// workspace.
+template <class W>
+static void add_linear(const Layer& l, int rows, const Input<W>* input, int64_t k, const Weight& w,
+                       const float* bias, const float* norm, float* x, float* added) {
+    const int64_t d = l.hidden;
+    linear_rows<W>(input, k, rows, w, d, k, bias, norm ? added : x, d, !norm, l.hint);
+    barrier();
+    if (!norm) return;
+    add_norm_rows(added, norm, l.eps, rows, d, x);
+    barrier();
+}
+
 // What follows attention in a layer, by a whole team: x += attention w^T, then the gated part.
-// `normed` [rows, hidden] and `ffn` [rows, ffn] are workspace.
+// `normed`, `added` [rows, hidden], which only norms of what is added need, and `ffn` [rows, ffn]
+// are workspace.
 template <class W>
 static void finish_layer(const Layer& l, int rows, const Input<W>* attention, float* x,
-                         Input<W>* normed, Input<W>* ffn) {
+                         Input<W>* normed, Input<W>* ffn, float* added) {
     const int64_t d = l.hidden, width = int64_t(l.heads) * l.head_dim;
-    linear_rows<W>(attention, width, rows, l.output, d, width, l.output_bias, x, d, true, l.hint);
-    barrier();
+    add_linear<W>(l, rows, attention, width, l.output, l.output_bias, l.attention_norm, x, added);
     rms_norm_rows(x, l.post_norm, l.eps, rows, d, normed);
     barrier();
-    gated_rows<W>(normed, rows, l.gate_up, l.ffn, d, ffn, l.hint);
+    gated_rows<W>(normed, rows, l.gate_up, l.ffn, d, l.gelu, ffn, l.hint);
     barrier();
-    linear_rows<W>(ffn, l.ffn, rows, l.down, d, l.ffn, nullptr, x, d, true, l.hint);
-    barrier();
+    add_linear<W>(l, rows, ffn, l.ffn, l.down, nullptr, l.ffn_norm, x, added);
 }
 
 // The embedding of a token, from packed weights or from a plain table.

@@ -41,12 +41,19 @@ __attribute__((noinline)) void linear_rows(const Input<W>* x, int64_t ld, int ro
     product<W>(x, ld, rows, w, n, k, hint, store);
 }
 
+// x / (1 + exp(-s)), where s is x for SiLU; for GELU by tanh it is 2 sqrt(2 / pi) (x + 0.044715
+// x^3), as 1 + tanh(u) = 2 / (1 + exp(-2 u)).
+static inline vf activated(vf x, bool gelu) {
+    const vf s = gelu ? x * (1.5957691216f + 0.0713548163f * x * x) : x;
+    return x / (1.0f + vexp(-s));
+}
+
 // One panel yields VW finished values.
 template <class W>
 __attribute__((noinline)) void gated_rows(const Input<W>* x, int rows, const Weight& w, int64_t ffn,
-                                          int64_t k, Input<W>* out, int hint) {
+                                          int64_t k, bool gelu, Input<W>* out, int hint) {
     auto store = [=](int row, int64_t column, vf gate, vf up) {
-        vf value = gate / (1.0f + vexp(-gate)) * up;
+        vf value = activated(gate, gelu) * up;
         int64_t first = column / 2;
         Input<W>* to = out + row * ffn + first;
         if (first + VW <= ffn)
@@ -95,8 +102,8 @@ void unpack_row(const Weight& w, int64_t k, int64_t row, float* out) {
 #define SMART_INSTANTIATE(W) \
     template void linear_rows<W>(const Input<W>*, int64_t, int, const Weight&, int64_t, int64_t, \
                                  const float*, float*, int64_t, bool, int, Maxima*); \
-    template void gated_rows<W>(const Input<W>*, int, const Weight&, int64_t, int64_t, Input<W>*, \
-                                int); \
+    template void gated_rows<W>(const Input<W>*, int, const Weight&, int64_t, int64_t, bool, \
+                                Input<W>*, int); \
     template void unpack_row<W>(const Weight&, int64_t, int64_t, float*);
 SMART_INSTANTIATE(bf16)
 SMART_INSTANTIATE(float)

@@ -293,10 +293,11 @@ void linear_rows(const Input<W>* x, int64_t ld, int rows, const Weight& w, int64
                  const float* bias, float* y, int64_t ldy, bool add, int hint = INTO_CACHES,
                  Maxima* maxima = nullptr);
 
-// out = silu(x gate^T) * (x up^T), by a whole team; gate and up are interleaved by VW columns.
+// out = silu(x gate^T) * (x up^T), or with GELU, by a whole team; gate and up are interleaved by VW
+// columns.
 template <class W>
-void gated_rows(const Input<W>* x, int rows, const Weight& w, int64_t ffn, int64_t k, Input<W>* out,
-                int hint);
+void gated_rows(const Input<W>* x, int rows, const Weight& w, int64_t ffn, int64_t k, bool gelu,
+                Input<W>* out, int hint);
 
 // Row `row` of a packed weight of row length k, as fp32.
 template <class W>

@@ -33,7 +33,7 @@ static void run_layer(const Layer& l, const Rows& in, const std::vector<QueryBlo
         rope_and_store(l, in, r, qkv + r * qkv_width, l.heads, l.kv_heads, cache);
     barrier();
     attend(l, in, blocks, qkv, qkv_width, cache, attention);
-    finish_layer<W>(l, in.rows, attention, x, normed, ffn);
+    finish_layer<W>(l, in.rows, attention, x, normed, ffn, qkv);
 }
 
 // Where hidden states are copied to between layers.
@@ -63,6 +63,12 @@ static void run_layers(const Layer* layers, int count, const Rows& in,
     }
 }
 
+template <class W>
+static void scaled_embedding(const Model& m, int64_t d, int64_t token, float* x) {
+    embedding_row<W>(m.embedding, m.table, d, token, x);
+    for (int64_t i = 0; i < d; i++) x[i] *= m.embedding_scale;
+}
+
 // The states that enter the first layer, by a whole team.
 template <class W>
 static void embed(const Model& m, const Pass& pass, int64_t rows, int64_t d, float* x) {
@@ -71,7 +77,7 @@ static void embed(const Model& m, const Pass& pass, int64_t rows, int64_t d, flo
         if (pass.embeddings && pass.embeddings[r])
             memcpy(x + r * d, pass.embeddings[r], d * sizeof(float));
         else
-            embedding_row<W>(m.embedding, m.table, d, pass.token[r], x + r * d);
+            scaled_embedding<W>(m, d, pass.token[r], x + r * d);
     }
     barrier();
 }
@@ -81,7 +87,7 @@ static void forward(const Model& m, const Rows& in, const Pass& pass, int thread
     const Layer& l = *m.layers;
     const int64_t rows = in.rows, wanted = pass.wanted ? pass.wanted_count : rows, d = l.hidden;
     const int64_t width = int64_t(l.heads) * l.head_dim,
-                  qkv_width = width + 2 * int64_t(l.kv_heads) * l.head_dim;
+                  qkv_width = std::max(width + 2 * int64_t(l.kv_heads) * l.head_dim, d);
     static thread_local WorkspaceMemory kept;
     WorkspaceMemory& memory = kept;
     memory.begin(rows * (2 * d + qkv_width + width + l.ffn) + wanted * d + 256);

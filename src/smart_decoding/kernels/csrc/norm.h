@@ -5,8 +5,8 @@
 
 namespace [[gnu::visibility("hidden")]] smart {
 
-template <class T>
-static void rms_norm_row(const float* x, const float* weight, float eps, int64_t d, T* out) {
+// 1 / rms of x [d].
+static inline float inverse_rms(const float* x, float eps, int64_t d) {
     const int64_t whole = d - d % VW;
     vf squares = {};
     for (int64_t i = 0; i < whole; i += VW) {
@@ -15,7 +15,13 @@ static void rms_norm_row(const float* x, const float* weight, float eps, int64_t
     }
     float sum = sum_in_order(squares);
     for (int64_t i = whole; i < d; i++) sum += x[i] * x[i];
-    float scale = 1.0f / std::sqrt(sum / float(d) + eps);
+    return 1.0f / std::sqrt(sum / float(d) + eps);
+}
+
+template <class T>
+static void rms_norm_row(const float* x, const float* weight, float eps, int64_t d, T* out) {
+    const int64_t whole = d - d % VW;
+    const float scale = inverse_rms(x, eps, d);
     for (int64_t i = 0; i < whole; i += VW)
         put(out + i, loadu<vf>(x + i) * scale * loadu<vf>(weight + i));
     for (int64_t i = whole; i < d; i++) from_f32(x[i] * scale * weight[i], out + i);
@@ -27,6 +33,17 @@ static void rms_norm_rows(const float* x, const float* weight, float eps, int ro
                           T* out) {
 #pragma omp for schedule(static) nowait
     for (int r = 0; r < rows; r++) rms_norm_row(x + r * d, weight, eps, d, out + r * d);
+}
+
+// x += the norm of `added`, row by row, shared out alike.
+static inline void add_norm_rows(const float* added, const float* weight, float eps, int rows,
+                                 int64_t d, float* x) {
+#pragma omp for schedule(static) nowait
+    for (int r = 0; r < rows; r++) {
+        const float* from = added + r * d;
+        const float scale = inverse_rms(from, eps, d);
+        for (int64_t i = 0; i < d; i++) x[r * d + i] += from[i] * scale * weight[i];
+    }
 }
 
 // x as a linear layer reads it, in `workspace` if it must be rounded; the team may read the result

@@ -49,9 +49,11 @@ static inline void chunk_scores(const T* const* keys, const Query<HD>* queries, 
 }
 
 // Scores become weights of a softmax whose maximum and sum are the query's from now on. Returns
-// what its earlier sums are to be multiplied with. `weights` [CHUNK] holds the scores first.
+// what its earlier sums are to be multiplied with. `weights` [CHUNK] holds the scores first, of
+// which [first, valid) are seen.
 template <int HD>
-static inline float update_softmax(Query<HD>& query, float* weights, int valid) {
+static inline float update_softmax(Query<HD>& query, float* weights, int first, int valid) {
+    for (int j = 0; j < first; j++) weights[j] = -INFINITY;
     for (int j = valid; j < CHUNK; j++) weights[j] = -INFINITY;
     pf top = loadu<pf>(weights);
     for (int p = 1; p < CHUNK_PAGES; p++) {
@@ -72,19 +74,19 @@ static inline float update_softmax(Query<HD>& query, float* weights, int valid) 
     return rescale;
 }
 
-// Folds one chunk of `valid` positions into the running softmax of N queries. Sums depend on
+// Folds positions [first, valid) of a chunk into the running softmax of N queries. Sums depend on
 // positions only.
 template <class T, int HD, int N>
 static inline void fold_chunk(Query<HD>* queries, const ChunkScores* scores, const T* const* values,
-                              int valid) {
+                              int first, int valid) {
     float weights[N][CHUNK];
     vf acc[N][HD / VW];
     for (int i = 0; i < N; i++) {
         memcpy(weights[i], scores[i], sizeof weights[i]);
-        float rescale = update_softmax(queries[i], weights[i], valid);
+        float rescale = update_softmax(queries[i], weights[i], first, valid);
         for (int c = 0; c < HD / VW; c++) acc[i][c] = queries[i].acc[c] * rescale;
     }
-    for (int j = 0; j < valid; j++) {
+    for (int j = first; j < valid; j++) {
         const T* value = values[j / PAGE] + (j % PAGE) * HD;
         for (int c = 0; c < HD / VW; c++) {
             vf x = widen<vf>(value + c * VW);
@@ -95,11 +97,11 @@ static inline void fold_chunk(Query<HD>* queries, const ChunkScores* scores, con
         for (int c = 0; c < HD / VW; c++) queries[i].acc[c] = acc[i][c];
 }
 
-// Scores and softmax of the first `valid` positions of a chunk for `heads` queries of one row, in
+// Scores and softmax of positions [first, valid) of a chunk for `heads` queries of one row, in
 // groups that have room in registers.
 template <class T, int HD>
 static inline void attend_chunk(const ChunkPages<T>& pages, Query<HD>* queries, int heads,
-                                ChunkScores* scores, int valid) {
+                                ChunkScores* scores, int first, int valid) {
     const int count = (valid + PAGE - 1) / PAGE;
     for (int i = 0, n; i < heads; i += n) {
         n = heads - i == 6 ? 3 : std::min(heads - i, 4);
@@ -110,8 +112,9 @@ static inline void attend_chunk(const ChunkPages<T>& pages, Query<HD>* queries, 
     constexpr int GROUP = HD / VW <= 4 ? 3 : 2;
     int i = 0;
     for (; i + GROUP <= heads; i += GROUP)
-        fold_chunk<T, HD, GROUP>(queries + i, scores + i, pages.values, valid);
-    for (; i < heads; i++) fold_chunk<T, HD, 1>(queries + i, scores + i, pages.values, valid);
+        fold_chunk<T, HD, GROUP>(queries + i, scores + i, pages.values, first, valid);
+    for (; i < heads; i++)
+        fold_chunk<T, HD, 1>(queries + i, scores + i, pages.values, first, valid);
 }
 
 template <class T, int HD>
@@ -190,9 +193,10 @@ struct PageAttention {
         for (int p = 0; p < shared; p++) in_place(item, pages, p, start + p * PAGE);
         for (int r = 0; r < block.count; r++) {
             const int row = block.row + r, context_len = in.context_len[row],
-                      ancestors = ancestor_count(in, row);
-            const int valid = std::min(CHUNK, context_len + ancestors - start);
-            if (valid <= 0) continue;
+                      ancestors = ancestor_count(in, row), all = context_len + ancestors;
+            const int valid = std::min(CHUNK, all - start),
+                      seen = std::max(0, item.first(all) - start);
+            if (seen >= valid) continue;
             for (int p = shared; p * PAGE < valid; p++) {
                 const int first = start + p * PAGE;
                 if (first + PAGE <= context_len || (!ancestors && first < context_len))
@@ -200,7 +204,7 @@ struct PageAttention {
                 else
                     gather(in, item, row, pages, p, first);
             }
-            attend_chunk<T, HD>(pages, queries + r * heads, heads, scores + r * heads, valid);
+            attend_chunk<T, HD>(pages, queries + r * heads, heads, scores + r * heads, seen, valid);
         }
     }
 };
@@ -213,7 +217,7 @@ static void attend_pages(const Rows& in, const AttentionItem<T>& item, int heads
     PageAttention<T, HD>& attention = kept;  // found once: looking a thread's own up takes a call
     ChunkScores scores[MAX_QUERIES];
     attention.begin(item.block, heads, q + item.column, ldq);
-    for (int start = 0; start < item.block.longest; start += CHUNK)
+    for (int start = item.begin(); start < item.block.longest; start += CHUNK)
         attention.run(in, item, heads, start, scores);
     attention.finish(item.block, heads, out + item.column, ldo);
 }

@@ -37,10 +37,11 @@ struct alignas(64) PairAttention {
     bf16 q[MAX_QUERIES][HD], weights[TILE][CHUNK], own_keys[CHUNK_PAGES][HD * PAGE],
         own_values[CHUNK_PAGES][HD * PAGE];
     float scores[TILE][CHUNK], acc[MAX_QUERIES][HD], best[MAX_QUERIES], sum[MAX_QUERIES];
-    int valid[MAX_QUERIES];  // positions of the chunk that a query may see
-    int laid[CHUNK_PAGES];   // where the block table ends in the pages of our own, -1: they are
-                             // of another chunk
-    int shaped;              // queries that the tiles are configured for
+    int seen[MAX_QUERIES], valid[MAX_QUERIES];  // the first position of the chunk that a query may
+                                                // see, and the one behind the last
+    int laid[CHUNK_PAGES];  // where the block table ends in the pages of our own, -1: they are
+                            // of another chunk
+    int shaped;             // queries that the tiles are configured for
 
     void begin(const QueryBlock& block, int heads, const float* from, int64_t ld) {
         for (int i = 0; i < block.count * heads; i++) {
@@ -101,10 +102,12 @@ struct alignas(64) PairAttention {
         for (int j = 0; j < PAGE; j++) lane[j] = float(j);
         for (int p = 0; p < CHUNK_PAGES; p++) {
             pf score = loadu<pf>(scores[r] + p * PAGE) * scale;
-            s[p] = lane + float(p * PAGE) < float(valid[i]) ? score : pf{} - INFINITY;
+            const pf at = lane + float(p * PAGE);
+            s[p] = at < float(valid[i]) && at >= float(seen[i]) ? score : pf{} - INFINITY;
             top = s[p] > top ? s[p] : top;
         }
         const float now = std::max(best[i], max_of(top));
+        if (now == -INFINITY) return (void)memset(weights[r], 0, sizeof weights[r]);
         for (int p = 0; p < CHUNK_PAGES; p++) {
             s[p] = vexp(s[p] - now);
             sums += s[p];
@@ -255,7 +258,9 @@ struct alignas(64) PairAttention {
         auto shares = [&](int r) {
             return !ancestor_count(in, row + r) || in.context_len[row + r] >= start + CHUNK;
         };
-        auto ahead = [&](int at) { return at < ends ? Chunk(item, at) : Chunk(after, at - ends); };
+        auto ahead = [&](int at) {
+            return at < ends ? Chunk(item, at) : Chunk(after, after.begin() + at - ends);
+        };
         const Chunk next = ahead(start + CHUNK), later = ahead(start + 2 * CHUNK);
         std::fill_n(laid, CHUNK_PAGES, -1);
         for (int r = 0, to; r < block.count; r = to) {
@@ -265,9 +270,11 @@ struct alignas(64) PairAttention {
             for (int i = r; i < to; i++) {
                 const int context_len = in.context_len[row + i],
                           all = context_len + ancestor_count(in, row + i);
-                const int sees = std::max(0, std::min(CHUNK, all - start));
+                const int first = std::max(0, item.first(all) - start),
+                          sees = first < CHUNK ? std::max(0, std::min(CHUNK, all - start)) : 0;
                 end = std::max(end, std::min(context_len - start, CHUNK));
                 most = std::max(most, sees);
+                std::fill_n(seen + i * heads, heads, first);
                 std::fill_n(valid + i * heads, heads, sees);
             }
             if (!most) continue;
@@ -294,7 +301,7 @@ static void attend_pairs(const Rows& in, const AttentionItem<bf16>& item,
     static thread_local PairAttention<HD> kept;
     PairAttention<HD>& attention = kept;  // found once: looking a thread's own up takes a call
     attention.begin(item.block, heads, q + item.column, ldq);
-    for (int start = 0; start < item.block.longest; start += CHUNK)
+    for (int start = item.begin(); start < item.block.longest; start += CHUNK)
         attention.run(in, item, after, heads, start);
     attention.finish(item.block, heads, out + item.column, ldo);
 }

@@ -108,6 +108,7 @@ struct RoundRows : smart::RowVectors {
         rows.block_tables = block_tables.data();
         rows.cosine = r.cosine;
         rows.sine = r.sine;
+        rows.angles = r.angles;
         return RowVectors::view(rows);
     }
 };
