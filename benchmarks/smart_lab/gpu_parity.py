@@ -37,9 +37,9 @@ Check = dict[str, Any]
 PAGES = 120
 CONTEXT = 140  # tokens at most: nine pages
 MOST_PAGES = 1300  # of five requests of 4,000 tokens
-# query heads, heads of keys, width: as in the tests, and Llama-3.1-8B's
 WINDOW = 20  # positions
-SMALL_HEADS, HEADS = ((6, 2, 24),), ((32, 8, 128), (28, 4, 128), (9, 3, 64))
+# query heads, heads of keys, width: as in the tests, and Llama-3.1-8B's and others'
+SMALL_HEADS, HEADS = ((6, 2, 24),), ((32, 8, 128), (28, 4, 128), (9, 3, 64), (8, 4, 256))
 NEAR = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 SAMPLED: Sequence[Mapping[str, Any]] = (
     {"temperature": 1.0},

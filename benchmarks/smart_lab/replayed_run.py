@@ -415,9 +415,7 @@ def head_shapes(
     aux_layers = tuple(
         sorted({max(1, config.layers // 8), max(1, config.layers // 2), max(1, config.layers - 2)})
     )
-    layer = replace(
-        config, layers=1, qkv_bias=False, o_bias=False, qk_norm=False, tie_embeddings=True
-    )
+    layer = replace(config.of_head(), tie_embeddings=True)
     d = config.hidden
     shapes: dict[str, tuple[int, ...]] = {
         "fc.weight": (d, len(aux_layers) * d),

@@ -363,7 +363,8 @@ def _draft_checkpoint(
     draft = load_checkpoint(name, quantization=target.quantization, trust_pickle=trust_pickle)
     called = draft.provenance["model"]
     if not tokenizer.is_that_of(draft.tokenizer_source):
-        check_same_vocabulary(Tokenizer.load(draft.tokenizer_source), tokenizer, called)
+        shared = min(draft.config.vocab, target.config.vocab)
+        check_same_vocabulary(Tokenizer.load(draft.tokenizer_source), tokenizer, called, shared)
     try:
         draft.config.check_context(max_model_len)
     except ModelError as error:
@@ -373,10 +374,13 @@ def _draft_checkpoint(
     return draft
 
 
-def check_same_vocabulary(draft: Tokenizer, target: Tokenizer, name: str) -> None:
-    """Raises ModelError unless both know the same tokens under the same ids."""
-    ours = target.backend.get_vocab(with_added_tokens=True)
-    theirs = draft.backend.get_vocab(with_added_tokens=True)
+def check_same_vocabulary(draft: Tokenizer, target: Tokenizer, name: str, shared: int) -> None:
+    """Raises ModelError unless both know the same tokens under the same ids below `shared`: others
+    are those of one of the models, and never proposed."""
+    ours, theirs = (
+        {text: id_ for text, id_ in each.backend.get_vocab(True).items() if id_ < shared}
+        for each in (target, draft)
+    )
     why = vocabulary_difference(ours, theirs)
     if why:
         raise ModelError(

@@ -44,6 +44,16 @@ pytestmark = pytest.mark.usefixtures("variant")
 PAGES, SCRATCH, POSITIONS = 32, 8, 128
 CPU = torch.device("cpu")
 SMALL = ModelConfig("qwen2", 2, 32, 2, 1, 16, 40, VOCAB - 6, 5e4, 1e-5, 1024, qkv_bias=True)
+GEMMA = replace(
+    SMALL,
+    family="gemma3",
+    qkv_bias=False,
+    qk_norm=True,
+    windows=(9, 0),
+    local_theta=1e4,
+    query_scalar=24,
+)
+MODELS = {"draft model": SMALL, "draft model of Gemma's": GEMMA}
 DTYPES = {"eagle3": torch.bfloat16, "eagle1, two layers": torch.bfloat16}  # else float32
 
 
@@ -75,16 +85,16 @@ def head_of(name: str, folder: Path, native: bool = True) -> Source:
     return Source(lambda: EagleDrafter(head, PAGES, SCRATCH), D * len(head.aux_layers))
 
 
-def draft_model() -> Source:
+def draft_model(shape: ModelConfig) -> Source:
     """Its vocabulary is smaller than the target's: it does not know all that others propose."""
     generator = torch.Generator().manual_seed(1)
     weights = {
-        name: torch.randn(shape, generator=generator) * 0.3
-        for name, shape in SMALL.expected_shapes().items()
+        name: torch.randn(size, generator=generator) * 0.3
+        for name, size in shape.expected_shapes().items()
     }
     mine = Checkpoint(target_config(), target_model().state_dict(), Path("nowhere"), {})
     target = TorchTarget(mine, "float32", "cpu", PAGES, POSITIONS)
-    model = DraftModel(Checkpoint(SMALL, weights, Path("nowhere"), {}), target, PAGES, SCRATCH)
+    model = DraftModel(Checkpoint(shape, weights, Path("nowhere"), {}), target, PAGES, SCRATCH)
     return Source(lambda: DraftModelDrafter(model, PAGES, SCRATCH), 0)
 
 
@@ -183,9 +193,9 @@ def random_round(rng: np.random.Generator, grow: str, keep: str, batch: int) -> 
     return replace(rule, levels=levels, children=children, limits=limits)
 
 
-@pytest.mark.parametrize("name", [*LAYOUTS, "draft model"])
+@pytest.mark.parametrize("name", [*LAYOUTS, *MODELS])
 def test_one_call_drafts_what_levels_draft(name: str, tmp_path: Path) -> None:
-    source = draft_model() if name == "draft model" else head_of(name, tmp_path)
+    source = draft_model(MODELS[name]) if name in MODELS else head_of(name, tmp_path)
     rng = np.random.default_rng(len(name))
     levels = merged = 0
     for seed in range(6 * len(GROWS)):

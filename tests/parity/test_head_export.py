@@ -59,6 +59,17 @@ def ours(folder: Path) -> Path:
     return write(folder, smart_config(config, AUX_LAYERS, len(weights["draft_ids"])), weights)
 
 
+@pytest.mark.parametrize("family", ["mistral", "gemma3"])
+def test_a_head_of_ours_is_a_plain_layer_whatever_its_target(family: str, tmp_path: Path) -> None:
+    config = target_config()
+    target = replace(
+        config, family=family, windows=(8,) * config.layers, local_theta=1e4, query_scalar=8
+    )
+    shape = load_head(ours(tmp_path), target).shape
+    assert (shape.family, shape.windows, shape.local_theta) == ("llama", (), None)
+    assert Form(target.of_head(), 3).shape == shape
+
+
 def published(name: str, folder: Path) -> Path:
     config, tensors, pickled, *_ = LAYOUTS[name]
     return write(folder, config, tensors, pickled)

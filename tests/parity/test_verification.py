@@ -180,7 +180,13 @@ def assert_worlds_agree(
 
 
 @DTYPES
-@pytest.mark.parametrize("name", ["llama", "llama-tied", "qwen3", "head_dim 64, one query per key"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("llama", "llama-tied", "qwen3", "head_dim 64, one query per key"),
+        *("gemma3", "gemma3, head_dim 256, tied", "mistral, with a window"),
+    ],
+)
 def test_one_call_equals_step_by_step(name: str, dtype: torch.dtype) -> None:
     assert name in MODELS
     world, accepted = assert_worlds_agree(4, 12, name, dtype)

@@ -550,12 +550,79 @@ def test_transformers_reads_what_is_expanded(name: str, tmp_path: Path) -> None:
         assert torch.equal(theirs.state_dict()[key], weight), key
 
 
-def test_what_a_gguf_file_of_gemma_leaves_out_is_known(tmp_path: Path) -> None:
-    write_gguf(tmp_path / "tiny.gguf", "gemma3")
-    config = load_checkpoint(tmp_path / "tiny.gguf").config
-    assert config.windows == (16, 16), "the sixth layer would be the first to see all"
-    assert (config.local_theta, config.query_scalar) == (10_000.0, 8)
+GEMMA_27B = {  # of its GGUF file what llama.cpp's converter writes
+    "general.architecture": "gemma3",
+    "gemma3.block_count": 62,
+    "gemma3.embedding_length": 5376,
+    "gemma3.attention.head_count": 32,
+    "gemma3.attention.head_count_kv": 16,
+    "gemma3.attention.key_length": 128,
+    "gemma3.feed_forward_length": 21504,
+    "gemma3.attention.layer_norm_rms_epsilon": 1e-6,
+    "gemma3.attention.sliding_window": 1024,
+    "gemma3.context_length": 131_072,
+    "gemma3.rope.freq_base": 1e6,
+    "gemma3.rope.scaling.type": "linear",
+    "gemma3.rope.scaling.factor": 8.0,
+    "tokenizer.ggml.tokens": ["<pad>", "<eos>", "<bos>", "<end_of_turn>"],
+    "tokenizer.ggml.eos_token_id": 3,
+}
+
+
+def gemma(**changes: Any) -> ModelConfig:
+    """Changes: of the 27B's metadata, None: it is not there."""
+    metadata = GEMMA_27B | {f"gemma3.{key}": value for key, value in changes.items()}
+    there = {key: value for key, value in metadata.items() if value is not None}
+    return ModelConfig.from_gguf(there, ["token_embd.weight", "blk.0.attn_q_norm.weight"])
+
+
+def test_what_a_gguf_file_of_gemma_leaves_out_is_known() -> None:
+    config = gemma()
+    assert config.windows == ((1024,) * 5 + (0,)) * 10 + (1024, 1024), "each sixth sees all"
+    assert (config.rope_theta, config.local_theta, config.query_scalar) == (1e6, 1e4, 168)
+    assert config.max_positions == 131_072, "which are stretched already"
+    assert config.eos_token_ids == (3, 1), "the file names one of them"
     assert ModelConfig.from_hf(json.loads(json.dumps(config.to_hf()))) == config
+    assert gemma(block_count=34).query_scalar == 128
+    listed = [True, False] * 17
+    config = gemma(**{"block_count": 34, "attention.sliding_window_pattern": listed})
+    assert config.windows == (1024, 0) * 17
+    assert gemma(**{"rope.freq_base_swa": 5e4}).local_theta == 5e4
+
+
+def test_ollamas_names_of_gemmas_options_are_known() -> None:
+    ollama = {"rope.freq_base": None, "rope.global.freq_base": 1e5, "rope.local.freq_base": 1e3}
+    config = gemma(**ollama, final_logit_softcapping=30.0)  # which it wrote, and did not apply
+    assert (config.rope_theta, config.local_theta) == (1e5, 1e3)
+    with pytest.raises(ModelError, match="final_logit_softcapping"):
+        gemma(final_logit_softcapping=30.0)
+    with pytest.raises(ModelError, match="vision part"):
+        gemma(**{"vision.block_count": 27, "attention.layer_norm_rms_epsilon": None})
+
+
+@pytest.mark.parametrize("window", [0, None, 128, 4_000_000_000])
+def test_a_window_of_all_positions_is_none(window: int | None, folder: Path) -> None:
+    change_config(folder, architectures=["MistralForCausalLM"], sliding_window=window)
+    assert load_checkpoint(folder).config.windows == ()
+
+
+def test_sizes_that_no_gemma_has_are_refused(tmp_path: Path) -> None:
+    tiny_model("gemma3").save_pretrained(tmp_path)
+    change_config(tmp_path, query_pre_attn_scalar=0)
+    assert_refused(tmp_path, "query_pre_attn_scalar")
+    change_config(tmp_path, query_pre_attn_scalar=12, layer_types=["sliding_attention"])
+    assert_refused(tmp_path, "windows", "2 layers")
+    change_config(tmp_path, layer_types=None, final_logit_softcapping=30.0)
+    assert_refused(tmp_path, "final_logit_softcapping")
+
+
+def test_gemmas_matrices_are_rounded_and_its_norms_are_not(tmp_path: Path) -> None:
+    tiny_model("gemma3").save_pretrained(tmp_path)
+    plain = load_checkpoint(tmp_path).weights
+    rounded = load_checkpoint(tmp_path, quantization="int8").weights
+    assert isinstance(rounded["model.layers.0.mlp.up_proj.weight"], QuantizedTensor)
+    norm = "model.layers.0.post_feedforward_layernorm.weight"
+    assert torch.equal(as_tensor(rounded[norm]), as_tensor(plain[norm]))
 
 
 def test_all_tokens_that_end_an_answer_are_known(tmp_path: Path) -> None:
@@ -826,8 +893,8 @@ def test_refuses_damaged_and_unsupported_gguf(tmp_path: Path, own_cache: Path) -
         assert_refused(path, "tiny.gguf")
     path.write_bytes(whole.replace(b"llama", b"gemma"))
     assert_refused(path, "gemma", "llama, qwen2, qwen3")
-    path.write_bytes(whole.replace(b"smollm", b"tekken"))
-    assert_refused(path, "tekken", "smollm")
+    path.write_bytes(whole.replace(b"smollm", b"viking"))
+    assert_refused(path, "viking", "smollm")
     assert not own_cache.exists() or not list(own_cache.rglob("*.*"))
 
 

@@ -665,9 +665,9 @@ def test_a_model_that_is_not_supported_is_not_fetched(
     with pytest.raises(ModelError, match="Phi3ForCausalLM is not supported"):
         load_checkpoint("microsoft/Phi-3.5-mini-instruct")
     assert fetched == [["config.json", "generation_config.json"]]
-    of_gguf = holding("a-Q4_K_M.gguf", gguf={"architecture": "gemma3"})
+    of_gguf = holding("a-Q4_K_M.gguf", gguf={"architecture": "gemma2"})
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", of_gguf)
-    with pytest.raises(ModelError, match="'gemma3' is not supported"):
+    with pytest.raises(ModelError, match="'gemma2' is not supported"):
         resolve("owner/gemma-GGUF")
     assert len(fetched) == 1
 

@@ -96,6 +96,16 @@ def test_digits_are_split_as_each_family_does() -> None:
     assert pieces(Tokenizer.from_gguf(metadata("llama-bpe")), "121") == ["12", "1"]
 
 
+def test_words_are_split_where_capitals_begin_in_tekken() -> None:
+    tekken = Tokenizer.from_gguf(metadata("tekken"))
+    splitter = tekken.backend.pre_tokenizer
+    assert splitter is not None
+    split = [text for text, _ in splitter.pre_tokenize_str("helloWorld ABCdef 12's //\n\nx")]
+    words = ["hello", "World", "\u0120ABCdef", "\u0120", "1", "2", "'s"]
+    assert split == [*words, "\u0120//\u010a\u010a", "x"]
+    assert tekken.encode("he")[0] == 1, "texts begin with BOS"
+
+
 def test_the_beginning_token_is_added_where_the_model_wants_it() -> None:
     llama = Tokenizer.from_gguf(metadata("llama-bpe"))
     assert llama.encode("he") == [1, llama.backend.token_to_id("he")]
@@ -113,8 +123,8 @@ def test_qwen_normalises() -> None:
 
 
 def test_unknown_kinds_are_refused_by_name() -> None:
-    with pytest.raises(ModelError, match=r"'tekken'.*smollm"):
-        Tokenizer.from_gguf(metadata("tekken"))
+    with pytest.raises(ModelError, match=r"'bloom'.*smollm"):
+        Tokenizer.from_gguf(metadata("bloom"))
     with pytest.raises(ModelError, match="'t5'"):
         Tokenizer.from_gguf(metadata(**{"ggml.model": "t5"}))
 
@@ -153,6 +163,12 @@ def sentencepiece(prefix: bool) -> tuple[Any, Tokenizer]:
         "eos_token_id": 2,
     }
     return theirs, Tokenizer.from_gguf({f"tokenizer.ggml.{k}": v for k, v in given.items()})
+
+
+def test_pieces_longer_than_any_models_are_no_merges() -> None:
+    """Their parts would fill the memory: of a megabyte they are 10^12 bytes."""
+    pieces = {"a" * length: length for length in (1, 2, 1_000_000)}
+    assert tokenizer._merges_of(pieces, [0.0] * 1_000_001) == [("a", "a")]
 
 
 @pytest.mark.parametrize("prefix", [True, False])

@@ -6,7 +6,7 @@ other kinds of RoPE, ...) is refused here by name, before any weight is read.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -42,7 +42,8 @@ _MOST = {
 _ENDS = frozenset(
     (
         *("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|end|>"),
-        *("<\uff5cend\u2581of\u2581sentence\uff5c>", "<EOT>", "_<EOT>", "<end_of_turn>"),
+        *("<\uff5cend\u2581of\u2581sentence\uff5c>", "<EOT>", "_<EOT>"),
+        *("</s>", "<eos>", "<end_of_turn>"),
         *("<|fim_pad|>", "<|repo_name|>", "<|file_sep|>"),  # of Qwen2.5-Coder
     )
 )
@@ -95,8 +96,10 @@ class ModelConfig:
                 raise ModelError(f"the config has {name} = {getattr(self, name)}, not 1 to {most}")
         if self.windows and (len(self.windows) != self.layers or min(self.windows) < 0):
             raise ModelError(f"the config has windows {self.windows} for {self.layers} layers")
+        if self.query_scalar is not None and self.query_scalar < 1:
+            raise ModelError(f"the config has query_pre_attn_scalar = {self.query_scalar}")
         with np.errstate(all="ignore"):
-            frequencies, _ = self.inverse_frequencies()
+            frequencies = [*self.inverse_frequencies()[0], *self.local_frequencies()]
         if not np.isfinite([*frequencies, self.rms_eps]).all():
             raise ModelError("the config's rms_norm_eps or RoPE options give no finite numbers")
 
@@ -245,11 +248,11 @@ class ModelConfig:
         sin."""
         return rope.inverse_frequencies(self.rope_theta, self.head_dim, self.rope_scaling)
 
-    def local_frequencies(self) -> NDArray[np.float64] | None:
-        """The same of layers with a window, where they have their own."""
+    def local_frequencies(self) -> list[float]:
+        """The same of layers with a window, where they have their own; else none."""
         if self.local_theta is None:
-            return None
-        return rope.inverse_frequencies(self.local_theta, self.head_dim, None)[0]
+            return []
+        return [*rope.inverse_frequencies(self.local_theta, self.head_dim, None)[0]]
 
 
 def check_gguf_family(family: object) -> None:
@@ -361,7 +364,7 @@ def _mrope_of(options: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[in
 
 
 def _windows_of(family: str, config: Mapping[str, Any]) -> tuple[int, ...]:
-    layers = range(int(config["num_hidden_layers"]))
+    layers = range(min(int(config["num_hidden_layers"]), _MOST["layers"]))
     window = int(config.get("sliding_window") or 0)
     types = config.get("layer_types")
     if family == "llama" or (family.startswith("qwen") and not config.get("use_sliding_window")):
@@ -372,14 +375,15 @@ def _windows_of(family: str, config: Mapping[str, Any]) -> tuple[int, ...]:
         pattern = config.get("sliding_window_pattern") or config.get("_sliding_window_pattern")
         has_window = [(i + 1) % int(pattern or _GEMMA_PATTERN) > 0 for i in layers]
     else:
-        first = int(config.get("max_window_layers") or 0) if family != "mistral" else 0
+        first = int(config.get("max_window_layers", 28)) if family != "mistral" else 0
         has_window = [i >= first for i in layers]
-    return _windows(window * has for has in has_window)
+    return _windows(window, has_window, int(config["max_position_embeddings"]))
 
 
-def _windows(each: Iterable[int]) -> tuple[int, ...]:
-    windows = tuple(each)
-    return windows if any(windows) else ()
+def _windows(window: int, has_window: Sequence[bool], positions: int) -> tuple[int, ...]:
+    if not 0 < window < positions or not any(has_window):
+        return ()
+    return tuple(window if has else 0 for has in has_window)
 
 
 def token_ids(*values: Any) -> tuple[int, ...]:
@@ -396,6 +400,7 @@ def _from_gguf(
     rope_factors: NDArray[np.float32] | None,
 ) -> ModelConfig:
     own = f"{family}."
+    _refuse_gguf_parts(metadata, own, tensor_names)
     heads = int(metadata[own + "attention.head_count"])
     hidden = int(metadata[own + "embedding_length"])
     head_dim = int(metadata.get(own + "attention.key_length", hidden // heads))
@@ -406,12 +411,9 @@ def _from_gguf(
     tokens = metadata["tokenizer.ggml.tokens"]
     ends = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
     ends += [id_ for id_, token in enumerate(tokens) if token in _ENDS]
-    gemma = family == "gemma3"
-    layers = int(metadata[own + "block_count"])
-    window = int(metadata.get(own + "attention.sliding_window") or 0)
-    return cls(
+    config = cls(
         family=family,
-        layers=layers,
+        layers=int(metadata[own + "block_count"]),
         hidden=hidden,
         heads=heads,
         kv_heads=int(metadata.get(own + "attention.head_count_kv", heads)),
@@ -420,21 +422,53 @@ def _from_gguf(
         vocab=len(tokens),
         rope_theta=float(metadata.get(own + "rope.freq_base", 10_000.0)),
         rms_eps=round(epsilon, 12),  # stored as float32
-        max_positions=trained if gemma else rope.stretched_positions(scaling, trained),
+        max_positions=rope.stretched_positions(scaling, trained),
         tie_embeddings="output.weight" not in tensor_names,
         qkv_bias="blk.0.attn_q.bias" in tensor_names,
         o_bias="blk.0.attn_output.bias" in tensor_names,
         qk_norm="blk.0.attn_q_norm.weight" in tensor_names,
         rope_scaling=scaling,
-        windows=_windows(
-            window * (not gemma or (i + 1) % _GEMMA_PATTERN > 0) for i in range(layers)
-        ),
-        local_theta=float(metadata.get(own + "rope.freq_base_swa", 10_000.0)) if gemma else None,
-        # of all sizes the one of 62 layers alone does not divide by the heads' own width
-        query_scalar=(hidden // heads if layers == 62 else head_dim) if gemma else None,
         eos_token_ids=token_ids(*ends),
         bos_token_id=next(iter(token_ids(metadata.get("tokenizer.ggml.bos_token_id"))), None),
     )
+    return replace(config, **_of_gemma(metadata, config)) if config.gemma else config
+
+
+def _of_gemma(metadata: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
+    """What GGUF files of Gemma say under other names, Ollama's first ones too, or leave out."""
+
+    def given(*names: str, usual: Any) -> Any:
+        return next(
+            (metadata[key] for key in (f"gemma3.{n}" for n in names) if key in metadata), usual
+        )
+
+    has_window = given("attention.sliding_window_pattern", usual=_GEMMA_PATTERN)
+    if not isinstance(has_window, list):
+        has_window = [(i + 1) % int(has_window or 1) > 0 for i in range(config.layers)]
+    window = int(given("attention.sliding_window", usual=0))
+    positions = int(metadata["gemma3.context_length"])
+    return {
+        "rope_theta": float(given("rope.freq_base", "rope.global.freq_base", usual=1e6)),
+        "local_theta": float(given("rope.freq_base_swa", "rope.local.freq_base", usual=1e4)),
+        "max_positions": positions,
+        "windows": _windows(window, has_window, positions),
+        # of all sizes the one of 62 layers alone does not divide by the heads' own width
+        "query_scalar": config.hidden // config.heads if config.layers == 62 else config.head_dim,
+    }
+
+
+def _refuse_gguf_parts(
+    metadata: Mapping[str, Any], own: str, tensor_names: Collection[str]
+) -> None:
+    if own + "vision.block_count" in metadata or any(n.startswith("v.") for n in tensor_names):
+        raise ModelError(
+            "a GGUF file that holds a vision part, as Ollama's of Gemma 3 do, is not supported: "
+            "take one of the text alone, such as those of llama.cpp's converter"
+        )
+    # Ollama's first converter wrote one of 30 by itself, which its runner did not apply
+    by_itself = own + "rope.global.freq_base" in metadata
+    if metadata.get(own + "final_logit_softcapping") and not by_itself:
+        raise ModelError("GGUF option final_logit_softcapping is not supported")
 
 
 def _refuse_gguf_options(metadata: Mapping[str, Any], own: str, head_dim: int) -> None:

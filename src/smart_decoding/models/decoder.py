@@ -53,12 +53,9 @@ def rotary_table(
     behind those of others, where they differ."""
     inverse, factor = config.inverse_frequencies()
     local = config.local_frequencies()
-    factors = np.full(len(inverse), factor)
-    if local is not None:
-        inverse = np.concatenate((inverse, local))
-        factors = np.concatenate((factors, np.ones(len(local))))
-    angles = torch.arange(positions).float()[:, None] * torch.from_numpy(inverse).float()
-    by = torch.from_numpy(factors).float()
+    by = torch.tensor([factor] * len(inverse) + [1.0] * len(local))
+    frequencies = torch.from_numpy(np.concatenate((inverse, local))).float()
+    angles = torch.arange(positions).float()[:, None] * frequencies
     return (angles.cos() * by).to(device), (angles.sin() * by).to(device)
 
 
@@ -194,7 +191,9 @@ class Decoder:
             return self.model.forward(
                 native, rows.token, rows.mm_embeds, rows.logit_rows, aux_layers
             )
-        x = self.embed(context.on_device.token) * self._scale
+        x = self.embed(context.on_device.token)
+        if self.config.gemma:
+            x = x * self._scale
         put(x, rows.mm_embeds)
         if aux_layers:
             width = len(aux_layers) * self.config.hidden

@@ -245,15 +245,8 @@ def layer_weights(
     def get(name: str) -> Tensor:
         return as_tensor(weights[prefix + name]).to(device, dtype)
 
-    def norm(name: str, there: bool = True, factor: float = 1.0) -> Tensor | None:
-        weight = norm_weight(config, weights, f"{prefix}{name}.weight", dtype) if there else None
-        return None if weight is None else (factor * weight).to(device)
-
     qkv = [f"self_attn.{name}_proj" for name in "qkv"]
-    before, after = "pre_feedforward_layernorm", "post_attention_layernorm"
-    post_norm = norm(before if config.gemma else after)
-    assert post_norm is not None
-    scale = (config.head_dim / (config.query_scalar or config.head_dim)) ** 0.5
+    norms = _layer_norms(config, weights, prefix, dtype, input_norm)
     return LayerWeights(
         heads=config.heads,
         kv_heads=config.kv_heads,
@@ -264,18 +257,41 @@ def layer_weights(
         gate=matrix("mlp.gate_proj.weight"),
         up=matrix("mlp.up_proj.weight"),
         down=matrix("mlp.down_proj.weight"),
-        input_norm=norm("input_layernorm", input_norm),
-        post_norm=post_norm,
         qkv_bias=torch.cat([get(f"{name}.bias") for name in qkv]) if config.qkv_bias else None,
         output_bias=get("self_attn.o_proj.bias") if config.o_bias else None,
-        q_norm=norm("self_attn.q_norm", config.qk_norm, scale),
-        k_norm=norm("self_attn.k_norm", config.qk_norm),
-        attention_norm=norm(after, config.gemma),
-        ffn_norm=norm("post_feedforward_layernorm", config.gemma),
         window=window,
         angle=config.head_dim // 2 if window and config.local_theta else 0,
         gelu=config.gemma,
+        **{name: norm.to(device) for name, norm in norms.items()},
     )
+
+
+def _layer_norms(
+    config: ModelConfig,
+    weights: Mapping[str, Matrix],
+    prefix: str,
+    dtype: torch.dtype,
+    input_norm: bool,
+) -> dict[str, Tensor]:
+    """A layer's norms by their names in LayerWeights."""
+    names = {"post_norm": "post_attention_layernorm"}
+    if input_norm:
+        names["input_norm"] = "input_layernorm"
+    if config.qk_norm:
+        names |= {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
+    if config.gemma:
+        names |= {
+            "attention_norm": "post_attention_layernorm",
+            "post_norm": "pre_feedforward_layernorm",
+            "ffn_norm": "post_feedforward_layernorm",
+        }
+    norms = {
+        name: norm_weight(config, weights, f"{prefix}{theirs}.weight", dtype)
+        for name, theirs in names.items()
+    }
+    if config.query_scalar is not None:  # scores are divided by its root: queries bring the rest
+        norms["q_norm"] = norms["q_norm"] * (config.head_dim / config.query_scalar) ** 0.5
+    return norms
 
 
 def norm_weight(

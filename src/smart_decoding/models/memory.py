@@ -82,7 +82,8 @@ def work_bytes(config: ModelConfig, limits: Limits) -> int:
     table."""
     heads = (2 * config.heads + 2 * config.kv_heads) * config.head_dim
     row = 2 * config.hidden + heads + 2 * config.ffn + config.vocab
-    return 4 * (limits.rows * row + limits.longest * config.head_dim)
+    angles = config.head_dim * (2 if config.local_theta else 1)
+    return 4 * (limits.rows * row + limits.longest * angles)
 
 
 def weight_bytes(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> int:

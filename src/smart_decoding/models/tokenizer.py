@@ -25,6 +25,7 @@ from smart_decoding.models import chat_template
 from smart_decoding.models.hub import cache_dir
 from smart_decoding.models.tokenizer_growth import check_growth
 
+_LONGEST_PIECE = 256  # characters
 _LONGEST = 1 << 28  # bytes that encoding may take at worst
 _PROBE = "A text, 12 of them.\n"  # some tokenizers load, and can encode nothing
 _SPECIALS = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -41,6 +42,13 @@ _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _OTHERS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _LLAMA3_SPLIT = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _OTHERS
 _QWEN2_SPLIT = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _OTHERS
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_TEKKEN_SPLIT = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_SPLITS = {"llama3": _LLAMA3_SPLIT, "tekken": _TEKKEN_SPLIT, "qwen2": _QWEN2_SPLIT}
+_OF_TIKTOKEN = ("llama3", "tekken")  # whole words are looked up first, and texts begin with BOS
 _PRE_TOKENIZERS = {
     "smollm": "smollm",
     "llama-bpe": "llama3",
@@ -48,6 +56,7 @@ _PRE_TOKENIZERS = {
     "llama-v3": "llama3",
     "qwen2": "qwen2",
     "deepseek-r1-qwen": "qwen2",
+    "tekken": "tekken",
 }
 
 
@@ -109,8 +118,8 @@ class Tokenizer:
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any]) -> Tokenizer:
-        """From GGUF metadata: SentencePiece's BPE, or byte-level BPE of the kinds smollm, llama-bpe
-        and qwen2; ModelError for any other."""
+        """From GGUF metadata: SentencePiece's BPE, or byte-level BPE of the kinds smollm,
+        llama-bpe, tekken and qwen2; ModelError for any other."""
         tokens = metadata["tokenizer.ggml.tokens"]
         keys = (f"tokenizer.ggml.{name}_token_id" for name in ("bos", "eos", "unknown", "padding"))
         ids = zip(_SPECIALS, map(metadata.get, keys), strict=True)
@@ -318,7 +327,7 @@ def _gguf_backend(metadata: Mapping[str, Any], specials: Mapping[str, str]) -> t
         backend.add_tokens(
             [AddedToken(token, special=is_special, normalized=False) for token in added]
         )
-    begins = kind == "llama" or _PRE_TOKENIZERS[pre] == "llama3"
+    begins = kind == "llama" or _PRE_TOKENIZERS[pre] in _OF_TIKTOKEN
     if metadata.get("tokenizer.ggml.add_bos_token", begins) and "bos_token" in specials:
         _begin_with(backend, specials["bos_token"])
     return backend
@@ -329,7 +338,7 @@ def _byte_level(
 ) -> tokenizers.Tokenizer:
     merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
     backend = tokenizers.Tokenizer(
-        models.BPE(vocab=vocab, merges=merges, ignore_merges=family == "llama3")
+        models.BPE(vocab=vocab, merges=merges, ignore_merges=family in _OF_TIKTOKEN)
     )
     backend.pre_tokenizer = _pre_tokenizer(family)
     backend.decoder = decoders.ByteLevel()
@@ -352,7 +361,8 @@ def _sentencepiece(
     blank = "\u2581"
     normal: list[normalizers.Normalizer] = [normalizers.Replace(" ", blank)]
     plain = [decoders.Replace(blank, " "), decoders.ByteFallback(), decoders.Fuse()]
-    if metadata.get("tokenizer.ggml.add_space_prefix", True):
+    prefixed = metadata.get("general.architecture") != "gemma3"  # Ollama's files do not say it
+    if metadata.get("tokenizer.ggml.add_space_prefix", prefixed):
         normal.insert(0, normalizers.Prepend(blank))
         plain.append(decoders.Strip(" ", 1, 0))
     backend.normalizer = normalizers.Sequence(normal)
@@ -364,6 +374,8 @@ def _merges_of(pieces: Mapping[str, int], scores: Sequence[float]) -> list[tuple
     """All pairs of pieces that make another one; those of the best piece first."""
     found = []
     for piece, id_ in pieces.items():
+        if len(piece) > _LONGEST_PIECE:
+            continue  # a damaged file's: its parts would fill the memory
         pairs = ((piece[:at], piece[at:]) for at in range(1, len(piece)))
         known = [(left, right) for left, right in pairs if left in pieces and right in pieces]
         known.sort(key=lambda pair: (pieces[pair[0]], pieces[pair[1]]))
@@ -387,8 +399,7 @@ def _pre_tokenizer(family: str) -> pre_tokenizers.PreTokenizer:
     if family == "smollm":
         digits = pre_tokenizers.Digits(individual_digits=True)
         return pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    pattern = _LLAMA3_SPLIT if family == "llama3" else _QWEN2_SPLIT
-    split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+    split = pre_tokenizers.Split(Regex(_SPLITS[family]), behavior="isolated")
     return pre_tokenizers.Sequence(
         [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )

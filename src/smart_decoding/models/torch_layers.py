@@ -94,10 +94,10 @@ class GroupedRows:
     """The rows of a forward as `TorchOps` read them.
 
     own: [rows] where each row's key goes. groups: of each group its rows, the slots [k] that it
-    reads, and how many positions each of them lies behind each row's own [rows, k]; NOTHING where
-    the row does not read it."""
+    reads, and how many positions each of them lies behind each row's own [rows, k] int32; NOTHING
+    where the row does not read it."""
 
-    NOTHING = torch.iinfo(torch.int64).max
+    NOTHING = torch.iinfo(torch.int32).max
 
     def __init__(self, rows: Rows, device: torch.device) -> None:
         def slots(of: Ints) -> Slots:
@@ -107,15 +107,16 @@ class GroupedRows:
         self.own = slots(rows.slot_mapping)
         self.groups: list[tuple[slice, Slots, Tensor]] = []
         for g, (first, last) in enumerate(itertools.pairwise(rows.query_start_loc.tolist())):
-            context = rows.context_len[first:last, None].astype(np.int64)
-            at = np.arange(context.max())
+            context = rows.context_len[first:last, None]
+            at = np.arange(context.max(), dtype=np.int32)
             pages = rows.pages[rows.block_table_start[g] + at // PAGE]
-            starts = rows.ancestors_start[first : last + 1].astype(np.int64)
+            starts = rows.ancestors_start[first : last + 1]
             begin, end = starts[:-1, None], starts[1:, None]
-            nodes = np.arange(starts[0], starts[-1])
+            nodes = np.arange(starts[0], starts[-1], dtype=np.int32)
             read = np.concatenate((pages * PAGE + at % PAGE, rows.ancestors[nodes]))
-            of_context = np.where(at < context, context + end - begin - 1 - at, self.NOTHING)
-            own = np.where((nodes >= begin) & (nodes < end), end - 1 - nodes, self.NOTHING)
+            nothing = np.int32(self.NOTHING)
+            of_context = np.where(at < context, context + end - begin - 1 - at, nothing)
+            own = np.where((nodes >= begin) & (nodes < end), end - 1 - nodes, nothing)
             behind = torch.from_numpy(np.concatenate((of_context, own), axis=1)).to(device)
             self.groups.append((slice(first, last), slots(read), behind))
 
@@ -177,8 +178,9 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """x / rms(x) * weight over the last dimension, computed in float32."""
     if weight is None:
         return x
-    wide = torch.promote_types(x.dtype, weight.dtype)
-    return F.rms_norm(x.to(wide), weight.shape, weight.to(wide), eps).to(x.dtype)
+    if weight.dtype == x.dtype:
+        return F.rms_norm(x, weight.shape, weight, eps)
+    return F.rms_norm(x.to(weight.dtype), weight.shape, weight, eps).to(x.dtype)  # of Gemma
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:

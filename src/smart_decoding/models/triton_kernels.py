@@ -103,7 +103,7 @@ def _over_context(q, keys, values, table, seen, context, start, end, scale, widt
 
 
 @triton.jit
-def _over_both(q, keys, values, meta, row, live, size, table, scale, window, width: tl.constexpr):
+def _attend(q, keys, values, meta, row, live, size, table, scale, window, width: tl.constexpr):
     """The same over one part of the context, and with the last part over each row's ancestors.
     window: how many of all those a row sees, 0: all."""
     split = tl.program_id(2)
@@ -166,12 +166,9 @@ def attend(
     at = (row * (tl.num_programs(1) * group) + kv_head * group + m % group)[:, None]
     d = tl.arange(0, max(16, triton.next_power_of_2(width)))
     q = tl.load(queries + at * width + d, mask=live[:, None] & (d < width), other=0.0)
-    keys += kv_head * plane
-    values += kv_head * plane
+    keys, values = keys + kv_head * plane, values + kv_head * plane
     table = meta + tl.load(of_tile + 2 * tiles)
-    best, total, acc = _over_both(
-        q, keys, values, meta, row, live, size, table, scale, window, width
-    )
+    best, total, acc = _attend(q, keys, values, meta, row, live, size, table, scale, window, width)
     to = at * tl.num_programs(2) + tl.program_id(2)
     if weight is None:
         acc /= tl.where(total > 0, total, 1.0)[:, None]

@@ -227,7 +227,7 @@ def test_other_devices_need_none(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"head_dim": 24}, "head dimension 24 is none of 16, 32, 64, 96, 128"),
+        ({"head_dim": 24}, "head dimension 24 is none of 16, 32, 64, 96, 128, 256"),
         ({"hidden": 33}, "hidden size 33 is odd"),
         ({"ffn": 47}, "intermediate size 47 is odd"),
         ({"heads": 33, "kv_heads": 1}, "33 query heads share a key head, more than 32"),

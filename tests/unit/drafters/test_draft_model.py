@@ -370,6 +370,18 @@ def test_another_vocabulary_is_refused_before_weights_are_loaded(
     assert "\n" not in str(caught.value)
 
 
+def test_tokens_beyond_the_smaller_model_do_not_count(tmp_path: Path, target_folder: Path) -> None:
+    """As those for pictures that the larger models of a family have."""
+    shorter = replace(SMALL, vocab=len(WORDS) - 1)
+    draft = saved(tmp_path / "draft", shorter, WORDS[:-1], 1)
+    llm = LLM(
+        target_folder,
+        speculative_config={"method": "draft_model", "model": draft, "policy": "chain"},
+        dtype="fp32",
+    )
+    assert llm.generate("w1 w2", SamplingParams(temperature=0, max_tokens=9))
+
+
 def test_what_is_missing_or_too_short_is_refused(tmp_path: Path, target_folder: Path) -> None:
     with pytest.raises(ConfigError, match="give model=NAME"):
         LLM(target_folder, speculative_config={"method": "draft_model"})

@@ -129,10 +129,14 @@ def test_plain_torch_is_shown_the_same_slots(seed: int) -> None:
     spans, trees, want, _, _ = random_batch(seed)
     rows: Rows = build_rows(spans, trees, want)[0]
     seen = 0
-    for part, (page, offset), mask in GroupedRows(rows, torch.device("cpu")).groups:
+    for part, (page, offset), behind in GroupedRows(rows, torch.device("cpu")).groups:
         slots = page * PAGE + offset
-        for row, reads in zip(range(len(rows))[part], mask, strict=True):
-            assert sorted(slots[reads].tolist()) == sorted(visible_slots(rows, row).tolist())
+        for row, distance in zip(range(len(rows))[part], behind, strict=True):
+            visible = visible_slots(rows, row).tolist()
+            order = distance.argsort(descending=True)[-len(visible) :]  # from the farthest on
+            assert slots[order].tolist() == visible
+            assert distance[order].tolist() == list(range(len(visible)))[::-1]
+            assert (distance != GroupedRows.NOTHING).sum() == len(visible)
             seen += 1
     assert seen == len(rows)
 
