@@ -376,12 +376,11 @@ def _merges_of(pieces: Mapping[str, int], scores: Sequence[float]) -> list[tuple
     for piece, id_ in pieces.items():
         if len(piece) > _LONGEST_PIECE:
             continue  # a damaged file's: its parts would fill the memory
-        pairs = ((piece[:at], piece[at:]) for at in range(1, len(piece)))
-        known = [(left, right) for left, right in pairs if left in pieces and right in pieces]
-        known.sort(key=lambda pair: (pieces[pair[0]], pieces[pair[1]]))
-        found += [(-scores[id_], pair) for pair in known]
-    found.sort(key=lambda each: each[0])
-    return [pair for _, pair in found]
+        for at in range(1, len(piece)):
+            left, right = piece[:at], piece[at:]
+            if left in pieces and right in pieces:
+                found.append((-scores[id_], id_, pieces[left], pieces[right], left, right))
+    return [(left, right) for *_, left, right in sorted(found)]
 
 
 def _begin_with(backend: tokenizers.Tokenizer, bos: str) -> None:
