@@ -28,7 +28,7 @@ from smart_decoding.models.rope import RopeScaling, scaling_from_hf
 from smart_decoding.speculation import shipped_head
 from smart_decoding.training.head import Form, TrainableHead, form_of
 
-from .checkpoints import LLAMA3
+from .checkpoints import LLAMA3, computed, config_of
 from .test_published_heads import (
     LAYOUTS,
     VOCAB,
@@ -68,6 +68,16 @@ def test_a_head_of_ours_is_a_plain_layer_whatever_its_target(family: str, tmp_pa
     shape = load_head(ours(tmp_path), target).shape
     assert (shape.family, shape.windows, shape.local_theta) == ("llama", (), None)
     assert Form(target.of_head(), 3).shape == shape
+
+
+def test_training_starts_at_the_norm_before_the_feed_forward_network() -> None:
+    """Which Gemma calls otherwise: its post_attention_layernorm is of what attention adds."""
+    for name, norm in (("llama", "post_attention"), ("gemma3", "pre_feedforward")):
+        config, weights = config_of(name), computed(name)
+        head = TrainableHead(Form(config.of_head(), 3))
+        head.start_from(weights, config.layers, 1.0)
+        wanted = weights[f"model.layers.{config.layers - 1}.{norm}_layernorm.weight"]
+        assert torch.equal(head.post_attention_layernorm.weight, wanted)
 
 
 def published(name: str, folder: Path) -> Path:
