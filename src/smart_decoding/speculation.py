@@ -375,13 +375,10 @@ def _draft_checkpoint(
 
 
 def check_same_vocabulary(draft: Tokenizer, target: Tokenizer, name: str, shared: int) -> None:
-    """Raises ModelError unless both know the same tokens under the same ids below `shared`: others
-    are those of one of the models, and never proposed."""
-    ours, theirs = (
-        {text: id_ for text, id_ in each.backend.get_vocab(True).items() if id_ < shared}
-        for each in (target, draft)
-    )
-    why = vocabulary_difference(ours, theirs)
+    """Raises ModelError unless both know the same tokens under the same ids, as
+    `vocabulary_difference` says."""
+    ours, theirs = (each.backend.get_vocab(with_added_tokens=True) for each in (target, draft))
+    why = vocabulary_difference(ours, theirs, shared)
     if why:
         raise ModelError(
             f"the draft model {name} has another vocabulary than the target ({why}): "
@@ -389,9 +386,14 @@ def check_same_vocabulary(draft: Tokenizer, target: Tokenizer, name: str, shared
         )
 
 
-def vocabulary_difference(ours: Mapping[str, int], theirs: Mapping[str, int]) -> str | None:
+def vocabulary_difference(
+    ours: Mapping[str, int], theirs: Mapping[str, int], shared: int
+) -> str | None:
     """In what a draft model's tokens differ from the target's, each as text to id; None if in
-    nothing."""
+    nothing. shared: how many ids both models have; what lies beyond is never proposed."""
+    ours, theirs = (
+        {text: id_ for text, id_ in each.items() if id_ < shared} for each in (ours, theirs)
+    )
     if ours == theirs:
         return None
     if len(ours) != len(theirs):

@@ -214,6 +214,10 @@ def test_layers_with_windows_are_those_of_transformers(
 ) -> None:
     tiny_model(name).save_pretrained(tmp_path / name)
     assert load_checkpoint(tmp_path / name).config.windows == windows
+    types = getattr(tiny_model(name).config, "layer_types", None)
+    assert types is None or [kind == "sliding_attention" for kind in types] == [
+        w > 0 for w in windows or (0, 0)
+    ]
     older: dict[str, Any] = {"layer_types": None, "_sliding_window_pattern": None}
     change_config(tmp_path / name, sliding_window_pattern=2, **older)
     assert load_checkpoint(tmp_path / name).config.windows == windows
@@ -546,6 +550,11 @@ def test_transformers_reads_what_is_expanded(name: str, tmp_path: Path) -> None:
     write_gguf(tmp_path / "tiny.gguf", name)
     folder = load_checkpoint(tmp_path / "tiny.gguf").tokenizer_source
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    if name == "gemma3":
+        c = theirs.config
+        local = c.rope_parameters["sliding_attention"]["rope_theta"]
+        assert (c.query_pre_attn_scalar, c.sliding_window, local) == (8, 16, 10_000.0)
+        assert c.layer_types == ["sliding_attention"] * 2
     for key, weight in tiny_model(name).state_dict().items():
         assert torch.equal(theirs.state_dict()[key], weight), key
 
@@ -600,10 +609,14 @@ def test_ollamas_names_of_gemmas_options_are_known() -> None:
         gemma(**{"vision.block_count": 27, "attention.layer_norm_rms_epsilon": None})
 
 
-@pytest.mark.parametrize("window", [0, None, 128, 4_000_000_000])
-def test_a_window_of_all_positions_is_none(window: int | None, folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("window", "kept"), [(0, None), (None, None), (128, 128), (4_000_000_000, 1 << 30)]
+)
+def test_windows_fit_the_kernels_numbers(
+    window: int | None, kept: int | None, folder: Path
+) -> None:
     change_config(folder, architectures=["MistralForCausalLM"], sliding_window=window)
-    assert load_checkpoint(folder).config.windows == ()
+    assert load_checkpoint(folder).config.windows == ((kept, kept) if kept else ())
 
 
 def test_sizes_that_no_gemma_has_are_refused(tmp_path: Path) -> None:
@@ -628,7 +641,7 @@ def test_gemmas_matrices_are_rounded_and_its_norms_are_not(tmp_path: Path) -> No
 def test_all_tokens_that_end_an_answer_are_known(tmp_path: Path) -> None:
     """A file names one or two of them, where generation_config.json has all."""
     path = tmp_path / "tiny.gguf"
-    named = {"<|eot_id|>": 5, "<|endoftext|>": 7}
+    named = {"<|eot_id|>": 5, "<|endoftext|>": 7, "</s>": 9}  # the last one may be HTML
     with pytest.MonkeyPatch.context() as patch:
         plain = gguf.GGUFWriter.add_token_list
 

@@ -84,6 +84,13 @@ def _add_head(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--draft-vocab", type=int, default=8192, help="output rows of the head: frequent tokens")
     add(
+        "--intermediate-size",
+        type=int,
+        metavar="N",
+        help="neurons of its feed-forward network (default: as many as in what it starts from): "
+        "fewer make it smaller and quicker",
+    )
+    add(
         "--aux-layers",
         help="layers whose outputs the head reads, such as 4,15,30 (default: early, middle, last)",
     )
@@ -199,6 +206,7 @@ def _train_options(args: argparse.Namespace, layers: int, init: HeadFiles | None
         seed=args.seed,
         layout=layout,
         supports_images=supports_images,
+        intermediate_size=args.intermediate_size,
     )
 
 

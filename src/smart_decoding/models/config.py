@@ -26,6 +26,7 @@ FAMILIES = {
 _ARCHITECTURES = {family: name for name, family in FAMILIES.items()}
 _MODEL_TYPES = {"gemma3": "gemma3_text"}  # those that are not the family's name
 _GGUF_FAMILIES = ("llama", "qwen2", "qwen3", "gemma3")
+_USUAL_WINDOW = 4096  # of Mistral's and Gemma's configurations that do not say it
 _GEMMA_PATTERN = 6  # one layer in so many of Gemma sees all positions
 # what a model can have: what is beyond it would be counted for ever, or does not fit the kernels
 _MOST = {
@@ -43,7 +44,7 @@ _ENDS = frozenset(
     (
         *("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|end|>"),
         *("<\uff5cend\u2581of\u2581sentence\uff5c>", "<EOT>", "_<EOT>"),
-        *("</s>", "<eos>", "<end_of_turn>"),
+        *("<eos>", "<end_of_turn>"),  # not "</s>", which is HTML to Gemma
         *("<|fim_pad|>", "<|repo_name|>", "<|file_sep|>"),  # of Qwen2.5-Coder
     )
 )
@@ -143,7 +144,7 @@ class ModelConfig:
             "head_dim": self.head_dim,
             "intermediate_size": self.ffn,
             "vocab_size": self.vocab,
-            "hidden_act": _GELU if self.gemma else "silu",
+            "hidden_act": None if self.gemma else "silu",
             "rope_theta": self.rope_theta,
             "rope_scaling": self.rope_scaling.to_hf() if self.rope_scaling else None,
             "rms_norm_eps": self.rms_eps,
@@ -302,7 +303,7 @@ def _refuse_options(config: Mapping[str, Any], family: str) -> None:
         "mlp_bias": bool(config.get("mlp_bias")),
         "rope_interleaved": bool(config.get("rope_interleaved")),
         "partial_rotary_factor": options.get("partial_rotary_factor", 1.0) not in (None, 1.0),
-        "hidden_act": config.get("hidden_act", activations[0]) not in activations,
+        "hidden_act": config.get("hidden_act") not in (None, *activations),
         "hidden_activation": config.get("hidden_activation") not in (None, *activations),
         "attention_bias": bool(config.get("attention_bias"))
         and family in ("mistral", "qwen2", "gemma3"),
@@ -364,12 +365,12 @@ def _mrope_of(options: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[in
 
 
 def _windows_of(family: str, config: Mapping[str, Any]) -> tuple[int, ...]:
-    layers = range(min(int(config["num_hidden_layers"]), _MOST["layers"]))
-    window = int(config.get("sliding_window") or 0)
-    types = config.get("layer_types")
     if family == "llama" or (family.startswith("qwen") and not config.get("use_sliding_window")):
-        has_window = [False for _ in layers]
-    elif types is not None:
+        return ()
+    layers = range(min(int(config["num_hidden_layers"]), _MOST["layers"]))
+    window = int(config.get("sliding_window", _USUAL_WINDOW) or 0)
+    types = config.get("layer_types")
+    if types is not None:
         has_window = [kind == "sliding_attention" for kind in types]
     elif family == "gemma3":
         pattern = config.get("sliding_window_pattern") or config.get("_sliding_window_pattern")
@@ -377,12 +378,13 @@ def _windows_of(family: str, config: Mapping[str, Any]) -> tuple[int, ...]:
     else:
         first = int(config.get("max_window_layers", 28)) if family != "mistral" else 0
         has_window = [i >= first for i in layers]
-    return _windows(window, has_window, int(config["max_position_embeddings"]))
+    return _windows(window, has_window)
 
 
-def _windows(window: int, has_window: Sequence[bool], positions: int) -> tuple[int, ...]:
-    if not 0 < window < positions or not any(has_window):
+def _windows(window: int, has_window: Sequence[bool]) -> tuple[int, ...]:
+    if window < 1 or not any(has_window):
         return ()
+    window = min(window, _MOST["max_positions"])  # kernels count in int32
     return tuple(window if has else 0 for has in has_window)
 
 
@@ -446,12 +448,12 @@ def _of_gemma(metadata: Mapping[str, Any], config: ModelConfig) -> dict[str, Any
     if not isinstance(has_window, list):
         has_window = [(i + 1) % int(has_window or 1) > 0 for i in range(config.layers)]
     window = int(given("attention.sliding_window", usual=0))
-    positions = int(metadata["gemma3.context_length"])
     return {
         "rope_theta": float(given("rope.freq_base", "rope.global.freq_base", usual=1e6)),
         "local_theta": float(given("rope.freq_base_swa", "rope.local.freq_base", usual=1e4)),
-        "max_positions": positions,
-        "windows": _windows(window, has_window, positions),
+        "max_positions": int(metadata["gemma3.context_length"]),  # stretched already
+        "windows": _windows(window, has_window),
+        "qk_norm": True,
         # of all sizes the one of 62 layers alone does not divide by the heads' own width
         "query_scalar": config.hidden // config.heads if config.layers == 62 else config.head_dim,
     }
@@ -465,13 +467,13 @@ def _refuse_gguf_parts(
             "a GGUF file that holds a vision part, as Ollama's of Gemma 3 do, is not supported: "
             "take one of the text alone, such as those of llama.cpp's converter"
         )
+
+
+def _refuse_gguf_options(metadata: Mapping[str, Any], own: str, head_dim: int) -> None:
     # Ollama's first converter wrote one of 30 by itself, which its runner did not apply
     by_itself = own + "rope.global.freq_base" in metadata
     if metadata.get(own + "final_logit_softcapping") and not by_itself:
         raise ModelError("GGUF option final_logit_softcapping is not supported")
-
-
-def _refuse_gguf_options(metadata: Mapping[str, Any], own: str, head_dim: int) -> None:
     if metadata.get(own + "expert_count", 0):
         raise ModelError("GGUF option expert_count: mixtures of experts are not supported")
     if int(metadata.get(own + "rope.dimension_count", head_dim)) != head_dim:

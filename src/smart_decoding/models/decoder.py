@@ -94,7 +94,7 @@ class Decoder:
         self.work_dtype = torch.float32 if self.native else dtype
         self.graphs = graphs
         self.final_norm = norm_weight(config, weights, "model.norm.weight", dtype).to(device)
-        # as embeddings are multiplied: in their dtype
+        # of embeddings: rounded to their dtype, as transformers does
         self._scale = float(torch.tensor(config.hidden**0.5 if config.gemma else 1.0, dtype=dtype))
         self.head: Linear | PackedWeight
         self.embedding: Tensor | PackedWeight
@@ -192,7 +192,7 @@ class Decoder:
                 native, rows.token, rows.mm_embeds, rows.logit_rows, aux_layers
             )
         x = self.embed(context.on_device.token)
-        if self.config.gemma:
+        if self._scale != 1:
             x = x * self._scale
         put(x, rows.mm_embeds)
         if aux_layers:

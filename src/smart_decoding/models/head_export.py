@@ -157,11 +157,12 @@ def _speculators(
 
 
 def _smart(files: HeadFiles, checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Ours: the layer has the target's shape, and the output rows are the target's."""
+    """Ours: the layer has the target's shape but for its feed-forward network's width, and the
+    output rows are the target's."""
     ids = files.weights["draft_ids"].int()
-    return {**files.weights, "draft_ids": ids}, smart_config(
-        checkpoint.config, files.aux_layers, len(ids)
-    )
+    config = smart_config(checkpoint.config, files.aux_layers, len(ids))
+    config["intermediate_size"] = files.shape.ffn
+    return {**files.weights, "draft_ids": ids}, config
 
 
 def smart_config(
@@ -170,9 +171,8 @@ def smart_config(
     """config.json of a head of ours: the shape of the target that it fits, and the layers that it
     reads."""
     return {
-        **target.to_hf(),
+        **target.of_head().to_hf(),
         "architectures": [ARCHITECTURE],
-        "num_hidden_layers": 1,
         "target_num_hidden_layers": target.layers,
         "draft_vocab_size": draft_vocab,
         "taps": list(aux_layers),
@@ -222,7 +222,7 @@ def output_rows(checkpoint: Checkpoint) -> Tensor:
 
 
 def _layer_config(shape: ModelConfig) -> dict[str, Any]:
-    plain = replace(shape, family="llama", tie_embeddings=False, windows=())
+    plain = replace(shape, tie_embeddings=False)
     return {**plain.to_hf(), "attention_bias": shape.qkv_bias or shape.o_bias}
 
 

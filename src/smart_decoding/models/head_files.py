@@ -121,7 +121,7 @@ def _load_ours(
     for name, value in wanted.items():
         _check_equal(folder, name, config.get(name), value)
     aux_layers = _within(folder, config.get("taps") or (), target)
-    shape = target.of_head()
+    shape = replace(target.of_head(), ffn=int(config.get("intermediate_size", target.ffn)))
     weights = _read_tensors(folder, trust_pickle)
     shapes = eagle3_shapes(shape, target.hidden, aux_layers) | _aux_norms(shape, len(aux_layers))
     _check_shapes(folder, weights, shapes, ("draft_ids",))

@@ -32,7 +32,7 @@ _log = logging.getLogger("smart.models")
 
 _MARKER = "verified"
 RECORD = "converted.json"  # of a converted folder: what it was made of, and its checksums
-CONVERSION = 4  # version of the conversion of GGUF files: folders of another one are not used
+CONVERSION = 5  # version of the conversion of GGUF files: folders of another one are not used
 
 
 @dataclass(frozen=True, slots=True)

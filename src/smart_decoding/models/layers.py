@@ -40,7 +40,8 @@ class LayerWeights:
     `input` is the width that q, k and v read: `hidden`, or twice that in an EAGLE-3 head, which
     then has no input_norm. attention_norm, ffn_norm: of what both add to x. window: how many
     positions a row sees, 0: all. angle: the first of its own among a position's rotary angles.
-    gelu: its gates go through GELU (by tanh) in place of SiLU.
+    gelu: its gates go through GELU (by tanh) in place of SiLU. Where scores are not divided by the
+    root of head_dim, q_norm carries the difference.
     """
 
     heads: int

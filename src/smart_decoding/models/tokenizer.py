@@ -31,6 +31,7 @@ _PROBE = "A text, 12 of them.\n"  # some tokenizers load, and can encode nothing
 _SPECIALS = ("bos_token", "eos_token", "unk_token", "pad_token")
 # GGUF token types
 _NORMAL = 1
+_UNKNOWN = 2
 _CONTROL = 3
 _USER_DEFINED = 4
 _UNUSED = 5
@@ -322,7 +323,7 @@ def _gguf_backend(metadata: Mapping[str, Any], specials: Mapping[str, str]) -> t
             f"GGUF tokenizer {kind!r} with pre-tokenizer {pre!r} is not supported "
             f"(llama, and gpt2 with {known} are)"
         )
-    for type_, is_special in ((_CONTROL, True), (_USER_DEFINED, False)):
+    for type_, is_special in ((_UNKNOWN, True), (_CONTROL, True), (_USER_DEFINED, False)):
         added = [token for token, its_type in zip(tokens, types, strict=True) if its_type == type_]
         backend.add_tokens(
             [AddedToken(token, special=is_special, normalized=False) for token in added]

@@ -114,14 +114,13 @@ class PickledWeights(Weights[Tensor]):
 
 
 class ShiftedNorms(Weights[MatrixT]):
-    """Weights whose norms are those of others and `by`."""
+    """Other weights, `by` added to each norm, in float32."""
 
     def __init__(self, weights: Weights[MatrixT], by: float) -> None:
         self._weights: Weights[MatrixT] = weights
         self._by = by
         self.shapes = weights.shapes
         self.dtypes = weights.dtypes
-        self.folder = weights.folder
 
     def __getitem__(self, name: str) -> MatrixT:
         weight = self._weights[name]

@@ -7,7 +7,7 @@ and its own chain since.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from smart_decoding.errors import ModelError
+from smart_decoding.errors import ConfigError, ModelError
 from smart_decoding.kernels.weights import Matrix, as_tensor
 from smart_decoding.models.head_shapes import FIRST
 
@@ -73,6 +73,18 @@ def form_of(files: HeadFiles) -> Form:
     )
 
 
+def narrowed(network: Sequence[Tensor], width: int) -> list[Tensor]:
+    """A feed-forward network's gate, up and down with the `width` neurons that carry most, in their
+    order: by the product of the norms of their three vectors. Raises ConfigError for more than
+    there are."""
+    gate, up, down = network
+    if width > len(gate):
+        raise ConfigError(f"intermediate_size={width}, but training starts from {len(gate)}")
+    carried = gate.float().norm(dim=1) * up.float().norm(dim=1) * down.float().norm(dim=0)
+    kept = carried.topk(width).indices.sort().values
+    return [gate[kept], up[kept], down[:, kept]]
+
+
 class TrainableHead(nn.Module):
     """fc, one decoder layer over [normed embedding ; normed features], and a norm.
 
@@ -121,10 +133,10 @@ class TrainableHead(nn.Module):
             qkv = torch.cat([get(f"self_attn.{n}_proj.weight") for n in "qkv"])
             self.qkv.weight.copy_(torch.cat((torch.randn_like(qkv) * 0.01, qkv), dim=1))
             self.o_proj.weight.copy_(get("self_attn.o_proj.weight"))
-            self.gate_up.weight.copy_(
-                torch.cat((get("mlp.gate_proj.weight"), get("mlp.up_proj.weight")))
-            )
-            self.down_proj.weight.copy_(get("mlp.down_proj.weight"))
+            network = [get(f"mlp.{name}_proj.weight") for name in ("gate", "up", "down")]
+            gate, up, down = narrowed(network, self.config.ffn)
+            self.gate_up.weight.copy_(torch.cat((gate, up)))
+            self.down_proj.weight.copy_(down)
             self.hidden_norm.weight.copy_(get("input_layernorm.weight"))
             before_ffn = "pre_feedforward_layernorm.weight"  # Gemma's name of it
             if prefix + before_ffn not in weights:
@@ -134,9 +146,12 @@ class TrainableHead(nn.Module):
 
     @torch.no_grad()
     def start_at(self, weights: Mapping[str, Tensor]) -> None:
-        """Goes on from a head on disk (`HeadFiles.weights`)."""
+        """Goes on from a head on disk (`HeadFiles.weights`), which may be wider."""
+        names = [f"{FIRST}mlp.{name}_proj.weight" for name in ("gate", "up", "down")]
+        network = narrowed([weights[name] for name in names], self.config.ffn)
+        given = {**weights, **dict(zip(names, network, strict=True))}
         for name, parameter in self._parameters_by_name().items():
-            parameter.copy_(weights[name].float())
+            parameter.copy_(given[name].float())
 
     def features(self, aux_hidden: Tensor) -> Tensor:
         """[..., aux_count * hidden] -> [..., hidden].

@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from smart_decoding.core.policies.base import require_int, require_number
-from smart_decoding.errors import ModelError
+from smart_decoding.errors import ConfigError, ModelError
 from smart_decoding.files import whole
 from smart_decoding.models.head_export import write_head
 from smart_decoding.models.head_files import HeadFiles
@@ -55,7 +55,9 @@ class TrainOptions:
     seconds: training time in all, over resumed runs. draft_vocab: output rows of the head, which
     are of frequent tokens. layout: in which the head is written (`head_export.LAYOUTS`).
     supports_images: the head reads pictures' embeddings in place of their tokens'; else its
-    conversations begin on the page in which the last picture ends, as in drafting."""
+    conversations begin on the page in which the last picture ends, as in drafting.
+    intermediate_size: neurons of its feed-forward network, None: as many as in what it starts
+    from."""
 
     aux_layers: tuple[int, ...]
     seconds: float = 2400.0
@@ -67,10 +69,17 @@ class TrainOptions:
     seed: int = 0
     layout: str = "smart"
     supports_images: bool = False
+    intermediate_size: int | None = None
 
     def __post_init__(self) -> None:
         require_number("seconds", self.seconds, 0.0, 1e9)
         require_int("draft_vocab", self.draft_vocab, 1, 1 << 20)
+        if self.intermediate_size is not None:
+            require_int("intermediate_size", self.intermediate_size, 32, 1 << 20)
+            if self.intermediate_size % 32:  # the kernels' quants come in such groups
+                raise ConfigError(
+                    f"intermediate_size={self.intermediate_size} is no multiple of 32"
+                )
 
 
 class Trainer:
@@ -94,6 +103,8 @@ class Trainer:
         self._checkpoint = checkpoint
         self._init = init
         form = form_of(init) if init else self._new_form()
+        if options.intermediate_size is not None:
+            form = replace(form, shape=replace(form.shape, ffn=options.intermediate_size))
         self._load(folder, keep)
         self.draft_ids = self._draft_vocabulary()
         self._objective = Objective(checkpoint, self.draft_ids, init)

@@ -370,16 +370,19 @@ def test_another_vocabulary_is_refused_before_weights_are_loaded(
     assert "\n" not in str(caught.value)
 
 
-def test_tokens_beyond_the_smaller_model_do_not_count(tmp_path: Path, target_folder: Path) -> None:
+@pytest.mark.parametrize("words", [WORDS[:-1], [*WORDS, "w_of_pictures"]])
+def test_tokens_beyond_the_smaller_model_do_not_count(
+    tmp_path: Path, target_folder: Path, words: list[str]
+) -> None:
     """As those for pictures that the larger models of a family have."""
-    shorter = replace(SMALL, vocab=len(WORDS) - 1)
-    draft = saved(tmp_path / "draft", shorter, WORDS[:-1], 1)
-    llm = LLM(
-        target_folder,
-        speculative_config={"method": "draft_model", "model": draft, "policy": "chain"},
-        dtype="fp32",
-    )
-    assert llm.generate("w1 w2", SamplingParams(temperature=0, max_tokens=9))
+    draft = saved(tmp_path / "draft", replace(SMALL, vocab=len(words)), words, 1)
+    drafting = {"method": "draft_model", "model": draft, "policy": "chain"}
+    params = SamplingParams(temperature=0, max_tokens=9)
+    answers = []
+    for config in (False, drafting):
+        llm = LLM(target_folder, speculative_config=config, dtype="fp32")
+        answers.append(llm.generate("w1 w2", params)[0].outputs[0].token_ids)
+    assert answers[0] == answers[1]
 
 
 def test_what_is_missing_or_too_short_is_refused(tmp_path: Path, target_folder: Path) -> None:

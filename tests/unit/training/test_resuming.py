@@ -19,14 +19,14 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from smart_decoding.errors import ModelError
+from smart_decoding.errors import ConfigError, ModelError
 from smart_decoding.models.config import ModelConfig
 from smart_decoding.models.head_export import write_head
 from smart_decoding.models.head_files import HeadFiles, load_head
 from smart_decoding.models.loading import Checkpoint
 from smart_decoding.training import train
 from smart_decoding.training.conversations import hold_out, recorded_layers
-from smart_decoding.training.head import Form, TrainableHead
+from smart_decoding.training.head import Form, TrainableHead, narrowed
 from smart_decoding.training.train import Trainer, TrainOptions
 
 CONFIG = ModelConfig("llama", 2, 32, 4, 2, 16, 48, 61, 10_000.0, 1e-5, 256, tie_embeddings=True)
@@ -270,6 +270,41 @@ def test_a_run_goes_on_from_a_head_and_writes_its_layout(
     for name in ("lm_head.weight", "fc.weight", "midlayer.self_attn.q_proj.weight"):
         assert after.weights[name].shape == init.weights[name].shape
         assert not torch.equal(after.weights[name], init.weights[name])
+
+
+def test_a_narrower_network_keeps_the_neurons_that_carry_most() -> None:
+    """So that nothing changes where the others do nothing."""
+    torch.manual_seed(0)
+    gate, up, down = torch.randn(48, 8), torch.randn(48, 8), torch.randn(8, 48)
+    down[:, 1::3] = 0.0
+    x = torch.randn(5, 8)
+
+    def network(weights: list[torch.Tensor]) -> torch.Tensor:
+        gate, up, down = weights
+        return (torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T
+
+    kept = narrowed([gate, up, down], 32)
+    assert [len(kept[0]), len(kept[1]), kept[2].shape[1]] == [32, 32, 32]
+    torch.testing.assert_close(network(kept), network([gate, up, down]))
+    with pytest.raises(ConfigError, match="intermediate_size=64, but training starts from 48"):
+        narrowed([gate, up, down], 64)
+
+
+@pytest.mark.parametrize("from_head", [False, True])
+def test_a_narrower_head_is_trained_and_read_back(
+    data: Path, trainer: Callable[..., Trainer], tmp_path: Path, from_head: bool
+) -> None:
+    wide = trainer("wide")
+    wide.run()
+    init = load_head(tmp_path / "wide", CONFIG) if from_head else None
+    options = replace(wide.options, intermediate_size=32)
+    narrow = Trainer(wide._checkpoint, data, tmp_path / "narrow", options, None, init)
+    assert narrow.run()["steps"] == STEPS
+    files = load_head(tmp_path / "narrow", CONFIG)
+    assert files.shape.ffn == 32
+    assert files.weights["midlayer.mlp.down_proj.weight"].shape == (CONFIG.hidden, 32)
+    with pytest.raises(ConfigError, match="no multiple of 32"):
+        replace(options, intermediate_size=40)
 
 
 def test_an_eagle1_head_learns_too(

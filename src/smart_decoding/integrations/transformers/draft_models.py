@@ -141,10 +141,10 @@ def _check_vocabulary(target: PreTrainedModel, config: Any, name: str) -> None:
     """By the two tokenizers where both are at hand, else by the number of tokens."""
     ours = _vocabulary(target.config.name_or_path, local_only=True)
     theirs = _vocabulary(name, local_only=False) if ours else None
+    mine, its = (c.get_text_config(decoder=True).vocab_size for c in (target.config, config))
     if ours and theirs:
-        why = vocabulary_difference(ours, theirs)
+        why = vocabulary_difference(ours, theirs, min(mine, its))
     else:
-        mine, its = (c.get_text_config(decoder=True).vocab_size for c in (target.config, config))
         why = None if mine == its else f"{its} tokens instead of {mine}"
     if why:
         raise ModelError(

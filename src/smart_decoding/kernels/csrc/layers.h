@@ -20,8 +20,8 @@ static void add_linear(const Layer& l, int rows, const Input<W>* input, int64_t 
 }
 
 // What follows attention in a layer, by a whole team: x += attention w^T, then the gated part.
-// `normed`, `added` [rows, hidden], which only norms of what is added need, and `ffn` [rows, ffn]
-// are workspace.
+// `normed` [rows, hidden], `ffn` [rows, ffn] and, with norms of what is added, `added`
+// [rows, hidden] are workspace.
 template <class W>
 static void finish_layer(const Layer& l, int rows, const Input<W>* attention, float* x,
                          Input<W>* normed, Input<W>* ffn, float* added) {
