@@ -87,8 +87,7 @@ def _add_head(group: argparse._ArgumentGroup) -> None:
         "--intermediate-size",
         type=int,
         metavar="N",
-        help="neurons of its feed-forward network (default: as many as in what it starts from): "
-        "fewer make it smaller and quicker",
+        help="neurons of its feed-forward network (default: as many as in what it starts from)",
     )
     add(
         "--aux-layers",

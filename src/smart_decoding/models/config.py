@@ -28,6 +28,7 @@ _MODEL_TYPES = {"gemma3": "gemma3_text"}  # those that are not the family's name
 _GGUF_FAMILIES = ("llama", "qwen2", "qwen3", "gemma3")
 _USUAL_WINDOW = 4096  # of Mistral's and Gemma's configurations that do not say it
 _GEMMA_PATTERN = 6  # one layer in so many of Gemma sees all positions
+_USUAL_THETA, _GEMMA_THETA = 10_000.0, 1_000_000.0  # RoPE's base where a file does not say it
 # what a model can have: what is beyond it would be counted for ever, or does not fit the kernels
 _MOST = {
     "layers": 10_000,
@@ -176,6 +177,12 @@ class ModelConfig:
         """Whether layers are Gemma's: norms of what they add, whose weights are what is beyond 1,
         GELU, and embeddings times the root of their width."""
         return self.family == "gemma3"
+
+    @property
+    def norm_before_ffn(self) -> str:
+        """The name of a layer's norm at its feed-forward network's input. Gemma has one of the
+        usual name, too: of what attention adds."""
+        return "pre_feedforward_layernorm" if self.gemma else "post_attention_layernorm"
 
     def of_head(self) -> ModelConfig:
         """The shape of a draft head's layer for this model: a plain one of Llama."""
@@ -338,7 +345,7 @@ def _from_hf(
         head_dim=int(config.get("head_dim") or hidden // heads),
         ffn=int(config["intermediate_size"]),
         vocab=int(config["vocab_size"]),
-        rope_theta=float(options.get("rope_theta", 1_000_000.0 if gemma else 10_000.0)),
+        rope_theta=float(options.get("rope_theta", _GEMMA_THETA if gemma else _USUAL_THETA)),
         rms_eps=float(config["rms_norm_eps"]),
         max_positions=positions if gemma else rope.stretched_positions(scaling, positions),
         tie_embeddings=bool(config.get("tie_word_embeddings", gemma)),
@@ -348,7 +355,7 @@ def _from_hf(
         rope_scaling=scaling,
         mrope=_mrope_of(options, config),
         windows=_windows_of(family, config),
-        local_theta=rope.local_theta_of(config) if gemma else None,
+        local_theta=rope.local_theta_of(config, _USUAL_THETA) if gemma else None,
         query_scalar=int(config["query_pre_attn_scalar"]) if gemma else None,
         eos_token_ids=token_ids(config.get("eos_token_id"), generation.get("eos_token_id")),
         bos_token_id=next(iter(token_ids(config.get("bos_token_id"))), None),
@@ -367,18 +374,23 @@ def _mrope_of(options: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[in
 def _windows_of(family: str, config: Mapping[str, Any]) -> tuple[int, ...]:
     if family == "llama" or (family.startswith("qwen") and not config.get("use_sliding_window")):
         return ()
-    layers = range(min(int(config["num_hidden_layers"]), _MOST["layers"]))
+    layers = min(int(config["num_hidden_layers"]), _MOST["layers"])
     window = int(config.get("sliding_window", _USUAL_WINDOW) or 0)
     types = config.get("layer_types")
     if types is not None:
         has_window = [kind == "sliding_attention" for kind in types]
     elif family == "gemma3":
         pattern = config.get("sliding_window_pattern") or config.get("_sliding_window_pattern")
-        has_window = [(i + 1) % int(pattern or _GEMMA_PATTERN) > 0 for i in layers]
+        has_window = _all_but_each(int(pattern or _GEMMA_PATTERN), layers)
     else:
         first = int(config.get("max_window_layers", 28)) if family != "mistral" else 0
-        has_window = [i >= first for i in layers]
+        has_window = [i >= first for i in range(layers)]
     return _windows(window, has_window)
+
+
+def _all_but_each(nth: int, layers: int) -> list[bool]:
+    """Which layers have a window in a model where each `nth` has none."""
+    return [(i + 1) % nth > 0 for i in range(layers)]
 
 
 def _windows(window: int, has_window: Sequence[bool]) -> tuple[int, ...]:
@@ -402,11 +414,10 @@ def _from_gguf(
     rope_factors: NDArray[np.float32] | None,
 ) -> ModelConfig:
     own = f"{family}."
-    _refuse_gguf_parts(metadata, own, tensor_names)
     heads = int(metadata[own + "attention.head_count"])
     hidden = int(metadata[own + "embedding_length"])
     head_dim = int(metadata.get(own + "attention.key_length", hidden // heads))
-    _refuse_gguf_options(metadata, own, head_dim)
+    _refuse_in_gguf(metadata, own, head_dim, tensor_names)
     epsilon = float(metadata[own + "attention.layer_norm_rms_epsilon"])
     trained = int(metadata[own + "context_length"])
     scaling = rope.scaling_from_gguf(metadata, family, trained, rope_factors)
@@ -422,7 +433,7 @@ def _from_gguf(
         head_dim=head_dim,
         ffn=int(metadata[own + "feed_forward_length"]),
         vocab=len(tokens),
-        rope_theta=float(metadata.get(own + "rope.freq_base", 10_000.0)),
+        rope_theta=float(metadata.get(own + "rope.freq_base", _USUAL_THETA)),
         rms_eps=round(epsilon, 12),  # stored as float32
         max_positions=rope.stretched_positions(scaling, trained),
         tie_embeddings="output.weight" not in tensor_names,
@@ -446,11 +457,13 @@ def _of_gemma(metadata: Mapping[str, Any], config: ModelConfig) -> dict[str, Any
 
     has_window = given("attention.sliding_window_pattern", usual=_GEMMA_PATTERN)
     if not isinstance(has_window, list):
-        has_window = [(i + 1) % int(has_window or 1) > 0 for i in range(config.layers)]
+        has_window = _all_but_each(int(has_window or 1), config.layers)
     window = int(given("attention.sliding_window", usual=0))
     return {
-        "rope_theta": float(given("rope.freq_base", "rope.global.freq_base", usual=1e6)),
-        "local_theta": float(given("rope.freq_base_swa", "rope.local.freq_base", usual=1e4)),
+        "rope_theta": float(given("rope.freq_base", "rope.global.freq_base", usual=_GEMMA_THETA)),
+        "local_theta": float(
+            given("rope.freq_base_swa", "rope.local.freq_base", usual=_USUAL_THETA)
+        ),
         "max_positions": int(metadata["gemma3.context_length"]),  # stretched already
         "windows": _windows(window, has_window),
         "qk_norm": True,
@@ -459,17 +472,14 @@ def _of_gemma(metadata: Mapping[str, Any], config: ModelConfig) -> dict[str, Any
     }
 
 
-def _refuse_gguf_parts(
-    metadata: Mapping[str, Any], own: str, tensor_names: Collection[str]
+def _refuse_in_gguf(
+    metadata: Mapping[str, Any], own: str, head_dim: int, tensor_names: Collection[str]
 ) -> None:
     if own + "vision.block_count" in metadata or any(n.startswith("v.") for n in tensor_names):
         raise ModelError(
             "a GGUF file that holds a vision part, as Ollama's of Gemma 3 do, is not supported: "
             "take one of the text alone, such as those of llama.cpp's converter"
         )
-
-
-def _refuse_gguf_options(metadata: Mapping[str, Any], own: str, head_dim: int) -> None:
     # Ollama's first converter wrote one of 30 by itself, which its runner did not apply
     by_itself = own + "rope.global.freq_base" in metadata
     if metadata.get(own + "final_logit_softcapping") and not by_itself:

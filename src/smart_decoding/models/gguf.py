@@ -60,6 +60,7 @@ _NAMES = {
     "ffn_down": "mlp.down_proj",
 }
 _GEMMA_NAMES = {
+    **_NAMES,
     "post_attention_norm": "post_attention_layernorm",
     "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
@@ -281,7 +282,7 @@ def half_split(weight: MatrixT, heads: int) -> MatrixT:
 
 def hf_name(name: str, family: str) -> str:
     """The Hugging Face name of a GGUF tensor; ModelError for one that no supported model has."""
-    names = _NAMES | _GEMMA_NAMES if family == "gemma3" else _NAMES
+    names = _GEMMA_NAMES if family == "gemma3" else _NAMES
     match = _BLOCK.fullmatch(name)
     if match and match[2] in names:
         return f"model.layers.{match[1]}.{names[match[2]]}.{match[3]}"

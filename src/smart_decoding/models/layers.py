@@ -275,7 +275,7 @@ def _layer_norms(
     input_norm: bool,
 ) -> dict[str, Tensor]:
     """A layer's norms by their names in LayerWeights."""
-    names = {"post_norm": "post_attention_layernorm"}
+    names = {"post_norm": config.norm_before_ffn}
     if input_norm:
         names["input_norm"] = "input_layernorm"
     if config.qk_norm:
@@ -283,7 +283,6 @@ def _layer_norms(
     if config.gemma:
         names |= {
             "attention_norm": "post_attention_layernorm",
-            "post_norm": "pre_feedforward_layernorm",
             "ffn_norm": "post_feedforward_layernorm",
         }
     norms = {

@@ -76,11 +76,10 @@ def load_checkpoint(
     weights: Weights[Any]
     if is_file and stored:
         weights = _stored_weights(source.path, folder)
-    elif scheme is None:
-        weights = as_computed(config, open_weights(folder, trust_pickle))
     else:
-        plain = as_computed(config, open_weights(folder, trust_pickle))
-        weights = GroupedWeights(plain, scheme, config.expected_shapes(), stored)
+        weights = as_computed(config, open_weights(folder, trust_pickle))
+        if scheme is not None:
+            weights = GroupedWeights(weights, scheme, config.expected_shapes(), stored)
     config.check_tensors(weights.shapes, source.path.name if is_file else folder.name)
     provenance = _provenance(source, weights.dtypes["model.embed_tokens.weight"])
     if is_file or scheme is not None:

@@ -39,12 +39,11 @@ class NativeModel:
         final_norm: Tensor,
         kv: KVCache,
         rotary: tuple[Tensor, Tensor],
-        scale: float = 1.0,
+        scale: float,
     ) -> None:
         norm = final_norm.float().contiguous()
         self._keep = (layers, norm, embedding, output, kv, rotary)
-        self.struct = _model(layers, embedding, output, norm, kv)
-        self.struct.embedding_scale = scale
+        self.struct = _model(layers, embedding, output, norm, kv, scale)
         first = layers.structs[0]
         self._hidden = first.hidden
         self._vocab = output.n
@@ -142,6 +141,7 @@ def _model(
     output: PackedWeight,
     norm: Tensor,
     kv: KVCache,
+    scale: float,
 ) -> Structure:
     first = layers.structs[0]
     bf16 = kv.keys.dtype == torch.bfloat16
@@ -159,6 +159,7 @@ def _model(
         w_bf16=bf16,
         kv_bf16=bf16,
         eps=first.eps,
+        embedding_scale=scale,
     )
 
 

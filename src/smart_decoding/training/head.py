@@ -117,11 +117,13 @@ class TrainableHead(nn.Module):
         self.register_buffer("cosine", angles.cos() * factor, persistent=False)
         self.register_buffer("sine", angles.sin() * factor, persistent=False)
 
-    def start_from(self, weights: Mapping[str, Matrix], layers: int, aux_scale: float) -> None:
-        """Starts as the last of the target's `layers` on the last aux state, not as noise.
+    def start_from(
+        self, weights: Mapping[str, Matrix], target: ModelConfig, aux_scale: float
+    ) -> None:
+        """Starts as the target's last layer on the last aux state, not as noise.
 
         That is a far better start. aux_scale: root mean square of that state."""
-        prefix = f"model.layers.{layers - 1}."
+        prefix = f"model.layers.{target.layers - 1}."
 
         def get(name: str) -> Tensor:
             return as_tensor(weights[prefix + name]).float()
@@ -138,10 +140,7 @@ class TrainableHead(nn.Module):
             self.gate_up.weight.copy_(torch.cat((gate, up)))
             self.down_proj.weight.copy_(down)
             self.hidden_norm.weight.copy_(get("input_layernorm.weight"))
-            before_ffn = "pre_feedforward_layernorm.weight"  # Gemma's name of it
-            if prefix + before_ffn not in weights:
-                before_ffn = "post_attention_layernorm.weight"
-            self.post_attention_layernorm.weight.copy_(get(before_ffn))
+            self.post_attention_layernorm.weight.copy_(get(f"{target.norm_before_ffn}.weight"))
             self.norm.weight.copy_(as_tensor(weights["model.norm.weight"]).float())
 
     @torch.no_grad()

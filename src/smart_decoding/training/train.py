@@ -112,7 +112,7 @@ class Trainer:
         if init:
             self.head.start_at(init.weights)
         else:
-            self.head.start_from(checkpoint.weights, self.config.layers, self._aux_scale())
+            self.head.start_from(checkpoint.weights, self.config, self._aux_scale())
         self._optimiser = torch.optim.AdamW(
             self.head.parameters(),
             lr=options.learning_rate,
