@@ -100,7 +100,8 @@ def other_head(folder: Path) -> None:
     torch.manual_seed(7)
     head = TrainableHead(form_of(files))
     embedding = as_tensor(checkpoint.weights["model.embed_tokens.weight"]).float()
-    ids = files.weights["draft_ids"].long()
+    draft_ids = as_tensor(files.weights["draft_ids"])
+    ids = draft_ids.long()
     place = torch.full((checkpoint.config.vocab,), -100)
     place[ids] = torch.arange(len(ids))
     output = head.lm_head.weight if head.lm_head is not None else embedding[ids]
@@ -117,7 +118,7 @@ def other_head(folder: Path) -> None:
         optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
-    _write(folder, {**head.exported(), "draft_ids": files.weights["draft_ids"]})
+    _write(folder, {**head.exported(), "draft_ids": draft_ids})
 
 
 def _shipped() -> dict[str, torch.Tensor]:

@@ -26,6 +26,7 @@ from smart_decoding.models.head_files import (
     VISUAL_POSITIONS,
     HeadFiles,
     head_folder,
+    is_for,
     is_head,
     load_head,
 )
@@ -35,6 +36,7 @@ from smart_decoding.models.memory import parameters
 from smart_decoding.models.ranking import torch_top_k
 from smart_decoding.models.registry import (
     Source,
+    built_in_name,
     cached_siblings,
     hub_id_of,
     is_gguf,
@@ -99,11 +101,11 @@ def level_drafter(drafter: Drafter | None) -> LevelDrafter[Any] | None:
 
 
 def shipped_head(model: str) -> Path | None:
-    """The folder of the head that comes with this package for a built-in model, if there is one."""
-    name = model.partition("@")[0]
-    folder = HEADS / name
-    is_name = Path(name).name == name  # a path of its own would lead out of HEADS
-    return folder if is_name and (folder / "model.safetensors").is_file() else None
+    """The folder of the head that comes with this package for a built-in model or its copies
+    (`registry.built_in_name`), if there is one."""
+    name = built_in_name(model)
+    folder = HEADS / name if name else None
+    return folder if folder and folder.is_dir() else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +145,8 @@ def check_speculation(
         return SpeculativeConfig("none", "off", {})
     given = _as_dict(config)
     shipped = shipped_head(checkpoint.provenance["model"])
+    if shipped is not None and not is_for(shipped, checkpoint.config):
+        shipped = None  # it is only called like the head's model
     if _means_own_head(given, shipped):
         given["model"] = shipped
     named = _is_model(given.get("model"), ask=given.get("method", "union") == "union")

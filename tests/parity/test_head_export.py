@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from smart_decoding.cli.main import main
 from smart_decoding.errors import ConfigError, ModelError
+from smart_decoding.kernels.weights import QuantizedTensor, as_tensor
 from smart_decoding.models.head_export import (
     check_layout,
     check_rope,
@@ -25,6 +26,7 @@ from smart_decoding.models.head_export import (
 from smart_decoding.models.head_files import HeadFiles, load_head
 from smart_decoding.models.loading import Checkpoint
 from smart_decoding.models.rope import RopeScaling, scaling_from_hf
+from smart_decoding.models.rounding import RoundedWeights
 from smart_decoding.speculation import shipped_head
 from smart_decoding.training.head import Form, TrainableHead, form_of
 
@@ -137,6 +139,58 @@ def test_published_heads_come_back_as_they_were(name: str, tmp_path: Path) -> No
         == config["architectures"]
     )
     assert_same_proposals(tmp_path / "again", before)
+
+
+def in_quants(before: Path, scheme: str, folder: Path) -> HeadFiles:
+    """The head of ours in `before`, written anew with its matrices rounded."""
+    files = load_head(before, target_config())
+    config = {**files.config, "quantization": scheme}
+    write_head(replace(files, config=config), checkpoint(), "smart", folder)
+    return load_head(folder, target_config())
+
+
+@pytest.mark.parametrize(("scheme", "format_"), [("int8", "Q8_0"), ("int4", "Q4_1")])
+def test_a_head_in_quants(scheme: str, format_: str, tmp_path: Path) -> None:
+    """Its matrices are what rounding at load makes of them, it comes back as it was, and it
+    proposes what the rounded numbers would."""
+    (tmp_path / "ours").mkdir()
+    before = ours(tmp_path / "ours")
+    files = in_quants(before, scheme, tmp_path / "q")
+    plain = load_head(before, target_config())
+    rounded = RoundedWeights(plain.weights, scheme)
+    for name, weight in files.weights.items():
+        if isinstance(rounded[name], QuantizedTensor):
+            assert isinstance(weight, QuantizedTensor)
+            assert weight.format == format_
+        assert torch.equal(as_tensor(weight), as_tensor(rounded[name])), name
+    kinds = {name for name, weight in files.weights.items() if isinstance(weight, QuantizedTensor)}
+    assert {"fc.weight", "midlayer.self_attn.q_proj.weight"} <= kinds
+    write_head(files, checkpoint(), "smart", tmp_path / "again")
+    again, first = (load_file(tmp_path / each / "model.safetensors") for each in ("again", "q"))
+    assert again.keys() == first.keys()
+    assert all(torch.equal(again[name], first[name]) for name in first)
+    widened = {name: as_tensor(weight) for name, weight in files.weights.items()}
+    config = smart_config(target_config(), AUX_LAYERS, len(widened["draft_ids"]))
+    assert_same_proposals(write(tmp_path, config, widened), tmp_path / "q")
+    write_head(files, checkpoint(), "speculators", tmp_path / "s")
+    assert_same_proposals(tmp_path / "s", tmp_path / "q")
+    head = TrainableHead(form_of(files))
+    head.start_at(files.weights)
+    assert torch.equal(head.fc.weight, widened["fc.weight"].float())
+
+
+def test_quants_that_are_damaged_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "ours").mkdir()
+    in_quants(ours(tmp_path / "ours"), "int4", tmp_path / "q")
+    path = tmp_path / "q" / "config.json"
+    config = json.loads(path.read_text())
+    for scheme, said in (("int3", "int8, int4"), ("int8", "no whole groups of 34 bytes")):
+        path.write_text(json.dumps({**config, "quantization": scheme}))
+        with pytest.raises(ModelError, match=said):
+            load_head(tmp_path / "q", target_config())
+    path.write_text(json.dumps({**config, "quantization": None}))
+    with pytest.raises(ModelError, match="fc"):
+        load_head(tmp_path / "q", target_config())
 
 
 @pytest.mark.parametrize(("name", "layout"), [("eagle3", "speculators"), ("speculators", "eagle3")])

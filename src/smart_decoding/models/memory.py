@@ -13,6 +13,7 @@ import torch
 
 from smart_decoding.engine.kv import PAGE
 from smart_decoding.errors import CapacityError
+from smart_decoding.files import read_json, reading
 from smart_decoding.models.gguf import StoredWeights
 from smart_decoding.models.gptq import GroupedWeights
 from smart_decoding.models.kernel_check import why_slow
@@ -123,8 +124,8 @@ def need_of(
     if draft is not None:
         drafting = weight_bytes(draft, dtype, device) + work_bytes(draft.config, limits)
         per_token += kv_bytes(draft.config, dtype)
-    if head is not None:  # it has a layer, and the target's output matrix in 8 bits
-        drafting = _file_bytes(head) + config.hidden * config.vocab
+    if head is not None:  # it has a layer, and rows of the target's output matrix in 8 bits
+        drafting = _file_bytes(head) + config.hidden * _output_rows(head, config.vocab)
         per_token += kv_bytes(config, dtype) // config.layers
     weights = weight_bytes(checkpoint, dtype, device)
     return Need(weights, drafting, work, per_token, limits.pages * PAGE)
@@ -207,6 +208,14 @@ def _free_of_container() -> int | None:
     except (OSError, ValueError):  # no such group, or the limit is "max"
         return None
     return limit - used + stat.get("inactive_file", 0) + stat.get("active_file", 0)
+
+
+def _output_rows(head: Path, vocab: int) -> int:
+    path = head / "config.json"
+    if not path.is_file():  # which loading refuses
+        return vocab
+    with reading(path):
+        return int(read_json(path).get("draft_vocab_size") or vocab)
 
 
 def _file_bytes(folder: Path) -> int:

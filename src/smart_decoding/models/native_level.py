@@ -3,11 +3,12 @@ children out.
 
 An EAGLE-3 head in bf16 has its output matrix in 8 bits (a scale for each token): it is half of what
 a level reads, and proposals may be off by a little, since no answer depends on them. Beside a
-target of quants all of its matrices have 8 bits."""
+target of quants all of its matrices have 8 bits, or fewer if they are stored so."""
 
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Sequence
 from ctypes import Structure
 from typing import TYPE_CHECKING, Any
@@ -164,7 +165,7 @@ def _structure(weights: HeadWeights) -> tuple[Structure, tuple[object, ...]]:
     """The structure Head, and what must stay alive behind it."""
     target = weights.target
     files = weights.files
-    count = sum(tensor.numel() for tensor in files.weights.values())
+    count = sum(math.prod(weight.shape) for weight in files.weights.values())
     arena = Arena(count * target.dtype.itemsize, IF_FASTER)
     layers = NativeLayers(weights.layers(), arena)
     fc = pack([weights.held["fc.weight"]], arena)

@@ -277,6 +277,25 @@ def known_names() -> list[str]:
     return [name + origin for name in NAMED_MODELS for origin in ("", "@hub", "@pypi")]
 
 
+def built_in_name(model: str) -> str | None:
+    """The built-in model that a name means or seems to be a copy of: its own name, or a hub id,
+    folder or file that is called as its repository, but for a quantisation; None if there is
+    none."""
+    base = model.partition("@")[0]
+    if base in NAMED_MODELS:
+        return base
+    hub_id = hub_id_of(model)
+    called = _plain_name(hub_id[1] if hub_id else model)
+    known = {_plain_name(each.repository): name for name, each in NAMED_MODELS.items()}
+    return known.get(called)
+
+
+def _plain_name(path: str) -> str:
+    """The last part of a path or hub id, without what tells its copies apart."""
+    last = _QUANTISATION.sub("", without_part(Path(path).name))
+    return last.lower().removesuffix(".gguf").removesuffix("-gguf")
+
+
 def unknown_model(name: str) -> str:
     """What to add to an error about an unknown name: the built-in name or the file beside it that
     was meant; nothing where none is like it."""

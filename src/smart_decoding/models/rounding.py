@@ -1,4 +1,5 @@
-"""Weights rounded to 8 or 4 bits when they are loaded: to the nearest, in groups of 32."""
+"""Weights rounded to 8 or 4 bits, when they are loaded or a head is written: to the nearest, in
+groups of 32."""
 
 from __future__ import annotations
 
@@ -7,7 +8,9 @@ from math import prod
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from smart_decoding.errors import ModelError
 from smart_decoding.kernels.weights import Matrix, QuantizedTensor
 
 _GROUP = 32
@@ -15,6 +18,7 @@ _PART = 4096  # rows that are rounded at once: all of a vocabulary's in float32 
 # 4 bits with a scale and a least value, and 8 bits with a scale, as in GGUF files. What turns
 # states into logits, and tokens into states, has 8 bits in both.
 FORMATS = {"int8": "Q8_0", "int4": "Q4_1"}
+_GROUP_BYTES = {"Q8_0": 34, "Q4_1": 20}
 _BY_TOKEN = ("lm_head.weight", "model.embed_tokens.weight")
 
 
@@ -51,16 +55,45 @@ def rounded_bytes(shapes: Mapping[str, tuple[int, ...]], scheme: str) -> int:
     return sum(_bytes_of(shape, _format_of(name, shape, scheme)) for name, shape in shapes.items())
 
 
+def stored(weights: Mapping[str, Matrix]) -> dict[str, Tensor]:
+    """Weights as safetensors can hold them: quants as their bytes, uint8 [n, bytes]."""
+    return {
+        name: torch.from_numpy(weight.rows) if isinstance(weight, QuantizedTensor) else weight
+        for name, weight in weights.items()
+    }
+
+
+def restored(tensors: Mapping[str, Tensor], scheme: str) -> dict[str, Matrix]:
+    """What `stored` made of `RoundedWeights` under a scheme.
+
+    Raises ModelError for an unknown one, and for bytes that are no whole groups."""
+    if scheme not in FORMATS:
+        known = ", ".join(FORMATS)
+        raise ModelError(f"quantization {scheme!r} is not supported for stored weights: {known}")
+    return {name: _restored(name, tensor, scheme) for name, tensor in tensors.items()}
+
+
+def _restored(name: str, tensor: Tensor, scheme: str) -> Matrix:
+    if tensor.dtype != torch.uint8:
+        return tensor
+    format_ = _format(name, scheme)
+    size = _GROUP_BYTES[format_]
+    if tensor.ndim != 2 or tensor.shape[1] % size:
+        raise ModelError(f"{name} {list(tensor.shape)} holds no whole groups of {size} bytes")
+    return QuantizedTensor(tensor.numpy(), format_, tensor.shape[1] // size * _GROUP)
+
+
 def _bytes_of(shape: tuple[int, ...], format_: str | None) -> int:
     if format_ is None:
         return 2 * prod(shape)
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-
-    weights, size = GGML_QUANT_SIZES[GGMLQuantizationType[format_]]
-    return prod(shape) // weights * size
+    return prod(shape) // _GROUP * _GROUP_BYTES[format_]
 
 
 def _format_of(name: str, shape: tuple[int, ...], scheme: str) -> str | None:
     if len(shape) != 2 or shape[1] % _GROUP:
         return None
+    return _format(name, scheme)
+
+
+def _format(name: str, scheme: str) -> str:
     return FORMATS["int8" if name in _BY_TOKEN else scheme]

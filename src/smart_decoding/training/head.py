@@ -144,13 +144,13 @@ class TrainableHead(nn.Module):
             self.norm.weight.copy_(as_tensor(weights["model.norm.weight"]).float())
 
     @torch.no_grad()
-    def start_at(self, weights: Mapping[str, Tensor]) -> None:
+    def start_at(self, weights: Mapping[str, Matrix]) -> None:
         """Goes on from a head on disk (`HeadFiles.weights`), which may be wider."""
         names = [f"{FIRST}mlp.{name}_proj.weight" for name in ("gate", "up", "down")]
-        network = narrowed([weights[name] for name in names], self.config.ffn)
+        network = narrowed([as_tensor(weights[name]) for name in names], self.config.ffn)
         given = {**weights, **dict(zip(names, network, strict=True))}
         for name, parameter in self._parameters_by_name().items():
-            parameter.copy_(given[name].float())
+            parameter.copy_(as_tensor(given[name]).float())
 
     def features(self, aux_hidden: Tensor) -> Tensor:
         """[..., aux_count * hidden] -> [..., hidden].

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from smart_decoding.core.policies.base import require_int, require_number
 from smart_decoding.errors import ConfigError, ModelError
 from smart_decoding.files import whole
+from smart_decoding.kernels.weights import as_tensor
 from smart_decoding.models.head_export import write_head
 from smart_decoding.models.head_files import HeadFiles
 from smart_decoding.training.conversations import (
@@ -57,7 +58,8 @@ class TrainOptions:
     supports_images: the head reads pictures' embeddings in place of their tokens'; else its
     conversations begin on the page in which the last picture ends, as in drafting.
     intermediate_size: neurons of its feed-forward network, None: as many as in what it starts
-    from."""
+    from. quantization: how its matrices are rounded when it is written, int8 or int4 (None: they
+    are bf16)."""
 
     aux_layers: tuple[int, ...]
     seconds: float = 2400.0
@@ -70,10 +72,13 @@ class TrainOptions:
     layout: str = "smart"
     supports_images: bool = False
     intermediate_size: int | None = None
+    quantization: str | None = None
 
     def __post_init__(self) -> None:
         require_number("seconds", self.seconds, 0.0, 1e9)
         require_int("draft_vocab", self.draft_vocab, 1, 1 << 20)
+        if self.quantization is not None and self.layout != "smart":
+            raise ConfigError(f"the layout {self.layout!r} has no words for a head in quants")
         if self.intermediate_size is not None:
             require_int("intermediate_size", self.intermediate_size, 32, 1 << 20)
             if self.intermediate_size % 32:  # the kernels' quants come in such groups
@@ -150,7 +155,7 @@ class Trainer:
         vocab = self.config.vocab
         if self._init is None:
             return frequent_tokens(self._train, vocab, min(self.options.draft_vocab, vocab))
-        known = self._init.weights["draft_ids"].long()
+        known = as_tensor(self._init.weights["draft_ids"]).long()
         if "lm_head.weight" in self._init.weights:
             return known
         return frequent_tokens(self._train, vocab, len(known), known)
@@ -335,10 +340,10 @@ class Trainer:
         form = self.head.form
         weights = self.head.exported()
         if self._init and "embed_tokens.weight" in self._init.weights:
-            weights["embed_tokens.weight"] = self._init.weights["embed_tokens.weight"]
+            weights["embed_tokens.weight"] = as_tensor(self._init.weights["embed_tokens.weight"])
         weights["draft_ids"] = self.draft_ids
         return HeadFiles(
-            {},
+            {"quantization": self.options.quantization},
             weights,
             self.options.aux_layers,
             form.shape,

@@ -442,15 +442,31 @@ def test_nothing_drafts_if_so_asked(target_folder: Path, config: Any) -> None:
     assert llm.policy.name == "off"
 
 
+NOT_READ: Any = None  # a tokenizer
+
+
+def smollm2(model: str, vocab: int = 49_152) -> Any:
+    """A checkpoint, as far as what drafts depends on it."""
+    config = SimpleNamespace(hidden=576, vocab=vocab, layers=30)
+    return SimpleNamespace(provenance={"model": model}, vision=None, config=config)
+
+
 @pytest.mark.parametrize("config", [{}, {"method": "eagle"}, {"method": "eagle3"}])
 @pytest.mark.parametrize("name", ["smollm2-135m", "smollm2-135m@pypi"])
 def test_a_model_named_as_its_own_drafter_means_its_head(config: Any, name: str) -> None:
     """A model that drafts for itself saves nothing."""
-    target: Any = SimpleNamespace(provenance={"model": "smollm2-135m"}, vision=None)
-    tokenizer: Any = None
-    found = check_speculation({**config, "model": name}, target, tokenizer, 64)
+    found = check_speculation({**config, "model": name}, smollm2("smollm2-135m"), NOT_READ, 64)
     assert found.draft is None
     assert found.head == shipped_head("smollm2-135m")
+
+
+@pytest.mark.parametrize("model", ["smollm2-135m", "a/SmolLM2-135M-Instruct-GGUF:Q8_0"])
+def test_a_head_is_for_the_copies_of_its_model_that_have_its_sizes(model: str) -> None:
+    assert check_speculation(None, smollm2(model), NOT_READ, 64).head == shipped_head(model)
+    longer = smollm2(model, vocab=49_153)
+    assert check_speculation({"method": "ngram"}, longer, NOT_READ, 64).head is None
+    with pytest.raises(ConfigError, match="'eagle' needs a head"):
+        check_speculation({"method": "eagle"}, longer, NOT_READ, 64)
 
 
 # --- the default

@@ -17,11 +17,12 @@ from smart_decoding.engine.kv import PAGE, BlockTable, PagePool
 from smart_decoding.engine.request import Request
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine.stopping import StopChecker
-from smart_decoding.kernels.weights import pack
+from smart_decoding.kernels.weights import QuantizedTensor, as_tensor, pack
 from smart_decoding.models import native_level
 from smart_decoding.models.decoder import Decoder
 from smart_decoding.models.eagle_head import EagleHead
 from smart_decoding.models.head_files import HeadFiles
+from smart_decoding.models.head_weights import HeadWeights
 from smart_decoding.models.rounding import RoundedWeights
 from smart_decoding.profiling import measure
 from smart_decoding.training.head import Form, TrainableHead
@@ -164,6 +165,33 @@ def test_a_quantised_target_has_its_head_in_8_bits(files: HeadFiles) -> None:
     scale = float(found[0].abs().max())
     np.testing.assert_allclose(found[1], found[0], atol=0.05 * scale)
     assert not torch.equal(found[0], found[1])
+
+
+def test_a_head_in_4_bits_is_read_in_4_bits(files: HeadFiles) -> None:
+    """What levels give is what the rounded numbers would, up to the inputs' own rounding."""
+    rows = rows_of(3, 15)
+    torch.manual_seed(0)
+    features = torch.randn(15, WIDTH)
+    rounded = RoundedWeights(files.weights, "int4")
+    widened = {name: as_tensor(weight) for name, weight in rounded.items()}
+    found = []
+    for weights in (rounded, widened, files.weights):
+        head = head_of(replace(files, weights=weights), True, torch.bfloat16, quantized=True)
+        head.levels.first(rows, [features], np.array([4, 9, 14]), Asked(4, np.zeros(3)))
+        found.append(outputs_of(head))
+    scale = float(found[1].abs().max())
+    near, far = ((found[0] - other).norm() / found[0].norm() for other in found[1:])
+    np.testing.assert_allclose(found[0], found[1], atol=0.05 * scale)
+    assert near < 0.5 * far
+    target = Decoder(
+        TARGET,
+        RoundedWeights(checkpoint(TARGET).weights, "int8"),
+        *(torch.bfloat16, torch.device("cpu"), PAGES, 128, True),
+    )
+    held = HeadWeights(replace(files, weights=rounded), target).held
+    formats = [matrix.format for matrix in held.values() if isinstance(matrix, QuantizedTensor)]
+    assert sorted(set(formats)) == ["Q4_1", "Q8_0"]  # fc, into which norms are folded, has 8 bits
+    assert formats.count("Q8_0") == 1
 
 
 def test_8_bits_change_probabilities_little(
