@@ -42,7 +42,7 @@ from smart_decoding.errors import ConfigError
 from smart_decoding.kernels.weights import as_tensor
 from smart_decoding.models.head_files import load_head
 from smart_decoding.models.loading import load_checkpoint
-from smart_decoding.speculation import shipped_head
+from smart_decoding.models.registry import shipped_head
 from smart_decoding.training.head import TrainableHead, form_of
 from smart_lab.ablations import VARIANTS
 from smart_lab.resume import Progress

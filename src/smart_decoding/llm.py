@@ -455,7 +455,7 @@ def _require_memory(
     except CapacityError:
         if not asked.by_default:
             raise
-        log.warning("there is no memory for a draft model beside it, so n-grams draft")
+        log.warning("there is no memory for what drafts beside it, so n-grams do")
         return _require_memory(args, checkpoint, asked.without_draft(), longest)
     return asked, limits.pages
 

@@ -36,11 +36,12 @@ from smart_decoding.models.memory import parameters
 from smart_decoding.models.ranking import torch_top_k
 from smart_decoding.models.registry import (
     Source,
-    built_in_name,
     cached_siblings,
+    copied_name,
     hub_id_of,
     is_gguf,
     known_names,
+    shipped_head,
 )
 from smart_decoding.models.tokenizer import Tokenizer
 
@@ -56,7 +57,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("smart.speculation")
 
-HEADS = Path(__file__).with_name("heads")
 # vLLM's names, and ours. What a number of tokens limits depends on the method and the policy.
 IN_VLLM = {"prompt_lookup_min": "min_n", "prompt_lookup_max": "max_n"}
 DEEPEST = {
@@ -100,12 +100,11 @@ def level_drafter(drafter: Drafter | None) -> LevelDrafter[Any] | None:
     return model if isinstance(model, LevelDrafter) else None
 
 
-def shipped_head(model: str) -> Path | None:
-    """The folder of the head that comes with this package for a built-in model or its copies
-    (`registry.built_in_name`), if there is one."""
-    name = built_in_name(model)
-    folder = HEADS / name if name else None
-    return folder if folder and folder.is_dir() else None
+def own_head(target: Checkpoint) -> Path | None:
+    """The head that comes with this package for a built-in model, or for what seems to be a copy
+    of it and has its sizes."""
+    folder = shipped_head(copied_name(target.provenance["model"]))
+    return folder if folder is not None and is_for(folder, target.config) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,8 +113,8 @@ class SpeculativeConfig:
     loaded.
 
     options: of the drafter and the policy; draft: the draft model, head: the folder of the draft
-    head, if there is one; trust_pickle: whether that may be a pickle; by_default: the draft model
-    was not asked for, but found in the cache."""
+    head, if there is one; trust_pickle: whether that may be a pickle; by_default: neither was asked
+    for, but found in the cache or this package."""
 
     method: str
     policy: str
@@ -126,8 +125,8 @@ class SpeculativeConfig:
     by_default: bool = False
 
     def without_draft(self) -> SpeculativeConfig:
-        """N-grams draft instead of a model that nobody asked for."""
-        return replace(self, method="ngram", draft=None, by_default=False)
+        """N-grams draft instead of a model or head that nobody asked for."""
+        return replace(self, method="ngram", draft=None, head=None, by_default=False)
 
 
 def check_speculation(
@@ -144,18 +143,17 @@ def check_speculation(
     if config is False:
         return SpeculativeConfig("none", "off", {})
     given = _as_dict(config)
-    shipped = shipped_head(checkpoint.provenance["model"])
-    if shipped is not None and not is_for(shipped, checkpoint.config):
-        shipped = None  # it is only called like the head's model
+    shipped = own_head(checkpoint)
     if _means_own_head(given, shipped):
         given["model"] = shipped
     named = _is_model(given.get("model"), ask=given.get("method", "union") == "union")
     has_head = not named if "model" in given else shipped is not None
     draft = None
-    if not (shipped or _chooses(given)) and checkpoint.vision is None:
+    chooses = _chooses(given)
+    if not (shipped or chooses) and checkpoint.vision is None:
         draft = _sibling(checkpoint, tokenizer, max_model_len, trust_pickle)
-    by_default = draft is not None
-    default = "eagle" if has_head else "union" if draft or named else "ngram"
+    by_default = not chooses and (draft is not None or shipped is not None)
+    default = _default_method(given, has_head, bool(draft or named))
     method = given.pop("method", default)
     policy = given.pop("policy", "off" if method == "none" else "smart")
     method = "eagle" if method == "eagle3" else method  # vLLM's: here files say what a head is
@@ -171,6 +169,14 @@ def check_speculation(
         )
     head = None if draft else _head(method, given.pop("model", None) or shipped, trust_pickle)
     return SpeculativeConfig(method, policy, given, draft, head, trust_pickle, by_default)
+
+
+def _default_method(given: Mapping[str, Any], has_head: bool, has_draft: bool) -> str:
+    """What drafts where no method is given: n-grams alone where only their options are, or where
+    nothing is to be drafted."""
+    if "model" not in given and _chooses(given):
+        return "ngram"
+    return "eagle" if has_head else "union" if has_draft else "ngram"
 
 
 def _means_own_head(given: Mapping[str, Any], shipped: Path | None) -> bool:

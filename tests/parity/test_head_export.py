@@ -25,9 +25,9 @@ from smart_decoding.models.head_export import (
 )
 from smart_decoding.models.head_files import HeadFiles, load_head
 from smart_decoding.models.loading import Checkpoint
+from smart_decoding.models.registry import shipped_head
 from smart_decoding.models.rope import RopeScaling, scaling_from_hf
 from smart_decoding.models.rounding import RoundedWeights
-from smart_decoding.speculation import shipped_head
 from smart_decoding.training.head import Form, TrainableHead, form_of
 
 from .checkpoints import LLAMA3, computed, config_of

@@ -89,10 +89,16 @@ def test_what_drafts_counts_too(tmp_path: Path) -> None:
     assert both.per_token == 327_680 + 131_072
     assert both.draft > 2 * memory.parameters(LLAMA_8B)
     (tmp_path / "model.safetensors").write_bytes(bytes(1000))
-    for config, rows in (("{}", LLAMA_70B.vocab), ('{"draft_vocab_size": 8192}', 8192)):
+    stated = (("{}", LLAMA_70B.vocab, 1), ('{"draft_vocab_size": 8192}', 8192, 1))
+    for config, rows, bf16 in (
+        *stated,
+        ('{"draft_vocab_size": 9, "quantization": "int4"}', 9, 3.2),
+    ):
         (tmp_path / "config.json").write_text(config)
         head = memory.need_of(checkpoint(LLAMA_70B), torch.bfloat16, CPU, LIMITS, head=tmp_path)
         assert head.draft == 1000 + LLAMA_70B.hidden * rows
+        wide = memory.need_of(checkpoint(LLAMA_70B), torch.float32, CPU, LIMITS, head=tmp_path)
+        assert wide.draft == 2000 * bf16 + 4 * LLAMA_70B.hidden * rows
         assert head.per_token == alone.per_token * 81 // 80
 
 

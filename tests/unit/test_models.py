@@ -937,8 +937,6 @@ def test_the_pairs_that_are_built_in() -> None:
 @pytest.mark.parametrize(
     ("model", "name"),
     [
-        ("qwen2.5-coder-1.5b", "qwen2.5-coder-1.5b"),
-        ("smollm2-135m@pypi", "smollm2-135m"),
         ("Qwen/Qwen2.5-Coder-1.5B-Instruct", "qwen2.5-coder-1.5b"),
         ("Qwen/Qwen2.5-Coder-1.5B-Instruct-GGUF:Q8_0", "qwen2.5-coder-1.5b"),
         ("https://huggingface.co/Qwen/Qwen2.5-Coder-1.5B-Instruct", "qwen2.5-coder-1.5b"),
@@ -947,14 +945,18 @@ def test_the_pairs_that_are_built_in() -> None:
         ("/a/Qwen2.5-Coder-1.5B-Instruct-Q8_0-00001-of-00002.gguf", "qwen2.5-coder-1.5b"),
         ("a/SmolLM2-135M-Instruct.Q4_1.gguf", "smollm2-135m"),
         ("/a/Qwen2.5-Coder-1.5B-Instruct", "qwen2.5-coder-1.5b"),
-        ("Qwen/Qwen2.5-Coder-1.5B", None),
-        ("Qwen/Qwen2.5-Coder-7B-Instruct", None),
-        ("/qwen2.5-coder-1.5b/other.gguf", None),
-        ("", None),
+        ("a/Qwen2.5-Coder-1.5B-Instruct-Q8_0-GGUF", "qwen2.5-coder-1.5b"),
+        ("Qwen/Qwen2.5-Coder-1.5B-Instruct-GPTQ-Int4", "qwen2.5-coder-1.5b"),
+        ("Qwen/Qwen2.5-Coder-1.5B-Instruct-AWQ", "qwen2.5-coder-1.5b"),
+        ("/a/Qwen2.5-Coder-1.5B-Instruct.i1-IQ4_XS.gguf", "qwen2.5-coder-1.5b"),
+        ("a/Qwen2.5-Coder-1.5B-Instruct-GGUF:qwen-UD-Q4_K_XL.gguf", "qwen2.5-coder-1.5b"),
+        *((name, name) for name in ("Qwen/Qwen2.5-Coder-1.5B", "Qwen/Qwen2.5-Coder-7B-Instruct")),
+        *((name, name) for name in ("/qwen2.5-coder-1.5b/other.gguf", "qwen2.5-coder-1.5b", "")),
     ],
 )
-def test_copies_of_built_in_models_are_known_by_their_names(model: str, name: str | None) -> None:
-    assert models.built_in_name(model) == name
+def test_copies_of_built_in_models_are_known_by_their_names(model: str, name: str) -> None:
+    assert models.copied_name(model) == name
+    assert models.shipped_head(model) is None or model in NAMED_MODELS  # what a user names is that
 
 
 def test_general_prompts() -> None:

@@ -27,7 +27,7 @@ def main(args: argparse.Namespace) -> int:
     from smart_decoding.models.head_export import check_layout, write_head
     from smart_decoding.models.head_files import head_folder, load_head
     from smart_decoding.models.loading import load_checkpoint
-    from smart_decoding.speculation import shipped_head
+    from smart_decoding.models.registry import shipped_head
 
     own = shipped_head(args.head)
     model = args.model or (args.head if own else None)

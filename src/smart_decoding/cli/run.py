@@ -249,7 +249,7 @@ def announce_default(llm: LLM, config: Mapping[str, Any] | None) -> None:
     """One line on standard error that says what drafts, unless it was asked for or is the model's
     own head."""
     from smart_decoding.models.memory import parameters
-    from smart_decoding.speculation import shipped_head
+    from smart_decoding.models.registry import shipped_head
 
     config = config or {}
     asked = {"method", "model"} & set(config) or config.get("policy") == "off"

@@ -97,7 +97,7 @@ def _add_head(group: argparse._ArgumentGroup) -> None:
     add("--init", help="a head to start from, in any layout: folder, hub id, or built-in model")
     TRUST_PICKLE.add_to(group)
     add(
-        "--quantization",
+        "--head-quantization",
         choices=("int8", "int4"),
         help="write the head's matrices in 8 or 4 bits (default: bf16)",
     )
@@ -212,7 +212,7 @@ def _train_options(args: argparse.Namespace, layers: int, init: HeadFiles | None
         layout=layout,
         supports_images=supports_images,
         intermediate_size=args.intermediate_size,
-        quantization=args.quantization,
+        quantization=args.head_quantization,
     )
 
 
@@ -227,7 +227,7 @@ def _initial(args: argparse.Namespace, target: ModelConfig) -> HeadFiles:
     """The head to start from, once it is known that it can be trained and written."""
     from smart_decoding.models.head_export import check_layout, layout_of
     from smart_decoding.models.head_files import head_folder, load_head
-    from smart_decoding.speculation import shipped_head
+    from smart_decoding.models.registry import shipped_head
     from smart_decoding.training.head import form_of
 
     if args.aux_layers:

@@ -53,7 +53,7 @@ class EagleHead:
             files.shape.ffn,
             len(weights.draft_ids),
             len(files.aux_layers),
-            files.config.get("quantization"),
+            *([files.config["quantization"]] if files.config.get("quantization") else []),
         )
         self.levels: SteppedLevels | NativeLevel
         if target.native:

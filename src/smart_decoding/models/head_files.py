@@ -107,7 +107,9 @@ def is_for(folder: Path, target: ModelConfig) -> bool:
     path = folder / "config.json"
     with reading(path):
         config = read_json(path)
-    return all(config.get(name) == value for name, value in _sizes(target).items())
+    sizes = _sizes(target)
+    sizes |= {"num_attention_heads": target.heads, "num_key_value_heads": target.kv_heads}
+    return all(config.get(name) == value for name, value in sizes.items())
 
 
 def load_head(folder: Path, target: ModelConfig, trust_pickle: bool = False) -> HeadFiles:
@@ -131,8 +133,7 @@ def _load_ours(
     aux_layers = _within(folder, config.get("taps") or (), target)
     shape = replace(target.of_head(), ffn=int(config.get("intermediate_size", target.ffn)))
     tensors = _read_tensors(folder, trust_pickle)
-    scheme = config.get("quantization")
-    weights: Mapping[str, Matrix] = restored(tensors, scheme) if scheme else tensors
+    weights = _restored(folder, tensors, config.get("quantization"))
     shapes = eagle3_shapes(shape, target.hidden, aux_layers) | _aux_norms(shape, len(aux_layers))
     _check_shapes(folder, weights, shapes, ("draft_ids",))
     _check_ids(folder, tensors.get("draft_ids"), target.vocab)
@@ -184,6 +185,17 @@ def _load_published(
         bool(config.get("norm_before_residual", False)),
         _supports_images(folder, config),
     )
+
+
+def _restored(
+    folder: Path, tensors: Mapping[str, Tensor], scheme: str | None
+) -> Mapping[str, Matrix]:
+    if scheme is None:
+        return tensors
+    try:
+        return restored(tensors, scheme)
+    except ModelError as error:
+        raise ModelError(f"the head in {folder} is damaged: {error}") from error
 
 
 def _read_tensors(folder: Path, trust_pickle: bool) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from smart_decoding.files import read_json, reading
 from smart_decoding.models.gguf import StoredWeights
 from smart_decoding.models.gptq import GroupedWeights
 from smart_decoding.models.kernel_check import why_slow
-from smart_decoding.models.rounding import FORMATS, rounded_bytes
+from smart_decoding.models.rounding import FORMATS, bytes_per_weight, rounded_bytes
 
 if TYPE_CHECKING:
     from smart_decoding.models.config import ModelConfig
@@ -99,13 +99,18 @@ def weight_bytes(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.devic
 def _decoder_bytes(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> int:
     """Quants stay quants on the CPU kernels in bfloat16; elsewhere they are expanded."""
     config = checkpoint.config
-    native = device.type == "cpu" and why_slow(config, device) is None
-    if native and dtype == torch.bfloat16:
+    if _in_quants(config, dtype, device):
         if isinstance(checkpoint.weights, StoredWeights | GroupedWeights):
             return checkpoint.weights.nbytes
         if checkpoint.quantization in FORMATS:
             return rounded_bytes(config.expected_shapes(), checkpoint.quantization)
     return parameters(config) * dtype.itemsize
+
+
+def _in_quants(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the CPU kernels multiply quants as they are stored."""
+    native = device.type == "cpu" and why_slow(config, device) is None
+    return native and dtype == torch.bfloat16
 
 
 def need_of(
@@ -124,8 +129,8 @@ def need_of(
     if draft is not None:
         drafting = weight_bytes(draft, dtype, device) + work_bytes(draft.config, limits)
         per_token += kv_bytes(draft.config, dtype)
-    if head is not None:  # it has a layer, and rows of the target's output matrix in 8 bits
-        drafting = _file_bytes(head) + config.hidden * _output_rows(head, config.vocab)
+    if head is not None:
+        drafting = _head_bytes(head, config, dtype, device)
         per_token += kv_bytes(config, dtype) // config.layers
     weights = weight_bytes(checkpoint, dtype, device)
     return Need(weights, drafting, work, per_token, limits.pages * PAGE)
@@ -210,12 +215,18 @@ def _free_of_container() -> int | None:
     return limit - used + stat.get("inactive_file", 0) + stat.get("active_file", 0)
 
 
-def _output_rows(head: Path, vocab: int) -> int:
+def _head_bytes(head: Path, target: ModelConfig, dtype: torch.dtype, device: torch.device) -> int:
+    """Its layer, and rows of the target's output matrix: as they are stored and in 8 bits on the
+    CPU kernels in bfloat16, elsewhere expanded."""
     path = head / "config.json"
-    if not path.is_file():  # which loading refuses
-        return vocab
     with reading(path):
-        return int(read_json(path).get("draft_vocab_size") or vocab)
+        config = read_json(path)
+        outputs = target.hidden * int(config.get("draft_vocab_size") or target.vocab)
+        scheme = config.get("quantization")
+        per_weight = bytes_per_weight(scheme) if scheme in FORMATS else 2
+    if _in_quants(target, dtype, device):
+        return _file_bytes(head) + outputs
+    return round((_file_bytes(head) / per_weight + outputs) * dtype.itemsize)
 
 
 def _file_bytes(folder: Path) -> int:

@@ -8,7 +8,6 @@ target of quants all of its matrices have 8 bits, or fewer if they are stored so
 from __future__ import annotations
 
 import ctypes
-import math
 from collections.abc import Sequence
 from ctypes import Structure
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,14 @@ from torch import Tensor
 from smart_decoding.kernels import ops as kernels
 from smart_decoding.kernels.memory import address, pointer
 from smart_decoding.kernels.selection import FirstLevel, NativeSelection, most_expanded
-from smart_decoding.kernels.weights import IF_FASTER, Arena, PackedWeight, pack, pack_bytes
+from smart_decoding.kernels.weights import (
+    IF_FASTER,
+    Arena,
+    PackedWeight,
+    QuantizedTensor,
+    pack,
+    pack_bytes,
+)
 from smart_decoding.models.features import Part, readable, row_addresses
 from smart_decoding.models.layers import KVCache, NativeLayers
 from smart_decoding.models.native_model import embedding_addresses, embedding_fields
@@ -32,6 +38,7 @@ if TYPE_CHECKING:
     from smart_decoding.drafters.levels import Asked, Growth, Ranked
     from smart_decoding.engine.protocols import Grown
     from smart_decoding.engine.rows import Rows
+    from smart_decoding.kernels.weights import Matrix
     from smart_decoding.models.head_weights import HeadWeights
 
 
@@ -165,8 +172,8 @@ def _structure(weights: HeadWeights) -> tuple[Structure, tuple[object, ...]]:
     """The structure Head, and what must stay alive behind it."""
     target = weights.target
     files = weights.files
-    count = sum(math.prod(weight.shape) for weight in files.weights.values())
-    arena = Arena(count * target.dtype.itemsize, IF_FASTER)
+    size = sum(_bytes(weight, target.dtype) for weight in files.weights.values())
+    arena = Arena(size, IF_FASTER)
     layers = NativeLayers(weights.layers(), arena)
     fc = pack([weights.held["fc.weight"]], arena)
     embedding = target.embedding if weights.embedding is None else weights.embedding
@@ -188,6 +195,12 @@ def _structure(weights: HeadWeights) -> tuple[Structure, tuple[object, ...]]:
         **{name: pointer(tensor) for name, tensor in tensors.items()},
     )
     return struct, (layers, fc, embedding, outputs, tensors)
+
+
+def _bytes(weight: Matrix, dtype: torch.dtype) -> int:
+    if isinstance(weight, QuantizedTensor):
+        return weight.rows.nbytes
+    return weight.numel() * dtype.itemsize
 
 
 def _norms(weights: HeadWeights) -> dict[str, Tensor | None]:

@@ -32,6 +32,10 @@ HUB = re.compile(r"^(?:https://)?(?:hf\.co|huggingface\.co)/")
 # What tells the models of a family apart, as in Qwen2.5-7B-Instruct
 _SIZE = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)([BM])(?![\w.])", re.IGNORECASE)
 _QUANTISATION = re.compile(r"(?:^|[-._])(I?Q\d\w*|BF16|FP?16|FP?32)(?:\.gguf)?$", re.IGNORECASE)
+# What the name of a model's copy ends in
+_STORED = re.compile(
+    r"(?:[-._](?:GGUF|AWQ|GPTQ|INT[48]|I1|UD|I?Q\d\w*|BF16|FP?16|FP?32))+$", re.IGNORECASE
+)
 # Projectors of pictures, and statistics
 _NO_MODEL = re.compile(r"mmproj|imatrix", re.IGNORECASE)
 _PROJECTOR = "clip"  # what the hub says of a repository whose first file is one
@@ -39,6 +43,7 @@ _USUAL = "Q4_K_M"  # of a repository's GGUF files the one that is meant where no
 _TRIED = 3  # GGUF files of a repository: all have one vocabulary, but one may be damaged
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 TRUST = "convert it to safetensors, or allow it by --trust-pickle (trust_pickle=True)"
+_HEADS = Path(__file__).parent.with_name("heads")
 _QUICK = 3.0  # seconds to wait for the hub's first answer where there is another source
 
 
@@ -277,23 +282,24 @@ def known_names() -> list[str]:
     return [name + origin for name in NAMED_MODELS for origin in ("", "@hub", "@pypi")]
 
 
-def built_in_name(model: str) -> str | None:
-    """The built-in model that a name means or seems to be a copy of: its own name, or a hub id,
-    folder or file that is called as its repository, but for a quantisation; None if there is
-    none."""
-    base = model.partition("@")[0]
-    if base in NAMED_MODELS:
-        return base
+def shipped_head(name: str) -> Path | None:
+    """The folder of the head that comes with this package for a built-in name, if there is one."""
+    base = name.partition("@")[0]
+    folder = _HEADS / base
+    return folder if base in NAMED_MODELS and (folder / "model.safetensors").is_file() else None
+
+
+def copied_name(model: str) -> str:
+    """The built-in name of which a hub id, folder or file seems to be a copy, as it is called like
+    the repository but for how it is stored; else the name itself."""
     hub_id = hub_id_of(model)
     called = _plain_name(hub_id[1] if hub_id else model)
     known = {_plain_name(each.repository): name for name, each in NAMED_MODELS.items()}
-    return known.get(called)
+    return known.get(called, model)
 
 
 def _plain_name(path: str) -> str:
-    """The last part of a path or hub id, without what tells its copies apart."""
-    last = _QUANTISATION.sub("", without_part(Path(path).name))
-    return last.lower().removesuffix(".gguf").removesuffix("-gguf")
+    return _STORED.sub("", without_part(Path(path).name)).lower()
 
 
 def unknown_model(name: str) -> str:

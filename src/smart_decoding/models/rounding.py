@@ -68,8 +68,7 @@ def restored(tensors: Mapping[str, Tensor], scheme: str) -> dict[str, Matrix]:
 
     Raises ModelError for an unknown one, and for bytes that are no whole groups."""
     if scheme not in FORMATS:
-        known = ", ".join(FORMATS)
-        raise ModelError(f"quantization {scheme!r} is not supported for stored weights: {known}")
+        raise ModelError(f"its quantization {scheme!r} is none of {', '.join(FORMATS)}")
     return {name: _restored(name, tensor, scheme) for name, tensor in tensors.items()}
 
 
@@ -81,6 +80,11 @@ def _restored(name: str, tensor: Tensor, scheme: str) -> Matrix:
     if tensor.ndim != 2 or tensor.shape[1] % size:
         raise ModelError(f"{name} {list(tensor.shape)} holds no whole groups of {size} bytes")
     return QuantizedTensor(tensor.numpy(), format_, tensor.shape[1] // size * _GROUP)
+
+
+def bytes_per_weight(scheme: str) -> float:
+    """Of matrices that are rounded so."""
+    return _GROUP_BYTES[FORMATS[scheme]] / _GROUP
 
 
 def _bytes_of(shape: tuple[int, ...], format_: str | None) -> int:

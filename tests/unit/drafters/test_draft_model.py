@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,9 +26,10 @@ from smart_decoding.errors import CapacityError, ConfigError, ModelError
 from smart_decoding.llm import LLM
 from smart_decoding.models import memory
 from smart_decoding.models.draft_model import DraftModel
+from smart_decoding.models.registry import shipped_head
 from smart_decoding.models.tokenizer import Tokenizer
 from smart_decoding.profiling.measure import LONG_WAITING, ON_CPU, WAITING, Measurement
-from smart_decoding.speculation import check_speculation, shipped_head
+from smart_decoding.speculation import check_speculation
 
 from .tiny import (
     PAGES,
@@ -445,9 +447,10 @@ def test_nothing_drafts_if_so_asked(target_folder: Path, config: Any) -> None:
 NOT_READ: Any = None  # a tokenizer
 
 
-def smollm2(model: str, vocab: int = 49_152) -> Any:
+def smollm2(model: str, **sizes: int) -> Any:
     """A checkpoint, as far as what drafts depends on it."""
-    config = SimpleNamespace(hidden=576, vocab=vocab, layers=30)
+    given = {"hidden": 576, "vocab": 49_152, "layers": 30, "heads": 9, "kv_heads": 3}
+    config = SimpleNamespace(**{**given, **sizes})
     return SimpleNamespace(provenance={"model": model}, vision=None, config=config)
 
 
@@ -460,13 +463,35 @@ def test_a_model_named_as_its_own_drafter_means_its_head(config: Any, name: str)
     assert found.head == shipped_head("smollm2-135m")
 
 
+SHIPPED = shipped_head("smollm2-135m")
+
+
 @pytest.mark.parametrize("model", ["smollm2-135m", "a/SmolLM2-135M-Instruct-GGUF:Q8_0"])
 def test_a_head_is_for_the_copies_of_its_model_that_have_its_sizes(model: str) -> None:
-    assert check_speculation(None, smollm2(model), NOT_READ, 64).head == shipped_head(model)
-    longer = smollm2(model, vocab=49_153)
-    assert check_speculation({"method": "ngram"}, longer, NOT_READ, 64).head is None
-    with pytest.raises(ConfigError, match="'eagle' needs a head"):
-        check_speculation({"method": "eagle"}, longer, NOT_READ, 64)
+    assert SHIPPED is not None
+    found = check_speculation(None, smollm2(model), NOT_READ, 64)
+    assert (found.head, found.by_default) == (SHIPPED, True)
+    less = found.without_draft()
+    assert (less.method, less.head, less.by_default) == ("ngram", None, False)
+    found = check_speculation({"method": "eagle"}, smollm2(model), NOT_READ, 64)
+    assert (found.head, found.by_default) == (SHIPPED, False)
+    for other in (smollm2(model, vocab=49_153), smollm2(model, kv_heads=9)):
+        with pytest.raises(ConfigError, match="'eagle' needs a head"):
+            check_speculation({"method": "eagle"}, other, NOT_READ, 64)
+
+
+@pytest.mark.parametrize("config", [{"policy": "off"}, {"min_n": 3}, {"max_n": 9, "max_depth": 2}])
+def test_n_grams_draft_beside_an_unused_head_where_their_options_are_given(config: Any) -> None:
+    found = check_speculation(config, smollm2("smollm2-135m"), NOT_READ, 64)
+    assert (found.method, found.head) == ("ngram", None)
+
+
+def test_a_head_that_the_user_names_is_taken_whatever_it_is_called(tmp_path: Path) -> None:
+    own = tmp_path / "SmolLM2-135M-Instruct"
+    assert SHIPPED is not None
+    shutil.copytree(SHIPPED, own)
+    found = check_speculation({"model": str(own)}, smollm2("smollm2-135m"), NOT_READ, 64)
+    assert found.head == own
 
 
 # --- the default
@@ -560,7 +585,7 @@ def test_a_sibling_without_room_makes_way(
     monkeypatch.setattr(memory, "require_memory", little)
     assert drafted_by(target_folder, {"policy": "eagle2"}) == "ngram"
     assert needs[0] > needs[1]
-    assert "no memory for a draft model" in caplog.text
+    assert "no memory for what drafts" in caplog.text
     with pytest.raises(CapacityError):
         drafted_by(target_folder, {"method": "draft_model", "model": str(draft)})
 

@@ -20,10 +20,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from smart_decoding.errors import ConfigError, ModelError
+from smart_decoding.kernels.weights import QuantizedTensor, as_tensor
 from smart_decoding.models.config import ModelConfig
 from smart_decoding.models.head_export import write_head
 from smart_decoding.models.head_files import HeadFiles, load_head
 from smart_decoding.models.loading import Checkpoint
+from smart_decoding.models.rounding import RoundedWeights
 from smart_decoding.training import train
 from smart_decoding.training.conversations import hold_out, recorded_layers
 from smart_decoding.training.head import Form, TrainableHead, narrowed
@@ -88,9 +90,11 @@ def trainer(data: Path, tmp_path: Path) -> Callable[..., Trainer]:
         n: torch.randn(s, generator=generator) * 0.2 for n, s in CONFIG.expected_shapes().items()
     }
 
-    def make(output: str = "head", aux_layers: tuple[int, ...] = AUX_LAYERS) -> Trainer:
+    def make(
+        output: str = "head", aux_layers: tuple[int, ...] = AUX_LAYERS, **more: Any
+    ) -> Trainer:
         options = TrainOptions(
-            aux_layers, STEP * STEPS, draft_vocab=32, batch_tokens=150, max_unroll=2
+            aux_layers, STEP * STEPS, draft_vocab=32, batch_tokens=150, max_unroll=2, **more
         )
         return Trainer(
             Checkpoint(CONFIG, weights, tmp_path, {"model": "tiny"}),
@@ -120,6 +124,37 @@ def ctrl_c() -> None:
 
 def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
+
+
+def test_a_head_in_quants_is_measured_as_it_is_written_and_goes_on_as_it_was(
+    trainer: Callable[..., Trainer], tmp_path: Path
+) -> None:
+    trainer("plain").run()
+    rounded = trainer("rounded", quantization="int4")
+    rounded.run()
+    plain, written = (load_head(tmp_path / each, CONFIG).weights for each in ("plain", "rounded"))
+    wanted = RoundedWeights(plain, "int4")
+    assert {name for name, weight in written.items() if isinstance(weight, QuantizedTensor)}
+    for name, weight in written.items():
+        assert torch.equal(as_tensor(weight), as_tensor(wanted[name])), name
+    assert torch.equal(rounded.head.fc.weight, as_tensor(written["fc.weight"]).float())
+    states = [torch.load(tmp_path / each / "state.pt")["head"] for each in ("plain", "rounded")]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert not torch.equal(states[1]["fc.weight"], rounded.head.fc.weight)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"quantization": "int3"}, "none of int8, int4"),
+        ({"quantization": "int4", "layout": "eagle3"}, "has no words for a head in quants"),
+    ],
+)
+def test_quants_that_cannot_be_written_are_refused_before_training(
+    more: dict[str, str], said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        TrainOptions(AUX_LAYERS, **more)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("stops", [(1,), (7,), (3, 15, 23)])

@@ -17,8 +17,9 @@ from smart_decoding.models.eagle_head import EagleHead
 from smart_decoding.models.head_export import layout_of
 from smart_decoding.models.head_files import HeadFiles, head_folder, load_head
 from smart_decoding.models.kernel_check import use_native
+from smart_decoding.models.registry import shipped_head
 from smart_decoding.models.torch_layers import Linear
-from smart_decoding.speculation import SCRATCH_PAGES, shipped_head
+from smart_decoding.speculation import SCRATCH_PAGES
 
 if TYPE_CHECKING:
     from smart_decoding.engine.protocols import Drafter
