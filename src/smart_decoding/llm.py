@@ -436,7 +436,7 @@ def _require_memory(
     args: EngineArgs, checkpoint: Checkpoint, asked: SpeculativeConfig, longest: int
 ) -> tuple[SpeculativeConfig, int]:
     """What drafts, and KV pages. Raises CapacityError for a model that does not fit, before its
-    weights are read; without a draft model that only came by default, if it fits so."""
+    weights are read; without a draft model or head that only came by default, if it fits so."""
     device = device_of(args.device)
     dtype = dtype_of(args.dtype)
     on_cuda = device.type == "cuda"

@@ -25,6 +25,7 @@ from smart_decoding.kernels import library
 from smart_decoding.models.head_files import (
     VISUAL_POSITIONS,
     HeadFiles,
+    check_folder,
     head_folder,
     is_for,
     is_head,
@@ -103,8 +104,14 @@ def level_drafter(drafter: Drafter | None) -> LevelDrafter[Any] | None:
 def own_head(target: Checkpoint) -> Path | None:
     """The head that comes with this package for a built-in model, or for what seems to be a copy
     of it and has its sizes."""
-    folder = shipped_head(copied_name(target.provenance["model"]))
-    return folder if folder is not None and is_for(folder, target.config) else None
+    model = target.provenance["model"]
+    name = copied_name(model)
+    folder = shipped_head(name)
+    if folder is None or not is_for(folder, target.config):
+        return None
+    if name != model:
+        log.info("%s seems to be a copy of %s, so its head may draft", model, name)
+    return folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +133,8 @@ class SpeculativeConfig:
 
     def without_draft(self) -> SpeculativeConfig:
         """N-grams draft instead of a model or head that nobody asked for."""
-        return replace(self, method="ngram", draft=None, head=None, by_default=False)
+        left = {name: each for name, each in self.options.items() if name != "visual_positions"}
+        return replace(self, method="ngram", options=left, draft=None, head=None, by_default=False)
 
 
 def check_speculation(
@@ -159,7 +167,7 @@ def check_speculation(
     method = "eagle" if method == "eagle3" else method  # vLLM's: here files say what a head is
     _name_depth(given, method, policy)
     _check_method(method, policy)
-    theirs = _method_options(method, has_head, named or by_default)
+    theirs = _method_options(method, has_head, named or draft is not None)
     _check_known(method, policy, given, theirs)
     check_policy(policy, {option: value for option, value in given.items() if option not in theirs})
     NgramDrafter(**{name: given[name] for name in _parameters(NgramDrafter) if name in given})
@@ -174,7 +182,7 @@ def check_speculation(
 def _default_method(given: Mapping[str, Any], has_head: bool, has_draft: bool) -> str:
     """What drafts where no method is given: n-grams alone where only their options are, or where
     nothing is to be drafted."""
-    if "model" not in given and _chooses(given):
+    if given.keys().isdisjoint(("model", "visual_positions")) and _chooses(given):
         return "ngram"
     return "eagle" if has_head else "union" if has_draft else "ngram"
 
@@ -225,7 +233,9 @@ def _head(method: str, name: str | Path | None, trust_pickle: bool) -> Path | No
         )
     if name is None or method not in ("eagle", "union"):
         return None
-    return head_folder(name, trust_pickle)
+    folder = head_folder(name, trust_pickle)
+    check_folder(folder)
+    return folder
 
 
 def _is_model(name: Any, ask: bool) -> bool:

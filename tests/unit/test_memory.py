@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import os
 from pathlib import Path
@@ -89,12 +90,14 @@ def test_what_drafts_counts_too(tmp_path: Path) -> None:
     assert both.per_token == 327_680 + 131_072
     assert both.draft > 2 * memory.parameters(LLAMA_8B)
     (tmp_path / "model.safetensors").write_bytes(bytes(1000))
-    stated = (("{}", LLAMA_70B.vocab, 1), ('{"draft_vocab_size": 8192}', 8192, 1))
+    ours = {"architectures": ["SmartEagle3Head"], "draft_vocab_size": 9, "quantization": "int4"}
+    published = {"draft_vocab_size": 8192, "quantization": {"bits": 4}}
     for config, rows, bf16 in (
-        *stated,
-        ('{"draft_vocab_size": 9, "quantization": "int4"}', 9, 3.2),
+        ({}, LLAMA_70B.vocab, 1),
+        (published, 8192, 1),
+        (ours, 9, 3.2),
     ):
-        (tmp_path / "config.json").write_text(config)
+        (tmp_path / "config.json").write_text(json.dumps(config))
         head = memory.need_of(checkpoint(LLAMA_70B), torch.bfloat16, CPU, LIMITS, head=tmp_path)
         assert head.draft == 1000 + LLAMA_70B.hidden * rows
         wide = memory.need_of(checkpoint(LLAMA_70B), torch.float32, CPU, LIMITS, head=tmp_path)

@@ -942,6 +942,7 @@ def test_the_pairs_that_are_built_in() -> None:
         ("https://huggingface.co/Qwen/Qwen2.5-Coder-1.5B-Instruct", "qwen2.5-coder-1.5b"),
         ("another/Qwen2.5-Coder-1.5B-Instruct-GGUF", "qwen2.5-coder-1.5b"),
         ("/a/qwen2.5-coder-1.5b-instruct-q4_k_m.gguf", "qwen2.5-coder-1.5b"),
+        (str(NAMED_MODELS["qwen2.5-coder-1.5b"].pinned.path), "qwen2.5-coder-1.5b"),
         ("/a/Qwen2.5-Coder-1.5B-Instruct-Q8_0-00001-of-00002.gguf", "qwen2.5-coder-1.5b"),
         ("a/SmolLM2-135M-Instruct.Q4_1.gguf", "smollm2-135m"),
         ("/a/Qwen2.5-Coder-1.5B-Instruct", "qwen2.5-coder-1.5b"),

@@ -249,15 +249,18 @@ def announce_default(llm: LLM, config: Mapping[str, Any] | None) -> None:
     """One line on standard error that says what drafts, unless it was asked for or is the model's
     own head."""
     from smart_decoding.models.memory import parameters
-    from smart_decoding.models.registry import shipped_head
+    from smart_decoding.models.registry import copied_name, shipped_head
 
     config = config or {}
+    model = llm.provenance["model"]
     asked = {"method", "model"} & set(config) or config.get("policy") == "off"
-    if asked or shipped_head(llm.provenance["model"]) is not None:
+    if asked or shipped_head(model) is not None:
         return
     what = llm.speculation.description
     target = llm.target.decoder.config
-    smaller = siblings(target.vocab, parameters(target)) if what == "ngram" else []
+    has_head = shipped_head(copied_name(model)) is not None
+    lacks = what == "ngram" and not has_head
+    smaller = siblings(target.vocab, parameters(target)) if lacks else []
     faster = f"`smart models pull {smaller[0]}` adds a faster one, " if smaller else ""
     choose = f"{faster}--method and --draft choose another"
     print(f"smart: drafts come from {what}; {choose}", file=sys.stderr)

@@ -116,7 +116,6 @@ def _add_head(group: argparse._ArgumentGroup) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Has the conversations written, trains the head, learns its prior."""
-    from smart_decoding.core.policies.base import require_int
     from smart_decoding.models.head_export import check_rope
     from smart_decoding.training.conversations import recorded_layers
     from smart_decoding.training.prior import learn_prior, picture_turns
@@ -129,9 +128,7 @@ def main(args: argparse.Namespace) -> int:
     init = _initial(args, checkpoint.config) if args.init else None
     options = _train_options(args, checkpoint.config.layers, init)
     check_rope(init.shape if init else checkpoint.config, options.layout)
-    require_int("tokens", args.tokens, 1, 1 << 40)
-    require_int("prior_prompts", args.prior_prompts, 0, 1 << 20)
-    require_int("seed", args.seed, 0, 1 << 62)
+    _check(args)
     data = _data(args)
     if not args.skip_generation:
         layers = recorded_layers(options.aux_layers, checkpoint.config.layers)
@@ -154,6 +151,16 @@ def main(args: argparse.Namespace) -> int:
     )
     print(f"the head is in {args.output}: smart run -m {args.model} --draft {args.output} PROMPT")
     return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    from smart_decoding.core.policies.base import require_int
+
+    require_int("tokens", args.tokens, 1, 1 << 40)
+    require_int("prior_prompts", args.prior_prompts, 0, 1 << 20)
+    require_int("seed", args.seed, 0, 1 << 62)
+    if args.activations and args.skip_generation:
+        raise ConfigError("--activations is of conversations, and --skip-generation writes none")
 
 
 def _data(args: argparse.Namespace) -> Path:

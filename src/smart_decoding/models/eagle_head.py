@@ -10,6 +10,7 @@ from torch import Tensor
 from smart_decoding.engine.kv import PAGE
 from smart_decoding.errors import ModelError
 from smart_decoding.models.decoder import rotary_table
+from smart_decoding.models.head_files import scheme_of
 from smart_decoding.models.head_levels import Eagle2Levels, Eagle3Levels, SteppedLevels
 from smart_decoding.models.head_weights import HeadWeights, TargetWeights
 from smart_decoding.models.kernel_check import unserved
@@ -53,7 +54,7 @@ class EagleHead:
             files.shape.ffn,
             len(weights.draft_ids),
             len(files.aux_layers),
-            *([files.config["quantization"]] if files.config.get("quantization") else []),
+            *filter(None, [scheme_of(files.config)]),
         )
         self.levels: SteppedLevels | NativeLevel
         if target.native:

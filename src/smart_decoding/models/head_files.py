@@ -29,7 +29,7 @@ from smart_decoding.models.head_shapes import (
 )
 from smart_decoding.models.hub_repository import PATIENT, download
 from smart_decoding.models.registry import TRUST, hub_id_of
-from smart_decoding.models.rounding import restored
+from smart_decoding.models.rounding import FORMATS, restored
 from smart_decoding.models.weight_files import unpickle
 
 if TYPE_CHECKING:
@@ -109,6 +109,7 @@ def is_for(folder: Path, target: ModelConfig) -> bool:
         config = read_json(path)
     sizes = _sizes(target)
     sizes |= {"num_attention_heads": target.heads, "num_key_value_heads": target.kv_heads}
+    sizes["head_dim"] = target.head_dim
     return all(config.get(name) == value for name, value in sizes.items())
 
 
@@ -116,13 +117,31 @@ def load_head(folder: Path, target: ModelConfig, trust_pickle: bool = False) -> 
     """Reads a head and checks that it fits the target. Raises ModelError naming what does not.
 
     trust_pickle: whether its weights may be a pickle, where there are no others."""
+    check_folder(folder)
     path = folder / "config.json"
-    if not path.exists():
-        raise ModelError(f"{folder} is not a draft head: it has no config.json")
-    config = read_json(path)
-    ours = config.get("architectures") == [ARCHITECTURE]
     with reading(path):
-        return (_load_ours if ours else _load_published)(folder, config, target, trust_pickle)
+        config = read_json(path)
+        load = _load_ours if _is_ours(config) else _load_published
+        return load(folder, config, target, trust_pickle)
+
+
+def check_folder(folder: Path) -> None:
+    """Raises ModelError for a folder that is no head's."""
+    if not (folder / "config.json").exists():
+        raise ModelError(f"{folder} is not a draft head: it has no config.json")
+
+
+def scheme_of(config: Mapping[str, Any]) -> str | None:
+    """How a head's matrices are rounded, by its config; None where they are not. Raises
+    ModelError for what is not known."""
+    scheme = config.get("quantization") if _is_ours(config) else None
+    if scheme not in (None, *FORMATS):
+        raise ModelError(f"a head's quantization {scheme!r} is none of {', '.join(FORMATS)}")
+    return scheme
+
+
+def _is_ours(config: Mapping[str, Any]) -> bool:
+    return config.get("architectures") == [ARCHITECTURE]
 
 
 def _load_ours(
@@ -133,7 +152,7 @@ def _load_ours(
     aux_layers = _within(folder, config.get("taps") or (), target)
     shape = replace(target.of_head(), ffn=int(config.get("intermediate_size", target.ffn)))
     tensors = _read_tensors(folder, trust_pickle)
-    weights = _restored(folder, tensors, config.get("quantization"))
+    weights = _restored(folder, tensors, scheme_of(config))
     shapes = eagle3_shapes(shape, target.hidden, aux_layers) | _aux_norms(shape, len(aux_layers))
     _check_shapes(folder, weights, shapes, ("draft_ids",))
     _check_ids(folder, tensors.get("draft_ids"), target.vocab)

@@ -16,6 +16,7 @@ from smart_decoding.errors import CapacityError
 from smart_decoding.files import read_json, reading
 from smart_decoding.models.gguf import StoredWeights
 from smart_decoding.models.gptq import GroupedWeights
+from smart_decoding.models.head_files import scheme_of
 from smart_decoding.models.kernel_check import why_slow
 from smart_decoding.models.rounding import FORMATS, bytes_per_weight, rounded_bytes
 
@@ -222,8 +223,8 @@ def _head_bytes(head: Path, target: ModelConfig, dtype: torch.dtype, device: tor
     with reading(path):
         config = read_json(path)
         outputs = target.hidden * int(config.get("draft_vocab_size") or target.vocab)
-        scheme = config.get("quantization")
-        per_weight = bytes_per_weight(scheme) if scheme in FORMATS else 2
+        scheme = scheme_of(config)
+        per_weight = bytes_per_weight(scheme) if scheme else 2
     if _in_quants(target, dtype, device):
         return _file_bytes(head) + outputs
     return round((_file_bytes(head) / per_weight + outputs) * dtype.itemsize)

@@ -41,6 +41,7 @@ _NO_MODEL = re.compile(r"mmproj|imatrix", re.IGNORECASE)
 _PROJECTOR = "clip"  # what the hub says of a repository whose first file is one
 _USUAL = "Q4_K_M"  # of a repository's GGUF files the one that is meant where none is named
 _TRIED = 3  # GGUF files of a repository: all have one vocabulary, but one may be damaged
+_CHECKSUM = re.compile(r"^[0-9a-f]{12}-")  # before the name of a pinned file
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 TRUST = "convert it to safetensors, or allow it by --trust-pickle (trust_pickle=True)"
 _HEADS = Path(__file__).parent.with_name("heads")
@@ -299,7 +300,8 @@ def copied_name(model: str) -> str:
 
 
 def _plain_name(path: str) -> str:
-    return _STORED.sub("", without_part(Path(path).name)).lower()
+    name = _CHECKSUM.sub("", without_part(Path(path).name))
+    return _STORED.sub("", name).lower()
 
 
 def unknown_model(name: str) -> str:

@@ -66,9 +66,7 @@ def stored(weights: Mapping[str, Matrix]) -> dict[str, Tensor]:
 def restored(tensors: Mapping[str, Tensor], scheme: str) -> dict[str, Matrix]:
     """What `stored` made of `RoundedWeights` under a scheme.
 
-    Raises ModelError for an unknown one, and for bytes that are no whole groups."""
-    if scheme not in FORMATS:
-        raise ModelError(f"its quantization {scheme!r} is none of {', '.join(FORMATS)}")
+    Raises ModelError for bytes that are no whole groups."""
     return {name: _restored(name, tensor, scheme) for name, tensor in tensors.items()}
 
 

@@ -449,7 +449,14 @@ NOT_READ: Any = None  # a tokenizer
 
 def smollm2(model: str, **sizes: int) -> Any:
     """A checkpoint, as far as what drafts depends on it."""
-    given = {"hidden": 576, "vocab": 49_152, "layers": 30, "heads": 9, "kv_heads": 3}
+    given = {
+        "hidden": 576,
+        "vocab": 49_152,
+        "layers": 30,
+        "heads": 9,
+        "kv_heads": 3,
+        "head_dim": 64,
+    }
     config = SimpleNamespace(**{**given, **sizes})
     return SimpleNamespace(provenance={"model": model}, vision=None, config=config)
 
@@ -471,13 +478,37 @@ def test_a_head_is_for_the_copies_of_its_model_that_have_its_sizes(model: str) -
     assert SHIPPED is not None
     found = check_speculation(None, smollm2(model), NOT_READ, 64)
     assert (found.head, found.by_default) == (SHIPPED, True)
-    less = found.without_draft()
+    given = {"visual_positions": "dropped", "children": 4}
+    less = check_speculation(given, smollm2(model), NOT_READ, 64).without_draft()
     assert (less.method, less.head, less.by_default) == ("ngram", None, False)
+    assert less.options == {"children": 4}
     found = check_speculation({"method": "eagle"}, smollm2(model), NOT_READ, 64)
     assert (found.head, found.by_default) == (SHIPPED, False)
-    for other in (smollm2(model, vocab=49_153), smollm2(model, kv_heads=9)):
+    sizes = ({"vocab": 49_153}, {"kv_heads": 9}, {"head_dim": 32})
+    for other in (smollm2(model, **each) for each in sizes):
         with pytest.raises(ConfigError, match="'eagle' needs a head"):
             check_speculation({"method": "eagle"}, other, NOT_READ, 64)
+
+
+def test_a_head_without_room_makes_way(
+    target_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where nobody asked for it."""
+    (target_folder.parent / "head").mkdir(exist_ok=True)
+    head = target_folder.parent / "head"
+    (head / "config.json").write_text("{}")
+    (head / "model.safetensors").write_bytes(bytes(1000))
+
+    def little(checkpoint: Any, need: memory.Need, *_: Any) -> None:
+        if need.draft:
+            raise CapacityError("too little memory")
+
+    monkeypatch.setattr(speculation, "own_head", lambda target: head)
+    monkeypatch.setattr(memory, "require_memory", little)
+    assert drafted_by(target_folder, {"visual_positions": "dropped"}) == "ngram"
+    assert "no memory for what drafts" in caplog.text
+    with pytest.raises(CapacityError):
+        drafted_by(target_folder, {"method": "eagle"})
 
 
 @pytest.mark.parametrize("config", [{"policy": "off"}, {"min_n": 3}, {"max_n": 9, "max_depth": 2}])
