@@ -27,7 +27,7 @@ from smart_decoding.models.registry import (
     DEFAULT_MODEL,
     NAMED_MODELS,
     resolve,
-    siblings,
+    shipped_head,
     unknown_model,
 )
 
@@ -68,8 +68,8 @@ def show() -> None:
         print(f"{name}{default}: {', '.join(told + _summary(kept))}")
         print(f"  {name}@hub   {model.on_hub}")
         print(f"  {name}@pypi  {model.pinned.origin}, {model.quantisation}, pinned by sha256")
-        for sibling in siblings(model.vocab, model.parameters):
-            print(f"  drafts with {sibling} where that is in the cache")
+        if shipped_head(name) is not None:
+            print("  drafts with its own head, which is here already")
     for each in hub_repositories():
         if each.path not in listed:
             partly = f", {PARTLY}" if each.kind == PARTLY else ""
