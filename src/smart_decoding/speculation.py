@@ -69,6 +69,9 @@ DEEPEST = {
     "pooled_chain": "length",
     "throughput_chain": "max_length",
 }
+# Parameters of a target below which a round takes so few milliseconds that n-grams beside a head
+# are a visible part of it.
+SMALL = 500_000_000
 SCRATCH_PAGES = 256  # head keys of one round's tree nodes: 4096
 DRAFT_SCRATCH_PAGES = 64  # a draft model's keys are larger: 1024 nodes
 
@@ -161,7 +164,7 @@ def check_speculation(
     if not (shipped or chooses) and checkpoint.vision is None:
         draft = _sibling(checkpoint, tokenizer, max_model_len, trust_pickle)
     by_default = not chooses and (draft is not None or shipped is not None)
-    default = _default_method(given, has_head, bool(draft or named))
+    default = _default_method(given, checkpoint, has_head, bool(draft or named))
     method = given.pop("method", default)
     policy = given.pop("policy", "off" if method == "none" else "smart")
     method = "eagle" if method == "eagle3" else method  # vLLM's: here files say what a head is
@@ -179,12 +182,16 @@ def check_speculation(
     return SpeculativeConfig(method, policy, given, draft, head, trust_pickle, by_default)
 
 
-def _default_method(given: Mapping[str, Any], has_head: bool, has_draft: bool) -> str:
+def _default_method(
+    given: Mapping[str, Any], target: Checkpoint, has_head: bool, has_draft: bool
+) -> str:
     """What drafts where no method is given: n-grams alone where only their options are, or where
-    nothing is to be drafted."""
+    nothing is to be drafted; else beside what has a model."""
     if given.keys().isdisjoint(("model", "visual_positions")) and _chooses(given):
         return "ngram"
-    return "eagle" if has_head else "union" if has_draft else "ngram"
+    if has_head and parameters(target.config) < SMALL:
+        return "eagle"
+    return "union" if has_head or has_draft else "ngram"
 
 
 def _means_own_head(given: Mapping[str, Any], shipped: Path | None) -> bool:

@@ -447,17 +447,11 @@ def test_nothing_drafts_if_so_asked(target_folder: Path, config: Any) -> None:
 NOT_READ: Any = None  # a tokenizer
 
 
-def smollm2(model: str, **sizes: int) -> Any:
+def smollm2(model: str, parameters: int = 135_000_000, **sizes: int) -> Any:
     """A checkpoint, as far as what drafts depends on it."""
-    given = {
-        "hidden": 576,
-        "vocab": 49_152,
-        "layers": 30,
-        "heads": 9,
-        "kv_heads": 3,
-        "head_dim": 64,
-    }
-    config = SimpleNamespace(**{**given, **sizes})
+    given = {"hidden": 576, "vocab": 49_152, "layers": 30, "heads": 9, "kv_heads": 3}
+    given |= {"head_dim": 64, **sizes}
+    config = SimpleNamespace(**given, expected_shapes=lambda: {"all": (parameters,)})
     return SimpleNamespace(provenance={"model": model}, vision=None, config=config)
 
 
@@ -488,6 +482,17 @@ def test_a_head_is_for_the_copies_of_its_model_that_have_its_sizes(model: str) -
     for other in (smollm2(model, **each) for each in sizes):
         with pytest.raises(ConfigError, match="'eagle' needs a head"):
             check_speculation({"method": "eagle"}, other, NOT_READ, 64)
+
+
+@pytest.mark.parametrize("named", [{}, {"model": "smollm2-135m"}])
+def test_n_grams_draft_beside_a_head_unless_the_model_is_small(named: Any) -> None:
+    """Where a round takes few milliseconds they are a visible part of it."""
+    target = smollm2("smollm2-135m", parameters=1_500_000_000)
+    found = check_speculation({**named, "min_n": 3} if named else {}, target, NOT_READ, 64)
+    assert (found.method, found.head) == ("union", SHIPPED)
+    assert check_speculation({"method": "eagle"}, target, NOT_READ, 64).method == "eagle"
+    small = check_speculation(named, smollm2("smollm2-135m"), NOT_READ, 64)
+    assert (small.method, small.head) == ("eagle", SHIPPED)
 
 
 def test_a_head_without_room_makes_way(
