@@ -145,7 +145,8 @@ def in_quants(before: Path, scheme: str, folder: Path) -> HeadFiles:
     """The head of ours in `before`, written anew with its matrices rounded."""
     files = load_head(before, target_config())
     config = {**files.config, "quantization": scheme}
-    write_head(replace(files, config=config), checkpoint(), "smart", folder)
+    rounded = replace(files, config=config, weights={**RoundedWeights(files.weights, scheme)})
+    write_head(rounded, checkpoint(), "smart", folder)
     return load_head(folder, target_config())
 
 

@@ -258,8 +258,7 @@ def announce_default(llm: LLM, config: Mapping[str, Any] | None) -> None:
         return
     what = llm.speculation.description
     target = llm.target.decoder.config
-    has_head = shipped_head(copied_name(model)) is not None
-    lacks = what == "ngram" and not has_head
+    lacks = what == "ngram" and shipped_head(copied_name(model)) is None
     smaller = siblings(target.vocab, parameters(target)) if lacks else []
     faster = f"`smart models pull {smaller[0]}` adds a faster one, " if smaller else ""
     choose = f"{faster}--method and --draft choose another"

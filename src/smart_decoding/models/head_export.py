@@ -23,7 +23,7 @@ from smart_decoding.models.head_files import ARCHITECTURE, HeadFiles
 from smart_decoding.models.head_shapes import FIRST
 from smart_decoding.models.loading import Checkpoint
 from smart_decoding.models.registry import NAMED_MODELS, hub_id_of
-from smart_decoding.models.rounding import RoundedWeights, stored
+from smart_decoding.models.rounding import stored
 
 if TYPE_CHECKING:
     from smart_decoding.models.config import ModelConfig
@@ -163,11 +163,9 @@ def _smart(files: HeadFiles, checkpoint: Checkpoint) -> tuple[dict[str, Tensor],
     ids = as_tensor(files.weights["draft_ids"]).int()
     config = smart_config(checkpoint.config, files.aux_layers, len(ids))
     config["intermediate_size"] = files.shape.ffn
-    scheme = files.config.get("quantization")
-    if scheme is None:
-        return _tensors(files) | {"draft_ids": ids}, config
-    config["quantization"] = scheme
-    return stored(RoundedWeights(files.weights, scheme)) | {"draft_ids": ids}, config
+    if files.config.get("quantization"):
+        config["quantization"] = files.config["quantization"]
+    return stored(files.weights) | {"draft_ids": ids}, config
 
 
 def smart_config(

@@ -107,10 +107,12 @@ def is_for(folder: Path, target: ModelConfig) -> bool:
     path = folder / "config.json"
     with reading(path):
         config = read_json(path)
-    sizes = _sizes(target)
-    sizes |= {"num_attention_heads": target.heads, "num_key_value_heads": target.kv_heads}
-    sizes["head_dim"] = target.head_dim
-    return all(config.get(name) == value for name, value in sizes.items())
+    attention = {
+        "num_attention_heads": target.heads,
+        "num_key_value_heads": target.kv_heads,
+        "head_dim": target.head_dim,
+    }
+    return all(config.get(name) == size for name, size in (_sizes(target) | attention).items())
 
 
 def load_head(folder: Path, target: ModelConfig, trust_pickle: bool = False) -> HeadFiles:
@@ -133,10 +135,10 @@ def check_folder(folder: Path) -> None:
 
 def scheme_of(config: Mapping[str, Any]) -> str | None:
     """How a head's matrices are rounded, by its config; None where they are not. Raises
-    ModelError for what is not known."""
+    ValueError for what is not known."""
     scheme = config.get("quantization") if _is_ours(config) else None
     if scheme not in (None, *FORMATS):
-        raise ModelError(f"a head's quantization {scheme!r} is none of {', '.join(FORMATS)}")
+        raise ValueError(f"quantization {scheme!r} is none of {', '.join(FORMATS)}")
     return scheme
 
 
@@ -152,7 +154,8 @@ def _load_ours(
     aux_layers = _within(folder, config.get("taps") or (), target)
     shape = replace(target.of_head(), ffn=int(config.get("intermediate_size", target.ffn)))
     tensors = _read_tensors(folder, trust_pickle)
-    weights = _restored(folder, tensors, scheme_of(config))
+    scheme = scheme_of(config)
+    weights: Mapping[str, Matrix] = restored(tensors, scheme) if scheme else tensors
     shapes = eagle3_shapes(shape, target.hidden, aux_layers) | _aux_norms(shape, len(aux_layers))
     _check_shapes(folder, weights, shapes, ("draft_ids",))
     _check_ids(folder, tensors.get("draft_ids"), target.vocab)
@@ -204,17 +207,6 @@ def _load_published(
         bool(config.get("norm_before_residual", False)),
         _supports_images(folder, config),
     )
-
-
-def _restored(
-    folder: Path, tensors: Mapping[str, Tensor], scheme: str | None
-) -> Mapping[str, Matrix]:
-    if scheme is None:
-        return tensors
-    try:
-        return restored(tensors, scheme)
-    except ModelError as error:
-        raise ModelError(f"the head in {folder} is damaged: {error}") from error
 
 
 def _read_tensors(folder: Path, trust_pickle: bool) -> dict[str, Tensor]:

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from smart_decoding.errors import ModelError
 from smart_decoding.kernels.weights import Matrix, QuantizedTensor
 
 _GROUP = 32
@@ -66,7 +65,7 @@ def stored(weights: Mapping[str, Matrix]) -> dict[str, Tensor]:
 def restored(tensors: Mapping[str, Tensor], scheme: str) -> dict[str, Matrix]:
     """What `stored` made of `RoundedWeights` under a scheme.
 
-    Raises ModelError for bytes that are no whole groups."""
+    Raises ValueError for bytes that are no whole groups."""
     return {name: _restored(name, tensor, scheme) for name, tensor in tensors.items()}
 
 
@@ -76,7 +75,7 @@ def _restored(name: str, tensor: Tensor, scheme: str) -> Matrix:
     format_ = _format(name, scheme)
     size = _GROUP_BYTES[format_]
     if tensor.ndim != 2 or tensor.shape[1] % size:
-        raise ModelError(f"{name} {list(tensor.shape)} holds no whole groups of {size} bytes")
+        raise ValueError(f"{name} {list(tensor.shape)} holds no whole groups of {size} bytes")
     return QuantizedTensor(tensor.numpy(), format_, tensor.shape[1] // size * _GROUP)
 
 

@@ -40,6 +40,7 @@ from smart_decoding.training.interrupt import deferred_interrupt
 from smart_decoding.training.objective import Objective, SoftCrossEntropy, append_choices
 
 if TYPE_CHECKING:
+    from smart_decoding.kernels.weights import Matrix
     from smart_decoding.models.loading import Checkpoint
 
 SAVE_EVERY = 120.0  # seconds
@@ -204,11 +205,11 @@ class Trainer:
             self._save_state()
         if interrupt.is_set():
             raise KeyboardInterrupt
-        scheme = self.options.quantization
-        if scheme is not None:  # what is written is measured
-            self.head.start_at(RoundedWeights(self.files().weights, scheme))
+        files = self.files()
+        if self.options.quantization is not None:  # what is written is measured
+            self.head.start_at(files.weights)
         figures = self.evaluate()
-        self._export(figures)
+        self._export(files, figures)
         return figures
 
     def _batches(self) -> Iterator[list[Conversation]]:
@@ -335,22 +336,23 @@ class Trainer:
         with whole(self.output / "state.pt") as path:
             torch.save(state, path)
 
-    def _export(self, figures: dict[str, Any]) -> None:
-        write_head(self.files(), self._checkpoint, self.options.layout, self.output)
+    def _export(self, files: HeadFiles, figures: dict[str, Any]) -> None:
+        write_head(files, self._checkpoint, self.options.layout, self.output)
         card = {"figures": figures, "options": asdict(self.options)}
         with whole(self.output / "training.json") as path:
             path.write_text(json.dumps(card, indent=1) + "\n")
 
     def files(self) -> HeadFiles:
-        """The head as it is now."""
+        """The head as it is now, rounded as the options say."""
         form = self.head.form
-        weights = self.head.exported()
+        scheme = self.options.quantization
+        weights: dict[str, Matrix] = {**self.head.exported()}
         if self._init and "embed_tokens.weight" in self._init.weights:
-            weights["embed_tokens.weight"] = as_tensor(self._init.weights["embed_tokens.weight"])
+            weights["embed_tokens.weight"] = self._init.weights["embed_tokens.weight"]
         weights["draft_ids"] = self.draft_ids
         return HeadFiles(
-            {"quantization": self.options.quantization},
-            weights,
+            {"quantization": scheme},
+            {**RoundedWeights(weights, scheme)} if scheme else weights,
             self.options.aux_layers,
             form.shape,
             form.fused,
