@@ -313,6 +313,7 @@ def test_requests_are_answered_between_steps_of_the_profile_and_a_stop_leaves_no
     steps = Steps(monkeypatch, held=True)
     with serving(lambda: load(speculative_config=SMART)) as running:
         assert steps.begun.wait(10)
+        steps.llm = running.llm
         running.llm.engine_thread.observers.append(Looking(steps))
         with ThreadPoolExecutor(1) as pool:
             answer = pool.submit(answer_of, running)
