@@ -83,12 +83,13 @@ static void unpack_strip(const Strip& strip, bool in_bytes, int64_t k, int row, 
         return with_format(strip.format,
                            [&](auto format) { unpack_bytes<format>(strip.data, k, row, out); });
     if constexpr (HAS_TILES) return unpack_tiles(strip, k, row, out);
-    static thread_local QuantPanel panel;
-    for (int64_t first = 0; first < k; first += SUPER_BLOCK) {
-        const int64_t depth = std::min<int64_t>(SUPER_BLOCK, k - first);
-        panel.widen_half(strip, 0, first, depth);
-        for (int64_t i = 0; i < depth; i++)
-            out[first + i] = to_f32(panel.widened[panel_place<Wide>(i, row)]);
+    alignas(64) Wide widened[QUANT_BLOCK * PANEL];
+    for (int64_t first = 0; first < k; first += QUANT_BLOCK) {
+        with_format(strip.format, [&](auto format) {
+            widen_strip<format>(strip.data, first, QUANT_BLOCK, widened);
+        });
+        for (int i = 0; i < QUANT_BLOCK; i++)
+            out[first + i] = to_f32(widened[panel_place<Wide>(i, row)]);
     }
 }
 
@@ -154,7 +155,7 @@ int32_t smart_vector_width() { return VW; }
 int32_t smart_pass_rows(const Weight* w, int32_t is_bf16) {
     if (w->in_bytes) return BYTE_ROWS;
     if (HAS_TILES && is_bf16) return TILE_PASS;
-    return w->strips ? STRIP_ROWS : PASS_ROWS;
+    return w->strips ? ROWS_OF_ONE : PASS_ROWS;
 }
 int32_t smart_multiplies_bytes() { return HAS_BYTE_DOT; }
 int32_t smart_rounds_inputs() { return sizeof(Input<bf16>) == 2; }

@@ -7,6 +7,7 @@
 #include "norm.h"
 #include "quant_bytes.h"
 #include "quant_tiles.h"
+#include "quant_vectors.h"
 
 namespace [[gnu::visibility("hidden")]] smart {
 
@@ -194,25 +195,6 @@ static void gemm(const Input<W>* x, int64_t ld, int rows, const W* w, int64_t n,
         }
 }
 
-// sums [rows, PANEL] of a panel of quants: a block of k is widened once, and all rows go over it.
-static inline void quant_panel(const Wide* x, int64_t ld, int rows, const Strip* strips, int64_t k,
-                               float* sums) {
-    static thread_local QuantPanel panel;
-    const int passes = (rows + PASS_ROWS - 1) / PASS_ROWS;
-    for (int64_t i = 0; i < k; i += SUPER_BLOCK) {
-        const int64_t depth = std::min<int64_t>(SUPER_BLOCK, k - i);
-        const Wide* block = panel.widen(strips, i, depth);
-        for (int pass = 0; pass < passes; pass++) {
-            const int row = int(int64_t(rows) * pass / passes);
-            const int count = int(int64_t(rows) * (pass + 1) / passes) - row;
-            with_count<PASS_ROWS>(count, [&](auto r) {
-                panel_pass<r, NOWHERE>(x + row * ld + i, ld, block, depth, Prefetch{nullptr, 0},
-                                       sums + row * PANEL, !i);
-            });
-        }
-    }
-}
-
 // Rows for which inputs in 8 bits are faster than tiles: those of two passes.
 constexpr int FEW_ROWS = 2 * BYTE_ROWS;
 
@@ -250,23 +232,17 @@ static void quant_gemm(const Wide* x, int64_t ld, int rows, const Strip* strips,
         if (in_bytes == NEVER) return tile_quant_gemm(x, ld, rows, strips, n, k, done);
         if (in_bytes == IF_FASTER && rows > FEW_ROWS)
             return widened_gemm(x, ld, rows, strips, n, k, done);
+    } else if (!in_bytes) {
+        return vector_quant_gemm(x, ld, rows, strips, n, k, done);
     }
     static thread_local ByteRows bytes;
-    if (in_bytes) bytes.read(x, ld, rows, k);
+    bytes.read(x, ld, rows, k);
     static thread_local std::vector<float> kept;
     if (int64_t(kept.size()) < int64_t(rows) * PANEL) kept.resize(int64_t(rows) * PANEL);
     float* sums = kept.data();
     const Panels mine(n);
     for (int64_t p = mine.first; p < mine.last; p++) {
-        const Strip* pair = strips + 2 * p;
-        if (in_bytes)
-            byte_panel(bytes, pair, sums);
-        else if constexpr (!HAS_TILES) {
-            if (rows <= STRIP_ROWS)
-                strip_panel(x, ld, rows, pair, k, sums);
-            else
-                quant_panel(x, ld, rows, pair, k, sums);
-        }
+        byte_panel(bytes, strips + 2 * p, sums);
         for (int r = 0; r < rows; r++)
             done(r, p * PANEL, loadu<vf>(sums + r * PANEL), loadu<vf>(sums + r * PANEL + VW));
     }

@@ -46,9 +46,6 @@ struct Panels {
 // the CPU (smart_read).
 constexpr int PAST_CACHES = 0, INTO_L2 = 2, INTO_CACHES = 3;
 
-// Of weights that are in the first cache already.
-constexpr int NOWHERE = -1;
-
 // Bytes of weights to prefetch ahead: hardware prefetch alone leaves a third of the bandwidth.
 constexpr int PREFETCH_DISTANCE = 6144;
 
@@ -59,11 +56,9 @@ struct Prefetch {
 
     template <int HINT, int BYTES>
     void step() {  // BYTES: of weights that a step reads
-        if constexpr (HINT != NOWHERE) {
-            __builtin_prefetch(at, 0, HINT);
-            if (BYTES > 64) __builtin_prefetch(at + stride / 2, 0, HINT);
-            at += stride;
-        }
+        __builtin_prefetch(at, 0, HINT);
+        if (BYTES > 64) __builtin_prefetch(at + stride / 2, 0, HINT);
+        at += stride;
     }
 };
 

@@ -9,9 +9,7 @@
 // loaded slowly, and products take place while vectors are busy with the next ones.
 
 #pragma once
-#include <vector>
-
-#include "quants.h"
+#include "packed_rows.h"
 #include "tiles.h"
 
 namespace [[gnu::visibility("hidden")]] smart {
@@ -160,43 +158,6 @@ static void unpack_tiles(const Strip& strip, int64_t k, int row, Out* out) {
     }
 }
 
-// Rows of inputs as right factors: of each 16 rows, the pairs of k, and of each pair all rows.
-template <class X>
-struct TileInputs {
-    std::vector<X> packed;
-    int rows = 0;
-    int64_t k = 0;
-
-    void read(const X* x, int64_t ld, int count, int64_t length) {
-        rows = count;
-        k = length;
-        const size_t need = rows * k + sizeof(vf);  // a last vector goes beyond the end
-        if (packed.size() < need) packed.resize(need);
-        for (int group = 0; group < groups(); group++)
-            read_group(x + group * TILE * ld, ld, columns(group), &packed[group * TILE * k]);
-    }
-
-    int groups() const { return (rows + TILE - 1) / TILE; }
-    int columns(int group) const { return std::min(TILE, rows - group * TILE); }
-    const X* at(int group, int64_t i) const {
-        return &packed[group * TILE * k + i * columns(group)];
-    }
-
-private:
-    void read_group(const X* x, int64_t ld, int count, X* to) const {
-        if (count == 1) return (void)memcpy(to, x, k * sizeof(X));
-        for (int64_t i = 0; i < k; i += QUANT_BLOCK) {
-            vf pairs[VW] = {};
-            for (int row = 0; row < count; row++) pairs[row] = loadu<vf>(x + row * ld + i);
-            transpose(pairs);
-            for (const vf& pair : pairs) {  // each covers what the one before has too much
-                storeu(to, pair);
-                to += 2 * count;
-            }
-        }
-    }
-};
-
 // Sums of a panel's halves for a group of inputs: [rows of weights, rows of inputs].
 struct TileSums {
     alignas(64) float of[2][TILE * TILE];
@@ -206,7 +167,7 @@ struct TileSums {
 // the panel's halves for the first one, 2 and 3 those for the second one.
 template <class X, bool BOTH>
 struct TileProducts {
-    const TileInputs<X>& x;
+    const PackedRows<X>& x;
     int group;
 
     void shape() const {
@@ -325,12 +286,12 @@ static void tile_panel(const TileProducts<X, BOTH>& products, const Strip* strip
 
 // The same of any number of rows: sums stay in memory, and two chunks are widened for all of them.
 template <class X>
-static void tile_panel_of_many(const TileInputs<X>& x, const Strip* strips, TileChunk* chunks,
+static void tile_panel_of_many(const PackedRows<X>& x, const Strip* strips, TileChunk* chunks,
                                TileSums* sums) {
     const auto nothing = [](int, int) {};
     int shaped = 0;  // for so many rows
     const auto pass = [&](const auto& products, bool begin) {
-        const int left = std::min(x.rows - products.group * TILE, 2 * TILE);
+        const int left = std::min(x.rows - x.first(products.group), 2 * x.columns(0));
         if (left != shaped) products.shape();
         shaped = left;
         if (begin)
@@ -344,8 +305,8 @@ static void tile_panel_of_many(const TileInputs<X>& x, const Strip* strips, Tile
     for (int64_t i = 0; i < x.k; i += 2 * WIDENED) {
         chunks[0].widen(strips, i, x.k, nothing);
         chunks[1].widen(strips, std::min(i + WIDENED, x.k), x.k, nothing);
-        for (int group = 0; group < x.groups(); group += 2)
-            if (group + 1 < x.groups())
+        for (int group = 0; group < x.groups; group += 2)
+            if (group + 1 < x.groups)
                 pass(TileProducts<X, true>{x, group}, !i);
             else
                 pass(TileProducts<X, false>{x, group}, !i);
@@ -356,11 +317,11 @@ static void tile_panel_of_many(const TileInputs<X>& x, const Strip* strips, Tile
 template <class X, class Epilogue>
 static void tile_quant_gemm(const X* rows, int64_t ld, int count, const Strip* strips, int64_t n,
                             int64_t k, Epilogue&& done) {
-    static thread_local TileInputs<X> x;
+    static thread_local PackedRows<X> x;
     static thread_local TileChunk chunks[2];
     static thread_local std::vector<TileSums> sums;
-    x.read(rows, ld, count, k);
-    if (int(sums.size()) < x.groups()) sums.resize(x.groups());
+    x.read(rows, ld, count, k, TILE);
+    if (int(sums.size()) < x.groups) sums.resize(x.groups);
     const TileProducts<X, false> one{x, 0};
     const TileProducts<X, true> two{x, 0};
     if (count <= TILE)
@@ -375,14 +336,14 @@ static void tile_quant_gemm(const X* rows, int64_t ld, int count, const Strip* s
             tile_panel(two, strips + 2 * p, chunks, sums.data());
         else
             tile_panel_of_many(x, strips + 2 * p, chunks, sums.data());
-        for (int group = 0; group < x.groups(); group++) {
+        for (int group = 0; group < x.groups; group++) {
             vf low[VW], high[VW];
             memcpy(low, sums[group].of[0], sizeof low);
             memcpy(high, sums[group].of[1], sizeof high);
             transpose(low);
             transpose(high);
             for (int r = 0; r < x.columns(group); r++)
-                done(group * TILE + r, p * PANEL, low[r], high[r]);
+                done(x.first(group) + r, p * PANEL, low[r], high[r]);
         }
     }
     tile_release();

@@ -257,6 +257,15 @@ struct StripReader {
         at += first % format.super / QUANT_BLOCK * format.block() * VW;
     }
 
+    // The same of a strip of length k that is read beside another one: what lies behind it is read
+    // by then, and `next` comes after it.
+    StripReader(const uint8_t* data, int64_t first, int64_t k, const uint8_t* next)
+        : StripReader(data, first) {
+        const uint8_t* end = data + k / format.super * format.super_bytes() * VW;
+        last_ahead = end - QUANT_PREFETCH;
+        jump = next - end;
+    }
+
     void read_shared() {
         if constexpr (format.has_bytes()) shared[0] = halves_to_float(at);
         if constexpr (format.shared() == 4) shared[1] = halves_to_float(at + 2 * VW);
@@ -268,12 +277,17 @@ struct StripReader {
     // The next block as it lies.
     template <bool PREFETCH>
     __attribute__((always_inline)) const uint8_t* step() {
+        const uint8_t* ahead = at + QUANT_PREFETCH + (at >= last_ahead ? jump : 0);
         for (int line = 0; PREFETCH && line < format.block() * VW; line += 64)
-            __builtin_prefetch(at + QUANT_PREFETCH + line, 0, INTO_CACHES);
+            __builtin_prefetch(ahead + line, 0, INTO_CACHES);
         const uint8_t* block = at;
         at += format.block() * VW;
         return block;
     }
+
+private:
+    const uint8_t* last_ahead = nullptr;  // from here on, prefetches go to the next strip
+    int64_t jump = 0;
 };
 
 // Columns of a strip's half of a panel; k of a panel lie PANEL apart.
@@ -296,41 +310,6 @@ static void widen_strip(const uint8_t* data, int64_t first, int64_t depth, Wide*
             }
         });
     }
-}
-
-// Adds the products of R rows x[0], x[ld], ... at two of k with vectors of a strip.
-template <int R>
-__attribute__((always_inline)) static inline void multiply_pair(const Wide* x, int64_t ld,
-                                                                const vf& even, const vf& odd,
-                                                                vf (&sums)[R]) {
-    if constexpr (HAS_BF16_PAIRS) {
-        const vu pairs = two_to_bf16(even, odd);
-        for (int r = 0; r < R; r++) sums[r] = dot_bf16(sums[r], pairs, broadcast4(x + r * ld));
-    } else {
-        const vf first = rounded(even), second = rounded(odd);
-        for (int r = 0; r < R; r++) sums[r] += first * float(x[r * ld]);
-        for (int r = 0; r < R; r++) sums[r] += second * float(x[r * ld + 1]);
-    }
-}
-
-// Rows that a strip is widened in registers for, once: their sums stay there, too.
-constexpr int STRIP_ROWS = VW == 16 ? 16 : 8;
-
-// The sums of R rows by a strip, [R, VW] of a panel's [R, PANEL].
-template <int F, int R>
-__attribute__((noinline)) static void multiply_strip(const Wide* x, int64_t ld, const uint8_t* data,
-                                                     int64_t k, float* sums) {
-    StripReader<F> strip(data, 0);
-    vf kept[R] = {};
-    for (int64_t i = 0; i < k; i += QUANT_BLOCK) {
-        if (FORMATS[F].has_bytes() && i && i % SUPER_BLOCK == 0) strip.read_shared();
-        const Block<F> block = strip.next();
-        for_block<2>([&](auto f) __attribute__((always_inline)) {
-            multiply_pair<R>(x + i + f, ld, block.template vector<f>(),
-                             block.template vector<f + 1>(), kept);
-        });
-    }
-    for (int r = 0; r < R; r++) storeu(sums + r * PANEL, kept[r]);
 }
 
 // Calls `run` with the format as a constant of the compiler.
@@ -361,33 +340,5 @@ __attribute__((always_inline)) static inline void with_format(int64_t format, R&
             return run(std::integral_constant<int, Q4_Z>());
     }
 }
-
-// sums [rows, PANEL] of a panel, for up to STRIP_ROWS.
-static inline void strip_panel(const Wide* x, int64_t ld, int rows, const Strip* strips, int64_t k,
-                               float* sums) {
-    for (int half = 0; half < 2; half++)
-        with_format(strips[half].format, [&](auto format) {
-            with_count<STRIP_ROWS>(rows, [&](auto r) {
-                multiply_strip<format, r>(x, ld, strips[half].data, k, sums + half * VW);
-            });
-        });
-}
-
-// A panel of quants, widened a block of k at a time into memory that stays in the first cache.
-struct QuantPanel {
-    alignas(64) Wide widened[SUPER_BLOCK * PANEL];
-
-    const Wide* widen(const Strip* strips, int64_t first, int64_t depth) {
-        widen_half(strips[0], 0, first, depth);
-        widen_half(strips[1], 1, first, depth);
-        return widened;
-    }
-
-    void widen_half(const Strip& strip, int half, int64_t first, int64_t depth) {
-        Wide* to = widened + half * HALF_PANEL;
-        with_format(strip.format,
-                    [&](auto format) { widen_strip<format>(strip.data, first, depth, to); });
-    }
-};
 
 }  // namespace smart
