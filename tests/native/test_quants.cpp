@@ -155,8 +155,8 @@ void one_weight(uint64_t seed, const std::vector<Kind>& kinds, int64_t k) {
     std::vector<uint16_t> packed(smart_packed_rows(n) * k);
     smart_pack(plain.data(), n, k, packed.data(), 1);
     const Weight panels{packed.data(), nullptr, 0};
-    for (int rows_of_x : {1, 2, int(random.between(3, 8)), int(random.between(9, 16)),
-                          int(random.between(17, 31)), 32, 33, 48, 49, 65}) {
+    for (int rows_of_x : {1, 2, int(random.between(3, 8)), 9, 11, int(random.between(10, 16)), 13,
+                          17, int(random.between(18, 31)), 32, 33, 48, 49, 65}) {
         const std::vector<float> x = random.normals(rows_of_x * k);
         std::vector<float> scratch(x.size()), wanted(rows_of_x * n), found(rows_of_x * n);
         const int threads = int(random.between(1, 3));
@@ -265,6 +265,16 @@ void test_quants() {
         for (int64_t i = random.between(2, 4); i; i--)
             kinds.push_back(KINDS[random.below(KINDS.size())]);
         one_weight(seed + 20000, kinds, 256 * random.between(1, 3));
+    }
+    std::vector<Kind> small_kinds;
+    for (const Kind& kind : KINDS)
+        if (kind.k == 32) small_kinds.push_back(kind);
+    for (uint64_t seed = 1; seed <= check::seeds(24); seed++) {  // chunks that are not whole
+        Random random(seed + 400);
+        std::vector<Kind> kinds;
+        for (int64_t i = random.between(2, 4); i; i--)
+            kinds.push_back(small_kinds[random.below(small_kinds.size())]);
+        one_weight(seed + 40000, kinds, 32 * random.between(1, 20));
     }
     check::begin("quants", 0, "row lengths that are not whole blocks");
     check::same("Q4_K", 0, smart_strip_bytes(Q4_K, 128));

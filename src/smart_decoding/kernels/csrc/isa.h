@@ -19,7 +19,7 @@
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
-#if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC) || defined(__ARM_FEATURE_MATMUL_INT8)
+#if defined(__aarch64__)
 #include <arm_neon.h>
 #endif
 #if defined(__AMX_BF16__)
@@ -355,6 +355,8 @@ static inline vf fused(const vf& a, const vf& b, const vf& c) {
     return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #elif defined(__FMA__) && !defined(SMART_EMULATE_TILES)
     return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__) && !defined(SMART_EMULATE_TILES)
+    return (vf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 #else
     vf out;
     for (int j = 0; j < VW; j++) out[j] = std::fma(a[j], b[j], c[j]);

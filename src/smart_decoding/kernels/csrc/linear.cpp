@@ -86,7 +86,7 @@ static void unpack_strip(const Strip& strip, bool in_bytes, int64_t k, int row, 
     alignas(64) Wide widened[QUANT_BLOCK * PANEL];
     for (int64_t first = 0; first < k; first += QUANT_BLOCK) {
         with_format(strip.format, [&](auto format) {
-            widen_strip<format>(strip.data, first, QUANT_BLOCK, widened);
+            widen_strip<format>({strip.data, first}, QUANT_BLOCK, widened);
         });
         for (int i = 0; i < QUANT_BLOCK; i++)
             out[first + i] = to_f32(widened[panel_place<Wide>(i, row)]);

@@ -232,7 +232,7 @@ static void quant_gemm(const Wide* x, int64_t ld, int rows, const Strip* strips,
         if (in_bytes == NEVER) return tile_quant_gemm(x, ld, rows, strips, n, k, done);
         if (in_bytes == IF_FASTER && rows > FEW_ROWS)
             return widened_gemm(x, ld, rows, strips, n, k, done);
-    } else if (!in_bytes) {
+    } else if (in_bytes == NEVER) {
         return vector_quant_gemm(x, ld, rows, strips, n, k, done);
     }
     static thread_local ByteRows bytes;

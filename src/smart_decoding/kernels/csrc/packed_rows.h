@@ -17,7 +17,7 @@ struct PackedRows {
     int rows = 0, groups = 0;
     int64_t k = 0;
 
-    // most: rows of a group; length: a multiple of QUANT_BLOCK.
+    // most: rows of a group, up to MOST; length: a multiple of QUANT_BLOCK.
     void read(const X* x, int64_t ld, int count, int64_t length, int most) {
         rows = count;
         groups = (rows + most - 1) / most;

@@ -77,7 +77,7 @@ static inline void with_hint(int hint, F&& run) {
 // recursion: for that GCC 12 keeps what the calls have in common on the stack.
 template <int MOST, class F>
 __attribute__((always_inline)) static inline void with_count(int count, F&& run) {
-    static_assert(MOST <= 16);
+    static_assert(MOST <= 12);
     auto run_if_served = [&](auto constant) __attribute__((always_inline)) {
         if constexpr (constant <= MOST) run(constant);
     };
@@ -106,14 +106,6 @@ __attribute__((always_inline)) static inline void with_count(int count, F&& run)
             return run_if_served(std::integral_constant<int, 11>());
         case 12:
             return run_if_served(std::integral_constant<int, 12>());
-        case 13:
-            return run_if_served(std::integral_constant<int, 13>());
-        case 14:
-            return run_if_served(std::integral_constant<int, 14>());
-        case 15:
-            return run_if_served(std::integral_constant<int, 15>());
-        case 16:
-            return run_if_served(std::integral_constant<int, 16>());
     }
 }
 

@@ -129,12 +129,11 @@ private:
     }
 };
 
-// Widens `depth` of k of a strip, from k = first on, to tiles one after another; all of it lies in
-// one super-block. `beside` is called after each of them, with its number.
+// Widens `depth` of k of a strip to tiles one after another; all of it lies in one super-block.
+// `beside` is called after each of them, with its number.
 template <int F, class Beside>
-__attribute__((noinline)) static void widen_tiles(const uint8_t* data, int64_t first, int64_t depth,
-                                                  bf16* to, const Beside& beside) {
-    StripReader<F> strip(data, first);
+__attribute__((noinline)) static void widen_tiles(StripReader<F> strip, int64_t depth, bf16* to,
+                                                  const Beside& beside) {
     for (int64_t i = 0; i < depth; i += QUANT_BLOCK, to += TILE_QUANTS) {
         const TileBlock<F> block(strip.template step<true>(), strip.shared);
         each<TileBlock<F>::STEP>(
@@ -152,7 +151,7 @@ static void unpack_tiles(const Strip& strip, int64_t k, int row, Out* out) {
     alignas(64) bf16 tile[TILE_QUANTS];
     for (int64_t first = 0; first < k; first += QUANT_BLOCK) {
         with_format(strip.format, [&](auto format) {
-            widen_tiles<format>(strip.data, first, QUANT_BLOCK, tile, [](int) {});
+            widen_tiles<format>({strip.data, first}, QUANT_BLOCK, tile, [](int) {});
         });
         for (int i = 0; i < QUANT_BLOCK; i++) out[first + i] = to_f32(tile[row * QUANT_BLOCK + i]);
     }
@@ -229,15 +228,17 @@ struct alignas(64) TileChunk {
     int64_t first;
     int blocks = 0;
 
-    // beside: called with the half and the number of a block after each of them.
+    // then: the strips that come after. beside: called with the half and the number of a block
+    // after each of them.
     template <class Beside>
-    void widen(const Strip* strips, int64_t from, int64_t k, const Beside& beside) {
+    void widen(const Strip* strips, const Strip* then, int64_t from, int64_t k,
+               const Beside& beside) {
         const int64_t depth = std::min<int64_t>(WIDENED, k - from);
         first = from;
         blocks = int(depth / QUANT_BLOCK);
         if (!blocks) return;
-        widen_half<0>(strips, depth, beside);
-        widen_half<1>(strips, depth, beside);
+        widen_half<0>(strips, then, k, depth, beside);
+        widen_half<1>(strips, then, k, depth, beside);
     }
 
     // Adds the products of block b of half HALF.
@@ -255,12 +256,14 @@ struct alignas(64) TileChunk {
 
 private:
     template <int HALF, class Beside>
-    void widen_half(const Strip* strips, int64_t depth, const Beside& beside) {
+    void widen_half(const Strip* strips, const Strip* then, int64_t k, int64_t depth,
+                    const Beside& beside) {
         const auto after = [&](int b) __attribute__((always_inline)) {
             beside(std::integral_constant<int, HALF>(), b);
         };
         with_format(strips[HALF].format, [&](auto format) {
-            widen_tiles<format>(strips[HALF].data, first, depth, half[HALF], after);
+            const StripReader<format> strip(strips[HALF].data, first, k, then[HALF].data);
+            widen_tiles<format>(strip, depth, half[HALF], after);
         });
     }
 };
@@ -269,15 +272,16 @@ private:
 // widened.
 template <class X, bool BOTH>
 static void tile_panel(const TileProducts<X, BOTH>& products, const Strip* strips,
-                       TileChunk* chunks, TileSums* sums) {
+                       const Strip* then, TileChunk* chunks, TileSums* sums) {
     clear_sums();
     chunks[1].blocks = 0;
     for (int64_t i = 0, number = 0; i < products.x.k; i += WIDENED, number++) {
         TileChunk &next = chunks[number % 2], &last = chunks[(number + 1) % 2];
         const int left = last.blocks;
-        next.widen(strips, i, products.x.k, [&](auto half, int b) __attribute__((always_inline)) {
+        const auto beside = [&](auto half, int b) __attribute__((always_inline)) {
             if (left) last.template multiply<half>(products, b);
-        });
+        };
+        next.widen(strips, then, i, products.x.k, beside);
         if (next.blocks < left) last.multiply_from(products, next.blocks);
         if (i + WIDENED >= products.x.k) next.multiply_from(products, 0);
     }
@@ -286,8 +290,8 @@ static void tile_panel(const TileProducts<X, BOTH>& products, const Strip* strip
 
 // The same of any number of rows: sums stay in memory, and two chunks are widened for all of them.
 template <class X>
-static void tile_panel_of_many(const PackedRows<X>& x, const Strip* strips, TileChunk* chunks,
-                               TileSums* sums) {
+static void tile_panel_of_many(const PackedRows<X>& x, const Strip* strips, const Strip* then,
+                               TileChunk* chunks, TileSums* sums) {
     const auto nothing = [](int, int) {};
     int shaped = 0;  // for so many rows
     const auto pass = [&](const auto& products, bool begin) {
@@ -303,8 +307,8 @@ static void tile_panel_of_many(const PackedRows<X>& x, const Strip* strips, Tile
         products.store(sums);
     };
     for (int64_t i = 0; i < x.k; i += 2 * WIDENED) {
-        chunks[0].widen(strips, i, x.k, nothing);
-        chunks[1].widen(strips, std::min(i + WIDENED, x.k), x.k, nothing);
+        chunks[0].widen(strips, then, i, x.k, nothing);
+        chunks[1].widen(strips, then, std::min(i + WIDENED, x.k), x.k, nothing);
         for (int group = 0; group < x.groups; group += 2)
             if (group + 1 < x.groups)
                 pass(TileProducts<X, true>{x, group}, !i);
@@ -330,12 +334,13 @@ static void tile_quant_gemm(const X* rows, int64_t ld, int count, const Strip* s
         two.shape();
     const Panels mine(n);
     for (int64_t p = mine.first; p < mine.last; p++) {
+        const Strip *now = strips + 2 * p, *then = p + 1 < mine.last ? now + 2 : now;
         if (count <= TILE)
-            tile_panel(one, strips + 2 * p, chunks, sums.data());
+            tile_panel(one, now, then, chunks, sums.data());
         else if (count <= 2 * TILE)
-            tile_panel(two, strips + 2 * p, chunks, sums.data());
+            tile_panel(two, now, then, chunks, sums.data());
         else
-            tile_panel_of_many(x, strips + 2 * p, chunks, sums.data());
+            tile_panel_of_many(x, now, then, chunks, sums.data());
         for (int group = 0; group < x.groups; group++) {
             vf low[VW], high[VW];
             memcpy(low, sums[group].of[0], sizeof low);

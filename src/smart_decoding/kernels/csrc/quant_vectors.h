@@ -1,18 +1,19 @@
 // Linear layers with quants by vectors, where there are no tiles: each quant is widened once for
 // all rows.
 //
-// A sum waits for the one before it longer than widening takes. So few rows read both strips of a
-// panel at once; they widen in registers only. More rows go over what was widened to memory, in the
-// first cache, while what comes next is widened: the two need different units of the CPU, and one
-// after the other would take the sum of their times.
+// A sum waits for the one before it longer than widening takes. So the fewest rows read both strips
+// of a panel at once; some more, and panels of two formats, one after the other. They widen in
+// registers only. Many rows go over what was widened to memory, in the first cache, while what
+// comes next is widened: the two need different units of the CPU, and one after the other would
+// take the sum of their times.
 
 #pragma once
 #include "packed_rows.h"
 
 namespace [[gnu::visibility("hidden")]] smart {
 
-// Rows whose sums stay in registers beside what widening needs: in few rows, by both strips of a
-// panel or by one; else of a group.
+// Rows whose sums fit in registers beside what widening needs: by both strips of a panel at once,
+// by one, and those of a group that goes over chunks.
 constexpr int ROWS_OF_TWO = VW == 16 ? 6 : 4, ROWS_OF_ONE = VW == 16 ? 12 : 8;
 constexpr int GROUP_ROWS = VW == 16 ? 8 : 5;
 static_assert(GROUP_ROWS <= PackedRows<Wide>::MOST && ROWS_OF_ONE <= PackedRows<Wide>::MOST);
@@ -57,8 +58,9 @@ __attribute__((always_inline)) static inline void add_products(const Wide* x,
             const vu pair = broadcast4(x + 2 * r);
             for (int h = 0; h < H; h++) sums[r][h] = dot_bf16(sums[r][h], strips[h].pairs, pair);
         } else {
-            for (int h = 0; h < H; h++) sums[r][h] += strips[h].even * float(x[r]);
-            for (int h = 0; h < H; h++) sums[r][h] += strips[h].odd * float(x[R + r]);
+            const vf even = (vf)broadcast4(x + r), odd = (vf)broadcast4(x + R + r);
+            for (int h = 0; h < H; h++) sums[r][h] = fused(strips[h].even, even, sums[r][h]);
+            for (int h = 0; h < H; h++) sums[r][h] = fused(strips[h].odd, odd, sums[r][h]);
         }
     });
 }
@@ -136,20 +138,35 @@ static inline void multiply_few(const PackedRows<Wide>& x, const Strip* strips, 
 
 // --------------------------------------------------------------------------------------- in chunks
 
-// Some k of a panel, widened.
+// Where the second strip's part of what is widened begins; rows of k lie PANEL apart.
+constexpr int HALF_PANEL = HAS_BF16_PAIRS ? PANEL : VW;
+
+// Widens `depth` of k of a strip; all of it lies in one super-block.
+template <int F>
+static void widen_strip(StripReader<F> strip, int64_t depth, Wide* __restrict to) {
+    for (int64_t i = 0; i < depth; i += QUANT_BLOCK, to += QUANT_BLOCK * PANEL) {
+        const Block<F> block = strip.next();
+        for_block<2>([&](auto f) __attribute__((always_inline)) {
+            WidePair::of<f>(block).store(to + f * PANEL);
+        });
+    }
+}
+
+// Some k of a panel, widened; two of these stay in the first cache.
 struct WideChunk {
-    static constexpr int MOST = 4 * QUANT_BLOCK;
+    static constexpr int MOST = std::min<int>(SUPER_BLOCK, 8192 / (PANEL * sizeof(Wide)));
+    static_assert(SUPER_BLOCK % MOST == 0 && MOST % QUANT_BLOCK == 0);
     alignas(64) Wide values[MOST * PANEL];
     const Strip* strips;
     int64_t first;
-    int depth;
+    int depth;  // 0: behind the last panel
 
     Wide* half(int which) { return values + which * HALF_PANEL; }
 
     void widen_alone() {
         for (int h = 0; h < 2; h++)
             with_format(strips[h].format, [&](auto format) {
-                widen_strip<format>(strips[h].data, first, depth, half(h));
+                widen_strip<format>({strips[h].data, first}, depth, half(h));
             });
     }
 };
@@ -165,14 +182,15 @@ __attribute__((noinline)) static void multiply_chunk(const Wide* x, const Wide* 
     store_sums<R, 2>(sums, kept);
 }
 
-// The same with half as many of k as the strip of the next chunk has, which is widened to `to`.
+// The same with half as many of k as are widened beside it, of a strip of the next chunk. `to` is
+// said to be no other's memory: else quants that two vectors share would be looked up twice.
 template <int F, int R>
 __attribute__((noinline)) static void multiply_beside(const Wide* x, const Wide* values,
-                                                      StripReader<F> strip, int depth, Wide* to,
-                                                      float* kept) {
+                                                      StripReader<F> strip, int widened,
+                                                      Wide* __restrict to, float* kept) {
     vf sums[R][2];
     load_sums<R>(kept, sums);
-    for (int i = 0; i < depth; i += QUANT_BLOCK, to += QUANT_BLOCK * PANEL) {
+    for (int i = 0; i < widened; i += QUANT_BLOCK, to += QUANT_BLOCK * PANEL) {
         const Block<F> block = strip.next();
         for_block<4>([&](auto f) __attribute__((always_inline)) {
             WidePair::of<f>(block).store(to + f * PANEL);
@@ -190,7 +208,7 @@ __attribute__((noinline)) static void multiply_beside(const Wide* x, const Wide*
 struct ChunkedPanels {
     const PackedRows<Wide>& x;
     const Strip *strips, *end;  // of the panels of a thread
-    float* sums;
+    float* sums;                // [rows, PANEL] of the panel in work
 
     // done: called after each panel.
     template <class Done>
@@ -233,11 +251,12 @@ private:
         const Strip* after = from + 2 < end ? from + 2 : from;
         const int first = half * next.depth / 2;
         with_format(from->format, [&](auto format) {
+            const StripReader<format> strip(from->data, next.first, x.k, after->data);
             with_count<GROUP_ROWS>(x.columns(0), [&](auto r) {
-                multiply_beside<format, r>(
-                    x.at(0, now.first + first), now.values + first * PANEL,
-                    StripReader<format>(from->data, next.first, x.k, after->data), next.depth,
-                    next.half(half), sums);
+                if constexpr (r > GROUP_ROWS / 2)  // as all first groups of several have
+                    multiply_beside<format, r>(x.at(0, now.first + first),
+                                               now.values + first * PANEL, strip, next.depth,
+                                               next.half(half), sums);
             });
         });
     }

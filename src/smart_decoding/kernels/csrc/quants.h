@@ -257,8 +257,8 @@ struct StripReader {
         at += first % format.super / QUANT_BLOCK * format.block() * VW;
     }
 
-    // The same of a strip of length k that is read beside another one: what lies behind it is read
-    // by then, and `next` comes after it.
+    // The same of a strip of length k that is read beside another one: what lies behind it in
+    // memory is that one, already read; `next` comes after it.
     StripReader(const uint8_t* data, int64_t first, int64_t k, const uint8_t* next)
         : StripReader(data, first) {
         const uint8_t* end = data + k / format.super * format.super_bytes() * VW;
@@ -289,28 +289,6 @@ private:
     const uint8_t* last_ahead = nullptr;  // from here on, prefetches go to the next strip
     int64_t jump = 0;
 };
-
-// Columns of a strip's half of a panel; k of a panel lie PANEL apart.
-constexpr int HALF_PANEL = HAS_BF16_PAIRS ? PANEL : VW;
-
-// Widens `depth` of k from `first` on to a strip's half of a panel; all of it lies in one
-// super-block.
-template <int F>
-static void widen_strip(const uint8_t* data, int64_t first, int64_t depth, Wide* to) {
-    StripReader<F> strip(data, first);
-    for (int64_t i = 0; i < depth; i += QUANT_BLOCK, to += QUANT_BLOCK * PANEL) {
-        const Block<F> block = strip.next();
-        for_block<2>([&](auto f) __attribute__((always_inline)) {
-            const vf even = block.template vector<f>(), odd = block.template vector<f + 1>();
-            if constexpr (HAS_BF16_PAIRS) {
-                storeu(to + f * PANEL, two_to_bf16(even, odd));
-            } else {
-                storeu(to + f * PANEL, rounded(even));
-                storeu(to + (f + 1) * PANEL, rounded(odd));
-            }
-        });
-    }
-}
 
 // Calls `run` with the format as a constant of the compiler.
 template <class R>
