@@ -96,6 +96,19 @@ static inline vu broadcast4(const void* p) {
 #endif
 }
 
+// A float in every lane; unlike words, GCC 12 reads it where it is multiplied.
+static inline vf every_lane(float x) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_set1_ps(x);
+#elif defined(__AVX2__) && !defined(SMART_EMULATE_TILES)
+    return (vf)_mm256_set1_ps(x);
+#else
+    vf out;
+    for (int j = 0; j < VW; j++) out[j] = x;
+    return out;
+#endif
+}
+
 // Keeps a vector in a register: GCC would load it anew for each use.
 template <class V>
 static inline void keep_in_register([[maybe_unused]] V& v) {

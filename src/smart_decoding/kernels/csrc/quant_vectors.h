@@ -58,7 +58,7 @@ __attribute__((always_inline)) static inline void add_products(const Wide* x,
             const vu pair = broadcast4(x + 2 * r);
             for (int h = 0; h < H; h++) sums[r][h] = dot_bf16(sums[r][h], strips[h].pairs, pair);
         } else {
-            const vf even = (vf)broadcast4(x + r), odd = (vf)broadcast4(x + R + r);
+            const vf even = every_lane(x[r]), odd = every_lane(x[R + r]);
             for (int h = 0; h < H; h++) sums[r][h] = fused(strips[h].even, even, sums[r][h]);
             for (int h = 0; h < H; h++) sums[r][h] = fused(strips[h].odd, odd, sums[r][h]);
         }
