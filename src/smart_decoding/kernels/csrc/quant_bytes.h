@@ -207,7 +207,7 @@ static void widen_bytes(const uint8_t* data, int64_t k, bf16* to) {
     for (int j = 0; j < VW; j++) in_turn[j] = uint32_t(j | (j + VW) << 16);
     StripReader<F> strip(data, 0);
     for (int64_t i = 0; i < k; i += QUANT_BLOCK) {
-        if (format.has_bytes() && i && i % SUPER_BLOCK == 0) strip.read_shared();
+        strip.enter(i);
         const uint8_t* at = strip.template step<true>();
         const RowScales scales = row_scales<F>(at, strip.shared);
         for_block<4>([&](auto first) __attribute__((always_inline)) {
@@ -228,7 +228,7 @@ static void unpack_bytes(const uint8_t* data, int64_t k, int row, float* out) {
     constexpr Format format = FORMATS[F];
     StripReader<F> strip(data, 0);
     for (int64_t i = 0; i < k; i += QUANT_BLOCK) {
-        if (format.has_bytes() && i && i % SUPER_BLOCK == 0) strip.read_shared();
+        strip.enter(i);
         const uint8_t* at = strip.template step<true>();
         const RowScales scales = row_scales<F>(at, strip.shared);
         for (int j = 0; j < QUANT_BLOCK; j++) {

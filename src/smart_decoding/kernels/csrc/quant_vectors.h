@@ -90,10 +90,8 @@ __attribute__((noinline)) static void multiply_two(const Wide* x, int64_t k, con
     StripReader<F> high(strips[1].data, 0, k, next[1].data);
     vf sums[R][2] = {};
     for (int64_t i = 0; i < k; i += QUANT_BLOCK) {
-        if (FORMATS[F].has_bytes() && i && i % SUPER_BLOCK == 0) {
-            low.read_shared();
-            high.read_shared();
-        }
+        low.enter(i);
+        high.enter(i);
         const Block<F> left = low.next(), right = high.next();
         for_block<2>([&](auto f) __attribute__((always_inline)) {
             add_products<R, 2>(x, {WidePair::of<f>(left), WidePair::of<f>(right)}, sums);
@@ -110,7 +108,7 @@ __attribute__((noinline)) static void multiply_one(const Wide* x, int64_t k, con
     StripReader<F> strip(data, 0);
     vf sums[R][1] = {};
     for (int64_t i = 0; i < k; i += QUANT_BLOCK) {
-        if (FORMATS[F].has_bytes() && i && i % SUPER_BLOCK == 0) strip.read_shared();
+        strip.enter(i);
         const Block<F> block = strip.next();
         for_block<2>([&](auto f) __attribute__((always_inline)) {
             add_products<R, 1>(x, {WidePair::of<f>(block)}, sums);
@@ -120,6 +118,7 @@ __attribute__((noinline)) static void multiply_one(const Wide* x, int64_t k, con
     store_sums<R, 1>(sums, out);
 }
 
+// The same for any formats and few rows.
 static inline void multiply_few(const PackedRows<Wide>& x, const Strip* strips, const Strip* next,
                                 float* sums) {
     const Wide* rows = x.at(0, 0);

@@ -266,10 +266,9 @@ struct StripReader {
         jump = next - end;
     }
 
-    void read_shared() {
-        if constexpr (format.has_bytes()) shared[0] = halves_to_float(at);
-        if constexpr (format.shared() == 4) shared[1] = halves_to_float(at + 2 * VW);
-        at += format.shared() * VW;
+    // Before the block at k = i of a strip that is read from its start on: a super-block may begin.
+    void enter(int64_t i) {
+        if (format.has_bytes() && i && i % SUPER_BLOCK == 0) read_shared();
     }
 
     __attribute__((always_inline)) Block<F> next() { return Block<F>(step<true>(), shared); }
@@ -288,6 +287,12 @@ struct StripReader {
 private:
     const uint8_t* last_ahead = nullptr;  // from here on, prefetches go to the next strip
     int64_t jump = 0;
+
+    void read_shared() {
+        if constexpr (format.has_bytes()) shared[0] = halves_to_float(at);
+        if constexpr (format.shared() == 4) shared[1] = halves_to_float(at + 2 * VW);
+        at += format.shared() * VW;
+    }
 };
 
 // Calls `run` with the format as a constant of the compiler.
