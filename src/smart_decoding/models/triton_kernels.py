@@ -123,7 +123,7 @@ def _attend(q, keys, values, meta, row, live, size, table, scale, window, width:
     if split == splits - 1:
         d = tl.arange(0, q.shape[1])
         for j in range(0, tl.max(count)):
-            has = (j < count) & (context + j >= seen)
+            has = (j < count) & ((window == 0) | (j >= count - window))
             at = (tl.load(meta + begin + j, mask=has, other=0) * width)[:, None] + d
             readable = has[:, None] & (d < width)
             k = tl.load(keys + at, mask=readable, other=0.0)
