@@ -99,6 +99,8 @@ class LLM:
             speculation = build_speculation(asked, checkpoint, target, pages, args.max_num_seqs)
             if not draft_later:
                 speculation.load()
+            if speculation.profile is not None:
+                speculation.profile.look()
             return target, speculation
 
         self.target, self.speculation = in_own_thread(loaded)

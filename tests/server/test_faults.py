@@ -208,9 +208,13 @@ def test_the_profile_is_taken_after_the_first_answer_and_changes_none(
 ) -> None:
     """It overwrites all pages, in which then nothing is found any more."""
     steps = Steps(monkeypatch)
+    looks: list[object] = []
+    monkeypatch.setattr(measure, "glance", lambda *args: looks.append(args) or {1: 2e-3, 8: 3e-3})
     llm = load(speculative_config=SMART, kv_cache_tokens=1248)
     assert llm.engine.pool.pages == 2 * -(-(768 + 1) // PAGE)
     steps.llm = llm
+    until_then = llm.policy.cost.verify[1]
+    assert (until_then.rows, until_then.seconds) == ((1, 8), pytest.approx((2e-3, 3e-3)))
     path = profile_of(llm)
     prompt = list(range(48))
     params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
@@ -233,13 +237,13 @@ def test_the_profile_is_taken_after_the_first_answer_and_changes_none(
     llm.take_profile()
     assert path.stat().st_mtime_ns == taken
     assert profile(load(speculative_config=SMART)).known
+    assert len(looks) == 1
 
 
 def test_costs_are_measured_beside_a_batch_which_does_not_wait_for_them(
     cache: Path, load: Any, plain: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A third of the time, and in memory that no request holds: its keys and the drafter's stay.
-    Until costs are known nothing is drafted for several requests."""
+    """A third of the time, and in memory that no request holds: its keys and the drafter's stay."""
     steps = Steps(monkeypatch)
     llm = slow(load(speculative_config=SMART), 0.002)
     steps.llm = llm

@@ -11,7 +11,7 @@ import torch
 
 from smart_decoding.core.cost import Sample, VerifySample
 from smart_decoding.engine.kv import PAGE, PagePool
-from smart_decoding.profiling.measure import Measurement
+from smart_decoding.profiling.measure import Measurement, glance
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,16 +39,20 @@ class Machine:
         return SimpleNamespace(greedy=np.zeros(len(rows.token)))
 
 
-def measurement_of(machine: Machine, pages: int, seqs: int, pool: PagePool) -> Measurement:
-    target: Any = SimpleNamespace(
+def target_of(machine: Machine, max_positions: int = 4096) -> Any:
+    return SimpleNamespace(
         vocab=32,
         device=torch.device("cpu"),
-        max_positions=4096,
+        max_positions=max_positions,
         steps=(12,),
         verify_round=None,
         verify=machine.verify,
     )
+
+
+def measurement_of(machine: Machine, pages: int, seqs: int, pool: PagePool) -> Measurement:
     clock = lambda: machine.now  # noqa: E731
+    target = target_of(machine)
     return Measurement(target, None, pages, seqs, seconds=0.0, clock=clock, pool=pool)
 
 
@@ -86,3 +90,12 @@ def test_beside_requests_it_keeps_to_free_memory_and_what_needs_more_waits(for_e
     machine.held = set()
     assert len(checked(measurement.run())) == (3 if for_ever else 8)
     assert pool.available == pool.pages
+
+
+def test_a_glance_tells_rows_of_a_lone_request_apart_and_needs_room() -> None:
+    machine = Machine()
+    clock = lambda: machine.now  # noqa: E731
+    found = glance(target_of(machine), PAGES, clock=clock)
+    assert found == {1: pytest.approx(ROW), 8: pytest.approx(8 * ROW)}
+    assert not glance(target_of(machine), 8, clock=clock)
+    assert not glance(target_of(machine, max_positions=130), PAGES, clock=clock)
