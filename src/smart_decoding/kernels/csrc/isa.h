@@ -109,11 +109,13 @@ static inline vf every_lane(float x) {
 #endif
 }
 
-// Keeps a vector in a register: GCC would load it anew for each use.
+// Keeps a vector in a register: GCC would load it anew for each use, or compute it with what uses it.
 template <class V>
 static inline void keep_in_register([[maybe_unused]] V& v) {
 #if defined(__AVX512F__) || (defined(__AVX2__) && !defined(SMART_EMULATE_TILES))
     asm("" : "+v"(v));
+#elif defined(__aarch64__) && !defined(SMART_EMULATE_TILES)
+    asm("" : "+w"(v));
 #endif
 }
 
