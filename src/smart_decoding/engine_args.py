@@ -73,7 +73,7 @@ class EngineArgs:
         matrices to so many bits when they are loaded.
     activations: int8 rounds what quants are multiplied with to 8 bits, in groups of 32, as
         llama.cpp does: faster, a slightly different model, and still the same words under every
-        policy. Only on CPUs with VNNI or i8mm, in bfloat16.
+        policy. Only on CPUs with AVX2 or i8mm, in bfloat16.
     device: cpu or cuda; auto takes CUDA where there is one.
     max_model_len: longest prompt plus answer, in tokens (4,096, or what the model or
         kv_cache_tokens allows if that is less).

@@ -32,11 +32,17 @@ from smart_decoding.kernels import library
 from smart_decoding.models import chat_template, memory
 from smart_decoding.models.grammars import Grammars
 from smart_decoding.models.kernel_check import (
+    exact_is_slow,
     require_byte_products,
     require_kernels,
     require_served,
 )
-from smart_decoding.models.loading import Checkpoint, load_checkpoint, with_rounded_inputs
+from smart_decoding.models.loading import (
+    Checkpoint,
+    has_quants,
+    load_checkpoint,
+    with_rounded_inputs,
+)
 from smart_decoding.models.registry import DEFAULT_MODEL
 from smart_decoding.models.target import TorchTarget, device_of, dtype_of, pages_for
 from smart_decoding.models.tokenizer import Tokenizer
@@ -91,6 +97,7 @@ class LLM:
         self.tokenizer.context = longest
         asked = _drafts(args, checkpoint, self.tokenizer, longest)
         asked, pages = _require_memory(args, checkpoint, asked, longest)
+        _advise(checkpoint)
 
         def loaded() -> tuple[TorchTarget, Speculation]:
             target = TorchTarget(
@@ -385,6 +392,14 @@ def _load(args: EngineArgs, device: torch.device) -> Checkpoint:
         args.trust_pickle,
     )
     return checkpoint if args.activations is None else with_rounded_inputs(checkpoint)
+
+
+def _advise(checkpoint: Checkpoint) -> None:
+    """One line in the log where quants that are multiplied exactly make all slow."""
+    exact = checkpoint.quantization is None and not checkpoint.in_bytes
+    advice = exact_is_slow() if exact else None
+    if advice is not None and has_quants(checkpoint):
+        log.warning(advice)
 
 
 def _drafts(

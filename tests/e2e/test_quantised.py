@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from smart_decoding import llm as llm_module
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.kernels.ops import multiplies_bytes
 from smart_decoding.kernels.weights import PackedWeight
@@ -74,6 +75,19 @@ def test_activations_in_8_bits_are_one_model_under_every_policy() -> None:
     llm = engine(None, "int8")
     found = [answers_of(llm, config, (0.0,)) for config in POLICIES]
     assert all(answers == found[0] for answers in found)
+
+
+@pytest.mark.parametrize("advice", [None, "exact products are slow here"])
+def test_who_decodes_quants_exactly_where_that_is_slow_is_told(
+    advice: str | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(llm_module, "exact_is_slow", lambda: advice)
+    engine("off")
+    if multiplies_bytes():
+        engine(None, "int8")
+    assert not caplog.records
+    engine(None)
+    assert [record.getMessage() for record in caplog.records] == [advice] * bool(advice)
 
 
 def matrix_bytes(llm: LLM) -> int:

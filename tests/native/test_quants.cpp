@@ -84,9 +84,10 @@ double value(int64_t format, const uint8_t* b, int i) {
     }
 }
 
-// Random rows [n, k] of a format, and their weights rounded to bf16.
+// Random rows [n, k] of a format, and their weights, as they are and rounded to bf16.
 struct Rows8 {
     std::vector<uint8_t> file;
+    std::vector<double> exact;
     std::vector<uint16_t> weights;
     int64_t row_bytes;
 
@@ -95,6 +96,8 @@ struct Rows8 {
         for (uint8_t& byte : file) byte = uint8_t(random.next());
         for (int64_t block = 0; block < n * k / kind.k; block++) {
             uint8_t* at = &file[block * kind.bytes];
+            if (random.chance(0.2))  // the largest sums that integers must hold
+                std::fill_n(at, kind.bytes, uint8_t(random.of({0xff, 0x7f, 0x80})));
             for (int where : kind.halves)  // of moderate size, subnormal now and then
                 at[where + 1] =
                     uint8_t(random.chance(0.1) ? random.of({0, 0x80})
@@ -102,8 +105,10 @@ struct Rows8 {
             if (kind.format == Q4_Z) at[2] = uint8_t(random.between(0, 16));
             for (int i = 0; kind.format == BF16_ROWS && i < kind.k; i++)
                 at[2 * i + 1] = uint8_t(random.between(0x3a, 0x3e) | random.of({0, 0x80}));
-            for (int i = 0; i < kind.k; i++)
-                weights.push_back(reference::to_bf16(float(value(kind.format, at, i))));
+            for (int i = 0; i < kind.k; i++) {
+                exact.push_back(value(kind.format, at, i));
+                weights.push_back(reference::to_bf16(float(exact.back())));
+            }
         }
     }
 };
@@ -168,6 +173,37 @@ void one_weight(uint64_t seed, const std::vector<Kind>& kinds, int64_t k) {
     }
 }
 
+// Inputs [k] as integers times the scale of each 32.
+std::vector<double> in_eight_bits(const float* x, int64_t k) {
+    std::vector<double> rounded(k);
+    for (int64_t first = 0; first < k; first += 32) {
+        float largest = 1e-30f, read[32];
+        for (int j = 0; j < 32; j++) {
+            const float v = x[first + j];
+            read[j] = smart_rounds_inputs() ? reference::from_bf16(reference::to_bf16(v)) : v;
+            largest = std::max(largest, std::fabs(read[j]));
+        }
+        const float step = largest / 127, factor = 1 / step;
+        for (int j = 0; j < 32; j++)
+            rounded[first + j] = double(step) * std::nearbyint(read[j] * factor);
+    }
+    return rounded;
+}
+
+// A row's products, which are sums of integers times scales, are those in double.
+void near_integers(const std::vector<Rows8>& parts, const float* x, const float* y, int64_t k) {
+    const std::vector<double> rounded = in_eight_bits(x, k);
+    for (const Rows8& part : parts)
+        for (size_t from = 0; from < part.exact.size(); from += k, y++) {
+            double sum = 0, size = 0;
+            for (int64_t i = 0; i < k; i++) {
+                sum += rounded[i] * part.exact[from + i];
+                size += std::fabs(rounded[i] * part.exact[from + i]);
+            }
+            check::near("product of integers", sum, *y, 1e-6 * size + 1e-30);
+        }
+}
+
 // With inputs in 8 bits: near the exact product, and a row is the same in any company.
 void in_bytes(uint64_t seed, const std::vector<Kind>& kinds, int64_t k) {
     Random random(seed);
@@ -207,6 +243,7 @@ void in_bytes(uint64_t seed, const std::vector<Kind>& kinds, int64_t k) {
     const int count = int(random.between(1, 40));
     std::vector<float> x = random.normals(count * k);
     if (random.chance(0.3)) std::fill_n(x.begin() + random.below(count) * k, k, 0.0f);
+    if (random.chance(0.3)) std::fill_n(x.begin(), k, random.of({1.0f, -1.0f}));
     std::vector<float> scratch(x.size()), wanted(count * n), found(count * n), alone(n);
     smart_linear(x.data(), count, &exact, n, k, 1, nullptr, 0, nullptr, scratch.data(),
                  wanted.data(), n, 0, 3, nullptr, 2);
@@ -218,6 +255,7 @@ void in_bytes(uint64_t seed, const std::vector<Kind>& kinds, int64_t k) {
         errors += (double(found[i]) - wanted[i]) * (double(found[i]) - wanted[i]);
     }
     check::near("relative error", 0, std::sqrt(errors / squares), 0.02);
+    near_integers(parts, x.data(), found.data(), k);
     const Weight drafting{nullptr, byte_strips.data(), IF_FASTER};
     const bool by_tiles = smart_pass_rows(&exact, 1) == 32 && count > 16;
     std::vector<float> drafted(count * n);

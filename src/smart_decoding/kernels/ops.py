@@ -57,8 +57,13 @@ def pass_rows(packed: PackedWeight) -> int:
 
 
 def multiplies_bytes() -> bool:
-    """Can quants be multiplied with inputs rounded to 8 bits? (True on CPUs with VNNI or i8mm.)"""
+    """Can quants be multiplied with inputs rounded to 8 bits? (True on CPUs with AVX2 or i8mm.)"""
     return bool(_lib().smart_multiplies_bytes())
+
+
+def multiplies_pairs() -> bool:
+    """Are pairs of bf16 multiplied in one instruction? (True with AVX512-BF16 or Arm's bf16.)"""
+    return bool(_lib().smart_rounds_inputs())
 
 
 def forward(model: Structure, rows: Structure, what: Structure) -> None:

@@ -11,7 +11,12 @@ import torch
 
 from smart_decoding.errors import ConfigError, ModelError
 from smart_decoding.kernels import library
-from smart_decoding.kernels.ops import HEAD_DIMS, MAX_QUERIES, multiplies_bytes
+from smart_decoding.kernels.ops import (
+    HEAD_DIMS,
+    MAX_QUERIES,
+    multiplies_bytes,
+    multiplies_pairs,
+)
 from smart_decoding.models.torch_layers import ops_for
 
 if TYPE_CHECKING:
@@ -76,7 +81,18 @@ def require_byte_products(quantization: str | None) -> None:
             "these are expanded"
         )
     if not multiplies_bytes():
-        raise ConfigError("activations='int8' needs a CPU with AVX-512 VNNI or Arm's i8mm")
+        raise ConfigError("activations='int8' needs a CPU with AVX2 or Arm's i8mm")
+
+
+def exact_is_slow() -> str | None:
+    """What to do where exact products of quants take much longer than those in 8 bits; None on
+    other CPUs."""
+    if multiplies_pairs() or not multiplies_bytes():
+        return None
+    return (
+        "exact products of weights of 4 to 8 bits are slow on this CPU; activations='int8' "
+        "(--activations int8) decodes two to three times as fast, as a slightly different model"
+    )
 
 
 def use_native(config: ModelConfig, device: torch.device, allow_slow: bool = False) -> bool:

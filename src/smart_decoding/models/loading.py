@@ -129,11 +129,16 @@ def _rounded(checkpoint: Checkpoint, quantization: str | None) -> Checkpoint:
     )
 
 
+def has_quants(checkpoint: Checkpoint) -> bool:
+    """Whether its first layer has quants."""
+    layer = (name for name in checkpoint.weights if name.startswith("model.layers.0."))
+    return any(isinstance(checkpoint.weights[name], QuantizedTensor) for name in layer)
+
+
 def with_rounded_inputs(checkpoint: Checkpoint) -> Checkpoint:
     """The same, inputs of its quants rounded to 8 bits. Raises ConfigError where its first layer
     has no quants."""
-    layer = (name for name in checkpoint.weights if name.startswith("model.layers.0."))
-    if not any(isinstance(checkpoint.weights[name], QuantizedTensor) for name in layer):
+    if not has_quants(checkpoint):
         raise ConfigError(
             "activations='int8' needs quantised weights: a GGUF, GPTQ or AWQ checkpoint, "
             "or quantization='int8' or 'int4'"

@@ -109,7 +109,8 @@ static inline vf every_lane(float x) {
 #endif
 }
 
-// Keeps a vector in a register: GCC would load it anew for each use, or compute it with what uses it.
+// Keeps a vector in a register: GCC would load it anew for each use, or compute it with what uses
+// it.
 template <class V>
 static inline void keep_in_register([[maybe_unused]] V& v) {
 #if defined(__AVX512F__) || (defined(__AVX2__) && !defined(SMART_EMULATE_TILES))
@@ -279,6 +280,9 @@ static inline vu lookup_bytes(const uint8_t* table, const vu& index) {
 #if defined(__AVX512BW__)
     const __m512i four = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)table));
     return (vu)_mm512_shuffle_epi8(four, (__m512i)index);
+#elif defined(__AVX2__) && !defined(SMART_EMULATE_TILES)
+    const __m256i two = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)table));
+    return (vu)_mm256_shuffle_epi8(two, (__m256i)index);
 #else
     uint8_t bytes[sizeof(vu)];
     storeu(bytes, index);
@@ -399,15 +403,44 @@ __attribute__((always_inline)) static inline void dot_u8s8(vi& sum, vi x, vi w) 
 #endif
 }
 
-// The same with four signed bytes at `four` in every lane.
-__attribute__((always_inline)) static inline void dot_u8s8_of(vi& sum, const vi& x,
-                                                              const int8_t* four) {
-#if defined(__AVX512VNNI__)
-    asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(x), "m"(*(const int32_t*)four));
+// Whether that is faster than with floats, if one factor is the same in every lane.
+#if defined(__AVX2__)
+constexpr bool HAS_BYTE_PRODUCTS = true;
 #else
-    dot_u8s8(sum, x, (vi)broadcast4(four));
+constexpr bool HAS_BYTE_PRODUCTS = HAS_BYTE_DOT;
 #endif
-}
+
+// Sums of products of unsigned bytes, of which none is above MOST, with signed ones that are the
+// same in every lane. Bytes are added one step after the other: STEP of STEPS.
+template <int MOST, int STEPS>
+struct ByteSums {
+    vi total;
+    // Without an instruction for four products, sums of two are in 16 bits, as many as fit there.
+    static constexpr int FIT = 32767 / (2 * 127 * MOST);
+    vi pairs;
+
+    template <int STEP>
+    __attribute__((always_inline)) void add(const vi& x, const int8_t* four) {
+#if defined(__AVX512VNNI__)
+        asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(total) : "v"(x), "m"(*(const int32_t*)four));
+#elif defined(__AVX2__) && !defined(SMART_EMULATE_TILES)
+        const __m256i w = (__m256i)broadcast4(four);
+        if constexpr (FIT > 0) {
+            const __m256i two = _mm256_maddubs_epi16((__m256i)x, w);
+            pairs = STEP % FIT ? (vi)_mm256_add_epi16((__m256i)pairs, two) : (vi)two;
+            if constexpr (STEP % FIT == FIT - 1 || STEP == STEPS - 1)
+                total += (vi)_mm256_madd_epi16((__m256i)pairs, _mm256_set1_epi16(1));
+        } else {
+            const __m256i w_even = _mm256_srai_epi16(_mm256_slli_epi16(w, 8), 8);
+            total += (vi)_mm256_madd_epi16((__m256i)(x & 0x00ff00ff), w_even);
+            total +=
+                (vi)_mm256_madd_epi16(_mm256_srli_epi16((__m256i)x, 8), _mm256_srai_epi16(w, 8));
+        }
+#else
+        dot_u8s8(total, x, (vi)broadcast4(four));
+#endif
+    }
+};
 
 // ------------------------------------------------------------------------------------ tiles of AMX
 

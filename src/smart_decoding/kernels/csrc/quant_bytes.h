@@ -11,7 +11,7 @@
 namespace [[gnu::visibility("hidden")]] smart {
 
 // Rows that share a pass: their sums, and those of integers, stay in registers.
-constexpr int BYTE_ROWS = VW == 16 ? 8 : 4;
+constexpr int BYTE_ROWS = VW == 4 ? 4 : 8;
 constexpr int BYTE_GROUP = 16;  // inputs whose sum is kept: the fewest that share a scale
 
 // Rows of inputs in 8 bits, pass by pass: what is at the same k of its rows lies side by side.
@@ -99,16 +99,22 @@ struct PassInputs {
     const int32_t* minus;
 };
 
+// A group's sums of integers.
+template <int F>
+using GroupSums =
+    ByteSums<BYTE_ZERO<F> == 128 ? 255 : (1 << FORMATS[F].bits) - 1, FORMATS[F].group / 4>;
+
 // What a group's sums of integers begin with: the inputs' own, times what bytes are too large by.
 template <int F, int R>
 __attribute__((always_inline)) static inline void begin_group(const int32_t* minus,
-                                                              vi (&integers)[R]) {
+                                                              GroupSums<F> (&sums)[R]) {
     for (int r = 0; r < R; r++) {
-        integers[r] = vi{};
+        vi& total = sums[r].total;
+        total = vi{};
         if constexpr (BYTE_ZERO<F> != 0) {
-            integers[r] = (vi)broadcast4(minus + r);
-            if (FORMATS[F].group > BYTE_GROUP) integers[r] += (vi)broadcast4(minus + R + r);
-            integers[r] *= BYTE_ZERO<F>;
+            total = (vi)broadcast4(minus + r);
+            if (FORMATS[F].group > BYTE_GROUP) total += (vi)broadcast4(minus + R + r);
+            total *= BYTE_ZERO<F>;
         }
     }
 }
@@ -121,16 +127,17 @@ __attribute__((always_inline)) static inline void byte_block(const uint8_t* at,
     constexpr Format format = FORMATS[F];
     const RowScales scales = row_scales<F>(at, shared);
     const uint8_t* quants = at + format.scales() * VW;
-    vi integers[R];
+    GroupSums<F> integers[R];
     vf scaled[R];
     for_block<4>([&](auto i) __attribute__((always_inline)) {
         constexpr int group = i / format.group;
         if constexpr (i % format.group == 0) begin_group<F, R>(in.minus + group * R, integers);
         const vi bytes = (vi)quant_bytes<F>(quants, i / 4);
-        for (int r = 0; r < R; r++) dot_u8s8_of(integers[r], bytes, in.bytes + i * R + 4 * r);
+        for (int r = 0; r < R; r++)
+            integers[r].template add<i % format.group / 4>(bytes, in.bytes + i * R + 4 * r);
         if constexpr (i % format.group != format.group - 4) return;
         for (int r = 0; r < R; r++) {
-            const vf products = __builtin_convertvector(integers[r], vf);
+            const vf products = __builtin_convertvector(integers[r].total, vf);
             const vf& scale = scales.scale[group];
             scaled[r] = group ? fused(products, scale, scaled[r]) : products * scale;
         }
