@@ -36,6 +36,7 @@ from smart_decoding.models.kernel_check import (
     require_byte_products,
     require_kernels,
     require_served,
+    why_slow,
 )
 from smart_decoding.models.loading import (
     Checkpoint,
@@ -97,7 +98,7 @@ class LLM:
         self.tokenizer.context = longest
         asked = _drafts(args, checkpoint, self.tokenizer, longest)
         asked, pages = _require_memory(args, checkpoint, asked, longest)
-        _advise(checkpoint)
+        _advise(args, checkpoint, device)
 
         def loaded() -> tuple[TorchTarget, Speculation]:
             target = TorchTarget(
@@ -394,10 +395,11 @@ def _load(args: EngineArgs, device: torch.device) -> Checkpoint:
     return checkpoint if args.activations is None else with_rounded_inputs(checkpoint)
 
 
-def _advise(checkpoint: Checkpoint) -> None:
+def _advise(args: EngineArgs, checkpoint: Checkpoint, device: torch.device) -> None:
     """One line in the log where quants that are multiplied exactly make all slow."""
-    exact = checkpoint.quantization is None and not checkpoint.in_bytes
-    advice = exact_is_slow() if exact else None
+    stored = checkpoint.quantization != "off" and dtype_of(args.dtype) == torch.bfloat16
+    native = device.type == "cpu" and why_slow(checkpoint.config, device) is None
+    advice = exact_is_slow() if stored and native and not checkpoint.in_bytes else None
     if advice is not None and has_quants(checkpoint):
         log.warning(advice)
 

@@ -11,6 +11,7 @@ from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.kernels.ops import multiplies_bytes
 from smart_decoding.kernels.weights import PackedWeight
 from smart_decoding.llm import LLM
+from smart_decoding.models import kernel_check
 
 pytestmark = pytest.mark.model
 
@@ -75,6 +76,15 @@ def test_activations_in_8_bits_are_one_model_under_every_policy() -> None:
     llm = engine(None, "int8")
     found = [answers_of(llm, config, (0.0,)) for config in POLICIES]
     assert all(answers == found[0] for answers in found)
+
+
+@pytest.mark.parametrize(("pairs", "by_bytes"), [(True, True), (False, True), (False, False)])
+def test_exact_products_are_slow_where_bytes_are_multiplied_and_no_pairs(
+    pairs: bool, by_bytes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernel_check, "multiplies_pairs", lambda: pairs)
+    monkeypatch.setattr(kernel_check, "multiplies_bytes", lambda: by_bytes)
+    assert bool(kernel_check.exact_is_slow()) == (by_bytes and not pairs)
 
 
 @pytest.mark.parametrize("advice", [None, "exact products are slow here"])

@@ -173,9 +173,14 @@ void one_weight(uint64_t seed, const std::vector<Kind>& kinds, int64_t k) {
     }
 }
 
-// Inputs [k] as integers times the scale of each 32.
-std::vector<double> in_eight_bits(const float* x, int64_t k) {
-    std::vector<double> rounded(k);
+// Inputs [k] as integers times the scale of each 32, and that scale. An input halfway between two
+// integers may become either: compilers fuse.
+struct EightBits {
+    std::vector<double> rounded, step;
+};
+
+EightBits in_eight_bits(const float* x, int64_t k) {
+    EightBits out;
     for (int64_t first = 0; first < k; first += 32) {
         float largest = 1e-30f, read[32];
         for (int j = 0; j < 32; j++) {
@@ -184,23 +189,27 @@ std::vector<double> in_eight_bits(const float* x, int64_t k) {
             largest = std::max(largest, std::fabs(read[j]));
         }
         const float step = largest / 127, factor = 1 / step;
-        for (int j = 0; j < 32; j++)
-            rounded[first + j] = double(step) * std::nearbyint(read[j] * factor);
+        for (float v : read) {
+            out.rounded.push_back(double(step) * std::nearbyint(v * factor));
+            out.step.push_back(step);
+        }
     }
-    return rounded;
+    return out;
 }
 
 // A row's products, which are sums of integers times scales, are those in double.
 void near_integers(const std::vector<Rows8>& parts, const float* x, const float* y, int64_t k) {
-    const std::vector<double> rounded = in_eight_bits(x, k);
+    const EightBits input = in_eight_bits(x, k);
     for (const Rows8& part : parts)
         for (size_t from = 0; from < part.exact.size(); from += k, y++) {
-            double sum = 0, size = 0;
+            double sum = 0, size = 0, halfway = 0;
             for (int64_t i = 0; i < k; i++) {
-                sum += rounded[i] * part.exact[from + i];
-                size += std::fabs(rounded[i] * part.exact[from + i]);
+                const double term = input.rounded[i] * part.exact[from + i];
+                sum += term;
+                size += std::fabs(term);
+                halfway = std::max(halfway, std::fabs(input.step[i] * part.exact[from + i]));
             }
-            check::near("product of integers", sum, *y, 1e-6 * size + 1e-30);
+            check::near("product of integers", sum, *y, 1e-6 * size + halfway + 1e-30);
         }
 }
 
@@ -255,7 +264,7 @@ void in_bytes(uint64_t seed, const std::vector<Kind>& kinds, int64_t k) {
         errors += (double(found[i]) - wanted[i]) * (double(found[i]) - wanted[i]);
     }
     check::near("relative error", 0, std::sqrt(errors / squares), 0.02);
-    near_integers(parts, x.data(), found.data(), k);
+    for (int r = 0; r < count; r++) near_integers(parts, &x[r * k], &found[r * n], k);
     const Weight drafting{nullptr, byte_strips.data(), IF_FASTER};
     const bool by_tiles = smart_pass_rows(&exact, 1) == 32 && count > 16;
     std::vector<float> drafted(count * n);

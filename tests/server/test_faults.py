@@ -33,6 +33,7 @@ from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ConfigError, ModelError
 from smart_decoding.profiling import measure
 from smart_decoding.profiling.cache import load_profile, profile_path, save_profile
+from smart_decoding.profiling.profile import GUESS
 
 if TYPE_CHECKING:
     from smart_decoding.llm import LLM
@@ -238,6 +239,25 @@ def test_the_profile_is_taken_after_the_first_answer_and_changes_none(
     assert path.stat().st_mtime_ns == taken
     assert profile(load(speculative_config=SMART)).known
     assert len(looks) == 1
+
+
+@pytest.mark.parametrize("seconds", [{1: 3e-3, 8: 2e-3}, {}, None])
+def test_a_look_at_costs_makes_no_row_free_and_may_fail(
+    cache: Path, load: Any, monkeypatch: pytest.MonkeyPatch, seconds: dict[int, float] | None
+) -> None:
+    def glance(*args: object) -> dict[int, float]:
+        if seconds is None:
+            raise ModelError("not finite")
+        return seconds
+
+    monkeypatch.setattr(measure, "glance", glance)
+    cost = load(speculative_config=SMART).policy.cost
+    if seconds:
+        assert cost.verify_seconds(1, [1, 8, 64], 0).tolist() == pytest.approx(
+            [3e-3, 3e-3 * 1.14, 3e-3 * 2.26]
+        )
+    else:
+        assert cost is GUESS
 
 
 def test_costs_are_measured_beside_a_batch_which_does_not_wait_for_them(

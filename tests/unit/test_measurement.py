@@ -97,5 +97,5 @@ def test_a_glance_tells_rows_of_a_lone_request_apart_and_needs_room() -> None:
     clock = lambda: machine.now  # noqa: E731
     found = glance(target_of(machine), PAGES, clock=clock)
     assert found == {1: pytest.approx(ROW), 8: pytest.approx(8 * ROW)}
-    assert not glance(target_of(machine), 8, clock=clock)
+    assert not glance(target_of(machine), 8, clock=clock)  # pages
     assert not glance(target_of(machine, max_positions=130), PAGES, clock=clock)

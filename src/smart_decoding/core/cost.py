@@ -42,9 +42,11 @@ __all__ = ["CostModel", "Curve", "DraftSample", "Sample", "VerifySample"]
 # Used where nothing was measured, and corrected by real rounds: a forward of 20 ms, bound by
 # reading weights, with 2 % more per further row; drafting a level takes a tenth of it.
 SMALLEST = 0.02
-_DEFAULT = Curve((1, 2), (SMALLEST, SMALLEST * 1.02))
+FURTHER_ROW = 0.02
+LEVEL = 0.1
+_DEFAULT = Curve((1, 2), (SMALLEST, SMALLEST * (1 + FURTHER_ROW)))
 DEFAULT_VERIFY = {1: _DEFAULT}
-DEFAULT_DRAFT = Curve(_DEFAULT.rows, tuple(0.1 * s for s in _DEFAULT.seconds))
+DEFAULT_DRAFT = Curve(_DEFAULT.rows, tuple(LEVEL * s for s in _DEFAULT.seconds))
 
 _Key: TypeAlias = int | str  # of a dense table: the batch size of a verification, or a field
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -9,11 +10,14 @@ from typing import TYPE_CHECKING, Any
 from smart_decoding.core.cost import (
     DEFAULT_DRAFT,
     DEFAULT_VERIFY,
+    FURTHER_ROW,
+    LEVEL,
     SMALLEST,
     CostModel,
     Curve,
     Sample,
 )
+from smart_decoding.errors import ModelError
 from smart_decoding.profiling import measure
 from smart_decoding.profiling.cache import load_profile, profile_path, save_profile
 from smart_decoding.profiling.measure import Measurement, largest_batch, longest_context
@@ -23,10 +27,12 @@ if TYPE_CHECKING:
     from smart_decoding.engine.kv import PagePool
     from smart_decoding.models.target import TorchTarget
 
+log = logging.getLogger("smart.profile")
+
 ROUND_OVERHEAD = 4e-4  # seconds that drafting adds beyond its forwards, until real rounds tell
 
-# Of one request rows cost little, on most GPUs; of many at once that guess would make rounds two or
-# three times too long on some, so these are not drafted for until costs are measured.
+# On most GPUs rows of one request cost little. With that guess rounds of many requests would be two
+# or three times too long on some, so until costs are measured these are not drafted for.
 GUESS = CostModel(DEFAULT_VERIFY | {2: Curve((2, 4), (SMALLEST, 2 * SMALLEST))}, DEFAULT_DRAFT)
 
 
@@ -34,8 +40,8 @@ class Profile:
     """cost: the stored costs, else a guess, which real rounds correct until they are measured.
 
     known: whether they are measured, for batches as large as this engine's. pool: the engine's, of
-    which steps overwrite pages that nobody holds. taken: called with the costs once they are
-    measured.
+    which steps overwrite pages that nobody holds. taken: called with the costs whenever they are
+    better known.
     """
 
     def __init__(
@@ -71,19 +77,23 @@ class Profile:
         return float(self.known) if measurement is None else measurement.share
 
     def look(self) -> None:
-        """Makes the guess a better one by four forwards. On a CPU eight rows may cost what one does
-        or twice that, and with the wrong guess first answers took three times as long as without
-        drafts.
+        """Makes the guess a better one by six forwards, on a CPU. Eight rows may cost there what one
+        does, or more than three times that. No row is believed to cost less than in the guess.
 
         To be called before there are requests."""
         if self.cost is not GUESS or not self._on_cpu:
             return
-        seconds = self._glance()
+        try:
+            seconds = self._glance()
+        except ModelError as error:  # as of numbers that are not finite: requests will tell
+            log.error("costs were not looked at", exc_info=error)
+            return
         if not seconds:
             return
-        verify = Curve.monotone({rows: [each] for rows, each in seconds.items()})
-        level = Curve(verify.rows, tuple(0.1 * each for each in verify.seconds))
-        self.cost = CostModel({1: verify}, level)
+        least = {rows: seconds[1] * (1 + FURTHER_ROW * (rows - 1)) for rows in seconds}
+        verify = {rows: max(each, least[rows]) for rows, each in seconds.items()}
+        level = {rows: LEVEL * each for rows, each in verify.items()}
+        self.cost = CostModel.from_table({1: verify}, level)
         self.taken(self.cost)
 
     def step(self) -> bool:

@@ -109,14 +109,20 @@ static inline vf every_lane(float x) {
 #endif
 }
 
-// Keeps a vector in a register: GCC would load it anew for each use, or compute it with what uses
-// it.
+// Keeps a vector in a register: GCC would load it anew for each use.
 template <class V>
 static inline void keep_in_register([[maybe_unused]] V& v) {
 #if defined(__AVX512F__) || (defined(__AVX2__) && !defined(SMART_EMULATE_TILES))
     asm("" : "+v"(v));
-#elif defined(__aarch64__) && !defined(SMART_EMULATE_TILES)
+#endif
+}
+
+// Has a product rounded before it is used: compilers fuse it with a sum.
+static inline void finish_product([[maybe_unused]] vf& v) {
+#if defined(__aarch64__) && !defined(SMART_EMULATE_TILES)
     asm("" : "+w"(v));
+#else
+    keep_in_register(v);
 #endif
 }
 
@@ -280,7 +286,7 @@ static inline vu lookup_bytes(const uint8_t* table, const vu& index) {
 #if defined(__AVX512BW__)
     const __m512i four = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)table));
     return (vu)_mm512_shuffle_epi8(four, (__m512i)index);
-#elif defined(__AVX2__) && !defined(SMART_EMULATE_TILES)
+#elif defined(__AVX2__) && !defined(__AVX512F__) && !defined(SMART_EMULATE_TILES)
     const __m256i two = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)table));
     return (vu)_mm256_shuffle_epi8(two, (__m256i)index);
 #else
@@ -404,7 +410,7 @@ __attribute__((always_inline)) static inline void dot_u8s8(vi& sum, vi x, vi w) 
 }
 
 // Whether that is faster than with floats, if one factor is the same in every lane.
-#if defined(__AVX2__)
+#if defined(__AVX2__) && !defined(__AVX512F__)
 constexpr bool HAS_BYTE_PRODUCTS = true;
 #else
 constexpr bool HAS_BYTE_PRODUCTS = HAS_BYTE_DOT;
@@ -415,7 +421,7 @@ constexpr bool HAS_BYTE_PRODUCTS = HAS_BYTE_DOT;
 template <int MOST, int STEPS>
 struct ByteSums {
     vi total;
-    // Without an instruction for four products, sums of two are in 16 bits, as many as fit there.
+    // Without an instruction for four products, sums of two are added in 16 bits, as many as fit.
     static constexpr int FIT = 32767 / (2 * 127 * MOST);
     vi pairs;
 
@@ -423,7 +429,7 @@ struct ByteSums {
     __attribute__((always_inline)) void add(const vi& x, const int8_t* four) {
 #if defined(__AVX512VNNI__)
         asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(total) : "v"(x), "m"(*(const int32_t*)four));
-#elif defined(__AVX2__) && !defined(SMART_EMULATE_TILES)
+#elif defined(__AVX2__) && !defined(__AVX512F__) && !defined(SMART_EMULATE_TILES)
         const __m256i w = (__m256i)broadcast4(four);
         if constexpr (FIT > 0) {
             const __m256i two = _mm256_maddubs_epi16((__m256i)x, w);

@@ -1,6 +1,6 @@
 // Products of quants with inputs in 8 bits: for draft models, and for targets where that is asked
-// for. Quants are not widened; four of them are multiplied with four bytes and added in one
-// instruction. Inputs of a block share a scale. A row's sums have the same bits in any company, but
+// for. Quants are not widened; four of them are multiplied with four bytes and added, in one
+// instruction where there is one. Inputs of a block share a scale. A row's sums have the same bits in any company, but
 // not those of quants.h.
 
 #pragma once
@@ -10,7 +10,8 @@
 
 namespace [[gnu::visibility("hidden")]] smart {
 
-// Rows that share a pass: their sums, and those of integers, stay in registers.
+// Rows that share a pass. With AVX2 their sums are in memory, which costs less than to unpack
+// quants again.
 constexpr int BYTE_ROWS = VW == 4 ? 4 : 8;
 constexpr int BYTE_GROUP = 16;  // inputs whose sum is kept: the fewest that share a scale
 

@@ -237,10 +237,11 @@ __attribute__((always_inline)) static inline void for_block(Take&& take) {
 }
 
 // Rounds to bf16, ties to even, and keeps floats: what is added and taken away again leaves eight
-// bits (Veltkamp's splitting; Dekker 1971), which takes two operations less than integers do.
+// bits (Veltkamp's splitting; Dekker 1971), which takes two operations less than integers do. For
+// finite values below 2^111.
 static inline vf rounded(const vf& v) {
     vf large = v * 65537.0f;
-    keep_in_register(large);  // else the product would enter the difference unrounded
+    finish_product(large);
     return large - (large - v);
 }
 
