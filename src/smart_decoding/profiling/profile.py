@@ -77,7 +77,7 @@ class Profile:
         return float(self.known) if measurement is None else measurement.share
 
     def look(self) -> None:
-        """Makes the guess a better one by six forwards, on a CPU. Eight rows may cost there what one
+        """Makes the guess a better one by six forwards, on a CPU. Eight rows may cost what one
         does, or more than three times that. No row is believed to cost less than in the guess.
 
         To be called before there are requests."""

@@ -1,7 +1,7 @@
 // Products of quants with inputs in 8 bits: for draft models, and for targets where that is asked
 // for. Quants are not widened; four of them are multiplied with four bytes and added, in one
-// instruction where there is one. Inputs of a block share a scale. A row's sums have the same bits in any company, but
-// not those of quants.h.
+// instruction where there is one. Inputs of a block share a scale. A row's sums have the same bits
+// in any company, but not those of quants.h.
 
 #pragma once
 #include <vector>
