@@ -108,7 +108,7 @@ class LLM:
             if not draft_later:
                 speculation.load()
             if speculation.profile is not None:
-                speculation.profile.look()
+                speculation.profile.probe()
             return target, speculation
 
         self.target, self.speculation = in_own_thread(loaded)

@@ -82,7 +82,7 @@ def test_activations_in_8_bits_are_one_model_under_every_policy() -> None:
 def test_exact_products_are_slow_where_bytes_are_multiplied_and_no_pairs(
     pairs: bool, by_bytes: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernel_check, "multiplies_pairs", lambda: pairs)
+    monkeypatch.setattr(kernel_check, "rounds_inputs", lambda: pairs)
     monkeypatch.setattr(kernel_check, "multiplies_bytes", lambda: by_bytes)
     assert bool(kernel_check.exact_is_slow()) == (by_bytes and not pairs)
 

@@ -209,8 +209,8 @@ def test_the_profile_is_taken_after_the_first_answer_and_changes_none(
 ) -> None:
     """It overwrites all pages, in which then nothing is found any more."""
     steps = Steps(monkeypatch)
-    looks: list[object] = []
-    monkeypatch.setattr(measure, "glance", lambda *args: looks.append(args) or {1: 2e-3, 8: 3e-3})
+    probes: list[object] = []
+    monkeypatch.setattr(measure, "probe", lambda *args: probes.append(args) or {1: 2e-3, 8: 3e-3})
     llm = load(speculative_config=SMART, kv_cache_tokens=1248)
     assert llm.engine.pool.pages == 2 * -(-(768 + 1) // PAGE)
     steps.llm = llm
@@ -238,19 +238,19 @@ def test_the_profile_is_taken_after_the_first_answer_and_changes_none(
     llm.take_profile()
     assert path.stat().st_mtime_ns == taken
     assert profile(load(speculative_config=SMART)).known
-    assert len(looks) == 1
+    assert len(probes) == 1
 
 
 @pytest.mark.parametrize("seconds", [{1: 3e-3, 8: 2e-3}, {}, None])
-def test_a_look_at_costs_makes_no_row_free_and_may_fail(
+def test_a_probe_of_costs_makes_no_row_free_and_may_fail(
     cache: Path, load: Any, monkeypatch: pytest.MonkeyPatch, seconds: dict[int, float] | None
 ) -> None:
-    def glance(*args: object) -> dict[int, float]:
+    def probe(*args: object) -> dict[int, float]:
         if seconds is None:
             raise ModelError("not finite")
         return seconds
 
-    monkeypatch.setattr(measure, "glance", glance)
+    monkeypatch.setattr(measure, "probe", probe)
     cost = load(speculative_config=SMART).policy.cost
     if seconds:
         assert cost.verify_seconds(1, [1, 8, 64], 0).tolist() == pytest.approx(

@@ -11,7 +11,7 @@ import torch
 
 from smart_decoding.core.cost import Sample, VerifySample
 from smart_decoding.engine.kv import PAGE, PagePool
-from smart_decoding.profiling.measure import Measurement, glance
+from smart_decoding.profiling.measure import Measurement, probe
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -92,10 +92,10 @@ def test_beside_requests_it_keeps_to_free_memory_and_what_needs_more_waits(for_e
     assert pool.available == pool.pages
 
 
-def test_a_glance_tells_rows_of_a_lone_request_apart_and_needs_room() -> None:
+def test_a_probe_tells_rows_of_a_lone_request_apart_and_needs_room() -> None:
     machine = Machine()
     clock = lambda: machine.now  # noqa: E731
-    found = glance(target_of(machine), PAGES, clock=clock)
+    found = probe(target_of(machine), PAGES, clock=clock)
     assert found == {1: pytest.approx(ROW), 8: pytest.approx(8 * ROW)}
-    assert not glance(target_of(machine), 8, clock=clock)  # pages
-    assert not glance(target_of(machine, max_positions=130), PAGES, clock=clock)
+    assert not probe(target_of(machine), 8, clock=clock)  # pages
+    assert not probe(target_of(machine, max_positions=130), PAGES, clock=clock)

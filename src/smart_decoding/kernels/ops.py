@@ -61,8 +61,9 @@ def multiplies_bytes() -> bool:
     return bool(_lib().smart_multiplies_bytes())
 
 
-def multiplies_pairs() -> bool:
-    """Are pairs of bf16 multiplied in one instruction? (True with AVX512-BF16 or Arm's bf16.)"""
+def rounds_inputs() -> bool:
+    """Are inputs of bf16 layers rounded to bf16, as pairs of these are multiplied at once? (True on
+    CPUs with AVX512-BF16 or Arm's bf16.)"""
     return bool(_lib().smart_rounds_inputs())
 
 

@@ -15,7 +15,7 @@ from smart_decoding.kernels.ops import (
     HEAD_DIMS,
     MAX_QUERIES,
     multiplies_bytes,
-    multiplies_pairs,
+    rounds_inputs,
 )
 from smart_decoding.models.torch_layers import ops_for
 
@@ -87,11 +87,11 @@ def require_byte_products(quantization: str | None) -> None:
 def exact_is_slow() -> str | None:
     """What to do where exact products of quants take much longer than those in 8 bits; None on
     other CPUs."""
-    if multiplies_pairs() or not multiplies_bytes():
+    if rounds_inputs() or not multiplies_bytes():
         return None
     return (
         "exact products of weights of 4 to 8 bits are slow on this CPU; activations='int8' "
-        "(--activations int8) decodes two to three times as fast, as a slightly different model"
+        "(--activations int8) decodes more than twice as fast, as a slightly different model"
     )
 
 

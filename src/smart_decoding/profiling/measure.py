@@ -3,7 +3,7 @@ drafter with a model: roots and rows that wait for the first one, width for thos
 
 from __future__ import annotations
 
-import math
+import itertools
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -37,7 +37,7 @@ COARSE_WAITING = (0, 16)
 LONG_WAITING = 384
 RANDOM_TOKENS = 1024
 SECONDS = 6.0  # that are measured for, if nothing else is said
-GLANCE = (1, 8)  # rows of a lone request
+PROBED = (1, 8)  # rows of a lone request that are timed where no costs are known
 
 
 @dataclass(frozen=True, slots=True)
@@ -357,40 +357,52 @@ class Verification:
 
 
 def verification(
-    target: TorchTarget, batch: int, total: int, context: int, pages: int
+    target: TorchTarget,
+    batch: int,
+    total: int,
+    context: int,
+    pages: int,
+    aux_layers: tuple[int, ...] = (),
 ) -> Callable[[], None] | None:
     """What verifies that in a cache of `pages` that nobody else uses; None if it is too small."""
-    stage = Verification(target, batch, total, context)
+    stage = Verification(target, batch, total, context, aux_layers)
     if stage.needed > pages:
         return None
     stage.place(range(stage.needed))
     return stage.run
 
 
-def glance(
+def probe(
     target: TorchTarget,
     pages: int,
     aux_layers: tuple[int, ...] = (),
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[int, float]:
-    """Seconds of a forward of a lone request by its rows: of each the faster of two, after one that
-    finds everything cold. Empty where such forwards have no room.
+    """Seconds of a forward of a lone request by its rows: of each the fastest of three, as the
+    first one finds everything cold. Empty where such forwards have no room, and off the CPU.
 
     pages: of the KV memory, which nobody uses yet."""
     context = ON_CPU.contexts[0]
-    stages = [Verification(target, 1, rows, context, aux_layers) for rows in GLANCE]
-    needed = max(stage.needed for stage in stages)
-    if needed > pages or context + max(GLANCE) > target.max_positions:
+    if target.device.type != "cpu" or context + max(PROBED) > target.max_positions:
         return {}
-    seconds = dict.fromkeys(GLANCE, math.inf)
-    for turn in range(3):
-        for rows, stage in zip(GLANCE, stages, strict=True):
-            stage.place(range(stage.needed))
-            start = clock()
-            stage.run()
-            if turn:
-                seconds[rows] = min(seconds[rows], clock() - start)
+    seconds = {}
+    for rows in PROBED:
+        run = verification(target, 1, rows, context, pages, aux_layers)
+        if run is None:
+            return {}
+        seconds[rows] = least_seconds(run, 3, clock)
     return seconds
+
+
+def least_seconds(
+    run: Callable[[], None], calls: int, clock: Callable[[], float] = time.perf_counter
+) -> float:
+    """Seconds of the fastest of so many calls."""
+    ends = [clock()]
+    for _ in range(calls):
+        run()
+        ends.append(clock())
+    return min(end - start for start, end in itertools.pairwise(ends))
 
 
 def _first_point(requests: Rehearsal, waiting: int) -> Point:

@@ -59,8 +59,7 @@ class Profile:
         self._model = weights["model"]
         self._begin = partial(Measurement, target, drafter, pages, max_num_seqs)
         aux_layers = drafter.aux_layers if drafter is not None else ()
-        self._glance = partial(measure.glance, target, pages, aux_layers)
-        self._on_cpu = target.device.type == "cpu"
+        self._probe = partial(measure.probe, target, pages, aux_layers)
         self.pool: PagePool | None = None
         self._measurement: Measurement | None = None
         stored = load_profile(self._path)
@@ -76,17 +75,17 @@ class Profile:
         measurement = self._measurement  # the engine thread may end it meanwhile
         return float(self.known) if measurement is None else measurement.share
 
-    def look(self) -> None:
+    def probe(self) -> None:
         """Makes the guess a better one by six forwards, on a CPU. Eight rows may cost what one
         does, or more than three times that. No row is believed to cost less than in the guess.
 
         To be called before there are requests."""
-        if self.cost is not GUESS or not self._on_cpu:
+        if self.cost is not GUESS:
             return
         try:
-            seconds = self._glance()
+            seconds = self._probe()
         except ModelError as error:  # as of numbers that are not finite: requests will tell
-            log.error("costs were not looked at", exc_info=error)
+            log.error("costs were not probed", exc_info=error)
             return
         if not seconds:
             return

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +16,7 @@ from smart_decoding.integrations.transformers.state import bucket, setting_of, s
 from smart_decoding.integrations.transformers.target import HostTarget
 from smart_decoding.models.target import pages_for
 from smart_decoding.profiling.cache import load_profile, profile_path, save_profile
-from smart_decoding.profiling.measure import Measurement, grid_of, verification
+from smart_decoding.profiling.measure import Measurement, grid_of, least_seconds, verification
 from smart_decoding.profiling.profile import ROUND_OVERHEAD
 from smart_decoding.speculation import level_drafter
 
@@ -77,9 +76,4 @@ def _one_row(target: HostTarget) -> float:
     """Seconds of a forward of one row."""
     run = verification(target, 1, 1, PAGE, 2)  # type: ignore[arg-type]
     assert run is not None
-    seconds = []
-    for _ in range(2):
-        start = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
+    return least_seconds(run, 2)

@@ -420,10 +420,10 @@ constexpr bool HAS_BYTE_PRODUCTS = HAS_BYTE_DOT;
 // same in every lane. Bytes are added one step after the other: STEP of STEPS.
 template <int MOST, int STEPS>
 struct ByteSums {
-    vi total;
     // Without an instruction for four products, sums of two are added in 16 bits, as many as fit.
     static constexpr int FIT = 32767 / (2 * 127 * MOST);
-    vi pairs;
+    vi total;
+    vi pairs;  // those in 16 bits, with AVX2 alone
 
     template <int STEP>
     __attribute__((always_inline)) void add(const vi& x, const int8_t* four) {

@@ -117,10 +117,14 @@ struct BlockScales {
 };
 
 static inline void spread(const vf& rows, vf (&out)[2]) {
-    out[0] = HAS_BF16_PAIRS ? twice<0>(rows) : rows;
-    // Else GCC multiplies what a least value is the product of anew for every vector.
-    if constexpr (!HAS_BF16_PAIRS) keep_in_register(out[0]);
-    if constexpr (HAS_BF16_PAIRS) out[1] = twice<1>(rows);
+    if constexpr (HAS_BF16_PAIRS) {
+        out[0] = twice<0>(rows);
+        out[1] = twice<1>(rows);
+    } else {
+        out[0] = rows;
+        // Else GCC multiplies what a least value is the product of anew for every vector.
+        keep_in_register(out[0]);
+    }
 }
 
 template <int F>
