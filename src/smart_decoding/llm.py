@@ -154,7 +154,7 @@ class LLM:
 
     def take_profile(self) -> None:
         """Measures and stores at once what forwards cost here, in some seconds, if it is not known.
-        Else that is done bit by bit, while nobody asks and beside rounds of several requests.
+        Else that is done bit by bit while nobody asks.
 
         It waits for a lone request that runs. Raises ConfigError in the engine thread."""
         thread = self.engine_thread

@@ -28,6 +28,7 @@ import torch
 from serving import NAME, post, serving, slow, wait_for
 
 from smart_decoding.core.cost import CostModel
+from smart_decoding.engine import engine_thread
 from smart_decoding.engine.kv import PAGE
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ConfigError, ModelError
@@ -263,7 +264,10 @@ def test_a_probe_of_costs_makes_no_row_free_and_may_fail(
 def test_costs_are_measured_beside_a_batch_which_does_not_wait_for_them(
     cache: Path, load: Any, plain: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A third of the time, and in memory that no request holds: its keys and the drafter's stay."""
+    """Where nothing is known of the machine: a part of the time, and in memory that no request
+    holds. Its keys and the drafter's stay."""
+    monkeypatch.setattr(measure, "probe", lambda *given: {})
+    monkeypatch.setattr(engine_thread, "ROUNDS_OVER_WORK", 4.0)  # a round is longer than a step
     steps = Steps(monkeypatch)
     llm = slow(load(speculative_config=SMART), 0.002)
     steps.llm = llm
@@ -279,6 +283,7 @@ def test_costs_are_measured_beside_a_batch_which_does_not_wait_for_them(
     llm.generate(prompts[0], replace(params, max_tokens=1))
     steps.seen.clear()
     before = steps.count
+    spent = timed(monkeypatch, llm)
     outputs = llm.generate(prompts, params, on_step=look)
     assert [each.outputs[0].token_ids for each in outputs] == [
         each.outputs[0].token_ids for each in plain.generate(prompts, params)
@@ -288,15 +293,62 @@ def test_costs_are_measured_beside_a_batch_which_does_not_wait_for_them(
     beside = [b - a for a, b in itertools.pairwise(steps.seen)]
     assert max(beside) == 1  # never two without a round between them
     assert sum(beside) > (steps.count - before) / 2
+    # Rounds have paid for every step but the last.
+    rounds = sum(spent["rounds"][: 1 + known.index(True)])
+    assert rounds >= 4.0 * (sum(spent["steps"]) - max(spent["steps"]))
     assert llm.engine.pool.used == 0
     stored = load_profile(profile_of(llm))
     assert stored is not None
 
 
-def test_a_lone_answer_is_not_held_up_by_what_is_measured(
+def timed(monkeypatch: pytest.MonkeyPatch, llm: LLM) -> dict[str, list[float]]:
+    """Seconds of each round of `llm`, and of each step of its profile."""
+    spent: dict[str, list[float]] = {"rounds": [], "steps": []}
+
+    def wrapped(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*given: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return call(*given)
+            finally:
+                spent[name].append(time.perf_counter() - began)
+
+        return run
+
+    monkeypatch.setattr(llm.engine, "step", wrapped("rounds", llm.engine.step))
+    monkeypatch.setattr(profile(llm), "step", wrapped("steps", profile(llm).step))
+    return spent
+
+
+def test_nothing_is_measured_while_another_model_of_the_process_answers(
     cache: Path, load: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However long its rounds are."""
+    """Else whoever compares two models in one process compares one with half of the cores."""
+    monkeypatch.setattr(measure, "SECONDS", 600.0)
+    steps = Steps(monkeypatch)
+    llm = load(speculative_config=SMART)
+    steps.llm = llm
+    params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+    llm.generate("abc", replace(params, max_tokens=1))
+    assert wait_for(lambda: steps.count > 1)
+    other = slow(load(speculative_config=False), 0.005)
+    other.generate("abc", params, on_step=steps.look)
+    assert len(set(steps.seen[1:])) == 1  # one may have begun before
+    after = steps.seen[-1]
+    assert wait_for(lambda: steps.count > after)
+    llm.engine_thread.stop()
+
+
+@pytest.mark.parametrize(("probed", "requests"), [({}, 1), ({1: 2e-3, 8: 3e-3}, 4)])
+def test_answers_are_not_held_up_by_what_is_measured(
+    cache: Path,
+    load: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    probed: dict[int, float],
+    requests: int,
+) -> None:
+    """A lone one, and several where something is known of the machine, however long rounds are."""
+    monkeypatch.setattr(measure, "probe", lambda *given: probed)
     monkeypatch.setattr(measure, "SECONDS", 600.0)
     steps = Steps(monkeypatch)
     llm = slow(load(speculative_config=SMART), 0.002)
@@ -304,7 +356,7 @@ def test_a_lone_answer_is_not_held_up_by_what_is_measured(
     params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
     llm.generate("abc", replace(params, max_tokens=1))
     assert wait_for(lambda: steps.count > 1)
-    llm.generate("abc", params, on_step=steps.look)
+    llm.generate(["abc"] * requests, params, on_step=steps.look)
     llm.engine_thread.stop()
     assert len(set(steps.seen)) == 1
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 import weakref
@@ -28,15 +29,24 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("smart.engine")
 LONGEST_ROUND = 10.0  # seconds that an end waits for the present round
-ROUNDS_OVER_WORK = 2.0  # seconds of rounds for each of idle work, where several requests run
+ROUNDS_OVER_WORK = 2.0  # seconds of rounds for each of urgent work, where several requests run
+LOOK = 0.05  # seconds between two looks at whether other engines have ended
+
+# Those of this process that have requests. Idle work of another engine would take their cores, and
+# measure what they leave of them.
+_ANSWERING: set[Rounds] = set()
 
 
 class IdleWork(Protocol):
-    """What the engine thread does bit by bit between rounds.
+    """What the engine thread does bit by bit while no request runs or waits in this process.
 
-    While no request runs or waits it does nothing else. A lone request is not held up. Where
-    several run, a bit follows rounds that have taken ROUNDS_OVER_WORK times as long as the last
-    one."""
+    urgent: whether to go on beside several requests, too: a bit follows rounds that have taken
+    ROUNDS_OVER_WORK times as long as the last one. A lone request is not held up."""
+
+    @property
+    def urgent(self) -> bool:
+        """See above."""
+        ...
 
     def step(self) -> bool:
         """Does a bit, which requests may have to wait for; false if nothing is left."""
@@ -196,23 +206,30 @@ class Rounds:
             self._carry_out_commands()
             self._drop_overdue()
             if self._busy:
-                began = time.perf_counter()
-                try:
-                    if self.step(self._inbox.arrived):
-                        self._isolation.failures = 0
-                except Exception as error:
-                    self._isolation.after_failed_round(error)
-                self._owed -= time.perf_counter() - began
+                _ANSWERING.add(self)
+                self._run_round()
+            if not self._busy:
+                _ANSWERING.discard(self)
             self._flush()
             if self._idle_work and self._has_time():
                 self._work_idly()
 
     def end_all(self, reason: str) -> None:
         """Tells every job that is still here why it ends."""
+        _ANSWERING.discard(self)
         for job in dict.fromkeys((*self.owners.values(), *self._queue)):
             self._outbox.append(Delivery(job, EngineStoppedError(reason), job.left))
             job.left = 0
         self._flush()
+
+    def _run_round(self) -> None:
+        began = time.perf_counter()
+        try:
+            if self.step(self._inbox.arrived):
+                self._isolation.failures = 0
+        except Exception as error:
+            self._isolation.after_failed_round(error)
+        self._owed -= time.perf_counter() - began
 
     def step(self, arrived: Callable[[], Collection[str]] = tuple) -> bool:
         """One round; whether any request has gained by it. arrived: clients that wait for its
@@ -243,9 +260,12 @@ class Rounds:
 
     def _has_time(self) -> bool:
         """Whether some idle work may be done now."""
+        if _ANSWERING - {self}:
+            return False
         if not self._busy:
             return not self._inbox.arrived()
-        return self._owed <= 0 and len(self.engine.scheduler.running) > 1
+        due = self._idle_work[0].urgent and self._owed <= 0
+        return due and len(self.engine.scheduler.running) > 1
 
     def _work_idly(self) -> None:
         began = time.perf_counter()
@@ -264,7 +284,8 @@ class Rounds:
         if idle:
             self._engine = None
             self._shown = []
-        for command, job in self._inbox.commands(wait=idle and not self._idle_work):
+        wait = (LOOK if _ANSWERING else 0.0) if self._idle_work else math.inf
+        for command, job in self._inbox.commands(wait if idle else 0.0):
             if command == "add":
                 self._queue.append(job)
             else:

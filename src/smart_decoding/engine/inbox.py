@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import deque
 from collections.abc import Iterator
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Literal, TypeAlias
 
 from smart_decoding.engine.jobs import Job
@@ -57,13 +58,19 @@ class Inbox:
             self.ended = reason
         return list(self.commands())
 
-    def commands(self, wait: bool = False) -> Iterator[Command]:
-        """All that has come in. wait: until something does."""
+    def commands(self, wait: float = 0.0) -> Iterator[Command]:
+        """All that has come in. wait: seconds until something does, at most."""
         while wait or self._read or not self._queue.empty():
-            wait = False
-            command = self._read.popleft() if self._read else self._queue.get()
+            command = self._read.popleft() if self._read else self._next(wait)
+            wait = 0.0
             if command is not None:
                 yield command
+
+    def _next(self, wait: float) -> Command | None:
+        try:
+            return self._queue.get(timeout=None if wait == math.inf else wait)
+        except Empty:
+            return None
 
     def arrived(self) -> set[str]:
         """Clients of jobs that wait to be taken in and have not left again."""

@@ -75,6 +75,11 @@ class Profile:
         measurement = self._measurement  # the engine thread may end it meanwhile
         return float(self.known) if measurement is None else measurement.share
 
+    @property
+    def urgent(self) -> bool:
+        """Whether nothing is known of this machine: then several requests are not drafted for."""
+        return self.cost is GUESS
+
     def probe(self) -> None:
         """Makes the guess a better one by six forwards, on a CPU. Eight rows may cost what one
         does, or more than three times that. No row is believed to cost less than in the guess.
