@@ -20,5 +20,5 @@ ENV SMART_CACHE=/cache HF_HOME=/cache/huggingface
 VOLUME /cache
 EXPOSE 8000
 HEALTHCHECK --start-period=300s --interval=10s \
-    CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8000/health/ready', timeout=5)"]
+    CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8000/health', timeout=5)"]
 ENTRYPOINT ["smart", "serve", "--host", "0.0.0.0"]

@@ -354,7 +354,7 @@ def server(args: argparse.Namespace, policy: str) -> Iterator[tuple[str, int]]:
     try:
         for _ in range(600):
             with contextlib.suppress(httpx.HTTPError):
-                if httpx.get(f"{url}/health/ready").status_code == 200:
+                if httpx.get(f"{url}/health").status_code == 200:
                     break
             if process.poll() is not None:
                 raise SystemExit(f"the server ended with {process.returncode}")

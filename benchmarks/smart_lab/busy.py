@@ -219,7 +219,7 @@ def serve(tokens: int) -> Iterator[Measure]:
                 count = json.load(answer)["usage"]["completion_tokens"]
             return float(count / (time.perf_counter() - start))
 
-        while not is_ready(f"{address}/health/ready"):
+        while not is_ready(f"{address}/health"):
             if running.poll() is not None:
                 raise ConfigError("smart serve has ended")
             time.sleep(0.2)

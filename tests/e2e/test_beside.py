@@ -37,7 +37,7 @@ def address() -> Iterator[str]:
         found = (re.search(r"http://[\w.:]+\d", line) for line in running.stderr or ())
         where = next(match[0] for match in found if match)
         threading.Thread(target=list, args=(running.stderr,), daemon=True).start()
-        while not is_ready(f"{where}/health/ready"):
+        while not is_ready(f"{where}/health"):
             assert running.poll() is None
             time.sleep(0.2)
         yield where

@@ -505,7 +505,7 @@ def start(folder: str, port: int, *more: str) -> subprocess.Popen[bytes]:
 
     def ready() -> bool:
         try:
-            return httpx.get(f"http://127.0.0.1:{port}/health/ready").status_code == 200
+            return httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200
         except httpx.HTTPError:
             return False
 

@@ -179,7 +179,7 @@ def test_tokenize_and_back(running: Running, plain: LLM) -> None:
 
 
 def test_health_version_and_document(running: Running) -> None:
-    for path in ("/health", "/health/ready", "/version"):
+    for path in ("/health", "/health/live", "/version"):
         assert httpx.get(running.url + path).status_code == 200
     paths = httpx.get(f"{running.url}/openapi.json").json()["paths"]
     assert {
@@ -524,11 +524,11 @@ def test_not_ready_while_loading(load: Any) -> None:
         return load()
 
     with serving(late, ready=False) as running:
-        assert httpx.get(f"{running.url}/health").status_code == 200
+        assert httpx.get(f"{running.url}/health/live").status_code == 200
         assert error_of(post(running, "/v1/completions", json=LONG), 503)["code"] == "not_ready"
-        assert httpx.get(f"{running.url}/health/ready").status_code == 503
+        assert httpx.get(f"{running.url}/health").status_code == 503
         go.set()
-        assert wait_for(lambda: httpx.get(f"{running.url}/health/ready").status_code == 200)
+        assert wait_for(lambda: httpx.get(f"{running.url}/health").status_code == 200)
 
 
 def test_ready_only_after_the_warm_up(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -544,10 +544,10 @@ def test_ready_only_after_the_warm_up(load: Any, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(worker, "warm_up", held)
     with serving(load, ready=False) as running:
         assert reached.wait(10)
-        assert httpx.get(f"{running.url}/health").status_code == 200
-        assert error_of(httpx.get(f"{running.url}/health/ready"), 503)["code"] == "not_ready"
+        assert httpx.get(f"{running.url}/health/live").status_code == 200
+        assert error_of(httpx.get(f"{running.url}/health"), 503)["code"] == "not_ready"
         go.set()
-        assert wait_for(lambda: httpx.get(f"{running.url}/health/ready").status_code == 200)
+        assert wait_for(lambda: httpx.get(f"{running.url}/health").status_code == 200)
 
 
 def test_other_refusals_for_now_say_when_to_come_again_too(load: Any) -> None:
@@ -556,7 +556,7 @@ def test_other_refusals_for_now_say_when_to_come_again_too(load: Any) -> None:
         running.llm.engine_thread.observers[-1].watchers = live.MAX_WATCHERS
         assert error_of(httpx.get(f"{running.url}/events"), 503)["code"] == "too_many_watchers"
         running.worker.drain()
-        assert error_of(httpx.get(f"{running.url}/health/ready"), 503)["code"] == "shutting_down"
+        assert error_of(httpx.get(f"{running.url}/health"), 503)["code"] == "shutting_down"
         assert error_of(post(running, "/v1/completions", json=LONG), 503)["code"] == "shutting_down"
 
 

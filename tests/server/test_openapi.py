@@ -63,7 +63,7 @@ def test_the_document_tells_of_what_is_served(document: Any) -> None:
         "/tokenize",
         "/detokenize",
         "/health",
-        "/health/ready",
+        "/health/live",
         "/version",
         "/metrics",
     } <= set(paths)

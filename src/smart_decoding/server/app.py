@@ -67,15 +67,15 @@ def _state(worker: Worker, metrics: Metrics) -> APIRouter:
 
     @api.get("/health")
     async def health() -> dict[str, str]:
+        """Ready: the model is loaded and has answered once."""
+        worker.ready()
+        return {"status": "ok"}
+
+    @api.get("/health/live")
+    async def live() -> dict[str, str]:
         """Live: the engine loads or runs."""
         worker.check_alive()
         return {"status": "ok"}
-
-    @api.get("/health/ready")
-    async def ready() -> dict[str, str]:
-        """Ready: the model is loaded and has answered once."""
-        worker.ready()
-        return {"status": "ready"}
 
     @api.get("/version")
     async def version() -> JSONResponse:

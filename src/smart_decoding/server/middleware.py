@@ -21,7 +21,7 @@ from smart_decoding.server.settings import ServerSettings, is_loopback, network_
 log = logging.getLogger("smart.access")
 
 # Without a key: they tell nothing of anyone's.
-OPEN = ("/", "/health", "/health/ready", "/version", "/openapi.json")
+OPEN = ("/", "/health", "/health/live", "/version", "/openapi.json")
 _ID = re.compile(r"[\w.-]{1,64}", re.ASCII)
 
 
