@@ -148,7 +148,7 @@ def test_smart_drafts_for_32_requests_where_rows_are_cheap() -> None:
     correct it)."""
     cheap = CostModel.from_table({1: {1: 5.0, 512: 5.1}}, {1: 0.01, 512: 0.01})
     llm = LLM(MODEL, speculative_config={"policy": "smart"}, max_model_len=128, max_num_seqs=32)
-    llm.take_profile()  # else it would be taken beside the rounds, and replace the table
+    llm.take_profile()  # else it may be taken later, and replace the table
     llm.engine.policy.cost = cheap
     prompts = [
         llm.tokenizer.encode_chat([{"role": "user", "content": f"Count to {i}."}])

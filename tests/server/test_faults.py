@@ -31,7 +31,7 @@ from smart_decoding.core.cost import CostModel
 from smart_decoding.engine import engine_thread
 from smart_decoding.engine.kv import PAGE
 from smart_decoding.engine.sampling_params import SamplingParams
-from smart_decoding.errors import ConfigError, ModelError
+from smart_decoding.errors import ConfigError, EngineStoppedError, ModelError
 from smart_decoding.profiling import measure
 from smart_decoding.profiling.cache import load_profile, profile_path, save_profile
 from smart_decoding.profiling.profile import GUESS
@@ -276,6 +276,8 @@ def test_costs_are_measured_beside_a_batch_which_does_not_wait_for_them(
     known: list[bool] = []
 
     def look(touched: object) -> None:
+        if not steps.seen:
+            spent["steps"].clear()  # until now nobody asked
         steps.look(touched)
         known.append(profile(llm).known)
         llm.engine.check_integrity()
@@ -330,13 +332,71 @@ def test_nothing_is_measured_while_another_model_of_the_process_answers(
     steps.llm = llm
     params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
     llm.generate("abc", replace(params, max_tokens=1))
-    assert wait_for(lambda: steps.count > 1)
     other = slow(load(speculative_config=False), 0.005)
-    other.generate("abc", params, on_step=steps.look)
-    assert len(set(steps.seen[1:])) == 1  # one may have begun before
-    after = steps.seen[-1]
-    assert wait_for(lambda: steps.count > after)
-    llm.engine_thread.stop()
+    try:
+        assert wait_for(lambda: steps.count > 1)
+        other.generate("abc", params, on_step=steps.look)
+        assert len(set(steps.seen[1:])) == 1  # one may have begun before
+        after = steps.seen[-1]
+        assert wait_for(lambda: steps.count > after)
+    finally:
+        llm.engine_thread.stop()
+
+
+def test_two_models_of_a_process_are_measured_one_after_the_other(
+    cache: Path, load: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each would measure what the other leaves of the cores."""
+    together: list[bool] = []
+    inside: set[int] = set()
+    step = measure.Measurement.step
+
+    def watched(measurement: Any) -> bool:
+        inside.add(id(measurement))
+        together.append(len(inside) > 1)
+        try:
+            return step(measurement)
+        finally:
+            inside.discard(id(measurement))
+
+    monkeypatch.setattr(measure.Measurement, "step", watched)
+    models = [load(speculative_config=SMART, dtype=dtype) for dtype in ("float32", "bfloat16")]
+    params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
+    for llm in models:
+        llm.generate("abc", params)
+    assert wait_for(lambda: all(profile(llm).known for llm in models))
+    assert sum(together) <= 1  # both may begin at once, and then one stops
+
+
+def test_who_wants_the_profile_waits_for_no_other_model(
+    cache: Path, load: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even where it is asked for in a round of the other one."""
+    steps = Steps(monkeypatch, held=True)
+    llm = load(speculative_config=SMART)
+    params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
+    llm.generate("abc", params)
+    assert steps.begun.wait(10)
+    steps.go.set()
+    other = load(speculative_config=False)
+    other.generate("abc", params, on_step=lambda touched: llm.take_profile())
+    assert profile(llm).known
+
+
+def test_a_thread_that_has_ended_holds_nobody_up(load: Any) -> None:
+    """In the middle of an answer, or whose only answer was given up."""
+    params = SamplingParams(temperature=0, max_tokens=400, ignore_eos=True)
+    llm = load(speculative_config=False)
+
+    def give_up(touched: object) -> None:
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        llm.generate("abc", params, on_step=give_up)
+    assert wait_for(lambda: not engine_thread._AT_WORK)
+    with pytest.raises(EngineStoppedError):
+        llm.generate("abc", params, on_step=lambda touched: llm.engine_thread.inbox.stop())
+    assert wait_for(lambda: not engine_thread._AT_WORK)
 
 
 @pytest.mark.parametrize(("probed", "requests"), [({}, 1), ({1: 2e-3, 8: 3e-3}, 4)])

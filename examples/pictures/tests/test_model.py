@@ -64,7 +64,7 @@ def test_drafting_changes_no_word_of_a_long_answer() -> None:
     options = {"dtype": "float32", "max_model_len": 256, "max_num_seqs": 4}
     plain = LLM(model_folder(), speculative_config=False, **options)
     drafting = LLM(model_folder(), speculative_config={"model": str(HEAD)}, **options)
-    drafting.take_profile()  # until costs are known several requests are decoded plainly
+    drafting.take_profile()
     chats = []
     for i in range(4):
         rng = np.random.default_rng((SEEDS, 100 + i))

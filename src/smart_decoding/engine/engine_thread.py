@@ -30,18 +30,20 @@ if TYPE_CHECKING:
 log = logging.getLogger("smart.engine")
 LONGEST_ROUND = 10.0  # seconds that an end waits for the present round
 ROUNDS_OVER_WORK = 2.0  # seconds of rounds for each of urgent work, where several requests run
-LOOK = 0.05  # seconds between two looks at whether other engines have ended
+LOOK = 0.05  # seconds without work in the process before idle work begins
 
-# Those of this process that have requests. Idle work of another engine would take their cores, and
-# measure what they leave of them.
-_ANSWERING: set[Rounds] = set()
+# Threads of this process that have requests, or do idle work: two at once would share the cores,
+# and what one measures would be what the other leaves of them.
+_AT_WORK: set[Rounds] = set()
 
 
 class IdleWork(Protocol):
-    """What the engine thread does bit by bit while no request runs or waits in this process.
+    """What an engine thread does bit by bit, while no engine of this process has anything else to
+    do.
 
-    urgent: whether to go on beside several requests, too: a bit follows rounds that have taken
-    ROUNDS_OVER_WORK times as long as the last one. A lone request is not held up."""
+    urgent: whether to go on beside other engines, and beside several requests: a bit follows rounds
+    that have taken ROUNDS_OVER_WORK times as long as the last one. A lone request is not held
+    up."""
 
     @property
     def urgent(self) -> bool:
@@ -78,7 +80,7 @@ class EngineThread:
                 self._start()
 
     def add_idle_work(self, work: IdleWork) -> None:
-        """To be done between rounds, once the thread has started."""
+        """To be done once the thread has started; see `IdleWork`."""
         self._idle_work.append(work)
         self.inbox.wake()
 
@@ -188,6 +190,7 @@ class Rounds:
         self._shown: list[Job] = []  # jobs in the engine that are called after each round
         self._outbox: list[Delivery] = []
         self._isolation = Isolation(self)
+        self._ran = False  # a round, just now
         self._owed = 0.0  # seconds of rounds before the next bit of idle work
 
     @property
@@ -205,18 +208,19 @@ class Rounds:
         while not self._inbox.stopping:
             self._carry_out_commands()
             self._drop_overdue()
+            self._ran = self._busy
             if self._busy:
-                _ANSWERING.add(self)
+                _AT_WORK.add(self)
                 self._run_round()
             if not self._busy:
-                _ANSWERING.discard(self)
+                _AT_WORK.discard(self)
             self._flush()
             if self._idle_work and self._has_time():
                 self._work_idly()
 
     def end_all(self, reason: str) -> None:
         """Tells every job that is still here why it ends."""
-        _ANSWERING.discard(self)
+        _AT_WORK.discard(self)
         for job in dict.fromkeys((*self.owners.values(), *self._queue)):
             self._outbox.append(Delivery(job, EngineStoppedError(reason), job.left))
             job.left = 0
@@ -260,21 +264,22 @@ class Rounds:
 
     def _has_time(self) -> bool:
         """Whether some idle work may be done now."""
-        if _ANSWERING - {self}:
-            return False
-        if not self._busy:
-            return not self._inbox.arrived()
-        due = self._idle_work[0].urgent and self._owed <= 0
-        return due and len(self.engine.scheduler.running) > 1
+        if self._busy:
+            due = self._idle_work[0].urgent and self._owed <= 0
+            return due and len(self.engine.scheduler.running) > 1
+        return not self._patience() and not self._inbox.arrived()
 
     def _work_idly(self) -> None:
         began = time.perf_counter()
         work = self._idle_work[0]
+        _AT_WORK.add(self)
         try:
             going_on = work.step()
         except Exception as error:
             log.error("%s has failed and is given up", type(work).__name__, exc_info=error)
             going_on = False
+        if not self._busy:
+            _AT_WORK.discard(self)
         if not going_on:
             self._idle_work.remove(work)
         self._owed = ROUNDS_OVER_WORK * (time.perf_counter() - began)
@@ -284,14 +289,21 @@ class Rounds:
         if idle:
             self._engine = None
             self._shown = []
-        wait = (LOOK if _ANSWERING else 0.0) if self._idle_work else math.inf
-        for command, job in self._inbox.commands(wait if idle else 0.0):
+        for command, job in self._inbox.commands(self._patience() if idle else 0.0):
             if command == "add":
                 self._queue.append(job)
             else:
                 self._end(job)
         while self._queue and (self._queue[0].engine is self._engine or not self._busy):
             self._add(self._queue.popleft())
+
+    def _patience(self) -> float:
+        """Seconds that an idle thread waits for commands. Who has just got an answer often asks
+        again, or asks another engine."""
+        if not self._idle_work:
+            return math.inf
+        others = bool(_AT_WORK) and not self._idle_work[0].urgent
+        return LOOK if self._ran or others else 0.0
 
     def _add(self, job: Job) -> None:
         self._engine = job.engine

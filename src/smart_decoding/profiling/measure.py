@@ -386,13 +386,14 @@ def probe(
     context = ON_CPU.contexts[0]
     if target.device.type != "cpu" or context + max(PROBED) > target.max_positions:
         return {}
-    seconds: dict[int, float] = {}
-    for rows in PROBED * 3:  # in turn: a slow moment meets all of them
-        run = verification(target, 1, rows, context, pages, aux_layers)
-        if run is None:
-            return {}
-        seconds[rows] = min(seconds.get(rows, math.inf), least_seconds(run, 1, clock))
-    return seconds
+    runs = [verification(target, 1, rows, context, pages, aux_layers) for rows in PROBED]
+    seconds = [math.inf] * len(PROBED)
+    for _ in range(3):  # in turn: a slow moment meets all of them
+        for i, run in enumerate(runs):
+            if run is None:
+                return {}
+            seconds[i] = min(seconds[i], least_seconds(run, 1, clock))
+    return dict(zip(PROBED, seconds, strict=True))
 
 
 def least_seconds(

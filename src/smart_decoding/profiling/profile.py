@@ -1,4 +1,4 @@
-"""The costs of an engine's forwards on this machine: stored, or measured between its rounds."""
+"""The costs of an engine's forwards on this machine: stored, or measured while nobody asks."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Profile:
 
     known: whether they are measured, for batches as large as this engine's. pool: the engine's, of
     which steps overwrite pages that nobody holds. taken: called with the costs whenever they are
-    better known.
+    better known. wanted: whether somebody waits for them.
     """
 
     def __init__(
@@ -68,6 +68,7 @@ class Profile:
             pages, max_num_seqs, target.device
         )
         self.taken: Callable[[CostModel], object] = lambda cost: None
+        self.wanted = False
 
     @property
     def share(self) -> float:
@@ -77,8 +78,9 @@ class Profile:
 
     @property
     def urgent(self) -> bool:
-        """Whether nothing is known of this machine: then several requests are not drafted for."""
-        return self.cost is GUESS
+        """Whether somebody waits, or nothing is known of this machine: then several requests are
+        not drafted for."""
+        return self.wanted or self.cost is GUESS
 
     def probe(self) -> None:
         """Makes the guess a better one by six forwards, on a CPU. Eight rows may cost what one
