@@ -156,7 +156,8 @@ class LLM:
         """Measures and stores at once what forwards cost here, in some seconds, if it is not known.
         Else that is done bit by bit while nobody asks.
 
-        It waits for a lone request that runs, and takes its time beside several. Raises ConfigError in the engine thread."""
+        It waits for a lone request that runs, and takes its time beside several. Raises ConfigError
+        in the engine thread."""
         thread = self.engine_thread
         thread.require_another()
         profile = self.speculation.profile
