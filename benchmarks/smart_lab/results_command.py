@@ -28,7 +28,6 @@ TOLD = {"simulated": ": nothing here was measured"}
 KINDS = {
     "bench": "Policies",
     "gguf": "A GGUF file here and in llama.cpp",
-    "gguf-int8": "The same with inputs rounded to 8 bits, as llama.cpp does",
     "gguf-avx2": "The same with AVX2 alone, on both sides",
     "gguf-queue": "The same with a queue, and in vLLM",
     "gguf-head": "The same with a head that was trained for it",
