@@ -19,6 +19,7 @@ from smart_decoding.bench.options import (
     words_of,
 )
 from smart_decoding.errors import ConfigError
+from smart_decoding.files import without_folder
 from smart_lab.ablations import VARIANTS
 from smart_lab.peers.catalogue import environments_of, wanted
 from smart_lab.plots import check_outputs
@@ -175,6 +176,6 @@ def check_variant(arm: Arm) -> None:
 
 def command_of(options: LabOptions) -> str:
     """The command line that asks for this run."""
-    model = [] if options.replay is not None else ["--model", options.model]
+    model = [] if options.replay is not None else ["--model", without_folder(options.model)]
     words = words_of(options, ("model", "peer_env"))
     return shlex.join(["python", "-m", "smart_lab", "bench", *model, *words])

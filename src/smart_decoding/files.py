@@ -65,6 +65,12 @@ def expanded(path: str | Path) -> Path:
         raise ConfigError(f"{path}: no such user, so there is no such folder") from error
 
 
+def without_folder(name: str) -> str:
+    """What lies here without the folder that it lies in, which may tell of a user; else `name`."""
+    path = expanded(name)
+    return path.absolute().name if path.exists() else name
+
+
 def reason_of(error: BaseException) -> str:
     """An error's type and the first line of what it says."""
     lines = str(error).strip().splitlines()

@@ -12,6 +12,7 @@ from smart_decoding.bench.data import DEFAULT_TASKS, TASKS
 from smart_decoding.drafters import METHODS, check_draft
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ConfigError
+from smart_decoding.files import without_folder
 from smart_decoding.models import chat_template
 from smart_decoding.models.registry import DEFAULT_MODEL
 
@@ -250,7 +251,8 @@ def _at_least_one(name: str, values: Sequence[int]) -> None:
 
 def command_of(options: BenchOptions) -> str:
     """The command line that asks for this run, with names of files only."""
-    return shlex.join(["smart", "bench", "--model", options.model, *words_of(options, ("model",))])
+    model = without_folder(options.model)
+    return shlex.join(["smart", "bench", "--model", model, *words_of(options, ("model",))])
 
 
 def words_of(options: BenchOptions, without: Collection[str]) -> list[str]:

@@ -17,7 +17,7 @@ from typing import Any
 
 import smart_decoding
 from smart_decoding.errors import CapacityError
-from smart_decoding.files import whole
+from smart_decoding.files import whole, without_folder
 
 _FLAGS = (
     "avx2",
@@ -47,7 +47,7 @@ def provenance(
         "versions": versions(),
         "hardware": hardware(),
         "plain_torch": plain_torch,
-        "weights": dict(weights),
+        "weights": {**weights, "model": without_folder(weights["model"])},
         "head": head,
         "seed": seed,
     }

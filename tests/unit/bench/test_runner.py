@@ -150,6 +150,15 @@ def test_every_prompt_is_measured_once_and_never_its_own_filler():
         assert {p.task for p in fillers} == {chunk[0].task}
 
 
+def test_results_tell_no_folders(tmp_path):
+    """They may tell of a user. What is no file is told as it was asked for."""
+    file = tmp_path / "m.gguf"
+    file.touch()
+    for model, told in ((str(file), "m.gguf"), ("owner/name", "owner/name")):
+        assert f"--model {told} --" in command_of(BenchOptions(model=model))
+        assert provenance("", 0, {"model": model}, None)["weights"]["model"] == told
+
+
 def test_json_has_the_documented_form(world, tmp_path):
     runs = runs_of(world)
     assert all(set(r) >= FIELDS for r in runs)
