@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("smart.engine")
 LONGEST_ROUND = 10.0  # seconds that an end waits for the present round
 ROUNDS_OVER_WORK = 2.0  # seconds of rounds for each of urgent work, where several requests run
-LOOK = 0.05  # seconds without work in the process before idle work begins
+IDLE_AFTER = 0.05  # seconds without work in the process before idle work begins
 
 # Threads of this process that have requests, or do idle work: two at once would share the cores,
 # and what one measures would be what the other leaves of them.
@@ -303,7 +303,7 @@ class Rounds:
         if not self._idle_work:
             return math.inf
         others = bool(_AT_WORK) and not self._idle_work[0].urgent
-        return LOOK if self._ran or others else 0.0
+        return IDLE_AFTER if self._ran or others else 0.0
 
     def _add(self, job: Job) -> None:
         self._engine = job.engine

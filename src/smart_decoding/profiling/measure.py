@@ -4,7 +4,6 @@ drafter with a model: roots and rows that wait for the first one, width for thos
 from __future__ import annotations
 
 import itertools
-import math
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -386,14 +385,15 @@ def probe(
     context = ON_CPU.contexts[0]
     if target.device.type != "cpu" or context + max(PROBED) > target.max_positions:
         return {}
-    runs = [verification(target, 1, rows, context, pages, aux_layers) for rows in PROBED]
-    seconds = [math.inf] * len(PROBED)
-    for _ in range(3):  # in turn: a slow moment meets all of them
-        for i, run in enumerate(runs):
-            if run is None:
-                return {}
-            seconds[i] = min(seconds[i], least_seconds(run, 1, clock))
-    return dict(zip(PROBED, seconds, strict=True))
+    runs = {}
+    for rows in PROBED:
+        run = verification(target, 1, rows, context, pages, aux_layers)
+        if run is None:
+            return {}
+        runs[rows] = run
+    # In turn: a slow moment meets all of them.
+    turns = [{rows: least_seconds(runs[rows], 1, clock) for rows in PROBED} for _ in range(3)]
+    return {rows: min(turn[rows] for turn in turns) for rows in PROBED}
 
 
 def least_seconds(
