@@ -272,7 +272,7 @@ def test_costs_are_measured_beside_a_batch_which_does_not_wait_for_them(
     llm = slow(load(speculative_config=SMART), 0.002)
     steps.llm = llm
     params = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
-    prompts = [[7 * i % 250, *range(60)] for i in range(8)]  # more than there are slots
+    prompts = [[7 * i % 250, *range(60)] for i in range(16)]  # more than there are slots
     known: list[bool] = []
 
     def look(touched: object) -> None:
