@@ -214,6 +214,12 @@ class EngineArgs:
                 parser.add_argument(option, type=parse, default=each.default)
         return parser
 
+    @classmethod
+    def from_cli_args(cls, args: argparse.Namespace) -> EngineArgs:
+        """From what a parser with `add_cli_args` has parsed. Options of others are left out."""
+        given = vars(args)
+        return cls(**{each.name: given[each.name] for each in fields(cls) if each.name in given})
+
     def sampling_defaults(self, folder: Path) -> dict[str, Any]:
         """What SamplingParams are where nobody says otherwise. folder: the model's. Raises
         ConfigError for values that they cannot be."""

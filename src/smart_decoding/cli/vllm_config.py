@@ -88,7 +88,7 @@ def main(args: argparse.Namespace) -> int:
     if find_spec("vllm") is None:
         raise ConfigError(
             "vLLM is not installed here: install smart-decoding in vLLM's environment "
-            "(docs/integrations.md)"
+            "(docs/vllm.md)"
         )
     warnings = warn(args)
     measured, version = measure(args, prompts)
