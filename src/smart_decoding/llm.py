@@ -166,8 +166,11 @@ class LLM:
         with self._measuring:  # of several callers one tells what is done
             if profile.known or not thread.still_does(profile):
                 return
-            if not thread.started:
+
+            def measure() -> None:
                 in_own_thread(lambda: finish(profile.step, lambda: profile.share))
+
+            if thread.work_before(measure):
                 return
 
             def waits() -> bool:

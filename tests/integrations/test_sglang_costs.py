@@ -53,6 +53,11 @@ def test_a_round_takes_what_its_tokens_took(tmp_path, runs, capsys) -> None:
             [],
             "no draft was accepted",
         ),
+        (
+            '{"concurrency": 0.5, "output_throughput": 9.0, "accept_length": 2.0}',
+            [],
+            "must be positive",
+        ),
         ("", [], "no measurement"),
         ("nonsense", [], "no line of sglang.bench_serving"),
         (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from smart_decoding.cli import main as cli
 from smart_decoding.cli import vllm_config as cli_vllm
 from smart_decoding.errors import ConfigError
 from smart_decoding.integrations.vllm import options, seams
+from smart_decoding.integrations.vllm.measure import Measured
 from smart_decoding.integrations.vllm.schedule import (
     Line,
     Timing,
@@ -99,6 +101,15 @@ class Engine:
             seconds = 1.02
         tokens = max_tokens * len(prompts)
         return {"seconds": seconds, "tokens": tokens, "drafted": 10, "accepted": 5}
+
+
+def test_a_process_that_dies_between_answers_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was taken for a reader of our output that had gone: nothing was said."""
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    with Measured({"speculative_config": None}) as engine:
+        engine._process.wait(10)
+        with pytest.raises(ConfigError, match="ended with code 1"):
+            engine.run(["a"], 1)
 
 
 # What vLLM makes of a schedule.

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import pytest
 from serving import OUTGROWING, save_tiny_model, slow, wait_for
 
+from smart_decoding.engine.engine_thread import EngineThread
 from smart_decoding.engine.isolation import GIVE_UP, Isolation
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine.structured import StructuredOutputsParams
@@ -480,3 +481,50 @@ def test_a_broken_engine_is_told_to_all_callers(load: Any) -> None:
     assert all(map(mine, range(GIVE_UP)))  # the eight may have shared one failed round
     with pytest.raises(EngineStoppedError, match="the engine has died: ZeroDivisionError"):
         llm.generate("abc", GREEDY)
+
+
+def test_no_round_runs_while_a_caller_measures_in_its_place() -> None:
+    """Both had the kernels and the pages at once."""
+    thread = EngineThread()
+    began = threading.Event()
+    goes_on = threading.Event()
+    order: list[str] = []
+
+    def measure() -> None:
+        began.set()
+        goes_on.wait(10)
+        order.append("measured")
+
+    def start() -> None:
+        thread.start()
+        order.append("started")
+
+    with ThreadPoolExecutor() as pool:
+        measured = pool.submit(thread.work_before, measure)
+        began.wait(10)
+        started = pool.submit(start)
+        time.sleep(0.05)
+        goes_on.set()
+        started.result(10)
+        assert measured.result(10)
+    assert order == ["measured", "started"]
+    assert not thread.work_before(order.clear)
+    assert order
+    thread.stop()
+
+
+def test_a_thread_that_cannot_start_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was believed to run, and its callers waited for ever."""
+
+    def refuse(thread: threading.Thread) -> NoReturn:
+        raise RuntimeError("can't start new thread")
+
+    thread = EngineThread()
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError):
+            thread.start()
+    assert thread.work_before(bool)
+    thread.start()
+    assert not thread.work_before(bool)
+    thread.stop()

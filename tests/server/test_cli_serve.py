@@ -208,6 +208,12 @@ def test_a_taken_port_is_one_line(served: Any) -> None:
             launch.bind("127.0.0.1", taken.getsockname()[1])
 
 
+def test_a_host_that_is_no_name_is_one_line() -> None:
+    """getaddrinfo raises UnicodeError for it."""
+    with pytest.raises(cli_serve.ConfigError, match=r"cannot listen on a\.\.b port 0"):
+        launch.bind("a..b", 0)
+
+
 @pytest.fixture
 def loggers() -> Iterator[None]:
     """As they were, afterwards."""

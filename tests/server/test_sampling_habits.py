@@ -166,6 +166,11 @@ def test_the_server_takes_them_for_what_a_request_leaves_open(folder: Path) -> N
         messages = [{"role": "user", "content": "Hi"}]
         _, count = said("/v1/chat/completions", messages=messages, ignore_eos=True)
         assert count == 24  # the model's limit, not the context's end
+        for given in ({}, {"temperature": 0.25}):
+            body = {"model": NAME, "input": "Hi", "max_output_tokens": 1, **given}
+            told = post(server, "/v1/responses", json=body).json()
+            assert told["temperature"] == given.get("temperature", 0.6)
+            assert told["top_p"] == 1.0
 
 
 def test_async_outputs_know_the_prompt(folder: Path) -> None:

@@ -95,8 +95,10 @@ def checked_prompt(text: str) -> str:
 
 def read_text(path: Path) -> str:
     """What a file holds, or standard input for '-'. Raises ConfigError if that is not text."""
+    if path == Path("-"):
+        return _read_pipe()
     try:
-        return sys.stdin.read() if path == Path("-") else path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except UnicodeError as error:
         raise ConfigError(f"{path} is not UTF-8 text: {error}") from error
 
@@ -113,7 +115,7 @@ def read_prompts(path: Path) -> list[str]:
                 prompt = json.loads(line)["prompt"]
                 if not isinstance(prompt, str):
                     raise ValueError("a prompt is a text")
-            except (ValueError, KeyError) as error:
+            except (ValueError, KeyError, RecursionError) as error:
                 raise ConfigError(
                     f"{path}, line {number}: no JSON object with a text as 'prompt'"
                 ) from error

@@ -97,7 +97,7 @@ def round_of(line: str, place: str, steps: int) -> tuple[int, float]:
             f"{place} is no line of sglang.bench_serving with {fields}: {error}"
         ) from error
     positive = all(math.isfinite(x) and x > 0 for x in (concurrency, throughput, length))
-    if not positive or concurrency < 0.5:
+    if not positive or concurrency <= 0.5:
         raise ConfigError(f"{place}: {', '.join(FIELDS)} must be positive")
     if steps and length <= 1.0:
         raise ConfigError(f"{place}: no draft was accepted, as if the server did not speculate")

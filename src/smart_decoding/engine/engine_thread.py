@@ -68,16 +68,20 @@ class EngineThread:
         self._thread: threading.Thread | None = None
         self._starting = threading.Lock()
 
-    @property
-    def started(self) -> bool:
-        """Whether there is a thread yet."""
-        return self._thread is not None
-
     def start(self) -> None:
         """Does not wait for the first job."""
         with self._starting:
             if self._thread is None:
                 self._start()
+
+    def work_before(self, work: Callable[[], object]) -> bool:
+        """Does some work as long as there is no thread, which then waits to start; whether there
+        was none."""
+        with self._starting:
+            if self._thread is not None:
+                return False
+            work()
+            return True
 
     def add_idle_work(self, work: IdleWork) -> None:
         """To be done once the thread has started; see `IdleWork`."""
@@ -139,9 +143,10 @@ class EngineThread:
 
     def _start(self) -> None:
         given = (self.inbox, self.observers, self._idle_work)
-        self._thread = threading.Thread(target=_main, args=given, name="smart-engine", daemon=True)
-        weakref.finalize(self, _end, self.inbox, self._thread)
-        self._thread.start()
+        thread = threading.Thread(target=_main, args=given, name="smart-engine", daemon=True)
+        thread.start()
+        weakref.finalize(self, _end, self.inbox, thread)
+        self._thread = thread
 
 
 def _end(inbox: Inbox, thread: threading.Thread) -> None:

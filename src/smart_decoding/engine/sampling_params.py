@@ -7,7 +7,7 @@ bad words; a logit_bias out of range is refused, not clamped.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from numbers import Integral, Real
@@ -157,7 +157,8 @@ class SamplingParams:
         _check_lengths("stop", self.stop_strings, MAX_STOP)
         good = _token_ids(self.stop_token_ids)
         self._check(good, "stop_token_ids", "a list of token ids >= 0")
-        self.stop_array = np.array(self.stop_token_ids or (), np.int64)
+        ids = self.stop_token_ids
+        self.stop_array = np.array([] if ids is None else list(ids), np.int64)
         self._check(self.detokenize or not strings, "detokenize", "True with stop strings")
 
     def _check_masks(self) -> None:
@@ -170,7 +171,7 @@ class SamplingParams:
         ids = self.allowed_token_ids
         good = ids is None or (_token_ids(ids) and len(ids) > 0)
         self._check(good, "allowed_token_ids", "a list of token ids >= 0, not empty")
-        self.allowed_array = np.array(() if ids is None else ids, np.int64)
+        self.allowed_array = np.array([] if ids is None else list(ids), np.int64)
 
     def _check_logit_bias(self) -> None:
         allowed = "a dict of token ids >= 0 to biases in [-100, 100]"
@@ -281,10 +282,10 @@ def _require(good: bool, name: str, value: object, allowed: str) -> None:
         raise ConfigError(f"{name}={value!r:.200} is not allowed: it must be {allowed}")
 
 
-def _token_ids(ids: Iterable[object] | None) -> bool:
-    if isinstance(ids, str) or not isinstance(ids, Iterable | None):
+def _token_ids(ids: Collection[object] | None) -> bool:
+    if isinstance(ids, str) or not isinstance(ids, Collection | None):
         return False
-    given: list[Any] = list(ids or ())
+    given: list[Any] = [] if ids is None else list(ids)
     kinds: set[type[Any]] = {type(i) for i in given}
     whole = bool not in kinds and all(issubclass(kind, Integral) for kind in kinds)
     return whole and min(given, default=0) >= 0 and max(given, default=0) <= INT64_MAX

@@ -113,7 +113,7 @@ def _read(source: Any, limits: Limits) -> bytes:
         )
     if scheme not in ("", "file"):
         raise ConfigError(f"image URLs of {scheme} are not supported: send a data URL")
-    return _from_file(Path(unquote(urlsplit(text).path)) if scheme else Path(text), limits)
+    return _from_file(text, bool(scheme), limits)
 
 
 def _from_data_url(url: str, limits: Limits) -> bytes:
@@ -142,14 +142,14 @@ def read_file(path: Path, limits: Limits) -> bytes:
     return path.read_bytes()
 
 
-def _from_file(path: Path, limits: Limits) -> bytes:
+def _from_file(name: str, is_url: bool, limits: Limits) -> bytes:
     """Links are followed before the folder is checked."""
     if limits.folder is None:
         raise ConfigError(
             "local image files are not allowed here: set allowed_local_media_path to their folder"
         )
     try:
-        path = expanded(path).resolve()
+        path = expanded(unquote(urlsplit(name).path) if is_url else name).resolve()
         if not path.is_relative_to(limits.folder.resolve()):
             raise ConfigError(f"the image {path.name} does not lie within allowed_local_media_path")
         if not path.is_file():

@@ -198,5 +198,7 @@ def _check_places(modality: str, places: int, pictures: int) -> None:
 def _as_list(modality: str, given: Any) -> list[Any]:
     if modality == "image":
         return list(given) if isinstance(given, list | tuple) else [given]
-    is_one = isinstance(given, list | tuple) and given and not isinstance(given[0], list | tuple)
+    if not isinstance(given, list | tuple):
+        raise ConfigError("a video must be its frames: a list of images")
+    is_one = given and not isinstance(given[0], list | tuple)
     return [given] if is_one else list(given)

@@ -196,12 +196,15 @@ def _tidy(texts: Texts) -> None:
 
 def bind(host: str, port: int) -> socket.socket:
     """A bound socket, taken before the model is loaded. Raises ConfigError if it is not free."""
+    listener = None
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-    except OSError as error:
-        reason = error.strerror or error
+    except (OSError, UnicodeError) as error:  # a name may be no name at all
+        if listener is not None:
+            listener.close()
+        reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"cannot listen on {host} port {port}: {reason}") from error
     return listener

@@ -74,7 +74,8 @@ class _Routes:
         return await self._chat(request, body, Reply)
 
     async def responses(self, request: Request, body: ResponsesRequest) -> Response:
-        reply = partial(ResponsesReply, echo=body.echo())
+        defaults = self._worker.ready().default_sampling_params
+        reply = partial(ResponsesReply, echo=body.echo(defaults))
         return await self._chat(request, body.chat, reply)
 
     async def _chat(

@@ -225,11 +225,13 @@ class ResponsesRequest(Sampling):
         assert self._chat is not None
         return self._chat
 
-    def echo(self) -> Json:
-        """What the answer repeats of it."""
+    def echo(self, defaults: Mapping[str, Any]) -> Json:
+        """What the answer repeats of it, and what holds where it says nothing."""
         repeated = {"text", "tool_choice", "tools", "reasoning"}
         as_sent = self.model_dump(include=repeated, by_alias=True, exclude_none=True)
         text = as_sent.get("text", {})
+        chosen = self.model_dump(include={"temperature", "top_p"}, exclude_none=True)
+        sampling = {"temperature": 1.0, "top_p": 1.0, **defaults, **chosen}
         return {
             "instructions": self.instructions,
             "max_output_tokens": self.max_output_tokens,
@@ -238,12 +240,12 @@ class ResponsesRequest(Sampling):
             "previous_response_id": None,
             "reasoning": as_sent.get("reasoning", {"effort": None, "summary": None}),
             "store": False,
-            "temperature": 1.0 if self.temperature is None else self.temperature,
+            "temperature": sampling["temperature"],
             "text": {"format": text.get("format", {"type": "text"})},
             "tool_choice": as_sent.get("tool_choice", "auto"),
             "tools": as_sent.get("tools", []),
             "top_logprobs": self.top_logprobs or 0,
-            "top_p": 1.0 if self.top_p is None else self.top_p,
+            "top_p": sampling["top_p"],
             "truncation": "disabled",
             "user": self.user,
         }

@@ -9,6 +9,8 @@ within its conversation; of pictures `visual` int64 [m], the rows among the n th
 
 from __future__ import annotations
 
+import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from smart_decoding.files import reading, whole
+from smart_decoding.files import reading
 
 if TYPE_CHECKING:
     from smart_decoding.engine.media import MultimodalEmbeddings
@@ -94,13 +96,28 @@ class Writer:
         """Writes what is left as a last shard."""
         if not self._items:
             return
-        while (path := self.folder / f"shard-{self.shards:04d}.safetensors").exists():
-            self.shards += 1  # of another writer
-        with whole(path) as temporary:
-            save_file(_joined(self._items), temporary)
+        path, scratch = self._next()
+        try:
+            save_file(_joined(self._items), scratch)
+            os.replace(scratch, path)
+        finally:
+            scratch.unlink(missing_ok=True)
         self.shards += 1
         self._items = []
         self._tokens = 0
+
+    def _next(self) -> tuple[Path, Path]:
+        """The next shard's path, and its scratch file, which tells other writers that it is
+        taken."""
+        while True:
+            path = self.folder / f"shard-{self.shards:04d}.safetensors"
+            scratch = path.with_name(f"{path.name}.partial")
+            with suppress(FileExistsError):
+                scratch.touch(exist_ok=False)
+                if not path.exists():
+                    return path, scratch
+                scratch.unlink()
+            self.shards += 1
 
 
 def _joined(items: list[Recorded]) -> dict[str, Tensor]:

@@ -135,8 +135,8 @@ class Trainer:
         self._resume()
 
     def _new_form(self) -> Form:
-        fused = self.options.layout != "eagle3"
-        return Form(self.config.of_head(), len(self.options.aux_layers), fused)
+        fc_norm = self.options.layout != "eagle3"
+        return Form(self.config.of_head(), len(self.options.aux_layers), fc_norm)
 
     def _load(self, folder: Path, keep: Keep | None) -> None:
         options = self.options

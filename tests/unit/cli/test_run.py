@@ -547,7 +547,7 @@ def test_lines_of_a_batch_end_at_line_breaks_only(
     path = tmp_path / "prompts"
     path.write_bytes('\ufeff{"prompt": "a\u2028b"}\r\nc\u2028d\x0ce\n'.encode())
     assert cli_prompts.read_prompts(path) == ["a\u2028b", "c\u2028d\x0ce"]
-    for odd in ('{"prompt": null}', '{"prompt": ["a"]}'):
+    for odd in ('{"prompt": null}', '{"prompt": ["a"]}', '{"a":' * 100_000):
         path.write_text(odd)
         assert "no JSON object with a text" in fails(capsys, "run", "--batch", str(path))
     assert not fake.made
@@ -556,6 +556,9 @@ def test_lines_of_a_batch_end_at_line_breaks_only(
 def test_a_batch_comes_from_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("one\ntwo\n"))
     assert cli_prompts.read_prompts(Path("-")) == ["one", "two"]
+    monkeypatch.setattr(sys, "stdin", None)  # as after <&-
+    with pytest.raises(ConfigError, match="no standard input"):
+        cli_prompts.read_prompts(Path("-"))
 
 
 def test_run_leaves_out_the_sampling_defaults_of_a_model(fake: type[FakeLLM]) -> None:

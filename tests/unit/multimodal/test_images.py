@@ -129,6 +129,10 @@ def test_files_outside_the_allowed_folder_are_refused(tmp_path: Path) -> None:
             open_image(str(path), limits)
     with pytest.raises(ConfigError, match="there is no image file"):
         open_image(inside / "none.png", limits)
+    with pytest.raises(ConfigError, match="cannot read an image"):
+        open_image("file://[x", limits)
+    with pytest.raises(ConfigError, match="not allowed here"):
+        open_image("file://[x", Limits())
 
 
 @pytest.mark.parametrize("given", [{"audio": 1}, {"image": -1}, {"image": "x"}])

@@ -181,6 +181,15 @@ def test_where_a_row_ends_is_seen_at_its_last_token_first():
 
 
 @pytest.mark.parametrize("name", ["allowed_token_ids", "stop_token_ids"])
+def test_token_ids_may_be_any_collection(name):
+    for given in ({5}, (5,), range(5, 6), {5: None}.keys()):
+        params = SamplingParams(**{name: given})
+        assert list(getattr(params, f"{name.partition('_')[0]}_array")) == [5]
+    with pytest.raises(ConfigError, match=name):
+        SamplingParams(**{name: iter([5])})
+
+
+@pytest.mark.parametrize("name", ["allowed_token_ids", "stop_token_ids"])
 def test_token_ids_may_be_arrays(name):
     given = SamplingParams(**{name: np.array([3, 5])})
     checked = given.checked(lambda text: text.encode())

@@ -15,6 +15,7 @@ from smart_decoding.cli import main as cli
 from smart_decoding.errors import ModelError
 from smart_decoding.multimodal.prompts import MediaPrompt
 from smart_decoding.training import generate as writing
+from smart_decoding.training import shards
 from smart_decoding.training.conversations import load_conversations
 from smart_decoding.training.generate import Recorder, generate
 from smart_decoding.training.shards import Recorded, Writer, have_pictures
@@ -46,6 +47,25 @@ def test_shards_are_never_written_over(tmp_path: Path) -> None:
     again.add(recorded(8))
     again.flush()
     assert names(tmp_path) == [f"shard-000{i}.safetensors" for i in (0, 2, 3)]
+
+
+def test_two_writers_at_once_take_different_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One saved a shard while the other did, and the last one to end won."""
+    writer, other = Writer(tmp_path), Writer(tmp_path)
+    for each in (writer, other):
+        each.add(recorded(7))
+
+    def slow(*given: Any) -> None:
+        monkeypatch.setattr(shards, "save_file", save_file)
+        other.flush()
+        save_file(*given)
+
+    monkeypatch.setattr(shards, "save_file", slow)
+    writer.flush()
+    assert names(tmp_path) == [f"shard-000{i}.safetensors" for i in range(2)]
+    assert Writer(tmp_path).tokens == writer.tokens + other.tokens
 
 
 def test_tokens_are_counted_and_not_shards(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from smart_decoding.errors import ConfigError
@@ -35,10 +36,10 @@ COUNTERS = {
 class Measured:
     """An engine with these arguments of `vllm.LLM`, in a process; use it as a context manager."""
 
-    def __init__(self, arguments: Mapping[str, Any], python: str = sys.executable) -> None:
+    def __init__(self, arguments: Mapping[str, Any]) -> None:
         self._name = f"vLLM with speculative_config={arguments.get('speculative_config')}"
         self._process = subprocess.Popen(
-            [python, "-m", __spec__.name, json.dumps(dict(arguments))],
+            [sys.executable, "-m", __spec__.name, json.dumps(dict(arguments))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -51,10 +52,12 @@ class Measured:
         return str(self._answer()["ready"])
 
     def run(self, prompts: Sequence[str], max_tokens: int) -> dict[str, Any]:
-        """Generates for all prompts at once, `max_tokens` each."""
-        assert self._process.stdin is not None
+        """Generates for all prompts at once, `max_tokens` each.
+
+        Raises ConfigError if the process has ended."""
         job = {"prompts": list(prompts), "max_tokens": max_tokens}
-        print(json.dumps(job), file=self._process.stdin, flush=True)
+        with suppress(BrokenPipeError):  # there is no answer then, which tells it
+            print(json.dumps(job), file=self._process.stdin, flush=True)
         return self._answer()
 
     def _answer(self) -> dict[str, Any]:
@@ -72,18 +75,22 @@ class Measured:
 
     def __exit__(self, *error: object) -> None:
         assert self._process.stdin is not None
-        self._process.stdin.close()  # the other end stops then
+        assert self._process.stdout is not None
+        with suppress(BrokenPipeError):
+            self._process.stdin.close()  # the other end stops then
         try:
             self._process.wait(30)
         except subprocess.TimeoutExpired:
             self._process.kill()
+            self._process.wait()
+        self._process.stdout.close()
 
 
-def resolved(arguments: Mapping[str, Any], python: str = sys.executable) -> dict[str, Any]:
+def resolved(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """What vLLM makes of these arguments, whose speculative config has a schedule; see `_resolve`.
 
     Raises ConfigError if it does not take them."""
-    command = [python, "-m", __spec__.name, "--resolve", json.dumps(dict(arguments))]
+    command = [sys.executable, "-m", __spec__.name, "--resolve", json.dumps(dict(arguments))]
     run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if run.returncode:
         raise ConfigError("vLLM does not take these arguments: its own message stands above")
