@@ -21,7 +21,6 @@ from smart_lab.ablations import (
     smart,
 )
 from smart_lab.oracle import oracle
-from smart_lab.recording import Answer, Recording
 from smart_lab.replay import HostCosts, Replayed, replay
 from smart_lab.simulate import EAGLE_2, enough, name_of
 from smart_lab.sweep import Sweep, likelihood_settings
@@ -29,6 +28,7 @@ from smart_lab.sweep import Sweep, likelihood_settings
 if TYPE_CHECKING:
     from smart_decoding.core.cost import CostModel
     from smart_decoding.core.policies.base import Policy
+    from smart_lab.recording import Recording
     from smart_lab.trace import Trace
 
 SHORT = likelihood_settings(range(5), (1, 2, 3, 4, 5, 6, 8, 12, 16))
@@ -96,7 +96,7 @@ def ablation(bench: Bench, stale: CostModel) -> dict[str, Any]:
     rows = {name: bench.speedup(make(trace, cost)) for name, make in ABLATIONS.items()}
     rows["a wrong profile, corrected"] = bench.speedup(smart(trace, stale))
     rows["a wrong profile, no correction"] = bench.speedup(FrozenCosts(smart(trace, stale)))
-    long = at_context(bench.recording, LONG)
+    long = bench.recording.at_context(LONG)
     rows[f"at {LONG} tokens of context"] = bench.speedup(smart(trace, cost), long)
     rows[f"at {LONG} tokens, no context in the cost"] = bench.speedup(
         FrozenCosts(smart(trace, flat(cost))), long
@@ -126,23 +126,15 @@ def paper(bench: Bench) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: -row["speedup"])
 
 
-def at_context(recording: Recording, context: int) -> Recording:
-    """The same answers behind longer prompts. Acceptance stays what it was."""
-    answers = [Answer(context, a.limit, a.tokens, a.first, a.task) for a in recording.answers]
-    return Recording(answers, recording.token, recording.prob, recording.count, recording.child)
-
-
 class Asker:
     """One recording, asked at batch size after batch size."""
 
-    def __init__(self, trace: Trace, answers: int = 24, stale: CostModel | None = None) -> None:
-        """stale: the costs of policies that start from a wrong profile (default: rows and levels
-        far too cheap)."""
+    def __init__(self, trace: Trace, answers: int = 24) -> None:
         assert trace.cost is not None
         some = trace.recording.take(range(min(answers, len(trace.recording.answers))))
         self.trace = replace(trace, recording=some)
         self.cost, self.host = trace.cost, trace.host or HostCosts.of(trace.cost)
-        self.stale = stale or askew(trace.cost, *CHEAP)
+        self.stale = askew(trace.cost, *CHEAP)
         self.sweep = Sweep(some, SHORT, trace.eos_token_ids)
 
     def answers(self, size: int) -> dict[str, Any]:

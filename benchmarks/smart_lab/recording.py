@@ -136,6 +136,11 @@ class Recording:
         """Every answer `times` times, over the same trees."""
         return Recording([*self.answers] * times, self.token, self.prob, self.count, self.child)
 
+    def at_context(self, context: int) -> Recording:
+        """The same answers behind prompts of that length. Acceptance stays what it was."""
+        answers = [Answer(context, a.limit, a.tokens, a.first, a.task) for a in self.answers]
+        return Recording(answers, self.token, self.prob, self.count, self.child)
+
     def take(self, answers: Iterable[int]) -> Recording:
         """Some of the answers, in the order given."""
         chosen = [self.answers[i] for i in answers]

@@ -169,15 +169,13 @@ def _histogram(run: Run, name: str) -> dict[int, float]:
         return {}
 
 
-def _spread(
-    counts: Mapping[int, float], low: float = 0.1, high: float = 0.9
-) -> tuple[float, float] | None:
+def _spread(counts: Mapping[int, float]) -> tuple[float, float] | None:
     """The rows between which the middle 80 % of rounds lie."""
     if not counts:
         return None
     rows = sorted(counts)
     total = np.cumsum([counts[r] for r in rows])
-    first, last = np.searchsorted(total, [low * total[-1], high * total[-1]])
+    first, last = np.searchsorted(total, [0.1 * total[-1], 0.9 * total[-1]])
     return float(rows[first]), float(rows[last])
 
 

@@ -16,7 +16,6 @@ from smart_decoding.bench.provenance import write_json, write_text
 from smart_decoding.cli.arguments import whole_numbers
 from smart_decoding.core.cost import CostModel
 from smart_decoding.errors import ConfigError
-from smart_lab.recording import Answer, Recording
 from smart_lab.simulate import EAGLE2, EAGLE_2, PAPER, SMART, Simulation, Simulator, name_of
 from smart_lab.trace import Trace, read_trace
 
@@ -78,7 +77,7 @@ def main(args: argparse.Namespace) -> int:
         )
     trace, acceptance, tree = _acceptance(args)
     if args.context is not None:
-        trace = replace(trace, recording=_at_context(trace.recording, args.context))
+        trace = replace(trace, recording=trace.recording.at_context(args.context))
     cost, host, simulation = _costs(args, trace, acceptance, max(sizes))
     simulator, started = Simulator(trace, cost, host, tree), time.perf_counter()
     with tqdm(total=len(sizes), desc="simulating", unit="batch size", leave=False) as bar:
@@ -235,11 +234,6 @@ def _profile(path: Path) -> CostModel:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path} is not a profile as the cache has it") from error
-
-
-def _at_context(recording: Recording, context: int) -> Recording:
-    answers = [Answer(context, a.limit, a.tokens, a.first, a.task) for a in recording.answers]
-    return Recording(answers, recording.token, recording.prob, recording.count, recording.child)
 
 
 def _tokens(said: str, known: list[str]) -> float:

@@ -266,7 +266,7 @@ def _is_model_on_hub(repository: str) -> bool:
     if held.has_only_ggufs:
         return True
     here = held.nothing_to_fetch(["config.json"])
-    folder = config_file(repository, None, local_only=here)
+    folder = config_file(repository, local_only=here)
     return _has_words(held.files) and not is_head(folder)
 
 
@@ -405,10 +405,14 @@ def check_same_vocabulary(draft: Tokenizer, target: Tokenizer, name: str, shared
     """Raises ModelError unless both know the same tokens under the same ids, as
     `vocabulary_difference` says."""
     ours, theirs = (each.backend.get_vocab(with_added_tokens=True) for each in (target, draft))
-    why = vocabulary_difference(ours, theirs, shared)
-    if why:
+    require_same_vocabulary(name, vocabulary_difference(ours, theirs, shared))
+
+
+def require_same_vocabulary(name: str, difference: str | None) -> None:
+    """Raises ModelError for a draft model whose tokens differ from the target's."""
+    if difference:
         raise ModelError(
-            f"the draft model {name} has another vocabulary than the target ({why}): "
+            f"the draft model {name} has another vocabulary than the target ({difference}): "
             "take one of its family"
         )
 

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import resource
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -189,10 +190,6 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 
 def _process_peak_gib() -> float | None:
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
@@ -200,5 +197,5 @@ def _process_peak_gib() -> float | None:
 def _memory_gib() -> float | None:
     try:
         return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
-    except (ValueError, OSError, AttributeError):
+    except (ValueError, OSError):
         return None

@@ -14,10 +14,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from smart_decoding.cli.arguments import whole_numbers
+from smart_decoding.bench.provenance import write_json
+from smart_decoding.cli.arguments import json_object, whole_numbers
 from smart_decoding.cli.prompts import read_prompts
 from smart_decoding.errors import ConfigError
-from smart_decoding.files import whole
 from smart_decoding.integrations.vllm import schedule
 from smart_decoding.integrations.vllm.measure import Measured, resolved
 from smart_decoding.integrations.vllm.schedule import SCHEDULE, Timing
@@ -35,14 +35,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("model", help="as vLLM takes it: a hub id or a folder")
     add(
         "--speculative-config",
-        type=_json,
+        type=json_object,
         default=json.loads(NGRAM),
         metavar="JSON",
         help=f"vLLM's, without lengths ({NGRAM})",
     )
     add(
         "--engine-args",
-        type=_json,
+        type=json_object,
         default={},
         metavar="JSON",
         help='other arguments of vllm.LLM, such as {"tensor_parallel_size": 2} (none)',
@@ -104,15 +104,15 @@ def main(args: argparse.Namespace) -> int:
         **schedule.report(lines, choices, measured),
     }
     path = args.output.with_suffix(".reasons.json")
-    _write(path, reasons)
+    write_json(path, reasons)
     config = schedule.speculative_config(args.speculative_config, lines)
     if config is None:
         print("Speculation did not pay at any batch size: start vLLM without --speculative-config.")
         return 0
-    _write(args.output, config)
+    write_json(args.output, config)
     print(f'Written: {args.output}. Start vLLM with --speculative-config "$(cat {args.output})"')
     if args.check:
-        _write(path, {**reasons, "checked": check(args, prompts, config)})
+        write_json(path, {**reasons, "checked": check(args, prompts, config)})
     return 0
 
 
@@ -215,18 +215,3 @@ def _timing(answers: Sequence[Mapping[str, Any]]) -> Timing:
     drafted = sum(answer["drafted"] for answer in answers)
     accepted = sum(answer["accepted"] for answer in answers)
     return Timing(seconds, answers[0]["tokens"], drafted, accepted)
-
-
-def _write(path: Path, content: Any) -> None:
-    with whole(path) as scratch:
-        scratch.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-
-def _json(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError("not a JSON object")
-    return value

@@ -33,9 +33,10 @@ def snapshot(repository: str, timeout: float | None, *, local_only: bool) -> Pat
     return _stored(repository) if local_only else download(repository, _FILES, _NOT, timeout)
 
 
-def pickles(repository: str, timeout: float | None) -> Path:
-    """The folder as by `snapshot`, with the repository's pickled weights. Raises DownloadError."""
-    return download(repository, _PICKLES, _NOT, timeout)
+def pickles(repository: str) -> Path:
+    """The folder as by `snapshot`, with the pickled weights of a repository of which the hub has
+    just told. Raises DownloadError."""
+    return download(repository, _PICKLES, _NOT, None)
 
 
 def gguf_file(repository: str, file: str, timeout: float | None, *, local_only: bool) -> Path:
@@ -56,12 +57,12 @@ def gguf_file(repository: str, file: str, timeout: float | None, *, local_only: 
     return folder / names[0]
 
 
-def config_file(repository: str, timeout: float | None, *, local_only: bool) -> Path:
+def config_file(repository: str, *, local_only: bool) -> Path:
     """The folder with a repository's config.json, if it has one: what is worth a look before
-    gigabytes are fetched. Arguments and errors are as those of `snapshot`."""
+    gigabytes are fetched. The hub has just told of it. Errors are as those of `snapshot`."""
     if local_only:
         return _stored(repository)
-    return download(repository, ["config.json", "generation_config.json"], _NOT, timeout)
+    return download(repository, ["config.json", "generation_config.json"], _NOT, None)
 
 
 def download(repository: str, take: list[str], leave: list[str], timeout: float | None) -> Path:
@@ -231,7 +232,7 @@ def listing(repository: str, timeout: float) -> Listing:
 
 def _cached_names(repository: str) -> list[str]:
     try:
-        folder = snapshot(repository, 0.0, local_only=True)
+        folder = _stored(repository)
     except DownloadError:
         return []
     return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]

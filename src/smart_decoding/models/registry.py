@@ -209,7 +209,7 @@ def _resolve_hub(
             here = held.nothing_to_fetch(parts_of(file))
             return _from_hub(text, repository, file, None, local_only=here)
         here = held.nothing_to_fetch(held.of_snapshot)
-        check(hub_repository.config_file(repository, None, local_only=here))
+        check(hub_repository.config_file(repository, local_only=here))
         source = _from_hub(text, repository, "", None, local_only=here)
         return _with_weights(source, repository, trust_pickle, held.answered)
     except DownloadError as error:
@@ -433,7 +433,7 @@ def _with_weights(source: Source, repository: str, trust_pickle: bool, answered:
             f"{source.name} has no safetensors on the hub, and pickles are refused: {TRUST}"
         )
     if answered:
-        hub_repository.pickles(repository, None)
+        hub_repository.pickles(repository)
     return source
 
 

@@ -24,7 +24,11 @@ from smart_decoding.integrations.transformers.checks import unsupported_cache
 from smart_decoding.integrations.transformers.target import HostTarget
 from smart_decoding.kernels import library
 from smart_decoding.models.ranking import ranked
-from smart_decoding.speculation import DRAFT_SCRATCH_PAGES, vocabulary_difference
+from smart_decoding.speculation import (
+    DRAFT_SCRATCH_PAGES,
+    require_same_vocabulary,
+    vocabulary_difference,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -146,11 +150,7 @@ def _check_vocabulary(target: PreTrainedModel, config: Any, name: str) -> None:
         why = vocabulary_difference(ours, theirs, min(mine, its))
     else:
         why = None if mine == its else f"{its} tokens instead of {mine}"
-    if why:
-        raise ModelError(
-            f"the draft model {name} has another vocabulary than the target ({why}): "
-            "take one of its family"
-        )
+    require_same_vocabulary(name, why)
 
 
 def _vocabulary(name: str | None, local_only: bool) -> dict[str, int] | None:
