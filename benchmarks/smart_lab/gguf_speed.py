@@ -24,7 +24,6 @@ import signal
 import statistics
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
@@ -47,10 +46,9 @@ from smart_lab.gguf.tuning import DRAFT, DRAFTS, PLAIN, Tuned, draft_words, tune
 from smart_lab.gguf.vllm import MODES, NAME, Vllm
 from smart_lab.resume import Progress, source_digest
 
-TASKS = ("code", "maths")
+TASKS = ("code", "maths", "general")
 KEPT_BACK = 24  # prompts for tuning and warming up, or more if there are more slots
 WAVES = 3  # prompts of a chunk for each slot: one ends, and the next takes its place
-TUNE_ANSWERS = 3  # of each candidate, in chunks of the slots; one chunk at least
 TUNE_SHARE = 0.5  # of a number of slots' time, at most
 TURNS, CALLS = 3, 6  # of forwards
 FORWARD_SHARE = 0.1  # of the time, at most, but for one turn
@@ -67,6 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     binaries = "folder of llama-server, llama-bench and llama-batched-bench"
     add("--llama-cpp", type=Path, required=True, metavar="DIR", help=binaries)
     vllm = "Python of an environment that has vLLM for CPUs, which answers in bf16 too"
+    source = "which llama.cpp it is, as a release or commit, for the result"
+    add("--llama-cpp-source", metavar="TEXT", help=source)
     add("--vllm", type=Path, metavar="PYTHON", help=vllm)
     add("--slots", type=whole_numbers, default=(1, 4, 8), metavar="1,4,8")
     held = f"how our engine holds the weights, of: {', '.join(HELD)} (as-stored)"
@@ -77,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--smart", action="append", metavar="METHOD", help=drafters)
     add("--max-tokens", type=int, default=128, help="of an answer (128)")
-    add("--tune-tokens", type=int, default=48, help="of an answer while flags are tried (48)")
+    add("--tune-tokens", type=int, default=64, help="of an answer while flags are tried (64)")
     add("--blocks", type=int, default=12, help="most chunks for each number of slots (12)")
     add("--max-model-len", type=int, default=1024, help="tokens of a prompt and its answer (1024)")
     add("--rows", type=whole_numbers, default=(1, 2, 4, 8, 16, 32), metavar="1,16")
@@ -93,9 +93,9 @@ def main(args: argparse.Namespace) -> int:
     stop = time.monotonic() + args.time_limit
     cpp = LlamaCpp(args.llama_cpp)
     configs = checked(args)
-    about = cpp.about()
+    about = {"source": args.llama_cpp_source, **cpp.about()}
     progress = Progress(args.resume, key_of(args, about))
-    print(f"llama.cpp: {about['version']}; {about['system']}", flush=True)
+    print(report.build_of(about), about["system"], sep="; ", flush=True)
     session = Session(args, cpp, configs, progress)
     progress.add(LIMITS, args.time_limit)
     with servers_end_with_us(), session:
@@ -178,7 +178,7 @@ class Session:
             **{f"sha256 of {path.name}": sha256_of(path) for path in files},
         }
         prompts = self._prompts()
-        kept = max(KEPT_BACK, most)
+        kept = max(KEPT_BACK, alike(most))
         self._kept, self._measured = prompts[:kept], prompts[kept:]
         if len(self._measured) < WAVES * most:
             raise ConfigError(
@@ -255,11 +255,11 @@ class Session:
             "runs": runs,
         }
 
-    def _tasks_of(self, number: int, slots: int) -> str:
+    def _tasks_of(self, number: int, slots: int) -> list[str]:
+        """Of each prompt of a block."""
         size = WAVES * slots
         first = len(self._kept) + number * size
-        names = Counter(TASKS[at % len(TASKS)] for at in range(first, first + size))
-        return ", ".join(f"{count} {name}" for name, count in sorted(names.items()))
+        return [TASKS[at % len(TASKS)] for at in range(first, first + size)]
 
     def _flags(self, kept: Mapping[str, Any]) -> dict[str, Any]:
         """llama.cpp's flags, of its files the names alone."""
@@ -277,12 +277,12 @@ class Session:
         if not self._progress.units(name):
             now = time.monotonic()
             until = now + TUNE_SHARE * (stop - now)
-            chunks = in_chunks(self._kept, slots)[: max(1, TUNE_ANSWERS // slots)]
+            chunk = self._kept[: alike(slots)]
 
             def attempt(flags: Flags) -> Reply:
                 print(f"{slots} slots, llama.cpp with {' '.join(flags.words)}", flush=True)
                 with self._server(flags, slots) as server:
-                    return mean([server.answer(c, self._args.tune_tokens) for c in chunks])
+                    return server.answer(chunk, self._args.tune_tokens)
 
             draft = None if self._args.draft is None else str(self._args.draft)
             found = tune(attempt, self._cores, draft, lambda: time.monotonic() < until)
@@ -348,20 +348,14 @@ def block(
     return {name: replies[name] for name in names}
 
 
+def alike(slots: int) -> int:
+    """The least number of prompts that are as many of each task, and one for each slot."""
+    return len(TASKS) * -(-slots // len(TASKS))
+
+
 def in_chunks(prompts: Sequence[list[int]], size: int) -> list[Sequence[list[int]]]:
     """Whole chunks only."""
     return [prompts[at : at + size] for at in range(0, len(prompts) - size + 1, size)]
-
-
-def mean(replies: Sequence[Reply]) -> Reply:
-    """Of several chunks."""
-    return Reply(
-        statistics.fmean(reply.decode for reply in replies),
-        statistics.fmean(reply.overall for reply in replies),
-        statistics.fmean(reply.prefill_seconds for reply in replies),
-        statistics.fmean(reply.per_round for reply in replies),
-        [answer for reply in replies for answer in reply.answers],
-    )
 
 
 def forward_medians(units: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, Any]:
@@ -399,13 +393,19 @@ def command_of(args: argparse.Namespace, limits: Sequence[float]) -> str:
     """The command line that asks for this run, with the names of files alone.
 
     limits: seconds of each part that it was made in."""
-    told = ["python", "-m", "smart_lab", "gguf-speed", args.file.name, "--llama-cpp", "DIR"]
+    variant = os.environ.get("SMART_ISA")
+    told = [f"SMART_ISA={variant}"] if variant else []
+    told += ["python", "-m", "smart_lab", "gguf-speed", args.file.name, "--llama-cpp", "DIR"]
+    told += ["--llama-cpp-source", args.llama_cpp_source] if args.llama_cpp_source else []
     told += ["--draft", args.draft.name] if args.draft else []
     told += ["--vllm", "PYTHON"] if args.vllm else []
     told += ["--slots", ",".join(map(str, args.slots)), "--ours", ",".join(args.ours)]
     for text in args.smart or ():
         told += ["--smart", without_folders(text)]
-    told += ["--max-tokens", str(args.max_tokens), "--max-model-len", str(args.max_model_len)]
+    told += ["--max-tokens", str(args.max_tokens), "--tune-tokens", str(args.tune_tokens)]
+    told += ["--blocks", str(args.blocks), "--max-model-len", str(args.max_model_len)]
+    told += ["--rows", ",".join(map(str, args.rows))]
+    told += ["--forward-context", str(args.forward_context)]
     told += ["--time-limit", f"{sum(limits):.0f}"]
     parts = f"  # in {len(limits)} parts, by --resume" if len(limits) > 1 else ""
     return shlex.join(told) + parts

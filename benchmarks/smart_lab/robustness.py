@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -334,6 +335,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--json", type=Path)
 
 
+def command_of(args: argparse.Namespace) -> str:
+    """The command line that asks for this run."""
+    told = ["python", "-m", "smart_lab", "robustness", "--seconds", f"{args.seconds:g}"]
+    told += ["--batch-sizes", ",".join(map(str, args.batch_sizes))]
+    told += ["--cases", ",".join(args.cases), "--time-limit", f"{args.time_limit:g}"]
+    return shlex.join(told)
+
+
 def main(args: argparse.Namespace) -> int:
     """Prints a row for each case and batch size. Raises ConfigError for an unknown case."""
     unknown = [case for case in args.cases if case not in CASES]
@@ -355,8 +364,7 @@ def main(args: argparse.Namespace) -> int:
                 progress.add(unit, bench.run(name, size, args.seconds))
             rows.append(progress.units(unit)[0])
             print(told(rows[-1]), flush=True)
-        command = "python -m smart_lab robustness"
-        origin = provenance(command, 0, bench.llm.provenance, "as each case says")
+        origin = provenance(command_of(args), 0, bench.llm.provenance, "as each case says")
     if args.json is not None:
         write_json(args.json, {"provenance": origin, "robustness": rows})
     return 0

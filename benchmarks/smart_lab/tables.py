@@ -20,7 +20,7 @@ from smart_decoding.bench.sections import (
     text_of,
 )
 from smart_decoding.bench.summary import POOLED
-from smart_lab.gguf.report import not_tried, title
+from smart_lab.gguf.report import build_of, not_tried, title
 
 if TYPE_CHECKING:
     from smart_decoding.bench.results import Run
@@ -362,7 +362,8 @@ OLD_DECODE = "the requests' own rates, added up (files of before 2026-11-29, 05:
 def gguf(result: Mapping[str, Any]) -> list[Section]:
     """One GGUF file here and in llama.cpp: forwards, then a table for each number of requests."""
     decode = f"decode: {result.get('decode', OLD_DECODE)}"
-    return [_gguf_forwards(result), *(_gguf_run(run, decode) for run in result["runs"])]
+    about = build_of(result["llama_cpp"])
+    return [_gguf_forwards(result), *(_gguf_run(run, [about, decode]) for run in result["runs"])]
 
 
 def _gguf_forwards(result: Mapping[str, Any]) -> Section:
@@ -373,7 +374,9 @@ def _gguf_forwards(result: Mapping[str, Any]) -> Section:
     return Section("forwards", title, head=("rows", *found), rows=rows)
 
 
-def _gguf_run(run: Mapping[str, Any], decode: str) -> Section:
+def _gguf_run(run: Mapping[str, Any], captions: Sequence[str]) -> Section:
+    by_task: Mapping[str, Mapping[str, float]] = run.get("by_task", {})
+    tasks = list(next(iter(by_task.values()), {}))
     rows = [
         (
             each["name"],
@@ -381,6 +384,7 @@ def _gguf_run(run: Mapping[str, Any], decode: str) -> Section:
             _range(each["decode"]),
             f"{each['per_round']:.2f}",
             f"{100 * each['same']:.0f} %",
+            *(f"{by_task[each['name']][task]:.1f}" for task in tasks),
         )
         for each in run["contestants"]
     ]
@@ -390,6 +394,7 @@ def _gguf_run(run: Mapping[str, Any], decode: str) -> Section:
         "decode",
         "tokens a round",
         "our plain's words",
+        *(f"{task}, one request, prompt included" for task in tasks),
     )
     ratios = [
         f"{each['of']} over {each['over']}, {each['key']}: {each['value']:.2f} "
@@ -399,7 +404,7 @@ def _gguf_run(run: Mapping[str, Any], decode: str) -> Section:
     ]
     flags = [f"llama.cpp {mode}: `{words}`" for mode, words in run["flags"].items()]
     flags += [f"llama.cpp: {not_tried(run)}"] if run["left_out"] else []
-    return Section("gguf", title(run), head=head, rows=rows, captions=[decode, *ratios, *flags])
+    return Section("gguf", title(run), head=head, rows=rows, captions=[*captions, *ratios, *flags])
 
 
 def _range(values: Sequence[float]) -> str:

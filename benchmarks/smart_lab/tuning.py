@@ -19,7 +19,7 @@ from smart_lab.ablations import VARIANTS
 from smart_lab.options import CHAINS
 from smart_lab.replay import HostCosts, replay
 from smart_lab.simulate import enough
-from smart_lab.sweep import Sweep
+from smart_lab.sweep import Setting, Sweep
 from smart_lab.trace import Trace
 
 if TYPE_CHECKING:
@@ -47,13 +47,14 @@ def prompts_needed(options: LabOptions) -> int:
 def best_likelihood(
     sweep: Sweep, cost: CostModel, batch_size: int, count: int, host: HostCosts | None = None
 ) -> list[Arm]:
-    """The `count` settings of `eagle2` that are fastest in the replay at `batch_size`; chains are
-    among them."""
-    ranked = sweep.rank(cost, batch_size, host)
-    return [
-        Arm("eagle2", setting, f"eagle2 tuned {i + 1}")
-        for i, (setting, _) in enumerate(ranked[:count])
-    ]
+    """The `count` settings of `eagle2` that are fastest in the replay at `batch_size`, each with
+    another number of nodes: where costs are wrong, that is what is chosen wrongly. Chains are among
+    them."""
+    of_size: dict[int, Setting] = {}
+    for setting, _ in sweep.rank(cost, batch_size, host):
+        of_size.setdefault(setting["total_tokens"], setting)
+    finalists = list(of_size.values())[:count]
+    return [Arm("eagle2", setting, f"eagle2 tuned {i + 1}") for i, setting in enumerate(finalists)]
 
 
 def paper_settings(batch_size: int) -> list[dict[str, Any]]:

@@ -175,6 +175,7 @@ def test_tuning_records_once_and_leaves_the_policy_alone():
     assert [a.task for a in recording.answers] == ["code", "maths", "code"]
     arms = best_likelihood(Sweep(recording), cost_of([arm]), 1, 3)
     assert len({a.label for a in arms}) == 3
+    assert len({a.options["total_tokens"] for a in arms}) == 3
     assert {a.policy for a in arms} == {"eagle2"}
     with pytest.raises(ConfigError, match="add smart"):
         cost_of([SimpleNamespace(policy=Off())])

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from smart_decoding.bench.statistics import Pair, Ratio, paired_ratio
@@ -26,13 +27,14 @@ class Span:
 class Reply:
     """One chunk answered. overall: tokens per second of all, prompts included; decode: of one
     request, behind its first; prefill_seconds: mean of Span.first; per_round: tokens of a request
-    in a round."""
+    in a round; seconds: of each answer, from when it has a place."""
 
     decode: float
     overall: float
     prefill_seconds: float
     per_round: float
     answers: list[list[int]]
+    seconds: list[float] = field(default_factory=list)
 
     def plain(self) -> dict[str, Any]:
         """As JSON holds it."""
@@ -51,6 +53,7 @@ def reply(spans: Sequence[Span], seconds: float, rounds: int, answers: list[list
         statistics.fmean(span.first for span in spans),
         later / rounds if rounds > 0 else math.nan,
         answers,
+        [span.first + span.later for span in spans],
     )
 
 
@@ -111,6 +114,21 @@ def _figures(
         statistics.median(block[name]["per_round"] for block in blocks),
         sum(same) / len(same),
     )
+
+
+def by_task(
+    blocks: Sequence[Mapping[str, Mapping[str, Any]]], tasks: Sequence[Sequence[str]], name: str
+) -> dict[str, float]:
+    """Task -> one request's tokens per second, its prompt included, for a contestant. tasks: of
+    each prompt of each block."""
+    tokens: defaultdict[str, int] = defaultdict(int)
+    seconds: defaultdict[str, float] = defaultdict(float)
+    for block, names in zip(blocks, tasks, strict=True):
+        told = block[name]
+        for answer, spent, task in zip(told["answers"], told["seconds"], names, strict=True):
+            tokens[task] += len(answer)
+            seconds[task] += spent
+    return {task: tokens[task] / seconds[task] for task in sorted(tokens)}
 
 
 def best(found: Sequence[Figures], names: Sequence[str], key: str) -> str:

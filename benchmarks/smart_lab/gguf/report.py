@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from smart_lab.gguf.rates import best, figures, ratio
+from smart_lab.gguf.rates import best, by_task, figures, ratio
 from smart_lab.gguf.vllm import NAME as VLLM
 
 THEIRS = "llama.cpp"
 KEYS = ("overall", "decode")
+BY_TASK = "of one request, its prompt included, by task:"
 DECODE = "of one request behind its first token; neighbours' prompts are in it"
 
 
 def run_of(
     slots: int,
     blocks: Sequence[Mapping[str, Mapping[str, Any]]],
-    tasks: Sequence[str],
+    tasks: Sequence[Sequence[str]],
     held: Sequence[str],
 ) -> dict[str, Any]:
     """Figures of all contestants at so many slots, and ratios of the best ones, over the same
-    blocks. tasks: of each block; held: our ways, the baseline first."""
+    blocks. tasks: of each prompt of each block; held: our ways, the baseline first."""
+    kinds = [counted(names) for names in tasks]
     found = figures(blocks, f"{held[0]} plain")
     names = [each.name for each in found]
     rates = {name: {key: [block[name][key] for block in blocks] for key in KEYS} for name in names}
@@ -35,7 +38,7 @@ def run_of(
             asked = [(ours, best(found, theirs, key)) for theirs in peers if theirs]
             asked += [(ours, plain), (plain, f"{THEIRS} plain")]
             for a, b in dict.fromkeys(pair for pair in asked if pair[0] != pair[1]):
-                value = ratio(rates[a][key], rates[b][key], tasks)
+                value = ratio(rates[a][key], rates[b][key], kinds)
                 ratios.append({"of": a, "over": b, "key": key, **asdict(value)})
     return {
         "slots": slots,
@@ -44,14 +47,20 @@ def run_of(
         "contestants": [asdict(each) for each in found],
         "ratios": ratios,
         "rates": rates,
-        "tasks": list(tasks),
+        "tasks": kinds,
+        "by_task": {name: by_task(blocks, tasks, name) for name in names},
     }
+
+
+def counted(names: Sequence[str]) -> str:
+    """'2 code, 1 maths'."""
+    return ", ".join(f"{count} {name}" for name, count in sorted(Counter(names).items()))
 
 
 def text(result: Mapping[str, Any]) -> str:
     """Tables for a terminal."""
     about = result["llama_cpp"]
-    lines = [f"\nllama.cpp: {about['version']}", about["system"]]
+    lines = [f"\n{build_of(about)}", about["system"]]
     if result["vllm_version"]:
         lines.append(f"vLLM {result['vllm_version']}, in bf16")
     lines += _forwards(result)
@@ -60,6 +69,13 @@ def text(result: Mapping[str, Any]) -> str:
     if not result["runs"]:
         lines.append("no speeds: the time limit came first; go on with --resume")
     return "\n".join(lines)
+
+
+def build_of(about: Mapping[str, Any]) -> str:
+    """Which llama.cpp it was: its source as far as we were told, its version, its build."""
+    build = ", ".join(f"{name}={value}" for name, value in about.get("build", {}).items())
+    told = (about.get("source"), about["version"], build)
+    return "llama.cpp: " + "; ".join(part for part in told if part)
 
 
 def _forwards(result: Mapping[str, Any]) -> Iterator[str]:
@@ -87,6 +103,9 @@ def _run(run: Mapping[str, Any]) -> Iterator[str]:
         )
         per_round = f"{each['per_round']:.2f}"
         yield f"{each['name']:38}{overall:>20}{decode:>20}{per_round:>9}{each['same']:>6.0%}"
+    yield BY_TASK
+    for name, rates in run["by_task"].items():
+        yield f"{name:38}" + ", ".join(f"{task} {rate:.1f}" for task, rate in rates.items())
     for each in run["ratios"]:
         of = "" if each["key"] == "overall" else ", decode"
         bounds = f"({each['low']:.2f} - {each['high']:.2f})" if each["pairs"] > 1 else "(one block)"
@@ -109,4 +128,5 @@ def title(run: Mapping[str, Any]) -> str:
 def not_tried(run: Mapping[str, Any]) -> str:
     """How many of llama.cpp's settings the time did not allow."""
     missing = len(run["left_out"])
-    return f"not tried for lack of time: {missing} of {missing + len(run['tried'])} settings"
+    tried = {(each["mode"], each["flags"]) for each in run["tried"]}  # finalists twice
+    return f"not tried for lack of time: {missing} of {missing + len(tried)} settings"

@@ -27,7 +27,8 @@ SERVER, BENCH, BATCHED = "llama-server", "llama-bench", "llama-batched-bench"
 LOADING, ANSWERING = 300.0, 600.0  # seconds until it is given up; of a prompt for each slot
 LEAST_BATCH = 2048  # llama.cpp's default of --batch-size
 _BUILD = re.compile(
-    r"^(CMAKE_BUILD_TYPE|BUILD_SHARED_LIBS|GGML_(?:NATIVE|OPENMP|CPU_REPACK|LLAMAFILE|BLAS|LTO))"
+    r"^(CMAKE_BUILD_TYPE|BUILD_SHARED_LIBS|GGML_(?:NATIVE|OPENMP|CPU_REPACK|LLAMAFILE|BLAS|LTO|AVX2"
+    r"|AVX512|FMA|F16C|BMI2))"
     r":\w+=(.+)$",
     re.MULTILINE,
 )
@@ -39,8 +40,8 @@ _NOT_THEIRS = ("LLAMA_", "GGML_", "OMP_", "GOMP_", "KMP_")
 class Flags:
     """How llama.cpp runs. flash: on, off or auto; repack: weights in the layout that its kernels
     like best; ubatch: rows of a forward; sampling: in the graph instead of after it; unified: one
-    KV buffer for all slots, so that uneven counts of rows fit into one forward; speculation:
-    further words."""
+    KV buffer for all slots, so that uneven counts of rows fit into one forward; mmap: weights are
+    mapped, not read; speculation: further words."""
 
     threads: int
     flash: str = "auto"
@@ -48,6 +49,7 @@ class Flags:
     ubatch: int = 512
     sampling: bool = False
     unified: bool = False
+    mmap: bool = True
     speculation: tuple[str, ...] = ()
 
     @property
@@ -58,6 +60,7 @@ class Flags:
         words += [] if self.repack else ["--no-repack"]
         words += ["--backend-sampling"] if self.sampling else []
         words += ["--kv-unified"] if self.unified else []
+        words += [] if self.mmap else ["--no-mmap"]
         return [*words, *self.speculation]
 
 

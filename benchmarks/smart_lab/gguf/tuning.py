@@ -1,9 +1,11 @@
 """llama.cpp's best flags on this machine, found by trying: threads, flash attention, repacking,
-batches, sampling and the KV buffer for plain decoding, then settings of its draft model and n-gram
-modes."""
+batches, sampling, the KV buffer and mapped weights for plain decoding, then settings of its draft
+model and n-gram modes."""
 
 from __future__ import annotations
 
+import statistics
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -51,7 +53,9 @@ STEPS: tuple[tuple[str, tuple[Any, ...]], ...] = (
     ("sampling", (True,)),
     ("unified", (True,)),
     ("ubatch", (128, 2048)),
+    ("mmap", (False,)),
 )
+FINALISTS = 2  # of each mode are tried once more: single trials differ by several per cent
 Answer = Callable[[Flags], Reply]  # tries flags; raises ModelError where they do not work
 TimeLeft = Callable[[], bool]
 
@@ -105,6 +109,7 @@ def tune(answer: Answer, cores: int, draft: str | None, time_left: TimeLeft) -> 
     for name, values in STEPS:
         changed = [replace(base, **{name: value}) for value in values]
         base = search.best(PLAIN, base, changed)
+    base = search.confirmed(PLAIN, base)
     search.found.flags[PLAIN] = base
     groups = {NGRAM: [ngram_words(setting) for setting in NGRAMS]}
     if draft is not None:
@@ -118,7 +123,7 @@ def tune(answer: Answer, cores: int, draft: str | None, time_left: TimeLeft) -> 
             other: dict[str, Any] = {name: not getattr(chosen, name)}
             chosen = search.best(mode, chosen, [replace(chosen, **other)])
         if search.works(chosen):
-            search.found.flags[mode] = chosen
+            search.found.flags[mode] = search.confirmed(mode, chosen)
     flags = search.found.flags
     if DRAFT in flags and NGRAM in flags:
         words = both_words(flags[DRAFT].speculation, flags[NGRAM].speculation)
@@ -131,7 +136,8 @@ class _Search:
 
     def __init__(self, answer: Answer, time_left: TimeLeft) -> None:
         self._answer, self._time_left = answer, time_left
-        self._replies: dict[Flags, Reply] = {}
+        self._rates: dict[Flags, list[float]] = {}  # of all trials
+        self._of_mode: defaultdict[str, list[Flags]] = defaultdict(list)
         self.found = Tuned()
 
     def attempt(self, mode: str, flags: Flags) -> None:
@@ -144,7 +150,9 @@ class _Search:
                 raise
             self.found.tried.append({"mode": mode, "flags": words, "error": str(error)})
             return
-        self._replies[flags] = reply
+        self._rates.setdefault(flags, []).append(reply.overall)
+        if flags not in self._of_mode[mode]:
+            self._of_mode[mode].append(flags)
         rates = {"decode": reply.decode, "overall": reply.overall}
         self.found.tried.append({"mode": mode, "flags": words, **rates})
 
@@ -158,8 +166,21 @@ class _Search:
             else:
                 self.found.left_out.append(f"{mode}: {' '.join(flags.words)}")
         working = [flags for flags in (known, *others) if self.works(flags)]
-        return max(working, key=lambda flags: self._replies[flags].overall, default=known)
+        return max(working, key=self._rate, default=known)
+
+    def confirmed(self, mode: str, chosen: Flags) -> Flags:
+        """The best of the finalists, each tried once more; `chosen` where there is no time."""
+        finalists = sorted(self._of_mode[mode], key=self._rate, reverse=True)[:FINALISTS]
+        if len(finalists) < FINALISTS or not self._time_left():
+            return chosen
+        for flags in finalists:
+            self.attempt(mode, flags)
+        return max(finalists, key=self._rate)
+
+    def _rate(self, flags: Flags) -> float:
+        """Of all trials' tokens over all their seconds."""
+        return statistics.harmonic_mean(self._rates[flags])
 
     def works(self, flags: Flags) -> bool:
         """Whether it answered with them."""
-        return flags in self._replies
+        return flags in self._rates
