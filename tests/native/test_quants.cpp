@@ -1,6 +1,7 @@
 // Quants: packed, unpacked and multiplied.
 
 #include <algorithm>
+#include <cstring>
 
 #include "abi.h"
 #include "check.h"
@@ -283,9 +284,37 @@ void in_bytes(uint64_t seed, const std::vector<Kind>& kinds, int64_t k) {
     for (int64_t i = 0; i < n; i++) check::same("not a number", 1, std::isnan(found[row * n + i]));
 }
 
+// Weights whose scale is infinite, or no number, are no numbers.
+void odd_scales(uint64_t seed, const Kind& kind) {
+    Random random(seed);
+    const int64_t lanes = smart_vector_width(), k = 2 * kind.k;
+    check::begin("scales that are no numbers", seed, kind.name);
+    Rows8 part(random, kind, lanes, k);
+    std::vector<const void*> rows;
+    for (int64_t r = 0; r < lanes; r++) {
+        uint8_t* row = &part.file[r * part.row_bytes];
+        rows.push_back(row);
+        const uint16_t odd = uint16_t(random.of({0x7c00, 0xfc00, 0x7e00}));
+        for (int where : kind.halves) memcpy(row + where, &odd, sizeof odd);
+    }
+    std::vector<uint8_t> memory(smart_strip_bytes(kind.format, k));
+    Strip strip{memory.data(), kind.format};
+    smart_pack_quants(&strip, 1, rows.data(), k, 0);
+    const Weight weight{nullptr, &strip, NEVER};
+    std::vector<int64_t> index(lanes);
+    for (int64_t i = 0; i < lanes; i++) index[i] = i;
+    std::vector<float> found(lanes * k);
+    smart_unpack(&weight, k, 1, index.data(), int32_t(lanes), found.data());
+    for (int64_t i = 0; i < lanes * k; i++)
+        check::same("is a number", i % k >= kind.k, std::isfinite(found[i]));
+}
+
 }  // namespace
 
 void test_quants() {
+    for (const Kind& kind : KINDS)
+        for (uint64_t seed = 1; seed <= check::seeds(4) && !kind.halves.empty(); seed++)
+            odd_scales(seed, kind);
     std::vector<Kind> byte_kinds;
     for (const Kind& kind : KINDS)
         if (kind.format != BF16_ROWS) byte_kinds.push_back(kind);

@@ -129,11 +129,18 @@ def decoder(
     native: bool | None,
     dtype: torch.dtype = torch.float32,
     mrope: tuple[int, ...] = (),
+    poison: int | None = None,
 ) -> Decoder:
-    """A fresh decoder, its cache full of rubbish that no row may read. mrope: as in its config."""
+    """A fresh decoder, its cache full of rubbish that no row may read. mrope: as in its config;
+    poison: a token whose embedding is no number."""
+    weights = computed(name)
+    if poison is not None:
+        embedding = weights["model.embed_tokens.weight"].clone()
+        embedding[poison] = torch.nan
+        weights = {**weights, "model.embed_tokens.weight": embedding}
     model = Decoder(
         replace(config_of(name), mrope=mrope),
-        computed(name),
+        weights,
         dtype,
         torch.device("cpu"),
         PAGES,

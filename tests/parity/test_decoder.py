@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from smart_decoding.core.tree import ROOT, DraftTrees
 from smart_decoding.engine.rows import build_rows
 from smart_decoding.models.decoder import Decoder
 
@@ -151,6 +152,35 @@ def test_tree_rows_equal_plain_rows_and_can_be_committed(
         tokens = np.append(sequence(owner, path), 7)
         after = model.forward(plain_rows(span(tokens[-1:], len(tokens) - 1, table))).logits.clone()
         assert_same(after[0], full(fresh, tokens)[-1], native)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", [name for name in MODELS if "tied" not in name])
+def test_what_is_no_number_reaches_no_row_that_does_not_see_it(
+    name: str, dtype: torch.dtype
+) -> None:
+    """Where products are of pairs, weights of 0 times NaN were NaN: of rows before it in a prompt,
+    whose page then was kept for other prompts, and of a node's younger sibling. Plain torch still
+    masks by such products."""
+    poison = int(np.setdiff1d(np.arange(VOCAB), TOKENS)[0])
+    clean, model = decoder(name, True, dtype), decoder(name, True, dtype, poison=poison)
+    for at in (1, 70, 79, 130):
+        tokens = TOKENS.copy()
+        tokens[at] = poison
+        got = full(model, tokens)
+        assert torch.equal(got[:at], full(clean, TOKENS)[:at])
+        assert got[at : at + 4].isnan().all()
+    context = 62
+    pages = Memory(1).pages(context + 40)
+    model.forward(plain_rows(span(TOKENS[:context], 0, pages)))
+    trees = DraftTrees.empty(1)
+    trees.append([0, 0], [poison, 7], [ROOT, ROOT], [0.5, 0.4])
+    trees.append([0], [9], [0], [0.5])  # the poison's child
+    root = span(TOKENS[context : context + 1], context, pages, len(trees))
+    rows, _, (bad, sibling, child) = build_rows([root], trees, [True])
+    logits = model.forward(rows).logits
+    assert torch.equal(logits[sibling], full(clean, np.append(TOKENS[: context + 1], 7))[-1])
+    assert logits[[bad, child]].isnan().all()
 
 
 @pytest.mark.parametrize("native", BOTH)

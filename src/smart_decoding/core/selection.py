@@ -42,9 +42,11 @@ class RoundCosts:
     limit: float = math.inf
 
     def drafted(self, trees: DraftTrees) -> float:
-        """Seconds of the round so far."""
+        """Seconds of the round so far. One level after the other, as the kernels add them: `sum`
+        takes another order from eight on."""
         widths = expanded_widths(trees)[1:]
-        return self.sunk + float(self.levels.take(widths[widths > 0]).sum())
+        seconds = self.levels.take(widths[widths > 0])
+        return self.sunk + (float(seconds.cumsum()[-1]) if len(seconds) else 0.0)
 
     def best(self, gains: FloatArray, sunk: float, least: int = 0) -> tuple[int, float]:
         """How many of the sorted `gains` to verify, and the rate; see `best_size`."""

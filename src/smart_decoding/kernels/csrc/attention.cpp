@@ -69,6 +69,17 @@ static inline void rope(float* x, const float* cosine, const float* sine) {
     }
 }
 
+// Where keys lie in pairs, values that a row does not see are multiplied by its weights of 0, which
+// a NaN or an infinity would survive. Such a position's value is 0, and its key tells who sees it.
+template <class T, int HD>
+static void contain(T* key, T* value) {
+    int finite = 1;
+    for (int d = 0; d < HD; d++) finite &= std::isfinite(to_f32(value[d]));
+    if (finite) return;
+    std::fill_n(value, HD, T(0));
+    for (int d = 0; d < HD; d++) from_f32(NAN, key + d);
+}
+
 template <class T, int HD>
 static void rope_and_store_row(const Layer& l, const Rows& in, int row, float* projected, int heads,
                                int kv_heads, const KvCache<T>& cache) {
@@ -85,6 +96,7 @@ static void rope_and_store_row(const Layer& l, const Rows& in, int row, float* p
         T key[HD], value[HD];
         for (int d = 0; d < HD; d++) from_f32(k[d], key + d);
         for (int d = 0; d < HD; d++) from_f32(v[d], value + d);
+        if (order.pairs) contain<T, HD>(key, value);
         order.put_key(cache.keys + h * plane, in.slot_mapping[row], key);
         order.put_value(cache.values + h * plane, in.slot_mapping[row], value);
     }

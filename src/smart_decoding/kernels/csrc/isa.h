@@ -195,11 +195,13 @@ static inline vf halves_to_float(const uint8_t* p) {
 #elif defined(__F16C__) && !defined(SMART_EMULATE_TILES)
     return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
 #else
-    // The exponent's range is moved by a product, which makes subnormals normal, too.
+    // The exponent's range is moved by a product, which makes subnormals normal, too. The largest
+    // exponent is that of infinities and of what is no number, here as there.
     typedef Vector<uint16_t, VW> Halves;
     const vu bits = __builtin_convertvector(loadu<Halves>(p), vu);
     const vf size = (vf)((bits & 0x7fff) << 13) * 0x1p112f;
-    return (vf)((vu)size | (bits & 0x8000) << 16);
+    const vu special = (vu)((bits & 0x7c00) == 0x7c00) & 0x7f800000;
+    return (vf)((vu)size | special | (bits & 0x8000) << 16);
 #endif
 }
 

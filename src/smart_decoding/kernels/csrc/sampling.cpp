@@ -296,7 +296,9 @@ struct Cut {
         : best(d.k >= 0 && has_nan(d.row, n) ? -1 : first_maximum(d.row, n)) {
         if (best < 0 || d.k < 0) return;
         if (d.k > 0 && d.k < n) kept = std::max(kept, kth_largest(d.row, n, d.k));
-        floor = float(std::max(double(kept), d.row[best] + d.below));
+        const double exact = std::max(double(kept), d.row[best] + d.below);
+        floor = float(exact);
+        if (floor < exact) floor = std::nextafter(floor, INFINITY);  // the next score that is kept
     }
 
     NoisyRow noisy(const Draw& d, float from) const {
@@ -375,6 +377,7 @@ void smart_top_k(const float* x, int32_t rows, int64_t n, int32_t k, const float
 
 void smart_draw(const Draw* draws, int64_t count, int64_t n, int64_t* best, int64_t* drawn,
                 int32_t threads) {
+    if (count < 1) return;
     std::vector<Cut> cuts(count);
     // Rows are drawn from in parts, so that all threads have work.
     const int64_t parts = (threads + count - 1) / count, size = (n + parts - 1) / parts;
