@@ -79,6 +79,10 @@ def test_the_command_line_wins_over_the_file(served: Any, tmp_path: Path) -> Non
         'quantization = "int8"\nqueue-timeout = 5\ntrust-pickle = true\n'
         "[policy-option]\ndepth = 2\n"
     )
+    table = tmp_path / "table.toml"
+    table.write_text('[speculative-config]\nmethod = "ngram"\n')
+    assert cli.main(["serve", "--config", str(table)]) == 0
+    assert served.pop()[1]["speculative_config"] == {"method": "ngram"}
     assert (
         cli.main(["serve", "--port", "8000", "--config", str(file), "--max-n", "2", "--seed", "5"])
         == 0

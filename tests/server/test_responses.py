@@ -145,6 +145,16 @@ def test_calls_streamed_and_not_and_the_turn_after(client: openai.OpenAI) -> Non
     assert "tool_call" not in cut.output_text
 
 
+def test_an_answer_with_logprobs_can_be_sent_back(client: openai.OpenAI) -> None:
+    first = client.responses.create(
+        model=NAME, input="a", max_output_tokens=2, include=["message.output_text.logprobs"]
+    )
+    again = [*first.output, {"role": "user", "content": "b"}]
+    told = client.responses.create(model=NAME, input=again, max_output_tokens=2)
+    assert told.usage is not None
+    assert told.usage.output_tokens == 2
+
+
 def test_calls_are_part_of_the_assistants_turn() -> None:
     call = {"type": "function_call", "name": "f", "arguments": "{}"}
     items = [

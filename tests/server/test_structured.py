@@ -16,6 +16,7 @@ from serving import NAME, Running, post
 
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine.structured import StructuredOutputsParams
+from smart_decoding.models.chat_template import render
 from smart_decoding.server.chat import chat_prompt
 from smart_decoding.server.schemas import ChatRequest, Message
 from smart_decoding.server.tool_text import ToolText
@@ -366,6 +367,20 @@ def test_results_of_tools_and_what_is_said_then_are_one_turn() -> None:
         "And?",
     )
     assert plain[-1]["content"] == "\n".join(answers)
+
+
+def test_an_answer_that_only_calls_says_nothing() -> None:
+    """Qwen3's template adds to its content, which clients send back as null."""
+    call = {"type": "function", "function": {"name": "now", "arguments": {}}}
+    message = {"role": "assistant", "content": None, "tool_calls": [call]}
+    assert render("{{ '<' + messages[0].content + '>' }}", [message], {}) == "<>"
+
+
+def test_text_parts_are_lines() -> None:
+    """As in vLLM, for templates that take a text; they were glued together."""
+    parts = [{"type": "text", "text": text} for text in ("Summarise:", "Cats purr.")]
+    message = Message.model_validate({"role": "user", "content": parts})
+    assert message.plain()["content"] == "Summarise:\nCats purr."
 
 
 def test_a_template_that_knows_tools_is_given_them(

@@ -59,6 +59,16 @@ MEANT = {
     "help": "--help",
     "version": "--version",
 }
+MEANT_OPTIONS = {
+    "-md": "--draft",
+    "--model-draft": "--draft",
+    "--hf-repo": "-hf",
+    "-ngl": "--device",
+    "--n-gpu-layers": "--device",
+    "-np": "--max-num-seqs",
+    "--parallel": "--max-num-seqs",
+    "--n-predict": "--max-tokens",
+}
 INTERRUPTED = 130  # as the shell reports SIGINT
 BROKEN_PIPE = 141  # and SIGPIPE
 
@@ -109,12 +119,24 @@ class Parser(argparse.ArgumentParser):
     def _hint(self, unknown: str) -> str:
         """What was meant by an unknown argument."""
         if unknown.startswith("-"):
+            meant = MEANT_OPTIONS.get(unknown, "")
+            if meant in self._option_string_actions:
+                return f"; did you mean {meant}?"
+            if not unknown.startswith("--"):
+                return ""
             return did_you_mean(unknown.partition("=")[0], self._option_string_actions)
         from smart_decoding.models.registry import names_model  # late: it takes a while
 
         if "--model" in self._option_string_actions and names_model(unknown):
             return "; a model is given by --model"
-        return "" if " " in unknown else "; put a text of several words in quotes"
+        takes_text = any(action.dest == "words" for action in self._actions)
+        return "; put a text of several words in quotes" if takes_text else ""
+
+    def _get_option_tuples(self, option_string: str) -> Any:
+        """-n64 is -n 64; but -md is no -m d, as it is an option of other programs."""
+        if option_string[:2] != "--" and not option_string[2:].lstrip("=").isdecimal():
+            return []
+        return super()._get_option_tuples(option_string)
 
 
 def _is_option(word: str) -> bool:

@@ -12,7 +12,7 @@ from smart_decoding.drafters import METHODS, check_draft, check_plain
 from smart_decoding.errors import ConfigError
 from smart_decoding.models import chat_template
 
-DTYPES = ("bf16", "bfloat16", "fp32", "float32", "auto")
+DTYPES = ("bf16", "bfloat16", "fp32", "float32", "float", "auto", "half", "float16")
 
 
 def policy_name(name: str) -> str:

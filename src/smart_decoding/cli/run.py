@@ -49,7 +49,9 @@ SAMPLING = (
         "the same seed gives the same answer under every policy (a new one each time, which "
         "--stats tells)",
     ),
-    Option("max-tokens", int, 256, "length of the answer at most", aliases=("-n",)),
+    Option(
+        "max-tokens", int, 256, "length of the answer at most (-1: the context's)", aliases=("-n",)
+    ),
 )
 
 
@@ -168,7 +170,10 @@ def loaded(
 
 def sampling_params(args: argparse.Namespace) -> SamplingParams:
     """Of the options SAMPLING; where draws have no seed, with a new one."""
-    params = SamplingParams(**{option.dest: getattr(args, option.dest) for option in SAMPLING})
+    given = {option.dest: getattr(args, option.dest) for option in SAMPLING}
+    if given["max_tokens"] == -1:  # as in llama.cpp: up to the context's end
+        given["max_tokens"] = None
+    params = SamplingParams(**given)
     if params.seed is None and not params.greedy:
         # the engine's own draws are the same in every process
         params = replace(params, seed=secrets.randbits(32))

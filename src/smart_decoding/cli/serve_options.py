@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from smart_decoding.cli.arguments import Option, key_value
+from smart_decoding.cli.arguments import Option, json_object, key_value
 from smart_decoding.cli.model_options import MODEL_OPTIONS
 from smart_decoding.errors import ConfigError
 from smart_decoding.models.registry import DEFAULT_MODEL
@@ -127,6 +127,8 @@ def _checked(path: Path, name: str, value: Any) -> Any:
     option = _ALL[name]
     if option.kind is key_value:
         return list(value.items()) if isinstance(value, Mapping) else _refuse(path, name, value)
+    if option.kind is json_object and isinstance(value, Mapping):
+        return dict(value)
     values = value if option.many and isinstance(value, list) else [value]
     for each in values:
         if not _fits(option, each):

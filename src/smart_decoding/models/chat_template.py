@@ -111,6 +111,9 @@ def render(
         {name: value for name, value in message.items() if value is not None}
         for message in messages
     ]
+    for message in given:
+        if "tool_calls" in message:  # templates add to what an answer that only calls says: nothing
+            message.setdefault("content", "")
     try:
         plain = json.loads(json.dumps({**variables, "messages": given}, default=_type_name))
         return _compile(template)(plain)

@@ -52,11 +52,9 @@ class TextPart(Body):
 
     type: Literal["input_text", "output_text"]
     text: Text
+    logprobs: list[Any] | None = Field(None, description="Of an earlier answer, without effect.")
 
-    _NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = {
-        "annotations": (None, []),
-        "logprobs": (None, []),
-    }
+    _NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = {"annotations": (None, [])}
 
     def plain(self) -> Json:
         """As a chat has it."""
@@ -119,7 +117,7 @@ class CallOutput(_Item):
     def plain(self) -> Json:
         """As a chat has it."""
         output = self.output
-        text = output if isinstance(output, str) else "".join(part.text for part in output)
+        text = output if isinstance(output, str) else "\n".join(part.text for part in output)
         return {"role": "tool", "tool_call_id": self.call_id, "content": text}
 
 
@@ -199,7 +197,7 @@ class ResponsesRequest(Sampling):
     parallel_tool_calls: bool | None = None
     include: list[Text] | None = Field(None, description=f"{LOGPROBS!r}; others have no effect.")
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    metadata: dict[str, Text] | None = Field(None, description="Comes back with the answer.")
+    metadata: dict[Text, Text] | None = Field(None, description="Comes back with the answer.")
     reasoning: Reasoning | None = None
     chat_template_kwargs: TemplateVariables | None = None
 

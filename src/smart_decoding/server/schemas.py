@@ -16,7 +16,7 @@ from smart_decoding.server.body import FAST, Body, Text, Token, check_json
 from smart_decoding.server.structure import ResponseFormat, StructuredOutputs, schema_of
 from smart_decoding.server.tools import MAX_TOOLS, NamedTool, Offer, Tool, ToolCall
 
-MAX_STOPS = 16
+MAX_STOPS = 64
 MAX_BAD_WORDS = 128
 MAX_LOGPROBS = 20
 # Of OpenAI's fields and vLLM's, those that would change an answer.
@@ -82,7 +82,7 @@ class Sampling(Body):
     logit_bias: dict[str, float] | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    user: str | None = Field(None, description="Names your end user; it goes nowhere.")
+    user: Text | None = Field(None, description="Names your end user; it goes nowhere.")
     # Beyond OpenAI's, in vLLM's names:
     top_k: int | None = None
     min_p: float | None = None
@@ -265,7 +265,7 @@ class Message(Body):
         if isinstance(content, list):
             content = [part.model_dump(exclude_none=True) for part in content]
             if all(part["type"] == "text" for part in content):
-                content = "".join(part["text"] for part in content)
+                content = "\n".join(part["text"] for part in content)
         calls = [call.plain() for call in self.tool_calls] if self.tool_calls else None
         role = "system" if self.role == "developer" else self.role
         found = {
@@ -350,7 +350,7 @@ class ChatRequest(Completions):
 
     @model_validator(mode="after")
     def _check(self) -> ChatRequest:
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs is only allowed with logprobs=true")
         limits = {self.max_tokens, self.max_completion_tokens} - {None}
         if len(limits) > 1:

@@ -439,7 +439,7 @@ def test_standard_input_must_be_text(
         ("--method draft_model", "give --draft MODEL"),
         ("--method none --policy chain", "policy 'chain' is given: leave out one of them"),
         ("--draft small --method-option model=other", "give it once"),
-        ("--dtype int4", "'bf16', 'bfloat16', 'fp32', 'float32', 'auto'"),
+        ("--dtype int4", "'bf16', 'bfloat16', 'fp32', 'float32', 'float', 'auto'"),
         (
             "--policy chain --policy-option depth=3",
             "policy 'chain' has no option 'depth'; its options: length",
@@ -481,7 +481,10 @@ def test_bad_arguments_are_refused_before_a_model_is_loaded(
     [
         ("bench smollm2-135m", "unrecognized arguments: smollm2-135m; a model is given by --model"),
         ("train --output x a.gguf", "unrecognized arguments: a.gguf; a model is given by --model"),
-        ("train --output x y", "unrecognized arguments: y; put a text of several words in quotes"),
+        ("train --output x y", "unrecognized arguments: y (see:"),
+        ("serve -m t.gguf -md d.gguf", "unrecognized arguments: -md; did you mean --draft?"),
+        ("run -m t.gguf -ngl 99 -p hi", "unrecognized arguments: -ngl; did you mean --device?"),
+        ("serve smollm2-135m -tp 1", "unrecognized arguments: -tp 1 (see:"),
     ],
 )
 def test_a_model_in_the_wrong_place_is_told_where_it_belongs(
@@ -551,6 +554,12 @@ def test_lines_of_a_batch_end_at_line_breaks_only(
         path.write_text(odd)
         assert "no JSON object with a text" in fails(capsys, "run", "--batch", str(path))
     assert not fake.made
+
+
+def test_lengths_are_told_as_in_llama_cpp(fake: type[FakeLLM]) -> None:
+    assert cli.main(["run", "-n64", "-t1", "hi"]) == 0
+    assert cli.main(["run", "-n", "-1", "hi"]) == 0
+    assert [made.asked[-1][1].max_tokens for made in fake.made] == [64, None]
 
 
 def test_a_batch_comes_from_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
