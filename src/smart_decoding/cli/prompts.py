@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import select
 import stat
 import sys
@@ -18,6 +19,8 @@ from smart_decoding.models.registry import DEFAULT_MODEL, names_model, unknown_m
 if TYPE_CHECKING:
     import argparse
 
+# What looks like a model of Ollama's, as llama3.2 and qwen3:8b do, and hardly like a prompt.
+_TAG = re.compile(r"(?=.*\d)(?=.*[.:-])[a-z][\w.-]*(:[\w.-]+)?")
 PATIENCE = 1.0  # seconds until it is said that a pipe is waited for
 
 
@@ -28,6 +31,11 @@ def model_and_message(args: argparse.Namespace) -> tuple[str | None, str | None]
     named = bool(words) and not args.model and names_model(words[0])
     model = words[0] if named else args.model
     messages = [*words[named:], *([] if args.prompt is None else [args.prompt])]
+    if words and not named and not args.model and _TAG.fullmatch(words[0]):
+        raise ConfigError(
+            f"no model {words[0]!r} is known{unknown_model(words[0])}: smart models list shows the "
+            "built-in ones, a hub id has a slash; -p takes such a word as the prompt"
+        )
     if len(messages) > 1:
         raise ConfigError(
             f"several prompts are given, {messages[0]!r} and {messages[1]!r}: put a text of "

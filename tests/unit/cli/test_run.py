@@ -556,6 +556,16 @@ def test_lines_of_a_batch_end_at_line_breaks_only(
     assert not fake.made
 
 
+@pytest.mark.parametrize("words", [["llama3.2"], ["qwen3:8b", "Why?"]])
+def test_a_model_of_ollamas_is_no_prompt(
+    words: list[str], fake: type[FakeLLM], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The default model was fetched, and answered the word."""
+    assert f"no model '{words[0]}' is known" in fails(capsys, "run", *words)
+    assert not fake.made
+    assert cli.main(["run", "-p", words[0]]) == 0
+
+
 def test_lengths_are_told_as_in_llama_cpp(fake: type[FakeLLM]) -> None:
     assert cli.main(["run", "-n64", "-t1", "hi"]) == 0
     assert cli.main(["run", "-n", "-1", "hi"]) == 0
