@@ -45,8 +45,10 @@ class RoundCosts:
         """Seconds of the round so far. One level after the other, as the kernels add them: `sum`
         takes another order from eight on."""
         widths = expanded_widths(trees)[1:]
-        seconds = self.levels.take(widths[widths > 0])
-        return self.sunk + (float(seconds.cumsum()[-1]) if len(seconds) else 0.0)
+        drafted = 0.0
+        for seconds in self.levels.take(widths[widths > 0]).tolist():
+            drafted += seconds
+        return self.sunk + drafted
 
     def best(self, gains: FloatArray, sunk: float, least: int = 0) -> tuple[int, float]:
         """How many of the sorted `gains` to verify, and the rate; see `best_size`."""

@@ -144,9 +144,13 @@ class EngineThread:
     def _start(self) -> None:
         given = (self.inbox, self.observers, self._idle_work)
         thread = threading.Thread(target=_main, args=given, name="smart-engine", daemon=True)
-        thread.start()
+        self._thread = thread  # before it runs: its first round may ask whose it is
+        try:
+            thread.start()
+        except BaseException:
+            self._thread = None
+            raise
         weakref.finalize(self, _end, self.inbox, thread)
-        self._thread = thread
 
 
 def _end(inbox: Inbox, thread: threading.Thread) -> None:

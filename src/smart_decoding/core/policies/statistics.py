@@ -10,6 +10,16 @@ if TYPE_CHECKING:
     from smart_decoding.core.tree import DraftTrees, IntArray
 
 KEEP = 1.0 - 1.0 / 256.0  # decay per round
+FIGURES = (
+    "rounds",
+    "off",
+    "tokens",
+    "seconds",
+    "plain_tokens",
+    "plain_seconds",
+    "accepted",
+    "expected",
+)
 
 
 class Statistics:
@@ -19,7 +29,7 @@ class Statistics:
 
     def __init__(self) -> None:
         self.verified: Counter[tuple[int, str]] = Counter()
-        self._sums = [0.0] * 8  # what `summary` takes apart
+        self._sums = [0.0] * len(FIGURES)
 
     def record(self, round: Round, plain_seconds: float) -> None:
         """After a round; `plain_seconds` is what a plain one is predicted to take."""
