@@ -59,6 +59,7 @@ MEANT = {
     "help": "--help",
     "version": "--version",
 }
+# What llama.cpp calls our options.
 MEANT_OPTIONS = {
     "-md": "--draft",
     "--model-draft": "--draft",

@@ -35,9 +35,9 @@ class Detokenizer:
         """The new text up to the last complete character."""
         self._window.extend(tokens)
         text = self._decode(self._window)
-        if len(tokens) > 1 and UNFINISHED in text:
+        if UNFINISHED in text and (len(tokens) > 1 or self._shorten()):
             # What becomes of bytes that are no character depends on the piece that they are in: so
-            # pieces are of one token, however many a round brought.
+            # pieces are of one token, however many a round brought, and the one before was, too.
             del self._window[-len(tokens) :]
             return "".join(self.push([token]) for token in tokens)
         waits = text.endswith(UNFINISHED) and len(self._window) - self._read < LONGEST
@@ -53,6 +53,17 @@ class Detokenizer:
         if self._read == len(self._window):
             return ""
         return self._decode(self._window)[len(self._old()) :].rstrip(UNFINISHED)
+
+    def _shorten(self) -> bool:
+        """Leaves the last complete characters of what was given out; whether there were others."""
+        if UNFINISHED in self._old():  # a piece of one token
+            return False
+        for start in range(self._read - 1, 0, -1):
+            if not self._decode(self._window[:start]).endswith(UNFINISHED):
+                del self._window[:start]
+                self._read -= start
+                return True
+        return False
 
     def _old(self) -> str:
         return self._decode(self._window[: self._read]) if self._read else ""

@@ -567,7 +567,7 @@ def test_a_model_of_ollamas_is_no_prompt(
 
 
 def test_lengths_are_told_as_in_llama_cpp(fake: type[FakeLLM]) -> None:
-    assert cli.main(["run", "-n64", "-t1", "hi"]) == 0
+    assert cli.main(["run", "-n64", "hi"]) == 0
     assert cli.main(["run", "-n", "-1", "hi"]) == 0
     assert [made.asked[-1][1].max_tokens for made in fake.made] == [64, None]
 

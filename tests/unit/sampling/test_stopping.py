@@ -5,7 +5,7 @@ import random
 from itertools import groupby
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from smart_decoding.engine.sampling_params import SamplingParams
@@ -208,6 +208,7 @@ def byte_fallback(ids):
     st.lists(st.sampled_from([0xE2, 0x82, 0xAC, 0xC3, 0xA4, 0x41, 0x391, 0x3A9]), max_size=12),
     st.lists(st.integers(1, 5), min_size=12, max_size=12),
 )
+@example([0xC3, 0xA4, 0x41, 0xAC], [3, 1])  # what was given out at once is of two pieces
 def test_text_does_not_depend_on_how_many_tokens_a_round_brings(tokens, sizes):
     alone = Detokenizer(byte_fallback)
     text = "".join(alone.push([token]) for token in tokens) + alone.flush()
