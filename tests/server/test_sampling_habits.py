@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import NAME, post, save_tiny_model, serving
+from serving import NAME, post, save_tiny_model, serving, slow
 
 from smart_decoding import LLM, AsyncLLM, ConfigError, SamplingParams, StructuredOutputsParams
 
@@ -175,6 +175,7 @@ def test_the_server_takes_them_for_what_a_request_leaves_open(folder: Path) -> N
 
 def test_async_outputs_know_the_prompt(folder: Path) -> None:
     engine = AsyncLLM(folder, **SHORT)
+    slow(engine.llm, 0.005)  # else a caller that got no turn sees one output, the last
     params = SamplingParams(temperature=0, max_tokens=20, prompt_logprobs=0, logprobs=0)
 
     async def all_of(given: SamplingParams | None) -> list[Any]:
