@@ -264,9 +264,27 @@ void reading() {
     }
 }
 
+// All columns are equal; threads that begin late find their first ones done by others, after those
+// behind them.
+void ties_whoever_multiplies() {
+    const int64_t n = 80 * smart_vector_width(), k = 32;
+    const std::vector<float> plain(n * k, 0.5f), x(k, 1.0f);
+    std::vector<float> packed(smart_packed_rows(n) * k), scratch(k);
+    smart_pack(plain.data(), n, k, packed.data(), 0);
+    const Weight weight{packed.data(), nullptr, 0};
+    for (int trial = 0; trial < 300; trial++) {
+        int64_t best = -7;
+        check::begin("linear", uint64_t(trial), "equal columns, 8 threads");
+        smart_linear(x.data(), 1, &weight, n, k, 0, nullptr, 0, nullptr, scratch.data(), nullptr, n,
+                     0, 3, &best, 8);
+        check::same("best", 0, best);
+    }
+}
+
 }  // namespace
 
 void test_linear() {
+    ties_whoever_multiplies();
     rms_norms();
     packing();
     reading();

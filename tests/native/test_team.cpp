@@ -29,9 +29,45 @@ int64_t wrong_after_barriers(int threads, int phases) {
     return wrong;
 }
 
+// Each item once, whoever takes it.
+int64_t wrong_items(int threads, int64_t count) {
+    std::atomic<int64_t> wrong{0};
+    std::vector<std::atomic<int>> taken(count);
+    smart::run_team(threads, [&] {
+        for (int phase = 1; phase <= 50; phase++) {
+            smart::Items items(count);
+            for (int64_t i; (i = items.next()) < count;) taken[i]++;
+            smart::barrier();
+            for (const std::atomic<int>& times : taken) wrong += times != phase;
+            smart::barrier();
+        }
+    });
+    return wrong;
+}
+
+// Items of a thread that takes ten times as long for each as the other one.
+int64_t items_of_slow_thread(int64_t count) {
+    int64_t slow = 0;
+    smart::run_team(2, [&] {
+        const int me = omp_get_thread_num();
+        for (smart::Items items(count); items.next() < count;) {
+            std::this_thread::sleep_for(std::chrono::microseconds(me ? 3000 : 300));
+            if (me) slow++;
+        }
+    });
+    return slow;
+}
+
 }  // namespace
 
 void test_team() {
+    for (int threads : {1, 2, 3, 16})
+        for (int64_t count : {1, 2, 5, 48, 280}) {
+            check::begin("team", uint64_t(threads), std::to_string(count) + " items");
+            check::same("items", 0, wrong_items(threads, count));
+        }
+    check::begin("team", 2, "one of two threads is slow");
+    check::that(items_of_slow_thread(60) < 20, "the other does more than twice as much");
     for (int threads : {1, 2, 3, 16}) {
         check::begin("team", uint64_t(threads), std::to_string(threads) + " threads, two teams");
         const int phases = check::quick ? 200 : 2000;

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from smart_decoding.errors import ConfigError
@@ -53,12 +54,18 @@ def split(messages: Sequence[Message]) -> tuple[list[dict[str, Any]], list[Pictu
 
 
 def as_text(messages: Sequence[Message], placeholders: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Split messages with each content as one string, a placeholder and a new line for every
-    picture."""
+    """Split messages with each content as one string: a placeholder and a new line for every
+    picture, and a new line between texts, as in vLLM."""
     texts = {modality: f"{token}\n" for modality, token in placeholders.items()}
     plain = []
     for message in messages:
-        found = [part.get("text", texts.get(part["type"], "")) for part in message["content"]]
+        runs = groupby(message["content"], lambda part: part["type"])
+        found = [
+            "\n".join(part["text"] for part in run)
+            if kind == "text"
+            else "".join(texts.get(kind, "") for _ in run)
+            for kind, run in runs
+        ]
         plain.append({**message, "content": "".join(found)})
     return plain
 

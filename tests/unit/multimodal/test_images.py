@@ -172,6 +172,12 @@ def test_content_parts_are_split_in_order() -> None:
     assert not has_pictures(user({"type": "text", "text": "a"}, "b"))
 
 
+def test_texts_of_a_message_are_lines() -> None:
+    image = {"type": "image", "image": SMALL}
+    messages, _ = split(user("a", {"type": "text", "text": "b"}, image, "c", "d"))
+    assert as_text(messages, {"image": "<image>"})[1]["content"] == "a\nb<image>\nc\nd"
+
+
 @pytest.mark.parametrize(
     ("part", "message"),
     [

@@ -173,8 +173,8 @@ static void gemm(const Input<W>* x, int64_t ld, int rows, const W* w, int64_t n,
     const int64_t k_block = passes > 1 ? std::min(k, K_BLOCK_BYTES / step_bytes * Kind::STEP) : k;
     static thread_local std::vector<float> kept;
     if (int64_t(kept.size()) < int64_t(rows) * PANEL) kept.resize(int64_t(rows) * PANEL);
-    const Panels mine(n);
-    for (int64_t p = mine.first; p < mine.last; p++)
+    Items panels(panels_of(n));
+    for (int64_t p; (p = panels.next()) < panels.count;)
         for (int64_t i = 0; i < k; i += k_block) {
             const W* block = w + (p * k + i) * PANEL;
             const int64_t depth = std::min(k_block, k - i), steps = depth / Kind::STEP;
@@ -207,9 +207,9 @@ static void widened_gemm(const Wide* x, int64_t ld, int rows, const Strip* strip
     if (int64_t(memory.size() * sizeof(vu)) < depth * PANEL)
         memory.resize(depth * PANEL / sizeof(vu));
     bf16* panel = (bf16*)memory.data();
-    const Panels mine(n);
     int shaped = 0;
-    for (int64_t p = mine.first; p < mine.last; p++) {
+    Items panels(panels_of(n));
+    for (int64_t p; (p = panels.next()) < panels.count;) {
         for (int half = 0; half < 2; half++) {
             const Strip& strip = strips[2 * p + half];
             with_format(strip.format, [&](auto format) {
@@ -235,13 +235,12 @@ static void quant_gemm(const Wide* x, int64_t ld, int rows, const Strip* strips,
     } else if (in_bytes == NEVER) {
         return vector_quant_gemm(x, ld, rows, strips, n, k, done);
     }
-    static thread_local ByteRows bytes;
-    bytes.read(x, ld, rows, k);
+    const ByteRows bytes(x, ld, rows, k);
     static thread_local std::vector<float> kept;
     if (int64_t(kept.size()) < int64_t(rows) * PANEL) kept.resize(int64_t(rows) * PANEL);
     float* sums = kept.data();
-    const Panels mine(n);
-    for (int64_t p = mine.first; p < mine.last; p++) {
+    Items panels(panels_of(n));
+    for (int64_t p; (p = panels.next()) < panels.count;) {
         byte_panel(bytes, strips + 2 * p, sums);
         for (int r = 0; r < rows; r++)
             done(r, p * PANEL, loadu<vf>(sums + r * PANEL), loadu<vf>(sums + r * PANEL + VW));

@@ -1,4 +1,4 @@
-// The first maximum of a row whose columns come panel by panel.
+// The first maximum of a row whose columns come panel by panel, in any order.
 
 #pragma once
 #include "panels.h"
@@ -14,7 +14,9 @@ struct Maxima {
     void add(int64_t column, int64_t n, vf a, vf b) {
         for (int j = 0; column + PANEL > n && j < PANEL; j++)
             if (column + j >= n) (j < VW ? a[j] : b[j - VW]) = -INFINITY;
-        vi low_above = a > low, high_above = b > high, here = vi{} + int32_t(column);
+        const vi here = vi{} + int32_t(column);
+        const vi low_above = (a > low) | ((a == low) & (here < low_at));
+        const vi high_above = (b > high) | ((b == high) & (here < high_at));
         low = low_above ? a : low;
         low_at = low_above ? here : low_at;
         high = high_above ? b : high;

@@ -1,9 +1,7 @@
 // Rows of inputs as right factors of panels of quants.
 
 #pragma once
-#include <vector>
-
-#include "quants.h"
+#include "packing.h"
 
 namespace [[gnu::visibility("hidden")]] smart {
 
@@ -13,41 +11,50 @@ template <class X>
 struct PackedRows {
     static constexpr int MOST = VW == 16 ? 16 : 8;  // rows of a group
     static constexpr int WORD = 4 / sizeof(X);      // k of a word
-    std::vector<X> packed;
-    int rows = 0, groups = 0;
-    int64_t k = 0;
+    const int rows, groups;
+    const int64_t k;
 
-    // most: rows of a group, up to MOST; length: a multiple of QUANT_BLOCK.
-    void read(const X* x, int64_t ld, int count, int64_t length, int most) {
-        rows = count;
-        groups = (rows + most - 1) / most;
-        together = (rows + groups - 1) / groups;
-        k = length;
-        const size_t need = rows * k + sizeof(vf);  // a last vector goes beyond the end
-        if (packed.size() < need) packed.resize(need);
+    // By a whole team. most: rows of a group, up to MOST; k: a multiple of QUANT_BLOCK.
+    PackedRows(const X* x, int64_t ld, int count, int64_t k_, int most)
+        : rows(count),
+          groups((rows + most - 1) / most),
+          k(k_),
+          together((rows + groups - 1) / groups) {
+        const Packing packing(rows, k, rows * k * sizeof(X));
+        packed = (X*)packing.memory;
         for (int group = 0; group < groups; group++)
-            read_group(x + first(group) * ld, ld, columns(group), &packed[first(group) * k]);
+            read_group(x + first(group) * ld, ld, columns(group), packing.first, packing.last,
+                       packed + first(group) * k);
+        packing.finish();
     }
 
     int first(int group) const { return group * together; }
     int columns(int group) const { return std::min(together, rows - first(group)); }
     const X* at(int group, int64_t i) const {
-        return &packed[first(group) * k + i * columns(group)];
+        return packed + first(group) * k + i * columns(group);
     }
 
 private:
-    int together = 0;
+    const int together;
+    X* packed;
 
-    void read_group(const X* x, int64_t ld, int count, X* to) const {
-        if (count == 1) return (void)memcpy(to, x, k * sizeof(X));
-        for (int64_t i = 0; i < k; i += VW * WORD) {
+    // What `count` rows have from k = i to `end`; to: of k = 0.
+    static void read_group(const X* x, int64_t ld, int count, int64_t i, int64_t end, X* to) {
+        if (count == 1) return (void)memcpy(to + i, x + i, (end - i) * sizeof(X));
+        for (to += i * count; i < end; i += VW * WORD) {
             vf words[MOST / VW][VW] = {};
             for (int row = 0; row < count; row++)
                 words[row / VW][row % VW] = loadu<vf>(x + row * ld + i);
             for (auto& square : words) transpose(square);
+            const bool ends = i + VW * WORD >= end;  // what comes then may be another thread's
             for (int word = 0; word < VW; word++, to += WORD * count)
-                for (int row = 0; row < count; row += VW)  // covers what those before have too much
-                    storeu(to + WORD * row, words[row / VW][word]);
+                for (int row = 0; row < count; row += VW) {
+                    const vf& of_rows = words[row / VW][word];
+                    if (ends)
+                        memcpy(to + WORD * row, &of_rows, 4 * std::min(VW, count - row));
+                    else  // covers what those before have too much
+                        storeu(to + WORD * row, of_rows);
+                }
         }
     }
 };

@@ -29,17 +29,7 @@ struct InputOf<int8_t> {
 template <class W>
 using Input = typename InputOf<W>::type;
 
-// The panels of this thread, of those that n columns make.
-struct Panels {
-    int64_t first, last;
-
-    explicit Panels(int64_t n) {
-        int64_t all = (n + PANEL - 1) / PANEL, threads = omp_get_num_threads(),
-                me = omp_get_thread_num();
-        first = all * me / threads;
-        last = all * (me + 1) / threads;
-    }
-};
+static inline int64_t panels_of(int64_t n) { return (n + PANEL - 1) / PANEL; }
 
 // Where weights are prefetched to. Past the caches, these still hold a draft head, and the code and
 // data between two forwards, when these come next; which of them reads memory fastest depends on

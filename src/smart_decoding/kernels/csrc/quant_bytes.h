@@ -4,9 +4,7 @@
 // in any company, but not those of quants.h.
 
 #pragma once
-#include <vector>
-
-#include "quants.h"
+#include "packing.h"
 
 namespace [[gnu::visibility("hidden")]] smart {
 
@@ -17,26 +15,28 @@ constexpr int BYTE_GROUP = 16;  // inputs whose sum is kept: the fewest that sha
 
 // Rows of inputs in 8 bits, pass by pass: what is at the same k of its rows lies side by side.
 struct ByteRows {
-    int64_t k = 0;
-    int passes = 0, rows = 0;
-    std::vector<int8_t> bytes;   // [k / 4, rows, 4] of each pass
-    std::vector<float> scale;    // [k / 32, rows]
-    std::vector<float> sums;     // [k / 32, rows] of rounded inputs
-    std::vector<int32_t> minus;  // [k / 16, rows] of bytes, negative
+    const int64_t k;
+    const int rows, passes;
+    float* scale;    // [k / 32, rows] of each pass
+    float* sums;     // [k / 32, rows] of rounded inputs
+    int32_t* minus;  // [k / 16, rows] of bytes, negative
+    int8_t* bytes;   // [k / 4, rows, 4]
 
+    // By a whole team. k: a multiple of QUANT_BLOCK.
     template <class X>
-    void read(const X* x, int64_t ld, int count, int64_t length) {
-        k = length;
-        rows = count;
-        passes = (rows + BYTE_ROWS - 1) / BYTE_ROWS;
-        bytes.resize(rows * k);
-        scale.resize(rows * k / QUANT_BLOCK);
-        sums.resize(rows * k / QUANT_BLOCK);
-        minus.resize(rows * k / BYTE_GROUP);
+    ByteRows(const X* x, int64_t ld, int count, int64_t k_)
+        : k(k_), rows(count), passes((rows + BYTE_ROWS - 1) / BYTE_ROWS) {
+        const int64_t blocks = rows * k / QUANT_BLOCK, groups = rows * k / BYTE_GROUP;
+        const Packing packing(rows, k, 4 * (2 * blocks + groups) + rows * k);
+        scale = (float*)packing.memory;
+        sums = scale + blocks;
+        minus = (int32_t*)(sums + blocks);
+        bytes = (int8_t*)(minus + groups);
         for (int pass = 0; pass < passes; pass++)
             for (int row = first_of(pass); row < first_of(pass + 1); row++)
-                for (int64_t i = 0; i < k; i += QUANT_BLOCK)
+                for (int64_t i = packing.first; i < packing.last; i += QUANT_BLOCK)
                     read_block(x + row * ld + i, pass, row, i);
+        packing.finish();
     }
 
     int first_of(int pass) const { return int(int64_t(rows) * pass / passes); }

@@ -321,10 +321,9 @@ static void tile_panel_of_many(const PackedRows<X>& x, const Strip* strips, cons
 template <class X, class Epilogue>
 static void tile_quant_gemm(const X* rows, int64_t ld, int count, const Strip* strips, int64_t n,
                             int64_t k, Epilogue&& done) {
-    static thread_local PackedRows<X> x;
     static thread_local TileChunk chunks[2];
     static thread_local std::vector<TileSums> sums;
-    x.read(rows, ld, count, k, TILE);
+    const PackedRows<X> x(rows, ld, count, k, TILE);
     if (int(sums.size()) < x.groups) sums.resize(x.groups);
     const TileProducts<X, false> one{x, 0};
     const TileProducts<X, true> two{x, 0};
@@ -332,9 +331,9 @@ static void tile_quant_gemm(const X* rows, int64_t ld, int count, const Strip* s
         one.shape();
     else if (count <= 2 * TILE)
         two.shape();
-    const Panels mine(n);
-    for (int64_t p = mine.first; p < mine.last; p++) {
-        const Strip *now = strips + 2 * p, *then = p + 1 < mine.last ? now + 2 : now;
+    Items panels(panels_of(n));
+    for (int64_t p; (p = panels.next()) < panels.count;) {
+        const Strip *now = strips + 2 * p, *then = p + 1 < panels.count ? now + 2 : now;
         if (count <= TILE)
             tile_panel(one, now, then, chunks, sums.data());
         else if (count <= 2 * TILE)

@@ -203,36 +203,40 @@ __attribute__((noinline)) static void multiply_beside(const Wide* x, const Wide*
     store_sums<R, 2>(sums, kept);
 }
 
-// The sums of panels one after another, chunk by chunk.
+// The sums of a thread's panels, chunk by chunk.
 struct ChunkedPanels {
     const PackedRows<Wide>& x;
-    const Strip *strips, *end;  // of the panels of a thread
-    float* sums;                // [rows, PANEL] of the panel in work
+    const Strip* strips;  // of the first panel
+    Items& panels;
+    float* sums;  // [rows, PANEL] of the panel in work
 
-    // done: called after each panel.
+    // done: called after each panel, with its number.
     template <class Done>
     void run(WideChunk (&chunks)[2], Done&& done) const {
-        if (strips == end) return;
-        go_to(chunks[0], strips, 0);
+        int64_t p = panels.next();
+        if (p == panels.count) return;
+        go_to(chunks[0], p, 0);
         chunks[0].widen_alone();
         for (int number = 0;; number++) {
             const WideChunk& now = chunks[number % 2];
             WideChunk& next = chunks[(number + 1) % 2];
             const bool ends = now.first + now.depth == x.k;
             if (!now.first) memset(sums, 0, x.rows * PANEL * sizeof(float));
-            go_to(next, now.strips + (ends ? 2 : 0), ends ? 0 : now.first + now.depth);
+            const int64_t then = ends ? panels.next() : p;
+            go_to(next, then, ends ? 0 : now.first + now.depth);
             multiply(now, next);
             if (!ends) continue;
-            done();
-            if (next.strips == end) return;
+            done(p);
+            p = then;
+            if (p == panels.count) return;
         }
     }
 
 private:
-    void go_to(WideChunk& chunk, const Strip* to, int64_t first) const {
-        chunk.strips = to;
+    void go_to(WideChunk& chunk, int64_t p, int64_t first) const {
+        chunk.strips = strips + 2 * p;
         chunk.first = first;
-        chunk.depth = to == end ? 0 : int(std::min<int64_t>(WideChunk::MOST, x.k - first));
+        chunk.depth = p == panels.count ? 0 : int(std::min<int64_t>(WideChunk::MOST, x.k - first));
     }
 
     // All groups go over a chunk, the first one while the next chunk is widened.
@@ -246,7 +250,7 @@ private:
     }
 
     void widen_beside(const WideChunk& now, WideChunk& next, int half) const {
-        const Strip* from = next.strips + half;
+        const Strip *from = next.strips + half, *end = strips + 2 * panels.count;
         const Strip* after = from + 2 < end ? from + 2 : from;
         const int first = half * next.depth / 2;
         with_format(from->format, [&](auto format) {
@@ -274,26 +278,22 @@ private:
 template <class Epilogue>
 static void vector_quant_gemm(const Wide* rows, int64_t ld, int count, const Strip* strips,
                               int64_t n, int64_t k, Epilogue&& done) {
-    static thread_local PackedRows<Wide> x;
     static thread_local WideChunk chunks[2];
     static thread_local std::vector<float> kept;
     const bool few = count <= ROWS_OF_ONE;
-    x.read(rows, ld, count, k, few ? ROWS_OF_ONE : GROUP_ROWS);
+    const PackedRows<Wide> x(rows, ld, count, k, few ? ROWS_OF_ONE : GROUP_ROWS);
     if (int64_t(kept.size()) < int64_t(count) * PANEL) kept.resize(int64_t(count) * PANEL);
     float* sums = kept.data();
-    const Panels mine(n);
-    int64_t p = mine.first;
-    const auto finish = [&] {
+    const auto finish = [&](int64_t p) {
         for (int r = 0; r < count; r++)
             done(r, p * PANEL, loadu<vf>(sums + r * PANEL), loadu<vf>(sums + r * PANEL + VW));
-        p++;
     };
-    if (!few)
-        return ChunkedPanels{x, strips + 2 * p, strips + 2 * mine.last, sums}.run(chunks, finish);
-    while (p < mine.last) {
+    Items panels(panels_of(n));
+    if (!few) return ChunkedPanels{x, strips, panels, sums}.run(chunks, finish);
+    for (int64_t p; (p = panels.next()) < panels.count;) {
         const Strip* now = strips + 2 * p;
-        multiply_few(x, now, p + 1 < mine.last ? now + 2 : now, sums);
-        finish();
+        multiply_few(x, now, p + 1 < panels.count ? now + 2 : now, sums);
+        finish(p);
     }
 }
 

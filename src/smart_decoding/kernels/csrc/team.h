@@ -8,13 +8,26 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <climits>
+#include <vector>
 
 #include "isa.h"
 
 namespace [[gnu::visibility("hidden")]] smart {
+
+struct alignas(64) CacheLine {
+    char bytes[64];
+};
+typedef std::vector<CacheLine> CacheLines;
+
+struct Range {
+    int64_t first, last;
+
+    bool empty() const { return first == last; }
+};
 
 class Team {
     typedef std::chrono::steady_clock Clock;
@@ -31,11 +44,25 @@ class Team {
 
     static constexpr uint32_t SOME_SLEEP = 1, NEXT = 2;
 
+    // Of what is left one part is taken at once: a thread that takes something has finished all
+    // that it has read and written, and would wait for memory anew at every item.
+    static constexpr int64_t PARTS = 4;
+
     alignas(64) std::atomic<uint32_t> phase{0};  // NEXT for each barrier passed, and SOME_SLEEP
     alignas(64) std::atomic<uint32_t> arrived{0};
     std::atomic<int64_t> taken{0};
 
+    // How many of a thread's items are taken, and since which barrier: (phase, count).
+    struct alignas(64) Taken {
+        std::atomic<uint64_t> since{~uint64_t(0)};
+    };
+    std::vector<Taken> taken_of;
+
 public:
+    CacheLines& memory;
+
+    Team(int threads, CacheLines& kept) : taken_of(threads), memory(kept) {}
+
     void wait(uint32_t size) {
         const uint32_t now = phase.load(std::memory_order_relaxed) & ~SOME_SLEEP;
         if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 < size) return wait_until_past(now);
@@ -46,6 +73,21 @@ public:
     }
 
     int64_t take() { return taken.fetch_add(1, std::memory_order_relaxed); }
+
+    Range take_of(int whose, const Range& items) {
+        std::atomic<uint64_t>& since = taken_of[whose].since;
+        const uint64_t now = phase.load(std::memory_order_relaxed) & ~SOME_SLEEP;
+        uint64_t seen = since.load(std::memory_order_relaxed);
+        for (;;) {
+            const int64_t before = seen >> 32 == now ? int64_t(uint32_t(seen)) : 0;
+            const int64_t first = items.first + before, left = items.last - first;
+            if (!left) return {items.last, items.last};
+            const int64_t count = std::max<int64_t>(1, left / PARTS);
+            if (since.compare_exchange_weak(seen, now << 32 | uint64_t(before + count),
+                                            std::memory_order_relaxed))
+                return {first, first + count};
+        }
+    }
 
 private:
     void wait_until_past(uint32_t now) {
@@ -69,6 +111,7 @@ private:
 };
 
 inline thread_local Team* my_team = nullptr;
+inline thread_local CacheLines team_lines;  // of the teams that this thread makes
 
 // All threads of the team wait for each other.
 static inline void barrier() { my_team->wait(uint32_t(omp_get_num_threads())); }
@@ -76,10 +119,47 @@ static inline void barrier() { my_team->wait(uint32_t(omp_get_num_threads())); }
 // The next of the items 0, 1, ... that no thread of the team has taken since the last barrier.
 static inline int64_t next_item() { return my_team->take(); }
 
+// The items 0 to count - 1, one after another for each thread of a team: its own first, then what
+// others have left. Cores differ in speed, and at times others work on them. A barrier comes before
+// the next ones.
+class Items {
+    const int threads = omp_get_num_threads(), me = omp_get_thread_num();
+    int turn = 0;
+    Range taken{0, 0};
+
+public:
+    const int64_t count;
+
+    explicit Items(int64_t count_) : count(count_) {}
+
+    // The next one; `count` where none is left.
+    int64_t next() {
+        for (; turn < threads; turn++) {
+            const int whose = (me + turn) % threads;
+            if (taken.empty())
+                taken = my_team->take_of(
+                    whose, {count * whose / threads, count * (whose + 1) / threads});
+            if (!taken.empty()) return taken.first++;
+        }
+        return count;
+    }
+};
+
+// Memory of the whole team, which all its threads ask for at once; what was in it may be lost.
+static inline CacheLine* team_memory(size_t lines) {
+    CacheLines& kept = my_team->memory;
+    if (kept.size() < lines) {
+        barrier();  // all have looked
+        if (!omp_get_thread_num()) kept = CacheLines(lines + lines / 4);
+        barrier();
+    }
+    return kept.data();
+}
+
 // Calls `run` on each of so many threads. The barrier at its end spares OpenMP's the waiting.
 template <class F>
 static void run_team(int threads, F&& run) {
-    Team team;
+    Team team(threads, team_lines);
 #pragma omp parallel num_threads(threads)
     {
         Team* const before = my_team;

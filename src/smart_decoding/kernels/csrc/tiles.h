@@ -103,12 +103,12 @@ static void tile_rows(const Input<W>* x, int64_t ld, int rows, const char* panel
 template <class W, class Epilogue>
 static void tile_gemm(const Input<W>* x, int64_t ld, int rows, const W* w, int64_t n, int64_t k,
                       Epilogue&& done) {
-    const Panels mine(n);
     const int64_t depth = k * sizeof(Input<W>), panel_bytes = k * PANEL * sizeof(W);
     const int passes = (rows + TILE_PASS - 1) / TILE_PASS;
     const int64_t stride = (TILE_STEP_BYTES / passes + 63) / 64 * 64;
     int shaped = 0;
-    for (int64_t p = mine.first; p < mine.last; p++) {
+    Items panels(panels_of(n));
+    for (int64_t p; (p = panels.next()) < panels.count;) {
         const char* panel = (const char*)w + p * panel_bytes;
         const Prefetch ahead = {panel + (passes > 1 ? panel_bytes : TILE_PREFETCH_L2), stride};
         tile_rows<W>(x, ld, rows, panel, depth, ahead, shaped,
