@@ -246,7 +246,7 @@ def test_a_text_model_refuses_pictures(tmp_path: Path) -> None:
             call()
     params = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
     parts = message("What ", "is it?")
-    plain = [{"role": "user", "content": "What is it?"}]
+    plain = [{"role": "user", "content": "What \nis it?"}]
     assert (
         llm.chat(parts, params)[0].outputs[0].token_ids
         == llm.chat(plain, params)[0].outputs[0].token_ids
