@@ -165,7 +165,7 @@ void one_weight(uint64_t seed, const std::vector<Kind>& kinds, int64_t k) {
                           17, int(random.between(18, 31)), 32, 33, 48, 49, 65}) {
         const std::vector<float> x = random.normals(rows_of_x * k);
         std::vector<float> scratch(x.size()), wanted(rows_of_x * n), found(rows_of_x * n);
-        const int threads = int(random.between(1, 3));
+        const int threads = random.chance(0.1) ? 16 : int(random.between(1, 3));
         smart_linear(x.data(), rows_of_x, &panels, n, k, 1, nullptr, 0, nullptr, scratch.data(),
                      wanted.data(), n, 0, 3, nullptr, threads);
         smart_linear(x.data(), rows_of_x, &quants, n, k, 1, nullptr, 0, nullptr, scratch.data(),

@@ -45,17 +45,39 @@ int64_t wrong_items(int threads, int64_t count) {
     return wrong;
 }
 
-// Items of a thread that takes ten times as long for each as the other one.
-int64_t items_of_slow_thread(int64_t count) {
-    int64_t slow = 0;
+// One of two threads is kept in its first item until the other has done all that it can: what the
+// first one does is the batch that it had taken.
+void others_help(int64_t count) {
+    std::atomic<bool> over{false};
+    std::atomic<int64_t> late{0}, all{0};
     smart::run_team(2, [&] {
-        const int me = omp_get_thread_num();
-        for (smart::Items items(count); items.next() < count;) {
-            std::this_thread::sleep_for(std::chrono::microseconds(me ? 3000 : 300));
-            if (me) slow++;
+        const bool is_late = omp_get_thread_num() == 1;
+        for (smart::Items items(count); items.next() < count; all++) {
+            late += is_late;
+            while (is_late && !over) std::this_thread::yield();
+        }
+        if (!is_late) over = true;
+    });
+    check::same("items", count, all);
+    check::that(late <= count / 2 / 4, "a late thread leaves its items to others");
+}
+
+// Memory that grows, is used again, and holds what all threads have written.
+int64_t wrong_in_memory(int threads) {
+    std::atomic<int64_t> wrong{0};
+    smart::run_team(threads, [&] {
+        const int me = omp_get_thread_num(), team = omp_get_num_threads();
+        int64_t phase = 0;
+        for (int64_t lines : {1, 50, 3, 400, 2000, 2000}) {
+            smart::CacheLine* const memory = smart::team_memory(lines);
+            phase++;
+            for (int64_t i = me; i < lines; i += team) memory[i].bytes[i % 64] = char(i + phase);
+            smart::barrier();
+            for (int64_t i = 0; i < lines; i++) wrong += memory[i].bytes[i % 64] != char(i + phase);
+            smart::barrier();
         }
     });
-    return slow;
+    return wrong;
 }
 
 }  // namespace
@@ -66,8 +88,12 @@ void test_team() {
             check::begin("team", uint64_t(threads), std::to_string(count) + " items");
             check::same("items", 0, wrong_items(threads, count));
         }
-    check::begin("team", 2, "one of two threads is slow");
-    check::that(items_of_slow_thread(60) < 20, "the other does more than twice as much");
+    check::begin("team", 2, "one of two threads is late");
+    for (int trial = 0; trial < 100; trial++) others_help(60);
+    for (int threads : {1, 2, 3, 16}) {
+        check::begin("team", uint64_t(threads), "memory of the team");
+        check::same("what is wrong", 0, wrong_in_memory(threads));
+    }
     for (int threads : {1, 2, 3, 16}) {
         check::begin("team", uint64_t(threads), std::to_string(threads) + " threads, two teams");
         const int phases = check::quick ? 200 : 2000;

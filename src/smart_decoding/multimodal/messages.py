@@ -55,7 +55,7 @@ def split(messages: Sequence[Message]) -> tuple[list[dict[str, Any]], list[Pictu
 
 def as_text(messages: Sequence[Message], placeholders: Mapping[str, str]) -> list[dict[str, Any]]:
     """Split messages with each content as one string: a placeholder and a new line for every
-    picture, and a new line between texts, as in vLLM."""
+    picture, and a new line between two texts, as vLLM has it."""
     texts = {modality: f"{token}\n" for modality, token in placeholders.items()}
     plain = []
     for message in messages:

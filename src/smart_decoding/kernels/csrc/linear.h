@@ -151,8 +151,7 @@ SMART_PASS void panel_pass(const Input<W>* x, int64_t ld, const W* w, int64_t k,
     }
 }
 
-// y = x w^T for the panels of this thread; `done(row, first column, low half, high half)` receives
-// each result.
+// y = x w^T, by a whole team; `done(row, first column, low half, high half)` receives each result.
 //
 // More rows than have room in registers go over a panel in several passes. Those after the first
 // find it in the second cache and would leave memory idle: so each pass prefetches its share of
@@ -261,15 +260,15 @@ static inline void store_columns(float* y, int64_t column, int64_t n, vf low, vf
         y[column + j] = (j < VW ? low[j] : high[j - VW]) + (add ? y[column + j] : 0.0f);
 }
 
-// y (+)= x w^T + bias, by a whole team. maxima: null, or those of each row, to be updated; y may be
-// null then.
+// y (+)= x w^T + bias, by a whole team; a barrier comes before the next linear layer. maxima: null,
+// or those of each row, to be updated; y may be null then.
 template <class W>
 void linear_rows(const Input<W>* x, int64_t ld, int rows, const Weight& w, int64_t n, int64_t k,
                  const float* bias, float* y, int64_t ldy, bool add, int hint = INTO_CACHES,
                  Maxima* maxima = nullptr);
 
-// out = silu(x gate^T) * (x up^T), or with GELU, by a whole team; gate and up are interleaved by VW
-// columns.
+// out = silu(x gate^T) * (x up^T), or with GELU, by a whole team, likewise; gate and up are
+// interleaved by VW columns.
 template <class W>
 void gated_rows(const Input<W>* x, int rows, const Weight& w, int64_t ffn, int64_t k, bool gelu,
                 Input<W>* out, int hint);

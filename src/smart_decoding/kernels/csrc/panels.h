@@ -1,4 +1,4 @@
-// How packed weights lie, how threads share them, and how they are prefetched.
+// How packed weights lie, and how they are prefetched.
 //
 // A packed weight [n, k] is panels of PANEL columns. fp32: for each of k, PANEL columns. bf16: for
 // each pair of k, PANEL columns of (even, odd). 8 bits: for each four of k, PANEL columns of four.

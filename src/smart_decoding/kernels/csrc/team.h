@@ -44,46 +44,46 @@ class Team {
 
     static constexpr uint32_t SOME_SLEEP = 1, NEXT = 2;
 
-    // Of what is left one part is taken at once: a thread that takes something has finished all
-    // that it has read and written, and would wait for memory anew at every item.
+    // Of what is left a part is taken at once: behind an atomic exchange nothing is read ahead, so
+    // that one item after another would wait for memory.
     static constexpr int64_t PARTS = 4;
 
     alignas(64) std::atomic<uint32_t> phase{0};  // NEXT for each barrier passed, and SOME_SLEEP
     alignas(64) std::atomic<uint32_t> arrived{0};
-    std::atomic<int64_t> taken{0};
+    std::atomic<int64_t> counter{0};  // of items that are nobody's own
 
-    // How many of a thread's items are taken, and since which barrier: (phase, count).
-    struct alignas(64) Taken {
-        std::atomic<uint64_t> since{~uint64_t(0)};
+    // How many of a thread's own items are taken, and since which barrier: (phase, count).
+    struct alignas(64) Own {
+        std::atomic<uint64_t> taken{~uint64_t(0)};
     };
-    std::vector<Taken> taken_of;
+    alignas(64) std::vector<Own> own;  // not where arriving threads write
 
 public:
     CacheLines& memory;
 
-    Team(int threads, CacheLines& kept) : taken_of(threads), memory(kept) {}
+    Team(int threads, CacheLines& kept) : own(threads), memory(kept) {}
 
     void wait(uint32_t size) {
         const uint32_t now = phase.load(std::memory_order_relaxed) & ~SOME_SLEEP;
         if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 < size) return wait_until_past(now);
         arrived.store(0, std::memory_order_relaxed);
-        taken.store(0, std::memory_order_relaxed);
+        counter.store(0, std::memory_order_relaxed);
         if (phase.exchange(now + NEXT, std::memory_order_release) & SOME_SLEEP)
             futex(FUTEX_WAKE_PRIVATE, INT_MAX);
     }
 
-    int64_t take() { return taken.fetch_add(1, std::memory_order_relaxed); }
+    int64_t take() { return counter.fetch_add(1, std::memory_order_relaxed); }
 
     Range take_of(int whose, const Range& items) {
-        std::atomic<uint64_t>& since = taken_of[whose].since;
+        std::atomic<uint64_t>& taken = own[whose].taken;
         const uint64_t now = phase.load(std::memory_order_relaxed) & ~SOME_SLEEP;
-        uint64_t seen = since.load(std::memory_order_relaxed);
+        uint64_t seen = taken.load(std::memory_order_relaxed);
         for (;;) {
             const int64_t before = seen >> 32 == now ? int64_t(uint32_t(seen)) : 0;
             const int64_t first = items.first + before, left = items.last - first;
             if (!left) return {items.last, items.last};
             const int64_t count = std::max<int64_t>(1, left / PARTS);
-            if (since.compare_exchange_weak(seen, now << 32 | uint64_t(before + count),
+            if (taken.compare_exchange_weak(seen, now << 32 | uint64_t(before + count),
                                             std::memory_order_relaxed))
                 return {first, first + count};
         }
@@ -124,8 +124,8 @@ static inline int64_t next_item() { return my_team->take(); }
 // the next ones.
 class Items {
     const int threads = omp_get_num_threads(), me = omp_get_thread_num();
-    int turn = 0;
-    Range taken{0, 0};
+    int turn = 0;  // whose batch it is, counted from this thread on
+    Range batch{0, 0};
 
 public:
     const int64_t count;
@@ -134,14 +134,14 @@ public:
 
     // The next one; `count` where none is left.
     int64_t next() {
-        for (; turn < threads; turn++) {
+        while (batch.empty()) {
+            if (turn == threads) return count;
             const int whose = (me + turn) % threads;
-            if (taken.empty())
-                taken = my_team->take_of(
-                    whose, {count * whose / threads, count * (whose + 1) / threads});
-            if (!taken.empty()) return taken.first++;
+            batch = my_team->take_of(whose,
+                                     {count * whose / threads, count * (whose + 1) / threads});
+            if (batch.empty()) turn++;
         }
-        return count;
+        return batch.first++;
     }
 };
 
