@@ -264,10 +264,9 @@ void reading() {
     }
 }
 
-// Columns are equal from the last panel of the first thread on. Where the second one comes to help,
-// it has done those behind that panel before.
-void ties_whoever_multiplies() {
-    const int64_t panel = 2 * smart_vector_width(), n = 40 * panel, k = 2048, first = 19 * panel;
+// Columns are equal from a panel on. A thread that comes to help has done some behind it before.
+void ties_whoever_multiplies(int threads, int64_t from, int64_t k) {
+    const int64_t panel = 2 * smart_vector_width(), n = 40 * panel, first = from * panel;
     std::vector<float> plain(n * k, 0.5f);
     std::fill_n(plain.begin(), first * k, 0.25f);
     const std::vector<float> x(k, 1.0f);
@@ -276,9 +275,9 @@ void ties_whoever_multiplies() {
     const Weight weight{packed.data(), nullptr, 0};
     for (uint64_t trial = 1; trial <= check::seeds(400); trial++) {
         int64_t best = -7;
-        check::begin("linear", trial, "equal columns, 2 threads");
+        check::begin("linear", trial, "equal columns, " + std::to_string(threads) + " threads");
         smart_linear(x.data(), 1, &weight, n, k, 0, nullptr, 0, nullptr, scratch.data(), nullptr, n,
-                     0, 3, &best, 2);
+                     0, 3, &best, threads);
         check::same("best", first, best);
     }
 }
@@ -286,7 +285,8 @@ void ties_whoever_multiplies() {
 }  // namespace
 
 void test_linear() {
-    ties_whoever_multiplies();
+    ties_whoever_multiplies(2, 19, 2048);
+    ties_whoever_multiplies(8, 0, 32);
     rms_norms();
     packing();
     reading();
