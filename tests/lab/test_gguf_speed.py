@@ -211,7 +211,7 @@ def test_flags_are_words_of_the_servers_command_line() -> None:
     flags = Flags(2, "off", False, 128, True, True, False, ("--spec-type", "ngram-simple"))
     assert " ".join(flags.words) == (
         "--threads 2 --flash-attn off --ubatch-size 128 --no-repack --backend-sampling "
-        "--kv-unified --no-mmap --spec-type ngram-simple"
+        "--kv-unified --load-mode none --spec-type ngram-simple"
     )
 
 

@@ -46,7 +46,7 @@ int64_t wrong_items(int threads, int64_t count) {
 }
 
 // One of two threads is kept in its first item until the other has done all that it can: what the
-// first one does is the batch that it had taken.
+// first one does is the batch that it had taken, at most a quarter of its half.
 void others_help(int64_t count) {
     std::atomic<bool> over{false};
     std::atomic<int64_t> late{0}, all{0};

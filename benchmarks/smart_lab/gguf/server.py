@@ -60,7 +60,7 @@ class Flags:
         words += [] if self.repack else ["--no-repack"]
         words += ["--backend-sampling"] if self.sampling else []
         words += ["--kv-unified"] if self.unified else []
-        words += [] if self.mmap else ["--no-mmap"]
+        words += [] if self.mmap else ["--load-mode", "none"]
         return [*words, *self.speculation]
 
 

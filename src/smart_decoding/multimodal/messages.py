@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 from smart_decoding.errors import ConfigError
@@ -57,17 +56,19 @@ def as_text(messages: Sequence[Message], placeholders: Mapping[str, str]) -> lis
     """Split messages with each content as one string: a placeholder and a new line for every
     picture, and a new line between two texts, as vLLM has it."""
     texts = {modality: f"{token}\n" for modality, token in placeholders.items()}
-    plain = []
-    for message in messages:
-        runs = groupby(message["content"], lambda part: part["type"])
-        found = [
-            "\n".join(part["text"] for part in run)
-            if kind == "text"
-            else "".join(texts.get(kind, "") for _ in run)
-            for kind, run in runs
-        ]
-        plain.append({**message, "content": "".join(found)})
-    return plain
+    return [{**each, "content": _joined(each["content"], texts)} for each in messages]
+
+
+def _joined(parts: Sequence[Message], texts: Mapping[str, str]) -> str:
+    found = []
+    before = ""
+    for part in parts:
+        kind = part["type"]
+        if before == kind == "text":
+            found.append("\n")
+        found.append(part.get("text", texts.get(kind, "")))
+        before = kind
+    return "".join(found)
 
 
 def _parts(content: Any) -> list[Any]:

@@ -112,7 +112,7 @@ SMART_INSTANTIATE(float)
 template <class W>
 static void pack_panels(const W* w, int64_t n, int64_t k, W* out) {
     constexpr int STEP = INTERLEAVED<W>;
-    int64_t panels = (n + PANEL - 1) / PANEL;
+    const int64_t panels = panels_of(n);
 #pragma omp parallel for
     for (int64_t p = 0; p < panels; p++)
         for (int64_t i = 0; i < k; i += STEP)
@@ -180,7 +180,7 @@ float smart_read(const float* x, int64_t bytes, int32_t hint, int32_t threads) {
     return total;
 }
 
-int64_t smart_packed_rows(int64_t n) { return (n + PANEL - 1) / PANEL * PANEL; }
+int64_t smart_packed_rows(int64_t n) { return panels_of(n) * PANEL; }
 
 void smart_pack(const void* w, int64_t n, int64_t k, void* out, int32_t is_bf16) {
     if (is_bf16)
