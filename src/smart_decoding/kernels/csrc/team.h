@@ -137,8 +137,8 @@ public:
         while (batch.empty()) {
             if (turn == threads) return count;
             const int whose = (me + turn) % threads;
-            batch = my_team->take_of(whose,
-                                     {count * whose / threads, count * (whose + 1) / threads});
+            batch =
+                my_team->take_of(whose, {count * whose / threads, count * (whose + 1) / threads});
             if (batch.empty()) turn++;
         }
         return batch.first++;
