@@ -11,13 +11,15 @@ struct Request {
     std::vector<int64_t> prompt;
 };
 
-// Prompts whose lengths lie around borders of pages (16) and of attention's steps (64).
-std::vector<Request> random_requests(Random& random, Pages& pages, int64_t vocab,
-                                     int64_t tree_room) {
+// Prompts whose lengths lie around borders of pages (16) and of attention's steps (64), except
+// where the first one's is given.
+std::vector<Request> random_requests(Random& random, Pages& pages, int64_t vocab, int64_t tree_room,
+                                     int64_t first_length = 0) {
     std::vector<Request> requests(random.between(1, 3));
     for (Request& request : requests) {
-        const int64_t length =
+        int64_t length =
             random.of<int64_t>({1, 2, 5, 15, 16, 17, 31, 33, 40, 63, 64, 65, 81, 127, 129});
+        if (first_length && &request == &requests[0]) length = first_length;
         request.pages = pages.take(length + 1 + tree_room);
         for (int64_t i = 0; i < length; i++) request.prompt.push_back(random.below(vocab));
     }
@@ -114,17 +116,19 @@ void compare(const TinyModel& m, const Batch& batch, const Result& got, referenc
     }
 }
 
-void one_model(uint64_t seed, int head_dim, bool bf16) {
+void one_model(uint64_t seed, int head_dim, bool bf16, int64_t first_length = 0) {
     Random random(seed);
     const Shape shape = random_shape(random, head_dim);
-    const int64_t vocab = random.between(60, 130), count = random.between(1, 2), room = 24;
+    const int64_t vocab = random.between(60, 130), count = random.between(1, 2), room = 24,
+                  page_count = 40 + first_length / smart_page();
     check::begin("forward", seed, shape.text() + (bf16 ? ", bf16" : ", fp32"));
-    const TinyModel m(random, shape, count, vocab, bf16);
-    Pages pages(random, 40);
-    const std::vector<Request> requests = random_requests(random, pages, vocab, room);
+    TinyModel m(random, shape, count, vocab, bf16);
+    if (first_length) m.widen_windows(8);
+    Pages pages(random, page_count);
+    const std::vector<Request> requests = random_requests(random, pages, vocab, room, first_length);
     const Random garbage(seed + 77);
-    TinyCache whole = m.cache(garbage, 40), parts = m.cache(garbage, 40);
-    reference::Cache plain_cache(count, shape.kv_heads, 40 * smart_page(), head_dim);
+    TinyCache whole = m.cache(garbage, page_count), parts = m.cache(garbage, page_count);
+    reference::Cache plain_cache(count, shape.kv_heads, page_count * smart_page(), head_dim);
 
     // All prompts at once, some tokens' embeddings replaced, against plain loops.
     Batch prompts;
@@ -150,7 +154,7 @@ void one_model(uint64_t seed, int head_dim, bool bf16) {
     for (int64_t r = prompts.size() - 1; r >= 0; r--)
         if (random.chance(0.2)) wanted.push_back(r);
     if (!wanted.empty()) {
-        TinyCache other = m.cache(garbage, 40);
+        TinyCache other = m.cache(garbage, page_count);
         const Result some = forward(m, other, prompts, 2, aux, wanted, embeddings);
         for (size_t i = 0; i < wanted.size(); i++) {
             check::bits("logits of wanted rows", &all.logits[wanted[i] * vocab],
@@ -194,7 +198,7 @@ void one_model(uint64_t seed, int head_dim, bool bf16) {
     compare(m, trees, tree, plain_cache, aux, {}, {});
     for (int64_t r = 0; r < trees.size(); r++) {
         if (trees.size() > 20 && random.chance(0.5)) continue;
-        const Result row = forward(m, whole, trees.alone(r), 1, aux);
+        const Result row = forward(m, whole, trees.alone(r), int(random.between(1, 3)), aux);
         const int64_t width = int64_t(aux.size()) * shape.hidden;
         check::bits(("logits of row " + std::to_string(r) + " alone").c_str(),
                     &tree.logits[r * vocab], row.logits.data(), vocab);
@@ -298,6 +302,80 @@ void refused() {
                 "fp32 weights with a bf16 cache are refused");
 }
 
+// Threads that share a long context's parts find what one thread finds in a whole prompt.
+void shared_parts(bool bf16) {
+    Random random(6);
+    check::begin("shared parts", 0, bf16 ? "bf16" : "fp32");
+    const int kv_heads = 2, pages_of_one = 110;
+    TinyModel m(random, {32, 32, 6, kv_heads, 32, 32}, 2, 40, bf16);
+    m.widen_windows(0);  // there are none
+    Pages pages(random, 2 * pages_of_one);
+    std::vector<Request> requests(2);
+    Batch prompts;
+    for (Request& request : requests) {
+        request.pages = pages.take(pages_of_one * smart_page());
+        for (int i = 0; i < 1700; i++) request.prompt.push_back(random.below(m.vocab));
+        prompts.request(request.pages);
+        add_prompt(prompts, request, 0, 1700);
+    }
+    TinyCache cache = m.cache(random, 2 * pages_of_one);
+    const Result all = forward(m, cache, prompts, 2);
+    for (int64_t row : {511, 512, 1023, 1024, 1535, 1536, 1699})
+        for (int threads : {1, 2, 3, 5, 16}) {
+            const Result alone = forward(m, cache, prompts.alone(row), threads);
+            check::bits("logits of a row alone", &all.logits[row * m.vocab], alone.logits.data(),
+                        m.vocab);
+            Batch beside = prompts.alone(row);  // another request that sees one position
+            beside.request(requests[1].pages);
+            add_prompt(beside, requests[1], 0, 1);
+            const Result both = forward(m, cache, beside, threads);
+            check::bits("logits of a row beside another", &all.logits[row * m.vocab],
+                        both.logits.data(), m.vocab);
+            check::bits("logits of the other", &all.logits[1700 * m.vocab], &both.logits[m.vocab],
+                        m.vocab);
+        }
+}
+
+// A row whose own value is too large for any number has no logits, nor have those that see it, be
+// it the first of a page, a step or a part of attention. Those before it do not know.
+void overflows(bool bf16) {
+    Random random(5);
+    check::begin("overflow", 0, bf16 ? "bf16" : "fp32");
+    const Shape shape{32, 32, 3, 1, 32, 32};
+    TinyModel m(random, shape, 1, 40, bf16);
+    TinyLayer& layer = m.layers[0];
+    for (int64_t row = 0; row < 5 * 32; row++) layer.w.qkv[row * 32] = row == 4 * 32 ? 3e38f : 0;
+    layer.qkv = packed(layer.w.qkv, 32, bf16);
+    layer.w.input_norm[0] = 4;
+    m.widen_windows(0);  // there are none
+    const int64_t length = 540;
+    Pages pages(random, 40);
+    Request request{pages.take(length), std::vector<int64_t>(length, 1)};
+    std::vector<std::vector<float>> states;
+    std::vector<const float*> embeddings;
+    for (int64_t i = 0; i < length; i++) {
+        states.push_back(random.normals(32));
+        states[i][0] = 0;
+        embeddings.push_back(states[i].data());
+    }
+    Batch prompt;
+    prompt.request(request.pages);
+    add_prompt(prompt, request, 0, length);
+    TinyCache cache = m.cache(random, 40);
+    const Result clean = forward(m, cache, prompt, 3, {}, {}, embeddings);
+    for (int64_t bad : {0, 1, 63, 64, 511, 512, 530}) {
+        states[bad][0] = 1;
+        const Result all = forward(m, cache, prompt, 3, {}, {}, embeddings);
+        check::bits("logits before", clean.logits.data(), all.logits.data(), bad * m.vocab);
+        const Result alone = forward(m, cache, prompt.alone(bad), 3, {}, {}, {embeddings[bad]});
+        check::that(!std::isfinite(alone.logits[0]), "a row alone that overflows has no logits");
+        for (int64_t row = bad; row < length; row++)
+            check::that(!std::isfinite(all.logits[row * m.vocab]),
+                        "rows that see what overflows have no logits");
+        states[bad][0] = 0;
+    }
+}
+
 // Slots are copied one after another, in every plane; all else stays.
 void moves() {
     for (uint64_t seed = 1; seed <= check::seeds(24); seed++) {
@@ -342,6 +420,14 @@ void test_layers() {
                 one_model(1000 * seed + 2 * head_dim + bf16, head_dim, bf16);
                 one_stack(1000 * seed + 2 * head_dim + bf16, head_dim, bf16);
             }
+    for (int length : {512, 513, 1030})  // attention's parts have 512
+        for (bool bf16 : {false, true})
+            if (!check::quick || length == 1030)
+                one_model(100000 + length, 16 << length % 3, bf16, length);
     refused();
+    for (bool bf16 : {false, true}) {
+        shared_parts(bf16);
+        overflows(bf16);
+    }
     moves();
 }

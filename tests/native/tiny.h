@@ -282,7 +282,7 @@ inline int64_t slot_of(const std::vector<int32_t>& pages, int64_t position) {
     return int64_t(pages[position / smart_page()]) * smart_page() + position % smart_page();
 }
 
-constexpr int64_t POSITIONS = 512;
+constexpr int64_t POSITIONS = 1700;
 
 struct TinyModel {
     Shape shape;
@@ -307,6 +307,12 @@ struct TinyModel {
         embedding_scale = random.chance(0.5) ? 1.0f : 1.5f;
         embedding_blob = plain_table ? plain(embedding, bf16) : packed(embedding, s.hidden, bf16);
         output_blob = packed(output, s.hidden, bf16);
+    }
+    void widen_windows(int factor) {
+        for (size_t i = 0; i < layers.size(); i++) {
+            layers[i].w.window *= factor;
+            structs[i] = layers[i].layer();
+        }
     }
     TinyCache cache(Random random, int64_t pages) const {
         return TinyCache(random, int64_t(layers.size()) * shape.kv_heads, pages, shape.head_dim,

@@ -29,35 +29,134 @@ std::vector<QueryBlock> query_blocks(const Rows& in, const Layer& l) {
     return blocks;
 }
 
+// Attention of one layer, by a whole team. A share of it is a block of rows with one head of keys.
 template <class T, int HD>
-static void attend_blocks(const Layer& l, const Rows& in, const std::vector<QueryBlock>& blocks,
-                          const float* q, int64_t ldq, const KvCache<T>& cache, Input<T>* out) {
-    const int kv = l.kv_heads, heads = l.heads / kv, items = int(blocks.size()) * kv,
-              team = omp_get_num_threads(), window = l.window ? l.window : INT32_MAX;
-    const int64_t plane = cache.pages * HD * PAGE, ldo = int64_t(l.heads) * HD;
-    auto item = [&](int i) {
-        const QueryBlock& block = blocks[i / kv];
-        const int64_t h = i % kv;
-        const int32_t* table = in.block_tables + in.block_table_start[block.request];
-        return AttentionItem<T>{block, cache.keys + h * plane, cache.values + h * plane,
-                                table, h * heads * HD,         window};
-    };
-    // contexts differ; a thread's next item is most likely the one a team further
-    for (int i; (i = next_item()) < items;) {
-        if constexpr (lies_in_pairs(sizeof(T), HD))
-            attend_pairs<HD>(in, item(i), item(std::min(i + team, items - 1)), heads, q, ldq, out,
-                             ldo);
+struct LayerAttention {
+    typedef PairAttention<HD> Pairs;
+    typedef PageAttention<T, HD> Pages;
+    typedef std::conditional_t<lies_in_pairs(sizeof(T), HD), Pairs, Pages> Attention;
+
+    const Layer& layer;
+    const Rows& in;
+    const std::vector<QueryBlock>& blocks;
+    const float* q;
+    int64_t ldq;
+    const KvCache<T>& cache;
+    Input<T>* out;
+    const int kv = layer.kv_heads, heads = layer.heads / kv, shares = int(blocks.size()) * kv,
+              team = omp_get_num_threads();
+
+    void run() const {
+        static thread_local Attention kept;
+        Attention& attention = kept;  // found once: looking a thread's own up takes a call
+        if (leaves_threads_idle())
+            run_parts(attention);
         else
-            attend_pages<T, HD>(in, item(i), heads, q, ldq, out, ldo);
+            run_shares(attention);
+        barrier();
     }
-    barrier();
-}
+
+private:
+    // Whether more than an eighth of the threads' time passes unused where each runs whole shares.
+    bool leaves_threads_idle() const {
+        int64_t longest = 0, all = 0;
+        for (int share = 0; share < shares; share += kv) {
+            const int64_t parts = item(share, 0).parts();
+            longest = std::max(longest, parts);
+            all += parts * kv;
+        }
+        const int64_t turns = (shares + team - 1) / team;
+        const double time = std::max(double(longest), double(turns * all) / shares);
+        return longest > 1 && time * team > 1.125 * double(all);
+    }
+
+    AttentionItem<T> item(int share, int part) const {
+        const QueryBlock& block = blocks[share / kv];
+        const int64_t h = share % kv, plane = cache.pages * HD * PAGE;
+        return {block,
+                cache.keys + h * plane,
+                cache.values + h * plane,
+                in.block_tables + in.block_table_start[block.request],
+                h * heads * HD,
+                layer.window ? layer.window : INT32_MAX,
+                part};
+    }
+
+    int count(int share) const { return blocks[share / kv].count * heads; }
+
+    void begin(Attention& attention, const AttentionItem<T>& item) const {
+        attention.begin(item.block, heads, q + item.column, ldq);
+    }
+
+    void put_means(int share, const Softmaxes<HD>& sums, int query) const {
+        const int64_t row = blocks[share / kv].row + query / heads;
+        Input<T>* to = out + row * layer.heads * HD + item(share, 0).column;
+        sums.put_means(query, to + query % heads * HD);
+    }
+
+    // A thread runs a share's parts, then most likely those of the share that is a team further:
+    // contexts differ.
+    void run_shares(Attention& attention) const {
+        alignas(64) float memory[2][Softmaxes<HD>::floats(MAX_QUERIES)];
+        for (int share; (share = int(next_item())) < shares;) {
+            const Softmaxes<HD> sums(memory[0], count(share)), more(memory[1], count(share));
+            const int parts = item(share, 0).parts();
+            begin(attention, item(share, 0));
+            for (int part = 0; part < parts; part++) {
+                const bool last = part + 1 == parts;
+                const auto after =
+                    last ? item(std::min(share + team, shares - 1), 0) : item(share, part + 1);
+                attention.run(in, item(share, part), after, heads, part ? more : sums);
+                for (int i = 0; part && i < sums.count; i++) sums.add(i, more);
+            }
+            attention.end();
+            for (int i = 0; i < sums.count; i++) put_means(share, sums, i);
+        }
+    }
+
+    // Threads run parts, then add the sums of these.
+    void run_parts(Attention& attention) const {
+        std::vector<int> starts(shares + 1);  // of the shares' parts among all
+        int queries = 0;                      // the most of a share
+        for (int share = 0; share < shares; share++) {
+            starts[share + 1] = starts[share] + item(share, 0).parts();
+            queries = std::max(queries, count(share));
+        }
+        const int64_t lines = Softmaxes<HD>::floats(queries) * sizeof(float) / sizeof(CacheLine);
+        CacheLine* memory = team_memory(lines * starts[shares]);
+        auto sums = [&](int share, int i) {
+            return Softmaxes<HD>((float*)(memory + lines * i), count(share));
+        };
+        auto part = [&](int& share, int i) {
+            while (starts[share + 1] <= i) share++;
+            return item(share, i - starts[share]);
+        };
+        for (int i, share = 0; (i = int(next_item())) < starts[shares];) {
+            const AttentionItem<T> now = part(share, i);
+            int later = share;
+            const AttentionItem<T> after = part(later, std::min(i + team, starts[shares] - 1));
+            begin(attention, now);
+            attention.run(in, now, after, heads, sums(share, i));
+            attention.end();
+        }
+        barrier();
+        for (int i; (i = int(next_item())) < shares * queries;) {
+            const int share = i / queries, query = i % queries;
+            if (query >= count(share)) continue;
+            const Softmaxes<HD> all = sums(share, starts[share]);
+            for (int j = starts[share] + 1; j < starts[share + 1]; j++)
+                all.add(query, sums(share, j));
+            put_means(share, all, query);
+        }
+    }
+};
 
 template <class T>
 void attend(const Layer& l, const Rows& in, const std::vector<QueryBlock>& blocks, const float* q,
             int64_t ldq, const KvCache<T>& cache, Input<T>* out) {
-    dispatch_head_dim(l.head_dim,
-                      [&](auto hd) { attend_blocks<T, hd>(l, in, blocks, q, ldq, cache, out); });
+    dispatch_head_dim(l.head_dim, [&](auto hd) {
+        LayerAttention<T, hd>{l, in, blocks, q, ldq, cache, out}.run();
+    });
 }
 
 template <int HD>

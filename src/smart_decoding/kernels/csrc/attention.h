@@ -12,6 +12,10 @@ namespace [[gnu::visibility("hidden")]] smart {
 
 constexpr int MAX_QUERIES = 32;  // of the rows of a block together
 
+// Positions of a part. Softmaxes are summed over each part, from position 0 on, and their sums are
+// added in order: several threads may share the parts of a long context, and no result tells.
+constexpr int PART = 8 * CHUNK;
+
 // Rows of one request that share passes over its pages.
 struct QueryBlock {
     int32_t request, row, count;
@@ -78,7 +82,7 @@ static inline int32_t dispatch_types(const Layer& layer, bool w_bf16, bool kv_bf
     return 0;
 }
 
-// What a thread does at a time: a block of rows, over one head's keys and values.
+// A block of rows over a part of one head's keys and values.
 template <class T>
 struct AttentionItem {
     QueryBlock block;
@@ -86,11 +90,58 @@ struct AttentionItem {
     const int32_t* block_table;
     int64_t column;  // of its queries, and of what comes out
     int32_t window;  // positions that a row sees
+    int32_t part;    // counted from the first one that a row sees any of
 
     // The first position of a row, which sees `all` with its own, that is within its window.
     int first(int all) const { return std::max(0, all - window); }
-    // The first chunk that holds one of any row's.
-    int begin() const { return first(block.shortest) / CHUNK * CHUNK; }
+    int parts() const { return (block.longest - 1) / PART - first(block.shortest) / PART + 1; }
+    int start() const { return (first(block.shortest) / PART + part) * PART; }
+    // The first chunk that holds one of any row's positions, and the end of the last one.
+    int begin() const { return std::max(start(), first(block.shortest) / CHUNK * CHUNK); }
+    int end() const { return std::min(start() + PART, block.longest); }
+};
+
+// Running softmaxes of some queries: the highest score, the sum of weights, and that of weighed
+// values, each by the highest score so far.
+template <int HD>
+struct Softmaxes {
+    int count;
+    float *values, *best, *sum;
+
+    Softmaxes(float* memory, int count_)
+        : count(count_), values(memory), best(memory + count * HD), sum(best + count) {}
+
+    static constexpr int64_t floats(int count) {
+        return (int64_t(count) * (HD + 2) + 15) / 16 * 16;
+    }
+
+    float* value(int i) const { return values + int64_t(i) * HD; }
+
+    void clear() const {
+        std::fill_n(values, count * HD, 0.0f);
+        std::fill_n(best, count, -INFINITY);
+        std::fill_n(sum, count, 0.0f);
+    }
+
+    // Adds query `i` of the part that follows. One function wherever it is called, as compilers
+    // may round sums of products differently.
+    [[gnu::noinline]] void add(int i, const Softmaxes& part) const {
+        if (part.sum[i] == 0) return;
+        const float now = std::max(best[i], part.best[i]);
+        const float scale = sum[i] == 0 ? 0.0f : std::exp(best[i] - now);
+        const float part_scale = std::exp(part.best[i] - now);
+        for (int d = 0; d < HD; d += VW)
+            storeu(value(i) + d,
+                   loadu<vf>(value(i) + d) * scale + loadu<vf>(part.value(i) + d) * part_scale);
+        sum[i] = sum[i] * scale + part.sum[i] * part_scale;
+        best[i] = now;
+    }
+
+    template <class O>
+    void put_means(int i, O* out) const {
+        const float inverse = 1.0f / sum[i];
+        for (int d = 0; d < HD; d += VW) put(out + d, loadu<vf>(value(i) + d) * inverse);
+    }
 };
 
 // How many ancestors a row of a tree has.

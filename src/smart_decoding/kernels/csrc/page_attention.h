@@ -6,10 +6,7 @@
 namespace [[gnu::visibility("hidden")]] smart {
 
 template <int HD>
-struct Query {  // running softmax of one query head
-    float q[HD], best, sum;
-    vf acc[HD / VW];
-};
+using Query = float[HD];  // one query head
 
 // The pages of a chunk as a row sees them.
 template <class T>
@@ -30,7 +27,7 @@ static inline void page_scores(const T* const* keys, const Query<HD>* queries, C
         for (int p = 0; p < P; p++)
             for (int v = 0; v < V; v++) {
                 vf key = widen<vf>(keys[page + p] + d * PAGE + v * VW);
-                for (int i = 0; i < N; i++) sums[p][i][v] += key * queries[i].q[d];
+                for (int i = 0; i < N; i++) sums[p][i][v] += key * queries[i][d];
             }
     for (int p = 0; p < P; p++)
         for (int i = 0; i < N; i++)
@@ -51,8 +48,8 @@ static inline void chunk_scores(const T* const* keys, const Query<HD>* queries, 
 // Scores become weights of a softmax whose maximum and sum are the query's from now on. Returns
 // what its earlier sums are to be multiplied with. `weights` [CHUNK] holds the scores first, of
 // which [first, valid) are seen.
-template <int HD>
-static inline float update_softmax(Query<HD>& query, float* weights, int first, int valid) {
+static inline float update_softmax(float& highest, float& sum, float* weights, int first,
+                                   int valid) {
     for (int j = 0; j < first; j++) weights[j] = -INFINITY;
     for (int j = valid; j < CHUNK; j++) weights[j] = -INFINITY;
     pf top = loadu<pf>(weights);
@@ -60,7 +57,7 @@ static inline float update_softmax(Query<HD>& query, float* weights, int first, 
         pf x = loadu<pf>(weights + p * PAGE);
         top = x > top ? x : top;
     }
-    float best = query.best;
+    float best = highest;
     for (int j = 0; j < PAGE; j++) best = std::max(best, top[j]);
     pf sums = {};
     for (int p = 0; p < CHUNK_PAGES; p++) {
@@ -68,23 +65,24 @@ static inline float update_softmax(Query<HD>& query, float* weights, int first, 
         storeu(weights + p * PAGE, w);
         sums += w;
     }
-    float rescale = query.best == -INFINITY ? 0.0f : std::exp(query.best - best);
-    query.sum = query.sum * rescale + sum_in_order(sums);
-    query.best = best;
+    float rescale = highest == -INFINITY ? 0.0f : std::exp(highest - best);
+    sum = sum * rescale + sum_in_order(sums);
+    highest = best;
     return rescale;
 }
 
-// Folds positions [first, valid) of a chunk into the running softmax of N queries. Sums depend on
-// positions only.
+// Folds positions [first, valid) of a chunk into the softmaxes of N queries, from `query` on. Sums
+// depend on positions only.
 template <class T, int HD, int N>
-static inline void fold_chunk(Query<HD>* queries, const ChunkScores* scores, const T* const* values,
-                              int first, int valid) {
+static inline void fold_chunk(const Softmaxes<HD>& sums, int query, const ChunkScores* scores,
+                              const T* const* values, int first, int valid) {
     float weights[N][CHUNK];
     vf acc[N][HD / VW];
     for (int i = 0; i < N; i++) {
         memcpy(weights[i], scores[i], sizeof weights[i]);
-        float rescale = update_softmax(queries[i], weights[i], first, valid);
-        for (int c = 0; c < HD / VW; c++) acc[i][c] = queries[i].acc[c] * rescale;
+        const int at = query + i;
+        float rescale = update_softmax(sums.best[at], sums.sum[at], weights[i], first, valid);
+        for (int c = 0; c < HD / VW; c++) acc[i][c] = loadu<vf>(sums.value(at) + c * VW) * rescale;
     }
     for (int j = first; j < valid; j++) {
         const T* value = values[j / PAGE] + (j % PAGE) * HD;
@@ -94,31 +92,33 @@ static inline void fold_chunk(Query<HD>* queries, const ChunkScores* scores, con
         }
     }
     for (int i = 0; i < N; i++)
-        for (int c = 0; c < HD / VW; c++) queries[i].acc[c] = acc[i][c];
+        for (int c = 0; c < HD / VW; c++) storeu(sums.value(query + i) + c * VW, acc[i][c]);
 }
 
-// Scores and softmax of positions [first, valid) of a chunk for `heads` queries of one row, in
-// groups that have room in registers.
+// Scores and softmax of positions [first, valid) of a chunk for `heads` queries of one row, from
+// `query` on, in groups that have room in registers.
 template <class T, int HD>
-static inline void attend_chunk(const ChunkPages<T>& pages, Query<HD>* queries, int heads,
-                                ChunkScores* scores, int first, int valid) {
+static inline void attend_chunk(const ChunkPages<T>& pages, const Query<HD>* queries, int heads,
+                                const Softmaxes<HD>& sums, int query, int first, int valid) {
+    ChunkScores scores[MAX_QUERIES];
     const int count = (valid + PAGE - 1) / PAGE;
     for (int i = 0, n; i < heads; i += n) {
         n = heads - i == 6 ? 3 : std::min(heads - i, 4);
         with_count<4>(n, [&](auto group) {
-            chunk_scores<T, HD, group>(pages.keys, queries + i, scores + i, count);
+            chunk_scores<T, HD, group>(pages.keys, queries + query + i, scores + i, count);
         });
     }
     constexpr int GROUP = HD / VW <= 4 ? 3 : 2;
     int i = 0;
     for (; i + GROUP <= heads; i += GROUP)
-        fold_chunk<T, HD, GROUP>(queries + i, scores + i, pages.values, first, valid);
+        fold_chunk<T, HD, GROUP>(sums, query + i, scores + i, pages.values, first, valid);
     for (; i < heads; i++)
-        fold_chunk<T, HD, 1>(queries + i, scores + i, pages.values, first, valid);
+        fold_chunk<T, HD, 1>(sums, query + i, scores + i, pages.values, first, valid);
 }
 
+// Attention of a block's rows, which share passes over common pages.
 template <class T, int HD>
-struct PageAttention {
+struct alignas(64) PageAttention {
     Query<HD> queries[MAX_QUERIES];
     T own_keys[CHUNK_PAGES][HD * PAGE], own_values[CHUNK_PAGES][HD * PAGE];
 
@@ -126,21 +126,19 @@ struct PageAttention {
         const float scale = 1.0f / std::sqrt(float(HD));
         for (int i = 0; i < block.count * heads; i++) {
             const float* source = from + (block.row + i / heads) * ld + i % heads * HD;
-            for (int d = 0; d < HD; d++) queries[i].q[d] = source[d] * scale;
-            queries[i].best = -INFINITY;
-            queries[i].sum = 0;
-            memset(queries[i].acc, 0, sizeof queries[i].acc);
+            for (int d = 0; d < HD; d++) queries[i][d] = source[d] * scale;
         }
     }
 
-    template <class O>
-    void finish(const QueryBlock& block, int heads, O* out, int64_t ld) const {
-        for (int i = 0; i < block.count * heads; i++) {
-            O* to = out + (block.row + i / heads) * ld + i % heads * HD;
-            const float inverse = 1.0f / queries[i].sum;
-            for (int c = 0; c < HD / VW; c++) put(to + c * VW, queries[i].acc[c] * inverse);
-        }
+    // A part; the one after it is not asked for ahead, as hardware does that for floats in order.
+    void run(const Rows& in, const AttentionItem<T>& item, const AttentionItem<T>&, int heads,
+             const Softmaxes<HD>& sums) {
+        sums.clear();
+        for (int start = item.begin(); start < item.end(); start += CHUNK)
+            run_chunk(in, item, heads, start, sums);
     }
+
+    void end() {}
 
     // How many pages of the chunk from `start` on every row may read in place.
     static int shared_pages(const Rows& in, const QueryBlock& block, int start) {
@@ -185,8 +183,8 @@ struct PageAttention {
     }
 
     // Positions from `start` on of all rows.
-    void run(const Rows& in, const AttentionItem<T>& item, int heads, int start,
-             ChunkScores* scores) {
+    void run_chunk(const Rows& in, const AttentionItem<T>& item, int heads, int start,
+                   const Softmaxes<HD>& sums) {
         const QueryBlock& block = item.block;
         const int shared = shared_pages(in, block, start);
         ChunkPages<T> pages;
@@ -204,22 +202,9 @@ struct PageAttention {
                 else
                     gather(in, item, row, pages, p, first);
             }
-            attend_chunk<T, HD>(pages, queries + r * heads, heads, scores + r * heads, seen, valid);
+            attend_chunk<T, HD>(pages, queries, heads, sums, r * heads, seen, valid);
         }
     }
 };
-
-// Attention of an item's rows, which share passes over common pages.
-template <class T, int HD, class O>
-static void attend_pages(const Rows& in, const AttentionItem<T>& item, int heads, const float* q,
-                         int64_t ldq, O* out, int64_t ldo) {
-    static thread_local PageAttention<T, HD> kept;
-    PageAttention<T, HD>& attention = kept;  // found once: looking a thread's own up takes a call
-    ChunkScores scores[MAX_QUERIES];
-    attention.begin(item.block, heads, q + item.column, ldq);
-    for (int start = item.begin(); start < item.block.longest; start += CHUNK)
-        attention.run(in, item, heads, start, scores);
-    attention.finish(item.block, heads, out + item.column, ldo);
-}
 
 }  // namespace smart

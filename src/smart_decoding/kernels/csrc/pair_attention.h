@@ -36,7 +36,8 @@ struct alignas(64) PairAttention {
 
     bf16 q[MAX_QUERIES][HD], weights[TILE][CHUNK], own_keys[CHUNK_PAGES][HD * PAGE],
         own_values[CHUNK_PAGES][HD * PAGE];
-    float scores[TILE][CHUNK], acc[MAX_QUERIES][HD], best[MAX_QUERIES], sum[MAX_QUERIES];
+    float scores[TILE][CHUNK];
+    Softmaxes<HD> sums{nullptr, 0};
     int seen[MAX_QUERIES], valid[MAX_QUERIES];  // the first position of the chunk that a query may
                                                 // see, and the one behind the last
     int laid[CHUNK_PAGES];  // where the block table ends in the pages of our own, -1: they are
@@ -47,21 +48,23 @@ struct alignas(64) PairAttention {
         for (int i = 0; i < block.count * heads; i++) {
             const float* source = from + (block.row + i / heads) * ld + i % heads * HD;
             for (int d = 0; d < HD; d += VW) put(q[i] + d, loadu<vf>(source + d));
-            memset(acc[i], 0, sizeof acc[i]);
-            best[i] = -INFINITY;
-            sum[i] = 0;
         }
         shaped = 0;
     }
 
-    template <class O>
-    void finish(const QueryBlock& block, int heads, O* out, int64_t ld) {
+    // A part; at its end the first pages of `after`, which the thread is likely to take next, are
+    // prefetched.
+    void run(const Rows& in, const AttentionItem<bf16>& item, const AttentionItem<bf16>& after,
+             int heads, const Softmaxes<HD>& into) {
+        sums = into;
+        sums.clear();
+        for (int start = item.begin(); start < item.end(); start += CHUNK)
+            run_chunk(in, item, after, heads, start);
+    }
+
+    void end() {
         if constexpr (HAS_TILES)
             if (shaped) tile_release();
-        for (int i = 0; i < block.count * heads; i++) {
-            O* to = out + (block.row + i / heads) * ld + i % heads * HD;
-            for (int d = 0; d < HD; d += VW) put(to + d, loadu<vf>(acc[i] + d) * (1.0f / sum[i]));
-        }
     }
 
     // Copies those pages that the block table's positions, below `end` of the chunk, do not fill.
@@ -98,7 +101,7 @@ struct alignas(64) PairAttention {
     // Softmax of query `i`, row `r` of the tiles, over the chunk's scores.
     void weigh(int i, int r) {
         const float scale = 1.0f / std::sqrt(float(HD));
-        pf lane, s[CHUNK_PAGES], top = pf{} - INFINITY, sums = {};
+        pf lane, s[CHUNK_PAGES], top = pf{} - INFINITY, total = {};
         for (int j = 0; j < PAGE; j++) lane[j] = float(j);
         for (int p = 0; p < CHUNK_PAGES; p++) {
             pf score = loadu<pf>(scores[r] + p * PAGE) * scale;
@@ -106,20 +109,25 @@ struct alignas(64) PairAttention {
             s[p] = at < float(valid[i]) && at >= float(seen[i]) ? score : pf{} - INFINITY;
             top = s[p] > top ? s[p] : top;
         }
-        const float now = std::max(best[i], max_of(top));
-        if (now == -INFINITY) return (void)memset(weights[r], 0, sizeof weights[r]);
+        float& best = sums.best[i];
+        const float now = std::max(best, max_of(top));
+        if (now == -INFINITY) {
+            if (seen[i] < valid[i]) sums.sum[i] = NAN;  // of scores that are no numbers
+            return (void)memset(weights[r], 0, sizeof weights[r]);
+        }
         for (int p = 0; p < CHUNK_PAGES; p++) {
             s[p] = vexp(s[p] - now);
-            sums += s[p];
+            total += s[p];
             put(weights[r] + p * PAGE, s[p]);
         }
         float rescale = 1;
-        if (now != best[i]) {
-            rescale = best[i] == -INFINITY ? 0.0f : std::exp(best[i] - now);
-            for (int d = 0; d < HD; d += VW) storeu(acc[i] + d, loadu<vf>(acc[i] + d) * rescale);
+        if (now != best) {
+            rescale = best == -INFINITY ? 0.0f : std::exp(best - now);
+            float* acc = sums.value(i);
+            for (int d = 0; d < HD; d += VW) storeu(acc + d, loadu<vf>(acc + d) * rescale);
         }
-        sum[i] = sum[i] * rescale + sum_of(sums);
-        best[i] = now;
+        sums.sum[i] = sums.sum[i] * rescale + sum_of(total);
+        best = now;
     }
 
     // Tiles 0 and 1 hold sums, 4 keys of a page, 5 its values, 6 queries, 7 their weights of a
@@ -150,9 +158,10 @@ struct alignas(64) PairAttention {
     }
 
     void tile_values(int first, const Chunk& chunk, const Chunk& next, const Chunk& later) {
+        float* acc = sums.value(first);
         for (int c = 0; c < HD; c += 32) {
-            tile_load<0>(acc[first] + c, 4 * HD);
-            tile_load<1>(acc[first] + c + 16, 4 * HD);
+            tile_load<0>(acc + c, 4 * HD);
+            tile_load<1>(acc + c + 16, 4 * HD);
             for (int p = 0; p < chunk.count; p++) {
                 for (int i = c / 2; i < c / 2 + 16; i++)
                     prefetch_line(i, next.values[p], later.values[p]);
@@ -162,8 +171,8 @@ struct alignas(64) PairAttention {
                 tile_load<5>(chunk.values[p] + 2 * c + 32, 4 * HD);
                 tile_dot_bf16<1, 7, 5>();
             }
-            tile_store<0>(acc[first] + c, 4 * HD);
-            tile_store<1>(acc[first] + c + 16, 4 * HD);
+            tile_store<0>(acc + c, 4 * HD);
+            tile_store<1>(acc + c + 16, 4 * HD);
         }
     }
 
@@ -205,10 +214,11 @@ struct alignas(64) PairAttention {
     void vector_values(int first, int r, const Chunk& chunk, const Chunk& next,
                        const Chunk& later) {
         constexpr int V = HD % (4 * VW) ? 2 : 4;  // vectors of a query at a time
+        float* acc = sums.value(first + r);
         for (int c = 0; c < HD; c += V * VW) {
             vf s[N][V];
             for (int i = 0; i < N; i++)
-                for (int v = 0; v < V; v++) s[i][v] = loadu<vf>(acc[first + r + i] + c + v * VW);
+                for (int v = 0; v < V; v++) s[i][v] = loadu<vf>(acc + i * HD + c + v * VW);
             for (int p = 0; p < chunk.count; p++)
                 for (int j = 0; j < PAGE; j += 2)
                     for (int v = 0; v < V; v++) {
@@ -221,7 +231,7 @@ struct alignas(64) PairAttention {
                         }
                     }
             for (int i = 0; i < N; i++)
-                for (int v = 0; v < V; v++) storeu(acc[first + r + i] + c + v * VW, s[i][v]);
+                for (int v = 0; v < V; v++) storeu(acc + i * HD + c + v * VW, s[i][v]);
         }
     }
 
@@ -234,7 +244,7 @@ struct alignas(64) PairAttention {
         }
     }
 
-    // Folds a chunk into the running softmax of queries [first, first + count).
+    // Folds a chunk into the softmaxes of queries [first, first + count).
     void fold(int first, int count, const Chunk& chunk, const Chunk& next, const Chunk& later) {
         if constexpr (HAS_TILES) {
             shape_tiles(count);
@@ -251,10 +261,11 @@ struct alignas(64) PairAttention {
 
     // Positions from `start` on of all rows. Those that see the same pages share them; a row of a
     // tree completes its own.
-    void run(const Rows& in, const AttentionItem<bf16>& item, const AttentionItem<bf16>& after,
-             int heads, int start) {
+    void run_chunk(const Rows& in, const AttentionItem<bf16>& item,
+                   const AttentionItem<bf16>& after, int heads, int start) {
         const QueryBlock& block = item.block;
-        const int row = block.row, ends = (block.context_len + CHUNK - 1) / CHUNK * CHUNK;
+        const int row = block.row, filled = (block.context_len + CHUNK - 1) / CHUNK * CHUNK,
+                  ends = std::min(filled, item.start() + PART);
         auto shares = [&](int r) {
             return !ancestor_count(in, row + r) || in.context_len[row + r] >= start + CHUNK;
         };
@@ -291,19 +302,5 @@ struct alignas(64) PairAttention {
         }
     }
 };
-
-// `attend_pages` by pairs; at the end of an item the first pages of `after`, which the thread is
-// likely to take next, are prefetched.
-template <int HD, class O>
-static void attend_pairs(const Rows& in, const AttentionItem<bf16>& item,
-                         const AttentionItem<bf16>& after, int heads, const float* q, int64_t ldq,
-                         O* out, int64_t ldo) {
-    static thread_local PairAttention<HD> kept;
-    PairAttention<HD>& attention = kept;  // found once: looking a thread's own up takes a call
-    attention.begin(item.block, heads, q + item.column, ldq);
-    for (int start = item.begin(); start < item.block.longest; start += CHUNK)
-        attention.run(in, item, after, heads, start);
-    attention.finish(item.block, heads, out + item.column, ldo);
-}
 
 }  // namespace smart
