@@ -50,10 +50,10 @@ _KINDS: Mapping[str, type] = {
 _CHECKED_APART = ("dtype", "speculative_config")  # whoever reads them says more
 
 
-def _neutral(*allowed: Any) -> Any:
+def _neutral(*allowed: Any, short: str = "") -> Any:
     """An option of vLLM's that changes nothing here, by default the first of the values that it may
-    have; without any it takes all, and is None."""
-    return field(default=next(iter(allowed), None), metadata={"allowed": allowed})
+    have; without any it takes all, and is None. short: another flag of the command line."""
+    return field(default=next(iter(allowed), None), metadata={"allowed": allowed, "short": short})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +104,7 @@ class EngineArgs:
 
     The others are vLLM's and have no effect here. Those that change no answer there, such as
     swap_space, may be anything, the rest only what they are by default. trust_remote_code: a
-    model's code is never run.
+    model's code is never run, trusted or not.
 
     None leaves any option at its default. Raises ConfigError or CapacityError for values that
     cannot be.
@@ -136,10 +136,10 @@ class EngineArgs:
     allowed_local_media_path: str | Path | None = None
     mm_processor_kwargs: Mapping[str, Any] | None = None
     max_image_pixels: int = Limits().pixels
-    tensor_parallel_size: int = _neutral(1)
-    pipeline_parallel_size: int = _neutral(1)
-    data_parallel_size: int = _neutral(1)
-    trust_remote_code: bool = _neutral(False)
+    tensor_parallel_size: int = _neutral(1, short="-tp")
+    pipeline_parallel_size: int = _neutral(1, short="-pp")
+    data_parallel_size: int = _neutral(1, short="-dp")
+    trust_remote_code: bool = _neutral(False, True)
     enable_lora: bool = _neutral(False)
     skip_tokenizer_init: bool = _neutral(False)
     tokenizer_mode: str = _neutral("auto")
@@ -204,15 +204,19 @@ class EngineArgs:
         """Gives a parser an option for each, such as --max-model-len, with mappings in JSON.
         `LLM(**vars(args))` takes what it parses."""
         for each in fields(cls):
-            option = "--" + each.name.replace("_", "-")
-            kind = _kinds(each)[0]
-            if kind == "bool":
-                action = argparse.BooleanOptionalAction
-                parser.add_argument(option, action=action, default=each.default)
-            else:
-                parse: Any = {"int": int, "float": float, "Mapping": json.loads}.get(kind, str)
-                parser.add_argument(option, type=parse, default=each.default)
+            _add_cli_arg(parser, each, default=each.default)
         return parser
+
+    @classmethod
+    def add_neutral_cli_args(cls, parser: argparse.ArgumentParser) -> None:
+        """Gives a parser those that change nothing here, unlisted, and None where not given."""
+        for each in _neutral_fields():
+            _add_cli_arg(parser, each, help=argparse.SUPPRESS)
+
+    @classmethod
+    def neutral_cli_args(cls, args: argparse.Namespace) -> dict[str, Any]:
+        """What such a parser has found."""
+        return {each.name: getattr(args, each.name) for each in _neutral_fields()}
 
     @classmethod
     def from_cli_args(cls, args: argparse.Namespace) -> EngineArgs:
@@ -314,6 +318,22 @@ class EngineArgs:
 
 
 AsyncEngineArgs = EngineArgs  # vLLM's name of those of `AsyncLLM`
+
+
+def _neutral_fields() -> list[Field[Any]]:
+    return [each for each in fields(EngineArgs) if "allowed" in each.metadata]
+
+
+def _add_cli_arg(parser: argparse.ArgumentParser, option: Field[Any], **how: Any) -> None:
+    flags = ["--" + option.name.replace("_", "-")]
+    if short := option.metadata.get("short"):
+        flags.append(short)
+    kind = _kinds(option)[0]
+    if kind == "bool":
+        parser.add_argument(*flags, action=argparse.BooleanOptionalAction, **how)
+    else:
+        parse: Any = {"int": int, "float": float, "Mapping": json.loads}.get(kind, str)
+        parser.add_argument(*flags, type=parse, **how)
 
 
 def require_neutral(given: Mapping[str, Any]) -> None:

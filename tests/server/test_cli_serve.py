@@ -9,6 +9,7 @@ import logging
 import re
 import shlex
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ import pytest
 from smart_decoding import llm
 from smart_decoding.cli import main as cli
 from smart_decoding.cli import serve as cli_serve
+from smart_decoding.engine_args import EngineArgs
 from smart_decoding.server import launch
 from smart_decoding.server.settings import ServerSettings
 
@@ -181,6 +183,32 @@ def test_a_switch_on_the_command_line(served: Any) -> None:
     assert cli.main(["serve", "--trust-pickle", "--head-timeout", "3"]) == 0
     assert served[0][1]["trust_pickle"] is True
     assert served[0][0].head_timeout == 3
+
+
+def test_commands_of_vllm(served: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """What changes nothing here is taken, and what would change something is not left out."""
+    common = "-tp 1 --pipeline-parallel-size=1 --trust-remote-code --enable-chunked-prefill "
+    common += "--load-format auto --dtype auto --swap-space 4 --disable-log-requests "
+    common += "--gpu-memory-utilization 0.8 --no-async-scheduling --block-size 16 --task generate"
+    assert cli.main(["serve", "m", *common.split(), "--no-enable-prefix-caching"]) == 0
+    assert cli.main(["serve", "m"]) == 0
+    (_, options), (_, usual) = served
+    assert EngineArgs.of(**options) == replace(
+        EngineArgs.of(**usual),
+        trust_remote_code=True,
+        enable_chunked_prefill=True,
+        dtype="auto",
+        swap_space=4,
+        gpu_memory_utilization=0.8,
+        async_scheduling=False,
+        block_size=16,
+        task="generate",
+        enable_prefix_caching=False,
+    )
+    for wrong in ("-tp 2", "--load-format dummy", "--enable-lora", "--kv-cache-dtype fp8"):
+        assert cli.main(["serve", "m", *wrong.split()]) == 2
+        assert "is not supported: leave it at" in capsys.readouterr().err
+    assert len(served) == 2
 
 
 def test_bad_command_lines(served: Any, capsys: pytest.CaptureFixture[str]) -> None:

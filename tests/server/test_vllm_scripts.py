@@ -42,7 +42,7 @@ questions = ["The first thing to pack is", "A good name for a cat is", "Ships si
 params = SamplingParams(temperature=0.8, top_p=0.95, seed=1)
 
 llm = LLM(model="MODEL", dtype="auto", tensor_parallel_size=1, gpu_memory_utilization=0.5,
-          swap_space=1, trust_remote_code=False, tokenizer="MODEL", enforce_eager=True,
+          swap_space=1, trust_remote_code=True, tokenizer="MODEL", enforce_eager=True,
           kv_cache_dtype="auto", block_size=16, revision=None, max_logprobs=20)
 outputs = llm.generate(questions, params, use_tqdm=True, lora_request=None)
 for question, output in zip(questions, outputs):

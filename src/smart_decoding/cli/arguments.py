@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from argparse import Action, ArgumentParser, ArgumentTypeError, Namespace, _ActionsContainer
+from argparse import (
+    Action,
+    ArgumentParser,
+    ArgumentTypeError,
+    BooleanOptionalAction,
+    Namespace,
+    _ActionsContainer,
+)
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -41,7 +48,8 @@ class Option:
         default = None if unset else self.default
         flags = (f"--{self.name}", *self.aliases)
         if self.kind is bool:
-            parser.add_argument(*flags, action="store_true", default=default, help=words)
+            action: Any = BooleanOptionalAction if self.default else "store_true"
+            parser.add_argument(*flags, action=action, default=default, help=words)
             return
         metavar = "K=V" if self.kind is key_value else self.name.rpartition("-")[2].upper()
         parser.add_argument(

@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from smart_decoding.cli.arguments import add_options, chosen_model, use_threads
 from smart_decoding.cli.model_options import llm_options
-from smart_decoding.cli.serve_options import KEY_VARIABLE, OPTIONS, merge, read_config
+from smart_decoding.cli.serve_options import (
+    KEY_VARIABLE,
+    NO_REQUEST_LOG,
+    OPTIONS,
+    merge,
+    read_config,
+)
+from smart_decoding.engine_args import EngineArgs
 from smart_decoding.errors import ConfigError
 from smart_decoding.models.registry import DEFAULT_MODEL
 
@@ -42,6 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     for title, options in OPTIONS.items():
         add_options(parser.add_argument_group(title), options, unset=True)
+    EngineArgs.add_neutral_cli_args(parser)
+    parser.add_argument(*NO_REQUEST_LOG, action="store_true", help=argparse.SUPPRESS)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -51,6 +60,8 @@ def main(args: argparse.Namespace) -> int:
     use_threads(args.threads)  # the file may say it, too
     options = llm_options(args, (*OPTIONS["model"], *OPTIONS["pictures"]))
     options["mm_processor_kwargs"] = dict(args.mm_processor_option)
+    options.update(EngineArgs.neutral_cli_args(args))
+    EngineArgs.of(model=args.model, **options)  # the server makes the model later
     try:
         from smart_decoding.server.launch import serve
     except ModuleNotFoundError as error:

@@ -28,6 +28,7 @@ OPTIONS = {
         Option(
             "gpu-memory-utilization", float, 0.9, "part of a GPU's memory for weights and KV memory"
         ),
+        Option("enable-prefix-caching", bool, True, "beginnings of earlier prompts are kept"),
         Option("seed", int, 0, "what the seeds of requests without one are drawn from (0)"),
         Option(
             "generation-config",
@@ -105,6 +106,8 @@ OPTIONS = {
         Option("max-n", int, 8, "answers to one prompt"),
     ),
 }
+# vLLM's: what requests hold is never logged
+NO_REQUEST_LOG = ("--disable-log-requests", "--no-enable-log-requests")
 _MODEL = Option("model", str, DEFAULT_MODEL, "as of the command line")
 _NO_KEY = Option("no-api-key", bool, False, "as of the command line (off)")
 _ALL = {each.name: each for group in ((_MODEL, _NO_KEY), *OPTIONS.values()) for each in group}

@@ -484,7 +484,7 @@ def test_bad_arguments_are_refused_before_a_model_is_loaded(
         ("train --output x y", "unrecognized arguments: y (see:"),
         ("serve -m t.gguf -md d.gguf", "unrecognized arguments: -md; did you mean --draft?"),
         ("run -m t.gguf -ngl 99 -p hi", "unrecognized arguments: -ngl; did you mean --device?"),
-        ("serve smollm2-135m -tp 1", "unrecognized arguments: -tp 1 (see:"),
+        ("serve smollm2-135m -xy 1", "unrecognized arguments: -xy 1 (see:"),
     ],
 )
 def test_a_model_in_the_wrong_place_is_told_where_it_belongs(
