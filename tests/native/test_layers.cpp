@@ -1,5 +1,6 @@
 // Attention, layers and whole models: prompts, chunks of them, trees; and moving keys and values.
 
+#include "attention.h"
 #include "tiny.h"
 
 using namespace tiny;
@@ -122,8 +123,8 @@ void one_model(uint64_t seed, int head_dim, bool bf16, int64_t first_length = 0)
     const int64_t vocab = random.between(60, 130), count = random.between(1, 2), room = 24,
                   page_count = 40 + first_length / smart_page();
     check::begin("forward", seed, shape.text() + (bf16 ? ", bf16" : ", fp32"));
-    TinyModel m(random, shape, count, vocab, bf16);
-    if (first_length) m.widen_windows(8);
+    TinyModel m(random, shape, count, vocab, bf16, POSITIONS + first_length);
+    if (first_length) m.change_windows([](int window) { return 8 * window; });
     Pages pages(random, page_count);
     const std::vector<Request> requests = random_requests(random, pages, vocab, room, first_length);
     const Random garbage(seed + 77);
@@ -302,53 +303,76 @@ void refused() {
                 "fp32 weights with a bf16 cache are refused");
 }
 
-// Threads that share a long context's parts find what one thread finds in a whole prompt.
-void shared_parts(bool bf16) {
+// Threads that share the splits of a long context find what is found in a whole prompt, where each
+// takes whole jobs: for rows alone, and for a chain of drafts across the border of a split beside
+// another request.
+void shared_splits(bool bf16, int head_dim, int window) {
     Random random(6);
-    check::begin("shared parts", 0, bf16 ? "bf16" : "fp32");
-    const int kv_heads = 2, pages_of_one = 110;
-    TinyModel m(random, {32, 32, 6, kv_heads, 32, 32}, 2, 40, bf16);
-    m.widen_windows(0);  // there are none
-    Pages pages(random, 2 * pages_of_one);
-    std::vector<Request> requests(2);
+    check::begin("shared splits", window,
+                 "head_dim " + std::to_string(head_dim) + (bf16 ? ", bf16" : ", fp32"));
+    const int64_t length = 2 * smart::SPLIT + 70, page_count = length / smart_page() + 4;
+    TinyModel m(random, {32, 32, 6, 2, head_dim, 32}, 1, 40, bf16, length);
+    m.change_windows([&](int) { return window; });
+    Pages pages(random, page_count);
+    Request request{pages.take(length), {}}, other{pages.take(8), {1, 2, 3, 4, 5, 6, 7, 8}};
+    for (int i = 0; i < length; i++) request.prompt.push_back(random.below(m.vocab));
     Batch prompts;
-    for (Request& request : requests) {
-        request.pages = pages.take(pages_of_one * smart_page());
-        for (int i = 0; i < 1700; i++) request.prompt.push_back(random.below(m.vocab));
-        prompts.request(request.pages);
-        add_prompt(prompts, request, 0, 1700);
-    }
-    TinyCache cache = m.cache(random, 2 * pages_of_one);
+    prompts.request(request.pages);
+    add_prompt(prompts, request, 0, length);
+    prompts.request(other.pages);
+    add_prompt(prompts, other, 0, 8);
+    TinyCache cache = m.cache(random, page_count);
     const Result all = forward(m, cache, prompts, 2);
-    for (int64_t row : {511, 512, 1023, 1024, 1535, 1536, 1699})
-        for (int threads : {1, 2, 3, 5, 16}) {
-            const Result alone = forward(m, cache, prompts.alone(row), threads);
-            check::bits("logits of a row alone", &all.logits[row * m.vocab], alone.logits.data(),
-                        m.vocab);
-            Batch beside = prompts.alone(row);  // another request that sees one position
-            beside.request(requests[1].pages);
-            add_prompt(beside, requests[1], 0, 1);
-            const Result both = forward(m, cache, beside, threads);
-            check::bits("logits of a row beside another", &all.logits[row * m.vocab],
-                        both.logits.data(), m.vocab);
-            check::bits("logits of the other", &all.logits[1700 * m.vocab], &both.logits[m.vocab],
-                        m.vocab);
+    auto same = [&](const Result& got, int64_t row, int64_t from, int64_t count) {
+        check::bits("logits", &all.logits[row * m.vocab], &got.logits[from * m.vocab],
+                    count * m.vocab);
+    };
+    for (int threads : {1, 3, 16})
+        for (int64_t border : {smart::SPLIT, 2 * smart::SPLIT}) {
+            for (int64_t row : {border - 1, border, border + 60})
+                same(forward(m, cache, prompts.alone(row), threads), row, 0, 1);
+            Batch drafts;
+            drafts.request(request.pages);
+            std::vector<int32_t> chain;
+            const std::vector<int32_t> free = pages.free;
+            for (int64_t i = 0; i < 17; i++) {
+                chain.push_back(free[i / smart_page()] * smart_page() + i % smart_page());
+                const int64_t position = border - 7 + i;
+                drafts.row(request.prompt[position], position, chain[i], border - 7, chain);
+            }
+            drafts.request(other.pages);
+            add_prompt(drafts, other, 7, 8);
+            const Result got = forward(m, cache, drafts, threads);
+            same(got, border - 7, 0, 17);
+            same(got, length + 7, 17, 1);
         }
 }
 
+// How long threads have to do, and so whether they share splits.
+void makespans() {
+    check::begin("makespan", 0, "");
+    using smart::makespan;
+    check::same("none", 0, makespan({}, 3));
+    check::same("one for each", 7, makespan({5, 7, 1}, 3));
+    check::same("three for two", 800, makespan({400, 400, 400}, 2));
+    check::same("the last one is long", 1200,
+                makespan({100, 100, 100, 100, 100, 100, 100, 100, 800}, 2));
+    check::same("the first one is long", 800, makespan({800, 100, 100, 100, 100, 100}, 2));
+}
+
 // A row whose own value is too large for any number has no logits, nor have those that see it, be
-// it the first of a page, a step or a part of attention. Those before it do not know.
+// it the first of a page, a step or a split of attention. Those before it do not know.
 void overflows(bool bf16) {
     Random random(5);
     check::begin("overflow", 0, bf16 ? "bf16" : "fp32");
     const Shape shape{32, 32, 3, 1, 32, 32};
-    TinyModel m(random, shape, 1, 40, bf16);
+    const int64_t length = smart::SPLIT + 30;
+    TinyModel m(random, shape, 1, 40, bf16, length);
     TinyLayer& layer = m.layers[0];
     for (int64_t row = 0; row < 5 * 32; row++) layer.w.qkv[row * 32] = row == 4 * 32 ? 3e38f : 0;
     layer.qkv = packed(layer.w.qkv, 32, bf16);
     layer.w.input_norm[0] = 4;
-    m.widen_windows(0);  // there are none
-    const int64_t length = 540;
+    m.change_windows([](int) { return 0; });
     Pages pages(random, 40);
     Request request{pages.take(length), std::vector<int64_t>(length, 1)};
     std::vector<std::vector<float>> states;
@@ -363,12 +387,15 @@ void overflows(bool bf16) {
     add_prompt(prompt, request, 0, length);
     TinyCache cache = m.cache(random, 40);
     const Result clean = forward(m, cache, prompt, 3, {}, {}, embeddings);
-    for (int64_t bad : {0, 1, 63, 64, 511, 512, 530}) {
+    for (int64_t bad : {0, 1, 63, 64, smart::SPLIT - 1, smart::SPLIT, smart::SPLIT + 20}) {
         states[bad][0] = 1;
         const Result all = forward(m, cache, prompt, 3, {}, {}, embeddings);
         check::bits("logits before", clean.logits.data(), all.logits.data(), bad * m.vocab);
         const Result alone = forward(m, cache, prompt.alone(bad), 3, {}, {}, {embeddings[bad]});
+        const Result last =
+            forward(m, cache, prompt.alone(length - 1), 3, {}, {}, {embeddings[length - 1]});
         check::that(!std::isfinite(alone.logits[0]), "a row alone that overflows has no logits");
+        check::that(!std::isfinite(last.logits[0]), "nor has a row alone that sees one");
         for (int64_t row = bad; row < length; row++)
             check::that(!std::isfinite(all.logits[row * m.vocab]),
                         "rows that see what overflows have no logits");
@@ -420,14 +447,17 @@ void test_layers() {
                 one_model(1000 * seed + 2 * head_dim + bf16, head_dim, bf16);
                 one_stack(1000 * seed + 2 * head_dim + bf16, head_dim, bf16);
             }
-    for (int length : {512, 513, 1030})  // attention's parts have 512
+    for (int length : {smart::SPLIT, smart::SPLIT + 1, 2 * smart::SPLIT + 6})
         for (bool bf16 : {false, true})
-            if (!check::quick || length == 1030)
-                one_model(100000 + length, 16 << length % 3, bf16, length);
+            if (!check::quick || length > 2 * smart::SPLIT)
+                one_model(100000 + 2 * length + bf16, 16 << length % 3, bf16, length);
+    makespans();
     refused();
     for (bool bf16 : {false, true}) {
-        shared_parts(bf16);
         overflows(bf16);
+        for (int head_dim : {16, 32, 96, 128, 256})
+            for (int window : {0, smart::SPLIT + 48})
+                if (!check::quick || head_dim == 32) shared_splits(bf16, head_dim, window);
     }
     moves();
 }

@@ -282,7 +282,7 @@ inline int64_t slot_of(const std::vector<int32_t>& pages, int64_t position) {
     return int64_t(pages[position / smart_page()]) * smart_page() + position % smart_page();
 }
 
-constexpr int64_t POSITIONS = 1700;
+constexpr int64_t POSITIONS = 512;
 
 struct TinyModel {
     Shape shape;
@@ -296,8 +296,9 @@ struct TinyModel {
     Blob embedding_blob, output_blob;
     Rotation rotation;
 
-    TinyModel(Random& random, const Shape& s, int64_t count, int64_t vocab_, bool bf16)
-        : shape(s), precision(bf16, s.head_dim), vocab(vocab_), rotation(POSITIONS, s.head_dim) {
+    TinyModel(Random& random, const Shape& s, int64_t count, int64_t vocab_, bool bf16,
+              int64_t positions = POSITIONS)
+        : shape(s), precision(bf16, s.head_dim), vocab(vocab_), rotation(positions, s.head_dim) {
         for (int64_t i = 0; i < count; i++) layers.emplace_back(random, s, bf16, true);
         for (const TinyLayer& layer : layers) structs.push_back(layer.layer());
         embedding = matrix(random, vocab, s.hidden, bf16, std::sqrt(double(s.hidden)));
@@ -308,9 +309,11 @@ struct TinyModel {
         embedding_blob = plain_table ? plain(embedding, bf16) : packed(embedding, s.hidden, bf16);
         output_blob = packed(output, s.hidden, bf16);
     }
-    void widen_windows(int factor) {
+    // change: from a layer's window, 0 for none, to another.
+    template <class F>
+    void change_windows(F&& change) {
         for (size_t i = 0; i < layers.size(); i++) {
-            layers[i].w.window *= factor;
+            layers[i].w.window = change(layers[i].w.window);
             structs[i] = layers[i].layer();
         }
     }

@@ -29,7 +29,7 @@ std::vector<QueryBlock> query_blocks(const Rows& in, const Layer& l) {
     return blocks;
 }
 
-// Attention of one layer, by a whole team. A share of it is a block of rows with one head of keys.
+// Attention of one layer, by a whole team. A job is a block of rows with one head of keys.
 template <class T, int HD>
 struct LayerAttention {
     typedef PairAttention<HD> Pairs;
@@ -43,110 +43,129 @@ struct LayerAttention {
     int64_t ldq;
     const KvCache<T>& cache;
     Input<T>* out;
-    const int kv = layer.kv_heads, heads = layer.heads / kv, shares = int(blocks.size()) * kv,
+    const int kv = layer.kv_heads, heads = layer.heads / kv, jobs = int(blocks.size()) * kv,
               team = omp_get_num_threads();
 
     void run() const {
         static thread_local Attention kept;
         Attention& attention = kept;  // found once: looking a thread's own up takes a call
-        if (leaves_threads_idle())
-            run_parts(attention);
+        const std::vector<Piece> pieces = pieces_to_share();
+        if (pieces.empty())
+            run_jobs(attention);
         else
-            run_shares(attention);
+            run_pieces(attention, pieces);
         barrier();
     }
 
 private:
-    // Whether more than an eighth of the threads' time passes unused where each runs whole shares.
-    bool leaves_threads_idle() const {
-        int64_t longest = 0, all = 0;
-        for (int share = 0; share < shares; share += kv) {
-            const int64_t parts = item(share, 0).parts();
-            longest = std::max(longest, parts);
-            all += parts * kv;
-        }
-        const int64_t turns = (shares + team - 1) / team;
-        const double time = std::max(double(longest), double(turns * all) / shares);
-        return longest > 1 && time * team > 1.125 * double(all);
-    }
+    struct Piece {
+        int job, split;
+    };
 
-    AttentionItem<T> item(int share, int part) const {
-        const QueryBlock& block = blocks[share / kv];
-        const int64_t h = share % kv, plane = cache.pages * HD * PAGE;
+    AttentionItem<T> item(int job, int split) const {
+        const QueryBlock& block = blocks[job / kv];
+        const int64_t h = job % kv, plane = cache.pages * HD * PAGE;
         return {block,
                 cache.keys + h * plane,
                 cache.values + h * plane,
                 in.block_tables + in.block_table_start[block.request],
                 h * heads * HD,
                 layer.window ? layer.window : INT32_MAX,
-                part};
+                split};
     }
 
-    int count(int share) const { return blocks[share / kv].count * heads; }
+    AttentionItem<T> item(const Piece& piece) const { return item(piece.job, piece.split); }
+    int splits(int job) const { return item(job, 0).splits(); }
+    int queries(int job) const { return blocks[job / kv].count * heads; }
 
-    void begin(Attention& attention, const AttentionItem<T>& item) const {
-        attention.begin(item.block, heads, q + item.column, ldq);
+    // The splits of all jobs where threads that share them are done by an eighth sooner than
+    // threads that take whole jobs; none elsewhere.
+    std::vector<Piece> pieces_to_share() const {
+        int64_t longest = 0, all = 0;
+        int most = 0;
+        for (int job = 0; job < jobs; job += kv) {
+            const int64_t positions = blocks[job / kv].longest - item(job, 0).begin();
+            longest = std::max(longest, positions);
+            all += positions * kv;
+            most = std::max(most, splits(job));
+        }
+        // Who takes whole jobs is done at most the longest one later than others.
+        if (most < 2 || 8 * longest * team <= all) return {};
+        std::vector<Piece> pieces;
+        std::vector<int64_t> whole(jobs), shared;
+        // Blocks of one request read the same keys and values, so they have them at the same time.
+        for (int split = 0; split < most; split++)
+            for (int job = 0; job < jobs; job++) {
+                if (split >= splits(job)) continue;
+                const AttentionItem<T> now = item(job, split);
+                whole[job] += now.end() - now.begin();
+                shared.push_back(now.end() - now.begin());
+                pieces.push_back({job, split});
+            }
+        if (8 * makespan(whole, team) <= 9 * makespan(shared, team)) pieces.clear();
+        return pieces;
     }
 
-    void put_means(int share, const Softmaxes<HD>& sums, int query) const {
-        const int64_t row = blocks[share / kv].row + query / heads;
-        Input<T>* to = out + row * layer.heads * HD + item(share, 0).column;
+    void begin(Attention& attention, int job) const {
+        attention.begin(blocks[job / kv], heads, q + item(job, 0).column, ldq);
+    }
+
+    void put_means(int job, const Softmaxes<HD>& sums, int query) const {
+        const int64_t row = blocks[job / kv].row + query / heads;
+        Input<T>* to = out + row * layer.heads * HD + item(job, 0).column;
         sums.put_means(query, to + query % heads * HD);
     }
 
-    // A thread runs a share's parts, then most likely those of the share that is a team further:
-    // contexts differ.
-    void run_shares(Attention& attention) const {
+    // A thread takes a whole job, then the next one that is left, as contexts differ: most likely
+    // that a team further.
+    void run_jobs(Attention& attention) const {
         alignas(64) float memory[2][Softmaxes<HD>::floats(MAX_QUERIES)];
-        for (int share; (share = int(next_item())) < shares;) {
-            const Softmaxes<HD> sums(memory[0], count(share)), more(memory[1], count(share));
-            const int parts = item(share, 0).parts();
-            begin(attention, item(share, 0));
-            for (int part = 0; part < parts; part++) {
-                const bool last = part + 1 == parts;
+        for (int job; (job = int(next_item())) < jobs;) {
+            const Softmaxes<HD> sums(memory[0], queries(job)), next(memory[1], queries(job));
+            const int count = splits(job);
+            begin(attention, job);
+            for (int split = 0; split < count; split++) {
+                const bool last = split + 1 == count;
                 const auto after =
-                    last ? item(std::min(share + team, shares - 1), 0) : item(share, part + 1);
-                attention.run(in, item(share, part), after, heads, part ? more : sums);
-                for (int i = 0; part && i < sums.count; i++) sums.add(i, more);
+                    last ? item(std::min(job + team, jobs - 1), 0) : item(job, split + 1);
+                attention.run(in, item(job, split), after, heads, split ? next : sums);
+                for (int i = 0; split && i < sums.count; i++) sums.combine(i, next);
             }
             attention.end();
-            for (int i = 0; i < sums.count; i++) put_means(share, sums, i);
+            for (int i = 0; i < sums.count; i++) put_means(job, sums, i);
         }
     }
 
-    // Threads run parts, then add the sums of these.
-    void run_parts(Attention& attention) const {
-        std::vector<int> starts(shares + 1);  // of the shares' parts among all
-        int queries = 0;                      // the most of a share
-        for (int share = 0; share < shares; share++) {
-            starts[share + 1] = starts[share] + item(share, 0).parts();
-            queries = std::max(queries, count(share));
+    // A thread takes a piece at a time. When all are done, the team combines each query's sums.
+    void run_pieces(Attention& attention, const std::vector<Piece>& pieces) const {
+        std::vector<int> starts(jobs + 1);  // of the jobs' sums in memory
+        int most = 0;
+        for (int job = 0; job < jobs; job++) {
+            starts[job + 1] = starts[job] + splits(job);
+            most = std::max(most, queries(job));
         }
-        const int64_t lines = Softmaxes<HD>::floats(queries) * sizeof(float) / sizeof(CacheLine);
-        CacheLine* memory = team_memory(lines * starts[shares]);
-        auto sums = [&](int share, int i) {
-            return Softmaxes<HD>((float*)(memory + lines * i), count(share));
+        const int64_t lines = Softmaxes<HD>::floats(most) * sizeof(float) / sizeof(CacheLine);
+        CacheLine* memory = team_memory(lines * starts[jobs]);
+        auto sums = [&](int job, int split) {
+            float* own = (float*)(memory + lines * (starts[job] + split));
+            return Softmaxes<HD>(own, queries(job));
         };
-        auto part = [&](int& share, int i) {
-            while (starts[share + 1] <= i) share++;
-            return item(share, i - starts[share]);
-        };
-        for (int i, share = 0; (i = int(next_item())) < starts[shares];) {
-            const AttentionItem<T> now = part(share, i);
-            int later = share;
-            const AttentionItem<T> after = part(later, std::min(i + team, starts[shares] - 1));
-            begin(attention, now);
-            attention.run(in, now, after, heads, sums(share, i));
+        const int count = int(pieces.size());
+        for (int i; (i = int(next_item())) < count;) {
+            const auto [job, split] = pieces[i];
+            const Piece& after = pieces[std::min(i + team, count - 1)];
+            begin(attention, job);
+            attention.run(in, item(job, split), item(after), heads, sums(job, split));
             attention.end();
         }
         barrier();
-        for (int i; (i = int(next_item())) < shares * queries;) {
-            const int share = i / queries, query = i % queries;
-            if (query >= count(share)) continue;
-            const Softmaxes<HD> all = sums(share, starts[share]);
-            for (int j = starts[share] + 1; j < starts[share + 1]; j++)
-                all.add(query, sums(share, j));
-            put_means(share, all, query);
+        for (int i; (i = int(next_item())) < jobs * most;) {
+            const int job = i / most, query = i % most;
+            if (query >= queries(job)) continue;
+            const Softmaxes<HD> all = sums(job, 0);
+            const int own = splits(job);
+            for (int split = 1; split < own; split++) all.combine(query, sums(job, split));
+            put_means(job, all, query);
         }
     }
 };

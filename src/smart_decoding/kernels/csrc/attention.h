@@ -12,9 +12,10 @@ namespace [[gnu::visibility("hidden")]] smart {
 
 constexpr int MAX_QUERIES = 32;  // of the rows of a block together
 
-// Positions of a part. Softmaxes are summed over each part, from position 0 on, and their sums are
-// added in order: several threads may share the parts of a long context, and no result tells.
-constexpr int PART = 8 * CHUNK;
+// Positions of a split. A softmax is summed over each split of the context, from position 0 on, and
+// the sums are combined in order: threads may share the splits of a long context, and no result
+// tells. With 256 positions, combining cost twice as much.
+constexpr int SPLIT = 8 * CHUNK;
 
 // Rows of one request that share passes over its pages.
 struct QueryBlock {
@@ -82,7 +83,7 @@ static inline int32_t dispatch_types(const Layer& layer, bool w_bf16, bool kv_bf
     return 0;
 }
 
-// A block of rows over a part of one head's keys and values.
+// A block of rows over a split of one head's keys and values.
 template <class T>
 struct AttentionItem {
     QueryBlock block;
@@ -90,19 +91,19 @@ struct AttentionItem {
     const int32_t* block_table;
     int64_t column;  // of its queries, and of what comes out
     int32_t window;  // positions that a row sees
-    int32_t part;    // counted from the first one that a row sees any of
+    int32_t split;   // counted from the first one of which a row sees anything
 
     // The first position of a row, which sees `all` with its own, that is within its window.
     int first(int all) const { return std::max(0, all - window); }
-    int parts() const { return (block.longest - 1) / PART - first(block.shortest) / PART + 1; }
-    int start() const { return (first(block.shortest) / PART + part) * PART; }
-    // The first chunk that holds one of any row's positions, and the end of the last one.
+    int splits() const { return (block.longest - 1) / SPLIT - first(block.shortest) / SPLIT + 1; }
+    int start() const { return (first(block.shortest) / SPLIT + split) * SPLIT; }
+    // From the first chunk on of which a row sees anything, to behind the last such position.
     int begin() const { return std::max(start(), first(block.shortest) / CHUNK * CHUNK); }
-    int end() const { return std::min(start() + PART, block.longest); }
+    int end() const { return std::min(start() + SPLIT, block.longest); }
 };
 
-// Running softmaxes of some queries: the highest score, the sum of weights, and that of weighed
-// values, each by the highest score so far.
+// Running softmaxes of some queries, in memory of others: the highest score, the sum of weights,
+// and that of weighed values, each by the highest score so far.
 template <int HD>
 struct Softmaxes {
     int count;
@@ -123,17 +124,18 @@ struct Softmaxes {
         std::fill_n(sum, count, 0.0f);
     }
 
-    // Adds query `i` of the part that follows. One function wherever it is called, as compilers
-    // may round sums of products differently.
-    [[gnu::noinline]] void add(int i, const Softmaxes& part) const {
-        if (part.sum[i] == 0) return;
-        const float now = std::max(best[i], part.best[i]);
-        const float scale = sum[i] == 0 ? 0.0f : std::exp(best[i] - now);
-        const float part_scale = std::exp(part.best[i] - now);
-        for (int d = 0; d < HD; d += VW)
+    // Adds query `i` of the split that follows. Not inlined, as `run` is not: compilers may round
+    // sums of products differently in each place.
+    [[gnu::noinline]] void combine(int i, const Softmaxes& next) const {
+        const bool first = sum[i] == 0;  // nothing is seen of those before
+        const float now = first ? next.best[i] : std::max(best[i], next.best[i]);
+        const float scale = std::exp(best[i] - now), next_scale = std::exp(next.best[i] - now);
+        for (int d = 0; d < HD; d += VW) {
+            const vf added = loadu<vf>(next.value(i) + d);
             storeu(value(i) + d,
-                   loadu<vf>(value(i) + d) * scale + loadu<vf>(part.value(i) + d) * part_scale);
-        sum[i] = sum[i] * scale + part.sum[i] * part_scale;
+                   first ? added : loadu<vf>(value(i) + d) * scale + added * next_scale);
+        }
+        sum[i] = first ? next.sum[i] : sum[i] * scale + next.sum[i] * next_scale;
         best[i] = now;
     }
 
@@ -143,6 +145,13 @@ struct Softmaxes {
         for (int d = 0; d < HD; d += VW) put(out + d, loadu<vf>(value(i) + d) * inverse);
     }
 };
+
+// How long the busiest of some threads has to do if whoever is done first takes the next piece.
+inline int64_t makespan(const std::vector<int64_t>& work, int threads) {
+    std::vector<int64_t> busy(threads);
+    for (int64_t piece : work) *std::min_element(busy.begin(), busy.end()) += piece;
+    return *std::max_element(busy.begin(), busy.end());
+}
 
 // How many ancestors a row of a tree has.
 static inline int ancestor_count(const Rows& in, int row) {

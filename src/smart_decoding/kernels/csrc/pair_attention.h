@@ -37,7 +37,7 @@ struct alignas(64) PairAttention {
     bf16 q[MAX_QUERIES][HD], weights[TILE][CHUNK], own_keys[CHUNK_PAGES][HD * PAGE],
         own_values[CHUNK_PAGES][HD * PAGE];
     float scores[TILE][CHUNK];
-    Softmaxes<HD> sums{nullptr, 0};
+    const Softmaxes<HD>* sums;                  // of the split that runs
     int seen[MAX_QUERIES], valid[MAX_QUERIES];  // the first position of the chunk that a query may
                                                 // see, and the one behind the last
     int laid[CHUNK_PAGES];  // where the block table ends in the pages of our own, -1: they are
@@ -52,12 +52,13 @@ struct alignas(64) PairAttention {
         shaped = 0;
     }
 
-    // A part; at its end the first pages of `after`, which the thread is likely to take next, are
+    // A split; at its end the first pages of `after`, which the thread is likely to take next, are
     // prefetched.
-    void run(const Rows& in, const AttentionItem<bf16>& item, const AttentionItem<bf16>& after,
-             int heads, const Softmaxes<HD>& into) {
-        sums = into;
-        sums.clear();
+    [[gnu::noinline]] void run(const Rows& in, const AttentionItem<bf16>& item,
+                               const AttentionItem<bf16>& after, int heads,
+                               const Softmaxes<HD>& into) {
+        sums = &into;
+        sums->clear();
         for (int start = item.begin(); start < item.end(); start += CHUNK)
             run_chunk(in, item, after, heads, start);
     }
@@ -109,10 +110,10 @@ struct alignas(64) PairAttention {
             s[p] = at < float(valid[i]) && at >= float(seen[i]) ? score : pf{} - INFINITY;
             top = s[p] > top ? s[p] : top;
         }
-        float& best = sums.best[i];
+        float& best = sums->best[i];
         const float now = std::max(best, max_of(top));
         if (now == -INFINITY) {
-            if (seen[i] < valid[i]) sums.sum[i] = NAN;  // of scores that are no numbers
+            if (seen[i] < valid[i]) sums->sum[i] = NAN;  // of scores that are not finite
             return (void)memset(weights[r], 0, sizeof weights[r]);
         }
         for (int p = 0; p < CHUNK_PAGES; p++) {
@@ -123,10 +124,10 @@ struct alignas(64) PairAttention {
         float rescale = 1;
         if (now != best) {
             rescale = best == -INFINITY ? 0.0f : std::exp(best - now);
-            float* acc = sums.value(i);
+            float* acc = sums->value(i);
             for (int d = 0; d < HD; d += VW) storeu(acc + d, loadu<vf>(acc + d) * rescale);
         }
-        sums.sum[i] = sums.sum[i] * rescale + sum_of(total);
+        sums->sum[i] = sums->sum[i] * rescale + sum_of(total);
         best = now;
     }
 
@@ -158,7 +159,7 @@ struct alignas(64) PairAttention {
     }
 
     void tile_values(int first, const Chunk& chunk, const Chunk& next, const Chunk& later) {
-        float* acc = sums.value(first);
+        float* acc = sums->value(first);
         for (int c = 0; c < HD; c += 32) {
             tile_load<0>(acc + c, 4 * HD);
             tile_load<1>(acc + c + 16, 4 * HD);
@@ -214,7 +215,7 @@ struct alignas(64) PairAttention {
     void vector_values(int first, int r, const Chunk& chunk, const Chunk& next,
                        const Chunk& later) {
         constexpr int V = HD % (4 * VW) ? 2 : 4;  // vectors of a query at a time
-        float* acc = sums.value(first + r);
+        float* acc = sums->value(first + r);
         for (int c = 0; c < HD; c += V * VW) {
             vf s[N][V];
             for (int i = 0; i < N; i++)
@@ -265,7 +266,7 @@ struct alignas(64) PairAttention {
                    const AttentionItem<bf16>& after, int heads, int start) {
         const QueryBlock& block = item.block;
         const int row = block.row, filled = (block.context_len + CHUNK - 1) / CHUNK * CHUNK,
-                  ends = std::min(filled, item.start() + PART);
+                  ends = std::min(filled, item.start() + SPLIT);
         auto shares = [&](int r) {
             return !ancestor_count(in, row + r) || in.context_len[row + r] >= start + CHUNK;
         };
