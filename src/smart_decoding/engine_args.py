@@ -103,8 +103,8 @@ class EngineArgs:
     max_image_pixels: of one image as it is sent.
 
     The others are vLLM's and have no effect here. Those that change no answer there, such as
-    swap_space, may be anything, the rest only what they are by default. trust_remote_code: a
-    model's code is never run, trusted or not.
+    swap_space, may be anything, and so may trust_remote_code: a model's code is never run. The
+    rest may only be what holds here.
 
     None leaves any option at its default. Raises ConfigError or CapacityError for values that
     cannot be.

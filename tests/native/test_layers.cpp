@@ -310,7 +310,7 @@ void shared_splits(bool bf16, int head_dim, int window) {
     Random random(6);
     check::begin("shared splits", window,
                  "head_dim " + std::to_string(head_dim) + (bf16 ? ", bf16" : ", fp32"));
-    const int64_t length = 2 * smart::SPLIT + 70, page_count = length / smart_page() + 4;
+    const int64_t length = 2 * smart::SPLIT + 410, page_count = length / smart_page() + 4;
     TinyModel m(random, {32, 32, 6, 2, head_dim, 32}, 1, 40, bf16, length);
     m.change_windows([&](int) { return window; });
     Pages pages(random, page_count);
@@ -329,35 +329,43 @@ void shared_splits(bool bf16, int head_dim, int window) {
     };
     for (int threads : {1, 3, 16})
         for (int64_t border : {smart::SPLIT, 2 * smart::SPLIT}) {
-            for (int64_t row : {border - 1, border, border + 60})
+            for (int64_t row : {border - 1, border, border + 400})
                 same(forward(m, cache, prompts.alone(row), threads), row, 0, 1);
             Batch drafts;
             drafts.request(request.pages);
             std::vector<int32_t> chain;
             const std::vector<int32_t> free = pages.free;
-            for (int64_t i = 0; i < 17; i++) {
+            for (int64_t i = 0; i < 9; i++) {
                 chain.push_back(free[i / smart_page()] * smart_page() + i % smart_page());
-                const int64_t position = border - 7 + i;
-                drafts.row(request.prompt[position], position, chain[i], border - 7, chain);
+                const int64_t position = border - 4 + i;
+                drafts.row(request.prompt[position], position, chain[i], border - 4, chain);
             }
             drafts.request(other.pages);
             add_prompt(drafts, other, 7, 8);
             const Result got = forward(m, cache, drafts, threads);
-            same(got, border - 7, 0, 17);
-            same(got, length + 7, 17, 1);
+            same(got, border - 4, 0, 9);
+            same(got, length + 7, 9, 1);
         }
 }
 
-// How long threads have to do, and so whether they share splits.
-void makespans() {
+// When threads share splits. What `shared_splits` and `overflows` ask 16 and 3 threads for is so.
+void choices() {
     check::begin("makespan", 0, "");
     using smart::makespan;
+    using smart::sharing_pays;
     check::same("none", 0, makespan({}, 3));
     check::same("one for each", 7, makespan({5, 7, 1}, 3));
     check::same("three for two", 800, makespan({400, 400, 400}, 2));
-    check::same("the last one is long", 1200,
-                makespan({100, 100, 100, 100, 100, 100, 100, 100, 800}, 2));
-    check::same("the first one is long", 800, makespan({800, 100, 100, 100, 100, 100}, 2));
+    check::same("the longest last", 900, makespan({100, 100, 100, 800}, 2));
+    check::same("the longest first", 800, makespan({800, 100, 100, 100}, 2));
+    const int64_t split = smart::SPLIT;
+    check::that(sharing_pays(split + 400, split, 4), "one of two splits");
+    check::that(sharing_pays(2 * split - 48, split, 2), "a window");
+    check::that(sharing_pays(2 * split - 48, split + 10, 27), "nine drafts across a border");
+    check::that(!sharing_pays(split + 300, split, 4), "the second split is short");
+    check::that(!sharing_pays(2 * 1000, 1512, 36), "SmolLM2, 1000 positions, four rows, measured");
+    check::that(sharing_pays(2 * 2000, 3072, 72), "the same with 2000");
+    check::that(!sharing_pays(8000, 8000, 0), "nobody waits");
 }
 
 // A row whose own value is too large for any number has no logits, nor have those that see it, be
@@ -366,14 +374,14 @@ void overflows(bool bf16) {
     Random random(5);
     check::begin("overflow", 0, bf16 ? "bf16" : "fp32");
     const Shape shape{32, 32, 3, 1, 32, 32};
-    const int64_t length = smart::SPLIT + 30;
+    const int64_t length = smart::SPLIT + 400;
     TinyModel m(random, shape, 1, 40, bf16, length);
     TinyLayer& layer = m.layers[0];
     for (int64_t row = 0; row < 5 * 32; row++) layer.w.qkv[row * 32] = row == 4 * 32 ? 3e38f : 0;
     layer.qkv = packed(layer.w.qkv, 32, bf16);
     layer.w.input_norm[0] = 4;
     m.change_windows([](int) { return 0; });
-    Pages pages(random, 40);
+    Pages pages(random, 60);
     Request request{pages.take(length), std::vector<int64_t>(length, 1)};
     std::vector<std::vector<float>> states;
     std::vector<const float*> embeddings;
@@ -385,7 +393,7 @@ void overflows(bool bf16) {
     Batch prompt;
     prompt.request(request.pages);
     add_prompt(prompt, request, 0, length);
-    TinyCache cache = m.cache(random, 40);
+    TinyCache cache = m.cache(random, 60);
     const Result clean = forward(m, cache, prompt, 3, {}, {}, embeddings);
     for (int64_t bad : {0, 1, 63, 64, smart::SPLIT - 1, smart::SPLIT, smart::SPLIT + 20}) {
         states[bad][0] = 1;
@@ -451,12 +459,12 @@ void test_layers() {
         for (bool bf16 : {false, true})
             if (!check::quick || length > 2 * smart::SPLIT)
                 one_model(100000 + 2 * length + bf16, 16 << length % 3, bf16, length);
-    makespans();
+    choices();
     refused();
     for (bool bf16 : {false, true}) {
         overflows(bf16);
         for (int head_dim : {16, 32, 96, 128, 256})
-            for (int window : {0, smart::SPLIT + 48})
+            for (int window : {0, 2 * smart::SPLIT - 48})
                 if (!check::quick || head_dim == 32) shared_splits(bf16, head_dim, window);
     }
     moves();

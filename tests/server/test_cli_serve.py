@@ -205,6 +205,9 @@ def test_commands_of_vllm(served: Any, capsys: pytest.CaptureFixture[str]) -> No
         task="generate",
         enable_prefix_caching=False,
     )
+    with pytest.raises(SystemExit):  # no short form of an option that --help does not list
+        cli.main(["serve", "m", "--max-seq-len", "8192"])
+    assert "unrecognized arguments: --max-seq-len" in capsys.readouterr().err
     for wrong in ("-tp 2", "--load-format dummy", "--enable-lora", "--kv-cache-dtype fp8"):
         assert cli.main(["serve", "m", *wrong.split()]) == 2
         assert "is not supported: leave it at" in capsys.readouterr().err

@@ -125,7 +125,7 @@ class Parser(argparse.ArgumentParser):
                 return f"; did you mean {meant}?"
             if not unknown.startswith("--"):
                 return ""
-            return did_you_mean(unknown.partition("=")[0], self._option_string_actions)
+            return did_you_mean(unknown.partition("=")[0], self._listed())
         from smart_decoding.models.registry import names_model  # late: it takes a while
 
         if "--model" in self._option_string_actions and names_model(unknown):
@@ -134,10 +134,17 @@ class Parser(argparse.ArgumentParser):
         return "; put a text of several words in quotes" if takes_text else ""
 
     def _get_option_tuples(self, option_string: str) -> Any:
-        """-n64 is -n 64; but -md is no -m d, as it is an option of other programs."""
+        """-n64 is -n 64; but -md is no -m d, as it is an option of other programs. Nothing is short
+        for an option that --help does not list."""
         if option_string[:2] != "--" and not option_string[2:].lstrip("=").isdecimal():
             return []
-        return super()._get_option_tuples(option_string)
+        found = super()._get_option_tuples(option_string)
+        return [each for each in found if each[0].help != argparse.SUPPRESS]
+
+    def _listed(self) -> list[str]:
+        """The options that --help lists."""
+        actions = self._option_string_actions.items()
+        return [option for option, action in actions if action.help != argparse.SUPPRESS]
 
 
 def _is_option(word: str) -> bool:

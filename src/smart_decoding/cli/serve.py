@@ -61,7 +61,6 @@ def main(args: argparse.Namespace) -> int:
     options = llm_options(args, (*OPTIONS["model"], *OPTIONS["pictures"]))
     options["mm_processor_kwargs"] = dict(args.mm_processor_option)
     options.update(EngineArgs.neutral_cli_args(args))
-    EngineArgs.of(model=args.model, **options)  # the server makes the model later
     try:
         from smart_decoding.server.launch import serve
     except ModuleNotFoundError as error:
@@ -69,6 +68,8 @@ def main(args: argparse.Namespace) -> int:
             f"smart serve needs {error.name}: in the clone, pip install -e '.[serve]'"
         ) from error
     settings = _settings(args)
+    # The server makes the model later. --dtype has choices, and one of them is worth a warning.
+    EngineArgs.of(model=args.model, **{**options, "dtype": "bfloat16"})
     from smart_decoding.llm import LLM
     from smart_decoding.models.kernel_check import require_kernels
     from smart_decoding.models.target import device_of

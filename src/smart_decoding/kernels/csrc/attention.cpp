@@ -74,35 +74,35 @@ private:
                 split};
     }
 
-    AttentionItem<T> item(const Piece& piece) const { return item(piece.job, piece.split); }
     int splits(int job) const { return item(job, 0).splits(); }
+    int64_t positions(int job) const { return blocks[job / kv].longest - item(job, 0).begin(); }
     int queries(int job) const { return blocks[job / kv].count * heads; }
 
-    // The splits of all jobs where threads that share them are done by an eighth sooner than
-    // threads that take whole jobs; none elsewhere.
+    // The splits of all jobs, one job after another, where it pays to share them; none elsewhere.
     std::vector<Piece> pieces_to_share() const {
         int64_t longest = 0, all = 0;
         int most = 0;
         for (int job = 0; job < jobs; job += kv) {
-            const int64_t positions = blocks[job / kv].longest - item(job, 0).begin();
-            longest = std::max(longest, positions);
-            all += positions * kv;
+            longest = std::max(longest, positions(job));
+            all += positions(job) * kv;
             most = std::max(most, splits(job));
         }
         // Who takes whole jobs is done at most the longest one later than others.
         if (most < 2 || 8 * longest * team <= all) return {};
+        std::vector<int64_t> work;
+        for (int job = 0; job < jobs; job++) work.push_back(positions(job));
+        const int64_t whole = makespan(work, team);
+        if (!sharing_pays(whole, all / team, 0)) return {};
         std::vector<Piece> pieces;
-        std::vector<int64_t> whole(jobs), shared;
-        // Blocks of one request read the same keys and values, so they have them at the same time.
-        for (int split = 0; split < most; split++)
-            for (int job = 0; job < jobs; job++) {
-                if (split >= splits(job)) continue;
-                const AttentionItem<T> now = item(job, split);
-                whole[job] += now.end() - now.begin();
-                shared.push_back(now.end() - now.begin());
+        int64_t sums = 0;
+        work.clear();
+        for (int job = 0; job < jobs; job++)
+            for (int split = 0; split < splits(job); split++) {
                 pieces.push_back({job, split});
+                work.push_back(item(job, split).positions());
+                sums += queries(job);
             }
-        if (8 * makespan(whole, team) <= 9 * makespan(shared, team)) pieces.clear();
+        if (!sharing_pays(whole, makespan(work, team), sums / team)) pieces.clear();
         return pieces;
     }
 
@@ -116,8 +116,8 @@ private:
         sums.put_means(query, to + query % heads * HD);
     }
 
-    // A thread takes a whole job, then the next one that is left, as contexts differ: most likely
-    // that a team further.
+    // A thread takes a whole job, then the next one that is left. That is most likely the one a
+    // team further.
     void run_jobs(Attention& attention) const {
         alignas(64) float memory[2][Softmaxes<HD>::floats(MAX_QUERIES)];
         for (int job; (job = int(next_item())) < jobs;) {
@@ -138,33 +138,29 @@ private:
 
     // A thread takes a piece at a time. When all are done, the team combines each query's sums.
     void run_pieces(Attention& attention, const std::vector<Piece>& pieces) const {
-        std::vector<int> starts(jobs + 1);  // of the jobs' sums in memory
-        int most = 0;
-        for (int job = 0; job < jobs; job++) {
-            starts[job + 1] = starts[job] + splits(job);
-            most = std::max(most, queries(job));
-        }
-        const int64_t lines = Softmaxes<HD>::floats(most) * sizeof(float) / sizeof(CacheLine);
-        CacheLine* memory = team_memory(lines * starts[jobs]);
-        auto sums = [&](int job, int split) {
-            float* own = (float*)(memory + lines * (starts[job] + split));
-            return Softmaxes<HD>(own, queries(job));
-        };
         const int count = int(pieces.size());
+        std::vector<int> starts(jobs + 1, count);  // of the jobs' pieces
+        int most = 0;
+        for (int i = count - 1; i >= 0; i--) starts[pieces[i].job] = i;
+        for (int job = 0; job < jobs; job++) most = std::max(most, queries(job));
+        const int64_t lines = Softmaxes<HD>::floats(most) * sizeof(float) / sizeof(CacheLine);
+        CacheLine* memory = team_memory(lines * count);
+        auto sums = [&](int i) {
+            return Softmaxes<HD>((float*)(memory + lines * i), queries(pieces[i].job));
+        };
+        auto piece = [&](int i) { return item(pieces[i].job, pieces[i].split); };
         for (int i; (i = int(next_item())) < count;) {
-            const auto [job, split] = pieces[i];
-            const Piece& after = pieces[std::min(i + team, count - 1)];
-            begin(attention, job);
-            attention.run(in, item(job, split), item(after), heads, sums(job, split));
+            begin(attention, pieces[i].job);
+            attention.run(in, piece(i), piece(std::min(i + team, count - 1)), heads, sums(i));
             attention.end();
         }
         barrier();
         for (int i; (i = int(next_item())) < jobs * most;) {
             const int job = i / most, query = i % most;
             if (query >= queries(job)) continue;
-            const Softmaxes<HD> all = sums(job, 0);
-            const int own = splits(job);
-            for (int split = 1; split < own; split++) all.combine(query, sums(job, split));
+            const Softmaxes<HD> all = sums(starts[job]);
+            for (int next = starts[job] + 1; next < starts[job + 1]; next++)
+                all.combine(query, sums(next));
             put_means(job, all, query);
         }
     }

@@ -14,7 +14,7 @@ constexpr int MAX_QUERIES = 32;  // of the rows of a block together
 
 // Positions of a split. A softmax is summed over each split of the context, from position 0 on, and
 // the sums are combined in order: threads may share the splits of a long context, and no result
-// tells. With 256 positions, combining cost twice as much.
+// tells.
 constexpr int SPLIT = 8 * CHUNK;
 
 // Rows of one request that share passes over its pages.
@@ -97,9 +97,10 @@ struct AttentionItem {
     int first(int all) const { return std::max(0, all - window); }
     int splits() const { return (block.longest - 1) / SPLIT - first(block.shortest) / SPLIT + 1; }
     int start() const { return (first(block.shortest) / SPLIT + split) * SPLIT; }
-    // From the first chunk on of which a row sees anything, to behind the last such position.
+    // The first position of the first chunk of which a row sees anything.
     int begin() const { return std::max(start(), first(block.shortest) / CHUNK * CHUNK); }
     int end() const { return std::min(start() + SPLIT, block.longest); }
+    int64_t positions() const { return end() - begin(); }
 };
 
 // Running softmaxes of some queries, in memory of others: the highest score, the sum of weights,
@@ -151,6 +152,13 @@ inline int64_t makespan(const std::vector<int64_t>& work, int threads) {
     std::vector<int64_t> busy(threads);
     for (int64_t piece : work) *std::min_element(busy.begin(), busy.end()) += piece;
     return *std::max_element(busy.begin(), busy.end());
+}
+
+// Whether threads that share splits are done in eight ninths of the time that the busiest needs for
+// `whole` positions, or earlier. Each then has `shared` to do, and there is a barrier, and `sums`
+// of queries for each thread, which go from one core to another.
+inline bool sharing_pays(int64_t whole, int64_t shared, int64_t sums) {
+    return 9 * (shared + SPLIT / 2 + 2 * sums) < 8 * whole;
 }
 
 // How many ancestors a row of a tree has.
