@@ -155,8 +155,8 @@ inline int64_t makespan(const std::vector<int64_t>& work, int threads) {
 }
 
 // Whether threads that share splits are done in eight ninths of the time that the busiest needs for
-// `whole` positions, or earlier. Each then has `shared` to do, and there is a barrier, and `sums`
-// of queries for each thread, which go from one core to another.
+// `whole` positions, or earlier. Each then has `shared` to do. A barrier takes as long as half a
+// split, and each of a thread's `sums` of queries, which go from core to core, as two positions.
 inline bool sharing_pays(int64_t whole, int64_t shared, int64_t sums) {
     return 9 * (shared + SPLIT / 2 + 2 * sums) < 8 * whole;
 }
