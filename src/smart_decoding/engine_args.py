@@ -68,9 +68,9 @@ class EngineArgs:
         and either's options.
     tokenizer: a folder with another tokenizer than the model's.
     dtype: bfloat16 or float32, of weights and KV cache. auto and half are bfloat16, too.
-    quantization: None keeps weights as they are stored: quants of GGUF, GPTQ and AWQ files stay
-        quants on the CPU kernels in bfloat16. off expands them to dtype. int8 and int4 round
-        matrices to so many bits when they are loaded.
+    quantization: None keeps weights as they are stored: quants of GGUF files stay quants on the
+        CPU kernels in bfloat16. off expands them to dtype. int8 and int4 round matrices to so
+        many bits when they are loaded.
     activations: int8 rounds what quants are multiplied with to 8 bits, in groups of 32, as
         llama.cpp does: faster, a slightly different model, and still the same words under every
         policy. Only on CPUs with AVX2 or i8mm, in bfloat16.

@@ -233,7 +233,17 @@ def test_layers_with_windows_are_those_of_transformers(
         ({"architectures": None, "model_type": "bert"}, ["bert"]),
         ({"architectures": ["MixtralForCausalLM"]}, ["MixtralForCausalLM"]),
         ({"num_local_experts": 8}, ["num_local_experts = 8"]),
-        ({"quantization_config": {"bits": 4}}, ["quantization_config"]),
+        ({"quantization_config": {"bits": 4}}, ["quantised", "bf16 checkpoint"]),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, ["'gptq'", "GGUF file"]),
+        ({"quantization_config": {"quant_method": "awq"}}, ["'awq'", "GGUF file"]),
+        ({"quantization_config": {"quant_method": "fp8\n" * 99}}, ["fp8"]),
+        (
+            {
+                "architectures": ["LlavaForConditionalGeneration"],
+                "quantization_config": {"quant_method": "awq"},
+            },
+            ["'awq'", "GGUF file"],
+        ),
         ({"mlp_bias": True}, ["mlp_bias"]),
         ({"hidden_act": "gelu"}, ["hidden_act", "gelu"]),
         ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor"]),
@@ -252,6 +262,19 @@ def test_layers_with_windows_are_those_of_transformers(
 def test_refuses_by_name(folder: Path, changes: dict[str, Any], words: list[str]) -> None:
     change_config(folder, **changes)
     assert_refused(folder, *words)
+
+
+def test_refuses_quantised_weights_before_any_file_of_weights_is_opened(folder: Path) -> None:
+    change_config(folder, quantization_config={"quant_method": "gptq"})
+    (folder / "model.safetensors").unlink()
+    assert_refused(folder, "'gptq'", "GGUF file")
+
+
+def test_refuses_quantised_weights_of_which_the_config_is_silent(folder: Path) -> None:
+    """Old AutoGPTQ has a quantize_config.json beside."""
+    name = "model.layers.0.mlp.down_proj.qweight"
+    change_weights(folder, lambda w: w.update({name: torch.zeros(8, 32, dtype=torch.int32)}))
+    assert_refused(folder, name, "GGUF file")
 
 
 def test_names_the_missing_the_misshapen_and_the_unused_tensor(folder: Path) -> None:

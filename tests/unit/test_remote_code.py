@@ -22,7 +22,7 @@ pytest.importorskip("PIL")
 
 LOADERS: list[Callable[[Path], Any]] = [
     Tokenizer.load,
-    lambda folder: read_configs(folder, {}, None),
+    lambda folder: read_configs(folder, None),
     lambda folder: load_reader(folder, SimpleNamespace(model_type="mine")),
 ]
 

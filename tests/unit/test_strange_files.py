@@ -199,6 +199,7 @@ MALFORMED = [
     ("config.json", json.dumps({**CONFIG, "vocab_size": 1}).replace("1,", "1e999,")),
     ("config.json", json.dumps({**CONFIG, "rope_scaling": [1]})),
     ("config.json", json.dumps({**CONFIG, "quantization_config": {"quant_method": []}})),
+    ("config.json", json.dumps({**CONFIG, "quantization_config": []})),
     ("generation_config.json", '{"eos_token_id": ["x"]}'),
     ("generation_config.json", '{"eos_token_id": 1e999}'),
     (INDEX, "{}"),

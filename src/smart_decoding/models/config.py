@@ -114,6 +114,7 @@ class ModelConfig:
         Raises ModelError, naming what is not supported, and any error where an entry is missing or
         malformed (`files.reading` tells whose)."""
         family = _family_of(config)
+        refuse_quantised(config)
         _refuse_options(config, family)
         return _from_hf(cls, family, config, generation or {})
 
@@ -270,6 +271,22 @@ def check_gguf_family(family: object) -> None:
         raise ModelError(f"GGUF architecture {family!r} is not supported; supported: {known}")
 
 
+def refuse_quantised(config: Mapping[str, Any]) -> None:
+    """Raise ModelError for a config.json whose weights are quantised: GPTQ, AWQ, FP8 and others."""
+    given = config.get("quantization_config")
+    if given is not None:
+        method = given.get("quant_method") if isinstance(given, Mapping) else None
+        raise quantised(f"config.json: quant_method {str(method)[:40]!r}")
+
+
+def quantised(how: str) -> ModelError:
+    """The error for safetensors of quants; how: where they are told."""
+    return ModelError(
+        f"the checkpoint is quantised ({how}), which is not supported: take a GGUF file of the "
+        "model, such as OWNER/NAME-GGUF:Q4_K_M, or its bf16 checkpoint"
+    )
+
+
 def check_shapes(
     where: str,
     found: Mapping[str, Collection[int]],
@@ -306,7 +323,6 @@ def _refuse_options(config: Mapping[str, Any], family: str) -> None:
     options = {**rope.options_of(config), **config}
     activations = (_GELU,) if family == "gemma3" else ("silu", "swish")
     refused = {
-        "quantization_config": config.get("quantization_config") is not None,
         "mlp_bias": bool(config.get("mlp_bias")),
         "rope_interleaved": bool(config.get("rope_interleaved")),
         "partial_rotary_factor": options.get("partial_rotary_factor", 1.0) not in (None, 1.0),
@@ -320,9 +336,9 @@ def _refuse_options(config: Mapping[str, Any], family: str) -> None:
     }
     for name, is_refused in refused.items():
         if is_refused:
-            value = "" if name == "quantization_config" else f" = {options[name]!r}"
             raise ModelError(
-                f"the config option {name}{value} is not supported for {_ARCHITECTURES[family]}"
+                f"the config option {name} = {options[name]!r} is not supported for "
+                f"{_ARCHITECTURES[family]}"
             )
 
 

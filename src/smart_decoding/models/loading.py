@@ -18,9 +18,8 @@ from smart_decoding.errors import ConfigError
 from smart_decoding.files import read_json, reading
 from smart_decoding.kernels.weights import Matrix, QuantizedTensor
 from smart_decoding.models import vision
-from smart_decoding.models.config import ModelConfig, token_ids
+from smart_decoding.models.config import ModelConfig, refuse_quantised, token_ids
 from smart_decoding.models.gguf import TENSORS, StoredWeights, converted_folder
-from smart_decoding.models.gptq import GroupedWeights, scheme_of
 from smart_decoding.models.head_files import is_head
 from smart_decoding.models.registry import Source, resolve
 from smart_decoding.models.rounding import RoundedWeights
@@ -56,18 +55,18 @@ def load_checkpoint(
 
     check: raises for a configuration that cannot be used here, before weights are converted, or
         fetched (but for GGUF files).
-    quantization: None (quants of GGUF, GPTQ and AWQ stay what they are), off (they are expanded to
-        bf16), int8 or int4 (matrices are rounded to so many bits).
+    quantization: None (quants of GGUF stay what they are), off (they are expanded to bf16), int8 or
+        int4 (matrices are rounded to so many bits).
     trust_pickle: whether the weights may be a pickle, where there are no others.
     Raises ModelError, which names the file or tensor; DownloadError if it cannot be fetched."""
-    usable = partial(require_usable, check=check, quantization=quantization)
+    usable = partial(require_usable, check=check)
     source = resolve(path_or_name, trust_pickle, usable)
     stored = quantization is None
     folder = source.path if source.path.is_dir() else converted_folder(source, check, stored)
     raw = read_json(folder / "config.json")
     with reading(folder / "config.json"):
+        refuse_quantised(raw)
         has_vision = vision.architecture_of(raw) is not None
-        scheme = None if has_vision else scheme_of(raw, quantization)
     if has_vision:
         return _rounded(_load_vision(source, folder, raw, check, trust_pickle), quantization)
     config = read_config(folder)
@@ -78,11 +77,9 @@ def load_checkpoint(
         weights = _stored_weights(source.path, folder)
     else:
         weights = as_computed(config, open_weights(folder, trust_pickle))
-        if scheme is not None:
-            weights = GroupedWeights(weights, scheme, config.expected_shapes(), stored)
     config.check_tensors(weights.shapes, source.path.name if is_file else folder.name)
     provenance = _provenance(source, weights.dtypes["model.embed_tokens.weight"])
-    if is_file or scheme is not None:
+    if is_file:
         provenance["weights"] += ", as stored" if stored else ", dequantised to bf16"
     return _rounded(Checkpoint(config, weights, folder, provenance), quantization)
 
@@ -90,7 +87,6 @@ def load_checkpoint(
 def require_usable(
     folder: Path,
     check: Callable[[ModelConfig], None] = lambda config: None,
-    quantization: str | None = None,
 ) -> None:
     """Raises ModelError, or what `check` raises, for a folder's config.json; its weights need not
     be there. A draft head's is not looked at."""
@@ -98,9 +94,9 @@ def require_usable(
         return
     raw = read_json(folder / "config.json")
     with reading(folder / "config.json"):
+        refuse_quantised(raw)
         if vision.architecture_of(raw) is not None:
             return
-        scheme_of(raw, quantization)
     check(read_config(folder))
 
 
@@ -140,8 +136,8 @@ def with_rounded_inputs(checkpoint: Checkpoint) -> Checkpoint:
     has no quants."""
     if not has_quants(checkpoint):
         raise ConfigError(
-            "activations='int8' needs quantised weights: a GGUF, GPTQ or AWQ checkpoint, "
-            "or quantization='int8' or 'int4'"
+            "activations='int8' needs quantised weights: a GGUF file, or "
+            "quantization='int8' or 'int4'"
         )
     dtype = f"{checkpoint.provenance['dtype']}, activations in 8 bits"
     return replace(checkpoint, provenance={**checkpoint.provenance, "dtype": dtype}, in_bytes=True)
@@ -154,7 +150,7 @@ def _load_vision(
     check: Callable[[ModelConfig], None],
     trust_pickle: bool,
 ) -> Checkpoint:
-    config, whole = vision.read_configs(folder, raw, generation_config(folder))
+    config, whole = vision.read_configs(folder, generation_config(folder))
     check(config)
     weights = open_weights(folder, trust_pickle)
     ours, of_vision = vision.split_names(weights, str(vision.architecture_of(raw)))
@@ -171,9 +167,8 @@ def _provenance(source: Source, dtype: str) -> dict[str, str]:
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """The configuration in a folder, but for how its weights are quantised; ModelError if it is
-    missing, corrupt or not supported."""
-    raw = read_json(folder / "config.json") | {"quantization_config": None}
+    """The configuration in a folder; ModelError if it is missing, corrupt or not supported."""
+    raw = read_json(folder / "config.json")
     generation = generation_config(folder)
     with reading(folder / "config.json"):
         return ModelConfig.from_hf(raw, generation)

@@ -15,7 +15,6 @@ from smart_decoding.engine.kv import PAGE
 from smart_decoding.errors import CapacityError
 from smart_decoding.files import read_json, reading
 from smart_decoding.models.gguf import StoredWeights
-from smart_decoding.models.gptq import GroupedWeights
 from smart_decoding.models.head_files import scheme_of
 from smart_decoding.models.kernel_check import why_slow
 from smart_decoding.models.rounding import FORMATS, bytes_per_weight, rounded_bytes
@@ -101,7 +100,7 @@ def _decoder_bytes(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.dev
     """Quants stay quants on the CPU kernels in bfloat16; elsewhere they are expanded."""
     config = checkpoint.config
     if _in_quants(config, dtype, device):
-        if isinstance(checkpoint.weights, StoredWeights | GroupedWeights):
+        if isinstance(checkpoint.weights, StoredWeights):
             return checkpoint.weights.nbytes
         if checkpoint.quantization in FORMATS:
             return rounded_bytes(config.expected_shapes(), checkpoint.quantization)

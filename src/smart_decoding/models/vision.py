@@ -70,11 +70,8 @@ def architecture_of(config: Mapping[str, Any]) -> str | None:
     return names[0] if names[0] in ARCHITECTURES else None
 
 
-def read_configs(
-    folder: Path, raw: Mapping[str, Any], generation: Mapping[str, Any] | None
-) -> tuple[ModelConfig, Any]:
-    """The language model's shape, and transformers' configuration of the whole. raw: the contents
-    of config.json.
+def read_configs(folder: Path, generation: Mapping[str, Any] | None) -> tuple[ModelConfig, Any]:
+    """Read the language model's shape, and transformers' configuration of the whole.
 
     Published configurations leave out what transformers takes for granted, so transformers reads
     them."""
@@ -97,7 +94,6 @@ def read_configs(
         **of_text,
         "architectures": [_TEXT_FAMILIES[text.model_type]],
         "tie_word_embeddings": bool(config.tie_word_embeddings),
-        "quantization_config": raw.get("quantization_config"),
     }
     with reading(folder / "config.json"):
         return ModelConfig.from_hf(given, generation), config

@@ -17,19 +17,15 @@ from torch import Tensor
 from smart_decoding.errors import ModelError
 from smart_decoding.files import read_json, reading, reason_of
 from smart_decoding.kernels.weights import Matrix
+from smart_decoding.models.config import quantised
 from smart_decoding.models.registry import TRUST
 
 if TYPE_CHECKING:
     from smart_decoding.models.config import ModelConfig
 
-_DTYPES = {
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.float32: "F32",
-    torch.int32: "I32",
-}
+_DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 _FLOATS = ("BF16", "F16", "F32")
-INTEGERS = (".qweight", ".qzeros", ".g_idx")  # ends of names of GPTQ and AWQ that are int32
+_OF_QUANTS = (".qweight", ".qzeros", ".g_idx")  # ends of names in GPTQ and AWQ checkpoints
 # buffers that old checkpoints hold, whatever their type: they are computed anew
 _IGNORED = ("inv_freq", "position_ids")
 
@@ -169,8 +165,9 @@ def _names(path: Path, found: set[str], listed: list[str] | None) -> list[str]:
 
 
 def _checked_dtype(name: str, dtype: str) -> str:
-    is_packed = dtype == "I32" and name.endswith(INTEGERS)
-    if dtype not in _FLOATS and not is_packed and not name.endswith(_IGNORED):
+    if name.endswith(_OF_QUANTS):
+        raise quantised(f"it holds the tensor {name}")
+    if dtype not in _FLOATS and not name.endswith(_IGNORED):
         raise ModelError(f"the tensor {name} is {dtype}; supported: {', '.join(_FLOATS)}")
     return dtype
 

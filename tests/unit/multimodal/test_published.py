@@ -113,7 +113,7 @@ def test_published_configurations(
     published: dict[str, Any], shape: tuple[Any, ...], tmp_path: Path
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(published))
-    c, whole = read_configs(tmp_path, published, {"eos_token_id": [7]})
+    c, whole = read_configs(tmp_path, {"eos_token_id": [7]})
     found = (
         c.layers,
         c.hidden,
