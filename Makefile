@@ -111,7 +111,7 @@ test-sglang: env $(SGLANG_DIR)/.installed-2
 	SMART_NO_SKIPS=1 PYTHONPATH=$(SGLANG_PATH) TRITON_INTERPRET=1 \
 		$(BIN)/python -m pytest -rs tests/integrations/test_sglang_policy.py tests/integrations/test_sglang_seams.py \
 		tests/integrations/test_sglang_hooks.py tests/integrations/test_sglang_trees.py tests/integrations/test_sglang_costs.py \
-		tests/integrations/test_sglang_algorithm.py tests/integrations/test_sglang_server.py
+		tests/integrations/test_sglang_server.py
 
 # Without their own dependencies: a torch for GPUs would come with them. A torchvision is for one torch.
 $(SGLANG_DIR)/.installed-2:
@@ -135,7 +135,7 @@ $(TRITON_DIR)/.installed:
 # compiled ahead of time, graphs, counts of operations, draws, shards, the check of a GPU, the floor, simulated cards, and
 # vLLM's and SGLang's own classes. Their engines are for test-vllm and test-sglang. A test that is skipped fails the target.
 INTERPRETED = $(addprefix tests/gpu/,test_triton.py test_draws.py test_gpu_check.py) \
-	$(foreach part,policy seams costs trees algorithm,tests/integrations/test_sglang_$(part).py)
+	$(foreach part,policy seams costs trees,tests/integrations/test_sglang_$(part).py)
 HOST = $(addprefix tests/gpu/,test_counts.py test_cuda_calls.py test_profiles.py) tests/parity/test_graphs.py tests/unit/bench/test_floor.py \
 	tests/unit/integrations/test_sharded.py tests/lab/test_gpu_check.py tests/lab/test_simulate.py $(VLLM_HOST)
 test-gpu-path: export SMART_NO_SKIPS = 1

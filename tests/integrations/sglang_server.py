@@ -1,7 +1,7 @@
 """SGLang's scheduler, workers and models in one process on a CPU, kernels by Triton's interpreter.
 
 `python sglang_server.py OPTIONS REQUESTS` prints one line of JSON: the tokens of each request, and
-what SMART_EAGLE3 verified. What SGLang has for GPUs only is replaced by what it has for others:
+the steps of each round. What SGLang has for GPUs only is replaced by what it has for others:
 rotary embeddings by its own in torch, tree kernels by its own in Triton.
 """
 
@@ -110,26 +110,12 @@ def main() -> None:
     import torch
 
     scheduler = scheduler_of(options)
-    choice = getattr(scheduler.model_worker, "choice", None)
-    verified: list[list[int]] = []
-    if choice is not None:
-        choose = choice.choose
-
-        def recorded(path_prob: Any) -> Any:
-            keep = choose(path_prob)
-            verified.append(keep.sum(axis=1).tolist())
-            return keep
-
-        choice.choose = recorded
     with torch.inference_mode():
         requests = [add(scheduler, str(i), *prompt) for i, prompt in enumerate(prompts)]
         steps = serve(scheduler, requests)
     answer = {
         "tokens": [list(request.output_ids) for request in requests],
-        "rounds": [request.spec_verify_ct for request in requests],
-        "verified": verified,
         "steps": steps,
-        "page_size": scheduler.page_size,
     }
     print(json.dumps(answer), flush=True)
     os._exit(0)  # sockets of a server that nobody listens to

@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,11 +28,6 @@ HIDDEN, HEADS, KV_HEADS, HEAD, INNER, VOCABULARY = (
     8,
 )  # so few words that random drafts are accepted now and then
 PROMPTS = [[[5, 6, 7, 3, 4], 7], [[1, 2, 3], 9], [[4, 3, 5, 7, 2, 1, 0], 11]]
-TREES = {
-    "speculative_num_steps": 3,
-    "speculative_eagle_topk": 2,
-    "speculative_num_draft_tokens": 6,
-}
 CONFIG = {
     "model_type": "llama",
     "hidden_size": HIDDEN,
@@ -131,50 +125,12 @@ def serve(options: dict[str, Any], costs: Path | None = None) -> dict[str, Any]:
     return answer
 
 
-def costs_of(tmp_path: Path, per_row: float) -> Path:
-    seconds = {
-        str(batch): {"0": 0.01 + per_row * batch, "3": 0.0101 + per_row * 6 * batch}
-        for batch in (1, 4, 32)
-    }
-    path = tmp_path / "costs.json"
-    path.write_text(json.dumps({"seconds": seconds, "nodes": {"3": 5}}))
-    return path
-
-
 @pytest.fixture(scope="module")
 def plain(models) -> list[list[int]]:
     """What the target says without speculation."""
     tokens: list[list[int]] = serve({"model_path": models["model_path"]})["tokens"]
     assert [len(answer) for answer in tokens] == [length for _, length in PROMPTS]
     return tokens
-
-
-@pytest.mark.parametrize("page_size", [1, 4])
-def test_trees_of_several_sizes_say_what_the_target_says(
-    models, plain, tmp_path, page_size: int
-) -> None:
-    options = {
-        **models,
-        **TREES,
-        "speculative_algorithm": "SMART_EAGLE3",
-        "page_size": page_size,
-    }
-    found = serve(options, costs_of(tmp_path, 0.0004))
-    assert found["tokens"] == plain
-    assert found["page_size"] == page_size
-    accepted = [length - 1 - n for (_, length), n in zip(PROMPTS, found["rounds"], strict=True)]
-    assert sum(accepted) > 2
-    sizes = {size for verified in found["verified"] for size in verified}
-    assert len(sizes) > 1
-    assert max(sizes) <= TREES["speculative_num_draft_tokens"] - 1
-    assert any(len(set(verified)) > 1 for verified in found["verified"])
-
-
-def test_where_rows_are_dear_most_rounds_are_plain(models, plain, tmp_path) -> None:
-    options = {**models, **TREES, "speculative_algorithm": "SMART_EAGLE3"}
-    found = serve(options, costs_of(tmp_path, 1.0))
-    assert found["tokens"] == plain
-    assert len(found["verified"]) < max(found["rounds"])
 
 
 @pytest.mark.parametrize(("topk", "nodes"), [(1, {}), (2, {"1": 2, "2": 5})])
@@ -199,13 +155,3 @@ def test_chains_and_tiers_switch_and_say_what_the_target_says(
     assert found["tokens"] == plain
     assert found["steps"][0] == 1
     assert found["steps"][-1] == 2
-
-
-def test_targets_that_were_never_tried_are_refused_before_it_serves() -> None:
-    from smart_decoding.errors import ConfigError
-    from smart_decoding.integrations.sglang.eagle3 import check_target
-
-    config = SimpleNamespace(model_is_mrope=True)
-    runner = SimpleNamespace(attn_backend=object(), use_mla_backend=False, model_config=config)
-    with pytest.raises(ConfigError, match="attention of other kinds, multimodal positions"):
-        check_target(runner)

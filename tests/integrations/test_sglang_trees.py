@@ -24,19 +24,9 @@ torch = pytest.importorskip("torch")
 from sglang_wheel import definitions  # noqa: E402
 
 from smart_decoding.core.acceptance import accept  # noqa: E402
-from smart_decoding.core.choice import best_size, ranked  # noqa: E402
 from smart_decoding.core.policies.base import BatchState  # noqa: E402
 from smart_decoding.core.policies.eagle2 import Eagle2  # noqa: E402
 from smart_decoding.core.tree import ROOT, DraftTrees  # noqa: E402
-from smart_decoding.integrations.sglang.costs import RoundCosts  # noqa: E402
-from smart_decoding.integrations.sglang.pooled import PooledChoice, RowCosts  # noqa: E402
-from smart_decoding.integrations.sglang.ragged import (  # noqa: E402
-    KeptScores,
-    Rows,
-    mask_starts,
-    packed_mask,
-    pruned,
-)
 
 if TYPE_CHECKING:
     from smart_decoding.core.rule import TreeRule
@@ -316,72 +306,3 @@ def test_a_tier_is_the_tree_that_our_core_chooses(
         assert_same_tree(trees, built)
         accepted += assert_same_walk(sglang, world, trees, built, steps)
     assert accepted > 1
-
-
-def pruned_tree(
-    sglang: SimpleNamespace, world: World, shape: tuple[int, int, int], choice: PooledChoice
-) -> tuple[Built, Rows]:
-    """SGLang's unpruned trees, with the links and the mask that SMART_EAGLE3 makes of them."""
-    topk, steps, nodes = shape
-    kept = KeptScores()
-    whole = SimpleNamespace(**vars(sglang))
-    whole.organize_draft_results = lambda *lists: kept(sglang.organize_draft_results, *lists)
-    built = sglang_tree(whole, world, topk, steps, nodes)
-    rows = Rows.of(choice.choose(kept.take()), "cpu")
-    built.next_token, built.next_sibling = pruned(built.next_token, built.next_sibling, rows, topk)
-    return built, rows
-
-
-def pooled_by_core(world: World, shape: tuple[int, int, int], costs: RowCosts) -> DraftTrees:
-    """What our core keeps of the whole batch's trees."""
-    topk, steps, nodes = shape
-    rule, drafted = candidates(world, Eagle2(steps - 1, topk, nodes + 1), topk)
-    trees = drafted.take(rule.select(drafted))
-    order = ranked(trees.path_prob)
-    rows = world.batch + np.arange(len(trees) + 1)
-    count, _ = best_size(
-        trees.path_prob[order], world.batch, costs.draft(world.batch), costs.verify(rows)
-    )
-    return trees.take(np.sort(order[:count]))
-
-
-def assert_same_rows(trees: DraftTrees, built: Built, rows: Rows) -> None:
-    """The rows of the packed forward, their order, and what each of them sees."""
-    width = rows.width
-    context = torch.tensor(CONTEXT[: trees.batch])
-    mask = packed_mask(torch.tensor(built.mask), context, rows)
-    starts = mask_starts(context, torch.tensor(rows.lengths))
-    places = torch.split(rows.places, rows.lengths)
-    for owner, of_owner in enumerate(places):
-        nodes = {tokens_to(trees, int(node)): int(node) for node in trees.nodes_of(owner)}
-        paths = [built.paths[owner][int(place) - owner * width] for place in of_owner]
-        assert paths[0] == ()
-        assert sorted(paths[1:]) == sorted(nodes)
-        order = [nodes[path] for path in paths[1:]]
-        size, ahead = len(paths), CONTEXT[owner]
-        seen = mask[starts[owner] : starts[owner] + size * (ahead + size)]
-        seen = seen.view(size, ahead + size).numpy()
-        assert seen[:, : ahead + 1].all()
-        assert not seen[0, ahead + 1 :].any()
-        assert (seen[1:, ahead + 1 :] == ancestor_mask(trees)[np.ix_(order, order)]).all()
-
-
-@pytest.mark.parametrize("per_row", [0.02, 0.1, 0.25])
-@pytest.mark.parametrize("shape", [(2, 3, 5), (2, 5, 9), (4, 3, 11), (4, 5, 20), (8, 3, 24)])
-def test_the_pooled_choice_is_our_core_s(sglang, shape, per_row: float) -> None:
-    """Rows, masks and walk of SMART_EAGLE3 are those of our core's choice over the whole batch."""
-    _, steps, nodes = shape
-    seconds = {
-        batch: {0: 1.0 + per_row * batch, steps: 1.3 + per_row * batch * (1 + nodes)}
-        for batch in (1, 3, 500)
-    }
-    costs = RowCosts(RoundCosts(seconds, {steps: nodes}), steps)
-    lengths = set()
-    for seed in range(3):
-        world = World(seed, batch=3)
-        built, rows = pruned_tree(sglang, world, shape, PooledChoice(costs, nodes))
-        trees = pooled_by_core(world, shape, costs)
-        assert_same_rows(trees, built, rows)
-        assert_same_walk(sglang, world, trees, built, steps)
-        lengths |= set(rows.lengths)
-    assert len(lengths) > 1

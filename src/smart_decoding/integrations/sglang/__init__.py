@@ -1,10 +1,8 @@
-"""SMART inside SGLang, in two ways.
+"""SMART inside SGLang's `--speculative-adaptive`: how large stock drafts are at each batch size.
 
-`--speculative-algorithm SMART_EAGLE3`: of what EAGLE-3 drafts, each request verifies the nodes that
-pay, chosen over the whole batch. `--speculative-adaptive`: how large stock drafts are, at each
-batch size; chains by steps, trees by tiers of steps and nodes. SGLang finds `register` by itself,
-as a plugin. It does nothing unless SMART_SGLANG_COSTS names a file of measured costs
-(docs/sglang.md), and imports nothing of SGLang before that.
+Chains are chosen by steps, trees by tiers of steps and nodes. SGLang finds `register` by itself, as
+a plugin. It does nothing unless SMART_SGLANG_COSTS names a file of measured costs (docs/sglang.md),
+and imports nothing of SGLang before that.
 """
 
 from __future__ import annotations
@@ -20,8 +18,7 @@ logger = logging.getLogger("sglang.smart_decoding")
 
 
 def register() -> None:
-    """SGLang's plugin entry point: adds SMART_EAGLE3, and puts SMART's policy in the place of
-    SGLang's own.
+    """Put SMART's policy in the place of SGLang's own; SGLang's plugin entry point.
 
     In a version that lacks a name it needs, it says so once and leaves all as it is."""
     if not os.environ.get(COSTS):
@@ -36,13 +33,10 @@ def register() -> None:
         )
         return
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-    from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
-    from smart_decoding.integrations.sglang.algorithm import NAME, SmartEagle3, worker
     from smart_decoding.integrations.sglang.costs import read_costs
     from smart_decoding.integrations.sglang.policy import SmartSpecPolicy
 
-    SpeculativeAlgorithm.register(NAME, supports_overlap=True, spec_class=SmartEagle3)(worker)
     HookRegistry.register(TARGET, SmartSpecPolicy, HookType.REPLACE)
     if read_costs().nodes:
         from smart_decoding.integrations.sglang.trees import HOOKS

@@ -50,14 +50,6 @@ WRAPPED: dict[str, dict[str, Parameters]] = {
     },
 }
 USED: dict[str, dict[str, Parameters]] = {
-    "sglang.srt.speculative.spec_info": {
-        "SpeculativeAlgorithm.register": (
-            "name",
-            "supports_overlap",
-            "validate_server_args",
-            "spec_class",
-        ),
-    },
     "sglang.srt.plugins.hook_registry": {
         "HookRegistry.register": ("target", "hook", "hook_type"),
         "HookType.REPLACE": None,
