@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 import os
 
-COSTS = "SMART_SGLANG_COSTS"
+from smart_decoding.integrations.sglang.costs import COSTS, read_costs
+
 # The class that is replaced.
 TARGET = "sglang.srt.speculative.adaptive_spec_params.AdaptiveSpeculativeParams"
 
@@ -34,7 +35,6 @@ def register() -> None:
         return
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from smart_decoding.integrations.sglang.costs import read_costs
     from smart_decoding.integrations.sglang.policy import SmartSpecPolicy
 
     HookRegistry.register(TARGET, SmartSpecPolicy, HookType.REPLACE)

@@ -12,7 +12,8 @@ from types import MappingProxyType
 import numpy as np
 
 from smart_decoding.errors import ConfigError
-from smart_decoding.integrations.sglang import COSTS
+
+COSTS = "SMART_SGLANG_COSTS"
 
 
 class RoundCosts:

@@ -16,8 +16,7 @@ from pathlib import Path
 
 from smart_decoding.core.exploration import Exploration
 from smart_decoding.errors import ConfigError
-from smart_decoding.integrations.sglang import COSTS
-from smart_decoding.integrations.sglang.costs import read_costs
+from smart_decoding.integrations.sglang.costs import COSTS, read_costs
 
 MEMORY = 0.995  # per batch: older counts fade
 PRIOR = 0.7  # acceptance of all depths together, at first

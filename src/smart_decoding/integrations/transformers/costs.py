@@ -21,13 +21,15 @@ from smart_decoding.profiling.profile import ROUND_OVERHEAD
 from smart_decoding.speculation import level_drafter
 
 if TYPE_CHECKING:
-    from smart_decoding.integrations.transformers.drafting import Source
+    from smart_decoding.integrations.transformers.sources import DraftSource
 
 SLOW = 100  # with fewer forwards than this in the given time, only batch size 1 is measured
 VERY_SLOW = 30  # and with so few, at fewer sizes
 
 
-def cost_of(target: HostTarget, batch: int, seconds: float, source: Source | None) -> CostModel:
+def cost_of(
+    target: HostTarget, batch: int, seconds: float, source: DraftSource | None
+) -> CostModel:
     """What forwards of the target, and of the drafter's model, cost up to this batch size.
 
     Measured in about so many `seconds` at first use on this machine; a guess if they are 0."""
@@ -47,7 +49,9 @@ def cost_of(target: HostTarget, batch: int, seconds: float, source: Source | Non
     return costs[key]
 
 
-def _measured(target: HostTarget, batch: int, seconds: float, source: Source | None) -> CostModel:
+def _measured(
+    target: HostTarget, batch: int, seconds: float, source: DraftSource | None
+) -> CostModel:
     model = target.model
     stand_in = HostTarget(model, len(target.cache.layers), target.tree)
     window = getattr(model.config.get_text_config(decoder=True), "sliding_window", None)

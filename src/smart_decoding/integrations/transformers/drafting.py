@@ -5,66 +5,22 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel
 
 from smart_decoding.core.policies import make_policy, policy_options
 from smart_decoding.drafters import METHODS
-from smart_decoding.drafters.union import UnionDrafter
 from smart_decoding.errors import ConfigError
+from smart_decoding.integrations.transformers.sources import Drafting, DraftSource
 from smart_decoding.integrations.transformers.state import bucket, layers_of, layout_of, state_of
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    from smart_decoding.core.policies.base import Policy
-    from smart_decoding.engine.protocols import Drafter
     from smart_decoding.integrations.transformers.target import HostTarget
 
 WITH_MODEL = ("eagle", "draft_model")
 PROFILE_SECONDS = 2.0
 CHAIN = {"ngram": {"occurrences": 1}, "recycling": {"successors": 1, "max_nodes": 8}}
-
-
-class Source(Protocol):
-    """A draft head or draft model, lent to one call at a time. folder: where a prior may lie that
-    came with it, or None."""
-
-    folder: Path | None
-
-    @property
-    def shape(self) -> tuple[object, ...]:
-        """What the cost of a level depends on."""
-
-    def drafter(self, pages: int, positions: int, tree: bool) -> Drafter:
-        """For one call, with room for keys in so many pages and positions; not tree: it proposes
-        chains."""
-
-    def check_length(self, max_length: int) -> None:
-        """Raises ModelError if it cannot follow a text to this length."""
-
-
-@dataclass(slots=True)
-class Drafting:
-    """A policy and drafters, lent to one call at a time.
-
-    free: drafters without a model of their own. source: what makes the one with a model."""
-
-    method: str
-    policy: Policy
-    free: list[Drafter]
-    source: Source | None = None
-
-    def drafter(self, pages: int, positions: int, tree: bool) -> Drafter | None:
-        """For one call; see `Source`."""
-        parts = list(self.free)
-        if self.source:
-            parts.insert(0, self.source.drafter(pages, positions, tree))
-        if len(parts) > 1:
-            return UnionDrafter(parts)
-        return parts[0] if parts else None
 
 
 def options_of(config: Mapping[str, Any] | bool | None) -> dict[str, Any]:
@@ -97,7 +53,9 @@ def key_of(options: Mapping[str, Any]) -> str | None:
     return f"{method} {id(model)}" if isinstance(model, PreTrainedModel) else f"{method} {model}"
 
 
-def load_source(target: PreTrainedModel, options: Mapping[str, Any], max_length: int) -> Source:
+def load_source(
+    target: PreTrainedModel, options: Mapping[str, Any], max_length: int
+) -> DraftSource:
     """What `key_of` stands for.
 
     Raises SmartError, before any forward of either model, where it does not fit."""
@@ -118,7 +76,7 @@ def load_source(target: PreTrainedModel, options: Mapping[str, Any], max_length:
 
 def source_for(
     model: PreTrainedModel, options: Mapping[str, Any], max_length: int
-) -> Source | None:
+) -> DraftSource | None:
     """The head or draft model that the options name, or None if there is none.
 
     It is what an earlier call left, or loaded. Raises SmartError, before any forward, if it does
@@ -135,7 +93,7 @@ def source_for(
 
 @contextmanager
 def borrowed(
-    options: Mapping[str, Any], target: HostTarget, batch: int, source: Source | None
+    options: Mapping[str, Any], target: HostTarget, batch: int, source: DraftSource | None
 ) -> Iterator[Drafting]:
     """The drafting for these options, as an earlier call left it, or new.
 
@@ -158,7 +116,7 @@ def borrowed(
 
 
 def _new(
-    options: dict[str, Any], target: HostTarget, batch: int, source: Source | None
+    options: dict[str, Any], target: HostTarget, batch: int, source: DraftSource | None
 ) -> Drafting:
     from smart_decoding.integrations.transformers.costs import cost_of
     from smart_decoding.speculation import free_drafters, stored_prior

@@ -19,12 +19,7 @@ from smart_decoding.engine.engine import Engine, EngineConfig
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ConfigError
 from smart_decoding.integrations.transformers.checks import check
-from smart_decoding.integrations.transformers.drafting import (
-    Drafting,
-    borrowed,
-    options_of,
-    source_for,
-)
+from smart_decoding.integrations.transformers.drafting import borrowed, options_of, source_for
 from smart_decoding.integrations.transformers.sequences import (
     SLACK,
     Host,
@@ -40,6 +35,7 @@ from smart_decoding.models.target import pages_for
 
 if TYPE_CHECKING:
     from smart_decoding.engine.request import Request
+    from smart_decoding.integrations.transformers.sources import Drafting
 
 PREFILL_ROWS = 4096  # prompt tokens of one forward
 

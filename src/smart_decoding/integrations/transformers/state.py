@@ -13,7 +13,7 @@ from smart_decoding.integrations.transformers.checks import cache_of, fitting_la
 
 if TYPE_CHECKING:
     from smart_decoding.core.cost import CostModel
-    from smart_decoding.integrations.transformers.drafting import Drafting, Source
+    from smart_decoding.integrations.transformers.sources import Drafting, DraftSource
 
 ATTRIBUTE = "_smart_decoding"  # on the model
 
@@ -47,7 +47,7 @@ class ModelState:
     layouts: dict[tuple[object, ...], str] = field(default_factory=dict)
     costs: dict[tuple[object, ...], CostModel] = field(default_factory=dict)
     idle: dict[str, Drafting] = field(default_factory=dict)
-    sources: dict[str | None, Source] = field(default_factory=dict)
+    sources: dict[str | None, DraftSource] = field(default_factory=dict)
     last: Report | None = None
 
 
