@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from smart_decoding.cli import main as cli
-from smart_decoding.integrations.sglang.costs import RoundCosts
+from smart_decoding.integrations.sglang.costs import TierCosts
 
 
 def measured(path: Path, *loads: tuple[float, float, float | None]) -> str:
@@ -30,7 +30,7 @@ def runs(tmp_path) -> list[str]:
 def test_a_round_takes_what_its_tokens_took(tmp_path, runs, capsys) -> None:
     output = tmp_path / "costs.json"
     assert cli.main(["sglang-costs", *runs, "--nodes", "2=6", "--output", str(output)]) == 0
-    costs = RoundCosts.load(output)
+    costs = TierCosts.load(output)
     assert costs.seconds(1, 0) == pytest.approx(0.011)
     assert costs.seconds(1, 2) == pytest.approx(0.02)
     assert costs.seconds(16, 0) == pytest.approx(0.0158)

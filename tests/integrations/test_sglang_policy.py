@@ -19,7 +19,7 @@ from sglang_wheel import source_of
 
 from smart_decoding.errors import ConfigError
 from smart_decoding.integrations import sglang as integration
-from smart_decoding.integrations.sglang.costs import RoundCosts
+from smart_decoding.integrations.sglang.costs import TierCosts
 from smart_decoding.integrations.sglang.policy import SmartSpecPolicy
 
 SECONDS = {
@@ -160,7 +160,7 @@ def test_trees_smaller_than_their_depth_are_refused(tmp_path, nodes) -> None:
     path = tmp_path / "costs.json"
     path.write_text(json.dumps({"seconds": SECONDS, "nodes": nodes}))
     with pytest.raises(ConfigError, match="nodes"):
-        RoundCosts.load(path)
+        TierCosts.load(path)
 
 
 def test_captured_graphs_are_those_that_can_be_reached(policy) -> None:
@@ -196,7 +196,7 @@ def test_the_trees_in_the_docs_are_taken(monkeypatch) -> None:
 
 
 def test_costs_are_linear_between_entries() -> None:
-    costs = RoundCosts({1: {0: 1.0, 2: 3.0}, 4: {0: 2.0, 2: 4.0}})
+    costs = TierCosts({1: {0: 1.0, 2: 3.0}, 4: {0: 2.0, 2: 4.0}})
     assert costs.seconds(1, 1) == pytest.approx(2.0)
     assert costs.seconds(2, 1) == pytest.approx(2.5)
     assert costs.seconds(64, 9) == pytest.approx(4.0)
@@ -216,7 +216,7 @@ def test_files_that_are_none_are_refused(tmp_path, text) -> None:
     path = tmp_path / "costs.json"
     path.write_text(text)
     with pytest.raises(ConfigError, match="costs"):
-        RoundCosts.load(path)
+        TierCosts.load(path)
 
 
 def test_the_plugin_does_nothing_unless_it_is_asked_to(monkeypatch) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from smart_decoding.errors import ConfigError
 from smart_decoding.files import whole
-from smart_decoding.integrations.sglang.costs import RoundCosts
+from smart_decoding.integrations.sglang.costs import TierCosts
 
 # Of a line of bench_serving's --output-file.
 FIELDS = ("concurrency", "output_throughput", "accept_length")
@@ -51,7 +51,7 @@ def main(args: argparse.Namespace) -> None:
             raise ConfigError(f"--nodes says nothing of {steps_lacking} steps")
     with whole(args.output) as part:
         part.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
-        RoundCosts.load(part)
+        TierCosts.load(part)
     for batch, row in table["seconds"].items():
         shown = ", ".join(f"{k} steps {1e3 * row[k]:.2f} ms" for k in sorted(row))
         print(f"batch {batch}: {shown}")

@@ -16,7 +16,7 @@ from smart_decoding.errors import ConfigError
 COSTS = "SMART_SGLANG_COSTS"
 
 
-class RoundCosts:
+class TierCosts:
     """Seconds of one round by batch size and drafted steps, from a table.
 
     Between its entries they are linear, beyond them constant.
@@ -35,7 +35,7 @@ class RoundCosts:
         self.nodes = dict(nodes)
 
     @classmethod
-    def load(cls, path: Path) -> RoundCosts:
+    def load(cls, path: Path) -> TierCosts:
         """Raises ConfigError if the file is not such a table."""
         try:
             given = json.loads(path.read_text(encoding="utf-8"))
@@ -70,6 +70,6 @@ class RoundCosts:
         return 1 + (self.nodes[steps] if self.nodes and steps else steps)
 
 
-def read_costs() -> RoundCosts:
+def read_costs() -> TierCosts:
     """The file that SMART_SGLANG_COSTS names."""
-    return RoundCosts.load(Path(os.environ[COSTS]))
+    return TierCosts.load(Path(os.environ[COSTS]))

@@ -45,7 +45,7 @@ class Line:
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class LengthChoice:
     """The best length at one measured batch size.
 
     ratios: length -> (speedup over plain, its standard error)."""
@@ -56,7 +56,7 @@ class Choice:
     reason: str = ""
 
 
-def choose(batch: int, timings: Mapping[int, Timing], margin: float = MARGIN) -> Choice:
+def choose(batch: int, timings: Mapping[int, Timing], margin: float = MARGIN) -> LengthChoice:
     """The fastest of the measured lengths, if it is `margin` faster than 0, else 0.
 
     0 must be among them."""
@@ -68,10 +68,10 @@ def choose(batch: int, timings: Mapping[int, Timing], margin: float = MARGIN) ->
     for k, (ratio, error) in sorted(ratios.items()):
         share = timings[k].accepted / timings[k].drafted if timings[k].drafted else 0.0
         parts.append(f"{k} tokens {ratio:.2f} ± {error:.2f} × ({100 * share:.0f} % accepted)")
-    return Choice(batch, length, ratios, ", ".join(parts))
+    return LengthChoice(batch, length, ratios, ", ".join(parts))
 
 
-def schedule(choices: Sequence[Choice]) -> list[Line]:
+def schedule(choices: Sequence[LengthChoice]) -> list[Line]:
     """One line per run of equal lengths.
 
     Sizes between two measured ones go to the nearer one (by ratio)."""
@@ -132,7 +132,9 @@ def warnings(resolved: Mapping[str, Any]) -> list[str]:
 
 
 def report(
-    lines: Sequence[Line], choices: Sequence[Choice], measured: Mapping[int, Mapping[int, Timing]]
+    lines: Sequence[Line],
+    choices: Sequence[LengthChoice],
+    measured: Mapping[int, Mapping[int, Timing]],
 ) -> Any:
     """All that was measured, as plain lists and numbers."""
     return {
