@@ -57,10 +57,11 @@ BACKGROUND = "getComputedStyle(document.body).backgroundColor.match(/[0-9]+/g).m
 
 
 @contextmanager
-def busy(running: Running, **more: Any) -> Iterator[None]:
+def busy(running: Running, headers: dict[str, str] | None = None, **more: Any) -> Iterator[None]:
     """While one answer streams."""
     body = {**BODY, **more}
-    with httpx.stream("POST", f"{running.url}/v1/completions", json=body, timeout=30) as stream:
+    url = f"{running.url}/v1/completions"
+    with httpx.stream("POST", url, json=body, headers=headers, timeout=30) as stream:
         stop = threading.Event()
 
         def drain() -> None:
@@ -171,7 +172,66 @@ def test_nobody_watching_costs_nothing_and_a_key_guards_the_events(load: Any) ->
         assert running.idle()
         assert live._last is None
         assert events(running, 1, headers=headers)[0]["ready"]
-        assert wait_for(lambda: live.watchers == 0)
+        assert wait_for(lambda: not live.watchers)
+
+
+@contextmanager
+def watching(running: Running, found: list[dict[str, Any]], **options: Any) -> Iterator[None]:
+    """While a stream of events is open, all of which are found."""
+    stop = threading.Event()
+
+    def watch() -> None:
+        with httpx.stream("GET", f"{running.url}/events", timeout=10, **options) as stream:
+            for line in stream.iter_lines():
+                if line:
+                    found.append(json.loads(line.removeprefix("data: ")))
+                if stop.is_set():
+                    return
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    yield
+    stop.set()
+    watcher.join()
+
+
+def test_nobody_sees_the_text_of_others(load: Any) -> None:
+    """Numbers are for all, trees for whom they belong to: the last ones of their own."""
+    alice, bob = ({"authorization": f"Bearer {key}"} for key in ("a", "b"))
+    with serving(lambda: slow(load(), 0.005), api_keys=("a", "b")) as running:
+        hers: list[dict[str, Any]] = []
+        his: list[dict[str, Any]] = []
+        with watching(running, hers, headers=alice), watching(running, his, headers=bob):
+            with busy(running, headers=alice):
+                assert wait_for(lambda: len(hers) > 4 and len(his) > 4)
+            running.idle()
+            told = [event for event in his if event["running"]]
+            assert told
+            assert all(event["tps"] > 0 and event["point"] for event in told[1:])
+            assert all(event["trees"] == [] and event["trees_idle"] is None for event in his)
+            assert any(event["trees"] for event in hers)
+            seen = len(hers)
+            with busy(running, headers=bob, prompt="xyzxyzxyz"):
+                assert wait_for(lambda: len(hers) > seen + 3 and his[-1]["trees"])
+            last = hers[-1]  # her own last ones stay, and are known to be old
+            assert last["running"] == 1
+            assert [tree["id"] for tree in last["trees"]] == [t["id"] for t in hers[seen]["trees"]]
+            assert last["trees_idle"] > last["idle"]
+            assert {tree["id"] for tree in his[-1]["trees"]}.isdisjoint(
+                tree["id"] for tree in last["trees"]
+            )
+
+
+def test_addresses_are_clients_where_there_are_no_keys(load: Any) -> None:
+    elsewhere = httpx.HTTPTransport(local_address="127.0.0.2")
+    with serving(lambda: slow(load(), 0.005)) as running, httpx.Client(transport=elsewhere) as two:
+        with busy(running):
+            mine = events(running, 4)
+            with two.stream("GET", f"{running.url}/events", timeout=10) as stream:
+                other = json.loads(next(stream.iter_lines()).removeprefix("data: "))
+        assert mine[-1]["trees"]
+        assert other["running"] == 1
+        assert other["trees"] == []
 
 
 @contextmanager

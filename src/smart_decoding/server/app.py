@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import TYPE_CHECKING
 
-from fastapi import APIRouter, FastAPI
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from prometheus_client import generate_latest
 from starlette.middleware.cors import CORSMiddleware
@@ -97,9 +97,9 @@ def _live_page(worker: Worker, live: Live) -> APIRouter:
         return FileResponse(PAGE, media_type="text/html", headers={"Content-Security-Policy": CSP})
 
     @api.get("/events")
-    async def events() -> StreamingResponse:
+    async def events(request: Request) -> StreamingResponse:
         live.check_room()
-        stream = live.events(worker)
+        stream = live.events(worker, request.state.client)
         return StreamingResponse(stream, media_type="text/event-stream", headers=STREAM_HEADERS)
 
     return api

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,20 +46,31 @@ class Pace:
     plain_tokens: int
 
 
-class Live(Watcher):
-    """An observer of the worker that keeps the last round that could draft, and makes events of it.
+@dataclass(frozen=True, slots=True)
+class _Trees:
+    """A round, its end, and of one client's requests in it the places and the tokens after it."""
 
-    name: the model's, as clients ask for it.
+    at: float
+    record: RoundRecord
+    shown: list[tuple[int, int]]
+
+
+class Live(Watcher):
+    """Observe the worker: keep the last round that could draft, and make events of it.
+
+    A client sees the trees of its own requests only; numbers are for all.
+
+    name: the model's, as clients ask for it; watchers: open streams of events, by client.
     """
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.watchers = 0
+        self.watchers: Counter[str] = Counter()
         self._llm: LLM | None = None
         self._counted: RoundRecord | None = None
-        # The last decoding round, and its requests' tokens after it; one value, for it is read by
-        # another thread.
-        self._last: tuple[RoundRecord, list[int]] | None = None
+        self._last: RoundRecord | None = None  # the last decoding round
+        # The last round with trees of each client that watches or has watched, oldest first.
+        self._trees: dict[str, _Trees] = {}
         self._paces: deque[Pace] = deque(maxlen=4096)
 
     # --- the engine thread's calls ---
@@ -69,9 +80,10 @@ class Live(Watcher):
         self._llm = llm
 
     def after(self, engine: Engine, touched: Sequence[Request]) -> None:
-        """Keeps the round, if anybody watches."""
+        """Keep the round, if anybody watches."""
         record = engine.last_round
-        if not self.watchers or record is None or record is self._counted:
+        watching = self.watchers.copy()
+        if not watching or record is None or record is self._counted:
             return
         self._counted = record
         # Requests that refuse drafts say nothing about drafting, such as the page's plain answer.
@@ -79,7 +91,8 @@ class Live(Watcher):
             return
         batch = record.round.batch
         if batch.size:
-            self._last = record, [len(request.tokens) for request in record.requests]
+            self._last = record
+            self._keep_trees(record, watching)
         cost = engine.policy.cost
         plain = 0.0
         if cost is not None and batch.size:
@@ -89,28 +102,42 @@ class Live(Watcher):
             Pace(time.monotonic(), record.seconds, record.emitted, plain, len(record.requests))
         )
 
+    def _keep_trees(self, record: RoundRecord, watching: Counter[str]) -> None:
+        owners: dict[str, list[int]] = {}
+        for owner, request in enumerate(record.requests):
+            if request.client in watching:
+                owners.setdefault(request.client, []).append(owner)
+        kept = {client: each for client, each in self._trees.items() if client not in owners}
+        for client, mine in owners.items():
+            shown = [(owner, len(record.requests[owner].tokens)) for owner in mine[:MAX_TREES]]
+            kept[client] = _Trees(time.monotonic(), record, shown)
+        # A new dict, for another thread reads it.
+        self._trees = dict(list(kept.items())[-MAX_WATCHERS:])
+
     # --- the event loop's ---
 
-    async def events(self, worker: Worker) -> AsyncIterator[str]:
-        """Server-sent events until the client leaves or the server ends."""
-        self.watchers += 1
+    async def events(self, worker: Worker, client: str) -> AsyncIterator[str]:
+        """Yield server-sent events for a client until it leaves or the server ends."""
+        self.watchers[client] += 1
         try:
             while not worker.draining:
-                yield f"data: {json.dumps(self.snapshot(), separators=(',', ':'))}\n\n"
+                yield f"data: {json.dumps(self.snapshot(client), separators=(',', ':'))}\n\n"
                 await asyncio.sleep(INTERVAL)
         finally:
-            self.watchers -= 1
+            self.watchers[client] -= 1
+            self.watchers += Counter()  # without clients that watch no more
 
     def check_room(self) -> None:
-        """Raises ApiError if too many watch already."""
-        if self.watchers >= MAX_WATCHERS:
+        """Raise ApiError if too many watch already."""
+        if self.watchers.total() >= MAX_WATCHERS:
             message = f"{MAX_WATCHERS} pages are watching already"
             raise ApiError(503, message, "too_many_watchers", retry_after=10)
 
-    def snapshot(self) -> dict[str, Any]:
-        """The present state as JSON; null is what is not known.
+    def snapshot(self, client: str) -> dict[str, Any]:
+        """Return the present state as JSON; null is what is not known.
 
-        idle: seconds since the last round, of which the speeds and the trees are.
+        idle: seconds since the last round, of which the speeds are; trees: of the last round with
+        requests of this client, trees_idle: seconds since then.
         """
         llm = self._llm
         if llm is None:
@@ -120,7 +147,8 @@ class Live(Watcher):
         paces = self._paces.copy()
         last = paces[-1].at if paces else 0.0  # what was last seen stays
         recent = [pace for pace in paces if pace.at > last - WINDOW]
-        idle = round(time.monotonic() - last, 2) if paces else None
+        now = time.monotonic()
+        trees = self._trees.get(client)
         return {
             "ready": True,
             "name": self.name,
@@ -133,23 +161,23 @@ class Live(Watcher):
             "waiting": len(engine.scheduler.waiting),
             "slots": engine.config.max_num_seqs,
             "kv": round(engine.pool.used, 4),
-            "idle": idle,
+            "idle": round(now - last, 2) if paces else None,
             **_speeds(recent),
             "off": _rounded(stats.get("share_off")),
             "calibration": _rounded(stats.get("calibration_error")),
-            **self._last_round(llm, engine.policy.cost),
+            **self._last_round(engine.policy.cost),
+            "trees_idle": None if trees is None else round(now - trees.at, 2),
+            "trees": [] if trees is None else _drawn(llm, trees),
         }
 
-    def _last_round(self, llm: LLM, cost: CostModel | None) -> dict[str, Any]:
+    def _last_round(self, cost: CostModel | None) -> dict[str, Any]:
         if self._last is None:
-            return {"curve": None, "point": None, "trees": []}
-        record, ends = self._last
-        done = record.round
+            return {"curve": None, "point": None}
+        done = self._last.round
         return {
             "curve": None if cost is None else _curve(cost, done),
             "point": {"rows": done.verify_rows, "ms": round(1000 * done.verify_seconds, 3)},
             "levels": len(done.level_widths),
-            "trees": [_tree(llm, record, owner, end) for owner, end in enumerate(ends[:MAX_TREES])],
         }
 
 
@@ -176,6 +204,10 @@ def _speeds(recent: Sequence[Pace]) -> dict[str, float | None]:
         "speedup": _rounded(tps / plain_tps if plain_tps else None),
         "yield": _rounded(tokens / plain_tokens if plain_tokens else None),
     }
+
+
+def _drawn(llm: LLM, trees: _Trees) -> list[dict[str, Any]]:
+    return [_tree(llm, trees.record, owner, end) for owner, end in trees.shown]
 
 
 def _tree(llm: LLM, record: RoundRecord, owner: int, end: int) -> dict[str, Any]:
