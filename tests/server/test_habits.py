@@ -82,7 +82,6 @@ def test_bad_words_are_short_and_read_beside_the_event_loop(
         {"length_penalty": 0.5},
         {"truncate_prompt_tokens": 5},
         {"guided_json": {}},
-        {"cache_salt": "s"},
         {"chat_template_kwargs": {"messages": []}},
         {"chat_template_kwargs": {"self": 1}},
         {"chat_template_kwargs": {"chat_template": "x"}},

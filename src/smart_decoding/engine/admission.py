@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from smart_decoding.engine.history import TokenHistory
-from smart_decoding.engine.kv import BlockTable, PagePool
+from smart_decoding.engine.kv import BlockTable, ContentHashes, PagePool
 from smart_decoding.engine.request import Request, RequestMetrics
 from smart_decoding.engine.stopping import Decode, StopChecker
 from smart_decoding.errors import CapacityError, ConfigError
@@ -60,14 +61,19 @@ class Admission:
         self._seeds = np.random.SeedSequence(config.seed).spawn(1)[0]
 
     def requests(
-        self, request_id: str, prompt: Sequence[int], params: SamplingParams, media: Media | None
+        self,
+        request_id: str,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        media: Media | None,
+        cache_salt: str = "",
     ) -> list[Request]:
-        """The prompt's `params.n` answers to be. Raises ConfigError or CapacityError."""
+        """Return the prompt's `params.n` answers to be. Raises ConfigError or CapacityError."""
         self._check(prompt, params)
         seed = params.seed if params.seed is not None else self._next_seed()
         names = [f"{request_id}#{sample}" for sample in range(params.n)]
         return [
-            self._new_request(name, prompt, params, media, seed, sample)
+            self._new_request(name, prompt, params, media, cache_salt, seed, sample)
             for sample, name in enumerate(names if params.n > 1 else [request_id])
         ]
 
@@ -77,6 +83,7 @@ class Admission:
         prompt: Sequence[int],
         params: SamplingParams,
         media: Media | None,
+        cache_salt: str,
         seed: int,
         sample: int,
     ) -> Request:
@@ -95,7 +102,7 @@ class Admission:
             list(prompt),
             params,
             seed,
-            table=BlockTable(self.pool, media.content_hashes if media else {}),
+            table=BlockTable(self.pool, _content_hashes(media, cache_salt)),
             stop=stop,
             sample=sample,
             max_tokens=limit,
@@ -150,6 +157,15 @@ class Admission:
 
     def _next_seed(self) -> int:
         return int(self._seeds.spawn(1)[0].generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def _content_hashes(media: Media | None, cache_salt: str) -> ContentHashes:
+    """What pages hold beside tokens. The keys of all pages follow from the first."""
+    hashes = media.content_hashes if media else {}
+    if not cache_salt:
+        return hashes
+    salt = blake2b(cache_salt.encode(), digest_size=16).digest()
+    return {**hashes, 0: salt + hashes.get(0, b"")}
 
 
 def _no_text(ids: Sequence[int]) -> str:

@@ -102,10 +102,11 @@ class Engine:
         params: SamplingParams,
         media: Media | None = None,
         client: str = "",
+        cache_salt: str = "",
     ) -> list[Request]:
-        """Queues the prompt's `params.n` answers for `client`. Raises ConfigError or CapacityError
-        for what can never run."""
-        requests = self.admission.requests(request_id, prompt, params, media)
+        """Queue the prompt's `params.n` answers for `client`. Cached prefixes are shared by those
+        of equal `cache_salt`. Raises ConfigError or CapacityError for what can never run."""
+        requests = self.admission.requests(request_id, prompt, params, media, cache_salt)
         if any(request.id in self._requests for request in requests):
             raise ConfigError(f"request id {request_id!r} is already running")
         if not self.has_unfinished_requests:

@@ -319,7 +319,7 @@ class Rounds:
         try:
             for place, ask in enumerate(job.asks):
                 name = f"{job.id}-{place}"
-                asked = (ask.tokens, ask.params, ask.media, job.client)
+                asked = (ask.tokens, ask.params, ask.media, job.client, job.cache_salt)
                 for request in job.engine.add_request(name, *asked):
                     job.answers[request] = len(job.answers)
                     job.sent[request] = 0

@@ -116,13 +116,15 @@ async def _job(worker: Worker, request: Request, asked: Asked) -> AsyncJob:
     if body.bad_words:
         params = await asked.read("bad_words", partial(params.checked, encode))
     grammars = await _grammars(body, params, worker, request)
+    client = request.state.client
     return AsyncJob(
         uuid.uuid4().hex,
         llm.engine,
         [Ask(prompt, params, asked.media) for prompt in asked.prompts],
         bool(body.stream),
         request_id=request.state.request_id,
-        client=request.state.client,
+        client=client,
+        cache_salt=worker.settings.cache_salt(client, body.cache_salt),
         grammars=grammars,
     )
 

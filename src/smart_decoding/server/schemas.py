@@ -22,7 +22,6 @@ MAX_LOGPROBS = 20
 # Of OpenAI's fields and vLLM's, those that would change an answer.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "best_of": (None, 1),
-    "cache_salt": (None,),
     "echo": (None, False),
     "guided_choice": (None,),
     "guided_grammar": (None,),
@@ -95,6 +94,9 @@ class Sampling(Body):
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
     structured_outputs: StructuredOutputs | None = None
+    cache_salt: Annotated[Text, Field(min_length=1)] | None = Field(
+        None, description="Cached prefixes are shared by requests of the same salt only."
+    )
     speculate: bool | None = Field(
         None, description="false decodes this request plainly; its tokens are the same."
     )

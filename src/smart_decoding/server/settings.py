@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import json
 import re
 from dataclasses import dataclass
 
@@ -77,6 +78,12 @@ class ServerSettings:
     def local_names_only(self) -> bool:
         """Whether to refuse foreign Host headers, as web pages could send by DNS rebinding."""
         return not self.api_keys and not self.no_api_key
+
+    def cache_salt(self, client: str, given: str | None) -> str:
+        """Return what keeps cached prefixes apart: the request's own salt, and the client where
+        there are several keys. How much was cached would tell what others have sent."""
+        parts = [client if len(self.api_keys) > 1 else "", given or ""]
+        return json.dumps(parts) if any(parts) else ""
 
 
 def network_of(address: str) -> str:

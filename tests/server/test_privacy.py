@@ -1,0 +1,69 @@
+"""What one client may learn of another: numbers, and no text by any route."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from serving import NAME, Running, post, serving
+
+PROMPT = "The vault code is 7291, and nobody else may know it. " * 4
+ALICE = "alice-key"
+BOB = "bob-key"
+
+
+def cached(running: Running, key: str | None = None, prompt: str = PROMPT, **fields: Any) -> int:
+    """Ask a completion; return how many tokens of its prompt were cached."""
+    body = {"model": NAME, "prompt": prompt, "max_tokens": 2, **fields}
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    reply = post(running, "/v1/completions", json=body, headers=headers)
+    assert reply.status_code == 200, reply.text
+    found = reply.json()
+    told = found["usage"]["prompt_tokens_details"]["cached_tokens"]
+    assert told == found["timings"]["cache_n"]
+    assert isinstance(told, int)
+    return told
+
+
+def test_a_key_finds_its_own_cached_prompts_only(load: Any) -> None:
+    with serving(load, api_keys=(ALICE, BOB)) as running:
+        assert cached(running, ALICE) == 0
+        assert cached(running, BOB) == 0
+        assert cached(running, ALICE) > 100
+        assert cached(running, BOB, PROMPT + "!") > 100  # what it sent itself
+        running.llm.engine.check_integrity()
+
+
+@pytest.mark.parametrize("keys", [(), (ALICE,)])
+def test_all_share_cached_prompts_where_there_is_one_key_or_none(
+    load: Callable[..., Any], keys: tuple[str, ...]
+) -> None:
+    with serving(load, api_keys=keys) as running:
+        assert [cached(running, *keys) > 100 for _ in range(2)] == [False, True]
+
+
+def test_requests_of_a_salt_share_with_each_other(running: Running) -> None:
+    first = {"prompt": PROMPT + "salted"}
+    assert cached(running, **first, cache_salt="a") == 0
+    assert cached(running, **first, cache_salt="b") == 0
+    assert cached(running, **first) == 0
+    assert cached(running, **first, cache_salt="a") > 100
+    assert cached(running, **first) > 100
+    for wrong in ("", 5):
+        body = {"model": NAME, "prompt": "a", "cache_salt": wrong}
+        reply = post(running, "/v1/completions", json=body)
+        assert reply.status_code == 400
+        assert reply.json()["error"]["param"] == "cache_salt"
+
+
+def test_conversations_and_responses_take_a_salt(running: Running) -> None:
+    for path, given in (("chat/completions", "messages"), ("responses", "input")):
+        found = []
+        for salt in ("x", "y", "y"):
+            content = [{"role": "user", "content": PROMPT + path}]
+            body = {"model": NAME, given: content, "cache_salt": path + salt}
+            usage = post(running, f"/v1/{path}", json=body).json()["usage"]
+            details = usage.get("prompt_tokens_details") or usage["input_tokens_details"]
+            found.append(details["cached_tokens"] > 100)
+        assert found == [False, False, True]
