@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import httpx
 import pytest
-from serving import NAME, Running, post, serving
+from serving import NAME, Running, post, serving, slow, wait_for
 
 PROMPT = "The vault code is 7291, and nobody else may know it. " * 4
 ALICE = "alice-key"
@@ -67,3 +69,29 @@ def test_conversations_and_responses_take_a_salt(running: Running) -> None:
             details = usage.get("prompt_tokens_details") or usage["input_tokens_details"]
             found.append(details["cached_tokens"] > 100)
         assert found == [False, False, True]
+
+
+def test_what_a_failed_round_says_is_for_the_log(load: Any) -> None:
+    """Whatever raises may quote any request of the round."""
+    body = {"model": NAME, "prompt": PROMPT, "max_tokens": 200, "ignore_eos": True}
+    with (
+        serving(lambda: slow(load(), 0.01), api_keys=(ALICE, BOB)) as running,
+        ThreadPoolExecutor() as pool,
+    ):
+
+        def ask(key: str) -> Any:
+            headers = {"authorization": f"Bearer {key}"}
+            return post(running, "/v1/completions", json=body, headers=headers)
+
+        both = [pool.submit(ask, key) for key in (ALICE, BOB)]
+        assert wait_for(lambda: len(running.llm.engine.scheduler.running) == 2)
+
+        def broken(*_: Any) -> Any:
+            raise ValueError("7291")
+
+        running.llm.engine.step = broken  # type: ignore[method-assign]
+        replies = [each.result() for each in both]
+        replies.append(ask(BOB))
+        health = httpx.get(f"{running.url}/health")
+    assert all(reply.status_code in (500, 503) for reply in replies)
+    assert all("7291" not in reply.text for reply in (*replies, health))

@@ -196,13 +196,15 @@ class Worker:
         """What a job's client is told."""
         if isinstance(error, QueueTimeoutError):
             return ApiError(503, str(error), "queue_timeout", retry_after=self._retry_after())
+        # What an exception says may quote any request of the round: it is for the log only.
         if isinstance(error, EngineStoppedError):
-            return shutting_down() if self._stopping else ApiError(500, str(error), "engine_died")
+            message = "the engine has died; the server's log says why"
+            return shutting_down() if self._stopping else ApiError(500, message, "engine_died")
         if isinstance(error, ConfigError | CapacityError):  # any other error is not the request's
             return of_smart_error(error)
         log.error("request failed", exc_info=error, extra={"request_id": job.request_id})
-        message = f"the model failed on this request: {type(error).__name__}: {error}"
-        return ApiError(500, message, "request_failed")
+        message = f"the model failed on this request: {type(error).__name__}"
+        return ApiError(500, f"{message}; the server's log says why", "request_failed")
 
     # --- from here on, other threads ---
 
