@@ -42,7 +42,6 @@ def methods(batch: int, assistant: Any) -> dict[str, dict[str, Any]]:
             found["assisted"] = {"assistant_model": assistant}
     found["SMART off"] = {"custom_generate": generate, "speculative_config": False}
     found["SMART ngram"] = smart("ngram")
-    found["SMART ngram + recycling"] = smart("union")
     found["SMART eagle"] = smart("eagle", model="smollm2-135m")
     if assistant is not None:
         found["SMART draft_model"] = smart("draft_model", model=assistant)

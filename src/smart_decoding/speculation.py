@@ -16,7 +16,6 @@ from smart_decoding.core.policies import check_policy, make_policy, policy_optio
 from smart_decoding.drafters import METHODS, check_draft, check_plain
 from smart_decoding.drafters.levels import LevelDrafter
 from smart_decoding.drafters.ngram import NgramDrafter
-from smart_decoding.drafters.recycling import RecyclingDrafter
 from smart_decoding.drafters.union import UnionDrafter
 from smart_decoding.engine.drafting import Selection
 from smart_decoding.errors import ConfigError, ModelError, SmartError
@@ -34,7 +33,6 @@ from smart_decoding.models.head_files import (
 from smart_decoding.models.hub_repository import PATIENT, config_file, listing
 from smart_decoding.models.loading import Checkpoint, load_checkpoint
 from smart_decoding.models.memory import parameters
-from smart_decoding.models.ranking import torch_top_k
 from smart_decoding.models.registry import (
     Source,
     cached_siblings,
@@ -320,16 +318,12 @@ def _as_dict(config: Mapping[str, Any] | bool | None) -> dict[str, Any]:
 def _method_options(method: str, has_head: bool, has_draft: bool) -> list[str]:
     head = ["model", "visual_positions"]
     ngram = _parameters(NgramDrafter)
-    recycling = [name for name in _parameters(RecyclingDrafter) if name not in ("vocab", "top_k")]
-    union = ["model", *ngram] if has_draft else [*head, *ngram]
-    if not (has_head or has_draft):
-        union = [*ngram, *recycling]
+    model = ["model"] if has_draft else head if has_head else []
     known = {
         "eagle": head,
         "draft_model": ["model"],
         "ngram": ngram,
-        "recycling": recycling,
-        "union": union,
+        "union": [*model, *ngram],
     }
     return known.get(method, [])
 
@@ -465,18 +459,16 @@ class _Builder:
         self.description = self.asked.method
 
     def drafter(self) -> Drafter:
-        method = self.asked.method
         parts: list[Drafter] = []
         if self.asked.draft is not None:
             parts.append(self._draft_model())
         elif self.asked.head is not None:
             parts.append(self._eagle(self.asked.head))
-        has_model = bool(parts)
-        parts += free_drafters(method, self.left, self.target.vocab, has_model)
+        if self.asked.method in ("ngram", "union"):
+            parts.append(ngram_drafter(self.left))
         if len(parts) == 1:
             return parts[0]
-        first = self.description if has_model else parts[0].name
-        self.description = f"union of {first} + {parts[1].name}"
+        self.description = f"union of {self.description} + {parts[1].name}"
         return UnionDrafter(parts)
 
     def profile(self, drafter: Drafter) -> Profile:
@@ -531,21 +523,7 @@ class _Builder:
         return DraftModelDrafter(model, self.pages, DRAFT_SCRATCH_PAGES)
 
 
-def free_drafters(
-    method: str, options: dict[str, Any], vocab: int, has_model: bool, **fixed: Any
-) -> list[Drafter]:
-    """What drafts without a model, by this method beside what has one. Their options are taken out
-    of `options`; fixed: others."""
-    found = []
-    if method in ("ngram", "union"):
-        found.append(_made(NgramDrafter, options, **fixed))
-    if method == "recycling" or (method == "union" and not has_model):
-        fixed |= {"vocab": vocab, "top_k": torch_top_k}
-        found.append(_made(RecyclingDrafter, options, **fixed))
-    return found
-
-
-def _made(cls: Callable[..., Drafter], options: dict[str, Any], **fixed: Any) -> Drafter:
-    """The drafter, with those of the options that it has; they are taken out of `options`."""
-    names = [name for name in _parameters(cls) if name in options and name not in fixed]
-    return cls(**fixed, **{name: options.pop(name) for name in names})
+def ngram_drafter(options: dict[str, Any], **fixed: Any) -> NgramDrafter:
+    """Make the drafter with those of `options` that it has, which are taken out, and `fixed`."""
+    names = [name for name in _parameters(NgramDrafter) if name in options and name not in fixed]
+    return NgramDrafter(**fixed, **{name: options.pop(name) for name in names})

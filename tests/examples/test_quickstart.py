@@ -32,7 +32,7 @@ def test_its_cells_run(
 
     def tiny(model: str, **options: Any) -> LLM:
         assert model == "smollm2-135m"
-        drafts = {"method": "recycling", "policy": "static"}
+        drafts = {"method": "ngram", "policy": "static", "min_n": 1}
         return LLM(folder, speculative_config=drafts, max_model_len=1024, **options)
 
     monkeypatch.setattr(smart_decoding, "LLM", tiny, raising=False)

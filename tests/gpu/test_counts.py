@@ -23,7 +23,6 @@ from smart_decoding.core.policies import make_policy
 from smart_decoding.core.policies.smart import Smart
 from smart_decoding.drafters.eagle import EagleDrafter
 from smart_decoding.drafters.ngram import NgramDrafter
-from smart_decoding.drafters.recycling import RecyclingDrafter
 from smart_decoding.engine.engine import Engine, EngineConfig
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine_args import EngineArgs
@@ -35,7 +34,6 @@ from smart_decoding.models.eagle_head import EagleHead
 from smart_decoding.models.graphs import GraphedLayers
 from smart_decoding.models.head_levels import SteppedLevels
 from smart_decoding.models.loading import Checkpoint
-from smart_decoding.models.ranking import torch_top_k
 from smart_decoding.models.rows import upload
 from smart_decoding.models.target import TorchTarget
 from smart_decoding.models.torch_layers import TorchLayers
@@ -190,14 +188,9 @@ def test_a_round_asks_little(
     assert min(seen["upload"] for _, seen in found) == 1 + drawn
 
 
-@pytest.mark.parametrize("what", ["logprobs", "recycling"])
-def test_what_else_reads_logits_waits_once(
-    what: str, counts: Counts, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_log_probabilities_wait_once(counts: Counts, monkeypatch: pytest.MonkeyPatch) -> None:
     model = target_on_meta(monkeypatch, True)
-    recycling = RecyclingDrafter(LLAMA_8B.vocab, torch_top_k) if what == "recycling" else None
-    logprobs = 3 if what == "logprobs" else None
-    for operations, seen in rounds(model, counts, 0.8, recycling, logprobs)[1:]:
+    for operations, seen in rounds(model, counts, 0.8, None, 3)[1:]:
         assert operations <= 70, seen
         assert seen["wait"] == 2, seen
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.usefixtures("variant")
 CONTEXTS = (5, 15, 63, 126)
-DRAFTER = SimpleNamespace(aux_layers=(1, 2), wants_logits=False)
+DRAFTER = SimpleNamespace(aux_layers=(1, 2))
 PROMPT = np.random.default_rng(8).integers(VOCAB, size=200).tolist()
 ROUNDS = 30
 GREEDY = SamplingParams(temperature=0.0, max_tokens=400)

@@ -21,12 +21,12 @@ Load = Callable[..., LLM]
 
 @pytest.fixture(scope="session")
 def load(tmp_path_factory: pytest.TempPathFactory) -> Load:
-    """Makes LLMs of the tiny model; they speculate, by recycling, with fixed trees."""
+    """Makes LLMs of the tiny model; they speculate, by n-grams, with fixed trees."""
     folder = save_tiny_model(tmp_path_factory.mktemp("tiny"))
 
     def make(**options: Any) -> LLM:
         given = {
-            "speculative_config": {"method": "recycling", "policy": "static"},
+            "speculative_config": {"method": "ngram", "policy": "static", "min_n": 1},
             "dtype": "float32",
             "max_model_len": 1024,
             "max_num_seqs": 4,

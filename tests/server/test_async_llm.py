@@ -26,7 +26,7 @@ LONG = SamplingParams(temperature=0, max_tokens=800, ignore_eos=True)
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AsyncLLM]:
     made = AsyncLLM(
         save_tiny_model(tmp_path_factory.mktemp("async")),
-        speculative_config={"method": "recycling", "policy": "static"},
+        speculative_config={"method": "ngram", "policy": "static"},
         dtype="float32",
         max_model_len=1024,
         max_num_seqs=4,

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from smart_decoding.llm import LLM
     from smart_decoding.profiling.profile import Profile
 
-SMART = {"method": "recycling"}  # under the policy `smart`, which needs a profile
+SMART = {"method": "ngram"}  # under the policy `smart`, which needs a profile
 BODY = {"model": NAME, "prompt": "abcabc", "max_tokens": 40, "temperature": 0, "ignore_eos": True}
 NATIVE_CODE = (b"\x7fELF", b"\xcf\xfa\xed\xfe", b"\xca\xfe\xba\xbe", b"MZ")  # how it begins
 COST = CostModel.from_table({1: {1: 0.001, 8: 0.002}}, {1: 0.001})
@@ -553,7 +553,7 @@ def start(folder: str, port: int, *more: str) -> subprocess.Popen[bytes]:
         "--dtype",
         "fp32",
         "--method",
-        "recycling",
+        "ngram",
         "--max-model-len",
         "1024",
         "--max-num-seqs",

@@ -38,9 +38,7 @@ def seeing(folder: Path) -> Iterator[Running]:
         "allowed_local_media_path": folder,
     }
     with serving(
-        lambda: LLM(
-            folder, speculative_config={"method": "recycling", "policy": "static"}, **options
-        )
+        lambda: LLM(folder, speculative_config={"method": "ngram", "policy": "static"}, **options)
     ) as one:
         yield one
 

@@ -102,7 +102,7 @@ def test_events_show_the_running_trees(load: Any) -> None:
         assert all(
             event["running"] == 1 and event["tps"] > 0 and event["yield"] >= 1 for event in later
         )
-        # A token that was not seen before has no successors to draft: then a round's tree is empty.
+        # A token that was not seen before is followed by nothing: then a round's tree is empty.
         tree = next(tree for event in later for tree in event["trees"] if tree["nodes"])
         assert tree["own"]
         assert all(len(event["trees"]) == 1 for event in later)
@@ -130,7 +130,7 @@ def test_events_show_the_running_trees(load: Any) -> None:
 def test_a_policy_with_costs_shows_its_curve_and_the_point_moves(
     load: Any, short_profile: None
 ) -> None:
-    with serving(lambda: slow(load(speculative_config={"method": "recycling"}), 0.02)) as running:
+    with serving(lambda: slow(load(speculative_config={"method": "ngram"}), 0.02)) as running:
         with busy(running):
             _, *alone = events(running, 3)
             with busy(running):

@@ -24,7 +24,7 @@ HISTOGRAMS = (
 @pytest.fixture(scope="module")
 def smart_server(load: Any, short_profile: None) -> Iterator[Running]:
     """With the policy `smart`."""
-    with serving(lambda: load(speculative_config={"method": "recycling"})) as running:
+    with serving(lambda: load(speculative_config={"method": "ngram"})) as running:
         yield running
 
 

@@ -72,7 +72,7 @@ def test_a_signal_while_a_real_model_loads(moment: str) -> None:
     with subprocess.Popen(
         [
             *(sys.executable, "-X", "importtime", "-m", "smart_decoding.cli.main"),
-            *("serve", DEFAULT_MODEL, "--port", "0", "--method", "recycling"),
+            *("serve", DEFAULT_MODEL, "--port", "0", "--method", "ngram"),
         ],
         stderr=subprocess.PIPE,
         text=True,

@@ -1,7 +1,6 @@
 """Drafters without model cost, and the union of drafters: expected trees, exact frequencies,
 bounds, no duplicates."""
 
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +13,6 @@ from smart_decoding.core.rule import NO_NODES, TreeRule
 from smart_decoding.core.selection import Beam, KeepBest
 from smart_decoding.core.tree import ROOT, DraftTrees
 from smart_decoding.drafters.ngram import SHORTER, NgramDrafter
-from smart_decoding.drafters.recycling import RecyclingDrafter
 from smart_decoding.drafters.union import UnionDrafter
 from smart_decoding.engine.request import Request
 from smart_decoding.engine.sampling_params import SamplingParams
@@ -193,88 +191,6 @@ def test_ngram_refuses_nonsense(options: dict[str, int]) -> None:
         NgramDrafter(**options)
 
 
-# --- recycling
-
-
-def numpy_top_k(logits: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    probs = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
-    ids = np.argsort(-probs, axis=1, kind="stable")[:, :k]
-    return ids, np.take_along_axis(probs, ids, axis=1)
-
-
-def recycler(probs: dict[int, list[float]], **options: int) -> RecyclingDrafter:
-    """A drafter that has seen these distributions."""
-    drafter = RecyclingDrafter(VOCABULARY, numpy_top_k, **{"successors": 3, **options})
-    with np.errstate(divide="ignore"):
-        drafter.observe_logits(np.array(list(probs)), np.log(np.array(list(probs.values()))))
-    return drafter
-
-
-def test_recycling_multiplies_remembered_probabilities() -> None:
-    drafter = recycler(
-        {0: [0, 0.7, 0.2, 0.1, 0], 1: [0, 0, 0.5, 0.3, 0.2]}, max_depth=2, max_nodes=4
-    )
-    trees = drafter.start([request([4, 0]), request([3])], FREE)
-    check(trees)
-    assert paths(trees) == pytest.approx({(1,): 0.7, (1, 2): 0.5, (1, 3): 0.3, (2,): 0.2})
-    assert paths(trees, 1) == {}
-    assert (trees.source == 1).all()
-
-
-def test_recycling_remembers_the_last_row_of_a_token() -> None:
-    drafter = recycler({2: [0.9, 0.1, 0, 0, 0]}, max_depth=1)
-    with np.errstate(divide="ignore"):
-        rows = np.log(np.array([[0, 0, 0, 0.5, 0.5], [0, 0, 1, 0, 0], [0.2, 0.8, 0, 0, 0]]))
-    drafter.observe_logits(np.array([2, 1, 2]), rows)
-    assert paths(drafter.start([request([2])], FREE)) == pytest.approx({(1,): 0.8, (0,): 0.2})
-    drafter.observe_logits(np.zeros(0, np.int64), rows[:0])
-    assert len(drafter.start([request([4])], FREE)) == 0
-
-
-@given(st.integers(0, 2**32 - 1), st.integers(1, 20), st.integers(1, 3))
-@settings(max_examples=40, deadline=None)
-def test_recycling_keeps_exactly_the_likeliest(seed: int, max_nodes: int, max_depth: int) -> None:
-    rng = np.random.default_rng(seed)
-    table = {
-        t: rng.dirichlet(np.full(VOCABULARY, 0.3)).round(2).tolist()
-        for t in range(VOCABULARY)
-        if t != 3
-    }
-    drafter = recycler(table, max_nodes=max_nodes, max_depth=max_depth)
-    roots = rng.integers(0, VOCABULARY, 2)
-    trees = drafter.start([request([int(root)]) for root in roots], FREE)
-    check(trees)
-    known = [
-        dict(zip(*row, strict=True))
-        for row in zip(drafter.table.tolist(), drafter.probs.tolist(), strict=True)
-    ]
-    for owner, root in enumerate(roots.tolist()):
-        products = []
-        for depth in range(1, max_depth + 1):
-            for path in itertools.product(range(VOCABULARY), repeat=depth):
-                steps = [known[a].get(b, 0.0) for a, b in itertools.pairwise((root, *path))]
-                products.append(float(np.prod(steps)))
-        best = sorted((p for p in products if p > 0), reverse=True)[:max_nodes]
-        np.testing.assert_allclose(
-            np.sort(trees.path_prob[trees.nodes_of(owner)])[::-1], best, rtol=1e-9
-        )
-
-
-def test_torch_top_k_is_softmax_of_the_largest(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch = pytest.importorskip("torch")
-    from smart_decoding.kernels import library
-    from smart_decoding.models.ranking import torch_top_k
-
-    logits = torch.randn(3, 100, generator=torch.Generator().manual_seed(0))
-    expected = torch.softmax(logits.double(), -1).sort(-1, descending=True)
-    assert library.unavailable() is None
-    for reason in (None, "switched off"):
-        monkeypatch.setattr(library, "unavailable", lambda reason=reason: reason)
-        ids, probs = torch_top_k(logits, 8)
-        assert ids.tolist() == expected.indices[:, :8].tolist()
-        np.testing.assert_allclose(probs, expected.values[:, :8].numpy(), rtol=1e-5)
-
-
 # --- union
 
 
@@ -421,33 +337,21 @@ def test_union_merges_by_path_and_promotes_what_the_model_proposes_too() -> None
 
 
 def test_union_derives_what_the_engine_asks_for() -> None:
-    recycling = recycler({})
     model = FakeModel(0)
     ngram = NgramDrafter()
-    union = UnionDrafter([model, recycling, ngram])
-    assert (union.has_model, union.free, union.aux_layers, union.wants_logits) == (
-        True,
-        True,
-        (1, 2),
-        True,
-    )
+    union = UnionDrafter([model, ngram])
+    assert (union.has_model, union.free, union.aux_layers) == (True, True, (1, 2))
     assert union.pending_rows([]) == 7
     text = request([1, 2, 3, 1, 2])
     union.extend(text, None, 0, [1, 2, 3, 1])
-    union.observe_logits(np.array([2]), np.zeros((1, VOCABULARY)))
     trees = union.start([text], FREE)  # without model levels the model is not asked
-    assert set(trees.source.tolist()) == {1, 2}
+    assert set(trees.source.tolist()) == {1}
     assert paths(trees)[(3,)] == 0.75
     union.release(text)
     assert model.calls == ["extend", "release"]
     assert not ngram._index
     free = UnionDrafter([ngram, NgramDrafter()])
-    assert (free.has_model, free.free, free.aux_layers, free.wants_logits) == (
-        False,
-        True,
-        (),
-        False,
-    )
+    assert (free.has_model, free.free, free.aux_layers) == (False, True, ())
     assert free.pending_rows([text]) == 0
     assert (free.start([text], FREE).source == 1).all()
 
@@ -457,6 +361,6 @@ def test_union_refuses_what_it_cannot_merge() -> None:
         with pytest.raises(ConfigError):
             UnionDrafter(drafters)
     trees = DraftTrees.empty(1)
-    for drafter in (UnionDrafter([NgramDrafter()]), NgramDrafter(), recycler({0: [1, 0, 0, 0, 0]})):
+    for drafter in (UnionDrafter([NgramDrafter()]), NgramDrafter()):
         with pytest.raises(ValueError, match="expand"):
             drafter.expand([request([0])], trees, np.array([0]), FREE)

@@ -2,7 +2,7 @@
 
 from smart_decoding.errors import ConfigError
 
-METHODS = ("eagle", "draft_model", "ngram", "recycling", "union", "none")
+METHODS = ("eagle", "draft_model", "ngram", "union", "none")
 
 
 def check_draft(method: str | None, draft: object, how: str) -> None:

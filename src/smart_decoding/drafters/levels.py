@@ -88,7 +88,6 @@ class LevelDrafter(ABC, Generic[S]):
     ahead: ClassVar[int]
     has_model = True
     free = False
-    wants_logits = False
     wants_ends = False
     grow: Grow | None
     aux_layers: tuple[int, ...] = ()
@@ -311,9 +310,6 @@ class LevelDrafter(ABC, Generic[S]):
             first = request.table.length - 1
             row = None if features is None else features[i : i + 1]
             self.extend(request, row, first, request.tokens[first : first + 1])
-
-    def observe_logits(self, tokens: IntArray, logits: Any) -> None:
-        """Not wanted."""
 
     def release(self, request: Request) -> None:
         """Forgets the request; its pages may still serve others."""

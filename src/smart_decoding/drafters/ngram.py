@@ -15,7 +15,7 @@ import numpy as np
 
 from smart_decoding.core.policies.base import require_int
 from smart_decoding.core.tree import ROOT, DraftTrees
-from smart_decoding.drafters.free import FreeDrafter, free_trees
+from smart_decoding.drafters.free import FreeDrafter
 from smart_decoding.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -156,15 +156,18 @@ class NgramDrafter(FreeDrafter):
             first = len(rows)
             tokens = request.tokens
             found = self._indexed(request).occurrences(tokens, self.occurrences)
-            best = likeliest(tokens, found, self.max_nodes, self.max_depth)
-            for token, parent, depth, draft, path in best:
+            for node in likeliest(tokens, found, self.max_nodes, self.max_depth):
                 owner.append(i)
-                above = parent if parent == ROOT else first + parent
-                rows.append((token, above, depth, draft, path))
+                above = node[1] if node[1] == ROOT else first + node[1]
+                rows.append((node[0], above, *node[2:]))
         if not rows:
             return DraftTrees.empty(len(requests))
-        columns = (np.array(column) for column in zip(*rows, strict=True))
-        return free_trees(len(requests), (owner, *columns))
+        token, parent, depth, draft, path = (np.array(column) for column in zip(*rows, strict=True))
+        unknown = np.full(len(rows), np.nan)
+        source = np.ones(len(rows), np.int64)  # 0 is a model's, whose nodes can be expanded
+        return DraftTrees(
+            len(requests), np.array(owner), token, parent, depth, draft, path, unknown, source
+        )
 
     def extend(
         self, request: Request, features: Features, first: int, tokens: Sequence[int]

@@ -19,7 +19,7 @@ from smart_decoding.errors import ConfigError
 
 if TYPE_CHECKING:
     from smart_decoding.core.rule import TreeRule
-    from smart_decoding.engine.protocols import Drafter, Features, Grow, Grown, Logits
+    from smart_decoding.engine.protocols import Drafter, Features, Grow, Grown
     from smart_decoding.engine.request import Request
 
 MODEL = 0
@@ -44,14 +44,10 @@ class UnionDrafter:
         self.has_model = self.model is not None
         self.aux_layers: tuple[int, ...] = self.model.aux_layers if self.model else ()
         self.free = bool(self.free_drafters)
-        self._listeners = [
-            drafter for drafter in self.drafters if getattr(drafter, "wants_logits", False)
-        ]
         grows = isinstance(self.model, LevelDrafter) and self.model.grow is not None
         self.grow: Grow | None = self._grow if grows else None
         # what is proposed, and not taken yet: by the limits of its rule, which are the round's
         self._given: tuple[IntArray, DraftTrees] | None = None
-        self.wants_logits = bool(self._listeners)
         self.wants_ends = False
 
     def pending_rows(self, requests: Sequence[Request]) -> int:
@@ -116,12 +112,6 @@ class UnionDrafter:
         """Tells all drafters."""
         for drafter in self.drafters:
             drafter.extend_each(requests, features)
-
-    def observe_logits(self, tokens: IntArray, logits: Logits) -> None:
-        """Hands the verified rows' tokens [rows] and logits [rows, vocab] to the drafters that want
-        them."""
-        for drafter in self._listeners:
-            drafter.observe_logits(tokens, logits)
 
     def release(self, request: Request) -> None:
         """Tells all drafters."""

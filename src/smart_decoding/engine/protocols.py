@@ -136,7 +136,6 @@ class Drafter(Protocol):
     free: bool
     grow: Grow | None
     aux_layers: tuple[int, ...]
-    wants_logits: bool
     wants_ends: bool  # whether features of the round that ended an answer are wanted, too
 
     def pending_rows(self, requests: Sequence[Request]) -> int:
@@ -161,9 +160,6 @@ class Drafter(Protocol):
         """The target processed one more token of each request, and that was all of the round: plain
         decoding, whose rounds must not pay for a drafter in backoff. features: [requests, ...] or
         None."""
-
-    def observe_logits(self, tokens: IntArray, logits: Logits) -> None:
-        """The target's logits [rows, vocab] after `tokens`; called only if `wants_logits`."""
 
     def release(self, request: Request) -> None:
         """The request ended or was preempted: forget it."""

@@ -52,11 +52,6 @@ class Rows:
     def __len__(self) -> int:
         return len(self.token)
 
-    @property
-    def logit_tokens(self) -> IntArray:
-        """The tokens of the rows whose logits are wanted."""
-        return self.token if self.logit_rows is None else self.token[self.logit_rows]
-
 
 @dataclass(slots=True)
 class Span:

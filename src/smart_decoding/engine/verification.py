@@ -85,16 +85,12 @@ def verify(
 ) -> Verified:
     """Runs the batch's rows and the nodes `kept`, for which there is memory."""
     aux_layers = drafter.aux_layers if drafter is not None else ()
-    listener = drafter if drafter is not None and drafter.wants_logits else None
-    if target.verify_round is not None and listener is None and _is_plain(batch):
+    if target.verify_round is not None and _is_plain(batch):
         return _in_one_call(target, target.verify_round, aux_layers, batch, trees, kept, clock)
     laid_out = _lay_out(batch, trees, kept)
-    rows = laid_out.layout.rows
     start = clock()
-    scores = target.verify(rows, aux_layers)
+    scores = target.verify(laid_out.layout.rows, aux_layers)
     forward_seconds = clock() - start
-    if listener is not None:
-        listener.observe_logits(rows.logit_tokens, scores.logits)
     return _settle(target, laid_out, scores, start, forward_seconds, clock)
 
 

@@ -175,7 +175,7 @@ def what_fits(
         return "lower max_num_seqs, and kv_cache_tokens with it"
     rest = need.work + need.per_token * _WORTHWHILE
     if need.draft and need.weights + rest <= free:
-        return "draft with ngram or recycling, which need no weights"
+        return "draft with ngram, which needs no weights"
     small = rounded_bytes(config.expected_shapes(), "int4")
     if device.type == "cpu" and small + rest <= free and small < need.weights:
         return (

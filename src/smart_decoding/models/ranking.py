@@ -1,5 +1,5 @@
 """The best tokens of logits: a drafter's children, guessed with the noise that the target will draw
-with, and what recycling remembers."""
+with."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from smart_decoding.kernels import library
 from smart_decoding.kernels import sampling as kernels
 from smart_decoding.models.device_sampling import perturbed
 from smart_decoding.models.noise import gumbel, noise_key
@@ -94,17 +93,3 @@ def _noisy(logits: Tensor, tokens: Tensor, noise: Tensor) -> Tensor:
     drawn = gumbel(keys.view(np.uint64)[:, None], tokens.numpy()) * (keys != 0)[:, None]
     factor = torch.from_numpy(scale.view(np.float64)).float()
     return logits.float() * factor[:, None] + torch.from_numpy(drawn)
-
-
-def torch_top_k(logits: Tensor, k: int) -> tuple[NDArray[np.integer], NDArray[np.floating]]:
-    """The recycling drafter's `TopK`: by the CPU kernel where it runs, else by torch.topk."""
-    logits = logits.detach()
-    on_cpu = (
-        logits.device.type == "cpu" and logits.dtype == torch.float32 and logits.is_contiguous()
-    )
-    if on_cpu and library.unavailable() is None:
-        ids, probs = kernels.top_k(logits, k)
-        return ids.numpy(), probs.numpy()
-    scores = logits.float()
-    best, ids = scores.topk(k)
-    return fetched(ids, best - scores.logsumexp(-1, keepdim=True))

@@ -11,7 +11,6 @@ import pytest
 
 from smart_decoding.core.policies import POLICIES
 from smart_decoding.drafters.ngram import NgramDrafter
-from smart_decoding.drafters.recycling import RecyclingDrafter
 
 TEXT = (Path(__file__).parents[3] / "docs" / "options.md").read_text(encoding="utf-8")
 OFFERED = {
@@ -30,9 +29,7 @@ def documented(name: str) -> dict[str, str]:
     return dict(re.findall(r"`(\w+)` ([\w.]+)", row))
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"), [*POLICIES.items(), ("ngram", NgramDrafter), ("recycling", RecyclingDrafter)]
-)
+@pytest.mark.parametrize(("name", "kind"), [*POLICIES.items(), ("ngram", NgramDrafter)])
 def test_options_and_defaults(name: str, kind: Any) -> None:
     offered = OFFERED - ({"top_k"} if name in TAKES_TOP_K else set())
     found = (

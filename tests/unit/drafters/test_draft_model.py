@@ -430,7 +430,7 @@ def test_vllms_names_are_taken(target_folder: Path) -> None:
     config |= {"prompt_lookup_min": 3, "policy": "static"}
     drafter = LLM(target_folder, speculative_config=config, dtype="fp32").speculation.drafter
     assert (drafter.max_depth, drafter.max_n, drafter.min_n) == (5, 6, 3)
-    config = {"method": "recycling", "num_speculative_tokens": 2, "policy": "chain"}
+    config = {"method": "union", "num_speculative_tokens": 2, "policy": "chain"}
     assert LLM(target_folder, speculative_config=config, dtype="fp32").policy.length == 2
     config["policy"] = "static"
     with pytest.raises(ConfigError, match="unknown option 'num_speculative_tokens'"):

@@ -81,7 +81,6 @@ class FakeDrafter:
     has_model = True
     aux_layers = (1,)
     grow = None
-    wants_logits = True
     wants_ends = False
 
     def __init__(
@@ -134,9 +133,6 @@ class FakeDrafter:
         assert len(tokens) == len(features)
         assert features.tolist() == [[token, first + i] for i, token in enumerate(tokens)]
         self.known[request] = first + len(tokens)
-
-    def observe_logits(self, tokens: np.ndarray, logits: torch.Tensor) -> None:
-        assert logits.shape == (len(tokens), VOCAB)
 
     def release(self, request: Request) -> None:
         self.known.pop(request, None)

@@ -32,7 +32,7 @@ class BatchState:
     catch_up_rows: pairs the model drafter must process before its first level, beyond one per
     request.
     has_model: whether a drafter with a model (head, draft model) is loaded.
-    has_free: whether a drafter without model cost (n-gram, recycling) is loaded.
+    has_free: whether a drafter without model cost (n-grams) is loaded.
     pictures: whether the request's prompt has any, or None where none has.
     constrained: whether a grammar allows but some tokens, or None where none does.
     size: requests.

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 WITH_MODEL = ("eagle", "draft_model")
 PROFILE_SECONDS = 2.0
-CHAIN = {"ngram": {"occurrences": 1}, "recycling": {"successors": 1, "max_nodes": 8}}
 
 
 def options_of(config: Mapping[str, Any] | bool | None) -> dict[str, Any]:
@@ -119,7 +118,7 @@ def _new(
     options: dict[str, Any], target: HostTarget, batch: int, source: DraftSource | None
 ) -> Drafting:
     from smart_decoding.integrations.transformers.costs import cost_of
-    from smart_decoding.speculation import free_drafters, stored_prior
+    from smart_decoding.speculation import ngram_drafter, stored_prior
 
     method = options.pop("method")
     policy = options.pop("policy")
@@ -134,8 +133,10 @@ def _new(
             "method 'union' needs a tree mask, which this model's attention does not take: "
             "use ngram"
         )
-    chain = {} if target.tree else CHAIN.get(method, {})
-    free = free_drafters(method, options, target.vocab, source is not None, **chain)
+    free: list[Drafter] = []
+    if method in ("ngram", "union"):
+        chain = {} if target.tree else {"occurrences": 1}
+        free.append(ngram_drafter(options, **chain))
     known = policy_options(policy)
     unknown = [name for name in options if name not in known]
     if unknown:
