@@ -16,6 +16,7 @@ from smart_decoding.integrations.transformers.sources import Drafting, DraftSour
 from smart_decoding.integrations.transformers.state import bucket, layers_of, layout_of, state_of
 
 if TYPE_CHECKING:
+    from smart_decoding.engine.protocols import Drafter
     from smart_decoding.integrations.transformers.target import HostTarget
 
 WITH_MODEL = ("eagle", "draft_model")
