@@ -44,4 +44,7 @@ LAB = Program(
 )
 
 if __name__ == "__main__":
+    from smart_lab.rival_policies import register
+
+    register()
     sys.exit(main(program=LAB))

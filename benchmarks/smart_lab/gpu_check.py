@@ -278,7 +278,9 @@ def _run_here(args: argparse.Namespace) -> int:
     """Runs a step in this process."""
     stand_in(UNUSED)
     from smart_lab.gpu_steps import run_step
+    from smart_lab.rival_policies import register
 
+    register()
     known = json.loads(args.json.read_text(encoding="utf-8"))
     run_step(args.step, known, args.seconds, args.into)
     return 0

@@ -64,8 +64,6 @@ DEEPEST = {
     "paper": "max_levels",
     "eagle2": "depth",
     "chain": "length",
-    "pooled_chain": "length",
-    "throughput_chain": "max_length",
 }
 # Parameters of a target below which a round takes so few milliseconds that n-grams beside a head
 # are a visible part of it.

@@ -83,8 +83,7 @@ MODEL_OPTIONS = (
         "policy",
         policy_name,
         None,
-        "what sizes the trees: off, chain, static, eagle2, paper, pooled_chain, "
-        "throughput_chain, smart (smart)",
+        "what sizes the trees: off, chain, static, eagle2, paper, smart (smart)",
     ),
     Option("policy-option", key_value, [], "K=V for the policy; may be repeated (none)"),
     METHOD_OPTION,

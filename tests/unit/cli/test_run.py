@@ -434,7 +434,7 @@ def test_standard_input_must_be_text(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--policy greedy", "choose one of: off, chain, static, eagle2, paper, pooled_chain"),
+        ("--policy greedy", "choose one of: off, chain, static, eagle2, paper, smart"),
         ("--method telepathy", "choose from"),
         ("--method draft_model", "give --draft MODEL"),
         ("--method none --policy chain", "policy 'chain' is given: leave out one of them"),

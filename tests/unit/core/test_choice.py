@@ -225,7 +225,7 @@ class Mine:
 
 def test_built_in_rules_are_data_and_a_users_own_is_not() -> None:
     batch = BatchState(np.array([50]), np.array([20]), np.zeros(1), np.ones(1, np.bool_))
-    for name in ("chain", "static", "eagle2", "paper", "pooled_chain", "throughput_chain", "smart"):
+    for name in ("chain", "static", "eagle2", "paper", "smart"):
         rule = make_policy(name).plan(batch)
         assert rule is not None
         assert is_data(rule)

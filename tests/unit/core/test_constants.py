@@ -28,8 +28,7 @@ COSTS = CostModel.from_table({4: ROWS}, {1: 1.2, 4: 1.4, 16: 2.3, 64: 5.0, 128: 
 ROUNDS = range(250)
 MOST = 30  # numbers that the controller may be made of
 # Rivals have their published settings, and pictures decide nothing.
-OTHERS = {"chain", "eagle2", "paper", "paper_costs", "pooled_chain", "static", "throughput_chain"}
-OTHERS |= {"topologies", "tree_picture"}
+OTHERS = {"chain", "eagle2", "paper", "paper_costs", "static", "topologies", "tree_picture"}
 PLAIN = {0, 1, 2, 0.5}  # mean in a formula what they mean anywhere
 
 

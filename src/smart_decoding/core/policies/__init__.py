@@ -10,10 +10,8 @@ from smart_decoding.core.policies.chain import Chain
 from smart_decoding.core.policies.eagle2 import Eagle2
 from smart_decoding.core.policies.off import Off
 from smart_decoding.core.policies.paper import Paper
-from smart_decoding.core.policies.pooled_chain import PooledChain
 from smart_decoding.core.policies.smart import Smart
 from smart_decoding.core.policies.static import Static
-from smart_decoding.core.policies.throughput_chain import ThroughputChain
 from smart_decoding.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -24,8 +22,7 @@ FROM_THE_ENGINE = ("cost", "calibration", "forecast", "eos_token_ids")
 RENAMED_OPTIONS = {"probe_budget": "exploration_budget"}
 RENAMED = {"likelihood": "eagle2", "smart_paper": "paper"}
 POLICIES: dict[str, type[Any]] = {
-    cls.name: cls
-    for cls in (Off, Chain, Static, Eagle2, Paper, PooledChain, ThroughputChain, Smart)
+    cls.name: cls for cls in (Off, Chain, Static, Eagle2, Paper, Smart)
 }
 
 

@@ -1,15 +1,19 @@
-"""SGLang's `throughput_aware`: one chain length for the whole batch, by mean acceptance and
-measured costs; never plain."""
+"""Policies of other engines, for comparison alone: the laboratory's commands register them beside
+the product's."""
 
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from smart_decoding.core.calibration import Calibration
 from smart_decoding.core.cost import CostModel
+from smart_decoding.core.policies import POLICIES
 from smart_decoding.core.policies.base import StatelessPolicy, require_int, token_array
-from smart_decoding.core.rule import TreeRule
-from smart_decoding.core.selection import Beam, KeepBest
+from smart_decoding.core.rule import Scores, TreeRule
+from smart_decoding.core.selection import Beam, BestRate, KeepBest, RoundCosts
 
 if TYPE_CHECKING:
     from smart_decoding.core.policies.base import BatchState, Round, TokenIds
@@ -17,8 +21,50 @@ if TYPE_CHECKING:
 MEMORY = 0.995  # per tested draft of a depth: older ones fade
 
 
+class PooledChain(StatelessPolicy):
+    """vLLM's adaptive verification (PR 47808): every request is drafted a full chain of `length`,
+    and what is verified of all chains together is what yields the most tokens per profiled second.
+    Survival is calibrated online; never plain."""
+
+    name = "pooled_chain"
+
+    def __init__(
+        self,
+        cost: CostModel | None = None,
+        calibration: Calibration | None = None,
+        length: int = 3,
+        eos_token_ids: TokenIds = (),
+    ) -> None:
+        self.cost: CostModel = cost or CostModel.default()
+        self.calibration = calibration or Calibration()
+        self.length = require_int("length", length, 1, 64)
+        self._ends = token_array(eos_token_ids)
+
+    def plan(self, batch: BatchState) -> TreeRule | None:
+        """As many levels as the longest request may use."""
+        keep = BestRate(self._costs(batch, batch.size * self.length))
+        scores = Scores(self.calibration, batch.kind)
+        return TreeRule.of(batch, self.length, 1, self._ends, Beam(1), keep, scores)
+
+    def _costs(self, batch: BatchState, nodes: int) -> RoundCosts:
+        """Profiled seconds at this batch size and context."""
+        size = batch.size
+        context = batch.mean_context
+        first = float(self.cost.first_seconds(size, batch.catch_up_rows, context))
+        levels = self.cost.draft_seconds(np.arange(size + 1), context)
+        verify = self.cost.verify_curve(size, size, nodes + 1, context)
+        return RoundCosts(size, self.cost.overhead_seconds + first, levels, verify)
+
+    def observe(self, round: Round) -> None:
+        """Learns survival."""
+        if round.rule is not None and len(round.trees):
+            nodes, chosen = round.observed()
+            self.calibration.observe(round.trees, nodes, chosen, round.batch.kind)
+
+
 class ThroughputChain(StatelessPolicy):
-    """A chain of 1 to `max_length` tokens, the one with the most expected tokens per second."""
+    """SGLang's `throughput_aware`: one chain length for the whole batch, 1 to `max_length`, the one
+    with the most expected tokens per second by mean acceptance and measured costs; never plain."""
 
     name = "throughput_chain"
 
@@ -69,3 +115,11 @@ class ThroughputChain(StatelessPolicy):
             if depth <= self.max_length:
                 self._tested[depth - 1] = MEMORY * self._tested[depth - 1] + 1.0
                 self._accepted[depth - 1] = MEMORY * self._accepted[depth - 1] + hit
+
+
+RIVAL_POLICIES: dict[str, type[Any]] = {cls.name: cls for cls in (PooledChain, ThroughputChain)}
+
+
+def register() -> None:
+    """Let `make_policy` and the options of this process know them by name."""
+    POLICIES.update(RIVAL_POLICIES)
