@@ -1,12 +1,11 @@
-"""`smart bench` with further parts and contestants: tuned by replay, variants of `smart`, suites,
-other engines."""
+"""`smart bench` with further parts and contestants: tuned by replay, variants, suites."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from tqdm import tqdm
 
@@ -16,7 +15,6 @@ from smart_decoding.bench.runner import run as run_bench
 from smart_decoding.bench.summary import POOLED
 from smart_lab.ablations import VARIANTS
 from smart_lab.options import SAMPLED_SIZES, VARIANT_SIZES, LabArm, LabOptions, command_of
-from smart_lab.peers.session import measure_peers
 from smart_lab.questions import Asker
 from smart_lab.resume import KeptMeasurement, Progress, key_of
 from smart_lab.tuning import Tuner
@@ -28,8 +26,8 @@ if TYPE_CHECKING:
 
 
 def run(options: LabOptions) -> dict[str, Any]:
-    """What `smart bench` returns, and of what was asked for 'suite_runs', 'variant_runs',
-    'replayed' and 'peers'.
+    """What `smart bench` returns, and of what was asked for 'suite_runs', 'variant_runs'
+    and 'replayed'.
 
     Raises what the user's `run` raises, and ConfigError for a file of --resume that is of another
     run."""
@@ -40,7 +38,6 @@ def run(options: LabOptions) -> dict[str, Any]:
 class LabBench(Bench):
     """A run with the laboratory's parts."""
 
-    MAIN_PARTS: ClassVar[Sequence[str]] = (*Bench.MAIN_PARTS, "peers")
     options: LabOptions
 
     def __init__(
@@ -91,8 +88,6 @@ class LabBench(Bench):
         result = super().measure()
         if self.options.policy_gain:
             self._add_policy_gains(result["runs"])
-        if self.options.peers:
-            result["peers"] = self.peers()
         return result
 
     def _add_policy_gains(self, runs: Sequence[dict[str, Any]]) -> None:
@@ -159,14 +154,6 @@ class LabBench(Bench):
                 self.progress.add(name, asker.answers(size))
             found[str(size)] = self.progress.units(name)[0]
         return found
-
-    def peers(self) -> list[dict[str, Any]]:
-        """Other engines beside plain decoding and our first contestant that drafts."""
-        smart = self.llm.sharing_weights(self.options.speculation(self.options.peer_arm))
-        self.head = self.head or smart.speculation.description
-        self.cost = self.cost or smart.speculation.cost
-        engines = {"plain": self.llm.engine, "smart": smart.engine}
-        return measure_peers(self.options, engines, self.prompts, self.progress)
 
     def _best_fixed(self, batch_size: int) -> list[Arm]:
         """The best tuned tree, if trees are tuned."""

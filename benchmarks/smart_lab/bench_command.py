@@ -60,17 +60,6 @@ def _further_parts(parser: argparse.ArgumentParser) -> None:
         help="also measure these tasks (long, edit) at batch 1, by themselves",
     )
     add("--questions", action="store_true", help="also answer by replay: oracle, ablations, sweeps")
-    others = (
-        "other engines on the same prompts (default: all), in environments made for them; alone it "
-        "replaces the comparison in blocks"
-    )
-    add("--peers", type=words, nargs="?", const=("all",), metavar="A,B", help=others)
-    add(
-        "--peer-env",
-        action="append",
-        metavar="NAME=FOLDER",
-        help="an environment to use for a peer as it is",
-    )
 
 
 def _instead_of_measuring(parser: argparse.ArgumentParser) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from smart_decoding.bench.options import (
-    BASELINE,
     EAGLE_2,
     MEAN_PROMPT,
     PRESETS,
@@ -21,7 +20,6 @@ from smart_decoding.bench.options import (
 from smart_decoding.errors import ConfigError
 from smart_decoding.files import without_folder
 from smart_lab.ablations import VARIANTS
-from smart_lab.peers.catalogue import environments_of, wanted
 from smart_lab.plots import check_outputs
 from smart_lab.suites import LONG_PROMPT
 
@@ -71,8 +69,7 @@ class LabOptions(BenchOptions):
     suites: tasks such as long and edit, measured at batch 1 in a part of their own, smart with
     n-grams too. variants: of `smart`, measured beside it in a part of their own, at VARIANT_SIZES.
     questions: also answer by replay how far policies are from oracle and what each ingredient
-    gives. peers: other engines on the same prompts; peer_env: 'name=folder', environments to use as
-    they are. They replace the comparison of policies in blocks unless `blocks` asks for that, too.
+    gives.
     resume: a file that keeps what is measured, so that the same command goes on after a cut.
     html: a file for the report; plots: folder for pictures, made if need be.
     record: instead of measuring, record the drafts of the prompts there.
@@ -89,8 +86,6 @@ class LabOptions(BenchOptions):
     suites: Sequence[str] = ()
     variants: Sequence[str] = ()
     questions: bool = False
-    peers: Sequence[str] = ()
-    peer_env: Sequence[str] = ()
     resume: Path | None = None
     html: Path | None = None
     plots: Path | None = None
@@ -107,15 +102,11 @@ class LabOptions(BenchOptions):
             )
         if (self.random_weights is None) != (self.replay is None):
             raise ConfigError("--random-weights CONFIG and --replay TRACE go together: give both")
-        if self.replay is not None and (
-            self.temperature or self.sampled or self.load or self.peers
-        ):
+        if self.replay is not None and (self.temperature or self.sampled or self.load):
             raise ConfigError(
-                "a replayed run is greedy and in blocks: leave out temperatures, --load and --peers"
+                "a replayed run is greedy and in blocks: leave out temperatures and --load"
             )
         check_outputs((self.record, self.html, self.resume), self.plots)
-        wanted(self.peers)
-        environments_of(self.peer_env)
         for arm in [*self.arms, *self.variant_arms]:
             check_variant(arm)
         BenchOptions.__post_init__(self)  # super() does not work in a dataclass with slots
@@ -124,12 +115,6 @@ class LabOptions(BenchOptions):
     def variant_arms(self) -> list[Arm]:
         """`smart` with one ingredient exchanged each."""
         return [LabArm("smart", {"variant": name}) for name in self.variants]
-
-    @property
-    def peer_arm(self) -> Arm:
-        """Who stands for us beside the peers: the first contestant that drafts, `smart` if none is
-        named."""
-        return next((arm for arm in self.arms if arm.policy != BASELINE), LabArm("smart"))
 
     @property
     def all_tasks(self) -> Sequence[str]:
@@ -153,10 +138,6 @@ class LabOptions(BenchOptions):
         suites = 2 * bool(self.suites)  # with a drafter of their own
         return BenchOptions.most_contestants(self) + max(tuned, len(self.variant_arms), suites)
 
-    @property
-    def compares_policies(self) -> bool:
-        return self.blocks or not (self.load or self.peers)
-
     def speculation(self, arm: Arm) -> dict[str, Any] | bool:
         """The `speculative_config` of an arm; the variant is applied to its policy later."""
         config = BenchOptions.speculation(self, arm)
@@ -177,5 +158,5 @@ def check_variant(arm: Arm) -> None:
 def command_of(options: LabOptions) -> str:
     """The command line that asks for this run."""
     model = [] if options.replay is not None else ["--model", without_folder(options.model)]
-    words = words_of(options, ("model", "peer_env"))
+    words = words_of(options, ("model",))
     return shlex.join(["python", "-m", "smart_lab", "bench", *model, *words])

@@ -23,6 +23,9 @@ from smart_lab.results import LabResults
 
 RESULTS = Path(__file__).parents[1] / "results"
 MADE = "Made by `python -m smart_lab results` from the JSON files of this folder; do not edit."
+# What a command may ask for that is gone, and the last commit that has it.
+GONE = ("--peers",)
+LAST = "6f6a75aa"
 TOLD = {"simulated": ": nothing here was measured"}
 # Kind -> title, in the order of the page.
 KINDS = {
@@ -130,7 +133,10 @@ def facts(origin: Mapping[str, Any]) -> str:
         ),
         "draft head": origin.get("head"),
     }
-    return "\n".join(f"- {name}: {value or 'not recorded'}" for name, value in told.items())
+    lines = [f"- {name}: {value or 'not recorded'}" for name, value in told.items()]
+    if any(word in str(origin.get("command")).split() for word in GONE):
+        lines.append(f"- its command is gone: commit {LAST} is the last that has all of it")
+    return "\n".join(lines)
 
 
 def tables_of(data: Mapping[str, Any]) -> list[str]:

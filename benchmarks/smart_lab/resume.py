@@ -38,7 +38,6 @@ _NOT_PART = (
     "plots",
     "time_limit",
     "resume",
-    "peer_env",
 )  # may change from call to call
 
 

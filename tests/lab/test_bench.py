@@ -38,13 +38,10 @@ def test_presets_fill_in_what_is_not_given() -> None:
     assert asked_by("") == LabOptions()
 
 
-def test_load_or_peers_alone_replace_the_blocks() -> None:
+def test_load_alone_replaces_the_blocks() -> None:
     assert asked_by("").compares_policies
     assert not asked_by("--load 0.5").compares_policies
-    assert not asked_by("--peers").compares_policies
     assert asked_by("--load 0.5 --blocks").compares_policies
-    assert asked_by("--peers vllm").peers == ("vllm",)
-    assert asked_by("--peers").peers == ("all",)
 
 
 def test_parts_come_in_their_order_with_their_shares() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib
 import json
 import math
 import os
@@ -21,7 +20,7 @@ import worlds
 
 from smart_decoding.errors import ConfigError, ModelError
 from smart_lab import gguf_speed
-from smart_lab.gguf import ours, rates, report, vllm
+from smart_lab.gguf import ours, rates, report, vllm, vllm_worker
 from smart_lab.gguf.rates import Reply, Span, agreement, best, decode_rate, figures, ratio
 from smart_lab.gguf.server import (
     BATCHED,
@@ -105,8 +104,8 @@ for n in words[words.index("-npl") + 1].split(","):
 WORKS = f"""#!{sys.executable}
 import json, sys
 settings = json.loads(sys.stdin.readline())
-assert sys.argv[1].endswith("run_vllm.py") and settings["stops"] == [{worlds.EOS}], settings
-print(json.dumps({{"version": "9", "precision": "bf16"}}), flush=True)
+assert sys.argv[1].endswith("vllm_worker.py") and settings["stops"] == [{worlds.EOS}], settings
+print(json.dumps({{"version": "9"}}), flush=True)
 fast = 2 if "ngram" in settings else 1
 for line in sys.stdin:
     job = json.loads(line)
@@ -280,8 +279,7 @@ def test_vllm_answers_by_its_own_clock(vllm_python: Path) -> None:
 
 def test_vllms_worker_keeps_its_places_full(monkeypatch: pytest.MonkeyPatch) -> None:
     """An engine that gives each request a token a step, and as many as its prompt says."""
-    monkeypatch.syspath_prepend(str(vllm.WORKERS))
-    worker = importlib.import_module("run_vllm")
+    worker = vllm_worker
     clock = worlds.Clock()
     monkeypatch.setattr(worker.time, "perf_counter", clock)
     running: dict[str, list[int]] = {}
@@ -312,6 +310,72 @@ def test_vllms_worker_keeps_its_places_full(monkeypatch: pytest.MonkeyPatch) -> 
     assert (found.prefill_seconds, found.per_round) == (1.0, 1.0)
     assert found.decode == pytest.approx(1.0)
     assert found.overall == pytest.approx(14 / 7)
+
+
+RULE = f"""
+import os, sys
+sys.path.insert(0, {str(vllm.WORKER.parent)!r})
+from vllm_worker import serve
+
+def load(settings):
+    print("a library chatters on standard output")
+    if settings.get("fails") == "loading":
+        raise ValueError("no such weights\\nand more")
+    if settings.get("fails") == "dying":
+        print("Illegal instruction", file=sys.stderr, flush=True)
+        os._exit(3)
+    def answer(prompts, tokens):
+        if settings.get("fails") == "answering":
+            raise MemoryError("too much")
+        return {{"answers": [[tokens, *p] for p in prompts]}}
+    return {{"version": "1.2"}}, answer
+
+serve(load)
+"""
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    path = tmp_path / "rule.py"
+    path.write_text(RULE)
+    return path
+
+
+def test_a_worker_says_what_it_is_and_answers(script: Path) -> None:
+    with vllm.Worker(Path(sys.executable), script, {"threads": 1}) as worker:
+        assert worker.about == {"version": "1.2"}
+        found = worker.ask(vllm.job_of([[5], [7, 8]], 3), 60.0)
+    assert found == {"answers": [[3, 5], [3, 7, 8]]}
+    assert worker._process.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("fails", "message"),
+    [
+        ("loading", "ValueError: no such weights"),
+        ("dying", "ended with 3: Illegal"),
+        ("answering", "MemoryError"),
+    ],
+)
+def test_what_a_worker_dies_of_is_told_in_one_line(fails: str, message: str, script: Path) -> None:
+    settings = {"threads": 1, "fails": fails}
+    with pytest.raises(ModelError, match=message) as caught:
+        vllm.Worker(Path(sys.executable), script, settings).ask(vllm.job_of([[1]], 2), 60.0)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_silent_worker_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm, "LOADING", 0.2)
+    file = tmp_path / "silent.py"
+    file.write_text("import time; time.sleep(60)")
+    with pytest.raises(ModelError, match="no answer within"):
+        vllm.Worker(Path(sys.executable), file, {"threads": 1})
+
+
+def test_the_worker_imports_nothing_of_ours() -> None:
+    source = vllm.WORKER.read_text()
+    assert "import smart_" not in source
+    assert "from smart_" not in source
 
 
 def test_what_vllm_dies_of_is_told(vllm_python: Path) -> None:

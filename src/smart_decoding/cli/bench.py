@@ -41,8 +41,6 @@ MOVED = (
     "--variants",
     "--suites",
     "--questions",
-    "--peers",
-    "--peer-env",
     "--record",
     "--random-weights",
     "--replay",

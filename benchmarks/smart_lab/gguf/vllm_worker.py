@@ -1,16 +1,45 @@
-"""vLLM's CPU build: plain, or with its n-gram drafter. What decoding takes is the whole less a
-run of one token; where answers may end, at tokens `stops`, each one's times are told."""
+"""vLLM's CPU build in an environment of its own, with nothing of ours beside it: plain, or with its
+n-gram drafter. Needed by gguf/vllm.py, which starts it by its path.
+
+It speaks JSON lines. In: a line of settings, then a line per job {"prompts": [[id, ...], ...],
+"tokens": count, "places": count}. Out: a line that says it is ready, with its version, then one per
+job.
+"""
 
 from __future__ import annotations
 
+import json
 import os
+import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
-from lines import Answer, Settings, serve
+Settings = dict[str, Any]
+Answer = Callable[..., dict[str, Any]]
+
+
+def serve(load: Callable[[Settings], tuple[dict[str, str], Answer]]) -> None:
+    """Loads once, then answers until there are no more lines. What libraries print goes to standard
+    error."""
+    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+
+    def say(reply: dict[str, Any]) -> None:
+        print(json.dumps(reply), file=replies, flush=True)
+
+    try:
+        about, answer = load(json.loads(sys.stdin.readline()))
+        say(about)
+        for line in sys.stdin:
+            say(answer(**json.loads(line)))
+    except Exception as error:  # whatever vLLM raises is its result
+        say({"error": f"{type(error).__name__}: {error}".splitlines()[0][:300]})
+        raise
 
 
 def load(settings: Settings) -> tuple[dict[str, str], Answer]:
+    """Loads vLLM; answers end at the tokens `stops`."""
     os.environ.update(
         VLLM_CPU_KVCACHE_SPACE="1",
         VLLM_CPU_OMP_THREADS_BIND=settings["cores"],
@@ -27,7 +56,7 @@ def load(settings: Settings) -> tuple[dict[str, str], Answer]:
     }
     model = vllm.LLM(
         settings["weights"],
-        dtype={"bf16": "bfloat16", "fp32": "float32"}[settings["dtype"]],
+        dtype="bfloat16",
         max_model_len=settings["context"],
         enable_prefix_caching=False,
         max_num_seqs=settings["sequences"],
@@ -35,25 +64,7 @@ def load(settings: Settings) -> tuple[dict[str, str], Answer]:
         speculative_config=drafter if ngram else None,
     )
 
-    def timed(prompts: list[list[int]], tokens: int) -> tuple[float, list[list[int]]]:
-        params = vllm.SamplingParams(
-            temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False
-        )
-        start = time.perf_counter()
-        out = model.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
-        return time.perf_counter() - start, [list(each.outputs[0].token_ids) for each in out]
-
-    def answer(prompts: list[list[int]], tokens: int) -> dict[str, Any]:
-        first, _ = timed(prompts, 1)
-        whole, answers = timed(prompts, tokens)
-        return {
-            "seconds": whole - first,
-            "tokens": sum(len(a) - 1 for a in answers),
-            "answers": answers,
-            "prefill_seconds": first,
-        }
-
-    def ended(prompts: list[list[int]], tokens: int, places: int) -> dict[str, Any]:
+    def answer(prompts: list[list[int]], tokens: int, places: int) -> dict[str, Any]:
         params = vllm.SamplingParams(
             temperature=0.0,
             max_tokens=tokens,
@@ -62,8 +73,7 @@ def load(settings: Settings) -> tuple[dict[str, str], Answer]:
         )
         return stepped(model.llm_engine, prompts, params, places)
 
-    about = {"version": vllm.__version__, "precision": settings["dtype"]}
-    return about, ended if "stops" in settings else answer
+    return {"version": vllm.__version__}, answer
 
 
 def stepped(engine: Any, prompts: list[list[int]], params: Any, places: int) -> dict[str, Any]:
