@@ -12,7 +12,7 @@ LAB = Program(
     "Replay, simulation, tuning, other engines and results: what is not in the wheel.",
     {
         "bench": ("smart bench, with what needs the laboratory", "smart_lab.bench_command"),
-        "report": ("draw what a benchmark measured: a page, plots", "smart_lab.report_command"),
+        "report": ("draw what a benchmark measured", "smart_lab.report_command"),
         "profile": ("measure what a forward costs on this machine", "smart_lab.profile_command"),
         "results": ("write the pages of benchmarks/results", "smart_lab.results_command"),
         "simulate": (
@@ -20,8 +20,6 @@ LAB = Program(
             "smart_lab.simulate_command",
         ),
         "ablate": ("what each ingredient of smart gives, by replay", "smart_lab.ablate"),
-        "published": ("the published figures' shape, simulated", "smart_lab.published"),
-        "predict": ("does a replay predict this machine's speedups", "smart_lab.predict"),
         "regret": ("policies in a simulated world against full knowledge", "smart_lab.regret"),
         "robustness": (
             "never slower? bad heads, prompts, neighbours, profiles",

@@ -65,17 +65,13 @@ class Prediction:
 
 @dataclass(slots=True)
 class Simulation:
-    """What is simulated, in words, and a prediction for each batch size.
-
-    profiled: by batch size, the speedup of `smart` where it knows of the costs what a profile of a
-    range finds."""
+    """What is simulated, in words, and a prediction for each batch size."""
 
     hardware: str
     model: str
     acceptance: str
     predictions: list[Prediction] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    profiled: dict[int, dict[str, float]] = field(default_factory=dict)
 
     def crossing(self, policy: str) -> float | None:
         """The batch size at which a policy's speedup falls below 1, interpolated; None where it
@@ -98,7 +94,6 @@ class Simulation:
             "model": self.model,
             "acceptance": self.acceptance,
             "notes": self.notes,
-            "profiled": {str(size): found for size, found in self.profiled.items()},
             "outlooks": [
                 {
                     "batch_size": o.batch_size,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from smart_decoding.bench.options import check_outputs
-from smart_decoding.bench.provenance import write_json, write_text
+from smart_decoding.bench.provenance import write_json
 from smart_decoding.cli.arguments import whole_numbers
 from smart_decoding.core.cost import CostModel
 from smart_decoding.errors import ConfigError
@@ -56,7 +56,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a card's engine launches every kernel from Python, without CUDA graphs",
     )
     add("--json", type=Path, metavar="FILE", help="write the figures there")
-    add("--html", type=Path, metavar="FILE", help="write a self-contained page there")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -64,7 +63,7 @@ def main(args: argparse.Namespace) -> int:
     sizes = sorted(set(args.batch_sizes))
     if sizes[-1] > LARGEST:
         raise ConfigError(f"batch sizes must lie between 1 and {LARGEST}, not {sizes[-1]}")
-    check_outputs((args.json, args.html))
+    check_outputs((args.json,))
     if (args.trace is None) == (args.acceptance is None):
         raise ConfigError(
             "give either --trace FILE (smart_lab bench --record makes one) or --acceptance NAME"
@@ -91,11 +90,6 @@ def main(args: argparse.Namespace) -> int:
     print(f"({simulator.rounds} rounds of requests replayed in {seconds:.1f} s)")
     if args.json is not None:
         write_json(args.json, simulation.to_dict())
-    if args.html is not None:
-        from smart_lab.simulate_page import page
-
-        write_text(args.html, page(simulation))
-        print(f"wrote {args.html}")
     return 0
 
 

@@ -1,7 +1,6 @@
 """Rooflines, synthetic acceptance, and the answer to "does it pay there?"."""
 
 import json
-from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -9,11 +8,8 @@ import pytest
 from smart_decoding.cli.main import main
 from smart_decoding.core.cost import CostModel
 from smart_decoding.errors import ConfigError, ModelError
-from smart_lab import assumptions, tables
 from smart_lab.__main__ import LAB
 from smart_lab.hardware import _data, acceptances, card, dimensions, roofline, too_large
-from smart_lab.profiled import RANGES, profiled
-from smart_lab.published import SETUPS, published_of
 from smart_lab.replay import HostCosts
 from smart_lab.simulate import (
     EAGLE2,
@@ -27,7 +23,6 @@ from smart_lab.simulate import (
     limits_of,
     name_of,
 )
-from smart_lab.simulate_page import page
 from smart_lab.sweep import Sweep
 from smart_lab.synthetic import synthetic
 from smart_lab.trace import Trace, write_trace
@@ -159,15 +154,13 @@ def test_where_it_stops_paying_is_interpolated(trace):
 
 def test_the_command_prints_and_writes(trace, tmp_path, capsys):
     write_trace(tmp_path / "t", trace)
-    html, data = tmp_path / "p.html", tmp_path / "p.json"
+    data = tmp_path / "p.json"
     arguments = [
         "simulate",
         "--trace",
         str(tmp_path / "t"),
         "--batch-sizes",
         "1,8",
-        "--html",
-        str(html),
         "--json",
         str(data),
     ]
@@ -180,8 +173,6 @@ def test_the_command_prints_and_writes(trace, tmp_path, capsys):
     assert read["simulated"] is True
     assert [o["batch_size"] for o in read["outlooks"]] == [1, 8]
     assert read["outlooks"][1]["use"] in ("smart", name_of(read["outlooks"][1]["fixed"]))
-    root = ElementTree.fromstring(html.read_text().partition("\n")[2])
-    assert "Simulated, not measured" in "".join(root.itertext())
     assert (
         main(
             [
@@ -271,20 +262,6 @@ def test_the_shape_of_the_published_figures(name, sizes, msd):
     assert simulator.rounds > 10_000
 
 
-def test_published_figures_stand_beside_what_they_are_figures_of(msd):
-    """The paper's rule beside `paper`, MSD beside its tree, nothing beside `smart`."""
-    simulator = Simulator(msd, roofline(card("l40s", eager=True), dimensions("vicuna-7b")))
-    prediction = simulator.prediction(12)
-    profiled_at = {12: {"1,024 rows": 1.5}}
-    found = Simulation("h", "m", "a", [prediction], ["too large"], profiled_at).to_dict()
-    (part,) = tables.simulated([{**found, "published": published_of(SETUPS[0])}])
-    speedup = prediction.speedup
-    assert part.rows[0][2] == f"{speedup[EAGLE2]:.2f} (0.90)"
-    assert part.rows[0][3] == f"{speedup[PAPER]:.2f} (1.40)"
-    assert part.rows[0][5:7] == (f"{speedup[SMART]:.2f}", "1.50")
-    assert "It does not fit: too large." in part.captions
-
-
 def test_70b_does_not_fit_one_card():
     model = dimensions("llama-3.3-70b")
     assert model.weights == pytest.approx(69.5e9, rel=0.01)  # 70.6 G less the input embedding
@@ -292,44 +269,11 @@ def test_70b_does_not_fit_one_card():
     assert not too_large(card("4-h100"), model, 128, 300)
 
 
-def test_a_profile_of_1024_rows_knows_where_arithmetic_begins():
-    """One of 96 rows goes on with a flat line."""
-    truth = roofline(card("h100"), dimensions("llama-3.1-8b"))
-    rows = np.arange(64, 1025)
-    exact = truth.verify_seconds(64, rows, 300.0)
-    off = {
-        name: np.abs(profiled(truth, grid).verify_seconds(64, rows, 300.0) / exact - 1).max()
-        for name, grid in RANGES.items()
-    }
-    assert off["1,024 rows"] < 0.06
-    assert off["96 rows"] > 0.5
-
-
 def test_the_published_rule_is_bound_to_its_drafter():
     assert limits_of({"depth": 5, "top_k": 10, "total_tokens": 60}) == {
         "max_levels": 6,
         "children": 10,
     }
-
-
-def test_one_assumption_at_a_time(msd, capsys, monkeypatch):
-    """Each line is the rule beside MSD's own tree, which is put at its published speedup."""
-    level = acceptances()["msd"]
-    published = level["published"]["l40s"]
-    few = {size: published["smart"][size] for size in ("1", "4")}
-    level = {**level, "published": {"l40s": {**published, "smart": few}}}
-    monkeypatch.setattr(assumptions, "_drawn", lambda level, assumed: msd.recording)
-    names = ("as documented", "5 levels")
-    chosen = [variant for variant in assumptions.VARIANTS if variant.name in names]
-    monkeypatch.setattr(assumptions, "VARIANTS", chosen)
-    assumptions.table(level, print)
-    lines = capsys.readouterr().out.splitlines()
-    assert "SIMULATED" in lines[0]
-    assert [line[:36].strip() for line in lines[2:]] == list(names)
-    documented, shallow = (float(line[36:].split()[0]) for line in lines[2:])
-    assert documented == pytest.approx(1.77, rel=0.1)
-    assert shallow != documented
-    assert f"({100 * (documented / 1.77 - 1):+.0f} %)" in lines[2]
 
 
 def test_keys_of_a_level_are_read_by_a_few_rows_together():
@@ -342,8 +286,3 @@ def test_keys_of_a_level_are_read_by_a_few_rows_together():
     assert (
         model.kv_bytes * 1000 / sheet.bytes_s < grown < 1.1 * model.kv_bytes * 1000 / sheet.bytes_s
     )
-
-
-def test_a_page_without_a_crossing_is_still_a_page(trace):
-    simulation = Simulation("h <1>", "m", "a", [Simulator(trace, COST).prediction(1)], ["a & note"])
-    ElementTree.fromstring(page(simulation).partition("\n")[2])
