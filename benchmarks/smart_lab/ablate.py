@@ -31,10 +31,9 @@ from smart_decoding.bench.provenance import write_json
 from smart_decoding.cli.arguments import whole_numbers, words
 from smart_lab.ablations import ABLATIONS, VARIANTS, smart
 from smart_lab.machines import costs_of
-from smart_lab.questions import SHORT
 from smart_lab.recording import Recording
 from smart_lab.replay import replay
-from smart_lab.sweep import Sweep
+from smart_lab.sweep import SHORT, Sweep
 from smart_lab.trace import Trace, read_trace
 from smart_lab.tuning import RIVALS
 

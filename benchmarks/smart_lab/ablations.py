@@ -7,34 +7,31 @@ A variant exchanges parts of the rule that the policy answers with, or what the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
-from smart_decoding.core.calibration import BIN_PROBS, MAX_PROB, Calibration, default_prior
+from smart_decoding.core.calibration import BIN_PROBS, Calibration, default_prior
 from smart_decoding.core.choice import best_size, ranked
 from smart_decoding.core.cost import CostModel, Curve
 from smart_decoding.core.drift import DriftDetector
-from smart_decoding.core.policies.base import StatelessPolicy, token_array
+from smart_decoding.core.policies.base import StatelessPolicy
 from smart_decoding.core.policies.smart import Smart
 from smart_decoding.core.realised import Realised
-from smart_decoding.core.rule import NO_NODES, Grow, Scores, TreeRule, expanded_widths
+from smart_decoding.core.rule import NO_NODES, Grow, TreeRule, expanded_widths
 from smart_decoding.core.selection import BestRate, Fixed, RoundCosts, best_per_owner
-from smart_decoding.core.tree import (
-    ROOT,
-    BoolArray,
-    DraftTrees,
-    FloatArray,
-    IntArray,
-    KindArray,
-)
-from smart_lab.replay import Source, Walk
 
 if TYPE_CHECKING:
-    from smart_decoding.core.policies.base import BatchState, Policy, Round, TokenIds
-    from smart_lab.recording import Recording
+    from smart_decoding.core.policies.base import BatchState, Policy, Round
+    from smart_decoding.core.tree import (
+        BoolArray,
+        DraftTrees,
+        FloatArray,
+        IntArray,
+        KindArray,
+    )
     from smart_lab.trace import Trace
 
 FLAT_CONTEXT = 128.0
@@ -257,85 +254,6 @@ def unalarmed(inner: Smart) -> Smart:
     return inner
 
 
-class Foreseeing(FrozenCosts):
-    """Knows what deeper levels would propose before they are drafted, and pays for those that it
-    takes only."""
-
-    def __init__(self, inner: Smart, eos_token_ids: TokenIds = ()) -> None:
-        super().__init__(inner)
-        self._ends = token_array(eos_token_ids)
-        self._walk: Walk | None = None
-
-    def foresee(self, walk: Walk) -> None:
-        """The positions of the round to come."""
-        self._walk = walk
-
-    def plan(self, batch: BatchState) -> TreeRule | None:
-        """The best of all levels and widths, tried on the recording itself."""
-        super().plan(batch)
-        inner, limits = self.inner, batch.limits
-        levels = min(inner.max_levels, int(limits.max(initial=0)))
-        widest = WIDTHS[-1] * batch.size
-        costs = costs_of(inner.cost, batch, widest, inner.children * (batch.size + levels * widest))
-        scores = Scores(inner.calibration, batch.kind)
-        rule = TreeRule(
-            levels, inner.children, limits, self._ends, Steps(()), BestRate(costs), scores
-        )
-        best, chosen = costs.tokens / float(costs.verify[0]), None
-        for width in WIDTHS:
-            for rate, steps in self._tried(rule, costs, width * batch.size):
-                if rate > best:
-                    best, chosen = rate, steps
-        if chosen is None:
-            return None
-        return replace(rule, levels=len(chosen) + 1, grow=Steps(chosen))
-
-    def _tried(
-        self, rule: TreeRule, costs: RoundCosts, width: int
-    ) -> Iterator[tuple[float, list[IntArray]]]:
-        """Tokens per second after 1, 2, ... levels of `width` nodes, and what was expanded."""
-        assert self._walk is not None
-        size = len(rule.limits)
-        trees = DraftTrees.empty(size)
-        source = Source(self._walk.recording, self._walk.position)
-        source.expand(trees, np.full(size, ROOT), rule.children, np.arange(size))
-        steps: list[IntArray] = []
-        for level in range(1, rule.levels + 1):
-            rule.score(trees)
-            gains = trees.accept_prob[rule.useful(trees)]
-            sunk = costs.sunk + float(sum(costs.levels[len(step)] for step in steps))
-            verify = costs.verify[: len(gains) + 1]
-            yield best_size(gains[ranked(gains)], costs.tokens, sunk, verify)[1], list(steps)
-            able = rule.expandable(trees, level)
-            if not len(able):
-                return
-            steps.append(np.sort(able[ranked(trees.accept_prob[able])[:width]]))
-            source.expand(trees, steps[-1], rule.children)
-
-
-@dataclass(frozen=True, slots=True)
-class Steps:
-    """The nodes that each level expands, known beforehand."""
-
-    nodes: Sequence[IntArray]
-
-    def frontier(self, rule: TreeRule, trees: DraftTrees, level: int) -> IntArray:
-        """See `Grow`."""
-        return self.nodes[level - 1]
-
-
-def costs_of(cost: CostModel, batch: BatchState, widest: int, nodes: int) -> RoundCosts:
-    """What a round takes by `cost`: levels of up to `widest` nodes, up to `nodes` verified."""
-    size, context = batch.size, batch.mean_context
-    waiting = min(batch.catch_up_rows, 2 * size)
-    return RoundCosts(
-        tokens=size,
-        sunk=cost.overhead_seconds + float(cost.first_seconds(size, waiting, context)),
-        levels=cost.draft_seconds(np.arange(widest + 1), context),
-        verify=cost.verify_curve(size, size, nodes + 1, context),
-    )
-
-
 class Unmoved(Calibration):
     """A calibration that learns nothing."""
 
@@ -348,31 +266,6 @@ class Unmoved(Calibration):
 def raw() -> Calibration:
     """The drafter's confidence, taken for the truth."""
     return Unmoved(np.broadcast_to(BIN_PROBS, default_prior(2).shape).copy())
-
-
-def fitted(recording: Recording) -> Calibration:
-    """The curves that these very answers bear out: as good as learning could ever become."""
-    prior = default_prior(2)
-    hits, counts = np.zeros_like(prior), np.zeros_like(prior)
-    calibration = Calibration()
-    walk = Walk.everywhere(recording)
-    position, depth = np.arange(recording.positions), 1
-    slot = position
-    while len(slot):
-        count = recording.count[slot].astype(np.int64)
-        node = np.repeat(recording.child[slot] - np.cumsum(count) + count, count) + np.arange(
-            int(count.sum())
-        )
-        owner = np.repeat(position, count)
-        hit = recording.token[node] == walk.truth(owner, np.full(len(owner), depth))
-        known = walk.truth(owner, np.full(len(owner), depth)) >= 0
-        bins = calibration.bins(recording.prob[node].astype(np.float64))
-        level = min(depth, prior.shape[1]) - 1
-        np.add.at(hits[0, level, 1], bins[known], hit[known])
-        np.add.at(counts[0, level, 1], bins[known], 1)
-        position, slot, depth = owner[hit], recording.positions + node[hit], depth + 1
-    curve = np.clip((hits + 2 * prior) / (counts + 2), 1e-4, MAX_PROB)
-    return Unmoved(curve, np.where(counts > 0, CERTAIN, 0.0))
 
 
 def flat(cost: CostModel, context: float = FLAT_CONTEXT, rows: int = 2048) -> CostModel:

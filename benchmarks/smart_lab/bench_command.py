@@ -1,68 +1,37 @@
-"""`python -m smart_lab bench`: `smart bench` and what needs the laboratory."""
+"""`python -m smart_lab bench`: `smart bench`, and what needs the laboratory.
+
+Needed by docs/lab.md and by the commands in benchmarks/results/*/README.md.
+"""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
+from smart_decoding.bench import report
+from smart_decoding.bench.options import PRESETS
 from smart_decoding.bench.provenance import write_json
-from smart_decoding.cli.arguments import words
+from smart_decoding.bench.results import Results
 from smart_decoding.cli.bench import add_common_arguments, options_of
-from smart_lab.options import LAB_PRESETS, LabOptions
-from smart_lab.report import everything
-from smart_lab.report_command import add_output_arguments, write_outputs
-from smart_lab.results import LabResults
+from smart_lab.options import LabOptions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Those of `smart bench`, and ours."""
-    preset = add_common_arguments(parser)
-    parser.add_argument(
-        "--resume",
-        type=Path,
-        metavar="FILE",
-        help="keep what is measured there, and go on from it after a cut",
-    )
-    add_output_arguments(parser)
-    preset.add_argument(
-        "--full",
-        dest="preset",
-        action="store_const",
-        const="full",
-        help="everything, within an hour",
-    )
-    _further_parts(parser)
-    _instead_of_measuring(parser)
-
-
-def _further_parts(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("the laboratory: contestants and parts").add_argument
+    add_common_arguments(parser)
+    add = parser.add_argument_group("the laboratory: contestants").add_argument
     tuned = "also run the N best settings of eagle2, found by replay on other prompts"
     add("--tune-eagle2", type=int, metavar="N", help=tuned)
-    add(
-        "--tune-paper",
-        action="store_true",
-        help="also run the best setting of paper, found in the same way",
-    )
+    same = "also run the best setting of paper, found in the same way"
+    add("--tune-paper", action="store_true", help=same)
     lengths = "also run pooled_chain and throughput_chain, each at its best length"
     add("--tune-chains", action="store_true", help=lengths)
     alone = "also replay all contestants at equal costs, where nothing but the policy differs"
     add("--policy-gain", action="store_true", help=alone)
-    exchanged = "measure smart with one ingredient exchanged, in a part of its own"
-    add("--variants", type=words, metavar="A,B", help=exchanged)
-    twice = "measure once more at this temperature, at batch 1 and 8"
-    add("--sampled", type=float, metavar="T", help=twice)
-    add(
-        "--suites",
-        type=words,
-        metavar="A,B",
-        help="also measure these tasks (long, edit) at batch 1, by themselves",
-    )
-    add("--questions", action="store_true", help="also answer by replay: oracle, ablations, sweeps")
-
-
-def _instead_of_measuring(parser: argparse.ArgumentParser) -> None:
+    again = "keep what is measured there, and go on from it after a cut"
+    add("--resume", type=Path, metavar="FILE", help=again)
     add = parser.add_argument_group("the laboratory: recordings").add_argument
     recorded = "record the prompts' drafts there, for replay and simulation, instead of measuring"
     add("--record", type=Path, metavar="FILE", help=recorded)
@@ -71,17 +40,13 @@ def _instead_of_measuring(parser: argparse.ArgumentParser) -> None:
         "weights: all compute is real, acceptance comes from --replay"
     )
     add("--random-weights", metavar="CONFIG", help=timed)
-    add(
-        "--replay",
-        type=Path,
-        metavar="TRACE",
-        help="the recording whose acceptance --random-weights takes",
-    )
+    taken = "the recording whose acceptance --random-weights takes"
+    add("--replay", type=Path, metavar="TRACE", help=taken)
 
 
 def main(args: argparse.Namespace) -> int:
     """Runs the benchmark and prints its tables. Raises SmartError for what a user can mend."""
-    options = cast(LabOptions, options_of(args, LabOptions, LAB_PRESETS))
+    options = cast(LabOptions, options_of(args, LabOptions, PRESETS))
     from smart_decoding.models.kernel_check import (
         require_kernels,  # torch is slow to import: options come first
     )
@@ -98,9 +63,18 @@ def main(args: argparse.Namespace) -> int:
     if options.json is not None:
         write_json(options.json, result)
     print(everything(result))
-    if options.html is not None or options.plots is not None:
-        write_outputs(LabResults.from_dict(result), options.html, options.plots)
     return 0
+
+
+def everything(result: Mapping[str, Any]) -> str:
+    """All tables of a result."""
+    results = Results.from_dict(result)
+    first = report.warnings(results)
+    if result.get("acceptance"):
+        model = result["provenance"]["weights"]["model"]
+        kind = str(result["acceptance"]).upper()
+        first.insert(0, f"{kind}: compute is real, tokens are a recording's ({model})")
+    return report.printed(first, [*report.comparison(results), *report.load_table(results)])
 
 
 def _record(options: LabOptions, path: Path) -> int:

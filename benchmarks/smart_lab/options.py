@@ -1,5 +1,8 @@
 """What the laboratory's `bench` is asked to do beyond `smart bench`, checked before any model is
-loaded."""
+loaded.
+
+Needed by `bench`, whose files of results tell the command, and by tests/lab/test_bench.py.
+"""
 
 from __future__ import annotations
 
@@ -9,43 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from smart_decoding.bench.options import (
-    EAGLE_2,
-    MEAN_PROMPT,
-    PRESETS,
-    Arm,
-    BenchOptions,
-    words_of,
-)
+from smart_decoding.bench.options import MEAN_PROMPT, Arm, BenchOptions, check_outputs, words_of
 from smart_decoding.errors import ConfigError
 from smart_decoding.files import without_folder
 from smart_lab.ablations import VARIANTS
-from smart_lab.plots import check_outputs
 from smart_lab.suites import LONG_PROMPT
 
-VARIANT_SIZES = (1, 4)  # where variants of smart are measured
-SAMPLED_SIZES = (1, 8)  # where a second temperature is
-
-FULL: dict[str, Any] = {
-    "policies": ("off", "smart", "eagle2"),
-    "policy_options": (EAGLE_2,),
-    "tune_eagle2": 3,
-    "tune_paper": True,
-    "tune_chains": True,
-    "policy_gain": True,
-    "batch_sizes": (1, 2, 4, 8, 16, 32),
-    "limit": 40,
-    "max_tokens": 96,
-    "least_blocks": 8,
-    "sampled": 0.8,
-    "variants": ("all_levels", "cheap_kept", "cheap_costs"),
-    "load": (0.3, 0.6, 0.9),
-    "blocks": True,
-    "suites": ("long", "edit"),
-    "questions": True,
-    "time_limit": 3300.0,
-}
-LAB_PRESETS = {**PRESETS, "full": FULL}
 CHAINS = {"pooled_chain": "length", "throughput_chain": "max_length"}  # and what is tuned
 
 
@@ -65,13 +37,7 @@ class LabOptions(BenchOptions):
     of `pooled_chain` and `throughput_chain`.
     policy_gain: also replay every contestant on the run's own recording at its own costs, where
     nothing but the policy differs.
-    sampled: measure again at this temperature, at SAMPLED_SIZES.
-    suites: tasks such as long and edit, measured at batch 1 in a part of their own, smart with
-    n-grams too. variants: of `smart`, measured beside it in a part of their own, at VARIANT_SIZES.
-    questions: also answer by replay how far policies are from oracle and what each ingredient
-    gives.
     resume: a file that keeps what is measured, so that the same command goes on after a cut.
-    html: a file for the report; plots: folder for pictures, made if need be.
     record: instead of measuring, record the drafts of the prompts there.
     random_weights, replay: measure a model of this config with random weights, its acceptance taken
     from this recording."""
@@ -82,13 +48,7 @@ class LabOptions(BenchOptions):
     tune_paper: bool = False
     tune_chains: bool = False
     policy_gain: bool = False
-    sampled: float = 0.0
-    suites: Sequence[str] = ()
-    variants: Sequence[str] = ()
-    questions: bool = False
     resume: Path | None = None
-    html: Path | None = None
-    plots: Path | None = None
     record: Path | None = None
     random_weights: str | None = None
     replay: Path | None = None
@@ -96,29 +56,16 @@ class LabOptions(BenchOptions):
     def __post_init__(self) -> None:
         if self.tune_eagle2 < 0:
             raise ConfigError(f"tune_eagle2 must not be negative, but is {self.tune_eagle2}")
-        if self.temperature and self.sampled:
-            raise ConfigError(
-                "--sampled adds a second temperature to a greedy run: leave out --temperature"
-            )
         if (self.random_weights is None) != (self.replay is None):
             raise ConfigError("--random-weights CONFIG and --replay TRACE go together: give both")
-        if self.replay is not None and (self.temperature or self.sampled or self.load):
+        if self.replay is not None and (self.temperature or self.load):
             raise ConfigError(
-                "a replayed run is greedy and in blocks: leave out temperatures and --load"
+                "a replayed run is greedy and in blocks: leave out --temperature and --load"
             )
-        check_outputs((self.record, self.html, self.resume), self.plots)
-        for arm in [*self.arms, *self.variant_arms]:
+        check_outputs((self.record, self.resume))
+        for arm in self.arms:
             check_variant(arm)
         BenchOptions.__post_init__(self)  # super() does not work in a dataclass with slots
-
-    @property
-    def variant_arms(self) -> list[Arm]:
-        """`smart` with one ingredient exchanged each."""
-        return [LabArm("smart", {"variant": name}) for name in self.variants]
-
-    @property
-    def all_tasks(self) -> Sequence[str]:
-        return (*self.tasks, *self.suites)
 
     @property
     def mean_prompt(self) -> int:
@@ -126,17 +73,11 @@ class LabOptions(BenchOptions):
 
     @property
     def max_model_len(self) -> int | None:
-        return self.max_tokens + LONG_PROMPT if "long" in self.all_tasks else None
-
-    def most_requests(self) -> int:
-        sizes = VARIANT_SIZES if self.variants else ()
-        sampled = SAMPLED_SIZES if self.sampled else ()
-        return max(BenchOptions.most_requests(self), *sizes, *sampled, 1)
+        return self.max_tokens + LONG_PROMPT if "long" in self.tasks else None
 
     def most_contestants(self) -> int:
         tuned = self.tune_eagle2 + self.tune_paper + len(CHAINS) * self.tune_chains
-        suites = 2 * bool(self.suites)  # with a drafter of their own
-        return BenchOptions.most_contestants(self) + max(tuned, len(self.variant_arms), suites)
+        return BenchOptions.most_contestants(self) + tuned
 
     def speculation(self, arm: Arm) -> dict[str, Any] | bool:
         """The `speculative_config` of an arm; the variant is applied to its policy later."""

@@ -1,54 +1,102 @@
-"""Figures drawn by matplotlib (extra `bench`), which is imported only here: PNG files, and SVG for
-the page."""
+"""Figures as plain data, and how matplotlib (extra `bench`), imported only here, draws them.
+
+Needed by `report`, which made docs/images/speedup-zen4.png and load.png.
+"""
 
 from __future__ import annotations
 
-import io
 import math
-import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from smart_decoding.bench import options
 from smart_decoding.errors import CapacityError, ConfigError
-from smart_lab.panels import NEUTRAL, Figure, Panel, Series
 
+if TYPE_CHECKING:
+    from smart_decoding.bench.results import Results, Run
+
+NEUTRAL = -1  # the colour of what is no policy
+AGAIN = "measure again with this version of bench to have it"
 EXTRA = "in the clone, pip install -e '.[bench]'"  # how to get matplotlib
 COLOURS = ("#2a78d6", "#d9541e", "#128a5e", "#b07800", "#c2478a", "#5a48c8", "#6b7d1e", "#a03a3a")
 MUTED = "#777775"
 BELOW = "#c0392b"  # where speculation costs time
 MARKERS = "osD^"
 DASHES = (0, (4, 4))
-INK = "#010203"  # stands for the page's own colour of text, light or dark
-_PAGE_STYLE: Any = {
-    "svg.fonttype": "none",  # text stays text
-    "svg.hashsalt": "smart",  # the same picture is the same file
-    **dict.fromkeys(
-        ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK
-    ),
-}
 
 
-_NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+@dataclass(frozen=True, slots=True)
+class Point:
+    """y_range: its interval; x_range: where x mostly lies; weight: relative area of the marker;
+    label: printed at the marker."""
+
+    x: float
+    y: float
+    y_range: tuple[float, float] | None = None
+    x_range: tuple[float, float] | None = None
+    weight: float = 1.0
+    label: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """colour: number of the policy, or NEUTRAL."""
+
+    name: str
+    colour: int
+    points: Sequence[Point]
+    line: bool = True
+    markers: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """One pair of axes. x_ticks: where they are not to be found by itself; x_log: to base 2. level:
+    a horizontal line, with its name; diagonal: the line y = x."""
+
+    title: str
+    x_label: str
+    y_label: str
+    series: Sequence[Series]
+    x_ticks: Sequence[float] = ()
+    x_log: bool = False
+    from_zero: bool = False
+    level: tuple[float, str] | None = None
+    diagonal: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """missing: why there are no panels. apart: each panel has series of its own."""
+
+    key: str
+    title: str
+    panels: Sequence[Panel] = ()
+    missing: str = ""
+    apart: bool = False
+
+
+def lines(results: Results, points_of: dict[str, list[Point]]) -> list[Series]:
+    """One line for each policy that has points, in the policy's colour."""
+    found = enumerate(results.names.items())
+    return [
+        Series(name, colour, points_of[policy])
+        for colour, (policy, name) in found
+        if points_of.get(policy)
+    ]
+
+
+def runs_of(results: Results, policy: str) -> list[Run]:
+    """A policy's runs over all tasks, by batch size."""
+    runs: Iterable[Run] = (run for run in results.contestants if run["policy"] == policy)
+    return sorted(runs, key=lambda run: run["batch_size"])
 
 
 def can_draw() -> bool:
     """Whether matplotlib is installed."""
     return find_spec("matplotlib") is not None
-
-
-def check_outputs(files: Sequence[Path | None], plots: Path | None) -> None:
-    """Raises ConfigError if a file, or the folder `plots`, cannot be written, or if matplotlib is
-    missing for it."""
-    options.check_outputs(files)
-    if plots is None:
-        return
-    if not plots.parent.is_dir() or (plots.exists() and not plots.is_dir()):
-        raise ConfigError(f"{plots} cannot be made: it must be a folder in an existing folder")
-    if not can_draw():
-        raise ConfigError(f"plots need matplotlib: {EXTRA}")
 
 
 def write_plots(figures: Sequence[Figure], folder: Path) -> list[Path]:
@@ -68,23 +116,6 @@ def write_plots(figures: Sequence[Figure], folder: Path) -> list[Path]:
     except OSError as error:
         raise CapacityError(f"plots could not be written to {folder}: {error.strerror}") from error
     return paths
-
-
-def inline_svgs(figure: Figure) -> list[str]:
-    """The figure's panels as SVG elements for a page, each by itself, so that they can stand in
-    turn on a phone."""
-    import matplotlib
-
-    drawings = []
-    with matplotlib.rc_context(_PAGE_STYLE):
-        for number, panel in enumerate(figure.panels):
-            canvas = _canvas(_size(panel, len(figure.panels)))
-            _axes(canvas.add_subplot(), panel, legend=number == 0 or figure.apart)
-            file = io.StringIO()
-            canvas.savefig(file, format="svg", transparent=True, metadata=_NO_METADATA)
-            name = f"{panel.title} {panel.y_label} against {panel.x_label}".strip()
-            drawings.append(_for_page(file.getvalue(), f"{figure.key}-{number}-", name))
-    return drawings
 
 
 def drawn(figure: Figure) -> Any:
@@ -108,19 +139,6 @@ def _canvas(size: tuple[float, float]) -> Any:
 def _size(panel: Panel, count: int) -> tuple[float, float]:
     """Inches of one panel among `count`."""
     return (8.0, 5.0) if count == 1 and not panel.diagonal else (5.0, 4.2)
-
-
-def _for_page(svg: str, prefix: str, name: str) -> str:
-    """The SVG element alone, without namespaces and fixed sizes, its ids made unique on the
-    page."""
-    svg = svg[svg.index("<svg") :].strip()
-    head, body = svg.split(">", 1)
-    (box,) = re.findall(r'viewBox="[^"]*"', head)
-    body = re.sub(r'\bid="', f'id="{prefix}', body)
-    body = re.sub(r"url\(#", f"url(#{prefix}", body)
-    body = re.sub(r'xlink:href="#', f'href="#{prefix}', body)
-    label = name.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
-    return f'<svg {box} role="img" aria-label="{label}">{body.replace(INK, "currentColor")}'
 
 
 def _axes(axes: Any, panel: Panel, legend: bool) -> None:

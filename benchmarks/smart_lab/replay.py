@@ -293,8 +293,6 @@ class Drafted:
 def draft(policy: Policy, walk: Walk, clock: Clock = lambda: 0.0) -> Drafted:
     """The trees by the policy's rule, level by level."""
     batch = walk.state()
-    if hasattr(policy, "foresee"):
-        policy.foresee(walk)
     started = clock()
     rule = policy.plan(batch)
     planning = clock() - started

@@ -1,61 +1,38 @@
-"""`python -m smart_lab report`: pictures of what `bench --json` measured, without measuring
-again."""
+"""`python -m smart_lab report`: pictures of what `bench --json` measured, without measuring again.
+
+Needed by docs/results.md, whose pictures it draws.
+"""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from smart_decoding.bench.provenance import write_text
 from smart_decoding.errors import ConfigError
 from smart_lab.figures import figures
-from smart_lab.page import page
-from smart_lab.plots import check_outputs, write_plots
+from smart_lab.plots import EXTRA, can_draw, write_plots
 from smart_lab.results import LabResults
 
 
-def add_output_arguments(parser: argparse.ArgumentParser) -> None:
-    """The pictures that `bench` and `report` can make."""
-    parser.add_argument(
-        "--html", type=Path, metavar="FILE", help="write a self-contained page there"
-    )
-    parser.add_argument(
-        "--plots",
-        type=Path,
-        metavar="FOLDER",
-        help="write PNG plots there (needs the extra 'bench')",
-    )
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The results to draw, and what to write."""
-    parser.add_argument(
-        "results",
-        type=Path,
-        nargs="+",
-        metavar="RESULTS.json",
-        help="written by bench --json; parts of several files make one page",
-    )
-    add_output_arguments(parser)
+    """The results to draw, and where the pictures go."""
+    parser.add_argument("results", type=Path, metavar="RESULTS.json", help="from bench --json")
+    told = "write PNG plots there (needs the extra 'bench')"
+    parser.add_argument("--plots", type=Path, metavar="FOLDER", required=True, help=told)
 
 
 def main(args: argparse.Namespace) -> int:
-    """Writes what was asked for. Raises SmartError for what a user can mend."""
-    if args.html is None and args.plots is None:
-        raise ConfigError("nothing to make: give --html FILE or --plots FOLDER")
-    check_outputs((args.html,), args.plots)
-    write_outputs(LabResults.read(*args.results), args.html, args.plots)
-    return 0
-
-
-def write_outputs(results: LabResults, html: Path | None, plots: Path | None) -> None:
-    """Writes the page and the plots, says where, and which figures lack data."""
-    if html is not None:
-        write_text(html, page(results))
-        print(f"wrote {html}")
-    found = figures(results)
-    for path in write_plots(found, plots) if plots is not None else ():
+    """Draws the figures, says where they are, and which lack data. Raises SmartError for what a
+    user can mend."""
+    folder = args.plots
+    if not folder.parent.is_dir() or (folder.exists() and not folder.is_dir()):
+        raise ConfigError(f"{folder} cannot be made: it must be a folder in an existing folder")
+    if not can_draw():
+        raise ConfigError(f"plots need matplotlib: {EXTRA}")
+    found = figures(LabResults.read(args.results))
+    for path in write_plots(found, folder):
         print(f"wrote {path}")
     for figure in found:
         if figure.missing:
             print(f"not drawn, {figure.key}: {figure.missing}")
+    return 0

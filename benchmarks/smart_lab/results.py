@@ -1,13 +1,16 @@
 """The results that `bench --json` wrote, checked: what is missing or odd is unknown, not an
-error."""
+error.
+
+Needed by `results` and `report`, for all of benchmarks/results.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 from smart_decoding.bench.results import Results, Run, mapping, originals
 from smart_decoding.bench.sections import number
@@ -19,21 +22,9 @@ from smart_decoding.errors import ConfigError
 @dataclass(frozen=True)
 class LabResults(Results):
     """cost: the measured profile, if the file has one. sampled, suites, variants, replayed,
-    peers: the laboratory's parts, empty where they were not measured."""
-
-    # that several files may contribute
-    PARTS: ClassVar[Sequence[str]] = (
-        "sampled",
-        "load",
-        "suites",
-        "variants",
-        "replayed",
-        "peers",
-    )
+    peers: parts of files of before 2026-11-30, empty elsewhere."""
 
     cost: CostModel | None = None
-    memory: Mapping[str, Any] = field(default_factory=dict)
-    limits: Mapping[str, Any] = field(default_factory=dict)
     sampled: Sequence[Run] = ()
     suites: Sequence[Run] = ()
     variants: Sequence[Run] = ()
@@ -52,8 +43,6 @@ class LabResults(Results):
             runs=originals(runs),
             copies=[run for run in runs if "copy_of" in run],
             cost=_cost(data.get("cost")),
-            memory=mapping(data.get("memory")),
-            limits=mapping(data.get("limits")),
             sampled=originals(checked_runs(data.get("sampled_runs"), source)),
             load=_load(data.get("load")),
             suites=checked_runs(data.get("suite_runs"), source),
@@ -61,7 +50,8 @@ class LabResults(Results):
             replayed=_replayed(data.get("replayed")),
             peers=_peers(data.get("peers")),
         )
-        if not runs and not any(getattr(found, part) for part in cls.PARTS):
+        parts = (found.sampled, found.load, found.suites, found.variants)
+        if not runs and not any((*parts, found.replayed, found.peers)):
             raise none
         if runs and not any(run["task"] == POOLED for run in runs):
             raise ConfigError(
@@ -70,28 +60,9 @@ class LabResults(Results):
         return found
 
     @classmethod
-    def read(cls, path: Path, *others: Path) -> Self:
-        """One file, or several whose parts are put together: the first that has runs gives them,
-        and the machine; peers are those of all.
-
-        Raises ConfigError for a file that is missing or not what `bench --json` writes."""
-        found = [cls.from_dict(_json_in(each), str(each)) for each in (path, *others)]
-        main = next((each for each in found if each.runs), found[0])
-        commands = [
-            str(each.provenance.get("command")) for each in found if each.provenance.get("command")
-        ]
-        origin = {**main.provenance, **({"command": "\n".join(commands)} if commands else {})}
-        parts = {}
-        for part in cls.PARTS:
-            values = [getattr(each, part) for each in found]
-            parts[part] = next(filter(None, values), values[0])
-        parts["peers"] = [peer for each in found for peer in each.peers]
-        return replace(main, provenance=origin, **parts)
-
-    @property
-    def decided(self) -> list[Run]:
-        """The contestants whose speedup is known."""
-        return [run for run in self.contestants if number(run, "speedup") is not None]
+    def read(cls, path: Path) -> Self:
+        """Raises ConfigError for a file that is missing or not what `bench --json` writes."""
+        return cls.from_dict(_json_in(path), str(path))
 
 
 def _json_in(path: Path) -> Any:

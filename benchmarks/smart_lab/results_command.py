@@ -24,7 +24,7 @@ from smart_lab.results import LabResults
 RESULTS = Path(__file__).parents[1] / "results"
 MADE = "Made by `python -m smart_lab results` from the JSON files of this folder; do not edit."
 # What a command may ask for that is gone, and the last commit that has it.
-GONE = ("--peers",)
+GONE = ("--peers", "--suites", "--variants", "--questions", "--sampled", "--html", "published")
 LAST = "6f6a75aa"
 TOLD = {"simulated": ": nothing here was measured"}
 # Kind -> title, in the order of the page.

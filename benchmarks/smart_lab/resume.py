@@ -34,8 +34,6 @@ SOURCES = (Path(smart_decoding.__file__).parent, Path(__file__).parent)
 _CODE = (".py", ".cpp", ".h", ".inc")
 _NOT_PART = (
     "json",
-    "html",
-    "plots",
     "time_limit",
     "resume",
 )  # may change from call to call

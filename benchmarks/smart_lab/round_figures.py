@@ -13,7 +13,7 @@ from smart_decoding.bench.reliability import BINS, Floats
 from smart_decoding.bench.report import PLAIN
 from smart_decoding.bench.results import Results, Run, mapping
 from smart_decoding.bench.sections import number
-from smart_lab.panels import (
+from smart_lab.plots import (
     AGAIN,
     NEUTRAL,
     Figure,
@@ -46,19 +46,12 @@ def cost(results: LabResults) -> Figure:
     profile = results.cost
     if profile is None:
         told = f"These results hold no cost curve: {AGAIN}, with a policy such as smart."
-        return Figure("cost", title, "", missing=told)
+        return Figure("cost", title, missing=told)
     panels = [_cost_panel(results, profile, size) for size in results.batch_sizes]
     drawn = [panel for panel in panels if panel is not None]
-    caption = (
-        "Grey: the measured profile, milliseconds of one verifying forward over its rows (one per "
-        "request, and every verified draft token). Markers: each policy's mean rows and its "
-        "measured mean time; the bar covers the middle 80 % of its rounds. A marker off the curve "
-        "means that the machine was faster or slower than when profiled. Trees of more than "
-        f"{FAR} rows per request would lie far to the right."
-    )
     if not drawn:
-        return Figure("cost", title, "", missing=NO_ROWS)
-    return Figure("cost", title, caption, drawn)
+        return Figure("cost", title, missing=NO_ROWS)
+    return Figure("cost", title, drawn)
 
 
 def tokens(results: Results) -> Figure:
@@ -74,16 +67,11 @@ def tokens(results: Results) -> Figure:
                 found.append(Point(rows, gained, label=str(run["batch_size"])))
     series = lines(results, points)
     if not series:
-        return Figure("tokens", title, "", missing=NO_ROWS)
-    caption = (
-        "One marker per batch size, which is printed at it. Up is more tokens for each request in "
-        "a round; right is more rows to verify for the whole batch. Plain decoding makes one "
-        "token a round."
-    )
+        return Figure("tokens", title, missing=NO_ROWS)
     x_label = "rows of the batch per round"
     y_label = "tokens per round of a request"
     panel = Panel("", x_label, y_label, series, (), True, level=(1.0, PLAIN))
-    return Figure("tokens", title, caption, [panel])
+    return Figure("tokens", title, [panel])
 
 
 def reliability(results: Results) -> Figure:
@@ -99,14 +87,8 @@ def reliability(results: Results) -> Figure:
             panels.append(_reliability_panel(name, colour, before, after))
     if not panels:
         told = f"These results hold no acceptance probabilities: {AGAIN}."
-        return Figure("reliability", title, "", missing=told)
-    caption = (
-        "Drafted tokens in ten bins of the probability that was predicted for them, against the "
-        "share that the target chose, over all batch sizes; on the diagonal predictions are right. "
-        "Larger markers hold more tokens; 'off by' is the mean distance from the diagonal, over "
-        "tokens. Only tokens whose predecessors were accepted are tested."
-    )
-    return Figure("reliability", title, caption, panels, apart=True)
+        return Figure("reliability", title, missing=told)
+    return Figure("reliability", title, panels, apart=True)
 
 
 def _reliability_panel(name: str, colour: int, before: Bins, after: Bins) -> Panel:

@@ -172,3 +172,6 @@ def _sensible(levels: int, top_k: int, nodes: int) -> bool:
     """Whether the re-ranking has something to choose from, and every level may keep a node."""
     drafted = top_k + (levels - 1) * top_k * top_k
     return levels <= nodes <= drafted
+
+
+SHORT = likelihood_settings(range(5), (1, 2, 3, 4, 5, 6, 8, 12, 16))

@@ -24,30 +24,14 @@ from smart_lab.gguf.report import build_of, not_tried, title
 
 if TYPE_CHECKING:
     from smart_decoding.bench.results import Run
-    from smart_lab.results import LabResults
 
 Replayed = Mapping[str, Mapping[str, Any]]
-VARIANTS = (
-    "Measured live, not by replay. all_levels: never stops before eight levels; cheap_costs: "
-    "starts from a profile in which rows cost a fifth and levels a quarter of what they do; kept: "
-    "and never corrects it."
-)
 PEERS = (
     "Decoding alone, answers of a fixed length, engines in turn on the same prompts. Above 1: ours "
     "is faster. Same tokens: the share of its answers before the first token that differs from "
     "ours (other kernels round otherwise, other precisions more so)."
 )
 DID = ("`smart`: end to end", "tokens, rows per round", "rounds off", "controller", "worst request")
-
-
-def sections(results: LabResults) -> list[Section]:
-    """Everything beside what `smart bench` measures."""
-    return [*compared(results), *replayed(results.replayed)]
-
-
-def compared(results: LabResults) -> list[Section]:
-    """What was measured live."""
-    return [*suites(results.suites), *variants(results.variants), *peers(results.peers)]
 
 
 def suites(runs: Sequence[Run]) -> list[Section]:
@@ -73,25 +57,6 @@ def speedups(key: str, title: str, all_runs: Sequence[Run]) -> list[Section]:
     ]
     head = ("policy", "b", "task", "speedup (95 %)", "end to end", "same")
     return [Section(key, title, head=head, rows=rows)] if rows else []
-
-
-def variants(all_runs: Sequence[Run]) -> list[Section]:
-    """`smart` with one ingredient exchanged, live."""
-    runs = [run for run in all_runs if run["task"] == POOLED and run["policy"] != BASELINE]
-    names = short_names(run["policy"] for run in runs)
-    rows = [
-        (
-            names[run["policy"]],
-            str(run["batch_size"]),
-            ratio_cell(run),
-            said(run, "levels_per_round", 2),
-            said(run, "rows_per_round", 1),
-        )
-        for run in runs
-    ]
-    head = ("policy", "batch", "speedup", "levels", "rows")
-    title = "Ablations confirmed live"
-    return [Section("variants", title, head=head, rows=rows, captions=[VARIANTS])] if rows else []
 
 
 def peers(found: Sequence[Mapping[str, Any]]) -> list[Section]:

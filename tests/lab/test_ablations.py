@@ -9,10 +9,8 @@ from smart_lab.ablations import (
     ABLATIONS,
     VARIANTS,
     EvenKeep,
-    Foreseeing,
     FrozenCosts,
     askew,
-    fitted,
     flat,
     raw,
     smart,
@@ -89,20 +87,6 @@ def test_raw_confidence_is_taken_for_the_truth_and_nothing_is_learned():
     assert calibration.score(trees, np.array([True]))[0] > 0.5
 
 
-def test_fitted_curves_are_what_the_answers_bear_out(trace):
-    calibration = fitted(trace.recording)
-    done = draft(
-        trace.policy("eagle2", depth=0, top_k=10, total_tokens=11), Walk.everywhere(trace.recording)
-    )
-    first = done.trees.depth == 1
-    truth = Walk.everywhere(trace.recording).truth(
-        done.trees.owner[first], np.ones(first.sum(), np.int64)
-    )
-    hits = np.count_nonzero(done.trees.token[first] == truth)
-    calibration.score(done.trees, np.ones(done.batch.size, bool))
-    assert done.trees.accept_prob[first].sum() == pytest.approx(hits, rel=0.1)
-
-
 def test_flat_costs_know_no_context():
     cost = CostModel(FLAT.verify, FLAT.draft, 1e-4, 1e-3, 1e-4)
     made = flat(cost)
@@ -126,13 +110,6 @@ def test_frozen_costs_stay_as_they_were_believed(trace):
         for c in (assumed, learning.cost)
     ]
     assert error[1] < 0.3 * error[0]
-
-
-def test_who_foresees_the_levels_is_not_slower(trace):
-    calibration = fitted(trace.recording)
-    foreseeing = replay(Foreseeing(smart(trace, FLAT, calibration)), trace.recording, FLAT, 2)
-    ours = replay(smart(trace, FLAT, fitted(trace.recording)), trace.recording, FLAT, 2)
-    assert foreseeing.tokens_per_s > 0.97 * ours.tokens_per_s
 
 
 def test_a_wrong_profile_keeps_the_smallest_forward():

@@ -5,21 +5,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from xml.etree import ElementTree
 
 import pytest
 
 from smart_decoding.cli.main import main
 from smart_lab.__main__ import LAB
 from smart_lab.figures import figures
-from smart_lab.page import page
 from smart_lab.results import LabResults
 from smart_lab.results_command import KINDS, RESULTS, kind_of
 
 FILES = sorted(RESULTS.glob("*/*.json"))
 MEASURED = {path: json.loads(path.read_text()) for path in FILES}
 DRAWN = [path for path, data in MEASURED.items() if "runs" in data and "llama_cpp" not in data]
-NEWEST = {kind_of(path): path for path in sorted(DRAWN, key=lambda path: path.stem)}
 
 
 def test_every_page_is_up_to_date() -> None:
@@ -39,15 +36,6 @@ def test_the_committed_results_have_figures(path: Path) -> None:
     found = {figure.key: figure for figure in figures(read)}
     part = "speedup" if read.runs else "load"
     assert found[part].panels if part in found else read.peers
-
-
-@pytest.mark.parametrize("path", NEWEST.values(), ids=NEWEST)
-def test_the_newest_of_a_kind_is_drawn(path: Path) -> None:
-    read = LabResults.read(path)
-    document = ElementTree.fromstring(page(read))
-    part = "speedup" if read.runs else "load" if read.load else "peers"
-    section = next(s for s in document.iter("section") if s.get("id") == part)
-    assert list(section.iter("svg" if part != "peers" else "td"))
 
 
 def test_a_changed_file_makes_its_page_stale(

@@ -35,19 +35,12 @@ from smart_decoding.cli.model_options import (
 from smart_decoding.cli.run import show_steps
 
 MOVED = (
-    "--full",
     "--tune-eagle2",
     "--tune-paper",
-    "--variants",
-    "--suites",
-    "--questions",
     "--record",
     "--random-weights",
     "--replay",
-    "--html",
-    "--plots",
     "--resume",
-    "--sampled",
 )
 
 

@@ -377,9 +377,7 @@ def test_load_alone_replaces_the_blocks():
     assert asked_by("--load 0.5 --blocks").compares_policies
 
 
-@pytest.mark.parametrize(
-    "words", ["--full", "--tune-eagle2 3", "--record f", "--html f", "--resume f"]
-)
+@pytest.mark.parametrize("words", ["--tune-eagle2 3", "--record f", "--resume f"])
 def test_what_the_laboratory_has_now_is_named(words, capsys):
     with pytest.raises(SystemExit):
         asked_by(words)
