@@ -13,7 +13,6 @@ LAB = Program(
     {
         "bench": ("smart bench, with what needs the laboratory", "smart_lab.bench_command"),
         "report": ("draw what a benchmark measured", "smart_lab.report_command"),
-        "profile": ("measure what a forward costs on this machine", "smart_lab.profile_command"),
         "results": ("write the pages of benchmarks/results", "smart_lab.results_command"),
         "simulate": (
             "what speculation would bring on other hardware",
@@ -25,12 +24,7 @@ LAB = Program(
             "never slower? bad heads, prompts, neighbours, profiles",
             "smart_lab.robustness",
         ),
-        "divergence": (
-            "how often bf16 output differs under speculation, and why",
-            "smart_lab.divergence",
-        ),
         "identity": ("is the output the same under every policy", "smart_lab.identity"),
-        "forwards": ("milliseconds of verification forwards", "smart_lab.forwards"),
         "busy": ("speed beside busy processes, of every entry point", "smart_lab.busy"),
         "gguf-speed": ("a GGUF file here and in llama.cpp", "smart_lab.gguf_speed"),
         "vllm": ("SMART inside vLLM against stock vLLM", "smart_lab.vllm_speed"),

@@ -3,6 +3,7 @@ far, again and again; "missing" names what it could not measure."""
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +23,6 @@ from smart_decoding.models.loading import Checkpoint
 from smart_decoding.models.memory import Limits, need_of, tokens_beside
 from smart_decoding.models.target import DTYPES, TorchTarget
 from smart_decoding.profiling.measure import verification
-from smart_lab.forwards import median_ms
 from smart_lab.hardware import acceptances
 from smart_lab.options import LabOptions
 from smart_lab.replayed_run import (
@@ -152,6 +152,16 @@ def decode(task: Task) -> Iterator[Found]:
         except RuntimeError as error:  # a profiler needs rights that a machine may not give
             found["missing"].append(f"launches of {point['batch_size']} rows: {error}")
         yield found
+
+
+def median_ms(run: Callable[[], object]) -> float:
+    """The median of 12 calls after two."""
+    seconds = []
+    for _ in range(14):
+        start = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - start)
+    return 1e3 * statistics.median(seconds[2:])
 
 
 def _beside_floor(task: Task, point: Mapping[str, Any]) -> Found:

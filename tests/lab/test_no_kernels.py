@@ -11,7 +11,7 @@ from smart_lab.__main__ import LAB
 
 @pytest.mark.parametrize(
     "command",
-    [["bench", "--policies", "off"], ["bench", "--record", "trace"], ["divergence"], ["profile"]],
+    [["bench", "--policies", "off"], ["bench", "--record", "trace"]],
 )
 def test_it_stops_with_one_line(
     command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -278,5 +278,5 @@ def summary(races: Sequence[dict[str, Answer]], same: bool) -> str:
     seconds = {name: sum(race[name].seconds for race in races) for name in tokens}
     plain, smart = (tokens[name] / max(seconds[name], 1e-9) for name in ("plain", "smart"))
     figures = f"plain {plain:.1f} tok/s, smart {smart:.1f} tok/s, speedup {smart / plain:.2f}"
-    identical = "yes" if same else "no, see: python -m smart_lab divergence"
+    identical = "yes" if same else "no, see docs/exactness.md"
     return f"{figures} (identical output: {identical})"

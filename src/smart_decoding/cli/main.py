@@ -41,10 +41,8 @@ COMMANDS = {
 }
 # Subcommand that is gone: who does its work now.
 MOVED = {
-    "profile": "python -m smart_lab profile, in a clone (docs/lab.md)",
     "report": "python -m smart_lab report, in a clone (docs/lab.md)",
     "simulate": "python -m smart_lab simulate, in a clone (docs/simulate.md)",
-    "divergence": "python -m smart_lab divergence, in a clone (docs/lab.md)",
 }
 # What other programs call it.
 MEANT = {

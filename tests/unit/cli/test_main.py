@@ -111,7 +111,7 @@ def test_what_was_meant_by_a_value(capsys: pytest.CaptureFixture[str]) -> None:
     assert "did you mean bf16?" in fails(capsys, "run", "hi", "--dtype", "bf61")
 
 
-@pytest.mark.parametrize("command", ["simulate", "divergence", "report", "profile"])
+@pytest.mark.parametrize("command", ["simulate", "report"])
 def test_a_command_that_moved_is_said_to_be_elsewhere(
     command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
