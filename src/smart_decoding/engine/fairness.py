@@ -1,0 +1,63 @@
+"""Fairness between clients: the Virtual Token Counter.
+
+Sheng et al., "Fairness in Serving Large Language Models", OSDI 2024, arXiv 2401.00588, Algorithm 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+
+REMEMBERED = 1024  # clients whose counters are kept, the latest ones
+
+
+class VirtualTokenCounter:
+    """Count the tokens served to each client, and select the waiting client with the least count.
+
+    A served token is a row of a forward, since a row is what a forward pays for. A prompt token is
+    one row. A decoding round is one row for the last token and one for each drafted node that it
+    verifies. So the paper's weights are w_p = w_q = 1 per row. Queues of texts count bytes or
+    characters instead.
+
+    Two clients that always have something waiting are served within 2 max(L, M) tokens of each
+    other, over any interval. L: tokens of one selection, at most. M: tokens that a client is
+    charged between two of its selections, at most.
+
+    One rule differs: the paper compares with the client selected last only where nobody waits. Here
+    it always does, or a client with ever new names would be selected for ever."""
+
+    def __init__(self) -> None:
+        self._counters: dict[str, int] = {}  # the latest client is the last entry
+        self._last = ""  # client selected last
+        self._level = 0  # its counter
+
+    def arrive(self, client: str, waiting: Collection[str]) -> None:
+        """Lift the counter of a client that had nothing waiting, so that absence gives no credit.
+
+        waiting: clients that wait already."""
+        if client not in waiting:
+            least = min(map(self.served, waiting), default=0)
+            self._set(client, max(self.served(client), least, self._level))
+
+    def select(self, waiting: Iterable[str]) -> str:
+        """Return the client with the least counter; the one selected last loses a tie.
+
+        waiting: one client at least."""
+        self._last = min(waiting, key=lambda each: (self.served(each), each == self._last))
+        self._level = self.served(self._last)
+        return self._last
+
+    def charge(self, client: str, tokens: int) -> None:
+        """Count tokens served to a client."""
+        self._set(client, self.served(client) + tokens)
+
+    def served(self, client: str) -> int:
+        """Return a client's counter. An unknown one counts as the client selected last."""
+        return self._counters.get(client, self._level)
+
+    def _set(self, client: str, tokens: int) -> None:
+        self._counters.pop(client, None)
+        self._counters[client] = tokens
+        if client == self._last:
+            self._level = tokens
+        if len(self._counters) > REMEMBERED:
+            del self._counters[next(iter(self._counters))]
