@@ -87,6 +87,16 @@ def goes_on(running: Running) -> None:
     assert running.idle()
 
 
+def test_answers_on_a_kept_connection_come_at_once(running: Running) -> None:
+    """Without TCP_NODELAY the body waits 40 ms for the client to acknowledge the head."""
+    connections = running.server.server_state.connections
+    with connected(running) as client:
+        assert wait_for(lambda: len(connections) == 1)
+        server_end = next(iter(connections)).transport.get_extra_info("socket")
+        assert server_end.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        client.close()
+
+
 HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
 
 

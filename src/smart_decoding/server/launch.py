@@ -198,8 +198,10 @@ def bind(host: str, port: int) -> socket.socket:
     """A bound socket, taken before the model is loaded. Raises ConfigError if it is not free."""
     listener = None
     try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind)
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        family, kind, protocol, _, address = found
+        # asyncio sets TCP_NODELAY only where the protocol is given
+        listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
     except (OSError, UnicodeError) as error:  # a name may be no name at all
