@@ -34,6 +34,8 @@ CUTS: dict[str, dict[str, Any]] = {
     "top_p": {"top_p": 0.7},
     "tiny_top_p": {"top_p": 1e-6},
     "min_p": {"min_p": 0.15},
+    "min_p_one": {"min_p": 1.0},
+    "top_p_min_p": {"top_p": 0.5, "min_p": 0.3},
     "all": {"temperature": 1.3, "top_k": 12, "top_p": 0.8, "min_p": 0.03},
     "penalties": {"repetition_penalty": 1.4, "presence_penalty": 0.5, "frequency_penalty": 0.8},
     "edits": {
@@ -76,6 +78,16 @@ def test_a_gpu_draws_the_same_tokens(name: str) -> None:
     kinds = [*CUTS.values()] if name == "mixed" else [CUTS[name]]
     drawn, wanted = draws(rows, specs_for([SamplingParams(**kind) for kind in kinds], len(rows)))
     assert drawn == wanted
+
+
+def test_top_p_is_a_part_of_what_min_p_keeps() -> None:
+    """0.625 of it has the first token, 0.5 of all."""
+    rows = np.tile(np.log(np.float32([0.5, 0.3, 0.1, 0.1])), (60, 1))
+    drawn, wanted = draws(rows, specs_for([SamplingParams(top_p=0.6, min_p=0.3)], 60))
+    assert drawn == wanted == [0] * 60
+    drawn, wanted = draws(rows, specs_for([SamplingParams(top_p=0.65, min_p=0.3)], 60))
+    assert drawn == wanted
+    assert {*drawn} == {0, 1}
 
 
 @pytest.mark.parametrize("scale", [0.5, 2.0, 6.0])

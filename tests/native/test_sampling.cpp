@@ -101,12 +101,12 @@ struct Expected {
     bool close = false, unsure = false;  // must be -1; may be -1
 };
 
-// The share of softmax(row * scale) above `value`, among the entries of at least `kept`.
-double mass_above(const float* row, int64_t n, double scale, double kept, double value) {
+// The share of softmax(row * scale) above `value`, among the entries of at least `floor`.
+double mass_above(const float* row, int64_t n, double scale, double floor, double value) {
     double all = 0, above = 0;
     const double best = *std::max_element(row, row + n);
     for (int64_t i = 0; i < n; i++) {
-        const double weight = row[i] >= kept ? std::exp((row[i] - best) * scale) : 0;
+        const double weight = row[i] >= floor ? std::exp((row[i] - best) * scale) : 0;
         all += weight;
         if (row[i] > value) above += weight;
     }
@@ -135,16 +135,15 @@ Expected noisy_argmax(const Draw& d, int64_t n, int64_t best, double floor, doub
 
 // One draw after another, each above a token that top-p cuts.
 Expected expected_draw(const Draw& d, int64_t n, int64_t best) {
-    double kept = std::numeric_limits<float>::lowest();
+    double floor = std::max(std::numeric_limits<float>::lowest(), float(d.row[best] + d.below));
     if (d.k > 0 && d.k < n) {
         std::vector<float> sorted(d.row, d.row + n);
         std::sort(sorted.begin(), sorted.end(), std::greater<float>());
-        kept = std::max(kept, double(sorted[d.k - 1]));
+        floor = std::max(floor, double(sorted[d.k - 1]));
     }
-    Expected all =
-        noisy_argmax(d, n, best, std::max(kept, double(float(d.row[best] + d.below))), -INF);
+    Expected all = noisy_argmax(d, n, best, floor, -INF);
     while (!all.unsure && all.token != best && d.top_p < 1) {
-        const double away = mass_above(d.row, n, d.scale, kept, d.row[all.token]) - d.top_p;
+        const double away = mass_above(d.row, n, d.scale, floor, d.row[all.token]) - d.top_p;
         if (std::fabs(away) < FAR_MASS) {
             all.unsure = true;
             all.close = std::fabs(away) < NEAR_MASS;

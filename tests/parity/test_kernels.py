@@ -229,6 +229,7 @@ OPTIONS: list[dict[str, float]] = [
     {"top_k": 3001},
     {"top_p": 0.5},
     {"top_p": 0.95, "min_p": 0.001},
+    {"top_p": 0.6, "min_p": 0.3},
     {"temperature": 0.0},
 ]
 

@@ -42,10 +42,9 @@ class SamplingParams:
 
     n: independent answers to one prompt (1 if greedy).
     temperature: in [0, 2]; below 1e-5 is greedy and then top_p, top_k and min_p have no effect.
-    top_p / top_k / min_p: nucleus mass in (0, 1] / most likely tokens kept (0 or -1: all) / least
-    probability relative
-        to the most likely token, in [0, 1]. Applied in the order top_k, top_p, min_p, after
-        temperature.
+    min_p / top_k / top_p: least probability relative to the most likely token, in [0, 1] / most
+    likely tokens kept (0 or -1: all) / nucleus mass in (0, 1]. Applied in this order after
+    temperature, as in vLLM: top_p is a part of what min_p and top_k keep.
     repetition_penalty: in [0.01, 100], on prompt and output tokens; presence_penalty,
     frequency_penalty: in [-2, 2], on
         output.

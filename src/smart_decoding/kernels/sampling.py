@@ -49,8 +49,8 @@ def top_k(
 class Draw(NamedTuple):
     """What is drawn of a row, given by its address; position: of the token in its answer.
 
-    Only among the k largest (0: all; NOT_DRAWN: the maximum is all that is wanted), those that have
-    less than top_p of the probability above them, and those of at least the maximum + `below`."""
+    Only among the k largest (0: all; NOT_DRAWN: only the maximum is required) and at least the
+    maximum + `below`; of these, only those with less than top_p of their probability above."""
 
     row: int
     seed: int

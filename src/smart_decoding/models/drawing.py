@@ -1,4 +1,5 @@
-"""Draws tokens by Gumbel-max over what top-k, top-p and min-p leave of rows of logits.
+"""Draws tokens by Gumbel-max over what min-p, top-k and top-p leave of rows of logits, in that
+order, as in vLLM.
 
 The reference works on rows in numpy, one by one, so that all devices draw the same. The CPU kernels
 draw for many rows in one call, and leave to it what their rounding would decide. Ties go to the
@@ -49,9 +50,8 @@ def _draw_alone(row: FloatRow, spec: SampleSpec) -> int:
     require_finite(np.isfinite(row[top]))
     if params.greedy:
         return top
-    floor = top_k_floor(row, params.top_k)
+    floor = max(top_k_floor(row, params.top_k), float(row[top]) + min_p_distance(params))
     nucleus = _Nucleus(row, top, floor, params)
-    floor = max(floor, float(row[top]) + min_p_distance(params))
     key = noise_key(spec.seed, spec.sample, spec.position)
     token = _gumbel_max(row, top, floor, params.temperature, key)
     while token not in nucleus:  # nor is what scores no better: draw again above it

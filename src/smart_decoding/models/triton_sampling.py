@@ -129,12 +129,11 @@ def draw(logits, asked, out, count, stride, size, drawn: tl.constexpr):
             floor = tl.full((), LOWEST, tl.float32)
             if rank > 0:
                 floor = _cut(row, size, rank, floor, top, temperature, False)
-            near = tl.maximum(floor, (top.to(tl.float64) + distance).to(tl.float32))
+            floor = tl.maximum(floor, (top.to(tl.float64) + distance).to(tl.float32))
             if top_p < 1:
                 mass = _above(row, size, -INF, floor, top, temperature, True)
-                nucleus = _cut(row, size, top_p * mass, floor, top, temperature, True)
-                near = tl.maximum(near, nucleus)
-            token = _gumbel_max(row, size, key, near, top, temperature)
+                floor = _cut(row, size, top_p * mass, floor, top, temperature, True)
+            token = _gumbel_max(row, size, key, floor, top, temperature)
     tl.store(out + i, tl.where(tl.abs(top) < INF, token, -1))
 
 

@@ -1,5 +1,5 @@
-"""The sampler: transformers' distributions, exact survivors, and tokens that depend on their own
-row alone."""
+"""The sampler: the distributions of transformers' processors in vLLM's order, exact survivors, and
+tokens that depend on their own row alone."""
 
 import numpy as np
 import pytest
@@ -48,6 +48,7 @@ CASES = {
     "min_tokens": {"min_tokens": 8, "stop_token_ids": [4]},
     "top_k_top_p": {"top_k": 12, "top_p": 0.8, "temperature": 1.3},
     "top_p_min_p": {"top_p": 0.9, "min_p": 0.1, "temperature": 1.3},
+    "small_top_p_min_p": {"top_p": 0.5, "min_p": 0.3},
     "all": {
         "logit_bias": {2: 2.5, 9: 3.0, 7: 1.0},
         "min_tokens": 8,
@@ -95,9 +96,9 @@ def transformers_scores(logits: torch.Tensor, params: SamplingParams) -> np.ndar
     chain.append(PresenceAndFrequency(params))
     if not params.greedy:
         chain.append(TemperatureLogitsWarper(float(params.temperature)))
+        chain.extend([MinPLogitsWarper(params.min_p)] if params.min_p > 0 else [])
         chain.extend([TopKLogitsWarper(params.top_k)] if params.top_k > 0 else [])
         chain.extend([TopPLogitsWarper(params.top_p)] if params.top_p < 1 else [])
-        chain.extend([MinPLogitsWarper(params.min_p)] if params.min_p > 0 else [])
     return chain(torch.tensor([PROMPT + OUTPUT]), logits[None])[0].numpy()
 
 
@@ -159,9 +160,10 @@ def survivors(row: np.ndarray, params: SamplingParams) -> np.ndarray:
     """Ascending ids of the tokens of processed logits [vocab] that top-k, top-p and min-p leave:
     what is drawn from, which drawing itself never lists."""
     top = int(row.argmax())
-    floor = drawing.top_k_floor(row, params.top_k)
+    min_p_floor = float(row[top]) + min_p_distance(params)
+    floor = max(drawing.top_k_floor(row, params.top_k), min_p_floor)
     nucleus = drawing._Nucleus(row, top, floor, params)
-    tokens = np.flatnonzero(row >= max(floor, float(row[top]) + min_p_distance(params)))
+    tokens = np.flatnonzero(row >= floor)
     return np.array([token for token in tokens if int(token) in nucleus], np.int64)
 
 

@@ -315,9 +315,10 @@ void smart_argmax(const float* x, const int64_t* which, int32_t rows, int64_t n,
 void smart_top_k(const float* x, int32_t rows, int64_t n, int32_t k, const float* scale,
                  const uint64_t* keys, const int64_t* tokens, int64_t* ids, float* probs,
                  int32_t threads);
-// Draws a token for each of `count` rows of n logits: the argmax of row * scale + noise among the k
-// largest entries and their equals (k of 1 to n - 1; 0 or more than that cuts nothing), those that
-// have less than top_p of the probability above them, and those of at least the maximum + `below`.
+// Draws a token for each of `count` rows of n logits: the argmax of row * scale + noise among the
+// nucleus, the entries with less than top_p of the probability above them. It is one of those that
+// are at least the maximum + `below`, and among the k largest entries and their equals (k of 1 to
+// n - 1; 0 or more than that cuts nothing).
 // A negative k asks for no more than `best`. best: the first maximum, -1 if it is not finite, or if
 // a row that is drawn from has a NaN. drawn: the token, -1 where rounding would decide.
 void smart_draw(const struct Draw* draws, int64_t count, int64_t n, int64_t* best, int64_t* drawn,

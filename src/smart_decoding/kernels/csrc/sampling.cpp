@@ -286,19 +286,17 @@ static int64_t token_of(const NoisyBest& found) {
 }
 
 // What a row leaves to draw from. best: its first maximum, -1 if there is nothing to draw from;
-// kept: the score below which top-k cuts; floor: the one below which top-k and min-p do.
+// floor: the score below which top-k and min-p cut, rounded as numpy rounds it.
 struct Cut {
     int64_t best = -1;
-    float kept = LOWEST, floor = LOWEST;
+    float floor = LOWEST;
 
     Cut() = default;
     Cut(const Draw& d, int64_t n)
         : best(d.k >= 0 && has_nan(d.row, n) ? -1 : first_maximum(d.row, n)) {
         if (best < 0 || d.k < 0) return;
-        if (d.k > 0 && d.k < n) kept = std::max(kept, kth_largest(d.row, n, d.k));
-        const double exact = std::max(double(kept), d.row[best] + d.below);
-        floor = float(exact);
-        if (floor < exact) floor = std::nextafter(floor, INFINITY);  // the next score that is kept
+        if (d.k > 0 && d.k < n) floor = std::max(floor, kth_largest(d.row, n, d.k));
+        floor = std::max(floor, float(d.row[best] + d.below));
     }
 
     NoisyRow noisy(const Draw& d, float from) const {
@@ -344,7 +342,7 @@ static Mass mass_of(const float* row, int64_t n, float best, float scale, float 
 static int64_t in_nucleus(const Draw& d, const Cut& cut, int64_t n, int64_t token) {
     while (token >= 0 && token != cut.best && d.top_p < 1) {
         const Mass mass =
-            mass_of(d.row, n, d.row[cut.best], float(d.scale), cut.kept, d.row[token]);
+            mass_of(d.row, n, d.row[cut.best], float(d.scale), cut.floor, d.row[token]);
         const double above = mass.above / mass.all;
         if (std::abs(above - d.top_p) <= MARGIN) return -1;
         if (above < d.top_p) break;
