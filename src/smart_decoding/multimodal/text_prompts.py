@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from smart_decoding.models.tokenizer import Tokenizer
 
+_BYTES = (bytes, bytearray, memoryview)  # sequences of numbers, which are no token ids
 # What is given otherwise, or would change more than the template's variables.
 _NO_VARIABLES = {
     "self",
@@ -64,7 +65,7 @@ class TextPrompts:
 
 def as_list(prompts: Any) -> list[Prompt]:
     """One prompt, or several, as a list; what can be neither as one, for `parts_of` to refuse."""
-    is_list = hasattr(prompts, "__getitem__") and not isinstance(prompts, str | Mapping)
+    is_list = hasattr(prompts, "__getitem__") and not isinstance(prompts, (str, Mapping, *_BYTES))
     if not is_list or (len(prompts) and isinstance(prompts[0], Integral)):
         return [prompts]
     return list(prompts)
@@ -109,6 +110,8 @@ def template_options(
 def _token_ids(given: Any) -> list[int]:
     """As ints, whatever kind of sequence or array they are in. Raises ConfigError for anything
     else."""
+    if isinstance(given, _BYTES):
+        raise ConfigError("a prompt must be a text or token ids, not bytes: decode them first")
     ids: list[Any] = list(given) if isinstance(given, Iterable) else [None]
     if not all(isinstance(token, Integral) for token in ids):
         raise ConfigError("a prompt must be a text or token ids; several are a list of these")
