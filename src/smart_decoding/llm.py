@@ -87,9 +87,11 @@ class LLM:
         device = device_of(args.device)
         slow = args.allow_slow
         require_kernels(device, slow)
-        checkpoint = self._checkpoint = _load(args, device)
+        checkpoint = _load(args, device)
         self.provenance = dict(checkpoint.provenance)
         self.tokenizer = _tokenizer(args, checkpoint)
+        config = checkpoint.config.with_end_token(self.tokenizer.eos_token_id)  # as vLLM does
+        checkpoint = self._checkpoint = replace(checkpoint, config=config)
         # of generation_config.json
         self.default_sampling_params = args.sampling_defaults(checkpoint.tokenizer_source)
         self.supports_images = checkpoint.vision is not None

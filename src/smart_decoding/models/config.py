@@ -88,6 +88,9 @@ class ModelConfig:
     bos_token_id: int | None = None
 
     def __post_init__(self) -> None:
+        # files may name further end tokens, which the model cannot draw
+        ends = tuple(id_ for id_ in self.eos_token_ids if 0 <= id_ < self.vocab)
+        object.__setattr__(self, "eos_token_ids", ends)
         if self.kv_heads < 1 or self.heads % self.kv_heads:
             raise ModelError(
                 f"{self.heads} query heads cannot share {self.kv_heads} key heads: "
@@ -172,6 +175,10 @@ class ModelConfig:
             "layer_types": [kinds[w > 0] for w in self.windows] or None,
             **(of_gemma if self.gemma else {}),
         }
+
+    def with_end_token(self, token: int | None) -> ModelConfig:
+        """Return the same shape with one more end token; None: none."""
+        return replace(self, eos_token_ids=token_ids(self.eos_token_ids, token))
 
     @property
     def gemma(self) -> bool:

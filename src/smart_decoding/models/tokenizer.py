@@ -144,6 +144,12 @@ class Tokenizer:
             json.dumps(config, ensure_ascii=False, indent=1), encoding="utf-8"
         )
 
+    @property
+    def eos_token_id(self) -> int | None:
+        """The id of the token that ends a text, if the files name one."""
+        text = self.specials.get("eos_token")
+        return None if text is None else self.backend.token_to_id(text)
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text. `add_special_tokens` puts the beginning token there if this model
         uses one.
