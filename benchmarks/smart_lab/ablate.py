@@ -31,7 +31,6 @@ from smart_decoding.bench.provenance import write_json
 from smart_decoding.cli.arguments import whole_numbers, words
 from smart_lab.ablations import ABLATIONS, VARIANTS, smart
 from smart_lab.machines import costs_of
-from smart_lab.recording import Recording
 from smart_lab.replay import replay
 from smart_lab.sweep import SHORT, Sweep
 from smart_lab.trace import Trace, read_trace
@@ -41,6 +40,7 @@ if TYPE_CHECKING:
     from smart_decoding.bench.options import Arm
     from smart_decoding.core.cost import CostModel
     from smart_decoding.core.policies.base import Policy
+    from smart_lab.recording import Recording
 
 QUEUE = 3  # answers of a replay, in batches, at least
 ALL = "all machines"
@@ -108,9 +108,7 @@ def ordered(recording: Recording, order: int, batch_size: int, most: int) -> Rec
     while len(answers) < count:
         turn = rng.permutation(len(usable)) if order else np.arange(len(usable))
         answers += [usable[i] for i in turn]
-    return Recording(
-        answers[:count], recording.token, recording.prob, recording.count, recording.child
-    )
+    return replace(recording, answers=answers[:count])
 
 
 def contestant(name: str, trace: Trace, cost: CostModel) -> Policy:

@@ -12,11 +12,12 @@ import numpy as np
 from tqdm import tqdm
 
 from smart_decoding.bench.data import load_task
+from smart_decoding.bench.options import Arm
 from smart_decoding.bench.provenance import provenance
 from smart_decoding.bench.runner import encode, load
 from smart_decoding.core.policies import make_policy
 from smart_decoding.core.policies.smart import Smart
-from smart_decoding.errors import ConfigError
+from smart_decoding.drafters.union import UnionDrafter
 from smart_lab.options import LabOptions, command_of
 from smart_lab.recording import Recording, Wide, record
 from smart_lab.replay import HostCosts
@@ -34,23 +35,14 @@ HOST_TOKENS, HOST_TURNS = 32, 5
 def record_trace(options: LabOptions) -> Trace:
     """Records all prompts that `options` names, and what rounds cost here beyond their forwards.
 
-    Raises ConfigError if the method drafts without a model, and what LLM raises."""
+    Raises what LLM raises."""
     texts = {
         task: load_task(task, options.skip + options.limit)[options.skip :]
         for task in options.tasks
     }
     llm = load(options)
-    method = {"method": options.method} if options.method else {}
-    arm = llm.sharing_weights({**method, "policy": "smart"})
+    arm = llm.sharing_weights(options.speculation(Arm("smart")))
     policy = arm.policy
-    if (
-        arm.engine.drafter is None
-        or not arm.engine.drafter.has_model
-        or not isinstance(policy, Smart)
-    ):
-        raise ConfigError(
-            "--record needs a drafter with a model: a head or a draft model (--method eagle)"
-        )
     prior, prompts = prior_of(policy), encode(llm, texts, options)
     recording = record_wide(arm, prompts)
     plain = llm.sharing_weights(False)
@@ -78,20 +70,29 @@ def prior_of(policy: Any) -> dict[str, Any] | None:
     }
 
 
-def record_wide(arm: LLM, prompts: Mapping[str, Sequence[Prompt]]) -> Recording:
-    """Records the prompts' trees with `arm`'s drafter, tasks mixed; the arm's policy is as before
-    afterwards."""
+def record_wide(
+    arm: LLM,
+    prompts: Mapping[str, Sequence[Prompt]],
+    late: Callable[[], bool] = lambda: False,
+) -> Recording:
+    """Records the prompts' trees with `arm`'s drafter, of a union its model's, tasks mixed; the
+    arm's policy and drafter are as before afterwards. late: whether to begin no more prompts."""
     engine = arm.engine
     policy, engine.policy = engine.policy, Wide()
+    drafter = engine.drafter
+    if isinstance(drafter, UnionDrafter) and drafter.model is not None:
+        engine.listen(drafter.model)
     try:
         longest = max((len(of_task) for of_task in prompts.values()), default=0)
         mixed = [
             of_task[i] for i in range(longest) for of_task in prompts.values() if i < len(of_task)
         ]
         with tqdm(total=len(mixed), desc="recording for replay", unit="prompt", leave=False) as bar:
-            return record(engine, mixed, AT_ONCE, bar.update)
+            return record(engine, mixed, AT_ONCE, bar.update, late)
     finally:
         engine.policy = policy
+        if drafter is not None:
+            engine.listen(drafter)
 
 
 def measure_host(plain: Engine, drafting: Engine, prompts: Sequence[Prompt]) -> HostCosts:

@@ -3,13 +3,17 @@
 
 Recording runs a policy that drafts wide trees and verifies none of their nodes: every round emits
 one token, so that every output position gets its tree, drafted from the same state as in any other
-run. Only the model drafter's nodes are kept; free drafters' proposals are dropped.
+run. A union is recorded by its model alone (`recorder.record_wide`): its n-grams depend on nothing
+that a policy decides, but a model that expands their nodes leaves no tree of its own. Drafters
+without a model propose whole trees, which are recorded as they are.
+
+Needed by `bench --record`, `ablate` and the tuning of `bench`, and so by docs/simulate.md.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
@@ -60,17 +64,18 @@ class Recording:
 
     token, prob: [nodes], position after position, each breadth first. count: [positions + nodes]
     recorded children of each root, then of each node; 0 where it was not expanded. child: the first
-    of them; the others follow it."""
+    of them; the others follow it. free: the trees are proposed as a whole, without a model."""
 
     answers: Sequence[Answer]
     token: NDArray[np.int32]
     prob: NDArray[np.float32]
     count: NDArray[np.uint8]
     child: NDArray[np.int64]
+    free: bool = False
 
     @classmethod
-    def of(cls, answers: Iterable[Drawn]) -> Recording:
-        """From one tree (one owner, the model drafter's nodes) for each position of each answer."""
+    def of(cls, answers: Iterable[Drawn], free: bool = False) -> Recording:
+        """From one tree (one owner, one drafter's nodes) for each position of each answer."""
         made: list[Answer] = []
         tokens: list[NDArray[np.int64]] = [np.zeros(0, np.int64)]
         probs: list[NDArray[np.float64]] = [np.zeros(0)]
@@ -88,7 +93,8 @@ class Recording:
                 counts.append(children[1:])
         sizes = np.array([len(t) for t in tokens[1:]], np.int64)
         count = np.concatenate([np.array(roots, np.int64), *counts])
-        return cls.from_flat(made, np.concatenate(tokens), np.concatenate(probs), count, sizes)
+        token = np.concatenate(tokens)
+        return cls.from_flat(made, token, np.concatenate(probs), count, sizes, free)
 
     @classmethod
     def from_flat(
@@ -98,6 +104,7 @@ class Recording:
         prob: NDArray[np.floating],
         count: IntArray,
         sizes: IntArray,
+        free: bool = False,
     ) -> Recording:
         """From flat arrays; sizes: [positions] nodes of each tree. Raises ValueError where they
         contradict."""
@@ -117,9 +124,8 @@ class Recording:
         child[order] = below
         if count.sum() != len(token) or (len(token) and (child[:positions] != start).any()):
             raise ValueError("the trees of a recording do not fit together")
-        return cls(
-            answers, token.astype(np.int32), prob.astype(np.float32), count.astype(np.uint8), child
-        )
+        columns = token.astype(np.int32), prob.astype(np.float32), count.astype(np.uint8)
+        return cls(answers, *columns, child, free)
 
     @property
     def positions(self) -> int:
@@ -134,12 +140,12 @@ class Recording:
 
     def repeated(self, times: int) -> Recording:
         """Every answer `times` times, over the same trees."""
-        return Recording([*self.answers] * times, self.token, self.prob, self.count, self.child)
+        return replace(self, answers=[*self.answers] * times)
 
     def at_context(self, context: int) -> Recording:
         """The same answers behind prompts of that length. Acceptance stays what it was."""
         answers = [Answer(context, a.limit, a.tokens, a.first, a.task) for a in self.answers]
-        return Recording(answers, self.token, self.prob, self.count, self.child)
+        return replace(self, answers=answers)
 
     def take(self, answers: Iterable[int]) -> Recording:
         """Some of the answers, in the order given."""
@@ -158,7 +164,12 @@ class Recording:
             np.int64
         )
         return Recording.from_flat(
-            renumbered, self.token[nodes].astype(np.int64), self.prob[nodes], count, sizes
+            renumbered,
+            self.token[nodes].astype(np.int64),
+            self.prob[nodes],
+            count,
+            sizes,
+            self.free,
         )
 
 
@@ -184,19 +195,22 @@ def record(
     prompts: Sequence[Prompt],
     at_once: int = 4,
     on_answers: Callable[[int], object] = lambda count: None,
+    late: Callable[[], bool] = lambda: False,
 ) -> Recording:
     """Answers `prompts`, a few at once, under the engine's `Wide` policy and keeps every position's
     tree.
 
-    The engine's drafter must be the one that the replayed policies are meant for. Raises
-    ConfigError without one."""
+    The engine's drafter must be the one that the replayed policies are meant for, and no union.
+    late: whether to begin no more prompts. Raises ConfigError without a drafter."""
     if engine.drafter is None or not isinstance(engine.policy, Wide):
-        raise ConfigError("recording needs an engine with a model drafter and the policy Wide")
+        raise ConfigError("recording needs an engine with a drafter and the policy Wide")
     answers: list[Drawn] = []
     for start in range(0, len(prompts), at_once):
+        if answers and late():
+            break
         answers += _record(engine, prompts[start : start + at_once])
         on_answers(len(prompts[start : start + at_once]))
-    return Recording.of(answers)
+    return Recording.of(answers, free=not engine.drafter.has_model)
 
 
 def _record(engine: Engine, prompts: Sequence[Prompt]) -> list[Drawn]:
@@ -216,9 +230,7 @@ def _record(engine: Engine, prompts: Sequence[Prompt]) -> list[Drawn]:
             if engine.last_round is not None:
                 drafted = engine.last_round.round.trees
                 for owner in range(engine.last_round.round.batch.size):
-                    mine = drafted.take(
-                        np.flatnonzero((drafted.owner == owner) & (drafted.source == 0))
-                    )
+                    mine = drafted.take(np.flatnonzero(drafted.owner == owner))
                     trees[engine.last_round.requests[owner].id].append(mine)
     finally:
         engine.scheduler.chunk = chunk

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from smart_lab.recording import Recording
 
 DEEPEST = 64  # no policy drafts deeper
+WIDEST = 255  # children that a recording can have
 Clock = Callable[[], float]
 
 
@@ -214,7 +215,9 @@ class Walk:
             self._limit[self.answer] - self.at - 1,
             np.zeros(size),
             np.ones(size, np.bool_),
-            catch_up_rows=int(self.pending.sum()) - size,
+            catch_up_rows=0 if self.recording.free else int(self.pending.sum()) - size,
+            has_model=not self.recording.free,
+            has_free=self.recording.free,
         )
 
     def truth(self, owner: IntArray, depth: IntArray) -> IntArray:
@@ -265,7 +268,20 @@ class Source:
                 recording.token.take(node),
                 np.repeat(parents, count),
                 recording.prob.take(node),
+                source=int(recording.free),
             )
+
+    def propose(self, trees: DraftTrees, levels: int) -> None:
+        """Appends the whole trees of a drafter without a model, down to so many levels."""
+        parents: IntArray = np.full(trees.batch, ROOT)
+        owners: IntArray | None = np.arange(trees.batch)
+        for _ in range(levels):
+            before = len(trees)
+            self.expand(trees, parents, WIDEST, owners)
+            parents, owners = np.arange(before, len(trees)), None
+            if not len(parents):
+                break
+        self.missing[:] = 0
 
 
 @dataclass(slots=True)
@@ -301,6 +317,10 @@ def draft(policy: Policy, walk: Walk, clock: Clock = lambda: 0.0) -> Drafted:
         return Drafted(batch, None, trees, NO_NODES, np.zeros(batch.size, np.int64), planning)
     source = Source(walk.recording, walk.position)
     done = Drafted(batch, rule, trees, NO_NODES, source.missing, planning)
+    if walk.recording.free:
+        source.propose(trees, DEEPEST)
+        done.kept = rule.select(trees)
+        return done
     owners: IntArray | None = np.arange(batch.size)
     parents: IntArray = np.full(batch.size, ROOT)
     for level in range(1, rule.levels + 1):
@@ -363,7 +383,7 @@ def _round(
     levels = costs.levels(widths, context)
     rows = size + len(done.kept)
     verify = costs.verify(rows, context)
-    beyond = host.seconds(size, bool(widths)) + done.planning
+    beyond = host.seconds(size, done.rule is not None) + done.planning
     truth, emitted = _judged(done, walk)
     round_ = Round(
         done.batch, done.rule, done.trees, done.kept, *truth, widths, levels, rows, verify, beyond
@@ -371,7 +391,7 @@ def _round(
     started = clock()
     policy.observe(round_)
     learning = clock() - started
-    walk.advance(emitted, bool(widths))
+    walk.advance(emitted, done.rule is not None)
     costs.advance(int(emitted.sum()))
     result.tokens += int(emitted.sum())
     result.seconds += verify + sum(levels) + beyond + learning
@@ -380,7 +400,7 @@ def _round(
     result.rows += rows
     result.kept += len(done.kept)
     result.levels += len(widths)
-    result.off += not widths
+    result.off += done.rule is None
     result.chains += _are_chains(done.trees, done.kept)
     result.own_seconds += done.planning + learning
 

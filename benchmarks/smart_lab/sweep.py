@@ -102,11 +102,14 @@ def add_up(
         widths = [int(width) for width in fixed.expanded[at].sum(axis=0) if width]
         kept = int(fixed.kept[at].sum())
         seconds = costs.verify(batch_size + kept, context) + host.seconds(batch_size, bool(widths))
-        if widths:
+        drafts = bool(widths)
+        if recording.free:
+            widths = []  # proposals take no level of a model
+        elif drafts:
             widths[0] = int(walk.pending.sum())
             seconds += sum(costs.levels(widths, context))
         emitted = fixed.emitted[at]
-        walk.advance(emitted, bool(widths))
+        walk.advance(emitted, drafts)
         result.tokens += int(emitted.sum())
         result.seconds += seconds
         result.rounds += 1
@@ -114,7 +117,7 @@ def add_up(
         result.rows += batch_size + kept
         result.kept += kept
         result.levels += len(widths)
-        result.off += not widths
+        result.off += not drafts
     return result
 
 

@@ -63,6 +63,7 @@ def write_trace(path: Path, trace: Trace) -> None:
         "cost": trace.cost.to_dict() if trace.cost else None,
         "host": asdict(trace.host) if trace.host else None,
         "prior": trace.prior,
+        "free": trace.recording.free,
         "tasks": [answer.task for answer in trace.recording.answers],
     }
     body = json.dumps(plain(header), allow_nan=False).encode() + b"\n" + _arrays(trace.recording)
@@ -101,7 +102,7 @@ def read_trace(path: Path) -> Trace:
 def _trace(header: bytes, arrays: bytes) -> Trace:
     state = json.loads(header)
     with np.load(io.BytesIO(arrays), allow_pickle=False) as file:
-        recording = _recording({name: file[name] for name in file.files}, state["tasks"])
+        recording = _recording({name: file[name] for name in file.files}, state)
     return Trace(
         recording,
         state["about"],
@@ -129,7 +130,7 @@ def _arrays(recording: Recording) -> bytes:
     return buffer.getvalue()
 
 
-def _recording(arrays: Mapping[str, Any], tasks: list[str]) -> Recording:
+def _recording(arrays: Mapping[str, Any], header: Mapping[str, Any]) -> Recording:
     length = arrays["length"].astype(np.int64)
     ends = np.cumsum(length)
     firsts = np.cumsum(np.maximum(length - 1, 0)) - np.maximum(length - 1, 0)
@@ -144,11 +145,12 @@ def _recording(arrays: Mapping[str, Any], tasks: list[str]) -> Recording:
             str(task),
         )
         for prompt, limit, size, end, first, task in zip(
-            arrays["prompt"], arrays["limit"], length, ends, firsts, tasks, strict=True
+            arrays["prompt"], arrays["limit"], length, ends, firsts, header["tasks"], strict=True
         )
     ]
     token, count, sizes = (arrays[name].astype(np.int64) for name in ("token", "count", "sizes"))
-    return Recording.from_flat(answers, token, arrays["prob"], count, sizes)
+    free = bool(header.get("free"))  # files of before 2026-11-30 are a model's
+    return Recording.from_flat(answers, token, arrays["prob"], count, sizes, free)
 
 
 def _small(tokens: Any) -> Any:

@@ -1,17 +1,21 @@
 """A replay gives what the live engine gives, rows and tokens, round by round."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import worlds
 
-from smart_decoding.bench.blocks import run_block
+from smart_decoding.bench.blocks import Counts, run_block
 from smart_decoding.core.cost import CostModel
 from smart_decoding.core.policies import make_policy
 from smart_decoding.core.policies.eagle2 import Eagle2
 from smart_decoding.core.policies.off import Off
 from smart_decoding.core.tree import DraftTrees
+from smart_decoding.drafters.free import FreeDrafter
+from smart_decoding.drafters.ngram import NgramDrafter
+from smart_decoding.drafters.union import UnionDrafter
 from smart_decoding.errors import ConfigError
 from smart_lab.recorder import record_wide
 from smart_lab.recording import Recording, Wide, record
@@ -92,6 +96,82 @@ def test_a_replay_equals_the_live_run(recording, setting):
     assert (found.tokens, found.rounds, found.missing) == (tokens, rounds, 0)
     assert (found.rows, found.levels) == (rows, levels)
     assert found.seconds == pytest.approx(seconds)
+
+
+class Wrong(FreeDrafter):
+    """Proposes two chains of three tokens that neither the target nor the model would choose."""
+
+    def start(self, requests, rule):
+        trees = DraftTrees.empty(len(requests))
+        owner = np.repeat(np.arange(len(requests)), 2)
+        token = np.array([[900, 901] for _ in requests]).ravel()
+        above = np.full(len(owner), -1)
+        for _ in range(3):
+            before = len(trees)
+            trees.append(owner, token, above, np.full(len(owner), 0.9))
+            above = np.arange(before, len(trees))
+        return trees
+
+
+def test_a_union_is_recorded_by_its_model_alone(recording):
+    """The model expands what free drafters propose, whose nodes are no part of its trees."""
+    clock = worlds.Clock()
+    model = worlds.RuleDrafter(clock)
+    engine = worlds.engine(clock, "eagle2", UnionDrafter([model, Wrong()]))
+    before = engine.policy, engine.drafter
+    prompts = {"code": worlds.prompts(count=4, tokens=30)}
+    found = record_wide(SimpleNamespace(engine=engine), prompts)
+    assert (engine.policy, engine.drafter) == before
+    alone = worlds.engine(worlds.Clock(), "eagle2", worlds.RuleDrafter(clock))
+    expected = record_wide(SimpleNamespace(engine=alone), prompts)
+    for name in ("token", "prob", "count", "child"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+    assert not found.free
+
+
+@pytest.fixture(scope="module")
+def repeated():
+    """Prompts that hold what their answers say."""
+    found = []
+    for prompt in worlds.prompts(count=4, tokens=30):
+        first = 17 * prompt.index + 1
+        found.append(replace(prompt, tokens=[*range(first, first + 25), first, first + 1]))
+    return found
+
+
+@pytest.fixture(scope="module")
+def free(repeated):
+    engine = worlds.engine(worlds.Clock(), drafter=NgramDrafter())
+    return record_wide(SimpleNamespace(engine=engine), {"code": repeated})
+
+
+@pytest.mark.parametrize(
+    ("policy", "options"), [("eagle2", {"total_tokens": 4}), ("chain", {"length": 3}), ("off", {})]
+)
+def test_n_grams_are_replayed_as_they_are_drafted_live(repeated, free, policy, options):
+    """Whole trees, which take no level of a model."""
+    assert free.free
+    clock = worlds.Clock()
+    live = worlds.engine(clock, policy, NgramDrafter(), worlds.RuleTarget(clock, ROW), **options)
+    counts = Counts()
+    for prompt in repeated:
+        counts += run_block(live, [prompt], [], 1, clock).counts
+    found = replay(make_policy(policy, **options), free, COST, 1)
+    assert (found.tokens, found.rounds) == (counts.tokens, counts.rounds)
+    assert (found.rows, found.levels) == (counts.rows, 0)
+    assert found.seconds == pytest.approx(counts.seconds)
+    assert (found.tokens_per_round > 1.5) == (policy != "off")
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_n_grams_drawn_once_give_what_the_replay_gives(free, batch):
+    host = HostCosts(0.01, 0.002, 0.03, 0.004)
+    assert free.take([1, 0]).repeated(2).at_context(9).free
+    slow = replay(Eagle2(total_tokens=4), free, COST, batch, host)
+    fast = add_up(Fixed.draw(Eagle2(total_tokens=4), free), free, COST, batch, host)
+    assert fast.seconds == pytest.approx(slow.seconds)
+    fast.seconds, fast.chains = slow.seconds, slow.chains
+    assert fast == slow
 
 
 @pytest.mark.parametrize("batch", [1, 3])
