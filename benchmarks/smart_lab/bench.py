@@ -5,12 +5,13 @@ Needed by the README's second table (zen4/2026-11-28-fair-comparison.json) and b
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from smart_decoding.bench.options import BASELINE, OURS, SLOTS, Arm
-from smart_decoding.bench.runner import Bench
+from smart_decoding.bench.runner import Bench, Part, until
 from smart_decoding.bench.runner import run as run_bench
 from smart_decoding.bench.summary import POOLED
 from smart_lab.ablations import VARIANTS
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from smart_decoding.bench.cycles import Measurement
     from smart_decoding.llm import LLM
 
+TUNING = 0.4  # of a batch size's time, at most
+GAINS = 0.2  # of the comparison's time, for replays at equal costs
+
 
 def run(options: LabOptions) -> dict[str, Any]:
     """What `smart bench` returns; its runs have 'setting' where they were tuned, and 'policy_gain'
@@ -30,8 +34,9 @@ def run(options: LabOptions) -> dict[str, Any]:
 
     Raises what the user's `run` raises, and ConfigError for a file of --resume that is of another
     run."""
+    started = time.perf_counter()
     progress = Progress(options.resume, key_of(options) if options.resume else {})
-    return run_bench(options, partial(LabBench, progress=progress))
+    return run_bench(options, partial(LabBench, progress=progress, started=started))
 
 
 class LabBench(Bench):
@@ -45,8 +50,13 @@ class LabBench(Bench):
         llm: LLM,
         prompts: Mapping[str, Sequence[Prompt]],
         progress: Progress,
+        started: float,
     ) -> None:
         super().__init__(options, llm, prompts)
+        self.started = started  # loading counts, too
+        self._stop: float | None = None  # of the part that is measured
+        self._left = len(options.batch_sizes)  # to be tuned for
+        self._compared: dict[int, list[Arm]] = {}  # by batch size
         progress.agree("weights", llm.provenance)
         self.progress = progress
         self.tuner = Tuner(llm, options)
@@ -60,22 +70,36 @@ class LabBench(Bench):
         return KeptMeasurement(self.progress, name)
 
     def load(self, stop: float | None) -> dict[str, Any]:
+        self._stop = stop
         if not self.progress.units("load"):
             self.progress.add("load", super().load(stop))
         found: dict[str, Any] = self.progress.units("load")[0]
         return found
 
-    def measure(self) -> dict[str, Any]:
-        result = super().measure()
-        if self.options.policy_gain:
-            self._add_policy_gains(result["runs"])
-        return result
+    def parts(self) -> dict[str, Part]:
+        """Those of `smart bench`; the policies' gains are a part of their comparison."""
+        found = super().parts()
+        if "runs" in found:
+            found["runs"] = Part(found["runs"].share, self.runs)
+        return found
 
-    def _add_policy_gains(self, runs: Sequence[dict[str, Any]]) -> None:
+    def runs(self, stop: float | None) -> list[dict[str, Any]]:
+        """The comparison in blocks, and the policies' gains by replay, if they are asked for."""
+        options = self.options
+        self._stop = until(stop, 1.0 - GAINS if options.policy_gain else 1.0)
+        self._left = len(options.batch_sizes)
+        found = self.blocks(options.temperature, options.batch_sizes, self._stop)
+        if options.policy_gain:
+            self._add_policy_gains(found, stop)
+        return found
+
+    def _add_policy_gains(self, runs: Sequence[dict[str, Any]], stop: float | None = None) -> None:
         """To the runs over all tasks: how much faster a policy is than plain decoding by replay,
-        and how much faster `smart` is than it."""
-        for size in sorted({run["batch_size"] for run in runs}):
-            gains = self.tuner.gains(self.contestants(size), size, self.progress)
+        and how much faster `smart` is than it; nothing where the time is over."""
+        sizes = sorted({run["batch_size"] for run in runs})
+        for i, size in enumerate(sizes):
+            share = until(stop, 1 / (len(sizes) - i))
+            gains = self.tuner.gains(self._compared[size], size, self.progress, share)
             for run in runs:
                 gain = gains.get(run["policy"])
                 if run["batch_size"] != size or run["task"] != POOLED or gain is None:
@@ -85,7 +109,12 @@ class LabBench(Bench):
                     run["smart_policy_over"] = gains[OURS] / gain
 
     def contestants(self, batch_size: int) -> list[Arm]:
-        return [*self.options.arms, *self.tuner.arms(batch_size, self.progress)]
+        """Those asked for and tuned ones, for whose tuning a part of the batch size's time is."""
+        stop = until(self._stop, TUNING / max(self._left, 1))
+        self._left -= 1
+        tuned = self.tuner.arms(batch_size, self.progress, stop)
+        self._compared[batch_size] = [*self.options.arms, *tuned]
+        return self._compared[batch_size]
 
     def served(self) -> list[Arm]:
         """Tuned for load is the best fixed tree alone: one that is far too slow would be served for
@@ -93,8 +122,8 @@ class LabBench(Bench):
         if not self.options.tune_eagle2:
             return self.options.arms
         ours = [arm for arm in self.options.arms if arm.policy in (BASELINE, OURS)]
-        tuned = [arm for arm in self.tuner.arms(SLOTS, self.progress) if arm.policy == "eagle2"]
-        return ours + tuned[:1]
+        tuned = self.tuner.arms(SLOTS, self.progress, until(self._stop, TUNING))
+        return ours + [arm for arm in tuned if arm.policy == "eagle2"][:1]
 
     def made(self, chosen: Sequence[Arm]) -> dict[str, LLM]:
         arms = super().made(chosen)

@@ -95,16 +95,23 @@ def record_wide(
             engine.listen(drafter)
 
 
-def measure_host(plain: Engine, drafting: Engine, prompts: Sequence[Prompt]) -> HostCosts:
+def measure_host(
+    plain: Engine,
+    drafting: Engine,
+    prompts: Sequence[Prompt],
+    late: Callable[[], bool] = lambda: False,
+) -> HostCosts:
     """Times rounds of plain decoding and of a small tree, alone and together, in turn; policies
-    stay as they were."""
+    stay as they were. late: whether to begin no more turns."""
     policies = plain.policy, drafting.policy
     counts = sorted({1, min(len(prompts), plain.config.max_num_seqs)})
     found: dict[tuple[bool, int], list[float]] = {
         (drafts, count): [] for count in counts for drafts in (False, True)
     }
     try:
-        for _ in range(HOST_TURNS):
+        for turn in range(HOST_TURNS):
+            if turn and late():
+                break
             for count in counts:
                 found[False, count] += _beyond(plain, prompts[:count], make_policy("off"))
                 found[True, count] += _beyond(

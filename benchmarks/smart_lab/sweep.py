@@ -6,7 +6,7 @@ All positions' trees are drawn in a few large batches, once per setting; a repla
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -142,11 +142,18 @@ class Sweep:
         return other
 
     def rank(
-        self, cost: CostModel, batch_size: int, host: HostCosts | None = None
+        self,
+        cost: CostModel,
+        batch_size: int,
+        host: HostCosts | None = None,
+        late: Callable[[], bool] = lambda: False,
     ) -> list[tuple[Setting, Replayed]]:
-        """All settings, the fastest first: the best few are then measured live."""
-        results = []
+        """All settings, the fastest first: the best few are then measured live. late: whether to
+        leave out what has not been replayed yet."""
+        results: list[tuple[Setting, Replayed]] = []
         for i, setting in enumerate(self.settings):
+            if results and late():
+                break
             if i not in self._fixed:
                 self._fixed[i] = Fixed.draw(Eagle2(**setting, eos_token_ids=self.eos), self._source)
             results.append(

@@ -1,14 +1,18 @@
 """The strongest settings of other policies for each batch size: ranked by replay on prompts that
 the benchmark does not use, so that what is measured live is the best that tuning by hand could have
-found."""
+found.
+
+Needed by `bench --tune-eagle2` and the like, and by `ablate "eagle2 tuned"`: the rivals of the
+README's second table.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import numpy as np
 
@@ -29,6 +33,7 @@ if TYPE_CHECKING:
     from smart_lab.options import LabOptions
     from smart_lab.resume import Progress
 
+RECORDING = 0.4  # of the time for tuning, or for gains
 PER_TASK = 8  # prompts, or more where large batches need them
 PAPER_ROUNDS, PAPER_LEAST = 240, 24  # of requests; of the batch
 PAPER_BUDGETS = (1, 2, 4, 8, 16, 32)  # nodes per request
@@ -39,19 +44,32 @@ PAPER_FORMS = (
 )  # as in the paper; with its two mistakes mended
 
 
+Late: TypeAlias = Callable[[], bool]  # whether the time is over
+
+
+def never() -> bool:
+    """The time is never over."""
+    return False
+
+
 def prompts_needed(options: LabOptions) -> int:
     """Tuning prompts per task: enough to keep the largest batch full for a while."""
     return max(PER_TASK, -(-2 * max(options.batch_sizes) // len(options.tasks)))
 
 
 def best_likelihood(
-    sweep: Sweep, cost: CostModel, batch_size: int, count: int, host: HostCosts | None = None
+    sweep: Sweep,
+    cost: CostModel,
+    batch_size: int,
+    count: int,
+    host: HostCosts | None = None,
+    late: Late = never,
 ) -> list[Arm]:
     """The `count` settings of `eagle2` that are fastest in the replay at `batch_size`, each with
     another number of nodes: where costs are wrong, that is what is chosen wrongly. Chains are among
     them."""
     of_size: dict[int, Setting] = {}
-    for setting, _ in sweep.rank(cost, batch_size, host):
+    for setting, _ in sweep.rank(cost, batch_size, host, late):
         of_size.setdefault(setting["total_tokens"], setting)
     finalists = list(of_size.values())[:count]
     return [Arm("eagle2", setting, f"eagle2 tuned {i + 1}") for i, setting in enumerate(finalists)]
@@ -67,46 +85,59 @@ def paper_settings(batch_size: int) -> list[dict[str, Any]]:
     ]
 
 
-def best_paper(trace: Trace, batch_size: int) -> Arm:
+def best_paper(trace: Trace, batch_size: int, late: Late = never) -> Arm:
     """The setting of `paper` that is fastest in the replay."""
-    assert trace.cost is not None
-    recording, cost = enough(trace.recording, batch_size), trace.cost
     rounds = max(PAPER_LEAST, PAPER_ROUNDS // batch_size)
-
-    def rate(setting: Mapping[str, Any]) -> float:
-        policy = trace.policy("paper", cost, **setting)
-        return replay(policy, recording, cost, batch_size, trace.host, rounds=rounds).tokens_per_s
-
-    return Arm("paper", max(paper_settings(batch_size), key=rate), "paper tuned")
+    settings = paper_settings(batch_size)
+    return Arm("paper", _best(trace, "paper", settings, batch_size, late, rounds), "paper tuned")
 
 
-def best_chain(trace: Trace, policy: str, batch_size: int) -> Arm:
+def best_chain(trace: Trace, policy: str, batch_size: int, late: Late = never) -> Arm:
     """The length of `pooled_chain` or `throughput_chain` that is fastest in the replay."""
+    settings = [{CHAINS[policy]: length} for length in LENGTHS]
+    return Arm(policy, _best(trace, policy, settings, batch_size, late), f"{policy} tuned")
+
+
+def _best(
+    trace: Trace,
+    policy: str,
+    settings: Sequence[dict[str, Any]],
+    batch_size: int,
+    late: Late,
+    rounds: int | None = None,
+) -> dict[str, Any]:
+    """The setting of a policy that is fastest in the replay, of those that there was time for."""
     assert trace.cost is not None
     recording, cost = enough(trace.recording, batch_size), trace.cost
+    rates: list[float] = []
+    for setting in settings:
+        if rates and late():
+            break
+        made = trace.policy(policy, cost, **setting)
+        found = replay(made, recording, cost, batch_size, trace.host, rounds=rounds)
+        rates.append(found.tokens_per_s)
+    return settings[int(np.argmax(rates))]
 
-    def rate(length: int) -> float:
-        made = trace.policy(policy, cost, **{CHAINS[policy]: length})
-        return replay(made, recording, cost, batch_size, trace.host).tokens_per_s
 
-    best = max(LENGTHS, key=rate)
-    return Arm(policy, {CHAINS[policy]: best}, f"{policy} tuned")
-
-
-def gains(trace: Trace, arms: Sequence[Arm], batch_size: int) -> dict[str, float]:
-    """Label -> tokens per second over plain decoding's, by replay at the trace's costs."""
+def gains(
+    trace: Trace, arms: Sequence[Arm], batch_size: int, late: Late = never
+) -> dict[str, float]:
+    """Label -> tokens per second over plain decoding's, by replay at the trace's costs, of those
+    that there was time for."""
     assert trace.cost is not None
     recording = enough(trace.recording, batch_size)
-    rates = {}
+    rates: dict[str, float] = {}
     for arm in (Arm(BASELINE), *arms):
         if "method" in arm.options:
             continue
+        if rates and late():
+            break
         policy = trace.policy(arm.policy, trace.cost, **arm.policy_options)
         if "variant" in arm.options:
             policy = VARIANTS[arm.options["variant"]](cast("Any", policy))
         found = replay(policy, recording, trace.cost, batch_size, trace.host)
         rates[arm.label] = found.tokens_per_s
-    return {label: rate / rates[BASELINE] for label, rate in rates.items()}
+    return {label: rate / rates[BASELINE] for label, rate in rates.items() if len(rates) > 1}
 
 
 def best_fixed(trace: Trace, sweep: Sweep, batch_size: int) -> Arm:
@@ -177,12 +208,19 @@ def cost_of(arms: Sequence[LLM]) -> CostModel:
 
 
 class Tuner:
-    """Tuned contestants, if they are asked for; records other prompts once, when first needed."""
+    """Tuned contestants, if they are asked for; records other prompts once, when first needed.
 
-    def __init__(self, llm: LLM, options: LabOptions) -> None:
-        self._llm, self._options = llm, options
+    clock: in seconds, on which whoever asks says when to stop; a setting or a prompt that was begun
+    is finished."""
 
-    def arms(self, batch_size: int, progress: Progress) -> list[Arm]:
+    def __init__(
+        self, llm: LLM, options: LabOptions, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self._llm, self._options, self._clock = llm, options, clock
+        self._traces: dict[str, Trace] = {}
+        self._drawn: Sweep | None = None
+
+    def arms(self, batch_size: int, progress: Progress, stop: float | None = None) -> list[Arm]:
         """The best settings for a batch size; the same again when a run goes on."""
         options = self._options
         if not (options.tune_eagle2 or options.tune_paper or options.tune_chains):
@@ -190,55 +228,75 @@ class Tuner:
         name = f"tuned for batch {batch_size}"
         if not progress.units(name):
             print(f"smart_lab: tuning rivals by replay, batch {batch_size}", file=sys.stderr)
-            progress.add(
-                name, [[arm.policy, dict(arm.options), arm.name] for arm in self._found(batch_size)]
-            )
+            found = self._found(batch_size, stop)
+            progress.add(name, [[arm.policy, dict(arm.options), arm.name] for arm in found])
+            if self._late(stop)():
+                told = f"batch {batch_size}: the time limit came before all settings were tried"
+                print(f"smart_lab: {told}", file=sys.stderr)
         return [Arm(*kept) for kept in progress.units(name)[0]]
 
-    def _found(self, batch_size: int) -> list[Arm]:
+    def _found(self, batch_size: int, stop: float | None) -> list[Arm]:
         """Those asked for, but for trees that others verify already."""
-        options, trace = self._options, self.trace
+        options = self._options
+        trace = self._trace("others", self._other_texts, self._within(stop, RECORDING))
         assert trace.cost is not None
-        arms = [best_paper(trace, batch_size)] if options.tune_paper else []
-        if options.tune_eagle2:
-            arms += best_likelihood(
-                self.sweep, trace.cost, batch_size, options.tune_eagle2, trace.host
-            )
+        arms: list[Arm] = []
         if options.tune_chains:
-            arms += [best_chain(trace, policy, batch_size) for policy in CHAINS]
+            late = self._late(self._within(stop, 0.2))
+            arms += [best_chain(trace, policy, batch_size, late) for policy in CHAINS]
+        if options.tune_paper:
+            arms.append(best_paper(trace, batch_size, self._late(self._within(stop, 0.3))))
+        if options.tune_eagle2:
+            sweep, late = self._sweep(trace), self._late(stop)
+            count = options.tune_eagle2
+            arms += best_likelihood(sweep, trace.cost, batch_size, count, trace.host, late)
         given = [arm for arm in options.arms if "method" not in arm.options]
         return [arm for arm in distinct([*given, *arms], trace, batch_size) if arm in arms]
 
-    @cached_property
-    def sweep(self) -> Sweep:
+    def _sweep(self, trace: Trace) -> Sweep:
         """All settings of `eagle2` on the other prompts, repeated where a large batch would soon
-        run dry."""
-        sweep = Sweep(self.trace.recording, eos=self.trace.eos_token_ids)
-        return sweep.repeated(enough(self.trace.recording, max(self._options.batch_sizes)))
+        run dry; their trees are drawn once."""
+        if self._drawn is None:
+            sweep = Sweep(trace.recording, eos=trace.eos_token_ids)
+            self._drawn = sweep.repeated(enough(trace.recording, max(self._options.batch_sizes)))
+        return self._drawn
 
-    @cached_property
-    def trace(self) -> Trace:
-        """Other prompts than those measured, recorded, with this machine's costs."""
-        return self._recorded(self._other_texts())
-
-    @cached_property
-    def own(self) -> Trace:
-        """The first of the prompts that are measured, recorded, at the same costs."""
-        options = self._options
-        stop = options.skip + min(options.limit, prompts_needed(options))
-        texts = {task: load_task(task, stop)[options.skip :] for task in options.tasks}
-        return self._recorded(texts)
-
-    def gains(self, arms: Sequence[Arm], batch_size: int, progress: Progress) -> dict[str, float]:
+    def gains(
+        self,
+        arms: Sequence[Arm],
+        batch_size: int,
+        progress: Progress,
+        stop: float | None = None,
+    ) -> dict[str, float]:
         """Label -> tokens per second over plain decoding's where only policies differ: on this
         run's recording, at its costs. Of those with a drafter of their own nothing is known."""
         name = f"policy gains, batch {batch_size}"
         if not progress.units(name):
-            progress.add(name, gains(self.own, arms, batch_size))
-        found: dict[str, float] = progress.units(name)[0]
-        return found
+            own = self._trace("own", self._own_texts, self._within(stop, RECORDING))
+            found = gains(own, arms, batch_size, self._late(stop))
+            if self._late(stop)():
+                return found  # the rest when the run goes on
+            progress.add(name, found)
+        kept: dict[str, float] = progress.units(name)[0]
+        return kept
 
-    def _recorded(self, texts: Mapping[str, Sequence[Any]]) -> Trace:
+    def _late(self, stop: float | None) -> Late:
+        return never if stop is None else lambda: self._clock() > stop
+
+    def _within(self, stop: float | None, share: float) -> float | None:
+        """When a part ends that may take a share of the time that is left."""
+        now = self._clock()
+        return None if stop is None else now + share * max(0.0, stop - now)
+
+    def _trace(
+        self, name: str, texts: Callable[[], Mapping[str, Sequence[Any]]], stop: float | None
+    ) -> Trace:
+        """Texts recorded once, with this machine's costs."""
+        if name not in self._traces:
+            self._traces[name] = self._recorded(texts(), self._late(stop))
+        return self._traces[name]
+
+    def _recorded(self, texts: Mapping[str, Sequence[Any]], late: Late) -> Trace:
         """These texts' drafts, what the machine's rounds take, and what `smart` starts from."""
         from smart_decoding.bench.runner import encode
         from smart_lab.recorder import measure_host, prior_of, record_wide  # which need the runner
@@ -248,14 +306,20 @@ class Tuner:
         cost = cost_of(candidates)
         drafting = next(arm for arm in candidates if arm.engine.drafter is not None)
         prompts = encode(llm, texts, options)
-        recording = record_wide(drafting, prompts)
+        recording = record_wide(drafting, prompts, late)
         plain = llm.sharing_weights(False)
         mixed = [prompt for of_task in prompts.values() for prompt in of_task]
-        host = measure_host(plain.engine, drafting.engine, mixed[:8])
+        host = measure_host(plain.engine, drafting.engine, mixed[:8], late)
         prior = next((found for arm in candidates if (found := prior_of(arm.policy))), None)
         about = {"temperature": options.temperature}
         ends = tuple(llm.target.eos_token_ids)
         return Trace(recording, about, ends, cost, host, prior)
+
+    def _own_texts(self) -> dict[str, list[Any]]:
+        """The first of the prompts that are measured."""
+        options = self._options
+        stop = options.skip + min(options.limit, prompts_needed(options))
+        return {task: load_task(task, stop)[options.skip :] for task in options.tasks}
 
     def _other_texts(self) -> dict[str, list[Any]]:
         """Prompts after those that are measured. Raises ConfigError if a task has no others."""

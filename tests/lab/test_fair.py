@@ -3,9 +3,11 @@ wall-clock gain."""
 
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+import worlds
 
 from smart_decoding.bench.blocks import Block, Counts
 from smart_decoding.bench.cycles import copies_in
@@ -17,8 +19,10 @@ from smart_decoding.errors import ConfigError
 from smart_lab import tuning
 from smart_lab.bench import LabBench
 from smart_lab.options import LabOptions
+from smart_lab.recorder import AT_ONCE, record_wide
 from smart_lab.replay import replay
 from smart_lab.resume import Progress
+from smart_lab.sweep import likelihood_settings
 from smart_lab.synthetic import synthetic
 from smart_lab.trace import Trace
 from smart_lab.tuning import (
@@ -81,7 +85,8 @@ def test_a_run_gets_both_gains(trace: Trace) -> None:
     bench.options = LabOptions(policies=("off", "smart", "chain"))
     bench.progress = Progress(None, {})
     bench.tuner = Tuner(cast("Any", None), bench.options)
-    bench.tuner.__dict__["own"] = trace  # recorded when first asked for
+    bench.tuner._traces["own"] = trace  # recorded when first asked for
+    bench._compared = {2: bench.options.arms}
     found = [
         {"policy": policy, "batch_size": 2, "task": task}
         for policy in ("off", "smart", "chain")
@@ -107,6 +112,44 @@ def test_rivals_are_tuned_on_prompts_that_are_not_measured(monkeypatch: pytest.M
         assert not measured & set(others)
     with pytest.raises(ConfigError, match="no code prompts beyond the first 105"):
         Tuner(cast("Any", None), replace(options, limit=100))._other_texts()
+
+
+def test_tuning_and_gains_end_when_the_time_is_over(
+    trace: Trace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What was begun is finished, the rest is left out and tried when a run goes on."""
+    asked = LabOptions(tune_eagle2=2, tune_paper=True, tune_chains=True, batch_sizes=(1, 2))
+    seconds = 0.0
+
+    def clock() -> float:  # each look at it takes a second
+        nonlocal seconds
+        seconds += 1.0
+        return seconds
+
+    tuner = Tuner(cast("Any", None), asked, clock)
+    tuner._traces = {"own": trace, "others": trace}
+    arms = tuner.arms(2, Progress(None, {}), 30.0)
+    assert {arm.policy for arm in arms} <= {"eagle2", "paper", *CHAINS}
+    assert any(arm.policy == "eagle2" for arm in arms)
+    assert seconds < 40
+    assert "the time limit came before all settings were tried" in capsys.readouterr().err
+    assert len(likelihood_settings()) > 100
+    contestants = [*asked.arms, Arm("chain"), Arm("eagle2")]
+    progress = Progress(None, {})
+    assert tuner.gains(contestants, 2, progress, seconds) == {}
+    assert not progress.units("policy gains, batch 2")
+    assert list(tuner.gains(contestants, 2, progress, seconds + 3.0)) == ["off", "smart"]
+    assert not progress.units("policy gains, batch 2")
+    assert len(tuner.gains(contestants, 2, progress, seconds + 99.0)) == 4
+    assert len(progress.units("policy gains, batch 2")[0]) == 4
+
+
+def test_a_recording_ends_when_the_time_is_over() -> None:
+    engine = worlds.engine(worlds.Clock(), drafter=worlds.RuleDrafter(worlds.Clock()))
+    late = iter([False, True])
+    prompts = {"code": worlds.prompts(count=20)}
+    found = record_wide(cast("Any", SimpleNamespace(engine=engine)), prompts, lambda: next(late))
+    assert len(found.answers) == 2 * AT_ONCE
 
 
 def block(rows: dict[int, int], levels: int, emitted: int) -> Block:

@@ -75,6 +75,7 @@ class Bench:
     MAIN_PARTS: ClassVar[Sequence[str]] = ("runs", "load")  # a run needs one of these
 
     def __init__(self, options: BenchOptions, llm: LLM, prompts: Prompts) -> None:
+        self.started = time.perf_counter()  # the time limit counts from here
         self.options = options
         self.llm = llm
         self.prompts = prompts
@@ -116,11 +117,11 @@ class Bench:
         """Each part with its share of the time that is left."""
         result: dict[str, Any] = {"runs": []}
         limit = self.options.time_limit
-        stop = None if limit is None else time.perf_counter() + limit
+        stop = None if limit is None else self.started + limit
         parts = list(self.parts().items())
         for i, (name, part) in enumerate(parts):
             share = part.share / sum(other.share for _, other in parts[i:])
-            result[name] = part.measure(_until(stop, share))
+            result[name] = part.measure(until(stop, share))
         return result
 
     def made(self, chosen: Sequence[Arm]) -> dict[str, LLM]:
@@ -154,7 +155,7 @@ class Bench:
             contestants = arms or self.contestants(batch_size)
             name = f"{kind}T {temperature:g}, batch {batch_size}"
             found = self._batch(
-                name, contestants, prompts, batch_size, _until(stop, 1 / (len(batch_sizes) - i))
+                name, contestants, prompts, batch_size, until(stop, 1 / (len(batch_sizes) - i))
             )
             if not found.cycles:
                 told = "is left out: no time was left for one block of every policy"
@@ -214,7 +215,7 @@ def _setting(arm: Arm) -> dict[str, str]:
     return {"setting": ",".join(f"{name}={value}" for name, value in arm.options.items())}
 
 
-def _until(stop: float | None, share: float) -> float | None:
+def until(stop: float | None, share: float) -> float | None:
     """When a part must end that may take a share of the time that is left."""
     now = time.perf_counter()
     return None if stop is None else now + max(0.0, stop - now) * share
