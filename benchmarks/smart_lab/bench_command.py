@@ -6,14 +6,12 @@ Needed by docs/lab.md and by the commands in benchmarks/results/*/README.md.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
-from smart_decoding.bench import report
 from smart_decoding.bench.options import PRESETS
 from smart_decoding.bench.provenance import write_json
-from smart_decoding.bench.results import Results
+from smart_decoding.bench.report import everything
 from smart_decoding.cli.bench import add_common_arguments, options_of
 from smart_lab.options import LabOptions
 
@@ -35,13 +33,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("the laboratory: recordings").add_argument
     recorded = "record the prompts' drafts there, for replay and simulation, instead of measuring"
     add("--record", type=Path, metavar="FILE", help=recorded)
-    timed = (
-        "time a model of these dimensions (llama-3.1-8b, ..., or a config.json) with random "
-        "weights: all compute is real, acceptance comes from --replay"
-    )
-    add("--random-weights", metavar="CONFIG", help=timed)
-    taken = "the recording whose acceptance --random-weights takes"
-    add("--replay", type=Path, metavar="TRACE", help=taken)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -55,26 +46,13 @@ def main(args: argparse.Namespace) -> int:
     require_kernels(device_of(options.device), options.allow_slow)
     if options.record is not None:
         return _record(options, options.record)
-    if options.replay is not None:
-        from smart_lab.replayed_run import run
-    else:
-        from smart_lab.bench import run
+    from smart_lab.bench import run
+
     result = run(options)
     if options.json is not None:
         write_json(options.json, result)
     print(everything(result))
     return 0
-
-
-def everything(result: Mapping[str, Any]) -> str:
-    """All tables of a result."""
-    results = Results.from_dict(result)
-    first = report.warnings(results)
-    if result.get("acceptance"):
-        model = result["provenance"]["weights"]["model"]
-        kind = str(result["acceptance"]).upper()
-        first.insert(0, f"{kind}: compute is real, tokens are a recording's ({model})")
-    return report.printed(first, [*report.comparison(results), *report.load_table(results)])
 
 
 def _record(options: LabOptions, path: Path) -> int:

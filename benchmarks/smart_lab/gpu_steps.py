@@ -1,5 +1,8 @@
 """The steps of gpu_check.py, each in a process of its own. A step yields all that it has found so
-far, again and again; "missing" names what it could not measure."""
+far, again and again; "missing" names what it could not measure.
+
+Needed by tools/gpu_check.sh.
+"""
 
 from __future__ import annotations
 
@@ -292,8 +295,6 @@ def replay_options(task: Task, level: str) -> LabOptions:
     """How a level is replayed."""
     tree = acceptances()[level]["tree"]
     return LabOptions(
-        random_weights=MODEL,
-        replay=Path(level),  # its name; the recording is at hand
         policies=RIVALS,
         policy_options=(_setting("eagle2", tree), _setting("paper", limits_of(tree))),
         batch_sizes=tuple(task.scale.replayed),

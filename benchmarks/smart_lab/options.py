@@ -38,9 +38,7 @@ class LabOptions(BenchOptions):
     policy_gain: also replay every contestant on the run's own recording at its own costs, where
     nothing but the policy differs.
     resume: a file that keeps what is measured, so that the same command goes on after a cut.
-    record: instead of measuring, record the drafts of the prompts there.
-    random_weights, replay: measure a model of this config with random weights, its acceptance taken
-    from this recording."""
+    record: instead of measuring, record the drafts of the prompts there."""
 
     ARM: ClassVar[type[Arm]] = LabArm
 
@@ -50,18 +48,10 @@ class LabOptions(BenchOptions):
     policy_gain: bool = False
     resume: Path | None = None
     record: Path | None = None
-    random_weights: str | None = None
-    replay: Path | None = None
 
     def __post_init__(self) -> None:
         if self.tune_eagle2 < 0:
             raise ConfigError(f"tune_eagle2 must not be negative, but is {self.tune_eagle2}")
-        if (self.random_weights is None) != (self.replay is None):
-            raise ConfigError("--random-weights CONFIG and --replay TRACE go together: give both")
-        if self.replay is not None and (self.temperature or self.load):
-            raise ConfigError(
-                "a replayed run is greedy and in blocks: leave out --temperature and --load"
-            )
         check_outputs((self.record, self.resume))
         for arm in self.arms:
             check_variant(arm)
@@ -98,6 +88,5 @@ def check_variant(arm: Arm) -> None:
 
 def command_of(options: LabOptions) -> str:
     """The command line that asks for this run."""
-    model = [] if options.replay is not None else ["--model", without_folder(options.model)]
-    words = words_of(options, ("model",))
-    return shlex.join(["python", "-m", "smart_lab", "bench", *model, *words])
+    words = ["--model", without_folder(options.model), *words_of(options, ("model",))]
+    return shlex.join(["python", "-m", "smart_lab", "bench", *words])

@@ -1,13 +1,14 @@
-"""`bench --random-weights CONFIG --replay TRACE`: a full-size model's compute with a recording's
-acceptance.
+"""A full-size model's compute with a recording's acceptance.
 
 Weights are random, so that any size can be timed where no checkpoint is at hand; every forward,
 ranking and argmax is computed for real. What comes out of them is put aside: a drafter proposes the
 recorded candidates, and the target says what the recorded answer says. The engine knows nothing of
-it. Results are labelled "replayed acceptance".
+it.
 
 A prompt is as long as the recorded one; its first token is the answer's number, by which the target
 knows whose pages it writes.
+
+Needed by tools/gpu_check.sh and by tests/gpu.
 """
 
 from __future__ import annotations
@@ -29,7 +30,6 @@ from smart_decoding.bench.blocks import Prompt
 from smart_decoding.bench.cycles import AGAIN, measure, rows_of
 from smart_decoding.bench.limits import Sizes, measure_limits, rated
 from smart_decoding.bench.options import BASELINE, OURS
-from smart_decoding.bench.provenance import memory, provenance
 from smart_decoding.bench.summary import POOLED
 from smart_decoding.core.cost import CostModel
 from smart_decoding.core.selection import Fixed
@@ -39,7 +39,7 @@ from smart_decoding.engine.engine import Engine, EngineConfig
 from smart_decoding.engine.kv import PAGE
 from smart_decoding.engine.protocols import TargetScores
 from smart_decoding.engine.sampling_params import SamplingParams
-from smart_decoding.errors import ConfigError, ModelError
+from smart_decoding.errors import ModelError
 from smart_decoding.models.config import ModelConfig
 from smart_decoding.models.eagle_head import EagleHead
 from smart_decoding.models.head_files import HeadFiles
@@ -52,9 +52,7 @@ from smart_decoding.profiling.measure import Measurement
 from smart_decoding.profiling.profile import ROUND_OVERHEAD
 from smart_decoding.speculation import SCRATCH_PAGES, fastest_selection
 from smart_lab.hardware import dimensions
-from smart_lab.options import LabOptions, command_of
 from smart_lab.replay import Source
-from smart_lab.trace import Trace, read_trace
 
 if TYPE_CHECKING:
     from smart_decoding.core.policies.base import Policy
@@ -64,7 +62,9 @@ if TYPE_CHECKING:
     from smart_decoding.engine.protocols import Grown
     from smart_decoding.engine.request import Request
     from smart_decoding.engine.rows import Rows
+    from smart_lab.options import LabOptions
     from smart_lab.recording import Recording
+    from smart_lab.trace import Trace
 
 SCALE = 0.02  # of random weights: activations stay finite through many layers
 DRAFT_VOCAB = 32000  # rows of the head's output matrix, as EAGLE-3's for Llama-3.1-8B
@@ -73,7 +73,6 @@ NODES = 80  # that a request may expand, at any batch size: EAGLE-2 expands 70
 # one they also end so, a next prompt is in most rounds, and those do not count.
 CHUNK = 16_384
 PROFILE_SECONDS = 10.0
-LABEL = "replayed acceptance"
 
 
 @dataclass(frozen=True)
@@ -196,39 +195,6 @@ class ReplayedDrafter(EagleDrafter):
         self._source.expand(trees, parents, children, owner if (parents < 0).all() else None)
 
 
-def run(options: LabOptions) -> dict[str, Any]:
-    """Measures the contestants on a model of random weights; 'acceptance' of the result says what
-    it is.
-
-    Raises ConfigError for a recording that does not fit the model, ModelError for an unusable
-    config.json."""
-    assert options.random_weights is not None
-    assert options.replay is not None
-    trace = read_trace(options.replay)
-    name, config = model_config(options.random_weights)
-    _check(trace, config)
-    bench = Replay(options, trace, config, PROFILE_SECONDS)
-    limit = options.time_limit
-    share = None if limit is None else limit / len(options.batch_sizes)
-    runs = [run for size in options.batch_sizes for run in bench.runs(size, share)]
-    weights = {
-        "model": f"{name}, random weights, {LABEL}",
-        "trace": options.replay.name,
-        "dtype": options.dtype,
-    }
-    head = "random head, recorded candidates"
-    return {
-        "provenance": provenance(
-            command_of(options), options.seed, weights, head, bench.target.plain_torch
-        ),
-        "acceptance": LABEL,
-        "runs": runs,
-        "cost": bench.cost.to_dict(),
-        "limits": bench.limits,
-        "memory": memory(bench.sizes.weights * bench.sizes.item, bench.target.decoder.kv.bytes),
-    }
-
-
 def longest_of(trace: Trace) -> int:
     """Tokens of the longest recorded prompt with its answer."""
     answers = trace.recording.answers
@@ -320,7 +286,7 @@ class Replay:
         chosen = [usable[i % len(usable)] for i in range(max(len(usable), 2 * size))]
         prompts = self.prompts(chosen)
         engines = self.engines()
-        with tqdm(desc=f"{LABEL}, batch {size}", unit="cycle", leave=False) as bar:
+        with tqdm(desc=f"replayed acceptance, batch {size}", unit="cycle", leave=False) as bar:
             deadline = None if seconds is None else time.perf_counter() + seconds
             found = measure(engines, prompts, size, deadline, bar.update)
         rows = rows_of(found, size, self.options)
@@ -438,24 +404,3 @@ def random_head(
     shapes, aux_layers, layer = head_shapes(config, draft_vocab)
     weights: dict[str, torch.Tensor] = dict(RandomWeights(shapes, device))
     return HeadFiles({}, {**weights, "draft_ids": torch.arange(draft_vocab)}, aux_layers, layer)
-
-
-def _check(trace: Trace, config: ModelConfig) -> None:
-    answers = trace.recording.answers
-    if trace.about.get("temperature"):
-        raise ConfigError("--replay needs a greedy recording: record without --temperature")
-    most = max(
-        [
-            *(int(a.tokens.max()) for a in answers if len(a.tokens)),
-            int(trace.recording.token.max(initial=0)),
-            *trace.eos_token_ids,
-            len(answers) - 1,
-        ]
-    )
-    if most >= config.vocab:
-        raise ConfigError(
-            f"the recording has token {most}, but the model knows {config.vocab}: "
-            "take a larger vocabulary"
-        )
-    if any(a.prompt_length < 1 for a in answers):
-        raise ConfigError("the recording has an answer without a prompt")

@@ -7,17 +7,13 @@ import pytest
 import torch
 
 from smart_decoding.bench import cycles
-from smart_decoding.cli.main import main
 from smart_decoding.core.cost import CostModel
-from smart_decoding.errors import ConfigError
 from smart_decoding.speculation import fastest_selection
 from smart_lab import replayed_run
-from smart_lab.__main__ import LAB
 from smart_lab.options import LabOptions
-from smart_lab.recording import Recording
 from smart_lab.replay import replay
 from smart_lab.synthetic import synthetic
-from smart_lab.trace import Trace, write_trace
+from smart_lab.trace import Trace, read_trace, write_trace
 
 CONFIG = {
     "model_type": "llama",
@@ -48,15 +44,17 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
-    monkeypatch.setattr(replayed_run, "PROFILE_SECONDS", 0.05)
     monkeypatch.setattr(cycles, "SLOW", 1e9)  # on a tiny model everything but the baseline is slow
 
 
-def options(folder, **given):
+def bench(folder, trace="t", **given):
+    config = replayed_run.model_config(str(folder / "config.json"))[1]
+    return replayed_run.Replay(options(**given), read_trace(folder / trace), config, 0.05)
+
+
+def options(**given):
     return LabOptions(
         **{
-            "random_weights": str(folder / "config.json"),
-            "replay": folder / "t",
             "dtype": "fp32",
             "batch_sizes": (2,),
             "policies": ("off", "eagle2"),
@@ -68,12 +66,11 @@ def options(folder, **given):
 
 def test_tokens_and_rounds_are_those_of_a_replay(folder):
     """The engine, with a real model's forwards, accepts what the replay without one accepts."""
-    result = replayed_run.run(options(folder, batch_sizes=(1,)))
-    (run,) = (r for r in result["runs"] if r["task"] == "all" and r["policy"] != "off")
+    runs = bench(folder, batch_sizes=(1,)).runs(1, None)
+    (run,) = (r for r in runs if r["task"] == "all" and r["policy"] != "off")
     assert run["identical"]
     assert run["prompts"] == 6
-    assert result["acceptance"] == "replayed acceptance"
-    trace = replayed_run.read_trace(folder / "t")
+    trace = read_trace(folder / "t")
     found = replay(trace.policy("eagle2", **SMALL), trace.recording, CostModel.default(), 1)
     assert run["tokens_per_round"] == pytest.approx(found.tokens_per_round, rel=0.03)
     assert run["tokens_per_round"] > 1.3
@@ -83,16 +80,11 @@ def test_tokens_and_rounds_are_those_of_a_replay(folder):
 
 
 def test_answers_are_the_recorded_ones_under_every_policy(folder):
-    trace = replayed_run.read_trace(folder / "t")
-    bench = replayed_run.Replay(
-        options(folder, policies=("off", "smart", "eagle2")),
-        trace,
-        replayed_run.model_config(str(folder / "config.json"))[1],
-        0.05,
-    )
-    for label, engine in bench.engines().items():
+    trace = read_trace(folder / "t")
+    made = bench(folder, policies=("off", "smart", "eagle2"))
+    for label, engine in made.engines().items():
         assert type(engine._selection) is type(fastest_selection())  # as of an LLM
-        prompts = bench.prompts([0, 1, 2])["recorded"]
+        prompts = made.prompts([0, 1, 2])["recorded"]
         requests = [engine.add_request(str(p.index), p.tokens, p.params)[0] for p in prompts]
         while engine.has_unfinished_requests:
             engine.step()
@@ -101,21 +93,14 @@ def test_answers_are_the_recorded_ones_under_every_policy(folder):
         engine.check_integrity()
 
 
-def test_answers_may_be_longer_than_what_a_rehearsal_of_the_profile_adds(folder, tmp_path):
+def test_answers_may_be_longer_than_what_a_rehearsal_of_the_profile_adds(folder):
     write_trace(
-        tmp_path / "long",
+        folder / "long",
         Trace(synthetic(2.0, answers=2, length=110, context=20), {"temperature": 0.0}, (299,)),
     )
-    result = replayed_run.run(
-        options(
-            folder,
-            replay=tmp_path / "long",
-            policies=("off", "smart"),
-            policy_options=(),
-            max_tokens=110,
-        )
-    )
-    assert {run["policy"] for run in result["runs"]} == {"off", "smart"}
+    given = {"policies": ("off", "smart"), "policy_options": (), "max_tokens": 110}
+    runs = bench(folder, "long", **given).runs(2, None)
+    assert {run["policy"] for run in runs} == {"off", "smart"}
 
 
 def test_random_weights_are_the_same_every_time():
@@ -133,46 +118,3 @@ def test_a_model_by_name_has_its_published_size():
     assert sum(int(np.prod(shape)) for shape in config.expected_shapes().values()) == pytest.approx(
         8.03e9, rel=0.01
     )
-
-
-def test_the_command_says_what_it_measured(folder, tmp_path, capsys):
-    arguments = [
-        "bench",
-        "--random-weights",
-        str(folder / "config.json"),
-        "--replay",
-        str(folder / "t"),
-        "--dtype",
-        "fp32",
-        "--policies",
-        "off,smart",
-        "--batch-sizes",
-        "2",
-        "--json",
-        str(tmp_path / "r.json"),
-    ]
-    assert main(arguments, LAB) == 0
-    out = capsys.readouterr().out
-    assert out.startswith("REPLAYED ACCEPTANCE: compute is real")
-    assert "smart" in out
-    result = json.loads((tmp_path / "r.json").read_text())
-    assert result["acceptance"] == "replayed acceptance"
-    command = result["provenance"]["command"]
-    assert "--random-weights config.json --replay t" in command
-    assert str(folder) not in command
-
-
-def test_what_does_not_fit_is_refused(folder, tmp_path):
-    with pytest.raises(ConfigError, match="go together"):
-        LabOptions(random_weights="llama-3.1-8b")
-    with pytest.raises(ConfigError, match="greedy"):
-        options(folder, temperature=0.8)
-    small = tmp_path / "config.json"
-    small.write_text(json.dumps({**CONFIG, "vocab_size": 100}))
-    with pytest.raises(ConfigError, match="larger vocabulary"):
-        replayed_run.run(options(folder, random_weights=str(small)))
-    write_trace(
-        tmp_path / "warm", Trace(Recording.of([(5, 4, [1, 2], [], "")][:0]), {"temperature": 0.8})
-    )
-    with pytest.raises(ConfigError, match="greedy recording"):
-        replayed_run.run(options(folder, replay=tmp_path / "warm"))

@@ -32,7 +32,7 @@ QUICK: dict[str, Any] = {
     "time_limit": 100.0,
 }
 PRESETS = {"quick": QUICK}
-FILES = ("draft", "random_weights")  # of options that are texts, those that may name a folder
+FILES = ("draft",)  # of options that are texts, those that may name a folder
 REPEATED = {"policy_options": "policy-options", "method_options": "method-option"}
 
 

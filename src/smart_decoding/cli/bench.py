@@ -38,8 +38,6 @@ MOVED = (
     "--tune-eagle2",
     "--tune-paper",
     "--record",
-    "--random-weights",
-    "--replay",
     "--resume",
 )
 
