@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,15 +21,9 @@ from smart_decoding.errors import ConfigError
 
 @dataclass(frozen=True)
 class LabResults(Results):
-    """cost: the measured profile, if the file has one. sampled, suites, variants, replayed,
-    peers: parts of files of before 2026-11-30, empty elsewhere."""
+    """cost: the measured profile, if the file has one."""
 
     cost: CostModel | None = None
-    sampled: Sequence[Run] = ()
-    suites: Sequence[Run] = ()
-    variants: Sequence[Run] = ()
-    replayed: Mapping[str, Any] = field(default_factory=dict)
-    peers: Sequence[Mapping[str, Any]] = ()
 
     @classmethod
     def from_dict(cls, data: Any, source: str = "the results") -> Self:
@@ -43,15 +37,9 @@ class LabResults(Results):
             runs=originals(runs),
             copies=[run for run in runs if "copy_of" in run],
             cost=_cost(data.get("cost")),
-            sampled=originals(checked_runs(data.get("sampled_runs"), source)),
             load=_load(data.get("load")),
-            suites=checked_runs(data.get("suite_runs"), source),
-            variants=checked_runs(data.get("variant_runs"), source),
-            replayed=_replayed(data.get("replayed")),
-            peers=_peers(data.get("peers")),
         )
-        parts = (found.sampled, found.load, found.suites, found.variants)
-        if not runs and not any((*parts, found.replayed, found.peers)):
+        if not runs and not found.load:
             raise none
         if runs and not any(run["task"] == POOLED for run in runs):
             raise ConfigError(
@@ -103,25 +91,6 @@ def checked_runs(value: Any, source: str) -> Sequence[Run]:
         if "speedup" not in run:
             raise ConfigError(f"{source}: a run has no 'speedup'")
     return runs
-
-
-def _replayed(value: Any) -> Mapping[str, Any]:
-    """Batch size -> what replay answers; empty if that cannot be read."""
-    found = mapping(value)
-    parts = [
-        mapping(mapping(of_size).get(name))
-        for of_size in found.values()
-        for name in ("gap", "ablations")
-    ]
-    return found if parts and all(parts) and all(size.isdigit() for size in found) else {}
-
-
-def _peers(value: Any) -> Sequence[Mapping[str, Any]]:
-    """Peers that have a name."""
-    found = value if isinstance(value, Sequence) and not isinstance(value, str) else ()
-    return [
-        peer for peer in found if isinstance(peer, Mapping) and isinstance(peer.get("name"), str)
-    ]
 
 
 def _cost(state: Any) -> CostModel | None:

@@ -2,6 +2,8 @@
 
 benchmarks/results/MACHINE/DATE-KIND.json is one run: what `bench`, `robustness`, `busy`,
 `vllm` or `transformers` wrote. A new run of a kind replaces the one before.
+
+Needed by tests/lab/test_results.py: every page of benchmarks/results is of its JSON files.
 """
 
 from __future__ import annotations
@@ -9,13 +11,12 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from smart_decoding.bench import report
 from smart_decoding.bench.provenance import write_text
-from smart_decoding.bench.results import Run, mapping
+from smart_decoding.bench.results import mapping
 from smart_decoding.bench.sections import Cell, RatioCell, Section, text_of
 from smart_decoding.errors import ConfigError
 from smart_lab import tables
@@ -23,9 +24,7 @@ from smart_lab.results import LabResults
 
 RESULTS = Path(__file__).parents[1] / "results"
 MADE = "Made by `python -m smart_lab results` from the JSON files of this folder; do not edit."
-# What a command may ask for that is gone, and the last commit that has it.
-GONE = ("--peers", "--suites", "--variants", "--questions", "--sampled", "--html", "published")
-LAST = "6f6a75aa"
+LAST = "6f6a75aa"  # the last commit with all commands of older runs
 TOLD = {"simulated": ": nothing here was measured"}
 # Kind -> title, in the order of the page.
 KINDS = {
@@ -104,9 +103,15 @@ def kind_of(path: Path) -> str:
 
 def section(path: Path) -> str:
     """One run: where it comes from, then its tables."""
+    kept = path.with_suffix(".md")  # tables of what no command measures any more
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         parts = tables_of(data)
+        if kept.exists():
+            told = f"Parts that are gone; commit {LAST} is the last that can measure them:"
+            parts += [told, kept.read_text(encoding="utf-8").rstrip()]
+        if not parts:
+            raise ValueError("nothing of what pages show is in it")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path} is no run that a page can show: {error!r}") from error
     origin = mapping(data.get("provenance"))
@@ -133,47 +138,27 @@ def facts(origin: Mapping[str, Any]) -> str:
         ),
         "draft head": origin.get("head"),
     }
-    lines = [f"- {name}: {value or 'not recorded'}" for name, value in told.items()]
-    if any(word in str(origin.get("command")).split() for word in GONE):
-        lines.append(f"- its command is gone: commit {LAST} is the last that has all of it")
-    return "\n".join(lines)
+    return "\n".join(f"- {name}: {value or 'not recorded'}" for name, value in told.items())
 
 
 def tables_of(data: Mapping[str, Any]) -> list[str]:
     """Every part of a run as a table under its title."""
     found: list[Section] = []
-    if "simulated" in data:
-        found += tables.simulated(data["simulated"])
-    elif "llama_cpp" in data:
+    if "llama_cpp" in data:
         found += tables.gguf(data)
-    elif "runs" in data:
+    elif data.get("runs") or data.get("load"):
         results = LabResults.from_dict(data)
-        for title, runs in _run_parts(results):
-            beside = report.over(replace(results, runs=runs))
-            found += [tables.by_batch(runs, title), tables.tuned(runs), *beside]
-        found += tables.suites(results.suites)
+        if results.runs:
+            found += [tables.by_batch(results.runs), tables.tuned(results.runs)]
+            found += report.over(results)
         found += report.load_table(results)
-        found += tables.replayed(results.replayed)
-        found += tables.peers(results.peers)
     if data.get("robustness"):
         found.append(tables.robust(data["robustness"]))
     if data.get("busy"):
         found.append(tables.busy(data["busy"]))
     found += [tables.vllm(run) for run in data.get("vllm", ())]
     found += [tables.transformers(run) for run in data.get("transformers", ())]
-    if not found:
-        raise ValueError("nothing of what pages show is in it")
     return [_shown(part) for part in found if part.rows or part.lines]
-
-
-def _run_parts(results: LabResults) -> list[tuple[str, Sequence[Run]]]:
-    """The comparisons of policies, under their titles."""
-    parts = [
-        ("", results.runs),
-        ("At another temperature", results.sampled),
-        ("One ingredient exchanged, live", results.variants),
-    ]
-    return [(title, runs) for title, runs in parts if runs]
 
 
 def _shown(part: Section) -> str:
