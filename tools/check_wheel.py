@@ -9,6 +9,8 @@ and the first `smart run`, which compiles nothing, converts the model's file and
 counted are downloads: of packages, which pip fetches before, and of the model's file. Every other
 Python from 3.11 on that the machine has gets the wheel alone, and calls one kernel: one wheel
 serves them all.
+
+Needed by `make test-wheel`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Docstrings in the site: `name: meaning` at the beginning of a line is an item of a list."""
+"""Docstrings in the site: `name: meaning` at the beginning of a line is an item of a list.
+
+Needed by `make docs` (mkdocs.yml).
+"""
 
 from __future__ import annotations
 

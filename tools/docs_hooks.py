@@ -2,6 +2,8 @@
 
 A link out of docs/, such as ../benchmarks/results/zen4/README.md, works in the repository. For the
 site the file is taken along as repo/benchmarks/results/zen4/README.md, with what it links to.
+
+Needed by `make docs` (mkdocs.yml).
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Prints the folder of a model in Hugging Face's layout, fetched if need be: for other engines."""
+"""Prints the folder of a model in Hugging Face's layout, fetched if need be: for other engines.
+
+Needed by `make test-vllm`.
+"""
 
 from __future__ import annotations
 

@@ -9,6 +9,8 @@ runs them where it can: on this CPU, else under qemu, else not at all, which the
 Needs g++; for other architectures g++-aarch64-linux-gnu and qemu-user. All is compiled first, then
 programs run, two at a time. Objects are kept in build/native-tests by a hash of what they are made
 of. The exit code is 0 if nothing failed.
+
+Needed by `make test-native` and `make quality`.
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@
     python tools/record_demo.py
 
 Everything is shown as it came, but that silences, in which answers are timed, are cut to a second.
+
+Needed by the README's first picture.
 """
 
 from __future__ import annotations

@@ -11,6 +11,8 @@ anybody at an address of his own who waits longer than --max-gap seconds for the
 answer, a bystander among them, and for a median that speculation has worsened. Every other client
 has its own address; the rest share one, as behind a router. Prints a table (Markdown) and PASS or
 FAIL with the reasons, writes everything as JSON, and exits with 1 if something is wrong.
+
+Needed by `make soak` and tests/server/test_soak.py.
 """
 
 from __future__ import annotations

@@ -1,5 +1,8 @@
 """Grammars that would hold up or kill a server, for soak.py's hostile clients: each is refused, or
-fails on its way, and nobody else may notice."""
+fails on its way, and nobody else may notice.
+
+Needed by soak.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What a soak (soak.py) came to: its figures, what is wrong, and how that is told."""
+"""What a soak (soak.py) came to: its figures, what is wrong, and how that is told.
+
+Needed by soak.py and tests/server/test_soak.py.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,8 @@
 """`python -m smart_lab COMMAND`: the laboratory's command line, with the errors and exit codes of
-`smart`."""
+`smart`.
+
+Needed by `make lab`.
+"""
 
 from __future__ import annotations
 

@@ -10,6 +10,8 @@ is their mean, with its standard error in thousandths.
 
 A rival's name with " tuned" behind it stands for its best setting at each machine's costs and batch
 size, found on these very answers: "eagle2 tuned" is the best of all fixed trees and chains.
+
+Needed by docs/results.md, "What does each ingredient give?".
 """
 
 from __future__ import annotations

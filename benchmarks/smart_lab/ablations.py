@@ -2,6 +2,8 @@
 controller has.
 
 A variant exchanges parts of the rule that the policy answers with, or what the policy is told.
+
+Needed by `ablate`, `regret` and `bench --policy-options smart:variant=NAME`.
 """
 
 from __future__ import annotations

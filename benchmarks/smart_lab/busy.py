@@ -3,6 +3,8 @@
 Each is measured in turn, quiet and beside the busy processes, the order reversed each time; printed
 are the medians and the ratio, which is to be 0.6 or more. A machine that does anything else
 meanwhile shows less than it can.
+
+Needed by docs/serving.md and tests/e2e/test_beside.py.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The same GGUF file in our engine and in a llama.cpp built on this machine, in one run.
 
-    python -m smart_lab gguf-speed FILE --llama-cpp build/bin [--draft FILE] [--slots 1,4,8] \\
+    python -m smart_lab gguf-speed FILE --llama-cpp build/bin [--draft FILE] [--slots 1,4,8] \
         [--vllm PYTHON]
 
 llama.cpp's flags are found first, for each number of slots, on prompts of their own: threads, flash
@@ -12,6 +12,8 @@ asked is stopped. Printed are tokens per second of all requests, prompts include
 its first token: of all blocks, of the slowest and of the fastest; ratios have 95 % intervals. A
 forward of a few rows is timed before that, in turn as well. With --vllm its CPU build answers too,
 from the same weights in bf16.
+
+Needed by the README's first table (zen5/2026-11-30-gguf.json).
 """
 
 from __future__ import annotations

@@ -24,6 +24,8 @@ models/head_levels.py: the device chooses what levels expand, with two waits a r
 with one for each level.
 
 Nothing here needs more than Python until a step runs.
+
+Needed by tools/gpu_check.sh, which docs/models.md describes.
 """
 
 from __future__ import annotations

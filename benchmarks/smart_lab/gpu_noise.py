@@ -1,4 +1,7 @@
-"""The noise of draws as triton_sampling.py computes it, for tests and gpu_parity.py."""
+"""The noise of draws as triton_sampling.py computes it, for tests and gpu_parity.py.
+
+Needed by gpu_parity.py and by tests/gpu.
+"""
 
 from __future__ import annotations
 

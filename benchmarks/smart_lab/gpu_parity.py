@@ -1,6 +1,9 @@
 """Does a device compute what it should? Triton's kernels against float64 and plain torch, graphs
 against kernels launched one by one, draws against the CPU's. The same code runs on a CPU by
-Triton's interpreter."""
+Triton's interpreter.
+
+Needed by tools/gpu_check.sh and by tests/gpu.
+"""
 
 from __future__ import annotations
 

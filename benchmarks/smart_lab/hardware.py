@@ -9,6 +9,8 @@ Keys are read once per sequence, scores are computed once per row. A drafted lev
 one layer, a fusing matrix and the drafter's output matrix; a cost model knows its rows only, so
 that each of them pays a part of its sequence's keys. The parameters are in hardware.json; one
 efficiency serves all cards.
+
+Needed by `simulate --hardware` and `ablate --machines`.
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@ Sixteen prompts of three tasks, 32 tokens each; every policy at every batch size
 decoding one by one, greedy and at temperature 0.8; with --expanded, against that of the same file
 expanded to bf16. Printed: answers compared, those that differ, and how many drafted nodes were
 verified and accepted: a run that drafts nothing would show nothing.
+
+Needed by LOG's "held-out identity", which a change of the core or the kernels must pass.
 """
 
 from __future__ import annotations

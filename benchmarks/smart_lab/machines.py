@@ -1,5 +1,8 @@
 """The machines whose costs replays use: those of `benchmarks/results`, and cards by their data
-sheets."""
+sheets.
+
+Needed by `ablate`.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,8 @@
 """`python -m smart_lab bench --record FILE`: the prompts' wide drafts, and what a replay needs of
-the machine."""
+the machine.
+
+Needed by `bench --record` and the tuning of `bench`.
+"""
 
 from __future__ import annotations
 

@@ -4,6 +4,8 @@ The drafter is good all the time, hopeless all the time, or turns bad and good a
 `--against OLD.json` (an earlier run's `--json`) each line says how much the rate has changed.
 
     python -m smart_lab regret --policies smart,"no calibration","no exploration"
+
+Needed by benchmarks/README.md and by whoever changes the core: tests/lab/test_regret.py.
 """
 
 from __future__ import annotations

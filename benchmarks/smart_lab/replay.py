@@ -3,6 +3,8 @@
 A replay walks through the recorded answers as an engine would: the policy drafts from the recorded
 trees, the recorded answer says what is accepted, and a CostModel says how long it takes. A node
 that the recording did not expand has no children; `missing` counts how often a policy wanted some.
+
+Needed by `ablate`, `simulate` and the tuning of `bench`, and so by docs/simulate.md.
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@ The file holds a key (options, machine, source and versions) and units of finish
 such as the cycles of a batch size. It is written whole after each unit. Another key is refused:
 figures of two programs or machines do not belong into one table. Policies that learn start afresh
 when a run goes on.
+
+Needed by `bench`, `robustness` and `gguf-speed`, for runs that are cut.
 """
 
 from __future__ import annotations

@@ -1,5 +1,8 @@
 """Policies of other engines, for comparison alone: the laboratory's commands register them beside
-the product's."""
+the product's.
+
+Needed by `bench --tune-chains` and `ablate "pooled_chain tuned"`: the chains in docs/results.md.
+"""
 
 from __future__ import annotations
 

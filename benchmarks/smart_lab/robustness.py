@@ -7,6 +7,8 @@ end to end. `smart` starts afresh in each case and batch size, so that the ratio
 noticing costs. How long it takes to notice is measured apart, in rounds at batch 1: until three
 quarters of 16 rounds are off (bad drafts), or until the median of 16 rounds is predicted to within
 a quarter (wrong profiles).
+
+Needed by the README ("Bad heads") and zen4/2026-11-28-robustness.json.
 """
 
 from __future__ import annotations

@@ -1,5 +1,8 @@
 """What rounds cost and gave, as figures: rows against time, tokens against rows, and whether
-probabilities came true."""
+probabilities came true.
+
+Needed by `report`.
+"""
 
 from __future__ import annotations
 

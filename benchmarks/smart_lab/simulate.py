@@ -1,5 +1,8 @@
 """What speculation would bring on other hardware: policies replayed at the costs of a profile or a
-data sheet."""
+data sheet.
+
+Needed by `simulate` and the tuning of `bench`.
+"""
 
 from __future__ import annotations
 

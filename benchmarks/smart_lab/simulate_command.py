@@ -1,4 +1,7 @@
-"""`python -m smart_lab simulate`: would speculation pay on that machine, and which policy?"""
+"""`python -m smart_lab simulate`: would speculation pay on that machine, and which policy?
+
+Needed by docs/simulate.md.
+"""
 
 from __future__ import annotations
 

@@ -4,6 +4,8 @@ knowledge there.
 Each expanded node gets children whose draft probabilities depend on how hard the request is at the
 moment; their true acceptance is a known distortion of them. Everything is a function of the seed,
 so all policies meet the same rounds.
+
+Needed by `regret`, tests/unit/core/test_smart.py and test_constants.py.
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@ explain, or a sheet of worked exercises with one left. No text occurs twice in a
 for a whole function back: with a parameter renamed, one operator repaired, type hints added, or a
 line of logging. Both are functions of the fetched files alone, so a checksum of those pins them
 too; both are for evaluation only, as their sources are.
+
+Needed by docs/results.md, "Long contexts and edits".
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 It treats each request alone, so its tree at a position is the same at every batch size and cost.
 All positions' trees are drawn in a few large batches, once per setting; a replay then only adds up.
+
+Needed by the tuning of `bench` and by `simulate`.
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@ number of tokens.
 How predictable the text is moves slowly, as in real text; confidences fall off from child to child,
 and the target chooses a child with its confidence times a trust that falls with depth. Nothing else
 is claimed of them.
+
+Needed by `simulate --acceptance`, tools/gpu_check.sh and most of tests/lab.
 """
 
 from __future__ import annotations

@@ -1,5 +1,8 @@
 """Recordings as files: a line that names format, version and checksum, a line of JSON about it,
-compressed arrays."""
+compressed arrays.
+
+Needed by `bench --record`, `ablate` and `simulate --trace`.
+"""
 
 from __future__ import annotations
 

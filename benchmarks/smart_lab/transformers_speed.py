@@ -5,6 +5,8 @@ prompt; printed is seconds of `generate` / seconds of the method, over all promp
 median and range over the repetitions, then the same as JSON. `--assistant`: a smaller model of the
 same vocabulary, for assisted generation and as SMART's draft model; both it and prompt lookup run
 at batch 1 only, and answer greedily like all others here.
+
+Needed by docs/transformers.md, "Speed".
 """
 
 from __future__ import annotations

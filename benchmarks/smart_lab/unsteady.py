@@ -1,5 +1,8 @@
 """A machine for replays whose costs change while a policy runs: states of its memory take turns,
-and every step is noisy."""
+and every step is noisy.
+
+Needed by tests/lab/test_unsteady.py, which holds that `smart` follows a machine that changes.
+"""
 
 from __future__ import annotations
 

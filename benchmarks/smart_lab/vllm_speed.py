@@ -12,7 +12,10 @@ batch size is run once, uncounted, by all engines. Prints tokens per second (pre
 ratios with 95 % intervals, and what SMART did. With --ranks 2 an engine's ranks have a core each,
 and are stopped while it is not their turn, as they would wait by spinning.
 tests/integrations/smollm_variants.py makes draft models, and a SmolLM2 whose heads two ranks can
-share."""
+share.
+
+Needed by docs/vllm.md, "What it brings".
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What runs only with a GPU or Triton uses names that exist: `make test` has neither."""
+"""What runs only with a GPU or Triton uses names that exist: `make test` has neither. Every file of
+the laboratory says who needs it."""
 
 from __future__ import annotations
 
@@ -24,6 +25,19 @@ def test_the_laboratory_uses_names_that_the_package_has() -> None:
     }
     assert ("gpu_parity.py", "smart_decoding.models.device_sampling", "draw") in used
     assert [each for each in sorted(used) if each[2] not in names_of(each[1])] == []
+
+
+def test_every_file_says_which_page_test_or_result_needs_it() -> None:
+    tools = Path(__file__).parents[2] / "tools"
+    files = [*PACKAGES["smart_lab"].rglob("*.py"), *tools.glob("*.py")]
+    silent = [
+        path.name
+        for path in files
+        if path.name != "__init__.py"
+        and "Needed by " not in (ast.get_docstring(ast.parse(path.read_text("utf-8"))) or "")
+    ]
+    assert len(files) > 50
+    assert silent == []
 
 
 def names_used(tree: ast.Module) -> Iterator[tuple[str, str]]:

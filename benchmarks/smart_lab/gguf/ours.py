@@ -1,4 +1,7 @@
-"""Our engine on a GGUF file: plain decoding, `smart` with several drafters, and forwards."""
+"""Our engine on a GGUF file: plain decoding, `smart` with several drafters, and forwards.
+
+Needed by `gguf-speed`, whose files are the README's first table.
+"""
 
 from __future__ import annotations
 

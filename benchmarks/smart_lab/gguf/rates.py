@@ -1,4 +1,7 @@
-"""Chunks of prompts answered by one contestant, and what many of them say."""
+"""Chunks of prompts answered by one contestant, and what many of them say.
+
+Needed by `gguf-speed`, whose files are the README's first table.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What a run of `gguf-speed` says: figures for JSON, and tables on a terminal."""
+"""What a run of `gguf-speed` says: figures for JSON, and tables on a terminal.
+
+Needed by `gguf-speed`, whose files are the README's first table.
+"""
 
 from __future__ import annotations
 

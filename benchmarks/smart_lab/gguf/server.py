@@ -1,5 +1,8 @@
 """A llama.cpp built on this machine: its version, its server with given flags, its own benchmarks
-of forwards."""
+of forwards.
+
+Needed by `gguf-speed`, whose files are the README's first table.
+"""
 
 from __future__ import annotations
 

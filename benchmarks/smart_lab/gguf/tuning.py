@@ -1,6 +1,9 @@
 """llama.cpp's best flags on this machine, found by trying: threads, flash attention, repacking,
 batches, sampling, the KV buffer and mapped weights for plain decoding, then settings of its draft
-model and n-gram modes."""
+model and n-gram modes.
+
+Needed by `gguf-speed`, whose files are the README's first table.
+"""
 
 from __future__ import annotations
 
