@@ -11,9 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, DynamicLayer
 
 from smart_decoding.core.acceptance import accept
+from smart_decoding.core.batch import BatchState
 from smart_decoding.core.cost import CostModel, DraftSample, VerifySample
 from smart_decoding.core.policies import make_policy
-from smart_decoding.core.policies.base import BatchState, Round
+from smart_decoding.core.policies.base import Round
 from smart_decoding.core.tree import ROOT, DraftTrees
 
 SIZES = (1, 1, 1, 2, 4, 8, 16, 32)  # rows to measure; medians count, so the first may be slow

@@ -26,7 +26,8 @@ from smart_decoding.core.rule import NO_NODES, Grow, TreeRule, expanded_widths
 from smart_decoding.core.selection import BestRate, Fixed, RoundCosts, best_per_owner
 
 if TYPE_CHECKING:
-    from smart_decoding.core.policies.base import BatchState, Policy, Round
+    from smart_decoding.core.batch import BatchState
+    from smart_decoding.core.policies.base import Policy, Round
     from smart_decoding.core.tree import (
         BoolArray,
         DraftTrees,

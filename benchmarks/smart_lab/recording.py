@@ -27,7 +27,7 @@ from smart_decoding.errors import ConfigError
 
 if TYPE_CHECKING:
     from smart_decoding.bench.blocks import Prompt
-    from smart_decoding.core.policies.base import BatchState
+    from smart_decoding.core.batch import BatchState
     from smart_decoding.engine.engine import Engine
     from smart_decoding.engine.request import Request
 

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from smart_decoding.core.batch import BatchState
 from smart_decoding.core.calibration import path_products
-from smart_decoding.core.policies.base import BatchState, Round
+from smart_decoding.core.policies.base import Round
 from smart_decoding.core.rule import NO_NODES
 from smart_decoding.core.tree import ROOT, BoolArray, DraftTrees, FloatArray, IntArray
 from smart_decoding.errors import ConfigError

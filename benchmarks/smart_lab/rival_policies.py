@@ -19,7 +19,8 @@ from smart_decoding.core.rule import Scores, TreeRule
 from smart_decoding.core.selection import Beam, BestRate, KeepBest, RoundCosts
 
 if TYPE_CHECKING:
-    from smart_decoding.core.policies.base import BatchState, Round, TokenIds
+    from smart_decoding.core.batch import BatchState
+    from smart_decoding.core.policies.base import Round, TokenIds
 
 MEMORY = 0.995  # per tested draft of a depth: older ones fade
 

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from smart_decoding.core.acceptance import accept
+from smart_decoding.core.batch import BatchState
 from smart_decoding.core.calibration import path_products
 from smart_decoding.core.choice import best_size, ranked
-from smart_decoding.core.policies.base import BatchState, Round
+from smart_decoding.core.policies.base import Round
 from smart_decoding.core.rule import NO_NODES
 from smart_decoding.core.tree import DraftTrees, FloatArray, IntArray
 

@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import ArrayLike
 
+from smart_decoding.core.batch import BatchState
 from smart_decoding.core.cost import CostModel
 from smart_decoding.core.policies import make_policy
-from smart_decoding.core.policies.base import BatchState, Policy, Round
+from smart_decoding.core.policies.base import Policy, Round
 from smart_decoding.core.selection import is_data
 from smart_decoding.core.tree import ROOT, DraftTrees
 from smart_lab.rival_policies import MEMORY, RIVAL_POLICIES

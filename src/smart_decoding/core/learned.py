@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from smart_decoding.core.correction import SURPRISE
-from smart_decoding.core.observed import merged
 from smart_decoding.core.overhead import Overhead
+from smart_decoding.core.policies.base import merged
 from smart_decoding.core.realised import CatchingUp, Realised
 from smart_decoding.core.running import HORIZON
 from smart_decoding.core.selection import BestRate

@@ -18,8 +18,8 @@ from smart_decoding.core.selection import RANKS, BestRate, FreeAlone, LookAhead,
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from smart_decoding.core.batch import BatchState
     from smart_decoding.core.learned import Learned
-    from smart_decoding.core.policies.base import BatchState
     from smart_decoding.core.tree import FloatArray, IntArray
 
 

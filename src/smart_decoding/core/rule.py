@@ -23,8 +23,8 @@ from smart_decoding.core.tree import (
 )
 
 if TYPE_CHECKING:
+    from smart_decoding.core.batch import BatchState
     from smart_decoding.core.calibration import Calibration
-    from smart_decoding.core.policies.base import BatchState
 
 NO_NODES: IntArray = np.zeros(0, np.int64)
 

@@ -10,7 +10,7 @@ from smart_decoding.core.rule import NO_NODES
 from smart_decoding.core.selection import is_data
 
 if TYPE_CHECKING:
-    from smart_decoding.core.policies.base import BatchState
+    from smart_decoding.core.batch import BatchState
     from smart_decoding.core.rule import TreeRule
     from smart_decoding.core.tree import DraftTrees, IntArray
     from smart_decoding.engine.protocols import Clock, Drafter, Grown

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from smart_decoding.core.policies.base import BatchState, Policy, Round
+from smart_decoding.core.batch import BatchState
+from smart_decoding.core.policies.base import Policy, Round
 from smart_decoding.core.tree import BoolArray, DraftTrees, FloatArray, IntArray
 from smart_decoding.engine.admission import BEFORE, Admission, EngineConfig
 from smart_decoding.engine.drafting import Draft, Selection, draft_trees

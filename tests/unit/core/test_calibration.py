@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from smart_decoding.core.batch import BatchState
 from smart_decoding.core.calibration import (
     BINS,
     DEPTHS,
@@ -14,7 +15,6 @@ from smart_decoding.core.calibration import (
     default_prior,
     path_products,
 )
-from smart_decoding.core.policies.base import BatchState
 from smart_decoding.core.tree import DraftTrees, FloatArray
 
 GREEDY = np.array([1])

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from smart_decoding.core.batch import BatchState
 from smart_decoding.core.cost import CostModel
-from smart_decoding.core.policies.base import BatchState, Round
+from smart_decoding.core.policies.base import Round
 from smart_decoding.core.policies.smart import Smart
 from smart_decoding.core.prediction import Mode, Shape
 from smart_decoding.core.realised import CatchingUp

@@ -9,14 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from smart_decoding.core.batch import BatchState
 from smart_decoding.core.cost import CostModel
 from smart_decoding.core.policies import POLICIES, make_policy, policy_options
-from smart_decoding.core.policies.base import BatchState, Policy
 from smart_decoding.core.policies.topologies import EAGLE_1, MEDUSA
 from smart_decoding.core.tree import ROOT, DraftTrees, IntArray
 from smart_decoding.errors import ConfigError
 
 if TYPE_CHECKING:
+    from smart_decoding.core.policies.base import Policy
     from smart_decoding.core.rule import TreeRule
 
 EOS = 3

@@ -8,11 +8,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from smart_decoding.core.batch import BatchState
 from smart_decoding.core.calibration import Calibration
 from smart_decoding.core.cost import CostModel
 from smart_decoding.core.exploration import LENT
 from smart_decoding.core.policies import make_policy
-from smart_decoding.core.policies.base import BatchState, Policy, Round
+from smart_decoding.core.policies.base import Policy, Round
 from smart_decoding.core.prediction import Mode, Shape
 from smart_decoding.core.running import HORIZON
 from smart_decoding.core.tree import DraftTrees

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+from smart_decoding.core.batch import BatchState
 from smart_decoding.core.policies import make_policy
-from smart_decoding.core.policies.base import BatchState, StatelessPolicy
+from smart_decoding.core.policies.base import StatelessPolicy
 from smart_decoding.core.rule import TreeRule
 from smart_decoding.core.selection import Beam, BestRate, FreeAlone, KeepBest, RoundCosts
 from smart_decoding.core.tree import DraftTrees, IntArray

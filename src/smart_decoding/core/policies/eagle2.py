@@ -10,7 +10,8 @@ from smart_decoding.core.rule import TreeRule
 from smart_decoding.core.selection import Beam, KeepBest
 
 if TYPE_CHECKING:
-    from smart_decoding.core.policies.base import BatchState, TokenIds
+    from smart_decoding.core.batch import BatchState
+    from smart_decoding.core.policies.base import TokenIds
 
 
 class Eagle2(StatelessPolicy):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from smart_decoding.core.policies.base import StatelessPolicy
 
 if TYPE_CHECKING:
-    from smart_decoding.core.policies.base import BatchState
+    from smart_decoding.core.batch import BatchState
 
 
 class Off(StatelessPolicy):

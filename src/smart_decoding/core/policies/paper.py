@@ -31,7 +31,8 @@ from smart_decoding.core.selection import MarginalRatio
 from smart_decoding.errors import ConfigError
 
 if TYPE_CHECKING:
-    from smart_decoding.core.policies.base import BatchState, TokenIds
+    from smart_decoding.core.batch import BatchState
+    from smart_decoding.core.policies.base import TokenIds
     from smart_decoding.core.tree import IntArray
 
 FIT_NODES = (1, 4, 16, 32, 64)  # of a request, in the trees that costs are fitted on

@@ -20,7 +20,8 @@ from smart_decoding.core.rule import Scores, TreeRule
 from smart_decoding.core.running import HORIZON
 
 if TYPE_CHECKING:
-    from smart_decoding.core.policies.base import BatchState, Round, TokenIds
+    from smart_decoding.core.batch import BatchState
+    from smart_decoding.core.policies.base import Round, TokenIds
     from smart_decoding.core.tree import IntArray
 
 

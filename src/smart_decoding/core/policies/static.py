@@ -14,7 +14,8 @@ from smart_decoding.core.selection import Topology
 from smart_decoding.errors import ConfigError
 
 if TYPE_CHECKING:
-    from smart_decoding.core.policies.base import BatchState, TokenIds
+    from smart_decoding.core.batch import BatchState
+    from smart_decoding.core.policies.base import TokenIds
 
 
 WIDEST = 255  # the last rank of a child; published topologies have ranks below 10
