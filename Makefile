@@ -82,7 +82,7 @@ pictures: env
 VLLM_ENV ?= .venv-vllm
 VLLM_NEWEST ?= .vllm-0.33
 VLLM_TESTS = $(VLLM_ENV)/bin/python -m pytest -rs tests/integrations/test_vllm_contract.py tests/integrations/test_vllm_async.py
-VLLM_HOST = tests/integrations/test_chains.py $(foreach part,schedule ranks verification,tests/integrations/test_vllm_$(part).py)
+VLLM_HOST = $(foreach part,schedule lengths graphs,tests/integrations/test_vllm_$(part).py)
 VLLM_MODEL = SMART_TEST_MODEL="$$($(BIN)/python tools/model_folder.py smollm2-135m)"
 VLLM_CLASSES = VLLM_TARGET_DEVICE=cpu PYTHONPATH=src:$(VLLM_NEWEST) $(VLLM_TESTS)
 test-vllm: export SMART_NO_SKIPS = 1

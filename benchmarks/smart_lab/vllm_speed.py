@@ -296,11 +296,7 @@ def counted(controller: Any) -> dict[str, Any]:
         return {}
     counters = dict(vars(controller.policy.counters))
     lengths = counters.pop("lengths")
-    return counters | {
-        f"length_{k}": lengths.get(k, 0)
-        for k in controller.policy.lengths
-        if controller.policy.model
-    }
+    return counters | {f"length_{k}": lengths.get(k, 0) for k in controller.captured.lengths}
 
 
 def interval(ours: list[float], base: list[float]) -> Any:

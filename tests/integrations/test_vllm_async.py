@@ -13,8 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from smart_decoding.integrations.vllm.ranks import MARK
-
 vllm = pytest.importorskip("vllm", reason="vLLM is not installed here: make test-vllm")
 MODEL = os.environ.get("SMART_TEST_MODEL", "")
 if not MODEL:
@@ -23,9 +21,10 @@ if not MODEL:
 LONGEST, BLOCKS, PROMPT = 4, 100, list(range(5, 25))
 
 
-@pytest.fixture
-def scheduler(monkeypatch: pytest.MonkeyPatch) -> Any:
+def made(monkeypatch: pytest.MonkeyPatch, mode: str = "NONE", schedule: Any = None) -> Any:
+    """A scheduler, of an engine with CUDA graphs of this mode and the second model runner."""
     import torch
+    from vllm.config.compilation import CUDAGraphMode
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
     from vllm.v1.structured_output import StructuredOutputManager
@@ -39,15 +38,23 @@ def scheduler(monkeypatch: pytest.MonkeyPatch) -> Any:
         dtype="float32",
         max_model_len=512,
         enable_prefix_caching=False,
-        speculative_config=drafter,
-        additional_config={"smart": {"shortcuts": False}},
+        speculative_config=drafter | {"num_speculative_tokens_per_batch_size": schedule},
     )
     config = arguments.create_engine_config()
     config.scheduler_config.async_scheduling = True  # as on a GPU
     config.cache_config.num_gpu_blocks = BLOCKS
+    config.compilation_config.cudagraph_mode = CUDAGraphMode[mode]
+    config.compilation_config.cudagraph_capture_sizes = [1, 2, 4, 8, 16]
+    config.compilation_config.max_cudagraph_capture_size = 16
+    monkeypatch.setattr(type(config), "use_v2_model_runner", mode != "NONE")
     spec = FullAttentionSpec(block_size=16, num_kv_heads=1, head_size=1, dtype=torch.float32)
     caches = KVCacheConfig(BLOCKS, [], [KVCacheGroupSpec(["layer"], spec)])
     return SmartAsyncScheduler(config, caches, StructuredOutputManager(config), 16, log_stats=True)
+
+
+@pytest.fixture
+def scheduler(monkeypatch: pytest.MonkeyPatch) -> Any:
+    return made(monkeypatch)
 
 
 def add(scheduler: Any, *names: str, max_tokens: int = 100) -> None:
@@ -58,11 +65,8 @@ def add(scheduler: Any, *names: str, max_tokens: int = 100) -> None:
         scheduler.add_request(Request(name, PROMPT, params, None))
 
 
-def answer(
-    scheduler: Any, output: Any, accepted: dict[str, int], drafter_seen: bool = False
-) -> None:
-    """The model's answer to a step: so many of its drafts were right, and one token of its own.
-    drafter_seen: what a rank in another process says with it."""
+def answer(scheduler: Any, output: Any, accepted: dict[str, int]) -> None:
+    """The model's answer to a step: so many of its drafts were right, and one token of its own."""
     from vllm.v1.outputs import ModelRunnerOutput
 
     names = list(output.num_scheduled_tokens)
@@ -72,35 +76,30 @@ def answer(
         req_id_to_index={n: i for i, n in enumerate(names)},
         sampled_token_ids=sampled,
     )
-    setattr(ran, MARK, drafter_seen)
     scheduler.update_from_output(output, ran)
 
 
-def test_places_are_kept_for_the_drafts_that_are_to_be_verified(
-    scheduler: Any, monkeypatch: Any
-) -> None:
+def drafts_of(step: Any) -> dict[str, int]:
+    return {name: len(drafts) for name, drafts in step.scheduled_spec_decode_tokens.items()}
+
+
+def test_a_step_has_one_length_for_all_its_requests(scheduler: Any, monkeypatch: Any) -> None:
     policy = scheduler.controller.policy
-    monkeypatch.setattr(policy, "length", lambda ids: LONGEST)
-    wanted = {"a": 2, "b": 0}
-    monkeypatch.setattr(
-        policy, "trim", lambda ids, drafted, greedy, room: [wanted[id_] for id_ in ids]
-    )
+    lengths = iter((2, 3, 0))
+    monkeypatch.setattr(policy, "choose", lambda batch, allowed: next(lengths))
     add(scheduler, "a", "b")
     prompts = scheduler.schedule()
     assert prompts.num_scheduled_tokens == {"a": len(PROMPT), "b": len(PROMPT)}
-    assert prompts.num_spec_tokens_to_schedule == LONGEST
-    wanted.update(a=1, b=3)  # of the step after the next
+    assert prompts.num_spec_tokens_to_schedule == 2
     step = scheduler.schedule()  # before the prompts' tokens are known
-    assert step.num_scheduled_tokens == {"a": 3, "b": 1}
-    assert step.scheduled_spec_decode_tokens == {"a": [-1, -1]}
+    assert step.num_scheduled_tokens == {"a": 3, "b": 3}
+    assert drafts_of(step) == {"a": 2, "b": 2}
     answer(scheduler, prompts, {})
     following = scheduler.schedule()
-    assert following.num_scheduled_tokens == {"a": 2, "b": 4}
-    assert {
-        name: len(drafts) for name, drafts in following.scheduled_spec_decode_tokens.items()
-    } == {"a": 1, "b": 3}
+    assert drafts_of(following) == {"a": 3, "b": 3}
     answer(scheduler, step, {"a": 1})
-    assert (policy.counters.verified, policy.counters.accepted) == (2, 1)
+    assert (policy.counters.verified, policy.counters.accepted) == (4, 1)
+    assert policy.acceptance.tokens()[1] < 1.7  # one of two first drafts was right
     assert scheduler.requests["a"].num_output_tokens == 3
     assert scheduler.requests["b"].num_output_tokens == 2
 
@@ -111,6 +110,7 @@ def test_requests_run_to_their_end_with_speculation_on_and_off(scheduler: Any) -
     add(scheduler, *chances, max_tokens=300)
     under_way: deque[Any] = deque()
     requests = dict(scheduler.requests)
+    lengths: set[int] = set()
     for _ in range(2000):
         if not scheduler.requests:
             break
@@ -122,19 +122,27 @@ def test_requests_run_to_their_end_with_speculation_on_and_off(scheduler: Any) -
         for name, drafts in output.scheduled_spec_decode_tokens.items():
             misses = np.flatnonzero(random.random(len(drafts)) >= chances[name])
             accepted[name] = int(misses[0]) if len(misses) else len(drafts)
-            assert len(drafts) <= LONGEST
+        lengths |= set(drafts_of(output).values())
+        assert len(set(drafts_of(output).values())) <= 1
         answer(scheduler, output, accepted)
     assert {name: request.num_output_tokens for name, request in requests.items()} == dict.fromkeys(
         chances, 300
     )
     counters = scheduler.controller.policy.counters
-    assert counters.drafted >= counters.verified > counters.accepted > 0
+    assert counters.verified > counters.accepted > 0
+    assert max(lengths) > 1
 
 
-def test_the_draft_model_rests_only_once_a_rank_says_that_it_is_understood(scheduler: Any) -> None:
-    policy = scheduler.controller.policy
+def test_only_lengths_with_full_graphs_are_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = made(monkeypatch, "FULL_AND_PIECEWISE", [[1, 8, 3], [9, 64, 0]])
+    captured = scheduler.controller.captured
+    assert captured.of(4) == (0, 3)
+    assert captured.of(5) == (0,)  # 20 tokens are more than the largest graph has
+
+
+def test_without_a_choice_vllm_goes_on_as_without_us(monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = made(monkeypatch, "FULL_AND_PIECEWISE")
+    assert scheduler.controller is None
+    assert scheduler.dynamic_sd_lookup is None
     add(scheduler, "a")
-    for says, may_disable in ((False, False), (True, False), (False, True), (False, True)):
-        step = scheduler.schedule()
-        assert policy.may_disable == may_disable
-        answer(scheduler, step, {}, says)
+    assert scheduler.schedule().num_spec_tokens_to_schedule == LONGEST

@@ -117,7 +117,7 @@ def check(answer: Any, plain: Any) -> None:
     counters = answer["counters"]
     assert counters["steps_on"] > 10
     assert counters["steps_off"] > 10
-    assert counters["drafted"] >= counters["verified"] > counters["accepted"] > 0
+    assert counters["verified"] > counters["accepted"] > 0
     assert counters["verified"] == answer["vllm"]["drafted"]
     assert counters["accepted"] == answer["vllm"]["accepted"]
 
@@ -139,21 +139,14 @@ def test_two_tensor_parallel_ranks_agree(plain, draft, even, drafter) -> None:
     arguments = {"model": even, "tensor_parallel_size": 2, "speculative_config": speculative}
     answer, _ = engine({**arguments, "scheduler_cls": SCHEDULER}, batches=BATCHES)
     check(answer, plain)
-    assert (answer["counters"]["rests"] > 0) == (drafter == "draft_model")
 
 
-def test_two_ranks_leave_out_the_passes_of_a_draft_model_of_no_use(plain, useless, even) -> None:
-    arguments = {
-        "model": even,
-        "tensor_parallel_size": 2,
-        "speculative_config": useless,
-        "scheduler_cls": SCHEDULER,
-    }
+def test_a_draft_model_of_no_use_drafts_in_few_steps(plain, useless, even) -> None:
+    arguments = {"model": even, "speculative_config": useless, "scheduler_cls": SCHEDULER}
     answer, _ = engine(arguments, batches=BATCHES)
     assert answer["tokens"] == plain["tokens"]
     counters = answer["counters"]
-    assert counters["rests"] > counters["steps_off"] / 2
-    assert counters["steps_on"] > 0
+    assert 0 < counters["steps_on"] < counters["steps_off"] / 4
 
 
 def test_every_name_that_is_relied_on_is_there() -> None:
@@ -162,7 +155,7 @@ def test_every_name_that_is_relied_on_is_there() -> None:
         {"speculative_config": NGRAM, "scheduler_cls": SCHEDULER}, batches=[2], contract=True
     )
     assert answer["missing"] == []
-    assert answer["lookup"] == "Lengths"
+    assert answer["lookup"] == "Controller"
 
 
 def test_the_async_class_is_refused_where_scheduling_is_not_async() -> None:
@@ -226,7 +219,6 @@ def test_the_openai_server_speculates_and_serves_the_counters(plain, draft, even
         ours, theirs = scrape(metrics, "smart_vllm_"), scrape(port, "vllm:spec_decode_num_")
         assert ours["smart_vllm_steps_on_total"] > 0
         assert ours["smart_vllm_steps_off_total"] > 0
-        assert (ours["smart_vllm_rests_total"] > 0) == ("draft model" in set_up)
         for name, stock in (("verified", "draft"), ("accepted", "accepted")):
             assert (
                 ours[f"smart_vllm_{name}_total"]

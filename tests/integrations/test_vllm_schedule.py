@@ -100,7 +100,14 @@ class Engine:
         if self.scheduled and len(prompts) == 4:  # nothing is drafted, but the drafter is there
             seconds = 1.02
         tokens = max_tokens * len(prompts)
-        return {"seconds": seconds, "tokens": tokens, "drafted": 10, "accepted": 5}
+        prompt_tokens = 36 * len(prompts)
+        return {
+            "seconds": seconds,
+            "tokens": tokens,
+            "prompt_tokens": prompt_tokens,
+            "drafted": 10,
+            "accepted": 5,
+        }
 
 
 def test_a_process_that_dies_between_answers_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,6 +125,7 @@ KEPT = {
     "scheduled": True,
     "graphs": ["FULL_AND_PIECEWISE", "FULL_AND_PIECEWISE"],
     "all_passes": False,
+    "no_adaptive": "Adaptive verification requires full CUDA graphs.",
 }
 PIECEWISE = {**KEPT, "graphs": ["FULL_AND_PIECEWISE", "PIECEWISE"]}
 
@@ -176,7 +184,24 @@ def test_the_command_measures_each_length_and_writes_schedule_and_reasons(
     assert warned.startswith("warning: with a schedule vLLM 0.32.0 takes CUDA graphs PIECEWISE")
     assert [f"warning: {text}" for text in reasons["warnings"]] == warned.splitlines()
     assert "2 to 4: no tokens" in shown
+    assert "cannot run here: Adaptive verification requires full CUDA graphs." in shown
+    assert reasons["adaptive_verification"] in shown
     assert "batch 4, with the schedule: 0.98 ± 0.00 × plain" in shown
+
+
+@pytest.mark.parametrize(("given", "context"), [([], 100), (["--context", "500"], 500)])
+def test_where_adaptive_verification_can_run_its_profile_gets_the_context(
+    tmp_path, monkeypatch, capsys, given: list[str], context: int
+) -> None:
+    """That of the prompts measured, 36 tokens and half of 128, or the one that is named."""
+    monkeypatch.setattr(cli_vllm, "Measured", Engine)
+    monkeypatch.setattr(cli_vllm, "find_spec", lambda name: object())
+    monkeypatch.setattr(cli_vllm, "resolved", lambda arguments: {**KEPT, "no_adaptive": None})
+    output = ["--output", str(tmp_path / "schedule.json")]
+    assert cli.main([*shlex.split(COMMAND), *given, *output]) == 0
+    shown = capsys.readouterr().out
+    assert '"enable_adaptive_verification": true' in shown
+    assert f"VLLM_ADAPTIVE_VERIFICATION_PROFILE_CONTEXT_LEN={context}. " in shown
 
 
 @pytest.mark.parametrize(
@@ -189,6 +214,7 @@ def test_the_command_measures_each_length_and_writes_schedule_and_reasons(
         (["--speculative-config", '{"method": "suffix"}'], "no schedule of several lengths"),
         (["--batch-sizes", "1,100"], "too few"),
         (["--blocks", "0"], "--blocks"),
+        (["--context", "0"], "--context"),
     ],
 )
 def test_wrong_arguments_are_one_line_before_anything_is_loaded(arguments, message, capsys) -> None:
@@ -228,21 +254,19 @@ def stock(**speculative: object) -> SimpleNamespace:
     method = {
         "method": "ngram",
         "parallel_drafting": False,
-        "num_speculative_tokens_per_batch_size": None,
         "enable_adaptive_verification": False,
     }
     config = SimpleNamespace(
         additional_config={},
-        parallel_config=SimpleNamespace(
-            data_parallel_size=1, distributed_executor_backend="mp", nnodes=1
+        compilation_config=SimpleNamespace(
+            cudagraph_capture_sizes=[], cudagraph_mode=None, max_cudagraph_capture_size=0
         ),
-        scheduler_config=SimpleNamespace(async_scheduling=False),
+        parallel_config=SimpleNamespace(data_parallel_size=1, distributed_executor_backend="mp"),
+        scheduler_config=SimpleNamespace(async_scheduling=False, max_num_seqs=16),
         speculative_config=SimpleNamespace(**method | speculative),
         use_v2_model_runner=False,
     )
-    return SimpleNamespace(
-        vllm_config=config, dynamic_sd_lookup=None, num_spec_tokens=4, requests={}, running=[]
-    )
+    return SimpleNamespace(vllm_config=config, dynamic_sd_lookup=None, num_spec_tokens=4)
 
 
 NAMES = [
@@ -261,9 +285,9 @@ def test_a_name_that_is_gone_is_named(name: str) -> None:
     options.reason_for_stock(scheduler, options.Options())  # raises nothing
 
 
-@pytest.mark.parametrize("part", [seams.SCHEDULER, seams.SHORTCUTS, seams.VERIFICATION])
-def test_classes_that_are_gone_are_named(part: seams.Seams) -> None:
+def test_classes_that_are_gone_are_named() -> None:
     """Without vLLM that is all of them."""
+    part = seams.SCHEDULER
     members = [f"{place}.{name}" for place, names in part.classes.items() for name in names]
     methods = [f"{p}({', '.join(n)})" for p, n in (*part.replaced.items(), *part.called.items())]
     assert seams.missing(part) == [*members, *methods]
@@ -294,18 +318,6 @@ def test_members_and_parameters_are_found_where_they_are(monkeypatch) -> None:
         assert seams.missing(part) == gone
 
 
-def test_pickles_of_another_form_are_found(monkeypatch) -> None:
-    class Plain:
-        pass
-
-    class Slots(Plain):
-        __slots__ = ("a",)
-
-    monkeypatch.setitem(sys.modules, "stand_in", SimpleNamespace(Plain=Plain, Slots=Slots))
-    part = seams.Seams({}, pickled=("stand_in:Plain", "stand_in:Slots", "stand_in:Gone"))
-    assert seams.missing(part) == ["stand_in:Slots without a __slots__ of its own"]
-
-
 def test_nothing_to_choose_means_stock_behaviour() -> None:
     def reason(scheduler: object, **given: bool) -> str | None:
         return options.reason_for_stock(scheduler, options.Options(**given))
@@ -316,7 +328,8 @@ def test_nothing_to_choose_means_stock_behaviour() -> None:
     assert "speculative-config" in str(reason(plain))
     assert "medusa" in str(reason(stock(method="medusa")))
     assert "at once" in str(reason(stock(parallel_drafting=True)))
-    assert "SMART_VLLM_VERIFICATION" in str(reason(stock(enable_adaptive_verification=True)))
+    assert "suffix" in str(reason(stock(method="suffix")))
+    assert "on the device" in str(reason(stock(enable_adaptive_verification=True)))
     assert "off" in str(reason(stock(), enabled=False))
 
 
@@ -338,6 +351,7 @@ def test_data_parallel_and_the_wrong_class_are_refused() -> None:
     "given",
     [
         {"smart": {"unknown": 1}},
+        {"smart": {"shortcuts": True}},
         {"smart": 3},
         {"smart": {"metrics_port": True}},
         {"smart": {"exploration_budget": 2}},

@@ -39,10 +39,10 @@ def main(arguments: dict[str, Any], job: dict[str, Any]) -> None:
         "counters": vars(controller.policy.counters) if controller else None,
     }
     if job.get("contract"):
-        answer |= {
-            "missing": missing(scheduler),
-            "lookup": type(scheduler.dynamic_sd_lookup).__name__,
-        }
+        from smart_decoding.integrations.vllm import seams
+
+        gone = [*seams.missing_attributes(scheduler), *seams.missing(seams.SCHEDULER)]
+        answer |= {"missing": gone, "lookup": type(scheduler.dynamic_sd_lookup).__name__}
     print("\n" + json.dumps(answer), flush=True)
 
 
@@ -63,25 +63,6 @@ def pretend_ranks(size: int) -> None:
 def messages(batch: int) -> list[Any]:
     """The conversations of a batch of that size."""
     return [[{"role": "user", "content": f"{PROMPTS[i % 4]} {i // 4 or ''}"}] for i in range(batch)]
-
-
-def missing(scheduler: Any) -> list[str]:
-    """Names in seams.py that vLLM's own classes, or the live scheduler, have not; and whether our
-    shortcut is in."""
-    from vllm.v1.core.sched.async_scheduler import AsyncScheduler
-    from vllm.v1.sample.rejection_sampler import RejectionSampler
-
-    from smart_decoding.integrations.vllm import seams
-
-    gone = [*seams.missing_attributes(scheduler), *seams.missing(seams.SCHEDULER)]
-    gone += seams.missing(seams.SHORTCUTS)
-    gone += ["AsyncScheduler._update_after_schedule, its own"] * (
-        "_update_after_schedule" not in vars(AsyncScheduler)
-    )
-    gone += ["RejectionSampler.forward, ours"] * (
-        not getattr(RejectionSampler.forward, "_shortcut", False)
-    )
-    return gone
 
 
 if __name__ == "__main__":

@@ -49,6 +49,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     _add_measurements(parser)
     add(
+        "--context",
+        type=int,
+        metavar="TOKENS",
+        help="mean context of your requests while they are answered, for the profile of vLLM's "
+        "adaptive verification (prompt and half the answer of what is measured)",
+    )
+    add(
         "--check",
         action="store_true",
         help="then measure vLLM with the schedule against plain vLLM",
@@ -90,17 +97,20 @@ def main(args: argparse.Namespace) -> int:
             "vLLM is not installed here: install smart-decoding in vLLM's environment "
             "(docs/vllm.md)"
         )
-    warnings = warn(args)
+    settings, warnings = warn(args)
     measured, version = measure(args, prompts)
     choices = [schedule.choose(batch, timings) for batch, timings in sorted(measured.items())]
     lines = schedule.schedule(choices)
     for line in lines:
         print(f"batch {line.first} to {line.last}: {line.length or 'no'} tokens  <- {line.reason}")
+    adaptive = schedule.adaptive(settings, args.context or schedule.mean_context(measured))
+    print(adaptive)
     reasons = {
         "vllm": version,
         "model": args.model,
         "engine_args": args.engine_args,
         "warnings": warnings,
+        "adaptive_verification": adaptive,
         **schedule.report(lines, choices, measured),
     }
     path = args.output.with_suffix(".reasons.json")
@@ -125,21 +135,25 @@ def _check_arguments(args: argparse.Namespace) -> None:
         )
     method = args.speculative_config.get("method")
     if method in ONE_LENGTH:
-        instead = ": use SmartScheduler instead" if method == "suffix" else ""
-        raise ConfigError(f"vLLM's {method} drafting takes no schedule of several lengths{instead}")
+        raise ConfigError(f"vLLM's {method} drafting takes no schedule of several lengths")
     if args.blocks < 1 or args.max_tokens < 2:
         raise ConfigError("--blocks must be at least 1 and --max-tokens at least 2")
+    if args.context is not None and args.context < 1:
+        raise ConfigError("--context must be at least 1")
 
 
-def warn(args: argparse.Namespace) -> list[str]:
-    """Says, before anything is measured, where a schedule would be ignored or cost graphs."""
+def warn(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
+    """Say, before anything is measured, where a schedule would be ignored or cost graphs.
+
+    Returns what vLLM makes of one (measure.resolved), and the warnings."""
     lines = [schedule.Line(1, 1, max(args.lengths), ""), schedule.Line(2, 2, 0, "")]
     config = schedule.speculative_config(args.speculative_config, lines)
     arguments = {"model": args.model, **args.engine_args, "speculative_config": config}
-    found = schedule.warnings(resolved(arguments))
+    settings = resolved(arguments)
+    found = schedule.warnings(settings)
     for text in found:
         print(f"warning: {text}", file=sys.stderr)
-    return found
+    return settings, found
 
 
 def measure(
@@ -198,7 +212,7 @@ def run(
             for length, engine in engines.items():
                 answers[batch, length].append(engine.run(chosen, args.max_tokens))
     batches = sorted(set(args.batch_sizes))
-    timings = {batch: {k: _timing(answers[batch, k]) for k in configs} for batch in batches}
+    timings = {batch: {k: _timing(batch, answers[batch, k]) for k in configs} for batch in batches}
     return timings, version
 
 
@@ -210,8 +224,10 @@ def blocks(args: argparse.Namespace, prompts: Sequence[str]) -> Iterator[tuple[i
             yield batch, chooser.sample(list(prompts), batch)
 
 
-def _timing(answers: Sequence[Mapping[str, Any]]) -> Timing:
+def _timing(batch: int, answers: Sequence[Mapping[str, Any]]) -> Timing:
     seconds = [answer["seconds"] for answer in answers]
     drafted = sum(answer["drafted"] for answer in answers)
     accepted = sum(answer["accepted"] for answer in answers)
-    return Timing(seconds, answers[0]["tokens"], drafted, accepted)
+    contexts = [answer["prompt_tokens"] + answer["tokens"] / 2 for answer in answers]
+    context = sum(contexts) / (batch * len(answers))
+    return Timing(seconds, answers[0]["tokens"], drafted, accepted, context)

@@ -3,9 +3,9 @@
     python -m smart_decoding.integrations.vllm.measure '{"model": ..., "speculative_config": ...}'
 
 reads lines of JSON, {"prompts": [...], "max_tokens": n}, and answers each with {"seconds",
-"tokens", "drafted", "accepted"}; before the first it says {"ready": vLLM's version}. `Measured` is
-the other end. With --resolve before the arguments it says what vLLM makes of them, and loads
-nothing; `resolved` is the other end.
+"tokens", "prompt_tokens", "drafted", "accepted"}; before the first it says {"ready": vLLM's
+version}. `Measured` is the other end. With --resolve before the arguments it says what vLLM makes
+of them, and loads nothing; `resolved` is the other end.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from smart_decoding.integrations.vllm.seams import reads
 DRAFT_MODEL = (
     "vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator:StandaloneARSpeculator.propose"
 )
+WITH_CONFIDENCES = ("draft_model", "eagle", "eagle3", "mtp", "dflash", "dspark")
 COUNTERS = {
     "vllm:spec_decode_num_draft_tokens": "drafted",
     "vllm:spec_decode_num_accepted_tokens": "accepted",
@@ -110,9 +111,11 @@ def main(arguments: list[str]) -> None:
 
 
 def _resolve(arguments: dict[str, Any]) -> dict[str, Any]:
-    """scheduled: whether the schedule is kept. graphs: CUDA graphs without it, and with it.
+    """What becomes of a schedule, as JSON.
 
-    all_passes: whether a draft model runs all its passes whatever the schedule says."""
+    scheduled: whether it is kept. graphs: CUDA graphs without it, and with it. all_passes: whether
+    a draft model runs all its passes whatever the schedule says. no_adaptive: why vLLM's adaptive
+    verification cannot run in its place; None: it can."""
     import vllm
     from vllm.engine.arg_utils import EngineArgs
 
@@ -130,7 +133,23 @@ def _resolve(arguments: dict[str, Any]) -> dict[str, Any]:
         "all_passes": config.use_v2_model_runner
         and config.speculative_config.method == "draft_model"
         and not reads(DRAFT_MODEL, "num_speculative_tokens"),
+        "no_adaptive": _no_adaptive({**arguments, "speculative_config": without}),
     }
+
+
+def _no_adaptive(arguments: dict[str, Any]) -> str | None:
+    """Why adaptive verification cannot run with these arguments, in vLLM's own words."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    speculative = {**arguments["speculative_config"], "enable_adaptive_verification": True}
+    if speculative.get("method") not in WITH_CONFIDENCES:
+        return f"the drafter {speculative.get('method')!r} has no confidences"
+    try:
+        EngineArgs(**{**arguments, "speculative_config": speculative}).create_engine_config()
+    except Exception as error:  # whatever vLLM raises says why
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        return next((line for line in lines if "daptive" in line), lines[0] if lines else "")
+    return None
 
 
 def _serve(arguments: dict[str, Any], answers: Any) -> None:
@@ -154,8 +173,9 @@ def _serve(arguments: dict[str, Any], answers: Any) -> None:
         outputs = ask(job["prompts"], params, use_tqdm=False)
         seconds = time.perf_counter() - start
         tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
+        prompt_tokens = sum(len(output.prompt_token_ids) for output in outputs)
         counts = {name: count - before[name] for name, count in _counts(llm).items()}
-        answer = {"seconds": seconds, "tokens": tokens, **counts}
+        answer = {"seconds": seconds, "tokens": tokens, "prompt_tokens": prompt_tokens, **counts}
         print(json.dumps(answer), file=answers, flush=True)
 
 

@@ -6,16 +6,14 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from smart_decoding.integrations.chains import Counters
+    from smart_decoding.integrations.vllm.lengths import Counters
 
 HELP = {
     "steps_on": "Steps that verified drafts",
     "steps_off": "Decoding steps that verified none",
-    "drafted": "Tokens that the drafter proposed",
     "verified": "Draft tokens that were verified",
     "accepted": "Draft tokens that were accepted",
-    "explorations": "Steps in the mode predicted worse",
-    "rests": "Steps in which the draft model ran no pass",
+    "explorations": "Steps of a length that was not predicted best",
     "seconds": "Seconds spent on choosing and learning",
 }
 

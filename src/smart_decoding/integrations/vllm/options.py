@@ -9,21 +9,18 @@ from typing import Any
 from smart_decoding.errors import ConfigError
 from smart_decoding.integrations.vllm.seams import find
 
-FREE = ("ngram", "suffix")  # drafters that run no model
-MODEL = ("draft_model", "eagle", "eagle3", "mtp")
+METHODS = ("ngram", "draft_model", "eagle", "eagle3", "mtp")  # what drafts as few as it is asked to
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
     """`--additional-config '{"smart": {...}}'`.
 
-    enabled: false leaves everything to vLLM. exploration_budget: share of the time for checking the
-    mode that is predicted worse. metrics_port: port of Prometheus metrics on 127.0.0.1 (0: none).
-    shortcuts: skip vLLM's work for drafts in steps without any, a draft model's pass included where
-    it does not pay (shortcuts.py)."""
+    enabled: false leaves everything to vLLM. exploration_budget: share of the time for checking
+    lengths that are not predicted best. metrics_port: port of Prometheus metrics on 127.0.0.1 (0:
+    none)."""
 
     enabled: bool = True
-    shortcuts: bool = True
     exploration_budget: float = 0.005
     metrics_port: int = 0
 
@@ -79,11 +76,12 @@ def refuse_layout(size: int, executor: Any) -> None:
         )
 
 
-def refuse_missing(version: str, what: str, gone: Sequence[str], instead: str) -> None:
-    """Raises ConfigError if this vLLM has not all names that `what` relies on; instead: what to do
-    to start without it."""
+def refuse_missing(version: str, what: str, gone: Sequence[str]) -> None:
+    """Raises ConfigError if this vLLM has not all names that the scheduler `what` relies on."""
     if gone:
-        raise ConfigError(f"vLLM {version} has no {', '.join(gone)}: {what} needs it; {instead}")
+        raise ConfigError(
+            f"vLLM {version} has no {', '.join(gone)}: {what} needs it; leave out --scheduler-cls"
+        )
 
 
 def reason_for_stock(scheduler: object, options: Options) -> str | None:
@@ -94,11 +92,8 @@ def reason_for_stock(scheduler: object, options: Options) -> str | None:
     if speculative is None:
         return "there is no --speculative-config, hence nothing to choose"
     if find(speculative, "enable_adaptive_verification"):
-        return (
-            "enable_adaptive_verification chooses how many drafts are verified, on the device; "
-            "SMART_VLLM_VERIFICATION=1 corrects its costs"
-        )
-    method = find(speculative, "method", MODEL[0])  # a name that is gone is refused afterwards
-    if method not in (*FREE, *MODEL) or find(speculative, "parallel_drafting"):
+        return "enable_adaptive_verification chooses how many drafts are verified, on the device"
+    method = find(speculative, "method", METHODS[0])  # a name that is gone is refused afterwards
+    if method not in METHODS or find(speculative, "parallel_drafting"):
         return f"the drafting method {method!r} drafts all tokens at once, or is not known"
     return None

@@ -17,12 +17,14 @@ MARGIN = 1.02  # what speculation must measure over plain decoding to be switche
 class Timing:
     """One setting at one batch size: seconds of each block, and tokens a block.
 
-    The prompts are the same in all settings."""
+    The prompts are the same in all settings. context: mean tokens of a request while it is
+    answered, its prompt and half of its answer."""
 
     seconds: Sequence[float]
     tokens: int
     drafted: int = 0
     accepted: int = 0
+    context: float = 0.0
 
     @property
     def rate(self) -> float:
@@ -129,6 +131,26 @@ def warnings(resolved: Mapping[str, Any]) -> list[str]:
             "VLLM_USE_V2_MODEL_RUNNER=1 keeps them, and --check measures what is left"
         )
     return found
+
+
+def mean_context(measured: Mapping[int, Mapping[int, Timing]]) -> int:
+    """Mean tokens of a request while it is answered, over the blocks of plain decoding."""
+    contexts = [timings[0].context for timings in measured.values()]
+    return round(sum(contexts) / len(contexts))
+
+
+def adaptive(resolved: Mapping[str, Any], context: int) -> str:
+    """Whether vLLM's own adaptive verification can run here (measure.resolved), and with what.
+
+    context: mean tokens of a request while it is answered."""
+    if resolved["no_adaptive"] is not None:
+        return f"vLLM's adaptive verification cannot run here: {resolved['no_adaptive']}"
+    return (
+        "vLLM's adaptive verification can run here, in place of a schedule: add "
+        '"enable_adaptive_verification": true to --speculative-config, and start vLLM with '
+        f"VLLM_ADAPTIVE_VERIFICATION_PROFILE_CONTEXT_LEN={context}. Its profile takes contexts of "
+        "8192 tokens otherwise, which makes drafts look more expensive than they are"
+    )
 
 
 def report(

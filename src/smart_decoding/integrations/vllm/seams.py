@@ -1,8 +1,7 @@
-"""What is relied on in vLLM beyond its public interface, by what relies on it. Imports no vLLM.
+"""What the scheduler relies on in vLLM beyond its public interface. Imports no vLLM.
 
-`missing` compares these names with the installed vLLM at every start, so that no version is refused
-by its number: SCHEDULER for the scheduler, SHORTCUTS for the shortcuts, VERIFICATION for the costs
-of adaptive verification.
+These names are compared with the installed vLLM at every start, so that no version is refused by
+its number.
 """
 
 from __future__ import annotations
@@ -18,38 +17,31 @@ from typing import Any
 ATTRIBUTES = {
     "dynamic_sd_lookup": "K by batch size, looked up once a step: replaced by ours",
     "num_spec_tokens": "the longest K",
-    "requests": "request id -> Request",
-    "running": "the running Requests, those of the step that is being scheduled included",
     "vllm_config.additional_config": "our options",
+    "vllm_config.compilation_config.cudagraph_capture_sizes": "tokens of the captured graphs",
+    "vllm_config.compilation_config.cudagraph_mode": "whether there are graphs for decoding alone",
+    "vllm_config.compilation_config.max_cudagraph_capture_size": "tokens of the largest one",
     "vllm_config.parallel_config.data_parallel_size": "refused above 1",
-    "vllm_config.parallel_config.distributed_executor_backend": "mp: ranks in processes (ranks.py)",
-    "vllm_config.parallel_config.nnodes": "machines that they are on",
+    "vllm_config.parallel_config.distributed_executor_backend": "refused: external_launcher",
     "vllm_config.scheduler_config.async_scheduling": "which of our classes is the right one",
+    "vllm_config.scheduler_config.max_num_seqs": "requests of the largest graph",
     "vllm_config.speculative_config": "None: nothing is drafted",
-    "vllm_config.use_v2_model_runner": "it has nothing to shorten",
+    "vllm_config.use_v2_model_runner": "it captures graphs for every K of a schedule",
 }
 # Of the speculative config, where there is one.
-SPECULATIVE = (
-    "method",
-    "parallel_drafting",
-    "num_speculative_tokens_per_batch_size",
-    "enable_adaptive_verification",
-)
+SPECULATIVE = ("method", "parallel_drafting", "enable_adaptive_verification")
 
 
 @dataclass(frozen=True, slots=True)
 class Seams:
     """Places are "module:Class" or "module:Class.method".
 
-    classes: methods that are overridden or replaced, attributes that are read. replaced: all
-    parameters of methods that ours take the place of. called: the keywords that are given to
-    methods. pickled: classes whose objects are pickled by their attributes, to which one is added.
-    """
+    classes: methods that are overridden, attributes that are read. replaced: all parameters of
+    methods that ours take the place of. called: the keywords that are given to methods."""
 
     classes: Mapping[str, tuple[str, ...]]
     replaced: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     called: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    pickled: tuple[str, ...] = ()
 
 
 _SCHED = "vllm.v1.core.sched."
@@ -58,111 +50,22 @@ SCHEDULER = Seams(
         f"{_SCHED}scheduler:Scheduler": (
             "schedule",
             "update_from_output",
-            "update_draft_token_ids",
-            "_update_after_schedule",
             "shutdown",
         ),
-        f"{_SCHED}async_scheduler:AsyncScheduler": ("_update_after_schedule",),
+        f"{_SCHED}async_scheduler:AsyncScheduler": ("schedule",),
         f"{_SCHED}output:SchedulerOutput": (
             "num_scheduled_tokens",
             "total_num_scheduled_tokens",
             "scheduled_spec_decode_tokens",
             "num_spec_tokens_to_schedule",
         ),
-        "vllm.v1.outputs:ModelRunnerOutput": ("req_ids", "req_id_to_index", "sampled_token_ids"),
-        "vllm.v1.outputs:DraftTokenIds": ("req_ids",),
-        "vllm.v1.request:Request": (
-            "request_id",
-            "spec_token_ids",
-            "max_tokens",
-            "num_output_tokens",
-            "sampling_params",
-            "is_prefill_chunk",
-            "is_finished",
-        ),
+        "vllm.v1.outputs:ModelRunnerOutput": ("req_id_to_index", "sampled_token_ids"),
     },
     replaced={
         f"{_SCHED}scheduler:Scheduler.update_from_output": (
             "scheduler_output",
             "model_runner_output",
         ),
-        f"{_SCHED}scheduler:Scheduler.update_draft_token_ids": ("draft_token_ids",),
-        f"{_SCHED}async_scheduler:AsyncScheduler._update_after_schedule": ("scheduler_output",),
-    },
-)
-
-_RUNNER = "vllm.v1.worker.gpu_model_runner:"
-SHORTCUTS = Seams(
-    classes={
-        # Of each request, as a list.
-        "vllm.v1.spec_decode.metadata:SpecDecodeMetadata": ("num_draft_tokens",),
-        "vllm.v1.sample.rejection_sampler:RejectionSampler": ("forward", "sampler"),
-        "vllm.v1.spec_decode.llm_base_proposer:SpecDecodeBaseProposer": (
-            "propose",
-            "_last_draft_probs",
-        ),
-        "vllm.v1.executor.multiproc_executor:MultiprocExecutor": ("take_draft_token_ids",),
-        f"{_RUNNER}GPUModelRunner": (
-            "execute_model",
-            "sample_tokens",
-            "execute_model_state",
-            "speculative_config",
-            "use_async_scheduling",
-            "model_config",
-            "input_batch",
-        ),
-        "vllm.v1.worker.gpu_input_batch:InputBatch": ("thinking_budget_state_holder",),
-        f"{_RUNNER}ExecuteModelState": ("scheduler_output",),
-    },
-    replaced={
-        "vllm.v1.sample.rejection_sampler:RejectionSampler.forward": (
-            "metadata",
-            "draft_probs",
-            "logits",
-            "sampling_metadata",
-        ),
-        "vllm.v1.executor.multiproc_executor:MultiprocExecutor.take_draft_token_ids": (),
-    },
-    called={
-        "vllm.v1.sample.sampler:Sampler.forward": (
-            "logits",
-            "sampling_metadata",
-            "predict_bonus_token",
-        ),
-        "vllm.v1.spec_decode.llm_base_proposer:SpecDecodeBaseProposer.propose": (
-            "num_speculative_tokens",
-            "next_token_ids",
-        ),
-        f"{_RUNNER}GPUModelRunner.execute_model": ("scheduler_output",),
-    },
-    pickled=("vllm.v1.outputs:ModelRunnerOutput",),
-)
-
-_GPU = "vllm.v1.worker.gpu."
-MANAGER = f"{_GPU}spec_decode.adaptive_verification:AdaptiveVerificationManager"
-VERIFICATION = Seams(
-    classes={
-        MANAGER: ("cost_tables", "req_states"),
-        f"{_GPU}states:RequestState": (
-            "req_id_to_index",
-            "num_computed_tokens_np",
-            "max_num_reqs",
-            "max_model_len",
-        ),
-        f"{_GPU}async_utils:StepTimingSample": (
-            "forward_ms",
-            "drafter_ms",
-            "num_target_tokens",
-            "num_reqs",
-            "full_cudagraph",
-        ),
-    },
-    replaced={
-        f"{MANAGER}.batches_to_profile": ("capture_sizes",),
-        f"{MANAGER}.set_initial_cost_curves": ("samples",),
-        f"{MANAGER}.get_num_tokens": ("num_tokens_per_req", "draft_tokens"),
-        f"{MANAGER}.reallocate_drafts": ("req_ids", "idx_mapping"),
-        f"{MANAGER}.record_confidences": ("confidence_probs", "input_batch"),
     },
 )
 
@@ -178,7 +81,7 @@ def find(thing: object, path: str, default: Any = None) -> Any:
 
 def missing(seams: Seams) -> list[str]:
     """Names of `seams` that the installed vLLM has not."""
-    return [*_members(seams), *_parameters(seams), *_pickles(seams)]
+    return [*_members(seams), *_parameters(seams)]
 
 
 def missing_attributes(scheduler: object) -> list[str]:
@@ -221,18 +124,6 @@ def _parameters(seams: Seams) -> Iterator[str]:
             fits = False
         if not fits:
             yield f"{place}({', '.join(names)})"
-
-
-def _pickles(seams: Seams) -> Iterator[str]:
-    """What pickles its objects otherwise than by their attributes."""
-    ways = ("__slots__", "__getstate__", "__setstate__", "__reduce__", "__reduce_ex__")
-    for place in seams.pickled:
-        bases = getattr(_imported(place), "__mro__", ())[:-1]  # without object
-        yield from (
-            f"{place} without a {way} of its own"
-            for way in ways
-            if any(way in vars(base) for base in bases)
-        )
 
 
 def _imported(place: str) -> Any:

@@ -1,0 +1,230 @@
+"""The draft length of a step, the same for all its requests: the one of most tokens per second.
+
+vLLM drafts K tokens for each request in one step and verifies them in the next. What a step of each
+length costs and how many of its drafts are accepted is learned from the steps themselves, without a
+profile. Nothing here reads a clock or knows vLLM.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from smart_decoding.core.exploration import Exploration
+from smart_decoding.core.running import HORIZON, RunningMean
+
+if TYPE_CHECKING:
+    from smart_decoding.core.tree import FloatArray
+
+LONG = 1000  # steps with drafts for which the usual acceptance is remembered
+PRIOR = 0.7  # acceptance of every depth, at first
+PRIOR_WEIGHT = 4.0  # steps that a prior is worth
+GUESS = 0.002  # share of a plain step that a draft costs, at first: too little, so that it is tried
+CLIP = math.log(2.0)  # one slow step counts as at most twice the usual
+ENOUGH = 4  # plain steps without which nothing is drafted
+BETTER = 1.01  # rate over the last length's at which another one takes its place
+
+
+class Acceptance:
+    """P(the draft at a depth is accepted | the one before it was), by depth, over all requests.
+
+    Recent steps count most. Where they say little, the long run does, and before it all depths
+    together. A request without drafts counts as one whose first was rejected: n-grams are worth as
+    much as they match."""
+
+    def __init__(self, longest: int) -> None:
+        self._recent = np.zeros((2, longest))  # shares of requests: accepted, tested
+        self._usual = np.zeros((2, longest))
+
+    def observe(self, accepted: Sequence[int], length: int) -> None:
+        """Learn from a step that drafted `length` tokens. accepted: [requests] drafts."""
+        self._recent *= 1 - 1 / HORIZON
+        if not accepted or not length:
+            return
+        depth = np.arange(1, length + 1)
+        right = np.minimum(accepted, length)[:, None]
+        step = np.stack(((right >= depth).mean(0), (right >= depth - 1).mean(0)))
+        self._recent[:, :length] += step
+        self._usual *= 1 - 1 / LONG
+        self._usual[:, :length] += step
+
+    def tokens(self) -> FloatArray:
+        """[1 + longest] expected tokens of a request in a step of each length, its last one
+        included."""
+        overall = _share(self._usual.sum(1), PRIOR)
+        by_depth = _share(self._recent, _share(self._usual, overall))
+        return np.concatenate(([1.0], 1.0 + by_depth.cumprod().cumsum()))
+
+
+def _share(counts: FloatArray, prior: FloatArray | float) -> FloatArray:
+    """Accepted over tested, `prior` being worth PRIOR_WEIGHT steps."""
+    return np.asarray((counts[0] + prior * PRIOR_WEIGHT) / (counts[1] + PRIOR_WEIGHT))
+
+
+class StepSeconds:
+    """Seconds of a step by batch size and draft length.
+
+    Steps of the shortest length are learned around knots, two for each doubling of the batch size;
+    longer ones as ratios to them. What was not met is as at the nearest knot that was."""
+
+    def __init__(self, shortest: int) -> None:
+        self._shortest = shortest
+        self._plain: dict[int, RunningMean] = {}  # log seconds by knot, ascending
+        self._ratio: dict[int, dict[int, RunningMean]] = {}  # of logs, by length and knot
+        self.plain_steps = 0
+
+    @property
+    def known(self) -> bool:
+        """Whether enough steps of the shortest length were met to tell anything."""
+        return self.plain_steps >= ENOUGH
+
+    def predict(self, batch: int, length: int) -> float:
+        """Seconds of a step whose `batch` requests verify `length` drafts each."""
+        means = [mean.mean for mean in self._plain.values()]
+        plain = float(np.interp(_position(batch), list(self._plain), means))
+        return math.exp(plain + self._log_ratio(batch, length))
+
+    def observe(self, batch: int, length: int, seconds: float) -> None:
+        """Learn from a real step that prefilled nothing. Unusable times change nothing."""
+        if not (math.isfinite(seconds) and seconds > 0 and batch > 0):
+            return
+        knot = _knot(batch)
+        if length == self._shortest:
+            self.plain_steps += 1
+            if knot not in self._plain:
+                first = RunningMean(math.log(seconds), CLIP)
+                self._plain = dict(sorted({**self._plain, knot: first}.items()))
+            mean = self._plain[knot]
+            mean.observe(mean.mean + math.log(seconds / self.predict(batch, length)))
+        elif self.known:
+            excess = math.log(seconds / self.predict(batch, length))
+            ratio = self._log_ratio(batch, length) + min(excess, 2 * CLIP)
+            knots = self._ratio.setdefault(length, {})
+            knots.setdefault(knot, RunningMean(clip=CLIP)).observe(ratio)
+
+    def seen(self, batch: int, length: int) -> int:
+        """How often steps of this length were met at about this batch size."""
+        knots = self._plain if length == self._shortest else self._ratio.get(length, {})
+        found = knots.get(_knot(batch))
+        return found.seen if found else 0
+
+    def _log_ratio(self, batch: int, length: int) -> float:
+        if length == self._shortest:
+            return 0.0
+        knots = self._ratio.get(length)
+        if not knots:
+            return math.log1p(GUESS * batch * (length - self._shortest))
+        return knots[min(knots, key=lambda knot: abs(knot - _position(batch)))].mean
+
+
+def _position(batch: int) -> float:
+    """Where a batch size lies between the knots, which are at whole numbers."""
+    return 2.0 * math.log2(max(batch, 1))
+
+
+def _knot(batch: int) -> int:
+    return round(_position(batch))
+
+
+@dataclass
+class Counters:
+    """What has happened, as numbers that only grow; exported as metrics by these names."""
+
+    steps_on: int = 0  # steps that verified drafts
+    steps_off: int = 0  # decoding steps that did not
+    verified: int = 0
+    accepted: int = 0
+    explorations: int = 0  # steps that explored
+    seconds: float = 0.0  # spent on choosing and learning
+    lengths: dict[int, int] = field(default_factory=dict)  # K -> steps drafted with it
+
+
+@dataclass(slots=True)
+class Step:
+    """One step of the engine.
+
+    batch: sequences in it. length: K of the step before, whose drafts it verifies. drafts: K of
+    its own. verified: draft tokens in all. accepted: of each request that decoded. clean: it
+    prefilled nothing. exploring: whether `length` was an exploration."""
+
+    batch: int
+    length: int
+    drafts: int
+    verified: int = 0
+    accepted: Sequence[int] = ()
+    clean: bool = True
+    exploring: bool = False
+
+
+class DraftLengths:
+    """Chooses K for one engine.
+
+    longest: the largest K. shortest: the smallest, 0 unless no graph has it. exploration_budget:
+    share of the time that may go into lengths that are not predicted best."""
+
+    def __init__(self, longest: int, shortest: int = 0, exploration_budget: float = 0.005) -> None:
+        self.seconds = StepSeconds(shortest)
+        self.acceptance = Acceptance(longest)
+        self.counters = Counters()
+        self.exploration = Exploration(exploration_budget)
+        self.exploring = False  # whether the length chosen last explores
+        self._best = shortest
+
+    def choose(self, batch: int, lengths: Sequence[int]) -> int:
+        """K: how many tokens to draft for each request, out of the ascending `lengths`."""
+        self.exploring = False
+        if len(lengths) == 1 or not self.seconds.known:
+            return lengths[0]
+        best = self._find_best(batch, lengths)
+        if best != self._best:
+            self._best = best
+            self.exploration.stop()
+        if not self.exploration.left and not self.exploration.wait:
+            self.exploration.begin()
+        if not self.exploration.left:
+            return best
+        self.exploring = True
+        others = [length for length in lengths if length != best]
+        return min(others, key=lambda length: self.seconds.seen(batch, length))
+
+    def _find_best(self, batch: int, lengths: Sequence[int]) -> int:
+        """The length of most tokens per second; the last one, where another is hardly better."""
+        tokens = self.acceptance.tokens()
+        rates = {k: float(tokens[k]) / self.seconds.predict(batch, k) for k in lengths}
+        best = max(lengths, key=lambda k: rates[k])
+        return best if rates[best] > BETTER * rates.get(self._best, 0.0) else self._best
+
+    def observe(self, step: Step, seconds: float | None) -> None:
+        """Learn from a step that took `seconds` (None: not to be relied upon)."""
+        self._count(step)
+        self.acceptance.observe(step.accepted, step.length)
+        if not step.batch:
+            return
+        if seconds is not None and step.clean and step.length == step.drafts:
+            self.seconds.observe(step.batch, step.length, seconds)
+        if step.exploring and self.seconds.known:
+            self.exploration.observe(self._loss(step), self.seconds.predict(step.batch, self._best))
+        else:
+            self.exploration.observe_best()
+
+    def _count(self, step: Step) -> None:
+        counters = self.counters
+        counters.verified += step.verified
+        counters.accepted += sum(step.accepted)
+        counters.steps_on += step.verified > 0
+        counters.steps_off += step.batch > 0 and not step.verified
+        counters.explorations += step.exploring
+        if step.batch:
+            counters.lengths[step.drafts] = counters.lengths.get(step.drafts, 0) + 1
+
+    def _loss(self, step: Step) -> float:
+        """Seconds that a step of an exploration lost against the best length, by what steps of its
+        length take: one that was stopped for a minute must not cost the explorations of hours."""
+        usual = self.seconds.predict(step.batch, self._best)
+        per_token = usual / (step.batch * float(self.acceptance.tokens()[self._best]))
+        tokens = step.batch + sum(step.accepted)
+        return self.seconds.predict(step.batch, step.length) - tokens * per_token

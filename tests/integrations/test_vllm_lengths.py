@@ -1,0 +1,219 @@
+"""The draft length of each step: of most tokens per second, at costs and acceptance that are found
+out on the way, in a simulated engine that verifies drafts a step after they were made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from smart_decoding.integrations.vllm.lengths import Acceptance, DraftLengths, Step, StepSeconds
+
+STEPS = 1000
+LENGTHS = (0, 1, 2, 4)
+Cost = Callable[[int, int, int], float]
+
+
+def cpu(batch: int, drafts: int, levels: int) -> float:
+    """Rows are expensive, as measured on two cores."""
+    return 0.008 + 0.0008 * (batch + drafts) + 0.002 * levels
+
+
+def gpu(batch: int, drafts: int, levels: int) -> float:
+    """Rows are free up to 64."""
+    return 0.010 + 0.0002 * max(batch + drafts - 64, 0) + 0.001 * levels
+
+
+@dataclass
+class World:
+    """Each request accepts a draft with its own probability.
+
+    cost(batch, drafts, levels): true seconds of a step. model: a draft model drafts, else n-grams,
+    which cost nothing and match with the probability `hits`."""
+
+    accept: Sequence[float]
+    cost: Cost
+    model: bool = False
+    hits: float = 1.0
+    noise: float = 0.03
+    seed: int = 0
+
+    def run(self, steps: int, policy: DraftLengths | None = None, fixed: int = 0) -> float:
+        """Tokens per second of `steps` steps, under a policy or at a fixed length."""
+        random = np.random.default_rng(self.seed)
+        batch = len(self.accept)
+        tokens = seconds = 0.0
+        length, exploring = fixed, False
+        for _ in range(steps):
+            drafts = policy.choose(batch, LENGTHS) if policy else fixed
+            explores = policy.exploring if policy else False
+            made = length * (np.ones(batch) if self.model else random.random(batch) < self.hits)
+            right = random.random((batch, max(LENGTHS))) < np.array(self.accept)[:, None]
+            accepted = np.minimum(right.cumprod(1).sum(1), made).astype(int).tolist()
+            took = self.cost(batch, int(made.sum()), drafts if self.model else 0)
+            tokens += batch + sum(accepted)
+            seconds += took
+            if policy:
+                measured = took * float(np.exp(self.noise * random.standard_normal()))
+                verified = int(made.sum())
+                step = Step(batch, length, drafts, verified, accepted, exploring=exploring)
+                policy.observe(step, measured)
+            length, exploring = drafts, explores
+        return tokens / seconds
+
+
+@pytest.mark.parametrize("cost", [cpu, gpu])
+@pytest.mark.parametrize("accept", [0.05, 0.4, 0.9])
+@pytest.mark.parametrize("batch", [1, 4, 16, 64])
+@pytest.mark.parametrize("model", [True, False])
+def test_it_comes_near_the_best_fixed_length(
+    cost: Cost, accept: float, batch: int, model: bool
+) -> None:
+    """An oracle knows that one, out of all that may be chosen, 0 included."""
+    ratios = []
+    for seed in (0, 1):
+        world = World([accept] * batch, cost, model, 0.7, seed=seed)
+        best = max(world.run(STEPS, fixed=k) for k in LENGTHS)
+        ratios.append(world.run(STEPS, DraftLengths(4)) / best)
+    assert np.mean(ratios) > (0.945 if batch == 1 else 0.965)
+
+
+def test_it_comes_back_when_the_drafter_becomes_good_again() -> None:
+    policy = DraftLengths(4)
+    World([0.02] * 4, cpu).run(800, policy)
+    before = policy.counters.steps_on
+    assert before < 150
+    assert policy.counters.steps_off > 600
+    World([0.95] * 4, cpu, seed=1).run(1500, policy)
+    assert policy.counters.steps_on - before > 900
+
+
+def test_a_batch_size_that_was_not_met_yet_is_found_out() -> None:
+    """At 64 requests drafts are much too expensive, at 2 they pay."""
+    policy = DraftLengths(4)
+    World([0.8] * 64, cpu).run(300, policy)
+    before = policy.counters.lengths.get(4, 0)
+    assert before < 30
+    World([0.8] * 2, cpu).run(400, policy)
+    assert policy.counters.lengths[4] - before > 250
+
+
+def test_only_captured_lengths_are_chosen() -> None:
+    policy = DraftLengths(4)
+    World([0.9] * 2, cpu).run(300, policy)
+    assert {policy.choose(2, (0, 3)) for _ in range(300)} <= {0, 3}
+    assert {policy.choose(2, (3,)) for _ in range(100)} == {3}
+    assert not policy.exploring
+
+
+def test_nothing_is_drafted_before_plain_steps_are_known() -> None:
+    policy = DraftLengths(4)
+    for _ in range(4):
+        assert policy.choose(1, LENGTHS) == 0
+        policy.observe(Step(1, 0, 0), 0.01)
+    assert policy.choose(1, LENGTHS) == 4
+
+
+def test_a_schedule_without_zero_starts_from_its_shortest_length() -> None:
+    policy = DraftLengths(4, shortest=2)
+    assert policy.choose(8, (2, 4)) == 2
+    for _ in range(4):
+        policy.observe(Step(8, 2, 2, 16, [1] * 8), 0.02)
+    assert policy.choose(8, (2, 4)) in (2, 4)
+    assert policy.seconds.predict(8, 2) == pytest.approx(0.02)
+
+
+def test_explorations_keep_to_their_budget() -> None:
+    """A length of no use that takes three times as long: of 8,000 steps it may cost 0.5 %."""
+    world = World([0.0] * 4, lambda batch, drafts, levels: 0.03 if drafts else 0.01)
+    policy = DraftLengths(4, exploration_budget=0.005)
+    rate = world.run(8000, policy)
+    assert policy.counters.explorations > 20
+    assert world.run(8000, fixed=0) / rate < 1.012
+
+
+def test_a_stopped_process_goes_on_exploring() -> None:
+    policy = DraftLengths(4)
+    world = World([0.9] * 4, cpu)
+    world.run(300, policy)
+    policy.observe(Step(4, 0, 0, exploring=True), 60.0)
+    before = policy.counters.explorations
+    world.run(1000, policy)
+    assert policy.counters.explorations > before
+
+
+def test_two_policies_told_the_same_choose_the_same() -> None:
+    first, second = DraftLengths(4), DraftLengths(4)
+    World([0.7, 0.2], cpu, model=True).run(300, first)
+    World([0.7, 0.2], cpu, model=True).run(300, second)
+    assert vars(first.counters) == vars(second.counters)
+
+
+def test_acceptance_is_censored_at_the_first_rejection() -> None:
+    acceptance = Acceptance(4)
+    random = np.random.default_rng(0)
+    for _ in range(200):
+        right = random.random((8, 4)) < [0.9, 0.6, 0.6, 0.2]
+        acceptance.observe(right.cumprod(1).sum(1).tolist(), 4)
+    exact = [1.0, 1.9, 1.9 + 0.54, 1.9 + 0.54 + 0.324, 1.9 + 0.54 + 0.324 + 0.0648]
+    assert acceptance.tokens() == pytest.approx(exact, rel=0.06)
+
+
+def test_while_nothing_is_drafted_acceptance_returns_to_the_usual() -> None:
+    acceptance = Acceptance(2)
+    for _ in range(500):
+        acceptance.observe([2, 2], 2)
+    for _ in range(20):
+        acceptance.observe([0, 0], 2)
+    bad = acceptance.tokens()[2]
+    for _ in range(200):
+        acceptance.observe([], 0)
+    assert bad < 2.3
+    assert acceptance.tokens()[2] > 2.7
+
+
+def test_step_seconds_are_found_within_a_few_per_cent() -> None:
+    costs = StepSeconds(0)
+    random = np.random.default_rng(0)
+    for _ in range(600):
+        batch, length = int(random.choice([1, 4, 16])), int(random.choice(LENGTHS))
+        noise = float(np.exp(0.05 * random.standard_normal()))
+        costs.observe(batch, length, cpu(batch, batch * length, length) * noise)
+    for batch in (1, 4, 16):
+        for length in LENGTHS:
+            true = cpu(batch, batch * length, length)
+            assert costs.predict(batch, length) == pytest.approx(true, rel=0.06)
+
+
+@pytest.mark.parametrize("seconds", [float("nan"), float("inf"), 0.0, -1.0])
+def test_absurd_times_teach_nothing(seconds: float) -> None:
+    costs = StepSeconds(0)
+    for _ in range(8):
+        costs.observe(2, 0, 0.01)
+    before = costs.predict(2, 0), costs.predict(2, 4)
+    costs.observe(2, 0, seconds)
+    costs.observe(2, 4, seconds)
+    assert (costs.predict(2, 0), costs.predict(2, 4)) == before
+
+
+def test_one_odd_step_moves_little() -> None:
+    costs = StepSeconds(0)
+    for _ in range(50):
+        costs.observe(2, 0, 0.01)
+    costs.observe(2, 0, 10.0)
+    assert costs.predict(2, 0) < 0.0105
+
+
+def test_a_slow_start_is_forgotten() -> None:
+    """The first steps with drafts compile and allocate: ten times too slow, they must not keep
+    drafting off."""
+    costs = StepSeconds(0)
+    for _ in range(8):
+        costs.observe(4, 0, cpu(4, 0, 0))
+    for _ in range(3):
+        costs.observe(4, 2, 10 * cpu(4, 8, 0))
+    for _ in range(60):
+        costs.observe(4, 2, cpu(4, 8, 0))
+    assert costs.predict(4, 2) < 1.25 * cpu(4, 8, 0)
