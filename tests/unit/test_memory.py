@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from smart_decoding.errors import CapacityError
+from smart_decoding.kernels import limits
 from smart_decoding.kernels.weights import Matrix, QuantizedTensor
 from smart_decoding.llm import LLM
 from smart_decoding.models import memory
@@ -206,7 +207,8 @@ def test_free_memory_is_what_linux_and_the_container_allow(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory, "_MEMINFO", tmp_path / "meminfo")
-    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    monkeypatch.setattr(limits, "GROUPS", tmp_path)
+    monkeypatch.setattr(limits, "OWN_GROUPS", tmp_path / "none")
     assert memory.available(CPU) is None
     (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:   2048 kB\n")
     assert memory.available(CPU) == 2048 * 1024

@@ -12,7 +12,7 @@ import torch
 
 from smart_decoding import SPINS
 from smart_decoding.errors import ConfigError
-from smart_decoding.kernels import library
+from smart_decoding.kernels import library, limits
 
 
 @pytest.mark.parametrize(
@@ -86,9 +86,10 @@ def test_no_team_is_started_where_threads_are_short(
     short: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     if short == "user":
-        monkeypatch.setattr(library.resource, "getrlimit", lambda _: (20, 20))
+        monkeypatch.setattr(limits.resource, "getrlimit", lambda _: (20, 20))
     else:
-        monkeypatch.setattr(library, "PIDS", (tmp_path / "none", tmp_path))
+        monkeypatch.setattr(limits, "GROUPS", tmp_path)
+        monkeypatch.setattr(limits, "OWN_GROUPS", tmp_path / "none")
         (tmp_path / "pids.max").write_text("120\n")
         (tmp_path / "pids.current").write_text("100\n")
     openmp = OpenMP()
@@ -127,8 +128,9 @@ def test_how_many_threads_compute(
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(library, "CPU_LIMIT", tmp_path / "cpu.max")
-    library.CPU_LIMIT.write_text(limit)
+    monkeypatch.setattr(limits, "GROUPS", tmp_path)
+    monkeypatch.setattr(limits, "OWN_GROUPS", tmp_path / "none")
+    (tmp_path / "cpu.max").write_text(limit)
     library.set_threads()
     assert torch.get_num_threads() == expected
 
@@ -139,8 +141,9 @@ def test_more_threads_than_cpus_are_told_once_and_thousands_are_refused(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(library, "CPU_LIMIT", tmp_path / "cpu.max")
-    library.CPU_LIMIT.write_text("100000 100000")
+    monkeypatch.setattr(limits, "GROUPS", tmp_path)
+    monkeypatch.setattr(limits, "OWN_GROUPS", tmp_path / "none")
+    (tmp_path / "cpu.max").write_text("100000 100000")
     for asked in ("1", "16", "16"):
         monkeypatch.setenv("SMART_NUM_THREADS", asked)
         library.set_threads()

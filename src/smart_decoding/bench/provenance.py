@@ -7,7 +7,6 @@ import json
 import math
 import os
 import platform
-import resource
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -99,13 +98,13 @@ def machine() -> dict[str, Any]:
     import torch
 
     from smart_decoding.kernels.library import cpu_flags, cpu_info
+    from smart_decoding.kernels.limits import usable_cpus
 
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "machine": platform.machine(),
         "system": f"{platform.system()} {platform.release()}",
         "cpu": cpu_info().get("model name") or platform.processor() or platform.machine(),
-        "cores": usable,
+        "cores": usable_cpus(),
         "threads": torch.get_num_threads(),
         "memory_gib": _memory_gib(),
         "flags": [flag for flag in _FLAGS if flag in cpu_flags()],
@@ -190,6 +189,10 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 
 def _process_peak_gib() -> float | None:
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return None
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 

@@ -10,21 +10,17 @@ import importlib.util
 import logging
 import os
 import platform
-import resource
 import threading
 from dataclasses import dataclass
 from pathlib import Path
 
 from smart_decoding.errors import ConfigError
-from smart_decoding.kernels import abi
+from smart_decoding.kernels import abi, limits
 
 log = logging.getLogger("smart.kernels")
 
 SOURCES = Path(__file__).parent / "csrc"
 LIBRARIES = Path(__file__).parent / "lib"
-CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")  # microseconds of CPU time, of so many that pass
-PIDS = (Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/pids"))  # where a container's threads count
-THREADS_LEFT = 64  # for everybody else, where a team is started that only sleeps
 MOST_THREADS = 16  # that are started for each CPU; with thousands nothing ends
 BUILD = "build them with `make env` in a clone, or `pip install .` (needs g++ 11 or newer)"
 
@@ -168,8 +164,8 @@ def identity() -> str:
 
 
 def set_threads() -> None:
-    """As many threads as SMART_NUM_THREADS says; without it, no more than the CPUs that a container
-    may use. Raises ConfigError for what is no number above 0."""
+    """As many threads as SMART_NUM_THREADS says; without it, no more than the CPUs that its
+    control groups grant. Raises ConfigError for what is no number above 0."""
     import torch  # late: it is slow
 
     wanted = os.environ.get("SMART_NUM_THREADS")
@@ -181,7 +177,7 @@ def set_threads() -> None:
         _check_threads(int(wanted), torch.get_num_threads())
         torch.set_num_threads(int(wanted))
     elif "OMP_NUM_THREADS" not in os.environ:
-        granted = _granted_cpus()
+        granted = limits.granted_cpus()
         if granted is not None and granted < torch.get_num_threads():
             torch.set_num_threads(granted)
 
@@ -189,21 +185,12 @@ def set_threads() -> None:
 def _check_threads(wanted: int, before: int) -> None:
     """A warning for more threads than there are CPUs, unless they are so many already. Raises
     ConfigError for so many that no answer would end."""
-    cpus = len(os.sched_getaffinity(0))
-    cpus = min(cpus, _granted_cpus() or cpus)
+    cpus = limits.usable_cpus()
+    cpus = min(cpus, limits.granted_cpus() or cpus)
     if wanted > MOST_THREADS * cpus:
         raise ConfigError(f"{wanted} threads are not allowed: this process may use {cpus} CPUs")
     if wanted > cpus and wanted != before:
         log.warning("%d threads for %d CPUs wait for each other: fewer are faster", wanted, cpus)
-
-
-def _granted_cpus() -> int | None:
-    """CPUs that this container may use, rounded up; None without a limit."""
-    try:
-        quota, period = CPU_LIMIT.read_text().split()
-        return None if quota == "max" else max(1, -(-int(quota) // int(period)))
-    except (OSError, ValueError):
-        return None
 
 
 @functools.cache
@@ -234,8 +221,8 @@ def _make_waiting_short(openmp: ctypes.CDLL) -> None:
     ends the process where it cannot start one."""
     nothing = ctypes.CDLL(None).getpid
     parallel = getattr(openmp, "GOMP_parallel", None)
-    team = len(os.sched_getaffinity(0)) + 1
-    if parallel is None or not _may_start(team):
+    team = limits.usable_cpus() + 1
+    if parallel is None or not limits.may_start(team):
         return
 
     def hold() -> None:
@@ -246,30 +233,6 @@ def _make_waiting_short(openmp: ctypes.CDLL) -> None:
     made = threading.Event()
     threading.Thread(target=hold, name="smart-openmp", daemon=True).start()
     made.wait()
-
-
-def _may_start(count: int) -> bool:
-    """Whether so many threads and a margin may be started, by the limits of the user and of the
-    container. All threads of the system count as the user's, which are more than his."""
-    need = count + THREADS_LEFT
-    most, _ = resource.getrlimit(resource.RLIMIT_NPROC)
-    if most != resource.RLIM_INFINITY and most - _threads_running() < need:
-        return False
-    for folder in PIDS:
-        try:
-            limit = int((folder / "pids.max").read_text())
-            if limit - int((folder / "pids.current").read_text()) < need:
-                return False
-        except (OSError, ValueError):  # not there, or "max"
-            continue
-    return True
-
-
-def _threads_running() -> int:
-    try:
-        return int(Path("/proc/loadavg").read_text().split()[3].partition("/")[2])
-    except (OSError, ValueError, IndexError):
-        return 0
 
 
 def _nothing() -> str:

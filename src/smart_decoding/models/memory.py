@@ -14,6 +14,7 @@ import torch
 from smart_decoding.engine.kv import PAGE
 from smart_decoding.errors import CapacityError
 from smart_decoding.files import read_json, reading
+from smart_decoding.kernels.limits import free_memory
 from smart_decoding.models.gguf import StoredWeights
 from smart_decoding.models.head_files import scheme_of
 from smart_decoding.models.kernel_check import why_slow
@@ -27,7 +28,6 @@ log = logging.getLogger("smart.memory")
 
 _WORTHWHILE = 256  # tokens of KV memory below which nobody wants to be told to lower it
 _MEMINFO = Path("/proc/meminfo")
-_CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +190,7 @@ def available(device: torch.device) -> int | None:
     where the system does not tell."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    known = [free for free in (_free_of_machine(), _free_of_container()) if free is not None]
+    known = [free for free in (_free_of_machine(), free_memory()) if free is not None]
     return min(known, default=None)
 
 
@@ -201,18 +201,6 @@ def _free_of_machine() -> int | None:
         return None
     found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
     return int(found[0]) * 1024 if found else None
-
-
-def _free_of_container() -> int | None:
-    """By the limit of the control group (version 2), if there is one; cached files can make way."""
-    try:
-        limit = int((_CGROUP / "memory.max").read_text())
-        used = int((_CGROUP / "memory.current").read_text())
-        lines = (_CGROUP / "memory.stat").read_text().splitlines()
-        stat = {name: int(count) for name, count in map(str.split, lines)}
-    except (OSError, ValueError):  # no such group, or the limit is "max"
-        return None
-    return limit - used + stat.get("inactive_file", 0) + stat.get("active_file", 0)
 
 
 def _head_bytes(head: Path, target: ModelConfig, dtype: torch.dtype, device: torch.device) -> int:
