@@ -48,7 +48,7 @@ from smart_decoding.models.loading import Checkpoint
 from smart_decoding.models.memory import Limits, Need, need_of
 from smart_decoding.models.native_level import NativeLevel
 from smart_decoding.models.target import TorchTarget, device_of, dtype_of, pages_for
-from smart_decoding.profiling.measure import Measurement
+from smart_decoding.profiling.measure import ForwardTimer
 from smart_decoding.profiling.profile import ROUND_OVERHEAD
 from smart_decoding.speculation import SCRATCH_PAGES, fastest_selection
 from smart_lab.hardware import dimensions
@@ -271,7 +271,7 @@ class Replay:
             files, self.target.decoder, self.pages, self.scratch, self.length + 64
         )
         drafter = EagleDrafter(self.head, self.pages, self.scratch)
-        profile = Measurement(
+        profile = ForwardTimer(
             self.target, drafter, self.pages, largest, profile_seconds, coarse=coarse
         )
         self.cost = CostModel.fit(profile.run(), ROUND_OVERHEAD)

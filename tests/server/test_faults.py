@@ -182,8 +182,8 @@ class Steps:
         self.go = threading.Event()
         if not held:
             self.go.set()
-        step = measure.Measurement.step
-        begin = measure.Measurement.__init__
+        step = measure.ForwardTimer.step
+        begin = measure.ForwardTimer.__init__
 
         def noted(measurement: Any, target: Any, *more: Any, **options: Any) -> None:
             measurement.of = target
@@ -195,8 +195,8 @@ class Steps:
             self.counts[id(getattr(measurement, "of", None))] += 1  # None: it was begun before
             return step(measurement)
 
-        monkeypatch.setattr(measure.Measurement, "__init__", noted)
-        monkeypatch.setattr(measure.Measurement, "step", counted)
+        monkeypatch.setattr(measure.ForwardTimer, "__init__", noted)
+        monkeypatch.setattr(measure.ForwardTimer, "step", counted)
 
     @property
     def count(self) -> int:
@@ -350,7 +350,7 @@ def test_two_models_of_a_process_are_measured_one_after_the_other(
     """Each would measure what the other leaves of the cores."""
     together: list[bool] = []
     inside: set[int] = set()
-    step = measure.Measurement.step
+    step = measure.ForwardTimer.step
 
     def watched(measurement: Any) -> bool:
         inside.add(id(measurement))
@@ -360,7 +360,7 @@ def test_two_models_of_a_process_are_measured_one_after_the_other(
         finally:
             inside.discard(id(measurement))
 
-    monkeypatch.setattr(measure.Measurement, "step", watched)
+    monkeypatch.setattr(measure.ForwardTimer, "step", watched)
     models = [load(speculative_config=SMART, dtype=dtype) for dtype in ("float32", "bfloat16")]
     params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
     for llm in models:
@@ -485,7 +485,7 @@ def test_a_profile_that_fails_is_given_up(
     def failing(_measurement: object) -> bool:
         raise RuntimeError("no such luck")
 
-    monkeypatch.setattr(measure.Measurement, "step", failing)
+    monkeypatch.setattr(measure.ForwardTimer, "step", failing)
     llm = load(speculative_config=SMART)
     params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
     for _ in range(2):

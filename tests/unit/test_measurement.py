@@ -11,7 +11,7 @@ import torch
 
 from smart_decoding.core.cost import Sample, VerifySample
 from smart_decoding.engine.kv import PAGE, PagePool
-from smart_decoding.profiling.measure import Measurement, probe
+from smart_decoding.profiling.measure import ForwardTimer, probe
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -54,10 +54,10 @@ def target_of(machine: Machine, max_positions: int = 4096) -> Any:
     )
 
 
-def measurement_of(machine: Machine, pages: int, seqs: int, pool: PagePool) -> Measurement:
+def measurement_of(machine: Machine, pages: int, seqs: int, pool: PagePool) -> ForwardTimer:
     clock = lambda: machine.now  # noqa: E731
     target = target_of(machine)
-    return Measurement(target, None, pages, seqs, seconds=0.0, clock=clock, pool=pool)
+    return ForwardTimer(target, None, pages, seqs, seconds=0.0, clock=clock, pool=pool)
 
 
 def checked(samples: Sequence[Sample]) -> set[tuple[int, float]]:

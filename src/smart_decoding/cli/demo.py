@@ -55,7 +55,7 @@ class VerifiedTree:
 
 
 @dataclass(slots=True)
-class Answer:
+class TimedAnswer:
     """One timed answer.
 
     pieces: what each round gave: seconds since the first one, text, tokens so far.
@@ -141,17 +141,17 @@ def load(allow_slow: bool) -> LLM:
 
 def measure(
     engines: dict[str, LLM], prompt: str, params: SamplingParams
-) -> dict[str, list[Answer]]:
+) -> dict[str, list[TimedAnswer]]:
     """Two answers of each engine, in turns, in reversed order the second time."""
-    runs: dict[str, list[Answer]] = {name: [] for name in engines}
+    runs: dict[str, list[TimedAnswer]] = {name: [] for name in engines}
     for name in [*engines, *reversed(engines)]:
         runs[name].append(ask(engines[name], prompt, params))
     return runs
 
 
-def ask(llm: LLM, prompt: str, params: SamplingParams) -> Answer:
+def ask(llm: LLM, prompt: str, params: SamplingParams) -> TimedAnswer:
     """One answer, with the time of each round."""
-    answer = Answer()
+    answer = TimedAnswer()
     started = 0.0
 
     def after_round(touched: Sequence[Any]) -> None:
@@ -173,7 +173,7 @@ def ask(llm: LLM, prompt: str, params: SamplingParams) -> Answer:
     return answer
 
 
-def show_race(race: dict[str, Answer]) -> None:
+def show_race(race: dict[str, TimedAnswer]) -> None:
     """Replays both on a terminal that is wide enough; then, or instead, the answer and speeds."""
     width = min(100, shutil.get_terminal_size().columns)
     if sys.stdout.isatty() and os.environ.get("TERM") != "dumb" and width >= _NARROWEST:
@@ -212,12 +212,12 @@ def _redrawing() -> Iterator[Any]:
         sys.stdout.flush()
 
 
-def _frame(race: dict[str, Answer], now: float, width: int) -> list[str]:
+def _frame(race: dict[str, TimedAnswer], now: float, width: int) -> list[str]:
     lanes = [_lane(name, answer, now, width // 2 - 2) for name, answer in race.items()]
     return [" │ ".join(row).rstrip() for row in zip(*lanes, strict=True)]
 
 
-def _lane(name: str, answer: Answer, now: float, width: int) -> list[str]:
+def _lane(name: str, answer: TimedAnswer, now: float, width: int) -> list[str]:
     """A name and speed, a bar, and the end of the text so far, each line `width` wide."""
     come = [piece for piece in answer.pieces if piece[0] <= now]
     tokens = come[-1][2]
@@ -245,7 +245,7 @@ def _painted(name: str, text: str) -> str:
     return f"{_COLOURS[name]}{text}\x1b[0m" if wants_colour(sys.stdout) else text
 
 
-def _speed(answer: Answer) -> float:
+def _speed(answer: TimedAnswer) -> float:
     return answer.timed / answer.seconds if answer.seconds > 0 else 0.0
 
 
@@ -272,7 +272,7 @@ def show_tree(llm: LLM, trees: Sequence[VerifiedTree]) -> None:
     print(shown.replace("; ", "\n"))
 
 
-def summary(races: Sequence[dict[str, Answer]], same: bool) -> str:
+def summary(races: Sequence[dict[str, TimedAnswer]], same: bool) -> str:
     """One line: speeds over all questions, after the first tokens, and whether all is the same."""
     tokens = {name: sum(race[name].timed for race in races) for name in ("plain", "smart")}
     seconds = {name: sum(race[name].seconds for race in races) for name in tokens}

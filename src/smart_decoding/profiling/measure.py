@@ -86,7 +86,7 @@ class Point:
     prepare: Callable[[], object] = lambda: None
 
 
-class Measurement:
+class ForwardTimer:
     """Times every point again and again, in turn and one a step, until `seconds` are used up; every
     point is timed at least once.
 

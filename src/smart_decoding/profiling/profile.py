@@ -20,7 +20,7 @@ from smart_decoding.core.cost import (
 from smart_decoding.errors import ModelError
 from smart_decoding.profiling import measure
 from smart_decoding.profiling.cache import load_profile, profile_path, save_profile
-from smart_decoding.profiling.measure import Measurement, largest_batch, longest_context
+from smart_decoding.profiling.measure import ForwardTimer, largest_batch, longest_context
 
 if TYPE_CHECKING:
     from smart_decoding.drafters.levels import LevelDrafter
@@ -57,11 +57,11 @@ class Profile:
         longest = longest_context(target.max_positions, target.device)
         self._path = profile_path(weights, target.dtype, target.device, head, longest, target.steps)
         self._model = weights["model"]
-        self._begin = partial(Measurement, target, drafter, pages, max_num_seqs)
+        self._begin = partial(ForwardTimer, target, drafter, pages, max_num_seqs)
         aux_layers = drafter.aux_layers if drafter is not None else ()
         self._probe = partial(measure.probe, target, pages, aux_layers)
         self.pool: PagePool | None = None
-        self._measurement: Measurement | None = None
+        self._measurement: ForwardTimer | None = None
         stored = load_profile(self._path)
         self.cost = stored or GUESS
         self.known = stored is not None and max(stored.verify) >= largest_batch(

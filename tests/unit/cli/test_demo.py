@@ -61,8 +61,8 @@ TREE = """
 """
 
 
-def answer(*pieces: tuple[float, str, int]) -> cli_demo.Answer:
-    return cli_demo.Answer(list(pieces), list(range(pieces[-1][2])))
+def answer(*pieces: tuple[float, str, int]) -> cli_demo.TimedAnswer:
+    return cli_demo.TimedAnswer(list(pieces), list(range(pieces[-1][2])))
 
 
 FAST = answer((0.0, "1\n", 2), (0.1, "2\t3\x1b" + 70 * "x", 10))

@@ -28,7 +28,7 @@ from smart_decoding.models import memory
 from smart_decoding.models.draft_model import DraftModel
 from smart_decoding.models.registry import shipped_head
 from smart_decoding.models.tokenizer import Tokenizer
-from smart_decoding.profiling.measure import LONG_WAITING, ON_CPU, WAITING, Measurement
+from smart_decoding.profiling.measure import LONG_WAITING, ON_CPU, WAITING, ForwardTimer
 from smart_decoding.speculation import check_speculation
 
 from .tiny import (
@@ -235,7 +235,7 @@ def test_levels_that_are_profiled_are_those_of_real_rounds() -> None:
     )
     levels = [
         s
-        for s in Measurement(target, drafter, PAGES, 2, seconds=0.0).run()
+        for s in ForwardTimer(target, drafter, PAGES, 2, seconds=0.0).run()
         if isinstance(s, DraftSample)
     ]
     assert not drafter._states  # a request to come could be taken for one of the rehearsal's

@@ -16,7 +16,7 @@ from smart_decoding.integrations.transformers.state import bucket, setting_of, s
 from smart_decoding.integrations.transformers.target import HostTarget
 from smart_decoding.models.target import pages_for
 from smart_decoding.profiling.cache import load_profile, profile_path, save_profile
-from smart_decoding.profiling.measure import Measurement, grid_of, least_seconds, verification
+from smart_decoding.profiling.measure import ForwardTimer, grid_of, least_seconds, verification
 from smart_decoding.profiling.profile import ROUND_OVERHEAD
 from smart_decoding.speculation import level_drafter
 
@@ -64,7 +64,7 @@ def _measured(
     pages = max(pages_for(shortest * widest, 1), pages_for(longest, 1))
     drafter = level_drafter(source.drafter(pages, longest, target.tree) if source else None)
     coarse = row > seconds / VERY_SLOW
-    measurement = Measurement(stand_in, drafter, pages, widest, seconds, coarse=coarse)  # type: ignore[arg-type]
+    measurement = ForwardTimer(stand_in, drafter, pages, widest, seconds, coarse=coarse)  # type: ignore[arg-type]
     return CostModel.fit(measurement.run(), ROUND_OVERHEAD if source else 0.0)
 
 
