@@ -9,7 +9,6 @@ import argparse
 from pathlib import Path
 from typing import cast
 
-from smart_decoding.bench.options import PRESETS
 from smart_decoding.bench.provenance import write_json
 from smart_decoding.bench.report import everything
 from smart_decoding.cli.bench import add_common_arguments, options_of
@@ -37,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Runs the benchmark and prints its tables. Raises SmartError for what a user can mend."""
-    options = cast(LabOptions, options_of(args, LabOptions, PRESETS))
+    options = cast(LabOptions, options_of(args, LabOptions))
     from smart_decoding.models.kernel_check import (
         require_kernels,  # torch is slow to import: options come first
     )

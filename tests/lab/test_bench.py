@@ -6,7 +6,7 @@ import argparse
 
 import pytest
 
-from smart_decoding.bench.options import PRESETS, parse_setting
+from smart_decoding.bench.options import parse_setting
 from smart_decoding.cli.bench import options_of
 from smart_decoding.errors import ConfigError
 from smart_lab import bench_command
@@ -16,7 +16,7 @@ from smart_lab.options import LabArm, LabOptions, command_of
 def asked_by(words: str) -> LabOptions:
     parser = argparse.ArgumentParser()
     bench_command.add_arguments(parser)
-    found = options_of(parser.parse_args(words.split()), LabOptions, PRESETS)
+    found = options_of(parser.parse_args(words.split()), LabOptions)
     assert isinstance(found, LabOptions)
     return found
 

@@ -8,6 +8,7 @@ cycle to cycle. Tasks take turns too. In every third cycle the baseline runs twi
 from __future__ import annotations
 
 import gc
+import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -84,8 +85,14 @@ def measure(
     first = len(result.cycles)
     if first == len(cycles):
         return result
-    for engine in engines.values():
-        _warm_up(engine, prompts, batch_size)
+    taken = {label: _warm_up(each, prompts, batch_size, clock) for label, each in engines.items()}
+    if deadline is not None and not first:
+        left = deadline - clock()
+        chunk, _ = cycles[0]
+        tokens = sum(prompt.params.max_tokens or WARM_UP_TOKENS for prompt in chunk)
+        labels = affordable(taken, tokens, left)
+        _tell_left_out(engines, labels, batch_size)
+        engines = {label: engines[label] for label in labels}
     for number, (chunk, fillers) in enumerate(cycles[first:], first):
         # Turns over all tasks: what happens every third time would else meet one task only.
         turn, task = divmod(number, len(prompts))
@@ -101,6 +108,25 @@ def measure(
         result.add({label: cycle[label] for label in engines if label in cycle}, again)
         on_cycle()
     return result
+
+
+def affordable(seconds_per_token: Mapping[str, float], tokens: int, left: float) -> list[str]:
+    """The contestants of which a block each fits into the seconds that are left: the slowest go
+    first, plain decoding and `smart` stay."""
+    labels = list(seconds_per_token)
+    while tokens * sum(seconds_per_token[label] for label in labels) > left:
+        others = [label for label in labels if label not in (BASELINE, OURS)]
+        if not others:
+            break
+        labels.remove(max(others, key=lambda label: seconds_per_token[label]))
+    return labels
+
+
+def _tell_left_out(engines: Mapping[str, Engine], labels: Sequence[str], batch_size: int) -> None:
+    for label in engines:
+        if label not in labels and label != AGAIN:
+            told = f"batch {batch_size}: {label} is left out: no time for a block of it"
+            print(f"smart: {told}", file=sys.stderr)
 
 
 def _in_turns(
@@ -225,8 +251,11 @@ def _same_trees(cycles: Sequence[Mapping[str, Block]], label: str, other: str) -
     return same and any(a.counts.levels for a, _ in both)
 
 
-def _warm_up(engine: Engine, prompts: Prompts, batch_size: int) -> None:
-    """A few rounds at this batch size, so that no block pays for first calls."""
+def _warm_up(
+    engine: Engine, prompts: Prompts, batch_size: int, clock: Callable[[], float]
+) -> float:
+    """A few rounds at this batch size, so that no block pays for first calls; returns the seconds
+    that a token took while decoding."""
     first = next(iter(prompts.values()))[0]
     short = [
         Prompt(
@@ -238,4 +267,5 @@ def _warm_up(engine: Engine, prompts: Prompts, batch_size: int) -> None:
         )
         for i in range(batch_size)
     ]
-    run_block(engine, short, short, batch_size)
+    counts = run_block(engine, short, short, batch_size, clock).counts
+    return counts.seconds / counts.tokens if counts.tokens else 0.0

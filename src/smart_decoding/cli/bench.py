@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from smart_decoding.bench import report
-from smart_decoding.bench.options import PRESETS, BenchOptions
+from smart_decoding.bench.options import PRESETS, BenchOptions, parse_setting
 from smart_decoding.bench.provenance import write_json
 from smart_decoding.cli.arguments import (
     ALLOW_SLOW,
@@ -118,18 +117,20 @@ def _what_is_measured(parser: argparse.ArgumentParser, default: BenchOptions) ->
     add("--blocks", action="store_true", help="compare policies in blocks beside --load")
 
 
-def options_of(
-    args: argparse.Namespace,
-    kind: type[BenchOptions] = BenchOptions,
-    presets: Mapping[str, Mapping[str, Any]] = PRESETS,
-) -> BenchOptions:
-    """What was asked for, over the preset, over the defaults."""
+def options_of(args: argparse.Namespace, kind: type[BenchOptions] = BenchOptions) -> BenchOptions:
+    """What was asked for, over the preset, over the defaults. Of a preset's settings those count
+    whose policies are asked for."""
     names = {field.name for field in fields(kind)}
     given = {name: value for name, value in vars(args).items() if name in names}
     given = {name: value for name, value in given.items() if value is not None}
     if args.method_option:
         given["method_options"] = once_each(args.method_option)
-    return kind(**{**presets.get(getattr(args, "preset", ""), {}), **given})
+    preset = dict(PRESETS.get(getattr(args, "preset", ""), {}))
+    if "policies" in given and "policy_options" in preset:
+        settings = preset["policy_options"]
+        chosen = [text for text in settings if parse_setting(text).policy in given["policies"]]
+        preset["policy_options"] = tuple(chosen)
+    return kind(**{**preset, **given})
 
 
 def main(args: argparse.Namespace) -> int:

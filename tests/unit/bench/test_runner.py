@@ -8,6 +8,7 @@ import pytest
 import worlds
 
 from smart_decoding.bench import report, runner
+from smart_decoding.bench.cycles import affordable
 from smart_decoding.bench.names import short_names
 from smart_decoding.bench.options import BenchOptions, parse_setting
 from smart_decoding.bench.provenance import provenance, write_json
@@ -369,6 +370,37 @@ def test_the_preset_fills_in_what_is_not_given():
     assert asked_by("--limit 3 --quick --batch-sizes 1,4").batch_sizes == (1, 4)
     assert asked_by("") == BenchOptions()
     assert asked_by("--method ngram --method-option longest=4").method_options == {"longest": 4}
+
+
+def test_a_presets_settings_are_of_the_policies_that_are_asked_for():
+    assert [arm.policy for arm in asked_by("--quick --policies off,smart").arms] == ["off", "smart"]
+    (_, eagle) = asked_by("--quick --policies eagle2").arms
+    assert eagle.options["total_tokens"] == 60
+    with pytest.raises(ConfigError, match="options are given for policy 'paper'"):
+        asked_by("--quick --policies off,smart --policy-options paper:alpha=1.0")
+
+
+def test_a_batch_size_is_kept_without_who_is_too_slow_for_it(capsys):
+    clock = worlds.Clock()
+    engines = {
+        "off": worlds.engine(clock),
+        "smart": worlds.engine(clock),
+        "eagle2": worlds.engine(clock, "eagle2", worlds.RuleDrafter(clock, False, 50.0)),
+    }
+    tasks = {"code": worlds.prompts(count=4, tokens=20)}
+    found = measure(engines, tasks, 2, clock() + 2000.0, clock=clock)
+    assert {label for cycle in found.cycles for label in cycle} == {"off", "smart"}
+    assert not found.partial
+    assert "batch 2: eagle2 is left out: no time for a block of it" in capsys.readouterr().err
+    kept = measure(engines, tasks, 2, clock() + 90_000.0, clock=clock)
+    assert {label for cycle in kept.cycles for label in cycle} == set(engines)
+
+
+def test_plain_decoding_and_smart_are_measured_however_little_time_there_is():
+    rates = {"off": 2.0, "smart": 1.0, "paper": 1.5, "eagle2": 9.0}
+    assert affordable(rates, 10, 200.0) == list(rates)
+    assert affordable(rates, 10, 134.0) == ["off", "smart", "paper"]
+    assert affordable(rates, 10, 1.0) == ["off", "smart"]
 
 
 def test_load_alone_replaces_the_blocks():
