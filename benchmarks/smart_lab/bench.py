@@ -88,7 +88,7 @@ class LabBench(Bench):
         options = self.options
         self._stop = until(stop, 1.0 - GAINS if options.policy_gain else 1.0)
         self._left = len(options.batch_sizes)
-        found = self.blocks(options.temperature, options.batch_sizes, self._stop)
+        found = self.blocks(self._stop)
         if options.policy_gain:
             self._add_policy_gains(found, stop)
         return found

@@ -49,7 +49,7 @@ def by_batch(runs: Sequence[Run]) -> Section:
         )
     ends = ("noise", "blocks", "same tokens")
     head = ("batch", "plain tok/s", *(f"`{name}`" for name in names), *DID, *ends)
-    return Section("by-batch", "", head=head, rows=rows)
+    return Section("", head=head, rows=rows)
 
 
 def _did(run: Run | None) -> Sequence[Cell]:
@@ -73,7 +73,7 @@ def tuned(runs: Sequence[Run]) -> Section:
         if run["task"] == POOLED and run.get("setting")
     ]
     head = ("batch", "contestant", "setting", "speedup")
-    return Section("tuned", "Tuned settings", head=head, rows=rows)
+    return Section("Tuned settings", head=head, rows=rows)
 
 
 def robust(rows: Sequence[Run]) -> Section:
@@ -90,7 +90,7 @@ def robust(rows: Sequence[Run]) -> Section:
         for row in rows
     ]
     head = ("case", "batch", "speedup", "end to end", "rounds off", "noticed after")
-    return Section("robust", "", head=head, rows=cells)
+    return Section("", head=head, rows=cells)
 
 
 def busy(found: Mapping[str, Run]) -> Section:
@@ -100,7 +100,7 @@ def busy(found: Mapping[str, Run]) -> Section:
         for name, row in found.items()
     ]
     head = ("entry point", "alone, tok/s", "beside a busy process for every two CPUs", "ratio")
-    return Section("busy", "", head=head, rows=rows)
+    return Section("", head=head, rows=rows)
 
 
 def _noticed(row: Run) -> str:
@@ -126,7 +126,7 @@ def vllm(run: Mapping[str, Any]) -> Section:
     rates = ("plain tok/s", "stock speculation", "SMART")
     ratios = ("stock / plain", "SMART / plain", "SMART / the better")
     head = ("batch", *rates, *ratios, "same answers", "blocks")
-    return Section("vllm", run["name"], head=head, rows=rows)
+    return Section(run["name"], head=head, rows=rows)
 
 
 def transformers(run: Mapping[str, Any]) -> Section:
@@ -144,7 +144,7 @@ def transformers(run: Mapping[str, Any]) -> Section:
     ]
     head = ("batch", "way", "tok/s", "over `generate` (lowest–highest)", "answers that differ")
     title = f"{run['dtype']}, commit {run['about']['commit'][:7]}"
-    return Section("transformers", title, head=head, rows=rows)
+    return Section(title, head=head, rows=rows)
 
 
 def _triple(values: Sequence[float | None]) -> Cell:
@@ -167,7 +167,7 @@ def _gguf_forwards(result: Mapping[str, Any]) -> Section:
     sizes: Mapping[str, Any] = next(iter(found.values()), {})
     rows = [(size, *(_range(times[size]) for times in found.values())) for size in sizes]
     title = f"Milliseconds of a forward after {result['forward_context']} tokens (lowest–highest)"
-    return Section("forwards", title, head=("rows", *found), rows=rows)
+    return Section(title, head=("rows", *found), rows=rows)
 
 
 def _gguf_run(run: Mapping[str, Any], captions: Sequence[str]) -> Section:
@@ -200,7 +200,7 @@ def _gguf_run(run: Mapping[str, Any], captions: Sequence[str]) -> Section:
     ]
     flags = [f"llama.cpp {mode}: `{words}`" for mode, words in run["flags"].items()]
     flags += [f"llama.cpp: {not_tried(run)}"] if run["left_out"] else []
-    return Section("gguf", title(run), head=head, rows=rows, captions=[*captions, *ratios, *flags])
+    return Section(title(run), head=head, rows=rows, captions=[*captions, *ratios, *flags])
 
 
 def _range(values: Sequence[float]) -> str:

@@ -29,6 +29,7 @@ NOISE_EVERY = 3  # cycles
 # a contestant whose block takes so many times as long as the baseline's runs in every 2nd cycle, 8:
 # 3rd, ...
 SLOW = 4
+CERTAIN = 0.6  # of the time that is left, which blocks may take by a short trial
 WARM_UP_TOKENS = 8  # few, so that a policy still starts from its prior
 Prompts = Mapping[str, Sequence[Prompt]]  # by task
 Rounds: TypeAlias = Generator[int, None, Block]
@@ -87,10 +88,10 @@ def measure(
         return result
     taken = {label: _warm_up(each, prompts, batch_size, clock) for label, each in engines.items()}
     if deadline is not None and not first:
-        left = deadline - clock()
         chunk, _ = cycles[0]
         tokens = sum(prompt.params.max_tokens or WARM_UP_TOKENS for prompt in chunk)
-        labels = affordable(taken, tokens, left)
+        expected = {label: each.seconds(tokens) for label, each in taken.items()}
+        labels = affordable(expected, CERTAIN * (deadline - clock()))
         _tell_left_out(engines, labels, batch_size)
         engines = {label: engines[label] for label in labels}
     for number, (chunk, fillers) in enumerate(cycles[first:], first):
@@ -110,15 +111,15 @@ def measure(
     return result
 
 
-def affordable(seconds_per_token: Mapping[str, float], tokens: int, left: float) -> list[str]:
-    """The contestants of which a block each fits into the seconds that are left: the slowest go
-    first, plain decoding and `smart` stay."""
-    labels = list(seconds_per_token)
-    while tokens * sum(seconds_per_token[label] for label in labels) > left:
+def affordable(blocks: Mapping[str, float], left: float) -> list[str]:
+    """The contestants whose blocks, of so many seconds each, fit into the seconds that are left:
+    the slowest go first, plain decoding and `smart` stay."""
+    labels = list(blocks)
+    while sum(blocks[label] for label in labels) > left:
         others = [label for label in labels if label not in (BASELINE, OURS)]
         if not others:
             break
-        labels.remove(max(others, key=lambda label: seconds_per_token[label]))
+        labels.remove(max(others, key=lambda label: blocks[label]))
     return labels
 
 
@@ -195,16 +196,13 @@ def cycles_of(
         turn += 1
 
 
-def rows_of(
-    measured: Measurement, batch_size: int, options: BenchOptions, temperature: float | None = None
-) -> list[dict[str, Any]]:
+def rows_of(measured: Measurement, batch_size: int, options: BenchOptions) -> list[dict[str, Any]]:
     """The runs of one batch size. Raises CapacityError if no cycle was completed."""
     if not measured.cycles:
         raise CapacityError(
             f"the time limit was too short for one block of every policy at batch size {batch_size}"
         )
     rows: list[dict[str, Any]] = []
-    heat = options.temperature if temperature is None else temperature
     copies = copies_in(measured.cycles)
     for label in measured.cycles[0]:
         of_label = [cycle for cycle in measured.cycles if label in cycle]
@@ -218,7 +216,7 @@ def rows_of(
                 "batch_size": batch_size,
                 "task": figures["task"],
                 "dtype": options.dtype,
-                "temperature": heat,
+                "temperature": options.temperature,
             }
             compared = ours.get(figures["task"], {}) if both else {}
             partial = {"partial": measured.partial}
@@ -251,11 +249,22 @@ def _same_trees(cycles: Sequence[Mapping[str, Block]], label: str, other: str) -
     return same and any(a.counts.levels for a, _ in both)
 
 
+@dataclass(frozen=True, slots=True)
+class WarmUp:
+    """Seconds of the prompts, and of a token while decoding."""
+
+    prefill: float
+    token: float
+
+    def seconds(self, tokens: int) -> float:
+        """Of a block of so many tokens."""
+        return self.prefill + tokens * self.token
+
+
 def _warm_up(
     engine: Engine, prompts: Prompts, batch_size: int, clock: Callable[[], float]
-) -> float:
-    """A few rounds at this batch size, so that no block pays for first calls; returns the seconds
-    that a token took while decoding."""
+) -> WarmUp:
+    """A few rounds at this batch size, so that no block pays for first calls."""
     first = next(iter(prompts.values()))[0]
     short = [
         Prompt(
@@ -267,5 +276,7 @@ def _warm_up(
         )
         for i in range(batch_size)
     ]
-    counts = run_block(engine, short, short, batch_size, clock).counts
-    return counts.seconds / counts.tokens if counts.tokens else 0.0
+    block = run_block(engine, short, short, batch_size, clock)
+    counts = block.counts
+    token = counts.seconds / counts.tokens if counts.tokens else 0.0
+    return WarmUp(max(0.0, block.total_seconds - counts.seconds), token)

@@ -119,7 +119,7 @@ class BenchOptions:
         _at_least_one(
             "limit, max_tokens, least_blocks", (self.limit, self.max_tokens, self.least_blocks)
         )
-        unknown = [task for task in self.all_tasks if task not in TASKS]
+        unknown = [task for task in self.tasks if task not in TASKS]
         if unknown or not self.tasks:
             raise ConfigError(f"unknown task {''.join(unknown[:1])!r}; known: {', '.join(TASKS)}")
         if self.skip < 0:
@@ -178,11 +178,6 @@ class BenchOptions:
         """The longest prompt plus answer; None for the usual."""
         return None
 
-    @property
-    def all_tasks(self) -> Sequence[str]:
-        """Every task whose prompts some part of the run needs."""
-        return self.tasks
-
     def most_requests(self) -> int:
         """The largest number of requests that some part of the run keeps going at once."""
         return max(*self.batch_sizes, SLOTS if self.load else 1)
@@ -208,10 +203,11 @@ class BenchOptions:
             return {"policy": arm.policy, **asked}
         return {**common, **self.method_options, "policy": arm.policy, **asked}
 
-    def sampling(self, index: int, temperature: float | None = None) -> SamplingParams:
+    def sampling(self, index: int) -> SamplingParams:
         """Parameters of prompt `index`: its seed is the same under every policy and batch size."""
-        heat = self.temperature if temperature is None else temperature
-        return SamplingParams(temperature=heat, max_tokens=self.max_tokens, seed=self.seed + index)
+        return SamplingParams(
+            temperature=self.temperature, max_tokens=self.max_tokens, seed=self.seed + index
+        )
 
 
 def check_outputs(files: Sequence[Path | None]) -> None:

@@ -1,11 +1,10 @@
-"""The tables of a benchmark, for the terminal and for the laboratory's page."""
+"""The tables of a benchmark, for the terminal."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from smart_decoding.bench.names import policy_of, short_names
 from smart_decoding.bench.options import BASELINE
 from smart_decoding.bench.results import (
     FLOOR,
@@ -15,6 +14,8 @@ from smart_decoding.bench.results import (
     headline_cell,
     interval,
     mapping,
+    policy_of,
+    short_names,
 )
 from smart_decoding.bench.sections import (
     UNKNOWN,
@@ -38,22 +39,19 @@ PARTIAL = "Partial: the time limit came before all blocks had run."
 
 
 def everything(result: Mapping[str, Any]) -> str:
-    """All tables of a result."""
+    """All tables of a result below one another; what has neither rows nor lines is left out."""
     results = Results.from_dict(result)
-    return printed(warnings(results), [*comparison(results), *load_table(results)])
+    parts = [*comparison(results), *load_table(results)]
+    shown = [as_text(part) for part in parts if part.rows or part.lines]
+    return "\n\n".join([*warnings(results), *shown])
 
 
-def printed(first: Sequence[str], parts: Sequence[Section]) -> str:
-    """Sections below one another; what has neither rows nor lines is left out."""
-    return "\n\n".join([*first, *(as_text(part) for part in parts if part.rows or part.lines)])
-
-
-def comparison(results: Results, title: str = "Policies") -> list[Section]:
+def comparison(results: Results) -> list[Section]:
     """Policies over all tasks, beside the best of the others, by task; the noise."""
     if not results.runs:
         return []
     return [
-        policies(results, title, SPEED),
+        policies(results, "Policies", SPEED),
         policies(results, "Rounds and latencies", ROUNDS),
         *over(results),
         by_task(results),
@@ -103,7 +101,7 @@ def policies(results: Results, title: str, columns: Sequence[str]) -> Section:
         for run in results.pooled
         if "same" in columns and run.get("identical") is False
     ]
-    return Section("policies", title, head=("policy", "b", *cells), rows=rows, lines=differing)
+    return Section(title, head=("policy", "b", *cells), rows=rows, lines=differing)
 
 
 def over(results: Results) -> list[Section]:
@@ -125,7 +123,7 @@ def over(results: Results) -> list[Section]:
     head = ("smart over the best", "b", "smart / it (95 %)", *middle, "worst task")
     title = "Beside the best of every other policy"
     told = [REPLAYED] if replayed else []
-    return [Section("over", title, head=head, rows=rows, captions=told)] if rows else []
+    return [Section(title, head=head, rows=rows, captions=told)] if rows else []
 
 
 def strongest(runs: Sequence[Run]) -> list[Run]:
@@ -158,7 +156,7 @@ def by_task(results: Results) -> Section:
         if run.get("setting")
     ]
     head = ("policy", "b", *tasks)
-    return Section("tasks", "Speedup by task", head=head, rows=rows, lines=legend)
+    return Section("Speedup by task", head=head, rows=rows, lines=legend)
 
 
 def load_table(results: Results) -> list[Section]:
@@ -188,7 +186,7 @@ def load_table(results: Results) -> list[Section]:
     )
     percentiles = ("TTFT p50", "p95", "p99", "TPOT p50", "p95", "p99")
     head = ("policy", "load", "req/s", "tok/s", *percentiles, "TPOT ×", "same")
-    return [Section("load-table", "Under load, in numbers", head=head, rows=rows, captions=[told])]
+    return [Section("Under load, in numbers", head=head, rows=rows, captions=[told])]
 
 
 def noise(results: Results) -> Section:
@@ -212,9 +210,7 @@ def noise(results: Results) -> Section:
             )
         lines.append(f"batch {run['batch_size']}: {value:.3f}× {told}")
     lines += [_apart(results, copy) for copy in results.copies if copy["task"] == POOLED]
-    intro = "Plain decoding timed against itself, as a policy would be; without noise this is 1×."
-    missing = "" if lines else "The noise was not measured."
-    return Section("noise", "Noise of this machine", missing, intro, lines=lines)
+    return Section("Noise of this machine", lines=lines)
 
 
 def _apart(results: Results, copy: Run) -> str:

@@ -10,9 +10,8 @@ import gc
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
@@ -47,12 +46,12 @@ def run(options: BenchOptions, kind: Callable[..., Bench] | None = None) -> dict
     Raises CapacityError if the time limit was too short for a single cycle, and what LLM raises."""
     texts = {
         task: load_task(task, options.skip + options.limit)[options.skip :]
-        for task in options.all_tasks
+        for task in options.tasks
     }
     llm = load(options)
     bench = (kind or Bench)(options, llm, encode(llm, texts, options))
     result = bench.measure()
-    if not any(result.get(part) for part in bench.MAIN_PARTS):
+    if not any(result.get(part) for part in ("runs", "load")):
         raise CapacityError(
             "the time limit was too short for one block of every policy: raise --time-limit"
         )
@@ -71,8 +70,6 @@ def run(options: BenchOptions, kind: Callable[..., Bench] | None = None) -> dict
 class Bench:
     """One run: the model, the prompts, and what its parts share. A subclass may add parts and
     contestants."""
-
-    MAIN_PARTS: ClassVar[Sequence[str]] = ("runs", "load")  # a run needs one of these
 
     def __init__(self, options: BenchOptions, llm: LLM, prompts: Prompts) -> None:
         self.started = time.perf_counter()  # the time limit counts from here
@@ -94,11 +91,9 @@ class Bench:
         """The parts that were asked for, in order."""
         found: dict[str, Part] = {}
         if self.options.compares_policies:
-            options = self.options
-            measure = partial(self.blocks, options.temperature, options.batch_sizes)
-            found["runs"] = Part(0.56, measure)
+            found["runs"] = Part(0.85, self.blocks)
         if self.options.load:
-            found["load"] = Part(0.1, self.load)
+            found["load"] = Part(0.15, self.load)
         return found
 
     def contestants(self, batch_size: int) -> list[Arm]:
@@ -136,33 +131,21 @@ class Bench:
         self.cost = self.cost or next((each.cost for each in found if each.cost), None)
         return arms
 
-    def blocks(
-        self,
-        temperature: float,
-        batch_sizes: Sequence[int],
-        stop: float | None,
-        arms: Sequence[Arm] = (),
-        kind: str = "",
-        tasks: Sequence[str] = (),
-    ) -> list[dict[str, Any]]:
-        """The runs at a temperature, of all contestants or of `arms`, on the tasks asked for or on
-        `tasks`; a batch size for which time was too short is left out."""
+    def blocks(self, stop: float | None) -> list[dict[str, Any]]:
+        """The runs of all contestants; a batch size for which time was too short is left out."""
+        options = self.options
         runs: list[dict[str, Any]] = []
-        chosen = {task: self.prompts[task] for task in tasks or self.options.tasks}
-        prompts = at_temperature(chosen, self.options, temperature)
-        for i, batch_size in enumerate(batch_sizes):
+        for i, batch_size in enumerate(options.batch_sizes):
             self.peaks.append(forget_peak())
-            contestants = arms or self.contestants(batch_size)
-            name = f"{kind}T {temperature:g}, batch {batch_size}"
-            found = self._batch(
-                name, contestants, prompts, batch_size, until(stop, 1 / (len(batch_sizes) - i))
-            )
+            contestants = self.contestants(batch_size)
+            share = until(stop, 1 / (len(options.batch_sizes) - i))
+            found = self._batch(contestants, batch_size, share)
             if not found.cycles:
                 told = "is left out: no time was left for one block of every policy"
                 print(f"smart: batch {batch_size} {told}", file=sys.stderr)
                 continue
             settings = {arm.label: _setting(arm) for arm in contestants if arm.name}
-            of_size = rows_of(found, batch_size, self.options, temperature)
+            of_size = rows_of(found, batch_size, options)
             peak = {"peak_gib": peak_gib()}
             runs += [
                 run | settings.get(run["policy"], {}) | peak
@@ -171,23 +154,19 @@ class Bench:
         return runs
 
     def _batch(
-        self,
-        name: str,
-        contestants: Sequence[Arm],
-        prompts: Prompts,
-        batch_size: int,
-        deadline: float | None,
+        self, contestants: Sequence[Arm], batch_size: int, deadline: float | None
     ) -> Measurement:
         """One batch size measured, as far as memory allows. Engines are gone afterwards."""
+        name = f"T {self.options.temperature:g}, batch {batch_size}"
         found = self.begun(name)
         made = self.made(contestants)
         made[AGAIN] = self.llm.sharing_weights(False)
-        cycles = sum(1 for _ in cycles_of(prompts, batch_size, self.options.least_blocks))
+        cycles = sum(1 for _ in cycles_of(self.prompts, batch_size, self.options.least_blocks))
         try:
             with _bar(cycles, name, found) as bar:
                 measure(
                     {label: arm.engine for label, arm in made.items()},
-                    prompts,
+                    self.prompts,
                     batch_size,
                     deadline,
                     bar.update,
@@ -207,8 +186,7 @@ class Bench:
 
         seconds = None if stop is None else max(1.0, stop - time.perf_counter())
         engines = {label: arm.engine for label, arm in self.made(self.served()).items()}
-        prompts = {task: self.prompts[task] for task in self.options.tasks}
-        return measure_load(engines, prompts, self.options.load, self.options.seed, seconds)
+        return measure_load(engines, self.prompts, self.options.load, self.options.seed, seconds)
 
 
 def _setting(arm: Arm) -> dict[str, str]:
@@ -219,19 +197,6 @@ def until(stop: float | None, share: float) -> float | None:
     """When a part must end that may take a share of the time that is left."""
     now = time.perf_counter()
     return None if stop is None else now + max(0.0, stop - now) * share
-
-
-def at_temperature(prompts: Prompts, options: BenchOptions, temperature: float) -> Prompts:
-    """The same prompts, to be answered at another temperature."""
-    if temperature == options.temperature:
-        return prompts
-    return {
-        task: [
-            replace(prompt, params=options.sampling(prompt.index, temperature))
-            for prompt in of_task
-        ]
-        for task, of_task in prompts.items()
-    }
 
 
 def load(options: BenchOptions) -> LLM:

@@ -1,25 +1,15 @@
-"""Sections of a report, built once: shown as aligned text on a terminal, and otherwise by the
-laboratory's pages."""
+"""Sections of a report, built once: aligned text on a terminal, Markdown in the laboratory."""
 
 from __future__ import annotations
 
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-FASTER, SLOWER, UNDECIDED = "faster", "slower", "undecided"
 WIDTH = 100  # of a terminal
 ASCII = str.maketrans("–×", "-x")
-
-
-@dataclass(frozen=True, slots=True)
-class Marked:
-    """Text that is coloured by its kind: FASTER, SLOWER or another class of the style sheet."""
-
-    text: str
-    kind: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,13 +19,6 @@ class RatioCell:
     value: float
     low: float | None = None
     high: float | None = None
-
-    @property
-    def kind(self) -> str:
-        """FASTER or SLOWER only where the whole interval says so."""
-        if self.low is None or self.high is None:
-            return UNDECIDED
-        return FASTER if self.low > 1 else SLOWER if self.high < 1 else UNDECIDED
 
     @property
     def text(self) -> str:
@@ -50,7 +33,7 @@ class RatioCell:
         return " (one block)" if self.high is None else f" ({self.low:.2f}–{self.high:.2f})"
 
 
-Cell = str | Marked | RatioCell
+Cell = str | RatioCell
 UNKNOWN = "–"
 
 
@@ -58,20 +41,13 @@ UNKNOWN = "–"
 class Section:
     """One part of a report, from top to bottom; what is empty is not shown.
 
-    missing: why there is nothing; drawings: SVG elements; head, rows: a table; lines: a list;
-    captions: how to read it; facts: names with what is known."""
+    head, rows: a table; lines: a list; captions: how to read it."""
 
-    key: str
     title: str
-    missing: str = ""
-    intro: str = ""
-    command: str = ""
-    drawings: Sequence[str] = ()
     head: Sequence[str] = ()
     rows: Sequence[Sequence[Cell]] = ()
-    lines: Sequence[str | Marked] = ()
+    lines: Sequence[str] = ()
     captions: Sequence[str] = ()
-    facts: Mapping[str, str] = field(default_factory=dict)
 
 
 def as_text(section: Section) -> str:
@@ -79,7 +55,7 @@ def as_text(section: Section) -> str:
     parts = [section.title] if section.title else []
     if section.rows:
         parts += aligned([section.head, *([text_of(cell) for cell in row] for row in section.rows)])
-    for text in (*map(text_of, section.lines), *section.captions):
+    for text in (*section.lines, *section.captions):
         parts.append(textwrap.fill(text, WIDTH, subsequent_indent="  ", break_on_hyphens=False))
     return "\n".join(parts).translate(ASCII)
 
@@ -95,7 +71,7 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def text_of(cell: Cell) -> str:
-    """Without its colour."""
+    """As text."""
     return cell if isinstance(cell, str) else cell.text
 
 

@@ -1,9 +1,8 @@
-"""A small fixed result of `smart bench`, and how to read a page."""
+"""A small fixed result of `smart bench`."""
 
 from __future__ import annotations
 
 from typing import Any
-from xml.etree import ElementTree
 
 COST = {
     "verify": {"1": [[1, 4, 16], [0.010, 0.012, 0.030]], "4": [[4, 16, 64], [0.012, 0.030, 0.100]]},
@@ -109,12 +108,3 @@ def changed(change: dict[str, Any]) -> dict[str, Any]:
             for run in data["runs"]:
                 run[name] = value
     return data
-
-
-def text_of(element: ElementTree.Element | None) -> str:
-    assert element is not None
-    return " ".join(" ".join(element.itertext()).split())
-
-
-def section(document: ElementTree.Element, key: str) -> ElementTree.Element:
-    return next(s for s in document.iter("section") if s.get("id") == key)

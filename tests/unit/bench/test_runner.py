@@ -9,10 +9,9 @@ import worlds
 
 from smart_decoding.bench import report, runner
 from smart_decoding.bench.cycles import affordable
-from smart_decoding.bench.names import short_names
 from smart_decoding.bench.options import BenchOptions, parse_setting
 from smart_decoding.bench.provenance import provenance, write_json
-from smart_decoding.bench.results import Results
+from smart_decoding.bench.results import Results, short_names
 from smart_decoding.bench.runner import AGAIN, command_of, cycles_of, measure, rows_of
 from smart_decoding.cli import bench as cli
 from smart_decoding.errors import CapacityError, ConfigError
@@ -397,10 +396,10 @@ def test_a_batch_size_is_kept_without_who_is_too_slow_for_it(capsys):
 
 
 def test_plain_decoding_and_smart_are_measured_however_little_time_there_is():
-    rates = {"off": 2.0, "smart": 1.0, "paper": 1.5, "eagle2": 9.0}
-    assert affordable(rates, 10, 200.0) == list(rates)
-    assert affordable(rates, 10, 134.0) == ["off", "smart", "paper"]
-    assert affordable(rates, 10, 1.0) == ["off", "smart"]
+    blocks = {"off": 20.0, "smart": 10.0, "paper": 15.0, "eagle2": 90.0}
+    assert affordable(blocks, 135.0) == list(blocks)
+    assert affordable(blocks, 134.0) == ["off", "smart", "paper"]
+    assert affordable(blocks, 1.0) == ["off", "smart"]
 
 
 def test_load_alone_replaces_the_blocks():
