@@ -51,7 +51,7 @@ NOTHING = Trace(Recording.of(()), {})  # recorded: what policies start from
 
 
 @dataclass(frozen=True, slots=True)
-class Cell:
+class Trial:
     """One world, whose drafter may turn bad."""
 
     machine: str
@@ -61,7 +61,7 @@ class Cell:
     policies: tuple[str, ...]
 
 
-def simulated(cell: Cell) -> list[dict[str, Any]]:
+def simulated(cell: Trial) -> list[dict[str, Any]]:
     """Each policy's rate over full knowledge's and over plain decoding's, in each scenario."""
     costs = MACHINES[cell.machine]
     span = range(cell.rounds)
@@ -139,7 +139,7 @@ def main(args: argparse.Namespace) -> int:
     check_outputs((args.json,))
     before = means(json.loads(args.against.read_text())["regret"]) if args.against else None
     cells = [
-        Cell(machine, size, seed, args.rounds, tuple(args.policies))
+        Trial(machine, size, seed, args.rounds, tuple(args.policies))
         for machine in MACHINES
         for size in args.batch_sizes
         for seed in range(1, args.seeds + 1)

@@ -113,7 +113,7 @@ def _line(seconds: Callable[[float], FloatArray]) -> tuple[FloatArray, FloatArra
     return at_zero, (seconds(1024.0) - at_zero) / 1024.0
 
 
-class RoundCosts(Protocol):
+class Machine(Protocol):
     """What steps take, in seconds."""
 
     def verify(self, rows: int, context: float) -> float: ...
@@ -355,7 +355,7 @@ def replay(
     host: HostCosts | None = None,
     own_time: Clock = lambda: 0.0,
     rounds: int | None = None,
-    costs: RoundCosts | None = None,
+    costs: Machine | None = None,
 ) -> Replayed:
     """Decodes the recorded answers under `policy`, `batch_size` at a time; the queue is refilled
     until it runs dry, and then rounds of smaller batches are left out, as in the live benchmark.
@@ -374,7 +374,7 @@ def replay(
 def _round(
     policy: Policy,
     walk: Walk,
-    costs: RoundCosts,
+    costs: Machine,
     host: HostCosts,
     clock: Clock,
     result: Replayed,

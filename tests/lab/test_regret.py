@@ -7,7 +7,7 @@ import pytest
 from smart_decoding.cli.main import main
 from smart_decoding.core.policies import make_policy
 from smart_lab.__main__ import LAB
-from smart_lab.regret import MACHINES, SCENARIOS, Cell, simulated
+from smart_lab.regret import MACHINES, SCENARIOS, Trial, simulated
 from smart_lab.simulation import World, best_rounds, full_knowledge, run, total
 
 MACHINE = "cheap rows"
@@ -26,7 +26,7 @@ def test_full_knowledge_decodes_plainly_where_the_drafter_is_bad():
 
 
 def test_a_hopeless_drafter_costs_a_chain_what_it_drafts():
-    rows = {row["scenario"]: row for row in simulated(Cell(MACHINE, 1, 1, 20, ("chain",)))}
+    rows = {row["scenario"]: row for row in simulated(Trial(MACHINE, 1, 1, 20, ("chain",)))}
     bad, good = rows["hopeless"], rows["good"]
     assert bad["over_best"] == pytest.approx(bad["over_plain"])
     assert bad["over_plain"] < 0.95
