@@ -60,7 +60,7 @@ def main(args: argparse.Namespace) -> int:
         typed = sys.stdin.isatty()
         if typed:
             print("/help lists the commands", file=sys.stderr)
-        talk = Chat(llm, params, args.system)
+        talk = ChatSession(llm, params, args.system)
         for line in lines(typed):
             if not talk.take(line.strip()):
                 break
@@ -86,7 +86,7 @@ def lines(typed: bool) -> Iterator[str]:
             print("  (/bye or Ctrl-D leaves)")
 
 
-class Chat:
+class ChatSession:
     """The messages so far, and the model that answers. system: its instructions, or None. failed:
     whether a message was refused."""
 
