@@ -58,11 +58,23 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def expanded(path: str | Path) -> Path:
-    """With the home folder in place of ~. Raises ConfigError for a user who is not known."""
+    """Put the home folder in place of ~. Raises ConfigError for a user who is not known, and for
+    text that can name no file."""
     try:
-        return Path(path).expanduser()
+        local = Path(path).expanduser()
+        os.lstat(local)
     except RuntimeError as error:
         raise ConfigError(f"{path}: no such user, so there is no such folder") from error
+    except (OSError, ValueError) as error:
+        number = error.errno if isinstance(error, OSError) else errno.ENAMETOOLONG
+        if number == errno.ENAMETOOLONG:  # or it has a NUL
+            raise ConfigError(f"no file can have the name {_shortened(str(path))}") from error
+    return local
+
+
+def _shortened(text: str, most: int = 60) -> str:
+    """Quote a text of strangers in one line, cut where it is long."""
+    return repr(text) if len(text) <= most else f"{text[:most]!r}... ({len(text)} characters)"
 
 
 def without_folder(name: str) -> str:

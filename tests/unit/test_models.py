@@ -960,6 +960,17 @@ def test_copies_of_built_in_models_are_known_by_their_names(model: str, name: st
     assert models.shipped_head(model) is None or model in NAMED_MODELS  # what a user names is that
 
 
+@pytest.mark.parametrize("name", ["a" * 5000, "a/" * 9000, "b" * 300 + ".gguf", "a\0b"])
+def test_what_can_be_no_files_name_is_a_line(name: str, fake_hub: SimpleNamespace) -> None:
+    with pytest.raises(ConfigError, match="no file can have the name") as caught:
+        models.resolve(name)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 200
+    assert not models.names_model(name)
+    with pytest.raises(ConfigError):
+        models.lasting_name(name)
+
+
 def test_general_prompts() -> None:
     prompts = load_task("general")
     assert len(prompts) == len(set(prompts)) == 60

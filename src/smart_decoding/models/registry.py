@@ -17,7 +17,7 @@ from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 
-from smart_decoding.errors import DownloadError, ModelError
+from smart_decoding.errors import ConfigError, DownloadError, ModelError
 from smart_decoding.files import expanded
 from smart_decoding.models import hub_repository
 from smart_decoding.models.config import check_gguf_family
@@ -246,7 +246,10 @@ def names_model(word: str) -> bool:
     GGUF file, or of a hub id's form."""
     if not word.strip():
         return False
-    path = expanded(word)
+    try:
+        path = expanded(word)
+    except ConfigError:  # it can be no file's name
+        return False
     return (
         word in known_names()
         or path.suffix == ".gguf"
