@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from smart_decoding.errors import ModelError
-from smart_decoding.files import read_json, reading, reason_of
+from smart_decoding.files import read_json, reading
 from smart_decoding.kernels.weights import Matrix
 from smart_decoding.models.config import quantised
 from smart_decoding.models.registry import TRUST
@@ -146,7 +146,8 @@ def unpickle(path: Path) -> dict[str, Tensor]:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         except pickle.UnpicklingError as error:
             raise ModelError(
-                f"{path} holds more than tensors, or is corrupt: {reason_of(error)}"
+                f"{path} holds more than tensors, or is corrupt: take safetensors of the model, or "
+                "convert it where it comes from"
             ) from error
     if not isinstance(content, dict) or not all(
         isinstance(tensor, Tensor) for tensor in content.values()
