@@ -333,6 +333,8 @@ class Engine:
         self.scheduler.finish(request)
         self._requests.pop(request.id, None)
         self._forget([request])
+        if request.media is not None:
+            request.media.release()
 
     def check_integrity(self) -> None:
         """Raises AssertionError if KV pages are lost or doubly used."""

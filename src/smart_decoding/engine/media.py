@@ -103,6 +103,11 @@ class Media:
         behind[inside] = self.rotary[plain[inside]]
         return behind
 
+    def release(self) -> None:
+        """Drop pixels and embeddings: the request has ended, and may be looked at for long."""
+        for picture in self.pictures:
+            picture.pixels = picture.embeddings = None
+
     def forget(self) -> None:
         """Drops the embeddings: the target computes them again, or still has them, if they are
         needed again."""

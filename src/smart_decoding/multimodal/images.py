@@ -25,12 +25,17 @@ if TYPE_CHECKING:
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 MODALITIES = ("image", "video")
+_ORIENTATION = 0x0112  # in EXIF
+_PLAIN = ("1", "L", "P", "RGB")  # modes that are RGB, or become it in little more memory
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
     """What a prompt may hold. per_prompt: pictures by modality; folder: where local files may lie,
-    None for nowhere; pixels, bytes: of one picture; frames: of one video."""
+    None for nowhere; pixels, bytes: of one picture; frames: of one video.
+
+    A file that needs more memory may have fewer pixels: a WebP a quarter, a progressive JPEG half,
+    as what must be turned upright, or has transparency or other colours than RGB."""
 
     per_prompt: Mapping[str, int] = field(default_factory=lambda: {"image": 16, "video": 1})
     folder: Path | None = None
@@ -54,11 +59,40 @@ class Limits:
 
 
 def open_image(source: Any, limits: Limits) -> Image:
-    """The picture in RGB, upright. source: URL, bytes or PIL image. Raises ConfigError in one line
-    for any other, for what cannot be decoded, and for what exceeds the limits."""
+    """Return the picture in RGB, upright. source: URL, bytes or PIL image.
+
+    Raises ConfigError in one line for any other, for what cannot be decoded, and for what exceeds
+    the limits."""
+    image = _opened(source, limits)
+    from PIL import ImageOps
+
+    given = image is source
+    try:
+        image.load()
+        turned = image.getexif().get(_ORIENTATION, 1) != 1
+        if turned and not given:
+            _check_pixels(image, "a picture that must be turned", limits.pixels // 2)
+        # Without a copy where there is nothing to do: it may be large.
+        image = ImageOps.exif_transpose(image) if turned else image
+        return image if image.mode == "RGB" else image.convert("RGB")
+    except ConfigError:
+        raise
+    except Exception as error:  # decoders raise OSError, SyntaxError, struct.error and more
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"an image is corrupt or truncated: {reason}") from error
+
+
+def header_size(source: Any, limits: Limits) -> tuple[int, int]:
+    """Return the width and height that a picture's header promises, not turned upright. Raises
+    ConfigError as `open_image` does, but for damage behind the header."""
+    return _opened(source, limits).size
+
+
+def _opened(source: Any, limits: Limits) -> Image:
+    """The picture, of which no more than the header is read."""
     pil = _pil()
     if isinstance(source, pil.Image):
-        return _upright(source, limits)
+        return _check_pixels(source, "an image", limits.pixels)
     content = source if isinstance(source, bytes) else _read(source, limits)
     if len(content) > limits.bytes:
         raise ConfigError(
@@ -67,7 +101,7 @@ def open_image(source: Any, limits: Limits) -> Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of large pictures: ours is the limit
-            return _upright(pil.open(io.BytesIO(content), formats=FORMATS), limits)
+            return _check_file(pil.open(io.BytesIO(content), formats=FORMATS), limits)
     except pil.DecompressionBombError as error:
         raise ConfigError(
             f"an image exceeds the limit of {limits.pixels} pixels (max_image_pixels)"
@@ -81,21 +115,24 @@ def open_image(source: Any, limits: Limits) -> Image:
         ) from error
 
 
-def _upright(image: Image, limits: Limits) -> Image:
-    from PIL import ImageOps
+def _check_file(image: Image, limits: Limits) -> Image:
+    """The picture of a file, if its pixels are within the limits."""
+    if image.format == "WEBP":
+        return _check_pixels(image, "a WebP", limits.pixels // 4)
+    if image.info.get("progressive"):
+        return _check_pixels(image, "a progressive JPEG", limits.pixels // 2)
+    if image.mode not in _PLAIN:
+        return _check_pixels(image, f"an image in {image.mode}", limits.pixels // 2)
+    return _check_pixels(image, "an image", limits.pixels)
 
+
+def _check_pixels(image: Image, kind: str, most: int) -> Image:
     width, height = image.size
-    if width * height > limits.pixels:
+    if width * height > most:
         raise ConfigError(
-            f"an image of {width} x {height} pixels exceeds the limit of {limits.pixels} "
-            "(max_image_pixels)"
+            f"{kind} of {width} x {height} pixels exceeds the limit of {most} (max_image_pixels)"
         )
-    try:
-        image.load()
-        return ImageOps.exif_transpose(image).convert("RGB")
-    except Exception as error:  # decoders raise OSError, SyntaxError, struct.error and more
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"an image is corrupt or truncated: {reason}") from error
+    return image
 
 
 def _read(source: Any, limits: Limits) -> bytes:

@@ -1,5 +1,6 @@
 """From a picture to what a vision tower reads: transformers' own image processors, in their PIL
-form.
+form, in two steps. The first makes an image small, in bytes; the second, just before the tower,
+makes floats of them, a dozen times as many bytes. Both together have the processor's bits.
 
 Of the two forms that transformers has, the same one is used whatever else is installed, so that an
 answer depends on the picture alone.
@@ -9,7 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,25 +29,41 @@ if TYPE_CHECKING:
 NEEDED = (
     "vision-language models need transformers and pillow: in the clone, pip install -e '.[vision]'"
 )
+MAX_PADDED = 1 << 24  # pixels of the square that some processors pad an image to
+# Of a processor: stops before anything is no byte, and goes on from there.
+_AS_BYTES = {"do_rescale": False, "do_normalize": False}
+_FROM_BYTES = {"do_convert_rgb": False, "input_data_format": "channels_first"}
 
 
 @dataclass(frozen=True, slots=True)
 class Pixels:
-    """One image or video, ready for the tower. values: float32, LLaVA's [channels, height, width]
-    or Qwen2-VL's patches [time * height * width, patch]; grid: (time, height, width) in patches;
-    length: positions that it takes."""
+    """One image or video at the size that the model reads, in bytes until the tower reads it.
+
+    frames: [frames, 3, height, width], uint8; grid: (time, height, width) in patches; length:
+    positions that it takes; key: stands for the content: pictures with the same key have the same
+    embeddings; read: makes `values` of frames.
+    """
 
     modality: str
-    values: NDArray[np.float32]
+    frames: NDArray[Any]
     grid: tuple[int, int, int]
     length: int
+    key: bytes
+    read: Callable[[NDArray[Any]], NDArray[np.float32]]
 
     @property
-    def key(self) -> bytes:
-        """Stands for the content: pictures with the same key have the same embeddings."""
-        digest = hashlib.blake2b(np.ascontiguousarray(self.values).data, digest_size=16)
-        digest.update(repr((self.modality, self.grid, self.values.shape)).encode())
-        return digest.digest()
+    def values(self) -> NDArray[np.float32]:
+        """What the tower reads, made anew each time: LLaVA's [channels, height, width] or
+        Qwen2-VL's patches [time * height * width, patch]."""
+        return self.read(self.frames)
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What a picture will take. length: positions; bytes: as `Pixels`."""
+
+    length: int
+    bytes: int
 
 
 class FixedReader:
@@ -60,16 +78,51 @@ class FixedReader:
         self._patch = int(vision.patch_size)
         has_class_token = vision.model_type == "clip_vision_model"
         self._more = has_class_token - (config.vision_feature_select_strategy == "default")
+        self._room: Room | None = None
+
+    def room(self, modality: str, width: int, height: int, frames: int = 1) -> Room:
+        """Tell what a picture of this size will take. Raises ConfigError for a shape that the model
+        cannot take."""
+        if modality != "image":
+            raise ConfigError("this model reads images, not videos")
+        side = max(width, height)
+        if side > 200 * min(width, height) or (self._processor.do_pad and side**2 > MAX_PADDED):
+            raise _unusable(width, height, "its sides are too unlike")
+        if self._room is None:  # the same for all
+            grey = np.full((64, 64, 3), 127, np.uint8)
+            pixels = self._pixels(self._processed(images=grey, **_AS_BYTES)["pixel_values"][0])
+            self._room = Room(pixels.length, pixels.frames.nbytes)
+        return self._room
 
     def image(self, image: Image) -> Pixels:
         """Raises ConfigError for a shape that the model cannot take."""
-        values = _processed(self._processor, image)["pixel_values"][0]
-        rows, columns = (size // self._patch for size in values.shape[-2:])
-        return Pixels("image", values, (1, rows, columns), rows * columns + self._more)
+        self.room("image", *image.size)
+        size = _plain_size(self._processor, *image.size)
+        if size is None:
+            values = self._processed(images=image, **_AS_BYTES)["pixel_values"][0]
+        else:
+            resized = image.resize(size, self._processor.resample)
+            values = self._processed(images=resized, do_resize=False, **_AS_BYTES)["pixel_values"][
+                0
+            ]
+        return self._pixels(values)
 
-    def video(self, frames: Sequence[Image]) -> Pixels:
+    def video(self, frames: Iterable[Image]) -> Pixels:
         """Raises ConfigError."""
         raise ConfigError("this model reads images, not videos")
+
+    def _pixels(self, values: NDArray[Any]) -> Pixels:
+        rows, columns = (size // self._patch for size in values.shape[-2:])
+        length = rows * columns + self._more
+        return _pixels("image", values[None], (1, rows, columns), length, self._values)
+
+    def _values(self, frames: NDArray[Any]) -> NDArray[np.float32]:
+        done = {"do_resize": False, "do_center_crop": False, "do_pad": False}
+        out = self._processed(images=frames[0], **done, **_FROM_BYTES)
+        return np.asarray(out["pixel_values"][0], np.float32)
+
+    def _processed(self, **options: Any) -> Mapping[str, Any]:
+        return self._processor(return_tensors="np", **options)  # type: ignore[no-any-return]
 
 
 class DynamicReader:
@@ -87,31 +140,118 @@ class DynamicReader:
         }
         self.merge = int(processor.merge_size)
         self._depth = int(processor.temporal_patch_size)
+        self._side = int(processor.patch_size)
+
+    def room(self, modality: str, width: int, height: int, frames: int = 1) -> Room:
+        """Tell what a picture of this size will take, the same if it is turned. Raises ConfigError
+        for a shape that the model cannot take."""
+        new_width, new_height = self._size(width, height)
+        steps = -(-frames // self._depth) if modality == "video" else 1
+        patches = (new_width // self._side) * (new_height // self._side)
+        return Room(steps * patches // self.merge**2, 3 * frames * new_width * new_height)
 
     def image(self, image: Image) -> Pixels:
         """Raises ConfigError for a shape that the model cannot take."""
-        out = _processed(self._processor, image)
-        return self._pixels("image", out["pixel_values"], out["image_grid_thw"][0])
+        return self._pixels("image", self._resized(image)[None], 1, self._image_values)
 
-    def video(self, frames: Sequence[Image]) -> Pixels:
-        """Raises ConfigError for shapes that the model cannot take."""
-        if len({frame.size for frame in frames}) > 1:
-            raise ConfigError("the frames of a video must all have the same size")
+    def video(self, frames: Iterable[Image]) -> Pixels:
+        """Raises ConfigError for shapes that the model cannot take. One frame is decoded at a time,
+        if `frames` decodes them as they are asked for."""
+        resized = []
+        sizes = set()
+        for frame in frames:
+            sizes.add(frame.size)
+            if len(sizes) > 1:
+                raise ConfigError("the frames of a video must all have the same size")
+            resized.append(self._resized(frame))
+        steps = -(-len(resized) // self._depth)
+        return self._pixels("video", np.stack(resized), steps, self._video_values)
+
+    def _resized(self, image: Image) -> NDArray[np.uint8]:
+        """[3, height, width]."""
+        resized = image.resize(self._size(*image.size), self._processor.resample)
+        return np.moveaxis(np.asarray(resized), -1, 0)
+
+    def _pixels(
+        self,
+        modality: str,
+        frames: NDArray[np.uint8],
+        steps: int,
+        read: Callable[[NDArray[Any]], NDArray[np.float32]],
+    ) -> Pixels:
+        height, width = frames.shape[-2:]
+        grid = (steps, height // self._side, width // self._side)
+        return _pixels(modality, frames, grid, math.prod(grid) // self.merge**2, read)
+
+    def _size(self, width: int, height: int) -> tuple[int, int]:
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+        if not self._processor.do_resize:
+            return width, height
+        size = self._processor.size
+        lowest, highest = size["shortest_edge"], size["longest_edge"]
+        try:
+            factor = self._side * self.merge
+            new_height, new_width = smart_resize(height, width, factor, lowest, highest)
+        except ValueError as error:  # such as an aspect ratio beyond 200
+            raise _unusable(width, height, error) from error
+        return new_width, new_height
+
+    def _image_values(self, frames: NDArray[Any]) -> NDArray[np.float32]:
+        out = self._processor(images=frames[0], do_resize=False, return_tensors="np", **_FROM_BYTES)
+        return np.ascontiguousarray(out["pixel_values"], np.float32)
+
+    def _video_values(self, frames: NDArray[Any]) -> NDArray[np.float32]:
         padded = [*frames, *[frames[-1]] * (-len(frames) % self._depth)]
-        outs = [_processed(self._processor, frame) for frame in padded]
-        count, _ = outs[0]["pixel_values"].shape
-        area = int(self._processor.patch_size) ** 2
-        each = np.stack([out["pixel_values"].reshape(count, -1, self._depth, area) for out in outs])
+        outs = [self._image_values(frame[None]) for frame in padded]
+        count, _ = outs[0].shape
+        each = np.stack([out.reshape(count, -1, self._depth, self._side**2) for out in outs])
         steps = each[:, :, :, 0].reshape(-1, self._depth, *each.shape[1:3], each.shape[4])
         values = np.moveaxis(steps, 1, 3).reshape(len(steps) * count, -1)
-        _, height, width = outs[0]["image_grid_thw"][0]
-        return self._pixels("video", values, (len(steps), height, width))
+        return np.ascontiguousarray(values, np.float32)
 
-    def _pixels(self, modality: str, values: NDArray[np.float32], grid: Sequence[int]) -> Pixels:
-        time, height, width = (int(n) for n in grid)
-        values = np.ascontiguousarray(values, np.float32)
-        length = time * height * width // self.merge**2
-        return Pixels(modality, values, (time, height, width), length)
+
+def _pixels(
+    modality: str,
+    frames: NDArray[Any],
+    grid: tuple[int, int, int],
+    length: int,
+    read: Callable[[NDArray[Any]], NDArray[np.float32]],
+) -> Pixels:
+    frames = np.ascontiguousarray(frames)
+    digest = hashlib.blake2b(frames.data, digest_size=16)
+    digest.update(repr((modality, grid, frames.shape)).encode())
+    return Pixels(modality, frames, grid, length, digest.digest(), read)
+
+
+def _plain_size(processor: Any, width: int, height: int) -> tuple[int, int] | None:
+    """The width and height to which a processor resizes first of all; None where it does more, or
+    by a rule of its own."""
+    from transformers.image_processing_backends import PilBackend
+    from transformers.image_transforms import (
+        get_resize_output_image_size,
+        get_size_with_aspect_ratio,
+    )
+
+    plain = type(processor).resize is PilBackend.resize and isinstance(processor.resample, int)
+    if not (plain and processor.do_resize) or processor.do_pad:
+        return None
+    size = dict(processor.size)
+    shortest, longest = size.get("shortest_edge"), size.get("longest_edge")
+    if shortest and longest:
+        new = get_size_with_aspect_ratio((height, width), shortest, longest)
+    elif shortest:
+        shape = np.broadcast_to(np.uint8(0), (3, height, width))
+        new = get_resize_output_image_size(shape, shortest, False, None, "channels_first")
+    elif size.get("height") and size.get("width"):
+        new = (size["height"], size["width"])
+    else:
+        return None
+    return int(new[1]), int(new[0])
+
+
+def _unusable(width: int, height: int, reason: object) -> ConfigError:
+    return ConfigError(f"an image of {width} x {height} pixels cannot be used: {reason}")
 
 
 # What prepares pictures for one model. placeholders: their token ids by modality; merge: patches
@@ -149,15 +289,6 @@ def _with_options(processor: Any, options: Mapping[str, Any]) -> Any:
                 f"mm_processor_kwargs: {name!r} is unknown; this model has {', '.join(known)}"
             )
     return type(processor)(**{**processor.to_dict(), **options})
-
-
-def _processed(processor: Any, image: Image) -> Mapping[str, Any]:
-    try:
-        return processor(images=image, return_tensors="np")  # type: ignore[no-any-return]
-    except ValueError as error:  # such as an aspect ratio beyond 200
-        raise ConfigError(
-            f"an image of {image.size[0]} x {image.size[1]} pixels cannot be used: {error}"
-        ) from error
 
 
 @contextmanager

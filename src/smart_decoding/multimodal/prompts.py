@@ -3,22 +3,23 @@ with their places."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, NotRequired, TypeAlias, TypedDict
 
 import numpy as np
 
 from smart_decoding.engine.media import Media, Picture
-from smart_decoding.errors import ConfigError
+from smart_decoding.errors import CapacityError, ConfigError
 from smart_decoding.multimodal import messages as parts
-from smart_decoding.multimodal.images import MODALITIES, Limits, open_image
+from smart_decoding.multimodal.images import MODALITIES, Limits, header_size, open_image
 from smart_decoding.multimodal.messages import Message, PictureSource
 
 if TYPE_CHECKING:
     from smart_decoding.core.tree import IntArray
     from smart_decoding.models.tokenizer import Tokenizer
-    from smart_decoding.multimodal.pixels import PixelReader, Pixels
+    from smart_decoding.multimodal.pixels import PixelReader, Pixels, Room
 
 _MARKER = "smart-marker"  # a text that no template contains
 
@@ -31,6 +32,38 @@ class MediaPrompt:
     tokens: list[int]
     media: Media | None = None
     text: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedPicture:
+    """A picture of which the header was read. first: its first position."""
+
+    source: PictureSource
+    first: int
+    room: Room
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedPrompt:
+    """A prompt that fits into the context, of whose pictures nothing is decoded yet.
+
+    tokens, text: as `MediaPrompt`; decode: makes the pictures."""
+
+    tokens: list[int]
+    text: str | None = None
+    pictures: Sequence[PlannedPicture] = ()
+    decode: Callable[[PlannedPrompt, str], Media] | None = None
+
+    @property
+    def bytes(self) -> int:
+        """What its pictures take in memory once they are decoded."""
+        return sum(picture.room.bytes for picture in self.pictures)
+
+    def decoded(self, cache_salt: str = "") -> MediaPrompt:
+        """Decode the pictures, one after the other. cache_salt: embeddings that are kept are shared
+        by pictures of the same salt. Raises ConfigError for damaged pictures."""
+        media = self.decode(self, cache_salt) if self.decode and self.pictures else None
+        return MediaPrompt(self.tokens, media, self.text)
 
 
 class TextPrompt(TypedDict):
@@ -63,7 +96,7 @@ class PromptBuilder:
         self._mrope = mrope
         self._reads_lists: bool | None = None
 
-    def chat(self, messages: Sequence[Message], **given: Any) -> MediaPrompt:
+    def chat(self, messages: Sequence[Message], **given: Any) -> PlannedPrompt:
         """A conversation with content parts, through the model's template. given: as to
         `Tokenizer.apply_chat_template`. Raises ConfigError."""
         told, pictures = parts.split(messages)
@@ -74,7 +107,7 @@ class PromptBuilder:
             told = parts.as_text(told, texts)
         text = self._tokenizer.apply_chat_template(told, **given)
         # As transformers' processors do: the beginning token is added where it is not written yet.
-        return self._build(self._tokenizer.encode_prompt(text, True), pictures, text)
+        return self.plan(self._tokenizer.encode_prompt(text, True), pictures, text)
 
     def prompt(self, prompt: str | Sequence[int], media: Mapping[str, Any]) -> MediaPrompt:
         """A text or token ids with one placeholder a picture. media: image and video, each one or a
@@ -92,13 +125,15 @@ class PromptBuilder:
         lists = {name: _as_list(name, given) for name, given in media.items() if given is not None}
         pictures = [PictureSource(name, source) for name in lists for source in lists[name]]
         self._check_counts(pictures)
-        return self._build(tokens, pictures, text)
+        return self.plan(tokens, pictures, text).decoded()
 
-    def _build(
+    def plan(
         self, tokens: Sequence[int], sources: Sequence[PictureSource], text: str | None
-    ) -> MediaPrompt:
-        """Expands the placeholders, which must be as many as the pictures of their kind, in the
-        same order."""
+    ) -> PlannedPrompt:
+        """Expand the placeholders of a text's tokens by what the pictures' headers promise.
+
+        The placeholders must be as many as the pictures of their kind, in the same order. Raises
+        ConfigError for pictures that cannot be used, CapacityError if the prompt is too long."""
         kinds = {token: name for name, token in self._reader.placeholders.items()}
         places = [kinds[token] for token in tokens if token in kinds]
         for name in MODALITIES:
@@ -107,31 +142,53 @@ class PromptBuilder:
             )
         by_kind = {name: iter([s for s in sources if s.modality == name]) for name in MODALITIES}
         expanded: list[int] = []
-        pictures: list[Picture] = []
-        grids = []
+        pictures: list[PlannedPicture] = []
         for token in tokens:
             if token not in kinds:
                 expanded.append(token)
                 continue
-            pixels = self._pixels(next(by_kind[kinds[token]]))
-            pictures.append(Picture(len(expanded), pixels.length, pixels.key, pixels))
+            source = next(by_kind[kinds[token]])
+            room = self._room(source)
+            pictures.append(PlannedPicture(source, len(expanded), room))
+            expanded += [token] * room.length
+        context = self._tokenizer.context
+        if pictures and context is not None and len(expanded) >= context:
+            raise CapacityError(
+                f"the prompt has {len(expanded)} tokens with its pictures, but prompt and answer "
+                f"must fit into max_model_len={context}: send smaller or fewer pictures"
+            )
+        return PlannedPrompt(expanded, text, pictures, self._decoded)
+
+    def _room(self, source: PictureSource) -> Room:
+        frames = [source.source] if source.modality == "image" else source.source
+        if len(frames) > self._limits.frames:
+            raise ConfigError(
+                f"a video of {len(frames)} frames exceeds the limit of {self._limits.frames}"
+            )
+        sizes = [header_size(frame, self._limits) for frame in frames]
+        return self._reader.room(source.modality, *sizes[0], len(frames))
+
+    def _decoded(self, plan: PlannedPrompt, cache_salt: str) -> Media:
+        pictures = []
+        grids = []
+        for planned in plan.pictures:
+            pixels = self._pixels(planned.source)
+            if pixels.length != planned.room.length:
+                raise ConfigError("an image has changed while it was read")
+            if cache_salt:
+                salted = blake2b(pixels.key, digest_size=16, key=_digest(cache_salt)).digest()
+                pixels = replace(pixels, key=salted)
+            pictures.append(Picture(planned.first, pixels.length, pixels.key, pixels))
             grids.append(pixels.grid)
-            expanded += [token] * pixels.length
-        if not pictures:
-            return MediaPrompt(expanded, None, text)
         if not self._mrope:
-            return MediaPrompt(expanded, Media(pictures), text)
-        rotary, shift = rotary_positions(len(expanded), pictures, grids, self._reader.merge)
-        return MediaPrompt(expanded, Media(pictures, rotary, shift), text)
+            return Media(pictures)
+        rotary, shift = rotary_positions(len(plan.tokens), pictures, grids, self._reader.merge)
+        return Media(pictures, rotary, shift)
 
     def _pixels(self, source: PictureSource) -> Pixels:
         if source.modality == "image":
             return self._reader.image(open_image(source.source, self._limits))
-        if len(source.source) > self._limits.frames:
-            raise ConfigError(
-                f"a video of {len(source.source)} frames exceeds the limit of {self._limits.frames}"
-            )
-        return self._reader.video([open_image(frame, self._limits) for frame in source.source])
+        return self._reader.video(open_image(frame, self._limits) for frame in source.source)
 
     def _check_counts(self, pictures: Sequence[PictureSource]) -> None:
         for name in MODALITIES:
@@ -185,6 +242,10 @@ def rotary_positions(
         now += max(time, height, width)
     rotary[at:] = now + np.arange(length - at)[:, None]
     return rotary, int(rotary.max()) + 1 - length
+
+
+def _digest(text: str) -> bytes:
+    return blake2b(text.encode(), digest_size=16).digest()
 
 
 def _check_places(modality: str, places: int, pictures: int) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from smart_decoding.errors import ConfigError
 from smart_decoding.models import chat_template as templates
 from smart_decoding.multimodal.messages import Message, as_text, has_pictures, split
-from smart_decoding.multimodal.prompts import MediaPrompt, Prompt
+from smart_decoding.multimodal.prompts import MediaPrompt, PlannedPrompt, Prompt
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -38,7 +38,7 @@ class TextPrompts:
         self._tokenizer = tokenizer
         self._name = name
 
-    def chat(self, messages: Sequence[Message], **given: Any) -> MediaPrompt:
+    def chat(self, messages: Sequence[Message], **given: Any) -> PlannedPrompt:
         """A conversation, through the model's template. given: as to
         `Tokenizer.apply_chat_template`. Raises ConfigError."""
         self._refuse(has_pictures(messages))
@@ -46,7 +46,7 @@ class TextPrompts:
             messages = as_text(split(messages)[0], {})
         text = self._tokenizer.apply_chat_template(messages, **given)
         tokens = self._tokenizer.encode_prompt(text, given.get("template") is not None)
-        return MediaPrompt(tokens, None, text)
+        return PlannedPrompt(tokens, text)
 
     def prompt(self, prompt: str | Sequence[int], media: Mapping[str, Any]) -> MediaPrompt:
         """A text or token ids. Raises ConfigError if there are pictures."""

@@ -39,7 +39,7 @@ class Asked:
     """A request as its route reads it.
 
     form, reply: shape the answers; read: takes a field's name and what is to be made of its texts
-    when it is the client's turn; media: of the one prompt.
+    when it is the client's turn; media: of the one prompt; ended: called at the job's end.
     """
 
     body: Completions
@@ -49,12 +49,13 @@ class Asked:
     read: Callable[[str, Callable[[], Any]], Awaitable[Any]]
     media: Media | None = None
     reply: Callable[..., Reply] = Reply
+    ended: Callable[[], None] = lambda: None
 
 
 async def answer(worker: Worker, request: Request, asked: Asked) -> Response:
     """The response, whole or as a stream. Raises ApiError until its first token is there."""
     job = await _job(worker, request, asked)
-    worker.submit(job)
+    worker.submit(job, asked.ended)
     watch = asyncio.create_task(_cancel_at_disconnect(request, job, worker))
     usage = Usage(sum(map(len, asked.prompts)))
     reply = asked.reply(worker, job, asked.form, worker.settings.model_name, usage, asked.body)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from smart_decoding.multimodal.messages import has_pictures
-from smart_decoding.multimodal.prompts import MediaPrompt
+from smart_decoding.multimodal.prompts import PlannedPrompt
 from smart_decoding.multimodal.text_prompts import template_options
 from smart_decoding.server import tools
 from smart_decoding.server.errors import ApiError
@@ -21,9 +21,9 @@ def chat_prompt(
     messages: Sequence[Message],
     offered: Sequence[tools.Tool] = (),
     variables: Mapping[str, Any] | None = None,
-) -> MediaPrompt:
-    """The prompt of a conversation, with the tools that the model may call. variables: of the chat
-    template.
+) -> PlannedPrompt:
+    """The prompt of a conversation, with the tools that the model may call; its pictures are still
+    to be decoded. variables: of the chat template.
 
     Raises ApiError, ConfigError.
     """
@@ -35,11 +35,11 @@ def chat_prompt(
         if with_tools:
             message = "tools and pictures are not supported in one conversation"
             raise ApiError(400, message, "invalid_value", "messages")
-        return llm.chat_prompt(plain, chat_template_kwargs=variables)
+        return llm.plan_chat(plain, chat_template_kwargs=variables)
     described = [tool.model_dump(exclude_none=True) for tool in offered]
     if not tools.speaks_our_form(llm.tokenizer.template):
         told = tools.explained(plain, described)
-        return llm.chat_prompt(told, chat_template_kwargs=variables)
+        return llm.plan_chat(told, chat_template_kwargs=variables)
     given = template_options(llm.tokenizer.template, None, True, described, variables)
     text = llm.tokenizer.apply_chat_template(plain, **given)
-    return MediaPrompt(llm.tokenizer.encode_prompt(text))
+    return PlannedPrompt(llm.tokenizer.encode_prompt(text))

@@ -85,13 +85,23 @@ class _Routes:
         offer = body.offer
         tools = offer.tools if offer else ()
         read = partial(chat_prompt, llm, body.messages, tools, body.variables)
-        prompt = await self._read(request, body.prompt_field, read)
-        top = (body.top_logprobs or 0) if body.logprobs else None
-        form = ChatForm(llm.tokenizer.token_text, top, offer is not None)
-        prompts = [list(prompt.tokens)]
-        read_more = partial(self._read, request)
-        asked = Asked(body, prompts, form, top, read_more, prompt.media, reply)
-        return await answer(self._worker, request, asked)
+        plan = await self._read(request, body.prompt_field, read)
+        body.messages.clear()  # they may hold megabytes, and the answer may wait
+        pictures = self._worker.pictures
+        client = request.state.client
+        release = pictures.hold(client, plan.bytes)
+        try:
+            salt = self._worker.settings.cache_salt(client, body.cache_salt)
+            prompt = await pictures.decoded(request, plan, salt)
+            top = (body.top_logprobs or 0) if body.logprobs else None
+            form = ChatForm(llm.tokenizer.token_text, top, offer is not None)
+            read_more = partial(self._read, request)
+            tokens = [list(prompt.tokens)]
+            asked = Asked(body, tokens, form, top, read_more, prompt.media, reply, release)
+            return await answer(self._worker, request, asked)
+        except BaseException:
+            release()
+            raise
 
     async def _read(self, request: Request, field: str, read: Callable[[], T]) -> T:
         """What `read` makes of the texts in `field`, when it is the client's turn."""

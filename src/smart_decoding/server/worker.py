@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING
 
 from smart_decoding.async_llm import AsyncJob, AsyncLLM
 from smart_decoding.engine.isolation import warm_up
-from smart_decoding.engine.jobs import Chunk, Delivery, QueueTimeoutError
+from smart_decoding.engine.jobs import Chunk, Delivery, Job, QueueTimeoutError
 from smart_decoding.engine.observers import Observer
 from smart_decoding.errors import CapacityError, ConfigError, EngineStoppedError, SmartError
 from smart_decoding.server.counting import WAITING, Texts
 from smart_decoding.server.errors import ApiError, gone, of_smart_error, shutting_down
 from smart_decoding.server.grammar_queue import GrammarQueue
+from smart_decoding.server.pictures import Pictures
 
 if TYPE_CHECKING:
     from smart_decoding.engine.inbox import Inbox
@@ -38,8 +39,8 @@ class Watcher(Observer):
 class Worker:
     """Serves an LLM. `load` builds it in a thread; `failed` is called if that fails.
 
-    engine: None until it is ready; clients: answers that wait or run, by client; texts, grammars:
-    those of requests, before they are jobs.
+    engine: None until it is ready; clients: answers that wait or run, by client; texts, grammars,
+    pictures: those of requests, before they are jobs.
     """
 
     def __init__(
@@ -54,10 +55,13 @@ class Worker:
         self.failed: Callable[[], None] = lambda: None
         self.clients: Counter[str] = Counter()
         self.grammars = GrammarQueue()
+        self.pictures = Pictures()
         self.draining = False
         self._observers = observers
         self._load_error: BaseException | None = None
         self._load = load
+        # Answers of jobs that have not ended, and what is called when the last one has.
+        self._unended: dict[Job, tuple[int, Callable[[], None]]] = {}
         self._seconds = 1.0  # an answer takes, on average
         self._thread = threading.Thread(target=self._main, name="smart-load", daemon=True)
 
@@ -150,8 +154,8 @@ class Worker:
             ("max_num_requests_per_client", share, self.share()),
         ]
 
-    def submit(self, job: AsyncJob) -> None:
-        """Queues a job. Raises ApiError as `check_room` does."""
+    def submit(self, job: AsyncJob, ended: Callable[[], None] = lambda: None) -> None:
+        """Queues a job; `ended` is called at its end. Raises ApiError as `check_room` does."""
         self.check_room(job.size, job.client)
         assert self.engine is not None
         job.timeout = self.settings.queue_timeout
@@ -161,6 +165,7 @@ class Worker:
         except EngineStoppedError as error:
             raise self._api_error(job, error) from error
         self.clients[job.client] += job.size
+        self._unended[job] = job.size, ended
 
     async def chunk(self, job: AsyncJob) -> Chunk:
         """Waits for a job's next one. Raises ApiError if it has failed or was cancelled."""
@@ -191,6 +196,11 @@ class Worker:
             self.clients += Counter()  # without those that have none any more
             seconds = time.monotonic() - delivery.job.submitted
             self._seconds += 0.1 * (seconds - self._seconds)
+            left, ended = self._unended.pop(delivery.job)
+            if left > delivery.ended:
+                self._unended[delivery.job] = left - delivery.ended, ended
+            else:
+                ended()
 
     def _api_error(self, job: AsyncJob, error: BaseException) -> ApiError:
         """What a job's client is told."""

@@ -1,0 +1,69 @@
+"""Pictures of requests: decoded in a thread of their own, and bounded while they wait."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+from smart_decoding.server.counting import unless_gone
+from smart_decoding.server.errors import ApiError
+from smart_decoding.server.lane import Lane
+
+if TYPE_CHECKING:
+    from fastapi import Request
+
+    from smart_decoding.multimodal.prompts import MediaPrompt, PlannedPrompt
+
+MOST = 256 * 2**20  # bytes of decoded pictures in requests that wait or run
+MOST_OF_ONE = 64 * 2**20  # the same of one client
+NICE = 10  # decoding yields processors to rounds
+
+
+class Pictures:
+    """Decodes one picture at a time, each client in turn. Pillow lets go of Python's lock."""
+
+    def __init__(self) -> None:
+        threads = ThreadPoolExecutor(1, "smart-pictures", initializer=_be_nice)
+        self._lane = Lane(threads)
+        self._held: Counter[str] = Counter()  # bytes, by client
+
+    def hold(self, client: str, size: int) -> Callable[[], None]:
+        """Take room for so many bytes; what is returned gives it back, once. A client without any
+        gets it in any case. Raises ApiError (429) where there is none."""
+        mine = self._held[client]
+        full = mine + size > MOST_OF_ONE or self._held.total() + size > MOST
+        if mine and size and full:
+            message = "too many of your pictures wait for their answers: try again later"
+            raise ApiError(429, message, "queue_full")
+        self._held[client] += size
+        given_back = False
+
+        def give_back() -> None:
+            nonlocal given_back
+            if not given_back:
+                given_back = True
+                self._held[client] -= size
+                self._held += Counter()  # without clients that hold none any more
+
+        return give_back
+
+    async def decoded(
+        self, request: Request, plan: PlannedPrompt, cache_salt: str = ""
+    ) -> MediaPrompt:
+        """Decode a prompt's pictures. Raises ApiError if the client hangs up, ConfigError for
+        damaged ones."""
+        if not plan.pictures:
+            return plan.decoded()
+        work = self._lane.run(request.state.client, lambda: plan.decoded(cache_salt))
+        return await unless_gone(request, work)
+
+
+def _be_nice() -> None:
+    """Lower the priority of this thread alone, which Linux can."""
+    with contextlib.suppress(OSError, AttributeError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
