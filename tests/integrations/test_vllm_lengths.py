@@ -80,6 +80,16 @@ def test_it_comes_near_the_best_fixed_length(
     assert np.mean(ratios) > (0.945 if batch == 1 else 0.965)
 
 
+def test_where_half_match_long_drafts_are_not_taken_for_as_bad_as_first_ones() -> None:
+    """An untested depth is as the one above it, not as the first, where n-grams do not match."""
+    ratios = []
+    for seed in range(4):
+        world = World([0.6], cpu, hits=0.5, seed=seed)
+        best = max(world.run(500, fixed=k) for k in LENGTHS)
+        ratios.append(world.run(500, DraftLengths(4)) / best)
+    assert np.mean(ratios) > 0.95
+
+
 def test_it_comes_back_when_the_drafter_becomes_good_again() -> None:
     policy = DraftLengths(4)
     World([0.02] * 4, cpu).run(800, policy)

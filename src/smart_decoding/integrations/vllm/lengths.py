@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from smart_decoding.core.tree import FloatArray
 
 LONG = 1000  # steps with drafts for which the usual acceptance is remembered
-PRIOR = 0.7  # acceptance of every depth, at first
+PRIOR = 0.7  # acceptance at first
 PRIOR_WEIGHT = 4.0  # steps that a prior is worth
 GUESS = 0.002  # share of a plain step that a draft costs, at first: too little, so that it is tried
 CLIP = math.log(2.0)  # one slow step counts as at most twice the usual
@@ -32,9 +32,9 @@ BETTER = 1.01  # rate over the last length's at which another one takes its plac
 class Acceptance:
     """P(the draft at a depth is accepted | the one before it was), by depth, over all requests.
 
-    Recent steps count most. Where they say little, the long run does, and before it all depths
-    together. A request without drafts counts as one whose first was rejected: n-grams are worth as
-    much as they match."""
+    Recent steps count most. Where they say little, the long run does, and before it the depth
+    above: n-grams fail at the first draft, where nothing matches, and seldom below it. A request
+    without drafts counts as one whose first was rejected."""
 
     def __init__(self, longest: int) -> None:
         self._recent = np.zeros((2, longest))  # shares of requests: accepted, tested
@@ -55,14 +55,12 @@ class Acceptance:
     def tokens(self) -> FloatArray:
         """[1 + longest] expected tokens of a request in a step of each length, its last one
         included."""
-        overall = _share(self._usual.sum(1), PRIOR)
-        by_depth = _share(self._recent, _share(self._usual, overall))
+        usual = [PRIOR]
+        for accepted, tested in self._usual.T.tolist():
+            usual.append((accepted + usual[-1] * PRIOR_WEIGHT) / (tested + PRIOR_WEIGHT))
+        recent = self._recent + PRIOR_WEIGHT * np.array([usual[1:], [1.0] * len(usual[1:])])
+        by_depth = recent[0] / recent[1]
         return np.concatenate(([1.0], 1.0 + by_depth.cumprod().cumsum()))
-
-
-def _share(counts: FloatArray, prior: FloatArray | float) -> FloatArray:
-    """Accepted over tested, `prior` being worth PRIOR_WEIGHT steps."""
-    return np.asarray((counts[0] + prior * PRIOR_WEIGHT) / (counts[1] + PRIOR_WEIGHT))
 
 
 class StepSeconds:
