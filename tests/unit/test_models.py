@@ -961,7 +961,7 @@ def test_copies_of_built_in_models_are_known_by_their_names(model: str, name: st
 
 
 @pytest.mark.parametrize("name", ["a" * 5000, "a/" * 9000, "b" * 300 + ".gguf", "a\0b"])
-def test_what_can_be_no_files_name_is_a_line(name: str, fake_hub: SimpleNamespace) -> None:
+def test_what_can_be_no_files_name_is_a_line(name: str) -> None:
     with pytest.raises(ConfigError, match="no file can have the name") as caught:
         models.resolve(name)
     assert "\n" not in str(caught.value)
