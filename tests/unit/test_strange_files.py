@@ -13,6 +13,7 @@ import logging
 import os
 import struct
 import time
+import tracemalloc
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -570,9 +571,40 @@ def test_a_gguf_header_of_too_many_values_is_refused(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each becomes an object, and a file of gigabytes has room for a billion."""
-    read_gguf(place / "tiny.gguf")
-    monkeypatch.setattr(gguf_files, "_READS", 100)
-    assert "cut, damaged" in refused(place / "tiny.gguf", read_gguf)
+    for name in ("_READS", "_VALUES"):
+        read_gguf(place / "tiny.gguf")
+        with monkeypatch.context() as patch:
+            patch.setattr(gguf_files, name, 100)
+            assert "cut, damaged" in refused(place / "tiny.gguf", read_gguf)
+
+
+@pytest.mark.parametrize(
+    ("kind", "count", "size"),
+    [
+        (0, 104_857_600, 30 << 20),  # bytes, more than there are
+        (0, 30 << 20, 30 << 20),
+        (6, 7 << 20, 30 << 20),  # float32
+        (8, 3 << 20, 30 << 20),  # strings, all of them empty
+        (8, 1 << 40, 30 << 20),
+    ],
+)
+def test_a_hostile_array_costs_no_more_than_the_file(
+    kind: int, count: int, size: int, tmp_path: Path
+) -> None:
+    """Such a file took 3.7 GB and 15 seconds before it was refused."""
+    path = tmp_path / "array.gguf"
+    key = b"a"
+    header = struct.pack("<4sIQQ", b"GGUF", 3, 0, 1) + struct.pack("<Q", len(key)) + key
+    path.write_bytes(header + struct.pack("<IIQ", 9, kind, count) + bytes(size))
+    tracemalloc.start()
+    begin = time.perf_counter()
+    try:
+        assert "cut, damaged" in refused(path, read_gguf)
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most < size
+    assert time.perf_counter() - begin < 3.0
 
 
 FRAGMENTS = """

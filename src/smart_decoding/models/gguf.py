@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import struct
 from collections.abc import Callable, Mapping
 from math import prod
 from pathlib import Path
@@ -42,7 +43,10 @@ if TYPE_CHECKING:
     from smart_decoding.models.registry import Source
 
 _SHARD = 1 << 30  # bytes of weights held in memory before they are written
-_READS = 1 << 23  # values of a header, each an object of 400 bytes; 262,144 tokens have 2 million
+# What a header may have: single values, each an object of 400 bytes, and values in arrays. The
+# largest vocabularies have 850,000 in arrays: texts, types or scores, and merges.
+_READS = 1 << 18
+_VALUES = 1 << 21
 TENSORS = "tensors.json"
 _FLOATS = {"F32": np.float32, "F16": np.float16}
 MatrixT = TypeVar("MatrixT", torch.Tensor, QuantizedTensor, Matrix)
@@ -296,7 +300,7 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     shorter than its header says, or corrupt."""
     try:
         reader = _reader(path)
-        metadata = {key: reader_field.contents() for key, reader_field in reader.fields.items()}
+        metadata = {key: _contents(field) for key, field in reader.fields.items()}
     except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise ModelError(
             f"{path} is no GGUF file, cut, damaged or of a kind not known here; fetch it again"
@@ -304,13 +308,71 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return metadata, {tensor.name: tensor for tensor in reader.tensors}
 
 
+def _contents(field: Any) -> Any:
+    """Return the value of a metadata field; an array is a list already."""
+    last = field.parts[-1]
+    return last if isinstance(last, list) else field.contents()
+
+
+def _strings(data: memoryview, start: int, count: int, order: str) -> tuple[list[str], int]:
+    """Return `count` strings that begin at `start`, and where they end. Raises ValueError for a
+    file that ends before."""
+    found = []
+    length_of = struct.Struct(f"{order}Q").unpack_from
+    for _ in range(count):
+        if start + 8 > len(data):
+            raise ValueError("a header that does not end")
+        end = start + 8 + length_of(data, start)[0]
+        if end > len(data):
+            raise ValueError("a header that does not end")
+        found.append(str(data[start + 8 : end], "utf-8"))
+        start = end
+    return found, start
+
+
+def _array(reader: Any, start: int) -> tuple[list[Any], int]:
+    """Return the values of an array of a header, and where it ends. Raises ValueError or
+    LookupError for one that is too long, and for arrays of arrays."""
+    from gguf import GGUFEndian, GGUFValueType  # imported late: it is slow
+
+    kind = GGUFValueType(reader._get(start, np.uint32)[0])
+    count = int(reader._get(start + 4, np.uint64)[0])
+    start += 12
+    if reader.values + count > _VALUES:
+        raise ValueError("a header that does not end")
+    if kind == GGUFValueType.STRING:
+        order = "<" if reader.endianess == GGUFEndian.LITTLE else ">"
+        return _strings(reader.data.data, start, count, order)
+    numbers = reader._get(start, reader.gguf_scalar_to_np[kind], count)
+    return numbers.tolist(), start + numbers.nbytes
+
+
 def _reader(path: Path) -> Any:
     """The library's, within the file's bounds. Raises whatever it meets, and ModelError for a file
     that was cut."""
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader  # imported late: it is slow
+    from gguf import (  # imported late: it is slow
+        GGML_QUANT_SIZES,
+        GGMLQuantizationType,
+        GGUFReader,
+        GGUFValueType,
+    )
 
     class Reader(GGUFReader):
         reads = 0
+        values = 0
+
+        def _get_field_parts(
+            self, orig_offs: int, raw_type: int
+        ) -> tuple[int, list[Any], list[int], list[Any]]:
+            # theirs makes an array of each value
+            if raw_type != GGUFValueType.ARRAY:
+                parts: tuple[int, list[Any], list[int], list[Any]] = super()._get_field_parts(
+                    orig_offs, raw_type
+                )
+                return parts
+            values, end = _array(self, orig_offs)
+            self.values += len(values)
+            return end - orig_offs, [values], [0], [GGUFValueType.ARRAY]
 
         def _get(
             self, offset: int, dtype: Any, count: int = 1, override_order: str | None = None
