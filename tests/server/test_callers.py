@@ -285,7 +285,7 @@ def test_who_waits_for_a_mask_has_not_survived(load: Any, monkeypatch: pytest.Mo
         failed.append(error)
         after(isolation, error)
 
-    monkeypatch.setattr(grammars, "DEAR", -1.0)
+    monkeypatch.setattr(grammars, "EXPENSIVE", -1.0)
     monkeypatch.setattr(GrammarConstraint, "_mask", late)
     monkeypatch.setattr(Isolation, "after_failed_round", counting)
     llm.target.verify = raising  # type: ignore[method-assign]

@@ -209,7 +209,7 @@ def test_nobody_waits_for_a_mask_that_takes_for_ever(
             free.wait(60)
         return mask(constraint, path)
 
-    monkeypatch.setattr(grammars, "DEAR", -1.0)
+    monkeypatch.setattr(grammars, "EXPENSIVE", -1.0)
     regex = {"regex": "[a-z ]{20}"}
     form = StructuredOutputsParams(**regex)
     params = SamplingParams(temperature=0, max_tokens=60, structured_outputs=form)

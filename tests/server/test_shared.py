@@ -225,7 +225,6 @@ def test_a_full_queue_has_room_for_who_holds_little(load: Any) -> None:
             found = httpx.get(f"{running.url}/metrics").text
         for name, value in (
             ("num_clients", 1),
-            ("num_clients_resting", 0),
             ("max_num_requests", 4),
             ("max_num_requests_per_client", 4),
         ):
@@ -254,7 +253,7 @@ def test_clients_are_told_apart_by_their_keys(load: Any) -> None:
         assert running.worker.clients == {}
 
 
-def test_in_a_lane_clients_take_turns_one_at_a_time() -> None:
+def test_a_lane_serves_the_client_that_has_sent_least_one_at_a_time() -> None:
     done: list[str] = []
     at_once: list[int] = [0]
 
@@ -267,15 +266,16 @@ def test_in_a_lane_clients_take_turns_one_at_a_time() -> None:
 
     async def all_of_them() -> None:
         lane = Lane()
-        many = [asyncio.create_task(lane.run("many", lambda: work("many"))) for _ in range(5)]
+        many = [asyncio.create_task(lane.run("many", 9, lambda: work("many"))) for _ in range(5)]
         await asyncio.sleep(0)
-        few = asyncio.create_task(lane.run("few", lambda: work("few")))
+        few = asyncio.create_task(lane.run("few", 9, lambda: work("few")))
+        little = [asyncio.create_task(lane.run("l", 2, lambda: work("l"))) for _ in range(5)]
         await asyncio.sleep(0)
         many[-1].cancel()
-        await asyncio.gather(*many[:-1], few)
+        await asyncio.gather(*many[:-1], few, *little)
 
     asyncio.run(all_of_them())
-    assert done == ["many", "few", "many", "many", "many"]
+    assert done == ["many", "few", "many", *"llll", "many", "l", "many"]
 
 
 def test_work_that_nobody_waits_for_keeps_its_place_to_its_end() -> None:
@@ -288,9 +288,9 @@ def test_work_that_nobody_waits_for_keeps_its_place_to_its_end() -> None:
 
     async def both() -> None:
         lane = Lane()
-        gone = asyncio.create_task(lane.run("a", lambda: work("gone")))
+        gone = asyncio.create_task(lane.run("a", 1, lambda: work("gone")))
         await asyncio.sleep(0.01)
-        stays = asyncio.create_task(lane.run("a", lambda: done.append("stays")))
+        stays = asyncio.create_task(lane.run("a", 1, lambda: done.append("stays")))
         gone.cancel()
         await asyncio.sleep(0.05)
         assert done == []

@@ -13,7 +13,6 @@ MOST_MODULES_AT_THE_TOP = 8
 LONGEST_IMPORT_CHAIN = 10  # modules; those that only types or a function need do not count
 OPEN_CIRCLES = {  # of imports, for types too; one that is cut leaves this list
     ("engine.engine_thread", "engine.isolation"),
-    ("engine.scheduler", "engine.sharing"),
     ("models.layers", "models.torch_layers", "models.triton_ops"),
 }
 

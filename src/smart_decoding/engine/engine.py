@@ -89,7 +89,6 @@ class Engine:
         self._selection = selection or Selection()
         self._requests: dict[str, Request] = {}
         self._observe_seconds = 0.0  # of the round before
-        self._worked = clock()  # when the last round ended
         # Whose drafts were dropped: their next round is plain, whenever it comes. So nobody waits
         # for two drafts, and a drafter that has read their last tokens gets new ones.
         self._dropped: set[Request] = set()
@@ -110,10 +109,6 @@ class Engine:
         requests = self.admission.requests(request_id, prompt, params, media, cache_salt)
         if any(request.id in self._requests for request in requests):
             raise ConfigError(f"request id {request_id!r} is already running")
-        if not self.has_unfinished_requests:
-            now = self._clock()
-            self.scheduler.shares.idle(now - self._worked)
-            self._worked = now
         for request in requests:
             request.client = client
             if request.constraint is not None:
@@ -190,14 +185,12 @@ class Engine:
         self._dropped.difference_update(batch.decode)
         emitted, accepted = self._update(batch, verified)
         self._hand_over(batch, verified)
-        _count_nodes(batch, draft.trees, kept, accepted)
+        self.scheduler.charge(batch, _count_nodes(batch, draft.trees, kept, accepted))
         done = _round(batch, state, draft, kept, verified)
         if batch.decode:
             self._observe(done, self._clock() - started - verified.seconds - draft.seconds)
-        self._worked = self._clock()
-        seconds = self._worked - started
+        seconds = self._clock() - started
         self.last_round = _record(done, draft, verified, emitted, accepted, seconds)
-        self.scheduler.shares.charge(batch, done, seconds)
         for request in verified.requests:
             if request.finished:
                 self._finish(request)
@@ -215,7 +208,6 @@ class Engine:
                 picture.embeddings = self.target.encode_image(picture.pixels)
                 spent = self._clock() - began
                 request.metrics.vision_seconds += spent
-                self.scheduler.shares.owe(request.client, spent)
                 total += spent
         return total
 
@@ -413,9 +405,12 @@ def _record(
     )
 
 
-def _count_nodes(batch: Batch, trees: DraftTrees, kept: IntArray, accepted: Sequence[int]) -> None:
+def _count_nodes(
+    batch: Batch, trees: DraftTrees, kept: IntArray, accepted: Sequence[int]
+) -> list[int]:
+    """Count drafted and verified nodes. Returns the rows of each decoding request."""
     if not len(trees):
-        return
+        return [1] * len(batch.decode)
     drafted = trees.counts()
     verified = trees.counts(kept)
     for i, request in enumerate(batch.decode):
@@ -423,3 +418,4 @@ def _count_nodes(batch: Batch, trees: DraftTrees, kept: IntArray, accepted: Sequ
         request.metrics.verified += verified[i]
         if verified[i]:
             request.metrics.accepted_lengths[accepted[i]] += 1
+    return [1 + nodes for nodes in verified]

@@ -5,7 +5,9 @@ Sheng et al., "Fairness in Serving Large Language Models", OSDI 2024, arXiv 2401
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator
+from typing import Generic, Protocol, TypeVar
 
 REMEMBERED = 1024  # clients whose counters are kept, the latest ones
 
@@ -61,3 +63,64 @@ class VirtualTokenCounter:
             self._level = tokens
         if len(self._counters) > REMEMBERED:
             del self._counters[next(iter(self._counters))]
+
+
+class OfClient(Protocol):
+    """What waits in a queue. client: the name of the client that it is for."""
+
+    client: str
+
+
+T = TypeVar("T", bound=OfClient)
+
+
+class ClientQueues(Generic[T]):
+    """One queue for each client, so that a selection looks only at their heads."""
+
+    def __init__(self) -> None:
+        self._queues: dict[str, deque[T]] = {}  # none is empty
+
+    def append(self, item: T) -> None:
+        """Put an item at the end of its client's queue."""
+        self._queues.setdefault(item.client, deque()).append(item)
+
+    def appendleft(self, item: T) -> None:
+        """Put an item at the front of its client's queue."""
+        self._queues.setdefault(item.client, deque()).appendleft(item)
+
+    def remove(self, item: T) -> None:
+        """Take an item out. Raise ValueError if it is not here."""
+        queue = self._queues.get(item.client, deque())
+        queue.remove(item)
+        if not queue:
+            del self._queues[item.client]
+
+    def popleft(self, client: str) -> T:
+        """Take the first item of a client out. Raise KeyError if there is none."""
+        queue = self._queues[client]
+        item = queue.popleft()
+        if not queue:
+            del self._queues[client]
+        return item
+
+    def clear(self) -> None:
+        """Take all items out."""
+        self._queues.clear()
+
+    @property
+    def clients(self) -> Collection[str]:
+        """The clients that have an item here, the first come first."""
+        return self._queues.keys()
+
+    def heads(self) -> list[T]:
+        """Return the first item of each client."""
+        return [queue[0] for queue in self._queues.values()]
+
+    def __iter__(self) -> Iterator[T]:
+        return (item for queue in self._queues.values() for item in queue)
+
+    def __contains__(self, item: T) -> bool:
+        return item in self._queues.get(item.client, ())
+
+    def __len__(self) -> int:
+        return sum(map(len, list(self._queues.values())))  # other threads ask, too

@@ -53,7 +53,7 @@ class RequestMetrics:
 class Request:
     """One answer to one prompt (a request with n > 1 becomes n of these, `sample` = 0 .. n-1).
 
-    client: whom it is for; clients take turns.
+    client: whom it is for; clients are served by `engine.fairness`.
     tokens: prompt and output so far. table.length of them are in the KV cache: all but the last
     while decoding."""
 
@@ -111,7 +111,7 @@ class Request:
     @property
     def may_speculate(self) -> bool:
         """Whether drafts for it can be worth their rows."""
-        return self.params.speculate and not (self.constraint and self.constraint.dear)
+        return self.params.speculate and not (self.constraint and self.constraint.expensive)
 
     def ready(self, seconds: float = 0.0) -> bool:
         """Whether a round need not wait for its mask. Waits so long."""

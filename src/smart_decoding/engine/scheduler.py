@@ -4,17 +4,17 @@ out."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from smart_decoding.engine.fairness import REMEMBERED, ClientQueues, VirtualTokenCounter
 from smart_decoding.engine.kv import PAGE, OutOfPagesError, PagePool
-from smart_decoding.engine.sharing import Shares
-from smart_decoding.engine.turns import Turns, Waiting
 
 if TYPE_CHECKING:
     from smart_decoding.engine.request import Request
 
+BESIDE = 4  # prompts have this part of their tokens in a round beside another client's answer
 PATIENCE = 0.01  # seconds for a mask where nobody else can go on: others may come meanwhile
 
 
@@ -31,30 +31,33 @@ class Batch:
 
 
 class Scheduler:
-    """Running requests go on before new ones join; prompts go in chunks of a token budget. Clients
-    take turns at slots and budget, and share the time of rounds; of one client, the first come is
-    the first served.
+    """Running requests decode in every round; prompts go in chunks of a token budget. Chunks and
+    free slots go to the client with the least virtual token counter; of one client, the first come
+    is the first served.
 
     max_num_seqs: requests in a round; max_num_batched_tokens: prompt tokens in a round, beside the
-    decoding rows."""
+    decoding rows. Beside another client's answer a quarter of them, since it waits for all."""
 
     def __init__(self, pool: PagePool, max_num_seqs: int, max_num_batched_tokens: int) -> None:
         self.pool = pool
         self.max_num_seqs = max_num_seqs
         self.chunk = max_num_batched_tokens
-        self.waiting: Waiting[Request] = Waiting()
+        self.waiting: ClientQueues[Request] = ClientQueues()
         self.running: list[Request] = []
         # of the last next_batch(): the engine tells their drafters
         self.preempted: list[Request] = []
-        self.shares = Shares()
-        self._turns = Turns()
+        self._counter = VirtualTokenCounter()
+        self._expensive: dict[str, None] = {}  # clients whose latest grammar was
 
     def add(self, request: Request) -> None:
-        """Queues a request."""
+        """Queue a request."""
+        prompts = (request for request in self.running if not request.decodes)
+        waiting = {each.client for each in (*prompts, *self.waiting.heads()) if each.ready()}
+        self._counter.arrive(request.client, waiting)
         self.waiting.append(request)
 
     def finish(self, request: Request) -> None:
-        """Takes a request out, wherever it is, and frees its memory."""
+        """Take a request out, wherever it is, and free its memory."""
         request.table.release()
         if request in self.running:
             self.running.remove(request)
@@ -68,27 +71,57 @@ class Scheduler:
 
     def can_begin(self, clients: Collection[str]) -> bool:
         """Whether a request of one of these clients, coming now, would join the next round, as far
-        as slots and debts go."""
+        as slots go."""
         if not clients or len(self.running) >= self.max_num_seqs:
             return False
-        waiting = any(head.ready() for head in self.waiting.heads())
-        return not waiting and not self.shares.wait(clients, self._clients())
-
-    def _clients(self) -> set[str]:
-        """Those that have requests here."""
-        return {request.client for request in (*self.running, *self.waiting.heads())}
+        return not any(head.ready() for head in self.waiting.heads())
 
     def next_batch(self) -> Batch:
-        """The next round's requests, with KV memory for their committed rows reserved."""
+        """Choose the next round's requests, and reserve KV memory for their committed rows."""
         self.preempted = []
-        self.shares.next_round(self._clients(), self.running)
-        batch = self._batch()
-        if not batch and self.shares.indebted:
-            self.shares.forgive()
-            batch = self._batch()
+        decode = []
+        prompts = []
+        for request in list(self.running):
+            if not request.ready():
+                continue
+            if not request.decodes:
+                prompts.append(request)
+            elif request not in self.preempted and self._reserve(request, 1):
+                decode.append(request)
+        prefill = self._prefill(prompts, self._budget(decode))
+        if self.preempted:
+            decode = [request for request in decode if request not in self.preempted]
+            prefill = [part for part in prefill if part[0] not in self.preempted]
+        batch = Batch(decode, prefill)
         if not batch:
             self._wait_for_masks()
         return batch
+
+    def charge(self, batch: Batch, rows: Sequence[int]) -> None:
+        """Count the rows of a round's decoding requests. The rows of prompts are counted when they
+        are chosen.
+
+        A running request that is not in the round is waiting for its mask. It counts as one row,
+        since nobody else has its slot: otherwise a client of slow grammars could keep all slots."""
+        for request, count in zip(batch.decode, rows, strict=True):
+            self._counter.charge(request.client, count)
+        prompts = [request for request, _ in batch.prefill]
+        if len(batch.decode) + len(prompts) < len(self.running):
+            for request in self.running:
+                if request not in batch.decode and request not in prompts:
+                    self._counter.charge(request.client, 1)
+        for request in (*batch.decode, *prompts):
+            self._note_expense(request)
+
+    def _note_expense(self, request: Request) -> None:
+        if request.constraint is None:
+            return
+        if request.constraint.expensive:
+            self._expensive[request.client] = None
+            if len(self._expensive) > REMEMBERED:
+                del self._expensive[next(iter(self._expensive))]
+        elif request.finished:
+            self._expensive.pop(request.client, None)
 
     def _wait_for_masks(self) -> None:
         for request in (*self.running, *self.waiting):
@@ -96,36 +129,23 @@ class Scheduler:
                 request.ready(PATIENCE)
                 break
 
-    def _batch(self) -> Batch:
-        """Of those who need not wait."""
-        decode = []
-        prompts = []
-        for request in list(self.running):
-            if not request.decodes:
-                if request.client not in self.shares.indebted and request.ready():
-                    prompts.append(request)
-            elif request.client in self.shares.resting or not request.ready():
-                continue
-            elif request not in self.preempted and self._reserve(request, 1):
-                decode.append(request)
-        prefill = self._prefill(prompts)
-        if self.preempted:
-            decode = [request for request in decode if request not in self.preempted]
-            prefill = [part for part in prefill if part[0] not in self.preempted]
-        return Batch(decode, prefill)
+    def _budget(self, decode: Sequence[Request]) -> int:
+        """Prompt tokens of a round in which these requests decode."""
+        clients = {request.client for request in (*self.running, *self.waiting.heads())}
+        return max(1, self.chunk // BESIDE) if decode and len(clients) > 1 else self.chunk
 
-    def _prefill(self, prompts: list[Request]) -> list[tuple[Request, int]]:
+    def _prefill(self, prompts: list[Request], budget: int) -> list[tuple[Request, int]]:
         """The round's chunks of prompts: of running requests, `prompts`, and of waiting ones."""
         chunks = []
-        budget = self.chunk
         joining = True
         while budget > 0:
             asking = [request for request in prompts if request not in self.preempted]
             if joining and not self.preempted:
-                asking += self._next_waiting()
+                asking += self._ready_heads()
             if not asking:
                 break
-            request = self._turns.choose(asking)
+            client = self._counter.select(request.client for request in asking)
+            request = next(request for request in asking if request.client == client)
             if request in prompts:
                 prompts.remove(request)
                 if not self._reserve(request, min(request.pending, budget)):
@@ -137,29 +157,24 @@ class Scheduler:
             rows = min(request.pending, budget)
             chunks.append((request, rows))
             budget -= rows
-            self._turns.taken(request.client)
+            self._counter.charge(client, rows)
         return chunks
 
-    def _next_waiting(self) -> list[Request]:
-        """The one whose turn it is, of those whose client is not in debt. A client with dear
+    def _ready_heads(self) -> list[Request]:
+        """The first waiting request of each client, if its mask is there. A client with expensive
         grammars has the first mask of one of them computed at a time."""
-        heads = [head for head in self.waiting.heads() if head.client not in self.shares.indebted]
+        heads = self.waiting.heads()
         for head in heads:
-            if head.constraint is not None and head.client in self.shares.dear:
-                head.constraint.compute_beside()
-        ready = [head for head in heads if head.ready()]
-        return [self._turns.choose(ready, self._held())] if ready else []
-
-    def _held(self) -> Counter[str]:
-        """Slots, by client."""
-        return Counter(request.client for request in self.running)
+            if head.constraint is not None and head.client in self._expensive:
+                head.constraint.compute_in_background()
+        return [head for head in heads if head.ready()]
 
     def _yield_to(self, request: Request) -> None:
-        """Has whoever holds more slots, even without one of them, give one up: so that `request`
-        joins the next round."""
-        held = self._held()
-        for client, most in held.most_common(1):
-            if most - 1 > held[request.client]:
+        """Preempt the youngest request of the client with the most slots, if it has at least two
+        more than the client of `request`, which then joins the next round."""
+        slots = Counter(request.client for request in self.running)
+        for client, most in slots.most_common(1):
+            if most >= slots[request.client] + 2:
                 youngest = next(r for r in reversed(self.running) if r.client == client)
                 youngest.metrics.preemptions += 1
                 self.put_back(youngest)

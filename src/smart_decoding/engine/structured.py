@@ -78,15 +78,15 @@ class Constraint(Protocol):
     ends its own request: the round goes on for the others. An error after a path counts only once
     the path is committed.
 
-    dear: its masks take long. From then on they are computed in another thread, and drafts, which
-    need more of them, are not worth it. client: whose turn it is there."""
+    expensive: its masks take long. From then on they are computed in another thread, and drafts,
+    which need more of them, are not worth it. client: whom that thread counts them for."""
 
     error: ConfigError | None
-    dear: bool
+    expensive: bool
     client: str
 
-    def compute_beside(self) -> None:
-        """To be computed in another thread from the first mask on."""
+    def compute_in_background(self) -> None:
+        """Compute all masks in another thread, from the first one on."""
 
     def ready(self, seconds: float = 0.0) -> bool:
         """Whether the next mask is known, so that a round does not wait for it. Waits so long."""
@@ -103,9 +103,6 @@ class Constraint(Protocol):
 
     def append(self, tokens: Sequence[int]) -> None:
         """Commits tokens of the answer, unless they end it."""
-
-    def take_seconds(self) -> float:
-        """Seconds spent in here since the last call."""
 
 
 def grammatical(

@@ -18,7 +18,7 @@ from weakref import ReferenceType, WeakValueDictionary, ref
 import numpy as np
 from numpy.typing import NDArray
 
-from smart_decoding.engine.turns import Turns, Waiting
+from smart_decoding.engine.fairness import ClientQueues, VirtualTokenCounter
 from smart_decoding.errors import ConfigError
 from smart_decoding.models.grammar_check import (
     JSON_OPTIONS,
@@ -37,7 +37,7 @@ _KEPT = 16  # compiled grammars
 _SHOWN = 200  # characters of an error
 # Seconds of processor of a mask: from there on a round does not wait for it. A usual one takes a
 # thousandth, the first one of 152,000 tokens less than three.
-DEAR = 0.01
+EXPENSIVE = 0.01
 NICE = 5
 
 
@@ -160,52 +160,41 @@ class _Place:
 
 
 class MaskThread:
-    """Work beside the rounds, one piece after another and each client in turn.
+    """Computes masks beside the rounds, one after the other. The client whose masks have taken the
+    least processor time is next.
 
     One thread, so that all grammars together take no more than a third of the processor time of a
-    round's thread; so nobody is charged for it. llguidance does not hold the interpreter while it
-    computes a mask."""
+    round's thread. llguidance does not hold the interpreter while it computes a mask."""
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, "smart-masks", stand_back, (NICE,))
-        self._waiting: Waiting[_Place] = Waiting()
-        self._turns = Turns()
+        self._waiting: ClientQueues[_Place] = ClientQueues()
+        self._counter = VirtualTokenCounter()  # microseconds
         self._lock = threading.Lock()
 
     def submit(self, client: str, work: Callable[[], T]) -> Future[T]:
-        """What `work` will have returned."""
+        """Queue `work`; return its result to come."""
         place = _Place(client, work, Future())
         with self._lock:
+            self._counter.arrive(client, self._waiting.clients)
             self._waiting.append(place)
         self._thread.submit(self._next)
         return place.result
 
     def _next(self) -> None:
         with self._lock:
-            place = self._turns.choose(self._waiting.heads())
-            self._waiting.remove(place)
-            self._turns.taken(place.client)
+            place = self._waiting.popleft(self._counter.select(self._waiting.clients))
+        began = time.thread_time()
         try:
-            place.result.set_result(place.work())
+            done = functools.partial(place.result.set_result, place.work())
         except BaseException as error:  # llguidance's panics are no Exceptions
-            place.result.set_exception(error)
+            done = functools.partial(place.result.set_exception, error)
+        with self._lock:
+            self._counter.charge(place.client, 1 + int(1e6 * (time.thread_time() - began)))
+        done()
 
 
-_BESIDE = MaskThread()
-
-
-def _timed(
-    method: Callable[[GrammarConstraint, Sequence[int]], T],
-) -> Callable[[GrammarConstraint, Sequence[int]], T]:
-    @functools.wraps(method)
-    def timed(constraint: GrammarConstraint, tokens: Sequence[int]) -> T:
-        began = time.perf_counter()
-        try:
-            return method(constraint, tokens)
-        finally:
-            constraint._spent += time.perf_counter() - began
-
-    return timed
+_MASKS = MaskThread()
 
 
 class GrammarConstraint:
@@ -218,11 +207,10 @@ class GrammarConstraint:
 
     def __init__(self, matcher: Any, vocab: int, eos_ids: Sequence[int]) -> None:
         self.error: ConfigError | None = None
-        self.dear = False
+        self.expensive = False
         self.client = ""
-        self._beside = False
+        self._in_background = False
         self._coming: Future[NDArray[np.bool_]] | None = None  # the next mask
-        self._spent = 0.0  # seconds that nobody has taken note of yet
         self._matcher = matcher.deep_copy()
         self._sound = matcher  # to be copied: it takes in no drafted path
         self._behind: list[int] = []  # committed tokens that `_sound` has not taken in yet
@@ -231,7 +219,6 @@ class GrammarConstraint:
         self._eos_ids = eos_ids
         self._ended = False
 
-    @_timed
     def allowed(self, path: Sequence[int]) -> NDArray[np.bool_]:
         """See `Constraint`."""
         if self._ended or not set(self._eos_ids).isdisjoint(path):
@@ -246,7 +233,7 @@ class GrammarConstraint:
         began = time.thread_time()
         self._matcher.consume_tokens(list(path))
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
-        self.dear |= time.thread_time() - began > DEAR
+        self.expensive |= time.thread_time() - began > EXPENSIVE
         if self._matcher.is_error():
             self._errors[tuple(path)] = self._what_is_wrong()
             self._replace_matcher()
@@ -254,7 +241,6 @@ class GrammarConstraint:
         self._matcher.rollback(len(path))
         return np.unpackbits(bits, count=self._vocab, bitorder="little").view(np.bool_)
 
-    @_timed
     def accepts(self, path: Sequence[int]) -> bool:
         """See `Constraint`."""
         *before, last = path
@@ -272,7 +258,6 @@ class GrammarConstraint:
         ends = [len(path) for path in self._errors if path == tuple(tokens[: len(path)])]
         return tokens[: min(ends)] if ends else tokens
 
-    @_timed
     def append(self, tokens: Sequence[int]) -> None:
         """See `Constraint`."""
         self.error = self._errors.get(tuple(tokens))
@@ -283,17 +268,17 @@ class GrammarConstraint:
         self._ended = self._ended or bool(ends)
         taken = list(tokens[: ends[0]] if ends else tokens)
         self._behind += taken
-        if self._beside or self.dear:
+        if self._in_background or self.expensive:
             self._begin(taken)
             return
         self._matcher.consume_tokens(taken)
         if self._matcher.is_error():
             self.error = self._what_is_wrong()
 
-    def compute_beside(self) -> None:
+    def compute_in_background(self) -> None:
         """See `Constraint`."""
-        if not self._beside and self._coming is None:
-            self._beside = True
+        if not self._in_background and self._coming is None:
+            self._in_background = True
             self._begin([])
 
     def ready(self, seconds: float = 0.0) -> bool:
@@ -306,13 +291,7 @@ class GrammarConstraint:
 
     def _begin(self, taken: list[int]) -> None:
         """Has another thread take in the tokens and compute the next mask."""
-        self._coming = _BESIDE.submit(self.client, functools.partial(_mask_after, ref(self), taken))
-
-    def take_seconds(self) -> float:
-        """See `Constraint`."""
-        spent = self._spent
-        self._spent = 0.0
-        return spent
+        self._coming = _MASKS.submit(self.client, functools.partial(_mask_after, ref(self), taken))
 
     def _ends(self) -> NDArray[np.bool_]:
         """The mask where whatever comes is dropped."""

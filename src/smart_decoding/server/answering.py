@@ -81,8 +81,8 @@ async def _written(worker: Worker, request: Request, reply: Reply, chunks: Seque
     def write() -> str:
         return encoded(reply.whole(chunks))
 
-    long = any(chunk.logprobs for chunk in chunks)
-    return await worker.texts.write(request, write) if long else write()
+    size = sum(len(chunk.logprobs) for chunk in chunks if chunk.logprobs)
+    return await worker.texts.write(request, size, write) if size else write()
 
 
 def check_model(name: str, worker: Worker) -> None:

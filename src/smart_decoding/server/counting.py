@@ -78,7 +78,7 @@ class Texts:
             raise ApiError(429, message, "queue_full")
         self._unread[client] += size
         try:
-            return await unless_gone(request, self._lanes.of(size).run(client, work))
+            return await unless_gone(request, self._lanes.run(client, size, work))
         finally:
             self._unread[client] -= size
             self._unread += Counter()  # without those that wait no more
@@ -88,9 +88,9 @@ class Texts:
         long = len(await request.body()) > SHORT
         return await self.read(request, work) if long else work()
 
-    async def write(self, request: Request, work: Callable[[], T]) -> T:
-        """What `work` makes of a long answer, when it is its client's turn."""
-        return await self._answers.run(request.state.client, work)
+    async def write(self, request: Request, size: int, work: Callable[[], T]) -> T:
+        """What `work` makes of a long answer, when it is its client's turn. size: its tokens."""
+        return await self._answers.run(request.state.client, size, work)
 
 
 class CountedRoute(APIRoute):

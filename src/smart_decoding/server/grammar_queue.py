@@ -17,7 +17,7 @@ from smart_decoding.errors import ConfigError
 from smart_decoding.models import grammar_check
 from smart_decoding.models.grammars import Compiled, Grammars, library, one_line
 from smart_decoding.server.errors import ApiError, shutting_down
-from smart_decoding.server.lane import Lane, Lanes
+from smart_decoding.server.lane import Lanes
 
 if TYPE_CHECKING:
     from smart_decoding.engine.structured import StructuredOutputsParams
@@ -69,7 +69,7 @@ class GrammarQueue:
             return found
         work = self._works.get(params)
         if work is None:
-            work = self._queued(self._lanes.of(size), grammars, params, client)
+            work = self._queued(size, grammars, params, client)
         assert work.task is not None
         work.wanted += 1
         try:
@@ -91,7 +91,7 @@ class GrammarQueue:
             work.end()
 
     def _queued(
-        self, lane: Lane, grammars: Grammars, params: StructuredOutputsParams, client: str
+        self, size: int, grammars: Grammars, params: StructuredOutputsParams, client: str
     ) -> Work:
         if self._waiting[client] >= WAITING:
             message = f"{WAITING} of your grammars are waiting to be compiled: try again later"
@@ -99,7 +99,7 @@ class GrammarQueue:
         self._waiting[client] += 1
         work = self._works[params] = Work(ended=self._stopped)
         compile_ = partial(self._compile, grammars, params, work)
-        work.task = asyncio.ensure_future(lane.run(client, compile_))
+        work.task = asyncio.ensure_future(self._lanes.run(client, size, compile_))
         work.task.add_done_callback(lambda _: self._done(params, work, client))
         return work
 

@@ -1,4 +1,4 @@
-"""Work on texts, one piece after another and each client in turn: who sends much waits longer."""
+"""Work on texts, one piece after another. The client that has sent least is next."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from smart_decoding.engine.turns import Turns
+from smart_decoding.engine.fairness import ClientQueues, VirtualTokenCounter
 
 T = TypeVar("T")
 
@@ -16,6 +16,7 @@ T = TypeVar("T")
 @dataclass(eq=False, slots=True)
 class _Place:
     client: str
+    size: int
     called: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -28,9 +29,10 @@ class Lanes:
         self._short = Lane(threads)
         self._long = Lane(threads)
 
-    def of(self, size: int) -> Lane:
-        """The lane of a piece of that size."""
-        return self._short if size <= self._size else self._long
+    async def run(self, client: str, size: int, work: Callable[[], T]) -> T:
+        """Do a piece of that size in its lane: see `Lane.run`."""
+        lane = self._short if size <= self._size else self._long
+        return await lane.run(client, size, work)
 
 
 class Lane:
@@ -38,13 +40,16 @@ class Lane:
 
     def __init__(self, threads: Executor | None = None) -> None:
         self._threads = threads
-        self._turns = Turns()
-        self._waiting: list[_Place] = []
+        self._counter = VirtualTokenCounter()
+        self._waiting: ClientQueues[_Place] = ClientQueues()
         self._busy: _Place | None = None
 
-    async def run(self, client: str, work: Callable[[], T]) -> T:
-        """What `work` returns, done in another thread when it is this client's turn."""
-        place = _Place(client)
+    async def run(self, client: str, size: int, work: Callable[[], T]) -> T:
+        """Do `work` in another thread when the client is selected; return what it returns.
+
+        size: bytes or characters, which the client is charged."""
+        place = _Place(client, size)
+        self._counter.arrive(client, self._waiting.clients)
         self._waiting.append(place)
         self._call_next()
         try:
@@ -73,7 +78,7 @@ class Lane:
 
     def _call_next(self) -> None:
         if self._busy is None and self._waiting:
-            self._busy = self._turns.choose(self._waiting)
-            self._waiting.remove(self._busy)
-            self._turns.taken(self._busy.client)
+            client = self._counter.select(self._waiting.clients)
+            self._busy = self._waiting.popleft(client)
+            self._counter.charge(client, 1 + self._busy.size)
             self._busy.called.set()

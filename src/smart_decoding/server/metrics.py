@@ -200,8 +200,6 @@ class Metrics(Watcher):
             return
         for name, value in gauges(self._engine).items():
             yield self._gauge(name, _GAUGES[name], value)
-        resting = len(self._engine.scheduler.shares.resting)
-        yield self._gauge("num_clients_resting", "Clients that sit out this round.", resting)
         for each in self.shared():
             yield self._gauge(*each)
         stats: Mapping[str, float] = self._engine.policy.stats()

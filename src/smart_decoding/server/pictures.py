@@ -25,7 +25,8 @@ NICE = 10  # decoding yields processors to rounds
 
 
 class Pictures:
-    """Decodes one picture at a time, each client in turn. Pillow lets go of Python's lock."""
+    """Decodes one picture at a time, of the client that has sent least. Pillow lets go of Python's
+    lock."""
 
     def __init__(self) -> None:
         threads = ThreadPoolExecutor(1, "smart-pictures", initializer=_be_nice)
@@ -59,7 +60,7 @@ class Pictures:
         damaged ones."""
         if not plan.pictures:
             return plan.decoded()
-        work = self._lane.run(request.state.client, lambda: plan.decoded(cache_salt))
+        work = self._lane.run(request.state.client, plan.bytes, lambda: plan.decoded(cache_salt))
         return await unless_gone(request, work)
 
 

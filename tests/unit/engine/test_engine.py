@@ -124,14 +124,13 @@ def test_who_arrives_while_a_round_drafts_need_not_wait_for_its_forward(
     assert [r.output for r in requests] == outputs_alone(requests)
 
 
-def test_whoever_rests_after_its_drafts_were_dropped_has_a_plain_round_first() -> None:
+def test_who_sits_out_after_its_drafts_were_dropped_has_a_plain_round_first() -> None:
     """Its drafter has read its last tokens already, and would find nothing new to read."""
     engine = make_engine("eagle2", max_num_seqs=3)
     first, second = (add(engine, str(i), [i + 1, 2], greedy(40)) for i in range(2))
     engine.step()
     assert not engine.step(lambda: [""])
     before = len(second.output)
-    engine.scheduler.shares.resting = {second.client}
     batch = Batch([first], [])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine.scheduler, "next_batch", lambda: batch)

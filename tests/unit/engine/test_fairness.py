@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smart_decoding.engine.fairness import REMEMBERED, VirtualTokenCounter
+from smart_decoding.engine.fairness import REMEMBERED, ClientQueues, VirtualTokenCounter
 
 L = 8  # tokens of one selection, at most
 M = 24  # tokens charged between two selections of a client, at most: its running answers'
@@ -139,3 +141,32 @@ def test_state_is_bounded_and_who_is_forgotten_gains_nothing() -> None:
         counter.arrive(f"new {i}", [])
     assert len(counter._counters) == REMEMBERED
     assert counter.served("old") == counter.served("nobody") == 10**6
+
+
+@dataclass(eq=False)
+class Item:
+    client: str
+
+
+def test_queues_keep_each_clients_order() -> None:
+    a, b, c = Item("x"), Item("x"), Item("y")
+    queues: ClientQueues[Item] = ClientQueues()
+    for item in (b, c):
+        queues.append(item)
+    queues.appendleft(a)
+    assert list(map(id, queues)) == list(map(id, (a, b, c)))
+    assert list(map(id, queues.heads())) == list(map(id, (a, c)))
+    assert list(queues.clients) == ["x", "y"]
+    queues.remove(c)
+    assert c not in queues
+    assert b in queues
+    with pytest.raises(ValueError, match="not in"):
+        queues.remove(c)
+    assert [queues.popleft("x"), queues.popleft("x")] == [a, b]
+    assert not queues.clients
+    with pytest.raises(KeyError):
+        queues.popleft("x")
+    queues.append(a)
+    queues.clear()
+    assert not queues
+    assert queues.heads() == []

@@ -214,9 +214,9 @@ def test_answers_to_one_prompt_do_not_share_their_place() -> None:
 
 
 @pytest.fixture(params=[False, True], ids=["in the round", "beside"])
-def dear(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+def expensive(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether every mask takes too long for a round to wait for it, or none."""
-    monkeypatch.setattr(models_grammars, "DEAR", -1.0 if request.param else np.inf)
+    monkeypatch.setattr(models_grammars, "EXPENSIVE", -1.0 if request.param else np.inf)
     return bool(request.param)
 
 
@@ -227,7 +227,7 @@ def test_tokens_are_the_same_if_masks_are_computed_beside_the_rounds(
 ) -> None:
     """The one without a grammar does not wait, nor does it if one is aborted meanwhile."""
     wanted = expected(name)
-    monkeypatch.setattr(models_grammars, "DEAR", -1.0)
+    monkeypatch.setattr(models_grammars, "EXPENSIVE", -1.0)
     engine = make_engine(policy, constrain=grammars(), **SCENARIOS[name][2])
     requests = []
     for i, (prompt, params) in enumerate(requests_of(name)):
@@ -242,7 +242,7 @@ def test_tokens_are_the_same_if_masks_are_computed_beside_the_rounds(
     assert engine.pool.used == 0
     assert [request.output for request in requests[::2]] == wanted
     assert [request.output for request in requests[1::2]] == wanted
-    assert all(request.constraint.dear for request in requests[:-2])
+    assert all(request.constraint.expensive for request in requests[:-2])
 
 
 def test_masks_are_computed_where_they_take_what_rounds_leave() -> None:
@@ -250,12 +250,15 @@ def test_masks_are_computed_where_they_take_what_rounds_leave() -> None:
         return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
 
     if sys.platform == "linux":
-        beside = models_grammars._BESIDE.submit("", nice).result()
+        beside = models_grammars._MASKS.submit("", nice).result()
         assert beside == min(19, nice() + models_grammars.NICE)
 
 
-def test_clients_take_turns_at_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_client_whose_masks_took_least_has_the_next_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """First come, first served let one who had six grammars have six times as many."""
+    monkeypatch.setattr(models_grammars.time, "thread_time", lambda: 0.0)
     free = threading.Event()
     done: list[str] = []
     beside = models_grammars.MaskThread()
@@ -268,10 +271,10 @@ def test_clients_take_turns_at_masks(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError):
         beside.submit("few", functools.partial(constraint, regex="(")).result(10)
     asked: list[str] = []
-    monkeypatch.setattr(models_grammars, "DEAR", -1.0)
-    submit = models_grammars._BESIDE.submit
+    monkeypatch.setattr(models_grammars, "EXPENSIVE", -1.0)
+    submit = models_grammars._MASKS.submit
     monkeypatch.setattr(
-        models_grammars._BESIDE,
+        models_grammars._MASKS,
         "submit",
         lambda client, work: asked.append(client) or submit(client, work),
     )
@@ -284,7 +287,9 @@ def test_clients_take_turns_at_masks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("policy", ["off", "static"])
-def test_a_grammar_that_fails_in_a_round_ends_its_own_request_only(policy: str, dear: bool) -> None:
+def test_a_grammar_that_fails_in_a_round_ends_its_own_request_only(
+    policy: str, expensive: bool
+) -> None:
     """The others' tokens are those alone, and no forward is done twice."""
     bad = SamplingParams(
         temperature=1.0,
@@ -312,17 +317,7 @@ def test_a_grammar_that_fails_in_a_round_ends_its_own_request_only(policy: str, 
             assert isinstance(request.error, ConfigError)
             assert "items" in str(request.error)
             assert 3 < len(request.output) < 60
-    assert dear or rounds[1] <= rounds[0] + 3
-
-
-def test_seconds_in_a_grammar_are_told_once() -> None:
-    one = constraint(regex="a*")
-    one.take_seconds()
-    one.allowed(ids("a"))
-    assert one.take_seconds() > 0.0
-    one.append(ids("a"))
-    assert one.take_seconds() > 0.0
-    assert one.take_seconds() == 0.0
+    assert expensive or rounds[1] <= rounds[0] + 3
 
 
 def test_an_error_on_a_drafted_path_is_none_of_the_answer() -> None:
@@ -375,7 +370,7 @@ def test_tokens_and_end_before_an_error_are_those_of_plain_decoding(
     for end in ({}, {"stop": text[-4:-1]}, {"stop": text[-3:]}, {"max_tokens": len(text)}):
         assert outgrown(policy, **end) == outgrown("off", **end)
         with monkeypatch.context() as patch:
-            patch.setattr(models_grammars, "DEAR", -1.0)
+            patch.setattr(models_grammars, "EXPENSIVE", -1.0)
             assert outgrown.__wrapped__("off", **end) == outgrown("off", **end)
 
 
