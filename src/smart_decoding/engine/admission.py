@@ -134,7 +134,7 @@ class Admission:
             raise ConfigError("bad_words is not supported here: this engine knows no tokenizer")
         forbidden = {word[-1] for word in params.bad_words_token_ids or ()}
         if params.min_tokens:
-            forbidden |= {*params.stop_ids, *self._target.eos_token_ids}
+            forbidden |= params.stop_ids.union(self._target.eos_token_ids)
         allowed = params.allowed_token_ids
         if forbidden and (
             len(forbidden) >= self._target.vocab

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from smart_decoding.engine.stop_strings import StopString
 from smart_decoding.engine.structured import StructuredOutputsParams
 from smart_decoding.errors import ConfigError
 
@@ -64,7 +65,8 @@ class SamplingParams:
     same either way.
     bad_words_token_ids: what `bad_words` are for the model, as `LLM` finds out. bias_ids,
     bias_values, stop_array, allowed_array: [entries] logit_bias, stop_token_ids and
-    allowed_token_ids, for each row's sake.
+    allowed_token_ids, for each row's sake. stop_ids: distinct stop_token_ids; stop_searches: of
+    distinct stop strings. All answers share them.
     """
 
     n: int = 1
@@ -96,6 +98,8 @@ class SamplingParams:
     bias_ids: NDArray[np.int64] = field(init=False, repr=False, compare=False)
     bias_values: NDArray[np.float32] = field(init=False, repr=False, compare=False)
     stop_array: NDArray[np.int64] = field(init=False, repr=False, compare=False)
+    stop_ids: frozenset[int] = field(init=False, repr=False, compare=False)
+    stop_searches: tuple[StopString, ...] = field(init=False, repr=False, compare=False)
     allowed_array: NDArray[np.int64] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -156,8 +160,9 @@ class SamplingParams:
         _check_lengths("stop", self.stop_strings, MAX_STOP)
         good = _token_ids(self.stop_token_ids)
         self._check(good, "stop_token_ids", "a list of token ids >= 0")
-        ids = self.stop_token_ids
-        self.stop_array = np.array([] if ids is None else list(ids), np.int64)
+        self.stop_ids = frozenset(() if self.stop_token_ids is None else self.stop_token_ids)
+        self.stop_array = np.fromiter(self.stop_ids, np.int64, len(self.stop_ids))
+        self.stop_searches = tuple(map(StopString, self.stop_strings))
         self._check(self.detokenize or not strings, "detokenize", "True with stop strings")
 
     def _check_masks(self) -> None:
@@ -211,9 +216,12 @@ class SamplingParams:
         """Raises ConfigError if a token id or a number of log probabilities does not fit a model of
         `vocab_size` tokens."""
         allowed = f"less than the model's vocabulary of {vocab_size}"
-        for name in ("logit_bias", "stop_token_ids", "allowed_token_ids"):
-            ids = getattr(self, name)
-            largest = 0 if ids is None else max(ids, default=0)
+        for name, ids in (
+            ("logit_bias", self.bias_ids),
+            ("stop_token_ids", self.stop_array),
+            ("allowed_token_ids", self.allowed_array),
+        ):
+            largest = int(ids.max(initial=0))
             _require(largest < vocab_size, name, largest, allowed)
         for name in ("logprobs", "prompt_logprobs"):
             count = getattr(self, name)
@@ -264,11 +272,6 @@ class SamplingParams:
         if self.stop is None:
             return ()
         return (self.stop,) if isinstance(self.stop, str) else tuple(dict.fromkeys(self.stop))
-
-    @property
-    def stop_ids(self) -> tuple[int, ...]:
-        """Distinct token ids that end the answer."""
-        return tuple(dict.fromkeys(self.stop_token_ids or ()))
 
 
 def _check_lengths(name: str, texts: Sequence[str], most: int) -> None:

@@ -98,15 +98,13 @@ class StopChecker:
         limits = [limit for limit in (params.max_tokens, max_tokens) if limit is not None]
         self._max_tokens = min(limits) if limits else None
         self._params = params
-        self._strings = params.stop_strings
-        self._ids = frozenset(params.stop_ids)
+        self._strings = params.stop_searches
+        self._matched = [0] * len(self._strings)  # characters of each that end the text
         self._eos_ids: frozenset[int] = frozenset() if params.ignore_eos else frozenset(eos_ids)
-        self._ends = self._eos_ids | self._ids
         self._detokenizer = Detokenizer(decode, before)
         self._loops = LoopDetector() if detect_loops else None
         self._text = ""
         self._shown = 0
-        self._unchecked = 0
         self._undecoded: list[int] = []
         self.token_ids: list[int] = []
         self.finish_reason: FinishReason | None = None
@@ -136,7 +134,8 @@ class StopChecker:
         if self.finish_reason or self._strings or self._loops:
             return False
         room = self._max_tokens is None or len(self.token_ids) + len(tokens) < self._max_tokens
-        return room and self._ends.isdisjoint(tokens)
+        ids = self._params.stop_ids
+        return room and self._eos_ids.isdisjoint(tokens) and (not ids or ids.isdisjoint(tokens))
 
     @property
     def text(self) -> str:
@@ -155,7 +154,7 @@ class StopChecker:
     def _push_one(self, token: int) -> None:
         self.token_ids.append(token)
         may_stop = len(self.token_ids) >= self._params.min_tokens
-        if may_stop and token in self._ends:
+        if may_stop and (token in self._eos_ids or token in self._params.stop_ids):
             self._finish_at_id(token)
             return
         self._undecoded.append(token)
@@ -185,24 +184,22 @@ class StopChecker:
     def _stop_string_found(self) -> bool:
         """Looks for a stop string that ends in the text of the newest token; of several, the
         earliest in the text."""
+        before = len(self._text)
         self._decode_pending()
-        if len(self.token_ids) <= self._params.min_tokens:
-            # vLLM: text of the first min_tokens cannot complete a stop string.
-            self._unchecked = len(self._text)
-            return False
+        new = self._text[before:]
         found = []
         for order, string in enumerate(self._strings):
-            at = self._text.find(string, max(0, self._unchecked + 1 - len(string)))
-            if at >= 0:
-                found.append((at, order, string))
-        self._unchecked = len(self._text)
-        if not found:
+            self._matched[order], end = string.advance(self._matched[order], new)
+            if end is not None:
+                found.append((before + end - len(string.text), order, string.text))
+        # vLLM: text of the first min_tokens cannot complete a stop string.
+        if not found or len(self.token_ids) <= self._params.min_tokens:
             return False
-        at, _, string = min(found)
-        end = at + len(string) if self._params.include_stop_str_in_output else at
+        at, _, text = min(found)
+        end = at + len(text) if self._params.include_stop_str_in_output else at
         self._text = self._text[:end]
         self.finish_reason = "stop"
-        self.stop_reason = string
+        self.stop_reason = text
         return True
 
     def _held_back(self) -> int:
@@ -210,14 +207,4 @@ class StopChecker:
         on."""
         if self.finish_reason or self._params.include_stop_str_in_output:
             return 0
-        return max((overlap(self._text, string) for string in self._strings), default=0)
-
-
-def overlap(text: str, string: str) -> int:
-    """Length of the longest proper prefix of `string` that ends `text`."""
-    at = max(0, len(text) - len(string) + 1)
-    while (at := text.find(string[0], at)) >= 0:
-        if string.startswith(text[at:]):
-            return len(text) - at
-        at += 1
-    return 0
+        return max(self._matched, default=0)

@@ -12,7 +12,6 @@ import uuid
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from smart_decoding.engine.stopping import overlap
 from smart_decoding.server.tools import CLOSING, OPENING
 
 Json = dict[str, Any]
@@ -100,7 +99,8 @@ class ToolText:
         """
         text, found, rest = self._rest.partition(marker)
         self._found = bool(found)
-        held = 0 if found or last else overlap(text, marker)
+        begun = (0,) if found or last else range(len(marker))
+        held = max(count for count in begun if text.endswith(marker[:count]))
         self._rest = rest if found else text[len(text) - held :]
         return text[: len(text) - held]
 

@@ -99,7 +99,7 @@ def test_stops_are_normalised_and_minus_one_is_no_seed():
     assert SamplingParams().stop_strings == ()
     assert SamplingParams(stop="END").stop_strings == ("END",)
     assert SamplingParams(stop=["b", "a", "b"]).stop_strings == ("b", "a")
-    assert SamplingParams(stop_token_ids=[3, 1, 3]).stop_ids == (3, 1)
+    assert SamplingParams(stop_token_ids=[3, 1, 3]).stop_ids == {1, 3}
     assert SamplingParams(seed=-1).seed is None
 
 
