@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import pytest
 from serving import OUTGROWING, save_tiny_model, slow, wait_for
 
-from smart_decoding.engine.engine_thread import EngineThread
-from smart_decoding.engine.isolation import GIVE_UP, Isolation
+from smart_decoding.engine.engine_thread import GIVE_UP, EngineThread, Isolation
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine.structured import StructuredOutputsParams
 from smart_decoding.errors import CapacityError, ConfigError, EngineStoppedError
@@ -528,3 +527,41 @@ def test_a_thread_that_cannot_start_is_tried_again(monkeypatch: pytest.MonkeyPat
     thread.start()
     assert not thread.work_before(bool)
     thread.stop()
+
+
+FORKED = """
+import os, sys
+from smart_decoding import LLM, SamplingParams
+from smart_decoding.errors import EngineStoppedError
+
+llm = LLM({model!r}, dtype="float32", max_model_len=1024, speculative_config=False)
+params = SamplingParams(temperature=0, max_tokens=400, ignore_eos=True)
+if {runs}:
+    stream = llm.stream("abc", params)
+    print(len(next(stream)) > 0, flush=True)
+child = os.fork()
+if child == 0:
+    try:
+        print(len(llm.generate("abc", params)[0].outputs[0].token_ids), flush=True)
+    except EngineStoppedError as error:
+        print(error, flush=True)
+    sys.exit(7)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+print(len(llm.generate("abc", params)[0].outputs[0].token_ids))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+@pytest.mark.parametrize("runs", [False, True])
+def test_a_forked_child_answers_or_is_told_to_load_the_model_itself(
+    tmp_path: Path, runs: bool
+) -> None:
+    """It waited for a thread that only its parent has; also at its end, for a stream."""
+    program = FORKED.format(model=str(save_tiny_model(tmp_path)), runs=runs)
+    line = [sys.executable, "-W", "ignore", "-c", program]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    told = "this process was forked from the one that loaded the model: load it in the child"
+    lines = ["True", told] if runs else ["400"]
+    assert done.stdout.split("\n") == [*lines, "7", "400", ""]
+    assert "Traceback" not in done.stderr

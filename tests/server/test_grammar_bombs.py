@@ -16,7 +16,7 @@ import httpx
 import pytest
 from serving import NAME, OUTGROWING, Running, post, serving, stretches_of_loops, wait_for
 
-from smart_decoding.engine.isolation import Isolation
+from smart_decoding.engine.engine_thread import Isolation
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine.structured import StructuredOutputsParams
 from smart_decoding.errors import ConfigError

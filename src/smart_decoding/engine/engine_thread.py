@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import threading
 import time
 import weakref
@@ -13,7 +14,6 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Protocol
 
 from smart_decoding.engine.inbox import Inbox
-from smart_decoding.engine.isolation import Isolation
 from smart_decoding.engine.jobs import (
     Chunk,
     Delivery,
@@ -21,6 +21,7 @@ from smart_decoding.engine.jobs import (
     QueueTimeoutError,
 )
 from smart_decoding.engine.observers import Observers
+from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ConfigError, EngineStoppedError
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ log = logging.getLogger("smart.engine")
 LONGEST_ROUND = 10.0  # seconds that an end waits for the present round
 ROUNDS_OVER_WORK = 2.0  # seconds of rounds for each of urgent work, where several requests run
 IDLE_AFTER = 0.05  # seconds without work in the process before idle work begins
+GIVE_UP = 3  # failures in a row that no request survived: then the engine itself is broken
 
 # Threads of this process that have requests, or do idle work: two at once would share the cores,
 # and what one measures would be what the other leaves of them.
@@ -58,7 +60,8 @@ class EngineThread:
     """The one thread in which the rounds of an engine run, and of those that share its weights.
 
     It starts with the first job, and ends with this object. observers: are told of all rounds.
-    All methods may be called from any thread.
+    All methods may be called from any thread. A child that is forked once it runs has no such
+    thread: jobs raise EngineStoppedError.
     """
 
     def __init__(self) -> None:
@@ -66,10 +69,12 @@ class EngineThread:
         self.observers = Observers()
         self._idle_work: list[IdleWork] = []
         self._thread: threading.Thread | None = None
+        self._process = 0  # in which it runs
         self._starting = threading.Lock()
 
     def start(self) -> None:
         """Does not wait for the first job."""
+        self._require_process()
         with self._starting:
             if self._thread is None:
                 self._start()
@@ -77,6 +82,7 @@ class EngineThread:
     def work_before(self, work: Callable[[], object]) -> bool:
         """Does some work as long as there is no thread, which then waits to start; whether there
         was none."""
+        self._require_process()
         with self._starting:
             if self._thread is not None:
                 return False
@@ -97,8 +103,17 @@ class EngineThread:
         if threading.current_thread() is self._thread:
             raise ConfigError("on_step cannot ask the model: it would wait for itself")
 
+    def _require_process(self) -> None:
+        """Raises EngineStoppedError in a forked child. Locks that were held by another thread while
+        it was forked are held for ever there."""
+        if self._thread is not None and os.getpid() != self._process:
+            raise EngineStoppedError(
+                "this process was forked from the one that loaded the model: load it in the child"
+            )
+
     def submit(self, job: Job) -> None:
         """Queues a job. Raises EngineStoppedError."""
+        self._require_process()
         job.submitted = time.monotonic()
         job.left = job.size
         self.inbox.add(job)
@@ -107,7 +122,8 @@ class EngineThread:
     def cancel(self, job: Job) -> bool:
         """Ends a job before the next round, if it has not ended, and frees its slots. Then None is
         delivered; false if it is not, as no thread runs."""
-        return self._thread is not None and self.inbox.abort(job)
+        runs_here = self._thread is not None and os.getpid() == self._process
+        return runs_here and self.inbox.abort(job)
 
     def results(self, job: Job) -> Generator[Chunk, None, None]:
         """Runs a job: its chunks as rounds yield them. The job is over when this is.
@@ -144,6 +160,7 @@ class EngineThread:
     def _start(self) -> None:
         given = (self.inbox, self.observers, self._idle_work)
         thread = threading.Thread(target=_main, args=given, name="smart-engine", daemon=True)
+        self._process = os.getpid()
         self._thread = thread  # before it runs: its first round may ask whose it is
         try:
             thread.start()
@@ -395,3 +412,89 @@ class Rounds:
         self._outbox = []
         for deliver in dict.fromkeys(delivery.job.deliver for delivery in outbox):
             deliver([delivery for delivery in outbox if delivery.job.deliver == deliver])
+
+
+class Isolation:
+    """Runs the requests of a failed round alone. Those that raise again end, the others go on.
+
+    Tokens do not depend on the batch, so the survivors' answers are the same as without the
+    failure. failures: in a row, that no request survived.
+    """
+
+    def __init__(self, rounds: Rounds) -> None:
+        self.failures = 0
+        self._rounds = rounds
+
+    def after_failed_round(self, error: Exception) -> None:
+        """Raises `error` if the engine itself is to blame."""
+        log.info("a round has failed; trying its requests one by one", exc_info=error)
+        engine = self._rounds.engine
+        queue = engine.scheduler.waiting
+        suspects = engine.suspend() or list(queue)  # it may have failed before it took one
+        others = [request for request in queue if request not in suspects]
+        survivors = []
+        for suspect in suspects:
+            queue.clear()
+            if suspect.finished:  # in the very round that failed, or with another answer of its job
+                self._rounds.emit(suspect)
+                continue
+            queue.append(suspect)
+            if self._survives(suspect):
+                survivors.append(suspect)
+            engine.suspend()
+        for request in [request for request in self._rounds.owners if request.finished]:
+            self._rounds.emit(request)
+        queue.clear()
+        self.failures = 0 if survivors else self.failures + 1
+        if self.failures >= GIVE_UP:
+            self._check_engine(error)
+        for request in (*survivors, *others):
+            if not request.finished:
+                queue.append(request)
+
+    def _survives(self, request: Request) -> bool:
+        """Runs it alone, through a round of each kind: its prompt's, and a decoding one."""
+        try:
+            if len(request.tokens) != len(request.prompt) + len(request.output):
+                raise RuntimeError("it failed while its new tokens were taken in")
+            rounds = request.metrics.rounds
+            progress = -1
+            while (
+                not request.finished
+                and request.metrics.rounds == rounds
+                and request.table.length > progress
+            ):
+                progress = request.table.length if request.ready() else -1
+                self._rounds.step()
+        except Exception as error:
+            self._rounds.fail(request, error)
+            return False
+        return True
+
+    def _check_engine(self, error: Exception) -> None:
+        """After failures in a row, which may have been the requests' own: tries what must work."""
+        try:
+            warm_up(self._rounds.engine)
+        except Exception:
+            raise error from None
+        self.failures = 0
+
+
+def warm_up(engine: Engine) -> None:
+    """One short answer, in this thread: the first client does not pay for compilation and first
+    touches of memory.
+
+    Raises ConfigError if not even that fits in.
+    """
+    room = engine.config.max_model_len
+    if room < 3:
+        raise ConfigError(
+            f"max_model_len={room} is not allowed for a server: it must be at least 3"
+        )
+    params = SamplingParams(temperature=0, max_tokens=2)
+    (request,) = engine.add_request("warm-up", [0] * min(8, room - 2), params)
+    try:
+        while not request.finished:
+            engine.step()
+    finally:
+        engine.abort(request.id)  # of no effect if it is over

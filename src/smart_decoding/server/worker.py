@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from smart_decoding.async_llm import AsyncJob, AsyncLLM
-from smart_decoding.engine.isolation import warm_up
+from smart_decoding.engine.engine_thread import warm_up
 from smart_decoding.engine.jobs import Chunk, Delivery, Job, QueueTimeoutError
 from smart_decoding.engine.observers import Observer
 from smart_decoding.errors import CapacityError, ConfigError, EngineStoppedError, SmartError
