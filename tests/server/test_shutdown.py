@@ -3,11 +3,13 @@ client is told."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import httpx
@@ -122,3 +124,74 @@ def test_streams_beyond_the_time_limit_are_told(load: Any, plain: Any) -> None:
     records = [json.loads(line) for line in said.splitlines()]
     assert [record for record in records if "exception" in record] == []
     assert [record for record in records if record["level"] == "error"] == []
+
+
+@pytest.mark.parametrize("after", [0.02, 0.3])
+def test_a_second_ctrl_c_ends_the_server_at_once(plain: Any, after: float) -> None:
+    """Each answer was a 500 with a traceback."""
+    port = free_port()
+    process = start(str(plain.provenance["model"]), port, "--max-model-len", "4096")
+    url = f"http://127.0.0.1:{port}/v1/completions"
+    body = {"model": NAME, "prompt": "abc", "max_tokens": 4000, "ignore_eos": True}
+    codes: list[int] = []
+
+    def ask() -> None:
+        with contextlib.suppress(httpx.HTTPError):
+            codes.append(httpx.post(url, json=body, timeout=20).status_code)
+
+    with ThreadPoolExecutor(8) as pool:
+        asked = [pool.submit(ask) for _ in range(8)]
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        time.sleep(after)
+        started = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        assert process.stderr is not None
+        lines = process.stderr.read().splitlines()
+        assert process.wait(20) == 130
+        assert time.monotonic() - started < allowed()
+        wait(asked)
+    assert codes == []
+    records = [json.loads(line) for line in lines]
+    said = [record["message"].partition(":")[0] for record in records]
+    assert said[-1] in ("ready", "stopping")
+    assert not [record for record in records if record["level"] == "error"]
+
+
+@pytest.mark.parametrize("loading", [True, False])
+@pytest.mark.parametrize("after", [0.0, 0.01, 0.2])
+def test_ctrl_c_twice_ends_a_run_with_one_line(loading: bool, after: float) -> None:
+    """Once more while Python ends was a traceback, and so it was while the model loads."""
+    command = ["-X", "importtime"] if loading else []
+    command += ["-m", "smart_decoding.cli.main", "run", "-n", "3000", "Count."]
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, *command], stdout=pipe, stderr=pipe) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        if loading:
+            assert any(b"torch." in line for line in process.stderr)
+        else:
+            assert process.stdout.read(1)
+        process.send_signal(signal.SIGINT)
+        time.sleep(after)
+        process.send_signal(signal.SIGINT)
+        try:
+            _, said = process.communicate(timeout=20)
+        finally:
+            process.kill()
+    assert process.returncode == 130
+    assert said.split(b"\n")[-2:] == [b"smart: interrupted", b""]
+    assert b"Traceback" not in said
+
+
+def test_a_server_with_too_few_files_says_so_in_one_line() -> None:
+    """It was a traceback of forty lines."""
+    program = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (12, 12));"
+    program += "from smart_decoding.cli.main import main; raise SystemExit(main())"
+    for command in (["serve", DEFAULT_MODEL, "--port", "0"], ["run", "-n", "3", "Count."]):
+        line = [sys.executable, "-c", program, *command]
+        done = subprocess.run(line, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 2
+        told = "smart: error: too many open files: allow more, such as ulimit -n 1024"
+        assert done.stderr.splitlines()[-1] == told
+        assert "Traceback" not in done.stderr

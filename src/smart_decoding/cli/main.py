@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import os
 import sys
 import traceback
@@ -161,6 +162,28 @@ def main(argv: Sequence[str] | None = None, program: Program = SMART) -> int:
 
     Wrong arguments, --help and --version raise SystemExit.
     """
+    try:
+        try:
+            return _guarded(argv, program)
+        except KeyboardInterrupt:
+            return _interrupted(program, argv is None)
+    except KeyboardInterrupt:  # a second one, before the first was handled
+        return _interrupted(program, argv is None)
+
+
+def _interrupted(program: Program, ends: bool) -> int:
+    """Says so. ends: the process is ours and ends at once: what Python does at an exit takes up to
+    a second, and Ctrl-C is a traceback there."""
+    with contextlib.suppress(OSError, ValueError):
+        print(f"\n{program.name}: interrupted", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+    if ends:
+        os._exit(INTERRUPTED)
+    return INTERRUPTED
+
+
+def _guarded(argv: Sequence[str] | None, program: Program) -> int:
+    """The exit code. Whatever is wrong but for Ctrl-C is one line."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     options = arguments[: arguments.index("--")] if "--" in arguments else arguments
     debug = "--debug" in options
@@ -175,19 +198,26 @@ def main(argv: Sequence[str] | None = None, program: Program = SMART) -> int:
         with contextlib.suppress(OSError, ValueError):  # else the interpreter complains at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
-    except KeyboardInterrupt:
-        print(f"\n{program.name}: interrupted", file=sys.stderr)
-        return INTERRUPTED
-    except OSError as error:  # a full disk, a file that cannot be read
-        message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        return _failed(error, program.name, debug, 2, message)
-    except SmartError as error:
-        return _failed(error, program.name, debug, 2, str(error))
     except Exception as error:
-        message = f"{type(error).__name__}: {error}"
-        if not debug:
-            message += "; this is a defect: run again with --debug and report the traceback"
-        return _failed(error, program.name, debug, 1, message)
+        code, message = _described(error, debug)
+        if debug:
+            traceback.print_exception(error)
+        print(f"{program.name}: error: {_one_line(message)}", file=sys.stderr)
+        return code
+
+
+def _described(error: Exception, debug: bool) -> tuple[int, str]:
+    """The exit code, and what the user is told."""
+    if isinstance(error, SmartError):
+        return 2, str(error)
+    if os.strerror(errno.EMFILE) in str(error):  # an ImportError, too
+        return 2, "too many open files: allow more, such as ulimit -n 1024"
+    if isinstance(error, OSError):  # a full disk, a file that cannot be read
+        return 2, f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    message = f"{type(error).__name__}: {error}"
+    if not debug:
+        message += "; this is a defect: run again with --debug and report the traceback"
+    return 1, message
 
 
 def build_parser(command: str | None = None, program: Program = SMART) -> argparse.ArgumentParser:
@@ -236,13 +266,6 @@ def _import(command: str, name: str) -> Any:
                 f"'{command}' is not part of this installation ({name} is missing)"
             ) from error
         raise
-
-
-def _failed(error: Exception, program: str, debug: bool, code: int, message: str) -> int:
-    if debug:
-        traceback.print_exception(error)
-    print(f"{program}: error: {_one_line(message)}", file=sys.stderr)
-    return code
 
 
 def _one_line(text: str) -> str:

@@ -8,6 +8,8 @@ import gc
 import json
 import logging
 import math
+import os
+import signal
 import socket
 import sys
 import threading
@@ -25,6 +27,8 @@ from smart_decoding.server.metrics import Metrics
 from smart_decoding.server.worker import Worker
 
 if TYPE_CHECKING:
+    from types import FrameType
+
     from smart_decoding.llm import LLM
     from smart_decoding.server.counting import Texts
     from smart_decoding.server.settings import ServerSettings
@@ -79,6 +83,13 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self._worker = worker
         self._timeout = worker.settings.shutdown_timeout
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """As uvicorn's. A second SIGINT ends the process at once: uvicorn would cancel what runs,
+        with a 500 and a traceback for each."""
+        if sig == signal.SIGINT and self._captured_signals:
+            os._exit(128 + sig)
+        super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """As uvicorn's."""
@@ -138,8 +149,8 @@ def make_server(load: Callable[[], LLM], settings: ServerSettings) -> tuple[Serv
 def serve(load: Callable[[], LLM], settings: ServerSettings) -> int:
     """Serves until SIGINT or SIGTERM; then what runs may end within the deadline.
 
-    Raises ConfigError for an address that cannot be had, SmartError if the model cannot be loaded.
-    """
+    Raises ConfigError for an address that cannot be had, SmartError or OSError if the model cannot
+    be loaded."""
     set_up_logging(settings.log_level)
 
     def loaded() -> LLM:
@@ -153,7 +164,7 @@ def serve(load: Callable[[], LLM], settings: ServerSettings) -> int:
         if sys.stderr.isatty():
             print(welcome(settings, url), file=sys.stderr, flush=True)
         server.run(sockets=[listener])
-    if isinstance(worker.error, SmartError):
+    if isinstance(worker.error, SmartError | OSError):
         raise worker.error
     return 1 if worker.error is not None else 0
 

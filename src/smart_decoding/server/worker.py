@@ -223,7 +223,7 @@ class Worker:
             self.engine = AsyncLLM(self._loaded())
         except BaseException as error:
             self._load_error = error
-            if not isinstance(error, SmartError):
+            if not isinstance(error, SmartError | OSError):
                 log.error("the model could not be loaded", exc_info=error)
             self.failed()
 
