@@ -3,6 +3,7 @@ refused in one line."""
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -935,19 +937,29 @@ def test_refuses_damaged_and_unsupported_gguf(tmp_path: Path, own_cache: Path) -
     assert not own_cache.exists() or not list(own_cache.rglob("*.*"))
 
 
-def test_no_room_for_converted_weights(
-    tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("what", "error"),
+    [
+        ("gguf.save_file", SafetensorError("I/O error: No space left on device (os error 28)")),
+        ("tokenizer.Tokenizer.save", Exception("No space left on device (os error 28)")),
+        ("gguf.write_record", OSError(errno.ENOSPC, "No space left on device")),
+    ],
+)
+def test_a_full_disk_is_told_as_that_and_nothing_stays(
+    what: str, error: Exception, tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Libraries in Rust tell it in a text, which was told as a corrupt file."""
     write_gguf(tmp_path / "tiny.gguf", "llama")
 
     def full(*_: Any, **__: Any) -> None:
-        raise OSError(28, "No space left on device")
+        raise error
 
-    monkeypatch.setattr("smart_decoding.models.gguf.save_file", full)
-    assert_refused(
-        tmp_path / "tiny.gguf", "No space left on device", "SMART_CACHE", error=DownloadError
-    )
+    with monkeypatch.context() as patch:
+        patch.setattr(f"smart_decoding.models.{what}", full)
+        words = ["No space left on device; free ", "MB", str(own_cache), "SMART_CACHE"]
+        assert_refused(tmp_path / "tiny.gguf", *words, error=DownloadError)
     assert list(own_cache.iterdir()) == []
+    load_checkpoint(tmp_path / "tiny.gguf")
 
 
 @pytest.mark.model

@@ -330,6 +330,24 @@ def test_a_password_is_sent_by_the_same_scheme_and_port_only(
     assert [url for url, password in sent.items() if password] == same
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device", "/somewhere"),
+        RuntimeError("Data processing error: File I/O: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_is_not_a_hub_that_does_not_answer(error: Exception) -> None:
+    with (
+        pytest.raises(
+            DownloadError, match=r"hub: No space left on device: make room in .*hub"
+        ) as told,
+        hub_repository._one_line_errors("a/b"),
+    ):
+        raise error
+    assert "answer" not in str(told.value)
+
+
 def test_no_room_and_no_permission(
     pinned: PinnedFile, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
