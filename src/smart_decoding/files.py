@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -46,12 +47,12 @@ def reading(path: Path) -> Iterator[None]:
         raise
     except BaseException as error:  # a panic in Rust's libraries is no Exception
         where = f"{path.name} in {path.parent}"
-        number = error.errno if isinstance(error, OSError) else None
+        number = errno_of(error)
         memory = isinstance(error, MemoryError) or number == errno.ENOMEM
         if memory or "allocate memory" in str(error) or "out of memory" in str(error):  # torch's
             raise CapacityError(f"there is no memory to read {where}: free some") from error
-        if isinstance(error, OSError) and number not in (None, errno.EINVAL):  # a wrong offset
-            raise ModelError(f"{where} cannot be read: {error.strerror}") from error
+        if number not in (None, errno.EINVAL):  # a wrong offset
+            raise ModelError(f"{where} cannot be read: {os.strerror(number)}") from error
         raise ModelError(
             f"{where} is corrupt, cut or malformed ({reason_of(error)}); fetch it again"
         ) from error
@@ -81,6 +82,15 @@ def without_folder(name: str) -> str:
     """What lies here without the folder that it lies in, which may tell of a user; else `name`."""
     path = expanded(name)
     return path.absolute().name if path.exists() else name
+
+
+def errno_of(error: BaseException) -> int | None:
+    """Return the number of the system's error that this one tells of, as libraries in Rust do in
+    their text; None of any other."""
+    if isinstance(error, OSError):
+        return error.errno
+    told = re.search(r"\(os error (\d+)\)", str(error))
+    return int(told[1]) if told else None
 
 
 def reason_of(error: BaseException) -> str:

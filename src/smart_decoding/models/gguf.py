@@ -20,10 +20,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from smart_decoding.errors import DownloadError, ModelError
+from smart_decoding.errors import ModelError
 from smart_decoding.files import reading, sha256_of
 from smart_decoding.kernels.weights import FORMATS, Matrix, QuantizedTensor, as_tensor
 from smart_decoding.models.config import ModelConfig
@@ -256,12 +255,7 @@ def _write_weights(
 
     def flush() -> None:
         name = f"model-{len(set(weight_map.values())):05d}.safetensors"
-        try:
-            save_file(shard, folder / name, metadata={"format": "pt", **record})
-        except SafetensorError as error:  # its way to say that the disk is full
-            raise DownloadError(
-                f"cannot write the weights to {folder.parent}: {error}; make room there"
-            ) from error
+        save_file(shard, folder / name, metadata={"format": "pt", **record})
         weight_map.update(dict.fromkeys(shard, name))
         shard.clear()
 

