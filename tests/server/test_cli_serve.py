@@ -252,13 +252,19 @@ def test_a_host_that_is_no_name_is_one_line() -> None:
 @pytest.fixture
 def loggers() -> Iterator[None]:
     """As they were, afterwards."""
-    kept = [logging.getLogger(name) for name in ("smart", "uvicorn")]
+    kept = [logging.getLogger(name) for name in ("smart", "uvicorn", "")]
     before = [(each.handlers, each.propagate, each.level) for each in kept]
     yield
     for each, (handlers, propagate, level) in zip(kept, before, strict=True):
         each.handlers = handlers
         each.propagate = propagate
         each.setLevel(level)
+
+
+def test_whoever_logs_does_so_in_json(capsys: pytest.CaptureFixture[str], loggers: None) -> None:
+    launch.set_up_logging("info")
+    logging.getLogger("asyncio").error("socket.accept() out of system resource")
+    assert json.loads(capsys.readouterr().err)["logger"] == "asyncio"
 
 
 @pytest.mark.parametrize("terminal", [True, False])

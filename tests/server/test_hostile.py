@@ -4,18 +4,25 @@ The others go on."""
 from __future__ import annotations
 
 import json
+import os
 import re
+import resource
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import NAME, Running, post, serving, wait_for
+from serving import NAME, Running, post, serving, slow, wait_for
 
+from smart_decoding.errors import ConfigError
 from smart_decoding.server import connections
+from smart_decoding.server.listener import allowed_connections
 
 BODY = {"model": NAME, "prompt": "abc", "max_tokens": 4, "temperature": 0}
 
@@ -203,33 +210,196 @@ def test_slow_loris_is_cut_off_and_the_others_do_not_notice(impatient: Running) 
     assert wait_for(lambda: not impatient.server.server_state.connections)
 
 
-def test_more_connections_than_are_allowed(load: Any) -> None:
-    with serving(load, max_connections=4) as running, ExitStack() as stack:
+HEALTH = b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n"
+
+
+@contextmanager
+def streaming(running: Running, source: str) -> Iterator[socket.socket]:
+    """A connection on which an answer is on its way."""
+    body = json.dumps({**BODY, "max_tokens": 900, "stream": True, "ignore_eos": True}).encode()
+    with connected(running, source) as client:
+        client.sendall(HEAD + b"content-length: %d\r\n\r\n" % len(body) + body)
+        assert b"200 OK" in client.recv(1000)
+        yield client
+
+
+def test_the_oldest_idle_connection_of_the_largest_crowd_makes_room(load: Any) -> None:
+    with serving(load, max_connections=5) as running, ExitStack() as stack:
         connections = running.server.server_state.connections
-        sources = ["127.0.0.1"] * 2 + ["127.0.0.2", "127.0.0.3"]
-        first, *_ = [stack.enter_context(connected(running, each)) for each in sources]
-        assert wait_for(lambda: len(connections) == 4)
+        sources = ["127.0.0.2", "127.0.0.3", "127.0.0.3", "127.0.0.4", "127.0.0.4"]
+        clients = []
+        for count, each in enumerate(sources, start=1):
+            clients.append(stack.enter_context(connected(running, each)))
+            assert wait_for(lambda count=count: len(connections) == count)
+        clients[3].sendall(HEALTH)  # it is idle after its answer, and not told when it ends
+        assert first_answer(clients[3])[0] == 200
+        newcomer = stack.enter_context(connected(running, "127.0.0.5"))
+        newcomer.sendall(HEALTH)
+        assert first_answer(newcomer)[0] == 200
+        evicted = read_all(clients[1])  # before 3, though that had an answer
+        assert b"503 Service Unavailable" in evicted
+        assert b"retry-after: 5\r\n" in evicted.lower()
+        assert wait_for(lambda: len(connections) == 5)
+        stack.enter_context(connected(running, "127.0.0.6"))
+        assert read_all(clients[3]) == b""
+        clients[0].sendall(HEALTH)
+        assert first_answer(clients[0])[0] == 200
+
+
+def test_connections_with_answers_are_not_closed_and_the_newcomer_is_refused(load: Any) -> None:
+    with serving(load, max_connections=3) as running, ExitStack() as stack:
+        slow(running.llm, 0.01)
+        for source in ("127.0.0.2", "127.0.0.2", "127.0.0.3"):
+            stack.enter_context(streaming(running, source))
         status, error, _ = said(running, b"")
         assert status == 503
         assert error is not None
         assert error["code"] == "too_many_connections"
-        assert b"retry-after: 5\r\n" in read_all(stack.enter_context(connected(running))).lower()
-        first.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")
-        assert b"200 OK" in read_all(first)
-        assert wait_for(lambda: len(connections) == 3)
-        goes_on(running)
 
 
 def test_one_address_has_half_of_the_connections(load: Any) -> None:
+    """Beyond, its own oldest idle one makes room."""
     with serving(load, max_connections=4) as running, ExitStack() as stack:
         connections = running.server.server_state.connections
+        first = stack.enter_context(connected(running, "127.0.0.2"))
+        assert wait_for(lambda: len(connections) == 1)
         for _ in range(2):
             stack.enter_context(connected(running, "127.0.0.2"))
-        assert wait_for(lambda: len(connections) == 2)
-        refused = read_all(stack.enter_context(connected(running, "127.0.0.2")))
+        refused = read_all(first)
         assert b"503 Service Unavailable" in refused
-        assert b"retry-after: 5\r\n" in refused.lower()
+        assert wait_for(lambda: len(connections) == 2)
         goes_on(running)  # at another address
+
+
+SERVER = """
+import os, resource, sys, threading, time
+resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[1]), int(sys.argv[2])))
+from smart_decoding.server.launch import serve
+from smart_decoding.server.settings import ServerSettings
+
+def load():  # on demand all files are taken, and given back
+    for line in sys.stdin:
+        held = []
+        try:
+            while True:
+                held.append(os.open(os.devnull, os.O_RDONLY))
+        except OSError:
+            print("full", flush=True)
+        sys.stdin.readline()
+        for each in held:
+            os.close(each)
+        print("empty", flush=True)
+
+serve(load, ServerSettings("tiny", port=0, head_timeout=60))
+"""
+
+
+class Limited:
+    """A server in a process that may have few files open. log: what it has said, as JSON."""
+
+    def __init__(self, soft: int, hard: int, log: Path) -> None:
+        given = [sys.executable, "-c", SERVER, str(soft), str(hard)]
+        pipe = subprocess.PIPE
+        self._file = log.open("wb")
+        self._path = log
+        self.port = 0
+        self.process = subprocess.Popen(given, stdin=pipe, stdout=pipe, stderr=self._file)
+        assert wait_for(self._listens, 60), log.read_text()
+
+    def _listens(self) -> bool:
+        found = re.search(r"listening on http://127.0.0.1:(\d+)", self._path.read_text())
+        self.port = int(found[1]) if found else 0
+        return self.port > 0 and self.answers("127.0.0.1")
+
+    def __enter__(self) -> Limited:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.communicate()
+        self._file.close()
+
+    @property
+    def log(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self._path.read_text().splitlines()]
+
+    def answers(self, source: str) -> bool:
+        try:
+            with socket.create_connection(("127.0.0.1", self.port), 3, (source, 0)) as client:
+                client.sendall(HEALTH.replace(b"/health", b"/version"))
+                return b"200 OK" in client.recv(65536)
+        except OSError:
+            return False
+
+    def idle(self, source: str, count: int, stack: ExitStack) -> None:
+        for _ in range(count):
+            there = ("127.0.0.1", self.port)
+            stack.enter_context(socket.create_connection(there, 5, (source, 0)))
+
+    @property
+    def seconds(self) -> float:
+        """Of processors, so far."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def take_all_files(self) -> None:
+        self._say("take", "full")
+
+    def give_them_back(self) -> None:
+        self._say("give", "empty")
+
+    def _say(self, word: str, answer: str) -> None:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(f"{word}\n".encode())
+        self.process.stdin.flush()
+        assert self.process.stdout.readline().decode().strip() == answer
+
+
+def test_idle_connections_of_one_address_starve_nobody_where_files_are_few(tmp_path: Path) -> None:
+    with Limited(256, 256, tmp_path / "log") as server, ExitStack() as stack:
+        server.idle("127.0.0.2", 300, stack)
+        began = server.seconds
+        time.sleep(1)
+        assert server.seconds - began < 0.3  # it was all of it
+        assert server.answers("127.0.0.3")
+        assert server.answers("127.0.0.2")  # in place of one of its idle ones
+        (said,) = [line["message"] for line in server.log if "instead of 512" in line["message"]]
+        assert "only 256 files may be open; ulimit -n" in said
+        assert len(server.log) < 20
+
+
+def test_the_limit_of_files_is_raised_as_far_as_needed(tmp_path: Path) -> None:
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    if hard != resource.RLIM_INFINITY and hard < 2000:
+        pytest.skip("no room to raise it")
+    with Limited(100, hard, tmp_path / "log") as server, ExitStack() as stack:
+        server.idle("127.0.0.2", 250, stack)
+        server.idle("127.0.0.3", 200, stack)
+        assert server.answers("127.0.0.4")
+        assert [line for line in server.log if line["level"] != "info"] == []
+
+
+def test_a_full_table_of_files_is_one_line_of_log(tmp_path: Path) -> None:
+    """It was 3.7 MB a second, of all of a processor, and no JSON."""
+    with Limited(256, 256, tmp_path / "log") as server, ExitStack() as stack:
+        server.take_all_files()
+        began = server.seconds
+        server.idle("127.0.0.2", 100, stack)
+        assert not server.answers("127.0.0.3")
+        time.sleep(1)
+        assert server.seconds - began < 0.3
+        found = [line for line in server.log if "too many files are open" in line["message"]]
+        assert len(found) == 1
+        assert found[0]["level"] == "error"
+        server.give_them_back()
+        assert wait_for(lambda: server.answers("127.0.0.3"))
+
+
+def test_no_room_for_a_connection_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (16, 16))
+    with pytest.raises(ConfigError, match=r"16 are allowed, .* such as ulimit -n"):
+        allowed_connections(512)
 
 
 def test_a_reader_that_stops_reading_is_cut_off(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -102,7 +102,7 @@ OPTIONS = {
             10.0,
             "seconds that a request's head may take to arrive; then 408",
         ),
-        Option("max-connections", int, 512, "connections, half of them from one address; then 503"),
+        Option("max-connections", int, 512, "connections, half of them from one address"),
         Option("max-n", int, 8, "answers to one prompt"),
     ),
 }

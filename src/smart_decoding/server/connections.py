@@ -22,8 +22,9 @@ class Connection(H11Protocol):
     """One connection.
 
     head_timeout: seconds for a request's head, from the connection's or its first byte on;
-    max_connections: those that are open at a time, and half of them for each address; more get a
-    503.
+    max_connections: those that are open at a time, and half of them for each address. Beyond, of
+    addresses with more than the newcomer's, the one with the most loses its oldest idle connection;
+    where none is idle, the newcomer gets a 503.
     """
 
     def __init__(self, *args: Any, head_timeout: float, max_connections: int, **named: Any) -> None:
@@ -31,6 +32,7 @@ class Connection(H11Protocol):
         self._head_timeout = head_timeout
         self._max_connections = max_connections
         self.network = ""
+        self._opened = 0.0
         self._head_timer: asyncio.TimerHandle | None = None
         self._stall_timer: asyncio.TimerHandle | None = None
 
@@ -39,13 +41,46 @@ class Connection(H11Protocol):
         super().connection_made(transport)
         transport.set_write_buffer_limits(high=0)  # whatever is left unsent is to be known of
         self.network = network_of(self.client[0]) if self.client else ""
-        mine = sum(cast(Connection, each).network == self.network for each in self.connections)
-        most = self._max_connections
-        if len(self.connections) > most or mine > (most + 1) // 2:
-            message = "too many connections are open: try again later"
-            self._refuse(ApiError(503, message, "too_many_connections"))
-        else:
+        self._opened = self.loop.time()
+        if self._has_room():
             self._watch()
+        else:
+            self._refuse(_too_many())
+
+    def _has_room(self) -> bool:
+        """Whether this connection may stay, if need be in place of an idle one."""
+        of_each: dict[str, list[Connection]] = {}
+        for each in cast("set[Connection]", self.connections):
+            if not each.transport.is_closing():
+                of_each.setdefault(each.network, []).append(each)
+        most = self._max_connections
+        mine = of_each[self.network]
+        crowds = [mine]
+        if len(mine) <= (most + 1) // 2:
+            if sum(map(len, of_each.values())) <= most:
+                return True
+            crowds += [each for each in of_each.values() if len(each) > len(mine)]
+        idle = [
+            (-len(crowd), each._opened, each)
+            for crowd in crowds
+            for each in crowd
+            if each.idle and each is not self
+        ]
+        if idle:
+            min(idle, key=lambda found: found[:2])[2]._make_room()
+        return bool(idle)
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request is being answered: none has come whole."""
+        return self.cycle is None or self.cycle.response_complete
+
+    def _make_room(self) -> None:
+        """Closes; who has not had an answer yet is told why."""
+        if self.cycle is None:
+            self._refuse(_too_many())
+        else:
+            self.transport.close()
 
     def data_received(self, data: bytes) -> None:
         """A part of a request."""
@@ -86,7 +121,7 @@ class Connection(H11Protocol):
 
     def _watch(self) -> None:
         """The clock runs while a head arrives, and while no request is being answered."""
-        if self.cycle is not None and not self.cycle.response_complete:
+        if not self.idle:
             if self._head_timer is not None:
                 self._head_timer.cancel()
                 self._head_timer = None
@@ -109,3 +144,8 @@ class Connection(H11Protocol):
             ]
             self.transport.write("\r\n".join([*lines, "", ""]).encode() + body)
         self.transport.close()
+
+
+def _too_many() -> ApiError:
+    message = "too many connections are open: try again later"
+    return ApiError(503, message, "too_many_connections")

@@ -22,6 +22,7 @@ import uvicorn
 from smart_decoding.errors import ConfigError, SmartError
 from smart_decoding.server.app import create_app
 from smart_decoding.server.connections import MAX_HEAD, Connection
+from smart_decoding.server.listener import AT_ONCE, BACKLOG, Listener, allowed_connections
 from smart_decoding.server.live import Live
 from smart_decoding.server.metrics import Metrics
 from smart_decoding.server.worker import Worker
@@ -91,6 +92,12 @@ class Server(uvicorn.Server):
             os._exit(128 + sig)
         super().handle_exit(sig, frame)
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn's."""
+        await super().startup(sockets)
+        for listener in sockets or ():
+            listener.listen(BACKLOG)  # few are accepted at once, and many may wait for that
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """As uvicorn's."""
         log.info(f"stopping: {self._worker.active} answers have {self._timeout:g} s to end")
@@ -109,6 +116,7 @@ def set_up_logging(level: str) -> None:
     """On standard error, for our loggers and uvicorn's: JSON lines, or text on a terminal."""
     handler = logging.StreamHandler()
     handler.setFormatter(Lines() if sys.stderr.isatty() else JsonLines())
+    logging.getLogger().handlers = [handler]  # asyncio's, and of whoever has something to say
     for name in ("smart", "uvicorn"):
         logger = logging.getLogger(name)
         logger.handlers = [handler]
@@ -126,12 +134,14 @@ def make_server(load: Callable[[], LLM], settings: ServerSettings) -> tuple[Serv
     connection = functools.partial(
         Connection,
         head_timeout=settings.head_timeout,
-        max_connections=settings.max_connections,
+        max_connections=allowed_connections(settings.max_connections),
     )
     config = uvicorn.Config(
         create_app(worker, metrics, live),
         log_config=None,
         access_log=False,
+        loop="asyncio",  # it asks our listener for connections
+        backlog=AT_ONCE,
         server_header=False,
         proxy_headers=False,
         # later than our own, which this is behind
@@ -212,7 +222,7 @@ def bind(host: str, port: int) -> socket.socket:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         family, kind, protocol, _, address = found
         # asyncio sets TCP_NODELAY only where the protocol is given
-        listener = socket.socket(family, kind, protocol)
+        listener = Listener(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
     except (OSError, UnicodeError) as error:  # a name may be no name at all

@@ -1,0 +1,114 @@
+"""The listening socket, within the number of files that the process may have open."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import socket
+import time
+from pathlib import Path
+
+from smart_decoding.errors import ConfigError
+
+log = logging.getLogger("smart.server")
+AT_ONCE = 64  # connections that are accepted before those before them are looked at
+BACKLOG = 2048  # connections that wait to be accepted
+SPARE = 128  # files for all but connections: models, caches, and connections of one look
+QUIET = 60.0  # seconds between two lines of the log that say the same
+_FULL = (errno.EMFILE, errno.ENFILE)
+
+
+def allowed_connections(wanted: int) -> int:
+    """Return how many connections there may be at once, `wanted` at most.
+
+    Raises the soft limit of open files to the hard one, as far as needed. Raises ConfigError if
+    there is no room for any."""
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows has no such limit
+        return wanted
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = _open_files()
+    needed = used + SPARE + wanted
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return wanted
+    raised = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+    if raised > soft:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft >= needed:
+        return wanted
+    allowed = soft - used - SPARE
+    if allowed < 1:
+        raise ConfigError(
+            f"too many open files: {soft} are allowed, which leaves none for connections: "
+            f"allow more, such as ulimit -n {needed}"
+        )
+    log.warning(
+        f"{allowed} connections at once instead of {wanted}: only {soft} files may be open; "
+        f"ulimit -n {needed} allows all"
+    )
+    return allowed
+
+
+def _open_files() -> int:
+    try:
+        return sum(1 for _ in Path("/dev/fd").iterdir())
+    except OSError:
+        return 64
+
+
+class Listener(socket.socket):
+    """A listening socket that drops newcomers while the process can open no more files.
+
+    They would stay ready to be accepted, and the event loop would try again without end. A file
+    kept in reserve is closed for each of them."""
+
+    def __init__(self, *given: int) -> None:
+        super().__init__(*given)
+        self._reserve = os.open(os.devnull, os.O_RDONLY)
+        self._said = -QUIET
+
+    def accept(self) -> tuple[socket.socket, object]:
+        """As of any socket. Raises BlockingIOError where there is nobody, or only dropped ones."""
+        try:
+            return super().accept()
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+        dropped = 0
+        try:
+            while dropped < BACKLOG:
+                self._drop_one()
+                dropped += 1
+        except BlockingIOError:
+            pass
+        finally:
+            if time.monotonic() - self._said > QUIET:
+                self._said = time.monotonic()
+                log.error(f"too many files are open: {dropped} new connections were dropped")
+        raise BlockingIOError(errno.EAGAIN, "no file is left for a connection")
+
+    def _drop_one(self) -> None:
+        """Accept and close one. Raises BlockingIOError if nobody waits, OSError if no file can be
+        opened even so."""
+        self._give_up_reserve()
+        try:
+            newcomer, _ = super().accept()
+            newcomer.close()
+        finally:
+            with contextlib.suppress(OSError):  # another thread was faster: the next time, then
+                self._reserve = os.open(os.devnull, os.O_RDONLY)
+
+    def _give_up_reserve(self) -> None:
+        if self._reserve >= 0:
+            os.close(self._reserve)
+            self._reserve = -1
+
+    def close(self) -> None:
+        """As of any socket."""
+        self._give_up_reserve()
+        super().close()
