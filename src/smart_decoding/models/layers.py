@@ -25,8 +25,7 @@ from smart_decoding.kernels.weights import (
     interleaved,
     pack,
 )
-from smart_decoding.models.rows import DeviceRows, device_rows, upload
-from smart_decoding.models.torch_layers import GroupedRows
+from smart_decoding.models.rows import DeviceRows, GroupedRows, device_rows, upload
 
 if TYPE_CHECKING:
     from smart_decoding.engine.rows import Rows

@@ -1,19 +1,22 @@
-"""The rows of a forward in one piece of a GPU's memory, as kernels there read them, and the ways to
-a device and back. kernels/ops.py has them for the CPU kernels, torch_layers.py for plain torch."""
+"""The rows of a forward as plain torch reads them, and in one piece of a GPU's memory as kernels
+there do, and the ways to a device and back. kernels/ops.py has them for the CPU kernels."""
 
 from __future__ import annotations
 
 import bisect
+import itertools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from smart_decoding.engine.kv import PAGE
+
 if TYPE_CHECKING:
-    from smart_decoding.engine.rows import Rows
+    from smart_decoding.engine.rows import Ints, Rows
 
 # Rows that a graph runs at once: as many as tensor cores multiply at once anyway. More are run
 # eagerly: prompts, which launches do not slow.
@@ -80,3 +83,37 @@ def download(tensor: Tensor) -> NDArray[Any]:
     """The tensor on the host, which waits for the device: the one way back."""
     array: NDArray[Any] = tensor.cpu().numpy()
     return array
+
+
+Slots: TypeAlias = tuple[Tensor, Tensor]  # pages, and offsets in them
+
+
+class GroupedRows:
+    """The rows of a forward as `TorchOps` read them.
+
+    own: [rows] where each row's key goes. groups: of each group its rows, the slots [k] that it
+    reads, and how many positions each of them lies behind each row's own [rows, k] int32; NOTHING
+    where the row does not read it."""
+
+    NOTHING = torch.iinfo(torch.int32).max
+
+    def __init__(self, rows: Rows, device: torch.device) -> None:
+        def slots(of: Ints) -> Slots:
+            at = torch.from_numpy(of.astype(np.int64)).to(device)
+            return at // PAGE, at % PAGE
+
+        self.own = slots(rows.slot_mapping)
+        self.groups: list[tuple[slice, Slots, Tensor]] = []
+        for g, (first, last) in enumerate(itertools.pairwise(rows.query_start_loc.tolist())):
+            context = rows.context_len[first:last, None]
+            at = np.arange(context.max(), dtype=np.int32)
+            pages = rows.pages[rows.block_table_start[g] + at // PAGE]
+            starts = rows.ancestors_start[first : last + 1]
+            begin, end = starts[:-1, None], starts[1:, None]
+            nodes = np.arange(starts[0], starts[-1], dtype=np.int32)
+            read = np.concatenate((pages * PAGE + at % PAGE, rows.ancestors[nodes]))
+            nothing = np.int32(self.NOTHING)
+            of_context = np.where(at < context, context + end - begin - 1 - at, nothing)
+            own = np.where((nodes >= begin) & (nodes < end), end - 1 - nodes, nothing)
+            behind = torch.from_numpy(np.concatenate((of_context, own), axis=1)).to(device)
+            self.groups.append((slice(first, last), slots(read), behind))

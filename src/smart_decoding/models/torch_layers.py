@@ -6,21 +6,18 @@ kernels (triton_ops.py).
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from smart_decoding.engine.kv import PAGE
 from smart_decoding.errors import ConfigError
 from smart_decoding.kernels.weights import as_tensor
+from smart_decoding.models.rows import GroupedRows
 
 if TYPE_CHECKING:
-    from smart_decoding.engine.rows import Ints, Rows
     from smart_decoding.models.layers import Context, KVCache, LayerWeights
     from smart_decoding.models.triton_ops import TritonOps
 
@@ -85,40 +82,6 @@ def _add(
     x.addmm_(inputs, matrix)
     if bias is not None:
         x += bias
-
-
-Slots: TypeAlias = tuple[Tensor, Tensor]  # pages, and offsets in them
-
-
-class GroupedRows:
-    """The rows of a forward as `TorchOps` read them.
-
-    own: [rows] where each row's key goes. groups: of each group its rows, the slots [k] that it
-    reads, and how many positions each of them lies behind each row's own [rows, k] int32; NOTHING
-    where the row does not read it."""
-
-    NOTHING = torch.iinfo(torch.int32).max
-
-    def __init__(self, rows: Rows, device: torch.device) -> None:
-        def slots(of: Ints) -> Slots:
-            at = torch.from_numpy(of.astype(np.int64)).to(device)
-            return at // PAGE, at % PAGE
-
-        self.own = slots(rows.slot_mapping)
-        self.groups: list[tuple[slice, Slots, Tensor]] = []
-        for g, (first, last) in enumerate(itertools.pairwise(rows.query_start_loc.tolist())):
-            context = rows.context_len[first:last, None]
-            at = np.arange(context.max(), dtype=np.int32)
-            pages = rows.pages[rows.block_table_start[g] + at // PAGE]
-            starts = rows.ancestors_start[first : last + 1]
-            begin, end = starts[:-1, None], starts[1:, None]
-            nodes = np.arange(starts[0], starts[-1], dtype=np.int32)
-            read = np.concatenate((pages * PAGE + at % PAGE, rows.ancestors[nodes]))
-            nothing = np.int32(self.NOTHING)
-            of_context = np.where(at < context, context + end - begin - 1 - at, nothing)
-            own = np.where((nodes >= begin) & (nodes < end), end - 1 - nodes, nothing)
-            behind = torch.from_numpy(np.concatenate((of_context, own), axis=1)).to(device)
-            self.groups.append((slice(first, last), slots(read), behind))
 
 
 class TorchOps:
