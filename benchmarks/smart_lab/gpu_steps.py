@@ -23,7 +23,7 @@ from smart_decoding.engine.kv import PAGE
 from smart_decoding.errors import CapacityError
 from smart_decoding.models.config import ModelConfig
 from smart_decoding.models.loading import Checkpoint
-from smart_decoding.models.memory import Limits, need_of, tokens_beside
+from smart_decoding.models.memory import EngineLimits, need_of, tokens_beside
 from smart_decoding.models.target import DTYPES, TorchTarget
 from smart_decoding.profiling.measure import verification
 from smart_lab.hardware import acceptances
@@ -227,7 +227,7 @@ def _target(task: Task, pages: int) -> tuple[TorchTarget, int]:
     config = task.scale.config
     if task.device.type == "cuda":
         checkpoint = Checkpoint(config, {}, Path(), {})
-        rows = Limits(0, 0, max(ROWS), config.max_positions)
+        rows = EngineLimits(0, 0, max(ROWS), config.max_positions)
         need = need_of(checkpoint, DTYPES[DTYPE], task.device, rows)
         pages = min(pages, tokens_beside(need, UTILIZATION, task.device) // PAGE)
     length = config.max_positions

@@ -45,7 +45,7 @@ from smart_decoding.models.eagle_head import EagleHead
 from smart_decoding.models.head_files import HeadFiles
 from smart_decoding.models.head_levels import SteppedLevels
 from smart_decoding.models.loading import Checkpoint
-from smart_decoding.models.memory import Limits, Need, need_of
+from smart_decoding.models.memory import EngineLimits, Need, need_of
 from smart_decoding.models.native_level import NativeLevel
 from smart_decoding.models.target import TorchTarget, device_of, dtype_of, pages_for
 from smart_decoding.profiling.measure import ForwardTimer
@@ -217,7 +217,7 @@ def need_on_gpu(options: LabOptions, trace: Trace, config: ModelConfig, size: in
         Checkpoint(config, {}, Path(), {}),
         dtype,
         torch.device("cuda"),
-        Limits(0, 0, rows, longest),
+        EngineLimits(0, 0, rows, longest),
     )
     shapes, aux_layers, _ = head_shapes(config, min(DRAFT_VOCAB, config.vocab))
     feature = len(aux_layers) * config.hidden

@@ -485,7 +485,7 @@ def _require_memory(
     seqs = args.max_num_seqs
     rows = max(args.chunk(on_cuda), 8 * seqs)
     tokens = args.kv_tokens(longest)
-    limits = memory.Limits(tokens, pages_for(tokens, seqs), rows, longest)
+    limits = memory.EngineLimits(tokens, pages_for(tokens, seqs), rows, longest)
     need = memory.need_of(checkpoint, dtype, device, limits, asked.draft, asked.head)
     if on_cuda and args.kv_cache_tokens is None:
         room = memory.tokens_beside(need, args.gpu_memory_utilization, device)

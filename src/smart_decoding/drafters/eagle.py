@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from smart_decoding.drafters.levels import Asked, Growth, LevelDrafter, Ranked, State
+from smart_decoding.drafters.levels import Growth, LevelDrafter, LevelRequest, Ranked, State
 from smart_decoding.engine.kv import PAGE, Ints
 from smart_decoding.models.features import apart
 
@@ -93,10 +93,12 @@ class EagleDrafter(LevelDrafter[Pairs]):
         state.start = page * PAGE
         return state
 
-    def _first(self, rows: Rows, last: IntArray, states: Sequence[Pairs], asked: Asked) -> Ranked:
+    def _first(
+        self, rows: Rows, last: IntArray, states: Sequence[Pairs], asked: LevelRequest
+    ) -> Ranked:
         return self._head.levels.first(rows, _parts(states), last, asked)
 
-    def _deeper(self, rows: Rows, above: IntArray, asked: Asked) -> Ranked:
+    def _deeper(self, rows: Rows, above: IntArray, asked: LevelRequest) -> Ranked:
         return self._head.levels.deeper(rows, above, asked)
 
     def follows(self, rule: TreeRule) -> bool:

@@ -42,7 +42,7 @@ Ranked: TypeAlias = tuple[IntArray, FloatArray]
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class LevelRequest:
     """The children that are wanted of every row. k: how many at most. temperature: [rows]. draws:
     which noise the target will draw the child with, where the temperature is not 0: the model can
     guess with the same; empty if all are 0."""
@@ -60,7 +60,7 @@ class Growth:
     as the rule has levels, request by request. slots: where nodes' keys go."""
 
     rows: Rows
-    asked: Asked
+    asked: LevelRequest
     slots: range
 
 
@@ -118,11 +118,13 @@ class LevelDrafter(ABC, Generic[S]):
         cache."""
 
     @abstractmethod
-    def _first(self, rows: Rows, last: IntArray, states: Sequence[S], asked: Asked) -> Ranked:
+    def _first(
+        self, rows: Rows, last: IntArray, states: Sequence[S], asked: LevelRequest
+    ) -> Ranked:
         """Runs all waiting rows; the best children of each request's `last` row."""
 
     @abstractmethod
-    def _deeper(self, rows: Rows, above: IntArray, asked: Asked) -> Ranked:
+    def _deeper(self, rows: Rows, above: IntArray, asked: LevelRequest) -> Ranked:
         """Runs nodes; the best children of all. above: numbers of the outputs that they are
         children of."""
 
@@ -349,13 +351,13 @@ class LevelDrafter(ABC, Generic[S]):
         owners: Sequence[int],
         depths: Sequence[int],
         rule: TreeRule,
-    ) -> Asked:
+    ) -> LevelRequest:
         """The children of rows of these owners at these depths (a root's is 0)."""
         k = min(rule.children, self.widest)
         of_each = [r.params.temperature for r in requests]
         if not any(of_each):
-            return Asked(k, np.zeros(len(owners)))
+            return LevelRequest(k, np.zeros(len(owners)))
         temperature = np.array([of_each[i] for i in owners], np.float64)
         rows = zip((requests[i] for i in owners), depths, strict=True)
         draws = [(r.seed, r.sample, len(r.output) + depth) for r, depth in rows]
-        return Asked(k, temperature, draws)
+        return LevelRequest(k, temperature, draws)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from smart_decoding.core.rule import TreeRule
     from smart_decoding.core.tree import DraftTrees
-    from smart_decoding.drafters.levels import Asked, Growth, Ranked
+    from smart_decoding.drafters.levels import Growth, LevelRequest, Ranked
     from smart_decoding.engine.protocols import Grown
     from smart_decoding.engine.rows import Rows
     from smart_decoding.kernels.weights import Matrix
@@ -96,7 +96,7 @@ class DraftModel:
                 target.graphs,
             )
 
-    def rank(self, rows: Rows, asked: Asked) -> Ranked:
+    def rank(self, rows: Rows, asked: LevelRequest) -> Ranked:
         """One forward: the most likely next tokens of the wanted rows, and their probabilities:
         [rows, k]; see `ranked`."""
         rows.token = np.minimum(rows.token, self.config.vocab - 1)

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 Features: TypeAlias = Tensor | NDArray[np.float32]
 # Of a request: [rows, width], or several rounds' [requests, width] and its place in them.
-Part: TypeAlias = Features | tuple[Sequence[Features], int]
+FeaturePart: TypeAlias = Features | tuple[Sequence[Features], int]
 
 
-def as_tensor(part: Part) -> Tensor:
+def stacked(part: FeaturePart) -> Tensor:
     """[rows, width] a part as one tensor."""
     if isinstance(part, Tensor | np.ndarray):
         return torch.as_tensor(part)
@@ -29,7 +29,7 @@ def as_tensor(part: Part) -> Tensor:
     return torch.stack([torch.as_tensor(features[place]) for features in rounds])
 
 
-def apart(part: Part) -> Part:
+def apart(part: FeaturePart) -> FeaturePart:
     """The part, copied where it is a small piece of an array that it would keep alive whole."""
     if isinstance(part, tuple):
         return part
@@ -44,15 +44,15 @@ def take_rows(features: Features, rows: IntArray) -> Tensor:
     return features[upload(rows, features.device)]
 
 
-def readable(part: Part) -> Part:
+def readable(part: FeaturePart) -> FeaturePart:
     """The part in float32 with rows that lie in one piece, as features of our own targets do."""
     first = part if isinstance(part, Tensor | np.ndarray) else part[0][0]
     if isinstance(first, np.ndarray) or (first.dtype == torch.float32 and first.stride(1) == 1):
         return part
-    return as_tensor(part).float().contiguous()
+    return stacked(part).float().contiguous()
 
 
-def row_addresses(parts: Sequence[Part]) -> IntArray:
+def row_addresses(parts: Sequence[FeaturePart]) -> IntArray:
     """The address of each row of readable parts, which must stay alive."""
     found: list[int] = []
     for part in parts:

@@ -19,8 +19,7 @@ from torch import Tensor
 from smart_decoding.errors import ConfigError, ModelError
 from smart_decoding.files import whole
 from smart_decoding.kernels.weights import as_tensor
-from smart_decoding.models.head_files import ARCHITECTURE, HeadFiles
-from smart_decoding.models.head_shapes import FIRST
+from smart_decoding.models.head_files import ARCHITECTURE, FIRST, HeadFiles
 from smart_decoding.models.loading import Checkpoint
 from smart_decoding.models.registry import NAMED_MODELS, hub_id_of
 from smart_decoding.models.rounding import stored

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from safetensors.torch import load_file
@@ -20,28 +20,25 @@ from smart_decoding.errors import ModelError
 from smart_decoding.files import expanded, read_json, reading
 from smart_decoding.models import rope
 from smart_decoding.models.config import ModelConfig, check_shapes
-from smart_decoding.models.head_shapes import (
-    FIRST,
-    Shapes,
-    eagle2_shapes,
-    eagle3_shapes,
-    further_shapes,
-)
 from smart_decoding.models.hub_repository import PATIENT, download
 from smart_decoding.models.registry import TRUST, hub_id_of
-from smart_decoding.models.rounding import FORMATS, restored
+from smart_decoding.models.rounding import ROUNDED, restored
 from smart_decoding.models.weight_files import unpickle
 
 if TYPE_CHECKING:
     from smart_decoding.kernels.weights import Matrix
 
 ARCHITECTURE = "SmartEagle3Head"
+FIRST = "midlayer."  # EAGLE-3's name for the layer
 # what a head reads of images: nothing, or their embeddings
 VISUAL_POSITIONS = ("dropped", "decoupled")
 _IGNORED = ("t2d", "midlayer.self_attn.rotary_emb.inv_freq")  # what they say is known already
 _OPTIONAL = ("d2t", *_IGNORED)
 # speculators options, and what they add
 _UNSUPPORTED = {"norm_before_fc": "input_norm", "norm_output": "norm_output"}
+
+# Of the tensors that a head must hold, by EAGLE-3's names.
+Shapes: TypeAlias = dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,8 +134,8 @@ def scheme_of(config: Mapping[str, Any]) -> str | None:
     """How a head's matrices are rounded, by its config; None where they are not. Raises
     ValueError for what is not known."""
     scheme = config.get("quantization") if _is_ours(config) else None
-    if scheme not in (None, *FORMATS):
-        raise ValueError(f"quantization {scheme!r} is none of {', '.join(FORMATS)}")
+    if scheme not in (None, *ROUNDED):
+        raise ValueError(f"quantization {scheme!r} is none of {', '.join(ROUNDED)}")
     return scheme
 
 
@@ -361,3 +358,44 @@ def _check_ids(folder: Path, ids: Tensor | None, vocab: int) -> None:
 def _plain_name(name: str) -> str:
     """EAGLE-3's name for a tensor: speculators and EAGLE-1/2 call the layer `layers.0`."""
     return FIRST + name.removeprefix("layers.0.") if name.startswith("layers.0.") else name
+
+
+def eagle3_shapes(c: ModelConfig, target_hidden: int, aux_layers: tuple[int, ...]) -> Shapes:
+    """EAGLE-3: q, k and v read [embedding ; features]."""
+    return {
+        "fc.weight": (c.hidden, len(aux_layers) * target_hidden),
+        "norm.weight": (c.hidden,),
+        f"{FIRST}input_layernorm.weight": (c.hidden,),
+        f"{FIRST}hidden_norm.weight": (c.hidden,),
+        **_first_shapes(c, 2 * c.hidden),
+    }
+
+
+def eagle2_shapes(c: ModelConfig) -> Shapes:
+    """EAGLE-1/2: fc reads [embedding ; features], and the layer has no norm at its input."""
+    return {"fc.weight": (c.hidden, 2 * c.hidden), **_first_shapes(c, c.hidden)}
+
+
+def further_shapes(c: ModelConfig) -> Shapes:
+    """The layers after the first are ordinary ones: they read what the one before gave, through
+    their own norm."""
+    shapes: Shapes = {}
+    for prefix in layer_prefixes(c.layers)[1:]:
+        shapes |= _layer_shapes(c, c.hidden, prefix)
+    return shapes
+
+
+def layer_prefixes(layers: int) -> list[str]:
+    """What the names of each layer's tensors start with in `HeadFiles.weights`."""
+    return [FIRST, *(f"layers.{i}." for i in range(1, layers))]
+
+
+def _layer_shapes(c: ModelConfig, width: int, prefix: str) -> Shapes:
+    return {prefix + name: shape for name, shape in c.layer_shapes(width).items()}
+
+
+def _first_shapes(c: ModelConfig, width: int) -> Shapes:
+    """Those of the first layer, but for norms of what it reads."""
+    shapes = _layer_shapes(c, width, FIRST)
+    del shapes[f"{FIRST}input_layernorm.weight"]
+    return shapes

@@ -20,7 +20,7 @@ from smart_decoding.core.selection import Fixed
 from smart_decoding.engine.protocols import Grown
 from smart_decoding.models.decoder import put
 from smart_decoding.models.device_growth import DeviceGrowth
-from smart_decoding.models.features import Part, as_tensor, take_rows
+from smart_decoding.models.features import FeaturePart, stacked, take_rows
 from smart_decoding.models.graphs import layers_on
 from smart_decoding.models.layers import Context, KVCache
 from smart_decoding.models.ranking import ranked
@@ -29,7 +29,7 @@ from smart_decoding.models.torch_layers import Linear, rms_norm
 if TYPE_CHECKING:
     from smart_decoding.core.rule import TreeRule
     from smart_decoding.core.tree import DraftTrees, IntArray
-    from smart_decoding.drafters.levels import Asked, Growth, Ranked
+    from smart_decoding.drafters.levels import Growth, LevelRequest, Ranked
     from smart_decoding.engine.rows import Rows
     from smart_decoding.models.head_weights import HeadWeights
 
@@ -61,13 +61,15 @@ class SteppedLevels(ABC):
         self.grows = DEVICE_CHOOSES and target.device.type == "cuda"
 
     @torch.inference_mode()
-    def first(self, rows: Rows, parts: Sequence[Part], last: IntArray, asked: Asked) -> Ranked:
+    def first(
+        self, rows: Rows, parts: Sequence[FeaturePart], last: IntArray, asked: LevelRequest
+    ) -> Ranked:
         """Begins a round: runs pairs of tokens and aux states; children of the `last` rows."""
         self._round = [take_rows(self._catch_up(rows, parts), last)]
         return self._rank(asked)
 
     @torch.inference_mode()
-    def deeper(self, rows: Rows, above: IntArray, asked: Asked) -> Ranked:
+    def deeper(self, rows: Rows, above: IntArray, asked: LevelRequest) -> Ranked:
         """Runs nodes below the outputs `above` of this round; the best children of all."""
         context = Context(rows, *self.rotary)
         self._round.append(self._run(context, take_rows(self.outputs, above)))
@@ -79,7 +81,7 @@ class SteppedLevels(ABC):
 
     @torch.inference_mode()
     def grow(
-        self, rule: TreeRule, given: DraftTrees, growth: Growth, parts: Sequence[Part]
+        self, rule: TreeRule, given: DraftTrees, growth: Growth, parts: Sequence[FeaturePart]
     ) -> Grown:
         """All levels of a rule of which `Fixed.before` knows the widths, beside the nodes `given`;
         the host waits for a device once."""
@@ -112,9 +114,9 @@ class SteppedLevels(ABC):
         """The residual stream [rows, hidden], to be changed in place, and what q, k and v of the
         first layer read."""
 
-    def _catch_up(self, rows: Rows, parts: Sequence[Part]) -> Tensor:
+    def _catch_up(self, rows: Rows, parts: Sequence[FeaturePart]) -> Tensor:
         """The outputs [rows, hidden] of all pairs that wait."""
-        states = torch.cat([as_tensor(part) for part in parts])
+        states = torch.cat([stacked(part) for part in parts])
         features = self._features(states.to(self._target.device, self._target.work_dtype))
         return self._run(Context(rows, *self.rotary), features)
 
@@ -133,7 +135,7 @@ class SteppedLevels(ABC):
         x = rms_norm(self._round[-1], self._last_norm, self._config.rms_eps)
         return self._output(x)
 
-    def _rank(self, asked: Asked) -> Ranked:
+    def _rank(self, asked: LevelRequest) -> Ranked:
         return ranked(self._logits(), self._draft_ids, asked, native=False)
 
     def _embed(self, token: Tensor) -> Tensor:

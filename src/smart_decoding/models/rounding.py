@@ -16,7 +16,7 @@ _GROUP = 32
 _PART = 4096  # rows that are rounded at once: all of a vocabulary's in float32 would be gigabytes
 # 4 bits with a scale and a least value, and 8 bits with a scale, as in GGUF files. What turns
 # states into logits, and tokens into states, has 8 bits in both.
-FORMATS = {"int8": "Q8_0", "int4": "Q4_1"}
+ROUNDED = {"int8": "Q8_0", "int4": "Q4_1"}
 _GROUP_BYTES = {"Q8_0": 34, "Q4_1": 20}
 _BY_TOKEN = ("lm_head.weight", "model.embed_tokens.weight")
 
@@ -81,7 +81,7 @@ def _restored(name: str, tensor: Tensor, scheme: str) -> Matrix:
 
 def bytes_per_weight(scheme: str) -> float:
     """Of matrices that are rounded so."""
-    return _GROUP_BYTES[FORMATS[scheme]] / _GROUP
+    return _GROUP_BYTES[ROUNDED[scheme]] / _GROUP
 
 
 def _bytes_of(shape: tuple[int, ...], format_: str | None) -> int:
@@ -97,4 +97,4 @@ def _format_of(name: str, shape: tuple[int, ...], scheme: str) -> str | None:
 
 
 def _format(name: str, scheme: str) -> str:
-    return FORMATS["int8" if name in _BY_TOKEN else scheme]
+    return ROUNDED["int8" if name in _BY_TOKEN else scheme]

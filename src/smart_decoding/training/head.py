@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from smart_decoding.errors import ConfigError, ModelError
 from smart_decoding.kernels.weights import Matrix, as_tensor
-from smart_decoding.models.head_shapes import FIRST
+from smart_decoding.models.head_files import FIRST
 
 if TYPE_CHECKING:
     from smart_decoding.models.config import ModelConfig

@@ -22,7 +22,7 @@ from smart_decoding.files import whole
 from smart_decoding.kernels.weights import as_tensor
 from smart_decoding.models.head_export import write_head
 from smart_decoding.models.head_files import HeadFiles
-from smart_decoding.models.rounding import FORMATS, RoundedWeights
+from smart_decoding.models.rounding import ROUNDED, RoundedWeights
 from smart_decoding.training.conversations import (
     Conversation,
     Keep,
@@ -79,8 +79,8 @@ class TrainOptions:
     def __post_init__(self) -> None:
         require_number("seconds", self.seconds, 0.0, 1e9)
         require_int("draft_vocab", self.draft_vocab, 1, 1 << 20)
-        if self.quantization not in (None, *FORMATS):
-            raise ConfigError(f"quantization={self.quantization!r} is none of {', '.join(FORMATS)}")
+        if self.quantization not in (None, *ROUNDED):
+            raise ConfigError(f"quantization={self.quantization!r} is none of {', '.join(ROUNDED)}")
         if self.quantization is not None and self.layout != "smart":
             raise ConfigError(f"the layout {self.layout!r} has no words for a head in quants")
         if self.intermediate_size is not None:

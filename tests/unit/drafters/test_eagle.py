@@ -23,7 +23,7 @@ from smart_decoding.errors import ModelError
 from smart_decoding.models.config import ModelConfig
 from smart_decoding.models.decoder import Decoder
 from smart_decoding.models.eagle_head import EagleHead
-from smart_decoding.models.features import as_tensor
+from smart_decoding.models.features import stacked
 from smart_decoding.models.head_export import smart_config
 from smart_decoding.models.head_files import load_head
 from smart_decoding.training.head import Form, TrainableHead
@@ -143,7 +143,7 @@ def test_rows_that_wait_do_not_keep_whole_rounds_alive(
         single = [part for part in state.parts if not isinstance(part, tuple)]
         assert len(single) == 15
         assert sum(map(_held, single)) == 15 * 4 * width
-        values = [float(as_tensor(part)[0, 0]) for part in state.parts]
+        values = [float(stacked(part)[0, 0]) for part in state.parts]
         assert values == [float(position) for position in range(20)]
 
 

@@ -12,7 +12,7 @@ import torch
 from smart_decoding.core.rule import NO_NODES, TreeRule
 from smart_decoding.core.selection import Beam, KeepBest
 from smart_decoding.drafters.eagle import EagleDrafter
-from smart_decoding.drafters.levels import Asked
+from smart_decoding.drafters.levels import LevelRequest
 from smart_decoding.engine.kv import PAGE, BlockTable, PagePool
 from smart_decoding.engine.request import Request
 from smart_decoding.engine.sampling_params import SamplingParams
@@ -126,7 +126,7 @@ def test_hundreds_of_waiting_rows_are_run_in_parts(files: HeadFiles) -> None:
     torch.manual_seed(0)
     features = torch.randn(600, WIDTH)
     last = np.arange(99, 600, 100)
-    asked = Asked(4, np.zeros(6))
+    asked = LevelRequest(4, np.zeros(6))
     ours, plain = (
         head_of(files, native).levels.first(rows, [features], last, asked)
         for native in (True, False)
@@ -146,7 +146,7 @@ def test_pictures_stand_in_for_tokens(files: HeadFiles) -> None:
             rows.mm_embeds = mm_embeds
             found.append(
                 head_of(files, native).levels.first(
-                    rows, [features], np.array([5]), Asked(4, np.zeros(1))
+                    rows, [features], np.array([5]), LevelRequest(4, np.zeros(1))
                 )[1]
             )
     np.testing.assert_allclose(found[:2], found[2:], atol=2e-4)
@@ -160,7 +160,7 @@ def test_a_quantised_target_has_its_head_in_8_bits(files: HeadFiles) -> None:
     found = []
     for quantized in (False, True):
         head = head_of(files, True, torch.bfloat16, quantized)
-        head.levels.first(rows, [features], np.array([4, 9, 14]), Asked(4, np.zeros(3)))
+        head.levels.first(rows, [features], np.array([4, 9, 14]), LevelRequest(4, np.zeros(3)))
         found.append(outputs_of(head))
     scale = float(found[0].abs().max())
     np.testing.assert_allclose(found[1], found[0], atol=0.05 * scale)
@@ -181,7 +181,7 @@ def test_a_head_in_4_bits_gives_what_its_rounded_numbers_would(
     for weights in (rounded, widened, files.weights):
         head = head_of(replace(files, weights=weights), native, torch.bfloat16, quantized)
         head.levels.first(
-            rows, [features.to(head.work_dtype)], np.array([4, 9, 14]), Asked(4, np.zeros(3))
+            rows, [features.to(head.work_dtype)], np.array([4, 9, 14]), LevelRequest(4, np.zeros(3))
         )
         found.append(outputs_of(head).float())
     near, far = ((found[0] - other).norm() / found[0].norm() for other in found[1:])
@@ -207,7 +207,7 @@ def test_8_bits_change_probabilities_little(
     rows = rows_of(3, 15)
     torch.manual_seed(0)
     features = torch.randn(15, WIDTH)
-    asked = Asked(len(files.weights["draft_ids"]), np.zeros(3))
+    asked = LevelRequest(len(files.weights["draft_ids"]), np.zeros(3))
     found = []
     for in_bytes in (True, False):
         if not in_bytes:

@@ -15,7 +15,7 @@ from smart_decoding.models.draft_model import DraftModel
 from .tiny import PAGES, SCRATCH, SMALL, ask, checkpoint, engine_of, target_of
 
 if TYPE_CHECKING:
-    from smart_decoding.drafters.levels import Asked
+    from smart_decoding.drafters.levels import LevelRequest
     from smart_decoding.engine.engine import Engine
     from smart_decoding.engine.rows import Rows
 
@@ -42,7 +42,7 @@ def test_widths_are_the_rows_that_the_model_ran(
     ran: list[int] = []
     rank = DraftModel.rank
 
-    def counted(self: DraftModel, rows: Rows, asked: Asked) -> Any:
+    def counted(self: DraftModel, rows: Rows, asked: LevelRequest) -> Any:
         ran.append(len(rows))
         return rank(self, rows, asked)
 
