@@ -25,7 +25,8 @@ def test_masks_are_exact_under_speculation(load: Any, plain: LLM, temperature: f
     free = [output.outputs[0] for output in plain.generate(PROMPTS, params)]
     params.bad_words = [word for each in free for word in re.findall("[!-~]{1,3}", each.text)[:3]]
     assert params.bad_words
-    params.allowed_token_ids = sorted(set(range(256)) - set(free[1].token_ids[::7]))
+    # Few enough for n-grams to be right now and then, in draws too.
+    params.allowed_token_ids = sorted(set(range(256)) - set(free[1].token_ids[::7]))[::16]
     params.prompt_logprobs = 2
     tree = load()
     wanted = plain.generate(PROMPTS, params)
