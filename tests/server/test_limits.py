@@ -121,8 +121,8 @@ def test_errors_name_what_is_wrong(running: Running) -> None:
     error_of(httpx.get(f"{running.url}/v1/completions"), 405)
     for headers in ({"content-type": "text/plain"}, {}):
         form = {"content": b'{"model": "tiny", "prompt": "a"}', "headers": headers}
-        told = error_of(post(running, "/v1/completions", **form), 400)["message"]
-        assert told == "the body is not JSON: send Content-Type: application/json"
+        told = error_of(post(running, "/v1/completions", **form), 415)["message"]
+        assert told == "the body is not said to be JSON: send Content-Type: application/json"
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,8 @@ class CountedRoute(APIRoute):
         field = self.body_field
 
         async def counted(request: Request) -> Response:
+            if field is not None:
+                _check_type(request)
             try:
                 raw = await request.body()
             except ClientDisconnect:
@@ -115,6 +117,15 @@ class CountedRoute(APIRoute):
             return await handle(request)
 
         return counted
+
+
+def _check_type(request: Request) -> None:
+    """Raise ApiError for a body that is not said to be JSON: web pages may send other types, or
+    none, to any address without asking it."""
+    content_type = request.headers.get("content-type", "").partition(";")[0]
+    if content_type.strip().lower() != "application/json":
+        message = "the body is not said to be JSON: send Content-Type: application/json"
+        raise ApiError(415, message, "unsupported_media_type")
 
 
 def _read(field: ModelField, raw: bytes) -> Any:

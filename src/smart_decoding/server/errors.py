@@ -105,8 +105,6 @@ def _api_error(error: Exception) -> ApiError:
         told = "there is no such route here: GET /openapi.json lists them"
         return ApiError(error.status_code, told if nowhere else str(error.detail))
     if isinstance(error, RequestValidationError):
-        if isinstance(error.body, bytes):  # not said to be JSON
-            return ApiError(400, "the body is not JSON: send Content-Type: application/json")
         return of_validation(error.errors())
     log.error("request failed", exc_info=error)
     return ApiError(500, f"internal error: {type(error).__name__}")
