@@ -13,8 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import quote
 
+import httpx
 import pytest
+from serving import serving
 
 from smart_decoding import llm
 from smart_decoding.cli import main as cli
@@ -265,6 +268,35 @@ def test_whoever_logs_does_so_in_json(capsys: pytest.CaptureFixture[str], logger
     launch.set_up_logging("info")
     logging.getLogger("asyncio").error("socket.accept() out of system resource")
     assert json.loads(capsys.readouterr().err)["logger"] == "asyncio"
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_no_client_writes_to_the_terminal(
+    terminal: bool, load: Any, loggers: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Paths, field names and models' names come from strangers, and so do what errors quote."""
+    written = io.StringIO()
+    monkeypatch.setattr(written, "isatty", lambda: terminal)
+    evil = "\x1b]0;owned\x07\n12:00:00 GET / 200\r\x9b31m\u202e\u2028"
+    with serving(load) as running, monkeypatch.context() as patch:
+        patch.setattr("sys.stderr", written)
+        launch.set_up_logging("info")
+        httpx.get(f"{running.url}/{quote(evil)}")
+        httpx.get(f"{running.url}/v1/models/{quote(evil)}")
+        body = {"model": evil, "prompt": "a", evil: 1}
+        httpx.post(f"{running.url}/v1/completions", json=body)
+        launch.log.info("ready", extra={"speculation": evil})
+        try:
+            raise ValueError(evil)
+        except ValueError as error:
+            launch.log.error("failed", exc_info=error)
+    lines = written.getvalue().split("\n")
+    assert sum("owned" in line for line in lines) == 5
+    assert not [line for line in lines if re.search("[\x00-\x1f\x7f-\x9f\u2028\u202e]", line)]
+    assert not [line for line in lines if line.startswith("12:00:00 GET / 200")]
+    if not terminal:
+        told = [json.loads(line)["message"] for line in lines if line]
+        assert any(f"GET /{evil} 404" == message for message in told)
 
 
 @pytest.mark.parametrize("terminal", [True, False])

@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import os
+import re
 import signal
 import socket
 import sys
@@ -41,6 +42,13 @@ READING = 1.0  # seconds at the end for clients to read it
 SWITCH = 0.001
 TIDY = 60.0  # seconds between two looks for old garbage
 _EXTRA = ("request_id", "status", "seconds", "model", "speculation", "address")
+# What a terminal obeys, or what ends or reverses a line there.
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+
+
+def _harmless(text: str) -> str:
+    """The text with its control characters spelled out."""
+    return _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 class JsonLines(logging.Formatter):
@@ -58,7 +66,7 @@ class JsonLines(logging.Formatter):
         line.update({name: record.__dict__[name] for name in _EXTRA if name in record.__dict__})
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=False)
+        return _harmless(json.dumps(line, ensure_ascii=False))
 
 
 class Lines(logging.Formatter):
@@ -73,7 +81,11 @@ class Lines(logging.Formatter):
             record.message = f"{record.levelname.lower()}: {record.message}"
         seconds = record.__dict__.get("seconds")
         more = record.__dict__.get("speculation") if seconds is None else f"{seconds:.2f} s"
-        return super().formatMessage(record) + (f", {more}" if more else "")
+        return _harmless(super().formatMessage(record) + (f", {more}" if more else ""))
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802
+        """The traceback, indented: what it quotes may look like a line of the log."""
+        return "\n".join(f"  {_harmless(line)}" for line in super().formatException(ei).split("\n"))
 
 
 class Server(uvicorn.Server):
