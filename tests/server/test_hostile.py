@@ -17,6 +17,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from serving import NAME, Running, post, serving, slow, wait_for
 
@@ -130,6 +131,27 @@ def test_what_is_no_request(impatient: Running, data: bytes) -> None:
     assert seconds < 3
     assert error is None or set(error) == {"message", "type", "param", "code"}
     goes_on(impatient)
+
+
+@pytest.mark.parametrize("size", [b"-1", b"ZZ", b"0x5", b"", b"f" * 40])
+def test_a_chunk_of_no_size_is_a_400(impatient: Running, size: bytes) -> None:
+    chunked = HEAD + b"transfer-encoding: chunked\r\n\r\n"
+    status, error, _ = said(impatient, chunked + size + b"\r\nabc\r\n")
+    assert status == 400
+    assert error is not None
+    assert error["code"] == "invalid_http"
+    goes_on(impatient)
+
+
+@pytest.mark.parametrize("path", ["/", "/health", "/health/live", "/version", "/metrics"])
+def test_head_is_get_without_a_body(running: Running, path: str) -> None:
+    with httpx.Client(base_url=running.url) as client:
+        head = client.head(path)
+        get = client.get(path)  # on the same connection
+    assert (head.status_code, head.content) == (200, b"")
+    assert head.headers["content-type"] == get.headers["content-type"]
+    if path != "/metrics":  # which grows
+        assert head.headers["content-length"] == str(len(get.content))
 
 
 def test_a_flood_of_headers(impatient: Running) -> None:

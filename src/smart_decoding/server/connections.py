@@ -133,7 +133,9 @@ class Connection(H11Protocol):
 
     def _refuse(self, error: ApiError) -> None:
         """Sends an error, if nothing was sent yet, and closes."""
-        if self.conn.our_state is h11.IDLE:
+        cycle = self.cycle
+        begun = cycle is not None and cycle.response_started and not cycle.response_complete
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE, h11.ERROR) and not begun:
             body = json.dumps(error.body).encode()
             lines = [
                 f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}",

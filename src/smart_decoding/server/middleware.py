@@ -20,7 +20,7 @@ from smart_decoding.server.settings import ServerSettings, is_loopback, network_
 
 log = logging.getLogger("smart.access")
 
-# Without a key: they tell nothing of anyone's.
+# Without a key: they tell nothing of anyone's. HEAD is answered as GET is.
 OPEN = ("/", "/health", "/health/live", "/version", "/openapi.json")
 _ID = re.compile(r"[\w.-]{1,64}", re.ASCII)
 
@@ -64,6 +64,8 @@ class Gate:
             if refusal is not None:
                 await refusal.response(scope, receive, send_with_id)
             else:
+                if scope["method"] == "HEAD" and scope["path"] in (*OPEN, "/metrics", "/v1/models"):
+                    scope = {**scope, "method": "GET"}  # the server leaves out the body
                 await self.app(scope, self._limited(receive), send_with_id)
         finally:
             _log_access(scope, request_id, status, time.monotonic() - started)
