@@ -22,7 +22,7 @@ import pytest
 from serving import NAME, Running, post, serving, slow, wait_for
 
 from smart_decoding.errors import ConfigError
-from smart_decoding.server import connections
+from smart_decoding.server import connections, middleware
 from smart_decoding.server.listener import allowed_connections
 
 BODY = {"model": NAME, "prompt": "abc", "max_tokens": 4, "temperature": 0}
@@ -201,6 +201,36 @@ def test_bodies_that_are_giant_or_lie_about_their_size(impatient: Running) -> No
     assert said(impatient, HEAD + b"transfer-encoding: chunked\r\n\r\n", *[chunk] * 4)[0] == 413
     assert said(impatient, HEAD + b"content-length: 50\r\n\r\n{")[0] == 408  # the rest never comes
     goes_on(impatient)
+
+
+def test_slow_bodies_have_bounds_of_bytes(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """300 of them took 612 MiB. Who holds less than a share is served; room comes back."""
+    monkeypatch.setattr(middleware, "LARGEST", 3)
+    monkeypatch.setattr(middleware, "OF_ALL", 2)
+    slow_body = HEAD + b"content-length: 100000\r\n\r\n" + b" " * 90_000
+    with serving(load, max_body=100_000, body_timeout=20) as running, ExitStack() as stack:
+        gate = running.server.config.loaded_app
+        while not isinstance(gate, middleware.Gate):
+            gate = getattr(gate, "middleware_stack", None) or gate.app
+        for source in ("127.0.0.2", "127.0.0.3", "127.0.0.4"):
+            for count in range(1, 4):
+                if source == "127.0.0.4" and count == 3:
+                    break  # all is full, and this would be more than a share
+                client = stack.enter_context(connected(running, source))
+                client.sendall(slow_body)
+                held = count * 90_000
+                assert wait_for(lambda held=held, source=source: gate._held[source] == held)
+        one_more = stack.enter_context(connected(running, "127.0.0.2"))
+        one_more.sendall(slow_body)
+        status, told = first_answer(one_more)
+        assert status == 429
+        assert json.loads(told)["error"]["code"] == "queue_full"
+        goes_on(running)  # at another address, with a small body
+        crowd = stack.enter_context(connected(running, "127.0.0.4"))
+        crowd.sendall(slow_body)
+        assert first_answer(crowd)[0] == 429
+        stack.close()
+        assert wait_for(lambda: not gate._held)
 
 
 def test_slow_loris_is_cut_off_and_the_others_do_not_notice(impatient: Running) -> None:

@@ -8,6 +8,8 @@ import logging
 import re
 import time
 import uuid
+from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -22,7 +24,16 @@ log = logging.getLogger("smart.access")
 
 # Without a key: they tell nothing of anyone's. HEAD is answered as GET is.
 OPEN = ("/", "/health", "/health/live", "/version", "/openapi.json")
+LARGEST = 16  # largest bodies that one client's requests may hold, or as many bytes
+OF_ALL = 4  # clients whose requests hold so many fill all the room there is
 _ID = re.compile(r"[\w.-]{1,64}", re.ASCII)
+
+
+@dataclass(slots=True)
+class _Body:
+    """What has come of a request's body. size: bytes."""
+
+    size: int = 0
 
 
 class Gate:
@@ -32,6 +43,7 @@ class Gate:
         self.app = app
         self.settings = settings
         self._keys = [key.encode() for key in settings.api_keys]
+        self._held: Counter[str] = Counter()  # bytes of bodies, whole or not, by client
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers or passes on one request."""
@@ -48,6 +60,7 @@ class Gate:
         status = 0
         unknown: set[str] = set()
         ignored.set(unknown)
+        body = _Body()
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
@@ -66,8 +79,10 @@ class Gate:
             else:
                 if scope["method"] == "HEAD" and scope["path"] in (*OPEN, "/metrics", "/v1/models"):
                     scope = {**scope, "method": "GET"}  # the server leaves out the body
-                await self.app(scope, self._limited(receive), send_with_id)
+                await self.app(scope, self._limited(receive, state["client"], body), send_with_id)
         finally:
+            self._held[state["client"]] -= body.size
+            self._held += Counter()  # without clients that hold none any more
             _log_access(scope, request_id, status, time.monotonic() - started)
 
     def _client(self, scope: Scope, headers: Headers) -> str:
@@ -100,14 +115,13 @@ class Gate:
         good = scheme.lower() == "bearer" and any(fits)
         return f"key {fits.index(True)}" if good else ""
 
-    def _limited(self, receive: Receive) -> Receive:
-        """`receive` that refuses a body too big, or too slow in coming."""
-        read = 0
+    def _limited(self, receive: Receive, client: str, body: _Body) -> Receive:
+        """`receive` that refuses a body too big, too slow in coming, or one too many."""
         complete = False
         deadline = time.monotonic() + self.settings.body_timeout
 
         async def limited() -> Message:
-            nonlocal read, complete
+            nonlocal complete
             if complete:
                 return await receive()
             try:
@@ -115,13 +129,27 @@ class Gate:
             except TimeoutError:
                 reason = f"the body took longer than {self.settings.body_timeout:g} s"
                 raise HTTPException(408, reason) from None
-            read += len(message.get("body", b""))
+            size = len(message.get("body", b""))
+            body.size += size
+            self._held[client] += size
             complete = not message.get("more_body", False)
-            if read > self.settings.max_body:
+            if body.size > self.settings.max_body:
                 raise HTTPException(413, self._too_big().message)
+            if size and self._is_full(client):
+                reason = "too many bytes of your requests are here: try again later"
+                raise ApiError(429, reason, "queue_full")
             return message
 
         return limited
+
+    def _is_full(self, client: str) -> bool:
+        """Whether a client's requests hold too much: more than it may, or more than its share where
+        all together do."""
+        mine = self._held[client]
+        most = LARGEST * self.settings.max_body
+        room = OF_ALL * most
+        full = self._held.total() > room and mine > room // len(self._held)
+        return mine > most or full
 
     def _too_big(self) -> ApiError:
         return ApiError(413, f"the body is larger than {self.settings.max_body} bytes")
