@@ -4,13 +4,17 @@ PYTHON ?= $(shell for p in python3.11 python3 python3.14 python3.13 python3.12; 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test wheel test-wheel test-native test-heads test-transformers test-vllm test-sglang test-triton test-gpu-path quality docs soak fuzz lab pictures env clean
+.PHONY: demo test test-slow wheel test-wheel test-native test-heads test-transformers test-vllm test-sglang test-triton test-gpu-path quality docs soak fuzz lab pictures env clean
 
 demo: .venv/.installed
 	$(BIN)/smart demo
 
 test: env
 	$(BIN)/python -m pytest -n auto --dist loadscope --no-loadscope-reorder
+
+# Evidence that takes long, or that needs a quiet machine: soaks, speed beside busy processes, tuning with every method.
+test-slow: env
+	$(BIN)/python -m pytest -m slow
 
 # Published draft heads: loading, proposals, export, training from one. Includes the shipped head (fetches its model).
 test-heads: env
@@ -36,7 +40,7 @@ test-wheel: wheel
 # CPU's best one with each sanitizer. Debian: g++-aarch64-linux-gnu and qemu-user for the variants of Arm.
 test-native:
 	$(PYTHON) tools/native_tests.py
-	$(PYTHON) tools/native_tests.py --quick --sanitize address,undefined,thread
+	$(PYTHON) tools/native_tests.py --quick --sanitize address+undefined,thread
 
 quality: env
 	$(BIN)/ruff check .

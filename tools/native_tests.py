@@ -3,12 +3,13 @@ runs them where it can: on this CPU, else under qemu, else not at all, which the
 
     python tools/native_tests.py                               # all variants
     python tools/native_tests.py --variant neon --quick        # one, with fewer random cases
-    python tools/native_tests.py --sanitize address,thread     # this CPU's best, with each of them
+    python tools/native_tests.py --sanitize address+undefined,thread   # this CPU's best, twice
     python tools/native_tests.py --syntax                      # are there warnings, for any CPU?
 
 Needs g++; for other architectures g++-aarch64-linux-gnu and qemu-user. All is compiled first, then
-programs run, two at a time. Objects are kept in build/native-tests by a hash of what they are made
-of. The exit code is 0 if nothing failed.
+programs run, two at a time. A variant whose library stands in kernels/lib, newer than its sources,
+is tested by that library, as it ships. Objects are kept in build/native-tests by a hash of what
+they are made of. The exit code is 0 if nothing failed.
 
 Needed by `make test-native` and `make quality`.
 """
@@ -86,7 +87,7 @@ def main() -> int:
     add = parser.add_argument
     add("--variant", action="append", metavar="NAME", help="only this one; may be repeated")
     add("--quick", action="store_true", help="fewer random cases, as always under qemu")
-    add("--sanitize", metavar="LIST", help="address, undefined, thread: a program for each")
+    add("--sanitize", metavar="A+B,C", help="address, undefined, thread: a program for each part")
     add("--syntax", action="store_true", help="only look for warnings, as if for many CPUs")
     options = parser.parse_args()
     if options.syntax:
@@ -102,7 +103,9 @@ def main() -> int:
         asked = [known[name] for name in options.variant or ()] or best[:1]
     else:
         asked = [known[name] for name in options.variant or known]
-    sanitizers = options.sanitize.split(",") if options.sanitize else [None]
+    sanitizers = [None]
+    if options.sanitize:
+        sanitizers = [each.replace("+", ",") for each in options.sanitize.split(",")]
     builds = [Build(variant, sanitize) for sanitize in sanitizers for variant in asked]
     compile_all(builds)
     outcomes = []
@@ -175,15 +178,27 @@ def version(cxx: str) -> str:
     return subprocess.run([cxx, "--version"], capture_output=True, text=True, check=True).stdout
 
 
+@functools.cache
+def library(variant: Variant) -> Path | None:
+    """The variant's library in kernels/lib, if it is newer than all sources."""
+    if variant.machine != platform.machine() or not variant.path.exists():
+        return None
+    newest = max(source.stat().st_mtime for source in CSRC.iterdir())
+    return variant.path if variant.path.stat().st_mtime > newest else None
+
+
 def units(cxx: str, variant: Variant, sanitize: str | None) -> list[Unit]:
-    """The kernels as the variant has them; and the tests, the same for all of an architecture's."""
+    """The kernels as the variant has them, unless its library has them; and the tests, the same
+    for all of an architecture's."""
     extra: tuple[str, ...] = ("-O2",)
     if sanitize:
         extra = ("-O1", "-g", f"-fsanitize={sanitize}", *SANITIZED)
     common = (cxx, *LANGUAGE, *extra, *WARNINGS, "-fopenmp")
     kernels = (*common, *variant.flags)
     tests = (*common, f"-I{CSRC.relative_to(ROOT)}")
-    found = [Unit(source, kernels) for source in sorted(CSRC.glob("*.cpp"))]
+    found = []
+    if sanitize or library(variant) is None:
+        found = [Unit(source, kernels) for source in sorted(CSRC.glob("*.cpp"))]
     found += [Unit(source, tests) for source in sorted(TESTS.glob("*.cpp")) if source != OPENMP]
     if sanitize == "thread":
         found.append(Unit(OPENMP, tests))
@@ -233,12 +248,16 @@ def link(cxx: str, build: Build) -> tuple[Path | None, str]:
     if not all(path.exists() for path in objects):
         return None, ""
     names = "\n".join((build.variant.name, *map(str, objects)))
-    digest = hashlib.sha256(names.encode()).hexdigest()[:16]
-    program = BUILD / f"kernels_test-{build.variant.name}-{digest}"
+    shipped = None if build.sanitize else library(build.variant)
+    digest = hashlib.sha256(names.encode())
+    if shipped is not None:
+        digest.update(shipped.read_bytes())
+    program = BUILD / f"kernels_test-{build.variant.name}-{digest.hexdigest()[:16]}"
     if not program.exists():
         how = [f"-fsanitize={build.sanitize}"] if build.sanitize else []
         how.append("-pthread" if build.sanitize == "thread" else "-fopenmp")
-        command = [cxx, *how, *map(str, objects), "-o", str(program)]
+        kernels = [] if shipped is None else [str(shipped), f"-Wl,-rpath,{shipped.parent}"]
+        command = [cxx, *how, *map(str, objects), *kernels, "-o", str(program)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             return None, done.stderr
