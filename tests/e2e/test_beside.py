@@ -68,6 +68,7 @@ def six(address: str, same: bool) -> Iterator[list[str]]:
     assert [each.result() for each in asking] == [None] * 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("same", [True, False], ids=["the same", "new ones"])
 def test_an_answer_beside_six_dear_grammars_takes_at_most_three_times_as_long(
     address: str, same: bool
@@ -100,6 +101,7 @@ def test_an_answer_beside_six_dear_grammars_takes_at_most_three_times_as_long(
         assert min(beside) < 3 * min(alone)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("entry", ["LLM", "serve"])
 def test_an_answer_beside_a_busy_process_keeps_two_fifths_of_its_speed(
     address: str, entry: str

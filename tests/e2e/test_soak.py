@@ -18,6 +18,7 @@ if not TOOL.is_file():
     pytest.skip("the tools are not in the source distribution", allow_module_level=True)
 
 
+@pytest.mark.slow
 def test_a_short_soak_of_the_default_model(tmp_path: Path) -> None:
     """Nothing fails, hangs, leaks or differs. How fast it was is for `make soak`: here others may
     share the machine."""

@@ -641,6 +641,7 @@ def test_a_run_is_whole_whatever_the_time_and_goes_on(
     assert RuleOurs.answered - before == 4 * 3  # a warm-up and two blocks
 
 
+@pytest.mark.slow
 def test_llama_cpp_is_asked_as_fairly_as_we_are(
     command: Callable[..., argparse.Namespace], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -687,6 +688,7 @@ def test_who_begins_changes_from_block_to_block(monkeypatch: pytest.MonkeyPatch)
     assert "".join(order) == "abc" + "bca" + "cab" + "abc"
 
 
+@pytest.mark.slow
 def test_the_best_and_the_default_draft_model_are_measured(
     command: Callable[..., argparse.Namespace], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,11 +12,13 @@ from smart_lab import recorder, tuning
 from smart_lab.bench import run
 from smart_lab.options import LabOptions
 
-DRAFTING = [method for method in METHODS if method != "none"]
+DRAFTING = [method for method in METHODS if method not in ("none", "union")]
 
 
 @pytest.mark.model
-@pytest.mark.parametrize("method", DRAFTING)
+@pytest.mark.parametrize(
+    "method", ["union", *(pytest.param(method, marks=pytest.mark.slow) for method in DRAFTING)]
+)
 def test_rivals_are_tuned_with_every_method(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     recorded = []
     record = recorder.record_wide

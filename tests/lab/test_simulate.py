@@ -235,6 +235,7 @@ def msd() -> Trace:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "sizes"), [("l40s", (1, 8, 16)), ("rtx-pro-6000", (1, 16, 32))])
 def test_the_shape_of_the_published_figures(name, sizes, msd):
     """MSD's tree gains much at batch 1 and falls below 1x, later on the faster card; the published

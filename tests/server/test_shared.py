@@ -155,7 +155,11 @@ LARGEST: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", LARGEST)
+QUICK = ["token ids", "wrong values"]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in LARGEST if name not in QUICK]
+
+
+@pytest.mark.parametrize("name", [*QUICK, *SLOW])
 def test_the_largest_bodies_that_are_read_hold_up_nobody(running: Running, name: str) -> None:
     body = {"model": NAME, "prompt": "a", "max_tokens": 1, **LARGEST[name]}
     raw = json.dumps(body).replace("\\u0000", "\0").encode()  # of which strict JSON has none

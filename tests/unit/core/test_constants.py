@@ -49,6 +49,7 @@ def usual() -> float:
     return rate()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("home", "name"), CONSTANTS, ids=lambda part: part.rpartition(".")[2])
 def test_half_and_twice_as_much(
     home: str, name: str, usual: float, monkeypatch: pytest.MonkeyPatch
