@@ -279,6 +279,8 @@ def test_templates_have_what_transformers_gives_them() -> None:
         == "a"
     )
     assert re.fullmatch(r"\d{4}", render("{{ strftime_now('%Y') }}"))
+    absent = "{{ tools is defined and tools is none and documents is none }}"
+    assert render(absent) == "True"
 
 
 def test_templates_that_fail_are_one_clear_error() -> None:

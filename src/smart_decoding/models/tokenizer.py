@@ -222,7 +222,13 @@ class Tokenizer:
                 "this model has no chat template: give one (--chat-template FILE), or a text to "
                 "continue (smart run --raw; LLM.generate in Python; /v1/completions)"
             )
-        given = {**self.specials, **variables, "add_generation_prompt": add_generation_prompt}
+        given = {
+            "tools": None,  # as transformers has it where there are none
+            "documents": None,
+            **self.specials,
+            **variables,
+            "add_generation_prompt": add_generation_prompt,
+        }
         return chat_template.render(chosen, messages, given)
 
     def encode_chat(
