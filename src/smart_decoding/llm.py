@@ -49,7 +49,7 @@ from smart_decoding.models.target import TorchTarget, device_of, dtype_of, pages
 from smart_decoding.models.tokenizer import Tokenizer
 from smart_decoding.multimodal.messages import check_messages
 from smart_decoding.multimodal.pixels import load_reader
-from smart_decoding.multimodal.prompts import MediaPrompt, PlannedPrompt, Prompt, PromptBuilder
+from smart_decoding.multimodal.prompts import MediaPrompt, Prompt, PromptBuilder
 from smart_decoding.multimodal.text_prompts import TextPrompts, as_list, parts_of, template_options
 from smart_decoding.profiling.measure import finish
 from smart_decoding.progress import on_terminal
@@ -95,7 +95,7 @@ class LLM:
         # of generation_config.json
         self.default_sampling_params = args.sampling_defaults(checkpoint.tokenizer_source)
         self.supports_images = checkpoint.vision is not None
-        self._prompts = _prompts(args, checkpoint, self.tokenizer)
+        self.prompts = _prompts(args, checkpoint, self.tokenizer)
         longest = args.longest(checkpoint.config.max_positions)
         self.tokenizer.context = longest
         asked = _drafts(args, checkpoint, self.tokenizer, longest)
@@ -306,32 +306,19 @@ class LLM:
         chat_template: instead of the model's. tools: what the template tells of; answers are not
         forced to call them. chat_template_kwargs: further variables of the template.
         Raises ConfigError for what cannot be used."""
-        return self.plan_chat(
-            messages, chat_template, add_generation_prompt, tools, chat_template_kwargs
-        ).decoded()
-
-    def plan_chat(
-        self,
-        messages: Sequence[Message],
-        chat_template: str | Path | None = None,
-        add_generation_prompt: bool = True,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-    ) -> PlannedPrompt:
-        """The same before images are decoded, which takes time and memory."""
         check_messages(messages)
         own = self.tokenizer.template
         given = template_options(
             own, chat_template, add_generation_prompt, tools, chat_template_kwargs
         )
-        return self._prompts.chat(messages, **given)
+        return self.prompts.chat(messages, **given).decoded()
 
     def text_prompt(self, prompt: Prompt) -> MediaPrompt:
         """A prompt as `generate` takes it, in tokens. Raises ConfigError; placeholders need their
         pictures."""
         if isinstance(prompt, MediaPrompt):
             return prompt
-        return self._prompts.prompt(*parts_of(prompt))
+        return self.prompts.prompt(*parts_of(prompt))
 
     def stream(
         self, prompt: Prompt | Sequence[Message], sampling_params: SamplingParams | None = None

@@ -119,7 +119,7 @@ def test_the_prefix_cache_tells_pictures_apart(
             assert metrics.cached_tokens >= 64
             assert metrics.vision_seconds == 0
         else:
-            first = out.prompt_token_ids.index(llm._prompts._reader.placeholders["image"])
+            first = out.prompt_token_ids.index(llm.prompts._reader.placeholders["image"])
             assert metrics.cached_tokens <= first
             assert metrics.vision_seconds > 0
         seen[number] = answer

@@ -20,7 +20,10 @@ import transformers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from smart_decoding.models.tokenizer import Tokenizer
+from smart_decoding.server import preparation_process
 from smart_decoding.server.launch import Server, bind, make_server
+from smart_decoding.server.preparation import setup_of
+from smart_decoding.server.preparation_process import HEAD, unframed
 from smart_decoding.server.settings import ServerSettings
 
 if TYPE_CHECKING:
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
     from smart_decoding.server.worker import Worker
 
 NAME = "tiny"
+LONG = {"model": NAME, "prompt": "a", "max_tokens": 300, "ignore_eos": True, "temperature": 0}
 
 
 def outgrowing(start: str, count: int) -> str:
@@ -142,6 +146,38 @@ def stretches_of_loops() -> Iterator[list[float]]:
             gc.unfreeze()
 
 
+@contextmanager
+def client(running: Running, address: str = "127.0.0.2") -> Iterator[httpx.Client]:
+    """One that comes from another address."""
+    transport = httpx.HTTPTransport(local_address=address)
+    with httpx.Client(base_url=running.url, timeout=30, transport=transport) as made:
+        yield made
+
+
+def longest_gap(running: Running, done: threading.Event, address: str = "127.0.0.2") -> float:
+    """Seconds between two pieces of a stream, or to an answer about health, at most."""
+    longest = 0.0
+    whole = 0
+    with client(running, address) as bystander:
+        while not done.is_set():
+            last = time.monotonic()
+            lines = [""]
+            with bystander.stream("POST", "/v1/completions", json={**LONG, "stream": True}) as r:
+                r.raise_for_status()
+                for line in filter(None, r.iter_lines()):
+                    lines.append(line)
+                    longest = max(longest, time.monotonic() - last)
+                    last = time.monotonic()
+            assert lines[-1] == "data: [DONE]"
+            whole += 1
+            for path in ("/health", "/metrics"):
+                bystander.get(path).raise_for_status()
+                longest = max(longest, time.monotonic() - last)
+                last = time.monotonic()
+    assert whole
+    return longest
+
+
 def slow(llm: LLM, seconds: float) -> LLM:
     """The same model, whose every round takes a little longer."""
     step = llm.engine.step
@@ -152,6 +188,12 @@ def slow(llm: LLM, seconds: float) -> LLM:
 
     llm.engine.step = slower  # type: ignore[method-assign]
     return llm
+
+
+def prepared(llm: LLM, task: bytes) -> Any:
+    """The result of a task, in this process."""
+    preparation = preparation_process.Preparation(**setup_of(llm))
+    return unframed(preparation_process.answer(preparation, task)[HEAD.size :])["result"]
 
 
 def post(running: Running, path: str, **options: Any) -> httpx.Response:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import threading
 from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
 from serving import NAME, Running, post, serving
 
+from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ConfigError
 from smart_decoding.models.tokenizer import Tokenizer
 from smart_decoding.server.settings import ServerSettings
@@ -52,7 +52,7 @@ def test_masks_hold_in_the_server(running: Running) -> None:
     assert refused.json()["error"]["param"] == "allowed_token_ids"
 
 
-def test_bad_words_are_short_and_read_beside_the_event_loop(
+def test_bad_words_are_short_and_tokenised_in_a_process_of_their_own(
     running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = {"prompt": [1], "max_tokens": 1, "bad_words": ["a" * 257]}
@@ -60,18 +60,19 @@ def test_bad_words_are_short_and_read_beside_the_event_loop(
     assert refused.status_code == 400
     assert refused.json()["error"]["param"] == "bad_words"
     assert "at most 256 characters" in refused.json()["error"]["message"]
-    encode = Tokenizer.encode
-    read: dict[str, threading.Thread] = {}
+    tokens = running.llm.tokenizer.encode("ab", add_special_tokens=False)
+    checked = SamplingParams.checked
+    read = []
 
-    def noted(tokenizer: Tokenizer, text: str, **named: bool) -> list[int]:
-        read[text] = threading.current_thread()
-        return encode(tokenizer, text, **named)
+    def noted(params: SamplingParams, encode: Any) -> SamplingParams:
+        read.append((encode("ab"), encode(" ab")))
+        return checked(params, encode)
 
-    monkeypatch.setattr(Tokenizer, "encode", noted)
+    monkeypatch.setattr(Tokenizer, "encode", None)
+    monkeypatch.setattr(SamplingParams, "checked", noted)
     asked["bad_words"] = ["ab"]
     assert post(running, "/v1/completions", json=asked).status_code == 200
-    assert running.thread not in read.values()
-    assert read.keys() == {"ab", " ab"}
+    assert [first for first, _ in read] == [tokens]
 
 
 @pytest.mark.parametrize(

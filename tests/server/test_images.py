@@ -272,7 +272,7 @@ def test_pictures_that_wait_are_bytes_within_bounds_and_are_dropped_at_the_end(
 
 
 def held_by(running: Running, messages: list[dict[str, Any]]) -> int:
-    return running.llm.plan_chat(messages).bytes
+    return running.llm.prompts.chat(messages).bytes
 
 
 def test_who_hangs_up_or_is_refused_gives_its_room_back(many: list[Running]) -> None:

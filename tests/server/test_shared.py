@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
-from serving import NAME, Running, post, serving, slow, stretches_of_loops, wait_for
+from serving import (
+    LONG,
+    NAME,
+    Running,
+    client,
+    longest_gap,
+    post,
+    serving,
+    slow,
+    stretches_of_loops,
+    wait_for,
+)
 
 from smart_decoding.errors import CapacityError
 from smart_decoding.models import tokenizer as tokenizing
-from smart_decoding.models.tokenizer import Tokenizer
 from smart_decoding.server.counting import MAX_NAMED, MAX_NESTED, MAX_VALUES, check_count
 from smart_decoding.server.errors import ApiError
 from smart_decoding.server.lane import Lane
@@ -28,40 +37,7 @@ if TYPE_CHECKING:
 
 # Seconds of a processor in which the event loop looks at nobody else, at most.
 STRETCH = 0.015
-LONG = {"model": NAME, "prompt": "a", "max_tokens": 300, "ignore_eos": True, "temperature": 0}
 HUGE = "7" * 4_000_000
-
-
-@contextmanager
-def client(running: Running, address: str = "127.0.0.2") -> Iterator[httpx.Client]:
-    """One that comes from another address."""
-    transport = httpx.HTTPTransport(local_address=address)
-    with httpx.Client(base_url=running.url, timeout=30, transport=transport) as made:
-        yield made
-
-
-def longest_gap(running: Running, done: threading.Event, address: str = "127.0.0.2") -> float:
-    """Seconds between two pieces of a stream, or to an answer about health, at most."""
-    longest = 0.0
-    whole = 0
-    with client(running, address) as bystander:
-        while not done.is_set():
-            last = time.monotonic()
-            lines = [""]
-            with bystander.stream("POST", "/v1/completions", json={**LONG, "stream": True}) as r:
-                r.raise_for_status()
-                for line in filter(None, r.iter_lines()):
-                    lines.append(line)
-                    longest = max(longest, time.monotonic() - last)
-                    last = time.monotonic()
-            assert lines[-1] == "data: [DONE]"
-            whole += 1
-            for path in ("/health", "/metrics"):
-                bystander.get(path).raise_for_status()
-                longest = max(longest, time.monotonic() - last)
-                last = time.monotonic()
-    assert whole
-    return longest
 
 
 def test_who_sends_four_megabytes_holds_up_nobody(running: Running) -> None:
@@ -308,30 +284,24 @@ def test_work_that_nobody_waits_for_keeps_its_place_to_its_end() -> None:
 def test_the_texts_of_one_client_that_wait_have_an_end(
     running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    free = threading.Event()
-    read: list[str] = []
-    encode = Tokenizer.encode
-
-    def held_up(tokenizer: Tokenizer, text: str, *given: bool, **named: bool) -> list[int]:
-        read.append(text[0])
-        free.wait(20)
-        return encode(tokenizer, text[:9], *given, **named)
-
-    monkeypatch.setattr(Tokenizer, "encode", held_up)
     monkeypatch.setattr(running.server.config.app.state.texts, "_most", 2**22)
+    assert post(running, "/tokenize", json={"prompt": "0" * 20_000}).status_code == 400
+    child = running.worker.preparation.texts.long.child
+    assert child is not None
+    child.send_signal(signal.SIGSTOP)
     with ThreadPoolExecutor() as pool, client(running) as other:
         first = pool.submit(post, running, "/tokenize", json={"prompt": "1" * 3_000_000})
-        assert wait_for(lambda: read == ["1"])
+        assert wait_for(lambda: not running.worker.texts.quiet)
+        time.sleep(0.5)  # it is read, and waits to be tokenised
         refused = post(running, "/tokenize", json={"prompt": "2" * 3_000_000})
         assert refused.status_code == 429
         assert refused.headers["retry-after"]
         with pytest.raises(httpx.ReadTimeout):  # it waits, and hangs up
             other.post("/tokenize", json={"prompt": "3" * 3_000_000}, timeout=1)
-        last = pool.submit(other.post, "/tokenize", json={"prompt": "4" * 20_000})
-        time.sleep(0.1)
-        free.set()
-        assert first.result().status_code == last.result().status_code == 200
-    assert read == ["1", "4"]
+        assert post(running, "/tokenize", json={"prompt": "4"}).status_code == 200
+        child.send_signal(signal.SIGCONT)
+        assert first.result().json()["error"]["code"] == "context_length_exceeded"
+    assert wait_for(lambda: running.worker.texts.quiet)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from serving import serving
 
-from smart_decoding.server import grammar_queue
+from smart_decoding.server import preparation
 
 pytest.importorskip("llguidance")
 
@@ -37,7 +37,7 @@ def test_a_short_soak_finds_nothing_wrong(
     tool: Any, load: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tool, "SLOW", 0.02)
-    monkeypatch.setattr(grammar_queue, "SECONDS", 0.2)
+    monkeypatch.setattr(preparation, "SECONDS", 0.2)
     size = {"max_num_seqs": 16, "max_model_len": 2048}
     args = argparse.Namespace(seed=0, seconds=2.4, blocks=2, clients=64, pause=1.5, checked=0.1)
     args.max_gap = 5.0  # on this machine others work, too

@@ -12,12 +12,13 @@ import httpx
 import openai
 import pytest
 from pydantic import BaseModel
-from serving import NAME, Running, post
+from serving import NAME, Running, post, prepared
 
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine.structured import StructuredOutputsParams
 from smart_decoding.models.chat_template import render
-from smart_decoding.server.chat import chat_prompt
+from smart_decoding.server.chat import chat_task
+from smart_decoding.server.preparation_process import unpacked
 from smart_decoding.server.schemas import ChatRequest, Message
 from smart_decoding.server.tool_text import ToolText
 from smart_decoding.server.tools import Tool, explained, speaks_our_form
@@ -339,13 +340,18 @@ def test_calls_and_results_go_back_to_the_model(running: Running, client: openai
         Message.model_validate(m if isinstance(m, dict) else m.model_dump(exclude_unset=True))
         for m in history
     ]
-    prompt = running.llm.tokenizer.decode(
-        chat_prompt(running.llm, messages, [Tool.model_validate(TOOLS[1])]).tokens, False
-    )
+    prompt = prompt_of(running.llm, messages)
     assert prompt.startswith("system: You can call functions.")
     assert '"name": "now"' in prompt
     assert "<tool_response>\nsunny\n</tool_response>" in prompt
     assert f'{{"name": "{call.function.name}", ' in prompt
+
+
+def prompt_of(llm: LLM, messages: list[Message]) -> str:
+    """Of a conversation with a tool."""
+    task = chat_task(llm, messages, [Tool.model_validate(TOOLS[1])]).task
+    (tokens,) = prepared(llm, task)
+    return llm.tokenizer.decode(unpacked(tokens), False)
 
 
 def test_results_of_tools_and_what_is_said_then_are_one_turn() -> None:
@@ -396,9 +402,7 @@ def test_a_template_that_knows_tools_is_given_them(
         {"role": "tool", "tool_call_id": "c", "content": "5"},
     ]
     messages = [Message.model_validate(message) for message in history]
-    prompt = running.llm.tokenizer.decode(
-        chat_prompt(running.llm, messages, [Tool.model_validate(TOOLS[1])]).tokens, False
-    )
+    prompt = prompt_of(running.llm, messages)
     assert prompt == (
         '<tools>{"type": "function", "function": {"name": "now"}}</tools> as <tool_call>'
         '[assistant]<tool_call>{"a": 1}</tool_call>[tool]5'

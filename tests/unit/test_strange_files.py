@@ -6,7 +6,6 @@ SMART_EXAMPLES is how often each kind of file is damaged at random; `make fuzz` 
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
 import logging
@@ -31,7 +30,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from smart_decoding import files
 from smart_decoding.core.cost import CostModel
 from smart_decoding.errors import CapacityError, ConfigError, ModelError, SmartError
-from smart_decoding.models import bounded_template, chat_template, hub
+from smart_decoding.models import chat_template, hub
 from smart_decoding.models import gguf as gguf_files
 from smart_decoding.models.config import ModelConfig
 from smart_decoding.models.gguf import converted_folder, read_gguf
@@ -270,67 +269,8 @@ def test_heads_and_their_priors_are_strangers_files_too(tmp_path: Path) -> None:
         assert "prior.json" in refused(tmp_path, stored_prior)
 
 
-# Tokenizers that grow texts
+# Tokenizers
 # ------------------------------------------------------------------------------------------
-
-
-def repeated(key: str, part: dict[str, Any], times: int = 20) -> dict[str, Any]:
-    return {"type": "Sequence", key: [part] * times}
-
-
-DOUBLE = {"type": "Replace", "pattern": {"String": "h"}, "content": "hh"}
-BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-TWICE = {
-    "type": "TemplateProcessing",
-    "single": [{"Sequence": {"id": "A", "type_id": 0}}] * 2,
-    "pair": [{"Sequence": {"id": name, "type_id": 0}} for name in "AB"],
-    "special_tokens": {},
-}
-GROWING: list[dict[str, Any]] = [
-    {"normalizer": repeated("normalizers", DOUBLE)},
-    {"normalizer": repeated("normalizers", {"type": "ByteLevel"})},
-    {"normalizer": repeated("normalizers", {**DOUBLE, "pattern": {"Regex": "."}})},
-    {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "/////w=="}},
-    {"pre_tokenizer": repeated("pretokenizers", BYTES)},
-    {"decoder": repeated("decoders", DOUBLE)},
-    {"post_processor": repeated("processors", TWICE)},
-]
-
-
-@pytest.mark.parametrize("parts", GROWING)
-def test_a_tokenizer_that_multiplies_is_refused_before_it_runs(
-    parts: dict[str, Any], place: Path
-) -> None:
-    """Twice as long in each of 20 steps; of 40, memory would end, and the process with it."""
-    path = place / "model" / "tokenizer.json"
-    kept = path.read_text()
-    path.write_text(json.dumps({**json.loads(kept), **parts}))
-    try:
-        assert "tokenizer.json" in refused(place / "model", Tokenizer.load)
-    finally:
-        path.write_text(kept)
-
-
-def test_growth_of_real_tokenizers_is_no_obstacle(place: Path) -> None:
-    """Llama 2's blanks become marks of three bytes; texts of megabytes pass."""
-    path = place / "model" / "tokenizer.json"
-    kept = path.read_text()
-    marks = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
-    llama = repeated("normalizers", {"type": "Prepend", "prepend": "\u2581"}, 1)
-    llama["normalizers"].append(marks)
-    decoder = {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}
-    path.write_text(
-        json.dumps(
-            {**json.loads(kept), "normalizer": llama, "decoder": repeated("decoders", decoder, 1)}
-        )
-    )
-    try:
-        tokenizer = Tokenizer.load(place / "model")
-    finally:
-        path.write_text(kept)
-    assert tokenizer.growth * (4 << 20) < 1 << 28
-    with pytest.raises(ConfigError, match="too long for this tokenizer"):
-        tokenizer.encode("x" * (64 << 20))
 
 
 def test_a_panic_of_the_library_is_an_error_of_the_request(place: Path) -> None:
@@ -350,66 +290,6 @@ def test_a_panic_of_the_library_is_an_error_of_the_request(place: Path) -> None:
         path.write_text(kept)
     with pytest.raises(ConfigError, match="cannot encode this text"):
         tokenizer.encode("a" * 40 + "b")
-
-
-# Templates
-# ------------------------------------------------------------------------------------------
-
-
-LOOP = "{% for i in range(99999) %}"
-ENDLESS = [
-    LOOP * 3 + "{% endfor %}" * 3,
-    LOOP.replace(" %}", " if range(99999)|list|sum < 0 %}") + "{% endfor %}",
-    "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
-    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
-    "{% block a %}{{ self.a() }}{% endblock %}",
-    "{% for i in [1, 2] recursive %}{{ loop([1, 2]) }}{% endfor %}",
-    "{{ 'a' * 10 ** 10 }}",
-    "{{ 10 ** 10 ** 10 }}",
-    "{{ range(10 ** 9) | list }}",
-    "{{ '%9999999999d' % 1 }}",
-    "{{ '{:9999999999}'.format(1) }}",
-    "{{ 'a'.center(10 ** 10) }}",
-    "{{ 'a' | center(10 ** 10) }}",
-    "{{ [1] | tojson(indent=10 ** 10) }}",
-    LOOP + "{{ 'a' * 99999 }}{% endfor %}",
-    "{% set n = namespace(s='a') %}" + LOOP + "{% set n.s = n.s ~ n.s %}{% endfor %}",
-    "{% set n = namespace(s='a') %}" + LOOP + "{% set n.s = n.s + n.s %}{% endfor %}",
-    "{% set n = namespace(s='a') %}"
-    + LOOP
-    + "{% set n.s %}{{ n.s }}{{ n.s }}{% endset %}{% endfor %}",
-    "{% set n = namespace(s=3) %}" + LOOP + "{% set n.s = n.s * n.s %}{% endfor %}",
-    "{{ 1 / 0 }}",
-    "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}",
-    "{% for i in [1] %}" * 60 + "{% endfor %}" * 60,
-]
-
-
-@pytest.fixture
-def no_collection() -> Iterator[None]:
-    """Garbage of other tests would be collected in this thread's time."""
-    gc.disable()
-    yield
-    gc.enable()
-
-
-@pytest.mark.usefixtures("no_collection")
-@pytest.mark.parametrize("template", ENDLESS)
-def test_a_template_ends(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By its thread's own time, whatever else the machine does."""
-    monkeypatch.setattr(bounded_template, "SECONDS", 0.1)
-    start = time.thread_time()
-    with pytest.raises(ConfigError, match="the chat template refuses") as caught:
-        chat_template.render(template, [], {})
-    assert "\n" not in str(caught.value)
-    assert time.thread_time() - start < 1.0
-
-
-def test_long_conversations_are_within_the_bounds() -> None:
-    """Four megabytes in four thousand turns."""
-    turns = [{"role": "user", "content": "x" * 1000}] * 4000
-    template = "{% for m in messages %}<|{{ m.role ~ '|>' + m.content }}\n{% endfor %}"
-    assert len(chat_template.render(template, turns, {})) == 4000 * 1009
 
 
 # Damage at random
@@ -605,26 +485,6 @@ def test_a_hostile_array_costs_no_more_than_the_file(
         tracemalloc.stop()
     assert most < size
     assert time.perf_counter() - begin < 3.0
-
-
-FRAGMENTS = """
-{% for i in x %}|{% endfor %}|{% if x %}|{% endif %}|{{|}}|{%|%}|{#|{% macro f(x) %}|{% endmacro %}
-{{ f(x) }}|{{ loop.index }}|{% set x = x %}|{% set x %}|{% endset %}|{% break %}|{{ x.__class__ }}
-{% include 'a' %}|{% extends x %}|{{ raise_exception('no') }}| x |messages|[0]|.content| * | ** | ~
-999999999|'%s'|namespace(a=1)|range(99999)|(|)|{{ x | list }}|{{ x | tojson }}|\0
-""".replace("\n", "|").split("|")
-
-
-@fuzz
-@given(template=st.lists(st.sampled_from(FRAGMENTS), max_size=14).map("".join))
-def test_strange_templates(template: str) -> None:
-    start = time.thread_time()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bounded_template, "SECONDS", 0.1)
-        turns = [{"role": "user", "content": "hi"}]
-        error = error_of(lambda: chat_template.render(template, turns, {"x": [1]}))
-        assert "\n" not in error
-    assert time.thread_time() - start < 2.0
 
 
 # The cache

@@ -239,9 +239,14 @@ class SamplingParams:
         """A copy, checked anew, with its bad words as token ids. encode: text to ids."""
         found = replace(self)
         if self.bad_words:
-            texts = [blank + word.lstrip() for word in self.bad_words for blank in ("", " ")]
-            found.bad_words_token_ids = list(dict.fromkeys(tuple(encode(text)) for text in texts))
+            ids = dict.fromkeys(tuple(encode(text)) for text in self.bad_word_texts)
+            found.bad_words_token_ids = list(ids)
         return found
+
+    @property
+    def bad_word_texts(self) -> list[str]:
+        """Bad words as they may be tokenised: at a text's beginning, and after a blank."""
+        return [blank + word.lstrip() for word in self.bad_words or () for blank in ("", " ")]
 
     @property
     def greedy(self) -> bool:

@@ -2,20 +2,24 @@
 
 A model without one can be given one: a file, or one of those built in here.
 Templates come with downloaded models, so they run in Jinja's sandbox, with the environment that
-transformers gives them, and get plain JSON data only.
+transformers gives them, and get plain JSON data only. Nothing here bounds their time and memory:
+the server renders in a process that the operating system bounds (server/preparation.py).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from smart_decoding.errors import ConfigError
 from smart_decoding.files import expanded, read_json, read_text, reading, reason_of
+
+if TYPE_CHECKING:
+    import jinja2
 
 # FastChat's conversation "vicuna_v1.1", of Vicuna 1.1 to 1.5; the tokenizer begins it
 _VICUNA = (
@@ -103,8 +107,7 @@ def _entry(path: Path) -> str | None:
 def render(
     template: str, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]
 ) -> str:
-    """The prompt text. Raises ConfigError for a malformed template, messages that it refuses, and
-    one that takes too long or makes too much text."""
+    """The prompt text. Raises ConfigError for a malformed template and messages that it refuses."""
     import jinja2
 
     given = [
@@ -116,17 +119,18 @@ def render(
             message.setdefault("content", "")
     try:
         plain = json.loads(json.dumps({**variables, "messages": given}, default=_type_name))
-        return _compile(template)(plain)
+        return _compile(template).render(plain)
+    except MemoryError:
+        raise
     except Exception as error:  # a template is a program, which can fail in any way
         reason = str(error) if isinstance(error, jinja2.TemplateError) else reason_of(error)
         raise ConfigError(f"the chat template refuses these messages: {reason}") from error
 
 
 @lru_cache(maxsize=16)
-def _compile(template: str) -> Callable[[Mapping[str, Any]], str]:
+def _compile(template: str) -> jinja2.Template:
     from jinja2.ext import Extension, loopcontrols
-
-    from smart_decoding.models.bounded_template import BoundedEnvironment
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
         """{% generation %} … {% endgeneration %}: what training learns from; nothing here."""
@@ -138,11 +142,13 @@ def _compile(template: str) -> Callable[[Mapping[str, Any]], str]:
             return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
     extensions = [loopcontrols, Generation]
-    environment = BoundedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=extensions
+    )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment.renderer(template)
+    return environment.from_string(template)
 
 
 def _to_json(value: Any, **options: Any) -> str:

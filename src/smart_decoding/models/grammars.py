@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
+import os
+import sys
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -20,12 +21,13 @@ from numpy.typing import NDArray
 
 from smart_decoding.engine.fairness import ClientQueues, VirtualTokenCounter
 from smart_decoding.errors import ConfigError
-from smart_decoding.models.grammar_check import (
-    JSON_OPTIONS,
+from smart_decoding.models.grammar_source import (
     Tokens,
+    check_matcher,
+    library,
     new_matcher,
+    one_line,
     source_of,
-    stand_back,
 )
 
 if TYPE_CHECKING:
@@ -34,11 +36,16 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _KEPT = 16  # compiled grammars
-_SHOWN = 200  # characters of an error
 # Seconds of processor of a mask: from there on a round does not wait for it. A usual one takes a
 # thousandth, the first one of 152,000 tokens less than three.
 EXPENSIVE = 0.01
 NICE = 5
+
+
+def stand_back(nice: int) -> None:
+    """Has this thread, and the processes that it starts, leave most of the processors to rounds."""
+    if sys.platform == "linux":  # elsewhere this is told of whole processes
+        os.nice(nice)
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
@@ -94,17 +101,11 @@ class Grammars:
             self._tokens(library())
 
     def _compile(self, params: StructuredOutputsParams, source: str | None) -> Compiled:
-        llguidance = library()
-        tokens = self._tokens(llguidance)
-        try:
-            source = source or source_of(llguidance, params)
-        except ValueError as error:
-            raise ConfigError(f"structured_outputs: {one_line(error)}") from error
-        matcher = new_matcher(llguidance, tokens, source)
+        tokens = self._tokens(library())
+        matcher = new_matcher(tokens, source or source_of(params))
         # the first one takes longest: not in the engine's time
         mask = matcher.deep_copy().compute_bitmask()
-        if matcher.is_error():
-            raise ConfigError(f"structured_outputs: {one_line(matcher.get_error())}")
+        check_matcher(matcher)
         if not any(mask):
             raise ConfigError("structured_outputs: no text fulfils this")
         return Compiled(matcher)
@@ -317,26 +318,3 @@ def _mask_after(
         return np.zeros(0, np.bool_)
     wanted._matcher.consume_tokens(taken)  # an error is found with the mask
     return wanted._mask([])
-
-
-def json_grammar(schema: Mapping[str, Any], lenient: bool = False) -> str:
-    """A JSON schema with our options in it, as a Lark grammar takes it after %json. lenient: what
-    cannot be kept to is left out."""
-    return json.dumps({**schema, "x-guidance": {**JSON_OPTIONS, "lenient": lenient}})
-
-
-def library() -> Any:
-    """llguidance. Raises ConfigError where it is not installed."""
-    try:
-        import llguidance
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            "structured_outputs needs llguidance: in the clone, pip install -e '.[grammar]'"
-        ) from error
-    return llguidance
-
-
-def one_line(error: object) -> str:
-    """What llguidance says is wrong, shortened."""
-    text = " ".join(str(error).partition("<state>")[0].split())
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]} ..."

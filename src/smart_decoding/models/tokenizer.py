@@ -22,11 +22,8 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from smart_decoding.errors import CapacityError, ConfigError, ModelError
 from smart_decoding.files import read_json, reading, reason_of
 from smart_decoding.models import chat_template
-from smart_decoding.models.hub import cache_dir
-from smart_decoding.models.tokenizer_growth import check_growth
 
 _LONGEST_PIECE = 256  # characters
-_LONGEST = 1 << 28  # bytes that encoding may take at worst
 _PROBE = "A text, 12 of them.\n"  # some tokenizers load, and can encode nothing
 _SPECIALS = ("bos_token", "eos_token", "unk_token", "pad_token")
 # GGUF token types
@@ -66,15 +63,14 @@ class Tokenizer:
     """One model's tokenizer. `specials` maps bos_token, eos_token, ... to their text.
 
     template: what makes prompts of conversations. template_given: it is not the model's own.
-    context: tokens that the model can hold; longer texts are refused half read. growth: bytes that
-    are made of a byte of text at worst. file: the tokenizer.json that it was loaded from."""
+    context: tokens that the model can hold; longer texts are refused half read. file: the
+    tokenizer.json that it was loaded from."""
 
     backend: tokenizers.Tokenizer
     specials: Mapping[str, str] = field(default_factory=dict)
     template: str | None = None
     template_given: bool = False
     context: int | None = None
-    growth: float = 1.0
     file: Path | None = None
     _texts: dict[int, str] = field(default_factory=dict, repr=False, compare=False)
 
@@ -96,18 +92,13 @@ class Tokenizer:
                 specials = {name: _text_of(config[name]) for name in known}
                 of_llama = str(config.get("tokenizer_class")).startswith("LlamaTokenizer")
                 begins = of_llama and config.get("add_bos_token") is True
-        backend, growth = _backend_of(folder)
+        backend = _backend_of(folder)
         if begins and "bos_token" in specials:
             with reading(path):
                 _begin_with(backend, specials["bos_token"])
         file = folder / "tokenizer.json"
-        return cls(
-            backend,
-            specials,
-            chat_template.find(folder),
-            growth=growth,
-            file=file if file.exists() else None,
-        )
+        template = chat_template.find(folder)
+        return cls(backend, specials, template, file=file if file.exists() else None)
 
     def is_that_of(self, folder: Path) -> bool:
         """Whether a folder's is the same, byte by byte: loading takes 0.4 s for 150,000 tokens."""
@@ -173,8 +164,6 @@ class Tokenizer:
             length *= 2
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        if len(text) * self.growth > _LONGEST:
-            raise ConfigError(f"a text of {len(text)} characters is too long for this tokenizer")
         given = {"add_special_tokens": add_special_tokens}
         try:
             if len(text) < _LONG:
@@ -271,20 +260,17 @@ def _identity(folder: Path) -> tuple[object, ...] | None:
 
 def _told(error: BaseException, task: str) -> BaseException:
     """What to raise where the library fails; its panics are no Exceptions."""
-    if isinstance(error, KeyboardInterrupt | SystemExit):
+    if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
         return error
     return ConfigError(f"the model's tokenizer cannot {task}: {reason_of(error)}")
 
 
-def _backend_of(folder: Path) -> tuple[tokenizers.Tokenizer, float]:
-    """The tokenizer and its growth. Without the truncation and padding that some files have kept
-    from training: a prompt is all of it, no more."""
+def _backend_of(folder: Path) -> tokenizers.Tokenizer:
+    """The tokenizer, without the truncation and padding that some files have kept from training: a
+    prompt is all of it, no more."""
     path = folder / "tokenizer.json"
-    growth = 1.0
     if path.exists():
         with reading(path):
-            if folder.parent != cache_dir() / "converted":  # those were written here
-                growth = check_growth(read_json(path))
             backend = tokenizers.Tokenizer.from_file(str(path))
     elif (folder / "tokenizer.model").exists():
         path = folder / "tokenizer.model"
@@ -295,7 +281,7 @@ def _backend_of(folder: Path) -> tuple[tokenizers.Tokenizer, float]:
         backend.no_truncation()
         backend.no_padding()
         backend.decode(backend.encode(_PROBE).ids)
-    return backend, growth
+    return backend
 
 
 def _through_transformers(folder: Path) -> tokenizers.Tokenizer:

@@ -1,15 +1,18 @@
-"""OpenAI's content parts: what a conversation says, in the form its template reads, and the
-pictures in their order."""
+"""OpenAI's content parts: what a conversation says, as tokens, and the pictures in their order."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from smart_decoding.errors import ConfigError
 
+if TYPE_CHECKING:
+    from smart_decoding.models.tokenizer import Tokenizer
+
 Message = Mapping[str, Any]
+_MARKER = "smart-marker"  # a text that no template contains
 _IMAGE_TYPES = ("image_url", "image", "image_pil")  # whose sources are under the same names
 
 
@@ -57,6 +60,46 @@ def as_text(messages: Sequence[Message], placeholders: Mapping[str, str]) -> lis
     picture, and a new line between two texts, as vLLM has it."""
     texts = {modality: f"{token}\n" for modality, token in placeholders.items()}
     return [{**each, "content": _joined(each["content"], texts)} for each in messages]
+
+
+class Conversations:
+    """Makes tokens of conversations, through the model's chat template.
+
+    placeholders: the text of each kind of picture, for a model that sees; None for one that does
+    not, or for conversations without pictures."""
+
+    def __init__(self, tokenizer: Tokenizer, placeholders: Mapping[str, str] | None = None) -> None:
+        self._tokenizer = tokenizer
+        self._placeholders = placeholders
+        self._reads_lists: bool | None = None
+
+    def tokens(self, messages: Sequence[Message], **given: Any) -> tuple[list[int], str]:
+        """Token ids, one placeholder a picture, and the text that they are of. messages: as `split`
+        has them, or with texts for contents. given: as to `Tokenizer.apply_chat_template`. Raises
+        ConfigError, CapacityError."""
+        in_parts = any(isinstance(message.get("content"), list) for message in messages)
+        if in_parts and (self._placeholders is None or not self._takes_lists()):
+            messages = as_text(messages, self._placeholders or {})
+        text = self._tokenizer.apply_chat_template(messages, **given)
+        # With pictures as transformers' processors do: the beginning token is added where it is not
+        # written yet.
+        begins = self._placeholders is not None or given.get("template") is not None
+        return self._tokenizer.encode_prompt(text, begins), text
+
+    def _takes_lists(self) -> bool:
+        """Whether the template reads content as a list of parts; some know texts only."""
+        if self._reads_lists is None:
+            message = {"role": "user", "content": [{"type": "text", "text": _MARKER}]}
+            try:
+                text = self._tokenizer.apply_chat_template([message])
+                self._reads_lists = (
+                    _MARKER in text and "'type'" not in text and '"type"' not in text
+                )
+            except ConfigError:
+                if self._tokenizer.template is None:
+                    raise
+                self._reads_lists = False
+        return self._reads_lists
 
 
 def _joined(parts: Sequence[Message], texts: Mapping[str, str]) -> str:

@@ -14,14 +14,12 @@ from smart_decoding.engine.media import Media, Picture
 from smart_decoding.errors import CapacityError, ConfigError
 from smart_decoding.multimodal import messages as parts
 from smart_decoding.multimodal.images import MODALITIES, Limits, header_size, open_image
-from smart_decoding.multimodal.messages import Message, PictureSource
+from smart_decoding.multimodal.messages import Conversations, Message, PictureSource
 
 if TYPE_CHECKING:
     from smart_decoding.core.tree import IntArray
     from smart_decoding.models.tokenizer import Tokenizer
     from smart_decoding.multimodal.pixels import PixelReader, Pixels, Room
-
-_MARKER = "smart-marker"  # a text that no template contains
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,20 +92,25 @@ class PromptBuilder:
         self._reader = reader
         self._limits = limits
         self._mrope = mrope
-        self._reads_lists: bool | None = None
+        kinds = reader.placeholders.items()
+        self.placeholders = {name: tokenizer.decode([token], False) for name, token in kinds}
+        self._conversations = Conversations(tokenizer, self.placeholders)
 
     def chat(self, messages: Sequence[Message], **given: Any) -> PlannedPrompt:
         """A conversation with content parts, through the model's template. given: as to
         `Tokenizer.apply_chat_template`. Raises ConfigError."""
+        told, pictures = self.split(messages)
+        tokens, text = self._conversations.tokens(told, **given)
+        return self.plan(tokens, pictures, text)
+
+    def split(
+        self, messages: Sequence[Message]
+    ) -> tuple[Sequence[Message], Sequence[PictureSource]]:
+        """What `Conversations.tokens` takes, and the pictures, of which nothing has been read yet.
+        Raises ConfigError."""
         told, pictures = parts.split(messages)
         self._check_counts(pictures)
-        if not self._takes_lists():
-            kinds = self._reader.placeholders.items()
-            texts = {name: self._tokenizer.decode([token], False) for name, token in kinds}
-            told = parts.as_text(told, texts)
-        text = self._tokenizer.apply_chat_template(told, **given)
-        # As transformers' processors do: the beginning token is added where it is not written yet.
-        return self.plan(self._tokenizer.encode_prompt(text, True), pictures, text)
+        return told, pictures
 
     def prompt(self, prompt: str | Sequence[int], media: Mapping[str, Any]) -> MediaPrompt:
         """A text or token ids with one placeholder a picture. media: image and video, each one or a
@@ -128,7 +131,7 @@ class PromptBuilder:
         return self.plan(tokens, pictures, text).decoded()
 
     def plan(
-        self, tokens: Sequence[int], sources: Sequence[PictureSource], text: str | None
+        self, tokens: Sequence[int], sources: Sequence[PictureSource], text: str | None = None
     ) -> PlannedPrompt:
         """Expand the placeholders of a text's tokens by what the pictures' headers promise.
 
@@ -201,21 +204,6 @@ class PromptBuilder:
                     f"{count} {name}s in one prompt: "
                     f"at most {limit} are allowed (limit_mm_per_prompt)"
                 )
-
-    def _takes_lists(self) -> bool:
-        """Whether the template reads content as a list of parts; some know texts only."""
-        if self._reads_lists is None:
-            message = {"role": "user", "content": [{"type": "text", "text": _MARKER}]}
-            try:
-                text = self._tokenizer.apply_chat_template([message])
-                self._reads_lists = (
-                    _MARKER in text and "'type'" not in text and '"type"' not in text
-                )
-            except ConfigError:
-                if self._tokenizer.template is None:
-                    raise
-                self._reads_lists = False
-        return self._reads_lists
 
 
 def rotary_positions(

@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from smart_decoding.errors import ConfigError
 from smart_decoding.models import chat_template as templates
-from smart_decoding.multimodal.messages import Message, as_text, has_pictures, split
+from smart_decoding.multimodal.messages import (
+    Conversations,
+    Message,
+    PictureSource,
+    has_pictures,
+    split,
+)
 from smart_decoding.multimodal.prompts import MediaPrompt, PlannedPrompt, Prompt
 
 if TYPE_CHECKING:
@@ -34,19 +40,35 @@ _NO_VARIABLES = {
 class TextPrompts:
     """Builds prompts for one model that reads text only. name: the model's."""
 
+    placeholders: Mapping[str, str] | None = None
+
     def __init__(self, tokenizer: Tokenizer, name: str) -> None:
         self._tokenizer = tokenizer
         self._name = name
+        self._conversations = Conversations(tokenizer)
 
     def chat(self, messages: Sequence[Message], **given: Any) -> PlannedPrompt:
         """A conversation, through the model's template. given: as to
         `Tokenizer.apply_chat_template`. Raises ConfigError."""
+        told, pictures = self.split(messages)
+        tokens, text = self._conversations.tokens(told, **given)
+        return self.plan(tokens, pictures, text)
+
+    def split(
+        self, messages: Sequence[Message]
+    ) -> tuple[Sequence[Message], Sequence[PictureSource]]:
+        """What `Conversations.tokens` takes, and no pictures. Raises ConfigError."""
         self._refuse(has_pictures(messages))
         if any(not isinstance(message.get("content"), str) for message in messages):
-            messages = as_text(split(messages)[0], {})
-        text = self._tokenizer.apply_chat_template(messages, **given)
-        tokens = self._tokenizer.encode_prompt(text, given.get("template") is not None)
-        return PlannedPrompt(tokens, text)
+            messages = split(messages)[0]
+        return messages, ()
+
+    def plan(
+        self, tokens: Sequence[int], sources: Sequence[PictureSource], text: str | None = None
+    ) -> PlannedPrompt:
+        """The prompt of a text's tokens. Raises ConfigError if there are pictures."""
+        self._refuse(bool(sources))
+        return PlannedPrompt(list(tokens), text)
 
     def prompt(self, prompt: str | Sequence[int], media: Mapping[str, Any]) -> MediaPrompt:
         """A text or token ids. Raises ConfigError if there are pictures."""

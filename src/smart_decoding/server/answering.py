@@ -7,7 +7,7 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
@@ -16,7 +16,7 @@ from smart_decoding.async_llm import AsyncJob
 from smart_decoding.engine.jobs import Ask
 from smart_decoding.errors import ConfigError
 from smart_decoding.server.answers import CompletionForm, Usage
-from smart_decoding.server.counting import disconnect, unless_gone
+from smart_decoding.server.counting import disconnect
 from smart_decoding.server.errors import ApiError
 from smart_decoding.server.replies import Reply, encoded
 
@@ -38,15 +38,15 @@ STREAM_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 class Asked:
     """A request as its route reads it.
 
-    form, reply: shape the answers; read: takes a field's name and what is to be made of its texts
-    when it is the client's turn; media: of the one prompt; ended: called at the job's end.
+    form, reply: shape the answers; encode: token ids of a field's texts, without special tokens;
+    media: of the one prompt; ended: called at the job's end.
     """
 
     body: Completions
     prompts: list[list[int]]
     form: Form
     logprobs: int | None
-    read: Callable[[str, Callable[[], Any]], Awaitable[Any]]
+    encode: Callable[[str, list[str]], Awaitable[list[list[int]]]]
     media: Media | None = None
     reply: Callable[..., Reply] = Reply
     ended: Callable[[], None] = lambda: None
@@ -111,11 +111,12 @@ async def _job(worker: Worker, request: Request, asked: Asked) -> AsyncJob:
     longest = defaults.get("max_tokens")  # the model's limit holds for all requests, as in vLLM
     if longest is not None:
         limit = longest if limit is None else min(limit, longest)
-    encode = partial(llm.tokenizer.encode, add_special_tokens=False)
     given = partial(body.params, limit, asked.logprobs, defaults)
     params = await worker.texts.checked(request, given)
     if body.bad_words:
-        params = await asked.read("bad_words", partial(params.checked, encode))
+        words = params.bad_word_texts
+        tokens = await asked.encode("bad_words", words)
+        params = params.checked(dict(zip(words, tokens, strict=True)).__getitem__)
     grammars = await _grammars(body, params, worker, request)
     client = request.state.client
     return AsyncJob(
@@ -154,8 +155,8 @@ async def _grammars(
         return []
     client = request.state.client
     try:
-        wanted = worker.grammars.compiled(worker.ready().grammars, structure, client)
-        return [await unless_gone(request, wanted)]
+        wanted = worker.preparation.compiled(worker.ready().grammars, structure, client)
+        return [await worker.texts.held(request, wanted)]
     except ConfigError as error:
         field = body.structured_by
         message = str(error).removeprefix("structured_outputs: ")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from smart_decoding.multimodal.messages import has_pictures
-from smart_decoding.multimodal.prompts import PlannedPrompt
+from smart_decoding.multimodal.messages import PictureSource, has_pictures
 from smart_decoding.multimodal.text_prompts import template_options
-from smart_decoding.server import tools
+from smart_decoding.server import preparation, tools
 from smart_decoding.server.errors import ApiError
 
 if TYPE_CHECKING:
@@ -16,30 +16,46 @@ if TYPE_CHECKING:
     from smart_decoding.server.schemas import Message
 
 
-def chat_prompt(
+@dataclass(frozen=True, slots=True)
+class ChatTask:
+    """task: what the preparation process makes tokens of; pictures: what belongs into them."""
+
+    task: bytes
+    pictures: Sequence[PictureSource] = ()
+
+
+def chat_task(
     llm: LLM,
     messages: Sequence[Message],
     offered: Sequence[tools.Tool] = (),
     variables: Mapping[str, Any] | None = None,
-) -> PlannedPrompt:
-    """The prompt of a conversation, with the tools that the model may call; its pictures are still
-    to be decoded. variables: of the chat template.
+) -> ChatTask:
+    """The task of a conversation, with the tools that the model may call. variables: of the chat
+    template.
 
     Raises ApiError, ConfigError.
     """
-    plain = [message.plain() for message in messages]
+    plain: Sequence[Mapping[str, Any]] = [message.plain() for message in messages]
     with_tools = offered or any(
         "tool_calls" in message or message["role"] == "tool" for message in plain
     )
+    template = llm.tokenizer.template
     if has_pictures(plain) or (llm.supports_images and not with_tools):
         if with_tools:
             message = "tools and pictures are not supported in one conversation"
             raise ApiError(400, message, "invalid_value", "messages")
-        return llm.plan_chat(plain, chat_template_kwargs=variables)
-    described = [tool.model_dump(exclude_none=True) for tool in offered]
-    if not tools.speaks_our_form(llm.tokenizer.template):
-        told = tools.explained(plain, described)
-        return llm.plan_chat(told, chat_template_kwargs=variables)
-    given = template_options(llm.tokenizer.template, None, True, described, variables)
-    text = llm.tokenizer.apply_chat_template(plain, **given)
-    return PlannedPrompt(llm.tokenizer.encode_prompt(text))
+        given = template_options(template, None, True, None, variables)
+        told, pictures = llm.prompts.split(plain)
+        return ChatTask(_task(told, given, llm.supports_images), pictures)
+    described: list[Any] = [tool.model_dump(exclude_none=True) for tool in offered]
+    if not tools.speaks_our_form(template):
+        plain = tools.explained(plain, described)
+        described = []
+    given = template_options(template, None, True, described, variables)
+    return ChatTask(_task(plain, given, False))
+
+
+def _task(
+    messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any], pictures: bool
+) -> bytes:
+    return preparation.task("chat", messages=messages, variables=variables, pictures=pictures)

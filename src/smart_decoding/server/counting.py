@@ -69,16 +69,23 @@ class Texts:
         return not self._unread
 
     async def read(self, request: Request, work: Callable[[], T]) -> T:
-        """What `work` makes of a request, when it is its client's turn. Raises ApiError if too much
-        of this client's waits already, or if the client hangs up."""
+        """What `work` makes of a request, when it is its client's turn. Raises ApiError as `held`
+        does."""
+        size = len(await request.body())
+        return await self.held(request, self._lanes.run(request.state.client, size, work))
+
+    async def held(self, request: Request, work: Coroutine[Any, Any, T]) -> T:
+        """What `work` comes to, while the request's body counts as one of its client's. Raises
+        ApiError if too much of this client's waits already, or if the client hangs up."""
         client = request.state.client
         size = len(await request.body())
         if self._unread[client] + size > self._most:
+            work.close()
             message = "too many of your texts wait to be read: try again later"
             raise ApiError(429, message, "queue_full")
         self._unread[client] += size
         try:
-            return await unless_gone(request, self._lanes.run(client, size, work))
+            return await unless_gone(request, work)
         finally:
             self._unread[client] -= size
             self._unread += Counter()  # without those that wait no more

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -48,6 +48,11 @@ class Lane:
         """Do `work` in another thread when the client is selected; return what it returns.
 
         size: bytes or characters, which the client is charged."""
+        loop = asyncio.get_running_loop()
+        return await self.take(client, size, lambda: loop.run_in_executor(self._threads, work))
+
+    async def take(self, client: str, size: int, begin: Callable[[], Awaitable[T]]) -> T:
+        """Call `begin` when the client is selected; return what comes of it."""
         place = _Place(client, size)
         self._counter.arrive(client, self._waiting.clients)
         self._waiting.append(place)
@@ -60,7 +65,7 @@ class Lane:
             else:
                 self._waiting.remove(place)
             raise
-        working = asyncio.get_running_loop().run_in_executor(self._threads, work)
+        working = asyncio.ensure_future(begin())
         working.add_done_callback(self._done)
         try:
             return await asyncio.shield(working)  # it cannot be stopped: it keeps its place

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -15,9 +15,10 @@ from smart_decoding.engine.stopping import Detokenizer
 from smart_decoding.errors import CapacityError
 from smart_decoding.server.answering import Asked, answer, check_model
 from smart_decoding.server.answers import ChatForm, CompletionForm, Json
-from smart_decoding.server.chat import chat_prompt
+from smart_decoding.server.chat import ChatTask, chat_task
 from smart_decoding.server.counting import CountedRoute
 from smart_decoding.server.errors import ApiError
+from smart_decoding.server.preparation import TooLargeError, task
 from smart_decoding.server.replies import Reply
 from smart_decoding.server.responses import ResponsesReply
 from smart_decoding.server.responses_request import ResponsesRequest
@@ -30,6 +31,7 @@ from smart_decoding.server.schemas import (
 
 if TYPE_CHECKING:
     from smart_decoding.llm import LLM
+    from smart_decoding.multimodal.prompts import PlannedPrompt
     from smart_decoding.server.worker import Worker
 
 T = TypeVar("T")
@@ -64,10 +66,9 @@ class _Routes:
     async def completions(self, request: Request, body: CompletionRequest) -> Response:
         given = _prompts(body.prompt)
         llm = self._worker.check_room(len(given) * (body.n or 1), request.state.client)
-        read = [partial(llm.text_prompt, each) for each in given]
-        prompts = [(await self._read(request, body.prompt_field, each)).tokens for each in read]
+        prompts = [await self._text_prompt(request, llm, each) for each in given]
         form = CompletionForm(llm.tokenizer.token_text, body.logprobs, _readers(llm, body, prompts))
-        asked = Asked(body, prompts, form, body.logprobs, partial(self._read, request))
+        asked = Asked(body, prompts, form, body.logprobs, partial(self._encode, request, False))
         return await answer(self._worker, request, asked)
 
     async def chat(self, request: Request, body: ChatRequest) -> Response:
@@ -84,8 +85,8 @@ class _Routes:
         llm = self._worker.check_room(1, request.state.client)
         offer = body.offer
         tools = offer.tools if offer else ()
-        read = partial(chat_prompt, llm, body.messages, tools, body.variables)
-        plan = await self._read(request, body.prompt_field, read)
+        make = partial(chat_task, llm, body.messages, tools, body.variables)
+        plan = await self._chat_prompt(request, body.prompt_field, llm, make)
         body.messages.clear()  # they may hold megabytes, and the answer may wait
         pictures = self._worker.pictures
         client = request.state.client
@@ -95,31 +96,72 @@ class _Routes:
             prompt = await pictures.decoded(request, plan, salt)
             top = (body.top_logprobs or 0) if body.logprobs else None
             form = ChatForm(llm.tokenizer.token_text, top, offer is not None)
-            read_more = partial(self._read, request)
-            tokens = [list(prompt.tokens)]
-            asked = Asked(body, tokens, form, top, read_more, prompt.media, reply, release)
+            encode = partial(self._encode, request, False)
+            asked = Asked(body, [prompt.tokens], form, top, encode, prompt.media, reply, release)
             return await answer(self._worker, request, asked)
         except BaseException:
             release()
             raise
 
-    async def _read(self, request: Request, field: str, read: Callable[[], T]) -> T:
-        """What `read` makes of the texts in `field`, when it is the client's turn."""
+    async def _chat_prompt(
+        self, request: Request, field: str, llm: LLM, make: Callable[[], ChatTask]
+    ) -> PlannedPrompt:
+        """The prompt of the conversation in `field`."""
+        texts = self._worker.texts
+        made = await texts.checked(request, make)
+        (tokens,) = await self._prepared(request, field, self._worker.preparation.tokens, made.task)
+        plan = partial(llm.prompts.plan, tokens, made.pictures)
         try:
-            return await self._worker.texts.read(request, read)
+            return await (texts.read if made.pictures else texts.checked)(request, plan)
         except CapacityError as error:
-            raise ApiError(400, str(error), "context_length_exceeded", field) from error
+            raise _too_long(error, field) from error
+
+    async def _text_prompt(self, request: Request, llm: LLM, prompt: str | list[int]) -> list[int]:
+        """A completion's prompt, which has no pictures."""
+        if isinstance(prompt, str):
+            prompt = await self._encoded(request, "prompt", prompt)
+        plan = partial(llm.prompts.plan, prompt, ())
+        return (await self._worker.texts.checked(request, plan)).tokens
+
+    async def _encoded(
+        self, request: Request, field: str, text: str, add_special_tokens: bool = True
+    ) -> list[int]:
+        """Token ids of the text in `field`."""
+        (tokens,) = await self._encode(request, add_special_tokens, field, [text])
+        return tokens
+
+    async def _encode(
+        self, request: Request, add_special_tokens: bool, field: str, texts: list[str]
+    ) -> list[list[int]]:
+        """Token ids of texts in `field`."""
+        make = partial(task, "encode", texts=texts, add_special_tokens=add_special_tokens)
+        made = await self._worker.texts.checked(request, make)
+        return await self._prepared(request, field, self._worker.preparation.tokens, made)
+
+    async def _prepared(
+        self,
+        request: Request,
+        field: str,
+        prepare: Callable[[str, bytes], Coroutine[Any, Any, T]],
+        made: bytes,
+    ) -> T:
+        """What comes of a task made of what is in `field`. Raises ApiError."""
+        try:
+            wanted = prepare(request.state.client, made)
+            return await self._worker.texts.held(request, wanted)
+        except CapacityError as error:
+            raise _too_long(error, field) from error
+        except TooLargeError as error:
+            raise ApiError(400, f"{field}: {error}", "invalid_value", field) from error
 
     async def tokenize(self, request: Request, body: TokenizeRequest) -> Json:
         llm = self._model(body.model)
-
-        def tokens() -> list[int]:
-            if body.messages:
-                variables = body.chat_template_kwargs
-                return list(chat_prompt(llm, body.messages, variables=variables).tokens)
-            return llm.tokenizer.encode(body.prompt or "", body.add_special_tokens)
-
-        found = await self._read(request, "messages" if body.messages else "prompt", tokens)
+        if body.messages:
+            make = partial(chat_task, llm, body.messages, (), body.chat_template_kwargs)
+            found = (await self._chat_prompt(request, "messages", llm, make)).tokens
+        else:
+            special = body.add_special_tokens
+            found = await self._encoded(request, "prompt", body.prompt or "", special)
         length = llm.engine.config.max_model_len
         return {"count": len(found), "max_model_len": length, "tokens": found}
 
@@ -128,8 +170,10 @@ class _Routes:
         if max(body.tokens, default=0) >= llm.target.vocab:
             message = f"a token id is outside the vocabulary of {llm.target.vocab}"
             raise ApiError(400, message, "invalid_value", "tokens")
-        read = partial(llm.tokenizer.decode, body.tokens, False)
-        return {"prompt": await self._read(request, "tokens", read)}
+        make = partial(task, "decode", ids=body.tokens)
+        made = await self._worker.texts.checked(request, make)
+        text = await self._prepared(request, "tokens", self._worker.preparation.text, made)
+        return {"prompt": text}
 
     def _model(self, name: str | None) -> LLM:
         """The model, if it is there and `name`, where one is given, is its name."""
@@ -147,6 +191,10 @@ class _Routes:
             "owned_by": "smart-decoding",
             "max_model_len": llm.engine.config.max_model_len if llm else None,
         }
+
+
+def _too_long(error: CapacityError, field: str) -> ApiError:
+    return ApiError(400, str(error), "context_length_exceeded", field)
 
 
 def _prompts(given: str | list[str] | list[int] | list[list[int]]) -> list[Any]:

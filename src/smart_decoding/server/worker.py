@@ -18,8 +18,8 @@ from smart_decoding.engine.observers import Observer
 from smart_decoding.errors import CapacityError, ConfigError, EngineStoppedError, SmartError
 from smart_decoding.server.counting import WAITING, Texts
 from smart_decoding.server.errors import ApiError, gone, of_smart_error, shutting_down
-from smart_decoding.server.grammar_queue import GrammarQueue
 from smart_decoding.server.pictures import Pictures
+from smart_decoding.server.preparation import Preparation
 
 if TYPE_CHECKING:
     from smart_decoding.engine.inbox import Inbox
@@ -39,8 +39,8 @@ class Watcher(Observer):
 class Worker:
     """Serves an LLM. `load` builds it in a thread; `failed` is called if that fails.
 
-    engine: None until it is ready; clients: answers that wait or run, by client; texts, grammars,
-    pictures: those of requests, before they are jobs.
+    engine: None until it is ready; clients: answers that wait or run, by client; texts,
+    preparation, pictures: those of requests, before they are jobs.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Worker:
         self.engine: AsyncLLM | None = None
         self.failed: Callable[[], None] = lambda: None
         self.clients: Counter[str] = Counter()
-        self.grammars = GrammarQueue()
+        self.preparation = Preparation()
         self.pictures = Pictures()
         self.draining = False
         self._observers = observers
@@ -67,12 +67,13 @@ class Worker:
 
     def start(self) -> None:
         """Begins to load the model."""
+        self.preparation.start()
         self._thread.start()
 
     def drain(self) -> None:
         """No new jobs from now on; what is here goes on."""
         self.draining = True
-        self.grammars.stop()
+        self.preparation.stop()
 
     def stop(self, timeout: float = 10.0) -> None:
         """Ends the engine after its present round; what still runs is told so. A model that is
@@ -229,6 +230,7 @@ class Worker:
 
     def _loaded(self) -> LLM:
         llm = self._load()
+        self.preparation.know(llm)
         llm.grammars.prepare()
         warm_up(llm.engine)
         for watcher in self._observers:

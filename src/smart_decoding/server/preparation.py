@@ -1,0 +1,302 @@
+"""What requests hold becomes tokens and grammars in processes of their own, which may be killed:
+`server.preparation_process` has the limits. This is the server's side of them."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+from typing import IO, TYPE_CHECKING, Any, TypeAlias, TypeVar
+
+from smart_decoding.errors import CapacityError, ConfigError
+from smart_decoding.models.grammar_source import library
+from smart_decoding.models.grammars import Compiled, Grammars, stand_back
+from smart_decoding.server import preparation_process
+from smart_decoding.server.errors import shutting_down
+from smart_decoding.server.lane import Lane, Lanes
+from smart_decoding.server.preparation_process import (
+    HEAD,
+    LARGEST,
+    MEMORY,
+    NO_MEMORY,
+    framed,
+    unframed,
+    unpacked,
+)
+
+if TYPE_CHECKING:
+    from smart_decoding.engine.structured import StructuredOutputsParams
+    from smart_decoding.llm import LLM
+
+T = TypeVar("T")
+_Streams: TypeAlias = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+SHORT = 16_384  # bytes of a task that does not wait for long ones
+SHORT_SECONDS = 0.25  # of a processor; a usual chat takes some thousandths
+SECONDS = 2.0  # of a processor, for a long task and for a short one that took longer than it may
+PATIENCE = 30.0  # seconds, on a machine that has others to do
+NICE = 10  # of what takes long: rounds go on meanwhile
+GRAMMAR_SIZE = 2**18  # characters: of a long literal, a mask takes a microsecond for each
+_THREADS = {"MALLOC_ARENA_MAX": "1", "TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}
+
+
+class TooLargeError(ConfigError):
+    """A task that breaks a limit."""
+
+
+class TooSlowError(TooLargeError):
+    """A task that takes longer than it may."""
+
+
+class Process:
+    """One preparation process, which the first task starts, and its death starts again.
+
+    setup: its first frame, once it is known; seconds: of a processor, for a task."""
+
+    def __init__(self, setup: Callable[[], Awaitable[bytes]], nice: int, seconds: float) -> None:
+        self.child: subprocess.Popen[bytes] | None = None
+        self._setup = setup
+        self._nice = nice
+        self._seconds = seconds
+        self._log: IO[bytes] | None = None
+        self._ready: asyncio.Task[_Streams] | None = None
+        self._writer: asyncio.StreamWriter | None = None
+        self._stopped = False
+
+    def start(self) -> None:
+        """Starts it, unless it runs."""
+        if self._ready is not None and self._ready.done() and not self._lives():
+            self._forget()  # it died without a task, and no task is at fault
+        if self._ready is None and not self._stopped:
+            self._ready = asyncio.create_task(self._begin())
+
+    def stop(self) -> None:
+        """Ends it for good. Whoever waits for its answer is told that the server ends."""
+        self._stopped = True
+        if self._ready is not None:
+            self._ready.cancel()  # of no effect if it is ready
+        if self._writer is not None:
+            self._writer.close()
+        self._end()
+
+    async def answer(self, task: bytes) -> Any:
+        """The result of a task, one at a time. Raises TooLargeError if it breaks a limit,
+        ConfigError or CapacityError where it is refused, ApiError when the server ends."""
+        self.start()
+        if self._ready is None:
+            raise shutting_down()
+        try:
+            async with asyncio.timeout(PATIENCE):
+                reader, writer = await self._ready
+                writer.write(HEAD.pack(len(task), round(1000 * self._seconds)))
+                writer.write(task)
+                found = await _body(reader)
+        except asyncio.CancelledError:
+            if self._stopped:
+                raise shutting_down() from None
+            raise
+        except (TimeoutError, OSError, asyncio.IncompleteReadError) as error:
+            raise await self._died(isinstance(error, TimeoutError)) from error
+        return _result(await _beside(unframed, found))
+
+    async def _begin(self) -> _Streams:
+        ours, theirs = socket.socketpair()
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115
+        options = ["-P", "-X", "utf8", "-m", preparation_process.__name__]
+        with theirs:
+            self.child = subprocess.Popen(
+                [sys.executable, *options, str(self._nice)],
+                stdin=theirs.fileno(),
+                stdout=theirs.fileno(),
+                stderr=self._log,
+                env={**os.environ, **_THREADS},
+                process_group=0,  # Ctrl-C is the server's
+            )
+        reader, self._writer = await asyncio.open_connection(sock=ours)
+        self._writer.write(await self._setup())
+        await _body(reader)
+        return reader, self._writer
+
+    async def _died(self, late: bool) -> Exception:
+        """What to raise for the task; the next one finds another process."""
+        status = await asyncio.to_thread(self._end)
+        said = self._said()
+        self._forget()
+        self.start()
+        if self._stopped:
+            return shutting_down()
+        if late or status == -signal.SIGPROF:
+            return TooSlowError(f"preparing it takes more than {self._seconds:g} s of a processor")
+        if status == NO_MEMORY or status < 0:
+            size = f"{MEMORY >> 20} MiB of memory"
+            return TooLargeError(f"preparing it takes more than {size}, or it is nested too deep")
+        return RuntimeError(f"a preparation process ended with status {status}: {said}")
+
+    def _lives(self) -> bool:
+        return self.child is not None and self.child.poll() is None
+
+    def _forget(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+        self._writer = None
+        self._ready = None
+
+    def _end(self) -> int:
+        """The status that it ends with."""
+        if self.child is None:
+            return 0
+        self.child.kill()
+        return self.child.wait()
+
+    def _said(self) -> str:
+        """The end of what it wrote until it was ready."""
+        if self._log is None:
+            return ""
+        self._log.seek(0)
+        return self._log.read().decode(errors="replace")[-2000:]
+
+
+class Pair:
+    """A process for short tasks, and one for those that are long or take longer than short ones
+    may. Each does one task after another, each client in turn."""
+
+    def __init__(self, setup: Callable[[], Awaitable[bytes]]) -> None:
+        self.short = Process(setup, 0, SHORT_SECONDS)
+        self.long = Process(setup, NICE, SECONDS)
+        self._short_lane = Lane()
+        self._long_lane = Lane()
+
+    async def answer(self, client: str, task: bytes) -> Any:
+        """See `Process`."""
+        size = len(task)
+        if size <= SHORT:
+            try:
+                return await self._short_lane.take(client, size, partial(self.short.answer, task))
+            except TooSlowError:
+                pass
+        return await self._long_lane.take(client, size, partial(self.long.answer, task))
+
+    def stop(self) -> None:
+        """See `Process`."""
+        self.short.stop()
+        self.long.stop()
+
+
+class Preparation:
+    """Tokens and grammars of requests. All methods but `know` are the event loop's."""
+
+    def __init__(self) -> None:
+        self.texts = Pair(self._tokenizer)
+        self.grammars = Pair(_no_tokenizer)
+        threads = ThreadPoolExecutor(2, "smart-grammars", stand_back, (NICE,))
+        self._compiling = Lanes(SHORT, threads)
+        self._setup = b""
+        self._known = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def start(self) -> None:
+        """Starts the process that short texts wait for."""
+        self._loop = asyncio.get_running_loop()
+        self.texts.short.start()
+
+    def know(self, llm: LLM) -> None:
+        """The model is loaded. In any thread."""
+        self._setup = framed(setup_of(llm))
+        if self._loop is not None:
+            with suppress(RuntimeError):  # it is closed: the server has ended
+                self._loop.call_soon_threadsafe(self._known.set)
+
+    def stop(self) -> None:
+        """The server ends: nobody waits for a task any more."""
+        self.texts.stop()
+        self.grammars.stop()
+
+    async def tokens(self, client: str, task: bytes) -> list[list[int]]:
+        """What the task `chat` or `encode` makes. Raises as `Process.answer` does."""
+        return [await _beside(unpacked, each) for each in await self.texts.answer(client, task)]
+
+    async def text(self, client: str, task: bytes) -> str:
+        """What the task `decode` makes."""
+        return str(await self.texts.answer(client, task))
+
+    async def compiled(
+        self, grammars: Grammars, params: StructuredOutputsParams, client: str
+    ) -> Compiled:
+        """A grammar on the model's tokens: tried in a process, then compiled here. Raises
+        ConfigError for one that is wrong or too large."""
+        size = _size(params)
+        found = grammars.known(params)
+        if found is not None:
+            return found
+        library()  # or nothing of this makes sense
+        source = await self.grammars.answer(client, task("grammar", **vars(params)))
+        work = partial(grammars.compiled, params, source)
+        return await self._compiling.run(client, size, work)
+
+    async def _tokenizer(self) -> bytes:
+        await self._known.wait()
+        return self._setup
+
+
+def setup_of(llm: LLM) -> dict[str, Any]:
+    """The arguments of `preparation_process.Preparation`."""
+    own = llm.tokenizer
+    return {
+        "backend": own.backend.to_str(),
+        "specials": own.specials,
+        "template": own.template,
+        "template_given": own.template_given,
+        "context": own.context,
+        "placeholders": llm.prompts.placeholders,
+    }
+
+
+def task(name: str, **arguments: Any) -> bytes:
+    """A task of `preparation_process.Preparation`."""
+    return framed({"task": name, **arguments})[HEAD.size :]
+
+
+async def _no_tokenizer() -> bytes:
+    return framed({})
+
+
+async def _body(reader: asyncio.StreamReader) -> bytes:
+    length, _ = HEAD.unpack(await reader.readexactly(HEAD.size))
+    return await reader.readexactly(length)
+
+
+def _result(answer: dict[str, Any]) -> Any:
+    """What an answer says. Raises what it stands for."""
+    if "too_large" in answer:
+        raise TooLargeError(f"its result of {answer['too_large']} bytes is longer than {LARGEST}")
+    if "over_capacity" in answer:
+        raise CapacityError(answer["over_capacity"])
+    if "refused" in answer:
+        raise ConfigError(answer["refused"])
+    if "failed" in answer:
+        raise RuntimeError(f"a preparation process failed: {answer['failed']}")
+    return answer["result"]
+
+
+async def _beside(work: Callable[[Any], T], given: str | bytes) -> T:
+    """What `work` makes, in another thread where it is much."""
+    return await asyncio.to_thread(work, given) if len(given) > SHORT else work(given)
+
+
+def _size(params: StructuredOutputsParams) -> int:
+    """Characters. Raises ConfigError for too many."""
+    text = params.json or params.regex or params.grammar or ""
+    size = len(text) + sum(len(each) + 3 for each in params.choice or ())
+    if size > GRAMMAR_SIZE:
+        raise ConfigError(
+            f"structured_outputs: it has {size} characters, and at most {GRAMMAR_SIZE} are "
+            "compiled here: make it smaller"
+        )
+    return size

@@ -1,0 +1,183 @@
+"""The preparation process: `python -m smart_decoding.server.preparation_process NICE`.
+
+It does what a stranger's input can make slow or large: renders chat templates, tokenises, tries
+grammars. The operating system bounds its processor time and its memory, in native code, too; it
+dies where it exceeds them, and `server.preparation` starts another one. The tokenizer comes first
+on standard input, then one task after another; answers go to standard output. Each is a frame: its
+length, milliseconds of a processor that the task may take (0: any), then JSON.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import struct
+import sys
+import traceback
+from array import array
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+from typing import IO, Any
+
+import tokenizers
+
+from smart_decoding.errors import CapacityError, ConfigError, SmartError
+from smart_decoding.models.grammar_source import library, tried
+from smart_decoding.models.tokenizer import Tokenizer
+from smart_decoding.multimodal.messages import Conversations
+
+HEAD = struct.Struct(">II")
+MEMORY = 256 * 2**20  # bytes of address space beyond what the process has when it is ready
+NO_MEMORY = 77  # the exit status where Python found no memory; native code aborts
+LARGEST = 16 * 2**20  # bytes of an answer
+_PR_SET_PDEATHSIG = 1
+_ENCODING = ("utf-8", "surrogatepass")
+
+
+def framed(content: Any, milliseconds: int = 0) -> bytes:
+    """A frame of what is JSON."""
+    body = json.dumps(content, ensure_ascii=False).encode(*_ENCODING)
+    return HEAD.pack(len(body), milliseconds) + body
+
+
+def unframed(body: bytes) -> Any:
+    """What a frame without its head says."""
+    return json.loads(body.decode(*_ENCODING))
+
+
+def packed(ids: Sequence[int]) -> str:
+    """Token ids as text, which JSON reads at once."""
+    return base64.b64encode(array("i", ids).tobytes()).decode()
+
+
+def unpacked(text: str) -> list[int]:
+    """The ids of `packed`."""
+    return array("i", base64.b64decode(text)).tolist()
+
+
+class Preparation:
+    """All tasks, by name: their arguments and results are JSON. The arguments here: a tokenizer,
+    as its library writes it, and what `Tokenizer` takes beside it; without one, grammars only.
+
+    placeholders: see `Conversations`."""
+
+    def __init__(
+        self,
+        backend: str | None = None,
+        placeholders: Mapping[str, str] | None = None,
+        **given: Any,
+    ) -> None:
+        import_module("jinja2.sandbox")  # not in a task's time
+        import_module("jinja2.ext")
+        with contextlib.suppress(ConfigError):  # it is told where a grammar is asked for
+            library()
+        if backend is None:
+            return
+        self._tokenizer = Tokenizer(tokenizers.Tokenizer.from_str(backend), **given)
+        self._texts = Conversations(self._tokenizer)
+        self._pictures = Conversations(self._tokenizer, placeholders)
+
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any], pictures: bool
+    ) -> list[str]:
+        """The tokens of a conversation, in a list. variables: see
+        `Tokenizer.apply_chat_template`."""
+        conversations = self._pictures if pictures else self._texts
+        tokens, _ = conversations.tokens(messages, **variables)
+        return [packed(tokens)]
+
+    def encode(self, texts: Sequence[str], add_special_tokens: bool) -> list[str]:
+        """The tokens of texts."""
+        return [packed(self._tokenizer.encode(text, add_special_tokens)) for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of tokens."""
+        return self._tokenizer.decode(ids, False)
+
+    def grammar(self, **params: Any) -> str:
+        """What llguidance compiles for StructuredOutputsParams, tried once."""
+        found: Any = SimpleNamespace(**params)
+        return tried(found)
+
+
+def answer(preparation: Preparation, body: bytes) -> bytes:
+    """The frame that answers a task's. Where Python has no memory, the process ends."""
+    try:
+        task = unframed(body)
+        result = getattr(preparation, task.pop("task"))(**task)
+        found = framed({"result": result})
+        return found if len(found) <= LARGEST else framed({"too_large": len(found)})
+    except MemoryError:
+        os._exit(NO_MEMORY)
+    except CapacityError as error:
+        return framed({"over_capacity": str(error)})
+    except SmartError as error:
+        return framed({"refused": str(error)})
+    except BaseException:  # a panic of native code is no Exception
+        return framed({"failed": traceback.format_exc()})
+
+
+def _die_with_parent() -> None:
+    """Also where the parent is killed while a task runs here; otherwise the input's end says so."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _limit_memory() -> None:
+    """Bounds what tasks may take. macOS knows no such limit."""
+    import resource  # which Windows lacks, where the server imports this file, too
+
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with contextlib.suppress(OSError, ValueError):
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        most = pages * resource.getpagesize() + MEMORY
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+
+
+def _read(stream: IO[bytes]) -> bytes | None:
+    """The next frame without its head; its time runs from here. None at the input's end."""
+    head = stream.read(HEAD.size)
+    if len(head) < HEAD.size:
+        return None
+    length, milliseconds = HEAD.unpack(head)
+    signal.setitimer(signal.ITIMER_PROF, milliseconds / 1000)  # which ends the process
+    body = stream.read(length)
+    return body if len(body) == length else None
+
+
+def main() -> None:
+    """Answers until the input ends."""
+    _die_with_parent()
+    os.nice(int(sys.argv[1]))
+    # What libraries print is no answer.
+    with open(os.dup(1), "wb", buffering=0) as out, open(0, "rb") as stream:
+        os.dup2(2, 1)
+        preparation = Preparation(**unframed(_read(stream) or b"{}"))
+        _limit_memory()
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)
+        os.dup2(nowhere, 2)
+        ready = framed({})
+        while True:
+            _write(out, ready)
+            body = _read(stream)
+            if body is None:
+                return
+            ready = answer(preparation, body)
+            signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+def _write(out: IO[bytes], frame: bytes) -> None:
+    left = memoryview(frame)
+    while left:
+        left = left[out.write(left) :]
+
+
+if __name__ == "__main__":
+    main()
