@@ -16,8 +16,8 @@ from smart_decoding.async_llm import AsyncJob
 from smart_decoding.engine.jobs import Ask
 from smart_decoding.errors import ConfigError
 from smart_decoding.server.answers import CompletionForm, Usage
-from smart_decoding.server.counting import disconnect
 from smart_decoding.server.errors import ApiError
+from smart_decoding.server.lane import disconnect
 from smart_decoding.server.replies import Reply, encoded
 
 if TYPE_CHECKING:

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Callable, Coroutine
 from contextvars import copy_context
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from starlette.requests import ClientDisconnect
 
 from smart_decoding.server.errors import ApiError, gone, of_validation
-from smart_decoding.server.lane import Lane, Lanes
 
 if TYPE_CHECKING:
     from fastapi._compat import ModelField
 
-T = TypeVar("T")
-SHORT = 16_384  # bytes of a body whose texts are not worth a wait for long ones
-WAITING = 16  # largest bodies of one client, or as many bytes, that wait to be read
+    from smart_decoding.server.lane import Texts
 
 MAX_VALUES = 200_000  # in a body: numbers, texts, ...
 MAX_NAMED = 50_000  # in a body: values that have names, which take ten times as long to read
@@ -48,56 +43,6 @@ def _few(raw: bytes) -> bool:
     nested = raw.count(b"[") + raw.count(b"{")
     named = raw.count(b":")
     return raw.count(b",") < MAX_VALUES and named <= MAX_NAMED and nested <= MAX_NESTED
-
-
-class Texts:
-    """What clients have sent is read, and long answers are written, beside the event loop: one
-    piece at a time and each client in turn. A piece holds Python's lock, and many at once would
-    hold up who asks for little.
-
-    most: bytes of one client that may wait."""
-
-    def __init__(self, most: int) -> None:
-        self._lanes = Lanes(SHORT)
-        self._answers = Lane()
-        self._most = most
-        self._unread: Counter[str] = Counter()  # bytes in the lanes, by client
-
-    @property
-    def quiet(self) -> bool:
-        """Whether nothing is here to be read."""
-        return not self._unread
-
-    async def read(self, request: Request, work: Callable[[], T]) -> T:
-        """What `work` makes of a request, when it is its client's turn. Raises ApiError as `held`
-        does."""
-        size = len(await request.body())
-        return await self.held(request, self._lanes.run(request.state.client, size, work))
-
-    async def held(self, request: Request, work: Coroutine[Any, Any, T]) -> T:
-        """What `work` comes to, while the request's body counts as one of its client's. Raises
-        ApiError if too much of this client's waits already, or if the client hangs up."""
-        client = request.state.client
-        size = len(await request.body())
-        if self._unread[client] + size > self._most:
-            work.close()
-            message = "too many of your texts wait to be read: try again later"
-            raise ApiError(429, message, "queue_full")
-        self._unread[client] += size
-        try:
-            return await unless_gone(request, work)
-        finally:
-            self._unread[client] -= size
-            self._unread += Counter()  # without those that wait no more
-
-    async def checked(self, request: Request, work: Callable[[], T]) -> T:
-        """The same for what takes no time where the body is short: that is done at once."""
-        long = len(await request.body()) > SHORT
-        return await self.read(request, work) if long else work()
-
-    async def write(self, request: Request, size: int, work: Callable[[], T]) -> T:
-        """What `work` makes of a long answer, when it is its client's turn. size: its tokens."""
-        return await self._answers.run(request.state.client, size, work)
 
 
 class CountedRoute(APIRoute):
@@ -155,24 +100,3 @@ def _model_of(field: ModelField, raw: bytes) -> Any:
         return ApiError(400, "the body is not valid JSON: no UTF-8, or too deep")
     found, errors = field.validate(given, {}, loc=("body",))
     return of_validation(errors) if errors else found
-
-
-async def unless_gone(request: Request, work: Awaitable[T]) -> T:
-    """What `work` comes to. It is cancelled, and ApiError raised, if the client hangs up before."""
-    task = asyncio.ensure_future(work)
-    watch = asyncio.ensure_future(disconnect(request))
-    try:
-        await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise gone()
-        return task.result()
-    finally:
-        task.cancel()
-        watch.cancel()
-        del task  # else an error, which knows this frame, would hold itself and all that was read
-
-
-async def disconnect(request: Request) -> None:
-    """Returns when the client hangs up."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass

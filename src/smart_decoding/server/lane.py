@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections import Counter
+from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from smart_decoding.engine.fairness import ClientQueues, VirtualTokenCounter
+from smart_decoding.server.errors import ApiError, gone
+
+if TYPE_CHECKING:
+    from fastapi import Request
 
 T = TypeVar("T")
+SHORT = 16_384  # bytes of a body whose texts are not worth a wait for long ones
+WAITING = 16  # largest bodies of one client, or as many bytes, that wait to be read
 
 
 @dataclass(eq=False, slots=True)
@@ -87,3 +94,74 @@ class Lane:
             self._busy = self._waiting.popleft(client)
             self._counter.charge(client, 1 + self._busy.size)
             self._busy.called.set()
+
+
+class Texts:
+    """What clients have sent is read, and long answers are written, beside the event loop: one
+    piece at a time and each client in turn. A piece holds Python's lock, and many at once would
+    hold up who asks for little.
+
+    most: bytes of one client that may wait."""
+
+    def __init__(self, most: int) -> None:
+        self._lanes = Lanes(SHORT)
+        self._answers = Lane()
+        self._most = most
+        self._unread: Counter[str] = Counter()  # bytes in the lanes, by client
+
+    @property
+    def quiet(self) -> bool:
+        """Whether nothing is here to be read."""
+        return not self._unread
+
+    async def read(self, request: Request, work: Callable[[], T]) -> T:
+        """What `work` makes of a request, when it is its client's turn. Raises ApiError as `held`
+        does."""
+        size = len(await request.body())
+        return await self.held(request, self._lanes.run(request.state.client, size, work))
+
+    async def held(self, request: Request, work: Coroutine[Any, Any, T]) -> T:
+        """What `work` comes to, while the request's body counts as one of its client's. Raises
+        ApiError if too much of this client's waits already, or if the client hangs up."""
+        client = request.state.client
+        size = len(await request.body())
+        if self._unread[client] + size > self._most:
+            work.close()
+            message = "too many of your texts wait to be read: try again later"
+            raise ApiError(429, message, "queue_full")
+        self._unread[client] += size
+        try:
+            return await unless_gone(request, work)
+        finally:
+            self._unread[client] -= size
+            self._unread += Counter()  # without those that wait no more
+
+    async def checked(self, request: Request, work: Callable[[], T]) -> T:
+        """The same for what takes no time where the body is short: that is done at once."""
+        long = len(await request.body()) > SHORT
+        return await self.read(request, work) if long else work()
+
+    async def write(self, request: Request, size: int, work: Callable[[], T]) -> T:
+        """What `work` makes of a long answer, when it is its client's turn. size: its tokens."""
+        return await self._answers.run(request.state.client, size, work)
+
+
+async def unless_gone(request: Request, work: Awaitable[T]) -> T:
+    """What `work` comes to. It is cancelled, and ApiError raised, if the client hangs up before."""
+    task = asyncio.ensure_future(work)
+    watch = asyncio.ensure_future(disconnect(request))
+    try:
+        await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise gone()
+        return task.result()
+    finally:
+        task.cancel()
+        watch.cancel()
+        del task  # else an error, which knows this frame, would hold itself and all that was read
+
+
+async def disconnect(request: Request) -> None:
+    """Returns when the client hangs up."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

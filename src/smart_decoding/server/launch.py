@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from smart_decoding.llm import LLM
-    from smart_decoding.server.counting import Texts
+    from smart_decoding.server.lane import Texts
     from smart_decoding.server.settings import ServerSettings
 
 log = logging.getLogger("smart.server")

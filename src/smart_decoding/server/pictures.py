@@ -10,9 +10,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from smart_decoding.server.counting import unless_gone
 from smart_decoding.server.errors import ApiError
-from smart_decoding.server.lane import Lane
+from smart_decoding.server.lane import Lane, unless_gone
 
 if TYPE_CHECKING:
     from fastapi import Request

@@ -21,7 +21,7 @@ from smart_decoding.models.grammar_source import library
 from smart_decoding.models.grammars import Compiled, Grammars, stand_back
 from smart_decoding.server import preparation_process
 from smart_decoding.server.errors import shutting_down
-from smart_decoding.server.lane import Lane, Lanes
+from smart_decoding.server.lane import SHORT, Lane, Lanes
 from smart_decoding.server.preparation_process import (
     HEAD,
     LARGEST,
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _Streams: TypeAlias = tuple[asyncio.StreamReader, asyncio.StreamWriter]
-SHORT = 16_384  # bytes of a task that does not wait for long ones
 SHORT_SECONDS = 0.25  # of a processor; a usual chat takes some thousandths
 SECONDS = 2.0  # of a processor, for a long task and for a short one that took longer than it may
 PATIENCE = 30.0  # seconds, on a machine that has others to do

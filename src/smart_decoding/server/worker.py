@@ -16,8 +16,8 @@ from smart_decoding.engine.engine_thread import warm_up
 from smart_decoding.engine.jobs import Chunk, Delivery, Job, QueueTimeoutError
 from smart_decoding.engine.observers import Observer
 from smart_decoding.errors import CapacityError, ConfigError, EngineStoppedError, SmartError
-from smart_decoding.server.counting import WAITING, Texts
 from smart_decoding.server.errors import ApiError, gone, of_smart_error, shutting_down
+from smart_decoding.server.lane import WAITING, Texts
 from smart_decoding.server.pictures import Pictures
 from smart_decoding.server.preparation import Preparation
 
