@@ -9,12 +9,16 @@ from types import SimpleNamespace
 import pytest
 
 from smart_decoding.integrations.vllm.graphs import captured_lengths
+from smart_decoding.integrations.vllm.lengths import DraftLengths, Step
 
 SIZES = [1, 2, 4, *range(8, 513, 8)]
+USUAL = [1, 2, 4, *range(8, 257, 8), *range(272, 513, 16)]  # vLLM's own
 SCHEDULE = [0, *[4] * 8, *[2] * 24, *[0] * 224]  # K by batch size
 
 
-def config(mode: str, second_runner: bool = True, sizes: list[int] = SIZES) -> SimpleNamespace:
+def config(
+    mode: str, second_runner: bool = True, sizes: list[int] = SIZES, requests: int = 256
+) -> SimpleNamespace:
     """A VllmConfig, as far as it is read."""
     parts = mode.split("_AND_")
     graphs = SimpleNamespace(
@@ -27,7 +31,7 @@ def config(mode: str, second_runner: bool = True, sizes: list[int] = SIZES) -> S
             cudagraph_capture_sizes=sizes,
             max_cudagraph_capture_size=max(sizes, default=0),
         ),
-        scheduler_config=SimpleNamespace(max_num_seqs=256),
+        scheduler_config=SimpleNamespace(max_num_seqs=requests),
         use_v2_model_runner=second_runner,
     )
 
@@ -62,3 +66,30 @@ def test_beyond_all_graphs_every_length_of_the_schedule_will_do() -> None:
     captured = captured_lengths(config("FULL_AND_PIECEWISE", sizes=[1, 2, 4, 8]), SCHEDULE, 4)
     assert captured.of(8) == (0,)
     assert captured.of(9) == (0, 2, 4)
+
+
+def test_where_the_longest_alone_has_a_graph_nothing_may_be_drafted() -> None:
+    """At a full load stock vLLM drafts nothing here: 96 is the largest size below 100."""
+    full = config("FULL_AND_PIECEWISE", sizes=USUAL, requests=100)
+    captured = captured_lengths(full, SCHEDULE, 4)
+    assert captured.most == {0: 96, 2: 96, 4: 100}
+    assert captured.of(96) == (0, 2, 4)
+    for batch in range(97, 101):
+        assert captured.of(batch) == (0, 4)
+
+
+@pytest.mark.parametrize(("accepted", "best"), [(True, 4), (False, 0)])
+def test_a_full_load_finds_its_length(accepted: bool, best: int) -> None:
+    """For 18 of at most 20 requests every length but 0 has a graph."""
+    full = config("FULL_AND_PIECEWISE", sizes=USUAL, requests=20)
+    captured = captured_lengths(full, [0, *[4] * 5, *[2] * 5, *[1] * 5, *[0] * 5], 4)
+    assert captured.most == {0: 16, 1: 20, 2: 19, 4: 20}
+    policy = DraftLengths(captured.lengths[-1], captured.lengths[0])
+    length, exploring = 0, False
+    for _ in range(400):
+        drafts = policy.choose(18, captured.of(18))
+        right = [length if accepted else 0] * 18
+        step = Step(18, length, drafts, 18 * length, right, exploring=exploring)
+        length, exploring = drafts, policy.exploring
+        policy.observe(step, 0.010 + 0.001 * drafts)
+    assert policy.counters.lengths[best] > 300

@@ -22,11 +22,12 @@ class CapturedLengths:
     most: Mapping[int, int] | None = None
 
     def of(self, batch: int) -> tuple[int, ...]:
-        """The lengths with a graph for this batch size; all of them where none has one."""
-        if self.most is None:
+        """Return the shortest length and those with a graph for this batch size; all lengths where
+        none has one. Without the shortest, drafts that are never accepted could not be ended."""
+        if self.most is None or batch > max(self.most.values()):
             return self.lengths
-        captured = tuple(k for k in self.lengths if batch <= self.most[k])
-        return captured or self.lengths
+        shortest, *longer = self.lengths
+        return (shortest, *(k for k in longer if batch <= self.most[k]))
 
 
 def captured_lengths(config: Any, schedule: Sequence[int] | None, longest: int) -> CapturedLengths:

@@ -173,7 +173,8 @@ class DraftLengths:
         self._best = shortest
 
     def choose(self, batch: int, lengths: Sequence[int]) -> int:
-        """K: how many tokens to draft for each request, out of the ascending `lengths`."""
+        """K: how many tokens to draft for each request, out of the ascending `lengths`, of which
+        the first is the shortest of all: nothing is known before it was tried."""
         self.exploring = False
         if len(lengths) == 1 or not self.seconds.known:
             return lengths[0]
