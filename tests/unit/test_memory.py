@@ -216,6 +216,8 @@ def test_free_memory_is_what_linux_and_the_container_allow(
     (tmp_path / "memory.current").write_text("900000\n")
     (tmp_path / "memory.stat").write_text("anon 5\nactive_file 100\ninactive_file 20\n")
     assert memory.available(CPU) == 100_120
+    (tmp_path / "memory.stat").write_text("active_file some\ninactive_file 20\n")
+    assert memory.available(CPU) == 100_020
     (tmp_path / "memory.max").write_text("max\n")
     assert memory.available(CPU) == 2048 * 1024
 

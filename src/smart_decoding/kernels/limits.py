@@ -87,7 +87,8 @@ def _cached(path: Path) -> int:
     """Return the bytes of files that can make way; version 1 tells those of groups below apart."""
     stat = dict(line.split() for line in _read(path).splitlines() if len(line.split()) == 2)
     names = ("inactive_file", "active_file")
-    return sum(int(stat.get(f"total_{name}", stat.get(name, 0))) for name in names)
+    sizes = (stat.get(f"total_{name}", stat.get(name, "")) for name in names)
+    return sum(int(size) for size in sizes if size.isdecimal())
 
 
 def _number(*paths: Path) -> int | None:
