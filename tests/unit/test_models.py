@@ -965,11 +965,9 @@ def test_the_pairs_that_are_built_in() -> None:
         ("a/SmolLM2-135M-Instruct.Q4_1.gguf", "smollm2-135m"),
         ("/a/Qwen2.5-Coder-1.5B-Instruct", "qwen2.5-coder-1.5b"),
         ("a/Qwen2.5-Coder-1.5B-Instruct-Q8_0-GGUF", "qwen2.5-coder-1.5b"),
-        ("Qwen/Qwen2.5-Coder-1.5B-Instruct-GPTQ-Int4", "qwen2.5-coder-1.5b"),
-        ("Qwen/Qwen2.5-Coder-1.5B-Instruct-AWQ", "qwen2.5-coder-1.5b"),
         ("/a/Qwen2.5-Coder-1.5B-Instruct.i1-IQ4_XS.gguf", "qwen2.5-coder-1.5b"),
         ("a/Qwen2.5-Coder-1.5B-Instruct-GGUF:qwen-UD-Q4_K_XL.gguf", "qwen2.5-coder-1.5b"),
-        *((name, name) for name in ("Qwen/Qwen2.5-Coder-1.5B", "Qwen/Qwen2.5-Coder-7B-Instruct")),
+        *((f"Qwen/Qwen2.5-Coder-{it}",) * 2 for it in ("1.5B", "7B-Instruct", "1.5B-Instruct-AWQ")),
         *((name, name) for name in ("/qwen2.5-coder-1.5b/other.gguf", "qwen2.5-coder-1.5b", "")),
     ],
 )

@@ -34,7 +34,7 @@ _SIZE = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)([BM])(?![\w.])", re.IGNORECASE)
 _FORMS = r"I?Q\d\w*|BF16|FP?16|FP?32"
 _QUANTISATION = re.compile(rf"(?:^|[-._])({_FORMS})(?:\.gguf)?$", re.IGNORECASE)
 # What the name of a model's copy ends in
-_STORED = re.compile(rf"(?:[-._](?:GGUF|AWQ|GPTQ|INT[48]|I1|UD|{_FORMS}))+$", re.IGNORECASE)
+_STORED = re.compile(rf"(?:[-._](?:GGUF|I1|UD|{_FORMS}))+$", re.IGNORECASE)
 # Projectors of pictures, and statistics
 _NO_MODEL = re.compile(r"mmproj|imatrix", re.IGNORECASE)
 _PROJECTOR = "clip"  # what the hub says of a repository whose first file is one
