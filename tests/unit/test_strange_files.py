@@ -458,6 +458,17 @@ def test_a_gguf_header_of_too_many_values_is_refused(
             assert "cut, damaged" in refused(place / "tiny.gguf", read_gguf)
 
 
+PADDING = bytes(32)  # up to where the tensors would begin
+
+
+def write_array(folder: Path, kind: int, count: int, content: bytes) -> Path:
+    """A GGUF file without tensors, whose only value is an array."""
+    path = folder / "array.gguf"
+    header = struct.pack("<4sIQQ", b"GGUF", 3, 0, 1) + struct.pack("<Q", 1) + b"a"
+    path.write_bytes(header + struct.pack("<IIQ", 9, kind, count) + content)
+    return path
+
+
 @pytest.mark.parametrize(
     ("kind", "count", "size"),
     [
@@ -472,10 +483,7 @@ def test_a_hostile_array_costs_no_more_than_the_file(
     kind: int, count: int, size: int, tmp_path: Path
 ) -> None:
     """Such a file took 3.7 GB and 15 seconds before it was refused."""
-    path = tmp_path / "array.gguf"
-    key = b"a"
-    header = struct.pack("<4sIQQ", b"GGUF", 3, 0, 1) + struct.pack("<Q", len(key)) + key
-    path.write_bytes(header + struct.pack("<IIQ", 9, kind, count) + bytes(size))
+    path = write_array(tmp_path, kind, count, bytes(size))
     tracemalloc.start()
     begin = time.perf_counter()
     try:
@@ -485,6 +493,36 @@ def test_a_hostile_array_costs_no_more_than_the_file(
         tracemalloc.stop()
     assert most < size
     assert time.perf_counter() - begin < 3.0
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "most"),
+    [
+        (6, struct.pack("<f", 1.5), 0.1),  # float32
+        (10, struct.pack("<Q", 1 << 40), 0.1),  # 64 bits
+        (8, struct.pack("<Q", 2) + b"ab", 7),  # strings of two letters
+    ],
+)
+def test_an_accepted_array_costs_what_is_said(
+    kind: int, value: bytes, most: float, tmp_path: Path
+) -> None:
+    """most: memory over the file's bytes. Numbers were objects, 8 times as large as the file."""
+    count = 200_000
+    read_gguf(write_array(tmp_path, kind, 1, value + PADDING))  # what is imported late
+    path = write_array(tmp_path, kind, count, value * count + PADDING)
+    tracemalloc.start()
+    try:
+        metadata, tensors = read_gguf(path)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < most * path.stat().st_size
+    assert not tensors
+    assert "a" in metadata
+    found = metadata["a"]
+    assert isinstance(found, list)
+    assert len(found) == count
+    assert found[-1] == {6: 1.5, 10: 1 << 40, 8: "ab"}[kind]
 
 
 # The cache

@@ -12,7 +12,7 @@ import json
 import re
 import shutil
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -43,7 +43,8 @@ if TYPE_CHECKING:
 
 _SHARD = 1 << 30  # bytes of weights held in memory before they are written
 # What a header may have: single values, each an object of 400 bytes, and values in arrays. The
-# largest vocabularies have 850,000 in arrays: texts, types or scores, and merges.
+# largest vocabularies have 850,000 in arrays: texts, types or scores, and merges. A text takes 60
+# bytes and what it has; numbers take none of their own.
 _READS = 1 << 18
 _VALUES = 1 << 21
 TENSORS = "tensors.json"
@@ -196,7 +197,7 @@ def _convert(
         move_into_place(part, target)
 
 
-def _read_parts(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, int]]:
+def _read_parts(path: Path) -> tuple[Metadata, dict[str, Any], dict[str, int]]:
     """Metadata and tensors as by `read_gguf`, of all files of a split model, and the number of the
     file of each tensor."""
     files = files_of(path)
@@ -289,12 +290,33 @@ def hf_name(name: str, family: str) -> str:
     return _TOP_NAMES[name]
 
 
-def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+class Metadata(Mapping[str, Any]):
+    """Values of a header by key. An array of numbers becomes a list when it is asked for: until
+    then it takes no memory but the file's."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self._values = values
+
+    def __getitem__(self, key: str) -> Any:
+        value = self._values[key]
+        return value.tolist() if isinstance(value, np.ndarray) else value
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._values
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+
+def read_gguf(path: Path) -> tuple[Metadata, dict[str, Any]]:
     """Metadata by key and the reader's tensors by name. Raises ModelError for a file that is
     shorter than its header says, or corrupt."""
     try:
         reader = _reader(path)
-        metadata = {key: _contents(field) for key, field in reader.fields.items()}
+        metadata = Metadata({key: _contents(field) for key, field in reader.fields.items()})
     except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise ModelError(
             f"{path} is no GGUF file, cut, damaged or of a kind not known here; fetch it again"
@@ -303,9 +325,11 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _contents(field: Any) -> Any:
-    """Return the value of a metadata field; an array is a list already."""
-    last = field.parts[-1]
-    return last if isinstance(last, list) else field.contents()
+    """Return the value of a metadata field, an array as `_array` read it."""
+    from gguf import GGUFValueType  # imported late: it is slow
+
+    is_array = field.types[:1] == [GGUFValueType.ARRAY]
+    return field.parts[-1] if is_array else field.contents()
 
 
 def _strings(data: memoryview, start: int, count: int, order: str) -> tuple[list[str], int]:
@@ -324,9 +348,9 @@ def _strings(data: memoryview, start: int, count: int, order: str) -> tuple[list
     return found, start
 
 
-def _array(reader: Any, start: int) -> tuple[list[Any], int]:
-    """Return the values of an array of a header, and where it ends. Raises ValueError or
-    LookupError for one that is too long, and for arrays of arrays."""
+def _array(reader: Any, start: int) -> tuple[list[str] | NDArray[Any], int]:
+    """Return the values of an array of a header, numbers as a view of the file, and where it ends.
+    Raises ValueError or LookupError for one that is too long, and for arrays of arrays."""
     from gguf import GGUFEndian, GGUFValueType  # imported late: it is slow
 
     kind = GGUFValueType(reader._get(start, np.uint32)[0])
@@ -338,7 +362,7 @@ def _array(reader: Any, start: int) -> tuple[list[Any], int]:
         order = "<" if reader.endianess == GGUFEndian.LITTLE else ">"
         return _strings(reader.data.data, start, count, order)
     numbers = reader._get(start, reader.gguf_scalar_to_np[kind], count)
-    return numbers.tolist(), start + numbers.nbytes
+    return numbers, start + numbers.nbytes
 
 
 def _reader(path: Path) -> Any:
