@@ -9,6 +9,7 @@ import errno
 import fnmatch
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -386,6 +387,21 @@ def test_parts_are_joined_in_order(in_parts: PinnedFile, own_cache: Path) -> Non
     assert files_in(own_cache) == [path]
     assert list((own_cache / "files").iterdir()) == [path]
     assert in_parts.origin == "cut-1==1.0 and 10 more wheels"
+
+
+@pytest.mark.parametrize(
+    "number", [errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO]
+)
+def test_a_library_that_cannot_write_is_told_as_that(number: int) -> None:
+    with pytest.raises(DownloadError, match="cannot write to the cache") as told, scratch():
+        raise RuntimeError(f"I/O error (os error {number})")
+    assert os.strerror(number) in str(told.value)
+
+
+@pytest.mark.parametrize("number", [errno.ECONNREFUSED, errno.ETIMEDOUT, errno.ENOENT])
+def test_other_errors_of_a_library_are_not_told_as_the_cache_s(number: int) -> None:
+    with pytest.raises(RuntimeError, match="of another kind"), scratch():
+        raise RuntimeError(f"of another kind (os error {number})")
 
 
 HOLDER = """

@@ -45,6 +45,8 @@ except ImportError:  # not on Windows
 _log = logging.getLogger("smart.models")
 
 _MARKER = "verified"
+# Errors of writing; libraries in Rust tell those of networks by number, too
+_OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO)
 _PART = ".part-"  # what names of scratch folders begin with
 RECORD = "converted.json"  # of a converted folder: what it was made of, and its checksums
 CONVERSION = 5  # version of the conversion of GGUF files: folders of another one are not used
@@ -109,7 +111,8 @@ def scratch(need: int = 0) -> Iterator[Path]:
     """A temporary folder in the cache with room for `need` bytes, removed in any case; rename out
     of it what is done. What killed processes left is removed first.
 
-    Raises DownloadError in place of any error of the system inside: no room, no permission."""
+    Raises DownloadError in place of any error of the system inside: no room, no permission. Of
+    libraries' errors those whose text tells of writing."""
     root = cache_dir()
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -121,11 +124,11 @@ def scratch(need: int = 0) -> Iterator[Path]:
         raise
     except Exception as error:
         number = errno_of(error)
-        if number is None and not isinstance(error, OSError):
+        if number not in _OF_DISKS and not isinstance(error, OSError):
             raise
         reason = os.strerror(number) if number is not None else str(error)
         room = f"free {need / 1e6:.0f} MB there, or " if need else "make room there, or "
-        room = room if number == errno.ENOSPC else ""
+        room = room if number in (errno.ENOSPC, errno.EDQUOT) else ""
         raise DownloadError(
             f"cannot write to the cache {root}: {reason}; "
             f"{room}set SMART_CACHE to a folder with room"
