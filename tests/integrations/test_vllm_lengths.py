@@ -9,7 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from smart_decoding.integrations.vllm.lengths import Acceptance, DraftLengths, Step, StepSeconds
+from smart_decoding.integrations.vllm.lengths import (
+    AcceptanceByDepth,
+    DraftLengths,
+    Step,
+    StepSeconds,
+)
 
 STEPS = 1000
 LENGTHS = (0, 1, 2, 4)
@@ -162,7 +167,7 @@ def test_two_policies_told_the_same_choose_the_same() -> None:
 
 
 def test_acceptance_is_censored_at_the_first_rejection() -> None:
-    acceptance = Acceptance(4)
+    acceptance = AcceptanceByDepth(4)
     random = np.random.default_rng(0)
     for _ in range(200):
         right = random.random((8, 4)) < [0.9, 0.6, 0.6, 0.2]
@@ -172,7 +177,7 @@ def test_acceptance_is_censored_at_the_first_rejection() -> None:
 
 
 def test_while_nothing_is_drafted_acceptance_returns_to_the_usual() -> None:
-    acceptance = Acceptance(2)
+    acceptance = AcceptanceByDepth(2)
     for _ in range(500):
         acceptance.observe([2, 2], 2)
     for _ in range(20):

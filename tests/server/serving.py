@@ -192,7 +192,7 @@ def slow(llm: LLM, seconds: float) -> LLM:
 
 def prepared(llm: LLM, task: bytes) -> Any:
     """The result of a task, in this process."""
-    preparation = preparation_process.Preparation(**setup_of(llm))
+    preparation = preparation_process.Tasks(**setup_of(llm))
     return unframed(preparation_process.answer(preparation, task)[HEAD.size :])["result"]
 
 

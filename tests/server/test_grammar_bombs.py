@@ -29,7 +29,7 @@ from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine.structured import StructuredOutputsParams
 from smart_decoding.models import grammars
 from smart_decoding.models.grammars import GrammarConstraint
-from smart_decoding.server.preparation import Pair, Preparation
+from smart_decoding.server.preparation import Preparation, ProcessPair
 
 if TYPE_CHECKING:
     from smart_decoding.llm import LLM
@@ -57,7 +57,7 @@ def hanging(running: Running, body: dict[str, Any]) -> HTTPConnection:
     return connection
 
 
-def limited(running: Running, monkeypatch: pytest.MonkeyPatch, seconds: float) -> Pair:
+def limited(running: Running, monkeypatch: pytest.MonkeyPatch, seconds: float) -> ProcessPair:
     """The processes that try grammars, with another limit for long ones."""
     pair = running.worker.preparation.grammars
     monkeypatch.setattr(pair.long, "_seconds", seconds)

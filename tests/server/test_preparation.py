@@ -24,7 +24,7 @@ from serving import NAME, Running, client, longest_gap, post, serving, wait_for
 
 from smart_decoding.errors import CapacityError, ConfigError
 from smart_decoding.server import preparation, preparation_process
-from smart_decoding.server.preparation import Pair, setup_of, task
+from smart_decoding.server.preparation import ProcessPair, setup_of, task
 
 if TYPE_CHECKING:
     from smart_decoding.llm import LLM
@@ -55,7 +55,7 @@ def told(template: str, setup: dict[str, Any]) -> Any:
         async def known() -> bytes:
             return preparation_process.framed({**setup, "template": template})
 
-        pair = Pair(known)
+        pair = ProcessPair(known)
         try:
             chat = task("chat", messages=HI, variables={}, pictures=False)
             return await pair.answer("client", chat)
@@ -107,10 +107,10 @@ def test_long_conversations_are_within_the_bounds(plain: LLM, setup: dict[str, A
     """Four megabytes in four thousand turns, of which the context holds none."""
     template = "{% for m in messages %}<|{{ m.role ~ '|>' + m.content }}\n{% endfor %}"
     turns = [{"role": "user", "content": "x" * 1000}] * 4000
-    own = preparation_process.Preparation(**{**setup, "template": template, "context": 2**20})
+    own = preparation_process.Tasks(**{**setup, "template": template, "context": 2**20})
     (found,) = own.chat(turns[:100], {}, False)
     assert len(preparation_process.unpacked(found)) == 100 * 1009
-    own = preparation_process.Preparation(**{**setup, "template": template})
+    own = preparation_process.Tasks(**{**setup, "template": template})
     with pytest.raises(CapacityError):
         own.chat(turns, {}, False)
 
@@ -326,10 +326,10 @@ def test_a_process_that_does_not_answer_is_ended(
 
 ORPHAN = """
 import asyncio, os, signal, sys
-from smart_decoding.server.preparation import Pair, _no_tokenizer, task
+from smart_decoding.server.preparation import ProcessPair, _no_tokenizer, task
 
 async def main():
-    pair = Pair(_no_tokenizer)
+    pair = ProcessPair(_no_tokenizer)
     pair.long._seconds = 60.0
     many = "".join(f'"p{i:06d}":{{"type":"string"}},' for i in range(6000))[:-1]
     schema = '{"type":"object","properties":{' + many + "}}"

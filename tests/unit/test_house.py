@@ -1,6 +1,7 @@
 """The package keeps its rooms: sizes and layout that a reviewer would have to count."""
 
 import ast
+import collections
 import functools
 from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,6 +24,16 @@ def test_functions_fit_on_a_screen() -> None:
         and node.end_lineno - node.lineno + 1 > LONGEST_FUNCTION
     ]
     assert long == []
+
+
+def test_a_class_has_a_name_of_its_own() -> None:
+    files = collections.defaultdict(list)
+    for path in SOURCE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                files[node.name].append(str(path.relative_to(SOURCE)))
+    assert len(files) > 100  # classes are found at all
+    assert {name: where for name, where in files.items() if len(where) > 1} == {}
 
 
 def test_few_modules_stand_outside_of_packages() -> None:

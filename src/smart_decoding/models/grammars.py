@@ -152,7 +152,7 @@ class Grammars:
 
 
 @dataclass(eq=False, slots=True)
-class _Place:
+class _MaskTask:
     """What waits for the thread. result: what `work` returns or raises, once it is done."""
 
     client: str
@@ -169,13 +169,13 @@ class MaskThread:
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, "smart-masks", stand_back, (NICE,))
-        self._waiting: ClientQueues[_Place] = ClientQueues()
+        self._waiting: ClientQueues[_MaskTask] = ClientQueues()
         self._counter = VirtualTokenCounter()  # microseconds
         self._lock = threading.Lock()
 
     def submit(self, client: str, work: Callable[[], T]) -> Future[T]:
         """Queue `work`; return its result to come."""
-        place = _Place(client, work, Future())
+        place = _MaskTask(client, work, Future())
         with self._lock:
             self._counter.arrive(client, self._waiting.clients)
             self._waiting.append(place)

@@ -162,7 +162,7 @@ class Process:
         return self._log.read().decode(errors="replace")[-2000:]
 
 
-class Pair:
+class ProcessPair:
     """A process for short tasks, and one for those that are long or take longer than short ones
     may. Each does one task after another, each client in turn."""
 
@@ -192,8 +192,8 @@ class Preparation:
     """Tokens and grammars of requests. All methods but `know` are the event loop's."""
 
     def __init__(self) -> None:
-        self.texts = Pair(self._tokenizer)
-        self.grammars = Pair(_no_tokenizer)
+        self.texts = ProcessPair(self._tokenizer)
+        self.grammars = ProcessPair(_no_tokenizer)
         threads = ThreadPoolExecutor(2, "smart-grammars", stand_back, (NICE,))
         self._compiling = Lanes(SHORT, threads)
         self._setup = b""
@@ -245,7 +245,7 @@ class Preparation:
 
 
 def setup_of(llm: LLM) -> dict[str, Any]:
-    """The arguments of `preparation_process.Preparation`."""
+    """The arguments of `preparation_process.Tasks`."""
     own = llm.tokenizer
     return {
         "backend": own.backend.to_str(),
@@ -258,7 +258,7 @@ def setup_of(llm: LLM) -> dict[str, Any]:
 
 
 def task(name: str, **arguments: Any) -> bytes:
-    """A task of `preparation_process.Preparation`."""
+    """A task of `preparation_process.Tasks`."""
     return framed({"task": name, **arguments})[HEAD.size :]
 
 

@@ -61,7 +61,7 @@ def unpacked(text: str) -> list[int]:
     return array("i", base64.b64decode(text)).tolist()
 
 
-class Preparation:
+class Tasks:
     """All tasks, by name: their arguments and results are JSON. The arguments here: a tokenizer,
     as its library writes it, and what `Tokenizer` takes beside it; without one, grammars only.
 
@@ -106,11 +106,11 @@ class Preparation:
         return tried(found)
 
 
-def answer(preparation: Preparation, body: bytes) -> bytes:
+def answer(tasks: Tasks, body: bytes) -> bytes:
     """The frame that answers a task's. Where Python has no memory, the process ends."""
     try:
         task = unframed(body)
-        result = getattr(preparation, task.pop("task"))(**task)
+        result = getattr(tasks, task.pop("task"))(**task)
         found = framed({"result": result})
         return found if len(found) <= LARGEST else framed({"too_large": len(found)})
     except MemoryError:
@@ -158,7 +158,7 @@ def main() -> None:
     # What libraries print is no answer.
     with open(os.dup(1), "wb", buffering=0) as out, open(0, "rb") as stream:
         os.dup2(2, 1)
-        preparation = Preparation(**unframed(_read(stream) or b"{}"))
+        tasks = Tasks(**unframed(_read(stream) or b"{}"))
         _limit_memory()
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, 1)
@@ -169,7 +169,7 @@ def main() -> None:
             body = _read(stream)
             if body is None:
                 return
-            ready = answer(preparation, body)
+            ready = answer(tasks, body)
             signal.setitimer(signal.ITIMER_PROF, 0)
 
 

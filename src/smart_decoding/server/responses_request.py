@@ -47,7 +47,7 @@ class _Item(Body):
     status: Text | None = None
 
 
-class TextPart(Body):
+class InputText(Body):
     """A text in a message; `output_text` is one of an earlier answer."""
 
     type: Literal["input_text", "output_text"]
@@ -61,7 +61,7 @@ class TextPart(Body):
         return {"type": "text", "text": self.text}
 
 
-class ImagePart(Body):
+class InputImage(Body):
     """A picture in a message, by its address or data."""
 
     type: Literal["input_image"]
@@ -75,7 +75,7 @@ class ImagePart(Body):
         return {"type": "image_url", "image_url": {"url": self.image_url}}
 
 
-Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+InputPart = Annotated[InputText | InputImage, Field(discriminator="type")]
 
 
 class InputMessage(_Item):
@@ -83,7 +83,7 @@ class InputMessage(_Item):
 
     type: Literal["message"] = "message"
     role: Literal["user", "assistant", "system", "developer"]
-    content: Text | Annotated[list[Part], FAST]
+    content: Text | Annotated[list[InputPart], FAST]
 
     def plain(self) -> Json:
         """As a chat has it."""
@@ -112,7 +112,7 @@ class CallOutput(_Item):
 
     type: Literal["function_call_output"]
     call_id: Text
-    output: Text | Annotated[list[TextPart], FAST]
+    output: Text | Annotated[list[InputText], FAST]
 
     def plain(self) -> Json:
         """As a chat has it."""
@@ -147,14 +147,14 @@ class FunctionTool(Function):
         return data
 
 
-class NamedFunction(Body):
+class ToolChoiceFunction(Body):
     """`tool_choice` with a name."""
 
     type: Literal["function"]
     name: Text
 
 
-class JsonSchemaFormat(NamedSchema):
+class TextJsonSchema(NamedSchema):
     """JSON under a schema."""
 
     type: Literal["json_schema"]
@@ -164,13 +164,13 @@ class TextConfig(Body):
     """What the text must be."""
 
     format: (
-        Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")]
+        Annotated[TextFormat | JsonObjectFormat | TextJsonSchema, Field(discriminator="type")]
         | None
     ) = None
 
     def response_format(self) -> Json | None:
         """As a chat has it."""
-        if not isinstance(self.format, JsonSchemaFormat):
+        if not isinstance(self.format, TextJsonSchema):
             return None if self.format is None else {"type": self.format.type}
         schema = self.format.model_dump(exclude={"type"}, exclude_none=True, by_alias=True)
         return {"type": "json_schema", "json_schema": schema}
@@ -193,7 +193,7 @@ class ResponsesRequest(Sampling):
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
     text: TextConfig | None = None
     tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedFunction | None = None
+    tool_choice: Literal["none", "auto", "required"] | ToolChoiceFunction | None = None
     parallel_tool_calls: bool | None = None
     include: list[Text] | None = Field(None, description=f"{LOGPROBS!r}; others have no effect.")
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
@@ -262,7 +262,7 @@ class ResponsesRequest(Sampling):
         given = {name: getattr(self, name) for name in Sampling.model_fields}
         with_logprobs = LOGPROBS in (self.include or ())
         choice = self.tool_choice
-        if isinstance(choice, NamedFunction):
+        if isinstance(choice, ToolChoiceFunction):
             named = {"type": "function", "function": {"name": choice.name}}
         found = {
             **given,
@@ -270,7 +270,7 @@ class ResponsesRequest(Sampling):
             "max_completion_tokens": self.max_output_tokens,
             "response_format": self.text and self.text.response_format(),
             "tools": [_nested(tool) for tool in self.tools or ()] or None,
-            "tool_choice": named if isinstance(choice, NamedFunction) else choice,
+            "tool_choice": named if isinstance(choice, ToolChoiceFunction) else choice,
             "parallel_tool_calls": self.parallel_tool_calls,
             "reasoning_effort": self.reasoning and self.reasoning.effort,
             "chat_template_kwargs": self.chat_template_kwargs,

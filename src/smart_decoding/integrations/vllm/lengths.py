@@ -29,7 +29,7 @@ ENOUGH = 4  # plain steps without which nothing is drafted
 BETTER = 1.01  # rate over the last length's at which another one takes its place
 
 
-class Acceptance:
+class AcceptanceByDepth:
     """P(the draft at a depth is accepted | the one before it was), by depth, over all requests.
 
     Recent steps count most. Where they say little, the long run does, and before it the depth
@@ -166,7 +166,7 @@ class DraftLengths:
 
     def __init__(self, longest: int, shortest: int = 0, exploration_budget: float = 0.005) -> None:
         self.seconds = StepSeconds(shortest)
-        self.acceptance = Acceptance(longest)
+        self.acceptance = AcceptanceByDepth(longest)
         self.counters = Counters()
         self.exploration = Exploration(exploration_budget)
         self.exploring = False  # whether the length chosen last explores
