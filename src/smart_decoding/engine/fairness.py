@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator
+from itertools import islice
 from typing import Generic, Protocol, TypeVar
 
-REMEMBERED = 1024  # clients whose counters are kept, the latest ones
+REMEMBERED = 1024  # counters that are kept: of the latest clients, and of all that wait
 
 
 class VirtualTokenCounter:
@@ -20,32 +21,40 @@ class VirtualTokenCounter:
     verifies. So the paper's weights are w_p = w_q = 1 per row. Queues of texts count bytes or
     characters instead.
 
-    Two clients that always have something waiting are served within 2 max(L, M) tokens of each
-    other, over any interval. L: tokens of one selection, at most. M: tokens that a client is
-    charged between two of its selections, at most.
+    Two clients that wait at every selection are charged within 2 M tokens of each other, over any
+    interval. M: tokens that a client is charged from one of its selections until its next, at most:
+    what was selected, and rows of its answers meanwhile.
 
-    One rule differs: the paper compares with the client selected last only where nobody waits. Here
-    it always does, or a client with ever new names would be selected for ever."""
+    A client that had nothing waiting starts at the greatest of three counters: its own, that of the
+    client selected last, and the least one of the clients that wait. One rule differs: the paper
+    looks at the client selected last only where nobody waits. Here it always counts, or a client
+    with ever new names would be selected for ever."""
 
     def __init__(self) -> None:
         self._counters: dict[str, int] = {}  # the latest client is the last entry
         self._last = ""  # client selected last
         self._level = 0  # its counter
 
-    def arrive(self, client: str, waiting: Collection[str]) -> None:
-        """Lift the counter of a client that had nothing waiting, so that absence gives no credit.
+    def arrive(self, clients: Iterable[str], waiting: Collection[str]) -> None:
+        """Lift the counters of clients that had nothing waiting: absence gives no credit.
 
-        waiting: clients that wait already."""
-        if client not in waiting:
-            least = min(map(self.served, waiting), default=0)
-            self._set(client, max(self.served(client), least, self._level))
+        waiting: clients that wait already. Only the counters of others are forgotten."""
+        least = max(min(map(self.served, waiting), default=0), self._level)
+        new = {client for client in clients if client not in waiting}
+        for client in new:
+            self._set(client, max(self.served(client), least))
+        spare = (each for each in self._counters if each not in waiting and each not in new)
+        for client in list(islice(spare, max(0, len(self._counters) - REMEMBERED))):
+            del self._counters[client]
 
-    def select(self, waiting: Iterable[str]) -> str:
+    def select(self, waiting: Collection[str]) -> str:
         """Return the client with the least counter; the one selected last loses a tie.
 
-        waiting: one client at least."""
-        self._last = min(waiting, key=lambda each: (self.served(each), each == self._last))
-        self._level = self.served(self._last)
+        waiting: one client at least; all have arrived."""
+        counters = self._counters
+        self._level = level = min(map(counters.__getitem__, waiting))
+        least = (each for each in waiting if counters[each] == level and each != self._last)
+        self._last = next(least, self._last)
         return self._last
 
     def charge(self, client: str, tokens: int) -> None:
@@ -61,8 +70,6 @@ class VirtualTokenCounter:
         self._counters[client] = tokens
         if client == self._last:
             self._level = tokens
-        if len(self._counters) > REMEMBERED:
-            del self._counters[next(iter(self._counters))]
 
 
 class OfClient(Protocol):
@@ -115,6 +122,11 @@ class ClientQueues(Generic[T]):
     def heads(self) -> list[T]:
         """Return the first item of each client."""
         return [queue[0] for queue in self._queues.values()]
+
+    def head(self, client: str) -> T | None:
+        """Return the first item of a client, if there is one."""
+        queue = self._queues.get(client)
+        return queue[0] if queue else None
 
     def __iter__(self) -> Iterator[T]:
         return (item for queue in self._queues.values() for item in queue)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from smart_decoding.engine.fairness import REMEMBERED, ClientQueues, VirtualTokenCounter
@@ -21,10 +21,13 @@ PATIENCE = 0.01  # seconds for a mask where nobody else can go on: others may co
 @dataclass(slots=True)
 class Batch:
     """One round's work: requests that decode one token or more, and chunks of prompts (request,
-    tokens)."""
+    tokens).
+
+    maskless: running requests that sit the round out, since their masks are not computed yet."""
 
     decode: list[Request]
     prefill: list[tuple[Request, int]]
+    maskless: list[Request] = field(default_factory=list)
 
     def __bool__(self) -> bool:
         return bool(self.decode or self.prefill)
@@ -33,10 +36,14 @@ class Batch:
 class Scheduler:
     """Running requests decode in every round; prompts go in chunks of a token budget. Chunks and
     free slots go to the client with the least virtual token counter; of one client, the first come
-    is the first served.
+    is the first served. A client whose mask was missing comes anew, without credit for the wait.
 
     max_num_seqs: requests in a round; max_num_batched_tokens: prompt tokens in a round, beside the
-    decoding rows. Beside another client's answer a quarter of them, since it waits for all."""
+    decoding rows. Beside another client's answer a quarter of them, since it waits for all.
+
+    The bound of `VirtualTokenCounter` holds while slots are free. M is a chunk and what a client's
+    answers decode until its next chunk. Without a free slot M is all rows of a client's running
+    requests."""
 
     def __init__(self, pool: PagePool, max_num_seqs: int, max_num_batched_tokens: int) -> None:
         self.pool = pool
@@ -47,13 +54,11 @@ class Scheduler:
         # of the last next_batch(): the engine tells their drafters
         self.preempted: list[Request] = []
         self._counter = VirtualTokenCounter()
+        self._unserved: set[str] = set()  # clients left selectable by the last round
         self._expensive: dict[str, None] = {}  # clients whose latest grammar was
 
     def add(self, request: Request) -> None:
         """Queue a request."""
-        prompts = (request for request in self.running if not request.decodes)
-        waiting = {each.client for each in (*prompts, *self.waiting.heads()) if each.ready()}
-        self._counter.arrive(request.client, waiting)
         self.waiting.append(request)
 
     def finish(self, request: Request) -> None:
@@ -80,19 +85,26 @@ class Scheduler:
         """Choose the next round's requests, and reserve KV memory for their committed rows."""
         self.preempted = []
         decode = []
-        prompts = []
+        maskless = []
+        prompts: ClientQueues[Request] = ClientQueues()
         for request in list(self.running):
             if not request.ready():
-                continue
-            if not request.decodes:
+                maskless.append(request)
+            elif not request.decodes:
                 prompts.append(request)
             elif request not in self.preempted and self._reserve(request, 1):
                 decode.append(request)
-        prefill = self._prefill(prompts, self._budget(decode))
+        heads = {head.client: head for head in self.waiting.heads() if self._may_join(head)}
+        selectable = {*prompts.clients, *heads}
+        self._counter.arrive(selectable, self._unserved & selectable)
+        prefill = self._prefill(prompts, heads, self._budget(decode, prompts, heads))
         if self.preempted:
             decode = [request for request in decode if request not in self.preempted]
+            for request, rows in prefill:
+                if request in self.preempted:
+                    self._counter.charge(request.client, -rows)
             prefill = [part for part in prefill if part[0] not in self.preempted]
-        batch = Batch(decode, prefill)
+        batch = Batch(decode, prefill, maskless)
         if not batch:
             self._wait_for_masks()
         return batch
@@ -101,16 +113,13 @@ class Scheduler:
         """Count the rows of a round's decoding requests. The rows of prompts are counted when they
         are chosen.
 
-        A running request that is not in the round is waiting for its mask. It counts as one row,
-        since nobody else has its slot: otherwise a client of slow grammars could keep all slots."""
+        A running request without its mask counts as one row, since nobody else has its slot:
+        otherwise a client of slow grammars could keep all slots."""
         for request, count in zip(batch.decode, rows, strict=True):
             self._counter.charge(request.client, count)
-        prompts = [request for request, _ in batch.prefill]
-        if len(batch.decode) + len(prompts) < len(self.running):
-            for request in self.running:
-                if request not in batch.decode and request not in prompts:
-                    self._counter.charge(request.client, 1)
-        for request in (*batch.decode, *prompts):
+        for request in batch.maskless:
+            self._counter.charge(request.client, 1)
+        for request in (*batch.decode, *(request for request, _ in batch.prefill)):
             self._note_expense(request)
 
     def _note_expense(self, request: Request) -> None:
@@ -129,45 +138,56 @@ class Scheduler:
                 request.ready(PATIENCE)
                 break
 
-    def _budget(self, decode: Sequence[Request]) -> int:
-        """Prompt tokens of a round in which these requests decode."""
-        clients = {request.client for request in (*self.running, *self.waiting.heads())}
+    def _budget(
+        self, decode: list[Request], prompts: ClientQueues[Request], heads: dict[str, Request]
+    ) -> int:
+        """Prompt tokens of a round with these decoding requests, running prompts and heads."""
+        joining = heads if len(self.running) < self.max_num_seqs else ()
+        clients = {*prompts.clients, *joining, *(request.client for request in decode)}
         return max(1, self.chunk // BESIDE) if decode and len(clients) > 1 else self.chunk
 
-    def _prefill(self, prompts: list[Request], budget: int) -> list[tuple[Request, int]]:
-        """The round's chunks of prompts: of running requests, `prompts`, and of waiting ones."""
+    def _prefill(
+        self, prompts: ClientQueues[Request], heads: dict[str, Request], budget: int
+    ) -> list[tuple[Request, int]]:
+        """The round's chunks of prompts: of running requests, `prompts`, and of `heads`, the first
+        waiting request of each client."""
         chunks = []
         joining = True
         while budget > 0:
-            asking = [request for request in prompts if request not in self.preempted]
-            if joining and not self.preempted:
-                asking += self._ready_heads()
+            asking = [*prompts.clients, *(heads if joining and not self.preempted else ())]
             if not asking:
                 break
-            client = self._counter.select(request.client for request in asking)
-            request = next(request for request in asking if request.client == client)
-            if request in prompts:
-                prompts.remove(request)
-                if not self._reserve(request, min(request.pending, budget)):
+            client = self._counter.select(asking)
+            if client in prompts.clients:
+                request = prompts.popleft(client)
+                rows = min(request.pending, budget)
+                if request in self.preempted or not self._reserve(request, rows):
                     continue
-            elif len(self.running) >= self.max_num_seqs or not self._admit(request):
-                self._yield_to(request)
-                joining = False
-                continue
-            rows = min(request.pending, budget)
+            else:
+                request = heads[client]
+                if len(self.running) >= self.max_num_seqs or not self._admit(request):
+                    self._yield_to(request)
+                    joining = False
+                    continue
+                rows = min(request.pending, budget)
+                following = self.waiting.head(client)
+                if following is not None and self._may_join(following):
+                    heads[client] = following
+                else:
+                    del heads[client]
             chunks.append((request, rows))
             budget -= rows
             self._counter.charge(client, rows)
+        unfinished = (request.client for request, rows in chunks if rows < request.pending)
+        self._unserved = {*prompts.clients, *heads, *unfinished}
         return chunks
 
-    def _ready_heads(self) -> list[Request]:
-        """The first waiting request of each client, if its mask is there. A client with expensive
-        grammars has the first mask of one of them computed at a time."""
-        heads = self.waiting.heads()
-        for head in heads:
-            if head.constraint is not None and head.client in self._expensive:
-                head.constraint.compute_in_background()
-        return [head for head in heads if head.ready()]
+    def _may_join(self, head: Request) -> bool:
+        """Whether the first waiting request of a client need not wait for its mask. A client with
+        expensive grammars has the first mask of one of them computed at a time."""
+        if head.constraint is not None and head.client in self._expensive:
+            head.constraint.compute_in_background()
+        return head.ready()
 
     def _yield_to(self, request: Request) -> None:
         """Preempt the youngest request of the client with the most slots, if it has at least two

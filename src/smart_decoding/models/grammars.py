@@ -177,7 +177,7 @@ class MaskThread:
         """Queue `work`; return its result to come."""
         place = _MaskTask(client, work, Future())
         with self._lock:
-            self._counter.arrive(client, self._waiting.clients)
+            self._counter.arrive([client], self._waiting.clients)
             self._waiting.append(place)
         self._thread.submit(self._next)
         return place.result

@@ -61,7 +61,7 @@ class Lane:
     async def take(self, client: str, size: int, begin: Callable[[], Awaitable[T]]) -> T:
         """Call `begin` when the client is selected; return what comes of it."""
         place = _Place(client, size)
-        self._counter.arrive(client, self._waiting.clients)
+        self._counter.arrive([client], self._waiting.clients)
         self._waiting.append(place)
         self._call_next()
         try:

@@ -4,12 +4,12 @@ for another one's grammar."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from smart_decoding.engine.fairness import VirtualTokenCounter
@@ -21,6 +21,7 @@ from .fakes import EOS, VOCAB, alone, finish, make_engine
 if TYPE_CHECKING:
     from smart_decoding.engine.engine import Engine
     from smart_decoding.engine.request import Request
+    from smart_decoding.engine.scheduler import Batch
 
 
 def add(
@@ -80,35 +81,81 @@ def test_nobody_gives_way_to_himself_or_to_who_holds_one_slot_less() -> None:
     finish(engine)
 
 
-@settings(max_examples=20, deadline=None)
-@given(st.integers(20, 60), st.integers(1, 12), st.integers(20, 60), st.integers(1, 12))
-def test_two_backlogged_clients_are_served_as_many_rows(
-    length_f: int, tokens_f: int, length_g: int, tokens_g: int
-) -> None:
-    """Where prompt tokens are scarce, not slots. M: a chunk, and whole answers in all slots."""
-    engine = make_engine(max_num_seqs=4, max_num_batched_tokens=16, prefix_caching=False)
-    rows: Counter[str] = Counter()
-    charge = VirtualTokenCounter.charge
-    counter = engine.scheduler._counter
+class Ledger:
+    """Counts the rows that each client is really served, by the batches of an engine.
 
-    def counting(client: str, tokens: int) -> None:
-        rows[client] += tokens
-        charge(counter, client, tokens)
+    most: rows that one client is served from one of its selections to its next one, at most."""
 
-    counter.charge = counting  # type: ignore[method-assign]
-    bound = 2 * max(16, 16 + 4 * max(tokens_f, tokens_g))
+    def __init__(self, engine: Engine) -> None:
+        self.rows: Counter[str] = Counter()
+        self.most = 0
+        self._at_selection: Counter[str] = Counter()
+        self._charge = engine.scheduler.charge
+        self._select = engine.scheduler._counter.select
+        engine.scheduler.charge = self._charging  # type: ignore[method-assign]
+        engine.scheduler._counter.select = self._selecting  # type: ignore[method-assign]
+
+    def _charging(self, batch: Batch, rows: Sequence[int]) -> None:
+        self._charge(batch, rows)
+        for request, count in (*zip(batch.decode, rows, strict=True), *batch.prefill):
+            self.rows[request.client] += count
+        for client, count in self.rows.items():
+            self.most = max(self.most, count - self._at_selection[client])
+
+    def _selecting(self, waiting: Collection[str]) -> str:
+        client = self._select(waiting)
+        self._at_selection[client] = self.rows[client]
+        return client
+
+
+def backlogged(slots: int, f: tuple[int, int], g: tuple[int, int]) -> tuple[Ledger, int, int]:
+    """Two clients with 20 requests waiting before each of 1,000 rounds, of chunks of 16.
+
+    f, g: tokens of a prompt and of an answer. Returns the largest difference of the rows served
+    over any interval, and the most requests that ran at a time."""
+    engine = make_engine(max_num_seqs=slots, max_num_batched_tokens=16, prefix_caching=False)
+    ledger = Ledger(engine)
     differences = [0]
-    for turn in range(150):
-        for name, length, tokens in (("f", length_f, tokens_f), ("g", length_g, tokens_g)):
-            while sum(request.client == name for request in engine.scheduler.waiting) < 5:
-                params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
-                turn_id = f"{name}-{turn}-{rows.total()}-{len(engine.scheduler.waiting)}"
-                prompt = [(turn + i) % VOCAB for i in range(length)]
-                engine.add_request(turn_id, prompt, params, client=name)
+    running = 0
+    for turn in range(1000):
+        waiting = Counter(request.client for request in engine.scheduler.waiting)
+        for name, (length, tokens) in (("f", f), ("g", g)):
+            params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
+            prompt = [(turn + j) % VOCAB for j in range(length)]
+            for i in range(waiting[name], 20):
+                engine.add_request(f"{name}-{turn}-{i}", prompt, params, client=name)
         engine.step()
-        differences.append(rows["f"] - rows["g"])
-    assert rows.total() > 150
-    assert max(differences) - min(differences) <= bound
+        running = max(running, len(engine.scheduler.running))
+        differences.append(ledger.rows["f"] - ledger.rows["g"])
+    return ledger, max(differences) - min(differences), running
+
+
+LongPrompts = st.tuples(st.integers(30, 80), st.integers(1, 3))
+ShortPrompts = st.tuples(st.integers(3, 12), st.integers(1, 3))
+
+
+@settings(max_examples=6, deadline=None)
+@given(LongPrompts, ShortPrompts)
+@example((60, 2), (3, 2))
+def test_two_backlogged_clients_are_served_within_2_m_rows(
+    f: tuple[int, int], g: tuple[int, int]
+) -> None:
+    ledger, difference, running = backlogged(12, f, g)
+    assert running < 12  # slots are free
+    assert ledger.most <= 16 + 12 * max(f[1], g[1])  # a chunk, and answers in all slots
+    assert difference <= 2 * ledger.most
+
+
+@settings(max_examples=6, deadline=None)
+@given(*[st.tuples(st.integers(1, 12), st.integers(6, 12))] * 2)
+@example((2, 9), (5, 10))
+def test_without_a_free_slot_the_difference_is_what_slots_hold(
+    f: tuple[int, int], g: tuple[int, int]
+) -> None:
+    """Requests that give way are charged only for rows that were served."""
+    _, difference, running = backlogged(4, f, g)
+    assert running == 4
+    assert difference <= 2 * 4 * max(sum(f), sum(g))
 
 
 def test_a_short_prompt_does_not_wait_for_another_clients_long_one() -> None:
@@ -139,6 +186,20 @@ def test_a_long_prompt_has_a_quarter_of_a_round_beside_another_clients_answer() 
     while not short.finished:
         engine.step()
         assert engine.last_round.round.batch.prefill_rows <= 16
+
+
+@pytest.mark.parametrize("answering", ["long", "short"])
+def test_a_head_that_has_no_slot_does_not_shorten_a_round(answering: str) -> None:
+    """Prompts are cut where an answer of another client waits for them."""
+    engine = make_engine(max_num_batched_tokens=64, max_num_seqs=2, prefix_caching=False)
+    add(engine, answering, 1, tokens=200)
+    step(engine, 2)
+    add(engine, "long", 1, length=300)
+    add(engine, "third", 1)
+    engine.scheduler._counter.charge("third", 1000)
+    step(engine, 2)
+    rows = engine.last_round.round.batch.prefill_rows
+    assert rows == (64 if answering == "long" else 16)
 
 
 @pytest.mark.parametrize("pages", [24, 12])
@@ -289,3 +350,55 @@ def test_a_clients_grammars_are_computed_in_background_until_one_is_cheap() -> N
         assert request.constraint.in_background == known
         request.constraint.expensive = expensive
         finish(engine)
+
+
+def test_a_client_gets_no_credit_for_the_time_that_its_mask_takes() -> None:
+    """Its prompts wait behind a request whose mask is not there."""
+    SlowGrammar.free = 0.0
+    engine = make_engine(
+        max_num_batched_tokens=16,
+        prefix_caching=False,
+        constrain=lambda params: SlowGrammar(engine, 100.0),
+    )
+    add_slow(engine, 1, 3)
+    add(engine, "slow", 20, length=200, tokens=1)
+    f = add(engine, "f", 1, length=900, tokens=1)
+    while not f[0].finished:
+        engine.step()
+    assert engine.target.clock.now < 100.0
+    engine.target.clock.now = 101.0
+    engine.step()
+    ledger = Ledger(engine)
+    f += add(engine, "f", 1, length=8, tokens=1)
+    rounds = 0
+    while not f[1].finished:
+        engine.step()
+        rounds += 1
+    assert rounds <= 3
+    assert ledger.rows["slow"] <= 48
+    finish(engine)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_running_request_without_its_mask_is_charged_a_row_a_round(late: bool) -> None:
+    """And no other one, such as a prompt whose turn has not come."""
+    SlowGrammar.free = 0.0
+    engine = make_engine(
+        max_num_batched_tokens=16,
+        prefix_caching=False,
+        constrain=lambda params: SlowGrammar(engine, 1.0 if late else 1000.0),
+    )
+    (slow,) = add_slow(engine, 1, 60)
+    engine.target.clock.now = SlowGrammar.free
+    while not slow.output:
+        engine.step()
+    add(engine, "f", 1, length=300)
+    add(engine, "g", 1, length=300)
+    served = engine.scheduler._counter.served
+    step(engine, 2)
+    ledger = Ledger(engine)
+    before = {client: served(client) for client in ("slow", "f", "g")}
+    for _ in range(10):
+        engine.step()
+    charged = {client: served(client) - before[client] for client in before}
+    assert charged == {**ledger.rows, "slow": 10}
