@@ -17,12 +17,16 @@ import numpy as np
 import openai
 import pytest
 from PIL import Image
-from serving import NAME, Running, post, serving, slow, wait_for
+from serving import NAME, Running, post, prepared, serving, slow, wait_for
 
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.llm import LLM
 from smart_decoding.multimodal import prompts
 from smart_decoding.server import pictures
+from smart_decoding.server.chat import chat_task
+from smart_decoding.server.preparation_process import unpacked
+from smart_decoding.server.schemas import Message
+from smart_decoding.server.tools import Tool, explained
 
 sys.path.append(str(Path(__file__).parents[1] / "parity"))
 from vision import picture, save_llava, save_qwen2_vl
@@ -127,6 +131,25 @@ def test_malformed_parts_are_bad_requests(
     reply = post(seeing, "/v1/chat/completions", json=body)
     assert reply.status_code == 400
     assert reply.json()["error"]["message"].startswith(words)
+
+
+LISTS = (
+    "SYSTEM: {% for m in messages %}{{ m['role'] }}:"
+    "{% for part in m['content'] | selectattr('type', 'equalto', 'text') %} {{ part['text'] }}"
+    "{% endfor %}{% endfor %}"
+)
+
+
+def test_a_template_of_lists_reads_a_conversation_with_tools(folder: Path) -> None:
+    """As llava-hf's templates are: contents that were texts are nothing to them."""
+    llm = LLM(folder, speculative_config=False, chat_template=LISTS, max_model_len=512)
+    messages = [{"role": "user", "content": "What time is it?"}]
+    described = {"type": "function", "function": {"name": "now"}}
+    offered = [Tool.model_validate(described)]
+    task = chat_task(llm, [Message.model_validate(each) for each in messages], offered).task
+    tokens = unpacked(prepared(llm, task)[0])
+    assert "What time is it?" in llm.tokenizer.decode(tokens)
+    assert tokens == llm.chat_prompt(explained(messages, [described])).tokens
 
 
 def test_a_completion_cannot_have_pictures(seeing: Running) -> None:

@@ -49,8 +49,9 @@ def chat_task(
         return ChatTask(_task(told, given, llm.supports_images), pictures)
     described: list[Any] = [tool.model_dump(exclude_none=True) for tool in offered]
     if not tools.speaks_our_form(template):
-        plain = tools.explained(plain, described)
-        described = []
+        told, _ = llm.prompts.split(tools.explained(plain, described))
+        given = template_options(template, None, True, None, variables)
+        return ChatTask(_task(told, given, llm.supports_images))
     given = template_options(template, None, True, described, variables)
     return ChatTask(_task(plain, given, False))
 
