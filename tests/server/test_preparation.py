@@ -4,6 +4,7 @@ breaks a limit is told so, and the others go on."""
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import signal
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 MEGABYTE = 2**20
 HI = [{"role": "user", "content": "hi"}]
+HELLO = task("chat", messages=HI, variables={}, pictures=False)
 # With variables: Jinja computes what is constant when it compiles a template.
 ATTACKS = {
     "replace": "{{ messages[0].content.replace('', messages[0].content * 99) }}",
@@ -57,8 +59,7 @@ def told(template: str, setup: dict[str, Any]) -> Any:
 
         pair = ProcessPair(known)
         try:
-            chat = task("chat", messages=HI, variables={}, pictures=False)
-            return await pair.answer("client", chat)
+            return await pair.answer("client", HELLO)
         finally:
             pair.stop()
 
@@ -307,6 +308,75 @@ def test_only_a_limit_means_too_large(
         assert "ended with status 1" in caplog.text
         monkeypatch.undo()
         assert wait_for(lambda: post(running, "/v1/completions", json=asked).status_code == 200)
+
+
+def endless(setup: dict[str, Any], seconds: float) -> tuple[preparation.Process, dict[str, Any]]:
+    """A process that works for ever, and its changeable setup."""
+    template = LOOP * 3 + "{% endfor %}" * 3
+    changeable = {**setup, "template": template}
+
+    async def known() -> bytes:
+        return preparation_process.framed(changeable)
+
+    return preparation.Process(known, 0, seconds), changeable
+
+
+@pytest.mark.parametrize("killed", [signal.SIGKILL, signal.SIGTERM])
+def test_an_end_from_outside_is_no_limit(setup: dict[str, Any], killed: signal.Signals) -> None:
+    """As by the kernel where the machine's memory is full: the task is not at fault."""
+
+    async def asked() -> None:
+        process, _ = endless(setup, 60.0)
+        answer = asyncio.create_task(process.answer(HELLO))
+        while process._ready is None or not process._ready.done():
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)
+        assert process.child is not None
+        process.child.send_signal(killed)
+        try:
+            await answer
+        finally:
+            process.stop()
+
+    with pytest.raises(RuntimeError, match=f"ended with status -{int(killed)}"):
+        asyncio.run(asked())
+
+
+def test_faults_of_a_start_are_told(setup: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind a process that a signal ended, too: its status was taken for the next one's."""
+
+    async def asked() -> None:
+        process, changeable = endless(setup, 0.1)
+        try:
+            with pytest.raises(preparation.TooSlowError):
+                await process.answer(HELLO)
+            changeable["backend"] = "{}"
+            await ended(process)
+            with pytest.raises(RuntimeError, match=r"ended with status 1: (.|\n)*Traceback"):
+                await process.answer(HELLO)
+            monkeypatch.setattr(subprocess, "Popen", no_process)
+            with pytest.raises(RuntimeError, match="Resource temporarily"):
+                await process.answer(HELLO)
+            monkeypatch.undo()
+            changeable["backend"] = setup["backend"]
+            with pytest.raises(preparation.TooSlowError):
+                await process.answer(HELLO)
+        finally:
+            process.stop()
+
+    async def ended(process: preparation.Process) -> None:
+        """Its present process."""
+        assert process._ready is not None
+        await asyncio.wait([process._ready])
+        if process.child is not None:
+            process.child.kill()
+            process.child.wait()
+
+    asyncio.run(asked())
+
+
+def no_process(*_: Any, **__: Any) -> Any:
+    raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
 
 def test_a_process_that_does_not_answer_is_ended(

@@ -40,7 +40,9 @@ T = TypeVar("T")
 _Streams: TypeAlias = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 SHORT_SECONDS = 0.25  # of a processor; a usual chat takes some thousandths
 SECONDS = 2.0  # of a processor, for a long task and for a short one that took longer than it may
-PATIENCE = 30.0  # seconds, on a machine that has others to do
+PATIENCE = 30.0  # seconds for a task, on a machine that has others to do
+START = 120.0  # seconds for a start there
+LAST_WORDS = 0.5  # seconds from the end of its answers to its own end, which has a status
 NICE = 10  # of what takes long: rounds go on meanwhile
 GRAMMAR_SIZE = 2**18  # characters: of a long literal, a mask takes a microsecond for each
 _THREADS = {"MALLOC_ARENA_MAX": "1", "TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}
@@ -52,6 +54,14 @@ class TooLargeError(ConfigError):
 
 class TooSlowError(TooLargeError):
     """A task that takes longer than it may."""
+
+
+class EndedError(RuntimeError):
+    """A process that ended, and no task is known to be at fault. status: what it ended with."""
+
+    def __init__(self, status: int, said: str) -> None:
+        super().__init__(f"a preparation process ended with status {status}: {said}")
+        self.status = status
 
 
 class Process:
@@ -92,8 +102,8 @@ class Process:
         if self._ready is None:
             raise shutting_down()
         try:
+            reader, writer = await self._ready
             async with asyncio.timeout(PATIENCE):
-                reader, writer = await self._ready
                 writer.write(HEAD.pack(len(task), round(1000 * self._seconds)))
                 writer.write(task)
                 found = await _body(reader)
@@ -101,15 +111,16 @@ class Process:
             if self._stopped:
                 raise shutting_down() from None
             raise
-        except (TimeoutError, OSError, asyncio.IncompleteReadError) as error:
+        except (TimeoutError, ConnectionError, asyncio.IncompleteReadError) as error:
             raise await self._died(isinstance(error, TimeoutError)) from error
         return _result(await _beside(unframed, found))
 
     async def _begin(self) -> _Streams:
+        """Raises OSError, RuntimeError: no task is at fault, so a limit of its own says so."""
         ours, theirs = socket.socketpair()
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115
-        options = ["-P", "-X", "utf8", "-m", preparation_process.__name__]
-        with theirs:
+        try:
+            self._log = tempfile.TemporaryFile()  # noqa: SIM115
+            options = ["-P", "-X", "utf8", "-m", preparation_process.__name__]
             self.child = subprocess.Popen(
                 [sys.executable, *options, str(self._nice)],
                 stdin=theirs.fileno(),
@@ -118,25 +129,40 @@ class Process:
                 env={**os.environ, **_THREADS},
                 process_group=0,  # Ctrl-C is the server's
             )
+        except OSError as error:
+            ours.close()
+            raise RuntimeError(f"no preparation process can be started: {error}") from error
+        finally:
+            theirs.close()
         reader, self._writer = await asyncio.open_connection(sock=ours)
-        self._writer.write(await self._setup())
-        await _body(reader)
+        setup = await self._setup()
+        try:
+            async with asyncio.timeout(START):
+                self._writer.write(setup)
+                await _body(reader)
+        except (TimeoutError, ConnectionError, asyncio.IncompleteReadError) as error:
+            raise await self._ended(LAST_WORDS) from error
         return reader, self._writer
 
     async def _died(self, late: bool) -> Exception:
         """What to raise for the task; the next one finds another process."""
-        status = await asyncio.to_thread(self._end)
-        said = self._said()
+        told = await self._ended(0 if late else LAST_WORDS)
+        status = told.status
         self._forget()
         self.start()
         if self._stopped:
             return shutting_down()
         if late or status == -signal.SIGPROF:
             return TooSlowError(f"preparing it takes more than {self._seconds:g} s of a processor")
-        if status == NO_MEMORY or status < 0:
+        if status in (NO_MEMORY, -signal.SIGABRT, -signal.SIGSEGV):
             size = f"{MEMORY >> 20} MiB of memory"
             return TooLargeError(f"preparing it takes more than {size}, or it is nested too deep")
-        return RuntimeError(f"a preparation process ended with status {status}: {said}")
+        return told
+
+    async def _ended(self, seconds: float) -> EndedError:
+        """What it has to say: it ends by itself or after that time."""
+        status = await asyncio.to_thread(self._end, seconds)
+        return EndedError(status, self._said())
 
     def _lives(self) -> bool:
         return self.child is not None and self.child.poll() is None
@@ -144,13 +170,16 @@ class Process:
     def _forget(self) -> None:
         if self._writer is not None:
             self._writer.close()
+        self.child = None
         self._writer = None
         self._ready = None
 
-    def _end(self) -> int:
-        """The status that it ends with."""
+    def _end(self, seconds: float = 0) -> int:
+        """The status that it ends with, by itself or after that time."""
         if self.child is None:
             return 0
+        with suppress(subprocess.TimeoutExpired):
+            return self.child.wait(seconds)
         self.child.kill()
         return self.child.wait()
 

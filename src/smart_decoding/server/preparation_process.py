@@ -152,7 +152,17 @@ def _read(stream: IO[bytes]) -> bytes | None:
 
 
 def main() -> None:
-    """Answers until the input ends."""
+    """Answers until the input ends. Ends with a status that says whether a limit is the cause."""
+    try:
+        _answer_all()
+    except MemoryError:
+        os._exit(NO_MEMORY)
+    except BaseException:  # a panic of native code is no Exception
+        traceback.print_exc()
+        os._exit(1)
+
+
+def _answer_all() -> None:
     _die_with_parent()
     os.nice(int(sys.argv[1]))
     # What libraries print is no answer.
