@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -373,6 +374,17 @@ def test_faults_of_a_start_are_told(setup: dict[str, Any], monkeypatch: pytest.M
             process.child.wait()
 
     asyncio.run(asked())
+
+
+@pytest.mark.parametrize("memfd", [True, False])
+def test_a_process_needs_no_folder(
+    setup: dict[str, Any], monkeypatch: pytest.MonkeyPatch, memfd: bool
+) -> None:
+    """A file system that is full or read-only made every prompt a 500."""
+    monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
+    if not memfd:
+        monkeypatch.delattr(os, "memfd_create", raising=False)
+    assert told("{{ messages[0].content }}", setup)
 
 
 def no_process(*_: Any, **__: Any) -> Any:

@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -119,13 +118,13 @@ class Process:
         """Raises OSError, RuntimeError: no task is at fault, so a limit of its own says so."""
         ours, theirs = socket.socketpair()
         try:
-            self._log = tempfile.TemporaryFile()  # noqa: SIM115
+            self._log = _new_log()
             options = ["-P", "-X", "utf8", "-m", preparation_process.__name__]
             self.child = subprocess.Popen(
                 [sys.executable, *options, str(self._nice)],
                 stdin=theirs.fileno(),
                 stdout=theirs.fileno(),
-                stderr=self._log,
+                stderr=self._log or subprocess.DEVNULL,
                 env={**os.environ, **_THREADS},
                 process_group=0,  # Ctrl-C is the server's
             )
@@ -170,6 +169,9 @@ class Process:
     def _forget(self) -> None:
         if self._writer is not None:
             self._writer.close()
+        if self._log is not None:
+            self._log.close()
+        self._log = None
         self.child = None
         self._writer = None
         self._ready = None
@@ -289,6 +291,13 @@ def setup_of(llm: LLM) -> dict[str, Any]:
 def task(name: str, **arguments: Any) -> bytes:
     """A task of `preparation_process.Tasks`."""
     return framed({"task": name, **arguments})[HEAD.size :]
+
+
+def _new_log() -> IO[bytes] | None:
+    """A file in memory: a folder may be full, or for reading only. None where there is none."""
+    with suppress(AttributeError, OSError):  # Linux has them
+        return open(os.memfd_create("preparation"), "w+b")
+    return None
 
 
 async def _no_tokenizer() -> bytes:
