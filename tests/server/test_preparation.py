@@ -26,6 +26,7 @@ from serving import NAME, Running, client, longest_gap, post, serving, wait_for
 
 from smart_decoding.errors import CapacityError, ConfigError
 from smart_decoding.server import preparation, preparation_process
+from smart_decoding.server.errors import ApiError
 from smart_decoding.server.preparation import ProcessPair, setup_of, task
 
 if TYPE_CHECKING:
@@ -404,6 +405,60 @@ def test_a_process_that_does_not_answer_is_ended(
         child.send_signal(signal.SIGSTOP)
         assert post(running, "/v1/completions", json=asked).status_code == 200  # by the other one
         assert child.poll() == -signal.SIGKILL
+
+
+def test_a_task_that_the_machine_has_no_time_for_is_a_503(
+    setup: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was called too large. A start has more time than a task: it ended before it was ready."""
+    monkeypatch.setattr(preparation, "PATIENCE", 0.05)
+
+    async def asked() -> None:
+        process, _ = endless(setup, 60.0)
+        try:
+            await process.answer(HELLO)
+        finally:
+            process.stop()
+
+    with pytest.raises(ApiError, match="preparing it took") as caught:
+        asyncio.run(asked())
+    assert caught.value.status == 503
+    assert "Retry-After" in caught.value.headers
+
+
+def test_a_process_starts_before_it_stands_back(setup: dict[str, Any]) -> None:
+    """Beside a busy machine, starts of long tasks' processes took ten seconds."""
+
+    async def niceness() -> tuple[int, int]:
+        known = asyncio.Event()
+
+        async def awaited() -> bytes:
+            await known.wait()
+            return preparation_process.framed(setup)
+
+        process = preparation.Process(awaited, 3, 1.0)
+        process.start()
+        try:
+            await asyncio.sleep(1.0)
+            assert process.child is not None
+            before = os.getpriority(os.PRIO_PROCESS, process.child.pid)
+            known.set()
+            assert process._ready is not None
+            await process._ready
+            return before, os.getpriority(os.PRIO_PROCESS, process.child.pid)
+        finally:
+            process.stop()
+
+    before, after = asyncio.run(niceness())
+    assert before == os.getpriority(os.PRIO_PROCESS, 0)
+    assert after == min(19, before + 3)
+
+
+def test_processes_of_texts_start_with_the_server(load: Any) -> None:
+    with serving(load) as running:
+        texts = running.worker.preparation.texts
+        assert texts.short.child is not None
+        assert texts.long.child is not None
 
 
 ORPHAN = """

@@ -19,7 +19,7 @@ from smart_decoding.errors import CapacityError, ConfigError
 from smart_decoding.models.grammar_source import library
 from smart_decoding.models.grammars import Compiled, Grammars, stand_back
 from smart_decoding.server import preparation_process
-from smart_decoding.server.errors import shutting_down
+from smart_decoding.server.errors import ApiError, shutting_down
 from smart_decoding.server.lane import SHORT, Lane, Lanes
 from smart_decoding.server.preparation_process import (
     HEAD,
@@ -42,7 +42,7 @@ SECONDS = 2.0  # of a processor, for a long task and for a short one that took l
 PATIENCE = 30.0  # seconds for a task, on a machine that has others to do
 START = 120.0  # seconds for a start there
 LAST_WORDS = 0.5  # seconds from the end of its answers to its own end, which has a status
-NICE = 10  # of what takes long: rounds go on meanwhile
+NICE = 10  # of what takes long, but not of a start: rounds go on meanwhile
 GRAMMAR_SIZE = 2**18  # characters: of a long literal, a mask takes a microsecond for each
 _THREADS = {"MALLOC_ARENA_MAX": "1", "TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}
 
@@ -53,6 +53,14 @@ class TooLargeError(ConfigError):
 
 class TooSlowError(TooLargeError):
     """A task that takes longer than it may."""
+
+
+class OverdueError(ApiError):
+    """A task that the machine did not come to the end of: that says nothing about its size."""
+
+    def __init__(self) -> None:
+        message = f"preparing it took more than {PATIENCE:g} s here: try again later"
+        super().__init__(503, message, "overloaded")
 
 
 class EndedError(RuntimeError):
@@ -96,7 +104,8 @@ class Process:
 
     async def answer(self, task: bytes) -> Any:
         """The result of a task, one at a time. Raises TooLargeError if it breaks a limit,
-        ConfigError or CapacityError where it is refused, ApiError when the server ends."""
+        ConfigError or CapacityError where it is refused, ApiError when the server ends or has no
+        time for it."""
         self.start()
         if self._ready is None:
             raise shutting_down()
@@ -151,7 +160,9 @@ class Process:
         self.start()
         if self._stopped:
             return shutting_down()
-        if late or status == -signal.SIGPROF:
+        if late:
+            return OverdueError()
+        if status == -signal.SIGPROF:
             return TooSlowError(f"preparing it takes more than {self._seconds:g} s of a processor")
         if status in (NO_MEMORY, -signal.SIGABRT, -signal.SIGSEGV):
             size = f"{MEMORY >> 20} MiB of memory"
@@ -209,7 +220,7 @@ class ProcessPair:
         if size <= SHORT:
             try:
                 return await self._short_lane.take(client, size, partial(self.short.answer, task))
-            except TooSlowError:
+            except (TooSlowError, OverdueError):
                 pass
         return await self._long_lane.take(client, size, partial(self.long.answer, task))
 
@@ -232,9 +243,10 @@ class Preparation:
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def start(self) -> None:
-        """Starts the process that short texts wait for."""
+        """Starts the processes that texts wait for."""
         self._loop = asyncio.get_running_loop()
         self.texts.short.start()
+        self.texts.long.start()
 
     def know(self, llm: LLM) -> None:
         """The model is loaded. In any thread."""

@@ -164,12 +164,12 @@ def main() -> None:
 
 def _answer_all() -> None:
     _die_with_parent()
-    os.nice(int(sys.argv[1]))
     # What libraries print is no answer.
     with open(os.dup(1), "wb", buffering=0) as out, open(0, "rb") as stream:
         os.dup2(2, 1)
         tasks = Tasks(**unframed(_read(stream) or b"{}"))
         _limit_memory()
+        os.nice(int(sys.argv[1]))  # not before: who waits for a start waits for others' work, too
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, 1)
         os.dup2(nowhere, 2)
