@@ -8,7 +8,7 @@ import re
 import shutil
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -232,6 +232,35 @@ def test_addresses_are_clients_where_there_are_no_keys(load: Any) -> None:
         assert mine[-1]["trees"]
         assert other["running"] == 1
         assert other["trees"] == []
+
+
+def test_an_address_of_many_shows_only_who_knows_the_token(load: Any) -> None:
+    """As behind one NAT or reverse proxy."""
+    hers, his, short = ({"x-viewer": token} for token in ("a" * 32, "b" * 32, "c"))
+    with serving(lambda: slow(load(), 0.005), no_api_key=True) as running:
+        with busy(running, hers), busy(running), busy(running, short):
+            seen = [events(running, 4, headers=each)[-1] for each in (hers, his, {}, short)]
+        assert all(event["running"] == 3 for event in seen)
+        assert [len(event["trees"]) for event in seen] == [1, 0, 0, 0]
+
+
+def test_on_loopback_a_page_shows_what_a_terminal_asks(load: Any) -> None:
+    with serving(lambda: slow(load(), 0.005)) as running, busy(running):
+        assert events(running, 4, headers={"x-viewer": "a" * 32})[-1]["trees"]
+
+
+def test_a_client_may_watch_four_times(load: Any) -> None:
+    elsewhere = httpx.HTTPTransport(local_address="127.0.0.2")
+    with serving(load) as running, ExitStack() as stack:
+        url = f"{running.url}/events"
+        streams = [stack.enter_context(httpx.stream("GET", url, timeout=10)) for _ in range(4)]
+        lines = [stream.iter_lines() for stream in streams]  # which would close them if dropped
+        assert all(map(next, lines))
+        refused = stack.enter_context(httpx.stream("GET", url, timeout=10))
+        assert refused.status_code == 503
+        assert "too_many_watchers" in refused.read().decode()
+        two = stack.enter_context(httpx.Client(transport=elsewhere))
+        assert stack.enter_context(two.stream("GET", url)).status_code == 200
 
 
 @contextmanager

@@ -338,6 +338,7 @@ class Rounds:
                 name = f"{job.id}-{place}"
                 asked = (ask.tokens, ask.params, ask.media, job.client, job.cache_salt)
                 for request in job.engine.add_request(name, *asked):
+                    request.viewer = job.viewer
                     job.answers[request] = len(job.answers)
                     job.sent[request] = 0
                     self.owners[request] = job

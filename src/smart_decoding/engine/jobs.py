@@ -63,8 +63,8 @@ class Job:
     round, not only at an answer's end; deliver: the way back, called by the engine thread;
     on_round: called by it after each round with the job's requests that got tokens; timeout:
     seconds that it may wait for its first slot; request_id: for the log; client: whom it is for;
-    cache_salt: cached prefixes are shared by jobs of the same; grammars: compiled ones, held so
-    that the engine finds them.
+    viewer: who may watch it; cache_salt: cached prefixes are shared by jobs of the same; grammars:
+    compiled ones, held so that the engine finds them.
     """
 
     id: str
@@ -76,6 +76,7 @@ class Job:
     timeout: float = float("inf")
     request_id: str = ""
     client: str = ""
+    viewer: str = ""
     cache_salt: str = ""
     grammars: Sequence[object] = ()
     submitted: float = 0.0  # when, on time.monotonic

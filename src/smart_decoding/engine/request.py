@@ -53,7 +53,8 @@ class RequestMetrics:
 class Request:
     """One answer to one prompt (a request with n > 1 becomes n of these, `sample` = 0 .. n-1).
 
-    client: whom it is for; clients are served by `engine.fairness`.
+    client: whom it is for; clients are served by `engine.fairness`. viewer: who may watch it, if
+    anybody.
     tokens: prompt and output so far. table.length of them are in the KV cache: all but the last
     while decoding."""
 
@@ -76,6 +77,7 @@ class Request:
     takes_argmax: bool = False  # its token is the largest logit, as it comes from the model
     media: Media | None = None
     client: str = ""
+    viewer: str = ""
 
     def __post_init__(self) -> None:
         self.tokens = list(self.prompt)

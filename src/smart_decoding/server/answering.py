@@ -126,6 +126,7 @@ async def _job(worker: Worker, request: Request, asked: Asked) -> AsyncJob:
         bool(body.stream),
         request_id=request.state.request_id,
         client=client,
+        viewer=request.state.viewer,
         cache_salt=worker.settings.cache_salt(client, body.cache_salt),
         grammars=grammars,
     )

@@ -98,8 +98,9 @@ def _live_page(worker: Worker, live: Live) -> APIRouter:
 
     @api.get("/events")
     async def events(request: Request) -> StreamingResponse:
-        live.check_room()
-        stream = live.events(worker, request.state.client)
+        client = request.state.client
+        live.check_room(client)
+        stream = live.events(worker, client, request.state.viewer)
         return StreamingResponse(stream, media_type="text/event-stream", headers=STREAM_HEADERS)
 
     return api

@@ -27,6 +27,7 @@ PAGE = Path(__file__).with_name("page.html")
 INTERVAL = 0.25  # seconds between events
 WINDOW = 2.0  # seconds that speeds are averaged over
 MAX_WATCHERS = 16
+MAX_OF_ONE = 4  # of a client
 MAX_TREES = 8
 BEFORE = 12  # tokens of text before a tree
 CSP = (
@@ -48,7 +49,7 @@ class Pace:
 
 @dataclass(frozen=True, slots=True)
 class _Trees:
-    """A round, its end, and of one client's requests in it the places and the tokens after it."""
+    """A round, its end, and of one viewer's requests in it the places and the tokens after it."""
 
     at: float
     record: RoundRecord
@@ -58,18 +59,19 @@ class _Trees:
 class Live(Watcher):
     """Observe the worker: keep the last round that could draft, and make events of it.
 
-    A client sees the trees of its own requests only; numbers are for all.
+    A viewer sees the trees of its own requests only; numbers are for all.
 
-    name: the model's, as clients ask for it; watchers: open streams of events, by client.
+    name: the model's, as clients ask for it; watchers: open streams of events, by client and
+    viewer.
     """
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.watchers: Counter[str] = Counter()
+        self.watchers: Counter[tuple[str, str]] = Counter()
         self._llm: LLM | None = None
         self._counted: RoundRecord | None = None
         self._last: RoundRecord | None = None  # the last decoding round
-        # The last round with trees of each client that watches or has watched, oldest first.
+        # The last round with trees of each viewer that watches or has watched, oldest first.
         self._trees: dict[str, _Trees] = {}
         self._paces: deque[Pace] = deque(maxlen=4096)
 
@@ -92,7 +94,7 @@ class Live(Watcher):
         batch = record.round.batch
         if batch.size:
             self._last = record
-            self._keep_trees(record, watching)
+            self._keep_trees(record, {viewer for _, viewer in watching if viewer})
         cost = engine.policy.cost
         plain = 0.0
         if cost is not None and batch.size:
@@ -102,42 +104,43 @@ class Live(Watcher):
             Pace(time.monotonic(), record.seconds, record.emitted, plain, len(record.requests))
         )
 
-    def _keep_trees(self, record: RoundRecord, watching: Counter[str]) -> None:
+    def _keep_trees(self, record: RoundRecord, watching: set[str]) -> None:
         owners: dict[str, list[int]] = {}
         for owner, request in enumerate(record.requests):
-            if request.client in watching:
-                owners.setdefault(request.client, []).append(owner)
-        kept = {client: each for client, each in self._trees.items() if client not in owners}
-        for client, mine in owners.items():
+            if request.viewer in watching:
+                owners.setdefault(request.viewer, []).append(owner)
+        kept = {viewer: each for viewer, each in self._trees.items() if viewer not in owners}
+        for viewer, mine in owners.items():
             shown = [(owner, len(record.requests[owner].tokens)) for owner in mine[:MAX_TREES]]
-            kept[client] = _Trees(time.monotonic(), record, shown)
+            kept[viewer] = _Trees(time.monotonic(), record, shown)
         # A new dict, for another thread reads it.
         self._trees = dict(list(kept.items())[-MAX_WATCHERS:])
 
     # --- the event loop's ---
 
-    async def events(self, worker: Worker, client: str) -> AsyncIterator[str]:
-        """Yield server-sent events for a client until it leaves or the server ends."""
-        self.watchers[client] += 1
+    async def events(self, worker: Worker, client: str, viewer: str) -> AsyncIterator[str]:
+        """Yield server-sent events for a viewer until it leaves or the server ends."""
+        self.watchers[client, viewer] += 1
         try:
             while not worker.draining:
-                yield f"data: {json.dumps(self.snapshot(client), separators=(',', ':'))}\n\n"
+                yield f"data: {json.dumps(self.snapshot(viewer), separators=(',', ':'))}\n\n"
                 await asyncio.sleep(INTERVAL)
         finally:
-            self.watchers[client] -= 1
-            self.watchers += Counter()  # without clients that watch no more
+            self.watchers[client, viewer] -= 1
+            self.watchers += Counter()  # without those that watch no more
 
-    def check_room(self) -> None:
-        """Raise ApiError if too many watch already."""
-        if self.watchers.total() >= MAX_WATCHERS:
-            message = f"{MAX_WATCHERS} pages are watching already"
+    def check_room(self, client: str) -> None:
+        """Raise ApiError if too many watch already, in all or of this client."""
+        mine = sum(count for (each, _), count in self.watchers.items() if each == client)
+        if self.watchers.total() >= MAX_WATCHERS or mine >= MAX_OF_ONE:
+            message = f"{MAX_WATCHERS} pages are watching already, or {MAX_OF_ONE} of yours"
             raise ApiError(503, message, "too_many_watchers", retry_after=10)
 
-    def snapshot(self, client: str) -> dict[str, Any]:
+    def snapshot(self, viewer: str) -> dict[str, Any]:
         """Return the present state as JSON; null is what is not known.
 
         idle: seconds since the last round, of which the speeds are; trees: of the last round with
-        requests of this client, trees_idle: seconds since then.
+        requests of this viewer, trees_idle: seconds since then.
         """
         llm = self._llm
         if llm is None:
@@ -148,7 +151,7 @@ class Live(Watcher):
         last = paces[-1].at if paces else 0.0  # what was last seen stays
         recent = [pace for pace in paces if pace.at > last - WINDOW]
         now = time.monotonic()
-        trees = self._trees.get(client)
+        trees = self._trees.get(viewer)
         return {
             "ready": True,
             "name": self.name,

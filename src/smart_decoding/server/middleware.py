@@ -27,6 +27,7 @@ OPEN = ("/", "/health", "/health/live", "/version", "/openapi.json")
 LARGEST = 16  # largest bodies that one client's requests may hold, or as many bytes
 OF_ALL = 4  # clients whose requests hold so many fill all the room there is
 _ID = re.compile(r"[\w.-]{1,64}", re.ASCII)
+_VIEWER = re.compile(r"[\w-]{16,64}", re.ASCII)  # too long to be guessed
 
 
 @dataclass(slots=True)
@@ -56,6 +57,7 @@ class Gate:
         state = scope.setdefault("state", {})
         state["request_id"] = request_id
         state["client"] = self._client(scope, headers)
+        state["viewer"] = self._viewer(state["client"], headers)
         started = time.monotonic()
         status = 0
         unknown: set[str] = set()
@@ -92,6 +94,14 @@ class Gate:
             return self._fitting_key(headers.get("authorization", ""))
         address = scope.get("client")
         return network_of(address[0]) if address else "unknown"
+
+    def _viewer(self, client: str, headers: Headers) -> str:
+        """Who may see a request's text on the live page: its client, if that is one user. Many
+        users may have one address: then it is who knows the request's token; empty for nobody."""
+        if self._keys or self.settings.local_names_only:
+            return client
+        given = headers.get("x-viewer", "")
+        return given if _VIEWER.fullmatch(given) else ""
 
     def _refusal(self, path: str, headers: Headers, client: str) -> ApiError | None:
         if self.settings.local_names_only and not is_loopback(_host_of(headers.get("host", ""))):
