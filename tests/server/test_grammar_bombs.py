@@ -17,6 +17,7 @@ from serving import (
     NAME,
     OUTGROWING,
     Running,
+    client,
     longest_gap,
     post,
     serving,
@@ -61,6 +62,7 @@ def limited(running: Running, monkeypatch: pytest.MonkeyPatch, seconds: float) -
     """The processes that try grammars, with another limit for long ones."""
     pair = running.worker.preparation.grammars
     monkeypatch.setattr(pair.long, "_seconds", seconds)
+    pair._slow.clear()  # earlier bombs came from the same client
     return pair
 
 
@@ -174,6 +176,34 @@ def test_six_bombs_beside_a_client(
     pair.long.child.kill()  # it would work on for a minute
     assert asked(running, optional(80, "next")).status_code == 200
     assert running.idle()
+
+
+def doubled(name: str) -> dict[str, Any]:
+    """459 bytes that take minutes."""
+    terminals = "".join(f"T{i}: T{i + 1} T{i + 1}\n" for i in range(26))
+    return {"grammar": f"start: T0\n{terminals}T26: {json.dumps(name)}\n"}
+
+
+def test_forty_small_bombs_beside_a_client(running: Running) -> None:
+    """Forty bombs in the line of short tasks: who asked for a schema waited for 7 s."""
+    longest = []
+    for number in range(3):  # the machine's other work makes one of them longer
+        bombs = [hanging(running, structured(doubled(f"{number} {i}"))) for i in range(40)]
+        seconds = 0.0
+        with client(running) as other:
+            for i in range(4):
+                schema = structured(optional(100, f"beside_{number}_{i}"))
+                schema["max_tokens"] = 1
+                started = time.monotonic()
+                assert other.post("/v1/completions", json=schema).status_code == 200
+                seconds = max(seconds, time.monotonic() - started)
+        for bomb in bombs:
+            bomb.close()
+        assert wait_for(lambda: running.worker.texts.quiet, 30)
+        longest.append(seconds)
+        if seconds < 1.0:
+            break
+    assert min(longest) < 1.0, longest
 
 
 def test_all_bombs_beside_a_stream(running: Running) -> None:

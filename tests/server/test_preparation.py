@@ -27,6 +27,7 @@ from serving import NAME, Running, client, longest_gap, post, serving, wait_for
 from smart_decoding.errors import CapacityError, ConfigError
 from smart_decoding.server import preparation, preparation_process
 from smart_decoding.server.errors import ApiError
+from smart_decoding.server.lane import Lane
 from smart_decoding.server.preparation import ProcessPair, setup_of, task
 
 if TYPE_CHECKING:
@@ -505,3 +506,21 @@ def test_no_process_outlives_the_end(load: Any) -> None:
         pair = running.worker.preparation.texts
         children = [pair.short.child, pair.long.child]
     assert all(child is not None and child.poll() is not None for child in children)
+
+
+def test_a_lane_charges_the_time_that_a_piece_took() -> None:
+    """It charged bytes: few of them may take long."""
+    order = []
+
+    async def piece(client: str, seconds: float) -> None:
+        order.append(client)
+        await asyncio.sleep(seconds)
+
+    async def all_pieces() -> None:
+        lane = Lane()
+        slow = [lane.take("slow", 10, lambda: piece("slow", 0.05)) for _ in range(3)]
+        large = [lane.take("large", 5000, lambda: piece("large", 0.0)) for _ in range(3)]
+        await asyncio.gather(*slow, *large)
+
+    asyncio.run(all_pieces())
+    assert order == ["slow", *["large"] * 3, "slow", "slow"]

@@ -246,10 +246,16 @@ def test_a_lane_serves_the_client_that_has_sent_least_one_at_a_time() -> None:
 
     async def all_of_them() -> None:
         lane = Lane()
-        many = [asyncio.create_task(lane.run("many", 9, lambda: work("many"))) for _ in range(5)]
+        second = 1_000_000  # of bytes: more than pieces take
+        many = [
+            asyncio.create_task(lane.run("many", 10 * second - 1, lambda: work("many")))
+            for _ in range(5)
+        ]
         await asyncio.sleep(0)
-        few = asyncio.create_task(lane.run("few", 9, lambda: work("few")))
-        little = [asyncio.create_task(lane.run("l", 2, lambda: work("l"))) for _ in range(5)]
+        few = asyncio.create_task(lane.run("few", 10 * second - 1, lambda: work("few")))
+        little = [
+            asyncio.create_task(lane.run("l", 3 * second - 1, lambda: work("l"))) for _ in range(5)
+        ]
         await asyncio.sleep(0)
         many[-1].cancel()
         await asyncio.gather(*many[:-1], few, *little)

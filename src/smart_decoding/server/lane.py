@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from smart_decoding.engine.fairness import ClientQueues, VirtualTokenCounter
@@ -54,7 +56,7 @@ class Lane:
     async def run(self, client: str, size: int, work: Callable[[], T]) -> T:
         """Do `work` in another thread when the client is selected; return what it returns.
 
-        size: bytes or characters, which the client is charged."""
+        size: bytes or characters, which the client is charged, or its microseconds if more."""
         loop = asyncio.get_running_loop()
         return await self.take(client, size, lambda: loop.run_in_executor(self._threads, work))
 
@@ -73,13 +75,16 @@ class Lane:
                 self._waiting.remove(place)
             raise
         working = asyncio.ensure_future(begin())
-        working.add_done_callback(self._done)
+        working.add_done_callback(partial(self._done, place, time.monotonic()))
         try:
             return await asyncio.shield(working)  # it cannot be stopped: it keeps its place
         finally:
             del working  # else an error would hold itself, and all that was read
 
-    def _done(self, work: asyncio.Future[T]) -> None:
+    def _done(self, place: _Place, began: float, work: asyncio.Future[T]) -> None:
+        """Charges a piece that took longer than a microsecond a byte with its microseconds."""
+        microseconds = int(1e6 * (time.monotonic() - began))
+        self._counter.charge(place.client, max(0, microseconds - place.size))
         if not work.cancelled():
             work.exception()  # or it is logged where nobody waits for it any more
         self._end()

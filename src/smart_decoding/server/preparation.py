@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -40,6 +41,7 @@ _Streams: TypeAlias = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 SHORT_SECONDS = 0.25  # of a processor; a usual chat takes some thousandths
 SECONDS = 2.0  # of a processor, for a long task and for a short one that took longer than it may
 PATIENCE = 30.0  # seconds for a task, on a machine that has others to do
+SLOW = 5.0  # seconds without the process for short tasks, for a client that had it killed
 START = 120.0  # seconds for a start there
 LAST_WORDS = 0.5  # seconds from the end of its answers to its own end, which has a status
 NICE = 10  # of what takes long, but not of a start: rounds go on meanwhile
@@ -158,8 +160,9 @@ class Process:
         status = told.status
         self._forget()
         self.start()
-        if self._stopped:
+        if self._stopped or self._ready is None:
             return shutting_down()
+        await asyncio.wait([self._ready])  # at this client's cost
         if late:
             return OverdueError()
         if status == -signal.SIGPROF:
@@ -206,23 +209,35 @@ class Process:
 
 class ProcessPair:
     """A process for short tasks, and one for those that are long or take longer than short ones
-    may. Each does one task after another, each client in turn."""
+    may. Each does one task after another, each client in turn. A client whose short task breaks
+    a limit has only the other one for a while: each such death holds up all short tasks."""
 
     def __init__(self, setup: Callable[[], Awaitable[bytes]]) -> None:
         self.short = Process(setup, 0, SHORT_SECONDS)
         self.long = Process(setup, NICE, SECONDS)
         self._short_lane = Lane()
         self._long_lane = Lane()
+        self._slow: dict[str, float] = {}  # since when a client's tasks are no short ones
 
     async def answer(self, client: str, task: bytes) -> Any:
         """See `Process`."""
         size = len(task)
         if size <= SHORT:
-            try:
-                return await self._short_lane.take(client, size, partial(self.short.answer, task))
-            except (TooSlowError, OverdueError):
-                pass
+            short = partial(self._answer_soon, client, task)
+            with suppress(TooSlowError, OverdueError):
+                return await self._short_lane.take(client, size, short)
         return await self._long_lane.take(client, size, partial(self.long.answer, task))
+
+    async def _answer_soon(self, client: str, task: bytes) -> Any:
+        latest = time.monotonic() - SLOW
+        self._slow = {each: since for each, since in self._slow.items() if since > latest}
+        if client in self._slow:
+            raise TooSlowError("it follows one that was too slow")
+        try:
+            return await self.short.answer(task)
+        except TooLargeError:
+            self._slow[client] = time.monotonic()
+            raise
 
     def stop(self) -> None:
         """See `Process`."""
