@@ -172,10 +172,63 @@ def test_six_bombs_beside_a_client(
     for bomb in bombs:
         bomb.close()
     assert wait_for(lambda: running.worker.texts.quiet)
-    assert pair.long.child is not None
-    pair.long.child.kill()  # it would work on for a minute
     assert asked(running, optional(80, "next")).status_code == 200
     assert running.idle()
+
+
+def test_a_trial_ends_when_its_client_hangs_up(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It went on for its two seconds, and the next long ones waited."""
+    pair = limited(running, monkeypatch, 60.0)
+    bomb = hanging(running, structured(optional(6000, "gone")))
+    assert wait_for(lambda: pair.long.child is not None and not running.worker.texts.quiet)
+    time.sleep(0.7)  # it is being tried
+    child = pair.long.child
+    assert child is not None
+    assert child.poll() is None
+    bomb.close()
+    assert wait_for(lambda: child.poll() is not None)
+    assert asked(running, optional(300, "after")).status_code == 200
+
+
+def test_a_client_has_sixteen_grammars_waiting(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And no more, however small they are; others are not concerned."""
+    limited(running, monkeypatch, 60.0)
+    bombs = [hanging(running, structured(optional(6000, f"many_{i}"))) for i in range(16)]
+    assert wait_for(lambda: running.worker.preparation._waiting.total() == 16)
+    refused = asked(running, {"regex": "one more"})
+    assert refused.status_code == 429
+    assert refused.json()["error"]["code"] == "queue_full"
+    with client(running) as other:
+        answer = other.post("/v1/completions", json=structured({"regex": "another's"}))
+        assert answer.status_code == 200
+    for bomb in bombs:
+        bomb.close()
+    assert wait_for(lambda: running.worker.texts.quiet)
+    assert wait_for(lambda: running.worker.preparation._waiting.total() == 0)
+
+
+def test_equal_grammars_are_tried_once(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[bytes] = []
+    pair = limited(running, monkeypatch, 60.0)
+    for process in (pair.short, pair.long):
+        monkeypatch.setattr(process, "answer", counting(process.answer, tried))
+    equal = structured(optional(300, "equal"))
+    with ThreadPoolExecutor(20) as pool:
+        answers = [pool.submit(post, running, "/v1/completions", json=equal) for _ in range(20)]
+        assert [each.result().status_code for each in answers] == [200] * 20
+    assert len(tried) == 1
+
+
+def counting(answer: Any, calls: list[bytes]) -> Any:
+    async def counted(task: bytes) -> Any:
+        calls.append(task)
+        return await answer(task)
+
+    return counted
 
 
 def doubled(name: str) -> dict[str, Any]:

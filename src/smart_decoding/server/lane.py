@@ -60,8 +60,11 @@ class Lane:
         loop = asyncio.get_running_loop()
         return await self.take(client, size, lambda: loop.run_in_executor(self._threads, work))
 
-    async def take(self, client: str, size: int, begin: Callable[[], Awaitable[T]]) -> T:
-        """Call `begin` when the client is selected; return what comes of it."""
+    async def take(
+        self, client: str, size: int, begin: Callable[[], Awaitable[T]], stops: bool = False
+    ) -> T:
+        """Call `begin` when the client is selected; return what comes of it. stops: whether it can
+        be cancelled meanwhile; otherwise it keeps its place to its end."""
         place = _Place(client, size)
         self._counter.arrive([client], self._waiting.clients)
         self._waiting.append(place)
@@ -77,7 +80,11 @@ class Lane:
         working = asyncio.ensure_future(begin())
         working.add_done_callback(partial(self._done, place, time.monotonic()))
         try:
-            return await asyncio.shield(working)  # it cannot be stopped: it keeps its place
+            return await asyncio.shield(working)
+        except asyncio.CancelledError:
+            if stops:
+                working.cancel()
+            raise
         finally:
             del working  # else an error would hold itself, and all that was read
 

@@ -10,9 +10,11 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from typing import IO, TYPE_CHECKING, Any, TypeAlias, TypeVar
 
@@ -45,6 +47,7 @@ SLOW = 5.0  # seconds without the process for short tasks, for a client that had
 START = 120.0  # seconds for a start there
 LAST_WORDS = 0.5  # seconds from the end of its answers to its own end, which has a status
 NICE = 10  # of what takes long, but not of a start: rounds go on meanwhile
+WAITING = 16  # grammars of one client, the one that is compiled among them
 GRAMMAR_SIZE = 2**18  # characters: of a long literal, a mask takes a microsecond for each
 _THREADS = {"MALLOC_ARENA_MAX": "1", "TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}
 
@@ -112,14 +115,18 @@ class Process:
         if self._ready is None:
             raise shutting_down()
         try:
-            reader, writer = await self._ready
+            reader, writer = await asyncio.shield(self._ready)
+        except asyncio.CancelledError:
+            if self._stopped:
+                raise shutting_down() from None
+            raise
+        try:
             async with asyncio.timeout(PATIENCE):
                 writer.write(HEAD.pack(len(task), round(1000 * self._seconds)))
                 writer.write(task)
                 found = await _body(reader)
         except asyncio.CancelledError:
-            if self._stopped:
-                raise shutting_down() from None
+            await self._died(True)
             raise
         except (TimeoutError, ConnectionError, asyncio.IncompleteReadError) as error:
             raise await self._died(isinstance(error, TimeoutError)) from error
@@ -226,7 +233,7 @@ class ProcessPair:
             short = partial(self._answer_soon, client, task)
             with suppress(TooSlowError, OverdueError):
                 return await self._short_lane.take(client, size, short)
-        return await self._long_lane.take(client, size, partial(self.long.answer, task))
+        return await self._long_lane.take(client, size, partial(self.long.answer, task), stops=True)
 
     async def _answer_soon(self, client: str, task: bytes) -> Any:
         latest = time.monotonic() - SLOW
@@ -245,6 +252,14 @@ class ProcessPair:
         self.long.stop()
 
 
+@dataclass(eq=False, slots=True)
+class _Compilation:
+    """A grammar that is compiled, or will be. wanted: by how many requests."""
+
+    task: asyncio.Task[Compiled]
+    wanted: int = 0
+
+
 class Preparation:
     """Tokens and grammars of requests. All methods but `know` are the event loop's."""
 
@@ -253,6 +268,8 @@ class Preparation:
         self.grammars = ProcessPair(_no_tokenizer)
         threads = ThreadPoolExecutor(2, "smart-grammars", stand_back, (NICE,))
         self._compiling = Lanes(SHORT, threads)
+        self._works: dict[StructuredOutputsParams, _Compilation] = {}
+        self._waiting: Counter[str] = Counter()  # works by client
         self._setup = b""
         self._known = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -286,16 +303,47 @@ class Preparation:
     async def compiled(
         self, grammars: Grammars, params: StructuredOutputsParams, client: str
     ) -> Compiled:
-        """A grammar on the model's tokens: tried in a process, then compiled here. Raises
-        ConfigError for one that is wrong or too large."""
+        """A grammar on the model's tokens: tried in a process, then compiled here, once for all
+        who wait for it, and no longer than somebody does. Raises ConfigError for one that is wrong
+        or too large, ApiError if too many of this client's wait."""
         size = _size(params)
         found = grammars.known(params)
         if found is not None:
             return found
-        library()  # or nothing of this makes sense
+        work = self._works.get(params)
+        if work is None:
+            library()  # or nothing of this makes sense
+            if self._waiting[client] >= WAITING:
+                message = f"{WAITING} of your grammars are waiting to be compiled: try again later"
+                raise ApiError(429, message, "queue_full")
+            self._waiting[client] += 1
+            coming = asyncio.create_task(self._compile(grammars, params, client, size))
+            work = self._works[params] = _Compilation(coming)
+            coming.add_done_callback(partial(self._compiled, params, client))
+        work.wanted += 1
+        try:
+            return await asyncio.shield(work.task)
+        finally:
+            work.wanted -= 1
+            if not work.wanted:
+                if self._works.get(params) is work:
+                    del self._works[params]
+                work.task.cancel()
+
+    async def _compile(
+        self, grammars: Grammars, params: StructuredOutputsParams, client: str, size: int
+    ) -> Compiled:
         source = await self.grammars.answer(client, task("grammar", **vars(params)))
-        work = partial(grammars.compiled, params, source)
-        return await self._compiling.run(client, size, work)
+        return await self._compiling.run(client, size, partial(grammars.compiled, params, source))
+
+    def _compiled(
+        self, params: StructuredOutputsParams, client: str, done: asyncio.Task[Compiled]
+    ) -> None:
+        self._waiting[client] -= 1
+        self._waiting += Counter()  # without those that wait no more
+        work = self._works.get(params)
+        if work is not None and work.task is done:
+            del self._works[params]
 
     async def _tokenizer(self) -> bytes:
         await self._known.wait()
