@@ -17,7 +17,7 @@ import numpy as np
 import openai
 import pytest
 from PIL import Image
-from serving import NAME, Running, post, prepared, serving, slow, wait_for
+from serving import NAME, Running, client, post, prepared, serving, slow, wait_for
 
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.llm import LLM
@@ -237,6 +237,34 @@ def test_sixteen_large_pictures_cost_little_memory_and_nobody_elses_time(
             gap = min(gap, gap_beside(running, body))
     assert gap < 0.3
     assert running.idle()
+
+
+def one_bit(side: int) -> str:
+    buffer = io.BytesIO()
+    Image.new("1", (side, side)).save(buffer, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def test_a_small_picture_does_not_wait_for_a_prompt_of_large_ones(many: list[Running]) -> None:
+    """It took 9 s beside two of these, when a turn was a prompt."""
+    running = many[0]
+    body = {"model": NAME, "max_tokens": 1, "messages": ask(*[one_bit(7050)] * 16)}
+    small = {**body, "messages": ask(one_colour(40))}
+    lane = running.worker.pictures._lane
+    url = f"{running.url}/v1/chat/completions"
+    waits = []
+    with client(running) as bystander, ThreadPoolExecutor() as pool:
+        for _ in range(3):
+            sent = [pool.submit(httpx.post, url, json=body, timeout=60) for _ in range(2)]
+            assert wait_for(lambda: lane._busy is not None and bool(lane._waiting))
+            began = time.monotonic()
+            assert bystander.post("/v1/chat/completions", json=small).status_code == 200
+            waits.append(time.monotonic() - began)
+            assert not all(each.done() for each in sent)
+            assert all(each.result().status_code == 200 for each in sent)
+            if waits[-1] < 1:
+                break
+    assert min(waits) < 1
 
 
 def test_a_prompt_too_long_is_refused_before_a_picture_is_decoded(

@@ -107,7 +107,7 @@ class FixedReader:
             ]
         return self._pixels(values)
 
-    def video(self, frames: Iterable[Image]) -> Pixels:
+    def video_steps(self, frames: Iterable[Image]) -> Iterator[Pixels | None]:
         """Raises ConfigError."""
         raise ConfigError("this model reads images, not videos")
 
@@ -155,8 +155,14 @@ class DynamicReader:
         return self._pixels("image", self._resized(image)[None], 1, self._image_values)
 
     def video(self, frames: Iterable[Image]) -> Pixels:
-        """Raises ConfigError for shapes that the model cannot take. One frame is decoded at a time,
-        if `frames` decodes them as they are asked for."""
+        """Raises ConfigError for shapes that the model cannot take."""
+        *_, pixels = self.video_steps(frames)
+        assert pixels is not None
+        return pixels
+
+    def video_steps(self, frames: Iterable[Image]) -> Iterator[Pixels | None]:
+        """Yield None after each frame, then the video. One frame is decoded at a step, if `frames`
+        decodes them as they are asked for. Raises ConfigError as `video` does."""
         resized = []
         sizes = set()
         for frame in frames:
@@ -164,8 +170,10 @@ class DynamicReader:
             if len(sizes) > 1:
                 raise ConfigError("the frames of a video must all have the same size")
             resized.append(self._resized(frame))
+            del frame  # it may be large, and the next step may wait
+            yield None
         steps = -(-len(resized) // self._depth)
-        return self._pixels("video", np.stack(resized), steps, self._video_values)
+        yield self._pixels("video", np.stack(resized), steps, self._video_values)
 
     def _resized(self, image: Image) -> NDArray[np.uint8]:
         """[3, height, width]."""

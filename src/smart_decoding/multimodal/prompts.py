@@ -3,7 +3,7 @@ with their places."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, NotRequired, TypeAlias, TypedDict
@@ -34,34 +34,52 @@ class MediaPrompt:
 
 @dataclass(frozen=True, slots=True)
 class PlannedPicture:
-    """A picture of which the header was read. first: its first position."""
+    """A picture of which the header was read. first: its first position; sizes: pixels of each
+    frame, as sent."""
 
     source: PictureSource
     first: int
     room: Room
+    sizes: Sequence[int]
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedPrompt:
     """A prompt that fits into the context, of whose pictures nothing is decoded yet.
 
-    tokens, text: as `MediaPrompt`; decode: makes the pictures."""
+    tokens, text: as `MediaPrompt`; decode: makes the pictures, in the steps of `steps`."""
 
     tokens: list[int]
     text: str | None = None
     pictures: Sequence[PlannedPicture] = ()
-    decode: Callable[[PlannedPrompt, str], Media] | None = None
+    decode: Callable[[PlannedPrompt, str], Iterator[Media | None]] | None = None
 
     @property
     def bytes(self) -> int:
         """What its pictures take in memory once they are decoded."""
         return sum(picture.room.bytes for picture in self.pictures)
 
+    @property
+    def sizes(self) -> list[int]:
+        """Pixels of each picture or frame, as sent."""
+        return [size for picture in self.pictures for size in picture.sizes]
+
     def decoded(self, cache_salt: str = "") -> MediaPrompt:
         """Decode the pictures, one after the other. cache_salt: embeddings that are kept are shared
         by pictures of the same salt. Raises ConfigError for damaged pictures."""
-        media = self.decode(self, cache_salt) if self.decode and self.pictures else None
-        return MediaPrompt(self.tokens, media, self.text)
+        *_, prompt = self.steps(cache_salt)
+        assert prompt is not None
+        return prompt
+
+    def steps(self, cache_salt: str = "") -> Iterator[MediaPrompt | None]:
+        """Yield None after each picture or frame that was decoded, then the prompt. Raises
+        ConfigError as `decoded` does."""
+        media = None
+        if self.decode and self.pictures:
+            for media in self.decode(self, cache_salt):
+                if media is None:
+                    yield None
+        yield MediaPrompt(self.tokens, media, self.text)
 
 
 class TextPrompt(TypedDict):
@@ -151,9 +169,9 @@ class PromptBuilder:
                 expanded.append(token)
                 continue
             source = next(by_kind[kinds[token]])
-            room = self._room(source)
-            pictures.append(PlannedPicture(source, len(expanded), room))
-            expanded += [token] * room.length
+            planned = self._planned(source, len(expanded))
+            pictures.append(planned)
+            expanded += [token] * planned.room.length
         context = self._tokenizer.context
         if pictures and context is not None and len(expanded) >= context:
             raise CapacityError(
@@ -162,21 +180,25 @@ class PromptBuilder:
             )
         return PlannedPrompt(expanded, text, pictures, self._decoded)
 
-    def _room(self, source: PictureSource) -> Room:
+    def _planned(self, source: PictureSource, first: int) -> PlannedPicture:
         frames = [source.source] if source.modality == "image" else source.source
         if len(frames) > self._limits.frames:
             raise ConfigError(
                 f"a video of {len(frames)} frames exceeds the limit of {self._limits.frames}"
             )
         sizes = [header_size(frame, self._limits) for frame in frames]
-        return self._reader.room(source.modality, *sizes[0], len(frames))
+        room = self._reader.room(source.modality, *sizes[0], len(frames))
+        return PlannedPicture(source, first, room, [width * height for width, height in sizes])
 
-    def _decoded(self, plan: PlannedPrompt, cache_salt: str) -> Media:
+    def _decoded(self, plan: PlannedPrompt, cache_salt: str) -> Iterator[Media | None]:
         pictures = []
         grids = []
         for planned in plan.pictures:
-            pixels = self._pixels(planned.source)
-            if pixels.length != planned.room.length:
+            pixels = None
+            for step in self._pixels(planned.source):
+                pixels = step
+                yield None
+            if pixels is None or pixels.length != planned.room.length:
                 raise ConfigError("an image has changed while it was read")
             if cache_salt:
                 salted = blake2b(pixels.key, digest_size=16, key=_digest(cache_salt)).digest()
@@ -184,14 +206,18 @@ class PromptBuilder:
             pictures.append(Picture(planned.first, pixels.length, pixels.key, pixels))
             grids.append(pixels.grid)
         if not self._mrope:
-            return Media(pictures)
+            yield Media(pictures)
+            return
         rotary, shift = rotary_positions(len(plan.tokens), pictures, grids, self._reader.merge)
-        return Media(pictures, rotary, shift)
+        yield Media(pictures, rotary, shift)
 
-    def _pixels(self, source: PictureSource) -> Pixels:
+    def _pixels(self, source: PictureSource) -> Iterator[Pixels | None]:
+        """Yield None after each step, then what it has come to."""
         if source.modality == "image":
-            return self._reader.image(open_image(source.source, self._limits))
-        return self._reader.video(open_image(frame, self._limits) for frame in source.source)
+            yield self._reader.image(open_image(source.source, self._limits))
+            return
+        frames = (open_image(frame, self._limits) for frame in source.source)
+        yield from self._reader.video_steps(frames)
 
     def _check_counts(self, pictures: Sequence[PictureSource]) -> None:
         for name in MODALITIES:

@@ -8,6 +8,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING
 
 from smart_decoding.server.errors import ApiError
@@ -59,8 +60,17 @@ class Pictures:
         damaged ones."""
         if not plan.pictures:
             return plan.decoded()
-        work = self._lane.run(request.state.client, plan.bytes, lambda: plan.decoded(cache_salt))
-        return await unless_gone(request, work)
+        return await unless_gone(request, self._in_turns(request.state.client, plan, cache_salt))
+
+    async def _in_turns(self, client: str, plan: PlannedPrompt, cache_salt: str) -> MediaPrompt:
+        """Decode a prompt's pictures; each one, or frame, is a turn of its own, charged by the
+        pixels that are sent: they take the time, not the few that are kept."""
+        steps = plan.steps(cache_salt)
+        sizes = iter(plan.sizes)
+        prompt: MediaPrompt | None = None
+        while prompt is None:
+            prompt = await self._lane.run(client, next(sizes, 0), partial(next, steps))
+        return prompt
 
 
 def _be_nice() -> None:
