@@ -47,6 +47,7 @@ ATTACKS = {
     "list": "{{ dict(a=1, b=2).values() | list * wide }}",
     "loop": "{% for i in range(n) %}{% for j in range(n) %}{% endfor %}{% endfor %}",
 }
+LIMITS = {"replace": "too long", "loop": "s of a processor"}  # of others it is memory
 CHOOSING = (
     "".join(f"{{% if attack == '{name}' %}}{text}{{% endif %}}" for name, text in ATTACKS.items())
     + "{{ messages[0].content[:9] }}"
@@ -209,8 +210,7 @@ def test_a_hostile_template_holds_up_nobody(hostile: Running, attack: str) -> No
             done.set()
             longest.append(other.result())
         assert answer.status_code == 400
-        error = answer.json()["error"]
-        assert "preparing it takes" in error["message"] or "too long" in error["message"]
+        assert LIMITS.get(attack, "256 MiB of memory") in answer.json()["error"]["message"]
         assert grown[0] < 256 * MEGABYTE
         assert post(hostile, "/v1/chat/completions", json=chat()).status_code == 200
         if longest[-1] < 1.0:
@@ -249,11 +249,14 @@ LARGE: dict[str, tuple[str, dict[str, Any]]] = {
         "chat/completions",
         {"messages": [USER], "structured_outputs": {"json": schema(25_000)}},
     ),
-    "a schema at the limit": (
+    "a large schema": (
         "chat/completions",
-        {"messages": [USER], "structured_outputs": {"json": schema(6_000)}},
+        {"messages": [USER], "structured_outputs": {"json": schema(4_500)}},
     ),
 }
+
+
+ALLOWED = ("variables", "a large schema")
 
 
 @pytest.mark.parametrize("name", LARGE)
@@ -270,7 +273,7 @@ def test_a_megabyte_costs_little(running: Running, name: str) -> None:
             answer = post(running, f"/v1/{path}", content=raw, headers=headers)
             done.set()
             longest.append(gap.result())
-        assert answer.status_code in (200, 400)
+        assert answer.status_code == (200 if name in ALLOWED else 400), answer.text
         assert grown[0] < 256 * MEGABYTE
         if longest[-1] < 1.0:
             break
