@@ -24,6 +24,7 @@ from smart_decoding.llm import LLM
 from smart_decoding.multimodal import prompts
 from smart_decoding.server import pictures
 from smart_decoding.server.chat import chat_task
+from smart_decoding.server.errors import ApiError
 from smart_decoding.server.preparation_process import unpacked
 from smart_decoding.server.schemas import Message
 from smart_decoding.server.tools import Tool, explained
@@ -320,6 +321,23 @@ def test_pictures_that_wait_are_bytes_within_bounds_and_are_dropped_at_the_end(
     assert kept
     pictures_kept = [p for r in kept if r.media for p in r.media.pictures]
     assert all(p.pixels is None and p.embeddings is None for p in pictures_kept)
+
+
+def test_newcomers_do_not_go_beyond_the_room_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pictures, "MOST_OF_ONE", 20)
+    monkeypatch.setattr(pictures, "MOST", 40)
+    room = pictures.Pictures()
+    alone = room.hold("alone", 1000)
+    with pytest.raises(ApiError, match="too many"):
+        room.hold("newcomer", 1)
+    room.hold("texts", 0)()
+    alone()
+    held = [room.hold(f"address {i}", 15) for i in range(2)]
+    with pytest.raises(ApiError, match="too many"):
+        room.hold("address 2", 15)
+    for give_back in held:
+        give_back()
+    assert room._held == {}
 
 
 def held_by(running: Running, messages: list[dict[str, Any]]) -> int:

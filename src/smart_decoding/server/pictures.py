@@ -34,11 +34,11 @@ class Pictures:
         self._held: Counter[str] = Counter()  # bytes, by client
 
     def hold(self, client: str, size: int) -> Callable[[], None]:
-        """Take room for so many bytes; what is returned gives it back, once. A client without any
-        gets it in any case. Raises ApiError (429) where there is none."""
+        """Take room for so many bytes; what is returned gives it back, once. Whoever is alone gets
+        one request's in any case, of any size. Raises ApiError (429) where there is none."""
         mine = self._held[client]
-        full = mine + size > MOST_OF_ONE or self._held.total() + size > MOST
-        if mine and size and full:
+        full = self._held.total() + size > MOST or (mine and mine + size > MOST_OF_ONE)
+        if self._held and size and full:
             message = "too many of your pictures wait for their answers: try again later"
             raise ApiError(429, message, "queue_full")
         self._held[client] += size
