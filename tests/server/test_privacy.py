@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
-from serving import NAME, Running, post, serving, slow, wait_for
+from serving import NAME, Running, client, post, serving, slow, wait_for
 
 PROMPT = "The vault code is 7291, and nobody else may know it. " * 4
 ALICE = "alice-key"
@@ -38,11 +38,21 @@ def test_a_key_finds_its_own_cached_prompts_only(load: Any) -> None:
 
 
 @pytest.mark.parametrize("keys", [(), (ALICE,)])
-def test_all_share_cached_prompts_where_there_is_one_key_or_none(
+def test_all_share_cached_prompts_where_there_is_one_key_or_loopback(
     load: Callable[..., Any], keys: tuple[str, ...]
 ) -> None:
     with serving(load, api_keys=keys) as running:
         assert [cached(running, *keys) > 100 for _ in range(2)] == [False, True]
+
+
+def test_an_address_finds_its_own_cached_prompts_only(load: Any) -> None:
+    """Where anyone is served."""
+    body = {"model": NAME, "prompt": PROMPT, "max_tokens": 1}
+    with serving(load, no_api_key=True) as running, client(running) as stranger:
+        assert cached(running) == 0
+        for few in (True, False):
+            usage = stranger.post("/v1/completions", json=body).json()["usage"]
+            assert (usage["prompt_tokens_details"]["cached_tokens"] == 0) is few
 
 
 def test_requests_of_a_salt_share_with_each_other(running: Running) -> None:

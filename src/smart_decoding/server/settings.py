@@ -80,9 +80,10 @@ class ServerSettings:
         return not self.api_keys and not self.no_api_key
 
     def cache_salt(self, client: str, given: str | None) -> str:
-        """Return what keeps cached prefixes apart: the request's own salt, and the client where
-        there are several keys. How much was cached would tell what others have sent."""
-        parts = [client if len(self.api_keys) > 1 else "", given or ""]
+        """Return what keeps cached prefixes apart: the request's own salt, and the client unless
+        all is one user's. How much was cached would tell what others have sent."""
+        one_user = len(self.api_keys) == 1 or self.local_names_only
+        parts = ["" if one_user else client, given or ""]
         return json.dumps(parts) if any(parts) else ""
 
 
