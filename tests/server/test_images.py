@@ -340,6 +340,17 @@ def test_newcomers_do_not_go_beyond_the_room_there_is(monkeypatch: pytest.Monkey
     assert room._held == {}
 
 
+def test_a_server_bounds_the_pixels_of_what_must_be_turned(seeing: Running) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    buffer = io.BytesIO()
+    Image.new("L", (5100, 5000)).save(buffer, "JPEG", exif=exif)
+    url = f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    reply = post(seeing, "/v1/chat/completions", json={"model": NAME, "messages": ask(url)})
+    assert reply.status_code == 400
+    assert "1/2 of max_image_pixels=50000000" in reply.json()["error"]["message"]
+
+
 def held_by(running: Running, messages: list[dict[str, Any]]) -> int:
     return running.llm.prompts.chat(messages).bytes
 

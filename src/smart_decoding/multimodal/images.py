@@ -35,13 +35,15 @@ class Limits:
     None for nowhere; pixels, bytes: of one picture; frames: of one video.
 
     A file that needs more memory may have fewer pixels: a WebP a quarter, a progressive JPEG half,
-    as what must be turned upright, or has transparency or other colours than RGB."""
+    as what has transparency or other colours than RGB. turned: part of the pixels that a picture
+    to be turned upright may have, which are in memory twice."""
 
     per_prompt: Mapping[str, int] = field(default_factory=lambda: {"image": 16, "video": 1})
     folder: Path | None = None
     pixels: int = 50_000_000
     bytes: int = 32 * 2**20
     frames: int = 64
+    turned: int = 1
 
     def __post_init__(self) -> None:
         for name, count in self.per_prompt.items():
@@ -71,7 +73,7 @@ def open_image(source: Any, limits: Limits) -> Image:
         image.load()
         turned = image.getexif().get(_ORIENTATION, 1) != 1
         if turned and not given:
-            _check_pixels(image, "a picture that must be turned", limits.pixels // 2)
+            _check_pixels(image, "a picture that must be turned", limits, limits.turned)
         # Without a copy where there is nothing to do: it may be large.
         image = ImageOps.exif_transpose(image) if turned else image
         return image if image.mode == "RGB" else image.convert("RGB")
@@ -92,7 +94,7 @@ def _opened(source: Any, limits: Limits) -> Image:
     """The picture, of which no more than the header is read."""
     pil = _pil()
     if isinstance(source, pil.Image):
-        return _check_pixels(source, "an image", limits.pixels)
+        return _check_pixels(source, "an image", limits)
     content = source if isinstance(source, bytes) else _read(source, limits)
     if len(content) > limits.bytes:
         raise ConfigError(
@@ -118,19 +120,22 @@ def _opened(source: Any, limits: Limits) -> Image:
 def _check_file(image: Image, limits: Limits) -> Image:
     """The picture of a file, if its pixels are within the limits."""
     if image.format == "WEBP":
-        return _check_pixels(image, "a WebP", limits.pixels // 4)
+        return _check_pixels(image, "a WebP", limits, 4)
     if image.info.get("progressive"):
-        return _check_pixels(image, "a progressive JPEG", limits.pixels // 2)
+        return _check_pixels(image, "a progressive JPEG", limits, 2)
     if image.mode not in _PLAIN:
-        return _check_pixels(image, f"an image in {image.mode}", limits.pixels // 2)
-    return _check_pixels(image, "an image", limits.pixels)
+        return _check_pixels(image, f"an image in {image.mode}", limits, 2)
+    return _check_pixels(image, "an image", limits)
 
 
-def _check_pixels(image: Image, kind: str, most: int) -> Image:
+def _check_pixels(image: Image, kind: str, limits: Limits, part: int = 1) -> Image:
     width, height = image.size
+    most = limits.pixels // part
     if width * height > most:
+        share = f"1/{part} of " if part > 1 else ""
         raise ConfigError(
-            f"{kind} of {width} x {height} pixels exceeds the limit of {most} (max_image_pixels)"
+            f"{kind} of {width} x {height} pixels exceeds the limit of {most} "
+            f"({share}max_image_pixels={limits.pixels})"
         )
     return image
 

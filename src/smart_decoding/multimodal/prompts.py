@@ -114,6 +114,10 @@ class PromptBuilder:
         self.placeholders = {name: tokenizer.decode([token], False) for name, token in kinds}
         self._conversations = Conversations(tokenizer, self.placeholders)
 
+    def bound_turned(self) -> None:
+        """Refuse pictures to be turned upright beyond half of the pixels: a server's memory."""
+        self._limits = replace(self._limits, turned=2)
+
     def chat(self, messages: Sequence[Message], **given: Any) -> PlannedPrompt:
         """A conversation with content parts, through the model's template. given: as to
         `Tokenizer.apply_chat_template`. Raises ConfigError."""

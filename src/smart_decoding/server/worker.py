@@ -16,6 +16,7 @@ from smart_decoding.engine.engine_thread import warm_up
 from smart_decoding.engine.jobs import Chunk, Delivery, Job, QueueTimeoutError
 from smart_decoding.engine.observers import Observer
 from smart_decoding.errors import CapacityError, ConfigError, EngineStoppedError, SmartError
+from smart_decoding.multimodal.prompts import PromptBuilder
 from smart_decoding.server.errors import ApiError, gone, of_smart_error, shutting_down
 from smart_decoding.server.lane import WAITING, Texts
 from smart_decoding.server.pictures import Pictures
@@ -231,6 +232,8 @@ class Worker:
     def _loaded(self) -> LLM:
         llm = self._load()
         self.preparation.know(llm)
+        if isinstance(llm.prompts, PromptBuilder):
+            llm.prompts.bound_turned()
         llm.grammars.prepare()
         warm_up(llm.engine)
         for watcher in self._observers:

@@ -120,9 +120,16 @@ def test_what_needs_more_memory_has_fewer_pixels(given: dict[str, Any]) -> None:
     given = dict(given)
     share = given.pop("share", 2)
     content = saved(**{"mode": "RGB", "size": (100, 60), **given})
-    assert open_image(content, Limits(pixels=share * 6000)).size in ((100, 60), (60, 100))
-    with pytest.raises(ConfigError, match="100 x 60 pixels exceeds the limit of 5999"):
-        open_image(content, Limits(pixels=share * 6000 - 1))
+    limits = Limits(pixels=share * 6000, turned=2)
+    assert open_image(content, limits).size in ((100, 60), (60, 100))
+    words = f"exceeds the limit of 5999 .1/{share} of max_image_pixels={share * 6000 - 1}"
+    with pytest.raises(ConfigError, match=f"100 x 60 pixels {words}"):
+        open_image(content, Limits(pixels=share * 6000 - 1, turned=2))
+
+
+def test_a_turned_photo_has_all_of_the_pixels_outside_of_a_server() -> None:
+    content = saved("RGB", (100, 60), "JPEG", turned=True)
+    assert open_image(content, Limits(pixels=6000)).size == (60, 100)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB"])
