@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import signal
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -39,6 +36,7 @@ from smart_decoding.training.conversations import (
     recorded_layers,
 )
 from smart_decoding.training.head import Form, TrainableHead, form_of
+from smart_decoding.training.interrupt import deferred_interrupt
 from smart_decoding.training.objective import Objective, SoftCrossEntropy, append_choices
 
 if TYPE_CHECKING:
@@ -377,24 +375,3 @@ def bf16_is_faster() -> bool:
             F.linear(x, w)
         seconds.append(time.perf_counter() - start)
     return seconds[1] < 0.7 * seconds[0]
-
-
-@contextmanager
-def deferred_interrupt() -> Iterator[threading.Event]:
-    """The first Ctrl-C in the block only sets the event, a second one interrupts. Without effect
-    outside of the main thread, which alone gets signals."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
-
-    def note(*_: object) -> None:
-        asked.set()
-        signal.signal(signal.SIGINT, previous)
-
-    previous = signal.getsignal(signal.SIGINT) or signal.SIG_DFL
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield asked
-    finally:
-        signal.signal(signal.SIGINT, previous)
