@@ -556,7 +556,7 @@ def test_ready_only_after_the_warm_up(load: Any, monkeypatch: pytest.MonkeyPatch
 def test_other_refusals_for_now_say_when_to_come_again_too(load: Any) -> None:
     """`error_of` looks at every 429 and 503 of this file."""
     with serving(load) as running:
-        running.llm.engine_thread.observers[-1].watchers["x"] = live.MAX_WATCHERS
+        running.llm.engine_thread.observers[-1].watchers["x", "y"] = live.MAX_WATCHERS
         assert error_of(httpx.get(f"{running.url}/events"), 503)["code"] == "too_many_watchers"
         running.worker.drain()
         assert error_of(httpx.get(f"{running.url}/health"), 503)["code"] == "shutting_down"
