@@ -427,7 +427,8 @@ static inline vf fused(const vf& a, const vf& b, const vf& c) {
 }
 
 // Products of four unsigned bytes x with four signed ones w, which are added to integers.
-#if defined(__AVX512VNNI__) || defined(__ARM_FEATURE_MATMUL_INT8) || defined(SMART_EMULATE_TILES)
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__) || defined(__ARM_FEATURE_MATMUL_INT8) \
+    || defined(SMART_EMULATE_TILES)
 constexpr bool HAS_BYTE_DOT = true;
 #else
 constexpr bool HAS_BYTE_DOT = false;
@@ -438,6 +439,8 @@ __attribute__((always_inline)) static inline void dot_u8s8(vi& sum, vi x, vi w) 
     asm("vpdpbusd %2, %1, %0"
         : "+v"(sum)
         : "v"(x), "v"(w));  // around the intrinsic GCC 12 copies every sum
+#elif defined(__AVXVNNI__) && !defined(SMART_EMULATE_TILES)
+    asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(x), "x"(w));
 #elif defined(__ARM_FEATURE_MATMUL_INT8) && !defined(SMART_EMULATE_TILES)
     sum = (vi)vusdotq_s32((int32x4_t)sum, (uint8x16_t)x, (int8x16_t)w);
 #else
@@ -454,7 +457,8 @@ constexpr bool HAS_BYTE_PRODUCTS = HAS_BYTE_DOT;
 #endif
 
 // Whether products of two bytes are added in 16 bits first, as there is no instruction for four.
-#if defined(__AVX2__) && !defined(__AVX512F__) && !defined(SMART_EMULATE_TILES)
+#if defined(__AVX2__) && !defined(__AVX512F__) && !defined(__AVXVNNI__) \
+    && !defined(SMART_EMULATE_TILES)
 constexpr bool ADDS_BYTE_PAIRS = true;
 #else
 constexpr bool ADDS_BYTE_PAIRS = false;
