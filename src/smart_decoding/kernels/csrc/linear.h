@@ -235,6 +235,7 @@ static void quant_gemm(const Wide* x, int64_t ld, int rows, const Strip* strips,
     } else if (in_bytes == NEVER) {
         return vector_quant_gemm(x, ld, rows, strips, n, k, done);
     }
+    prefetch_start(strips + 2 * Items::first_of(panels_of(n)));  // while inputs are rounded
     const ByteRows bytes(x, ld, rows, k);
     static thread_local std::vector<float> kept;
     if (int64_t(kept.size()) < int64_t(rows) * PANEL) kept.resize(int64_t(rows) * PANEL);
