@@ -3,7 +3,7 @@ runs them where it can: on this CPU, else under qemu, else not at all, which the
 
     python tools/native_tests.py                               # all variants
     python tools/native_tests.py --variant neon --quick        # one, with fewer random cases
-    python tools/native_tests.py --sanitize address+undefined,thread   # this CPU's best, twice
+    python tools/native_tests.py --sanitize address,thread     # this CPU's best, with each of them
     python tools/native_tests.py --syntax                      # are there warnings, for any CPU?
 
 Needs g++; for other architectures g++-aarch64-linux-gnu and qemu-user. All is compiled first, then
@@ -88,7 +88,7 @@ def main() -> int:
     add = parser.add_argument
     add("--variant", action="append", metavar="NAME", help="only this one; may be repeated")
     add("--quick", action="store_true", help="fewer random cases, as always under qemu")
-    add("--sanitize", metavar="A+B,C", help="address, undefined, thread: a program for each part")
+    add("--sanitize", metavar="LIST", help="address, undefined, thread: a program for each")
     add("--syntax", action="store_true", help="only look for warnings, as if for many CPUs")
     options = parser.parse_args()
     if options.syntax:
@@ -104,9 +104,7 @@ def main() -> int:
         asked = [known[name] for name in options.variant or ()] or best[:1]
     else:
         asked = [known[name] for name in options.variant or known]
-    sanitizers = [None]
-    if options.sanitize:
-        sanitizers = [each.replace("+", ",") for each in options.sanitize.split(",")]
+    sanitizers = options.sanitize.split(",") if options.sanitize else [None]
     builds = [Build(variant, sanitize) for sanitize in sanitizers for variant in asked]
     compile_all(builds)
     outcomes = []
