@@ -27,6 +27,7 @@ from serving import (
 
 from smart_decoding.errors import CapacityError
 from smart_decoding.models import tokenizer as tokenizing
+from smart_decoding.server import middleware
 from smart_decoding.server.counting import MAX_NAMED, MAX_NESTED, MAX_VALUES, check_count
 from smart_decoding.server.errors import ApiError
 from smart_decoding.server.lane import Lane
@@ -290,7 +291,7 @@ def test_work_that_nobody_waits_for_keeps_its_place_to_its_end() -> None:
 def test_the_texts_of_one_client_that_wait_have_an_end(
     running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(running.server.config.app.state.texts, "_most", 2**22)
+    monkeypatch.setattr(middleware, "LARGEST", 1)  # 4 MiB
     assert post(running, "/tokenize", json={"prompt": "0" * 20_000}).status_code == 400
     child = running.worker.preparation.texts.long.child
     assert child is not None

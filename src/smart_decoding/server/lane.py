@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from smart_decoding.engine.fairness import ClientQueues, VirtualTokenCounter
-from smart_decoding.server.errors import ApiError, gone
+from smart_decoding.server.errors import gone
 
 if TYPE_CHECKING:
     from fastapi import Request
 
 T = TypeVar("T")
 SHORT = 16_384  # bytes of a body whose texts are not worth a wait for long ones
-WAITING = 16  # largest bodies of one client, or as many bytes, that wait to be read
 
 
 @dataclass(eq=False, slots=True)
@@ -109,52 +107,44 @@ class Lane:
 
 
 class Texts:
-    """What clients have sent is read, and long answers are written, beside the event loop: one
-    piece at a time and each client in turn. A piece holds Python's lock, and many at once would
-    hold up who asks for little.
+    """Read requests and write long answers beside the event loop: one piece at a time, the client
+    that has sent least first.
 
-    most: bytes of one client that may wait."""
+    A piece holds Python's lock, so many at once would hold up all small requests. `Gate` bounds
+    the bytes of the bodies that wait here."""
 
-    def __init__(self, most: int) -> None:
+    def __init__(self) -> None:
         self._lanes = Lanes(SHORT)
         self._answers = Lane()
-        self._most = most
-        self._unread: Counter[str] = Counter()  # bytes in the lanes, by client
+        self._waiting = 0  # requests that wait or are read
 
     @property
     def quiet(self) -> bool:
-        """Whether nothing is here to be read."""
-        return not self._unread
+        """Whether no request waits to be read."""
+        return not self._waiting
 
     async def read(self, request: Request, work: Callable[[], T]) -> T:
-        """What `work` makes of a request, when it is its client's turn. Raises ApiError as `held`
-        does."""
+        """Do `work` on a request when its client is selected. Raises ApiError if the client hangs
+        up."""
         size = len(await request.body())
         return await self.held(request, self._lanes.run(request.state.client, size, work))
 
-    async def held(self, request: Request, work: Coroutine[Any, Any, T]) -> T:
-        """What `work` comes to, while the request's body counts as one of its client's. Raises
-        ApiError if too much of this client's waits already, or if the client hangs up."""
-        client = request.state.client
-        size = len(await request.body())
-        if self._unread[client] + size > self._most:
-            work.close()
-            message = "too many of your texts wait to be read: try again later"
-            raise ApiError(429, message, "queue_full")
-        self._unread[client] += size
+    async def held(self, request: Request, work: Awaitable[T]) -> T:
+        """Await `work` while the request counts as waiting. Raises ApiError if the client hangs
+        up."""
+        self._waiting += 1
         try:
             return await unless_gone(request, work)
         finally:
-            self._unread[client] -= size
-            self._unread += Counter()  # without those that wait no more
+            self._waiting -= 1
 
     async def checked(self, request: Request, work: Callable[[], T]) -> T:
-        """The same for what takes no time where the body is short: that is done at once."""
+        """Do `work` as `read` does, or at once where the body is short."""
         long = len(await request.body()) > SHORT
         return await self.read(request, work) if long else work()
 
     async def write(self, request: Request, size: int, work: Callable[[], T]) -> T:
-        """What `work` makes of a long answer, when it is its client's turn. size: its tokens."""
+        """Do `work` on a long answer when its client is selected. size: tokens of the answer."""
         return await self._answers.run(request.state.client, size, work)
 
 

@@ -18,7 +18,7 @@ from smart_decoding.engine.observers import Observer
 from smart_decoding.errors import CapacityError, ConfigError, EngineStoppedError, SmartError
 from smart_decoding.multimodal.prompts import PromptBuilder
 from smart_decoding.server.errors import ApiError, gone, of_smart_error, shutting_down
-from smart_decoding.server.lane import WAITING, Texts
+from smart_decoding.server.lane import Texts
 from smart_decoding.server.pictures import Pictures
 from smart_decoding.server.preparation import Preparation
 
@@ -51,7 +51,7 @@ class Worker:
         observers: Sequence[Watcher] = (),
     ) -> None:
         self.settings = settings
-        self.texts = Texts(WAITING * settings.max_body)
+        self.texts = Texts()
         self.engine: AsyncLLM | None = None
         self.failed: Callable[[], None] = lambda: None
         self.clients: Counter[str] = Counter()
