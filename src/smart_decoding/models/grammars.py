@@ -43,8 +43,9 @@ NICE = 5
 
 
 def stand_back(nice: int) -> None:
-    """Has this thread, and the processes that it starts, leave most of the processors to rounds."""
-    if sys.platform == "linux":  # elsewhere this is told of whole processes
+    """Lower the priority of this thread and of the processes that it starts, so that rounds keep
+    most of the processors."""
+    if sys.platform == "linux":  # elsewhere the priority is the whole process's
         os.nice(nice)
 
 

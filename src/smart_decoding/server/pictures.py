@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import threading
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING
 
+from smart_decoding.models.grammars import stand_back
 from smart_decoding.server.errors import ApiError
 from smart_decoding.server.lane import Lane, unless_gone
 
@@ -29,7 +27,7 @@ class Pictures:
     lock."""
 
     def __init__(self) -> None:
-        threads = ThreadPoolExecutor(1, "smart-pictures", initializer=_be_nice)
+        threads = ThreadPoolExecutor(1, "smart-pictures", stand_back, (NICE,))
         self._lane = Lane(threads)
         self._held: Counter[str] = Counter()  # bytes, by client
 
@@ -71,9 +69,3 @@ class Pictures:
         while prompt is None:
             prompt = await self._lane.run(client, next(sizes, 0), partial(next, steps))
         return prompt
-
-
-def _be_nice() -> None:
-    """Lower the priority of this thread alone, which Linux can."""
-    with contextlib.suppress(OSError, AttributeError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
