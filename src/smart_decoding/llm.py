@@ -311,7 +311,9 @@ class LLM:
         given = template_options(
             own, chat_template, add_generation_prompt, tools, chat_template_kwargs
         )
-        return self.prompts.chat(messages, **given).decoded()
+        told, pictures = self.prompts.split(messages)
+        tokens, text = self.prompts.conversations.tokens(told, **given)
+        return self.prompts.plan(tokens, pictures, text).decoded()
 
     def text_prompt(self, prompt: Prompt) -> MediaPrompt:
         """A prompt as `generate` takes it, in tokens. Raises ConfigError; placeholders need their

@@ -352,7 +352,10 @@ def test_a_server_bounds_the_pixels_of_what_must_be_turned(seeing: Running) -> N
 
 
 def held_by(running: Running, messages: list[dict[str, Any]]) -> int:
-    return running.llm.prompts.chat(messages).bytes
+    prompts = running.llm.prompts
+    told, pictures = prompts.split(messages)
+    tokens, text = prompts.conversations.tokens(told)
+    return prompts.plan(tokens, pictures, text).bytes
 
 
 def test_who_hangs_up_or_is_refused_gives_its_room_back(many: list[Running]) -> None:

@@ -100,8 +100,10 @@ Prompt: TypeAlias = str | Sequence[int] | MediaPrompt | TextPrompt | TokensPromp
 
 
 class PromptBuilder:
-    """Builds prompts for one vision-language model. mrope: whether it has three rotary
-    positions."""
+    """Build prompts for one vision-language model: `split` a conversation, make tokens of it by
+    `conversations`, then `plan` its pictures.
+
+    mrope: whether the model has three rotary positions."""
 
     def __init__(
         self, tokenizer: Tokenizer, reader: PixelReader, limits: Limits, mrope: bool
@@ -112,24 +114,17 @@ class PromptBuilder:
         self._mrope = mrope
         kinds = reader.placeholders.items()
         self.placeholders = {name: tokenizer.decode([token], False) for name, token in kinds}
-        self._conversations = Conversations(tokenizer, self.placeholders)
+        self.conversations = Conversations(tokenizer, self.placeholders)
 
     def bound_turned(self) -> None:
         """Refuse pictures to be turned upright beyond half of the pixels: a server's memory."""
         self._limits = replace(self._limits, turned=2)
 
-    def chat(self, messages: Sequence[Message], **given: Any) -> PlannedPrompt:
-        """A conversation with content parts, through the model's template. given: as to
-        `Tokenizer.apply_chat_template`. Raises ConfigError."""
-        told, pictures = self.split(messages)
-        tokens, text = self._conversations.tokens(told, **given)
-        return self.plan(tokens, pictures, text)
-
     def split(
         self, messages: Sequence[Message]
     ) -> tuple[Sequence[Message], Sequence[PictureSource]]:
-        """What `Conversations.tokens` takes, and the pictures, of which nothing has been read yet.
-        Raises ConfigError."""
+        """Return the messages for `conversations`, and their pictures, still unread. Raises
+        ConfigError."""
         told, pictures = parts.split(messages)
         self._check_counts(pictures)
         return told, pictures

@@ -38,26 +38,20 @@ _NO_VARIABLES = {
 
 
 class TextPrompts:
-    """Builds prompts for one model that reads text only. name: the model's."""
+    """Build prompts for one model that reads text only, by the methods of `PromptBuilder`. name:
+    the model's."""
 
     placeholders: Mapping[str, str] | None = None
 
     def __init__(self, tokenizer: Tokenizer, name: str) -> None:
         self._tokenizer = tokenizer
         self._name = name
-        self._conversations = Conversations(tokenizer)
-
-    def chat(self, messages: Sequence[Message], **given: Any) -> PlannedPrompt:
-        """A conversation, through the model's template. given: as to
-        `Tokenizer.apply_chat_template`. Raises ConfigError."""
-        told, pictures = self.split(messages)
-        tokens, text = self._conversations.tokens(told, **given)
-        return self.plan(tokens, pictures, text)
+        self.conversations = Conversations(tokenizer)
 
     def split(
         self, messages: Sequence[Message]
     ) -> tuple[Sequence[Message], Sequence[PictureSource]]:
-        """What `Conversations.tokens` takes, and no pictures. Raises ConfigError."""
+        """Return the messages for `conversations`, and no pictures. Raises ConfigError."""
         self._refuse(has_pictures(messages))
         if any(not isinstance(message.get("content"), str) for message in messages):
             messages = split(messages)[0]
