@@ -7,7 +7,7 @@ import json
 import re
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from urllib.parse import urlsplit
@@ -57,23 +57,33 @@ BACKGROUND = "getComputedStyle(document.body).backgroundColor.match(/[0-9]+/g).m
 
 
 @contextmanager
+def reading(stream: httpx.Response, read: Callable[[str], object]) -> Iterator[None]:
+    """While another thread reads the lines of a stream."""
+    stop = threading.Event()
+
+    def read_all() -> None:
+        for line in stream.iter_lines():
+            read(line)
+            if stop.is_set():
+                return
+
+    reader = threading.Thread(target=read_all)
+    reader.start()
+    yield
+    stop.set()
+    reader.join()
+
+
+@contextmanager
 def busy(running: Running, headers: dict[str, str] | None = None, **more: Any) -> Iterator[None]:
     """While one answer streams."""
     body = {**BODY, **more}
     url = f"{running.url}/v1/completions"
-    with httpx.stream("POST", url, json=body, headers=headers, timeout=30) as stream:
-        stop = threading.Event()
-
-        def drain() -> None:
-            for _ in stream.iter_lines():
-                if stop.is_set():
-                    return
-
-        reader = threading.Thread(target=drain)
-        reader.start()
+    with (
+        httpx.stream("POST", url, json=body, headers=headers, timeout=30) as stream,
+        reading(stream, lambda _: None),
+    ):
         yield
-        stop.set()
-        reader.join()
 
 
 def events(running: Running, count: int, **options: Any) -> list[dict[str, Any]]:
@@ -178,21 +188,16 @@ def test_nobody_watching_costs_nothing_and_a_key_guards_the_events(load: Any) ->
 @contextmanager
 def watching(running: Running, found: list[dict[str, Any]], **options: Any) -> Iterator[None]:
     """While a stream of events is open, all of which are found."""
-    stop = threading.Event()
 
-    def watch() -> None:
-        with httpx.stream("GET", f"{running.url}/events", timeout=10, **options) as stream:
-            for line in stream.iter_lines():
-                if line:
-                    found.append(json.loads(line.removeprefix("data: ")))
-                if stop.is_set():
-                    return
+    def keep(line: str) -> None:
+        if line:
+            found.append(json.loads(line.removeprefix("data: ")))
 
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    yield
-    stop.set()
-    watcher.join()
+    with (
+        httpx.stream("GET", f"{running.url}/events", timeout=10, **options) as stream,
+        reading(stream, keep),
+    ):
+        yield
 
 
 def test_nobody_sees_the_text_of_others(load: Any) -> None:
