@@ -1,5 +1,5 @@
-"""What llguidance compiles for a request: a schema, a regular expression, choices or a grammar, and
-a matcher of it on a tokenizer."""
+"""The source that llguidance compiles for a request (of a schema, a regular expression, choices or
+a grammar), and a matcher of it on a tokenizer."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from smart_decoding.errors import ConfigError
 if TYPE_CHECKING:
     from smart_decoding.engine.structured import StructuredOutputsParams
 
-# Of one mask, by Earley's algorithm. With llguidance's own 50,000 an ambiguous grammar takes a
-# second of every round; with these 0.1 s.
+# Items of one mask, by Earley's algorithm. With llguidance's own limit of 50,000 an ambiguous
+# grammar takes a second of every round; with this one 0.1 s.
 _STEP_ITEMS = 20_000
 _SHOWN = 200  # characters of an error
 _STACK = 4 * 2**20  # bytes in a trial; where the grammar is used there must be more
@@ -27,7 +27,7 @@ _GBNF_RULE = re.compile(r"^[ \t]*[\w-]+[ \t]*::=", re.MULTILINE)  # linear in a 
 
 
 def library() -> Any:
-    """llguidance. Raises ConfigError where it is not installed."""
+    """Import llguidance. Raises ConfigError where it is not installed."""
     try:
         import llguidance
     except ModuleNotFoundError as error:
@@ -38,7 +38,7 @@ def library() -> Any:
 
 
 def source_of(params: StructuredOutputsParams) -> str:
-    """What llguidance compiles. Raises ConfigError for what cannot be read at all."""
+    """Return the source that llguidance compiles. Raises ConfigError for a malformed request."""
     try:
         return str(_source(library().LLMatcher, params))
     except ValueError as error:
@@ -59,12 +59,12 @@ def _source(make: Any, params: StructuredOutputsParams) -> Any:
 
 
 def _literal(text: str) -> str:
-    """A text as Lark reads it: JSON's form, but for U+007F, which llguidance takes escaped only."""
+    """Quote a text for Lark: as JSON does, and U+007F escaped, as llguidance wants it."""
     return json.dumps(text, ensure_ascii=False).replace("\x7f", r"\u007f")
 
 
 def _lark(grammar: str) -> str:
-    """A grammar as llguidance takes it: those of llama.cpp and vLLM's examples are GBNF."""
+    """Return a grammar in Lark. Grammars of llama.cpp and of vLLM's examples are in GBNF."""
     if _GBNF_RULE.search(grammar) is None:
         return grammar
     from llguidance.gbnf_to_lark import gbnf_to_lark
@@ -78,14 +78,14 @@ def _lark(grammar: str) -> str:
 
 
 def json_grammar(schema: Mapping[str, Any], lenient: bool = False) -> str:
-    """A JSON schema with our options in it, as a Lark grammar takes it after %json. lenient: what
-    cannot be kept to is left out."""
+    """Return a JSON schema with our options in it, for %json in a Lark grammar. lenient: leave out
+    keywords that llguidance cannot enforce."""
     return json.dumps({**schema, "x-guidance": {**_JSON_OPTIONS, "lenient": lenient}})
 
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """A tokenizer as llguidance's wrapper asks for it."""
+    """A tokenizer with the attributes that llguidance's wrapper reads."""
 
     eos_token_id: int
     bos_token_id: int | None
@@ -94,23 +94,24 @@ class Tokens:
     encode: Callable[[bytes], list[int]]
 
     def __call__(self, text: bytes) -> list[int]:
-        """The ids of a text."""
+        """Return the ids of a text."""
         return self.encode(text)
 
 
 def new_matcher(tokens: Any, source: str) -> Any:
-    """A matcher at the grammar's start, or in its error state. tokens: an LLTokenizer."""
+    """Return a matcher at the grammar's start, or in its error state. tokens: an LLTokenizer."""
     llguidance = library()
     limits = llguidance.LLParserLimits(step_max_items=_STEP_ITEMS)
     return llguidance.LLMatcher(tokens, source, log_level=0, limits=limits)
 
 
 def tried(params: StructuredOutputsParams) -> str:
-    """The source of a grammar that has been compiled once, on a vocabulary of bytes: that takes as
-    long as on a model's, and starts at once. Raises ConfigError for one that is wrong.
+    """Compile a grammar once on a vocabulary of bytes; return its source. Raises ConfigError for a
+    wrong grammar.
 
-    llguidance compiles in native code that cannot be interrupted, takes minutes for some grammars,
-    and overflows its stack on others, so this is called where that may happen."""
+    A trial takes as long as a compilation on a model's vocabulary, and starts at once. llguidance
+    cannot be interrupted, takes minutes for some grammars and overflows its stack on others: call
+    this in a process that may die."""
     found: list[str | BaseException] = []
 
     def run() -> None:
@@ -148,6 +149,6 @@ def check_matcher(matcher: Any) -> None:
 
 
 def one_line(error: object) -> str:
-    """What llguidance says is wrong, shortened."""
+    """Shorten an error of llguidance to one line."""
     text = " ".join(str(error).partition("<state>")[0].split())
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]} ..."

@@ -1,4 +1,4 @@
-"""Work on texts, one piece after another. The client that has sent least is next."""
+"""Lines of work: one piece after another, of the client that was served least."""
 
 from __future__ import annotations
 
@@ -28,8 +28,9 @@ class _Place:
 
 
 class Lanes:
-    """Two lanes, so that short pieces do not wait for long ones. short: the size up to which a
-    piece is short; threads: in which they are done, the event loop's by default."""
+    """Two lanes, so that short pieces do not wait for long ones.
+
+    short: largest size of a short piece; threads: do the work, by default the event loop's."""
 
     def __init__(self, short: int, threads: Executor | None = None) -> None:
         self._size = short
@@ -43,7 +44,7 @@ class Lanes:
 
 
 class Lane:
-    """One thread's worth of work at a time, so that rounds keep their processors."""
+    """One piece of work at a time, so that rounds of the engine keep the processors."""
 
     def __init__(self, threads: Executor | None = None) -> None:
         self._threads = threads
@@ -54,15 +55,17 @@ class Lane:
     async def run(self, client: str, size: int, work: Callable[[], T]) -> T:
         """Do `work` in another thread when the client is selected; return what it returns.
 
-        size: bytes or characters, which the client is charged, or its microseconds if more."""
+        size: bytes or characters. The client is charged the size, or the microseconds if more."""
         loop = asyncio.get_running_loop()
         return await self.take(client, size, lambda: loop.run_in_executor(self._threads, work))
 
     async def take(
         self, client: str, size: int, begin: Callable[[], Awaitable[T]], stops: bool = False
     ) -> T:
-        """Call `begin` when the client is selected; return what comes of it. stops: whether it can
-        be cancelled meanwhile; otherwise it keeps its place to its end."""
+        """Call `begin` when the client is selected; return its result.
+
+        stops: cancel the work when the caller is cancelled; otherwise it goes on, and holds the
+        lane, to its end."""
         place = _Place(client, size)
         self._counter.arrive([client], self._waiting.clients)
         self._waiting.append(place)
@@ -84,14 +87,14 @@ class Lane:
                 working.cancel()
             raise
         finally:
-            del working  # else an error would hold itself, and all that was read
+            del working  # else an error would keep itself, and the whole request, alive
 
     def _done(self, place: _Place, began: float, work: asyncio.Future[T]) -> None:
-        """Charges a piece that took longer than a microsecond a byte with its microseconds."""
+        """Charge the microseconds beyond the size, and go on to the next piece."""
         microseconds = int(1e6 * (time.monotonic() - began))
         self._counter.charge(place.client, max(0, microseconds - place.size))
         if not work.cancelled():
-            work.exception()  # or it is logged where nobody waits for it any more
+            work.exception()  # asyncio logs an error that nobody has looked at
         self._end()
 
     def _end(self) -> None:
@@ -149,7 +152,7 @@ class Texts:
 
 
 async def unless_gone(request: Request, work: Awaitable[T]) -> T:
-    """What `work` comes to. It is cancelled, and ApiError raised, if the client hangs up before."""
+    """Await `work`. If the client hangs up before, cancel it and raise ApiError."""
     task = asyncio.ensure_future(work)
     watch = asyncio.ensure_future(disconnect(request))
     try:
@@ -160,10 +163,10 @@ async def unless_gone(request: Request, work: Awaitable[T]) -> T:
     finally:
         task.cancel()
         watch.cancel()
-        del task  # else an error, which knows this frame, would hold itself and all that was read
+        del task  # else an error would keep itself, this frame and the whole request alive
 
 
 async def disconnect(request: Request) -> None:
-    """Returns when the client hangs up."""
+    """Return when the client hangs up."""
     while (await request.receive())["type"] != "http.disconnect":
         pass

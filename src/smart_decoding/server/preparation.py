@@ -1,5 +1,6 @@
-"""What requests hold becomes tokens and grammars in processes of their own, which may be killed:
-`server.preparation_process` has the limits. This is the server's side of them."""
+"""Turn the texts of requests into tokens, and try their grammars, in processes that may be killed.
+
+This is the server's side; `server.preparation_process` is the program of such a process."""
 
 from __future__ import annotations
 
@@ -40,15 +41,15 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _Streams: TypeAlias = tuple[asyncio.StreamReader, asyncio.StreamWriter]
-SHORT_SECONDS = 0.25  # of a processor; a usual chat takes some thousandths
-SECONDS = 2.0  # of a processor, for a long task and for a short one that took longer than it may
-PATIENCE = 30.0  # seconds for a task, on a machine that has others to do
-SLOW = 5.0  # seconds without the process for short tasks, for a client that had it killed
-START = 120.0  # seconds for a start there
-LAST_WORDS = 0.5  # seconds from the end of its answers to its own end, which has a status
-NICE = 10  # of what takes long, but not of a start: rounds go on meanwhile
-WAITING = 16  # grammars of one client, the one that is compiled among them
-GRAMMAR_SIZE = 2**18  # characters: of a long literal, a mask takes a microsecond for each
+SHORT_SECONDS = 0.25  # of a processor for a short task; a usual chat takes some thousandths
+SECONDS = 2.0  # of a processor for a long task, or a short one that took over SHORT_SECONDS
+PATIENCE = 30.0  # seconds by the clock for a task, on a busy machine
+SLOW = 5.0  # seconds for which a client that broke a short limit uses the long process alone
+START = 120.0  # seconds by the clock for the start of a process
+LAST_WORDS = 0.5  # seconds from the end of a process's output to its exit status
+NICE = 10  # priority of long tasks, not of starts: rounds of the engine go first
+WAITING = 16  # grammars of one client that wait or are compiled
+GRAMMAR_SIZE = 2**18  # characters; a mask of a long literal takes a microsecond for each
 _THREADS = {"MALLOC_ARENA_MAX": "1", "TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}
 
 
@@ -61,7 +62,7 @@ class TooSlowError(TooLargeError):
 
 
 class OverdueError(ApiError):
-    """A task that the machine did not come to the end of: that says nothing about its size."""
+    """A task that took too long by the clock, on a machine that may be busy."""
 
     def __init__(self) -> None:
         message = f"preparing it took more than {PATIENCE:g} s here: try again later"
@@ -69,7 +70,7 @@ class OverdueError(ApiError):
 
 
 class EndedError(RuntimeError):
-    """A process that ended, and no task is known to be at fault. status: what it ended with."""
+    """A process that ended for an unknown reason. status: its exit status."""
 
     def __init__(self, status: int, said: str) -> None:
         super().__init__(f"a preparation process ended with status {status}: {said}")
@@ -77,9 +78,9 @@ class EndedError(RuntimeError):
 
 
 class Process:
-    """One preparation process, which the first task starts, and its death starts again.
+    """One preparation process. The first task starts it; another one replaces it when it dies.
 
-    setup: its first frame, once it is known; seconds: of a processor, for a task."""
+    setup: awaits the first frame; nice: priority; seconds: of a processor for each task."""
 
     def __init__(self, setup: Callable[[], Awaitable[bytes]], nice: int, seconds: float) -> None:
         self.child: subprocess.Popen[bytes] | None = None
@@ -92,14 +93,14 @@ class Process:
         self._stopped = False
 
     def start(self) -> None:
-        """Starts it, unless it runs."""
+        """Start the process, unless it runs."""
         if self._ready is not None and self._ready.done() and not self._lives():
-            self._forget()  # it died without a task, and no task is at fault
+            self._forget()  # it died while it had no task
         if self._ready is None and not self._stopped:
             self._ready = asyncio.create_task(self._begin())
 
     def stop(self) -> None:
-        """Ends it for good. Whoever waits for its answer is told that the server ends."""
+        """End the process for good. Waiting tasks raise ApiError: the server ends."""
         self._stopped = True
         if self._ready is not None:
             self._ready.cancel()  # of no effect if it is ready
@@ -108,9 +109,10 @@ class Process:
         self._end()
 
     async def answer(self, task: bytes) -> Any:
-        """The result of a task, one at a time. Raises TooLargeError if it breaks a limit,
-        ConfigError or CapacityError where it is refused, ApiError when the server ends or has no
-        time for it."""
+        """Do one task; return its result. Only one may run at a time.
+
+        Raises TooLargeError if the task breaks a limit, ConfigError or CapacityError if it is
+        refused, ApiError if the server ends or the task is overdue."""
         self.start()
         if self._ready is None:
             raise shutting_down()
@@ -133,7 +135,7 @@ class Process:
         return _result(await _beside(unframed, found))
 
     async def _begin(self) -> _Streams:
-        """Raises OSError, RuntimeError: no task is at fault, so a limit of its own says so."""
+        """Start the process and wait until it is ready. Raises RuntimeError."""
         ours, theirs = socket.socketpair()
         try:
             self._log = _new_log()
@@ -162,7 +164,7 @@ class Process:
         return reader, self._writer
 
     async def _died(self, late: bool) -> Exception:
-        """What to raise for the task; the next one finds another process."""
+        """End the process and start another; return the error of its task. late: it was overdue."""
         told = await self._ended(0 if late else LAST_WORDS)
         status = told.status
         self._forget()
@@ -180,7 +182,7 @@ class Process:
         return told
 
     async def _ended(self, seconds: float) -> EndedError:
-        """What it has to say: it ends by itself or after that time."""
+        """Wait so long for the process to end, then kill it; return how it ended."""
         status = await asyncio.to_thread(self._end, seconds)
         return EndedError(status, self._said())
 
@@ -198,7 +200,7 @@ class Process:
         self._ready = None
 
     def _end(self, seconds: float = 0) -> int:
-        """The status that it ends with, by itself or after that time."""
+        """Wait so long for the process to end, then kill it; return its exit status."""
         if self.child is None:
             return 0
         with suppress(subprocess.TimeoutExpired):
@@ -207,7 +209,7 @@ class Process:
         return self.child.wait()
 
     def _said(self) -> str:
-        """The end of what it wrote until it was ready."""
+        """Return the end of the log, which has the process's output before it was ready."""
         if self._log is None:
             return ""
         self._log.seek(0)
@@ -215,16 +217,17 @@ class Process:
 
 
 class ProcessPair:
-    """A process for short tasks, and one for those that are long or take longer than short ones
-    may. Each does one task after another, each client in turn. A client whose short task breaks
-    a limit has only the other one for a while: each such death holds up all short tasks."""
+    """A process for short tasks, and one for long tasks and for short ones that took too long.
+
+    Each does one task after another, of the client served least. A client whose short task breaks
+    a limit uses the long process alone for a while: each death holds up all short tasks."""
 
     def __init__(self, setup: Callable[[], Awaitable[bytes]]) -> None:
         self.short = Process(setup, 0, SHORT_SECONDS)
         self.long = Process(setup, NICE, SECONDS)
         self._short_lane = Lane()
         self._long_lane = Lane()
-        self._slow: dict[str, float] = {}  # since when a client's tasks are no short ones
+        self._slow: dict[str, float] = {}  # client -> second in which its short task broke a limit
 
     async def answer(self, client: str, task: bytes) -> Any:
         """See `Process`."""
@@ -239,7 +242,7 @@ class ProcessPair:
         latest = time.monotonic() - SLOW
         self._slow = {each: since for each, since in self._slow.items() if since > latest}
         if client in self._slow:
-            raise TooSlowError("it follows one that was too slow")
+            raise TooSlowError("a task of this client was too slow just now")
         try:
             return await self.short.answer(task)
         except TooLargeError:
@@ -254,14 +257,14 @@ class ProcessPair:
 
 @dataclass(eq=False, slots=True)
 class _Compilation:
-    """A grammar that is compiled, or will be. wanted: by how many requests."""
+    """A grammar that is compiled, or will be. wanted: requests that wait for it."""
 
     task: asyncio.Task[Compiled]
     wanted: int = 0
 
 
 class Preparation:
-    """Tokens and grammars of requests. All methods but `know` are the event loop's."""
+    """Make tokens and grammars of requests. Call all methods but `know` in the event loop."""
 
     def __init__(self) -> None:
         self.texts = ProcessPair(self._tokenizer)
@@ -275,37 +278,39 @@ class Preparation:
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def start(self) -> None:
-        """Starts the processes that texts wait for."""
+        """Start both processes for texts."""
         self._loop = asyncio.get_running_loop()
         self.texts.short.start()
         self.texts.long.start()
 
     def know(self, llm: LLM) -> None:
-        """The model is loaded. In any thread."""
+        """Take the model, once it is loaded. May be called in any thread."""
         self._setup = framed(setup_of(llm))
         if self._loop is not None:
             with suppress(RuntimeError):  # it is closed: the server has ended
                 self._loop.call_soon_threadsafe(self._known.set)
 
     def stop(self) -> None:
-        """The server ends: nobody waits for a task any more."""
+        """End all processes, as the server ends."""
         self.texts.stop()
         self.grammars.stop()
 
     async def tokens(self, client: str, task: bytes) -> list[list[int]]:
-        """What the task `chat` or `encode` makes. Raises as `Process.answer` does."""
+        """Return token ids by a task `chat` or `encode`. Raises as `Process.answer` does."""
         return [await _beside(unpacked, each) for each in await self.texts.answer(client, task)]
 
     async def text(self, client: str, task: bytes) -> str:
-        """What the task `decode` makes."""
+        """Return the text by a task `decode`. Raises as `Process.answer` does."""
         return str(await self.texts.answer(client, task))
 
     async def compiled(
         self, grammars: Grammars, params: StructuredOutputsParams, client: str
     ) -> Compiled:
-        """A grammar on the model's tokens: tried in a process, then compiled here, once for all
-        who wait for it, and no longer than somebody does. Raises ConfigError for one that is wrong
-        or too large, ApiError if too many of this client's wait."""
+        """Try a grammar in a process, then compile it here on the model's tokens.
+
+        Equal grammars are compiled once, and none after its last request has gone. Raises
+        ConfigError for a grammar that is wrong or too large, ApiError if too many of this client's
+        grammars wait."""
         size = _size(params)
         found = grammars.known(params)
         if found is not None:
@@ -351,7 +356,7 @@ class Preparation:
 
 
 def setup_of(llm: LLM) -> dict[str, Any]:
-    """The arguments of `preparation_process.Tasks`."""
+    """Return the arguments of `preparation_process.Tasks`."""
     own = llm.tokenizer
     return {
         "backend": own.backend.to_str(),
@@ -364,12 +369,12 @@ def setup_of(llm: LLM) -> dict[str, Any]:
 
 
 def task(name: str, **arguments: Any) -> bytes:
-    """A task of `preparation_process.Tasks`."""
+    """Return the frame's body of a task of `preparation_process.Tasks`."""
     return framed({"task": name, **arguments})[HEAD.size :]
 
 
 def _new_log() -> IO[bytes] | None:
-    """A file in memory: a folder may be full, or for reading only. None where there is none."""
+    """Return a file in memory, since folders may be full or read-only; None where there is none."""
     with suppress(AttributeError, OSError):  # Linux has them
         return open(os.memfd_create("preparation"), "w+b")
     return None
@@ -385,7 +390,7 @@ async def _body(reader: asyncio.StreamReader) -> bytes:
 
 
 def _result(answer: dict[str, Any]) -> Any:
-    """What an answer says. Raises what it stands for."""
+    """Return the result in an answer, or raise the error in it."""
     if "too_large" in answer:
         raise TooLargeError(f"its result of {answer['too_large']} bytes is longer than {LARGEST}")
     if "over_capacity" in answer:
@@ -398,12 +403,12 @@ def _result(answer: dict[str, Any]) -> Any:
 
 
 async def _beside(work: Callable[[Any], T], given: str | bytes) -> T:
-    """What `work` makes, in another thread where it is much."""
+    """Do `work`, in another thread where `given` is long."""
     return await asyncio.to_thread(work, given) if len(given) > SHORT else work(given)
 
 
 def _size(params: StructuredOutputsParams) -> int:
-    """Characters. Raises ConfigError for too many."""
+    """Count the characters of a grammar. Raises ConfigError for too many."""
     text = params.json or params.regex or params.grammar or ""
     size = len(text) + sum(len(each) + 3 for each in params.choice or ())
     if size > GRAMMAR_SIZE:

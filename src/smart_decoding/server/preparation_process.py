@@ -1,10 +1,10 @@
 """The preparation process: `python -m smart_decoding.server.preparation_process NICE`.
 
-It does what a stranger's input can make slow or large: renders chat templates, tokenises, tries
-grammars. The operating system bounds its processor time and its memory, in native code, too; it
-dies where it exceeds them, and `server.preparation` starts another one. The tokenizer comes first
-on standard input, then one task after another; answers go to standard output. Each is a frame: its
-length, milliseconds of a processor that the task may take (0: any), then JSON.
+The process renders chat templates, tokenises and tries grammars: work that a stranger's input can
+make slow or large. The operating system bounds its processor time and its memory, in native code,
+too. A process that exceeds a bound dies, and `server.preparation` starts another one. The tokenizer
+comes first on standard input, then one task after another; answers go to standard output. A frame
+is its length, the milliseconds of a processor that its task may take (0: any), and JSON.
 """
 
 from __future__ import annotations
@@ -41,31 +41,31 @@ _ENCODING = ("utf-8", "surrogatepass")
 
 
 def framed(content: Any, milliseconds: int = 0) -> bytes:
-    """A frame of what is JSON."""
+    """Return the frame of a value as JSON."""
     body = json.dumps(content, ensure_ascii=False).encode(*_ENCODING)
     return HEAD.pack(len(body), milliseconds) + body
 
 
 def unframed(body: bytes) -> Any:
-    """What a frame without its head says."""
+    """Return the value of a frame's body."""
     return json.loads(body.decode(*_ENCODING))
 
 
 def packed(ids: Sequence[int]) -> str:
-    """Token ids as text, which JSON reads at once."""
+    """Return token ids as one text, which JSON reads at once."""
     return base64.b64encode(array("i", ids).tobytes()).decode()
 
 
 def unpacked(text: str) -> list[int]:
-    """The ids of `packed`."""
+    """Return the token ids of `packed`."""
     return array("i", base64.b64decode(text)).tolist()
 
 
 class Tasks:
-    """All tasks, by name: their arguments and results are JSON. The arguments here: a tokenizer,
-    as its library writes it, and what `Tokenizer` takes beside it; without one, grammars only.
+    """The tasks: each method's arguments and result are JSON.
 
-    placeholders: see `Conversations`."""
+    backend: a tokenizer as its library writes it; without one there are grammars only. given: the
+    other arguments of `Tokenizer`. placeholders: see `Conversations`."""
 
     def __init__(
         self,
@@ -86,28 +86,29 @@ class Tasks:
     def chat(
         self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any], pictures: bool
     ) -> list[str]:
-        """The tokens of a conversation, in a list. variables: see
-        `Tokenizer.apply_chat_template`."""
+        """Return the tokens of a conversation, alone in a list. variables: see
+        `Tokenizer.apply_chat_template`. pictures: whether the model sees."""
         conversations = self._pictures if pictures else self._texts
         tokens, _ = conversations.tokens(messages, **variables)
         return [packed(tokens)]
 
     def encode(self, texts: Sequence[str], add_special_tokens: bool) -> list[str]:
-        """The tokens of texts."""
+        """Return the tokens of each text."""
         return [packed(self._tokenizer.encode(text, add_special_tokens)) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of tokens."""
+        """Return the text of tokens."""
         return self._tokenizer.decode(ids, False)
 
     def grammar(self, **params: Any) -> str:
-        """What llguidance compiles for StructuredOutputsParams, tried once."""
+        """Try the grammar of StructuredOutputsParams once; return its source."""
         found: Any = SimpleNamespace(**params)
         return tried(found)
 
 
 def answer(tasks: Tasks, body: bytes) -> bytes:
-    """The frame that answers a task's. Where Python has no memory, the process ends."""
+    """Do the task in a frame's body; return the frame that answers it. The process ends if Python
+    has no memory."""
     try:
         task = unframed(body)
         result = getattr(tasks, task.pop("task"))(**task)
@@ -124,13 +125,14 @@ def answer(tasks: Tasks, body: bytes) -> bytes:
 
 
 def _die_with_parent() -> None:
-    """Also where the parent is killed while a task runs here; otherwise the input's end says so."""
+    """Have Linux kill this process with its parent, even during a task. Between tasks, and on other
+    systems, the end of the input ends it."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _limit_memory() -> None:
-    """Bounds what tasks may take. macOS knows no such limit."""
+    """Bound the memory of tasks. macOS has no such limit."""
     import resource  # which Windows lacks, where the server imports this file, too
 
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -141,7 +143,7 @@ def _limit_memory() -> None:
 
 
 def _read(stream: IO[bytes]) -> bytes | None:
-    """The next frame without its head; its time runs from here. None at the input's end."""
+    """Read a frame and start its task's clock; return its body, or None at the input's end."""
     head = stream.read(HEAD.size)
     if len(head) < HEAD.size:
         return None
@@ -152,7 +154,7 @@ def _read(stream: IO[bytes]) -> bytes | None:
 
 
 def main() -> None:
-    """Answers until the input ends. Ends with a status that says whether a limit is the cause."""
+    """Do tasks until the input ends. The exit status tells a broken limit from other failures."""
     try:
         _answer_all()
     except MemoryError:
@@ -164,12 +166,12 @@ def main() -> None:
 
 def _answer_all() -> None:
     _die_with_parent()
-    # What libraries print is no answer.
+    # The answers have a copy of standard output: what libraries print must not get between.
     with open(os.dup(1), "wb", buffering=0) as out, open(0, "rb") as stream:
         os.dup2(2, 1)
         tasks = Tasks(**unframed(_read(stream) or b"{}"))
         _limit_memory()
-        os.nice(int(sys.argv[1]))  # not before: who waits for a start waits for others' work, too
+        os.nice(int(sys.argv[1]))  # only now: a start is never held up by other work
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, 1)
         os.dup2(nowhere, 2)
