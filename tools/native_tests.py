@@ -46,6 +46,7 @@ OPENMP = TESTS / "openmp.cpp"  # only for ThreadSanitizer; see there
 CPUS = {  # of --syntax
     "x86_64": (
         "x86-64-v3",
+        "alderlake",
         "skylake-avx512",
         "icelake-server",
         "cooperlake",
@@ -139,9 +140,11 @@ def compiler(arch: str) -> str | None:
 
 
 def emulator(variant: Variant) -> list[str] | None:
-    """The command that runs a program of another CPU; qemu knows neither AVX-512 nor AMX."""
+    """The command that runs a program of another CPU; qemu knows neither VNNI, AVX-512 nor AMX."""
     qemu = shutil.which(f"qemu-{variant.machine}")
-    if qemu is None or any(flag.startswith(("avx512", "amx")) for flag in variant.needs):
+    if qemu is None or any(
+        flag.startswith(("avx_vnni", "avx512", "amx")) for flag in variant.needs
+    ):
         return None
     if variant.machine == platform.machine():
         return [qemu, "-cpu", "max"]

@@ -47,40 +47,48 @@ int six_bits(const uint8_t* s, int which, bool least) {
 const float NON_LINEAR[16] = {-127, -104, -83, -65, -49, -35, -22, -10,
                               1,    13,   25,  38,  53,  69,  89,  113};
 
-// Weight i of a block, as llama.cpp's format says it, in double.
-double value(int64_t format, const uint8_t* b, int i) {
+// Weight i of a block is scale * quant + least, as llama.cpp's format says it; all are exact.
+struct Term {
+    float scale;
+    int quant;
+    float least = 0;
+
+    double value() const { return double(scale) * quant + least; }
+};
+
+Term term(int64_t format, const uint8_t* b, int i) {
     const int nibble_at = i % 16, shift = i / 16 * 4;  // of formats of 32
     auto nibble = [&](int from) { return b[from + nibble_at] >> shift & 15; };
-    const double d = half(b);
+    const float d = half(b);
     switch (format) {
         case BF16_ROWS:
-            return reference::from_bf16(uint16_t(b[2 * i] | b[2 * i + 1] << 8));
+            return {reference::from_bf16(uint16_t(b[2 * i] | b[2 * i + 1] << 8)), 1};
         case Q4_0:
-            return d * (nibble(2) - 8);
+            return {d, nibble(2) - 8};
         case Q4_Z:
-            return d * (nibble(3) - b[2]);
+            return {d, nibble(3), -(d * b[2])};
         case Q4_1:
-            return d * nibble(4) + half(b + 2);
+            return {d, nibble(4), half(b + 2)};
         case Q5_0:
-            return d * ((nibble(6) | bit(b + 2, i) << 4) - 16);
+            return {d, (nibble(6) | bit(b + 2, i) << 4) - 16};
         case Q5_1:
-            return d * (nibble(8) | bit(b + 4, i) << 4) + half(b + 2);
+            return {d, nibble(8) | bit(b + 4, i) << 4, half(b + 2)};
         case Q8_0:
-            return d * int8_t(b[2 + i]);
+            return {d, int8_t(b[2 + i])};
         case IQ4_NL:
-            return d * NON_LINEAR[nibble(2)];
+            return {d, int(NON_LINEAR[nibble(2)])};
         case Q6_K: {
             const int h = i / 128, j = i % 128;
             const int low = b[64 * h + j % 64] >> j / 64 * 4 & 15;
             const int high = b[128 + 32 * h + j % 32] >> j / 32 * 2 & 3;
-            return double(half(b + 208)) * int8_t(b[192 + i / 16]) * ((low | high << 4) - 32);
+            return {half(b + 208) * int8_t(b[192 + i / 16]), (low | high << 4) - 32};
         }
         default: {  // Q4_K, Q5_K
             const uint8_t* quants = b + (format == Q5_K ? 48 : 16);
             int q = quants[i / 64 * 32 + i % 32] >> i / 32 % 2 * 4 & 15;
             if (format == Q5_K) q |= (b[16 + i % 32] >> i / 32 & 1) << 4;
-            return d * six_bits(b + 4, i / 32, false) * q
-                   - double(half(b + 2)) * six_bits(b + 4, i / 32, true);
+            const float scale = d * float(six_bits(b + 4, i / 32, false));
+            return {scale, q, -(half(b + 2) * float(six_bits(b + 4, i / 32, true)))};
         }
     }
 }
@@ -88,6 +96,7 @@ double value(int64_t format, const uint8_t* b, int i) {
 // Random rows [n, k] of a format, and their weights, as they are and rounded to bf16.
 struct Rows8 {
     std::vector<uint8_t> file;
+    std::vector<Term> terms;
     std::vector<double> exact;
     std::vector<uint16_t> weights;
     int64_t row_bytes;
@@ -107,7 +116,8 @@ struct Rows8 {
             for (int i = 0; kind.format == BF16_ROWS && i < kind.k; i++)
                 at[2 * i + 1] = uint8_t(random.between(0x3a, 0x3e) | random.of({0, 0x80}));
             for (int i = 0; i < kind.k; i++) {
-                exact.push_back(value(kind.format, at, i));
+                terms.push_back(term(kind.format, at, i));
+                exact.push_back(terms.back().value());
                 weights.push_back(reference::to_bf16(float(exact.back())));
             }
         }
@@ -175,12 +185,15 @@ void one_weight(uint64_t seed, const std::vector<Kind>& kinds, int64_t k) {
 }
 
 // Inputs [k] as integers times the scale of each 32, and that scale. An input halfway between two
-// integers may become either: compilers fuse.
+// integers may become either, as compilers fuse; move: such ones become 0 before they are read.
 struct EightBits {
-    std::vector<double> rounded, step;
+    std::vector<int> integer;
+    std::vector<float> step;
+
+    double rounded(int64_t i) const { return double(step[i]) * integer[i]; }
 };
 
-EightBits in_eight_bits(const float* x, int64_t k) {
+EightBits in_eight_bits(float* x, int64_t k, bool move = false) {
     EightBits out;
     for (int64_t first = 0; first < k; first += 32) {
         float largest = 1e-30f, read[32];
@@ -190,8 +203,10 @@ EightBits in_eight_bits(const float* x, int64_t k) {
             largest = std::max(largest, std::fabs(read[j]));
         }
         const float step = largest / 127, factor = 1 / step;
-        for (float v : read) {
-            out.rounded.push_back(double(step) * std::nearbyint(v * factor));
+        for (int j = 0; j < 32; j++) {
+            const double at = double(read[j]) * factor, half = std::fabs(at - std::floor(at) - 0.5);
+            if (move && half < 1e-3) x[first + j] = read[j] = 0;
+            out.integer.push_back(int(std::nearbyint(read[j] * factor)));
             out.step.push_back(step);
         }
     }
@@ -199,48 +214,107 @@ EightBits in_eight_bits(const float* x, int64_t k) {
 }
 
 // A row's products, which are sums of integers times scales, are those in double.
-void near_integers(const std::vector<Rows8>& parts, const float* x, const float* y, int64_t k) {
+void near_integers(const std::vector<Rows8>& parts, float* x, const float* y, int64_t k) {
     const EightBits input = in_eight_bits(x, k);
     for (const Rows8& part : parts)
         for (size_t from = 0; from < part.exact.size(); from += k, y++) {
             double sum = 0, size = 0, halfway = 0;
             for (int64_t i = 0; i < k; i++) {
-                const double term = input.rounded[i] * part.exact[from + i];
-                sum += term;
-                size += std::fabs(term);
+                const double product = input.rounded(i) * part.exact[from + i];
+                sum += product;
+                size += std::fabs(product);
                 halfway = std::max(halfway, std::fabs(input.step[i] * part.exact[from + i]));
             }
             check::near("product of integers", sum, *y, 1e-6 * size + halfway + 1e-30);
         }
 }
 
+// Weights that are packed twice: as they are widened, and for inputs in 8 bits; each kind fills a
+// strip.
+struct BothWays {
+    std::vector<Rows8> parts;
+    std::vector<const void*> rows;
+    std::vector<uint8_t> exact_memory, byte_memory;
+    std::vector<Strip> exact_strips, byte_strips;
+    std::string names;
+
+    BothWays(Random& random, const std::vector<Kind>& kinds, int64_t k) {
+        const int64_t lanes = smart_vector_width();
+        std::vector<int64_t> starts;
+        int64_t size = 0;
+        parts.reserve(kinds.size());
+        for (const Kind& kind : kinds) {
+            names += (names.empty() ? "" : ", ") + std::string(kind.name);
+            parts.emplace_back(random, kind, lanes, k);
+            for (int64_t r = 0; r < lanes; r++)
+                rows.push_back(&parts.back().file[r * parts.back().row_bytes]);
+            starts.push_back(size);
+            size += smart_strip_bytes(kind.format, k);
+        }
+        exact_memory.resize(size);
+        byte_memory.resize(size);
+        for (size_t i = 0; i < kinds.size(); i++) {
+            exact_strips.push_back({&exact_memory[starts[i]], kinds[i].format});
+            byte_strips.push_back({&byte_memory[starts[i]], kinds[i].format});
+        }
+        smart_pack_quants(exact_strips.data(), exact_strips.size(), rows.data(), k, 0);
+        smart_pack_quants(byte_strips.data(), byte_strips.size(), rows.data(), k, 1);
+    }
+};
+
+// A row's sum as the kernels add it: a block's integers, scaled, then times the input's scale.
+// halves: each half of a block has a scale of its own.
+float plain_sum(const Term* terms, const EightBits& input, int64_t k, bool halves) {
+    float sum = 0;
+    for (int64_t first = 0; first < k; first += 32) {
+        int integers[2] = {}, inputs = 0;
+        for (int j = 0; j < 32; j++) {
+            integers[halves && j >= 16] += input.integer[first + j] * terms[first + j].quant;
+            inputs += input.integer[first + j];
+        }
+        const float step = input.step[first];
+        float scaled = float(integers[0]) * terms[first].scale;
+        if (halves) scaled = std::fma(float(integers[1]), terms[first + 16].scale, scaled);
+        sum = std::fma(scaled, step, sum);
+        sum = std::fma(terms[first].least, step * float(inputs), sum);
+    }
+    return sum;
+}
+
+// With inputs in 8 bits a row has the bits of plain loops, alone and in any company.
+void any_company(uint64_t seed, const std::vector<Kind>& kinds, int64_t k) {
+    Random random(seed);
+    const BothWays made(random, kinds, k);
+    const int64_t n = int64_t(made.rows.size()), lanes = smart_vector_width();
+    check::begin("company in 8 bits", seed, made.names + ", k " + std::to_string(k));
+    constexpr int MOST = 70;
+    std::vector<float> x = random.normals(MOST * k), plain(MOST * n), scratch(MOST * k);
+    for (float& v : x) v = reference::rounded(v);
+    for (int r = 0; r < MOST; r++) {
+        const EightBits input = in_eight_bits(&x[r * k], k, true);
+        for (int64_t i = 0; i < n; i++)
+            plain[r * n + i] = plain_sum(&made.parts[i / lanes].terms[i % lanes * k], input, k,
+                                         kinds[i / lanes].format == Q6_K);
+    }
+    const Weight weight{nullptr, made.byte_strips.data(), ALWAYS};
+    for (int count = 1; count <= MOST; count += count < 34 ? 1 : 18) {
+        const int64_t first = random.below(MOST - count + 1);
+        std::vector<float> found(count * n);
+        smart_linear(&x[first * k], count, &weight, n, k, 1, nullptr, 0, nullptr, scratch.data(),
+                     found.data(), n, 0, 3, nullptr, int(random.between(1, 3)));
+        if (!check::bits("sum", &plain[first * n], found.data(), found.size())) return;
+    }
+}
+
 // With inputs in 8 bits: near the exact product, and a row is the same in any company.
 void in_bytes(uint64_t seed, const std::vector<Kind>& kinds, int64_t k) {
     Random random(seed);
-    const int64_t lanes = smart_vector_width();
-    std::string names;
-    std::vector<Rows8> parts;
-    std::vector<const void*> rows;
-    std::vector<std::vector<uint8_t>> exact_memory, byte_memory;
-    std::vector<Strip> exact_strips, byte_strips;
-    parts.reserve(kinds.size());
-    for (const Kind& kind : kinds) {
-        names += (names.empty() ? "" : ", ") + std::string(kind.name);
-        parts.emplace_back(random, kind, lanes, k);
-        for (int64_t r = 0; r < lanes; r++)
-            rows.push_back(&parts.back().file[r * parts.back().row_bytes]);
-        const int64_t bytes = smart_strip_bytes(kind.format, k);
-        exact_memory.emplace_back(bytes);
-        byte_memory.emplace_back(bytes);
-        exact_strips.push_back({exact_memory.back().data(), kind.format});
-        byte_strips.push_back({byte_memory.back().data(), kind.format});
-    }
-    const int64_t n = int64_t(rows.size());
-    check::begin("quants in 8 bits", seed, names + ", k " + std::to_string(k));
-    smart_pack_quants(exact_strips.data(), exact_strips.size(), rows.data(), k, 0);
-    smart_pack_quants(byte_strips.data(), byte_strips.size(), rows.data(), k, 1);
-    const Weight exact{nullptr, exact_strips.data(), NEVER},
-        rounded{nullptr, byte_strips.data(), ALWAYS};
+    const BothWays made(random, kinds, k);
+    const std::vector<Rows8>& parts = made.parts;
+    const int64_t n = int64_t(made.rows.size());
+    check::begin("quants in 8 bits", seed, made.names + ", k " + std::to_string(k));
+    const Weight exact{nullptr, made.exact_strips.data(), NEVER},
+        rounded{nullptr, made.byte_strips.data(), ALWAYS};
 
     std::vector<int64_t> index(n);
     for (int64_t i = 0; i < n; i++) index[i] = i;
@@ -266,7 +340,7 @@ void in_bytes(uint64_t seed, const std::vector<Kind>& kinds, int64_t k) {
     }
     check::near("relative error", 0, std::sqrt(errors / squares), 0.02);
     for (int r = 0; r < count; r++) near_integers(parts, &x[r * k], &found[r * n], k);
-    const Weight drafting{nullptr, byte_strips.data(), IF_FASTER};
+    const Weight drafting{nullptr, made.byte_strips.data(), IF_FASTER};
     const bool by_tiles = smart_pass_rows(&exact, 1) == 32 && count > 16;
     std::vector<float> drafted(count * n);
     smart_linear(x.data(), count, &drafting, n, k, 1, nullptr, 0, nullptr, scratch.data(),
@@ -323,11 +397,14 @@ void test_quants() {
             Random random(seed);
             const int64_t k = kind.k * (kind.k > 32 ? random.between(1, 4) : random.between(1, 20));
             in_bytes(seed + 1000 * kind.format, {kind, kind}, k);
+            any_company(seed + 1000 * kind.format, {kind, kind}, k);
         }
     for (uint64_t seed = 1; seed <= check::seeds(8); seed++) {
         Random random(seed + 300);
         const auto any = [&] { return byte_kinds[random.below(byte_kinds.size())]; };
-        in_bytes(seed + 30000, {any(), any(), any(), any()}, 256 * random.between(1, 3));
+        const std::vector<Kind> four = {any(), any(), any(), any()};
+        in_bytes(seed + 30000, four, 256 * random.between(1, 3));
+        any_company(seed + 30000, four, 256 * random.between(1, 3));
     }
     for (const Kind& kind : KINDS)
         for (uint64_t seed = 1; seed <= check::seeds(8); seed++) {

@@ -21,6 +21,7 @@ from smart_decoding.files import whole, without_folder
 
 _FLAGS = (
     "avx2",
+    "avx_vnni",
     "avx512f",
     "avx512_bf16",
     "avx512_vnni",

@@ -246,7 +246,7 @@ def _pack_strips(
         whole = int(np.searchsorted(starts, len(memory)))
         _lib().smart_pack_quants(strips, whole, rows, k, in_bytes)
 
-    memory = arena.take_strips(size, pack_into, int(sizes[0]))
+    memory = arena.take_strips(size, pack_into, int(sizes[:2].sum()))  # the first panel
     strips[:, 0] = memory.data_ptr() + starts
     packed = PackedWeight(shape, True, memory)
     packed.struct.strips = strips.ctypes.data

@@ -269,7 +269,8 @@ void smart_pack_bytes(const float* w, int64_t n, int64_t k, int8_t* out, float* 
 // Bytes of a strip of row length k; 0 where k is not whole blocks of the format.
 int64_t smart_strip_bytes(int64_t format, int64_t k);
 // Fills strips whose memory is there. rows: [count, lanes of float] where each of their rows begins
-// in a file (BF16_ROWS: in memory), null: a row of zeros; in_bytes: for Weight's, not of BF16_ROWS.
+// in a file (BF16_ROWS: in memory), null: a row of zeros; in_bytes: for Weight's, not of BF16_ROWS,
+// whole panels, of each of which the second strip's memory follows the first one's.
 void smart_pack_quants(const struct Strip* strips, int64_t count, const void* const* rows,
                        int64_t k, int32_t in_bytes);
 // Rows `index` of a packed weight [n, k] as fp32 [count, k].

@@ -109,6 +109,13 @@ static inline vf every_lane(float x) {
 #endif
 }
 
+// Strips of quants of which a block stays in registers, for products in 8 bits.
+#if defined(__AVX2__) && !defined(__AVX512F__) && !defined(SMART_EMULATE_TILES)
+constexpr int BYTE_STRIPS = 1;
+#else
+constexpr int BYTE_STRIPS = 2;
+#endif
+
 // Keeps a vector in a register: GCC would load it anew for each use.
 template <class V>
 static inline void keep_in_register([[maybe_unused]] V& v) {
@@ -205,12 +212,35 @@ static inline vf halves_to_float(const uint8_t* p) {
 #endif
 }
 
+// Whether any lane is no number.
+static inline bool any_nan(const vf& v) {
+#if defined(__AVX512F__)
+    return _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q);
+#elif defined(__AVX2__) && !defined(SMART_EMULATE_TILES)
+    return _mm256_movemask_ps(_mm256_cmp_ps((__m256)v, (__m256)v, _CMP_UNORD_Q));
+#else
+    bool any = false;
+    for (int j = 0; j < VW; j++) any |= v[j] != v[j];
+    return any;
+#endif
+}
+
 // Floats to bytes, rounded to the nearest; returns their sum.
 static inline int32_t to_bytes(const vf& v, int8_t* to) {
 #if defined(__AVX512F__)
-    const __m512i integers = _mm512_cvtps_epi32((__m512)v);
-    storeu(to, _mm512_cvtepi32_epi8(integers));
-    return _mm512_reduce_add_epi32(integers);
+    const __m128i bytes = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32((__m512)v));
+    storeu(to, bytes);
+    // instructions add unsigned bytes only
+    const __m128i sums = _mm_sad_epu8(_mm_xor_si128(bytes, _mm_set1_epi8(-128)), __m128i{});
+    return _mm_cvtsi128_si32(sums) + _mm_extract_epi32(sums, 2) - 16 * 128;
+#elif defined(__AVX2__) && !defined(SMART_EMULATE_TILES)
+    const __m256i words = _mm256_cvtps_epi32((__m256)v), halves = _mm256_packs_epi32(words, words);
+    const __m256i fours = _mm256_packs_epi16(halves, halves);  // in both of its halves
+    const __m128i bytes =
+        _mm_unpacklo_epi32(_mm256_castsi256_si128(fours), _mm256_extracti128_si256(fours, 1));
+    _mm_storel_epi64((__m128i*)to, bytes);
+    return _mm_cvtsi128_si32(_mm_sad_epu8(_mm_xor_si128(bytes, _mm_set1_epi8(-128)), __m128i{}))
+           - 8 * 128;
 #else
     int32_t sum = 0;
     for (int j = 0; j < VW; j++) {
@@ -332,6 +362,11 @@ static inline float max_of(const F& lanes) {
 #if defined(__AVX512F__)
     static_assert(sizeof(F) == sizeof(__m512));
     return _mm512_reduce_max_ps((__m512)lanes);
+#elif defined(__AVX2__) && !defined(SMART_EMULATE_TILES)
+    __m128 four =
+        _mm_max_ps(_mm256_castps256_ps128((__m256)lanes), _mm256_extractf128_ps((__m256)lanes, 1));
+    four = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
 #else
     F v = lanes;
     for (int half = LANES_OF<F> / 2; half; half /= 2)
@@ -392,7 +427,8 @@ static inline vf fused(const vf& a, const vf& b, const vf& c) {
 }
 
 // Products of four unsigned bytes x with four signed ones w, which are added to integers.
-#if defined(__AVX512VNNI__) || defined(__ARM_FEATURE_MATMUL_INT8) || defined(SMART_EMULATE_TILES)
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__) || defined(__ARM_FEATURE_MATMUL_INT8) \
+    || defined(SMART_EMULATE_TILES)
 constexpr bool HAS_BYTE_DOT = true;
 #else
 constexpr bool HAS_BYTE_DOT = false;
@@ -403,6 +439,8 @@ __attribute__((always_inline)) static inline void dot_u8s8(vi& sum, vi x, vi w) 
     asm("vpdpbusd %2, %1, %0"
         : "+v"(sum)
         : "v"(x), "v"(w));  // around the intrinsic GCC 12 copies every sum
+#elif defined(__AVXVNNI__) && !defined(SMART_EMULATE_TILES)
+    asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(x), "x"(w));
 #elif defined(__ARM_FEATURE_MATMUL_INT8) && !defined(SMART_EMULATE_TILES)
     sum = (vi)vusdotq_s32((int32x4_t)sum, (uint8x16_t)x, (int8x16_t)w);
 #else
@@ -418,34 +456,60 @@ constexpr bool HAS_BYTE_PRODUCTS = true;
 constexpr bool HAS_BYTE_PRODUCTS = HAS_BYTE_DOT;
 #endif
 
+// Whether products of two bytes are added in 16 bits first, as there is no instruction for four.
+#if defined(__AVX2__) && !defined(__AVX512F__) && !defined(__AVXVNNI__) \
+    && !defined(SMART_EMULATE_TILES)
+constexpr bool ADDS_BYTE_PAIRS = true;
+#else
+constexpr bool ADDS_BYTE_PAIRS = false;
+#endif
+
 // Sums of products of unsigned bytes, of which none is above MOST, with signed ones that are the
 // same in every lane. Bytes are added one step after the other: STEP of STEPS.
 template <int MOST, int STEPS>
-struct ByteSums {
-    // Without an instruction for four products, sums of two are added in 16 bits, as many as fit.
-    static constexpr int FIT = 32767 / (2 * 127 * MOST);
+class ByteSums {
+    static constexpr int FIT = 32767 / (2 * 127 * MOST);  // sums of pairs that 16 bits hold
     vi total;
-    vi pairs;  // those in 16 bits, with AVX2 alone
+    vi other;  // every second product of four, as each waits for the one before it; or pairs
+
+public:
+    // What is taken from unsigned bytes before they are multiplied.
+    static constexpr int LESS = ADDS_BYTE_PAIRS && !FIT ? 128 : 0;
+
+    __attribute__((always_inline)) void begin(const vi& with) {
+        total = with;
+        other = vi{};
+    }
 
     template <int STEP>
-    __attribute__((always_inline)) void add(const vi& x, const int8_t* four) {
-#if defined(__AVX512VNNI__)
-        asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(total) : "v"(x), "m"(*(const int32_t*)four));
-#elif defined(__AVX2__) && !defined(__AVX512F__) && !defined(SMART_EMULATE_TILES)
-        const __m256i w = (__m256i)broadcast4(four);
+    __attribute__((always_inline)) void add(const vi& x, const vi& four) {
+        if constexpr (ADDS_BYTE_PAIRS)
+            add_pairs<STEP>(x, four);
+        else
+            dot_u8s8(STEPS > 4 && STEP % 2 ? other : total, x, four);
+    }
+
+    __attribute__((always_inline)) vi sum() const {
+        return ADDS_BYTE_PAIRS || STEPS <= 4 ? total : total + other;
+    }
+
+private:
+    template <int STEP>
+    __attribute__((always_inline)) void add_pairs([[maybe_unused]] const vi& x,
+                                                  [[maybe_unused]] const vi& four) {
+#if defined(__AVX2__) && !defined(__AVX512F__) && !defined(SMART_EMULATE_TILES)
         if constexpr (FIT > 0) {
-            const __m256i two = _mm256_maddubs_epi16((__m256i)x, w);
-            pairs = STEP % FIT ? (vi)_mm256_add_epi16((__m256i)pairs, two) : (vi)two;
-            if constexpr (STEP % FIT == FIT - 1 || STEP == STEPS - 1)
-                total += (vi)_mm256_madd_epi16((__m256i)pairs, _mm256_set1_epi16(1));
+            const __m256i two = _mm256_maddubs_epi16((__m256i)x, (__m256i)four);
+            other = STEP % FIT ? (vi)_mm256_add_epi16((__m256i)other, two) : (vi)two;
+            keep_in_register(other);  // of a sum of eight GCC makes a tree, for which scales spill
+            if constexpr (STEP % FIT < FIT - 1 && STEP < STEPS - 1) return;
+            total += (vi)_mm256_madd_epi16((__m256i)other, _mm256_set1_epi16(1));
         } else {
-            const __m256i w_even = _mm256_srai_epi16(_mm256_slli_epi16(w, 8), 8);
-            total += (vi)_mm256_madd_epi16((__m256i)(x & 0x00ff00ff), w_even);
-            total +=
-                (vi)_mm256_madd_epi16(_mm256_srli_epi16((__m256i)x, 8), _mm256_srai_epi16(w, 8));
+            const __m256i bytes = _mm256_xor_si256((__m256i)x, _mm256_set1_epi8(-128));
+            const __m256i two = _mm256_maddubs_epi16(_mm256_abs_epi8(bytes),
+                                                     _mm256_sign_epi8((__m256i)four, bytes));
+            total += (vi)_mm256_madd_epi16(two, _mm256_set1_epi16(1));
         }
-#else
-        dot_u8s8(total, x, (vi)broadcast4(four));
 #endif
     }
 };

@@ -78,10 +78,13 @@ static inline int64_t panel_place(int64_t i, int column) {
 
 // A row of quants is widened with those beside it, which is rare: for embeddings of few tokens.
 template <class Out>
-static void unpack_strip(const Strip& strip, bool in_bytes, int64_t k, int row, Out* out) {
+static void unpack_strip(const Strip* panel, int half, bool in_bytes, int64_t k, int row,
+                         Out* out) {
+    const Strip& strip = panel[half];
     if (in_bytes)
-        return with_format(strip.format,
-                           [&](auto format) { unpack_bytes<format>(strip.data, k, row, out); });
+        return with_format(strip.format, [&](auto format) {
+            unpack_bytes<format>(ByteStrip::of<format>(panel, half), k, row, out);
+        });
     if constexpr (HAS_TILES) return unpack_tiles(strip, k, row, out);
     alignas(64) Wide widened[QUANT_BLOCK * PANEL];
     for (int64_t first = 0; first < k; first += QUANT_BLOCK) {
@@ -95,7 +98,9 @@ static void unpack_strip(const Strip& strip, bool in_bytes, int64_t k, int row, 
 
 template <class W>
 void unpack_row(const Weight& w, int64_t k, int64_t row, float* out) {
-    if (w.strips) return unpack_strip(w.strips[row / VW], w.in_bytes, k, int(row % VW), out);
+    const int half = row / VW % 2;
+    if (w.strips)
+        return unpack_strip(w.strips + row / PANEL * 2, half, w.in_bytes, k, int(row % VW), out);
     const W* panel = (const W*)w.panels + row / PANEL * PANEL * k;
     for (int64_t i = 0; i < k; i++) out[i] = to_f32(panel[panel_place<W>(i, int(row % PANEL))]);
 }

@@ -194,8 +194,8 @@ static void gemm(const Input<W>* x, int64_t ld, int rows, const W* w, int64_t n,
         }
 }
 
-// Rows for which inputs in 8 bits are faster than tiles: those of two passes.
-constexpr int FEW_ROWS = 2 * BYTE_ROWS;
+// Rows for which inputs in 8 bits are faster than tiles.
+constexpr int FEW_ROWS = 16;
 
 // `gemm` by tiles of quants that are packed for inputs in 8 bits: each panel is widened once.
 template <class Epilogue>
@@ -213,7 +213,8 @@ static void widened_gemm(const Wide* x, int64_t ld, int rows, const Strip* strip
             const Strip& strip = strips[2 * p + half];
             with_format(strip.format, [&](auto format) {
                 if constexpr (format != BF16_ROWS)
-                    widen_bytes<format>(strip.data, k, panel + half * PANEL);
+                    widen_bytes<format>(ByteStrip::of<format>(strips + 2 * p, half), k,
+                                        panel + half * PANEL);
             });
         }
         tile_rows<bf16>(x, ld, rows, (const char*)panel, depth, Prefetch{nullptr, 0}, shaped,
@@ -234,6 +235,7 @@ static void quant_gemm(const Wide* x, int64_t ld, int rows, const Strip* strips,
     } else if (in_bytes == NEVER) {
         return vector_quant_gemm(x, ld, rows, strips, n, k, done);
     }
+    prefetch_start(strips + 2 * Items::first_of(panels_of(n)));  // while inputs are rounded
     const ByteRows bytes(x, ld, rows, k);
     static thread_local std::vector<float> kept;
     if (int64_t(kept.size()) < int64_t(rows) * PANEL) kept.resize(int64_t(rows) * PANEL);

@@ -1,68 +1,76 @@
 // Products of quants with inputs in 8 bits: for draft models, and for targets where that is asked
 // for. Quants are not widened; four of them are multiplied with four bytes and added, in one
-// instruction where there is one. Inputs of a block share a scale. A row's sums have the same bits
-// in any company, but not those of quants.h.
+// instruction where there is one. Inputs of a block share a scale.
+//
+// A block of the quants is unpacked into registers, and all rows of a pass go over it, one after
+// another in a loop at run time: so a row's sums have the same bits in any company, but not those
+// of quants.h. With AVX-512 a row takes 22 operations for 32 k of two strips in the two units that
+// multiply: 16 products of four bytes, and three for the scales of each strip.
 
 #pragma once
 #include "packing.h"
 
 namespace [[gnu::visibility("hidden")]] smart {
 
-// Rows that share a pass. With AVX2 their sums are in memory, which costs less than to unpack
-// quants again; on Arm nothing was timed.
-constexpr int BYTE_ROWS = VW == 4 ? 4 : 8;
+// Rows that go over a super-block one after another: each of its blocks is unpacked once for all of
+// them, and their inputs and sums stay in the first cache.
+constexpr int BYTE_ROWS = 32;
 constexpr int BYTE_GROUP = 16;  // inputs whose sum is kept: the fewest that share a scale
 
-// Rows of inputs in 8 bits, pass by pass: what is at the same k of its rows lies side by side.
+// A block of a row's inputs in 8 bits, and all else that its products need.
+struct ByteBlock {
+    int8_t bytes[QUANT_BLOCK];
+    float scale, sum;                         // sum: of the rounded inputs
+    int32_t minus[QUANT_BLOCK / BYTE_GROUP];  // the sums of bytes, negative
+};
+
+// Rows of inputs in 8 bits, pass by pass: [k / 32, rows of the pass].
 struct ByteRows {
     const int64_t k;
     const int rows, passes;
-    float* scale;    // [k / 32, rows] of each pass
-    float* sums;     // [k / 32, rows] of rounded inputs
-    int32_t* minus;  // [k / 16, rows] of bytes, negative
-    int8_t* bytes;   // [k / 4, rows, 4]
 
     // By a whole team. k: a multiple of QUANT_BLOCK.
     template <class X>
     ByteRows(const X* x, int64_t ld, int count, int64_t k_)
         : k(k_), rows(count), passes((rows + BYTE_ROWS - 1) / BYTE_ROWS) {
-        const int64_t blocks = rows * k / QUANT_BLOCK, groups = rows * k / BYTE_GROUP;
-        const Packing packing(rows, k, 4 * (2 * blocks + groups) + rows * k);
-        scale = (float*)packing.memory;
-        sums = scale + blocks;
-        minus = (int32_t*)(sums + blocks);
-        bytes = (int8_t*)(minus + groups);
+        const Packing packing(rows, k, rows * k / QUANT_BLOCK * sizeof(ByteBlock));
+        blocks = (ByteBlock*)packing.memory;
         for (int pass = 0; pass < passes; pass++)
             for (int row = first_of(pass); row < first_of(pass + 1); row++)
                 for (int64_t i = packing.first; i < packing.last; i += QUANT_BLOCK)
-                    read_block(x + row * ld + i, pass, row, i);
+                    read_block(x + row * ld + i, at(pass, i)[row - first_of(pass)]);
         packing.finish();
     }
 
     int first_of(int pass) const { return int(int64_t(rows) * pass / passes); }
 
+    // The blocks of a pass at k = i.
+    ByteBlock* at(int pass, int64_t i) const {
+        const int row = first_of(pass), count = first_of(pass + 1) - row;
+        return blocks + (row * k + i * count) / QUANT_BLOCK;
+    }
+
 private:
+    ByteBlock* blocks;
+
     template <class X>
-    void read_block(const X* x, int pass, int row, int64_t first) {
-        const int start = first_of(pass), together = first_of(pass + 1) - start;
+    static void read_block(const X* x, ByteBlock& to) {
         vf largest = vf{} + 1e-30f, unknown = vf{};  // NaN where an input is not finite
         for (int i = 0; i < QUANT_BLOCK; i += VW) {
             const vf v = widen<vf>(x + i), size = v < 0 ? -v : v;
             largest = size > largest ? size : largest;
             unknown += v - v;
         }
-        const float step = max_of(largest) / 127 + sum_of(unknown), factor = 1 / step;
-        int8_t block[QUANT_BLOCK] = {};
+        to = {};
+        to.scale = to.sum = NAN;
+        if (any_nan(unknown)) return;
+        const float step = max_of(largest) / 127, factor = 1 / step;
         int32_t totals[QUANT_BLOCK / BYTE_GROUP] = {};
-        for (int i = 0; !std::isnan(step) && i < QUANT_BLOCK; i += VW)
-            totals[i / BYTE_GROUP] += to_bytes(widen<vf>(x + i) * factor, block + i);
-        const int64_t from = start * k + first * together, at = row - start;
-        for (int i = 0; i < QUANT_BLOCK; i += 4)
-            memcpy(&bytes[from + i * together + 4 * at], block + i, 4);
-        for (int g = 0; g < QUANT_BLOCK / BYTE_GROUP; g++)
-            minus[from / BYTE_GROUP + g * together + at] = -totals[g];
-        scale[from / QUANT_BLOCK + at] = step;
-        sums[from / QUANT_BLOCK + at] = step * float(totals[0] + totals[1]);
+        for (int i = 0; i < QUANT_BLOCK; i += VW)
+            totals[i / BYTE_GROUP] += to_bytes(widen<vf>(x + i) * factor, to.bytes + i);
+        for (int g = 0; g < QUANT_BLOCK / BYTE_GROUP; g++) to.minus[g] = -totals[g];
+        to.scale = step;
+        to.sum = step * float(totals[0] + totals[1]);
     }
 };
 
@@ -93,106 +101,169 @@ __attribute__((always_inline)) static inline vu quant_bytes(const uint8_t* quant
     return low;
 }
 
-// What a pass reads: its rows' inputs from some k on.
-struct PassInputs {
-    const int8_t* bytes;
-    const float *scale, *sums;
-    const int32_t* minus;
+// Blocks of S strips, unpacked, and the products of rows with them.
+template <int F, int S>
+struct ByteWeights {
+    static constexpr Format format = FORMATS[F];
+    static constexpr int GROUPS = QUANT_BLOCK / format.group;
+    typedef ByteSums<BYTE_ZERO<F> == 128 ? 255 : (1 << format.bits) - 1, format.group / 4> Sums;
+    vi bytes[S][QUANT_BLOCK / 4];
+    RowScales scales[S];
+
+    template <int s>
+    __attribute__((always_inline)) void unpack(const uint8_t* at, const vf (&shared)[2]) {
+        scales[s] = row_scales<F>(at, shared);
+        for_block<4>([&](auto i) __attribute__((always_inline)) {
+            bytes[s][i / 4] = (vi)quant_bytes<F>(at + format.scales() * VW, i / 4);
+            keep_in_register(bytes[s][i / 4]);
+        });
+    }
+
+    // Adds the products of a row to its sums.
+    __attribute__((always_inline)) void multiply(const ByteBlock& x, float* sums) const {
+        Sums integers[S][GROUPS];
+        for_block<4>([&](auto i) __attribute__((always_inline)) {
+            constexpr int group = i / format.group, step = i % format.group / 4;
+            if constexpr (step == 0) begin(x, group, integers);
+            const vi four = (vi)broadcast4(x.bytes + i);
+            for (int s = 0; s < S; s++)
+                integers[s][group].template add<step>(bytes[s][i / 4], four);
+        });
+        for (int s = 0; s < S; s++) add_scaled(integers[s], scales[s], x, sums + s * VW);
+    }
+
+private:
+    // What a group's sums begin with: the inputs' own, times what bytes are too large by.
+    __attribute__((always_inline)) static void begin(const ByteBlock& x, int group,
+                                                     Sums (&integers)[S][GROUPS]) {
+        constexpr int ZERO = BYTE_ZERO<F> - Sums::LESS;
+        vi first = vi{};
+        if constexpr (ZERO != 0) {
+            first = (vi)broadcast4(x.minus + group);
+            if constexpr (GROUPS == 1) first += (vi)broadcast4(x.minus + 1);
+            first *= ZERO;
+        }
+        for (int s = 0; s < S; s++) integers[s][group].begin(first);
+    }
+
+    __attribute__((always_inline)) static void add_scaled(const Sums (&integers)[GROUPS],
+                                                          const RowScales& of, const ByteBlock& x,
+                                                          float* sums) {
+        vf scaled;
+        for (int g = 0; g < GROUPS; g++) {
+            const vf products = __builtin_convertvector(integers[g].sum(), vf);
+            scaled = g ? fused(products, of.scale[g], scaled) : products * of.scale[g];
+        }
+        vf sum = fused(scaled, every_lane(x.scale), loadu<vf>(sums));
+        if constexpr (format.has_least || format.has_zero)
+            sum = fused(of.least[0], every_lane(x.sum), sum);
+        storeu(sums, sum);
+    }
 };
 
-// A group's sums of integers.
-template <int F>
-using GroupSums =
-    ByteSums<BYTE_ZERO<F> == 128 ? 255 : (1 << FORMATS[F].bits) - 1, FORMATS[F].group / 4>;
+// Where the super-blocks of a strip lie: those of two strips of one format take turns, so that a
+// panel is one stream of memory.
+struct ByteStrip {
+    const uint8_t* data;
+    int64_t gap;  // from the end of one to the next
 
-// What a group's sums of integers begin with: the inputs' own, times what bytes are too large by.
-template <int F, int R>
-__attribute__((always_inline)) static inline void begin_group(const int32_t* minus,
-                                                              GroupSums<F> (&sums)[R]) {
-    for (int r = 0; r < R; r++) {
-        vi& total = sums[r].total;
-        total = vi{};
-        if constexpr (BYTE_ZERO<F> != 0) {
-            total = (vi)broadcast4(minus + r);
-            if (FORMATS[F].group > BYTE_GROUP) total += (vi)broadcast4(minus + R + r);
-            total *= BYTE_ZERO<F>;
-        }
+    // Strip `half` of a panel.
+    template <int F>
+    static ByteStrip of(const Strip* panel, int half) {
+        constexpr int64_t SIZE = FORMATS[F].super_bytes() * VW;
+        if (panel[0].format != panel[1].format) return {panel[half].data, 0};
+        return {panel[0].data + half * SIZE, SIZE};
     }
+
+    // The second strip of a panel whose first one this is.
+    template <int F>
+    ByteStrip beside() const {
+        return {data + FORMATS[F].super_bytes() * VW, gap};
+    }
+
+    template <int F>
+    StripReader<F> from(int64_t first) const {
+        return {data, first, gap};
+    }
+};
+
+// Bytes ahead that the first pass prefetches.
+constexpr int BYTE_PREFETCH = 6144;
+
+// Prefetches the start of the panels that a thread will read, which no pass does.
+static inline void prefetch_start(const Strip* panel) {
+    for (int line = 0; line < BYTE_PREFETCH; line += 64)
+        __builtin_prefetch(panel->data + line, 0, INTO_CACHES);
 }
 
-// Adds the products of R rows with a block of a strip.
-template <int F, int R>
-__attribute__((always_inline)) static inline void byte_block(const uint8_t* at,
-                                                             const vf (&shared)[2],
-                                                             const PassInputs& in, vf (&sums)[R]) {
+// Adds to sums [rows, PANEL] what `depth` of S strips, from k = first on, yields; all of it lies in
+// one super-block. FRESH: it is read from memory.
+template <int F, int S, bool FRESH>
+__attribute__((always_inline)) static inline void byte_pass(const ByteBlock* x, int rows,
+                                                            const ByteStrip& strip, int64_t first,
+                                                            int64_t depth, float* sums) {
     constexpr Format format = FORMATS[F];
-    const RowScales scales = row_scales<F>(at, shared);
-    const uint8_t* quants = at + format.scales() * VW;
-    GroupSums<F> integers[R];
-    vf scaled[R];
-    for_block<4>([&](auto i) __attribute__((always_inline)) {
-        constexpr int group = i / format.group;
-        if constexpr (i % format.group == 0) begin_group<F, R>(in.minus + group * R, integers);
-        const vi bytes = (vi)quant_bytes<F>(quants, i / 4);
-        for (int r = 0; r < R; r++)
-            integers[r].template add<i % format.group / 4>(bytes, in.bytes + i * R + 4 * r);
-        if constexpr (i % format.group != format.group - 4) return;
-        for (int r = 0; r < R; r++) {
-            const vf products = __builtin_convertvector(integers[r].total, vf);
-            const vf& scale = scales.scale[group];
-            scaled[r] = group ? fused(products, scale, scaled[r]) : products * scale;
+    // Two strips are one stream.
+    constexpr int BLOCK = S * format.super_bytes() * VW * QUANT_BLOCK / format.super;
+    constexpr int LINES = ((S == 1 ? format.block() * VW : BLOCK) + 63) / 64 * 64;
+    StripReader<F> left = strip.from<F>(first);
+    StripReader<F> right = S == 1 ? left : strip.beside<F>().template from<F>(first);
+    const uint8_t* ahead = left.at + BYTE_PREFETCH;
+    for (int64_t i = 0; i < depth; i += QUANT_BLOCK, x += rows, ahead += LINES) {
+        ByteWeights<F, S> weights;
+        left.enter(i);
+        if (S == 1) ahead = left.at + BYTE_PREFETCH;
+        weights.template unpack<0>(left.template step<false>(), left.shared);
+        if constexpr (S == 2) {
+            right.enter(i);
+            weights.template unpack<1>(right.template step<false>(), right.shared);
         }
-    });
-    for (int r = 0; r < R; r++) {
-        sums[r] = fused(scaled[r], (vf)broadcast4(in.scale + r), sums[r]);
-        if constexpr (format.has_least || format.has_zero)
-            sums[r] = fused(scales.least[0], (vf)broadcast4(in.sums + r), sums[r]);
+        for (int line = 0; FRESH && line < LINES; line += 64)
+            __builtin_prefetch(ahead + line, 0, INTO_CACHES);
+        for (int row = 0; row < rows; row++) weights.multiply(x[row], sums + row * PANEL);
     }
 }
 
-// Adds to sums [R, PANEL] what `depth` of a strip from k = first on yields for a pass of R rows;
-// all of it lies in one super-block. FRESH: it is read from memory.
-template <int F, int R, bool FRESH>
-__attribute__((noinline)) static void byte_pass(PassInputs in, const uint8_t* data, int64_t first,
-                                                int64_t depth, float* sums) {
-    StripReader<F> strip(data, first);
-    vf kept[R];
-    for (int r = 0; r < R; r++) kept[r] = loadu<vf>(sums + r * PANEL);
-    for (int64_t i = 0; i < depth; i += QUANT_BLOCK) {
-        byte_block<F, R>(strip.template step<FRESH>(), strip.shared, in, kept);
-        in.bytes += QUANT_BLOCK * R;
-        in.scale += R;
-        in.sums += R;
-        in.minus += QUANT_BLOCK / BYTE_GROUP * R;
+// Adds the products of all rows with what S strips have at k = first and after in a super-block.
+template <int F, int S>
+__attribute__((always_inline)) static inline void byte_passes(const ByteRows& in,
+                                                              const ByteStrip& strip, int64_t first,
+                                                              float* sums) {
+    const int64_t depth = std::min<int64_t>(SUPER_BLOCK, in.k - first);
+    for (int pass = 0; pass < in.passes; pass++) {
+        const int row = in.first_of(pass), count = in.first_of(pass + 1) - row;
+        const ByteBlock* x = in.at(pass, first);
+        float* to = sums + row * PANEL;
+        if (pass)
+            byte_pass<F, S, false>(x, count, strip, first, depth, to);
+        else
+            byte_pass<F, S, true>(x, count, strip, first, depth, to);
     }
-    for (int r = 0; r < R; r++) storeu(sums + r * PANEL, kept[r]);
 }
 
-// sums [rows, PANEL] of the columns of a strip; the others stay as they are.
-template <int F>
-static void byte_strip(const ByteRows& in, const uint8_t* data, float* sums) {
-    for (int r = 0; r < in.rows; r++) storeu(sums + r * PANEL, vf{});
+// The same of all of k: of a panel whose strips have one format, or of one strip. sums: of the
+// first of its columns.
+template <int F, bool BOTH>
+__attribute__((noinline)) static void byte_strips(const ByteRows& in, ByteStrip strip,
+                                                  float* sums) {
+    constexpr int STRIPS = BOTH ? BYTE_STRIPS : 1;
     for (int64_t first = 0; first < in.k; first += SUPER_BLOCK) {
-        const int64_t depth = std::min<int64_t>(SUPER_BLOCK, in.k - first);
-        for (int pass = 0; pass < in.passes; pass++) {
-            const int row = in.first_of(pass), count = in.first_of(pass + 1) - row;
-            const int64_t from = row * in.k + first * count;
-            const PassInputs inputs = {&in.bytes[from], &in.scale[from / QUANT_BLOCK],
-                                       &in.sums[from / QUANT_BLOCK], &in.minus[from / BYTE_GROUP]};
-            with_count<BYTE_ROWS>(count, [&](auto r) {
-                const auto run = pass ? byte_pass<F, r, false> : byte_pass<F, r, true>;
-                run(inputs, data, first, depth, sums + row * PANEL);
-            });
-        }
+        byte_passes<F, STRIPS>(in, strip, first, sums);
+        if constexpr (BOTH && STRIPS == 1)
+            byte_passes<F, 1>(in, strip.beside<F>(), first, sums + VW);
     }
 }
 
 // sums [rows, PANEL] of a panel.
-static inline void byte_panel(const ByteRows& in, const Strip* strips, float* sums) {
-    for (int half = 0; half < 2; half++)
-        with_format(strips[half].format, [&](auto format) {
-            if constexpr (format != BF16_ROWS)
-                byte_strip<format>(in, strips[half].data, sums + half * VW);
+static inline void byte_panel(const ByteRows& in, const Strip* panel, float* sums) {
+    memset(sums, 0, in.rows * PANEL * sizeof(float));
+    const bool both = panel[0].format == panel[1].format;
+    for (int half = 0; half < (both ? 1 : 2); half++)
+        with_format(panel[half].format, [&](auto format) {
+            if constexpr (format != BF16_ROWS) {
+                const auto run = both ? byte_strips<format, true> : byte_strips<format, false>;
+                run(in, ByteStrip::of<format>(panel, half), sums + half * VW);
+            }
         });
 }
 
@@ -209,11 +280,11 @@ __attribute__((always_inline)) static inline vf byte_weights(const vu& bytes, in
 
 // Widens a strip, its rows' lanes in turn, to its half of a panel of pairs.
 template <int F>
-static void widen_bytes(const uint8_t* data, int64_t k, bf16* to) {
+static void widen_bytes(const ByteStrip& from, int64_t k, bf16* to) {
     constexpr Format format = FORMATS[F];
     vu in_turn;
     for (int j = 0; j < VW; j++) in_turn[j] = uint32_t(j | (j + VW) << 16);
-    StripReader<F> strip(data, 0);
+    StripReader<F> strip = from.from<F>(0);
     for (int64_t i = 0; i < k; i += QUANT_BLOCK) {
         strip.enter(i);
         const uint8_t* at = strip.template step<true>();
@@ -232,9 +303,9 @@ static void widen_bytes(const uint8_t* data, int64_t k, bf16* to) {
 
 // Row `row` of a strip, [k], as it would be widened.
 template <int F>
-static void unpack_bytes(const uint8_t* data, int64_t k, int row, float* out) {
+static void unpack_bytes(const ByteStrip& from, int64_t k, int row, float* out) {
     constexpr Format format = FORMATS[F];
-    StripReader<F> strip(data, 0);
+    StripReader<F> strip = from.from<F>(0);
     for (int64_t i = 0; i < k; i += QUANT_BLOCK) {
         strip.enter(i);
         const uint8_t* at = strip.template step<true>();

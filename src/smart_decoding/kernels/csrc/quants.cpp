@@ -1,6 +1,7 @@
 // Quants row by row, as GGUF files hold them (Q4_Z: as models/gptq.py writes them), into strips
 // (quants.h) and into bf16.
 
+#include "quant_bytes.h"
 #include "quant_tiles.h"
 
 #include <vector>
@@ -230,8 +231,9 @@ static uint8_t* put_super_block(const FileBlock* rows, uint8_t* to) {
 }
 
 // rows: [VW] where each row begins in a file, null: a row of zeros. BYTES: for products in 8 bits.
+// gap: bytes between super-blocks.
 template <int F, bool BYTES>
-static void pack_strip(const uint8_t* const* rows, int64_t k, uint8_t* to) {
+static void pack_strip(const uint8_t* const* rows, int64_t k, uint8_t* to, int64_t gap) {
     if constexpr (F == BF16_ROWS) {
         for (int64_t i = 0; i < k; i += QUANT_BLOCK)
             for (int f = 0; f < QUANT_BLOCK; f++)
@@ -245,7 +247,7 @@ static void pack_strip(const uint8_t* const* rows, int64_t k, uint8_t* to) {
         for (int64_t i = 0; i < k / format.super; i++) {
             for (int r = 0; r < VW; r++)
                 if (rows[r]) read_file_block<F>(rows[r] + i * file_bytes(F), blocks[r]);
-            to = put_super_block<F, BYTES>(blocks.data(), to);
+            to = put_super_block<F, BYTES>(blocks.data(), to) + gap;
         }
     }
 }
@@ -266,8 +268,11 @@ void smart_pack_quants(const Strip* strips, int64_t count, const void* const* ro
     run_team(omp_get_max_threads(), [&] {
         for (int64_t i; (i = next_item()) < count;)
             with_format(strips[i].format, [&](auto format) {
-                const auto pack = in_bytes ? pack_strip<format, true> : pack_strip<format, false>;
-                pack((const uint8_t* const*)rows + i * VW, k, (uint8_t*)strips[i].data);
+                const auto of_strip = (const uint8_t* const*)rows + i * VW;
+                if (!in_bytes)
+                    return pack_strip<format, false>(of_strip, k, (uint8_t*)strips[i].data, 0);
+                const ByteStrip to = ByteStrip::of<format>(strips + i / 2 * 2, int(i % 2));
+                pack_strip<format, true>(of_strip, k, (uint8_t*)to.data, to.gap);
             });
     });
 }

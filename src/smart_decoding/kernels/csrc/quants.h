@@ -14,7 +14,9 @@
 //
 // Quants that are multiplied in 8 bits (quant_bytes.h) lie otherwise: lane j is row j, and its four
 // bytes hold quants at four of k in a row. A plane of n bits has 8 / n such vectors in a word, the
-// first one in the lowest bits of each byte. Bytes lie vector after vector, with 128 added.
+// first one in the lowest bits of each byte. Bytes lie vector after vector, with 128 added. The two
+// strips of a panel lie one after the other in memory; if they have one format, their super-blocks
+// take turns there.
 //
 // A weight is scale * (q - zero) or scale * q + least, in fp32, rounded to bf16. The products are
 // exact (11 bits of a half, up to 7 of a scale, up to 6 of q): in whatever order, this is what
@@ -260,8 +262,9 @@ struct StripReader {
     const uint8_t* at;
     vf shared[2] = {};
 
-    StripReader(const uint8_t* data, int64_t first) {
-        at = data + first / format.super * format.super_bytes() * VW;
+    // gap: bytes between its super-blocks.
+    StripReader(const uint8_t* data, int64_t first, int64_t gap_ = 0) : gap(gap_) {
+        at = data + first / format.super * (format.super_bytes() * VW + gap);
         read_shared();
         at += first % format.super / QUANT_BLOCK * format.block() * VW;
     }
@@ -277,7 +280,9 @@ struct StripReader {
 
     // Before the block at k = i of a strip that is read from its start on: a super-block may begin.
     void enter(int64_t i) {
-        if (format.has_bytes() && i && i % SUPER_BLOCK == 0) read_shared();
+        if (!i || i % format.super) return;
+        at += gap;
+        read_shared();
     }
 
     __attribute__((always_inline)) Block<F> next() { return Block<F>(step<true>(), shared); }
@@ -294,6 +299,7 @@ struct StripReader {
     }
 
 private:
+    int64_t gap;
     const uint8_t* last_ahead = nullptr;  // from here on, prefetches go to the next strip
     int64_t jump = 0;
 

@@ -132,6 +132,11 @@ public:
 
     explicit Items(int64_t count_) : count(count_) {}
 
+    // The first of this thread's own.
+    static int64_t first_of(int64_t count) {
+        return count * omp_get_thread_num() / omp_get_num_threads();
+    }
+
     // The next one; `count` where none is left.
     int64_t next() {
         while (batch.empty()) {
