@@ -40,7 +40,7 @@ test-wheel: wheel
 # CPU's best one with each sanitizer. Debian: g++-aarch64-linux-gnu and qemu-user for the variants of Arm.
 test-native:
 	$(PYTHON) tools/native_tests.py
-	$(PYTHON) tools/native_tests.py --quick --sanitize address,undefined,thread
+	$(PYTHON) tools/native_tests.py --quick --sanitize
 
 quality: env
 	$(BIN)/ruff check .
