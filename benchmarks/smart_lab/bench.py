@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
-from smart_decoding.bench.options import BASELINE, OURS, SLOTS, Arm
-from smart_decoding.bench.runner import Bench, Part, until
+from smart_decoding.bench.options import BASELINE, OURS, Arm
+from smart_decoding.bench.runner import Bench, until
 from smart_decoding.bench.runner import run as run_bench
 from smart_decoding.bench.summary import POOLED
 from smart_lab.ablations import VARIANTS
@@ -54,7 +54,7 @@ class LabBench(Bench):
     ) -> None:
         super().__init__(options, llm, prompts)
         self.started = started  # loading counts, too
-        self._stop: float | None = None  # of the part that is measured
+        self._stop: float | None = None  # of the comparison
         self._left = len(options.batch_sizes)  # to be tuned for
         self._compared: dict[int, list[Arm]] = {}  # by batch size
         progress.agree("weights", llm.provenance)
@@ -69,26 +69,11 @@ class LabBench(Bench):
         """From where --resume left it."""
         return KeptMeasurement(self.progress, name)
 
-    def load(self, stop: float | None) -> dict[str, Any]:
-        self._stop = stop
-        if not self.progress.units("load"):
-            self.progress.add("load", super().load(stop))
-        found: dict[str, Any] = self.progress.units("load")[0]
-        return found
-
-    def parts(self) -> dict[str, Part]:
-        """Those of `smart bench`; the policies' gains are a part of their comparison."""
-        found = super().parts()
-        if "runs" in found:
-            found["runs"] = Part(found["runs"].share, self.runs)
-        return found
-
     def runs(self, stop: float | None) -> list[dict[str, Any]]:
-        """The comparison in blocks, and the policies' gains by replay, if they are asked for."""
+        """The comparison, and the policies' gains by replay, if they are asked for."""
         options = self.options
         self._stop = until(stop, 1.0 - GAINS if options.policy_gain else 1.0)
-        self._left = len(options.batch_sizes)
-        found = self.blocks(self._stop)
+        found = super().runs(self._stop)
         if options.policy_gain:
             self._add_policy_gains(found, stop)
         return found
@@ -115,15 +100,6 @@ class LabBench(Bench):
         tuned = self.tuner.arms(batch_size, self.progress, stop)
         self._compared[batch_size] = [*self.options.arms, *tuned]
         return self._compared[batch_size]
-
-    def served(self) -> list[Arm]:
-        """Tuned for load is the best fixed tree alone: one that is far too slow would be served for
-        ever."""
-        if not self.options.tune_eagle2:
-            return self.options.arms
-        ours = [arm for arm in self.options.arms if arm.policy in (BASELINE, OURS)]
-        tuned = self.tuner.arms(SLOTS, self.progress, until(self._stop, TUNING))
-        return ours + [arm for arm in tuned if arm.policy == "eagle2"][:1]
 
     def made(self, chosen: Sequence[Arm]) -> dict[str, LLM]:
         arms = super().made(chosen)

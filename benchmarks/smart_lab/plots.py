@@ -1,6 +1,6 @@
 """Figures as plain data, and how matplotlib (extra `bench`), imported only here, draws them.
 
-Needed by `report`, which made docs/images/speedup-zen4.png and load.png.
+Needed by `report`, which made docs/images/speedup-zen4.png.
 """
 
 from __future__ import annotations

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Self
 
 from smart_decoding.bench.results import Results, Run, mapping, originals
-from smart_decoding.bench.sections import number
 from smart_decoding.bench.summary import POOLED
 from smart_decoding.core.cost import CostModel
 from smart_decoding.errors import ConfigError
@@ -37,11 +36,10 @@ class LabResults(Results):
             runs=originals(runs),
             copies=[run for run in runs if "copy_of" in run],
             cost=_cost(data.get("cost")),
-            load=_load(data.get("load")),
         )
-        if not runs and not found.load:
+        if not runs:
             raise none
-        if runs and not any(run["task"] == POOLED for run in runs):
+        if not any(run["task"] == POOLED for run in runs):
             raise ConfigError(
                 f"{source} has no runs of the task {POOLED!r}, which pools the others"
             )
@@ -60,23 +58,6 @@ def _json_in(path: Path) -> Any:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise ConfigError(f"{path} is not JSON: {error}") from error
-
-
-def _load(value: Any) -> Mapping[str, Any]:
-    """The part about load, if its runs can be read."""
-    found = mapping(value)
-    runs = found.get("runs")
-    usable = (
-        isinstance(runs, Sequence)
-        and runs
-        and all(
-            isinstance(run, Mapping)
-            and isinstance(run.get("policy"), str)
-            and number(run, "load") is not None
-            for run in runs
-        )
-    )
-    return found if usable else {}
 
 
 def checked_runs(value: Any, source: str) -> Sequence[Run]:

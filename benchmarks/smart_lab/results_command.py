@@ -24,7 +24,7 @@ from smart_lab.results import LabResults
 
 RESULTS = Path(__file__).parents[1] / "results"
 MADE = "Made by `python -m smart_lab results` from the JSON files of this folder; do not edit."
-LAST = "6f6a75aa"  # the last commit with all commands of older runs
+LAST = "6f6a75aa"  # a commit with all commands of older runs
 TOLD = {"simulated": ": nothing here was measured"}
 # Kind -> title, in the order of the page.
 KINDS = {
@@ -108,7 +108,7 @@ def section(path: Path) -> str:
         data = json.loads(path.read_text(encoding="utf-8"))
         parts = tables_of(data)
         if kept.exists():
-            told = f"Parts that are gone; commit {LAST} is the last that can measure them:"
+            told = f"Parts that are gone; commit {LAST} can measure them:"
             parts += [told, kept.read_text(encoding="utf-8").rstrip()]
         if not parts:
             raise ValueError("nothing of what pages show is in it")
@@ -146,12 +146,10 @@ def tables_of(data: Mapping[str, Any]) -> list[str]:
     found: list[Section] = []
     if "llama_cpp" in data:
         found += tables.gguf(data)
-    elif data.get("runs") or data.get("load"):
+    elif data.get("runs"):
         results = LabResults.from_dict(data)
-        if results.runs:
-            found += [tables.by_batch(results.runs), tables.tuned(results.runs)]
-            found += report.over(results)
-        found += report.load_table(results)
+        found += [tables.by_batch(results.runs), tables.tuned(results.runs)]
+        found += report.over(results)
     if data.get("robustness"):
         found.append(tables.robust(data["robustness"]))
     if data.get("busy"):

@@ -13,7 +13,6 @@ import numpy as np
 
 from smart_decoding.bench.options import BASELINE
 from smart_decoding.bench.reliability import BINS, Floats
-from smart_decoding.bench.report import PLAIN
 from smart_decoding.bench.results import Results, Run, mapping
 from smart_decoding.bench.sections import number
 from smart_lab.plots import (
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
 
 # rows per request beyond which a policy would push all others to the left of the cost figure
 FAR = 24
+PLAIN = "plain decoding"
 DEFAULT_CONTEXT = 128.0  # tokens, for results that do not say theirs
 NO_ROWS = f"These results do not say how many rows a round had: {AGAIN}."
 Bins = tuple[Floats, Floats, Floats]  # predicted, chosen, count

@@ -30,12 +30,6 @@ def test_presets_fill_in_what_is_not_given() -> None:
     assert asked_by("") == LabOptions()
 
 
-def test_load_alone_replaces_the_blocks() -> None:
-    assert asked_by("").compares_policies
-    assert not asked_by("--load 0.5").compares_policies
-    assert asked_by("--load 0.5 --blocks").compares_policies
-
-
 def test_the_command_says_what_was_asked() -> None:
     told = command_of(asked_by("--tune-eagle2 3 --tune-paper --limit 2 --resume run.part"))
     assert told.startswith("python -m smart_lab bench --model ")

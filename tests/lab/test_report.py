@@ -75,19 +75,6 @@ def test_reliability_before_and_after() -> None:
     ]
 
 
-def test_latencies_under_load_have_a_panel_each() -> None:
-    times = {"p50": 4.0, "p95": 9.0, "p99": 12.0}
-    runs = [
-        {"policy": policy, "load": share, "ttft_ms": times, "tpot_ms": times}
-        for share in (0.3, 0.9)
-        for policy in ("off", "chain")  # a policy that runs under load only
-    ]
-    data = {**results(), "load": {"slots": 16, "runs": runs}}
-    found = {figure.key: figure for figure in figures(LabResults.from_dict(data))}
-    assert [len(panel.series) for panel in found["load"].panels] == [2, 2, 2]
-    assert [point.x for point in found["load"].panels[0].series[0].points] == [30.0, 90.0]
-
-
 def test_plots_are_pictures_and_missing_fields_are_said_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -16,11 +16,7 @@ from smart_lab.results_command import KINDS, RESULTS, kind_of
 
 FILES = sorted(RESULTS.glob("*/*.json"))
 MEASURED = {path: json.loads(path.read_text()) for path in FILES}
-DRAWN = [
-    path
-    for path, data in MEASURED.items()
-    if (data.get("runs") or data.get("load")) and "llama_cpp" not in data
-]
+DRAWN = [path for path, data in MEASURED.items() if data.get("runs") and "llama_cpp" not in data]
 
 
 def test_every_page_is_up_to_date() -> None:
@@ -38,7 +34,7 @@ def test_a_machine_has_one_run_of_each_kind() -> None:
 def test_the_committed_results_have_figures(path: Path) -> None:
     read = LabResults.read(path)
     found = {figure.key: figure for figure in figures(read)}
-    assert found["speedup" if read.runs else "load"].panels
+    assert found["speedup"].panels
 
 
 def test_a_changed_file_makes_its_page_stale(

@@ -12,11 +12,9 @@ import worlds
 
 from smart_decoding.bench import cycles
 from smart_decoding.bench.cycles import measure, rows_of
-from smart_decoding.bench.runner import Bench
 from smart_decoding.errors import ConfigError
 from smart_decoding.kernels import library
 from smart_lab import resume
-from smart_lab.bench import LabBench
 from smart_lab.options import LabOptions
 from smart_lab.resume import (
     KeptMeasurement,
@@ -172,13 +170,3 @@ def test_a_run_does_not_go_on_with_other_kernels(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(library, "unavailable", lambda: "none were built")
     assert first["cpu_kernels"] == library.chosen()
     assert key_of(LabOptions())["machine"] == {**first, "cpu_kernels": "none: none were built"}
-
-
-def test_load_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-    monkeypatch.setattr(Bench, "load", lambda self, stop: asked.append(stop) or {"runs": [1]})
-    for _ in range(2):
-        bench = LabBench.__new__(LabBench)
-        bench.progress = Progress(tmp_path / "run.part", {})
-        assert bench.load(9.0) == {"runs": [1]}
-    assert asked == [9.0]

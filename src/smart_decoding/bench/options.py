@@ -17,7 +17,6 @@ from smart_decoding.models import chat_template
 from smart_decoding.models.registry import DEFAULT_MODEL
 
 BASELINE, OURS = "off", "smart"
-SLOTS = 16  # requests at once under load
 # Tokens of prompts that KV memory is made for: in the mean of a batch, and of a single one.
 MEAN_PROMPT = 256
 LONGEST_PROMPT = 1024
@@ -76,8 +75,6 @@ class BenchOptions:
     head's folder or a smaller model; method_options: its other options.
     limit: prompts per task; skip: prompts of each task to pass over first; least_blocks: of each
     task and batch size, prompts are used again where they are too few.
-    load: shares of the measured capacity at which requests arrive. It replaces the comparison of
-    policies in blocks unless `blocks` asks for that, too.
     time_limit: seconds over the whole run; what is measured by then is reported, marked as partial.
     json: a file for the results.
     quantization, activations, chat_template, trust_pickle: as `EngineArgs` takes them.
@@ -103,8 +100,6 @@ class BenchOptions:
     least_blocks: int = 1
     draft: str | None = None
     method_options: Mapping[str, Any] = field(default_factory=dict)
-    load: Sequence[float] = ()
-    blocks: bool = False
     skip: int = 0
     quantization: str | None = None
     activations: str | None = None
@@ -126,10 +121,6 @@ class BenchOptions:
             raise ConfigError(f"skip must not be negative, but is {self.skip}")
         if self.time_limit is not None and self.time_limit <= 0:
             raise ConfigError(f"time_limit must be positive, not {self.time_limit}")
-        if any(not 0 < share <= 2 for share in self.load):
-            raise ConfigError(
-                f"load must be shares of the capacity such as 0.3,0.6,0.9, not {list(self.load)}"
-            )
         check_outputs((self.json,))
         self.sampling(0)
         self._check_arms()
@@ -178,19 +169,9 @@ class BenchOptions:
         """The longest prompt plus answer; None for the usual."""
         return None
 
-    def most_requests(self) -> int:
-        """The largest number of requests that some part of the run keeps going at once."""
-        return max(*self.batch_sizes, SLOTS if self.load else 1)
-
     def most_contestants(self) -> int:
         """How many hold requests at once, at most: the arms, and the baseline once more."""
         return len(self.arms) + 1
-
-    @property
-    def compares_policies(self) -> bool:
-        """Whether policies are compared in blocks: what `smart bench` does unless asked for
-        something else."""
-        return self.blocks or not self.load
 
     def speculation(self, arm: Arm) -> dict[str, Any] | bool:
         """The `speculative_config` of an arm."""

@@ -13,7 +13,6 @@ from smart_decoding.bench.results import (
     headline,
     headline_cell,
     interval,
-    mapping,
     policy_of,
     short_names,
 )
@@ -30,7 +29,6 @@ from smart_decoding.bench.sections import (
 from smart_decoding.bench.summary import POOLED
 
 Column = Callable[[Results, Run], Cell]
-PLAIN = "plain decoding"
 REPLAYED = (
     "By replay: the policies alone, on this run's recorded drafts at its measured costs "
     "(python -m smart_lab bench --policy-gain); the difference is implementation and noise."
@@ -41,7 +39,7 @@ PARTIAL = "Partial: the time limit came before all blocks had run."
 def everything(result: Mapping[str, Any]) -> str:
     """All tables of a result below one another; what has neither rows nor lines is left out."""
     results = Results.from_dict(result)
-    parts = [*comparison(results), *load_table(results)]
+    parts = comparison(results)
     shown = [as_text(part) for part in parts if part.rows or part.lines]
     return "\n\n".join([*warnings(results), *shown])
 
@@ -159,36 +157,6 @@ def by_task(results: Results) -> Section:
     return Section("Speedup by task", head=head, rows=rows, lines=legend)
 
 
-def load_table(results: Results) -> list[Section]:
-    """Requests that arrive at random: throughput and percentiles of latencies."""
-    runs: Sequence[Run] = results.load.get("runs", ())
-    if not runs:
-        return []
-    names = {**short_names(run["policy"] for run in runs), BASELINE: PLAIN}
-    rows = [
-        (
-            names[run["policy"]],
-            f"{100 * run['load']:.0f} %",
-            said(run, "requests_per_s", 2),
-            said(run, "tokens_per_s", 0),
-            *_times(run, "ttft_ms", 0),
-            *_times(run, "tpot_ms", 1),
-            said(run, "tpot_ratio", 2),
-            same_tokens(run),
-        )
-        for run in runs
-    ]
-    told = (
-        f"Milliseconds. Capacity: {said(results.load, 'capacity_requests_per_s', 2)} requests/s, "
-        f"{said(results.load, 'capacity_tokens_per_s', 0)} tokens/s, with "
-        f"{results.load.get('slots', '?')} requests at once and a queue that is never empty. "
-        "TPOT ×: the median request's time per token over plain decoding's, below 1 is faster."
-    )
-    percentiles = ("TTFT p50", "p95", "p99", "TPOT p50", "p95", "p99")
-    head = ("policy", "load", "req/s", "tok/s", *percentiles, "TPOT ×", "same")
-    return [Section("Under load, in numbers", head=head, rows=rows, captions=[told])]
-
-
 def noise(results: Results) -> Section:
     """The baseline against itself, and how much of its answers were loops."""
     lines = []
@@ -230,11 +198,6 @@ def _worst(results: Results, run: Run, name: str = "") -> Cell:
         return UNKNOWN
     value, worst = min(found, key=lambda pair: pair[0])
     return f"{value:.2f} {worst['task']}"
-
-
-def _times(run: Run, kind: str, digits: int) -> list[str]:
-    times = mapping(run.get(kind))
-    return [said(times, percentile, digits) for percentile in ("p50", "p95", "p99")]
 
 
 def _figure(name: str, digits: int, factor: float = 1.0) -> Column:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Self
 
 from smart_decoding.bench.options import BASELINE
@@ -19,12 +19,11 @@ PLAIN, FLOOR = "speedup", "floor_speedup"  # what a headline may be, as runs nam
 class Results:
     """runs: as in the JSON. names: policy -> short name.
 
-    copies: runs of contestants that verified the same trees as another one, which stands for them.
-    load: what was measured under load, empty without."""
+    copies: runs of contestants that verified the same trees as another one, which stands for
+    them."""
 
     provenance: Mapping[str, Any]
     runs: Sequence[Run]
-    load: Mapping[str, Any] = field(default_factory=dict)
     copies: Sequence[Run] = ()
 
     @classmethod
@@ -34,7 +33,6 @@ class Results:
             provenance=mapping(data.get("provenance")),
             runs=originals(data["runs"]),
             copies=[run for run in data["runs"] if "copy_of" in run],
-            load=mapping(data.get("load")),
         )
 
     @property

@@ -10,7 +10,6 @@ import gc
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
@@ -29,19 +28,10 @@ if TYPE_CHECKING:
     from smart_decoding.core.cost import CostModel
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
-    """A part of a run. share: of the time limit, relative to the other parts'; measure: takes the
-    time to stop at."""
-
-    share: float
-    measure: Callable[[float | None], Any]
-
-
 def run(options: BenchOptions, kind: Callable[..., Bench] | None = None) -> dict[str, Any]:
-    """Measures everything asked for; returns what the JSON file has: 'provenance', 'runs' (policies
-    in blocks, maybe none), 'load', 'cost' (the measured profile that policies started from, None if
-    none needs one), 'limits' and 'memory'. kind: makes a Bench with further parts.
+    """Measures everything asked for; returns what the JSON file has: 'provenance', 'runs', 'cost'
+    (the measured profile that policies started from, None if none needs one), 'limits' and
+    'memory'. kind: makes a Bench with further contestants.
 
     Raises CapacityError if the time limit was too short for a single cycle, and what LLM raises."""
     texts = {
@@ -50,8 +40,9 @@ def run(options: BenchOptions, kind: Callable[..., Bench] | None = None) -> dict
     }
     llm = load(options)
     bench = (kind or Bench)(options, llm, encode(llm, texts, options))
-    result = bench.measure()
-    if not any(result.get(part) for part in ("runs", "load")):
+    limit = options.time_limit
+    runs = bench.runs(None if limit is None else bench.started + limit)
+    if not runs:
         raise CapacityError(
             "the time limit was too short for one block of every policy: raise --time-limit"
         )
@@ -60,7 +51,7 @@ def run(options: BenchOptions, kind: Callable[..., Bench] | None = None) -> dict
         "provenance": provenance(
             bench.command, options.seed, llm.provenance, bench.head, llm.target.plain_torch
         ),
-        **result,
+        "runs": runs,
         "cost": bench.cost.to_dict() if bench.cost else None,
         "limits": bench.limits,
         "memory": memory(sizes.weights * sizes.item, llm.target.decoder.kv.bytes, bench.peaks),
@@ -68,7 +59,7 @@ def run(options: BenchOptions, kind: Callable[..., Bench] | None = None) -> dict
 
 
 class Bench:
-    """One run: the model, the prompts, and what its parts share. A subclass may add parts and
+    """One run: the model, the prompts, and what its batch sizes share. A subclass may add
     contestants."""
 
     def __init__(self, options: BenchOptions, llm: LLM, prompts: Prompts) -> None:
@@ -87,37 +78,13 @@ class Bench:
         """The command line that asks for this run."""
         return command_of(self.options)
 
-    def parts(self) -> dict[str, Part]:
-        """The parts that were asked for, in order."""
-        found: dict[str, Part] = {}
-        if self.options.compares_policies:
-            found["runs"] = Part(0.85, self.blocks)
-        if self.options.load:
-            found["load"] = Part(0.15, self.load)
-        return found
-
     def contestants(self, batch_size: int) -> list[Arm]:
-        """Who is compared in blocks at a batch size."""
-        return self.options.arms
-
-    def served(self) -> list[Arm]:
-        """Who is compared under load."""
+        """Who is compared at a batch size."""
         return self.options.arms
 
     def begun(self, name: str) -> Measurement:
         """What is known of a batch size before it is measured: nothing."""
         return Measurement()
-
-    def measure(self) -> dict[str, Any]:
-        """Each part with its share of the time that is left."""
-        result: dict[str, Any] = {"runs": []}
-        limit = self.options.time_limit
-        stop = None if limit is None else self.started + limit
-        parts = list(self.parts().items())
-        for i, (name, part) in enumerate(parts):
-            share = part.share / sum(other.share for _, other in parts[i:])
-            result[name] = part.measure(until(stop, share))
-        return result
 
     def made(self, chosen: Sequence[Arm]) -> dict[str, LLM]:
         """The chosen contestants, by label; their drafter and cost model are noted."""
@@ -131,7 +98,7 @@ class Bench:
         self.cost = self.cost or next((each.cost for each in found if each.cost), None)
         return arms
 
-    def blocks(self, stop: float | None) -> list[dict[str, Any]]:
+    def runs(self, stop: float | None) -> list[dict[str, Any]]:
         """The runs of all contestants; a batch size for which time was too short is left out."""
         options = self.options
         runs: list[dict[str, Any]] = []
@@ -180,14 +147,6 @@ class Bench:
         gc.collect()  # drafters hold memory of their own
         return found
 
-    def load(self, stop: float | None) -> dict[str, Any]:
-        """Requests that arrive at random."""
-        from smart_decoding.bench.load import measure_load
-
-        seconds = None if stop is None else max(1.0, stop - time.perf_counter())
-        engines = {label: arm.engine for label, arm in self.made(self.served()).items()}
-        return measure_load(engines, self.prompts, self.options.load, self.options.seed, seconds)
-
 
 def _setting(arm: Arm) -> dict[str, str]:
     return {"setting": ",".join(f"{name}={value}" for name, value in arm.options.items())}
@@ -200,9 +159,8 @@ def until(stop: float | None, share: float) -> float | None:
 
 
 def load(options: BenchOptions) -> LLM:
-    """The target, with memory for the largest part of the run: contestants hold requests at
-    once."""
-    largest = options.most_requests()
+    """The target, with memory for the largest batch size: contestants hold requests at once."""
+    largest = max(options.batch_sizes)
     longest = options.max_model_len or options.max_tokens + LONGEST_PROMPT
     tokens = max(largest * (options.max_tokens + options.mean_prompt), longest)
     tokens *= options.most_contestants()

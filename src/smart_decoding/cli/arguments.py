@@ -153,11 +153,3 @@ def whole_numbers(text: str) -> tuple[int, ...]:
     if not numbers or min(numbers) < 1:
         raise ArgumentTypeError(f"{text!r} is not a list of positive whole numbers such as 1,4")
     return numbers
-
-
-def shares(text: str) -> tuple[float, ...]:
-    """'0.3,0.6' as numbers."""
-    try:
-        return tuple(float(word) for word in words(text))
-    except ValueError as error:
-        raise ArgumentTypeError(f"{text!r} is not a list of shares such as 0.3,0.6,0.9") from error

@@ -15,7 +15,6 @@ from smart_decoding.cli.arguments import (
     THREADS,
     Gone,
     add_options,
-    shares,
     whole_numbers,
     words,
 )
@@ -107,14 +106,6 @@ def _what_is_measured(parser: argparse.ArgumentParser, default: BenchOptions) ->
     add("--max-tokens", type=int, help=f"tokens per answer (default: {default.max_tokens})")
     add("--temperature", type=float, help="0, the default, is greedy")
     add("--seed", type=int)
-    add(
-        "--load",
-        type=shares,
-        metavar="0.3,0.6,0.9",
-        help="requests that arrive at random, at these shares of the "
-        "measured capacity; alone it replaces the comparison in blocks",
-    )
-    add("--blocks", action="store_true", help="compare policies in blocks beside --load")
 
 
 def options_of(args: argparse.Namespace, kind: type[BenchOptions] = BenchOptions) -> BenchOptions:

@@ -353,7 +353,6 @@ def asked_by(words):
         ("--batch-sizes 1,x", "'1,x' is not a list of positive whole numbers such as 1,4"),
         ("--batch-sizes 0", "'0' is not a list of positive whole numbers"),
         ("--batch-sizes ,", "',' is not a list of positive whole numbers"),
-        ("--load much", "'much' is not a list of shares such as 0.3,0.6,0.9"),
     ],
 )
 def test_what_is_no_list_of_numbers_is_said(words, message, capsys):
@@ -400,12 +399,6 @@ def test_plain_decoding_and_smart_are_measured_however_little_time_there_is():
     assert affordable(blocks, 135.0) == list(blocks)
     assert affordable(blocks, 134.0) == ["off", "smart", "paper"]
     assert affordable(blocks, 1.0) == ["off", "smart"]
-
-
-def test_load_alone_replaces_the_blocks():
-    assert asked_by("").compares_policies
-    assert not asked_by("--load 0.5").compares_policies
-    assert asked_by("--load 0.5 --blocks").compares_policies
 
 
 @pytest.mark.parametrize("words", ["--tune-eagle2 3", "--record f", "--resume f"])
