@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from smart_decoding.bench.results import Results, headline, interval
+from smart_decoding.bench.results import Results, interval
 from smart_decoding.bench.sections import number
 from smart_lab.plots import Figure, Panel, Point, lines, runs_of
 from smart_lab.round_figures import round_figures
@@ -29,9 +29,9 @@ def speedup(results: Results) -> Figure:
     title = "Speedup against batch size"
     points = {
         policy: [
-            Point(run["batch_size"], value, interval(run, headline(run)))
+            Point(run["batch_size"], value, interval(run))
             for run in runs_of(results, policy)
-            if (value := number(run, headline(run))) is not None
+            if (value := number(run, "speedup")) is not None
         ]
         for policy in results.names
     }

@@ -191,7 +191,7 @@ def verdict(found: Mapping[str, Any], steps: Iterable[Step] = STEPS) -> tuple[li
     plain = [run for run in runs if run["policy"] == "off"]
     checks = found.get("parity", {}).get("checks", [])
     gates = [point["near_floor"] for point in points]
-    gates += [run.get("headline") == "speedup" for run in plain]
+    gates += [run.get("near_floor", False) for run in plain]
     knee = found.get("curve", {}).get("knee")
     ended = {step.name: found["steps"].get(step.name, {}).get("status") == "ok" for step in steps}
     holds = {

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from smart_decoding.bench.limits import Sizes, measure_limits, near_floor
+from smart_decoding.bench.options import BASELINE
 from smart_decoding.bench.provenance import commit, hardware, versions, write_json
 from smart_decoding.bench.summary import POOLED
 from smart_decoding.engine.kv import PAGE
@@ -26,6 +26,7 @@ from smart_decoding.models.loading import Checkpoint
 from smart_decoding.models.memory import EngineLimits, need_of, tokens_beside
 from smart_decoding.models.target import DTYPES, TorchTarget
 from smart_decoding.profiling.measure import verification
+from smart_lab.floor import bytes_moved, near_floor, read_rate
 from smart_lab.hardware import acceptances
 from smart_lab.options import LabOptions
 from smart_lab.replayed_run import (
@@ -118,7 +119,7 @@ def limits(task: Task) -> Iterator[Found]:
         "hardware": hardware(),
     }
     yield found
-    yield {**found, "limits": measure_limits(DTYPES[DTYPE], task.device)}
+    yield {**found, "limits": {"gb_per_s": read_rate(task.device)}}
 
 
 def check_parity(task: Task) -> Iterator[Found]:
@@ -171,8 +172,8 @@ def _beside_floor(task: Task, point: Mapping[str, Any]) -> Found:
     rate = task.known.get("limits", {}).get("gb_per_s")
     if rate is None:
         return {"near_floor": False}
-    sizes = Sizes.of(task.scale.config, DTYPES[DTYPE].itemsize)
-    floor_ms = 1e-6 * sizes.moved(point["batch_size"], point["context"]) / rate
+    shape = point["batch_size"], point["context"]
+    floor_ms = 1e-6 * bytes_moved(task.scale.config, DTYPES[DTYPE].itemsize, *shape) / rate
     held = near_floor(point["ms"], floor_ms)
     return {"floor_ms": floor_ms, "ratio": point["ms"] / floor_ms, "near_floor": held}
 
@@ -249,7 +250,7 @@ def replay(task: Task, level: str) -> Iterator[Found]:
         return
     options = replace(options, batch_sizes=sizes)
     bench = Replay(options, trace, scale.config, scale.profile_seconds)
-    found |= {"cost": bench.cost.to_dict(), "limits": bench.limits}
+    found |= {"cost": bench.cost.to_dict()}
     yield found
     for size, left in _shared(task, sizes, kept=BOTH_WAYS):
         try:
@@ -257,7 +258,8 @@ def replay(task: Task, level: str) -> Iterator[Found]:
         except CapacityError as error:
             missing.append(str(error))
             continue
-        found["runs"] += [run for run in runs if run["task"] == POOLED]
+        pooled = [run for run in runs if run["task"] == POOLED]
+        found["runs"] += [run | _whole_round(task, run, trace) for run in pooled]
         yield found
     found["ways"] = []
     for size, left in _shared(task, sizes):
@@ -266,6 +268,17 @@ def replay(task: Task, level: str) -> Iterator[Found]:
         except CapacityError as error:
             missing.append(f"the two ways of drafting: {error}")
         yield found
+
+
+def _whole_round(task: Task, run: Mapping[str, Any], trace: Trace) -> Found:
+    """Of plain decoding: milliseconds of a round beside its floor, at the recording's contexts."""
+    if run["policy"] != BASELINE:
+        return {}
+    answers = trace.recording.answers
+    context = statistics.fmean(a.prompt_length + len(a.tokens) / 2 for a in answers)
+    size = run["batch_size"]
+    point = {"batch_size": size, "context": context, "ms": 1e3 * size / run["tokens_per_s"]}
+    return {"plain_ms": point["ms"], **_beside_floor(task, point)}
 
 
 def _shared(task: Task, sizes: Sequence[int], kept: float = 0.0) -> Iterator[tuple[int, float]]:

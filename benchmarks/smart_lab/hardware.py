@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from smart_decoding.bench.limits import layer_elements
 from smart_decoding.core.cost import CostModel, Curve
 from smart_decoding.errors import ConfigError, ModelError
 from smart_decoding.models.config import ModelConfig
@@ -36,6 +35,11 @@ ITEM = 2  # bytes: bf16
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 MOST_ROWS = 96  # per request
 LEVEL_ROWS = 4  # of a request in a drafted level, about: smart expands 1 or 2, EAGLE-2 ten
+
+
+def layer_elements(hidden: int, heads: int, kv_heads: int, head_dim: int, ffn: int) -> int:
+    """Elements of the matrices of one layer."""
+    return hidden * (2 * head_dim * (heads + kv_heads) + 3 * ffn)
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,6 @@ from tqdm import tqdm
 
 from smart_decoding.bench.blocks import Prompt
 from smart_decoding.bench.cycles import AGAIN, measure, rows_of
-from smart_decoding.bench.limits import Sizes, measure_limits, rated
 from smart_decoding.bench.options import BASELINE, OURS
 from smart_decoding.bench.summary import POOLED
 from smart_decoding.core.cost import CostModel
@@ -275,8 +274,6 @@ class Replay:
             self.target, drafter, self.pages, largest, profile_seconds, coarse=coarse
         )
         self.cost = CostModel.fit(profile.run(), ROUND_OVERHEAD)
-        self.sizes = Sizes.of(config, self.target.dtype.itemsize)
-        self.limits = measure_limits(self.target.dtype, self.target.device)
 
     def runs(self, size: int, seconds: float | None) -> list[dict[str, Any]]:
         """The runs of one batch size, in so many seconds. Raises CapacityError where these do not
@@ -289,8 +286,7 @@ class Replay:
         with tqdm(desc=f"replayed acceptance, batch {size}", unit="cycle", leave=False) as bar:
             deadline = None if seconds is None else time.perf_counter() + seconds
             found = measure(engines, prompts, size, deadline, bar.update)
-        rows = rows_of(found, size, self.options)
-        return rated(rows, self.sizes, self.limits, self.target.device)
+        return rows_of(found, size, self.options)
 
     def ways(self, size: int, seconds: float) -> dict[str, Any]:
         """How much faster `smart` is where the device chooses what levels expand than where the

@@ -8,8 +8,7 @@ import math
 import os
 import platform
 import subprocess
-import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -33,7 +32,6 @@ _FLAGS = (
     "sve",
 )
 _PACKAGES = ("numpy", "safetensors", "tokenizers")
-_PROC = Path("/proc/self")
 
 
 def provenance(
@@ -113,44 +111,6 @@ def machine() -> dict[str, Any]:
     }
 
 
-def memory(
-    weights_bytes: int, kv_bytes: int, forgotten: Iterable[float | None] = ()
-) -> dict[str, Any]:
-    """Memory in GiB. peak_process_gib is the highest resident size of the whole process since it
-    started, so it covers all policies and batch sizes, loading and the interpreter; None where the
-    system does not tell. forgotten: what `forget_peak` returned, which the system knows no more."""
-    import torch
-
-    gpu = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
-    return {
-        "peak_process_gib": max(filter(None, [*forgotten, _process_peak_gib()]), default=None),
-        "peak_gpu_gib": gpu,
-        "weights_gib": weights_bytes / 2**30,
-        "kv_cache_gib": kv_bytes / 2**30,
-    }
-
-
-def forget_peak() -> float | None:
-    """Starts a new peak at the present size. Returns the last one in GiB, or None where that cannot
-    be done."""
-    last = peak_gib()
-    try:
-        (_PROC / "clear_refs").write_text("5")
-    except OSError:
-        return None
-    return last
-
-
-def peak_gib() -> float | None:
-    """GiB at the peak; None where the system does not tell."""
-    try:
-        lines = (_PROC / "status").read_text().splitlines()
-    except OSError:
-        return None
-    found = next((line for line in lines if line.startswith("VmHWM:")), None)
-    return int(found.split()[1]) / 2**20 if found else None
-
-
 def write_json(path: Path, result: Mapping[str, Any]) -> None:
     """Writes `result` whole or not at all; NaN and infinities become null. Raises CapacityError if
     it cannot."""
@@ -187,15 +147,6 @@ def _git(folder: Path, *arguments: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
-
-
-def _process_peak_gib() -> float | None:
-    try:
-        import resource
-    except ImportError:  # not on Windows
-        return None
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def _memory_gib() -> float | None:

@@ -7,11 +7,8 @@ from typing import Any
 
 from smart_decoding.bench.options import BASELINE
 from smart_decoding.bench.results import (
-    FLOOR,
     Results,
     Run,
-    headline,
-    headline_cell,
     interval,
     policy_of,
     short_names,
@@ -61,18 +58,7 @@ def warnings(results: Results) -> list[str]:
     """What a reader must know first."""
     told = plain_torch(results.provenance)
     partial = any(run.get("partial") for run in results.runs)
-    return [*([told] if told else []), *([PARTIAL] if partial else []), *slow_baselines(results)]
-
-
-def slow_baselines(results: Results) -> list[str]:
-    """A line for each batch size at which plain decoding is slow on a GPU."""
-    slow = [run for run in results.pooled if run["policy"] == BASELINE and headline(run) == FLOOR]
-    return [
-        f"Batch {run['batch_size']}: plain decoding takes {said(run, 'plain_ms', 1)} ms a round, "
-        f"reading memory once {said(run, 'floor_ms', 1)} ms. Speedups over it flatter: quote those "
-        "over the floor."
-        for run in slow
-    ]
+    return [*([told] if told else []), *([PARTIAL] if partial else [])]
 
 
 def plain_torch(provenance: Mapping[str, Any]) -> str:
@@ -144,7 +130,7 @@ def by_task(results: Results) -> Section:
     rows = []
     for policy, name in results.names.items():
         for size in results.batch_sizes:
-            cells = [headline_cell(results.find(policy, size, task)) for task in tasks]
+            cells = [ratio_cell(results.find(policy, size, task)) for task in tasks]
             if set(cells) - {UNKNOWN}:
                 rows.append((name, str(size), *cells))
     legend = [f"{short} = {full}" for full, short in results.names.items() if short != full]
@@ -188,9 +174,8 @@ def _apart(results: Results, copy: Run) -> str:
     return f"batch {copy['batch_size']}: {told}; they are one contestant: {pair[0]}× and {pair[1]}×"
 
 
-def _worst(results: Results, run: Run, name: str = "") -> Cell:
-    """The task with the least ratio, that to quote if no other is named."""
-    name = name or headline(run)
+def _worst(results: Results, run: Run, name: str = "speedup") -> Cell:
+    """The task with the least ratio."""
     size = run["batch_size"]
     runs = (results.find(run["policy"], size, task) for task in results.tasks)
     found = [(value, each) for each in runs if each and (value := number(each, name)) is not None]
@@ -207,7 +192,6 @@ def _figure(name: str, digits: int, factor: float = 1.0) -> Column:
 COLUMNS: Mapping[str, Column] = {
     "tok/s": _figure("tokens_per_s", 1),
     "speedup (95 %)": lambda results, run: ratio_cell(run),
-    "over floor": lambda results, run: ratio_cell(run, FLOOR),
     "by replay": _figure("policy_gain", 2),
     "e2e": _figure("end_to_end_speedup", 2),
     "worst task": _worst,
@@ -229,11 +213,6 @@ COLUMNS: Mapping[str, Column] = {
     "trees %": _figure("tree_share", 0, 100),
     "verify ms": _figure("verify_ms", 1),
     "draft ms": _figure("draft_ms", 1),
-    "GB/s": _figure("gb_per_s", 1),
-    "% of limit": _figure("gb_share", 0, 100),
-    "GFLOP/s": _figure("gflop_per_s", 0),
-    "% of its limit": _figure("gflop_share", 0, 100),
-    "peak GiB": _figure("peak_gib", 2),
 }
 _NAMES = tuple(COLUMNS)
 SPEED = _NAMES[: _NAMES.index("levels")]

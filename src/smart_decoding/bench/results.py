@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from smart_decoding.bench.options import BASELINE
-from smart_decoding.bench.sections import Cell, number, ratio_cell
+from smart_decoding.bench.sections import number
 from smart_decoding.bench.summary import POOLED
 
 Run = Mapping[str, Any]
 LONG = 20  # characters of a contestant's label
-PLAIN, FLOOR = "speedup", "floor_speedup"  # what a headline may be, as runs name it
 
 
 @dataclass(frozen=True)
@@ -78,17 +77,6 @@ def interval(run: Mapping[str, Any], name: str = "speedup") -> tuple[float, floa
     """The 95 % interval of a ratio; None where one block alone was measured."""
     low, high = number(run, f"{name}_low"), number(run, f"{name}_high")
     return (low, high) if low is not None and high is not None else None
-
-
-def headline(run: Run) -> str:
-    """The name of the speedup to quote: over plain decoding; on a GPU where that is slow, over what
-    reading memory takes."""
-    return FLOOR if run.get("headline") == FLOOR and number(run, FLOOR) is not None else PLAIN
-
-
-def headline_cell(run: Run | None) -> Cell:
-    """The speedup to quote, with its interval."""
-    return ratio_cell(run) if run is None else ratio_cell(run, headline(run))
 
 
 def mapping(value: Any) -> Mapping[str, Any]:

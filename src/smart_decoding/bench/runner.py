@@ -17,9 +17,8 @@ from tqdm import tqdm
 from smart_decoding.bench.blocks import Prompt
 from smart_decoding.bench.cycles import AGAIN, Measurement, Prompts, cycles_of, measure, rows_of
 from smart_decoding.bench.data import load_task
-from smart_decoding.bench.limits import Sizes, measure_limits, rated
 from smart_decoding.bench.options import LONGEST_PROMPT, Arm, BenchOptions, command_of
-from smart_decoding.bench.provenance import forget_peak, memory, peak_gib, provenance
+from smart_decoding.bench.provenance import provenance
 from smart_decoding.engine_args import DEFAULT_MODEL_LEN
 from smart_decoding.errors import CapacityError
 from smart_decoding.llm import LLM
@@ -29,9 +28,9 @@ if TYPE_CHECKING:
 
 
 def run(options: BenchOptions, kind: Callable[..., Bench] | None = None) -> dict[str, Any]:
-    """Measures everything asked for; returns what the JSON file has: 'provenance', 'runs', 'cost'
-    (the measured profile that policies started from, None if none needs one), 'limits' and
-    'memory'. kind: makes a Bench with further contestants.
+    """Measures everything asked for; returns what the JSON file has: 'provenance', 'runs' and
+    'cost' (the measured profile that policies started from, None if none needs one). kind: makes a
+    Bench with further contestants.
 
     Raises CapacityError if the time limit was too short for a single cycle, and what LLM raises."""
     texts = {
@@ -46,15 +45,12 @@ def run(options: BenchOptions, kind: Callable[..., Bench] | None = None) -> dict
         raise CapacityError(
             "the time limit was too short for one block of every policy: raise --time-limit"
         )
-    sizes = bench.sizes
     return {
         "provenance": provenance(
             bench.command, options.seed, llm.provenance, bench.head, llm.target.plain_torch
         ),
         "runs": runs,
         "cost": bench.cost.to_dict() if bench.cost else None,
-        "limits": bench.limits,
-        "memory": memory(sizes.weights * sizes.item, llm.target.decoder.kv.bytes, bench.peaks),
     }
 
 
@@ -69,9 +65,6 @@ class Bench:
         self.prompts = prompts
         self.head: str | None = None
         self.cost: CostModel | None = None
-        self.peaks: list[float | None] = []  # GiB, of what ran before each batch size
-        self.sizes = Sizes.of(llm.target.decoder.config, llm.target.dtype.itemsize)
-        self.limits = measure_limits(llm.target.dtype, llm.target.device)
 
     @property
     def command(self) -> str:
@@ -103,7 +96,6 @@ class Bench:
         options = self.options
         runs: list[dict[str, Any]] = []
         for i, batch_size in enumerate(options.batch_sizes):
-            self.peaks.append(forget_peak())
             contestants = self.contestants(batch_size)
             share = until(stop, 1 / (len(options.batch_sizes) - i))
             found = self._batch(contestants, batch_size, share)
@@ -113,11 +105,7 @@ class Bench:
                 continue
             settings = {arm.label: _setting(arm) for arm in contestants if arm.name}
             of_size = rows_of(found, batch_size, options)
-            peak = {"peak_gib": peak_gib()}
-            runs += [
-                run | settings.get(run["policy"], {}) | peak
-                for run in rated(of_size, self.sizes, self.limits, self.llm.target.device)
-            ]
+            runs += [run | settings.get(run["policy"], {}) for run in of_size]
         return runs
 
     def _batch(

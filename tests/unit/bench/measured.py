@@ -72,19 +72,12 @@ def results() -> dict[str, Any]:
         "weights": {"model": "tiny"},
         "time": "2026-11-24T18:49:56+00:00",
     }
-    memory = {
-        "peak_process_gib": 1.5,
-        "peak_gpu_gib": None,
-        "weights_gib": 0.25,
-        "kv_cache_gib": 0.1,
-    }
-    return {"provenance": origin, "runs": runs, "cost": COST, "memory": memory}
+    return {"provenance": origin, "runs": runs, "cost": COST}
 
 
 ODD = [
     {"cost": {"verify": "?"}},
     {"cost": []},
-    {"memory": None},
     {"provenance": 3},
     {"reliability": {"draft": {}, "calibrated": 1}},
     {"row_counts": {"many": 1}},

@@ -1,5 +1,4 @@
-"""What the benchmark notes of each round beside its speed: distributions, probabilities,
-traffic."""
+"""What the benchmark notes of each round beside its speed: distributions, probabilities."""
 
 import math
 from dataclasses import replace
@@ -9,8 +8,6 @@ import pytest
 import worlds
 
 from smart_decoding.bench.blocks import run_block
-from smart_decoding.bench.limits import Sizes, achieved
-from smart_decoding.bench.provenance import memory
 from smart_decoding.bench.reliability import BINS, Reliability
 from smart_decoding.bench.runner import measure, rows_of
 from smart_decoding.core.calibration import Calibration
@@ -18,7 +15,6 @@ from smart_decoding.core.policies.base import Round
 from smart_decoding.core.rule import Scores, TreeRule
 from smart_decoding.core.selection import Beam, KeepBest
 from smart_decoding.core.tree import ROOT, DraftTrees
-from smart_decoding.models.config import ModelConfig
 
 RULE = TreeRule(
     2, 2, np.array([9]), np.zeros(0, np.int64), Beam(2), KeepBest(4), Scores(Calibration(), [1])
@@ -103,40 +99,3 @@ def test_runs_have_the_new_figures_and_only_pooled_ones_the_distributions():
         == sum(chain[1]["level_counts"].values())
         == chain[1]["rounds"]
     )
-
-
-LIMITS = {"gb_per_s": 10.0, "gflop_per_s": 60.0}
-
-
-def test_traffic_counts_weights_once_and_every_cached_key():
-    config = ModelConfig(
-        "llama",
-        layers=2,
-        hidden=8,
-        heads=4,
-        kv_heads=2,
-        head_dim=2,
-        ffn=16,
-        vocab=100,
-        rope_theta=1e4,
-        rms_eps=1e-5,
-        max_positions=64,
-    )
-    sizes = Sizes.of(config, item=2)
-    layer = 8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 16  # q; k and v; output; gate, up and down
-    assert sizes == Sizes(2 * layer + 800, 2 * 2 * 4, 2)
-    run = {"verify_ms": 2.0, "batch_size": 3, "context_tokens": 10.0, "rows_per_round": 6.0}
-    told = achieved(run, sizes, LIMITS)
-    assert told["gb_per_s"] == pytest.approx((2 * (2 * layer + 800) + 2 * 3 * 10 * 16) / 2e-3 / 1e9)
-    assert told["gflop_per_s"] == pytest.approx(2 * (2 * layer + 800) * 6 / 2e-3 / 1e9)
-    assert told["gb_share"] == told["gb_per_s"] / 10.0
-    assert told["gflop_share"] == told["gflop_per_s"] / 60.0
-    nothing = achieved({**run, "verify_ms": math.nan}, sizes, LIMITS)
-    assert math.isnan(nothing["gb_per_s"])
-    assert math.isnan(nothing["gflop_share"])
-
-
-def test_peak_memory_is_that_of_this_process():
-    told = memory(2**30, 2**29)
-    assert (told["weights_gib"], told["kv_cache_gib"]) == (1.0, 0.5)
-    assert told["peak_process_gib"] is None or 0.01 < told["peak_process_gib"] < 1000

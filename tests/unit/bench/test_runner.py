@@ -411,22 +411,6 @@ def test_what_the_laboratory_has_now_is_named(words, capsys):
     )
 
 
-def test_limits_are_positive_and_a_peak_is_forgotten():
-    import torch
-
-    from smart_decoding.bench import limits
-    from smart_decoding.bench.provenance import forget_peak, memory, peak_gib
-
-    found = limits.measure_limits(torch.float32, torch.device("cpu"))
-    assert 0.1 < found["gb_per_s"] < 10_000
-    assert 0.1 < found["gflop_per_s"] < 1_000_000
-    last = forget_peak()
-    if last:
-        assert 0.01 < peak_gib() < 1000
-        told = memory(0, 0, [last + 9.0, last])
-        assert told["peak_process_gib"] == last + 9.0  # the process forgets it, the result does not
-
-
 def test_prompts_are_used_again_where_a_batch_is_large():
     tasks = {"code": worlds.prompts("code", 6), "maths": worlds.prompts("maths", 4, 6)}
     blocks = list(cycles_of(tasks, 4, least=5))
