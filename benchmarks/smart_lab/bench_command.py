@@ -11,13 +11,13 @@ from typing import cast
 
 from smart_decoding.bench.provenance import write_json
 from smart_decoding.bench.report import everything
-from smart_decoding.cli.bench import add_common_arguments, options_of
+from smart_decoding.cli import bench
 from smart_lab.options import LabOptions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Those of `smart bench`, and ours."""
-    add_common_arguments(parser)
+    bench.add_arguments(parser)
     add = parser.add_argument_group("the laboratory: contestants").add_argument
     tuned = "also run the N best settings of eagle2, found by replay on other prompts"
     add("--tune-eagle2", type=int, metavar="N", help=tuned)
@@ -32,11 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("the laboratory: recordings").add_argument
     recorded = "record the prompts' drafts there, for replay and simulation, instead of measuring"
     add("--record", type=Path, metavar="FILE", help=recorded)
+    add("--skip", type=int, metavar="N", help="record without the first N prompts of each task")
 
 
 def main(args: argparse.Namespace) -> int:
     """Runs the benchmark and prints its tables. Raises SmartError for what a user can mend."""
-    options = cast(LabOptions, options_of(args, LabOptions))
+    options = cast(LabOptions, bench.options_of(args, LabOptions))
     from smart_decoding.models.kernel_check import (
         require_kernels,  # torch is slow to import: options come first
     )

@@ -38,7 +38,8 @@ class LabOptions(BenchOptions):
     policy_gain: also replay every contestant on the run's own recording at its own costs, where
     nothing but the policy differs.
     resume: a file that keeps what is measured, so that the same command goes on after a cut.
-    record: instead of measuring, record the drafts of the prompts there."""
+    record: instead of measuring, record the drafts of the prompts there, but for the first `skip`
+    of each task."""
 
     ARM: ClassVar[type[Arm]] = LabArm
 
@@ -48,10 +49,13 @@ class LabOptions(BenchOptions):
     policy_gain: bool = False
     resume: Path | None = None
     record: Path | None = None
+    skip: int = 0
 
     def __post_init__(self) -> None:
         if self.tune_eagle2 < 0:
             raise ConfigError(f"tune_eagle2 must not be negative, but is {self.tune_eagle2}")
+        if self.skip < 0:
+            raise ConfigError(f"skip must not be negative, but is {self.skip}")
         check_outputs((self.record, self.resume))
         for arm in self.arms:
             check_variant(arm)

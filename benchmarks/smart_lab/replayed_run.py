@@ -301,7 +301,7 @@ class Replay:
             engines[label].share_pages(engines[BASELINE])
         answers = self.trace.recording.answers
         prompts = self.prompts([i % len(answers) for i in range(max(len(answers), 2 * size))])
-        found = measure(engines, prompts, size, time.perf_counter() + seconds, least_blocks=2)
+        found = measure(engines, prompts, size, time.perf_counter() + seconds)
         runs = rows_of(found, size, self.options)
         run = next(run for run in runs if run["policy"] == OURS and run["task"] == POOLED)
         names = ("batch_size", "speedup", "speedup_low", "speedup_high", "identical")

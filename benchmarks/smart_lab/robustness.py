@@ -55,6 +55,7 @@ if TYPE_CHECKING:
 
 MODEL, WINDOW, MOST_ROUNDS = "smollm2-135m", 16, 160
 STEPS, LENGTH = 60, 128  # of training the other head
+PROMPTS = 64  # of a kind: eight blocks at batch 8
 LANGUAGES = (
     "Écris une courte histoire sur un phare, en français.",
     "Schreibe drei Sätze über den Regen, auf Deutsch.",
@@ -156,12 +157,12 @@ def adversarial(llm: LLM, options: BenchOptions) -> dict[str, list[Prompt]]:
     rng = np.random.default_rng(5)
     digits = [
         f"Go on with these numbers: {', '.join(map(str, rng.integers(0, 10**6, 20)))},"
-        for _ in range(12)
+        for _ in range(PROMPTS)
     ]
     chats = {"languages": list(LANGUAGES), "digits": digits}
     found = encode(llm, chats, options)
     start = sum(map(len, found.values()))
-    noise = rng.integers(0, llm.target.vocab, (12, 60)).tolist()
+    noise = rng.integers(0, llm.target.vocab, (PROMPTS, 60)).tolist()
     found["noise"] = [
         Prompt(start + i, "noise", tokens, options.sampling(start + i))
         for i, tokens in enumerate(noise)
@@ -189,7 +190,7 @@ class Bench:
         self.options = BenchOptions(batch_sizes=sizes, limit=40, max_tokens=96, model=MODEL)
         self.llm = load(self.options)
         self.usual = encode(
-            self.llm, {task: load_task(task, 40) for task in self.options.tasks}, self.options
+            self.llm, {task: load_task(task, PROMPTS) for task in self.options.tasks}, self.options
         )
         self.bad = adversarial(self.llm, self.options)
         self._scratch = scratch
@@ -224,7 +225,7 @@ class Bench:
         engines = {"off": plain, "smart": case.make(self.llm).engine}
         with case.beside():
             deadline = time.perf_counter() + seconds
-            found = measure(engines, case.prompts, size, deadline, least_blocks=8)
+            found = measure(engines, case.prompts, size, deadline)
         result = {"case": name, "batch_size": size, **_figures(found.cycles)}
         if case.noticed is not None and size == min(self.options.batch_sizes):
             engine = case.make(self.llm).engine

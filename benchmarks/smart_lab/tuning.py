@@ -318,13 +318,13 @@ class Tuner:
     def _own_texts(self) -> dict[str, list[Any]]:
         """The first of the prompts that are measured."""
         options = self._options
-        stop = options.skip + min(options.limit, prompts_needed(options))
-        return {task: load_task(task, stop)[options.skip :] for task in options.tasks}
+        count = min(options.limit, prompts_needed(options))
+        return {task: load_task(task, count) for task in options.tasks}
 
     def _other_texts(self) -> dict[str, list[Any]]:
         """Prompts after those that are measured. Raises ConfigError if a task has no others."""
         options = self._options
-        count, used = prompts_needed(options), options.skip + options.limit
+        count, used = prompts_needed(options), options.limit
         texts = {task: load_task(task, used + count)[used:] for task in options.tasks}
         for task, others in texts.items():
             if not others:

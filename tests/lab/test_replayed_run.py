@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from smart_decoding.bench import cycles
 from smart_decoding.core.cost import CostModel
 from smart_decoding.speculation import fastest_selection
 from smart_lab import replayed_run
@@ -40,11 +39,6 @@ def folder(tmp_path_factory):
         Trace(synthetic(2.8, answers=6, length=30, context=20), {"temperature": 0.0}, (299,)),
     )
     return folder
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch):
-    monkeypatch.setattr(cycles, "SLOW", 1e9)  # on a tiny model everything but the baseline is slow
 
 
 def bench(folder, trace="t", **given):

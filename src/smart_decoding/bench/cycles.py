@@ -8,17 +8,15 @@ cycle to cycle. Tasks take turns too. In every third cycle the baseline runs twi
 from __future__ import annotations
 
 import gc
-import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from smart_decoding.bench.blocks import Block, Prompt, rounds_of, run_block
 from smart_decoding.bench.options import BASELINE, OURS, BenchOptions
 from smart_decoding.bench.summary import noise, smart_over, summarise
-from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import CapacityError
 
 if TYPE_CHECKING:
@@ -26,10 +24,6 @@ if TYPE_CHECKING:
 
 AGAIN = "off again"  # the baseline's second engine, whose speed is told as noise
 NOISE_EVERY = 3  # cycles
-# a contestant whose block takes so many times as long as the baseline's runs in every 2nd cycle, 8:
-# 3rd, ...
-SLOW = 4
-CERTAIN = 0.6  # of the time that is left, which blocks may take by a short trial
 WARM_UP_TOKENS = 8  # few, so that a policy still starts from its prior
 Prompts = Mapping[str, Sequence[Prompt]]  # by task
 Rounds: TypeAlias = Generator[int, None, Block]
@@ -71,33 +65,24 @@ def measure(
     on_cycle: Callable[[], object] = lambda: None,
     clock: Callable[[], float] = time.perf_counter,
     into: Measurement | None = None,
-    least_blocks: int = 1,
 ) -> Measurement:
     """Runs the engines in turns over all prompts (task -> prompts) until done or past the deadline
     (on `clock`). They hold requests at once, in KV memory that is shared or their own; AGAIN is the
     baseline's second one. into: what was measured of the same before; it is gone on from.
     on_cycle: is called after each cycle.
 
-    A cycle that the deadline cuts is dropped: all arms have answered the same prompts. After the
-    first cycle a slow engine runs in few of them: it would use up the time that the others'
-    intervals need."""
+    A cycle that the deadline cuts is dropped: all arms have answered the same prompts."""
     result = into or Measurement()
-    cycles = list(cycles_of(prompts, batch_size, least_blocks))
+    cycles = list(cycles_of(prompts, batch_size))
     first = len(result.cycles)
     if first == len(cycles):
         return result
-    taken = {label: _warm_up(each, prompts, batch_size, clock) for label, each in engines.items()}
-    if deadline is not None and not first:
-        chunk, _ = cycles[0]
-        tokens = sum(prompt.params.max_tokens or WARM_UP_TOKENS for prompt in chunk)
-        expected = {label: each.seconds(tokens) for label, each in taken.items()}
-        labels = affordable(expected, CERTAIN * (deadline - clock()))
-        _tell_left_out(engines, labels, batch_size)
-        engines = {label: engines[label] for label in labels}
+    for engine in engines.values():
+        _warm_up(engine, prompts, batch_size, clock)
     for number, (chunk, fillers) in enumerate(cycles[first:], first):
         # Turns over all tasks: what happens every third time would else meet one task only.
         turn, task = divmod(number, len(prompts))
-        due = _due(list(engines), result.cycles, turn, task)
+        due = _due(list(engines), turn, task)
         blocks = {
             label: rounds_of(engines[label], chunk, fillers, batch_size, clock) for label in due
         }
@@ -109,25 +94,6 @@ def measure(
         result.add({label: cycle[label] for label in engines if label in cycle}, again)
         on_cycle()
     return result
-
-
-def affordable(blocks: Mapping[str, float], left: float) -> list[str]:
-    """The contestants whose blocks, of so many seconds each, fit into the seconds that are left:
-    the slowest go first, plain decoding and `smart` stay."""
-    labels = list(blocks)
-    while sum(blocks[label] for label in labels) > left:
-        others = [label for label in labels if label not in (BASELINE, OURS)]
-        if not others:
-            break
-        labels.remove(max(others, key=lambda label: blocks[label]))
-    return labels
-
-
-def _tell_left_out(engines: Mapping[str, Engine], labels: Sequence[str], batch_size: int) -> None:
-    for label in engines:
-        if label not in labels and label != AGAIN:
-            told = f"batch {batch_size}: {label} is left out: no time for a block of it"
-            print(f"smart: {told}", file=sys.stderr)
 
 
 def _in_turns(
@@ -156,44 +122,25 @@ def _in_turns(
             block.close()
 
 
-def _due(
-    labels: list[str], cycles: Sequence[Mapping[str, Block]], turn: int, task: int
-) -> list[str]:
+def _due(labels: list[str], turn: int, task: int) -> list[str]:
+    """Who runs in a cycle, in order."""
     start = (turn + task) % len(labels)
     order = labels[start:] + labels[:start]
     noise = (turn + task) % NOISE_EVERY == 0
-    return [
-        label for label in order if (noise if label == AGAIN else turn % _every(cycles, label) == 0)
-    ]
-
-
-def _every(cycles: Sequence[Mapping[str, Block]], label: str) -> int:
-    """1 for a contestant that runs in every turn over the tasks, 2 in every second one, and so
-    on."""
-    if not cycles:
-        return 1
-    ours, base = (cycles[0][name].total_seconds for name in (label, BASELINE))
-    return 1 + int(ours / base / SLOW) if base > 0 else 1
+    return [label for label in order if noise or label != AGAIN]
 
 
 def cycles_of(
-    prompts: Prompts, batch_size: int, least: int = 1
+    prompts: Prompts, batch_size: int
 ) -> Iterator[tuple[Sequence[Prompt], Sequence[Prompt]]]:
     """Blocks of `batch_size` prompts (the last of a task may have fewer), tasks in turn, each with
-    its fillers: the prompts of the task that follow it, in circle. Where that makes fewer than
-    `least` blocks of the longest task, its prompts and the others' are used again, in other
-    blocks."""
-    longest, count, turn = max((len(of_task) for of_task in prompts.values()), default=0), 0, 0
-    while longest and (count < least or not turn):
-        for start in range(0, longest, batch_size):
-            for of_task in prompts.values():
-                first = turn * batch_size // 2 % len(of_task)
-                turned = [*of_task[first:], *of_task[:first]]
-                chunk = turned[start : start + batch_size]
-                if chunk:
-                    yield chunk, [*turned[start + batch_size :], *turned[:start]]
-            count += 1
-        turn += 1
+    its fillers: the prompts of the task that follow it, in circle."""
+    longest = max((len(of_task) for of_task in prompts.values()), default=0)
+    for start in range(0, longest, batch_size):
+        for of_task in prompts.values():
+            chunk = of_task[start : start + batch_size]
+            if chunk:
+                yield chunk, [*of_task[start + batch_size :], *of_task[:start]]
 
 
 def rows_of(measured: Measurement, batch_size: int, options: BenchOptions) -> list[dict[str, Any]]:
@@ -203,11 +150,11 @@ def rows_of(measured: Measurement, batch_size: int, options: BenchOptions) -> li
             f"the time limit was too short for one block of every policy at batch size {batch_size}"
         )
     rows: list[dict[str, Any]] = []
-    copies = copies_in(measured.cycles)
-    for label in measured.cycles[0]:
-        of_label = [cycle for cycle in measured.cycles if label in cycle]
-        pairs = [(cycle[label], cycle[BASELINE]) for cycle in of_label]
-        both = [(cycle[OURS], cycle[label]) for cycle in of_label if OURS in cycle]
+    cycles = measured.cycles
+    copies = copies_in(cycles)
+    for label in cycles[0]:
+        pairs = [(cycle[label], cycle[BASELINE]) for cycle in cycles]
+        both = [(cycle[OURS], cycle[label]) for cycle in cycles if OURS in cycle]
         ours = smart_over(both, options.seed) if label not in (OURS, BASELINE) else {}
         extra = noise(measured.again, options.seed) if label == BASELINE else {}
         for figures in summarise(pairs, options.seed):
@@ -239,7 +186,7 @@ def copies_in(cycles: Sequence[Mapping[str, Block]]) -> dict[str, str]:
 
 def _same_trees(cycles: Sequence[Mapping[str, Block]], label: str, other: str) -> bool:
     """Whether both had rounds of the same rows, levels and tokens, drafting in some of them."""
-    both = [(cycle[label], cycle[other]) for cycle in cycles if label in cycle and other in cycle]
+    both = [(cycle[label], cycle[other]) for cycle in cycles]
     same = all(
         a.row_counts == b.row_counts
         and a.level_counts == b.level_counts
@@ -249,34 +196,9 @@ def _same_trees(cycles: Sequence[Mapping[str, Block]], label: str, other: str) -
     return same and any(a.counts.levels for a, _ in both)
 
 
-@dataclass(frozen=True, slots=True)
-class WarmUp:
-    """Seconds of the prompts, and of a token while decoding."""
-
-    prefill: float
-    token: float
-
-    def seconds(self, tokens: int) -> float:
-        """Of a block of so many tokens."""
-        return self.prefill + tokens * self.token
-
-
-def _warm_up(
-    engine: Engine, prompts: Prompts, batch_size: int, clock: Callable[[], float]
-) -> WarmUp:
+def _warm_up(engine: Engine, prompts: Prompts, batch_size: int, clock: Callable[[], float]) -> None:
     """A few rounds at this batch size, so that no block pays for first calls."""
     first = next(iter(prompts.values()))[0]
-    short = [
-        Prompt(
-            i,
-            first.task,
-            first.tokens,
-            SamplingParams(temperature=first.params.temperature, max_tokens=WARM_UP_TOKENS, seed=i),
-            first.media,
-        )
-        for i in range(batch_size)
-    ]
-    block = run_block(engine, short, short, batch_size, clock)
-    counts = block.counts
-    token = counts.seconds / counts.tokens if counts.tokens else 0.0
-    return WarmUp(max(0.0, block.total_seconds - counts.seconds), token)
+    params = replace(first.params, max_tokens=WARM_UP_TOKENS)
+    short = [replace(first, index=i, params=params) for i in range(batch_size)]
+    run_block(engine, short, short, batch_size, clock)

@@ -20,17 +20,14 @@ BASELINE, OURS = "off", "smart"
 # Tokens of prompts that KV memory is made for: in the mean of a batch, and of a single one.
 MEAN_PROMPT = 256
 LONGEST_PROMPT = 1024
-EAGLE_2 = "eagle2:depth=7,top_k=10,total_tokens=60"  # its published size
-# The ready-made run `--quick`, to see something within three minutes.
+# What `--quick` sets, to see something within three minutes.
 QUICK: dict[str, Any] = {
-    "policies": ("off", "smart", "paper", "eagle2"),
-    "policy_options": (EAGLE_2,),
+    "policies": ("off", "smart", "chain"),
     "batch_sizes": (1, 4, 16),
     "limit": 8,
     "max_tokens": 64,
     "time_limit": 100.0,
 }
-PRESETS = {"quick": QUICK}
 FILES = ("draft",)  # of options that are texts, those that may name a folder
 REPEATED = {"policy_options": "policy-options", "method_options": "method-option"}
 
@@ -73,8 +70,7 @@ class BenchOptions:
     policies: names; policy_options: 'policy:name=value,...', once for each setting of a policy that
     is to run. method: drafter, or None for the model's default; draft: what it drafts with, a
     head's folder or a smaller model; method_options: its other options.
-    limit: prompts per task; skip: prompts of each task to pass over first; least_blocks: of each
-    task and batch size, prompts are used again where they are too few.
+    limit: prompts per task.
     time_limit: seconds over the whole run; what is measured by then is reported, marked as partial.
     json: a file for the results.
     quantization, activations, chat_template, trust_pickle: as `EngineArgs` takes them.
@@ -97,10 +93,8 @@ class BenchOptions:
     seed: int = 0
     json: Path | None = None
     device: str = "auto"
-    least_blocks: int = 1
     draft: str | None = None
     method_options: Mapping[str, Any] = field(default_factory=dict)
-    skip: int = 0
     quantization: str | None = None
     activations: str | None = None
     chat_template: str | None = None
@@ -111,14 +105,10 @@ class BenchOptions:
         if self.chat_template is not None:
             chat_template.read(self.chat_template)
         _at_least_one("batch_sizes", self.batch_sizes)
-        _at_least_one(
-            "limit, max_tokens, least_blocks", (self.limit, self.max_tokens, self.least_blocks)
-        )
+        _at_least_one("limit, max_tokens", (self.limit, self.max_tokens))
         unknown = [task for task in self.tasks if task not in TASKS]
         if unknown or not self.tasks:
             raise ConfigError(f"unknown task {''.join(unknown[:1])!r}; known: {', '.join(TASKS)}")
-        if self.skip < 0:
-            raise ConfigError(f"skip must not be negative, but is {self.skip}")
         if self.time_limit is not None and self.time_limit <= 0:
             raise ConfigError(f"time_limit must be positive, not {self.time_limit}")
         check_outputs((self.json,))

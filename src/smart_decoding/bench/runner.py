@@ -33,10 +33,7 @@ def run(options: BenchOptions, kind: Callable[..., Bench] | None = None) -> dict
     Bench with further contestants.
 
     Raises CapacityError if the time limit was too short for a single cycle, and what LLM raises."""
-    texts = {
-        task: load_task(task, options.skip + options.limit)[options.skip :]
-        for task in options.tasks
-    }
+    texts = {task: load_task(task, options.limit) for task in options.tasks}
     llm = load(options)
     bench = (kind or Bench)(options, llm, encode(llm, texts, options))
     limit = options.time_limit
@@ -116,7 +113,7 @@ class Bench:
         found = self.begun(name)
         made = self.made(contestants)
         made[AGAIN] = self.llm.sharing_weights(False)
-        cycles = sum(1 for _ in cycles_of(self.prompts, batch_size, self.options.least_blocks))
+        cycles = sum(1 for _ in cycles_of(self.prompts, batch_size))
         try:
             with _bar(cycles, name, found) as bar:
                 measure(
@@ -126,7 +123,6 @@ class Bench:
                     deadline,
                     bar.update,
                     into=found,
-                    least_blocks=self.options.least_blocks,
                 )
         except CapacityError as error:
             print(f"smart: batch {batch_size}: {error}", file=sys.stderr)

@@ -5,15 +5,13 @@ from __future__ import annotations
 import argparse
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 from smart_decoding.bench import report
-from smart_decoding.bench.options import PRESETS, BenchOptions, parse_setting
+from smart_decoding.bench.options import QUICK, BenchOptions
 from smart_decoding.bench.provenance import write_json
 from smart_decoding.cli.arguments import (
     ALLOW_SLOW,
     THREADS,
-    Gone,
     add_options,
     whole_numbers,
     words,
@@ -32,33 +30,15 @@ from smart_decoding.cli.model_options import (
 )
 from smart_decoding.cli.run import show_steps
 
-MOVED = (
-    "--tune-eagle2",
-    "--tune-paper",
-    "--record",
-    "--resume",
-)
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `smart bench`, and those that are gone, which say where they went."""
-    add_common_arguments(parser)
-    where = "is now an option of `python -m smart_lab bench`, in a clone (docs/bench.md)"
-    for name in MOVED:
-        parser.add_argument(name, nargs="?", action=Gone, const=where, help=argparse.SUPPRESS)
+    """The options of `smart bench`.
 
-
-def add_common_arguments(parser: argparse.ArgumentParser) -> Any:
-    """What the laboratory's `bench` has, too; returns the group of presets.
-
-    What is not given stays unset: a preset's value counts then, or BenchOptions'.
+    What is not given stays unset: the value of `--quick` counts then, or BenchOptions'.
     """
     parser.argument_default = argparse.SUPPRESS
     default = BenchOptions()
-    preset = parser.add_mutually_exclusive_group()
-    preset.add_argument(
-        "--quick", dest="preset", action="store_const", const="quick", help="within three minutes"
-    )
+    parser.add_argument("--quick", action="store_true", help="within three minutes")
     _what_runs(parser, default)
     _what_is_measured(parser, default)
     add = parser.add_argument
@@ -69,7 +49,6 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> Any:
         help="report what was measured by then, marked as partial",
     )
     add("--json", type=Path, metavar="FILE", help="write the results there, whole or not at all")
-    return preset
 
 
 def _what_runs(parser: argparse.ArgumentParser, default: BenchOptions) -> None:
@@ -95,33 +74,20 @@ def _what_is_measured(parser: argparse.ArgumentParser, default: BenchOptions) ->
     add("--batch-sizes", type=whole_numbers, metavar="1,4")
     add("--tasks", type=words, metavar="A,B", help="code, maths, general (all by default)")
     add("--limit", type=int, help=f"prompts per task (default: {default.limit})")
-    add(
-        "--least-blocks",
-        type=int,
-        metavar="N",
-        help="measure at least so many blocks of each task, used again "
-        "where a batch needs more than there are (default: 1)",
-    )
-    add("--skip", type=int, metavar="N", help="pass over the first N prompts of each task")
     add("--max-tokens", type=int, help=f"tokens per answer (default: {default.max_tokens})")
     add("--temperature", type=float, help="0, the default, is greedy")
     add("--seed", type=int)
 
 
 def options_of(args: argparse.Namespace, kind: type[BenchOptions] = BenchOptions) -> BenchOptions:
-    """What was asked for, over the preset, over the defaults. Of a preset's settings those count
-    whose policies are asked for."""
+    """What was asked for, over what `--quick` sets, over the defaults."""
     names = {field.name for field in fields(kind)}
     given = {name: value for name, value in vars(args).items() if name in names}
     given = {name: value for name, value in given.items() if value is not None}
     if args.method_option:
         given["method_options"] = once_each(args.method_option)
-    preset = dict(PRESETS.get(getattr(args, "preset", ""), {}))
-    if "policies" in given and "policy_options" in preset:
-        settings = preset["policy_options"]
-        chosen = [text for text in settings if parse_setting(text).policy in given["policies"]]
-        preset["policy_options"] = tuple(chosen)
-    return kind(**{**preset, **given})
+    quick = QUICK if "quick" in args else {}
+    return kind(**{**quick, **given})
 
 
 def main(args: argparse.Namespace) -> int:

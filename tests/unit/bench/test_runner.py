@@ -8,7 +8,6 @@ import pytest
 import worlds
 
 from smart_decoding.bench import report, runner
-from smart_decoding.bench.cycles import affordable
 from smart_decoding.bench.options import BenchOptions, parse_setting
 from smart_decoding.bench.provenance import provenance, write_json
 from smart_decoding.bench.results import Results, short_names
@@ -361,86 +360,14 @@ def test_what_is_no_list_of_numbers_is_said(words, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_the_preset_fills_in_what_is_not_given():
+def test_quick_fills_in_what_is_not_given():
     quick = asked_by("--quick")
     assert quick.time_limit <= 150
     assert 1 in quick.batch_sizes
     assert asked_by("--limit 3 --quick --batch-sizes 1,4").batch_sizes == (1, 4)
+    assert [arm.label for arm in asked_by("--quick --policies off,smart").arms] == ["off", "smart"]
     assert asked_by("") == BenchOptions()
     assert asked_by("--method ngram --method-option longest=4").method_options == {"longest": 4}
-
-
-def test_a_presets_settings_are_of_the_policies_that_are_asked_for():
-    assert [arm.policy for arm in asked_by("--quick --policies off,smart").arms] == ["off", "smart"]
-    (_, eagle) = asked_by("--quick --policies eagle2").arms
-    assert eagle.options["total_tokens"] == 60
-    with pytest.raises(ConfigError, match="options are given for policy 'paper'"):
-        asked_by("--quick --policies off,smart --policy-options paper:alpha=1.0")
-
-
-def test_a_batch_size_is_kept_without_who_is_too_slow_for_it(capsys):
-    clock = worlds.Clock()
-    engines = {
-        "off": worlds.engine(clock),
-        "smart": worlds.engine(clock),
-        "eagle2": worlds.engine(clock, "eagle2", worlds.RuleDrafter(clock, False, 50.0)),
-    }
-    tasks = {"code": worlds.prompts(count=4, tokens=20)}
-    found = measure(engines, tasks, 2, clock() + 2000.0, clock=clock)
-    assert {label for cycle in found.cycles for label in cycle} == {"off", "smart"}
-    assert not found.partial
-    assert "batch 2: eagle2 is left out: no time for a block of it" in capsys.readouterr().err
-    kept = measure(engines, tasks, 2, clock() + 90_000.0, clock=clock)
-    assert {label for cycle in kept.cycles for label in cycle} == set(engines)
-
-
-def test_plain_decoding_and_smart_are_measured_however_little_time_there_is():
-    blocks = {"off": 20.0, "smart": 10.0, "paper": 15.0, "eagle2": 90.0}
-    assert affordable(blocks, 135.0) == list(blocks)
-    assert affordable(blocks, 134.0) == ["off", "smart", "paper"]
-    assert affordable(blocks, 1.0) == ["off", "smart"]
-
-
-@pytest.mark.parametrize("words", ["--tune-eagle2 3", "--record f", "--resume f"])
-def test_what_the_laboratory_has_now_is_named(words, capsys):
-    with pytest.raises(SystemExit):
-        asked_by(words)
-    assert (
-        f"{words.split()[0]} is now an option of `python -m smart_lab bench`"
-        in capsys.readouterr().err
-    )
-
-
-def test_prompts_are_used_again_where_a_batch_is_large():
-    tasks = {"code": worlds.prompts("code", 6), "maths": worlds.prompts("maths", 4, 6)}
-    blocks = list(cycles_of(tasks, 4, least=5))
-    code = [tuple(p.index for p in chunk) for chunk, _ in blocks if chunk[0].task == "code"]
-    assert len(code) == 6
-    assert len(set(code)) > 3
-    assert sum(len(chunk) for chunk in code) == 18
-    for chunk, fillers in blocks:
-        assert not {p.index for p in chunk} & {p.index for p in fillers}
-    assert len(list(cycles_of(tasks, 4))) == 3
-    assert not list(cycles_of({}, 4, least=5))
-
-
-def test_a_slow_contestant_runs_in_few_cycles_and_is_paired_with_its_own(world):
-    clock, engines, tasks = world
-    engines["slow"] = worlds.engine(
-        clock, "chain", worlds.RuleDrafter(clock, good=False, seconds=8.0), length=1
-    )
-    measured = measure(engines, tasks, 1, clock=clock)
-    shown = ["slow" in cycle for cycle in measured.cycles]
-    assert shown == [
-        i // len(tasks) % 3 == 0 for i in range(9)
-    ]  # nine times as slow: every third turn over the tasks
-    (run,) = (
-        r
-        for r in rows_of(measured, 1, worlds.options())
-        if (r["policy"], r["task"]) == ("slow", "all")
-    )
-    assert run["blocks"] == sum(shown)
-    assert run["speedup"] == pytest.approx(1 / 9, rel=0.02)
 
 
 def test_what_slows_the_machine_for_a_while_slows_all_contestants(world):
@@ -472,18 +399,6 @@ def test_a_run_without_memory_says_so():
     engines["off"].pool.take(engines["off"].pool.available - 1)
     with pytest.raises(CapacityError, match="KV memory of this run is too small"):
         measure(engines, {"code": worlds.prompts()}, 2, clock=clock)
-
-
-def test_noise_and_slow_contestants_meet_every_task(world):
-    clock, engines, tasks = world
-    engines["slow"] = worlds.engine(
-        clock, "chain", worlds.RuleDrafter(clock, good=False, seconds=8.0), length=1
-    )
-    measured = measure(engines, tasks, 1, clock=clock)
-    slow = {
-        block.task for cycle in measured.cycles for label, block in cycle.items() if label == "slow"
-    }
-    assert slow == {again.task for again, _ in measured.again} == set(tasks)
 
 
 def test_a_pickled_model_without_a_template_can_be_measured(

@@ -16,15 +16,15 @@ LABELS = ["off", "smart", "chain"]
 
 def test_each_contestant_begins_as_often_on_each_task() -> None:
     for task in range(2):
-        begins = Counter(_due(LABELS, [], turn, task)[0] for turn in range(6))
+        begins = Counter(_due(LABELS, turn, task)[0] for turn in range(6))
         assert begins == dict.fromkeys(LABELS, 2)
-    assert all(sorted(_due(LABELS, [], turn, 0)) == sorted(LABELS) for turn in range(3))
+    assert all(sorted(_due(LABELS, turn, 0)) == sorted(LABELS) for turn in range(3))
 
 
 def test_the_baseline_runs_twice_in_every_third_cycle_of_each_task() -> None:
     labels = ["off", AGAIN]
     for task in range(3):
-        assert sum(AGAIN in _due(labels, [], turn, task) for turn in range(6)) == 2
+        assert sum(AGAIN in _due(labels, turn, task) for turn in range(6)) == 2
 
 
 def test_every_other_turn_goes_the_other_way() -> None:
