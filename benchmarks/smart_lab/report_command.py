@@ -1,6 +1,6 @@
-"""`python -m smart_lab report`: pictures of what `bench --json` measured, without measuring again.
+"""`python -m smart_lab report`: a picture of what `bench --json` measured, without measuring again.
 
-Needed by docs/results.md, whose pictures it draws.
+Needed by docs/results.md, one of whose pictures it draws.
 """
 
 from __future__ import annotations
@@ -9,30 +9,25 @@ import argparse
 from pathlib import Path
 
 from smart_decoding.errors import ConfigError
-from smart_lab.figures import figures
-from smart_lab.plots import EXTRA, can_draw, write_plots
+from smart_lab.plots import EXTRA, can_draw, write_plot
 from smart_lab.results import LabResults
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The results to draw, and where the pictures go."""
+    """The results to draw, and where the picture goes."""
     parser.add_argument("results", type=Path, metavar="RESULTS.json", help="from bench --json")
-    told = "write PNG plots there (needs the extra 'bench')"
+    told = "write speedup.png there (needs the extra 'bench')"
     parser.add_argument("--plots", type=Path, metavar="FOLDER", required=True, help=told)
 
 
 def main(args: argparse.Namespace) -> int:
-    """Draws the figures, says where they are, and which lack data. Raises SmartError for what a
-    user can mend."""
+    """Draws the figure and says where it is. Raises SmartError for what a user can mend."""
     folder = args.plots
     if not folder.parent.is_dir() or (folder.exists() and not folder.is_dir()):
         raise ConfigError(f"{folder} cannot be made: it must be a folder in an existing folder")
     if not can_draw():
         raise ConfigError(f"plots need matplotlib: {EXTRA}")
-    found = figures(LabResults.read(args.results))
-    for path in write_plots(found, folder):
-        print(f"wrote {path}")
-    for figure in found:
-        if figure.missing:
-            print(f"not drawn, {figure.key}: {figure.missing}")
+    path = folder / "speedup.png"
+    write_plot(LabResults.read(args.results), path)
+    print(f"wrote {path}")
     return 0

@@ -8,21 +8,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from smart_decoding.bench.results import Results, Run, mapping, originals
+from smart_decoding.bench.results import Results, Run, mapping
 from smart_decoding.bench.summary import POOLED
-from smart_decoding.core.cost import CostModel
 from smart_decoding.errors import ConfigError
 
 
-@dataclass(frozen=True)
 class LabResults(Results):
-    """cost: the measured profile, if the file has one."""
-
-    cost: CostModel | None = None
+    """Results that a file has."""
 
     @classmethod
     def from_dict(cls, data: Any, source: str = "the results") -> Self:
@@ -31,19 +26,13 @@ class LabResults(Results):
         if not isinstance(data, Mapping) or not isinstance(data.get("runs"), Sequence):
             raise none
         runs = checked_runs(data["runs"], source)
-        found = cls(
-            provenance=mapping(data.get("provenance")),
-            runs=originals(runs),
-            copies=[run for run in runs if "copy_of" in run],
-            cost=_cost(data.get("cost")),
-        )
         if not runs:
             raise none
         if not any(run["task"] == POOLED for run in runs):
             raise ConfigError(
                 f"{source} has no runs of the task {POOLED!r}, which pools the others"
             )
-        return found
+        return cls(mapping(data.get("provenance")), runs)
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -72,10 +61,3 @@ def checked_runs(value: Any, source: str) -> Sequence[Run]:
         if "speedup" not in run:
             raise ConfigError(f"{source}: a run has no 'speedup'")
     return runs
-
-
-def _cost(state: Any) -> CostModel | None:
-    try:
-        return CostModel.from_dict(state) if isinstance(state, Mapping) else None
-    except (KeyError, TypeError, ValueError, AttributeError):
-        return None

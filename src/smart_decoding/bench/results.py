@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
-from smart_decoding.bench.options import BASELINE
+from smart_decoding.bench.options import BASELINE, OURS
 from smart_decoding.bench.sections import number
 from smart_decoding.bench.summary import POOLED
 
@@ -43,6 +43,12 @@ class Results:
     def contestants(self) -> list[Run]:
         """The pooled runs but the baseline's."""
         return [run for run in self.pooled if run["policy"] != BASELINE]
+
+    @property
+    def policies(self) -> list[str]:
+        """All but the baseline; `smart` first, so that it always has the same colour."""
+        found = dict.fromkeys(run["policy"] for run in self.contestants)
+        return sorted(found, key=lambda policy: policy != OURS)
 
     @property
     def batch_sizes(self) -> list[int]:

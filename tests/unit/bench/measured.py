@@ -4,15 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-COST = {
-    "verify": {"1": [[1, 4, 16], [0.010, 0.012, 0.030]], "4": [[4, 16, 64], [0.012, 0.030, 0.100]]},
-    "draft": [[1, 8], [0.001, 0.002]],
-    "row_token": 0.0,
-    "sequence_token": 0.0,
-    "draft_token": 0.0,
-    "overhead_seconds": 0.0,
-}
-BINS = {"predicted": [0.05, 0.55], "chosen": [0.04, 0.36], "count": [300.0, 100.0]}
 FIXED_LONG = "eagle2(depth=5,top_k=10,total_tokens=60)"
 
 
@@ -38,9 +29,6 @@ def run_of(
         "speedup_high": high,
         "tokens_per_round": 1.5,
         "rows_per_round": 4.0 * batch,
-        "levels_per_round": 2.0,
-        "verify_ms": 13.0,
-        "context_tokens": 200.0,
         "partial": False,
         **more,
     }
@@ -52,17 +40,11 @@ def results() -> dict[str, Any]:
         noise = {"noise": 1.01, "noise_low": 0.97, "noise_high": 1.04, "noise_pairs": 4}
         for task in ("code", "all"):
             runs.append(run_of("off", batch, task, 1.0, 1.0, 1.0, **noise))
-    reliability = {"draft": BINS, "calibrated": {**BINS, "chosen": [0.05, 0.55]}}
     for task in ("code", "all"):
-        more = (
-            {"row_counts": {"1": 2, "4": 10, "9": 3}, "reliability": reliability}
-            if task == "all"
-            else {}
-        )
         over = {"smart_over": 0.95, "smart_over_low": 0.91, "smart_over_high": 0.99}
         runs.append(run_of(FIXED_LONG, 1, task, 1.31, 1.2, 1.4, **over))
         runs.append(run_of(FIXED_LONG, 4, task, 0.62, 0.58, 0.66))
-        runs.append(run_of("smart", 1, task, 1.25, 1.15, 1.35, **more))
+        runs.append(run_of("smart", 1, task, 1.25, 1.15, 1.35))
     runs.append(run_of("smart", 4, "code", 0.9, 0.0, None))
     runs.append(run_of("smart", 4, "all", 0.99, 0.9, 1.07, partial=True))
     origin = {
@@ -72,16 +54,11 @@ def results() -> dict[str, Any]:
         "weights": {"model": "tiny"},
         "time": "2026-11-24T18:49:56+00:00",
     }
-    return {"provenance": origin, "runs": runs, "cost": COST}
+    return {"provenance": origin, "runs": runs}
 
 
 ODD = [
-    {"cost": {"verify": "?"}},
-    {"cost": []},
     {"provenance": 3},
-    {"reliability": {"draft": {}, "calibrated": 1}},
-    {"row_counts": {"many": 1}},
-    {"row_counts": [1]},
     {"speedup": None},
     {"rows_per_round": None},
     {"tokens_per_round": "?"},
