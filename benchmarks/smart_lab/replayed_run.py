@@ -286,7 +286,7 @@ class Replay:
         with tqdm(desc=f"replayed acceptance, batch {size}", unit="cycle", leave=False) as bar:
             deadline = None if seconds is None else time.perf_counter() + seconds
             found = measure(engines, prompts, size, deadline, bar.update)
-        return rows_of(found, size, self.options)
+        return rows_of(found, size, self.options.seed)
 
     def ways(self, size: int, seconds: float) -> dict[str, Any]:
         """How much faster `smart` is where the device chooses what levels expand than where the
@@ -302,7 +302,7 @@ class Replay:
         answers = self.trace.recording.answers
         prompts = self.prompts([i % len(answers) for i in range(max(len(answers), 2 * size))])
         found = measure(engines, prompts, size, time.perf_counter() + seconds)
-        runs = rows_of(found, size, self.options)
+        runs = rows_of(found, size, self.options.seed)
         run = next(run for run in runs if run["policy"] == OURS and run["task"] == POOLED)
         names = ("batch_size", "speedup", "speedup_low", "speedup_high", "identical")
         return {name: run[name] for name in names}

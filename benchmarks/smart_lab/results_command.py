@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from smart_decoding.bench import report
 from smart_decoding.bench.provenance import write_text
 from smart_decoding.bench.results import mapping
 from smart_decoding.bench.sections import Cell, RatioCell, Section, text_of
@@ -147,9 +146,8 @@ def tables_of(data: Mapping[str, Any]) -> list[str]:
     if "llama_cpp" in data:
         found += tables.gguf(data)
     elif data.get("runs"):
-        results = LabResults.from_dict(data)
-        found += [tables.by_batch(results.runs), tables.tuned(results.runs)]
-        found += report.over(results)
+        runs = LabResults.from_dict(data).runs
+        found += [tables.by_batch(runs), tables.tuned(runs), tables.over(runs)]
     if data.get("robustness"):
         found.append(tables.robust(data["robustness"]))
     if data.get("busy"):

@@ -13,19 +13,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 import smart_decoding
 from smart_decoding.bench.blocks import Answer, Block, Counts
 from smart_decoding.bench.cycles import Measurement
 from smart_decoding.bench.provenance import commit, hardware, versions, write_text
-from smart_decoding.bench.reliability import Reliability
 from smart_decoding.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -150,15 +147,11 @@ def plain_block(block: Block) -> dict[str, Any]:
         "answers": {index: asdict(answer) for index, answer in block.answers.items()},
         "total_tokens": block.total_tokens,
         "total_seconds": block.total_seconds,
-        "row_counts": dict(block.row_counts),
-        "level_counts": dict(block.level_counts),
-        "reliability": [block.reliability.draft.tolist(), block.reliability.calibrated.tolist()],
     }
 
 
 def block_of(kept: Mapping[str, Any]) -> Block:
     """The inverse of `plain_block`."""
-    draft, calibrated = (np.array(part) for part in kept["reliability"])
     return Block(
         kept["task"],
         kept["batch_size"],
@@ -166,9 +159,6 @@ def block_of(kept: Mapping[str, Any]) -> Block:
         {int(index): Answer(**answer) for index, answer in kept["answers"].items()},
         kept["total_tokens"],
         kept["total_seconds"],
-        Counter({int(n): count for n, count in kept["row_counts"].items()}),
-        Counter({int(n): count for n, count in kept["level_counts"].items()}),
-        Reliability(draft, calibrated),
     )
 
 

@@ -76,6 +76,23 @@ def tuned(runs: Sequence[Run]) -> Section:
     return Section("Tuned settings", head=head, rows=rows)
 
 
+def over(runs: Sequence[Run]) -> Section:
+    """`smart` beside each other contestant, block by block; and by replay, where that was asked
+    for."""
+    rows = [
+        (
+            run["policy"],
+            str(run["batch_size"]),
+            ratio_cell(run, "smart_over"),
+            said(run, "smart_policy_over", 2),
+        )
+        for run in runs
+        if run["task"] == POOLED and run.get("smart_over") is not None
+    ]
+    head = ("contestant", "batch", "`smart` over it", "by replay")
+    return Section("Beside every other contestant", head=head, rows=rows)
+
+
 def robust(rows: Sequence[Run]) -> Section:
     """Bad heads, prompts, neighbours and profiles."""
     cells = [

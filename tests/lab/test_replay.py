@@ -83,19 +83,13 @@ def test_a_replay_equals_the_live_run(recording, setting):
     live = worlds.engine(
         clock, "eagle2", worlds.RuleDrafter(clock, True, LEVEL, LEVEL_ROW), target, **options
     )
-    tokens, seconds, rounds, rows, levels = 0.0, 0.0, 0, 0, 0
+    counts = Counts()
     for prompt in worlds.prompts(count=4, tokens=30):
-        counts = run_block(live, [prompt], [], 1, clock).counts
-        tokens, seconds, rounds = (
-            tokens + counts.tokens,
-            seconds + counts.seconds,
-            rounds + counts.rounds,
-        )
-        rows, levels = rows + counts.rows, levels + counts.levels
+        counts += run_block(live, [prompt], [], 1, clock).counts
     found = replay(make_policy("eagle2", **options), recording, COST, 1)
-    assert (found.tokens, found.rounds, found.missing) == (tokens, rounds, 0)
-    assert (found.rows, found.levels) == (rows, levels)
-    assert found.seconds == pytest.approx(seconds)
+    assert (found.tokens, found.rounds, found.missing) == (counts.tokens, counts.rounds, 0)
+    assert found.rows == counts.rows
+    assert found.seconds == pytest.approx(counts.seconds)  # of all levels, too
 
 
 class Wrong(FreeDrafter):

@@ -69,8 +69,6 @@ def test_tokens_and_rounds_are_those_of_a_replay(folder):
     assert run["tokens_per_round"] == pytest.approx(found.tokens_per_round, rel=0.03)
     assert run["tokens_per_round"] > 1.3
     assert run["rows_per_round"] > 4
-    assert run["verify_ms"] > 0
-    assert run["draft_ms"] > 0
 
 
 def test_answers_are_the_recorded_ones_under_every_policy(folder):

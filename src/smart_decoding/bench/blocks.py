@@ -12,13 +12,10 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from smart_decoding.bench.reliability import Reliability
-from smart_decoding.core.policies.statistics import shape_of
 from smart_decoding.errors import CapacityError
 
 if TYPE_CHECKING:
@@ -42,15 +39,11 @@ class Prompt:
 
 @dataclass(slots=True)
 class Answer:
-    """A finished answer. tokens: ids, a loop cut off; looped: ids that were cut; ttft, tpot:
-    seconds (tpot NaN for an answer of one token); vision: seconds of the vision tower, which are
-    part of ttft."""
+    """A finished answer. tokens: ids, a loop cut off; tpot: seconds per token behind the first,
+    NaN for an answer of one token."""
 
     tokens: list[int]
-    looped: int
-    ttft: float
     tpot: float
-    vision: float = 0.0
 
 
 @dataclass(slots=True)
@@ -58,8 +51,7 @@ class Counts:
     """Sums over the counted rounds of a block; tokens and seconds are less than all where a request
     was in a loop.
 
-    off, chains, trees: rounds that drafted nothing, and what others verified; verify_seconds: of
-    the verifying forwards, sampling included; context: mean KV tokens of a request, per round."""
+    off: rounds that drafted nothing."""
 
     tokens: float = 0.0
     seconds: float = 0.0
@@ -68,14 +60,7 @@ class Counts:
     rounds: int = 0
     emitted: int = 0
     rows: int = 0
-    wasted: int = 0
     off: int = 0
-    chains: int = 0
-    trees: int = 0
-    levels: int = 0
-    verify_seconds: float = 0.0
-    draft_seconds: float = 0.0
-    context: float = 0.0
 
     def __add__(self, other: Counts) -> Counts:
         return Counts(*(getattr(self, name) + getattr(other, name) for name in self.__slots__))
@@ -84,8 +69,7 @@ class Counts:
 @dataclass(slots=True)
 class Block:
     """One block of one arm. answers: prompt index -> answer; total_tokens and total_seconds: end to
-    end, prompts and all rounds included; row_counts, level_counts: rows or drafted levels ->
-    counted rounds that had so many."""
+    end, prompts and all rounds included."""
 
     task: str
     batch_size: int
@@ -93,14 +77,16 @@ class Block:
     answers: dict[int, Answer] = field(default_factory=dict)
     total_tokens: int = 0
     total_seconds: float = 0.0
-    row_counts: Counter[int] = field(default_factory=Counter)
-    level_counts: Counter[int] = field(default_factory=Counter)
-    reliability: Reliability = field(default_factory=Reliability)
 
     @property
     def tokens_per_s(self) -> float:
         """Decode-only throughput; NaN if no round was counted."""
         return self.counts.tokens / self.counts.seconds if self.counts.seconds > 0 else float("nan")
+
+    @property
+    def overall_tokens_per_s(self) -> float:
+        """End to end; NaN for an empty block."""
+        return self.total_tokens / self.total_seconds if self.total_seconds > 0 else float("nan")
 
 
 @dataclass(slots=True)
@@ -116,7 +102,6 @@ class _Note:
 class _Times:
     """Of an answer, in seconds of its block."""
 
-    arrival: float
     first: float | None = None
     finished: float | None = None
 
@@ -157,10 +142,10 @@ def rounds_of(
     seconds = 0.0  # of the block so far
     try:
         while not queue.done:
-            if pictures:  # so that each arm's times to the first token hold the tower's
+            if pictures:  # so that each arm runs the tower
                 engine.target.forget_pictures()
             started = clock()
-            queue.fill(seconds)
+            queue.fill()
             note, new = queue.step()
             total += new
             if _counts(note.record, batch_size):
@@ -171,7 +156,8 @@ def rounds_of(
     finally:
         queue.abort()
     answers = {index: _answer(*measured) for index, measured in queue.measured.items()}
-    return _accounted(Block(prompts[0].task, batch_size, Counts(), answers, total, seconds), notes)
+    counts = sum((_settled(note) for note in notes), Counts())
+    return Block(prompts[0].task, batch_size, counts, answers, total, seconds)
 
 
 class _Queue:
@@ -194,7 +180,7 @@ class _Queue:
         started = len(self.measured) == self._count
         return started and all(request.finished for request, _ in self.measured.values())
 
-    def fill(self, now: float) -> None:
+    def fill(self) -> None:
         """Starts the next prompts where places are free."""
         while len(self.running) < self._batch_size:
             prompt = next(self._prompts)
@@ -202,7 +188,7 @@ class _Queue:
             (request,) = self._engine.add_request(name, prompt.tokens, prompt.params, prompt.media)
             self.running.append(request)
             if len(self.measured) < self._count:
-                self.measured[prompt.index] = request, _Times(now)
+                self.measured[prompt.index] = request, _Times()
 
     def step(self) -> tuple[_Note, int]:
         """A round, and its new tokens. Raises CapacityError if there was none."""
@@ -231,15 +217,6 @@ class _Queue:
             self._engine.abort(request.id)
 
 
-def _accounted(block: Block, notes: Sequence[_Note]) -> Block:
-    block.counts = sum((_settled(note) for note in notes), Counts())
-    for done in (note.record.round for note in notes):
-        block.row_counts[done.verify_rows] += 1
-        block.level_counts[len(done.level_widths)] += 1
-        block.reliability.add(done)
-    return block
-
-
 def _counts(record: RoundRecord, batch_size: int) -> bool:
     return record.round.batch.size == batch_size and record.round.batch.prefill_rows == 0
 
@@ -247,7 +224,16 @@ def _counts(record: RoundRecord, batch_size: int) -> bool:
 def _settled(note: _Note) -> Counts:
     """The round's figures once all loops are known: requests past their loop's start lose their
     share."""
-    counts = _figures(note.record)
+    record = note.record
+    done = record.round
+    counts = Counts(
+        round_seconds=record.seconds,
+        controller_seconds=record.controller_seconds,
+        rounds=1,
+        emitted=record.emitted,
+        rows=done.verify_rows,
+        off=int(done.rule is None or not len(done.trees)),
+    )
     share = 1.0 / len(note.spans)
     for request, before, after in note.spans:
         end = request.stop.loop_start
@@ -258,38 +244,10 @@ def _settled(note: _Note) -> Counts:
     return counts
 
 
-def _figures(record: RoundRecord) -> Counts:
-    done = record.round
-    accepted = sum(len(path) for path in record.acceptance.path) if record.acceptance else 0
-    drafted = done.rule is not None and len(done.trees) > 0
-    shape = shape_of(done.trees, done.kept)
-    return Counts(
-        round_seconds=record.seconds,
-        controller_seconds=record.controller_seconds,
-        rounds=1,
-        emitted=record.emitted,
-        rows=done.verify_rows,
-        wasted=len(done.kept) - accepted,
-        off=int(not drafted),
-        chains=int(shape == "chain"),
-        trees=int(shape == "tree"),
-        levels=len(done.level_widths),
-        verify_seconds=done.verify_seconds,
-        draft_seconds=record.draft_seconds,
-        context=done.batch.mean_context,
-    )
-
-
 def _answer(request: Request, times: _Times) -> Answer:
     ids = list(request.output)
-    end = request.stop.loop_start
-    kept = ids if end is None else ids[:end]
-    first = times.first or times.arrival
-    spent = (times.finished or first) - first
-    return Answer(
-        kept,
-        len(ids) - len(kept),
-        first - times.arrival,
-        spent / (len(ids) - 1) if len(ids) > 1 else float("nan"),
-        request.metrics.vision_seconds,
-    )
+    if len(ids) > 1 and times.first is not None and times.finished is not None:
+        tpot = (times.finished - times.first) / (len(ids) - 1)
+    else:
+        tpot = float("nan")
+    return Answer(ids[: request.stop.loop_start], tpot)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from smart_decoding.bench.blocks import Block, Prompt, rounds_of, run_block
-from smart_decoding.bench.options import BASELINE, OURS, BenchOptions
+from smart_decoding.bench.options import BASELINE, OURS
 from smart_decoding.bench.summary import noise, smart_over, summarise
 from smart_decoding.errors import CapacityError
 
@@ -143,57 +143,26 @@ def cycles_of(
                 yield chunk, [*of_task[start + batch_size :], *of_task[:start]]
 
 
-def rows_of(measured: Measurement, batch_size: int, options: BenchOptions) -> list[dict[str, Any]]:
+def rows_of(measured: Measurement, batch_size: int, seed: int = 0) -> list[dict[str, Any]]:
     """The runs of one batch size. Raises CapacityError if no cycle was completed."""
-    if not measured.cycles:
+    cycles = measured.cycles
+    if not cycles:
         raise CapacityError(
             f"the time limit was too short for one block of every policy at batch size {batch_size}"
         )
+    shared = {"batch_size": batch_size, "partial": measured.partial}
     rows: list[dict[str, Any]] = []
-    cycles = measured.cycles
-    copies = copies_in(cycles)
     for label in cycles[0]:
         pairs = [(cycle[label], cycle[BASELINE]) for cycle in cycles]
-        both = [(cycle[OURS], cycle[label]) for cycle in cycles if OURS in cycle]
-        ours = smart_over(both, options.seed) if label not in (OURS, BASELINE) else {}
-        extra = noise(measured.again, options.seed) if label == BASELINE else {}
-        for figures in summarise(pairs, options.seed):
-            shared = {
-                "policy": label,
-                "batch_size": batch_size,
-                "task": figures["task"],
-                "dtype": options.dtype,
-                "temperature": options.temperature,
-            }
-            compared = ours.get(figures["task"], {}) if both else {}
-            partial = {"partial": measured.partial}
-            copy = {"copy_of": copies[label]} if label in copies else {}
-            rows.append({**shared, **figures, **compared, **partial, **extra, **copy})
+        extra = noise(measured.again, seed) if label == BASELINE else {}
+        compared: dict[str, dict[str, Any]] = {}
+        if OURS in cycles[0] and label not in (OURS, BASELINE):
+            both = [(cycle[OURS], cycle[label]) for cycle in cycles]
+            compared = smart_over(both, seed)
+        for figures in summarise(pairs, seed):
+            ours = compared.get(figures["task"], {})
+            rows.append({"policy": label, **shared, **figures, **ours, **extra})
     return rows
-
-
-def copies_in(cycles: Sequence[Mapping[str, Block]]) -> dict[str, str]:
-    """Contestant -> an earlier one that drafted and verified the same in every cycle: the same
-    setting in other words, whose distance in speed is noise."""
-    originals: dict[str, str] = {}
-    for label in cycles[0]:
-        if label in (BASELINE, OURS):
-            continue
-        first = (other for other in originals.values() if _same_trees(cycles, label, other))
-        originals[label] = next(first, label)
-    return {label: first for label, first in originals.items() if label != first}
-
-
-def _same_trees(cycles: Sequence[Mapping[str, Block]], label: str, other: str) -> bool:
-    """Whether both had rounds of the same rows, levels and tokens, drafting in some of them."""
-    both = [(cycle[label], cycle[other]) for cycle in cycles]
-    same = all(
-        a.row_counts == b.row_counts
-        and a.level_counts == b.level_counts
-        and a.counts.emitted == b.counts.emitted
-        for a, b in both
-    )
-    return same and any(a.counts.levels for a, _ in both)
 
 
 def _warm_up(engine: Engine, prompts: Prompts, batch_size: int, clock: Callable[[], float]) -> None:

@@ -101,7 +101,7 @@ class Bench:
                 print(f"smart: batch {batch_size} {told}", file=sys.stderr)
                 continue
             settings = {arm.label: _setting(arm) for arm in contestants if arm.name}
-            of_size = rows_of(found, batch_size, options)
+            of_size = rows_of(found, batch_size, options.seed)
             runs += [run | settings.get(run["policy"], {}) for run in of_size]
         return runs
 

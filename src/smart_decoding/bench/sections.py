@@ -91,11 +91,6 @@ def said(
     return UNKNOWN if value is None else f"{factor * value:.{digits}f}{unit}"
 
 
-def same_tokens(run: Mapping[str, Any]) -> str:
-    """Whether all answers were those of plain decoding."""
-    return "yes" if run.get("identical") else "NO"
-
-
 def number(run: Mapping[str, Any], name: str) -> float | None:
     """A finite number of a run, or None."""
     value = run.get(name)

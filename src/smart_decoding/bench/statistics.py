@@ -98,15 +98,3 @@ def _resample(strata: Sequence[str], resamples: int, rng: np.random.Generator) -
     if len(single):
         parts.append(rng.integers(0, len(strata), (resamples, len(single))))
     return np.concatenate(parts, axis=1)
-
-
-def differing(answers: Sequence[tuple[Sequence[int], Sequence[int]]]) -> tuple[int, int, int]:
-    """Of pairs of answers: how many differ, be it in length alone; of their common length, how many
-    tokens differ, and of how many."""
-    prompts = tokens = common = 0
-    for ours, theirs in answers:
-        unequal = sum(a != b for a, b in zip(ours, theirs, strict=False))
-        prompts += int(unequal > 0 or len(ours) != len(theirs))
-        tokens += unequal
-        common += min(len(ours), len(theirs))
-    return prompts, tokens, common

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.special import stdtrit
 
-from smart_decoding.bench.statistics import Pair, differing, paired_ratio, student_t
+from smart_decoding.bench.statistics import Pair, paired_ratio, student_t
 
 
 def test_equal_pairs_give_their_ratio_without_width():
@@ -74,12 +74,6 @@ def test_a_task_with_one_block_still_adds_variance():
     pairs = [Pair(2.0, 1.0, stratum="a"), Pair(1.0, 1.0, stratum="b")]
     ratio = paired_ratio(pairs)
     assert ratio.low < ratio.value < ratio.high
-
-
-def test_differing_tokens_are_counted_over_the_common_length():
-    answers = [([1, 2, 3], [1, 2, 3]), ([1, 9, 3, 4], [1, 2, 3]), ([5], [5, 6])]
-    assert differing(answers) == (2, 1, 7)
-    assert differing([([1], [1])]) == (0, 0, 1)
 
 
 @pytest.mark.parametrize("share", [0.9, 0.975, 0.99])

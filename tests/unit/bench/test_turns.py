@@ -44,7 +44,7 @@ def test_every_other_turn_goes_the_other_way() -> None:
 
 
 def block(task: str, tokens: int, seconds: float, tpots: list[float]) -> Block:
-    answers = {i: Answer([1] * 10, 0, 0.1, tpot) for i, tpot in enumerate(tpots)}
+    answers = {i: Answer([1] * 10, tpot) for i, tpot in enumerate(tpots)}
     counts = Counts(rounds=tokens, tokens=tokens, seconds=seconds)
     return Block(task, 1, counts, answers, tokens, 2 * seconds)
 

@@ -3,8 +3,6 @@ figures are exact."""
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import numpy as np
 
 from smart_decoding.bench.blocks import Prompt
@@ -133,7 +131,3 @@ def prompts(task="code", count=4, first=0, tokens=20, length=3):
         return Prompt(i, task, list(range(17 * i + 1, 17 * i + 1 + length)), params)
 
     return [prompt(i) for i in range(first, first + count)]
-
-
-def options(**given):
-    return SimpleNamespace(**{"dtype": "fp32", "temperature": 0.0, "seed": 0, **given})
