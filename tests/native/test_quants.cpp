@@ -24,7 +24,6 @@ const std::vector<Kind> KINDS = {
     {Q5_1, "Q5_1", 32, 24, {0, 2}},   {Q8_0, "Q8_0", 32, 34, {0}},
     {Q4_K, "Q4_K", 256, 144, {0, 2}}, {Q5_K, "Q5_K", 256, 176, {0, 2}},
     {Q6_K, "Q6_K", 256, 210, {208}},  {IQ4_NL, "IQ4_NL", 32, 18, {0}},
-    {Q4_Z, "Q4_Z", 32, 19, {0}},
 };
 
 float half(const uint8_t* p) {
@@ -65,8 +64,6 @@ Term term(int64_t format, const uint8_t* b, int i) {
             return {reference::from_bf16(uint16_t(b[2 * i] | b[2 * i + 1] << 8)), 1};
         case Q4_0:
             return {d, nibble(2) - 8};
-        case Q4_Z:
-            return {d, nibble(3), -(d * b[2])};
         case Q4_1:
             return {d, nibble(4), half(b + 2)};
         case Q5_0:
@@ -112,7 +109,6 @@ struct Rows8 {
                 at[where + 1] =
                     uint8_t(random.chance(0.1) ? random.of({0, 0x80})
                                                : random.between(0x18, 0x2c) | random.of({0, 0x80}));
-            if (kind.format == Q4_Z) at[2] = uint8_t(random.between(0, 16));
             for (int i = 0; kind.format == BF16_ROWS && i < kind.k; i++)
                 at[2 * i + 1] = uint8_t(random.between(0x3a, 0x3e) | random.of({0, 0x80}));
             for (int i = 0; i < kind.k; i++) {

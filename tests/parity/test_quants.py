@@ -1,4 +1,4 @@
-"""Quants of GGUF files and of GPTQ on the CPU kernels: the same bits as the expanded weights."""
+"""Quants of GGUF files on the CPU kernels: the same bits as the expanded weights."""
 
 from __future__ import annotations
 
@@ -30,28 +30,18 @@ HALVES = {"Q4_1": (0, 2), "Q5_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K"
 def quants(kind: str, n: int, seed: int = 0) -> QuantizedTensor:
     """Random blocks, their scales about 0.01."""
     rng = np.random.default_rng(seed)
-    size, count = (32, 19) if kind == "Q4_Z" else GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+    size, count = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
     blocks = rng.integers(0, 256, (n, K // size, count), dtype=np.uint8)
     for at in HALVES.get(kind, (0,)):
         halves = (rng.normal(size=(n, K // size, 1)) * 0.01).astype(np.float16)
         blocks[:, :, at : at + 2] = halves.view(np.uint8)
-    if kind == "Q4_Z":
-        blocks[:, :, 2] %= 17
     return QuantizedTensor(blocks.reshape(n, -1), kind, K)
 
 
 def floats_of(matrix: QuantizedTensor) -> torch.Tensor:
-    """The weights by the definition of their format; of Q4_Z as a sum of exact products, one of
-    which Q4_0 gives."""
-    if matrix.format != "Q4_Z":
-        floats = dequantize(matrix.rows, GGMLQuantizationType[matrix.format])
-        return torch.from_numpy(floats).bfloat16()
-    blocks = matrix.rows.reshape(len(matrix), -1, 19)
-    plain = np.delete(blocks, 2, axis=2).reshape(len(matrix), -1)
-    above_eight = dequantize(plain, GGMLQuantizationType.Q4_0).reshape(len(matrix), -1, 32)
-    scale = np.ascontiguousarray(blocks[:, :, :2]).view(np.float16).astype(np.float32)
-    floats = above_eight + scale * (8.0 - blocks[:, :, 2:3].astype(np.float32))
-    return torch.from_numpy(floats.reshape(len(matrix), K)).bfloat16()
+    """The weights by the definition of their format."""
+    floats = dequantize(matrix.rows, GGMLQuantizationType[matrix.format])
+    return torch.from_numpy(floats).bfloat16()
 
 
 def assert_same(found: weights.PackedWeight, wanted: torch.Tensor) -> None:
@@ -76,7 +66,7 @@ def test_products_are_those_of_expanded_weights(kind: str) -> None:
 
 def test_stacked_matrices_keep_their_formats() -> None:
     dense = torch.randn(32, K).bfloat16()
-    parts = [quants("Q4_K", 64), dense, quants("Q6_K", 32), quants("Q4_Z", 32)]
+    parts = [quants("Q4_K", 64), dense, quants("Q6_K", 32), quants("Q5_1", 32)]
     packed = pack(parts)
     assert packed.struct.strips
     assert packed.nbytes < 128 * K * 0.9 + 32 * K * 2

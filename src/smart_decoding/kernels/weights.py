@@ -19,12 +19,8 @@ from smart_decoding.kernels import abi, library
 
 PAST_CACHES, INTO_L2, INTO_CACHES = 0, 2, 3  # as in panels.h
 NEVER, ALWAYS, IF_FASTER = 0, 1, 2  # as in abi.h: when inputs of quants are rounded to 8 bits
-# As in abi.h: those of GGUF files, and Q4_Z, which is Q4_0 with a zero of each block, a byte after
-# its scale. A tensor in another format is expanded to bf16 when it is read.
-FORMATS = (
-    *("BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL"),
-    "Q4_Z",
-)
+# As in abi.h. A tensor in another format is expanded to bf16 when it is read.
+FORMATS = ("BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL")
 
 Weight = abi.structure("Weight")
 _lib = library.library
@@ -53,26 +49,13 @@ class QuantizedTensor:
 
     def dequantize(self) -> Tensor:
         """[n, k] bfloat16: dequantised in float32, then rounded."""
-        if self.format == "Q4_Z":
-            floats = _dequantize_with_zeros(self.rows)
-        else:
-            from gguf import GGMLQuantizationType, dequantize  # imported late: it is slow
+        from gguf import GGMLQuantizationType, dequantize  # imported late: it is slow
 
-            floats = dequantize(self.rows, GGMLQuantizationType[self.format])
+        floats = dequantize(self.rows, GGMLQuantizationType[self.format])
         return torch.from_numpy(floats).to(torch.bfloat16)
 
 
 Matrix = Tensor | QuantizedTensor
-
-
-def _dequantize_with_zeros(rows: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Q4_Z rows [n, bytes]: float32 [n, k], exact."""
-    blocks = rows.reshape(len(rows), -1, 19)
-    scale = np.ascontiguousarray(blocks[:, :, :2]).view(np.float16).astype(np.float32)
-    zero = blocks[:, :, 2:3].astype(np.int8)
-    nibbles = np.concatenate([blocks[:, :, 3:] & 15, blocks[:, :, 3:] >> 4], axis=2)
-    floats: NDArray[np.float32] = scale * (nibbles.astype(np.int8) - zero)
-    return floats.reshape(len(rows), -1)
 
 
 @functools.cache

@@ -15,8 +15,8 @@ extern "C" {
 // ----------------------------------------------------------------------------------------- weights
 
 // How weights are stored; quants as in GGUF files, of which BF16_ROWS are what no format is kept
-// of. Q4_Z is Q4_0 with a zero of each block, a byte after its scale, as GPTQ and AWQ have it.
-enum { BF16_ROWS, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K, IQ4_NL, Q4_Z };
+// of.
+enum { BF16_ROWS, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K, IQ4_NL };
 
 // When inputs of quants are rounded to 8 bits: where drafts alone depend on it, wherever that is
 // faster.

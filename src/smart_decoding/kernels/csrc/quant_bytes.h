@@ -155,7 +155,7 @@ private:
             scaled = g ? fused(products, of.scale[g], scaled) : products * of.scale[g];
         }
         vf sum = fused(scaled, every_lane(x.scale), loadu<vf>(sums));
-        if constexpr (format.has_least || format.has_zero)
+        if constexpr (format.has_least)
             sum = fused(of.least[0], every_lane(x.sum), sum);
         storeu(sums, sum);
     }
@@ -274,7 +274,7 @@ __attribute__((always_inline)) static inline vf byte_weights(const vu& bytes, in
     constexpr Format format = FORMATS[F];
     const vi quants = (vi)(bytes >> 8 * j & 255) - BYTE_ZERO<F>;
     const vf scaled = __builtin_convertvector(quants, vf) * scales.scale[group];
-    if constexpr (format.has_least || format.has_zero) return scaled + scales.least[0];
+    if constexpr (format.has_least) return scaled + scales.least[0];
     return scaled;
 }
 

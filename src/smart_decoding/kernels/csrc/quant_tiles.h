@@ -54,7 +54,7 @@ struct TileBlock {
             storeu(scale[group], rows.scale[group]);
             if constexpr (F == Q6_K) storeu(least[group], rows.scale[group] * -float(MAGIC_ZERO));
         }
-        if constexpr (format.has_least || format.has_zero) storeu(least[0], rows.least[0]);
+        if constexpr (format.has_least) storeu(least[0], rows.least[0]);
         // Else GCC takes lanes out of registers, by the one unit that lookups need.
         asm("" : "+m"(scale), "+m"(least));
     }
@@ -88,7 +88,7 @@ private:
     template <int row>
     __attribute__((always_inline)) vf scaled(const vf& v, int group = 0) const {
         const vf by = (vf)broadcast4(&scale[group][row]);
-        if constexpr (format.has_least || format.has_zero || F == Q6_K)
+        if constexpr (format.has_least || F == Q6_K)
             return fused(v, by, (vf)broadcast4(&least[group][row]));
         return v * by;
     }

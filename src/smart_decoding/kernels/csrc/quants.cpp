@@ -1,5 +1,4 @@
-// Quants row by row, as GGUF files hold them (Q4_Z: as models/gptq.py writes them), into strips
-// (quants.h) and into bf16.
+// Quants row by row, as GGUF files hold them, into strips (quants.h) and into bf16.
 
 #include "quant_bytes.h"
 #include "quant_tiles.h"
@@ -12,7 +11,7 @@ namespace [[gnu::visibility("hidden")]] smart {
 struct FileBlock {
     uint8_t q[SUPER_BLOCK];                       // signed in Q8_0
     uint16_t shared[2];                           // halves
-    uint8_t bytes[SUPER_BLOCK / QUANT_BLOCK][3];  // scales, or a zero
+    uint8_t bytes[SUPER_BLOCK / QUANT_BLOCK][3];  // scales
     uint16_t halves[2];
 };
 
@@ -53,7 +52,6 @@ static void read_small(const uint8_t* at, FileBlock& out) {
         out.halves[1] = half_at(at);
         at += 2;
     }
-    if (format.has_zero) out.bytes[0][0] = *at++;
     if (format.bits == 8) {
         memcpy(out.q, at, QUANT_BLOCK);
         return;
@@ -88,7 +86,7 @@ static void read_super(const uint8_t* at, FileBlock& out) {
 
 // Bytes of a super-block in a file.
 constexpr int file_bytes(int format) {
-    constexpr int OF[FORMAT_COUNT] = {64, 18, 20, 22, 24, 34, 144, 176, 210, 18, 19};
+    constexpr int OF[FORMAT_COUNT] = {64, 18, 20, 22, 24, 34, 144, 176, 210, 18};
     return OF[format];
 }
 
@@ -222,7 +220,7 @@ static uint8_t* put_super_block(const FileBlock* rows, uint8_t* to) {
     for (int block = 0; block < format.super / QUANT_BLOCK; block++) {
         for (int i = 0; !format.has_bytes() && i < format.scales() / 2; i++)
             to = put_halves(rows, &FileBlock::halves, i, to);
-        const int bytes = format.has_bytes() ? format.scales() : format.has_zero;
+        const int bytes = format.has_bytes() ? format.scales() : 0;
         for (int i = 0; i < bytes; i++)
             for (int r = 0; r < VW; r++) *to++ = rows[r].bytes[block][i];
         to = BYTES ? put_bytes<F>(rows, block, to) : put_quants<F>(rows, block, to);

@@ -1,5 +1,4 @@
-// Weights in the quants of GGUF files and of GPTQ, and how they are widened to what linear layers
-// multiply.
+// Weights in the quants of GGUF files, and how they are widened to what linear layers multiply.
 //
 // A quantised weight is strips of VW rows, each in a format of its own. A strip is super-blocks
 // along k, one after another: what its blocks share, then blocks of 32 k, each with its scales and
@@ -38,14 +37,13 @@ struct Format {
     int group;       // k that share a scale
     int super;       // k that share a half; a scale is that half times a byte if these are more
     bool has_least;  // else q - zero is scaled
-    bool has_zero = false;  // of a block, in place of `zero`
 
     constexpr bool has_bytes() const { return super > QUANT_BLOCK; }
     // Bytes of a row: what a super-block's blocks share, a block's scales, and its quants.
     constexpr int shared() const { return has_bytes() ? 2 + 2 * has_least : 0; }
     constexpr int scales() const {
         if (bits == 16) return 0;
-        return has_bytes() ? QUANT_BLOCK / group + has_least : 2 + 2 * has_least + has_zero;
+        return has_bytes() ? QUANT_BLOCK / group + has_least : 2 + 2 * has_least;
     }
     constexpr int block() const { return scales() + bits * QUANT_BLOCK / 8; }
     constexpr int super_bytes() const { return shared() + super / QUANT_BLOCK * block(); }
@@ -63,7 +61,6 @@ constexpr Format FORMATS[] = {
     {5, 0, 32, SUPER_BLOCK, true},    // Q5_K
     {6, 32, 16, SUPER_BLOCK, false},  // Q6_K
     {4, 0, 32, 32, false},            // IQ4_NL
-    {4, 0, 32, 32, false, true},      // Q4_Z
 };
 constexpr int FORMAT_COUNT = sizeof FORMATS / sizeof *FORMATS;
 
@@ -104,7 +101,6 @@ __attribute__((always_inline)) static inline RowScales row_scales(const uint8_t*
             scale = shared[0] * bytes_to_float<int8_t>(at);
         at += format.has_bytes() ? VW : 2 * VW;
         if constexpr (format.zero != 0) out.least[group] = scale * -float(format.zero);
-        if constexpr (format.has_zero) out.least[group] = -(scale * bytes_to_float<uint8_t>(at));
     }
     if constexpr (format.has_least && format.has_bytes())
         out.least[0] = -(shared[1] * bytes_to_float<uint8_t>(at));
@@ -137,7 +133,7 @@ __attribute__((always_inline)) static inline void read_scales(const uint8_t* at,
     const RowScales rows = row_scales<F>(at, shared);
     for (int group = 0; group < QUANT_BLOCK / format.group; group++) {
         spread(rows.scale[group], out.scale[group]);
-        if constexpr (format.zero != 0 || format.has_zero)
+        if constexpr (format.zero != 0)
             spread(rows.least[group], out.least[group]);
     }
     if constexpr (format.has_least) spread(rows.least[0], out.least[0]);
@@ -193,7 +189,7 @@ struct Block {
             return widen<vf>((const bf16*)quants + f * VW);
         } else if constexpr (!LOOKS_UP && format.zero != 0) {
             return quants_of<f>() * scales.scale[group][kind] + scales.least[group][kind];
-        } else if constexpr (format.has_least || format.has_zero) {
+        } else if constexpr (format.has_least) {
             return quants_of<f>() * scales.scale[group][kind] + scales.least[0][kind];
         } else {
             return quants_of<f>() * scales.scale[group][kind];
@@ -334,8 +330,6 @@ __attribute__((always_inline)) static inline void with_format(int64_t format, R&
             return run(std::integral_constant<int, Q6_K>());
         case IQ4_NL:
             return run(std::integral_constant<int, IQ4_NL>());
-        case Q4_Z:
-            return run(std::integral_constant<int, Q4_Z>());
     }
 }
 
