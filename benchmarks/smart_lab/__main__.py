@@ -28,6 +28,7 @@ LAB = Program(
             "smart_lab.robustness",
         ),
         "identity": ("is the output the same under every policy", "smart_lab.identity"),
+        "rounding": ("what rounding does to a GGUF file's logits", "smart_lab.rounding"),
         "busy": ("speed beside busy processes, of every entry point", "smart_lab.busy"),
         "gguf-speed": ("a GGUF file here and in llama.cpp", "smart_lab.gguf_speed"),
         "vllm": ("SMART inside vLLM against stock vLLM", "smart_lab.vllm_speed"),
