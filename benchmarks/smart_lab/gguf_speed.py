@@ -71,8 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--llama-cpp-source", metavar="TEXT", help=source)
     add("--vllm", type=Path, metavar="PYTHON", help=vllm)
     add("--slots", type=whole_numbers, default=(1, 4, 8), metavar="1,4,8")
-    held = f"how our engine holds the weights, of: {', '.join(HELD)} (as-stored)"
-    add("--ours", type=words, default=("as-stored",), metavar="A,B", help=held)
+    held = f"how our engine holds the weights, of: {', '.join(HELD)} (auto)"
+    add("--ours", type=words, default=("auto",), metavar="A,B", help=held)
     drafters = (
         "a method, or a speculative_config in JSON; may be given several times "
         "(ngram, union, and draft_model with --draft)"

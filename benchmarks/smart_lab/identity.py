@@ -37,6 +37,7 @@ def main(args: argparse.Namespace) -> int:
         "dtype": "bfloat16" if args.expanded else args.dtype,
         "max_num_seqs": max(args.batches),
         "enable_prefix_caching": False,
+        "activations": "exact" if args.expanded else "auto",
     }
     plain = LLM(args.model, **options)
     reference = LLM(args.model, quantization="off", **options) if args.expanded else plain

@@ -25,6 +25,7 @@ DEFAULT_MODEL_LEN = 4096  # where the model and the KV memory allow it
 log = logging.getLogger("smart.llm")
 
 QUANTIZATIONS = (None, "off", "int8", "int4")
+ACTIVATIONS = ("auto", "exact", "int8")
 # generation_config.json's names of what SamplingParams are by default, and ours
 _SAMPLING = {
     **{name: name for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")},
@@ -70,9 +71,9 @@ class EngineArgs:
     quantization: None keeps weights as they are stored: quants of GGUF files stay quants on the
         CPU kernels in bfloat16. off expands them to dtype. int8 and int4 round matrices to so
         many bits when they are loaded.
-    activations: int8 rounds what quants are multiplied with to 8 bits, in groups of 32, as
-        llama.cpp does: faster, a slightly different model, and still the same words under every
-        policy. Only on CPUs with AVX2 or i8mm, in bfloat16.
+    activations: what quants are multiplied with on the CPU kernels in bfloat16. int8: rounded to 8
+        bits in groups of 32, as llama.cpp does, on CPUs with AVX2 or i8mm. exact: as it is, in
+        bfloat16. auto: int8 wherever that is faster. The words are the same under every policy.
     device: cpu or cuda; auto takes CUDA where there is one.
     max_model_len: longest prompt plus answer, in tokens (4,096, or what the model or
         kv_cache_tokens allows if that is less).
@@ -114,7 +115,7 @@ class EngineArgs:
     tokenizer: str | Path | None = None
     dtype: str = "bfloat16"
     quantization: str | None = None
-    activations: str | None = None
+    activations: str = "auto"
     device: str = "auto"
     max_model_len: int | None = None
     max_num_seqs: int = 32
@@ -170,8 +171,9 @@ class EngineArgs:
             log.warning("dtype=%r runs in bfloat16: float16 is not supported", self.dtype)
         self._check_neutral()
         self.template()
-        if self.activations not in (None, "int8"):
-            raise ConfigError(f"activations={self.activations!r} is not supported: use int8")
+        if self.activations not in ACTIVATIONS:
+            known = ", ".join(ACTIVATIONS)
+            raise ConfigError(f"activations={self.activations!r} is not supported: use {known}")
         if self.quantization not in QUANTIZATIONS:
             known = ", ".join(map(str, QUANTIZATIONS))
             raise ConfigError(f"quantization={self.quantization!r} is not supported: use {known}")

@@ -32,17 +32,15 @@ from smart_decoding.kernels import library
 from smart_decoding.models import chat_template, memory
 from smart_decoding.models.grammars import Grammars
 from smart_decoding.models.kernel_check import (
-    exact_is_slow,
-    require_byte_products,
     require_kernels,
     require_served,
+    rounds_activations,
     why_slow,
 )
 from smart_decoding.models.loading import (
     Checkpoint,
-    has_quants,
     load_checkpoint,
-    with_rounded_inputs,
+    with_rounded_activations,
 )
 from smart_decoding.models.registry import DEFAULT_MODEL
 from smart_decoding.models.target import TorchTarget, device_of, dtype_of, pages_for
@@ -100,7 +98,6 @@ class LLM:
         self.tokenizer.context = longest
         asked = _drafts(args, checkpoint, self.tokenizer, longest)
         asked, pages = _require_memory(args, checkpoint, asked, longest)
-        _advise(args, checkpoint, device)
 
         def loaded() -> tuple[TorchTarget, Speculation]:
             target = TorchTarget(
@@ -396,24 +393,23 @@ def in_own_thread(work: Callable[[], T]) -> T:
 
 def _load(args: EngineArgs, device: torch.device) -> Checkpoint:
     quantization = quantization_of(args, device)
-    if args.activations is not None:
-        require_byte_products(quantization)
+    holds = quantization != "off" and _holds_quants(args, device)
+    rounds = rounds_activations(args.activations, holds)
     checkpoint = load_checkpoint(
         args.model,
         lambda config: require_served(config, device, args.allow_slow),
         quantization,
         args.trust_pickle,
     )
-    return checkpoint if args.activations is None else with_rounded_inputs(checkpoint)
+    if not rounds or why_slow(checkpoint.config, device) is not None:
+        return checkpoint
+    return with_rounded_activations(checkpoint, required=args.activations == "int8")
 
 
-def _advise(args: EngineArgs, checkpoint: Checkpoint, device: torch.device) -> None:
-    """One line in the log where quants that are multiplied exactly make all slow."""
-    stored = checkpoint.quantization != "off" and dtype_of(args.dtype) == torch.bfloat16
-    native = device.type == "cpu" and why_slow(checkpoint.config, device) is None
-    advice = exact_is_slow() if stored and native and not checkpoint.in_bytes else None
-    if advice is not None and has_quants(checkpoint):
-        log.warning(advice)
+def _holds_quants(args: EngineArgs, device: torch.device) -> bool:
+    """Whether quants stay what they are: only the CPU kernels multiply them, in bfloat16."""
+    in_bf16 = dtype_of(args.dtype) == torch.bfloat16
+    return in_bf16 and device.type == "cpu" and library.unavailable() is None
 
 
 def _drafts(
@@ -494,9 +490,7 @@ def _require_memory(
 def quantization_of(args: EngineArgs, device: torch.device) -> str | None:
     """How weights are loaded: quants as they are stored only where the CPU kernels multiply
     them."""
-    keeps = device.type == "cpu" and library.unavailable() is None
-    in_bf16 = dtype_of(args.dtype) == torch.bfloat16
-    return args.quantization if args.quantization or (keeps and in_bf16) else "off"
+    return args.quantization if args.quantization or _holds_quants(args, device) else "off"
 
 
 def _prompts(

@@ -6,12 +6,10 @@ from typing import Any
 
 import pytest
 
-from smart_decoding import llm as llm_module
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.kernels.ops import multiplies_bytes
 from smart_decoding.kernels.weights import PackedWeight
 from smart_decoding.llm import LLM
-from smart_decoding.models import kernel_check
 
 pytestmark = pytest.mark.model
 
@@ -45,7 +43,7 @@ def engine(quantization: str | None, activations: str | None = None) -> LLM:
 
 @pytest.fixture(scope="module")
 def both() -> tuple[LLM, LLM]:
-    return engine(None), engine("off")
+    return engine(None, "exact"), engine("off")
 
 
 def test_no_policy_tells_them_apart(both: tuple[LLM, LLM]) -> None:
@@ -74,30 +72,8 @@ def answers_of(
 @pytest.mark.skipif(not multiplies_bytes(), reason="this CPU multiplies no bytes")
 def test_activations_in_8_bits_are_one_model_under_every_policy() -> None:
     llm = engine(None, "int8")
-    found = [answers_of(llm, config, (0.0,)) for config in POLICIES]
+    found = [answers_of(llm, config, (0.0, 0.8)) for config in POLICIES]
     assert all(answers == found[0] for answers in found)
-
-
-@pytest.mark.parametrize(("pairs", "by_bytes"), [(True, True), (False, True), (False, False)])
-def test_exact_products_are_slow_where_bytes_are_multiplied_and_no_pairs(
-    pairs: bool, by_bytes: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(kernel_check, "rounds_inputs", lambda: pairs)
-    monkeypatch.setattr(kernel_check, "multiplies_bytes", lambda: by_bytes)
-    assert bool(kernel_check.exact_is_slow()) == (by_bytes and not pairs)
-
-
-@pytest.mark.parametrize("advice", [None, "exact products are slow here"])
-def test_who_decodes_quants_exactly_where_that_is_slow_is_told(
-    advice: str | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(llm_module, "exact_is_slow", lambda: advice)
-    engine("off")
-    if multiplies_bytes():
-        engine(None, "int8")
-    assert not caplog.records
-    engine(None)
-    assert [record.getMessage() for record in caplog.records] == [advice] * bool(advice)
 
 
 def matrix_bytes(llm: LLM) -> int:

@@ -622,12 +622,12 @@ def test_a_run_is_whole_whatever_the_time_and_goes_on(
             "llama.cpp draft model": 2.0,
             "llama.cpp n-gram": 1.0,
             "llama.cpp draft model and n-gram": 2.0,
-            **{f"as-stored {name}": 9.0 for name in ("plain", "smart draft_model")},
-            **{f"as-stored smart {name}": 9.0 for name in ("ngram", "union")},
+            **{f"auto {name}": 9.0 for name in ("plain", "smart draft_model")},
+            **{f"auto smart {name}": 9.0 for name in ("ngram", "union")},
         }
     )
     assert {one["same"] for one in run["contestants"]} == {1.0}
-    assert result["forwards"]["as-stored"]["16"] == pytest.approx([1.0, 1.0, 1.0])
+    assert result["forwards"]["auto"]["16"] == pytest.approx([1.0, 1.0, 1.0])
     assert result["forwards"]["llama.cpp"]["16"] == pytest.approx([16.0, 16.0, 16.0])
 
     before = RuleOurs.answered
@@ -699,7 +699,7 @@ def test_the_best_and_the_default_draft_model_are_measured(
     decode = {name: words[4] for name, words in rates.items()}
     assert decode["llama.cpp draft model, its defaults"] == "2.0"
     assert decode["llama.cpp draft model"] == "4.0"
-    assert "as-stored smart draft_model over llama.cpp draft model, decode: 2.25 (one" in told
+    assert "auto smart draft_model over llama.cpp draft model, decode: 2.25 (one" in told
     assert "failed: llama.cpp plain with" in told
     assert "not tried" not in told
 
@@ -717,7 +717,7 @@ def test_vllm_takes_part(
         assert gguf_speed.main(command(*words)) == 0
         told = capsys.readouterr().out
         assert "vLLM 9, in bf16" in told
-        assert "as-stored smart draft_model over vLLM n-gram, decode: 4.50 (one block)" in told
+        assert "auto smart draft_model over vLLM n-gram, decode: 4.50 (one block)" in told
         text = (tmp_path / "run.json").read_text()
         assert str(tmp_path) not in text
         for run in json.loads(text)["runs"]:
@@ -731,7 +731,7 @@ def test_vllm_takes_part(
     ("words", "message"),
     [
         (("--vllm", "nowhere/python"), "--vllm nowhere/python is no Python"),
-        (("--ours", "packed"), "--ours takes as-stored, int8, expanded, not packed"),
+        (("--ours", "packed"), "--ours takes auto, exact, expanded, not packed"),
         (("--max-tokens", "1"), "--max-tokens 1 is too small"),
         (("--blocks", "0"), "--blocks 0 is too small"),
         (("--draft", "x.safetensors"), "x.safetensors is not a GGUF file"),

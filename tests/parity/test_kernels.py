@@ -11,7 +11,7 @@ from smart_decoding.engine.history import SampleSpec
 from smart_decoding.engine.kv import PAGE
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ModelError
-from smart_decoding.kernels import library, ops, sampling, weights
+from smart_decoding.kernels import library, sampling, weights
 from smart_decoding.kernels.memory import address
 from smart_decoding.models.drawing import draw
 from smart_decoding.models.layers import KVCache
@@ -39,7 +39,7 @@ def test_linear(n: int, k: int, dtype: torch.dtype) -> None:
     w = packed(weight)
     norm = torch.rand(k) + 0.5
     alone = torch.cat([linear(x[i : i + 1], w, (norm, 1e-5), bias) for i in range(40)])
-    rounds = dtype == torch.bfloat16 and ops.rounds_inputs()
+    rounds = dtype == torch.bfloat16 and library.library().smart_rounds_inputs()
     normed = torch.nn.functional.rms_norm(x, (k,), norm, 1e-5)
     normed, read = (normed.bfloat16(), x.bfloat16()) if rounds else (normed, x)
     wanted = normed.double() @ weight.double().T + bias
@@ -62,7 +62,9 @@ def test_linear_over_panels_that_are_taken_in_blocks(dtype: torch.dtype, hint: i
     x = torch.randn(40, k)
     w = packed(weight)
     alone = torch.cat([linear(x[i : i + 1], w, hint=hint) for i in range(40)])
-    read = x.bfloat16() if dtype == torch.bfloat16 and ops.rounds_inputs() else x
+    read = (
+        x.bfloat16() if dtype == torch.bfloat16 and library.library().smart_rounds_inputs() else x
+    )
     torch.testing.assert_close(
         alone.double(), read.double() @ weight.double().T, rtol=1e-4, atol=1e-3
     )

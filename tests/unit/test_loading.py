@@ -26,7 +26,7 @@ from smart_decoding.models import loading, rope
 from smart_decoding.models.config import ModelConfig
 from smart_decoding.models.gguf import TENSORS
 from smart_decoding.models.hub_repository import is_complete
-from smart_decoding.models.loading import load_checkpoint, with_rounded_inputs
+from smart_decoding.models.loading import load_checkpoint, with_rounded_activations
 from smart_decoding.models.memory import parameters, weight_bytes
 from smart_decoding.models.tokenizer import Tokenizer
 
@@ -834,13 +834,14 @@ def test_rounded_activations_need_quants(tmp_path: Path) -> None:
     """Else the option would do nothing."""
     write_gguf(tmp_path / "plain.gguf", "llama")
     write_gguf(tmp_path / "quants.gguf", "llama", gguf.GGMLQuantizationType.Q8_0)
-    assert with_rounded_inputs(
+    assert with_rounded_activations(
         load_checkpoint(tmp_path / "quants.gguf", quantization=None)
     ).in_bytes
     for quantization in (None, "off"):
         plain = load_checkpoint(tmp_path / "plain.gguf", quantization=quantization)
+        assert with_rounded_activations(plain) is plain
         with pytest.raises(ConfigError, match="activations='int8' needs quantised weights"):
-            with_rounded_inputs(plain)
+            with_rounded_activations(plain, required=True)
 
 
 def test_a_gguf_file_that_cannot_be_used_here_is_not_converted(

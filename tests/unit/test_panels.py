@@ -14,7 +14,7 @@ import torch
 from gguf import GGMLQuantizationType
 
 from smart_decoding.kernels import library, weights
-from smart_decoding.models.loading import load_checkpoint, with_rounded_inputs
+from smart_decoding.models.loading import load_checkpoint, with_rounded_activations
 from smart_decoding.models.panels import KeptPanels
 from smart_decoding.models.target import TorchTarget
 from smart_decoding.profiling.measure import verification
@@ -57,7 +57,7 @@ def packed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def load(file: Path, in_bytes: bool = False) -> TorchTarget:
     checkpoint = load_checkpoint(file, quantization=None)
     if in_bytes:
-        checkpoint = with_rounded_inputs(checkpoint)
+        checkpoint = with_rounded_activations(checkpoint)
     return TorchTarget(checkpoint, "bfloat16", "cpu", 16, 128)
 
 

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 # How weights are held -> the engine's options for it.
 HELD: Mapping[str, Mapping[str, Any]] = {
-    "as-stored": {},
-    "int8": {"activations": "int8"},
+    "auto": {},
+    "exact": {"activations": "exact"},
     "expanded": {"quantization": "off"},
 }
 PLAIN = "plain"

@@ -66,8 +66,19 @@ def kernels() -> dict[str, Any]:
     return {
         "chosen": chosen,
         "why": why,
+        "activations": _activations(),
         "variants": {variant.name: _refusal(variant) for variant in mine},
     }
+
+
+def _activations() -> str | None:
+    """What EngineArgs' activations="auto" means for quantised weights; None without kernels."""
+    from smart_decoding.models.kernel_check import rounds_activations
+
+    try:
+        return "int8" if rounds_activations("auto", holds_quants=True) else "exact"
+    except ConfigError:
+        return None
 
 
 def _refusal(variant: Any) -> str | None:
@@ -99,6 +110,8 @@ def lines(found: Mapping[str, Any]) -> Iterator[str]:
     yield f"CPU kernels: {of_kernels['chosen'] or 'none'} ({of_kernels['why']})"
     for name, reason in of_kernels["variants"].items():
         yield f"  {name:<12} {reason or 'runs here'}"
+    if of_kernels["activations"] is not None:
+        yield f"activations of quantised weights: {of_kernels['activations']} (auto)"
     usable = f"{machine['cores']} of {machine['cpus']} CPUs usable"
     yield f"CPU: {machine['cpu']} ({machine['machine']}), {usable}"
     yield f"threads: {machine['threads']} (torch's)"

@@ -36,10 +36,9 @@ QUANTIZATION = Option(
 ACTIVATIONS = Option(
     "activations",
     str,
-    None,
-    "round what quantised weights are multiplied with to int8: faster, slightly another "
-    "model (exact)",
-    ("int8",),
+    "auto",
+    "what quantised weights are multiplied with: rounded to int8, exact, or whichever is faster",
+    ("auto", "exact", "int8"),
 )
 DEVICE = Option("device", str, "auto", "auto, cpu or cuda")
 METHOD = Option(

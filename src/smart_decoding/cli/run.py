@@ -127,7 +127,7 @@ def main(args: argparse.Namespace) -> None:
             if args.stats:
                 drawn = args.seed is None and not params.greedy
                 told = stats_line(answer) + (f", seed {params.seed}" if drawn else "")
-                print(told, file=sys.stderr)
+                print(f"{told}; {llm.provenance['dtype']}", file=sys.stderr)
         else:
             answer_all(llm, texts, prompts, params, args.json)
         keep_for_later(llm)

@@ -65,7 +65,7 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
         default=1_000_000,
         help="tokens of all conversations, prompts included",
     )
-    ACTIVATIONS.add_to(group)
+    ACTIVATIONS.add_to(group, unset=True)
     add("--skip-generation", action="store_true", help="train on the conversations that are there")
     add(
         "--images",

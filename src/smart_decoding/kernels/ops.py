@@ -61,10 +61,10 @@ def multiplies_bytes() -> bool:
     return bool(_lib().smart_multiplies_bytes())
 
 
-def rounds_inputs() -> bool:
-    """Are inputs of bf16 layers rounded to bf16, as pairs of these are multiplied at once? (True on
-    CPUs with AVX512-BF16 or Arm's bf16.)"""
-    return bool(_lib().smart_rounds_inputs())
+def prefers_bytes() -> bool:
+    """Is that faster than exact products, for any number of rows? (False with AMX, whose tiles
+    multiply 16 rows of bf16 in one row's time.)"""
+    return bool(_lib().smart_prefers_bytes())
 
 
 def forward(model: Structure, rows: Structure, what: Structure) -> None:

@@ -15,7 +15,7 @@ from smart_decoding.kernels.ops import (
     HEAD_DIMS,
     MAX_QUERIES,
     multiplies_bytes,
-    rounds_inputs,
+    prefers_bytes,
 )
 from smart_decoding.models.torch_layers import ops_for
 
@@ -72,27 +72,20 @@ def require_served(
             raise ModelError(f"the CPU kernels do not serve {what}: {reason}; {INSTEAD}")
 
 
-def require_byte_products(quantization: str | None) -> None:
-    """Raises ConfigError where inputs of 8 bits cannot be multiplied: on this CPU, or with weights
-    that are expanded."""
-    if quantization == "off":
+def rounds_activations(activations: str, holds_quants: bool) -> bool:
+    """Whether inputs of quants are rounded to 8 bits under EngineArgs' `activations`. holds_quants:
+    whether the CPU kernels hold quants as they are stored. Raises ConfigError for int8 where it
+    cannot be."""
+    if activations != "int8":
+        return activations == "auto" and holds_quants and prefers_bytes()
+    if not holds_quants:
         raise ConfigError(
             "activations='int8' needs quantised weights on the CPU kernels in bfloat16; "
             "these are expanded"
         )
     if not multiplies_bytes():
         raise ConfigError("activations='int8' needs a CPU with AVX2 or Arm's i8mm")
-
-
-def exact_is_slow() -> str | None:
-    """What to do where exact products of quants take much longer than those in 8 bits; None on
-    other CPUs."""
-    if rounds_inputs() or not multiplies_bytes():
-        return None
-    return (
-        "exact products of weights of 4 to 8 bits are slow on this CPU; activations='int8' "
-        "(--activations int8) decodes more than twice as fast, as a slightly different model"
-    )
+    return True
 
 
 def use_native(config: ModelConfig, device: torch.device, allow_slow: bool = False) -> bool:

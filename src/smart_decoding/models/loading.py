@@ -125,22 +125,26 @@ def _rounded(checkpoint: Checkpoint, quantization: str | None) -> Checkpoint:
     )
 
 
-def has_quants(checkpoint: Checkpoint) -> bool:
-    """Whether its first layer has quants."""
-    layer = (name for name in checkpoint.weights if name.startswith("model.layers.0."))
-    return any(isinstance(checkpoint.weights[name], QuantizedTensor) for name in layer)
-
-
-def with_rounded_inputs(checkpoint: Checkpoint) -> Checkpoint:
-    """The same, inputs of its quants rounded to 8 bits. Raises ConfigError where its first layer
-    has no quants."""
-    if not has_quants(checkpoint):
+def with_rounded_activations(checkpoint: Checkpoint, required: bool = False) -> Checkpoint:
+    """The same, inputs of its quants rounded to 8 bits, if its first layer has quants. required:
+    ConfigError if it has none."""
+    if not _has_quants(checkpoint.weights):
+        if not required:
+            return checkpoint
         raise ConfigError(
             "activations='int8' needs quantised weights: a GGUF file, or "
             "quantization='int8' or 'int4'"
         )
     dtype = f"{checkpoint.provenance['dtype']}, activations in 8 bits"
     return replace(checkpoint, provenance={**checkpoint.provenance, "dtype": dtype}, in_bytes=True)
+
+
+def _has_quants(weights: Mapping[str, Matrix]) -> bool:
+    """Whether the first layer has quants. Tensors that cannot be quants are not read."""
+    if not isinstance(weights, StoredWeights | RoundedWeights):
+        return False
+    layer = (name for name in weights if name.startswith("model.layers.0."))
+    return any(isinstance(weights[name], QuantizedTensor) for name in layer)
 
 
 def _load_vision(

@@ -38,7 +38,7 @@ class FakeLLM:
         self.model = model
         self.options = options
         self.asked = []
-        self.provenance = {"model": model, "weights": "fake weights"}
+        self.provenance = {"model": model, "weights": "fake weights", "dtype": "fp32"}
         self.tokenizer = SimpleNamespace(
             encode_chat=lambda messages: [1, *map(ord, messages[-1]["content"])],
             decode=lambda ids, skip=True: "".join(WORDS.get(i, "?") for i in ids),

@@ -15,7 +15,7 @@ import smart_decoding
 from smart_decoding.cli import info
 from smart_decoding.cli import main as cli
 from smart_decoding.errors import ConfigError
-from smart_decoding.kernels import library
+from smart_decoding.kernels import library, ops
 from smart_decoding.models import loading
 
 
@@ -40,6 +40,7 @@ def test_the_kernels_that_run(capsys: pytest.CaptureFixture[str]) -> None:
     mine = [variant for variant in library.variants() if variant.machine == platform.machine()]
     assert list(found["variants"]) == [variant.name for variant in mine]
     assert found["variants"][library.chosen()] is None
+    assert found["activations"] == ("int8" if ops.prefers_bytes() else "exact")
     for variant in mine:
         if variant.refusal() is not None:
             assert found["variants"][variant.name] == variant.refusal()
