@@ -580,6 +580,11 @@ static inline void tile_dot_u8s8() {
     asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(SUM), "i"(X), "i"(W));
 }
 
+template <int SUM, int X, int W>
+static inline void tile_dot_s8u8() {
+    asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(SUM), "i"(X), "i"(W));
+}
+
 #else
 
 // The same in plain loops, as Intel's manual describes it, but for denormals. What the CPU refuses
@@ -666,9 +671,9 @@ static inline void tile_dot_bf16() {
         }
 }
 
-// The same of four unsigned bytes of x and four signed ones of w, in integers.
-template <int SUM, int X, int W>
-static inline void tile_dot_u8s8() {
+// The same of four bytes A of x and four bytes B of w, in integers.
+template <int SUM, int X, int W, class A, class B>
+static inline void tile_dot_bytes() {
     TileFile& file = tile_file();
     file.demand_product(SUM, X, W);
     for (int r = 0; r < file.shapes.rows[SUM]; r++)
@@ -676,9 +681,19 @@ static inline void tile_dot_u8s8() {
             uint8_t* sum = file.data[SUM][r] + 4 * c;
             int32_t total = loadu<int32_t>(sum);
             for (int k = 0; k < 4 * file.words(X); k++)
-                total += file.data[X][r][k] * int8_t(file.data[W][k / 4][4 * c + k % 4]);
+                total += A(file.data[X][r][k]) * B(file.data[W][k / 4][4 * c + k % 4]);
             storeu(sum, total);
         }
+}
+
+template <int SUM, int X, int W>
+static inline void tile_dot_u8s8() {
+    tile_dot_bytes<SUM, X, W, uint8_t, int8_t>();
+}
+
+template <int SUM, int X, int W>
+static inline void tile_dot_s8u8() {
+    tile_dot_bytes<SUM, X, W, int8_t, uint8_t>();
 }
 
 #endif

@@ -246,6 +246,7 @@ static void quant_gemm(const Wide* x, int64_t ld, int rows, const Strip* strips,
         for (int r = 0; r < rows; r++)
             done(r, p * PANEL, loadu<vf>(sums + r * PANEL), loadu<vf>(sums + r * PANEL + VW));
     }
+    if (bytes.shaped) tile_release();
 }
 
 static inline void store_columns(float* y, int64_t column, int64_t n, vf low, vf high, bool add) {

@@ -1,6 +1,6 @@
-// Products of quants with inputs in 8 bits: for draft models, and for targets where that is asked
-// for. Quants are not widened; four of them are multiplied with four bytes and added, in one
-// instruction where there is one. Inputs of a block share a scale.
+// Products of quants with inputs in 8 bits. Quants are not widened; four of them are multiplied
+// with four bytes and added, in one instruction where there is one. Inputs of a block share a
+// scale.
 //
 // A block of the quants is unpacked into registers, and all rows of a pass go over it, one after
 // another in a loop at run time: so a row's sums have the same bits in any company, but not those
@@ -28,6 +28,7 @@ struct ByteBlock {
 struct ByteRows {
     const int64_t k;
     const int rows, passes;
+    mutable int shaped = 0;  // for what tiles are configured
 
     // By a whole team. k: a multiple of QUANT_BLOCK.
     template <class X>
@@ -124,7 +125,10 @@ struct ByteWeights {
         Sums integers[S][GROUPS];
         for_block<4>([&](auto i) __attribute__((always_inline)) {
             constexpr int group = i / format.group, step = i % format.group / 4;
-            if constexpr (step == 0) begin(x, group, integers);
+            if constexpr (step == 0) {
+                const vi first = first_of(x, group);
+                for (int s = 0; s < S; s++) integers[s][group].begin(first);
+            }
             const vi four = (vi)broadcast4(x.bytes + i);
             for (int s = 0; s < S; s++)
                 integers[s][group].template add<step>(bytes[s][i / 4], four);
@@ -132,21 +136,18 @@ struct ByteWeights {
         for (int s = 0; s < S; s++) add_scaled(integers[s], scales[s], x, sums + s * VW);
     }
 
-private:
     // What a group's sums begin with: the inputs' own, times what bytes are too large by.
-    __attribute__((always_inline)) static void begin(const ByteBlock& x, int group,
-                                                     Sums (&integers)[S][GROUPS]) {
+    __attribute__((always_inline)) static vi first_of(const ByteBlock& x, int group) {
         constexpr int ZERO = BYTE_ZERO<F> - Sums::LESS;
-        vi first = vi{};
-        if constexpr (ZERO != 0) {
-            first = (vi)broadcast4(x.minus + group);
-            if constexpr (GROUPS == 1) first += (vi)broadcast4(x.minus + 1);
-            first *= ZERO;
-        }
-        for (int s = 0; s < S; s++) integers[s][group].begin(first);
+        if constexpr (ZERO == 0) return vi{};
+        vi first = (vi)broadcast4(x.minus + group);
+        if constexpr (GROUPS == 1) first += (vi)broadcast4(x.minus + 1);
+        return first * ZERO;
     }
 
-    __attribute__((always_inline)) static void add_scaled(const Sums (&integers)[GROUPS],
+    // Adds a strip's sums of integers, scaled.
+    template <class Integers>
+    __attribute__((always_inline)) static void add_scaled(const Integers (&integers)[GROUPS],
                                                           const RowScales& of, const ByteBlock& x,
                                                           float* sums) {
         vf scaled;
@@ -155,8 +156,7 @@ private:
             scaled = g ? fused(products, of.scale[g], scaled) : products * of.scale[g];
         }
         vf sum = fused(scaled, every_lane(x.scale), loadu<vf>(sums));
-        if constexpr (format.has_least)
-            sum = fused(of.least[0], every_lane(x.sum), sum);
+        if constexpr (format.has_least) sum = fused(of.least[0], every_lane(x.sum), sum);
         storeu(sums, sum);
     }
 };
@@ -196,9 +196,84 @@ static inline void prefetch_start(const Strip* panel) {
         __builtin_prefetch(panel->data + line, 0, INTO_CACHES);
 }
 
+// Rows that vectors multiply no slower than tiles.
+constexpr int VECTOR_ROWS = 4;
+
+// The same products by tiles of AMX, for up to 32 rows. Integers are exact, so a row has the bits
+// that vectors give it. Tiles 0 to 3 are sums: two groups of rows by two strips. Tiles 4 and 5 hold
+// the strips, 6 and 7 the inputs of a group of k with a scale in common.
+template <int F, int S>
+struct TileBytes {
+    typedef ByteWeights<F, S> Vectors;
+    static constexpr int GROUPS = Vectors::GROUPS, GROUP = QUANT_BLOCK / GROUPS;
+    struct Integers {
+        vi total;
+        vi sum() const { return total; }
+    };
+    alignas(64) uint8_t bytes[S][QUANT_BLOCK * VW];
+    RowScales scales[S];
+
+    // shaped: for what the tiles are configured, 0: not at all.
+    static void shape(int rows, int& shaped) {
+        if (shaped == rows * QUANT_BLOCK + GROUP) return;
+        shaped = rows * QUANT_BLOCK + GROUP;
+        TileShapes shapes;
+        const int first = std::min(rows, TILE), second = std::max(rows - TILE, 1);
+        shapes.set({0, 1}, first, TILE_WIDTH);
+        shapes.set({2, 3}, second, TILE_WIDTH);
+        shapes.set({4, 5}, GROUP / 4, TILE_WIDTH);
+        shapes.set({6}, first, GROUP);
+        shapes.set({7}, second, GROUP);
+        tile_configure(shapes);
+    }
+
+    void keep(const Vectors& weights) {
+        for (int s = 0; s < S; s++) {
+            scales[s] = weights.scales[s];
+            for (int v = 0; v < QUANT_BLOCK / 4; v++)
+                storeu(bytes[s] + v * sizeof(vi), weights.bytes[s][v]);
+        }
+    }
+
+    // Adds the products of rows to their sums [rows, PANEL].
+    void multiply(const ByteBlock* x, int rows, float* sums) const {
+        alignas(64) int32_t products[S][GROUPS][2 * TILE * VW];
+        for (int g = 0; g < GROUPS; g++) {
+            multiply_rows<0>(x, g, products);
+            if (rows > TILE) multiply_rows<1>(x + TILE, g, products);
+        }
+        for (int r = 0; r < rows; r++)
+            for (int s = 0; s < S; s++) {
+                Integers integers[GROUPS];
+                for (int g = 0; g < GROUPS; g++)
+                    integers[g].total =
+                        Vectors::first_of(x[r], g) + loadu<vi>(products[s][g] + r * VW);
+                Vectors::add_scaled(integers, scales[s], x[r], sums + r * PANEL + s * VW);
+            }
+    }
+
+private:
+    template <int HALF>
+    void multiply_rows(const ByteBlock* x, int g,
+                       int32_t (&products)[S][GROUPS][2 * TILE * VW]) const {
+        tile_load<6 + HALF>(x->bytes + g * GROUP, sizeof(ByteBlock));
+        multiply_strip<0, HALF>(g, products[0][g]);
+        if constexpr (S == 2) multiply_strip<1, HALF>(g, products[1][g]);
+    }
+
+    template <int s, int HALF>
+    void multiply_strip(int g, int32_t* products) const {
+        tile_load<4 + s>(bytes[s] + g * GROUP * VW, TILE_WIDTH);
+        tile_zero<2 * HALF + s>();
+        tile_dot_s8u8<2 * HALF + s, 6 + HALF, 4 + s>();
+        tile_store<2 * HALF + s>(products + HALF * TILE * VW, TILE_WIDTH);
+    }
+};
+
 // Adds to sums [rows, PANEL] what `depth` of S strips, from k = first on, yields; all of it lies in
-// one super-block. FRESH: it is read from memory.
-template <int F, int S, bool FRESH>
+// one super-block. FRESH: it is read from memory. TILES: by tiles, which multiply a block while the
+// next one is unpacked: what has just been stored is loaded slowly.
+template <int F, int S, bool FRESH, bool TILES>
 __attribute__((always_inline)) static inline void byte_pass(const ByteBlock* x, int rows,
                                                             const ByteStrip& strip, int64_t first,
                                                             int64_t depth, float* sums) {
@@ -209,6 +284,7 @@ __attribute__((always_inline)) static inline void byte_pass(const ByteBlock* x, 
     StripReader<F> left = strip.from<F>(first);
     StripReader<F> right = S == 1 ? left : strip.beside<F>().template from<F>(first);
     const uint8_t* ahead = left.at + BYTE_PREFETCH;
+    [[maybe_unused]] TileBytes<F, S> tiles;
     for (int64_t i = 0; i < depth; i += QUANT_BLOCK, x += rows, ahead += LINES) {
         ByteWeights<F, S> weights;
         left.enter(i);
@@ -220,8 +296,14 @@ __attribute__((always_inline)) static inline void byte_pass(const ByteBlock* x, 
         }
         for (int line = 0; FRESH && line < LINES; line += 64)
             __builtin_prefetch(ahead + line, 0, INTO_CACHES);
-        for (int row = 0; row < rows; row++) weights.multiply(x[row], sums + row * PANEL);
+        if constexpr (TILES) {
+            if (i) tiles.multiply(x - rows, rows, sums);
+            tiles.keep(weights);
+        } else {
+            for (int row = 0; row < rows; row++) weights.multiply(x[row], sums + row * PANEL);
+        }
     }
+    if constexpr (TILES) tiles.multiply(x - rows, rows, sums);
 }
 
 // Adds the products of all rows with what S strips have at k = first and after in a super-block.
@@ -234,10 +316,16 @@ __attribute__((always_inline)) static inline void byte_passes(const ByteRows& in
         const int row = in.first_of(pass), count = in.first_of(pass + 1) - row;
         const ByteBlock* x = in.at(pass, first);
         float* to = sums + row * PANEL;
+        if constexpr (HAS_TILES)
+            if (count > VECTOR_ROWS) {
+                TileBytes<F, S>::shape(count, in.shaped);
+                byte_pass<F, S, true, true>(x, count, strip, first, depth, to);
+                continue;
+            }
         if (pass)
-            byte_pass<F, S, false>(x, count, strip, first, depth, to);
+            byte_pass<F, S, false, false>(x, count, strip, first, depth, to);
         else
-            byte_pass<F, S, true>(x, count, strip, first, depth, to);
+            byte_pass<F, S, true, false>(x, count, strip, first, depth, to);
     }
 }
 

@@ -1,0 +1,50 @@
+"""When activations are rounded to 8 bits."""
+
+import pytest
+
+from smart_decoding import LLM
+from smart_decoding.errors import ConfigError
+from smart_decoding.models import kernel_check
+from smart_decoding.models.kernel_check import rounds_activations
+
+
+@pytest.mark.parametrize(
+    ("activations", "holds_quants", "prefers", "rounds"),
+    [
+        ("auto", True, True, True),
+        ("auto", True, False, False),  # AMX
+        ("auto", False, True, False),
+        ("exact", True, True, False),
+        ("int8", True, False, True),
+    ],
+)
+def test_what_auto_means(
+    activations: str,
+    holds_quants: bool,
+    prefers: bool,
+    rounds: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(kernel_check, "prefers_bytes", lambda: prefers)
+    monkeypatch.setattr(kernel_check, "multiplies_bytes", lambda: True)
+    assert rounds_activations(activations, holds_quants) == rounds
+
+
+def test_int8_is_an_error_where_it_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_check, "multiplies_bytes", lambda: False)
+    with pytest.raises(ConfigError, match="needs a CPU with AVX2 or Arm's i8mm"):
+        rounds_activations("int8", holds_quants=True)
+    with pytest.raises(ConfigError, match="needs quantised weights"):
+        rounds_activations("int8", holds_quants=False)
+
+
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_int8_does_not_pass_unseen_in_fp32(quantization: str | None) -> None:
+    """Weights are expanded there."""
+    with pytest.raises(ConfigError, match="needs quantised weights on the CPU kernels in bfloat16"):
+        LLM("smollm2-135m", dtype="float32", quantization=quantization, activations="int8")
+
+
+def test_an_unknown_way_is_told() -> None:
+    with pytest.raises(ConfigError, match="'int4' is not supported: use auto, exact, int8"):
+        LLM("smollm2-135m", activations="int4")
