@@ -1,7 +1,8 @@
-"""The same GGUF file in our engine and in a llama.cpp built on this machine, in one run.
+"""The same GGUF file in our engine and in others, a llama.cpp built on this machine first, in one
+run.
 
     python -m smart_lab gguf-speed FILE --llama-cpp build/bin [--draft FILE] [--slots 1,4,8] \
-        [--vllm PYTHON]
+        [--ik-llama-cpp DIR] [--openvino PYTHON] [--vllm PYTHON]
 
 llama.cpp's flags are found first, for each number of slots, on prompts of their own: threads, flash
 attention, layout of the weights, batches, then the settings of its draft model and n-gram modes.
@@ -10,8 +11,10 @@ as many at once as there are slots, the next when one has ended. All get the sam
 answer greedily, up to the same number of tokens. Nobody keeps prompts, and a server that is not
 asked is stopped. Printed are tokens per second of all requests, prompts included, and of one behind
 its first token: of all blocks, of the slowest and of the fastest; ratios have 95 % intervals. A
-forward of a few rows is timed before that, in turn as well. With --vllm its CPU build answers too,
-from the same weights in bf16.
+forward of a few rows is timed before that, in turn as well.
+
+Other engines answer too where they are given: ik_llama.cpp, which tunes its speculation itself,
+OpenVINO GenAI, which reads the file, and vLLM's CPU build, which gets the file's weights in bf16.
 
 Needed by the README's first table (zen5/2026-11-30-gguf.json).
 """
@@ -40,12 +43,12 @@ from smart_decoding.bench.provenance import commit, machine, provenance, write_j
 from smart_decoding.cli.arguments import whole_numbers, words
 from smart_decoding.errors import ConfigError
 from smart_decoding.files import sha256_of
-from smart_lab.gguf import report
+from smart_lab.gguf import ik, report
+from smart_lab.gguf.engines import RIVALS, Processes, Rival
 from smart_lab.gguf.ours import HELD, Ours, speculative_configs, without_folders
 from smart_lab.gguf.rates import Reply
-from smart_lab.gguf.server import Flags, LlamaCpp, Server
-from smart_lab.gguf.tuning import DRAFT, DRAFTS, PLAIN, Tuned, draft_words, tune
-from smart_lab.gguf.vllm import MODES, NAME, Vllm
+from smart_lab.gguf.server import Flags, LlamaCpp, Program, Server
+from smart_lab.gguf.tuning import DRAFT, DRAFTS, PLAIN, FlagsT, Tuned, Words, draft_words, tune
 from smart_lab.resume import Progress, source_digest
 
 TASKS = ("code", "maths", "general")
@@ -66,10 +69,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--draft", type=Path, metavar="FILE", help="a smaller GGUF file of the same vocabulary")
     binaries = "folder of llama-server, llama-bench and llama-batched-bench"
     add("--llama-cpp", type=Path, required=True, metavar="DIR", help=binaries)
-    vllm = "Python of an environment that has vLLM for CPUs, which answers in bf16 too"
     source = "which llama.cpp it is, as a release or commit, for the result"
     add("--llama-cpp-source", metavar="TEXT", help=source)
-    add("--vllm", type=Path, metavar="PYTHON", help=vllm)
+    add("--ik-llama-cpp", type=Path, metavar="DIR", help="folder of ik_llama.cpp's llama-server")
+    for rival in RIVALS:
+        python = f"Python of an environment that has {rival.package}, {rival.reads}"
+        add(f"--{rival.option}", type=Path, metavar="PYTHON", help=python)
     add("--slots", type=whole_numbers, default=(1, 4, 8), metavar="1,4,8")
     held = f"how our engine holds the weights, of: {', '.join(HELD)} (auto)"
     add("--ours", type=words, default=("auto",), metavar="A,B", help=held)
@@ -94,11 +99,13 @@ def main(args: argparse.Namespace) -> int:
     """Measures, and prints tables. Raises ConfigError for files and options that cannot be."""
     stop = time.monotonic() + args.time_limit
     cpp = LlamaCpp(args.llama_cpp)
+    cousin = None if args.ik_llama_cpp is None else ik.IkLlamaCpp(args.ik_llama_cpp)
     configs = checked(args)
     about = {"source": args.llama_cpp_source, **cpp.about()}
-    progress = Progress(args.resume, key_of(args, about))
+    cousins = {ik.NAME: report.origin_of(cousin.about())} if cousin else {}
+    progress = Progress(args.resume, key_of(args, {report.THEIRS: about, **cousins}))
     print(report.build_of(about), about["system"], sep="; ", flush=True)
-    session = Session(args, cpp, configs, progress)
+    session = Session(args, cpp, cousin, configs, progress)
     progress.add(LIMITS, args.time_limit)
     with servers_end_with_us(), session:
         session.forwards(time.monotonic() + FORWARD_SHARE * args.time_limit)
@@ -114,6 +121,7 @@ def main(args: argparse.Namespace) -> int:
         ),
         "decode": report.DECODE,
         "llama_cpp": about,
+        "rivals": {**cousins, **session.versions},
         "load_average": session.load_average,
         **session.result(),
     }
@@ -142,8 +150,10 @@ def checked(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     for path in (args.file, args.draft):
         if path is not None and not (path.is_file() and path.suffix == ".gguf"):
             raise ConfigError(f"{path} is not a GGUF file")
-    if args.vllm is not None and not args.vllm.is_file():
-        raise ConfigError(f"--vllm {args.vllm} is no Python")
+    for rival in RIVALS:
+        python = getattr(args, rival.option)
+        if python is not None and not python.is_file():
+            raise ConfigError(f"--{rival.option} {python} is no Python")
     unknown = [held for held in args.ours if held not in HELD]
     if unknown or not args.ours:
         raise ConfigError(f"--ours takes {', '.join(HELD)}, not {', '.join(unknown) or 'nothing'}")
@@ -163,19 +173,24 @@ class Session:
         self,
         args: argparse.Namespace,
         cpp: LlamaCpp,
+        cousin: ik.IkLlamaCpp | None,
         configs: Mapping[str, Any],
         progress: Progress,
     ) -> None:
         self._args, self._cpp, self._progress = args, cpp, progress
         self._cores = len(os.sched_getaffinity(0))
-        self._vllm: Vllm | None = None
+        self._processes: dict[str, Processes] = {}
         self._open = ExitStack()
         self.load_average = os.getloadavg()[0]  # before we add to it
         most, context = max(args.slots), args.max_model_len
         self._ours = [Ours(args.file, held, configs, most, context) for held in args.ours]
+        llm = self._ours[0].llm
+        self._stops = [*map(int, llm.target.eos_token_ids)]
+        encode = partial(llm.tokenizer.encode, add_special_tokens=False)
+        self._cousins = [cousin.program(encode, self._stops[0])] if cousin else []
         files = [path for path in (args.file, args.draft) if path]
         self.weights = {
-            **self._ours[0].llm.provenance,
+            **llm.provenance,
             "model": args.file.name,
             **{f"sha256 of {path.name}": sha256_of(path) for path in files},
         }
@@ -212,20 +227,20 @@ class Session:
             self._progress.add(name, unit)
 
     def measure(self, slots: int, stop: float) -> None:
-        """Tunes llama.cpp, then adds blocks at so many slots, one at least, until the time is
+        """Tunes the servers, then adds blocks at so many slots, one at least, until the time is
         over."""
         name = f"blocks at {slots}"
         chunks = in_chunks(self._measured, WAVES * slots)[: self._args.blocks]
         done = len(self._progress.units(name))
         if done >= len(chunks) or (done and time.monotonic() > stop):
             return
-        tuned = self._tuned(slots, stop)
+        now = time.monotonic()
+        until = now + TUNE_SHARE * (stop - now)
         with ExitStack() as stack:
             contestants: dict[str, Contestant] = {}
-            for mode, flags in self._final(tuned).items():
-                server = stack.enter_context(self._server(flags, slots))
-                contestants[f"llama.cpp {mode}"] = server.answer
-            contestants |= self._in_vllm(slots)
+            for contestant, server in self._servers(slots, until):
+                contestants[contestant] = stack.enter_context(server).answer
+            contestants |= self._rivals(slots)
             for ours in self._ours:
                 contestants |= ours.contestants(slots)
             for answer in contestants.values():  # what learns sees a batch of that size
@@ -239,21 +254,25 @@ class Session:
                 if now + (now - started) > stop:
                     break
 
+    @property
+    def versions(self) -> dict[str, str]:
+        """Of the engines in environments of their own."""
+        units = {rival.name: self._progress.units(rival.name) for rival in RIVALS}
+        return {name: versions[0] for name, versions in units.items() if versions}
+
     def result(self) -> dict[str, Any]:
         """All that was measured, as JSON holds it."""
         runs = []
         for slots in self._args.slots:
-            kept = self._progress.units(f"tuned at {slots}")
             blocks = self._progress.units(f"blocks at {slots}")
-            if kept and blocks:
+            if blocks:
                 tasks = [self._tasks_of(number, slots) for number in range(len(blocks))]
                 run = report.run_of(slots, blocks, tasks, self._args.ours)
-                runs.append(run | self._flags(kept[0]))
+                runs.append(run | self._flags(slots))
         return {
             "forwards": forward_medians(self._progress.units("forwards")),
             "forward_context": self._args.forward_context,
             "max_tokens": self._args.max_tokens,
-            "vllm_version": (self._progress.units(NAME) or [None])[0],
             "runs": runs,
         }
 
@@ -263,35 +282,61 @@ class Session:
         first = len(self._kept) + number * size
         return [TASKS[at % len(TASKS)] for at in range(first, first + size)]
 
-    def _flags(self, kept: Mapping[str, Any]) -> dict[str, Any]:
-        """llama.cpp's flags, of its files the names alone."""
-        tuned, draft = Tuned.of(kept), self._args.draft
-        words = {mode: " ".join(flags.words) for mode, flags in self._final(tuned).items()}
-        found = {"flags": words, "tried": tuned.tried, "left_out": tuned.left_out}
+    def _flags(self, slots: int) -> dict[str, Any]:
+        """How the servers were tuned, of files the names alone."""
+        tuned, draft = self._tuned(slots), self._args.draft
+        found = told(tuned, self._final(tuned))
+        for program in self._cousins:
+            few = self._ik_tuned(program, slots)
+            found[program.name] = told(few, few.flags)
         if draft is None:
             return found
         inside = json.dumps(str(draft))[1:-1]
         bare: dict[str, Any] = json.loads(json.dumps(found).replace(inside, draft.name))
         return bare
 
-    def _tuned(self, slots: int, stop: float) -> Tuned:
+    def _servers(self, slots: int, until: float) -> Iterator[tuple[str, Server]]:
+        """All modes of llama.cpp and of its cousin, tuned."""
+        # The cousin first: llama.cpp takes all the time that is left.
+        few = [(program, self._ik_tuned(program, slots, until)) for program in self._cousins]
+        for mode, flags in self._final(self._tuned(slots, until)).items():
+            program = self._cpp.program
+            yield f"{program.name} {mode}", self._server(program, flags, slots)
+        for program, tuned in few:
+            for mode, ik_flags in tuned.flags.items():
+                yield f"{program.name} {mode}", self._server(program, ik_flags, slots)
+
+    def _tuned(self, slots: int, until: float = 0.0) -> Tuned[Flags]:
+        """Once, until then."""
         name = f"tuned at {slots}"
         if not self._progress.units(name):
-            now = time.monotonic()
-            until = now + TUNE_SHARE * (stop - now)
-            chunk = self._kept[: alike(slots)]
-
-            def attempt(flags: Flags) -> Reply:
-                print(f"{slots} slots, llama.cpp with {' '.join(flags.words)}", flush=True)
-                with self._server(flags, slots) as server:
-                    return server.answer(chunk, self._args.tune_tokens)
-
+            attempt = self._attempt(self._cpp.program, slots)
             draft = None if self._args.draft is None else str(self._args.draft)
             found = tune(attempt, self._cores, draft, lambda: time.monotonic() < until)
             self._progress.add(name, found.plain())
-        return Tuned.of(self._progress.units(name)[0])
+        return Tuned.of(self._progress.units(name)[0], Flags)
 
-    def _final(self, tuned: Tuned) -> dict[str, Flags]:
+    def _ik_tuned(self, program: Program, slots: int, until: float = 0.0) -> Tuned[ik.IkFlags]:
+        """Once, until then."""
+        name = f"{program.name} tuned at {slots}"
+        if not self._progress.units(name):
+            attempt = self._attempt(program, slots)
+            found = ik.tune(attempt, self._cores, slots, lambda: time.monotonic() < until)
+            self._progress.add(name, found.plain())
+        return Tuned.of(self._progress.units(name)[0], ik.IkFlags)
+
+    def _attempt(self, program: Program, slots: int) -> Callable[[Words], Reply]:
+        """What tries flags."""
+        chunk = self._kept[: alike(slots)]
+
+        def attempt(flags: Words) -> Reply:
+            print(f"{slots} slots, {program.name} with {' '.join(flags.words)}", flush=True)
+            with self._server(program, flags, slots) as server:
+                return server.answer(chunk, self._args.tune_tokens)
+
+        return attempt
+
+    def _final(self, tuned: Tuned[Flags]) -> dict[str, Flags]:
         """The modes to compare: the best flags of each, and the draft model with its defaults."""
         if DRAFT not in tuned.flags:
             return tuned.flags
@@ -302,23 +347,33 @@ class Session:
             return tuned.flags
         return {**tuned.flags, f"{DRAFT}, its defaults": usual}
 
-    def _server(self, flags: Flags, slots: int) -> Server:
+    def _server(self, program: Program, flags: Words, slots: int) -> Server:
         longest = max(map(len, chain(self._kept, self._measured)))
         args = self._args
-        return Server(self._cpp, args.file, flags, slots, args.max_model_len, longest)
+        return Server(program, args.file, flags.words, slots, args.max_model_len, longest)
 
-    def _in_vllm(self, slots: int) -> dict[str, Contestant]:
-        """Its modes, loaded once for all numbers of slots."""
+    def _rivals(self, slots: int) -> dict[str, Contestant]:
+        """All modes of the engines in environments of their own."""
+        found: dict[str, Contestant] = {}
+        for rival in RIVALS:
+            python = getattr(self._args, rival.option)
+            if python is not None:
+                answer = self._loaded(rival, python).answer
+                for mode in rival.modes:
+                    found[f"{rival.name} {mode}"] = partial(answer, mode, slots)
+        return found
+
+    def _loaded(self, rival: Rival, python: Path) -> Processes:
+        """Once for all numbers of slots."""
         args = self._args
-        if args.vllm is None:
-            return {}
-        if self._vllm is None:
-            print("vLLM is loaded (minutes, while it compiles)", flush=True)
-            found = Vllm(args.vllm, args.file, max(args.slots), args.max_model_len)
-            self._vllm = self._open.enter_context(found)
-            if not self._progress.units(NAME):
-                self._progress.add(NAME, found.version)
-        return {f"{NAME} {mode}": partial(self._vllm.answer, mode, slots) for mode in MODES}
+        if rival.name not in self._processes:
+            print(f"{rival.name} is loaded (minutes, where it compiles)", flush=True)
+            slots, context = max(args.slots), args.max_model_len
+            processes = Processes(rival, python, args.file, slots, context, self._stops)
+            self._processes[rival.name] = self._open.enter_context(processes)
+            if not self._progress.units(rival.name):
+                self._progress.add(rival.name, f"{processes.version}, {rival.reads}")
+        return self._processes[rival.name]
 
     def _prompts(self) -> list[list[int]]:
         """Tasks strictly in turn, as chats of one message, those that leave room for an answer."""
@@ -350,6 +405,12 @@ def block(
     return {name: replies[name] for name in names}
 
 
+def told(tuned: Tuned[FlagsT], final: Mapping[str, FlagsT]) -> dict[str, Any]:
+    """Flags of each mode in words, and what was tried for them."""
+    words = {mode: " ".join(flags.words) for mode, flags in final.items()}
+    return {"flags": words, "tried": tuned.tried, "left_out": tuned.left_out}
+
+
 def alike(slots: int) -> int:
     """The least number of prompts that are as many of each task, and one for each slot."""
     return len(TASKS) * -(-slots // len(TASKS))
@@ -371,20 +432,21 @@ def forward_medians(units: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[
     return found
 
 
-def key_of(args: argparse.Namespace, about: Mapping[str, Any]) -> dict[str, Any]:
-    """What must be the same for a run to go on."""
-    free = ("command", "time_limit", "json", "resume", "blocks", "slots", "llama_cpp", "debug")
+def key_of(args: argparse.Namespace, servers: Mapping[str, Any]) -> dict[str, Any]:
+    """What must be the same for a run to go on. servers: which they are."""
+    free = ("command", "time_limit", "json", "resume", "blocks", "slots", "debug")
+    folders = ("llama_cpp", "ik_llama_cpp")
     files = {path.name: path.stat().st_size for path in (args.file, args.draft) if path}
-    given = {name: value for name, value in vars(args).items() if name not in free}
+    given = {name: value for name, value in vars(args).items() if name not in free + folders}
     return {
         "option": {
             **given,
             "file": args.file.name,
             "draft": args.draft and args.draft.name,
-            "vllm": args.vllm is not None,
+            **{rival.option: getattr(args, rival.option) is not None for rival in RIVALS},
         },
         "bytes": files,
-        "llama.cpp": about,
+        "servers": servers,
         "machine": machine(),
         "commit": commit(),
         "source": source_digest(),
@@ -400,7 +462,9 @@ def command_of(args: argparse.Namespace, limits: Sequence[float]) -> str:
     told += ["python", "-m", "smart_lab", "gguf-speed", args.file.name, "--llama-cpp", "DIR"]
     told += ["--llama-cpp-source", args.llama_cpp_source] if args.llama_cpp_source else []
     told += ["--draft", args.draft.name] if args.draft else []
-    told += ["--vllm", "PYTHON"] if args.vllm else []
+    told += ["--ik-llama-cpp", "DIR"] if args.ik_llama_cpp else []
+    for rival in RIVALS:
+        told += [f"--{rival.option}", "PYTHON"] if getattr(args, rival.option) else []
     told += ["--slots", ",".join(map(str, args.slots)), "--ours", ",".join(args.ours)]
     for text in args.smart or ():
         told += ["--smart", without_folders(text)]

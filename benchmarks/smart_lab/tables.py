@@ -18,7 +18,7 @@ from smart_decoding.bench.sections import (
     said,
 )
 from smart_decoding.bench.summary import POOLED
-from smart_lab.gguf.report import build_of, not_tried, title
+from smart_lab.gguf.report import build_of, not_tried, rivals_of, servers_of, title
 
 if TYPE_CHECKING:
     from smart_decoding.bench.results import Run
@@ -175,8 +175,8 @@ OLD_DECODE = "the requests' own rates, added up (files of before 2026-11-29, 05:
 def gguf(result: Mapping[str, Any]) -> list[Section]:
     """One GGUF file here and in llama.cpp: forwards, then a table for each number of requests."""
     decode = f"decode: {result.get('decode', OLD_DECODE)}"
-    about = build_of(result["llama_cpp"])
-    return [_gguf_forwards(result), *(_gguf_run(run, [about, decode]) for run in result["runs"])]
+    captions = [build_of(result["llama_cpp"]), *rivals_of(result), decode]
+    return [_gguf_forwards(result), *(_gguf_run(run, captions) for run in result["runs"])]
 
 
 def _gguf_forwards(result: Mapping[str, Any]) -> Section:
@@ -215,8 +215,10 @@ def _gguf_run(run: Mapping[str, Any], captions: Sequence[str]) -> Section:
         for each in run["ratios"]
         if each["pairs"] > 1
     ]
-    flags = [f"llama.cpp {mode}: `{words}`" for mode, words in run["flags"].items()]
-    flags += [f"llama.cpp: {not_tried(run)}"] if run["left_out"] else []
+    flags = []
+    for name, tuned in servers_of(run):
+        flags += [f"{name} {mode}: `{words}`" for mode, words in tuned["flags"].items()]
+        flags += [f"{name}: {not_tried(tuned)}"] if tuned["left_out"] else []
     return Section(title(run), head=head, rows=rows, captions=[*captions, *ratios, *flags])
 
 

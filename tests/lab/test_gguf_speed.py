@@ -19,8 +19,10 @@ import pytest
 import worlds
 
 from smart_decoding.errors import ConfigError, ModelError
-from smart_lab import gguf_speed
-from smart_lab.gguf import ours, rates, report, vllm, vllm_worker
+from smart_lab import gguf_speed, tables
+from smart_lab.gguf import engines, ik, ours, rates, report, worker
+from smart_lab.gguf.engines import OPENVINO, VLLM, Processes, Worker, job_of
+from smart_lab.gguf.openvino_worker import OpenvinoSteps
 from smart_lab.gguf.rates import Reply, Span, agreement, best, decode_rate, figures, ratio
 from smart_lab.gguf.server import (
     BATCHED,
@@ -34,6 +36,7 @@ from smart_lab.gguf.server import (
     reply_of,
 )
 from smart_lab.gguf.tuning import BOTH, DRAFT, DRAFTS, NGRAM, NGRAMS, PLAIN, Tuned, tune
+from smart_lab.gguf.vllm_worker import VllmSteps
 
 SERVES = f"""#!{sys.executable}
 import json, os, sys, time
@@ -86,6 +89,17 @@ class Handler(BaseHTTPRequestHandler):
 
 HTTPServer(("127.0.0.1", int(words[words.index("--port") + 1])), Handler).serve_forever()
 """
+# Its cousin knows other words, and tells texts, in order.
+IK_SERVES = (
+    SERVES.replace('if "--backend-sampling" in words', 'if "--no-cache-prompt" in words')
+    .replace('if "draft-simple" in " ".join(words)', 'if "--spec-autotune" in words')
+    .replace('"index": index, "tokens": told', '"content": text, "stopped_eos": False')
+    .replace(
+        "            answers.append",
+        '            text = " ".join(map(str, told))\n            answers.append',
+    )
+    .replace("answers[::-1]", "answers")
+)
 BENCHES = f"""#!{sys.executable}
 import json, sys
 words = sys.argv[1:]
@@ -104,11 +118,12 @@ for n in words[words.index("-npl") + 1].split(","):
 WORKS = f"""#!{sys.executable}
 import json, sys
 settings = json.loads(sys.stdin.readline())
-assert sys.argv[1].endswith("vllm_worker.py") and settings["stops"] == [{worlds.EOS}], settings
+assert sys.argv[1] == "-m" and settings["stops"] == [{worlds.EOS}], settings
+assert settings["weights"].endswith("expanded" if "vllm" in sys.argv[2] else "m.gguf"), settings
 print(json.dumps({{"version": "9"}}), flush=True)
-fast = 2 if "ngram" in settings else 1
 for line in sys.stdin:
     job = json.loads(line)
+    fast = 1 + max(1, job.get("ahead", 1) - 2) if settings["ahead"] else 1
     prompts, tokens = job["prompts"], job["tokens"]
     if job["places"] > settings["sequences"]:
         print(json.dumps({{"error": "too many"}}), flush=True)
@@ -238,7 +253,7 @@ def test_a_server_answers_and_is_stopped_in_between(
     binaries: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # which must not be asked
-    with Server(LlamaCpp(binaries), Path("m.gguf"), Flags(2), 2, 64, 9) as server:
+    with Server(LlamaCpp(binaries).program, Path("m.gguf"), Flags(2).words, 2, 64, 9) as server:
         assert stopped(server)
         reply = server.answer([[4, 5], [7]], 3)
         assert reply.answers == [[6, 7, 8], [8, 9, 10]]
@@ -248,74 +263,147 @@ def test_a_server_answers_and_is_stopped_in_between(
 
 
 def test_what_a_server_dies_of_is_told(binaries: Path) -> None:
+    flags = Flags(2, sampling=True).words
     with pytest.raises(ModelError, match="ended with 3: error: no such thing"):
-        Server(LlamaCpp(binaries), Path("m.gguf"), Flags(2, sampling=True), 1, 64, 9)
+        Server(LlamaCpp(binaries).program, Path("m.gguf"), flags, 1, 64, 9)
 
 
 @pytest.fixture
-def vllm_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A program in place of vLLM's, and a checkpoint that is not read."""
-    config = argparse.Namespace(eos_token_ids=(worlds.EOS,))
-    found = argparse.Namespace(tokenizer_source=tmp_path, config=config)
-    monkeypatch.setattr(vllm, "load_checkpoint", lambda path: found)
+def python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A program in place of a rival's, and a checkpoint that is not read."""
+    found = argparse.Namespace(tokenizer_source=tmp_path / "expanded")
+    monkeypatch.setattr(engines, "load_checkpoint", lambda path: found)
     path = tmp_path / "python"
     path.write_text(WORKS)
     path.chmod(0o755)
     return path
 
 
-def test_vllm_answers_by_its_own_clock(vllm_python: Path) -> None:
-    with vllm.Vllm(vllm_python, Path("m.gguf"), 2, 64) as engines:
-        assert engines.version == "9"
-        plain, ngram = (engines.answer(mode, 2, [[4, 5], [7]], 5) for mode in (PLAIN, NGRAM))
-        assert plain.answers == ngram.answers == [[6, 7, 8, 9, 10], [8, 9, 10, 11, 12]]
-        assert plain.decode == pytest.approx(1.0)  # a second a token
-        assert ngram.decode == pytest.approx(2.0)
-        assert plain.overall == pytest.approx(10 / 4.5)
-        assert (plain.prefill_seconds, plain.per_round, ngram.per_round) == (0.5, 1.0, 2.0)
-        with pytest.raises(ModelError, match="too many"):
-            engines.answer(PLAIN, 3, [[1]] * 3, 5)
+def test_rivals_answer_by_their_own_clocks(python: Path) -> None:
+    for rival, fastest in ((VLLM, 2.0), (OPENVINO, 4.0)):
+        with Processes(rival, python, Path("m.gguf"), 2, 64, [worlds.EOS]) as processes:
+            assert processes.version == "9"
+            plain, *ahead = (processes.answer(mode, 2, [[4, 5], [7]], 5) for mode in rival.modes)
+            assert plain.answers == ahead[-1].answers == [[6, 7, 8, 9, 10], [8, 9, 10, 11, 12]]
+            assert plain.decode == pytest.approx(1.0)  # a second a token
+            assert ahead[0].decode == pytest.approx(2.0)
+            assert ahead[-1].decode == pytest.approx(fastest)
+            assert plain.overall == pytest.approx(10 / 4.5)
+            assert (plain.prefill_seconds, plain.per_round, ahead[0].per_round) == (0.5, 1.0, 2.0)
+            with pytest.raises(ModelError, match="too many"):
+                processes.answer(PLAIN, 3, [[1]] * 3, 5)
 
 
-def test_vllms_worker_keeps_its_places_full(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_modes_share_a_process_where_it_can(python: Path) -> None:
+    for rival, count in ((VLLM, 2), (OPENVINO, 2)):
+        with Processes(rival, python, Path("m.gguf"), 2, 64, [worlds.EOS]) as processes:
+            assert len(processes._workers) == count
+
+
+class Rule:
     """An engine that gives each request a token a step, and as many as its prompt says."""
-    worker = vllm_worker
+
+    def __init__(self, clock: worlds.Clock) -> None:
+        self._clock = clock
+        self.most = 0
+        self.running: dict[int, list[int]] = {}
+        self._wanted: dict[int, int] = {}
+
+    def add(self, number: int, prompt: list[int]) -> None:
+        self._wanted[number], self.running[number] = prompt[0], []
+
+    def step(self) -> list[tuple[int, list[int], bool]]:
+        self.most = max(self.most, len(self.running))
+        self._clock.now += 1.0
+        found = []
+        for number, tokens in list(self.running.items()):
+            tokens.append(len(tokens))
+            ended = len(tokens) == self._wanted[number]
+            found.append((number, list(tokens), ended))
+            if ended:
+                del self.running[number]
+        return found
+
+
+def test_a_worker_keeps_its_places_full(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = worlds.Clock()
     monkeypatch.setattr(worker.time, "perf_counter", clock)
-    running: dict[str, list[int]] = {}
-    wanted: dict[str, int] = {}
-    most = 0
-
-    def add_request(name: str, prompt: Any, params: object) -> None:
-        wanted[name], running[name] = prompt["prompt_token_ids"][0], []
-
-    def step() -> list[Any]:
-        nonlocal most
-        most = max(most, len(running))
-        clock.now += 1.0
-        outputs = []
-        for name, tokens in list(running.items()):
-            tokens.append(len(tokens))
-            ended = len(tokens) == wanted[name]
-            answer = argparse.Namespace(token_ids=list(tokens))
-            outputs.append(argparse.Namespace(request_id=name, outputs=[answer], finished=ended))
-            if ended:
-                del running[name]
-        return outputs
-
-    engine = argparse.Namespace(add_request=add_request, step=step)
-    found = vllm.reply_of(worker.stepped(engine, [[3], [5], [4], [2]], None, 2))
-    assert most == 2
+    engine = Rule(clock)
+    found = engines.reply_of(worker.answered(engine, [[3], [5], [4], [2]], 2))
+    assert engine.most == 2
     assert found.answers == [[0, 1, 2], [0, 1, 2, 3, 4], [0, 1, 2, 3], [0, 1]]
     assert (found.prefill_seconds, found.per_round) == (1.0, 1.0)
     assert found.decode == pytest.approx(1.0)
     assert found.overall == pytest.approx(14 / 7)
 
 
-RULE = f"""
+def test_vllm_is_asked_step_by_step() -> None:
+    rule = Rule(worlds.Clock())
+
+    def add_request(name: str, prompt: Any, params: object) -> None:
+        rule.add(int(name), prompt["prompt_token_ids"])
+
+    def step() -> list[Any]:
+        return [
+            argparse.Namespace(
+                request_id=str(number),
+                outputs=[argparse.Namespace(token_ids=tuple(tokens))],
+                finished=ended,
+            )
+            for number, tokens, ended in rule.step()
+        ]
+
+    steps = VllmSteps(argparse.Namespace(add_request=add_request, step=step), None)
+    steps.add(0, [2])
+    assert [steps.step(), steps.step()] == [[(0, [0], False)], [(0, [0, 1], True)]]
+
+
+class RuleHandle:
+    """A request in OpenVINO: what was not read yet, and a status."""
+
+    def __init__(self) -> None:
+        self.parts: list[list[int]] = []
+        self.status = "RUNNING"
+
+    def can_read(self) -> bool:
+        return bool(self.parts)
+
+    def read(self) -> dict[int, Any]:
+        return {0: argparse.Namespace(generated_ids=self.parts.pop(0))}
+
+    def get_status(self) -> Any:
+        return argparse.Namespace(name=self.status)
+
+
+def test_openvino_is_asked_step_by_step() -> None:
+    """A step may give several tokens, none, or an end alone."""
+    handles: dict[int, RuleHandle] = {}
+    told = iter([([[4], [5, 6]], "RUNNING"), ([], "RUNNING"), ([], "FINISHED"), ([], "IGNORED")])
+
+    def add_request(number: int, prompt: Any, config: object) -> RuleHandle:
+        assert prompt == ("tensor", [7, 8])
+        handles[number] = RuleHandle()
+        return handles[number]
+
+    def step() -> None:
+        for handle in handles.values():
+            handle.parts, handle.status = next(told)
+
+    pipeline = argparse.Namespace(add_request=add_request, step=step)
+    steps = OpenvinoSteps(pipeline, None, lambda prompt: ("tensor", prompt))
+    steps.add(3, [7, 8])
+    assert steps.step() == [(3, [4, 5, 6], False)]
+    assert steps.step() == [(3, [4, 5, 6], False)]
+    assert steps.step() == [(3, [4, 5, 6], True)]
+    handles.clear()
+    steps.add(4, [7, 8])
+    with pytest.raises(MemoryError, match="given up: IGNORED"):
+        steps.step()
+
+
+RULE = """
 import os, sys
-sys.path.insert(0, {str(vllm.WORKER.parent)!r})
-from vllm_worker import serve
+from smart_lab.gguf.worker import serve
 
 def load(settings):
     print("a library chatters on standard output")
@@ -327,8 +415,8 @@ def load(settings):
     def answer(prompts, tokens):
         if settings.get("fails") == "answering":
             raise MemoryError("too much")
-        return {{"answers": [[tokens, *p] for p in prompts]}}
-    return {{"version": "1.2"}}, answer
+        return {"answers": [[tokens, *p] for p in prompts]}
+    return {"version": "1.2"}, answer
 
 serve(load)
 """
@@ -342,11 +430,11 @@ def script(tmp_path: Path) -> Path:
 
 
 def test_a_worker_says_what_it_is_and_answers(script: Path) -> None:
-    with vllm.Worker(Path(sys.executable), script, {"threads": 1}) as worker:
-        assert worker.about == {"version": "1.2"}
-        found = worker.ask(vllm.job_of([[5], [7, 8]], 3), 60.0)
+    with Worker(Path(sys.executable), [str(script)], {"threads": 1}) as process:
+        assert process.about == {"version": "1.2"}
+        found = process.ask(job_of([[5], [7, 8]], 3), 60.0)
     assert found == {"answers": [[3, 5], [3, 7, 8]]}
-    assert worker._process.returncode == 0
+    assert process._process.returncode == 0
 
 
 @pytest.mark.parametrize(
@@ -360,28 +448,82 @@ def test_a_worker_says_what_it_is_and_answers(script: Path) -> None:
 def test_what_a_worker_dies_of_is_told_in_one_line(fails: str, message: str, script: Path) -> None:
     settings = {"threads": 1, "fails": fails}
     with pytest.raises(ModelError, match=message) as caught:
-        vllm.Worker(Path(sys.executable), script, settings).ask(vllm.job_of([[1]], 2), 60.0)
+        Worker(Path(sys.executable), [str(script)], settings).ask(job_of([[1]], 2), 60.0)
     assert "\n" not in str(caught.value)
 
 
 def test_a_silent_worker_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vllm, "LOADING", 0.2)
+    monkeypatch.setattr(engines, "LOADING", 0.2)
     file = tmp_path / "silent.py"
     file.write_text("import time; time.sleep(60)")
     with pytest.raises(ModelError, match="no answer within"):
-        vllm.Worker(Path(sys.executable), file, {"threads": 1})
+        Worker(Path(sys.executable), [str(file)], {"threads": 1})
 
 
-def test_the_worker_imports_nothing_of_ours() -> None:
-    source = vllm.WORKER.read_text()
-    assert "import smart_" not in source
-    assert "from smart_" not in source
+def test_the_workers_import_the_standard_library_and_each_other_alone() -> None:
+    folder = Path(worker.__file__).parent
+    for path in (folder / "worker.py", *folder.glob("*_worker.py")):
+        ours = [
+            line for line in path.read_text().splitlines() if "import" in line and "smart_" in line
+        ]
+        assert all(line.startswith("from smart_lab.gguf.worker import") for line in ours)
 
 
-def test_what_vllm_dies_of_is_told(vllm_python: Path) -> None:
-    vllm_python.write_text(f"#!{sys.executable}\nimport vllm_of_nowhere\n")
-    with pytest.raises(ModelError, match="No module named 'vllm_of_nowhere'"):
-        vllm.Vllm(vllm_python, Path("m.gguf"), 2, 64)
+def test_what_a_rival_dies_of_is_told(python: Path) -> None:
+    python.write_text(f"#!{sys.executable}\nimport engine_of_nowhere\n")
+    with pytest.raises(ModelError, match="No module named 'engine_of_nowhere'"):
+        Processes(VLLM, python, Path("m.gguf"), 2, 64, [worlds.EOS])
+
+
+@pytest.fixture
+def cousin(binaries: Path, tmp_path: Path) -> Path:
+    folder = tmp_path / "ik"
+    folder.mkdir()
+    (folder / SERVER).write_text(IK_SERVES)
+    (folder / SERVER).chmod(0o755)
+    return folder
+
+
+def test_the_cousins_texts_become_tokens(cousin: Path) -> None:
+    def encode(text: str) -> list[int]:
+        return [int(word) for word in text.split()]
+
+    program = ik.IkLlamaCpp(cousin).program(encode, worlds.EOS)
+    with Server(program, Path("m.gguf"), ik.IkFlags(2).words, 2, 64, 9) as server:
+        assert server.answer([[4, 5], [7]], 3).answers == [[6, 7, 8], [8, 9, 10]]
+    ended = {"content": "6 7", "stopped_eos": True}
+    assert program.tokens_of(ended) == [6, 7, worlds.EOS]
+
+
+def test_drafts_behind_an_end_give_no_speed() -> None:
+    """Its server counts them: seven tokens, of which four came."""
+    times = {"prompt_n": 1, "prompt_ms": 1.0, "predicted_n": 7, "predicted_ms": 3000.0}
+    times["draft_n_accepted"] = 4
+    found = reply_of({"timings": times}, [[1]], 4.0, lambda answer: [1, 2, 3, 4])
+    assert (found.decode, found.overall) == (pytest.approx(1.0), pytest.approx(1.0))
+    assert found.per_round == pytest.approx(3 / 2)
+
+
+def test_few_flags_of_the_cousin_are_tried() -> None:
+    trials: list[ik.IkFlags] = []
+
+    def rule(flags: ik.IkFlags) -> Reply:
+        trials.append(flags)
+        return reply(1.0, overall=1.0 + flags.repack - 0.5 * (flags.flash == "off"))
+
+    found = ik.tune(rule, 2, 1, lambda: True)
+    assert [" ".join(flags.words) for flags in trials] == [
+        "--threads 2 --flash-attn on",
+        "--threads 2 --flash-attn on --run-time-repack",
+        "--threads 2 --flash-attn off --run-time-repack",
+    ]
+    assert {(each.flash, each.repack) for each in found.flags.values()} == {("on", True)}
+    assert list(found.flags) == [PLAIN, NGRAM, ik.SUFFIX]
+    assert found.flags[ik.SUFFIX].words[-3:] == ["--spec-type", "suffix", "--spec-autotune"]
+    assert Tuned.of(json.loads(json.dumps(found.plain())), ik.IkFlags) == found
+    without_time = ik.tune(rule, 2, 4, lambda: False)
+    assert len(without_time.left_out) == 2
+    assert list(without_time.flags) == [PLAIN]  # it speculates for one slot only
 
 
 def reply(decode: float, overall: float = 1.0) -> Reply:
@@ -412,7 +554,7 @@ def test_tuning_finds_the_best_flags_of_each_mode() -> None:
     assert "--spec-draft-model d.gguf --spec-draft-n-max 5" in both
     assert not found.left_out
     assert [one["error"] for one in found.tried if "error" in one] == ["not supported"]
-    assert Tuned.of(json.loads(json.dumps(found.plain()))) == found
+    assert Tuned.of(json.loads(json.dumps(found.plain())), Flags) == found
 
 
 def test_finalists_are_tried_again() -> None:
@@ -560,7 +702,17 @@ class RuleOurs:
 
     def __init__(self, model: Path, held: str, configs: Any, slots: int, context: int) -> None:
         self.held, self._names = held, ["plain", *(f"smart {name}" for name in configs)]
-        self.llm = argparse.Namespace(provenance={"model": str(model)}, chat_prompt=self._chat)
+        self.llm = argparse.Namespace(
+            provenance={"model": str(model)},
+            chat_prompt=self._chat,
+            target=argparse.Namespace(eos_token_ids=(worlds.EOS,)),
+            tokenizer=argparse.Namespace(encode=self._encode),
+        )
+
+    @staticmethod
+    def _encode(text: str, add_special_tokens: bool) -> list[int]:
+        assert not add_special_tokens
+        return [int(word) for word in text.split()]
 
     @staticmethod
     def _chat(messages: Any) -> Any:
@@ -704,33 +856,48 @@ def test_the_best_and_the_default_draft_model_are_measured(
     assert "not tried" not in told
 
 
-def test_vllm_takes_part(
+def test_rivals_take_part(
     command: Callable[..., argparse.Namespace],
-    vllm_python: Path,
+    python: Path,
+    cousin: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """It is loaded once for all numbers of slots, and its version lasts."""
-    words = ["--vllm", str(vllm_python), "--slots", "1,2", "--blocks", "1", "--time-limit", "0"]
+    """They are loaded once for all numbers of slots, and their versions last."""
+    words = ["--vllm", str(python), "--openvino", str(python), "--ik-llama-cpp", str(cousin)]
+    words += ["--slots", "1,2", "--blocks", "1", "--time-limit", "0"]
     words += ["--resume", str(tmp_path / "run.part"), "--json", str(tmp_path / "run.json")]
     for _ in range(2):
         assert gguf_speed.main(command(*words)) == 0
         told = capsys.readouterr().out
-        assert "vLLM 9, in bf16" in told
+        assert "vLLM: 9, in bf16" in told
+        assert "OpenVINO: 9, from the file" in told
+        assert "ik_llama.cpp: version: 7 (abc)" in told
         assert "auto smart draft_model over vLLM n-gram, decode: 4.50 (one block)" in told
+        assert "ik_llama.cpp, not tried for lack of time: 2 of 3 settings" in told
         text = (tmp_path / "run.json").read_text()
         assert str(tmp_path) not in text
         for run in json.loads(text)["runs"]:
             rates = {one["name"]: one["decode"][0] for one in run["contestants"]}
-            assert rates["vLLM plain"] == 1.0
-            assert rates["vLLM n-gram"] == 2.0
-    assert "vLLM is loaded" not in told  # all was measured
+            assert (rates["vLLM plain"], rates["vLLM n-gram"]) == (1.0, 2.0)
+            assert rates["OpenVINO prompt lookup of 5"] > rates["OpenVINO prompt lookup of 3"]
+            assert rates["ik_llama.cpp plain"] == 1.0
+            assert rates.get("ik_llama.cpp suffix") == (2.0 if run["slots"] == 1 else None)
+            assert {one["same"] for one in run["contestants"]} == {1.0}
+            over = [one["over"] for one in run["ratios"] if one["key"] == "decode"]
+            assert over[0] == "OpenVINO prompt lookup of 5"  # the best of all
+        (page, *_) = tables.gguf(json.loads(text))[1:]
+        assert any(line.startswith("ik_llama.cpp suffix: `--threads") for line in page.captions)
+        assert "OpenVINO: 9, from the file, in its own quants" in page.captions
+    assert "is loaded" not in told  # all was measured
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (("--vllm", "nowhere/python"), "--vllm nowhere/python is no Python"),
+        (("--openvino", "nowhere/python"), "--openvino nowhere/python is no Python"),
+        (("--ik-llama-cpp", "nowhere"), "nowhere has no llama-server"),
         (("--ours", "packed"), "--ours takes auto, exact, expanded, not packed"),
         (("--max-tokens", "1"), "--max-tokens 1 is too small"),
         (("--blocks", "0"), "--blocks 0 is too small"),

@@ -1,1 +1,1 @@
-"""One GGUF file in two engines: ours and a llama.cpp that was built on this machine."""
+"""One GGUF file in several engines: ours, a llama.cpp built on this machine, and others."""

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from smart_lab.gguf.ik import NAME as IK
 from smart_lab.gguf.rates import best, by_task, figures, ratio
-from smart_lab.gguf.vllm import NAME as VLLM
 
 THEIRS = "llama.cpp"
 KEYS = ("overall", "decode")
@@ -31,15 +31,17 @@ def run_of(
     found = figures(blocks, f"{held[0]} plain")
     names = [each.name for each in found]
     rates = {name: {key: [block[name][key] for block in blocks] for key in KEYS} for name in names}
-    peers = [[name for name in names if name.startswith(whose)] for whose in (THEIRS, VLLM)]
+    rivals = [name for name in names if not name.startswith(tuple(f"{way} " for way in held))]
+    their_plain = [name for name in rivals if name.endswith(" plain")]
+    theirs = [rivals, *by_engine(rivals)]  # the best of all comes first
     ratios = []
     for way in held:
         plain = f"{way} plain"
         smart = [name for name in names if name.startswith(f"{way} smart")]
         for key in KEYS:
             ours = best(found, smart or [plain], key)
-            asked = [(ours, best(found, theirs, key)) for theirs in peers if theirs]
-            asked += [(ours, plain), (plain, f"{THEIRS} plain")]
+            asked = [(ours, best(found, some, key)) for some in theirs]
+            asked += [(ours, plain), (plain, best(found, their_plain, key))]
             for a, b in dict.fromkeys(pair for pair in asked if pair[0] != pair[1]):
                 value = ratio(rates[a][key], rates[b][key], kinds)
                 ratios.append({"of": a, "over": b, "key": key, **asdict(value)})
@@ -55,6 +57,14 @@ def run_of(
     }
 
 
+def by_engine(names: Sequence[str]) -> list[list[str]]:
+    """Contestants of each engine, which is the first word of their names."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(name.split()[0], []).append(name)
+    return list(found.values())
+
+
 def counted(names: Sequence[str]) -> str:
     """'2 code, 1 maths'."""
     return ", ".join(f"{count} {name}" for name, count in sorted(Counter(names).items()))
@@ -64,8 +74,7 @@ def text(result: Mapping[str, Any]) -> str:
     """Tables for a terminal."""
     about = result["llama_cpp"]
     lines = [f"\n{build_of(about)}", about["system"]]
-    if result["vllm_version"]:
-        lines.append(f"vLLM {result['vllm_version']}, in bf16")
+    lines += rivals_of(result)
     lines += _forwards(result)
     for run in result["runs"]:
         lines += _run(run)
@@ -74,11 +83,21 @@ def text(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def rivals_of(result: Mapping[str, Any]) -> list[str]:
+    """Which they were, beside llama.cpp. Early files do not say."""
+    return [f"{name}: {told}" for name, told in result.get("rivals", {}).items()]
+
+
 def build_of(about: Mapping[str, Any]) -> str:
     """Which llama.cpp it was: its source as far as we were told, its version, its build."""
+    return f"{THEIRS}: {origin_of(about)}"
+
+
+def origin_of(about: Mapping[str, Any]) -> str:
+    """The same of any server."""
     build = ", ".join(f"{name}={value}" for name, value in about.get("build", {}).items())
     told = (about.get("source"), about["version"], build)
-    return "llama.cpp: " + "; ".join(part for part in told if part)
+    return "; ".join(part for part in told if part)
 
 
 def _forwards(result: Mapping[str, Any]) -> Iterator[str]:
@@ -113,13 +132,21 @@ def _run(run: Mapping[str, Any]) -> Iterator[str]:
         of = "" if each["key"] == "overall" else ", decode"
         bounds = f"({each['low']:.2f} - {each['high']:.2f})" if each["pairs"] > 1 else "(one block)"
         yield f"{each['of']} over {each['over']}{of}: {each['value']:.2f} {bounds}"
-    for mode, flags in run["flags"].items():
-        yield f"llama.cpp {mode}: {flags}"
-    for each in run["tried"]:
-        if "error" in each:
-            yield f"failed: llama.cpp {each['mode']} with {each['flags']}: {each['error']}"
-    if run["left_out"]:
-        yield not_tried(run)
+    for name, tuned in servers_of(run):
+        for mode, flags in tuned["flags"].items():
+            yield f"{name} {mode}: {flags}"
+        for each in tuned["tried"]:
+            if "error" in each:
+                yield f"failed: {name} {each['mode']} with {each['flags']}: {each['error']}"
+        if tuned["left_out"]:
+            yield f"{name}, {not_tried(tuned)}"
+
+
+def servers_of(run: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Each server, and how it was tuned."""
+    yield THEIRS, run
+    if IK in run:
+        yield IK, run[IK]
 
 
 def title(run: Mapping[str, Any]) -> str:
@@ -128,8 +155,8 @@ def title(run: Mapping[str, Any]) -> str:
     return f"{run['slots']} requests at a time, {run['blocks']} blocks of {prompts} prompts"
 
 
-def not_tried(run: Mapping[str, Any]) -> str:
-    """How many of llama.cpp's settings the time did not allow."""
-    missing = len(run["left_out"])
-    tried = {(each["mode"], each["flags"]) for each in run["tried"]}  # finalists twice
+def not_tried(tuned: Mapping[str, Any]) -> str:
+    """How many of a server's settings the time did not allow."""
+    missing = len(tuned["left_out"])
+    tried = {(each["mode"], each["flags"]) for each in tuned["tried"]}  # finalists twice
     return f"not tried for lack of time: {missing} of {missing + len(tried)} settings"

@@ -18,7 +18,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,15 @@ _BUILD = re.compile(
 )
 # Options that environment variables would change behind our back.
 _NOT_THEIRS = ("LLAMA_", "GGML_", "OMP_", "GOMP_", "KMP_")
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """A llama-server. command: what it always gets; tokens_of: reads the tokens of an answer."""
+
+    name: str
+    command: tuple[str, ...]
+    tokens_of: Callable[[Mapping[str, Any]], list[int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,25 +83,17 @@ class LlamaCpp:
     folder: Path
 
     def __post_init__(self) -> None:
-        for name in (SERVER, BENCH, BATCHED):
-            if not (self.folder / name).is_file():
-                raise ConfigError(
-                    f"{self.folder} has no {name}: give the folder of a llama.cpp's binaries, "
-                    "such as build/bin (docs/lab.md says how to build it)"
-                )
+        require(self.folder, (SERVER, BENCH, BATCHED))
+
+    @property
+    def program(self) -> Program:
+        """Its server."""
+        words = ("--offline", "--no-cache-prompt")
+        return Program("llama.cpp", (str(self.folder / SERVER), *words), ids_of)
 
     def about(self) -> dict[str, Any]:
-        """Version, compiler and instruction sets in its own words, and how it was built if CMake's
-        cache is near."""
-        done = _call([str(self.folder / SERVER), "--version"])
-        told = [line for line in done.splitlines() if line.startswith(("version", "built"))]
-        cache = self.folder.parent / "CMakeCache.txt"
-        text = cache.read_text(errors="replace") if cache.is_file() else ""
-        return {
-            "version": "; ".join(told),
-            "system": self._system(),
-            "build": dict(_BUILD.findall(text)),
-        }
+        """Its origin, and its instruction sets in its own words."""
+        return {**origin(self.folder), "system": self._system()}
 
     def _system(self) -> str:
         """It names its instruction sets as it starts, here with a model that is not there."""
@@ -146,6 +147,26 @@ class LlamaCpp:
         return {count: min(seconds) for count, seconds in found.items()}
 
 
+def require(folder: Path, names: Sequence[str]) -> None:
+    """Raises ConfigError if a program is not there."""
+    for name in names:
+        if not (folder / name).is_file():
+            raise ConfigError(
+                f"{folder} has no {name}: give the folder of a llama.cpp's binaries, "
+                "such as build/bin (docs/lab.md says how to build it)"
+            )
+
+
+def origin(folder: Path) -> dict[str, Any]:
+    """Version and compiler in a server's own words, and how it was built if CMake's cache is
+    near."""
+    done = _call([str(folder / SERVER), "--version"])
+    told = [line for line in done.splitlines() if line.startswith(("version", "built"))]
+    cache = folder.parent / "CMakeCache.txt"
+    text = cache.read_text(errors="replace") if cache.is_file() else ""
+    return {"version": "; ".join(told), "build": dict(_BUILD.findall(text))}
+
+
 def bench_seconds(text: str) -> dict[int, float]:
     """What `llama-bench -o json` prints: rows -> the median seconds of its repetitions. Raises
     ModelError if it is something else."""
@@ -165,24 +186,37 @@ def batched_seconds(text: str) -> dict[int, float]:
     return {int(run["pl"]): run["t_tg"] / run["tg"] for run in runs}
 
 
+def ids_of(answer: Mapping[str, Any]) -> list[int]:
+    """The tokens that llama-server tells."""
+    return list(answer["tokens"])
+
+
 class Server:
     """A running llama-server, stopped by a signal while it is not asked. Raises ModelError with its
     last words if it does not start or fails."""
 
     def __init__(
-        self, cpp: LlamaCpp, model: Path, flags: Flags, slots: int, context: int, longest: int
+        self,
+        program: Program,
+        model: Path,
+        flags: Sequence[str],
+        slots: int,
+        context: int,
+        longest: int,
     ) -> None:
-        """context: tokens of a slot; longest: tokens of a prompt."""
-        self._slots = slots
+        """flags: words of its command line; context: tokens of a slot; longest: tokens of a
+        prompt."""
+        self._slots, self._tokens_of = slots, program.tokens_of
         self._port = _free_port()
         self.command = [
-            *(str(cpp.folder / SERVER), "--model", str(model), "--offline"),
+            *program.command,
+            *("--model", str(model)),
             *("--host", "127.0.0.1", "--port", str(self._port), "--parallel", str(slots)),
             *("--ctx-size", str(slots * context)),
             # The prompts of all slots in one batch.
             *("--batch-size", str(max(LEAST_BATCH, slots * longest))),
-            *("--no-cache-prompt", "--cache-ram", "0"),
-            *flags.words,
+            *("--cache-ram", "0"),
+            *flags,
         ]
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the process)
         self._process = subprocess.Popen(
@@ -226,7 +260,7 @@ class Server:
             raise ModelError(f"{SERVER} did not answer: {self._told(error)}") from error
         seconds = time.perf_counter() - started
         self._process.send_signal(signal.SIGSTOP)
-        return reply_of(found, prompts, seconds)
+        return reply_of(found, prompts, seconds, self._tokens_of)
 
     def close(self) -> None:
         """Ends the process, by force if it does not end by itself."""
@@ -274,22 +308,28 @@ class Server:
         return os.pread(self._log.fileno(), size, 0).decode(errors="replace")
 
 
-def reply_of(found: Any, prompts: Sequence[Sequence[int]], seconds: float) -> Reply:
+def reply_of(
+    found: Any,
+    prompts: Sequence[Sequence[int]],
+    seconds: float,
+    tokens_of: Callable[[Mapping[str, Any]], list[int]] = ids_of,
+) -> Reply:
     """What llama-server answered, by its own clock but for the seconds in all. Raises ModelError
     where a prompt was not computed in full."""
-    answers = sorted(found if isinstance(found, list) else [found], key=lambda one: one["index"])
+    told = found if isinstance(found, list) else [found]
+    told = sorted(told, key=lambda one: one.get("index", 0))  # in order where there is none
+    answers = [tokens_of(one) for one in told]
     spans, rounds = [], 0
-    for one, prompt in zip(answers, prompts, strict=True):
+    for one, answer, prompt in zip(told, answers, prompts, strict=True):
         times = one["timings"]
         if times["prompt_n"] != len(prompt):
             raise ModelError(
                 f"{SERVER} computed {times['prompt_n']} tokens of a prompt of {len(prompt)}"
             )
-        later = times["predicted_n"] - 1
-        spans.append(Span(times["prompt_ms"] / 1e3, times["predicted_ms"] / 1e3, later))
-        # accepted drafts behind an end are counted there, too
-        rounds += max(0, later - times.get("draft_n_accepted", 0))
-    return reply(spans, seconds, rounds, [list(one["tokens"]) for one in answers])
+        spans.append(Span(times["prompt_ms"] / 1e3, times["predicted_ms"] / 1e3, len(answer) - 1))
+        # Its counts may include drafts behind an end.
+        rounds += max(0, times["predicted_n"] - 1 - times.get("draft_n_accepted", 0))
+    return reply(spans, seconds, rounds, answers)
 
 
 def _call(command: Sequence[str]) -> str:

@@ -11,7 +11,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 from smart_decoding.errors import ModelError
 from smart_lab.gguf.rates import Reply
@@ -59,16 +59,27 @@ STEPS: tuple[tuple[str, tuple[Any, ...]], ...] = (
     ("mmap", (False,)),
 )
 FINALISTS = 2  # of each mode are tried once more: single trials differ by several per cent
-Answer = Callable[[Flags], Reply]  # tries flags; raises ModelError where they do not work
+
+
+class Words(Protocol):
+    """Flags of a server, hashable."""
+
+    @property
+    def words(self) -> list[str]:
+        """As its command line has them."""
+
+
+FlagsT = TypeVar("FlagsT", bound=Words)
+Answer = Callable[[FlagsT], Reply]  # tries flags; raises ModelError where they do not work
 TimeLeft = Callable[[], bool]
 
 
 @dataclass
-class Tuned:
+class Tuned(Generic[FlagsT]):
     """Mode -> the best flags; what was tried, with tokens per second or why there are none; what
     was not for lack of time."""
 
-    flags: dict[str, Flags] = field(default_factory=dict)
+    flags: dict[str, FlagsT] = field(default_factory=dict)
     tried: list[dict[str, Any]] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
 
@@ -77,10 +88,10 @@ class Tuned:
         return asdict(self)
 
     @classmethod
-    def of(cls, kept: Mapping[str, Any]) -> Tuned:
+    def of(cls, kept: Mapping[str, Any], kind: Callable[..., FlagsT]) -> Tuned[FlagsT]:
         """The inverse of `plain`."""
         flags = {
-            mode: Flags(**{**each, "speculation": tuple(each["speculation"])})
+            mode: kind(**{**each, "speculation": tuple(each["speculation"])})
             for mode, each in kept["flags"].items()
         }
         return cls(flags, list(kept["tried"]), list(kept["left_out"]))
@@ -103,10 +114,10 @@ def both_words(draft: Sequence[str], ngram: Sequence[str]) -> tuple[str, ...]:
     return ("--spec-type", f"{ngram[1]},{draft[1]}", *ngram[2:], *draft[2:])
 
 
-def tune(answer: Answer, cores: int, draft: str | None, time_left: TimeLeft) -> Tuned:
+def tune(answer: Answer[Flags], cores: int, draft: str | None, time_left: TimeLeft) -> Tuned[Flags]:
     """The best flags of each mode that works; the defaults of each are tried in any case. Raises
     ModelError if plain decoding fails with the defaults."""
-    search = _Search(answer, time_left)
+    search = Search(answer, time_left)
     base = Flags(threads=cores)
     search.attempt(PLAIN, base)
     for name, values in STEPS:
@@ -134,16 +145,16 @@ def tune(answer: Answer, cores: int, draft: str | None, time_left: TimeLeft) -> 
     return search.found
 
 
-class _Search:
+class Search(Generic[FlagsT]):
     """Keeps what was tried."""
 
-    def __init__(self, answer: Answer, time_left: TimeLeft) -> None:
+    def __init__(self, answer: Answer[FlagsT], time_left: TimeLeft) -> None:
         self._answer, self._time_left = answer, time_left
-        self._rates: dict[Flags, list[float]] = {}  # of all trials
-        self._of_mode: defaultdict[str, list[Flags]] = defaultdict(list)
-        self.found = Tuned()
+        self._rates: dict[FlagsT, list[float]] = {}  # of all trials
+        self._of_mode: defaultdict[str, list[FlagsT]] = defaultdict(list)
+        self.found: Tuned[FlagsT] = Tuned()
 
-    def attempt(self, mode: str, flags: Flags) -> None:
+    def attempt(self, mode: str, flags: FlagsT) -> None:
         """Tries flags. Raises ModelError if they are the first of all and do not work."""
         words = " ".join(flags.words)
         try:
@@ -159,7 +170,7 @@ class _Search:
         rates = {"decode": reply.decode, "overall": reply.overall}
         self.found.tried.append({"mode": mode, "flags": words, **rates})
 
-    def best(self, mode: str, known: Flags, others: Sequence[Flags]) -> Flags:
+    def best(self, mode: str, known: FlagsT, others: Sequence[FlagsT]) -> FlagsT:
         """The best of `known`, which was tried before, and of the others."""
         for flags in others:
             if flags == known or self.works(flags):
@@ -171,7 +182,7 @@ class _Search:
         working = [flags for flags in (known, *others) if self.works(flags)]
         return max(working, key=self._rate, default=known)
 
-    def confirmed(self, mode: str, chosen: Flags) -> Flags:
+    def confirmed(self, mode: str, chosen: FlagsT) -> FlagsT:
         """The best of the finalists, each tried once more; `chosen` where there is no time."""
         finalists = sorted(self._of_mode[mode], key=self._rate, reverse=True)[:FINALISTS]
         if len(finalists) < FINALISTS or not self._time_left():
@@ -180,10 +191,10 @@ class _Search:
             self.attempt(mode, flags)
         return max(finalists, key=self._rate)
 
-    def _rate(self, flags: Flags) -> float:
+    def _rate(self, flags: FlagsT) -> float:
         """Of all trials' tokens over all their seconds."""
         return statistics.harmonic_mean(self._rates[flags])
 
-    def works(self, flags: Flags) -> bool:
+    def works(self, flags: FlagsT) -> bool:
         """Whether it answered with them."""
         return flags in self._rates

@@ -1,41 +1,32 @@
-"""vLLM's CPU build in an environment of its own, with nothing of ours beside it: plain, or with its
-n-gram drafter. Needed by gguf/vllm.py, which starts it by its path.
+"""vLLM's CPU build, plain or with its n-gram drafter.
 
-It speaks JSON lines. In: a line of settings, then a line per job {"prompts": [[id, ...], ...],
-"tokens": count, "places": count}. Out: a line that says it is ready, with its version, then one per
-job.
+Needed by `gguf-speed --vllm` and so by results/xeon-amx/README.md ("with a queue, and in vLLM").
 """
 
 from __future__ import annotations
 
-import json
 import os
-import sys
-import time
-from collections.abc import Callable
 from typing import Any
 
-Settings = dict[str, Any]
-Answer = Callable[..., dict[str, Any]]
+from smart_lab.gguf.worker import Answer, Settings, answered, serve
 
 
-def serve(load: Callable[[Settings], tuple[dict[str, str], Answer]]) -> None:
-    """Loads once, then answers until there are no more lines. What libraries print goes to standard
-    error."""
-    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
+class VllmSteps:
+    """Its engine, for requests with the same parameters."""
 
-    def say(reply: dict[str, Any]) -> None:
-        print(json.dumps(reply), file=replies, flush=True)
+    def __init__(self, engine: Any, params: Any) -> None:
+        self._engine, self._params = engine, params
 
-    try:
-        about, answer = load(json.loads(sys.stdin.readline()))
-        say(about)
-        for line in sys.stdin:
-            say(answer(**json.loads(line)))
-    except Exception as error:  # whatever vLLM raises is its result
-        say({"error": f"{type(error).__name__}: {error}".splitlines()[0][:300]})
-        raise
+    def add(self, number: int, prompt: list[int]) -> None:
+        """One more request."""
+        self._engine.add_request(str(number), {"prompt_token_ids": prompt}, self._params)
+
+    def step(self) -> list[tuple[int, list[int], bool]]:
+        """Number of a request, its tokens so far, and whether it ended."""
+        return [
+            (int(output.request_id), list(output.outputs[0].token_ids), output.finished)
+            for output in self._engine.step()
+        ]
 
 
 def load(settings: Settings) -> tuple[dict[str, str], Answer]:
@@ -47,10 +38,9 @@ def load(settings: Settings) -> tuple[dict[str, str], Answer]:
     )
     import vllm
 
-    ngram = settings.get("ngram")
     drafter = {
         "method": "ngram",
-        "num_speculative_tokens": ngram,
+        "num_speculative_tokens": settings["ahead"],
         "prompt_lookup_max": 4,
         "prompt_lookup_min": 2,
     }
@@ -61,7 +51,7 @@ def load(settings: Settings) -> tuple[dict[str, str], Answer]:
         enable_prefix_caching=False,
         max_num_seqs=settings["sequences"],
         skip_tokenizer_init=True,
-        speculative_config=drafter if ngram else None,
+        speculative_config=drafter if settings["ahead"] else None,
     )
 
     def answer(prompts: list[list[int]], tokens: int, places: int) -> dict[str, Any]:
@@ -71,41 +61,9 @@ def load(settings: Settings) -> tuple[dict[str, str], Answer]:
             stop_token_ids=settings["stops"],
             detokenize=False,
         )
-        return stepped(model.llm_engine, prompts, params, places)
+        return answered(VllmSteps(model.llm_engine, params), prompts, places)
 
     return {"version": vllm.__version__}, answer
-
-
-def stepped(engine: Any, prompts: list[list[int]], params: Any, places: int) -> dict[str, Any]:
-    """Answers so many at once, the next one when one has ended. placed, firsts, ends: seconds until
-    each got its place, its first tokens, of which there were so many `before` the others, and its
-    last one; steps: those that gave it tokens."""
-    started = time.perf_counter()
-    answers: list[list[int]] = []
-    placed: list[float] = []
-    firsts = [0.0] * len(prompts)
-    ends = [0.0] * len(prompts)
-    before = [0] * len(prompts)
-    steps = [0] * len(prompts)
-    running = 0
-    while running or len(placed) < len(prompts):
-        for prompt in prompts[len(placed) :][: places - running]:
-            engine.add_request(str(len(placed)), {"prompt_token_ids": prompt}, params)
-            placed.append(time.perf_counter() - started)
-            answers.append([])
-            running += 1
-        outputs = engine.step()
-        now = time.perf_counter() - started
-        for output in outputs:
-            index = int(output.request_id)
-            steps[index] += 1
-            firsts[index] = firsts[index] or now
-            ends[index] = now
-            answers[index] = list(output.outputs[0].token_ids)
-            before[index] = before[index] or len(answers[index])
-            running -= output.finished
-    times = {"placed": placed, "firsts": firsts, "ends": ends, "before": before, "steps": steps}
-    return {**times, "answers": answers, "seconds": time.perf_counter() - started}
 
 
 if __name__ == "__main__":

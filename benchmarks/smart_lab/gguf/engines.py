@@ -1,6 +1,7 @@
-"""vLLM's CPU build on the same weights, widened to bf16, which is what it reads.
+"""Engines in environments of their own: vLLM's CPU build and OpenVINO GenAI, each in processes that
+speak JSON lines.
 
-Needed by `gguf-speed --vllm` and so by results/xeon-amx/README.md ("with a queue, and in vLLM").
+Needed by `gguf-speed --vllm` and `--openvino`.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ import queue
 import subprocess
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,37 +23,94 @@ from smart_decoding.models.loading import load_checkpoint
 from smart_lab.gguf.rates import Reply, Span, reply
 from smart_lab.gguf.tuning import NGRAM, PLAIN
 
-NAME = "vLLM"
-WORKER = Path(__file__).with_name("vllm_worker.py")
+FOLDER = Path(__file__).parents[2]  # of the laboratory
 LOADING, ANSWERING = 300.0, 180.0  # seconds until a worker is given up
-# How it decodes -> the worker's options: its own n-grams propose four tokens.
-MODES: Mapping[str, Mapping[str, Any]] = {PLAIN: {}, NGRAM: {"ngram": 4}}
 
 
-class Vllm:
-    """An engine for each mode, in processes of their own. Raises ModelError with the reason of one
-    that fails."""
+def _expanded(model: Path) -> Path:
+    """A folder of our cache with the file's weights in bf16."""
+    return Path(load_checkpoint(model).tokenizer_source)
 
-    def __init__(self, python: Path, model: Path, slots: int, context: int) -> None:
-        """python: of vLLM's environment. model: a GGUF file, which is expanded in our cache."""
-        checkpoint = load_checkpoint(model)
+
+def _itself(model: Path) -> Path:
+    return model.absolute()
+
+
+@dataclass(frozen=True, slots=True)
+class Rival:
+    """An engine. package: what its environment must have; worker: the module of its process;
+    weights: what it reads of a GGUF file, `reads` in words; modes: name -> how many tokens it
+    proposes; fixed: whether it must know their number to load."""
+
+    name: str
+    package: str
+    worker: str
+    weights: Callable[[Path], Path]
+    reads: str
+    modes: Mapping[str, int]
+    fixed: bool
+
+    @property
+    def option(self) -> str:
+        """Of the command line, which takes its Python."""
+        return self.name.lower()
+
+
+VLLM = Rival(
+    "vLLM",
+    "vLLM for CPUs",
+    "smart_lab.gguf.vllm_worker",
+    _expanded,
+    "in bf16",
+    {PLAIN: 0, NGRAM: 4},
+    fixed=True,
+)
+OPENVINO = Rival(
+    "OpenVINO",
+    "OpenVINO GenAI",
+    "smart_lab.gguf.openvino_worker",
+    _itself,
+    "from the file, in its own quants",
+    {PLAIN: 0, "prompt lookup of 3": 3, "prompt lookup of 5": 5},
+    fixed=False,
+)
+RIVALS = (VLLM, OPENVINO)
+
+
+class Processes:
+    """A rival's processes, one for all modes that can share it. Raises ModelError with the reason
+    of one that fails."""
+
+    def __init__(
+        self,
+        rival: Rival,
+        python: Path,
+        model: Path,
+        slots: int,
+        context: int,
+        stops: Sequence[int],
+    ) -> None:
+        """python: of the rival's environment. model: a GGUF file. stops: tokens that end an
+        answer."""
+        self._rival = rival
         cores = sorted(os.sched_getaffinity(0))
         settings = {
-            "weights": str(checkpoint.tokenizer_source),
+            "weights": str(rival.weights(model)),
             "context": context,
             "sequences": slots,
             "threads": len(cores),
             "cores": ",".join(map(str, cores)),
-            "stops": list(map(int, checkpoint.config.eos_token_ids)),
+            "stops": list(map(int, stops)),
         }
+        module = ("-m", rival.worker)
         with ExitStack() as stack:
             self._workers = {
-                mode: stack.enter_context(Worker(python, WORKER, {**settings, **options}))
-                for mode, options in MODES.items()
+                ahead: stack.enter_context(Worker(python, module, {**settings, "ahead": ahead}))
+                for ahead in dict.fromkeys(map(self._loaded, rival.modes.values()))
             }
             self._stack = stack.pop_all()
 
-    def __enter__(self) -> Vllm:
+    def __enter__(self) -> Processes:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -60,15 +119,21 @@ class Vllm:
     @property
     def version(self) -> str:
         """Its own word."""
-        return str(self._workers[PLAIN].about["version"])
+        return str(self._workers[0].about["version"])
 
     def answer(
         self, mode: str, places: int, prompts: Sequence[Sequence[int]], tokens: int
     ) -> Reply:
         """So many at once, the next one when one has ended, greedy, up to so many tokens each."""
+        ahead = self._rival.modes[mode]
         job = {**job_of(prompts, tokens), "places": places}
+        job |= {} if self._rival.fixed else {"ahead": ahead}
         waves = -(-len(prompts) // places)
-        return reply_of(self._workers[mode].ask(job, ANSWERING * waves))
+        return reply_of(self._workers[self._loaded(ahead)].ask(job, ANSWERING * waves))
+
+    def _loaded(self, ahead: int) -> int:
+        """What a process is told when it loads: how many, or whether any."""
+        return ahead if self._rival.fixed else min(ahead, 1)
 
 
 def reply_of(found: Mapping[str, Any]) -> Reply:
@@ -87,10 +152,11 @@ class Worker:
     """Another engine's process, which speaks JSON lines. Raises ModelError with its reason when it
     fails or stays silent."""
 
-    def __init__(self, python: Path, script: Path, settings: Mapping[str, Any]) -> None:
+    def __init__(self, python: Path, words: Sequence[str], settings: Mapping[str, Any]) -> None:
+        """words: the rest of its command line."""
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the process)
         self._process = subprocess.Popen(
-            [str(python), str(script)],
+            [str(python), *words],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -159,14 +225,12 @@ def job_of(prompts: Sequence[Sequence[int]], tokens: int) -> dict[str, Any]:
 
 
 def _environment(threads: int) -> dict[str, str]:
-    """Ours, but for what would lead its Python to our packages."""
-    ours = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in ("PYTHONPATH", "PYTHONHOME")
-    }
+    """Ours, but its Python finds the laboratory alone of our packages."""
+    ours = {name: value for name, value in os.environ.items() if name != "PYTHONHOME"}
     return {
         **ours,
+        "PYTHONPATH": str(FOLDER),
+        "PYTHONSAFEPATH": "1",
         "OMP_NUM_THREADS": str(threads),
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
