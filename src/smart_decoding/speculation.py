@@ -193,7 +193,7 @@ def _default_method(
 def _means_own_head(given: Mapping[str, Any], shipped: Path | None) -> bool:
     """Whether the model's own built-in name says what drafts, and no draft model is asked for."""
     name = str(given.get("model"))
-    asked = given.get("method", "eagle") in ("eagle", "eagle3")
+    asked = given.get("method", "eagle") in ("eagle", "eagle3", "union")
     return asked and shipped is not None and shipped_head(name) == shipped
 
 

@@ -25,7 +25,7 @@ POLICIES: list[dict[str, Any] | bool] = [
     {"policy": "eagle2", "depth": 4, "total_tokens": 16},
     {"method": "union"},
     {"method": "draft_model", "model": MODEL, "policy": "chain"},
-    {"method": "union", "model": MODEL},
+    {"method": "union", "model": MODEL},  # its head
 ]
 
 

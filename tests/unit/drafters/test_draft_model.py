@@ -455,11 +455,12 @@ def smollm2(model: str, parameters: int = 135_000_000, **sizes: int) -> Any:
     return SimpleNamespace(provenance={"model": model}, vision=None, config=config)
 
 
-@pytest.mark.parametrize("config", [{}, {"method": "eagle"}, {"method": "eagle3"}])
+@pytest.mark.parametrize("method", [None, "eagle", "eagle3", "union"])
 @pytest.mark.parametrize("name", ["smollm2-135m", "smollm2-135m@pypi"])
-def test_a_model_named_as_its_own_drafter_means_its_head(config: Any, name: str) -> None:
+def test_a_model_named_as_its_own_drafter_means_its_head(method: str | None, name: str) -> None:
     """A model that drafts for itself saves nothing."""
-    found = check_speculation({**config, "model": name}, smollm2("smollm2-135m"), NOT_READ, 64)
+    given = {"model": name} if method is None else {"method": method, "model": name}
+    found = check_speculation(given, smollm2("smollm2-135m"), NOT_READ, 64)
     assert found.draft is None
     assert found.head == shipped_head("smollm2-135m")
 
