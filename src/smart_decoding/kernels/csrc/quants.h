@@ -133,8 +133,7 @@ __attribute__((always_inline)) static inline void read_scales(const uint8_t* at,
     const RowScales rows = row_scales<F>(at, shared);
     for (int group = 0; group < QUANT_BLOCK / format.group; group++) {
         spread(rows.scale[group], out.scale[group]);
-        if constexpr (format.zero != 0)
-            spread(rows.least[group], out.least[group]);
+        if constexpr (format.zero != 0) spread(rows.least[group], out.least[group]);
     }
     if constexpr (format.has_least) spread(rows.least[0], out.least[0]);
 }
