@@ -401,7 +401,9 @@ def _load(args: EngineArgs, device: torch.device) -> Checkpoint:
         quantization,
         args.trust_pickle,
     )
-    if not rounds or why_slow(checkpoint.config, device) is not None:
+    if why_slow(checkpoint.config, device) is not None:  # plain torch expands quants
+        rounds = rounds_activations(args.activations, holds_quants=False)
+    if not rounds:
         return checkpoint
     return with_rounded_activations(checkpoint, required=args.activations == "int8")
 

@@ -45,6 +45,12 @@ def test_int8_does_not_pass_unseen_in_fp32(quantization: str | None) -> None:
         LLM("smollm2-135m", dtype="float32", quantization=quantization, activations="int8")
 
 
+def test_int8_does_not_pass_unseen_on_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("smart_decoding.llm.why_slow", lambda config, device: "an odd shape")
+    with pytest.raises(ConfigError, match="needs quantised weights on the CPU kernels"):
+        LLM("smollm2-135m", activations="int8", allow_slow=True)
+
+
 def test_an_unknown_way_is_told() -> None:
     with pytest.raises(ConfigError, match="'int4' is not supported: use auto, exact, int8"):
         LLM("smollm2-135m", activations="int4")
