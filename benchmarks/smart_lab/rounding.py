@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ import torch
 from gguf import GGMLQuantizationType, dequantize
 from tqdm import tqdm
 
+from smart_decoding.bench.options import check_outputs
 from smart_decoding.bench.provenance import provenance, write_json
 from smart_decoding.engine.kv import PAGE
 from smart_decoding.engine.rows import Rows, RowsBuilder
@@ -34,7 +34,9 @@ from smart_decoding.kernels.weights import Matrix, QuantizedTensor
 from smart_decoding.models.decoder import Decoder, RoundingDecoder
 from smart_decoding.models.loading import load_checkpoint
 from smart_decoding.models.tokenizer import Tokenizer
+from smart_lab.gguf.server import call, require
 
+QUANTIZE, PERPLEXITY = "llama-quantize", "llama-perplexity"
 WINDOW = 512
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ("README.md", "CONTRIBUTING.md", "docs/*.md")
@@ -106,7 +108,10 @@ class InFloats(Mapping[str, torch.Tensor]):
 
 
 def main(args: argparse.Namespace) -> int:
-    """Prints a table."""
+    """Prints a table. Raises ConfigError for what is missing before a model is loaded."""
+    check_outputs((args.json,))
+    if args.llama_cpp is not None:
+        require(args.llama_cpp, (QUANTIZE, PERPLEXITY))
     text = read_text(args.text)
     figures = ours(args.file, text, args.windows)
     if args.llama_cpp is not None:
@@ -171,15 +176,16 @@ def rows_of(tokens: list[int]) -> Rows:
 
 
 def theirs(file: Path, text: str, most: int, programs: Path) -> dict[str, float]:
-    """llama.cpp's figures, by its own program. Raises ConfigError for what it does not print."""
+    """llama.cpp's figures, by its own program. Raises ModelError if it fails, and ConfigError for
+    what it does not print."""
     with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
         floats, base = Path(scratch) / "floats.gguf", Path(scratch) / "base"
         (Path(scratch) / "text").write_text(text, encoding="utf-8")
-        _run(programs / "llama-quantize", "--allow-requantize", file, floats, "F32")
-        asked = ("-c", WINDOW, "--chunks", most, "--kl-divergence-base", base)
-        perplexity = programs / "llama-perplexity"
-        _run(perplexity, "-m", floats, "-f", Path(scratch) / "text", *asked)
-        said = _run(perplexity, "-m", file, "--kl-divergence", *asked)
+        call([str(programs / QUANTIZE), "--allow-requantize", str(file), str(floats), "F32"])
+        asked = ["-c", str(WINDOW), "--chunks", str(most), "--kl-divergence-base", str(base)]
+        perplexity = str(programs / PERPLEXITY)
+        call([perplexity, "-m", str(floats), "-f", str(Path(scratch) / "text"), *asked])
+        said = call([perplexity, "-m", str(file), "--kl-divergence", *asked])
     found = {}
     for name, pattern in _PATTERNS.items():
         match = re.search(pattern, said)
@@ -187,11 +193,3 @@ def theirs(file: Path, text: str, most: int, programs: Path) -> dict[str, float]
             raise ConfigError(f"llama-perplexity does not say {name}: {said[-2000:]}")
         found[name] = float(match[1])
     return found
-
-
-def _run(program: Path, *words: object) -> str:
-    command = [str(program), *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise ConfigError(f"{program.name} ended with {done.returncode}: {done.stderr[-2000:]}")
-    return done.stdout + done.stderr

@@ -109,7 +109,7 @@ class LlamaCpp:
         logits: rows -> the median of `turns`, under the best of the flags."""
         found: dict[int, list[float]] = {count: [] for count in rows}
         for each in flags:
-            done = _call(
+            done = call(
                 [
                     *(str(self.folder / BENCH), "-m", str(model), "-o", "json", "-r", str(turns)),
                     *("-n", "0", "-p", ",".join(map(str, rows)), "-d", str(context)),
@@ -134,7 +134,7 @@ class LlamaCpp:
         of the flags."""
         found: dict[int, list[float]] = {count: [] for count in rows}
         for each in flags:
-            done = _call(
+            done = call(
                 [
                     *(str(self.folder / BATCHED), "-m", str(model), "--output-format", "jsonl"),
                     *("-npp", str(context), "-ntg", str(turns), "-npl", ",".join(map(str, rows))),
@@ -160,7 +160,7 @@ def require(folder: Path, names: Sequence[str]) -> None:
 def origin(folder: Path) -> dict[str, Any]:
     """Version and compiler in a server's own words, and how it was built if CMake's cache is
     near."""
-    done = _call([str(folder / SERVER), "--version"])
+    done = call([str(folder / SERVER), "--version"])
     told = [line for line in done.splitlines() if line.startswith(("version", "built"))]
     cache = folder.parent / "CMakeCache.txt"
     text = cache.read_text(errors="replace") if cache.is_file() else ""
@@ -332,7 +332,7 @@ def reply_of(
     return reply(spans, seconds, rounds, answers)
 
 
-def _call(command: Sequence[str]) -> str:
+def call(command: Sequence[str]) -> str:
     """Both streams of a program that ends by itself. Raises ModelError if it fails."""
     done = _run(command)
     if done.returncode != 0:
