@@ -24,8 +24,10 @@ DEFAULT_MODEL_LEN = 4096  # where the model and the KV memory allow it
 
 log = logging.getLogger("smart.llm")
 
-QUANTIZATIONS = (None, "off", "int8", "int4")
-ACTIVATIONS = ("auto", "exact", "int8")
+_CHOICES: Mapping[str, tuple[str | None, ...]] = {
+    "activations": ("auto", "exact", "int8"),
+    "quantization": (None, "off", "int8", "int4"),
+}
 # generation_config.json's names of what SamplingParams are by default, and ours
 _SAMPLING = {
     **{name: name for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")},
@@ -171,12 +173,12 @@ class EngineArgs:
             log.warning("dtype=%r runs in bfloat16: float16 is not supported", self.dtype)
         self._check_neutral()
         self.template()
-        if self.activations not in ACTIVATIONS:
-            known = ", ".join(ACTIVATIONS)
-            raise ConfigError(f"activations={self.activations!r} is not supported: use {known}")
-        if self.quantization not in QUANTIZATIONS:
-            known = ", ".join(map(str, QUANTIZATIONS))
-            raise ConfigError(f"quantization={self.quantization!r} is not supported: use {known}")
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ConfigError(
+                    f"{name}={getattr(self, name)!r} is not supported: "
+                    f"use {', '.join(map(str, known))}"
+                )
         self.media_limits()
         self._at_least(
             1, "max_num_seqs", "max_num_batched_tokens", "max_model_len", "kv_cache_tokens"
