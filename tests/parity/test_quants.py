@@ -24,7 +24,10 @@ pytestmark = pytest.mark.usefixtures("variant")
 KINDS = weights.FORMATS[1:]
 K = 512
 # bytes of a block that begin a float of 16 bits
-HALVES = {"Q4_1": (0, 2), "Q5_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
+HALVES = {
+    **{"Q4_1": (0, 2), "Q5_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)},
+    "MXFP4": (),
+}
 
 
 def quants(kind: str, n: int, seed: int = 0) -> QuantizedTensor:
@@ -35,6 +38,8 @@ def quants(kind: str, n: int, seed: int = 0) -> QuantizedTensor:
     for at in HALVES.get(kind, (0,)):
         halves = (rng.normal(size=(n, K // size, 1)) * 0.01).astype(np.float16)
         blocks[:, :, at : at + 2] = halves.view(np.uint8)
+    if kind == "MXFP4":  # exponents, of the least numbers now and then
+        blocks[:, :, 0] = rng.choice([0, 1, 2, *range(116, 124)], blocks.shape[:2])
     return QuantizedTensor(blocks.reshape(n, -1), kind, K)
 
 

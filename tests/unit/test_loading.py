@@ -780,7 +780,7 @@ def test_the_estimate_of_a_stored_file_is_what_is_read(kind: str, tmp_path: Path
     assert weight_bytes(checkpoint, torch.float32, cpu) == 4 * parameters(checkpoint.config)
 
 
-STORED = ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"]
+STORED = ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4"]
 
 
 @pytest.mark.parametrize("kind", STORED)
@@ -794,7 +794,7 @@ def test_stored_weights_are_the_expanded_ones(kind: str, name: str, tmp_path: Pa
     for key, tensor in expanded.items():
         stored = checkpoint.weights[key]
         is_matrix = "norm" not in key and "bias" not in key
-        assert isinstance(stored, QuantizedTensor) == (kind.startswith("Q") and is_matrix)
+        assert isinstance(stored, QuantizedTensor) == (kind.startswith(("Q", "MX")) and is_matrix)
         assert torch.equal(as_tensor(stored).to(tensor.dtype), tensor), key
     assert "as stored" in checkpoint.provenance["weights"]
 

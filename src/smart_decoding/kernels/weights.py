@@ -20,7 +20,9 @@ from smart_decoding.kernels import abi, library
 PAST_CACHES, INTO_L2, INTO_CACHES = 0, 2, 3  # as in panels.h
 NEVER, ALWAYS, IF_FASTER = 0, 1, 2  # as in abi.h: when inputs of quants are rounded to 8 bits
 # As in abi.h. A tensor in another format is expanded to bf16 when it is read.
-FORMATS = ("BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL")
+FORMATS = (
+    *("BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "MXFP4"),
+)
 
 Weight = abi.structure("Weight")
 _lib = library.library

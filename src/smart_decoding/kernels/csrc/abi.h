@@ -16,7 +16,7 @@ extern "C" {
 
 // How weights are stored; quants as in GGUF files, of which BF16_ROWS are what no format is kept
 // of.
-enum { BF16_ROWS, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K, IQ4_NL };
+enum { BF16_ROWS, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K, IQ4_NL, MXFP4 };
 
 // When inputs of quants are rounded to 8 bits: where drafts alone depend on it, wherever that is
 // faster.

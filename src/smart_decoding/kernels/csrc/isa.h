@@ -253,21 +253,31 @@ static inline int32_t to_bytes(const vf& v, int8_t* to) {
 #endif
 }
 
-// Bytes to float. T: int8_t or uint8_t.
+// Bytes to integers. T: int8_t or uint8_t.
 template <class T>
-static inline vf bytes_to_float(const uint8_t* p) {
+static inline vi bytes_to_integers(const uint8_t* p) {
     [[maybe_unused]] constexpr bool SIGNED = std::is_signed_v<T>;
 #if defined(__AVX512F__)  // of the generic conversion GCC 12 makes one for each lane
     const __m128i bytes = _mm_loadu_si128((const __m128i*)p);
-    return (vf)_mm512_cvtepi32_ps(SIGNED ? _mm512_cvtepi8_epi32(bytes)
-                                         : _mm512_cvtepu8_epi32(bytes));
+    return (vi)(SIGNED ? _mm512_cvtepi8_epi32(bytes) : _mm512_cvtepu8_epi32(bytes));
 #elif defined(__AVX2__) && !defined(SMART_EMULATE_TILES)
     const __m128i bytes = _mm_loadl_epi64((const __m128i*)p);
-    return (vf)_mm256_cvtepi32_ps(SIGNED ? _mm256_cvtepi8_epi32(bytes)
-                                         : _mm256_cvtepu8_epi32(bytes));
+    return (vi)(SIGNED ? _mm256_cvtepi8_epi32(bytes) : _mm256_cvtepu8_epi32(bytes));
 #else
-    return __builtin_convertvector(loadu<Vector<T, VW>>(p), vf);
+    return __builtin_convertvector(loadu<Vector<T, VW>>(p), vi);
 #endif
+}
+
+template <class T>
+static inline vf bytes_to_float(const uint8_t* p) {
+    return __builtin_convertvector(bytes_to_integers<T>(p), vf);
+}
+
+// 2^(byte - 128); 255 is no number. A byte is a float's exponent, but that 0 and 255 need the
+// mantissa's first bit, too.
+static inline vf half_powers_of_two(const uint8_t* p) {
+    const vi byte = bytes_to_integers<uint8_t>(p);
+    return (vf)(byte << 23 | (((byte == 0) | (byte == 255)) & 1 << 22)) * 0.5f;
 }
 
 // table[the low bits] of each half of a lane. ENTRIES: 32 or 64.
@@ -351,6 +361,21 @@ static inline vu two_to_bf16(const vf& first, const vf& second) {
     bf16 both[2 * VW];
     put(both, first);
     put(both + VW, second);
+    return loadu<vu>(both);
+#endif
+}
+
+// The same of floats that bf16 holds. Instructions that round take subnormal ones for zeros.
+static inline vu two_as_bf16(const vf& first, const vf& second) {
+#if defined(__AVX512BW__)
+    vu upper;
+    for (int j = 0; j < VW; j++) upper[j] = uint32_t(4 * j + 1) | uint32_t(4 * j + 3) << 16;
+    return (vu)_mm512_permutex2var_epi16((__m512i)first, (__m512i)upper, (__m512i)second);
+#else
+    typedef Vector<uint16_t, VW> Halves;
+    bf16 both[2 * VW];
+    storeu(both, __builtin_convertvector((vu)first >> 16, Halves));
+    storeu(both + VW, __builtin_convertvector((vu)second >> 16, Halves));
     return loadu<vu>(both);
 #endif
 }

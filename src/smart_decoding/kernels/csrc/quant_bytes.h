@@ -75,13 +75,9 @@ private:
     }
 };
 
-// The values of IQ4_NL with 128 added.
-alignas(16) constexpr uint8_t IQ4_NL_BYTES[16] = {1,   24,  45,  63,  79,  93,  106, 118,
-                                                  129, 141, 153, 166, 181, 197, 217, 241};
-
 // What quants are in bytes more than their weights are scales.
 template <int F>
-constexpr int BYTE_ZERO = F == Q8_0 || F == IQ4_NL ? 128 : FORMATS[F].zero;
+constexpr int BYTE_ZERO = F == Q8_0 ? 128 : FORMATS[F].zero;
 
 // BITS of each byte of vector v of a plane, moved to bit TO.
 template <int BITS, int TO>
@@ -97,7 +93,7 @@ __attribute__((always_inline)) static inline vu quant_bytes(const uint8_t* quant
     constexpr int HIGH = FORMATS[F].bits - 4;
     if constexpr (HIGH == 4) return loadu<vu>(quants + v * sizeof(vu));
     const vu low = field<4, 0>(quants, v);
-    if constexpr (F == IQ4_NL) return lookup_bytes(IQ4_NL_BYTES, low);
+    if constexpr (FORMATS[F].has_table()) return lookup_bytes(FORMATS[F].table, low);
     if constexpr (HIGH == 1 || HIGH == 2) return low | field<HIGH, 4>(quants + 4 * sizeof(vu), v);
     return low;
 }
@@ -107,7 +103,7 @@ template <int F, int S>
 struct ByteWeights {
     static constexpr Format format = FORMATS[F];
     static constexpr int GROUPS = QUANT_BLOCK / format.group;
-    typedef ByteSums<BYTE_ZERO<F> == 128 ? 255 : (1 << format.bits) - 1, format.group / 4> Sums;
+    typedef ByteSums<format.most(), format.group / 4> Sums;
     vi bytes[S][QUANT_BLOCK / 4];
     RowScales scales[S];
 
@@ -383,7 +379,7 @@ static void widen_bytes(const ByteStrip& from, int64_t k, bf16* to) {
             for (int j = 0; j < 4; j += 2, to += 2 * PANEL) {
                 const vf even = byte_weights<F>(bytes, j, scales, group);
                 const vf odd = byte_weights<F>(bytes, j + 1, scales, group);
-                storeu(to, lookup_words(two_to_bf16(even, odd), in_turn));
+                storeu(to, lookup_words(weights_to_bf16<F>(even, odd), in_turn));
             }
         });
     }

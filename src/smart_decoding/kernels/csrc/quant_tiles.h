@@ -25,18 +25,6 @@ constexpr int k_of_word(int w) {
     return F == Q6_K ? w % 2 * VW + w / 2 : w;
 }
 
-// What quants of up to five bits are before they are scaled.
-template <int F>
-struct TileLevels {
-    alignas(64) float of[QUANT_BLOCK];
-
-    constexpr TileLevels() : of() {
-        for (int q = 0; q < QUANT_BLOCK; q++) of[q] = level<F>(q);
-    }
-};
-template <int F>
-constexpr TileLevels<F> TILE_LEVELS;
-
 // A block of a strip on its way to a tile.
 template <int F>
 struct TileBlock {
@@ -96,13 +84,13 @@ private:
     // All that 16 quants of a row can be.
     template <int row>
     __attribute__((always_inline)) vf levels(int first) const {
-        return scaled<row>(loadu<vf>(TILE_LEVELS<F>.of + first));
+        return scaled<row>(loadu<vf>(FLOAT_LEVELS<F>.of + first));
     }
 
     // Two rows of four bits: what they can be lies in one table.
     template <int row>
     __attribute__((always_inline)) void put_two(const vw& first, const vw& second, bf16* to) const {
-        const vu table = two_to_bf16(levels<row>(0), levels<row + 1>(0));
+        const vu table = weights_to_bf16<F>(levels<row>(0), levels<row + 1>(0));
         storeu(to, lookup_words(table, (vu)first));
         storeu(to + QUANT_BLOCK, lookup_words(table, (vu)(second | 16)));
     }

@@ -26,7 +26,8 @@ struct WidePair {
     template <int f, int F>
     __attribute__((always_inline)) static WidePair of(const Block<F>& block) {
         const vf even = block.template vector<f>(), odd = block.template vector<f + 1>();
-        if constexpr (HAS_BF16_PAIRS) return {two_to_bf16(even, odd), vf{}, vf{}};
+        if constexpr (HAS_BF16_PAIRS) return {weights_to_bf16<F>(even, odd), vf{}, vf{}};
+        if constexpr (FORMATS[F].has_powers) return {vu{}, even, odd};
         return {vu{}, rounded(even), rounded(odd)};
     }
 

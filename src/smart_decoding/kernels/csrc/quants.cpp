@@ -42,12 +42,16 @@ static inline void six_bits(const uint8_t* from, uint8_t (&bytes)[8][3]) {
     }
 }
 
-// Formats of 32 quants under halves of their own.
+// Formats of 32 quants under scales of their own.
 template <int F>
 static void read_small(const uint8_t* at, FileBlock& out) {
     constexpr Format format = FORMATS[F];
-    out.halves[0] = half_at(at);
-    at += 2;
+    if (format.has_powers) {
+        out.bytes[0][0] = *at++;
+    } else {
+        out.halves[0] = half_at(at);
+        at += 2;
+    }
     if (format.has_least) {
         out.halves[1] = half_at(at);
         at += 2;
@@ -86,13 +90,13 @@ static void read_super(const uint8_t* at, FileBlock& out) {
 
 // Bytes of a super-block in a file.
 constexpr int file_bytes(int format) {
-    constexpr int OF[FORMAT_COUNT] = {64, 18, 20, 22, 24, 34, 144, 176, 210, 18};
+    constexpr int OF[FORMAT_COUNT] = {64, 18, 20, 22, 24, 34, 144, 176, 210, 18, 17};
     return OF[format];
 }
 
 template <int F>
 static void read_file_block(const uint8_t* at, FileBlock& out) {
-    if constexpr (FORMATS[F].has_bytes())
+    if constexpr (FORMATS[F].super > QUANT_BLOCK)
         read_super<F>(at, out);
     else
         read_small<F>(at, out);

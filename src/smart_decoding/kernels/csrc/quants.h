@@ -17,9 +17,9 @@
 // strips of a panel lie one after the other in memory; if they have one format, their super-blocks
 // take turns there.
 //
-// A weight is scale * (q - zero) or scale * q + least, in fp32, rounded to bf16. The products are
-// exact (11 bits of a half, up to 7 of a scale, up to 6 of q): in whatever order, this is what
-// dequantising the file in fp32 and rounding gives.
+// A weight is scale * (q - zero) or scale * q + least, in fp32, rounded to bf16; some formats have
+// a table of q. The products are exact (11 bits of a half, up to 7 of a scale, up to 6 of q): in
+// whatever order, this is what dequantising the file in fp32 and rounding gives.
 
 #pragma once
 #include <utility>
@@ -32,40 +32,53 @@ namespace [[gnu::visibility("hidden")]] smart {
 constexpr int QUANT_BLOCK = 32;   // k of a block
 constexpr int SUPER_BLOCK = 256;  // k of a super-block whose blocks share a scale
 
+// What four bits stand for where that is not their number, with the format's zero added. A scale of
+// MXFP4 is of 4-bit floats (E2M1); halved, it is of integers.
+constexpr uint8_t NON_LINEAR[16] = {1,   24,  45,  63,  79,  93,  106, 118,
+                                    129, 141, 153, 166, 181, 197, 217, 241};
+constexpr uint8_t TWICE_E2M1[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
+
 struct Format {
     int bits, zero;
     int group;       // k that share a scale
     int super;       // k that share a half; a scale is that half times a byte if these are more
     bool has_least;  // else q - zero is scaled
+    const uint8_t* table = nullptr;
+    bool has_powers = false;  // a scale is a power of two, whose exponent is a byte
 
-    constexpr bool has_bytes() const { return super > QUANT_BLOCK; }
+    constexpr bool has_table() const { return table; }
+    constexpr bool has_bytes() const { return has_powers || super > QUANT_BLOCK; }
     // Bytes of a row: what a super-block's blocks share, a block's scales, and its quants.
-    constexpr int shared() const { return has_bytes() ? 2 + 2 * has_least : 0; }
+    constexpr int shared() const { return super > QUANT_BLOCK ? 2 + 2 * has_least : 0; }
     constexpr int scales() const {
         if (bits == 16) return 0;
         return has_bytes() ? QUANT_BLOCK / group + has_least : 2 + 2 * has_least;
     }
     constexpr int block() const { return scales() + bits * QUANT_BLOCK / 8; }
     constexpr int super_bytes() const { return shared() + super / QUANT_BLOCK * block(); }
+    // The largest byte that stands for a quant.
+    constexpr int most() const {
+        int most = table ? 0 : (1 << bits) - 1;
+        for (int q = 0; table && q < 16; q++) most = table[q] > most ? table[q] : most;
+        return most;
+    }
 };
 
 constexpr Format FORMATS[] = {
     // in the order of abi.h
-    {16, 0, 32, 32, false},           // BF16_ROWS
-    {4, 8, 32, 32, false},            // Q4_0
-    {4, 0, 32, 32, true},             // Q4_1
-    {5, 16, 32, 32, false},           // Q5_0
-    {5, 0, 32, 32, true},             // Q5_1
-    {8, 0, 32, 32, false},            // Q8_0
-    {4, 0, 32, SUPER_BLOCK, true},    // Q4_K
-    {5, 0, 32, SUPER_BLOCK, true},    // Q5_K
-    {6, 32, 16, SUPER_BLOCK, false},  // Q6_K
-    {4, 0, 32, 32, false},            // IQ4_NL
+    {16, 0, 32, 32, false},                    // BF16_ROWS
+    {4, 8, 32, 32, false},                     // Q4_0
+    {4, 0, 32, 32, true},                      // Q4_1
+    {5, 16, 32, 32, false},                    // Q5_0
+    {5, 0, 32, 32, true},                      // Q5_1
+    {8, 0, 32, 32, false},                     // Q8_0
+    {4, 0, 32, SUPER_BLOCK, true},             // Q4_K
+    {5, 0, 32, SUPER_BLOCK, true},             // Q5_K
+    {6, 32, 16, SUPER_BLOCK, false},           // Q6_K
+    {4, 128, 32, 32, false, NON_LINEAR},       // IQ4_NL
+    {4, 12, 32, 32, false, TWICE_E2M1, true},  // MXFP4
 };
 constexpr int FORMAT_COUNT = sizeof FORMATS / sizeof *FORMATS;
-
-alignas(64) constexpr float IQ4_NL_VALUES[16] = {-127, -104, -83, -65, -49, -35, -22, -10,
-                                                 1,    13,   25,  38,  53,  69,  89,  113};
 
 // What a linear layer with quants multiplies: bf16, or floats with their values.
 typedef Input<bf16> Wide;
@@ -95,6 +108,8 @@ __attribute__((always_inline)) static inline RowScales row_scales(const uint8_t*
         vf& scale = out.scale[group];
         if constexpr (!format.has_bytes())
             scale = halves_to_float(at);
+        else if constexpr (format.has_powers)
+            scale = half_powers_of_two(at);
         else if constexpr (format.has_least)
             scale = shared[0] * bytes_to_float<uint8_t>(at);
         else
@@ -148,8 +163,21 @@ static inline V to_bit_four(const V& plane) {
 // What a quant of up to six bits is before it is scaled.
 template <int F>
 constexpr float level(int q) {
-    return F == IQ4_NL ? IQ4_NL_VALUES[q % 16] : float(q - FORMATS[F].zero);
+    constexpr Format format = FORMATS[F];
+    return float((format.has_table() ? format.table[q % 16] : q) - format.zero);
 }
+
+// The same of up to five bits in floats, twice if there are sixteen.
+template <int F>
+struct FloatLevels {
+    alignas(64) float of[32];
+
+    constexpr FloatLevels() : of() {
+        for (int q = 0; q < 32; q++) of[q] = level<F>(q % (1 << FORMATS[F].bits));
+    }
+};
+template <int F>
+constexpr FloatLevels<F> FLOAT_LEVELS;
 
 // The values of a format's quants in bf16, twice if there are sixteen.
 template <int F>
@@ -186,7 +214,7 @@ struct Block {
         constexpr int group = k_of_lane(f, 0) / format.group, kind = HAS_BF16_PAIRS ? f % 2 : 0;
         if constexpr (F == BF16_ROWS) {
             return widen<vf>((const bf16*)quants + f * VW);
-        } else if constexpr (!LOOKS_UP && format.zero != 0) {
+        } else if constexpr (!LOOKS_UP && !format.has_table() && format.zero != 0) {
             return quants_of<f>() * scales.scale[group][kind] + scales.least[group][kind];
         } else if constexpr (format.has_least) {
             return quants_of<f>() * scales.scale[group][kind] + scales.least[0][kind];
@@ -207,7 +235,7 @@ private:
             return (vf)(f & 4 ? both & 0xffff0000u : both << 16);
         } else {
             const vu index = indices<f>() & ((1 << format.bits) - 1);
-            if constexpr (F == IQ4_NL) return lookup(IQ4_NL_VALUES, index);
+            if constexpr (format.has_table()) return lookup(FLOAT_LEVELS<F>.of, index);
             return __builtin_convertvector((vi)index, vf);
         }
     }
@@ -244,6 +272,12 @@ static inline vf rounded(const vf& v) {
     vf large = v * 65537.0f;
     finish_product(large);
     return large - (large - v);
+}
+
+// Weights of two vectors in bf16, one after the other.
+template <int F>
+__attribute__((always_inline)) static inline vu weights_to_bf16(const vf& first, const vf& second) {
+    return FORMATS[F].has_powers ? two_as_bf16(first, second) : two_to_bf16(first, second);
 }
 
 // Bytes ahead that a strip is prefetched; it is multiplied so slowly that the first cache holds
@@ -299,7 +333,7 @@ private:
     int64_t jump = 0;
 
     void read_shared() {
-        if constexpr (format.has_bytes()) shared[0] = halves_to_float(at);
+        if constexpr (format.shared() >= 2) shared[0] = halves_to_float(at);
         if constexpr (format.shared() == 4) shared[1] = halves_to_float(at + 2 * VW);
         at += format.shared() * VW;
     }
@@ -329,6 +363,8 @@ __attribute__((always_inline)) static inline void with_format(int64_t format, R&
             return run(std::integral_constant<int, Q6_K>());
         case IQ4_NL:
             return run(std::integral_constant<int, IQ4_NL>());
+        case MXFP4:
+            return run(std::integral_constant<int, MXFP4>());
     }
 }
 
