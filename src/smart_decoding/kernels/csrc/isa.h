@@ -102,6 +102,8 @@ static inline vf every_lane(float x) {
     return (vf)_mm512_set1_ps(x);
 #elif defined(__AVX2__) && !defined(SMART_EMULATE_TILES)
     return (vf)_mm256_set1_ps(x);
+#elif defined(__aarch64__) && !defined(SMART_EMULATE_TILES)
+    return (vf)vdupq_n_f32(x);
 #else
     vf out;
     for (int j = 0; j < VW; j++) out[j] = x;
@@ -201,6 +203,8 @@ static inline vf halves_to_float(const uint8_t* p) {
     return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
 #elif defined(__F16C__) && !defined(SMART_EMULATE_TILES)
     return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#elif defined(__aarch64__) && !defined(SMART_EMULATE_TILES)
+    return (vf)vcvt_f32_f16(loadu<float16x4_t>(p));
 #else
     // The exponent's range is moved by a product, which makes subnormals normal, too. The largest
     // exponent is that of infinities and of what is no number, here as there.
@@ -263,6 +267,10 @@ static inline vi bytes_to_integers(const uint8_t* p) {
 #elif defined(__AVX2__) && !defined(SMART_EMULATE_TILES)
     const __m128i bytes = _mm_loadl_epi64((const __m128i*)p);
     return (vi)(SIGNED ? _mm256_cvtepi8_epi32(bytes) : _mm256_cvtepu8_epi32(bytes));
+#elif defined(__aarch64__) && !defined(SMART_EMULATE_TILES)
+    const uint32x2_t bytes = vdup_n_u32(loadu<uint32_t>(p));
+    if (SIGNED) return (vi)vmovl_s16(vget_low_s16(vmovl_s8((int8x8_t)bytes)));
+    return (vi)vmovl_u16(vget_low_u16(vmovl_u8((uint8x8_t)bytes)));
 #else
     return __builtin_convertvector(loadu<Vector<T, VW>>(p), vi);
 #endif
@@ -331,6 +339,8 @@ static inline vu lookup_bytes(const uint8_t* table, const vu& index) {
 #elif defined(__AVX2__) && !defined(__AVX512F__) && !defined(SMART_EMULATE_TILES)
     const __m256i two = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)table));
     return (vu)_mm256_shuffle_epi8(two, (__m256i)index);
+#elif defined(__aarch64__) && !defined(SMART_EMULATE_TILES)
+    return (vu)vqtbl1q_u8(vld1q_u8(table), (uint8x16_t)index);
 #else
     uint8_t bytes[sizeof(vu)];
     storeu(bytes, index);
@@ -474,6 +484,27 @@ __attribute__((always_inline)) static inline void dot_u8s8(vi& sum, vi x, vi w) 
 #endif
 }
 
+// The same with the four of `inputs` from I on, for all lanes. Those 16 of them are read that these
+// are among, as Arm's instruction names four of a register.
+template <int I>
+__attribute__((always_inline)) static inline void dot_u8s8(vi& sum, const vi& x,
+                                                           const int8_t* inputs) {
+#if defined(__ARM_FEATURE_MATMUL_INT8) && !defined(SMART_EMULATE_TILES)
+    const int8x16_t sixteen = vld1q_s8(inputs + I / 16 * 16);
+    sum = (vi)vusdotq_laneq_s32((int32x4_t)sum, (uint8x16_t)x, sixteen, I % 16 / 4);
+#else
+    dot_u8s8(sum, x, (vi)broadcast4(inputs + I));
+#endif
+}
+
+// Whether such a product waits for the one whose sum it adds to; Arm's cores hand sums over at
+// once.
+#if defined(__aarch64__)
+constexpr bool DOTS_WAIT = false;
+#else
+constexpr bool DOTS_WAIT = true;
+#endif
+
 // Whether that is faster than with floats, if one factor is the same in every lane.
 #if defined(__AVX2__) && !defined(__AVX512F__)
 constexpr bool HAS_BYTE_PRODUCTS = true;
@@ -489,13 +520,14 @@ constexpr bool ADDS_BYTE_PAIRS = true;
 constexpr bool ADDS_BYTE_PAIRS = false;
 #endif
 
-// Sums of products of unsigned bytes, of which none is above MOST, with signed ones that are the
-// same in every lane. Bytes are added one step after the other: STEP of STEPS.
+// Sums of products of unsigned bytes, of which none is above MOST, with inputs, the same in every
+// lane. Four bytes are added one step after the other: STEP of STEPS.
 template <int MOST, int STEPS>
 class ByteSums {
     static constexpr int FIT = 32767 / (2 * 127 * MOST);  // sums of pairs that 16 bits hold
+    static constexpr bool APART = DOTS_WAIT && STEPS > 4;
     vi total;
-    vi other;  // every second product of four, as each waits for the one before it; or pairs
+    vi other;  // every second product of four if these are APART, or pairs
 
 public:
     // What is taken from unsigned bytes before they are multiplied.
@@ -507,15 +539,15 @@ public:
     }
 
     template <int STEP>
-    __attribute__((always_inline)) void add(const vi& x, const vi& four) {
+    __attribute__((always_inline)) void add(const vi& x, const int8_t* inputs) {
         if constexpr (ADDS_BYTE_PAIRS)
-            add_pairs<STEP>(x, four);
+            add_pairs<STEP>(x, (vi)broadcast4(inputs + 4 * STEP));
         else
-            dot_u8s8(STEPS > 4 && STEP % 2 ? other : total, x, four);
+            dot_u8s8<4 * STEP>(APART && STEP % 2 ? other : total, x, inputs);
     }
 
     __attribute__((always_inline)) vi sum() const {
-        return ADDS_BYTE_PAIRS || STEPS <= 4 ? total : total + other;
+        return !ADDS_BYTE_PAIRS && APART ? total + other : total;
     }
 
 private:

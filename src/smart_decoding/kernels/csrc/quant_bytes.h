@@ -125,9 +125,9 @@ struct ByteWeights {
                 const vi first = first_of(x, group);
                 for (int s = 0; s < S; s++) integers[s][group].begin(first);
             }
-            const vi four = (vi)broadcast4(x.bytes + i);
+            const int8_t* inputs = x.bytes + group * format.group;
             for (int s = 0; s < S; s++)
-                integers[s][group].template add<step>(bytes[s][i / 4], four);
+                integers[s][group].template add<step>(bytes[s][i / 4], inputs);
         });
         for (int s = 0; s < S; s++) add_scaled(integers[s], scales[s], x, sums + s * VW);
     }
