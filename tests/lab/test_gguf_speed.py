@@ -179,7 +179,7 @@ def test_rounds_that_accept_behind_an_end_are_no_gift() -> None:
         times["draft_n_accepted"] = accepted
         return {"index": index, "tokens": [1] * tokens, "timings": times}
 
-    found = reply_of([one(0, 3, 5), one(1, 9, 0)], [[1]] * 2, 1.0)
+    found = reply_of([one(0, 3, 5), one(1, 9, 0)], [[1]] * 2, 9, 1.0)
     assert found.per_round == pytest.approx(10 / 8)
 
 
@@ -193,7 +193,7 @@ def test_a_servers_answers_become_rates() -> None:
         times |= {"predicted_ms": 100.0 * tokens - 100.0, "draft_n_accepted": accepted}
         return {"index": index, "tokens": [index] * tokens, "timings": times}
 
-    reply = reply_of([one(1, 700.0, 11, 5), one(0, 300.0, 21, 10)], [[1, 2, 3]] * 2, 4.0)
+    reply = reply_of([one(1, 700.0, 11, 5), one(0, 300.0, 21, 10)], [[1, 2, 3]] * 2, 21, 4.0)
     assert reply.answers == [[0] * 21, [1] * 11]
     assert reply.decode == pytest.approx(30 / 3.0)
     assert reply.overall == pytest.approx(32 / 4)
@@ -204,7 +204,7 @@ def test_a_servers_answers_become_rates() -> None:
 def test_a_prompt_that_came_from_a_cache_is_refused() -> None:
     times = {"prompt_n": 1, "prompt_ms": 1.0, "predicted_n": 2, "predicted_ms": 1.0}
     with pytest.raises(ModelError, match="computed 1 tokens of a prompt of 3"):
-        reply_of({"index": 0, "tokens": [1, 2], "timings": times}, [[1, 2, 3]], 1.0)
+        reply_of({"index": 0, "tokens": [1, 2], "timings": times}, [[1, 2, 3]], 2, 1.0)
 
 
 def test_llama_benchs_output_is_read() -> None:
@@ -499,9 +499,19 @@ def test_drafts_behind_an_end_give_no_speed() -> None:
     """Its server counts them: seven tokens, of which four came."""
     times = {"prompt_n": 1, "prompt_ms": 1.0, "predicted_n": 7, "predicted_ms": 3000.0}
     times["draft_n_accepted"] = 4
-    found = reply_of({"timings": times}, [[1]], 4.0, lambda answer: [1, 2, 3, 4])
+    found = reply_of({"timings": times}, [[1]], 9, 4.0, lambda answer: [1, 2, 3, 4])
     assert (found.decode, found.overall) == (pytest.approx(1.0), pytest.approx(1.0))
     assert found.per_round == pytest.approx(3 / 2)
+
+
+def test_tokens_that_the_cousin_made_but_does_not_tell_count() -> None:
+    """Of the round that reaches the limit it tells the first token alone."""
+    times = {"prompt_n": 1, "prompt_ms": 1.0, "predicted_n": 9, "predicted_ms": 3500.0}
+    times["draft_n_accepted"] = 4
+    told = {"timings": times, "stopped_limit": True}
+    found = reply_of(told, [[1]], 8, 4.0, lambda answer: [1, 2, 3, 4])
+    assert (found.decode, found.overall) == (pytest.approx(2.0), pytest.approx(2.0))
+    assert found.counts == [8]
 
 
 def test_few_flags_of_the_cousin_are_tried() -> None:
@@ -652,7 +662,7 @@ def blocks_of(**rates: list[float]) -> list[dict[str, Any]]:
     }
     return [
         {
-            name: Reply(of[i], of[i] / 2, 0.5, 2.0, [[1, 2]], [2.0 / of[i]]).plain()
+            name: Reply(of[i], of[i] / 2, 0.5, 2.0, [[1, 2]], [2.0 / of[i]], [2]).plain()
             for name, of in names.items()
         }
         for i in range(3)
@@ -722,7 +732,7 @@ class RuleOurs:
         def answer(prompts: Any, tokens: int) -> Reply:
             RuleOurs.answered += 1
             told = [[(p[-1] + 1 + i) % worlds.EOS for i in range(tokens)] for p in prompts]
-            return Reply(9.0, 8.0 * places, 0.1, 3.0, told, [1.0] * len(told))
+            return Reply(9.0, 8.0 * places, 0.1, 3.0, told, [1.0] * len(told), [tokens] * len(told))
 
         return {f"{self.held} {name}": answer for name in self._names}
 

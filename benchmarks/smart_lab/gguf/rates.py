@@ -30,7 +30,7 @@ class Span:
 class Reply:
     """One chunk answered. overall: tokens per second of all, prompts included; decode: of one
     request, behind its first; prefill_seconds: mean of Span.first; per_round: tokens of a request
-    in a round; seconds: of each answer, from when it has a place."""
+    in a round; seconds: of each answer, from when it has a place; counts: its tokens."""
 
     decode: float
     overall: float
@@ -38,25 +38,35 @@ class Reply:
     per_round: float
     answers: list[list[int]]
     seconds: list[float] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
 
     def plain(self) -> dict[str, Any]:
         """As JSON holds it."""
         return asdict(self)
 
 
-def reply(spans: Sequence[Span], seconds: float, rounds: int, answers: list[list[int]]) -> Reply:
+def reply(
+    spans: Sequence[Span],
+    seconds: float,
+    rounds: int,
+    answers: list[list[int]],
+    counts: list[int] | None = None,
+) -> Reply:
     """Of a queue that was answered in so many seconds. rounds: all that gave later tokens to
-    requests, counted for each. Raises ModelError for an answer without a token."""
+    requests, counted for each; counts: tokens of each answer that were made, if not all are told.
+    Raises ModelError for an answer without a token."""
     if not all(answers):
         raise ModelError("an answer has no token")
+    counts = counts or [len(answer) for answer in answers]
     later = sum(span.tokens for span in spans)
     return Reply(
         decode_rate(spans),
-        sum(map(len, answers)) / seconds,
+        sum(counts) / seconds,
         statistics.fmean(span.first for span in spans),
         later / rounds if rounds > 0 else math.nan,
         answers,
         [span.first + span.later for span in spans],
+        counts,
     )
 
 
@@ -128,8 +138,8 @@ def by_task(
     seconds: defaultdict[str, float] = defaultdict(float)
     for block, names in zip(blocks, tasks, strict=True):
         told = block[name]
-        for answer, spent, task in zip(told["answers"], told["seconds"], names, strict=True):
-            tokens[task] += len(answer)
+        for count, spent, task in zip(told["counts"], told["seconds"], names, strict=True):
+            tokens[task] += count
             seconds[task] += spent
     return {task: tokens[task] / seconds[task] for task in sorted(tokens)}
 

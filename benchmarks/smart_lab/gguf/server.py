@@ -260,7 +260,7 @@ class Server:
             raise ModelError(f"{SERVER} did not answer: {self._told(error)}") from error
         seconds = time.perf_counter() - started
         self._process.send_signal(signal.SIGSTOP)
-        return reply_of(found, prompts, seconds, self._tokens_of)
+        return reply_of(found, prompts, tokens, seconds, self._tokens_of)
 
     def close(self) -> None:
         """Ends the process, by force if it does not end by itself."""
@@ -311,25 +311,30 @@ class Server:
 def reply_of(
     found: Any,
     prompts: Sequence[Sequence[int]],
+    most: int,
     seconds: float,
     tokens_of: Callable[[Mapping[str, Any]], list[int]] = ids_of,
 ) -> Reply:
-    """What llama-server answered, by its own clock but for the seconds in all. Raises ModelError
-    where a prompt was not computed in full."""
+    """What llama-server answered, by its own clock but for the seconds in all. most: tokens of an
+    answer that it was asked for. Raises ModelError where a prompt was not computed in full."""
     told = found if isinstance(found, list) else [found]
     told = sorted(told, key=lambda one: one.get("index", 0))  # in order where there is none
     answers = [tokens_of(one) for one in told]
-    spans, rounds = [], 0
+    spans, counts, rounds = [], [], 0
     for one, answer, prompt in zip(told, answers, prompts, strict=True):
         times = one["timings"]
         if times["prompt_n"] != len(prompt):
             raise ModelError(
                 f"{SERVER} computed {times['prompt_n']} tokens of a prompt of {len(prompt)}"
             )
-        spans.append(Span(times["prompt_ms"] / 1e3, times["predicted_ms"] / 1e3, len(answer) - 1))
+        count = len(answer)
+        if one.get("stopped_limit"):  # ik_llama.cpp tells one token of the round that reaches it
+            count = max(count, min(most, times["predicted_n"]))
+        counts.append(count)
+        spans.append(Span(times["prompt_ms"] / 1e3, times["predicted_ms"] / 1e3, count - 1))
         # Its counts may include drafts behind an end.
         rounds += max(0, times["predicted_n"] - 1 - times.get("draft_n_accepted", 0))
-    return reply(spans, seconds, rounds, answers)
+    return reply(spans, seconds, rounds, answers, counts)
 
 
 def call(command: Sequence[str]) -> str:
