@@ -4,14 +4,14 @@ run.
     python -m smart_lab gguf-speed FILE --llama-cpp build/bin [--draft FILE] [--slots 1,4,8] \
         [--ik-llama-cpp DIR] [--openvino PYTHON] [--vllm PYTHON]
 
-llama.cpp's flags are found first, for each number of slots, on prompts of their own: threads, flash
+llama.cpp's flags are found first, for each number of slots, on prompts of their own: flash
 attention, layout of the weights, batches, then the settings of its draft model and n-gram modes.
 After that its best modes and ours answer the same chunks of prompts in turn: three for each slot,
 as many at once as there are slots, the next when one has ended. All get the same token ids and
 answer greedily, up to the same number of tokens. Nobody keeps prompts, and a server that is not
 asked is stopped. Printed are tokens per second of all requests, prompts included, and of one behind
 its first token: of all blocks, of the slowest and of the fastest; ratios have 95 % intervals. A
-forward of a few rows is timed before that, in turn as well.
+forward of a few rows, a prompt and a read of memory are timed before that, in turn as well.
 
 Other engines answer too where they are given: ik_llama.cpp, which tunes its speculation itself,
 OpenVINO GenAI, which reads the file, and vLLM's CPU build, which gets the file's weights in bf16.
@@ -33,7 +33,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from functools import partial
-from itertools import chain
+from itertools import chain, cycle
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +54,9 @@ from smart_lab.resume import Progress, source_digest
 TASKS = ("code", "maths", "general")
 KEPT_BACK = 24  # prompts for tuning and warming up, or more if there are more slots
 WAVES = 3  # prompts of a chunk for each slot: one ends, and the next takes its place
-TUNE_SHARE = 0.5  # of a number of slots' time, at most
+TUNE_SHARE = 1 / 3  # of a number of slots' time, at most
 TURNS, CALLS = 3, 6  # of forwards
+PROMPT = 512  # tokens of the prompt that is timed, or what fits
 FORWARD_SHARE = 0.1  # of the time, at most, but for one turn
 LIMITS = "time limits"  # of the parts that a resumed run was made in
 PAUSE = 0.3  # seconds between two engines: threads of the one before may still spin
@@ -85,7 +86,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--smart", action="append", metavar="METHOD", help=drafters)
     add("--max-tokens", type=int, default=128, help="of an answer (128)")
     add("--tune-tokens", type=int, default=64, help="of an answer while flags are tried (64)")
-    add("--blocks", type=int, default=12, help="most chunks for each number of slots (12)")
+    most = "most chunks for each number of slots, one figure for all or one for each (12)"
+    add("--blocks", type=whole_numbers, default=(12,), metavar="12,6,6", help=most)
     add("--max-model-len", type=int, default=1024, help="tokens of a prompt and its answer (1024)")
     add("--rows", type=whole_numbers, default=(1, 2, 4, 8, 16, 32), metavar="1,16")
     add("--forward-context", type=int, default=150, help="tokens before those rows (150)")
@@ -157,10 +159,11 @@ def checked(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     unknown = [held for held in args.ours if held not in HELD]
     if unknown or not args.ours:
         raise ConfigError(f"--ours takes {', '.join(HELD)}, not {', '.join(unknown) or 'nothing'}")
-    least = {"--max-tokens": args.max_tokens, "--tune-tokens": args.tune_tokens}
-    for name, value in {**least, "--blocks": args.blocks}.items():
-        if value < 2 - (name == "--blocks"):
-            raise ConfigError(f"{name} {value} is too small to measure anything")
+    for name, value in {"max": args.max_tokens, "tune": args.tune_tokens}.items():
+        if value < 2:
+            raise ConfigError(f"--{name}-tokens {value} is too small to measure anything")
+    if len(args.blocks) not in (1, len(args.slots)):
+        raise ConfigError("--blocks takes one number, or one for each of --slots")
     check_outputs((args.json, args.resume))
     usual = ["draft_model", "ngram", "union"] if args.draft else ["ngram", "union"]
     return speculative_configs(args.smart or usual, args.draft)
@@ -197,6 +200,7 @@ class Session:
         prompts = self._prompts()
         kept = max(KEPT_BACK, alike(most))
         self._kept, self._measured = prompts[:kept], prompts[kept:]
+        self._prompt = [*chain.from_iterable(self._kept)][: min(PROMPT, context - 1)]
         if len(self._measured) < WAVES * most:
             raise ConfigError(
                 "too few prompts fit: raise --max-model-len, or lower --max-tokens or --slots"
@@ -215,32 +219,38 @@ class Session:
             time.monotonic() < stop or not self._progress.units(name)
         ):
             asked = (args.rows, args.forward_context, CALLS)
+            length = len(self._prompt)
             layouts = [Flags(self._cores, repack=repack) for repack in (True, False)]
-            all_flags = [replace(each, flash=on) for each in layouts for on in ("on", "off")]
-            unit = {
-                "llama.cpp": self._cpp.one_sequence(args.file, all_flags, *asked),
+            forwards = {
+                report.THEIRS: self._cpp.one_sequence(args.file, layouts, *asked),
                 "llama.cpp, sequences": self._cpp.many_sequences(args.file, layouts, *asked),
             }
+            prompt = self._cpp.one_sequence(args.file, layouts, (length,), 0, TURNS)
+            rates = {report.THEIRS: length / prompt[length]}
             for ours in self._ours:
                 time.sleep(PAUSE)
-                unit[ours.held] = ours.forwards(*asked)
+                forwards[ours.held] = ours.forwards(*asked)
+                rates[ours.held] = length / ours.first_token(self._prompt)
+            unit = {"forwards": forwards, "prompt": rates, "memory": self._ours[0].read_rate(CALLS)}
             self._progress.add(name, unit)
 
     def measure(self, slots: int, stop: float) -> None:
         """Tunes the servers, then adds blocks at so many slots, one at least, until the time is
         over."""
         name = f"blocks at {slots}"
-        chunks = in_chunks(self._measured, WAVES * slots)[: self._args.blocks]
+        most = dict(zip(self._args.slots, cycle(self._args.blocks), strict=False))[slots]
+        chunks = in_chunks(self._measured, WAVES * slots)[:most]
         done = len(self._progress.units(name))
         if done >= len(chunks) or (done and time.monotonic() > stop):
             return
+        rivals = self._rivals(slots)
         now = time.monotonic()
         until = now + TUNE_SHARE * (stop - now)
         with ExitStack() as stack:
             contestants: dict[str, Contestant] = {}
             for contestant, server in self._servers(slots, until):
                 contestants[contestant] = stack.enter_context(server).answer
-            contestants |= self._rivals(slots)
+            contestants |= rivals
             for ours in self._ours:
                 contestants |= ours.contestants(slots)
             for answer in contestants.values():  # what learns sees a batch of that size
@@ -269,9 +279,17 @@ class Session:
                 tasks = [self._tasks_of(number, slots) for number in range(len(blocks))]
                 run = report.run_of(slots, blocks, tasks, self._args.ours)
                 runs.append(run | self._flags(slots))
+        units = self._progress.units("forwards")
         return {
-            "forwards": forward_medians(self._progress.units("forwards")),
+            "forwards": forward_medians([unit["forwards"] for unit in units]),
             "forward_context": self._args.forward_context,
+            "prompt_tokens": len(self._prompt),
+            "prompt": {
+                name: spread([unit["prompt"][name] for unit in units])
+                for name in units[0]["prompt"]
+            },
+            "memory": spread([unit["memory"] for unit in units]),
+            "bytes_read": {ours.held: ours.bytes_read for ours in self._ours},
             "max_tokens": self._args.max_tokens,
             "runs": runs,
         }
@@ -289,6 +307,11 @@ class Session:
         for program in self._cousins:
             few = self._ik_tuned(program, slots)
             found[program.name] = told(few, few.flags)
+        found["drafts_tried"] = {
+            rival.name: tried
+            for rival in RIVALS
+            for tried in self._progress.units(drafts_at(rival, slots))
+        }
         if draft is None:
             return found
         inside = json.dumps(str(draft))[1:-1]
@@ -353,15 +376,33 @@ class Session:
         return Server(program, args.file, flags.words, slots, args.max_model_len, longest)
 
     def _rivals(self, slots: int) -> dict[str, Contestant]:
-        """All modes of the engines in environments of their own."""
+        """Plain decoding of the engines in environments of their own, and their best drafts."""
         found: dict[str, Contestant] = {}
         for rival in RIVALS:
             python = getattr(self._args, rival.option)
             if python is not None:
-                answer = self._loaded(rival, python).answer
-                for mode in rival.modes:
-                    found[f"{rival.name} {mode}"] = partial(answer, mode, slots)
+                processes = self._loaded(rival, python)
+                for mode in self._modes(rival, processes, slots):
+                    found[f"{rival.name} {mode}"] = partial(processes.answer, mode, slots)
         return found
+
+    def _modes(self, rival: Rival, processes: Processes, slots: int) -> list[str]:
+        """Plain decoding, and the best of several drafts, which are tried once."""
+        drafts = [mode for mode in rival.modes if mode != PLAIN]
+        if len(drafts) == 1:
+            return [PLAIN, *drafts]
+        name = drafts_at(rival, slots)
+        if not self._progress.units(name):
+            chunk = self._kept[: alike(slots)]
+            print(f"{slots} slots, {rival.name} with {', '.join(drafts)}", flush=True)
+            processes.answer(drafts[0], slots, chunk[:slots], self._args.tune_tokens)  # warms up
+            tried = {
+                mode: processes.answer(mode, slots, chunk, self._args.tune_tokens).overall
+                for mode in drafts
+            }
+            self._progress.add(name, tried)
+        tried = self._progress.units(name)[0]
+        return [PLAIN, max(tried, key=tried.__getitem__)]
 
     def _loaded(self, rival: Rival, python: Path) -> Processes:
         """Once for all numbers of slots."""
@@ -405,6 +446,11 @@ def block(
     return {name: replies[name] for name in names}
 
 
+def drafts_at(rival: Rival, slots: int) -> str:
+    """The name of what its drafts brought in tuning."""
+    return f"{rival.name}'s drafts at {slots}"
+
+
 def told(tuned: Tuned[FlagsT], final: Mapping[str, FlagsT]) -> dict[str, Any]:
     """Flags of each mode in words, and what was tried for them."""
     words = {mode: " ".join(flags.words) for mode, flags in final.items()}
@@ -427,9 +473,13 @@ def forward_medians(units: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[
     for engine in units[0] if units else ():
         found[engine] = {}
         for rows in units[0][engine]:
-            ms = sorted(1e3 * unit[engine][rows] for unit in units)
-            found[engine][rows] = [statistics.median(ms), ms[0], ms[-1]]
+            found[engine][rows] = spread([1e3 * unit[engine][rows] for unit in units])
     return found
+
+
+def spread(values: Sequence[float]) -> list[float]:
+    """Median, lowest and highest."""
+    return [statistics.median(values), min(values), max(values)]
 
 
 def key_of(args: argparse.Namespace, servers: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,15 @@ from smart_decoding.bench.sections import (
     said,
 )
 from smart_decoding.bench.summary import POOLED
-from smart_lab.gguf.report import build_of, not_tried, rivals_of, servers_of, title
+from smart_lab.gguf.report import (
+    build_of,
+    drafts_of,
+    memory_and_prompt,
+    not_tried,
+    rivals_of,
+    servers_of,
+    title,
+)
 
 if TYPE_CHECKING:
     from smart_decoding.bench.results import Run
@@ -184,7 +192,8 @@ def _gguf_forwards(result: Mapping[str, Any]) -> Section:
     sizes: Mapping[str, Any] = next(iter(found.values()), {})
     rows = [(size, *(_range(times[size]) for times in found.values())) for size in sizes]
     title = f"Milliseconds of a forward after {result['forward_context']} tokens (lowest–highest)"
-    return Section(title, head=("rows", *found), rows=rows)
+    captions = [*memory_and_prompt(result)]
+    return Section(title, head=("rows", *found), rows=rows, captions=captions)
 
 
 def _gguf_run(run: Mapping[str, Any], captions: Sequence[str]) -> Section:
@@ -219,6 +228,7 @@ def _gguf_run(run: Mapping[str, Any], captions: Sequence[str]) -> Section:
     for name, tuned in servers_of(run):
         flags += [f"{name} {mode}: `{words}`" for mode, words in tuned["flags"].items()]
         flags += [f"{name}: {not_tried(tuned)}"] if tuned["left_out"] else []
+    flags += drafts_of(run)
     return Section(title(run), head=head, rows=rows, captions=[*captions, *ratios, *flags])
 
 

@@ -586,7 +586,7 @@ def test_without_time_the_defaults_of_each_mode_are_tried() -> None:
     found = tune(rule, 2, "d.gguf", lambda: False)
     assert found.flags[PLAIN] == Flags(2)
     assert len(found.tried) == 3
-    assert len(found.left_out) == 11 + len(DRAFTS) + len(NGRAMS)
+    assert len(found.left_out) == 9 + len(DRAFTS) + len(NGRAMS)
 
 
 def test_a_mode_that_never_works_is_left_out_with_its_reasons() -> None:
@@ -736,6 +736,14 @@ class RuleOurs:
 
         return {f"{self.held} {name}": answer for name in self._names}
 
+    bytes_read = 40_000_000
+
+    def first_token(self, prompt: Any) -> float:
+        return 0.002 * len(prompt)
+
+    def read_rate(self, calls: int) -> float:
+        return 50e9
+
     def forwards(self, rows: Any, context: int, turns: int) -> dict[int, float]:
         return dict.fromkeys(rows, 0.001)
 
@@ -771,7 +779,9 @@ def test_a_run_is_whole_whatever_the_time_and_goes_on(
     assert gguf_speed.main(command(*words, "--time-limit", "0")) == 0
     text = capsys.readouterr().out
     assert "2 requests at a time, 1 blocks of 6 prompts" in text
-    assert "not tried for lack of time: 30 of 33 settings" in text
+    assert "not tried for lack of time: 24 of 27 settings" in text
+    assert "auto, one row: 0.04 GB of weights, 40.0 GB/s, 0.80 of the 50.0 at which" in text
+    assert "llama.cpp 1000 (1000 - 1000), 1.00 of llama.cpp's; auto 500 (500 - 500), 0.50" in text
     result = json.loads(file.read_text())
     assert str(tmp_path) not in file.read_text()
     weights = result["provenance"]["weights"]
@@ -890,7 +900,8 @@ def test_rivals_take_part(
         for run in json.loads(text)["runs"]:
             rates = {one["name"]: one["decode"][0] for one in run["contestants"]}
             assert (rates["vLLM plain"], rates["vLLM n-gram"]) == (1.0, 2.0)
-            assert rates["OpenVINO prompt lookup of 5"] > rates["OpenVINO prompt lookup of 3"]
+            assert rates["OpenVINO prompt lookup of 5"] == 4.0  # that of 3 was slower in a trial
+            assert "OpenVINO prompt lookup of 3" not in rates
             assert rates["ik_llama.cpp plain"] == 1.0
             assert rates.get("ik_llama.cpp suffix") == (2.0 if run["slots"] == 1 else None)
             assert {one["same"] for one in run["contestants"]} == {1.0}
@@ -910,7 +921,7 @@ def test_rivals_take_part(
         (("--ik-llama-cpp", "nowhere"), "nowhere has no llama-server"),
         (("--ours", "packed"), "--ours takes auto, exact, expanded, not packed"),
         (("--max-tokens", "1"), "--max-tokens 1 is too small"),
-        (("--blocks", "0"), "--blocks 0 is too small"),
+        (("--blocks", "4,2"), "one number, or one for each of --slots"),
         (("--draft", "x.safetensors"), "x.safetensors is not a GGUF file"),
         (("--smart", "medusa"), "neither one of"),
     ],

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from smart_decoding import LLM, SamplingParams
 from smart_decoding.drafters import METHODS
 from smart_decoding.errors import ConfigError
+from smart_decoding.kernels.weights import Arena, fastest_hint, read_seconds
 from smart_decoding.profiling.measure import verification
 from smart_lab.gguf.rates import Reply, Span, reply
 
@@ -30,6 +32,7 @@ HELD: Mapping[str, Mapping[str, Any]] = {
     "expanded": {"quantization": "off"},
 }
 PLAIN = "plain"
+READ = 1 << 29  # bytes of memory whose speed is measured, far more than caches hold
 
 
 def speculative_configs(smart: Sequence[str], draft: Path | None) -> dict[str, dict[str, Any]]:
@@ -106,6 +109,22 @@ class Ours:
             f"{self.held} {name}": partial(answer, engine, places)
             for name, engine in self._engines.items()
         }
+
+    @property
+    def bytes_read(self) -> int:
+        """Of weights, by a forward."""
+        return self.llm.target.decoder.bytes_read
+
+    @staticmethod
+    def read_rate(calls: int) -> float:
+        """The median of bytes per second that the kernels read, of memory that lies as weights
+        do."""
+        memory = Arena(READ).take(READ).fill_(1)
+        return READ / statistics.median(read_seconds(memory, fastest_hint()) for _ in range(calls))
+
+    def first_token(self, prompt: Sequence[int]) -> float:
+        """Seconds from a prompt to its first token."""
+        return answer(self._engines[PLAIN], 1, [prompt], 1).prefill_seconds
 
     def forwards(self, rows: Sequence[int], context: int, turns: int) -> dict[int, float]:
         """Rows of one sequence, all of which give logits -> the median seconds of a forward."""

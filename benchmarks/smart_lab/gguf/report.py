@@ -113,6 +113,26 @@ def _forwards(result: Mapping[str, Any]) -> Iterator[str]:
         )
     yield "llama.cpp: rows of one sequence, logits of the last; the best of its layouts"
     yield "llama.cpp, sequences: a row of each, with logits; ours: rows of one, all with logits"
+    yield from memory_and_prompt(result)
+
+
+def memory_and_prompt(result: Mapping[str, Any]) -> Iterator[str]:
+    """How near one row comes to the memory's speed, and how fast a prompt is read. Early files do
+    not say."""
+    for way, size in result.get("bytes_read", {}).items():
+        if "1" in result["forwards"][way]:
+            rate, read = size / result["forwards"][way]["1"][0] / 1e6, result["memory"][0] / 1e9
+            yield (
+                f"{way}, one row: {size / 1e9:.2f} GB of weights, {rate:.1f} GB/s, "
+                f"{rate / read:.2f} of the {read:.1f} at which the kernels read memory"
+            )
+    if "prompt" in result:
+        theirs = result["prompt"][THEIRS][0]
+        told = [
+            f"{name} {rate:.0f} ({low:.0f} - {high:.0f}), {rate / theirs:.2f} of {THEIRS}'s"
+            for name, (rate, low, high) in result["prompt"].items()
+        ]
+        yield f"a prompt of {result['prompt_tokens']} tokens, tokens per second: {'; '.join(told)}"
 
 
 def _run(run: Mapping[str, Any]) -> Iterator[str]:
@@ -131,7 +151,8 @@ def _run(run: Mapping[str, Any]) -> Iterator[str]:
     for each in run["ratios"]:
         of = "" if each["key"] == "overall" else ", decode"
         bounds = f"({each['low']:.2f} - {each['high']:.2f})" if each["pairs"] > 1 else "(one block)"
-        yield f"{each['of']} over {each['over']}{of}: {each['value']:.2f} {bounds}"
+        told = f"{each['of']} over {each['over']}{of}: {each['value']:.2f} {bounds}"
+        yield told + ("" if of else apart(run, each))
     for name, tuned in servers_of(run):
         for mode, flags in tuned["flags"].items():
             yield f"{name} {mode}: {flags}"
@@ -140,6 +161,20 @@ def _run(run: Mapping[str, Any]) -> Iterator[str]:
                 yield f"failed: {name} {each['mode']} with {each['flags']}: {each['error']}"
         if tuned["left_out"]:
             yield f"{name}, {not_tried(tuned)}"
+    yield from drafts_of(run)
+
+
+def drafts_of(run: Mapping[str, Any]) -> Iterator[str]:
+    """What engines in environments of their own tried. Early files have all of it in blocks."""
+    for name, rates in run.get("drafts_tried", {}).items():
+        told = ", ".join(f"{mode} {rate:.1f}" for mode, rate in rates.items())
+        yield f"{name} was tried with {told}"
+
+
+def apart(run: Mapping[str, Any], ratio: Mapping[str, Any]) -> str:
+    """The ratio by task, of one request."""
+    ours, theirs = (run["by_task"][ratio[side]] for side in ("of", "over"))
+    return "; " + ", ".join(f"{task} {ours[task] / theirs[task]:.2f}" for task in ours)
 
 
 def servers_of(run: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -69,11 +69,16 @@ def fastest_hint() -> int:
     memory = torch.ones(64 << 20, dtype=torch.uint8)
     seconds = dict.fromkeys((PAST_CACHES, INTO_L2, INTO_CACHES), float("inf"))
     for hint in tuple(seconds) * 6:
-        start = time.perf_counter()
-        _lib().smart_read(memory, len(memory), hint, torch.get_num_threads())
-        seconds[hint] = min(seconds[hint], time.perf_counter() - start)
+        seconds[hint] = min(seconds[hint], read_seconds(memory, hint))
     within_noise = 1.03 * min(seconds.values())
     return next(hint for hint, taken in seconds.items() if taken <= within_noise)
+
+
+def read_seconds(memory: Tensor, hint: int) -> float:
+    """Of reading bytes as weights are read."""
+    start = time.perf_counter()
+    _lib().smart_read(memory, len(memory), hint, torch.get_num_threads())
+    return time.perf_counter() - start
 
 
 class Arena:
@@ -91,6 +96,7 @@ class Arena:
         self.in_bytes = in_bytes
         self.strips: list[Tensor] = []  # all that were packed, or kept
         self.all_kept = True
+        self.nbytes = 0  # of all that is in it
         self._kept = kept
         self.hint = fastest_hint() if size > self.CACHES else INTO_CACHES
         self._left = size
@@ -102,6 +108,7 @@ class Arena:
         if size > len(self._free):
             self._free = self._block(max(size, min(self._left, self.BLOCK)))
         self._left -= size
+        self.nbytes += size
         taken = self._free[:size]
         self._free = self._free[size:]
         return taken
@@ -121,6 +128,8 @@ class Arena:
             self.all_kept = False
             memory = self.take(size)
             pack_into(memory)
+        else:
+            self.nbytes += size
         self.strips.append(memory)
         return memory
 

@@ -171,6 +171,13 @@ class Decoder:
         return BUCKETS if isinstance(self._layers, GraphedLayers) else ()
 
     @property
+    def bytes_read(self) -> int:
+        """Of packed weights, by a forward: of a table of embeddings it reads a few rows."""
+        table = self.embedding
+        apart = isinstance(table, PackedWeight) and table is not self.head
+        return self._arena.nbytes - (table.nbytes if apart else 0)
+
+    @property
     def quantized(self) -> bool:
         """Whether the CPU kernels hold quants."""
         return self.native and bool(self._arena.strips)
