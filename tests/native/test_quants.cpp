@@ -194,8 +194,7 @@ void one_weight(uint64_t seed, const std::vector<Kind>& kinds, int64_t k) {
     }
 }
 
-// Inputs [k] as integers times the scale of each 32, and that scale. An input halfway between two
-// integers may become either, as compilers fuse; move: such ones become 0 before they are read.
+// Inputs [k] as integers times the scale of each 32, and that scale.
 struct EightBits {
     std::vector<int> integer;
     std::vector<float> step;
@@ -203,39 +202,62 @@ struct EightBits {
     double rounded(int64_t i) const { return double(step[i]) * integer[i]; }
 };
 
-EightBits in_eight_bits(float* x, int64_t k, bool move = false) {
-    EightBits out;
-    for (int64_t first = 0; first < k; first += 32) {
-        float largest = 1e-30f, read[32];
+// 32 inputs as the kernels read them: the largest is 127 or 125 steps, whichever errs less.
+struct EightBitBlock {
+    float largest = 1e-30f, steps = 127;
+    int unclear = -1;  // an input that decides, as compilers fuse or not, about itself or all
+
+    explicit EightBitBlock(const float* x) {
+        for (int j = 0; j < 32; j++) largest = std::max(largest, std::fabs(x[j]));
+        const double first = error(x, 127), second = error(x, 125);
+        if (second < first) steps = 125;
         for (int j = 0; j < 32; j++) {
-            const float v = x[first + j];
-            read[j] = smart_rounds_inputs() ? reference::from_bf16(reference::to_bf16(v)) : v;
-            largest = std::max(largest, std::fabs(read[j]));
+            const double at = double(x[j]) * factor();
+            if (std::fabs(at - std::floor(at) - 0.5) < 1e-3) unclear = j;
         }
-        const float step = largest / 127, factor = 1 / step;
+        if (first + second > 0 && std::fabs(first - second) < 1e-3 * (first + second))
+            unclear = int(std::max_element(x, x + 32) - x);
+    }
+
+    float factor() const { return steps / largest; }
+    int integer(float x) const { return int(std::nearbyint(x * factor())); }
+
+    double error(const float* x, double of) const {
+        double squares = 0;
         for (int j = 0; j < 32; j++) {
-            const double at = double(read[j]) * factor, half = std::fabs(at - std::floor(at) - 0.5);
-            if (move && half < 1e-3) x[first + j] = read[j] = 0;
-            out.integer.push_back(int(std::nearbyint(read[j] * factor)));
-            out.step.push_back(step);
+            const double at = x[j] * of / largest, off = at - std::nearbyint(at);
+            squares += off * off / of / of;
+        }
+        return squares;
+    }
+};
+
+// Makes what is unclear 0, before it is read.
+EightBits in_eight_bits(float* x, int64_t k) {
+    EightBits out;
+    for (float* end = x + k; x < end; x += 32) {
+        EightBitBlock block(x);
+        for (; block.unclear >= 0; block = EightBitBlock(x)) x[block.unclear] = 0;
+        for (int j = 0; j < 32; j++) {
+            out.integer.push_back(block.integer(x[j]));
+            out.step.push_back(block.largest / block.steps);
         }
     }
     return out;
 }
 
 // A row's products, which are sums of integers times scales, are those in double.
-void near_integers(const std::vector<Rows8>& parts, float* x, const float* y, int64_t k) {
-    const EightBits input = in_eight_bits(x, k);
+void near_integers(const std::vector<Rows8>& parts, const EightBits& input, const float* y,
+                   int64_t k) {
     for (const Rows8& part : parts)
         for (size_t from = 0; from < part.exact.size(); from += k, y++) {
-            double sum = 0, size = 0, halfway = 0;
+            double sum = 0, size = 0;
             for (int64_t i = 0; i < k; i++) {
                 const double product = input.rounded(i) * part.exact[from + i];
                 sum += product;
                 size += std::fabs(product);
-                halfway = std::max(halfway, std::fabs(input.step[i] * part.exact[from + i]));
             }
-            check::near("product of integers", sum, *y, 1e-6 * size + halfway + 1e-30);
+            check::near("product of integers", sum, *y, 1e-6 * size + 1e-30);
         }
 }
 
@@ -299,9 +321,8 @@ void any_company(uint64_t seed, const std::vector<Kind>& kinds, int64_t k) {
     check::begin("company in 8 bits", seed, made.names + ", k " + std::to_string(k));
     constexpr int MOST = 70;
     std::vector<float> x = random.normals(MOST * k), plain(MOST * n), scratch(MOST * k);
-    for (float& v : x) v = reference::rounded(v);
     for (int r = 0; r < MOST; r++) {
-        const EightBits input = in_eight_bits(&x[r * k], k, true);
+        const EightBits input = in_eight_bits(&x[r * k], k);
         for (int64_t i = 0; i < n; i++)
             plain[r * n + i] = plain_sum(&made.parts[i / lanes].terms[i % lanes * k], input, k,
                                          kinds[i / lanes].format == Q6_K);
@@ -338,6 +359,8 @@ void in_bytes(uint64_t seed, const std::vector<Kind>& kinds, int64_t k) {
     std::vector<float> x = random.normals(count * k);
     if (random.chance(0.3)) std::fill_n(x.begin() + random.below(count) * k, k, 0.0f);
     if (random.chance(0.3)) std::fill_n(x.begin(), k, random.of({1.0f, -1.0f}));
+    std::vector<EightBits> inputs;
+    for (int r = 0; r < count; r++) inputs.push_back(in_eight_bits(&x[r * k], k));
     std::vector<float> scratch(x.size()), wanted(count * n), found(count * n), alone(n);
     smart_linear(x.data(), count, &exact, n, k, 1, nullptr, 0, nullptr, scratch.data(),
                  wanted.data(), n, 0, 3, nullptr, 2);
@@ -349,7 +372,7 @@ void in_bytes(uint64_t seed, const std::vector<Kind>& kinds, int64_t k) {
         errors += (double(found[i]) - wanted[i]) * (double(found[i]) - wanted[i]);
     }
     check::near("relative error", 0, std::sqrt(errors / squares), 0.02);
-    for (int r = 0; r < count; r++) near_integers(parts, &x[r * k], &found[r * n], k);
+    for (int r = 0; r < count; r++) near_integers(parts, inputs[r], &found[r * n], k);
     const Weight drafting{nullptr, made.byte_strips.data(), IF_FASTER};
     const bool by_tiles = smart_pass_rows(&exact, 1) == 32 && count > 16;
     std::vector<float> drafted(count * n);

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType, dequantize
 from gguf.constants import GGML_QUANT_SIZES
 
-from smart_decoding.kernels import ops, weights
+from smart_decoding.kernels import library, ops, weights
 from smart_decoding.kernels.weights import (
     PackedWeight,
     QuantizedTensor,
@@ -16,8 +18,12 @@ from smart_decoding.kernels.weights import (
     interleaved,
     pack,
 )
+from smart_decoding.models.config import ModelConfig
+from smart_decoding.models.decoder import RoundingDecoder
 from smart_decoding.models.layers import LayerWeights, NativeLayers
+from smart_decoding.models.rounding import RoundedWeights
 
+from .checkpoints import PAGES, Memory, plain_rows, span
 from .kernel_calls import linear
 
 pytestmark = pytest.mark.usefixtures("variant")
@@ -160,3 +166,23 @@ def test_products_in_8_bits_need_quants_only() -> None:
     assert packed.struct.strips
     assert not packed.struct.in_bytes
     assert_same(packed, torch.cat([as_tensor(part) for part in parts]))
+
+
+ALIKE = ("avx512-vnni", "avx512-bf16")  # but that the second multiplies pairs of bf16
+
+
+@pytest.mark.skipif(not {*ALIKE} <= {*library.runnable()}, reason="this CPU lacks one of the two")
+def test_inputs_in_8_bits_are_never_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So two variants have the same bits, with a head dimension that is not attended in pairs."""
+    config = ModelConfig("llama", 2, 64, 4, 2, 16, 96, 70, 1e4, 1e-5, 128, tie_embeddings=True)
+    generator = torch.Generator().manual_seed(0)
+    shapes = config.expected_shapes().items()
+    plain = {name: torch.randn(shape, generator=generator) * 0.3 for name, shape in shapes}
+    rounded, cpu = RoundedWeights(plain, "int8"), torch.device("cpu")
+    rows = plain_rows(span(range(45), 0, Memory(0).pages(45)))
+    found = []
+    for name in ALIKE:
+        monkeypatch.setattr(library, "chosen", functools.partial(str, name))
+        decoder = RoundingDecoder(config, rounded, torch.bfloat16, cpu, PAGES, 128, native=True)
+        found.append(decoder.forward(rows).logits.clone())
+    assert torch.equal(found[0], found[1])

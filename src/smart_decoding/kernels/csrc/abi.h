@@ -252,7 +252,7 @@ int32_t smart_vector_width();  // lanes of float
 int32_t smart_page();          // positions of a KV page
 // Rows that share a pass over a weight: one more costs a step.
 int32_t smart_pass_rows(const struct Weight* w, int32_t is_bf16);
-int32_t smart_rounds_inputs();     // does bf16 mean bf16 inputs of linear layers, too?
+int32_t smart_rounds_inputs();     // are inputs rounded to bf16 for products in bf16?
 int32_t smart_multiplies_bytes();  // can quants be multiplied with inputs in 8 bits (Weight)?
 int32_t smart_prefers_bytes();     // is that faster for any number of rows?
 // Do keys and values of a page lie in pairs?

@@ -42,7 +42,7 @@ struct LayerAttention {
     const float* q;
     int64_t ldq;
     const KvCache<T>& cache;
-    Input<T>* out;
+    float* out;
     const int kv = layer.kv_heads, heads = layer.heads / kv, jobs = int(blocks.size()) * kv,
               team = omp_get_num_threads();
 
@@ -112,7 +112,7 @@ private:
 
     void put_means(int job, const Softmaxes<HD>& sums, int query) const {
         const int64_t row = blocks[job / kv].row + query / heads;
-        Input<T>* to = out + row * layer.heads * HD + item(job, 0).column;
+        float* to = out + row * layer.heads * HD + item(job, 0).column;
         sums.put_means(query, to + query % heads * HD);
     }
 
@@ -168,7 +168,7 @@ private:
 
 template <class T>
 void attend(const Layer& l, const Rows& in, const std::vector<QueryBlock>& blocks, const float* q,
-            int64_t ldq, const KvCache<T>& cache, Input<T>* out) {
+            int64_t ldq, const KvCache<T>& cache, float* out) {
     dispatch_head_dim(l.head_dim, [&](auto hd) {
         LayerAttention<T, hd>{l, in, blocks, q, ldq, cache, out}.run();
     });
@@ -227,9 +227,9 @@ void rope_and_store(const Layer& l, const Rows& in, int row, float* projected, i
 template std::vector<QueryBlock> query_blocks<bf16>(const Rows&, const Layer&);
 template std::vector<QueryBlock> query_blocks<float>(const Rows&, const Layer&);
 template void attend(const Layer&, const Rows&, const std::vector<QueryBlock>&, const float*,
-                     int64_t, const KvCache<bf16>&, Input<bf16>*);
+                     int64_t, const KvCache<bf16>&, float*);
 template void attend(const Layer&, const Rows&, const std::vector<QueryBlock>&, const float*,
-                     int64_t, const KvCache<float>&, Input<float>*);
+                     int64_t, const KvCache<float>&, float*);
 template void rope_and_store(const Layer&, const Rows&, int, float*, int, int,
                              const KvCache<bf16>&);
 template void rope_and_store(const Layer&, const Rows&, int, float*, int, int,

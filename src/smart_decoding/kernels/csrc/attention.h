@@ -32,7 +32,7 @@ std::vector<QueryBlock> query_blocks(const Rows& in, const Layer& l);
 // result at once. q: [rows, ldq]; out: [rows, heads * head_dim].
 template <class T>
 void attend(const Layer& l, const Rows& in, const std::vector<QueryBlock>& blocks, const float* q,
-            int64_t ldq, const KvCache<T>& cache, Input<T>* out);
+            int64_t ldq, const KvCache<T>& cache, float* out);
 
 // Norms and rotates the queries and keys of a row, and stores its keys and values. projected:
 // queries of `heads`, then keys and values of `kv_heads`.
@@ -140,10 +140,9 @@ struct Softmaxes {
         best[i] = now;
     }
 
-    template <class O>
-    void put_means(int i, O* out) const {
+    void put_means(int i, float* out) const {
         const float inverse = 1.0f / sum[i];
-        for (int d = 0; d < HD; d += VW) put(out + d, loadu<vf>(value(i) + d) * inverse);
+        for (int d = 0; d < HD; d += VW) storeu(out + d, loadu<vf>(value(i) + d) * inverse);
     }
 };
 

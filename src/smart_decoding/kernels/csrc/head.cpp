@@ -55,15 +55,14 @@ struct Ranking {
     const int wanted;
     const int64_t d, n;
     // Workspace: what the output matrix reads, what that is in bytes, and logits.
-    Input<W>* inputs;
-    float *halves, *step, *logits;
+    float *inputs, *halves, *step, *logits;
 
     Ranking(const Head& h, const Level& v, int wanted_)
         : head(h), level(v), wanted(wanted_), d(h.layers->hidden), n(h.outputs_count) {}
 
     int64_t floats() const { return wanted * (2 * d + n + 1) + 64; }
     void take(WorkspaceMemory& memory) {
-        inputs = memory.take<Input<W>>(wanted * d);
+        inputs = memory.take<float>(wanted * d);
         halves = memory.take<float>(wanted * d);
         step = memory.take<float>(wanted);
         logits = memory.take<float>(wanted * n);
@@ -82,13 +81,11 @@ struct Ranking {
 
 private:
     void plain_logits() const {
-        const Input<W>* read = inputs;
         if (head.final_norm)
             rms_norm_rows(level.out, head.final_norm, head.layers->eps, wanted, d, inputs);
-        else
-            read = as_input(level.out, wanted, d, inputs);
         barrier();
-        linear_rows<W>(read, d, wanted, head.outputs, n, d, nullptr, logits, n, false);
+        linear_rows<W>(head.final_norm ? inputs : level.out, wanted, head.outputs, n, d, nullptr,
+                       logits, n, false);
     }
 
     // With 8-bit weights. Where CPUs multiply bytes, states are rounded to 16 bits, whose halves
@@ -189,11 +186,9 @@ struct DraftLevel {
     Ranking<W> ranking;
 
     // Workspace. Of a part's rows: what linear layers read, features, and keys beside values.
-    Input<W>* inputs;
-    float *features, *kv;
+    float *inputs, *features, *kv;
     // Of the wanted rows: inputs of the layer, queries and what follows them.
-    Input<W>*wanted_inputs, *attention, *ffn;
-    float* q;
+    float *wanted_inputs, *q, *attention, *ffn;
 
     DraftLevel(const Head& h, const Rows& in_, const Level& v, const WantedRows& asking_,
                const KvCache<W>& cache_, WorkspaceMemory& memory)
@@ -212,10 +207,10 @@ struct DraftLevel {
                       rows = std::max(part, wanted);
         memory.begin(rows * (widest + d + columns.width)
                      + wanted * (2 * columns.q_width + layer.ffn + 2 * d) + ranking.floats() + 256);
-        inputs = memory.take<Input<W>>(rows * widest);
-        wanted_inputs = memory.take<Input<W>>(wanted * 2 * d);
-        attention = memory.take<Input<W>>(wanted * columns.q_width);
-        ffn = memory.take<Input<W>>(wanted * layer.ffn);
+        inputs = memory.take<float>(rows * widest);
+        wanted_inputs = memory.take<float>(wanted * 2 * d);
+        attention = memory.take<float>(wanted * columns.q_width);
+        ffn = memory.take<float>(wanted * layer.ffn);
         features = memory.take<float>(part * d);
         kv = memory.take<float>(part * columns.width);
         q = memory.take<float>(wanted * columns.q_width);
@@ -238,8 +233,8 @@ struct DraftLevel {
         barrier();
         const Weight weight = columns_from<W>(layer.qkv, columns.first, 2 * d);
         const float* bias = layer.qkv_bias ? layer.qkv_bias + columns.first : nullptr;
-        linear_rows<W>(inputs, 2 * d, end - first, weight, columns.width, 2 * d, bias, kv,
-                       columns.width, false);
+        linear_rows<W>(inputs, end - first, weight, columns.width, 2 * d, bias, kv, columns.width,
+                       false);
         barrier();
 #pragma omp for schedule(static) nowait
         for (int r = first; r < end; r++) {
@@ -256,15 +251,14 @@ struct DraftLevel {
         for (int r = first; r < end; r++)
             for (int t = 0; t < head.aux_count; t++) {
                 const float* from = level.features[r] + t * d;
-                Input<W>* to = inputs + (r - first) * width + t * d;
+                float* to = inputs + (r - first) * width + t * d;
                 if (head.aux_norm)
                     rms_norm_row(from, head.aux_norm, head.aux_eps, d, to);
                 else
-                    for (int64_t i = 0; i < d; i++) from_f32(from[i], to + i);
+                    memcpy(to, from, d * sizeof(float));
             }
         barrier();
-        linear_rows<W>(inputs, width, end - first, head.fc, d, width, head.fc_bias, features, d,
-                       false);
+        linear_rows<W>(inputs, end - first, head.fc, d, width, head.fc_bias, features, d, false);
         barrier();
     }
 
@@ -276,7 +270,7 @@ struct DraftLevel {
             embedding = level.embeddings[r];
         else
             embedding_row<W>(head.embedding, head.table, d, level.token[r], line);
-        Input<W>* to = inputs + at * 2 * d;
+        float* to = inputs + at * 2 * d;
         rms_norm_row(embedding, head.input_norm, layer.eps, d, to);
         rms_norm_row(row_features, head.hidden_norm, layer.eps, d, to + d);
         const int place = asking.place[r];
@@ -293,8 +287,8 @@ struct DraftLevel {
     void run_wanted(float* line) const {
         const int wanted = asking.rows.rows;
         const int64_t q_width = columns.q_width;
-        linear_rows<W>(wanted_inputs, 2 * d, wanted, layer.qkv, q_width, 2 * d, layer.qkv_bias, q,
-                       q_width, false);
+        linear_rows<W>(wanted_inputs, wanted, layer.qkv, q_width, 2 * d, layer.qkv_bias, q, q_width,
+                       false);
         barrier();
 #pragma omp for schedule(static) nowait
         for (int r = 0; r < in.rows; r++)

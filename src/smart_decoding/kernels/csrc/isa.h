@@ -426,8 +426,7 @@ static inline float sum_of(const F& lanes) {
 
 // ---------------------------------------------------------------------------------------- products
 
-// Products of pairs of bf16, which are added to floats. Inputs of bf16 layers are rounded to bf16
-// then, too.
+// Products of pairs of bf16, which are added to floats. Inputs are rounded to bf16 for them.
 #if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC) \
     || defined(SMART_EMULATE_TILES)
 constexpr bool HAS_BF16_PAIRS = true;

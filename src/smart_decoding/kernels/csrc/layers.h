@@ -9,10 +9,10 @@ namespace [[gnu::visibility("hidden")]] smart {
 // x += input w^T + bias, or if there is a norm what it makes of that. `added` [rows, hidden] is
 // workspace.
 template <class W>
-static void add_linear(const Layer& l, int rows, const Input<W>* input, int64_t k, const Weight& w,
+static void add_linear(const Layer& l, int rows, const float* input, int64_t k, const Weight& w,
                        const float* bias, const float* norm, float* x, float* added) {
     const int64_t d = l.hidden;
-    linear_rows<W>(input, k, rows, w, d, k, bias, norm ? added : x, d, !norm, l.hint);
+    linear_rows<W>(input, rows, w, d, k, bias, norm ? added : x, d, !norm, l.hint);
     barrier();
     if (!norm) return;
     add_norm_rows(added, norm, l.eps, rows, d, x);
@@ -23,8 +23,8 @@ static void add_linear(const Layer& l, int rows, const Input<W>* input, int64_t 
 // `normed` [rows, hidden], `ffn` [rows, ffn] and, with norms of what is added, `added`
 // [rows, hidden] are workspace.
 template <class W>
-static void finish_layer(const Layer& l, int rows, const Input<W>* attention, float* x,
-                         Input<W>* normed, Input<W>* ffn, float* added) {
+static void finish_layer(const Layer& l, int rows, const float* attention, float* x, float* normed,
+                         float* ffn, float* added) {
     const int64_t d = l.hidden, width = int64_t(l.heads) * l.head_dim;
     add_linear<W>(l, rows, attention, width, l.output, l.output_bias, l.attention_norm, x, added);
     rms_norm_rows(x, l.post_norm, l.eps, rows, d, normed);

@@ -1,9 +1,10 @@
 // Linear layers, their weights as they are packed, and what a CPU says of itself.
 //
-// Weights are bf16 (or fp32); sums are fp32. What a linear layer reads is fp32, or bf16 where the
-// CPU multiplies pairs of bf16: half the instructions for a row. Each output is summed in one fixed
-// order that does not depend on how many rows there are. So a row's result is bitwise the same
-// alone, in a batch and as a node of a draft tree.
+// Weights are bf16, fp32 or quants; sums are fp32. All layers read fp32 and round it once, as they
+// multiply it: to 8 bits, to bf16 where the CPU multiplies pairs of bf16 (half the instructions for
+// a row), else not at all. Each output is summed in one fixed order that does not depend on how
+// many rows there are. So a row's result is bitwise the same alone, in a batch and as a node of a
+// draft tree.
 
 #include "linear.h"
 
@@ -22,23 +23,24 @@ static inline void add_bias(const float* bias, int64_t column, int64_t n, vf& lo
 
 // x w^T, panel by panel, in whichever way the weight is stored.
 template <class W, class Epilogue>
-static void product(const Input<W>* x, int64_t ld, int rows, const Weight& w, int64_t n, int64_t k,
-                    int hint, Epilogue&& done) {
+static void product(const float* x, int rows, const Weight& w, int64_t n, int64_t k, int hint,
+                    Epilogue&& done) {
     if constexpr (std::is_same_v<W, bf16>)
-        if (w.strips) return quant_gemm(x, ld, rows, w.strips, n, k, w.in_bytes, done);
-    with_hint(hint, [&](auto to) { gemm<to>(x, ld, rows, (const W*)w.panels, n, k, done); });
+        if (w.strips) return quant_gemm(x, rows, w.strips, n, k, w.in_bytes, done);
+    const Input<W>* read = rounded_rows<W>(x, rows, k);
+    with_hint(hint, [&](auto to) { gemm<to>(read, k, rows, (const W*)w.panels, n, k, done); });
 }
 
 template <class W>
-__attribute__((noinline)) void linear_rows(const Input<W>* x, int64_t ld, int rows, const Weight& w,
-                                           int64_t n, int64_t k, const float* bias, float* y,
-                                           int64_t ldy, bool add, int hint, Maxima* maxima) {
+__attribute__((noinline)) void linear_rows(const float* x, int rows, const Weight& w, int64_t n,
+                                           int64_t k, const float* bias, float* y, int64_t ldy,
+                                           bool add, int hint, Maxima* maxima) {
     auto store = [=](int row, int64_t column, vf low, vf high) {
         if (bias) add_bias(bias, column, n, low, high);
         if (maxima) maxima[row].add(column, n, low, high);
         if (y) store_columns(y + row * ldy, column, n, low, high, add);
     };
-    product<W>(x, ld, rows, w, n, k, hint, store);
+    product<W>(x, rows, w, n, k, hint, store);
 }
 
 // x / (1 + exp(-s)), where s is x for SiLU; for GELU by tanh it is 2 sqrt(2 / pi) (x + 0.044715
@@ -50,19 +52,19 @@ static inline vf activated(vf x, bool gelu) {
 
 // One panel yields VW finished values.
 template <class W>
-__attribute__((noinline)) void gated_rows(const Input<W>* x, int rows, const Weight& w, int64_t ffn,
-                                          int64_t k, bool gelu, Input<W>* out, int hint) {
+__attribute__((noinline)) void gated_rows(const float* x, int rows, const Weight& w, int64_t ffn,
+                                          int64_t k, bool gelu, float* out, int hint) {
     auto store = [=](int row, int64_t column, vf gate, vf up) {
         vf value = activated(gate, gelu) * up;
         int64_t first = column / 2;
-        Input<W>* to = out + row * ffn + first;
+        float* to = out + row * ffn + first;
         if (first + VW <= ffn)
-            put(to, value);
+            storeu(to, value);
         else
-            for (int j = 0; first + j < ffn; j++) from_f32(value[j], to + j);
+            for (int j = 0; first + j < ffn; j++) to[j] = value[j];
     };
     int64_t n = 2 * ((ffn + VW - 1) / VW * VW);
-    product<W>(x, k, rows, w, n, k, hint, store);
+    product<W>(x, rows, w, n, k, hint, store);
 }
 
 // How many of k lie next to each other in a packed panel.
@@ -106,10 +108,10 @@ void unpack_row(const Weight& w, int64_t k, int64_t row, float* out) {
 }
 
 #define SMART_INSTANTIATE(W) \
-    template void linear_rows<W>(const Input<W>*, int64_t, int, const Weight&, int64_t, int64_t, \
-                                 const float*, float*, int64_t, bool, int, Maxima*); \
-    template void gated_rows<W>(const Input<W>*, int, const Weight&, int64_t, int64_t, bool, \
-                                Input<W>*, int); \
+    template void linear_rows<W>(const float*, int, const Weight&, int64_t, int64_t, const float*, \
+                                 float*, int64_t, bool, int, Maxima*); \
+    template void gated_rows<W>(const float*, int, const Weight&, int64_t, int64_t, bool, float*, \
+                                int); \
     template void unpack_row<W>(const Weight&, int64_t, int64_t, float*);
 SMART_INSTANTIATE(bf16)
 SMART_INSTANTIATE(float)
@@ -133,18 +135,14 @@ template <class W>
 static void linear_run(const float* x, int rows, const Weight& w, int64_t n, int64_t k,
                        const float* norm, float eps, const float* bias, float* scratch, float* y,
                        int64_t ldy, bool add, int hint, int64_t* best, int threads) {
-    Input<W>* workspace = (Input<W>*)scratch;
     std::vector<Maxima> found(best ? size_t(rows) * threads : 0);
     run_team(threads, [&] {
-        const Input<W>* input = workspace;
         if (norm) {
-            rms_norm_rows(x, norm, eps, rows, k, workspace);
+            rms_norm_rows(x, norm, eps, rows, k, scratch);
             barrier();
-        } else {
-            input = as_input(x, rows, k, workspace);
         }
         Maxima* mine = best ? &found[int64_t(omp_get_thread_num()) * rows] : nullptr;
-        linear_rows<W>(input, k, rows, w, n, k, bias, y, ldy, add, hint, mine);
+        linear_rows<W>(norm ? scratch : x, rows, w, n, k, bias, y, ldy, add, hint, mine);
     });
     for (int r = 0; best && r < rows; r++) best[r] = first_of(&found[r], threads, rows);
 }

@@ -199,8 +199,9 @@ constexpr int FEW_ROWS = 16;
 
 // `gemm` by tiles of quants that are packed for inputs in 8 bits: each panel is widened once.
 template <class Epilogue>
-static void widened_gemm(const Wide* x, int64_t ld, int rows, const Strip* strips, int64_t n,
-                         int64_t k, Epilogue&& done) {
+static void widened_gemm(const float* x, int rows, const Strip* strips, int64_t n, int64_t k,
+                         Epilogue&& done) {
+    const Wide* read = rounded_rows<bf16>(x, rows, k);
     static thread_local std::vector<vu> memory;  // aligned
     const int64_t depth = k * sizeof(bf16);
     if (int64_t(memory.size() * sizeof(vu)) < depth * PANEL)
@@ -217,7 +218,7 @@ static void widened_gemm(const Wide* x, int64_t ld, int rows, const Strip* strip
                                         panel + half * PANEL);
             });
         }
-        tile_rows<bf16>(x, ld, rows, (const char*)panel, depth, Prefetch{nullptr, 0}, shaped,
+        tile_rows<bf16>(read, k, rows, (const char*)panel, depth, Prefetch{nullptr, 0}, shaped,
                         [&](int row, vf low, vf high) { done(row, p * PANEL, low, high); });
     }
     if (shaped) tile_release();
@@ -225,18 +226,18 @@ static void widened_gemm(const Wide* x, int64_t ld, int rows, const Strip* strip
 
 // `gemm` of quants. in_bytes: as of Weight.
 template <class Epilogue>
-static void quant_gemm(const Wide* x, int64_t ld, int rows, const Strip* strips, int64_t n,
-                       int64_t k, int64_t in_bytes, Epilogue&& done) {
+static void quant_gemm(const float* x, int rows, const Strip* strips, int64_t n, int64_t k,
+                       int64_t in_bytes, Epilogue&& done) {
     if (!rows) return;
     if constexpr (HAS_TILES) {
-        if (in_bytes == NEVER) return tile_quant_gemm(x, ld, rows, strips, n, k, done);
+        if (in_bytes == NEVER) return tile_quant_gemm(x, rows, strips, n, k, done);
         if (in_bytes == IF_FASTER && rows > FEW_ROWS)
-            return widened_gemm(x, ld, rows, strips, n, k, done);
+            return widened_gemm(x, rows, strips, n, k, done);
     } else if (in_bytes == NEVER) {
-        return vector_quant_gemm(x, ld, rows, strips, n, k, done);
+        return vector_quant_gemm(x, rows, strips, n, k, done);
     }
     prefetch_start(strips + 2 * Items::first_of(panels_of(n)));  // while inputs are rounded
-    const ByteRows bytes(x, ld, rows, k);
+    const ByteRows bytes(x, rows, k);
     static thread_local std::vector<float> kept;
     if (int64_t(kept.size()) < int64_t(rows) * PANEL) kept.resize(int64_t(rows) * PANEL);
     float* sums = kept.data();
@@ -263,18 +264,17 @@ static inline void store_columns(float* y, int64_t column, int64_t n, vf low, vf
         y[column + j] = (j < VW ? low[j] : high[j - VW]) + (add ? y[column + j] : 0.0f);
 }
 
-// y (+)= x w^T + bias, by a whole team; a barrier comes before the next linear layer. maxima: null,
-// or those of each row, to be updated; y may be null then.
+// y (+)= x w^T + bias, by a whole team; a barrier comes before the next linear layer. x: [rows, k];
+// maxima: null, or those of each row, to be updated; y may be null then.
 template <class W>
-void linear_rows(const Input<W>* x, int64_t ld, int rows, const Weight& w, int64_t n, int64_t k,
-                 const float* bias, float* y, int64_t ldy, bool add, int hint = INTO_CACHES,
-                 Maxima* maxima = nullptr);
+void linear_rows(const float* x, int rows, const Weight& w, int64_t n, int64_t k, const float* bias,
+                 float* y, int64_t ldy, bool add, int hint = INTO_CACHES, Maxima* maxima = nullptr);
 
 // out = silu(x gate^T) * (x up^T), or with GELU, by a whole team, likewise; gate and up are
 // interleaved by VW columns.
 template <class W>
-void gated_rows(const Input<W>* x, int rows, const Weight& w, int64_t ffn, int64_t k, bool gelu,
-                Input<W>* out, int hint);
+void gated_rows(const float* x, int rows, const Weight& w, int64_t ffn, int64_t k, bool gelu,
+                float* out, int hint);
 
 // Row `row` of a packed weight of row length k, as fp32.
 template <class W>

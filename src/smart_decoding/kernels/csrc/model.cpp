@@ -15,25 +15,20 @@ static void run_layer(const Layer& l, const Rows& in, const std::vector<QueryBlo
                       const float* input, float* x, const KvCache<W>& cache,
                       const Workspace& workspace) {
     const int64_t d = l.hidden, qkv_width = int64_t(l.heads + 2 * l.kv_heads) * l.head_dim;
-    Input<W>*normed = (Input<W>*)workspace.normed, *attention = (Input<W>*)workspace.attention;
-    Input<W>* ffn = (Input<W>*)workspace.ffn;
-    float* qkv = workspace.qkv;
-    const Input<W>* read = normed;
-    if (input) {
-        read = as_input(input, in.rows, l.input, normed);
-    } else {
+    float *normed = workspace.normed, *qkv = workspace.qkv, *attention = workspace.attention;
+    if (!input) {
         rms_norm_rows(x, l.input_norm, l.eps, in.rows, d, normed);
         barrier();
     }
-    linear_rows<W>(read, l.input, in.rows, l.qkv, qkv_width, l.input, l.qkv_bias, qkv, qkv_width,
-                   false, l.hint);
+    linear_rows<W>(input ? input : normed, in.rows, l.qkv, qkv_width, l.input, l.qkv_bias, qkv,
+                   qkv_width, false, l.hint);
     barrier();
 #pragma omp for schedule(static) nowait
     for (int r = 0; r < in.rows; r++)
         rope_and_store(l, in, r, qkv + r * qkv_width, l.heads, l.kv_heads, cache);
     barrier();
     attend(l, in, blocks, qkv, qkv_width, cache, attention);
-    finish_layer<W>(l, in.rows, attention, x, normed, ffn, qkv);
+    finish_layer<W>(l, in.rows, attention, x, normed, workspace.ffn, qkv);
 }
 
 // Where hidden states are copied to between layers.
@@ -97,7 +92,7 @@ static void forward(const Model& m, const Rows& in, const Pass& pass, int thread
     workspace.qkv = memory.take<float>(rows * qkv_width);
     workspace.attention = memory.take<float>(rows * width);
     workspace.ffn = memory.take<float>(rows * l.ffn);
-    Input<W>* normed = memory.take<Input<W>>(wanted * d);
+    float* normed = memory.take<float>(wanted * d);
     std::vector<Maxima> found(wanted * threads);
     const std::vector<QueryBlock> blocks = query_blocks<W>(in, l);
     const KvCache<W> cache{(W*)m.keys, (W*)m.values, m.pages};
@@ -111,7 +106,7 @@ static void forward(const Model& m, const Rows& in, const Pass& pass, int thread
                          normed + r * d);
         barrier();
         Maxima* mine = found.data() + omp_get_thread_num() * wanted;
-        linear_rows<W>(normed, d, int(wanted), m.output, m.vocab, d, nullptr, pass.logits, m.vocab,
+        linear_rows<W>(normed, int(wanted), m.output, m.vocab, d, nullptr, pass.logits, m.vocab,
                        false, m.hint, mine);
     });
     for (int64_t r = 0; r < wanted; r++) pass.best[r] = first_of(&found[r], threads, wanted);

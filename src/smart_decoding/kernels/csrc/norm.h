@@ -1,4 +1,4 @@
-// RMS norms, and how their results reach a linear layer: as it reads them.
+// RMS norms.
 
 #pragma once
 #include "panels.h"
@@ -18,19 +18,18 @@ static inline float inverse_rms(const float* x, float eps, int64_t d) {
     return 1.0f / std::sqrt(sum / float(d) + eps);
 }
 
-template <class T>
-static void rms_norm_row(const float* x, const float* weight, float eps, int64_t d, T* out) {
+static inline void rms_norm_row(const float* x, const float* weight, float eps, int64_t d,
+                                float* out) {
     const int64_t whole = d - d % VW;
     const float scale = inverse_rms(x, eps, d);
     for (int64_t i = 0; i < whole; i += VW)
-        put(out + i, loadu<vf>(x + i) * scale * loadu<vf>(weight + i));
-    for (int64_t i = whole; i < d; i++) from_f32(x[i] * scale * weight[i], out + i);
+        storeu(out + i, loadu<vf>(x + i) * scale * loadu<vf>(weight + i));
+    for (int64_t i = whole; i < d; i++) out[i] = x[i] * scale * weight[i];
 }
 
 // Rows are shared out among the threads of the running team; the caller places the barrier.
-template <class T>
-static void rms_norm_rows(const float* x, const float* weight, float eps, int rows, int64_t d,
-                          T* out) {
+static inline void rms_norm_rows(const float* x, const float* weight, float eps, int rows,
+                                 int64_t d, float* out) {
 #pragma omp for schedule(static) nowait
     for (int r = 0; r < rows; r++) rms_norm_row(x + r * d, weight, eps, d, out + r * d);
 }
@@ -44,17 +43,6 @@ static inline void add_norm_rows(const float* added, const float* weight, float 
         const float scale = inverse_rms(from, eps, d);
         for (int64_t i = 0; i < d; i++) x[r * d + i] += from[i] * scale * weight[i];
     }
-}
-
-// x as a linear layer reads it, in `workspace` if it must be rounded; the team may read the result
-// at once.
-static inline const float* as_input(const float* x, int, int64_t, float*) { return x; }
-static inline const bf16* as_input(const float* x, int rows, int64_t d, bf16* workspace) {
-#pragma omp for schedule(static) nowait
-    for (int64_t r = 0; r < rows; r++)
-        for (int64_t i = r * d; i < (r + 1) * d; i++) from_f32(x[i], workspace + i);
-    barrier();
-    return workspace;
 }
 
 }  // namespace smart

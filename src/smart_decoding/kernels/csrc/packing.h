@@ -1,4 +1,4 @@
-// Who packs the rows that a linear layer with quants reads: each thread all of them for itself, or,
+// Who packs the rows that a linear layer reads: each thread all of them for itself, or,
 // where that takes longer than to wait for others, the team together.
 
 #pragma once
@@ -13,7 +13,7 @@ constexpr int64_t PACKED_ALONE = 16 << 10;
 // every linear layer.
 struct Packing {
     const bool shared;
-    const int64_t first, last;  // this thread's part of k, of whole blocks
+    const int64_t first, last;  // this thread's part of k, of whole blocks as far as k is
     CacheLine* const memory;
 
     Packing(int64_t rows, int64_t k, size_t bytes)
@@ -29,6 +29,7 @@ struct Packing {
 
 private:
     static int64_t part(int64_t k, int thread) {
+        if (thread == omp_get_num_threads()) return k;
         return k / QUANT_BLOCK * thread / omp_get_num_threads() * QUANT_BLOCK;
     }
 

@@ -13,7 +13,7 @@ namespace [[gnu::visibility("hidden")]] smart {
 
 constexpr int PANEL = 2 * VW;
 
-// What a linear layer with weights W reads. Bytes have 128 added.
+// What panels of W are multiplied with. Bytes have 128 added.
 template <class W>
 struct InputOf {
     typedef float type;

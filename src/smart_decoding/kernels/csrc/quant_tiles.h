@@ -306,15 +306,15 @@ static void tile_panel_of_many(const PackedRows<X>& x, const Strip* strips, cons
 }
 
 // `gemm` of quants by tiles.
-template <class X, class Epilogue>
-static void tile_quant_gemm(const X* rows, int64_t ld, int count, const Strip* strips, int64_t n,
-                            int64_t k, Epilogue&& done) {
+template <class Epilogue>
+static void tile_quant_gemm(const float* rows, int count, const Strip* strips, int64_t n, int64_t k,
+                            Epilogue&& done) {
     static thread_local TileChunk chunks[2];
     static thread_local std::vector<TileSums> sums;
-    const PackedRows<X> x(rows, ld, count, k, TILE);
+    const PackedRows<Wide> x(rows, count, k, TILE);
     if (int(sums.size()) < x.groups) sums.resize(x.groups);
-    const TileProducts<X, false> one{x, 0};
-    const TileProducts<X, true> two{x, 0};
+    const TileProducts<Wide, false> one{x, 0};
+    const TileProducts<Wide, true> two{x, 0};
     if (count <= TILE)
         one.shape();
     else if (count <= 2 * TILE)

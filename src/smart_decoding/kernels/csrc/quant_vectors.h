@@ -277,12 +277,12 @@ private:
 
 // `gemm` of quants by vectors.
 template <class Epilogue>
-static void vector_quant_gemm(const Wide* rows, int64_t ld, int count, const Strip* strips,
-                              int64_t n, int64_t k, Epilogue&& done) {
+static void vector_quant_gemm(const float* rows, int count, const Strip* strips, int64_t n,
+                              int64_t k, Epilogue&& done) {
     static thread_local WideChunk chunks[2];
     static thread_local std::vector<float> kept;
     const bool few = count <= ROWS_OF_ONE;
-    const PackedRows<Wide> x(rows, ld, count, k, few ? ROWS_OF_ONE : GROUP_ROWS);
+    const PackedRows<Wide> x(rows, count, k, few ? ROWS_OF_ONE : GROUP_ROWS);
     if (int64_t(kept.size()) < int64_t(count) * PANEL) kept.resize(int64_t(count) * PANEL);
     float* sums = kept.data();
     const auto finish = [&](int64_t p) {

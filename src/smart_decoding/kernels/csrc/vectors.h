@@ -22,6 +22,14 @@ static inline void from_f32(float v, bf16* out) {  // rounded to the nearest, ti
     *out = bf16((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
+// `count` floats as T.
+template <class T>
+static inline void put_all(const float* from, int64_t count, T* to) {
+    const int64_t whole = count - count % VW;
+    for (int64_t i = 0; i < whole; i += VW) put(to + i, loadu<vf>(from + i));
+    for (int64_t i = whole; i < count; i++) from_f32(from[i], to + i);
+}
+
 // The sum of all lanes, the first one first.
 template <class F>
 __attribute__((always_inline)) static inline float sum_in_order(const F& v) {
