@@ -54,7 +54,7 @@ def short_profile() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measure, "SECONDS", 0.1)
         patch.setattr(profile, "load_profile", lambda path: None)
-        patch.setattr(profile, "save_profile", lambda path, cost, model: None)
+        patch.setattr(profile, "save_profile", lambda path, cost, model, busy: None)
         yield
 
 

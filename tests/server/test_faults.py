@@ -148,6 +148,21 @@ def test_a_damaged_profile_is_not_believed(
     assert str(path) in caplog.text
 
 
+def test_costs_of_a_busy_machine_count_for_an_hour(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    busy = tmp_path / "busy.json"
+    quiet = tmp_path / "quiet.json"
+    save_profile(busy, COST, busy=True)
+    save_profile(quiet, COST)
+    for age, lasts in ((3000, True), (4000, False)):
+        for path in (busy, quiet):
+            os.utime(path, (time.time() - age,) * 2)
+        assert (load_profile(busy) is not None) == lasts
+        assert load_profile(quiet) is not None
+    assert not caplog.text
+
+
 def test_a_folder_in_the_profiles_place(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "p.json").mkdir()
     assert load_profile(tmp_path / "p.json") is None

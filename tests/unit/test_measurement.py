@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ import torch
 
 from smart_decoding.core.cost import Sample, VerifySample
 from smart_decoding.engine.kv import PAGE, PagePool
+from smart_decoding.profiling import measure
 from smart_decoding.profiling.measure import ForwardTimer, probe
 
 if TYPE_CHECKING:
@@ -66,6 +68,24 @@ def checked(samples: Sequence[Sample]) -> set[tuple[int, float]]:
         assert isinstance(sample, VerifySample)
         assert sample.seconds == pytest.approx(ROW * sample.rows), sample
     return {(s.batch, s.context) for s in samples if isinstance(s, VerifySample)}
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 0.6, 1.0])
+def test_a_machine_is_busy_if_most_timings_were_interrupted(
+    share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = itertools.count()
+    interrupted = 0.0
+
+    def preemptions() -> int:  # asked before and after each timing
+        nonlocal interrupted
+        interrupted += share if next(calls) % 2 else 0.0
+        return int(interrupted + 1e-9)
+
+    monkeypatch.setattr(measure, "_preemptions", preemptions)
+    timer = measurement_of(Machine(), PAGES, 32, PagePool(PAGES))
+    timer.run()
+    assert timer.busy == (share > 0.5)
 
 
 def test_no_cost_has_what_the_first_touch_of_memory_takes() -> None:

@@ -1,5 +1,6 @@
 """Profiles on disk: one small JSON per model, device and machine. A missing, stale or broken one
-never stops a run."""
+never stops a run. One that was measured beside other work counts for an hour only: its costs may be
+wrong by a factor."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import hashlib
 import json
 import logging
 import platform
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from smart_decoding.models.registry import lasting_name
 
 log = logging.getLogger("smart.profile")
 
+BUSY_LASTS = 3600.0  # seconds for which costs count that were measured beside other work
 VERSION = 10  # raise when the engine's speed changes; other kernels are other costs anyway
 
 
@@ -53,6 +56,8 @@ def load_profile(path: Path) -> CostModel | None:
             stored = read_json(path)
             if stored["sha256"] != _sum(stored["model"], stored["cost"]):
                 raise ValueError("it has another checksum")
+            if stored.get("busy") and time.time() - path.stat().st_mtime > BUSY_LASTS:
+                return None
             return CostModel.from_dict(stored["cost"])
     except ModelError as error:
         reason = error.__cause__ or error
@@ -60,15 +65,15 @@ def load_profile(path: Path) -> CostModel | None:
         return None
 
 
-def save_profile(path: Path, cost: CostModel, model: str = "") -> None:
+def save_profile(path: Path, cost: CostModel, model: str = "", busy: bool = False) -> None:
     """Stores the costs of a model of that name, all of it or nothing; a full disk only means
-    measuring again next time."""
+    measuring again next time. busy: whether other processes ran beside the measurement."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole(path) as scratch:
             state = cost.to_dict()
             model = lasting_name(model)
-            stored = {"model": model, "sha256": _sum(model, state), "cost": state}
+            stored = {"model": model, "sha256": _sum(model, state), "cost": state, "busy": busy}
             scratch.write_text(json.dumps(stored))
     except OSError as error:
         log.warning(

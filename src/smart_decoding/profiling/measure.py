@@ -18,6 +18,7 @@ from smart_decoding.core.tree import ROOT, DraftTrees
 from smart_decoding.engine.kv import PAGE, Ints, PagePool
 from smart_decoding.engine.protocols import NativeBatch
 from smart_decoding.engine.rows import Rows, Span, build_rows
+from smart_decoding.kernels.limits import resource
 from smart_decoding.profiling.rehearsal import MORE, Rehearsal
 from smart_decoding.progress import long_step
 
@@ -37,6 +38,7 @@ COARSE_WAITING = (0, 16)
 LONG_WAITING = 384
 RANDOM_TOKENS = 1024
 SECONDS = 6.0  # that are measured for, if nothing else is said
+BUSY = 0.5  # share of timings that other processes interrupt, from which on a machine is busy
 PROBED = (1, 8)  # rows of a lone request that are timed where no costs are known
 
 
@@ -128,6 +130,13 @@ class ForwardTimer:
         self._clock = clock
         self._timed: list[tuple[Point, float, float]] = []  # with the reference just before it
         self._passed = 0.0
+        self._interrupted = 0  # timings during which other processes took a core
+
+    @property
+    def busy(self) -> bool:
+        """Whether other processes ran on the same cores most of the time. Forwards then wait for a
+        thread that waits for its core, and many rows wait otherwise than few."""
+        return self._interrupted > BUSY * len(self._timed)
 
     @property
     def share(self) -> float:
@@ -163,7 +172,9 @@ class ForwardTimer:
                 touched.update(pages)
                 self._cold.discard(point)
                 return
+            before = _preemptions()
             self._timed.append((point, self._time(reference), self._time(point)))
+            self._interrupted += _preemptions() > before
         finally:
             stage.end()
             self._pool.take_back(pages)
@@ -198,6 +209,15 @@ class ForwardTimer:
         start = self._clock()
         seconds = point.run()
         return self._clock() - start if seconds is None else seconds
+
+
+def _preemptions() -> int:
+    """How often a thread of this process has had to leave its core to another process; 0 where the
+    system does not count."""
+    if resource is None:
+        return 0
+    count: int = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+    return count
 
 
 def finish(step: Callable[[], bool], share: Callable[[], float]) -> None:

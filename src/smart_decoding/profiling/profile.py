@@ -110,14 +110,15 @@ class Profile:
             self._measurement = self._begin(pool=self.pool)
         if self._measurement.step():
             return True
-        self.keep(self._measurement.samples())
+        self.keep(self._measurement.samples(), self._measurement.busy)
         return False
 
-    def keep(self, samples: Sequence[Sample]) -> None:
-        """These are the costs from now on, and at later starts."""
+    def keep(self, samples: Sequence[Sample], busy: bool = False) -> None:
+        """These are the costs from now on, and at later starts; if the machine was `busy`, at those
+        of the next hour."""
         self.cost = CostModel.fit(samples, ROUND_OVERHEAD)
         if samples:
-            save_profile(self._path, self.cost, self._model)
+            save_profile(self._path, self.cost, self._model, busy)
         self.taken(self.cost)
         self.known = True
         self._measurement = None

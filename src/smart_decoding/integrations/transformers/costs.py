@@ -43,15 +43,16 @@ def cost_of(
         path = _profile_path(target.model, key)
         cost = load_profile(path)
         if cost is None:
-            cost = _measured(target, batch, seconds, source)
-            save_profile(path, cost, str(target.model.config.name_or_path))
+            cost, busy = _measured(target, batch, seconds, source)
+            save_profile(path, cost, str(target.model.config.name_or_path), busy)
         costs[key] = cost
     return costs[key]
 
 
 def _measured(
     target: HostTarget, batch: int, seconds: float, source: DraftSource | None
-) -> CostModel:
+) -> tuple[CostModel, bool]:
+    """The costs, and whether the machine was busy."""
     model = target.model
     stand_in = HostTarget(model, len(target.cache.layers), target.tree)
     window = getattr(model.config.get_text_config(decoder=True), "sliding_window", None)
@@ -65,7 +66,8 @@ def _measured(
     drafter = level_drafter(source.drafter(pages, longest, target.tree) if source else None)
     coarse = row > seconds / VERY_SLOW
     measurement = ForwardTimer(stand_in, drafter, pages, widest, seconds, coarse=coarse)  # type: ignore[arg-type]
-    return CostModel.fit(measurement.run(), ROUND_OVERHEAD if source else 0.0)
+    cost = CostModel.fit(measurement.run(), ROUND_OVERHEAD if source else 0.0)
+    return cost, measurement.busy
 
 
 def _profile_path(model: PreTrainedModel, key: tuple[object, ...]) -> Path:
