@@ -112,8 +112,8 @@ def answer(python: Path, cache: str, *options: str) -> tuple[float, str]:
 
 def model_files(cache: str) -> None:
     """Puts the default model's file into a cache, and nothing that was made of it."""
-    from smart_decoding.models.hub import cache_dir
-    from smart_decoding.models.registry import DEFAULT_MODEL, resolve
+    from smart_decoding.models.checkpoints.hub import cache_dir
+    from smart_decoding.models.checkpoints.registry import DEFAULT_MODEL, resolve
 
     resolve(DEFAULT_MODEL)  # fetches it if need be
     for entry in cache_dir().iterdir():

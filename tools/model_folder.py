@@ -7,6 +7,6 @@ from __future__ import annotations
 
 import sys
 
-from smart_decoding.models.loading import load_checkpoint
+from smart_decoding.models.checkpoints.loading import load_checkpoint
 
 print(load_checkpoint(sys.argv[1]).tokenizer_source)

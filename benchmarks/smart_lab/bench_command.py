@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Runs the benchmark and prints its tables. Raises SmartError for what a user can mend."""
     options = cast(LabOptions, bench.options_of(args, LabOptions))
-    from smart_decoding.models.kernel_check import (
+    from smart_decoding.models.cpu.kernel_check import (
         require_kernels,  # torch is slow to import: options come first
     )
     from smart_decoding.models.target import device_of

@@ -46,8 +46,8 @@ PLUGIN = """
 import sys, time
 import torch, transformers
 from smart_decoding.integrations.transformers import generate
-from smart_decoding.models.loading import load_checkpoint
-from smart_decoding.models.tokenizer import Tokenizer
+from smart_decoding.models.checkpoints.loading import load_checkpoint
+from smart_decoding.models.text.tokenizer import Tokenizer
 folder = load_checkpoint("smollm2-135m").tokenizer_source
 model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 chat = Tokenizer.load(folder).encode_chat([{{"role": "user", "content": {prompt!r}}}])

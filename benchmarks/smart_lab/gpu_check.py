@@ -20,8 +20,8 @@ PASS means, and FAIL says under why= which of these does not hold:
   gpu     there was a GPU. Without one everything runs at a tiny size: a rehearsal.
 
 The line before it says which way to draft is faster with a head, and what to write into
-models/head_levels.py: the device chooses what levels expand, with two waits a round, or the host,
-with one for each level.
+models/torch/head_levels.py: the device chooses what levels expand, with two waits a round, or the
+host, with one for each level.
 
 Nothing here needs more than Python until a step runs.
 

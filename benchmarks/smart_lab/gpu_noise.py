@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from smart_decoding.models import triton_sampling
+from smart_decoding.models.torch import triton_sampling
 
 if TYPE_CHECKING:
     from torch import Tensor

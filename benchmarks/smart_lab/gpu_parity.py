@@ -20,21 +20,22 @@ from smart_decoding.engine.history import SampleSpec
 from smart_decoding.engine.kv import PAGE
 from smart_decoding.engine.rows import Rows, Span, build_rows
 from smart_decoding.engine.sampling_params import SamplingParams
-from smart_decoding.models import device_sampling, drawing, noise, triton_ops
-from smart_decoding.models.config import ModelConfig
-from smart_decoding.models.decoder import Decoder
-from smart_decoding.models.graphs import GraphedLayers, recorder
-from smart_decoding.models.layers import Context, KVCache
-from smart_decoding.models.rows import BUCKETS
-from smart_decoding.models.torch_layers import TorchLayers, TorchOps
+from smart_decoding.models.checkpoints.config import ModelConfig
+from smart_decoding.models.families.decoder import Decoder
+from smart_decoding.models.sampling import drawing, noise
+from smart_decoding.models.torch import device_sampling, triton_ops
+from smart_decoding.models.torch.graphs import GraphedLayers, recorder
+from smart_decoding.models.torch.layers import Context, KVCache
+from smart_decoding.models.torch.rows import BUCKETS
+from smart_decoding.models.torch.torch_layers import TorchLayers, TorchOps
 from smart_lab import gpu_noise
 from smart_lab.replayed_run import RandomWeights
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from smart_decoding.models.layers import Layers
-    from smart_decoding.models.torch_layers import Ops
+    from smart_decoding.models.torch.layers import Layers
+    from smart_decoding.models.torch.torch_layers import Ops
 
 Check = dict[str, Any]
 PAGES = 120

@@ -26,7 +26,7 @@ import numpy as np
 
 from smart_decoding.core.cost import CostModel, Curve
 from smart_decoding.errors import ConfigError, ModelError
-from smart_decoding.models.config import ModelConfig
+from smart_decoding.models.checkpoints.config import ModelConfig
 
 if TYPE_CHECKING:
     from smart_decoding.core.tree import FloatArray, IntArray

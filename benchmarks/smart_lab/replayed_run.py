@@ -39,14 +39,14 @@ from smart_decoding.engine.kv import PAGE
 from smart_decoding.engine.protocols import TargetScores
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ModelError
-from smart_decoding.models.config import ModelConfig
-from smart_decoding.models.eagle_head import EagleHead
-from smart_decoding.models.head_files import HeadFiles
-from smart_decoding.models.head_levels import SteppedLevels
-from smart_decoding.models.loading import Checkpoint
-from smart_decoding.models.memory import EngineLimits, Need, need_of
-from smart_decoding.models.native_level import NativeLevel
+from smart_decoding.models.checkpoints.config import ModelConfig
+from smart_decoding.models.checkpoints.loading import Checkpoint
+from smart_decoding.models.checkpoints.memory import EngineLimits, Need, need_of
+from smart_decoding.models.cpu.native_level import NativeLevel
+from smart_decoding.models.heads.eagle_head import EagleHead
+from smart_decoding.models.heads.files import HeadFiles
 from smart_decoding.models.target import TorchTarget, device_of, dtype_of, pages_for
+from smart_decoding.models.torch.head_levels import SteppedLevels
 from smart_decoding.profiling.measure import ForwardTimer
 from smart_decoding.profiling.profile import ROUND_OVERHEAD
 from smart_decoding.speculation import SCRATCH_PAGES, fastest_selection

@@ -43,9 +43,9 @@ from smart_decoding.cli.arguments import whole_numbers, words
 from smart_decoding.core.policies.smart import Smart
 from smart_decoding.errors import ConfigError
 from smart_decoding.kernels.weights import as_tensor
-from smart_decoding.models.head_files import load_head
-from smart_decoding.models.loading import load_checkpoint
-from smart_decoding.models.registry import shipped_head
+from smart_decoding.models.checkpoints.loading import load_checkpoint
+from smart_decoding.models.checkpoints.registry import shipped_head
+from smart_decoding.models.heads.files import load_head
 from smart_decoding.training.head import TrainableHead, form_of
 from smart_lab.ablations import VARIANTS
 from smart_lab.resume import Progress
@@ -140,7 +140,7 @@ def _write(folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
 
 def _tokens(count: int) -> NDArray[np.int64]:
     """Tokens of the benchmark's prompts, one after the other, again and again."""
-    from smart_decoding.models.tokenizer import Tokenizer
+    from smart_decoding.models.text.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load(load_checkpoint(MODEL).tokenizer_source)
     text = [

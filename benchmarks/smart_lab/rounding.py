@@ -31,9 +31,9 @@ from smart_decoding.engine.kv import PAGE
 from smart_decoding.engine.rows import Rows, RowsBuilder
 from smart_decoding.errors import ConfigError
 from smart_decoding.kernels.weights import Matrix, QuantizedTensor
-from smart_decoding.models.decoder import Decoder, RoundingDecoder
-from smart_decoding.models.loading import load_checkpoint
-from smart_decoding.models.tokenizer import Tokenizer
+from smart_decoding.models.checkpoints.loading import load_checkpoint
+from smart_decoding.models.families.decoder import Decoder, RoundingDecoder
+from smart_decoding.models.text.tokenizer import Tokenizer
 from smart_lab.gguf.server import call, require
 
 QUANTIZE, PERPLEXITY = "llama-quantize", "llama-perplexity"

@@ -23,7 +23,7 @@ from smart_decoding.engine.request import Request, RequestMetrics
 from smart_decoding.engine.sampling_params import RequestOutputKind, SamplingParams
 from smart_decoding.engine_args import EngineArgs, require_neutral
 from smart_decoding.errors import ConfigError
-from smart_decoding.models.registry import DEFAULT_MODEL
+from smart_decoding.models.checkpoints.registry import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -16,8 +16,8 @@ from smart_decoding.engine.kv import PAGE
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import CapacityError, ConfigError
 from smart_decoding.files import expanded
-from smart_decoding.models import chat_template
-from smart_decoding.models.registry import DEFAULT_MODEL
+from smart_decoding.models.checkpoints.registry import DEFAULT_MODEL
+from smart_decoding.models.text import chat_template
 from smart_decoding.multimodal.images import Limits
 
 DEFAULT_MODEL_LEN = 4096  # where the model and the KV memory allow it
@@ -230,7 +230,9 @@ class EngineArgs:
     def sampling_defaults(self, folder: Path) -> dict[str, Any]:
         """What SamplingParams are where nobody says otherwise. folder: the model's. Raises
         ConfigError for values that they cannot be."""
-        from smart_decoding.models.loading import generation_config  # imported late: torch is slow
+        from smart_decoding.models.checkpoints.loading import (
+            generation_config,  # imported late: torch is slow
+        )
 
         chosen = self.generation_config
         found: dict[str, Any] | None = {}

@@ -29,22 +29,23 @@ from smart_decoding.engine_args import EngineArgs, require_neutral
 from smart_decoding.errors import CapacityError, ConfigError, ModelError
 from smart_decoding.files import expanded
 from smart_decoding.kernels import library
-from smart_decoding.models import chat_template, memory
-from smart_decoding.models.grammars import Grammars
-from smart_decoding.models.kernel_check import (
+from smart_decoding.models.checkpoints import memory
+from smart_decoding.models.checkpoints.loading import (
+    Checkpoint,
+    load_checkpoint,
+    with_rounded_activations,
+)
+from smart_decoding.models.checkpoints.registry import DEFAULT_MODEL
+from smart_decoding.models.cpu.kernel_check import (
     require_kernels,
     require_served,
     rounds_activations,
     why_slow,
 )
-from smart_decoding.models.loading import (
-    Checkpoint,
-    load_checkpoint,
-    with_rounded_activations,
-)
-from smart_decoding.models.registry import DEFAULT_MODEL
 from smart_decoding.models.target import TorchTarget, device_of, dtype_of, pages_for
-from smart_decoding.models.tokenizer import Tokenizer
+from smart_decoding.models.text import chat_template
+from smart_decoding.models.text.grammars import Grammars
+from smart_decoding.models.text.tokenizer import Tokenizer
 from smart_decoding.multimodal.messages import check_messages
 from smart_decoding.multimodal.pixels import load_reader
 from smart_decoding.multimodal.prompts import MediaPrompt, Prompt, PromptBuilder
@@ -148,7 +149,7 @@ class LLM:
 
     def keep_panels(self) -> None:
         """Keeps the weights as they are packed here, where later starts can map them; where they
-        are not kept already (models/panels.py)."""
+        are not kept already (models/cpu/panels.py)."""
         self.target.decoder.keep_panels()
 
     def take_profile(self) -> None:

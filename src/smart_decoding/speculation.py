@@ -21,19 +21,10 @@ from smart_decoding.engine.drafting import Selection
 from smart_decoding.errors import ConfigError, ModelError, SmartError
 from smart_decoding.files import expanded, read_json, reading
 from smart_decoding.kernels import library
-from smart_decoding.models.head_files import (
-    VISUAL_POSITIONS,
-    HeadFiles,
-    check_folder,
-    head_folder,
-    is_for,
-    is_head,
-    load_head,
-)
-from smart_decoding.models.hub_repository import PATIENT, config_file, listing
-from smart_decoding.models.loading import Checkpoint, load_checkpoint
-from smart_decoding.models.memory import parameters
-from smart_decoding.models.registry import (
+from smart_decoding.models.checkpoints.hub_repository import PATIENT, config_file, listing
+from smart_decoding.models.checkpoints.loading import Checkpoint, load_checkpoint
+from smart_decoding.models.checkpoints.memory import parameters
+from smart_decoding.models.checkpoints.registry import (
     Source,
     cached_siblings,
     copied_name,
@@ -42,7 +33,16 @@ from smart_decoding.models.registry import (
     known_names,
     shipped_head,
 )
-from smart_decoding.models.tokenizer import Tokenizer
+from smart_decoding.models.heads.files import (
+    VISUAL_POSITIONS,
+    HeadFiles,
+    check_folder,
+    head_folder,
+    is_for,
+    is_head,
+    load_head,
+)
+from smart_decoding.models.text.tokenizer import Tokenizer
 
 # The models that draft are imported by what builds them: most of them are not wanted.
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from smart_decoding.core.policies.base import Policy
     from smart_decoding.engine.protocols import Drafter
     from smart_decoding.models.draft_model import DraftModel
-    from smart_decoding.models.eagle_head import EagleHead
+    from smart_decoding.models.heads.eagle_head import EagleHead
     from smart_decoding.models.target import TorchTarget
     from smart_decoding.profiling.profile import Profile
 
@@ -480,7 +480,7 @@ class _Builder:
 
     def _eagle(self, folder: Path) -> Drafter:
         from smart_decoding.drafters.eagle import EagleDrafter
-        from smart_decoding.models.eagle_head import EagleHead
+        from smart_decoding.models.heads.eagle_head import EagleHead
         from smart_decoding.models.target import fitting_memory
 
         files = load_head(folder, self.checkpoint.config, self.asked.trust_pickle)

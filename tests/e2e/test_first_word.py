@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from smart_decoding.models.hub import cache_dir
-from smart_decoding.models.loading import load_checkpoint
+from smart_decoding.models.checkpoints.hub import cache_dir
+from smart_decoding.models.checkpoints.loading import load_checkpoint
 
 pytestmark = pytest.mark.model
 

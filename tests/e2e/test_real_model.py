@@ -15,7 +15,7 @@ from smart_decoding.core.cost import CostModel
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ConfigError, SmartError
 from smart_decoding.llm import LLM
-from smart_decoding.models.loading import load_checkpoint
+from smart_decoding.models.checkpoints.loading import load_checkpoint
 
 if TYPE_CHECKING:
     from smart_decoding.engine.outputs import CompletionOutput

@@ -27,9 +27,9 @@ from smart_decoding.core.tree import DraftTrees
 from smart_decoding.engine.history import SampleSpec
 from smart_decoding.engine.rows import Span, build_rows
 from smart_decoding.engine.sampling_params import SamplingParams
-from smart_decoding.models import device_sampling
-from smart_decoding.models.layers import Context, KVCache
-from smart_decoding.models.triton_ops import TritonOps
+from smart_decoding.models.torch import device_sampling
+from smart_decoding.models.torch.layers import Context, KVCache
+from smart_decoding.models.torch.triton_ops import TritonOps
 from smart_lab import gpu_noise
 
 # query heads, heads of keys, width, norms of queries and keys

@@ -27,16 +27,17 @@ from smart_decoding.engine.engine import Engine, EngineConfig
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine_args import EngineArgs
 from smart_decoding.llm import _engine_config
-from smart_decoding.models import decoder as decoder_module
-from smart_decoding.models import device_growth, head_levels, ranking, sampler
-from smart_decoding.models.config import ModelConfig
-from smart_decoding.models.eagle_head import EagleHead
-from smart_decoding.models.graphs import GraphedLayers
-from smart_decoding.models.head_levels import SteppedLevels
-from smart_decoding.models.loading import Checkpoint
-from smart_decoding.models.rows import upload
+from smart_decoding.models.checkpoints.config import ModelConfig
+from smart_decoding.models.checkpoints.loading import Checkpoint
+from smart_decoding.models.families import decoder as decoder_module
+from smart_decoding.models.heads.eagle_head import EagleHead
+from smart_decoding.models.sampling import ranking, sampler
 from smart_decoding.models.target import TorchTarget
-from smart_decoding.models.torch_layers import TorchLayers
+from smart_decoding.models.torch import device_growth, head_levels
+from smart_decoding.models.torch.graphs import GraphedLayers
+from smart_decoding.models.torch.head_levels import SteppedLevels
+from smart_decoding.models.torch.rows import upload
+from smart_decoding.models.torch.torch_layers import TorchLayers
 from smart_lab.replayed_run import RandomWeights, random_head
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counts]:
     for name in ("triton_kernels", "triton_sampling"):
         monkeypatch.setitem(sys.modules, f"smart_decoding.models.{name}", Launched())
         monkeypatch.setattr(smart_decoding.models, name, Launched(), raising=False)
-    monkeypatch.delitem(sys.modules, "smart_decoding.models.triton_ops", raising=False)
+    monkeypatch.delitem(sys.modules, "smart_decoding.models.torch.triton_ops", raising=False)
 
     def download(tensor: Tensor) -> np.ndarray:
         """Tokens 0 of probability a half."""
@@ -113,11 +114,11 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counts]:
         monkeypatch.setattr(module, "download", download)
     with counting:
         yield counting
-    sys.modules.pop("smart_decoding.models.triton_ops", None)
+    sys.modules.pop("smart_decoding.models.torch.triton_ops", None)
 
 
 def target_on_meta(monkeypatch: pytest.MonkeyPatch, graphs: bool) -> TorchTarget:
-    from smart_decoding.models.triton_ops import TritonOps
+    from smart_decoding.models.torch.triton_ops import TritonOps
 
     def record(run: Callable[[], None]) -> Callable[[], None]:
         return lambda: counted.seen.update(["launch"])

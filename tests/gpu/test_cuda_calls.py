@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from smart_decoding.models.device_growth import DeviceGrowth
-from smart_decoding.models.graphs import CudaRecorder, GraphedLayers, layers_on
 from smart_decoding.models.target import TorchTarget
+from smart_decoding.models.torch.device_growth import DeviceGrowth
+from smart_decoding.models.torch.graphs import CudaRecorder, GraphedLayers, layers_on
 
 CUDA = torch.device("cuda")
 
@@ -86,7 +86,7 @@ def test_a_recording_that_fails_is_ended(seen: list[str]) -> None:
 def test_cuda_has_graphs_unless_they_are_declined(
     seen: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("smart_decoding.models.graphs.ops_for", lambda device: None)
+    monkeypatch.setattr("smart_decoding.models.torch.graphs.ops_for", lambda device: None)
     assert isinstance(layers_on(CUDA, [], True), GraphedLayers)
     assert not isinstance(layers_on(CUDA, [], False), GraphedLayers)
     assert not isinstance(layers_on(torch.device("cpu"), [], True), GraphedLayers)

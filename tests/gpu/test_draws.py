@@ -16,9 +16,9 @@ pytest.importorskip("triton", reason="Triton is not installed here: make test-gp
 from smart_decoding.engine.history import SampleSpec, TokenHistory
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine.structured import StructuredOutputsParams
-from smart_decoding.models import device_sampling
-from smart_decoding.models.noise import gumbel, noise_key, uniform_bits
-from smart_decoding.models.ranking import packed_noise
+from smart_decoding.models.sampling.noise import gumbel, noise_key, uniform_bits
+from smart_decoding.models.sampling.ranking import packed_noise
+from smart_decoding.models.torch import device_sampling
 from smart_lab import gpu_noise
 from smart_lab.gpu_parity import draws
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from smart_decoding.core.cost import CostModel, VerifySample
-from smart_decoding.models.rows import BUCKETS
+from smart_decoding.models.torch.rows import BUCKETS
 from smart_decoding.profiling.measure import _points, largest_batch, longest_context
 
 GPU = torch.device("cuda")

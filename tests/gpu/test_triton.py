@@ -15,11 +15,11 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 pytest.importorskip("triton", reason="Triton is not installed here: make test-gpu-path")
 
 from smart_decoding.engine.rows import build_rows
-from smart_decoding.models import triton_ops
-from smart_decoding.models.graphs import GraphedLayers
-from smart_decoding.models.layers import KVCache
-from smart_decoding.models.torch_layers import TorchLayers, TorchOps
-from smart_decoding.models.triton_ops import TritonOps, splits_of
+from smart_decoding.models.torch import triton_ops
+from smart_decoding.models.torch.graphs import GraphedLayers
+from smart_decoding.models.torch.layers import KVCache
+from smart_decoding.models.torch.torch_layers import TorchLayers, TorchOps
+from smart_decoding.models.torch.triton_ops import TritonOps, splits_of
 from smart_lab.gpu_parity import PAGES, cache_for, context_of, exact, random_rows
 
 from ..parity.checkpoints import VOCAB, Memory, decoder, plain_rows, random_trees, span

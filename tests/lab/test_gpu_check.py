@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from smart_decoding.models import head_levels
+from smart_decoding.models.torch import head_levels
 from smart_lab import gpu_check
 from smart_lab.gpu_check import Step, main, run_steps, stand_in, verdict, ways
 from smart_lab.gpu_steps import Task, knee_of, replay_options, that_fit, trace_of

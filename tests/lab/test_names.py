@@ -23,7 +23,7 @@ def test_the_laboratory_uses_names_that_the_package_has() -> None:
         for path in folder.rglob("*.py")
         for module, name in names_used(ast.parse(path.read_text(encoding="utf-8")))
     }
-    assert ("gpu_parity.py", "smart_decoding.models.device_sampling", "draw") in used
+    assert ("gpu_parity.py", "smart_decoding.models.torch.device_sampling", "draw") in used
     assert [each for each in sorted(used) if each[2] not in names_of(each[1])] == []
 
 

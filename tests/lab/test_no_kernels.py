@@ -5,7 +5,7 @@ import pytest
 
 from smart_decoding.cli.main import main
 from smart_decoding.kernels import library
-from smart_decoding.models import loading
+from smart_decoding.models.checkpoints import loading
 from smart_lab.__main__ import LAB
 
 

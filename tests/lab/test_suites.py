@@ -95,8 +95,8 @@ def test_training_shares_nothing_with_the_suites(task: str) -> None:
 
 @pytest.mark.model
 def test_the_real_suites() -> None:
-    from smart_decoding.models.loading import load_checkpoint
-    from smart_decoding.models.tokenizer import Tokenizer
+    from smart_decoding.models.checkpoints.loading import load_checkpoint
+    from smart_decoding.models.text.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load(load_checkpoint("smollm2-135m").tokenizer_source)
     lengths = [len(tokenizer.encode(prompt)) for prompt in load_task("long")]

@@ -222,7 +222,7 @@ inline uint64_t mix(uint64_t z) {
 
 constexpr uint64_t STEP = 0x9E3779B97F4A7C15u;
 
-// models/noise.py.
+// models/sampling/noise.py.
 inline uint64_t noise_key(int64_t seed, int64_t sample, int64_t position) {
     uint64_t key = mix(uint64_t(seed) + STEP);
     key = mix((key ^ uint64_t(sample)) + STEP);

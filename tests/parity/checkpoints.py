@@ -15,8 +15,8 @@ from torch import Tensor
 from smart_decoding.core.tree import ROOT, DraftTrees
 from smart_decoding.engine.kv import PAGE
 from smart_decoding.engine.rows import Rows, Span, build_rows
-from smart_decoding.models.config import ModelConfig
-from smart_decoding.models.decoder import Decoder
+from smart_decoding.models.checkpoints.config import ModelConfig
+from smart_decoding.models.families.decoder import Decoder
 
 VOCAB = 331
 PAGES = 40

@@ -9,7 +9,7 @@ import torch
 
 from smart_decoding.core.tree import ROOT, DraftTrees
 from smart_decoding.engine.rows import build_rows
-from smart_decoding.models.decoder import Decoder
+from smart_decoding.models.families.decoder import Decoder
 
 from .checkpoints import (
     MODELS,

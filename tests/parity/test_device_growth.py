@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from smart_decoding.core.tree import DraftTrees
-    from smart_decoding.models.eagle_head import EagleHead
+    from smart_decoding.models.heads.eagle_head import EagleHead
 
 ROOM = 16 * SCRATCH
 

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from smart_decoding.engine.kv import PAGE
 from smart_decoding.engine.rows import build_rows
-from smart_decoding.models import graphs as graphs_module
-from smart_decoding.models.graphs import GraphedLayers
-from smart_decoding.models.rows import BUCKETS
-from smart_decoding.models.torch_layers import TorchLayers, TorchOps, rms_norm, rotate
+from smart_decoding.models.torch import graphs as graphs_module
+from smart_decoding.models.torch.graphs import GraphedLayers
+from smart_decoding.models.torch.rows import BUCKETS
+from smart_decoding.models.torch.torch_layers import TorchLayers, TorchOps, rms_norm, rotate
 
 from .checkpoints import (
     MODELS,
@@ -31,8 +31,8 @@ from .checkpoints import (
 )
 
 if TYPE_CHECKING:
-    from smart_decoding.models.decoder import Decoder
-    from smart_decoding.models.layers import Context, LayerWeights
+    from smart_decoding.models.families.decoder import Decoder
+    from smart_decoding.models.torch.layers import Context, LayerWeights
 
 TOKENS = np.random.default_rng(0).integers(0, VOCAB, 400)
 

@@ -23,12 +23,12 @@ from smart_decoding.engine.kv import BlockTable, PagePool
 from smart_decoding.engine.request import Request
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine.stopping import StopChecker
-from smart_decoding.models.config import ModelConfig
-from smart_decoding.models.decoder import Decoder
+from smart_decoding.models.checkpoints.config import ModelConfig
+from smart_decoding.models.checkpoints.loading import Checkpoint
 from smart_decoding.models.draft_model import DraftModel
-from smart_decoding.models.eagle_head import EagleHead
-from smart_decoding.models.head_files import load_head
-from smart_decoding.models.loading import Checkpoint
+from smart_decoding.models.families.decoder import Decoder
+from smart_decoding.models.heads.eagle_head import EagleHead
+from smart_decoding.models.heads.files import load_head
 from smart_decoding.models.target import TorchTarget
 
 from .test_published_heads import LAYOUTS, VOCAB, D, target_config, target_model, write

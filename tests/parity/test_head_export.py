@@ -16,18 +16,18 @@ from safetensors.torch import load_file
 from smart_decoding.cli.main import main
 from smart_decoding.errors import ConfigError, ModelError
 from smart_decoding.kernels.weights import QuantizedTensor, as_tensor
-from smart_decoding.models.head_export import (
+from smart_decoding.models.checkpoints.loading import Checkpoint
+from smart_decoding.models.checkpoints.registry import shipped_head
+from smart_decoding.models.checkpoints.rounding import RoundedWeights
+from smart_decoding.models.families.rope import RopeScaling, scaling_from_hf
+from smart_decoding.models.heads.export import (
     check_layout,
     check_rope,
     layout_of,
     smart_config,
     write_head,
 )
-from smart_decoding.models.head_files import HeadFiles, load_head
-from smart_decoding.models.loading import Checkpoint
-from smart_decoding.models.registry import shipped_head
-from smart_decoding.models.rope import RopeScaling, scaling_from_hf
-from smart_decoding.models.rounding import RoundedWeights
+from smart_decoding.models.heads.files import HeadFiles, load_head
 from smart_decoding.training.head import Form, TrainableHead, form_of
 
 from .checkpoints import LLAMA3, computed, config_of

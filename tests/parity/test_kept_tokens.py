@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from smart_decoding.engine.history import SampleSpec
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.kernels import library
-from smart_decoding.models.drawing import draw
-from smart_decoding.models.noise import gumbel, noise_key
-from smart_decoding.models.processors import min_p_distance
+from smart_decoding.models.sampling.drawing import draw
+from smart_decoding.models.sampling.noise import gumbel, noise_key
+from smart_decoding.models.sampling.processors import min_p_distance
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

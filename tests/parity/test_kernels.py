@@ -13,9 +13,9 @@ from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ModelError
 from smart_decoding.kernels import library, sampling, weights
 from smart_decoding.kernels.memory import address
-from smart_decoding.models.drawing import draw
-from smart_decoding.models.layers import KVCache
-from smart_decoding.models.noise import gumbel, noise_key
+from smart_decoding.models.sampling.drawing import draw
+from smart_decoding.models.sampling.noise import gumbel, noise_key
+from smart_decoding.models.torch.layers import KVCache
 
 from .kernel_calls import linear, rms_norm
 

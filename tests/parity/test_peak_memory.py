@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from smart_decoding.models.config import ModelConfig
+from smart_decoding.models.checkpoints.config import ModelConfig
 
 LAYERS = 11
 CONFIG = ModelConfig("llama", LAYERS, 1024, 16, 16, 64, 4096, 8192, 1e4, 1e-5, 2048)
@@ -24,8 +24,8 @@ import resource, sys, threading, time
 import torch
 from pathlib import Path
 from smart_decoding.files import read_json
-from smart_decoding.models.gguf import StoredWeights
-from smart_decoding.models.loading import Checkpoint, load_checkpoint, read_config
+from smart_decoding.models.checkpoints.gguf import StoredWeights
+from smart_decoding.models.checkpoints.loading import Checkpoint, load_checkpoint, read_config
 from smart_decoding.models.target import TorchTarget
 
 def anonymous():

@@ -32,10 +32,10 @@ from smart_decoding.engine.rows import Span, build_rows
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine.stopping import StopChecker
 from smart_decoding.errors import DownloadError, ModelError
-from smart_decoding.models.config import ModelConfig
-from smart_decoding.models.decoder import Decoder
-from smart_decoding.models.eagle_head import EagleHead
-from smart_decoding.models.head_files import head_folder, load_head
+from smart_decoding.models.checkpoints.config import ModelConfig
+from smart_decoding.models.families.decoder import Decoder
+from smart_decoding.models.heads.eagle_head import EagleHead
+from smart_decoding.models.heads.files import head_folder, load_head
 
 LAYERS, D, VOCAB, DRAFT, EPS, PAGES, SCRATCH = 8, 64, 97, 40, 1e-5, 16, 8
 HEADS, KV, HEAD_DIM, FFN = (

@@ -18,10 +18,10 @@ from transformers import PreTrainedTokenizerFast
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ConfigError, ModelError
 from smart_decoding.llm import LLM
-from smart_decoding.models import rope
-from smart_decoding.models.loading import load_checkpoint
-from smart_decoding.models.memory import weight_bytes
-from smart_decoding.models.weight_files import open_weights
+from smart_decoding.models.checkpoints.loading import load_checkpoint
+from smart_decoding.models.checkpoints.memory import weight_bytes
+from smart_decoding.models.checkpoints.weight_files import open_weights
+from smart_decoding.models.families import rope
 
 from .published import LAYOUTS, LLAMA3_ROPE, save_published
 from .vision import picture

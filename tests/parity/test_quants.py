@@ -18,10 +18,10 @@ from smart_decoding.kernels.weights import (
     interleaved,
     pack,
 )
-from smart_decoding.models.config import ModelConfig
-from smart_decoding.models.decoder import RoundingDecoder
-from smart_decoding.models.layers import LayerWeights, NativeLayers
-from smart_decoding.models.rounding import RoundedWeights
+from smart_decoding.models.checkpoints.config import ModelConfig
+from smart_decoding.models.checkpoints.rounding import RoundedWeights
+from smart_decoding.models.families.decoder import RoundingDecoder
+from smart_decoding.models.torch.layers import LayerWeights, NativeLayers
 
 from .checkpoints import PAGES, Memory, plain_rows, span
 from .kernel_calls import linear

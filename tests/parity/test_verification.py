@@ -25,7 +25,7 @@ from smart_decoding.engine.scheduler import Batch
 from smart_decoding.engine.stopping import StopChecker
 from smart_decoding.engine.verification import Verified, make_room, verify
 from smart_decoding.errors import ModelError
-from smart_decoding.models.sampler import Sampler
+from smart_decoding.models.sampling.sampler import Sampler
 from smart_decoding.models.target import TorchTarget
 
 from .checkpoints import MODELS, PAGES, VOCAB, decoder

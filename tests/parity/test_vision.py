@@ -19,7 +19,7 @@ from smart_decoding.engine.kv import PAGE
 from smart_decoding.engine.rows import Span, build_rows
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.llm import LLM
-from smart_decoding.models.decoder import Decoder
+from smart_decoding.models.families.decoder import Decoder
 from smart_decoding.multimodal.pixels import load_reader
 
 from .test_decoder import BOTH, TOLERANCE

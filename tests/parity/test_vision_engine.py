@@ -227,7 +227,7 @@ def test_options_of_the_image_processor_change_the_size(folder: Path) -> None:
 def test_a_text_model_refuses_pictures(tmp_path: Path) -> None:
     import transformers
 
-    from smart_decoding.models.tokenizer import Tokenizer
+    from smart_decoding.models.text.tokenizer import Tokenizer
 
     from .vision import TEXT, VOCAB
 

@@ -21,7 +21,7 @@ from smart_decoding.core.tree import ROOT, DraftTrees
 from smart_decoding.engine.kv import PAGE
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ConfigError, ModelError
-from smart_decoding.models.tokenizer import Tokenizer
+from smart_decoding.models.text.tokenizer import Tokenizer
 
 from .test_vision import load, message, of_llava, of_qwen
 from .test_vision_engine import CHATS, sampling

@@ -17,8 +17,8 @@ from smart_decoding.core.tree import ROOT
 from smart_decoding.engine.kv import PAGE
 from smart_decoding.errors import ConfigError
 from smart_decoding.llm import LLM
-from smart_decoding.models.head_files import load_head
-from smart_decoding.models.loading import Checkpoint, load_checkpoint
+from smart_decoding.models.checkpoints.loading import Checkpoint, load_checkpoint
+from smart_decoding.models.heads.files import load_head
 from smart_decoding.training import generate
 from smart_decoding.training.seeds import held_out, image_turn, read_questions
 from smart_decoding.training.train import Conversation, Trainer, TrainOptions, load_conversations

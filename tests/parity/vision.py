@@ -14,7 +14,7 @@ import transformers
 from PIL import Image
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
-from smart_decoding.models.tokenizer import Tokenizer
+from smart_decoding.models.text.tokenizer import Tokenizer
 
 TEXT: dict[str, Any] = {
     "hidden_size": 96,

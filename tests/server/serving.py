@@ -19,7 +19,7 @@ import torch
 import transformers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
-from smart_decoding.models.tokenizer import Tokenizer
+from smart_decoding.models.text.tokenizer import Tokenizer
 from smart_decoding.server import preparation_process
 from smart_decoding.server.launch import Server, bind, make_server
 from smart_decoding.server.preparation import setup_of

@@ -21,8 +21,8 @@ from smart_decoding.engine.engine_thread import GIVE_UP, EngineThread, Isolation
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine.structured import StructuredOutputsParams
 from smart_decoding.errors import CapacityError, ConfigError, EngineStoppedError
-from smart_decoding.models import grammars
-from smart_decoding.models.grammars import GrammarConstraint
+from smart_decoding.models.text import grammars
+from smart_decoding.models.text.grammars import GrammarConstraint
 
 if TYPE_CHECKING:
     from smart_decoding.llm import LLM

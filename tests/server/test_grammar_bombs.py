@@ -28,8 +28,8 @@ from serving import (
 from smart_decoding.engine.engine_thread import Isolation
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine.structured import StructuredOutputsParams
-from smart_decoding.models import grammars
-from smart_decoding.models.grammars import GrammarConstraint
+from smart_decoding.models.text import grammars
+from smart_decoding.models.text.grammars import GrammarConstraint
 from smart_decoding.server.preparation import Preparation, ProcessPair
 
 if TYPE_CHECKING:

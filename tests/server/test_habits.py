@@ -11,7 +11,7 @@ from serving import NAME, Running, post, serving
 
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ConfigError
-from smart_decoding.models.tokenizer import Tokenizer
+from smart_decoding.models.text.tokenizer import Tokenizer
 from smart_decoding.server.settings import ServerSettings
 
 if TYPE_CHECKING:

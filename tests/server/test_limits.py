@@ -684,7 +684,9 @@ def test_the_context_is_what_the_memory_holds(load: Any) -> None:
 def test_a_context_beyond_the_memory_is_refused_before_weights_are_loaded(
     load: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("smart_decoding.models.weight_files.SafetensorsWeights.__getitem__", None)
+    monkeypatch.setattr(
+        "smart_decoding.models.checkpoints.weight_files.SafetensorsWeights.__getitem__", None
+    )
     with pytest.raises(
         CapacityError, match="max_model_len=1024 exceeds the KV memory of 512 tokens"
     ):

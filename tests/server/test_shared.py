@@ -26,7 +26,7 @@ from serving import (
 )
 
 from smart_decoding.errors import CapacityError
-from smart_decoding.models import tokenizer as tokenizing
+from smart_decoding.models.text import tokenizer as tokenizing
 from smart_decoding.server import middleware
 from smart_decoding.server.counting import MAX_NAMED, MAX_NESTED, MAX_VALUES, check_count
 from smart_decoding.server.errors import ApiError

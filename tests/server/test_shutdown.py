@@ -18,7 +18,7 @@ import pytest
 from serving import NAME
 from test_faults import free_port, start
 
-from smart_decoding.models.registry import DEFAULT_MODEL
+from smart_decoding.models.checkpoints.registry import DEFAULT_MODEL
 
 LOADING = """
 import sys, time

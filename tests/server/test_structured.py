@@ -16,7 +16,7 @@ from serving import NAME, Running, post, prepared
 
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine.structured import StructuredOutputsParams
-from smart_decoding.models.chat_template import render
+from smart_decoding.models.text.chat_template import render
 from smart_decoding.server.chat import chat_task
 from smart_decoding.server.preparation_process import unpacked
 from smart_decoding.server.schemas import ChatRequest, Message

@@ -4,8 +4,8 @@ import pytest
 
 from smart_decoding import LLM
 from smart_decoding.errors import ConfigError
-from smart_decoding.models import kernel_check
-from smart_decoding.models.kernel_check import rounds_activations
+from smart_decoding.models.cpu import kernel_check
+from smart_decoding.models.cpu.kernel_check import rounds_activations
 
 
 @pytest.mark.parametrize(

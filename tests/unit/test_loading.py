@@ -22,13 +22,14 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from smart_decoding.errors import ConfigError, DownloadError, ModelError
 from smart_decoding.kernels.weights import QuantizedTensor, as_tensor
-from smart_decoding.models import loading, rope
-from smart_decoding.models.config import ModelConfig
-from smart_decoding.models.gguf import TENSORS
-from smart_decoding.models.hub_repository import is_complete
-from smart_decoding.models.loading import load_checkpoint, with_rounded_activations
-from smart_decoding.models.memory import parameters, weight_bytes
-from smart_decoding.models.tokenizer import Tokenizer
+from smart_decoding.models.checkpoints import loading
+from smart_decoding.models.checkpoints.config import ModelConfig
+from smart_decoding.models.checkpoints.gguf import TENSORS
+from smart_decoding.models.checkpoints.hub_repository import is_complete
+from smart_decoding.models.checkpoints.loading import load_checkpoint, with_rounded_activations
+from smart_decoding.models.checkpoints.memory import parameters, weight_bytes
+from smart_decoding.models.families import rope
+from smart_decoding.models.text.tokenizer import Tokenizer
 
 SIZES: dict[str, Any] = {
     "num_hidden_layers": 2,
@@ -807,7 +808,7 @@ def test_stored_weights_stay_in_their_file(
     write_gguf(path, "llama", gguf.GGMLQuantizationType.Q8_0)
     folder = load_checkpoint(path, quantization=None).tokenizer_source
     assert not list(folder.glob("*.safetensors"))
-    monkeypatch.setattr("smart_decoding.models.gguf.read_gguf", None)
+    monkeypatch.setattr("smart_decoding.models.checkpoints.gguf.read_gguf", None)
     weights = load_checkpoint(path, quantization=None).weights
     with path.open("r+b") as file:
         file.truncate(path.stat().st_size - 20_000)
@@ -888,7 +889,7 @@ def test_gguf_is_converted_once_and_again_when_damaged(
         load_checkpoint(tmp_path / "tiny.gguf").weights["model.norm.weight"],
         expected["model.norm.weight"],
     )
-    monkeypatch.setattr("smart_decoding.models.gguf._SHARD", 20_000)
+    monkeypatch.setattr("smart_decoding.models.checkpoints.gguf._SHARD", 20_000)
     write_gguf(tmp_path / "sharded.gguf", "llama")
     sharded = load_checkpoint(tmp_path / "sharded.gguf")
     assert len(list(sharded.tokenizer_source.glob("*.safetensors"))) > 2
@@ -911,7 +912,7 @@ def test_a_conversion_tells_its_progress(
         assert total == 1.0
         yield made.append
 
-    monkeypatch.setattr("smart_decoding.models.gguf.long_step", recorded)
+    monkeypatch.setattr("smart_decoding.models.checkpoints.gguf.long_step", recorded)
     write_gguf(tmp_path / "tiny.gguf", "llama", gguf.GGMLQuantizationType.Q8_0)
     load_checkpoint(tmp_path / "tiny.gguf", quantization=quantization)
     assert sum(made) == pytest.approx(1.0)

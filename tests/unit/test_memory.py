@@ -16,12 +16,12 @@ from smart_decoding.errors import CapacityError
 from smart_decoding.kernels import limits
 from smart_decoding.kernels.weights import Matrix, QuantizedTensor
 from smart_decoding.llm import LLM
-from smart_decoding.models import memory
-from smart_decoding.models.config import ModelConfig
-from smart_decoding.models.layers import KVCache
-from smart_decoding.models.loading import Checkpoint, load_checkpoint
-from smart_decoding.models.memory import EngineLimits, Need
+from smart_decoding.models.checkpoints import memory
+from smart_decoding.models.checkpoints.config import ModelConfig
+from smart_decoding.models.checkpoints.loading import Checkpoint, load_checkpoint
+from smart_decoding.models.checkpoints.memory import EngineLimits, Need
 from smart_decoding.models.target import fitting_memory
+from smart_decoding.models.torch.layers import KVCache
 
 GB = 10**9
 CPU = torch.device("cpu")
@@ -234,7 +234,9 @@ def test_it_is_said_before_weights_are_read(
     need = memory.need_of(llm._checkpoint, torch.bfloat16, CPU, LIMITS)
     assert need.weights == sum(2 * w.numel() for w in llm._checkpoint.weights.values())
 
-    monkeypatch.setattr("smart_decoding.models.weight_files.SafetensorsWeights.__getitem__", None)
+    monkeypatch.setattr(
+        "smart_decoding.models.checkpoints.weight_files.SafetensorsWeights.__getitem__", None
+    )
     monkeypatch.setattr(memory, "available", lambda device: 100_000)
     with pytest.raises(CapacityError) as caught:
         LLM(folder, max_model_len=64)

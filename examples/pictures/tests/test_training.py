@@ -138,8 +138,8 @@ def test_the_assembled_folder_is_the_model_that_was_trained(
     from pictures_model.generated.draw import draw
     from pictures_model.training.model import IMAGE_ID, build, export, prompt_of
     from pictures_model.training.tower import features, pixels
-    from smart_decoding.models.loading import load_checkpoint
-    from smart_decoding.models.tokenizer import Tokenizer
+    from smart_decoding.models.checkpoints.loading import load_checkpoint
+    from smart_decoding.models.text.tokenizer import Tokenizer
 
     monkeypatch.setenv("SMART_CACHE", str(tmp_path / "cache"))
     checkpoint = load_checkpoint(save_tiny_text(tmp_path / "base"))

@@ -9,7 +9,7 @@ import torch
 import transformers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
-from smart_decoding.models.tokenizer import Tokenizer
+from smart_decoding.models.text.tokenizer import Tokenizer
 
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<unused {i}>" for i in range(3, 17))]
 TEMPLATE = (

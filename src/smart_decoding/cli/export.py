@@ -24,10 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Reads the head and writes it anew."""
     from smart_decoding.errors import ConfigError
-    from smart_decoding.models.head_export import check_layout, write_head
-    from smart_decoding.models.head_files import head_folder, load_head
-    from smart_decoding.models.loading import load_checkpoint
-    from smart_decoding.models.registry import shipped_head
+    from smart_decoding.models.checkpoints.loading import load_checkpoint
+    from smart_decoding.models.checkpoints.registry import shipped_head
+    from smart_decoding.models.heads.export import check_layout, write_head
+    from smart_decoding.models.heads.files import head_folder, load_head
 
     own = shipped_head(args.head)
     model = args.model or (args.head if own else None)

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from smart_decoding.errors import ConfigError
-from smart_decoding.models.hub import cache_dir
-from smart_decoding.models.hub_repository import hub_cache
-from smart_decoding.models.kept import readable, size_of
+from smart_decoding.models.checkpoints.hub import cache_dir
+from smart_decoding.models.checkpoints.hub_repository import hub_cache
+from smart_decoding.models.checkpoints.kept import readable, size_of
 
 OPTIONAL = (
     "transformers",
@@ -73,7 +73,7 @@ def kernels() -> dict[str, Any]:
 
 def _activations() -> str | None:
     """What EngineArgs' activations="auto" means for quantised weights; None without kernels."""
-    from smart_decoding.models.kernel_check import rounds_activations
+    from smart_decoding.models.cpu.kernel_check import rounds_activations
 
     try:
         return "int8" if rounds_activations("auto", holds_quants=True) else "exact"

@@ -125,7 +125,7 @@ class Parser(argparse.ArgumentParser):
             if not unknown.startswith("--"):
                 return ""
             return did_you_mean(unknown.partition("=")[0], self._listed())
-        from smart_decoding.models.registry import names_model  # late: it takes a while
+        from smart_decoding.models.checkpoints.registry import names_model  # late: it takes a while
 
         if "--model" in self._option_string_actions and names_model(unknown):
             return "; a model is given by --model"

@@ -10,7 +10,7 @@ from typing import Any
 from smart_decoding.cli.arguments import ALLOW_SLOW, THREADS, Option, json_object, key_value
 from smart_decoding.drafters import METHODS, check_draft, check_plain
 from smart_decoding.errors import ConfigError
-from smart_decoding.models import chat_template
+from smart_decoding.models.text import chat_template
 
 DTYPES = ("bf16", "bfloat16", "fp32", "float32", "float", "auto", "half", "float16")
 

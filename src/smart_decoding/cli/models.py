@@ -10,9 +10,9 @@ from contextlib import suppress
 from smart_decoding.cli.arguments import add_options
 from smart_decoding.cli.model_options import TRUST_PICKLE
 from smart_decoding.errors import ConfigError
-from smart_decoding.models.gguf_parts import files_of
-from smart_decoding.models.hub_repository import repository_of
-from smart_decoding.models.kept import (
+from smart_decoding.models.checkpoints.gguf_parts import files_of
+from smart_decoding.models.checkpoints.hub_repository import repository_of
+from smart_decoding.models.checkpoints.kept import (
     OUTDATED,
     PARTLY,
     Kept,
@@ -23,7 +23,7 @@ from smart_decoding.models.kept import (
     readable,
     size_of,
 )
-from smart_decoding.models.registry import (
+from smart_decoding.models.checkpoints.registry import (
     DEFAULT_MODEL,
     NAMED_MODELS,
     resolve,
@@ -87,7 +87,7 @@ def show() -> None:
 
 def pull(name: str, trust_pickle: bool = False) -> None:
     """Fetches a model, and says where it lies."""
-    from smart_decoding.models.loading import require_usable  # late: torch is slow
+    from smart_decoding.models.checkpoints.loading import require_usable  # late: torch is slow
 
     path = resolve(name, trust_pickle, require_usable).path
     size = sum(size_of(part, links=True) for part in files_of(path))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smart_decoding.errors import ConfigError
-from smart_decoding.models.registry import DEFAULT_MODEL, names_model, unknown_model
+from smart_decoding.models.checkpoints.registry import DEFAULT_MODEL, names_model, unknown_model
 
 if TYPE_CHECKING:
     import argparse
@@ -152,7 +152,7 @@ def read_images(paths: Sequence[Path]) -> list[Any]:
 
 def check_takes_images(model: str | None, trust_pickle: bool = False) -> None:
     """Raises ConfigError for a model of text only (None: the default), before weights are read."""
-    from smart_decoding.models.loading import load_checkpoint
+    from smart_decoding.models.checkpoints.loading import load_checkpoint
 
     if (
         model is None

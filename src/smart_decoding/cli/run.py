@@ -28,8 +28,8 @@ from smart_decoding.cli.prompts import (
 from smart_decoding.engine.outputs import CompletionOutput, completion_of
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ConfigError
-from smart_decoding.models import tokenizer
-from smart_decoding.models.registry import DEFAULT_MODEL, folder_at_hand, siblings
+from smart_decoding.models.checkpoints.registry import DEFAULT_MODEL, folder_at_hand, siblings
+from smart_decoding.models.text import tokenizer
 
 if TYPE_CHECKING:
     from smart_decoding.llm import LLM
@@ -253,8 +253,8 @@ def show_steps() -> None:
 def announce_default(llm: LLM, config: Mapping[str, Any] | None) -> None:
     """One line on standard error that says what drafts, unless it was asked for or is the model's
     own head."""
-    from smart_decoding.models.memory import parameters
-    from smart_decoding.models.registry import copied_name, shipped_head
+    from smart_decoding.models.checkpoints.memory import parameters
+    from smart_decoding.models.checkpoints.registry import copied_name, shipped_head
 
     config = config or {}
     model = llm.provenance["model"]

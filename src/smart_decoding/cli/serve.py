@@ -20,7 +20,7 @@ from smart_decoding.cli.serve_options import (
 )
 from smart_decoding.engine_args import EngineArgs
 from smart_decoding.errors import ConfigError
-from smart_decoding.models.registry import DEFAULT_MODEL
+from smart_decoding.models.checkpoints.registry import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from smart_decoding.server.settings import ServerSettings
@@ -71,7 +71,7 @@ def main(args: argparse.Namespace) -> int:
     # The server makes the model later. --dtype has choices, and one of them is worth a warning.
     EngineArgs.of(model=args.model, **{**options, "dtype": "bfloat16"})
     from smart_decoding.llm import LLM
-    from smart_decoding.models.kernel_check import require_kernels
+    from smart_decoding.models.cpu.kernel_check import require_kernels
     from smart_decoding.models.target import device_of
 
     # Checked here already: the server loads the model later, on another thread.

@@ -11,7 +11,7 @@ from typing import Any
 from smart_decoding.cli.arguments import Option, json_object, key_value
 from smart_decoding.cli.model_options import MODEL_OPTIONS
 from smart_decoding.errors import ConfigError
-from smart_decoding.models.registry import DEFAULT_MODEL
+from smart_decoding.models.checkpoints.registry import DEFAULT_MODEL
 
 KEY_VARIABLE = "SMART_API_KEY"
 OPTIONS = {

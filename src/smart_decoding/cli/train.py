@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 from smart_decoding.cli.arguments import Gone, add_allow_slow
 from smart_decoding.cli.model_options import ACTIVATIONS, TRUST_PICKLE
 from smart_decoding.errors import ConfigError
-from smart_decoding.models.registry import DEFAULT_MODEL
+from smart_decoding.models.checkpoints.registry import DEFAULT_MODEL
 
 if TYPE_CHECKING:
-    from smart_decoding.models.config import ModelConfig
-    from smart_decoding.models.head_files import HeadFiles
-    from smart_decoding.models.loading import Checkpoint
+    from smart_decoding.models.checkpoints.config import ModelConfig
+    from smart_decoding.models.checkpoints.loading import Checkpoint
+    from smart_decoding.models.heads.files import HeadFiles
     from smart_decoding.training.generate import PictureTurn
     from smart_decoding.training.train import TrainOptions
 
@@ -116,7 +116,7 @@ def _add_head(group: argparse._ArgumentGroup) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Has the conversations written, trains the head, learns its prior."""
-    from smart_decoding.models.head_export import check_rope
+    from smart_decoding.models.heads.export import check_rope
     from smart_decoding.training.conversations import recorded_layers
     from smart_decoding.training.prior import learn_prior, picture_turns
     from smart_decoding.training.train import Trainer
@@ -177,8 +177,8 @@ def _data(args: argparse.Namespace) -> Path:
 
 def _target(args: argparse.Namespace) -> Checkpoint:
     """The model to train a head for, once it is known that it can run here."""
-    from smart_decoding.models.kernel_check import require_kernels, require_served
-    from smart_decoding.models.loading import load_checkpoint
+    from smart_decoding.models.checkpoints.loading import load_checkpoint
+    from smart_decoding.models.cpu.kernel_check import require_kernels, require_served
     from smart_decoding.models.target import device_of
 
     device = device_of("auto")  # where LLM will run, for the conversations and for the prior
@@ -198,7 +198,7 @@ def _target(args: argparse.Namespace) -> Checkpoint:
 
 def _train_options(args: argparse.Namespace, layers: int, init: HeadFiles | None) -> TrainOptions:
     """layers: the target's. Raises ConfigError for what contradicts itself."""
-    from smart_decoding.models.head_export import layout_of
+    from smart_decoding.models.heads.export import layout_of
     from smart_decoding.training.train import TrainOptions
 
     layout = args.export or (layout_of(init) if init else "smart")
@@ -232,9 +232,9 @@ def _turns(images: Path) -> tuple[PictureTurn, PictureTurn]:
 
 def _initial(args: argparse.Namespace, target: ModelConfig) -> HeadFiles:
     """The head to start from, once it is known that it can be trained and written."""
-    from smart_decoding.models.head_export import check_layout, layout_of
-    from smart_decoding.models.head_files import head_folder, load_head
-    from smart_decoding.models.registry import shipped_head
+    from smart_decoding.models.checkpoints.registry import shipped_head
+    from smart_decoding.models.heads.export import check_layout, layout_of
+    from smart_decoding.models.heads.files import head_folder, load_head
     from smart_decoding.training.head import form_of
 
     if args.aux_layers:
@@ -274,7 +274,7 @@ def _generate(
 
 
 def _write_visual_positions(path: Path, supports_images: bool) -> None:
-    from smart_decoding.models.head_files import VISUAL_POSITIONS
+    from smart_decoding.models.heads.files import VISUAL_POSITIONS
 
     config = json.loads(path.read_text())
     config["visual_positions"] = VISUAL_POSITIONS[supports_images]
@@ -291,7 +291,7 @@ def _use_huge_pages() -> None:
 
 def _without(checkpoint: Checkpoint, tasks: Sequence[str]) -> Callable[[Sequence[int]], bool]:
     from smart_decoding.bench.data import load_task, ngrams
-    from smart_decoding.models.tokenizer import Tokenizer
+    from smart_decoding.models.text.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load(checkpoint.tokenizer_source)
     taken = set().union(*(ngrams(prompt) for task in tasks for prompt in load_task(task)))

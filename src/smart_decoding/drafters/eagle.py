@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from smart_decoding.drafters.levels import Growth, LevelDrafter, LevelRequest, Ranked, State
 from smart_decoding.engine.kv import PAGE, Ints
-from smart_decoding.models.features import apart
+from smart_decoding.models.heads.features import apart
 
 if TYPE_CHECKING:
     from smart_decoding.core.rule import TreeRule
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from smart_decoding.engine.protocols import Grown
     from smart_decoding.engine.request import Request
     from smart_decoding.engine.rows import Rows
-    from smart_decoding.models.eagle_head import EagleHead
+    from smart_decoding.models.heads.eagle_head import EagleHead
 
 LOG = 64  # rounds of plain decoding that are shared out together
 

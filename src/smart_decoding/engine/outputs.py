@@ -94,7 +94,7 @@ def prompt_logprobs_of(
 
 
 def logprobs_of(entries: Sequence[Any], text_of: TokenText) -> list[dict[int, Logprob]]:
-    """As vLLM gives them. entries: `TokenLogprobs` (models/sampler.py) of each token."""
+    """As vLLM gives them. entries: `TokenLogprobs` (models/sampling/sampler.py) of each token."""
     found = []
     for entry in entries:
         values = {entry.token: Logprob(entry.logprob, entry.rank, text_of(entry.token))}

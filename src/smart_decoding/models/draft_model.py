@@ -13,10 +13,10 @@ import torch
 
 from smart_decoding.kernels.selection import NativeSelection
 from smart_decoding.kernels.weights import IF_FASTER
-from smart_decoding.models.decoder import Decoder
-from smart_decoding.models.kernel_check import use_native
-from smart_decoding.models.native_level import LevelCall, first_level
-from smart_decoding.models.ranking import ranked
+from smart_decoding.models.cpu.kernel_check import use_native
+from smart_decoding.models.cpu.native_level import LevelCall, first_level
+from smart_decoding.models.families.decoder import Decoder
+from smart_decoding.models.sampling.ranking import ranked
 from smart_decoding.models.target import TorchTarget, fitting_memory
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from smart_decoding.engine.protocols import Grown
     from smart_decoding.engine.rows import Rows
     from smart_decoding.kernels.weights import Matrix
-    from smart_decoding.models.loading import Checkpoint
+    from smart_decoding.models.checkpoints.loading import Checkpoint
 
 _BY_TOKEN = ("model.embed_tokens.weight", "lm_head.weight")
 

@@ -12,16 +12,16 @@ import torch
 
 from smart_decoding.engine.kv import PAGE, Ints
 from smart_decoding.errors import CapacityError, ConfigError, require_finite
-from smart_decoding.models.decoder import Decoder, RoundingDecoder
-from smart_decoding.models.drawing import draws_of
-from smart_decoding.models.kernel_check import use_native, why_slow
-from smart_decoding.models.sampler import Sampler
-from smart_decoding.models.vision import VisionTower
+from smart_decoding.models.cpu.kernel_check import use_native, why_slow
+from smart_decoding.models.families.decoder import Decoder, RoundingDecoder
+from smart_decoding.models.families.vision import VisionTower
+from smart_decoding.models.sampling.drawing import draws_of
+from smart_decoding.models.sampling.sampler import Sampler
 
 if TYPE_CHECKING:
     from smart_decoding.engine.protocols import NativeBatch, NativeRound, TargetScores, VerifyRound
     from smart_decoding.engine.rows import Rows
-    from smart_decoding.models.loading import Checkpoint
+    from smart_decoding.models.checkpoints.loading import Checkpoint
     from smart_decoding.multimodal.pixels import Pixels
 
 # what torch says where memory is short; not of an illegal access to it

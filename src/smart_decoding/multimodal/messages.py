@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from smart_decoding.errors import ConfigError
 
 if TYPE_CHECKING:
-    from smart_decoding.models.tokenizer import Tokenizer
+    from smart_decoding.models.text.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
 _MARKER = "smart-marker"  # a text that no template contains

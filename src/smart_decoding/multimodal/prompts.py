@@ -18,7 +18,7 @@ from smart_decoding.multimodal.messages import Conversations, Message, PictureSo
 
 if TYPE_CHECKING:
     from smart_decoding.core.tree import IntArray
-    from smart_decoding.models.tokenizer import Tokenizer
+    from smart_decoding.models.text.tokenizer import Tokenizer
     from smart_decoding.multimodal.pixels import PixelReader, Pixels, Room
 
 

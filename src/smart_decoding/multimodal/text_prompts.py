@@ -8,7 +8,7 @@ from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from smart_decoding.errors import ConfigError
-from smart_decoding.models import chat_template as templates
+from smart_decoding.models.text import chat_template as templates
 from smart_decoding.multimodal.messages import (
     Conversations,
     Message,
@@ -21,7 +21,7 @@ from smart_decoding.multimodal.prompts import MediaPrompt, PlannedPrompt, Prompt
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from smart_decoding.models.tokenizer import Tokenizer
+    from smart_decoding.models.text.tokenizer import Tokenizer
 
 _BYTES = (bytes, bytearray, memoryview)  # sequences of numbers, which are no token ids
 # What is given otherwise, or would change more than the template's variables.

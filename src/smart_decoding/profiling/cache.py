@@ -19,8 +19,8 @@ from smart_decoding.core.cost import CostModel
 from smart_decoding.errors import ModelError
 from smart_decoding.files import read_json, reading, whole
 from smart_decoding.kernels import library
-from smart_decoding.models.hub import cache_dir
-from smart_decoding.models.registry import lasting_name
+from smart_decoding.models.checkpoints.hub import cache_dir
+from smart_decoding.models.checkpoints.registry import lasting_name
 
 log = logging.getLogger("smart.profile")
 

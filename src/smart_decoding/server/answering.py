@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from smart_decoding.engine.media import Media
     from smart_decoding.engine.sampling_params import SamplingParams
     from smart_decoding.llm import LLM
-    from smart_decoding.models.grammars import Compiled
+    from smart_decoding.models.text.grammars import Compiled
     from smart_decoding.server.answers import Form
     from smart_decoding.server.schemas import Completions
     from smart_decoding.server.worker import Worker

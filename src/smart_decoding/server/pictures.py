@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING
 
-from smart_decoding.models.grammars import stand_back
+from smart_decoding.models.text.grammars import stand_back
 from smart_decoding.server.errors import ApiError
 from smart_decoding.server.lane import Lane, unless_gone
 

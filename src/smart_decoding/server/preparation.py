@@ -20,8 +20,8 @@ from functools import partial
 from typing import IO, TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from smart_decoding.errors import CapacityError, ConfigError
-from smart_decoding.models.grammar_source import library
-from smart_decoding.models.grammars import Compiled, Grammars, stand_back
+from smart_decoding.models.text.grammar_source import library
+from smart_decoding.models.text.grammars import Compiled, Grammars, stand_back
 from smart_decoding.server import preparation_process
 from smart_decoding.server.errors import ApiError, shutting_down
 from smart_decoding.server.lane import SHORT, Lane, Lanes

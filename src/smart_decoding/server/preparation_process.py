@@ -28,8 +28,8 @@ from typing import IO, Any
 import tokenizers
 
 from smart_decoding.errors import CapacityError, ConfigError, SmartError
-from smart_decoding.models.grammar_source import library, tried
-from smart_decoding.models.tokenizer import Tokenizer
+from smart_decoding.models.text.grammar_source import library, tried
+from smart_decoding.models.text.tokenizer import Tokenizer
 from smart_decoding.multimodal.messages import Conversations
 
 HEAD = struct.Struct(">II")

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from smart_decoding.models.grammar_source import json_grammar
+from smart_decoding.models.text.grammar_source import json_grammar
 from smart_decoding.server.body import Body, Text, check_json
 
 Json = dict[str, Any]

@@ -17,11 +17,11 @@ from torch.nn import functional as F
 
 from smart_decoding.errors import ConfigError, ModelError
 from smart_decoding.kernels.weights import Matrix, as_tensor
-from smart_decoding.models.head_files import FIRST
+from smart_decoding.models.heads.files import FIRST
 
 if TYPE_CHECKING:
-    from smart_decoding.models.config import ModelConfig
-    from smart_decoding.models.head_files import HeadFiles
+    from smart_decoding.models.checkpoints.config import ModelConfig
+    from smart_decoding.models.heads.files import HeadFiles
 
 
 class RMSNorm(nn.Module):

@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from smart_decoding.kernels.weights import as_tensor
-from smart_decoding.models.head_export import output_rows
+from smart_decoding.models.heads.export import output_rows
 
 if TYPE_CHECKING:
-    from smart_decoding.models.head_files import HeadFiles
-    from smart_decoding.models.loading import Checkpoint
+    from smart_decoding.models.checkpoints.loading import Checkpoint
+    from smart_decoding.models.heads.files import HeadFiles
     from smart_decoding.training.conversations import Conversation
     from smart_decoding.training.head import TrainableHead
 

@@ -20,9 +20,9 @@ from smart_decoding.core.policies.base import require_int, require_number
 from smart_decoding.errors import ConfigError, ModelError
 from smart_decoding.files import whole
 from smart_decoding.kernels.weights import as_tensor
-from smart_decoding.models.head_export import write_head
-from smart_decoding.models.head_files import HeadFiles
-from smart_decoding.models.rounding import ROUNDED, RoundedWeights
+from smart_decoding.models.checkpoints.rounding import ROUNDED, RoundedWeights
+from smart_decoding.models.heads.export import write_head
+from smart_decoding.models.heads.files import HeadFiles
 from smart_decoding.training.conversations import (
     Conversation,
     Keep,
@@ -41,7 +41,7 @@ from smart_decoding.training.objective import Objective, SoftCrossEntropy, appen
 
 if TYPE_CHECKING:
     from smart_decoding.kernels.weights import Matrix
-    from smart_decoding.models.loading import Checkpoint
+    from smart_decoding.models.checkpoints.loading import Checkpoint
 
 SAVE_EVERY = 120.0  # seconds
 STEP_WEIGHT = 0.85  # of a further unrolled step's loss

@@ -16,7 +16,7 @@ from smart_decoding.cli import main as cli
 from smart_decoding.core.acceptance import accept
 from smart_decoding.core.tree import ROOT, DraftTrees
 from smart_decoding.engine.request import RequestMetrics
-from smart_decoding.models.config import ModelConfig
+from smart_decoding.models.checkpoints.config import ModelConfig
 
 if TYPE_CHECKING:
     from smart_decoding.engine.sampling_params import SamplingParams

@@ -16,7 +16,7 @@ from smart_decoding.cli import info
 from smart_decoding.cli import main as cli
 from smart_decoding.errors import ConfigError
 from smart_decoding.kernels import library, ops
-from smart_decoding.models import loading
+from smart_decoding.models.checkpoints import loading
 
 
 @pytest.fixture(autouse=True)

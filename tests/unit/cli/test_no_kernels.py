@@ -26,10 +26,11 @@ from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ConfigError, ModelError
 from smart_decoding.kernels import library
 from smart_decoding.llm import LLM
-from smart_decoding.models import kernel_check, loading
-from smart_decoding.models.config import ModelConfig
-from smart_decoding.models.eagle_head import EagleHead
-from smart_decoding.models.head_files import HeadFiles
+from smart_decoding.models.checkpoints import loading
+from smart_decoding.models.checkpoints.config import ModelConfig
+from smart_decoding.models.cpu import kernel_check
+from smart_decoding.models.heads.eagle_head import EagleHead
+from smart_decoding.models.heads.files import HeadFiles
 from smart_decoding.server import launch
 from smart_decoding.training import prior
 
@@ -287,7 +288,9 @@ def test_a_draft_model_is_checked_too(tmp_path: Path, monkeypatch: pytest.Monkey
         "max_model_len": 128,
     }
     with monkeypatch.context() as patch:
-        patch.setattr("smart_decoding.models.weight_files.SafetensorsWeights.__getitem__", None)
+        patch.setattr(
+            "smart_decoding.models.checkpoints.weight_files.SafetensorsWeights.__getitem__", None
+        )
         with pytest.raises(ModelError, match=r"do not serve the draft model: .* 47 is odd"):
             LLM(target, **options)
     llm = LLM(target, **options, allow_slow=True)
@@ -348,7 +351,7 @@ def test_a_benchmark_on_the_kernels_does_not() -> None:
 def test_cuda_without_triton_is_told_before_a_model_is_fetched(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(sys.modules, "smart_decoding.models.triton_ops", None)
+    monkeypatch.setitem(sys.modules, "smart_decoding.models.torch.triton_ops", None)
     with pytest.raises(ConfigError, match="device='cuda' needs Triton, which torch"):
         kernel_check.require_kernels(CUDA, allow_slow=True)
     with pytest.raises(ConfigError, match="device='cuda' needs Triton"):

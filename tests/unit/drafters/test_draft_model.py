@@ -24,10 +24,10 @@ from smart_decoding.engine.kv import PAGE
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import CapacityError, ConfigError, ModelError
 from smart_decoding.llm import LLM
-from smart_decoding.models import memory
+from smart_decoding.models.checkpoints import memory
+from smart_decoding.models.checkpoints.registry import shipped_head
 from smart_decoding.models.draft_model import DraftModel
-from smart_decoding.models.registry import shipped_head
-from smart_decoding.models.tokenizer import Tokenizer
+from smart_decoding.models.text.tokenizer import Tokenizer
 from smart_decoding.profiling.measure import LONG_WAITING, ON_CPU, WAITING, ForwardTimer
 from smart_decoding.speculation import check_speculation
 
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from smart_decoding.engine.engine import Engine
-    from smart_decoding.models.config import ModelConfig
+    from smart_decoding.models.checkpoints.config import ModelConfig
 
 POLICIES: dict[str, dict[str, Any]] = {
     "chain": {"length": 4},
@@ -361,7 +361,9 @@ def test_another_vocabulary_is_refused_before_weights_are_loaded(
     message: str,
 ) -> None:
     draft = saved(tmp_path / "draft", SMALL, words, 1)
-    monkeypatch.setattr("smart_decoding.models.weight_files.SafetensorsWeights.__getitem__", None)
+    monkeypatch.setattr(
+        "smart_decoding.models.checkpoints.weight_files.SafetensorsWeights.__getitem__", None
+    )
     with pytest.raises(ModelError, match="another vocabulary") as caught:
         LLM(
             target_folder,

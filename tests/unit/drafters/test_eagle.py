@@ -20,12 +20,12 @@ from smart_decoding.engine.rows import Span, build_rows
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine.stopping import StopChecker
 from smart_decoding.errors import ModelError
-from smart_decoding.models.config import ModelConfig
-from smart_decoding.models.decoder import Decoder
-from smart_decoding.models.eagle_head import EagleHead
-from smart_decoding.models.features import stacked
-from smart_decoding.models.head_export import smart_config
-from smart_decoding.models.head_files import load_head
+from smart_decoding.models.checkpoints.config import ModelConfig
+from smart_decoding.models.families.decoder import Decoder
+from smart_decoding.models.heads.eagle_head import EagleHead
+from smart_decoding.models.heads.export import smart_config
+from smart_decoding.models.heads.features import stacked
+from smart_decoding.models.heads.files import load_head
 from smart_decoding.training.head import Form, TrainableHead
 
 from .tiny import outputs_of

@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 
 from smart_decoding.drafters.eagle import EagleDrafter
 from smart_decoding.engine.kv import PAGE
-from smart_decoding.models.eagle_head import EagleHead
-from smart_decoding.models.head_export import smart_config
-from smart_decoding.models.head_files import load_head
+from smart_decoding.models.heads.eagle_head import EagleHead
+from smart_decoding.models.heads.export import smart_config
+from smart_decoding.models.heads.files import load_head
 from smart_decoding.training.head import Form, TrainableHead
 
 from ...parity.test_device_growth import as_on_a_gpu

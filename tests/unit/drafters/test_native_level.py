@@ -18,12 +18,12 @@ from smart_decoding.engine.request import Request
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine.stopping import StopChecker
 from smart_decoding.kernels.weights import QuantizedTensor, as_tensor, pack
-from smart_decoding.models import native_level
-from smart_decoding.models.decoder import Decoder
-from smart_decoding.models.eagle_head import EagleHead
-from smart_decoding.models.head_files import HeadFiles
-from smart_decoding.models.head_weights import HeadWeights
-from smart_decoding.models.rounding import RoundedWeights
+from smart_decoding.models.checkpoints.rounding import RoundedWeights
+from smart_decoding.models.cpu import native_level
+from smart_decoding.models.families.decoder import Decoder
+from smart_decoding.models.heads.eagle_head import EagleHead
+from smart_decoding.models.heads.files import HeadFiles
+from smart_decoding.models.heads.weights import HeadWeights
 from smart_decoding.profiling import measure
 from smart_decoding.training.head import Form, TrainableHead
 

@@ -12,14 +12,14 @@ import torch
 from smart_decoding.core.policies import make_policy
 from smart_decoding.engine.engine import Engine, EngineConfig
 from smart_decoding.engine.sampling_params import SamplingParams
-from smart_decoding.models.config import ModelConfig
-from smart_decoding.models.loading import Checkpoint
+from smart_decoding.models.checkpoints.config import ModelConfig
+from smart_decoding.models.checkpoints.loading import Checkpoint
 from smart_decoding.models.target import TorchTarget
 
 if TYPE_CHECKING:
     from smart_decoding.engine.protocols import Drafter
     from smart_decoding.engine.request import Request
-    from smart_decoding.models.eagle_head import EagleHead
+    from smart_decoding.models.heads.eagle_head import EagleHead
 
 VOCAB = 97
 PAGES = 64

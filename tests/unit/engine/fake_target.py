@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from smart_decoding.engine.kv import PAGE, Ints
 from smart_decoding.engine.protocols import TargetScores
-from smart_decoding.models.noise import uniform_bits
-from smart_decoding.models.sampler import Sampler
+from smart_decoding.models.sampling.noise import uniform_bits
+from smart_decoding.models.sampling.sampler import Sampler
 
 if TYPE_CHECKING:
     from smart_decoding.core.tree import IntArray

@@ -23,9 +23,9 @@ from smart_decoding.core.tree import ROOT, DraftTrees
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine.structured import StructuredOutputsParams, grammatical
 from smart_decoding.errors import ConfigError
-from smart_decoding.models import grammars as models_grammars
-from smart_decoding.models.grammars import Grammars
-from smart_decoding.models.tokenizer import Tokenizer
+from smart_decoding.models.text import grammars as models_grammars
+from smart_decoding.models.text.grammars import Grammars
+from smart_decoding.models.text.tokenizer import Tokenizer
 from smart_decoding.server.tools import Offer, Tool
 
 from .fakes import EOS, VOCAB, alone, finish, make_engine, random_requests, text_of

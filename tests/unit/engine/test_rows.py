@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from smart_decoding.core.tree import ROOT, DraftTrees
 from smart_decoding.engine.kv import PAGE, BlockTable, PagePool
 from smart_decoding.engine.rows import RowLayout, Rows, Span, build_rows
-from smart_decoding.models.rows import GroupedRows, device_rows
+from smart_decoding.models.torch.rows import GroupedRows, device_rows
 
 from .fake_target import visible_slots
 

@@ -30,7 +30,7 @@ from smart_decoding.integrations.transformers import (
 )
 from smart_decoding.integrations.transformers.checks import cache_of, check
 from smart_decoding.kernels import library
-from smart_decoding.models import kernel_check
+from smart_decoding.models.cpu import kernel_check
 
 VOCAB = 13
 PAD = 0
@@ -559,8 +559,8 @@ def test_names_of_models_and_generate_that_we_rely_on() -> None:
 
 @pytest.mark.model
 def test_smollm2_answers_as_generate_does() -> None:
-    from smart_decoding.models.loading import load_checkpoint
-    from smart_decoding.models.tokenizer import Tokenizer
+    from smart_decoding.models.checkpoints.loading import load_checkpoint
+    from smart_decoding.models.text.tokenizer import Tokenizer
 
     folder = load_checkpoint("smollm2-135m").tokenizer_source
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

@@ -22,10 +22,10 @@ from smart_decoding.errors import ConfigError, ModelError, SmartError
 from smart_decoding.integrations.transformers import draft_models, generate, last_report
 from smart_decoding.integrations.transformers.aux_hidden import AuxHidden
 from smart_decoding.integrations.transformers.state import state_of
-from smart_decoding.models.eagle_head import EagleHead
-from smart_decoding.models.head_files import load_head
-from smart_decoding.models.loading import Checkpoint
-from smart_decoding.models.native_level import NativeLevel
+from smart_decoding.models.checkpoints.loading import Checkpoint
+from smart_decoding.models.cpu.native_level import NativeLevel
+from smart_decoding.models.heads.eagle_head import EagleHead
+from smart_decoding.models.heads.files import load_head
 from smart_decoding.models.target import TorchTarget
 
 from ...parity import test_published_heads as heads
@@ -426,8 +426,8 @@ def test_names_of_transformers_that_drafters_with_a_model_rely_on() -> None:
 
 @pytest.mark.model
 def test_the_shipped_head_on_smollm2() -> None:
-    from smart_decoding.models.loading import load_checkpoint
-    from smart_decoding.models.tokenizer import Tokenizer
+    from smart_decoding.models.checkpoints.loading import load_checkpoint
+    from smart_decoding.models.text.tokenizer import Tokenizer
 
     folder = load_checkpoint("smollm2-135m").tokenizer_source
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from smart_decoding.models import chat_template
-from smart_decoding.models.vision import read_configs, split_names
+from smart_decoding.models.families.vision import read_configs, split_names
+from smart_decoding.models.text import chat_template
 
 CLIP = {
     "hidden_size": 1024,

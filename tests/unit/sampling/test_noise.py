@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from smart_decoding.models.noise import (
+from smart_decoding.models.sampling.noise import (
     BITS,
     G_MAX,
     G_MIN,

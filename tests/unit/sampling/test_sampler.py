@@ -20,11 +20,11 @@ from transformers import (
 from smart_decoding.engine.history import SampleSpec, TokenHistory
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ModelError
-from smart_decoding.models import drawing
-from smart_decoding.models.drawing import NEAR
-from smart_decoding.models.noise import gumbel, noise_key
-from smart_decoding.models.processors import min_p_distance, process
-from smart_decoding.models.sampler import Sampler, _first_maximum
+from smart_decoding.models.sampling import drawing
+from smart_decoding.models.sampling.drawing import NEAR
+from smart_decoding.models.sampling.noise import gumbel, noise_key
+from smart_decoding.models.sampling.processors import min_p_distance, process
+from smart_decoding.models.sampling.sampler import Sampler, _first_maximum
 
 VOCAB = 50
 SEEDS = 2000

@@ -21,11 +21,11 @@ from safetensors.torch import load_file, save_file
 
 from smart_decoding.errors import ConfigError, ModelError
 from smart_decoding.kernels.weights import QuantizedTensor, as_tensor
-from smart_decoding.models.config import ModelConfig
-from smart_decoding.models.head_export import write_head
-from smart_decoding.models.head_files import HeadFiles, load_head
-from smart_decoding.models.loading import Checkpoint
-from smart_decoding.models.rounding import RoundedWeights
+from smart_decoding.models.checkpoints.config import ModelConfig
+from smart_decoding.models.checkpoints.loading import Checkpoint
+from smart_decoding.models.checkpoints.rounding import RoundedWeights
+from smart_decoding.models.heads.export import write_head
+from smart_decoding.models.heads.files import HeadFiles, load_head
 from smart_decoding.training import train
 from smart_decoding.training.conversations import hold_out, recorded_layers
 from smart_decoding.training.head import Form, TrainableHead, narrowed
@@ -238,7 +238,7 @@ def until(batches: Iterator[list[Any]], size: int, trainer: Trainer) -> list[lis
 
 @pytest.mark.parametrize(
     "writer",
-    ["torch.save", "smart_decoding.models.head_export.save_file", "pathlib.Path.write_text"],
+    ["torch.save", "smart_decoding.models.heads.export.save_file", "pathlib.Path.write_text"],
 )
 def test_ctrl_c_while_writing_keeps_the_older_file(
     trainer: Callable[..., Trainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writer: str

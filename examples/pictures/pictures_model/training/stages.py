@@ -20,8 +20,8 @@ from pictures_model.training.answering import AnsweringLoss, Show, from_the_towe
 from pictures_model.training.model import BASE, IMAGE_ID, WIDTH, build, export, prompt_of
 from pictures_model.training.schedule import Stage, load_trained
 from pictures_model.training.tower import Namer, SeeingLoss, Words
-from smart_decoding.models.loading import load_checkpoint
-from smart_decoding.models.tokenizer import Tokenizer
+from smart_decoding.models.checkpoints.loading import load_checkpoint
+from smart_decoding.models.text.tokenizer import Tokenizer
 
 SEEING_RATE = 1e-3
 READING_RATE = 2e-3

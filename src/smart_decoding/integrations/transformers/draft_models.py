@@ -23,7 +23,7 @@ from smart_decoding.errors import ModelError
 from smart_decoding.integrations.transformers.checks import unsupported_cache
 from smart_decoding.integrations.transformers.target import HostTarget
 from smart_decoding.kernels import library
-from smart_decoding.models.ranking import ranked
+from smart_decoding.models.sampling.ranking import ranked
 from smart_decoding.speculation import (
     DRAFT_SCRATCH_PAGES,
     require_same_vocabulary,

@@ -30,7 +30,7 @@ from smart_decoding.integrations.transformers.sequences import (
 )
 from smart_decoding.integrations.transformers.state import Report, layers_of, layout_of, state_of
 from smart_decoding.integrations.transformers.target import HostTarget
-from smart_decoding.models.kernel_check import warn_if_missing
+from smart_decoding.models.cpu.kernel_check import warn_if_missing
 from smart_decoding.models.target import pages_for
 
 if TYPE_CHECKING:

@@ -12,13 +12,13 @@ from transformers import PreTrainedModel
 from smart_decoding.drafters.eagle import EagleDrafter
 from smart_decoding.errors import ConfigError, ModelError
 from smart_decoding.kernels.weights import PackedWeight, pack
-from smart_decoding.models.config import ModelConfig
-from smart_decoding.models.eagle_head import EagleHead
-from smart_decoding.models.head_export import layout_of
-from smart_decoding.models.head_files import HeadFiles, head_folder, load_head
-from smart_decoding.models.kernel_check import use_native
-from smart_decoding.models.registry import shipped_head
-from smart_decoding.models.torch_layers import Linear
+from smart_decoding.models.checkpoints.config import ModelConfig
+from smart_decoding.models.checkpoints.registry import shipped_head
+from smart_decoding.models.cpu.kernel_check import use_native
+from smart_decoding.models.heads.eagle_head import EagleHead
+from smart_decoding.models.heads.export import layout_of
+from smart_decoding.models.heads.files import HeadFiles, head_folder, load_head
+from smart_decoding.models.torch.torch_layers import Linear
 from smart_decoding.speculation import SCRATCH_PAGES
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from smart_decoding.engine.stopping import StopChecker
 
 if TYPE_CHECKING:
     from smart_decoding.core.tree import IntArray
-    from smart_decoding.models.sampler import Sampler
+    from smart_decoding.models.sampling.sampler import Sampler
 
 BY_PLACE = (  # of transformers' own, those that depend on a row's place in the batch
     "PrefixConstrainedLogitsProcessor",

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from smart_decoding.engine.protocols import TargetScores, VerifyRound
 from smart_decoding.integrations.transformers.aux_hidden import AuxHidden
 from smart_decoding.integrations.transformers.cache import Layout, SlotCache, lay_out
-from smart_decoding.models.sampler import Sampler
+from smart_decoding.models.sampling.sampler import Sampler
 
 if TYPE_CHECKING:
     from smart_decoding.core.tree import IntArray

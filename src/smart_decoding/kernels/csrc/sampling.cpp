@@ -54,7 +54,7 @@ static bool has_nan(const float* row, int64_t n) {
 
 // ------------------------------------------------------------------------------------------- noise
 
-// The random bits of models/noise.py.
+// The random bits of models/sampling/noise.py.
 namespace noise {
 
 constexpr uint64_t INCREMENT = 0x9E3779B97F4A7C15u;
@@ -65,7 +65,7 @@ static inline uint64_t mix(uint64_t z) {
     return z ^ (z >> 31);
 }
 
-// noise_key of models/noise.py.
+// noise_key of models/sampling/noise.py.
 static inline uint64_t key_of(uint64_t seed, uint64_t sample, uint64_t position) {
     return mix((mix((mix(seed + INCREMENT) ^ sample) + INCREMENT) ^ position) + INCREMENT);
 }

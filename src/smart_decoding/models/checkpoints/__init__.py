@@ -1,0 +1,1 @@
+"""Where weights come from: hub, packages, GGUF, safetensors, and what they need of memory."""

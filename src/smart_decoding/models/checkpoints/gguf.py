@@ -1,0 +1,420 @@
+"""GGUF files, in two ways.
+
+Stored: a folder in the cache holds the configuration, the tokenizer and an index of the tensors,
+which are read from the file itself, quants and all. Expanded: it holds the weights, too, as
+safetensors; quantised tensors become bf16, and float tensors keep their type. Transformers can read
+such a folder.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import save_file
+
+from smart_decoding.errors import ModelError
+from smart_decoding.files import reading, sha256_of
+from smart_decoding.kernels.weights import FORMATS, Matrix, QuantizedTensor, as_tensor
+from smart_decoding.models.checkpoints.config import ModelConfig
+from smart_decoding.models.checkpoints.gguf_parts import files_of
+from smart_decoding.models.checkpoints.hub import (
+    conversion_folder,
+    is_whole,
+    move_into_place,
+    scratch,
+    write_record,
+)
+from smart_decoding.models.checkpoints.weight_files import Weights, as_published
+from smart_decoding.models.text.tokenizer import Tokenizer
+from smart_decoding.progress import long_step
+
+if TYPE_CHECKING:
+    from smart_decoding.models.checkpoints.registry import Source
+
+_SHARD = 1 << 30  # bytes of weights held in memory before they are written
+# What a header may have: single values, each an object of 400 bytes, and values in arrays. The
+# largest vocabularies have 850,000 in arrays: texts, types or scores, and merges. A text takes 60
+# bytes and what it has; numbers take none of their own.
+_READS = 1 << 18
+_VALUES = 1 << 21
+TENSORS = "tensors.json"
+_FLOATS = {"F32": np.float32, "F16": np.float16}
+MatrixT = TypeVar("MatrixT", torch.Tensor, QuantizedTensor, Matrix)
+_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_GEMMA_NAMES = {
+    **_NAMES,
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+_TOP_NAMES = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+_BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
+
+
+def converted_folder(
+    source: Source, check: Callable[[ModelConfig], None], stored: bool = False
+) -> Path:
+    """The cached folder of a GGUF file, written first if it is not there or damaged.
+
+    check: raises for a configuration that cannot be used here, before anything is written. stored:
+    without the weights, for StoredWeights.
+    Raises ModelError for a file that is corrupt or not supported, DownloadError if the cache has no
+    room."""
+    files = files_of(source.path)
+    for file in files:
+        if not file.is_file():
+            raise ModelError(f"{file.name} is missing: the model is split into {len(files)} files")
+    target = conversion_folder(source.path, source.sha256, stored)
+    if not is_whole(target):
+        shutil.rmtree(target, ignore_errors=True)
+        step = long_step(f"converting {source.path.name}, once", 1.0)
+        with reading(source.path), step as progress:
+            _convert(source, target, check, stored, progress)
+    return target
+
+
+class StoredWeights(Weights[Matrix]):
+    """The tensors of a GGUF file, or of all that it is split into, under Hugging Face's names, each
+    read when asked for: quants that the kernels know as they are, others as bfloat16, floats in
+    their own type.
+
+    index, folder: of `converted_folder`. Raises ModelError for a file that is shorter than it
+    was."""
+
+    def __init__(self, path: Path, index: Mapping[str, Any], folder: Path | None = None) -> None:
+        self._files = files_of(path)
+        self.folder = folder
+        self._index = index
+        self.shapes = {name: tuple(entry["shape"]) for name, entry in self._index.items()}
+        self.dtypes = {name: entry["type"] for name, entry in index.items()}
+
+    def __getitem__(self, name: str) -> Matrix:
+        entry = self._index[name]
+        size, kind, shape = entry["bytes"], entry["type"], entry["shape"]
+        path = self._files[entry["part"]]
+        try:  # mapped: reading into new memory takes ten times as long as the pages themselves
+            content = np.memmap(path, np.uint8, "r", entry["offset"], size)
+        except ValueError as error:
+            reason = f"{path.name} ends within the tensor {entry['tensor']}"
+            raise ModelError(reason) from error
+        matrix = _matrix(entry["tensor"], kind, np.asarray(content), shape)
+        return matrix if entry["heads"] is None else half_split(matrix, entry["heads"])
+
+    @property
+    def expanded(self) -> list[str]:
+        """Types of quants that the kernels do not multiply: those tensors become bfloat16."""
+        kinds = {entry["type"] for entry in self._index.values() if len(entry["shape"]) == 2}
+        return sorted(kinds.difference(FORMATS, _FLOATS, ["BF16"]))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors: quants that stay as they are, others in bfloat16."""
+        return sum(
+            entry["bytes"]
+            if _stays(entry["type"], entry["shape"])
+            else prod(entry["shape"]) * torch.bfloat16.itemsize
+            for entry in self._index.values()
+        )
+
+
+def _stays(kind: str, shape: list[int]) -> bool:
+    """Whether a tensor stays quants; others are widened to bfloat16, or are floats."""
+    return kind in FORMATS[1:] and len(shape) == 2
+
+
+def _matrix(name: str, kind: str, content: NDArray[np.uint8], shape: list[int]) -> Matrix:
+    if kind in _FLOATS:
+        return torch.tensor(content.view(_FLOATS[kind])).reshape(shape)
+    quants = QuantizedTensor(content.reshape(*shape[:-1], -1), kind, shape[-1])
+    if _stays(kind, shape):
+        return quants
+    try:
+        return quants.dequantize()
+    except NotImplementedError as error:
+        raise ModelError(
+            f"the tensor {name} has the type {kind}, which cannot be dequantised"
+        ) from error
+
+
+def _convert(
+    source: Source,
+    target: Path,
+    check: Callable[[ModelConfig], None],
+    stored: bool,
+    progress: Callable[[float], object],
+) -> None:
+    metadata, tensors, parts = _read_parts(source.path)
+    rope_factors = tensors.pop("rope_freqs.weight", None)
+    factors = None if rope_factors is None else np.asarray(rope_factors.data, np.float32)
+    config = ModelConfig.from_gguf(metadata, tensors.keys(), factors)
+    check(config)
+    shapes = {
+        hf_name(name, config.family): tuple(int(n) for n in reversed(tensor.shape))
+        for name, tensor in tensors.items()
+    }
+    config.check_tensors(shapes, source.path.name)
+    tokenizer = Tokenizer.from_gguf(metadata)
+    need = 0 if stored else 2 * sum(int(tensor.n_elements) for tensor in tensors.values())
+    with scratch(need) as part:
+        record = {"source": source.path.name}
+        index = _index(config, tensors, parts)
+        if stored:
+            (part / TENSORS).write_text(json.dumps(index))
+            progress(1.0)
+        else:
+            record["source_sha256"] = source.sha256 or sha256_of(source.path)
+            weights = as_published(config, StoredWeights(source.path, index))
+            _write_weights(weights, part, record, progress)
+        tokenizer.save(part)
+        (part / "config.json").write_text(json.dumps(config.to_hf(), indent=1))
+        write_record(part, record)
+        move_into_place(part, target)
+
+
+def _read_parts(path: Path) -> tuple[Metadata, dict[str, Any], dict[str, int]]:
+    """Metadata and tensors as by `read_gguf`, of all files of a split model, and the number of the
+    file of each tensor."""
+    files = files_of(path)
+    metadata, tensors = read_gguf(path)
+    count = int(metadata.get("split.count", 1))
+    if count > 1 and count != len(files):
+        raise ModelError(
+            f"{path.name} is one of {count} files that a model is split into; they must keep the "
+            f"names of the kind NAME-00001-of-{count:05d}.gguf"
+        )
+    parts = dict.fromkeys(tensors, 0)
+    for number, file in enumerate(files[1:], 1):
+        _, further = read_gguf(file)
+        tensors |= further
+        parts |= dict.fromkeys(further, number)
+    return metadata, tensors, parts
+
+
+def _index(
+    config: ModelConfig, tensors: Mapping[str, Any], parts: Mapping[str, int]
+) -> dict[str, dict[str, Any]]:
+    """What StoredWeights must know of each tensor. part: the number of its file; heads: whose rows
+    are reordered, or None."""
+    return {
+        hf_name(name, config.family): {
+            "tensor": name,
+            "part": parts[name],
+            "type": tensor.tensor_type.name,
+            "shape": [int(n) for n in reversed(tensor.shape)],
+            "offset": int(tensor.data_offset),
+            "bytes": int(tensor.n_bytes),
+            "heads": _split_heads(config, name),
+        }
+        for name, tensor in tensors.items()
+    }
+
+
+def _split_heads(config: ModelConfig, name: str) -> int | None:
+    """The heads of a q or k in llama.cpp's row order, which it has for one family; else None."""
+    part = name.split(".")[2:3]
+    if config.family != "llama" or part not in (["attn_q"], ["attn_k"]):
+        return None
+    return config.heads if part == ["attn_q"] else config.kv_heads
+
+
+def _write_weights(
+    weights: Mapping[str, Matrix],
+    folder: Path,
+    record: dict[str, str],
+    progress: Callable[[float], object],
+) -> None:
+    """Writes numbered shards and their index, so that memory stays bounded however large the model
+    is."""
+    weight_map: dict[str, str] = {}
+    shard: dict[str, torch.Tensor] = {}
+
+    def flush() -> None:
+        name = f"model-{len(set(weight_map.values())):05d}.safetensors"
+        save_file(shard, folder / name, metadata={"format": "pt", **record})
+        weight_map.update(dict.fromkeys(shard, name))
+        shard.clear()
+
+    for name in weights:
+        weight = as_tensor(weights[name]).contiguous()
+        if shard and sum(w.nbytes for w in shard.values()) + weight.nbytes > _SHARD:
+            flush()
+        shard[name] = weight
+        progress(1 / len(weights))
+    flush()
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
+
+
+def half_split(weight: MatrixT, heads: int) -> MatrixT:
+    """Undoes llama.cpp's row order of q and k ([heads * head_dim, ...]): it pairs RoPE dimensions
+    (0, 1), (2, 3), ...; Hugging Face's layout pairs (0, d/2), (1, d/2 + 1), ..."""
+    rows = np.arange(len(weight)).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
+    return weight[rows]
+
+
+def hf_name(name: str, family: str) -> str:
+    """The Hugging Face name of a GGUF tensor; ModelError for one that no supported model has."""
+    names = _GEMMA_NAMES if family == "gemma3" else _NAMES
+    match = _BLOCK.fullmatch(name)
+    if match and match[2] in names:
+        return f"model.layers.{match[1]}.{names[match[2]]}.{match[3]}"
+    if name not in _TOP_NAMES:
+        raise ModelError(f"the GGUF tensor {name} belongs to no supported architecture")
+    return _TOP_NAMES[name]
+
+
+class Metadata(Mapping[str, Any]):
+    """Values of a header by key. An array of numbers becomes a list when it is asked for: until
+    then it takes no memory but the file's."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self._values = values
+
+    def __getitem__(self, key: str) -> Any:
+        value = self._values[key]
+        return value.tolist() if isinstance(value, np.ndarray) else value
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._values
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+
+def read_gguf(path: Path) -> tuple[Metadata, dict[str, Any]]:
+    """Metadata by key and the reader's tensors by name. Raises ModelError for a file that is
+    shorter than its header says, or corrupt."""
+    try:
+        reader = _reader(path)
+        metadata = Metadata({key: _contents(field) for key, field in reader.fields.items()})
+    except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
+        raise ModelError(
+            f"{path} is no GGUF file, cut, damaged or of a kind not known here; fetch it again"
+        ) from error
+    return metadata, {tensor.name: tensor for tensor in reader.tensors}
+
+
+def _contents(field: Any) -> Any:
+    """Return the value of a metadata field, an array as `_array` read it."""
+    from gguf import GGUFValueType  # imported late: it is slow
+
+    is_array = field.types[:1] == [GGUFValueType.ARRAY]
+    return field.parts[-1] if is_array else field.contents()
+
+
+def _strings(data: memoryview, start: int, count: int, order: str) -> tuple[list[str], int]:
+    """Return `count` strings that begin at `start`, and where they end. Raises ValueError for a
+    file that ends before."""
+    found = []
+    length_of = struct.Struct(f"{order}Q").unpack_from
+    for _ in range(count):
+        if start + 8 > len(data):
+            raise ValueError("a header that does not end")
+        end = start + 8 + length_of(data, start)[0]
+        if end > len(data):
+            raise ValueError("a header that does not end")
+        found.append(str(data[start + 8 : end], "utf-8"))
+        start = end
+    return found, start
+
+
+def _array(reader: Any, start: int) -> tuple[list[str] | NDArray[Any], int]:
+    """Return the values of an array of a header, numbers as a view of the file, and where it ends.
+    Raises ValueError or LookupError for one that is too long, and for arrays of arrays."""
+    from gguf import GGUFEndian, GGUFValueType  # imported late: it is slow
+
+    kind = GGUFValueType(reader._get(start, np.uint32)[0])
+    count = int(reader._get(start + 4, np.uint64)[0])
+    start += 12
+    if reader.values + count > _VALUES:
+        raise ValueError("a header that does not end")
+    if kind == GGUFValueType.STRING:
+        order = "<" if reader.endianess == GGUFEndian.LITTLE else ">"
+        return _strings(reader.data.data, start, count, order)
+    numbers = reader._get(start, reader.gguf_scalar_to_np[kind], count)
+    return numbers, start + numbers.nbytes
+
+
+def _reader(path: Path) -> Any:
+    """The library's, within the file's bounds. Raises whatever it meets, and ModelError for a file
+    that was cut."""
+    from gguf import (  # imported late: it is slow
+        GGML_QUANT_SIZES,
+        GGMLQuantizationType,
+        GGUFReader,
+        GGUFValueType,
+    )
+
+    class Reader(GGUFReader):
+        reads = 0
+        values = 0
+
+        def _get_field_parts(
+            self, orig_offs: int, raw_type: int
+        ) -> tuple[int, list[Any], list[int], list[Any]]:
+            # theirs makes an array of each value
+            if raw_type != GGUFValueType.ARRAY:
+                parts: tuple[int, list[Any], list[int], list[Any]] = super()._get_field_parts(
+                    orig_offs, raw_type
+                )
+                return parts
+            values, end = _array(self, orig_offs)
+            self.values += len(values)
+            return end - orig_offs, [values], [0], [GGUFValueType.ARRAY]
+
+        def _get(
+            self, offset: int, dtype: Any, count: int = 1, override_order: str | None = None
+        ) -> NDArray[Any]:
+            # theirs reads nothing beyond the end, as often as a damaged length says, and takes
+            # several times as long: its views are memmaps
+            self.reads += 1
+            end = int(offset) + int(count) * np.dtype(dtype).itemsize
+            if end > len(self.data) or self.reads > _READS:
+                raise ValueError("a header that does not end")
+            order = np.dtype(dtype).newbyteorder(override_order or self.byte_order)
+            values: NDArray[Any] = self.data.view(np.ndarray)[offset:end].view(order)
+            return values
+
+        def _build_tensors(self, start_offs: int, fields: list[Any]) -> None:
+            start_offs = int(start_offs)  # of an alignment's type, which is narrow
+            need = start_offs
+            for *_, dims, kind, offset in (field.parts for field in fields):
+                elements, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind[0])]
+                length = prod(dims.tolist()) // elements * size
+                need = max(need, start_offs + int(offset[0]) + length)
+            have = len(self.data)
+            if have < need:
+                raise ModelError(f"{path} was cut: {have:,} bytes of {need:,}; fetch it again")
+            super()._build_tensors(start_offs, fields)
+
+    return Reader(path)

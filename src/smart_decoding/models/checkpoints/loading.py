@@ -1,0 +1,189 @@
+"""Checkpoints: a model's configuration and weights from a folder, a GGUF file, a hub id or a
+built-in name.
+
+Weights stay on disk (mmap) until they are asked for. Names and shapes are checked against the
+configuration before any weight is read.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from smart_decoding.errors import ConfigError
+from smart_decoding.files import read_json, reading
+from smart_decoding.kernels.weights import Matrix, QuantizedTensor
+from smart_decoding.models.checkpoints.config import ModelConfig, refuse_quantised, token_ids
+from smart_decoding.models.checkpoints.gguf import TENSORS, StoredWeights, converted_folder
+from smart_decoding.models.checkpoints.registry import Source, resolve
+from smart_decoding.models.checkpoints.rounding import RoundedWeights
+from smart_decoding.models.checkpoints.weight_files import Weights, as_computed, open_weights
+from smart_decoding.models.families import vision
+from smart_decoding.models.families.vision import RenamedWeights, VisionFiles
+from smart_decoding.models.heads.files import is_head
+
+log = logging.getLogger("smart.models")
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A loadable model. `weights`: Hugging Face name to tensor, read on access; `tokenizer_source`:
+    a folder for Tokenizer.load; `provenance`: strings that say which weights these are; `vision`:
+    its vision part, if it has one; `quantization`: as it was asked for;
+    `in_bytes`: whether inputs of quants are rounded to 8 bits."""
+
+    config: ModelConfig
+    weights: Mapping[str, Matrix]
+    tokenizer_source: Path
+    provenance: Mapping[str, str]
+    vision: VisionFiles | None = None
+    quantization: str | None = "off"
+    in_bytes: bool = False
+
+
+def load_checkpoint(
+    path_or_name: str | Path | Source,
+    check: Callable[[ModelConfig], None] = lambda config: None,
+    quantization: str | None = "off",
+    trust_pickle: bool = False,
+) -> Checkpoint:
+    """Finds (or fetches) a model and checks its configuration, names and shapes; no weight is read.
+
+    check: raises for a configuration that cannot be used here, before weights are converted, or
+        fetched (but for GGUF files).
+    quantization: None (quants of GGUF stay what they are), off (they are expanded to bf16), int8 or
+        int4 (matrices are rounded to so many bits).
+    trust_pickle: whether the weights may be a pickle, where there are no others.
+    Raises ModelError, which names the file or tensor; DownloadError if it cannot be fetched."""
+    usable = partial(require_usable, check=check)
+    source = resolve(path_or_name, trust_pickle, usable)
+    stored = quantization is None
+    folder = source.path if source.path.is_dir() else converted_folder(source, check, stored)
+    raw = read_json(folder / "config.json")
+    with reading(folder / "config.json"):
+        refuse_quantised(raw)
+        has_vision = vision.architecture_of(raw) is not None
+    if has_vision:
+        return _rounded(_load_vision(source, folder, raw, check, trust_pickle), quantization)
+    config = read_config(folder)
+    check(config)
+    is_file = source.path != folder
+    weights: Weights[Any]
+    if is_file and stored:
+        weights = _stored_weights(source.path, folder)
+    else:
+        weights = as_computed(config, open_weights(folder, trust_pickle))
+    config.check_tensors(weights.shapes, source.path.name if is_file else folder.name)
+    provenance = _provenance(source, weights.dtypes["model.embed_tokens.weight"])
+    if is_file:
+        provenance["weights"] += ", as stored" if stored else ", dequantised to bf16"
+    return _rounded(Checkpoint(config, weights, folder, provenance), quantization)
+
+
+def require_usable(
+    folder: Path,
+    check: Callable[[ModelConfig], None] = lambda config: None,
+) -> None:
+    """Raises ModelError, or what `check` raises, for a folder's config.json; its weights need not
+    be there. A draft head's is not looked at."""
+    if is_head(folder):
+        return
+    raw = read_json(folder / "config.json")
+    with reading(folder / "config.json"):
+        refuse_quantised(raw)
+        if vision.architecture_of(raw) is not None:
+            return
+    check(read_config(folder))
+
+
+def _stored_weights(path: Path, folder: Path) -> StoredWeights:
+    """Those of a GGUF file, which tell in the log if they cannot stay as they are."""
+    weights = StoredWeights(path, read_json(folder / TENSORS), folder)
+    if weights.expanded:
+        log.warning(
+            "%s: weights of %s are expanded to bf16, which takes more memory and time than a file "
+            "of Q4_K_M or Q8_0, whose weights stay quantised",
+            path.name,
+            ", ".join(weights.expanded),
+        )
+    return weights
+
+
+def _rounded(checkpoint: Checkpoint, quantization: str | None) -> Checkpoint:
+    if quantization in (None, "off"):
+        return replace(checkpoint, quantization=quantization)
+    told = f"{checkpoint.provenance['weights']}, rounded to {quantization}"
+    return replace(
+        checkpoint,
+        weights=RoundedWeights(checkpoint.weights, quantization),
+        provenance={**checkpoint.provenance, "weights": told, "dtype": quantization},
+        quantization=quantization,
+    )
+
+
+def with_rounded_activations(checkpoint: Checkpoint, required: bool = False) -> Checkpoint:
+    """The same, inputs of its quants rounded to 8 bits, if its first layer has quants. required:
+    ConfigError if it has none."""
+    if not _has_quants(checkpoint.weights):
+        if not required:
+            return checkpoint
+        raise ConfigError(
+            "activations='int8' needs quantised weights: a GGUF file, or "
+            "quantization='int8' or 'int4'"
+        )
+    dtype = f"{checkpoint.provenance['dtype']}, activations in 8 bits"
+    return replace(checkpoint, provenance={**checkpoint.provenance, "dtype": dtype}, in_bytes=True)
+
+
+def _has_quants(weights: Mapping[str, Matrix]) -> bool:
+    """Whether the first layer has quants. Tensors that cannot be quants are not read."""
+    if not isinstance(weights, StoredWeights | RoundedWeights):
+        return False
+    layer = (name for name in weights if name.startswith("model.layers.0."))
+    return any(isinstance(weights[name], QuantizedTensor) for name in layer)
+
+
+def _load_vision(
+    source: Source,
+    folder: Path,
+    raw: dict[str, Any],
+    check: Callable[[ModelConfig], None],
+    trust_pickle: bool,
+) -> Checkpoint:
+    config, whole = vision.read_configs(folder, generation_config(folder))
+    check(config)
+    weights = open_weights(folder, trust_pickle)
+    ours, of_vision = vision.split_names(weights, str(vision.architecture_of(raw)))
+    text = RenamedWeights(weights, ours)
+    config.check_tensors(text.shapes, folder.name)
+    provenance = _provenance(source, text.dtypes["model.embed_tokens.weight"])
+    files = VisionFiles(folder, whole, of_vision, weights)
+    return Checkpoint(config, text, folder, provenance, files)
+
+
+def _provenance(source: Source, dtype: str) -> dict[str, str]:
+    known = {"model": source.name, "weights": source.weights, "dtype": dtype}
+    return known | ({"sha256": source.sha256} if source.sha256 else {})
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """The configuration in a folder; ModelError if it is missing, corrupt or not supported."""
+    raw = read_json(folder / "config.json")
+    generation = generation_config(folder)
+    with reading(folder / "config.json"):
+        return ModelConfig.from_hf(raw, generation)
+
+
+def generation_config(folder: Path) -> dict[str, Any] | None:
+    """What a folder's generation_config.json holds; None if there is none."""
+    path = folder / "generation_config.json"
+    if not path.exists():
+        return None
+    with reading(path):
+        content = read_json(path)
+        token_ids(content.get("eos_token_id"))
+        return content

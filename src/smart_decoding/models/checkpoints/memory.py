@@ -1,0 +1,227 @@
+"""Memory that a model needs, estimated before its weights are read, and what would fit where it is
+too much."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from smart_decoding.engine.kv import PAGE
+from smart_decoding.errors import CapacityError
+from smart_decoding.files import read_json, reading
+from smart_decoding.kernels.limits import free_memory
+from smart_decoding.models.checkpoints.gguf import StoredWeights
+from smart_decoding.models.checkpoints.rounding import ROUNDED, bytes_per_weight, rounded_bytes
+from smart_decoding.models.cpu.kernel_check import why_slow
+from smart_decoding.models.heads.files import scheme_of
+
+if TYPE_CHECKING:
+    from smart_decoding.models.checkpoints.config import ModelConfig
+    from smart_decoding.models.checkpoints.loading import Checkpoint
+
+log = logging.getLogger("smart.memory")
+
+_WORTHWHILE = 256  # tokens of KV memory below which nobody wants to be told to lower it
+_MEMINFO = Path("/proc/meminfo")
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """Bytes: of weights, of what drafts, of working memory, and of each of `tokens` tokens of KV
+    memory, those of what drafts included."""
+
+    weights: int
+    draft: int
+    work: int
+    per_token: int
+    tokens: int
+
+    @property
+    def total(self) -> int:
+        """Bytes in all."""
+        return self.weights + self.draft + self.work + self.per_token * self.tokens
+
+    def __str__(self) -> str:
+        parts = {
+            "weights": self.weights,
+            f"KV of {self.tokens} tokens": self.per_token * self.tokens,
+            "drafting": self.draft,
+            "work": self.work,
+        }
+        listed = ", ".join(f"{name} {size(n)}" for name, n in parts.items() if n)
+        return f"{size(self.total)} ({listed})"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLimits:
+    """What the engine is to hold: `kv_tokens`, for which it makes `pages` (more than they fill),
+    rows of a forward, and the longest request in tokens."""
+
+    kv_tokens: int
+    pages: int
+    rows: int
+    longest: int
+
+
+def parameters(config: ModelConfig) -> int:
+    """Weights of a decoder, counted."""
+    return sum(map(prod, config.expected_shapes().values()))
+
+
+def kv_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Bytes of a token's keys and values."""
+    return 2 * config.layers * config.kv_heads * config.head_dim * dtype.itemsize
+
+
+def work_bytes(config: ModelConfig, limits: EngineLimits) -> int:
+    """Bytes of activations and logits of the largest forward, in float32, and of the rotary
+    table."""
+    heads = (2 * config.heads + 2 * config.kv_heads) * config.head_dim
+    row = 2 * config.hidden + heads + 2 * config.ffn + config.vocab
+    angles = config.head_dim * (2 if config.local_theta else 1)
+    return 4 * (limits.rows * row + limits.longest * angles)
+
+
+def weight_bytes(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> int:
+    """Bytes of a model's weights in memory, its vision part included."""
+    vision = checkpoint.vision
+    of_vision = 0
+    if vision is not None:
+        of_vision = sum(prod(vision.weights.shapes[name]) for name in vision.names.values())
+    return _decoder_bytes(checkpoint, dtype, device) + of_vision * dtype.itemsize
+
+
+def _decoder_bytes(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> int:
+    """Quants stay quants on the CPU kernels in bfloat16; elsewhere they are expanded."""
+    config = checkpoint.config
+    if _in_quants(config, dtype, device):
+        if isinstance(checkpoint.weights, StoredWeights):
+            return checkpoint.weights.nbytes
+        if checkpoint.quantization in ROUNDED:
+            return rounded_bytes(config.expected_shapes(), checkpoint.quantization)
+    return parameters(config) * dtype.itemsize
+
+
+def _in_quants(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the CPU kernels multiply quants as they are stored."""
+    native = device.type == "cpu" and why_slow(config, device) is None
+    return native and dtype == torch.bfloat16
+
+
+def need_of(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: torch.device,
+    limits: EngineLimits,
+    draft: Checkpoint | None = None,
+    head: Path | None = None,
+) -> Need:
+    """What the model needs with the draft model or draft head that is to speed it up."""
+    config = checkpoint.config
+    per_token = kv_bytes(config, dtype)
+    work = work_bytes(config, limits)
+    drafting = 0
+    if draft is not None:
+        drafting = weight_bytes(draft, dtype, device) + work_bytes(draft.config, limits)
+        per_token += kv_bytes(draft.config, dtype)
+    if head is not None:
+        drafting = _head_bytes(head, config, dtype, device)
+        per_token += kv_bytes(config, dtype) // config.layers
+    weights = weight_bytes(checkpoint, dtype, device)
+    return Need(weights, drafting, work, per_token, limits.pages * PAGE)
+
+
+def require_memory(
+    checkpoint: Checkpoint, need: Need, limits: EngineLimits, device: torch.device
+) -> None:
+    """Logs the estimate. Raises CapacityError, which says what would fit, if it exceeds the free
+    memory; where that is not known, nothing is checked."""
+    free = available(device)
+    name = checkpoint.provenance["model"]
+    if free is None:
+        log.info("%s needs about %s of memory", name, need)
+        return
+    log.info("%s needs about %s of memory; %s are free", name, need, size(free))
+    if need.total > free:
+        advice = what_fits(checkpoint.config, need, limits, free, device)
+        raise CapacityError(
+            f"{name} needs about {need} of memory, but {size(free)} are free: {advice}"
+        )
+
+
+def tokens_beside(need: Need, utilization: float, device: torch.device) -> int:
+    """Tokens of KV memory in that part of a GPU's memory, beside all else that is needed and what
+    others hold."""
+    free, whole = torch.cuda.mem_get_info(device)
+    room = free - (1 - utilization) * whole - (need.weights + need.draft + need.work)
+    return int(room // need.per_token)
+
+
+def what_fits(
+    config: ModelConfig, need: Need, limits: EngineLimits, free: int, device: torch.device
+) -> str:
+    """What to do where `need` exceeds the `free` bytes of the device."""
+    room = (free - need.weights - need.draft - need.work) // need.per_token
+    tokens = room - (need.tokens - limits.kv_tokens)  # each request has pages beyond these
+    if tokens >= _WORTHWHILE:
+        below = ", and max_model_len with it" if tokens < limits.longest else ""
+        return f"lower kv_cache_tokens to {tokens - tokens % PAGE}{below}"
+    if room >= 2 * _WORTHWHILE:
+        return "lower max_num_seqs, and kv_cache_tokens with it"
+    rest = need.work + need.per_token * _WORTHWHILE
+    if need.draft and need.weights + rest <= free:
+        return "draft with ngram, which needs no weights"
+    small = rounded_bytes(config.expected_shapes(), "int4")
+    if device.type == "cpu" and small + rest <= free and small < need.weights:
+        return (
+            f"take quantization='int4' (weights of about {size(small)}) or a 4-bit GGUF file, "
+            "in bfloat16, and a smaller kv_cache_tokens"
+        )
+    return "take a smaller model, or serve it on GPUs with vLLM or SGLang (docs/vllm.md)"
+
+
+def available(device: torch.device) -> int | None:
+    """Free bytes of a device: of a GPU, or what Linux can give this process without swapping; None
+    where the system does not tell."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    known = [free for free in (_free_of_machine(), free_memory()) if free is not None]
+    return min(known, default=None)
+
+
+def _free_of_machine() -> int | None:
+    try:
+        lines = _MEMINFO.read_text().splitlines()
+    except OSError:
+        return None
+    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return int(found[0]) * 1024 if found else None
+
+
+def _head_bytes(head: Path, target: ModelConfig, dtype: torch.dtype, device: torch.device) -> int:
+    """Its layer, and rows of the target's output matrix: as they are stored and in 8 bits on the
+    CPU kernels in bfloat16, elsewhere expanded."""
+    path = head / "config.json"
+    with reading(path):
+        config = read_json(path)
+        outputs = target.hidden * int(config.get("draft_vocab_size") or target.vocab)
+        scheme = scheme_of(config)
+        per_weight = bytes_per_weight(scheme) if scheme else 2
+    if _in_quants(target, dtype, device):
+        return _file_bytes(head) + outputs
+    return round((_file_bytes(head) / per_weight + outputs) * dtype.itemsize)
+
+
+def _file_bytes(folder: Path) -> int:
+    files = [*folder.glob("*.safetensors")] or [*folder.glob("pytorch_model*.bin")]
+    return sum(path.stat().st_size for path in files)
+
+
+def size(count: float) -> str:
+    """Bytes in words."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

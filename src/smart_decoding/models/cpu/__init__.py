@@ -1,0 +1,1 @@
+"""The models on the CPU kernels."""

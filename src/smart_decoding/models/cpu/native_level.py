@@ -1,0 +1,229 @@
+"""A level of a head as one call of the CPU kernels: aux hidden states and tokens in, ranked
+children out.
+
+An EAGLE-3 head in bf16 has its output matrix in 8 bits (a scale for each token): it is half of what
+a level reads, and proposals may be off by a little, since no answer depends on them. Beside a
+target of quants all of its matrices have 8 bits, or fewer if they are stored so."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import Structure
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from smart_decoding.kernels import ops as kernels
+from smart_decoding.kernels.memory import address, pointer
+from smart_decoding.kernels.selection import FirstLevel, NativeSelection, most_expanded
+from smart_decoding.kernels.weights import (
+    IF_FASTER,
+    Arena,
+    PackedWeight,
+    QuantizedTensor,
+    pack,
+    pack_bytes,
+)
+from smart_decoding.models.cpu.native_model import embedding_addresses, embedding_fields
+from smart_decoding.models.heads.features import FeaturePart, readable, row_addresses
+from smart_decoding.models.sampling.ranking import noise_of, noise_of_levels
+from smart_decoding.models.torch.layers import KVCache, NativeLayers
+
+if TYPE_CHECKING:
+    from smart_decoding.core.rule import TreeRule
+    from smart_decoding.core.tree import DraftTrees, IntArray
+    from smart_decoding.drafters.levels import Growth, LevelRequest, Ranked
+    from smart_decoding.engine.protocols import Grown
+    from smart_decoding.engine.rows import Rows
+    from smart_decoding.kernels.weights import Matrix
+    from smart_decoding.models.heads.weights import HeadWeights
+
+
+class NativeLevel:
+    """The same as `SteppedLevels`, and `grow`: all levels of a round in one call."""
+
+    kv: KVCache  # whose head sets both
+    rotary: tuple[Tensor, Tensor]
+    grows = True
+
+    def __init__(self, weights: HeadWeights) -> None:
+        self._bf16 = weights.target.dtype == torch.bfloat16
+        self._children = len(weights.draft_ids)
+        self._head, self._keep = _structure(weights)
+        self._outputs = torch.empty(64, weights.files.shape.hidden)
+        self._count = 0
+        self._selection = NativeSelection()
+
+    def follows(self, rule: TreeRule) -> bool:
+        """See `SteppedLevels`."""
+        return True
+
+    @property
+    def outputs(self) -> Tensor:
+        """See `SteppedLevels`."""
+        return self._outputs[: self._count]
+
+    def first(
+        self, rows: Rows, parts: Sequence[FeaturePart], last: IntArray, asked: LevelRequest
+    ) -> Ranked:
+        """See `SteppedLevels`; `last` are the last rows of all requests."""
+        self._count = 0
+        kept = [readable(part) for part in parts]
+        batch = len(rows.query_start_loc) - 1
+        return self._run(True, rows, row_addresses(kept), batch, asked)
+
+    def deeper(self, rows: Rows, above: IntArray, asked: LevelRequest) -> Ranked:
+        """See `SteppedLevels`."""
+        self._reserve(len(rows))
+        features = above * (4 * self._outputs.shape[1]) + self._outputs.data_ptr()
+        return self._run(False, rows, features, len(rows), asked)
+
+    def grow(
+        self, rule: TreeRule, given: DraftTrees, growth: Growth, parts: Sequence[FeaturePart]
+    ) -> Grown:
+        """A round as the rule says beside the nodes `given`."""
+        batch = given.batch
+        kept = [readable(part) for part in parts]
+        self._count = 0
+        self._reserve(batch + most_expanded(rule, batch, growth.slots))
+        k = min(growth.asked.k, self._children)
+        call = LevelCall(True, growth.rows, row_addresses(kept), batch, k)
+        call.struct.out = self._outputs.data_ptr()
+        kv = self.kv
+        first = first_level(
+            growth,
+            call,
+            self.rotary,
+            rule.levels,
+            head=ctypes.addressof(self._head),
+            keys=kv.keys.data_ptr(),
+            values=kv.values.data_ptr(),
+            pages=kv.keys.shape[-3],
+            w_bf16=self._bf16,
+            kv_bf16=kv.keys.dtype == torch.bfloat16,
+        )
+        grown = self._selection.grow(rule, given, first)
+        self._count = batch + sum(grown.expanded)
+        return grown
+
+    def _run(
+        self, first: bool, rows: Rows, features: IntArray, wanted: int, asked: LevelRequest
+    ) -> Ranked:
+        self._reserve(wanted)
+        scale, keys = noise_of(asked) if len(asked.draws) else (None, None)
+        call = LevelCall(first, rows, features, wanted, min(asked.k, self._children))
+        call.struct.out = self._outputs[self._count :].data_ptr()
+        call.struct.scale = pointer(scale)
+        call.struct.keys = pointer(keys)
+        native = kernels.native_rows(rows, *self.rotary)
+        both = (self.kv.keys, self.kv.values)
+        kernels.draft(self._head, native, call.struct, both, self._bf16)
+        self._count += wanted
+        return call.tokens, call.probs
+
+    def _reserve(self, more: int) -> None:
+        if self._count + more > len(self._outputs):
+            outputs = torch.empty(2 * (self._count + more), self._outputs.shape[1])
+            outputs[: self._count] = self.outputs
+            self._outputs = outputs
+
+
+class LevelCall:
+    """A structure Level, the arrays behind it, and its results `tokens` and `probs` [wanted, k].
+    features: [rows] addresses, of a head."""
+
+    def __init__(
+        self, first: bool, rows: Rows, features: IntArray | None, wanted: int, k: int
+    ) -> None:
+        self.tokens = np.empty((wanted, k), np.int64)
+        self.probs = np.empty((wanted, k))
+        embeddings, tensors = embedding_addresses(rows.mm_embeds, len(rows))
+        self._keep = (rows, features, embeddings, tensors)
+        self.struct = kernels.Level(
+            first=first,
+            k=k,
+            token=address(rows.token),
+            features=pointer(features),
+            embeddings=pointer(embeddings),
+            tokens=address(self.tokens),
+            probs=address(self.probs),
+        )
+
+
+def first_level(
+    growth: Growth, call: LevelCall, rotary: tuple[Tensor, Tensor], levels: int, **drafts: Any
+) -> FirstLevel:
+    """A round's first level. drafts: the fields of the structure Growth that say who drafts."""
+    native = kernels.native_rows(growth.rows, *rotary)
+    scale, noise = noise_of_levels(growth.asked, levels)
+    struct = kernels.Growth(
+        first_slot=growth.slots.start,
+        slots=len(growth.slots),
+        scale=pointer(scale),
+        noise=pointer(noise),
+        threads=torch.get_num_threads(),
+        **drafts,
+    )
+    return FirstLevel(native, call.struct, struct, growth.slots, (native, scale, noise))
+
+
+def _structure(weights: HeadWeights) -> tuple[Structure, tuple[object, ...]]:
+    """The structure Head, and what must stay alive behind it."""
+    target = weights.target
+    files = weights.files
+    size = sum(_bytes(weight, target.dtype) for weight in files.weights.values())
+    arena = Arena(size, IF_FASTER)
+    layers = NativeLayers(weights.layers(), arena)
+    fc = pack([weights.held["fc.weight"]], arena)
+    embedding = target.embedding if weights.embedding is None else weights.embedding
+    outputs, scales = _outputs(weights)
+    vectors = {"fc_bias": weights.get("fc.bias"), **_norms(weights)}
+    tensors = {name: None if v is None else v.float().contiguous() for name, v in vectors.items()}
+    tensors |= {"tokens": weights.draft_ids, **scales}
+    struct = kernels.Head(
+        layers=ctypes.addressof(layers.structs),
+        layer_count=len(layers.structs),
+        outputs_count=len(weights.draft_ids),
+        aux_count=len(files.aux_layers),
+        norm_before_residual=files.norm_before_residual,
+        fused=files.fused,
+        aux_eps=(target.config if files.fused else files.shape).rms_eps,
+        fc=fc.struct,
+        outputs=outputs.struct,
+        **embedding_fields(embedding),
+        **{name: pointer(tensor) for name, tensor in tensors.items()},
+    )
+    return struct, (layers, fc, embedding, outputs, tensors)
+
+
+def _bytes(weight: Matrix, dtype: torch.dtype) -> int:
+    if isinstance(weight, QuantizedTensor):
+        return weight.rows.nbytes
+    return weight.numel() * dtype.itemsize
+
+
+def _norms(weights: HeadWeights) -> dict[str, Tensor | None]:
+    if weights.files.fused:  # the features are what the target's output matrix reads
+        return {"aux_norm": weights.target.final_norm}
+    return {
+        "aux_norm": weights.ones() if weights.norms_aux else None,
+        "input_norm": weights["midlayer.input_layernorm.weight"],
+        "hidden_norm": weights["midlayer.hidden_norm.weight"],
+        "final_norm": weights["norm.weight"],
+    }
+
+
+def _outputs(weights: HeadWeights) -> tuple[PackedWeight, dict[str, Tensor]]:
+    """The output matrix: the target's, or [draft, hidden] in 8 bits where it is bf16, else packed
+    as it is; and what else the structure names of it."""
+    if weights.files.fused:
+        assert isinstance(weights.target.head, PackedWeight)
+        return weights.target.head, {}
+    output = weights.output
+    if output.dtype == torch.bfloat16 and output.shape[1] % 4 == 0:
+        packed, scale, sums = pack_bytes(output)
+        return packed, {"scale": scale, "sums": sums}
+    return pack([output]), {}

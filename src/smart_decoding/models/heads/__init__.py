@@ -1,0 +1,1 @@
+"""Draft heads: files, weights, export."""

@@ -1,0 +1,87 @@
+"""An EAGLE head at inference: aux hidden states and tokens in, ranked children out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from smart_decoding.engine.kv import PAGE
+from smart_decoding.errors import ModelError
+from smart_decoding.models.cpu.kernel_check import unserved
+from smart_decoding.models.cpu.native_level import NativeLevel
+from smart_decoding.models.families.decoder import rotary_table
+from smart_decoding.models.heads.files import scheme_of
+from smart_decoding.models.heads.weights import HeadWeights, TargetWeights
+from smart_decoding.models.torch.head_levels import Eagle2Levels, Eagle3Levels, SteppedLevels
+from smart_decoding.models.torch.layers import KVCache
+
+if TYPE_CHECKING:
+    from smart_decoding.models.heads.features import Features
+    from smart_decoding.models.heads.files import HeadFiles
+
+
+class EagleHead:
+    """The head on the target's device; its keys live in pages with the target's numbers, plus
+    scratch for the tree.
+
+    shape: what the cost of a level depends on. levels: how they run."""
+
+    def __init__(
+        self,
+        files: HeadFiles,
+        target: TargetWeights,
+        pages: int,
+        scratch_pages: int,
+        positions: int,
+    ) -> None:
+        reason = unserved(files.shape) if target.native else None
+        if reason is not None:
+            raise ModelError(
+                f"the CPU kernels do not serve this head: {reason}; take another head or method"
+            )
+        weights = HeadWeights(files, target)
+        self._config = files.shape
+        self._target = target
+        self.work_dtype = target.work_dtype  # of aux hidden states and activations
+        self.aux_layers = files.aux_layers
+        self.supports_images = files.supports_images
+        self.draft_ids = weights.draft_ids
+        self.shape = (
+            files.shape.layers,
+            files.shape.hidden,
+            files.shape.ffn,
+            len(weights.draft_ids),
+            len(files.aux_layers),
+            *filter(None, [scheme_of(files.config)]),
+        )
+        self.levels: SteppedLevels | NativeLevel
+        if target.native:
+            self.levels = NativeLevel(weights)
+        else:
+            self.levels = (Eagle2Levels if files.fused else Eagle3Levels)(weights)
+        self.allocate(pages + scratch_pages, positions)
+
+    def allocate(self, pages: int, positions: int) -> None:
+        """Makes room for keys, anew, and for positions below `positions`."""
+        c = self._config
+        target = self._target
+        self.levels.kv = KVCache.empty(
+            c.layers, c.kv_heads, pages, c.head_dim, target.dtype, target.device, target.native
+        )
+        self.levels.rotary = rotary_table(c, positions, target.device)
+
+    def take(self, features: Features, row: int) -> Tensor:
+        """A row of aux hidden states: [1, width], a copy."""
+        return torch.as_tensor(features)[row : row + 1].clone()
+
+    def copy_page(self, source: int, target: int) -> None:
+        """Copies the keys of page `source` to a later page `target`."""
+        slots = torch.arange(PAGE, dtype=torch.int32)
+        self.levels.kv.move(source * PAGE + slots, target * PAGE + slots)
+
+    def blank(self, rows: int) -> Tensor:
+        """Aux hidden states of `rows` rows, of arbitrary content."""
+        width = len(self.aux_layers) * self._target.config.hidden
+        return torch.ones(rows, width, dtype=self.work_dtype, device=self._target.device)

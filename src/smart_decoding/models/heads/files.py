@@ -1,0 +1,401 @@
+"""Draft heads on disk: those of `smart train`, and published ones in the layouts of EAGLE-1/2,
+EAGLE-3, speculators.
+
+All are brought to one form, `HeadFiles`; docs/eagle-heads.md has the conventions. Loading is
+strict: a tensor that is missing, misshapen or unknown is an error that names it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from smart_decoding.errors import ModelError
+from smart_decoding.files import expanded, read_json, reading
+from smart_decoding.models.checkpoints.config import ModelConfig, check_shapes
+from smart_decoding.models.checkpoints.hub_repository import PATIENT, download
+from smart_decoding.models.checkpoints.registry import TRUST, hub_id_of
+from smart_decoding.models.checkpoints.rounding import ROUNDED, restored
+from smart_decoding.models.checkpoints.weight_files import unpickle
+from smart_decoding.models.families import rope
+
+if TYPE_CHECKING:
+    from smart_decoding.kernels.weights import Matrix
+
+ARCHITECTURE = "SmartEagle3Head"
+FIRST = "midlayer."  # EAGLE-3's name for the layer
+# what a head reads of images: nothing, or their embeddings
+VISUAL_POSITIONS = ("dropped", "decoupled")
+_IGNORED = ("t2d", "midlayer.self_attn.rotary_emb.inv_freq")  # what they say is known already
+_OPTIONAL = ("d2t", *_IGNORED)
+# speculators options, and what they add
+_UNSUPPORTED = {"norm_before_fc": "input_norm", "norm_output": "norm_output"}
+
+# Of the tensors that a head must hold, by EAGLE-3's names.
+Shapes: TypeAlias = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class HeadFiles:
+    """A head as read from disk, checked against the target.
+
+    weights: EAGLE-3's names, `draft_ids` [draft] (target ids) instead of d2t, and where the head
+    has its own:
+        `lm_head.weight`, `embed_tokens.weight`, `fc.bias`, `fc_norm.{i}.weight`. EAGLE-1/2 has only
+        fc and the layers. The first layer is `midlayer.*`; further ones, ordinary Llama layers, are
+        `layers.1.*`, `layers.2.*`, ... Matrices of a head of ours may be quants, as `quantization`
+        in its config says.
+    aux_layers: layers of the target whose outputs the head reads. shape: of the head's layers.
+    fused: EAGLE-1/2, whose fc reads [embedding ; features] at every step.
+    norm_before_residual: the layer's residual is the normed features, not the features.
+    supports_images: it was trained with images: `visual_positions` is "decoupled" in its config."""
+
+    config: Mapping[str, Any]
+    weights: Mapping[str, Matrix]
+    aux_layers: tuple[int, ...]
+    shape: ModelConfig
+    fused: bool = False
+    norm_before_residual: bool = False
+    supports_images: bool = False
+
+
+def head_folder(name: str | Path, trust_pickle: bool = False) -> Path:
+    """The folder of a head: a local one, or OWNER/NAME from the hub, pickled weights only if there
+    are no others.
+
+    Raises ModelError or DownloadError."""
+    path = expanded(name)
+    if path.is_dir():
+        return path
+    hub_id = hub_id_of(str(name))
+    if hub_id is None or hub_id[2]:
+        raise ModelError(
+            f"no draft head {str(name)!r}: no such folder, nor a hub id such as OWNER/NAME"
+        )
+    folder = download(hub_id[1], ["config.json", "*.safetensors"], [], PATIENT)
+    if not any(folder.glob("*.safetensors")):
+        if not trust_pickle:
+            raise ModelError(
+                f"the head {name} has no safetensors, and pickles are refused: {TRUST}"
+            )
+        folder = download(hub_id[1], ["config.json", "pytorch_model.bin"], [], PATIENT)
+    return folder
+
+
+def is_head(folder: Path) -> bool:
+    """Whether a local folder says that it is a draft head's, though a tokenizer may lie in it."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return False
+    with reading(path):
+        config = read_json(path)
+        names = config.get("architectures") or []
+        return "draft_vocab_size" in config or any("eagle" in str(name).lower() for name in names)
+
+
+def is_for(folder: Path, target: ModelConfig) -> bool:
+    """Whether a head of ours is for a model of the target's sizes."""
+    path = folder / "config.json"
+    with reading(path):
+        config = read_json(path)
+    attention = {
+        "num_attention_heads": target.heads,
+        "num_key_value_heads": target.kv_heads,
+        "head_dim": target.head_dim,
+    }
+    return all(config.get(name) == size for name, size in (_sizes(target) | attention).items())
+
+
+def load_head(folder: Path, target: ModelConfig, trust_pickle: bool = False) -> HeadFiles:
+    """Reads a head and checks that it fits the target. Raises ModelError naming what does not.
+
+    trust_pickle: whether its weights may be a pickle, where there are no others."""
+    check_folder(folder)
+    path = folder / "config.json"
+    with reading(path):
+        config = read_json(path)
+        load = _load_ours if _is_ours(config) else _load_published
+        return load(folder, config, target, trust_pickle)
+
+
+def check_folder(folder: Path) -> None:
+    """Raises ModelError for a folder that is no head's."""
+    if not (folder / "config.json").exists():
+        raise ModelError(f"{folder} is not a draft head: it has no config.json")
+
+
+def scheme_of(config: Mapping[str, Any]) -> str | None:
+    """How a head's matrices are rounded, by its config; None where they are not. Raises
+    ValueError for what is not known."""
+    scheme = config.get("quantization") if _is_ours(config) else None
+    if scheme not in (None, *ROUNDED):
+        raise ValueError(f"quantization {scheme!r} is none of {', '.join(ROUNDED)}")
+    return scheme
+
+
+def _is_ours(config: Mapping[str, Any]) -> bool:
+    return config.get("architectures") == [ARCHITECTURE]
+
+
+def _load_ours(
+    folder: Path, config: Mapping[str, Any], target: ModelConfig, trust_pickle: bool
+) -> HeadFiles:
+    for name, value in _sizes(target).items():
+        _check_equal(folder, name, config.get(name), value)
+    aux_layers = _within(folder, config.get("taps") or (), target)
+    shape = replace(target.of_head(), ffn=int(config.get("intermediate_size", target.ffn)))
+    tensors = _read_tensors(folder, trust_pickle)
+    scheme = scheme_of(config)
+    weights: Mapping[str, Matrix] = restored(tensors, scheme) if scheme else tensors
+    shapes = eagle3_shapes(shape, target.hidden, aux_layers) | _aux_norms(shape, len(aux_layers))
+    _check_shapes(folder, weights, shapes, ("draft_ids",))
+    _check_ids(folder, tensors.get("draft_ids"), target.vocab)
+    images = _supports_images(folder, config)
+    return HeadFiles(config, weights, aux_layers, shape, supports_images=images)
+
+
+def _sizes(target: ModelConfig) -> dict[str, int]:
+    return {
+        "hidden_size": target.hidden,
+        "vocab_size": target.vocab,
+        "target_num_hidden_layers": target.layers,
+    }
+
+
+def _load_published(
+    folder: Path, config: Mapping[str, Any], target: ModelConfig, trust_pickle: bool
+) -> HeadFiles:
+    shape = _shape(folder, config, target)
+    tensors = _read_tensors(folder, trust_pickle)
+    weights = {_plain_name(name): tensor for name, tensor in tensors.items()}
+    shape = replace(
+        shape,
+        qkv_bias=f"{FIRST}self_attn.q_proj.bias" in weights,
+        o_bias=f"{FIRST}self_attn.o_proj.bias" in weights,
+    )
+    fused = weights.keys().isdisjoint((f"{FIRST}hidden_norm.weight", "d2t", "norm.weight"))
+    if fused:
+        aux_layers: tuple[int, ...] = (target.layers,)
+        ids = torch.arange(target.vocab)
+        bias: Shapes = {"fc.bias": (shape.hidden,)} if config.get("bias", True) else {}
+        shapes = eagle2_shapes(shape) | bias
+    else:
+        aux_layers = _aux_layers(folder, config, target)
+        ids = _draft_ids(folder, weights, target.vocab)
+        shapes = eagle3_shapes(shape, target.hidden, aux_layers)
+        shapes |= _found_aux_norms(folder, weights, shape, len(aux_layers))
+        shapes["lm_head.weight"] = (len(ids), shape.hidden)
+    if "embed_tokens.weight" in weights:
+        shapes["embed_tokens.weight"] = (target.vocab, target.hidden)
+    _check_shapes(folder, weights, shapes | further_shapes(shape), _OPTIONAL)
+    kept = {name: tensor for name, tensor in weights.items() if name not in ("d2t", *_IGNORED)}
+    return HeadFiles(
+        config,
+        kept | {"draft_ids": ids},
+        aux_layers,
+        shape,
+        fused,
+        bool(config.get("norm_before_residual", False)),
+        _supports_images(folder, config),
+    )
+
+
+def _read_tensors(folder: Path, trust_pickle: bool) -> dict[str, Tensor]:
+    files = sorted(folder.glob("model*.safetensors"))
+    pickled = folder / "pytorch_model.bin"
+    if not files and pickled.is_file():
+        if not trust_pickle:
+            raise ModelError(f"{pickled} is a pickle, and pickles are refused: {TRUST}")
+        return unpickle(pickled)
+    tensors: dict[str, Tensor] = {}
+    for path in files or [folder / "model.safetensors"]:
+        with reading(path):
+            tensors |= load_file(path)
+    return tensors
+
+
+def _check_shapes(
+    folder: Path, weights: Mapping[str, Matrix], shapes: Shapes, optional: tuple[str, ...]
+) -> None:
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    check_shapes(f"the head in {folder}", found, shapes, optional, "this layout", "the model needs")
+
+
+def _aux_norms(shape: ModelConfig, aux_layers: int) -> Shapes:
+    return {f"fc_norm.{i}.weight": (shape.hidden,) for i in range(aux_layers)}
+
+
+def _found_aux_norms(
+    folder: Path, weights: Mapping[str, Tensor], shape: ModelConfig, aux_layers: int
+) -> Shapes:
+    """The same of a published head, which may have none. Raises ModelError if it has some only."""
+    norms = _aux_norms(shape, aux_layers)
+    found = {name for name in weights if name.startswith("fc_norm.")}
+    if found and found != norms.keys():
+        raise ModelError(
+            f"the head in {folder} has {len(found)} tensors fc_norm, but reads {aux_layers} layers"
+        )
+    return norms if found else {}
+
+
+def _supports_images(folder: Path, config: Mapping[str, Any]) -> bool:
+    how = config.get("visual_positions", VISUAL_POSITIONS[0])
+    if how not in VISUAL_POSITIONS:
+        known = ", ".join(VISUAL_POSITIONS)
+        raise ModelError(f"the head in {folder} has visual_positions {how!r}; supported: {known}")
+    return bool(how == VISUAL_POSITIONS[1])
+
+
+def _shape(folder: Path, config: Mapping[str, Any], target: ModelConfig) -> ModelConfig:
+    """The head's own layer. What is not said is as in the public code: rope_theta 10000,
+    rms_norm_eps 1e-6."""
+    layer = config.get("transformer_layer_config") or config
+    _refuse_options(folder, config, layer)
+    try:
+        heads = int(layer["num_attention_heads"])
+        hidden = int(layer["hidden_size"])
+        ffn = int(layer["intermediate_size"])
+        vocab = int(layer["vocab_size"])
+    except KeyError as error:
+        raise ModelError(
+            f"config.json in {folder} lacks {error}: it is no draft head that is known here"
+        ) from error
+    _check_equal(folder, "hidden_size", hidden, target.hidden)
+    _check_equal(folder, "vocab_size", vocab, target.vocab)
+    if config.get("target_hidden_size") is not None:
+        found = int(config["target_hidden_size"])
+        _check_equal(folder, "target_hidden_size", found, target.hidden)
+    options = rope.options_of(layer)
+    positions = int(layer.get("max_position_embeddings") or target.max_positions)
+    return ModelConfig(
+        family="llama",
+        layers=int(layer.get("num_hidden_layers") or 1),
+        hidden=hidden,
+        heads=heads,
+        kv_heads=int(layer.get("num_key_value_heads") or heads),
+        head_dim=int(layer.get("head_dim") or hidden // heads),
+        ffn=ffn,
+        vocab=vocab,
+        rope_theta=float(options.get("rope_theta") or 10_000.0),
+        rms_eps=float(layer.get("rms_norm_eps") or 1e-6),
+        max_positions=positions,
+        rope_scaling=rope.scaling_from_hf(options, positions),
+    )
+
+
+def _refuse_options(folder: Path, config: Mapping[str, Any], layer: Mapping[str, Any]) -> None:
+    if config.get("speculators_model_type") == "eagle":
+        raise ModelError(
+            f"the head in {folder} is speculators' layout of EAGLE-1, which is not supported"
+        )
+    for name, adds in _UNSUPPORTED.items():
+        if config.get(name):
+            raise ModelError(
+                f"the head in {folder} has {name}, which is not supported (it adds {adds})"
+            )
+    act = layer.get("hidden_act", "silu")
+    if act not in ("silu", "swish"):
+        raise ModelError(f"the head in {folder} has hidden_act {act!r}; supported: silu")
+
+
+def _check_equal(folder: Path, name: str, found: Any, wanted: int) -> None:
+    if found != wanted:
+        raise ModelError(f"the head in {folder} has {name} {found}, but the model has {wanted}")
+
+
+def _aux_layers(folder: Path, config: Mapping[str, Any], target: ModelConfig) -> tuple[int, ...]:
+    """Layers whose outputs the head reads, counted from 1: the inputs of layers 2, L // 2 and L -
+    3, unless it says so.
+
+    speculators names layer inputs; SpecForge's nested `eagle_config` names layer outputs, which are
+    one further on."""
+    listed = config.get("eagle_aux_hidden_state_layer_ids")
+    nested = (config.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids")
+    if listed is None and nested is not None:
+        listed = [int(i) + 1 for i in nested]
+    return _within(folder, listed or (2, target.layers // 2, target.layers - 3), target)
+
+
+def _within(folder: Path, listed: Sequence[Any], target: ModelConfig) -> tuple[int, ...]:
+    """The layers a head reads. Raises ModelError unless they are the target's, and in order."""
+    aux_layers = tuple(int(i) for i in listed)
+    ascending = sorted(set(aux_layers)) == list(aux_layers)
+    if not aux_layers or not ascending or aux_layers[0] < 1 or aux_layers[-1] > target.layers:
+        raise ModelError(
+            f"the head in {folder} reads layers {aux_layers} of a model of {target.layers}: "
+            "they must be distinct, ascending and within it"
+        )
+    return aux_layers
+
+
+def _draft_ids(folder: Path, weights: Mapping[str, Tensor], vocab: int) -> Tensor:
+    """[draft] target ids of the head's own vocabulary: i + d2t[i]; without d2t it is the
+    target's."""
+    offset = weights.get("d2t")
+    if offset is None:
+        return torch.arange(vocab)
+    ids = torch.arange(len(offset)) + offset.long()
+    _check_ids(folder, ids, vocab)
+    marked = weights.get("t2d")
+    if marked is not None and (
+        marked.numel() != vocab or not torch.equal(marked.bool().nonzero()[:, 0], ids)
+    ):
+        raise ModelError(f"the head in {folder} has d2t and t2d that contradict each other")
+    return ids
+
+
+def _check_ids(folder: Path, ids: Tensor | None, vocab: int) -> None:
+    if ids is None or not len(ids) or int(ids.min()) < 0 or int(ids.max()) >= vocab:
+        raise ModelError(f"the head in {folder} lacks draft_ids within the model's vocabulary")
+
+
+def _plain_name(name: str) -> str:
+    """EAGLE-3's name for a tensor: speculators and EAGLE-1/2 call the layer `layers.0`."""
+    return FIRST + name.removeprefix("layers.0.") if name.startswith("layers.0.") else name
+
+
+def eagle3_shapes(c: ModelConfig, target_hidden: int, aux_layers: tuple[int, ...]) -> Shapes:
+    """EAGLE-3: q, k and v read [embedding ; features]."""
+    return {
+        "fc.weight": (c.hidden, len(aux_layers) * target_hidden),
+        "norm.weight": (c.hidden,),
+        f"{FIRST}input_layernorm.weight": (c.hidden,),
+        f"{FIRST}hidden_norm.weight": (c.hidden,),
+        **_first_shapes(c, 2 * c.hidden),
+    }
+
+
+def eagle2_shapes(c: ModelConfig) -> Shapes:
+    """EAGLE-1/2: fc reads [embedding ; features], and the layer has no norm at its input."""
+    return {"fc.weight": (c.hidden, 2 * c.hidden), **_first_shapes(c, c.hidden)}
+
+
+def further_shapes(c: ModelConfig) -> Shapes:
+    """The layers after the first are ordinary ones: they read what the one before gave, through
+    their own norm."""
+    shapes: Shapes = {}
+    for prefix in layer_prefixes(c.layers)[1:]:
+        shapes |= _layer_shapes(c, c.hidden, prefix)
+    return shapes
+
+
+def layer_prefixes(layers: int) -> list[str]:
+    """What the names of each layer's tensors start with in `HeadFiles.weights`."""
+    return [FIRST, *(f"layers.{i}." for i in range(1, layers))]
+
+
+def _layer_shapes(c: ModelConfig, width: int, prefix: str) -> Shapes:
+    return {prefix + name: shape for name, shape in c.layer_shapes(width).items()}
+
+
+def _first_shapes(c: ModelConfig, width: int) -> Shapes:
+    """Those of the first layer, but for norms of what it reads."""
+    shapes = _layer_shapes(c, width, FIRST)
+    del shapes[f"{FIRST}input_layernorm.weight"]
+    return shapes

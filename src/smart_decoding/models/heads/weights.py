@@ -1,0 +1,119 @@
+"""A head's tensors on its target's device, and what it borrows of the target."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from smart_decoding.kernels.weights import as_tensor
+from smart_decoding.models.checkpoints.rounding import RoundedWeights
+from smart_decoding.models.heads.files import FIRST, layer_prefixes
+from smart_decoding.models.torch.layers import LayerWeights, layer_weights
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from smart_decoding.kernels.weights import Matrix, PackedWeight
+    from smart_decoding.models.checkpoints.config import ModelConfig
+    from smart_decoding.models.heads.files import HeadFiles
+    from smart_decoding.models.torch.torch_layers import Linear
+
+
+class TargetWeights(Protocol):
+    """What a head borrows of its target. native: whether the head runs on the CPU kernels;
+    graphs: whether its levels are recorded on a CUDA device; work_dtype: of activations; head:
+    the output matrix."""
+
+    config: ModelConfig
+    native: bool
+    graphs: bool
+    dtype: torch.dtype
+    work_dtype: torch.dtype
+    device: torch.device
+    head: Linear | PackedWeight
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the CPU kernels hold quants of the target."""
+
+    @property
+    def final_norm(self) -> Tensor | None:
+        """The weight [hidden] of the norm before the output matrix; None if the aux hidden states
+        of an EAGLE-1/2 head come through it already."""
+
+    @property
+    def embedding(self) -> PackedWeight | Tensor:
+        """The embeddings, packed or as a table, as the CPU kernels read them."""
+
+    def embed(self, token: Tensor) -> Tensor:
+        """[n, hidden], on torch."""
+
+
+class HeadWeights:
+    """A head's tensors on the target's device, in its dtype.
+
+    draft_ids: [draft] the tokens it proposes. norms_aux: it normalises each layer's aux hidden
+    states before `fc`."""
+
+    def __init__(self, files: HeadFiles, target: TargetWeights) -> None:
+        self.files = files
+        self.target = target
+        self.draft_ids = self._read("draft_ids").long()
+        self.norms_aux = "fc_norm.0.weight" in files.weights
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._read(name).to(self.target.dtype)
+
+    def get(self, name: str) -> Tensor | None:
+        """The tensor, or None where the head has none of that name."""
+        return self[name] if name in self.files.weights else None
+
+    def ones(self) -> Tensor:
+        """[hidden] the weight of norms whose own weight is in the columns of `fc`."""
+        hidden = self.files.shape.hidden
+        return torch.ones(hidden, dtype=self.target.dtype, device=self.target.device)
+
+    @cached_property
+    def fc(self) -> Tensor:
+        """[hidden, inputs], the weights of norms before it folded into its columns."""
+        fc = self._read("fc.weight")
+        if self.norms_aux:
+            count = len(self.files.aux_layers)
+            scales = [self._read(f"fc_norm.{i}.weight").float() for i in range(count)]
+            fc = fc.float() * torch.cat(scales)[None]
+        return fc.to(self.target.dtype)
+
+    @cached_property
+    def held(self) -> Mapping[str, Matrix]:
+        """Its tensors by name, matrices in 8 bits where the target's are quants, unless they are
+        quants already: no answer depends on drafts. `fc.weight` is `fc`."""
+        weights = {**self.files.weights, "fc.weight": self.fc}
+        return RoundedWeights(weights, "int8") if self.target.quantized else weights
+
+    @cached_property
+    def embedding(self) -> Tensor | None:
+        """[vocab, hidden] its own embeddings; None where it reads the target's."""
+        own = self.get("embed_tokens.weight")
+        return None if own is None else own.contiguous()
+
+    @cached_property
+    def output(self) -> Tensor:
+        """[draft, hidden] the output matrix: its own, or rows of the target's."""
+        own = self.get("lm_head.weight")
+        rows = self.target.head.rows_of(self.draft_ids) if own is None else own
+        return rows.to(self.target.dtype)
+
+    def _read(self, name: str) -> Tensor:
+        return as_tensor(self.files.weights[name]).to(self.target.device)
+
+    def layers(self) -> list[LayerWeights]:
+        """Its layers; the first has no norm of its own at its input."""
+        shape = self.files.shape
+        target = self.target
+        return [
+            layer_weights(shape, self.held, prefix, target.dtype, target.device, prefix != FIRST)
+            for prefix in layer_prefixes(shape.layers)
+        ]

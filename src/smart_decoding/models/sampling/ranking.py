@@ -1,0 +1,97 @@
+"""The best tokens of logits: a drafter's children, guessed with the noise that the target will draw
+with."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from smart_decoding.kernels import sampling as kernels
+from smart_decoding.models.sampling.noise import gumbel, noise_key
+from smart_decoding.models.torch.device_sampling import perturbed
+from smart_decoding.models.torch.rows import download, upload
+
+if TYPE_CHECKING:
+    from smart_decoding.drafters.levels import LevelRequest, Ranked
+    from smart_decoding.models.sampling.processors import FloatRow
+
+
+def noise_of(asked: LevelRequest) -> tuple[FloatRow, NDArray[np.uint64] | None]:
+    """Factors on the logits [rows], and keys of the noise [rows] (0: none), or None if no row has
+    any."""
+    sampled = asked.temperature > 0
+    scale = np.where(sampled, 1.0 / np.maximum(asked.temperature, 1e-3), 1.0).astype(np.float32)
+    if not sampled.any():
+        return scale, None
+    seed, sample, position = (np.array(column) for column in zip(*asked.draws, strict=True))
+    return scale, np.where(sampled, noise_key(seed, sample, position), np.uint64(0))
+
+
+def noise_of_levels(
+    asked: LevelRequest, levels: int
+) -> tuple[FloatRow | None, NDArray[np.uint64] | None]:
+    """The same for each request at `levels` levels: factors [batch], and keys [batch, levels]; None
+    where all are greedy."""
+    if not len(asked.draws):
+        return None, None
+    scale, keys = noise_of(asked)
+    return np.ascontiguousarray(scale[::levels]), keys
+
+
+def ranked(logits: Tensor, tokens: Tensor, asked: LevelRequest, native: bool) -> Ranked:
+    """The most likely of `tokens` [n] after each row of logits [rows, n], best first, and
+    probabilities: [rows, k].
+
+    Greedy rows: softmax over `tokens`. Others: what the drafter would draw at the row's temperature
+    [rows] with the noise that the target will draw with: the target most often draws the same."""
+    k = min(asked.k, len(tokens))
+    if native:
+        scale, keys = noise_of(asked)
+        wanted = None if keys is None else torch.from_numpy(keys.view(np.int64))
+        ids, probs = kernels.top_k(logits.contiguous(), k, torch.from_numpy(scale), wanted, tokens)
+        return tokens[ids].numpy(), probs.double().numpy()
+    return fetched(*best_children(logits, tokens, k, noise_there(asked, logits.device)))
+
+
+def fetched(ids: Tensor, logprobs: Tensor) -> Ranked:
+    """Both on the host, by one wait: ids below 2^24 are exact in float32."""
+    found = download(torch.cat((ids, logprobs), -1))
+    k = ids.shape[-1]
+    return found[:, :k].astype(np.int64), np.exp(found[:, k:].astype(np.float64))
+
+
+def packed_noise(scale: FloatRow, keys: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """[2, rows] of `noise_of`, as devices take it: the bits of the factors as float64, and keys."""
+    return np.stack((scale.astype(np.float64).view(np.int64), keys.view(np.int64)))
+
+
+def noise_there(asked: LevelRequest, device: torch.device) -> Tensor | None:
+    """`packed_noise` on a device, or None where all rows are greedy."""
+    scale, keys = noise_of(asked)
+    return None if keys is None else upload(packed_noise(scale, keys), device)
+
+
+def best_children(
+    logits: Tensor, tokens: Tensor, k: int, noise: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """What `ranked` says, where the logits lie: ids and log probabilities, [rows, k]. noise:
+    `packed_noise`, or None where all rows are greedy."""
+    scores = logits.float() if noise is None else _noisy(logits, tokens, noise)
+    best, ids = scores.topk(k)
+    total = logits.float().logsumexp(-1, keepdim=True)
+    if noise is not None:
+        total = torch.where(noise[1][:, None] != 0, best.logsumexp(-1, keepdim=True), total)
+    return tokens[ids], best - total
+
+
+def _noisy(logits: Tensor, tokens: Tensor, noise: Tensor) -> Tensor:
+    if logits.device.type != "cpu":
+        return perturbed(logits, tokens, noise)
+    scale, keys = noise.numpy()
+    drawn = gumbel(keys.view(np.uint64)[:, None], tokens.numpy()) * (keys != 0)[:, None]
+    factor = torch.from_numpy(scale.view(np.float64)).float()
+    return logits.float() * factor[:, None] + torch.from_numpy(drawn)

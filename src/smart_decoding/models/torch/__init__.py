@@ -1,0 +1,1 @@
+"""The models on torch: layers, graphs, Triton."""

@@ -1,0 +1,183 @@
+"""The levels of a head as a few calls of torch each.
+
+EAGLE-3 (arXiv 2503.01840): q, k and v read [norm(embedding) ; norm(features)], the residual is the
+un-normalised features, and what is fed back is the output before the last norm. EAGLE-1/2: fc
+merges [embedding ; features] into the layer's input, and the target's own output matrix ranks what
+comes out. docs/eagle-heads.md has the conventions.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from smart_decoding.core.merging import merge
+from smart_decoding.core.selection import Fixed
+from smart_decoding.engine.protocols import Grown
+from smart_decoding.models.families.decoder import put
+from smart_decoding.models.heads.features import FeaturePart, stacked, take_rows
+from smart_decoding.models.sampling.ranking import ranked
+from smart_decoding.models.torch.device_growth import DeviceGrowth
+from smart_decoding.models.torch.graphs import layers_on
+from smart_decoding.models.torch.layers import Context, KVCache
+from smart_decoding.models.torch.torch_layers import Linear, rms_norm
+
+if TYPE_CHECKING:
+    from smart_decoding.core.rule import TreeRule
+    from smart_decoding.core.tree import DraftTrees, IntArray
+    from smart_decoding.drafters.levels import Growth, LevelRequest, Ranked
+    from smart_decoding.engine.rows import Rows
+    from smart_decoding.models.heads.weights import HeadWeights
+
+
+# On a GPU: two waits a round, or one for each level and a host that can stop. Which is faster was
+# not measured yet: tools/gpu_check.sh says which of both to write here.
+DEVICE_CHOOSES = True
+
+
+class SteppedLevels(ABC):
+    """What EAGLE-1/2 and EAGLE-3 share: pairs go through the layers, and the output is ranked.
+
+    kv, rotary: a head's keys and values, and its tables [positions, head_dim / 2], which it sets.
+    grows: whether a device chooses what levels expand: its kernels must read `DeviceRows`."""
+
+    kv: KVCache
+    rotary: tuple[Tensor, Tensor]
+    _output: Linear
+    _last_norm: Tensor | None = None  # before it
+
+    def __init__(self, weights: HeadWeights) -> None:
+        self._config = weights.files.shape
+        self._target = target = weights.target
+        self._layers = layers_on(target.device, weights.layers(), target.graphs)
+        self._fc = Linear(weights.fc, weights.get("fc.bias"))
+        self._embedding = weights.embedding
+        self._draft_ids = weights.draft_ids
+        self._round: list[Tensor] = []
+        self.grows = DEVICE_CHOOSES and target.device.type == "cuda"
+
+    @torch.inference_mode()
+    def first(
+        self, rows: Rows, parts: Sequence[FeaturePart], last: IntArray, asked: LevelRequest
+    ) -> Ranked:
+        """Begins a round: runs pairs of tokens and aux states; children of the `last` rows."""
+        self._round = [take_rows(self._catch_up(rows, parts), last)]
+        return self._rank(asked)
+
+    @torch.inference_mode()
+    def deeper(self, rows: Rows, above: IntArray, asked: LevelRequest) -> Ranked:
+        """Runs nodes below the outputs `above` of this round; the best children of all."""
+        context = Context(rows, *self.rotary)
+        self._round.append(self._run(context, take_rows(self.outputs, above)))
+        return self._rank(asked)
+
+    def follows(self, rule: TreeRule) -> bool:
+        """Whether `grow` follows a rule: what a level expands must be known before."""
+        return Fixed.before(rule) is not None
+
+    @torch.inference_mode()
+    def grow(
+        self, rule: TreeRule, given: DraftTrees, growth: Growth, parts: Sequence[FeaturePart]
+    ) -> Grown:
+        """All levels of a rule of which `Fixed.before` knows the widths, beside the nodes `given`;
+        the host waits for a device once."""
+        fixed = Fixed.before(rule)
+        assert fixed is not None
+        round = DeviceGrowth(rule, fixed, growth, self._draft_ids)
+        self._round = [self._catch_up(growth.rows, parts)[round.last]]
+        round.rank(self._logits())
+        while (level := round.expand(self.rotary)) is not None:
+            context, above = level
+            self._round.append(self._run(context, self._round[-1][above]))
+            round.rank(self._logits())
+        trees, expanded, seconds = round.fetch()
+        if len(given):
+            merge(given, trees, 0)
+            trees = given
+        return Grown(trees, None, expanded, seconds, 0.0)
+
+    @property
+    def outputs(self) -> Tensor:
+        """[rows, hidden] of this round so far, which deeper levels read."""
+        return torch.cat(self._round)
+
+    @abstractmethod
+    def _features(self, states: Tensor) -> Tensor:
+        """Features [rows, hidden] of aux hidden states [rows, aux_layers * hidden]."""
+
+    @abstractmethod
+    def _inputs(self, rows: Rows, embedded: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        """The residual stream [rows, hidden], to be changed in place, and what q, k and v of the
+        first layer read."""
+
+    def _catch_up(self, rows: Rows, parts: Sequence[FeaturePart]) -> Tensor:
+        """The outputs [rows, hidden] of all pairs that wait."""
+        states = torch.cat([stacked(part) for part in parts])
+        features = self._features(states.to(self._target.device, self._target.work_dtype))
+        return self._run(Context(rows, *self.rotary), features)
+
+    def _run(self, context: Context, features: Tensor) -> Tensor:
+        """One pass over pairs of features and tokens: the outputs [rows, hidden], fed back as
+        features."""
+        rows = context.rows
+        embedded = self._embed(context.on_device.token)
+        put(embedded, rows.mm_embeds)
+        x, context.inputs = self._inputs(rows, embedded, features)
+        self._layers(x, context, self.kv)
+        return x
+
+    def _logits(self) -> Tensor:
+        """After the rows that were run last."""
+        x = rms_norm(self._round[-1], self._last_norm, self._config.rms_eps)
+        return self._output(x)
+
+    def _rank(self, asked: LevelRequest) -> Ranked:
+        return ranked(self._logits(), self._draft_ids, asked, native=False)
+
+    def _embed(self, token: Tensor) -> Tensor:
+        return self._target.embed(token) if self._embedding is None else self._embedding[token]
+
+
+class Eagle2Levels(SteppedLevels):
+    """EAGLE-1/2: the features are what the target's output matrix reads, and it ranks."""
+
+    def __init__(self, weights: HeadWeights) -> None:
+        super().__init__(weights)
+        assert isinstance(self._target.head, Linear)
+        self._output = self._target.head
+
+    def _features(self, states: Tensor) -> Tensor:
+        return rms_norm(states, self._target.final_norm, self._target.config.rms_eps)
+
+    def _inputs(self, rows: Rows, embedded: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        x = self._fc(torch.cat((embedded, features), dim=-1))
+        put(x, rows.mm_embeds)  # MSD: of a visual position the layer reads the embedding alone
+        return x, x.clone()
+
+
+class Eagle3Levels(SteppedLevels):
+    """EAGLE-3: fc makes features of several layers' states, and the head has an output matrix."""
+
+    def __init__(self, weights: HeadWeights) -> None:
+        super().__init__(weights)
+        self._aux_norm = weights.ones() if weights.norms_aux else None
+        self._input_norm = weights["midlayer.input_layernorm.weight"]
+        self._hidden_norm = weights["midlayer.hidden_norm.weight"]
+        self._norm_before_residual = weights.files.norm_before_residual
+        self._last_norm = weights["norm.weight"]
+        self._output = Linear(weights.output)
+
+    def _features(self, states: Tensor) -> Tensor:
+        each = states.reshape(-1, self._config.hidden)
+        each = rms_norm(each, self._aux_norm, self._config.rms_eps)
+        return self._fc(each.view(len(states), -1))
+
+    def _inputs(self, rows: Rows, embedded: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        eps = self._config.rms_eps
+        normed = rms_norm(features, self._hidden_norm, eps)
+        inputs = torch.cat((rms_norm(embedded, self._input_norm, eps), normed), dim=-1)
+        return normed if self._norm_before_residual else features.clone(), inputs

@@ -1,0 +1,301 @@
+"""What decoder layers share, and layers on the CPU kernels (torch_layers.py: in plain torch)."""
+
+from __future__ import annotations
+
+import math
+import mmap
+from collections.abc import Iterable, Mapping, Sequence
+from ctypes import Structure
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from smart_decoding.engine.kv import PAGE
+from smart_decoding.kernels import ops as kernels
+from smart_decoding.kernels.memory import pointer
+from smart_decoding.kernels.weights import (
+    Arena,
+    Matrix,
+    QuantizedTensor,
+    as_tensor,
+    interleaved,
+    pack,
+)
+from smart_decoding.models.torch.rows import DeviceRows, GroupedRows, device_rows, upload
+
+if TYPE_CHECKING:
+    from smart_decoding.engine.rows import Rows
+    from smart_decoding.models.checkpoints.config import ModelConfig
+
+
+@dataclass
+class LayerWeights:
+    """One Llama-style layer under its usual names. Matrices are [out, in]; qkv: q, k and v.
+
+    `input` is the width that q, k and v read: `hidden`, or twice that in an EAGLE-3 head, which
+    then has no input_norm. attention_norm, ffn_norm: of what both add to x. window: how many
+    positions a row sees, 0: all. angle: the first of its own among a position's rotary angles.
+    gelu: its gates go through GELU (by tanh) in place of SiLU. Where scores are not divided by the
+    root of head_dim, q_norm carries the difference.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    eps: float
+    qkv: Sequence[Matrix]
+    output: Matrix
+    gate: Matrix
+    up: Matrix
+    down: Matrix
+    post_norm: Tensor
+    input_norm: Tensor | None = None
+    qkv_bias: Tensor | None = None
+    output_bias: Tensor | None = None
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
+    attention_norm: Tensor | None = None
+    ffn_norm: Tensor | None = None
+    window: int = 0
+    angle: int = 0
+    gelu: bool = False
+
+    @property
+    def hidden(self) -> int:
+        """Width of the residual stream."""
+        return int(self.output.shape[0])
+
+
+@dataclass
+class KVCache:
+    """Keys and values [layers, kv_heads, pages, PAGE, head_dim].
+
+    native: the CPU kernels write it. There a page's 16 keys lie next to each other for each
+    dimension, [..., head_dim, PAGE], so that one vector load serves 16 positions; or its elements
+    lie as tiles read them (pages.h)."""
+
+    keys: Tensor
+    values: Tensor
+    native: bool = False
+
+    @classmethod
+    def empty(
+        cls,
+        layers: int,
+        kv_heads: int,
+        pages: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        native: bool,
+    ) -> KVCache:
+        """Zeros, in the layout of those who write it."""
+        planes = (layers, kv_heads, pages)
+        key_page = (head_dim, PAGE) if native else (PAGE, head_dim)
+        keys = _zeros((*planes, *key_page), dtype, device)
+        values = _zeros((*planes, PAGE, head_dim), dtype, device)
+        return cls(keys, values, native)
+
+    @cached_property
+    def layers(self) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of each layer."""
+        return list(zip(self.keys.unbind(), self.values.unbind(), strict=True))
+
+    @property
+    def bytes(self) -> int:
+        """Of keys and values."""
+        return 2 * self.keys.numel() * self.keys.element_size()
+
+    def move(self, source: Tensor, target: Tensor) -> None:
+        """Copies slots source[i] -> target[i] (int32, on the CPU) in every layer; targets never
+        precede sources."""
+        if self.native:
+            kernels.move_kv(self.keys, self.values, source, target)
+            return
+        slots = np.stack((source.numpy(), target.numpy()))
+        page, offset = upload(np.stack((slots // PAGE, slots % PAGE)), self.keys.device)
+        for part in (self.keys, self.values):
+            moved = part[..., page[0], offset[0], :]
+            part[..., page[1], offset[1], :] = moved
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """On a CPU in memory that the system makes when it is first written: a server reserves for many
+    requests, and most programs have one. Where a head's part of a layer is less than a huge page,
+    small ones: a prompt of any length would make all of it, which takes 0.1 to 0.8 s for 117 MB."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    size = math.prod(shape) * dtype.itemsize
+    if size and math.prod(shape[2:]) * dtype.itemsize < Arena.HUGE:
+        private = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        return torch.frombuffer(private, dtype=dtype).view(shape)
+    memory = torch.from_numpy(np.zeros(size + 64, np.uint8))  # on huge pages, if there are any
+    start = -memory.data_ptr() % 64  # a vector is to lie in one cache line, as in torch's memory
+    return memory[start : start + size].view(dtype).view(shape)
+
+
+@dataclass
+class Context:
+    """What the layers of one forward share: rows, the rotary tables [positions, angles], and what
+    either form makes of them. angles: head_dim / 2 for each kind of layer that rotates by its own.
+
+    inputs: what q, k and v of the first layer read, [rows, width], if not its normed x. aux_hidden
+    [rows, aux_layers * hidden] receives x as it is after as many layers as `aux_layers` says."""
+
+    rows: Rows
+    cosine: Tensor
+    sine: Tensor
+    inputs: Tensor | None = None
+    aux_layers: tuple[int, ...] = ()
+    aux_hidden: Tensor | None = None
+
+    @cached_property
+    def grouped(self) -> GroupedRows:
+        """The rows as plain torch's attention reads them."""
+        return GroupedRows(self.rows, self.cosine.device)
+
+    @cached_property
+    def on_device(self) -> DeviceRows:
+        """The rows as kernels on a GPU read them."""
+        return device_rows(self.rows, self.cosine.device)
+
+    @cached_property
+    def rotation(self) -> tuple[Tensor, Tensor]:
+        """cos and sin of each row: [rows, angles]."""
+        position = self.on_device.position
+        return self.cosine[position], self.sine[position]
+
+    def keep_aux(self, layers: int, x: Tensor) -> None:
+        """Keeps x [rows, hidden] as it is after so many layers, if that is wanted."""
+        if self.aux_hidden is not None and layers in self.aux_layers:
+            at = self.aux_layers.index(layers) * x.shape[1]
+            self.aux_hidden[:, at : at + x.shape[1]] = x
+
+
+class Layers(Protocol):
+    """All layers of a model or head, on torch."""
+
+    def __call__(self, x: Tensor, context: Context, cache: KVCache) -> None:
+        """Updates x [rows, hidden] in place, layer by layer, and writes the rows' keys and values
+        to the cache."""
+
+
+class NativeLayers:
+    """Layers on the CPU kernels: packed weights and fp32 activations, rounded where a linear layer
+    reads them if its weights are bf16 and the CPU multiplies those."""
+
+    def __init__(self, layers: Iterable[LayerWeights], arena: Arena) -> None:
+        self._keep: list[object] = []
+        structs = [self._struct(w, arena) for w in layers]  # one layer's weights at a time
+        self.structs = (kernels.Layer * len(structs))(*structs)
+
+    def _struct(self, w: LayerWeights, arena: Arena) -> Structure:
+        vectors = [
+            None if vector is None else vector.float().contiguous()
+            for vector in (
+                *(w.input_norm, w.q_norm, w.k_norm, w.qkv_bias, w.output_bias, w.post_norm),
+                *(w.attention_norm, w.ffn_norm),
+            )
+        ]
+        gate_up = pack([w.gate, w.up], arena, interleaved(len(w.gate)))
+        matrices = [pack(w.qkv, arena), pack([w.output], arena), gate_up, pack([w.down], arena)]
+        self._keep += [*vectors, *matrices]
+        return kernels.Layer(
+            w.hidden,
+            matrices[0].k,
+            w.heads,
+            w.kv_heads,
+            w.head_dim,
+            len(w.gate),
+            *(arena.hint, w.window, w.angle, w.gelu),
+            w.eps,
+            *(pointer(v) for v in vectors),
+            *(matrix.struct for matrix in matrices),
+        )
+
+
+def converted(weight: Matrix, dtype: torch.dtype, device: torch.device) -> Matrix:
+    """The weight on a device; quants stay what they are on a CPU in bfloat16."""
+    if isinstance(weight, QuantizedTensor) and device.type == "cpu" and dtype == torch.bfloat16:
+        return weight
+    return as_tensor(weight).to(device, dtype)
+
+
+def layer_weights(
+    config: ModelConfig,
+    weights: Mapping[str, Matrix],
+    prefix: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    input_norm: bool = True,
+    window: int = 0,
+) -> LayerWeights:
+    """Collects one layer's tensors from a checkpoint in Hugging Face's names.
+
+    input_norm: whether the layer has a norm of its own at its input; the first one of a head has
+    none. window: how many positions it sees, 0: all."""
+
+    def matrix(name: str) -> Matrix:
+        return converted(weights[prefix + name], dtype, device)
+
+    def get(name: str) -> Tensor:
+        return as_tensor(weights[prefix + name]).to(device, dtype)
+
+    qkv = [f"self_attn.{name}_proj" for name in "qkv"]
+    norms = _layer_norms(config, weights, prefix, dtype, input_norm)
+    return LayerWeights(
+        heads=config.heads,
+        kv_heads=config.kv_heads,
+        head_dim=config.head_dim,
+        eps=config.rms_eps,
+        qkv=[matrix(f"{name}.weight") for name in qkv],
+        output=matrix("self_attn.o_proj.weight"),
+        gate=matrix("mlp.gate_proj.weight"),
+        up=matrix("mlp.up_proj.weight"),
+        down=matrix("mlp.down_proj.weight"),
+        qkv_bias=torch.cat([get(f"{name}.bias") for name in qkv]) if config.qkv_bias else None,
+        output_bias=get("self_attn.o_proj.bias") if config.o_bias else None,
+        window=window,
+        angle=config.head_dim // 2 if window and config.local_theta else 0,
+        gelu=config.gemma,
+        **{name: norm.to(device) for name, norm in norms.items()},
+    )
+
+
+def _layer_norms(
+    config: ModelConfig,
+    weights: Mapping[str, Matrix],
+    prefix: str,
+    dtype: torch.dtype,
+    input_norm: bool,
+) -> dict[str, Tensor]:
+    """A layer's norms by their names in LayerWeights."""
+    names = {"post_norm": config.norm_before_ffn}
+    if input_norm:
+        names["input_norm"] = "input_layernorm"
+    if config.qk_norm:
+        names |= {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
+    if config.gemma:
+        names |= {
+            "attention_norm": "post_attention_layernorm",
+            "ffn_norm": "post_feedforward_layernorm",
+        }
+    norms = {
+        name: norm_weight(config, weights, f"{prefix}{theirs}.weight", dtype)
+        for name, theirs in names.items()
+    }
+    if config.query_scalar is not None:  # scores are divided by its root: queries bring the rest
+        norms["q_norm"] = norms["q_norm"] * (config.head_dim / config.query_scalar) ** 0.5
+    return norms
+
+
+def norm_weight(
+    config: ModelConfig, weights: Mapping[str, Matrix], name: str, dtype: torch.dtype
+) -> Tensor:
+    """A norm's weight: in the dtype of all weights, but Gemma's, which have more digits, in
+    float32."""
+    return as_tensor(weights[name]).to(torch.float32 if config.gemma else dtype)

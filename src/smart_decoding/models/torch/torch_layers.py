@@ -1,0 +1,170 @@
+"""Decoder layers on torch's matrix products: the reference, and the path for CUDA.
+
+What lies between the products comes in two forms: plain torch, the reference, and Triton
+kernels (triton_ops.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from smart_decoding.errors import ConfigError
+from smart_decoding.kernels.weights import as_tensor
+from smart_decoding.models.torch.rows import GroupedRows
+
+if TYPE_CHECKING:
+    from smart_decoding.models.torch.layers import Context, KVCache, LayerWeights
+    from smart_decoding.models.torch.triton_ops import TritonOps
+
+    Ops: TypeAlias = "TorchOps | TritonOps"
+
+
+class TorchLayers:
+    """Layers one after another, every kernel launched by itself. Works in the weights' dtype."""
+
+    def __init__(self, layers: Iterable[LayerWeights], ops: Ops) -> None:
+        self.each = [TorchLayer(w, ops) for w in layers]  # one layer's parts at a time
+
+    def __call__(self, x: Tensor, context: Context, cache: KVCache) -> None:
+        """See `Layers`."""
+        inputs = context.inputs
+        for i, (layer, (keys, values)) in enumerate(zip(self.each, cache.layers, strict=True), 1):
+            layer(x, context, inputs, keys, values)
+            inputs = None
+            context.keep_aux(i, x)
+
+
+class TorchLayer:
+    """One layer: four matrix products, its norms, and what `ops` do between them."""
+
+    def __init__(self, w: LayerWeights, ops: Ops) -> None:
+        self._ops = ops
+        self._qkv = torch.cat([as_tensor(part) for part in w.qkv])
+        self._gate_up = torch.cat((as_tensor(w.gate), as_tensor(w.up)))
+        self._output = as_tensor(w.output).t()
+        self._down = as_tensor(w.down).t()
+        w.qkv = (self._qkv,)  # which frees those that were given
+        w.gate, w.up = self._gate_up.chunk(2)
+        self.weights = w
+
+    def __call__(
+        self, x: Tensor, context: Context, inputs: Tensor | None, keys: Tensor, values: Tensor
+    ) -> None:
+        """Adds the layer's outputs to x [rows, hidden]. inputs: what q, k and v read, if not the
+        normed x."""
+        w = self.weights
+        normed = inputs if inputs is not None else rms_norm(x, w.input_norm, w.eps)
+        q = self._ops.write(F.linear(normed, self._qkv, w.qkv_bias), w, context, keys, values)
+        attended = self._ops.attend(q, context, keys, values, w.window)
+        _add(x, attended, self._output, w.output_bias, w.attention_norm, w.eps)
+        gate_up = F.linear(rms_norm(x, w.post_norm, w.eps), self._gate_up)
+        _add(x, self._ops.gate(gate_up, w.gelu), self._down, None, w.ffn_norm, w.eps)
+
+
+def _add(
+    x: Tensor,
+    inputs: Tensor,
+    matrix: Tensor,
+    bias: Tensor | None,
+    norm: Tensor | None,
+    eps: float,
+) -> None:
+    """x += inputs @ matrix + bias, or what a norm makes of that."""
+    if norm is not None:
+        added = inputs @ matrix if bias is None else torch.addmm(bias, inputs, matrix)
+        x += rms_norm(added, norm, eps)
+        return
+    x.addmm_(inputs, matrix)
+    if bias is not None:
+        x += bias
+
+
+class TorchOps:
+    """What of a layer is neither a product with its weights nor a norm of all of a row."""
+
+    def write(
+        self, qkv: Tensor, w: LayerWeights, context: Context, keys: Tensor, values: Tensor
+    ) -> Tensor:
+        """The queries [rows, heads, head_dim] of qkv [rows, (heads + 2 * kv_heads) * head_dim],
+        normed and rotated. Keys, treated alike, and values go to the cache."""
+        each = qkv.view(len(qkv), -1, w.head_dim)
+        q, k, v = torch.split(each, [w.heads, w.kv_heads, w.kv_heads], dim=1)
+        cosine, sine = (each[:, w.angle : w.angle + w.head_dim // 2] for each in context.rotation)
+        q = rotate(rms_norm(q, w.q_norm, w.eps), cosine, sine)
+        k = rotate(rms_norm(k, w.k_norm, w.eps), cosine, sine)
+        page, offset = context.grouped.own
+        for cache, new in ((keys, k), (values, v)):
+            cache[:, page, offset] = new.transpose(0, 1).to(cache.dtype)
+        return q
+
+    def attend(
+        self, q: Tensor, context: Context, keys: Tensor, values: Tensor, window: int = 0
+    ) -> Tensor:
+        """What each row attends to, its own key and value included: [rows, heads * head_dim].
+        window: how many positions it sees, 0: all."""
+        parts = []
+        for rows, (page, offset), behind in context.grouped.groups:
+            mask = behind < (window or GroupedRows.NOTHING)
+            k, v = (cache[:, page, offset].to(q.dtype) for cache in (keys, values))
+            parts.append(
+                F.scaled_dot_product_attention(
+                    q[rows].transpose(0, 1)[None], k[None], v[None], mask, enable_gqa=True
+                )[0].transpose(0, 1)
+            )
+        return torch.cat(parts).flatten(1)
+
+    def gate(self, gate_up: Tensor, gelu: bool = False) -> Tensor:
+        """silu(gate) * up, or with GELU, of [rows, 2 * ffn]: [rows, ffn]."""
+        gate, up = gate_up.chunk(2, dim=-1)
+        return (F.gelu(gate, approximate="tanh") if gelu else F.silu(gate)) * up
+
+
+def ops_for(device: torch.device) -> Ops:
+    """Triton's kernels on CUDA, else the reference. Raises ConfigError where Triton is missing."""
+    if device.type != "cuda":
+        return TorchOps()
+    try:
+        from smart_decoding.models.torch.triton_ops import TritonOps
+    except ImportError as error:
+        raise ConfigError(
+            "device='cuda' needs Triton, which torch for CUDA brings on Linux: pip install triton"
+        ) from error
+    return TritonOps()
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """x / rms(x) * weight over the last dimension, computed in float32."""
+    if weight is None:
+        return x
+    if weight.dtype == x.dtype:
+        return F.rms_norm(x, weight.shape, weight, eps)
+    return F.rms_norm(x.to(weight.dtype), weight.shape, weight, eps).to(x.dtype)  # of Gemma
+
+
+def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Rotary embedding of x [rows, heads, head_dim], half-split layout; cosine, sine [rows,
+    head_dim / 2]."""
+    cosine, sine = (part[:, None].to(x.dtype) for part in (cosine, sine))
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cosine - b * sine, b * cosine + a * sine), dim=-1)
+
+
+class Linear:
+    """y = x W^T + b for W [out, in]."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self._weight = weight
+        self._bias = bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[rows, in] -> [rows, out] in the weight's dtype."""
+        return F.linear(x, self._weight, self._bias)
+
+    def rows_of(self, index: Tensor) -> Tensor:
+        """The weight's rows at `index` [n]: [n, in]."""
+        return self._weight[index]
