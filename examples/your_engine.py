@@ -10,12 +10,11 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, DynamicLayer
 
-from smart_decoding.core.acceptance import accept
-from smart_decoding.core.batch import BatchState
-from smart_decoding.core.cost import CostModel, DraftSample, VerifySample
+from smart_decoding.core.batch import BatchState, Round
+from smart_decoding.core.costs import DraftSample, VerifySample
 from smart_decoding.core.policies import make_policy
-from smart_decoding.core.policies.base import Round
-from smart_decoding.core.tree import ROOT, DraftTrees
+from smart_decoding.core.tree import ROOT, DraftTrees, accept
+from smart_decoding.profiling.fit import fit_costs
 
 SIZES = (1, 1, 1, 2, 4, 8, 16, 32)  # rows to measure; medians count, so the first may be slow
 
@@ -75,7 +74,7 @@ def generate(target, drafter, prompt, max_new_tokens, policy=None):
     if policy is None:  # costs are measured here, and corrected by every round
         samples = [VerifySample(1, rows, 0, seconds_of(target, rows)) for rows in SIZES]
         samples += [DraftSample(rows, 0, seconds_of(drafter, rows)) for rows in SIZES]
-        policy = make_policy("smart", cost=CostModel.fit(samples), eos_token_ids=ends)
+        policy = make_policy("smart", cost=fit_costs(samples), eos_token_ids=ends)
     target, drafter = CachedModel(target), CachedModel(drafter)
     limit = len(prompt) + max_new_tokens
     text = [*prompt, int(target.read(prompt)[-1].argmax())]

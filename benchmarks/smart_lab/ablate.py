@@ -40,7 +40,7 @@ from smart_lab.tuning import RIVALS
 
 if TYPE_CHECKING:
     from smart_decoding.bench.options import Arm
-    from smart_decoding.core.cost import CostModel
+    from smart_decoding.core.costs import CostModel
     from smart_decoding.core.policies.base import Policy
     from smart_lab.recording import Recording
 

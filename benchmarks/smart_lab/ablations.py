@@ -15,19 +15,24 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
-from smart_decoding.core.calibration import BIN_PROBS, Calibration, default_prior
-from smart_decoding.core.choice import best_size, ranked
-from smart_decoding.core.cost import CostModel, Curve
-from smart_decoding.core.drift import DriftDetector
+from smart_decoding.core.calibration import BIN_PROBS, Calibration, DriftDetector, default_prior
+from smart_decoding.core.costs import CostModel, Curve
 from smart_decoding.core.policies.base import StatelessPolicy
 from smart_decoding.core.policies.smart import Smart
 from smart_decoding.core.realised import Realised
 from smart_decoding.core.rule import NO_NODES, Grow, TreeRule, expanded_widths
-from smart_decoding.core.selection import BestRate, Fixed, RoundCosts, best_per_owner
+from smart_decoding.core.selection import (
+    BestRate,
+    Fixed,
+    RoundCosts,
+    best_per_owner,
+    best_size,
+    ranked,
+)
 
 if TYPE_CHECKING:
-    from smart_decoding.core.batch import BatchState
-    from smart_decoding.core.policies.base import Policy, Round
+    from smart_decoding.core.batch import BatchState, Round
+    from smart_decoding.core.policies.base import Policy
     from smart_decoding.core.tree import (
         BoolArray,
         DraftTrees,

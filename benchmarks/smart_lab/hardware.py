@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from smart_decoding.core.cost import CostModel, Curve
+from smart_decoding.core.costs import CostModel, Curve
 from smart_decoding.errors import ConfigError, ModelError
 from smart_decoding.models.checkpoints.config import ModelConfig
 

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from smart_decoding.bench.options import BASELINE, check_outputs
 from smart_decoding.bench.provenance import write_json
 from smart_decoding.cli.arguments import whole_numbers, words
-from smart_decoding.core.cost import CostModel
+from smart_decoding.core.costs import CostModel
 from smart_lab.ablate import contestant
 from smart_lab.recording import Recording
 from smart_lab.simulation import Totals, World, best_rounds, run, total

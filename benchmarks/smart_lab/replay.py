@@ -15,15 +15,14 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from smart_decoding.core.batch import BatchState
+from smart_decoding.core.batch import BatchState, Round
 from smart_decoding.core.calibration import path_products
-from smart_decoding.core.policies.base import Round
 from smart_decoding.core.rule import NO_NODES
 from smart_decoding.core.tree import ROOT, BoolArray, DraftTrees, FloatArray, IntArray
 from smart_decoding.errors import ConfigError
 
 if TYPE_CHECKING:
-    from smart_decoding.core.cost import CostModel
+    from smart_decoding.core.costs import CostModel
     from smart_decoding.core.policies.base import Policy
     from smart_decoding.core.rule import TreeRule
     from smart_lab.recording import Recording

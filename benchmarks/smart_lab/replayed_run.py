@@ -30,7 +30,6 @@ from smart_decoding.bench.blocks import Prompt
 from smart_decoding.bench.cycles import AGAIN, measure, rows_of
 from smart_decoding.bench.options import BASELINE, OURS
 from smart_decoding.bench.summary import POOLED
-from smart_decoding.core.cost import CostModel
 from smart_decoding.core.selection import Fixed
 from smart_decoding.core.tree import ROOT, DraftTrees
 from smart_decoding.drafters.eagle import EagleDrafter
@@ -47,6 +46,7 @@ from smart_decoding.models.heads.eagle_head import EagleHead
 from smart_decoding.models.heads.files import HeadFiles
 from smart_decoding.models.target import TorchTarget, device_of, dtype_of, pages_for
 from smart_decoding.models.torch.head_levels import SteppedLevels
+from smart_decoding.profiling.fit import fit_costs
 from smart_decoding.profiling.measure import ForwardTimer
 from smart_decoding.profiling.profile import ROUND_OVERHEAD
 from smart_decoding.speculation import SCRATCH_PAGES, fastest_selection
@@ -273,7 +273,7 @@ class Replay:
         profile = ForwardTimer(
             self.target, drafter, self.pages, largest, profile_seconds, coarse=coarse
         )
-        self.cost = CostModel.fit(profile.run(), ROUND_OVERHEAD)
+        self.cost = fit_costs(profile.run(), ROUND_OVERHEAD)
 
     def runs(self, size: int, seconds: float | None) -> list[dict[str, Any]]:
         """The runs of one batch size, in so many seconds. Raises CapacityError where these do not

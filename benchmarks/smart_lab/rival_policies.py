@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from smart_decoding.core.calibration import Calibration
-from smart_decoding.core.cost import CostModel
+from smart_decoding.core.costs import CostModel
 from smart_decoding.core.policies import POLICIES
 from smart_decoding.core.policies.base import StatelessPolicy, require_int, token_array
 from smart_decoding.core.rule import Scores, TreeRule
 from smart_decoding.core.selection import Beam, BestRate, KeepBest, RoundCosts
 
 if TYPE_CHECKING:
-    from smart_decoding.core.batch import BatchState
-    from smart_decoding.core.policies.base import Round, TokenIds
+    from smart_decoding.core.batch import BatchState, Round
+    from smart_decoding.core.policies.base import TokenIds
 
 MEMORY = 0.995  # per tested draft of a depth: older ones fade
 

@@ -14,7 +14,7 @@ from smart_lab.replay import HostCosts, Replayed, replay
 from smart_lab.sweep import Setting, Sweep
 
 if TYPE_CHECKING:
-    from smart_decoding.core.cost import CostModel
+    from smart_decoding.core.costs import CostModel
     from smart_lab.recording import Recording
     from smart_lab.trace import Trace
 

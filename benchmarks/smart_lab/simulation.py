@@ -16,16 +16,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from smart_decoding.core.acceptance import accept
-from smart_decoding.core.batch import BatchState
+from smart_decoding.core.batch import BatchState, Round
 from smart_decoding.core.calibration import path_products
-from smart_decoding.core.choice import best_size, ranked
-from smart_decoding.core.policies.base import Round
 from smart_decoding.core.rule import NO_NODES
-from smart_decoding.core.tree import DraftTrees, FloatArray, IntArray
+from smart_decoding.core.selection import best_size, ranked
+from smart_decoding.core.tree import DraftTrees, FloatArray, IntArray, accept
 
 if TYPE_CHECKING:
-    from smart_decoding.core.cost import CostModel
+    from smart_decoding.core.costs import CostModel
     from smart_decoding.core.policies.base import Policy
     from smart_decoding.core.rule import TreeRule
 

@@ -18,7 +18,7 @@ from smart_decoding.core.policies.eagle2 import Eagle2
 from smart_lab.replay import HostCosts, Replayed, StepCosts, Walk, accepted, draft
 
 if TYPE_CHECKING:
-    from smart_decoding.core.cost import CostModel
+    from smart_decoding.core.costs import CostModel
     from smart_decoding.core.policies.base import Policy
     from smart_decoding.core.tree import IntArray
     from smart_lab.recording import Recording

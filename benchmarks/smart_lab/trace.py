@@ -18,9 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from smart_decoding.bench.provenance import plain
-from smart_decoding.core.calibration import Calibration
-from smart_decoding.core.cost import CostModel
-from smart_decoding.core.forecast import Forecast
+from smart_decoding.core.calibration import Calibration, Forecast
+from smart_decoding.core.costs import CostModel
 from smart_decoding.core.policies import make_policy
 from smart_decoding.errors import CapacityError, ConfigError
 from smart_decoding.files import whole

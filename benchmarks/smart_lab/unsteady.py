@@ -14,7 +14,7 @@ import numpy as np
 from smart_lab.replay import StepCosts
 
 if TYPE_CHECKING:
-    from smart_decoding.core.cost import CostModel
+    from smart_decoding.core.costs import CostModel
 
 OUTLIERS, OUTLIER = 0.03, 1.5  # share of steps that take so many times as long
 

@@ -10,8 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smart_decoding.core.calibration import Calibration
-from smart_decoding.core.forecast import Forecast
+from smart_decoding.core.calibration import Calibration, Forecast
 from smart_decoding.core.policies import check_policy, make_policy, policy_options, user_options
 from smart_decoding.drafters import METHODS, check_draft, check_plain
 from smart_decoding.drafters.levels import LevelDrafter
@@ -46,7 +45,7 @@ from smart_decoding.models.text.tokenizer import Tokenizer
 
 # The models that draft are imported by what builds them: most of them are not wanted.
 if TYPE_CHECKING:
-    from smart_decoding.core.cost import CostModel
+    from smart_decoding.core.costs import CostModel
     from smart_decoding.core.policies.base import Policy
     from smart_decoding.engine.protocols import Drafter
     from smart_decoding.models.draft_model import DraftModel

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-from smart_decoding.core.cost import CostModel
+from smart_decoding.core.costs import CostModel
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ConfigError, SmartError
 from smart_decoding.llm import LLM

@@ -26,7 +26,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from smart_decoding.core.cost import CostModel
+from smart_decoding.core.costs import CostModel
 from smart_decoding.core.policies import POLICIES, make_policy
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "your_engine.py"

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from smart_decoding.core.cost import CostModel, VerifySample
+from smart_decoding.core.costs import VerifySample
 from smart_decoding.models.torch.rows import BUCKETS
+from smart_decoding.profiling.fit import fit_costs
 from smart_decoding.profiling.measure import _points, largest_batch, longest_context
 
 GPU = torch.device("cuda")
@@ -45,7 +46,7 @@ def test_a_gpu_is_measured_until_arithmetic_is_all_that_costs() -> None:
     exact = np.array([seconds(VerifySample(8, n, 3000.0, 0.0)) for n in rows])
     far = {}
     for device in (GPU, torch.device("cpu")):
-        cost = CostModel.fit(measured(device))
+        cost = fit_costs(measured(device))
         far[device.type] = np.abs(cost.verify_seconds(8, rows, 3000.0) / exact - 1).max()
         if device == GPU:  # where arithmetic begins to cost, in a large batch
             near = np.arange(64, 320)

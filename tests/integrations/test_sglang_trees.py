@@ -23,10 +23,13 @@ torch = pytest.importorskip("torch")
 
 from sglang_wheel import definitions  # noqa: E402
 
-from smart_decoding.core.acceptance import accept  # noqa: E402
 from smart_decoding.core.batch import BatchState  # noqa: E402
 from smart_decoding.core.policies.eagle2 import Eagle2  # noqa: E402
-from smart_decoding.core.tree import ROOT, DraftTrees  # noqa: E402
+from smart_decoding.core.tree import (  # noqa: E402
+    ROOT,
+    DraftTrees,
+    accept,
+)
 
 if TYPE_CHECKING:
     from smart_decoding.core.rule import TreeRule

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from smart_decoding.cli.main import main
-from smart_decoding.core.cost import CostModel
+from smart_decoding.core.costs import CostModel
 from smart_lab.__main__ import LAB
 from smart_lab.ablate import Ablation, Cell, ordered, table
 from smart_lab.machines import CARD, costs_of, measured

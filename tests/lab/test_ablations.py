@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from smart_decoding.core.cost import CostModel
+from smart_decoding.core.costs import CostModel
 from smart_decoding.core.tree import DraftTrees
 from smart_lab.ablations import (
     ABLATIONS,

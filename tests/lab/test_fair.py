@@ -11,7 +11,7 @@ import worlds
 from smart_decoding.bench.options import Arm
 from smart_decoding.bench.report import everything
 from smart_decoding.bench.sections import RatioCell
-from smart_decoding.core.cost import CostModel
+from smart_decoding.core.costs import CostModel
 from smart_decoding.errors import ConfigError
 from smart_lab import tuning
 from smart_lab.bench import LabBench

@@ -8,7 +8,7 @@ import pytest
 import worlds
 
 from smart_decoding.bench.blocks import Counts, run_block
-from smart_decoding.core.cost import CostModel
+from smart_decoding.core.costs import CostModel
 from smart_decoding.core.policies import make_policy
 from smart_decoding.core.policies.eagle2 import Eagle2
 from smart_decoding.core.policies.off import Off

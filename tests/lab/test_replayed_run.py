@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from smart_decoding.core.cost import CostModel
+from smart_decoding.core.costs import CostModel
 from smart_decoding.speculation import fastest_selection
 from smart_lab import replayed_run
 from smart_lab.options import LabOptions

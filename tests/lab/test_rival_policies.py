@@ -12,15 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import ArrayLike
 
-from smart_decoding.core.batch import BatchState
-from smart_decoding.core.cost import CostModel
+from smart_decoding.core.batch import BatchState, Round
+from smart_decoding.core.costs import CostModel
 from smart_decoding.core.policies import make_policy
-from smart_decoding.core.policies.base import Policy, Round
 from smart_decoding.core.selection import is_data
 from smart_decoding.core.tree import ROOT, DraftTrees
 from smart_lab.rival_policies import MEMORY, RIVAL_POLICIES
 
 if TYPE_CHECKING:
+    from smart_decoding.core.policies.base import Policy
     from smart_decoding.core.rule import TreeRule
 
 ROWS = [1.0, 1.02, 1.04, 1.3, 1.32, 1.34, 2.0, 2.1, 2.2, 2.3, 2.4, 2.5, 4.0, 4.1, 4.2, 4.3]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from smart_decoding.cli.main import main
-from smart_decoding.core.cost import CostModel
+from smart_decoding.core.costs import CostModel
 from smart_decoding.errors import ConfigError, ModelError
 from smart_lab.__main__ import LAB
 from smart_lab.hardware import _data, acceptances, card, dimensions, roofline, too_large

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import worlds
 
-from smart_decoding.core.calibration import Calibration
-from smart_decoding.core.cost import CostModel
-from smart_decoding.core.forecast import Forecast
+from smart_decoding.core.calibration import Calibration, Forecast
+from smart_decoding.core.costs import CostModel
 from smart_decoding.errors import CapacityError, ConfigError
 from smart_lab.recorder import fit_host, measure_host
 from smart_lab.recording import Wide, record

@@ -2,7 +2,7 @@
 
 import pytest
 
-from smart_decoding.core.cost import CostModel
+from smart_decoding.core.costs import CostModel
 from smart_decoding.core.policies.off import Off
 from smart_lab.ablations import askew, smart
 from smart_lab.replay import replay

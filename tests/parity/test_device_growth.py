@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from smart_decoding.core.merging import merge
 from smart_decoding.core.rule import NO_NODES, TreeRule
 from smart_decoding.core.selection import Beam, Fixed, KeepBest, LookAhead, MarginalRatio
+from smart_decoding.core.tree import merge
 
 from .test_graphs import with_graphs
 from .test_growth import (

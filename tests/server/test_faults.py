@@ -27,7 +27,7 @@ import pytest
 import torch
 from serving import NAME, post, serving, slow, wait_for
 
-from smart_decoding.core.cost import CostModel
+from smart_decoding.core.costs import CostModel
 from smart_decoding.engine import engine_thread
 from smart_decoding.engine.kv import PAGE
 from smart_decoding.engine.sampling_params import SamplingParams

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from smart_decoding.core.cost import Sample, VerifySample
+from smart_decoding.core.costs import Sample, VerifySample
 from smart_decoding.engine.kv import PAGE, PagePool
 from smart_decoding.profiling import measure
 from smart_decoding.profiling.measure import ForwardTimer, probe

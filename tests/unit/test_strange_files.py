@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from tokenizers.pre_tokenizers import ByteLevel
 
 from smart_decoding import files
-from smart_decoding.core.cost import CostModel
+from smart_decoding.core.costs import CostModel
 from smart_decoding.errors import CapacityError, ConfigError, ModelError, SmartError
 from smart_decoding.models.checkpoints import gguf as gguf_files
 from smart_decoding.models.checkpoints import hub

@@ -21,7 +21,7 @@ from smart_decoding import LLM, SamplingParams
 from smart_decoding.models.checkpoints.registry import shipped_head
 
 if TYPE_CHECKING:
-    from smart_decoding.core.policies.base import Round
+    from smart_decoding.core.batch import Round
 
 DEPTH = 6
 

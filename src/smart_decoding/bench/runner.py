@@ -24,7 +24,7 @@ from smart_decoding.errors import CapacityError
 from smart_decoding.llm import LLM
 
 if TYPE_CHECKING:
-    from smart_decoding.core.cost import CostModel
+    from smart_decoding.core.costs import CostModel
 
 
 def run(options: BenchOptions, kind: Callable[..., Bench] | None = None) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from smart_decoding.cli.arguments import add_allow_slow
 from smart_decoding.cli.run import chat_prompt, show_steps
-from smart_decoding.core.tree_picture import TreeStyle, draw_tree, legend, wants_colour
+from smart_decoding.cli.tree_picture import TreeStyle, draw_tree, legend, wants_colour
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.models.checkpoints.registry import DEFAULT_MODEL
 

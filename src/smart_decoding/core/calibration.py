@@ -16,11 +16,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from smart_decoding.core.drift import MEMORY, DriftDetector
 from smart_decoding.core.tree import (
     ROOT,
     BoolArray,
@@ -28,8 +28,102 @@ from smart_decoding.core.tree import (
     FloatArray,
     IntArray,
     KindArray,
+    of_expanded,
+    sibling_ranks,
     slots,
 )
+
+if TYPE_CHECKING:
+    from smart_decoding.core.tree import BoolArray, FloatArray, IntArray
+
+# --- running means --------------------------------------------------------------------------------
+#
+# A running mean, for all that is learned one round at a time.
+
+
+HORIZON = 32  # rounds for which what was learned or decided holds; lessons and rests last as long
+
+
+@dataclass(slots=True)
+class RunningMean:
+    """mean: of what was observed, older values fading. clip: one observation moves it as if it were
+    at most so far away. seen: observations."""
+
+    mean: float = 0.0
+    clip: float = math.inf
+    seen: int = 0
+
+    def observe(self, value: float) -> None:
+        """Counts a value; one that is not finite changes nothing."""
+        if not math.isfinite(value):
+            return
+        self.seen += 1
+        error = value - self.mean
+        if self.seen > 1:
+            error = min(max(error, -self.clip), self.clip)
+        self.mean += error * max(1 / HORIZON, 1 / self.seen)
+
+
+# --- drift ----------------------------------------------------------------------------------------
+#
+# Notices that a drafter has become much worse or better than its calibration says: Page's CUSUM
+# test, both ways.
+
+
+MEMORY = 3000.0  # observed children that a calibration remembers of each curve, about
+ODDS = 4.0  # the alternatives tested: acceptance odds four times lower, or higher
+# Log likelihood ratio that raises the alarm: in the mean, no false one within as many observations
+# as a calibration remembers (Lorden's bound).
+THRESHOLD = math.log(MEMORY)
+
+
+class DriftDetector:
+    """One pair of tests per source: a drafter with one kind of request. State arrays have shape [2
+    (worse, better), sources]."""
+
+    def __init__(self, sources: int) -> None:
+        self.evidence = np.zeros((2, sources))
+        self.hits = np.zeros((2, sources))
+        self.expected = np.zeros((2, sources))
+
+    def reserve(self, sources: int) -> None:
+        """Room for drafters up to index `sources` - 1."""
+        more = np.zeros((2, max(0, sources - self.evidence.shape[1])))
+        self.evidence = np.concatenate((self.evidence, more), axis=1)
+        self.hits = np.concatenate((self.hits, more), axis=1)
+        self.expected = np.concatenate((self.expected, more), axis=1)
+
+    def update(
+        self, source: IntArray, expected: FloatArray, hit: BoolArray
+    ) -> list[tuple[int, float]]:
+        """After observed children (arrays [observed]): the sources that changed, each with
+        accepted / expected since the change began."""
+        size = self.evidence.shape[1]
+        odds = expected / (1.0 - expected)
+        base = np.log1p(odds)
+        hits = np.bincount(source, hit, size)
+        shift = math.log(ODDS) * hits
+        self.evidence[0] += np.bincount(source, base - np.log1p(odds / ODDS), size) - shift
+        self.evidence[1] += np.bincount(source, base - np.log1p(odds * ODDS), size) + shift
+        self.hits += hits
+        self.expected += np.bincount(source, expected, size)
+        alive = self.evidence > 0
+        self.evidence *= alive
+        self.hits *= alive
+        self.expected *= alive
+        if self.evidence.max() < THRESHOLD:
+            return []
+        return [
+            self._alarm(int(way), int(index))
+            for way, index in np.argwhere(self.evidence >= THRESHOLD)
+        ]
+
+    def _alarm(self, way: int, index: int) -> tuple[int, float]:
+        ratio = (self.hits[way, index] + 0.5) / (self.expected[way, index] + 0.5)
+        for array in (self.evidence, self.hits, self.expected):
+            array[:, index] = 0.0
+        return index, float(ratio)
+
 
 BINS = 16  # of a curve
 FINE = 4 * BINS  # of the interpolated table
@@ -240,3 +334,89 @@ def path_products(parent: IntArray, conditional: FloatArray, depth: int) -> Floa
                 above = above[above]
             product *= product[above]
     return product[:-1]
+
+
+# --- forecast -------------------------------------------------------------------------------------
+#
+# What the levels that are not drafted yet will probably bring: the mean child, by depth and rank.
+#
+# Kept is how the drafter's confidences are distributed (a histogram by depth and rank among
+# siblings); what they are worth is asked of the calibration when needed, so a change of the
+# drafter's quality reaches the forecast at once.
+
+
+WIDEST = 8  # children beyond the eighth bring next to nothing
+NODES = 64  # candidates of a request, the best ones, that may be verified: EAGLE-2's tree has 59
+# Draft probabilities before anything is known: they fall off by the rank's square, and sum to 1.
+_FALLING: FloatArray = np.arange(1.0, WIDEST + 1) ** -2
+_PRIOR_PROBS: FloatArray = _FALLING / _FALLING.sum()
+
+
+class Forecast:
+    """Running histogram [DEPTHS, WIDEST, BINS] of draft_prob and the weight [DEPTHS] of expanded
+    nodes behind it."""
+
+    def __init__(self, calibration: Calibration) -> None:
+        self.calibration = calibration
+        self.histogram = np.zeros((DEPTHS, WIDEST, BINS))
+        self.histogram[:, np.arange(WIDEST), calibration.bins(_PRIOR_PROBS)] = PRIOR_WEIGHT
+        self.weight = np.full(DEPTHS, PRIOR_WEIGHT)
+
+    def children(self, shares: FloatArray) -> FloatArray:
+        """[DEPTHS, WIDEST] mean acceptance probability, given its parent's, of the k-th child at
+        depth 1, 2, ...
+
+        shares: [KINDS] of the kinds of requests."""
+        curve = self.calibration.curve(0, shares)
+        mean = (self.histogram @ curve[:, :, None])[:, :, 0] / self.weight[:, None]
+        result: FloatArray = mean / np.maximum(mean.sum(axis=1, keepdims=True), 1.0)
+        return result
+
+    def observe(self, trees: DraftTrees) -> None:
+        """Learns from all drafted nodes (scored), weighted by their parents' accept_prob: the paths
+        that matter."""
+        rank = sibling_ranks(trees)
+        weight_of = np.append(trees.accept_prob, 1.0)  # the root's, reached by index -1
+        weight = weight_of[trees.parent]
+        if trees.source.any():  # only nodes that the model drafter expanded tell what it proposes
+            weight = weight * of_expanded(trees, slots(trees))
+        depth = np.minimum(trees.depth, DEPTHS) - 1
+        bins = self.calibration.bins(trees.draft_prob)
+        cell = (depth * WIDEST + np.minimum(rank, WIDEST - 1)) * BINS + bins
+        kept = np.where(rank < WIDEST, weight, 0.0)
+        new = np.bincount(cell, kept, self.histogram.size).reshape(self.histogram.shape)
+        first = rank == 0  # one for each parent
+        parents = np.bincount(depth[first], weight[first], DEPTHS)
+        keep = np.where(parents > 0, 1.0 - 1.0 / HORIZON, 1.0)
+        self.histogram = self.histogram * keep[:, None, None] + new / trees.batch
+        self.weight = self.weight * keep + parents / trees.batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is known, as plain lists."""
+        return {
+            "histogram": np.round(self.histogram, 4).tolist(),
+            "weight": np.round(self.weight, 4).tolist(),
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any], calibration: Calibration) -> Forecast:
+        """Starts from a stored state, worth PRIOR_WEIGHT expanded nodes per depth. Raises KeyError
+        or ValueError."""
+        histogram = np.asarray(state["histogram"], np.float64)
+        weight = np.asarray(state["weight"], np.float64)
+        fits = histogram.shape == (DEPTHS, WIDEST, BINS) and weight.shape == (DEPTHS,)
+        if not fits or not (weight > 0).all():
+            raise ValueError("not a forecast state")
+        forecast = cls(calibration)
+        forecast.histogram = histogram * (PRIOR_WEIGHT / weight)[:, None, None]
+        return forecast
+
+
+def expected_subtree(children: FloatArray, depth: int, levels: int, ranks: int) -> FloatArray:
+    """[levels * ranks] forecast conditional probabilities below one node whose children have depth
+    `depth`, when each further level expands the best child only (the frontier's width in all stays
+    what it is)."""
+    rows = children[np.minimum(np.arange(depth - 1, depth - 1 + levels), DEPTHS - 1)]
+    heads = np.cumprod(np.concatenate((np.ones(1), rows[:-1, 0])))
+    result: FloatArray = (heads[:, None] * rows[:, :ranks]).ravel()
+    return result

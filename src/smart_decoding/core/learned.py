@@ -6,19 +6,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from smart_decoding.core.correction import SURPRISE
-from smart_decoding.core.overhead import Overhead
-from smart_decoding.core.policies.base import merged
+from smart_decoding.core.batch import merged
+from smart_decoding.core.calibration import HORIZON
+from smart_decoding.core.costs import SURPRISE, Overhead
 from smart_decoding.core.realised import CatchingUp, Realised
-from smart_decoding.core.running import HORIZON
 from smart_decoding.core.selection import BestRate
 from smart_decoding.core.timings import Timings
 
 if TYPE_CHECKING:
-    from smart_decoding.core.calibration import Calibration
-    from smart_decoding.core.cost import CostModel
-    from smart_decoding.core.forecast import Forecast
-    from smart_decoding.core.policies.base import Round
+    from smart_decoding.core.batch import Round
+    from smart_decoding.core.calibration import Calibration, Forecast
+    from smart_decoding.core.costs import CostModel
 
 # Rounds between two lessons in costs, once as many have passed: learning takes time itself, but a
 # machine's state lasts for seconds only. HORIZON rounds pass between two lessons in acceptance.

@@ -9,11 +9,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from smart_decoding.core.calibration import KINDS
-from smart_decoding.core.choice import NONE, best_rates
-from smart_decoding.core.forecast import NODES, WIDEST, expected_subtree
-from smart_decoding.core.running import HORIZON
-from smart_decoding.core.selection import RANKS, BestRate, FreeAlone, LookAhead, RoundCosts
+from smart_decoding.core.calibration import HORIZON, KINDS, NODES, WIDEST, expected_subtree
+from smart_decoding.core.selection import (
+    NONE,
+    RANKS,
+    BestRate,
+    FreeAlone,
+    LookAhead,
+    RoundCosts,
+    best_rates,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

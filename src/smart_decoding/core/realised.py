@@ -6,8 +6,8 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 
-from smart_decoding.core.overhead import size_bucket
-from smart_decoding.core.running import RunningMean
+from smart_decoding.core.calibration import RunningMean
+from smart_decoding.core.costs import size_bucket
 
 UNSURE = 0.3  # standard deviation of one request's log rate in a round over its forecast
 

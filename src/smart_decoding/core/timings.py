@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from smart_decoding.core.cost import DraftSample, VerifySample
+from smart_decoding.core.costs import DraftSample, VerifySample
 
 if TYPE_CHECKING:
-    from smart_decoding.core.cost import Sample
-    from smart_decoding.core.policies.base import Round
+    from smart_decoding.core.batch import Round
+    from smart_decoding.core.costs import Sample
 
 
 class _Kind(Enum):

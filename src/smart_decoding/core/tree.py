@@ -7,7 +7,8 @@ last committed token) is not a node: a node at depth 1 has parent -1.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
@@ -268,3 +269,125 @@ def join(many: Sequence[DraftTrees]) -> DraftTrees:
     ints[0] += np.repeat(first_owner[:-1], shift)
     ints[2] += np.where(ints[2] == ROOT, 0, np.repeat(first_node[:-1], shift))
     return DraftTrees._of(int(first_owner[-1]), ints, floats, int(first_node[-1]))
+
+
+# --- several drafters -----------------------------------------------------------------------------
+#
+# Trees of several drafters as one: the same token below the same parent is one node.
+
+
+def merge(trees: DraftTrees, other: DraftTrees, source: int) -> None:
+    """Adds another drafter's nodes."""
+    first = len(trees)
+    parents = np.where(other.parent == ROOT, ROOT, other.parent + first)
+    trees.adopt(other, range(len(other)), parents.tolist(), source)
+    if first:
+        fold(trees, first)
+
+
+def fold(trees: DraftTrees, first: int) -> None:
+    """Where a node from `first` on proposes what one before it does, they become that one."""
+    places = dict(zip(_keys(trees, 0, first), range(first), strict=True))
+    place = [*range(first)]  # of each node
+    new: list[int] = []
+    parents: list[int] = []
+    for node, (owner, above, token) in enumerate(_keys(trees, first, len(trees)), start=first):
+        parent = ROOT if above == ROOT else place[above]
+        place.append(places.get((owner, parent, token), first + len(new)))
+        if place[node] == first + len(new):
+            new.append(node)
+            parents.append(parent)
+            continue
+        same = place[node]
+        trees.draft_prob[same] = max(trees.draft_prob[same], trees.draft_prob[node])
+        trees.source[same] = min(trees.source[same], trees.source[node])
+    if len(new) == len(trees) - first:
+        return
+    end = first + len(new)
+    trees.ints[:, first:end] = trees.ints[:, new]
+    trees.floats[:, first:end] = trees.floats[:, new]
+    trees.grown(end)
+    trees.parent[first:] = parents
+    for depth in range(1, int(trees.depth.max()) + 1):
+        nodes = np.flatnonzero(trees.depth == depth)
+        above_prob = 1.0 if depth == 1 else trees.path_prob[trees.parent[nodes]]
+        trees.path_prob[nodes] = above_prob * trees.draft_prob[nodes]
+
+
+def _keys(trees: DraftTrees, first: int, end: int) -> list[tuple[int, int, int]]:
+    """Owner, parent and token of the nodes [first, end): what no two nodes share."""
+    columns = [c[first:end].tolist() for c in (trees.owner, trees.parent, trees.token)]
+    return list(zip(*columns, strict=True))
+
+
+# --- acceptance -----------------------------------------------------------------------------------
+#
+# Reference acceptance: the oracle that every backend's walk is tested against.
+#
+# Drafts are deterministic children (point masses): the target's token is drawn at each row of the
+# walk; the walk goes down if that token is a child and stops otherwise, emitting it as the bonus
+# token. The output is distributed exactly as the target's, whatever rule chose the nodes.
+
+
+# Rows of the verifying forward: roots are 0 .. batch - 1, node i is row batch + i. The target's
+# token at each.
+Sampler: TypeAlias = Callable[[list[int]], Iterable[int]]
+
+_NONE = np.zeros(0, np.int64)
+_NO_PATH: list[int] = []
+
+
+@dataclass(frozen=True, slots=True)
+class Acceptance:
+    """What one round yields.
+
+    root_next: [batch] the target's token after each root.
+    next_token: [nodes] the target's token after each accepted node, -1 where the walk did not come.
+    emitted: per request, the accepted tokens followed by the bonus token.
+    path: per request, the indices of the accepted nodes, first level first.
+    """
+
+    root_next: IntArray
+    next_token: IntArray
+    emitted: list[list[int]]
+    path: list[list[int]]
+
+
+def accept(trees: DraftTrees, sample: Sampler) -> Acceptance:
+    """Walks down all trees at once, level by level; `sample` is asked once per level, only for
+    visited rows."""
+    batch = trees.batch
+    if not len(trees):  # plain decoding, as cheap as can be
+        first = [int(token) for token in sample(list(range(batch)))]
+        emitted = [[token] for token in first]
+        return Acceptance(np.array(first, np.int64), _NONE, emitted, [_NO_PATH] * batch)
+    children = _children(trees)
+    after = [-1] * (batch + len(trees))  # the target's token after each visited row
+    paths: list[list[int]] = [[] for _ in range(batch)]
+    emitted = [[] for _ in range(batch)]
+    owners = rows = list(range(batch))
+    while rows:
+        ahead = []
+        following = []
+        for owner, row, token in zip(owners, rows, map(int, sample(rows)), strict=True):
+            after[row] = token
+            emitted[owner].append(token)
+            below = children.get((row, token))
+            if below is not None:
+                paths[owner].append(below)
+                ahead.append(owner)
+                following.append(batch + below)
+        owners = ahead
+        rows = following
+    all_after = np.array(after, np.int64)
+    return Acceptance(all_after[:batch], all_after[batch:], emitted, paths)
+
+
+def _children(trees: DraftTrees) -> dict[tuple[int, int], int]:
+    """(row, token) -> node; of equal siblings the first one counts."""
+    children: dict[tuple[int, int], int] = {}
+    nodes = zip(trees.owner.tolist(), trees.parent.tolist(), trees.token.tolist(), strict=True)
+    for node, (owner, parent, token) in enumerate(nodes):
+        row = owner if parent == ROOT else trees.batch + parent
+        children.setdefault((row, token), node)
+    return children

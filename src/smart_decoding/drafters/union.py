@@ -12,8 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from smart_decoding.core.merging import fold, merge
-from smart_decoding.core.tree import DraftTrees, IntArray, of_expanded, slots
+from smart_decoding.core.tree import DraftTrees, IntArray, fold, merge, of_expanded, slots
 from smart_decoding.drafters.levels import LevelDrafter
 from smart_decoding.errors import ConfigError
 

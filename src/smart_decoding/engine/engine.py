@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from smart_decoding.core.batch import BatchState
-from smart_decoding.core.policies.base import Policy, Round
+from smart_decoding.core.batch import BatchState, Round
 from smart_decoding.core.tree import BoolArray, DraftTrees, FloatArray, IntArray
 from smart_decoding.engine.admission import BEFORE, Admission, EngineConfig
 from smart_decoding.engine.drafting import Draft, Selection, draft_trees
@@ -21,8 +20,9 @@ from smart_decoding.engine.verification import Verified, make_room, verify
 from smart_decoding.errors import CapacityError, ConfigError
 
 if TYPE_CHECKING:
-    from smart_decoding.core.acceptance import Acceptance
+    from smart_decoding.core.policies.base import Policy
     from smart_decoding.core.rule import TreeRule
+    from smart_decoding.core.tree import Acceptance
     from smart_decoding.engine.media import Media
     from smart_decoding.engine.protocols import Clock, Drafter, Target
     from smart_decoding.engine.request import Request

@@ -15,8 +15,7 @@ from smart_decoding.core.rule import TreeRule
 from smart_decoding.engine.request import Request
 
 if TYPE_CHECKING:
-    from smart_decoding.core.acceptance import Acceptance
-    from smart_decoding.core.tree import DraftTrees, IntArray
+    from smart_decoding.core.tree import Acceptance, DraftTrees, IntArray
     from smart_decoding.engine.history import SampleSpec
     from smart_decoding.engine.kv import Ints
     from smart_decoding.engine.rows import Rows

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from smart_decoding.core.acceptance import Acceptance, accept
-from smart_decoding.core.tree import DraftTrees, IntArray
+from smart_decoding.core.tree import Acceptance, DraftTrees, IntArray, accept
 from smart_decoding.engine.history import specs_of
 from smart_decoding.engine.kv import OutOfPagesError
 from smart_decoding.engine.protocols import (

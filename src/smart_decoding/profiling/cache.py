@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from smart_decoding.core.cost import CostModel
+from smart_decoding.core.costs import CostModel
 from smart_decoding.errors import ModelError
 from smart_decoding.files import read_json, reading, whole
 from smart_decoding.kernels import library

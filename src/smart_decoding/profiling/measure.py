@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from smart_decoding.core.cost import DraftSample, Sample, VerifySample
+from smart_decoding.core.costs import DraftSample, Sample, VerifySample
 from smart_decoding.core.tree import ROOT, DraftTrees
 from smart_decoding.engine.kv import PAGE, Ints, PagePool
 from smart_decoding.engine.protocols import NativeBatch

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from smart_decoding.core.cost import (
+from smart_decoding.core.costs import (
     DEFAULT_DRAFT,
     DEFAULT_VERIFY,
     FURTHER_ROW,
@@ -20,6 +20,7 @@ from smart_decoding.core.cost import (
 from smart_decoding.errors import ModelError
 from smart_decoding.profiling import measure
 from smart_decoding.profiling.cache import load_profile, profile_path, save_profile
+from smart_decoding.profiling.fit import fit_costs
 from smart_decoding.profiling.measure import ForwardTimer, largest_batch, longest_context
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ class Profile:
     def keep(self, samples: Sequence[Sample], busy: bool = False) -> None:
         """These are the costs from now on, and at later starts; if the machine was `busy`, at those
         of the next hour."""
-        self.cost = CostModel.fit(samples, ROUND_OVERHEAD)
+        self.cost = fit_costs(samples, ROUND_OVERHEAD)
         if samples:
             save_profile(self._path, self.cost, self._model, busy)
         self.taken(self.cost)

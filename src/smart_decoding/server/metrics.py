@@ -17,8 +17,8 @@ from smart_decoding.engine.metrics import COUNTERS, TTFT_LIMITS, Record, gauges
 from smart_decoding.server.worker import Watcher
 
 if TYPE_CHECKING:
-    from smart_decoding.core.cost import CostModel
-    from smart_decoding.core.policies.base import Round
+    from smart_decoding.core.batch import Round
+    from smart_decoding.core.costs import CostModel
     from smart_decoding.engine.engine import Engine, RoundRecord
     from smart_decoding.engine.request import Request
     from smart_decoding.llm import LLM

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from tqdm import tqdm
 
-from smart_decoding.core.policies.base import Round, StatelessPolicy
+from smart_decoding.core.policies.base import StatelessPolicy
 from smart_decoding.core.policies.eagle2 import Eagle2
 from smart_decoding.core.policies.smart import Smart
 from smart_decoding.engine.sampling_params import SamplingParams
@@ -18,6 +18,7 @@ from smart_decoding.files import whole
 from smart_decoding.llm import LLM
 
 if TYPE_CHECKING:
+    from smart_decoding.core.batch import Round
     from smart_decoding.multimodal.prompts import Prompt
     from smart_decoding.training.generate import PictureTurn
 

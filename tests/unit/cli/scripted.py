@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 
 from smart_decoding.cli import main as cli
-from smart_decoding.core.acceptance import accept
-from smart_decoding.core.tree import ROOT, DraftTrees
+from smart_decoding.core.tree import ROOT, DraftTrees, accept
 from smart_decoding.engine.request import RequestMetrics
 from smart_decoding.models.checkpoints.config import ModelConfig
 

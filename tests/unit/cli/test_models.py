@@ -12,7 +12,7 @@ from scripted import fails
 
 from smart_decoding.cli import main as cli
 from smart_decoding.cli import models as cli_models
-from smart_decoding.core.cost import CostModel
+from smart_decoding.core.costs import CostModel
 from smart_decoding.models.checkpoints.hub import CONVERSION, RECORD, conversion_key
 from smart_decoding.models.checkpoints.registry import NAMED_MODELS, Source
 from smart_decoding.profiling.cache import load_profile, save_profile

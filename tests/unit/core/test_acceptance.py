@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smart_decoding.core.acceptance import accept
-from smart_decoding.core.tree import ROOT, DraftTrees
+from smart_decoding.core.tree import ROOT, DraftTrees, accept
 
 VOCABULARY = 2
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from smart_decoding.core.batch import BatchState
-from smart_decoding.core.cost import CostModel
-from smart_decoding.core.policies.base import Round
+from smart_decoding.core.batch import BatchState, Round
+from smart_decoding.core.calibration import HORIZON
+from smart_decoding.core.costs import CostModel
 from smart_decoding.core.policies.smart import Smart
 from smart_decoding.core.prediction import Mode, Shape
 from smart_decoding.core.realised import CatchingUp
 from smart_decoding.core.rule import NO_NODES
-from smart_decoding.core.running import HORIZON
 from smart_decoding.core.tree import DraftTrees
 
 COST = CostModel.from_table({8: {8: 0.1, 64: 0.1}}, {1: 0.001, 8: 0.008, 1200: 1.2})

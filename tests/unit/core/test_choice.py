@@ -13,9 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smart_decoding.core.batch import BatchState
-from smart_decoding.core.calibration import Calibration
-from smart_decoding.core.choice import best_rates, best_size, ranked
-from smart_decoding.core.forecast import expected_subtree
+from smart_decoding.core.calibration import Calibration, expected_subtree
 from smart_decoding.core.policies import make_policy
 from smart_decoding.core.rule import NO_NODES, Keep, Scores, TreeRule
 from smart_decoding.core.selection import (
@@ -26,7 +24,10 @@ from smart_decoding.core.selection import (
     KeepBest,
     LookAhead,
     RoundCosts,
+    best_rates,
+    best_size,
     is_data,
+    ranked,
 )
 from smart_decoding.core.tree import ROOT, DraftTrees
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import smart_decoding.core
-from smart_decoding.core.cost import CostModel
+from smart_decoding.core.costs import CostModel
 from smart_decoding.core.policies import make_policy
 from smart_lab.simulation import World, run
 
@@ -18,17 +18,17 @@ CORE = "smart_decoding.core"
 CONSTANTS = [
     (f"{CORE}.exploration", "RUN"),
     (f"{CORE}.learned", "COSTS_EVERY"),
-    (f"{CORE}.correction", "SURPRISE"),
+    (f"{CORE}.costs", "SURPRISE"),
     (f"{CORE}.realised", "UNSURE"),
-    (f"{CORE}.forecast", "NODES"),
-    (f"{CORE}.running", "HORIZON"),
+    (f"{CORE}.calibration", "NODES"),
+    (f"{CORE}.calibration", "HORIZON"),
 ]
 ROWS = {4: 23.1, 8: 27.2, 16: 33.7, 32: 51.4, 64: 87.8, 128: 149.0, 256: 267.0}
 COSTS = CostModel.from_table({4: ROWS}, {1: 1.2, 4: 1.4, 16: 2.3, 64: 5.0, 128: 9.0})
 ROUNDS = range(250)
 MOST = 30  # numbers that the controller may be made of
-# Rivals have their published settings, and pictures decide nothing.
-OTHERS = {"chain", "eagle2", "paper", "paper_costs", "static", "topologies", "tree_picture"}
+# Rivals have their published settings.
+OTHERS = {"chain", "eagle2", "paper", "static"}
 PLAIN = {0, 1, 2, 0.5}  # mean in a formula what they mean anywhere
 
 

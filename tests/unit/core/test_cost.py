@@ -8,11 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import isotonic_regression, nnls
 
-from smart_decoding.core.correction import Correction
-from smart_decoding.core.cost import CostModel, DraftSample, VerifySample
-from smart_decoding.core.cost_fit import non_negative
-from smart_decoding.core.curve import non_decreasing
-from smart_decoding.core.paper_costs import PaperCosts
+from smart_decoding.core.costs import (
+    Correction,
+    CostModel,
+    DraftSample,
+    VerifySample,
+    non_decreasing,
+)
+from smart_decoding.core.policies.paper import PaperCosts
+from smart_decoding.profiling.fit import fit_costs, non_negative
 
 STAIRCASE = {1: 10.0, 4: 10.0, 5: 25.0, 6: 20.0, 8: 20.0}
 
@@ -47,13 +51,13 @@ def test_batch_is_interpolated_in_log_space_and_held_outside() -> None:
 
 
 def test_curve_is_verify_seconds_over_consecutive_rows() -> None:
-    cost = CostModel.fit(samples()).corrected(VerifySample(2, 9, 300, 0.07))
+    cost = fit_costs(samples()).corrected(VerifySample(2, 9, 300, 0.07))
     curve = cost.verify_curve(2, 3, 700, 300)
     np.testing.assert_allclose(curve, cost.verify_seconds(2, np.arange(3, 703), 300))
 
 
 def test_fit_recovers_rows_batch_and_context() -> None:
-    cost = CostModel.fit(samples())
+    cost = fit_costs(samples())
     for batch, rows, context in ((1, 3, 500), (4, 24, 2000), (1, 16, 0)):
         assert float(cost.verify_seconds(batch, rows, context)) == pytest.approx(
             truth(batch, rows, context), rel=0.02
@@ -63,14 +67,14 @@ def test_fit_recovers_rows_batch_and_context() -> None:
 @given(st.lists(st.floats(0.001, 1.0), min_size=2, max_size=8))
 @settings(max_examples=40, deadline=None)
 def test_fit_is_monotone_in_rows(seconds: list[float]) -> None:
-    cost = CostModel.fit([VerifySample(1, 2 * i + 1, 0, s) for i, s in enumerate(seconds)])
+    cost = fit_costs([VerifySample(1, 2 * i + 1, 0, s) for i, s in enumerate(seconds)])
     assert (np.diff(cost.verify_seconds(1, np.arange(1, 40), 0)) >= -1e-12).all()
 
 
 def test_garbage_falls_back_to_the_default() -> None:
     bad = [VerifySample(1, 4, 10, math.nan), VerifySample(0, 4, 10, 1.0), DraftSample(2, 10, 0.0)]
     default = CostModel.default().verify_seconds(1, [1, 50], 10)
-    for cost in (CostModel.fit([]), CostModel.fit(bad, overhead_seconds=math.nan)):
+    for cost in (fit_costs([]), fit_costs(bad, overhead_seconds=math.nan)):
         np.testing.assert_array_equal(cost.verify_seconds(1, [1, 50], 10), default)
     cost = CostModel.default()
     assert all(cost.corrected(sample) is cost for sample in bad)
@@ -142,7 +146,7 @@ def test_a_profile_in_which_a_larger_batch_is_faster_can_be_corrected() -> None:
 
 
 def test_the_first_level_and_what_waits_for_it_are_apart_from_deeper_levels() -> None:
-    cost = CostModel.fit([*samples(), *levels()])
+    cost = fit_costs([*samples(), *levels()])
     assert cost.levels_seconds(2, [6, 4, 8], 100) == pytest.approx(
         [4.8e-4, 3.2e-4, 4.4e-4], rel=0.01
     )
@@ -162,7 +166,7 @@ def test_without_first_levels_rows_are_rows() -> None:
 
 
 def test_dict_round_trip() -> None:
-    cost = CostModel.fit([*samples(), *levels()], overhead_seconds=1e-4)
+    cost = fit_costs([*samples(), *levels()], overhead_seconds=1e-4)
     again = CostModel.from_dict(cost.to_dict())
     assert again.to_dict() == cost.to_dict()
     assert again.overhead_seconds == 1e-4
@@ -208,7 +212,7 @@ def test_all_batches_tell_what_rows_cost() -> None:
         batches = (1, 2, 4, 8, 16, 32)
         grid = [(b, b * r) for b in batches for r in (1, 2, 3, 4, 6, 8, 12) if b * r <= 96]
         noise = np.exp(0.15 * rng.normal(size=(2, len(grid))))
-        cost = CostModel.fit(
+        cost = fit_costs(
             VerifySample(b, rows, 64, truth(b, rows, 64) * (1.1 if b == 4 else 1.0) * float(noisy))
             for each in noise
             for (b, rows), noisy in zip(grid, each, strict=True)

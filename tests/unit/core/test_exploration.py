@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from smart_decoding.core.calibration import HORIZON
 from smart_decoding.core.exploration import LENT, RUN, Exploration
-from smart_decoding.core.running import HORIZON
 
 
 def pay(exploration: Exploration, rounds: int, loss: float) -> list[bool]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from smart_decoding.core.overhead import Overhead
+from smart_decoding.core.costs import Overhead
 
 
 def test_a_slow_first_round_of_a_kind_does_not_stop_drafting() -> None:

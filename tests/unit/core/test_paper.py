@@ -14,7 +14,7 @@ import pytest
 
 from smart_decoding.core import selection
 from smart_decoding.core.batch import BatchState
-from smart_decoding.core.cost import CostModel
+from smart_decoding.core.costs import CostModel
 from smart_decoding.core.policies import paper
 from smart_decoding.core.rule import TreeRule
 from smart_decoding.core.tree import ROOT, DraftTrees

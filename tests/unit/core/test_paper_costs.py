@@ -5,9 +5,14 @@ import math
 import numpy as np
 import pytest
 
-from smart_decoding.core.cost import CostModel, Curve
-from smart_decoding.core.paper_costs import PaperCosts
-from smart_decoding.core.policies.paper import FIT_NODES, Paper, fitted_costs, level_widths
+from smart_decoding.core.costs import CostModel, Curve
+from smart_decoding.core.policies.paper import (
+    FIT_NODES,
+    Paper,
+    PaperCosts,
+    fitted_costs,
+    level_widths,
+)
 
 
 def test_family_through_the_origin() -> None:

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smart_decoding.core.batch import BatchState
-from smart_decoding.core.cost import CostModel
+from smart_decoding.core.costs import CostModel
 from smart_decoding.core.policies import POLICIES, make_policy, policy_options
-from smart_decoding.core.policies.topologies import EAGLE_1, MEDUSA
+from smart_decoding.core.policies.static import EAGLE_1, MEDUSA
 from smart_decoding.core.tree import ROOT, DraftTrees, IntArray
 from smart_decoding.errors import ConfigError
 

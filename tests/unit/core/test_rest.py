@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from smart_decoding.core.batch import BatchState
-from smart_decoding.core.cost import CostModel
-from smart_decoding.core.policies.base import Round
+from smart_decoding.core.batch import BatchState, Round
+from smart_decoding.core.calibration import HORIZON
+from smart_decoding.core.costs import CostModel
+from smart_decoding.core.exploration import Rest
 from smart_decoding.core.policies.smart import Smart
-from smart_decoding.core.rest import Rest
-from smart_decoding.core.running import HORIZON
 from smart_decoding.core.tree import DraftTrees
 
 

@@ -4,20 +4,22 @@ recovers."""
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 
-from smart_decoding.core.batch import BatchState
-from smart_decoding.core.calibration import Calibration
-from smart_decoding.core.cost import CostModel
+from smart_decoding.core.batch import BatchState, Round
+from smart_decoding.core.calibration import HORIZON, Calibration
+from smart_decoding.core.costs import CostModel
 from smart_decoding.core.exploration import LENT
 from smart_decoding.core.policies import make_policy
-from smart_decoding.core.policies.base import Policy, Round
 from smart_decoding.core.prediction import Mode, Shape
-from smart_decoding.core.running import HORIZON
 from smart_decoding.core.tree import DraftTrees
 from smart_lab.simulation import World, full_knowledge, run
+
+if TYPE_CHECKING:
+    from smart_decoding.core.policies.base import Policy
 
 DRAFT = {1: 1.2, 4: 1.4, 8: 1.7, 16: 2.3, 64: 5.0}
 FLAT = CostModel.from_table({1: {1: 21.6, 8: 24.8, 16: 30.6, 32: 45.3, 64: 74.2}}, DRAFT)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from smart_decoding.core.batch import BatchState
-from smart_decoding.core.cost import CostModel, DraftSample, VerifySample
-from smart_decoding.core.policies.base import Round
+from smart_decoding.core.batch import BatchState, Round
+from smart_decoding.core.costs import CostModel, DraftSample, VerifySample
 from smart_decoding.core.timings import Timings
 from smart_decoding.core.tree import DraftTrees
 

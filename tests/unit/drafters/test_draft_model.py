@@ -17,7 +17,7 @@ import tokenizers
 from safetensors.torch import save_file
 
 from smart_decoding import speculation
-from smart_decoding.core.cost import CostModel, DraftSample
+from smart_decoding.core.costs import DraftSample
 from smart_decoding.drafters import levels
 from smart_decoding.drafters.draft_model import DraftModelDrafter
 from smart_decoding.engine.kv import PAGE
@@ -28,6 +28,7 @@ from smart_decoding.models.checkpoints import memory
 from smart_decoding.models.checkpoints.registry import shipped_head
 from smart_decoding.models.draft_model import DraftModel
 from smart_decoding.models.text.tokenizer import Tokenizer
+from smart_decoding.profiling.fit import fit_costs
 from smart_decoding.profiling.measure import LONG_WAITING, ON_CPU, WAITING, ForwardTimer
 from smart_decoding.speculation import check_speculation
 
@@ -242,7 +243,7 @@ def test_levels_that_are_profiled_are_those_of_real_rounds() -> None:
     first = {(s.width, s.waiting) for s in levels if s.waiting is not None}
     assert first == {*((1, w) for w in (*WAITING, LONG_WAITING)), (2, 0)}
     assert {s.width for s in levels if s.waiting is None} == set(ON_CPU.widths)
-    cost = CostModel.fit(levels)
+    cost = fit_costs(levels)
     assert cost.first is not None
     assert cost.first.rows == (1, 2)
     assert cost.waiting is not None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from smart_decoding.core.cost import CostModel
+from smart_decoding.core.costs import CostModel
 from smart_decoding.core.policies import make_policy
 from smart_decoding.core.tree import ROOT, DraftTrees
 from smart_decoding.engine.engine import Engine, EngineConfig

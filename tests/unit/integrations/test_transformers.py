@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 import smart_decoding.integrations
-from smart_decoding.core.cost import CostModel
+from smart_decoding.core.costs import CostModel
 from smart_decoding.errors import ConfigError, ModelError
 from smart_decoding.integrations.hub.custom_generate.generate import generate as hub_generate
 from smart_decoding.integrations.transformers import (

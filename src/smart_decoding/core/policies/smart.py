@@ -7,21 +7,18 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from smart_decoding.core.calibration import Calibration
-from smart_decoding.core.cost import CostModel
-from smart_decoding.core.exploration import Exploration
-from smart_decoding.core.forecast import WIDEST, Forecast
+from smart_decoding.core.calibration import HORIZON, WIDEST, Calibration, Forecast
+from smart_decoding.core.costs import CostModel
+from smart_decoding.core.exploration import Exploration, Rest
 from smart_decoding.core.learned import Learned
 from smart_decoding.core.policies.base import require_int, require_number, token_array
 from smart_decoding.core.policies.statistics import Statistics
 from smart_decoding.core.prediction import Mode, Prediction, Shape, predict
-from smart_decoding.core.rest import Rest
 from smart_decoding.core.rule import Scores, TreeRule
-from smart_decoding.core.running import HORIZON
 
 if TYPE_CHECKING:
-    from smart_decoding.core.batch import BatchState
-    from smart_decoding.core.policies.base import Round, TokenIds
+    from smart_decoding.core.batch import BatchState, Round
+    from smart_decoding.core.policies.base import TokenIds
     from smart_decoding.core.tree import IntArray
 
 

@@ -6,7 +6,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from smart_decoding.core.policies.base import Round
+    from smart_decoding.core.batch import Round
     from smart_decoding.core.tree import DraftTrees, IntArray
 
 KEEP = 1.0 - 1.0 / 256.0  # decay per round

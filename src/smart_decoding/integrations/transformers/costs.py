@@ -10,12 +10,13 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from smart_decoding.core.cost import CostModel
+from smart_decoding.core.costs import CostModel
 from smart_decoding.engine.kv import PAGE
 from smart_decoding.integrations.transformers.state import bucket, setting_of, state_of
 from smart_decoding.integrations.transformers.target import HostTarget
 from smart_decoding.models.target import pages_for
 from smart_decoding.profiling.cache import load_profile, profile_path, save_profile
+from smart_decoding.profiling.fit import fit_costs
 from smart_decoding.profiling.measure import ForwardTimer, grid_of, least_seconds, verification
 from smart_decoding.profiling.profile import ROUND_OVERHEAD
 from smart_decoding.speculation import level_drafter
@@ -66,7 +67,7 @@ def _measured(
     drafter = level_drafter(source.drafter(pages, longest, target.tree) if source else None)
     coarse = row > seconds / VERY_SLOW
     measurement = ForwardTimer(stand_in, drafter, pages, widest, seconds, coarse=coarse)  # type: ignore[arg-type]
-    cost = CostModel.fit(measurement.run(), ROUND_OVERHEAD if source else 0.0)
+    cost = fit_costs(measurement.run(), ROUND_OVERHEAD if source else 0.0)
     return cost, measurement.busy
 
 

@@ -12,7 +12,7 @@ from smart_decoding.errors import ModelError
 from smart_decoding.integrations.transformers.checks import cache_of, fitting_layout
 
 if TYPE_CHECKING:
-    from smart_decoding.core.cost import CostModel
+    from smart_decoding.core.costs import CostModel
     from smart_decoding.integrations.transformers.sources import Drafting, DraftSource
 
 ATTRIBUTE = "_smart_decoding"  # on the model

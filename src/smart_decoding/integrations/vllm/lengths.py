@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from smart_decoding.core.calibration import HORIZON, RunningMean
 from smart_decoding.core.exploration import Exploration
-from smart_decoding.core.running import HORIZON, RunningMean
 
 if TYPE_CHECKING:
     from smart_decoding.core.tree import FloatArray

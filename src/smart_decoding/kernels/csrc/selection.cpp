@@ -23,7 +23,7 @@ constexpr int RANKS = 4;  // forecast children of a node (core/selection.py)
 // Whether a probability comes before another: the larger one; no number comes last.
 static bool before(double a, double b) { return a > b || (std::isnan(b) && !std::isnan(a)); }
 
-// The most tokens per second over how many of the sorted `gains` are verified (core/choice.py).
+// The most tokens per second over how many of the sorted `gains` are verified (core/selection.py).
 struct Best {
     int64_t size = -1;
     double rate = 0;
@@ -260,7 +260,7 @@ private:
         return costs.sunk + sum;
     }
 
-    // By falling probability, ties to the lower index, as `ranked` of core/choice.py: the lowest
+    // By falling probability, ties to the lower index, as `ranked` of core/selection.py: the lowest
     // bits of a probability mean nothing, and carry the index.
     Nodes ranked(const Nodes& nodes) const {
         const int64_t count = int64_t(nodes.size());

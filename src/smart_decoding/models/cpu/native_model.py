@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from smart_decoding.core.acceptance import Acceptance
+from smart_decoding.core.tree import Acceptance
 from smart_decoding.engine.protocols import NativeBatch, NativeRound, TargetScores
 from smart_decoding.kernels import ops as kernels
 from smart_decoding.kernels.memory import address, pointer

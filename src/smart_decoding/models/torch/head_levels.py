@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from smart_decoding.core.merging import merge
 from smart_decoding.core.selection import Fixed
+from smart_decoding.core.tree import merge
 from smart_decoding.engine.protocols import Grown
 from smart_decoding.models.families.decoder import put
 from smart_decoding.models.heads.features import FeaturePart, stacked, take_rows

@@ -16,26 +16,253 @@ the cache); the tables hold the rest.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from smart_decoding.core.correction import MAX_ROWS, Correction
-from smart_decoding.core.cost_fit import (
-    DraftSample,
-    Sample,
-    VerifySample,
-    fit_levels,
-    fit_verify,
-    is_usable,
-)
-from smart_decoding.core.curve import Curve
+from smart_decoding.core.calibration import RunningMean
 
 if TYPE_CHECKING:
     from smart_decoding.core.tree import FloatArray, IntArray
+
+# --- samples --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class VerifySample:
+    """One timed target forward: sequences, rows in all (roots included), mean KV tokens per
+    sequence, seconds; or the means of several `rounds`."""
+
+    batch: int
+    rows: float
+    context: float
+    seconds: float
+    rounds: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class DraftSample:
+    """One timed level of the model drafter: expanded rows, mean KV tokens per sequence, seconds; or
+    the means of several.
+
+    waiting: of a first level, whose `width` rows are the roots, the rows that it caught up with
+    beside them."""
+
+    width: float
+    context: float
+    seconds: float
+    waiting: float | None = None
+
+
+Sample: TypeAlias = VerifySample | DraftSample
+
+
+def is_usable(sample: Sample) -> bool:
+    """Whether a sample holds finite, positive numbers."""
+    sizes = (sample.batch, sample.rows) if isinstance(sample, VerifySample) else (sample.width,)
+    numbers = (*sizes, sample.context, sample.seconds)
+    if not all(math.isfinite(x) for x in numbers):
+        return False
+    return min(sizes) >= 1 and sample.context >= 0 and sample.seconds > 0
+
+
+# --- curves ---------------------------------------------------------------------------------------
+#
+# Seconds over a count of rows, as measured.
+
+
+_TINY = float(np.finfo(float).tiny)
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """Linear between points, constant before the first, linear beyond the last with the mean slope
+    of the upper half (one flat last step must not make further rows look free)."""
+
+    rows: tuple[int, ...]
+    seconds: tuple[float, ...]
+
+    @classmethod
+    def from_table(cls, table: Mapping[int, float]) -> Curve:
+        """From {rows: seconds}, taken as they are. Raises ValueError for unusable ones."""
+        rows = sorted(table)
+        seconds = [float(table[r]) for r in rows]
+        if not rows or rows[0] < 0 or not all(math.isfinite(s) and s > 0 for s in seconds):
+            raise ValueError("a cost curve needs positive, finite seconds at row counts from 0")
+        return cls(tuple(int(r) for r in rows), tuple(seconds))
+
+    @classmethod
+    def monotone(cls, samples: Mapping[float, list[float]]) -> Curve:
+        """Medians per (whole) row count, made non-decreasing by isotonic regression of their
+        logarithms."""
+        rows = sorted(samples)
+        logs = np.log([float(np.median(samples[r])) for r in rows])
+        weights = np.array([len(samples[r]) for r in rows], np.float64)
+        seconds = np.exp(non_decreasing(logs, weights)).tolist()
+        return cls(tuple(int(r) for r in rows), tuple(seconds))
+
+    def beyond_first(self) -> Curve:
+        """What further rows add; no curve holds a zero."""
+        return Curve(self.rows, tuple(max(s - self.seconds[0], _TINY) for s in self.seconds))
+
+    def dense(self, size: int) -> FloatArray:
+        """Seconds at 0, 1, ... size - 1 rows."""
+        grid: FloatArray = np.arange(size, dtype=np.float64)
+        values: FloatArray = np.interp(grid, self.rows, self.seconds)
+        last = self.rows[-1]
+        values[last:] = self.seconds[-1] + self._slope() * (grid[last:] - last)
+        return values
+
+    def _slope(self) -> float:
+        last = self.rows[-1]
+        if len(self.rows) == 1:
+            return self.seconds[-1] / max(last, 1)
+        half = max(i for i, rows in enumerate(self.rows[:-1]) if rows <= last / 2 or i == 0)
+        return max(0.0, (self.seconds[-1] - self.seconds[half]) / (last - self.rows[half]))
+
+    def to_lists(self) -> list[list[float]]:
+        """Rows and seconds; `from_lists` is the inverse."""
+        return [list(self.rows), list(self.seconds)]
+
+    @classmethod
+    def from_lists(cls, lists: list[list[float]]) -> Curve:
+        """Raises TypeError or ValueError for what `to_lists` never wrote."""
+        return cls.from_table(dict(zip(*lists, strict=True)))
+
+
+def non_decreasing(values: FloatArray, weights: FloatArray) -> FloatArray:
+    """The non-decreasing sequence closest to `values` by weighted least squares: neighbours that
+    decrease become one, at their mean (pool adjacent violators)."""
+    blocks: list[tuple[float, float, int]] = []  # mean, weight, values
+    for value, weight in zip(values.tolist(), weights.tolist(), strict=True):
+        blocks.append((value, weight, 1))
+        while len(blocks) > 1 and blocks[-2][0] > blocks[-1][0]:
+            (low, first, n), (high, second, m) = blocks[-2:]
+            mean = (low * first + high * second) / (first + second)
+            blocks[-2:] = [(mean, first + second, n + m)]
+    return np.repeat([mean for mean, _, _ in blocks], [count for _, _, count in blocks])
+
+
+# --- correction -----------------------------------------------------------------------------------
+#
+# Online correction of a cost table by the times of real steps.
+#
+# A shared machine changes in two ways. Everything becomes slower or faster: one factor. Or
+# neighbours leave more or less memory bandwidth: reading the weights, which is all that a few rows
+# cost, takes another time, while many rows, which are bound by arithmetic, cost what they did, so
+# that the *slope* over rows changes, too: one shift, which fades out with the rows. What the two do
+# not explain is the table's own error: a factor that is smooth over the logarithm of the rows.
+#
+# The three are told apart by a Kalman filter (extended, as the shift acts within a logarithm):
+# speed and memory wander quickly about the table's, and the table's error is a Gaussian process
+# over bins. What a step of 24 rows says of 32 rows, of one row, and of the machine follows from how
+# uncertain each of them is; a rare exploration settles what many steps of one size left open.
+
+
+MAX_ROWS = 8192  # further ones are corrected as these
+BINS = 2 * (MAX_ROWS.bit_length() - 1) + 1  # two per octave: centres at 1, 1.4, 2, ... rows
+NOISE = 0.06  # of one step's time: standard deviation of its logarithm
+# Standard deviations beyond which an observation surprises: it counts as no further off, since
+# outliers should move little, and the speed becomes less certain: it may be a new state.
+SURPRISE = 2.0
+# Prior standard deviations.
+SPEED = 0.2
+MEMORY = 0.8
+TABLE = 2 * NOISE  # its entries are medians of a few steps, of another day
+WALK = 1 / 16  # of speed and memory, per observation, over their prior standard deviations
+REACH = 10.0  # bins over which the table's error is alike
+
+_POSITION = 2.0 * np.log2(np.maximum(np.arange(MAX_ROWS + 1), 1))
+_LOW: IntArray = np.minimum(_POSITION.astype(np.int64), BINS - 2)
+_FRACTION: FloatArray = _POSITION - _LOW
+_DISTANCE = np.abs(np.subtract.outer(np.arange(BINS), np.arange(BINS)))
+_ALIKE: FloatArray = TABLE**2 * np.exp(-_DISTANCE / REACH)
+
+
+def _covariance(speed: float, memory: float, table: FloatArray) -> FloatArray:
+    covariance = np.zeros((BINS + 2, BINS + 2))
+    covariance[0, 0] = speed**2
+    covariance[1, 1] = memory**2
+    covariance[2:, 2:] = table
+    return covariance
+
+
+# What an observation's time leaves of the state, and adds to the uncertainty: what is not observed
+# becomes as uncertain as it was at first, and no more.
+_KEEP = np.ones(BINS + 2)
+_KEEP[:2] = math.sqrt(1.0 - WALK**2)
+_KEEP_BOTH = np.multiply.outer(_KEEP, _KEEP)
+_WALK = _covariance(WALK * SPEED, WALK * MEMORY, np.zeros_like(_ALIKE))
+
+
+@dataclass(frozen=True, slots=True)
+class Correction:
+    """mean: [2 + BINS] log factors: speed, on every step of the machine; memory, on reading the
+    weights; and the table's error by bin. covariance: of these.
+
+    All three are logarithms, so that a step that only reads weights is linear in them: the filter
+    would drift along a curve."""
+
+    mean: FloatArray = field(default_factory=lambda: np.zeros(BINS + 2))
+    covariance: FloatArray = field(default_factory=lambda: _covariance(SPEED, MEMORY, _ALIKE))
+
+    def seconds(
+        self, rows: IntArray | slice, table: FloatArray, weights: FloatArray | float
+    ) -> FloatArray:
+        """What the table's seconds are now, for `rows` or a slice of row counts; `weights`: those
+        of them in which the step does nothing but wait for the weights. Bins are interpolated,
+        linear in log rows."""
+        if not isinstance(rows, slice):
+            rows = np.minimum(rows, MAX_ROWS)
+        elif rows.stop > MAX_ROWS:
+            rows = np.minimum(np.arange(rows.start, rows.stop), MAX_ROWS)
+        low = _LOW[rows]
+        error = self.mean[2:]
+        left = error.take(low)
+        between = (error.take(low + 1) - left) * _FRACTION[rows]
+        factor: FloatArray = np.exp(left + between + self.mean[0])
+        factor *= table + math.expm1(self.mean[1]) * np.minimum(weights, table)
+        return factor
+
+    def updated(
+        self, rows: float, table: float, weights: float, seconds: float, steps: int = 1
+    ) -> Correction:
+        """After a step of `rows` rows that took `seconds`, or the means of `steps`; `table` and
+        `weights` as in `seconds()`.
+
+        Unusable times (NaN, zero, negative) change nothing."""
+        if not (math.isfinite(seconds) and seconds > 0 and table > 0):
+            return self
+        position = 2.0 * math.log2(min(max(rows, 1), MAX_ROWS))
+        low = min(int(position), BINS - 2)
+        right = position - low
+        left = 1.0 - right
+        mean = self.mean * _KEEP
+        speed, memory, left_error, right_error = mean[[0, 1, 2 + low, 3 + low]].tolist()
+        weights = min(weights, table)  # a noisy profile may say that they take longer
+        now = table + math.expm1(memory) * weights
+        slope = math.exp(memory) * weights / now
+        covariance = self.covariance * _KEEP_BOTH + _WALK
+
+        def along_row(x: FloatArray) -> FloatArray:
+            """The log seconds' derivatives, which are sparse, times `x`."""
+            product: FloatArray = x[0] + slope * x[1] + left * x[2 + low] + right * x[3 + low]
+            return product
+
+        along = along_row(covariance)
+        spread = math.sqrt(float(along_row(along)) + NOISE**2 / steps)
+        error = math.log(seconds / now) - speed - left * left_error - right * right_error
+        gain = along / spread
+        mean += gain * min(max(error / spread, -SURPRISE), SURPRISE)
+        covariance -= np.multiply.outer(gain, gain)
+        if abs(error) > SURPRISE * spread:
+            covariance[0, 0] += (0.5 * SPEED) ** 2
+        return Correction(mean, covariance)
+
 
 __all__ = ["CostModel", "Curve", "DraftSample", "Sample", "VerifySample"]
 
@@ -99,25 +326,6 @@ class CostModel:
             curves or DEFAULT_VERIFY,
             Curve.from_table(draft) if draft else DEFAULT_DRAFT,
             overhead_seconds=overhead_seconds,
-        )
-
-    @classmethod
-    def fit(cls, samples: Iterable[Sample], overhead_seconds: float = 0.0) -> CostModel:
-        """Fits measured samples. Unusable ones are ignored; what nothing remains for falls back to
-        the default curves."""
-        usable = [s for s in samples if is_usable(s)]
-        verify = fit_verify([s for s in usable if isinstance(s, VerifySample)])
-        levels = fit_levels([s for s in usable if isinstance(s, DraftSample)])
-        known = math.isfinite(overhead_seconds) and overhead_seconds > 0
-        return cls(
-            verify.curves or DEFAULT_VERIFY,
-            levels.draft or DEFAULT_DRAFT,
-            verify.row_token,
-            verify.sequence_token,
-            levels.draft_token,
-            overhead_seconds if known else 0.0,
-            first=levels.first,
-            waiting=levels.waiting,
         )
 
     # --- predictions ---
@@ -285,3 +493,37 @@ def _stall_of(curve: Curve) -> tuple[float, float]:
     whose arithmetic takes about as long: where the curve has risen to twice that."""
     risen = np.flatnonzero(curve.dense(MAX_ROWS) > 2.0 * curve.seconds[0])
     return float(curve.seconds[0]), max(float(risen[0]) if len(risen) else float(MAX_ROWS), 2.0)
+
+
+# --- overhead -------------------------------------------------------------------------------------
+#
+# What a round takes beside its forwards, learned from real rounds.
+
+
+def size_bucket(size: int) -> int:
+    """Batches of one request, of two or three, of four to seven, ... share what is learned."""
+    return size.bit_length()
+
+
+class Overhead:
+    """Seconds beside the forwards, of plain rounds and of those that draft, by size bucket."""
+
+    def __init__(self, drafting: float) -> None:
+        self._drafting = drafting  # beyond a plain round, before anything is known
+        self._means: defaultdict[tuple[int, bool], RunningMean] = defaultdict(RunningMean)
+
+    def of(self, size: int, drafts: bool) -> float:
+        """For a batch of `size` requests. A bucket that is unknown is as the nearest known one."""
+        bucket = size_bucket(size)
+        known = [key for key in self._means if key[1] == drafts]
+        if known:
+            return self._means[min(known, key=lambda key: abs(key[0] - bucket))].mean
+        if drafts:
+            return self.of(size, False) + self._drafting
+        return 0.0
+
+    def observe(self, size: int, drafts: bool, seconds: float) -> None:
+        """After a round that prefilled nothing. A slow one, as the first of its kind often is,
+        counts as at most twice the usual."""
+        usual = self.of(size, drafts)
+        self._means[size_bucket(size), drafts].observe(min(seconds, 2.0 * usual or seconds))

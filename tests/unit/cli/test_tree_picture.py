@@ -8,8 +8,8 @@ import re
 import numpy as np
 import pytest
 
+from smart_decoding.cli.tree_picture import TreeStyle, draw_tree, quoted, wants_colour
 from smart_decoding.core.tree import ROOT, DraftTrees
-from smart_decoding.core.tree_picture import TreeStyle, draw_tree, quoted, wants_colour
 
 WORDS = [" France", " Italy", " is", ",", " a\n", " \x1b[31m", " Paris"]
 

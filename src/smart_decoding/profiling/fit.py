@@ -1,52 +1,31 @@
-"""Cost tables from measured forwards: attention by non-negative least squares, the rest a monotone
+"""Cost models from measured forwards: attention by non-negative least squares, the rest a monotone
 curve of medians."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import numpy as np
 
-from smart_decoding.core.curve import Curve
+from smart_decoding.core.costs import (
+    DEFAULT_DRAFT,
+    DEFAULT_VERIFY,
+    CostModel,
+    Curve,
+    DraftSample,
+    Sample,
+    VerifySample,
+    is_usable,
+)
 
 if TYPE_CHECKING:
     from smart_decoding.core.tree import FloatArray
 
 LEAST = 0.05  # part of a forward's seconds that is not attention, whatever the fit says
 Cells: TypeAlias = dict[float, list[float]]  # seconds measured, by rows
-
-
-@dataclass(frozen=True, slots=True)
-class VerifySample:
-    """One timed target forward: sequences, rows in all (roots included), mean KV tokens per
-    sequence, seconds; or the means of several `rounds`."""
-
-    batch: int
-    rows: float
-    context: float
-    seconds: float
-    rounds: int = 1
-
-
-@dataclass(frozen=True, slots=True)
-class DraftSample:
-    """One timed level of the model drafter: expanded rows, mean KV tokens per sequence, seconds; or
-    the means of several.
-
-    waiting: of a first level, whose `width` rows are the roots, the rows that it caught up with
-    beside them."""
-
-    width: float
-    context: float
-    seconds: float
-    waiting: float | None = None
-
-
-Sample: TypeAlias = VerifySample | DraftSample
 
 
 class VerifyFit(NamedTuple):
@@ -66,13 +45,23 @@ class LevelFit(NamedTuple):
     draft_token: float
 
 
-def is_usable(sample: Sample) -> bool:
-    """Whether a sample holds finite, positive numbers."""
-    sizes = (sample.batch, sample.rows) if isinstance(sample, VerifySample) else (sample.width,)
-    numbers = (*sizes, sample.context, sample.seconds)
-    if not all(math.isfinite(x) for x in numbers):
-        return False
-    return min(sizes) >= 1 and sample.context >= 0 and sample.seconds > 0
+def fit_costs(samples: Iterable[Sample], overhead_seconds: float = 0.0) -> CostModel:
+    """Fit measured samples. Unusable ones are ignored; what nothing remains for falls back to the
+    default curves."""
+    usable = [s for s in samples if is_usable(s)]
+    verify = fit_verify([s for s in usable if isinstance(s, VerifySample)])
+    levels = fit_levels([s for s in usable if isinstance(s, DraftSample)])
+    known = math.isfinite(overhead_seconds) and overhead_seconds > 0
+    return CostModel(
+        verify.curves or DEFAULT_VERIFY,
+        levels.draft or DEFAULT_DRAFT,
+        verify.row_token,
+        verify.sequence_token,
+        levels.draft_token,
+        overhead_seconds if known else 0.0,
+        first=levels.first,
+        waiting=levels.waiting,
+    )
 
 
 def fit_verify(samples: Sequence[VerifySample]) -> VerifyFit:
