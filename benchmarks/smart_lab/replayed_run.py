@@ -17,7 +17,7 @@ import json
 import math
 import time
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,7 +49,7 @@ from smart_decoding.models.torch.head_levels import SteppedLevels
 from smart_decoding.profiling.fit import fit_costs
 from smart_decoding.profiling.measure import ForwardTimer
 from smart_decoding.profiling.profile import ROUND_OVERHEAD
-from smart_decoding.speculation import SCRATCH_PAGES, fastest_selection
+from smart_decoding.speculation import SCRATCH_PAGES
 from smart_lab.hardware import dimensions
 from smart_lab.replay import Source
 
@@ -57,8 +57,9 @@ if TYPE_CHECKING:
     from smart_decoding.core.policies.base import Policy
     from smart_decoding.core.rule import TreeRule
     from smart_decoding.core.tree import IntArray
-    from smart_decoding.drafters.levels import Ranked
-    from smart_decoding.engine.protocols import Grown
+    from smart_decoding.drafters.eagle import Pairs
+    from smart_decoding.drafters.levels import Ranked, RoundInputs
+    from smart_decoding.engine.drafting import Draft
     from smart_decoding.engine.request import Request
     from smart_decoding.engine.rows import Rows
     from smart_lab.options import LabOptions
@@ -157,27 +158,37 @@ class ReplayedDrafter(EagleDrafter):
         self, head: EagleHead, recording: Recording, pool_pages: int, scratch_pages: int
     ) -> None:
         super().__init__(head, pool_pages, scratch_pages)
-        if isinstance(head.levels, NativeLevel):
-            self.grow = None  # in one call the head's own candidates would be taken
         self._recording = recording
 
-    def grow_beside(self, given: DraftTrees, requests: Sequence[Request], rule: TreeRule) -> Grown:
+    def follows(self, rule: TreeRule) -> bool:
+        """Not on the kernels: in one call the head's own candidates would be taken."""
+        return not isinstance(self._head.levels, NativeLevel) and super().follows(rule)
+
+    def _draft_round(
+        self, rule: TreeRule, given: DraftTrees, inputs: RoundInputs, states: Sequence[Pairs]
+    ) -> Draft:
         """What a device has drafted is put aside; the recorded candidates grow by the same
         widths."""
-        grown = super().grow_beside(given, requests, rule)
+        draft = super()._draft_round(rule, given, inputs, states)
         fixed = Fixed.before(rule)
         assert fixed is not None
-        self._look_up(requests)
-        trees = DraftTrees.empty(len(requests))
-        owners = np.arange(len(requests))
-        self._source.expand(trees, np.full(len(requests), ROOT), rule.children, owners)
-        for level in range(1, 1 + len(grown.expanded)):
+        trees = DraftTrees.empty(given.batch)
+        self._source.expand(
+            trees, np.full(given.batch, ROOT), rule.children, np.arange(given.batch)
+        )
+        for level in range(1, len(draft.widths)):
             self._source.expand(trees, fixed.frontier(rule, trees, level), rule.children)
-        return grown._replace(trees=trees)
+        return replace(draft, trees=trees, kept=rule.select(trees))
 
-    def start(self, requests: Sequence[Request], rule: TreeRule) -> DraftTrees:
+    def draft(
+        self,
+        requests: Sequence[Request],
+        rule: TreeRule,
+        interrupted: Callable[[], bool],
+        given: DraftTrees | None = None,
+    ) -> Draft:
         self._look_up(requests)
-        return super().start(requests, rule)
+        return super().draft(requests, rule, interrupted, given)
 
     def _look_up(self, requests: Sequence[Request]) -> None:
         answers = [self._recording.answers[request.tokens[0]] for request in requests]
@@ -326,7 +337,6 @@ class Replay:
             drafter if drafts else None,
             EngineConfig(self.pages, self.length, self.slots, CHUNK, prefix_caching=False),
             lambda skip: lambda ids: " " * len(ids),
-            selection=fastest_selection(),
         )
 
     def prompts(self, answers: Sequence[int]) -> dict[str, list[Prompt]]:

@@ -194,7 +194,6 @@ class LLM:
             config,
             self._decoder,
             constrain=self.grammars,
-            selection=speculation.selection,
         )
         if beside is not None:
             engine.share_pages(beside)

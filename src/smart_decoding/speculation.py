@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,10 +16,8 @@ from smart_decoding.drafters import METHODS, check_draft, check_plain
 from smart_decoding.drafters.levels import LevelDrafter
 from smart_decoding.drafters.ngram import NgramDrafter
 from smart_decoding.drafters.union import UnionDrafter
-from smart_decoding.engine.drafting import Selection
 from smart_decoding.errors import ConfigError, ModelError, SmartError
 from smart_decoding.files import expanded, read_json, reading
-from smart_decoding.kernels import library
 from smart_decoding.models.checkpoints.hub_repository import PATIENT, config_file, listing
 from smart_decoding.models.checkpoints.loading import Checkpoint, load_checkpoint
 from smart_decoding.models.checkpoints.memory import parameters
@@ -76,15 +74,14 @@ class Speculation:
     """What drafts, and what decides about it; without a drafter the engine decodes plainly.
 
     profile: the costs, or None where nothing needs them. model: the EAGLE head or draft model in
-    use. description: in words. selection: what follows the policy's rules. load: reads a draft
-    model's weights, if they are not here yet; else drafting does."""
+    use. description: in words. load: reads a draft model's weights, if they are not here yet; else
+    drafting does."""
 
     policy: Policy
     drafter: Drafter | None
     profile: Profile | None = None
     model: EagleHead | DraftModel | None = None
     description: str = "none"
-    selection: Selection = field(default_factory=Selection)
     load: Callable[[], None] = lambda: None
 
     @property
@@ -360,18 +357,8 @@ def build_speculation(
         profile,
         builder.model,
         builder.description,
-        fastest_selection(),
         builder.load,
     )
-
-
-def fastest_selection() -> Selection:
-    """The native form of selection where kernels run, else numpy's."""
-    if library.unavailable() is not None:
-        return Selection()
-    from smart_decoding.kernels.selection import NativeSelection
-
-    return NativeSelection()
 
 
 def _draft_checkpoint(

@@ -95,7 +95,7 @@ def test_a_replay_equals_the_live_run(recording, setting):
 class Wrong(FreeDrafter):
     """Proposes two chains of three tokens that neither the target nor the model would choose."""
 
-    def start(self, requests, rule):
+    def propose(self, requests, rule):
         trees = DraftTrees.empty(len(requests))
         owner = np.repeat(np.arange(len(requests)), 2)
         token = np.array([[900, 901] for _ in requests]).ravel()

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from smart_decoding.core.costs import CostModel
-from smart_decoding.speculation import fastest_selection
 from smart_lab import replayed_run
 from smart_lab.options import LabOptions
 from smart_lab.replay import replay
@@ -75,7 +74,6 @@ def test_answers_are_the_recorded_ones_under_every_policy(folder):
     trace = read_trace(folder / "t")
     made = bench(folder, policies=("off", "smart", "eagle2"))
     for label, engine in made.engines().items():
-        assert type(engine._selection) is type(fastest_selection())  # as of an LLM
         prompts = made.prompts([0, 1, 2])["recorded"]
         requests = [engine.add_request(str(p.index), p.tokens, p.params)[0] for p in prompts]
         while engine.has_unfinished_requests:

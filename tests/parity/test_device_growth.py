@@ -64,19 +64,19 @@ def check(
     assert fixed is not None
     drafter = with_free(source, [copy_of(trees) for trees in free], ROOM)
     mine = waiting(drafter, source.width, temperatures)
-    grown = drafter.grow(mine, rule)
+    whole = drafter.draft(mine, rule, lambda: False)
     other = with_free(source, [], ROOM)
     requests = waiting(other, source.width, temperatures)
     trees, _, expanded = by_level(other, requests, replace(rule, grow=fixed))
     wanted = functools.reduce(both_of, [*map(copy_of, free), trees])
-    assert np.array_equal(grown.trees.ints[:, : len(grown.trees)], wanted.ints[:, : len(wanted)])
-    ours, plain = (each.floats[:2, : len(each)] for each in (grown.trees, wanted))
+    assert np.array_equal(whole.trees.ints[:, : len(whole.trees)], wanted.ints[:, : len(wanted)])
+    ours, plain = (each.floats[:2, : len(each)] for each in (whole.trees, wanted))
     np.testing.assert_allclose(ours, plain, rtol=1e-3, atol=1e-6)
-    assert grown.kept is None
-    assert len(grown.seconds) == 1 + len(grown.expanded)
-    assert all(ran >= live for ran, live in zip(grown.expanded, expanded, strict=False))
+    assert whole.kept.tolist() == rule.select(whole.trees).tolist()
+    assert len(whole.level_seconds) == len(whole.widths)
+    assert all(ran >= live for ran, live in zip(whole.widths[1:], expanded, strict=False))
     assert drafter.pending_rows(mine) == other.pending_rows(requests)
-    return grown.trees
+    return whole.trees
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -106,14 +106,16 @@ def test_there_is_no_more_than_there_is_room_for(tmp_path: Path) -> None:
     found = []
     for slots in (0, 2, 10, 20, ROOM):
         drafter = with_free(source, [], slots)
-        grown = drafter.grow(waiting(drafter, source.width, (0.0, 0.0, 0.0)), rule)
-        assert len(grown.trees) == 4 * (3 + sum(grown.expanded))
-        found.append(grown.expanded)
+        requests = waiting(drafter, source.width, (0.0, 0.0, 0.0))
+        whole = drafter.draft(requests, rule, lambda: False)
+        assert len(whole.trees) == 4 * (3 + sum(whole.widths[1:]))
+        found.append(whole.widths[1:])
     assert found == [[], [], [9], [9, 9], [9, 9, 9, 9]]
 
 
 def test_other_rules_are_asked_level_by_level(tmp_path: Path) -> None:
     drafter = on_device("eagle3", tmp_path).drafter()
     ratio = MarginalRatio(0.8, np.ones(9), np.ones(9))
-    assert drafter.grow is not None
-    assert drafter.grow([], TreeRule(3, 2, np.array([9]), NO_NODES, ratio, ratio)) is None
+    rule = TreeRule(3, 2, np.array([9]), NO_NODES, Beam(1), KeepBest(9))
+    assert drafter.follows(rule)
+    assert not drafter.follows(replace(rule, grow=ratio))

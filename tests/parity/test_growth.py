@@ -4,7 +4,7 @@ layout and a draft model, by every kind of rule, beside what free drafters propo
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -64,7 +64,7 @@ class Replay(NgramDrafter):
         super().__init__()
         self.trees = trees
 
-    def start(self, requests: Any, rule: TreeRule) -> DraftTrees:
+    def propose(self, requests: Any, rule: TreeRule) -> DraftTrees:
         return self.trees
 
 
@@ -131,16 +131,20 @@ def with_free(source: Source, free: list[DraftTrees], slots: int) -> Any:
     return UnionDrafter([drafter, *map(Replay, free)]) if free else drafter
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A rule's part in Python: it is followed level by level."""
+
+    part: Any
+
+    def frontier(self, rule: TreeRule, trees: DraftTrees, level: int) -> IntArray:
+        found: IntArray = self.part.frontier(rule, trees, level)
+        return found
+
+
 def by_level(drafter: Any, requests: list[Request], rule: TreeRule) -> Any:
-    trees = drafter.start(requests, rule)
-    expanded = []
-    for level in range(1, rule.levels):
-        nodes = rule.frontier(trees, level)
-        width = drafter.expand(requests, trees, nodes, rule) if len(nodes) else 0
-        if not width:
-            break
-        expanded.append(width)
-    return trees, rule.select(trees), expanded
+    draft = drafter.draft(requests, replace(rule, grow=Asked(rule.grow)), lambda: False)
+    return draft.trees, draft.kept, draft.widths[1:]
 
 
 def check(
@@ -153,18 +157,18 @@ def check(
     """Both ways give the same; returns it."""
     drafter = with_free(source, [copy_of(trees) for trees in free], slots)
     mine = waiting(drafter, source.width, temperatures)
-    grown = drafter.grow(mine, rule)
+    whole = drafter.draft(mine, rule, lambda: False)
     other = with_free(source, [copy_of(trees) for trees in free], slots)
     requests = waiting(other, source.width, temperatures)
     trees, kept, expanded = by_level(other, requests, rule)
-    assert np.array_equal(grown.trees.ints[:, : len(grown.trees)], trees.ints[:, : len(trees)])
-    ours, plain = (each.floats[:, : len(each)] for each in (grown.trees, trees))
+    assert np.array_equal(whole.trees.ints[:, : len(whole.trees)], trees.ints[:, : len(trees)])
+    ours, plain = (each.floats[:, : len(each)] for each in (whole.trees, trees))
     assert np.array_equal(ours, plain)
-    assert grown.kept.tolist() == kept.tolist()
-    assert grown.expanded == expanded
-    assert len(grown.seconds) == 1 + len(expanded)
-    assert min(grown.seconds, default=1) > 0
-    assert grown.choosing > 0
+    assert whole.kept.tolist() == kept.tolist()
+    assert whole.widths[1:] == expanded
+    assert len(whole.level_seconds) == 1 + len(expanded)
+    assert min(whole.level_seconds) > 0
+    assert whole.choosing > 0
     assert drafter.pending_rows(mine) == other.pending_rows(requests)
     return trees, kept, expanded
 
@@ -215,11 +219,10 @@ def test_one_call_drafts_what_levels_draft(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["eagle3", "eagle1, two layers"])
-def test_what_torch_runs_on_a_cpu_does_not_grow(name: str, tmp_path: Path) -> None:
-    drafter = head_of(name, tmp_path, native=False).drafter()
-    assert drafter.grow is None
-    assert UnionDrafter([drafter, NgramDrafter()]).grow is None
-    assert UnionDrafter([NgramDrafter()]).grow is None
+def test_what_torch_runs_on_a_cpu_is_drafted_level_by_level(name: str, tmp_path: Path) -> None:
+    rule = TreeRule(2, 2, np.array([9]), NO_NODES, Beam(1), KeepBest(9))
+    assert not head_of(name, tmp_path, native=False).drafter().follows(rule)
+    assert head_of(name, tmp_path).drafter().follows(rule)
 
 
 def test_a_free_node_is_expanded_where_its_parent_was(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """Drafters without model cost, and the union of drafters: expected trees, exact frequencies,
 bounds, no duplicates."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,10 @@ from hypothesis import strategies as st
 
 from smart_decoding.core.rule import NO_NODES, TreeRule
 from smart_decoding.core.selection import Beam, KeepBest
-from smart_decoding.core.tree import ROOT, DraftTrees
+from smart_decoding.core.tree import ROOT, DraftTrees, IntArray
 from smart_decoding.drafters.ngram import SHORTER, NgramDrafter
 from smart_decoding.drafters.union import UnionDrafter
+from smart_decoding.engine.drafting import Draft, Selection, draft_by_levels
 from smart_decoding.engine.request import Request
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ConfigError
@@ -44,7 +46,6 @@ def check(trees: DraftTrees) -> None:
     above = np.where(inner, trees.path_prob[trees.parent], 1.0)
     np.testing.assert_allclose(trees.path_prob, above * trees.draft_prob, rtol=1e-12)
     assert ((trees.draft_prob > 0) & (trees.draft_prob <= 1)).all()
-    assert np.isnan(trees.accept_prob).all()
     assert len(set(zip(trees.owner, trees.parent, trees.token, strict=True))) == len(trees)
     for column in (trees.owner, trees.token, trees.parent, trees.depth, trees.source):
         assert column.dtype == np.int64
@@ -65,7 +66,7 @@ def paths(trees: DraftTrees, owner: int = 0) -> dict[tuple[int, ...], float]:
 
 
 def test_ngram_proposes_what_followed_before() -> None:
-    found = paths(NgramDrafter().start([request([1, 2, 3, 4, 9, 8, 1, 2, 3])], FREE))
+    found = paths(NgramDrafter().propose([request([1, 2, 3, 4, 9, 8, 1, 2, 3])], FREE))
     chain = [(4,), (4, 9), (4, 9, 8), (4, 9, 8, 1), (4, 9, 8, 1, 2), (4, 9, 8, 1, 2, 3)]
     assert found == {
         path: 1 - 0.5 ** (2 + len(path)) for path in chain
@@ -75,23 +76,23 @@ def test_ngram_proposes_what_followed_before() -> None:
 def test_ngram_quotes_at_length() -> None:
     """Where rows are nearly free, all of a long quote is verified at once."""
     quote = list(range(100))
-    trees = NgramDrafter().start([request([*quote, 200, *quote[:5]])], FREE)
+    trees = NgramDrafter().propose([request([*quote, 200, *quote[:5]])], FREE)
     assert trees.token.tolist() == quote[5:53]
     assert trees.depth.tolist() == list(range(1, 49))
 
 
 def test_ngram_frequencies_branch() -> None:
     text = [7, 1, 2, 5, 7, 1, 2, 5, 7, 1, 2, 6, 7, 1, 2]
-    found = paths(NgramDrafter(min_n=3, max_n=3, max_depth=1).start([request(text)], FREE))
+    found = paths(NgramDrafter(min_n=3, max_n=3, max_depth=1).propose([request(text)], FREE))
     assert found == {(5,): pytest.approx(2 / 3 * 7 / 8), (6,): pytest.approx(1 / 3 * 7 / 8)}
 
 
 def test_ngram_sees_the_root_and_knows_nothing_of_new_text() -> None:
     drafter = NgramDrafter()
-    assert paths(drafter.start([request([3, 3, 3])], FREE)) == {
+    assert paths(drafter.propose([request([3, 3, 3])], FREE)) == {
         (3,): 0.75
     }  # the root follows the first pair
-    empty = drafter.start([request([1, 2, 3, 4]), request([1])], FREE)
+    empty = drafter.propose([request([1, 2, 3, 4]), request([1])], FREE)
     assert len(empty) == 0
     assert empty.batch == 2
 
@@ -104,8 +105,8 @@ def test_ngram_index_grows_with_the_text_in_any_pieces() -> None:
         growing.tokens = text[:end]
         drafter.extend(growing, None, end - 2, text[end - 2 : end - 1])
     assert (
-        paths(drafter.start([growing], FREE))
-        == paths(NgramDrafter().start([request(text)], FREE))
+        paths(drafter.propose([growing], FREE))
+        == paths(NgramDrafter().propose([request(text)], FREE))
         != {}
     )
 
@@ -124,7 +125,7 @@ def naive_occurrences(text: list[int], min_n: int, max_n: int) -> dict[int, int]
 @given(st.lists(st.integers(0, 2), min_size=1, max_size=40))
 @settings(max_examples=60, deadline=None)
 def test_ngram_equals_counting_by_hand(text: list[int]) -> None:
-    trees = NgramDrafter(1, 3, max_nodes=1024, max_depth=4, occurrences=1024).start(
+    trees = NgramDrafter(1, 3, max_nodes=1024, max_depth=4, occurrences=1024).propose(
         [request(text)], FREE
     )
     check(trees)
@@ -153,8 +154,8 @@ def test_ngram_equals_counting_by_hand(text: list[int]) -> None:
 @settings(max_examples=40, deadline=None)
 def test_ngram_bounds_keep_the_likeliest(texts: list[list[int]]) -> None:
     requests = [request(text) for text in texts]
-    trees = NgramDrafter(max_nodes=5, max_depth=3).start(requests, FREE)
-    everything = NgramDrafter(max_nodes=1024, max_depth=3).start(requests, FREE)
+    trees = NgramDrafter(max_nodes=5, max_depth=3).propose(requests, FREE)
+    everything = NgramDrafter(max_nodes=1024, max_depth=3).propose(requests, FREE)
     check(trees)
     assert (trees.source == 1).all()
     assert (trees.depth <= 3).all()
@@ -166,7 +167,7 @@ def test_ngram_bounds_keep_the_likeliest(texts: list[list[int]]) -> None:
 def test_ngram_looks_at_few_occurrences_the_newest_first() -> None:
     text = [1, 2, 5] * 30 + [1, 2, 6] * 2 + [1, 2]
     found = paths(
-        NgramDrafter(min_n=2, max_n=2, max_depth=1, occurrences=4).start([request(text)], FREE)
+        NgramDrafter(min_n=2, max_n=2, max_depth=1, occurrences=4).propose([request(text)], FREE)
     )
     assert found == {(6,): pytest.approx(0.375), (5,): pytest.approx(0.375)}
 
@@ -175,12 +176,12 @@ def test_ngram_forgets_released_requests() -> None:
     drafter = NgramDrafter()
     old = request([1, 2, 3, 1, 2])
     other = request([4, 5, 6, 4, 5])
-    drafter.start([old, other], FREE)
+    drafter.propose([old, other], FREE)
     drafter.release(old)
     drafter.release(old)
     assert list(drafter._index) == [other]
     old.tokens = [1, 2, 9, 1, 2]  # preempted and begun anew: nothing of the former index is left
-    assert paths(drafter.start([old], FREE))[(9,)] == 0.75
+    assert paths(drafter.propose([old], FREE))[(9,)] == 0.75
 
 
 @pytest.mark.parametrize(
@@ -210,7 +211,16 @@ class FakeModel:
     def pending_rows(self, requests: list[Request]) -> int:
         return 7
 
-    def start(self, requests: list[Request], rule: TreeRule) -> DraftTrees:
+    def draft(
+        self,
+        requests: list[Request],
+        rule: TreeRule,
+        interrupted: Callable[[], bool],
+        given: DraftTrees,
+    ) -> Draft:
+        return draft_by_levels(self, requests, rule, interrupted, given, Selection())
+
+    def first_level(self, requests: list[Request], rule: TreeRule) -> DraftTrees:
         assert rule.levels > 0
         self.said: list[dict[tuple[int, ...], float]] = [{} for _ in requests]
         self.expanded: set[tuple[int, ...]] = set()
@@ -218,7 +228,7 @@ class FakeModel:
         self._append(trees, range(len(requests)), [ROOT] * len(requests))
         return trees
 
-    def expand(
+    def next_level(
         self, requests: list[Request], trees: DraftTrees, nodes: np.ndarray, rule: TreeRule
     ) -> int:
         self._append(trees, trees.owner[nodes].tolist(), nodes.tolist())
@@ -256,8 +266,15 @@ class Replay(NgramDrafter):
         super().__init__()
         self.trees = trees
 
-    def start(self, requests: list[Request], rule: TreeRule) -> DraftTrees:
+    def propose(self, requests: list[Request], rule: TreeRule) -> DraftTrees:
         return self.trees
+
+
+@dataclass(frozen=True)
+class By:
+    """Expands what a function says."""
+
+    frontier: Callable[[TreeRule, DraftTrees, int], IntArray]
 
 
 def random_trees(rng: np.random.Generator, batch: int, nodes: int) -> DraftTrees:
@@ -292,8 +309,8 @@ def test_union_is_the_union(seed: int, batch: int, one: int, two: int) -> None:
     union = UnionDrafter([model, *map(Replay, free)])
     requests = [request([0]) for _ in range(batch)]
     rule = rule_of(4, batch)
-    trees = union.start(requests, rule)
-    for level in (1, 2, 3):
+
+    def some(rule: TreeRule, trees: DraftTrees, level: int) -> IntArray:
         check(trees)
         for owner in range(batch):
             found = {
@@ -305,8 +322,12 @@ def test_union_is_the_union(seed: int, batch: int, one: int, two: int) -> None:
             everything = [model.said[owner], *(paths(each, owner) for each in free)]
             assert found == proposals(everything)
         nodes = rule.expandable(trees, level)
-        nodes = nodes[rng.random(len(nodes)) < 0.6]
-        assert union.expand(requests, trees, nodes, rule) == len(nodes)
+        asked.append(nodes[rng.random(len(nodes)) < 0.6])
+        return asked[-1]
+
+    asked: list[IntArray] = []
+    draft = union.draft(requests, replace(rule, grow=By(some)), lambda: False)
+    assert draft.widths == [7, *(len(nodes) for nodes in asked if len(nodes))]
 
 
 def test_union_merges_by_path_and_promotes_what_the_model_proposes_too() -> None:
@@ -321,13 +342,17 @@ def test_union_merges_by_path_and_promotes_what_the_model_proposes_too() -> None
     union = UnionDrafter([Fixed(0), Replay(free)])
     requests = [request([0])]
     rule = rule_of(3, 1)
-    trees = union.start(requests, rule)
+
+    def expanding(*nodes: int) -> DraftTrees:
+        grow = By(lambda rule, trees, level: np.array(nodes if level == 1 else [], np.int64))
+        return union.draft(requests, replace(rule, grow=grow), lambda: False).trees
+
+    trees = expanding(2)  # its parent is a leaf still
     assert trees.token.tolist() == [1, 3, 2, 4, 0]
     assert trees.source.tolist() == [0, 1, 1, 1, 1]
     assert trees.draft_prob.tolist() == [0.5, 0.2, 0.6, 0.9, 0.5]
-    assert union.expand(requests, trees, np.array([2]), rule) == 0  # its parent is a leaf still
     assert rule.expandable(trees, 1).tolist() == [0, 1]
-    assert union.expand(requests, trees, np.array([0, 1]), rule) == 2
+    trees = expanding(0, 1)
     assert trees.token.tolist() == [1, 3, 2, 4, 0, 2]
     assert trees.parent.tolist() == [ROOT, ROOT, 0, 1, 2, 1]
     assert trees.source.tolist() == [0, 1, 0, 1, 1, 0]
@@ -344,7 +369,9 @@ def test_union_derives_what_the_engine_asks_for() -> None:
     assert union.pending_rows([]) == 7
     text = request([1, 2, 3, 1, 2])
     union.extend(text, None, 0, [1, 2, 3, 1])
-    trees = union.start([text], FREE)  # without model levels the model is not asked
+    trees = union.draft(
+        [text], FREE, lambda: False
+    ).trees  # without model levels the model is not asked
     assert set(trees.source.tolist()) == {1}
     assert paths(trees)[(3,)] == 0.75
     union.release(text)
@@ -353,14 +380,10 @@ def test_union_derives_what_the_engine_asks_for() -> None:
     free = UnionDrafter([ngram, NgramDrafter()])
     assert (free.has_model, free.free, free.aux_layers) == (False, True, ())
     assert free.pending_rows([text]) == 0
-    assert (free.start([text], FREE).source == 1).all()
+    assert (free.propose([text], FREE).source == 1).all()
 
 
 def test_union_refuses_what_it_cannot_merge() -> None:
     for drafters in ([], [NgramDrafter(), FakeModel(0)], [FakeModel(0), FakeModel(1)]):
         with pytest.raises(ConfigError):
             UnionDrafter(drafters)
-    trees = DraftTrees.empty(1)
-    for drafter in (UnionDrafter([NgramDrafter()]), NgramDrafter()):
-        with pytest.raises(ValueError, match="expand"):
-            drafter.expand([request([0])], trees, np.array([0]), FREE)

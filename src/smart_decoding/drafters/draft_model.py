@@ -3,16 +3,16 @@ et al. 2023)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from smart_decoding.drafters.levels import Growth, LevelDrafter, LevelRequest, Ranked, State
+from smart_decoding.drafters.levels import LevelDrafter, LevelRequest, Ranked, RoundInputs, State
 from smart_decoding.engine.kv import PAGE
 
 if TYPE_CHECKING:
     from smart_decoding.core.rule import TreeRule
     from smart_decoding.core.tree import DraftTrees, IntArray
-    from smart_decoding.engine.protocols import Grown
+    from smart_decoding.engine.drafting import Draft
     from smart_decoding.engine.request import Request
     from smart_decoding.engine.rows import Rows
 
@@ -20,9 +20,10 @@ if TYPE_CHECKING:
 class SmallModel(Protocol):
     """What the drafter needs of a model."""
 
-    @property
-    def grow(self) -> Callable[[TreeRule, DraftTrees, Growth], Grown] | None:
-        """A round in one call, as the rule says, beside given nodes, where it can do that."""
+    drafts_rounds: bool
+
+    def draft(self, rule: TreeRule, given: DraftTrees, inputs: RoundInputs) -> Draft:
+        """A round in one call, as the rule says, beside given nodes, where it `drafts_rounds`."""
 
     def rank(self, rows: Rows, asked: LevelRequest) -> Ranked:
         """One forward: the best children of the rows whose logits are wanted."""
@@ -35,7 +36,7 @@ class DraftModelDrafter(LevelDrafter[State]):
     ahead = 0
 
     def __init__(self, model: SmallModel, pool_pages: int, scratch_pages: int) -> None:
-        super().__init__(pool_pages, scratch_pages, model.grow is not None)
+        super().__init__(pool_pages, scratch_pages)
         self._model = model
 
     def _admit(self, request: Request, first: int) -> State:
@@ -57,11 +58,14 @@ class DraftModelDrafter(LevelDrafter[State]):
     def _deeper(self, rows: Rows, above: IntArray, asked: LevelRequest) -> Ranked:
         return self._model.rank(rows, asked)
 
-    def _grow(
-        self, rule: TreeRule, given: DraftTrees, growth: Growth, states: Sequence[State]
-    ) -> Grown:
-        assert self._model.grow is not None
-        return self._model.grow(rule, given, growth)
+    def follows(self, rule: TreeRule) -> bool:
+        """Where the model drafts rounds in one call."""
+        return self._model.drafts_rounds
+
+    def _draft_round(
+        self, rule: TreeRule, given: DraftTrees, inputs: RoundInputs, states: Sequence[State]
+    ) -> Draft:
+        return self._model.draft(rule, given, inputs)
 
     def _advance(self, request: Request, state: State) -> None:
         """Keys of a cut context (unlike a head's, they depend on it) serve no other request."""

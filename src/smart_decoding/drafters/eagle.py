@@ -14,14 +14,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from smart_decoding.drafters.levels import Growth, LevelDrafter, LevelRequest, Ranked, State
+from smart_decoding.drafters.levels import LevelDrafter, LevelRequest, Ranked, RoundInputs, State
 from smart_decoding.engine.kv import PAGE, Ints
 from smart_decoding.models.heads.features import apart
 
 if TYPE_CHECKING:
     from smart_decoding.core.rule import TreeRule
     from smart_decoding.core.tree import DraftTrees, IntArray
-    from smart_decoding.engine.protocols import Grown
+    from smart_decoding.engine.drafting import Draft
     from smart_decoding.engine.request import Request
     from smart_decoding.engine.rows import Rows
     from smart_decoding.models.heads.eagle_head import EagleHead
@@ -65,7 +65,7 @@ class EagleDrafter(LevelDrafter[Pairs]):
 
     def __init__(self, head: EagleHead, pool_pages: int, scratch_pages: int) -> None:
         spare = scratch_pages // 8
-        super().__init__(pool_pages, scratch_pages - spare, head.levels.grows)
+        super().__init__(pool_pages, scratch_pages - spare)
         pages = pool_pages + scratch_pages
         self._spare = [*range(pages - spare, pages)]  # for copies of pages
         self._head = head
@@ -128,10 +128,10 @@ class EagleDrafter(LevelDrafter[Pairs]):
         self._share_out()
         return super()._waiting_rows(requests, states)
 
-    def _grow(
-        self, rule: TreeRule, given: DraftTrees, growth: Growth, states: Sequence[Pairs]
-    ) -> Grown:
-        return self._head.levels.grow(rule, given, growth, _parts(states))
+    def _draft_round(
+        self, rule: TreeRule, given: DraftTrees, inputs: RoundInputs, states: Sequence[Pairs]
+    ) -> Draft:
+        return self._head.levels.draft(rule, given, inputs, _parts(states))
 
     def extend(self, request: Request, features: Any, first: int, tokens: Sequence[int]) -> None:
         """The committed pairs wait for the next first level."""

@@ -3,13 +3,18 @@ measurable cost."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING
+
+from smart_decoding.core.tree import DraftTrees
+from smart_decoding.engine.drafting import Draft
+from smart_decoding.kernels.selection import fastest_selection
 
 if TYPE_CHECKING:
     from smart_decoding.core.rule import TreeRule
-    from smart_decoding.core.tree import DraftTrees, IntArray
-    from smart_decoding.engine.protocols import Features, Grow
+    from smart_decoding.engine.drafting import Selection
+    from smart_decoding.engine.protocols import Features
     from smart_decoding.engine.request import Request
 
 
@@ -19,18 +24,27 @@ class FreeDrafter:
     has_model = False
     free = True
     aux_layers: tuple[int, ...] = ()
-    grow: Grow | None = None
     wants_ends = False
+
+    @cached_property
+    def selection(self) -> Selection:
+        """What follows rules."""
+        return fastest_selection()
+
+    def propose(self, requests: Sequence[Request], rule: TreeRule) -> DraftTrees:
+        """Propose nodes for each request: none."""
+        return DraftTrees.empty(len(requests))
 
     def pending_rows(self, requests: Sequence[Request]) -> int:
         """None: there is no model."""
         return 0
 
-    def expand(
-        self, requests: Sequence[Request], trees: DraftTrees, nodes: IntArray, rule: TreeRule
-    ) -> int:
-        """Raises ValueError: there are no further levels."""
-        raise ValueError(f"{type(self).__name__} has no model levels to expand")
+    def draft(
+        self, requests: Sequence[Request], rule: TreeRule, interrupted: Callable[[], bool]
+    ) -> Draft:
+        """Verify of the proposals what the rule says."""
+        trees = self.propose(requests, rule)
+        return Draft(trees, rule, self.selection.select(rule, trees))
 
     def extend(
         self, request: Request, features: Features, first: int, tokens: Sequence[int]

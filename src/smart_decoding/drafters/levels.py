@@ -17,20 +17,23 @@ caching serves the drafter too.
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeAlias, TypeVar
 
 import numpy as np
 
+from smart_decoding.core.selection import is_data
 from smart_decoding.core.tree import ROOT, DraftTrees, FloatArray, IntArray
+from smart_decoding.engine.drafting import Draft, draft_by_levels
 from smart_decoding.engine.kv import PAGE, Ints
 from smart_decoding.engine.rows import Rows, RowsBuilder
+from smart_decoding.kernels.selection import fastest_selection
 
 if TYPE_CHECKING:
     from smart_decoding.core.rule import TreeRule
-    from smart_decoding.engine.protocols import Grow, Grown
     from smart_decoding.engine.request import Request
 
 WINDOW = 512  # rows that may wait for a request
@@ -53,8 +56,8 @@ class LevelRequest:
 
 
 @dataclass(frozen=True, slots=True)
-class Growth:
-    """What the drafting of a round in one call begins with.
+class RoundInputs:
+    """What a model drafts a whole round from, in one call.
 
     rows: all that wait. asked: for the children of each request's nodes at depth 0, 1, ..., as many
     as the rule has levels, request by request. slots: where nodes' keys go."""
@@ -89,15 +92,13 @@ class LevelDrafter(ABC, Generic[S]):
     has_model = True
     free = False
     wants_ends = False
-    grow: Grow | None
     aux_layers: tuple[int, ...] = ()
     # whether the model reads the embeddings of pictures; else it drafts from the text behind them
     supports_images = False
     widest = 1 << 30  # children of a node that are proposed; 1 where the target takes chains only
 
-    def __init__(self, pool_pages: int, scratch_pages: int, grows: bool) -> None:
-        """grows: whether the model drafts whole rounds in one call (`_grow`)."""
-        self.grow = self._from_nothing if grows else None
+    def __init__(self, pool_pages: int, scratch_pages: int) -> None:
+        self._selection = fastest_selection()  # level by level
         self._scratch_slot = pool_pages * PAGE
         self._scratch_size = scratch_pages * PAGE
         # page -> key of the content it holds, or 0
@@ -128,15 +129,16 @@ class LevelDrafter(ABC, Generic[S]):
         """Runs nodes; the best children of all. above: numbers of the outputs that they are
         children of."""
 
-    def _grow(
-        self, rule: TreeRule, given: DraftTrees, growth: Growth, states: Sequence[S]
-    ) -> Grown:
-        """All levels below and beside `given`, and what to verify, in one call."""
-        raise NotImplementedError
-
+    @abstractmethod
     def follows(self, rule: TreeRule) -> bool:
-        """Whether `grow` follows a rule of `core.selection`'s parts."""
-        return True
+        """Whether the model drafts all levels of such a rule, of built-in parts, in one call."""
+
+    @abstractmethod
+    def _draft_round(
+        self, rule: TreeRule, given: DraftTrees, inputs: RoundInputs, states: Sequence[S]
+    ) -> Draft:
+        """All levels below and beside `given`, in one call, where it follows the rule. `kept` is
+        chosen, too, unless a device cannot."""
 
     def blank(self, rows: int) -> Any:
         """Features of `rows` rows of arbitrary content, to be timed with."""
@@ -158,7 +160,39 @@ class LevelDrafter(ABC, Generic[S]):
         """The request's pages in the model's cache, to be read only."""
         return request.table.array
 
-    def start(self, requests: Sequence[Request], rule: TreeRule) -> DraftTrees:
+    def draft(
+        self,
+        requests: Sequence[Request],
+        rule: TreeRule,
+        interrupted: Callable[[], bool],
+        given: DraftTrees | None = None,
+    ) -> Draft:
+        """See `Drafter`. given: what free drafters propose: a child that is there already stays one
+        node."""
+        given = DraftTrees.empty(len(requests)) if given is None else given
+        if not rule.levels or not (is_data(rule) and self.follows(rule)):
+            return draft_by_levels(self, requests, rule, interrupted, given, self._selection)
+        start = time.perf_counter()
+        states = [self._states[id(r)] for r in requests]
+        inputs = self._inputs(requests, states, rule)
+        draft = self._draft_round(rule, given, inputs, states)
+        for request, state in zip(requests, states, strict=True):
+            self._advance(request, state)
+        deeper = sum(draft.level_seconds[1:])
+        draft.level_seconds[0] = time.perf_counter() - start - draft.choosing - deeper
+        draft.interrupted = interrupted()
+        return draft
+
+    def _inputs(
+        self, requests: Sequence[Request], states: Sequence[S], rule: TreeRule
+    ) -> RoundInputs:
+        rows, _ = self._waiting_rows(requests, states)
+        owners = [i for i in range(len(requests)) for _ in range(rule.levels)]
+        depths = [*range(rule.levels)] * len(requests)
+        slots = range(self._scratch_slot, self._scratch_slot + self._scratch_size)
+        return RoundInputs(rows, self._asked(requests, owners, depths, rule), slots)
+
+    def first_level(self, requests: Sequence[Request], rule: TreeRule) -> DraftTrees:
         """Catches up and proposes the first level's children of every root."""
         trees = DraftTrees.empty(len(requests))
         batch = len(requests)
@@ -175,7 +209,7 @@ class LevelDrafter(ABC, Generic[S]):
         self._append(trees, np.arange(batch), np.full(batch, ROOT), ranked)
         return trees
 
-    def expand(
+    def next_level(
         self, requests: Sequence[Request], trees: DraftTrees, nodes: IntArray, rule: TreeRule
     ) -> int:
         """Runs the model on `nodes`, as far as there is room, and appends their children; returns
@@ -204,26 +238,6 @@ class LevelDrafter(ABC, Generic[S]):
         asked = self._asked(requests, owners, [len(path) for path in paths], rule)
         self._append(trees, owner, nodes, self._deeper(rows, np.array(above, np.int64), asked))
         return len(nodes)
-
-    def grow_beside(self, given: DraftTrees, requests: Sequence[Request], rule: TreeRule) -> Grown:
-        """`start`, `expand` as the rule says, and what to verify, in one call, where `grow` is not
-        None and follows the rule, which has levels. given: what free drafters propose: a child that
-        is there already stays one node."""
-        states = [self._states[id(r)] for r in requests]
-        rows, _ = self._waiting_rows(requests, states)
-        owners = [i for i in range(len(requests)) for _ in range(rule.levels)]
-        depths = [*range(rule.levels)] * len(requests)
-        slots = range(self._scratch_slot, self._scratch_slot + self._scratch_size)
-        growth = Growth(rows, self._asked(requests, owners, depths, rule), slots)
-        grown = self._grow(rule, given, growth, states)
-        for request, state in zip(requests, states, strict=True):
-            self._advance(request, state)
-        return grown
-
-    def _from_nothing(self, requests: Sequence[Request], rule: TreeRule) -> Grown | None:
-        if not self.follows(rule):
-            return None
-        return self.grow_beside(DraftTrees.empty(len(requests)), requests, rule)
 
     def _append(
         self, trees: DraftTrees, owner: IntArray, parents: IntArray, ranked: Ranked

@@ -148,8 +148,8 @@ class NgramDrafter(FreeDrafter):
         self.occurrences = require_int("occurrences", occurrences, 1, 1024)
         self._index: dict[Request, NgramIndex] = {}
 
-    def start(self, requests: Sequence[Request], rule: TreeRule) -> DraftTrees:
-        """The likeliest continuations of each request."""
+    def propose(self, requests: Sequence[Request], rule: TreeRule) -> DraftTrees:
+        """Propose the likeliest continuations of each request."""
         owner: list[int] = []
         rows: list[Node] = []
         for i, request in enumerate(requests):

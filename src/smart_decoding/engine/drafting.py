@@ -1,20 +1,22 @@
-"""Drafting a round's trees by a rule: level by level, or all levels in one call of the drafter."""
+"""What a drafter answers in a round, and how a model drafts level by level."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol
 
 from smart_decoding.core.rule import NO_NODES
-from smart_decoding.core.selection import is_data
+from smart_decoding.core.tree import fold, merge, of_expanded, slots
 
 if TYPE_CHECKING:
-    from smart_decoding.core.batch import BatchState
     from smart_decoding.core.rule import TreeRule
     from smart_decoding.core.tree import DraftTrees, IntArray
-    from smart_decoding.engine.protocols import Clock, Drafter, Grown
+    from smart_decoding.engine.protocols import Clock
     from smart_decoding.engine.request import Request
+
+MODEL = 0  # the source of a model's nodes; other drafters' are 1, 2, ...
 
 
 class Selection:
@@ -30,87 +32,90 @@ class Selection:
         return rule.select(trees)
 
 
-@runtime_checkable
-class ProposesFirst(Protocol):
-    """A drafter whose free ones propose before its model drafts."""
-
-    def propose(self, requests: Sequence[Request], rule: TreeRule) -> DraftTrees:
-        """What they propose. The next `start` or `grow` goes on from it."""
-        ...
-
-
 @dataclass(slots=True)
 class Draft:
-    """A round's trees, and what they took.
+    """A round's trees, and the nodes to verify.
 
     rule: that was followed. kept: nodes to verify. widths, level_seconds: rows and seconds of each
-    level that the model ran. seconds: all that the drafter took. interrupted: a request arrived
-    that can begin at once; the trees are dropped."""
+    level that a model ran. choosing: seconds that following the rule took between the levels of one
+    call. interrupted: a request arrived that can begin at once; the trees are dropped."""
 
     trees: DraftTrees
     rule: TreeRule | None = None
     kept: IntArray = field(default_factory=NO_NODES.copy)
     widths: list[int] = field(default_factory=list)
     level_seconds: list[float] = field(default_factory=list)
-    seconds: float = 0.0
+    choosing: float = 0.0
     interrupted: bool = False
 
+    @property
+    def seconds(self) -> float:
+        """What a model took; other drafters cost next to nothing."""
+        return sum(self.level_seconds)
 
-def draft_trees(
-    drafter: Drafter,
-    selection: Selection,
-    rule: TreeRule,
-    batch: BatchState,
+
+class LevelModel(Protocol):
+    """A model that drafts one level at a time."""
+
+    def pending_rows(self, requests: Sequence[Request]) -> int:
+        """Count the rows of the first level."""
+
+    def first_level(self, requests: Sequence[Request], rule: TreeRule) -> DraftTrees:
+        """Propose the children of every root."""
+
+    def next_level(
+        self, requests: Sequence[Request], trees: DraftTrees, nodes: IntArray, rule: TreeRule
+    ) -> int:
+        """Append the children of `nodes`, all of one level; return how many the model ran: others
+        stay leaves."""
+
+
+def draft_by_levels(
+    model: LevelModel,
     requests: Sequence[Request],
-    arrived: Callable[[], bool],
-    clock: Clock,
+    rule: TreeRule,
+    interrupted: Callable[[], bool],
+    given: DraftTrees,
+    selection: Selection,
+    clock: Clock = time.perf_counter,
 ) -> Draft:
-    """Drafts as `rule` says; between levels `arrived` may interrupt it. A rule of somebody's own is
-    asked level by level, as one is whose drafter does not follow it by itself."""
-    width = batch.size + batch.catch_up_rows
-    rule = _beside_proposals(drafter, rule, requests)
+    """Draft as `rule` says, one level after another: on torch, and for policies in Python.
+
+    given: nodes that others propose: a child that is there already stays one node. interrupted:
+    asked after each level."""
     start = clock()
-    if drafter.grow is not None and rule.levels and is_data(rule):
-        grown = drafter.grow(requests, rule)
-        if grown is not None:
-            draft = _grown(rule, grown, width, clock() - start, arrived())
-            if grown.kept is None and not draft.interrupted:
-                draft.kept = selection.select(rule, draft.trees)
-            return draft
-    draft = Draft(drafter.start(requests, rule), rule)
-    draft.seconds = clock() - start
+    width = model.pending_rows(requests)
+    draft = Draft(model.first_level(requests, rule), rule)
+    if len(given):
+        merge(given, draft.trees, MODEL)
+        draft.trees = given
     for level in range(1, rule.levels + 1):
         draft.widths.append(width)
         draft.level_seconds.append(clock() - start)
-        if arrived():
+        if interrupted():
             draft.interrupted = True
             return draft
         nodes = selection.frontier(rule, draft.trees, level)
-        if not len(nodes):
-            break
         start = clock()
-        width = drafter.expand(requests, draft.trees, nodes, rule)
-        draft.seconds += clock() - start
+        width = _expand(model, requests, draft.trees, nodes, rule) if len(nodes) else 0
         if not width:
             break
     draft.kept = selection.select(rule, draft.trees)
     return draft
 
 
-def _beside_proposals(drafter: Drafter, rule: TreeRule, requests: Sequence[Request]) -> TreeRule:
-    """The rule, without the model where what free drafters propose now is enough."""
-    if rule.alone is None or not isinstance(drafter, ProposesFirst):
-        return rule
-    return rule.beside(drafter.propose(requests, rule))
-
-
-def _grown(
-    rule: TreeRule, grown: Grown, first_width: int, seconds: float, interrupted: bool
-) -> Draft:
-    """What came of one call, which took `seconds`."""
-    drafting = seconds - grown.choosing
-    deeper = grown.seconds[1:]
-    level_seconds = [drafting - sum(deeper), *deeper]
-    widths = [first_width, *grown.expanded]
-    kept = NO_NODES if grown.kept is None else grown.kept
-    return Draft(grown.trees, rule, kept, widths, level_seconds, drafting, interrupted)
+def _expand(
+    model: LevelModel,
+    requests: Sequence[Request],
+    trees: DraftTrees,
+    nodes: IntArray,
+    rule: TreeRule,
+) -> int:
+    if not trees.source.any():
+        return model.next_level(requests, trees, nodes, rule)
+    # The model has a state for the children of nodes that it ran itself.
+    nodes = nodes[of_expanded(trees, slots(trees))[nodes]]
+    before = len(trees)
+    width = model.next_level(requests, trees, nodes, rule) if len(nodes) else 0
+    fold(trees, before)
+    return width

@@ -12,7 +12,7 @@ import numpy as np
 from smart_decoding.core.batch import BatchState, Round
 from smart_decoding.core.tree import BoolArray, DraftTrees, FloatArray, IntArray
 from smart_decoding.engine.admission import BEFORE, Admission, EngineConfig
-from smart_decoding.engine.drafting import Draft, Selection, draft_trees
+from smart_decoding.engine.drafting import Draft
 from smart_decoding.engine.kv import PAGE, PagePool
 from smart_decoding.engine.scheduler import Batch, Scheduler
 from smart_decoding.engine.structured import Constraint, StructuredOutputsParams, grammatical
@@ -70,7 +70,6 @@ class Engine:
         decode: Callable[[bool], Decode],
         clock: Clock = time.perf_counter,
         constrain: Callable[[StructuredOutputsParams], Constraint] | None = None,
-        selection: Selection | None = None,
     ) -> None:
         if config.max_model_len > config.pages * PAGE:
             raise CapacityError(
@@ -86,7 +85,6 @@ class Engine:
         self.last_round: RoundRecord | None = None
         self.admission = Admission(target, config, self.pool, decode, clock, constrain)
         self._clock = clock
-        self._selection = selection or Selection()
         self._requests: dict[str, Request] = {}
         self._observe_seconds = 0.0  # of the round before
         # Whose drafts were dropped: their next round is plain, whenever it comes. So nobody waits
@@ -176,7 +174,7 @@ class Engine:
         started += self._encode_images(batch)  # no part of what a round costs
         state = self._state(batch)
         rule = self._plan(batch, state)
-        draft = self._draft(batch, state, rule, arrived)
+        draft = self._draft(batch, rule, arrived)
         if draft.interrupted:
             self._dropped.update(batch.decode)
             return []
@@ -247,21 +245,12 @@ class Engine:
     def _draft(
         self,
         batch: Batch,
-        state: BatchState,
         rule: TreeRule | None,
         arrived: Callable[[], Collection[str]],
     ) -> Draft:
         if rule is None or self.drafter is None:
             return Draft(DraftTrees.empty(len(batch.decode)))
-        return draft_trees(
-            self.drafter,
-            self._selection,
-            rule,
-            state,
-            batch.decode,
-            lambda: self.scheduler.can_begin(arrived()),
-            self._clock,
-        )
+        return self.drafter.draft(batch.decode, rule, lambda: self.scheduler.can_begin(arrived()))
 
     def _update(self, batch: Batch, verified: Verified) -> tuple[int, list[int]]:
         """Appends the new tokens and commits the KV lengths. Returns how many entered answers, and

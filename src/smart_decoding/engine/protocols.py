@@ -11,33 +11,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
-from smart_decoding.core.rule import TreeRule
-from smart_decoding.engine.request import Request
-
 if TYPE_CHECKING:
+    from smart_decoding.core.rule import TreeRule
     from smart_decoding.core.tree import Acceptance, DraftTrees, IntArray
+    from smart_decoding.engine.drafting import Draft
     from smart_decoding.engine.history import SampleSpec
     from smart_decoding.engine.kv import Ints
+    from smart_decoding.engine.request import Request
     from smart_decoding.engine.rows import Rows
 
 Features: TypeAlias = Any
 Logits: TypeAlias = Any
 Clock: TypeAlias = Callable[[], float]
-
-
-class Grown(NamedTuple):
-    """A round's trees, those of their nodes to verify (None: not chosen yet), how many a
-    model ran at levels 2, 3, ..., the seconds of levels 1, 2, ..., and those that choosing took."""
-
-    trees: DraftTrees
-    kept: IntArray | None
-    expanded: list[int]
-    seconds: list[float]
-    choosing: float
-
-
-# None: it does not follow this rule, and is to be asked level by level
-Grow: TypeAlias = Callable[[Sequence[Request], TreeRule], Grown | None]
 
 
 @dataclass(slots=True)
@@ -126,28 +111,25 @@ class Target(Protocol):
 
 
 class Drafter(Protocol):
-    """Whatever proposes tokens. has_model: whether a model of its own drafts levels, which cost
-    something. grow: `start`, `expand` and the choice of what to verify in one call, where the
-    drafter follows rules by itself."""
+    """Whatever proposes tokens. has_model: whether a model of its own drafts, which costs
+    something. free: whether a drafter without such costs proposes."""
 
     name: str
     has_model: bool
     free: bool
-    grow: Grow | None
     aux_layers: tuple[int, ...]
     wants_ends: bool  # whether features of the round that ended an answer are wanted, too
 
     def pending_rows(self, requests: Sequence[Request]) -> int:
         """Rows the first level must process for these requests."""
 
-    def start(self, requests: Sequence[Request], rule: TreeRule) -> DraftTrees:
-        """The first model level (if rule.levels > 0), and all that free drafters propose."""
+    def draft(
+        self, requests: Sequence[Request], rule: TreeRule, interrupted: Callable[[], bool]
+    ) -> Draft:
+        """Propose a round's trees as `rule` says, and choose the nodes to verify.
 
-    def expand(
-        self, requests: Sequence[Request], trees: DraftTrees, nodes: IntArray, rule: TreeRule
-    ) -> int:
-        """Appends the children of `nodes`, all of one level; returns how many the model ran: others
-        stay leaves."""
+        interrupted: whether a request has arrived for which the trees are to be dropped; asked
+        where the drafting can stop."""
 
     def extend(
         self, request: Request, features: Features, first: int, tokens: Sequence[int]

@@ -22,8 +22,7 @@ from smart_decoding.core.selection import (
     is_data,
 )
 from smart_decoding.core.tree import DraftTrees
-from smart_decoding.engine.drafting import Selection
-from smart_decoding.engine.protocols import Grown
+from smart_decoding.engine.drafting import Draft, Selection
 from smart_decoding.kernels import abi, library
 from smart_decoding.kernels.memory import address
 
@@ -40,6 +39,11 @@ Choice = abi.structure("Choice")
 Rule = abi.structure("Rule")
 _BEST, _RATE, _TOPOLOGY, _MARGINAL_RATIO = range(4)  # as in abi.h
 _CALIBRATION = Calibration(None, address(FINE_OF), len(FINE_OF) - 1, FINE, DEPTHS, KINDS)
+
+
+def fastest_selection() -> Selection:
+    """Follow rules in native code where kernels run, else in numpy."""
+    return Selection() if library.unavailable() else NativeSelection()
 
 
 class FirstLevel(NamedTuple):
@@ -87,7 +91,7 @@ class NativeSelection(Selection):
         count = self._library.smart_select(byref(native), byref(_trees(trees)), address(out))
         return out[:count]
 
-    def grow(self, rule: TreeRule, given: DraftTrees, first: FirstLevel) -> Grown:
+    def draft(self, rule: TreeRule, given: DraftTrees, first: FirstLevel) -> Draft:
         """Drafts a round as the rule says beside the nodes `given`, and chooses what to verify. The
         rule must be data.
 
@@ -113,10 +117,11 @@ class NativeSelection(Selection):
         if levels < 0:
             raise RuntimeError("the CPU kernels do not support this head or draft model")
         trees.grown(native_trees.nodes)
-        return Grown(
+        return Draft(
             trees,
+            rule,
             kept[: kept_count[0]],
-            expanded[1:levels].tolist(),
+            [first.rows.rows, *expanded[1:levels].tolist()],
             seconds[:levels].tolist(),
             float(seconds[rule.levels]),
         )

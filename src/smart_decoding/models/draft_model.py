@@ -20,12 +20,10 @@ from smart_decoding.models.sampling.ranking import ranked
 from smart_decoding.models.target import TorchTarget, fitting_memory
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from smart_decoding.core.rule import TreeRule
     from smart_decoding.core.tree import DraftTrees
-    from smart_decoding.drafters.levels import Growth, LevelRequest, Ranked
-    from smart_decoding.engine.protocols import Grown
+    from smart_decoding.drafters.levels import LevelRequest, Ranked, RoundInputs
+    from smart_decoding.engine.drafting import Draft
     from smart_decoding.engine.rows import Rows
     from smart_decoding.kernels.weights import Matrix
     from smart_decoding.models.checkpoints.loading import Checkpoint
@@ -57,9 +55,7 @@ class DraftModel:
         self._pages = (pages, scratch_pages)
         self._native = use_native(c, target.device, target.allow_slow)
         self._selection = NativeSelection() if self._native else None
-        self.grow: Callable[[TreeRule, DraftTrees, Growth], Grown] | None = (
-            self._grow if self._native else None
-        )
+        self.drafts_rounds = self._native
         self._tokens = torch.arange(vocab, device=target.device)
         self.shape = (
             "draft_model",
@@ -102,12 +98,12 @@ class DraftModel:
         rows.token = np.minimum(rows.token, self.config.vocab - 1)
         return ranked(self._decoder.forward(rows).logits, self._tokens, asked, self._native)
 
-    def _grow(self, rule: TreeRule, given: DraftTrees, growth: Growth) -> Grown:
-        """A round in one call, as the rule says, beside the nodes `given`."""
+    def draft(self, rule: TreeRule, given: DraftTrees, inputs: RoundInputs) -> Draft:
+        """Draft a round in one call of the kernels, as the rule says, beside the nodes `given`."""
         assert self._selection is not None
         assert self._decoder.model is not None
-        k = min(growth.asked.k, self.config.vocab)
-        call = LevelCall(True, growth.rows, None, given.batch, k)
+        k = min(inputs.asked.k, self.config.vocab)
+        call = LevelCall(True, inputs.rows, None, given.batch, k)
         drafts = {"model": addressof(self._decoder.model.struct), "tokens": self._tokens.data_ptr()}
-        first = first_level(growth, call, self._decoder.rotary, rule.levels, **drafts)
-        return self._selection.grow(rule, given, first)
+        first = first_level(inputs, call, self._decoder.rotary, rule.levels, **drafts)
+        return self._selection.draft(rule, given, first)

@@ -438,13 +438,13 @@ def _deeper_point(requests: Rehearsal, width: int) -> Point:
     expanded = [width]  # fewer where the drafter proposes chains
 
     def run() -> float | None:
-        expanded[0], seconds = requests.expand(width)
+        expanded[0], seconds = requests.deeper(width)
         return seconds
 
     def sample(seconds: float) -> Sample:
         return DraftSample(expanded[0], float(requests.context), seconds)
 
-    return Point(requests, run, sample, lambda: requests.reach(width))
+    return Point(requests, run, sample, lambda: requests.commit(0))
 
 
 def _rows(tables: Ints, batch: int, total: int, context: int) -> Rows:

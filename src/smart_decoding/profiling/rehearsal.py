@@ -10,7 +10,6 @@ import numpy as np
 from smart_decoding.core.calibration import Calibration
 from smart_decoding.core.rule import Scores, TreeRule
 from smart_decoding.core.selection import RANKS, BestRate, LookAhead, RoundCosts
-from smart_decoding.core.tree import DraftTrees
 from smart_decoding.engine.kv import PAGE, BlockTable, PagePool
 from smart_decoding.engine.request import Request
 from smart_decoding.engine.sampling_params import SamplingParams
@@ -18,6 +17,7 @@ from smart_decoding.engine.stopping import StopChecker
 
 if TYPE_CHECKING:
     from smart_decoding.drafters.levels import LevelDrafter
+    from smart_decoding.engine.drafting import Draft
 
 LEVELS = 8
 CHILDREN = 8
@@ -44,10 +44,6 @@ class Rehearsal:
         self._vocab = vocab
         self._random = np.random.default_rng(0)
         self._requests: list[Request] = []
-        self._grow = drafter.grow
-        self._rule = _forced(batch, 1, LEVELS)
-        self._trees = DraftTrees.empty(batch)
-        self._frontier = np.zeros(0, np.int64)
 
     def place(self, pages: Sequence[int]) -> None:
         """Begins in these pages."""
@@ -68,42 +64,24 @@ class Rehearsal:
             self._lengthen(self._requests[0], waiting)
 
     def first(self) -> None:
-        """Runs the first level."""
-        if self._grow is not None:
-            self._grow(self._requests, _forced(self.batch, 1, 1))
-        else:
-            self._trees = self._drafter.start(self._requests, self._rule)
+        """Draft the first level."""
+        self._draft(1, 1)
 
-    def reach(self, width: int) -> None:
-        """Drafts until a level has `width` nodes, or no more than the one before; these are
-        expanded next."""
-        self.commit(0)
-        if self._grow is not None:  # `expand` drafts the levels before it, too
-            return
-        self.first()
-        before = 0
-        level = np.arange(len(self._trees))
-        while before < len(level) < width:
-            before = len(level)
-            known = len(self._trees)
-            self._drafter.expand(self._requests, self._trees, level, self._rule)
-            level = np.arange(known, len(self._trees))
-        self._frontier = level[:width]
-
-    def expand(self, width: int) -> tuple[int, float | None]:
-        """Expands those; returns how many they were, and the level's seconds if it knows them."""
-        if self._grow is None:
-            return self._drafter.expand(
-                self._requests, self._trees, self._frontier, self._rule
-            ), None
+    def deeper(self, width: int) -> tuple[int, float]:
+        """Draft until a level expands `width` nodes, or as many as there are; return how many the
+        last level expanded, and its seconds."""
         levels = 2
         reached = self.batch * CHILDREN
         while reached < width:
             levels += 1
             reached *= CHILDREN
-        grown = self._grow(self._requests, _forced(self.batch, width, levels))
-        assert grown is not None
-        return grown.expanded[-1], grown.seconds[-1]
+        draft = self._draft(width, levels)
+        return draft.widths[-1], draft.level_seconds[-1]
+
+    def _draft(self, width: int, levels: int) -> Draft:
+        return self._drafter.draft(
+            self._requests, _forced(self.batch, width, levels), lambda: False
+        )
 
     def end(self) -> None:
         """Releases the requests."""

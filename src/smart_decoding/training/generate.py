@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from smart_decoding.core.tree import DraftTrees
 from smart_decoding.drafters.free import FreeDrafter
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.multimodal.prompts import MediaPrompt
@@ -19,7 +18,6 @@ from smart_decoding.training.seeds import user_turn
 from smart_decoding.training.shards import Recorded, Writer
 
 if TYPE_CHECKING:
-    from smart_decoding.core.rule import TreeRule
     from smart_decoding.engine.engine import Engine
     from smart_decoding.engine.media import MultimodalEmbeddings
     from smart_decoding.engine.request import Request
@@ -48,10 +46,6 @@ class Recorder(FreeDrafter):
         self.features: dict[str, list[Tensor]] = {}
         # Each with its features and its pictures' embeddings.
         self.done: list[tuple[Request, Tensor, MultimodalEmbeddings]] = []
-
-    def start(self, requests: Sequence[Request], rule: TreeRule) -> DraftTrees:
-        """No drafts."""
-        return DraftTrees.empty(len(requests))
 
     def extend(self, request: Request, features: Any, first: int, tokens: Sequence[int]) -> None:
         """Keeps features [tokens, layers * hidden]."""

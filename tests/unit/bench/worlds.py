@@ -8,6 +8,7 @@ import numpy as np
 from smart_decoding.bench.blocks import Prompt
 from smart_decoding.core.policies import make_policy
 from smart_decoding.core.tree import DraftTrees
+from smart_decoding.engine.drafting import Selection, draft_by_levels
 from smart_decoding.engine.engine import Engine, EngineConfig
 from smart_decoding.engine.protocols import TargetScores
 from smart_decoding.engine.sampling_params import SamplingParams
@@ -54,7 +55,7 @@ class RuleDrafter:
     """Proposes the right token first if `good`, and a wrong one; a level takes `seconds`, and each
     of its rows `row_seconds`, the rows of tokens that it has not seen yet included."""
 
-    name, has_model, free, grow, aux_layers, wants_ends = ("rule", True, False, None, (), False)
+    name, has_model, free, aux_layers, wants_ends = ("rule", True, False, (), False)
 
     def __init__(
         self, clock: Clock, good: bool = True, seconds: float = 0.0, row_seconds: float = 0.0
@@ -65,7 +66,11 @@ class RuleDrafter:
     def pending_rows(self, requests):
         return sum(self.pending[r.id] for r in requests)
 
-    def start(self, requests, rule):
+    def draft(self, requests, rule, interrupted, given=None):
+        given = DraftTrees.empty(len(requests)) if given is None else given
+        return draft_by_levels(self, requests, rule, interrupted, given, Selection(), self.clock)
+
+    def first_level(self, requests, rule):
         trees = DraftTrees.empty(len(requests))
         self.clock.now += self.row_seconds * (self.pending_rows(requests) - len(requests))
         self.pending.update((r.id, 0) for r in requests)
@@ -78,7 +83,7 @@ class RuleDrafter:
         )
         return trees
 
-    def expand(self, requests, trees, nodes, rule):
+    def next_level(self, requests, trees, nodes, rule):
         self._append(trees, trees.owner[nodes], nodes, trees.token[nodes], rule)
         return len(nodes)
 

@@ -94,11 +94,11 @@ def test_drafting_equals_the_unrolled_training_forward(
     drafter.extend(request, aux_hidden[10:], 10, tokens[10:n])
 
     rule = TreeRule(3, 4, np.array([9]), NO_NODES, Beam(2), KeepBest(9))
-    trees = drafter.start([request], rule)
+    trees = drafter.first_level([request], rule)
     first = int(np.argmax(trees.draft_prob))
-    drafter.expand([request], trees, np.array([first, (first + 1) % 4]), rule)
+    drafter.next_level([request], trees, np.array([first, (first + 1) % 4]), rule)
     second = 4 + int(np.argmax(trees.draft_prob[4:12]))
-    drafter.expand([request], trees, np.array([second]), rule)
+    drafter.next_level([request], trees, np.array([second]), rule)
 
     path = trees.path(second)
     drafted = trees.token[path].tolist()

@@ -58,7 +58,7 @@ def head_of(
         weights = RoundedWeights(weights, "int8")
     decoder = Decoder(TARGET, weights, dtype, torch.device("cpu"), PAGES, 128, native)
     head = EagleHead(files, decoder, PAGES, SCRATCH, 128)
-    assert head.levels.grows == native
+    assert isinstance(head.levels, native_level.NativeLevel) == native
     return head
 
 
@@ -107,9 +107,9 @@ def drafted(head: EagleHead, temperatures: tuple[float, ...]) -> DraftTrees:
     drafter, requests = waiting(head, temperatures)
     limits = np.full(len(requests), 9)
     rule = TreeRule(3, 4, limits, NO_NODES, Beam(2), KeepBest(9))
-    trees = drafter.start(requests, rule)
-    drafter.expand(requests, trees, np.arange(0, len(trees), 2), rule)
-    drafter.expand(requests, trees, np.flatnonzero(trees.depth == 2)[::3], rule)
+    trees = drafter.first_level(requests, rule)
+    drafter.next_level(requests, trees, np.arange(0, len(trees), 2), rule)
+    drafter.next_level(requests, trees, np.flatnonzero(trees.depth == 2)[::3], rule)
     return trees
 
 

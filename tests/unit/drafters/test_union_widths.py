@@ -15,17 +15,24 @@ from smart_decoding.models.draft_model import DraftModel
 from .tiny import PAGES, SCRATCH, SMALL, ask, checkpoint, engine_of, target_of
 
 if TYPE_CHECKING:
+    from smart_decoding.core.rule import TreeRule
     from smart_decoding.drafters.levels import LevelRequest
     from smart_decoding.engine.engine import Engine
     from smart_decoding.engine.rows import Rows
 
 
+class ByLevel(DraftModelDrafter):
+    """Drafts one level after another."""
+
+    def follows(self, rule: TreeRule) -> bool:
+        return False
+
+
 def engine_with(scratch: int, in_one_call: bool) -> Engine:
     target = target_of()
     model = DraftModel(checkpoint(SMALL, 1), target, PAGES, scratch)
-    drafter = UnionDrafter([DraftModelDrafter(model, PAGES, scratch), NgramDrafter(min_n=1)])
-    if not in_one_call:
-        drafter.grow = None
+    kind = DraftModelDrafter if in_one_call else ByLevel
+    drafter = UnionDrafter([kind(model, PAGES, scratch), NgramDrafter(min_n=1)])
     options = {"depth": 3, "top_k": 6, "total_tokens": 24}
     engine = engine_of(target, drafter, "eagle2", options=options)
     ask(engine, [[5, 6, 7, 5, 6, 8, 5, 6], [9, 9, 9, 9]], tokens=40)

@@ -3,7 +3,7 @@ guesses well."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 from smart_decoding.core.costs import CostModel
 from smart_decoding.core.policies import make_policy
 from smart_decoding.core.tree import ROOT, DraftTrees
+from smart_decoding.engine.drafting import Draft, Selection, draft_by_levels
 from smart_decoding.engine.engine import Engine, EngineConfig
 from smart_decoding.engine.history import SampleSpec
 from smart_decoding.engine.sampling_params import SamplingParams
@@ -80,7 +81,6 @@ class FakeDrafter:
     name = "fake"
     has_model = True
     aux_layers = (1,)
-    grow = None
     wants_ends = False
 
     def __init__(
@@ -99,7 +99,16 @@ class FakeDrafter:
     def pending_rows(self, requests: Sequence[Request]) -> int:
         return len(requests)
 
-    def start(self, requests: Sequence[Request], rule: TreeRule) -> DraftTrees:
+    def draft(
+        self, requests: Sequence[Request], rule: TreeRule, interrupted: Callable[[], bool]
+    ) -> Draft:
+        given = DraftTrees.empty(len(requests))
+        selection = Selection()
+        return draft_by_levels(
+            self, requests, rule, interrupted, given, selection, self.target.clock
+        )
+
+    def first_level(self, requests: Sequence[Request], rule: TreeRule) -> DraftTrees:
         for request in requests:
             assert (
                 self.known.get(request, request.table.length)
@@ -116,7 +125,7 @@ class FakeDrafter:
                 self._propose_chain(request, owner, trees)
         return trees
 
-    def expand(
+    def next_level(
         self, requests: Sequence[Request], trees: DraftTrees, nodes: np.ndarray, rule: TreeRule
     ) -> int:
         self._propose(requests, trees, nodes.tolist(), trees.owner[nodes].tolist(), rule.children)

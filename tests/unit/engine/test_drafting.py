@@ -1,9 +1,8 @@
-"""Who follows a rule: the drafter in one call, the engine's selection level by level, or a rule of
-somebody's own."""
+"""Who follows a rule: a model level by level, free drafters alone, or a rule of one's own."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,18 +10,18 @@ import numpy as np
 import pytest
 
 from smart_decoding.core.batch import BatchState
-from smart_decoding.core.policies import make_policy
 from smart_decoding.core.policies.base import StatelessPolicy
 from smart_decoding.core.rule import TreeRule
 from smart_decoding.core.selection import Beam, BestRate, FreeAlone, KeepBest, RoundCosts
 from smart_decoding.core.tree import DraftTrees, IntArray
-from smart_decoding.engine.drafting import Draft, Selection, draft_trees
-from smart_decoding.engine.engine import Engine
-from smart_decoding.engine.protocols import Grown
+from smart_decoding.drafters.free import FreeDrafter
+from smart_decoding.drafters.union import UnionDrafter
+from smart_decoding.engine.drafting import Draft, Selection, draft_by_levels
 
 from .fakes import Clock, alone, finish, make_engine, random_requests
 
 if TYPE_CHECKING:
+    from smart_decoding.engine.engine import Engine
     from smart_decoding.engine.request import Request
 
 BATCH = BatchState(np.array([50]), np.array([20]), np.zeros(1), np.ones(1, np.bool_))
@@ -36,27 +35,25 @@ def tree(nodes: int) -> DraftTrees:
     return trees
 
 
-class OneCall:
-    """Grows chains, in one call or level by level, and notes which."""
+class Levels:
+    """Drafts chains level by level, and notes it."""
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
         self.calls: list[str] = []
 
-    def grow(self, requests: Sequence[Request], rule: TreeRule) -> Grown:
-        self.calls.append("grow")
-        self.clock.now += 8.0
-        return Grown(tree(rule.levels), np.array([0]), [1] * (rule.levels - 1), [0.0, 1.0, 2.0], 1)
+    def pending_rows(self, requests: Sequence[Request]) -> int:
+        return 1
 
-    def start(self, requests: Sequence[Request], rule: TreeRule) -> DraftTrees:
-        self.calls.append("start")
+    def first_level(self, requests: Sequence[Request], rule: TreeRule) -> DraftTrees:
+        self.calls.append("first")
         self.clock.now += 1.0
         return tree(1)
 
-    def expand(
+    def next_level(
         self, requests: Sequence[Request], trees: DraftTrees, nodes: IntArray, rule: TreeRule
     ) -> int:
-        self.calls.append("expand")
+        self.calls.append("next")
         self.clock.now += 2.0
         trees.append([0], [7], nodes, [0.9])
         return 1
@@ -75,29 +72,20 @@ class Mine:
 
 def drafted(rule: TreeRule, arrived: bool = False) -> tuple[Draft, list[str]]:
     clock = Clock()
-    drafter: Any = OneCall(clock)
-    draft = draft_trees(drafter, Selection(), rule, BATCH, [], lambda: arrived, clock)
-    return draft, drafter.calls
+    model = Levels(clock)
+    given = DraftTrees.empty(1)
+    draft = draft_by_levels(model, [], rule, lambda: arrived, given, Selection(), clock)
+    return draft, model.calls
 
 
 RULE = TreeRule(3, 1, BATCH.limits, np.zeros(0, np.int64), Beam(1), KeepBest(9))
-
-
-def test_a_rule_of_built_in_parts_is_followed_by_the_drafter() -> None:
-    draft, calls = drafted(RULE)
-    assert calls == ["grow"]
-    assert draft.kept.tolist() == [0]
-    assert draft.widths == [1, 1, 1]
-    assert draft.seconds == 7.0  # choosing left out
-    assert draft.level_seconds == [4.0, 1.0, 2.0]
-    assert drafted(RULE, arrived=True)[0].interrupted
 
 
 @pytest.mark.parametrize("part", ["grow", "keep"])
 def test_a_rule_of_ones_own_is_asked_level_by_level(part: str) -> None:
     draft, calls = drafted(replace(RULE, **{part: Mine()}))
     levels = 2 if part == "grow" else 3
-    assert calls == ["start"] + ["expand"] * (levels - 1)
+    assert calls == ["first"] + ["next"] * (levels - 1)
     assert len(draft.trees) == levels
     assert draft.kept.tolist() == ([0, 1] if part == "grow" else [0])
     assert draft.widths == [1] * levels
@@ -105,17 +93,10 @@ def test_a_rule_of_ones_own_is_asked_level_by_level(part: str) -> None:
     assert draft.seconds == sum(draft.level_seconds)
 
 
-def test_without_levels_of_a_model_there_is_nothing_to_grow() -> None:
-    draft, calls = drafted(replace(RULE, levels=0))
-    assert calls == ["start"]
-    assert draft.kept.tolist() == [0]
-    assert draft.widths == []
-
-
 def test_who_arrives_between_levels_ends_the_drafting() -> None:
     draft, calls = drafted(replace(RULE, grow=Mine()), arrived=True)
     assert draft.interrupted
-    assert calls == ["start"]
+    assert calls == ["first"]
     assert draft.kept.tolist() == []
 
 
@@ -146,65 +127,55 @@ def test_a_policy_with_a_rule_of_its_own_serves() -> None:
     answers(engine)
 
 
-class Counting(Selection):
-    """Notes that it was asked."""
+class Proposes(FreeDrafter):
+    """Proposes a node of some probability."""
 
-    asked = 0
+    name = "proposes"
 
-    def select(self, rule: TreeRule, trees: DraftTrees) -> IntArray:
-        self.asked += 1
-        return super().select(rule, trees)
-
-
-def test_the_engine_selects_by_what_it_was_given() -> None:
-    given = make_engine("off")
-    selection = Counting()
-    engine = Engine(
-        given.target,
-        make_policy("chain"),
-        given.drafter,
-        given.config,
-        lambda skip_special: lambda ids: "",
-        given._clock,
-        selection=selection,
-    )
-    answers(engine)
-    assert selection.asked > 5
-
-
-class Beside(OneCall):
-    """A drafter whose free ones propose a node of some probability first."""
-
-    def __init__(self, clock: Clock, accept_prob: float) -> None:
-        super().__init__(clock)
+    def __init__(self, accept_prob: float) -> None:
         self.accept_prob = accept_prob
-        self.given: DraftTrees | None = None
 
     def propose(self, requests: Sequence[Request], rule: TreeRule) -> DraftTrees:
-        self.calls.append("propose")
-        self.given = DraftTrees.empty(1)
-        self.given.append([0], [1], [-1], [self.accept_prob])
-        return self.given
-
-    def start(self, requests: Sequence[Request], rule: TreeRule) -> DraftTrees:
-        self.calls.append("start")
-        assert rule.levels == 0
-        assert self.given is not None
-        return self.given
+        trees = DraftTrees.empty(1)
+        trees.append([0], [1], [-1], [self.accept_prob], source=1)
+        return trees
 
 
-@pytest.mark.parametrize(("accept_prob", "second"), [(0.9, "start"), (0.3, "grow"), (0.0, "grow")])
-def test_the_model_rests_where_free_proposals_promise_more(accept_prob: float, second: str) -> None:
+class Model:
+    """A model that notes what it is asked for."""
+
+    has_model = True
+    free = False
+    aux_layers = ()
+
+    def __init__(self) -> None:
+        self.given: list[DraftTrees] = []
+
+    def draft(
+        self,
+        requests: Sequence[Request],
+        rule: TreeRule,
+        interrupted: Callable[[], bool],
+        given: DraftTrees,
+    ) -> Draft:
+        self.given.append(given)
+        return Draft(given, rule)
+
+
+@pytest.mark.parametrize(("accept_prob", "asked"), [(0.9, False), (0.3, True), (0.001, True)])
+def test_the_model_is_left_out_where_free_proposals_promise_more(
+    accept_prob: float, asked: bool
+) -> None:
     # Alone 1.9 or 1.3 tokens in 1.2 s; with the model's level, 1.9 or 1.8 tokens in 1.5.
     costs = RoundCosts(1.0, 0.0, np.full(4, 0.3), np.array([1.0, 1.2, 1.3]))
     alone = FreeAlone(BestRate(costs), np.array([[0.8, 0.0]]), np.array([0.3]))
     rule = replace(RULE, keep=BestRate(replace(costs, sunk=0.3)), alone=alone)
-    clock = Clock()
-    drafter: Any = Beside(clock, accept_prob)
-    draft = draft_trees(drafter, Selection(), rule, BATCH, [], lambda: False, clock)
-    assert drafter.calls == ["propose", second]
+    model: Any = Model()
+    one: Any = [None]  # request
+    draft = UnionDrafter([model, Proposes(accept_prob)]).draft(one, rule, lambda: False)
+    assert [given.token.tolist() for given in model.given] == ([[1]] if asked else [])
     assert draft.rule is not None
-    assert (draft.rule.levels == 0) == (second == "start")
-    if second == "start":
+    assert (draft.rule.levels == 0) == (not asked)
+    if not asked:
         assert draft.kept.tolist() == [0]
         assert draft.widths == []

@@ -31,23 +31,22 @@ from smart_decoding.speculation import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from smart_decoding.core.rule import TreeRule
     from smart_decoding.core.tree import DraftTrees
-    from smart_decoding.drafters.levels import Growth, LevelRequest, Ranked
-    from smart_decoding.engine.protocols import Drafter, Grown
+    from smart_decoding.drafters.levels import LevelRequest, Ranked, RoundInputs
+    from smart_decoding.engine.drafting import Draft
+    from smart_decoding.engine.protocols import Drafter
     from smart_decoding.engine.rows import Rows
 
 
 class HostDraftModel:
-    """folder: of a prior; draft models have none. grow: level by level it is.
+    """folder: of a prior; draft models have none.
 
     Models pad their vocabularies differently: tokens that only one of the two has are never
     proposed. Keys of tree nodes come first in the cache, so that it grows with the text, not with
     the pages that a call may use."""
 
-    grow: Callable[[TreeRule, DraftTrees, Growth], Grown] | None = None
+    drafts_rounds = False
     folder: Path | None = None
 
     def __init__(self, model: PreTrainedModel, layers: int, tree: bool, target_vocab: int) -> None:
@@ -70,6 +69,10 @@ class HostDraftModel:
         if not (tree and self._tree):
             drafter.widest = 1
         return drafter
+
+    def draft(self, rule: TreeRule, given: DraftTrees, inputs: RoundInputs) -> Draft:
+        """Raise: level by level it is."""
+        raise NotImplementedError
 
     def check_length(self, max_length: int) -> None:
         """See the function."""

@@ -35,19 +35,18 @@ from smart_decoding.models.torch.layers import KVCache, NativeLayers
 if TYPE_CHECKING:
     from smart_decoding.core.rule import TreeRule
     from smart_decoding.core.tree import DraftTrees, IntArray
-    from smart_decoding.drafters.levels import Growth, LevelRequest, Ranked
-    from smart_decoding.engine.protocols import Grown
+    from smart_decoding.drafters.levels import LevelRequest, Ranked, RoundInputs
+    from smart_decoding.engine.drafting import Draft
     from smart_decoding.engine.rows import Rows
     from smart_decoding.kernels.weights import Matrix
     from smart_decoding.models.heads.weights import HeadWeights
 
 
 class NativeLevel:
-    """The same as `SteppedLevels`, and `grow`: all levels of a round in one call."""
+    """The same as `SteppedLevels`, and `draft`: all levels of a round in one call."""
 
     kv: KVCache  # whose head sets both
     rotary: tuple[Tensor, Tensor]
-    grows = True
 
     def __init__(self, weights: HeadWeights) -> None:
         self._bf16 = weights.target.dtype == torch.bfloat16
@@ -81,20 +80,20 @@ class NativeLevel:
         features = above * (4 * self._outputs.shape[1]) + self._outputs.data_ptr()
         return self._run(False, rows, features, len(rows), asked)
 
-    def grow(
-        self, rule: TreeRule, given: DraftTrees, growth: Growth, parts: Sequence[FeaturePart]
-    ) -> Grown:
-        """A round as the rule says beside the nodes `given`."""
+    def draft(
+        self, rule: TreeRule, given: DraftTrees, inputs: RoundInputs, parts: Sequence[FeaturePart]
+    ) -> Draft:
+        """Draft a round in one call, as the rule says, beside the nodes `given`."""
         batch = given.batch
         kept = [readable(part) for part in parts]
         self._count = 0
-        self._reserve(batch + most_expanded(rule, batch, growth.slots))
-        k = min(growth.asked.k, self._children)
-        call = LevelCall(True, growth.rows, row_addresses(kept), batch, k)
+        self._reserve(batch + most_expanded(rule, batch, inputs.slots))
+        k = min(inputs.asked.k, self._children)
+        call = LevelCall(True, inputs.rows, row_addresses(kept), batch, k)
         call.struct.out = self._outputs.data_ptr()
         kv = self.kv
         first = first_level(
-            growth,
+            inputs,
             call,
             self.rotary,
             rule.levels,
@@ -105,9 +104,9 @@ class NativeLevel:
             w_bf16=self._bf16,
             kv_bf16=kv.keys.dtype == torch.bfloat16,
         )
-        grown = self._selection.grow(rule, given, first)
-        self._count = batch + sum(grown.expanded)
-        return grown
+        draft = self._selection.draft(rule, given, first)
+        self._count = batch + sum(draft.widths[1:])
+        return draft
 
     def _run(
         self, first: bool, rows: Rows, features: IntArray, wanted: int, asked: LevelRequest
@@ -154,20 +153,20 @@ class LevelCall:
 
 
 def first_level(
-    growth: Growth, call: LevelCall, rotary: tuple[Tensor, Tensor], levels: int, **drafts: Any
+    inputs: RoundInputs, call: LevelCall, rotary: tuple[Tensor, Tensor], levels: int, **drafts: Any
 ) -> FirstLevel:
     """A round's first level. drafts: the fields of the structure Growth that say who drafts."""
-    native = kernels.native_rows(growth.rows, *rotary)
-    scale, noise = noise_of_levels(growth.asked, levels)
+    native = kernels.native_rows(inputs.rows, *rotary)
+    scale, noise = noise_of_levels(inputs.asked, levels)
     struct = kernels.Growth(
-        first_slot=growth.slots.start,
-        slots=len(growth.slots),
+        first_slot=inputs.slots.start,
+        slots=len(inputs.slots),
         scale=pointer(scale),
         noise=pointer(noise),
         threads=torch.get_num_threads(),
         **drafts,
     )
-    return FirstLevel(native, call.struct, struct, growth.slots, (native, scale, noise))
+    return FirstLevel(native, call.struct, struct, inputs.slots, (native, scale, noise))
 
 
 def _structure(weights: HeadWeights) -> tuple[Structure, tuple[object, ...]]:

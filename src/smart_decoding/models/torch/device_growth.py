@@ -27,7 +27,7 @@ from smart_decoding.models.torch.rows import download, upload
 if TYPE_CHECKING:
     from smart_decoding.core.rule import TreeRule
     from smart_decoding.core.selection import Fixed
-    from smart_decoding.drafters.levels import Growth
+    from smart_decoding.drafters.levels import RoundInputs
     from smart_decoding.models.torch.rows import DeviceRows
 
 DEAD = -torch.inf  # log probability of what a rule would not expand, where there is nothing better
@@ -36,16 +36,16 @@ DEAD = -torch.inf  # log probability of what a rule would not expand, where ther
 class DeviceGrowth:
     """One round."""
 
-    def __init__(self, rule: TreeRule, fixed: Fixed, growth: Growth, tokens: Tensor) -> None:
-        rows = growth.rows
+    def __init__(self, rule: TreeRule, fixed: Fixed, inputs: RoundInputs, tokens: Tensor) -> None:
+        rows = inputs.rows
         self._batch = batch = len(rows.query_start_loc) - 1
-        self._k = min(growth.asked.k, len(tokens))
+        self._k = min(inputs.asked.k, len(tokens))
         self._groups = batch if fixed.each else 1  # that nodes are chosen from
         self._widths = (*fixed.widths, 0)  # of levels 2, 3, ...; none behind the last
         self._limited = bool((rule.limits <= rule.levels).any())
         self._tokens = tokens
         self._pages = rows.pages
-        self._slots = growth.slots
+        self._slots = inputs.slots
         last = rows.query_start_loc[1:] - 1
         of_request = (
             rows.context_len[last],
@@ -65,7 +65,7 @@ class DeviceGrowth:
         self._chosen = self._mine[4]  # which candidates they were: first the requests themselves
         self._children = self._able = self._prob  # [rows, k] their tokens; log path_prob, or DEAD
         self._found: list[Tensor] = []  # of each level [rows, 2 + 2 * k], what the host must know
-        noise = noise_there(growth.asked, tokens.device)
+        noise = noise_there(inputs.asked, tokens.device)
         self._noise = None if noise is None else noise.view(2, batch, rule.levels)
         self._marks = [self._mark()]
 

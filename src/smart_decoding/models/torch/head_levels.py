@@ -17,7 +17,8 @@ from torch import Tensor
 
 from smart_decoding.core.selection import Fixed
 from smart_decoding.core.tree import merge
-from smart_decoding.engine.protocols import Grown
+from smart_decoding.engine.drafting import Draft
+from smart_decoding.kernels.selection import fastest_selection
 from smart_decoding.models.families.decoder import put
 from smart_decoding.models.heads.features import FeaturePart, stacked, take_rows
 from smart_decoding.models.sampling.ranking import ranked
@@ -29,7 +30,7 @@ from smart_decoding.models.torch.torch_layers import Linear, rms_norm
 if TYPE_CHECKING:
     from smart_decoding.core.rule import TreeRule
     from smart_decoding.core.tree import DraftTrees, IntArray
-    from smart_decoding.drafters.levels import Growth, LevelRequest, Ranked
+    from smart_decoding.drafters.levels import LevelRequest, Ranked, RoundInputs
     from smart_decoding.engine.rows import Rows
     from smart_decoding.models.heads.weights import HeadWeights
 
@@ -58,6 +59,7 @@ class SteppedLevels(ABC):
         self._embedding = weights.embedding
         self._draft_ids = weights.draft_ids
         self._round: list[Tensor] = []
+        self._selection = fastest_selection()
         self.grows = DEVICE_CHOOSES and target.device.type == "cuda"
 
     @torch.inference_mode()
@@ -76,19 +78,19 @@ class SteppedLevels(ABC):
         return self._rank(asked)
 
     def follows(self, rule: TreeRule) -> bool:
-        """Whether `grow` follows a rule: what a level expands must be known before."""
-        return Fixed.before(rule) is not None
+        """Whether `draft` follows a rule: a device chooses, and knows before what levels expand."""
+        return self.grows and Fixed.before(rule) is not None
 
     @torch.inference_mode()
-    def grow(
-        self, rule: TreeRule, given: DraftTrees, growth: Growth, parts: Sequence[FeaturePart]
-    ) -> Grown:
-        """All levels of a rule of which `Fixed.before` knows the widths, beside the nodes `given`;
-        the host waits for a device once."""
+    def draft(
+        self, rule: TreeRule, given: DraftTrees, inputs: RoundInputs, parts: Sequence[FeaturePart]
+    ) -> Draft:
+        """Draft all levels of a rule of which `Fixed.before` knows the widths, beside the nodes
+        `given`; the host waits for a device once."""
         fixed = Fixed.before(rule)
         assert fixed is not None
-        round = DeviceGrowth(rule, fixed, growth, self._draft_ids)
-        self._round = [self._catch_up(growth.rows, parts)[round.last]]
+        round = DeviceGrowth(rule, fixed, inputs, self._draft_ids)
+        self._round = [self._catch_up(inputs.rows, parts)[round.last]]
         round.rank(self._logits())
         while (level := round.expand(self.rotary)) is not None:
             context, above = level
@@ -98,7 +100,8 @@ class SteppedLevels(ABC):
         if len(given):
             merge(given, trees, 0)
             trees = given
-        return Grown(trees, None, expanded, seconds, 0.0)
+        kept = self._selection.select(rule, trees)
+        return Draft(trees, rule, kept, [len(inputs.rows), *expanded], seconds)
 
     @property
     def outputs(self) -> Tensor:
