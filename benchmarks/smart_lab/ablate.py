@@ -31,12 +31,14 @@ from tqdm import tqdm
 from smart_decoding.bench.options import BASELINE, check_outputs, parse_setting
 from smart_decoding.bench.provenance import write_json
 from smart_decoding.cli.arguments import whole_numbers, words
+from smart_decoding.errors import ConfigError
 from smart_lab.ablations import ABLATIONS, VARIANTS, smart
 from smart_lab.machines import costs_of
 from smart_lab.replay import replay
 from smart_lab.sweep import SHORT, Sweep
 from smart_lab.trace import Trace, read_trace
 from smart_lab.tuning import RIVALS
+from smart_lab.worlds import AS_PROFILED, WORLDS
 
 if TYPE_CHECKING:
     from smart_decoding.bench.options import Arm
@@ -50,11 +52,18 @@ ALL = "all machines"
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One order of the answers on one machine at one batch size, for all contestants."""
+    """One order of the answers on one machine at one batch size in one world, for all
+    contestants."""
 
     machine: str
     batch_size: int
     order: int
+    world: str = AS_PROFILED
+
+    @property
+    def place(self) -> str:
+        """Machine and world."""
+        return self.machine if self.world == AS_PROFILED else f"{self.machine}: {self.world}"
 
 
 class Ablation:
@@ -74,14 +83,16 @@ class Ablation:
         """Contestant -> what its replay counted, and its tokens per second."""
         recording = ordered(self.trace.recording, cell.order, cell.batch_size, self._answers)
         cost = self.costs[cell.machine]
+        world = WORLDS[cell.world](recording, cost, cell.batch_size, cell.order)
         found = {}
         for name in self.names:
             if name in RIVALS:
                 arm = self._best(name, cell)
                 policy = self.trace.policy(arm.policy, cost, **arm.options)
             else:
-                policy = contestant(name, self.trace, cost)
-            result = replay(policy, recording, cost, cell.batch_size)
+                policy = contestant(name, self.trace, world.believed)
+            machine = world.machine()
+            result = replay(policy, world.recording, cost, cell.batch_size, costs=machine)
             found[name] = {**asdict(result), "tokens_per_s": result.tokens_per_s}
             if name in RIVALS:
                 found[name]["setting"] = dict(arm.options)
@@ -127,19 +138,20 @@ def contestant(name: str, trace: Trace, cost: CostModel) -> Policy:
 def gains(
     found: Mapping[Cell, Mapping[str, Mapping[str, Any]]], name: str, base: str
 ) -> dict[tuple[str, int], list[float]]:
-    """(machine, batch size) -> the gain over `base` in each order."""
+    """(machine and world, batch size) -> the gain over `base` in each order."""
     result: dict[tuple[str, int], list[float]] = {}
     for cell, rows in found.items():
         gain = rows[name]["tokens_per_s"] / rows[base]["tokens_per_s"]
-        result.setdefault((cell.machine, cell.batch_size), []).append(gain)
+        result.setdefault((cell.place, cell.batch_size), []).append(gain)
     return result
 
 
 def table(
     found: Mapping[Cell, Mapping[str, Mapping[str, Any]]], names: Sequence[str], base: str
 ) -> str:
-    """A block of lines for each machine, then their geometric mean; columns are batch sizes."""
-    machines = list(dict.fromkeys(cell.machine for cell in found))
+    """A block of lines for each machine and world, then their geometric mean; columns are batch
+    sizes."""
+    machines = list(dict.fromkeys(cell.place for cell in found))
     sizes = sorted({cell.batch_size for cell in found})
     wide = max(map(len, names)) + 4
     heads = "".join(f"{f'batch {size}':>14}" for size in sizes)
@@ -186,6 +198,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     machines = "of benchmarks/results, or cards (default: all measured ones and l40s)"
     add("--machines", type=words, default=(), metavar="A,B", help=machines)
     add("--batch-sizes", type=whole_numbers, default=(1, 2, 4, 8, 16, 32), metavar="1,4")
+    where = f"what machine and drafter do, or `all`: {', '.join(WORLDS)}"
+    add("--worlds", type=words, default=(AS_PROFILED,), metavar="A,B", help=where)
     add("--orders", type=int, default=1, help="shuffles of the answers, for the spread")
     fewer = "answers replayed at most, where the batch does not need more"
     add("--answers", type=int, default=1000, help=fewer)
@@ -201,7 +215,18 @@ def main(args: argparse.Namespace) -> int:
     ablation = Ablation(read_trace(args.trace), costs_of(args.machines), names, args.answers)
     for name in set(names) - set(RIVALS):
         contestant(name, ablation.trace, next(iter(ablation.costs.values())))
-    found = run(ablation, args.batch_sizes, range(args.orders), args.processes)
+    worlds = tuple(WORLDS) if args.worlds == ("all",) else args.worlds
+    unknown = [world for world in worlds if world not in WORLDS]
+    if unknown:
+        raise ConfigError(f"unknown world {unknown[0]!r}; known: {', '.join(WORLDS)}")
+    cells = [
+        Cell(machine, size, order, world)
+        for world in worlds
+        for machine in ablation.costs
+        for size in args.batch_sizes
+        for order in range(args.orders)
+    ]
+    found = run(ablation, cells, args.processes)
     print(table(found, [name for name in names if name != args.over], args.over))
     if args.json is not None:
         rows = [{**asdict(cell), "replayed": of_cell} for cell, of_cell in found.items()]
@@ -210,10 +235,9 @@ def main(args: argparse.Namespace) -> int:
 
 
 def run(
-    ablation: Ablation, sizes: Sequence[int], orders: Sequence[int], processes: int
+    ablation: Ablation, cells: Sequence[Cell], processes: int
 ) -> dict[Cell, dict[str, dict[str, Any]]]:
     """All cells, each in one process."""
-    cells = [Cell(m, size, order) for m in ablation.costs for size in sizes for order in orders]
     with ProcessPoolExecutor(processes, initializer=_begin, initargs=(ablation,)) as pool:
         replayed = pool.map(_replayed, cells)
         results = list(tqdm(replayed, total=len(cells), desc="replaying", leave=False))

@@ -11,19 +11,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
 from smart_decoding.core.calibration import BIN_PROBS, Calibration, DriftDetector, default_prior
-from smart_decoding.core.costs import CostModel, Curve
+from smart_decoding.core.costs import CostModel, Curve, size_bucket
 from smart_decoding.core.policies.base import StatelessPolicy
 from smart_decoding.core.policies.smart import Smart
-from smart_decoding.core.realised import Realised
+from smart_decoding.core.realised import CatchingUp, Realised
 from smart_decoding.core.rule import NO_NODES, Grow, TreeRule, expanded_widths
 from smart_decoding.core.selection import (
+    RANKS,
     BestRate,
     Fixed,
+    LookAhead,
     RoundCosts,
     best_per_owner,
     best_size,
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
 
 FLAT_CONTEXT = 128.0
 BATCHES = (1, 2, 4, 8, 16, 32, 64)  # that keep their own curve
+FACTOR_GAIN, FACTOR_STEP = 0.2, 0.25  # of a single factor: a step's share, and its largest error
 CERTAIN = 1e6  # observations behind a curve that is not to move
 # Wrong profiles: rows and levels, as multiples of what they take.
 CHEAP = (0.2, 0.25)
@@ -232,6 +235,79 @@ class FrozenCosts(Variant):
         self.inner.cost = self._cost
 
 
+@dataclass(frozen=True, slots=True)
+class OneFactor:
+    """A correction of costs by one factor, a moving mean: in place of a Kalman filter of 29
+    states."""
+
+    log: float = 0.0
+
+    def seconds(
+        self, rows: IntArray | slice, table: FloatArray, weights: FloatArray | float
+    ) -> FloatArray:
+        """The table's seconds, all by the same factor."""
+        corrected: FloatArray = table * math.exp(self.log)
+        return corrected
+
+    def updated(
+        self, rows: float, table: float, weights: float, seconds: float, steps: int = 1
+    ) -> OneFactor:
+        """A step moves the factor by a share of what it was off, outliers by no more than
+        others."""
+        if not (math.isfinite(seconds) and seconds > 0 and table > 0):
+            return self
+        error = math.log(seconds / table) - self.log
+        kept = (1.0 - FACTOR_GAIN) ** steps
+        return OneFactor(self.log + (1.0 - kept) * min(max(error, -FACTOR_STEP), FACTOR_STEP))
+
+
+def one_factor(inner: Smart) -> Smart:
+    """With costs that one factor for each kind of forward corrects."""
+    factors: dict[str, Any] = {
+        f"{kind}_correction": OneFactor() for kind in ("verify", "draft", "first")
+    }
+    inner.cost = replace(inner.cost, **factors)
+    return inner
+
+
+class Sober(Realised):
+    """Expects of drafted rounds what they reached, and nothing of those hardly tried."""
+
+    def of(self, size: int) -> float:
+        """The ratio, without optimism."""
+        bucket = size_bucket(size)
+        tokens = self._tokens[bucket]
+        return tokens.mean / self._forecast[bucket].mean if tokens.seen else 1.0
+
+
+def sober(inner: Smart) -> Smart:
+    """Without optimism."""
+    inner.learned.with_model = Sober()
+    inner.learned.free = Sober()
+    return inner
+
+
+class StayingOn(CatchingUp):
+    """A model that catches up serves until the answers end."""
+
+    def rounds(self, size: int, missed: int, held: float, stay: int) -> float:
+        """All that are left."""
+        return stay
+
+
+def staying_on(inner: Smart) -> Smart:
+    """Does not learn how often rows are missed."""
+    inner.learned.catching_up = StayingOn()
+    return inner
+
+
+def one_level(rule: TreeRule, exact: BestRate) -> TreeRule:
+    """Looks one level ahead, not two."""
+    if not isinstance(rule.grow, LookAhead):
+        return rule
+    return replace(rule, grow=replace(rule.grow, below=rule.grow.below[:, :RANKS]))
+
+
 class TrustedForecasts(Realised):
     """Believes that drafted rounds reach the rate that is forecast for them."""
 
@@ -344,8 +420,12 @@ ABLATIONS: Mapping[str, Make] = {
     "stop rule: always 2 levels": lambda t, c: Variant(smart(t, c), all_levels(2)),
     "stop rule: look back": lambda t, c: Variant(smart(t, c), look_back),
     "stop rule: fixed before": lambda t, c: Variant(smart(t, c), fixed_before),
+    "stop rule: look one level ahead": lambda t, c: Variant(smart(t, c), one_level),
+    "costs: one factor": lambda t, c: one_factor(smart(t, c)),
     "costs: not corrected": lambda t, c: FrozenCosts(smart(t, c)),
     "forecasts: not corrected": lambda t, c: trusting(smart(t, c)),
+    "no optimism": lambda t, c: sober(smart(t, c)),
+    "catching up: not learned": lambda t, c: staying_on(smart(t, c)),
     "no test for change": lambda t, c: unalarmed(smart(t, c)),
     "no exploration": lambda t, c: smart(t, c, exploration_budget=0.0),
     "no context in the cost": lambda t, c: smart(t, flat(c)),

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from smart_decoding.cli.main import main
@@ -12,6 +13,7 @@ from smart_lab.machines import CARD, costs_of, measured
 from smart_lab.replay import replay
 from smart_lab.synthetic import synthetic
 from smart_lab.trace import Trace, write_trace
+from smart_lab.worlds import NOBODYS, WORLDS
 
 SETTINGS = [{"depth": 1, "top_k": k, "total_tokens": n} for k in (1, 2) for n in (3, 5)]
 COST = CostModel.from_table({1: {1: 1.0, 8: 1.05, 64: 3.0}}, {1: 0.2, 64: 0.3}, 0.01)
@@ -100,3 +102,40 @@ def test_the_command(trace, tmp_path, capsys):
     assert main(["ablate", str(path), "--machines", "nowhere"], LAB) == 2
     assert "no costs of 'nowhere'" in capsys.readouterr().err
     assert main(["ablate", str(path), "cleverer"], LAB) == 2
+
+
+def test_every_world_replays_every_answer_once(trace):
+    plain = replay(trace.policy("off", COST), trace.recording, COST, 2)
+    for name, make in WORLDS.items():
+        world = make(trace.recording, COST, 2, 0)
+        off = trace.policy("off", world.believed)
+        found = replay(off, world.recording, COST, 2, costs=world.machine())
+        assert found.tokens == plain.tokens, name
+
+
+def test_worlds_change_what_they_say(trace):
+    worlds = {name: make(trace.recording, COST, 1, 0) for name, make in WORLDS.items()}
+    believed = {name: float(w.believed.verify_seconds(1, 64, 0)) for name, w in worlds.items()}
+    assert believed["costs twice too high"] == pytest.approx(1.0 + 2 * 2.0)
+    assert believed["costs twice too low"] == pytest.approx(1.0 + 2.0 / 2)
+    machine = worlds["speed changes by half"].machine()
+    seen = []
+    for _ in range(40):
+        seen.append(np.median([machine.verify(1, 0.0) for _ in range(9)]))
+        machine.advance(100)
+    assert min(seen) == pytest.approx(1.0, rel=0.1)
+    assert max(seen) == pytest.approx(1.5, rel=0.1)
+    lengths = {a.prompt_length for a in worlds["short and long contexts"].recording.answers}
+    assert lengths == {100, 2000}
+
+
+def test_a_head_turns_bad_for_a_third_of_the_answers(trace):
+    recording = WORLDS["a head that turns bad and good"](trace.recording, COST, 1, 0).recording
+    assert [a.tokens.tolist() for a in recording.answers] == [
+        a.tokens.tolist() for a in trace.recording.answers
+    ]
+    third = len(recording.answers) // 3
+    for i, answer in enumerate(recording.answers):
+        alone = recording.take([i])
+        assert (alone.token == NOBODYS).all() == (third <= i < 2 * third)
+        assert alone.sizes.tolist() == trace.recording.take([i]).sizes.tolist(), answer.task
