@@ -20,7 +20,7 @@ from smart_decoding.core.costs import CostModel, Curve, size_bucket
 from smart_decoding.core.policies.base import StatelessPolicy
 from smart_decoding.core.policies.smart import Smart
 from smart_decoding.core.realised import CatchingUp, Realised
-from smart_decoding.core.rule import NO_NODES, Grow, TreeRule, expanded_widths
+from smart_decoding.core.rule import NO_NODES, Expand, TreeRule, expanded_widths
 from smart_decoding.core.selection import (
     RANKS,
     BestRate,
@@ -81,7 +81,7 @@ class Variant(StatelessPolicy):
 
 def even_budget(rule: TreeRule, exact: BestRate) -> TreeRule:
     """Every request expands and verifies as many nodes as every other one."""
-    return replace(rule, grow=EvenGrow(rule.grow), keep=EvenKeep(exact.costs, exact.least))
+    return replace(rule, expand=EvenExpand(rule.expand), keep=EvenKeep(exact.costs, exact.least))
 
 
 def greedy_rule(rule: TreeRule, exact: BestRate) -> TreeRule:
@@ -94,29 +94,29 @@ def all_levels(levels: int) -> Exchange:
 
     def exchange(rule: TreeRule, exact: BestRate) -> TreeRule:
         keep = replace(exact, costs=replace(exact.costs, limit=math.inf))
-        return replace(rule, grow=AtLeast(rule.grow, levels), keep=keep)
+        return replace(rule, expand=AtLeast(rule.expand, levels), keep=keep)
 
     return exchange
 
 
 def look_back(rule: TreeRule, exact: BestRate) -> TreeRule:
     """Stops when the level that was just drafted has not made the round better."""
-    return replace(rule, grow=LookBack(AtLeast(rule.grow, rule.levels), exact.costs))
+    return replace(rule, expand=LookBack(AtLeast(rule.expand, rule.levels), exact.costs))
 
 
 def fixed_before(rule: TreeRule, exact: BestRate) -> TreeRule:
     """Expands as many nodes as a GPU does, where nobody sees scores before all is drafted."""
-    return replace(rule, grow=Fixed.before(rule) or rule.grow)
+    return replace(rule, expand=Fixed.before(rule) or rule.expand)
 
 
 @dataclass(frozen=True, slots=True)
-class EvenGrow:
+class EvenExpand:
     """As many nodes as `inner` expands, the same number for each request."""
 
-    inner: Grow
+    inner: Expand
 
     def frontier(self, rule: TreeRule, trees: DraftTrees, level: int) -> IntArray:
-        """See `Grow`."""
+        """See `Expand`."""
         nodes = self.inner.frontier(rule, trees, level)
         if not len(nodes):
             return nodes
@@ -178,11 +178,11 @@ class AtLeast:
     """Expands what `inner` does, and down to `levels` at least the best nodes, one for each
     request."""
 
-    inner: Grow
+    inner: Expand
     levels: int
 
     def frontier(self, rule: TreeRule, trees: DraftTrees, level: int) -> IntArray:
-        """See `Grow`."""
+        """See `Expand`."""
         if level >= self.levels:
             return NO_NODES
         asked = self.inner.frontier(rule, trees, level)
@@ -196,11 +196,11 @@ class AtLeast:
 class LookBack:
     """Expands what `inner` does as long as each level has made the round better."""
 
-    inner: Grow
+    inner: Expand
     costs: RoundCosts
 
     def frontier(self, rule: TreeRule, trees: DraftTrees, level: int) -> IntArray:
-        """See `Grow`."""
+        """See `Expand`."""
         rates = [self._rate(rule, trees, deepest) for deepest in range(1, level + 1)]
         if level > 1 and rates[-1] <= max(rates[:-1]):
             return NO_NODES
@@ -303,9 +303,9 @@ def staying_on(inner: Smart) -> Smart:
 
 def one_level(rule: TreeRule, exact: BestRate) -> TreeRule:
     """Looks one level ahead, not two."""
-    if not isinstance(rule.grow, LookAhead):
+    if not isinstance(rule.expand, LookAhead):
         return rule
-    return replace(rule, grow=replace(rule.grow, below=rule.grow.below[:, :RANKS]))
+    return replace(rule, expand=replace(rule.expand, below=rule.expand.below[:, :RANKS]))
 
 
 class TrustedForecasts(Realised):
@@ -372,7 +372,7 @@ def flat(cost: CostModel, context: float = FLAT_CONTEXT, rows: int = 2048) -> Co
 
 def askew(cost: CostModel, rows: float, levels: float) -> CostModel:
     """A wrong profile, as if taken elsewhere: what rows add to the smallest forward is `rows` times
-    as dear, a drafted level `levels` times."""
+    as expensive, a drafted level `levels` times."""
     verify = {}
     for batch, curve in cost.verify.items():
         least = curve.seconds[0]

@@ -165,16 +165,16 @@ class ReplayedDrafter(EagleDrafter):
         return not isinstance(self._head.levels, NativeLevel) and super().follows(rule)
 
     def _draft_round(
-        self, rule: TreeRule, given: DraftTrees, inputs: RoundInputs, states: Sequence[Pairs]
+        self, rule: TreeRule, proposed: DraftTrees, inputs: RoundInputs, states: Sequence[Pairs]
     ) -> Draft:
         """What a device has drafted is put aside; the recorded candidates grow by the same
         widths."""
-        draft = super()._draft_round(rule, given, inputs, states)
+        draft = super()._draft_round(rule, proposed, inputs, states)
         fixed = Fixed.before(rule)
         assert fixed is not None
-        trees = DraftTrees.empty(given.batch)
+        trees = DraftTrees.empty(proposed.batch)
         self._source.expand(
-            trees, np.full(given.batch, ROOT), rule.children, np.arange(given.batch)
+            trees, np.full(proposed.batch, ROOT), rule.children, np.arange(proposed.batch)
         )
         for level in range(1, len(draft.widths)):
             self._source.expand(trees, fixed.frontier(rule, trees, level), rule.children)
@@ -185,10 +185,10 @@ class ReplayedDrafter(EagleDrafter):
         requests: Sequence[Request],
         rule: TreeRule,
         interrupted: Callable[[], bool],
-        given: DraftTrees | None = None,
+        proposed: DraftTrees | None = None,
     ) -> Draft:
         self._look_up(requests)
-        return super().draft(requests, rule, interrupted, given)
+        return super().draft(requests, rule, interrupted, proposed)
 
     def _look_up(self, requests: Sequence[Request]) -> None:
         answers = [self._recording.answers[request.tokens[0]] for request in requests]

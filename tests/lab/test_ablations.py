@@ -133,7 +133,7 @@ def test_a_variant_exchanges_data_that_executes_by_itself(trace):
     batch = Walk(trace.recording, 2).state()
     own = smart(trace, FLAT).plan(batch)
     exchanged = VARIANTS["all_levels"](smart(trace, FLAT)).plan(batch)
-    assert own.grow != exchanged.grow
+    assert own.expand != exchanged.expand
     assert isinstance(exchanged.keep, type(own.keep))
     assert isinstance(VARIANTS["even_budget"](smart(trace, FLAT)).plan(batch).keep, EvenKeep)
 

@@ -67,7 +67,7 @@ def check(
     whole = drafter.draft(mine, rule, lambda: False)
     other = with_free(source, [], ROOM)
     requests = waiting(other, source.width, temperatures)
-    trees, _, expanded = by_level(other, requests, replace(rule, grow=fixed))
+    trees, _, expanded = by_level(other, requests, replace(rule, expand=fixed))
     wanted = functools.reduce(both_of, [*map(copy_of, free), trees])
     assert np.array_equal(whole.trees.ints[:, : len(whole.trees)], wanted.ints[:, : len(wanted)])
     ours, plain = (each.floats[:2, : len(each)] for each in (whole.trees, wanted))
@@ -87,10 +87,10 @@ def test_a_device_expands_what_the_host_would(name: str, tmp_path: Path) -> None
     for seed in range(12):
         temperatures = [(0.0,), (0.0, 0.8, 1.2), (0.8, 0.8)][seed % 3]
         rule = random_round(rng, ("beam", "look_ahead")[seed % 2], "best_rate", len(temperatures))
-        if isinstance(rule.grow, LookAhead):
+        if isinstance(rule.expand, LookAhead):
             first = np.sort(rng.random(8))[::-1]
-            grow = replace(rule.grow, first=first, requests=len(temperatures))
-            rule = replace(rule, grow=grow)
+            expand = replace(rule.expand, first=first, requests=len(temperatures))
+            rule = replace(rule, expand=expand)
         trees = check(source, temperatures, rule, [])
         free = free_trees(rng, trees)
         both = check(source, temperatures, rule, [free])
@@ -118,4 +118,4 @@ def test_other_rules_are_asked_level_by_level(tmp_path: Path) -> None:
     ratio = MarginalRatio(0.8, np.ones(9), np.ones(9))
     rule = TreeRule(3, 2, np.array([9]), NO_NODES, Beam(1), KeepBest(9))
     assert drafter.follows(rule)
-    assert not drafter.follows(replace(rule, grow=ratio))
+    assert not drafter.follows(replace(rule, expand=ratio))

@@ -32,7 +32,7 @@ from smart_decoding.models.heads.files import load_head
 from smart_decoding.models.target import TorchTarget
 
 from .test_published_heads import LAYOUTS, VOCAB, D, target_config, target_model, write
-from .test_selection import GROWS, KEEPS, copy_of, random_rule, random_trees
+from .test_selection import EXPANDS, KEEPS, copy_of, random_rule, random_trees
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -143,7 +143,7 @@ class Asked:
 
 
 def by_level(drafter: Any, requests: list[Request], rule: TreeRule) -> Any:
-    draft = drafter.draft(requests, replace(rule, grow=Asked(rule.grow)), lambda: False)
+    draft = drafter.draft(requests, replace(rule, expand=Asked(rule.expand)), lambda: False)
     return draft.trees, draft.kept, draft.widths[1:]
 
 
@@ -189,9 +189,9 @@ def free_trees(rng: np.random.Generator, trees: DraftTrees) -> DraftTrees:
     return free
 
 
-def random_round(rng: np.random.Generator, grow: str, keep: str, batch: int) -> TreeRule:
+def random_round(rng: np.random.Generator, expand: str, keep: str, batch: int) -> TreeRule:
     trees = random_trees(rng, batch, 2, ties=False)
-    rule = random_rule(rng, trees, grow, keep)
+    rule = random_rule(rng, trees, expand, keep)
     levels, children = int(rng.integers(1, 6)), int(rng.integers(1, 6))
     limits = rng.choice([0, 2, 3, 20, 20], batch)
     return replace(rule, levels=levels, children=children, limits=limits)
@@ -202,10 +202,10 @@ def test_one_call_drafts_what_levels_draft(name: str, tmp_path: Path) -> None:
     source = draft_model(MODELS[name]) if name in MODELS else head_of(name, tmp_path)
     rng = np.random.default_rng(len(name))
     levels = merged = 0
-    for seed in range(6 * len(GROWS)):
+    for seed in range(6 * len(EXPANDS)):
         temperatures = [(0.0,), (0.0, 0.8, 1.2), (0.8, 0.8)][seed % 3]
-        grow, keep = GROWS[seed % 4], KEEPS[int(rng.integers(4))]
-        rule = random_round(rng, grow, keep, len(temperatures))
+        expand, keep = EXPANDS[seed % 4], KEEPS[int(rng.integers(4))]
+        rule = random_round(rng, expand, keep, len(temperatures))
         slots = int(rng.choice([7, 16 * SCRATCH]))
         trees, _, expanded = check(source, temperatures, rule, [], slots)
         free = [free_trees(rng, trees), free_trees(rng, trees)]

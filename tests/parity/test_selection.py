@@ -28,13 +28,13 @@ from smart_decoding.core.tree import DraftTrees
 from smart_decoding.kernels.selection import NativeSelection
 
 if TYPE_CHECKING:
-    from smart_decoding.core.rule import Grow, Keep
+    from smart_decoding.core.rule import Expand, Keep
     from smart_decoding.core.tree import FloatArray, IntArray
 
 pytestmark = pytest.mark.usefixtures("variant")
 VERIFY = 400
 LEVELS = 6
-GROWS = ("beam", "look_ahead", "topology", "marginal_ratio")
+EXPANDS = ("beam", "look_ahead", "topology", "marginal_ratio")
 KEEPS = ("keep_best", "best_rate", "topology", "marginal_ratio")
 
 
@@ -89,7 +89,7 @@ def random_ratio(rng: np.random.Generator) -> MarginalRatio:
     return MarginalRatio(float(rng.random()), spent, step, bool(rng.random() < 0.5))
 
 
-def random_grow(rng: np.random.Generator, kind: str, batch: int) -> Grow:
+def random_expand(rng: np.random.Generator, kind: str, batch: int) -> Expand:
     if kind == "look_ahead":
         reach = int(rng.integers(1, 4))
         below = np.sort(rng.random((LEVELS, reach, RANKS)), axis=2)[:, :, ::-1]
@@ -118,7 +118,7 @@ def random_calibration(rng: np.random.Generator, trees: DraftTrees) -> Calibrati
     return calibration
 
 
-def random_rule(rng: np.random.Generator, trees: DraftTrees, grow: str, keep: str) -> TreeRule:
+def random_rule(rng: np.random.Generator, trees: DraftTrees, expand: str, keep: str) -> TreeRule:
     batch = trees.batch
     scores = None
     if rng.random() < 0.7:
@@ -126,7 +126,7 @@ def random_rule(rng: np.random.Generator, trees: DraftTrees, grow: str, keep: st
         scores = Scores(random_calibration(rng, trees), kind)
     ends = np.array([3, 7]) if rng.random() < 0.7 else NO_NODES
     limits = rng.integers(0, 7, batch)
-    grows = random_grow(rng, grow, batch)
+    grows = random_expand(rng, expand, batch)
     return TreeRule(LEVELS, 5, limits, ends, grows, random_keep(rng, keep, batch), scores)
 
 
@@ -134,20 +134,20 @@ def copy_of(trees: DraftTrees) -> DraftTrees:
     same = DraftTrees.with_room(trees.batch, len(trees))
     same.ints[:] = trees.ints[:, : len(trees)]
     same.floats[:] = trees.floats[:, : len(trees)]
-    same.grown(len(trees))
+    same.set_length(len(trees))
     return same
 
 
-@pytest.mark.parametrize("grow", GROWS)
+@pytest.mark.parametrize("expand", EXPANDS)
 @pytest.mark.parametrize("keep", KEEPS)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 5), st.integers(1, 3), st.booleans())
 @settings(max_examples=25, deadline=None)
 def test_the_same_nodes_are_selected_and_expanded(
-    grow: str, keep: str, seed: int, batch: int, sources: int, ties: bool
+    expand: str, keep: str, seed: int, batch: int, sources: int, ties: bool
 ) -> None:
     rng = np.random.default_rng(seed)
     trees = random_trees(rng, batch, sources, ties)
-    rule = random_rule(rng, trees, grow, keep)
+    rule = random_rule(rng, trees, expand, keep)
     assert is_data(rule)
     other = copy_of(trees)
     native = NativeSelection()
@@ -162,16 +162,16 @@ def test_the_same_nodes_are_selected_and_expanded(
 
 def test_the_random_rules_do_something() -> None:
     """Every part expands and keeps some nodes and leaves others: the test above tests something."""
-    for grow, keep in zip(GROWS, KEEPS, strict=True):
+    for expand, keep in zip(EXPANDS, KEEPS, strict=True):
         found = set()
         for seed in range(40):
             rng = np.random.default_rng(seed)
             trees = random_trees(rng, 3, 2, ties=False)
-            rule = random_rule(rng, trees, grow, keep)
+            rule = random_rule(rng, trees, expand, keep)
             first = len(rule.expandable(trees, 1))
             found.add(("expanded", 0 < len(rule.frontier(trees, 1)) < first))
             found.add(("kept", 0 < len(rule.select(trees)) < len(trees)))
-        assert found >= {("expanded", True), ("kept", True)}, (grow, keep)
+        assert found >= {("expanded", True), ("kept", True)}, (expand, keep)
 
 
 def test_a_drafter_that_the_calibration_has_not_seen_gets_room() -> None:
@@ -199,8 +199,8 @@ def test_a_users_own_parts_are_asked() -> None:
     firsts = np.flatnonzero(trees.depth == 1)
     limits = np.full(2, 9)
     native = NativeSelection()
-    for grow, keep in ((Last(), KeepBest(1)), (Beam(1), Last()), (Last(), Last())):
-        rule = TreeRule(3, 5, limits, NO_NODES, grow, keep)
+    for expand, keep in ((Last(), KeepBest(1)), (Beam(1), Last()), (Last(), Last())):
+        rule = TreeRule(3, 5, limits, NO_NODES, expand, keep)
         assert not is_data(rule)
         assert native.frontier(rule, trees, 1).tolist() == rule.frontier(trees, 1).tolist()
         assert native.select(rule, trees).tolist() == rule.select(trees).tolist()
@@ -210,7 +210,7 @@ def test_a_users_own_parts_are_asked() -> None:
 def test_a_forecast_of_too_few_levels_is_refused() -> None:
     trees = random_trees(np.random.default_rng(0), 1, 1, ties=False)
     costs = random_costs(np.random.default_rng(0), 1)
-    grow = LookAhead(costs, np.array([1]), np.ones((2, RANKS)))
-    rule = TreeRule(4, 5, np.array([9]), NO_NODES, grow, KeepBest(1))
+    expand = LookAhead(costs, np.array([1]), np.ones((2, RANKS)))
+    rule = TreeRule(4, 5, np.array([9]), NO_NODES, expand, KeepBest(1))
     with pytest.raises(ValueError, match="all levels"):
         NativeSelection().frontier(rule, trees, 1)

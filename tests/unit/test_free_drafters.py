@@ -326,7 +326,7 @@ def test_union_is_the_union(seed: int, batch: int, one: int, two: int) -> None:
         return asked[-1]
 
     asked: list[IntArray] = []
-    draft = union.draft(requests, replace(rule, grow=By(some)), lambda: False)
+    draft = union.draft(requests, replace(rule, expand=By(some)), lambda: False)
     assert draft.widths == [7, *(len(nodes) for nodes in asked if len(nodes))]
 
 
@@ -344,8 +344,8 @@ def test_union_merges_by_path_and_promotes_what_the_model_proposes_too() -> None
     rule = rule_of(3, 1)
 
     def expanding(*nodes: int) -> DraftTrees:
-        grow = By(lambda rule, trees, level: np.array(nodes if level == 1 else [], np.int64))
-        return union.draft(requests, replace(rule, grow=grow), lambda: False).trees
+        expand = By(lambda rule, trees, level: np.array(nodes if level == 1 else [], np.int64))
+        return union.draft(requests, replace(rule, expand=expand), lambda: False).trees
 
     trees = expanding(2)  # its parent is a leaf still
     assert trees.token.tolist() == [1, 3, 2, 4, 0]

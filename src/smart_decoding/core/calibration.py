@@ -41,7 +41,9 @@ if TYPE_CHECKING:
 # A running mean, for all that is learned one round at a time.
 
 
-HORIZON = 32  # rounds for which what was learned or decided holds; lessons and rests last as long
+HORIZON = (
+    32  # rounds for which what was learned or decided holds; lessons and backoffs last as long
+)
 
 
 @dataclass(slots=True)

@@ -1,13 +1,14 @@
-"""When to leave the option predicted best, so that predictions stay true, and at what cost.
+"""When to leave the option predicted best, so that predictions stay true; and when not to ask.
 
 Every option but the best is explored in turn, as often as a budget allows: a share of the time. An
-exploration is a run of a few rounds, so that its price of switching is paid once. What is charged
-is what it really lost, and further ones wait until that is earned again. A run that gained is
-followed by another one at once: a drafter that has recovered is back soon. What an option needs
-before its first token, as a model that has to read prompts, is earned beforehand, at the same rate,
-but for a little that is lent: short answers would end before it had paid. The more requests wait
-for it, the less is lent to each. All is counted in plain rounds, whose length is known for every
-batch.
+exploration is a run of a few rounds, so that its price of switching is paid once. A run is charged
+what it really lost, and the next one waits until that is earned again. A run that gained is
+followed by another one at once: a drafter that has recovered is back soon.
+
+An option may need rounds before its first token, as a model that has to read prompts. These are
+earned beforehand, at the same rate. A small starting budget comes first: short answers would end
+before they had paid. The more requests wait for the option, the less of it each one has. All is
+counted in plain rounds, whose length is known for every batch.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from smart_decoding.core.batch import Round
 
 RUN = 2  # rounds of an exploration
-LENT = HORIZON / 2  # plain rounds of a lone request at the start: a model can read its prompt
+STARTING_BUDGET = HORIZON / 2  # plain rounds of a lone request: a model can read its prompt
 
 
 class Exploration:
@@ -36,9 +37,11 @@ class Exploration:
         self.left = 0
         self.seconds = 0.0
         self.count = 0
-        self._debt = 0.0  # plain rounds that explorations have lost and that are not earned yet
+        self._overspent = (
+            0.0  # plain rounds that explorations have lost and that are not earned yet
+        )
         self._earned = 0.0  # plain rounds, for what options need before they begin
-        self._lent = LENT  # what of it is left
+        self._starting = STARTING_BUDGET  # what of it is left
         self._pause = HORIZON  # rounds until the next run at least, however little it costs
         self._lost = 0.0  # seconds, by the run that is going on
 
@@ -47,41 +50,41 @@ class Exploration:
         """Rounds in the best option until an exploration is due."""
         if self.budget <= 0:
             return math.inf
-        return max(self._pause, math.ceil(self._debt / self.budget))
+        return max(self._pause, math.ceil(self._overspent / self.budget))
 
     def affords(self, price: float, size: int = 1) -> bool:
-        """Whether an option's price of beginning, in plain rounds of `size` requests, has been
-        earned or is lent."""
-        return min(price, HORIZON) <= self._earned + self._lent / size
+        """Whether the budget has an option's price of beginning, in plain rounds of `size`
+        requests."""
+        return min(price, HORIZON) <= self._earned + self._starting / size
 
     def begin(self, rounds: int | None = None, price: float = 0.0, size: int = 1) -> None:
-        """A run of so many rounds (None: RUN) begins with the coming one."""
+        """Begin a run of so many rounds (None: RUN) with the coming one."""
         price = min(price, HORIZON)
         earned = min(price, self._earned)
         self._earned -= earned
-        self._lent -= (price - earned) * size
+        self._starting -= (price - earned) * size
         self.left = RUN if rounds is None else rounds
         self.count += 1
         self._lost = 0.0
 
     def stop(self) -> None:
-        """Another option is predicted best now, and explored no longer."""
+        """Explore no longer: another option is predicted best now."""
         self.left = 0
 
     def observe_best(self) -> None:
-        """After a round in the option predicted best."""
-        self._debt = max(0.0, self._debt - self.budget)
+        """Earn budget, after a round in the option predicted best."""
+        self._overspent = max(0.0, self._overspent - self.budget)
         self._earned = min(HORIZON, self._earned + self.budget)
         self._pause = max(0, self._pause - 1)
 
     def observe(self, loss: float, plain: float) -> bool:
-        """After a round of a run, which lost so many seconds against the best option (negative:
-        gained); whether the run has ended. plain: seconds of a plain round. Where rounds overlap,
-        some may follow the last one of a run: each counts as a run of its own.
+        """Charge a round of a run, which lost so many seconds against the best option (negative:
+        gained); return whether the run has ended. plain: seconds of a plain round. Where rounds
+        overlap, some may follow the last one of a run: each counts as a run of its own.
 
         A process that was stopped meanwhile must not lose the explorations of hours to come: a
         round loses no more than HORIZON plain ones."""
-        self._debt = max(0.0, self._debt + min(loss / plain, HORIZON))
+        self._overspent = max(0.0, self._overspent + min(loss / plain, HORIZON))
         self._lost += loss
         self._pause = HORIZON
         if self.left > 1:
@@ -96,15 +99,11 @@ class Exploration:
         return True
 
 
-# --- rest -----------------------------------------------------------------------------------------
-#
-# Plain decoding that need not ask each round anew whether drafting pays.
+class Backoff:
+    """Plain rounds without asking anew whether drafting pays, as long as the batch has about as
+    many requests.
 
-
-class Rest:
-    """Goes on for some rounds, as long as the batch has about as many requests.
-
-    Its rounds are learned from all at once: behind a forward no cache is warm, and to learn from
+    These rounds are learned from all at once: behind a forward no cache is warm, and to learn from
     one takes several times as long as from one more."""
 
     def __init__(self) -> None:
@@ -113,7 +112,7 @@ class Rest:
         self._rounds: list[Round] = []
 
     def begin(self, rounds: int, size: int) -> None:
-        """So many rounds from the next one on, of a batch of `size` requests."""
+        """Begin so many rounds, from the next one on, of a batch of `size` requests."""
         self._left = rounds
         self._bucket = size_bucket(size)
 
@@ -126,13 +125,13 @@ class Rest:
         return False
 
     def add(self, round: Round) -> list[Round]:
-        """After a round that did not ask. Returns those to learn from now: the last round of a rest
+        """Add a round that did not ask. Return those to learn from now: the last round of a backoff
         brings all."""
         self._rounds.append(round)
         return [] if self._left and len(self._rounds) < HORIZON else self.take()
 
     def take(self) -> list[Round]:
-        """Those not learned from yet."""
+        """Return the rounds that are not learned from yet."""
         rounds = self._rounds
         self._rounds = []
         return rounds

@@ -14,9 +14,9 @@ from smart_decoding.core.selection import (
     NONE,
     RANKS,
     BestRate,
-    FreeAlone,
     LookAhead,
     RoundCosts,
+    SkipModel,
     best_rates,
 )
 
@@ -85,17 +85,17 @@ class Shape:
 class Prediction:
     """rates: tokens per second of each mode that is an option. forecast_rate: of MODEL, before what
     such forecasts really reach is taken into account. plain: seconds of a plain round. catch_up:
-    those that a model needs for what it has missed. grow: how a model's trees grow. keep: what is
-    verified; for MODEL its costs have the first level, a share of the catching up included. alone:
-    where free drafters propose beside the model, when that is enough."""
+    those that a model needs for what it has missed. expand: what of a model's trees is expanded.
+    keep: what is verified; for MODEL its costs have the first level, a share of the catching up
+    included. skip_model: where free drafters propose beside the model, when it is left out."""
 
     rates: Mapping[Mode, float]
     forecast_rate: float
     plain: float
     catch_up: float
-    grow: LookAhead
+    expand: LookAhead
     keep: Mapping[Mode, BestRate]
-    alone: FreeAlone | None
+    skip_model: SkipModel | None
 
     def price(self, mode: Mode) -> float:
         """Plain rounds that the mode takes before its first token."""
@@ -115,7 +115,7 @@ def predict(
     children = learned.forecast.children(np.array(shape.kinds) / size)
     first, catch_up = _first_level(learned, shape)
     forecast_rate = 0.0
-    alone = None
+    skip_model = None
     rates = {Mode.PLAIN: size / plain}
     if shape.has_free:
         rates[Mode.FREE] = rates[Mode.PLAIN] * learned.free.of(size)
@@ -125,12 +125,12 @@ def predict(
         forecast_rate = _rate(losses, drafted, costs, drafting)
         rates[Mode.MODEL] = forecast_rate * learned.with_model.of(size)
         if shape.has_free:
-            alone = FreeAlone(BestRate(costs), np.maximum(-losses[:, :NODES], 0.0), drafted)
+            skip_model = SkipModel(BestRate(costs), np.maximum(-losses[:, :NODES], 0.0), drafted)
             _join(rates)
     with_model = replace(costs, sunk=costs.sunk + first)
-    grow = _look_ahead(with_model, children, drafting, max_levels)
+    expand = _look_ahead(with_model, children, drafting, max_levels)
     keep = {Mode.FREE: BestRate(costs), Mode.MODEL: BestRate(with_model)}
-    return Prediction(rates, forecast_rate, plain, catch_up, grow, keep, alone)
+    return Prediction(rates, forecast_rate, plain, catch_up, expand, keep, skip_model)
 
 
 def _join(rates: dict[Mode, float]) -> None:

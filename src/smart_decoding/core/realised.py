@@ -21,12 +21,12 @@ class Realised:
         self._forecast: defaultdict[int, RunningMean] = defaultdict(RunningMean)
 
     def of(self, size: int) -> float:
-        """The ratio for batches of about this size, as far as it may be: what was hardly tried is
-        believed to be good."""
+        """The ratio for batches of about this size, with optimism: what was hardly tried may be
+        better."""
         bucket = size_bucket(size)
         tokens = self._tokens[bucket]
-        hope = math.exp(UNSURE / math.sqrt((1 + tokens.seen) * size))
-        return hope * tokens.mean / self._forecast[bucket].mean if tokens.seen else hope
+        optimism = math.exp(UNSURE / math.sqrt((1 + tokens.seen) * size))
+        return optimism * tokens.mean / self._forecast[bucket].mean if tokens.seen else optimism
 
     def observe(self, size: int, tokens: float, forecast: float) -> None:
         """After a round that brings so many tokens, in place of those forecast."""

@@ -1,6 +1,6 @@
-"""How the trees of one round grow and are pruned, as data: what a policy answers before a round.
+"""What of one round's trees is expanded and verified, as data: what a policy answers before it.
 
-`grow` says which nodes are expanded, `keep` which are verified. Those of `selection.py` are data
+`expand` says which nodes are expanded, `keep` which are verified. Those of `selection.py` are data
 with their meaning in numpy beside them, and the CPU kernels follow the same data natively. A policy
 of your own may give any object with the same method instead: it is then asked level by level.
 """
@@ -25,11 +25,12 @@ from smart_decoding.core.tree import (
 if TYPE_CHECKING:
     from smart_decoding.core.batch import BatchState
     from smart_decoding.core.calibration import Calibration
+    from smart_decoding.core.selection import SkipModel
 
 NO_NODES: IntArray = np.zeros(0, np.int64)
 
 
-class Grow(Protocol):
+class Expand(Protocol):
     """Decides what to expand."""
 
     def frontier(self, rule: TreeRule, trees: DraftTrees, level: int) -> IntArray:
@@ -53,19 +54,6 @@ class Scores(NamedTuple):
     kind: KindArray
 
 
-class Alone(Protocol):
-    """Decides whether the model drafts at all."""
-
-    @property
-    def keep(self) -> Keep:
-        """What is verified where it does not."""
-        ...
-
-    def suffices(self, rule: TreeRule, given: DraftTrees) -> bool:
-        """Whether the free drafters' nodes are verified alone. The trees are scored."""
-        ...
-
-
 @dataclass(frozen=True, slots=True)
 class TreeRule:
     """One round's trees.
@@ -74,17 +62,17 @@ class TreeRule:
     children: proposals per expanded node (the drafter's top-k).
     limits: [batch] deepest useful node of each request. ends: tokens that end an answer.
     scores: what accept_prob is; None: the product of draft probabilities, as it comes.
-    alone: where drafters without model propose first, whether that is enough.
+    skip_model: whether the model is left out where free drafters propose.
     """
 
     levels: int
     children: int
     limits: IntArray
     ends: IntArray
-    grow: Grow
+    expand: Expand
     keep: Keep
     scores: Scores | None = None
-    alone: Alone | None = None
+    skip_model: SkipModel | None = None
 
     @classmethod
     def of(
@@ -93,7 +81,7 @@ class TreeRule:
         levels: int,
         children: int,
         ends: IntArray,
-        grow: Grow,
+        expand: Expand,
         keep: Keep,
         scores: Scores | None = None,
     ) -> TreeRule | None:
@@ -101,23 +89,24 @@ class TreeRule:
         that leaves none."""
         limits = batch.limits
         levels = min(levels, int(limits.max(initial=0)))
-        return cls(levels, children, limits, ends, grow, keep, scores) if levels else None
+        return cls(levels, children, limits, ends, expand, keep, scores) if levels else None
 
-    def beside(self, given: DraftTrees) -> TreeRule:
-        """The rule where free drafters propose these nodes: without the model, if they suffice."""
-        if self.alone is None or not len(given):
+    def after_free(self, proposed: DraftTrees) -> TreeRule:
+        """Return the rule once free drafters have proposed nodes: without the model's levels where
+        these promise more."""
+        if self.skip_model is None or not len(proposed):
             return self
-        self.score(given)
-        if not self.alone.suffices(self, given):
+        self.score(proposed)
+        if not self.skip_model.applies(self, proposed):
             return self
-        return replace(self, levels=0, keep=self.alone.keep, alone=None)
+        return replace(self, levels=0, keep=self.skip_model.keep, skip_model=None)
 
     def frontier(self, trees: DraftTrees, level: int) -> IntArray:
         """Ascending indices of the nodes of `level` to expand next; none: stop drafting."""
         if level >= self.levels or not len(trees):
             return NO_NODES
         self.score(trees)
-        return self.grow.frontier(self, trees, level)
+        return self.expand.frontier(self, trees, level)
 
     def select(self, trees: DraftTrees) -> IntArray:
         """Ascending indices of the nodes to verify, prefix-closed."""

@@ -134,9 +134,9 @@ class RoundCosts:
 
 
 @dataclass(frozen=True, slots=True)
-class FreeAlone:
-    """The free drafters' nodes are verified alone where a model beside them promises no better
-    rate. Both may propose the same: the k-th best of a request's nodes counts as the better of
+class SkipModel:
+    """Leaves the model out where the free drafters' nodes promise at least the rate that it would
+    reach. Both may propose the same: the k-th best of a request's nodes counts as the better of
     theirs and of the model's, by forecast.
 
     keep: what is verified then. model: [options, nodes] forecast probabilities of a request's
@@ -146,16 +146,17 @@ class FreeAlone:
     model: FloatArray
     drafted: FloatArray
 
-    def suffices(self, rule: TreeRule, given: DraftTrees) -> bool:
-        """See `Alone`. Where none of the nodes pays, the policy has said that the model does."""
+    def applies(self, rule: TreeRule, proposed: DraftTrees) -> bool:
+        """Whether the free drafters' nodes are verified without the model. The trees are scored.
+        Where none of the nodes pays, the policy has said that the model does."""
         costs = self.keep.costs
-        nodes = np.flatnonzero(rule.useful(given))
-        gains = given.accept_prob.take(nodes)
+        nodes = np.flatnonzero(rule.useful(proposed))
+        gains = proposed.accept_prob.take(nodes)
         size, rate = costs.best(np.sort(gains)[::-1], costs.sunk)
         if not size:
             return False
         options, most = self.model.shape
-        theirs = _sorted_by_owner(gains, given.owner.take(nodes), given.batch, most)
+        theirs = _sorted_by_owner(gains, proposed.owner.take(nodes), proposed.batch, most)
         both = np.maximum(self.model[:, None], theirs[rule.limits > 0]).reshape(options, -1)
         losses = np.sort(-both, axis=1)[:, : len(costs.verify) - 1]
         verify = costs.verify[: losses.shape[1] + 1]
@@ -193,7 +194,7 @@ class Beam:
     width: int
 
     def frontier(self, rule: TreeRule, trees: DraftTrees, level: int) -> IntArray:
-        """See `Grow`."""
+        """See `Expand`."""
         return best_per_owner(trees, rule.expandable(trees, level), self.width)
 
 
@@ -220,7 +221,7 @@ class LookAhead:
         return len(self.below[0]) // RANKS
 
     def frontier(self, rule: TreeRule, trees: DraftTrees, level: int) -> IntArray:
-        """See `Grow`."""
+        """See `Expand`."""
         nodes = rule.expandable(trees, level)
         if not len(nodes):
             return nodes
@@ -286,16 +287,16 @@ class Fixed:
     @classmethod
     def before(cls, rule: TreeRule) -> Fixed | None:
         """What a rule expands, as far as that is known before the round; None where it is not."""
-        grow = rule.grow
+        expand = rule.expand
         further = rule.levels - 1
-        if isinstance(grow, Beam):
-            return cls([grow.width] * further, True)
-        if isinstance(grow, LookAhead) and len(grow.first):
-            return cls(grow.foreseen[:further], False)
+        if isinstance(expand, Beam):
+            return cls([expand.width] * further, True)
+        if isinstance(expand, LookAhead) and len(expand.first):
+            return cls(expand.foreseen[:further], False)
         return None
 
     def frontier(self, rule: TreeRule, trees: DraftTrees, level: int) -> IntArray:
-        """See `Grow`."""
+        """See `Expand`."""
         nodes = rule.expandable(trees, level)
         if level > len(self.widths) or not len(nodes):
             return NO_NODES
@@ -349,7 +350,7 @@ class Topology:
     next: IntArray
 
     def frontier(self, rule: TreeRule, trees: DraftTrees, level: int) -> IntArray:
-        """See `Grow`: the nodes that have children in the topology."""
+        """See `Expand`: the nodes that have children in the topology."""
         nodes = rule.expandable(trees, level)
         place = self._places(trees)[nodes]
         inner: BoolArray = np.any(self.next >= 0, axis=1)
@@ -393,7 +394,7 @@ class MarginalRatio:
     mean_over_paths: bool = True
 
     def frontier(self, rule: TreeRule, trees: DraftTrees, level: int) -> IntArray:
-        """See `Grow`."""
+        """See `Expand`."""
         return np.intersect1d(rule.expandable(trees, level), self._kept(rule, trees, level))
 
     def select(self, rule: TreeRule, trees: DraftTrees) -> IntArray:
@@ -461,13 +462,13 @@ class _KeptTree:
         self.inner.add(parent)
 
 
-GROW_KINDS = (Beam, LookAhead, Topology, MarginalRatio)
+EXPAND_KINDS = (Beam, LookAhead, Topology, MarginalRatio)
 KEEP_KINDS = (KeepBest, BestRate, Topology, MarginalRatio)
 
 
 def is_data(rule: TreeRule) -> bool:
     """Whether the rule consists of the kinds above alone, which kernels can follow."""
-    return type(rule.grow) in GROW_KINDS and type(rule.keep) in KEEP_KINDS
+    return type(rule.expand) in EXPAND_KINDS and type(rule.keep) in KEEP_KINDS
 
 
 def best_per_owner(

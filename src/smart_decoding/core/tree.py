@@ -67,7 +67,7 @@ class DraftTrees:
         how many."""
         return cls._of(batch, np.empty((_INTS, room), np.int64), np.empty((_FLOATS, room)), 0)
 
-    def grown(self, nodes: int) -> None:
+    def set_length(self, nodes: int) -> None:
         """So many nodes have been filled in."""
         self._count = nodes
 
@@ -306,7 +306,7 @@ def fold(trees: DraftTrees, first: int) -> None:
     end = first + len(new)
     trees.ints[:, first:end] = trees.ints[:, new]
     trees.floats[:, first:end] = trees.floats[:, new]
-    trees.grown(end)
+    trees.set_length(end)
     trees.parent[first:] = parents
     for depth in range(1, int(trees.depth.max()) + 1):
         nodes = np.flatnonzero(trees.depth == depth)

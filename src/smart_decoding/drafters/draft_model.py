@@ -22,8 +22,8 @@ class SmallModel(Protocol):
 
     drafts_rounds: bool
 
-    def draft(self, rule: TreeRule, given: DraftTrees, inputs: RoundInputs) -> Draft:
-        """A round in one call, as the rule says, beside given nodes, where it `drafts_rounds`."""
+    def draft(self, rule: TreeRule, proposed: DraftTrees, inputs: RoundInputs) -> Draft:
+        """A round in one call, as the rule says, beside proposed nodes, if it `drafts_rounds`."""
 
     def rank(self, rows: Rows, asked: LevelRequest) -> Ranked:
         """One forward: the best children of the rows whose logits are wanted."""
@@ -63,9 +63,9 @@ class DraftModelDrafter(LevelDrafter[State]):
         return self._model.drafts_rounds
 
     def _draft_round(
-        self, rule: TreeRule, given: DraftTrees, inputs: RoundInputs, states: Sequence[State]
+        self, rule: TreeRule, proposed: DraftTrees, inputs: RoundInputs, states: Sequence[State]
     ) -> Draft:
-        return self._model.draft(rule, given, inputs)
+        return self._model.draft(rule, proposed, inputs)
 
     def _advance(self, request: Request, state: State) -> None:
         """Keys of a cut context (unlike a head's, they depend on it) serve no other request."""

@@ -129,9 +129,9 @@ class EagleDrafter(LevelDrafter[Pairs]):
         return super()._waiting_rows(requests, states)
 
     def _draft_round(
-        self, rule: TreeRule, given: DraftTrees, inputs: RoundInputs, states: Sequence[Pairs]
+        self, rule: TreeRule, proposed: DraftTrees, inputs: RoundInputs, states: Sequence[Pairs]
     ) -> Draft:
-        return self._head.levels.draft(rule, given, inputs, _parts(states))
+        return self._head.levels.draft(rule, proposed, inputs, _parts(states))
 
     def extend(self, request: Request, features: Any, first: int, tokens: Sequence[int]) -> None:
         """The committed pairs wait for the next first level."""

@@ -135,9 +135,9 @@ class LevelDrafter(ABC, Generic[S]):
 
     @abstractmethod
     def _draft_round(
-        self, rule: TreeRule, given: DraftTrees, inputs: RoundInputs, states: Sequence[S]
+        self, rule: TreeRule, proposed: DraftTrees, inputs: RoundInputs, states: Sequence[S]
     ) -> Draft:
-        """All levels below and beside `given`, in one call, where it follows the rule. `kept` is
+        """All levels below and beside `proposed`, in one call, where it follows the rule. `kept` is
         chosen, too, unless a device cannot."""
 
     def blank(self, rows: int) -> Any:
@@ -165,17 +165,17 @@ class LevelDrafter(ABC, Generic[S]):
         requests: Sequence[Request],
         rule: TreeRule,
         interrupted: Callable[[], bool],
-        given: DraftTrees | None = None,
+        proposed: DraftTrees | None = None,
     ) -> Draft:
-        """See `Drafter`. given: what free drafters propose: a child that is there already stays one
+        """See `Drafter`. proposed: nodes of free drafters: a child that is there already stays one
         node."""
-        given = DraftTrees.empty(len(requests)) if given is None else given
+        proposed = DraftTrees.empty(len(requests)) if proposed is None else proposed
         if not rule.levels or not (is_data(rule) and self.follows(rule)):
-            return draft_by_levels(self, requests, rule, interrupted, given, self._selection)
+            return draft_by_levels(self, requests, rule, interrupted, proposed, self._selection)
         start = time.perf_counter()
         states = [self._states[id(r)] for r in requests]
         inputs = self._inputs(requests, states, rule)
-        draft = self._draft_round(rule, given, inputs, states)
+        draft = self._draft_round(rule, proposed, inputs, states)
         for request, state in zip(requests, states, strict=True):
             self._advance(request, state)
         deeper = sum(draft.level_seconds[1:])

@@ -52,10 +52,10 @@ class UnionDrafter:
     def draft(
         self, requests: Sequence[Request], rule: TreeRule, interrupted: Callable[[], bool]
     ) -> Draft:
-        """Ask the free drafters first, and the model beside them, unless the rule says that their
-        proposals are enough."""
+        """Ask the free drafters first, and the model beside them, unless the rule leaves
+        it out."""
         trees = self.propose(requests, rule)
-        rule = rule.beside(trees)
+        rule = rule.after_free(trees)
         if self.model is None or not rule.levels:
             return Draft(trees, rule, self._selection.select(rule, trees))
         draft: Draft = self.model.draft(requests, rule, interrupted, trees)

@@ -75,20 +75,20 @@ def draft_by_levels(
     requests: Sequence[Request],
     rule: TreeRule,
     interrupted: Callable[[], bool],
-    given: DraftTrees,
+    proposed: DraftTrees,
     selection: Selection,
     clock: Clock = time.perf_counter,
 ) -> Draft:
     """Draft as `rule` says, one level after another: on torch, and for policies in Python.
 
-    given: nodes that others propose: a child that is there already stays one node. interrupted:
+    proposed: nodes of others: a child that is there already stays one node. interrupted:
     asked after each level."""
     start = clock()
     width = model.pending_rows(requests)
     draft = Draft(model.first_level(requests, rule), rule)
-    if len(given):
-        merge(given, draft.trees, MODEL)
-        draft.trees = given
+    if len(proposed):
+        merge(proposed, draft.trees, MODEL)
+        draft.trees = proposed
     for level in range(1, rule.levels + 1):
         draft.widths.append(width)
         draft.level_seconds.append(clock() - start)

@@ -91,12 +91,12 @@ class NativeSelection(Selection):
         count = self._library.smart_select(byref(native), byref(_trees(trees)), address(out))
         return out[:count]
 
-    def draft(self, rule: TreeRule, given: DraftTrees, first: FirstLevel) -> Draft:
-        """Drafts a round as the rule says beside the nodes `given`, and chooses what to verify. The
-        rule must be data.
+    def draft(self, rule: TreeRule, proposed: DraftTrees, first: FirstLevel) -> Draft:
+        """Draft a round as the rule says beside the nodes `proposed`, and choose what to verify.
+        The rule must be data.
 
         Raises RuntimeError where the kernels do not serve what drafts."""
-        trees = _with_room(given, rule, first)
+        trees = _with_room(proposed, rule, first)
         native_trees = _trees(trees)
         kept = np.empty(trees.ints.shape[1], np.int64)
         kept_count = np.zeros(1, np.int64)
@@ -107,7 +107,7 @@ class NativeSelection(Selection):
         first.growth.choosing = address(seconds) + seconds.itemsize * rule.levels
         levels = self._library.smart_grow(
             byref(first.growth),
-            byref(self._of(rule, given)),
+            byref(self._of(rule, proposed)),
             byref(first.rows),
             byref(first.level),
             byref(native_trees),
@@ -116,7 +116,7 @@ class NativeSelection(Selection):
         )
         if levels < 0:
             raise RuntimeError("the CPU kernels do not support this head or draft model")
-        trees.grown(native_trees.nodes)
+        trees.set_length(native_trees.nodes)
         return Draft(
             trees,
             rule,
@@ -156,13 +156,13 @@ class _NativeRule:
         """before: the last one. Policies keep to the same parts for many rounds."""
         self.rule = rule
         self._arrays = _Arrays()
-        grow = before.grow if before and before.rule.grow is rule.grow else None
+        expand = before.expand if before and before.rule.expand is rule.expand else None
         keep = before.keep if before and before.rule.keep is rule.keep else None
-        self.grow: _Part = grow or _Part(rule.grow)
+        self.expand: _Part = expand or _Part(rule.expand)
         self.keep: _Part = keep or _Part(rule.keep)
-        if isinstance(rule.grow, LookAhead) and len(rule.grow.below) < rule.levels - 1:
+        if isinstance(rule.expand, LookAhead) and len(rule.expand.below) < rule.levels - 1:
             raise ValueError(
-                f"a forecast of {len(rule.grow.below)} levels is not one of all levels"
+                f"a forecast of {len(rule.expand.below)} levels is not one of all levels"
             )
         kind = None if rule.scores is None else self._arrays.at(rule.scores.kind, np.uint8)
         self.struct = Rule(
@@ -172,7 +172,7 @@ class _NativeRule:
             ends=self._arrays.at(rule.ends),
             end_count=len(rule.ends),
             calibration=_CALIBRATION,
-            grow=self.grow.struct,
+            grow=self.expand.struct,
             keep=self.keep.struct,
         )
 
@@ -231,25 +231,25 @@ class _Part:
 
 def most_expanded(rule: TreeRule, batch: int, slots: range) -> int:
     """How many nodes a rule may expand at most, with `slots` for their keys."""
-    grow = rule.grow
-    if isinstance(grow, LookAhead):
-        return min(len(slots), int(grow.widths[-1]) * (rule.levels - 1))
-    if isinstance(grow, Topology):
-        return min(len(slots), batch * len(grow.next))
-    if isinstance(grow, MarginalRatio):
-        return min(len(slots), batch * (len(grow.spent) - 1))
-    assert isinstance(grow, Beam)
-    return min(len(slots), batch * grow.width * (rule.levels - 1))
+    expand = rule.expand
+    if isinstance(expand, LookAhead):
+        return min(len(slots), int(expand.widths[-1]) * (rule.levels - 1))
+    if isinstance(expand, Topology):
+        return min(len(slots), batch * len(expand.next))
+    if isinstance(expand, MarginalRatio):
+        return min(len(slots), batch * (len(expand.spent) - 1))
+    assert isinstance(expand, Beam)
+    return min(len(slots), batch * expand.width * (rule.levels - 1))
 
 
-def _with_room(given: DraftTrees, rule: TreeRule, first: FirstLevel) -> DraftTrees:
-    """The given trees with room for all that a rule may add."""
-    count = len(given)
-    parents = given.batch + most_expanded(rule, given.batch, first.slots)
-    trees = DraftTrees.with_room(given.batch, count + parents * first.level.k)
-    trees.ints[:, :count] = given.ints[:, :count]
-    trees.floats[:, :count] = given.floats[:, :count]
-    trees.grown(count)
+def _with_room(proposed: DraftTrees, rule: TreeRule, first: FirstLevel) -> DraftTrees:
+    """The proposed trees with room for all that a rule may add."""
+    count = len(proposed)
+    parents = proposed.batch + most_expanded(rule, proposed.batch, first.slots)
+    trees = DraftTrees.with_room(proposed.batch, count + parents * first.level.k)
+    trees.ints[:, :count] = proposed.ints[:, :count]
+    trees.floats[:, :count] = proposed.floats[:, :count]
+    trees.set_length(count)
     return trees
 
 

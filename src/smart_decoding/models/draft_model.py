@@ -98,12 +98,12 @@ class DraftModel:
         rows.token = np.minimum(rows.token, self.config.vocab - 1)
         return ranked(self._decoder.forward(rows).logits, self._tokens, asked, self._native)
 
-    def draft(self, rule: TreeRule, given: DraftTrees, inputs: RoundInputs) -> Draft:
-        """Draft a round in one call of the kernels, as the rule says, beside the nodes `given`."""
+    def draft(self, rule: TreeRule, proposed: DraftTrees, inputs: RoundInputs) -> Draft:
+        """Draft a round in one call, as the rule says, beside the nodes `proposed`."""
         assert self._selection is not None
         assert self._decoder.model is not None
         k = min(inputs.asked.k, self.config.vocab)
-        call = LevelCall(True, inputs.rows, None, given.batch, k)
+        call = LevelCall(True, inputs.rows, None, proposed.batch, k)
         drafts = {"model": addressof(self._decoder.model.struct), "tokens": self._tokens.data_ptr()}
         first = first_level(inputs, call, self._decoder.rotary, rule.levels, **drafts)
-        return self._selection.draft(rule, given, first)
+        return self._selection.draft(rule, proposed, first)

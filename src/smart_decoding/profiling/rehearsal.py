@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 LEVELS = 8
 CHILDREN = 8
 FREE = np.ones(1 << 14)  # seconds of verifying any number of nodes
-MORE = 96  # tokens that requests may grow by, if nothing else is said
+MORE = 96  # tokens that requests may expand by, if nothing else is said
 
 
 class Rehearsal:
@@ -114,7 +114,7 @@ def _forced(batch: int, width: int, levels: int) -> TreeRule:
         CHILDREN,
         limits=np.full(batch, levels + 1),
         ends=np.zeros(0, np.int64),
-        grow=LookAhead(
+        expand=LookAhead(
             costs, np.array([width]), np.full((levels, RANKS), 0.5), np.full(CHILDREN, 0.5), batch
         ),
         keep=BestRate(costs),

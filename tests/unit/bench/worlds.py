@@ -66,9 +66,9 @@ class RuleDrafter:
     def pending_rows(self, requests):
         return sum(self.pending[r.id] for r in requests)
 
-    def draft(self, requests, rule, interrupted, given=None):
-        given = DraftTrees.empty(len(requests)) if given is None else given
-        return draft_by_levels(self, requests, rule, interrupted, given, Selection(), self.clock)
+    def draft(self, requests, rule, interrupted, proposed=None):
+        proposed = DraftTrees.empty(len(requests)) if proposed is None else proposed
+        return draft_by_levels(self, requests, rule, interrupted, proposed, Selection(), self.clock)
 
     def first_level(self, requests, rule):
         trees = DraftTrees.empty(len(requests))

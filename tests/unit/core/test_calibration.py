@@ -26,7 +26,7 @@ def true_prob(prob: FloatArray, depth: FloatArray) -> FloatArray:
     return QUALITY[depth] * prob**1.5
 
 
-def grow(
+def expand(
     rng: np.random.Generator, calibration: Calibration, children: int = 4, levels: int = 3
 ) -> DraftTrees:
     """A tree whose levels expand only the two nodes that the calibration finds best: a
@@ -68,7 +68,7 @@ def test_recovers_a_distortion_from_policy_selected_trees() -> None:
     rng = np.random.default_rng(0)
     calibration = Calibration()
     for _ in range(6000):
-        trees = grow(rng, calibration)
+        trees = expand(rng, calibration)
         best_six = np.sort(trees.accept_prob)[-6:]
         kept = np.flatnonzero(trees.accept_prob >= best_six[0])
         observed, chosen = verify(rng, trees, true_prob(trees.draft_prob, trees.depth), kept)

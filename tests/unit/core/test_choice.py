@@ -57,12 +57,12 @@ def random_trees(rng: np.random.Generator, batch: int, nodes: int) -> DraftTrees
 
 
 def rule_of(
-    rng: np.random.Generator, batch: int, grow: LookAhead | Beam, keep: Keep, levels: int = 8
+    rng: np.random.Generator, batch: int, expand: LookAhead | Beam, keep: Keep, levels: int = 8
 ) -> TreeRule:
     """Random limits, an end token; the drafter's probabilities as they are, or calibrated."""
     kind = rng.integers(0, 2, batch).astype(np.uint8)
     scores = Scores(Calibration(), kind) if rng.random() < 0.5 else None
-    return TreeRule(levels, 8, rng.integers(0, 5, batch), np.array([END]), grow, keep, scores)
+    return TreeRule(levels, 8, rng.integers(0, 5, batch), np.array([END]), expand, keep, scores)
 
 
 def is_useful(rule: TreeRule, trees: DraftTrees, node: int) -> bool:
@@ -180,8 +180,8 @@ def test_one_level_may_pay_only_together_with_the_next() -> None:
     ends = np.zeros(0, np.int64)
 
     def frontier(reach: int) -> list[int]:
-        grow = LookAhead(costs, np.array([1]), below[:, : reach * RANKS])
-        return TreeRule(3, 1, np.array([9]), ends, grow, KeepBest(9)).frontier(trees, 1).tolist()
+        expand = LookAhead(costs, np.array([1]), below[:, : reach * RANKS])
+        return TreeRule(3, 1, np.array([9]), ends, expand, KeepBest(9)).frontier(trees, 1).tolist()
 
     assert frontier(1) == []  # 2.1 / 1.6 < 2
     assert frontier(2) == [0]  # 5.7 / 2.2 > 2
@@ -195,8 +195,8 @@ def test_what_is_foreseen_is_what_it_expands_if_all_is_as_forecast(seed: int, ba
     costs = random_costs(rng, batch, 40)
     children = -np.sort(-rng.random((9, RANKS)) * 0.6, axis=1)
     below = np.stack([expected_subtree(children, 2 + level, 2, RANKS) for level in range(6)])
-    grow = LookAhead(costs, np.unique(rng.integers(1, 13, 3)), below, children[0], batch)
-    rule = TreeRule(7, RANKS, np.full(batch, 99), NO_NODES, grow, KeepBest(1))
+    expand = LookAhead(costs, np.unique(rng.integers(1, 13, 3)), below, children[0], batch)
+    rule = TreeRule(7, RANKS, np.full(batch, 99), NO_NODES, expand, KeepBest(1))
     trees = DraftTrees.empty(batch)
     nodes = np.full(batch, ROOT)
     owner = np.arange(batch)
@@ -214,7 +214,7 @@ def test_what_is_foreseen_is_what_it_expands_if_all_is_as_forecast(seed: int, ba
         assert fixed.frontier(rule, trees, level + 1).tolist() == nodes.tolist()
         owner = trees.owner[nodes]
         widths.append(len(nodes))
-    assert grow.foreseen[: level + (level < 5)] == widths
+    assert expand.foreseen[: level + (level < 5)] == widths
 
 
 class Mine:

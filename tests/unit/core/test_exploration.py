@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from smart_decoding.core.calibration import HORIZON
-from smart_decoding.core.exploration import LENT, RUN, Exploration
+from smart_decoding.core.exploration import RUN, STARTING_BUDGET, Exploration
 
 
 def pay(exploration: Exploration, rounds: int, loss: float) -> list[bool]:
@@ -52,12 +52,12 @@ def test_a_run_that_gained_is_followed_by_another() -> None:
 
 def test_what_an_option_needs_first_is_earned_before() -> None:
     exploration = Exploration(0.01)
-    assert exploration.affords(LENT)
-    assert not exploration.affords(LENT + 1)
+    assert exploration.affords(STARTING_BUDGET)
+    assert not exploration.affords(STARTING_BUDGET + 1)
     for _ in range(100):
         exploration.observe_best()
-    assert exploration.affords(LENT + 0.99)
-    exploration.begin(price=LENT)
+    assert exploration.affords(STARTING_BUDGET + 0.99)
+    exploration.begin(price=STARTING_BUDGET)
     assert not exploration.affords(2.0)
     pay(exploration, RUN, 0.5)  # is owed all the same
     assert exploration.wait == RUN * 0.5 / 0.01
@@ -65,14 +65,16 @@ def test_what_an_option_needs_first_is_earned_before() -> None:
 
 def test_less_is_lent_where_more_requests_wait() -> None:
     exploration = Exploration(0.01)
-    assert exploration.affords(LENT / 4, size=4)
-    assert not exploration.affords(LENT / 4 + 1, size=4)
-    exploration.begin(price=LENT / 8, size=4)
-    assert exploration.affords(LENT / 2)
-    assert not exploration.affords(LENT / 2 + 1)
+    assert exploration.affords(STARTING_BUDGET / 4, size=4)
+    assert not exploration.affords(STARTING_BUDGET / 4 + 1, size=4)
+    exploration.begin(price=STARTING_BUDGET / 8, size=4)
+    assert exploration.affords(STARTING_BUDGET / 2)
+    assert not exploration.affords(STARTING_BUDGET / 2 + 1)
     for _ in range(100):
         exploration.observe_best()
-    assert exploration.affords(1.0 + LENT / 8 - 0.01, size=4)  # what is earned is each request's
+    assert exploration.affords(
+        1.0 + STARTING_BUDGET / 8 - 0.01, size=4
+    )  # what is earned is each request's
 
 
 def test_no_price_is_beyond_reach() -> None:

@@ -12,7 +12,7 @@ import pytest
 from smart_decoding.core.batch import BatchState, Round
 from smart_decoding.core.calibration import HORIZON, Calibration
 from smart_decoding.core.costs import CostModel
-from smart_decoding.core.exploration import LENT
+from smart_decoding.core.exploration import STARTING_BUDGET
 from smart_decoding.core.policies import make_policy
 from smart_decoding.core.prediction import Mode, Shape
 from smart_decoding.core.tree import DraftTrees
@@ -372,7 +372,7 @@ def test_a_model_that_has_much_to_read_is_explored_once_that_is_earned() -> None
     each = np.full(4, 150)
     batch = BatchState(each, each, np.zeros(4), np.ones(4, bool), catch_up_rows=4 * 1000)
     prediction = policy.predict(Shape.of(batch, batch.limits))
-    assert prediction.price(Mode.MODEL) > LENT
+    assert prediction.price(Mode.MODEL) > STARTING_BUDGET
     for _ in range(HORIZON):
         policy.exploration.observe_best()
     assert policy.exploration.wait == 0
@@ -388,7 +388,7 @@ def test_a_batch_is_lent_less_than_a_lone_request() -> None:
         each = np.full(size, 150)
         batch = BatchState(each, each, np.zeros(size), np.ones(size, bool), 0, 150 * size)
         prediction = policy.predict(Shape.of(batch, batch.limits))
-        assert LENT / 4 + 1 < prediction.price(Mode.MODEL) < LENT
+        assert STARTING_BUDGET / 4 + 1 < prediction.price(Mode.MODEL) < STARTING_BUDGET
         for _ in range(HORIZON):
             policy.exploration.observe_best()
         assert policy._choose(prediction, size, 149).mode is chosen

@@ -102,10 +102,10 @@ class FakeDrafter:
     def draft(
         self, requests: Sequence[Request], rule: TreeRule, interrupted: Callable[[], bool]
     ) -> Draft:
-        given = DraftTrees.empty(len(requests))
+        proposed = DraftTrees.empty(len(requests))
         selection = Selection()
         return draft_by_levels(
-            self, requests, rule, interrupted, given, selection, self.target.clock
+            self, requests, rule, interrupted, proposed, selection, self.target.clock
         )
 
     def first_level(self, requests: Sequence[Request], rule: TreeRule) -> DraftTrees:

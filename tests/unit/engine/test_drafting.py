@@ -12,7 +12,7 @@ import pytest
 from smart_decoding.core.batch import BatchState
 from smart_decoding.core.policies.base import StatelessPolicy
 from smart_decoding.core.rule import TreeRule
-from smart_decoding.core.selection import Beam, BestRate, FreeAlone, KeepBest, RoundCosts
+from smart_decoding.core.selection import Beam, BestRate, KeepBest, RoundCosts, SkipModel
 from smart_decoding.core.tree import DraftTrees, IntArray
 from smart_decoding.drafters.free import FreeDrafter
 from smart_decoding.drafters.union import UnionDrafter
@@ -81,20 +81,20 @@ def drafted(rule: TreeRule, arrived: bool = False) -> tuple[Draft, list[str]]:
 RULE = TreeRule(3, 1, BATCH.limits, np.zeros(0, np.int64), Beam(1), KeepBest(9))
 
 
-@pytest.mark.parametrize("part", ["grow", "keep"])
+@pytest.mark.parametrize("part", ["expand", "keep"])
 def test_a_rule_of_ones_own_is_asked_level_by_level(part: str) -> None:
     draft, calls = drafted(replace(RULE, **{part: Mine()}))
-    levels = 2 if part == "grow" else 3
+    levels = 2 if part == "expand" else 3
     assert calls == ["first"] + ["next"] * (levels - 1)
     assert len(draft.trees) == levels
-    assert draft.kept.tolist() == ([0, 1] if part == "grow" else [0])
+    assert draft.kept.tolist() == ([0, 1] if part == "expand" else [0])
     assert draft.widths == [1] * levels
     assert draft.level_seconds == [1.0, 2.0, 2.0][:levels]
     assert draft.seconds == sum(draft.level_seconds)
 
 
 def test_who_arrives_between_levels_ends_the_drafting() -> None:
-    draft, calls = drafted(replace(RULE, grow=Mine()), arrived=True)
+    draft, calls = drafted(replace(RULE, expand=Mine()), arrived=True)
     assert draft.interrupted
     assert calls == ["first"]
     assert draft.kept.tolist() == []
@@ -168,8 +168,8 @@ def test_the_model_is_left_out_where_free_proposals_promise_more(
 ) -> None:
     # Alone 1.9 or 1.3 tokens in 1.2 s; with the model's level, 1.9 or 1.8 tokens in 1.5.
     costs = RoundCosts(1.0, 0.0, np.full(4, 0.3), np.array([1.0, 1.2, 1.3]))
-    alone = FreeAlone(BestRate(costs), np.array([[0.8, 0.0]]), np.array([0.3]))
-    rule = replace(RULE, keep=BestRate(replace(costs, sunk=0.3)), alone=alone)
+    skip_model = SkipModel(BestRate(costs), np.array([[0.8, 0.0]]), np.array([0.3]))
+    rule = replace(RULE, keep=BestRate(replace(costs, sunk=0.3)), skip_model=skip_model)
     model: Any = Model()
     one: Any = [None]  # request
     draft = UnionDrafter([model, Proposes(accept_prob)]).draft(one, rule, lambda: False)

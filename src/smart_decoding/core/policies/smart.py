@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from smart_decoding.core.calibration import HORIZON, WIDEST, Calibration, Forecast
 from smart_decoding.core.costs import CostModel
-from smart_decoding.core.exploration import Exploration, Rest
+from smart_decoding.core.exploration import Backoff, Exploration
 from smart_decoding.core.learned import Learned
 from smart_decoding.core.policies.base import require_int, require_number, token_array
 from smart_decoding.core.policies.statistics import Statistics
@@ -87,7 +87,7 @@ class Smart:
         self._choice: Choice | None = None  # for the round to come; None: it did not ask
         self._best = Mode.PLAIN  # what was predicted best last
         self._explored = Mode.PLAIN  # by the last exploration
-        self._rest = Rest()
+        self._backoff = Backoff()
 
     @property
     def cost(self) -> CostModel:
@@ -102,9 +102,9 @@ class Smart:
     def plan(self, batch: BatchState) -> TreeRule | None:
         """The option predicted best, or one to explore."""
         self._choice = None
-        if self._rest.goes_on(batch.size):
+        if self._backoff.goes_on(batch.size):
             return None
-        for round in self._rest.take():
+        for round in self._backoff.take():
             self._observe(round, None)
         limits = batch.limits
         shape = Shape.of(batch, limits)
@@ -128,7 +128,7 @@ class Smart:
         return found
 
     def _choose(self, prediction: Prediction, size: int, deepest: int) -> Choice:
-        """The mode predicted best, but for explorations; plain decoding rests for as long as no
+        """The mode predicted best, but for explorations; plain decoding backs off for as long as no
         exploration is due, but no longer than these answers last."""
         rates = prediction.rates
         best = max(rates, key=rates.__getitem__)
@@ -144,7 +144,7 @@ class Smart:
             self.exploration.begin(price=prices[self._explored], size=size)
             explores = True
         if prices and not explores and best is Mode.PLAIN:
-            self._rest.begin(int(min(wait, HORIZON, deepest)) - 1, size)
+            self._backoff.begin(int(min(wait, HORIZON, deepest)) - 1, size)
         return Choice(self._explored if explores else best, best, prediction)
 
     def _rule(self, choice: Choice, batch: BatchState, limits: IntArray, deepest: int) -> TreeRule:
@@ -154,17 +154,17 @@ class Smart:
         if choice.explores:
             # At least one node: otherwise a cost predicted too high would never be measured again.
             keep = replace(keep, least=1)
-        grow = choice.prediction.grow
+        expand = choice.prediction.expand
         scores = Scores(self.calibration, batch.kind)
         # An exploration is to learn of the model.
-        beside = choice.mode is Mode.MODEL and not choice.explores
-        alone = choice.prediction.alone if beside else None
-        return TreeRule(levels, self.children, limits, self._ends, grow, keep, scores, alone)
+        may_skip = choice.mode is Mode.MODEL and not choice.explores
+        skip_model = choice.prediction.skip_model if may_skip else None
+        return TreeRule(levels, self.children, limits, self._ends, expand, keep, scores, skip_model)
 
     def observe(self, round: Round) -> None:
         """Learns from any round; explorations pay for what they lost."""
-        rested = self._choice is None and round.rule is None
-        for known in self._rest.add(round) if rested else [round]:
+        unasked = self._choice is None and round.rule is None
+        for known in self._backoff.add(round) if unasked else [round]:
             self._observe(known, self._choice_of(known))
 
     def _choice_of(self, round: Round) -> Choice | None:
@@ -192,7 +192,7 @@ class Smart:
 
     def stats(self) -> dict[str, float]:
         """Running figures for metrics: estimated speedup, share of rounds off, calibration error,
-        exploration. At rest they are up to HORIZON rounds old."""
+        exploration. In backoff they are up to HORIZON rounds old."""
         return {
             **self.statistics.summary(),
             "exploration_seconds": self.exploration.seconds,

@@ -70,7 +70,7 @@ class HostDraftModel:
             drafter.widest = 1
         return drafter
 
-    def draft(self, rule: TreeRule, given: DraftTrees, inputs: RoundInputs) -> Draft:
+    def draft(self, rule: TreeRule, proposed: DraftTrees, inputs: RoundInputs) -> Draft:
         """Raise: level by level it is."""
         raise NotImplementedError
 

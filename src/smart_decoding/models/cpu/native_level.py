@@ -81,10 +81,14 @@ class NativeLevel:
         return self._run(False, rows, features, len(rows), asked)
 
     def draft(
-        self, rule: TreeRule, given: DraftTrees, inputs: RoundInputs, parts: Sequence[FeaturePart]
+        self,
+        rule: TreeRule,
+        proposed: DraftTrees,
+        inputs: RoundInputs,
+        parts: Sequence[FeaturePart],
     ) -> Draft:
-        """Draft a round in one call, as the rule says, beside the nodes `given`."""
-        batch = given.batch
+        """Draft a round in one call, as the rule says, beside the nodes `proposed`."""
+        batch = proposed.batch
         kept = [readable(part) for part in parts]
         self._count = 0
         self._reserve(batch + most_expanded(rule, batch, inputs.slots))
@@ -104,7 +108,7 @@ class NativeLevel:
             w_bf16=self._bf16,
             kv_bf16=kv.keys.dtype == torch.bfloat16,
         )
-        draft = self._selection.draft(rule, given, first)
+        draft = self._selection.draft(rule, proposed, first)
         self._count = batch + sum(draft.widths[1:])
         return draft
 

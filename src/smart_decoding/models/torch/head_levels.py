@@ -83,10 +83,14 @@ class SteppedLevels(ABC):
 
     @torch.inference_mode()
     def draft(
-        self, rule: TreeRule, given: DraftTrees, inputs: RoundInputs, parts: Sequence[FeaturePart]
+        self,
+        rule: TreeRule,
+        proposed: DraftTrees,
+        inputs: RoundInputs,
+        parts: Sequence[FeaturePart],
     ) -> Draft:
         """Draft all levels of a rule of which `Fixed.before` knows the widths, beside the nodes
-        `given`; the host waits for a device once."""
+        `proposed`; the host waits for a device once."""
         fixed = Fixed.before(rule)
         assert fixed is not None
         round = DeviceGrowth(rule, fixed, inputs, self._draft_ids)
@@ -97,9 +101,9 @@ class SteppedLevels(ABC):
             self._round.append(self._run(context, self._round[-1][above]))
             round.rank(self._logits())
         trees, expanded, seconds = round.fetch()
-        if len(given):
-            merge(given, trees, 0)
-            trees = given
+        if len(proposed):
+            merge(proposed, trees, 0)
+            trees = proposed
         kept = self._selection.select(rule, trees)
         return Draft(trees, rule, kept, [len(inputs.rows), *expanded], seconds)
 

@@ -7,7 +7,7 @@ import numpy as np
 from smart_decoding.core.batch import BatchState, Round
 from smart_decoding.core.calibration import HORIZON
 from smart_decoding.core.costs import CostModel
-from smart_decoding.core.exploration import Rest
+from smart_decoding.core.exploration import Backoff
 from smart_decoding.core.policies.smart import Smart
 from smart_decoding.core.tree import DraftTrees
 
@@ -21,37 +21,37 @@ def plain_round(size: int) -> Round:
 
 
 def test_lasts_for_its_rounds_and_its_batch() -> None:
-    rest = Rest()
-    assert not rest.goes_on(4)
-    rest.begin(2, 4)
-    assert [rest.goes_on(5) for _ in range(3)] == [True, True, False]
-    rest.begin(9, 4)
-    assert not rest.goes_on(8)
-    assert not rest.goes_on(4)
+    backoff = Backoff()
+    assert not backoff.goes_on(4)
+    backoff.begin(2, 4)
+    assert [backoff.goes_on(5) for _ in range(3)] == [True, True, False]
+    backoff.begin(9, 4)
+    assert not backoff.goes_on(8)
+    assert not backoff.goes_on(4)
 
 
 def test_its_last_round_brings_all() -> None:
-    rest = Rest()
-    rest.begin(3, 1)
+    backoff = Backoff()
+    backoff.begin(3, 1)
     rounds = [plain_round(1) for _ in range(3)]
     seen = []
     for round in rounds:
-        assert rest.goes_on(1)
-        seen.append(rest.add(round))
+        assert backoff.goes_on(1)
+        seen.append(backoff.add(round))
     assert seen == [[], [], rounds]
-    rest.begin(2, 1)
-    rest.goes_on(1)
-    rest.add(rounds[0])
-    assert not rest.goes_on(2)  # cut short
-    assert rest.take() == rounds[:1]
-    assert rest.take() == []
+    backoff.begin(2, 1)
+    backoff.goes_on(1)
+    backoff.add(rounds[0])
+    assert not backoff.goes_on(2)  # cut short
+    assert backoff.take() == rounds[:1]
+    assert backoff.take() == []
 
 
 def test_however_many_prompts_run_meanwhile_few_rounds_wait() -> None:
-    rest = Rest()
-    rest.begin(2, 1)
-    rest.goes_on(1)
-    learned = [len(rest.add(plain_round(1))) for _ in range(3 * HORIZON)]
+    backoff = Backoff()
+    backoff.begin(2, 1)
+    backoff.goes_on(1)
+    learned = [len(backoff.add(plain_round(1))) for _ in range(3 * HORIZON)]
     assert sum(learned) == 3 * HORIZON
     assert max(learned) == HORIZON
 
