@@ -164,18 +164,19 @@ class ReplayedDrafter(EagleDrafter):
         """Not on the kernels: in one call the head's own candidates would be taken."""
         return not isinstance(self._head.levels, NativeLevel) and super().follows(rule)
 
-    def _draft_round(
+    def _prepare(
         self, rule: TreeRule, proposed: DraftTrees, inputs: RoundInputs, states: Sequence[Pairs]
-    ) -> Draft:
+    ) -> Callable[[], Draft]:
         """What a device has drafted is put aside; the recorded candidates grow by the same
         widths."""
-        draft = super()._draft_round(rule, proposed, inputs, states)
+        inner = super()._prepare(rule, proposed, inputs, states)
+        return lambda: self._replayed(rule, proposed.batch, inner())
+
+    def _replayed(self, rule: TreeRule, batch: int, draft: Draft) -> Draft:
         fixed = Fixed.before(rule)
         assert fixed is not None
-        trees = DraftTrees.empty(proposed.batch)
-        self._source.expand(
-            trees, np.full(proposed.batch, ROOT), rule.children, np.arange(proposed.batch)
-        )
+        trees = DraftTrees.empty(batch)
+        self._source.expand(trees, np.full(batch, ROOT), rule.children, np.arange(batch))
         for level in range(1, len(draft.widths)):
             self._source.expand(trees, fixed.frontier(rule, trees, level), rule.children)
         return replace(draft, trees=trees, kept=rule.select(trees))

@@ -3,7 +3,7 @@ et al. 2023)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from smart_decoding.drafters.levels import LevelDrafter, LevelRequest, Ranked, RoundInputs, State
@@ -22,8 +22,10 @@ class SmallModel(Protocol):
 
     drafts_rounds: bool
 
-    def draft(self, rule: TreeRule, proposed: DraftTrees, inputs: RoundInputs) -> Draft:
-        """A round in one call, as the rule says, beside proposed nodes, if it `drafts_rounds`."""
+    def prepare(
+        self, rule: TreeRule, proposed: DraftTrees, inputs: RoundInputs
+    ) -> Callable[[], Draft]:
+        """The one call that drafts a round beside proposed nodes, if it `drafts_rounds`."""
 
     def rank(self, rows: Rows, asked: LevelRequest) -> Ranked:
         """One forward: the best children of the rows whose logits are wanted."""
@@ -62,10 +64,10 @@ class DraftModelDrafter(LevelDrafter[State]):
         """Where the model drafts rounds in one call."""
         return self._model.drafts_rounds
 
-    def _draft_round(
+    def _prepare(
         self, rule: TreeRule, proposed: DraftTrees, inputs: RoundInputs, states: Sequence[State]
-    ) -> Draft:
-        return self._model.draft(rule, proposed, inputs)
+    ) -> Callable[[], Draft]:
+        return self._model.prepare(rule, proposed, inputs)
 
     def _advance(self, request: Request, state: State) -> None:
         """Keys of a cut context (unlike a head's, they depend on it) serve no other request."""

@@ -10,7 +10,7 @@ token, it runs that pair again into a copy of the page; the features for that ar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -128,10 +128,10 @@ class EagleDrafter(LevelDrafter[Pairs]):
         self._share_out()
         return super()._waiting_rows(requests, states)
 
-    def _draft_round(
+    def _prepare(
         self, rule: TreeRule, proposed: DraftTrees, inputs: RoundInputs, states: Sequence[Pairs]
-    ) -> Draft:
-        return self._head.levels.draft(rule, proposed, inputs, _parts(states))
+    ) -> Callable[[], Draft]:
+        return self._head.levels.prepare(rule, proposed, inputs, _parts(states))
 
     def extend(self, request: Request, features: Any, first: int, tokens: Sequence[int]) -> None:
         """The committed pairs wait for the next first level."""

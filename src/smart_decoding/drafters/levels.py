@@ -134,11 +134,11 @@ class LevelDrafter(ABC, Generic[S]):
         """Whether the model drafts all levels of such a rule, of built-in parts, in one call."""
 
     @abstractmethod
-    def _draft_round(
+    def _prepare(
         self, rule: TreeRule, proposed: DraftTrees, inputs: RoundInputs, states: Sequence[S]
-    ) -> Draft:
-        """All levels below and beside `proposed`, in one call, where it follows the rule. `kept` is
-        chosen, too, unless a device cannot."""
+    ) -> Callable[[], Draft]:
+        """The one call that drafts all levels below and beside `proposed`, where the model follows
+        the rule."""
 
     def blank(self, rows: int) -> Any:
         """Features of `rows` rows of arbitrary content, to be timed with."""
@@ -175,7 +175,8 @@ class LevelDrafter(ABC, Generic[S]):
         start = time.perf_counter()
         states = [self._states[id(r)] for r in requests]
         inputs = self._inputs(requests, states, rule)
-        draft = self._draft_round(rule, proposed, inputs, states)
+        draft_round = self._prepare(rule, proposed, inputs, states)
+        draft = draft_round()
         for request, state in zip(requests, states, strict=True):
             self._advance(request, state)
         deeper = sum(draft.level_seconds[1:])

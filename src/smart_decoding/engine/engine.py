@@ -174,7 +174,12 @@ class Engine:
         started += self._encode_images(batch)  # no part of what a round costs
         state = self._state(batch)
         rule = self._plan(batch, state)
-        draft = self._draft(batch, rule, arrived)
+        if rule is None or self.drafter is None:
+            draft = Draft(DraftTrees.empty(len(batch.decode)))
+        else:
+            draft = self.drafter.draft(
+                batch.decode, rule, lambda: self.scheduler.can_begin(arrived())
+            )
         if draft.interrupted:
             self._dropped.update(batch.decode)
             return []
@@ -241,16 +246,6 @@ class Engine:
         if not self._dropped.isdisjoint(batch.decode):
             return None
         return self.policy.plan(state)
-
-    def _draft(
-        self,
-        batch: Batch,
-        rule: TreeRule | None,
-        arrived: Callable[[], Collection[str]],
-    ) -> Draft:
-        if rule is None or self.drafter is None:
-            return Draft(DraftTrees.empty(len(batch.decode)))
-        return self.drafter.draft(batch.decode, rule, lambda: self.scheduler.can_begin(arrived()))
 
     def _update(self, batch: Batch, verified: Verified) -> tuple[int, list[int]]:
         """Appends the new tokens and commits the KV lengths. Returns how many entered answers, and

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import ChainMap
 from ctypes import addressof
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,6 +20,8 @@ from smart_decoding.models.sampling.ranking import ranked
 from smart_decoding.models.target import TorchTarget, fitting_memory
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from smart_decoding.core.rule import TreeRule
     from smart_decoding.core.tree import DraftTrees
     from smart_decoding.drafters.levels import LevelRequest, Ranked, RoundInputs
@@ -98,12 +100,14 @@ class DraftModel:
         rows.token = np.minimum(rows.token, self.config.vocab - 1)
         return ranked(self._decoder.forward(rows).logits, self._tokens, asked, self._native)
 
-    def draft(self, rule: TreeRule, proposed: DraftTrees, inputs: RoundInputs) -> Draft:
-        """Draft a round in one call, as the rule says, beside the nodes `proposed`."""
+    def prepare(
+        self, rule: TreeRule, proposed: DraftTrees, inputs: RoundInputs
+    ) -> Callable[[], Draft]:
+        """Return the one call that drafts a round, as the rule says, beside `proposed`."""
         assert self._selection is not None
         assert self._decoder.model is not None
         k = min(inputs.asked.k, self.config.vocab)
         call = LevelCall(True, inputs.rows, None, proposed.batch, k)
         drafts = {"model": addressof(self._decoder.model.struct), "tokens": self._tokens.data_ptr()}
         first = first_level(inputs, call, self._decoder.rotary, rule.levels, **drafts)
-        return self._selection.draft(rule, proposed, first)
+        return partial(self._selection.draft, rule, proposed, first)

@@ -3,6 +3,7 @@ of them."""
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -69,3 +70,37 @@ def test_widths_are_the_rows_that_the_model_ran(
         assert len(done.level_seconds) == len(widths)
         fewer += any(width < 6 * len(done.batch.context) for width in widths[1:])
     assert fewer
+
+
+class Watched:
+    """A library whose drafting notes who called it, from the nearest function on."""
+
+    def __init__(self, inner: Any, seen: list[list[str]]) -> None:
+        self._inner = inner
+        self._seen = seen
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def smart_grow(self, *arguments: Any) -> int:
+        frame = sys._getframe(1)
+        names: list[str] = []
+        while frame.f_code.co_name != "step":
+            names.append(frame.f_code.co_qualname)
+            assert frame.f_back is not None
+            frame = frame.f_back
+        self._seen.append(names)
+        return int(self._inner.smart_grow(*arguments))
+
+
+def test_few_frames_lie_between_a_step_and_the_native_draft() -> None:
+    engine = engine_with(SCRATCH, in_one_call=True)
+    union: Any = engine.drafter
+    selection = union.model._model._selection
+    seen: list[list[str]] = []
+    selection._library = Watched(selection._library, seen)
+    while engine.has_unfinished_requests:
+        engine.step()
+    assert seen
+    for names in seen:
+        assert names == ["NativeSelection.draft", "LevelDrafter.draft", "UnionDrafter.draft"]

@@ -31,6 +31,8 @@ from smart_decoding.speculation import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from smart_decoding.core.rule import TreeRule
     from smart_decoding.core.tree import DraftTrees
     from smart_decoding.drafters.levels import LevelRequest, Ranked, RoundInputs
@@ -70,7 +72,9 @@ class HostDraftModel:
             drafter.widest = 1
         return drafter
 
-    def draft(self, rule: TreeRule, proposed: DraftTrees, inputs: RoundInputs) -> Draft:
+    def prepare(
+        self, rule: TreeRule, proposed: DraftTrees, inputs: RoundInputs
+    ) -> Callable[[], Draft]:
         """Raise: level by level it is."""
         raise NotImplementedError
 

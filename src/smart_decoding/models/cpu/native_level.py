@@ -8,8 +8,9 @@ target of quants all of its matrices have 8 bits, or fewer if they are stored so
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from ctypes import Structure
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 
 
 class NativeLevel:
-    """The same as `SteppedLevels`, and `draft`: all levels of a round in one call."""
+    """The same as `SteppedLevels`: one level in a call, or all of a round."""
 
     kv: KVCache  # whose head sets both
     rotary: tuple[Tensor, Tensor]
@@ -80,20 +81,20 @@ class NativeLevel:
         features = above * (4 * self._outputs.shape[1]) + self._outputs.data_ptr()
         return self._run(False, rows, features, len(rows), asked)
 
-    def draft(
+    def prepare(
         self,
         rule: TreeRule,
         proposed: DraftTrees,
         inputs: RoundInputs,
         parts: Sequence[FeaturePart],
-    ) -> Draft:
-        """Draft a round in one call, as the rule says, beside the nodes `proposed`."""
+    ) -> Callable[[], Draft]:
+        """Return the one call that drafts a round, as the rule says, beside `proposed`."""
         batch = proposed.batch
         kept = [readable(part) for part in parts]
         self._count = 0
         self._reserve(batch + most_expanded(rule, batch, inputs.slots))
         k = min(inputs.asked.k, self._children)
-        call = LevelCall(True, inputs.rows, row_addresses(kept), batch, k)
+        call = LevelCall(True, inputs.rows, row_addresses(kept), batch, k, kept)
         call.struct.out = self._outputs.data_ptr()
         kv = self.kv
         first = first_level(
@@ -108,9 +109,7 @@ class NativeLevel:
             w_bf16=self._bf16,
             kv_bf16=kv.keys.dtype == torch.bfloat16,
         )
-        draft = self._selection.draft(rule, proposed, first)
-        self._count = batch + sum(draft.widths[1:])
-        return draft
+        return partial(self._selection.draft, rule, proposed, first)
 
     def _run(
         self, first: bool, rows: Rows, features: IntArray, wanted: int, asked: LevelRequest
@@ -136,15 +135,21 @@ class NativeLevel:
 
 class LevelCall:
     """A structure Level, the arrays behind it, and its results `tokens` and `probs` [wanted, k].
-    features: [rows] addresses, of a head."""
+    features: [rows] addresses, of a head; behind: what lies there."""
 
     def __init__(
-        self, first: bool, rows: Rows, features: IntArray | None, wanted: int, k: int
+        self,
+        first: bool,
+        rows: Rows,
+        features: IntArray | None,
+        wanted: int,
+        k: int,
+        behind: object = None,
     ) -> None:
         self.tokens = np.empty((wanted, k), np.int64)
         self.probs = np.empty((wanted, k))
         embeddings, tensors = embedding_addresses(rows.mm_embeds, len(rows))
-        self._keep = (rows, features, embeddings, tensors)
+        self._keep = (rows, features, behind, embeddings, tensors)
         self.struct = kernels.Level(
             first=first,
             k=k,
@@ -170,7 +175,7 @@ def first_level(
         threads=torch.get_num_threads(),
         **drafts,
     )
-    return FirstLevel(native, call.struct, struct, inputs.slots, (native, scale, noise))
+    return FirstLevel(native, call.struct, struct, inputs.slots, (native, call, scale, noise))
 
 
 def _structure(weights: HeadWeights) -> tuple[Structure, tuple[object, ...]]:

@@ -8,8 +8,10 @@ comes out. docs/eagle-heads.md has the conventions.
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -78,19 +80,28 @@ class SteppedLevels(ABC):
         return self._rank(asked)
 
     def follows(self, rule: TreeRule) -> bool:
-        """Whether `draft` follows a rule: a device chooses, and knows before what levels expand."""
+        """Whether a device can choose what levels expand: their widths are known before."""
         return self.grows and Fixed.before(rule) is not None
 
+    def prepare(
+        self,
+        rule: TreeRule,
+        proposed: DraftTrees,
+        inputs: RoundInputs,
+        parts: Sequence[FeaturePart],
+    ) -> Callable[[], Draft]:
+        """Return the one call that drafts all levels of a rule of which `Fixed.before` knows the
+        widths, beside `proposed`; the host waits for a device once."""
+        return partial(self._draft, rule, proposed, inputs, parts)
+
     @torch.inference_mode()
-    def draft(
+    def _draft(
         self,
         rule: TreeRule,
         proposed: DraftTrees,
         inputs: RoundInputs,
         parts: Sequence[FeaturePart],
     ) -> Draft:
-        """Draft all levels of a rule of which `Fixed.before` knows the widths, beside the nodes
-        `proposed`; the host waits for a device once."""
         fixed = Fixed.before(rule)
         assert fixed is not None
         round = DeviceGrowth(rule, fixed, inputs, self._draft_ids)
@@ -104,8 +115,10 @@ class SteppedLevels(ABC):
         if len(proposed):
             merge(proposed, trees, 0)
             trees = proposed
+        began = time.perf_counter()
         kept = self._selection.select(rule, trees)
-        return Draft(trees, rule, kept, [len(inputs.rows), *expanded], seconds)
+        choosing = time.perf_counter() - began
+        return Draft(trees, rule, kept, [len(inputs.rows), *expanded], seconds, choosing)
 
     @property
     def outputs(self) -> Tensor:
