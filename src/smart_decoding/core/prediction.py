@@ -97,6 +97,11 @@ class Prediction:
     keep: Mapping[Mode, BestRate]
     skip_model: SkipModel | None
 
+    @property
+    def best(self) -> Mode:
+        """The mode of the highest rate."""
+        return max(self.rates, key=self.rates.__getitem__)
+
     def price(self, mode: Mode) -> float:
         """Plain rounds that the mode takes before its first token."""
         return self.catch_up / self.plain if mode is Mode.MODEL else 0.0

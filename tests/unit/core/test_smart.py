@@ -14,6 +14,7 @@ from smart_decoding.core.calibration import HORIZON, Calibration
 from smart_decoding.core.costs import CostModel
 from smart_decoding.core.exploration import STARTING_BUDGET
 from smart_decoding.core.policies import make_policy
+from smart_decoding.core.policies.smart import choose
 from smart_decoding.core.prediction import Mode, Shape
 from smart_decoding.core.tree import DraftTrees
 from smart_lab.simulation import World, full_knowledge, run
@@ -367,28 +368,51 @@ def test_plain_rounds_that_a_profile_calls_twice_as_slow_are_found_out() -> None
     assert run(policy, world, range(300, 600)).rate > 0.93 * plain.rate
 
 
+def shape_of(size: int, catch_up_rows: int) -> Shape:
+    each = np.full(size, 150)
+    temperature, speculates = np.zeros(size), np.ones(size, bool)
+    batch = BatchState(each, each, temperature, speculates, catch_up_rows=catch_up_rows)
+    return Shape.of(batch, batch.limits)
+
+
 def test_a_model_that_has_much_to_read_is_explored_once_that_is_earned() -> None:
     policy = make_policy("smart", cost=HOPELESS)
-    each = np.full(4, 150)
-    batch = BatchState(each, each, np.zeros(4), np.ones(4, bool), catch_up_rows=4 * 1000)
-    prediction = policy.predict(Shape.of(batch, batch.limits))
+    shape = shape_of(4, 4 * 1000)
+    prediction = policy.predict(shape)
+    exploration = policy.exploration
     assert prediction.price(Mode.MODEL) > STARTING_BUDGET
     for _ in range(HORIZON):
-        policy.exploration.observe_best()
-    assert policy.exploration.wait == 0
-    assert policy._choose(prediction, batch.size, 149).mode is Mode.PLAIN
-    while not policy.exploration.affords(prediction.price(Mode.MODEL), batch.size):
-        policy.exploration.observe_best()
-    assert policy._choose(prediction, batch.size, 149).mode is Mode.MODEL
+        exploration.observe_best()
+    assert exploration.wait == 0
+    assert choose(prediction, exploration, None, shape).mode is Mode.PLAIN
+    while not exploration.affords(prediction.price(Mode.MODEL), 4):
+        exploration.observe_best()
+    assert choose(prediction, exploration, None, shape).mode is Mode.MODEL
 
 
-def test_a_batch_is_lent_less_than_a_lone_request() -> None:
+def test_each_request_of_a_batch_has_a_share_of_the_starting_budget() -> None:
     for size, chosen in ((1, Mode.MODEL), (4, Mode.PLAIN)):
         policy = make_policy("smart", cost=HOPELESS)
-        each = np.full(size, 150)
-        batch = BatchState(each, each, np.zeros(size), np.ones(size, bool), 0, 150 * size)
-        prediction = policy.predict(Shape.of(batch, batch.limits))
+        shape = shape_of(size, 150 * size)
+        prediction = policy.predict(shape)
         assert STARTING_BUDGET / 4 + 1 < prediction.price(Mode.MODEL) < STARTING_BUDGET
         for _ in range(HORIZON):
             policy.exploration.observe_best()
-        assert policy._choose(prediction, size, 149).mode is chosen
+        assert choose(prediction, policy.exploration, None, shape).mode is chosen
+
+
+def test_choosing_changes_nothing() -> None:
+    policy = make_policy("smart", cost=HOPELESS)
+    shape = shape_of(1, 150)
+    prediction = policy.predict(shape)
+    exploration = policy.exploration
+    found = []
+    for _ in range(2 * HORIZON):
+        before = vars(exploration).copy()
+        choices = [choose(prediction, exploration, None, shape) for _ in range(2)]
+        assert choices[0] == choices[1]
+        assert vars(exploration) == before
+        found.append(choices[0])
+        exploration.observe_best()
+    assert {choice.begins for choice in found} == {False, True}
+    assert max(choice.backoff for choice in found) == HORIZON - 1

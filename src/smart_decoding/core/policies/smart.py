@@ -24,11 +24,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """How a round is to be spent, and what that was decided by. best: the mode predicted best."""
+    """How a round is to be spent, and what that was decided by.
+
+    best: the mode predicted best. begins: whether a run of explorations begins with the round.
+    backoff: plain rounds that follow without asking."""
 
     mode: Mode
     best: Mode
     prediction: Prediction
+    begins: bool = False
+    backoff: int = 0
 
     @property
     def explores(self) -> bool:
@@ -46,6 +51,26 @@ class Choice:
         """Seconds that the round took longer than the best mode for as many tokens."""
         tokens = round.batch.size + round.accepted
         return round.seconds - tokens / self.prediction.rates[self.best]
+
+
+def choose(
+    prediction: Prediction, exploration: Exploration, explored: Mode | None, shape: Shape
+) -> Choice:
+    """Choose the mode predicted best, or one to explore; nothing changes by that. Plain decoding
+    backs off for as long as no exploration is due, but no longer than these answers last.
+
+    explored: by the run that is going on, if it still is one."""
+    best = prediction.best
+    prices = {mode: prediction.price(mode) for mode in prediction.rates if mode is not best}
+    if exploration.left > 0 and explored in prices:
+        return Choice(explored, best, prediction)
+    others = [mode for mode, price in prices.items() if exploration.affords(price, shape.size)]
+    wait = exploration.wait if others else HORIZON
+    if others and wait == 0:
+        return Choice(others[exploration.count % len(others)], best, prediction, begins=True)
+    backs_off = prices and best is Mode.PLAIN
+    backoff = int(min(wait, HORIZON, shape.deepest)) - 1 if backs_off else 0
+    return Choice(best, best, prediction, backoff=backoff)
 
 
 class Smart:
@@ -112,10 +137,14 @@ class Smart:
             return None
         if self.learned.learn_plain():
             self._predictions.clear()
-        self._choice = self._choose(self.predict(shape), batch.size, shape.deepest)
-        if self._choice.mode is Mode.PLAIN:
+        prediction = self.predict(shape)
+        explored = self._explored if self._best is prediction.best else None
+        choice = choose(prediction, self.exploration, explored, shape)
+        self._apply(choice, batch.size)
+        self._choice = choice
+        if choice.mode is Mode.PLAIN:
             return None
-        return self._rule(self._choice, batch, limits, shape.deepest)
+        return self._rule(choice, batch, limits, shape.deepest)
 
     def predict(self, shape: Shape) -> Prediction:
         """What plain decoding and every way to draft would bring, kept until something is
@@ -127,25 +156,17 @@ class Smart:
             self._predictions[key] = found
         return found
 
-    def _choose(self, prediction: Prediction, size: int, deepest: int) -> Choice:
-        """The mode predicted best, but for explorations; plain decoding backs off for as long as no
-        exploration is due, but no longer than these answers last."""
-        rates = prediction.rates
-        best = max(rates, key=rates.__getitem__)
-        if best is not self._best:
-            self._best = best
+    def _apply(self, choice: Choice, size: int) -> None:
+        """Let explorations and backoffs begin and end as chosen."""
+        if choice.best is not self._best:
+            self._best = choice.best
             self.exploration.stop()
-        prices = {mode: prediction.price(mode) for mode in rates if mode is not best}
-        others = [mode for mode, price in prices.items() if self.exploration.affords(price, size)]
-        wait = self.exploration.wait if others else HORIZON
-        explores = self.exploration.left > 0 and self._explored in prices
-        if not explores and others and wait == 0:
-            self._explored = others[self.exploration.count % len(others)]
-            self.exploration.begin(price=prices[self._explored], size=size)
-            explores = True
-        if prices and not explores and best is Mode.PLAIN:
-            self._backoff.begin(int(min(wait, HORIZON, deepest)) - 1, size)
-        return Choice(self._explored if explores else best, best, prediction)
+        if choice.begins:
+            self._explored = choice.mode
+            price = choice.prediction.price(choice.mode)
+            self.exploration.begin(price=price, size=size)
+        if choice.backoff:
+            self._backoff.begin(choice.backoff, size)
 
     def _rule(self, choice: Choice, batch: BatchState, limits: IntArray, deepest: int) -> TreeRule:
         """How deep to go is decided level by level."""
