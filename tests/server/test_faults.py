@@ -113,8 +113,8 @@ def good() -> str:
 
 def summed(state: Mapping[str, Any]) -> bytes:
     """A profile's file with the checksum that is right for it."""
-    sha256 = hashlib.sha256(json.dumps(state).encode()).hexdigest()
-    return json.dumps({"sha256": sha256, "cost": state}).encode()
+    sha256 = hashlib.sha256(json.dumps(["", state, False]).encode()).hexdigest()
+    return json.dumps({"model": "", "sha256": sha256, "cost": state, "busy": False}).encode()
 
 
 DAMAGE: dict[str, Callable[[], bytes]] = {
@@ -142,6 +142,8 @@ def test_a_damaged_profile_is_not_believed(
     save_profile(path, COST)
     assert load_profile(path) is not None
     assert not caplog.text
+    path.write_bytes(summed(COST.to_dict()))
+    assert load_profile(path) is not None
     path.write_bytes(DAMAGE[name]())
     assert load_profile(path) is None
     assert "cannot be used" in caplog.text

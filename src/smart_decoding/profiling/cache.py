@@ -25,7 +25,7 @@ from smart_decoding.models.checkpoints.registry import lasting_name
 log = logging.getLogger("smart.profile")
 
 BUSY_LASTS = 3600.0  # seconds for which costs count that were measured beside other work
-VERSION = 10  # raise when the engine's speed changes; other kernels are other costs anyway
+VERSION = 11  # raise when the engine's speed changes; other kernels are other costs anyway
 
 
 def profile_path(
@@ -54,9 +54,9 @@ def load_profile(path: Path) -> CostModel | None:
     try:
         with reading(path):
             stored = read_json(path)
-            if stored["sha256"] != _sum(stored["model"], stored["cost"]):
+            if stored["sha256"] != _sum(stored["model"], stored["cost"], stored["busy"]):
                 raise ValueError("it has another checksum")
-            if stored.get("busy") and time.time() - path.stat().st_mtime > BUSY_LASTS:
+            if stored["busy"] and time.time() - path.stat().st_mtime > BUSY_LASTS:
                 return None
             return CostModel.from_dict(stored["cost"])
     except ModelError as error:
@@ -73,7 +73,8 @@ def save_profile(path: Path, cost: CostModel, model: str = "", busy: bool = Fals
         with whole(path) as scratch:
             state = cost.to_dict()
             model = lasting_name(model)
-            stored = {"model": model, "sha256": _sum(model, state), "cost": state, "busy": busy}
+            checksum = _sum(model, state, busy)
+            stored = {"model": model, "sha256": checksum, "cost": state, "busy": busy}
             scratch.write_text(json.dumps(stored))
     except OSError as error:
         log.warning(
@@ -82,8 +83,8 @@ def save_profile(path: Path, cost: CostModel, model: str = "", busy: bool = Fals
         )
 
 
-def _sum(model: str, state: Any) -> str:
-    return hashlib.sha256(json.dumps([model, state]).encode()).hexdigest()
+def _sum(*what: Any) -> str:
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
 
 def _cpu() -> str:
