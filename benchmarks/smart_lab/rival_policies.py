@@ -48,7 +48,7 @@ class PooledChain(StatelessPolicy):
         """As many levels as the longest request may use."""
         keep = BestRate(self._costs(batch, batch.size * self.length))
         scores = Scores(self.calibration, batch.kind)
-        return TreeRule.of(batch, self.length, 1, self._ends, Beam(1), keep, scores)
+        return TreeRule.of(batch.limits, self.length, 1, self._ends, Beam(1), keep, scores)
 
     def _costs(self, batch: BatchState, nodes: int) -> RoundCosts:
         """Profiled seconds at this batch size and context."""

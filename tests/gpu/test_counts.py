@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import smart_decoding.models
+import smart_decoding.models.torch
 from smart_decoding.core.costs import CostModel
 from smart_decoding.core.policies import make_policy
 from smart_decoding.core.policies.smart import Smart
@@ -100,8 +100,8 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counts]:
             return lambda *args, **options: counting.seen.update(["launch"])
 
     for name in ("triton_kernels", "triton_sampling"):
-        monkeypatch.setitem(sys.modules, f"smart_decoding.models.{name}", Launched())
-        monkeypatch.setattr(smart_decoding.models, name, Launched(), raising=False)
+        monkeypatch.setitem(sys.modules, f"smart_decoding.models.torch.{name}", Launched())
+        monkeypatch.setattr(smart_decoding.models.torch, name, Launched(), raising=False)
     monkeypatch.delitem(sys.modules, "smart_decoding.models.torch.triton_ops", raising=False)
 
     def download(tensor: Tensor) -> np.ndarray:

@@ -942,9 +942,12 @@ def test_refuses_damaged_and_unsupported_gguf(tmp_path: Path, own_cache: Path) -
 @pytest.mark.parametrize(
     ("what", "error"),
     [
-        ("gguf.save_file", SafetensorError("I/O error: No space left on device (os error 28)")),
-        ("tokenizer.Tokenizer.save", Exception("No space left on device (os error 28)")),
-        ("gguf.write_record", OSError(errno.ENOSPC, "No space left on device")),
+        (
+            "checkpoints.gguf.save_file",
+            SafetensorError("I/O error: No space left on device (os error 28)"),
+        ),
+        ("text.tokenizer.Tokenizer.save", Exception("No space left on device (os error 28)")),
+        ("checkpoints.gguf.write_record", OSError(errno.ENOSPC, "No space left on device")),
     ],
 )
 def test_a_full_disk_is_told_as_that_and_nothing_stays(

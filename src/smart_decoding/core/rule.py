@@ -23,9 +23,7 @@ from smart_decoding.core.tree import (
 )
 
 if TYPE_CHECKING:
-    from smart_decoding.core.batch import BatchState
     from smart_decoding.core.calibration import Calibration
-    from smart_decoding.core.selection import SkipModel
 
 NO_NODES: IntArray = np.zeros(0, np.int64)
 
@@ -54,6 +52,19 @@ class Scores(NamedTuple):
     kind: KindArray
 
 
+class Skip(Protocol):
+    """Decides whether the model is left out."""
+
+    @property
+    def keep(self) -> Keep:
+        """What is verified then."""
+        ...
+
+    def applies(self, rule: TreeRule, proposed: DraftTrees) -> bool:
+        """Whether it is, where free drafters propose these nodes. The trees are scored."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class TreeRule:
     """One round's trees.
@@ -72,12 +83,12 @@ class TreeRule:
     expand: Expand
     keep: Keep
     scores: Scores | None = None
-    skip_model: SkipModel | None = None
+    skip_model: Skip | None = None
 
     @classmethod
     def of(
         cls,
-        batch: BatchState,
+        limits: IntArray,
         levels: int,
         children: int,
         ends: IntArray,
@@ -85,9 +96,8 @@ class TreeRule:
         keep: Keep,
         scores: Scores | None = None,
     ) -> TreeRule | None:
-        """The rule for a batch, with no more levels than its longest request may use; None where
-        that leaves none."""
-        limits = batch.limits
+        """The rule for a batch of these `limits`, with no more levels than its longest request may
+        use; None where that leaves none."""
         levels = min(levels, int(limits.max(initial=0)))
         return cls(levels, children, limits, ends, expand, keep, scores) if levels else None
 

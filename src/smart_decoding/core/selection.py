@@ -147,8 +147,7 @@ class SkipModel:
     drafted: FloatArray
 
     def applies(self, rule: TreeRule, proposed: DraftTrees) -> bool:
-        """Whether the free drafters' nodes are verified without the model. The trees are scored.
-        Where none of the nodes pays, the policy has said that the model does."""
+        """See `Skip`. Where none of the nodes pays, the policy has said that the model does."""
         costs = self.keep.costs
         nodes = np.flatnonzero(rule.useful(proposed))
         gains = proposed.accept_prob.take(nodes)

@@ -13,7 +13,6 @@ from smart_decoding.core.tree import fold, merge, of_expanded, slots
 if TYPE_CHECKING:
     from smart_decoding.core.rule import TreeRule
     from smart_decoding.core.tree import DraftTrees, IntArray
-    from smart_decoding.engine.protocols import Clock
     from smart_decoding.engine.request import Request
 
 MODEL = 0  # the source of a model's nodes; other drafters' are 1, 2, ...
@@ -77,7 +76,7 @@ def draft_by_levels(
     interrupted: Callable[[], bool],
     proposed: DraftTrees,
     selection: Selection,
-    clock: Clock = time.perf_counter,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Draft:
     """Draft as `rule` says, one level after another: on torch, and for policies in Python.
 

@@ -67,6 +67,10 @@ class NativeSelection(Selection):
         self._library = library.library()
         self._native: _NativeRule | None = None
 
+    def __reduce__(self) -> tuple[type[NativeSelection], tuple[()]]:
+        """Begin anew where what holds it is copied."""
+        return NativeSelection, ()
+
     def frontier(self, rule: TreeRule, trees: DraftTrees, level: int) -> IntArray:
         """See `TreeRule.frontier`."""
         if not is_data(rule):

@@ -259,7 +259,7 @@ def test_a_round_of_free_drafters_says_nothing_of_the_model() -> None:
     assert rule is not None
     trees = DraftTrees.empty(1)
     trees.append([0] * 8, [*range(8)], [*range(-1, 7)], [1.0] * 8, source=1)
-    rule = rule.beside(trees)
+    rule = rule.after_free(trees)
     assert rule.levels == 0  # eight sure tokens for nothing are enough
     before = policy.learned.with_model.of(1)
     kept = rule.select(trees)

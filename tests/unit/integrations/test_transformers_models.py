@@ -185,7 +185,7 @@ def recorded_proposals(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     for name in ("first", "deeper"):
         monkeypatch.setattr(NativeLevel, name, recorded(getattr(NativeLevel, name)))
-    monkeypatch.setattr(NativeLevel, "grows", False)
+    monkeypatch.setattr(EagleDrafter, "follows", lambda self, rule: False)
     return proposals
 
 

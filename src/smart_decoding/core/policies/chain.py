@@ -25,4 +25,4 @@ class Chain(StatelessPolicy):
 
     def plan(self, batch: BatchState) -> TreeRule | None:
         """As many levels as the longest request may use."""
-        return TreeRule.of(batch, self.length, 1, self._ends, Beam(1), KeepBest(self.length))
+        return TreeRule.of(batch.limits, self.length, 1, self._ends, Beam(1), KeepBest(self.length))

@@ -35,4 +35,4 @@ class Eagle2(StatelessPolicy):
         """As many levels as the longest request may use."""
         beam = Beam(self.top_k)
         keep = KeepBest(self.total_tokens - 1)
-        return TreeRule.of(batch, self.depth + 1, self.top_k, self._ends, beam, keep)
+        return TreeRule.of(batch.limits, self.depth + 1, self.top_k, self._ends, beam, keep)

@@ -173,7 +173,7 @@ class Paper(StatelessPolicy):
     def plan(self, batch: BatchState) -> TreeRule | None:
         """As many levels as the longest request may use."""
         rule = self._rule(batch)
-        return TreeRule.of(batch, self.max_levels, self.children, self._ends, rule, rule)
+        return TreeRule.of(batch.limits, self.max_levels, self.children, self._ends, rule, rule)
 
     def _rule(self, batch: BatchState) -> MarginalRatio:
         """The rule at the fitted costs of this batch size and (coarsely) context."""

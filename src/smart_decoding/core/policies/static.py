@@ -95,7 +95,7 @@ class Static(StatelessPolicy):
     def plan(self, batch: BatchState) -> TreeRule | None:
         """The topology's levels, as far as a request may use them."""
         tree = self._topology
-        return TreeRule.of(batch, self.levels, self.children, self._ends, tree, tree)
+        return TreeRule.of(batch.limits, self.levels, self.children, self._ends, tree, tree)
 
 
 def _parse(topology: str | Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
