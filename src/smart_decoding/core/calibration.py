@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -33,17 +33,12 @@ from smart_decoding.core.tree import (
     slots,
 )
 
-if TYPE_CHECKING:
-    from smart_decoding.core.tree import BoolArray, FloatArray, IntArray
-
 # --- running means --------------------------------------------------------------------------------
 #
 # A running mean, for all that is learned one round at a time.
 
 
-HORIZON = (
-    32  # rounds for which what was learned or decided holds; lessons and backoffs last as long
-)
+HORIZON = 32  # rounds for which a lesson or a decision holds; backoffs last as long
 
 
 @dataclass(slots=True)

@@ -37,9 +37,7 @@ class Exploration:
         self.left = 0
         self.seconds = 0.0
         self.count = 0
-        self._overspent = (
-            0.0  # plain rounds that explorations have lost and that are not earned yet
-        )
+        self._overspent = 0.0  # plain rounds that explorations have lost, and not earned yet
         self._earned = 0.0  # plain rounds, for what options need before they begin
         self._starting = STARTING_BUDGET  # what of it is left
         self._pause = HORIZON  # rounds until the next run at least, however little it costs

@@ -10,7 +10,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -24,13 +23,10 @@ from smart_decoding.core.tree import (
     sibling_ranks,
 )
 
-if TYPE_CHECKING:
-    from smart_decoding.core.tree import FloatArray, IntArray
-
 # --- the exact choice -----------------------------------------------------------------------------
 #
-# The exact choice: with the cost of a forward given for every number of rows, the best set of nodes
-# is a prefix of the candidates sorted by accept_prob, and one scan over the prefix sums finds it.
+# With the cost of a forward given for every number of rows, the best set of nodes is a prefix of
+# the candidates sorted by accept_prob, and one scan over the prefix sums finds it.
 
 
 NONE = math.inf  # in place of a loss: there is no candidate, and no size reaches so far

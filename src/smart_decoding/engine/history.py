@@ -101,7 +101,7 @@ class SampleSpec:
 def specs_of(
     rows: Iterable[int], asking: Sequence[Request], nodes: DraftTrees, eos: Sequence[int]
 ) -> list[SampleSpec]:
-    """One spec per visited row, in the numbering of core.acceptance: roots first, then nodes."""
+    """One spec per visited row, in the numbering of `core.tree.accept`: roots first, then nodes."""
     specs = []
     for row in rows:
         owner = row

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from smart_decoding.drafters.levels import LevelDrafter
     from smart_decoding.engine.drafting import Draft
 
-LEVELS = 8
 CHILDREN = 8
 FREE = np.ones(1 << 14)  # seconds of verifying any number of nodes
 MORE = 96  # tokens that requests may expand by, if nothing else is said
