@@ -82,7 +82,7 @@ def test_a_machine_is_busy_if_most_timings_were_interrupted(
         interrupted += share if next(calls) % 2 else 0.0
         return int(interrupted + 1e-9)
 
-    monkeypatch.setattr(measure, "_preemptions", preemptions)
+    monkeypatch.setattr(measure, "preemptions", preemptions)
     timer = measurement_of(Machine(), PAGES, 32, PagePool(PAGES))
     timer.run()
     assert timer.busy == (share > 0.5)

@@ -1,5 +1,6 @@
 """What the system lets this process use: CPUs, threads and memory, by affinity and by the limits of
-its control groups (cgroups), as containers and systemd's `CPUQuota=` and `MemoryMax=` set them.
+its control groups (cgroups), as containers and systemd's `CPUQuota=` and `MemoryMax=` set them; and
+how often it takes a CPU away.
 
 The limit of any group above the process's own holds, too. Both versions of control groups are read,
 each with its own names of files.
@@ -39,6 +40,15 @@ def granted_cpus() -> int | None:
         if quota.isdecimal() and period.isdecimal() and int(period):  # else "max", or -1
             found.append(max(1, -(-int(quota) // int(period))))
     return min(found, default=None)
+
+
+def preemptions() -> int:
+    """Count how often a thread of this process has had to leave its CPU to another thread, of this
+    process or of others; 0 where the system does not tell."""
+    if resource is None:
+        return 0
+    count: int = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+    return count
 
 
 def free_memory() -> int | None:

@@ -18,7 +18,7 @@ from smart_decoding.core.tree import ROOT, DraftTrees
 from smart_decoding.engine.kv import PAGE, Ints, PagePool
 from smart_decoding.engine.protocols import NativeBatch
 from smart_decoding.engine.rows import Rows, Span, build_rows
-from smart_decoding.kernels.limits import resource
+from smart_decoding.kernels.limits import preemptions
 from smart_decoding.profiling.rehearsal import MORE, Rehearsal
 from smart_decoding.progress import long_step
 
@@ -172,9 +172,9 @@ class ForwardTimer:
                 touched.update(pages)
                 self._cold.discard(point)
                 return
-            before = _preemptions()
+            before = preemptions()
             self._timed.append((point, self._time(reference), self._time(point)))
-            self._interrupted += _preemptions() > before
+            self._interrupted += preemptions() > before
         finally:
             stage.end()
             self._pool.take_back(pages)
@@ -209,15 +209,6 @@ class ForwardTimer:
         start = self._clock()
         seconds = point.run()
         return self._clock() - start if seconds is None else seconds
-
-
-def _preemptions() -> int:
-    """How often a thread of this process has had to leave its core to another process; 0 where the
-    system does not count."""
-    if resource is None:
-        return 0
-    count: int = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
-    return count
 
 
 def finish(step: Callable[[], bool], share: Callable[[], float]) -> None:

@@ -110,3 +110,35 @@ def test_systems_without_affinity_or_limits_of_processes() -> None:
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     assert done.stdout == "imported\n", done.stderr
+
+
+COMPETING = """
+import os, sys, time
+from smart_decoding.kernels.limits import preemptions
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+sys.stdin.read(1)  # both begin together
+before, end = preemptions(), time.monotonic() + 0.5
+while time.monotonic() < end:
+    pass
+print(preemptions() - before)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="Linux only")
+def test_processes_that_share_a_cpu_interrupt_each_other() -> None:
+    command = [sys.executable, "-c", COMPETING]
+    pipe = subprocess.PIPE
+    both = [subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) for _ in range(2)]
+    for process in both:
+        assert process.stdin is not None
+        process.stdin.write("g")
+        process.stdin.close()
+    for process in both:
+        with process:
+            assert process.stdout is not None
+            assert int(process.stdout.read()) > 1
+
+
+def test_a_system_that_counts_no_interruptions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "resource", None)
+    assert limits.preemptions() == 0
