@@ -84,10 +84,7 @@ def draft_by_levels(
     asked after each level."""
     start = clock()
     width = model.pending_rows(requests)
-    draft = Draft(model.first_level(requests, rule), rule)
-    if len(proposed):
-        merge(proposed, draft.trees, MODEL)
-        draft.trees = proposed
+    draft = Draft(added(proposed, model.first_level(requests, rule)), rule)
     for level in range(1, rule.levels + 1):
         draft.widths.append(width)
         draft.level_seconds.append(clock() - start)
@@ -101,6 +98,14 @@ def draft_by_levels(
             break
     draft.kept = selection.select(rule, draft.trees)
     return draft
+
+
+def added(proposed: DraftTrees, drafted: DraftTrees) -> DraftTrees:
+    """Add a model's nodes to those of others, one node where both are the same."""
+    if not len(proposed):
+        return drafted
+    merge(proposed, drafted, MODEL)
+    return proposed
 
 
 def _expand(

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from smart_decoding.core.selection import Fixed
-from smart_decoding.core.tree import merge
-from smart_decoding.engine.drafting import Draft
+from smart_decoding.engine.drafting import Draft, added
 from smart_decoding.kernels.selection import fastest_selection
 from smart_decoding.models.families.decoder import put
 from smart_decoding.models.heads.features import FeaturePart, stacked, take_rows
@@ -111,10 +110,8 @@ class SteppedLevels(ABC):
             context, above = level
             self._round.append(self._run(context, self._round[-1][above]))
             round.rank(self._logits())
-        trees, expanded, seconds = round.fetch()
-        if len(proposed):
-            merge(proposed, trees, 0)
-            trees = proposed
+        drafted, expanded, seconds = round.fetch()
+        trees = added(proposed, drafted)
         began = time.perf_counter()
         kept = self._selection.select(rule, trees)
         choosing = time.perf_counter() - began
