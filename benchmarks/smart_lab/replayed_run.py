@@ -181,15 +181,12 @@ class ReplayedDrafter(EagleDrafter):
             self._source.expand(trees, fixed.frontier(rule, trees, level), rule.children)
         return replace(draft, trees=trees, kept=rule.select(trees))
 
-    def draft(
-        self,
-        requests: Sequence[Request],
-        rule: TreeRule,
-        interrupted: Callable[[], bool],
-        proposed: DraftTrees | None = None,
-    ) -> Draft:
+    def _waiting_rows(
+        self, requests: Sequence[Request], states: Sequence[Pairs]
+    ) -> tuple[Rows, IntArray]:
+        """With these every round begins, in one call or level by level."""
         self._look_up(requests)
-        return super().draft(requests, rule, interrupted, proposed)
+        return super()._waiting_rows(requests, states)
 
     def _look_up(self, requests: Sequence[Request]) -> None:
         answers = [self._recording.answers[request.tokens[0]] for request in requests]
