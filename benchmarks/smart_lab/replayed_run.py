@@ -305,7 +305,7 @@ class Replay:
         engines = {}
         for label, on_device in ((BASELINE, False), (OURS, True)):  # as `measure` knows them
             if isinstance(levels, SteppedLevels):
-                levels.grows = on_device
+                levels.device_chooses = on_device
             engines[label] = self._engine(self.trace.policy(OURS, self.cost))
             engines[label].share_pages(engines[BASELINE])
         answers = self.trace.recording.answers

@@ -211,7 +211,7 @@ def test_drafted_levels_ask_little(
     model = target_on_meta(monkeypatch, True)
     head = EagleHead(random_head(LLAMA_8B, 32_000), model.decoder, 400, 40, 2048)
     assert isinstance(head.levels, SteppedLevels)
-    head.levels.grows = True
+    head.levels.device_chooses = True
     options = {"chain": {"length": 4}, "eagle2": {"depth": 3}, "smart": {"max_levels": 4}}[policy]
     chosen = make_policy(policy, {"cost": CHEAP_LEVELS}, **options)
     if isinstance(chosen, Smart):  # candidates that are all alike, and a device that takes no time

@@ -48,7 +48,7 @@ def as_on_a_gpu(head: EagleHead) -> None:
     """The head's levels read rows as a GPU's kernels do, in recordings, and choose there."""
     levels: Any = head.levels
     with_graphs(levels)
-    levels.grows = True
+    levels.device_chooses = True
 
 
 def both_of(trees: DraftTrees, other: DraftTrees) -> DraftTrees:

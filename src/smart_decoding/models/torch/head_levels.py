@@ -45,7 +45,7 @@ class SteppedLevels(ABC):
     """What EAGLE-1/2 and EAGLE-3 share: pairs go through the layers, and the output is ranked.
 
     kv, rotary: a head's keys and values, and its tables [positions, head_dim / 2], which it sets.
-    grows: whether a device chooses what levels expand: its kernels must read `DeviceRows`."""
+    device_chooses: what levels expand; then its kernels must read `DeviceRows`."""
 
     kv: KVCache
     rotary: tuple[Tensor, Tensor]
@@ -61,7 +61,7 @@ class SteppedLevels(ABC):
         self._draft_ids = weights.draft_ids
         self._round: list[Tensor] = []
         self._selection = fastest_selection()
-        self.grows = DEVICE_CHOOSES and target.device.type == "cuda"
+        self.device_chooses = DEVICE_CHOOSES and target.device.type == "cuda"
 
     @torch.inference_mode()
     def first(
@@ -80,7 +80,7 @@ class SteppedLevels(ABC):
 
     def follows(self, rule: TreeRule) -> bool:
         """Whether a device can choose what levels expand: their widths are known before."""
-        return self.grows and Fixed.before(rule) is not None
+        return self.device_chooses and Fixed.before(rule) is not None
 
     def prepare(
         self,
