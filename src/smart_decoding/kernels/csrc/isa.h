@@ -229,6 +229,10 @@ static inline bool any_nan(const vf& v) {
 #endif
 }
 
+// 1.5 * 2^23: a float of less than 2^22 is rounded to the nearest integer where this is added to it
+// and then taken away. A call of lrint would be one for each.
+constexpr float INTEGERS = 12582912.0f;
+
 // Floats to bytes, rounded to the nearest; returns their sum.
 static inline int32_t to_bytes(const vf& v, int8_t* to) {
 #if defined(__AVX512F__)
@@ -248,8 +252,7 @@ static inline int32_t to_bytes(const vf& v, int8_t* to) {
 #else
     int32_t sum = 0;
     for (int j = 0; j < VW; j++) {
-        // rounds to an integer, as vexp does; a call of lrint would be one for each
-        const int32_t value = int32_t((v[j] + 12582912.0f) - 12582912.0f);
+        const int32_t value = int32_t((v[j] + INTEGERS) - INTEGERS);
         to[j] = int8_t(value);
         sum += value;
     }

@@ -89,8 +89,8 @@ private:
         to.sum = step * float(totals[0] + totals[1]);
     }
 
-    // What rounding to the nearest integer changes; as in vexp.
-    static vf error_of(const vf& v) { return v - ((v + 12582912.0f) - 12582912.0f); }
+    // What rounding to the nearest integer changes.
+    static vf error_of(const vf& v) { return v - ((v + INTEGERS) - INTEGERS); }
 };
 
 // What quants are in bytes more than their weights are scales.

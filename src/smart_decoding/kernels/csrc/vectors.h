@@ -79,8 +79,8 @@ __attribute__((always_inline)) static inline F vexp(const F& at) {
     x = below ? lowest : x;
     x = x > highest ? highest : x;
     F n = x * 1.44269504f;
-    F shifted = n + 12582912.0f;  // rounds to an integer in the low mantissa bits
-    F k = shifted - 12582912.0f;
+    F shifted = n + INTEGERS;  // an integer in the low mantissa bits
+    F k = shifted - INTEGERS;
     F r = x - k * 0.693359375f;
     r = r + k * 2.12194440e-4f;
     F p = r * 1.9875691500e-4f + 1.3981999507e-3f;
