@@ -47,7 +47,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
-TOTAL = 570.0  # seconds, of the ten minutes that a machine is lent for
+TOTAL = 570.0  # seconds, of the ten minutes that a run may take
 LEAST = 10.0  # with less left a step is not begun
 SHARE = 0.9  # of its time limit, in which a step plans to be done
 SAME = 0.97  # a ratio that noise may give where speeds are the same
