@@ -150,19 +150,28 @@ class ReplayedTarget:
 
 
 class ReplayedDrafter(EagleDrafter):
-    """A head's forwards and rankings, and the recorded candidates as their outcome."""
+    """A head's forwards and rankings, and the recorded candidates as their outcome.
+
+    on_device: whether a device may choose what levels expand."""
 
     name = "replayed"
 
     def __init__(
-        self, head: EagleHead, recording: Recording, pool_pages: int, scratch_pages: int
+        self,
+        head: EagleHead,
+        recording: Recording,
+        pool_pages: int,
+        scratch_pages: int,
+        on_device: bool = True,
     ) -> None:
         super().__init__(head, pool_pages, scratch_pages)
         self._recording = recording
+        # On the kernels the head's own candidates would be taken in one call.
+        self._on_device = on_device and not isinstance(head.levels, NativeLevel)
 
     def follows(self, rule: TreeRule) -> bool:
-        """Not on the kernels: in one call the head's own candidates would be taken."""
-        return not isinstance(self._head.levels, NativeLevel) and super().follows(rule)
+        """Only where a device may choose."""
+        return self._on_device and super().follows(rule)
 
     def _prepare(
         self, rule: TreeRule, proposed: DraftTrees, inputs: RoundInputs, states: Sequence[Pairs]
@@ -301,12 +310,12 @@ class Replay:
         """How much faster `smart` is where the device chooses what levels expand than where the
         host does, level by level. Raises CapacityError where the seconds are too few for a block of
         each."""
-        levels = self.head.levels
+        if isinstance(self.head.levels, SteppedLevels):
+            self.head.levels.device_chooses = True  # on a CPU, too: a rehearsal
         engines = {}
         for label, on_device in ((BASELINE, False), (OURS, True)):  # as `measure` knows them
-            if isinstance(levels, SteppedLevels):
-                levels.device_chooses = on_device
-            engines[label] = self._engine(self.trace.policy(OURS, self.cost))
+            policy = self.trace.policy(OURS, self.cost)
+            engines[label] = self._engine(policy, on_device=on_device)
             engines[label].share_pages(engines[BASELINE])
         answers = self.trace.recording.answers
         prompts = self.prompts([i % len(answers) for i in range(max(len(answers), 2 * size))])
@@ -326,8 +335,9 @@ class Replay:
             engines[label].share_pages(engines[BASELINE])
         return engines
 
-    def _engine(self, policy: Policy, drafts: bool = True) -> Engine:
-        drafter = ReplayedDrafter(self.head, self.trace.recording, self.pages, self.scratch)
+    def _engine(self, policy: Policy, drafts: bool = True, on_device: bool = True) -> Engine:
+        recording = self.trace.recording
+        drafter = ReplayedDrafter(self.head, recording, self.pages, self.scratch, on_device)
         target: Any = ReplayedTarget(self.target, self.trace)
         return Engine(
             target,

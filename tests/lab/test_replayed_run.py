@@ -83,6 +83,27 @@ def test_answers_are_the_recorded_ones_under_every_policy(folder):
         engine.check_integrity()
 
 
+def test_ways_are_one_with_the_device_choosing_and_one_with_the_host(folder, monkeypatch):
+    monkeypatch.setattr("smart_decoding.models.target.use_native", lambda *given: False)
+    made = bench(folder, allow_slow=True)
+    seen = {"device": set(), "host": set()}
+
+    def noting(name, method):
+        def noted(self, *given):
+            seen[name].add(id(self))
+            return method(self, *given)
+
+        return noted
+
+    for name, method in (("device", "_replayed"), ("host", "first_level")):
+        kind = replayed_run.ReplayedDrafter
+        monkeypatch.setattr(kind, method, noting(name, getattr(kind, method)))
+    found = made.ways(1, 30.0)
+    assert found["identical"]
+    assert [len(drafters) for drafters in seen.values()] == [1, 1]
+    assert not seen["device"] & seen["host"]
+
+
 def test_answers_may_be_longer_than_what_a_rehearsal_of_the_profile_adds(folder):
     write_trace(
         folder / "long",
