@@ -33,7 +33,8 @@ from smart_decoding.bench.provenance import write_json
 from smart_decoding.cli.arguments import whole_numbers, words
 from smart_decoding.errors import ConfigError
 from smart_lab.ablations import ABLATIONS, VARIANTS, smart
-from smart_lab.machines import costs_of
+from smart_lab.machines import RECORDED, costs_of
+from smart_lab.recording import interleaved
 from smart_lab.replay import replay
 from smart_lab.sweep import SHORT, Sweep
 from smart_lab.trace import Trace, read_trace
@@ -84,6 +85,7 @@ class Ablation:
         recording = ordered(self.trace.recording, cell.order, cell.batch_size, self._answers)
         cost = self.costs[cell.machine]
         world = WORLDS[cell.world](recording, cost, cell.batch_size, cell.order)
+        host = self.trace.host if cell.machine == RECORDED else None
         found = {}
         for name in self.names:
             if name in RIVALS:
@@ -92,7 +94,7 @@ class Ablation:
             else:
                 policy = contestant(name, self.trace, world.believed)
             machine = world.machine()
-            result = replay(policy, world.recording, cost, cell.batch_size, costs=machine)
+            result = replay(policy, world.recording, cost, cell.batch_size, host, costs=machine)
             found[name] = {**asdict(result), "tokens_per_s": result.tokens_per_s}
             if name in RIVALS:
                 found[name]["setting"] = dict(arm.options)
@@ -195,7 +197,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     known = ", ".join([*RIVALS, *ABLATIONS, *VARIANTS])
     named = f"policies, with options if any, tuned rivals, or variants: {known}"
     add("names", nargs="*", default=list(ABLATIONS), metavar="NAME", help=named)
-    machines = "of benchmarks/results, or cards (default: all measured ones and l40s)"
+    beside = "another recording of the same model, whose answers run beside these by turns"
+    add("--beside", type=Path, metavar="FILE", help=beside)
+    machines = "of benchmarks/results, `recorded`, or cards (default: all measured ones and l40s)"
     add("--machines", type=words, default=(), metavar="A,B", help=machines)
     add("--batch-sizes", type=whole_numbers, default=(1, 2, 4, 8, 16, 32), metavar="1,4")
     where = f"what machine and drafter do, or `all`: {', '.join(WORLDS)}"
@@ -212,7 +216,11 @@ def main(args: argparse.Namespace) -> int:
     """Prints one table. Raises ConfigError for unknown names and unusable files."""
     check_outputs((args.json,))
     names = list(dict.fromkeys((args.over, *args.names)))
-    ablation = Ablation(read_trace(args.trace), costs_of(args.machines), names, args.answers)
+    trace = read_trace(args.trace)
+    if args.beside is not None:
+        other = read_trace(args.beside).recording
+        trace = replace(trace, recording=interleaved(trace.recording, other))
+    ablation = Ablation(trace, costs_of(args.machines, trace.cost), names, args.answers)
     for name in set(names) - set(RIVALS):
         contestant(name, ablation.trace, next(iter(ablation.costs.values())))
     worlds = tuple(WORLDS) if args.worlds == ("all",) else args.worlds

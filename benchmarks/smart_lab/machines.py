@@ -16,6 +16,7 @@ from smart_lab.hardware import card, dimensions, roofline
 
 RESULTS = Path(__file__).parents[1] / "results"
 CARD, CARD_MODEL = "l40s", "llama-3.1-8b"
+RECORDED = "recorded"  # the machine that a recording was made on
 
 
 def measured(folder: Path = RESULTS) -> dict[str, CostModel]:
@@ -28,11 +29,13 @@ def measured(folder: Path = RESULTS) -> dict[str, CostModel]:
     return found
 
 
-def costs_of(names: Sequence[str] = ()) -> dict[str, CostModel]:
+def costs_of(names: Sequence[str] = (), recorded: CostModel | None = None) -> dict[str, CostModel]:
     """The costs of machines and cards by name; of all measured machines and one card by default.
 
-    Raises ConfigError for a name that is neither."""
+    recorded: those of the recording's own machine. Raises ConfigError for a name that is neither."""
     known = measured()
+    if recorded is not None:
+        known[RECORDED] = recorded
     result = {}
     for name in names or (*known, CARD):
         if name in known:

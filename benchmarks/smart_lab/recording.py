@@ -37,7 +37,7 @@ LEVELS, CHILDREN, WIDTH = 8, 10, 16
 @dataclass(frozen=True, slots=True)
 class Answer:
     """A recorded answer. tokens: all of it; limit: its max_tokens; first: the position of its first
-    tree.
+    tree; temperature: its tokens were sampled with.
 
     The tree at `first` + t was drafted when tokens[: t + 1] were out and predicts tokens[t + 1],
     and so on."""
@@ -47,6 +47,7 @@ class Answer:
     tokens: NDArray[np.int32]
     first: int
     task: str = ""
+    temperature: float = 0.0
 
     @property
     def positions(self) -> int:
@@ -144,8 +145,26 @@ class Recording:
 
     def at_context(self, context: int) -> Recording:
         """The same answers behind prompts of that length. Acceptance stays what it was."""
-        answers = [Answer(context, a.limit, a.tokens, a.first, a.task) for a in self.answers]
+        answers = [replace(a, prompt_length=context) for a in self.answers]
         return replace(self, answers=answers)
+
+    def followed_by(self, other: Recording) -> Recording:
+        """All answers of both, with the trees of both. Raises ConfigError where one has the trees
+        of a model, and the other those of a drafter without one."""
+        if self.free != other.free:
+            raise ConfigError("one recording is of a model's drafts, and the other of free ones")
+        answers = [*self.answers]
+        answers += [replace(a, first=a.first + self.positions) for a in other.answers]
+        counts = [r.count[: r.positions] for r in (self, other)]
+        counts += [r.count[r.positions :] for r in (self, other)]
+        return Recording.from_flat(
+            answers,
+            np.concatenate((self.token, other.token)).astype(np.int64),
+            np.concatenate((self.prob, other.prob)),
+            np.concatenate(counts).astype(np.int64),
+            np.concatenate((self.sizes, other.sizes)),
+            self.free,
+        )
 
     def take(self, answers: Iterable[int]) -> Recording:
         """Some of the answers, in the order given."""
@@ -157,8 +176,7 @@ class Recording:
         nodes = np.repeat(start - np.cumsum(sizes) + sizes, sizes) + np.arange(int(sizes.sum()))
         firsts = np.cumsum([0] + [a.positions for a in chosen])
         renumbered = [
-            Answer(a.prompt_length, a.limit, a.tokens, int(first), a.task)
-            for a, first in zip(chosen, firsts, strict=False)
+            replace(a, first=int(first)) for a, first in zip(chosen, firsts, strict=False)
         ]
         count = np.concatenate((self.count[at], self.count[self.positions + nodes])).astype(
             np.int64
@@ -171,6 +189,14 @@ class Recording:
             sizes,
             self.free,
         )
+
+
+def interleaved(one: Recording, other: Recording) -> Recording:
+    """The answers of both by turns, as far as both have any."""
+    both = one.followed_by(other)
+    behind = both.answers[len(one.answers) :]
+    answers = [a for pair in zip(both.answers, behind, strict=False) for a in pair]
+    return replace(both, answers=answers)
 
 
 class Wide(StatelessPolicy):

@@ -165,6 +165,7 @@ class Walk:
         self._limit = np.array([a.limit for a in answers], np.int64)
         self._prompt = np.array([a.prompt_length for a in answers], np.int64)
         self._first = np.array([a.first for a in answers], np.int64)
+        self._temperature = np.array([a.temperature for a in answers], np.float64)
         self._waiting = [i for i in range(len(answers)) if len(answers[i].tokens) > 1]
         if len(self._waiting) < batch_size:
             raise ConfigError(
@@ -215,7 +216,7 @@ class Walk:
         return BatchState(
             self.context,
             self._limit[self.answer] - self.at - 1,
-            np.zeros(size),
+            self._temperature[self.answer],
             np.ones(size, np.bool_),
             catch_up_rows=0 if self.recording.free else int(self.pending.sum()) - size,
             has_model=not self.recording.free,

@@ -145,6 +145,7 @@ def _recording(arrays: Mapping[str, Any], header: Mapping[str, Any]) -> Recordin
             arrays["output"][end - size : end].astype(np.int32),
             int(first),
             str(task),
+            float(header["about"].get("temperature") or 0.0),
         )
         for prompt, limit, size, end, first, task in zip(
             arrays["prompt"], arrays["limit"], length, ends, firsts, header["tasks"], strict=True
