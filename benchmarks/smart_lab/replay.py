@@ -61,11 +61,13 @@ class StepCosts:
         self._verify = self._draft = self._first = (np.zeros(0), np.zeros(0))
         self._grow(batch_size + rows, width)
 
-    def verify(self, rows: int, context: float) -> float:
-        """Seconds of a verification of `rows` rows in all."""
+    def verify(self, rows: int, context: float, beyond: float = 0.0) -> float:
+        """Seconds of a verification of `rows` rows in all. context: mean tokens of a request;
+        beyond: what its rows' own contexts have in all beyond that mean."""
         if rows >= len(self._verify[0]):
             self._grow(2 * rows, 0)
-        return float(self._verify[0][rows] + self._verify[1][rows] * context)
+        seconds = self._verify[0][rows] + self._verify[1][rows] * context
+        return float(seconds + self._cost.row_token * beyond)
 
     def levels(self, widths: Sequence[int], context: float) -> list[float]:
         """Seconds of each drafted level of a round, of which the first one's width is the roots and
@@ -115,7 +117,7 @@ def _line(seconds: Callable[[float], FloatArray]) -> tuple[FloatArray, FloatArra
 class Machine(Protocol):
     """What steps take, in seconds."""
 
-    def verify(self, rows: int, context: float) -> float: ...
+    def verify(self, rows: int, context: float, beyond: float = 0.0) -> float: ...
 
     def levels(self, widths: Sequence[int], context: float) -> list[float]: ...
 
@@ -385,7 +387,8 @@ def _round(
     context = done.batch.mean_context
     levels = costs.levels(widths, context)
     rows = size + len(done.kept)
-    verify = costs.verify(rows, context)
+    own = done.batch.context[done.trees.owner[done.kept]]  # of the rows of nodes
+    verify = costs.verify(rows, context, float(own.sum()) - len(own) * context)
     beyond = host.seconds(size, done.rule is not None) + done.planning
     truth, emitted = _judged(done, walk)
     round_ = Round(

@@ -40,8 +40,8 @@ class Unsteady:
         self._state, self._left = -1, 0.0
         self.advance(0)
 
-    def verify(self, rows: int, context: float) -> float:
-        return self._noisy(self._states[self._state].verify(rows, context))
+    def verify(self, rows: int, context: float, beyond: float = 0.0) -> float:
+        return self._noisy(self._states[self._state].verify(rows, context, beyond))
 
     def levels(self, widths: Sequence[int], context: float) -> list[float]:
         return [

@@ -8,26 +8,26 @@ Needed by `ablate --worlds`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from smart_decoding.core.costs import Curve
+from smart_decoding.core.costs import CostModel, Curve
 from smart_lab.ablations import askew
 from smart_lab.replay import Machine, StepCosts
 from smart_lab.unsteady import Unsteady
 
 if TYPE_CHECKING:
-    from smart_decoding.core.costs import CostModel
     from smart_lab.recording import Recording
 
 AS_PROFILED = "as profiled"
 WRONG = 2.0  # times what steps take
 SLOWER = 1.5
-LASTS = 600.0  # tokens, on average, until a machine changes its speed
+LASTS = 3000.0  # tokens, on average, until a machine changes its speed
 CONTEXTS = (100, 2000)  # tokens of prompts, by turns
+FAR_CONTEXTS = (200, 8000)
 NOBODYS = -1  # a token that no target chooses
 
 
@@ -72,32 +72,29 @@ def turning_head(recording: Recording, cost: CostModel, batch_size: int, seed: i
     # An answer may come several times: the bad ones get trees of their own.
     good = recording.take([i for i in range(len(recording.answers)) if i not in bad])
     spoiled = recording.take(bad)
-    return as_profiled(_joined(good, spoiled, third), cost, batch_size, seed)
+    spoiled = replace(spoiled, token=np.full_like(spoiled.token, NOBODYS))
+    both = good.followed_by(spoiled)
+    rest = len(good.answers)
+    answers = [*both.answers[:third], *both.answers[rest:], *both.answers[third:rest]]
+    return as_profiled(replace(both, answers=answers), cost, batch_size, seed)
 
 
-def _joined(good: Recording, bad: Recording, third: int) -> Recording:
-    """The answers of `good`, those of `bad` behind the first `third`, whose nodes are nobody's."""
-    answers = [
-        *good.answers[:third],
-        *(replace(a, first=a.first + good.positions) for a in bad.answers),
-        *good.answers[third:],
-    ]
-    token = np.concatenate((good.token, np.full_like(bad.token, NOBODYS))).astype(np.int64)
-    prob = np.concatenate((good.prob, bad.prob))
-    roots = (good.count[: good.positions], bad.count[: bad.positions])
-    nodes = (good.count[good.positions :], bad.count[bad.positions :])
-    count = np.concatenate((*roots, *nodes)).astype(np.int64)
-    sizes = np.concatenate((good.sizes, bad.sizes))
-    return type(good).from_flat(answers, token, prob, count, sizes, good.free)
-
-
-def mixed_contexts(recording: Recording, cost: CostModel, batch_size: int, seed: int) -> World:
+def mixed_contexts(lengths: Sequence[int]) -> Make:
     """Every other prompt is long. Acceptance stays what it was."""
-    answers = [
-        replace(answer, prompt_length=CONTEXTS[i % len(CONTEXTS)])
-        for i, answer in enumerate(recording.answers)
-    ]
-    return as_profiled(replace(recording, answers=answers), cost, batch_size, seed)
+
+    def make(recording: Recording, cost: CostModel, batch_size: int, seed: int) -> World:
+        answers = [
+            replace(answer, prompt_length=lengths[i % len(lengths)])
+            for i, answer in enumerate(recording.answers)
+        ]
+        return as_profiled(replace(recording, answers=answers), cost, batch_size, seed)
+
+    return make
+
+
+def unknown_costs(recording: Recording, cost: CostModel, batch_size: int, seed: int) -> World:
+    """Nothing was measured: policies start from a guess."""
+    return replace(as_profiled(recording, cost, batch_size, seed), believed=CostModel.default())
 
 
 def slower(cost: CostModel, factor: float) -> CostModel:
@@ -124,5 +121,7 @@ WORLDS: Mapping[str, Make] = {
     "costs twice too low": misjudged(1 / WRONG),
     "speed changes by half": unsteady,
     "a head that turns bad and good": turning_head,
-    "short and long contexts": mixed_contexts,
+    "costs unknown": unknown_costs,
+    "short and long contexts": mixed_contexts(CONTEXTS),
+    "short and very long contexts": mixed_contexts(FAR_CONTEXTS),
 }

@@ -1,18 +1,22 @@
 """One command that replays variants over machines, batch sizes and orders."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from smart_decoding.cli.main import main
 from smart_decoding.core.costs import CostModel
+from smart_decoding.core.policies.base import Policy
+from smart_decoding.errors import ConfigError
 from smart_lab.__main__ import LAB
 from smart_lab.ablate import Ablation, Cell, ordered, table
 from smart_lab.machines import CARD, costs_of, measured
-from smart_lab.replay import replay
+from smart_lab.recording import interleaved
+from smart_lab.replay import HostCosts, StepCosts, Walk, replay
 from smart_lab.synthetic import synthetic
-from smart_lab.trace import Trace, write_trace
+from smart_lab.trace import Trace, read_trace, write_trace
 from smart_lab.worlds import NOBODYS, WORLDS
 
 SETTINGS = [{"depth": 1, "top_k": k, "total_tokens": n} for k in (1, 2) for n in (3, 5)]
@@ -104,6 +108,68 @@ def test_the_command(trace, tmp_path, capsys):
     assert main(["ablate", str(path), "cleverer"], LAB) == 2
 
 
+def test_a_recording_replays_at_its_own_machines_costs_and_host_time(trace):
+    host = HostCosts(drafting=0.5)
+    recorded = replace(trace, host=host)
+    ablation = Ablation(recorded, costs_of(["recorded"], COST), ("chain:length=1",), 1000)
+    found = ablation.replayed(Cell("recorded", 2, 0))["chain:length=1"]
+    policy = trace.policy("chain", COST, length=1)
+    alone = replay(policy, trace.recording, COST, 2, host)
+    assert found["tokens_per_s"] == alone.tokens_per_s
+
+
+def test_two_recordings_run_by_turns_each_at_its_temperature(trace, tmp_path):
+    other = synthetic(2.0, answers=5, length=20, context=50)
+    path = tmp_path / "warm.smart"
+    write_trace(path, replace(trace, recording=other, about={"temperature": 1.0}))
+    both = interleaved(trace.recording, read_trace(path).recording)
+    assert [a.temperature for a in both.answers] == [0.0, 1.0] * 5
+    for i, answer in enumerate(both.answers):
+        source = (trace.recording, other)[i % 2]
+        assert answer.tokens.tolist() == source.answers[i // 2].tokens.tolist()
+        assert both.take([i]).token.tolist() == source.take([i // 2]).token.tolist()
+    assert Walk(both, 4).state().kind.tolist() == [1, 0, 1, 0]
+    with pytest.raises(ConfigError, match="of a model's drafts"):
+        interleaved(trace.recording, replace(other, free=True))
+
+
+def test_a_row_costs_what_its_own_context_takes(trace):
+    cost = replace(COST, row_token=1e-3)
+    lengths = [100, 2000] * 4
+    answers = [
+        replace(a, prompt_length=n) for a, n in zip(trace.recording.answers, lengths, strict=True)
+    ]
+    mixed = replace(trace.recording, answers=answers)
+    seen = []
+
+    class Watched(StepCosts):
+        def verify(self, rows, context, beyond=0.0):
+            seen.append((rows, context, beyond))
+            return super().verify(rows, context, beyond)
+
+    class OfTheFirst(Policy):
+        """Keeps what was drafted for the first request alone."""
+
+        def select(self, rule, trees):
+            return np.flatnonzero(trees.owner == 0)
+
+        def plan(self, batch):
+            return replace(eagle2.plan(batch), keep=self)
+
+        def observe(self, round):
+            pass
+
+    eagle2 = trace.policy("eagle2", cost, depth=1, top_k=2, total_tokens=2)
+    steps = Watched(cost, 2)
+    replay(OfTheFirst(), mixed, cost, 2, rounds=1, costs=steps)
+    ((rows, context, beyond),) = seen
+    nodes = rows - 2
+    assert context == 1050.0
+    assert nodes > 0
+    assert beyond == nodes * (100 - 1050.0)
+    assert steps.verify(4, context, 500.0) == pytest.approx(steps.verify(4, context) + 0.5)
+
+
 def test_every_world_replays_every_answer_once(trace):
     plain = replay(trace.policy("off", COST), trace.recording, COST, 2)
     for name, make in WORLDS.items():
@@ -122,11 +188,12 @@ def test_worlds_change_what_they_say(trace):
     seen = []
     for _ in range(40):
         seen.append(np.median([machine.verify(1, 0.0) for _ in range(9)]))
-        machine.advance(100)
+        machine.advance(500)
     assert min(seen) == pytest.approx(1.0, rel=0.1)
     assert max(seen) == pytest.approx(1.5, rel=0.1)
     lengths = {a.prompt_length for a in worlds["short and long contexts"].recording.answers}
     assert lengths == {100, 2000}
+    assert worlds["costs unknown"].believed == CostModel.default()
 
 
 def test_a_head_turns_bad_for_a_third_of_the_answers(trace):
