@@ -79,6 +79,21 @@ class Variant(StatelessPolicy):
         self.inner.observe(replace(round, rule=self._rule))
 
 
+class OneKind(Variant):
+    """`smart` that takes all requests for greedy ones."""
+
+    def plan(self, batch: BatchState) -> TreeRule | None:
+        """As for greedy requests."""
+        return super().plan(self._greedy(batch))
+
+    def observe(self, round: Round) -> None:
+        """As of greedy requests."""
+        super().observe(replace(round, batch=self._greedy(round.batch)))
+
+    def _greedy(self, batch: BatchState) -> BatchState:
+        return replace(batch, temperature=np.zeros(batch.size), pictures=None, constrained=None)
+
+
 def even_budget(rule: TreeRule, exact: BestRate) -> TreeRule:
     """Every request expands and verifies as many nodes as every other one."""
     return replace(rule, expand=EvenExpand(rule.expand), keep=EvenKeep(exact.costs, exact.least))
@@ -237,21 +252,16 @@ class FrozenCosts(Variant):
 
 @dataclass(frozen=True, slots=True)
 class OneFactor:
-    """A correction of costs by one factor, a moving mean: in place of a Kalman filter of 29
-    states."""
+    """A correction of costs by one factor, a moving mean: in place of speed and memory."""
 
     log: float = 0.0
 
-    def seconds(
-        self, rows: IntArray | slice, table: FloatArray, weights: FloatArray | float
-    ) -> FloatArray:
+    def seconds(self, table: FloatArray, weights: FloatArray | float) -> FloatArray:
         """The table's seconds, all by the same factor."""
         corrected: FloatArray = table * math.exp(self.log)
         return corrected
 
-    def updated(
-        self, rows: float, table: float, weights: float, seconds: float, steps: int = 1
-    ) -> OneFactor:
+    def updated(self, table: float, weights: float, seconds: float, steps: int = 1) -> OneFactor:
         """A step moves the factor by a share of what it was off, outliers by no more than
         others."""
         if not (math.isfinite(seconds) and seconds > 0 and table > 0):
@@ -427,6 +437,7 @@ ABLATIONS: Mapping[str, Make] = {
     "no optimism": lambda t, c: sober(smart(t, c)),
     "catching up: not learned": lambda t, c: staying_on(smart(t, c)),
     "no test for change": lambda t, c: unalarmed(smart(t, c)),
+    "one kind of requests": lambda t, c: OneKind(smart(t, c)),
     "no exploration": lambda t, c: smart(t, c, exploration_budget=0.0),
     "no context in the cost": lambda t, c: smart(t, flat(c)),
     "no round limit": lambda t, c: smart(t, c, max_round_slowdown=math.inf),

@@ -154,17 +154,17 @@ def non_decreasing(values: FloatArray, weights: FloatArray) -> FloatArray:
 # A shared machine changes in two ways. Everything becomes slower or faster: one factor. Or
 # neighbours leave more or less memory bandwidth: reading the weights, which is all that a few rows
 # cost, takes another time, while many rows, which are bound by arithmetic, cost what they did, so
-# that the *slope* over rows changes, too: one shift, which fades out with the rows. What the two do
-# not explain is the table's own error: a factor that is smooth over the logarithm of the rows.
+# that the *slope* over rows changes, too: one shift, which fades out with the rows. A table that
+# another machine measured is wrong in the same two ways.
 #
-# The three are told apart by a Kalman filter (extended, as the shift acts within a logarithm):
-# speed and memory wander quickly about the table's, and the table's error is a Gaussian process
-# over bins. What a step of 24 rows says of 32 rows, of one row, and of the machine follows from how
-# uncertain each of them is; a rare exploration settles what many steps of one size left open.
+# A Kalman filter of two states tells them apart (extended, as the shift acts within a logarithm).
+# What a step of 24 rows says of one row follows from how uncertain each state is; a rare
+# exploration settles what many steps of one size left open. Further states, for errors of the table
+# at some counts of rows, brought nothing in any world of `ablate`, and lost 1 % where a machine
+# changes (LOG.md, 2026-12-01).
 
 
-MAX_ROWS = 8192  # further ones are corrected as these
-BINS = 2 * (MAX_ROWS.bit_length() - 1) + 1  # two per octave: centres at 1, 1.4, 2, ... rows
+MAX_ROWS = 8192  # of a dense table, at first
 NOISE = 0.06  # of one step's time: standard deviation of its logarithm
 # Standard deviations beyond which an observation surprises: it counts as no further off, since
 # outliers should move little, and the speed becomes less certain: it may be a new state.
@@ -172,96 +172,64 @@ SURPRISE = 2.0
 # Prior standard deviations.
 SPEED = 0.2
 MEMORY = 0.8
-TABLE = 2 * NOISE  # its entries are medians of a few steps, of another day
-WALK = 1 / 16  # of speed and memory, per observation, over their prior standard deviations
-REACH = 10.0  # bins over which the table's error is alike
-
-_POSITION = 2.0 * np.log2(np.maximum(np.arange(MAX_ROWS + 1), 1))
-_LOW: IntArray = np.minimum(_POSITION.astype(np.int64), BINS - 2)
-_FRACTION: FloatArray = _POSITION - _LOW
-_DISTANCE = np.abs(np.subtract.outer(np.arange(BINS), np.arange(BINS)))
-_ALIKE: FloatArray = TABLE**2 * np.exp(-_DISTANCE / REACH)
-
-
-def _covariance(speed: float, memory: float, table: FloatArray) -> FloatArray:
-    covariance = np.zeros((BINS + 2, BINS + 2))
-    covariance[0, 0] = speed**2
-    covariance[1, 1] = memory**2
-    covariance[2:, 2:] = table
-    return covariance
-
-
-# What an observation's time leaves of the state, and adds to the uncertainty: what is not observed
-# becomes as uncertain as it was at first, and no more.
-_KEEP = np.ones(BINS + 2)
-_KEEP[:2] = math.sqrt(1.0 - WALK**2)
-_KEEP_BOTH = np.multiply.outer(_KEEP, _KEEP)
-_WALK = _covariance(WALK * SPEED, WALK * MEMORY, np.zeros_like(_ALIKE))
+# Each observation's time leaves a little less of both states, and makes them a little less certain:
+# a state that is not observed becomes as uncertain as it was at first, and no more.
+WALK = 1 / 16  # over the prior standard deviations
+KEEP = math.sqrt(1.0 - WALK**2)
 
 
 @dataclass(frozen=True, slots=True)
 class Correction:
-    """mean: [2 + BINS] log factors: speed, on every step of the machine; memory, on reading the
-    weights; and the table's error by bin. covariance: of these.
+    """Log factors: speed, on every step of the machine; memory, on reading the weights. Their
+    variances, and how they vary together.
 
-    All three are logarithms, so that a step that only reads weights is linear in them: the filter
-    would drift along a curve."""
+    All are logarithms, so that a step that only reads weights is linear in them: the filter would
+    drift along a curve."""
 
-    mean: FloatArray = field(default_factory=lambda: np.zeros(BINS + 2))
-    covariance: FloatArray = field(default_factory=lambda: _covariance(SPEED, MEMORY, _ALIKE))
+    speed: float = 0.0
+    memory: float = 0.0
+    speed_variance: float = SPEED**2
+    memory_variance: float = MEMORY**2
+    covariance: float = 0.0
 
-    def seconds(
-        self, rows: IntArray | slice, table: FloatArray, weights: FloatArray | float
-    ) -> FloatArray:
-        """What the table's seconds are now, for `rows` or a slice of row counts; `weights`: those
-        of them in which the step does nothing but wait for the weights. Bins are interpolated,
-        linear in log rows."""
-        if not isinstance(rows, slice):
-            rows = np.minimum(rows, MAX_ROWS)
-        elif rows.stop > MAX_ROWS:
-            rows = np.minimum(np.arange(rows.start, rows.stop), MAX_ROWS)
-        low = _LOW[rows]
-        error = self.mean[2:]
-        left = error.take(low)
-        between = (error.take(low + 1) - left) * _FRACTION[rows]
-        factor: FloatArray = np.exp(left + between + self.mean[0])
-        factor *= table + math.expm1(self.mean[1]) * np.minimum(weights, table)
-        return factor
+    def seconds(self, table: FloatArray, weights: FloatArray | float) -> FloatArray:
+        """What the table's seconds are now. weights: those of them in which the step does nothing
+        but wait for the weights."""
+        now: FloatArray = table + math.expm1(self.memory) * np.minimum(weights, table)
+        now *= math.exp(self.speed)
+        return now
 
-    def updated(
-        self, rows: float, table: float, weights: float, seconds: float, steps: int = 1
-    ) -> Correction:
-        """After a step of `rows` rows that took `seconds`, or the means of `steps`; `table` and
-        `weights` as in `seconds()`.
+    def updated(self, table: float, weights: float, seconds: float, steps: int = 1) -> Correction:
+        """After a step that took `seconds`, or the means of `steps`; `table` and `weights` as in
+        `seconds()`.
 
         Unusable times (NaN, zero, negative) change nothing."""
         if not (math.isfinite(seconds) and seconds > 0 and table > 0):
             return self
-        position = 2.0 * math.log2(min(max(rows, 1), MAX_ROWS))
-        low = min(int(position), BINS - 2)
-        right = position - low
-        left = 1.0 - right
-        mean = self.mean * _KEEP
-        speed, memory, left_error, right_error = mean[[0, 1, 2 + low, 3 + low]].tolist()
+        speed = KEEP * self.speed
+        memory = KEEP * self.memory
+        speed_variance = KEEP**2 * self.speed_variance + (WALK * SPEED) ** 2
+        memory_variance = KEEP**2 * self.memory_variance + (WALK * MEMORY) ** 2
+        covariance = KEEP**2 * self.covariance
         weights = min(weights, table)  # a noisy profile may say that they take longer
         now = table + math.expm1(memory) * weights
-        slope = math.exp(memory) * weights / now
-        covariance = self.covariance * _KEEP_BOTH + _WALK
-
-        def along_row(x: FloatArray) -> FloatArray:
-            """The log seconds' derivatives, which are sparse, times `x`."""
-            product: FloatArray = x[0] + slope * x[1] + left * x[2 + low] + right * x[3 + low]
-            return product
-
-        along = along_row(covariance)
-        spread = math.sqrt(float(along_row(along)) + NOISE**2 / steps)
-        error = math.log(seconds / now) - speed - left * left_error - right * right_error
-        gain = along / spread
-        mean += gain * min(max(error / spread, -SURPRISE), SURPRISE)
-        covariance -= np.multiply.outer(gain, gain)
-        if abs(error) > SURPRISE * spread:
-            covariance[0, 0] += (0.5 * SPEED) ** 2
-        return Correction(mean, covariance)
+        slope = math.exp(memory) * weights / now  # of the log seconds, by memory
+        # How the log seconds vary together with either state, and by themselves.
+        with_speed = speed_variance + slope * covariance
+        with_memory = covariance + slope * memory_variance
+        spread = math.sqrt(with_speed + slope * with_memory + NOISE**2 / steps)
+        error = (math.log(seconds / now) - speed) / spread
+        clipped = min(max(error, -SURPRISE), SURPRISE) / spread
+        speed_variance -= (with_speed / spread) ** 2
+        if abs(error) > SURPRISE:
+            speed_variance += (0.5 * SPEED) ** 2
+        return Correction(
+            speed + with_speed * clipped,
+            memory + with_memory * clipped,
+            speed_variance,
+            memory_variance - (with_memory / spread) ** 2,
+            covariance - with_speed * with_memory / spread**2,
+        )
 
 
 __all__ = ["CostModel", "Curve", "DraftSample", "Sample", "VerifySample"]
@@ -341,24 +309,23 @@ class CostModel:
         attention = rows_ * (self.row_token * context)
         sequences = batch * self.sequence_token * context
         table = base + attention + sequences
-        return self.verify_correction.seconds(rows_, table, self._stall_seconds(rows_))
+        return self.verify_correction.seconds(table, self._stall_seconds(rows_))
 
     def verify_curve(self, batch: int, first: int, count: int, context: float) -> FloatArray:
         """Seconds at first, first + 1, ... first + count - 1 rows: `verify_seconds` for a scan over
         tree sizes."""
-        rows = slice(first, first + count)
-        each = np.arange(first, first + count)
-        attention = each * (self.row_token * context)
+        rows = np.arange(first, first + count)
+        attention = rows * (self.row_token * context)
         attention += batch * self.sequence_token * context
-        table = self._table(batch, first + count)[rows] + attention
-        return self.verify_correction.seconds(rows, table, self._stall_seconds(each))
+        table = self._table(batch, first + count)[first : first + count] + attention
+        return self.verify_correction.seconds(table, self._stall_seconds(rows))
 
     def draft_seconds(self, width: ArrayLike, context: float) -> FloatArray:
         """Seconds of one level of the model drafter, not the first, that expands `width` rows."""
         width_: IntArray = np.asarray(width, np.int64)
         base = self._table("draft", int(width_.max()) + 1)[width_]
         table = base + width_ * (self.draft_token * context)
-        return self.draft_correction.seconds(width_, table, 0.0)
+        return self.draft_correction.seconds(table, 0.0)
 
     def first_seconds(self, roots: int, waiting: ArrayLike, context: float) -> FloatArray:
         """Seconds of the first level for `roots` requests, which catches up with `waiting` rows
@@ -368,7 +335,7 @@ class CostModel:
             return self.draft_seconds(roots + waiting_, context)
         caught_up = self._table("waiting", int(waiting_.max()) + 1)[waiting_]
         table = caught_up + self._first_level(roots, context)
-        return self.first_correction.seconds(roots + waiting_, table, 0.0)
+        return self.first_correction.seconds(table, 0.0)
 
     def levels_seconds(self, roots: int, widths: Sequence[int], context: float) -> list[float]:
         """Seconds of each level of a round, of which the first one's width is the roots and all
@@ -396,18 +363,18 @@ class CostModel:
         attention = s.context * (self.row_token * s.rows + self.sequence_token * s.batch)
         table = self._at(s.batch, s.rows) + attention
         stalled = float(self._stall_seconds(s.rows))
-        correction = self.verify_correction.updated(s.rows, table, stalled, s.seconds, s.rounds)
+        correction = self.verify_correction.updated(table, stalled, s.seconds, s.rounds)
         return replace(self, verify_correction=correction)
 
     def _corrected_by_first(self, s: DraftSample, waiting: float) -> CostModel:
         table = self._at("waiting", waiting) + self._first_level(s.width, s.context)
-        correction = self.first_correction.updated(s.width + waiting, table, 0.0, s.seconds)
+        correction = self.first_correction.updated(table, 0.0, s.seconds)
         return replace(self, first_correction=correction)
 
     def _corrected_by_level(self, s: DraftSample) -> CostModel:
         width = s.width + (s.waiting or 0)
         table = self._at("draft", width) + self.draft_token * width * s.context
-        correction = self.draft_correction.updated(width, table, 0.0, s.seconds)
+        correction = self.draft_correction.updated(table, 0.0, s.seconds)
         return replace(self, draft_correction=correction)
 
     # --- on disk ---

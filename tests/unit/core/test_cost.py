@@ -81,7 +81,7 @@ def test_garbage_falls_back_to_the_default() -> None:
 
 
 def test_correction_learns_shape_and_speed() -> None:
-    cost = CostModel.from_table({1: {1: 1.0, 64: 1.0}}, {1: 0.1, 8: 0.1})
+    cost = CostModel.from_table({1: {1: 1.0, 64: 3.0}}, {1: 0.1, 8: 0.1})
     for _ in range(400):
         for rows, seconds in ((1, 2.0), (16, 6.0)):
             cost = cost.corrected(VerifySample(1, rows, 0, seconds))
@@ -245,9 +245,8 @@ def test_what_is_never_observed_is_as_uncertain_as_it_was_and_no_more() -> None:
     say everything about it."""
     correction = Correction()
     for _ in range(4000):
-        correction = correction.updated(64, 0.1, 0.0, 0.1)
-    variance = correction.covariance[1, 1]
-    assert variance == pytest.approx(Correction().covariance[1, 1], rel=1e-6)
-    slower = correction.updated(28, 0.05, 0.02, 0.055)
-    one_row = np.array([1])
-    assert slower.seconds(one_row, np.array([0.02]), 0.02)[0] < 1.5 * 0.02
+        correction = correction.updated(0.1, 0.0, 0.1)
+    variance = correction.memory_variance
+    assert variance == pytest.approx(Correction().memory_variance, rel=1e-6)
+    slower = correction.updated(0.05, 0.02, 0.055)
+    assert slower.seconds(np.array([0.02]), 0.02)[0] < 1.5 * 0.02
