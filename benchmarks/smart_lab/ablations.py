@@ -19,7 +19,7 @@ from smart_decoding.core.calibration import BIN_PROBS, Calibration, DriftDetecto
 from smart_decoding.core.costs import CostModel, Curve, size_bucket
 from smart_decoding.core.policies.base import StatelessPolicy
 from smart_decoding.core.policies.smart import Smart
-from smart_decoding.core.realised import CatchingUp, Realised
+from smart_decoding.core.realised import Realised
 from smart_decoding.core.rule import NO_NODES, Expand, TreeRule, expanded_widths
 from smart_decoding.core.selection import (
     RANKS,
@@ -297,20 +297,6 @@ def sober(inner: Smart) -> Smart:
     return inner
 
 
-class StayingOn(CatchingUp):
-    """A model that catches up serves until the answers end."""
-
-    def rounds(self, size: int, missed: int, held: float, stay: int) -> float:
-        """All that are left."""
-        return stay
-
-
-def staying_on(inner: Smart) -> Smart:
-    """Does not learn how often rows are missed."""
-    inner.learned.catching_up = StayingOn()
-    return inner
-
-
 def one_level(rule: TreeRule, exact: BestRate) -> TreeRule:
     """Looks one level ahead, not two."""
     if not isinstance(rule.expand, LookAhead):
@@ -435,7 +421,6 @@ ABLATIONS: Mapping[str, Make] = {
     "costs: not corrected": lambda t, c: FrozenCosts(smart(t, c)),
     "forecasts: not corrected": lambda t, c: trusting(smart(t, c)),
     "no optimism": lambda t, c: sober(smart(t, c)),
-    "catching up: not learned": lambda t, c: staying_on(smart(t, c)),
     "no test for change": lambda t, c: unalarmed(smart(t, c)),
     "one kind of requests": lambda t, c: OneKind(smart(t, c)),
     "no exploration": lambda t, c: smart(t, c, exploration_budget=0.0),

@@ -32,7 +32,7 @@ def measured(folder: Path = RESULTS) -> dict[str, CostModel]:
 def costs_of(names: Sequence[str] = (), recorded: CostModel | None = None) -> dict[str, CostModel]:
     """The costs of machines and cards by name; of all measured machines and one card by default.
 
-    recorded: those of the recording's own machine. Raises ConfigError for a name that is neither."""
+    recorded: those of the recording's own machine. Raises ConfigError for an unknown name."""
     known = measured()
     if recorded is not None:
         known[RECORDED] = recorded

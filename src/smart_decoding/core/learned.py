@@ -9,7 +9,7 @@ import numpy as np
 from smart_decoding.core.batch import merged
 from smart_decoding.core.calibration import HORIZON
 from smart_decoding.core.costs import SURPRISE, Overhead
-from smart_decoding.core.realised import CatchingUp, Realised
+from smart_decoding.core.realised import Realised
 from smart_decoding.core.selection import BestRate
 from smart_decoding.core.timings import Timings
 
@@ -26,8 +26,7 @@ COSTS_EVERY = 8
 class Learned:
     """cost: as corrected so far. calibration, forecast, overhead: as they are now. with_model: what
     the model's rounds reach of their forecast, as choosing among real nodes does better than a mean
-    can predict. free: what rounds of free drafters reach of a plain one's rate. catching_up: rows
-    that wait for a model's rounds."""
+    can predict. free: what rounds of free drafters reach of a plain one's rate."""
 
     def __init__(self, cost: CostModel, calibration: Calibration, forecast: Forecast) -> None:
         self.cost = cost
@@ -36,7 +35,6 @@ class Learned:
         self.overhead = Overhead(cost.overhead_seconds)
         self.with_model = Realised()
         self.free = Realised()
-        self.catching_up = CatchingUp()
         self._rounds = 0  # that drafted
         self._plain = Timings()  # of plain rounds that costs are not corrected by yet
         self._drafted = Timings()  # of others
@@ -44,11 +42,10 @@ class Learned:
         self._expected = 0.0  # nodes that these should have accepted
         self._missing = 0.0  # and that they accepted less
 
-    def observe(self, round: Round, forecast_rate: float, explores: bool = False) -> bool:
+    def observe(self, round: Round, forecast_rate: float) -> bool:
         """After any round; whether something was learned that predictions depend on.
 
-        forecast_rate: tokens per second that were forecast of it; 0: it says nothing of them.
-        explores: it is one of a few, and caught up with what those would not have missed."""
+        forecast_rate: tokens per second that were forecast of it; 0: it says nothing of them."""
         batch = round.batch
         if not batch.prefill_rows:
             self.overhead.observe(batch.size, round.rule is not None, round.other_seconds)
@@ -58,8 +55,6 @@ class Learned:
             return False
         self._rounds += 1
         self._drafted.add(round)
-        if round.level_widths and not explores:
-            self.catching_up.observe(batch.size, max(0, batch.catch_up_rows - batch.size))
         if self._rounds % min(COSTS_EVERY, self._rounds) == 0:
             self._learn_costs(self._drafted)
         self._observe_trees(round, forecast_rate)

@@ -165,15 +165,11 @@ def _round_costs(
 
 
 def _first_level(learned: Learned, shape: Shape) -> tuple[float, float]:
-    """Seconds of a model's first level, and of catching up with what it has missed, which is shared
-    among the rounds that it serves."""
-    missed = shape.missed
-    waiting = [shape.waiting - missed, shape.waiting]
+    """Seconds of a model's first level, a share of catching up with what the model has missed
+    included, and of the catching up. It is shared among the rounds that the requests stay."""
+    waiting = [shape.waiting - shape.missed, shape.waiting]
     regular, whole = learned.cost.first_seconds(shape.size, waiting, shape.context).tolist()
-    # what one has missed, all others will have
-    held = shape.size * min(shape.context, missed)
-    rounds = learned.catching_up.rounds(shape.size, missed, held, shape.stay)
-    return float(regular + (whole - regular) / rounds), max(0.0, whole - regular)
+    return float(regular + (whole - regular) / shape.stay), max(0.0, whole - regular)
 
 
 def _look_ahead(

@@ -1,5 +1,4 @@
-"""What drafted rounds reach of the rate that is forecast for them, and what a model catches up with
-in its rounds."""
+"""What drafted rounds reach of the rate that is forecast for them."""
 
 from __future__ import annotations
 
@@ -33,36 +32,3 @@ class Realised:
         bucket = size_bucket(size)
         self._tokens[bucket].observe(tokens)
         self._forecast[bucket].observe(forecast)
-
-
-class CatchingUp:
-    """Rows beyond those of any round that a model has caught up with in the rounds that it drafted
-    in, by size bucket.
-
-    Where new requests come all the time, a prompt serves the few rounds until the next one comes,
-    and not until its own answer ends."""
-
-    def __init__(self) -> None:
-        self._known: dict[int, RunningMean] = {}
-        self._believed: dict[int, RunningMean] = {}  # of sizes that are not known yet
-
-    def rounds(self, size: int, missed: int, held: float, stay: int) -> float:
-        """How many rounds catching up with `missed` rows serves, `stay` at most: as many as usually
-        miss so much together.
-
-        Before any round is known these are `held` rows in `stay` rounds. That weighs as much as
-        those rounds, and fades as they do."""
-        if not missed:
-            return stay
-        bucket = size_bucket(size)
-        rows = self._known.get(bucket)
-        if rows is None:
-            rows = self._believed[bucket] = RunningMean(held / stay, seen=stay)
-        return min(max(1.0, missed / max(1.0, rows.mean)), stay)
-
-    def observe(self, size: int, missed: int) -> None:
-        """After a round in which the model drafted."""
-        bucket = size_bucket(size)
-        if bucket not in self._known:
-            self._known[bucket] = self._believed.get(bucket, RunningMean())
-        self._known[bucket].observe(missed)

@@ -196,8 +196,7 @@ class Smart:
         return choice if (round.rule is None) == (choice.mode is Mode.PLAIN) else None
 
     def _observe(self, round: Round, choice: Choice | None) -> None:
-        explores = choice is not None and choice.explores
-        if self.learned.observe(round, choice.forecast_rate(round) if choice else 0.0, explores):
+        if self.learned.observe(round, choice.forecast_rate(round) if choice else 0.0):
             self._predictions.clear()
         if choice is not None and choice.explores:
             self._observe_exploration(round, choice)
