@@ -22,10 +22,8 @@ from smart_decoding.core.policies.smart import Smart
 from smart_decoding.core.realised import Realised
 from smart_decoding.core.rule import NO_NODES, Expand, TreeRule, expanded_widths
 from smart_decoding.core.selection import (
-    RANKS,
     BestRate,
     Fixed,
-    LookAhead,
     RoundCosts,
     best_per_owner,
     best_size,
@@ -297,13 +295,6 @@ def sober(inner: Smart) -> Smart:
     return inner
 
 
-def one_level(rule: TreeRule, exact: BestRate) -> TreeRule:
-    """Looks one level ahead, not two."""
-    if not isinstance(rule.expand, LookAhead):
-        return rule
-    return replace(rule, expand=replace(rule.expand, below=rule.expand.below[:, :RANKS]))
-
-
 class TrustedForecasts(Realised):
     """Believes that drafted rounds reach the rate that is forecast for them."""
 
@@ -416,7 +407,6 @@ ABLATIONS: Mapping[str, Make] = {
     "stop rule: always 2 levels": lambda t, c: Variant(smart(t, c), all_levels(2)),
     "stop rule: look back": lambda t, c: Variant(smart(t, c), look_back),
     "stop rule: fixed before": lambda t, c: Variant(smart(t, c), fixed_before),
-    "stop rule: look one level ahead": lambda t, c: Variant(smart(t, c), one_level),
     "costs: one factor": lambda t, c: one_factor(smart(t, c)),
     "costs: not corrected": lambda t, c: FrozenCosts(smart(t, c)),
     "forecasts: not corrected": lambda t, c: trusting(smart(t, c)),

@@ -33,7 +33,7 @@ from smart_decoding.models.families import decoder as decoder_module
 from smart_decoding.models.heads.eagle_head import EagleHead
 from smart_decoding.models.sampling import ranking, sampler
 from smart_decoding.models.target import TorchTarget
-from smart_decoding.models.torch import device_growth, head_levels
+from smart_decoding.models.torch import device_draft, head_levels
 from smart_decoding.models.torch.graphs import GraphedLayers
 from smart_decoding.models.torch.head_levels import SteppedLevels
 from smart_decoding.models.torch.rows import upload
@@ -110,7 +110,7 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counts]:
         floats = tensor.is_floating_point()
         return np.full(tensor.shape, np.log(0.5)) if floats else np.zeros(tensor.shape, np.int64)
 
-    for module in (sampler, ranking, device_growth):
+    for module in (sampler, ranking, device_draft):
         monkeypatch.setattr(module, "download", download)
     with counting:
         yield counting
@@ -215,7 +215,7 @@ def test_drafted_levels_ask_little(
     options = {"chain": {"length": 4}, "eagle2": {"depth": 3}, "smart": {"max_levels": 4}}[policy]
     chosen = make_policy(policy, {"cost": CHEAP_LEVELS}, **options)
     if isinstance(chosen, Smart):  # candidates that are all alike, and a device that takes no time
-        monkeypatch.setattr(chosen.learned, "observe", lambda *_: False)
+        monkeypatch.setattr(chosen, "observe", lambda round: None)
     config = EngineConfig(400, 2048, 8, 256, False, 0, False)
     drafter = EagleDrafter(head, 400, 40)
     engine = Engine(model, chosen, drafter, config, lambda skip: lambda ids: "")

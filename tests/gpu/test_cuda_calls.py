@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from smart_decoding.models.target import TorchTarget
-from smart_decoding.models.torch.device_growth import DeviceGrowth
+from smart_decoding.models.torch.device_draft import DeviceDraft
 from smart_decoding.models.torch.graphs import CudaRecorder, GraphedLayers, layers_on
 
 CUDA = torch.device("cuda")
@@ -111,8 +111,8 @@ def test_levels_are_timed_by_the_devices_clock(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"the stream of {device}")
     growth: Any = SimpleNamespace(_tokens=SimpleNamespace(device=CUDA))
-    growth._marks = [DeviceGrowth._mark(growth) for _ in range(3)]
-    assert DeviceGrowth._seconds(growth) == pytest.approx([0.003, 0.005])
+    growth._marks = [DeviceDraft._mark(growth) for _ in range(3)]
+    assert DeviceDraft._seconds(growth) == pytest.approx([0.003, 0.005])
 
 
 def test_a_picture_is_there_before_it_is_said_to_be(seen: list[str]) -> None:

@@ -1,5 +1,5 @@
-// Levels of draft heads of all layouts, with outputs in bf16, fp32 and bytes; and smart_grow, which
-// drafts a round's trees.
+// Levels of draft heads of all layouts, with outputs in bf16, fp32 and bytes; and smart_draft,
+// which drafts a round's trees.
 
 #include "tiny.h"
 
@@ -183,8 +183,8 @@ Drafted draft(const TinyHead& h, const Batch& batch, const Asked& asked, TinyCac
                       asked.keys.empty() ? nullptr : asked.keys.data(),
                       drafted.tokens.data(),
                       drafted.probs.data()};
-    drafted.status = smart_draft(&head, &rows, &level, cache.keys(), cache.values(), cache.pages,
-                                 h.precision.bf16, h.precision.bf16, threads);
+    drafted.status = smart_draft_level(&head, &rows, &level, cache.keys(), cache.values(),
+                                       cache.pages, h.precision.bf16, h.precision.bf16, threads);
     return drafted;
 }
 
@@ -403,7 +403,7 @@ void one_head(uint64_t seed, int head_dim, bool bf16, bool bytes, bool long_prom
     }
 }
 
-// -------------------------------------------------------------------------------- smart_grow
+// -------------------------------------------------------------------------------- smart_draft
 
 struct Grown {  // the trees of a batch
     int64_t batch, room, count = 0;
@@ -441,7 +441,7 @@ struct Grown {  // the trees of a batch
     }
 };
 
-struct Growing {  // what a growth is asked
+struct Growing {  // what a drafter is asked
     int64_t batch, levels, slots, first_slot;
     int k;
     std::vector<int64_t> widths{1, 2, 3, 5, 8}, limits, ends, bins;
@@ -462,12 +462,10 @@ struct Growing {  // what a growth is asked
           kind(batch, 0),
           scaled(random.chance(0.5)),
           noisy(random.chance(0.5)) {
-        const int64_t reach = random.between(1, 3);
         for (int i = 0; i < 40; i++)
             level_seconds.push_back(0.02 + 0.004 * double(i) * random.uniform());
         for (int i = 0; i < 60; i++) verify.push_back(1 + 0.02 * double(i));
-        for (int64_t i = 0; i < levels * reach * RANKS; i++)
-            below.push_back(0.8 * random.uniform());
+        for (int64_t i = 0; i < levels * RANKS; i++) below.push_back(0.8 * random.uniform());
         for (int i = 0; i < 3 * 6 * 16; i++) table.push_back(0.3 + 0.7 * random.uniform());
         for (int64_t i = 0; i <= 100; i++) bins.push_back(i * 15 / 100);
         for (int64_t i = 0; i < batch; i++) {
@@ -477,15 +475,14 @@ struct Growing {  // what a growth is asked
         for (int64_t i = 0; i < batch * levels; i++)
             noise.push_back(random.chance(0.8) ? random.next() | 1 : 0);
         const double limit = random.chance(0.3) ? 1.4 : INFINITY;
-        Choice& grow = rule.grow;
-        grow.kind = random.chance(0.7) ? RATE : BEST;
-        grow.count = random.between(1, 4);
-        grow.costs = {double(batch), 0.05, limit, level_seconds.data(), verify.data(), 40, 60};
-        grow.widths = widths.data();
-        grow.width_count = int64_t(widths.size());
-        grow.below = below.data();
-        grow.reach = reach;
-        rule.keep = grow;
+        Choice& expand = rule.expand;
+        expand.kind = random.chance(0.7) ? RATE : BEST;
+        expand.count = random.between(1, 4);
+        expand.costs = {double(batch), 0.05, limit, level_seconds.data(), verify.data(), 40, 60};
+        expand.widths = widths.data();
+        expand.width_count = int64_t(widths.size());
+        expand.below = below.data();
+        rule.keep = expand;
         rule.keep.count = random.of<int64_t>({0, 0, 2});
         rule.levels = levels;
         rule.limits = limits.data();
@@ -501,7 +498,8 @@ struct Growing {  // what a growth is asked
     }
 };
 
-// The same trees node by node, by smart_draft and smart_frontier, which have tests of their own.
+// The same trees node by node, by smart_draft_level and smart_frontier, which have tests of their
+// own.
 struct NodeByNode {
     const TinyHead& h;
     const Growing& g;
@@ -620,25 +618,25 @@ void one_growth(uint64_t seed, bool bf16) {
                       out.data(), nullptr, nullptr,           tokens.data(),   probs.data()};
     double choosing = -1;
     int64_t kept_count = -1;
-    const Growth growth{&head,
-                        nullptr,
-                        nullptr,
-                        g.first_slot,
-                        g.slots,
-                        g.scaled ? g.scale.data() : nullptr,
-                        g.noisy ? g.noise.data() : nullptr,
-                        cache.keys(),
-                        cache.values(),
-                        all_pages + 3,
-                        bf16,
-                        bf16,
-                        2,
-                        expanded.data(),
-                        seconds.data(),
-                        &choosing};
+    const Drafter drafter{&head,
+                          nullptr,
+                          nullptr,
+                          g.first_slot,
+                          g.slots,
+                          g.scaled ? g.scale.data() : nullptr,
+                          g.noisy ? g.noise.data() : nullptr,
+                          cache.keys(),
+                          cache.values(),
+                          all_pages + 3,
+                          bf16,
+                          bf16,
+                          2,
+                          expanded.data(),
+                          seconds.data(),
+                          &choosing};
     Trees trees = got.trees();
     const int64_t done =
-        smart_grow(&growth, &g.rule, &in, &level, &trees, kept.data(), &kept_count);
+        smart_draft(&drafter, &g.rule, &in, &level, &trees, kept.data(), &kept_count);
 
     check::same("levels", done_expected, done);
     check::same("nodes", expected.count, trees.nodes);
@@ -664,6 +662,6 @@ void test_drafting() {
             for (bool bf16 : {false, true})
                 for (bool bytes : {false, true}) one_head(++seed, head_dim, bf16, bytes, false);
     for (bool bf16 : {false, true}) one_head(++seed, 16, bf16, true, true);
-    for (uint64_t growth = 1; growth <= check::seeds(80); growth++)
-        one_growth(5000 + growth, growth % 2);
+    for (uint64_t drafter = 1; drafter <= check::seeds(80); drafter++)
+        one_growth(5000 + drafter, drafter % 2);
 }

@@ -88,7 +88,7 @@ struct Case {
         }
     }
     Trees trees() { return {int64_t(nodes.size()), batch, room, ints.data(), floats.data()}; }
-    Rule rule(int64_t levels, const Choice& grow, const Choice& keep) const {
+    Rule rule(int64_t levels, const Choice& expand, const Choice& keep) const {
         const Calibration calibration{calibrated ? table.data() : nullptr,
                                       bin_of.data(),
                                       int64_t(bin_of.size()) - 1,
@@ -96,7 +96,7 @@ struct Case {
                                       depths,
                                       kinds};
         return {levels,      limits.data(), kind.data(), ends.data(), int64_t(ends.size()),
-                calibration, grow,          keep};
+                calibration, expand,        keep};
     }
     Costs costs() const {
         return {tokens,
@@ -268,31 +268,28 @@ std::vector<int64_t> marginal(const Case& c, const Choice& part, int64_t last) {
 }
 
 // The nodes at their best rate; near is set where sums in another order could decide otherwise.
-std::vector<int64_t> look_ahead(const Case& c, const Choice& part, int64_t level, int64_t reach,
-                                bool* near) {
+std::vector<int64_t> look_ahead(const Case& c, const Choice& part, int64_t level, bool* near) {
     const std::vector<int64_t> frontier = c.expandable(level);
     const Doubles present = c.gains(c.useful());
     const double sunk = c.drafted();
-    const double* below = part.below + (level - 1) * part.reach * RANKS;
+    const double* below = part.below + (level - 1) * RANKS;
     int64_t size, width = 0;
     double best = c.best_rate(present, sunk, 0, &size), next_best = -1;
-    for (int64_t ahead = 1; ahead <= reach; ahead++)
-        for (int64_t w = 0; w < part.width_count; w++) {
-            const int64_t wanted = std::min(part.widths[w], int64_t(frontier.size()));
-            if (!wanted || (w && wanted == std::min(part.widths[w - 1], int64_t(frontier.size()))))
-                continue;
-            Doubles all = present;
-            for (int64_t i = 0; i < wanted; i++)
-                for (int64_t j = 0; j < ahead * RANKS; j++)
-                    all.push_back(below[j] * c.nodes[frontier[i]].accept_prob);
-            const double rate =
-                c.best_rate(all, sunk + double(ahead) * c.level_seconds[wanted], 0, &size);
-            next_best = std::max(next_best, std::min(rate, best));
-            if (rate > best) {
-                best = rate;
-                width = wanted;
-            }
+    for (int64_t w = 0; w < part.width_count; w++) {
+        const int64_t wanted = std::min(part.widths[w], int64_t(frontier.size()));
+        if (!wanted || (w && wanted == std::min(part.widths[w - 1], int64_t(frontier.size()))))
+            continue;
+        Doubles all = present;
+        for (int64_t i = 0; i < wanted; i++)
+            for (int64_t j = 0; j < RANKS; j++)
+                all.push_back(below[j] * c.nodes[frontier[i]].accept_prob);
+        const double rate = c.best_rate(all, sunk + c.level_seconds[wanted], 0, &size);
+        next_best = std::max(next_best, std::min(rate, best));
+        if (rate > best) {
+            best = rate;
+            width = wanted;
         }
+    }
     *near = best - next_best < 1e-12;
     return sorted({frontier.begin(), frontier.begin() + width});
 }
@@ -308,12 +305,11 @@ struct Parts {  // what the parts of a rule point to
         part.mean_over_paths = random.chance(0.5);
         part.count = random.between(1, 6);
         part.costs = c.costs();
-        part.reach = random.between(1, 3);
         part.ranks = random.between(1, 3);
         part.alpha = random.uniform();
         for (int64_t w = random.between(1, 2); w < 30; w += random.between(1, 6))
             widths.push_back(w);
-        for (int64_t i = 0; i < levels * part.reach * RANKS; i++)
+        for (int64_t i = 0; i < levels * RANKS; i++)
             below.push_back(random.of({0.3, 0.9}) * random.uniform());
         next.assign(9 * part.ranks, -1);
         for (int64_t place = 1; place < 9; place++)
@@ -350,11 +346,10 @@ std::vector<int64_t> to_keep(const Case& c, const Choice& part) {
     return sorted({nodes.begin(), nodes.begin() + size});
 }
 
-std::vector<int64_t> to_expand(const Case& c, const Choice& part, int64_t level, int64_t reach,
-                               bool* near) {
+std::vector<int64_t> to_expand(const Case& c, const Choice& part, int64_t level, bool* near) {
     const std::vector<int64_t> nodes = c.expandable(level);
     if (part.kind == BEST) return best_of_each(c, nodes, part.count);
-    if (part.kind == RATE) return look_ahead(c, part, level, reach, near);
+    if (part.kind == RATE) return look_ahead(c, part, level, near);
     std::vector<int64_t> inside;
     const std::vector<int64_t> kept =
         part.kind == MARGINAL_RATIO ? marginal(c, part, level) : std::vector<int64_t>();
@@ -376,11 +371,11 @@ void one(uint64_t seed) {
     Random random(seed);
     Case c(random);
     c.score();
-    Parts growing, keeping;
-    const Choice grow = growing.choice(random, c, int32_t(random.below(4)));
+    Parts expanding, keeping;
+    const Choice expand = expanding.choice(random, c, int32_t(random.below(4)));
     Choice keep = keeping.choice(random, c, int32_t(random.below(4)));
     if (keep.kind == RATE) keep.count = c.least;
-    const Rule rule = c.rule(random.between(1, 6), grow, keep);
+    const Rule rule = c.rule(random.between(1, 6), expand, keep);
     const Trees trees = c.trees();
     std::vector<int64_t> out(c.nodes.size() + 1, -7);
     const auto compare = [&](const char* name, int64_t count,
@@ -390,7 +385,7 @@ void one(uint64_t seed) {
     };
     check::begin("selection", seed,
                  "nodes " + std::to_string(c.nodes.size()) + ", batch " + std::to_string(c.batch)
-                     + ", grow " + std::to_string(grow.kind) + ", keep "
+                     + ", expand " + std::to_string(expand.kind) + ", keep "
                      + std::to_string(keep.kind));
     compare("kept", smart_select(&rule, &trees, out.data()), to_keep(c, keep));
     for (size_t i = 0; i < c.nodes.size(); i++)
@@ -403,8 +398,7 @@ void one(uint64_t seed) {
         return;
     }
     bool near = false;
-    const std::vector<int64_t> expected =
-        to_expand(c, grow, level, std::min(grow.reach, rule.levels - level), &near);
+    const std::vector<int64_t> expected = to_expand(c, expand, level, &near);
     if (!near) compare("to expand", found, expected);
 }
 

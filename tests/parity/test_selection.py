@@ -91,11 +91,9 @@ def random_ratio(rng: np.random.Generator) -> MarginalRatio:
 
 def random_expand(rng: np.random.Generator, kind: str, batch: int) -> Expand:
     if kind == "look_ahead":
-        reach = int(rng.integers(1, 4))
-        below = np.sort(rng.random((LEVELS, reach, RANKS)), axis=2)[:, :, ::-1]
+        below = np.sort(rng.random((LEVELS, RANKS)), axis=1)[:, ::-1]
         widths = np.unique(rng.integers(1, 9, 4)) * batch
-        flat = np.ascontiguousarray(below.reshape(LEVELS, -1))
-        return LookAhead(random_costs(rng, batch), widths, flat)
+        return LookAhead(random_costs(rng, batch), widths, below)
     if kind == "topology":
         return random_topology(rng)
     return Beam(int(rng.integers(1, 5))) if kind == "beam" else random_ratio(rng)

@@ -409,11 +409,10 @@ class Forecast:
         return forecast
 
 
-def expected_subtree(children: FloatArray, depth: int, levels: int, ranks: int) -> FloatArray:
-    """[levels * ranks] forecast conditional probabilities below one node whose children have depth
-    `depth`, when each further level expands the best child only (the frontier's width in all stays
-    what it is)."""
-    rows = children[np.minimum(np.arange(depth - 1, depth - 1 + levels), DEPTHS - 1)]
+def expected_tree(children: FloatArray, levels: int) -> FloatArray:
+    """[levels * ranks] forecast probabilities of the nodes of a tree of so many levels, each of
+    which expands the best node of the one before. children: [DEPTHS, ranks] forecast."""
+    rows = children[np.minimum(np.arange(levels), DEPTHS - 1)]
     heads = np.cumprod(np.concatenate((np.ones(1), rows[:-1, 0])))
-    result: FloatArray = (heads[:, None] * rows[:, :ranks]).ravel()
+    result: FloatArray = (heads[:, None] * rows).ravel()
     return result

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from smart_decoding.core.calibration import HORIZON, KINDS, NODES, WIDEST, expected_subtree
+from smart_decoding.core.calibration import DEPTHS, HORIZON, KINDS, NODES, WIDEST, expected_tree
 from smart_decoding.core.selection import (
     NONE,
     RANKS,
@@ -177,9 +177,8 @@ def _look_ahead(
 ) -> LookAhead:
     """What to expand, where a model drafts for so many requests."""
     widths = 2 ** np.arange((WIDEST * drafting).bit_length())
-    # Two levels ahead: further ones have never changed a choice.
-    below = [expected_subtree(children, 2 + level, 2, RANKS) for level in range(max_levels)]
-    return LookAhead(costs, widths, np.stack(below), children[0], drafting)
+    below = children[np.minimum(np.arange(1, 1 + max_levels), DEPTHS - 1), :RANKS]
+    return LookAhead(costs, widths, below, children[0], drafting)
 
 
 def _levels(
@@ -189,7 +188,7 @@ def _levels(
     expands one node a request. What wider ones add is learned with all else that a mean cannot
     predict."""
     ranks = children.shape[1]
-    tree = expected_subtree(children, 1, levels, ranks)
+    tree = expected_tree(children, levels)
     reached = np.arange(len(tree)) // ranks <= np.arange(levels)[:, None]
     losses = np.sort(np.where(reached, -tree, NONE), axis=1)
     further = np.arange(levels, dtype=np.float64) * float(costs.levels[drafting])

@@ -195,25 +195,18 @@ class Beam:
 
 @dataclass(frozen=True)
 class LookAhead:
-    """The surest nodes of the whole batch, as many as pay: stopping is compared with every number
-    of further levels and every width, by forecast. One level ahead is not enough: a first level may
-    pay only together with the second.
+    """The surest nodes of the whole batch, as many as pay: stopping is compared with one more level
+    of every width, by forecast.
 
-    widths: ascending numbers of nodes that may be expanded. below: [levels, reach * RANKS] forecast
-    probabilities of the descendants of a node of level 1, 2, ..., given that node, level by level.
-    first: those of a root's children; none where `foreseen` is not asked. requests: that draft.
-    """
+    widths: ascending numbers of nodes that may be expanded. below: [levels, RANKS] forecast
+    probabilities of the children of a node of level 1, 2, ..., given that node. first: those of a
+    root's children; none where `foreseen` is not asked. requests: that draft."""
 
     costs: RoundCosts
     widths: IntArray
     below: FloatArray
     first: FloatArray = field(default_factory=lambda: np.zeros(0))
     requests: int = 0
-
-    @property
-    def reach(self) -> int:
-        """Levels to look ahead."""
-        return len(self.below[0]) // RANKS
 
     def frontier(self, rule: TreeRule, trees: DraftTrees, level: int) -> IntArray:
         """See `Expand`."""
@@ -224,8 +217,7 @@ class LookAhead:
         accept_prob = trees.accept_prob.take(nodes)
         order = ranked(accept_prob)[: widths[-1]]
         present = trees.accept_prob[rule.useful(trees)]
-        ahead = min(self.reach, rule.levels - level)
-        below = self.below[level - 1, : ahead * RANKS]
+        below = self.below[level - 1]
         sunk = self.costs.drafted(trees)
         width = self._width(present, accept_prob.take(order), widths, below, sunk)
         return np.sort(nodes.take(order[:width]))
@@ -243,7 +235,7 @@ class LookAhead:
                 break
             found.append(width)
             sunk += float(self.costs.levels[width])
-            frontier = np.sort(np.multiply.outer(frontier[:width], below[:RANKS]).ravel())[::-1]
+            frontier = np.sort(np.multiply.outer(frontier[:width], below).ravel())[::-1]
             present = np.concatenate((present, frontier))
         return found
 
@@ -259,15 +251,13 @@ class LookAhead:
         most = 0
         rate = self.costs.best(np.sort(present)[::-1], sunk)[1]
         levels = self.costs.levels.take(widths).tolist()
-        for ahead in range(1, len(below) // RANKS + 1):
-            tree = below[: ahead * RANKS]
-            for width, seconds in zip(widths.tolist(), levels, strict=True):
-                forecast = np.multiply.outer(frontier[:width], tree).ravel()
-                gains = np.sort(np.concatenate((present, forecast)))[::-1]
-                found = self.costs.best(gains, sunk + ahead * seconds)[1]
-                if found > rate:
-                    rate = found
-                    most = width
+        for width, seconds in zip(widths.tolist(), levels, strict=True):
+            forecast = np.multiply.outer(frontier[:width], below).ravel()
+            gains = np.sort(np.concatenate((present, forecast)))[::-1]
+            found = self.costs.best(gains, sunk + seconds)[1]
+            if found > rate:
+                rate = found
+                most = width
         return most
 
 

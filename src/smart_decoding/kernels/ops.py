@@ -24,7 +24,7 @@ MAX_QUERIES = 32  # query heads per key head
 _Rows = abi.structure("Rows")
 Layer = abi.structure("Layer")
 Head = abi.structure("Head")
-Growth = abi.structure("Growth")
+Drafter = abi.structure("Drafter")
 Model = abi.structure("Model")
 Pass = abi.structure("Pass")
 Round = abi.structure("Round")
@@ -89,7 +89,7 @@ def draft(
     `level` names."""
     keys, values = cache
     given = (byref(head), byref(rows), byref(level), keys, values, keys.shape[-3], bf16)
-    if _lib().smart_draft(*given, keys.dtype == torch.bfloat16, torch.get_num_threads()):
+    if _lib().smart_draft_level(*given, keys.dtype == torch.bfloat16, torch.get_num_threads()):
         raise RuntimeError("the CPU kernels do not support this head")
 
 

@@ -49,12 +49,12 @@ def fastest_selection() -> Selection:
 class FirstLevel(NamedTuple):
     """How the first level of a round runs, and what further levels need.
 
-    rows, level: as smart_draft takes them. growth: who drafts, and how. slots: for the keys of
+    rows, level: as smart_draft takes them. drafter: who drafts, and how. slots: for the keys of
     expanded nodes. alive: what must be as long as this is."""
 
     rows: Structure
     level: Structure
-    growth: Structure
+    drafter: Structure
     slots: range
     alive: object
 
@@ -106,11 +106,11 @@ class NativeSelection(Selection):
         kept_count = np.zeros(1, np.int64)
         expanded = np.zeros(rule.levels, np.int64)
         seconds = np.zeros(rule.levels + 1)  # of each level, and of choosing
-        first.growth.expanded = address(expanded)
-        first.growth.seconds = address(seconds)
-        first.growth.choosing = address(seconds) + seconds.itemsize * rule.levels
-        levels = self._library.smart_grow(
-            byref(first.growth),
+        first.drafter.expanded = address(expanded)
+        first.drafter.seconds = address(seconds)
+        first.drafter.choosing = address(seconds) + seconds.itemsize * rule.levels
+        levels = self._library.smart_draft(
+            byref(first.drafter),
             byref(self._of(rule, proposed)),
             byref(first.rows),
             byref(first.level),
@@ -176,7 +176,7 @@ class _NativeRule:
             ends=self._arrays.at(rule.ends),
             end_count=len(rule.ends),
             calibration=_CALIBRATION,
-            grow=self.expand.struct,
+            expand=self.expand.struct,
             keep=self.keep.struct,
         )
 
@@ -210,7 +210,7 @@ class _Part:
         )
 
     def _look_ahead(self, part: LookAhead) -> Structure:
-        if part.below.shape[1] % RANKS:
+        if part.below.shape[1] != RANKS:
             raise ValueError(f"a forecast of shape {part.below.shape} is not one of all levels")
         return Choice(
             kind=_RATE,
@@ -218,7 +218,6 @@ class _Part:
             widths=self._arrays.at(part.widths),
             below=self._arrays.at(part.below, np.float64),
             width_count=len(part.widths),
-            reach=part.reach,
         )
 
     def _costs(self, costs: RoundCosts) -> Structure:

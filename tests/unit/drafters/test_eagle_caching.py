@@ -19,7 +19,7 @@ from smart_decoding.models.heads.export import smart_config
 from smart_decoding.models.heads.files import load_head
 from smart_decoding.training.head import Form, TrainableHead
 
-from ...parity.test_device_growth import as_on_a_gpu
+from ...parity.test_device_draft import as_on_a_gpu
 from .tiny import (
     PAGES,
     SCRATCH,

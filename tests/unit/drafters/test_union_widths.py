@@ -82,7 +82,7 @@ class Watched:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
 
-    def smart_grow(self, *arguments: Any) -> int:
+    def smart_draft(self, *arguments: Any) -> int:
         frame = sys._getframe(1)
         names: list[str] = []
         while frame.f_code.co_name != "step":
@@ -90,7 +90,7 @@ class Watched:
             assert frame.f_back is not None
             frame = frame.f_back
         self._seen.append(names)
-        return int(self._inner.smart_grow(*arguments))
+        return int(self._inner.smart_draft(*arguments))
 
 
 def test_few_frames_lie_between_a_step_and_the_native_draft() -> None:

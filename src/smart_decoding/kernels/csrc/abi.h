@@ -203,8 +203,8 @@ struct Choice {
     int64_t count;  // width of Beam, count of KeepBest, least of BestRate, budget of MarginalRatio
     struct Costs costs;
     const int64_t* widths;  // [width_count]
-    const double* below;    // [levels, reach * RANKS]
-    int64_t width_count, reach;
+    const double* below;    // [levels, RANKS]
+    int64_t width_count;
     const int64_t* next;  // [places, ranks]
     int64_t ranks;
     double alpha;
@@ -218,13 +218,13 @@ struct Rule {  // TreeRule in core/rule.py
     const int64_t* ends;    // [end_count] tokens that end an answer
     int64_t end_count;
     struct Calibration calibration;
-    struct Choice grow, keep;
+    struct Choice expand, keep;
 };
 
-// What drafts, and how smart_grow runs it: a head, or else a model, in which case levels have
+// What drafts, and how smart_draft runs it: a head, or else a model, in which case levels have
 // neither features nor `out`. A head's outputs of the round lie in `out` of the first level: those
 // of the roots, then those of the expanded nodes.
-struct Growth {
+struct Drafter {
     const struct Head* head;
     const struct Model* model;
     const int64_t* tokens;  // [vocab] of the model
@@ -300,8 +300,9 @@ int32_t smart_forward(const struct Model* m, const struct Rows* in, const struct
 int32_t smart_round(const struct Model* m, const struct Round* r, const struct Pass* pass,
                     int32_t threads);
 // One level. keys, values: the head's.
-int32_t smart_draft(const struct Head* h, const struct Rows* in, const struct Level* v, void* keys,
-                    void* values, int64_t pages, int32_t w_bf16, int32_t kv_bf16, int32_t threads);
+int32_t smart_draft_level(const struct Head* h, const struct Rows* in, const struct Level* v,
+                          void* keys, void* values, int64_t pages, int32_t w_bf16, int32_t kv_bf16,
+                          int32_t threads);
 // Moves committed tree nodes to their final places: for every layer and head, slot from[i] ->
 // to[i], in order.
 void smart_move_kv(void* keys, void* values, int64_t planes, int64_t pages, int32_t head_dim,
@@ -335,8 +336,8 @@ int64_t smart_select(const struct Rule* rule, const struct Trees* t, int64_t* ou
 // level. `kept` [room] receives what smart_select says, `kept_count` how many that are. A child
 // that is there already stays one node, of source 0 and with the larger draft_prob. Returns the
 // levels run, or -1 where the kernels do not serve the head or model.
-int64_t smart_grow(const struct Growth* g, const struct Rule* rule, const struct Rows* first,
-                   const struct Level* v, struct Trees* t, int64_t* kept, int64_t* kept_count);
+int64_t smart_draft(const struct Drafter* g, const struct Rule* rule, const struct Rows* first,
+                    const struct Level* v, struct Trees* t, int64_t* kept, int64_t* kept_count);
 
 #if defined(__cplusplus)
 }

@@ -18,7 +18,7 @@ static double since(Clock::time_point start) {
 }
 
 struct Stopwatch {  // notes how long all but the levels took, on leaving
-    const Growth& g;
+    const Drafter& g;
     int64_t levels;
     Clock::time_point start = Clock::now();
 
@@ -30,7 +30,7 @@ struct Stopwatch {  // notes how long all but the levels took, on leaving
 // ------------------------------------------------------------------------------------- the levels
 
 // A level of a model: see Level. Nonzero where the kernels do not serve it.
-static int32_t draft_by_model(const Growth& g, const Rows& in, const Level& v) {
+static int32_t draft_by_model(const Drafter& g, const Rows& in, const Level& v) {
     const int64_t wanted = v.first ? in.requests : in.rows, vocab = g.model->vocab;
     std::vector<int64_t> token(in.rows), last, best(wanted), ids(wanted * v.k);
     // A free drafter may propose what the model does not know.
@@ -56,9 +56,10 @@ static int32_t draft_by_model(const Growth& g, const Rows& in, const Level& v) {
     return 0;
 }
 
-static bool run_level(const Growth& g, const Rows& in, const Level& v) {
+static bool run_level(const Drafter& g, const Rows& in, const Level& v) {
     if (!g.head) return !draft_by_model(g, in, v);
-    return !smart_draft(g.head, &in, &v, g.keys, g.values, g.pages, g.w_bf16, g.kv_bf16, g.threads);
+    return !smart_draft_level(g.head, &in, &v, g.keys, g.values, g.pages, g.w_bf16, g.kv_bf16,
+                              g.threads);
 }
 
 // The rows of a level: nodes, sorted by owner, see all true rows of their request, their expanded
@@ -73,7 +74,7 @@ struct NodeRows : RowVectors {
 // --------------------------------------------------------------------------------------- the trees
 
 struct Drafting {
-    const Growth& growth;
+    const Drafter& drafter;
     const Rule& rule;
     const Rows& first;   // the rows of the first level
     const Level& roots;  // and what it reads and leaves
@@ -85,8 +86,8 @@ struct Drafting {
     std::vector<int64_t> tokens;  // of the last level
     std::vector<double> probs;
 
-    Drafting(const Growth& g, const Rule& rule_, const Rows& first_, const Level& v, Trees& t)
-        : growth(g),
+    Drafting(const Drafter& g, const Rule& rule_, const Rows& first_, const Level& v, Trees& t)
+        : drafter(g),
           rule(rule_),
           first(first_),
           roots(v),
@@ -98,12 +99,12 @@ struct Drafting {
     // False where the kernels do not serve what drafts.
     bool draft_roots() {
         Level level = roots;
-        std::vector<uint64_t> noise(growth.noise ? trees.batch : 0);
-        for (int64_t i = 0; growth.noise && i < trees.batch; i++)
-            noise[i] = growth.noise[i * rule.levels];
-        level.scale = growth.scale;
-        level.keys = growth.noise ? noise.data() : nullptr;
-        if (!run_level(growth, first, level)) return false;
+        std::vector<uint64_t> noise(drafter.noise ? trees.batch : 0);
+        for (int64_t i = 0; drafter.noise && i < trees.batch; i++)
+            noise[i] = drafter.noise[i * rule.levels];
+        level.scale = drafter.scale;
+        level.keys = drafter.noise ? noise.data() : nullptr;
+        if (!run_level(drafter, first, level)) return false;
         std::vector<int64_t> owners(trees.batch);
         std::iota(owners.begin(), owners.end(), 0);
         add(level, owners, std::vector<int64_t>(trees.batch, -1));
@@ -112,7 +113,7 @@ struct Drafting {
 
     // How many nodes there is room for to expand.
     int64_t room() const {
-        return std::min(growth.slots - expanded, (trees.room - trees.nodes) / roots.k);
+        return std::min(drafter.slots - expanded, (trees.room - trees.nodes) / roots.k);
     }
 
     // The children of `nodes`. False as above.
@@ -130,11 +131,11 @@ struct Drafting {
         level.token = rows.token.data();
         level.features = rows.features.data();
         level.out = out;
-        level.scale = growth.scale ? rows.scale.data() : nullptr;
-        level.keys = growth.noise ? rows.noise.data() : nullptr;
+        level.scale = drafter.scale ? rows.scale.data() : nullptr;
+        level.keys = drafter.noise ? rows.noise.data() : nullptr;
         level.tokens = tokens.data();
         level.probs = probs.data();
-        if (!run_level(growth, rows.view(first), level)) return false;
+        if (!run_level(drafter, rows.view(first), level)) return false;
         add(level, rows.owners, nodes);
         return true;
     }
@@ -161,7 +162,7 @@ private:
         const int64_t root = first.query_start_loc[request + 1] - 1;
         const int64_t own = int64_t(rows.ancestors.size());
         for (int64_t n = node; n >= 0; n = parent(trees, n))
-            rows.ancestors.push_back(int32_t(growth.first_slot + place[n]));
+            rows.ancestors.push_back(int32_t(drafter.first_slot + place[n]));
         rows.slot_mapping.push_back(rows.ancestors[own]);
         std::reverse(rows.ancestors.begin() + own, rows.ancestors.end());
         rows.ancestors_start.push_back(int32_t(rows.ancestors.size()));
@@ -171,8 +172,8 @@ private:
         rows.context_len.push_back(first.context_len[root]);
         const int64_t output = above < 0 ? request : trees.batch + place[above];
         rows.features.push_back(roots.out + hidden * output);
-        if (growth.scale) rows.scale.push_back(growth.scale[request]);
-        if (growth.noise) rows.noise.push_back(growth.noise[request * rule.levels + level]);
+        if (drafter.scale) rows.scale.push_back(drafter.scale[request]);
+        if (drafter.noise) rows.noise.push_back(drafter.noise[request * rule.levels + level]);
     }
 
     // Adds the children that `v` found below `parents` (ROOT: -1), k of each. One that a free
@@ -223,8 +224,8 @@ private:
 
 using namespace smart;
 
-extern "C" int64_t smart_grow(const Growth* g, const Rule* rule, const Rows* first, const Level* v,
-                              Trees* t, int64_t* kept, int64_t* kept_count) {
+extern "C" int64_t smart_draft(const Drafter* g, const Rule* rule, const Rows* first,
+                               const Level* v, Trees* t, int64_t* kept, int64_t* kept_count) {
     std::fill_n(g->expanded, rule->levels, 0);
     std::fill_n(g->seconds, rule->levels, 0.0);
     const Stopwatch stopwatch{*g, rule->levels};

@@ -429,9 +429,9 @@ private:
 
 using namespace smart;
 
-extern "C" int32_t smart_draft(const Head* h, const Rows* in, const Level* v, void* keys,
-                               void* values, int64_t pages, int32_t w_bf16, int32_t kv_bf16,
-                               int32_t threads) {
+extern "C" int32_t smart_draft_level(const Head* h, const Rows* in, const Level* v, void* keys,
+                                     void* values, int64_t pages, int32_t w_bf16, int32_t kv_bf16,
+                                     int32_t threads) {
     int32_t status = 0;
     const int32_t refused = dispatch_types(*h->layers, w_bf16, kv_bf16, [&](auto* type) {
         typedef std::remove_pointer_t<decltype(type)> W;

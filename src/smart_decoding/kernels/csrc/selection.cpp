@@ -47,7 +47,7 @@ static double seconds_of(const Costs& costs, int64_t width) {
     return costs.levels[std::min(width, costs.level_count - 1)];
 }
 
-// Looks ever more levels below ever wider frontiers.
+// Looks below ever wider frontiers.
 struct LookAhead {
     const Choice& part;
     double sunk;
@@ -72,16 +72,10 @@ struct LookAhead {
             out.push_back(j == b.size() || (i < a.size() && a[i] >= b[j]) ? a[i++] : b[j++]);
     }
 
-    // How many to expand: 0 where nothing deeper beats stopping. below: [levels * RANKS].
-    int64_t width(const double* below, int64_t levels) const {
+    // How many to expand: 0 where nothing deeper beats stopping. below: [RANKS].
+    int64_t width(const double* below) const {
         double rate = Best(present, part.costs, sunk).rate;
         int64_t best = 0;
-        for (int64_t ahead = 1; ahead <= levels; ahead++) look(below, ahead, &rate, &best);
-        return best;
-    }
-
-    void look(const double* below, int64_t ahead, double* rate, int64_t* best) const {
-        const std::vector<double> tree(below, below + ahead * RANKS);
         std::vector<double> added, forecast, merged, all;
         int64_t expanded = 0;
         for (int64_t w = 0; w < part.width_count; w++) {
@@ -89,18 +83,18 @@ struct LookAhead {
             if (wanted == expanded) continue;
             added.clear();
             for (; expanded < wanted; expanded++)
-                for (double p : tree) added.push_back(frontier[expanded] * p);
+                for (int64_t rank = 0; rank < RANKS; rank++)
+                    added.push_back(frontier[expanded] * below[rank]);
             std::sort(added.begin(), added.end(), std::greater<double>());
             merge(forecast, added, merged);
             forecast.swap(merged);
             merge(present, forecast, all);
-            // Rounded before it is added, as numpy does: not one instruction.
-            const volatile double further = double(ahead) * seconds_of(part.costs, wanted);
-            const double value = Best(all, part.costs, sunk + further).rate;
-            if (value <= *rate) continue;
-            *rate = value;
-            *best = wanted;
+            const double value = Best(all, part.costs, sunk + seconds_of(part.costs, wanted)).rate;
+            if (value <= rate) continue;
+            rate = value;
+            best = wanted;
         }
+        return best;
     }
 };
 
@@ -123,7 +117,7 @@ struct Selection {
     }
 
     Nodes frontier(int64_t level) const {
-        const Choice& part = rule.grow;
+        const Choice& part = rule.expand;
         if (level >= rule.levels) return {};
         Nodes nodes = expandable(level);
         if (nodes.empty()) return nodes;
@@ -293,12 +287,11 @@ private:
     }
 
     Nodes look_ahead(const Nodes& nodes, int64_t level) const {
-        const Choice& part = rule.grow;
+        const Choice& part = rule.expand;
         Nodes order = ranked(nodes);
         const std::vector<double> frontier = gains(order);
         const LookAhead ahead(part, drafted(part.costs), gains(useful()), frontier);
-        const double* below = part.below + (level - 1) * part.reach * RANKS;
-        order.resize(ahead.width(below, std::min(part.reach, rule.levels - level)));
+        order.resize(ahead.width(part.below + (level - 1) * RANKS));
         std::sort(order.begin(), order.end());
         return order;
     }

@@ -164,10 +164,10 @@ class LevelCall:
 def first_level(
     inputs: RoundInputs, call: LevelCall, rotary: tuple[Tensor, Tensor], levels: int, **drafts: Any
 ) -> FirstLevel:
-    """A round's first level. drafts: the fields of the structure Growth that say who drafts."""
+    """A round's first level. drafts: the fields of the structure Drafter that say who drafts."""
     native = kernels.native_rows(inputs.rows, *rotary)
     scale, noise = noise_of_levels(inputs.asked, levels)
-    struct = kernels.Growth(
+    struct = kernels.Drafter(
         first_slot=inputs.slots.start,
         slots=len(inputs.slots),
         scale=pointer(scale),

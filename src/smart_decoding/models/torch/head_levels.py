@@ -23,7 +23,7 @@ from smart_decoding.kernels.selection import fastest_selection
 from smart_decoding.models.families.decoder import put
 from smart_decoding.models.heads.features import FeaturePart, stacked, take_rows
 from smart_decoding.models.sampling.ranking import ranked
-from smart_decoding.models.torch.device_growth import DeviceGrowth
+from smart_decoding.models.torch.device_draft import DeviceDraft
 from smart_decoding.models.torch.graphs import layers_on
 from smart_decoding.models.torch.layers import Context, KVCache
 from smart_decoding.models.torch.torch_layers import Linear, rms_norm
@@ -103,7 +103,7 @@ class SteppedLevels(ABC):
     ) -> Draft:
         fixed = Fixed.before(rule)
         assert fixed is not None
-        round = DeviceGrowth(rule, fixed, inputs, self._draft_ids)
+        round = DeviceDraft(rule, fixed, inputs, self._draft_ids)
         self._round = [self._catch_up(inputs.rows, parts)[round.last]]
         round.rank(self._logits())
         while (level := round.expand(self.rotary)) is not None:

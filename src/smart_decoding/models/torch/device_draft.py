@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 DEAD = -torch.inf  # log probability of what a rule would not expand, where there is nothing better
 
 
-class DeviceGrowth:
+class DeviceDraft:
     """One round."""
 
     def __init__(self, rule: TreeRule, fixed: Fixed, inputs: RoundInputs, tokens: Tensor) -> None:

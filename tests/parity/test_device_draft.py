@@ -15,7 +15,7 @@ from smart_decoding.core.selection import Beam, Fixed, KeepBest, LookAhead, Marg
 from smart_decoding.core.tree import merge
 
 from .test_graphs import with_graphs
-from .test_growth import (
+from .test_drafting import (
     SCRATCH,
     Source,
     by_level,
