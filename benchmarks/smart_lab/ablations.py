@@ -19,7 +19,7 @@ from smart_decoding.core.calibration import BIN_PROBS, Calibration, DriftDetecto
 from smart_decoding.core.costs import CostModel, Curve, size_bucket
 from smart_decoding.core.policies.base import StatelessPolicy
 from smart_decoding.core.policies.smart import Smart
-from smart_decoding.core.realised import Realised
+from smart_decoding.core.policies.smart.state import Realised
 from smart_decoding.core.rule import NO_NODES, Expand, TreeRule, expanded_widths
 from smart_decoding.core.selection import (
     BestRate,
@@ -290,8 +290,8 @@ class Sober(Realised):
 
 def sober(inner: Smart) -> Smart:
     """Without optimism."""
-    inner.learned.with_model = Sober()
-    inner.learned.free = Sober()
+    inner.state.with_model = Sober()
+    inner.state.free = Sober()
     return inner
 
 
@@ -315,13 +315,13 @@ class NeverChanged(DriftDetector):
 
 def trusting(inner: Smart) -> Smart:
     """With forecasts that are not corrected."""
-    inner.learned.with_model = TrustedForecasts()
+    inner.state.with_model = TrustedForecasts()
     return inner
 
 
 def unalarmed(inner: Smart) -> Smart:
     """Without the test for change."""
-    inner.calibration.drift = NeverChanged(inner.calibration.drift.evidence.shape[1])
+    inner.state.calibration.drift = NeverChanged(inner.state.calibration.drift.evidence.shape[1])
     return inner
 
 
@@ -390,7 +390,7 @@ def smart(
     policy = trace.policy("smart", cost, **given, **options)
     assert isinstance(policy, Smart)
     if calibration is not None:
-        policy.forecast.calibration = calibration
+        policy.state.forecast.calibration = calibration
     return policy
 
 
@@ -439,5 +439,5 @@ VARIANTS: Mapping[str, Callable[[Smart], Policy]] = {
 
 def _still(trace: Trace) -> Calibration:
     policy = smart(trace, trace.cost or CostModel.default())
-    calibration = policy.calibration
+    calibration = policy.state.calibration
     return Unmoved(calibration.prior, calibration.counts)

@@ -68,8 +68,8 @@ def prior_of(policy: Any) -> dict[str, Any] | None:
     if not isinstance(policy, Smart):
         return None
     return {
-        "calibration": policy.calibration.state_dict(),
-        "forecast": policy.forecast.state_dict(),
+        "calibration": policy.state.calibration.state_dict(),
+        "forecast": policy.state.forecast.state_dict(),
     }
 
 

@@ -155,7 +155,7 @@ def test_without_its_test_a_drafter_that_becomes_bad_is_not_said_to_have_changed
     costs = MACHINES["cheap rows"]
     policy = ABLATIONS[name](trace, costs)
     run(policy, World(1, 4, costs, good=lambda index: index < 20), range(60))
-    assert policy.calibration.changes == noticed
+    assert policy.state.calibration.changes == noticed
 
 
 def test_forecasts_that_are_not_corrected_are_believed(trace):
@@ -163,5 +163,5 @@ def test_forecasts_that_are_not_corrected_are_believed(trace):
     policies = [ABLATIONS[name](trace, costs) for name in ("smart", "forecasts: not corrected")]
     for policy in policies:
         run(policy, World(1, 4, costs), range(40))
-    corrected, believed = (policy.learned.with_model.of(4) for policy in policies)
+    corrected, believed = (policy.state.with_model.of(4) for policy in policies)
     assert believed == 1.0 != corrected

@@ -73,7 +73,7 @@ def test_a_recording_comes_back_as_it_was(trace, file):
 
 def test_each_policy_starts_from_its_own_prior(trace):
     first, second = trace.policy("smart"), trace.policy("smart")
-    assert first.calibration is not second.calibration
+    assert first.state.calibration is not second.state.calibration
     rule = trace.policy("chain").plan(Walk(trace.recording, 2).state())
     assert rule.ends.tolist() == [worlds.EOS]
     with pytest.raises(ConfigError, match="no option"):

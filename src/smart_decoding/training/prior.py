@@ -82,8 +82,8 @@ def learn_prior(
         params = SamplingParams(temperature=temperature, max_tokens=ANSWER_TOKENS, seed=i)
         llm.generate(ready, params, use_tqdm=False)
     state = {
-        "calibration": policy.calibration.state_dict(),
-        "forecast": policy.forecast.state_dict(),
+        "calibration": policy.state.calibration.state_dict(),
+        "forecast": policy.state.forecast.state_dict(),
     }
     with whole(head / "prior.json") as path:
         path.write_text(json.dumps(state) + "\n")

@@ -7,8 +7,7 @@ import pytest
 
 from smart_decoding.core.batch import BatchState
 from smart_decoding.core.costs import CostModel
-from smart_decoding.core.policies.smart import Smart
-from smart_decoding.core.prediction import Mode, Shape
+from smart_decoding.core.policies.smart import Mode, Shape, Smart
 
 COST = CostModel.from_table({8: {8: 0.1, 64: 0.1}}, {1: 0.001, 8: 0.008, 1200: 1.2})
 

@@ -17,9 +17,9 @@ from smart_lab.simulation import World, run
 CORE = "smart_decoding.core"
 CONSTANTS = [
     (f"{CORE}.exploration", "RUN"),
-    (f"{CORE}.learned", "COSTS_EVERY"),
+    (f"{CORE}.policies.smart.learn", "COSTS_EVERY"),
     (f"{CORE}.costs", "SURPRISE"),
-    (f"{CORE}.realised", "UNSURE"),
+    (f"{CORE}.policies.smart.state", "UNSURE"),
     (f"{CORE}.calibration", "NODES"),
     (f"{CORE}.calibration", "HORIZON"),
 ]
@@ -82,7 +82,7 @@ def numbers(path: Path) -> list[str]:
             )
         elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]).isupper():
             named.add(node.value)
-        elif isinstance(node, ast.arguments) and path.stem == "smart":
+        elif isinstance(node, ast.arguments) and path.stem == "policy":
             named.update(default for default in node.defaults)
         skipped.update(below for each in inner for below in ast.walk(each))
     return [

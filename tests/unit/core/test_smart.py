@@ -3,6 +3,8 @@ recovers."""
 
 from __future__ import annotations
 
+import json
+import pickle
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -14,8 +16,7 @@ from smart_decoding.core.calibration import HORIZON, Calibration
 from smart_decoding.core.costs import CostModel
 from smart_decoding.core.exploration import STARTING_BUDGET
 from smart_decoding.core.policies import make_policy
-from smart_decoding.core.policies.smart import choose
-from smart_decoding.core.prediction import Mode, Shape
+from smart_decoding.core.policies.smart import Mode, Shape, choose
 from smart_decoding.core.tree import DraftTrees
 from smart_lab.simulation import World, full_knowledge, run
 
@@ -48,6 +49,23 @@ def test_regret_against_full_knowledge_is_small(costs: CostModel, batch: int, ro
     assert stats["estimated_speedup"] == pytest.approx(mine.rate / plain.rate, rel=0.1)
     assert stats["share_off"] < 0.1
     assert abs(stats["calibration_error"]) < 0.2
+
+
+def test_a_state_can_be_printed_stored_and_compared() -> None:
+    """And a policy that goes on from a stored one does what the other does."""
+    world = World(5, 2, FLAT)
+    policy = make_policy("smart", cost=FLAT)
+    run(policy, world, range(50))
+    printed = json.dumps(policy.state.to_dict())
+    stored = pickle.dumps(policy.state)
+    assert "with_model" in printed
+    again = make_policy("smart", cost=FLAT)
+    assert again.state != policy.state
+    again.state = pickle.loads(stored)
+    assert again.state == policy.state
+    rates = [run(each, world, range(50, 80)).rate for each in (policy, again)]
+    assert rates[0] == rates[1]
+    assert again.state == policy.state != pickle.loads(stored)
 
 
 def test_stays_off_where_rows_cost_too_much() -> None:
@@ -261,13 +279,13 @@ def test_a_round_of_free_drafters_says_nothing_of_the_model() -> None:
     trees.append([0] * 8, [*range(8)], [*range(-1, 7)], [1.0] * 8, source=1)
     rule = rule.after_free(trees)
     assert rule.levels == 0  # eight sure tokens for nothing are enough
-    before = policy.learned.with_model.of(1)
+    before = policy.state.with_model.of(1)
     kept = rule.select(trees)
     after = np.full(8, 99)
     policy.observe(
         Round(now, rule, trees, kept, after, np.array([99]), [], [], 1 + len(kept), 0.03)
     )
-    assert policy.learned.with_model.of(1) == before
+    assert policy.state.with_model.of(1) == before
 
 
 @pytest.mark.parametrize("right", [True, False])
@@ -379,7 +397,7 @@ def test_a_model_that_has_much_to_read_is_explored_once_that_is_earned() -> None
     policy = make_policy("smart", cost=HOPELESS)
     shape = shape_of(4, 4 * 1000)
     prediction = policy.predict(shape)
-    exploration = policy.exploration
+    exploration = policy.state.exploration
     assert prediction.price(Mode.MODEL) > STARTING_BUDGET
     for _ in range(HORIZON):
         exploration.observe_best()
@@ -397,15 +415,15 @@ def test_each_request_of_a_batch_has_a_share_of_the_starting_budget() -> None:
         prediction = policy.predict(shape)
         assert STARTING_BUDGET / 4 + 1 < prediction.price(Mode.MODEL) < STARTING_BUDGET
         for _ in range(HORIZON):
-            policy.exploration.observe_best()
-        assert choose(prediction, policy.exploration, None, shape).mode is chosen
+            policy.state.exploration.observe_best()
+        assert choose(prediction, policy.state.exploration, None, shape).mode is chosen
 
 
 def test_choosing_changes_nothing() -> None:
     policy = make_policy("smart", cost=HOPELESS)
     shape = shape_of(1, 150)
     prediction = policy.predict(shape)
-    exploration = policy.exploration
+    exploration = policy.state.exploration
     found = []
     for _ in range(2 * HORIZON):
         before = vars(exploration).copy()

@@ -7,7 +7,7 @@ import pytest
 
 from smart_decoding.core.batch import BatchState, Round
 from smart_decoding.core.costs import CostModel, DraftSample, VerifySample
-from smart_decoding.core.timings import Timings
+from smart_decoding.core.policies.smart.state import Timings
 from smart_decoding.core.tree import DraftTrees
 
 NONE = np.zeros(0, np.int64)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from enum import Enum
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from smart_decoding.core.calibration import DEPTHS, HORIZON, KINDS, NODES, WIDEST, expected_tree
+from smart_decoding.core.policies.smart.state import Mode
 from smart_decoding.core.selection import (
     NONE,
     RANKS,
@@ -24,16 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from smart_decoding.core.batch import BatchState
-    from smart_decoding.core.learned import Learned
+    from smart_decoding.core.policies.smart.state import State
     from smart_decoding.core.tree import FloatArray, IntArray
-
-
-class Mode(Enum):
-    """The ways to spend a round."""
-
-    PLAIN = "plain"
-    FREE = "free"  # what drafters without a model propose
-    MODEL = "model"
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,28 +99,23 @@ class Prediction:
         return self.catch_up / self.plain if mode is Mode.MODEL else 0.0
 
 
-def predict(
-    shape: Shape,
-    learned: Learned,
-    max_levels: int,
-    max_round_slowdown: float,
-) -> Prediction:
-    """The prediction for batches of one shape."""
+def predict(state: State, shape: Shape, max_levels: int, max_round_slowdown: float) -> Prediction:
+    """Predict for batches of one shape."""
     size = shape.size
     drafting = shape.drafting
-    costs, plain = _round_costs(shape, learned, max_round_slowdown)
-    children = learned.forecast.children(np.array(shape.kinds) / size)
-    first, catch_up = _first_level(learned, shape)
+    costs, plain = _round_costs(state, shape, max_round_slowdown)
+    children = state.forecast.children(np.array(shape.kinds) / size)
+    first, catch_up = _first_level(state, shape)
     forecast_rate = 0.0
     skip_model = None
     rates = {Mode.PLAIN: size / plain}
     if shape.has_free:
-        rates[Mode.FREE] = rates[Mode.PLAIN] * learned.free.of(size)
+        rates[Mode.FREE] = rates[Mode.PLAIN] * state.free.of(size)
     if shape.has_model:
         levels = max_levels if shape.deepest > 1 else 1  # every answer comes to its end
         losses, drafted = _levels(children, levels, costs, first, drafting)
         forecast_rate = _rate(losses, drafted, costs, drafting)
-        rates[Mode.MODEL] = forecast_rate * learned.with_model.of(size)
+        rates[Mode.MODEL] = forecast_rate * state.with_model.of(size)
         if shape.has_free:
             skip_model = SkipModel(BestRate(costs), np.maximum(-losses[:, :NODES], 0.0), drafted)
             _join(rates)
@@ -145,17 +132,15 @@ def _join(rates: dict[Mode, float]) -> None:
         rates[Mode.MODEL] = max(rates[Mode.MODEL], rates.pop(Mode.FREE))
 
 
-def _round_costs(
-    shape: Shape, learned: Learned, max_round_slowdown: float
-) -> tuple[RoundCosts, float]:
+def _round_costs(state: State, shape: Shape, max_round_slowdown: float) -> tuple[RoundCosts, float]:
     """Of a round without a model, and the seconds of a plain one."""
     size = shape.size
-    cost = learned.cost
+    cost = state.cost
     verify = cost.verify_curve(size, size, NODES * shape.drafting + 1, shape.context)
-    plain = learned.overhead.of(size, False) + float(verify[0])
+    plain = state.overhead.of(size, False) + float(verify[0])
     costs = RoundCosts(
         tokens=size,
-        sunk=learned.overhead.of(size, True),
+        sunk=state.overhead.of(size, True),
         levels=cost.draft_seconds(np.arange(1 + WIDEST * shape.drafting), shape.context),
         verify=verify,
         # A lone request has all the nodes, and nobody to wait for.
@@ -164,11 +149,11 @@ def _round_costs(
     return costs, plain
 
 
-def _first_level(learned: Learned, shape: Shape) -> tuple[float, float]:
+def _first_level(state: State, shape: Shape) -> tuple[float, float]:
     """Seconds of a model's first level, a share of catching up with what the model has missed
     included, and of the catching up. It is shared among the rounds that the requests stay."""
     waiting = [shape.waiting - shape.missed, shape.waiting]
-    regular, whole = learned.cost.first_seconds(shape.size, waiting, shape.context).tolist()
+    regular, whole = state.cost.first_seconds(shape.size, waiting, shape.context).tolist()
     return float(regular + (whole - regular) / shape.stay), max(0.0, whole - regular)
 
 

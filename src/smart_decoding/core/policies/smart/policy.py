@@ -1,5 +1,4 @@
-"""SMART: drafts, stops and prunes for the most tokens per second of the whole batch, by measured
-costs and calibrated probabilities. How it works: docs/controller.md."""
+"""The policy `smart`, and how it chooses among what it predicts."""
 
 from __future__ import annotations
 
@@ -8,12 +7,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from smart_decoding.core.calibration import HORIZON, WIDEST, Calibration, Forecast
-from smart_decoding.core.costs import CostModel
-from smart_decoding.core.exploration import Backoff, Exploration
-from smart_decoding.core.learned import Learned
+from smart_decoding.core.costs import CostModel, Overhead
+from smart_decoding.core.exploration import Exploration
 from smart_decoding.core.policies.base import require_int, require_number, token_array
+from smart_decoding.core.policies.smart.learn import learn, learn_acceptance, learn_plain
+from smart_decoding.core.policies.smart.predict import Prediction, Shape, predict
+from smart_decoding.core.policies.smart.state import Mode, State
 from smart_decoding.core.policies.statistics import Statistics
-from smart_decoding.core.prediction import Mode, Prediction, Shape, predict
 from smart_decoding.core.rule import Scores, TreeRule
 
 if TYPE_CHECKING:
@@ -102,49 +102,51 @@ class Smart:
             "max_round_slowdown", max_round_slowdown, 1.0, math.inf
         )
         budget = require_number("exploration_budget", exploration_budget, 0.0, 0.5)
-        self.calibration = calibration or Calibration()
-        self.forecast = forecast or Forecast(self.calibration)
-        self.learned = Learned(cost or CostModel.default(), self.calibration, self.forecast)
-        self.exploration = Exploration(budget)
+        calibration = calibration or Calibration()
+        cost = cost or CostModel.default()
+        self.state = State(
+            cost,
+            calibration,
+            forecast or Forecast(calibration),
+            Exploration(budget),
+            Overhead(cost.overhead_seconds),
+        )
         self.statistics = Statistics()
         self._ends = token_array(eos_token_ids)
         self._predictions: dict[tuple[object, ...], Prediction] = {}
         self._choice: Choice | None = None  # for the round to come; None: it did not ask
-        self._best = Mode.PLAIN  # what was predicted best last
-        self._explored = Mode.PLAIN  # by the last exploration
-        self._backoff = Backoff()
 
     @property
     def cost(self) -> CostModel:
         """The costs as corrected so far."""
-        return self.learned.cost
+        return self.state.cost
 
     @cost.setter
     def cost(self, model: CostModel) -> None:
-        self.learned.cost = model
+        self.state.cost = model
         self._predictions.clear()
 
     def plan(self, batch: BatchState) -> TreeRule | None:
         """The option predicted best, or one to explore."""
+        state = self.state
         self._choice = None
-        if self._backoff.goes_on(batch.size):
+        if state.backoff.goes_on(batch.size):
             return None
-        for round in self._backoff.take():
-            self._observe(round, None)
+        for round in state.backoff.take():
+            self._learn(round, None)
         limits = batch.limits
         shape = Shape.of(batch, limits)
         if not shape.drafting:
             return None
-        if self.learned.learn_plain():
+        if learn_plain(state):
             self._predictions.clear()
         prediction = self.predict(shape)
-        explored = self._explored if self._best is prediction.best else None
-        choice = choose(prediction, self.exploration, explored, shape)
-        self._apply(choice, batch.size)
-        self._choice = choice
-        if choice.mode is Mode.PLAIN:
+        explored = state.explored if state.best is prediction.best else None
+        self._choice = choose(prediction, state.exploration, explored, shape)
+        self._apply(self._choice, batch.size)
+        if self._choice.mode is Mode.PLAIN:
             return None
-        return self._rule(choice, batch, limits, shape.deepest)
+        return self._rule(self._choice, batch, limits, shape.deepest)
 
     def predict(self, shape: Shape) -> Prediction:
         """What plain decoding and every way to draft would bring, kept until something is
@@ -152,21 +154,22 @@ class Smart:
         key = shape.key()
         found = self._predictions.get(key)
         if found is None:
-            found = predict(shape, self.learned, self.max_levels, self.max_round_slowdown)
+            found = predict(self.state, shape, self.max_levels, self.max_round_slowdown)
             self._predictions[key] = found
         return found
 
     def _apply(self, choice: Choice, size: int) -> None:
         """Let explorations and backoffs begin and end as chosen."""
-        if choice.best is not self._best:
-            self._best = choice.best
-            self.exploration.stop()
+        state = self.state
+        if choice.best is not state.best:
+            state.best = choice.best
+            state.exploration.stop()
         if choice.begins:
-            self._explored = choice.mode
+            state.explored = choice.mode
             price = choice.prediction.price(choice.mode)
-            self.exploration.begin(price=price, size=size)
+            state.exploration.begin(price=price, size=size)
         if choice.backoff:
-            self._backoff.begin(choice.backoff, size)
+            state.backoff.begin(choice.backoff, size)
 
     def _rule(self, choice: Choice, batch: BatchState, limits: IntArray, deepest: int) -> TreeRule:
         """How deep to go is decided level by level."""
@@ -176,17 +179,17 @@ class Smart:
             # At least one node: otherwise a cost predicted too high would never be measured again.
             keep = replace(keep, least=1)
         expand = choice.prediction.expand
-        scores = Scores(self.calibration, batch.kind)
+        scores = Scores(self.state.calibration, batch.kind)
         # An exploration is to learn of the model.
         may_skip = choice.mode is Mode.MODEL and not choice.explores
         skip_model = choice.prediction.skip_model if may_skip else None
         return TreeRule(levels, self.children, limits, self._ends, expand, keep, scores, skip_model)
 
     def observe(self, round: Round) -> None:
-        """Learns from any round; explorations pay for what they lost."""
+        """Learn from any round; explorations pay for what they lost."""
         unasked = self._choice is None and round.rule is None
-        for known in self._backoff.add(round) if unasked else [round]:
-            self._observe(known, self._choice_of(known))
+        for known in self.state.backoff.add(round) if unasked else [round]:
+            self._learn(known, self._choice_of(known))
 
     def _choice_of(self, round: Round) -> Choice | None:
         """What planned the round; None where none did, as with prompts, or another one."""
@@ -195,26 +198,25 @@ class Smart:
             return None
         return choice if (round.rule is None) == (choice.mode is Mode.PLAIN) else None
 
-    def _observe(self, round: Round, choice: Choice | None) -> None:
-        if self.learned.observe(round, choice.forecast_rate(round) if choice else 0.0):
-            self._predictions.clear()
+    def _learn(self, round: Round, choice: Choice | None) -> None:
+        state = self.state
+        changed = learn(state, round, choice.forecast_rate(round) if choice else 0.0)
         if choice is not None and choice.explores:
-            self._observe_exploration(round, choice)
+            if state.exploration.observe(choice.loss(round), choice.prediction.plain):
+                learn_plain(state)
+                learn_acceptance(state)
+                changed = True
         elif not round.batch.prefill_rows:
-            self.exploration.observe_best()
-        self.statistics.record(round, choice.prediction.plain if choice else round.seconds)
-
-    def _observe_exploration(self, round: Round, choice: Choice) -> None:
-        if self.exploration.observe(choice.loss(round), choice.prediction.plain):
-            self.learned.learn_plain()
-            self.learned.learn_acceptance()
+            state.exploration.observe_best()
+        if changed:
             self._predictions.clear()
+        self.statistics.record(round, choice.prediction.plain if choice else round.seconds)
 
     def stats(self) -> dict[str, float]:
         """Running figures for metrics: estimated speedup, share of rounds off, calibration error,
         exploration. In backoff they are up to HORIZON rounds old."""
         return {
             **self.statistics.summary(),
-            "exploration_seconds": self.exploration.seconds,
-            "explorations": float(self.exploration.count),
+            "exploration_seconds": self.state.exploration.seconds,
+            "explorations": float(self.state.exploration.count),
         }

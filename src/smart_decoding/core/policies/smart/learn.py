@@ -1,0 +1,90 @@
+"""What `smart` learns from real rounds: costs, overhead, acceptance, and what forecasts leave out.
+
+Costs are corrected every few rounds, and acceptance is learned from several rounds in one go, as
+every numpy call has its price."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from smart_decoding.core.batch import merged
+from smart_decoding.core.calibration import HORIZON
+from smart_decoding.core.costs import SURPRISE
+from smart_decoding.core.selection import BestRate
+
+if TYPE_CHECKING:
+    from smart_decoding.core.batch import Round
+    from smart_decoding.core.policies.smart.state import State, Timings
+
+# Rounds between two lessons in costs, once as many have passed: learning takes time itself, but a
+# machine's state lasts for seconds only. HORIZON rounds pass between two lessons in acceptance.
+COSTS_EVERY = 8
+
+
+def learn(state: State, round: Round, forecast_rate: float) -> bool:
+    """Learn from a round; return whether predictions depend on what was learned.
+
+    forecast_rate: tokens per second that were forecast of it; 0: it says nothing of them."""
+    batch = round.batch
+    if not batch.prefill_rows:
+        state.overhead.observe(batch.size, round.rule is not None, round.other_seconds)
+    if round.rule is None:
+        # Rounds with prompts have as many rows as those that draft.
+        (state.drafted if batch.prefill_rows else state.plain).add(round)
+        return False
+    state.rounds += 1
+    state.drafted.add(round)
+    if state.rounds % min(COSTS_EVERY, state.rounds) == 0:
+        _learn_costs(state, state.drafted)
+    _observe_trees(state, round, forecast_rate)
+    # As if accepted nodes were Poisson.
+    surprised = state.missing**2 > SURPRISE**2 * state.expected
+    due = len(state.waiting) >= min(HORIZON, state.rounds - len(state.waiting))
+    return (surprised or due) and learn_acceptance(state)
+
+
+def learn_plain(state: State) -> bool:
+    """Correct costs by the plain rounds since the last time; return whether there were any: what
+    the machine has become meanwhile may make drafting pay."""
+    return _learn_costs(state, state.plain)
+
+
+def learn_acceptance(state: State) -> bool:
+    """Learn from the trees since the last time; return whether there were any."""
+    if not state.waiting:
+        return False
+    trees, nodes, chosen = merged(state.waiting)
+    kinds = np.concatenate([round.batch.kind for round in state.waiting])
+    state.waiting.clear()
+    state.expected = 0.0
+    state.missing = 0.0
+    state.calibration.observe(trees, nodes, chosen, kinds)
+    if (trees.source == 0).any():  # nodes of the model drafter
+        state.forecast.observe(trees)
+    return True
+
+
+def _learn_costs(state: State, timings: Timings) -> bool:
+    samples = timings.take()
+    for sample in samples:
+        state.cost = state.cost.corrected(sample)
+    return bool(samples)
+
+
+def _observe_trees(state: State, round: Round, forecast_rate: float) -> None:
+    rule = round.rule
+    if rule is None or rule.scores is None:  # what was drafted is not calibrated
+        state.calibration.score(round.trees, round.batch.kind)
+    state.waiting.append(round)
+    expected = round.expected
+    state.expected += expected
+    state.missing += expected - round.accepted
+    if not forecast_rate or rule is None or not isinstance(rule.keep, BestRate):
+        return
+    costs = rule.keep.costs
+    further = sum(costs.levels[round.level_widths[1:]].tolist())
+    seconds = costs.sunk + further + float(costs.verify[len(round.kept)])
+    realised = state.with_model if rule.levels else state.free
+    realised.observe(round.batch.size, costs.tokens + expected, forecast_rate * seconds)

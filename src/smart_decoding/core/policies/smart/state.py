@@ -1,0 +1,195 @@
+"""All that `smart` knows between two rounds."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import defaultdict
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from smart_decoding.core.calibration import RunningMean
+from smart_decoding.core.costs import DraftSample, Overhead, VerifySample, size_bucket
+from smart_decoding.core.exploration import Backoff, Exploration
+
+if TYPE_CHECKING:
+    from smart_decoding.core.batch import Round
+    from smart_decoding.core.calibration import Calibration, Forecast
+    from smart_decoding.core.costs import CostModel, Sample
+
+UNSURE = 0.3  # standard deviation of one request's log rate in a round over its forecast
+
+
+class Mode(Enum):
+    """The ways to spend a round."""
+
+    PLAIN = "plain"
+    FREE = "free"  # what drafters without a model propose
+    MODEL = "model"
+
+
+class Realised:
+    """All tokens of some rounds, over those that were forecast for their seconds, by size bucket:
+    the mean of single rounds' ratios would say less than all of them together reach."""
+
+    def __init__(self) -> None:
+        self._tokens: defaultdict[int, RunningMean] = defaultdict(RunningMean)
+        self._forecast: defaultdict[int, RunningMean] = defaultdict(RunningMean)
+
+    def of(self, size: int) -> float:
+        """The ratio for batches of about this size, with optimism: what was hardly tried may be
+        better."""
+        bucket = size_bucket(size)
+        tokens = self._tokens[bucket]
+        optimism = math.exp(UNSURE / math.sqrt((1 + tokens.seen) * size))
+        return optimism * tokens.mean / self._forecast[bucket].mean if tokens.seen else optimism
+
+    def observe(self, size: int, tokens: float, forecast: float) -> None:
+        """After a round that brings so many tokens, in place of those forecast."""
+        bucket = size_bucket(size)
+        self._tokens[bucket].observe(tokens)
+        self._forecast[bucket].observe(forecast)
+
+
+# --- times ----------------------------------------------------------------------------------------
+#
+# Costs are corrected by means over several rounds, of forwards of about as many rows. The rate of
+# those rounds depends on the mean. Of single times the filter would cut the outliers, and believe
+# that forwards with a heavy tail, as shared machines have them, are faster than they are.
+
+
+class Forward(Enum):
+    """Kinds of forwards that are alike."""
+
+    VERIFY = "verify"
+    FIRST = "first"
+    LEVEL = "level"
+
+
+@dataclass(slots=True)
+class Sums:
+    """Of forwards: how many, their rows, contexts and seconds, and the rows waiting at them."""
+
+    count: int = 0
+    rows: int = 0
+    context: float = 0.0
+    seconds: float = 0.0
+    waiting: int = 0
+
+    def add(self, rows: int, context: float, seconds: float, waiting: int = 0) -> None:
+        """Count a forward."""
+        self.count += 1
+        self.rows += rows
+        self.context += context
+        self.seconds += seconds
+        self.waiting += waiting
+
+    def mean(self, kind: Forward, size: int) -> Sample:
+        """Return their means as one forward."""
+        n = self.count
+        rows = self.rows / n
+        context = self.context / n
+        seconds = self.seconds / n
+        if kind is Forward.VERIFY:
+            # Plain rounds are many, and all alike. A drafting round's mean counts as one: were it
+            # believed more, a few slow ones would say that drafting does not pay.
+            return VerifySample(size, rows, context, seconds, n if rows == size else 1)
+        waiting = self.waiting / n if kind is Forward.FIRST else None
+        return DraftSample(rows, context, seconds, waiting)
+
+
+class Timings:
+    """The times of rounds: sums by kind of forward, batch size, and octave of the rows."""
+
+    def __init__(self) -> None:
+        self._sums: defaultdict[tuple[Forward, int, int], Sums] = defaultdict(Sums)
+
+    def add(self, round: Round) -> None:
+        """Count a round."""
+        context = round.batch.mean_context
+        self._of(Forward.VERIFY, round, round.verify_rows).add(
+            round.verify_rows, context, round.verify_seconds
+        )
+        waiting = round.batch.catch_up_rows
+        kind = Forward.FIRST
+        for width, seconds in zip(round.level_widths, round.level_seconds, strict=True):
+            self._of(kind, round, width).add(width - waiting, context, seconds, waiting)
+            kind = Forward.LEVEL
+            waiting = 0
+
+    def _of(self, kind: Forward, round: Round, rows: int) -> Sums:
+        return self._sums[kind, round.batch.size, rows.bit_length()]
+
+    def take(self) -> list[Sample]:
+        """Return the means of each; they begin anew."""
+        samples = [sums.mean(kind, size) for (kind, size, _), sums in self._sums.items()]
+        self._sums.clear()
+        return samples
+
+
+# --- the state ------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class State:
+    """cost: as corrected so far. calibration, forecast, overhead: as they are now. with_model: what
+    the model's rounds reach of their forecast, as choosing among real nodes does better than a mean
+    can predict. free: what rounds of free drafters reach of a plain one's rate.
+
+    plain, drafted: times that costs are not corrected by yet. rounds: that drafted. waiting: those
+    whose trees are not learned from yet. expected, missing: nodes that these should have accepted,
+    and accepted less.
+
+    best: the mode predicted best last. explored: by the last exploration."""
+
+    cost: CostModel
+    calibration: Calibration
+    forecast: Forecast
+    exploration: Exploration
+    overhead: Overhead
+    with_model: Realised = field(default_factory=Realised)
+    free: Realised = field(default_factory=Realised)
+    plain: Timings = field(default_factory=Timings)
+    drafted: Timings = field(default_factory=Timings)
+    rounds: int = 0
+    waiting: list[Round] = field(default_factory=list)
+    expected: float = 0.0
+    missing: float = 0.0
+    best: Mode = Mode.PLAIN
+    explored: Mode = Mode.PLAIN
+    backoff: Backoff = field(default_factory=Backoff)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain numbers, lists and dictionaries, to print and to compare."""
+        found: dict[str, Any] = _plain(self)
+        return found
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, State) and self.to_dict() == other.to_dict()
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _plain(value: Any) -> Any:
+    """Numbers, lists and dictionaries in place of a value and all that it holds."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, dict):
+        return {str(_plain(key)): _plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    if dataclasses.is_dataclass(value):
+        # What a field's `compare` leaves out is a cache.
+        fields = [each.name for each in dataclasses.fields(value) if each.compare]
+        return {name: _plain(getattr(value, name)) for name in fields}
+    names = vars(value) if hasattr(value, "__dict__") else value.__slots__
+    return {name: _plain(getattr(value, name)) for name in names}
