@@ -148,14 +148,14 @@ def test_looking_back_stops_at_the_level_that_made_the_round_worse(trace):
     assert levels_of(all_of_them) > 6
 
 
-@pytest.mark.parametrize(("name", "noticed"), [("smart", 1), ("no test for change", 0)])
+@pytest.mark.parametrize(("name", "noticed"), [("smart", True), ("no test for change", False)])
 def test_without_its_test_a_drafter_that_becomes_bad_is_not_said_to_have_changed(
     trace, name, noticed
 ):
     costs = MACHINES["cheap rows"]
     policy = ABLATIONS[name](trace, costs)
     run(policy, World(1, 4, costs, good=lambda index: index < 20), range(60))
-    assert policy.state.calibration.changes == noticed
+    assert (policy.state.calibration.changes > 0) == noticed
 
 
 def test_forecasts_that_are_not_corrected_are_believed(trace):

@@ -14,6 +14,7 @@ counted in plain rounds, whose length is known for every batch.
 from __future__ import annotations
 
 import math
+from enum import Enum
 from typing import TYPE_CHECKING
 
 from smart_decoding.core.calibration import HORIZON
@@ -24,6 +25,14 @@ if TYPE_CHECKING:
 
 RUN = 2  # rounds of an exploration
 STARTING_BUDGET = HORIZON / 2  # plain rounds of a lone request: a model can read its prompt
+
+
+class Mode(Enum):
+    """The ways to spend a round."""
+
+    PLAIN = "plain"
+    FREE = "free"  # what drafters without a model propose
+    MODEL = "model"
 
 
 class Exploration:
@@ -51,7 +60,7 @@ class Exploration:
         return max(self._pause, math.ceil(self._overspent / self.budget))
 
     def affords(self, price: float, size: int = 1) -> bool:
-        """Whether the budget has an option's price of beginning, in plain rounds of `size`
+        """Return whether the budget has an option's price of beginning, in plain rounds of `size`
         requests."""
         return min(price, HORIZON) <= self._earned + self._starting / size
 
@@ -115,7 +124,7 @@ class Backoff:
         self._bucket = size_bucket(size)
 
     def goes_on(self, size: int) -> bool:
-        """Whether the coming round is one of them."""
+        """Return whether the coming round is one of them."""
         if self._left and self._bucket == size_bucket(size):
             self._left -= 1
             return True

@@ -82,7 +82,7 @@ def numbers(path: Path) -> list[str]:
             )
         elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]).isupper():
             named.add(node.value)
-        elif isinstance(node, ast.arguments) and path.stem == "policy":
+        elif isinstance(node, ast.arguments) and path.parent.stem == "smart":
             named.update(default for default in node.defaults)
         skipped.update(below for each in inner for below in ast.walk(each))
     return [

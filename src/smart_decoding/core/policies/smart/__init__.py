@@ -2,11 +2,228 @@
 costs and calibrated probabilities. How it works: docs/controller.md.
 
 A round is `predict` (what each way to spend it would bring), `choose` (the best one, or one to
-explore), and `learn` (from what happened). `State` is all that lasts between rounds.
+explore), and `learn` (from what happened). `SmartState` is all that lasts between rounds.
 """
 
-from smart_decoding.core.policies.smart.policy import Choice, Smart, choose
-from smart_decoding.core.policies.smart.predict import Prediction, Shape, predict
-from smart_decoding.core.policies.smart.state import Mode, State
+from __future__ import annotations
 
-__all__ = ["Choice", "Mode", "Prediction", "Shape", "Smart", "State", "choose", "predict"]
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from smart_decoding.core.calibration import HORIZON, WIDEST, Calibration, Forecast
+from smart_decoding.core.costs import CostModel, Overhead
+from smart_decoding.core.exploration import Exploration, Mode
+from smart_decoding.core.policies.base import require_int, require_number, token_array
+from smart_decoding.core.policies.smart.learn import learn, learn_acceptance, learn_plain
+from smart_decoding.core.policies.smart.predict import Prediction, Shape, predict
+from smart_decoding.core.policies.smart.state import SmartState
+from smart_decoding.core.policies.statistics import Statistics
+from smart_decoding.core.rule import Scores, TreeRule
+
+if TYPE_CHECKING:
+    from smart_decoding.core.batch import BatchState, Round
+    from smart_decoding.core.policies.base import TokenIds
+    from smart_decoding.core.tree import IntArray
+
+__all__ = ["Choice", "Mode", "Prediction", "Shape", "Smart", "SmartState", "choose", "predict"]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """How a round is to be spent, and what that was decided by.
+
+    best: the mode predicted best. begins: whether a run of explorations begins with the round.
+    backoff: plain rounds that follow without asking."""
+
+    mode: Mode
+    best: Mode
+    prediction: Prediction
+    begins: bool = False
+    backoff: int = 0
+
+    @property
+    def explores(self) -> bool:
+        """Whether the round leaves what is predicted best."""
+        return self.mode is not self.best
+
+    def forecast_rate(self, round: Round) -> float:
+        """Return tokens per second that were forecast: of a model's drafts, else of plain decoding.
+        0 where the model was left out, as free drafters were enough: others may do worse."""
+        if self.mode is not Mode.MODEL:
+            return self.prediction.rates[Mode.PLAIN]
+        return self.prediction.forecast_rate if round.rule and round.rule.levels else 0.0
+
+    def loss(self, round: Round) -> float:
+        """Return seconds that the round took longer than the best mode for as many tokens."""
+        tokens = round.batch.size + round.accepted
+        return round.seconds - tokens / self.prediction.rates[self.best]
+
+
+def choose(
+    prediction: Prediction, exploration: Exploration, explored: Mode | None, shape: Shape
+) -> Choice:
+    """Choose the mode predicted best, or one to explore; nothing changes by that. Plain decoding
+    backs off for as long as no exploration is due, but no longer than these answers last.
+
+    explored: by the run that is going on, if it still is one."""
+    best = prediction.best
+    prices = {mode: prediction.price(mode) for mode in prediction.rates if mode is not best}
+    if exploration.left > 0 and explored in prices:
+        return Choice(explored, best, prediction)
+    others = [mode for mode, price in prices.items() if exploration.affords(price, shape.size)]
+    wait = exploration.wait if others else HORIZON
+    if others and wait == 0:
+        return Choice(others[exploration.count % len(others)], best, prediction, begins=True)
+    backs_off = prices and best is Mode.PLAIN
+    backoff = int(min(wait, HORIZON, shape.deepest)) - 1 if backs_off else 0
+    return Choice(best, best, prediction, backoff=backoff)
+
+
+class Smart:
+    """The cost-aware policy.
+
+    cost: measured costs (None: a guess that real rounds correct). calibration, forecast: stored
+    priors. max_levels, children: the deepest tree and the proposals per node that are considered.
+    max_round_slowdown: with several requests, no round is planned to last longer than this multiple
+    of a plain one, but for what the drafter has to catch up with. exploration_budget: share of the
+    time that may go into exploring the options predicted worse.
+    """
+
+    name = "smart"
+
+    def __init__(
+        self,
+        cost: CostModel | None = None,
+        calibration: Calibration | None = None,
+        forecast: Forecast | None = None,
+        max_levels: int = 8,
+        children: int = WIDEST,
+        max_round_slowdown: float = 2.0,
+        exploration_budget: float = 0.005,
+        eos_token_ids: TokenIds = (),
+    ) -> None:
+        self.max_levels = require_int("max_levels", max_levels, 1, 64)
+        self.children = require_int("children", children, 1, 256)
+        self.max_round_slowdown = require_number(
+            "max_round_slowdown", max_round_slowdown, 1.0, math.inf
+        )
+        budget = require_number("exploration_budget", exploration_budget, 0.0, 0.5)
+        calibration = calibration or Calibration()
+        cost = cost or CostModel.default()
+        self.state = SmartState(
+            cost,
+            calibration,
+            forecast or Forecast(calibration),
+            Exploration(budget),
+            Overhead(cost.overhead_seconds),
+        )
+        self.statistics = Statistics()
+        self._ends = token_array(eos_token_ids)
+        self._predictions: dict[tuple[object, ...], Prediction] = {}
+        self._choice: Choice | None = None  # for the round to come; None: it did not ask
+
+    @property
+    def cost(self) -> CostModel:
+        """The costs as corrected so far."""
+        return self.state.cost
+
+    @cost.setter
+    def cost(self, model: CostModel) -> None:
+        self.state.cost = model
+        self._predictions.clear()
+
+    def plan(self, batch: BatchState) -> TreeRule | None:
+        """Return the option predicted best, or one to explore."""
+        state = self.state
+        self._choice = None
+        if state.backoff.goes_on(batch.size):
+            return None
+        for round in state.backoff.take():
+            self._learn(round, None)
+        limits = batch.limits
+        shape = Shape.of(batch, limits)
+        if not shape.drafting:
+            return None
+        if learn_plain(state):
+            self._predictions.clear()
+        prediction = self.predict(shape)
+        explored = state.explored if state.best is prediction.best else None
+        self._choice = choose(prediction, state.exploration, explored, shape)
+        self._apply(self._choice, batch.size)
+        if self._choice.mode is Mode.PLAIN:
+            return None
+        return self._rule(self._choice, batch, limits, shape.deepest)
+
+    def predict(self, shape: Shape) -> Prediction:
+        """Return what plain decoding and every way to draft would bring, kept until something is
+        learned."""
+        key = shape.key()
+        found = self._predictions.get(key)
+        if found is None:
+            found = predict(self.state, shape, self.max_levels, self.max_round_slowdown)
+            self._predictions[key] = found
+        return found
+
+    def _apply(self, choice: Choice, size: int) -> None:
+        """Let explorations and backoffs begin and end as chosen."""
+        state = self.state
+        if choice.best is not state.best:
+            state.best = choice.best
+            state.exploration.stop()
+        if choice.begins:
+            state.explored = choice.mode
+            price = choice.prediction.price(choice.mode)
+            state.exploration.begin(price=price, size=size)
+        if choice.backoff:
+            state.backoff.begin(choice.backoff, size)
+
+    def _rule(self, choice: Choice, batch: BatchState, limits: IntArray, deepest: int) -> TreeRule:
+        """Return the rule of a mode, under which how deep to go is decided level by level."""
+        levels = min(self.max_levels, deepest) if choice.mode is Mode.MODEL else 0
+        keep = choice.prediction.keep[choice.mode]
+        if choice.explores:
+            # At least one node: otherwise a cost predicted too high would never be measured again.
+            keep = replace(keep, least=1)
+        expand = choice.prediction.expand
+        scores = Scores(self.state.calibration, batch.kind)
+        # An exploration is to learn of the model.
+        may_skip = choice.mode is Mode.MODEL and not choice.explores
+        skip_model = choice.prediction.skip_model if may_skip else None
+        return TreeRule(levels, self.children, limits, self._ends, expand, keep, scores, skip_model)
+
+    def observe(self, round: Round) -> None:
+        """Learn from any round; explorations pay for what they lost."""
+        unasked = self._choice is None and round.rule is None
+        for known in self.state.backoff.add(round) if unasked else [round]:
+            self._learn(known, self._choice_of(known))
+
+    def _choice_of(self, round: Round) -> Choice | None:
+        """Return what planned the round; None where none did, as with prompts, or another one."""
+        choice = self._choice
+        if choice is None or round.batch.prefill_rows:
+            return None
+        return choice if (round.rule is None) == (choice.mode is Mode.PLAIN) else None
+
+    def _learn(self, round: Round, choice: Choice | None) -> None:
+        state = self.state
+        changed = learn(state, round, choice.forecast_rate(round) if choice else 0.0)
+        if choice is not None and choice.explores:
+            if state.exploration.observe(choice.loss(round), choice.prediction.plain):
+                learn_plain(state)
+                learn_acceptance(state)
+                changed = True
+        elif not round.batch.prefill_rows:
+            state.exploration.observe_best()
+        if changed:
+            self._predictions.clear()
+        self.statistics.record(round, choice.prediction.plain if choice else round.seconds)
+
+    def stats(self) -> dict[str, float]:
+        """Running figures for metrics: estimated speedup, share of rounds off, calibration error,
+        exploration. In backoff they are up to HORIZON rounds old."""
+        return {
+            **self.statistics.summary(),
+            "exploration_seconds": self.state.exploration.seconds,
+            "explorations": float(self.state.exploration.count),
+        }

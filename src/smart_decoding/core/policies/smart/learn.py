@@ -16,14 +16,14 @@ from smart_decoding.core.selection import BestRate
 
 if TYPE_CHECKING:
     from smart_decoding.core.batch import Round
-    from smart_decoding.core.policies.smart.state import State, Timings
+    from smart_decoding.core.policies.smart.state import SmartState, Timings
 
 # Rounds between two lessons in costs, once as many have passed: learning takes time itself, but a
 # machine's state lasts for seconds only. HORIZON rounds pass between two lessons in acceptance.
 COSTS_EVERY = 8
 
 
-def learn(state: State, round: Round, forecast_rate: float) -> bool:
+def learn(state: SmartState, round: Round, forecast_rate: float) -> bool:
     """Learn from a round; return whether predictions depend on what was learned.
 
     forecast_rate: tokens per second that were forecast of it; 0: it says nothing of them."""
@@ -45,13 +45,13 @@ def learn(state: State, round: Round, forecast_rate: float) -> bool:
     return (surprised or due) and learn_acceptance(state)
 
 
-def learn_plain(state: State) -> bool:
+def learn_plain(state: SmartState) -> bool:
     """Correct costs by the plain rounds since the last time; return whether there were any: what
     the machine has become meanwhile may make drafting pay."""
     return _learn_costs(state, state.plain)
 
 
-def learn_acceptance(state: State) -> bool:
+def learn_acceptance(state: SmartState) -> bool:
     """Learn from the trees since the last time; return whether there were any."""
     if not state.waiting:
         return False
@@ -66,14 +66,14 @@ def learn_acceptance(state: State) -> bool:
     return True
 
 
-def _learn_costs(state: State, timings: Timings) -> bool:
+def _learn_costs(state: SmartState, timings: Timings) -> bool:
     samples = timings.take()
     for sample in samples:
         state.cost = state.cost.corrected(sample)
     return bool(samples)
 
 
-def _observe_trees(state: State, round: Round, forecast_rate: float) -> None:
+def _observe_trees(state: SmartState, round: Round, forecast_rate: float) -> None:
     rule = round.rule
     if rule is None or rule.scores is None:  # what was drafted is not calibrated
         state.calibration.score(round.trees, round.batch.kind)

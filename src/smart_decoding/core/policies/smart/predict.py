@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from smart_decoding.core.calibration import DEPTHS, HORIZON, KINDS, NODES, WIDEST, expected_tree
-from smart_decoding.core.policies.smart.state import Mode
+from smart_decoding.core.exploration import Mode
 from smart_decoding.core.selection import (
     NONE,
     RANKS,
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from smart_decoding.core.batch import BatchState
-    from smart_decoding.core.policies.smart.state import State
+    from smart_decoding.core.policies.smart.state import SmartState
     from smart_decoding.core.tree import FloatArray, IntArray
 
 
@@ -95,11 +95,13 @@ class Prediction:
         return max(self.rates, key=self.rates.__getitem__)
 
     def price(self, mode: Mode) -> float:
-        """Plain rounds that the mode takes before its first token."""
+        """Return plain rounds that the mode takes before its first token."""
         return self.catch_up / self.plain if mode is Mode.MODEL else 0.0
 
 
-def predict(state: State, shape: Shape, max_levels: int, max_round_slowdown: float) -> Prediction:
+def predict(
+    state: SmartState, shape: Shape, max_levels: int, max_round_slowdown: float
+) -> Prediction:
     """Predict for batches of one shape."""
     size = shape.size
     drafting = shape.drafting
@@ -132,7 +134,9 @@ def _join(rates: dict[Mode, float]) -> None:
         rates[Mode.MODEL] = max(rates[Mode.MODEL], rates.pop(Mode.FREE))
 
 
-def _round_costs(state: State, shape: Shape, max_round_slowdown: float) -> tuple[RoundCosts, float]:
+def _round_costs(
+    state: SmartState, shape: Shape, max_round_slowdown: float
+) -> tuple[RoundCosts, float]:
     """Of a round without a model, and the seconds of a plain one."""
     size = shape.size
     cost = state.cost
@@ -149,9 +153,10 @@ def _round_costs(state: State, shape: Shape, max_round_slowdown: float) -> tuple
     return costs, plain
 
 
-def _first_level(state: State, shape: Shape) -> tuple[float, float]:
-    """Seconds of a model's first level, a share of catching up with what the model has missed
-    included, and of the catching up. It is shared among the rounds that the requests stay."""
+def _first_level(state: SmartState, shape: Shape) -> tuple[float, float]:
+    """Return seconds of a model's first level, a share of catching up with what the model has
+    missed included, and of the catching up. It is shared among the rounds that the requests
+    stay."""
     waiting = [shape.waiting - shape.missed, shape.waiting]
     regular, whole = state.cost.first_seconds(shape.size, waiting, shape.context).tolist()
     return float(regular + (whole - regular) / shape.stay), max(0.0, whole - regular)
@@ -160,7 +165,7 @@ def _first_level(state: State, shape: Shape) -> tuple[float, float]:
 def _look_ahead(
     costs: RoundCosts, children: FloatArray, drafting: int, max_levels: int
 ) -> LookAhead:
-    """What to expand, where a model drafts for so many requests."""
+    """Return what to expand, where a model drafts for so many requests."""
     widths = 2 ** np.arange((WIDEST * drafting).bit_length())
     below = children[np.minimum(np.arange(1, 1 + max_levels), DEPTHS - 1), :RANKS]
     return LookAhead(costs, widths, below, children[0], drafting)
@@ -181,9 +186,9 @@ def _levels(
 
 
 def _rate(losses: FloatArray, drafted: FloatArray, costs: RoundCosts, drafting: int) -> float:
-    """The best rate of all options, where each of `drafting` requests verifies as many nodes as the
-    others. losses: [options, nodes] negated gains of one request, ascending; drafted: [options]
-    seconds of drafting."""
+    """Return the best rate of all options, where each of `drafting` requests verifies as many nodes
+    as the others. losses: [options, nodes] negated gains of one request, ascending; drafted:
+    [options] seconds of drafting."""
     losses = losses[:, :NODES] * drafting
     verify = costs.verify[::drafting][: losses.shape[1] + 1]
     sunk = costs.sunk + drafted

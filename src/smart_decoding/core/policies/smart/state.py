@@ -13,7 +13,8 @@ import numpy as np
 
 from smart_decoding.core.calibration import RunningMean
 from smart_decoding.core.costs import DraftSample, Overhead, VerifySample, size_bucket
-from smart_decoding.core.exploration import Backoff, Exploration
+from smart_decoding.core.exploration import Backoff, Exploration, Mode
+from smart_decoding.core.tree import DraftTrees
 
 if TYPE_CHECKING:
     from smart_decoding.core.batch import Round
@@ -21,14 +22,6 @@ if TYPE_CHECKING:
     from smart_decoding.core.costs import CostModel, Sample
 
 UNSURE = 0.3  # standard deviation of one request's log rate in a round over its forecast
-
-
-class Mode(Enum):
-    """The ways to spend a round."""
-
-    PLAIN = "plain"
-    FREE = "free"  # what drafters without a model propose
-    MODEL = "model"
 
 
 class Realised:
@@ -40,8 +33,8 @@ class Realised:
         self._forecast: defaultdict[int, RunningMean] = defaultdict(RunningMean)
 
     def of(self, size: int) -> float:
-        """The ratio for batches of about this size, with optimism: what was hardly tried may be
-        better."""
+        """Return the ratio for batches of about this size, with optimism: what was hardly tried may
+        be better."""
         bucket = size_bucket(size)
         tokens = self._tokens[bucket]
         optimism = math.exp(UNSURE / math.sqrt((1 + tokens.seen) * size))
@@ -134,7 +127,7 @@ class Timings:
 
 
 @dataclass(eq=False)
-class State:
+class SmartState:
     """cost: as corrected so far. calibration, forecast, overhead: as they are now. with_model: what
     the model's rounds reach of their forecast, as choosing among real nodes does better than a mean
     can predict. free: what rounds of free drafters reach of a plain one's rate.
@@ -168,7 +161,7 @@ class State:
         return found
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, State) and self.to_dict() == other.to_dict()
+        return isinstance(other, SmartState) and self.to_dict() == other.to_dict()
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -181,6 +174,8 @@ def _plain(value: Any) -> Any:
         return value.value
     if isinstance(value, np.ndarray):
         return value.tolist()
+    if isinstance(value, DraftTrees):  # without the room that they leave
+        return _plain([value.ints[:, : len(value)], value.floats[:, : len(value)]])
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, dict):
