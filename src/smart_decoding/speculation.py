@@ -11,7 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smart_decoding.core.calibration import Calibration, Forecast
-from smart_decoding.core.policies import check_policy, make_policy, policy_options, user_options
+from smart_decoding.core.policies import (
+    check_policy,
+    is_policy,
+    make_policy,
+    policy_options,
+    user_options,
+)
 from smart_decoding.drafters import METHODS, check_draft, check_plain
 from smart_decoding.drafters.levels import LevelDrafter
 from smart_decoding.drafters.ngram import NgramDrafter
@@ -91,14 +97,14 @@ class Speculation:
 
 
 def level_drafter(drafter: Drafter | None) -> LevelDrafter[Any] | None:
-    """The drafter with a model that this one is, or has."""
+    """Return the drafter with a model that this one is, or has."""
     model = drafter.model if isinstance(drafter, UnionDrafter) else drafter
     return model if isinstance(model, LevelDrafter) else None
 
 
 def own_head(target: Checkpoint) -> Path | None:
-    """The head that comes with this package for a built-in model, or for what seems to be a copy
-    of it and has its sizes."""
+    """Return the head that comes with this package for a built-in model, or for what seems to be a
+    copy of it and has its sizes."""
     model = target.provenance["model"]
     name = copied_name(model)
     folder = shipped_head(name)
@@ -119,7 +125,7 @@ class SpeculativeConfig:
     for, but found in the cache or this package."""
 
     method: str
-    policy: str
+    policy: str | Policy
     options: Mapping[str, Any]
     draft: Checkpoint | None = None
     head: Path | None = None
@@ -177,8 +183,8 @@ def check_speculation(
 def _default_method(
     given: Mapping[str, Any], target: Checkpoint, has_head: bool, has_draft: bool
 ) -> str:
-    """What drafts where no method is given: n-grams alone where only their options are, or where
-    nothing is to be drafted; else beside what has a model."""
+    """Return what drafts where no method is given: n-grams alone where only their options are, or
+    where nothing is to be drafted; else beside what has a model."""
     if given.keys().isdisjoint(("model", "visual_positions")) and _chooses(given):
         return "ngram"
     if has_head and parameters(target.config) < SMALL:
@@ -187,21 +193,23 @@ def _default_method(
 
 
 def _means_own_head(given: Mapping[str, Any], shipped: Path | None) -> bool:
-    """Whether the model's own built-in name says what drafts, and no draft model is asked for."""
+    """Return whether the model's own built-in name says what drafts, and no draft model is asked
+    for."""
     name = str(given.get("model"))
     asked = given.get("method", "eagle") in ("eagle", "eagle3", "union")
     return asked and shipped is not None and shipped_head(name) == shipped
 
 
-def _check_method(method: str, policy: str) -> None:
+def _check_method(method: str, policy: str | Policy) -> None:
     if method not in METHODS:
         raise ConfigError(f"unknown method {method!r}; choose one of: {', '.join(METHODS)}")
     check_plain(method, policy)
 
 
-def _name_depth(given: dict[str, Any], method: str, policy: str) -> None:
-    """Puts vLLM's number of tokens under the name that it has here."""
-    deepest = DEEPEST.get(method, DEEPEST.get(policy))
+def _name_depth(given: dict[str, Any], method: str, policy: str | Policy) -> None:
+    """Put vLLM's number of tokens under the name that it has here."""
+    of_policy = DEEPEST.get(policy) if isinstance(policy, str) else None
+    deepest = DEEPEST.get(method, of_policy)
     if deepest is None or "num_speculative_tokens" not in given:
         return
     if deepest in given:
@@ -209,9 +217,12 @@ def _name_depth(given: dict[str, Any], method: str, policy: str) -> None:
     given[deepest] = given.pop("num_speculative_tokens")
 
 
-def _check_known(method: str, policy: str, given: Mapping[str, Any], theirs: Sequence[str]) -> None:
+def _check_known(
+    method: str, policy: str | Policy, given: Mapping[str, Any], theirs: Sequence[str]
+) -> None:
     """theirs: the method's options."""
     ours = user_options(policy) if method != "none" else []
+    name = policy if isinstance(policy, str) else policy.name
     unknown = [option for option in given if option not in (*ours, *theirs)]
     called = ["'model' (--draft)" if option == "model" else repr(option) for option in unknown]
     if unknown and method == "none":
@@ -220,7 +231,7 @@ def _check_known(method: str, policy: str, given: Mapping[str, Any], theirs: Seq
         raise ConfigError(
             f"unknown option {called[0]}; "
             f"method {method!r} takes: {', '.join(theirs) or 'none'}; "
-            f"policy {policy!r}: {', '.join(ours) or 'none'}"
+            f"policy {name!r}: {', '.join(ours) or 'none'}"
         )
 
 
@@ -238,8 +249,8 @@ def _head(method: str, name: str | Path | None, trust_pickle: bool) -> Path | No
 
 
 def _is_model(name: Any, ask: bool) -> bool:
-    """Whether this is a draft model, and no head: a built-in one, a GGUF file, or a folder or hub
-    id with a vocabulary of its own.
+    """Return whether this is a draft model, and no head: a built-in one, a GGUF file, or a folder
+    or hub id with a vocabulary of its own.
 
     ask: the hub, else a hub id is taken for a head's. Raises DownloadError."""
     if name is None:
@@ -263,13 +274,13 @@ def _is_model_on_hub(repository: str) -> bool:
 
 
 def _has_words(files: Sequence[str]) -> bool:
-    """Whether a vocabulary is among them; a few heads have one, too."""
+    """Return whether a vocabulary is among them; a few heads have one, too."""
     return any(name.startswith("tokenizer") or name == "vocab.json" for name in files)
 
 
 def _chooses(given: Mapping[str, Any]) -> bool:
-    """Whether no other model is to draft by default: something drafts by name, n-grams' options are
-    given, or policy off."""
+    """Return whether no other model is to draft by default: something drafts by name, n-grams'
+    options are given, or policy off."""
     chosen = given.keys() & {"model", "method", *_parameters(NgramDrafter)}
     return bool(chosen) or given.get("policy") == "off"
 
@@ -298,8 +309,11 @@ def _sibling(
 def _as_dict(config: Mapping[str, Any] | bool | None) -> dict[str, Any]:
     if isinstance(config, Mapping):
         for name in ("method", "policy", "model"):
-            if not isinstance(config.get(name), str | Path | None):
-                raise ConfigError(f"{name} must be a name, not {config[name]!r}")
+            value = config.get(name)
+            fits = name == "policy" and is_policy(value)
+            if not (fits or isinstance(value, str | Path | None)):
+                what = "a policy or its name" if name == "policy" else "a name"
+                raise ConfigError(f"{name} must be {what}, not {value!r}")
         return {IN_VLLM.get(name, name): value for name, value in config.items()}
     if config is not None and not isinstance(config, bool):
         raise ConfigError(
@@ -333,7 +347,7 @@ def build_speculation(
     pages: int,
     max_num_seqs: int,
 ) -> Speculation:
-    """Builds what was asked for. Costs that no stored profile knows are guessed.
+    """Build what was asked for. Costs that no stored profile knows are guessed.
 
     Raises ConfigError for bad values of a drafter's options, ModelError for a head that does not
     fit."""
@@ -380,14 +394,14 @@ def _draft_checkpoint(
 
 
 def check_same_vocabulary(draft: Tokenizer, target: Tokenizer, name: str, shared: int) -> None:
-    """Raises ModelError unless both know the same tokens under the same ids, as
+    """Raise ModelError unless both know the same tokens under the same ids, as
     `vocabulary_difference` says."""
     ours, theirs = (each.backend.get_vocab(with_added_tokens=True) for each in (target, draft))
     require_same_vocabulary(name, vocabulary_difference(ours, theirs, shared))
 
 
 def require_same_vocabulary(name: str, difference: str | None) -> None:
-    """Raises ModelError for a draft model whose tokens differ from the target's."""
+    """Raise ModelError for a draft model whose tokens differ from the target's."""
     if difference:
         raise ModelError(
             f"the draft model {name} has another vocabulary than the target ({difference}): "
@@ -456,7 +470,7 @@ class _Builder:
         return UnionDrafter(parts)
 
     def profile(self, drafter: Drafter) -> Profile:
-        """What forwards of the target and of the drafter's model cost here."""
+        """Return what forwards of the target and of the drafter's model cost here."""
         from smart_decoding.profiling.profile import Profile
 
         levels = level_drafter(drafter)

@@ -1,12 +1,19 @@
 """What drafts; here are the methods' names, which a command line needs without loading a model."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from smart_decoding.errors import ConfigError
+
+if TYPE_CHECKING:
+    from smart_decoding.core.policies.base import Policy
 
 METHODS = ("eagle", "draft_model", "ngram", "union", "none")
 
 
 def check_draft(method: str | None, draft: object, how: str) -> None:
-    """Raises ConfigError if the method needs a model to draft with and there is none; how: what to
+    """Raise ConfigError if the method needs a model to draft with and there is none; how: what to
     give."""
     if method == "draft_model" and not draft:
         raise ConfigError(
@@ -14,10 +21,10 @@ def check_draft(method: str | None, draft: object, how: str) -> None:
         )
 
 
-def check_plain(method: str | None, policy: str | None) -> None:
-    """Raises ConfigError if nothing drafts, but a policy is given that is to decide about
-    drafts."""
+def check_plain(method: str | None, policy: str | Policy | None) -> None:
+    """Raise ConfigError if nothing drafts, but a policy is given that is to decide about drafts."""
     if method == "none" and policy not in (None, "off"):
+        name = policy if isinstance(policy, str) else policy.name
         raise ConfigError(
-            f"method 'none' decodes plainly, but policy {policy!r} is given: leave out one of them"
+            f"method 'none' decodes plainly, but policy {name!r} is given: leave out one of them"
         )

@@ -18,6 +18,8 @@ from safetensors.torch import save_file
 
 from smart_decoding import speculation
 from smart_decoding.core.costs import DraftSample
+from smart_decoding.core.policies.chain import Chain
+from smart_decoding.core.policies.off import Off
 from smart_decoding.drafters import levels
 from smart_decoding.drafters.draft_model import DraftModelDrafter
 from smart_decoding.engine.kv import PAGE
@@ -419,6 +421,9 @@ def test_what_is_missing_or_too_short_is_refused(tmp_path: Path, target_folder: 
         ({"method": "eagle"}, "give model=FOLDER, or --draft FOLDER"),
         ({"method": ["ngram"]}, r"method must be a name, not \['ngram'\]"),
         ({"method": "eagle", "model": 3}, "model must be a name, not 3"),
+        ({"policy": Off}, "policy must be a policy or its name, not <class"),
+        ({"policy": Off(), "length": 3}, "policy 'off': none"),
+        ({"method": "none", "policy": Chain()}, "policy 'chain' is given: leave out one of them"),
         ({"num_speculative_tokens": 3, "max_depth": 2}, "max_depth are the same: give one"),
         ({"method": "ngram", "min_n": "2"}, "min_n must be an integer"),
     ],

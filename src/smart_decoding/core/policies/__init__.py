@@ -1,4 +1,5 @@
-"""Policies by name: `make_policy` builds one, refusing unknown names and options."""
+"""Policies by name: `make_policy` builds one, refusing unknown names and options. A policy of a
+user's own is given as an object."""
 
 from __future__ import annotations
 
@@ -26,8 +27,17 @@ POLICIES: dict[str, type[Any]] = {
 }
 
 
-def policy_options(name: str) -> list[str]:
-    """The options that policy `name` takes. Raises ConfigError for an unknown name."""
+def is_policy(value: object) -> bool:
+    """Return whether this is a policy itself, not a name or a class."""
+    parts = ("name", "cost", "plan", "observe", "stats")
+    return not isinstance(value, type) and all(hasattr(value, part) for part in parts)
+
+
+def policy_options(name: str | Policy) -> list[str]:
+    """Return the options that policy `name` takes: an object takes none. Raises ConfigError for an
+    unknown name."""
+    if not isinstance(name, str):
+        return []
     if name in RENAMED:
         raise ConfigError(f"policy {name!r} is called {RENAMED[name]!r} now")
     if name not in POLICIES:
@@ -37,29 +47,34 @@ def policy_options(name: str) -> list[str]:
     return list(inspect.signature(POLICIES[name]).parameters)
 
 
-def user_options(name: str) -> list[str]:
-    """Those of them that a user can give."""
+def user_options(name: str | Policy) -> list[str]:
+    """Return those of them that a user can give."""
     return [option for option in policy_options(name) if option not in FROM_THE_ENGINE]
 
 
-def check_policy(name: str, options: Mapping[str, Any]) -> None:
-    """Raises ConfigError if policy `name` cannot be built with a user's `options`."""
+def check_policy(name: str | Policy, options: Mapping[str, Any]) -> None:
+    """Raise ConfigError if policy `name` cannot be built with a user's `options`."""
     _refuse_unknown(name, options, user_options(name))
     make_policy(name, **options)
 
 
-def make_policy(name: str, offered: Mapping[str, Any] | None = None, **options: Any) -> Policy:
-    """Builds policy `name` with the user's `options`; what the engine has `offered` (cost model,
-    calibration, end tokens) goes to policies that take it. Raises ConfigError for unknown names and
-    options and for bad values."""
+def make_policy(
+    name: str | Policy, offered: Mapping[str, Any] | None = None, **options: Any
+) -> Policy:
+    """Build policy `name` with the user's `options`; what the engine has `offered` (cost model,
+    calibration, end tokens) goes to policies that take it. An object is the policy. Raises
+    ConfigError for unknown names and options and for bad values."""
     known = policy_options(name)
     _refuse_unknown(name, options, known)
+    if not isinstance(name, str):
+        return name
     given = {option: value for option, value in (offered or {}).items() if option in known}
     policy: Policy = POLICIES[name](**{**given, **options})
     return policy
 
 
-def _refuse_unknown(name: str, options: Mapping[str, Any], known: Sequence[str]) -> None:
+def _refuse_unknown(policy: str | Policy, options: Mapping[str, Any], known: Sequence[str]) -> None:
+    name = policy if isinstance(policy, str) else policy.name
     for old, new in RENAMED_OPTIONS.items():
         if old in options and new in known:
             raise ConfigError(f"option {old!r} of policy {name!r} is called {new!r} now")
