@@ -30,6 +30,8 @@ KINDS = {
     "bench": "Policies",
     "gguf": "A GGUF file here and in llama.cpp",
     "gguf-avx2": "The same with AVX2 alone, on both sides",
+    "gguf-avx2-exact": "Exact products with AVX2 alone, on both sides",
+    "gguf-avx-vnni": "The same with AVX2 and AVX-VNNI, on both sides",
     "gguf-queue": "The same with a queue, and in vLLM",
     "gguf-head": "The same with a head that was trained for it",
     "gguf-bench": "The same model, `smart bench`",
@@ -59,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Writes or checks the pages. Raises ConfigError for a file that is no run."""
+    """Write or check the pages. Raises ConfigError for a file that is no run."""
     stale = []
     for folder in sorted(path for path in args.folder.iterdir() if path.is_dir()):
         target = folder / "README.md"
@@ -78,7 +80,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def page(folder: Path) -> str:
-    """The page of one machine."""
+    """Return the page of one machine."""
     files = sorted(folder.glob("*.json"), key=lambda path: list(KINDS).index(kind_of(path)))
     return (
         "\n\n".join(
@@ -93,7 +95,7 @@ def page(folder: Path) -> str:
 
 
 def kind_of(path: Path) -> str:
-    """The kind in the file's name. Raises ConfigError for another name."""
+    """Return the kind in the file's name. Raises ConfigError for another name."""
     kind = path.stem[len("2026-11-26-") :]
     if kind not in KINDS:
         raise ConfigError(f"{path} is not named DATE-KIND.json with a kind of: {', '.join(KINDS)}")
@@ -101,7 +103,7 @@ def kind_of(path: Path) -> str:
 
 
 def section(path: Path) -> str:
-    """One run: where it comes from, then its tables."""
+    """Return one run: where it comes from, then its tables."""
     kept = path.with_suffix(".md")  # tables of what no command measures any more
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -141,7 +143,7 @@ def facts(origin: Mapping[str, Any]) -> str:
 
 
 def tables_of(data: Mapping[str, Any]) -> list[str]:
-    """Every part of a run as a table under its title."""
+    """Return every part of a run as a table under its title."""
     found: list[Section] = []
     if "llama_cpp" in data:
         found += tables.gguf(data)
