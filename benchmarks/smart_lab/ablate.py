@@ -101,7 +101,7 @@ class Ablation:
         return found
 
     def _best(self, name: str, cell: Cell) -> Arm:
-        """A rival's best setting, looked for once in each process."""
+        """Return a rival's best setting, looked for once in each process."""
         key = name, cell.machine, cell.batch_size
         if key not in self._tuned:
             trace = replace(self.trace, cost=self.costs[cell.machine], host=None)
@@ -115,7 +115,8 @@ class Ablation:
 
 
 def ordered(recording: Recording, order: int, batch_size: int, most: int) -> Recording:
-    """The answers as recorded (order 0) or shuffled, used again where the queue would be short."""
+    """Return the answers as recorded (order 0) or shuffled, used again where the queue would be
+    short."""
     usable = [answer for answer in recording.answers if answer.positions > 0]
     count = max(min(most, len(usable)), QUEUE * batch_size)
     rng = np.random.default_rng(order)
@@ -127,8 +128,8 @@ def ordered(recording: Recording, order: int, batch_size: int, most: int) -> Rec
 
 
 def contestant(name: str, trace: Trace, cost: CostModel) -> Policy:
-    """A variant of `smart`, or a policy with options ('eagle2:depth=2,top_k=3'). Raises ConfigError
-    for a name that is neither."""
+    """Return a variant of `smart`, or a policy with options ('eagle2:depth=2,top_k=3'). Raises
+    ConfigError for a name that is neither."""
     if name in ABLATIONS:
         return ABLATIONS[name](trace, cost)
     if name in VARIANTS:
@@ -151,8 +152,8 @@ def gains(
 def table(
     found: Mapping[Cell, Mapping[str, Mapping[str, Any]]], names: Sequence[str], base: str
 ) -> str:
-    """A block of lines for each machine and world, then their geometric mean; columns are batch
-    sizes."""
+    """Return a block of lines for each machine and world, then their geometric mean; columns are
+    batch sizes."""
     machines = list(dict.fromkeys(cell.place for cell in found))
     sizes = sorted({cell.batch_size for cell in found})
     wide = max(map(len, names)) + 4
@@ -177,7 +178,7 @@ def _cells(
 
 
 def _mean(rows: Sequence[Sequence[float]]) -> list[float]:
-    """The geometric mean over rows, order by order."""
+    """Return the geometric mean over rows, order by order."""
     mean: list[float] = np.exp(np.log(np.array(rows)).mean(axis=0)).tolist()
     return mean
 
@@ -213,7 +214,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Prints one table. Raises ConfigError for unknown names and unusable files."""
+    """Print one table. Raises ConfigError for unknown names and unusable files."""
     check_outputs((args.json,))
     names = list(dict.fromkeys((args.over, *args.names)))
     trace = read_trace(args.trace)
@@ -245,7 +246,7 @@ def main(args: argparse.Namespace) -> int:
 def run(
     ablation: Ablation, cells: Sequence[Cell], processes: int
 ) -> dict[Cell, dict[str, dict[str, Any]]]:
-    """All cells, each in one process."""
+    """Return all cells, each in one process."""
     with ProcessPoolExecutor(processes, initializer=_begin, initargs=(ablation,)) as pool:
         replayed = pool.map(_replayed, cells)
         results = list(tqdm(replayed, total=len(cells), desc="replaying", leave=False))

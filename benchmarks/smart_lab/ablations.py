@@ -66,7 +66,7 @@ class Variant(StatelessPolicy):
         self._rule: TreeRule | None = None  # the inner policy's own
 
     def plan(self, batch: BatchState) -> TreeRule | None:
-        """The inner policy's rule, exchanged."""
+        """Return the inner policy's rule, exchanged."""
         self._rule = self.inner.plan(batch)
         if self._rule is None or not isinstance(self._rule.keep, BestRate):
             return self._rule
@@ -93,12 +93,12 @@ class OneKind(Variant):
 
 
 def even_budget(rule: TreeRule, exact: BestRate) -> TreeRule:
-    """Every request expands and verifies as many nodes as every other one."""
+    """Let every request expand and verify as many nodes as every other one."""
     return replace(rule, expand=EvenExpand(rule.expand), keep=EvenKeep(exact.costs, exact.least))
 
 
 def greedy_rule(rule: TreeRule, exact: BestRate) -> TreeRule:
-    """Takes the best candidate as long as it pays by itself, as the paper's rule does."""
+    """Take the best candidate as long as it pays by itself, as the paper's rule does."""
     return replace(rule, keep=Greedy(exact.costs, exact.least))
 
 
@@ -118,7 +118,7 @@ def look_back(rule: TreeRule, exact: BestRate) -> TreeRule:
 
 
 def fixed_before(rule: TreeRule, exact: BestRate) -> TreeRule:
-    """Expands as many nodes as a GPU does, where nobody sees scores before all is drafted."""
+    """Expand as many nodes as a GPU does, where nobody sees scores before all is drafted."""
     return replace(rule, expand=Fixed.before(rule) or rule.expand)
 
 
@@ -220,7 +220,7 @@ class LookBack:
         return self.inner.frontier(rule, trees, level)
 
     def _rate(self, rule: TreeRule, trees: DraftTrees, deepest: int) -> float:
-        """Tokens per second if no more than `deepest` levels had been drafted."""
+        """Return tokens per second if no more than `deepest` levels had been drafted."""
         gains = trees.accept_prob[rule.useful(trees) & (trees.depth <= deepest)]
         gains = gains[ranked(gains)][: len(self.costs.verify) - 1]
         widths = expanded_widths(trees)[1:deepest]
@@ -243,7 +243,7 @@ class FrozenCosts(Variant):
         return rule
 
     def observe(self, round: Round) -> None:
-        """Learns all but costs."""
+        """Learn all but costs."""
         super().observe(round)
         self.inner.cost = self._cost
 
@@ -255,12 +255,12 @@ class OneFactor:
     log: float = 0.0
 
     def seconds(self, table: FloatArray, weights: FloatArray | float) -> FloatArray:
-        """The table's seconds, all by the same factor."""
+        """Return the table's seconds, all by the same factor."""
         corrected: FloatArray = table * math.exp(self.log)
         return corrected
 
     def updated(self, table: float, weights: float, seconds: float, steps: int = 1) -> OneFactor:
-        """A step moves the factor by a share of what it was off, outliers by no more than
+        """Move the factor by a share of what it was off, outliers by no more than
         others."""
         if not (math.isfinite(seconds) and seconds > 0 and table > 0):
             return self
@@ -282,7 +282,7 @@ class Sober(Realised):
     """Expects of drafted rounds what they reached, and nothing of those hardly tried."""
 
     def of(self, size: int) -> float:
-        """The ratio, without optimism."""
+        """Return the ratio, without optimism."""
         bucket = size_bucket(size)
         tokens = self._tokens[bucket]
         return tokens.mean / self._forecast[bucket].mean if tokens.seen else 1.0
@@ -299,7 +299,7 @@ class TrustedForecasts(Realised):
     """Believes that drafted rounds reach the rate that is forecast for them."""
 
     def of(self, size: int) -> float:
-        """All of it."""
+        """Return all of it."""
         return 1.0
 
 
@@ -331,16 +331,16 @@ class Unmoved(Calibration):
     def observe(
         self, trees: DraftTrees, nodes: IntArray, chosen: BoolArray, kind: KindArray
     ) -> None:
-        """Learns nothing."""
+        """Learn nothing."""
 
 
 def raw() -> Calibration:
-    """The drafter's confidence, taken for the truth."""
+    """Return the drafter's confidence, taken for the truth."""
     return Unmoved(np.broadcast_to(BIN_PROBS, default_prior(2).shape).copy())
 
 
 def flat(cost: CostModel, context: float = FLAT_CONTEXT, rows: int = 2048) -> CostModel:
-    """The same costs at every context: those at `context`."""
+    """Return the same costs at every context: those at `context`."""
     tables = {
         batch: dict(enumerate(cost.verify_curve(batch, batch, rows, context).tolist(), batch))
         for batch in {*cost.verify, *BATCHES}
@@ -358,8 +358,8 @@ def flat(cost: CostModel, context: float = FLAT_CONTEXT, rows: int = 2048) -> Co
 
 
 def askew(cost: CostModel, rows: float, levels: float) -> CostModel:
-    """A wrong profile, as if taken elsewhere: what rows add to the smallest forward is `rows` times
-    as expensive, a drafted level `levels` times."""
+    """Return a wrong profile, as if taken elsewhere: what rows add to the smallest forward is
+    `rows` times as expensive, a drafted level `levels` times."""
     verify = {}
     for batch, curve in cost.verify.items():
         least = curve.seconds[0]

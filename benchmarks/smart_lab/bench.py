@@ -29,8 +29,8 @@ GAINS = 0.2  # of the comparison's time, for replays at equal costs
 
 
 def run(options: LabOptions) -> dict[str, Any]:
-    """What `smart bench` returns; its runs have 'setting' where they were tuned, and 'policy_gain'
-    if it was asked for.
+    """Return what `smart bench` returns; its runs have 'setting' where they were tuned, and
+    'policy_gain' if it was asked for.
 
     Raises what the user's `run` raises, and ConfigError for a file of --resume that is of another
     run."""
@@ -70,7 +70,7 @@ class LabBench(Bench):
         return KeptMeasurement(self.progress, name)
 
     def runs(self, stop: float | None) -> list[dict[str, Any]]:
-        """The comparison, and the policies' gains by replay, if they are asked for."""
+        """Return the comparison, and the policies' gains by replay, if they are asked for."""
         options = self.options
         self._stop = until(stop, 1.0 - GAINS if options.policy_gain else 1.0)
         found = super().runs(self._stop)
@@ -94,7 +94,8 @@ class LabBench(Bench):
                     run["smart_policy_over"] = gains[OURS] / gain
 
     def contestants(self, batch_size: int) -> list[Arm]:
-        """Those asked for and tuned ones, for whose tuning a part of the batch size's time is."""
+        """Return those asked for and tuned ones, for whose tuning a part of the batch size's time
+        is."""
         stop = until(self._stop, TUNING / max(self._left, 1))
         self._left -= 1
         tuned = self.tuner.arms(batch_size, self.progress, stop)

@@ -80,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Prints a line for each entry point; 1 if one is below WANTED."""
+    """Print a line for each entry point; 1 if one is below WANTED."""
     check_outputs((args.json,))
     found = {name: measured(ENTRIES[name], args.tokens, args.turns) for name in args.only}
     for name, figures in found.items():
@@ -95,7 +95,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def measured(entry: Callable[..., object], tokens: int, turns: int) -> dict[str, float]:
-    """Medians in tokens per second, and of the turns' ratios."""
+    """Return medians in tokens per second, and of the turns' ratios."""
     rates: dict[bool, list[float]] = {False: [], True: []}
     with entry(tokens) as measure:  # type: ignore[attr-defined]
         for turn in range(turns):
@@ -109,7 +109,7 @@ def measured(entry: Callable[..., object], tokens: int, turns: int) -> dict[str,
 
 @contextmanager
 def busy() -> Iterator[None]:
-    """One busy process for every two CPUs, wherever the system puts them."""
+    """Return one busy process for every two CPUs, wherever the system puts them."""
     line = [sys.executable, "-c", "while True: pass"]
     processes = [subprocess.Popen(line) for _ in range(max(1, (os.cpu_count() or 1) // 2))]
     time.sleep(0.5)
@@ -123,7 +123,7 @@ def busy() -> Iterator[None]:
 
 @contextmanager
 def started(line: list[str], **pipes: Any) -> Iterator[subprocess.Popen[str]]:
-    """A program that ends with the block, whatever happens."""
+    """Return a program that ends with the block, whatever happens."""
     running = subprocess.Popen(line, text=True, **pipes)
     try:
         yield running
@@ -134,7 +134,7 @@ def started(line: list[str], **pipes: Any) -> Iterator[subprocess.Popen[str]]:
 
 @contextmanager
 def library(tokens: int, program: str = LIBRARY) -> Iterator[Measure]:
-    """A program that answers whenever it gets a line."""
+    """Return a program that answers whenever it gets a line."""
     line = [sys.executable, "-c", program.format(tokens=tokens, prompt=PROMPT) + LOOP]
     with subprocess.Popen(
         line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -153,7 +153,7 @@ def library(tokens: int, program: str = LIBRARY) -> Iterator[Measure]:
 
 
 def transformers(tokens: int) -> object:
-    """The plugin, with torch imported first, as its users do."""
+    """Return the plugin, with torch imported first, as its users do."""
     return library(tokens, PLUGIN)
 
 
@@ -189,7 +189,7 @@ def bench(tokens: int) -> Iterator[Measure]:
 
 
 def said(line: list[str]) -> str:
-    """The standard output of a command that must succeed."""
+    """Return the standard output of a command that must succeed."""
     return subprocess.run(line, stdout=subprocess.PIPE, text=True, check=True).stdout
 
 
@@ -230,7 +230,7 @@ def serve(tokens: int) -> Iterator[Measure]:
 
 
 def is_ready(address: str) -> bool:
-    """Whether the server listens, and has loaded its model."""
+    """Return whether the server listens, and has loaded its model."""
     try:
         return bool(urlopen(address, timeout=60).status == 200)
     except OSError:

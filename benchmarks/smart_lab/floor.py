@@ -26,7 +26,7 @@ NEAR, NEAR_MS = 1.15, 1.0
 
 
 def bytes_moved(config: ModelConfig, item: int, batch_size: int, context: float) -> float:
-    """Every weight and every cached key and value once; item: bytes of an element."""
+    """Return every weight and every cached key and value once; item: bytes of an element."""
     c = config
     layer = layer_elements(c.hidden, c.heads, c.kv_heads, c.head_dim, c.ffn)
     kv = 2 * c.layers * c.kv_heads * c.head_dim
@@ -50,5 +50,5 @@ def read_rate(device: torch.device) -> float:
 
 
 def near_floor(plain_ms: float, floor_ms: float) -> bool:
-    """Whether plain decoding is fast enough for speedups over it to be quoted."""
+    """Return whether plain decoding is fast enough for speedups over it to be quoted."""
     return plain_ms <= NEAR * floor_ms + NEAR_MS

@@ -135,7 +135,7 @@ def main(args: argparse.Namespace) -> int:
 
 @contextmanager
 def servers_end_with_us() -> Iterator[None]:
-    """A plain SIGTERM would leave stopped servers behind, which hold their memory."""
+    """Exit on a SIGTERM, so that stopped servers do not stay behind with their memory."""
 
     def leave(*_: object) -> None:
         sys.exit(128 + signal.SIGTERM)
@@ -148,7 +148,8 @@ def servers_end_with_us() -> Iterator[None]:
 
 
 def checked(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """The drafters of `smart`. Raises ConfigError for what cannot be, before anything is loaded."""
+    """Return the drafters of `smart`. Raises ConfigError for what cannot be, before anything is
+    loaded."""
     for path in (args.file, args.draft):
         if path is not None and not (path.is_file() and path.suffix == ".gguf"):
             raise ConfigError(f"{path} is not a GGUF file")
@@ -213,7 +214,7 @@ class Session:
         self._open.close()
 
     def forwards(self, stop: float) -> None:
-        """Adds turns of forwards: each engine's own benchmark, one after the other."""
+        """Add turns of forwards: each engine's own benchmark, one after the other."""
         args, name = self._args, "forwards"
         while len(self._progress.units(name)) < TURNS and (
             time.monotonic() < stop or not self._progress.units(name)
@@ -271,7 +272,7 @@ class Session:
         return {name: versions[0] for name, versions in units.items() if versions}
 
     def result(self) -> dict[str, Any]:
-        """All that was measured, as JSON holds it."""
+        """Return all that was measured, as JSON holds it."""
         runs = []
         for slots in self._args.slots:
             blocks = self._progress.units(f"blocks at {slots}")
@@ -301,7 +302,7 @@ class Session:
         return [TASKS[at % len(TASKS)] for at in range(first, first + size)]
 
     def _flags(self, slots: int) -> dict[str, Any]:
-        """How the servers were tuned, of files the names alone."""
+        """Return how the servers were tuned, of files the names alone."""
         tuned, draft = self._tuned(slots), self._args.draft
         found = told(tuned, self._final(tuned))
         for program in self._cousins:
@@ -319,7 +320,7 @@ class Session:
         return bare
 
     def _servers(self, slots: int, until: float) -> Iterator[tuple[str, Server]]:
-        """All modes of llama.cpp and of its cousin, tuned."""
+        """Return all modes of llama.cpp and of its cousin, tuned."""
         # The cousin first: llama.cpp takes all the time that is left.
         few = [(program, self._ik_tuned(program, slots, until)) for program in self._cousins]
         for mode, flags in self._final(self._tuned(slots, until)).items():
@@ -349,7 +350,7 @@ class Session:
         return Tuned.of(self._progress.units(name)[0], ik.IkFlags)
 
     def _attempt(self, program: Program, slots: int) -> Callable[[Words], Reply]:
-        """What tries flags."""
+        """Return what tries flags."""
         chunk = self._kept[: alike(slots)]
 
         def attempt(flags: Words) -> Reply:
@@ -360,7 +361,8 @@ class Session:
         return attempt
 
     def _final(self, tuned: Tuned[Flags]) -> dict[str, Flags]:
-        """The modes to compare: the best flags of each, and the draft model with its defaults."""
+        """Return the modes to compare: the best flags of each, and the draft model with its
+        defaults."""
         if DRAFT not in tuned.flags:
             return tuned.flags
         usual = replace(
@@ -376,7 +378,8 @@ class Session:
         return Server(program, args.file, flags.words, slots, args.max_model_len, longest)
 
     def _rivals(self, slots: int) -> dict[str, Contestant]:
-        """Plain decoding of the engines in environments of their own, and their best drafts."""
+        """Return plain decoding of the engines in environments of their own, and their best
+        drafts."""
         found: dict[str, Contestant] = {}
         for rival in RIVALS:
             python = getattr(self._args, rival.option)
@@ -387,7 +390,7 @@ class Session:
         return found
 
     def _modes(self, rival: Rival, processes: Processes, slots: int) -> list[str]:
-        """Plain decoding, and the best of several drafts, which are tried once."""
+        """Return plain decoding, and the best of several drafts, which are tried once."""
         drafts = [mode for mode in rival.modes if mode != PLAIN]
         if len(drafts) == 1:
             return [PLAIN, *drafts]
@@ -436,7 +439,8 @@ def block(
     tokens: int,
     number: int,
 ) -> dict[str, Any]:
-    """The chunk answered by all, one after the other; who begins depends on the block's number."""
+    """Return the chunk answered by all, one after the other; who begins depends on the block's
+    number."""
     names = list(contestants)
     turn = number % len(names)
     replies = {}
@@ -447,7 +451,7 @@ def block(
 
 
 def drafts_at(rival: Rival, slots: int) -> str:
-    """The name of what its drafts brought in tuning."""
+    """Return the name of what its drafts brought in tuning."""
     return f"{rival.name}'s drafts at {slots}"
 
 
@@ -458,7 +462,7 @@ def told(tuned: Tuned[FlagsT], final: Mapping[str, FlagsT]) -> dict[str, Any]:
 
 
 def alike(slots: int) -> int:
-    """The least number of prompts that are as many of each task, and one for each slot."""
+    """Return the least number of prompts that are as many of each task, and one for each slot."""
     return len(TASKS) * -(-slots // len(TASKS))
 
 
@@ -483,7 +487,7 @@ def spread(values: Sequence[float]) -> list[float]:
 
 
 def key_of(args: argparse.Namespace, servers: Mapping[str, Any]) -> dict[str, Any]:
-    """What must be the same for a run to go on. servers: which they are."""
+    """Return what must be the same for a run to go on. servers: which they are."""
     free = ("command", "time_limit", "json", "resume", "blocks", "slots", "debug")
     folders = ("llama_cpp", "ik_llama_cpp")
     files = {path.name: path.stat().st_size for path in (args.file, args.draft) if path}
@@ -504,7 +508,7 @@ def key_of(args: argparse.Namespace, servers: Mapping[str, Any]) -> dict[str, An
 
 
 def command_of(args: argparse.Namespace, limits: Sequence[float]) -> str:
-    """The command line that asks for this run, with the names of files alone.
+    """Return the command line that asks for this run, with the names of files alone.
 
     limits: seconds of each part that it was made in."""
     variant = os.environ.get("SMART_ISA")

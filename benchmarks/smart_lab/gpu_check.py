@@ -95,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run_steps(
     steps: Sequence[Step], found: dict[str, Any], path: Path, seconds: float = TOTAL
 ) -> None:
-    """Runs the steps one after another, and keeps what they found, so far, in a file."""
+    """Run the steps one after another, and keep what they found, so far, in a file."""
     stop = time.monotonic() + seconds
     write(path, found)
     for number, step in enumerate(steps):
@@ -113,7 +113,7 @@ def run_steps(
 
 
 def _run(name: str, seconds: float, found: dict[str, Any]) -> None:
-    """Runs a step in a process, and ends it and its children at its time limit."""
+    """Run a step in a process, and end it and its children at its time limit."""
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         known, into, log = (Path(folder) / each for each in ("known.json", "found.json", "log"))
@@ -161,7 +161,7 @@ def _collect(name: str, told: dict[str, Any], found: dict[str, Any], into: Path)
 
 
 def command(name: str, seconds: float, known: Path, into: Path) -> list[str]:
-    """The command that runs a step."""
+    """Return the command that runs a step."""
     given = ["--step", name, "--seconds", f"{SHARE * seconds:.1f}", "--json", str(known)]
     return [sys.executable, "-m", "smart_lab.gpu_check", *given, "--into", str(into)]
 
@@ -173,7 +173,7 @@ def _environment(found: Mapping[str, Any]) -> dict[str, str]:
 
 
 def write(path: Path, found: Mapping[str, Any]) -> None:
-    """Writes the JSON file whole or not at all; says so where it cannot."""
+    """Write the JSON file whole or not at all; says so where it cannot."""
     scratch = path.with_name(path.name + ".part")
     try:
         scratch.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
@@ -183,7 +183,7 @@ def write(path: Path, found: Mapping[str, Any]) -> None:
 
 
 def verdict(found: Mapping[str, Any], steps: Iterable[Step] = STEPS) -> tuple[list[str], str]:
-    """What does not hold, and the last line."""
+    """Return what does not hold, and the last line."""
     points = found.get("decode", {}).get("points", [])
     replays = [found[step.name] for step in steps if step.name in found and "replay" in step.name]
     runs = [run for part in replays for run in part.get("runs", [])]
@@ -216,7 +216,7 @@ def verdict(found: Mapping[str, Any], steps: Iterable[Step] = STEPS) -> tuple[li
 
 
 def ways(found: Mapping[str, Any], steps: Iterable[Step] = STEPS) -> str:
-    """Which way to draft is faster, by the geometric mean over batch sizes and levels of
+    """Return which way to draft is faster, by the geometric mean over batch sizes and levels of
     acceptance, and the setting that takes it."""
     runs = [run for step in steps for run in found.get(step.name, {}).get("ways", ())]
     if not runs:
@@ -232,7 +232,8 @@ def ways(found: Mapping[str, Any], steps: Iterable[Step] = STEPS) -> str:
 
 
 def _smart_over(runs: Sequence[Mapping[str, Any]]) -> Iterator[float]:
-    """How much faster `smart` is than each other contestant; NaN where it was not measured."""
+    """Return how much faster `smart` is than each other contestant; NaN where it was not
+    measured."""
     for run in runs:
         if run["policy"] == "smart":
             yield _number(run.get("speedup"))
@@ -304,7 +305,7 @@ class Unused:
         pass
 
     def update(self, count: float = 1) -> None:
-        """Shows nothing."""
+        """Show nothing."""
 
 
 class _Absent(ModuleType):

@@ -56,7 +56,7 @@ DRAWN = 0.99  # of tokens: sums round differently, which can decide a near-tie
 
 
 def parity(device: torch.device, tiny: bool) -> Iterator[Check]:
-    """One check after another: name, error, limit, and whether it holds."""
+    """Return one check after another: name, error, limit, and whether it holds."""
     torch.manual_seed(0)
     half = torch.float16 if device.type == "cpu" else torch.bfloat16  # see docs/models.md
     if device.type == "cpu":  # few parts: the interpreter is slow
@@ -74,7 +74,7 @@ def parity(device: torch.device, tiny: bool) -> Iterator[Check]:
 
 
 def _batches(tiny: bool) -> list[Rows]:
-    """Rows of at most MOST_PAGES pages: trees beside a chunk of a prompt."""
+    """Return rows of at most MOST_PAGES pages: trees beside a chunk of a prompt."""
     if tiny:
         return [rows_of(np.random.default_rng(0), (7, 3), (9,), 40, MOST_PAGES)]
     rngs = map(np.random.default_rng, range(4))
@@ -90,7 +90,7 @@ def _check(name: str, error: float, limit: float) -> Check:
 
 
 def random_rows(rng: np.random.Generator, context: int = CONTEXT, pages: int = PAGES) -> Rows:
-    """Trees of some requests beside chunks of prompts, each at a context of up to `context`
+    """Return trees of some requests beside chunks of prompts, each at a context of up to `context`
     tokens."""
     trees = rng.integers(0, 20, rng.integers(0, 4)).tolist()
     chunks = rng.integers(1, 40, rng.integers(not trees, 3)).tolist()
@@ -122,7 +122,7 @@ def rows_of(
 
 
 def read_by(rows: Rows, row: int) -> NDArray[np.int64]:
-    """The slots that a row reads."""
+    """Return the slots that a row reads."""
     group = int(np.searchsorted(rows.query_start_loc, row, "right")) - 1
     at = np.arange(rows.context_len[row])
     pages = rows.pages[rows.block_table_start[group] + at // PAGE]
@@ -217,8 +217,8 @@ def _layer_parts(device: torch.device, rows: Rows) -> Iterator[Check]:
 
 
 def _buckets(device: torch.device, sizes: Sequence[int]) -> Iterator[Check]:
-    """A model's logits with forwards of every bucket, full and with padding: its kernels against
-    plain torch, and graphs against those."""
+    """Return a model's logits with forwards of every bucket, full and with padding: its kernels
+    against plain torch, and graphs against those."""
     config = ModelConfig("llama", 2, 64, 4, 2, 16, 96, 331, 10_000.0, 1e-5, 512)
     pages = 8 * sizes[-1] + PAGES
     weights = RandomWeights(config.expected_shapes(), device)
@@ -280,8 +280,8 @@ def _draws(device: torch.device, vocab: int) -> Iterator[Check]:
 def draws(
     rows: NDArray[np.float32], specs: Sequence[SampleSpec], device: torch.device | str = "cpu"
 ) -> tuple[list[int], list[int]]:
-    """The tokens of rows [rows, vocab] by the kernel, which finds them in another order, and by
-    the reference."""
+    """Return the tokens of rows [rows, vocab] by the kernel, which finds them in another order, and
+    by the reference."""
     which = np.arange(len(rows))[::-1].copy()
     shuffled = torch.from_numpy(rows[which]).to(device)
     drawn: list[int] = device_sampling.draw(shuffled, which, specs).tolist()
@@ -289,5 +289,5 @@ def draws(
 
 
 def _apart(got: Tensor, wanted: Tensor) -> float:
-    """The largest difference, NaN where something is not a number."""
+    """Return the largest difference, NaN where something is not a number."""
     return float((got.cpu().double() - wanted.cpu().double()).abs().max())

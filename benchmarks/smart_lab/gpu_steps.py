@@ -73,7 +73,7 @@ ROWS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 320, 384, 512, 768, 1024)
 
 
 def scale_of(tiny: bool) -> Scale:
-    """The full size, or one for a rehearsal."""
+    """Return the full size, or one for a rehearsal."""
     if tiny:
         return Scale(TINY, (1, 2), (40,), (1, 4, 16), {1: 0.5, 2: 0.5}, 2, 24, 0.5)
     config = model_config(MODEL)[1]
@@ -102,7 +102,7 @@ class Task:
 
 
 def run_step(name: str, known: Mapping[str, Any], seconds: float, into: Path) -> None:
-    """Runs a step, and keeps what it has found in a file. Raises what the step raises."""
+    """Run a step, and keep what it has found in a file. Raises what the step raises."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     task = Task(known, device, time.perf_counter() + seconds)
     kind, _, detail = name.partition("-")
@@ -111,7 +111,7 @@ def run_step(name: str, known: Mapping[str, Any], seconds: float, into: Path) ->
 
 
 def limits(task: Task) -> Iterator[Found]:
-    """What the machine is, and what it can do at best."""
+    """Return what the machine is, and what it can do at best."""
     found: Found = {
         "device": task.device.type,
         "commit": commit(),
@@ -159,7 +159,7 @@ def decode(task: Task) -> Iterator[Found]:
 
 
 def median_ms(run: Callable[[], object]) -> float:
-    """The median of 12 calls after two."""
+    """Return the median of 12 calls after two."""
     seconds = []
     for _ in range(14):
         start = time.perf_counter()
@@ -213,7 +213,7 @@ def curve(task: Task) -> Iterator[Found]:
 
 
 def knee_of(rows: Sequence[int], ms: Sequence[float]) -> float | None:
-    """Rows at which the line through the last two points reaches the time of one row: where
+    """Return rows at which the line through the last two points reaches the time of one row: where
     arithmetic takes as long as reading the weights. None while they take less than RISEN times the
     time of one row."""
     if len(rows) < 2 or not ms[-1] > ms[-2] or ms[-1] < RISEN * ms[0]:
@@ -224,7 +224,7 @@ def knee_of(rows: Sequence[int], ms: Sequence[float]) -> float | None:
 
 
 def _target(task: Task, pages: int) -> tuple[TorchTarget, int]:
-    """A model with so many pages of keys and values, or as many as fit on the GPU."""
+    """Return a model with so many pages of keys and values, or as many as fit on the GPU."""
     config = task.scale.config
     if task.device.type == "cuda":
         checkpoint = Checkpoint(config, {}, Path(), {})
@@ -282,7 +282,8 @@ def _whole_round(task: Task, run: Mapping[str, Any], trace: Trace) -> Found:
 
 
 def _shared(task: Task, sizes: Sequence[int], kept: float = 0.0) -> Iterator[tuple[int, float]]:
-    """Each batch size with its share of the seconds that are left, but for a part that is kept."""
+    """Return each batch size with its share of the seconds that are left, but for a part that is
+    kept."""
     shares = {size: task.scale.replayed[size] for size in sizes}
     stop = task.stop - kept * max(0.0, task.stop - time.perf_counter())
     for size in sizes:
@@ -292,7 +293,7 @@ def _shared(task: Task, sizes: Sequence[int], kept: float = 0.0) -> Iterator[tup
 
 
 def trace_of(level: str, scale: Scale) -> Trace:
-    """A recording with a published level of acceptance."""
+    """Return a recording with a published level of acceptance."""
     known = acceptances()[level]
     drawn = synthetic(
         known["tokens_per_round"],
@@ -305,7 +306,7 @@ def trace_of(level: str, scale: Scale) -> Trace:
 
 
 def replay_options(task: Task, level: str) -> LabOptions:
-    """How a level is replayed."""
+    """Return how a level is replayed."""
     tree = acceptances()[level]["tree"]
     return LabOptions(
         policies=RIVALS,
@@ -318,7 +319,7 @@ def replay_options(task: Task, level: str) -> LabOptions:
 
 
 def that_fit(task: Task, options: LabOptions, trace: Trace) -> tuple[tuple[int, ...], list[str]]:
-    """The batch sizes that fit into a GPU's memory, and which do not."""
+    """Return the batch sizes that fit into a GPU's memory, and which do not."""
     sizes = tuple(options.batch_sizes)
     if task.device.type == "cpu":
         return sizes, []

@@ -93,7 +93,7 @@ class Dimensions:
         return 2 * self.kv_heads * self.head_dim * ITEM
 
     def memory(self, batch: int, context: float) -> float:
-        """Bytes of weights, head and keys."""
+        """Return bytes of weights, head and keys."""
         return (
             ITEM * (self.weights + self.draft_weights)
             + batch * context * self.layers * self.kv_bytes
@@ -101,7 +101,7 @@ class Dimensions:
 
 
 def roofline(card: Card, model: Dimensions) -> CostModel:
-    """The cost model of `model` on `card`."""
+    """Return the cost model of `model` on `card`."""
     rows = _grid(MOST_ROWS * BATCHES[-1], card.tile)
     seconds = np.maximum(model.layers * card.layer_seconds, _products(card, model.weights, rows))
     verify = {batch: _curve(rows[rows >= batch], seconds[rows >= batch]) for batch in BATCHES}
@@ -122,7 +122,7 @@ def roofline(card: Card, model: Dimensions) -> CostModel:
 
 
 def card(name: str, eager: bool = False) -> Card:
-    """A card of hardware.json. Raises ConfigError for an unknown name."""
+    """Return a card of hardware.json. Raises ConfigError for an unknown name."""
     data = _data()
     if name not in data["cards"]:
         raise ConfigError(
@@ -149,7 +149,7 @@ def card(name: str, eager: bool = False) -> Card:
 
 
 def dimensions(name: str) -> Dimensions:
-    """A model of hardware.json, or a config.json. Raises ConfigError or ModelError."""
+    """Return a model of hardware.json, or a config.json. Raises ConfigError or ModelError."""
     models = _data()["models"]
     if name in models:
         return Dimensions(name=name, **{"draft_vocab": models[name]["vocab"], **models[name]})
@@ -196,7 +196,7 @@ def _data() -> Any:
 
 
 def _products(card: Card, weights: int, rows: IntArray) -> FloatArray:
-    """Seconds of all products with `weights` elements."""
+    """Return seconds of all products with `weights` elements."""
     computed = 2.0 * weights * card.tile * np.ceil(rows / card.tile)
     return np.maximum(ITEM * weights / card.bytes_s, computed / (card.efficiency * card.flop_s))
 

@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Prints a line for each comparison; 1 if any answer differs."""
+    """Print a line for each comparison; 1 if any answer differs."""
     options = {
         "speculative_config": False,
         "dtype": "bfloat16" if args.expanded else args.dtype,
@@ -66,7 +66,7 @@ def main(args: argparse.Namespace) -> int:
 def answers(
     llm: LLM, prompts: Sequence[list[int]], params: Sequence[SamplingParams], batch: int
 ) -> tuple[Answers, str]:
-    """Token ids of each prompt's answer, and what was drafted for them."""
+    """Return token ids of each prompt's answer, and what was drafted for them."""
     found: Answers = []
     verified = 0
     accepted = 0

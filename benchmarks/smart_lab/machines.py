@@ -30,7 +30,8 @@ def measured(folder: Path = RESULTS) -> dict[str, CostModel]:
 
 
 def costs_of(names: Sequence[str] = (), recorded: CostModel | None = None) -> dict[str, CostModel]:
-    """The costs of machines and cards by name; of all measured machines and one card by default.
+    """Return the costs of machines and cards by name; of all measured machines and one card by
+    default.
 
     recorded: those of the recording's own machine. Raises ConfigError for an unknown name."""
     known = measured()

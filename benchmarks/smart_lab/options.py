@@ -74,7 +74,7 @@ class LabOptions(BenchOptions):
         return BenchOptions.most_contestants(self) + tuned
 
     def speculation(self, arm: Arm) -> dict[str, Any] | bool:
-        """The `speculative_config` of an arm; the variant is applied to its policy later."""
+        """Return the `speculative_config` of an arm; the variant is applied to its policy later."""
         config = BenchOptions.speculation(self, arm)
         return (
             config
@@ -84,13 +84,13 @@ class LabOptions(BenchOptions):
 
 
 def check_variant(arm: Arm) -> None:
-    """Raises ConfigError for a variant that nobody knows, or that is not of `smart`."""
+    """Raise ConfigError for a variant that nobody knows, or that is not of `smart`."""
     variant = arm.options.get("variant")
     if variant is not None and (arm.policy != "smart" or variant not in VARIANTS):
         raise ConfigError(f"unknown variant {variant!r}; smart has: {', '.join(VARIANTS)}")
 
 
 def command_of(options: LabOptions) -> str:
-    """The command line that asks for this run."""
+    """Return the command line that asks for this run."""
     words = ["--model", without_folder(options.model), *words_of(options, ("model",))]
     return shlex.join(["python", "-m", "smart_lab", "bench", *words])

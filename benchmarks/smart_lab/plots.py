@@ -24,7 +24,7 @@ DASHES = (0, (4, 4))
 
 
 def can_draw() -> bool:
-    """Whether matplotlib is installed."""
+    """Return whether matplotlib is installed."""
     return find_spec("matplotlib") is not None
 
 
@@ -42,7 +42,7 @@ def write_plot(results: Results, path: Path) -> None:
 
 
 def drawn(results: Results) -> Any:
-    """A line for each policy, with its intervals as a band, as a figure of matplotlib's."""
+    """Return a line for each policy, with its intervals as a band, as a figure of matplotlib's."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 

@@ -64,7 +64,7 @@ def record_trace(options: LabOptions) -> Trace:
 
 
 def prior_of(policy: Any) -> dict[str, Any] | None:
-    """What `smart` starts from, as a recording keeps it; None for another policy."""
+    """Return what `smart` starts from, as a recording keeps it; None for another policy."""
     if not isinstance(policy, Smart):
         return None
     return {
@@ -156,7 +156,7 @@ class _Timed:
 
 
 def _beyond(engine: Engine, prompts: Sequence[Prompt], policy: Any) -> list[float]:
-    """Seconds that each decoding round of all `prompts` takes beyond its forwards and the
+    """Return seconds that each decoding round of all `prompts` takes beyond its forwards and the
     policy."""
     found: list[float] = []
     engine.policy = timed = _Timed(policy)

@@ -140,17 +140,17 @@ class Recording:
         return sizes
 
     def repeated(self, times: int) -> Recording:
-        """Every answer `times` times, over the same trees."""
+        """Return every answer `times` times, over the same trees."""
         return replace(self, answers=[*self.answers] * times)
 
     def at_context(self, context: int) -> Recording:
-        """The same answers behind prompts of that length. Acceptance stays what it was."""
+        """Return the same answers behind prompts of that length. Acceptance stays what it was."""
         answers = [replace(a, prompt_length=context) for a in self.answers]
         return replace(self, answers=answers)
 
     def followed_by(self, other: Recording) -> Recording:
-        """All answers of both, with the trees of both. Raises ConfigError where one has the trees
-        of a model, and the other those of a drafter without one."""
+        """Return all answers of both, with the trees of both. Raises ConfigError where one has the
+        trees of a model, and the other those of a drafter without one."""
         if self.free != other.free:
             raise ConfigError("one recording is of a model's drafts, and the other of free ones")
         answers = [*self.answers]
@@ -192,7 +192,7 @@ class Recording:
 
 
 def interleaved(one: Recording, other: Recording) -> Recording:
-    """The answers of both by turns, as far as both have any."""
+    """Return the answers of both by turns, as far as both have any."""
     both = one.followed_by(other)
     behind = both.answers[len(one.answers) :]
     answers = [a for pair in zip(both.answers, behind, strict=False) for a in pair]
@@ -209,7 +209,7 @@ class Wide(StatelessPolicy):
         self.levels, self.children, self.width = levels, children, width
 
     def plan(self, batch: BatchState) -> TreeRule:
-        """All levels, whatever the requests could still use."""
+        """Return all levels, whatever the requests could still use."""
         deepest = np.full(batch.size, self.levels + 1)
         ends = np.zeros(0, np.int64)
         beam = Beam(self.width)
@@ -269,8 +269,8 @@ def _record(engine: Engine, prompts: Sequence[Prompt]) -> list[Drawn]:
 
 
 def _breadth_first(tree: DraftTrees) -> tuple[IntArray, IntArray]:
-    """The order that puts children in their parents' order, level by level; children of the root
-    and of each node."""
+    """Return the order that puts children in their parents' order, level by level; children of the
+    root and of each node."""
     rank = np.empty(len(tree) + 1, np.int64)
     rank[ROOT] = -1
     order: list[IntArray] = []

@@ -62,7 +62,8 @@ class Trial:
 
 
 def simulated(cell: Trial) -> list[dict[str, Any]]:
-    """Each policy's rate over full knowledge's and over plain decoding's, in each scenario."""
+    """Return each policy's rate over full knowledge's and over plain decoding's, in each
+    scenario."""
     costs = MACHINES[cell.machine]
     span = range(cell.rounds)
     known = best_rounds(World(cell.seed, cell.batch_size, costs), span)
@@ -104,7 +105,7 @@ def means(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[Any, ...], dict[str, 
 
 
 def table(found: Mapping[tuple[Any, ...], Mapping[str, float]], before: Any = None) -> str:
-    """A line for each world and policy."""
+    """Return a line for each world and policy."""
     changed = "   change" if before else ""
     lines = [
         f"{'machine':20} {'batch':>5}  {'drafter':16}{'policy':>33}"
@@ -135,7 +136,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Prints a table; 1 if anything is worse than before by more than a hundredth."""
+    """Print a table; 1 if anything is worse than before by more than a hundredth."""
     check_outputs((args.json,))
     before = means(json.loads(args.against.read_text())["regret"]) if args.against else None
     cells = [

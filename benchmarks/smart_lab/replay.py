@@ -48,7 +48,7 @@ class HostCosts:
 
     @classmethod
     def of(cls, cost: CostModel) -> HostCosts:
-        """What a cost model itself knows."""
+        """Return what a cost model itself knows."""
         return cls(drafting=cost.overhead_seconds)
 
 
@@ -62,16 +62,16 @@ class StepCosts:
         self._grow(batch_size + rows, width)
 
     def verify(self, rows: int, context: float, beyond: float = 0.0) -> float:
-        """Seconds of a verification of `rows` rows in all. context: mean tokens of a request;
-        beyond: what its rows' own contexts have in all beyond that mean."""
+        """Return seconds of a verification of `rows` rows in all. context: mean tokens of a
+        request; beyond: what its rows' own contexts have in all beyond that mean."""
         if rows >= len(self._verify[0]):
             self._grow(2 * rows, 0)
         seconds = self._verify[0][rows] + self._verify[1][rows] * context
         return float(seconds + self._cost.row_token * beyond)
 
     def levels(self, widths: Sequence[int], context: float) -> list[float]:
-        """Seconds of each drafted level of a round, of which the first one's width is the roots and
-        all that waits."""
+        """Return seconds of each drafted level of a round, of which the first one's width is the
+        roots and all that waits."""
         return (
             [self.first(widths[0], context), *(self.draft(w, context) for w in widths[1:])]
             if widths
@@ -79,13 +79,13 @@ class StepCosts:
         )
 
     def first(self, width: int, context: float) -> float:
-        """Seconds of a first level of `width` rows, roots and what waits."""
+        """Return seconds of a first level of `width` rows, roots and what waits."""
         if width >= len(self._first[0]):
             self._grow(0, 2 * width)
         return float(self._first[0][width] + self._first[1][width] * context)
 
     def draft(self, width: int, context: float) -> float:
-        """Seconds of a further level of `width` rows."""
+        """Return seconds of a further level of `width` rows."""
         if width >= len(self._draft[0]):
             self._grow(0, 2 * width)
         return float(self._draft[0][width] + self._draft[1][width] * context)
@@ -182,7 +182,7 @@ class Walk:
 
     @classmethod
     def everywhere(cls, recording: Recording) -> Walk:
-        """All positions as one batch: for policies that treat each request alone."""
+        """Return all positions as one batch: for policies that treat each request alone."""
         walk = cls(recording, 0)
         positions = np.maximum(walk._length - 1, 0)
         walk.answer = np.repeat(np.arange(len(positions)), positions)
@@ -226,7 +226,8 @@ class Walk:
         )
 
     def truth(self, owner: IntArray, depth: IntArray) -> IntArray:
-        """The target's token at a depth below an owner's root; -1 behind the answer's end."""
+        """Return the target's token at a depth below an owner's root; -1 behind the answer's
+        end."""
         return self._tokens.take((self._start[self.answer] + self.at)[owner] + depth)
 
     def advance(self, emitted: IntArray, drafted: bool) -> None:
@@ -252,7 +253,7 @@ class Source:
     def expand(
         self, trees: DraftTrees, parents: IntArray, children: int, owners: IntArray | None = None
     ) -> None:
-        """Appends the recorded children of `parents`: live nodes, or the roots of `owners`."""
+        """Append the recorded children of `parents`: live nodes, or the roots of `owners`."""
         recording = self._recording
         if owners is None:
             owners, slot = trees.owner[parents], recording.positions + self._where[parents]
@@ -277,7 +278,7 @@ class Source:
             )
 
     def propose(self, trees: DraftTrees, levels: int) -> None:
-        """Appends the whole trees of a drafter without a model, down to so many levels."""
+        """Append the whole trees of a drafter without a model, down to so many levels."""
         parents: IntArray = np.full(trees.batch, ROOT)
         owners: IntArray | None = np.arange(trees.batch)
         for _ in range(levels):
@@ -312,7 +313,7 @@ class Drafted:
 
 
 def draft(policy: Policy, walk: Walk, clock: Clock = lambda: 0.0) -> Drafted:
-    """The trees by the policy's rule, level by level."""
+    """Return the trees by the policy's rule, level by level."""
     batch = walk.state()
     started = clock()
     rule = policy.plan(batch)
@@ -359,7 +360,7 @@ def replay(
     rounds: int | None = None,
     costs: Machine | None = None,
 ) -> Replayed:
-    """Decodes the recorded answers under `policy`, `batch_size` at a time; the queue is refilled
+    """Decode the recorded answers under `policy`, `batch_size` at a time; the queue is refilled
     until it runs dry, and then rounds of smaller batches are left out, as in the live benchmark.
 
     host: seconds beyond the forwards (default: what `cost` knows). own_time: a clock that times the
@@ -412,8 +413,8 @@ def _round(
 
 
 def _judged(done: Drafted, walk: Walk) -> tuple[tuple[IntArray, IntArray], IntArray]:
-    """The target's tokens behind each node on the answer's path and behind each root, and how many
-    tokens each request gains."""
+    """Return the target's tokens behind each node on the answer's path and behind each root, and
+    how many tokens each request gains."""
     trees = done.trees
     size = done.batch.size
     on_path = accepted(trees, done.kept, walk)
@@ -426,13 +427,13 @@ def _judged(done: Drafted, walk: Walk) -> tuple[tuple[IntArray, IntArray], IntAr
 
 
 def _are_chains(trees: DraftTrees, kept: IntArray) -> bool:
-    """Whether something is verified, and each request's is a chain."""
+    """Return whether something is verified, and each request's is a chain."""
     place = trees.owner[kept] * (DEEPEST + 1) + trees.depth[kept]
     return 0 < len(kept) == len(np.unique(place))
 
 
 def _padded(answers: list[IntArray]) -> tuple[IntArray, IntArray]:
-    """All answers' tokens in one array, with -1 behind each end, and where each starts."""
+    """Return all answers' tokens in one array, with -1 behind each end, and where each starts."""
     gap = np.full(DEEPEST + 2, -1, np.int64)
     parts = [part for tokens in answers for part in (np.asarray(tokens, np.int64), gap)]
     sizes = np.array([len(tokens) + len(gap) for tokens in answers], np.int64)

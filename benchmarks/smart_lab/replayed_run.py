@@ -176,7 +176,7 @@ class ReplayedDrafter(EagleDrafter):
     def _prepare(
         self, rule: TreeRule, proposed: DraftTrees, inputs: RoundInputs, states: Sequence[Pairs]
     ) -> Callable[[], Draft]:
-        """What a device has drafted is put aside; the recorded candidates grow by the same
+        """Put aside what a device has drafted; the recorded candidates grow by the same
         widths."""
         inner = super()._prepare(rule, proposed, inputs, states)
         return lambda: self._replayed(rule, proposed.batch, inner())
@@ -213,7 +213,7 @@ class ReplayedDrafter(EagleDrafter):
 
 
 def longest_of(trace: Trace) -> int:
-    """Tokens of the longest recorded prompt with its answer."""
+    """Return tokens of the longest recorded prompt with its answer."""
     answers = trace.recording.answers
     return max(a.prompt_length + max(len(a.tokens) + 1, a.limit) for a in answers)
 
@@ -257,7 +257,7 @@ def random_target(
     length: int,
     allow_slow: bool = False,
 ) -> TorchTarget:
-    """A model of random weights, drawn where it runs. Raises what TorchTarget raises."""
+    """Return a model of random weights, drawn where it runs. Raises what TorchTarget raises."""
     weights = RandomWeights(config.expected_shapes(), device)
     checkpoint = Checkpoint(config, weights, Path(), {})
     return TorchTarget(checkpoint, dtype, device, pages, length, allow_slow=allow_slow)
@@ -294,8 +294,8 @@ class Replay:
         self.cost = fit_costs(profile.run(), ROUND_OVERHEAD)
 
     def runs(self, size: int, seconds: float | None) -> list[dict[str, Any]]:
-        """The runs of one batch size, in so many seconds. Raises CapacityError where these do not
-        suffice for one block of every contestant."""
+        """Return the runs of one batch size, in so many seconds. Raises CapacityError where these
+        do not suffice for one block of every contestant."""
         answers = self.trace.recording.answers
         usable = [i for i, a in enumerate(answers) if a.positions > 0][: self.options.limit]
         chosen = [usable[i % len(usable)] for i in range(max(len(usable), 2 * size))]
@@ -307,9 +307,9 @@ class Replay:
         return rows_of(found, size, self.options.seed)
 
     def ways(self, size: int, seconds: float) -> dict[str, Any]:
-        """How much faster `smart` is where the device chooses what levels expand than where the
-        host does, level by level. Raises CapacityError where the seconds are too few for a block of
-        each."""
+        """Return how much faster `smart` is where the device chooses what levels expand than where
+        the host does, level by level. Raises CapacityError where the seconds are too few for a
+        block of each."""
         if isinstance(self.head.levels, SteppedLevels):
             self.head.levels.device_chooses = True  # on a CPU, too: a rehearsal
         engines = {}
@@ -326,7 +326,7 @@ class Replay:
         return {name: run[name] for name in names}
 
     def engines(self) -> dict[str, Engine]:
-        """Every contestant by label, the baseline twice; it has no drafter."""
+        """Return every contestant by label, the baseline twice; it has no drafter."""
         engines: dict[str, Engine] = {}
         arms = {arm.label: arm for arm in self.options.arms}
         for label, arm in {**arms, AGAIN: arms[BASELINE]}.items():
@@ -348,7 +348,7 @@ class Replay:
         )
 
     def prompts(self, answers: Sequence[int]) -> dict[str, list[Prompt]]:
-        """One prompt for each recorded answer; its first token says which."""
+        """Return one prompt for each recorded answer; its first token says which."""
         found = []
         for index, number in enumerate(answers):
             answer = self.trace.recording.answers[number]
@@ -361,7 +361,7 @@ class Replay:
 
 
 def model_config(name: str) -> tuple[str, ModelConfig]:
-    """A model of hardware.json, or a config.json, with its name. Raises ConfigError or
+    """Return a model of hardware.json, or a config.json, with its name. Raises ConfigError or
     ModelError."""
     path = Path(name)
     if path.is_file():
@@ -390,8 +390,8 @@ def model_config(name: str) -> tuple[str, ModelConfig]:
 def head_shapes(
     config: ModelConfig, draft_vocab: int
 ) -> tuple[dict[str, tuple[int, ...]], tuple[int, ...], ModelConfig]:
-    """An EAGLE-3 head for a target: the shapes of its tensors, aux_layers, and its one layer, which
-    reads [embedding ; features]; its own output rows."""
+    """Return an EAGLE-3 head for a target: the shapes of its tensors, aux_layers, and its one
+    layer, which reads [embedding ; features]; its own output rows."""
     aux_layers = tuple(
         sorted({max(1, config.layers // 8), max(1, config.layers // 2), max(1, config.layers - 2)})
     )
@@ -414,7 +414,7 @@ def head_shapes(
 def random_head(
     config: ModelConfig, draft_vocab: int, device: torch.device | str = "cpu"
 ) -> HeadFiles:
-    """A head of random weights; see `head_shapes`."""
+    """Return a head of random weights; see `head_shapes`."""
     shapes, aux_layers, layer = head_shapes(config, draft_vocab)
     weights: dict[str, torch.Tensor] = dict(RandomWeights(shapes, device))
     return HeadFiles({}, {**weights, "draft_ids": torch.arange(draft_vocab)}, aux_layers, layer)

@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Draws the figure and says where it is. Raises SmartError for what a user can mend."""
+    """Draw the figure and say where it is. Raises SmartError for what a user can mend."""
     folder = args.plots
     if not folder.parent.is_dir() or (folder.exists() and not folder.is_dir()):
         raise ConfigError(f"{folder} cannot be made: it must be a folder in an existing folder")

@@ -21,7 +21,7 @@ class LabResults(Results):
 
     @classmethod
     def from_dict(cls, data: Any, source: str = "the results") -> Self:
-        """Raises ConfigError for what `bench` cannot have written."""
+        """Raise ConfigError for what `bench` cannot have written."""
         none = ConfigError(f"{source} has no 'runs': give a file that smart bench --json wrote")
         if not isinstance(data, Mapping) or not isinstance(data.get("runs"), Sequence):
             raise none
@@ -36,7 +36,7 @@ class LabResults(Results):
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Raises ConfigError for a file that is missing or not what `bench --json` writes."""
+        """Raise ConfigError for a file that is missing or not what `bench --json` writes."""
         return cls.from_dict(_json_in(path), str(path))
 
 
@@ -50,7 +50,8 @@ def _json_in(path: Path) -> Any:
 
 
 def checked_runs(value: Any, source: str) -> Sequence[Run]:
-    """A list of runs; none if there is no list. Raises ConfigError for a run that cannot be one."""
+    """Return a list of runs; none if there is no list. Raises ConfigError for a run that cannot be
+    one."""
     runs = value if isinstance(value, Sequence) and not isinstance(value, str) else ()
     for run in runs:
         if not isinstance(run, Mapping):

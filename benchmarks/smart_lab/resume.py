@@ -48,17 +48,17 @@ class Progress:
             self._read(path)
 
     def units(self, name: str) -> list[Any]:
-        """What was finished under a name, in order."""
+        """Return what was finished under a name, in order."""
         return [json.loads(unit) for unit in self._units.get(name, ())]
 
     def add(self, name: str, unit: Any) -> None:
-        """Keeps one more unit, on disk before this returns."""
+        """Keep one more unit, on disk before this returns."""
         self._units[name].append(json.dumps(unit))
         if self._path is not None:
             write_text(self._path, self._text())
 
     def agree(self, name: str, value: Any) -> None:
-        """Adds to the key what was not known before. Raises ConfigError if the file has another
+        """Add to the key what was not known before. Raises ConfigError if the file has another
         value."""
         value = _through_json(value)
         if self._key.setdefault(name, value) != value:
@@ -115,7 +115,7 @@ class KeptMeasurement(Measurement):
 
 
 def key_of(options: LabOptions) -> dict[str, Any]:
-    """What must be the same for a run to go on."""
+    """Return what must be the same for a run to go on."""
     names = (field.name for field in fields(options))
     given = {name: getattr(options, name) for name in names if name not in _NOT_PART}
     here = hardware()
@@ -139,7 +139,7 @@ def source_digest() -> str:
 
 
 def plain_block(block: Block) -> dict[str, Any]:
-    """A block as JSON can hold it."""
+    """Return a block as JSON can hold it."""
     return {
         "task": block.task,
         "batch_size": block.batch_size,
@@ -151,7 +151,7 @@ def plain_block(block: Block) -> dict[str, Any]:
 
 
 def block_of(kept: Mapping[str, Any]) -> Block:
-    """The inverse of `plain_block`."""
+    """Return the inverse of `plain_block`."""
     return Block(
         kept["task"],
         kept["batch_size"],

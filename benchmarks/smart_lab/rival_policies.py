@@ -60,7 +60,7 @@ class PooledChain(StatelessPolicy):
         return RoundCosts(size, self.cost.overhead_seconds + first, levels, verify)
 
     def observe(self, round: Round) -> None:
-        """Learns survival."""
+        """Learn survival."""
         if round.rule is not None and len(round.trees):
             nodes, chosen = round.observed()
             self.calibration.observe(round.trees, nodes, chosen, round.batch.kind)
@@ -110,7 +110,7 @@ class ThroughputChain(StatelessPolicy):
         return 1 + max(range(self.max_length), key=rates.__getitem__)
 
     def observe(self, round: Round) -> None:
-        """Counts what was accepted, depth by depth."""
+        """Count what was accepted, depth by depth."""
         if round.rule is None:
             return
         nodes, chosen = round.observed()

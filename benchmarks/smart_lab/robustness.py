@@ -139,7 +139,7 @@ def _write(folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
 
 
 def _tokens(count: int) -> NDArray[np.int64]:
-    """Tokens of the benchmark's prompts, one after the other, again and again."""
+    """Return tokens of the benchmark's prompts, one after the other, again and again."""
     from smart_decoding.models.text.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load(load_checkpoint(MODEL).tokenizer_source)
@@ -172,7 +172,7 @@ def adversarial(llm: LLM, options: BenchOptions) -> dict[str, list[Prompt]]:
 
 @contextmanager
 def busy_core() -> Iterator[None]:
-    """Another process that keeps one core busy."""
+    """Return another process that keeps one core busy."""
     worker = subprocess.Popen([sys.executable, "-c", "while True: pass"])
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(worker.pid, {max(os.sched_getaffinity(0))})
@@ -196,7 +196,7 @@ class Bench:
         self._scratch = scratch
 
     def case(self, name: str) -> Case:
-        """One of CASES."""
+        """Return one of CASES."""
         shipped = _head(None)
         if name == "the shipped head":
             return Case(shipped, self.usual)
@@ -219,7 +219,7 @@ class Bench:
         return str(folder)
 
     def run(self, name: str, size: int, seconds: float) -> dict[str, Any]:
-        """A row of the table: one case at one batch size."""
+        """Return a row of the table: one case at one batch size."""
         case = self.case(name)
         plain = self.llm.sharing_weights(False).engine
         engines = {"off": plain, "smart": case.make(self.llm).engine}
@@ -233,7 +233,7 @@ class Bench:
         return result
 
     def _answering(self, engine: Engine, prompts: Mapping[str, Sequence[Prompt]]) -> Seen:
-        """The first rounds at batch 1."""
+        """Return the first rounds at batch 1."""
         mixed = [prompt for of_task in zip(*prompts.values(), strict=False) for prompt in of_task]
         seen: list[tuple[bool, float]] = []
         for prompt in mixed:
@@ -272,13 +272,14 @@ def _figures(cycles: Sequence[Mapping[str, Block]]) -> dict[str, Any]:
 
 
 def turns_off(seen: Seen) -> int | None:
-    """The round from which on three quarters of a window are off; None if that never comes."""
+    """Return the round from which on three quarters of a window are off; None if that never
+    comes."""
     off = np.array([not drafted for drafted, _ in seen])
     return next((i for i in range(len(off) - WINDOW) if off[i : i + WINDOW].mean() >= 0.75), None)
 
 
 def predicts(seen: Seen) -> int | None:
-    """The round from which on the median of a window is predicted to within a quarter."""
+    """Return the round from which on the median of a window is predicted to within a quarter."""
     ratio = np.array([found for _, found in seen])
     return next(
         (i for i in range(len(ratio) - WINDOW) if 0.8 < np.median(ratio[i : i + WINDOW]) < 1.25),
@@ -312,7 +313,7 @@ CASES = (
 
 
 def told(row: Mapping[str, Any]) -> str:
-    """A row in words."""
+    """Return a row in words."""
     ratio = f"{row['speedup']:.3f} ({row['speedup_low']:.3f}-{row['speedup_high']:.3f})"
     parts = [
         f"{row['case']:26} batch {row['batch_size']:2}: {ratio}",
@@ -339,7 +340,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def command_of(args: argparse.Namespace) -> str:
-    """The command line that asks for this run."""
+    """Return the command line that asks for this run."""
     told = ["python", "-m", "smart_lab", "robustness", "--seconds", f"{args.seconds:g}"]
     told += ["--batch-sizes", ",".join(map(str, args.batch_sizes))]
     told += ["--cases", ",".join(args.cases), "--time-limit", f"{args.time_limit:g}"]
@@ -347,7 +348,7 @@ def command_of(args: argparse.Namespace) -> str:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Prints a row for each case and batch size. Raises ConfigError for an unknown case."""
+    """Print a row for each case and batch size. Raises ConfigError for an unknown case."""
     unknown = [case for case in args.cases if case not in CASES]
     if unknown:
         raise ConfigError(f"unknown case {unknown[0]!r}; known: {', '.join(CASES)}")

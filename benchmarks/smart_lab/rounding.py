@@ -108,7 +108,7 @@ class InFloats(Mapping[str, torch.Tensor]):
 
 
 def main(args: argparse.Namespace) -> int:
-    """Prints a table. Raises ConfigError for what is missing before a model is loaded."""
+    """Print a table. Raises ConfigError for what is missing before a model is loaded."""
     check_outputs((args.json,))
     if args.llama_cpp is not None:
         require(args.llama_cpp, (QUANTIZE, PERPLEXITY))
@@ -125,14 +125,14 @@ def main(args: argparse.Namespace) -> int:
 
 
 def provenance_of(args: argparse.Namespace) -> dict[str, Any]:
-    """What was measured, and where."""
+    """Return what was measured, and where."""
     weights = load_checkpoint(args.file, quantization=None).provenance
     command = f"python -m smart_lab rounding {args.file.name} --windows {args.windows}"
     return provenance(command, 0, weights, None)
 
 
 def read_text(path: Path | None) -> str:
-    """A file's, or the project's documentation."""
+    """Return a file's, or the project's documentation."""
     if path is not None:
         return path.read_text(encoding="utf-8")
     files = [file for pattern in DOCS for file in sorted(ROOT.glob(pattern))]
@@ -168,7 +168,7 @@ def ours(file: Path, text: str, most: int) -> dict[str, dict[str, float]]:
 
 
 def rows_of(tokens: list[int]) -> Rows:
-    """A window's, its keys in the first pages."""
+    """Return a window's, its keys in the first pages."""
     builder = RowsBuilder()
     builder.begin(np.arange(WINDOW // PAGE, dtype=np.int32))
     builder.add_committed(tokens, range(len(tokens)), range(len(tokens)))

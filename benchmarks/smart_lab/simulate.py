@@ -77,8 +77,8 @@ class Simulation:
     notes: list[str] = field(default_factory=list)
 
     def crossing(self, policy: str) -> float | None:
-        """The batch size at which a policy's speedup falls below 1, interpolated; None where it
-        never does."""
+        """Return the batch size at which a policy's speedup falls below 1, interpolated; None where
+        it never does."""
         before: tuple[int, float] | None = None
         for prediction in self.predictions:
             value = prediction.speedup[policy]
@@ -135,7 +135,7 @@ class Simulator:
     def prediction(
         self, batch_size: int, on_policy: Callable[[str], object] = lambda name: None
     ) -> Prediction:
-        """All policies at one batch size."""
+        """Return all policies at one batch size."""
         cost, host = self.cost, self.host
         recording = enough(self.trace.recording, batch_size)
         found = []
@@ -154,7 +154,8 @@ class Simulator:
         return Prediction(batch_size, plain, rates, setting, smart)
 
     def replayed(self, name: str, batch_size: int, believed: CostModel | None = None) -> Replayed:
-        """One policy at one batch size. believed: what it knows of the costs, if not the truth."""
+        """Return one policy at one batch size. believed: what it knows of the costs, if not the
+        truth."""
         options = self._paper if name == "paper" else {}
         policy = self.trace.policy(name, believed or self.cost, **options)
         recording = enough(self.trace.recording, batch_size)
@@ -177,7 +178,7 @@ def limits_of(tree: Setting) -> dict[str, int]:
 
 
 def enough(recording: Recording, batch_size: int) -> Recording:
-    """The recording, its answers used several times where a batch would soon run dry."""
+    """Return the recording, its answers used several times where a batch would soon run dry."""
     usable = sum(answer.positions > 0 for answer in recording.answers)
     times = -(-2 * batch_size // max(usable, 1))
     return recording if times <= 1 else recording.repeated(times)

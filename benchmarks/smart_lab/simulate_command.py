@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Prints the table. Raises SmartError for what a user can mend."""
+    """Print the table. Raises SmartError for what a user can mend."""
     sizes = sorted(set(args.batch_sizes))
     if sizes[-1] > LARGEST:
         raise ConfigError(f"batch sizes must lie between 1 and {LARGEST}, not {sizes[-1]}")
@@ -97,7 +97,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def text(simulation: Simulation) -> str:
-    """What is simulated, a line per batch size, and the answer."""
+    """Return what is simulated, a line per batch size, and the answer."""
     lines = [
         "SIMULATED, not measured: policies replayed on recorded or drawn trees at modelled costs.",
         f"  costs:      {simulation.hardware}",
@@ -149,8 +149,8 @@ def _did(off: float) -> str:
 
 
 def _acceptance(args: argparse.Namespace) -> tuple[Trace, str, Setting]:
-    """Trees to replay, what they are in words, and the setting of `eagle2` that fixed trees of full
-    size have."""
+    """Return trees to replay, what they are in words, and the setting of `eagle2` that fixed trees
+    of full size have."""
     if args.trace is not None:
         trace = read_trace(args.trace)
         recording, origin = trace.recording, trace.about.get("provenance", {})

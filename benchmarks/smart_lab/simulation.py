@@ -77,7 +77,7 @@ class World:
             self.mood[t] = 0.9 * self.mood[t - 1] + 0.45 * steps[t]
 
     def state(self, catch_up: int = 0) -> BatchState:
-        """The batch before a round."""
+        """Return the batch before a round."""
         size = self.batch
         return BatchState(
             np.full(size, CONTEXT),
@@ -90,7 +90,7 @@ class World:
     def expand(
         self, round_index: int, trees: DraftTrees, parents: IntArray, children: int, depth: int
     ) -> None:
-        """Appends `children` nodes below each of `parents`; at depth 1 below each root."""
+        """Append `children` nodes below each of `parents`; at depth 1 below each root."""
         owner = np.arange(self.batch) if depth == 1 else trees.owner[parents]
         mood = self.mood[round_index % 4096][owner] + self.ease
         # Looked up by the parent's path, so that the same node is the same in every policy's tree.
@@ -175,13 +175,13 @@ def run(policy: Policy, world: World, rounds: range) -> Totals:
 def full_knowledge(
     world: World, rounds: range, levels: int = 6, widths: tuple[int, ...] = (1, 2, 4, 8)
 ) -> Totals:
-    """The best of plain decoding and every (levels, width) each round, knowing all true
+    """Return the best of plain decoding and every (levels, width) each round, knowing all true
     probabilities beforehand."""
     return total(best_rounds(world, rounds, levels, widths))
 
 
 def total(rounds: Iterable[Totals]) -> Totals:
-    """The sums over rounds."""
+    """Return the sums over rounds."""
     tokens, seconds, nodes, off = zip(
         *((r.tokens, r.seconds, r.nodes, r.off) for r in rounds), strict=True
     )
@@ -238,7 +238,8 @@ def _path_gain(trees: DraftTrees, conditional: FloatArray) -> FloatArray:
 
 
 def _places(trees: DraftTrees, parents: IntArray, batch: int) -> IntArray:
-    """A place in [0, NOISE) for each parent that depends on its request and token path only."""
+    """Return a place in [0, NOISE) for each parent that depends on its request and token path
+    only."""
     place = np.arange(batch) if not len(trees) else trees.owner[parents].copy()
     at = parents.copy()
     while (at >= 0).any():

@@ -44,7 +44,7 @@ def long_contexts(code: Sequence[Task], maths: Sequence[Task]) -> list[str]:
 
 
 def edits(code: Sequence[Task]) -> list[str]:
-    """One edit of each HumanEval solution that allows one; four kinds in turn."""
+    """Return one edit of each HumanEval solution that allows one; four kinds in turn."""
     kinds = (_rename, _repair, _hints, _logging)
     made = []
     for i, task in enumerate(code):
@@ -56,7 +56,7 @@ def edits(code: Sequence[Task]) -> list[str]:
 
 
 def solution(task: Task) -> str:
-    """The function as HumanEval solves it, with its docstring."""
+    """Return the function as HumanEval solves it, with its docstring."""
     return task["prompt"].strip() + "\n" + task["canonical_solution"].rstrip()
 
 
@@ -130,7 +130,7 @@ def _rename(task: Task) -> str | None:
 
 
 def _repair(task: Task) -> str | None:
-    """The body with one operator swapped for a wrong one."""
+    """Return the body with one operator swapped for a wrong one."""
     body = task["canonical_solution"]
     for right, wrong in SWAPS:
         broken, count = re.subn(rf"(?<= ){re.escape(right)}(?= )", wrong, body, count=1)

@@ -32,8 +32,8 @@ def likelihood_settings(
     depths: Sequence[int] = range(7),
     nodes: Sequence[int] = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 40, 59),
 ) -> list[Setting]:
-    """The grid that `eagle2` is tuned over: levels, top-k and nodes; of settings that verify the
-    same trees the first."""
+    """Return the grid that `eagle2` is tuned over: levels, top-k and nodes; of settings that verify
+    the same trees the first."""
     grid = [
         {"depth": depth, "top_k": top_k, "total_tokens": count + 1}
         for depth in depths
@@ -92,7 +92,7 @@ def add_up(
     batch_size: int,
     host: HostCosts | None = None,
 ) -> Replayed:
-    """What `replay` gives for the policy of `fixed`."""
+    """Return what `replay` gives for the policy of `fixed`."""
     walk, costs, result = (
         Walk(recording, batch_size),
         StepCosts(cost, batch_size),
@@ -138,7 +138,7 @@ class Sweep:
         self._fixed: dict[int, Fixed] = {}
 
     def repeated(self, recording: Recording) -> Sweep:
-        """The same trees under a recording that uses its answers several times."""
+        """Return the same trees under a recording that uses its answers several times."""
         other = Sweep(recording, self.settings, self.eos)
         other._fixed, other._source = self._fixed, self._source
         return other
@@ -150,8 +150,8 @@ class Sweep:
         host: HostCosts | None = None,
         late: Callable[[], bool] = lambda: False,
     ) -> list[tuple[Setting, Replayed]]:
-        """All settings, the fastest first: the best few are then measured live. late: whether to
-        leave out what has not been replayed yet."""
+        """Return all settings, the fastest first: the best few are then measured live. late:
+        whether to leave out what has not been replayed yet."""
         results: list[tuple[Setting, Replayed]] = []
         for i, setting in enumerate(self.settings):
             if results and late():
@@ -181,7 +181,8 @@ def _draw(policy: Policy, walk: Walk) -> Fixed:
 
 
 def _sensible(levels: int, top_k: int, nodes: int) -> bool:
-    """Whether the re-ranking has something to choose from, and every level may keep a node."""
+    """Return whether the re-ranking has something to choose from, and every level may keep a
+    node."""
     drafted = top_k + (levels - 1) * top_k * top_k
     return levels <= nodes <= drafted
 

@@ -39,7 +39,7 @@ def synthetic(
     seed: int = 0,
     spread: float = SPREAD,
 ) -> Recording:
-    """A recording whose rounds under a setting of `eagle2` (default: EAGLE-2's tree) yield
+    """Return a recording whose rounds under a setting of `eagle2` (default: EAGLE-2's tree) yield
     `tokens_per_round` on average over positions. spread: how far confidences lie apart.
 
     Raises ConfigError for a number that such a tree cannot yield."""
@@ -58,7 +58,7 @@ def synthetic(
 
 
 def _yield(recording: Recording, tree: Mapping[str, int]) -> float:
-    """Tokens per round, over positions that are not cut short by the answer's end."""
+    """Return tokens per round, over positions that are not cut short by the answer's end."""
     whole = np.concatenate(
         [a.first + np.arange(max(0, a.positions - LEVELS)) for a in recording.answers]
     )
@@ -90,7 +90,7 @@ def _draw(
 
 
 def _tree(rng: np.random.Generator, ease: float, truth: IntArray, spread: float) -> DraftTrees:
-    """One wide tree; `truth`: the tokens that follow."""
+    """Return one wide tree; `truth`: the tokens that follow."""
     trees = DraftTrees.empty(1)
     parents: IntArray = np.array([ROOT])
     right = ROOT  # the deepest node on the answer's path

@@ -61,7 +61,7 @@ def by_batch(runs: Sequence[Run]) -> Section:
 
 
 def _did(run: Run | None) -> Sequence[Cell]:
-    """What `smart` did, as in DID."""
+    """Return what `smart` did, as in DID."""
     if run is None:
         return [UNKNOWN] * len(DID)
     return (
@@ -74,7 +74,7 @@ def _did(run: Run | None) -> Sequence[Cell]:
 
 
 def tuned(runs: Sequence[Run]) -> Section:
-    """Which settings the tuned contestants had."""
+    """Return which settings the tuned contestants had."""
     rows = [
         (str(run["batch_size"]), run["policy"], run["setting"], ratio_cell(run))
         for run in runs
@@ -119,7 +119,7 @@ def robust(rows: Sequence[Run]) -> Section:
 
 
 def busy(found: Mapping[str, Run]) -> Section:
-    """Tokens per second of each entry point, alone and beside busy processes."""
+    """Return tokens per second of each entry point, alone and beside busy processes."""
     rows = [
         (name, f"{row['quiet']:.1f}", f"{row['busy']:.1f}", f"{row['ratio']:.2f}")
         for name, row in found.items()
@@ -181,7 +181,8 @@ OLD_DECODE = "the requests' own rates, added up (files of before 2026-11-29, 05:
 
 
 def gguf(result: Mapping[str, Any]) -> list[Section]:
-    """One GGUF file here and in llama.cpp: forwards, then a table for each number of requests."""
+    """Return one GGUF file here and in llama.cpp: forwards, then a table for each number of
+    requests."""
     decode = f"decode: {result.get('decode', OLD_DECODE)}"
     captions = [build_of(result["llama_cpp"]), *rivals_of(result), decode]
     return [_gguf_forwards(result), *(_gguf_run(run, captions) for run in result["runs"])]

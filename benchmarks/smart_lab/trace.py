@@ -47,7 +47,7 @@ class Trace:
     prior: Mapping[str, Any] | None = None
 
     def policy(self, name: str, cost: CostModel | None = None, **options: Any) -> Policy:
-        """A policy as it would start in the recorded engine, with its own prior. Raises what
+        """Return a policy as it would start in the recorded engine, with its own prior. Raises what
         make_policy raises."""
         offered: dict[str, Any] = {"cost": cost or self.cost, "eos_token_ids": self.eos_token_ids}
         if self.prior is not None:
@@ -58,7 +58,7 @@ class Trace:
 
 
 def write_trace(path: Path, trace: Trace) -> None:
-    """Writes the file, whole or not at all. Raises CapacityError if it cannot."""
+    """Write the file, whole or not at all. Raises CapacityError if it cannot."""
     header = {
         "about": dict(trace.about),
         "eos_token_ids": list(trace.eos_token_ids),
@@ -78,7 +78,7 @@ def write_trace(path: Path, trace: Trace) -> None:
 
 
 def read_trace(path: Path) -> Trace:
-    """Raises ConfigError for a file that is missing, of another kind or version, or damaged."""
+    """Raise ConfigError for a file that is missing, of another kind or version, or damaged."""
     try:
         first, _, body = path.read_bytes().partition(b"\n")
     except OSError as error:
@@ -157,7 +157,7 @@ def _recording(arrays: Mapping[str, Any], header: Mapping[str, Any]) -> Recordin
 
 
 def _small(tokens: Any) -> Any:
-    """Two bytes a token where the vocabulary allows."""
+    """Return two bytes a token where the vocabulary allows."""
     return tokens.astype(
         np.uint16 if not len(tokens) or 0 <= tokens.min() <= tokens.max() < 65536 else np.int32
     )

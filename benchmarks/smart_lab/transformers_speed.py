@@ -76,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Prints a table for each batch size, then one line of JSON."""
+    """Print a table for each batch size, then one line of JSON."""
     folder = load_checkpoint("smollm2-135m").tokenizer_source
     dtype = getattr(torch, args.dtype)
     model = _loaded(folder, dtype)
@@ -151,7 +151,7 @@ class _Tally:
             self._unlike[name] += not torch.equal(answer, answers["generate"])
 
     def figures(self, name: str) -> dict[str, Any]:
-        """One way's figures, printed as a line."""
+        """Return one way's figures, printed as a line."""
         ratio = self.seconds["generate"] / self.seconds[name]
         rate = float(self._tokens[name] / self.seconds[name].sum())
         bounds = (np.median(ratio), ratio.min(), ratio.max())

@@ -66,9 +66,9 @@ def best_likelihood(
     host: HostCosts | None = None,
     late: Late = never,
 ) -> list[Arm]:
-    """The `count` settings of `eagle2` that are fastest in the replay at `batch_size`, each with
-    another number of nodes: where costs are wrong, that is what is chosen wrongly. Chains are among
-    them."""
+    """Return the `count` settings of `eagle2` that are fastest in the replay at `batch_size`, each
+    with another number of nodes: where costs are wrong, that is what is chosen wrongly. Chains are
+    among them."""
     of_size: dict[int, Setting] = {}
     for setting, _ in sweep.rank(cost, batch_size, host, late):
         of_size.setdefault(setting["total_tokens"], setting)
@@ -77,7 +77,7 @@ def best_likelihood(
 
 
 def paper_settings(batch_size: int) -> list[dict[str, Any]]:
-    """What `paper` is tuned over: its budget above all, with two families of costs."""
+    """Return what `paper` is tuned over: its budget above all, with two families of costs."""
     return [
         {"alpha": alpha, "budget": each * batch_size, "family": family, "l_tree": l_tree}
         for family, l_tree in PAPER_FORMS
@@ -87,14 +87,14 @@ def paper_settings(batch_size: int) -> list[dict[str, Any]]:
 
 
 def best_paper(trace: Trace, batch_size: int, late: Late = never) -> Arm:
-    """The setting of `paper` that is fastest in the replay."""
+    """Return the setting of `paper` that is fastest in the replay."""
     rounds = max(PAPER_LEAST, PAPER_ROUNDS // batch_size)
     settings = paper_settings(batch_size)
     return Arm("paper", _best(trace, "paper", settings, batch_size, late, rounds), "paper tuned")
 
 
 def best_chain(trace: Trace, policy: str, batch_size: int, late: Late = never) -> Arm:
-    """The length of `pooled_chain` or `throughput_chain` that is fastest in the replay."""
+    """Return the length of `pooled_chain` or `throughput_chain` that is fastest in the replay."""
     settings = [{CHAINS[policy]: length} for length in LENGTHS]
     return Arm(policy, _best(trace, policy, settings, batch_size, late), f"{policy} tuned")
 
@@ -107,7 +107,8 @@ def _best(
     late: Late,
     rounds: int | None = None,
 ) -> dict[str, Any]:
-    """The setting of a policy that is fastest in the replay, of those that there was time for."""
+    """Return the setting of a policy that is fastest in the replay, of those that there was time
+    for."""
     assert trace.cost is not None
     recording, cost = enough(trace.recording, batch_size), trace.cost
     rates: list[float] = []
@@ -142,7 +143,7 @@ def gains(
 
 
 def best_fixed(trace: Trace, sweep: Sweep, batch_size: int) -> Arm:
-    """The best of all fixed trees and chains."""
+    """Return the best of all fixed trees and chains."""
     assert trace.cost is not None
     trees = sweep.repeated(enough(trace.recording, batch_size))
     return best_likelihood(trees, trace.cost, batch_size, 1, trace.host)[0]
@@ -184,7 +185,8 @@ class Traced:
 
 
 def distinct(arms: Sequence[Arm], trace: Trace, batch_size: int, rounds: int = 200) -> list[Arm]:
-    """The arms without those that draft and verify the same trees as an earlier one, by replay.
+    """Return the arms without those that draft and verify the same trees as an earlier one, by
+    replay.
 
     Whose they are is printed."""
     first: dict[str, Arm] = {}
@@ -201,7 +203,7 @@ def distinct(arms: Sequence[Arm], trace: Trace, batch_size: int, rounds: int = 2
 
 
 def cost_of(arms: Sequence[LLM]) -> CostModel:
-    """The profile that the arms' policies use. Raises ConfigError if none has one."""
+    """Return the profile that the arms' policies use. Raises ConfigError if none has one."""
     found = next((arm.policy.cost for arm in arms if arm.policy.cost is not None), None)
     if found is None:
         raise ConfigError("tuning needs a policy with a cost model: add smart to the policies")
@@ -222,7 +224,7 @@ class Tuner:
         self._drawn: Sweep | None = None
 
     def arms(self, batch_size: int, progress: Progress, stop: float | None = None) -> list[Arm]:
-        """The best settings for a batch size; the same again when a run goes on."""
+        """Return the best settings for a batch size; the same again when a run goes on."""
         options = self._options
         if not (options.tune_eagle2 or options.tune_paper or options.tune_chains):
             return []
@@ -237,7 +239,7 @@ class Tuner:
         return [Arm(*kept) for kept in progress.units(name)[0]]
 
     def _found(self, batch_size: int, stop: float | None) -> list[Arm]:
-        """Those asked for, but for trees that others verify already."""
+        """Return those asked for, but for trees that others verify already."""
         options = self._options
         trace = self._trace("others", self._other_texts, self._within(stop, RECORDING))
         assert trace.cost is not None
@@ -255,8 +257,8 @@ class Tuner:
         return [arm for arm in distinct([*given, *arms], trace, batch_size) if arm in arms]
 
     def _sweep(self, trace: Trace) -> Sweep:
-        """All settings of `eagle2` on the other prompts, repeated where a large batch would soon
-        run dry; their trees are drawn once."""
+        """Return all settings of `eagle2` on the other prompts, repeated where a large batch would
+        soon run dry; their trees are drawn once."""
         if self._drawn is None:
             sweep = Sweep(trace.recording, eos=trace.eos_token_ids)
             self._drawn = sweep.repeated(enough(trace.recording, max(self._options.batch_sizes)))
@@ -317,7 +319,7 @@ class Tuner:
         return Trace(recording, about, ends, cost, host, prior)
 
     def _own_texts(self) -> dict[str, list[Any]]:
-        """The first of the prompts that are measured."""
+        """Return the first of the prompts that are measured."""
         options = self._options
         count = min(options.limit, prompts_needed(options))
         return {task: load_task(task, count) for task in options.tasks}

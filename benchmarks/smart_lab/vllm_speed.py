@@ -92,7 +92,7 @@ class Answers:
 def block(
     engines: dict[str, Arm], order: list[str], prompts: list[str], batch: int
 ) -> dict[str, Answers]:
-    """All engines answer these prompts, a turn of each after the other."""
+    """Let all engines answer these prompts, a turn of each after the other."""
     found: dict[str, Answers] = {}
     for arm in order:
         engines[arm].begin(prompts, batch)
@@ -121,7 +121,7 @@ class Tally:
         self._answers += len(found["plain"].tokens)
 
     def figures(self) -> dict[str, Any]:
-        """A row of the report."""
+        """Return a row of the report."""
         row: dict[str, Any] = {arm: round(statistics.median(self.rates[arm]), 1) for arm in ARMS}
         for arm in ("spec", "smart"):
             row[f"{arm}_speedup"] = interval(self.rates[arm], self.rates["plain"])
@@ -132,7 +132,7 @@ class Tally:
 
 
 def report(tallies: dict[int, Tally], args: argparse.Namespace) -> None:
-    """Prints and writes what there is so far: a run that is cut leaves what it has."""
+    """Print and write what there is so far: a run that is cut leaves what it has."""
     results = {batch: tally.figures() for batch, tally in tallies.items()}
     for batch, row in results.items():
         print(batch, json.dumps(row), flush=True)
@@ -174,11 +174,11 @@ class Arm:
         theirs.close()  # so that it sees our end
 
     def ready(self) -> None:
-        """Waits until the engine is loaded."""
+        """Wait until the engine is loaded."""
         self._pipe.recv()
 
     def begin(self, prompts: list[str], batch: int) -> None:
-        """Gives the engine a block to answer."""
+        """Give the engine a block to answer."""
         self._pipe.send((prompts, batch))
 
     def turn(self) -> Answers | None:
@@ -188,7 +188,7 @@ class Arm:
         return answers
 
     def close(self) -> None:
-        """Ends the engine's process."""
+        """End the engine's process."""
         self._pipe.send(None)
         self._process.join(20)
 
@@ -255,7 +255,7 @@ def signal_ranks(number: int) -> None:
 def stream(
     llm: Any, prompts: list[str], batch: int, params: Any
 ) -> Generator[None, None, tuple[float, Any]]:
-    """Yields after each turn; returns (tokens per second while `batch` requests are running, the
+    """Yield after each turn; returns (tokens per second while `batch` requests are running, the
     tokens of all)."""
     engine, tokenizer = llm.llm_engine, llm.get_tokenizer()
     waiting = list(enumerate(prompts))[::-1]
@@ -291,7 +291,7 @@ def stream(
 
 
 def counted(controller: Any) -> dict[str, Any]:
-    """What SMART did so far; nothing of the other engines."""
+    """Return what SMART did so far; nothing of the other engines."""
     if controller is None:
         return {}
     counters = dict(vars(controller.policy.counters))

@@ -50,7 +50,7 @@ def as_profiled(recording: Recording, cost: CostModel, batch_size: int, seed: in
 
 
 def misjudged(factor: float) -> Make:
-    """What rows and levels add is `factor` times as expensive in the profile as it is."""
+    """Make what rows and levels add `factor` times as expensive in the profile as it is."""
 
     def make(recording: Recording, cost: CostModel, batch_size: int, seed: int) -> World:
         world = as_profiled(recording, cost, batch_size, seed)
@@ -60,7 +60,7 @@ def misjudged(factor: float) -> Make:
 
 
 def unsteady(recording: Recording, cost: CostModel, batch_size: int, seed: int) -> World:
-    """The machine's speed changes by half, now and then."""
+    """Let the machine's speed change by half, now and then."""
     states = [cost, slower(cost, SLOWER)]
     return World(recording, cost, lambda: Unsteady(states, batch_size, LASTS, seed=seed))
 
@@ -98,7 +98,7 @@ def unknown_costs(recording: Recording, cost: CostModel, batch_size: int, seed: 
 
 
 def slower(cost: CostModel, factor: float) -> CostModel:
-    """A machine on which everything takes `factor` times as long."""
+    """Return a machine on which everything takes `factor` times as long."""
 
     def scaled(curve: Curve) -> Curve:
         return Curve(curve.rows, tuple(factor * s for s in curve.seconds))

@@ -91,7 +91,7 @@ class AsyncLLM:
 
     @classmethod
     def from_engine_args(cls, engine_args: EngineArgs) -> AsyncLLM:
-        """The same from `AsyncEngineArgs`."""
+        """Return the same from `AsyncEngineArgs`."""
         return cls(**vars(engine_args))
 
     async def generate(
@@ -102,8 +102,8 @@ class AsyncLLM:
         lora_request: object = None,
         priority: object = 0,
     ) -> AsyncGenerator[RequestOutput, None]:
-        """The answers to one prompt, each time as they stand so far, or as `output_kind` says; the
-        last is `finished`. lora_request, priority: as to `LLM.generate`.
+        """Return the answers to one prompt, each time as they stand so far, or as `output_kind`
+        says; the last is `finished`. lora_request, priority: as to `LLM.generate`.
 
         Leaving the loop, or the end of its task, aborts the request. Raises ConfigError or
         CapacityError for what can never run or an id that runs, and EngineStoppedError."""
@@ -133,7 +133,7 @@ class AsyncLLM:
             self.cancel(job)
 
     async def abort(self, request_id: str) -> None:
-        """Ends a request; its last output's answers have the finish_reason 'abort'. Unknown ids are
+        """End a request; its last output's answers have the finish_reason 'abort'. Unknown ids are
         ignored: it may have ended."""
         if request_id in self._asked:
             self.cancel(self._asked[request_id])
@@ -148,13 +148,13 @@ class AsyncLLM:
         job.open = job.size
 
     def cancel(self, job: AsyncJob) -> None:
-        """Ends a job before the next round, if it has not ended, and frees its slots."""
+        """End a job before the next round, if it has not ended, and free its slots."""
         job.cancelled = True
         if job.open:
             self.llm.engine_thread.cancel(job)
 
     def shutdown(self, timeout: float = LONGEST_ROUND) -> None:
-        """Ends the engine after its present round, for which it waits so many seconds. What still
+        """End the engine after its present round, for which it waits so many seconds. What still
         runs raises EngineStoppedError."""
         self.llm.engine_thread.stop(timeout)
 
@@ -178,7 +178,7 @@ async def _more(output: RequestOutput, job: AsyncJob, text_of: TokenText) -> Req
 
 
 def _news(before: RequestOutput, output: RequestOutput) -> RequestOutput:
-    """What has come between two outputs; answers that stayed as they were are left out."""
+    """Return what has come between two outputs; answers that stayed as they were are left out."""
     pairs = zip(before.outputs, output.outputs, strict=True)
     new = [
         replace(
@@ -197,7 +197,7 @@ def _news(before: RequestOutput, output: RequestOutput) -> RequestOutput:
 def _grown(
     answer: CompletionOutput, chunk: Chunk, request: Request, text_of: TokenText
 ) -> CompletionOutput:
-    """A new object: those given out before stay as they were."""
+    """Return a new object: those given out before stay as they were."""
     if chunk.finish_reason is not None:  # the engine has done with it
         return completion_of(request, text_of)
     logprobs = answer.logprobs

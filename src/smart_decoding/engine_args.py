@@ -54,8 +54,8 @@ _CHECKED_APART = ("dtype", "speculative_config")  # whoever reads them says more
 
 
 def _neutral(*allowed: Any, short: str = "") -> Any:
-    """An option of vLLM's that changes nothing here, by default the first of the values that it may
-    have; without any it takes all, and is None. short: another flag of the command line."""
+    """Return an option of vLLM's that changes nothing here, by default the first of the values that
+    it may have; without any it takes all, and is None. short: another flag of the command line."""
     return field(default=next(iter(allowed), None), metadata={"allowed": allowed, "short": short})
 
 
@@ -204,7 +204,7 @@ class EngineArgs:
 
     @classmethod
     def add_cli_args(cls, parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        """Gives a parser an option for each, such as --max-model-len, with mappings in JSON.
+        """Give a parser an option for each, such as --max-model-len, with mappings in JSON.
         `LLM(**vars(args))` takes what it parses."""
         for each in fields(cls):
             _add_cli_arg(parser, each, default=each.default)
@@ -212,13 +212,13 @@ class EngineArgs:
 
     @classmethod
     def add_neutral_cli_args(cls, parser: argparse.ArgumentParser) -> None:
-        """Gives a parser those that change nothing here, unlisted, and None where not given."""
+        """Give a parser those that change nothing here, unlisted, and None where not given."""
         for each in _neutral_fields():
             _add_cli_arg(parser, each, help=argparse.SUPPRESS)
 
     @classmethod
     def neutral_cli_args(cls, args: argparse.Namespace) -> dict[str, Any]:
-        """What such a parser has found."""
+        """Return what such a parser has found."""
         return {each.name: getattr(args, each.name) for each in _neutral_fields()}
 
     @classmethod
@@ -228,7 +228,7 @@ class EngineArgs:
         return cls(**{each.name: given[each.name] for each in fields(cls) if each.name in given})
 
     def sampling_defaults(self, folder: Path) -> dict[str, Any]:
-        """What SamplingParams are where nobody says otherwise. folder: the model's. Raises
+        """Return what SamplingParams are where nobody says otherwise. folder: the model's. Raises
         ConfigError for values that they cannot be."""
         from smart_decoding.models.checkpoints.loading import (
             generation_config,  # imported late: torch is slow
@@ -258,18 +258,18 @@ class EngineArgs:
         return ours
 
     def template(self) -> str | None:
-        """The text of the chat template asked for; None for the model's own."""
+        """Return the text of the chat template asked for; None for the model's own."""
         return None if self.chat_template is None else chat_template.read(self.chat_template)
 
     def media_limits(self) -> Limits:
-        """What a prompt may hold beside text."""
+        """Return what a prompt may hold beside text."""
         counts = {**Limits().per_prompt, **(self.limit_mm_per_prompt or {})}
         folder = self.allowed_local_media_path
         return Limits(counts, None if folder is None else expanded(folder), self.max_image_pixels)
 
     def longest(self, positions: int) -> int:
-        """The longest prompt plus answer of a model of so many positions. Raises CapacityError if
-        the one asked for can never be held."""
+        """Return the longest prompt plus answer of a model of so many positions. Raises
+        CapacityError if the one asked for can never be held."""
         asked = self.max_model_len
         memory = self.kv_cache_tokens
         if asked is None:
@@ -282,12 +282,12 @@ class EngineArgs:
         return asked
 
     def kv_tokens(self, longest: int) -> int:
-        """Tokens of KV memory where an answer and its prompt may be `longest` tokens."""
+        """Return tokens of KV memory where an answer and its prompt may be `longest` tokens."""
         usual = min(longest, 2048) * min(self.max_num_seqs, 16)
         return self.kv_cache_tokens or max(longest, usual)
 
     def chunk(self, on_cuda: bool) -> int:
-        """Prompt tokens in a round."""
+        """Return prompt tokens in a round."""
         return self.max_num_batched_tokens or (2048 if on_cuda else 256)
 
     def _check_kinds(self) -> None:
@@ -342,7 +342,7 @@ def _add_cli_arg(parser: argparse.ArgumentParser, option: Field[Any], **how: Any
 
 
 def require_neutral(given: Mapping[str, Any]) -> None:
-    """Raises ConfigError, naming it, for an option of vLLM with a value that is not served here."""
+    """Raise ConfigError, naming it, for an option of vLLM with a value that is not served here."""
     for name, value in given.items():
         _require_one_of(name, value, _NEUTRAL[name])
 
@@ -353,5 +353,5 @@ def _require_one_of(name: str, value: object, allowed: tuple[Any, ...]) -> None:
 
 
 def _kinds(option: Field[Any]) -> list[str]:
-    """The names of an option's types."""
+    """Return the names of an option's types."""
     return [kind.partition("[")[0] for kind in str(option.type).split(" | ")]

@@ -30,7 +30,7 @@ class EngineStoppedError(SmartError):
 
 
 def require_finite(finite: object) -> None:
-    """Raises ModelError unless `finite` is true: whether all maxima of a model's rows are."""
+    """Raise ModelError unless `finite` is true: whether all maxima of a model's rows are."""
     if not finite:
         raise ModelError(
             "the model's logits are NaN or infinite: check the weights, or use dtype float32"

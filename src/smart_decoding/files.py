@@ -19,8 +19,8 @@ LARGEST = 64 << 20  # bytes of a model's text file; the largest vocabularies tak
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A scratch path to write to: it becomes `path` when the block ends, and vanishes if that fails
-    (or Ctrl-C).
+    """Return a scratch path to write to: it becomes `path` when the block ends, and vanishes if
+    that fails (or Ctrl-C).
 
     Each process has its own, so that two may write the same file: the last one wins."""
     scratch = path.with_name(f"{path.name}.{os.getpid()}.partial")
@@ -33,8 +33,8 @@ def whole(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """The boundary to a file of a model, which may hold anything: whatever goes wrong in the block
-    because of it is a ModelError of one line that names it. No memory is a CapacityError.
+    """Return the boundary to a file of a model, which may hold anything: whatever goes wrong in the
+    block because of it is a ModelError of one line that names it. No memory is a CapacityError.
 
     Raises ModelError, too, where the file is missing, or is no regular file: reading a device or a
     pipe may never end."""
@@ -79,7 +79,8 @@ def _shortened(text: str, most: int = 60) -> str:
 
 
 def without_folder(name: str) -> str:
-    """What lies here without the folder that it lies in, which may tell of a user; else `name`."""
+    """Return what lies here without the folder that it lies in, which may tell of a user; else
+    `name`."""
     path = expanded(name)
     return path.absolute().name if path.exists() else name
 
@@ -94,13 +95,13 @@ def errno_of(error: BaseException) -> int | None:
 
 
 def reason_of(error: BaseException) -> str:
-    """An error's type and the first line of what it says."""
+    """Return an error's type and the first line of what it says."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
 def read_text(path: Path) -> str:
-    """A text file of a model's folder. Raises ModelError."""
+    """Return a text file of a model's folder. Raises ModelError."""
     with reading(path), path.open("rb") as file:
         content = file.read(LARGEST + 1)
         if len(content) > LARGEST:
@@ -109,7 +110,7 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file of a model's folder. Raises ModelError."""
+    """Return the object in a JSON file of a model's folder. Raises ModelError."""
     with reading(path):
         content = json.loads(read_text(path))
         if not isinstance(content, dict):
@@ -118,13 +119,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def sha256_of(path: Path) -> str:
-    """The checksum of a file, in hexadecimal."""
+    """Return the checksum of a file, in hexadecimal."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def are_intact(sums: Mapping[Path, str], marker: Path) -> bool:
-    """Whether files have these checksums. Raises OSError for one that cannot be read.
+    """Return whether files have these checksums. Raises OSError for one that cannot be read.
 
     They are summed once (1.5 s for a gigabyte), which `marker` remembers; after that, files that
     were not written to since are taken to be what they were."""
@@ -140,7 +141,7 @@ def are_intact(sums: Mapping[Path, str], marker: Path) -> bool:
 
 
 def remember(sums: Mapping[Path, str], marker: Path) -> None:
-    """Writes the marker of files whose checksums were just taken."""
+    """Write the marker of files whose checksums were just taken."""
     marker.write_bytes(_seen(sums))
 
 

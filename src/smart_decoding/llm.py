@@ -121,8 +121,8 @@ class LLM:
         self._measuring = threading.Lock()
 
     def sharing_weights(self, speculative_config: Mapping[str, Any] | bool | None) -> LLM:
-        """Another engine, drafter and policy over this one's weights and KV memory: to compare them
-        in one process.
+        """Return another engine, drafter and policy over this one's weights and KV memory: to
+        compare them in one process.
 
         Calls of the engines wait for each other. Whoever steps `engine` himself may do so with
         several in turn: each takes pages of its own. To be made while no request runs: costs are
@@ -148,12 +148,12 @@ class LLM:
         return other
 
     def keep_panels(self) -> None:
-        """Keeps the weights as they are packed here, where later starts can map them; where they
-        are not kept already (models/cpu/panels.py)."""
+        """Keep the weights as they are packed here, where later starts can map them; where they are
+        not kept already (models/cpu/panels.py)."""
         self.target.decoder.keep_panels()
 
     def take_profile(self) -> None:
-        """Measures and stores at once what forwards cost here, in some seconds, if it is not known.
+        """Measure and store at once what forwards cost here, in some seconds, if it is not known.
         Else that is done bit by bit while nobody asks.
 
         It waits for a lone request that runs, and takes its time beside several. Raises ConfigError
@@ -277,16 +277,16 @@ class LLM:
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """What is taken where none are given: vLLM's defaults, but for what the model's
+        """Return what is taken where none are given: vLLM's defaults, but for what the model's
         generation_config.json says."""
         return SamplingParams(**self.default_sampling_params)
 
     def get_tokenizer(self) -> Tokenizer:
-        """The model's tokenizer."""
+        """Return the model's tokenizer."""
         return self.tokenizer
 
     def get_metrics(self) -> list[Metric]:
-        """What has been done so far, in vLLM's names; see engine/metrics.py."""
+        """Return what has been done so far, in vLLM's names; see engine/metrics.py."""
         return self.record.metrics(self.engine)
 
     def chat_prompt(
@@ -297,7 +297,7 @@ class LLM:
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> MediaPrompt:
-        """The prompt of one conversation. Contents may be lists of OpenAI's parts, and hold
+        """Return the prompt of one conversation. Contents may be lists of OpenAI's parts, and hold
         images if the model reads them.
 
         chat_template: instead of the model's. tools: what the template tells of; answers are not
@@ -313,8 +313,8 @@ class LLM:
         return self.prompts.plan(tokens, pictures, text).decoded()
 
     def text_prompt(self, prompt: Prompt) -> MediaPrompt:
-        """A prompt as `generate` takes it, in tokens. Raises ConfigError; placeholders need their
-        pictures."""
+        """Return a prompt as `generate` takes it, in tokens. Raises ConfigError; placeholders need
+        their pictures."""
         if isinstance(prompt, MediaPrompt):
             return prompt
         return self.prompts.prompt(*parts_of(prompt))
@@ -322,8 +322,8 @@ class LLM:
     def stream(
         self, prompt: Prompt | Sequence[Message], sampling_params: SamplingParams | None = None
     ) -> Iterator[str]:
-        """The text of one answer to a prompt or a conversation, piece by piece as rounds yield
-        it."""
+        """Return the text of one answer to a prompt or a conversation, piece by piece as rounds
+        yield it."""
         if isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
             prompt = self.chat_prompt(prompt)  # type: ignore[arg-type]
         default = {"max_tokens": 256, **self.default_sampling_params}
@@ -339,8 +339,8 @@ class LLM:
     def job(
         self, prompts: Sequence[MediaPrompt], params: Sequence[SamplingParams], stream: bool = False
     ) -> Job:
-        """What `engine_thread` answers them by. Grammars are compiled here, not in its time. Raises
-        ConfigError for one that cannot be, and for what are no SamplingParams."""
+        """Return what `engine_thread` answers them by. Grammars are compiled here, not in its time.
+        Raises ConfigError for one that cannot be, and for what are no SamplingParams."""
         for each in params:
             if not isinstance(each, SamplingParams):
                 raise ConfigError(
@@ -372,7 +372,7 @@ def _params_for(prompts: Sequence[Prompt], params: Any) -> list[SamplingParams]:
 
 
 def in_own_thread(work: Callable[[], T]) -> T:
-    """What `work` returns, or raises, in a thread that is gone afterwards.
+    """Return what `work` returns, or raises, in a thread that is gone afterwards.
 
     OpenMP keeps a team of threads for every thread that has computed. Where all of them are more
     than the CPUs, OpenMP's threads sleep at once for want of work: the engine's team is to be the
@@ -409,7 +409,7 @@ def _load(args: EngineArgs, device: torch.device) -> Checkpoint:
 
 
 def _holds_quants(args: EngineArgs, device: torch.device) -> bool:
-    """Whether quants stay what they are: only the CPU kernels multiply them, in bfloat16."""
+    """Return whether quants stay what they are: only the CPU kernels multiply them, in bfloat16."""
     in_bf16 = dtype_of(args.dtype) == torch.bfloat16
     return in_bf16 and device.type == "cpu" and library.unavailable() is None
 
@@ -417,7 +417,7 @@ def _holds_quants(args: EngineArgs, device: torch.device) -> bool:
 def _drafts(
     args: EngineArgs, checkpoint: Checkpoint, tokenizer: Tokenizer, longest: int
 ) -> SpeculativeConfig:
-    """What drafts, before it is loaded. Raises ConfigError for what does not fit or is not
+    """Return what drafts, before it is loaded. Raises ConfigError for what does not fit or is not
     served."""
     asked = check_speculation(
         args.speculative_config, checkpoint, tokenizer, longest, args.trust_pickle
@@ -464,8 +464,8 @@ def _tokenizer(args: EngineArgs, checkpoint: Checkpoint) -> Tokenizer:
 def _require_memory(
     args: EngineArgs, checkpoint: Checkpoint, asked: SpeculativeConfig, longest: int
 ) -> tuple[SpeculativeConfig, int]:
-    """What drafts, and KV pages. Raises CapacityError for a model that does not fit, before its
-    weights are read; without a draft model or head that only came by default, if it fits so."""
+    """Return what drafts, and KV pages. Raises CapacityError for a model that does not fit, before
+    its weights are read; without a draft model or head that only came by default, if it fits so."""
     device = device_of(args.device)
     dtype = dtype_of(args.dtype)
     on_cuda = device.type == "cuda"
@@ -490,7 +490,7 @@ def _require_memory(
 
 
 def quantization_of(args: EngineArgs, device: torch.device) -> str | None:
-    """How weights are loaded: quants as they are stored only where the CPU kernels multiply
+    """Return how weights are loaded: quants as they are stored only where the CPU kernels multiply
     them."""
     return args.quantization if args.quantization or _holds_quants(args, device) else "off"
 

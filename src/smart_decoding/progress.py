@@ -25,7 +25,7 @@ def _say(line: str) -> None:
 
 
 def on_terminal() -> bool:
-    """Whether somebody sees standard error, which may be closed."""
+    """Return whether somebody sees standard error, which may be closed."""
     with suppress(AttributeError, ValueError):
         return sys.stderr.isatty()
     return False

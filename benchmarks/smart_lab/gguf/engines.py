@@ -28,7 +28,7 @@ LOADING, ANSWERING = 300.0, 180.0  # seconds until a worker is given up
 
 
 def _expanded(model: Path) -> Path:
-    """A folder of our cache with the file's weights in bf16."""
+    """Return a folder of our cache with the file's weights in bf16."""
     return Path(load_checkpoint(model).tokenizer_source)
 
 
@@ -132,12 +132,12 @@ class Processes:
         return reply_of(self._workers[self._loaded(ahead)].ask(job, ANSWERING * waves))
 
     def _loaded(self, ahead: int) -> int:
-        """What a process is told when it loads: how many, or whether any."""
+        """Return what a process is told when it loads: how many, or whether any."""
         return ahead if self._rival.fixed else min(ahead, 1)
 
 
 def reply_of(found: Mapping[str, Any]) -> Reply:
-    """What a worker told, counted as for our engine."""
+    """Return what a worker told, counted as for our engine."""
     answers = found["answers"]
     times = zip(found["placed"], found["firsts"], found["ends"], found["before"], strict=True)
     spans = [
@@ -174,7 +174,7 @@ class Worker:
         self.close()
 
     def close(self) -> None:
-        """Ends the process, by force if it does not end by itself."""
+        """End the process, by force if it does not end by itself."""
         try:
             self._process.stdin.close()  # type: ignore[union-attr]
             self._process.wait(timeout=10)
@@ -184,7 +184,7 @@ class Worker:
         self._errors.close()
 
     def ask(self, message: Mapping[str, Any], seconds: float) -> dict[str, Any]:
-        """The worker's reply to a line."""
+        """Return the worker's reply to a line."""
         try:
             print(json.dumps(message), file=self._process.stdin, flush=True)
             reply: dict[str, Any] = json.loads(self._lines.get(timeout=seconds))
@@ -220,7 +220,7 @@ class Worker:
 
 
 def job_of(prompts: Sequence[Sequence[int]], tokens: int) -> dict[str, Any]:
-    """The line that has them answered."""
+    """Return the line that has them answered."""
     return {"prompts": [list(map(int, prompt)) for prompt in prompts], "tokens": tokens}
 
 

@@ -56,23 +56,23 @@ class IkLlamaCpp:
         require(self.folder, (SERVER,))
 
     def program(self, encode: Encode, end: int) -> Program:
-        """Its server. encode: our tokenizer; end: the token that ends an answer."""
+        """Return its server. encode: our tokenizer; end: the token that ends an answer."""
         command = (str(self.folder / SERVER), "--log-disable")  # it would leave a file here
         return Program(NAME, command, partial(tokens_of, encode, end))
 
     def about(self) -> dict[str, Any]:
-        """Its version and build."""
+        """Return its version and build."""
         return origin(self.folder)
 
 
 def tokens_of(encode: Encode, end: int, answer: Mapping[str, Any]) -> list[int]:
-    """The tokens of an answer's text, and the one that ended it."""
+    """Return the tokens of an answer's text, and the one that ended it."""
     return encode(answer["content"]) + [end] * bool(answer["stopped_eos"])
 
 
 def tune(answer: Answer[IkFlags], cores: int, slots: int, time_left: TimeLeft) -> Tuned[IkFlags]:
-    """The best of few flags for plain decoding, which all modes have: it speculates for one slot
-    only. Raises ModelError if it fails with the defaults."""
+    """Return the best of few flags for plain decoding, which all modes have: it speculates for one
+    slot only. Raises ModelError if it fails with the defaults."""
     search = Search(answer, time_left)
     best = IkFlags(cores)
     search.attempt(PLAIN, best)

@@ -50,7 +50,7 @@ def speculative_configs(smart: Sequence[str], draft: Path | None) -> dict[str, d
 
 
 def without_folders(text: str) -> str:
-    """A method or config as it was given, of a model's file the name alone."""
+    """Return a method or config as it was given, of a model's file the name alone."""
     config = _config(text)
     if text in METHODS or "model" not in config:
         return text
@@ -117,17 +117,18 @@ class Ours:
 
     @staticmethod
     def read_rate(calls: int) -> float:
-        """The median of bytes per second that the kernels read, of memory that lies as weights
-        do."""
+        """Return the median of bytes per second that the kernels read, of memory that lies as
+        weights do."""
         memory = Arena(READ).take(READ).fill_(1)
         return READ / statistics.median(read_seconds(memory, fastest_hint()) for _ in range(calls))
 
     def first_token(self, prompt: Sequence[int]) -> float:
-        """Seconds from a prompt to its first token."""
+        """Return seconds from a prompt to its first token."""
         return answer(self._engines[PLAIN], 1, [prompt], 1).prefill_seconds
 
     def forwards(self, rows: Sequence[int], context: int, turns: int) -> dict[int, float]:
-        """Rows of one sequence, all of which give logits -> the median seconds of a forward."""
+        """Return rows of one sequence, all of which give logits -> the median seconds of a
+        forward."""
         pages = self.llm.engine.config.pages
         found: dict[int, list[float]] = {count: [] for count in rows}
         runs = {}

@@ -71,8 +71,8 @@ def reply(
 
 
 def decode_rate(spans: Sequence[Span]) -> float:
-    """Tokens per second of one request behind its first token: all tokens over all seconds of all
-    requests. NaN where none came later.
+    """Return tokens per second of one request behind its first token: all tokens over all seconds
+    of all requests. NaN where none came later.
 
     What neighbours' prompts take meanwhile is in it."""
     tokens = sum(span.tokens for span in spans)
@@ -80,7 +80,7 @@ def decode_rate(spans: Sequence[Span]) -> float:
 
 
 def agreement(theirs: Sequence[Sequence[int]], ours: Sequence[Sequence[int]]) -> float:
-    """Mean share of an answer before the first token that differs."""
+    """Return mean share of an answer before the first token that differs."""
     shares = []
     for a, b in zip(theirs, ours, strict=True):
         length = min(len(a), len(b))
@@ -150,7 +150,7 @@ def best(found: Sequence[Figures], names: Sequence[str], key: str) -> str:
 
 
 def ratio(ours: Sequence[float], base: Sequence[float], tasks: Sequence[str]) -> Ratio:
-    """How much faster the first is over the same blocks, by rates, with its 95 % interval.
+    """Return how much faster the first is over the same blocks, by rates, with its 95 % interval.
 
     tasks: of each block, resampled apart."""
     pairs = [Pair(a, b, 1.0, task) for a, b, task in zip(ours, base, tasks, strict=True)]

@@ -84,17 +84,17 @@ def text(result: Mapping[str, Any]) -> str:
 
 
 def rivals_of(result: Mapping[str, Any]) -> list[str]:
-    """Which they were, beside llama.cpp. Early files do not say."""
+    """Return which they were, beside llama.cpp. Early files do not say."""
     return [f"{name}: {told}" for name, told in result.get("rivals", {}).items()]
 
 
 def build_of(about: Mapping[str, Any]) -> str:
-    """Which llama.cpp it was: its source as far as we were told, its version, its build."""
+    """Return which llama.cpp it was: its source as far as we were told, its version, its build."""
     return f"{THEIRS}: {origin_of(about)}"
 
 
 def origin_of(about: Mapping[str, Any]) -> str:
-    """The same of any server."""
+    """Return the same of any server."""
     build = ", ".join(f"{name}={value}" for name, value in about.get("build", {}).items())
     told = (about.get("source"), about["version"], build)
     return "; ".join(part for part in told if part)
@@ -117,8 +117,8 @@ def _forwards(result: Mapping[str, Any]) -> Iterator[str]:
 
 
 def memory_and_prompt(result: Mapping[str, Any]) -> Iterator[str]:
-    """How near one row comes to the memory's speed, and how fast a prompt is read. Early files do
-    not say."""
+    """Return how near one row comes to the memory's speed, and how fast a prompt is read. Early
+    files do not say."""
     for way, size in result.get("bytes_read", {}).items():
         if "1" in result["forwards"][way]:
             rate, read = size / result["forwards"][way]["1"][0] / 1e6, result["memory"][0] / 1e9
@@ -165,20 +165,21 @@ def _run(run: Mapping[str, Any]) -> Iterator[str]:
 
 
 def drafts_of(run: Mapping[str, Any]) -> Iterator[str]:
-    """What engines in environments of their own tried. Early files have all of it in blocks."""
+    """Return what engines in environments of their own tried. Early files have all of it in
+    blocks."""
     for name, rates in run.get("drafts_tried", {}).items():
         told = ", ".join(f"{mode} {rate:.1f}" for mode, rate in rates.items())
         yield f"{name} was tried with {told}"
 
 
 def apart(run: Mapping[str, Any], ratio: Mapping[str, Any]) -> str:
-    """The ratio by task, of one request."""
+    """Return the ratio by task, of one request."""
     ours, theirs = (run["by_task"][ratio[side]] for side in ("of", "over"))
     return "; " + ", ".join(f"{task} {ours[task] / theirs[task]:.2f}" for task in ours)
 
 
 def servers_of(run: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Each server, and how it was tuned."""
+    """Return each server, and how it was tuned."""
     yield THEIRS, run
     if IK in run:
         yield IK, run[IK]
@@ -191,7 +192,7 @@ def title(run: Mapping[str, Any]) -> str:
 
 
 def not_tried(tuned: Mapping[str, Any]) -> str:
-    """How many of a server's settings the time did not allow."""
+    """Return how many of a server's settings the time did not allow."""
     missing = len(tuned["left_out"])
     tried = {(each["mode"], each["flags"]) for each in tuned["tried"]}  # finalists twice
     return f"not tried for lack of time: {missing} of {missing + len(tried)} settings"

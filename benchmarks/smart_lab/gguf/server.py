@@ -92,7 +92,7 @@ class LlamaCpp:
         return Program("llama.cpp", (str(self.folder / SERVER), *words), ids_of)
 
     def about(self) -> dict[str, Any]:
-        """Its origin, and its instruction sets in its own words."""
+        """Return its origin, and its instruction sets in its own words."""
         return {**origin(self.folder), "system": self._system()}
 
     def _system(self) -> str:
@@ -105,8 +105,8 @@ class LlamaCpp:
     def one_sequence(
         self, model: Path, flags: Sequence[Flags], rows: Sequence[int], context: int, turns: int
     ) -> dict[int, float]:
-        """Seconds of a forward of so many new rows of one sequence, of which only the last gives
-        logits: rows -> the median of `turns`, under the best of the flags."""
+        """Return seconds of a forward of so many new rows of one sequence, of which only the last
+        gives logits: rows -> the median of `turns`, under the best of the flags."""
         found: dict[int, list[float]] = {count: [] for count in rows}
         for each in flags:
             done = call(
@@ -130,8 +130,8 @@ class LlamaCpp:
     def many_sequences(
         self, model: Path, flags: Sequence[Flags], rows: Sequence[int], context: int, turns: int
     ) -> dict[int, float]:
-        """Seconds of a forward of one row of so many sequences, each giving logits, under the best
-        of the flags."""
+        """Return seconds of a forward of one row of so many sequences, each giving logits, under
+        the best of the flags."""
         found: dict[int, list[float]] = {count: [] for count in rows}
         for each in flags:
             done = call(
@@ -148,7 +148,7 @@ class LlamaCpp:
 
 
 def require(folder: Path, names: Sequence[str]) -> None:
-    """Raises ConfigError if a program is not there."""
+    """Raise ConfigError if a program is not there."""
     for name in names:
         if not (folder / name).is_file():
             raise ConfigError(
@@ -168,8 +168,8 @@ def origin(folder: Path) -> dict[str, Any]:
 
 
 def bench_seconds(text: str) -> dict[int, float]:
-    """What `llama-bench -o json` prints: rows -> the median seconds of its repetitions. Raises
-    ModelError if it is something else."""
+    """Return what `llama-bench -o json` prints: rows -> the median seconds of its repetitions.
+    Raises ModelError if it is something else."""
     try:
         runs = json.loads(text[text.index("[") : text.rindex("]") + 1])
         return {int(run["n_prompt"]): statistics.median(run["samples_ns"]) * 1e-9 for run in runs}
@@ -178,8 +178,8 @@ def bench_seconds(text: str) -> dict[int, float]:
 
 
 def batched_seconds(text: str) -> dict[int, float]:
-    """What `llama-batched-bench --output-format jsonl` prints: sequences -> seconds of a step.
-    Raises ModelError if it is something else."""
+    """Return what `llama-batched-bench --output-format jsonl` prints: sequences -> seconds of a
+    step. Raises ModelError if it is something else."""
     runs = [json.loads(line) for line in text.splitlines() if line.startswith('{"n_kv_max"')]
     if not runs:
         raise ModelError(f"{BATCHED} printed no JSON lines of its runs: {_last(text)}")
@@ -187,7 +187,7 @@ def batched_seconds(text: str) -> dict[int, float]:
 
 
 def ids_of(answer: Mapping[str, Any]) -> list[int]:
-    """The tokens that llama-server tells."""
+    """Return the tokens that llama-server tells."""
     return list(answer["tokens"])
 
 
@@ -263,7 +263,7 @@ class Server:
         return reply_of(found, prompts, tokens, seconds, self._tokens_of)
 
     def close(self) -> None:
-        """Ends the process, by force if it does not end by itself."""
+        """End the process, by force if it does not end by itself."""
         for number in (signal.SIGCONT, signal.SIGTERM):
             with contextlib.suppress(OSError):
                 self._process.send_signal(number)
@@ -315,8 +315,9 @@ def reply_of(
     seconds: float,
     tokens_of: Callable[[Mapping[str, Any]], list[int]] = ids_of,
 ) -> Reply:
-    """What llama-server answered, by its own clock but for the seconds in all. most: tokens of an
-    answer that it was asked for. Raises ModelError where a prompt was not computed in full."""
+    """Return what llama-server answered, by its own clock but for the seconds in all. most: tokens
+    of an answer that it was asked for. Raises ModelError where a prompt was not computed in
+    full."""
     told = found if isinstance(found, list) else [found]
     told = sorted(told, key=lambda one: one.get("index", 0))  # in order where there is none
     answers = [tokens_of(one) for one in told]

@@ -85,7 +85,7 @@ class Tuned(Generic[FlagsT]):
 
     @classmethod
     def of(cls, kept: Mapping[str, Any], kind: Callable[..., FlagsT]) -> Tuned[FlagsT]:
-        """The inverse of `plain`."""
+        """Return the inverse of `plain`."""
         flags = {
             mode: kind(**{**each, "speculation": tuple(each["speculation"])})
             for mode, each in kept["flags"].items()
@@ -94,14 +94,14 @@ class Tuned(Generic[FlagsT]):
 
 
 def draft_words(draft: str, setting: tuple[int, float]) -> tuple[str, ...]:
-    """How llama-server is told to draft with the model in that file."""
+    """Return how llama-server is told to draft with the model in that file."""
     most, least = setting
     words = ("--spec-type", "draft-simple", "--spec-draft-model", draft)
     return (*words, "--spec-draft-n-max", str(most), "--spec-draft-p-min", str(least))
 
 
 def ngram_words(setting: Sequence[str]) -> tuple[str, ...]:
-    """How it is told to look up n-grams."""
+    """Return how it is told to look up n-grams."""
     return ("--spec-type", *setting)
 
 
@@ -111,8 +111,8 @@ def both_words(draft: Sequence[str], ngram: Sequence[str]) -> tuple[str, ...]:
 
 
 def tune(answer: Answer[Flags], cores: int, draft: str | None, time_left: TimeLeft) -> Tuned[Flags]:
-    """The best flags of each mode that works; the defaults of each are tried in any case. Raises
-    ModelError if plain decoding fails with the defaults."""
+    """Return the best flags of each mode that works; the defaults of each are tried in any case.
+    Raises ModelError if plain decoding fails with the defaults."""
     search = Search(answer, time_left)
     base = Flags(threads=cores)
     search.attempt(PLAIN, base)
@@ -151,7 +151,7 @@ class Search(Generic[FlagsT]):
         self.found: Tuned[FlagsT] = Tuned()
 
     def attempt(self, mode: str, flags: FlagsT) -> None:
-        """Tries flags. Raises ModelError if they are the first of all and do not work."""
+        """Try flags. Raises ModelError if they are the first of all and do not work."""
         words = " ".join(flags.words)
         try:
             reply = self._answer(flags)
@@ -167,7 +167,7 @@ class Search(Generic[FlagsT]):
         self.found.tried.append({"mode": mode, "flags": words, **rates})
 
     def best(self, mode: str, known: FlagsT, others: Sequence[FlagsT]) -> FlagsT:
-        """The best of `known`, which was tried before, and of the others."""
+        """Return the best of `known`, which was tried before, and of the others."""
         for flags in others:
             if flags == known or self.works(flags):
                 continue
@@ -179,7 +179,8 @@ class Search(Generic[FlagsT]):
         return max(working, key=self._rate, default=known)
 
     def confirmed(self, mode: str, chosen: FlagsT) -> FlagsT:
-        """The best of the finalists, each tried once more; `chosen` where there is no time."""
+        """Return the best of the finalists, each tried once more; `chosen` where there is no
+        time."""
         finalists = sorted(self._of_mode[mode], key=self._rate, reverse=True)[:FINALISTS]
         if len(finalists) < FINALISTS or not self._time_left():
             return chosen
@@ -192,5 +193,5 @@ class Search(Generic[FlagsT]):
         return statistics.harmonic_mean(self._rates[flags])
 
     def works(self, flags: FlagsT) -> bool:
-        """Whether it answered with them."""
+        """Return whether it answered with them."""
         return flags in self._rates

@@ -31,7 +31,7 @@ class Steps(Protocol):
 
 
 def serve(load: Callable[[Settings], tuple[dict[str, str], Answer]]) -> None:
-    """Loads once, then answers until there are no more lines. What libraries print goes to standard
+    """Load once, then answer until there are no more lines. What libraries print goes to standard
     error."""
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)

@@ -113,7 +113,7 @@ def run_block(
     batch_size: int,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Block:
-    """All of `rounds_of` without a pause."""
+    """Return all of `rounds_of` without a pause."""
     rounds = rounds_of(engine, prompts, fillers, batch_size, clock)
     while True:
         try:
@@ -181,7 +181,7 @@ class _Queue:
         return started and all(request.finished for request, _ in self.measured.values())
 
     def fill(self) -> None:
-        """Starts the next prompts where places are free."""
+        """Start the next prompts where places are free."""
         while len(self.running) < self._batch_size:
             prompt = next(self._prompts)
             name = f"bench-{next(self._names)}"
@@ -191,7 +191,7 @@ class _Queue:
                 self.measured[prompt.index] = request, _Times()
 
     def step(self) -> tuple[_Note, int]:
-        """A round, and its new tokens. Raises CapacityError if there was none."""
+        """Return a round, and its new tokens. Raises CapacityError if there was none."""
         before = {id(request): len(request.output) for request in self.running}
         self._engine.last_round = None
         self._engine.step()
@@ -212,7 +212,7 @@ class _Queue:
         self.running = [request for request in self.running if not request.finished]
 
     def abort(self) -> None:
-        """Leaves the engine empty."""
+        """Leave the engine empty."""
         for request in self.running:
             self._engine.abort(request.id)
 
@@ -222,8 +222,8 @@ def _counts(record: RoundRecord, batch_size: int) -> bool:
 
 
 def _settled(note: _Note) -> Counts:
-    """The round's figures once all loops are known: requests past their loop's start lose their
-    share."""
+    """Return the round's figures once all loops are known: requests past their loop's start lose
+    their share."""
     record = note.record
     done = record.round
     counts = Counts(

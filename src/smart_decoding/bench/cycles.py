@@ -47,7 +47,7 @@ class Measurement:
 
 @contextmanager
 def _frozen() -> Iterator[None]:
-    """What is there before is not searched for garbage in the midst of a round."""
+    """Keep what is there before from being searched for garbage in the midst of a round."""
     gc.collect()
     gc.freeze()
     try:
@@ -99,8 +99,8 @@ def measure(
 def _in_turns(
     blocks: Mapping[str, Rounds], tokens: int, late: Callable[[], bool]
 ) -> dict[str, Block] | None:
-    """The blocks, each going on for `tokens` more tokens in each turn; None if it gets too late.
-    Every other turn goes the other way, as what runs before a round may leave its traces."""
+    """Return the blocks, each going on for `tokens` more tokens in each turn; None if it gets too
+    late. Every other turn goes the other way, as what runs before a round may leave its traces."""
     order = list(blocks)
     ahead = dict.fromkeys(blocks, 0)
     done: dict[str, Block] = {}
@@ -123,7 +123,7 @@ def _in_turns(
 
 
 def _due(labels: list[str], turn: int, task: int) -> list[str]:
-    """Who runs in a cycle, in order."""
+    """Return who runs in a cycle, in order."""
     start = (turn + task) % len(labels)
     order = labels[start:] + labels[:start]
     noise = (turn + task) % NOISE_EVERY == 0
@@ -144,7 +144,7 @@ def cycles_of(
 
 
 def rows_of(measured: Measurement, batch_size: int, seed: int = 0) -> list[dict[str, Any]]:
-    """The runs of one batch size. Raises CapacityError if no cycle was completed."""
+    """Return the runs of one batch size. Raises CapacityError if no cycle was completed."""
     cycles = measured.cycles
     if not cycles:
         raise CapacityError(

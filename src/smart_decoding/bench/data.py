@@ -34,8 +34,8 @@ GSM8K = PinnedFile(
 
 
 def load_task(task: str, limit: int | None = None) -> list[Any]:
-    """The first `limit` user messages of a task (all by default), fetched if need be: texts, or
-    content parts.
+    """Return the first `limit` user messages of a task (all by default), fetched if need be: texts,
+    or content parts.
 
     Raises ConfigError for an unknown task or a limit below 1, DownloadError if the data cannot be
     had."""
@@ -69,7 +69,7 @@ def human_eval() -> list[dict[str, str]]:
 
 
 def gsm8k() -> list[dict[str, str]]:
-    """The exercises, as their file has them."""
+    """Return the exercises, as their file has them."""
     return _rows(fetch_pinned(GSM8K).read_text(encoding="utf-8"))
 
 
@@ -78,7 +78,7 @@ def _rows(lines: str) -> list[dict[str, str]]:
 
 
 def ngrams(text: str, n: int = 8) -> set[tuple[str, ...]]:
-    """All runs of `n` words of a text, lower case: what training text must not share."""
+    """Return all runs of `n` words of a text, lower case: what training text must not share."""
     words = re.findall(r"[\w']+", text.lower())
     return {tuple(words[i : i + n]) for i in range(len(words) - n + 1)}
 

@@ -160,11 +160,11 @@ class BenchOptions:
         return None
 
     def most_contestants(self) -> int:
-        """How many hold requests at once, at most: the arms, and the baseline once more."""
+        """Return how many hold requests at once, at most: the arms, and the baseline once more."""
         return len(self.arms) + 1
 
     def speculation(self, arm: Arm) -> dict[str, Any] | bool:
-        """The `speculative_config` of an arm."""
+        """Return the `speculative_config` of an arm."""
         if arm.policy == BASELINE:
             return False
         named = {"method": self.method, "model": self.draft}
@@ -182,7 +182,7 @@ class BenchOptions:
 
 
 def check_outputs(files: Sequence[Path | None]) -> None:
-    """Raises ConfigError if a file cannot be written."""
+    """Raise ConfigError if a file cannot be written."""
     for file in files:
         if file is not None and (not file.parent.is_dir() or file.is_dir()):
             raise ConfigError(f"{file} cannot be written: it must be a file in an existing folder")
@@ -217,13 +217,13 @@ def _at_least_one(name: str, values: Sequence[int]) -> None:
 
 
 def command_of(options: BenchOptions) -> str:
-    """The command line that asks for this run, with names of files only."""
+    """Return the command line that asks for this run, with names of files only."""
     model = without_folder(options.model)
     return shlex.join(["smart", "bench", "--model", model, *words_of(options, ("model",))])
 
 
 def words_of(options: BenchOptions, without: Collection[str]) -> list[str]:
-    """The options as words, but for those `without` and for what is empty, false or 0."""
+    """Return the options as words, but for those `without` and for what is empty, false or 0."""
     words: list[str] = []
     for name in (each.name for each in fields(options) if each.name not in without):
         value = getattr(options, name)

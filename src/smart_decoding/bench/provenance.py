@@ -37,8 +37,8 @@ _PACKAGES = ("numpy", "safetensors", "tokenizers")
 def provenance(
     command: str, seed: int, weights: Mapping[str, str], head: Any, plain_torch: str | None = None
 ) -> dict[str, Any]:
-    """What every result carries. head: what is known about the drafter's weights, or its name;
-    plain_torch: why the CPU kernels did not run, though this was a CPU."""
+    """Return what every result carries. head: what is known about the drafter's weights, or its
+    name; plain_torch: why the CPU kernels did not run, though this was a CPU."""
     return {
         "command": command,
         "commit": commit(),
@@ -53,8 +53,8 @@ def provenance(
 
 
 def commit() -> str:
-    """The commit of the source, '-dirty' if tracked files differ from it; the version where there
-    is no repository."""
+    """Return the commit of the source, '-dirty' if tracked files differ from it; the version where
+    there is no repository."""
     folder = Path(smart_decoding.__file__).parent
     head = _git(folder, "rev-parse", "HEAD")
     changed = _git(folder, "status", "--porcelain", "-uno", ".")
@@ -84,7 +84,7 @@ def version_of(package: str) -> str | None:
 
 
 def hardware() -> dict[str, Any]:
-    """The machine, and which CPU kernels run."""
+    """Return the machine, and which CPU kernels run."""
     from smart_decoding.kernels import library
 
     reason = library.unavailable()
@@ -112,13 +112,13 @@ def machine() -> dict[str, Any]:
 
 
 def write_json(path: Path, result: Mapping[str, Any]) -> None:
-    """Writes `result` whole or not at all; NaN and infinities become null. Raises CapacityError if
+    """Write `result` whole or not at all; NaN and infinities become null. Raises CapacityError if
     it cannot."""
     write_text(path, json.dumps(plain(result), indent=1, allow_nan=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all. Raises CapacityError if it cannot."""
+    """Write a file whole or not at all. Raises CapacityError if it cannot."""
     try:
         with whole(path) as scratch:
             scratch.write_text(text, encoding="utf-8")

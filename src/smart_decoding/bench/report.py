@@ -13,7 +13,7 @@ PARTIAL = "Partial: the time limit came before all blocks had run."
 
 
 def everything(result: Mapping[str, Any]) -> str:
-    """All tables of a result below one another; those without rows are left out."""
+    """Return all tables of a result below one another; those without rows are left out."""
     results = Results.from_dict(result)
     parts = [
         policies(results, "Policies", SPEED),
@@ -24,7 +24,7 @@ def everything(result: Mapping[str, Any]) -> str:
 
 
 def warnings(results: Results) -> list[str]:
-    """What a reader must know first."""
+    """Return what a reader must know first."""
     found = []
     if reason := results.provenance.get("plain_torch"):
         found.append(f"plain torch, not the CPU kernels: {reason}")
@@ -34,7 +34,8 @@ def warnings(results: Results) -> list[str]:
 
 
 def policies(results: Results, title: str, columns: Sequence[str]) -> Section:
-    """A row for each policy and batch size, with the given columns where some run has them."""
+    """Return a row for each policy and batch size, with the given columns where some run has
+    them."""
     cells = {column: [COLUMNS[column](run) for run in results.pooled] for column in columns}
     cells = {name: of_runs for name, of_runs in cells.items() if set(of_runs) - {UNKNOWN}}
     rows = [
@@ -51,7 +52,7 @@ def policies(results: Results, title: str, columns: Sequence[str]) -> Section:
 
 
 def by_task(results: Results) -> Section:
-    """Every speedup, and what tuned contestants stand for."""
+    """Return every speedup, and what tuned contestants stand for."""
     tasks = [POOLED, *results.tasks]
     rows = []
     for policy in results.policies:

@@ -46,7 +46,7 @@ class Results:
         return list(dict.fromkeys(run["task"] for run in self.runs if run["task"] != POOLED))
 
     def find(self, policy: str, batch_size: int, task: str = POOLED) -> Run | None:
-        """One run, if it was measured."""
+        """Return one run, if it was measured."""
         wanted = (policy, batch_size, task)
         return next(
             (r for r in self.runs if (r["policy"], r["batch_size"], r["task"]) == wanted), None
@@ -54,5 +54,5 @@ class Results:
 
 
 def mapping(value: Any) -> Mapping[str, Any]:
-    """The value if it is a mapping, else an empty one."""
+    """Return the value if it is a mapping, else an empty one."""
     return value if isinstance(value, Mapping) else {}

@@ -69,15 +69,15 @@ class Bench:
         return command_of(self.options)
 
     def contestants(self, batch_size: int) -> list[Arm]:
-        """Who is compared at a batch size."""
+        """Return who is compared at a batch size."""
         return self.options.arms
 
     def begun(self, name: str) -> Measurement:
-        """What is known of a batch size before it is measured: nothing."""
+        """Return what is known of a batch size before it is measured: nothing."""
         return Measurement()
 
     def made(self, chosen: Sequence[Arm]) -> dict[str, LLM]:
-        """The chosen contestants, by label; their drafter and cost model are noted."""
+        """Return the chosen contestants, by label; their drafter and cost model are noted."""
         arms = {
             arm.label: self.llm.sharing_weights(self.options.speculation(arm)) for arm in chosen
         }
@@ -89,7 +89,8 @@ class Bench:
         return arms
 
     def runs(self, stop: float | None) -> list[dict[str, Any]]:
-        """The runs of all contestants; a batch size for which time was too short is left out."""
+        """Return the runs of all contestants; a batch size for which time was too short is left
+        out."""
         options = self.options
         runs: list[dict[str, Any]] = []
         for i, batch_size in enumerate(options.batch_sizes):
@@ -108,7 +109,7 @@ class Bench:
     def _batch(
         self, contestants: Sequence[Arm], batch_size: int, deadline: float | None
     ) -> Measurement:
-        """One batch size measured, as far as memory allows. Engines are gone afterwards."""
+        """Return one batch size measured, as far as memory allows. Engines are gone afterwards."""
         name = f"T {self.options.temperature:g}, batch {batch_size}"
         found = self.begun(name)
         made = self.made(contestants)
@@ -143,7 +144,8 @@ def until(stop: float | None, share: float) -> float | None:
 
 
 def load(options: BenchOptions) -> LLM:
-    """The target, with memory for the largest batch size: contestants hold requests at once."""
+    """Return the target, with memory for the largest batch size: contestants hold requests at
+    once."""
     largest = max(options.batch_sizes)
     longest = options.max_model_len or options.max_tokens + LONGEST_PROMPT
     tokens = max(largest * (options.max_tokens + options.mean_prompt), longest)
@@ -171,7 +173,7 @@ def load(options: BenchOptions) -> LLM:
 def encode(
     llm: LLM, texts: Mapping[str, Sequence[Any]], options: BenchOptions
 ) -> dict[str, list[Prompt]]:
-    """Each task's texts as chats of one message, numbered over all tasks."""
+    """Return each task's texts as chats of one message, numbered over all tasks."""
     prompts: dict[str, list[Prompt]] = {}
     count = 0
     for task, of_task in texts.items():

@@ -76,7 +76,7 @@ def text_of(cell: Cell) -> str:
 
 
 def ratio_cell(run: Mapping[str, Any] | None, name: str = "speedup") -> Cell:
-    """A ratio of a run, with its interval."""
+    """Return a ratio of a run, with its interval."""
     value = None if run is None else number(run, name)
     if run is None or value is None:
         return UNKNOWN
@@ -86,13 +86,13 @@ def ratio_cell(run: Mapping[str, Any] | None, name: str = "speedup") -> Cell:
 def said(
     run: Mapping[str, Any], name: str, digits: int, factor: float = 1.0, unit: str = ""
 ) -> str:
-    """A number of a run as a cell."""
+    """Return a number of a run as a cell."""
     value = number(run, name)
     return UNKNOWN if value is None else f"{factor * value:.{digits}f}{unit}"
 
 
 def number(run: Mapping[str, Any], name: str) -> float | None:
-    """A finite number of a run, or None."""
+    """Return a finite number of a run, or None."""
     value = run.get(name)
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None

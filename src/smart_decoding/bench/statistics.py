@@ -43,8 +43,8 @@ class Ratio:
 
 
 def paired_ratio(pairs: Sequence[Pair], seed: int = 0, resamples: int = RESAMPLES) -> Ratio:
-    """The speedup over `pairs` and its bootstrap interval (percentiles of resampled pairs, stratum
-    by stratum).
+    """Return the speedup over `pairs` and its bootstrap interval (percentiles of resampled pairs,
+    stratum by stratum).
 
     The percentiles are widened about the value: by sqrt(n / df), since resampling n values
     understates their variance by that much, and by Student's t over the normal quantile, df being n
@@ -71,7 +71,7 @@ def paired_ratio(pairs: Sequence[Pair], seed: int = 0, resamples: int = RESAMPLE
 
 
 def student_t(df: int, share: float) -> float:
-    """The quantile of Student's t with `df` degrees of freedom, share in (0.5, 0.99].
+    """Return the quantile of Student's t with `df` degrees of freedom, share in (0.5, 0.99].
 
     With t = sqrt(df) tan(a), the density of a is proportional to cos(a)^(df - 1): it is integrated
     on [0, a], and t is found by halving."""

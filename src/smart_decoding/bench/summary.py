@@ -16,8 +16,8 @@ Paired = tuple[Block, Block]  # an arm's block and the baseline's block of the s
 
 
 def summarise(pairs: Sequence[Paired], seed: int = 0) -> list[dict[str, Any]]:
-    """One dict of figures for each task of the pairs and one for all of them pooled, `task` = 'all'
-    the last."""
+    """Return one dict of figures for each task of the pairs and one for all of them pooled, `task`
+    = 'all' the last."""
     tasks = {**_by_task(pairs), POOLED: pairs}
     return [_figures(task, of_task, seed) for task, of_task in tasks.items()]
 
@@ -34,19 +34,19 @@ def _bounds(name: str, ratio: Ratio) -> dict[str, Any]:
 
 
 def noise(again: Sequence[Paired], seed: int = 0) -> dict[str, Any]:
-    """The baseline against itself: what a ratio of 1 looks like on this machine."""
+    """Return the baseline against itself: what a ratio of 1 looks like on this machine."""
     return _bounds("noise", decode_speedup(again, seed))
 
 
 def smart_over(both: Sequence[Paired], seed: int = 0) -> dict[str, dict[str, Any]]:
-    """How much faster `smart` decodes than another contestant, on the blocks that both ran: by
-    task, and over all."""
+    """Return how much faster `smart` decodes than another contestant, on the blocks that both ran:
+    by task, and over all."""
     pairs = {**_by_task(both), POOLED: both}
     return {task: _bounds("smart_over", decode_speedup(of, seed)) for task, of in pairs.items()}
 
 
 def decode_speedup(pairs: Sequence[Paired], seed: int = 0) -> Ratio:
-    """The ratio of decode-only throughputs."""
+    """Return the ratio of decode-only throughputs."""
     return paired_ratio(
         [Pair(a.tokens_per_s, b.tokens_per_s, max(1.0, b.counts.tokens), a.task) for a, b in pairs],
         seed,
@@ -54,7 +54,7 @@ def decode_speedup(pairs: Sequence[Paired], seed: int = 0) -> Ratio:
 
 
 def end_to_end_speedup(pairs: Sequence[Paired], seed: int = 0) -> Ratio:
-    """The ratio of throughputs with prompts and all rounds included."""
+    """Return the ratio of throughputs with prompts and all rounds included."""
     return paired_ratio(
         [
             Pair(a.overall_tokens_per_s, b.overall_tokens_per_s, b.total_tokens, a.task)
@@ -98,7 +98,8 @@ def _round_figures(blocks: Sequence[Block]) -> dict[str, Any]:
 
 
 def _times(both: Sequence[tuple[Answer, Answer]]) -> dict[str, Any]:
-    """The median request's time per token, and the most that one took over the baseline's."""
+    """Return the median request's time per token, and the most that one took over the
+    baseline's."""
     ratios = [a.tpot / b.tpot for a, b in both if a.tpot > 0 and b.tpot > 0]
     finite = [a.tpot for a, _ in both if math.isfinite(a.tpot)]
     return {

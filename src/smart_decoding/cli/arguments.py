@@ -43,7 +43,7 @@ class Option:
         return self.name.replace("-", "_")
 
     def add_to(self, parser: _ActionsContainer, unset: bool = False) -> None:
-        """Adds it to a parser; with `unset`, None stands for 'not given', not the default."""
+        """Add it to a parser; with `unset`, None stands for 'not given', not the default."""
         words = f"{self.help} ({self.default})" if self.default else self.help
         default = None if unset else self.default
         flags = (f"--{self.name}", *self.aliases)
@@ -69,7 +69,7 @@ class Gone(Action):
     def __call__(
         self, parser: ArgumentParser, _: object, __: object, option: str | None = None
     ) -> None:
-        """Ends the program."""
+        """End the program."""
         parser.error(f"{option} {self.const}")
 
 
@@ -90,7 +90,7 @@ THREADS = Option(
 
 
 def add_options(parser: _ActionsContainer, options: Iterable[Option], unset: bool = False) -> None:
-    """Adds options, as `Option.add_to` does."""
+    """Add options, as `Option.add_to` does."""
     for option in options:
         option.add_to(parser, unset)
 
@@ -101,7 +101,7 @@ def add_allow_slow(parser: _ActionsContainer) -> None:
 
 
 def chosen_model(args: Namespace) -> str | None:
-    """The one of the argument MODEL or of --model; None for neither. Raises ConfigError for
+    """Return the one of the argument MODEL or of --model; None for neither. Raises ConfigError for
     both."""
     if args.name and args.model:
         raise ConfigError(f"two models are given, {args.name} and {args.model}: leave out one")

@@ -80,7 +80,7 @@ def _what_is_measured(parser: argparse.ArgumentParser, default: BenchOptions) ->
 
 
 def options_of(args: argparse.Namespace, kind: type[BenchOptions] = BenchOptions) -> BenchOptions:
-    """What was asked for, over what `--quick` sets, over the defaults."""
+    """Return what was asked for, over what `--quick` sets, over the defaults."""
     names = {field.name for field in fields(kind)}
     given = {name: value for name, value in vars(args).items() if name in names}
     given = {name: value for name, value in given.items() if value is not None}

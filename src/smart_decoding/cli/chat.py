@@ -68,7 +68,8 @@ def main(args: argparse.Namespace) -> int:
 
 
 def lines(typed: bool) -> Iterator[str]:
-    """What the user says; after Ctrl-C he may say something else. What is no UTF-8 is replaced."""
+    """Return what the user says; after Ctrl-C he may say something else. What is no UTF-8 is
+    replaced."""
     with suppress(AttributeError, ValueError):
         sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
     if not typed:
@@ -98,7 +99,7 @@ class ChatSession:
         self.failed = False
 
     def take(self, line: str) -> bool:
-        """Obeys a command or answers a message; false when the conversation is over."""
+        """Obey a command or answer a message; false when the conversation is over."""
         command, _, rest = line.partition(" ")
         if command in ("/bye", "/exit", "/quit"):
             return False
@@ -131,7 +132,7 @@ class ChatSession:
 
 
 def figures(answer: CompletionOutput) -> str:
-    """What stands below an answer: tokens, speed, and how many drafts were right."""
+    """Return what stands below an answer: tokens, speed, and how many drafts were right."""
     reached = rate(answer)
     speed = "" if reached is None else f", {reached:.1f} tok/s"
     metrics = answer.metrics

@@ -111,7 +111,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def kernels() -> str:
-    """What computed: the kernels' variant on a CPU, plain torch where there are none."""
+    """Return what computed: the kernels' variant on a CPU, plain torch where there are none."""
     from smart_decoding.kernels import library
     from smart_decoding.models.target import device_of
 
@@ -123,7 +123,7 @@ def kernels() -> str:
 
 
 def load(allow_slow: bool) -> LLM:
-    """The default model for one request at a time.
+    """Return the default model for one request at a time.
 
     No prefix cache: a second answer must cost as much as the first.
     """
@@ -142,7 +142,7 @@ def load(allow_slow: bool) -> LLM:
 def measure(
     engines: dict[str, LLM], prompt: str, params: SamplingParams
 ) -> dict[str, list[TimedAnswer]]:
-    """Two answers of each engine, in turns, in reversed order the second time."""
+    """Return two answers of each engine, in turns, in reversed order the second time."""
     runs: dict[str, list[TimedAnswer]] = {name: [] for name in engines}
     for name in [*engines, *reversed(engines)]:
         runs[name].append(ask(engines[name], prompt, params))
@@ -150,7 +150,7 @@ def measure(
 
 
 def ask(llm: LLM, prompt: str, params: SamplingParams) -> TimedAnswer:
-    """One answer, with the time of each round."""
+    """Return one answer, with the time of each round."""
     answer = TimedAnswer()
     started = 0.0
 
@@ -174,7 +174,7 @@ def ask(llm: LLM, prompt: str, params: SamplingParams) -> TimedAnswer:
 
 
 def show_race(race: dict[str, TimedAnswer]) -> None:
-    """Replays both on a terminal that is wide enough; then, or instead, the answer and speeds."""
+    """Replay both on a terminal that is wide enough; then, or instead, the answer and speeds."""
     width = min(100, shutil.get_terminal_size().columns)
     if sys.stdout.isatty() and os.environ.get("TERM") != "dumb" and width >= _NARROWEST:
         with _redrawing() as draw:
@@ -194,7 +194,7 @@ def show_race(race: dict[str, TimedAnswer]) -> None:
 
 @contextmanager
 def _redrawing() -> Iterator[Any]:
-    """Gives what draws lines over the last ones; they are gone afterwards."""
+    """Give what draws lines over the last ones; they are gone afterwards."""
     height = 0
 
     def draw(lines: Sequence[str]) -> None:
@@ -218,7 +218,7 @@ def _frame(race: dict[str, TimedAnswer], now: float, width: int) -> list[str]:
 
 
 def _lane(name: str, answer: TimedAnswer, now: float, width: int) -> list[str]:
-    """A name and speed, a bar, and the end of the text so far, each line `width` wide."""
+    """Return a name and speed, a bar, and the end of the text so far, each line `width` wide."""
     come = [piece for piece in answer.pieces if piece[0] <= now]
     tokens = come[-1][2]
     spent = min(now, answer.seconds)
@@ -250,7 +250,7 @@ def _speed(answer: TimedAnswer) -> float:
 
 
 def show_tree(llm: LLM, trees: Sequence[VerifiedTree]) -> None:
-    """Prints the largest tree, or why there is none."""
+    """Print the largest tree, or why there is none."""
     if not trees:
         print("\nno tree to show: every round was decoded plainly")
         return
@@ -273,7 +273,8 @@ def show_tree(llm: LLM, trees: Sequence[VerifiedTree]) -> None:
 
 
 def summary(races: Sequence[dict[str, TimedAnswer]], same: bool) -> str:
-    """One line: speeds over all questions, after the first tokens, and whether all is the same."""
+    """Return one line: speeds over all questions, after the first tokens, and whether all is the
+    same."""
     tokens = {name: sum(race[name].timed for race in races) for name in ("plain", "smart")}
     seconds = {name: sum(race[name].seconds for race in races) for name in tokens}
     plain, smart = (tokens[name] / max(seconds[name], 1e-9) for name in ("plain", "smart"))

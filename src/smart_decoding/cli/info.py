@@ -34,13 +34,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Prints what there is."""
+    """Print what there is."""
     found = gather()
     print(json.dumps(found, indent=1) if args.json else "\n".join(lines(found)))
 
 
 def gather() -> dict[str, Any]:
-    """Everything, as --json prints it."""
+    """Return everything, as --json prints it."""
     from smart_decoding.bench.provenance import machine, version_of, versions
 
     return {
@@ -53,7 +53,8 @@ def gather() -> dict[str, Any]:
 
 
 def kernels() -> dict[str, Any]:
-    """The variant that runs, why, and what is to say of each variant for this kind of machine."""
+    """Return the variant that runs, why, and what is to say of each variant for this kind of
+    machine."""
     from smart_decoding.kernels import library
 
     mine = [variant for variant in library.variants() if variant.machine == platform.machine()]
@@ -72,7 +73,8 @@ def kernels() -> dict[str, Any]:
 
 
 def _activations() -> str | None:
-    """What EngineArgs' activations="auto" means for quantised weights; None without kernels."""
+    """Return what EngineArgs' activations="auto" means for quantised weights; None without
+    kernels."""
     from smart_decoding.models.cpu.kernel_check import rounds_activations
 
     try:
@@ -82,7 +84,8 @@ def _activations() -> str | None:
 
 
 def _refusal(variant: Any) -> str | None:
-    """Why a variant does not run, or None. It is loaded: the system may refuse what the CPU has."""
+    """Return why a variant does not run, or None. It is loaded: the system may refuse what the CPU
+    has."""
     from smart_decoding.kernels import library
 
     reason: str | None = variant.refusal()
@@ -96,14 +99,14 @@ def _refusal(variant: Any) -> str | None:
 
 
 def cache() -> dict[str, Any]:
-    """Where models and profiles are cached, in how many bytes, and the hub's own cache. `smart
-    models` lists what they hold."""
+    """Return where models and profiles are cached, in how many bytes, and the hub's own cache.
+    `smart models` lists what they hold."""
     root = cache_dir()
     return {"path": str(root), "bytes": size_of(root), "hub": str(hub_cache())}
 
 
 def lines(found: Mapping[str, Any]) -> Iterator[str]:
-    """The same for people."""
+    """Return the same for people."""
     of_kernels = found["kernels"]
     machine = found["machine"]
     kept = found["cache"]

@@ -93,7 +93,7 @@ class Parser(argparse.ArgumentParser):
     """Says what is wrong in the same one line as every other error."""
 
     def error(self, message: str) -> NoReturn:
-        """Prints it and exits."""
+        """Print it and exits."""
         program = self.prog.split()[0]
         print(f"{program}: error: {_one_line(message)} (see: {self.prog} --help)", file=sys.stderr)
         raise SystemExit(2)
@@ -117,7 +117,7 @@ class Parser(argparse.ArgumentParser):
         return known, unknown
 
     def _hint(self, unknown: str) -> str:
-        """What was meant by an unknown argument."""
+        """Return what was meant by an unknown argument."""
         if unknown.startswith("-"):
             meant = MEANT_OPTIONS.get(unknown, "")
             if meant in self._option_string_actions:
@@ -141,18 +141,20 @@ class Parser(argparse.ArgumentParser):
         return [each for each in found if each[0].help != argparse.SUPPRESS]
 
     def _listed(self) -> list[str]:
-        """The options that --help lists."""
+        """Return the options that --help lists."""
         actions = self._option_string_actions.items()
         return [option for option, action in actions if action.help != argparse.SUPPRESS]
 
 
 def _is_option(word: str) -> bool:
-    """Whether it was meant as one: `-`, `--`, numbers and texts that begin with a dash are not."""
+    """Return whether it was meant as one: `-`, `--`, numbers and texts that begin with a dash are
+    not."""
     return word.startswith("-") and word.strip("-")[:1].isalpha() and " " not in word
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """What to add to an error about an unknown word; nothing where no known one is like it."""
+    """Return what to add to an error about an unknown word; nothing where no known one is like
+    it."""
     close = get_close_matches(word, known, 1)
     return f"; did you mean {close[0]}?" if close else ""
 
@@ -172,8 +174,8 @@ def main(argv: Sequence[str] | None = None, program: Program = SMART) -> int:
 
 
 def _interrupted(program: Program, ends: bool) -> int:
-    """Says so. ends: the process is ours and ends at once: what Python does at an exit takes up to
-    a second, and Ctrl-C is a traceback there."""
+    """Say so. ends: the process is ours and ends at once: what Python does at an exit takes up to a
+    second, and Ctrl-C is a traceback there."""
     with contextlib.suppress(OSError, ValueError):
         print(f"\n{program.name}: interrupted", file=sys.stderr, flush=True)
         sys.stdout.flush()
@@ -183,7 +185,7 @@ def _interrupted(program: Program, ends: bool) -> int:
 
 
 def _guarded(argv: Sequence[str] | None, program: Program) -> int:
-    """The exit code. Whatever is wrong but for Ctrl-C is one line."""
+    """Return the exit code. Whatever is wrong but for Ctrl-C is one line."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     options = arguments[: arguments.index("--")] if "--" in arguments else arguments
     debug = "--debug" in options
@@ -207,7 +209,7 @@ def _guarded(argv: Sequence[str] | None, program: Program) -> int:
 
 
 def _described(error: Exception, debug: bool) -> tuple[int, str]:
-    """The exit code, and what the user is told."""
+    """Return the exit code, and what the user is told."""
     if isinstance(error, SmartError):
         return 2, str(error)
     if os.strerror(errno.EMFILE) in str(error):  # an ImportError, too
@@ -221,7 +223,7 @@ def _described(error: Exception, debug: bool) -> tuple[int, str]:
 
 
 def build_parser(command: str | None = None, program: Program = SMART) -> argparse.ArgumentParser:
-    """The parser, with the arguments of `command` filled in."""
+    """Return the parser, with the arguments of `command` filled in."""
     parser = Parser(prog=program.name, description=program.description)
     parser.add_argument("--version", action="version", version=f"{program.name} {__version__}")
     common = Parser(add_help=False)

@@ -108,7 +108,7 @@ MODEL_OPTIONS = (
 def llm_options(
     args: argparse.Namespace, options: Iterable[Option] = MODEL_OPTIONS
 ) -> dict[str, Any]:
-    """What `LLM` takes of them, `speculative_config` and the chat template checked."""
+    """Return what `LLM` takes of them, `speculative_config` and the chat template checked."""
     from smart_decoding.engine_args import EngineArgs  # imported late: numpy is slow
 
     if args.chat_template is not None:
@@ -125,7 +125,7 @@ def llm_options(
 
 
 def speculative_config(args: argparse.Namespace) -> dict[str, Any] | None:
-    """What `LLM` takes, or None if nothing was asked for.
+    """Return what `LLM` takes, or None if nothing was asked for.
 
     Raises ConfigError for unknown options and bad values.
     """

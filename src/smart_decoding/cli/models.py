@@ -57,7 +57,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def show() -> None:
-    """Prints one block per model, then what else the caches hold."""
+    """Print one block per model, then what else the caches hold."""
     listed = set()
     for name, model in NAMED_MODELS.items():
         kept = kept_of(name)
@@ -86,7 +86,7 @@ def show() -> None:
 
 
 def pull(name: str, trust_pickle: bool = False) -> None:
-    """Fetches a model, and says where it lies."""
+    """Fetch a model, and say where it lies."""
     from smart_decoding.models.checkpoints.loading import require_usable  # late: torch is slow
 
     path = resolve(name, trust_pickle, require_usable).path
@@ -95,7 +95,7 @@ def pull(name: str, trust_pickle: bool = False) -> None:
 
 
 def remove(name: str, yes: bool) -> None:
-    """Removes what the caches hold of a model. Raises ConfigError if that is nothing, or if nobody
+    """Remove what the caches hold of a model. Raises ConfigError if that is nothing, or if nobody
     can be asked."""
     kept = kept_of(name)
     if not kept:

@@ -25,8 +25,8 @@ PATIENCE = 1.0  # seconds until it is said that a pipe is waited for
 
 
 def model_and_message(args: argparse.Namespace) -> tuple[str | None, str | None]:
-    """What was given of both, by options or by position: MODEL PROMPT, or one of them. Raises
-    ConfigError for too many."""
+    """Return what was given of both, by options or by position: MODEL PROMPT, or one of them.
+    Raises ConfigError for too many."""
     words = args.words
     named = bool(words) and not args.model and names_model(words[0])
     model = words[0] if named else args.model
@@ -45,7 +45,7 @@ def model_and_message(args: argparse.Namespace) -> tuple[str | None, str | None]
 
 
 def prompt_texts(args: argparse.Namespace, message: str | None) -> list[str]:
-    """One prompt, of all that was given, or those of a batch. Raises ConfigError."""
+    """Return one prompt, of all that was given, or those of a batch. Raises ConfigError."""
     if args.batch is not None:
         for option, given in (("--image", args.image), ("-f", args.file), ("a prompt", message)):
             if given:
@@ -67,7 +67,8 @@ def prompt_texts(args: argparse.Namespace, message: str | None) -> list[str]:
 
 
 def _piped(alone: bool) -> bool:
-    """Whether standard input holds the prompt, or, beside another one, is a pipe or a file."""
+    """Return whether standard input holds the prompt, or, beside another one, is a pipe or a
+    file."""
     if alone:
         return sys.stdin is not None and not sys.stdin.isatty()
     try:
@@ -78,7 +79,8 @@ def _piped(alone: bool) -> bool:
 
 
 def _read_pipe() -> str:
-    """What standard input holds, until its end; who keeps it open is told that it is waited for."""
+    """Return what standard input holds, until its end; who keeps it open is told that it is waited
+    for."""
     if sys.stdin is None:
         raise ConfigError("there is no standard input to read a prompt from")
     with suppress(OSError, ValueError):
@@ -91,7 +93,7 @@ def _read_pipe() -> str:
 
 
 def checked_prompt(text: str) -> str:
-    """The prompt. Raises ConfigError if it is empty or not UTF-8."""
+    """Return the prompt. Raises ConfigError if it is empty or not UTF-8."""
     try:
         text.encode()
     except UnicodeError as error:
@@ -102,7 +104,8 @@ def checked_prompt(text: str) -> str:
 
 
 def read_text(path: Path) -> str:
-    """What a file holds, or standard input for '-'. Raises ConfigError if that is not text."""
+    """Return what a file holds, or standard input for '-'. Raises ConfigError if that is not
+    text."""
     if path == Path("-"):
         return _read_pipe()
     try:
@@ -112,8 +115,8 @@ def read_text(path: Path) -> str:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The prompts of a file, or of standard input for '-': a line each that is not empty, or a JSON
-    object with 'prompt'. Raises ConfigError if there is none, or the file is not text."""
+    """Return the prompts of a file, or of standard input for '-': a line each that is not empty, or
+    a JSON object with 'prompt'. Raises ConfigError if there is none, or the file is not text."""
     text = read_text(path)
     prompts = []
     # not splitlines: U+2028 and the like may stand within a prompt
@@ -136,7 +139,8 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def read_images(paths: Sequence[Path]) -> list[Any]:
-    """The pictures of some files. Raises ConfigError that names the first that cannot be used."""
+    """Return the pictures of some files. Raises ConfigError that names the first that cannot be
+    used."""
     from smart_decoding.multimodal.images import Limits, open_image, read_file
 
     images = []
@@ -151,7 +155,7 @@ def read_images(paths: Sequence[Path]) -> list[Any]:
 
 
 def check_takes_images(model: str | None, trust_pickle: bool = False) -> None:
-    """Raises ConfigError for a model of text only (None: the default), before weights are read."""
+    """Raise ConfigError for a model of text only (None: the default), before weights are read."""
     from smart_decoding.models.checkpoints.loading import load_checkpoint
 
     if (

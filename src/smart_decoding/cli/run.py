@@ -104,7 +104,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Streams the answer to standard output, or prints those of a batch as they come, in order."""
+    """Stream the answer to standard output, or print those of a batch as they come, in order."""
     model, message = model_and_message(args)
     if args.system and args.raw:
         raise ConfigError("--system is for the chat template, which --raw leaves out")
@@ -147,7 +147,7 @@ def keep_for_later(llm: LLM) -> None:
 def loaded(
     model: str, max_num_seqs: int, options: Mapping[str, Any], draft_later: bool = False
 ) -> Iterator[LLM]:
-    """The model. draft_later: for an answer that `stream_answer` gives.
+    """Return the model. draft_later: for an answer that `stream_answer` gives.
 
     What is imported and loaded is all in use, so that it is not searched for garbage: that took
     0.4 s before the first word."""
@@ -183,7 +183,7 @@ def sampling_params(args: argparse.Namespace) -> SamplingParams:
 def prompt_of(
     llm: LLM, text: str, images: Sequence[Any], raw: bool, system: Sequence[Message] = ()
 ) -> Prompt:
-    """What the model is asked, through its chat template unless it is `raw`."""
+    """Return what the model is asked, through its chat template unless it is `raw`."""
     if not raw:
         return chat_prompt(llm, text, images, system)
     return {"prompt": text, "multi_modal_data": {"image": images}} if images else text
@@ -192,7 +192,7 @@ def prompt_of(
 def answer_all(
     llm: LLM, texts: Sequence[str], prompts: Sequence[Prompt], params: SamplingParams, as_json: bool
 ) -> None:
-    """Answers prompts together; each answer is printed as soon as it and those before it are
+    """Answer prompts together; each answer is printed as soon as it and those before it are
     done."""
     done: dict[int, CompletionOutput] = {}
     shown = 0
@@ -218,7 +218,7 @@ def answer_all(
 
 
 def record_of(prompt: str, answer: CompletionOutput) -> dict[str, Any]:
-    """An answer as --json prints it. Seconds count from the first token."""
+    """Return an answer as --json prints it. Seconds count from the first token."""
     metrics = answer.metrics
     return {
         "prompt": prompt,
@@ -234,14 +234,14 @@ def record_of(prompt: str, answer: CompletionOutput) -> dict[str, Any]:
 
 
 def rate(answer: CompletionOutput) -> float | None:
-    """Tokens per second from the first token on; None for a single one."""
+    """Return tokens per second from the first token on; None for a single one."""
     count = len(answer.token_ids) - 1
     seconds = (answer.metrics.finished or 0.0) - (answer.metrics.first_token or 0.0)
     return count / seconds if count > 0 and seconds > 0 else None
 
 
 def show_steps() -> None:
-    """Lets the estimate of memory appear on a terminal, beside long steps, which always do."""
+    """Let the estimate of memory appear on a terminal, beside long steps, which always do."""
     logger = logging.getLogger("smart.memory")
     if sys.stderr.isatty() and not logger.handlers:
         handler = logging.StreamHandler()
@@ -273,7 +273,8 @@ def announce_default(llm: LLM, config: Mapping[str, Any] | None) -> None:
 def chat_prompt(
     llm: LLM, text: str, images: Sequence[Any] = (), system: Sequence[Message] = ()
 ) -> MediaPrompt:
-    """The prompt of a conversation of one message, its pictures first, behind the system's."""
+    """Return the prompt of a conversation of one message, its pictures first, behind the
+    system's."""
     parts = [{"type": "image", "image": image} for image in images]
     content = [*parts, {"type": "text", "text": text}] if parts else text
     return llm.chat_prompt([*system, {"role": "user", "content": content}])

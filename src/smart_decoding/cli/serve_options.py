@@ -114,7 +114,7 @@ _ALL = {each.name: each for group in ((_MODEL, _NO_KEY), *OPTIONS.values()) for 
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The options of a TOML file. Raises ConfigError for unknown names and wrong values."""
+    """Return the options of a TOML file. Raises ConfigError for unknown names and wrong values."""
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -162,7 +162,7 @@ def _refuse(path: Path, name: str, value: Any) -> Any:
 
 
 def merge(args: argparse.Namespace, file: Mapping[str, Any]) -> None:
-    """Fills in what the command line left open."""
+    """Fill in what the command line left open."""
     for option in _ALL.values():
         if getattr(args, option.dest) is None:
             setattr(args, option.dest, file.get(option.name, option.default))

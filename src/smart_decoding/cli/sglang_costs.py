@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Prints and writes the table; what the policy would refuse is refused here."""
+    """Print and write the table; what the policy would refuse is refused here."""
     seconds: dict[int, dict[int, float]] = {}
     for steps, path in (pair(run, "STEPS=FILE") for run in args.runs):
         for batch, round_ in rounds(Path(path), steps).items():
@@ -58,7 +58,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def pair(text: str, form: str) -> tuple[int, str]:
-    """A number, and what it stands for."""
+    """Return a number, and what it stands for."""
     key, equals, value = text.partition("=")
     if not equals or not value:
         raise ConfigError(f"{text!r} is not of the form {form}")
@@ -66,7 +66,7 @@ def pair(text: str, form: str) -> tuple[int, str]:
 
 
 def count(text: str) -> int:
-    """A number of steps or nodes."""
+    """Return a number of steps or nodes."""
     if not text.strip().isdecimal():
         raise ConfigError(f"{text!r} is no number of steps or nodes")
     return int(text)

@@ -176,7 +176,7 @@ def _data(args: argparse.Namespace) -> Path:
 
 
 def _target(args: argparse.Namespace) -> Checkpoint:
-    """The model to train a head for, once it is known that it can run here."""
+    """Return the model to train a head for, once it is known that it can run here."""
     from smart_decoding.models.checkpoints.loading import load_checkpoint
     from smart_decoding.models.cpu.kernel_check import require_kernels, require_served
     from smart_decoding.models.target import device_of
@@ -231,7 +231,7 @@ def _turns(images: Path) -> tuple[PictureTurn, PictureTurn]:
 
 
 def _initial(args: argparse.Namespace, target: ModelConfig) -> HeadFiles:
-    """The head to start from, once it is known that it can be trained and written."""
+    """Return the head to start from, once it is known that it can be trained and written."""
     from smart_decoding.models.checkpoints.registry import shipped_head
     from smart_decoding.models.heads.export import check_layout, layout_of
     from smart_decoding.models.heads.files import head_folder, load_head
@@ -282,7 +282,7 @@ def _write_visual_positions(path: Path, supports_images: bool) -> None:
 
 
 def _use_huge_pages() -> None:
-    """Starts the command anew with memory on huge pages: page faults take half of a step."""
+    """Start the command anew with memory on huge pages: page faults take half of a step."""
     is_command = sys.platform == "linux" and Path(sys.argv[0]).name == "smart"
     if is_command and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = TUNABLES

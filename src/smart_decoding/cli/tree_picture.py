@@ -37,12 +37,12 @@ class TreeStyle:
     colour: bool = False
 
     def node(self, accepted: bool, token: int, prob: float) -> str:
-        """A node's sign, text and probability."""
+        """Return a node's sign, text and probability."""
         label = f"{'●' if accepted else '○'} {quoted(self.text_of(token))} {prob:.2f}"
         return self._painted(label, _ACCEPTED if accepted else _REJECTED)
 
     def bonus(self, token: int) -> str:
-        """The last line."""
+        """Return the last line."""
         return f"=> {self._painted(quoted(self.text_of(token)), _ACCEPTED)}"
 
     def _painted(self, text: str, code: str) -> str:
@@ -58,7 +58,7 @@ def draw_tree(
     root: str = "",
     bonus_token: int | None = None,
 ) -> str:
-    """One request's tree.
+    """Return one request's tree.
 
     Siblings are ordered by `accept_prob`, or by the drafter's path probability where the policy
     gave none. path: indices of the accepted nodes; root: text before the tree.
@@ -90,12 +90,12 @@ def quoted(text: str) -> str:
 
 
 def wants_colour(stream: TextIO) -> bool:
-    """Whether to colour output on `stream`: a terminal, without NO_COLOR (no-color.org)."""
+    """Return whether to colour output on `stream`: a terminal, without NO_COLOR (no-color.org)."""
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def legend(policy_scores: bool = True) -> str:
-    """What the signs mean; `policy_scores`: whether the numbers are calibrated."""
+    """Return what the signs mean; `policy_scores`: whether the numbers are calibrated."""
     kind = "calibrated probability of acceptance" if policy_scores else "the drafter's probability"
     return f"● accepted  ○ rejected  => the bonus token; numbers: {kind} of the path"
 

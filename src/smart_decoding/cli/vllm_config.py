@@ -176,7 +176,7 @@ def measure(
 def check(
     args: argparse.Namespace, prompts: Sequence[str], config: Mapping[str, Any]
 ) -> dict[int, list[float]]:
-    """Prints and returns, by batch size, the speedup over plain vLLM and its standard error.
+    """Print and return, by batch size, the speedup over plain vLLM and its standard error.
 
     A drafter costs vLLM something in every step, also where the schedule says that none is drafted.
     """

@@ -115,7 +115,7 @@ class Round:
         return float(self.trees.accept_prob[self.kept].sum()) if len(self.kept) else 0.0
 
     def observed(self) -> tuple[IntArray, BoolArray]:
-        """Nodes whose parent was accepted, and whether the target chose them: uncensored
+        """Return nodes whose parent was accepted, and whether the target chose them: uncensored
         observations.
 
         Children of a rejected node were never tested and do not appear."""
@@ -123,7 +123,8 @@ class Round:
 
 
 def merged(rounds: Sequence[Round]) -> tuple[DraftTrees, IntArray, BoolArray]:
-    """The trees of several rounds as those of one, and what `Round.observed` says of them."""
+    """Return the trees of several rounds as those of one, and what `Round.observed` says of
+    them."""
     if len(rounds) == 1:
         return (rounds[0].trees, *rounds[0].observed())
     trees = join([r.trees for r in rounds])

@@ -51,7 +51,7 @@ class RunningMean:
     seen: int = 0
 
     def observe(self, value: float) -> None:
-        """Counts a value; one that is not finite changes nothing."""
+        """Count a value; one that is not finite changes nothing."""
         if not math.isfinite(value):
             return
         self.seen += 1
@@ -160,8 +160,8 @@ class Calibration:
     """Online calibration. Arrays of state have shape [sources, DEPTHS, KINDS, BINS]."""
 
     def __init__(self, prior: FloatArray | None = None, counts: FloatArray | None = None) -> None:
-        """Starts from conditional probabilities `prior`, worth `counts` observations (none where
-        not given)."""
+        """Start from conditional probabilities `prior`, worth `counts` observations (none where not
+        given)."""
         self.prior = default_prior(2) if prior is None else prior
         self.counts = np.zeros_like(self.prior) if counts is None else counts
         self.hits = self.counts * self.prior
@@ -171,8 +171,8 @@ class Calibration:
         self._refresh()
 
     def score(self, trees: DraftTrees, kind: KindArray) -> FloatArray:
-        """Sets `trees.accept_prob` and returns the conditional probabilities, both [nodes]; `kind`
-        is [batch].
+        """Set `trees.accept_prob` and return the conditional probabilities, both [nodes]; `kind` is
+        [batch].
 
         Siblings sum to at most 1 (scaled down where they do not), so π(child) <= π(parent)."""
         if not len(trees):
@@ -186,7 +186,7 @@ class Calibration:
     def observe(
         self, trees: DraftTrees, nodes: IntArray, chosen: BoolArray, kind: KindArray
     ) -> None:
-        """Learns from uncensored `nodes` [observed] and whether the target chose them
+        """Learn from uncensored `nodes` [observed] and whether the target chose them
         (`Round.observed()`)."""
         if not len(nodes):
             return
@@ -214,7 +214,7 @@ class Calibration:
         return result
 
     def state_dict(self) -> dict[str, Any]:
-        """What is known, as plain lists: `from_state` starts a fresh session from it."""
+        """Return what is known, as plain lists: `from_state` starts a fresh session from it."""
         return {
             "curve": np.round(self._coarse, 5).tolist(),
             "counts": np.round(self.counts, 2).tolist(),
@@ -257,7 +257,7 @@ class Calibration:
             return self.table.take(cells)
 
     def reserve(self, source: int) -> None:
-        """Makes room for drafters up to index `source`."""
+        """Make room for drafters up to index `source`."""
         missing = source + 1 - len(self.prior)
         if missing > 0:
             self.prior = np.concatenate((self.prior, default_prior(missing)))
@@ -311,12 +311,12 @@ def _fine(prob: FloatArray) -> IntArray:
 
 
 def _better(prob: FloatArray, ratio: float) -> FloatArray:
-    """Probabilities with odds `ratio` times higher: high ones stay below 1."""
+    """Return probabilities with odds `ratio` times higher: high ones stay below 1."""
     return prob * ratio / (1.0 + prob * (ratio - 1.0))
 
 
 def path_products(parent: IntArray, conditional: FloatArray, depth: int) -> FloatArray:
-    """Product of `conditional` over each node's path, by pointer doubling: log2(depth) steps
+    """Return product of `conditional` over each node's path, by pointer doubling: log2(depth) steps
     whatever the tree."""
     count = len(parent)
     product = np.empty(count + 1)
@@ -370,7 +370,7 @@ class Forecast:
         return result
 
     def observe(self, trees: DraftTrees) -> None:
-        """Learns from all drafted nodes (scored), weighted by their parents' accept_prob: the paths
+        """Learn from all drafted nodes (scored), weighted by their parents' accept_prob: the paths
         that matter."""
         rank = sibling_ranks(trees)
         weight_of = np.append(trees.accept_prob, 1.0)  # the root's, reached by index -1
@@ -389,7 +389,7 @@ class Forecast:
         self.weight = self.weight * keep + parents / trees.batch
 
     def state_dict(self) -> dict[str, Any]:
-        """What is known, as plain lists."""
+        """Return what is known, as plain lists."""
         return {
             "histogram": np.round(self.histogram, 4).tolist(),
             "weight": np.round(self.weight, 4).tolist(),

@@ -62,7 +62,7 @@ Sample: TypeAlias = VerifySample | DraftSample
 
 
 def is_usable(sample: Sample) -> bool:
-    """Whether a sample holds finite, positive numbers."""
+    """Return whether a sample holds finite, positive numbers."""
     sizes = (sample.batch, sample.rows) if isinstance(sample, VerifySample) else (sample.width,)
     numbers = (*sizes, sample.context, sample.seconds)
     if not all(math.isfinite(x) for x in numbers):
@@ -97,7 +97,7 @@ class Curve:
 
     @classmethod
     def monotone(cls, samples: Mapping[float, list[float]]) -> Curve:
-        """Medians per (whole) row count, made non-decreasing by isotonic regression of their
+        """Return medians per (whole) row count, made non-decreasing by isotonic regression of their
         logarithms."""
         rows = sorted(samples)
         logs = np.log([float(np.median(samples[r])) for r in rows])
@@ -106,11 +106,11 @@ class Curve:
         return cls(tuple(int(r) for r in rows), tuple(seconds))
 
     def beyond_first(self) -> Curve:
-        """What further rows add; no curve holds a zero."""
+        """Return what further rows add; no curve holds a zero."""
         return Curve(self.rows, tuple(max(s - self.seconds[0], _TINY) for s in self.seconds))
 
     def dense(self, size: int) -> FloatArray:
-        """Seconds at 0, 1, ... size - 1 rows."""
+        """Return seconds at 0, 1, ... size - 1 rows."""
         grid: FloatArray = np.arange(size, dtype=np.float64)
         values: FloatArray = np.interp(grid, self.rows, self.seconds)
         last = self.rows[-1]
@@ -125,18 +125,18 @@ class Curve:
         return max(0.0, (self.seconds[-1] - self.seconds[half]) / (last - self.rows[half]))
 
     def to_lists(self) -> list[list[float]]:
-        """Rows and seconds; `from_lists` is the inverse."""
+        """Return rows and seconds; `from_lists` is the inverse."""
         return [list(self.rows), list(self.seconds)]
 
     @classmethod
     def from_lists(cls, lists: list[list[float]]) -> Curve:
-        """Raises TypeError or ValueError for what `to_lists` never wrote."""
+        """Raise TypeError or ValueError for what `to_lists` never wrote."""
         return cls.from_table(dict(zip(*lists, strict=True)))
 
 
 def non_decreasing(values: FloatArray, weights: FloatArray) -> FloatArray:
-    """The non-decreasing sequence closest to `values` by weighted least squares: neighbours that
-    decrease become one, at their mean (pool adjacent violators)."""
+    """Return the non-decreasing sequence closest to `values` by weighted least squares: neighbours
+    that decrease become one, at their mean (pool adjacent violators)."""
     blocks: list[tuple[float, float, int]] = []  # mean, weight, values
     for value, weight in zip(values.tolist(), weights.tolist(), strict=True):
         blocks.append((value, weight, 1))
@@ -193,8 +193,8 @@ class Correction:
     covariance: float = 0.0
 
     def seconds(self, table: FloatArray, weights: FloatArray | float) -> FloatArray:
-        """What the table's seconds are now. weights: those of them in which the step does nothing
-        but wait for the weights."""
+        """Return what the table's seconds are now. weights: those of them in which the step does
+        nothing but wait for the weights."""
         now: FloatArray = table + math.expm1(self.memory) * np.minimum(weights, table)
         now *= math.exp(self.speed)
         return now
@@ -277,7 +277,7 @@ class CostModel:
 
     @classmethod
     def default(cls) -> CostModel:
-        """A guess for when no profile exists; corrected by the first real rounds."""
+        """Return a guess for when no profile exists; corrected by the first real rounds."""
         return cls(DEFAULT_VERIFY, DEFAULT_DRAFT)
 
     @classmethod
@@ -299,7 +299,7 @@ class CostModel:
     # --- predictions ---
 
     def verify_seconds(self, batch: int, rows: ArrayLike, context: float) -> FloatArray:
-        """Seconds of one target forward of `rows` rows in all (integers of any shape, roots
+        """Return seconds of one target forward of `rows` rows in all (integers of any shape, roots
         included)."""
         rows_: IntArray = np.asarray(rows, np.int64)
         try:
@@ -312,8 +312,8 @@ class CostModel:
         return self.verify_correction.seconds(table, self._stall_seconds(rows_))
 
     def verify_curve(self, batch: int, first: int, count: int, context: float) -> FloatArray:
-        """Seconds at first, first + 1, ... first + count - 1 rows: `verify_seconds` for a scan over
-        tree sizes."""
+        """Return seconds at first, first + 1, ... first + count - 1 rows: `verify_seconds` for a
+        scan over tree sizes."""
         rows = np.arange(first, first + count)
         attention = rows * (self.row_token * context)
         attention += batch * self.sequence_token * context
@@ -321,15 +321,16 @@ class CostModel:
         return self.verify_correction.seconds(table, self._stall_seconds(rows))
 
     def draft_seconds(self, width: ArrayLike, context: float) -> FloatArray:
-        """Seconds of one level of the model drafter, not the first, that expands `width` rows."""
+        """Return seconds of one level of the model drafter, not the first, that expands `width`
+        rows."""
         width_: IntArray = np.asarray(width, np.int64)
         base = self._table("draft", int(width_.max()) + 1)[width_]
         table = base + width_ * (self.draft_token * context)
         return self.draft_correction.seconds(table, 0.0)
 
     def first_seconds(self, roots: int, waiting: ArrayLike, context: float) -> FloatArray:
-        """Seconds of the first level for `roots` requests, which catches up with `waiting` rows
-        beside one of each."""
+        """Return seconds of the first level for `roots` requests, which catches up with `waiting`
+        rows beside one of each."""
         waiting_: IntArray = np.asarray(waiting, np.int64)
         if not self._knows_first:
             return self.draft_seconds(roots + waiting_, context)
@@ -338,8 +339,8 @@ class CostModel:
         return self.first_correction.seconds(table, 0.0)
 
     def levels_seconds(self, roots: int, widths: Sequence[int], context: float) -> list[float]:
-        """Seconds of each level of a round, of which the first one's width is the roots and all
-        that waits."""
+        """Return seconds of each level of a round, of which the first one's width is the roots and
+        all that waits."""
         if not widths:
             return []
         first = float(self.first_seconds(roots, widths[0] - roots, context))
@@ -350,7 +351,8 @@ class CostModel:
     # --- corrections ---
 
     def corrected(self, observed: Sample) -> CostModel:
-        """The model after one real step; absurd times count little, unusable ones nothing."""
+        """Return the model after one real step; absurd times count little, unusable ones
+        nothing."""
         if not is_usable(observed):
             return self
         if isinstance(observed, VerifySample):
@@ -380,7 +382,8 @@ class CostModel:
     # --- on disk ---
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain lists and numbers; corrections belong to the running machine and are left out."""
+        """Return plain lists and numbers; corrections belong to the running machine and are left
+        out."""
         levels = {"draft": self.draft, "first": self.first, "waiting": self.waiting}
         return {
             "verify": {str(batch): curve.to_lists() for batch, curve in self.verify.items()},
@@ -393,7 +396,8 @@ class CostModel:
 
     @classmethod
     def from_dict(cls, state: Mapping[str, Any]) -> CostModel:
-        """The inverse of `to_dict`. Raises KeyError, TypeError or ValueError for anything else."""
+        """Return the inverse of `to_dict`. Raises KeyError, TypeError or ValueError for anything
+        else."""
         curves = {int(batch): Curve.from_lists(c) for batch, c in state["verify"].items()}
         names = ("row_token", "sequence_token", "draft_token", "overhead_seconds")
         row, sequence, level, overhead = (float(state[name]) for name in names)
@@ -414,18 +418,18 @@ class CostModel:
         return self.first is not None and self.waiting is not None
 
     def _first_level(self, roots: float, context: float) -> float:
-        """The table's seconds of a first level in which nothing waits."""
+        """Return the table's seconds of a first level in which nothing waits."""
         return self._at("first", roots) + roots * self.draft_token * context
 
     def _stall_seconds(self, rows: IntArray | float) -> FloatArray:
-        """Seconds of a verification in which its arithmetic waits for the weights: all of the
-        smallest one's, fewer with every further row."""
+        """Return seconds of a verification in which its arithmetic waits for the weights: all of
+        the smallest one's, fewer with every further row."""
         weights, most = self._stall
         result: FloatArray = weights * np.maximum(0.0, 1.0 - (rows - 1) / most)
         return result
 
     def _table(self, key: _Key, size: int) -> FloatArray:
-        """Dense seconds over rows, computed once and grown on demand."""
+        """Return dense seconds over rows, computed once and grown on demand."""
         table = self._dense.get(key)
         if table is None or len(table) < size:
             length = MAX_ROWS if size <= MAX_ROWS else 2 * size
@@ -438,7 +442,7 @@ class CostModel:
         return table
 
     def _at(self, key: _Key, rows: float) -> float:
-        """A table's seconds at a mean of several rows."""
+        """Return a table's seconds at a mean of several rows."""
         low = int(rows)
         table = self._table(key, low + 2)
         left, right = table[low : low + 2].tolist()
@@ -456,8 +460,8 @@ class CostModel:
 
 
 def _stall_of(curve: Curve) -> tuple[float, float]:
-    """Seconds of the smallest forward, in which the arithmetic waits for the weights, and the rows
-    whose arithmetic takes about as long: where the curve has risen to twice that."""
+    """Return seconds of the smallest forward, in which the arithmetic waits for the weights, and
+    the rows whose arithmetic takes about as long: where the curve has risen to twice that."""
     risen = np.flatnonzero(curve.dense(MAX_ROWS) > 2.0 * curve.seconds[0])
     return float(curve.seconds[0]), max(float(risen[0]) if len(risen) else float(MAX_ROWS), 2.0)
 

@@ -32,8 +32,8 @@ class Expand(Protocol):
     """Decides what to expand."""
 
     def frontier(self, rule: TreeRule, trees: DraftTrees, level: int) -> IntArray:
-        """Ascending indices of the nodes of `level` (from 1 on) to expand next; none: stop. The
-        trees are scored."""
+        """Return ascending indices of the nodes of `level` (from 1 on) to expand next; none: stop.
+        The trees are scored."""
         ...
 
 
@@ -41,7 +41,7 @@ class Keep(Protocol):
     """Decides what to verify."""
 
     def select(self, rule: TreeRule, trees: DraftTrees) -> IntArray:
-        """Ascending indices of the nodes to verify, prefix-closed. The trees are scored."""
+        """Return ascending indices of the nodes to verify, prefix-closed. The trees are scored."""
         ...
 
 
@@ -61,7 +61,7 @@ class Skip(Protocol):
         ...
 
     def applies(self, rule: TreeRule, proposed: DraftTrees) -> bool:
-        """Whether it is, where free drafters propose these nodes. The trees are scored."""
+        """Return whether it is, where free drafters propose these nodes. The trees are scored."""
         ...
 
 
@@ -96,8 +96,8 @@ class TreeRule:
         keep: Keep,
         scores: Scores | None = None,
     ) -> TreeRule | None:
-        """The rule for a batch of these `limits`, with no more levels than its longest request may
-        use; None where that leaves none."""
+        """Return the rule for a batch of these `limits`, with no more levels than its longest
+        request may use; None where that leaves none."""
         levels = min(levels, int(limits.max(initial=0)))
         return cls(levels, children, limits, ends, expand, keep, scores) if levels else None
 
@@ -112,21 +112,21 @@ class TreeRule:
         return replace(self, levels=0, keep=self.skip_model.keep, skip_model=None)
 
     def frontier(self, trees: DraftTrees, level: int) -> IntArray:
-        """Ascending indices of the nodes of `level` to expand next; none: stop drafting."""
+        """Return ascending indices of the nodes of `level` to expand next; none: stop drafting."""
         if level >= self.levels or not len(trees):
             return NO_NODES
         self.score(trees)
         return self.expand.frontier(self, trees, level)
 
     def select(self, trees: DraftTrees) -> IntArray:
-        """Ascending indices of the nodes to verify, prefix-closed."""
+        """Return ascending indices of the nodes to verify, prefix-closed."""
         if not len(trees):
             return NO_NODES
         self.score(trees)
         return self.keep.select(self, trees)
 
     def score(self, trees: DraftTrees) -> None:
-        """Sets accept_prob."""
+        """Set accept_prob."""
         if self.scores is None:
             trees.accept_prob = trees.path_prob
         else:
@@ -142,8 +142,8 @@ class TreeRule:
         return result
 
     def expandable(self, trees: DraftTrees, level: int) -> IntArray:
-        """Ascending indices of the nodes of `level` that the model drafter can expand and whose
-        children could be useful.
+        """Return ascending indices of the nodes of `level` that the model drafter can expand and
+        whose children could be useful.
 
         A node proposed by another drafter has a head state above it only where the model drafter
         expanded its parent."""

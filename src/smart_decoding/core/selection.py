@@ -34,8 +34,8 @@ _ONE = np.float64(1.0).view(np.int64)
 
 
 def ranked(accept_prob: FloatArray) -> IntArray:
-    """Indices by falling probability ([n], in [0, 1]), ties to the lower index: parents come before
-    their children.
+    """Return indices by falling probability ([n], in [0, 1]), ties to the lower index: parents come
+    before their children.
 
     One integer sort: the bits of a non-negative float order like the float, and its lowest bits,
     beyond any meaning (a relative 2^-39 for 8192 candidates), carry the index."""
@@ -110,8 +110,8 @@ class RoundCosts:
     limit: float = math.inf
 
     def drafted(self, trees: DraftTrees) -> float:
-        """Seconds of the round so far. One level after the other, as the kernels add them: `sum`
-        takes another order from eight on."""
+        """Return seconds of the round so far. One level after the other, as the kernels add them:
+        `sum` takes another order from eight on."""
         widths = expanded_widths(trees)[1:]
         drafted = 0.0
         for seconds in self.levels.take(widths[widths > 0]).tolist():
@@ -119,7 +119,7 @@ class RoundCosts:
         return self.sunk + drafted
 
     def best(self, gains: FloatArray, sunk: float, least: int = 0) -> tuple[int, float]:
-        """How many of the sorted `gains` to verify, and the rate; see `best_size`."""
+        """Return how many of the sorted `gains` to verify, and the rate; see `best_size`."""
         gains = gains[: len(self.verify) - 1]
         verify = self.verify[: len(gains) + 1]
         least = min(least, len(gains))
@@ -247,7 +247,8 @@ class LookAhead:
         below: FloatArray,
         sunk: float,
     ) -> int:
-        """How many of the sorted `frontier` to expand; 0 where nothing deeper beats stopping."""
+        """Return how many of the sorted `frontier` to expand; 0 where nothing deeper beats
+        stopping."""
         most = 0
         rate = self.costs.best(np.sort(present)[::-1], sunk)[1]
         levels = self.costs.levels.take(widths).tolist()
@@ -271,7 +272,8 @@ class Fixed:
 
     @classmethod
     def before(cls, rule: TreeRule) -> Fixed | None:
-        """What a rule expands, as far as that is known before the round; None where it is not."""
+        """Return what a rule expands, as far as that is known before the round; None where it is
+        not."""
         expand = rule.expand
         further = rule.levels - 1
         if isinstance(expand, Beam):
@@ -387,7 +389,7 @@ class MarginalRatio:
         return self._kept(rule, trees, int(trees.depth.max()))
 
     def _kept(self, rule: TreeRule, trees: DraftTrees, deepest: int) -> IntArray:
-        """Ascending indices of the nodes kept down to `deepest`."""
+        """Return ascending indices of the nodes kept down to `deepest`."""
         useful = np.flatnonzero(rule.useful(trees) & (trees.depth <= deepest))
         order = useful[np.lexsort((useful, -trees.accept_prob[useful], trees.depth[useful]))]
         of_request = [_KeptTree() for _ in range(trees.batch)]
@@ -402,7 +404,7 @@ class MarginalRatio:
         return np.sort(np.array(kept, np.int64))
 
     def _keeps(self, tree: _KeptTree, parent: int, path_prob: float) -> bool:
-        """Whether the rule keeps a node below `parent`."""
+        """Return whether the rule keeps a node below `parent`."""
         nodes = len(tree.down) - 1
         if nodes >= len(self.spent) - 1 or parent not in tree.down:
             return False
@@ -438,7 +440,7 @@ class _KeptTree:
         return 1.0 + self.path_sum / max(self.paths, 1)
 
     def add(self, node: int, parent: int, path_prob: float) -> None:
-        """Keeps `node`."""
+        """Keep `node`."""
         paths = self.paths_with(parent)
         self.down[node] = self.down[parent] + path_prob
         self.path_sum += self.down[node] if paths > self.paths else path_prob
@@ -452,15 +454,15 @@ KEEP_KINDS = (KeepBest, BestRate, Topology, MarginalRatio)
 
 
 def is_data(rule: TreeRule) -> bool:
-    """Whether the rule consists of the kinds above alone, which kernels can follow."""
+    """Return whether the rule consists of the kinds above alone, which kernels can follow."""
     return type(rule.expand) in EXPAND_KINDS and type(rule.keep) in KEEP_KINDS
 
 
 def best_per_owner(
     trees: DraftTrees, nodes: IntArray, count: int, prob: FloatArray | None = None
 ) -> IntArray:
-    """The `count` of `nodes` of each request with the largest accept_prob, or `prob`, ties to the
-    lower index; ascending."""
+    """Return the `count` of `nodes` of each request with the largest accept_prob, or `prob`, ties
+    to the lower index; ascending."""
     if not len(nodes):
         return NO_NODES
     prob = trees.accept_prob if prob is None else prob

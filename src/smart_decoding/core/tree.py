@@ -58,13 +58,13 @@ class DraftTrees:
 
     @classmethod
     def empty(cls, batch: int) -> DraftTrees:
-        """Trees without nodes for `batch` requests: plain decoding."""
+        """Return trees without nodes for `batch` requests: plain decoding."""
         return cls._of(batch, _NO_INTS, _NO_FLOATS, 0)
 
     @classmethod
     def with_room(cls, batch: int, room: int) -> DraftTrees:
-        """Trees without nodes, for native code that fills in the first ones of `room`; `grown` says
-        how many."""
+        """Return trees without nodes, for native code that fills in the first ones of `room`;
+        `grown` says how many."""
         return cls._of(batch, np.empty((_INTS, room), np.int64), np.empty((_FLOATS, room)), 0)
 
     def set_length(self, nodes: int) -> None:
@@ -140,7 +140,7 @@ class DraftTrees:
         draft_prob: ArrayLike,
         source: int = 0,
     ) -> None:
-        """Adds nodes below existing ones (or ROOT). All arguments have shape [new nodes]; owners of
+        """Add nodes below existing ones (or ROOT). All arguments have shape [new nodes]; owners of
         children must be their parents' owners."""
         above = np.asarray(parent, np.int64)
         prob = np.asarray(draft_prob, np.float64)
@@ -167,7 +167,7 @@ class DraftTrees:
     def adopt(
         self, other: DraftTrees, nodes: Sequence[int], parents: Sequence[int], source: int
     ) -> None:
-        """Adds copies of `nodes` of other trees below `parents` of these: as deep as they were, not
+        """Add copies of `nodes` of other trees below `parents` of these: as deep as they were, not
         scored yet."""
         start = self._count
         end = start + len(nodes)
@@ -190,8 +190,8 @@ class DraftTrees:
         self.floats = floats
 
     def take(self, keep: IntArray, batch: int | None = None) -> DraftTrees:
-        """The trees pruned to the nodes `keep` (ascending indices, prefix-closed; ValueError if
-        not), as those of the first requests of a batch of `batch`, if given."""
+        """Return the trees pruned to the nodes `keep` (ascending indices, prefix-closed; ValueError
+        if not), as those of the first requests of a batch of `batch`, if given."""
         batch = self.batch if batch is None else batch
         count = len(keep)
         if count == self._count:
@@ -215,7 +215,7 @@ class DraftTrees:
         return counts
 
     def nodes_of(self, owner: int) -> IntArray:
-        """Indices of one request's nodes, ascending."""
+        """Return indices of one request's nodes, ascending."""
         return np.flatnonzero(self.owner == owner)
 
     def path(self, node: int) -> list[int]:
@@ -260,7 +260,7 @@ def expanded_slots(trees: DraftTrees, slot: IntArray) -> BoolArray:
 
 
 def join(many: Sequence[DraftTrees]) -> DraftTrees:
-    """The trees of several batches side by side, as those of one batch."""
+    """Return the trees of several batches side by side, as those of one batch."""
     first_owner = np.cumsum([0] + [trees.batch for trees in many])
     first_node = np.cumsum([0] + [len(trees) for trees in many])
     shift = np.diff(first_node)
@@ -277,7 +277,7 @@ def join(many: Sequence[DraftTrees]) -> DraftTrees:
 
 
 def merge(trees: DraftTrees, other: DraftTrees, source: int) -> None:
-    """Adds another drafter's nodes."""
+    """Add another drafter's nodes."""
     first = len(trees)
     parents = np.where(other.parent == ROOT, ROOT, other.parent + first)
     trees.adopt(other, range(len(other)), parents.tolist(), source)
@@ -315,7 +315,7 @@ def fold(trees: DraftTrees, first: int) -> None:
 
 
 def _keys(trees: DraftTrees, first: int, end: int) -> list[tuple[int, int, int]]:
-    """Owner, parent and token of the nodes [first, end): what no two nodes share."""
+    """Return owner, parent and token of the nodes [first, end): what no two nodes share."""
     columns = [c[first:end].tolist() for c in (trees.owner, trees.parent, trees.token)]
     return list(zip(*columns, strict=True))
 

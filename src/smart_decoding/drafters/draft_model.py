@@ -25,10 +25,10 @@ class SmallModel(Protocol):
     def prepare(
         self, rule: TreeRule, proposed: DraftTrees, inputs: RoundInputs
     ) -> Callable[[], Draft]:
-        """The one call that drafts a round beside proposed nodes, if it `drafts_rounds`."""
+        """Return the one call that drafts a round beside proposed nodes, if it `drafts_rounds`."""
 
     def rank(self, rows: Rows, asked: LevelRequest) -> Ranked:
-        """One forward: the best children of the rows whose logits are wanted."""
+        """Return one forward: the best children of the rows whose logits are wanted."""
 
 
 class DraftModelDrafter(LevelDrafter[State]):
@@ -42,7 +42,7 @@ class DraftModelDrafter(LevelDrafter[State]):
         self._model = model
 
     def _admit(self, request: Request, first: int) -> State:
-        """Goes on after the cached pages, from the first on, whose keys the model still has."""
+        """Go on after the cached pages, from the first on, whose keys the model still has."""
         state = State(0, 0)
         keys = self._keys(request, state, first // PAGE)
         for page, key in zip(request.table.pages, keys, strict=False):
@@ -61,7 +61,7 @@ class DraftModelDrafter(LevelDrafter[State]):
         return self._model.rank(rows, asked)
 
     def follows(self, rule: TreeRule) -> bool:
-        """Where the model drafts rounds in one call."""
+        """Return where the model drafts rounds in one call."""
         return self._model.drafts_rounds
 
     def _prepare(

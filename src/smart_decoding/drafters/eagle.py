@@ -77,7 +77,7 @@ class EagleDrafter(LevelDrafter[Pairs]):
         self._ends: dict[int, tuple[int, Any]] = {}
 
     def _admit(self, request: Request, first: int) -> Pairs:
-        """Takes the run of cached pages before `first` whose keys the head still has."""
+        """Take the run of cached pages before `first` whose keys the head still has."""
         state = Pairs(first, first)
         page = first // PAGE
         pages = request.table.pages
@@ -102,11 +102,11 @@ class EagleDrafter(LevelDrafter[Pairs]):
         return self._head.levels.deeper(rows, above, asked)
 
     def follows(self, rule: TreeRule) -> bool:
-        """The head's."""
+        """Return the head's."""
         return self._head.levels.follows(rule)
 
     def blank(self, rows: int) -> Any:
-        """The head's."""
+        """Return the head's."""
         return self._head.blank(rows)
 
     def _receive(self, request: Request, state: Pairs, features: Any, first: int) -> None:
@@ -117,7 +117,7 @@ class EagleDrafter(LevelDrafter[Pairs]):
     def _keep_end(
         self, request: Request, state: Pairs, position: int, features: Any, row: int
     ) -> None:
-        """Keeps the features of the last position of a page: `row` of `features`."""
+        """Keep the features of the last position of a page: `row` of `features`."""
         page = position // PAGE
         key = self._keys(request, state, page + 1)[-1]
         self._ends[request.table.pages[page]] = key, self._head.take(features, row)
@@ -139,7 +139,7 @@ class EagleDrafter(LevelDrafter[Pairs]):
         super().extend(request, features, first, tokens)
 
     def extend_each(self, requests: Sequence[Request], features: Any) -> None:
-        """Logs the features of a plain round; they are shared out when they are wanted."""
+        """Log the features of a plain round; they are shared out when they are wanted."""
         if self._log is None or self._log.requests != requests:
             self._share_out()
             self._log = Log(list(requests), [request.table.length - 1 for request in requests])
@@ -187,14 +187,14 @@ class EagleDrafter(LevelDrafter[Pairs]):
         return pages
 
     def release(self, request: Request) -> None:
-        """Forgets the request and frees its copies of pages."""
+        """Forget the request and free its copies of pages."""
         state = self._states.get(id(request))
         self._spare += [copy for copy, _ in state.copies.values()] if state else []
         super().release(request)
 
 
 def _parts(states: Sequence[Pairs]) -> list[Any]:
-    """The features of all waiting pairs, which are then run."""
+    """Return the features of all waiting pairs, which are then run."""
     parts: list[Any] = []
     for state in states:
         parts += [state.copies[t // PAGE][1] for t in state.again] + state.parts

@@ -109,14 +109,14 @@ class LevelDrafter(ABC, Generic[S]):
         self._rows = 0  # outputs so far: one for each root, then one for each expanded node
 
     def pending_rows(self, requests: Sequence[Request]) -> int:
-        """Rows of the next first level: all that wait."""
+        """Return rows of the next first level: all that wait."""
         states = self._states
         return sum(self._waiting(r, states[id(r)]) if id(r) in states else 1 for r in requests)
 
     @abstractmethod
     def _admit(self, request: Request, first: int) -> S:
-        """The state of a request of which the target has processed [0, first), found in the prefix
-        cache."""
+        """Return the state of a request of which the target has processed [0, first), found in the
+        prefix cache."""
 
     @abstractmethod
     def _first(
@@ -131,21 +131,22 @@ class LevelDrafter(ABC, Generic[S]):
 
     @abstractmethod
     def follows(self, rule: TreeRule) -> bool:
-        """Whether the model drafts all levels of such a rule, of built-in parts, in one call."""
+        """Return whether the model drafts all levels of such a rule, of built-in parts, in one
+        call."""
 
     @abstractmethod
     def _prepare(
         self, rule: TreeRule, proposed: DraftTrees, inputs: RoundInputs, states: Sequence[S]
     ) -> Callable[[], Draft]:
-        """The one call that drafts all levels below and beside `proposed`, where the model follows
-        the rule."""
+        """Return the one call that drafts all levels below and beside `proposed`, where the model
+        follows the rule."""
 
     def blank(self, rows: int) -> Any:
-        """Features of `rows` rows of arbitrary content, to be timed with."""
+        """Return features of `rows` rows of arbitrary content, to be timed with."""
         return None
 
     def skip(self, request: Request) -> None:
-        """Takes all that waits for run, to time what comes then: its keys are whatever is there."""
+        """Take all that waits for run, to time what comes then: its keys are whatever is there."""
         state = self._states[id(request)]
         self._drop(state, self._end(request) - state.length)
         state.length = self._end(request)
@@ -157,7 +158,7 @@ class LevelDrafter(ABC, Generic[S]):
         """The `rows` oldest of the waiting rows will never be run."""
 
     def _table(self, request: Request, state: S) -> Ints:
-        """The request's pages in the model's cache, to be read only."""
+        """Return the request's pages in the model's cache, to be read only."""
         return request.table.array
 
     def draft(
@@ -194,7 +195,7 @@ class LevelDrafter(ABC, Generic[S]):
         return RoundInputs(rows, self._asked(requests, owners, depths, rule), slots)
 
     def first_level(self, requests: Sequence[Request], rule: TreeRule) -> DraftTrees:
-        """Catches up and proposes the first level's children of every root."""
+        """Catch up and propose the first level's children of every root."""
         trees = DraftTrees.empty(len(requests))
         batch = len(requests)
         self._paths = {}
@@ -278,7 +279,7 @@ class LevelDrafter(ABC, Generic[S]):
         tokens: Sequence[int],
         paths: Sequence[Sequence[int]],
     ) -> Rows:
-        """Rows of expanded nodes (sorted by owner), which read all true rows, the expanded
+        """Return rows of expanded nodes (sorted by owner), which read all true rows, the expanded
         ancestors and themselves."""
         builder = RowsBuilder()
         before = -1
@@ -329,7 +330,7 @@ class LevelDrafter(ABC, Generic[S]):
             self.extend(request, row, first, request.tokens[first : first + 1])
 
     def release(self, request: Request) -> None:
-        """Forgets the request; its pages may still serve others."""
+        """Forget the request; its pages may still serve others."""
         self._states.pop(id(request), None)
 
     def _end(self, request: Request) -> int:
@@ -367,7 +368,7 @@ class LevelDrafter(ABC, Generic[S]):
         depths: Sequence[int],
         rule: TreeRule,
     ) -> LevelRequest:
-        """The children of rows of these owners at these depths (a root's is 0)."""
+        """Return the children of rows of these owners at these depths (a root's is 0)."""
         k = min(rule.children, self.widest)
         of_each = [r.params.temperature for r in requests]
         if not any(of_each):

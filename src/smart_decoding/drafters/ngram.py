@@ -41,7 +41,7 @@ class NgramIndex:
         self.length = 0
 
     def update(self, tokens: Sequence[int]) -> None:
-        """Adds what `tokens`, the whole text, has beyond the text seen so far."""
+        """Add what `tokens`, the whole text, has beyond the text seen so far."""
         for n in self.sizes:
             newest = self.newest[n]
             older = self.older[n]
@@ -52,8 +52,8 @@ class NgramIndex:
         self.length = len(tokens)
 
     def occurrences(self, tokens: Sequence[int], limit: int) -> dict[int, int]:
-        """Positions that follow earlier occurrences of the text's last tokens -> tokens matched, at
-        most `limit`.
+        """Return positions that follow earlier occurrences of the text's last tokens -> tokens
+        matched, at most `limit`.
 
         Longest matches first, the newest first among equals; a match longer than max_n counts as
         max_n."""
@@ -76,8 +76,8 @@ Node: TypeAlias = tuple[int, int, int, float, float]
 def likeliest(
     text: Sequence[int], found: Mapping[int, int], count: int, max_depth: int
 ) -> list[Node]:
-    """The `count` likeliest nodes of the trie into which the continuations of `found` merge, the
-    likeliest first.
+    """Return the `count` likeliest nodes of the trie into which the continuations of `found` merge,
+    the likeliest first.
 
     found: as by `NgramIndex.occurrences`."""
     longest = max(found.values(), default=0)
@@ -103,8 +103,8 @@ def likeliest(
 def _next_tokens(
     text: Sequence[int], those: list[Occurrence], depth: int
 ) -> list[tuple[int, float, list[Occurrence]]]:
-    """The tokens that follow `depth` tokens after these occurrences, those with long matches first,
-    with their draft_prob and the occurrences that go on so.
+    """Return the tokens that follow `depth` tokens after these occurrences, those with long matches
+    first, with their draft_prob and the occurrences that go on so.
 
     draft_prob: the share by weight, times 1 - 2^-context, where `context` tokens agree before:
     short matches are chance."""
@@ -172,7 +172,7 @@ class NgramDrafter(FreeDrafter):
     def extend(
         self, request: Request, features: Features, first: int, tokens: Sequence[int]
     ) -> None:
-        """Indexes request.tokens: these, those found in the prefix cache, and the root."""
+        """Index request.tokens: these, those found in the prefix cache, and the root."""
         self._indexed(request)
 
     def extend_each(self, requests: Sequence[Request], features: Features) -> None:
@@ -181,7 +181,7 @@ class NgramDrafter(FreeDrafter):
             self._indexed(request)
 
     def release(self, request: Request) -> None:
-        """Forgets the request's index."""
+        """Forget the request's index."""
         self._index.pop(request, None)
 
     def _indexed(self, request: Request) -> NgramIndex:

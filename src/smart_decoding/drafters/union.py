@@ -46,7 +46,7 @@ class UnionDrafter:
         self._selection = fastest_selection()  # where the model is left out
 
     def pending_rows(self, requests: Sequence[Request]) -> int:
-        """The model's."""
+        """Return the model's."""
         return int(self.model.pending_rows(requests)) if self.model else 0
 
     def draft(
@@ -71,16 +71,16 @@ class UnionDrafter:
     def extend(
         self, request: Request, features: Features, first: int, tokens: Sequence[int]
     ) -> None:
-        """Tells all drafters."""
+        """Tell all drafters."""
         for drafter in self.drafters:
             drafter.extend(request, features, first, tokens)
 
     def extend_each(self, requests: Sequence[Request], features: Features) -> None:
-        """Tells all drafters."""
+        """Tell all drafters."""
         for drafter in self.drafters:
             drafter.extend_each(requests, features)
 
     def release(self, request: Request) -> None:
-        """Tells all drafters."""
+        """Tell all drafters."""
         for drafter in self.drafters:
             drafter.release(request)

@@ -160,7 +160,7 @@ class Admission:
 
 
 def _content_hashes(media: Media | None, cache_salt: str) -> ContentHashes:
-    """What pages hold beside tokens. The keys of all pages follow from the first."""
+    """Return what pages hold beside tokens. The keys of all pages follow from the first."""
     hashes = media.content_hashes if media else {}
     if not cache_salt:
         return hashes

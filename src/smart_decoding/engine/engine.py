@@ -102,8 +102,8 @@ class Engine:
         client: str = "",
         cache_salt: str = "",
     ) -> list[Request]:
-        """Queue the prompt's `params.n` answers for `client`. Cached prefixes are shared by those
-        of equal `cache_salt`. Raises ConfigError or CapacityError for what can never run."""
+        """Queue the prompt's `params.n` answers for `client`. Cached prefixes are shared by
+        those of equal `cache_salt`. Raises ConfigError or CapacityError for what can never run."""
         requests = self.admission.requests(request_id, prompt, params, media, cache_salt)
         if any(request.id in self._requests for request in requests):
             raise ConfigError(f"request id {request_id!r} is already running")
@@ -116,8 +116,8 @@ class Engine:
         return requests
 
     def abort(self, request_id: str) -> None:
-        """Ends a request, all answers of it, freeing its memory now. Unknown ids are ignored: it
-        may have ended."""
+        """End a request, all answers of it, freeing its memory now. Unknown ids are ignored: it may
+        have ended."""
         found = self._requests.get(request_id)
         prefix = f"{request_id}#"
         several = [] if found else [r for r in self._requests.values() if r.id.startswith(prefix)]
@@ -126,8 +126,8 @@ class Engine:
             self._finish(request)
 
     def suspend(self) -> list[Request]:
-        """Puts all running requests back to the queue, as they were after their last tokens: after
-        a step that raised.
+        """Put all running requests back to the queue, as they were after their last tokens: after a
+        step that raised.
 
         Returns them. Their keys are computed again when they run on; ended ones leave."""
         suspended = list(self.scheduler.running)
@@ -142,14 +142,14 @@ class Engine:
         return suspended
 
     def listen(self, drafter: Drafter) -> None:
-        """Puts a drafter in place before the first request, such as one that records the target's
+        """Put a drafter in place before the first request, such as one that records the target's
         features."""
         if self._requests:
             raise ConfigError("a drafter can only be changed while no request is running")
         self.drafter = drafter
 
     def share_pages(self, other: Engine) -> None:
-        """Takes KV pages from the pool of `other`, over the same memory. To be called before the
+        """Take KV pages from the pool of `other`, over the same memory. To be called before the
         first request."""
         self.pool = self.scheduler.pool = self.admission.pool = other.pool
 
@@ -159,7 +159,7 @@ class Engine:
         return self.scheduler.has_work
 
     def step(self, arrived: Callable[[], Collection[str]] = tuple) -> list[Request]:
-        """One round. Returns the requests that got tokens, finished ones included.
+        """Run one round; return the requests that got tokens, finished ones included.
 
         arrived: clients whose requests wait to be added. If a slot is free, drafting stops for one
         that need not wait, and nothing is returned: a forward cannot be cut short, so the request
@@ -239,8 +239,8 @@ class Engine:
         )
 
     def _plan(self, batch: Batch, state: BatchState) -> TreeRule | None:
-        """Rounds that carry prompts do not draft, whatever the policy: others wait for their first
-        token."""
+        """Ask the policy for a rule. Rounds that carry prompts do not draft, whatever the policy:
+        others wait for their first token."""
         if batch.prefill or not batch.decode or self.drafter is None:
             return None
         if not self._dropped.isdisjoint(batch.decode):
@@ -248,8 +248,8 @@ class Engine:
         return self.policy.plan(state)
 
     def _update(self, batch: Batch, verified: Verified) -> tuple[int, list[int]]:
-        """Appends the new tokens and commits the KV lengths. Returns how many entered answers, and
-        of those the drafted ones, for each decoding request."""
+        """Append the new tokens and commit the KV lengths. Returns how many entered answers, and of
+        those the drafted ones, for each decoding request."""
         now = self._clock()
         emitted = 0
         accepted = []
@@ -267,7 +267,7 @@ class Engine:
         return emitted, accepted
 
     def _hand_over(self, batch: Batch, verified: Verified) -> None:
-        """Tells the drafter what the target computed."""
+        """Tell the drafter what the target computed."""
         drafter = self.drafter
         if drafter is None:
             return
@@ -313,15 +313,15 @@ class Engine:
             request.media.release()
 
     def check_integrity(self) -> None:
-        """Raises AssertionError if KV pages are lost or doubly used."""
+        """Raise AssertionError if KV pages are lost or doubly used."""
         self.pool.check_integrity(r.table for r in self._requests.values())
 
 
 def _traits(
     requests: Sequence[Request],
 ) -> tuple[FloatArray, BoolArray, BoolArray | None, BoolArray | None]:
-    """What stays as it is as long as the batch is the same: temperature, may_speculate, pictures
-    and constrained of BatchState."""
+    """Return what stays as it is as long as the batch is the same: temperature, may_speculate,
+    pictures and constrained of BatchState."""
     temperature = np.array([r.params.temperature for r in requests], np.float64)
     may_speculate = np.array([r.params.speculate for r in requests], np.bool_)
     pictures = np.array([r.media is not None for r in requests], np.bool_)
@@ -335,7 +335,8 @@ def _traits(
 
 
 def _allowed(batch: Batch, state: BatchState, draft: Draft) -> IntArray:
-    """The nodes to verify: those selected that grammars allow and that memory is left for."""
+    """Return the nodes to verify: those selected that grammars allow and that memory is left
+    for."""
     kept = draft.kept
     if state.constrained is not None:
         kept = grammatical([r.constraint for r in batch.decode], draft.trees, kept)

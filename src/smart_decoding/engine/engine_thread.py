@@ -53,7 +53,7 @@ class IdleWork(Protocol):
         ...
 
     def step(self) -> bool:
-        """Does a bit, which requests may have to wait for; false if nothing is left."""
+        """Do a bit, which requests may have to wait for; false if nothing is left."""
 
 
 class EngineThread:
@@ -73,15 +73,15 @@ class EngineThread:
         self._starting = threading.Lock()
 
     def start(self) -> None:
-        """Does not wait for the first job."""
+        """Do not wait for the first job."""
         self._require_process()
         with self._starting:
             if self._thread is None:
                 self._start()
 
     def work_before(self, work: Callable[[], object]) -> bool:
-        """Does some work as long as there is no thread, which then waits to start; whether there
-        was none."""
+        """Do some work as long as there is no thread, which then wait to start; whether there was
+        none."""
         self._require_process()
         with self._starting:
             if self._thread is not None:
@@ -95,16 +95,16 @@ class EngineThread:
         self.inbox.wake()
 
     def still_does(self, work: IdleWork) -> bool:
-        """Whether this work is still to be done; it is not if it raised."""
+        """Return whether this work is still to be done; it is not if it raised."""
         return work in self._idle_work
 
     def require_another(self) -> None:
-        """Raises ConfigError in the engine thread itself, which cannot wait for what it does."""
+        """Raise ConfigError in the engine thread itself, which cannot wait for what it does."""
         if threading.current_thread() is self._thread:
             raise ConfigError("on_step cannot ask the model: it would wait for itself")
 
     def _require_process(self) -> None:
-        """Raises EngineStoppedError in a forked child. Locks that were held by another thread while
+        """Raise EngineStoppedError in a forked child. Locks that were held by another thread while
         it was forked are held for ever there."""
         if self._thread is not None and os.getpid() != self._process:
             raise EngineStoppedError(
@@ -112,7 +112,7 @@ class EngineThread:
             )
 
     def submit(self, job: Job) -> None:
-        """Queues a job. Raises EngineStoppedError."""
+        """Queue a job. Raises EngineStoppedError."""
         self._require_process()
         job.submitted = time.monotonic()
         job.left = job.size
@@ -152,7 +152,7 @@ class EngineThread:
                     pass
 
     def stop(self, timeout: float = LONGEST_ROUND) -> None:
-        """Ends the thread after its present round; what still runs gets EngineStoppedError."""
+        """End the thread after its present round; what still runs gets EngineStoppedError."""
         self.inbox.stop()
         if self._thread is not None:
             _join(self._thread, timeout)
@@ -245,7 +245,7 @@ class Rounds:
                 self._work_idly()
 
     def end_all(self, reason: str) -> None:
-        """Tells every job that is still here why it ends."""
+        """Tell every job that is still here why it ends."""
         _AT_WORK.discard(self)
         for job in dict.fromkeys((*self.owners.values(), *self._queue)):
             self._outbox.append(Delivery(job, EngineStoppedError(reason), job.left))
@@ -262,8 +262,8 @@ class Rounds:
         self._owed -= time.perf_counter() - began
 
     def step(self, arrived: Callable[[], Collection[str]] = tuple) -> bool:
-        """One round; whether any request has gained by it. arrived: clients that wait for its
-        end."""
+        """Return one round; whether any request has gained by it. arrived: clients that wait for
+        its end."""
         self._observers.tell(lambda observer: observer.before(self.engine))
         touched = self.engine.step(arrived)
         self._observers.tell(lambda observer: observer.after(self.engine, touched))
@@ -273,7 +273,7 @@ class Rounds:
         return bool(touched)
 
     def emit(self, request: Request) -> None:
-        """Puts out what a request has gained; ends it if that raises."""
+        """Put out what a request has gained; ends it if that raises."""
         try:
             self._emit(request)
             if request.error is not None and request in self.owners:
@@ -282,14 +282,14 @@ class Rounds:
             self.fail(request, error)
 
     def fail(self, request: Request, error: Exception) -> None:
-        """Ends the job of a request that raised, and tells its caller."""
+        """End the job of a request that raised, and tell its caller."""
         self.engine.abort(request.id)
         job = self.owners.get(request)
         if job is not None:
             self._end(job, error)
 
     def _has_time(self) -> bool:
-        """Whether some idle work may be done now."""
+        """Return whether some idle work may be done now."""
         if self._busy:
             due = self._idle_work[0].urgent and self._owed <= 0
             return due and len(self.engine.scheduler.running) > 1
@@ -324,8 +324,8 @@ class Rounds:
             self._add(self._queue.popleft())
 
     def _patience(self) -> float:
-        """Seconds that an idle thread waits for commands. Who has just got an answer often asks
-        again, or asks another engine."""
+        """Return seconds that an idle thread waits for commands. Who has just got an answer often
+        asks again, or asks another engine."""
         if not self._idle_work:
             return math.inf
         others = bool(_AT_WORK) and not self._idle_work[0].urgent
@@ -350,7 +350,7 @@ class Rounds:
                 self._shown.append(job)
 
     def _end(self, job: Job, error: BaseException | None = None) -> None:
-        """Takes a job out, its slots with it; `error` goes to its caller."""
+        """Take a job out, its slots with it; `error` goes to its caller."""
         for request in job.answers:
             if self.owners.pop(request, None) is not None:
                 self.engine.abort(request.id)
@@ -370,7 +370,7 @@ class Rounds:
             self._end(job, QueueTimeoutError(message))
 
     def _show(self, touched: list[Request]) -> None:
-        """Calls the jobs' `on_round`; one that raises ends its own job."""
+        """Call the jobs' `on_round`; one that raises ends its own job."""
         self._shown = [job for job in self._shown if job.left]
         for job in self._shown:
             assert job.on_round is not None
@@ -427,7 +427,7 @@ class Isolation:
         self._rounds = rounds
 
     def after_failed_round(self, error: Exception) -> None:
-        """Raises `error` if the engine itself is to blame."""
+        """Raise `error` if the engine itself is to blame."""
         log.info("a round has failed; trying its requests one by one", exc_info=error)
         engine = self._rounds.engine
         queue = engine.scheduler.waiting

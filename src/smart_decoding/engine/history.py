@@ -31,15 +31,15 @@ class TokenHistory:
         self.append(output)
 
     def append(self, tokens: Iterable[int]) -> None:
-        """Commits output tokens."""
+        """Commit output tokens."""
         for token in tokens:
             slot = self._slot_of(int(token))  # first: it may replace the arrays
             self._counts[slot] += 1
 
     def at(self, path: Sequence[int] = ()) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
-        """Distinct tokens of prompt, output and `path` (tree tokens from the first level to the
-        row), and each one's count in output and path; both [distinct]. Read only: without a path
-        they are views."""
+        """Return distinct tokens of prompt, output and `path` (tree tokens from the first level to
+        the row), and each one's count in output and path; both [distinct]. Read only: without a
+        path they are views."""
         size = len(self._slot)
         tokens = self._tokens[:size]
         counts = self._counts[:size]
@@ -88,7 +88,7 @@ class SampleSpec:
     output: Sequence[int] = ()
 
     def ends_with(self, tokens: Sequence[int]) -> bool:
-        """Whether these are the last tokens of output and path."""
+        """Return whether these are the last tokens of output and path."""
         if not len(tokens):
             return True
         last = self.path if len(self.path) else self.output
@@ -101,7 +101,8 @@ class SampleSpec:
 def specs_of(
     rows: Iterable[int], asking: Sequence[Request], nodes: DraftTrees, eos: Sequence[int]
 ) -> list[SampleSpec]:
-    """One spec per visited row, in the numbering of `core.tree.accept`: roots first, then nodes."""
+    """Return one spec per visited row, in the numbering of `core.tree.accept`: roots first, then
+    nodes."""
     specs = []
     for row in rows:
         owner = row

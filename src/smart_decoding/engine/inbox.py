@@ -59,7 +59,7 @@ class Inbox:
         return list(self.commands())
 
     def commands(self, wait: float = 0.0) -> Iterator[Command]:
-        """All that has come in. wait: seconds until something does, at most."""
+        """Return all that has come in. wait: seconds until something does, at most."""
         while wait or self._read or not self._queue.empty():
             command = self._read.popleft() if self._read else self._next(wait)
             wait = 0.0

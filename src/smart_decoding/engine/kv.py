@@ -48,7 +48,7 @@ class PagePool:
 
     @classmethod
     def of(cls, pages: Sequence[int]) -> PagePool:
-        """Pages that were taken from another pool, as one in which nothing is found."""
+        """Return pages that were taken from another pool, as one in which nothing is found."""
         pool = cls(max(pages) + 1)
         pool._free = list(pages)
         return pool
@@ -70,7 +70,8 @@ class PagePool:
         return pages
 
     def lend(self, count: int) -> list[int]:
-        """The same between rounds, for no request: until `take_back` they count as nobody's."""
+        """Return the same between rounds, for no request: until `take_back` they count as
+        nobody's."""
         pages = self._pop(count)
         self._lent.update(pages)
         return pages
@@ -81,7 +82,7 @@ class PagePool:
         self._free.extend(pages)
 
     def give(self, pages: Iterable[int]) -> None:
-        """Drops one reference to each page."""
+        """Drop one reference to each page."""
         for page in pages:
             self._references[page] -= 1
             if self._references[page] == 0:
@@ -93,8 +94,8 @@ class PagePool:
     def find(
         self, tokens: Sequence[int], limit: int, content_hashes: ContentHashes = _NO_HASHES
     ) -> list[int]:
-        """Cached pages that hold the first tokens of `tokens` (at most `limit` tokens), each with a
-        new reference."""
+        """Return cached pages that hold the first tokens of `tokens` (at most `limit` tokens), each
+        with a new reference."""
         found: list[int] = []
         if not self.prefix_caching:
             return found
@@ -115,7 +116,7 @@ class PagePool:
     def remember(
         self, page: int, before: int | None, tokens: Sequence[int], content_hash: bytes = b""
     ) -> None:
-        """Makes a full page findable; `before` is the request's preceding page, which must be
+        """Make a full page findable; `before` is the request's preceding page, which must be
         findable itself."""
         if not self.prefix_caching or page in self._key_of:
             return
@@ -136,7 +137,7 @@ class PagePool:
             self._drop(same[0])
 
     def check_integrity(self, tables: Iterable[BlockTable]) -> None:
-        """Raises AssertionError unless every page is free, idle, or held exactly as often as the
+        """Raise AssertionError unless every page is free, idle, or held exactly as often as the
         tables say."""
         held = np.zeros(self.pages, np.int32)
         for table in tables:
@@ -167,7 +168,7 @@ class PagePool:
         return page
 
     def _drop(self, page: int) -> None:
-        """Frees a page that nobody holds."""
+        """Free a page that nobody holds."""
         if page in self._key_of:
             self._forget(page)
         self._free.append(page)
@@ -212,7 +213,7 @@ class BlockTable:
         return self.length
 
     def cover(self, rows: int) -> None:
-        """Takes the pages of the positions length, length + 1, ... length + rows - 1 that are
+        """Take the pages of the positions length, length + 1, ... length + rows - 1 that are
         missing. Raises OutOfPagesError, changing nothing."""
         missing = (self.length + rows + PAGE - 1) // PAGE - len(self.pages)
         if missing > 0:
@@ -220,8 +221,8 @@ class BlockTable:
             self._lay_out()
 
     def reserve(self, rows: int) -> list[int]:
-        """Slots [rows] of the positions length, length + 1, ... Raises OutOfPagesError, changing
-        nothing."""
+        """Return slots [rows] of the positions length, length + 1, ... Raises OutOfPagesError,
+        changing nothing."""
         self.cover(rows)
         pages = self.pages
         return [pages[t // PAGE] * PAGE + t % PAGE for t in range(self.length, self.length + rows)]
@@ -243,7 +244,7 @@ class BlockTable:
             self._remembered = length // PAGE
 
     def release(self) -> None:
-        """Gives all pages back, last first: without its beginning, a cached prefix could never be
+        """Give all pages back, last first: without its beginning, a cached prefix could never be
         found."""
         self._pool.give(reversed(self.pages))
         self.pages = []

@@ -31,7 +31,7 @@ class LoopDetector:
         self.start: int | None = None
 
     def push(self, token: int) -> bool:
-        """Takes the next token; true once a loop is there. Then `start` is the index of its first
+        """Take the next token; true once a loop is there. Then `start` is the index of its first
         superfluous token: the start of the block's second repetition, from where on the answer only
         repeats itself."""
         if self.start is not None:

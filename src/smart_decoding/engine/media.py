@@ -58,13 +58,13 @@ class Media:
                 self.content_hashes[page] = before + picture.key + offset
 
     def copy(self) -> Media:
-        """The same pictures, to be encoded and forgotten on their own."""
+        """Return the same pictures, to be encoded and forgotten on their own."""
         pictures = [replace(picture, embeddings=None) for picture in self.pictures]
         return Media(pictures, self.rotary, self.shift)
 
     def visual(self, end: int) -> int:
-        """Where the last picture's positions end that begins before `end`, or `end` if that lies
-        within it; 0: none."""
+        """Return where the last picture's positions end that begins before `end`, or `end` if that
+        lies within it; 0: none."""
         ends = (min(end, p.first + p.length) for p in self.pictures if p.first < end)
         return max(ends, default=0)
 
@@ -74,15 +74,15 @@ class Media:
         return sum(picture.length for picture in self.pictures)
 
     def within(self, start: int, count: int) -> list[Picture]:
-        """The pictures that have positions in [start, start + count)."""
+        """Return the pictures that have positions in [start, start + count)."""
         return [p for p in self.pictures if p.first < start + count and start < p.first + p.length]
 
     def to_encode(self, start: int, count: int) -> list[Picture]:
-        """Those among them whose embeddings are still to be computed."""
+        """Return those among them whose embeddings are still to be computed."""
         return [picture for picture in self.within(start, count) if picture.embeddings is None]
 
     def mm_embeds(self, start: int, count: int) -> MultimodalEmbeddings:
-        """The embeddings of the positions [start, start + count), each with its offset from
+        """Return the embeddings of the positions [start, start + count), each with its offset from
         `start`."""
         parts = []
         for picture in self.within(start, count):
@@ -109,7 +109,7 @@ class Media:
             picture.pixels = picture.embeddings = None
 
     def forget(self) -> None:
-        """Drops the embeddings: the target computes them again, or still has them, if they are
+        """Drop the embeddings: the target computes them again, or still has them, if they are
         needed again."""
         for picture in self.pictures:
             picture.embeddings = None

@@ -78,7 +78,7 @@ class Histogram(Metric):
 
 
 def gauges(engine: Engine) -> dict[str, float]:
-    """What requests and memory are in use now."""
+    """Return what requests and memory are in use now."""
     return {
         "num_requests_running": len(engine.scheduler.running),
         "num_requests_waiting": len(engine.scheduler.waiting),
@@ -101,7 +101,7 @@ class Record(Observer):
         self._whole = Histogram("vllm:e2e_request_latency_seconds")
 
     def after(self, engine: Engine, touched: Sequence[Request]) -> None:
-        """Counts the round."""
+        """Count the round."""
         done = engine.last_round
         if done is None or not touched:  # drafts were dropped, or prompts go on
             return
@@ -125,7 +125,7 @@ class Record(Observer):
                 self.accepted[depth] += 1
 
     def ended(self, request: Request, reason: str) -> None:
-        """Counts an answer that is over."""
+        """Count an answer that is over."""
         metrics = request.metrics
         self._begun.discard(request)
         self.ends[reason] += 1

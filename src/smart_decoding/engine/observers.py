@@ -31,7 +31,7 @@ class Observers(list[Observer]):
     """Told of everything until they raise: watching must not hurt the watched."""
 
     def tell(self, call: Callable[[Observer], None]) -> None:
-        """Calls every observer; one that raises is not asked again."""
+        """Call every observer; one that raises is not asked again."""
         for observer in list(self):
             try:
                 call(observer)

@@ -73,7 +73,7 @@ class RequestOutput:
 
 
 def completion_of(request: Request, text_of: TokenText) -> CompletionOutput:
-    """A finished request's answer. text_of: a token's text."""
+    """Return a finished request's answer. text_of: a token's text."""
     return CompletionOutput(
         request.sample,
         request.stop.text,

@@ -87,7 +87,7 @@ class Target(Protocol):
     verify_round: VerifyRound | None
 
     def verify(self, rows: Rows, aux_layers: tuple[int, ...]) -> TargetScores:
-        """One forward of the rows; their keys and values are written to their slots."""
+        """Return one forward of the rows; their keys and values are written to their slots."""
 
     def sample(self, logits: Logits, which: IntArray, specs: Sequence[Any]) -> IntArray:
         """[which] the target's tokens at rows `which` of `logits`."""
@@ -107,7 +107,7 @@ class Target(Protocol):
         """`encode_image` computes all pictures anew; of text models never called."""
 
     def move(self, source: Ints, target: Ints) -> None:
-        """Copies KV slots source[i] -> target[i], in order."""
+        """Copy KV slots source[i] -> target[i], in order."""
 
 
 class Drafter(Protocol):
@@ -121,7 +121,7 @@ class Drafter(Protocol):
     wants_ends: bool  # whether features of the round that ended an answer are wanted, too
 
     def pending_rows(self, requests: Sequence[Request]) -> int:
-        """Rows the first level must process for these requests."""
+        """Return rows the first level must process for these requests."""
 
     def draft(
         self, requests: Sequence[Request], rule: TreeRule, interrupted: Callable[[], bool]

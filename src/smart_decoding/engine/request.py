@@ -84,8 +84,8 @@ class Request:
         self.takes_argmax = self.params.greedy and not self.params.changes_logits
 
     def accept(self, tokens: Sequence[int], now: float) -> list[int]:
-        """Takes the tokens of a round, at the second `now`; returns those that belong to the
-        answer. One that ends before its grammar's error has none."""
+        """Take the tokens of a round, at the second `now`; returns those that belong to the answer.
+        One that ends before its grammar's error has none."""
         if self.constraint is not None:
             tokens = self.constraint.before_error(tokens)
         answer = self.stop.push(tokens)
@@ -116,7 +116,7 @@ class Request:
         return self.params.speculate and not (self.constraint and self.constraint.expensive)
 
     def ready(self, seconds: float = 0.0) -> bool:
-        """Whether a round need not wait for its mask. Waits so long."""
+        """Return whether a round need not wait for its mask. Waits so long."""
         return self.constraint is None or self.constraint.ready(seconds)
 
     @property

@@ -121,7 +121,8 @@ class RowsBuilder:
         self._ancestors_start += [len(self._ancestors)] * len(tokens)
 
     def add_node(self, token: int, position: int, context_len: int, path: Sequence[int]) -> int:
-        """A tree node's row; path: the slots of its ancestors and its own. Returns its number."""
+        """Return a tree node's row; path: the slots of its ancestors and its own. Returns its
+        number."""
         self._tokens.append(token)
         self._positions.append(position)
         self._slots.append(path[-1])
@@ -131,7 +132,7 @@ class RowsBuilder:
         return len(self) - 1
 
     def build(self) -> Rows:
-        """The rows; the logits of all are wanted."""
+        """Return the rows; the logits of all are wanted."""
         starts = itertools.accumulate(map(len, self._tables[:-1]), initial=0)
         slot_mapping, context_len, ancestors_start, ancestors, query_start_loc, table_start = (
             _arrays(
@@ -158,8 +159,8 @@ class RowsBuilder:
 
 
 def build_rows(spans: Sequence[Span], trees: DraftTrees, want_all: Sequence[bool]) -> RowLayout:
-    """Rows of a batch: one group per span, followed in its group by the request's tree nodes, the
-    best chain first.
+    """Return rows of a batch: one group per span, followed in its group by the request's tree
+    nodes, the best chain first.
 
     trees: nodes of the first `trees.batch` spans, each of which then holds one token, the root.
     want_all: per span, whether the last row's logits are wanted (false: none, an unfinished
@@ -192,14 +193,15 @@ def build_rows(spans: Sequence[Span], trees: DraftTrees, want_all: Sequence[bool
 
 
 def _arrays(*lists: Sequence[int]) -> list[Ints]:
-    """The lists as parts of one array: one call of numpy in place of many."""
+    """Return the lists as parts of one array: one call of numpy in place of many."""
     edges = itertools.accumulate(map(len, lists), initial=0)
     joined = np.array(list(itertools.chain(*lists)), np.int32)
     return [joined[start:end] for start, end in itertools.pairwise(edges)]
 
 
 def _best_chain_first(owners: Sequence[int], parents: Sequence[int], spans: int) -> list[list[int]]:
-    """Each request's nodes: first its first child of the first child of ..., then the others.
+    """Return each request's nodes: first its first child of the first child of ..., then the
+    others.
 
     Drafters list the best child first. The best chain takes the rows, and so the slots, right
     behind the root: where it is accepted its keys lie where they belong, and need not be moved."""

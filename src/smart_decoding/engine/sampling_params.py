@@ -213,7 +213,7 @@ class SamplingParams:
         self._check(whole and low <= int(value) <= high, name, allowed)
 
     def check_vocabulary(self, vocab_size: int) -> None:
-        """Raises ConfigError if a token id or a number of log probabilities does not fit a model of
+        """Raise ConfigError if a token id or a number of log probabilities does not fit a model of
         `vocab_size` tokens."""
         allowed = f"less than the model's vocabulary of {vocab_size}"
         for name, ids in (
@@ -229,14 +229,14 @@ class SamplingParams:
             _require(count is None or count <= vocab_size, name, count, allowed)
 
     def check_logprobs(self, most: int) -> None:
-        """Raises ConfigError for more log probabilities of a token than `most` (-1: any number)."""
+        """Raise ConfigError for more log probabilities of a token than `most` (-1: any number)."""
         for name in ("logprobs", "prompt_logprobs"):
             count = getattr(self, name)
             good = most == -1 or count is None or 0 <= count <= most
             _require(good, name, count, f"at most max_logprobs={most}")
 
     def checked(self, encode: Callable[[str], Sequence[int]]) -> SamplingParams:
-        """A copy, checked anew, with its bad words as token ids. encode: text to ids."""
+        """Return a copy, checked anew, with its bad words as token ids. encode: text to ids."""
         found = replace(self)
         if self.bad_words:
             ids = dict.fromkeys(tuple(encode(text)) for text in self.bad_word_texts)

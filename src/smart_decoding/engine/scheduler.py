@@ -75,8 +75,8 @@ class Scheduler:
         return bool(self.waiting or self.running)
 
     def can_begin(self, clients: Collection[str]) -> bool:
-        """Whether a request of one of these clients, coming now, would join the next round, as far
-        as slots go."""
+        """Return whether a request of one of these clients, coming now, would join the next round,
+        as far as slots go."""
         if not clients or len(self.running) >= self.max_num_seqs:
             return False
         return not any(head.ready() for head in self.waiting.heads())
@@ -141,7 +141,8 @@ class Scheduler:
     def _budget(
         self, decode: list[Request], prompts: ClientQueues[Request], heads: dict[str, Request]
     ) -> int:
-        """Prompt tokens of a round with these decoding requests, running prompts and heads."""
+        """Return prompt tokens of a round with these decoding requests, running prompts and
+        heads."""
         joining = heads if len(self.running) < self.max_num_seqs else ()
         clients = {*prompts.clients, *joining, *(request.client for request in decode)}
         return max(1, self.chunk // BESIDE) if decode and len(clients) > 1 else self.chunk
@@ -149,8 +150,8 @@ class Scheduler:
     def _prefill(
         self, prompts: ClientQueues[Request], heads: dict[str, Request], budget: int
     ) -> list[tuple[Request, int]]:
-        """The round's chunks of prompts: of running requests, `prompts`, and of `heads`, the first
-        waiting request of each client."""
+        """Return the round's chunks of prompts: of running requests, `prompts`, and of `heads`, the
+        first waiting request of each client."""
         chunks = []
         joining = True
         while budget > 0:
@@ -183,8 +184,8 @@ class Scheduler:
         return chunks
 
     def _may_join(self, head: Request) -> bool:
-        """Whether the first waiting request of a client need not wait for its mask. A client with
-        expensive grammars has the first mask of one of them computed at a time."""
+        """Return whether the first waiting request of a client need not wait for its mask. A client
+        with expensive grammars has the first mask of one of them computed at a time."""
         if head.constraint is not None and head.client in self._expensive:
             head.constraint.compute_in_background()
         return head.ready()
@@ -231,8 +232,8 @@ class Scheduler:
         return True
 
     def put_back(self, request: Request) -> None:
-        """Puts a running request back to the front of its client's line; its keys are computed
-        again later."""
+        """Put a running request back to the front of its client's line; its keys are computed again
+        later."""
         request.table.release()
         self.running.remove(request)
         self.waiting.appendleft(request)

@@ -32,7 +32,7 @@ class Detokenizer:
         self._read = len(self._window)  # tokens of the window whose text was given out
 
     def push(self, tokens: Sequence[int]) -> str:
-        """The new text up to the last complete character."""
+        """Return the new text up to the last complete character."""
         self._window.extend(tokens)
         text = self._decode(self._window)
         if UNFINISHED in text and (len(tokens) > 1 or self._shorten()):
@@ -44,7 +44,7 @@ class Detokenizer:
         return "" if waits else self._give_out(text)
 
     def flush(self) -> str:
-        """The rest at the end of an answer, an incomplete character included."""
+        """Return the rest at the end of an answer, an incomplete character included."""
         return self._give_out(self._decode(self._window)) if self._read < len(self._window) else ""
 
     @property
@@ -55,7 +55,7 @@ class Detokenizer:
         return self._decode(self._window)[len(self._old()) :].rstrip(UNFINISHED)
 
     def _shorten(self) -> bool:
-        """Leaves the last complete characters of what was given out; whether there were others."""
+        """Leave the last complete characters of what was given out; whether there were others."""
         if UNFINISHED in self._old():  # a piece of one token
             return False
         for start in range(self._read - 1, 0, -1):
@@ -116,8 +116,8 @@ class StopChecker:
         return self._loops.start if self._loops else None
 
     def push(self, tokens: Sequence[int]) -> list[int]:
-        """Takes the tokens of a round; returns those that belong to the answer (tokens after its
-        end are dropped)."""
+        """Take the tokens of a round; returns those that belong to the answer (tokens after its end
+        are dropped)."""
         before = len(self.token_ids)
         if self._goes_on(tokens):
             self.token_ids += tokens
@@ -130,7 +130,7 @@ class StopChecker:
         return self.token_ids[before:]
 
     def _goes_on(self, tokens: Sequence[int]) -> bool:
-        """Whether none of these tokens can end the answer: so it is nearly always."""
+        """Return whether none of these tokens can end the answer: so it is nearly always."""
         if self.finish_reason or self._strings or self._loops:
             return False
         room = self._max_tokens is None or len(self.token_ids) + len(tokens) < self._max_tokens
@@ -145,7 +145,7 @@ class StopChecker:
         return self._text[: len(self._text) - self._held_back()]
 
     def new_text(self) -> str:
-        """The text since the last call, for streaming; after the end, all that remains."""
+        """Return the text since the last call, for streaming; after the end, all that remains."""
         text = self.text
         new = text[self._shown :]
         self._shown = len(text)
@@ -182,7 +182,7 @@ class StopChecker:
             self._undecoded.clear()
 
     def _stop_string_found(self) -> bool:
-        """Looks for a stop string that ends in the text of the newest token; of several, the
+        """Look for a stop string that ends in the text of the newest token; of several, the
         earliest in the text."""
         before = len(self._text)
         self._decode_pending()
@@ -203,8 +203,8 @@ class StopChecker:
         return True
 
     def _held_back(self) -> int:
-        """Length of the longest end of the text that begins a stop string, while the answer goes
-        on."""
+        """Return length of the longest end of the text that begins a stop string, while the answer
+        goes on."""
         if self.finish_reason or self._params.include_stop_str_in_output:
             return 0
         return max(self._matched, default=0)

@@ -60,7 +60,7 @@ def _require(good: bool, given: Mapping[str, Any], wanted: str) -> None:
 
 
 def _schema_text(schema: object) -> str:
-    """A JSON schema as text. Raises ConfigError if it is none."""
+    """Return a JSON schema as text. Raises ConfigError if it is none."""
     try:
         content = json.loads(schema) if isinstance(schema, str) else schema
         if not isinstance(content, Mapping):
@@ -89,20 +89,21 @@ class Constraint(Protocol):
         """Compute all masks in another thread, from the first one on."""
 
     def ready(self, seconds: float = 0.0) -> bool:
-        """Whether the next mask is known, so that a round does not wait for it. Waits so long."""
+        """Return whether the next mask is known, so that a round does not wait for it. Waits so
+        long."""
 
     def allowed(self, path: Sequence[int]) -> NDArray[np.bool_]:
         """[vocab] the tokens that may follow the committed ones and `path`; at least one, which
         means nothing after an error."""
 
     def accepts(self, path: Sequence[int]) -> bool:
-        """Whether `path` may follow the committed tokens."""
+        """Return whether `path` may follow the committed tokens."""
 
     def before_error(self, tokens: Sequence[int]) -> Sequence[int]:
-        """Those of a round's tokens that were drawn before `allowed` came upon an error."""
+        """Return those of a round's tokens that were drawn before `allowed` came upon an error."""
 
     def append(self, tokens: Sequence[int]) -> None:
-        """Commits tokens of the answer, unless they end it."""
+        """Commit tokens of the answer, unless they end it."""
 
 
 def grammatical(

@@ -62,7 +62,7 @@ class Verified:
 
 
 def make_room(batch: Batch, trees: DraftTrees, kept: IntArray) -> IntArray:
-    """Reserves KV memory for the nodes `kept`; where it is short a request's nodes yield. Returns
+    """Reserve KV memory for the nodes `kept`; where it is short a request's nodes yield. Returns
     those left."""
     if not len(kept):
         return kept
@@ -94,7 +94,7 @@ def verify(
 
 
 def _is_plain(batch: Batch) -> bool:
-    """Whether all decode, and draw from logits that nobody changes and nobody else wants."""
+    """Return whether all decode, and draw from logits that nobody changes and nobody else wants."""
     return not batch.prefill and all(
         (r.takes_argmax or not r.params.changes_logits) and r.logprobs is None for r in batch.decode
     )
@@ -109,7 +109,7 @@ def _in_one_call(
     kept: IntArray,
     clock: Clock,
 ) -> Verified:
-    """The native round; where rounding would decide a token, the reference goes on from its
+    """Return the native round; where rounding would decide a token, the reference goes on from its
     logits."""
     start = clock()
     requests = batch.decode
@@ -212,7 +212,7 @@ def _settle(
     forward_seconds: float,
     clock: Clock,
 ) -> Verified:
-    """Draws tokens down the trees, and moves the keys of what was accepted. start: when the round's
+    """Draw tokens down the trees, and move the keys of what was accepted. start: when the round's
     verification began."""
     sample_start = clock()
     acceptance = _accept(target, what.asking, what.nodes, what.layout, scores)
@@ -250,7 +250,7 @@ def _span(request: Request, count: int, slots: int) -> Span:
 
 
 def _logit_rows(layout: RowLayout, nodes: DraftTrees) -> list[int]:
-    """The row of the logits of each root, then of each node: the numbering of `accept`."""
+    """Return the row of the logits of each root, then of each node: the numbering of `accept`."""
     if layout.rows.logit_rows is not None:
         return list(range(nodes.batch + len(nodes)))
     return layout.last[: nodes.batch] + layout.node_row
@@ -263,7 +263,7 @@ def _accept(
     layout: RowLayout,
     scores: TargetScores,
 ) -> Acceptance:
-    """Draws the target's tokens down the trees."""
+    """Draw the target's tokens down the trees."""
     at = _logit_rows(layout, nodes)
 
     def draw(wanted: Sequence[int]) -> list[int]:
@@ -326,7 +326,7 @@ def _score_prompt(target: Target, request: Request, at: IntArray, scores: Target
 
 
 def _commit_keys(target: Target, acceptance: Acceptance, layout: RowLayout) -> None:
-    """Moves accepted nodes' keys to their final positions, which follow the root's in the reserved
+    """Move accepted nodes' keys to their final positions, which follow the root's in the reserved
     slots."""
     moves = [
         (layout.node_row[node], root + depth)

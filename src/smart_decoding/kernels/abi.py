@@ -37,7 +37,7 @@ def _text() -> str:
 
 
 def _type(declared: str) -> Any:
-    """The ctypes of a declared type without its name; None of void. Pointers are addresses:
+    """Return the ctypes of a declared type without its name; None of void. Pointers are addresses:
     c_void_p."""
     if "*" in declared:
         return ctypes.c_char_p if declared.split() == ["const", "char*"] else ctypes.c_void_p
@@ -64,7 +64,7 @@ def _bodies() -> dict[str, str]:
 
 @functools.cache
 def structure(name: str) -> type[ctypes.Structure]:
-    """The structure `name` of abi.h."""
+    """Return the structure `name` of abi.h."""
     return type(
         name,
         (ctypes.Structure,),
@@ -73,8 +73,8 @@ def structure(name: str) -> type[ctypes.Structure]:
 
 
 def layout() -> str:
-    """Every structure's size and every field's offset as Python lays them out, as smart_layout says
-    it of a library."""
+    """Return every structure's size and every field's offset as Python lays them out, as
+    smart_layout says it of a library."""
     return "".join(
         f"{name} {ctypes.sizeof(structure(name))}:"
         + "".join(f" {field} {getattr(structure(name), field).offset}" for field in _names(name))
@@ -115,7 +115,7 @@ class Pointer(ctypes.c_void_p):
 
 
 def declare(library: ctypes.CDLL) -> None:
-    """Gives the library's functions their types. Raises ConfigError for one that was built from
+    """Give the library's functions their types. Raises ConfigError for one that was built from
     another abi.h."""
     for result, name, arguments in _FUNCTION.findall(_text()):
         function = getattr(library, name, None)

@@ -50,7 +50,8 @@ class Variant:
         return sorted(self.needs - cpu_flags())
 
     def refusal(self) -> str | None:
-        """Why it cannot run here, as far as can be told without loading it; None if it can."""
+        """Return why it cannot run here, as far as can be told without loading it; None if it
+        can."""
         if self.machine != platform.machine():
             return f"is for {self.machine}, this is {platform.machine()}"
         if self.lacking:
@@ -59,7 +60,7 @@ class Variant:
 
 
 def cpu_info() -> dict[str, str]:
-    """The first processor's entry of /proc/cpuinfo; empty where there is none."""
+    """Return the first processor's entry of /proc/cpuinfo; empty where there is none."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
@@ -70,15 +71,15 @@ def cpu_info() -> dict[str, str]:
 
 @functools.cache
 def cpu_flags() -> frozenset[str]:
-    """What the CPU can do and the system lets it, in the words of /proc/cpuinfo; empty where there
-    is none."""
+    """Return what the CPU can do and the system lets it, in the words of /proc/cpuinfo; empty where
+    there is none."""
     info = cpu_info()
     return frozenset((info.get("flags") or info.get("Features") or "").split())
 
 
 @functools.cache
 def variants() -> tuple[Variant, ...]:
-    """All of them, the best one of a machine first (csrc/variants.txt)."""
+    """Return all of them, the best one of a machine first (csrc/variants.txt)."""
     lines = (SOURCES / "variants.txt").read_text(encoding="utf-8").splitlines()
     found = []
     for line in lines:
@@ -90,7 +91,8 @@ def variants() -> tuple[Variant, ...]:
 
 @functools.cache
 def load(name: str) -> ctypes.CDLL:
-    """The library of a variant, ready to be called. Raises ConfigError if it cannot run here."""
+    """Return the library of a variant, ready to be called. Raises ConfigError if it cannot run
+    here."""
     variant = next((v for v in variants() if v.name == name), None)
     reason = "is no variant" if variant is None else variant.refusal()
     if variant is None or reason is not None:
@@ -114,15 +116,15 @@ def load(name: str) -> ctypes.CDLL:
 
 
 def runnable() -> list[str]:
-    """The variants that this CPU can run, best first. The system may still refuse one (AMX) when it
-    is loaded."""
+    """Return the variants that this CPU can run, best first. The system may still refuse one (AMX)
+    when it is loaded."""
     return [variant.name for variant in variants() if variant.refusal() is None]
 
 
 @functools.cache
 def chosen() -> str:
-    """The variant that runs: SMART_ISA, or the best one. Raises ConfigError if SMART_ISA cannot
-    run, or none can."""
+    """Return the variant that runs: SMART_ISA, or the best one. Raises ConfigError if SMART_ISA
+    cannot run, or none can."""
     wanted = os.environ.get("SMART_ISA")
     if wanted:
         load(wanted)
@@ -139,13 +141,13 @@ def chosen() -> str:
 
 
 def library() -> ctypes.CDLL:
-    """The kernels that run. Raises ConfigError if there are none."""
+    """Return the kernels that run. Raises ConfigError if there are none."""
     return load(chosen())
 
 
 @functools.cache
 def unavailable() -> str | None:
-    """Why no kernels can run here, or None. Raises ConfigError if SMART_ISA names some that
+    """Return why no kernels can run here, or None. Raises ConfigError if SMART_ISA names some that
     cannot."""
     try:
         chosen()
@@ -158,7 +160,7 @@ def unavailable() -> str | None:
 
 @functools.cache
 def identity() -> str:
-    """Tells these kernels from all others: what was measured with others does not hold for them."""
+    """Tell these kernels from all others: what was measured with others does not hold for them."""
     variant = next(v for v in variants() if v.name == chosen())
     return f"{variant.name} {hashlib.sha256(variant.path.read_bytes()).hexdigest()}"
 
@@ -195,8 +197,8 @@ def _check_threads(wanted: int, before: int) -> None:
 
 @functools.cache
 def _load_openmp() -> None:
-    """Makes an OpenMP runtime known to the kernels: torch's, since two in a process are two teams
-    of threads that spin against each other; the system's where torch has none of its own. Raises
+    """Make an OpenMP runtime known to the kernels: torch's, since two in a process are two teams of
+    threads that spin against each other; the system's where torch has none of its own. Raises
     ConfigError where there is none."""
     torch = importlib.util.find_spec("torch")
     folders = [

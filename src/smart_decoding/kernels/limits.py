@@ -64,8 +64,8 @@ def free_memory() -> int | None:
 
 
 def may_start(count: int) -> bool:
-    """Whether so many threads and a margin may be started, by the limits of the user and of the
-    control groups. All threads of the system count as the user's, which are more than his."""
+    """Return whether so many threads and a margin may be started, by the limits of the user and of
+    the control groups. All threads of the system count as the user's, which are more than his."""
     need = count + THREADS_LEFT
     if resource is not None:
         most, _ = resource.getrlimit(resource.RLIMIT_NPROC)

@@ -33,7 +33,7 @@ _lib = library.library
 
 
 def native_rows(rows: Rows, cosine: Tensor, sine: Tensor) -> Structure:
-    """The rows as the kernels read them. cosine, sine: tables [positions, angles]."""
+    """Return the rows as the kernels read them. cosine, sine: tables [positions, angles]."""
     arrays = (
         rows.query_start_loc,
         rows.block_table_start,
@@ -52,7 +52,7 @@ def native_rows(rows: Rows, cosine: Tensor, sine: Tensor) -> Structure:
 
 
 def pass_rows(packed: PackedWeight) -> int:
-    """Rows that share a pass over a weight: one more costs a step."""
+    """Return rows that share a pass over a weight: one more costs a step."""
     return int(_lib().smart_pass_rows(packed.address, packed.is_bf16))
 
 
@@ -74,8 +74,8 @@ def forward(model: Structure, rows: Structure, what: Structure) -> None:
 
 
 def verify_round(model: Structure, round: Structure, what: Structure) -> bool:
-    """The verification of a round (round.cpp). False where rounding would decide a token: then the
-    forward is all that was done."""
+    """Return the verification of a round (round.cpp). False where rounding would decide a token:
+    then the forward is all that was done."""
     status = _lib().smart_round(byref(model), byref(round), byref(what), torch.get_num_threads())
     if status > 0:
         raise RuntimeError("the CPU kernels do not support this model")
@@ -94,7 +94,7 @@ def draft(
 
 
 def move_kv(keys: Tensor, values: Tensor, source: Tensor, target: Tensor) -> None:
-    """Copies cache slots source[i] -> target[i] (int32) in every plane of keys/values [..., pages,
+    """Copy cache slots source[i] -> target[i] (int32) in every plane of keys/values [..., pages,
     head_dim, PAGE]."""
     if not (source.is_contiguous() and target.is_contiguous()):
         raise ValueError("slots to move must be contiguous")

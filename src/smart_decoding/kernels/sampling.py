@@ -32,8 +32,8 @@ def top_k(
     keys: Tensor | None = None,
     tokens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Ids (int64) and softmax probabilities of the k largest entries of x * scale (float32 [rows],
-    default 1).
+    """Return ids (int64) and softmax probabilities of the k largest entries of x * scale (float32
+    [rows], default 1).
 
     Both are [rows, k]. keys (uint64 bits as int64 [rows]; 0: none): the noise of noise.py for
     `tokens` [n] is added to these rows' scores; their probabilities are the softmax of the k noisy
@@ -76,7 +76,7 @@ def draw_structs(draws: Sequence[Draw]) -> NDArray[np.void]:
 
 
 def draw(draws: NDArray[np.void], n: int) -> Drawn:
-    """The argmax of row * scale + noise for rows of n float32, each as its `Draw` says."""
+    """Return the argmax of row * scale + noise for rows of n float32, each as its `Draw` says."""
     count = len(draws)
     drawn = Drawn(np.empty(count, np.int64), np.empty(count, np.int64))
     library().smart_draw(draws, count, n, *drawn, torch.get_num_threads())

@@ -131,7 +131,7 @@ class NativeSelection(Selection):
         )
 
     def _of(self, rule: TreeRule, trees: DraftTrees) -> Structure:
-        """The rule for these trees."""
+        """Return the rule for these trees."""
         if self._native is None or self._native.rule is not rule:
             self._native = _NativeRule(rule, self._native)
         if rule.scores is not None:
@@ -148,7 +148,7 @@ class _Arrays:
         self._alive: list[Any] = []
 
     def at(self, array: NDArray[Any], dtype: type[np.generic] = np.int64) -> int:
-        """The address of an array, or of a copy as the kernels read it."""
+        """Return the address of an array, or of a copy as the kernels read it."""
         self._alive.append(np.ascontiguousarray(array, dtype))
         return address(self._alive[-1])
 
@@ -233,7 +233,7 @@ class _Part:
 
 
 def most_expanded(rule: TreeRule, batch: int, slots: range) -> int:
-    """How many nodes a rule may expand at most, with `slots` for their keys."""
+    """Return how many nodes a rule may expand at most, with `slots` for their keys."""
     expand = rule.expand
     if isinstance(expand, LookAhead):
         return min(len(slots), int(expand.widths[-1]) * (rule.levels - 1))
@@ -246,7 +246,7 @@ def most_expanded(rule: TreeRule, batch: int, slots: range) -> int:
 
 
 def _with_room(proposed: DraftTrees, rule: TreeRule, first: FirstLevel) -> DraftTrees:
-    """The proposed trees with room for all that a rule may add."""
+    """Return the proposed trees with room for all that a rule may add."""
     count = len(proposed)
     parents = proposed.batch + most_expanded(rule, proposed.batch, first.slots)
     trees = DraftTrees.with_room(proposed.batch, count + parents * first.level.k)

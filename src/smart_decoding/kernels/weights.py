@@ -62,8 +62,8 @@ Matrix = Tensor | QuantizedTensor
 
 @functools.cache
 def fastest_hint() -> int:
-    """Where memory is best prefetched to, as measured. Intel's prefetchnta, past the caches, was
-    seen at a third of the speed of the others; Zen 4 reads a tenth faster into its second cache
+    """Return where memory is best prefetched to, as measured. Intel's prefetchnta, past the caches,
+    was seen at a third of the speed of the others; Zen 4 reads a tenth faster into its second cache
     than into the first."""
     # not zeros: untouched pages would all be one page, in the caches
     memory = torch.ones(64 << 20, dtype=torch.uint8)
@@ -103,7 +103,7 @@ class Arena:
         self._free = torch.empty(0, dtype=torch.uint8)
 
     def take(self, size: int) -> Tensor:
-        """The next bytes: uint8 [size], aligned to 64."""
+        """Return the next bytes: uint8 [size], aligned to 64."""
         size += -size % 64
         if size > len(self._free):
             self._free = self._block(max(size, min(self._left, self.BLOCK)))
@@ -114,8 +114,8 @@ class Arena:
         return taken
 
     def take_strips(self, size: int, pack_into: Callable[[Tensor], None], sample: int) -> Tensor:
-        """The next `size` bytes with what `pack_into` writes: kept ones if their first `sample`
-        bytes are what it writes there."""
+        """Return the next `size` bytes with what `pack_into` writes: kept ones if their first
+        `sample` bytes are what it writes there."""
         size += -size % 64
         memory = self._next_kept(size)
         if memory is not None:
@@ -167,7 +167,8 @@ class PackedWeight:
         return ctypes.addressof(self.struct)
 
     def rows_of(self, index: Tensor) -> Tensor:
-        """Its rows at `index` (int64 [n]): float32 [n, k]. Saves tied embeddings a second copy."""
+        """Return its rows at `index` (int64 [n]): float32 [n, k]. Saves tied embeddings a second
+        copy."""
         out = torch.empty(len(index), self.k)
         _lib().smart_unpack(self.address, self.k, self.is_bf16, index, len(index), out)
         return out
@@ -176,7 +177,7 @@ class PackedWeight:
 def pack(
     parts: Sequence[Matrix], arena: Arena | None = None, order: NDArray[np.int64] | None = None
 ) -> PackedWeight:
-    """Packs the stacked rows of `parts` ([n, k] each, k even), tensors all in bf16 or in fp32.
+    """Pack the stacked rows of `parts` ([n, k] each, k even), tensors all in bf16 or in fp32.
 
     order: which row comes where (-1: a row of zeros), else as they are. Quants stay what they are
     wherever the rows of a vector have one format; else all become bf16."""
@@ -198,7 +199,7 @@ def pack(
 
 
 def as_tensor(matrix: Matrix) -> Tensor:
-    """A matrix as a tensor, bfloat16 if it was quantised."""
+    """Return a matrix as a tensor, bfloat16 if it was quantised."""
     return matrix if isinstance(matrix, Tensor) else matrix.dequantize()
 
 
@@ -250,7 +251,8 @@ def _pack_strips(
 
 
 def _rows_of(parts: Sequence[Matrix]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The address and the format of each row of stacked parts, and of a row of zeros after them."""
+    """Return the address and the format of each row of stacked parts, and of a row of zeros after
+    them."""
     addresses = []
     formats = []
     for part in parts:
@@ -266,8 +268,8 @@ def _rows_of(parts: Sequence[Matrix]) -> tuple[NDArray[np.int64], NDArray[np.int
 
 
 def interleaved(n: int) -> NDArray[np.int64]:
-    """The order of two stacked matrices [n, k] whose rows alternate in blocks of one vector: gate,
-    up, gate, ... (the kernels multiply them in registers)."""
+    """Return the order of two stacked matrices [n, k] whose rows alternate in blocks of one vector:
+    gate, up, gate, ... (the kernels multiply them in registers)."""
     lanes = vector_width()
     first = np.arange(n + -n % lanes)
     first[n:] = -1
@@ -291,7 +293,7 @@ def pack_bytes(weight: Tensor) -> tuple[PackedWeight, Tensor, Tensor]:
 
 
 def packed_rows(n: int) -> int:
-    """Rows of a packed weight: n rounded up to whole panels."""
+    """Return rows of a packed weight: n rounded up to whole panels."""
     return int(_lib().smart_packed_rows(n))
 
 

@@ -72,7 +72,7 @@ class DraftModel:
         )
 
     def load(self) -> None:
-        """Reads the weights, if they are not here yet. Raises CapacityError."""
+        """Read the weights, if they are not here yet. Raises CapacityError."""
         _ = self._decoder
 
     @cached_property
@@ -95,8 +95,8 @@ class DraftModel:
             )
 
     def rank(self, rows: Rows, asked: LevelRequest) -> Ranked:
-        """One forward: the most likely next tokens of the wanted rows, and their probabilities:
-        [rows, k]; see `ranked`."""
+        """Return one forward: the most likely next tokens of the wanted rows, and their
+        probabilities: [rows, k]; see `ranked`."""
         rows.token = np.minimum(rows.token, self.config.vocab - 1)
         return ranked(self._decoder.forward(rows).logits, self._tokens, asked, self._native)
 

@@ -47,7 +47,7 @@ def dtype_of(name: str) -> torch.dtype:
 
 
 def device_of(name: str) -> torch.device:
-    """The device that auto, cpu or cuda names here. Raises ConfigError for one that is not
+    """Return the device that auto, cpu or cuda names here. Raises ConfigError for one that is not
     there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -60,7 +60,7 @@ def device_of(name: str) -> torch.device:
 
 @contextmanager
 def fitting_memory(what: str, pages: int) -> Iterator[None]:
-    """Raises CapacityError where the block, which allocates a model and its KV pages, runs out of
+    """Raise CapacityError where the block, which allocates a model and its KV pages, runs out of
     memory."""
     try:
         yield
@@ -150,6 +150,6 @@ class TorchTarget(Sampler):
 
 
 def pages_for(tokens: int, max_num_seqs: int) -> int:
-    """Pages for `tokens` committed tokens in `max_num_seqs` requests, each with a last page half
-    full and a tree."""
+    """Return pages for `tokens` committed tokens in `max_num_seqs` requests, each with a last page
+    half full and a tree."""
     return int(np.ceil(tokens / PAGE)) + 5 * max_num_seqs

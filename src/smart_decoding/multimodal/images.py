@@ -91,7 +91,7 @@ def header_size(source: Any, limits: Limits) -> tuple[int, int]:
 
 
 def _opened(source: Any, limits: Limits) -> Image:
-    """The picture, of which no more than the header is read."""
+    """Return the picture, of which no more than the header is read."""
     pil = _pil()
     if isinstance(source, pil.Image):
         return _check_pixels(source, "an image", limits)
@@ -118,7 +118,7 @@ def _opened(source: Any, limits: Limits) -> Image:
 
 
 def _check_file(image: Image, limits: Limits) -> Image:
-    """The picture of a file, if its pixels are within the limits."""
+    """Return the picture of a file, if its pixels are within the limits."""
     if image.format == "WEBP":
         return _check_pixels(image, "a WebP", limits, 4)
     if image.info.get("progressive"):
@@ -174,8 +174,8 @@ def _from_data_url(url: str, limits: Limits) -> bytes:
 
 
 def read_file(path: Path, limits: Limits) -> bytes:
-    """The file's content. Raises ConfigError for devices and for more than `limits.bytes`, OSError
-    for what cannot be read."""
+    """Return the file's content. Raises ConfigError for devices and for more than `limits.bytes`,
+    OSError for what cannot be read."""
     if path.exists() and not path.is_file():
         raise ConfigError("an image must be a file")
     size = path.stat().st_size

@@ -26,7 +26,7 @@ class PictureSource:
 
 
 def check_messages(messages: Any) -> None:
-    """Raises ConfigError for what is no conversation, and where the user or the system says
+    """Raise ConfigError for what is no conversation, and where the user or the system says
     nothing."""
     is_list = isinstance(messages, Sequence) and not isinstance(messages, str)
     if not is_list or not all(isinstance(message, Mapping) for message in messages):
@@ -39,14 +39,15 @@ def check_messages(messages: Any) -> None:
 
 
 def has_pictures(messages: Sequence[Message]) -> bool:
-    """Whether any part of any message is not text."""
+    """Return whether any part of any message is not text."""
     parts = (part for message in messages for part in _parts(message.get("content")))
     return any(not isinstance(part, str) and part.get("type") != "text" for part in parts)
 
 
 def split(messages: Sequence[Message]) -> tuple[list[dict[str, Any]], list[PictureSource]]:
-    """The messages with every content as a list of {type: text, text}, {type: image} and {type:
-    video}, and the pictures. Raises ConfigError for parts that are malformed or of another type."""
+    """Return the messages with every content as a list of {type: text, text}, {type: image} and
+    {type: video}, and the pictures. Raises ConfigError for parts that are malformed or of another
+    type."""
     pictures: list[PictureSource] = []
     plain = [
         {**each, "content": [_plain(part, pictures) for part in _parts(each.get("content"))]}
@@ -74,9 +75,9 @@ class Conversations:
         self._reads_lists: bool | None = None
 
     def tokens(self, messages: Sequence[Message], **given: Any) -> tuple[list[int], str]:
-        """Token ids, one placeholder a picture, and the text that they are of. messages: as `split`
-        has them, or with texts for contents. given: as to `Tokenizer.apply_chat_template`. Raises
-        ConfigError, CapacityError."""
+        """Return token ids, one placeholder a picture, and the text that they are of. messages: as
+        `split` has them, or with texts for contents. given: as to `Tokenizer.apply_chat_template`.
+        Raises ConfigError, CapacityError."""
         in_parts = any(isinstance(message.get("content"), list) for message in messages)
         if in_parts and (self._placeholders is None or not self._takes_lists()):
             messages = as_text(messages, self._placeholders or {})
@@ -87,7 +88,7 @@ class Conversations:
         return self._tokenizer.encode_prompt(text, begins), text
 
     def _takes_lists(self) -> bool:
-        """Whether the template reads content as a list of parts; some know texts only."""
+        """Return whether the template reads content as a list of parts; some know texts only."""
         if self._reads_lists is None:
             message = {"role": "user", "content": [{"type": "text", "text": _MARKER}]}
             try:

@@ -95,7 +95,7 @@ class FixedReader:
         return self._room
 
     def image(self, image: Image) -> Pixels:
-        """Raises ConfigError for a shape that the model cannot take."""
+        """Raise ConfigError for a shape that the model cannot take."""
         self.room("image", *image.size)
         size = _plain_size(self._processor, *image.size)
         if size is None:
@@ -108,7 +108,7 @@ class FixedReader:
         return self._pixels(values)
 
     def video_steps(self, frames: Iterable[Image]) -> Iterator[Pixels | None]:
-        """Raises ConfigError."""
+        """Raise ConfigError."""
         raise ConfigError("this model reads images, not videos")
 
     def _pixels(self, values: NDArray[Any]) -> Pixels:
@@ -151,11 +151,11 @@ class DynamicReader:
         return Room(steps * patches // self.merge**2, 3 * frames * new_width * new_height)
 
     def image(self, image: Image) -> Pixels:
-        """Raises ConfigError for a shape that the model cannot take."""
+        """Raise ConfigError for a shape that the model cannot take."""
         return self._pixels("image", self._resized(image)[None], 1, self._image_values)
 
     def video(self, frames: Iterable[Image]) -> Pixels:
-        """Raises ConfigError for shapes that the model cannot take."""
+        """Raise ConfigError for shapes that the model cannot take."""
         *_, pixels = self.video_steps(frames)
         assert pixels is not None
         return pixels
@@ -233,8 +233,8 @@ def _pixels(
 
 
 def _plain_size(processor: Any, width: int, height: int) -> tuple[int, int] | None:
-    """The width and height to which a processor resizes first of all; None where it does more, or
-    by a rule of its own."""
+    """Return the width and height to which a processor resizes first of all; None where it does
+    more, or by a rule of its own."""
     from transformers.image_processing_backends import PilBackend
     from transformers.image_transforms import (
         get_resize_output_image_size,
@@ -268,8 +268,8 @@ PixelReader: TypeAlias = FixedReader | DynamicReader
 
 
 def load_reader(folder: Path, config: Any, options: Mapping[str, Any] | None = None) -> PixelReader:
-    """The reader of a model's folder. config: transformers'; options: of its image processor, such
-    as max_pixels.
+    """Return the reader of a model's folder. config: transformers'; options: of its image
+    processor, such as max_pixels.
 
     Raises ModelError for a folder without a usable image processor, ConfigError for unknown
     options."""
@@ -301,7 +301,7 @@ def _with_options(processor: Any, options: Mapping[str, Any]) -> Any:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Imports and loads without notices about what else could be installed; ModelError if
+    """Import and load without notices about what else could be installed; ModelError if
     transformers is not."""
     logger = logging.getLogger("transformers")
     level = logger.level

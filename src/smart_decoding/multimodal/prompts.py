@@ -130,8 +130,8 @@ class PromptBuilder:
         return told, pictures
 
     def prompt(self, prompt: str | Sequence[int], media: Mapping[str, Any]) -> MediaPrompt:
-        """A text or token ids with one placeholder a picture. media: image and video, each one or a
-        list.
+        """Return a text or token ids with one placeholder a picture. media: image and video, each
+        one or a list.
 
         Raises ConfigError, too, if there are more pictures than placeholders or the other way
         round."""

@@ -60,12 +60,12 @@ class TextPrompts:
     def plan(
         self, tokens: Sequence[int], sources: Sequence[PictureSource], text: str | None = None
     ) -> PlannedPrompt:
-        """The prompt of a text's tokens. Raises ConfigError if there are pictures."""
+        """Return the prompt of a text's tokens. Raises ConfigError if there are pictures."""
         self._refuse(bool(sources))
         return PlannedPrompt(list(tokens), text)
 
     def prompt(self, prompt: str | Sequence[int], media: Mapping[str, Any]) -> MediaPrompt:
-        """A text or token ids. Raises ConfigError if there are pictures."""
+        """Return a text or token ids. Raises ConfigError if there are pictures."""
         self._refuse(bool(media))
         if isinstance(prompt, str):
             return MediaPrompt(self._tokenizer.encode(prompt), None, prompt)
@@ -80,7 +80,8 @@ class TextPrompts:
 
 
 def as_list(prompts: Any) -> list[Prompt]:
-    """One prompt, or several, as a list; what can be neither as one, for `parts_of` to refuse."""
+    """Return one prompt, or several, as a list; what can be neither as one, for `parts_of` to
+    refuse."""
     is_list = hasattr(prompts, "__getitem__") and not isinstance(prompts, (str, Mapping, *_BYTES))
     if not is_list or (len(prompts) and isinstance(prompts[0], Integral)):
         return [prompts]
@@ -88,7 +89,7 @@ def as_list(prompts: Any) -> list[Prompt]:
 
 
 def parts_of(prompt: Prompt) -> tuple[str | list[int], Mapping[str, Any]]:
-    """Text or token ids, and pictures. Raises ConfigError for what is no prompt."""
+    """Return text or token ids, and pictures. Raises ConfigError for what is no prompt."""
     given = prompt if isinstance(prompt, Mapping) else {"prompt": prompt}
     if not given.keys() <= {"prompt", "prompt_token_ids", "multi_modal_data"}:
         raise ConfigError("a prompt's keys are prompt or prompt_token_ids, and multi_modal_data")

@@ -36,8 +36,8 @@ def profile_path(
     longest: int,
     steps: Sequence[int] = (),
 ) -> Path:
-    """Where the profile of this model on this machine lies. longest: the longest context that it
-    knows; steps: of its costs over rows."""
+    """Return where the profile of this model on this machine lies. longest: the longest context
+    that it knows; steps: of its costs over rows."""
     machine = _cpu() + (torch.cuda.get_device_name(device) if device.type == "cuda" else "")
     native = library.identity() if library.unavailable() is None else ""
     model = json.dumps(dict(weights), sort_keys=True)
@@ -48,7 +48,7 @@ def profile_path(
 
 
 def load_profile(path: Path) -> CostModel | None:
-    """The stored cost model, or None if there is none that can be read."""
+    """Return the stored cost model, or None if there is none that can be read."""
     if not path.exists():
         return None
     try:
@@ -66,7 +66,7 @@ def load_profile(path: Path) -> CostModel | None:
 
 
 def save_profile(path: Path, cost: CostModel, model: str = "", busy: bool = False) -> None:
-    """Stores the costs of a model of that name, all of it or nothing; a full disk only means
+    """Store the costs of a model of that name, all of it or nothing; a full disk only means
     measuring again next time. busy: whether other processes ran beside the measurement."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -65,7 +65,7 @@ def fit_costs(samples: Iterable[Sample], overhead_seconds: float = 0.0) -> CostM
 
 
 def fit_verify(samples: Sequence[VerifySample]) -> VerifyFit:
-    """Curves by batch size, and the attention's slopes, of target forwards.
+    """Return curves by batch size, and the attention's slopes, of target forwards.
 
     But for the attention, rows cost the same whosever they are. So all batches share one shape,
     which has far less noise than each one's few forwards, and differ by a factor."""
@@ -102,7 +102,7 @@ def _shape(
 
 
 def fit_levels(samples: Sequence[DraftSample]) -> LevelFit:
-    """Curves of first and deeper levels, and what rows that wait add to a first one."""
+    """Return curves of first and deeper levels, and what rows that wait add to a first one."""
     deeper = [s for s in samples if s.waiting is None]
     draft_token, _ = _attention([VerifySample(0, s.width, s.context, s.seconds) for s in deeper])
     widths: Cells = defaultdict(list)
@@ -131,7 +131,7 @@ def _without(seconds: float, attention: float) -> float:
 
 
 def _attention(samples: Sequence[VerifySample]) -> tuple[float, float]:
-    """Seconds per (row, context token) and (sequence, context token), from cells measured at
+    """Return seconds per (row, context token) and (sequence, context token), from cells measured at
     several contexts."""
     cells: dict[tuple[int, float], list[VerifySample]] = defaultdict(list)
     for sample in samples:

@@ -73,7 +73,7 @@ ON_GPU = Grid(
 
 
 def grid_of(device: torch.device) -> Grid:
-    """What is measured on a device."""
+    """Return what is measured on a device."""
     return ON_CPU if device.type == "cpu" else ON_GPU
 
 
@@ -184,8 +184,8 @@ class ForwardTimer:
         self._passed += self._clock() - started
 
     def samples(self) -> list[Sample]:
-        """What was measured, at the reference's median speed; none where no verification fits into
-        the model's context.
+        """Return what was measured, at the reference's median speed; none where no verification
+        fits into the model's context.
 
         A speed is that of three neighbouring references: one alone is noisy."""
         if not self._timed:
@@ -200,7 +200,7 @@ class ForwardTimer:
         ]
 
     def run(self) -> list[Sample]:
-        """All steps at once."""
+        """Return all steps at once."""
         finish(self.step, lambda: self.share)
         return self.samples()
 
@@ -212,8 +212,8 @@ class ForwardTimer:
 
 
 def finish(step: Callable[[], bool], share: Callable[[], float]) -> None:
-    """Calls `step`, which measures or waits, as long as it returns true. share: what is done, in
-    [0, 1], as a user is shown."""
+    """Call `step`, which measures or wait, as long as it returns true. share: what is done, in [0,
+    1], as a user is shown."""
     with long_step("measuring costs, once", 1.0) as progress:
         shown = 0.0
         while step():
@@ -223,14 +223,15 @@ def finish(step: Callable[[], bool], share: Callable[[], float]) -> None:
 
 
 def longest_context(max_positions: int, device: torch.device) -> int:
-    """What a profile of a model of so many positions knows of contexts: up to that length."""
+    """Return what a profile of a model of so many positions knows of contexts: up to that
+    length."""
     contexts = grid_of(device).contexts
     return max((context for context in contexts if context < max_positions), default=0)
 
 
 def largest_batch(pages: int, max_num_seqs: int, device: torch.device) -> int:
-    """The largest batch that is measured, in a cache of `pages`: what a profile says of larger ones
-    is a guess."""
+    """Return the largest batch that is measured, in a cache of `pages`: what a profile says of
+    larger ones is a guess."""
     grid = grid_of(device)
     each = _pages_each(1, 1, grid.contexts[0])
     return max(
@@ -263,7 +264,8 @@ def _points(
 def verifications(
     grid: Grid, steps: Sequence[int], max_num_seqs: int, coarse: bool = False
 ) -> Iterator[tuple[int, int, int]]:
-    """What is verified: batch sizes, rows in all, and contexts. steps: see `Target.steps`."""
+    """Return what is verified: batch sizes, rows in all, and contexts. steps: see
+    `Target.steps`."""
     for context in grid.contexts[: 1 if coarse else None]:
         for batch in (b for b in grid.batches if b <= max_num_seqs):
             if context == grid.contexts[0]:
@@ -375,7 +377,8 @@ def verification(
     pages: int,
     aux_layers: tuple[int, ...] = (),
 ) -> Callable[[], None] | None:
-    """What verifies that in a cache of `pages` that nobody else uses; None if it is too small."""
+    """Return what verifies that in a cache of `pages` that nobody else uses; None if it is too
+    small."""
     stage = Verification(target, batch, total, context, aux_layers)
     if stage.needed > pages:
         return None
@@ -389,8 +392,8 @@ def probe(
     aux_layers: tuple[int, ...] = (),
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[int, float]:
-    """Seconds of a forward of a lone request by its rows: of each the fastest of three, as the
-    first one finds everything cold. Empty where such forwards have no room, and off the CPU.
+    """Return seconds of a forward of a lone request by its rows: of each the fastest of three, as
+    the first one finds everything cold. Empty where such forwards have no room, and off the CPU.
 
     pages: of the KV memory, which nobody uses yet."""
     context = ON_CPU.contexts[0]
@@ -410,7 +413,7 @@ def probe(
 def least_seconds(
     run: Callable[[], None], calls: int, clock: Callable[[], float] = time.perf_counter
 ) -> float:
-    """Seconds of the fastest of so many calls."""
+    """Return seconds of the fastest of so many calls."""
     ends = [clock()]
     for _ in range(calls):
         run()
@@ -454,8 +457,8 @@ def _pages_each(batch: int, total: int, context: int) -> int:
 
 
 def fake_trees(batch: int, nodes: int) -> DraftTrees:
-    """Trees of `nodes` nodes in all: half of a tree's nodes are children of its root, the others
-    lie below, two by two."""
+    """Return trees of `nodes` nodes in all: half of a tree's nodes are children of its root, the
+    others lie below, two by two."""
     counts = [nodes // batch + (i < nodes % batch) for i in range(batch)]
     first = [(i, j) for i, count in enumerate(counts) for j in range((count + 1) // 2)]
     second = [(i, j // 2) for i, count in enumerate(counts) for j in range(count // 2)]

@@ -84,8 +84,8 @@ class Profile:
         return self.wanted or self.cost is GUESS
 
     def probe(self) -> None:
-        """Makes the guess a better one by six forwards, on a CPU. Eight rows may cost what one
-        does, or more than three times that. No row is believed to cost less than in the guess.
+        """Make the guess a better one by six forwards, on a CPU. Eight rows may cost what one does,
+        or more than three times that. No row is believed to cost less than in the guess.
 
         To be called before there are requests."""
         if self.cost is not GUESS:

@@ -45,7 +45,7 @@ class Rehearsal:
         self._requests: list[Request] = []
 
     def place(self, pages: Sequence[int]) -> None:
-        """Begins in these pages."""
+        """Begin in these pages."""
         pool = PagePool.of(pages)
         params = SamplingParams(temperature=0.0)
         for _ in range(self.batch):
@@ -83,7 +83,7 @@ class Rehearsal:
         )
 
     def end(self) -> None:
-        """Releases the requests."""
+        """Release the requests."""
         for request in self._requests:
             self._drafter.release(request)
         self._requests = []

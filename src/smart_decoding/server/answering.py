@@ -53,7 +53,7 @@ class Asked:
 
 
 async def answer(worker: Worker, request: Request, asked: Asked) -> Response:
-    """The response, whole or as a stream. Raises ApiError until its first token is there."""
+    """Return the response, whole or as a stream. Raises ApiError until its first token is there."""
     job = await _job(worker, request, asked)
     worker.submit(job, asked.ended)
     watch = asyncio.create_task(_cancel_at_disconnect(request, job, worker))
@@ -76,7 +76,8 @@ async def answer(worker: Worker, request: Request, asked: Asked) -> Response:
 
 
 async def _written(worker: Worker, request: Request, reply: Reply, chunks: Sequence[Chunk]) -> str:
-    """The whole answer. Log probabilities are much to write, and others are served meanwhile."""
+    """Return the whole answer. Log probabilities are much to write, and others are served
+    meanwhile."""
 
     def write() -> str:
         return encoded(reply.whole(chunks))
@@ -86,7 +87,7 @@ async def _written(worker: Worker, request: Request, reply: Reply, chunks: Seque
 
 
 def check_model(name: str, worker: Worker) -> None:
-    """Raises ApiError unless `name` is the model's."""
+    """Raise ApiError unless `name` is the model's."""
     ours = worker.settings.model_name
     if name != ours:
         message = f"there is no model {name!r} here; this server has {ours!r}"
@@ -94,7 +95,7 @@ def check_model(name: str, worker: Worker) -> None:
 
 
 async def _job(worker: Worker, request: Request, asked: Asked) -> AsyncJob:
-    """The job that does what is asked for. Raises ApiError if that is not allowed."""
+    """Return the job that does what is asked for. Raises ApiError if that is not allowed."""
     body = asked.body
     if body.model is not None:
         check_model(body.model, worker)
@@ -150,7 +151,7 @@ def _check_length(asked: Asked, llm: LLM) -> None:
 async def _grammars(
     body: Completions, params: SamplingParams, worker: Worker, request: Request
 ) -> list[Compiled]:
-    """The request's grammar, if it has one, compiled. Raises ApiError."""
+    """Return the request's grammar, if it has one, compiled. Raises ApiError."""
     structure = params.structured_outputs
     if structure is None:
         return []
@@ -167,7 +168,7 @@ async def _grammars(
 async def _to_the_end(
     events: AsyncIterator[str], job: AsyncJob, worker: Worker, watch: asyncio.Task[None]
 ) -> AsyncIterator[str]:
-    """The events. However they end, nobody waits for the job any more."""
+    """Return the events. However they end, nobody waits for the job any more."""
     try:
         async for event in events:
             yield event

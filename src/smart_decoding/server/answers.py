@@ -34,7 +34,7 @@ class Usage:
     cached: dict[int, int] = field(default_factory=dict)  # by prompt
 
     def add(self, chunk: Chunk, n: int) -> None:
-        """Counts a chunk; n: answers to each prompt."""
+        """Count a chunk; n: answers to each prompt."""
         self.completion += len(chunk.tokens)
         if chunk.metrics is not None:
             self.last = chunk.metrics
@@ -45,7 +45,7 @@ class Usage:
             self.cached[place] = min(known, chunk.metrics.cached_tokens)
 
     def figures(self) -> Json:
-        """How the one answer that has ended went, as llama.cpp and vLLM tell."""
+        """Return how the one answer that has ended went, as llama.cpp and vLLM tell."""
         assert self.last is not None
         return figures(self.last, self.prompt, self.completion)
 
@@ -81,7 +81,7 @@ class ChatForm:
         self._texts: dict[int, ToolText] = {}
 
     def opening(self, index: int) -> Json | None:
-        """The first delta of an answer."""
+        """Return the first delta of an answer."""
         return {
             "index": index,
             "delta": {"role": "assistant", "content": ""},
@@ -90,7 +90,7 @@ class ChatForm:
         }
 
     def delta(self, chunk: Chunk) -> Json | None:
-        """What a chunk adds, or None if there is nothing to tell."""
+        """Return what a chunk adds, or None if there is nothing to tell."""
         content, calls, reason = self.read(chunk)
         if not (content or calls or reason or chunk.logprobs):
             return None
@@ -102,7 +102,7 @@ class ChatForm:
         return self._choice(chunk, "delta", delta, reason)
 
     def choice(self, chunk: Chunk) -> Json:
-        """A whole answer."""
+        """Return a whole answer."""
         content, calls, reason = self.read(chunk)
         message: Json = {"role": "assistant", "content": content, "refusal": None}
         if calls:
@@ -118,7 +118,7 @@ class ChatForm:
         }
 
     def read(self, chunk: Chunk) -> tuple[str, list[Json], str | None]:
-        """Content, pieces of tool calls, and why the answer ended."""
+        """Return content, pieces of tool calls, and why the answer ended."""
         if not self._calls:
             return chunk.text, [], chunk.finish_reason
         text = self._texts.setdefault(chunk.index, ToolText())
@@ -157,7 +157,7 @@ class Offsets:
         self._length = 0
 
     def push(self, token: int) -> int:
-        """The next token's offset."""
+        """Return the next token's offset."""
         offset = self._length + len(self._reader.held)
         self._length += len(self._reader.push([token]))
         return offset
@@ -185,11 +185,11 @@ class CompletionForm:
         """None: an answer begins with its text."""
 
     def delta(self, chunk: Chunk) -> Json | None:
-        """What a chunk adds, or None if there is nothing to tell."""
+        """Return what a chunk adds, or None if there is nothing to tell."""
         return self.choice(chunk) if chunk.text or chunk.finish_reason or chunk.logprobs else None
 
     def choice(self, chunk: Chunk) -> Json:
-        """A whole answer, or a part of it."""
+        """Return a whole answer, or a part of it."""
         return {
             "index": chunk.index,
             "text": chunk.text,
@@ -222,7 +222,7 @@ Form = ChatForm | CompletionForm
 
 
 def envelope(form: Form, job_id: str, model: str, whole: bool) -> Json:
-    """What surrounds the choices."""
+    """Return what surrounds the choices."""
     kind = form.whole if whole else form.piece
     return {"id": form.prefix + job_id, "object": kind, "created": int(time.time()), "model": model}
 

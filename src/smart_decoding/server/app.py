@@ -26,7 +26,7 @@ METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 def create_app(worker: Worker, metrics: Metrics, live: Live) -> FastAPI:
-    """The ASGI application over a worker that has not been started yet."""
+    """Return the ASGI application over a worker that has not been started yet."""
     settings = worker.settings
     app = FastAPI(
         title="SMART",

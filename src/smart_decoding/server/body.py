@@ -31,7 +31,7 @@ Text = Annotated[str, AfterValidator(_whole_characters)]
 
 
 def check_json(value: Any) -> None:
-    """Raises ValueError for JSON that cannot be written out again: too deep, infinite, no text."""
+    """Raise ValueError for JSON that cannot be written out again: too deep, infinite, no text."""
     level = [value]
     depth = 0
     while level:

@@ -30,8 +30,8 @@ def chat_task(
     offered: Sequence[tools.Tool] = (),
     variables: Mapping[str, Any] | None = None,
 ) -> ChatTask:
-    """The task of a conversation, with the tools that the model may call. variables: of the chat
-    template.
+    """Return the task of a conversation, with the tools that the model may call. variables: of the
+    chat template.
 
     Raises ApiError, ConfigError.
     """

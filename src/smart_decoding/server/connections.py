@@ -48,7 +48,7 @@ class Connection(H11Protocol):
             self._refuse(_too_many())
 
     def _has_room(self) -> bool:
-        """Whether this connection may stay, if need be in place of an idle one."""
+        """Return whether this connection may stay, if need be in place of an idle one."""
         of_each: dict[str, list[Connection]] = {}
         for each in cast("set[Connection]", self.connections):
             if not each.transport.is_closing():
@@ -101,7 +101,7 @@ class Connection(H11Protocol):
             self._watch_reader(math.inf)
 
     def _watch_reader(self, unsent: float) -> None:
-        """Cuts off who has read nothing since `unsent` bytes were left; else looks again later."""
+        """Cut off who has read nothing since `unsent` bytes were left; else looks again later."""
         left = self.transport.get_write_buffer_size()
         if left >= unsent:
             self.transport.abort()
@@ -132,7 +132,7 @@ class Connection(H11Protocol):
         self._refuse(ApiError(408, f"the request's head took longer than {self._head_timeout:g} s"))
 
     def _refuse(self, error: ApiError) -> None:
-        """Sends an error, if nothing was sent yet, and closes."""
+        """Send an error, if nothing was sent yet, and close."""
         cycle = self.cycle
         begun = cycle is not None and cycle.response_started and not cycle.response_complete
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE, h11.ERROR) and not begun:

@@ -25,7 +25,7 @@ MAX_NESTED = 10_000  # in a body: objects and lists, which take fifty times as l
 
 
 def check_count(raw: bytes) -> None:
-    """Raises ApiError for a JSON body of so many values that reading it would hold up others.
+    """Raise ApiError for a JSON body of so many values that reading it would hold up others.
 
     Counts outside of texts, which may be as long as the body."""
     if _few(raw):
@@ -81,7 +81,7 @@ def _check_type(request: Request) -> None:
 
 
 def _read(field: ModelField, raw: bytes) -> Any:
-    """The body as its model. Raises ApiError."""
+    """Return the body as its model. Raises ApiError."""
     found = _model_of(field, raw)
     if isinstance(found, ApiError):
         raise found

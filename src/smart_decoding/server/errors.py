@@ -79,14 +79,14 @@ def gone() -> ApiError:
 
 
 def of_smart_error(error: SmartError) -> ApiError:
-    """What the engine refuses is the request's fault."""
+    """Blame the request for what the engine refuses."""
     code = "context_length_exceeded" if isinstance(error, CapacityError) else "invalid_value"
     name = str(error).partition("=")[0]
     return ApiError(400, str(error), code, name if name.isidentifier() else None)
 
 
 def install(app: FastAPI) -> None:
-    """Makes every error of `app` come out in the one shape."""
+    """Make every error of `app` come out in the one shape."""
 
     async def told(_: Request, error: Exception) -> JSONResponse:
         return _api_error(error).response
@@ -111,7 +111,8 @@ def _api_error(error: Exception) -> ApiError:
 
 
 def of_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
-    """The first thing that is wrong; of a value that may be of several types, the deepest."""
+    """Return the first thing that is wrong; of a value that may be of several types, the
+    deepest."""
     field = errors[0]["loc"][:2]
     first = max((e for e in errors if e["loc"][:2] == field), key=lambda e: len(e["loc"]))
     kind = first["type"]

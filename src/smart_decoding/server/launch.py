@@ -47,7 +47,7 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u206
 
 
 def _harmless(text: str) -> str:
-    """The text with its control characters spelled out."""
+    """Return the text with its control characters spelled out."""
     return _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
@@ -55,7 +55,7 @@ class JsonLines(logging.Formatter):
     """One JSON object a line: time (UTC), level, logger, message, and what the record adds."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line."""
+        """Return the line."""
         when = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         line: dict[str, Any] = {
             "time": f"{when}.{int(record.msecs):03d}Z",
@@ -76,7 +76,7 @@ class Lines(logging.Formatter):
         super().__init__("%(asctime)s %(message)s", "%H:%M:%S")
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
-        """The line, without a traceback."""
+        """Return the line, without a traceback."""
         if record.levelno > logging.INFO:
             record.message = f"{record.levelname.lower()}: {record.message}"
         seconds = record.__dict__.get("seconds")
@@ -84,7 +84,7 @@ class Lines(logging.Formatter):
         return _harmless(super().formatMessage(record) + (f", {more}" if more else ""))
 
     def formatException(self, ei: Any) -> str:  # noqa: N802
-        """The traceback, indented: what it quotes may look like a line of the log."""
+        """Return the traceback, indented: what it quotes may look like a line of the log."""
         return "\n".join(f"  {_harmless(line)}" for line in super().formatException(ei).split("\n"))
 
 
@@ -138,7 +138,7 @@ def set_up_logging(level: str) -> None:
 
 
 def make_server(load: Callable[[], LLM], settings: ServerSettings) -> tuple[Server, Worker]:
-    """A server that has not been started."""
+    """Return a server that has not been started."""
     metrics = Metrics(settings.model_name)
     live = Live(settings.model_name)
     worker = Worker(load, settings, (metrics, live))
@@ -169,7 +169,7 @@ def make_server(load: Callable[[], LLM], settings: ServerSettings) -> tuple[Serv
 
 
 def serve(load: Callable[[], LLM], settings: ServerSettings) -> int:
-    """Serves until SIGINT or SIGTERM; then what runs may end within the deadline.
+    """Serve until SIGINT or SIGTERM; then what runs may end within the deadline.
 
     Raises ConfigError for an address that cannot be had, SmartError or OSError if the model cannot
     be loaded."""
@@ -192,7 +192,7 @@ def serve(load: Callable[[], LLM], settings: ServerSettings) -> int:
 
 
 def welcome(settings: ServerSettings, url: str) -> str:
-    """What to do with the server, for people. url: where it listens."""
+    """Return what to do with the server, for people. url: where it listens."""
     url = url.replace("//0.0.0.0:", "//localhost:").replace("//[::]:", "//localhost:")
     key = " -H 'Authorization: Bearer KEY'" if settings.api_keys else ""
     message = {"role": "user", "content": "Count from 1 to 20."}
@@ -220,7 +220,7 @@ def _settled(llm: LLM, texts: Texts) -> LLM:
 
 
 def _tidy(texts: Texts) -> None:
-    """Looks for old garbage while no large body is there."""
+    """Look for old garbage while no large body is there."""
     while True:
         time.sleep(TIDY)
         if texts.quiet:
@@ -228,7 +228,8 @@ def _tidy(texts: Texts) -> None:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A bound socket, taken before the model is loaded. Raises ConfigError if it is not free."""
+    """Return a bound socket, taken before the model is loaded. Raises ConfigError if it is not
+    free."""
     listener = None
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]

@@ -185,7 +185,7 @@ class Live(Watcher):
 
 
 def _curve(cost: CostModel, done: Round) -> dict[str, Any]:
-    """Predicted milliseconds of a verification, against its rows."""
+    """Return predicted milliseconds of a verification, against its rows."""
     batch = done.batch
     last = max(2 * done.verify_rows, batch.size + 32)
     rows = np.unique(np.linspace(batch.size, last, 33).astype(np.int64))
@@ -195,7 +195,7 @@ def _curve(cost: CostModel, done: Round) -> dict[str, Any]:
 
 
 def _speeds(recent: Sequence[Pace]) -> dict[str, float | None]:
-    """Tokens per second and per request of some rounds, beside plain decoding's."""
+    """Return tokens per second and per request of some rounds, beside plain decoding's."""
     tokens = sum(pace.tokens for pace in recent)
     plain_tokens = sum(pace.plain_tokens for pace in recent)
     plain_seconds = sum(pace.plain_seconds for pace in recent)
@@ -214,7 +214,7 @@ def _drawn(llm: LLM, trees: _Trees) -> list[dict[str, Any]]:
 
 
 def _tree(llm: LLM, record: RoundRecord, owner: int, end: int) -> dict[str, Any]:
-    """One request's verified tree. nodes: [parent, text, probability or null, accepted]."""
+    """Return one request's verified tree. nodes: [parent, text, probability or null, accepted]."""
     acceptance = record.acceptance
     request = record.requests[owner]
     assert acceptance is not None

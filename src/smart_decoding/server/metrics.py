@@ -112,17 +112,17 @@ class Metrics(Watcher):
     # --- the engine thread's calls ---
 
     def start(self, llm: LLM) -> None:
-        """Counts from the engine's next round on."""
+        """Count from the engine's next round on."""
         self._engine = llm.engine
         self._last = llm.engine.last_round
         self.record = llm.record
 
     def before(self, engine: Engine) -> None:
-        """Keeps the costs, as they are before the round corrects them."""
+        """Keep the costs, as they are before the round corrects them."""
         self._cost = engine.policy.cost  # immutable
 
     def after(self, engine: Engine, touched: Sequence[Request]) -> None:
-        """Counts the round and the answers that have got tokens in it."""
+        """Count the round and the answers that have got tokens in it."""
         record = engine.last_round
         if record is None or record is self._last:
             return
@@ -154,7 +154,7 @@ class Metrics(Watcher):
             counts["predicted_round_seconds"] += predicted_seconds(self._cost, done)
 
     def ended(self, request: Request, reason: str) -> None:
-        """Counts an answer that is over."""
+        """Count an answer that is over."""
         self._tokens_at.pop(request, None)
         metrics = request.metrics
         if reason not in ("stop", "length"):
@@ -171,7 +171,7 @@ class Metrics(Watcher):
     # --- the event loop's ---
 
     def collect(self) -> Iterator[Metric]:
-        """All of them, as prometheus_client asks for them."""
+        """Return all of them, as prometheus_client asks for them."""
         for metric in (*self._gauges(), *self._counted(), *self._registry.collect()):
             metric.samples = [each for each in metric.samples if not each.name.endswith("_created")]
             yield metric
@@ -214,7 +214,7 @@ class Metrics(Watcher):
 
 
 def _renamed(metric: Metric, name: str) -> Metric:
-    """The same under another name, with the engine's number as vLLM has it."""
+    """Return the same under another name, with the engine's number as vLLM has it."""
     renamed = Metric(name, metric.documentation, metric.type)
     renamed.samples = [
         each._replace(
@@ -226,7 +226,7 @@ def _renamed(metric: Metric, name: str) -> Metric:
 
 
 def predicted_seconds(cost: CostModel, done: Round) -> float:
-    """What `cost` says a round's forwards take."""
+    """Return what `cost` says a round's forwards take."""
     batch = done.batch
     context = batch.mean_context
     seconds = float(cost.verify_seconds(batch.size, done.verify_rows, context))

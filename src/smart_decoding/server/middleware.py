@@ -47,7 +47,7 @@ class Gate:
         self._held: Counter[str] = Counter()  # bytes of bodies, whole or not, by client
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers or passes on one request."""
+        """Answer or pass on one request."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -88,16 +88,17 @@ class Gate:
             _log_access(scope, request_id, status, time.monotonic() - started)
 
     def _client(self, scope: Scope, headers: Headers) -> str:
-        """Who takes turns with the others: a key, by its number, or an address where there are no
-        keys, of IPv6 its /64. Empty without a valid key."""
+        """Return who takes turns with the others: a key, by its number, or an address where there
+        are no keys, of IPv6 its /64. Empty without a valid key."""
         if self._keys:
             return self._fitting_key(headers.get("authorization", ""))
         address = scope.get("client")
         return network_of(address[0]) if address else "unknown"
 
     def _viewer(self, client: str, headers: Headers) -> str:
-        """Who may see a request's text on the live page: its client, if that is one user. Many
-        users may have one address: then it is who knows the request's token; empty for nobody."""
+        """Return who may see a request's text on the live page: its client, if that is one user.
+        Many users may have one address: then it is who knows the request's token; empty for
+        nobody."""
         if self._keys or self.settings.local_names_only:
             return client
         given = headers.get("x-viewer", "")
@@ -153,8 +154,8 @@ class Gate:
         return limited
 
     def _is_full(self, client: str) -> bool:
-        """Whether a client's requests hold too much: more than it may, or more than its share where
-        all together do."""
+        """Return whether a client's requests hold too much: more than it may, or more than its
+        share where all together do."""
         mine = self._held[client]
         most = LARGEST * self.settings.max_body
         room = OF_ALL * most
@@ -166,7 +167,7 @@ class Gate:
 
 
 def _warning(unknown: set[str], request_id: str) -> str:
-    """The header that tells of ignored fields."""
+    """Return the header that tells of ignored fields."""
     names = ", ".join(
         sorted(re.sub(r"[^\w.-]", "?", name, flags=re.ASCII)[:64] for name in unknown)
     )
@@ -182,6 +183,6 @@ def _log_access(scope: Scope, request_id: str, status: int, seconds: float) -> N
 
 
 def _host_of(header: str) -> str:
-    """The name in a Host header, without the port."""
+    """Return the name in a Host header, without the port."""
     match: Any = re.fullmatch(r"(\[[^\]]*\]|[^:]*)(:\d+)?", header)
     return match[1] if match else ""

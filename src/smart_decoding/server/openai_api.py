@@ -38,7 +38,7 @@ T = TypeVar("T")
 
 
 def router(worker: Worker) -> APIRouter:
-    """All routes that speak OpenAI's language."""
+    """Return all routes that speak OpenAI's language."""
     api = APIRouter(route_class=CountedRoute)
     routes = _Routes(worker)
     api.get("/v1/models")(routes.models)
@@ -106,7 +106,7 @@ class _Routes:
     async def _chat_prompt(
         self, request: Request, field: str, llm: LLM, make: Callable[[], ChatTask]
     ) -> PlannedPrompt:
-        """The prompt of the conversation in `field`."""
+        """Return the prompt of the conversation in `field`."""
         texts = self._worker.texts
         made = await texts.checked(request, make)
         (tokens,) = await self._prepared(request, field, self._worker.preparation.tokens, made.task)
@@ -117,7 +117,7 @@ class _Routes:
             raise _too_long(error, field) from error
 
     async def _text_prompt(self, request: Request, llm: LLM, prompt: str | list[int]) -> list[int]:
-        """A completion's prompt, which has no pictures."""
+        """Return a completion's prompt, which has no pictures."""
         if isinstance(prompt, str):
             prompt = await self._encoded(request, "prompt", prompt)
         plan = partial(llm.prompts.plan, prompt, ())
@@ -126,14 +126,14 @@ class _Routes:
     async def _encoded(
         self, request: Request, field: str, text: str, add_special_tokens: bool = True
     ) -> list[int]:
-        """Token ids of the text in `field`."""
+        """Return token ids of the text in `field`."""
         (tokens,) = await self._encode(request, add_special_tokens, field, [text])
         return tokens
 
     async def _encode(
         self, request: Request, add_special_tokens: bool, field: str, texts: list[str]
     ) -> list[list[int]]:
-        """Token ids of texts in `field`."""
+        """Return token ids of texts in `field`."""
         make = partial(task, "encode", texts=texts, add_special_tokens=add_special_tokens)
         made = await self._worker.texts.checked(request, make)
         return await self._prepared(request, field, self._worker.preparation.tokens, made)
@@ -145,7 +145,7 @@ class _Routes:
         prepare: Callable[[str, bytes], Coroutine[Any, Any, T]],
         made: bytes,
     ) -> T:
-        """What comes of a task made of what is in `field`. Raises ApiError."""
+        """Return what comes of a task made of what is in `field`. Raises ApiError."""
         try:
             wanted = prepare(request.state.client, made)
             return await self._worker.texts.held(request, wanted)
@@ -176,7 +176,7 @@ class _Routes:
         return {"prompt": text}
 
     def _model(self, name: str | None) -> LLM:
-        """The model, if it is there and `name`, where one is given, is its name."""
+        """Return the model, if it is there and `name`, where one is given, is its name."""
         llm = self._worker.ready()
         if name:
             check_model(name, self._worker)
@@ -198,7 +198,8 @@ def _too_long(error: CapacityError, field: str) -> ApiError:
 
 
 def _prompts(given: str | list[str] | list[int] | list[list[int]]) -> list[Any]:
-    """One prompt, or several, as a list: texts or token ids. Raises ApiError if there is none."""
+    """Return one prompt, or several, as a list: texts or token ids. Raises ApiError if there is
+    none."""
     if given == []:
         raise ApiError(400, "the prompt is empty", "invalid_value", "prompt")
     return [given] if isinstance(given, str) or isinstance(given[0], int) else list(given)

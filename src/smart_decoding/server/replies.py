@@ -32,7 +32,7 @@ class Reply:
     body: Completions
 
     def whole(self, chunks: Sequence[Chunk]) -> Json:
-        """All of it, of all `chunks`."""
+        """Return all of it, of all `chunks`."""
         choices = [self.form.choice(chunk) for chunk in chunks]
         return {
             **envelope(self.form, self.job.id, self.model, True),
@@ -42,7 +42,7 @@ class Reply:
         }
 
     async def events(self, first: Chunk) -> AsyncIterator[str]:
-        """A delta per round with text, the usage if asked for, [DONE]."""
+        """Return a delta per round with text, the usage if asked for, [DONE]."""
         frame = envelope(self.form, self.job.id, self.model, False)
         with_usage = self.body.include_usage
         more: Json = {"usage": None} if with_usage else {}
@@ -72,7 +72,8 @@ class Reply:
         return self.usage.figures() if self.job.size == 1 else {}
 
     async def chunks(self, first: Chunk) -> AsyncIterator[Chunk]:
-        """All chunks of the job, to the end of its last answer. Raises ApiError if it fails."""
+        """Return all chunks of the job, to the end of its last answer. Raises ApiError if it
+        fails."""
         chunk = first
         while True:
             self.usage.add(chunk, self.job.asks[0].params.n)
@@ -94,6 +95,6 @@ def encoded(value: Any, depth: int = 6) -> str:
 
 
 def event(data: Json) -> str:
-    """A server-sent event; one with a type of its own is also called so."""
+    """Return a server-sent event; one with a type of its own is also called so."""
     name = f"event: {data['type']}\n" if "type" in data else ""
     return f"{name}data: {json.dumps(data, separators=(',', ':'))}\n\n"

@@ -35,7 +35,7 @@ class Items:
             yield self._event("output_text.delta", content_index=0, delta=text, logprobs=found)
 
     def call(self, piece: Json) -> Iterator[Json]:
-        """A piece of a call, as chats stream them."""
+        """Return a piece of a call, as chats stream them."""
         if "id" in piece:
             yield from self.end("completed")
             self.logprobs = []
@@ -98,7 +98,7 @@ class ResponsesReply(Reply):
     created: int = field(default_factory=lambda: int(time.time()))
 
     def whole(self, chunks: Sequence[Chunk]) -> Json:
-        """All of it, of all `chunks`."""
+        """Return all of it, of all `chunks`."""
         items = Items()
         reason = None
         for chunk in chunks:
@@ -108,7 +108,7 @@ class ResponsesReply(Reply):
         return self._response(items, reason)
 
     async def events(self, first: Chunk) -> AsyncIterator[str]:
-        """The events, numbered."""
+        """Return the events, numbered."""
         number = 0
         try:
             async for each in self._events(first):
@@ -132,7 +132,7 @@ class ResponsesReply(Reply):
         yield {"type": f"response.{response['status']}", "response": response}
 
     def _told(self, items: Items, chunk: Chunk) -> Iterator[Json]:
-        """What a chunk adds."""
+        """Return what a chunk adds."""
         assert isinstance(self.form, ChatForm)
         content, calls, reason = self.form.read(chunk)
         found = self.form.logprobs(chunk)

@@ -224,7 +224,7 @@ class ResponsesRequest(Sampling):
         return self._chat
 
     def echo(self, defaults: Mapping[str, Any]) -> Json:
-        """What the answer repeats of it, and what holds where it says nothing."""
+        """Return what the answer repeats of it, and what holds where it says nothing."""
         repeated = {"text", "tool_choice", "tools", "reasoning"}
         as_sent = self.model_dump(include=repeated, by_alias=True, exclude_none=True)
         text = as_sent.get("text", {})

@@ -159,7 +159,7 @@ class Completions(Sampling):
     def params(
         self, max_tokens: int | None, logprobs: int | None, defaults: Mapping[str, Any]
     ) -> SamplingParams:
-        """The engine's parameters; defaults: of those that the request leaves open. Raises
+        """Return the engine's parameters; defaults: of those that the request leaves open. Raises
         ConfigError for a value out of range."""
         names = [
             each.name for each in fields(SamplingParams) if each.name in type(self).model_fields
@@ -177,7 +177,7 @@ class Completions(Sampling):
         return SamplingParams(**{**defaults, **given, **fixed})
 
     def structure(self) -> StructuredOutputsParams | None:
-        """What the text must be, if anything. Raises ConfigError."""
+        """Return what the text must be, if anything. Raises ConfigError."""
         if self.structured_outputs is not None:
             return self.structured_outputs.params()
         schema = schema_of(self.response_format)
@@ -340,7 +340,7 @@ class ChatRequest(Completions):
         return Offer(self.tools, choice == "required", self.parallel_tool_calls is not False)
 
     def structure(self) -> StructuredOutputsParams | None:
-        """What the text must be: with tools, text or calls of them."""
+        """Return what the text must be: with tools, text or calls of them."""
         if self.offer is None:
             return super().structure()
         return StructuredOutputsParams(grammar=self.offer.grammar(schema_of(self.response_format)))

@@ -88,7 +88,7 @@ class ServerSettings:
 
 
 def network_of(address: str) -> str:
-    """Who is at an IP address: of IPv6 the /64, of which one machine may have all."""
+    """Return who is at an IP address: of IPv6 the /64, of which one machine may have all."""
     try:
         found = ipaddress.ip_address(address)
     except ValueError:
@@ -102,7 +102,8 @@ def network_of(address: str) -> str:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can connect to `host`, or a Host header names this machine."""
+    """Return whether only this machine can connect to `host`, or a Host header names this
+    machine."""
     if host.lower() == "localhost":
         return True
     try:

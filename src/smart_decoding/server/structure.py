@@ -52,7 +52,7 @@ ResponseFormat = Annotated[
 def schema_of(
     given: TextFormat | JsonObjectFormat | JsonSchemaFormat | None,
 ) -> dict[str, Any] | None:
-    """The JSON schema that a response format means, or None for plain text."""
+    """Return the JSON schema that a response format means, or None for plain text."""
     if isinstance(given, JsonSchemaFormat):
         return given.json_schema.schema_
     return {"type": "object"} if isinstance(given, JsonObjectFormat) else None
@@ -77,7 +77,7 @@ class StructuredOutputs(Body):
     }
 
     def params(self) -> StructuredOutputsParams:
-        """Raises ConfigError."""
+        """Raise ConfigError."""
         return StructuredOutputsParams(
             self.json_, self.json_object, self.regex, self.choice, self.grammar
         )

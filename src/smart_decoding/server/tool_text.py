@@ -35,7 +35,7 @@ class ToolText:
         return self._place == "after"
 
     def feed(self, text: str, end: str | None) -> tuple[str, list[Json]]:
-        """The content and the pieces of calls, as OpenAI streams them, that `text` adds.
+        """Return the content and the pieces of calls, as OpenAI streams them, that `text` adds.
 
         end: why nothing follows, None if something may.
         """
@@ -85,7 +85,8 @@ class ToolText:
                 self._place = "head"
 
     def _wanting(self) -> int:
-        """How much of what may begin `CLOSING` belongs to the arguments of a call that was cut."""
+        """Return how much of what may begin `CLOSING` belongs to the arguments of a call that was
+        cut."""
         try:
             _, end = _JSON.raw_decode(self._arguments + self._rest)
         except (ValueError, RecursionError):  # they were cut, and all is theirs
@@ -93,7 +94,7 @@ class ToolText:
         return end - len(self._arguments)
 
     def _until(self, marker: str, last: bool) -> str:
-        """Takes the text before `marker`; without one, all but what may be its beginning.
+        """Take the text before `marker`; without one, all but what may be its beginning.
 
         last: nothing follows, so that nothing is its beginning.
         """
@@ -115,5 +116,5 @@ def _begun_call(index: int, name: str) -> Json:
 
 
 def whole_calls(pieces: list[Json]) -> list[Json]:
-    """The calls of a finished answer, as a message has them."""
+    """Return the calls of a finished answer, as a message has them."""
     return [{key: value for key, value in piece.items() if key != "index"} for piece in pieces]

@@ -91,8 +91,8 @@ class CalledFunction(Body):
     arguments: Text = Field(description="A JSON object, as text; as far as it came.")
 
     def parsed(self) -> Json | str:
-        """The arguments: an object, or their text where they are none, as in an answer that was
-        cut. Agents send back what they got."""
+        """Return the arguments: an object, or their text where they are none, as in an answer that
+        was cut. Agents send back what they got."""
         try:
             found = json.loads(self.arguments.strip() or "{}")
             check_json(found)
@@ -146,7 +146,7 @@ class Offer:
 
 
 def speaks_our_form(template: str | None) -> bool:
-    """Whether a chat template itself tells of tools, and in the form that is parsed here."""
+    """Return whether a chat template itself tells of tools, and in the form that is parsed here."""
     return (
         template is not None
         and "tools" in template
@@ -156,7 +156,8 @@ def speaks_our_form(template: str | None) -> bool:
 
 
 def explained(messages: Sequence[Mapping[str, Any]], tools: Sequence[Json]) -> list[Json]:
-    """The conversation for a template that knows no tools: all about them becomes plain text."""
+    """Return the conversation for a template that knows no tools: all about them becomes plain
+    text."""
     plain = _as_texts(messages)
     if not tools:
         return plain
@@ -169,7 +170,8 @@ def explained(messages: Sequence[Mapping[str, Any]], tools: Sequence[Json]) -> l
 
 
 def _as_texts(messages: Sequence[Mapping[str, Any]]) -> list[Json]:
-    """Results of tools, and what the user says then, are one turn: many templates want turns."""
+    """Join results of tools and what the user says then into one turn: many templates want
+    turns."""
     texts: list[Json] = []
     before = ""
     for message in messages:

@@ -67,7 +67,7 @@ class Worker:
         self._thread = threading.Thread(target=self._main, name="smart-load", daemon=True)
 
     def start(self) -> None:
-        """Begins to load the model."""
+        """Begin to load the model."""
         self.preparation.start()
         self._thread.start()
 
@@ -77,8 +77,8 @@ class Worker:
         self.preparation.stop()
 
     def stop(self, timeout: float = 10.0) -> None:
-        """Ends the engine after its present round; what still runs is told so. A model that is
-        being loaded is not waited for: the process ends with the daemon thread that loads it."""
+        """End the engine after its present round; what still runs is told so. A model that is being
+        loaded is not waited for: the process ends with the daemon thread that loads it."""
         self.draining = True
         if self.engine is not None:
             self.engine.shutdown(timeout)
@@ -99,14 +99,14 @@ class Worker:
         return self.inbox.error if self.inbox else self._load_error
 
     def check_alive(self) -> None:
-        """Raises ApiError (503) if the engine neither loads nor runs."""
+        """Raise ApiError (503) if the engine neither loads nor runs."""
         runs = self.inbox is not None or self._thread.is_alive()
         if self.error is not None or not runs:
             message = "the engine has stopped; the server's log says why"
             raise ApiError(503, message, "engine_stopped")
 
     def ready(self) -> LLM:
-        """The loaded model. Raises ApiError (503) while there is none."""
+        """Return the loaded model. Raises ApiError (503) while there is none."""
         if self._stopping:
             raise shutting_down()
         self.check_alive()
@@ -130,7 +130,7 @@ class Worker:
         return self.capacity // max(1, len({*self.clients, newcomer} - {None}))
 
     def check_room(self, answers: int, client: str) -> LLM:
-        """The loaded model, if so many more answers may come in.
+        """Return the loaded model, if so many more answers may come in.
 
         Raises ApiError: 429 if the queue is full.
         """
@@ -147,7 +147,7 @@ class Worker:
         return llm
 
     def gauges(self) -> list[tuple[str, str, float]]:
-        """How the server is shared, for `Metrics`: name, what it says, value."""
+        """Return how the server is shared, for `Metrics`: name, what it says, value."""
         capacity = "Answers that may wait or run before more get a 429."
         share = "Answers of one client that may wait or run even then."
         return [
@@ -157,7 +157,7 @@ class Worker:
         ]
 
     def submit(self, job: AsyncJob, ended: Callable[[], None] = lambda: None) -> None:
-        """Queues a job; `ended` is called at its end. Raises ApiError as `check_room` does."""
+        """Queue a job; `ended` is called at its end. Raises ApiError as `check_room` does."""
         self.check_room(job.size, job.client)
         assert self.engine is not None
         job.timeout = self.settings.queue_timeout
@@ -180,7 +180,7 @@ class Worker:
         return chunk
 
     def cancel(self, job: AsyncJob) -> None:
-        """Ends a job before the next round, if it has not ended, and frees its slots."""
+        """End a job before the next round, if it has not ended, and free its slots."""
         if self.engine is not None:
             self.engine.cancel(job)
 
@@ -189,7 +189,7 @@ class Worker:
         return self.draining or (self.inbox is not None and self.inbox.stopping)
 
     def _retry_after(self) -> int:
-        """Seconds after which a place may be free."""
+        """Return seconds after which a place may be free."""
         return min(30, max(1, math.ceil(self._seconds)))
 
     def _count(self, delivery: Delivery) -> None:
@@ -205,7 +205,7 @@ class Worker:
                 ended()
 
     def _api_error(self, job: AsyncJob, error: BaseException) -> ApiError:
-        """What a job's client is told."""
+        """Return what a job's client is told."""
         if isinstance(error, QueueTimeoutError):
             return ApiError(503, str(error), "queue_timeout", retry_after=self._retry_after())
         # What an exception says may quote any request of the round: it is for the log only.

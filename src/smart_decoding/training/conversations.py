@@ -46,7 +46,7 @@ class Conversation:
     prompt_hash: int
 
     def behind_pictures(self) -> Conversation:
-        """What is left for a head that reads no pictures."""
+        """Return what is left for a head that reads no pictures."""
         start = (int(self.visual[-1]) + 1) // PAGE * PAGE if len(self.visual) else 0
         return Conversation(
             self.tokens[start:],
@@ -66,7 +66,7 @@ class Conversation:
 def load_conversations(
     folder: Path, keep: Keep | None = None, supports_images: bool = False
 ) -> tuple[list[Conversation], int]:
-    """The conversations of a data folder that `keep` lets pass, and how many it did not.
+    """Return the conversations of a data folder that `keep` lets pass, and how many it did not.
 
     They go up to where they loop. Unless the head `supports_images`, only what lies behind pictures
     is left. Raises ModelError if there are none."""
@@ -116,7 +116,8 @@ def _hash(*parts: Tensor) -> int:
 
 
 def hold_out(data: list[Conversation]) -> tuple[list[Conversation], list[Conversation]]:
-    """What is trained on and what is held out, both in an order that the prompts' hashes give.
+    """Return what is trained on and what is held out, both in an order that the prompts' hashes
+    give.
 
     A prompt is held out if its hash is low. So writers side by side, which repeat prompts, put none
     on both sides, and data to come moves none that was trained on to what is held out."""
@@ -128,14 +129,15 @@ def hold_out(data: list[Conversation]) -> tuple[list[Conversation], list[Convers
 
 
 def recorded_layers(aux_layers: tuple[int, ...], layers: int) -> tuple[int, ...]:
-    """What the conversations must hold: what the head reads, and the teacher's last layer."""
+    """Return what the conversations must hold: what the head reads, and the teacher's last
+    layer."""
     return aux_layers if aux_layers[-1] == layers else (*aux_layers, layers)
 
 
 def check_layers(
     data: Sequence[Conversation], folder: Path, aux_layers: tuple[int, ...], hidden: int
 ) -> None:
-    """Raises ModelError if not just the states after `aux_layers` were recorded."""
+    """Raise ModelError if not just the states after `aux_layers` were recorded."""
     if any(item.aux_hidden.shape[1] != len(aux_layers) * hidden for item in data):
         raise ModelError(
             f"the conversations in {folder} were written with other --aux-layers than "
@@ -146,7 +148,7 @@ def check_layers(
 def frequent_tokens(
     conversations: list[Conversation], vocab: int, size: int, known: Tensor | None = None
 ) -> Tensor:
-    """Ids of the `size` most frequent tokens, ascending.
+    """Return ids of the `size` most frequent tokens, ascending.
 
     Prompts count a little. Ties and the rest go by low id, but after the `known` ones."""
     counts = np.zeros(vocab)
@@ -170,7 +172,7 @@ def padded(batch: list[Conversation]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def put_pictures(embedded: Tensor, batch: list[Conversation]) -> Tensor:
-    """Puts pictures' embeddings into [b, pairs, hidden]; returns where they are [b, pairs].
+    """Put pictures' embeddings into [b, pairs, hidden]; returns where they are [b, pairs].
 
     Pair t reads token t + 1."""
     visual = torch.zeros(embedded.shape[:2], dtype=torch.bool)

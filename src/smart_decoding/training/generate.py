@@ -48,13 +48,13 @@ class Recorder(FreeDrafter):
         self.done: list[tuple[Request, Tensor, MultimodalEmbeddings]] = []
 
     def extend(self, request: Request, features: Any, first: int, tokens: Sequence[int]) -> None:
-        """Keeps features [tokens, layers * hidden]."""
+        """Keep features [tokens, layers * hidden]."""
         if request.id in self.wanted:
             kept = self.features.setdefault(request.id, [])
             kept.append(torch.as_tensor(features).to(torch.bfloat16))
 
     def extend_each(self, requests: Sequence[Request], features: Any) -> None:
-        """Keeps features of one token of each request."""
+        """Keep features of one token of each request."""
         for i, request in enumerate(requests):
             self.extend(request, features[i : i + 1], request.table.length - 1, [])
 
@@ -76,7 +76,7 @@ def generate(
     seed: int = 0,
     turn: PictureTurn | None = None,
 ) -> None:
-    """Writes shards until the folder holds about `tokens` tokens, prompts and those there included.
+    """Write shards until the folder holds about `tokens` tokens, prompts and those there included.
 
     turn: draws the messages that each conversation begins with, for models that take images. A
     tenth of the answers is sampled at temperature 0.7, the others are greedy; an answer ends where
@@ -128,7 +128,7 @@ class _Conversations:
             self._before, self._after = text.split(MARKER)
 
     def fill(self) -> None:
-        """Begins conversations until enough are running."""
+        """Begin conversations until enough are running."""
         while self._running < CONCURRENT:
             self._running += 1
             if self._turn is not None:
@@ -178,7 +178,7 @@ class _Conversations:
         self._add(prompt, params, record=True)
 
     def _add(self, prompt: MediaPrompt, params: SamplingParams, record: bool) -> str:
-        """The request's id."""
+        """Return the request's id."""
         self._count += 1
         name = f"{'answer' if record else 'turn'}-{self._salt}-{self._count}"
         if record:

@@ -56,7 +56,7 @@ class Form:
 
 
 def form_of(files: HeadFiles) -> Form:
-    """The form of a head on disk. Raises ModelError for one that cannot be trained on."""
+    """Return the form of a head on disk. Raises ModelError for one that cannot be trained on."""
     if files.shape.layers > 1:
         raise ModelError(
             f"training cannot start from a head of {files.shape.layers} layers: it takes one"
@@ -74,9 +74,9 @@ def form_of(files: HeadFiles) -> Form:
 
 
 def narrowed(network: Sequence[Tensor], width: int) -> list[Tensor]:
-    """A feed-forward network's gate, up and down with the `width` neurons that carry most, in their
-    order: by the product of the norms of their three vectors. Raises ConfigError for more than
-    there are."""
+    """Return a feed-forward network's gate, up and down with the `width` neurons that carry most,
+    in their order: by the product of the norms of their three vectors. Raises ConfigError for more
+    than there are."""
     gate, up, down = network
     if width > len(gate):
         raise ConfigError(f"intermediate_size={width}, but training starts from {len(gate)}")
@@ -120,7 +120,7 @@ class TrainableHead(nn.Module):
     def start_from(
         self, weights: Mapping[str, Matrix], target: ModelConfig, aux_scale: float
     ) -> None:
-        """Starts as the target's last layer on the last aux state, not as noise.
+        """Start as the target's last layer on the last aux state, not as noise.
 
         That is a far better start. aux_scale: root mean square of that state."""
         prefix = f"model.layers.{target.layers - 1}."
@@ -145,7 +145,7 @@ class TrainableHead(nn.Module):
 
     @torch.no_grad()
     def start_at(self, weights: Mapping[str, Matrix]) -> None:
-        """Goes on from a head on disk (`HeadFiles.weights`), which may be wider."""
+        """Go on from a head on disk (`HeadFiles.weights`), which may be wider."""
         names = [f"{FIRST}mlp.{name}_proj.weight" for name in ("gate", "up", "down")]
         network = narrowed([as_tensor(weights[name]) for name in names], self.config.ffn)
         given = {**weights, **dict(zip(names, network, strict=True))}
@@ -171,7 +171,8 @@ class TrainableHead(nn.Module):
         chain: list[tuple[Tensor, Tensor]],
         visual: Tensor | None = None,
     ) -> Tensor:
-        """One unrolled step: the output [batch, n, hidden], to be fed back shifted by one position.
+        """Return one unrolled step: the output [batch, n, hidden], to be fed back shifted by one
+        position.
 
         g, embedded: [batch, n, hidden]. chain: keys and values of earlier steps; it gets this
         step's. visual [batch, n]: where `embedded` is a picture's (None: nowhere)."""
@@ -193,7 +194,7 @@ class TrainableHead(nn.Module):
     def _layer_input(
         self, g: Tensor, embedded: Tensor, visual: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """What the layer reads [batch, n, width], and what its residual starts from.
+        """Return what the layer reads [batch, n, width], and what its residual starts from.
 
         At a picture's positions a fused head reads the embedding alone (MSD)."""
         if self.form.fused:
@@ -265,7 +266,7 @@ class TrainableHead(nn.Module):
         return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
     def exported(self) -> dict[str, Tensor]:
-        """Weights in EAGLE-3's published names, bf16."""
+        """Return weights in EAGLE-3's published names, bf16."""
         return {
             name: tensor.detach().to(torch.bfloat16).contiguous()
             for name, tensor in self._parameters_by_name().items()

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 
 @contextmanager
 def deferred_interrupt() -> Iterator[threading.Event]:
-    """The first Ctrl-C in the block only sets the event, a second one interrupts. Without effect
-    outside of the main thread, which alone gets signals."""
+    """Let the first Ctrl-C in the block only set the event; a second one interrupts. Without
+    effect outside of the main thread, which alone gets signals."""
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield asked

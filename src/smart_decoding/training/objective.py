@@ -27,7 +27,7 @@ class SoftCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, wanted: Tensor) -> Tensor:
-        """The loss."""
+        """Return the loss."""
         log_prob = student.float().log_softmax(-1)
         loss: Tensor = -torch.linalg.vecdot(wanted, log_prob).mean()
         mass = wanted.sum(-1, keepdim=True)
@@ -37,7 +37,7 @@ class SoftCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        """The student's gradient."""
+        """Return the student's gradient."""
         (grad,) = ctx.saved_tensors
         return grad * grads[0].to(grad.dtype), None
 
@@ -68,7 +68,7 @@ class Objective:
         return wanted
 
     def features(self, head: TrainableHead, aux_hidden: Tensor) -> Tensor:
-        """What the head makes of the states [..., aux_count * hidden] that it reads."""
+        """Return what the head makes of the states [..., aux_count * hidden] that it reads."""
         return head.features(self._final_norm(aux_hidden) if head.form.fused else aux_hidden)
 
     def student(self, head: TrainableHead, out: Tensor) -> Tensor:
@@ -87,7 +87,7 @@ class Objective:
 
 @torch.no_grad()
 def append_choices(data: Sequence[Conversation], checkpoint: Checkpoint) -> None:
-    """Appends the target's choice behind the last recorded token.
+    """Append the target's choice behind the last recorded token.
 
     Mostly it is the answer's end, which the target never reads; a head that is to propose ends must
     have been shown them."""

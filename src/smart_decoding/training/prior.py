@@ -45,7 +45,7 @@ Conversation: TypeAlias = Sequence[Mapping[str, Any]]
 
 
 def picture_turns(turn: PictureTurn, count: int) -> list[Conversation]:
-    """Conversations about pictures, drawn from seeds that no training uses."""
+    """Return conversations about pictures, drawn from seeds that no training uses."""
     return [turn(np.random.default_rng((PICTURES, i))) for i in range(count)]
 
 
@@ -56,8 +56,8 @@ def learn_prior(
     trust_pickle: bool = False,
     allow_slow: bool = False,
 ) -> None:
-    """Answers `prompts` (token ids or messages) with wide trees; writes head/prior.json, which
-    is not there without prompts.
+    """Answer `prompts` (token ids or messages) with wide trees; writes head/prior.json, which is
+    not there without prompts.
 
     Of four answers three are greedy and one is sampled."""
     options = {"method": "eagle", "policy": "smart", "model": str(head)}

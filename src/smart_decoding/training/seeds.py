@@ -29,14 +29,16 @@ ImageQuestion: TypeAlias = tuple[Path, str | None]  # None: any of TEXTS['image_
 
 
 def user_turn(rng: np.random.Generator) -> tuple[str, bool]:
-    """A user's turn and whether it is complete (false: an opening that the target completes)."""
+    """Return a user's turn and whether it is complete (false: an opening that the target
+    completes)."""
     if rng.random() < COMPLETED:
         return _filled(str(rng.choice(TEXTS["openings"])), rng), False
     return str(rng.choice(TEXTS["tasks"])).format(rng.choice(TEXTS["topics"])), True
 
 
 def read_questions(path: Path) -> list[ImageQuestion]:
-    """The images of a folder, or those that a JSONL file asks about, by paths relative to it.
+    """Return the images of a folder, or those that a JSONL file asks about, by paths relative to
+    it.
 
     Raises ConfigError if there are none, and for the first line that cannot be used."""
     if not path.is_dir():
@@ -78,7 +80,7 @@ def _question(where: str, folder: Path, line: str) -> ImageQuestion:
 
 
 def held_out(asked: Sequence[ImageQuestion]) -> tuple[list[ImageQuestion], list[ImageQuestion]]:
-    """What to train on, and what not: all about every tenth image.
+    """Return what to train on, and what not: all about every tenth image.
 
     Of fewer than ten images both are everything."""
     images = sorted({image for image, _ in asked})
@@ -88,7 +90,8 @@ def held_out(asked: Sequence[ImageQuestion]) -> tuple[list[ImageQuestion], list[
 
 
 def image_turn(asked: Sequence[ImageQuestion], rng: np.random.Generator) -> list[dict[str, Any]]:
-    """A conversation that begins with one of the images and its question, or one for any image."""
+    """Return a conversation that begins with one of the images and its question, or one for any
+    image."""
     path, question = asked[int(rng.integers(len(asked)))]
     text = question or str(rng.choice(TEXTS["image_tasks"]))
     parts = [{"type": "image", "image": read_file(path, Limits())}, {"type": "text", "text": text}]

@@ -49,7 +49,7 @@ def shards_in(folder: Path) -> list[Path]:
 
 
 def have_pictures(folder: Path) -> bool:
-    """Whether a conversation there is about one."""
+    """Return whether a conversation there is about one."""
     return any("visual" in _header(path) for path in shards_in(folder))
 
 
@@ -74,7 +74,7 @@ class Writer:
         self._tokens = 0
 
     def add(self, item: Recorded) -> None:
-        """Writes a shard if there is enough for one."""
+        """Write a shard if there is enough for one."""
         self._items.append(item)
         self._tokens += len(item.tokens)
         self.tokens += len(item.tokens)
@@ -82,7 +82,7 @@ class Writer:
             self.flush()
 
     def prompts(self) -> set[tuple[int, ...]]:
-        """The prompts of all conversations in the folder."""
+        """Return the prompts of all conversations in the folder."""
         found: set[tuple[int, ...]] = set()
         for path in shards_in(self.folder):
             with reading(path), safe_open(path, "np") as shard:
@@ -93,7 +93,7 @@ class Writer:
         return found
 
     def flush(self) -> None:
-        """Writes what is left as a last shard."""
+        """Write what is left as a last shard."""
         if not self._items:
             return
         path, scratch = self._next()
@@ -107,7 +107,7 @@ class Writer:
         self._tokens = 0
 
     def _next(self) -> tuple[Path, Path]:
-        """The next shard's path, and its scratch file, which tells other writers that it is
+        """Return the next shard's path, and its scratch file, which tells other writers that it is
         taken."""
         while True:
             path = self.folder / f"shard-{self.shards:04d}.safetensors"

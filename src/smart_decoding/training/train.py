@@ -176,11 +176,11 @@ class Trainer:
         return self.seen / len(self._train)
 
     def held_out_prompts(self) -> list[list[int]]:
-        """Tokens of the prompts that the head was not trained on."""
+        """Return tokens of the prompts that the head was not trained on."""
         return [list(item.prompt) for item in self._held]
 
     def run(self) -> dict[str, Any]:
-        """Trains until the time is used up; returns the card's figures.
+        """Train until the time is used up; returns the card's figures.
 
         A checkpoint is written every two minutes and at Ctrl-C."""
         limit = self.options.seconds
@@ -213,7 +213,7 @@ class Trainer:
         return figures
 
     def _batches(self) -> Iterator[list[Conversation]]:
-        """The batches of epoch after epoch, from the one on that `seen` has come to."""
+        """Return the batches of epoch after epoch, from the one on that `seen` has come to."""
         while True:
             epoch, seen = divmod(self.seen, len(self._train))
             rng = np.random.default_rng((self.options.seed, epoch))
@@ -279,7 +279,7 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, Any]:
-        """The card's figures.
+        """Return the card's figures.
 
         Above all: the held-out share of the target's choices among the head's 1, 2 and 4 best, by
         depth (true prefix)."""
@@ -305,7 +305,7 @@ class Trainer:
         }
 
     def _resume(self) -> None:
-        """Goes on from a checkpoint in the output folder.
+        """Go on from a checkpoint in the output folder.
 
         Raises ModelError if it is corrupt or of another head."""
         path = self.output / "state.pt"
@@ -343,7 +343,7 @@ class Trainer:
             path.write_text(json.dumps(card, indent=1) + "\n")
 
     def files(self) -> HeadFiles:
-        """The head as it is now, rounded as the options say."""
+        """Return the head as it is now, rounded as the options say."""
         form = self.head.form
         scheme = self.options.quantization
         weights: dict[str, Matrix] = {**self.head.exported()}
@@ -362,7 +362,7 @@ class Trainer:
 
 
 def bf16_is_faster() -> bool:
-    """Whether this CPU multiplies bf16 matrices clearly faster than fp32.
+    """Return whether this CPU multiplies bf16 matrices clearly faster than fp32.
 
     With AVX512-BF16 it does so four times as fast, without it more slowly."""
     seconds = []

@@ -34,7 +34,7 @@ class Policy(Protocol):
         ...
 
     def observe(self, round: Round) -> None:
-        """Learns from what happened."""
+        """Learn from what happened."""
         ...
 
     def stats(self) -> dict[str, float]:
@@ -48,7 +48,7 @@ class StatelessPolicy:
     cost: CostModel | None = None
 
     def observe(self, round: Round) -> None:
-        """Learns nothing."""
+        """Learn nothing."""
 
     def stats(self) -> dict[str, float]:
         """No figures."""

@@ -176,7 +176,7 @@ class Paper(StatelessPolicy):
         return TreeRule.of(batch.limits, self.max_levels, self.children, self._ends, rule, rule)
 
     def _rule(self, batch: BatchState) -> MarginalRatio:
-        """The rule at the fitted costs of this batch size and (coarsely) context."""
+        """Return the rule at the fitted costs of this batch size and (coarsely) context."""
         context = int(batch.mean_context) // 256 * 256 + 128
         key = (batch.size, context)
         if key not in self._rules:
@@ -197,8 +197,8 @@ def level_widths(nodes: int, levels: int) -> IntArray:
 def fitted_costs(
     cost: CostModel, batch: int, context: float, levels: int, offsets: bool
 ) -> PaperCosts:
-    """The paper's families, in seconds of a round of `batch` requests, fitted on trees of FIT_NODES
-    nodes for each of them in at most `levels` levels."""
+    """Return the paper's families, in seconds of a round of `batch` requests, fitted on trees of
+    FIT_NODES nodes for each of them in at most `levels` levels."""
     draft = []
     for nodes in FIT_NODES:
         expanded = batch * level_widths(nodes, levels)[:-1]

@@ -25,7 +25,7 @@ RankPath: TypeAlias = tuple[int, ...]
 
 
 def from_children(children: Mapping[RankPath, int]) -> list[RankPath]:
-    """All node paths of a tree given by child counts, sorted by depth, then rank."""
+    """Return all node paths of a tree given by child counts, sorted by depth, then rank."""
     nodes = [(*parent, rank) for parent, count in children.items() for rank in range(count)]
     return sorted(nodes, key=lambda path: (len(path), path))
 
@@ -93,7 +93,7 @@ class Static(StatelessPolicy):
         self._ends = token_array(eos_token_ids)
 
     def plan(self, batch: BatchState) -> TreeRule | None:
-        """The topology's levels, as far as a request may use them."""
+        """Return the topology's levels, as far as a request may use them."""
         tree = self._topology
         return TreeRule.of(batch.limits, self.levels, self.children, self._ends, tree, tree)
 

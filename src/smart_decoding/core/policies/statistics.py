@@ -49,8 +49,8 @@ class Statistics:
         self.verified[size, shape_of(round.trees, round.kept)] += 1
 
     def summary(self) -> dict[str, float]:
-        """Estimated speedup over plain decoding, share of rounds without drafting, accepted over
-        expected nodes - 1, and how many rounds verified chains and trees."""
+        """Return estimated speedup over plain decoding, share of rounds without drafting, accepted
+        over expected nodes - 1, and how many rounds verified chains and trees."""
         rounds, off, tokens, seconds, plain_tokens, plain_seconds, accepted, expected = self._sums
         speedup = 1.0
         if seconds > 0 and plain_seconds > 0:
@@ -68,8 +68,8 @@ class Statistics:
 
 
 def shape_of(trees: DraftTrees, kept: IntArray) -> str:
-    """What a round verifies: "plain" where no node is kept, "chain" where no request has two nodes
-    of one depth, else "tree"."""
+    """Return what a round verifies: "plain" where no node is kept, "chain" where no request has two
+    nodes of one depth, else "tree"."""
     if not len(kept):
         return "plain"
     places = set(zip(trees.owner[kept].tolist(), trees.depth[kept].tolist(), strict=True))

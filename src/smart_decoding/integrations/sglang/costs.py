@@ -36,7 +36,7 @@ class TierCosts:
 
     @classmethod
     def load(cls, path: Path) -> TierCosts:
-        """Raises ConfigError if the file is not such a table."""
+        """Raise ConfigError if the file is not such a table."""
         try:
             given = json.loads(path.read_text(encoding="utf-8"))
             table = {
@@ -58,7 +58,7 @@ class TierCosts:
         return cls(table, nodes)
 
     def seconds(self, batch: int, steps: int) -> float:
-        """Seconds of one round: drafting, verifying and all else."""
+        """Return seconds of one round: drafting, verifying and all else."""
         of_batch = [
             np.interp(steps, list(self._table[b]), list(self._table[b].values()))
             for b in self.batches
@@ -66,10 +66,10 @@ class TierCosts:
         return float(np.interp(math.log(max(batch, 1)), np.log(self.batches), of_batch))
 
     def tokens(self, steps: int) -> int:
-        """Tokens that a round verifies for a request, its last one included."""
+        """Return tokens that a round verifies for a request, its last one included."""
         return 1 + (self.nodes[steps] if self.nodes and steps else steps)
 
 
 def read_costs() -> TierCosts:
-    """The file that SMART_SGLANG_COSTS names."""
+    """Return the file that SMART_SGLANG_COSTS names."""
     return TierCosts.load(Path(os.environ[COSTS]))

@@ -63,7 +63,7 @@ class SmartSpecPolicy:
         self._graph_sizes = sorted(cuda_graph_bs) if cuda_graph_bs else None
 
     def get_steps_for_batch(self, batch_size: int) -> int:
-        """How many steps to draft for a batch that is about to run."""
+        """Return how many steps to draft for a batch that is about to run."""
         steps = self._choose(batch_size)
         self._recent.append(steps)
         return steps
@@ -89,10 +89,10 @@ class SmartSpecPolicy:
         return None
 
     def on_state_activated(self, steps: int) -> None:
-        """Steps that SGLang now runs: the batch that asked for them is counted by itself."""
+        """Step that SGLang now runs: the batch that asked for them is counted by itself."""
 
     def cuda_graph_bs_for_step(self, step: int) -> list[int] | None:
-        """The captured batch sizes that may draft so many steps."""
+        """Return the captured batch sizes that may draft so many steps."""
         if self._graph_sizes is None:
             return None
         return [size for size in self._graph_sizes if step in self._allowed(size)]
@@ -100,7 +100,7 @@ class SmartSpecPolicy:
     # --- the rule ---
 
     def _choose(self, batch_size: int) -> int:
-        """The best candidate or, as an exploration, the next larger.
+        """Return the best candidate or, as an exploration, the next larger.
 
         What only the larger one can show is unknown."""
         best = self._best(batch_size)
@@ -140,7 +140,7 @@ class SmartSpecPolicy:
         return 1.0 + sum(itertools.accumulate(self.acceptance(steps)[:steps], float.__mul__))
 
     def _best(self, batch: int) -> int:
-        """The candidate of most tokens per second, kept until new counts arrive."""
+        """Return the candidate of most tokens per second, kept until new counts arrive."""
         if batch not in self._steps:
             self._steps[batch] = max(
                 self._allowed(batch),
@@ -158,7 +158,8 @@ class SmartSpecPolicy:
                 accepted[depth] += depth < right
 
     def _allowed(self, batch: int) -> list[int]:
-        """Candidates of a batch size: those of the largest in SGLang's file that is no larger."""
+        """Return candidates of a batch size: those of the largest in SGLang's file that is no
+        larger."""
         size = batch
         if self._graph_sizes:  # SGLang pads to the next captured size
             index = bisect_left(self._graph_sizes, batch)

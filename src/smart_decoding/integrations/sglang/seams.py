@@ -74,7 +74,7 @@ RECORD = "_resolved_overrides"
 
 
 def lacking() -> list[str]:
-    """Names that the installed SGLang lacks or calls otherwise, as 'module.name'.
+    """Return names that the installed SGLang lacks or calls otherwise, as 'module.name'.
 
     Further parameters are no harm where SGLang's own are called. Where ours take their place,
     they must be known: NEWER."""

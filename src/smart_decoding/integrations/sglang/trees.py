@@ -56,7 +56,8 @@ def set_first_tier(_: None, server_args: Any) -> None:
 
 
 def widest(result: int | None, _: object, server_args: Any) -> int | None:
-    """Slots that a request may need in a step, whichever tier is chosen once they are reserved."""
+    """Return slots that a request may need in a step, whichever tier is chosen once they are
+    reserved."""
     given = resolving_view(server_args)
     costs = read_costs()
     if result is None or not given.speculative_adaptive:
@@ -78,7 +79,7 @@ class _Worker:
         speculative_num_draft_tokens: int,
         cuda_graph_bs: list[int] | None = None,
     ) -> Any:
-        """The worker's, with the tokens of the tier instead of a chain's."""
+        """Return the worker's, with the tokens of the tier instead of a chain's."""
         return self._worker.build_adaptive_runtime_state(
             speculative_num_steps=speculative_num_steps,
             speculative_num_draft_tokens=self._tokens(speculative_num_steps),

@@ -71,7 +71,7 @@ class Layout:
 
 
 def lay_out(rows: Rows, groups: list[int]) -> Layout:
-    """The layout of some groups of `rows`.
+    """Return the layout of some groups of `rows`.
 
     A group's keys are those that its rows read. First come committed ones, then tree nodes of
     earlier forwards (a draft model's), and last its own rows."""
@@ -143,7 +143,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.layout: Layout | None = None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Stores as many slots as are in use, in the dtype and on the device of the states."""
+        """Store as many slots as are in use, in the dtype and on the device of the states."""
         self.dtype = key_states.dtype
         self.device = key_states.device
         self.keys = _grown(None, key_states, self.slots)
@@ -173,7 +173,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         return keys.view(layout.groups, layout.width, *store.shape[1:]).transpose(1, 2)
 
     def move(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        """Copies slots source[i] -> target[i]."""
+        """Copy slots source[i] -> target[i]."""
         if self.is_initialized:
             source = source.to(self.keys.device)
             target = target.to(self.keys.device)
@@ -181,7 +181,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             self.values[target] = self.values[source]
 
     def get_seq_length(self) -> int:
-        """Keys before the rows of this forward, padding included."""
+        """Return keys before the rows of this forward, padding included."""
         return 0 if self.layout is None else self.layout.width - self.layout.queries
 
     def get_mask_sizes(self, query_length: int | torch.Tensor) -> tuple[int, int]:
@@ -212,7 +212,7 @@ class SlotCache(Cache):
                 layer.slots = max(needed, 2 * layer.slots)
 
     def move(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        """Copies slots source[i] -> target[i] of every layer."""
+        """Copy slots source[i] -> target[i] of every layer."""
         for layer in self.stores:
             layer.move(source, target)
 

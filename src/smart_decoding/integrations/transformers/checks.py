@@ -39,7 +39,7 @@ MASKED = ("eager", "sdpa")  # attention implementations that add a mask [batch, 
 def check(
     model: PreTrainedModel, config: GenerationConfig, processors: Any, inputs: Mapping[str, Any]
 ) -> None:
-    """Raises ConfigError with the reason why this call cannot be run."""
+    """Raise ConfigError with the reason why this call cannot be run."""
     reason = _unsupported(model, config, processors, inputs)
     if reason:
         raise ConfigError(reason)
@@ -64,7 +64,7 @@ def _unsupported(
 
 
 def _is_spread(model: PreTrainedModel) -> bool:
-    """Whether several processes must run the same forwards together."""
+    """Return whether several processes must run the same forwards together."""
     processes = distributed.get_world_size() if _is_distributed() else 1
     if processes == 1:
         return False
@@ -108,12 +108,12 @@ def _unsupported_call(
 
 
 def cache_of(inputs: Mapping[str, Any]) -> Any:
-    """The cache that `generate` prepared, or None."""
+    """Return the cache that `generate` prepared, or None."""
     return next((inputs[name] for name in CACHES if inputs.get(name) is not None), None)
 
 
 def unsupported_cache(name: str, config: GenerationConfig, inputs: Mapping[str, Any]) -> str | None:
-    """Why the cache that `generate` chose cannot take back rejected tokens, or None."""
+    """Return why the cache that `generate` chose cannot take back rejected tokens, or None."""
     cache = cache_of(inputs)
     if cache is None:
         return (
@@ -173,7 +173,7 @@ def fitting_layout(model: PreTrainedModel, layers: int) -> str | None:
 
 
 def _agrees(model: PreTrainedModel, layers: int, tree: bool) -> bool:
-    """Two prompts of unlike length, then a draft on each, against plain forwards of the same
+    """Return two prompts of unlike length, then a draft on each, against plain forwards of the same
     tokens."""
     from smart_decoding.integrations.transformers.target import HostTarget
 

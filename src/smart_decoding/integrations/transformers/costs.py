@@ -31,7 +31,7 @@ VERY_SLOW = 30  # and with so few, at fewer sizes
 def cost_of(
     target: HostTarget, batch: int, seconds: float, source: DraftSource | None
 ) -> CostModel:
-    """What forwards of the target, and of the drafter's model, cost up to this batch size.
+    """Return what forwards of the target, and of the drafter's model, cost up to this batch size.
 
     Measured in about so many `seconds` at first use on this machine; a guess if they are 0."""
     if seconds <= 0:
@@ -53,7 +53,7 @@ def cost_of(
 def _measured(
     target: HostTarget, batch: int, seconds: float, source: DraftSource | None
 ) -> tuple[CostModel, bool]:
-    """The costs, and whether the machine was busy."""
+    """Return the costs, and whether the machine was busy."""
     model = target.model
     stand_in = HostTarget(model, len(target.cache.layers), target.tree)
     window = getattr(model.config.get_text_config(decoder=True), "sliding_window", None)
@@ -72,7 +72,7 @@ def _measured(
 
 
 def _profile_path(model: PreTrainedModel, key: tuple[object, ...]) -> Path:
-    """Where the profile of a model of this shape lies, whatever its weights are."""
+    """Return where the profile of a model of this shape lies, whatever its weights are."""
     shape = hashlib.sha256(model.config.to_json_string(use_diff=False).encode()).hexdigest()
     longest = grid_of(model.device).contexts[-1]
     engine = {"engine": f"transformers {transformers.__version__}", "model": shape}
@@ -80,7 +80,7 @@ def _profile_path(model: PreTrainedModel, key: tuple[object, ...]) -> Path:
 
 
 def _one_row(target: HostTarget) -> float:
-    """Seconds of a forward of one row."""
+    """Return seconds of a forward of one row."""
     run = verification(target, 1, 1, PAGE, 2)  # type: ignore[arg-type]
     assert run is not None
     return least_seconds(run, 2)

@@ -84,8 +84,8 @@ class HostDraftModel:
 
     @torch.inference_mode()
     def rank(self, rows: Rows, asked: LevelRequest) -> Ranked:
-        """One forward: the most likely next tokens of the wanted rows, and their probabilities:
-        [rows, k]; see `ranked`."""
+        """Return one forward: the most likely next tokens of the wanted rows, and their
+        probabilities: [rows, k]; see `ranked`."""
         rows.token = np.minimum(rows.token, self._vocab - 1)
         rows.slot_mapping = self._moved(rows.slot_mapping, PAGE)
         rows.ancestors = self._moved(rows.ancestors, PAGE)
@@ -94,14 +94,14 @@ class HostDraftModel:
         return ranked(logits[:, : self._vocab], self._tokens, asked, self._native)
 
     def _moved(self, places: Ints, unit: int) -> Ints:
-        """Pages or slots: those of tree nodes before the others."""
+        """Return pages or slots: those of tree nodes before the others."""
         shift = np.where(places < self._pages * unit, DRAFT_SCRATCH_PAGES, -self._pages) * unit
         moved: Ints = (places + shift).astype(np.int32)
         return moved
 
 
 def load_draft_model(target: PreTrainedModel, draft: Any, max_length: int) -> PreTrainedModel:
-    """The model, loaded in the target's dtype to its device if it is a folder or hub id.
+    """Return the model, loaded in the target's dtype to its device if it is a folder or hub id.
 
     Raises ConfigError or ModelError, before it is loaded, if it does not fit the target or the
     call's longest text."""
@@ -125,7 +125,7 @@ def load_draft_model(target: PreTrainedModel, draft: Any, max_length: int) -> Pr
 
 
 def check_length(config: Any, max_length: int) -> None:
-    """Raises ModelError if the draft model cannot follow a text to this length."""
+    """Raise ModelError if the draft model cannot follow a text to this length."""
     name = config.name_or_path or type(config).__name__
     text = config.get_text_config(decoder=True)
     positions = getattr(text, "max_position_embeddings", None)
@@ -161,7 +161,7 @@ def _check_vocabulary(target: PreTrainedModel, config: Any, name: str) -> None:
 
 
 def _vocabulary(name: str | None, local_only: bool) -> dict[str, int] | None:
-    """Token to id, or None without a tokenizer."""
+    """Return token to id, or None without a tokenizer."""
     if not name or (local_only and Path(name).is_dir() and not any(Path(name).glob("tokenizer*"))):
         return None
     try:

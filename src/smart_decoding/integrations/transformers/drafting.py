@@ -43,7 +43,7 @@ def options_of(config: Mapping[str, Any] | bool | None) -> dict[str, Any]:
 
 
 def key_of(options: Mapping[str, Any]) -> str | None:
-    """What stands for the model that these options name; None if they need none."""
+    """Return what stands for the model that these options name; None if they need none."""
     method = options["method"]
     model = options.get("model")
     if method == "union" and model:
@@ -56,7 +56,7 @@ def key_of(options: Mapping[str, Any]) -> str | None:
 def load_source(
     target: PreTrainedModel, options: Mapping[str, Any], max_length: int
 ) -> DraftSource:
-    """What `key_of` stands for.
+    """Return what `key_of` stands for.
 
     Raises SmartError, before any forward of either model, where it does not fit."""
     if options["method"] != "draft_model":
@@ -77,7 +77,7 @@ def load_source(
 def source_for(
     model: PreTrainedModel, options: Mapping[str, Any], max_length: int
 ) -> DraftSource | None:
-    """The head or draft model that the options name, or None if there is none.
+    """Return the head or draft model that the options name, or None if there is none.
 
     It is what an earlier call left, or loaded. Raises SmartError, before any forward, if it does
     not fit."""
@@ -95,7 +95,7 @@ def source_for(
 def borrowed(
     options: Mapping[str, Any], target: HostTarget, batch: int, source: DraftSource | None
 ) -> Iterator[Drafting]:
-    """The drafting for these options, as an earlier call left it, or new.
+    """Return the drafting for these options, as an earlier call left it, or new.
 
     At the end of the block it is given back for the next call, as is `source`. Raises ConfigError
     for options that neither the method nor the policy has."""

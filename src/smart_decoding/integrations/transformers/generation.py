@@ -102,12 +102,12 @@ def _run(
 
 
 def last_report(model: PreTrainedModel) -> Report | None:
-    """What the last call on this model drafted and accepted, or None before the first."""
+    """Return what the last call on this model drafted and accepted, or None before the first."""
     return state_of(model).last
 
 
 def _prompts(ids: torch.Tensor, inputs: Mapping[str, Any]) -> list[list[int]]:
-    """Each row's tokens without its left padding."""
+    """Return each row's tokens without its left padding."""
     mask = inputs.get("attention_mask")
     positions = inputs.get("position_ids")
     rows = []
@@ -147,7 +147,7 @@ def _host(config: GenerationConfig, processors: Any, criteria: Any, batch: int) 
 
 
 def _params(config: GenerationConfig, host: Host, prompt: int) -> SamplingParams:
-    """The temperature only tells the policy; the processors have the real one.
+    """Return what tells the policy the temperature; the processors have the real one.
 
     prompt: length with padding."""
     temperature = min(2.0, max(1e-4, config.temperature or 1.0)) if config.do_sample else 0.0
@@ -184,7 +184,7 @@ def _requests(
     prompts: Sequence[list[int]],
     config: GenerationConfig,
 ) -> list[Request]:
-    """One for each row, submitted to the engine."""
+    """Return one for each row, submitted to the engine."""
     requests = []
     for sequence, prompt in zip(sequences, prompts, strict=True):
         params = _params(config, host, sequence.length)
@@ -209,7 +209,7 @@ def _pad(config: GenerationConfig) -> int:
 
 
 def _of_caller(name: str) -> Any:
-    """An argument of the running `model.generate`, which does not hand it on to us."""
+    """Return an argument of the running `model.generate`, which does not hand it on to us."""
     frame = sys._getframe(2)
     return frame.f_locals.get(name) if frame.f_code.co_name == "generate" else None
 

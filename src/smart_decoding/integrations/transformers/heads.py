@@ -87,8 +87,8 @@ class HostWeights:
 
 
 def load_host_head(model: PreTrainedModel, name: Any, trust_pickle: bool = False) -> HostHead:
-    """The head in a folder, on the hub, or of a built-in model. Raises ConfigError, ModelError or
-    DownloadError."""
+    """Return the head in a folder, on the hub, or of a built-in model. Raises ConfigError,
+    ModelError or DownloadError."""
     if not name:
         raise ConfigError(
             "method 'eagle' needs a head: give model=FOLDER, a hub id, or a built-in model such as "
@@ -106,7 +106,7 @@ def load_host_head(model: PreTrainedModel, name: Any, trust_pickle: bool = False
 
 
 def host_config(model: PreTrainedModel) -> tuple[ModelConfig, bool]:
-    """What a head must fit, and whether it is all that is to say of the model's layers."""
+    """Return what a head must fit, and whether it is all that is to say of the model's layers."""
     text = model.config.get_text_config(decoder=True)
     described = {**text.to_dict(), "architectures": [type(model).__name__]}
     try:

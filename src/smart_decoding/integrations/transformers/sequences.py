@@ -58,7 +58,7 @@ class HostSequence:
         self.length += 1
 
     def with_path(self, path: Sequence[int]) -> torch.Tensor:
-        """Tokens so far and `path`, the nodes of the tree that the walk has come down."""
+        """Return tokens so far and `path`, the nodes of the tree that the walk has come down."""
         if len(path):
             self.tokens[self.length : self.length + len(path)] = torch.tensor(
                 path, device=self.tokens.device
@@ -128,7 +128,7 @@ class Host:
         return sampler.sample(scores, np.arange(len(specs)), keyed)
 
     def ended(self, sequence: HostSequence, count: int) -> bool:
-        """Whether the sequence ends at its last token, the answer's `count`-th."""
+        """Return whether the sequence ends at its last token, the answer's `count`-th."""
         ids = sequence.tokens[: sequence.length][None]
         rows = 1 if self._criteria_by_row else self.batch
         # A round has scores of all its tokens before the first of them is asked about.
@@ -192,7 +192,7 @@ class Stream:
     def advance(
         self, sequences: Sequence[HostSequence], ended: Sequence[bool], longest: int | None
     ) -> None:
-        """Gives out all steps for which every row has a token or has ended.
+        """Give out all steps for which every row has a token or has ended.
 
         longest: `Host.length`."""
         if self._streamer is None:
@@ -217,7 +217,7 @@ def _keep(kept: list[torch.Tensor], position: int, values: torch.Tensor) -> None
 
 
 def _by_row(thing: object, module: str) -> bool:
-    """Whether it is transformers' own and treats every row alike, whatever its number."""
+    """Return whether it is transformers' own and treats every row alike, whatever its number."""
     return type(thing).__module__ == module and type(thing).__name__ not in BY_PLACE
 
 

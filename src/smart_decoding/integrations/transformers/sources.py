@@ -29,7 +29,7 @@ class DraftSource(Protocol):
         chains."""
 
     def check_length(self, max_length: int) -> None:
-        """Raises ModelError if it cannot follow a text to this length."""
+        """Raise ModelError if it cannot follow a text to this length."""
 
 
 @dataclass(slots=True)

@@ -52,7 +52,7 @@ class ModelState:
 
 
 def state_of(model: PreTrainedModel) -> ModelState:
-    """The model's state, made at first use."""
+    """Return the model's state, made at first use."""
     state = getattr(model, ATTRIBUTE, None)
     if not isinstance(state, ModelState):
         state = ModelState()
@@ -61,12 +61,12 @@ def state_of(model: PreTrainedModel) -> ModelState:
 
 
 def bucket(batch: int) -> int:
-    """The power of two at or above it."""
+    """Return the power of two at or above it."""
     return 1 << (batch - 1).bit_length()
 
 
 def layers_of(model: PreTrainedModel, inputs: Mapping[str, Any] | None = None) -> int:
-    """Layers with keys, of the cache that `generate` prepared or would prepare."""
+    """Return layers with keys, of the cache that `generate` prepared or would prepare."""
     cache = cache_of(inputs) if inputs is not None else None
     if cache and cache.layers:
         return len(cache.layers)
@@ -91,5 +91,5 @@ def layout_of(model: PreTrainedModel, layers: int) -> str:
 
 
 def setting_of(model: PreTrainedModel) -> tuple[object, ...]:
-    """What a layout and costs depend on beside the model."""
+    """Return what a layout and costs depend on beside the model."""
     return (str(model.config._attn_implementation), str(model.dtype), str(model.device))

@@ -58,7 +58,7 @@ class HostTarget(Sampler):
         self._takes = frozenset(inspect.signature(model.forward).parameters)
 
     def verify(self, rows: Rows, aux_layers: tuple[int, ...]) -> TargetScores:
-        """One forward of each bundle of groups; features: [rows, aux_layers * hidden].
+        """Return one forward of each bundle of groups; features: [rows, aux_layers * hidden].
 
         Raises ModelError for aux_layers of a model whose layers cannot be found."""
         wanted = np.arange(len(rows)) if rows.logit_rows is None else rows.logit_rows
@@ -100,7 +100,7 @@ class HostTarget(Sampler):
         return TargetScores(chosen.float(), torch.cat(aux_hidden, dim=-1))
 
     def _inputs(self, rows: Rows, layout: Layout) -> dict[str, Any]:
-        """What the model's forward is called with."""
+        """Return what the model's forward is called with."""
         group, column = layout.at
         token = np.zeros((layout.groups, layout.queries), np.int64)
         token[group, column] = rows.token[layout.row]
@@ -140,13 +140,13 @@ class HostTarget(Sampler):
     def sample(
         self, logits: torch.Tensor, which: IntArray, specs: Sequence[SampleSpec]
     ) -> IntArray:
-        """The tokens that the call's processors and settings choose."""
+        """Return the tokens that the call's processors and settings choose."""
         assert self.host is not None
         rows = torch.from_numpy(which).to(logits.device)
         return self.host.draw(logits[rows], specs, Sampler())
 
     def move(self, source: Ints, target: Ints) -> None:
-        """Copies KV slots source[i] -> target[i]."""
+        """Copy KV slots source[i] -> target[i]."""
         slots = (torch.from_numpy(part.astype(np.int64)) for part in (source, target))
         self.cache.move(*slots)
 
@@ -161,7 +161,7 @@ class HostTarget(Sampler):
 def _in_order(
     parts: Sequence[torch.Tensor], rows: Sequence[IntArray], wanted: IntArray
 ) -> torch.Tensor:
-    """The parts' rows, whose numbers are `rows`, in the order of `wanted`."""
+    """Return the parts' rows, whose numbers are `rows`, in the order of `wanted`."""
     row = np.concatenate(rows)
     all_parts = torch.cat(list(parts)) if len(parts) > 1 else parts[0]
     if np.array_equal(row, wanted):

@@ -31,8 +31,8 @@ class CapturedLengths:
 
 
 def captured_lengths(config: Any, schedule: Sequence[int] | None, longest: int) -> CapturedLengths:
-    """The lengths to choose from. config: a VllmConfig. schedule: vLLM's `dynamic_sd_lookup`, K by
-    batch size from 1 on. longest: num_speculative_tokens."""
+    """Return the lengths to choose from. config: a VllmConfig. schedule: vLLM's
+    `dynamic_sd_lookup`, K by batch size from 1 on. longest: num_speculative_tokens."""
     mode = config.compilation_config.cudagraph_mode
     scheduled = sorted(set(schedule[1:])) if schedule else None
     if mode is None or not (mode.separate_routine() and mode.has_full_cudagraphs()):
@@ -43,8 +43,8 @@ def captured_lengths(config: Any, schedule: Sequence[int] | None, longest: int) 
 
 
 def _largest_batch(config: Any, tokens: int, most_tokens: int) -> int:
-    """Requests of the largest uniform graph with so many tokens a request, as the second model
-    runner's CudaGraphManager captures them."""
+    """Return requests of the largest uniform graph with so many tokens a request, as the second
+    model runner's CudaGraphManager captures them."""
     requests: int = config.scheduler_config.max_num_seqs
     limit = min(requests * most_tokens, config.compilation_config.max_cudagraph_capture_size)
     sizes: Iterable[int] = config.compilation_config.cudagraph_capture_sizes or ()

@@ -81,7 +81,7 @@ class StepSeconds:
         return self.plain_steps >= ENOUGH
 
     def predict(self, batch: int, length: int) -> float:
-        """Seconds of a step whose `batch` requests verify `length` drafts each."""
+        """Return seconds of a step whose `batch` requests verify `length` drafts each."""
         means = [mean.mean for mean in self._plain.values()]
         plain = float(np.interp(_position(batch), list(self._plain), means))
         return math.exp(plain + self._log_ratio(batch, length))
@@ -105,7 +105,7 @@ class StepSeconds:
             knots.setdefault(knot, RunningMean(clip=CLIP)).observe(ratio)
 
     def seen(self, batch: int, length: int) -> int:
-        """How often steps of this length were met at about this batch size."""
+        """Return how often steps of this length were met at about this batch size."""
         knots = self._plain if length == self._shortest else self._ratio.get(length, {})
         found = knots.get(_knot(batch))
         return found.seen if found else 0
@@ -120,7 +120,7 @@ class StepSeconds:
 
 
 def _position(batch: int) -> float:
-    """Where a batch size lies between the knots, which are at whole numbers."""
+    """Return where a batch size lies between the knots, which are at whole numbers."""
     return 2.0 * math.log2(max(batch, 1))
 
 
@@ -191,7 +191,8 @@ class DraftLengths:
         return min(others, key=lambda length: self.seconds.seen(batch, length))
 
     def _find_best(self, batch: int, lengths: Sequence[int]) -> int:
-        """The length of most tokens per second; the last one, where another is hardly better."""
+        """Return the length of most tokens per second; the last one, where another is hardly
+        better."""
         tokens = self.acceptance.tokens()
         rates = {k: float(tokens[k]) / self.seconds.predict(batch, k) for k in lengths}
         best = max(lengths, key=lambda k: rates[k])
@@ -221,8 +222,9 @@ class DraftLengths:
             counters.lengths[step.drafts] = counters.lengths.get(step.drafts, 0) + 1
 
     def _loss(self, step: Step) -> float:
-        """Seconds that a step of an exploration lost against the best length, by what steps of its
-        length take: one that was stopped for a minute must not cost the explorations of hours."""
+        """Return seconds that a step of an exploration lost against the best length, by what steps
+        of its length take: one that was stopped for a minute must not cost the explorations of
+        hours."""
         usual = self.seconds.predict(step.batch, self._best)
         per_token = usual / (step.batch * float(self.acceptance.tokens()[self._best]))
         tokens = step.batch + sum(step.accepted)

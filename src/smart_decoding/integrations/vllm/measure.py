@@ -53,7 +53,7 @@ class Measured:
         return str(self._answer()["ready"])
 
     def run(self, prompts: Sequence[str], max_tokens: int) -> dict[str, Any]:
-        """Generates for all prompts at once, `max_tokens` each.
+        """Generate for all prompts at once, `max_tokens` each.
 
         Raises ConfigError if the process has ended."""
         job = {"prompts": list(prompts), "max_tokens": max_tokens}
@@ -88,7 +88,8 @@ class Measured:
 
 
 def resolved(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """What vLLM makes of these arguments, whose speculative config has a schedule; see `_resolve`.
+    """Return what vLLM makes of these arguments, whose speculative config has a schedule; see
+    `_resolve`.
 
     Raises ConfigError if it does not take them."""
     command = [sys.executable, "-m", __spec__.name, "--resolve", json.dumps(dict(arguments))]
@@ -111,7 +112,7 @@ def main(arguments: list[str]) -> None:
 
 
 def _resolve(arguments: dict[str, Any]) -> dict[str, Any]:
-    """What becomes of a schedule, as JSON.
+    """Return what becomes of a schedule, as JSON.
 
     scheduled: whether it is kept. graphs: CUDA graphs without it, and with it. all_passes: whether
     a draft model runs all its passes whatever the schedule says. no_adaptive: why vLLM's adaptive
@@ -138,7 +139,7 @@ def _resolve(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def _no_adaptive(arguments: dict[str, Any]) -> str | None:
-    """Why adaptive verification cannot run with these arguments, in vLLM's own words."""
+    """Return why adaptive verification cannot run with these arguments, in vLLM's own words."""
     from vllm.engine.arg_utils import EngineArgs
 
     speculative = {**arguments["speculative_config"], "enable_adaptive_verification": True}

@@ -25,7 +25,7 @@ class CounterCollector:
         self._counters = counters
 
     def collect(self) -> Iterator[Any]:
-        """A family for each counter."""
+        """Return a family for each counter."""
         from prometheus_client.core import CounterMetricFamily
 
         for name, text in HELP.items():
@@ -41,7 +41,7 @@ class CounterCollector:
 
 
 def serve_metrics(counters: Counters, port: int) -> None:
-    """Answers on http://127.0.0.1:`port`/metrics from a thread, as long as the process lives.
+    """Answer on http://127.0.0.1:`port`/metrics from a thread, as long as the process lives.
 
     Raises OSError if the port is taken."""
     from prometheus_client import CollectorRegistry, start_http_server

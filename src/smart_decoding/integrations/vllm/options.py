@@ -52,7 +52,7 @@ def read_options(additional_config: Any) -> Options:
 
 
 def refuse_class(async_scheduling: Any, is_async: bool) -> None:
-    """Raises ConfigError for the wrong one of the two classes, which would do harm even idle."""
+    """Raise ConfigError for the wrong one of the two classes, which would do harm even idle."""
     if async_scheduling in (True, False) and async_scheduling != is_async:
         wanted = "SmartAsyncScheduler" if async_scheduling else "SmartScheduler"
         raise ConfigError(
@@ -62,7 +62,7 @@ def refuse_class(async_scheduling: Any, is_async: bool) -> None:
 
 
 def refuse_layout(size: int, executor: Any) -> None:
-    """Raises ConfigError where the scheduler would act and do harm. size: of data parallelism."""
+    """Raise ConfigError where the scheduler would act and do harm. size: of data parallelism."""
     if executor == "external_launcher":
         raise ConfigError(
             "SMART's scheduler cannot run with distributed_executor_backend='external_launcher': "
@@ -77,7 +77,7 @@ def refuse_layout(size: int, executor: Any) -> None:
 
 
 def refuse_missing(version: str, what: str, gone: Sequence[str]) -> None:
-    """Raises ConfigError if this vLLM has not all names that the scheduler `what` relies on."""
+    """Raise ConfigError if this vLLM has not all names that the scheduler `what` relies on."""
     if gone:
         raise ConfigError(
             f"vLLM {version} has no {', '.join(gone)}: {what} needs it; leave out --scheduler-cls"
@@ -85,7 +85,7 @@ def refuse_missing(version: str, what: str, gone: Sequence[str]) -> None:
 
 
 def reason_for_stock(scheduler: object, options: Options) -> str | None:
-    """Why the scheduler should leave everything to vLLM, or None."""
+    """Return why the scheduler should leave everything to vLLM, or None."""
     if not options.enabled:
         return "it is switched off (additional_config)"
     speculative = find(scheduler, "vllm_config.speculative_config")

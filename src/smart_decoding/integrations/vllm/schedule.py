@@ -59,7 +59,7 @@ class LengthChoice:
 
 
 def choose(batch: int, timings: Mapping[int, Timing], margin: float = MARGIN) -> LengthChoice:
-    """The fastest of the measured lengths, if it is `margin` faster than 0, else 0.
+    """Return the fastest of the measured lengths, if it is `margin` faster than 0, else 0.
 
     0 must be among them."""
     plain = timings[0]
@@ -74,7 +74,7 @@ def choose(batch: int, timings: Mapping[int, Timing], margin: float = MARGIN) ->
 
 
 def schedule(choices: Sequence[LengthChoice]) -> list[Line]:
-    """One line per run of equal lengths.
+    """Return one line per run of equal lengths.
 
     Sizes between two measured ones go to the nearer one (by ratio)."""
     if not choices:
@@ -97,7 +97,8 @@ def schedule(choices: Sequence[LengthChoice]) -> list[Line]:
 
 
 def speculative_config(base: Mapping[str, Any], lines: Sequence[Line]) -> dict[str, Any] | None:
-    """The value of vLLM's --speculative-config; None if plain decoding was best at every size.
+    """Return the value of vLLM's --speculative-config; None if plain decoding was best at every
+    size.
 
     vLLM carries the last line's length on to larger batches."""
     longest = max(line.length for line in lines)
@@ -112,7 +113,7 @@ def speculative_config(base: Mapping[str, Any], lines: Sequence[Line]) -> dict[s
 
 
 def warnings(resolved: Mapping[str, Any]) -> list[str]:
-    """What a schedule costs, or why it does nothing, by what vLLM makes of one
+    """Return what a schedule costs, or why it does nothing, by what vLLM makes of one
     (measure.resolved)."""
     vllm = f"vLLM {resolved['vllm']}"
     without, with_ = resolved["graphs"]
@@ -134,13 +135,14 @@ def warnings(resolved: Mapping[str, Any]) -> list[str]:
 
 
 def mean_context(measured: Mapping[int, Mapping[int, Timing]]) -> int:
-    """Mean tokens of a request while it is answered, over the blocks of plain decoding."""
+    """Return mean tokens of a request while it is answered, over the blocks of plain decoding."""
     contexts = [timings[0].context for timings in measured.values()]
     return round(sum(contexts) / len(contexts))
 
 
 def adaptive(resolved: Mapping[str, Any], context: int) -> str:
-    """Whether vLLM's own adaptive verification can run here (measure.resolved), and with what.
+    """Return whether vLLM's own adaptive verification can run here (measure.resolved), and with
+    what.
 
     context: mean tokens of a request while it is answered."""
     if resolved["no_adaptive"] is not None:
@@ -158,7 +160,7 @@ def report(
     choices: Sequence[LengthChoice],
     measured: Mapping[int, Mapping[int, Timing]],
 ) -> Any:
-    """All that was measured, as plain lists and numbers."""
+    """Return all that was measured, as plain lists and numbers."""
     return {
         "lines": [asdict(line) for line in lines],
         "measured": {

@@ -68,7 +68,7 @@ class Controller:
         self._under_way[id(output)] = (step, start)
 
     def outcome(self, output: SchedulerOutput, ran: ModelRunnerOutput) -> tuple[Step, float] | None:
-        """The step behind `output`, with what was accepted in it; None if it is not ours."""
+        """Return the step behind `output`, with what was accepted in it; None if it is not ours."""
         found = self._under_way.pop(id(output), None)
         if found is not None and ran.sampled_token_ids:
             drafts = output.scheduled_spec_decode_tokens

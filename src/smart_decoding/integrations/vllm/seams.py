@@ -80,7 +80,7 @@ def find(thing: object, path: str, default: Any = None) -> Any:
 
 
 def missing(seams: Seams) -> list[str]:
-    """Names of `seams` that the installed vLLM has not."""
+    """Return names of `seams` that the installed vLLM has not."""
     return [*_members(seams), *_parameters(seams)]
 
 
@@ -95,7 +95,8 @@ def missing_attributes(scheduler: object) -> list[str]:
 
 
 def reads(place: str, parameter: str) -> bool:
-    """Whether the method "module:Class.method" reads a parameter; also where there is none."""
+    """Return whether the method "module:Class.method" reads a parameter; also where there is
+    none."""
     code = getattr(inspect.unwrap(_imported(place)), "__code__", None)
     return code is None or any(i.argval == parameter for i in dis.get_instructions(code))
 
@@ -127,7 +128,7 @@ def _parameters(seams: Seams) -> Iterator[str]:
 
 
 def _imported(place: str) -> Any:
-    """What "module:Class.method" names, or None."""
+    """Return what "module:Class.method" names, or None."""
     module, _, path = place.partition(":")
     try:
         return find(import_module(module), path)

@@ -137,7 +137,7 @@ class ModelConfig:
         return _from_gguf(cls, str(family), metadata, tensor_names, rope_factors)
 
     def to_hf(self) -> dict[str, Any]:
-        """The config.json that `from_hf` (and transformers, but for `factors` scaling) reads
+        """Return the config.json that `from_hf` (and transformers, but for `factors` scaling) reads
         back."""
         return {
             "architectures": [_ARCHITECTURES[self.family]],
@@ -193,7 +193,7 @@ class ModelConfig:
         return "pre_feedforward_layernorm" if self.gemma else "post_attention_layernorm"
 
     def of_head(self) -> ModelConfig:
-        """The shape of a draft head's layer for this model: a plain one of Llama."""
+        """Return the shape of a draft head's layer for this model: a plain one of Llama."""
         return replace(
             self,
             family="llama",
@@ -207,7 +207,8 @@ class ModelConfig:
         )
 
     def expected_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every weight a checkpoint must hold: Hugging Face name to shape, in the order of use."""
+        """Return every weight a checkpoint must hold: Hugging Face name to shape, in the order of
+        use."""
         shapes: dict[str, tuple[int, ...]] = {
             "model.embed_tokens.weight": (self.vocab, self.hidden)
         }
@@ -220,7 +221,7 @@ class ModelConfig:
         return shapes
 
     def layer_shapes(self, width: int) -> dict[str, tuple[int, ...]]:
-        """The weights of one layer, whose q, k and v read vectors of this width."""
+        """Return the weights of one layer, whose q, k and v read vectors of this width."""
         q_out = self.heads * self.head_dim
         kv_out = self.kv_heads * self.head_dim
         shapes: dict[str, tuple[int, ...]] = {"input_layernorm.weight": (self.hidden,)}
@@ -244,7 +245,7 @@ class ModelConfig:
         return shapes
 
     def check_tensors(self, found: Mapping[str, Collection[int]], where: str) -> None:
-        """Raises ModelError, naming the tensor, if one is missing, misshapen, or would be ignored.
+        """Raise ModelError, naming the tensor, if one is missing, misshapen, or would be ignored.
 
         found: shape by Hugging Face name; where: the file or folder for the message."""
         expected = self.expected_shapes()
@@ -253,7 +254,7 @@ class ModelConfig:
         check_shapes(where, found, expected, ignored, _ARCHITECTURES[self.family])
 
     def check_context(self, tokens: int) -> None:
-        """Raises ModelError if `tokens` positions are more than the model has."""
+        """Raise ModelError if `tokens` positions are more than the model has."""
         if tokens > self.max_positions:
             raise ModelError(
                 f"a context of {tokens} tokens exceeds the model's {self.max_positions}; lower it"
@@ -265,14 +266,14 @@ class ModelConfig:
         return rope.inverse_frequencies(self.rope_theta, self.head_dim, self.rope_scaling)
 
     def local_frequencies(self) -> list[float]:
-        """The same of layers with a window, where they have their own; else none."""
+        """Return the same of layers with a window, where they have their own; else none."""
         if self.local_theta is None:
             return []
         return [*rope.inverse_frequencies(self.local_theta, self.head_dim, None)[0]]
 
 
 def check_gguf_family(family: object) -> None:
-    """Raises ModelError for the architecture of a GGUF file that is not supported."""
+    """Raise ModelError for the architecture of a GGUF file that is not supported."""
     if family not in _GGUF_FAMILIES:
         known = ", ".join(_GGUF_FAMILIES)
         raise ModelError(f"GGUF architecture {family!r} is not supported; supported: {known}")
@@ -287,7 +288,7 @@ def refuse_quantised(config: Mapping[str, Any]) -> None:
 
 
 def quantised(how: str) -> ModelError:
-    """The error for safetensors of quants; how: where they are told."""
+    """Return the error for safetensors of quants; how: where they are told."""
     return ModelError(
         f"the checkpoint is quantised ({how}), which is not supported: take a GGUF file of the "
         "model, such as OWNER/NAME-GGUF:Q4_K_M, or its bf16 checkpoint"
@@ -302,7 +303,7 @@ def check_shapes(
     user: str,
     says: str = "the config says",
 ) -> None:
-    """Raises ModelError for a tensor that is missing, misshapen, or neither expected nor ignored.
+    """Raise ModelError for a tensor that is missing, misshapen, or neither expected nor ignored.
 
     where: which files they are found in; user: what expects them; says: by what."""
     for name, shape in expected.items():
@@ -412,7 +413,7 @@ def _windows_of(family: str, config: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def _all_but_each(nth: int, layers: int) -> list[bool]:
-    """Which layers have a window in a model where each `nth` has none."""
+    """Return which layers have a window in a model where each `nth` has none."""
     return [(i + 1) % nth > 0 for i in range(layers)]
 
 
@@ -424,7 +425,7 @@ def _windows(window: int, has_window: Sequence[bool]) -> tuple[int, ...]:
 
 
 def token_ids(*values: Any) -> tuple[int, ...]:
-    """Token ids out of None, an id, or a list of ids; each once, in order."""
+    """Return token ids out of None, an id, or a list of ids; each once, in order."""
     lists = [value if isinstance(value, (list, tuple)) else [value] for value in values]
     return tuple(dict.fromkeys(int(item) for items in lists for item in items if item is not None))
 
@@ -471,7 +472,8 @@ def _from_gguf(
 
 
 def _of_gemma(metadata: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
-    """What GGUF files of Gemma say under other names, Ollama's first ones too, or leave out."""
+    """Return what GGUF files of Gemma say under other names, Ollama's first ones too, or leave
+    out."""
 
     def given(*names: str, usual: Any) -> Any:
         return next(

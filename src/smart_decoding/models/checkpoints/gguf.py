@@ -80,7 +80,7 @@ _BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 def converted_folder(
     source: Source, check: Callable[[ModelConfig], None], stored: bool = False
 ) -> Path:
-    """The cached folder of a GGUF file, written first if it is not there or damaged.
+    """Return the cached folder of a GGUF file, written first if it is not there or damaged.
 
     check: raises for a configuration that cannot be used here, before anything is written. stored:
     without the weights, for StoredWeights.
@@ -144,7 +144,7 @@ class StoredWeights(Weights[Matrix]):
 
 
 def _stays(kind: str, shape: list[int]) -> bool:
-    """Whether a tensor stays quants; others are widened to bfloat16, or are floats."""
+    """Return whether a tensor stays quants; others are widened to bfloat16, or are floats."""
     return kind in FORMATS[1:] and len(shape) == 2
 
 
@@ -198,8 +198,8 @@ def _convert(
 
 
 def _read_parts(path: Path) -> tuple[Metadata, dict[str, Any], dict[str, int]]:
-    """Metadata and tensors as by `read_gguf`, of all files of a split model, and the number of the
-    file of each tensor."""
+    """Return metadata and tensors as by `read_gguf`, of all files of a split model, and the number
+    of the file of each tensor."""
     files = files_of(path)
     metadata, tensors = read_gguf(path)
     count = int(metadata.get("split.count", 1))
@@ -219,8 +219,8 @@ def _read_parts(path: Path) -> tuple[Metadata, dict[str, Any], dict[str, int]]:
 def _index(
     config: ModelConfig, tensors: Mapping[str, Any], parts: Mapping[str, int]
 ) -> dict[str, dict[str, Any]]:
-    """What StoredWeights must know of each tensor. part: the number of its file; heads: whose rows
-    are reordered, or None."""
+    """Return what StoredWeights must know of each tensor. part: the number of its file; heads:
+    whose rows are reordered, or None."""
     return {
         hf_name(name, config.family): {
             "tensor": name,
@@ -236,7 +236,8 @@ def _index(
 
 
 def _split_heads(config: ModelConfig, name: str) -> int | None:
-    """The heads of a q or k in llama.cpp's row order, which it has for one family; else None."""
+    """Return the heads of a q or k in llama.cpp's row order, which it has for one family; else
+    None."""
     part = name.split(".")[2:3]
     if config.family != "llama" or part not in (["attn_q"], ["attn_k"]):
         return None
@@ -249,7 +250,7 @@ def _write_weights(
     record: dict[str, str],
     progress: Callable[[float], object],
 ) -> None:
-    """Writes numbered shards and their index, so that memory stays bounded however large the model
+    """Write numbered shards and their index, so that memory stays bounded however large the model
     is."""
     weight_map: dict[str, str] = {}
     shard: dict[str, torch.Tensor] = {}
@@ -273,14 +274,15 @@ def _write_weights(
 
 
 def half_split(weight: MatrixT, heads: int) -> MatrixT:
-    """Undoes llama.cpp's row order of q and k ([heads * head_dim, ...]): it pairs RoPE dimensions
-    (0, 1), (2, 3), ...; Hugging Face's layout pairs (0, d/2), (1, d/2 + 1), ..."""
+    """Undo llama.cpp's row order of q and k ([heads * head_dim, ...]): it pairs RoPE dimensions (0,
+    1), (2, 3), ...; Hugging Face's layout pairs (0, d/2), (1, d/2 + 1), ..."""
     rows = np.arange(len(weight)).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
     return weight[rows]
 
 
 def hf_name(name: str, family: str) -> str:
-    """The Hugging Face name of a GGUF tensor; ModelError for one that no supported model has."""
+    """Return the Hugging Face name of a GGUF tensor; ModelError for one that no supported model
+    has."""
     names = _GEMMA_NAMES if family == "gemma3" else _NAMES
     match = _BLOCK.fullmatch(name)
     if match and match[2] in names:
@@ -312,7 +314,7 @@ class Metadata(Mapping[str, Any]):
 
 
 def read_gguf(path: Path) -> tuple[Metadata, dict[str, Any]]:
-    """Metadata by key and the reader's tensors by name. Raises ModelError for a file that is
+    """Return metadata by key and the reader's tensors by name. Raises ModelError for a file that is
     shorter than its header says, or corrupt."""
     try:
         reader = _reader(path)
@@ -366,8 +368,8 @@ def _array(reader: Any, start: int) -> tuple[list[str] | NDArray[Any], int]:
 
 
 def _reader(path: Path) -> Any:
-    """The library's, within the file's bounds. Raises whatever it meets, and ModelError for a file
-    that was cut."""
+    """Return the library's, within the file's bounds. Raises whatever it meets, and ModelError for
+    a file that was cut."""
     from gguf import (  # imported late: it is slow
         GGML_QUANT_SIZES,
         GGMLQuantizationType,

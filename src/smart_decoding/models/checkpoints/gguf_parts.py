@@ -9,8 +9,8 @@ _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 
 
 def parts_of(name: str) -> list[str]:
-    """The files of the model that this one is a part of, the first of which has the metadata; of a
-    model in one file itself."""
+    """Return the files of the model that this one is a part of, the first of which has the
+    metadata; of a model in one file itself."""
     match = _PART.fullmatch(name)
     if match is None or not 1 <= int(match[2]) <= int(match[3]):
         return [name]
@@ -18,17 +18,17 @@ def parts_of(name: str) -> list[str]:
 
 
 def files_of(path: Path) -> list[Path]:
-    """The same as paths, whether they are there or not."""
+    """Return the same as paths, whether they are there or not."""
     return [path.parent / name for name in parts_of(path.name)]
 
 
 def without_part(name: str) -> str:
-    """The file's name if the model were not split."""
+    """Return the file's name if the model were not split."""
     match = _PART.fullmatch(name)
     return name if match is None else f"{match[1]}.gguf"
 
 
 def is_further_part(name: str) -> bool:
-    """Whether it is another than the first part of a split model."""
+    """Return whether it is another than the first part of a split model."""
     match = _PART.fullmatch(name)
     return match is not None and int(match[2]) > 1

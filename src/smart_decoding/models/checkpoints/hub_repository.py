@@ -28,7 +28,7 @@ PATIENT = 10.0  # seconds to wait for the hub's first answer, and for each file'
 
 
 def snapshot(repository: str, timeout: float | None, *, local_only: bool) -> Path:
-    """The folder with a repository's safetensors, json and tokenizer files.
+    """Return the folder with a repository's safetensors, json and tokenizer files.
 
     timeout: seconds to wait for the hub's first answer, None if it has just given one; local_only:
     take only what is in the cache. Raises DownloadError."""
@@ -36,14 +36,14 @@ def snapshot(repository: str, timeout: float | None, *, local_only: bool) -> Pat
 
 
 def pickles(repository: str) -> Path:
-    """The folder as by `snapshot`, with the pickled weights of a repository of which the hub has
-    just told. Raises DownloadError."""
+    """Return the folder as by `snapshot`, with the pickled weights of a repository of which the hub
+    has just told. Raises DownloadError."""
     return download(repository, _PICKLES, _NOT, None)
 
 
 def gguf_file(repository: str, file: str, timeout: float | None, *, local_only: bool) -> Path:
-    """One file of a repository, the first if a model is split into several, which are fetched too;
-    arguments and errors are as those of `snapshot`."""
+    """Return one file of a repository, the first if a model is split into several, which are
+    fetched too; arguments and errors are as those of `snapshot`."""
     # not hf_hub_download, which tries for 23 seconds where there is no network
     names = parts_of(file)
     if local_only:
@@ -60,7 +60,7 @@ def gguf_file(repository: str, file: str, timeout: float | None, *, local_only: 
 
 
 def config_file(repository: str, *, local_only: bool) -> Path:
-    """The folder with a repository's config.json, if it has one: what is worth a look before
+    """Return the folder with a repository's config.json, if it has one: what is worth a look before
     gigabytes are fetched. The hub has just told of it. Errors are as those of `snapshot`."""
     if local_only:
         return _stored(repository)
@@ -68,8 +68,8 @@ def config_file(repository: str, *, local_only: bool) -> Path:
 
 
 def download(repository: str, take: list[str], leave: list[str], timeout: float | None) -> Path:
-    """The folder of a repository, with the files that the patterns `take` name and `leave` do
-    not; where the hub does not answer in time, as it is in the cache.
+    """Return the folder of a repository, with the files that the patterns `take` name and `leave`
+    do not; where the hub does not answer in time, as it is in the cache.
 
     timeout: as for `snapshot`; the client's download itself would wait for the first answer without
     end. Raises DownloadError."""
@@ -88,7 +88,7 @@ def download(repository: str, take: list[str], leave: list[str], timeout: float 
 
 
 def _silence(repository: str, timeout: float) -> Exception | None:
-    """Why the hub says nothing in time, if it does not."""
+    """Return why the hub says nothing in time, if it does not."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -102,7 +102,7 @@ def _silence(repository: str, timeout: float) -> Exception | None:
 
 
 def _stored(repository: str) -> Path:
-    """What the client's cache holds of the main branch. Raises DownloadError for nothing."""
+    """Return what the client's cache holds of the main branch. Raises DownloadError for nothing."""
     root = cached_folder(repository)
     with suppress(OSError):
         folder = root / "snapshots" / (root / "refs" / "main").read_text().strip()
@@ -112,24 +112,24 @@ def _stored(repository: str) -> Path:
 
 
 def cached_folder(repository: str) -> Path:
-    """Where the hub client's cache keeps a repository, if it has it."""
+    """Return where the hub client's cache keeps a repository, if it has it."""
     return hub_cache() / f"models--{repository.replace('/', '--')}"
 
 
 def repository_of(folder: Path) -> str:
-    """The hub id of a folder in the hub client's cache."""
+    """Return the hub id of a folder in the hub client's cache."""
     return folder.name.removeprefix("models--").replace("--", "/")
 
 
 def hub_cache() -> Path:
-    """The hub client's cache, which other programs use too."""
+    """Return the hub client's cache, which other programs use too."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     return Path(HF_HUB_CACHE)
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether a snapshot holds a configuration, a tokenizer and all weights (an interrupted
+    """Return whether a snapshot holds a configuration, a tokenizer and all weights (an interrupted
     download does not)."""
     index = folder / "model.safetensors.index.json"
     single = folder / "model.safetensors"
@@ -146,7 +146,7 @@ def is_complete(folder: Path) -> bool:
 
 
 def revision_of(path: Path, file: str) -> str:
-    """The revision, in 12 digits, of a repository's file that was downloaded to `path`."""
+    """Return the revision, in 12 digits, of a repository's file that was downloaded to `path`."""
     return path.parents[len(PurePosixPath(file).parts) - 1].name[:12]
 
 
@@ -163,7 +163,8 @@ class Listing:
     revision: str = ""
 
     def nothing_to_fetch(self, names: Iterable[str]) -> bool:
-        """Whether the cache has these files of this revision, or must do as nobody answers."""
+        """Return whether the cache has these files of this revision, or must do as nobody
+        answers."""
         if not self.answered:
             return True
         with suppress(DownloadError):
@@ -189,7 +190,7 @@ class Listing:
         return bool(self.ggufs) and not others
 
     def gguf_name(self, asked: str) -> str:
-        """The GGUF file that `asked` means: its name, or a quantisation such as Q4_K_M.
+        """Return the GGUF file that `asked` means: its name, or a quantisation such as Q4_K_M.
 
         Raises DownloadError, with the names to choose from, unless one file fits."""
         if asked.endswith(".gguf"):
@@ -208,7 +209,7 @@ def _matches(name: str, patterns: list[str]) -> bool:
 
 
 def fits(name: str, asked: str) -> bool:
-    """Whether a GGUF file of a repository is the one asked for by name or quantisation."""
+    """Return whether a GGUF file of a repository is the one asked for by name or quantisation."""
     ending = rf"(.*[-._/])?{re.escape(asked)}\.gguf"
     model = without_part(name)
     is_named = model == without_part(asked)

@@ -42,8 +42,8 @@ class Kept:
 
 
 def kept_of(name: str) -> list[Kept]:
-    """Everything of one model: a built-in name, with its source or without; a hub id, with a file
-    or for the whole repository; a GGUF file, or a folder's name among the converted ones. Of a
+    """Return everything of one model: a built-in name, with its source or without; a hub id, with a
+    file or for the whole repository; a GGUF file, or a folder's name among the converted ones. Of a
     user's own file only what was made of it.
 
     Raises ConfigError where several files of a repository are meant."""
@@ -63,18 +63,18 @@ def kept_of(name: str) -> list[Kept]:
 
 
 def hub_repositories() -> list[Kept]:
-    """The models in the hub client's cache, which other programs use too."""
+    """Return the models in the hub client's cache, which other programs use too."""
     return [_repository(path) for path in sorted(hub_cache().glob("models--*"))]
 
 
 def conversions() -> list[Kept]:
-    """All folders of converted weights."""
+    """Return all folders of converted weights."""
     return [_conversion(folder) for folder in sorted((cache_dir() / "converted").glob("*/"))]
 
 
 def size_of(path: Path, links: bool = False) -> int:
-    """Bytes of a file, or of all files below a folder. Links count nothing, or with `links` what
-    they lead to."""
+    """Return bytes of a file, or of all files below a folder. Links count nothing, or with `links`
+    what they lead to."""
     files = path.rglob("*") if path.is_dir() and (links or not path.is_symlink()) else [path]
     return sum(
         file.stat().st_size for file in files if file.is_file() and (links or not file.is_symlink())
@@ -82,12 +82,12 @@ def size_of(path: Path, links: bool = False) -> int:
 
 
 def readable(size: int) -> str:
-    """Bytes in MB or GB."""
+    """Return bytes in MB or GB."""
     return f"{size / 1e6:.0f} MB" if size < 1e9 else f"{size / 1e9:.1f} GB"
 
 
 def made_of(folder: Path) -> str:
-    """What a converted folder was made of."""
+    """Return what a converted folder was made of."""
     try:
         record = read_json(folder / RECORD)
         return f"of {record.get('source') or record['base']}"
@@ -137,8 +137,8 @@ def _of_hub(name: str, repository: str, asked: str | None) -> list[Kept]:
 
 
 def _in_hub(repository: str, asked: str | None) -> Iterator[Kept]:
-    """The repository in the hub client's cache; if a file is asked for, its links and what no other
-    link leads to."""
+    """Return the repository in the hub client's cache; if a file is asked for, its links and what
+    no other link leads to."""
     folder = cached_folder(repository)
     if not folder.is_dir():
         return
@@ -164,7 +164,7 @@ def _in_hub(repository: str, asked: str | None) -> Iterator[Kept]:
 
 
 def _name_of(path: Path) -> str:
-    """A file's name in its repository; path: below snapshots/REVISION."""
+    """Return a file's name in its repository; path: below snapshots/REVISION."""
     parts = path.parts
     return "/".join(parts[len(parts) - parts[::-1].index("snapshots") + 1 :])
 
@@ -174,13 +174,14 @@ def _repository(folder: Path) -> Kept:
 
 
 def _whole_or_not(kept: Kept) -> Kept:
-    """A repository of safetensors, by whether a snapshot of it has all that a model needs."""
+    """Return a repository of safetensors, by whether a snapshot of it has all that a model
+    needs."""
     whole = any(is_complete(snapshot) for snapshot in kept.path.glob("snapshots/*/"))
     return replace(kept, kind="hub" if whole else PARTLY)
 
 
 def _gguf(found: list[Kept]) -> list[Path]:
-    """The GGUF files, by the names that they have in a repository."""
+    """Return the GGUF files, by the names that they have in a repository."""
     files: list[Path] = []
     for each in found:
         files += each.path.rglob("*.gguf") if each.path.is_dir() else [each.path]
@@ -192,7 +193,8 @@ def _keys(files: list[Path]) -> set[str]:
 
 
 def _converted(keys: set[str], name: str = "") -> Iterator[Kept]:
-    """What was made of files with these keys, by whatever version; or the folder of that name."""
+    """Return what was made of files with these keys, by whatever version; or the folder of that
+    name."""
     wanted = {key.partition("-")[2] for key in keys}
     for each in conversions():
         key = each.path.name.split("-", 2)[1:2]  # behind it, what was made

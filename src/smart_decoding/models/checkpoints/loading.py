@@ -51,7 +51,7 @@ def load_checkpoint(
     quantization: str | None = "off",
     trust_pickle: bool = False,
 ) -> Checkpoint:
-    """Finds (or fetches) a model and checks its configuration, names and shapes; no weight is read.
+    """Find (or fetch) a model and check its configuration, names and shapes; no weight is read.
 
     check: raises for a configuration that cannot be used here, before weights are converted, or
         fetched (but for GGUF files).
@@ -88,8 +88,8 @@ def require_usable(
     folder: Path,
     check: Callable[[ModelConfig], None] = lambda config: None,
 ) -> None:
-    """Raises ModelError, or what `check` raises, for a folder's config.json; its weights need not
-    be there. A draft head's is not looked at."""
+    """Raise ModelError, or what `check` raises, for a folder's config.json; its weights need not be
+    there. A draft head's is not looked at."""
     if is_head(folder):
         return
     raw = read_json(folder / "config.json")
@@ -101,7 +101,7 @@ def require_usable(
 
 
 def _stored_weights(path: Path, folder: Path) -> StoredWeights:
-    """Those of a GGUF file, which tell in the log if they cannot stay as they are."""
+    """Return those of a GGUF file, which tell in the log if they cannot stay as they are."""
     weights = StoredWeights(path, read_json(folder / TENSORS), folder)
     if weights.expanded:
         log.warning(
@@ -126,8 +126,8 @@ def _rounded(checkpoint: Checkpoint, quantization: str | None) -> Checkpoint:
 
 
 def with_rounded_activations(checkpoint: Checkpoint, required: bool = False) -> Checkpoint:
-    """The same, inputs of its quants rounded to 8 bits, if its first layer has quants. required:
-    ConfigError if it has none."""
+    """Return the same, inputs of its quants rounded to 8 bits, if its first layer has quants.
+    required: ConfigError if it has none."""
     if not _has_quants(checkpoint.weights):
         if not required:
             return checkpoint
@@ -140,7 +140,7 @@ def with_rounded_activations(checkpoint: Checkpoint, required: bool = False) -> 
 
 
 def _has_quants(weights: Mapping[str, Matrix]) -> bool:
-    """Whether the first layer has quants. Tensors that cannot be quants are not read."""
+    """Return whether the first layer has quants. Tensors that cannot be quants are not read."""
     if not isinstance(weights, StoredWeights | RoundedWeights):
         return False
     layer = (name for name in weights if name.startswith("model.layers.0."))
@@ -171,7 +171,8 @@ def _provenance(source: Source, dtype: str) -> dict[str, str]:
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """The configuration in a folder; ModelError if it is missing, corrupt or not supported."""
+    """Return the configuration in a folder; ModelError if it is missing, corrupt or not
+    supported."""
     raw = read_json(folder / "config.json")
     generation = generation_config(folder)
     with reading(folder / "config.json"):
@@ -179,7 +180,7 @@ def read_config(folder: Path) -> ModelConfig:
 
 
 def generation_config(folder: Path) -> dict[str, Any] | None:
-    """What a folder's generation_config.json holds; None if there is none."""
+    """Return what a folder's generation_config.json holds; None if there is none."""
     path = folder / "generation_config.json"
     if not path.exists():
         return None

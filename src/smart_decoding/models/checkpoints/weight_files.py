@@ -50,7 +50,7 @@ class Weights(Mapping[str, MatrixT_co]):
 
 
 def open_weights(folder: Path, trust_pickle: bool = False) -> Weights[Tensor]:
-    """The folder's safetensors; its pytorch_model.bin where there are none and pickles are
+    """Return the folder's safetensors; its pytorch_model.bin where there are none and pickles are
     trusted.
 
     Raises ModelError for files that are missing, corrupt, or pickles that are not trusted."""
@@ -132,13 +132,13 @@ def as_computed(config: ModelConfig, weights: Weights[MatrixT]) -> Weights[Matri
 
 
 def as_published(config: ModelConfig, weights: Weights[MatrixT]) -> Weights[MatrixT]:
-    """The other way round: a GGUF file has them as they are computed with."""
+    """Return norms shifted the other way round: a GGUF file has them as they are computed with."""
     return ShiftedNorms(weights, -1.0) if config.gemma else weights
 
 
 def unpickle(path: Path) -> dict[str, Tensor]:
-    """Tensors of a pickle, mapped from disk where its format allows; it may hold nothing else, and
-    no code is run. Raises ModelError."""
+    """Return tensors of a pickle, mapped from disk where its format allows; it may hold nothing
+    else, and no code is run. Raises ModelError."""
     with reading(path):
         # files older than torch 1.6 are no archives, and are read at once
         mmap = zipfile.is_zipfile(path)
@@ -174,8 +174,8 @@ def _checked_dtype(name: str, dtype: str) -> str:
 
 
 def _weight_files(folder: Path, stem: str, end: str) -> Mapping[Path, list[str] | None]:
-    """The files to open, with the tensors the index lists in each (None: whatever is in it); none
-    if there are none.
+    """Return the files to open, with the tensors the index lists in each (None: whatever is in it);
+    none if there are none.
 
     One file comes before an index, as in transformers, which leaves an older index behind when it
     saves anew."""

@@ -28,8 +28,8 @@ INSTEAD = "plain torch runs, slower, with --allow-slow (in Python: allow_slow=Tr
 
 
 def unserved(config: ModelConfig) -> str | None:
-    """Why the kernels do not serve a model or head of this shape, with the number; None if they
-    do."""
+    """Return why the kernels do not serve a model or head of this shape, with the number; None if
+    they do."""
     if config.head_dim not in HEAD_DIMS:
         return f"head dimension {config.head_dim} is none of {', '.join(map(str, HEAD_DIMS))}"
     for name, size in (("hidden size", config.hidden), ("intermediate size", config.ffn)):
@@ -42,15 +42,15 @@ def unserved(config: ModelConfig) -> str | None:
 
 
 def why_slow(config: ModelConfig, device: torch.device) -> str | None:
-    """Why plain torch must run this shape on this CPU; None if the kernels do, or if it is no
-    CPU."""
+    """Return why plain torch must run this shape on this CPU; None if the kernels do, or if it is
+    no CPU."""
     if device.type != "cpu":
         return None
     return library.unavailable() or unserved(config)
 
 
 def require_kernels(device: torch.device, allow_slow: bool) -> None:
-    """Raises ConfigError for a CPU without any kernels, or CUDA without Triton: before a model is
+    """Raise ConfigError for a CPU without any kernels, or CUDA without Triton: before a model is
     fetched, whatever its shape. Sets the number of threads."""
     library.set_threads()
     ops_for(device)
@@ -63,7 +63,7 @@ def require_kernels(device: torch.device, allow_slow: bool) -> None:
 def require_served(
     config: ModelConfig, device: torch.device, allow_slow: bool, what: str = "this model"
 ) -> None:
-    """Raises ConfigError for a CPU without kernels, ModelError for a shape that they do not
+    """Raise ConfigError for a CPU without kernels, ModelError for a shape that they do not
     serve."""
     require_kernels(device, allow_slow)
     if device.type == "cpu" and not allow_slow:
@@ -73,9 +73,9 @@ def require_served(
 
 
 def rounds_activations(activations: str, holds_quants: bool) -> bool:
-    """Whether inputs of quants are rounded to 8 bits under EngineArgs' `activations`. holds_quants:
-    whether the CPU kernels hold quants as they are stored. Raises ConfigError for int8 where it
-    cannot be."""
+    """Return whether inputs of quants are rounded to 8 bits under EngineArgs' `activations`.
+    holds_quants: whether the CPU kernels hold quants as they are stored. Raises ConfigError for
+    int8 where it cannot be."""
     if activations != "int8":
         return activations == "auto" and holds_quants and prefers_bytes()
     if not holds_quants:
@@ -89,8 +89,8 @@ def rounds_activations(activations: str, holds_quants: bool) -> bool:
 
 
 def use_native(config: ModelConfig, device: torch.device, allow_slow: bool = False) -> bool:
-    """Whether the kernels run a model. On a CPU where they cannot: an error, or with allow_slow one
-    warning."""
+    """Return whether the kernels run a model. On a CPU where they cannot: an error, or with
+    allow_slow one warning."""
     require_served(config, device, allow_slow)
     reason = why_slow(config, device)
     if reason is not None:

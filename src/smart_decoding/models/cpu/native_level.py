@@ -164,7 +164,8 @@ class LevelCall:
 def first_level(
     inputs: RoundInputs, call: LevelCall, rotary: tuple[Tensor, Tensor], levels: int, **drafts: Any
 ) -> FirstLevel:
-    """A round's first level. drafts: the fields of the structure Drafter that say who drafts."""
+    """Return a round's first level. drafts: the fields of the structure Drafter that say who
+    drafts."""
     native = kernels.native_rows(inputs.rows, *rotary)
     scale, noise = noise_of_levels(inputs.asked, levels)
     struct = kernels.Drafter(
@@ -179,7 +180,7 @@ def first_level(
 
 
 def _structure(weights: HeadWeights) -> tuple[Structure, tuple[object, ...]]:
-    """The structure Head, and what must stay alive behind it."""
+    """Return the structure Head, and what must stay alive behind it."""
     target = weights.target
     files = weights.files
     size = sum(_bytes(weight, target.dtype) for weight in files.weights.values())
@@ -225,8 +226,8 @@ def _norms(weights: HeadWeights) -> dict[str, Tensor | None]:
 
 
 def _outputs(weights: HeadWeights) -> tuple[PackedWeight, dict[str, Tensor]]:
-    """The output matrix: the target's, or [draft, hidden] in 8 bits where it is bf16, else packed
-    as it is; and what else the structure names of it."""
+    """Return the output matrix: the target's, or [draft, hidden] in 8 bits where it is bf16, else
+    packed as it is; and what else the structure names of it."""
     if weights.files.fused:
         assert isinstance(weights.target.head, PackedWeight)
         return weights.target.head, {}

@@ -69,9 +69,9 @@ class NativeModel:
         wanted: IntArray | None,
         aux_layers: tuple[int, ...],
     ) -> TargetScores:
-        """Logits of the `wanted` rows (None: of all), valid until the next forward; all rows'
-        states after `aux_layers` layers; and the wanted rows' first maxima, -1 where that is not
-        finite."""
+        """Return logits of the `wanted` rows (None: of all), valid until the next forward; all
+        rows' states after `aux_layers` layers; and the wanted rows' first maxima, -1 where that is
+        not finite."""
         count = rows.rows if wanted is None else len(wanted)
         logits = self._logits_of(count)
         aux_hidden = self._prepare(rows.rows, aux_layers)
@@ -164,7 +164,7 @@ def _model(
 
 
 def embedding_fields(embedding: PackedWeight | Tensor) -> dict[str, Any]:
-    """The fields `embedding` and `table` of Model and Head; a table is contiguous."""
+    """Return the fields `embedding` and `table` of Model and Head; a table is contiguous."""
     if isinstance(embedding, Tensor):
         return {"table": embedding.data_ptr()}
     return {"embedding": embedding.struct}
@@ -185,7 +185,7 @@ def _acceptance(found: NDArray[np.int64], requests: int) -> Acceptance:
 
 
 def _lines(array: NDArray[np.int64]) -> range:
-    """The address of each row of an array [rows, columns]."""
+    """Return the address of each row of an array [rows, columns]."""
     start, step = address(array), array.strides[0]
     return range(start, start + step * len(array), step)
 

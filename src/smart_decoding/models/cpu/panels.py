@@ -70,7 +70,7 @@ class KeptPanels:
         return None
 
     def write(self, panels: Sequence[Tensor]) -> None:
-        """Keeps them in this order, in place of those for older kernels. Where that cannot be, or
+        """Keep them in this order, in place of those for older kernels. Where that cannot be, or
         would leave less room than it takes, a line in the log says so."""
         size = sum(map(len, panels))
         try:
@@ -90,7 +90,7 @@ class KeptPanels:
 
 
 def _pieces(panels: Sequence[Tensor]) -> Iterator[bytearray]:
-    """All bytes, a huge page at a time: as they are written, so they are mapped."""
+    """Return all bytes, a huge page at a time: as they are written, so they are mapped."""
     piece = bytearray()
     for panel in panels:
         for start in range(0, len(panel), Arena.HUGE):

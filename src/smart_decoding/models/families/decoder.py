@@ -60,7 +60,7 @@ def rotary_table(
 
 
 def put(x: Tensor, mm_embeds: MultimodalEmbeddings) -> None:
-    """Writes the embeddings of pictures over those of their placeholders, x [rows, hidden]."""
+    """Write the embeddings of pictures over those of their placeholders, x [rows, hidden]."""
     for first, part in mm_embeds:
         x[first : first + len(part)] = part
 
@@ -114,7 +114,7 @@ class Decoder:
         return converted(weights[name], self.dtype, self.device)
 
     def _each_layer(self, weights: Mapping[str, Matrix]) -> Iterator[LayerWeights]:
-        """One layer's weights at a time."""
+        """Return one layer's weights at a time."""
         windows = self.config.windows or (0,) * self.config.layers
         for i, window in enumerate(
             tqdm(windows, "loading", unit="layer", disable=self.quiet, leave=False)
@@ -125,7 +125,7 @@ class Decoder:
             )
 
     def _load(self, weights: Mapping[str, Matrix]) -> None:
-        """Brings the weights to the device, as torch reads them."""
+        """Bring the weights to the device, as torch reads them."""
         # sums of products that a GPU splits stay in float32
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         self._layers = layers_on(self.device, self._each_layer(weights), self.graphs)
@@ -136,7 +136,7 @@ class Decoder:
         self.head = self._output = Linear(output)
 
     def _packed(self, weights: Mapping[str, Matrix]) -> NativeModel:
-        """Packs the weights for the CPU kernels."""
+        """Pack the weights for the CPU kernels."""
         config = self.config
         self._panels = kept_panels(weights, self.dtype, self.in_bytes != NEVER)
         kept = None if self._panels is None else self._panels.read()
@@ -158,7 +158,7 @@ class Decoder:
         )
 
     def keep_panels(self) -> None:
-        """Keeps packed quants for later starts, where that is done and they are not kept yet."""
+        """Keep packed quants for later starts, where that is done and they are not kept yet."""
         if self._panels is not None and not self._arena.all_kept:
             self._panels.write(self._arena.strips)
 
@@ -183,7 +183,7 @@ class Decoder:
         return self.native and bool(self._arena.strips)
 
     def embed(self, token: Tensor) -> Tensor:
-        """Token embeddings [n, hidden] as they are stored, on torch."""
+        """Return token embeddings [n, hidden] as they are stored, on torch."""
         assert isinstance(self.embedding, Tensor)  # the kernels look up by themselves
         return self.embedding[token]
 

@@ -47,7 +47,7 @@ class RopeScaling:
     factors: tuple[float, ...] = ()
 
     def to_hf(self) -> dict[str, Any]:
-        """The `rope_scaling` entry of config.json."""
+        """Return the `rope_scaling` entry of config.json."""
         factors = {"factors": list(self.factors)} if self.factors else {}
         return {"rope_type": self.kind, **self.numbers, **factors}
 
@@ -74,7 +74,7 @@ def local_theta_of(config: Mapping[str, Any], usual: float) -> float:
 
 
 def scaling_from_hf(options: Mapping[str, Any], max_positions: int) -> RopeScaling | None:
-    """The scaling that `options_of` describes; ModelError for an unknown kind or a missing
+    """Return the scaling that `options_of` describes; ModelError for an unknown kind or a missing
     number."""
     kind = options.get("rope_type", options.get("type", "default"))
     if kind == "default":
@@ -98,8 +98,8 @@ def scaling_from_gguf(
     max_positions: int,
     factors: NDArray[np.float32] | None,
 ) -> RopeScaling | None:
-    """The scaling of a GGUF file; `factors` is its tensor rope_freqs.weight, shape [head_dim / 2],
-    or None."""
+    """Return the scaling of a GGUF file; `factors` is its tensor rope_freqs.weight, shape [head_dim
+    / 2], or None."""
     prefix = f"{family}.rope.scaling."
     kind = metadata.get(prefix + "type", "none")
     if factors is not None:
@@ -126,7 +126,8 @@ def scaling_from_gguf(
 
 
 def stretched_positions(scaling: RopeScaling | None, positions: int) -> int:
-    """The context in tokens that a model configured for `positions` reaches with `scaling`."""
+    """Return the context in tokens that a model configured for `positions` reaches with
+    `scaling`."""
     if scaling is None or scaling.kind not in ("linear", "yarn"):
         return positions
     return max(

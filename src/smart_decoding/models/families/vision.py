@@ -64,8 +64,8 @@ class RenamedWeights(Weights[Tensor]):
 
 
 def architecture_of(config: Mapping[str, Any]) -> str | None:
-    """The architecture's name, if the contents of config.json are those of a vision-language model
-    known here."""
+    """Return the architecture's name, if the contents of config.json are those of a vision-language
+    model known here."""
     names = config.get("architectures") or [""]
     return names[0] if names[0] in ARCHITECTURES else None
 
@@ -100,8 +100,8 @@ def read_configs(folder: Path, generation: Mapping[str, Any] | None) -> tuple[Mo
 
 
 def split_names(found: Iterable[str], architecture: str) -> tuple[dict[str, str], dict[str, str]]:
-    """A checkpoint's tensors in two: the decoder's (our name -> theirs) and the vision part's, in
-    both generations of names that transformers has written."""
+    """Return a checkpoint's tensors in two: the decoder's (our name -> theirs) and the vision
+    part's, in both generations of names that transformers has written."""
     parts = ARCHITECTURES[architecture]
     text = {}
     vision = {}
@@ -140,7 +140,7 @@ class VisionTower:
         return found
 
     def forget(self) -> None:
-        """Encodes images anew that come again."""
+        """Encode images anew that come again."""
         self._kept.clear()
 
     def _run(self, pixels: Pixels) -> Tensor:
@@ -187,8 +187,8 @@ def _module(files: VisionFiles, dtype: torch.dtype, device: torch.device) -> Any
 
 
 def _fitted(names: Mapping[str, str], wanted: Iterable[str]) -> dict[str, str]:
-    """Checkpoints written before transformers 5 have one more level in the tower's names,
-    `vision_model`."""
+    """Return the names as the model has them: checkpoints written before transformers 5 have one
+    more level in the tower's names, `vision_model`."""
     deeper = any(name.startswith("vision_tower.vision_model.") for name in wanted)
     plain = {
         name.replace("vision_tower.vision_model.", "vision_tower."): theirs

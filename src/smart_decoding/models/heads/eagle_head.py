@@ -64,7 +64,7 @@ class EagleHead:
         self.allocate(pages + scratch_pages, positions)
 
     def allocate(self, pages: int, positions: int) -> None:
-        """Makes room for keys, anew, and for positions below `positions`."""
+        """Make room for keys, anew, and for positions below `positions`."""
         c = self._config
         target = self._target
         self.levels.kv = KVCache.empty(
@@ -73,11 +73,11 @@ class EagleHead:
         self.levels.rotary = rotary_table(c, positions, target.device)
 
     def take(self, features: Features, row: int) -> Tensor:
-        """A row of aux hidden states: [1, width], a copy."""
+        """Return a row of aux hidden states: [1, width], a copy."""
         return torch.as_tensor(features)[row : row + 1].clone()
 
     def copy_page(self, source: int, target: int) -> None:
-        """Copies the keys of page `source` to a later page `target`."""
+        """Copy the keys of page `source` to a later page `target`."""
         slots = torch.arange(PAGE, dtype=torch.int32)
         self.levels.kv.move(source * PAGE + slots, target * PAGE + slots)
 

@@ -32,7 +32,7 @@ TOKENS_PER_STEP = 3
 
 
 def layout_of(files: HeadFiles) -> str:
-    """The layout in which a head was read: 'smart', 'eagle', 'speculators' or 'eagle3'."""
+    """Return the layout in which a head was read: 'smart', 'eagle', 'speculators' or 'eagle3'."""
     if files.config.get("architectures") == [ARCHITECTURE]:
         return "smart"
     if files.fused:
@@ -41,7 +41,7 @@ def layout_of(files: HeadFiles) -> str:
 
 
 def check_layout(files: HeadFiles, layout: str) -> None:
-    """Raises ConfigError for an unknown layout, ModelError for a head that the layout has no words
+    """Raise ConfigError for an unknown layout, ModelError for a head that the layout has no words
     for."""
     if layout not in LAYOUTS:
         raise ConfigError(f"unknown layout {layout!r}; choose one of: {', '.join(LAYOUTS)}")
@@ -64,7 +64,7 @@ def check_layout(files: HeadFiles, layout: str) -> None:
 
 
 def check_rope(target: ModelConfig, layout: str) -> None:
-    """Raises ModelError for a target whose frequencies no other engine reads, as a head has the
+    """Raise ModelError for a target whose frequencies no other engine reads, as a head has the
     target's."""
     if layout != "smart" and target.rope_scaling and target.rope_scaling.kind == "factors":
         raise ModelError(
@@ -74,8 +74,8 @@ def check_rope(target: ModelConfig, layout: str) -> None:
 
 
 def write_head(files: HeadFiles, checkpoint: Checkpoint, layout: str, folder: Path) -> None:
-    """Writes model.safetensors and config.json. checkpoint: the target, whose output rows a head
-    may have borrowed.
+    """Write model.safetensors and config.json. checkpoint: the target, whose output rows a head may
+    have borrowed.
 
     Raises ConfigError or ModelError, before anything is written."""
     check_layout(files, layout)
@@ -192,8 +192,8 @@ LAYOUTS: Mapping[str, Parts] = {
 
 
 def _eagle3_tensors(files: HeadFiles, checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """The output rows become the head's own, and the draft vocabulary is written as both engines
-    read it."""
+    """Return tensors in which the output rows are the head's own, and the draft vocabulary is
+    written as both engines read it."""
     weights = _tensors(files)
     ids = weights.pop("draft_ids").long()
     if "lm_head.weight" not in weights:
@@ -213,7 +213,7 @@ def _tensors(files: HeadFiles) -> dict[str, Tensor]:
 
 
 def _on_hub(model: str) -> str:
-    """What other programs know a built-in model by; other names as they are."""
+    """Return what other programs know a built-in model by; other names as they are."""
     known = NAMED_MODELS.get(model.partition("@")[0])
     if known:
         return known.repository.removesuffix("-GGUF")

@@ -30,7 +30,8 @@ def stacked(part: FeaturePart) -> Tensor:
 
 
 def apart(part: FeaturePart) -> FeaturePart:
-    """The part, copied where it is a small piece of an array that it would keep alive whole."""
+    """Return the part, copied where it is a small piece of an array that it would keep alive
+    whole."""
     if isinstance(part, tuple):
         return part
     if isinstance(part, Tensor):
@@ -39,13 +40,14 @@ def apart(part: FeaturePart) -> FeaturePart:
 
 
 def take_rows(features: Features, rows: IntArray) -> Tensor:
-    """Rows of features or outputs: [rows, width], a copy."""
+    """Return rows of features or outputs: [rows, width], a copy."""
     features = torch.as_tensor(features)
     return features[upload(rows, features.device)]
 
 
 def readable(part: FeaturePart) -> FeaturePart:
-    """The part in float32 with rows that lie in one piece, as features of our own targets do."""
+    """Return the part in float32 with rows that lie in one piece, as features of our own targets
+    do."""
     first = part if isinstance(part, Tensor | np.ndarray) else part[0][0]
     if isinstance(first, np.ndarray) or (first.dtype == torch.float32 and first.stride(1) == 1):
         return part
@@ -53,7 +55,7 @@ def readable(part: FeaturePart) -> FeaturePart:
 
 
 def row_addresses(parts: Sequence[FeaturePart]) -> IntArray:
-    """The address of each row of readable parts, which must stay alive."""
+    """Return the address of each row of readable parts, which must stay alive."""
     found: list[int] = []
     for part in parts:
         if isinstance(part, Tensor | np.ndarray):

@@ -66,8 +66,8 @@ class HeadFiles:
 
 
 def head_folder(name: str | Path, trust_pickle: bool = False) -> Path:
-    """The folder of a head: a local one, or OWNER/NAME from the hub, pickled weights only if there
-    are no others.
+    """Return the folder of a head: a local one, or OWNER/NAME from the hub, pickled weights only if
+    there are no others.
 
     Raises ModelError or DownloadError."""
     path = expanded(name)
@@ -89,7 +89,8 @@ def head_folder(name: str | Path, trust_pickle: bool = False) -> Path:
 
 
 def is_head(folder: Path) -> bool:
-    """Whether a local folder says that it is a draft head's, though a tokenizer may lie in it."""
+    """Return whether a local folder says that it is a draft head's, though a tokenizer may lie in
+    it."""
     path = folder / "config.json"
     if not path.is_file():
         return False
@@ -100,7 +101,7 @@ def is_head(folder: Path) -> bool:
 
 
 def is_for(folder: Path, target: ModelConfig) -> bool:
-    """Whether a head of ours is for a model of the target's sizes."""
+    """Return whether a head of ours is for a model of the target's sizes."""
     path = folder / "config.json"
     with reading(path):
         config = read_json(path)
@@ -125,13 +126,13 @@ def load_head(folder: Path, target: ModelConfig, trust_pickle: bool = False) -> 
 
 
 def check_folder(folder: Path) -> None:
-    """Raises ModelError for a folder that is no head's."""
+    """Raise ModelError for a folder that is no head's."""
     if not (folder / "config.json").exists():
         raise ModelError(f"{folder} is not a draft head: it has no config.json")
 
 
 def scheme_of(config: Mapping[str, Any]) -> str | None:
-    """How a head's matrices are rounded, by its config; None where they are not. Raises
+    """Return how a head's matrices are rounded, by its config; None where they are not. Raises
     ValueError for what is not known."""
     scheme = config.get("quantization") if _is_ours(config) else None
     if scheme not in (None, *ROUNDED):
@@ -234,7 +235,8 @@ def _aux_norms(shape: ModelConfig, aux_layers: int) -> Shapes:
 def _found_aux_norms(
     folder: Path, weights: Mapping[str, Tensor], shape: ModelConfig, aux_layers: int
 ) -> Shapes:
-    """The same of a published head, which may have none. Raises ModelError if it has some only."""
+    """Return the same of a published head, which may have none. Raises ModelError if it has some
+    only."""
     norms = _aux_norms(shape, aux_layers)
     found = {name for name in weights if name.startswith("fc_norm.")}
     if found and found != norms.keys():
@@ -253,7 +255,7 @@ def _supports_images(folder: Path, config: Mapping[str, Any]) -> bool:
 
 
 def _shape(folder: Path, config: Mapping[str, Any], target: ModelConfig) -> ModelConfig:
-    """The head's own layer. What is not said is as in the public code: rope_theta 10000,
+    """Return the head's own layer. What is not said is as in the public code: rope_theta 10000,
     rms_norm_eps 1e-6."""
     layer = config.get("transformer_layer_config") or config
     _refuse_options(folder, config, layer)
@@ -310,8 +312,8 @@ def _check_equal(folder: Path, name: str, found: Any, wanted: int) -> None:
 
 
 def _aux_layers(folder: Path, config: Mapping[str, Any], target: ModelConfig) -> tuple[int, ...]:
-    """Layers whose outputs the head reads, counted from 1: the inputs of layers 2, L // 2 and L -
-    3, unless it says so.
+    """Return layers whose outputs the head reads, counted from 1: the inputs of layers 2, L // 2
+    and L - 3, unless it says so.
 
     speculators names layer inputs; SpecForge's nested `eagle_config` names layer outputs, which are
     one further on."""
@@ -323,7 +325,8 @@ def _aux_layers(folder: Path, config: Mapping[str, Any], target: ModelConfig) ->
 
 
 def _within(folder: Path, listed: Sequence[Any], target: ModelConfig) -> tuple[int, ...]:
-    """The layers a head reads. Raises ModelError unless they are the target's, and in order."""
+    """Return the layers a head reads. Raises ModelError unless they are the target's, and in
+    order."""
     aux_layers = tuple(int(i) for i in listed)
     ascending = sorted(set(aux_layers)) == list(aux_layers)
     if not aux_layers or not ascending or aux_layers[0] < 1 or aux_layers[-1] > target.layers:
@@ -386,7 +389,7 @@ def further_shapes(c: ModelConfig) -> Shapes:
 
 
 def layer_prefixes(layers: int) -> list[str]:
-    """What the names of each layer's tensors start with in `HeadFiles.weights`."""
+    """Return what the names of each layer's tensors start with in `HeadFiles.weights`."""
     return [FIRST, *(f"layers.{i}." for i in range(1, layers))]
 
 
@@ -395,7 +398,7 @@ def _layer_shapes(c: ModelConfig, width: int, prefix: str) -> Shapes:
 
 
 def _first_shapes(c: ModelConfig, width: int) -> Shapes:
-    """Those of the first layer, but for norms of what it reads."""
+    """Return those of the first layer, but for norms of what it reads."""
     shapes = _layer_shapes(c, width, FIRST)
     del shapes[f"{FIRST}input_layernorm.weight"]
     return shapes

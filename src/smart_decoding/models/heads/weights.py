@@ -68,7 +68,7 @@ class HeadWeights:
         return self._read(name).to(self.target.dtype)
 
     def get(self, name: str) -> Tensor | None:
-        """The tensor, or None where the head has none of that name."""
+        """Return the tensor, or None where the head has none of that name."""
         return self[name] if name in self.files.weights else None
 
     def ones(self) -> Tensor:
@@ -110,7 +110,7 @@ class HeadWeights:
         return as_tensor(self.files.weights[name]).to(self.target.device)
 
     def layers(self) -> list[LayerWeights]:
-        """Its layers; the first has no norm of its own at its input."""
+        """Return its layers; the first has no norm of its own at its input."""
         shape = self.files.shape
         target = self.target
         return [

@@ -37,7 +37,7 @@ NEAR = 5.0  # nats below the maximum within which noise is evaluated at once; a 
 
 
 def draw(rows: Sequence[FloatRow], specs: Sequence[SampleSpec]) -> list[int]:
-    """The tokens of rows [vocab] float32 of raw logits, each by its own spec."""
+    """Return the tokens of rows [vocab] float32 of raw logits, each by its own spec."""
     processed = [process(row, spec) for row, spec in zip(rows, specs, strict=True)]
     if library.unavailable() is None:
         return _draw_by_kernels(processed, specs)
@@ -61,7 +61,7 @@ def _draw_alone(row: FloatRow, spec: SampleSpec) -> int:
 
 
 def _draw_by_kernels(rows: Sequence[FloatRow], specs: Sequence[SampleSpec]) -> list[int]:
-    """The same tokens in one call of the kernels. What rounding would decide, they leave to
+    """Return the same tokens in one call of the kernels. What rounding would decide, they leave to
     numpy."""
     asked = [_draw_of(spec, address(row)) for row, spec in zip(rows, specs, strict=True)]
     drawn = kernels.draw(kernels.draw_structs(asked), len(rows[0]))
@@ -98,8 +98,8 @@ def _draw_of(spec: SampleSpec, row: int = 0) -> kernels.Draw:
 
 
 def top_k_floor(row: FloatRow, k: int) -> float:
-    """The k-th largest score: tokens below are cut, all that tie with it stay (as in transformers
-    and vLLM)."""
+    """Return the k-th largest score: tokens below are cut, all that tie with it stay (as in
+    transformers and vLLM)."""
     if not 0 < k < len(row):
         return LOWEST
     return max(LOWEST, float(np.partition(row, len(row) - k)[len(row) - k]))
@@ -164,7 +164,8 @@ def _gumbel_max(
 def _best(
     row: FloatRow, tokens: NDArray[np.int64], noise: FloatRow, temperature: float
 ) -> tuple[int, float]:
-    """The token with the highest perturbed score, and that score; the lowest id of several."""
+    """Return the token with the highest perturbed score, and that score; the lowest id of
+    several."""
     perturbed = (row[tokens] / np.float32(temperature)).astype(np.float64) + noise
     i = int(perturbed.argmax())
     return int(tokens[i]), float(perturbed[i])

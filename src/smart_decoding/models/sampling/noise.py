@@ -28,8 +28,8 @@ G_MIN = float(np.float32(-math.log(-math.log(0.5**BITS / 2))))  # about -3.13: n
 
 
 def noise_key(seed: ArrayLike, sample: ArrayLike, position: ArrayLike) -> NDArray[np.uint64]:
-    """One 64-bit key per (seed, sample index, output position), broadcast; position 0 is the first
-    output token."""
+    """Return one 64-bit key per (seed, sample index, output position), broadcast; position 0 is the
+    first output token."""
     with np.errstate(over="ignore"):
         key = _mix(_uint64(seed) + _STEP)
         key = _mix((key ^ _uint64(sample)) + _STEP)
@@ -56,7 +56,7 @@ def gumbel(key: ArrayLike, token: ArrayLike) -> NDArray[np.float32]:
 
 
 def fewest_bits(noise: float) -> int:
-    """A number of bits below which `gumbel_of_bits` is certainly less than `noise` (float32
+    """Return a number of bits below which `gumbel_of_bits` is certainly less than `noise` (float32
     rounding included)."""
     if noise <= G_MIN:
         return 0

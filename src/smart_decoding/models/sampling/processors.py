@@ -86,6 +86,6 @@ def _penalise(
 
 
 def min_p_distance(params: SamplingParams) -> float:
-    """How far below the best score min_p cuts: where a token has that part of the most likely one's
-    probability."""
+    """Return how far below the best score min_p cuts: where a token has that part of the most
+    likely one's probability."""
     return params.temperature * math.log(params.min_p) if params.min_p > 0 else -math.inf

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 
 def noise_of(asked: LevelRequest) -> tuple[FloatRow, NDArray[np.uint64] | None]:
-    """Factors on the logits [rows], and keys of the noise [rows] (0: none), or None if no row has
-    any."""
+    """Return factors on the logits [rows], and keys of the noise [rows] (0: none), or None if no
+    row has any."""
     sampled = asked.temperature > 0
     scale = np.where(sampled, 1.0 / np.maximum(asked.temperature, 1e-3), 1.0).astype(np.float32)
     if not sampled.any():
@@ -34,8 +34,8 @@ def noise_of(asked: LevelRequest) -> tuple[FloatRow, NDArray[np.uint64] | None]:
 def noise_of_levels(
     asked: LevelRequest, levels: int
 ) -> tuple[FloatRow | None, NDArray[np.uint64] | None]:
-    """The same for each request at `levels` levels: factors [batch], and keys [batch, levels]; None
-    where all are greedy."""
+    """Return the same for each request at `levels` levels: factors [batch], and keys [batch,
+    levels]; None where all are greedy."""
     if not len(asked.draws):
         return None, None
     scale, keys = noise_of(asked)
@@ -43,7 +43,7 @@ def noise_of_levels(
 
 
 def ranked(logits: Tensor, tokens: Tensor, asked: LevelRequest, native: bool) -> Ranked:
-    """The most likely of `tokens` [n] after each row of logits [rows, n], best first, and
+    """Return the most likely of `tokens` [n] after each row of logits [rows, n], best first, and
     probabilities: [rows, k].
 
     Greedy rows: softmax over `tokens`. Others: what the drafter would draw at the row's temperature
@@ -78,7 +78,7 @@ def noise_there(asked: LevelRequest, device: torch.device) -> Tensor | None:
 def best_children(
     logits: Tensor, tokens: Tensor, k: int, noise: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """What `ranked` says, where the logits lie: ids and log probabilities, [rows, k]. noise:
+    """Return what `ranked` says, where the logits lie: ids and log probabilities, [rows, k]. noise:
     `packed_noise`, or None where all rows are greedy."""
     scores = logits.float() if noise is None else _noisy(logits, tokens, noise)
     best, ids = scores.topk(k)

@@ -111,7 +111,7 @@ def _row_logprobs(row: FloatRow, token: int, k: int) -> TokenLogprobs:
 
 
 def _rows(logits: torch.Tensor, indices: NDArray[np.int64]) -> Sequence[FloatRow]:
-    """The rows as float32 arrays [vocab]: views on a CPU, one transfer elsewhere."""
+    """Return the rows as float32 arrays [vocab]: views on a CPU, one transfer elsewhere."""
     if logits.device.type == "cpu":
         plain = logits.dtype == torch.float32 and not logits.requires_grad
         rows = np.ascontiguousarray((logits if plain else logits.detach().float()).numpy())

@@ -41,8 +41,8 @@ BUILT_IN = {"vicuna": _VICUNA}
 
 
 def read(chosen: str | Path) -> str:
-    """The template that is meant: a built-in name, a file, or the text itself (one that has braces
-    or line breaks, as no file's name has).
+    """Return the template that is meant: a built-in name, a file, or the text itself (one that has
+    braces or line breaks, as no file's name has).
 
     Raises ConfigError for a file that is missing and for a template that does not parse."""
     import jinja2
@@ -68,8 +68,8 @@ def read(chosen: str | Path) -> str:
 
 
 def hint(folder: Path, name: str) -> str:
-    """Which built-in template a model without one seems to want, by its name and config.json;
-    empty if that is not known."""
+    """Return which built-in template a model without one seems to want, by its name and
+    config.json; empty if that is not known."""
     path = folder / "config.json"
     config = read_text(path) if path.is_file() else ""
     wanted = [known for known in BUILT_IN if known in f"{name} {config}".lower()]
@@ -82,8 +82,8 @@ def hint(folder: Path, name: str) -> str:
 
 
 def find(folder: Path) -> str | None:
-    """A folder's template: chat_template.jinja, the entry of tokenizer_config.json, or that of a
-    processor. Raises ModelError."""
+    """Return a folder's template: chat_template.jinja, the entry of tokenizer_config.json, or that
+    of a processor. Raises ModelError."""
     if (folder / "chat_template.jinja").exists():
         return read_text(folder / "chat_template.jinja")
     for name in ("tokenizer_config.json", "chat_template.json", "processor_config.json"):
@@ -107,7 +107,8 @@ def _entry(path: Path) -> str | None:
 def render(
     template: str, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]
 ) -> str:
-    """The prompt text. Raises ConfigError for a malformed template and messages that it refuses."""
+    """Return the prompt text. Raises ConfigError for a malformed template and messages that it
+    refuses."""
     import jinja2
 
     given = [

@@ -143,7 +143,7 @@ def _tried(params: StructuredOutputsParams) -> str:
 
 
 def check_matcher(matcher: Any) -> None:
-    """Raises ConfigError if a matcher is in its error state."""
+    """Raise ConfigError if a matcher is in its error state."""
     if matcher.is_error():
         raise ConfigError(f"structured_outputs: {one_line(matcher.get_error())}")
 

@@ -73,14 +73,14 @@ class Grammars:
         self._lock = threading.Lock()
 
     def __call__(self, params: StructuredOutputsParams) -> GrammarConstraint:
-        """A constraint at its start. Raises ConfigError for a grammar that is wrong, unsupported or
-        matches nothing."""
+        """Return a constraint at its start. Raises ConfigError for a grammar that is wrong,
+        unsupported or matches nothing."""
         compiled = self.compiled(params)
         return GrammarConstraint(compiled.matcher.deep_copy(), self._vocab, self._eos_ids)
 
     def compiled(self, params: StructuredOutputsParams, source: str | None = None) -> Compiled:
-        """The grammar: while it is held, calls find it. Raises ConfigError as they do. source: its
-        `source_of`, where somebody has it."""
+        """Return the grammar: while it is held, calls find it. Raises ConfigError as they do.
+        source: its `source_of`, where somebody has it."""
         found = self.known(params) or self._compile(params, source)
         with self._lock:
             self._held[params] = found
@@ -91,13 +91,13 @@ class Grammars:
         return found
 
     def known(self, params: StructuredOutputsParams) -> Compiled | None:
-        """The grammar, if it has been compiled already."""
+        """Return the grammar, if it has been compiled already."""
         with self._lock:
             return self._held.get(params)
 
     def prepare(self) -> None:
-        """Does what the first grammar would wait for, and all of the process with it: seconds.
-        Where grammars cannot be had, requests for them are told why."""
+        """Do what the first grammar would wait for, and all of the process with it: seconds. Where
+        grammars cannot be had, requests for them are told why."""
         with contextlib.suppress(ConfigError):
             self._tokens(library())
 
@@ -296,7 +296,7 @@ class GrammarConstraint:
         self._coming = _MASKS.submit(self.client, functools.partial(_mask_after, ref(self), taken))
 
     def _ends(self) -> NDArray[np.bool_]:
-        """The mask where whatever comes is dropped."""
+        """Return the mask where whatever comes is dropped."""
         mask = np.zeros(self._vocab, np.bool_)
         mask[list(self._eos_ids)] = True
         return mask
@@ -313,7 +313,7 @@ class GrammarConstraint:
 def _mask_after(
     constraint: ReferenceType[GrammarConstraint], taken: list[int]
 ) -> NDArray[np.bool_]:
-    """The mask after the answer and these tokens; any if nobody wants it any more."""
+    """Return the mask after the answer and these tokens; any if nobody wants it any more."""
     wanted = constraint()
     if wanted is None:
         return np.zeros(0, np.bool_)

@@ -101,7 +101,8 @@ class Tokenizer:
         return cls(backend, specials, template, file=file if file.exists() else None)
 
     def is_that_of(self, folder: Path) -> bool:
-        """Whether a folder's is the same, byte by byte: loading takes 0.4 s for 150,000 tokens."""
+        """Return whether a folder's is the same, byte by byte: loading takes 0.4 s for 150,000
+        tokens."""
         theirs = folder / "tokenizer.json"
         if self.file is None or not theirs.exists():
             return False
@@ -121,7 +122,7 @@ class Tokenizer:
         )
 
     def save(self, folder: Path) -> None:
-        """Writes tokenizer.json and tokenizer_config.json; `load` and transformers read them
+        """Write tokenizer.json and tokenizer_config.json; `load` and transformers read them
         back."""
         self.backend.save(str(folder / "tokenizer.json"))
         config = {
@@ -142,8 +143,8 @@ class Tokenizer:
         return None if text is None else self.backend.token_to_id(text)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text. `add_special_tokens` puts the beginning token there if this model
-        uses one.
+        """Return token ids of a text. `add_special_tokens` puts the beginning token there if this
+        model uses one.
 
         Raises CapacityError for a text of more than eight characters a token of the context whose
         beginning has too many tokens, in seconds that do not grow with its length, and ConfigError
@@ -174,8 +175,8 @@ class Tokenizer:
             raise _told(error, "encode this text") from error
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Text of token ids; bytes that are no UTF-8 become U+FFFD. Raises ConfigError for ids that
-        this tokenizer cannot decode."""
+        """Return text of token ids; bytes that are no UTF-8 become U+FFFD. Raises ConfigError for
+        ids that this tokenizer cannot decode."""
         given = {"skip_special_tokens": skip_special_tokens}
         try:
             if len(ids) < _LONG:
@@ -186,8 +187,8 @@ class Tokenizer:
             raise _told(error, "decode these tokens") from error
 
     def token_text(self, token: int) -> str:
-        """A token's text as it reads behind another one: some tokenizers drop the space that a text
-        begins with."""
+        """Return a token's text as it reads behind another one: some tokenizers drop the space that
+        a text begins with."""
         if token not in self._texts:
             anchor = self.encode("a", add_special_tokens=False)
             known = len(self.decode(anchor, False))
@@ -201,7 +202,7 @@ class Tokenizer:
         template: str | None = None,
         **variables: Any,
     ) -> str:
-        """The prompt text of a conversation, by the model's own template or the one given.
+        """Return the prompt text of a conversation, by the model's own template or the one given.
 
         Raises ConfigError without a template or for messages that it refuses. `encode_prompt`
         makes tokens of it."""
@@ -223,12 +224,12 @@ class Tokenizer:
     def encode_chat(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
     ) -> list[int]:
-        """Token ids of a conversation's prompt."""
+        """Return token ids of a conversation's prompt."""
         return self.encode_prompt(self.apply_chat_template(messages, add_generation_prompt))
 
     def encode_prompt(self, text: str, template_given: bool = False) -> list[int]:
-        """Token ids of a template's text. A model's own template writes special tokens itself; one
-        that was given may leave the beginning to the tokenizer."""
+        """Return token ids of a template's text. A model's own template writes special tokens
+        itself; one that was given may leave the beginning to the tokenizer."""
         bos = self.specials.get("bos_token")
         begun = bos is not None and text.startswith(bos)
         given = self.template_given or template_given
@@ -239,7 +240,7 @@ _begun: dict[tuple[object, ...] | None, Future[Tokenizer]] = {}  # what `begin` 
 
 
 def begin(folder: Path) -> None:
-    """Begins to load a folder's tokenizer, for the next `Tokenizer.load` of the same file: in a
+    """Begin to load a folder's tokenizer, for the next `Tokenizer.load` of the same file: in a
     thread that lets others run, which may import torch meanwhile. Only from a tokenizer.json:
     others are read through transformers, which imports torch, too."""
     key = _identity(folder)
@@ -259,15 +260,15 @@ def _identity(folder: Path) -> tuple[object, ...] | None:
 
 
 def _told(error: BaseException, task: str) -> BaseException:
-    """What to raise where the library fails; its panics are no Exceptions."""
+    """Return what to raise where the library fails; its panics are no Exceptions."""
     if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
         return error
     return ConfigError(f"the model's tokenizer cannot {task}: {reason_of(error)}")
 
 
 def _backend_of(folder: Path) -> tokenizers.Tokenizer:
-    """The tokenizer, without the truncation and padding that some files have kept from training: a
-    prompt is all of it, no more."""
+    """Return the tokenizer, without the truncation and padding that some files have kept from
+    training: a prompt is all of it, no more."""
     path = folder / "tokenizer.json"
     if path.exists():
         with reading(path):
@@ -370,7 +371,7 @@ def _sentencepiece(
 
 
 def _merges_of(pieces: Mapping[str, int], scores: Sequence[float]) -> list[tuple[str, str]]:
-    """All pairs of pieces that make another one; those of the best piece first."""
+    """Return all pairs of pieces that make another one; those of the best piece first."""
     found = []
     for piece, id_ in pieces.items():
         if len(piece) > _LONGEST_PIECE:

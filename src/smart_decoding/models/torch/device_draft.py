@@ -70,7 +70,7 @@ class DeviceDraft:
         self._marks = [self._mark()]
 
     def rank(self, logits: Tensor) -> None:
-        """Ranks the children of the rows that were run last."""
+        """Rank the children of the rows that were run last."""
         noise = self._noise
         if noise is not None:
             noise = noise[:, self._mine[4], self._depth].contiguous()
@@ -86,8 +86,8 @@ class DeviceDraft:
         self._marks.append(self._mark())
 
     def expand(self, rotary: tuple[Tensor, Tensor]) -> tuple[Context, Tensor] | None:
-        """The rows of the next level, and which of the rows that were run last lie above them; None
-        behind the last level."""
+        """Return the rows of the next level, and which of the rows that were run last lie above
+        them; None behind the last level."""
         able = self._able.numel() // self._groups
         each = min(self._widths[self._depth], able, len(self._slots) // self._groups)
         if not each:
@@ -105,7 +105,7 @@ class DeviceDraft:
         return context, above
 
     def _choose(self, each: int) -> Tensor:
-        """The best candidates, ascending, so that a request's are neighbours."""
+        """Return the best candidates, ascending, so that a request's are neighbours."""
         able = self._able.view(self._groups, -1)
         wide = able.shape[1]
         if each == wide:
@@ -116,7 +116,7 @@ class DeviceDraft:
         return best.view(-1)
 
     def _layout(self, count: int) -> Rows:
-        """Rows of nodes, each a group of its own, without what depends on which they are."""
+        """Return rows of nodes, each a group of its own, without what depends on which they are."""
         wide = np.zeros(count, np.int64)
         nothing = np.zeros(count, np.int32)
         own = np.arange(count + 1, dtype=np.int32)
@@ -126,7 +126,7 @@ class DeviceDraft:
         return Rows(wide, wide, slots, nothing, starts, path, own, nothing, self._pages)
 
     def _completed(self, there: DeviceRows, token: Tensor) -> DeviceRows:
-        """The rows on the device, of `token` and these owners and paths."""
+        """Return the rows on the device, of `token` and these owners and paths."""
         count = len(token)
         size = there.size
         meta = there.meta
@@ -158,7 +158,7 @@ class DeviceDraft:
         return trees, sizes[1:], self._seconds()
 
     def _mark(self) -> Any:
-        """A moment: of the device, where it goes by its own clock."""
+        """Return a moment: of the device, where it goes by its own clock."""
         if self._tokens.device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]

@@ -30,8 +30,8 @@ Record = Callable[[Callable[[], None]], Callable[[], None]]
 
 
 def layers_on(device: torch.device, layers: Iterable[LayerWeights], graphs: bool) -> Layers:
-    """The layers on torch's products. graphs: whether they are recorded, on a CUDA device. Raises
-    ConfigError where Triton is missing there."""
+    """Return the layers on torch's products. graphs: whether they are recorded, on a CUDA device.
+    Raises ConfigError where Triton is missing there."""
     eager = TorchLayers(layers, ops_for(device))
     return GraphedLayers(eager, recorder(device)) if device.type == "cuda" and graphs else eager
 
@@ -76,7 +76,7 @@ class _Buffers:
         self._aux_hidden = None if aux is None else _room(aux)
 
     def arguments(self, given: Context) -> tuple[Tensor, Context]:
-        """What a recording is given, for forwards as large as the `given` one."""
+        """Return what a recording is given, for forwards as large as the `given` one."""
         size = given.on_device.size
         x, cosine, sine, *inputs = (part[:size] for part in self._read)
         aux = self._aux_hidden
@@ -87,7 +87,7 @@ class _Buffers:
         return x, fixed
 
     def fill(self, x: Tensor, context: Context) -> None:
-        """Brings a forward's inputs. What padding reads must not grow from forward to forward."""
+        """Bring a forward's inputs. What padding reads must not grow from forward to forward."""
         meta = context.on_device.meta
         self._meta[: len(meta)] = meta
         for buffer, part in zip(self._read, _given(x, context), strict=True):
@@ -96,14 +96,14 @@ class _Buffers:
             self._read[0][len(x) : context.on_device.size] = 0
 
     def fetch(self, x: Tensor, context: Context) -> None:
-        """Takes a forward's outputs to where its caller has them."""
+        """Take a forward's outputs to where its caller has them."""
         x.copy_(self._read[0][: len(x)])
         if context.aux_hidden is not None and self._aux_hidden is not None:
             context.aux_hidden.copy_(self._aux_hidden[: len(x)])
 
 
 def _given(x: Tensor, context: Context) -> list[Tensor]:
-    """What a forward reads, row by row."""
+    """Return what a forward reads, row by row."""
     inputs = [] if context.inputs is None else [context.inputs]
     return [x, *context.rotation, *inputs]
 

@@ -67,7 +67,7 @@ class SteppedLevels(ABC):
     def first(
         self, rows: Rows, parts: Sequence[FeaturePart], last: IntArray, asked: LevelRequest
     ) -> Ranked:
-        """Begins a round: runs pairs of tokens and aux states; children of the `last` rows."""
+        """Begin a round: runs pairs of tokens and aux states; children of the `last` rows."""
         self._round = [take_rows(self._catch_up(rows, parts), last)]
         return self._rank(asked)
 
@@ -79,7 +79,7 @@ class SteppedLevels(ABC):
         return self._rank(asked)
 
     def follows(self, rule: TreeRule) -> bool:
-        """Whether a device can choose what levels expand: their widths are known before."""
+        """Return whether a device can choose what levels expand: their widths are known before."""
         return self.device_chooses and Fixed.before(rule) is not None
 
     def prepare(
@@ -124,22 +124,22 @@ class SteppedLevels(ABC):
 
     @abstractmethod
     def _features(self, states: Tensor) -> Tensor:
-        """Features [rows, hidden] of aux hidden states [rows, aux_layers * hidden]."""
+        """Return features [rows, hidden] of aux hidden states [rows, aux_layers * hidden]."""
 
     @abstractmethod
     def _inputs(self, rows: Rows, embedded: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
-        """The residual stream [rows, hidden], to be changed in place, and what q, k and v of the
-        first layer read."""
+        """Return the residual stream [rows, hidden], to be changed in place, and what q, k and v of
+        the first layer read."""
 
     def _catch_up(self, rows: Rows, parts: Sequence[FeaturePart]) -> Tensor:
-        """The outputs [rows, hidden] of all pairs that wait."""
+        """Return the outputs [rows, hidden] of all pairs that wait."""
         states = torch.cat([stacked(part) for part in parts])
         features = self._features(states.to(self._target.device, self._target.work_dtype))
         return self._run(Context(rows, *self.rotary), features)
 
     def _run(self, context: Context, features: Tensor) -> Tensor:
-        """One pass over pairs of features and tokens: the outputs [rows, hidden], fed back as
-        features."""
+        """Return one pass over pairs of features and tokens: the outputs [rows, hidden], fed back
+        as features."""
         rows = context.rows
         embedded = self._embed(context.on_device.token)
         put(embedded, rows.mm_embeds)

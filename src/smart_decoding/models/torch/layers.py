@@ -111,7 +111,7 @@ class KVCache:
         return 2 * self.keys.numel() * self.keys.element_size()
 
     def move(self, source: Tensor, target: Tensor) -> None:
-        """Copies slots source[i] -> target[i] (int32, on the CPU) in every layer; targets never
+        """Copy slots source[i] -> target[i] (int32, on the CPU) in every layer; targets never
         precede sources."""
         if self.native:
             kernels.move_kv(self.keys, self.values, source, target)
@@ -170,7 +170,7 @@ class Context:
         return self.cosine[position], self.sine[position]
 
     def keep_aux(self, layers: int, x: Tensor) -> None:
-        """Keeps x [rows, hidden] as it is after so many layers, if that is wanted."""
+        """Keep x [rows, hidden] as it is after so many layers, if that is wanted."""
         if self.aux_hidden is not None and layers in self.aux_layers:
             at = self.aux_layers.index(layers) * x.shape[1]
             self.aux_hidden[:, at : at + x.shape[1]] = x
@@ -180,8 +180,8 @@ class Layers(Protocol):
     """All layers of a model or head, on torch."""
 
     def __call__(self, x: Tensor, context: Context, cache: KVCache) -> None:
-        """Updates x [rows, hidden] in place, layer by layer, and writes the rows' keys and values
-        to the cache."""
+        """Update x [rows, hidden] in place, layer by layer, and write the rows' keys and values to
+        the cache."""
 
 
 class NativeLayers:
@@ -219,7 +219,7 @@ class NativeLayers:
 
 
 def converted(weight: Matrix, dtype: torch.dtype, device: torch.device) -> Matrix:
-    """The weight on a device; quants stay what they are on a CPU in bfloat16."""
+    """Return the weight on a device; quants stay what they are on a CPU in bfloat16."""
     if isinstance(weight, QuantizedTensor) and device.type == "cpu" and dtype == torch.bfloat16:
         return weight
     return as_tensor(weight).to(device, dtype)
@@ -234,7 +234,7 @@ def layer_weights(
     input_norm: bool = True,
     window: int = 0,
 ) -> LayerWeights:
-    """Collects one layer's tensors from a checkpoint in Hugging Face's names.
+    """Collect one layer's tensors from a checkpoint in Hugging Face's names.
 
     input_norm: whether the layer has a norm of its own at its input; the first one of a head has
     none. window: how many positions it sees, 0: all."""
@@ -273,7 +273,7 @@ def _layer_norms(
     dtype: torch.dtype,
     input_norm: bool,
 ) -> dict[str, Tensor]:
-    """A layer's norms by their names in LayerWeights."""
+    """Return a layer's norms by their names in LayerWeights."""
     names = {"post_norm": config.norm_before_ffn}
     if input_norm:
         names["input_norm"] = "input_layernorm"
@@ -296,6 +296,6 @@ def _layer_norms(
 def norm_weight(
     config: ModelConfig, weights: Mapping[str, Matrix], name: str, dtype: torch.dtype
 ) -> Tensor:
-    """A norm's weight: in the dtype of all weights, but Gemma's, which have more digits, in
+    """Return a norm's weight: in the dtype of all weights, but Gemma's, which have more digits, in
     float32."""
     return as_tensor(weights[name]).to(torch.float32 if config.gemma else dtype)

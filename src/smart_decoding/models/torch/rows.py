@@ -42,12 +42,12 @@ class DeviceRows:
 
 
 def bucket(rows: int) -> int:
-    """The size that so many rows are padded to where a graph runs them; more are not."""
+    """Return the size that so many rows are padded to where a graph runs them; more are not."""
     return BUCKETS[bisect.bisect_left(BUCKETS, rows)] if rows <= BUCKETS[-1] else rows
 
 
 def device_rows(rows: Rows, device: torch.device) -> DeviceRows:
-    """Brings the rows to a device."""
+    """Bring the rows to a device."""
     size = bucket(len(rows))
     starts = rows.query_start_loc
     each = -(-np.diff(starts) // TILE)  # tiles of a group
@@ -72,7 +72,8 @@ def device_rows(rows: Rows, device: torch.device) -> DeviceRows:
 
 
 def upload(array: NDArray[Any], device: torch.device) -> Tensor:
-    """The array on a device; a GPU gets it through pinned memory, and nobody waits for it."""
+    """Return the array on a device; a GPU gets it through pinned memory, and nobody waits for
+    it."""
     tensor = torch.from_numpy(array)
     if device.type == "cuda":
         tensor = tensor.pin_memory()
@@ -80,7 +81,7 @@ def upload(array: NDArray[Any], device: torch.device) -> Tensor:
 
 
 def download(tensor: Tensor) -> NDArray[Any]:
-    """The tensor on the host, which waits for the device: the one way back."""
+    """Return the tensor on the host, which waits for the device: the one way back."""
     array: NDArray[Any] = tensor.cpu().numpy()
     return array
 

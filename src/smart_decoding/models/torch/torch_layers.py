@@ -55,7 +55,7 @@ class TorchLayer:
     def __call__(
         self, x: Tensor, context: Context, inputs: Tensor | None, keys: Tensor, values: Tensor
     ) -> None:
-        """Adds the layer's outputs to x [rows, hidden]. inputs: what q, k and v read, if not the
+        """Add the layer's outputs to x [rows, hidden]. inputs: what q, k and v read, if not the
         normed x."""
         w = self.weights
         normed = inputs if inputs is not None else rms_norm(x, w.input_norm, w.eps)
@@ -90,8 +90,8 @@ class TorchOps:
     def write(
         self, qkv: Tensor, w: LayerWeights, context: Context, keys: Tensor, values: Tensor
     ) -> Tensor:
-        """The queries [rows, heads, head_dim] of qkv [rows, (heads + 2 * kv_heads) * head_dim],
-        normed and rotated. Keys, treated alike, and values go to the cache."""
+        """Return the queries [rows, heads, head_dim] of qkv [rows, (heads + 2 * kv_heads) *
+        head_dim], normed and rotated. Keys, treated alike, and values go to the cache."""
         each = qkv.view(len(qkv), -1, w.head_dim)
         q, k, v = torch.split(each, [w.heads, w.kv_heads, w.kv_heads], dim=1)
         cosine, sine = (each[:, w.angle : w.angle + w.head_dim // 2] for each in context.rotation)
@@ -105,8 +105,8 @@ class TorchOps:
     def attend(
         self, q: Tensor, context: Context, keys: Tensor, values: Tensor, window: int = 0
     ) -> Tensor:
-        """What each row attends to, its own key and value included: [rows, heads * head_dim].
-        window: how many positions it sees, 0: all."""
+        """Return what each row attends to, its own key and value included: [rows, heads *
+        head_dim]. window: how many positions it sees, 0: all."""
         parts = []
         for rows, (page, offset), behind in context.grouped.groups:
             mask = behind < (window or GroupedRows.NOTHING)
@@ -166,5 +166,5 @@ class Linear:
         return F.linear(x, self._weight, self._bias)
 
     def rows_of(self, index: Tensor) -> Tensor:
-        """The weight's rows at `index` [n]: [n, in]."""
+        """Return the weight's rows at `index` [n]: [n, in]."""
         return self._weight[index]

@@ -85,5 +85,5 @@ class TritonOps:
 
 
 def splits_of(rows: int, kv_heads: int) -> int:
-    """Parts that contexts are read in, so that forwards of so many rows keep a GPU busy."""
+    """Return parts that contexts are read in, so that forwards of so many rows keep a GPU busy."""
     return max(1, min(MOST_SPLITS, BLOCKS // (-(-rows // TILE) * kv_heads)))

@@ -7,7 +7,7 @@ from typing import Any
 
 
 def generate(model: Any, **arguments: Any) -> Any:
-    """All arguments of `model.generate`, and speculative_config."""
+    """Return all arguments of `model.generate`, and speculative_config."""
     from smart_decoding.integrations.transformers import generate as smart_generate
 
     # Where this folder lies beside weights, `model.generate` is a partial of this very function.
