@@ -35,8 +35,8 @@ from smart_decoding.core.tree import ROOT, DraftTrees
 from smart_decoding.drafters.eagle import EagleDrafter
 from smart_decoding.engine.engine import Engine, EngineConfig
 from smart_decoding.engine.kv import PAGE
-from smart_decoding.engine.protocols import TargetScores
 from smart_decoding.engine.sampling_params import SamplingParams
+from smart_decoding.engine.verification import TargetScores, verify_by_rows
 from smart_decoding.errors import ModelError
 from smart_decoding.models.checkpoints.config import ModelConfig
 from smart_decoding.models.checkpoints.loading import Checkpoint
@@ -102,7 +102,8 @@ class RandomWeights(Mapping[str, torch.Tensor]):
 class ReplayedTarget:
     """A target that computes everything and then says what the recorded answers say."""
 
-    verify_round = None
+    native = None
+    verify = verify_by_rows
 
     def __init__(self, inner: TorchTarget, trace: Trace) -> None:
         self._inner = inner
@@ -123,8 +124,8 @@ class ReplayedTarget:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
 
-    def verify(self, rows: Rows, aux_layers: tuple[int, ...]) -> TargetScores:
-        scores = self._inner.verify(rows, aux_layers)
+    def forward(self, rows: Rows, aux_layers: tuple[int, ...]) -> TargetScores:
+        scores = self._inner.forward(rows, aux_layers)
         wanted = (
             np.arange(len(rows))
             if rows.logit_rows is None

@@ -115,15 +115,15 @@ def test_rounds_in_one_call_change_no_token(method: str, monkeypatch: pytest.Mon
     cuts: list[dict[str, Any]] = [{}, {"top_p": 0.9}, {"top_k": 100}, {"min_p": 0.05}]
     cuts += [{"temperature": 0.0}, {"temperature": 0.0, "top_p": 0.9}]
     params = [SamplingParams(**{"temperature": 0.8, **cut}, max_tokens=32, seed=7) for cut in cuts]
-    native = llm.target.verify_round
-    assert native is not None
+    assert llm.target.native is not None
+    verify = llm.target.native.verify
     rounds = []
     monkeypatch.setattr(
-        llm.target, "verify_round", lambda batch: rounds.append(native(batch)) or rounds[-1]
+        llm.target.native, "verify", lambda batch: rounds.append(verify(batch)) or rounds[-1]
     )
     in_one_call = llm.generate(QUESTIONS[:6], params)
     assert len(rounds) > 5
-    monkeypatch.setattr(llm.target, "verify_round", None)
+    monkeypatch.setattr(llm.target, "native", None)
     for ours, theirs in zip(in_one_call, llm.generate(QUESTIONS[:6], params), strict=True):
         assert ours.outputs[0].token_ids == theirs.outputs[0].token_ids
         assert ours.outputs[0].metrics.accepted == theirs.outputs[0].metrics.accepted

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from smart_decoding.core.tree import ROOT, DraftTrees
+from smart_decoding.engine.drafting import Draft
 from smart_decoding.engine.history import TokenHistory
 from smart_decoding.engine.kv import BlockTable, PagePool
 from smart_decoding.engine.media import Media
@@ -23,7 +24,7 @@ from smart_decoding.engine.request import Request
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine.scheduler import Batch
 from smart_decoding.engine.stopping import StopChecker
-from smart_decoding.engine.verification import Verified, make_room, verify
+from smart_decoding.engine.verification import make_room
 from smart_decoding.errors import ModelError
 from smart_decoding.models.sampling.sampler import Sampler
 from smart_decoding.models.target import TorchTarget
@@ -31,11 +32,12 @@ from smart_decoding.models.target import TorchTarget
 from .checkpoints import MODELS, PAGES, VOCAB, decoder
 
 if TYPE_CHECKING:
-    from smart_decoding.engine.protocols import NativeBatch, NativeRound
+    from smart_decoding.engine.protocols import Verified
+    from smart_decoding.models.cpu.native_round import NativeBatch, NativeRound
 
 pytestmark = pytest.mark.usefixtures("variant")
 CONTEXTS = (5, 15, 63, 126)
-DRAFTER = SimpleNamespace(aux_layers=(1, 2))
+AUX_LAYERS = (1, 2)
 PROMPT = np.random.default_rng(8).integers(VOCAB, size=200).tolist()
 ROUNDS = 30
 GREEDY = SamplingParams(temperature=0.0, max_tokens=400)
@@ -56,8 +58,9 @@ class World(Sampler):
     """Requests of several lengths on a tiny model, verified in one call or step by step."""
 
     verify = TorchTarget.verify
+    forward = TorchTarget.forward
     move = TorchTarget.move
-    _verify_round = TorchTarget._verify_round
+    clock = staticmethod(lambda: 0.0)
     eos_token_ids = ()
 
     def __init__(
@@ -70,7 +73,7 @@ class World(Sampler):
     ) -> None:
         self.decoder = decoder(name, True, dtype, MROPE if any(pictures) else ())
         self.rounds: list[NativeRound] = []
-        self.verify_round = self._counted if whole else None
+        self.native = SimpleNamespace(verify=self._counted) if whole else None
         pool = PagePool(PAGES)
         self.requests = [
             Request(
@@ -93,7 +96,8 @@ class World(Sampler):
         )
 
     def _counted(self, batch: NativeBatch) -> NativeRound:
-        self.rounds.append(self._verify_round(batch))
+        assert self.decoder.model is not None
+        self.rounds.append(self.decoder.model.verify(batch))
         return self.rounds[-1]
 
     def run(self, batch: Batch, trees: DraftTrees, kept: np.ndarray | None = None) -> Verified:
@@ -101,7 +105,7 @@ class World(Sampler):
         for request in batch.decode:
             request.table.cover(1)
         kept = make_room(batch, trees, kept)
-        return verify(self, DRAFTER, batch, trees, kept, lambda: 0.0)  # type: ignore[arg-type]
+        return self.verify(batch, Draft(trees, kept=kept), AUX_LAYERS)  # type: ignore[misc]
 
     def round(self, trees: DraftTrees | None = None, kept: np.ndarray | None = None) -> Verified:
         trees = DraftTrees.empty(len(self.requests)) if trees is None else trees

@@ -16,8 +16,8 @@ from .test_vision import load, message
 from .vision import SEE, picture, save_llava, save_qwen2_vl
 
 if TYPE_CHECKING:
-    from smart_decoding.engine.protocols import NativeRound
     from smart_decoding.llm import LLM
+    from smart_decoding.models.cpu.native_round import NativeRound
 
 CHATS = [
     message(picture(1), "What is it?"),
@@ -53,9 +53,10 @@ def sampling(temperature: float) -> list[SamplingParams]:
 def counted_rounds(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> list[NativeRound]:
     """The rounds to come that are verified in one call."""
     rounds: list[NativeRound] = []
-    verify = llm.target.verify_round
+    assert llm.target.native is not None
+    verify = llm.target.native.verify
     monkeypatch.setattr(
-        llm.target, "verify_round", lambda batch: rounds.append(verify(batch)) or rounds[-1]
+        llm.target.native, "verify", lambda batch: rounds.append(verify(batch)) or rounds[-1]
     )
     return rounds
 
@@ -71,8 +72,8 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def alone(folder: Path) -> dict[float, list[list[int]]]:
     """Plain decoding step by step, each chat with nothing else around."""
     llm = load(folder, speculative_config=False, enable_prefix_caching=False)
-    assert llm.target.verify_round is not None
-    llm.target.verify_round = None
+    assert llm.target.native is not None
+    llm.target.native = None
     return {
         t: [llm.chat(c, p)[0].outputs[0].token_ids for c, p in zip(CHATS, sampling(t), strict=True)]
         for t in (0.0, 0.8)

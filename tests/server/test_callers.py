@@ -224,14 +224,14 @@ def test_a_request_that_breaks_a_round_ends_alone(
     llm = slow(load(enable_prefix_caching=False, speculative_config=False), 0.001)
     free = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True, logit_bias={7: -100})
     (wanted,) = llm.generate("abc", free)
-    verify = llm.target.verify
+    forward = llm.target.forward
 
     def raising(rows: Any, aux_layers: Any) -> Any:
         if (rows.token == 7).any():
             raise RuntimeError("poison")
-        return verify(rows, aux_layers)
+        return forward(rows, aux_layers)
 
-    llm.target.verify = raising  # type: ignore[method-assign]
+    llm.target.forward = raising  # type: ignore[method-assign]
 
     caplog.set_level("WARNING", "smart")
     check_poison_ends_alone(llm, free, wanted.outputs[0].text)
@@ -266,7 +266,7 @@ def test_who_waits_for_a_mask_has_not_survived(load: Any, monkeypatch: pytest.Mo
     form = StructuredOutputsParams(regex="h{30}")
     bound = SamplingParams(temperature=0, max_tokens=20, structured_outputs=form)
     (wanted,) = llm.generate("abc", free)
-    verify = llm.target.verify
+    forward = llm.target.forward
     mask = GrammarConstraint._mask
     after = Isolation.after_failed_round
     failed = []
@@ -274,7 +274,7 @@ def test_who_waits_for_a_mask_has_not_survived(load: Any, monkeypatch: pytest.Mo
     def raising(rows: Any, aux_layers: Any) -> Any:
         if (rows.token == poison).any():
             raise RuntimeError("poison")
-        return verify(rows, aux_layers)
+        return forward(rows, aux_layers)
 
     def late(constraint: GrammarConstraint, path: Any) -> Any:
         time.sleep(0.05)
@@ -287,7 +287,7 @@ def test_who_waits_for_a_mask_has_not_survived(load: Any, monkeypatch: pytest.Mo
     monkeypatch.setattr(grammars, "EXPENSIVE", -1.0)
     monkeypatch.setattr(GrammarConstraint, "_mask", late)
     monkeypatch.setattr(Isolation, "after_failed_round", counting)
-    llm.target.verify = raising  # type: ignore[method-assign]
+    llm.target.forward = raising  # type: ignore[method-assign]
     with ThreadPoolExecutor() as pool:
         other = pool.submit(llm.generate, "abc", free)
         with pytest.raises(RuntimeError, match="poison"):

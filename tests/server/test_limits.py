@@ -404,14 +404,14 @@ def test_a_full_queue_and_a_long_wait_are_refused(load: Any) -> None:
 
 def poisoned(llm: LLM, error: Exception) -> LLM:
     """Token 7 makes its forward raise, whoever else is in the batch."""
-    verify = llm.target.verify
+    forward = llm.target.forward
 
     def raising(rows: Any, aux_layers: Any) -> Any:
         if (rows.token == 7).any():
             raise error
-        return verify(rows, aux_layers)
+        return forward(rows, aux_layers)
 
-    llm.target.verify = raising  # type: ignore[method-assign]
+    llm.target.forward = raising  # type: ignore[method-assign]
     return llm
 
 

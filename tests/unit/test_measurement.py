@@ -35,7 +35,7 @@ class Machine:
         self.touched: set[int] = set()
         self.held: set[int] = set()  # pages of requests
 
-    def verify(self, rows: Rows, aux_layers: tuple[int, ...]) -> Any:
+    def forward(self, rows: Rows, aux_layers: tuple[int, ...]) -> Any:
         used = set((rows.slot_mapping // PAGE).tolist()) | set(rows.pages.tolist())
         assert used.isdisjoint(self.held)
         seconds = ROW * len(rows.token) + FAULT * len(used - self.touched)
@@ -51,8 +51,8 @@ def target_of(machine: Machine, max_positions: int = 4096) -> Any:
         device=torch.device("cpu"),
         max_positions=max_positions,
         steps=(12,),
-        verify_round=None,
-        verify=machine.verify,
+        native=None,
+        forward=machine.forward,
     )
 
 

@@ -16,7 +16,7 @@ from smart_decoding.engine.drafting import Draft
 from smart_decoding.engine.kv import PAGE, PagePool
 from smart_decoding.engine.scheduler import Batch, Scheduler
 from smart_decoding.engine.structured import Constraint, StructuredOutputsParams, grammatical
-from smart_decoding.engine.verification import Verified, make_room, verify
+from smart_decoding.engine.verification import make_room
 from smart_decoding.errors import CapacityError, ConfigError
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from smart_decoding.core.rule import TreeRule
     from smart_decoding.core.tree import Acceptance
     from smart_decoding.engine.media import Media
-    from smart_decoding.engine.protocols import Clock, Drafter, Target
+    from smart_decoding.engine.protocols import Clock, Drafter, Target, Verified
     from smart_decoding.engine.request import Request
     from smart_decoding.engine.sampling_params import SamplingParams
     from smart_decoding.engine.stopping import Decode
@@ -183,13 +183,14 @@ class Engine:
         if draft.interrupted:
             self._dropped.update(batch.decode)
             return []
-        kept = _allowed(batch, state, draft)
-        verified = verify(self.target, self.drafter, batch, draft.trees, kept, self._clock)
+        draft.kept = _allowed(batch, state, draft)
+        aux_layers = () if self.drafter is None else self.drafter.aux_layers
+        verified = self.target.verify(batch, draft, aux_layers)
         self._dropped.difference_update(batch.decode)
         emitted, accepted = self._update(batch, verified)
         self._hand_over(batch, verified)
-        self.scheduler.charge(batch, _count_nodes(batch, draft.trees, kept, accepted))
-        done = _round(batch, state, draft, kept, verified)
+        self.scheduler.charge(batch, _count_nodes(batch, draft, accepted))
+        done = _round(batch, state, draft, verified)
         if batch.decode:
             self._observe(done, self._clock() - started - verified.seconds - draft.seconds)
         seconds = self._clock() - started
@@ -347,9 +348,9 @@ def _round(
     batch: Batch,
     state: BatchState,
     draft: Draft,
-    kept: IntArray,
     verified: Verified,
 ) -> Round:
+    kept = draft.kept
     next_token = verified.acceptance.next_token  # after each node in `kept`
     if len(kept) < len(draft.trees):
         next_token = np.full(len(draft.trees), -1, np.int64)
@@ -390,14 +391,12 @@ def _record(
     )
 
 
-def _count_nodes(
-    batch: Batch, trees: DraftTrees, kept: IntArray, accepted: Sequence[int]
-) -> list[int]:
+def _count_nodes(batch: Batch, draft: Draft, accepted: Sequence[int]) -> list[int]:
     """Count drafted and verified nodes. Returns the rows of each decoding request."""
-    if not len(trees):
+    if not len(draft.trees):
         return [1] * len(batch.decode)
-    drafted = trees.counts()
-    verified = trees.counts(kept)
+    drafted = draft.trees.counts()
+    verified = draft.trees.counts(draft.kept)
     for i, request in enumerate(batch.decode):
         request.metrics.drafted += drafted[i]
         request.metrics.verified += verified[i]

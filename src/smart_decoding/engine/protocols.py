@@ -1,113 +1,74 @@
 """What the engine needs of a model and of a drafter: it knows these protocols, not their
 implementations.
 
-`Features` are opaque to the engine: the target's hidden states that a drafter asked for through
-`aux_layers`.
+`Features` are opaque to the engine: the target's hidden states after a drafter's `aux_layers`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 if TYPE_CHECKING:
     from smart_decoding.core.rule import TreeRule
-    from smart_decoding.core.tree import Acceptance, DraftTrees, IntArray
+    from smart_decoding.core.tree import Acceptance
     from smart_decoding.engine.drafting import Draft
-    from smart_decoding.engine.history import SampleSpec
-    from smart_decoding.engine.kv import Ints
     from smart_decoding.engine.request import Request
-    from smart_decoding.engine.rows import Rows
+    from smart_decoding.engine.scheduler import Batch
 
 Features: TypeAlias = Any
-Logits: TypeAlias = Any
 Clock: TypeAlias = Callable[[], float]
 
 
 @dataclass(slots=True)
-class TargetScores:
-    """logits: the wanted rows' [wanted, vocab], on the backend; features: all rows' aux hidden
-    states, or None; greedy: what `argmax` says of the wanted rows, where the backend knows it
-    anyway; draws_all: whether the forward goes on while its rows are drawn, all at once, which
-    is the one wait for a device. Tokens of rows that are not visited may be -1."""
+class Committed:
+    """What the target has now computed for good: `count` positions of a request from `first` on.
 
-    logits: Logits
+    rows: where their features are. A slice where they are neighbours, as in the best chain, which
+    saves a copy."""
+
+    request: Request
+    first: int
+    count: int
+    rows: slice | list[int]
+
+
+@dataclass(slots=True)
+class Verified:
+    """What came of a round.
+
+    requests: those that get tokens, the decoding ones first, then those whose prompt ended.
+    rows: of the forward. committed: of `requests` in order, then of prompts that go on. Seconds: of
+    the forward, of drawing tokens, of moving keys, and of forward and drawing together."""
+
+    requests: list[Request]
+    acceptance: Acceptance
+    rows: int
     features: Features
-    greedy: IntArray | None = None
-    draws_all: bool = False
-
-
-class NativeBatch(NamedTuple):
-    """A round of decoding in which the logits are drawn from as they come from the model.
-
-    roots: each request's last token; lengths: its position; rotary: the same as rotary embeddings
-    take it; tables: the addresses of the block tables, which have room for the nodes; kept: which
-    of the trees' nodes are verified; aux_layers: as in Target.verify; specs: how the token after
-    each root is drawn, or None where all requests take the first maximum."""
-
-    roots: Sequence[int]
-    lengths: Sequence[int]
-    rotary: Sequence[int]
-    tables: Sequence[int]
-    trees: DraftTrees
-    kept: IntArray
-    aux_layers: tuple[int, ...]
-    specs: Sequence[SampleSpec] | None = None
-
-
-class NativeRound(NamedTuple):
-    """What came of it.
-
-    acceptance: None where the forward is all that was done, since rounding would decide a token.
-    scores: of all rows; logits only where `specs` were given. first: the row of each request's root
-    in the features, which those of its accepted nodes follow. Seconds: of the forward, of drawing
-    tokens, of moving keys."""
-
-    acceptance: Acceptance | None
-    scores: TargetScores
-    first: list[int]
+    committed: list[Committed]
     forward_seconds: float
     sample_seconds: float
     kv_seconds: float
-
-
-# A whole round in one call: `verify`, `sample`, the walk down the trees, and `move` of what was
-# accepted.
-VerifyRound: TypeAlias = Callable[[NativeBatch], NativeRound]
+    seconds: float
 
 
 class Target(Protocol):
-    """The model whose output is wanted."""
+    """The model that answers."""
 
     vocab: int
     max_positions: int
     eos_token_ids: tuple[int, ...]
 
-    verify_round: VerifyRound | None
-
-    def verify(self, rows: Rows, aux_layers: tuple[int, ...]) -> TargetScores:
-        """Return one forward of the rows; their keys and values are written to their slots."""
-
-    def sample(self, logits: Logits, which: IntArray, specs: Sequence[Any]) -> IntArray:
-        """[which] the target's tokens at rows `which` of `logits`."""
-
-    def argmax(self, logits: Logits, which: IntArray) -> IntArray:
-        """[which] greedy tokens of the rows `which`, ties to the lowest id."""
-
-    def logprobs(
-        self, logits: Logits, which: IntArray, tokens: Sequence[int], k: Sequence[int]
-    ) -> list[Any]:
-        """Log probabilities of drawn tokens and of each row's k most likely ones."""
+    def verify(self, batch: Batch, draft: Draft, aux_layers: tuple[int, ...]) -> Verified:
+        """Run a round: the batch's rows and the draft's nodes `kept`, for which there is memory;
+        the target's tokens down the trees; and the keys of what was accepted, put into place."""
 
     def encode_image(self, pixels: Any) -> Any:
         """[length, hidden] the embeddings of a picture; of text models never called."""
 
     def forget_pictures(self) -> None:
         """`encode_image` computes all pictures anew; of text models never called."""
-
-    def move(self, source: Ints, target: Ints) -> None:
-        """Copy KV slots source[i] -> target[i], in order."""
 
 
 class Drafter(Protocol):

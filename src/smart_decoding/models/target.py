@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -11,16 +12,20 @@ import numpy as np
 import torch
 
 from smart_decoding.engine.kv import PAGE, Ints
+from smart_decoding.engine.verification import lay_out, settle, verify_by_rows
 from smart_decoding.errors import CapacityError, ConfigError, require_finite
 from smart_decoding.models.cpu.kernel_check import use_native, why_slow
+from smart_decoding.models.cpu.native_round import NativeBatch, draws_unchanged
 from smart_decoding.models.families.decoder import Decoder, RoundingDecoder
 from smart_decoding.models.families.vision import VisionTower
-from smart_decoding.models.sampling.drawing import draws_of
 from smart_decoding.models.sampling.sampler import Sampler
 
 if TYPE_CHECKING:
-    from smart_decoding.engine.protocols import NativeBatch, NativeRound, TargetScores, VerifyRound
+    from smart_decoding.engine.drafting import Draft
+    from smart_decoding.engine.protocols import Verified
     from smart_decoding.engine.rows import Rows
+    from smart_decoding.engine.scheduler import Batch
+    from smart_decoding.engine.verification import TargetScores
     from smart_decoding.models.checkpoints.loading import Checkpoint
     from smart_decoding.multimodal.pixels import Pixels
 
@@ -79,6 +84,8 @@ class TorchTarget(Sampler):
     enforce_eager: no CUDA graphs. allow_slow: plain torch on a CPU where the kernels cannot run;
     else an error."""
 
+    clock = staticmethod(time.perf_counter)
+
     def __init__(
         self,
         checkpoint: Checkpoint,
@@ -115,20 +122,23 @@ class TorchTarget(Sampler):
         self.steps = self.decoder.steps
         self.max_positions = max_model_len
         self.eos_token_ids = config.eos_token_ids
-        whole = self.decoder.model is not None
-        self.verify_round: VerifyRound | None = self._verify_round if whole else None
+        # the whole model on the kernels, which verify rounds in one call
+        self.native = self.decoder.model
 
-    def verify(self, rows: Rows, aux_layers: tuple[int, ...]) -> TargetScores:
+    def verify(self, batch: Batch, draft: Draft, aux_layers: tuple[int, ...]) -> Verified:
         """See `Target`."""
-        return self.decoder.forward(rows, aux_layers)
+        if self.native is None or not draws_unchanged(batch):
+            return verify_by_rows(self, batch, draft, aux_layers)
+        start = self.clock()
+        done = self.native.verify(NativeBatch.of(batch.decode, draft, aux_layers))
+        if done.acceptance is None:  # rounding would decide a token, which the reference draws
+            return settle(self, lay_out(batch, draft), done.scores, start, done.forward_seconds)
+        require_finite(min(map(min, done.acceptance.emitted)) >= 0)
+        return done.verified(batch.decode, self.clock() - start)
 
-    def _verify_round(self, batch: NativeBatch) -> NativeRound:
-        assert self.decoder.model is not None
-        draws = None if batch.specs is None else draws_of(batch.specs)
-        done = self.decoder.model.verify(batch, draws)
-        if done.acceptance is not None:
-            require_finite(min(map(min, done.acceptance.emitted)) >= 0)
-        return done
+    def forward(self, rows: Rows, aux_layers: tuple[int, ...]) -> TargetScores:
+        """See `RowModel`."""
+        return self.decoder.forward(rows, aux_layers)
 
     def encode_image(self, pixels: Pixels) -> torch.Tensor:
         """[length, hidden] the embeddings of a picture, for rows to be inserted."""

@@ -16,9 +16,9 @@ import numpy as np
 from smart_decoding.core.costs import DraftSample, Sample, VerifySample
 from smart_decoding.core.tree import ROOT, DraftTrees
 from smart_decoding.engine.kv import PAGE, Ints, PagePool
-from smart_decoding.engine.protocols import NativeBatch
 from smart_decoding.engine.rows import Rows, Span, build_rows
 from smart_decoding.kernels.limits import preemptions
+from smart_decoding.models.cpu.native_round import NativeBatch
 from smart_decoding.profiling.rehearsal import MORE, Rehearsal
 from smart_decoding.progress import long_step
 
@@ -335,13 +335,13 @@ class Verification:
         self._aux_layers = aux_layers
         self._tables = np.zeros((batch, each), np.int32)
         self._rows: Rows | None = None
-        self._asked: NativeBatch | None = None
-        if target.verify_round is not None:
+        self._round: NativeBatch | None = None
+        if target.native is not None:
             trees = fake_trees(batch, total - batch)
             addresses = [table.ctypes.data for table in self._tables]
             at = [context] * batch
             kept = np.arange(len(trees))
-            self._asked = NativeBatch([1] * batch, at, at, addresses, trees, kept, aux_layers)
+            self._round = NativeBatch([1] * batch, at, at, addresses, trees, kept, aux_layers)
 
     def place(self, pages: Sequence[int]) -> None:
         """In any order, as they lie once requests have come and gone: read in order they are up to
@@ -349,7 +349,7 @@ class Verification:
         batch = len(self._tables)
         mixed = np.random.default_rng(batch).permutation(np.asarray(pages, np.int32))
         self._tables[:] = mixed.reshape(batch, -1)
-        if self._asked is None:
+        if self._round is None:
             self._rows = _rows(self._tables, *self._shape)
             self._rows.token %= self._target.vocab
 
@@ -358,12 +358,12 @@ class Verification:
 
     def run(self) -> None:
         """Once."""
-        if self._asked is not None:
-            assert self._target.verify_round is not None
-            self._target.verify_round(self._asked)
+        if self._round is not None:
+            assert self._target.native is not None
+            self._target.native.verify(self._round)
             return
         assert self._rows is not None
-        scores = self._target.verify(self._rows, self._aux_layers)
+        scores = self._target.forward(self._rows, self._aux_layers)
         if scores.greedy is None:
             count = len(scores.logits) if scores.draws_all else len(self._tables)
             self._target.argmax(scores.logits, np.arange(count))

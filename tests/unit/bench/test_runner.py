@@ -312,8 +312,8 @@ def test_what_slows_the_machine_for_a_while_slows_all_contestants(world):
     clock, engines, _ = world
 
     class Unsteady(worlds.RuleTarget):
-        def verify(self, rows, aux_layers):
-            found = super().verify(rows, aux_layers)
+        def forward(self, rows, aux_layers):
+            found = super().forward(rows, aux_layers)
             self.clock.now += self.clock.now // 100 % 2  # every other 100 s takes twice as long
             return found
 

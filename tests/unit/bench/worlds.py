@@ -10,8 +10,8 @@ from smart_decoding.core.policies import make_policy
 from smart_decoding.core.tree import DraftTrees
 from smart_decoding.engine.drafting import Selection, draft_by_levels
 from smart_decoding.engine.engine import Engine, EngineConfig
-from smart_decoding.engine.protocols import TargetScores
 from smart_decoding.engine.sampling_params import SamplingParams
+from smart_decoding.engine.verification import TargetScores, verify_by_rows
 
 VOCAB, EOS = 997, 996
 
@@ -34,12 +34,12 @@ class RuleTarget:
     """A forward takes 1 s + `row_seconds` for each row."""
 
     vocab, max_positions, eos_token_ids = VOCAB, 2048, (EOS,)
-    verify_round = None
+    verify = verify_by_rows
 
     def __init__(self, clock: Clock, row_seconds: float = 0.0, rule=successor) -> None:
         self.clock, self.row_seconds, self.rule = clock, row_seconds, rule
 
-    def verify(self, rows, aux_layers):
+    def forward(self, rows, aux_layers):
         self.clock.now += 1.0 + self.row_seconds * len(rows)
         wanted = rows.token if rows.logit_rows is None else rows.token[rows.logit_rows]
         return TargetScores(np.asarray(self.rule(wanted)), None)

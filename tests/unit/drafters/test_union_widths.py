@@ -11,6 +11,7 @@ import pytest
 from smart_decoding.drafters.draft_model import DraftModelDrafter
 from smart_decoding.drafters.ngram import NgramDrafter
 from smart_decoding.drafters.union import UnionDrafter
+from smart_decoding.kernels import ops
 from smart_decoding.models.draft_model import DraftModel
 
 from .tiny import PAGES, SCRATCH, SMALL, ask, checkpoint, engine_of, target_of
@@ -72,24 +73,29 @@ def test_widths_are_the_rows_that_the_model_ran(
     assert fewer
 
 
+def callers() -> list[str]:
+    """The functions between this one's caller and `Engine.step`, the nearest first."""
+    frame = sys._getframe(2)
+    names: list[str] = []
+    while frame.f_code.co_name != "step":
+        names.append(frame.f_code.co_qualname)
+        assert frame.f_back is not None
+        frame = frame.f_back
+    return names
+
+
 class Watched:
     """A library whose drafting notes who called it, from the nearest function on."""
 
-    def __init__(self, inner: Any, seen: list[list[str]]) -> None:
+    def __init__(self, inner: Any, found: list[list[str]]) -> None:
         self._inner = inner
-        self._seen = seen
+        self._found = found
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
 
     def smart_draft(self, *arguments: Any) -> int:
-        frame = sys._getframe(1)
-        names: list[str] = []
-        while frame.f_code.co_name != "step":
-            names.append(frame.f_code.co_qualname)
-            assert frame.f_back is not None
-            frame = frame.f_back
-        self._seen.append(names)
+        self._found.append(callers())
         return int(self._inner.smart_draft(*arguments))
 
 
@@ -97,10 +103,29 @@ def test_few_frames_lie_between_a_step_and_the_native_draft() -> None:
     engine = engine_with(SCRATCH, in_one_call=True)
     union: Any = engine.drafter
     selection = union.model._model._selection
-    seen: list[list[str]] = []
-    selection._library = Watched(selection._library, seen)
+    found: list[list[str]] = []
+    selection._library = Watched(selection._library, found)
     while engine.has_unfinished_requests:
         engine.step()
-    assert seen
-    for names in seen:
+    assert found
+    for names in found:
         assert names == ["NativeSelection.draft", "LevelDrafter.draft", "UnionDrafter.draft"]
+
+
+def test_few_frames_lie_between_a_step_and_the_native_verification(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = engine_with(SCRATCH, in_one_call=True)
+    found: list[list[str]] = []
+    native = ops.verify_round
+
+    def watched(*arguments: Any) -> bool:
+        found.append(callers())
+        return native(*arguments)
+
+    monkeypatch.setattr(ops, "verify_round", watched)
+    while engine.has_unfinished_requests:
+        engine.step()
+    assert found
+    for names in found:
+        assert names == ["NativeModel.verify", "TorchTarget.verify"]

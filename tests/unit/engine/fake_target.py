@@ -9,6 +9,7 @@ output, which tests compare.
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from smart_decoding.engine.kv import PAGE, Ints
-from smart_decoding.engine.protocols import TargetScores
+from smart_decoding.engine.verification import TargetScores, verify_by_rows
 from smart_decoding.models.sampling.noise import uniform_bits
 from smart_decoding.models.sampling.sampler import Sampler
 
@@ -32,7 +33,8 @@ class FakeTarget(Sampler):
     """`pages` KV pages; `spread`: difference between the largest and smallest logit. Features are
     (token, position)."""
 
-    verify_round = None
+    verify = verify_by_rows
+    clock = staticmethod(time.perf_counter)
 
     def __init__(
         self,
@@ -49,7 +51,7 @@ class FakeTarget(Sampler):
         self.slots = np.full((pages * PAGE, 2), EMPTY, np.int64)
         self.rows = 0  # of all forwards so far
 
-    def verify(self, rows: Rows, aux_layers: tuple[int, ...]) -> TargetScores:
+    def forward(self, rows: Rows, aux_layers: tuple[int, ...]) -> TargetScores:
         self.rows += len(rows)
         own = np.stack((rows.token, rows.position), axis=1)
         self.slots[rows.slot_mapping] = own
@@ -62,7 +64,7 @@ class FakeTarget(Sampler):
         )
 
     def logits_of(self, tokens: Sequence[int]) -> NDArray[np.float32]:
-        """[vocab] the logits after `tokens`, without any cache: what `verify` must come to."""
+        """[vocab] the logits after `tokens`, without any cache: what `forward` must come to."""
         return self._logits(np.stack((np.asarray(tokens), np.arange(len(tokens))), axis=1))
 
     def move(self, source: Ints, target: Ints) -> None:

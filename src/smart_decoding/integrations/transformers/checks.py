@@ -227,5 +227,5 @@ def _verify(
     spans = [Span(*parts) for parts in zip(tokens, starts, slots, pages, strict=True)]
     rows, last, node_row = build_rows(spans, nodes, [True, True])
     rows.logit_rows = np.concatenate((last, node_row))
-    logits: torch.Tensor = target.verify(rows, ()).logits
+    logits: torch.Tensor = target.forward(rows, ()).logits
     return logits

@@ -90,7 +90,7 @@ class HostDraftModel:
         rows.slot_mapping = self._moved(rows.slot_mapping, PAGE)
         rows.ancestors = self._moved(rows.ancestors, PAGE)
         rows.pages = self._moved(rows.pages, 1)
-        logits: torch.Tensor = self._target.verify(rows, ()).logits
+        logits: torch.Tensor = self._target.forward(rows, ()).logits
         return ranked(logits[:, : self._vocab], self._tokens, asked, self._native)
 
     def _moved(self, places: Ints, unit: int) -> Ints:

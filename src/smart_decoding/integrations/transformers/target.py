@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from smart_decoding.engine.protocols import TargetScores, VerifyRound
+from smart_decoding.engine.verification import TargetScores, verify_by_rows
 from smart_decoding.integrations.transformers.aux_hidden import AuxHidden
 from smart_decoding.integrations.transformers.cache import Layout, SlotCache, lay_out
 from smart_decoding.models.sampling.sampler import Sampler
@@ -32,7 +33,9 @@ class HostTarget(Sampler):
     a padding mask. host: the processors of a `generate` call, or None where only forwards are
     wanted."""
 
-    verify_round: VerifyRound | None = None
+    verify = verify_by_rows
+    clock = staticmethod(time.perf_counter)
+    native = None  # no kernels verify in one call
     steps = ()  # of costs over rows: not known here
 
     def __init__(
@@ -57,7 +60,7 @@ class HostTarget(Sampler):
         self._aux_hidden: AuxHidden | None = None
         self._takes = frozenset(inspect.signature(model.forward).parameters)
 
-    def verify(self, rows: Rows, aux_layers: tuple[int, ...]) -> TargetScores:
+    def forward(self, rows: Rows, aux_layers: tuple[int, ...]) -> TargetScores:
         """Return one forward of each bundle of groups; features: [rows, aux_layers * hidden].
 
         Raises ModelError for aux_layers of a model whose layers cannot be found."""

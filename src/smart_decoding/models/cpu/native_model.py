@@ -13,9 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from smart_decoding.core.tree import Acceptance
-from smart_decoding.engine.protocols import NativeBatch, NativeRound, TargetScores
+from smart_decoding.engine.verification import TargetScores
 from smart_decoding.kernels import ops as kernels
 from smart_decoding.kernels.memory import address, pointer
+from smart_decoding.models.cpu.native_round import NativeBatch, NativeRound
+from smart_decoding.models.sampling.drawing import draws_of
 
 if TYPE_CHECKING:
     from smart_decoding.core.tree import IntArray
@@ -89,8 +91,9 @@ class NativeModel:
         states = None if aux_hidden is None else torch.from_numpy(aux_hidden)
         return TargetScores(logits, states, best)
 
-    def verify(self, batch: NativeBatch, draws: NDArray[np.void] | None) -> NativeRound:
-        """See VerifyRound. draws: [requests] of `batch.specs`, as the kernels read them."""
+    def verify(self, batch: NativeBatch) -> NativeRound:
+        """Verify a round in one call: the forward, tokens down the trees, and the moves of keys."""
+        draws = None if batch.specs is None else draws_of(batch.specs)
         requests = len(batch.roots)
         rows = requests + len(batch.kept)
         given = np.array([batch.roots, batch.lengths, batch.rotary, batch.tables], np.int64)
@@ -111,9 +114,8 @@ class NativeModel:
         decided = kernels.verify_round(self.struct, struct, self._pass)
         acceptance = _acceptance(found, requests) if decided else None
         scores = TargetScores(logits, aux_hidden)
-        return NativeRound(
-            acceptance, scores, found[4, :requests].tolist(), *self._seconds.tolist()
-        )
+        first = found[4, :requests].tolist()
+        return NativeRound(acceptance, scores, rows, first, *self._seconds.tolist())
 
     def _logits_of(self, rows: int) -> Tensor:
         """[rows, vocab] memory for logits, the same in each forward."""

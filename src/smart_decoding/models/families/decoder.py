@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from smart_decoding.engine.protocols import TargetScores
+from smart_decoding.engine.verification import TargetScores
 from smart_decoding.kernels import ops as kernels
 from smart_decoding.kernels.weights import (
     ALWAYS,
