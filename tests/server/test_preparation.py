@@ -251,7 +251,7 @@ LARGE: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "a large schema": (
         "chat/completions",
-        {"messages": [USER], "structured_outputs": {"json": schema(4_500)}},
+        {"messages": [USER], "structured_outputs": {"json": schema(2_000)}},
     ),
 }
 
