@@ -15,7 +15,7 @@ import torch
 from smart_lab.hardware import layer_elements
 
 if TYPE_CHECKING:
-    from smart_decoding.models.checkpoints.config import ModelConfig
+    from smart_decoding.models.families.config import ModelConfig
 
 READ_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}  # far more than any cache
 CALLS = {"cpu": 1, "cuda": 8}  # in a try, so that a launch and a wait do not count

@@ -20,7 +20,7 @@ from smart_decoding.engine.history import SampleSpec
 from smart_decoding.engine.kv import PAGE
 from smart_decoding.engine.rows import Rows, Span, build_rows
 from smart_decoding.engine.sampling_params import SamplingParams
-from smart_decoding.models.checkpoints.config import ModelConfig
+from smart_decoding.models.families.config import ModelConfig
 from smart_decoding.models.families.decoder import Decoder
 from smart_decoding.models.sampling import drawing, noise
 from smart_decoding.models.torch import device_sampling, triton_ops

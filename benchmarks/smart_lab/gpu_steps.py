@@ -21,9 +21,9 @@ from smart_decoding.bench.provenance import commit, hardware, versions, write_js
 from smart_decoding.bench.summary import POOLED
 from smart_decoding.engine.kv import PAGE
 from smart_decoding.errors import CapacityError
-from smart_decoding.models.checkpoints.config import ModelConfig
 from smart_decoding.models.checkpoints.loading import Checkpoint
 from smart_decoding.models.checkpoints.memory import EngineLimits, need_of, tokens_beside
+from smart_decoding.models.families.config import ModelConfig
 from smart_decoding.models.target import DTYPES, TorchTarget
 from smart_decoding.profiling.measure import verification
 from smart_lab.floor import bytes_moved, near_floor, read_rate

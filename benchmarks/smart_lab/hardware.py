@@ -26,7 +26,7 @@ import numpy as np
 
 from smart_decoding.core.costs import CostModel, Curve
 from smart_decoding.errors import ConfigError, ModelError
-from smart_decoding.models.checkpoints.config import ModelConfig
+from smart_decoding.models.families.reading import config_from_hf
 
 if TYPE_CHECKING:
     from smart_decoding.core.tree import FloatArray, IntArray
@@ -159,7 +159,7 @@ def dimensions(name: str) -> Dimensions:
             f"unknown model {name!r}; known: {', '.join(models)}, or the path of a config.json"
         )
     try:
-        config = ModelConfig.from_hf(json.loads(path.read_text(encoding="utf-8")))
+        config = config_from_hf(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} is not a readable config.json: {error}") from error
     return Dimensions(

@@ -38,10 +38,11 @@ from smart_decoding.engine.kv import PAGE
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine.verification import TargetScores, verify_by_rows
 from smart_decoding.errors import ModelError
-from smart_decoding.models.checkpoints.config import ModelConfig
 from smart_decoding.models.checkpoints.loading import Checkpoint
 from smart_decoding.models.checkpoints.memory import EngineLimits, Need, need_of
 from smart_decoding.models.cpu.native_level import NativeLevel
+from smart_decoding.models.families.config import ModelConfig
+from smart_decoding.models.families.reading import config_from_hf
 from smart_decoding.models.heads.eagle_head import EagleHead
 from smart_decoding.models.heads.files import HeadFiles
 from smart_decoding.models.target import TorchTarget, device_of, dtype_of, pages_for
@@ -367,7 +368,7 @@ def model_config(name: str) -> tuple[str, ModelConfig]:
     path = Path(name)
     if path.is_file():
         try:
-            return path.parent.name or path.name, ModelConfig.from_hf(
+            return path.parent.name or path.name, config_from_hf(
                 json.loads(path.read_text(encoding="utf-8"))
             )
         except (OSError, ValueError) as error:

@@ -27,9 +27,9 @@ from smart_decoding.engine.engine import Engine, EngineConfig
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine_args import EngineArgs
 from smart_decoding.llm import _engine_config
-from smart_decoding.models.checkpoints.config import ModelConfig
 from smart_decoding.models.checkpoints.loading import Checkpoint
 from smart_decoding.models.families import decoder as decoder_module
+from smart_decoding.models.families.config import ModelConfig
 from smart_decoding.models.heads.eagle_head import EagleHead
 from smart_decoding.models.sampling import ranking, sampler
 from smart_decoding.models.target import TorchTarget

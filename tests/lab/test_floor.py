@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from smart_decoding.models.checkpoints.config import ModelConfig
+from smart_decoding.models.families.config import ModelConfig
 from smart_lab import floor
 
 

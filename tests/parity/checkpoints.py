@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,8 +15,11 @@ from torch import Tensor
 from smart_decoding.core.tree import ROOT, DraftTrees
 from smart_decoding.engine.kv import PAGE
 from smart_decoding.engine.rows import Rows, Span, build_rows
-from smart_decoding.models.checkpoints.config import ModelConfig
 from smart_decoding.models.families.decoder import Decoder
+from smart_decoding.models.families.reading import config_from_hf
+
+if TYPE_CHECKING:
+    from smart_decoding.models.families.config import ModelConfig
 
 VOCAB = 331
 PAGES = 40
@@ -113,13 +116,13 @@ def reference(name: str) -> transformers.PreTrainedModel:
 
 def config_of(name: str) -> ModelConfig:
     model = reference(name)
-    return ModelConfig.from_hf({**model.config.to_dict(), "architectures": [type(model).__name__]})
+    return config_from_hf({**model.config.to_dict(), "architectures": [type(model).__name__]})
 
 
 def computed(name: str) -> dict[str, Tensor]:
     """The reference's weights as layers multiply by them: Gemma's norms lack 1."""
     published = reference(name).state_dict()
-    if not config_of(name).gemma:
+    if not config_of(name).shifted_norms:
         return published
     return {key: w + 1 if key.endswith("norm.weight") else w for key, w in published.items()}
 

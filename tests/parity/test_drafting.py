@@ -23,9 +23,9 @@ from smart_decoding.engine.kv import BlockTable, PagePool
 from smart_decoding.engine.request import Request
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine.stopping import StopChecker
-from smart_decoding.models.checkpoints.config import ModelConfig
 from smart_decoding.models.checkpoints.loading import Checkpoint
 from smart_decoding.models.draft_model import DraftModel
+from smart_decoding.models.families.config import ModelConfig
 from smart_decoding.models.families.decoder import Decoder
 from smart_decoding.models.heads.eagle_head import EagleHead
 from smart_decoding.models.heads.files import load_head

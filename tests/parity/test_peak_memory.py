@@ -13,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from smart_decoding.models.checkpoints.config import ModelConfig
+from smart_decoding.models.families.config import ModelConfig
+from smart_decoding.models.families.reading import config_to_hf
 
 LAYERS = 11
 CONFIG = ModelConfig("llama", LAYERS, 1024, 16, 16, 64, 4096, 8192, 1e4, 1e-5, 2048)
@@ -59,7 +60,9 @@ print(seen[0], max(seen), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1
 def save(folder: Path, config: ModelConfig, pickled: bool) -> int:
     """Writes fp16 weights, random along a row, in four shards; returns their bytes."""
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({**config.to_hf(), "torch_dtype": "float16"}))
+    (folder / "config.json").write_text(
+        json.dumps({**config_to_hf(config), "torch_dtype": "float16"})
+    )
     shapes = list(config.expected_shapes().items())
     end = ".bin" if pickled else ".safetensors"
     stem = "pytorch_model" if pickled else "model"
@@ -82,7 +85,7 @@ def save(folder: Path, config: ModelConfig, pickled: bool) -> int:
 def save_quants(folder: Path, config: ModelConfig) -> int:
     """Writes zeros in Q8_0, norms in fp32, as a GGUF file holds them; returns their bytes."""
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config.to_hf()))
+    (folder / "config.json").write_text(json.dumps(config_to_hf(config)))
     index = {}
     total = 0
     for name, shape in config.expected_shapes().items():

@@ -12,7 +12,7 @@ import functools
 import json
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -32,10 +32,13 @@ from smart_decoding.engine.rows import Span, build_rows
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine.stopping import StopChecker
 from smart_decoding.errors import DownloadError, ModelError
-from smart_decoding.models.checkpoints.config import ModelConfig
 from smart_decoding.models.families.decoder import Decoder
+from smart_decoding.models.families.reading import config_from_hf
 from smart_decoding.models.heads.eagle_head import EagleHead
 from smart_decoding.models.heads.files import head_folder, load_head
+
+if TYPE_CHECKING:
+    from smart_decoding.models.families.config import ModelConfig
 
 LAYERS, D, VOCAB, DRAFT, EPS, PAGES, SCRATCH = 8, 64, 97, 40, 1e-5, 16, 8
 HEADS, KV, HEAD_DIM, FFN = (
@@ -70,7 +73,7 @@ def target_model() -> transformers.PreTrainedModel:
 
 
 def target_config() -> ModelConfig:
-    return ModelConfig.from_hf(
+    return config_from_hf(
         {**target_model().config.to_dict(), "architectures": ["LlamaForCausalLM"]}
     )
 

@@ -18,8 +18,8 @@ from smart_decoding.kernels.weights import (
     interleaved,
     pack,
 )
-from smart_decoding.models.checkpoints.config import ModelConfig
 from smart_decoding.models.checkpoints.rounding import RoundedWeights
+from smart_decoding.models.families.config import ModelConfig
 from smart_decoding.models.families.decoder import RoundingDecoder
 from smart_decoding.models.torch.layers import LayerWeights, NativeLayers
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gguf
 import numpy as np
@@ -23,13 +23,16 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from smart_decoding.errors import ConfigError, DownloadError, ModelError
 from smart_decoding.kernels.weights import QuantizedTensor, as_tensor
 from smart_decoding.models.checkpoints import loading
-from smart_decoding.models.checkpoints.config import ModelConfig
 from smart_decoding.models.checkpoints.gguf import TENSORS
 from smart_decoding.models.checkpoints.hub_repository import is_complete
 from smart_decoding.models.checkpoints.loading import load_checkpoint, with_rounded_activations
 from smart_decoding.models.checkpoints.memory import parameters, weight_bytes
 from smart_decoding.models.families import rope
+from smart_decoding.models.families.reading import config_from_gguf, config_from_hf, config_to_hf
 from smart_decoding.models.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from smart_decoding.models.families.config import ModelConfig
 
 SIZES: dict[str, Any] = {
     "num_hidden_layers": 2,
@@ -160,10 +163,10 @@ def test_reads_what_transformers_writes(name: str, shard: str, tmp_path: Path) -
 def test_config_survives_writing(name: str) -> None:
     config_class, extra = FAMILIES[name]
     architecture = type(tiny_model(name)).__name__
-    config = ModelConfig.from_hf(
+    config = config_from_hf(
         {**config_class(**{**SIZES, **extra}).to_dict(), "architectures": [architecture]}
     )
-    assert ModelConfig.from_hf(json.loads(json.dumps(config.to_hf()))) == config
+    assert config_from_hf(json.loads(json.dumps(config_to_hf(config)))) == config
 
 
 @pytest.mark.parametrize(
@@ -180,13 +183,13 @@ def test_rope_formulas_are_those_of_transformers(scaling: dict[str, Any]) -> Non
     rope = {"rope_theta": 10_000.0, "original_max_position_embeddings": 64, **scaling}
     reference = transformers.LlamaConfig(**{**SIZES, "head_dim": 32}, rope_parameters=rope)
     expected, expected_factor = ROPE_INIT_FUNCTIONS[scaling["rope_type"]](reference, "cpu")
-    config = ModelConfig.from_hf({**reference.to_dict(), "architectures": ["LlamaForCausalLM"]})
+    config = config_from_hf({**reference.to_dict(), "architectures": ["LlamaForCausalLM"]})
 
     inverse, factor = config.inverse_frequencies()
 
     np.testing.assert_allclose(inverse, expected.numpy(), rtol=2e-6)
     assert factor == pytest.approx(expected_factor)
-    assert ModelConfig.from_hf(config.to_hf()) == config
+    assert config_from_hf(config_to_hf(config)) == config
 
 
 def test_old_and_new_config_spell_rope_alike(folder: Path) -> None:
@@ -609,7 +612,7 @@ def gemma(**changes: Any) -> ModelConfig:
     """Changes: of the 27B's metadata, None: it is not there."""
     metadata = GEMMA_27B | {f"gemma3.{key}": value for key, value in changes.items()}
     there = {key: value for key, value in metadata.items() if value is not None}
-    return ModelConfig.from_gguf(there, ["token_embd.weight", "blk.0.attn_q_norm.weight"])
+    return config_from_gguf(there, ["token_embd.weight", "blk.0.attn_q_norm.weight"])
 
 
 def test_what_a_gguf_file_of_gemma_leaves_out_is_known() -> None:
@@ -618,7 +621,7 @@ def test_what_a_gguf_file_of_gemma_leaves_out_is_known() -> None:
     assert (config.rope_theta, config.local_theta, config.query_scalar) == (1e6, 1e4, 168)
     assert config.max_positions == 131_072, "which are stretched already"
     assert config.eos_token_ids == (3, 1), "the file names one of them"
-    assert ModelConfig.from_hf(json.loads(json.dumps(config.to_hf()))) == config
+    assert config_from_hf(json.loads(json.dumps(config_to_hf(config)))) == config
     assert gemma(block_count=34).query_scalar == 128
     listed = [True, False] * 17
     config = gemma(**{"block_count": 34, "attention.sliding_window_pattern": listed})

@@ -17,9 +17,9 @@ from smart_decoding.kernels import limits
 from smart_decoding.kernels.weights import Matrix, QuantizedTensor
 from smart_decoding.llm import LLM
 from smart_decoding.models.checkpoints import memory
-from smart_decoding.models.checkpoints.config import ModelConfig
 from smart_decoding.models.checkpoints.loading import Checkpoint, load_checkpoint
 from smart_decoding.models.checkpoints.memory import EngineLimits, Need
+from smart_decoding.models.families.config import ModelConfig
 from smart_decoding.models.target import fitting_memory
 from smart_decoding.models.torch.layers import KVCache
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from smart_decoding.models.checkpoints import registry
-from smart_decoding.models.checkpoints.config import ModelConfig
 from smart_decoding.models.checkpoints.registry import NAMED_MODELS, shipped_head
+from smart_decoding.models.families.reading import config_from_hf
 from smart_decoding.models.heads.files import is_for, load_head
 from smart_decoding.speculation import stored_prior
+
+if TYPE_CHECKING:
+    from smart_decoding.models.families.config import ModelConfig
 
 FOLDERS = sorted(registry._HEADS.iterdir())
 
@@ -20,7 +24,7 @@ def target_of(folder: Path) -> ModelConfig:
     """A model of the sizes that the head's config names."""
     stated = json.loads((folder / "config.json").read_text())
     layers = {"num_hidden_layers": stated["target_num_hidden_layers"]}
-    return ModelConfig.from_hf({**stated, **layers, "architectures": ["LlamaForCausalLM"]})
+    return config_from_hf({**stated, **layers, "architectures": ["LlamaForCausalLM"]})
 
 
 def test_there_is_one_for_each_model_that_says_so() -> None:

@@ -32,11 +32,11 @@ from smart_decoding.core.costs import CostModel
 from smart_decoding.errors import CapacityError, ConfigError, ModelError, SmartError
 from smart_decoding.models.checkpoints import gguf as gguf_files
 from smart_decoding.models.checkpoints import hub
-from smart_decoding.models.checkpoints.config import ModelConfig
 from smart_decoding.models.checkpoints.gguf import converted_folder, read_gguf
 from smart_decoding.models.checkpoints.hub import is_whole
 from smart_decoding.models.checkpoints.loading import load_checkpoint
 from smart_decoding.models.checkpoints.registry import Source
+from smart_decoding.models.families.reading import config_from_hf
 from smart_decoding.models.heads.files import load_head
 from smart_decoding.models.text import chat_template
 from smart_decoding.models.text.tokenizer import Tokenizer
@@ -64,7 +64,7 @@ CONFIG: dict[str, Any] = {
     "eos_token_id": [2],
     "tie_word_embeddings": True,
 }
-SHAPES = ModelConfig.from_hf(CONFIG).expected_shapes()
+SHAPES = config_from_hf(CONFIG).expected_shapes()
 INDEX = "model.safetensors.index.json"
 TOKENS = ["<s>", "</s>", "<e>", *sorted(ByteLevel.alphabet()), "he"]
 PADDED = TOKENS + [f"[PAD{i}]" for i in range(300 - len(TOKENS))]
@@ -261,7 +261,7 @@ def test_what_is_no_regular_file_is_not_read(name: str, kind: str, place: Path) 
 
 
 def test_heads_and_their_priors_are_strangers_files_too(tmp_path: Path) -> None:
-    target = ModelConfig.from_hf(CONFIG)
+    target = config_from_hf(CONFIG)
     for content in ("[]", '{"architectures": ["SmartEagle3Head"]}', '{"eagle_config": 5}', "\0"):
         (tmp_path / "config.json").write_text(content)
         refused(tmp_path, lambda folder: load_head(folder, target))

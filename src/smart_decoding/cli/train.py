@@ -17,8 +17,8 @@ from smart_decoding.errors import ConfigError
 from smart_decoding.models.checkpoints.registry import DEFAULT_MODEL
 
 if TYPE_CHECKING:
-    from smart_decoding.models.checkpoints.config import ModelConfig
     from smart_decoding.models.checkpoints.loading import Checkpoint
+    from smart_decoding.models.families.config import ModelConfig
     from smart_decoding.models.heads.files import HeadFiles
     from smart_decoding.training.generate import PictureTurn
     from smart_decoding.training.train import TrainOptions

@@ -20,7 +20,7 @@ from smart_decoding.kernels.weights import Matrix, as_tensor
 from smart_decoding.models.heads.files import FIRST
 
 if TYPE_CHECKING:
-    from smart_decoding.models.checkpoints.config import ModelConfig
+    from smart_decoding.models.families.config import ModelConfig
     from smart_decoding.models.heads.files import HeadFiles
 
 

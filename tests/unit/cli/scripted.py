@@ -15,7 +15,7 @@ import pytest
 from smart_decoding.cli import main as cli
 from smart_decoding.core.tree import ROOT, DraftTrees, accept
 from smart_decoding.engine.request import RequestMetrics
-from smart_decoding.models.checkpoints.config import ModelConfig
+from smart_decoding.models.families.config import ModelConfig
 
 if TYPE_CHECKING:
     from smart_decoding.engine.sampling_params import SamplingParams

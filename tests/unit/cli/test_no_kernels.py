@@ -27,8 +27,9 @@ from smart_decoding.errors import ConfigError, ModelError
 from smart_decoding.kernels import library
 from smart_decoding.llm import LLM
 from smart_decoding.models.checkpoints import loading
-from smart_decoding.models.checkpoints.config import ModelConfig
 from smart_decoding.models.cpu import kernel_check
+from smart_decoding.models.families.config import ModelConfig
+from smart_decoding.models.families.reading import config_to_hf
 from smart_decoding.models.heads.eagle_head import EagleHead
 from smart_decoding.models.heads.files import HeadFiles
 from smart_decoding.server import launch
@@ -60,7 +61,7 @@ def saved(folder: Path, config: ModelConfig) -> Path:
         for name, shape in config.expected_shapes().items()
     }
     save_file(weights, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(config.to_hf()))
+    (folder / "config.json").write_text(json.dumps(config_to_hf(config)))
     words = tokenizers.models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0")
     tokenizer = tokenizers.Tokenizer(words)
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()

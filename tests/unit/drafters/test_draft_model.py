@@ -29,6 +29,7 @@ from smart_decoding.llm import LLM
 from smart_decoding.models.checkpoints import memory
 from smart_decoding.models.checkpoints.registry import shipped_head
 from smart_decoding.models.draft_model import DraftModel
+from smart_decoding.models.families.reading import config_to_hf
 from smart_decoding.models.text.tokenizer import Tokenizer
 from smart_decoding.profiling.fit import fit_costs
 from smart_decoding.profiling.measure import LONG_WAITING, ON_CPU, WAITING, ForwardTimer
@@ -54,7 +55,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from smart_decoding.engine.engine import Engine
-    from smart_decoding.models.checkpoints.config import ModelConfig
+    from smart_decoding.models.families.config import ModelConfig
 
 POLICIES: dict[str, dict[str, Any]] = {
     "chain": {"length": 4},
@@ -265,7 +266,7 @@ def test_vocabularies_may_be_padded_differently() -> None:
 def saved(folder: Path, config: ModelConfig, words: list[str], seed: int) -> Path:
     folder.mkdir()
     (folder / "config.json").write_text(
-        json.dumps({**config.to_hf(), "architectures": [architecture(config)]})
+        json.dumps({**config_to_hf(config), "architectures": [architecture(config)]})
     )
     save_file(dict(checkpoint(config, seed).weights), folder / "model.safetensors")
     model = tokenizers.models.WordLevel(

@@ -20,7 +20,7 @@ from smart_decoding.engine.rows import Span, build_rows
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine.stopping import StopChecker
 from smart_decoding.errors import ModelError
-from smart_decoding.models.checkpoints.config import ModelConfig
+from smart_decoding.models.families.config import ModelConfig
 from smart_decoding.models.families.decoder import Decoder
 from smart_decoding.models.heads.eagle_head import EagleHead
 from smart_decoding.models.heads.export import smart_config

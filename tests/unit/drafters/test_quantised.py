@@ -11,9 +11,9 @@ import pytest
 from smart_decoding.core.policies import POLICIES
 from smart_decoding.drafters.draft_model import DraftModelDrafter
 from smart_decoding.kernels.weights import Matrix, QuantizedTensor, as_tensor
-from smart_decoding.models.checkpoints.config import ModelConfig
 from smart_decoding.models.checkpoints.loading import Checkpoint
 from smart_decoding.models.draft_model import DraftModel
+from smart_decoding.models.families.config import ModelConfig
 from smart_decoding.models.target import TorchTarget
 
 from .tiny import LIMIT, PAGES, SCRATCH, VOCAB, answer, engine_of, prompts

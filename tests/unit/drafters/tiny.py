@@ -12,8 +12,8 @@ import torch
 from smart_decoding.core.policies import make_policy
 from smart_decoding.engine.engine import Engine, EngineConfig
 from smart_decoding.engine.sampling_params import SamplingParams
-from smart_decoding.models.checkpoints.config import ModelConfig
 from smart_decoding.models.checkpoints.loading import Checkpoint
+from smart_decoding.models.families.config import ModelConfig
 from smart_decoding.models.target import TorchTarget
 
 if TYPE_CHECKING:

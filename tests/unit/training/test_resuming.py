@@ -21,9 +21,9 @@ from safetensors.torch import load_file, save_file
 
 from smart_decoding.errors import ConfigError, ModelError
 from smart_decoding.kernels.weights import QuantizedTensor, as_tensor
-from smart_decoding.models.checkpoints.config import ModelConfig
 from smart_decoding.models.checkpoints.loading import Checkpoint
 from smart_decoding.models.checkpoints.rounding import RoundedWeights
+from smart_decoding.models.families.config import ModelConfig
 from smart_decoding.models.heads.export import write_head
 from smart_decoding.models.heads.files import HeadFiles, load_head
 from smart_decoding.training import train

@@ -14,6 +14,7 @@ from pictures_model.assembly import IMAGE_TOKEN, PARTS, PARTS_WEIGHTS
 from pictures_model.training.lora import SCALE, LowRank, attach
 from pictures_model.training.packing import Prompt
 from pictures_model.training.tower import GRID, MEAN, PATCH, SIDE, STD
+from smart_decoding.models.families.reading import config_to_hf
 
 if TYPE_CHECKING:
     from smart_decoding.models.checkpoints.loading import Checkpoint
@@ -64,7 +65,7 @@ def _config(checkpoint: Checkpoint) -> Any:
     )
     config = LlavaConfig(
         vision_config=vision,
-        text_config=LlamaConfig(**checkpoint.config.to_hf()),
+        text_config=LlamaConfig(**config_to_hf(checkpoint.config)),
         image_token_index=IMAGE_ID,
         image_seq_length=GRID * GRID,
         vision_feature_layer=-1,

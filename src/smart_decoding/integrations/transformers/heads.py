@@ -12,9 +12,10 @@ from transformers import PreTrainedModel
 from smart_decoding.drafters.eagle import EagleDrafter
 from smart_decoding.errors import ConfigError, ModelError
 from smart_decoding.kernels.weights import PackedWeight, pack
-from smart_decoding.models.checkpoints.config import ModelConfig
 from smart_decoding.models.checkpoints.registry import shipped_head
 from smart_decoding.models.cpu.kernel_check import use_native
+from smart_decoding.models.families.config import ModelConfig
+from smart_decoding.models.families.reading import config_from_hf
 from smart_decoding.models.heads.eagle_head import EagleHead
 from smart_decoding.models.heads.export import layout_of
 from smart_decoding.models.heads.files import HeadFiles, head_folder, load_head
@@ -110,7 +111,7 @@ def host_config(model: PreTrainedModel) -> tuple[ModelConfig, bool]:
     text = model.config.get_text_config(decoder=True)
     described = {**text.to_dict(), "architectures": [type(model).__name__]}
     try:
-        return ModelConfig.from_hf(described), True
+        return config_from_hf(described), True
     except (ModelError, KeyError, TypeError, ValueError):  # another family's
         heads = int(text.num_attention_heads)
         hidden = int(text.hidden_size)

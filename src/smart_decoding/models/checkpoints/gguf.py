@@ -25,7 +25,6 @@ from safetensors.torch import save_file
 from smart_decoding.errors import ModelError
 from smart_decoding.files import reading, sha256_of
 from smart_decoding.kernels.weights import FORMATS, Matrix, QuantizedTensor, as_tensor
-from smart_decoding.models.checkpoints.config import ModelConfig
 from smart_decoding.models.checkpoints.gguf_parts import files_of
 from smart_decoding.models.checkpoints.hub import (
     conversion_folder,
@@ -35,11 +34,19 @@ from smart_decoding.models.checkpoints.hub import (
     write_record,
 )
 from smart_decoding.models.checkpoints.weight_files import Weights, as_published
+from smart_decoding.models.families.reading import (
+    check_tensors,
+    config_from_gguf,
+    config_to_hf,
+    family_of,
+)
 from smart_decoding.models.text.tokenizer import Tokenizer
 from smart_decoding.progress import long_step
 
 if TYPE_CHECKING:
     from smart_decoding.models.checkpoints.registry import Source
+    from smart_decoding.models.families.config import ModelConfig
+    from smart_decoding.models.families.family import Family
 
 _SHARD = 1 << 30  # bytes of weights held in memory before they are written
 # What a header may have: single values, each an object of 400 bytes, and values in arrays. The
@@ -50,25 +57,6 @@ _VALUES = 1 << 21
 TENSORS = "tensors.json"
 _FLOATS = {"F32": np.float32, "F16": np.float16}
 MatrixT = TypeVar("MatrixT", torch.Tensor, QuantizedTensor, Matrix)
-_NAMES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_GEMMA_NAMES = {
-    **_NAMES,
-    "post_attention_norm": "post_attention_layernorm",
-    "ffn_norm": "pre_feedforward_layernorm",
-    "post_ffw_norm": "post_feedforward_layernorm",
-}
 _TOP_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
@@ -172,14 +160,15 @@ def _convert(
     metadata, tensors, parts = _read_parts(source.path)
     rope_factors = tensors.pop("rope_freqs.weight", None)
     factors = None if rope_factors is None else np.asarray(rope_factors.data, np.float32)
-    config = ModelConfig.from_gguf(metadata, tensors.keys(), factors)
+    config = config_from_gguf(metadata, tensors.keys(), factors)
     check(config)
+    family = family_of(config)
     shapes = {
-        hf_name(name, config.family): tuple(int(n) for n in reversed(tensor.shape))
+        hf_name(name, family): tuple(int(n) for n in reversed(tensor.shape))
         for name, tensor in tensors.items()
     }
-    config.check_tensors(shapes, source.path.name)
-    tokenizer = Tokenizer.from_gguf(metadata)
+    check_tensors(config, shapes, source.path.name)
+    tokenizer = Tokenizer.from_gguf(metadata, family.gguf_space)
     need = 0 if stored else 2 * sum(int(tensor.n_elements) for tensor in tensors.values())
     with scratch(need) as part:
         record = {"source": source.path.name}
@@ -192,7 +181,7 @@ def _convert(
             weights = as_published(config, StoredWeights(source.path, index))
             _write_weights(weights, part, record, progress)
         tokenizer.save(part)
-        (part / "config.json").write_text(json.dumps(config.to_hf(), indent=1))
+        (part / "config.json").write_text(json.dumps(config_to_hf(config), indent=1))
         write_record(part, record)
         move_into_place(part, target)
 
@@ -221,8 +210,9 @@ def _index(
 ) -> dict[str, dict[str, Any]]:
     """Return what StoredWeights must know of each tensor. part: the number of its file; heads:
     whose rows are reordered, or None."""
+    family = family_of(config)
     return {
-        hf_name(name, config.family): {
+        hf_name(name, family): {
             "tensor": name,
             "part": parts[name],
             "type": tensor.tensor_type.name,
@@ -236,10 +226,10 @@ def _index(
 
 
 def _split_heads(config: ModelConfig, name: str) -> int | None:
-    """Return the heads of a q or k in llama.cpp's row order, which it has for one family; else
+    """Return the heads of a q or k in llama.cpp's row order, which it has for some families; else
     None."""
     part = name.split(".")[2:3]
-    if config.family != "llama" or part not in (["attn_q"], ["attn_k"]):
+    if not family_of(config).gguf_pairs or part not in (["attn_q"], ["attn_k"]):
         return None
     return config.heads if part == ["attn_q"] else config.kv_heads
 
@@ -280,13 +270,12 @@ def half_split(weight: MatrixT, heads: int) -> MatrixT:
     return weight[rows]
 
 
-def hf_name(name: str, family: str) -> str:
+def hf_name(name: str, family: Family) -> str:
     """Return the Hugging Face name of a GGUF tensor; ModelError for one that no supported model
     has."""
-    names = _GEMMA_NAMES if family == "gemma3" else _NAMES
     match = _BLOCK.fullmatch(name)
-    if match and match[2] in names:
-        return f"model.layers.{match[1]}.{names[match[2]]}.{match[3]}"
+    if match and match[2] in family.gguf_names:
+        return f"model.layers.{match[1]}.{family.gguf_names[match[2]]}.{match[3]}"
     if name not in _TOP_NAMES:
         raise ModelError(f"the GGUF tensor {name} belongs to no supported architecture")
     return _TOP_NAMES[name]

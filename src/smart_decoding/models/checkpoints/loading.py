@@ -17,12 +17,13 @@ from typing import Any
 from smart_decoding.errors import ConfigError
 from smart_decoding.files import read_json, reading
 from smart_decoding.kernels.weights import Matrix, QuantizedTensor
-from smart_decoding.models.checkpoints.config import ModelConfig, refuse_quantised, token_ids
 from smart_decoding.models.checkpoints.gguf import TENSORS, StoredWeights, converted_folder
 from smart_decoding.models.checkpoints.registry import Source, resolve
 from smart_decoding.models.checkpoints.rounding import RoundedWeights
 from smart_decoding.models.checkpoints.weight_files import Weights, as_computed, open_weights
 from smart_decoding.models.families import vision
+from smart_decoding.models.families.config import ModelConfig, refuse_quantised, token_ids
+from smart_decoding.models.families.reading import check_tensors, config_from_hf
 from smart_decoding.models.families.vision import RenamedWeights, VisionFiles
 from smart_decoding.models.heads.files import is_head
 
@@ -77,7 +78,7 @@ def load_checkpoint(
         weights = _stored_weights(source.path, folder)
     else:
         weights = as_computed(config, open_weights(folder, trust_pickle))
-    config.check_tensors(weights.shapes, source.path.name if is_file else folder.name)
+    check_tensors(config, weights.shapes, source.path.name if is_file else folder.name)
     provenance = _provenance(source, weights.dtypes["model.embed_tokens.weight"])
     if is_file:
         provenance["weights"] += ", as stored" if stored else ", dequantised to bf16"
@@ -159,7 +160,7 @@ def _load_vision(
     weights = open_weights(folder, trust_pickle)
     ours, of_vision = vision.split_names(weights, str(vision.architecture_of(raw)))
     text = RenamedWeights(weights, ours)
-    config.check_tensors(text.shapes, folder.name)
+    check_tensors(config, text.shapes, folder.name)
     provenance = _provenance(source, text.dtypes["model.embed_tokens.weight"])
     files = VisionFiles(folder, whole, of_vision, weights)
     return Checkpoint(config, text, folder, provenance, files)
@@ -176,7 +177,7 @@ def read_config(folder: Path) -> ModelConfig:
     raw = read_json(folder / "config.json")
     generation = generation_config(folder)
     with reading(folder / "config.json"):
-        return ModelConfig.from_hf(raw, generation)
+        return config_from_hf(raw, generation)
 
 
 def generation_config(folder: Path) -> dict[str, Any] | None:

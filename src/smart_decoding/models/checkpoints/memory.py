@@ -21,8 +21,8 @@ from smart_decoding.models.cpu.kernel_check import why_slow
 from smart_decoding.models.heads.files import scheme_of
 
 if TYPE_CHECKING:
-    from smart_decoding.models.checkpoints.config import ModelConfig
     from smart_decoding.models.checkpoints.loading import Checkpoint
+    from smart_decoding.models.families.config import ModelConfig
 
 log = logging.getLogger("smart.memory")
 

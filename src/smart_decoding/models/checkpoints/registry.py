@@ -20,7 +20,6 @@ from pathlib import Path
 from smart_decoding.errors import ConfigError, DownloadError, ModelError
 from smart_decoding.files import expanded
 from smart_decoding.models.checkpoints import hub_repository
-from smart_decoding.models.checkpoints.config import check_gguf_family
 from smart_decoding.models.checkpoints.gguf_parts import (
     files_of,
     is_further_part,
@@ -212,11 +211,14 @@ def _resolve_hub(
     trust_pickle: bool,
     check: Callable[[Path], None],
 ) -> Source:
+    # imported late: most names are those of files
+    from smart_decoding.models.families.reading import gguf_family
+
     try:
         held = hub_repository.listing(repository, PATIENT)
         if asked or held.has_only_ggufs:
             if held.gguf_family not in ("", _PROJECTOR):
-                check_gguf_family(held.gguf_family)
+                gguf_family(held.gguf_family)
             file = held.gguf_name(asked or _USUAL)
             here = held.nothing_to_fetch(parts_of(file))
             return _from_hub(text, repository, file, None, local_only=here)

@@ -17,11 +17,11 @@ from torch import Tensor
 from smart_decoding.errors import ModelError
 from smart_decoding.files import read_json, reading
 from smart_decoding.kernels.weights import Matrix
-from smart_decoding.models.checkpoints.config import quantised
 from smart_decoding.models.checkpoints.registry import TRUST
+from smart_decoding.models.families.config import quantised
 
 if TYPE_CHECKING:
-    from smart_decoding.models.checkpoints.config import ModelConfig
+    from smart_decoding.models.families.config import ModelConfig
 
 _DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 _FLOATS = ("BF16", "F16", "F32")
@@ -126,14 +126,14 @@ class ShiftedNorms(Weights[MatrixT]):
 
 
 def as_computed(config: ModelConfig, weights: Weights[MatrixT]) -> Weights[MatrixT]:
-    """Published weights as layers multiply by them: of Gemma's norms what is beyond 1 is
+    """Published weights as layers multiply by them: of some families' norms what is beyond 1 is
     published."""
-    return ShiftedNorms(weights, 1.0) if config.gemma else weights
+    return ShiftedNorms(weights, 1.0) if config.shifted_norms else weights
 
 
 def as_published(config: ModelConfig, weights: Weights[MatrixT]) -> Weights[MatrixT]:
     """Return norms shifted the other way round: a GGUF file has them as they are computed with."""
-    return ShiftedNorms(weights, -1.0) if config.gemma else weights
+    return ShiftedNorms(weights, -1.0) if config.shifted_norms else weights
 
 
 def unpickle(path: Path) -> dict[str, Tensor]:

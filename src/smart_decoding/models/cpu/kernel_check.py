@@ -20,7 +20,7 @@ from smart_decoding.kernels.ops import (
 from smart_decoding.models.torch.torch_layers import ops_for
 
 if TYPE_CHECKING:
-    from smart_decoding.models.checkpoints.config import ModelConfig
+    from smart_decoding.models.families.config import ModelConfig
 
 log = logging.getLogger("smart.kernels")
 

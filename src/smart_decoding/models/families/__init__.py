@@ -1,1 +1,1 @@
-"""The architectures."""
+"""The architectures. A family is a file that describes it and a line in reading.py."""

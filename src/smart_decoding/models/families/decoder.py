@@ -43,7 +43,7 @@ from smart_decoding.models.torch.torch_layers import Linear, rms_norm
 if TYPE_CHECKING:
     from smart_decoding.engine.media import MultimodalEmbeddings
     from smart_decoding.engine.rows import Rows
-    from smart_decoding.models.checkpoints.config import ModelConfig
+    from smart_decoding.models.families.config import ModelConfig
 
 
 def rotary_table(
@@ -93,9 +93,10 @@ class Decoder:
         self.native = use_native(config, device) if native is None else native
         self.work_dtype = torch.float32 if self.native else dtype
         self.graphs = graphs
-        self.final_norm = norm_weight(config, weights, "model.norm.weight", dtype).to(device)
+        norm = norm_weight(weights, "model.norm.weight", dtype, config.shifted_norms)
+        self.final_norm = norm.to(device)
         # of embeddings: rounded to their dtype, as transformers does
-        self._scale = float(torch.tensor(config.hidden**0.5 if config.gemma else 1.0, dtype=dtype))
+        self._scale = float(torch.tensor(config.embedding_scale, dtype=dtype))
         self.head: Linear | PackedWeight
         self.embedding: Tensor | PackedWeight
         self.rotary = rotary_table(config, positions, device)
@@ -115,14 +116,10 @@ class Decoder:
 
     def _each_layer(self, weights: Mapping[str, Matrix]) -> Iterator[LayerWeights]:
         """Return one layer's weights at a time."""
-        windows = self.config.windows or (0,) * self.config.layers
-        for i, window in enumerate(
-            tqdm(windows, "loading", unit="layer", disable=self.quiet, leave=False)
-        ):
-            prefix = f"model.layers.{i}."
-            yield layer_weights(
-                self.config, weights, prefix, self.dtype, self.device, window=window
-            )
+        numbers = range(self.config.layers)
+        for i in tqdm(numbers, "loading", unit="layer", disable=self.quiet, leave=False):
+            layer = self.config.layer(i)
+            yield layer_weights(layer, weights, f"model.layers.{i}.", self.dtype, self.device)
 
     def _load(self, weights: Mapping[str, Matrix]) -> None:
         """Bring the weights to the device, as torch reads them."""

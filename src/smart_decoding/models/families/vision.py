@@ -20,8 +20,9 @@ from torch import Tensor
 
 from smart_decoding.errors import ModelError
 from smart_decoding.files import reading
-from smart_decoding.models.checkpoints.config import ModelConfig, check_shapes
 from smart_decoding.models.checkpoints.weight_files import Weights
+from smart_decoding.models.families.config import ModelConfig, check_shapes
+from smart_decoding.models.families.reading import config_from_hf
 from smart_decoding.multimodal.pixels import Pixels, quiet_transformers
 
 # Architecture: the parts of its checkpoint beside the language model's.
@@ -96,7 +97,7 @@ def read_configs(folder: Path, generation: Mapping[str, Any] | None) -> tuple[Mo
         "tie_word_embeddings": bool(config.tie_word_embeddings),
     }
     with reading(folder / "config.json"):
-        return ModelConfig.from_hf(given, generation), config
+        return config_from_hf(given, generation), config
 
 
 def split_names(found: Iterable[str], architecture: str) -> tuple[dict[str, str], dict[str, str]]:

@@ -22,10 +22,11 @@ from smart_decoding.kernels.weights import as_tensor
 from smart_decoding.models.checkpoints.loading import Checkpoint
 from smart_decoding.models.checkpoints.registry import NAMED_MODELS, hub_id_of
 from smart_decoding.models.checkpoints.rounding import stored
+from smart_decoding.models.families.reading import config_to_hf
 from smart_decoding.models.heads.files import ARCHITECTURE, FIRST, HeadFiles
 
 if TYPE_CHECKING:
-    from smart_decoding.models.checkpoints.config import ModelConfig
+    from smart_decoding.models.families.config import ModelConfig
 
 # what a speculators config must name; engines that read it let the user choose another
 TOKENS_PER_STEP = 3
@@ -127,7 +128,7 @@ def _speculators(
     tensors = {
         _by_number(name): tensor for name, tensor in _eagle3_tensors(files, checkpoint).items()
     }
-    target = checkpoint.config.to_hf()
+    target = config_to_hf(checkpoint.config)
     proposal: dict[str, Any] = {"proposal_type": "greedy", "speculative_tokens": TOKENS_PER_STEP}
     proposal |= {"verifier_accept_k": 1, "accept_tolerance": 0.0}
     config = {
@@ -173,7 +174,7 @@ def smart_config(
     """config.json of a head of ours: the shape of the target that it fits, and the layers that it
     reads."""
     return {
-        **target.of_head().to_hf(),
+        **config_to_hf(target.of_head()),
         "architectures": [ARCHITECTURE],
         "target_num_hidden_layers": target.layers,
         "draft_vocab_size": draft_vocab,
@@ -229,7 +230,7 @@ def output_rows(checkpoint: Checkpoint) -> Tensor:
 
 def _layer_config(shape: ModelConfig) -> dict[str, Any]:
     plain = replace(shape, tie_embeddings=False)
-    return {**plain.to_hf(), "attention_bias": shape.qkv_bias or shape.o_bias}
+    return {**config_to_hf(plain), "attention_bias": shape.qkv_bias or shape.o_bias}
 
 
 def _by_number(name: str) -> str:

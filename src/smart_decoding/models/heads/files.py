@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file
@@ -18,15 +18,16 @@ from torch import Tensor
 
 from smart_decoding.errors import ModelError
 from smart_decoding.files import expanded, read_json, reading
-from smart_decoding.models.checkpoints.config import ModelConfig, check_shapes
 from smart_decoding.models.checkpoints.hub_repository import PATIENT, download
 from smart_decoding.models.checkpoints.registry import TRUST, hub_id_of
 from smart_decoding.models.checkpoints.rounding import ROUNDED, restored
 from smart_decoding.models.checkpoints.weight_files import unpickle
 from smart_decoding.models.families import rope
+from smart_decoding.models.families.config import ModelConfig, check_shapes
 
 if TYPE_CHECKING:
     from smart_decoding.kernels.weights import Matrix
+    from smart_decoding.models.families.layer import Shapes
 
 ARCHITECTURE = "SmartEagle3Head"
 FIRST = "midlayer."  # EAGLE-3's name for the layer
@@ -36,9 +37,6 @@ _IGNORED = ("t2d", "midlayer.self_attn.rotary_emb.inv_freq")  # what they say is
 _OPTIONAL = ("d2t", *_IGNORED)
 # speculators options, and what they add
 _UNSUPPORTED = {"norm_before_fc": "input_norm", "norm_output": "norm_output"}
-
-# Of the tensors that a head must hold, by EAGLE-3's names.
-Shapes: TypeAlias = dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -383,8 +381,8 @@ def further_shapes(c: ModelConfig) -> Shapes:
     """The layers after the first are ordinary ones: they read what the one before gave, through
     their own norm."""
     shapes: Shapes = {}
-    for prefix in layer_prefixes(c.layers)[1:]:
-        shapes |= _layer_shapes(c, c.hidden, prefix)
+    for number, prefix in enumerate(layer_prefixes(c.layers)[1:], 1):
+        shapes |= _layer_shapes(c, number, c.hidden, prefix)
     return shapes
 
 
@@ -393,12 +391,12 @@ def layer_prefixes(layers: int) -> list[str]:
     return [FIRST, *(f"layers.{i}." for i in range(1, layers))]
 
 
-def _layer_shapes(c: ModelConfig, width: int, prefix: str) -> Shapes:
-    return {prefix + name: shape for name, shape in c.layer_shapes(width).items()}
+def _layer_shapes(c: ModelConfig, number: int, width: int, prefix: str) -> Shapes:
+    return {prefix + name: shape for name, shape in c.layer(number).shapes(width).items()}
 
 
 def _first_shapes(c: ModelConfig, width: int) -> Shapes:
     """Return those of the first layer, but for norms of what it reads."""
-    shapes = _layer_shapes(c, width, FIRST)
+    shapes = _layer_shapes(c, 0, width, FIRST)
     del shapes[f"{FIRST}input_layernorm.weight"]
     return shapes

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from smart_decoding.kernels.weights import Matrix, PackedWeight
-    from smart_decoding.models.checkpoints.config import ModelConfig
+    from smart_decoding.models.families.config import ModelConfig
     from smart_decoding.models.heads.files import HeadFiles
     from smart_decoding.models.torch.torch_layers import Linear
 
@@ -114,6 +114,8 @@ class HeadWeights:
         shape = self.files.shape
         target = self.target
         return [
-            layer_weights(shape, self.held, prefix, target.dtype, target.device, prefix != FIRST)
-            for prefix in layer_prefixes(shape.layers)
+            layer_weights(
+                shape.layer(i), self.held, prefix, target.dtype, target.device, prefix != FIRST
+            )
+            for i, prefix in enumerate(layer_prefixes(shape.layers))
         ]

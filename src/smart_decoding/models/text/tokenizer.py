@@ -110,16 +110,16 @@ class Tokenizer:
             return filecmp.cmp(self.file, theirs, shallow=False)
 
     @classmethod
-    def from_gguf(cls, metadata: Mapping[str, Any]) -> Tokenizer:
+    def from_gguf(cls, metadata: Mapping[str, Any], space: bool = True) -> Tokenizer:
         """From GGUF metadata: SentencePiece's BPE, or byte-level BPE of the kinds smollm,
-        llama-bpe, tekken and qwen2; ModelError for any other."""
+        llama-bpe, tekken and qwen2; ModelError for any other. space: SentencePiece puts a blank
+        before a text where the metadata do not say it."""
         tokens = metadata["tokenizer.ggml.tokens"]
         keys = (f"tokenizer.ggml.{name}_token_id" for name in ("bos", "eos", "unknown", "padding"))
         ids = zip(_SPECIALS, map(metadata.get, keys), strict=True)
         specials = {name: tokens[id_] for name, id_ in ids if id_ is not None}
-        return cls(
-            _gguf_backend(metadata, specials), specials, metadata.get("tokenizer.chat_template")
-        )
+        backend = _gguf_backend(metadata, specials, space)
+        return cls(backend, specials, metadata.get("tokenizer.chat_template"))
 
     def save(self, folder: Path) -> None:
         """Write tokenizer.json and tokenizer_config.json; `load` and transformers read them
@@ -306,14 +306,16 @@ def _through_transformers(folder: Path) -> tokenizers.Tokenizer:
     return backend
 
 
-def _gguf_backend(metadata: Mapping[str, Any], specials: Mapping[str, str]) -> tokenizers.Tokenizer:
+def _gguf_backend(
+    metadata: Mapping[str, Any], specials: Mapping[str, str], space: bool
+) -> tokenizers.Tokenizer:
     kind = metadata.get("tokenizer.ggml.model")
     pre = metadata.get("tokenizer.ggml.pre", "default")
     tokens = metadata["tokenizer.ggml.tokens"]
     types = metadata["tokenizer.ggml.token_type"]
     vocab = {token: id_ for id_, token in enumerate(tokens) if types[id_] != _UNUSED}
     if kind == "llama":
-        backend = _sentencepiece(metadata, vocab, specials.get("unk_token"))
+        backend = _sentencepiece(metadata, vocab, specials.get("unk_token"), space)
     elif kind == "gpt2" and pre in _PRE_TOKENIZERS:
         backend = _byte_level(metadata, vocab, _PRE_TOKENIZERS[pre])
     else:
@@ -348,10 +350,10 @@ def _byte_level(
 
 
 def _sentencepiece(
-    metadata: Mapping[str, Any], vocab: dict[str, int], unknown: str | None
+    metadata: Mapping[str, Any], vocab: dict[str, int], unknown: str | None, space: bool
 ) -> tokenizers.Tokenizer:
-    """Blanks are written as U+2581, one more before a text unless the file says otherwise; bytes of
-    what has no piece have tokens of their own."""
+    """Blanks are written as U+2581, with `space` one more before a text unless the file says
+    otherwise; bytes of what has no piece have tokens of their own."""
     types, scores = (metadata[f"tokenizer.ggml.{name}"] for name in ("token_type", "scores"))
     pieces = {token: id_ for token, id_ in vocab.items() if types[id_] in (_NORMAL, _USER_DEFINED)}
     merges = _merges_of(pieces, scores)
@@ -361,8 +363,7 @@ def _sentencepiece(
     blank = "\u2581"
     normal: list[normalizers.Normalizer] = [normalizers.Replace(" ", blank)]
     plain = [decoders.Replace(blank, " "), decoders.ByteFallback(), decoders.Fuse()]
-    prefixed = metadata.get("general.architecture") != "gemma3"  # Ollama's files do not say it
-    if metadata.get("tokenizer.ggml.add_space_prefix", prefixed):
+    if metadata.get("tokenizer.ggml.add_space_prefix", space):
         normal.insert(0, normalizers.Prepend(blank))
         plain.append(decoders.Strip(" ", 1, 0))
     backend.normalizer = normalizers.Sequence(normal)

@@ -29,7 +29,7 @@ from smart_decoding.models.torch.rows import DeviceRows, GroupedRows, device_row
 
 if TYPE_CHECKING:
     from smart_decoding.engine.rows import Rows
-    from smart_decoding.models.checkpoints.config import ModelConfig
+    from smart_decoding.models.families.layer import LayerConfig
 
 
 @dataclass
@@ -226,18 +226,17 @@ def converted(weight: Matrix, dtype: torch.dtype, device: torch.device) -> Matri
 
 
 def layer_weights(
-    config: ModelConfig,
+    layer: LayerConfig,
     weights: Mapping[str, Matrix],
     prefix: str,
     dtype: torch.dtype,
     device: torch.device,
     input_norm: bool = True,
-    window: int = 0,
 ) -> LayerWeights:
     """Collect one layer's tensors from a checkpoint in Hugging Face's names.
 
     input_norm: whether the layer has a norm of its own at its input; the first one of a head has
-    none. window: how many positions it sees, 0: all."""
+    none."""
 
     def matrix(name: str) -> Matrix:
         return converted(weights[prefix + name], dtype, device)
@@ -245,57 +244,59 @@ def layer_weights(
     def get(name: str) -> Tensor:
         return as_tensor(weights[prefix + name]).to(device, dtype)
 
+    attention = layer.attention
     qkv = [f"self_attn.{name}_proj" for name in "qkv"]
-    norms = _layer_norms(config, weights, prefix, dtype, input_norm)
+    norms = _layer_norms(layer, weights, prefix, dtype, input_norm)
     return LayerWeights(
-        heads=config.heads,
-        kv_heads=config.kv_heads,
-        head_dim=config.head_dim,
-        eps=config.rms_eps,
+        heads=attention.heads,
+        kv_heads=attention.kv_heads,
+        head_dim=attention.head_dim,
+        eps=layer.rms_eps,
         qkv=[matrix(f"{name}.weight") for name in qkv],
         output=matrix("self_attn.o_proj.weight"),
         gate=matrix("mlp.gate_proj.weight"),
         up=matrix("mlp.up_proj.weight"),
         down=matrix("mlp.down_proj.weight"),
-        qkv_bias=torch.cat([get(f"{name}.bias") for name in qkv]) if config.qkv_bias else None,
-        output_bias=get("self_attn.o_proj.bias") if config.o_bias else None,
-        window=window,
-        angle=config.head_dim // 2 if window and config.local_theta else 0,
-        gelu=config.gemma,
+        qkv_bias=torch.cat([get(f"{name}.bias") for name in qkv]) if attention.qkv_bias else None,
+        output_bias=get("self_attn.o_proj.bias") if attention.o_bias else None,
+        window=attention.window,
+        angle=attention.head_dim // 2 if attention.local_rope else 0,
+        gelu=layer.ffn.gelu,
         **{name: norm.to(device) for name, norm in norms.items()},
     )
 
 
 def _layer_norms(
-    config: ModelConfig,
+    layer: LayerConfig,
     weights: Mapping[str, Matrix],
     prefix: str,
     dtype: torch.dtype,
     input_norm: bool,
 ) -> dict[str, Tensor]:
     """Return a layer's norms by their names in LayerWeights."""
-    names = {"post_norm": config.norm_before_ffn}
-    if input_norm:
-        names["input_norm"] = "input_layernorm"
-    if config.qk_norm:
-        names |= {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
-    if config.gemma:
-        names |= {
-            "attention_norm": "post_attention_layernorm",
-            "ffn_norm": "post_feedforward_layernorm",
-        }
-    norms = {
-        name: norm_weight(config, weights, f"{prefix}{theirs}.weight", dtype)
-        for name, theirs in names.items()
+    attention = layer.attention
+    names = {
+        "input_norm": layer.norms.before_attention if input_norm else None,
+        "post_norm": layer.norms.before_ffn,
+        "q_norm": "self_attn.q_norm" if attention.qk_norm else None,
+        "k_norm": "self_attn.k_norm" if attention.qk_norm else None,
+        "attention_norm": layer.norms.after_attention,
+        "ffn_norm": layer.norms.after_ffn,
     }
-    if config.query_scalar is not None:  # scores are divided by its root: queries bring the rest
-        norms["q_norm"] = norms["q_norm"] * (config.head_dim / config.query_scalar) ** 0.5
+    norms = {
+        name: norm_weight(weights, f"{prefix}{theirs}.weight", dtype, layer.shifted_norms)
+        for name, theirs in names.items()
+        if theirs is not None
+    }
+    scalar = attention.query_scalar
+    if scalar is not None:  # scores are divided by its root: queries bring the rest
+        norms["q_norm"] = norms["q_norm"] * (attention.head_dim / scalar) ** 0.5
     return norms
 
 
 def norm_weight(
-    config: ModelConfig, weights: Mapping[str, Matrix], name: str, dtype: torch.dtype
+    weights: Mapping[str, Matrix], name: str, dtype: torch.dtype, shifted: bool
 ) -> Tensor:
-    """Return a norm's weight: in the dtype of all weights, but Gemma's, which have more digits, in
-    float32."""
-    return as_tensor(weights[name]).to(torch.float32 if config.gemma else dtype)
+    """Return a norm's weight: in the dtype of all weights, but shifted ones, which have more
+    digits, in float32."""
+    return as_tensor(weights[name]).to(torch.float32 if shifted else dtype)

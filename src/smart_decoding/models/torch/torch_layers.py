@@ -143,7 +143,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
         return x
     if weight.dtype == x.dtype:
         return F.rms_norm(x, weight.shape, weight, eps)
-    return F.rms_norm(x.to(weight.dtype), weight.shape, weight, eps).to(x.dtype)  # of Gemma
+    return F.rms_norm(x.to(weight.dtype), weight.shape, weight, eps).to(x.dtype)  # shifted ones
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:

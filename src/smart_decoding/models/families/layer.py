@@ -1,0 +1,98 @@
+"""How a layer computes, and its tensors: a part for each of what it adds to the residual stream."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+# Hugging Face's name of each tensor, and its shape.
+Shapes: TypeAlias = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Norms:
+    """The names of a layer's norms: of what attention and the feed-forward network read, and of
+    what each adds to the residual stream (None: added as it is)."""
+
+    before_attention: str = "input_layernorm"
+    before_ffn: str = "post_attention_layernorm"
+    after_attention: str | None = None
+    after_ffn: str | None = None
+
+
+PRE_NORMS = Norms()
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """Attention of grouped queries with RoPE.
+
+    window: how many positions a row attends to, 0: all. local_rope: its angles are those of
+    `local_theta`. query_scalar: as in ModelConfig."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    qkv_bias: bool
+    o_bias: bool
+    qk_norm: bool
+    window: int
+    local_rope: bool
+    query_scalar: int | None
+
+    def shapes(self, hidden: int, width: int) -> Shapes:
+        """Return its weights. width: of the vectors that q, k and v read."""
+        q_out = self.heads * self.head_dim
+        kv_out = self.kv_heads * self.head_dim
+        shapes: Shapes = {}
+        for name, rows in {"q_proj": q_out, "k_proj": kv_out, "v_proj": kv_out}.items():
+            shapes[f"self_attn.{name}.weight"] = (rows, width)
+            if self.qkv_bias:
+                shapes[f"self_attn.{name}.bias"] = (rows,)
+        if self.qk_norm:
+            shapes["self_attn.q_norm.weight"] = (self.head_dim,)
+            shapes["self_attn.k_norm.weight"] = (self.head_dim,)
+        shapes["self_attn.o_proj.weight"] = (hidden, q_out)
+        if self.o_bias:
+            shapes["self_attn.o_proj.bias"] = (hidden,)
+        return shapes
+
+
+@dataclass(frozen=True, slots=True)
+class FeedForward:
+    """down(act(gate x) * up x), with `width` gates. gelu: act is GELU (by tanh) in place of
+    SiLU."""
+
+    width: int
+    gelu: bool
+
+    def shapes(self, hidden: int) -> Shapes:
+        """Return its weights."""
+        return {
+            "mlp.gate_proj.weight": (self.width, hidden),
+            "mlp.up_proj.weight": (self.width, hidden),
+            "mlp.down_proj.weight": (hidden, self.width),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class LayerConfig:
+    """How one layer computes. shifted_norms: as in ModelConfig."""
+
+    hidden: int
+    rms_eps: float
+    norms: Norms
+    shifted_norms: bool
+    attention: Attention
+    ffn: FeedForward
+
+    def shapes(self, width: int) -> Shapes:
+        """Return its weights, in the order of use. width: of the vectors that q, k and v read."""
+        norms = self.norms
+        between = (norms.after_attention, norms.before_ffn, norms.after_ffn)
+        return {
+            f"{norms.before_attention}.weight": (self.hidden,),
+            **self.attention.shapes(self.hidden, width),
+            **{f"{name}.weight": (self.hidden,) for name in between if name},
+            **self.ffn.shapes(self.hidden),
+        }
