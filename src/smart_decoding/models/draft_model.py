@@ -94,11 +94,11 @@ class DraftModel:
                 target.graphs,
             )
 
-    def rank(self, rows: Rows, asked: LevelRequest) -> Ranked:
-        """Return one forward: the most likely next tokens of the wanted rows, and their
+    def rank(self, rows: Rows, request: LevelRequest) -> Ranked:
+        """Return one forward: the most likely next tokens of the rows with logits, and their
         probabilities: [rows, k]; see `ranked`."""
         rows.token = np.minimum(rows.token, self.config.vocab - 1)
-        return ranked(self._decoder.forward(rows).logits, self._tokens, asked, self._native)
+        return ranked(self._decoder.forward(rows).logits, self._tokens, request, self._native)
 
     def prepare(
         self, rule: TreeRule, proposed: DraftTrees, inputs: RoundInputs

@@ -89,7 +89,7 @@ def converted_folder(
 
 class StoredWeights(Weights[Matrix]):
     """The tensors of a GGUF file, or of all that it is split into, under Hugging Face's names, each
-    read when asked for: quants that the kernels know as they are, others as bfloat16, floats in
+    read on access: quants that the kernels know as they are, others as bfloat16, floats in
     their own type.
 
     index, folder: of `converted_folder`. Raises ModelError for a file that is shorter than it
@@ -282,7 +282,7 @@ def hf_name(name: str, family: Family) -> str:
 
 
 class Metadata(Mapping[str, Any]):
-    """Values of a header by key. An array of numbers becomes a list when it is asked for: until
+    """Values of a header by key. An array of numbers becomes a list when it is read: until
     then it takes no memory but the file's."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:

@@ -45,7 +45,7 @@ except ImportError:  # not on Windows
 _log = logging.getLogger("smart.models")
 
 _MARKER = "verified"
-# Errors of writing; libraries in Rust tell those of networks by number, too
+# Errors of writing; libraries in Rust number those of networks, too
 _OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO)
 _PART = ".part-"  # what names of scratch folders begin with
 RECORD = "converted.json"  # of a converted folder: what it was made of, and its checksums
@@ -113,7 +113,7 @@ def scratch(need: int = 0) -> Iterator[Path]:
     rename out of it what is done. What killed processes left is removed first.
 
     Raises DownloadError in place of any error of the system inside: no room, no permission. Of
-    libraries' errors those whose text tells of writing."""
+    libraries' errors those whose text names writing."""
     root = cache_dir()
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -176,7 +176,7 @@ def _lock(folder: Path, wait: bool) -> Iterator[bool]:
 
 def is_whole(folder: Path) -> bool:
     """Return whether a converted folder is there and has all its files, with the bytes that were
-    written. One that is damaged is told in the log."""
+    written. A damaged one is reported in the log."""
     if not folder.is_dir():
         return False
     try:
@@ -191,10 +191,11 @@ def is_whole(folder: Path) -> bool:
     return False
 
 
-def write_record(part: Path, told: Mapping[str, str]) -> None:
-    """End a converted folder by its record: what `told` says of it, and what `is_whole` needs."""
+def write_record(part: Path, entries: Mapping[str, str]) -> None:
+    """End a converted folder by its record: these entries, and the checksums that `is_whole`
+    needs."""
     sums = {path: sha256_of(path) for path in sorted(part.iterdir())}
-    record = {**told, "sha256": {path.name: sha256 for path, sha256 in sums.items()}}
+    record = {**entries, "sha256": {path.name: sha256 for path, sha256 in sums.items()}}
     (part / RECORD).write_text(json.dumps(record, indent=1))
     remember(sums, part / _MARKER)
 

@@ -36,8 +36,8 @@ def snapshot(repository: str, timeout: float | None, *, local_only: bool) -> Pat
 
 
 def pickles(repository: str) -> Path:
-    """Return the folder as by `snapshot`, with the pickled weights of a repository of which the hub
-    has just told. Raises DownloadError."""
+    """Return the folder as by `snapshot`, with the pickled weights of a repository that the hub
+    has just listed. Raises DownloadError."""
     return download(repository, _PICKLES, _NOT, None)
 
 
@@ -60,8 +60,8 @@ def gguf_file(repository: str, file: str, timeout: float | None, *, local_only: 
 
 
 def config_file(repository: str, *, local_only: bool) -> Path:
-    """Return the folder with a repository's config.json, if it has one: what is worth a look before
-    gigabytes are fetched. The hub has just told of it. Errors are as those of `snapshot`."""
+    """Return the folder with a repository's config.json, if it has one: checked before
+    gigabytes are fetched. The hub has just listed it. Errors are as those of `snapshot`."""
     if local_only:
         return _stored(repository)
     return download(repository, ["config.json", "generation_config.json"], _NOT, None)
@@ -94,7 +94,7 @@ def _silence(repository: str, timeout: float) -> Exception | None:
 
     try:
         HfApi().model_info(repository, timeout=timeout)
-    except HfHubHTTPError:  # it says something; the download tells what
+    except HfHubHTTPError:  # it says something; the download reports it
         return None
     except Exception as error:  # of several libraries
         return error
@@ -153,7 +153,7 @@ def revision_of(path: Path, file: str) -> str:
 @dataclass(frozen=True, slots=True)
 class Listing:
     """What a repository holds. files: their names; gguf_family: the architecture of its GGUF files,
-    where the hub tells it; answered: whether this is from the hub, not from the cache; revision:
+    where the hub reports it; answered: whether this is from the hub, not from the cache; revision:
     the hub's."""
 
     repository: str
@@ -189,35 +189,37 @@ class Listing:
         others = [n for n in self.files if "/" not in n and _matches(n, [_WEIGHTS, *_PICKLES])]
         return bool(self.ggufs) and not others
 
-    def gguf_name(self, asked: str) -> str:
-        """Return the GGUF file that `asked` means: its name, or a quantisation such as Q4_K_M.
+    def gguf_name(self, requested: str) -> str:
+        """Return the GGUF file that `requested` means: its name, or a quantisation such as Q4_K_M.
 
         Raises DownloadError, with the names to choose from, unless one file fits."""
-        if asked.endswith(".gguf"):
-            return asked
-        fitting = [name for name in self.ggufs if fits(name, asked)]
+        if requested.endswith(".gguf"):
+            return requested
+        fitting = [name for name in self.ggufs if fits(name, requested)]
         if len(fitting) == 1:
             return fitting[0]
         found = "several GGUF files" if fitting else "no GGUF file"
         known = ", ".join(fitting or self.ggufs) or "none"
         name = self.repository
-        raise DownloadError(f"{name} has {found} of {asked}; give {name}:FILE with one of: {known}")
+        raise DownloadError(
+            f"{name} has {found} of {requested}; give {name}:FILE with one of: {known}"
+        )
 
 
 def _matches(name: str, patterns: list[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def fits(name: str, asked: str) -> bool:
-    """Return whether a GGUF file of a repository is the one asked for by name or quantisation."""
-    ending = rf"(.*[-._/])?{re.escape(asked)}\.gguf"
+def fits(name: str, requested: str) -> bool:
+    """Return whether a GGUF file of a repository is the one with this name or quantisation."""
+    ending = rf"(.*[-._/])?{re.escape(requested)}\.gguf"
     model = without_part(name)
-    is_named = model == without_part(asked)
+    is_named = model == without_part(requested)
     return is_named or re.fullmatch(ending, model, re.IGNORECASE) is not None
 
 
 def listing(repository: str, timeout: float) -> Listing:
-    """As the hub tells; without the hub, what is in the cache. Raises DownloadError."""
+    """Return what the hub lists; without the hub, what is in the cache. Raises DownloadError."""
     from huggingface_hub import HfApi
 
     try:

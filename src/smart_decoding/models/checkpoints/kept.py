@@ -120,15 +120,15 @@ def _of_named(name: str, base: str, origin: str) -> list[Kept]:
     )
 
 
-def _of_hub(name: str, repository: str, asked: str | None) -> list[Kept]:
-    found = list(_in_hub(repository, asked))
+def _of_hub(name: str, repository: str, requested: str | None) -> list[Kept]:
+    found = list(_in_hub(repository, requested))
     files = _gguf(found)
 
     def is_of(model: str) -> bool:
         theirs = HUB_ID.fullmatch(model)
         if theirs is None or theirs[1] != repository:
             return False
-        if asked is None:
+        if requested is None:
             return True
         of_file = theirs[2] is not None and any(fits(file.name, theirs[2]) for file in files)
         return model == name or of_file
@@ -136,21 +136,21 @@ def _of_hub(name: str, repository: str, asked: str | None) -> list[Kept]:
     return [*found, *_converted(_keys(files)), *_profiles(is_of)]
 
 
-def _in_hub(repository: str, asked: str | None) -> Iterator[Kept]:
-    """Return the repository in the hub client's cache; if a file is asked for, its links and what
+def _in_hub(repository: str, requested: str | None) -> Iterator[Kept]:
+    """Return the repository in the hub client's cache; if a file is requested, its links and what
     no other link leads to."""
     folder = cached_folder(repository)
     if not folder.is_dir():
         return
-    if not asked:
+    if not requested:
         yield _repository(folder)
         return
     links = {path: _name_of(path) for path in folder.glob("snapshots/**/*") if not path.is_dir()}
-    names = {file for file in links.values() if fits(file, asked)}
+    names = {file for file in links.values() if fits(file, requested)}
     if len(set(map(without_part, names))) > 1:
         known = ", ".join(sorted(names))
         raise ConfigError(
-            f"the cache holds several files of {repository}:{asked}; give one of: {known}"
+            f"the cache holds several files of {repository}:{requested}; give one of: {known}"
         )
     doomed = sorted(path for path, file in links.items() if file in names)
     others = {path.resolve() for path in links.keys() - doomed}
@@ -195,10 +195,10 @@ def _keys(files: list[Path]) -> set[str]:
 def _converted(keys: set[str], name: str = "") -> Iterator[Kept]:
     """Return what was made of files with these keys, by whatever version; or the folder of that
     name."""
-    wanted = {key.partition("-")[2] for key in keys}
+    ends = {key.partition("-")[2] for key in keys}
     for each in conversions():
         key = each.path.name.split("-", 2)[1:2]  # behind it, what was made
-        if wanted.intersection(key) or each.path.name == name:
+        if ends.intersection(key) or each.path.name == name:
             yield each
 
 

@@ -1,7 +1,7 @@
 """Checkpoints: a model's configuration and weights from a folder, a GGUF file, a hub id or a
 built-in name.
 
-Weights stay on disk (mmap) until they are asked for. Names and shapes are checked against the
+Weights stay on disk (mmap) until they are read by name. Names and shapes are checked against the
 configuration before any weight is read.
 """
 
@@ -34,7 +34,7 @@ log = logging.getLogger("smart.models")
 class Checkpoint:
     """A loadable model. `weights`: Hugging Face name to tensor, read on access; `tokenizer_source`:
     a folder for Tokenizer.load; `provenance`: strings that say which weights these are; `vision`:
-    its vision part, if it has one; `quantization`: as it was asked for;
+    its vision part, if it has one; `quantization`: as requested;
     `in_bytes`: whether inputs of quants are rounded to 8 bits."""
 
     config: ModelConfig
@@ -102,7 +102,7 @@ def require_usable(
 
 
 def _stored_weights(path: Path, folder: Path) -> StoredWeights:
-    """Return those of a GGUF file, which tell in the log if they cannot stay as they are."""
+    """Return those of a GGUF file, and log a warning if they cannot stay as they are."""
     weights = StoredWeights(path, read_json(folder / TENSORS), folder)
     if weights.expanded:
         log.warning(
@@ -117,11 +117,11 @@ def _stored_weights(path: Path, folder: Path) -> StoredWeights:
 def _rounded(checkpoint: Checkpoint, quantization: str | None) -> Checkpoint:
     if quantization in (None, "off"):
         return replace(checkpoint, quantization=quantization)
-    told = f"{checkpoint.provenance['weights']}, rounded to {quantization}"
+    described = f"{checkpoint.provenance['weights']}, rounded to {quantization}"
     return replace(
         checkpoint,
         weights=RoundedWeights(checkpoint.weights, quantization),
-        provenance={**checkpoint.provenance, "weights": told, "dtype": quantization},
+        provenance={**checkpoint.provenance, "weights": described, "dtype": quantization},
         quantization=quantization,
     )
 

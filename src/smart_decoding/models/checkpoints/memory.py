@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("smart.memory")
 
-_WORTHWHILE = 256  # tokens of KV memory below which nobody wants to be told to lower it
+_WORTHWHILE = 256  # tokens of KV memory below which lowering it is no advice
 _MEMINFO = Path("/proc/meminfo")
 
 
@@ -187,7 +187,7 @@ def what_fits(
 
 def available(device: torch.device) -> int | None:
     """Free bytes of a device: of a GPU, or what Linux can give this process without swapping; None
-    where the system does not tell."""
+    where the system does not report it."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     known = [free for free in (_free_of_machine(), free_memory()) if free is not None]

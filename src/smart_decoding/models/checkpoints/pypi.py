@@ -34,7 +34,7 @@ NETWORK = (URLError, ConnectionError, TimeoutError, ssl.SSLError, HTTPException)
 def fetch_wheel(
     requirement: str, folder: Path, progress: Callable[[int], object], largest: int
 ) -> Path:
-    """Return the wheel of 'name==version', in `folder`, with the checksum that the index tells.
+    """Return the wheel of 'name==version', in `folder`, with the checksum that the index states.
 
     The index is PyPI, or that of PIP_INDEX_URL, UV_DEFAULT_INDEX or UV_INDEX_URL; PIP_CERT and the
     usual variables name certificates and proxies. pip's and uv's own files are not read.

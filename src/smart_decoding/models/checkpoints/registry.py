@@ -38,7 +38,7 @@ DEFAULT_MODEL = "smollm2-135m"
 
 HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w./-]+))?")
 HUB = re.compile(r"^(?:https://)?(?:hf\.co|huggingface\.co)/")
-# What tells the models of a family apart, as in Qwen2.5-7B-Instruct
+# What distinguishes the models of a family, as in Qwen2.5-7B-Instruct
 _SIZE = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)([BM])(?![\w.])", re.IGNORECASE)
 _FORMS = r"I?Q\d\w*|BF16|FP?16|FP?32"
 _QUANTISATION = re.compile(rf"(?:^|[-._])({_FORMS})(?:\.gguf)?$", re.IGNORECASE)
@@ -207,7 +207,7 @@ def hub_id_of(text: str) -> re.Match[str] | None:
 def _resolve_hub(
     text: str,
     repository: str,
-    asked: str | None,
+    requested: str | None,
     trust_pickle: bool,
     check: Callable[[Path], None],
 ) -> Source:
@@ -216,10 +216,10 @@ def _resolve_hub(
 
     try:
         held = hub_repository.listing(repository, PATIENT)
-        if asked or held.has_only_ggufs:
+        if requested or held.has_only_ggufs:
             if held.gguf_family not in ("", _PROJECTOR):
                 gguf_family(held.gguf_family)
-            file = held.gguf_name(asked or _USUAL)
+            file = held.gguf_name(requested or _USUAL)
             here = held.nothing_to_fetch(parts_of(file))
             return _from_hub(text, repository, file, None, local_only=here)
         here = held.nothing_to_fetch(held.of_snapshot)
@@ -241,7 +241,7 @@ def _not_several(folder: Path) -> Path:
 
 
 def folder_at_hand(name: str, stored: bool) -> Path | None:
-    """Return where a model's configuration and tokenizer lie, if they are here; nobody is asked.
+    """Return where a model's configuration and tokenizer lie, if they are here; no request is sent.
     stored: as for `conversion_folder`."""
     path = expanded(name)
     sha256 = ""
@@ -373,7 +373,7 @@ def _of_family(target: str) -> Iterator[Source]:
 
 
 def _family_of(repository: str) -> tuple[str, float]:
-    """Return a hub id without its size, and the size in millions of parameters (0: it tells
+    """Return a hub id without its size, and the size in millions of parameters (0: it has
     none)."""
     size = _SIZE.search(repository)
     millions = float(size[1]) * (1000 if size[2] in "Bb" else 1) if size else 0.0

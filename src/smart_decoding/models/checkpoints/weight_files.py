@@ -1,5 +1,5 @@
 """The weights of a folder: safetensors, or pickles where they are allowed, one file or shards with
-their index. Tensors stay on disk (mmap) until they are asked for."""
+their index. Tensors stay on disk (mmap) until they are read by name."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ MatrixT_co = TypeVar("MatrixT_co", Tensor, Matrix, covariant=True)
 
 
 class Weights(Mapping[str, MatrixT_co]):
-    """Tensors by name, each read when asked for. shapes, dtypes: theirs on disk; a dtype is BF16,
+    """Tensors by name, each read on access. shapes, dtypes: theirs on disk; a dtype is BF16,
     F16, F32 or one of quants. folder: what was made of a GGUF file whose quants these are."""
 
     shapes: dict[str, tuple[int, ...]]

@@ -1,5 +1,5 @@
 """Whether the CPU kernels run a model. Where they cannot on a CPU, plain torch runs only if
-it was asked for."""
+it was requested."""
 
 from __future__ import annotations
 

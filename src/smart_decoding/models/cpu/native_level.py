@@ -67,19 +67,19 @@ class NativeLevel:
         return self._outputs[: self._count]
 
     def first(
-        self, rows: Rows, parts: Sequence[FeaturePart], last: IntArray, asked: LevelRequest
+        self, rows: Rows, parts: Sequence[FeaturePart], last: IntArray, request: LevelRequest
     ) -> Ranked:
         """See `SteppedLevels`; `last` are the last rows of all requests."""
         self._count = 0
         kept = [readable(part) for part in parts]
         batch = len(rows.query_start_loc) - 1
-        return self._run(True, rows, row_addresses(kept), batch, asked)
+        return self._run(True, rows, row_addresses(kept), batch, request)
 
-    def deeper(self, rows: Rows, above: IntArray, asked: LevelRequest) -> Ranked:
+    def deeper(self, rows: Rows, above: IntArray, request: LevelRequest) -> Ranked:
         """See `SteppedLevels`."""
         self._reserve(len(rows))
         features = above * (4 * self._outputs.shape[1]) + self._outputs.data_ptr()
-        return self._run(False, rows, features, len(rows), asked)
+        return self._run(False, rows, features, len(rows), request)
 
     def prepare(
         self,
@@ -112,18 +112,18 @@ class NativeLevel:
         return partial(self._selection.draft, rule, proposed, first)
 
     def _run(
-        self, first: bool, rows: Rows, features: IntArray, wanted: int, asked: LevelRequest
+        self, first: bool, rows: Rows, features: IntArray, ranked_rows: int, request: LevelRequest
     ) -> Ranked:
-        self._reserve(wanted)
-        scale, keys = noise_of(asked) if len(asked.draws) else (None, None)
-        call = LevelCall(first, rows, features, wanted, min(asked.k, self._children))
+        self._reserve(ranked_rows)
+        scale, keys = noise_of(request) if len(request.draws) else (None, None)
+        call = LevelCall(first, rows, features, ranked_rows, min(request.k, self._children))
         call.struct.out = self._outputs[self._count :].data_ptr()
         call.struct.scale = pointer(scale)
         call.struct.keys = pointer(keys)
         native = kernels.native_rows(rows, *self.rotary)
         both = (self.kv.keys, self.kv.values)
         kernels.draft(self._head, native, call.struct, both, self._bf16)
-        self._count += wanted
+        self._count += ranked_rows
         return call.tokens, call.probs
 
     def _reserve(self, more: int) -> None:
@@ -134,20 +134,20 @@ class NativeLevel:
 
 
 class LevelCall:
-    """A structure Level, the arrays behind it, and its results `tokens` and `probs` [wanted, k].
-    features: [rows] addresses, of a head; behind: what lies there."""
+    """A structure Level, the arrays behind it, and its results `tokens` and `probs`
+    [ranked_rows, k]. features: [rows] addresses, of a head; behind: what lies there."""
 
     def __init__(
         self,
         first: bool,
         rows: Rows,
         features: IntArray | None,
-        wanted: int,
+        ranked_rows: int,
         k: int,
         behind: object = None,
     ) -> None:
-        self.tokens = np.empty((wanted, k), np.int64)
-        self.probs = np.empty((wanted, k))
+        self.tokens = np.empty((ranked_rows, k), np.int64)
+        self.probs = np.empty((ranked_rows, k))
         embeddings, tensors = embedding_addresses(rows.mm_embeds, len(rows))
         self._keep = (rows, features, behind, embeddings, tensors)
         self.struct = kernels.Level(

@@ -68,13 +68,13 @@ class NativeModel:
         rows: Structure,
         token: IntArray,
         mm_embeds: MultimodalEmbeddings,
-        wanted: IntArray | None,
+        logit_rows: IntArray | None,
         aux_layers: tuple[int, ...],
     ) -> TargetScores:
-        """Return logits of the `wanted` rows (None: of all), valid until the next forward; all
-        rows' states after `aux_layers` layers; and the wanted rows' first maxima, -1 where that is
+        """Return logits of `logit_rows` (None: of all), valid until the next forward; all
+        rows' states after `aux_layers` layers; and those rows' first maxima, -1 where that is
         not finite."""
-        count = rows.rows if wanted is None else len(wanted)
+        count = rows.rows if logit_rows is None else len(logit_rows)
         logits = self._logits_of(count)
         aux_hidden = self._prepare(rows.rows, aux_layers)
         best = np.empty(count, np.int64)
@@ -84,7 +84,7 @@ class NativeModel:
         what.token = address(token)
         what.best = address(best)
         what.wanted_count = count
-        what.wanted = pointer(wanted)
+        what.wanted = pointer(logit_rows)
         what.embeddings = pointer(embeddings)
         kernels.forward(self.struct, rows, what)
         del alive  # until here

@@ -214,7 +214,7 @@ def refuse_quantised(config: Mapping[str, Any]) -> None:
 
 
 def quantised(how: str) -> ModelError:
-    """Return the error for safetensors of quants; how: where they are told."""
+    """Return the error for safetensors of quants; how: what shows it."""
     return ModelError(
         f"the checkpoint is quantised ({how}), which is not supported: take a GGUF file of the "
         "model, such as OWNER/NAME-GGUF:Q4_K_M, or its bf16 checkpoint"

@@ -1,6 +1,7 @@
 """Gemma 3, text alone. What attention and the feed-forward network add is normed, too; published
 norms are what is beyond 1; gates go through GELU; embeddings are multiplied by the root of their
-width. One layer in six sees all positions, the others a window, with a RoPE base of their own."""
+width. One layer in six attends to all positions. The others have a window and a RoPE base of their
+own."""
 
 from __future__ import annotations
 

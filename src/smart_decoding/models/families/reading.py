@@ -71,7 +71,7 @@ def config_from_hf(
     """Read the contents of config.json and, for further end tokens, generation_config.json.
 
     Raises ModelError, naming what is not supported, and any error where an entry is missing or
-    malformed (`files.reading` tells whose)."""
+    malformed (`files.reading` names the file)."""
     family = _hf_family(config)
     refuse_quantised(config)
     _refuse_options(config, family)

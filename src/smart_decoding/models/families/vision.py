@@ -176,21 +176,21 @@ def _module(files: VisionFiles, dtype: torch.dtype, device: torch.device) -> Any
         build: Any = AutoModel.from_config
         model = build(config)
     del model.language_model
-    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    names = _fitted(files.names, wanted)
+    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    names = _fitted(files.names, expected)
     found = {name: files.weights.shapes[theirs] for name, theirs in names.items()}
     ignored = [name for name in names if name.endswith("position_ids")]
-    check_shapes(str(files.folder), found, wanted, ignored, "its vision part")
-    model.load_state_dict({name: files.weights[names[name]] for name in wanted})
+    check_shapes(str(files.folder), found, expected, ignored, "its vision part")
+    model.load_state_dict({name: files.weights[names[name]] for name in expected})
     for weight in model.parameters():  # rotary frequencies, which are none, stay in float32
         weight.data = weight.data.to(dtype)
     return model.to(device).eval().requires_grad_(False)
 
 
-def _fitted(names: Mapping[str, str], wanted: Iterable[str]) -> dict[str, str]:
+def _fitted(names: Mapping[str, str], expected: Iterable[str]) -> dict[str, str]:
     """Return the names as the model has them: checkpoints written before transformers 5 have one
     more level in the tower's names, `vision_model`."""
-    deeper = any(name.startswith("vision_tower.vision_model.") for name in wanted)
+    deeper = any(name.startswith("vision_tower.vision_model.") for name in expected)
     plain = {
         name.replace("vision_tower.vision_model.", "vision_tower."): theirs
         for name, theirs in names.items()

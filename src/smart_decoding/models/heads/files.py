@@ -304,9 +304,9 @@ def _refuse_options(folder: Path, config: Mapping[str, Any], layer: Mapping[str,
         raise ModelError(f"the head in {folder} has hidden_act {act!r}; supported: silu")
 
 
-def _check_equal(folder: Path, name: str, found: Any, wanted: int) -> None:
-    if found != wanted:
-        raise ModelError(f"the head in {folder} has {name} {found}, but the model has {wanted}")
+def _check_equal(folder: Path, name: str, found: Any, required: int) -> None:
+    if found != required:
+        raise ModelError(f"the head in {folder} has {name} {found}, but the model has {required}")
 
 
 def _aux_layers(folder: Path, config: Mapping[str, Any], target: ModelConfig) -> tuple[int, ...]:

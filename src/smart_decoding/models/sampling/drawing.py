@@ -63,8 +63,8 @@ def _draw_alone(row: FloatRow, spec: SampleSpec) -> int:
 def _draw_by_kernels(rows: Sequence[FloatRow], specs: Sequence[SampleSpec]) -> list[int]:
     """Return the same tokens in one call of the kernels. What rounding would decide, they leave to
     numpy."""
-    asked = [_draw_of(spec, address(row)) for row, spec in zip(rows, specs, strict=True)]
-    drawn = kernels.draw(kernels.draw_structs(asked), len(rows[0]))
+    draws = [_draw_of(spec, address(row)) for row, spec in zip(rows, specs, strict=True)]
+    drawn = kernels.draw(kernels.draw_structs(draws), len(rows[0]))
     require_finite((drawn.best >= 0).all())
     tokens: list[int] = drawn.token.tolist()
     for i, (row, spec) in enumerate(zip(rows, specs, strict=True)):
@@ -76,7 +76,7 @@ def _draw_by_kernels(rows: Sequence[FloatRow], specs: Sequence[SampleSpec]) -> l
 
 
 def draws_of(specs: Sequence[SampleSpec]) -> NDArray[np.void]:
-    """[specs] what the kernels are asked to draw, of rows that they know themselves."""
+    """[specs] what the kernels draw, of rows that they know themselves."""
     return kernels.draw_structs([_draw_of(spec) for spec in specs])
 
 
@@ -109,9 +109,8 @@ class _Nucleus:
     """The top-p set of the scores >= floor: tokens with less than top_p of the mass strictly above
     them.
 
-    Hence ties with the last one stay. Membership is asked of single tokens, so that nothing is
-    sorted, and the masses are computed only when a token other than the most likely one is asked
-    about."""
+    Hence ties with the last one stay. Membership is computed for single tokens, so that nothing is
+    sorted; the most likely one needs no masses."""
 
     def __init__(self, row: FloatRow, top: int, floor: float, params: SamplingParams) -> None:
         self.row = row

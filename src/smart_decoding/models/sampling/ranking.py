@@ -20,41 +20,42 @@ if TYPE_CHECKING:
     from smart_decoding.models.sampling.processors import FloatRow
 
 
-def noise_of(asked: LevelRequest) -> tuple[FloatRow, NDArray[np.uint64] | None]:
+def noise_of(request: LevelRequest) -> tuple[FloatRow, NDArray[np.uint64] | None]:
     """Return factors on the logits [rows], and keys of the noise [rows] (0: none), or None if no
     row has any."""
-    sampled = asked.temperature > 0
-    scale = np.where(sampled, 1.0 / np.maximum(asked.temperature, 1e-3), 1.0).astype(np.float32)
+    sampled = request.temperature > 0
+    scale = np.where(sampled, 1.0 / np.maximum(request.temperature, 1e-3), 1.0).astype(np.float32)
     if not sampled.any():
         return scale, None
-    seed, sample, position = (np.array(column) for column in zip(*asked.draws, strict=True))
+    seed, sample, position = (np.array(column) for column in zip(*request.draws, strict=True))
     return scale, np.where(sampled, noise_key(seed, sample, position), np.uint64(0))
 
 
 def noise_of_levels(
-    asked: LevelRequest, levels: int
+    request: LevelRequest, levels: int
 ) -> tuple[FloatRow | None, NDArray[np.uint64] | None]:
     """Return the same for each request at `levels` levels: factors [batch], and keys [batch,
     levels]; None where all are greedy."""
-    if not len(asked.draws):
+    if not len(request.draws):
         return None, None
-    scale, keys = noise_of(asked)
+    scale, keys = noise_of(request)
     return np.ascontiguousarray(scale[::levels]), keys
 
 
-def ranked(logits: Tensor, tokens: Tensor, asked: LevelRequest, native: bool) -> Ranked:
+def ranked(logits: Tensor, tokens: Tensor, request: LevelRequest, native: bool) -> Ranked:
     """Return the most likely of `tokens` [n] after each row of logits [rows, n], best first, and
     probabilities: [rows, k].
 
     Greedy rows: softmax over `tokens`. Others: what the drafter would draw at the row's temperature
     [rows] with the noise that the target will draw with: the target most often draws the same."""
-    k = min(asked.k, len(tokens))
+    k = min(request.k, len(tokens))
     if native:
-        scale, keys = noise_of(asked)
-        wanted = None if keys is None else torch.from_numpy(keys.view(np.int64))
-        ids, probs = kernels.top_k(logits.contiguous(), k, torch.from_numpy(scale), wanted, tokens)
+        scale, keys = noise_of(request)
+        key_bits = None if keys is None else torch.from_numpy(keys.view(np.int64))
+        factors = torch.from_numpy(scale)
+        ids, probs = kernels.top_k(logits.contiguous(), k, factors, key_bits, tokens)
         return tokens[ids].numpy(), probs.double().numpy()
-    return fetched(*best_children(logits, tokens, k, noise_there(asked, logits.device)))
+    return fetched(*best_children(logits, tokens, k, noise_there(request, logits.device)))
 
 
 def fetched(ids: Tensor, logprobs: Tensor) -> Ranked:
@@ -69,9 +70,9 @@ def packed_noise(scale: FloatRow, keys: NDArray[np.uint64]) -> NDArray[np.int64]
     return np.stack((scale.astype(np.float64).view(np.int64), keys.view(np.int64)))
 
 
-def noise_there(asked: LevelRequest, device: torch.device) -> Tensor | None:
+def noise_there(request: LevelRequest, device: torch.device) -> Tensor | None:
     """`packed_noise` on a device, or None where all rows are greedy."""
-    scale, keys = noise_of(asked)
+    scale, keys = noise_of(request)
     return None if keys is None else upload(packed_noise(scale, keys), device)
 
 

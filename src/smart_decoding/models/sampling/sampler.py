@@ -55,7 +55,7 @@ class Sampler:
             return tokens
         logits = logits.detach()
         if logits.device.type != "cpu":
-            # those of all rows, so that nobody has to tell the device which
+            # those of all rows, so that the device needs no list of rows
             tokens = download(device_sampling.maxima(logits)).astype(np.int64)[indices]
         else:
             tokens = _first_maximum(logits[torch.from_numpy(indices)]).numpy()
@@ -85,9 +85,9 @@ class Sampler:
         likely of each row, or of all (-1: all tokens)."""
         rows = _rows(logits, np.asarray(which, np.int64))
         drawn = np.asarray(tokens, np.int64).tolist()
-        wanted = np.broadcast_to(k, len(rows))
+        counts = np.broadcast_to(k, len(rows))
         vocab = logits.shape[1]
-        most = np.where(wanted < 0, vocab, np.minimum(wanted, vocab)).tolist()
+        most = np.where(counts < 0, vocab, np.minimum(counts, vocab)).tolist()
         return [_row_logprobs(*one) for one in zip(rows, drawn, most, strict=True)]
 
 

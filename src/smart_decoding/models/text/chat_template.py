@@ -68,16 +68,16 @@ def read(chosen: str | Path) -> str:
 
 
 def hint(folder: Path, name: str) -> str:
-    """Return which built-in template a model without one seems to want, by its name and
+    """Return which built-in template a model without one seems to need, by its name and
     config.json; empty if that is not known."""
     path = folder / "config.json"
     config = read_text(path) if path.is_file() else ""
-    wanted = [known for known in BUILT_IN if known in f"{name} {config}".lower()]
-    if not wanted:
+    fitting = [known for known in BUILT_IN if known in f"{name} {config}".lower()]
+    if not fitting:
         return ""
     return (
-        f"{name} has no chat template and seems to be a model of the kind {wanted[0]}: "
-        f"take --chat-template {wanted[0]} (chat_template={wanted[0]!r})"
+        f"{name} has no chat template and seems to be a model of the kind {fitting[0]}: "
+        f"take --chat-template {fitting[0]} (chat_template={fitting[0]!r})"
     )
 
 

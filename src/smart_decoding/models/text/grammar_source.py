@@ -59,7 +59,7 @@ def _source(make: Any, params: StructuredOutputsParams) -> Any:
 
 
 def _literal(text: str) -> str:
-    """Quote a text for Lark: as JSON does, and U+007F escaped, as llguidance wants it."""
+    """Quote a text for Lark: as JSON does, and U+007F escaped, as llguidance requires."""
     return json.dumps(text, ensure_ascii=False).replace("\x7f", r"\u007f")
 
 

@@ -97,7 +97,7 @@ class Grammars:
 
     def prepare(self) -> None:
         """Do what the first grammar would wait for, and all of the process with it: seconds. Where
-        grammars cannot be had, requests for them are told why."""
+        there are no grammars, requests for them get an error that says why."""
         with contextlib.suppress(ConfigError):
             self._tokens(library())
 
@@ -129,8 +129,8 @@ class Grammars:
 
     def _new_tokens(self, llguidance: Any) -> Any:
         """llguidance takes every added token for a special one, which no text may contain. Some are
-        text: Qwen's <tool_call> and <think>. Where a model has such tokens, it is told all tokens'
-        bytes and which are special."""
+        text: Qwen's <tool_call> and <think>. Where a model has such tokens, llguidance gets all
+        tokens' bytes, and which are special."""
         ends = list(self._eos_ids)
         backend = self._tokenizer.backend
         found = llguidance.LLTokenizer(backend.to_str(), n_vocab=self._vocab, eos_token=ends)
@@ -140,7 +140,7 @@ class Grammars:
             return found
         everything = range(self._vocab)
         special = [id_ for id_ in everything if found.is_special_token(id_) and id_ not in text]
-        told = Tokens(
+        vocabulary = Tokens(
             ends[0],
             None,
             [found.decode_bytes([id_]) for id_ in everything],
@@ -148,7 +148,7 @@ class Grammars:
             found.tokenize_bytes,
         )
         return llguidance.LLTokenizer(
-            llguidance.TokenizerWrapper(told), n_vocab=self._vocab, eos_token=ends
+            llguidance.TokenizerWrapper(vocabulary), n_vocab=self._vocab, eos_token=ends
         )
 
 
@@ -313,9 +313,9 @@ class GrammarConstraint:
 def _mask_after(
     constraint: ReferenceType[GrammarConstraint], taken: list[int]
 ) -> NDArray[np.bool_]:
-    """Return the mask after the answer and these tokens; any if nobody wants it any more."""
-    wanted = constraint()
-    if wanted is None:
+    """Return the mask after the answer and these tokens; any if the constraint is gone."""
+    alive = constraint()
+    if alive is None:
         return np.zeros(0, np.bool_)
-    wanted._matcher.consume_tokens(taken)  # an error is found with the mask
-    return wanted._mask([])
+    alive._matcher.consume_tokens(taken)  # an error is found with the mask
+    return alive._mask([])

@@ -172,7 +172,7 @@ class Tokenizer:
             (found,) = self.backend.encode_batch_fast([text], **given)
             return list(found.ids)
         except BaseException as error:
-            raise _told(error, "encode this text") from error
+            raise _reported(error, "encode this text") from error
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Return text of token ids; bytes that are no UTF-8 become U+FFFD. Raises ConfigError for
@@ -184,7 +184,7 @@ class Tokenizer:
             (text,) = self.backend.decode_batch([list(ids)], **given)
             return str(text)
         except BaseException as error:
-            raise _told(error, "decode these tokens") from error
+            raise _reported(error, "decode these tokens") from error
 
     def token_text(self, token: int) -> str:
         """Return a token's text as it reads behind another one: some tokenizers drop the space that
@@ -259,7 +259,7 @@ def _identity(folder: Path) -> tuple[object, ...] | None:
     return folder, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
-def _told(error: BaseException, task: str) -> BaseException:
+def _reported(error: BaseException, task: str) -> BaseException:
     """Return what to raise where the library fails; its panics are no Exceptions."""
     if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
         return error

@@ -46,21 +46,21 @@ def maxima(logits: Tensor) -> Tensor:
     return _launch(logits, None)
 
 
-def _launch(logits: Tensor, asked: NDArray[np.int64] | None) -> Tensor:
-    """asked: [1 or 6, rows] the rows; their temperature (0: greedy), distance of min-p and top-p as
-    float64, key of the noise, and top-k (0: all)."""
+def _launch(logits: Tensor, settings: NDArray[np.int64] | None) -> Tensor:
+    """settings: [1 or 6, rows] the rows; their temperature (0: greedy), distance of min-p and top-p
+    as float64, key of the noise, and top-k (0: all)."""
     from smart_decoding.models.torch import triton_sampling as kernels
 
-    count = len(logits) if asked is None else asked.shape[1]
+    count = len(logits) if settings is None else settings.shape[1]
     out = logits.new_empty(count, dtype=torch.int32)
     kernels.draw[(count,)](
         logits,
-        None if asked is None else upload(asked, logits.device),
+        None if settings is None else upload(settings, logits.device),
         out,
         count,
         logits.stride(0),
         logits.shape[1],
-        drawn=asked is not None and len(asked) > 1,
+        drawn=settings is not None and len(settings) > 1,
         num_warps=8,
     )
     return out

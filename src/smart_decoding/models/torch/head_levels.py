@@ -65,18 +65,18 @@ class SteppedLevels(ABC):
 
     @torch.inference_mode()
     def first(
-        self, rows: Rows, parts: Sequence[FeaturePart], last: IntArray, asked: LevelRequest
+        self, rows: Rows, parts: Sequence[FeaturePart], last: IntArray, request: LevelRequest
     ) -> Ranked:
         """Begin a round: runs pairs of tokens and aux states; children of the `last` rows."""
         self._round = [take_rows(self._catch_up(rows, parts), last)]
-        return self._rank(asked)
+        return self._rank(request)
 
     @torch.inference_mode()
-    def deeper(self, rows: Rows, above: IntArray, asked: LevelRequest) -> Ranked:
+    def deeper(self, rows: Rows, above: IntArray, request: LevelRequest) -> Ranked:
         """Runs nodes below the outputs `above` of this round; the best children of all."""
         context = Context(rows, *self.rotary)
         self._round.append(self._run(context, take_rows(self.outputs, above)))
-        return self._rank(asked)
+        return self._rank(request)
 
     def follows(self, rule: TreeRule) -> bool:
         """Return whether a device can choose what levels expand: their widths are known before."""
@@ -152,8 +152,8 @@ class SteppedLevels(ABC):
         x = rms_norm(self._round[-1], self._last_norm, self._config.rms_eps)
         return self._output(x)
 
-    def _rank(self, asked: LevelRequest) -> Ranked:
-        return ranked(self._logits(), self._draft_ids, asked, native=False)
+    def _rank(self, request: LevelRequest) -> Ranked:
+        return ranked(self._logits(), self._draft_ids, request, native=False)
 
     def _embed(self, token: Tensor) -> Tensor:
         return self._target.embed(token) if self._embedding is None else self._embedding[token]

@@ -38,9 +38,9 @@ class LayerWeights:
 
     `input` is the width that q, k and v read: `hidden`, or twice that in an EAGLE-3 head, which
     then has no input_norm. attention_norm, ffn_norm: of what both add to x. window: how many
-    positions a row sees, 0: all. angle: the first of its own among a position's rotary angles.
-    gelu: its gates go through GELU (by tanh) in place of SiLU. Where scores are not divided by the
-    root of head_dim, q_norm carries the difference.
+    positions a row attends to, 0: all. angle: the first of its own among a position's rotary
+    angles. gelu: its gates go through GELU (by tanh) in place of SiLU. Where scores are not divided
+    by the root of head_dim, q_norm carries the difference.
     """
 
     heads: int
@@ -170,7 +170,7 @@ class Context:
         return self.cosine[position], self.sine[position]
 
     def keep_aux(self, layers: int, x: Tensor) -> None:
-        """Keep x [rows, hidden] as it is after so many layers, if that is wanted."""
+        """Keep x [rows, hidden] as it is after so many layers, if a head reads it."""
         if self.aux_hidden is not None and layers in self.aux_layers:
             at = self.aux_layers.index(layers) * x.shape[1]
             self.aux_hidden[:, at : at + x.shape[1]] = x

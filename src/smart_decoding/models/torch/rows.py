@@ -63,10 +63,10 @@ def device_rows(rows: Rows, device: torch.device) -> DeviceRows:
     of_row[:, : len(rows)] = rows.slot_mapping, rows.context_len, ancestors[:-1], ancestors[1:]
     table = rows.block_table_start[group] + len(head) + len(rows.ancestors)
     of_tile[:, :count] = first, np.minimum(TILE, starts[group + 1] - first), table
-    wanted = rows.token[:0] if rows.logit_rows is None else rows.logit_rows
-    parts = (rows.token, rows.position, wanted, head, rows.ancestors, rows.pages)
+    with_logits = rows.token[:0] if rows.logit_rows is None else rows.logit_rows
+    parts = (rows.token, rows.position, with_logits, head, rows.ancestors, rows.pages)
     whole = upload(np.concatenate(parts, dtype=np.int32, casting="same_kind"), device)
-    sizes = [len(rows), len(rows), len(wanted), sum(map(len, parts[3:]))]
+    sizes = [len(rows), len(rows), len(with_logits), sum(map(len, parts[3:]))]
     token, position, logit_rows, meta = torch.split(whole, sizes)
     return DeviceRows(token, position, logit_rows, meta, size, tiles)
 

@@ -106,7 +106,7 @@ class TorchOps:
         self, q: Tensor, context: Context, keys: Tensor, values: Tensor, window: int = 0
     ) -> Tensor:
         """Return what each row attends to, its own key and value included: [rows, heads *
-        head_dim]. window: how many positions it sees, 0: all."""
+        head_dim]. window: how many positions it attends to, 0: all."""
         parts = []
         for rows, (page, offset), behind in context.grouped.groups:
             mask = behind < (window or GroupedRows.NOTHING)

@@ -78,9 +78,11 @@ def _rescaled(best, total, acc, scores):
 
 
 @triton.jit
-def _over_context(q, keys, values, table, seen, context, start, end, scale, width: tl.constexpr):
+def _over_context(
+    q, keys, values, table, window_start, context, start, end, scale, width: tl.constexpr
+):
     """Maxima, sums and outputs of rows over the positions start .. end - 1, of which each row reads
-    those from its own `seen` to below its `context`."""
+    those from its own `window_start` to below its `context`."""
     best = tl.full([q.shape[0]], NONE, tl.float32)
     total = tl.zeros([q.shape[0]], tl.float32)
     acc = tl.zeros(q.shape, tl.float32)
@@ -92,7 +94,7 @@ def _over_context(q, keys, values, table, seen, context, start, end, scale, widt
         readable = (n < end)[:, None] & (d < width)  # other memory may hold NaN
         k = tl.load(keys + at, mask=readable, other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        reads = (n >= seen[:, None]) & (n < context[:, None])
+        reads = (n >= window_start[:, None]) & (n < context[:, None])
         scores = tl.where(reads & (n < end), scores, NONE)
         best, safe, total, acc = _rescaled(best, total, acc, tl.max(scores, 1))
         p = tl.exp2(scores - safe[:, None])
@@ -105,20 +107,20 @@ def _over_context(q, keys, values, table, seen, context, start, end, scale, widt
 @triton.jit
 def _attend(q, keys, values, meta, row, live, size, table, scale, window, width: tl.constexpr):
     """The same over one part of the context, and with the last part over each row's ancestors.
-    window: how many of all those a row sees, 0: all."""
+    window: how many of all those a row attends to, 0: all."""
     split = tl.program_id(2)
     splits = tl.num_programs(2)
     context = tl.load(meta + size + row, mask=live, other=0)
     begin = tl.load(meta + 2 * size + row, mask=live, other=0)
     count = tl.load(meta + 3 * size + row, mask=live, other=0) - begin
-    seen = tl.where(live & (window > 0), context + count - window, 0)
+    window_start = tl.where(live & (window > 0), context + count - window, 0)
     longest = tl.max(context)
-    first = tl.maximum(tl.min(tl.where(live, seen, longest)), 0) // KEYS * KEYS
+    first = tl.maximum(tl.min(tl.where(live, window_start, longest)), 0) // KEYS * KEYS
     part = tl.cdiv(tl.cdiv(longest - first, KEYS), splits) * KEYS
     start = first + split * part
     end = tl.minimum(start + part, longest)
     best, total, acc = _over_context(
-        q, keys, values, table, seen, context, start, end, scale, width
+        q, keys, values, table, window_start, context, start, end, scale, width
     )
     if split == splits - 1:
         d = tl.arange(0, q.shape[1])

@@ -109,23 +109,23 @@ def _gumbel_max(row, size, key, floor, top, temperature):
 
 
 @triton.jit(do_not_specialize=["count"])
-def draw(logits, asked, out, count, stride, size, drawn: tl.constexpr):
-    """A row's token; -1 where it has no finite maximum. asked: [6, count] int64, see
+def draw(logits, settings, out, count, stride, size, drawn: tl.constexpr):
+    """A row's token; -1 where it has no finite maximum. settings: [6, count] int64, see
     device_sampling.py; only rows where nothing is `drawn`, None for all of them."""
     i = tl.program_id(0)
-    if asked is None:
+    if settings is None:
         row = logits + i.to(tl.int64) * stride
     else:
-        row = logits + tl.load(asked + i) * stride
+        row = logits + tl.load(settings + i) * stride
     top, token = _maximum(row, size)
     if drawn:
-        precise = tl.load(asked + count + i).to(tl.float64, bitcast=True)
+        precise = tl.load(settings + count + i).to(tl.float64, bitcast=True)
         temperature = precise.to(tl.float32)
         if (temperature > 0) & (tl.abs(top) < INF):
-            distance = tl.load(asked + 2 * count + i).to(tl.float64, bitcast=True)
-            top_p = tl.load(asked + 3 * count + i).to(tl.float64, bitcast=True)
-            key = tl.load(asked + 4 * count + i)
-            rank = tl.load(asked + 5 * count + i).to(tl.float64)
+            distance = tl.load(settings + 2 * count + i).to(tl.float64, bitcast=True)
+            top_p = tl.load(settings + 3 * count + i).to(tl.float64, bitcast=True)
+            key = tl.load(settings + 4 * count + i)
+            rank = tl.load(settings + 5 * count + i).to(tl.float64)
             floor = tl.full((), LOWEST, tl.float32)
             if rank > 0:
                 floor = _cut(row, size, rank, floor, top, temperature, False)
@@ -138,15 +138,16 @@ def draw(logits, asked, out, count, stride, size, drawn: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["count"])
-def perturb(logits, tokens, asked, out, count, size, block: tl.constexpr):
+def perturb(logits, tokens, settings, out, count, size, block: tl.constexpr):
     """A part of a row of scores, logits [rows, size] times the row's factor, plus the noise of
-    `tokens` under its key. asked: [2, count] int64, factors as float64, and keys (0: no noise)."""
+    `tokens` under its key. settings: [2, count] int64, factors as float64, and keys (0: no
+    noise)."""
     i = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * block + tl.arange(0, block)
     inside = n < size
     x = tl.load(logits + i * size + n, mask=inside, other=0.0).to(tl.float32)
-    factor = tl.load(asked + i).to(tl.float64, bitcast=True)
-    key = tl.load(asked + count + i)
+    factor = tl.load(settings + i).to(tl.float64, bitcast=True)
+    key = tl.load(settings + count + i)
     noise = _gumbel(_uniform_bits(key, tl.load(tokens + n, mask=inside, other=0)))
     scores = x * factor.to(tl.float32) + tl.where(key != 0, noise, 0.0)
     tl.store(out + i * size + n, scores, mask=inside)
