@@ -53,9 +53,15 @@ def _from_hf(config: ModelConfig, source: Mapping[str, Any]) -> ModelConfig:
         windows=windows_from_hf(
             source, config.layers, lambda layer: _has_window(layer, int(pattern or _PATTERN))
         ),
-        local_theta=rope.local_theta_of(source, USUAL_THETA),
+        local_theta=_local_theta(source),
         query_scalar=int(source["query_pre_attn_scalar"]),
     )
+
+
+def _local_theta(source: Mapping[str, Any]) -> float:
+    """Return RoPE's base in layers with a window, which have no scaling."""
+    options = (source.get("rope_parameters") or {}).get("sliding_attention") or {}
+    return float(options.get("rope_theta") or source.get("rope_local_base_freq") or USUAL_THETA)
 
 
 def _has_window(layer: int, pattern: int) -> bool:

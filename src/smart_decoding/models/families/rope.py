@@ -65,14 +65,6 @@ def options_of(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**top, **(config.get("rope_scaling") or {}), **given}
 
 
-def local_theta_of(config: Mapping[str, Any], usual: float) -> float:
-    """RoPE's base in Gemma's layers with a window, which have no scaling. usual: where the config
-    does not say it."""
-    given = (config.get("rope_parameters") or {}).get("sliding_attention") or {}
-    theta = given.get("rope_theta") or config.get("rope_local_base_freq")
-    return float(theta or usual)
-
-
 def scaling_from_hf(options: Mapping[str, Any], max_positions: int) -> RopeScaling | None:
     """Return the scaling that `options_of` describes; ModelError for an unknown kind or a missing
     number."""
