@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from smart_decoding.llm import LLM
     from smart_decoding.multimodal.prompts import TextPrompt, TokensPrompt
 
-# OpenMP's threads look so often whether there is work before they sleep. Its own 300,000 take
-# milliseconds, in which another process cannot run: beside one, `LLM` is then half as fast, and
-# torch a sixth. Within a forward the kernels wait by themselves (csrc/team.h); this is between
-# forwards, and in torch, where 150 and 1,000 make no difference. Torch's OpenMP reads it when torch
-# is imported; where that was before, the kernels see to it when they are loaded.
+# How often OpenMP's threads look for work before they sleep. The default of 300,000 takes
+# milliseconds in which no other process can run: beside one, `LLM` is then half as fast, and torch
+# a sixth. The number counts between forwards and in torch, where 150 and 1,000 are equally fast;
+# within a forward the kernels wait by themselves (csrc/team.h). OpenMP reads it when torch is
+# imported. If that was earlier, the kernels set it when they are loaded.
 SPINS = "150"
 if "OMP_WAIT_POLICY" not in os.environ and "torch" not in sys.modules:
     os.environ.setdefault("GOMP_SPINCOUNT", SPINS)

@@ -36,17 +36,17 @@ if TYPE_CHECKING:
 class AsyncJob(Job):
     """A job whose deliveries come to the event loop in which it was submitted.
 
-    told: called there with each of them; box: those that nobody has taken; open: answers of which
-    the end has not been taken, none before it is submitted; cancelled: nobody wants it any more.
+    on_delivery: called in the loop with each delivery; box: deliveries not taken yet; open: answers
+    whose end has not been taken, 0 before the job is submitted; cancelled: its caller has gone.
     """
 
-    told: Callable[[Delivery], None] = lambda delivery: None
+    on_delivery: Callable[[Delivery], None] = lambda delivery: None
     box: asyncio.Queue[Delivery] = field(default_factory=asyncio.Queue)
     open: int = 0
     cancelled: bool = False
 
     async def next(self) -> Chunk | None:
-        """Waits for the next chunk; None if the job was cancelled. Raises what ended it."""
+        """Wait for the next chunk; None if the job was cancelled. Raises the job's error."""
         delivery = await self.box.get()
         self.open -= delivery.ended
         if isinstance(delivery.content, Chunk):
@@ -72,7 +72,7 @@ def _deliver(deliveries: list[Delivery]) -> None:
     for delivery in deliveries:
         job = delivery.job
         assert isinstance(job, AsyncJob)
-        job.told(delivery)
+        job.on_delivery(delivery)
         job.box.put_nowait(delivery)
 
 
@@ -87,7 +87,7 @@ class AsyncLLM:
         from smart_decoding.llm import LLM
 
         self.llm = model if isinstance(model, LLM) else LLM(model, **options)
-        self._asked: dict[str, AsyncJob] = {}
+        self._jobs: dict[str, AsyncJob] = {}
 
     @classmethod
     def from_engine_args(cls, engine_args: EngineArgs) -> AsyncLLM:
@@ -108,39 +108,39 @@ class AsyncLLM:
         Leaving the loop, or the end of its task, aborts the request. Raises ConfigError or
         CapacityError for what can never run or an id that runs, and EngineStoppedError."""
         require_neutral({"lora_request": lora_request, "priority": priority})
-        if request_id in self._asked:
+        if request_id in self._jobs:
             raise ConfigError(f"request id {request_id!r} is already running: give another")
-        job = self._asked[request_id] = AsyncJob(request_id, self.llm.engine, [], stream=True)
+        job = self._jobs[request_id] = AsyncJob(request_id, self.llm.engine, [], stream=True)
         params = sampling_params or self.llm.get_default_sampling_params()
         try:
             ready = await asyncio.to_thread(self.llm.text_prompt, prompt)
             made = await asyncio.to_thread(self.llm.job, [ready], [params])
             job.id, job.asks, job.grammars = made.id, made.asks, made.grammars
             self.submit(job)
-            given = output = _nothing_yet(request_id, ready, params)
+            sent = output = _nothing_yet(request_id, ready, params)
             while not output.finished:
                 output = await _more(output, job, self.llm.tokenizer.token_text)
-                news = _news(given, output)
+                news = _news(sent, output)
                 if not news.outputs:  # callers read outputs[0] without asking
                     continue
-                given = output
+                sent = output
                 if params.output_kind is RequestOutputKind.DELTA:
                     yield news
                 elif output.finished or params.output_kind is RequestOutputKind.CUMULATIVE:
                     yield output
         finally:
-            del self._asked[request_id]
+            del self._jobs[request_id]
             self.cancel(job)
 
     async def abort(self, request_id: str) -> None:
         """End a request; its last output's answers have the finish_reason 'abort'. Unknown ids are
         ignored: it may have ended."""
-        if request_id in self._asked:
-            self.cancel(self._asked[request_id])
+        if request_id in self._jobs:
+            self.cancel(self._jobs[request_id])
 
     def submit(self, job: AsyncJob) -> None:
-        """Has a job done, unless it is cancelled already; this event loop gets its deliveries.
-        Raises EngineStoppedError."""
+        """Queue a job, unless it is cancelled already; this event loop gets its deliveries. Raises
+        EngineStoppedError."""
         if job.cancelled:
             return
         job.deliver = _Loop(asyncio.get_running_loop())
@@ -154,8 +154,8 @@ class AsyncLLM:
             self.llm.engine_thread.cancel(job)
 
     def shutdown(self, timeout: float = LONGEST_ROUND) -> None:
-        """End the engine after its present round, for which it waits so many seconds. What still
-        runs raises EngineStoppedError."""
+        """End the engine after its present round. timeout: seconds to wait for that round. Requests
+        that still run raise EngineStoppedError."""
         self.llm.engine_thread.stop(timeout)
 
 
@@ -165,7 +165,7 @@ async def _more(output: RequestOutput, job: AsyncJob, text_of: TokenText) -> Req
         chunk = await job.next()
         if chunk is not None:
             index = chunk.index
-            answers[index] = _grown(answers[index], chunk, list(job.answers)[index], text_of)
+            answers[index] = _extended(answers[index], chunk, list(job.answers)[index], text_of)
         if job.box.empty():  # else the caller is slower than the engine
             break
     if not job.open:
@@ -178,7 +178,7 @@ async def _more(output: RequestOutput, job: AsyncJob, text_of: TokenText) -> Req
 
 
 def _news(before: RequestOutput, output: RequestOutput) -> RequestOutput:
-    """Return what has come between two outputs; answers that stayed as they were are left out."""
+    """Return the additions between two outputs; unchanged answers are left out."""
     pairs = zip(before.outputs, output.outputs, strict=True)
     new = [
         replace(
@@ -194,10 +194,10 @@ def _news(before: RequestOutput, output: RequestOutput) -> RequestOutput:
     return replace(output, outputs=new, prompt_logprobs=scored)
 
 
-def _grown(
+def _extended(
     answer: CompletionOutput, chunk: Chunk, request: Request, text_of: TokenText
 ) -> CompletionOutput:
-    """Return a new object: those given out before stay as they were."""
+    """Return a new object: callers keep the earlier ones."""
     if chunk.finish_reason is not None:  # the engine has done with it
         return completion_of(request, text_of)
     logprobs = answer.logprobs

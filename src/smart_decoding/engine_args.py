@@ -28,7 +28,7 @@ _CHOICES: Mapping[str, tuple[str | None, ...]] = {
     "activations": ("auto", "exact", "int8"),
     "quantization": (None, "off", "int8", "int4"),
 }
-# generation_config.json's names of what SamplingParams are by default, and ours
+# names of default sampling parameters: generation_config.json's, and ours
 _SAMPLING = {
     **{name: name for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")},
     "max_new_tokens": "max_tokens",
@@ -50,12 +50,14 @@ _KINDS: Mapping[str, type] = {
     "Mapping": Mapping,
     "None": type(None),
 }
-_CHECKED_APART = ("dtype", "speculative_config")  # whoever reads them says more
+_CHECKED_APART = ("dtype", "speculative_config")  # their readers give better errors
 
 
 def _neutral(*allowed: Any, short: str = "") -> Any:
-    """Return an option of vLLM's that changes nothing here, by default the first of the values that
-    it may have; without any it takes all, and is None. short: another flag of the command line."""
+    """Return an option of vLLM's that changes nothing here.
+
+    allowed: its values, the default first; without any the option takes all values and is None.
+    short: another flag of the command line."""
     return field(default=next(iter(allowed), None), metadata={"allowed": allowed, "short": short})
 
 
@@ -73,9 +75,9 @@ class EngineArgs:
     quantization: None keeps weights as they are stored: quants of GGUF files stay quants on the
         CPU kernels in bfloat16. off expands them to dtype. int8 and int4 round matrices to so
         many bits when they are loaded.
-    activations: what quants are multiplied with on the CPU kernels in bfloat16. int8: rounded to 8
-        bits in groups of 32, as llama.cpp does, on CPUs with AVX2 or i8mm. exact: as it is, in
-        bfloat16. auto: int8 wherever that is faster. The words are the same under every policy.
+    activations: the factors of quants on the CPU kernels in bfloat16. int8: rounded to 8 bits in
+        groups of 32, as llama.cpp does, on CPUs with AVX2 or i8mm. exact: not rounded, in bfloat16.
+        auto: int8 wherever that is faster. Answers are the same under every policy.
     device: cpu or cuda; auto takes CUDA where there is one.
     max_model_len: longest prompt plus answer, in tokens (4,096, or what the model or
         kv_cache_tokens allows if that is less).
@@ -85,11 +87,11 @@ class EngineArgs:
         gpu_memory_utilization leaves); at least max_model_len.
     gpu_memory_utilization: part of a GPU's memory that weights and KV memory may fill.
     enable_prefix_caching: keep the keys of finished requests for prompts that begin alike.
-    seed: what the seeds of requests without their own are drawn from.
+    seed: the seeds of requests without their own are drawn from it.
     stop_at_loops: end an answer that only repeats itself.
     max_logprobs: the most log probabilities of a token that requests may ask for; -1: any.
-    chat_template: what makes prompts of conversations, instead of the model's own template: a file,
-        a built-in name (vicuna), or the text itself.
+    chat_template: makes prompts of conversations, instead of the model's own template: a file, a
+        built-in name (vicuna), or the text itself.
     generation_config: where default sampling parameters come from: auto (the model's
         generation_config.json), vllm (nowhere), or a folder with such a file.
         override_generation_config: values in place of its own.
@@ -104,12 +106,11 @@ class EngineArgs:
     mm_processor_kwargs: options of the image processor, such as max_pixels.
     max_image_pixels: of one image as it is sent.
 
-    The others are vLLM's and have no effect here. Those that change no answer there, such as
-    swap_space, may be anything, and so may trust_remote_code: a model's code is never run. The
-    rest may only be what holds here.
+    The other options are vLLM's and have no effect here. Options that change no answer in vLLM,
+    such as swap_space, take any value, and so does trust_remote_code: a model's code is never run.
+    The rest take only the value that holds here.
 
-    None leaves any option at its default. Raises ConfigError or CapacityError for values that
-    cannot be.
+    None leaves any option at its default. Raises ConfigError or CapacityError for other values.
     """
 
     model: str | Path = DEFAULT_MODEL
@@ -212,24 +213,24 @@ class EngineArgs:
 
     @classmethod
     def add_neutral_cli_args(cls, parser: argparse.ArgumentParser) -> None:
-        """Give a parser those that change nothing here, unlisted, and None where not given."""
+        """Give a parser the options that change nothing here, unlisted, None by default."""
         for each in _neutral_fields():
             _add_cli_arg(parser, each, help=argparse.SUPPRESS)
 
     @classmethod
     def neutral_cli_args(cls, args: argparse.Namespace) -> dict[str, Any]:
-        """Return what such a parser has found."""
+        """Return those options as such a parser has read them."""
         return {each.name: getattr(args, each.name) for each in _neutral_fields()}
 
     @classmethod
     def from_cli_args(cls, args: argparse.Namespace) -> EngineArgs:
-        """From what a parser with `add_cli_args` has parsed. Options of others are left out."""
-        given = vars(args)
-        return cls(**{each.name: given[each.name] for each in fields(cls) if each.name in given})
+        """Return the arguments that a parser with `add_cli_args` has read; others are left out."""
+        parsed = vars(args)
+        return cls(**{each.name: parsed[each.name] for each in fields(cls) if each.name in parsed})
 
     def sampling_defaults(self, folder: Path) -> dict[str, Any]:
-        """Return what SamplingParams are where nobody says otherwise. folder: the model's. Raises
-        ConfigError for values that they cannot be."""
+        """Return the default sampling parameters. folder: the model's. Raises ConfigError for
+        values that SamplingParams refuses."""
         from smart_decoding.models.checkpoints.loading import (
             generation_config,  # imported late: torch is slow
         )
@@ -243,10 +244,10 @@ class EngineArgs:
                 f"generation_config={str(chosen)!r} is not supported: give auto, vllm, or a folder "
                 "with generation_config.json"
             )
-        given = {**(found or {}), **(self.override_generation_config or {})}
+        values = {**(found or {}), **(self.override_generation_config or {})}
         ours = {
             _SAMPLING[name]: value
-            for name, value in given.items()
+            for name, value in values.items()
             if name in _SAMPLING and value is not None
         }
         try:
@@ -258,28 +259,28 @@ class EngineArgs:
         return ours
 
     def template(self) -> str | None:
-        """Return the text of the chat template asked for; None for the model's own."""
+        """Return the text of the option `chat_template`; None for the model's own template."""
         return None if self.chat_template is None else chat_template.read(self.chat_template)
 
     def media_limits(self) -> Limits:
-        """Return what a prompt may hold beside text."""
+        """Return the limits on images and videos of a prompt."""
         counts = {**Limits().per_prompt, **(self.limit_mm_per_prompt or {})}
         folder = self.allowed_local_media_path
         return Limits(counts, None if folder is None else expanded(folder), self.max_image_pixels)
 
     def longest(self, positions: int) -> int:
         """Return the longest prompt plus answer of a model of so many positions. Raises
-        CapacityError if the one asked for can never be held."""
-        asked = self.max_model_len
+        CapacityError if max_model_len exceeds the KV memory."""
+        requested = self.max_model_len
         memory = self.kv_cache_tokens
-        if asked is None:
+        if requested is None:
             return min(DEFAULT_MODEL_LEN, positions, memory or positions)
-        if memory is not None and asked > memory:
+        if memory is not None and requested > memory:
             raise CapacityError(
-                f"max_model_len={asked} exceeds the KV memory of {memory} tokens: "
+                f"max_model_len={requested} exceeds the KV memory of {memory} tokens: "
                 "lower it or raise kv_cache_tokens"
             )
-        return asked
+        return requested
 
     def kv_tokens(self, longest: int) -> int:
         """Return tokens of KV memory where an answer and its prompt may be `longest` tokens."""
@@ -322,7 +323,7 @@ class EngineArgs:
                 raise ConfigError(f"{name}={value} is not allowed: it must be at least {least}")
 
 
-AsyncEngineArgs = EngineArgs  # vLLM's name of those of `AsyncLLM`
+AsyncEngineArgs = EngineArgs  # vLLM's name for the options of `AsyncLLM`
 
 
 def _neutral_fields() -> list[Field[Any]]:
@@ -341,9 +342,9 @@ def _add_cli_arg(parser: argparse.ArgumentParser, option: Field[Any], **how: Any
         parser.add_argument(*flags, type=parse, **how)
 
 
-def require_neutral(given: Mapping[str, Any]) -> None:
-    """Raise ConfigError, naming it, for an option of vLLM with a value that is not served here."""
-    for name, value in given.items():
+def require_neutral(options: Mapping[str, Any]) -> None:
+    """Raise ConfigError for an option of vLLM with a value that is not supported here."""
+    for name, value in options.items():
         _require_one_of(name, value, _NEUTRAL[name])
 
 

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and files of strangers, which are read in bounds."""
+"""Files that are written whole or not at all, and files of unknown origin, read with limits."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def whole(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Return the boundary to a file of a model, which may hold anything: whatever goes wrong in the
-    block because of it is a ModelError of one line that names it. No memory is a CapacityError.
+    """Turn every error in the block into a ModelError of one line that names the file, since a file
+    of a model may hold anything. A lack of memory becomes a CapacityError.
 
-    Raises ModelError, too, where the file is missing, or is no regular file: reading a device or a
+    Raises ModelError for a missing file, and for one that is no regular file: reading a device or a
     pipe may never end."""
     if not path.is_file():
         what = "no regular file" if path.exists() else "missing: is the folder a whole model?"
@@ -74,24 +74,22 @@ def expanded(path: str | Path) -> Path:
 
 
 def _shortened(text: str, most: int = 60) -> str:
-    """Quote a text of strangers in one line, cut where it is long."""
+    """Quote a text of unknown origin in one line, cut where it is long."""
     return repr(text) if len(text) <= most else f"{text[:most]!r}... ({len(text)} characters)"
 
 
 def without_folder(name: str) -> str:
-    """Return what lies here without the folder that it lies in, which may tell of a user; else
-    `name`."""
+    """Return the last part of a path that exists, as its folder may name a user; else `name`."""
     path = expanded(name)
     return path.absolute().name if path.exists() else name
 
 
 def errno_of(error: BaseException) -> int | None:
-    """Return the number of the system's error that this one tells of, as libraries in Rust do in
-    their text; None of any other."""
+    """Return the errno of an error, which libraries in Rust put into its text; None without one."""
     if isinstance(error, OSError):
         return error.errno
-    told = re.search(r"\(os error (\d+)\)", str(error))
-    return int(told[1]) if told else None
+    match = re.search(r"\(os error (\d+)\)", str(error))
+    return int(match[1]) if match else None
 
 
 def reason_of(error: BaseException) -> str:
@@ -127,25 +125,25 @@ def sha256_of(path: Path) -> str:
 def are_intact(sums: Mapping[Path, str], marker: Path) -> bool:
     """Return whether files have these checksums. Raises OSError for one that cannot be read.
 
-    They are summed once (1.5 s for a gigabyte), which `marker` remembers; after that, files that
-    were not written to since are taken to be what they were."""
-    told = _seen(sums)
+    Files are summed once (1.5 s for a gigabyte). `marker` then holds their sizes and times, and
+    unchanged files are not summed again."""
+    fingerprint = _fingerprint(sums)
     with suppress(OSError):
-        if marker.read_bytes() == told:
+        if marker.read_bytes() == fingerprint:
             return True
     if any(sha256_of(path) != sha256 for path, sha256 in sums.items()):
         return False
     with suppress(OSError):  # a cache that is only read is summed each time
-        marker.write_bytes(told)
+        marker.write_bytes(fingerprint)
     return True
 
 
 def remember(sums: Mapping[Path, str], marker: Path) -> None:
     """Write the marker of files whose checksums were just taken."""
-    marker.write_bytes(_seen(sums))
+    marker.write_bytes(_fingerprint(sums))
 
 
-def _seen(sums: Mapping[Path, str]) -> bytes:
+def _fingerprint(sums: Mapping[Path, str]) -> bytes:
     stats = {path: path.stat() for path in sums}
     lines = (
         f"{path.name} {sha256} {stats[path].st_size} {stats[path].st_mtime_ns}"

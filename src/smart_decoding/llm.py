@@ -68,11 +68,11 @@ log = logging.getLogger("smart.llm")
 
 Message = Mapping[str, Any]
 T = TypeVar("T")
-LOOK = 0.05  # seconds between two looks at what is measured
+LOOK = 0.05  # seconds between two looks at the progress of a measurement
 
 
 class LLM:
-    """A model ready to answer, from as many threads as there are: their requests share rounds.
+    """A model ready to answer. Requests of all threads share rounds.
 
     model: built-in name, hub id, folder of safetensors, or GGUF file. draft_later: a draft model's
     weights are read by `speculation.load()`, or when it first drafts. options: see `EngineArgs`.
@@ -97,14 +97,16 @@ class LLM:
         self.prompts = _prompts(args, checkpoint, self.tokenizer)
         longest = args.longest(checkpoint.config.max_positions)
         self.tokenizer.context = longest
-        asked = _drafts(args, checkpoint, self.tokenizer, longest)
-        asked, pages = _require_memory(args, checkpoint, asked, longest)
+        draft_config = _draft_config(args, checkpoint, self.tokenizer, longest)
+        draft_config, pages = _require_memory(args, checkpoint, draft_config, longest)
 
         def loaded() -> tuple[TorchTarget, Speculation]:
             target = TorchTarget(
                 checkpoint, args.dtype, device, pages, longest, args.enforce_eager, slow
             )
-            speculation = build_speculation(asked, checkpoint, target, pages, args.max_num_seqs)
+            speculation = build_speculation(
+                draft_config, checkpoint, target, pages, args.max_num_seqs
+            )
             if not draft_later:
                 speculation.load()
             if speculation.profile is not None:
@@ -121,17 +123,17 @@ class LLM:
         self._measuring = threading.Lock()
 
     def sharing_weights(self, speculative_config: Mapping[str, Any] | bool | None) -> LLM:
-        """Return another engine, drafter and policy over this one's weights and KV memory: to
-        compare them in one process.
+        """Return another engine, drafter and policy over the same weights and KV memory, to compare
+        them in one process.
 
-        Calls of the engines wait for each other. Whoever steps `engine` himself may do so with
-        several in turn: each takes pages of its own. To be made while no request runs: costs are
-        measured at once, in the same memory. Raises ConfigError if prefix caching is on: drafters
-        would find pages of which they hold no keys."""
+        Calls of the engines wait for each other. A caller that steps `engine` itself may step
+        several in turn: each takes its own pages. Call it while no request runs, since costs are
+        measured at once in the same memory. Raises ConfigError if prefix caching is on: drafters
+        would find pages without their keys."""
         config = self.engine.config
         if config.prefix_caching:
             raise ConfigError("engines can share weights only with enable_prefix_caching=False")
-        asked = check_speculation(
+        draft_config = check_speculation(
             speculative_config,
             self._checkpoint,
             self.tokenizer,
@@ -140,7 +142,7 @@ class LLM:
         )
         other = copy.copy(self)
         other.speculation = build_speculation(
-            asked, self._checkpoint, self.target, config.pages, config.max_num_seqs
+            draft_config, self._checkpoint, self.target, config.pages, config.max_num_seqs
         )
         other.speculation.load()
         other.engine = self._engine(other.speculation, config, self.engine)
@@ -148,22 +150,22 @@ class LLM:
         return other
 
     def keep_panels(self) -> None:
-        """Keep the weights as they are packed here, where later starts can map them; where they are
-        not kept already (models/cpu/panels.py)."""
+        """Store the packed weights, unless they are stored already, so that later starts can map
+        them (models/cpu/panels.py)."""
         self.target.decoder.keep_panels()
 
     def take_profile(self) -> None:
-        """Measure and store at once what forwards cost here, in some seconds, if it is not known.
-        Else that is done bit by bit while nobody asks.
+        """Measure and store the costs of forwards now, in some seconds, unless they are known.
+        Without this call they are measured bit by bit while the engine is idle.
 
-        It waits for a lone request that runs, and takes its time beside several. Raises ConfigError
-        in the engine thread."""
+        The measurement waits for a lone request, and is slow beside several. Raises ConfigError in
+        the engine thread."""
         thread = self.engine_thread
         thread.require_another()
         profile = self.speculation.profile
         if profile is None:
             return
-        with self._measuring:  # of several callers one tells what is done
+        with self._measuring:  # one of several callers shows the progress
             if profile.known or not thread.still_does(profile):
                 return
 
@@ -177,16 +179,16 @@ class LLM:
                 time.sleep(LOOK)
                 return thread.still_does(profile)
 
-            profile.wanted = True
+            profile.requested = True
             try:
                 finish(waits, lambda: profile.share)
             finally:
-                profile.wanted = False
+                profile.requested = False
 
     def _engine(
-        self, speculation: Speculation, config: EngineConfig, beside: Engine | None = None
+        self, speculation: Speculation, config: EngineConfig, page_owner: Engine | None = None
     ) -> Engine:
-        """beside: whose pages it takes."""
+        """page_owner: the engine whose pages are shared."""
         engine = Engine(
             self.target,
             speculation.policy,
@@ -195,8 +197,8 @@ class LLM:
             self._decoder,
             constrain=self.grammars,
         )
-        if beside is not None:
-            engine.share_pages(beside)
+        if page_owner is not None:
+            engine.share_pages(page_owner)
         if speculation.profile is not None:
             speculation.profile.pool = engine.pool
             self.engine_thread.add_idle_work(speculation.profile)
@@ -204,7 +206,7 @@ class LLM:
 
     @property
     def policy(self) -> Policy:
-        """What decides about drafts."""
+        """The policy that sizes drafts."""
         return self.speculation.policy
 
     def generate(
@@ -277,8 +279,8 @@ class LLM:
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """Return what is taken where none are given: vLLM's defaults, but for what the model's
-        generation_config.json says."""
+        """Return the parameters of requests without their own: the values of the model's
+        generation_config.json, else vLLM's defaults."""
         return SamplingParams(**self.default_sampling_params)
 
     def get_tokenizer(self) -> Tokenizer:
@@ -286,7 +288,7 @@ class LLM:
         return self.tokenizer
 
     def get_metrics(self) -> list[Metric]:
-        """Return what has been done so far, in vLLM's names; see engine/metrics.py."""
+        """Return counts of all work so far, in vLLM's names; see engine/metrics.py."""
         return self.record.metrics(self.engine)
 
     def chat_prompt(
@@ -300,16 +302,16 @@ class LLM:
         """Return the prompt of one conversation. Contents may be lists of OpenAI's parts, and hold
         images if the model reads them.
 
-        chat_template: instead of the model's. tools: what the template tells of; answers are not
+        chat_template: instead of the model's. tools: described by the template; answers are not
         forced to call them. chat_template_kwargs: further variables of the template.
-        Raises ConfigError for what cannot be used."""
+        Raises ConfigError for values that cannot be used."""
         check_messages(messages)
         own = self.tokenizer.template
-        given = template_options(
+        options = template_options(
             own, chat_template, add_generation_prompt, tools, chat_template_kwargs
         )
-        told, pictures = self.prompts.split(messages)
-        tokens, text = self.prompts.conversations.tokens(told, **given)
+        conversation, pictures = self.prompts.split(messages)
+        tokens, text = self.prompts.conversations.tokens(conversation, **options)
         return self.prompts.plan(tokens, pictures, text).decoded()
 
     def text_prompt(self, prompt: Prompt) -> MediaPrompt:
@@ -339,8 +341,9 @@ class LLM:
     def job(
         self, prompts: Sequence[MediaPrompt], params: Sequence[SamplingParams], stream: bool = False
     ) -> Job:
-        """Return what `engine_thread` answers them by. Grammars are compiled here, not in its time.
-        Raises ConfigError for one that cannot be, and for what are no SamplingParams."""
+        """Return the job of some prompts for `engine_thread`. Grammars are compiled here, in the
+        caller's thread. Raises ConfigError for a wrong grammar and for other types than
+        SamplingParams."""
         for each in params:
             if not isinstance(each, SamplingParams):
                 raise ConfigError(
@@ -350,8 +353,8 @@ class LLM:
             each.check_logprobs(self._args.max_logprobs)
         encode = partial(self.tokenizer.encode, add_special_tokens=False)
         checked = {id(each): each.checked(encode) for each in params}
-        wanted = [each.structured_outputs for each in checked.values()]
-        grammars = [self.grammars.compiled(each) for each in wanted if each is not None]
+        structures = [each.structured_outputs for each in checked.values()]
+        grammars = [self.grammars.compiled(each) for each in structures if each is not None]
         pairs = zip(prompts, params, strict=True)
         asks = [Ask(prompt.tokens, checked[id(each)], prompt.media) for prompt, each in pairs]
         return Job(str(next(self._count)), self.engine, asks, stream, grammars=grammars)
@@ -361,7 +364,7 @@ class LLM:
 
 
 def _params_for(prompts: Sequence[Prompt], params: Any) -> list[SamplingParams]:
-    """Whatever they are: `LLM.job` looks at each."""
+    """Return one item for each prompt, of any type: `LLM.job` checks them."""
     if not isinstance(params, list | tuple):
         return [params] * len(prompts)
     if len(params) != len(prompts):
@@ -374,9 +377,9 @@ def _params_for(prompts: Sequence[Prompt], params: Any) -> list[SamplingParams]:
 def in_own_thread(work: Callable[[], T]) -> T:
     """Return what `work` returns, or raises, in a thread that is gone afterwards.
 
-    OpenMP keeps a team of threads for every thread that has computed. Where all of them are more
-    than the CPUs, OpenMP's threads sleep at once for want of work: the engine's team is to be the
-    only one. Ctrl-C does not wait for it: it goes on until it is done, or the process ends."""
+    OpenMP keeps a team of threads for every thread that has computed. With more threads than CPUs
+    OpenMP's threads sleep as soon as they are idle, so the engine's team is to be the only one.
+    Ctrl-C does not wait for `work`: it goes on until it is done, or the process ends."""
     result: Future[T] = Future()
 
     def run() -> None:
@@ -409,29 +412,29 @@ def _load(args: EngineArgs, device: torch.device) -> Checkpoint:
 
 
 def _holds_quants(args: EngineArgs, device: torch.device) -> bool:
-    """Return whether quants stay what they are: only the CPU kernels multiply them, in bfloat16."""
+    """Return whether quants stay as stored: only the CPU kernels multiply them, in bfloat16."""
     in_bf16 = dtype_of(args.dtype) == torch.bfloat16
     return in_bf16 and device.type == "cpu" and library.unavailable() is None
 
 
-def _drafts(
+def _draft_config(
     args: EngineArgs, checkpoint: Checkpoint, tokenizer: Tokenizer, longest: int
 ) -> SpeculativeConfig:
-    """Return what drafts, before it is loaded. Raises ConfigError for what does not fit or is not
-    served."""
-    asked = check_speculation(
+    """Return what is to draft, before it is loaded. Raises ConfigError for a drafter that does not
+    fit or is not served."""
+    draft_config = check_speculation(
         args.speculative_config, checkpoint, tokenizer, longest, args.trust_pickle
     )
-    if asked.draft is not None:
+    if draft_config.draft is not None:
         device = device_of(args.device)
         try:
-            require_served(asked.draft.config, device, args.allow_slow, "the draft model")
+            require_served(draft_config.draft.config, device, args.allow_slow, "the draft model")
         except ModelError as error:
-            if not asked.by_default:
+            if not draft_config.by_default:
                 raise
             log.warning("n-grams draft: %s", error)
-            return asked.without_draft()
-    return asked
+            return draft_config.without_draft()
+    return draft_config
 
 
 def _engine_config(args: EngineArgs, pages: int, longest: int) -> EngineConfig:
@@ -450,9 +453,9 @@ def _tokenizer(args: EngineArgs, checkpoint: Checkpoint) -> Tokenizer:
     other = args.tokenizer not in (None, args.model)
     folder = expanded(str(args.tokenizer)) if other else checkpoint.tokenizer_source
     tokenizer = Tokenizer.load(folder)
-    given = args.template()
-    if given is not None:
-        tokenizer.template = given
+    template = args.template()
+    if template is not None:
+        tokenizer.template = template
         tokenizer.template_given = True
     if tokenizer.template is None:
         hint = chat_template.hint(checkpoint.tokenizer_source, checkpoint.provenance["model"])
@@ -462,10 +465,12 @@ def _tokenizer(args: EngineArgs, checkpoint: Checkpoint) -> Tokenizer:
 
 
 def _require_memory(
-    args: EngineArgs, checkpoint: Checkpoint, asked: SpeculativeConfig, longest: int
+    args: EngineArgs, checkpoint: Checkpoint, draft_config: SpeculativeConfig, longest: int
 ) -> tuple[SpeculativeConfig, int]:
-    """Return what drafts, and KV pages. Raises CapacityError for a model that does not fit, before
-    its weights are read; without a draft model or head that only came by default, if it fits so."""
+    """Return what drafts, and the number of KV pages. A draft model or head that was chosen by
+    default is dropped where memory is short.
+
+    Raises CapacityError for a model that does not fit, before its weights are read."""
     device = device_of(args.device)
     dtype = dtype_of(args.dtype)
     on_cuda = device.type == "cuda"
@@ -473,7 +478,7 @@ def _require_memory(
     rows = max(args.chunk(on_cuda), 8 * seqs)
     tokens = args.kv_tokens(longest)
     limits = memory.EngineLimits(tokens, pages_for(tokens, seqs), rows, longest)
-    need = memory.need_of(checkpoint, dtype, device, limits, asked.draft, asked.head)
+    need = memory.need_of(checkpoint, dtype, device, limits, draft_config.draft, draft_config.head)
     if on_cuda and args.kv_cache_tokens is None:
         room = memory.tokens_beside(need, args.gpu_memory_utilization, device)
         tokens = max(longest, room - pages_for(0, seqs) * PAGE)
@@ -482,11 +487,11 @@ def _require_memory(
     try:
         memory.require_memory(checkpoint, need, limits, device)
     except CapacityError:
-        if not asked.by_default:
+        if not draft_config.by_default:
             raise
-        log.warning("there is no memory for what drafts beside it, so n-grams do")
-        return _require_memory(args, checkpoint, asked.without_draft(), longest)
-    return asked, limits.pages
+        log.warning("there is no memory for the draft model or head, so n-grams draft")
+        return _require_memory(args, checkpoint, draft_config.without_draft(), longest)
+    return draft_config, limits.pages
 
 
 def quantization_of(args: EngineArgs, device: torch.device) -> str | None:

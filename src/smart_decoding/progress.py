@@ -1,5 +1,5 @@
-"""Long steps say that they run: as a bar on a terminal, else as lines on standard error, or in the
-log of a program that has set up the logger `smart`."""
+"""Progress of long steps: a bar on a terminal, else lines on standard error, or in the log of a
+program that has set up the logger `smart`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def on_terminal() -> bool:
 
 @contextmanager
 def long_step(what: str, total: float, unit: str = "it") -> Iterator[Callable[[float], object]]:
-    """what: such as 'measuring costs'. Yields what takes the progress made, of `total` in all."""
+    """Yield a function that takes the progress made, of `total` in all. what: the step's name."""
     if on_terminal():
         shown = "{desc}: {percentage:3.0f}%|{bar}| {remaining} left"
         with tqdm(total=total, desc=what, unit=unit, bar_format=shown, leave=False) as bar:

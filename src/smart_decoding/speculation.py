@@ -47,7 +47,7 @@ from smart_decoding.models.heads.files import (
 )
 from smart_decoding.models.text.tokenizer import Tokenizer
 
-# The models that draft are imported by what builds them: most of them are not wanted.
+# Draft models are imported where they are built: most are never used.
 if TYPE_CHECKING:
     from smart_decoding.core.costs import CostModel
     from smart_decoding.core.policies.base import Policy
@@ -59,7 +59,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("smart.speculation")
 
-# vLLM's names, and ours. What a number of tokens limits depends on the method and the policy.
+# vLLM's names, and ours. The method and the policy say what a number of tokens limits.
 IN_VLLM = {"prompt_lookup_min": "min_n", "prompt_lookup_max": "max_n"}
 DEEPEST = {
     "ngram": "max_depth",
@@ -68,8 +68,8 @@ DEEPEST = {
     "eagle2": "depth",
     "chain": "length",
 }
-# Parameters of a target below which a round takes so few milliseconds that n-grams beside a head
-# are a visible part of it.
+# Parameters of a target below which rounds are so short that n-grams in addition to a head take a
+# visible part of them.
 SMALL = 500_000_000
 SCRATCH_PAGES = 256  # head keys of one round's tree nodes: 4096
 DRAFT_SCRATCH_PAGES = 64  # a draft model's keys are larger: 1024 nodes
@@ -77,11 +77,11 @@ DRAFT_SCRATCH_PAGES = 64  # a draft model's keys are larger: 1024 nodes
 
 @dataclass(slots=True)
 class Speculation:
-    """What drafts, and what decides about it; without a drafter the engine decodes plainly.
+    """A drafter and the policy that sizes its trees; without a drafter the engine decodes plainly.
 
-    profile: the costs, or None where nothing needs them. model: the EAGLE head or draft model in
-    use. description: in words. load: reads a draft model's weights, if they are not here yet; else
-    drafting does."""
+    profile: the costs, or None if the policy needs none. model: the EAGLE head or draft model in
+    use. description: for people. load: reads a draft model's weights now, instead of at the first
+    draft."""
 
     policy: Policy
     drafter: Drafter | None
@@ -92,19 +92,19 @@ class Speculation:
 
     @property
     def cost(self) -> CostModel | None:
-        """As they were measured, or are guessed until then."""
+        """The measured costs, or a guess until they are measured."""
         return None if self.profile is None else self.profile.cost
 
 
 def level_drafter(drafter: Drafter | None) -> LevelDrafter[Any] | None:
-    """Return the drafter with a model that this one is, or has."""
+    """Return the drafter itself if it drafts with a model, or the part of it that does."""
     model = drafter.model if isinstance(drafter, UnionDrafter) else drafter
     return model if isinstance(model, LevelDrafter) else None
 
 
 def own_head(target: Checkpoint) -> Path | None:
-    """Return the head that comes with this package for a built-in model, or for what seems to be a
-    copy of it and has its sizes."""
+    """Return the head that comes with this package for a built-in model, or for an apparent copy of
+    one with the same sizes."""
     model = target.provenance["model"]
     name = copied_name(model)
     folder = shipped_head(name)
@@ -117,12 +117,11 @@ def own_head(target: Checkpoint) -> Path | None:
 
 @dataclass(frozen=True, slots=True)
 class SpeculativeConfig:
-    """What a `speculative_config` asks for, as far as it can be checked before any weights are
-    loaded.
+    """A `speculative_config`, checked as far as possible before any weights are loaded.
 
-    options: of the drafter and the policy; draft: the draft model, head: the folder of the draft
-    head, if there is one; trust_pickle: whether that may be a pickle; by_default: neither was asked
-    for, but found in the cache or this package."""
+    options: of the drafter and the policy; draft: the draft model; head: the folder of the draft
+    head; trust_pickle: whether weights may be a pickle; by_default: draft or head was not
+    requested, but found in the cache or this package."""
 
     method: str
     policy: str | Policy
@@ -133,7 +132,7 @@ class SpeculativeConfig:
     by_default: bool = False
 
     def without_draft(self) -> SpeculativeConfig:
-        """N-grams draft instead of a model or head that nobody asked for."""
+        """Return the same with n-grams instead of the draft model or head."""
         left = {name: each for name, each in self.options.items() if name != "visual_positions"}
         return replace(self, method="ngram", options=left, draft=None, head=None, by_default=False)
 
@@ -145,59 +144,63 @@ def check_speculation(
     max_model_len: int,
     trust_pickle: bool = False,
 ) -> SpeculativeConfig:
-    """checkpoint, tokenizer: the target's; trust_pickle: a draft model or head may be a pickle.
+    """Check a `speculative_config`. checkpoint, tokenizer: the target's; trust_pickle: a draft
+    model or head may be a pickle.
 
-    Raises ConfigError for what is no config and for an unknown method, policy or option, ModelError
-    for a head that is missing and a draft model with another vocabulary or too short a context."""
+    Raises ConfigError for another type and for an unknown method, policy or option. Raises
+    ModelError for a missing head and a draft model with another vocabulary or too short a
+    context."""
     if config is False:
         return SpeculativeConfig("none", "off", {})
-    given = _as_dict(config)
+    options = _as_dict(config)
     shipped = own_head(checkpoint)
-    if _means_own_head(given, shipped):
-        given["model"] = shipped
-    named = _is_model(given.get("model"), ask=given.get("method", "union") == "union")
-    has_head = not named if "model" in given else shipped is not None
+    if _means_own_head(options, shipped):
+        options["model"] = shipped
+    named = _is_model(options.get("model"), ask=options.get("method", "union") == "union")
+    has_head = not named if "model" in options else shipped is not None
     draft = None
-    chooses = _chooses(given)
+    chooses = _chooses(options)
     if not (shipped or chooses) and checkpoint.vision is None:
         draft = _sibling(checkpoint, tokenizer, max_model_len, trust_pickle)
     by_default = not chooses and (draft is not None or shipped is not None)
-    default = _default_method(given, checkpoint, has_head, bool(draft or named))
-    method = given.pop("method", default)
-    policy = given.pop("policy", "off" if method == "none" else "smart")
+    default = _default_method(options, checkpoint, has_head, bool(draft or named))
+    method = options.pop("method", default)
+    policy = options.pop("policy", "off" if method == "none" else "smart")
     method = "eagle" if method == "eagle3" else method  # vLLM's: here files say what a head is
-    _name_depth(given, method, policy)
+    _name_depth(options, method, policy)
     _check_method(method, policy)
     theirs = _method_options(method, has_head, named or draft is not None)
-    _check_known(method, policy, given, theirs)
-    check_policy(policy, {option: value for option, value in given.items() if option not in theirs})
-    NgramDrafter(**{name: given[name] for name in _parameters(NgramDrafter) if name in given})
+    _check_known(method, policy, options, theirs)
+    check_policy(
+        policy, {option: value for option, value in options.items() if option not in theirs}
+    )
+    NgramDrafter(**{name: options[name] for name in _parameters(NgramDrafter) if name in options})
     if method == "draft_model" or (method == "union" and named):
         draft = _draft_checkpoint(
-            given.pop("model", None), checkpoint, tokenizer, max_model_len, trust_pickle
+            options.pop("model", None), checkpoint, tokenizer, max_model_len, trust_pickle
         )
-    head = None if draft else _head(method, given.pop("model", None) or shipped, trust_pickle)
-    return SpeculativeConfig(method, policy, given, draft, head, trust_pickle, by_default)
+    head = None if draft else _head(method, options.pop("model", None) or shipped, trust_pickle)
+    return SpeculativeConfig(method, policy, options, draft, head, trust_pickle, by_default)
 
 
 def _default_method(
-    given: Mapping[str, Any], target: Checkpoint, has_head: bool, has_draft: bool
+    options: Mapping[str, Any], target: Checkpoint, has_head: bool, has_draft: bool
 ) -> str:
-    """Return what drafts where no method is given: n-grams alone where only their options are, or
-    where nothing is to be drafted; else beside what has a model."""
-    if given.keys().isdisjoint(("model", "visual_positions")) and _chooses(given):
+    """Return the method of a config without one: n-grams where only their options are present or
+    nothing is to be drafted; else a head or draft model, with n-grams unless the target is small.
+    """
+    if options.keys().isdisjoint(("model", "visual_positions")) and _chooses(options):
         return "ngram"
     if has_head and parameters(target.config) < SMALL:
         return "eagle"
     return "union" if has_head or has_draft else "ngram"
 
 
-def _means_own_head(given: Mapping[str, Any], shipped: Path | None) -> bool:
-    """Return whether the model's own built-in name says what drafts, and no draft model is asked
-    for."""
-    name = str(given.get("model"))
-    asked = given.get("method", "eagle") in ("eagle", "eagle3", "union")
-    return asked and shipped is not None and shipped_head(name) == shipped
+def _means_own_head(options: Mapping[str, Any], shipped: Path | None) -> bool:
+    """Return whether the option `model` names the head that comes with the target."""
+    name = str(options.get("model"))
+    takes_head = options.get("method", "eagle") in ("eagle", "eagle3", "union")
+    return takes_head and shipped is not None and shipped_head(name) == shipped
 
 
 def _check_method(method: str, policy: str | Policy) -> None:
@@ -206,24 +209,24 @@ def _check_method(method: str, policy: str | Policy) -> None:
     check_plain(method, policy)
 
 
-def _name_depth(given: dict[str, Any], method: str, policy: str | Policy) -> None:
+def _name_depth(options: dict[str, Any], method: str, policy: str | Policy) -> None:
     """Put vLLM's number of tokens under the name that it has here."""
     of_policy = DEEPEST.get(policy) if isinstance(policy, str) else None
     deepest = DEEPEST.get(method, of_policy)
-    if deepest is None or "num_speculative_tokens" not in given:
+    if deepest is None or "num_speculative_tokens" not in options:
         return
-    if deepest in given:
+    if deepest in options:
         raise ConfigError(f"num_speculative_tokens and {deepest} are the same: give one")
-    given[deepest] = given.pop("num_speculative_tokens")
+    options[deepest] = options.pop("num_speculative_tokens")
 
 
 def _check_known(
-    method: str, policy: str | Policy, given: Mapping[str, Any], theirs: Sequence[str]
+    method: str, policy: str | Policy, options: Mapping[str, Any], theirs: Sequence[str]
 ) -> None:
-    """theirs: the method's options."""
+    """Raise ConfigError for an unknown option. theirs: the method's options."""
     ours = user_options(policy) if method != "none" else []
     name = policy if isinstance(policy, str) else policy.name
-    unknown = [option for option in given if option not in (*ours, *theirs)]
+    unknown = [option for option in options if option not in (*ours, *theirs)]
     called = ["'model' (--draft)" if option == "model" else repr(option) for option in unknown]
     if unknown and method == "none":
         raise ConfigError(f"method 'none' takes no options, but {called[0]} is given")
@@ -274,15 +277,15 @@ def _is_model_on_hub(repository: str) -> bool:
 
 
 def _has_words(files: Sequence[str]) -> bool:
-    """Return whether a vocabulary is among them; a few heads have one, too."""
+    """Return whether the files include a vocabulary; a few heads have one, too."""
     return any(name.startswith("tokenizer") or name == "vocab.json" for name in files)
 
 
-def _chooses(given: Mapping[str, Any]) -> bool:
-    """Return whether no other model is to draft by default: something drafts by name, n-grams'
-    options are given, or policy off."""
-    chosen = given.keys() & {"model", "method", *_parameters(NgramDrafter)}
-    return bool(chosen) or given.get("policy") == "off"
+def _chooses(options: Mapping[str, Any]) -> bool:
+    """Return whether the config itself chooses what drafts: by a name, by options of n-grams, or by
+    the policy off."""
+    chosen = options.keys() & {"model", "method", *_parameters(NgramDrafter)}
+    return bool(chosen) or options.get("policy") == "off"
 
 
 def _sibling(
@@ -341,28 +344,28 @@ def _parameters(cls: Callable[..., Drafter]) -> list[str]:
 
 
 def build_speculation(
-    asked: SpeculativeConfig,
+    config: SpeculativeConfig,
     checkpoint: Checkpoint,
     target: TorchTarget,
     pages: int,
     max_num_seqs: int,
 ) -> Speculation:
-    """Build what was asked for. Costs that no stored profile knows are guessed.
+    """Build the drafter and the policy of a config. Costs without a stored profile are guessed.
 
     Raises ConfigError for bad values of a drafter's options, ModelError for a head that does not
     fit."""
-    if asked.method == "none":
+    if config.method == "none":
         return Speculation(make_policy("off"), None)
-    builder = _Builder(checkpoint, target, pages, max_num_seqs, asked)
+    builder = _Builder(checkpoint, target, pages, max_num_seqs, config)
     drafter = builder.drafter()
-    needs_costs = "cost" in policy_options(asked.policy)
+    needs_costs = "cost" in policy_options(config.policy)
     profile = builder.profile(drafter) if needs_costs else None
     offered = {
-        **stored_prior(asked.head),
+        **stored_prior(config.head),
         "cost": profile and profile.cost,
         "eos_token_ids": target.eos_token_ids,
     }
-    policy = make_policy(asked.policy, offered, **builder.left)
+    policy = make_policy(config.policy, offered, **builder.left)
     if profile is not None:
         profile.taken = partial(setattr, policy, "cost")
     return Speculation(
@@ -412,8 +415,8 @@ def require_same_vocabulary(name: str, difference: str | None) -> None:
 def vocabulary_difference(
     ours: Mapping[str, int], theirs: Mapping[str, int], shared: int
 ) -> str | None:
-    """In what a draft model's tokens differ from the target's, each as text to id; None if in
-    nothing. shared: how many ids both models have; what lies beyond is never proposed."""
+    """Return how a draft model's tokens differ from the target's, each as text to id; None if they
+    are the same. shared: how many ids both models have; ids beyond are never proposed."""
     ours, theirs = (
         {text: id_ for text, id_ in each.items() if id_ < shared} for each in (ours, theirs)
     )
@@ -441,28 +444,28 @@ def stored_prior(folder: Path | None) -> dict[str, Any]:
 
 @dataclass
 class _Builder:
-    """Makes the parts of one Speculation, taking their options out of `left`: the rest belongs to
-    the policy."""
+    """Makes the parts of one Speculation. Each takes its options out of `left`; the policy gets the
+    others."""
 
     checkpoint: Checkpoint
     target: TorchTarget
     pages: int
     seqs: int
-    asked: SpeculativeConfig
+    config: SpeculativeConfig
     model: EagleHead | DraftModel | None = None
     load: Callable[[], None] = lambda: None
 
     def __post_init__(self) -> None:
-        self.left = dict(self.asked.options)
-        self.description = self.asked.method
+        self.left = dict(self.config.options)
+        self.description = self.config.method
 
     def drafter(self) -> Drafter:
         parts: list[Drafter] = []
-        if self.asked.draft is not None:
+        if self.config.draft is not None:
             parts.append(self._draft_model())
-        elif self.asked.head is not None:
-            parts.append(self._eagle(self.asked.head))
-        if self.asked.method in ("ngram", "union"):
+        elif self.config.head is not None:
+            parts.append(self._eagle(self.config.head))
+        if self.config.method in ("ngram", "union"):
             parts.append(ngram_drafter(self.left))
         if len(parts) == 1:
             return parts[0]
@@ -470,7 +473,7 @@ class _Builder:
         return UnionDrafter(parts)
 
     def profile(self, drafter: Drafter) -> Profile:
-        """Return what forwards of the target and of the drafter's model cost here."""
+        """Return the costs of forwards of the target and of the drafter's model on this machine."""
         from smart_decoding.profiling.profile import Profile
 
         levels = level_drafter(drafter)
@@ -483,7 +486,7 @@ class _Builder:
         from smart_decoding.models.heads.eagle_head import EagleHead
         from smart_decoding.models.target import fitting_memory
 
-        files = load_head(folder, self.checkpoint.config, self.asked.trust_pickle)
+        files = load_head(folder, self.checkpoint.config, self.config.trust_pickle)
         files = self._with_images(files, folder)
         positions = self.target.max_positions + 64
         with fitting_memory("draft head", self.pages):
@@ -492,8 +495,8 @@ class _Builder:
         return EagleDrafter(self.model, self.pages, SCRATCH_PAGES)
 
     def _with_images(self, files: HeadFiles, folder: Path) -> HeadFiles:
-        """As the option `visual_positions` says, for heads whose files do not: MSD's are laid out
-        as EAGLE-1's."""
+        """Apply the option `visual_positions`, for heads whose files do not say it: MSD's are laid
+        out as EAGLE-1's."""
         how = self.left.pop("visual_positions", None)
         if how not in (None, *VISUAL_POSITIONS):
             raise ConfigError(
@@ -501,7 +504,7 @@ class _Builder:
             )
         if how is not None:
             files = replace(files, supports_images=how == "decoupled")
-        known = how or files.config.get("visual_positions")  # it was trained so, or is wanted so
+        known = how or files.config.get("visual_positions")
         if self.checkpoint.vision is not None and known is None:
             log.warning("the head %s reads no images: it drafts from the text behind them", folder)
         return files
@@ -510,7 +513,7 @@ class _Builder:
         from smart_decoding.drafters.draft_model import DraftModelDrafter
         from smart_decoding.models.draft_model import DraftModel
 
-        draft = self.asked.draft
+        draft = self.config.draft
         assert draft is not None
         if self.checkpoint.vision is not None:
             log.warning("the draft model reads no images: it drafts from the text behind them")
@@ -522,6 +525,6 @@ class _Builder:
 
 
 def ngram_drafter(options: dict[str, Any], **fixed: Any) -> NgramDrafter:
-    """Make the drafter with those of `options` that it has, which are taken out, and `fixed`."""
+    """Make the drafter from `fixed` and its own options, which are taken out of `options`."""
     names = [name for name in _parameters(NgramDrafter) if name in options and name not in fixed]
     return NgramDrafter(**fixed, **{name: options.pop(name) for name in names})

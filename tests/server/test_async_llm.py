@@ -190,7 +190,7 @@ def test_a_cancelled_task_aborts_its_request_and_no_other(engine: AsyncLLM, plai
     outputs = asyncio.run(both())
     (wanted,) = plain.generate("xyz", params)
     assert outputs[-1].outputs[0].token_ids == wanted.outputs[0].token_ids
-    assert engine._asked == {}
+    assert engine._jobs == {}
     assert idle(engine.llm)
 
 
@@ -206,7 +206,7 @@ def test_wrong_requests_raise_and_leave_nothing(engine: AsyncLLM) -> None:
 
     with pytest.raises(ConfigError, match="'same' is already running"):
         asyncio.run(twice())
-    assert engine._asked == {}
+    assert engine._jobs == {}
     assert idle(engine.llm)
 
 

@@ -1,6 +1,6 @@
-"""Profiles on disk: one small JSON per model, device and machine. A missing, stale or broken one
-never stops a run. One that was measured beside other work counts for an hour only: its costs may be
-wrong by a factor."""
+"""Profiles on disk: one small JSON per model, device and machine. A missing, stale or broken
+profile never stops a run. A profile measured beside other work counts for an hour only: its costs
+may be wrong by a factor."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from smart_decoding.models.checkpoints.registry import lasting_name
 
 log = logging.getLogger("smart.profile")
 
-BUSY_LASTS = 3600.0  # seconds for which costs count that were measured beside other work
+BUSY_LASTS = 3600.0  # seconds for which costs measured beside other work count
 VERSION = 11  # raise when the engine's speed changes; other kernels are other costs anyway
 
 
@@ -36,8 +36,8 @@ def profile_path(
     longest: int,
     steps: Sequence[int] = (),
 ) -> Path:
-    """Return where the profile of this model on this machine lies. longest: the longest context
-    that it knows; steps: of its costs over rows."""
+    """Return the path of this model's profile on this machine. longest: the longest measured
+    context; steps: of its costs over rows."""
     machine = _cpu() + (torch.cuda.get_device_name(device) if device.type == "cuda" else "")
     native = library.identity() if library.unavailable() is None else ""
     model = json.dumps(dict(weights), sort_keys=True)
@@ -92,5 +92,5 @@ def _cpu() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    wanted = ("model name", "model\t", "stepping", "flags")
-    return "\n".join(sorted({line for line in lines if line.startswith(wanted)}))
+    prefixes = ("model name", "model\t", "stepping", "flags")
+    return "\n".join(sorted({line for line in lines if line.startswith(prefixes)}))

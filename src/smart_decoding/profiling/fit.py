@@ -1,4 +1,4 @@
-"""Cost models from measured forwards: attention by non-negative least squares, the rest a monotone
+"""Cost models from measured forwards: attention by non-negative least squares, all else a monotone
 curve of medians."""
 
 from __future__ import annotations
@@ -46,8 +46,7 @@ class LevelFit(NamedTuple):
 
 
 def fit_costs(samples: Iterable[Sample], overhead_seconds: float = 0.0) -> CostModel:
-    """Fit measured samples. Unusable ones are ignored; what nothing remains for falls back to the
-    default curves."""
+    """Fit measured samples. Unusable ones are ignored; curves without samples are the defaults."""
     usable = [s for s in samples if is_usable(s)]
     verify = fit_verify([s for s in usable if isinstance(s, VerifySample)])
     levels = fit_levels([s for s in usable if isinstance(s, DraftSample)])
@@ -67,8 +66,8 @@ def fit_costs(samples: Iterable[Sample], overhead_seconds: float = 0.0) -> CostM
 def fit_verify(samples: Sequence[VerifySample]) -> VerifyFit:
     """Return curves by batch size, and the attention's slopes, of target forwards.
 
-    But for the attention, rows cost the same whosever they are. So all batches share one shape,
-    which has far less noise than each one's few forwards, and differ by a factor."""
+    Without attention, a row costs the same in every request. So all batches share one shape, which
+    has far less noise than the few forwards of one batch, and differ by a factor."""
     if not samples:
         return VerifyFit({}, 0.0, 0.0)
     row_token, sequence_token = _attention(samples)
@@ -102,7 +101,8 @@ def _shape(
 
 
 def fit_levels(samples: Sequence[DraftSample]) -> LevelFit:
-    """Return curves of first and deeper levels, and what rows that wait add to a first one."""
+    """Return curves of first and deeper levels, and the seconds that waiting rows add to a first
+    level."""
     deeper = [s for s in samples if s.waiting is None]
     draft_token, _ = _attention([VerifySample(0, s.width, s.context, s.seconds) for s in deeper])
     widths: Cells = defaultdict(list)
@@ -151,13 +151,13 @@ def _attention(samples: Sequence[VerifySample]) -> tuple[float, float]:
 
 
 def non_negative(features: FloatArray, targets: FloatArray) -> tuple[float, float]:
-    """x >= 0 with the least |features x - targets|, features [n, 2]: the least squares, or where
-    one of these is negative, the better of what either column alone gives."""
+    """Return x >= 0 with the least |features x - targets|, features [n, 2]: the least squares, or
+    where one of them is negative, the better fit by a single column."""
     both = np.linalg.lstsq(features, targets, rcond=None)[0]
     if both.min() >= 0:
         return float(both[0]), float(both[1])
     squares = np.maximum((features**2).sum(axis=0), np.finfo(float).tiny)
-    alone = np.diag(np.maximum(features.T @ targets / squares, 0.0))
-    errors = [float(((features @ x - targets) ** 2).sum()) for x in alone]
-    best = alone[int(np.argmin(errors))]
+    single = np.diag(np.maximum(features.T @ targets / squares, 0.0))
+    errors = [float(((features @ x - targets) ** 2).sum()) for x in single]
+    best = single[int(np.argmin(errors))]
     return float(best[0]), float(best[1])

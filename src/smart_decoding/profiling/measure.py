@@ -37,15 +37,15 @@ COARSE_WAITING = (0, 16)
 # a prompt, or what several requests have waiting; one row of it costs more than one of a few
 LONG_WAITING = 384
 RANDOM_TOKENS = 1024
-SECONDS = 6.0  # that are measured for, if nothing else is said
-BUSY = 0.5  # share of timings that other processes interrupt, from which on a machine is busy
+SECONDS = 6.0  # of measuring, by default
+BUSY = 0.5  # share of timings interrupted by other processes above which a machine is busy
 PROBED = (1, 8)  # rows of a lone request that are timed where no costs are known
 
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """What is measured: batch sizes, rows of each sequence, rows in all at most, contexts in
-    tokens, and widths of draft levels."""
+    """The points of a measurement: batch sizes, rows of each sequence, most rows in all, contexts
+    in tokens, and widths of draft levels."""
 
     batches: tuple[int, ...]
     per_sequence: tuple[int, ...]
@@ -61,8 +61,8 @@ ON_CPU = Grid(
     (128, 768),
     (1, 2, 4, 8, 16, 32, 64),
 )
-# Until arithmetic is all that costs: a guess beyond that is a line, and right. A GPU is idle at
-# fewer rows.
+# Up to rows where arithmetic is the whole cost: beyond them a line is exact. A GPU is idle at fewer
+# rows.
 ON_GPU = Grid(
     (1, 2, 4, 8, 16, 32, 64, 128, 256),
     (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024),
@@ -73,14 +73,14 @@ ON_GPU = Grid(
 
 
 def grid_of(device: torch.device) -> Grid:
-    """Return what is measured on a device."""
+    """Return the grid of a device."""
     return ON_CPU if device.type == "cpu" else ON_GPU
 
 
 @dataclass(eq=False, frozen=True, slots=True)
 class Point:
-    """One thing to time: `run` performs it once, after `prepare`, and may say itself how many
-    seconds count; `sample` wraps the seconds."""
+    """One thing to time. `run` performs it once, after `prepare`, and may return the seconds that
+    count; `sample` wraps the seconds."""
 
     stage: Verification | Rehearsal
     run: Callable[[], float | None]
@@ -89,18 +89,18 @@ class Point:
 
 
 class ForwardTimer:
-    """Times every point again and again, in turn and one a step, until `seconds` are used up; every
-    point is timed at least once.
+    """Times all points in turn, one a step, until `seconds` are used up; every point is timed at
+    least once.
 
-    pages: of the KV memory. pool: theirs, if requests may run between the steps: a step takes what
-    it overwrites. Points for which there is no memory wait, in the end in vain. coarse: fewer
-    points, for forwards so slow that all of them would take far more than `seconds`.
+    pages: of the KV memory. pool: their pool, if requests may run between the steps: a step takes
+    the pages that it overwrites. Points that do not fit into memory are skipped. coarse: fewer
+    points, for forwards so slow that all points would take far more than `seconds`.
 
     A shared machine changes its speed from second to second. So the first point, one row, is timed
-    before every other one, and the ratio to it counts: neighbours then shift no point against
+    before every other point, and the ratio to it counts: neighbours then shift no point against
     another. It also leaves the caches as a real round does (before a deeper level of the drafter
-    the first one runs, too). A system hands memory out page by page when it is first touched. A run
-    that pays for it says nothing of later ones, so it does not count."""
+    its first level runs, too). A system hands out a page of memory at its first use. A run that
+    pays for that is slower than later runs, so it does not count."""
 
     def __init__(
         self,
@@ -122,8 +122,8 @@ class ForwardTimer:
         self._again = 0  # points timed again while some have not been timed
         # Run once before any is timed; a GPU loads kernels at first use.
         self._cold = set(points if target.device.type == "cuda" else points[:1])
-        # By kind of stage: the drafter's keys lie elsewhere. All of it, where forwards are so slow
-        # that it does not matter.
+        # By kind of stage: the drafter's keys lie elsewhere. A coarse grid counts all pages as
+        # touched: its forwards are too slow for first uses to matter.
         self._touched: dict[type, set[int]] = defaultdict(lambda: set(range(coarse * pages)))
         self._pool = pool or PagePool(pages)
         self._seconds = SECONDS if seconds is None else seconds
@@ -134,18 +134,18 @@ class ForwardTimer:
 
     @property
     def busy(self) -> bool:
-        """Whether other processes ran on the same cores most of the time. Forwards then wait for a
-        thread that waits for its core, and many rows wait otherwise than few."""
+        """Whether other processes ran on the same cores most of the time. A forward then waits for
+        the thread without a core, and the wait depends on the number of rows."""
         return self._interrupted > BUSY * len(self._timed)
 
     @property
     def share(self) -> float:
-        """What is done of all, in [0, 1]."""
+        """The share of the measurement that is done, in [0, 1]."""
         each_once = 1.0 - len(self._untimed) / max(1, len(self._queue))
         return min(each_once, self._passed / self._seconds if self._seconds else 1.0)
 
     def step(self) -> bool:
-        """Times the next point; false if none is left."""
+        """Time the next point; return false if none is left."""
         if self._reference is None or self._done:
             return False
         for _ in range(len(self._queue)):
@@ -184,10 +184,10 @@ class ForwardTimer:
         self._passed += self._clock() - started
 
     def samples(self) -> list[Sample]:
-        """Return what was measured, at the reference's median speed; none where no verification
-        fits into the model's context.
+        """Return the samples at the reference's median speed; none where no verification fits into
+        the model's context.
 
-        A speed is that of three neighbouring references: one alone is noisy."""
+        The speed at a point is the median of three neighbouring references: one is too noisy."""
         if not self._timed:
             return []
         references = np.array([reference for _, reference, _ in self._timed])
@@ -200,7 +200,7 @@ class ForwardTimer:
         ]
 
     def run(self) -> list[Sample]:
-        """Return all steps at once."""
+        """Take all steps at once; return the samples."""
         finish(self.step, lambda: self.share)
         return self.samples()
 
@@ -212,8 +212,8 @@ class ForwardTimer:
 
 
 def finish(step: Callable[[], bool], share: Callable[[], float]) -> None:
-    """Call `step`, which measures or wait, as long as it returns true. share: what is done, in [0,
-    1], as a user is shown."""
+    """Call `step`, which measures or waits, as long as it returns true. share: the part that is
+    done, in [0, 1], for the progress bar."""
     with long_step("measuring costs, once", 1.0) as progress:
         shown = 0.0
         while step():
@@ -223,15 +223,13 @@ def finish(step: Callable[[], bool], share: Callable[[], float]) -> None:
 
 
 def longest_context(max_positions: int, device: torch.device) -> int:
-    """Return what a profile of a model of so many positions knows of contexts: up to that
-    length."""
+    """Return the longest context in the profile of a model of so many positions."""
     contexts = grid_of(device).contexts
     return max((context for context in contexts if context < max_positions), default=0)
 
 
 def largest_batch(pages: int, max_num_seqs: int, device: torch.device) -> int:
-    """Return the largest batch that is measured, in a cache of `pages`: what a profile says of
-    larger ones is a guess."""
+    """Return the largest measured batch in a cache of `pages`; costs of larger ones are a guess."""
     grid = grid_of(device)
     each = _pages_each(1, 1, grid.contexts[0])
     return max(
@@ -264,7 +262,7 @@ def _points(
 def verifications(
     grid: Grid, steps: Sequence[int], max_num_seqs: int, coarse: bool = False
 ) -> Iterator[tuple[int, int, int]]:
-    """Return what is verified: batch sizes, rows in all, and contexts. steps: see
+    """Return the verifications to time: batch size, rows in all, and context. steps: see
     `Target.steps`."""
     for context in grid.contexts[: 1 if coarse else None]:
         for batch in (b for b in grid.batches if b <= max_num_seqs):
@@ -280,8 +278,8 @@ def _totals(batch: int, per_sequence: Sequence[int], steps: Sequence[int]) -> se
     totals = {batch * per for per in per_sequence}
     if per_sequence == COARSE:
         return totals
-    # Both sides of a step, between which costs are flat. Of many steps a few batches show enough,
-    # large ones among them: where arithmetic begins to cost, few rows decide what pays.
+    # Both sides of a step, between which costs are flat. A few batches show enough of many steps.
+    # Large ones are among them: where arithmetic begins to cost, few rows decide what pays.
     if len(steps) <= 1 or batch in STEPPED:
         totals |= {total for step in steps for total in (step, step + 1) if total > batch}
     return totals
@@ -290,8 +288,8 @@ def _totals(batch: int, per_sequence: Sequence[int], steps: Sequence[int]) -> se
 def _draft_points(
     target: TorchTarget, drafter: LevelDrafter[Any], pages: int, max_num_seqs: int, coarse: bool
 ) -> list[Point]:
-    """First levels over roots, and over rows that wait; deeper ones over their width, and over the
-    context."""
+    """Return points of first levels, over roots and waiting rows, and of deeper levels, over width
+    and context."""
     grid = grid_of(target.device)
     widths, waits = (COARSE, COARSE_WAITING) if coarse else (grid.widths, WAITING)
 
@@ -307,9 +305,9 @@ def _draft_points(
         requests = rehearsal(batch, grid.contexts[0])
         if requests is None:
             break
-        alone = batch == 1
-        points += [_first_point(requests, waiting) for waiting in (waits if alone else (0,))]
-        points += [_deeper_point(requests, width) for width in (widths if alone else (batch,))]
+        single = batch == 1
+        points += [_first_point(requests, waiting) for waiting in (waits if single else (0,))]
+        points += [_deeper_point(requests, width) for width in (widths if single else (batch,))]
     late = None if coarse else rehearsal(1, grid.contexts[0], LONG_WAITING + MORE)
     points += [_first_point(late, LONG_WAITING)] if late else []
     longer = None if coarse else rehearsal(1, grid.contexts[-1])
@@ -344,8 +342,8 @@ class Verification:
             self._round = NativeBatch([1] * batch, at, at, addresses, trees, kept, aux_layers)
 
     def place(self, pages: Sequence[int]) -> None:
-        """In any order, as they lie once requests have come and gone: read in order they are up to
-        a tenth faster."""
+        """Take pages in a mixed order, as after many requests: in order they are read up to a tenth
+        faster."""
         batch = len(self._tables)
         mixed = np.random.default_rng(batch).permutation(np.asarray(pages, np.int32))
         self._tables[:] = mixed.reshape(batch, -1)
@@ -354,10 +352,10 @@ class Verification:
             self._rows.token %= self._target.vocab
 
     def end(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def run(self) -> None:
-        """Once."""
+        """Verify once."""
         if self._round is not None:
             assert self._target.native is not None
             self._target.native.verify(self._round)
@@ -377,8 +375,8 @@ def verification(
     pages: int,
     aux_layers: tuple[int, ...] = (),
 ) -> Callable[[], None] | None:
-    """Return what verifies that in a cache of `pages` that nobody else uses; None if it is too
-    small."""
+    """Return a function that runs such a verification in a cache of `pages` without other users;
+    None if the cache is too small."""
     stage = Verification(target, batch, total, context, aux_layers)
     if stage.needed > pages:
         return None
@@ -392,10 +390,10 @@ def probe(
     aux_layers: tuple[int, ...] = (),
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[int, float]:
-    """Return seconds of a forward of a lone request by its rows: of each the fastest of three, as
-    the first one finds everything cold. Empty where such forwards have no room, and off the CPU.
+    """Return seconds of a lone request's forward by its rows: the fastest of three, as the first
+    finds cold caches. Empty without room for such forwards, and off the CPU.
 
-    pages: of the KV memory, which nobody uses yet."""
+    pages: of the KV memory, which has no users yet."""
     context = ON_CPU.contexts[0]
     if target.device.type != "cpu" or context + max(PROBED) > target.max_positions:
         return {}

@@ -1,4 +1,4 @@
-"""The costs of an engine's forwards on this machine: stored, or measured while nobody asks."""
+"""The costs of an engine's forwards on this machine: stored, or measured while it is idle."""
 
 from __future__ import annotations
 
@@ -30,19 +30,20 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("smart.profile")
 
-ROUND_OVERHEAD = 4e-4  # seconds that drafting adds beyond its forwards, until real rounds tell
+ROUND_OVERHEAD = 4e-4  # seconds that drafting adds beyond its forwards, until rounds are observed
 
-# On most GPUs rows of one request cost little. With that guess rounds of many requests would be two
-# or three times too long on some, so until costs are measured these are not drafted for.
+# On most GPUs rows of one request cost little. On some, that guess would make rounds of many
+# requests two or three times too long: they get no drafts until costs are measured.
 GUESS = CostModel(DEFAULT_VERIFY | {2: Curve((2, 4), (SMALLEST, 2 * SMALLEST))}, DEFAULT_DRAFT)
 
 
 class Profile:
-    """cost: the stored costs, else a guess, which real rounds correct until they are measured.
+    """The costs of an engine's forwards.
 
-    known: whether they are measured, for batches as large as this engine's. pool: the engine's, of
-    which steps overwrite pages that nobody holds. taken: called with the costs whenever they are
-    better known. wanted: whether somebody waits for them.
+    cost: the stored costs, else a guess that real rounds correct until costs are measured. known:
+    whether they are measured, for batches as large as this engine's. pool: the engine's; steps
+    overwrite its free pages. taken: called with the costs whenever they improve. requested: whether
+    a caller waits for the measurement.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class Profile:
         head: str,
         weights: Mapping[str, str],
     ) -> None:
-        """head: what draws on the target's features; weights: the target's provenance."""
+        """head: the shape of the drafter's model; weights: the target's provenance."""
         longest = longest_context(target.max_positions, target.device)
         self._path = profile_path(weights, target.dtype, target.device, head, longest, target.steps)
         self._model = weights["model"]
@@ -69,30 +70,30 @@ class Profile:
             pages, max_num_seqs, target.device
         )
         self.taken: Callable[[CostModel], object] = lambda cost: None
-        self.wanted = False
+        self.requested = False
 
     @property
     def share(self) -> float:
-        """What is measured of all, in [0, 1]."""
+        """The share of the measurement that is done, in [0, 1]."""
         measurement = self._measurement  # the engine thread may end it meanwhile
         return float(self.known) if measurement is None else measurement.share
 
     @property
     def urgent(self) -> bool:
-        """Whether somebody waits, or nothing is known of this machine: then several requests are
-        not drafted for."""
-        return self.wanted or self.cost is GUESS
+        """Whether a caller waits, or costs are still the guess, under which several requests get no
+        drafts."""
+        return self.requested or self.cost is GUESS
 
     def probe(self) -> None:
-        """Make the guess a better one by six forwards, on a CPU. Eight rows may cost what one does,
-        or more than three times that. No row is believed to cost less than in the guess.
+        """Improve the guess by six forwards, on a CPU: eight rows may cost as much as one row, or
+        more than three times that. No row costs less than in the guess.
 
-        To be called before there are requests."""
+        Call it before there are requests."""
         if self.cost is not GUESS:
             return
         try:
             seconds = self._probe()
-        except ModelError as error:  # as of numbers that are not finite: requests will tell
+        except ModelError as error:  # such as numbers that are not finite: requests will raise it
             log.error("costs were not probed", exc_info=error)
             return
         if not seconds:
@@ -104,7 +105,7 @@ class Profile:
         self.taken(self.cost)
 
     def step(self) -> bool:
-        """Measures a little; false if nothing is left to do."""
+        """Measure a little; return false if nothing is left to do."""
         if self.known:
             return False
         if self._measurement is None:
@@ -115,8 +116,8 @@ class Profile:
         return False
 
     def keep(self, samples: Sequence[Sample], busy: bool = False) -> None:
-        """These are the costs from now on, and at later starts; if the machine was `busy`, at those
-        of the next hour."""
+        """Use these costs from now on and at later starts; after a `busy` measurement, only at
+        starts within an hour."""
         self.cost = fit_costs(samples, ROUND_OVERHEAD)
         if samples:
             save_profile(self._path, self.cost, self._model, busy)

@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 CHILDREN = 8
 FREE = np.ones(1 << 14)  # seconds of verifying any number of nodes
-MORE = 96  # tokens that requests may expand by, if nothing else is said
+MORE = 96  # tokens that requests may grow by, by default
 
 
 class Rehearsal:
-    """`batch` requests of `context` random tokens, and up to `more`. needed: pages, of which the
-    drafter's keys are overwritten."""
+    """`batch` requests of `context` random tokens, and up to `more`. needed: pages whose draft keys
+    are overwritten."""
 
     def __init__(
         self,
@@ -67,8 +67,8 @@ class Rehearsal:
         self._draft(1, 1)
 
     def deeper(self, width: int) -> tuple[int, float]:
-        """Draft until a level expands `width` nodes, or as many as there are; return how many the
-        last level expanded, and its seconds."""
+        """Draft until a level expands up to `width` nodes; return how many the last level expanded,
+        and its seconds."""
         levels = 2
         reached = self.batch * CHILDREN
         while reached < width:
@@ -105,7 +105,7 @@ class Rehearsal:
 
 
 def _forced(batch: int, width: int, levels: int) -> TreeRule:
-    """By which `width` nodes of each level are expanded, as if further levels and nodes were
+    """Return a rule that expands `width` nodes of each level, as if further levels and nodes were
     free."""
     costs = RoundCosts(batch, 0.0, np.zeros(width + 1), FREE)
     return TreeRule(

@@ -161,7 +161,7 @@ class Worker:
         self.check_room(job.size, job.client)
         assert self.engine is not None
         job.timeout = self.settings.queue_timeout
-        job.told = self._count
+        job.on_delivery = self._count
         try:
             self.engine.submit(job)
         except EngineStoppedError as error:

@@ -521,7 +521,7 @@ def test_a_head_without_room_makes_way(
     monkeypatch.setattr(speculation, "own_head", lambda target: head)
     monkeypatch.setattr(memory, "require_memory", little)
     assert drafted_by(target_folder, {"visual_positions": "dropped"}) == "ngram"
-    assert "no memory for what drafts" in caplog.text
+    assert "no memory for the draft model" in caplog.text
     with pytest.raises(CapacityError):
         drafted_by(target_folder, {"method": "eagle"})
 
@@ -631,7 +631,7 @@ def test_a_sibling_without_room_makes_way(
     monkeypatch.setattr(memory, "require_memory", little)
     assert drafted_by(target_folder, {"policy": "eagle2"}) == "ngram"
     assert needs[0] > needs[1]
-    assert "no memory for what drafts" in caplog.text
+    assert "no memory for the draft model" in caplog.text
     with pytest.raises(CapacityError):
         drafted_by(target_folder, {"method": "draft_model", "model": str(draft)})
 
