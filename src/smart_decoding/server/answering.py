@@ -1,4 +1,4 @@
-"""From a request to its response: checks what is asked for, has it done, answers or streams."""
+"""From a request to its response: check it, submit its job, answer or stream."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ STREAM_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """A request as its route reads it.
+class ParsedRequest:
+    """A request as its route has read it.
 
     form, reply: shape the answers; encode: token ids of a field's texts, without special tokens;
     media: of the one prompt; ended: called at the job's end.
@@ -52,13 +52,13 @@ class Asked:
     ended: Callable[[], None] = lambda: None
 
 
-async def answer(worker: Worker, request: Request, asked: Asked) -> Response:
-    """Return the response, whole or as a stream. Raises ApiError until its first token is there."""
-    job = await _job(worker, request, asked)
-    worker.submit(job, asked.ended)
+async def answer(worker: Worker, request: Request, parsed: ParsedRequest) -> Response:
+    """Return the response, whole or as a stream. Raises ApiError before the first token."""
+    job = await _job(worker, request, parsed)
+    worker.submit(job, parsed.ended)
     watch = asyncio.create_task(_cancel_at_disconnect(request, job, worker))
-    usage = Usage(sum(map(len, asked.prompts)))
-    reply = asked.reply(worker, job, asked.form, worker.settings.model_name, usage, asked.body)
+    usage = Usage(sum(map(len, parsed.prompts)))
+    reply = parsed.reply(worker, job, parsed.form, worker.settings.model_name, usage, parsed.body)
     try:
         # before the headers: until here an error has a status of its own
         first = await worker.chunk(job)
@@ -76,8 +76,7 @@ async def answer(worker: Worker, request: Request, asked: Asked) -> Response:
 
 
 async def _written(worker: Worker, request: Request, reply: Reply, chunks: Sequence[Chunk]) -> str:
-    """Return the whole answer. Log probabilities are much to write, and others are served
-    meanwhile."""
+    """Return the whole answer. Log probabilities take long to write: they wait for their turn."""
 
     def write() -> str:
         return encoded(reply.whole(chunks))
@@ -94,9 +93,9 @@ def check_model(name: str, worker: Worker) -> None:
         raise ApiError(404, message, "model_not_found", "model")
 
 
-async def _job(worker: Worker, request: Request, asked: Asked) -> AsyncJob:
-    """Return the job that does what is asked for. Raises ApiError if that is not allowed."""
-    body = asked.body
+async def _job(worker: Worker, request: Request, parsed: ParsedRequest) -> AsyncJob:
+    """Return the job of a request. Raises ApiError if it is not allowed."""
+    body = parsed.body
     if body.model is not None:
         check_model(body.model, worker)
     most = worker.settings.max_n
@@ -104,26 +103,26 @@ async def _job(worker: Worker, request: Request, asked: Asked) -> AsyncJob:
         message = f"n={body.n}: at most {most} answers to one prompt"
         raise ApiError(400, message, "invalid_value", "n")
     llm = worker.ready()
-    _check_length(asked, llm)
+    _check_length(parsed, llm)
     limit = body.limit
-    if limit is None and isinstance(asked.form, CompletionForm):
+    if limit is None and isinstance(parsed.form, CompletionForm):
         limit = COMPLETION_TOKENS
     defaults = llm.default_sampling_params
     longest = defaults.get("max_tokens")  # the model's limit holds for all requests, as in vLLM
     if longest is not None:
         limit = longest if limit is None else min(limit, longest)
-    given = partial(body.params, limit, asked.logprobs, defaults)
-    params = await worker.texts.checked(request, given)
+    make_params = partial(body.params, limit, parsed.logprobs, defaults)
+    params = await worker.texts.checked(request, make_params)
     if body.bad_words:
         words = params.bad_word_texts
-        tokens = await asked.encode("bad_words", words)
+        tokens = await parsed.encode("bad_words", words)
         params = params.checked(dict(zip(words, tokens, strict=True)).__getitem__)
     grammars = await _grammars(body, params, worker, request)
     client = request.state.client
     return AsyncJob(
         uuid.uuid4().hex,
         llm.engine,
-        [Ask(prompt, params, asked.media) for prompt in asked.prompts],
+        [Ask(prompt, params, parsed.media) for prompt in parsed.prompts],
         bool(body.stream),
         request_id=request.state.request_id,
         client=client,
@@ -133,19 +132,19 @@ async def _job(worker: Worker, request: Request, asked: Asked) -> AsyncJob:
     )
 
 
-def _check_length(asked: Asked, llm: LLM) -> None:
-    """Prompt and all tokens asked for must fit into the context."""
-    longest = max(map(len, asked.prompts), default=0)
+def _check_length(parsed: ParsedRequest, llm: LLM) -> None:
+    """Raise ApiError unless the prompt and all requested tokens fit into the context."""
+    longest = max(map(len, parsed.prompts), default=0)
     room = llm.engine.config.max_model_len
-    limit = asked.body.limit
+    limit = parsed.body.limit
     if longest + max(1, limit or 1) > room:
-        wish = f" and {limit} more were asked for" if limit else ""
+        more = f" and {limit} more were requested" if limit else ""
         message = (
-            f"this model's maximum context length is {room} tokens; the prompt has {longest}{wish}"
+            f"this model's maximum context length is {room} tokens; the prompt has {longest}{more}"
         )
-        too_many_asked = limit and longest < room
-        at_fault = asked.body.limit_field if too_many_asked else asked.body.prompt_field
-        raise ApiError(400, message, "context_length_exceeded", at_fault)
+        limit_too_high = limit and longest < room
+        field = parsed.body.limit_field if limit_too_high else parsed.body.prompt_field
+        raise ApiError(400, message, "context_length_exceeded", field)
 
 
 async def _grammars(
@@ -157,8 +156,8 @@ async def _grammars(
         return []
     client = request.state.client
     try:
-        wanted = worker.preparation.compiled(worker.ready().grammars, structure, client)
-        return [await worker.texts.held(request, wanted)]
+        compiled = worker.preparation.compiled(worker.ready().grammars, structure, client)
+        return [await worker.texts.held(request, compiled)]
     except ConfigError as error:
         field = body.structured_by
         message = str(error).removeprefix("structured_outputs: ")
@@ -168,7 +167,7 @@ async def _grammars(
 async def _to_the_end(
     events: AsyncIterator[str], job: AsyncJob, worker: Worker, watch: asyncio.Task[None]
 ) -> AsyncIterator[str]:
-    """Return the events. However they end, nobody waits for the job any more."""
+    """Return the events, and cancel the job at their end."""
     try:
         async for event in events:
             yield event
@@ -179,4 +178,4 @@ async def _to_the_end(
 
 async def _cancel_at_disconnect(request: Request, job: AsyncJob, worker: Worker) -> None:
     await disconnect(request)
-    worker.cancel(job)  # which wakes who waits for its chunks
+    worker.cancel(job)  # which wakes the task that waits for its chunks

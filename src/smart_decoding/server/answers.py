@@ -45,12 +45,12 @@ class Usage:
             self.cached[place] = min(known, chunk.metrics.cached_tokens)
 
     def figures(self) -> Json:
-        """Return how the one answer that has ended went, as llama.cpp and vLLM tell."""
+        """Return the figures of the one answer that has ended, as llama.cpp and vLLM name them."""
         assert self.last is not None
         return figures(self.last, self.prompt, self.completion)
 
     def json(self) -> Json:
-        """As OpenAI writes it."""
+        """Return the counts in OpenAI's form."""
         return {
             "prompt_tokens": self.prompt,
             "completion_tokens": self.completion,
@@ -90,7 +90,7 @@ class ChatForm:
         }
 
     def delta(self, chunk: Chunk) -> Json | None:
-        """Return what a chunk adds, or None if there is nothing to tell."""
+        """Return a chunk as a delta, or None for an empty one."""
         content, calls, reason = self.read(chunk)
         if not (content or calls or reason or chunk.logprobs):
             return None
@@ -127,7 +127,7 @@ class ChatForm:
         return content, calls, "tool_calls" if called else chunk.finish_reason
 
     def logprobs(self, chunk: Chunk) -> Json | None:
-        """Of a chunk's tokens, or None if they were not asked for."""
+        """Return a chunk's log probabilities, or None without any."""
         if chunk.logprobs is None:
             return None
         content = []
@@ -148,8 +148,8 @@ class ChatForm:
 class Offsets:
     """Where the tokens of one answer begin in its text. reader: turns them into that text.
 
-    A token inside a character begins where the character does; one that is not shown, where the
-    next one does.
+    A token inside a character begins where the character does. A token without text begins where
+    the next one does.
     """
 
     def __init__(self, reader: Detokenizer) -> None:
@@ -166,7 +166,7 @@ class Offsets:
 class CompletionForm:
     """The shape of /v1/completions.
 
-    top: alternatives a token; reader: makes what turns an answer's tokens into text, by its index.
+    top: alternatives a token; reader: makes the detokenizer of an answer, by its index.
     """
 
     prefix = "cmpl-"
@@ -182,10 +182,10 @@ class CompletionForm:
         self._offsets: dict[int, Offsets] = {}
 
     def opening(self, index: int) -> Json | None:
-        """None: an answer begins with its text."""
+        """Return None: an answer begins with its text."""
 
     def delta(self, chunk: Chunk) -> Json | None:
-        """Return what a chunk adds, or None if there is nothing to tell."""
+        """Return a chunk as a delta, or None for an empty one."""
         return self.choice(chunk) if chunk.text or chunk.finish_reason or chunk.logprobs else None
 
     def choice(self, chunk: Chunk) -> Json:
@@ -222,7 +222,7 @@ Form = ChatForm | CompletionForm
 
 
 def envelope(form: Form, job_id: str, model: str, whole: bool) -> Json:
-    """Return what surrounds the choices."""
+    """Return the fields around the choices."""
     kind = form.whole if whole else form.piece
     return {"id": form.prefix + job_id, "object": kind, "created": int(time.time()), "model": model}
 

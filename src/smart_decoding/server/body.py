@@ -1,4 +1,4 @@
-"""What all parts of a request body share: they are strict, and text is text."""
+"""The base of all parts of a request body: strict types, and text in whole characters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 
 def _whole_characters(text: str) -> str:
-    """JSON can spell half of a surrogate pair, which is no text."""
+    """Return the text. Raises ValueError for half of a surrogate pair, which JSON can spell."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -21,8 +21,8 @@ def _whole_characters(text: str) -> str:
 
 
 MAX_DEPTH = 64
-MAX_IGNORED = 16  # names that an answer's header tells of
-# Of the request that is being answered: the names of fields that nobody knows.
+MAX_IGNORED = 16  # names in an answer's header
+# Names of unknown fields in the request that is being answered.
 ignored: ContextVar[set[str]] = ContextVar("ignored")
 Token = Annotated[int, Field(ge=0)]
 # Of lists: one error is enough, and a body of nulls would make a million.
@@ -50,12 +50,12 @@ def check_json(value: Any) -> None:
 class Body(BaseModel):
     """A JSON object. Unknown fields are left out and noted in `ignored`.
 
-    _NEUTRAL: fields that are known and not supported, with the values that ask for nothing; any
-    other value is refused.
+    _NEUTRAL: known fields without support, with the values that have no effect; any other value is
+    refused.
     """
 
     model_config = ConfigDict(
-        extra="forbid",  # of what is left then: names in _NEUTRAL
+        extra="forbid",  # the fields of _NEUTRAL with other values
         strict=True,
         populate_by_name=True,
         json_schema_extra=lambda schema: schema.pop("additionalProperties", None),
@@ -65,7 +65,7 @@ class Body(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _drop_what_asks_for_nothing(cls, data: Any) -> Any:
+    def _drop_neutral(cls, data: Any) -> Any:
         if not isinstance(data, Mapping):
             return data
         known = _names(cls)

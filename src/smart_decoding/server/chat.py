@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class ChatTask:
-    """task: what the preparation process makes tokens of; pictures: what belongs into them."""
+    """A conversation to prepare. task: for the preparation process; pictures: of the messages."""
 
     task: bytes
     pictures: Sequence[PictureSource] = ()
@@ -44,16 +44,16 @@ def chat_task(
         if with_tools:
             message = "tools and pictures are not supported in one conversation"
             raise ApiError(400, message, "invalid_value", "messages")
-        given = template_options(template, None, True, None, variables)
-        told, pictures = llm.prompts.split(plain)
-        return ChatTask(_task(told, given, llm.supports_images), pictures)
+        options = template_options(template, None, True, None, variables)
+        conversation, pictures = llm.prompts.split(plain)
+        return ChatTask(_task(conversation, options, llm.supports_images), pictures)
     described: list[Any] = [tool.model_dump(exclude_none=True) for tool in offered]
     if not tools.speaks_our_form(template):
-        told, _ = llm.prompts.split(tools.explained(plain, described))
-        given = template_options(template, None, True, None, variables)
-        return ChatTask(_task(told, given, llm.supports_images))
-    given = template_options(template, None, True, described, variables)
-    return ChatTask(_task(plain, given, False))
+        conversation, _ = llm.prompts.split(tools.explained(plain, described))
+        options = template_options(template, None, True, None, variables)
+        return ChatTask(_task(conversation, options, llm.supports_images))
+    options = template_options(template, None, True, described, variables)
+    return ChatTask(_task(plain, options, False))
 
 
 def _task(

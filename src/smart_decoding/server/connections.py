@@ -1,4 +1,4 @@
-"""uvicorn's HTTP/1.1 for strangers: who does not send a head, or read, in time is cut off."""
+"""uvicorn's HTTP/1.1 for strangers: clients with late heads, or that do not read, are cut off."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from smart_decoding.server.errors import ApiError
 from smart_decoding.server.settings import network_of
 
 MAX_HEAD = 64 * 1024  # bytes
-STALLED = 60.0  # seconds in which a client has read nothing of what is to be sent
+STALLED = 60.0  # seconds in which a client has read nothing of its response
 
 
 class Connection(H11Protocol):
     """One connection.
 
     head_timeout: seconds for a request's head, from the connection's or its first byte on;
-    max_connections: those that are open at a time, and half of them for each address. Beyond, of
-    addresses with more than the newcomer's, the one with the most loses its oldest idle connection;
-    where none is idle, the newcomer gets a 503.
+    max_connections: open at a time; one address may have half of them. Beyond, the address with the
+    most connections, if it has more than the newcomer's, loses its oldest idle one. Without an idle
+    connection the newcomer gets a 503.
     """
 
     def __init__(self, *args: Any, head_timeout: float, max_connections: int, **named: Any) -> None:
@@ -37,9 +37,9 @@ class Connection(H11Protocol):
         self._stall_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """A client is there: refuses it, or waits for its first request."""
+        """Refuse a new client, or wait for its first request."""
         super().connection_made(transport)
-        transport.set_write_buffer_limits(high=0)  # whatever is left unsent is to be known of
+        transport.set_write_buffer_limits(high=0)  # any unsent byte starts the stall timer
         self.network = network_of(self.client[0]) if self.client else ""
         self._opened = self.loop.time()
         if self._has_room():
@@ -76,32 +76,33 @@ class Connection(H11Protocol):
         return self.cycle is None or self.cycle.response_complete
 
     def _make_room(self) -> None:
-        """Closes; who has not had an answer yet is told why."""
+        """Close; a client without an answer so far gets the reason."""
         if self.cycle is None:
             self._refuse(_too_many())
         else:
             self.transport.close()
 
     def data_received(self, data: bytes) -> None:
-        """A part of a request."""
+        """Take a part of a request."""
         super().data_received(data)
         self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The end."""
+        """Stop the timers."""
         for timer in (self._head_timer, self._stall_timer):
             if timer is not None:
                 timer.cancel()
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
-        """The client does not read: it has a time from now on."""
+        """Start the timer of a client that does not read."""
         super().pause_writing()
         if self._stall_timer is None:
             self._watch_reader(math.inf)
 
     def _watch_reader(self, unsent: float) -> None:
-        """Cut off who has read nothing since `unsent` bytes were left; else looks again later."""
+        """Cut off a client that has read nothing since `unsent` bytes were left; else look again
+        later."""
         left = self.transport.get_write_buffer_size()
         if left >= unsent:
             self.transport.abort()
@@ -109,18 +110,18 @@ class Connection(H11Protocol):
             self._stall_timer = self.loop.call_later(STALLED, self._watch_reader, left)
 
     def resume_writing(self) -> None:
-        """It reads again."""
+        """Stop the timer of a client that reads again."""
         super().resume_writing()
         if self._stall_timer is not None:
             self._stall_timer.cancel()
             self._stall_timer = None
 
     def send_400_response(self, msg: str) -> None:
-        """What is no HTTP, in the shape of all other errors."""
+        """Refuse other protocols than HTTP, in the shape of all other errors."""
         self._refuse(ApiError(400, msg, "invalid_http"))
 
     def _watch(self) -> None:
-        """The clock runs while a head arrives, and while no request is being answered."""
+        """Run the timer of the head while no request is being answered."""
         if not self.idle:
             if self._head_timer is not None:
                 self._head_timer.cancel()

@@ -1,4 +1,5 @@
-"""How bodies are read: counted before, as reading cannot be interrupted, and long ones in turn."""
+"""Reading of bodies: their values are counted first, as reading cannot be interrupted. Long bodies
+take turns."""
 
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ def check_count(raw: bytes) -> None:
     Counts outside of texts, which may be as long as the body."""
     if _few(raw):
         return
-    if b"\0" in raw:  # as in UTF-16, whose texts could not be told from the rest
+    if b"\0" in raw:  # as in UTF-16, where quotes and commas could not be counted
         raise ApiError(400, "the body is not UTF-8")
     plain = raw.replace(rb"\\", b"").replace(rb"\"", b"")
     if plain.count(b'"') <= 2 * MAX_VALUES and _few(b"".join(plain.split(b'"')[::2])):
@@ -46,11 +47,11 @@ def _few(raw: bytes) -> bool:
 
 
 class CountedRoute(APIRoute):
-    """A route whose bodies are counted before they are read, and read in their turn if they are
-    long; by `Texts` in the application's state."""
+    """A route that counts the values of a body before it reads it. Long bodies take turns, by
+    `Texts` in the application's state."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """FastAPI's, which finds the body read."""
+        """Return FastAPI's handler behind one that reads the body."""
         handle = super().get_route_handler()
         field = self.body_field
 
@@ -72,8 +73,8 @@ class CountedRoute(APIRoute):
 
 
 def _check_type(request: Request) -> None:
-    """Raise ApiError for a body that is not said to be JSON: web pages may send other types, or
-    none, to any address without asking it."""
+    """Raise ApiError for a body whose type is not JSON: web pages may send other types, or none, to
+    any address without its consent."""
     content_type = request.headers.get("content-type", "").partition(";")[0]
     if content_type.strip().lower() != "application/json":
         message = "the body is not said to be JSON: send Content-Type: application/json"
@@ -89,14 +90,14 @@ def _read(field: ModelField, raw: bytes) -> Any:
 
 
 def _model_of(field: ModelField, raw: bytes) -> Any:
-    """That, or what is wrong: an error that was raised would hold all that was read, for the event
-    loop to free."""
+    """Return the model, or the error. A raised error would hold the whole body, for the event loop
+    to free."""
     check_count(raw)
     try:
-        given = json.loads(raw)
+        content = json.loads(raw)
     except json.JSONDecodeError as error:
         return ApiError(400, f"the body is not valid JSON: {error.msg}")
     except (ValueError, RecursionError):
         return ApiError(400, "the body is not valid JSON: no UTF-8, or too deep")
-    found, errors = field.validate(given, {}, loc=("body",))
+    found, errors = field.validate(content, {}, loc=("body",))
     return of_validation(errors) if errors else found

@@ -24,13 +24,13 @@ _CODES = {
     408: "request_timeout",
     413: "request_too_large",
 }
-RETRY_AFTER = 5  # seconds, where nobody knows better
+RETRY_AFTER = 5  # seconds, by default
 
 
 class ApiError(Exception):
     """An answer other than 200.
 
-    retry_after: seconds; every 429 and 503 has some, for it may go away by itself.
+    retry_after: seconds; every 429 and 503 has them, as its cause may pass.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class ApiError(Exception):
 
     @property
     def body(self) -> dict[str, Any]:
-        """The JSON that tells a client."""
+        """The JSON of the response."""
         if self.status == 429:
             kind = "rate_limit_error"
         else:
@@ -69,12 +69,12 @@ class ApiError(Exception):
 
 
 def shutting_down() -> ApiError:
-    """For who comes, or still is here, when the server ends."""
+    """Return the error of requests that arrive or still wait when the server ends."""
     return ApiError(503, "the server is shutting down", "shutting_down")
 
 
 def gone() -> ApiError:
-    """For the log: nobody reads it."""
+    """Return the error of a client that has hung up: it is for the log."""
     return ApiError(499, "the client has gone")
 
 
@@ -88,11 +88,11 @@ def of_smart_error(error: SmartError) -> ApiError:
 def install(app: FastAPI) -> None:
     """Make every error of `app` come out in the one shape."""
 
-    async def told(_: Request, error: Exception) -> JSONResponse:
+    async def respond(_: Request, error: Exception) -> JSONResponse:
         return _api_error(error).response
 
     for kind in (ApiError, SmartError, HTTPException, RequestValidationError, Exception):
-        app.add_exception_handler(kind, told)
+        app.add_exception_handler(kind, respond)
 
 
 def _api_error(error: Exception) -> ApiError:
@@ -101,9 +101,9 @@ def _api_error(error: Exception) -> ApiError:
     if isinstance(error, SmartError):
         return of_smart_error(error)
     if isinstance(error, HTTPException):
-        nowhere = error.status_code == 404  # of routes: other things not found are an ApiError
-        told = "there is no such route here: GET /openapi.json lists them"
-        return ApiError(error.status_code, told if nowhere else str(error.detail))
+        no_route = error.status_code == 404  # anything else not found is an ApiError
+        message = "there is no such route here: GET /openapi.json lists them"
+        return ApiError(error.status_code, message if no_route else str(error.detail))
     if isinstance(error, RequestValidationError):
         return of_validation(error.errors())
     log.error("request failed", exc_info=error)
@@ -111,8 +111,7 @@ def _api_error(error: Exception) -> ApiError:
 
 
 def of_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
-    """Return the first thing that is wrong; of a value that may be of several types, the
-    deepest."""
+    """Return the first error; of a value that may be of several types, the deepest."""
     field = errors[0]["loc"][:2]
     first = max((e for e in errors if e["loc"][:2] == field), key=lambda e: len(e["loc"]))
     kind = first["type"]

@@ -1,4 +1,4 @@
-"""How one answer went: `timings` in llama.cpp's names, `metrics` in vLLM's."""
+"""Figures of one answer: `timings` in llama.cpp's names, `metrics` in vLLM's."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Json = dict[str, Any]
 
 
 def figures(metrics: RequestMetrics, prompt: int, completion: int) -> Json:
-    """Of an answer that has ended. prompt, completion: its tokens."""
+    """Return the figures of an answer that has ended. prompt, completion: its tokens."""
     arrival = metrics.arrival
     scheduled = arrival if metrics.scheduled is None else metrics.scheduled
     first = scheduled if metrics.first_token is None else metrics.first_token
@@ -51,8 +51,8 @@ def _pace(kind: str, tokens: int, milliseconds: float) -> Json:
 
 
 def _acceptance(metrics: RequestMetrics) -> Json | None:
-    """None if nothing was verified. A draft is a tree here: num_spec_tokens is the length of the
-    longest path accepted."""
+    """Return the acceptance of drafts; None if nothing was verified. Drafts are trees here, so
+    num_spec_tokens is the length of the longest accepted path."""
     lengths = metrics.accepted_lengths
     if not lengths:
         return None

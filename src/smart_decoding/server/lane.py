@@ -94,7 +94,7 @@ class Lane:
         microseconds = int(1e6 * (time.monotonic() - began))
         self._counter.charge(place.client, max(0, microseconds - place.size))
         if not work.cancelled():
-            work.exception()  # asyncio logs an error that nobody has looked at
+            work.exception()  # asyncio logs errors that are never fetched
         self._end()
 
     def _end(self) -> None:
@@ -110,7 +110,7 @@ class Lane:
 
 
 class Texts:
-    """Read requests and write long answers beside the event loop: one piece at a time, the client
+    """Read requests and write long answers outside the event loop: one piece at a time, the client
     that has sent least first.
 
     A piece holds Python's lock, so many at once would hold up all small requests. `Gate` bounds

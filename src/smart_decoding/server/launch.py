@@ -37,12 +37,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("smart.server")
 READING = 1.0  # seconds at the end for clients to read it
-# Seconds after which a thread that runs Python lets another one: every step of an answer about
-# health may wait for so long, and so may a round.
+# Seconds after which a thread that runs Python yields to another. A round may wait for so long, and
+# so may every step of an answer about health.
 SWITCH = 0.001
 TIDY = 60.0  # seconds between two looks for old garbage
 _EXTRA = ("request_id", "status", "seconds", "model", "speculation", "address")
-# What a terminal obeys, or what ends or reverses a line there.
+# Characters that a terminal obeys, or that end or reverse a line there.
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
@@ -89,8 +89,8 @@ class Lines(logging.Formatter):
 
 
 class Server(uvicorn.Server):
-    """uvicorn that ends within a time: what still runs then is told so, and who does not read that
-    is cut off. uvicorn itself would cancel them, which is a broken stream and a traceback."""
+    """uvicorn that ends within a deadline: running requests then get an error, and clients that do
+    not read it are cut off. uvicorn itself would break their streams, with tracebacks."""
 
     def __init__(self, config: uvicorn.Config, worker: Worker) -> None:
         super().__init__(config)
@@ -98,20 +98,20 @@ class Server(uvicorn.Server):
         self._timeout = worker.settings.shutdown_timeout
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """As uvicorn's. A second SIGINT ends the process at once: uvicorn would cancel what runs,
-        with a 500 and a traceback for each."""
+        """End as uvicorn does, but at once at a second SIGINT: uvicorn would cancel each request
+        with a 500 and a traceback."""
         if sig == signal.SIGINT and self._captured_signals:
             os._exit(128 + sig)
         super().handle_exit(sig, frame)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """As uvicorn's."""
+        """Start as uvicorn does."""
         await super().startup(sockets)
         for listener in sockets or ():
             listener.listen(BACKLOG)  # few are accepted at once, and many may wait for that
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """As uvicorn's."""
+        """Stop as uvicorn does, within the deadline."""
         log.info(f"stopping: {self._worker.active} answers have {self._timeout:g} s to end")
         self._worker.drain()  # endless streams must not hold it up
         later = asyncio.get_running_loop().call_later
@@ -125,10 +125,10 @@ class Server(uvicorn.Server):
 
 
 def set_up_logging(level: str) -> None:
-    """On standard error, for our loggers and uvicorn's: JSON lines, or text on a terminal."""
+    """Log to standard error, for our loggers and uvicorn's: JSON lines, or text on a terminal."""
     handler = logging.StreamHandler()
     handler.setFormatter(Lines() if sys.stderr.isatty() else JsonLines())
-    logging.getLogger().handlers = [handler]  # asyncio's, and of whoever has something to say
+    logging.getLogger().handlers = [handler]  # for asyncio and all other libraries
     for name in ("smart", "uvicorn"):
         logger = logging.getLogger(name)
         logger.handlers = [handler]
@@ -152,11 +152,11 @@ def make_server(load: Callable[[], LLM], settings: ServerSettings) -> tuple[Serv
         create_app(worker, metrics, live),
         log_config=None,
         access_log=False,
-        loop="asyncio",  # it asks our listener for connections
+        loop="asyncio",  # the only one that calls our listener's accept
         backlog=AT_ONCE,
         server_header=False,
         proxy_headers=False,
-        # later than our own, which this is behind
+        # later than our own deadline
         timeout_graceful_shutdown=math.ceil(settings.shutdown_timeout + 2 * READING),
         lifespan="on",
         ws="none",
@@ -169,7 +169,7 @@ def make_server(load: Callable[[], LLM], settings: ServerSettings) -> tuple[Serv
 
 
 def serve(load: Callable[[], LLM], settings: ServerSettings) -> int:
-    """Serve until SIGINT or SIGTERM; then what runs may end within the deadline.
+    """Serve until SIGINT or SIGTERM; running answers then have until the deadline to end.
 
     Raises ConfigError for an address that cannot be had, SmartError or OSError if the model cannot
     be loaded."""
@@ -192,7 +192,7 @@ def serve(load: Callable[[], LLM], settings: ServerSettings) -> int:
 
 
 def welcome(settings: ServerSettings, url: str) -> str:
-    """Return what to do with the server, for people. url: where it listens."""
+    """Return a short guide to the server, for people. url: where it listens."""
     url = url.replace("//0.0.0.0:", "//localhost:").replace("//[::]:", "//localhost:")
     key = " -H 'Authorization: Bearer KEY'" if settings.api_keys else ""
     message = {"role": "user", "content": "Count from 1 to 20."}
@@ -208,9 +208,8 @@ def welcome(settings: ServerSettings, url: str) -> str:
 
 
 def _settled(llm: LLM, texts: Texts) -> LLM:
-    """Python is told what a server needs. What is loaded stays: searching it for garbage again
-    would hold up rounds. What has come since is searched by `_tidy`: large bodies are many objects,
-    and a search took 0.12 s."""
+    """Set up Python for a server. Loaded objects stay: searching them for garbage again would hold
+    up rounds. `_tidy` searches later objects: with large bodies a search took 0.12 s."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(*gc.get_threshold()[:2], 1 << 30)

@@ -13,34 +13,34 @@ from pathlib import Path
 from smart_decoding.errors import ConfigError
 
 log = logging.getLogger("smart.server")
-AT_ONCE = 64  # connections that are accepted before those before them are looked at
+AT_ONCE = 64  # connections accepted in one turn of the event loop
 BACKLOG = 2048  # connections that wait to be accepted
 SPARE = 128  # files for all but connections: models, caches, and connections of one look
 QUIET = 60.0  # seconds between two lines of the log that say the same
 _FULL = (errno.EMFILE, errno.ENFILE)
 
 
-def allowed_connections(wanted: int) -> int:
-    """Return how many connections there may be at once, `wanted` at most.
+def allowed_connections(requested: int) -> int:
+    """Return how many connections may be open at once, at most `requested`.
 
     Raises the soft limit of open files to the hard one, as far as needed. Raises ConfigError if
     there is no room for any."""
     try:
         import resource
     except ModuleNotFoundError:  # Windows has no such limit
-        return wanted
+        return requested
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     used = _open_files()
-    needed = used + SPARE + wanted
+    needed = used + SPARE + requested
     if soft == resource.RLIM_INFINITY or soft >= needed:
-        return wanted
+        return requested
     raised = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
     if raised > soft:
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft >= needed:
-        return wanted
+        return requested
     allowed = soft - used - SPARE
     if allowed < 1:
         raise ConfigError(
@@ -48,7 +48,7 @@ def allowed_connections(wanted: int) -> int:
             f"allow more, such as ulimit -n {needed}"
         )
     log.warning(
-        f"{allowed} connections at once instead of {wanted}: only {soft} files may be open; "
+        f"{allowed} connections at once instead of {requested}: only {soft} files may be open; "
         f"ulimit -n {needed} allows all"
     )
     return allowed
@@ -64,16 +64,16 @@ def _open_files() -> int:
 class Listener(socket.socket):
     """A listening socket that drops newcomers while the process can open no more files.
 
-    They would stay ready to be accepted, and the event loop would try again without end. A file
-    kept in reserve is closed for each of them."""
+    Newcomers would otherwise stay ready to be accepted, and the event loop would try again without
+    end. A file in reserve is closed to accept and drop each of them."""
 
-    def __init__(self, *given: int) -> None:
-        super().__init__(*given)
+    def __init__(self, *options: int) -> None:
+        super().__init__(*options)
         self._reserve = os.open(os.devnull, os.O_RDONLY)
         self._said = -QUIET
 
     def accept(self) -> tuple[socket.socket, object]:
-        """As of any socket. Raises BlockingIOError where there is nobody, or only dropped ones."""
+        """Accept a connection. Raises BlockingIOError if nobody waits, or all were dropped."""
         try:
             return super().accept()
         except OSError as error:
@@ -109,6 +109,6 @@ class Listener(socket.socket):
             self._reserve = -1
 
     def close(self) -> None:
-        """As of any socket."""
+        """Close the socket and its reserve."""
         self._give_up_reserve()
         super().close()

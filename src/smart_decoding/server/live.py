@@ -1,4 +1,4 @@
-"""What the live page shows, a few times a second; it costs something only while it is open."""
+"""The events of the live page, a few a second. They cost time only while the page is open."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ CSP = (
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """One round: its end, seconds and tokens, and what plain decoding would take and yield."""
+    """One round: its end, seconds and tokens, and the seconds and tokens of plain decoding."""
 
     at: float
     seconds: float
@@ -49,7 +49,7 @@ class Pace:
 
 @dataclass(frozen=True, slots=True)
 class _Trees:
-    """A round, its end, and of one viewer's requests in it the places and the tokens after it."""
+    """A round, its end, and for each of one viewer's requests its place and its tokens after it."""
 
     at: float
     record: RoundRecord
@@ -78,7 +78,7 @@ class Live(Watcher):
     # --- the engine thread's calls ---
 
     def start(self, llm: LLM) -> None:
-        """There is something to show."""
+        """Take the model: from now on there are numbers to show."""
         self._llm = llm
 
     def after(self, engine: Engine, touched: Sequence[Request]) -> None:
@@ -127,20 +127,20 @@ class Live(Watcher):
                 await asyncio.sleep(INTERVAL)
         finally:
             self.watchers[client, viewer] -= 1
-            self.watchers += Counter()  # without those that watch no more
+            self.watchers += Counter()  # drop zero counts
 
     def check_room(self, client: str) -> None:
-        """Raise ApiError if too many watch already, in all or of this client."""
+        """Raise ApiError if too many pages watch already, in all or of this client."""
         mine = sum(count for (each, _), count in self.watchers.items() if each == client)
         if self.watchers.total() >= MAX_WATCHERS or mine >= MAX_OF_ONE:
             message = f"{MAX_WATCHERS} pages are watching already, or {MAX_OF_ONE} of yours"
             raise ApiError(503, message, "too_many_watchers", retry_after=10)
 
     def snapshot(self, viewer: str) -> dict[str, Any]:
-        """Return the present state as JSON; null is what is not known.
+        """Return the present state as JSON; unknown values are null.
 
-        idle: seconds since the last round, of which the speeds are; trees: of the last round with
-        requests of this viewer, trees_idle: seconds since then.
+        idle: seconds since the last round; speeds are those before its end. trees: of the last
+        round with requests of this viewer; trees_idle: seconds since then.
         """
         llm = self._llm
         if llm is None:
@@ -148,7 +148,7 @@ class Live(Watcher):
         engine = llm.engine
         stats = engine.policy.stats()
         paces = self._paces.copy()
-        last = paces[-1].at if paces else 0.0  # what was last seen stays
+        last = paces[-1].at if paces else 0.0  # an idle engine keeps its last speeds
         recent = [pace for pace in paces if pace.at > last - WINDOW]
         now = time.monotonic()
         trees = self._trees.get(viewer)

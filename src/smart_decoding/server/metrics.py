@@ -28,7 +28,7 @@ CHECK_EVERY = 8  # rounds, of which one is compared with its prediction
 _TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0)
 _WHOLE = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 60.0, 120.0, 300.0)
 
-# A new metric is a line here, and `metrics.counts[NAME] += 1` where it is counted.
+# A new metric needs a line here, and `metrics.counts[NAME] += 1` where it is counted.
 _COUNTERS = {
     "prompt_tokens": "Prompt tokens of answers that have begun.",
     "generation_tokens": "Tokens generated.",
@@ -48,7 +48,7 @@ _COUNTERS = {
     "checked_round_seconds": f"Real seconds of every {CHECK_EVERY}th decoding round.",
     "predicted_round_seconds": "The cost model's seconds for the same rounds.",
 }
-_COUNTERS_BY = {  # name: (what it says, the label that it has beside the model's name)
+_COUNTERS_BY = {  # name: (help text, its label besides the model's name)
     "request_success": ("Answers that ended, by reason.", "finished_reason"),
     "spec_decode_num_accepted_tokens_per_pos": ("Tree nodes accepted, by depth.", "position"),
 }
@@ -63,7 +63,7 @@ _HISTOGRAMS = {
     "time_per_output_token_seconds": ("Mean per answer, first token excluded.", _TOKEN),
     "e2e_request_latency_seconds": ("Arrival to end.", _WHOLE),
 }
-# Key of a policy's statistics: (name, what it says).
+# Key of a policy's statistics: (name, help text).
 _POLICY_GAUGES = {
     "estimated_speedup": (
         "speedup_estimate",
@@ -73,7 +73,7 @@ _POLICY_GAUGES = {
     "share_off": ("speculation_off_share", "Share of recent rounds that did not draft."),
     "exploration_seconds": ("exploration_seconds", "Seconds that exploration has cost."),
 }
-# What vLLM has too, and how it calls that.
+# Metrics that vLLM has too: our name, and vLLM's names.
 _VLLM = {
     **{name: (name,) for name in (*_GAUGES, *COUNTERS, *_COUNTERS_BY)},
     "time_to_first_token_seconds": ("time_to_first_token_seconds",),
@@ -87,8 +87,8 @@ _VLLM = {
 class Metrics(Watcher):
     """An observer of the worker that counts, and a collector for prometheus_client.
 
-    counts: plain numbers, since they are counted in every round; record: those that the `LLM`
-    counts itself.
+    counts: plain numbers, since they are counted in every round; record: counts of the `LLM`
+    itself.
     """
 
     def __init__(self, model_name: str) -> None:
@@ -102,12 +102,12 @@ class Metrics(Watcher):
             ).labels(model_name)
             for name, (text, buckets) in _HISTOGRAMS.items()
         }
-        # What the event loop knows: (name, what it says, value).
+        # Gauges of the event loop: (name, help text, value).
         self.shared: Callable[[], Iterable[tuple[str, str, float]]] = tuple
         self._engine: Engine | None = None
         self._cost: CostModel | None = None
         self._last: RoundRecord | None = None
-        self._tokens_at: dict[Request, float] = {}  # when it got its last ones
+        self._tokens_at: dict[Request, float] = {}  # second of a request's last tokens
 
     # --- the engine thread's calls ---
 
@@ -171,7 +171,7 @@ class Metrics(Watcher):
     # --- the event loop's ---
 
     def collect(self) -> Iterator[Metric]:
-        """Return all of them, as prometheus_client asks for them."""
+        """Return all metrics, for prometheus_client."""
         for metric in (*self._gauges(), *self._counted(), *self._registry.collect()):
             metric.samples = [each for each in metric.samples if not each.name.endswith("_created")]
             yield metric
@@ -214,7 +214,7 @@ class Metrics(Watcher):
 
 
 def _renamed(metric: Metric, name: str) -> Metric:
-    """Return the same under another name, with the engine's number as vLLM has it."""
+    """Return the metric under another name, with vLLM's label for the engine's number."""
     renamed = Metric(name, metric.documentation, metric.type)
     renamed.samples = [
         each._replace(
@@ -226,7 +226,7 @@ def _renamed(metric: Metric, name: str) -> Metric:
 
 
 def predicted_seconds(cost: CostModel, done: Round) -> float:
-    """Return what `cost` says a round's forwards take."""
+    """Return the predicted seconds of a round's forwards."""
     batch = done.batch
     context = batch.mean_context
     seconds = float(cost.verify_seconds(batch.size, done.verify_rows, context))

@@ -1,4 +1,4 @@
-"""What stands before every request: id, API key, host, the body's size and pace; and the log."""
+"""The gate of every request: id, API key, host, the body's size and pace; and the log."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from smart_decoding.server.settings import ServerSettings, is_loopback, network_
 
 log = logging.getLogger("smart.access")
 
-# Without a key: they tell nothing of anyone's. HEAD is answered as GET is.
+# Served without a key: they hold nothing of any client. HEAD is answered as GET is.
 OPEN = ("/", "/health", "/health/live", "/version", "/openapi.json")
 LARGEST = 16  # largest bodies that one client's requests may hold, or as many bytes
-OF_ALL = 4  # clients whose requests hold so many fill all the room there is
+OF_ALL = 4  # clients that may hold so many at once
 _ID = re.compile(r"[\w.-]{1,64}", re.ASCII)
 _VIEWER = re.compile(r"[\w-]{16,64}", re.ASCII)  # too long to be guessed
 
 
 @dataclass(slots=True)
 class _Body:
-    """What has come of a request's body. size: bytes."""
+    """The part of a request's body that has arrived. size: bytes."""
 
     size: int = 0
 
@@ -52,8 +52,8 @@ class Gate:
             await self.app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        given = headers.get("x-request-id", "")
-        request_id = given if _ID.fullmatch(given) else uuid.uuid4().hex
+        own_id = headers.get("x-request-id", "")
+        request_id = own_id if _ID.fullmatch(own_id) else uuid.uuid4().hex
         state = scope.setdefault("state", {})
         state["request_id"] = request_id
         state["client"] = self._client(scope, headers)
@@ -88,8 +88,8 @@ class Gate:
             _log_access(scope, request_id, status, time.monotonic() - started)
 
     def _client(self, scope: Scope, headers: Headers) -> str:
-        """Return who takes turns with the others: a key, by its number, or an address where there
-        are no keys, of IPv6 its /64. Empty without a valid key."""
+        """Return the client that takes turns with others: the number of its key, or without keys
+        its address, of IPv6 the /64. Empty without a valid key."""
         if self._keys:
             return self._fitting_key(headers.get("authorization", ""))
         address = scope.get("client")
@@ -97,17 +97,16 @@ class Gate:
 
     def _viewer(self, client: str, headers: Headers) -> str:
         """Return who may see a request's text on the live page: its client, if that is one user.
-        Many users may have one address: then it is who knows the request's token; empty for
-        nobody."""
+        Of users that share an address it is the holder of the request's token; empty for nobody."""
         if self._keys or self.settings.local_names_only:
             return client
-        given = headers.get("x-viewer", "")
-        return given if _VIEWER.fullmatch(given) else ""
+        viewer = headers.get("x-viewer", "")
+        return viewer if _VIEWER.fullmatch(viewer) else ""
 
     def _refusal(self, path: str, headers: Headers, client: str) -> ApiError | None:
         if self.settings.local_names_only and not is_loopback(_host_of(headers.get("host", ""))):
             return ApiError(
-                403, "only localhost may be asked here: set an API key or start with --no-api-key"
+                403, "only localhost is served here: set an API key or start with --no-api-key"
             )
         if not client and path not in OPEN:
             return ApiError(
@@ -119,9 +118,9 @@ class Gate:
         return None
 
     def _fitting_key(self, authorization: str) -> str:
-        scheme, _, given = authorization.partition(" ")
-        key = given.strip().encode("utf-8", "replace")
-        # All of them, always: the time must tell nothing.
+        scheme, _, token = authorization.partition(" ")
+        key = token.strip().encode("utf-8", "replace")
+        # Compare with all keys, always: the time must not show which one fits.
         fits = [hmac.compare_digest(key, each) for each in self._keys]
         good = scheme.lower() == "bearer" and any(fits)
         return f"key {fits.index(True)}" if good else ""
@@ -154,8 +153,8 @@ class Gate:
         return limited
 
     def _is_full(self, client: str) -> bool:
-        """Return whether a client's requests hold too much: more than it may, or more than its
-        share where all together do."""
+        """Return whether a client's requests hold more than its limit, or more than its share while
+        all together hold too much."""
         mine = self._held[client]
         most = LARGEST * self.settings.max_body
         room = OF_ALL * most
@@ -167,7 +166,7 @@ class Gate:
 
 
 def _warning(unknown: set[str], request_id: str) -> str:
-    """Return the header that tells of ignored fields."""
+    """Return the header that names ignored fields."""
     names = ", ".join(
         sorted(re.sub(r"[^\w.-]", "?", name, flags=re.ASCII)[:64] for name in unknown)
     )

@@ -13,7 +13,7 @@ from fastapi.responses import Response
 from smart_decoding.engine.engine import BEFORE
 from smart_decoding.engine.stopping import Detokenizer
 from smart_decoding.errors import CapacityError
-from smart_decoding.server.answering import Asked, answer, check_model
+from smart_decoding.server.answering import ParsedRequest, answer, check_model
 from smart_decoding.server.answers import ChatForm, CompletionForm, Json
 from smart_decoding.server.chat import ChatTask, chat_task
 from smart_decoding.server.counting import CountedRoute
@@ -64,12 +64,14 @@ class _Routes:
         return self._card()
 
     async def completions(self, request: Request, body: CompletionRequest) -> Response:
-        given = _prompts(body.prompt)
-        llm = self._worker.check_room(len(given) * (body.n or 1), request.state.client)
-        prompts = [await self._text_prompt(request, llm, each) for each in given]
+        sent = _prompts(body.prompt)
+        llm = self._worker.check_room(len(sent) * (body.n or 1), request.state.client)
+        prompts = [await self._text_prompt(request, llm, each) for each in sent]
         form = CompletionForm(llm.tokenizer.token_text, body.logprobs, _readers(llm, body, prompts))
-        asked = Asked(body, prompts, form, body.logprobs, partial(self._encode, request, False))
-        return await answer(self._worker, request, asked)
+        parsed = ParsedRequest(
+            body, prompts, form, body.logprobs, partial(self._encode, request, False)
+        )
+        return await answer(self._worker, request, parsed)
 
     async def chat(self, request: Request, body: ChatRequest) -> Response:
         return await self._chat(request, body, Reply)
@@ -97,8 +99,10 @@ class _Routes:
             top = (body.top_logprobs or 0) if body.logprobs else None
             form = ChatForm(llm.tokenizer.token_text, top, offer is not None)
             encode = partial(self._encode, request, False)
-            asked = Asked(body, [prompt.tokens], form, top, encode, prompt.media, reply, release)
-            return await answer(self._worker, request, asked)
+            parsed = ParsedRequest(
+                body, [prompt.tokens], form, top, encode, prompt.media, reply, release
+            )
+            return await answer(self._worker, request, parsed)
         except BaseException:
             release()
             raise
@@ -145,10 +149,10 @@ class _Routes:
         prepare: Callable[[str, bytes], Coroutine[Any, Any, T]],
         made: bytes,
     ) -> T:
-        """Return what comes of a task made of what is in `field`. Raises ApiError."""
+        """Return the result of a preparation task of `field`. Raises ApiError."""
         try:
-            wanted = prepare(request.state.client, made)
-            return await self._worker.texts.held(request, wanted)
+            result = prepare(request.state.client, made)
+            return await self._worker.texts.held(request, result)
         except CapacityError as error:
             raise _too_long(error, field) from error
         except TooLargeError as error:
@@ -176,7 +180,7 @@ class _Routes:
         return {"prompt": text}
 
     def _model(self, name: str | None) -> LLM:
-        """Return the model, if it is there and `name`, where one is given, is its name."""
+        """Return the loaded model. Raises ApiError if `name` is another model's."""
         llm = self._worker.ready()
         if name:
             check_model(name, self._worker)
@@ -197,18 +201,18 @@ def _too_long(error: CapacityError, field: str) -> ApiError:
     return ApiError(400, str(error), "context_length_exceeded", field)
 
 
-def _prompts(given: str | list[str] | list[int] | list[list[int]]) -> list[Any]:
+def _prompts(prompt: str | list[str] | list[int] | list[list[int]]) -> list[Any]:
     """Return one prompt, or several, as a list: texts or token ids. Raises ApiError if there is
     none."""
-    if given == []:
+    if prompt == []:
         raise ApiError(400, "the prompt is empty", "invalid_value", "prompt")
-    return [given] if isinstance(given, str) or isinstance(given[0], int) else list(given)
+    return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else list(prompt)
 
 
 def _readers(
     llm: LLM, body: CompletionRequest, prompts: Sequence[list[int]]
 ) -> Callable[[int], Detokenizer]:
-    """Makes detokenizers as the engine uses them, for answers by their index."""
+    """Return a function from an answer's index to a detokenizer as the engine uses it."""
     skip = body.skip_special_tokens is not False
     n = body.n or 1
 

@@ -23,7 +23,7 @@ NICE = 10  # decoding yields processors to rounds
 
 
 class Pictures:
-    """Decodes one picture at a time, of the client that has sent least. Pillow lets go of Python's
+    """Decodes one picture at a time, of the client that has sent least. Pillow releases Python's
     lock."""
 
     def __init__(self) -> None:
@@ -32,8 +32,8 @@ class Pictures:
         self._held: Counter[str] = Counter()  # bytes, by client
 
     def hold(self, client: str, size: int) -> Callable[[], None]:
-        """Take room for so many bytes; what is returned gives it back, once. Whoever is alone gets
-        one request's in any case, of any size. Raises ApiError (429) where there is none."""
+        """Reserve so many bytes; return a function that releases them. While nothing is held, a
+        request of any size fits. Raises ApiError (429) if there is no room."""
         mine = self._held[client]
         full = self._held.total() + size > MOST or (mine and mine + size > MOST_OF_ONE)
         if self._held and size and full:
@@ -61,8 +61,8 @@ class Pictures:
         return await unless_gone(request, self._in_turns(request.state.client, plan, cache_salt))
 
     async def _in_turns(self, client: str, plan: PlannedPrompt, cache_salt: str) -> MediaPrompt:
-        """Decode a prompt's pictures; each one, or frame, is a turn of its own, charged by the
-        pixels that are sent: they take the time, not the few that are kept."""
+        """Decode a prompt's pictures; each picture or frame is a turn of its own. The client is
+        charged the pixels sent, which take the time, not the few that are kept."""
         steps = plan.steps(cache_salt)
         sizes = iter(plan.sizes)
         prompt: MediaPrompt | None = None

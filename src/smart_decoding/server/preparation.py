@@ -1,4 +1,4 @@
-"""Turn the texts of requests into tokens, and try their grammars, in processes that may be killed.
+"""Turn texts of requests into tokens, and try their grammars, in processes that may be killed.
 
 This is the server's side; `server.preparation_process` is the program of such a process."""
 
@@ -132,7 +132,7 @@ class Process:
             raise
         except (TimeoutError, ConnectionError, asyncio.IncompleteReadError) as error:
             raise await self._died(isinstance(error, TimeoutError)) from error
-        return _result(await _beside(unframed, found))
+        return _result(await _in_thread(unframed, found))
 
     async def _begin(self) -> _Streams:
         """Start the process and wait until it is ready. Raises RuntimeError."""
@@ -165,8 +165,8 @@ class Process:
 
     async def _died(self, late: bool) -> Exception:
         """End the process and start another; return the error of its task. late: it was overdue."""
-        told = await self._ended(0 if late else LAST_WORDS)
-        status = told.status
+        ended = await self._ended(0 if late else LAST_WORDS)
+        status = ended.status
         self._forget()
         self.start()
         if self._stopped or self._ready is None:
@@ -179,7 +179,7 @@ class Process:
         if status in (NO_MEMORY, -signal.SIGABRT, -signal.SIGSEGV):
             size = f"{MEMORY >> 20} MiB of memory"
             return TooLargeError(f"preparing it takes more than {size}, or it is nested too deep")
-        return told
+        return ended
 
     async def _ended(self, seconds: float) -> EndedError:
         """Wait so long for the process to end, then kill it; return how it ended."""
@@ -257,10 +257,10 @@ class ProcessPair:
 
 @dataclass(eq=False, slots=True)
 class _Compilation:
-    """A grammar that is compiled, or will be. wanted: requests that wait for it."""
+    """A grammar that is compiled, or will be. waiting: requests that wait for it."""
 
     task: asyncio.Task[Compiled]
-    wanted: int = 0
+    waiting: int = 0
 
 
 class Preparation:
@@ -297,7 +297,7 @@ class Preparation:
 
     async def tokens(self, client: str, task: bytes) -> list[list[int]]:
         """Return token ids by a task `chat` or `encode`. Raises as `Process.answer` does."""
-        return [await _beside(unpacked, each) for each in await self.texts.answer(client, task)]
+        return [await _in_thread(unpacked, each) for each in await self.texts.answer(client, task)]
 
     async def text(self, client: str, task: bytes) -> str:
         """Return the text by a task `decode`. Raises as `Process.answer` does."""
@@ -317,7 +317,7 @@ class Preparation:
             return found
         work = self._works.get(params)
         if work is None:
-            library()  # or nothing of this makes sense
+            library()  # raises ConfigError without llguidance
             if self._waiting[client] >= WAITING:
                 message = f"{WAITING} of your grammars are waiting to be compiled: try again later"
                 raise ApiError(429, message, "queue_full")
@@ -325,12 +325,12 @@ class Preparation:
             coming = asyncio.create_task(self._compile(grammars, params, client, size))
             work = self._works[params] = _Compilation(coming)
             coming.add_done_callback(partial(self._compiled, params, client))
-        work.wanted += 1
+        work.waiting += 1
         try:
             return await asyncio.shield(work.task)
         finally:
-            work.wanted -= 1
-            if not work.wanted:
+            work.waiting -= 1
+            if not work.waiting:
                 if self._works.get(params) is work:
                     del self._works[params]
                 work.task.cancel()
@@ -402,9 +402,9 @@ def _result(answer: dict[str, Any]) -> Any:
     return answer["result"]
 
 
-async def _beside(work: Callable[[Any], T], given: str | bytes) -> T:
-    """Do `work`, in another thread where `given` is long."""
-    return await asyncio.to_thread(work, given) if len(given) > SHORT else work(given)
+async def _in_thread(work: Callable[[Any], T], content: str | bytes) -> T:
+    """Do `work`, in another thread where `content` is long."""
+    return await asyncio.to_thread(work, content) if len(content) > SHORT else work(content)
 
 
 def _size(params: StructuredOutputsParams) -> int:

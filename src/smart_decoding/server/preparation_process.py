@@ -64,30 +64,30 @@ def unpacked(text: str) -> list[int]:
 class Tasks:
     """The tasks: each method's arguments and result are JSON.
 
-    backend: a tokenizer as its library writes it; without one there are grammars only. given: the
+    backend: a tokenizer as its library writes it; without one there are grammars only. options: the
     other arguments of `Tokenizer`. placeholders: see `Conversations`."""
 
     def __init__(
         self,
         backend: str | None = None,
         placeholders: Mapping[str, str] | None = None,
-        **given: Any,
+        **options: Any,
     ) -> None:
         import_module("jinja2.sandbox")  # not in a task's time
         import_module("jinja2.ext")
-        with contextlib.suppress(ConfigError):  # it is told where a grammar is asked for
+        with contextlib.suppress(ConfigError):  # reported for a request with a grammar
             library()
         if backend is None:
             return
-        self._tokenizer = Tokenizer(tokenizers.Tokenizer.from_str(backend), **given)
+        self._tokenizer = Tokenizer(tokenizers.Tokenizer.from_str(backend), **options)
         self._texts = Conversations(self._tokenizer)
         self._pictures = Conversations(self._tokenizer, placeholders)
 
     def chat(
         self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any], pictures: bool
     ) -> list[str]:
-        """Return the tokens of a conversation, alone in a list. variables: see
-        `Tokenizer.apply_chat_template`. pictures: whether the model sees."""
+        """Return the tokens of a conversation, as a list of one. variables: see
+        `Tokenizer.apply_chat_template`. pictures: whether the model takes pictures."""
         conversations = self._pictures if pictures else self._texts
         tokens, _ = conversations.tokens(messages, **variables)
         return [packed(tokens)]
@@ -154,7 +154,7 @@ def _read(stream: IO[bytes]) -> bytes | None:
 
 
 def main() -> None:
-    """Do tasks until the input ends. The exit status tells a broken limit from other failures."""
+    """Do tasks until the input ends. A broken limit has an exit status of its own."""
     try:
         _answer_all()
     except MemoryError:

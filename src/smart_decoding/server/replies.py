@@ -1,4 +1,4 @@
-"""What the chunks of a job become: one JSON object, or server-sent events."""
+"""Replies made of a job's chunks: one JSON object, or server-sent events."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """To /v1/completions and /v1/chat/completions. model: its name for clients.
+    """The reply to /v1/completions and /v1/chat/completions. model: its name for clients.
 
     The job's asks share their parameters: answer i to prompt p has the index p * n + i.
     """
@@ -32,7 +32,7 @@ class Reply:
     body: Completions
 
     def whole(self, chunks: Sequence[Chunk]) -> Json:
-        """Return all of it, of all `chunks`."""
+        """Return the whole reply, made of all `chunks`."""
         choices = [self.form.choice(chunk) for chunk in chunks]
         return {
             **envelope(self.form, self.job.id, self.model, True),
@@ -42,7 +42,7 @@ class Reply:
         }
 
     async def events(self, first: Chunk) -> AsyncIterator[str]:
-        """Return a delta per round with text, the usage if asked for, [DONE]."""
+        """Return a delta per round with text, the usage if requested, [DONE]."""
         frame = envelope(self.form, self.job.id, self.model, False)
         with_usage = self.body.include_usage
         more: Json = {"usage": None} if with_usage else {}
@@ -68,7 +68,7 @@ class Reply:
             yield event(error.body)
 
     def _figures(self) -> Json:
-        """As vLLM, only where there is one answer."""
+        """Return the figures of a job with one answer, as vLLM does."""
         return self.usage.figures() if self.job.size == 1 else {}
 
     async def chunks(self, first: Chunk) -> AsyncIterator[Chunk]:
@@ -84,8 +84,8 @@ class Reply:
 
 
 def encoded(value: Any, depth: int = 6) -> str:
-    """As JSON. The outer values one by one: a single call holds Python's lock to its end, and log
-    probabilities can be many megabytes."""
+    """Return a value as JSON, its outer values one by one: a single call holds Python's lock to its
+    end, and log probabilities can be many megabytes."""
     if depth and isinstance(value, dict):
         parts = (f"{json.dumps(key)}:{encoded(each, depth - 1)}" for key, each in value.items())
         return "{" + ",".join(parts) + "}"
@@ -95,6 +95,6 @@ def encoded(value: Any, depth: int = 6) -> str:
 
 
 def event(data: Json) -> str:
-    """Return a server-sent event; one with a type of its own is also called so."""
+    """Return a server-sent event, named by its type if it has one."""
     name = f"event: {data['type']}\n" if "type" in data else ""
     return f"{name}data: {json.dumps(data, separators=(',', ':'))}\n\n"

@@ -1,4 +1,4 @@
-"""From chunks to the answers of /v1/responses: output items, and the events that tell of them."""
+"""From chunks to the answers of /v1/responses: output items, and events about them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Items:
-    """An answer's output as it grows: messages and calls. What it yields are events."""
+    """An answer's output as it grows: messages and calls. All methods yield events."""
 
     def __init__(self) -> None:
         self.items: list[Json] = []
@@ -25,7 +25,7 @@ class Items:
         self._open = False  # whether the last one may grow
 
     def text(self, text: str) -> Iterator[Json]:
-        """More text."""
+        """Add text."""
         if not (self._open and self.items[-1]["type"] == "message"):
             yield from self._begin_message()
         if text:
@@ -35,7 +35,7 @@ class Items:
             yield self._event("output_text.delta", content_index=0, delta=text, logprobs=found)
 
     def call(self, piece: Json) -> Iterator[Json]:
-        """Return a piece of a call, as chats stream them."""
+        """Add a piece of a call, as chats stream them."""
         if "id" in piece:
             yield from self.end("completed")
             self.logprobs = []
@@ -47,19 +47,19 @@ class Items:
             yield self._event("function_call_arguments.delta", delta=arguments)
 
     def end(self, status: str) -> Iterator[Json]:
-        """The last item is over: 'completed' or 'incomplete'."""
+        """End the last item. status: 'completed' or 'incomplete'."""
         if not self._open:
             return
         item = self.items[-1]
         if item["type"] == "message":
             part = item["content"][0]
             self._take_logprobs(part)
-            told = {"text": part["text"], "logprobs": part["logprobs"]}
-            yield self._event("output_text.done", content_index=0, **told)
+            done = {"text": part["text"], "logprobs": part["logprobs"]}
+            yield self._event("output_text.done", content_index=0, **done)
             yield self._event("content_part.done", content_index=0, part=part)
         else:
-            told = {"name": item["name"], "arguments": item["arguments"]}
-            yield self._event("function_call_arguments.done", **told)
+            done = {"name": item["name"], "arguments": item["arguments"]}
+            yield self._event("function_call_arguments.done", **done)
         item["status"] = status
         self._open = False
         yield self._event("output_item.done", item=item)
@@ -92,17 +92,17 @@ class Items:
 
 @dataclass(frozen=True, slots=True)
 class ResponsesReply(Reply):
-    """To /v1/responses. echo: what it repeats of its request."""
+    """The reply to /v1/responses. echo: the fields that it repeats from its request."""
 
     echo: Json
     created: int = field(default_factory=lambda: int(time.time()))
 
     def whole(self, chunks: Sequence[Chunk]) -> Json:
-        """Return all of it, of all `chunks`."""
+        """Return the whole reply, made of all `chunks`."""
         items = Items()
         reason = None
         for chunk in chunks:
-            for _ in self._told(items, chunk):
+            for _ in self._additions(items, chunk):
                 pass
             reason = chunk.finish_reason
         return self._response(items, reason)
@@ -115,8 +115,8 @@ class ResponsesReply(Reply):
                 yield event({**each, "sequence_number": number})
                 number += 1
         except ApiError as error:  # too late for a status
-            told = error.body["error"]
-            fields = {name: told[name] for name in ("code", "message", "param")}
+            content = error.body["error"]
+            fields = {name: content[name] for name in ("code", "message", "param")}
             yield event({"type": "error", **fields, "sequence_number": number})
 
     async def _events(self, first: Chunk) -> AsyncIterator[Json]:
@@ -125,14 +125,14 @@ class ResponsesReply(Reply):
             yield {"type": f"response.{kind}", "response": self._response(items, None)}
         reason = None
         async for chunk in self.chunks(first):
-            for told in self._told(items, chunk):
-                yield told
+            for addition in self._additions(items, chunk):
+                yield addition
             reason = chunk.finish_reason
         response = self._response(items, reason)
         yield {"type": f"response.{response['status']}", "response": response}
 
-    def _told(self, items: Items, chunk: Chunk) -> Iterator[Json]:
-        """Return what a chunk adds."""
+    def _additions(self, items: Items, chunk: Chunk) -> Iterator[Json]:
+        """Add a chunk to `items`; return its events."""
         assert isinstance(self.form, ChatForm)
         content, calls, reason = self.form.read(chunk)
         found = self.form.logprobs(chunk)

@@ -35,13 +35,13 @@ class Chat(ChatRequest):
 
     @property
     def structured_by(self) -> str:
-        """The field that says what the text must be."""
+        """The field with the required form of the text."""
         named = super().structured_by
         return "text" if named == "response_format" else named
 
 
 class _Item(Body):
-    """What answers have and clients send back is taken without effect."""
+    """An item with fields of answers that clients send back, without effect."""
 
     id: Text | None = None
     status: Text | None = None
@@ -108,7 +108,7 @@ class InputCall(_Item):
 
 
 class CallOutput(_Item):
-    """What a call has returned."""
+    """The result of a call."""
 
     type: Literal["function_call_output"]
     call_id: Text
@@ -122,8 +122,8 @@ class CallOutput(_Item):
 
 
 def _kind(item: Any) -> Any:
-    given = item if isinstance(item, Mapping) else vars(item) if isinstance(item, Body) else {}
-    return given.get("type", "message")
+    fields = item if isinstance(item, Mapping) else vars(item) if isinstance(item, Body) else {}
+    return fields.get("type", "message")
 
 
 InputItem = Annotated[
@@ -161,7 +161,7 @@ class TextJsonSchema(NamedSchema):
 
 
 class TextConfig(Body):
-    """What the text must be."""
+    """The required form of the text."""
 
     format: (
         Annotated[TextFormat | JsonObjectFormat | TextJsonSchema, Field(discriminator="type")]
@@ -177,7 +177,7 @@ class TextConfig(Body):
 
 
 class Reasoning(Body):
-    """How long the model may think, if its template knows of that."""
+    """How long the model may think, if its template supports that."""
 
     effort: Text | None = Field(None, description="A variable of the chat template.")
     summary: Text | None = Field(None, description="Changes nothing: answers have no summaries.")
@@ -224,7 +224,7 @@ class ResponsesRequest(Sampling):
         return self._chat
 
     def echo(self, defaults: Mapping[str, Any]) -> Json:
-        """Return what the answer repeats of it, and what holds where it says nothing."""
+        """Return the fields of the request that the answer repeats, with defaults."""
         repeated = {"text", "tool_choice", "tools", "reasoning"}
         as_sent = self.model_dump(include=repeated, by_alias=True, exclude_none=True)
         text = as_sent.get("text", {})
@@ -250,7 +250,7 @@ class ResponsesRequest(Sampling):
 
     @model_validator(mode="after")
     def _read_as_chat(self) -> ResponsesRequest:
-        if self._chat is not None:  # FastAPI checks what is read already
+        if self._chat is not None:  # FastAPI validates a body a second time
             return self
         try:
             self._chat = Chat.model_validate(self._as_chat())
@@ -259,13 +259,13 @@ class ResponsesRequest(Sampling):
         return self
 
     def _as_chat(self) -> Json:
-        given = {name: getattr(self, name) for name in Sampling.model_fields}
+        sampling = {name: getattr(self, name) for name in Sampling.model_fields}
         with_logprobs = LOGPROBS in (self.include or ())
         choice = self.tool_choice
         if isinstance(choice, ToolChoiceFunction):
             named = {"type": "function", "function": {"name": choice.name}}
         found = {
-            **given,
+            **sampling,
             "messages": list(self._messages()),
             "max_completion_tokens": self.max_output_tokens,
             "response_format": self.text and self.text.response_format(),
@@ -280,7 +280,7 @@ class ResponsesRequest(Sampling):
         return {name: value for name, value in found.items() if value is not None}
 
     def _messages(self) -> Iterator[Json]:
-        """Calls belong to the assistant's message before them, one after the other."""
+        """Return the messages of a chat; calls belong to the assistant's message before them."""
         if self.instructions is not None:
             yield {"role": "system", "content": self.instructions}
         if isinstance(self.input, str):

@@ -1,5 +1,5 @@
 """Request bodies. A field that changes answers elsewhere and is not supported here is refused,
-unless its value asks for nothing. docs/serving.md tells which are accepted without effect.
+unless its value has no effect. docs/serving.md lists the fields that are accepted without effect.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ TemplateVariables = Annotated[dict[str, Any], AfterValidator(_writable)]
 
 
 class StreamOptions(Body):
-    """What a stream holds besides its choices."""
+    """The content of a stream besides its choices."""
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = Field(
@@ -112,7 +112,7 @@ class Sampling(Body):
 
 
 class Completions(Sampling):
-    """What completions and chat completions share."""
+    """The fields that completions and chat completions share."""
 
     stream_options: StreamOptions | None = None
     max_tokens: int | None = None
@@ -148,7 +148,7 @@ class Completions(Sampling):
 
     @property
     def limit(self) -> int | None:
-        """The most tokens the request itself asks for, if it does."""
+        """The most tokens of an answer, if the request sets a limit."""
         return self.max_tokens
 
     @property
@@ -159,12 +159,12 @@ class Completions(Sampling):
     def params(
         self, max_tokens: int | None, logprobs: int | None, defaults: Mapping[str, Any]
     ) -> SamplingParams:
-        """Return the engine's parameters; defaults: of those that the request leaves open. Raises
+        """Return the engine's parameters. defaults: of fields that the request leaves open. Raises
         ConfigError for a value out of range."""
         names = [
             each.name for each in fields(SamplingParams) if each.name in type(self).model_fields
         ]
-        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        own = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         bias = None
         if self.logit_bias:
             bias = {int(token): value for token, value in self.logit_bias.items()}
@@ -174,10 +174,10 @@ class Completions(Sampling):
             "logit_bias": bias,
             "structured_outputs": self.structure(),
         }
-        return SamplingParams(**{**defaults, **given, **fixed})
+        return SamplingParams(**{**defaults, **own, **fixed})
 
     def structure(self) -> StructuredOutputsParams | None:
-        """Return what the text must be, if anything. Raises ConfigError."""
+        """Return the required form of the text, if any. Raises ConfigError."""
         if self.structured_outputs is not None:
             return self.structured_outputs.params()
         schema = schema_of(self.response_format)
@@ -185,7 +185,7 @@ class Completions(Sampling):
 
     @property
     def structured_by(self) -> str:
-        """The field that says what the text must be."""
+        """The field with the required form of the text."""
         return "structured_outputs" if self.structured_outputs is not None else "response_format"
 
 
@@ -216,7 +216,7 @@ class TextPart(Body):
 
 
 class ImageUrl(Body):
-    """Where a picture is."""
+    """The address of a picture."""
 
     url: Text
     detail: Literal["auto", "low", "high"] | None = Field(None, description="Changes nothing.")
@@ -241,7 +241,7 @@ class Message(Body):
     tool_calls: Annotated[list[ToolCall], FAST] | None = None
     tool_call_id: Text | None = None
 
-    # What answers have, and clients send back.
+    # Fields of answers that clients send back.
     _NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "annotations": (None, []),
         "audio": (None,),
@@ -262,7 +262,7 @@ class Message(Body):
         return self
 
     def plain(self) -> dict[str, Any]:
-        """As `LLM.chat` takes it: texts are joined; `developer` is a newer word for `system`."""
+        """Return the message for `LLM.chat`: texts are joined; `developer` means `system`."""
         content: Any = self.content
         if isinstance(content, list):
             content = [part.model_dump(exclude_none=True) for part in content]
@@ -313,14 +313,14 @@ class ChatRequest(Completions):
 
     @property
     def variables(self) -> dict[str, Any]:
-        """Those of the chat template."""
+        """The variables of the chat template."""
         effort = self.reasoning_effort
-        given = {} if effort is None else {"reasoning_effort": effort}
-        return given | (self.chat_template_kwargs or {})
+        variables = {} if effort is None else {"reasoning_effort": effort}
+        return variables | (self.chat_template_kwargs or {})
 
     @property
     def limit(self) -> int | None:
-        """The most tokens the request itself asks for, if it does."""
+        """The most tokens of an answer, if the request sets a limit."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property
@@ -330,7 +330,7 @@ class ChatRequest(Completions):
 
     @property
     def offer(self) -> Offer | None:
-        """What the model may call, if anything."""
+        """The tools that the model may call, if any."""
         if not self.tools or self.tool_choice == "none":
             return None
         choice = self.tool_choice
@@ -340,14 +340,14 @@ class ChatRequest(Completions):
         return Offer(self.tools, choice == "required", self.parallel_tool_calls is not False)
 
     def structure(self) -> StructuredOutputsParams | None:
-        """Return what the text must be: with tools, text or calls of them."""
+        """Return the required form of the text: with tools, text or calls of them."""
         if self.offer is None:
             return super().structure()
         return StructuredOutputsParams(grammar=self.offer.grammar(schema_of(self.response_format)))
 
     @property
     def structured_by(self) -> str:
-        """The field that says what the text must be."""
+        """The field with the required form of the text."""
         return super().structured_by if self.offer is None else "tools"
 
     @model_validator(mode="after")

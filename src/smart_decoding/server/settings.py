@@ -1,4 +1,4 @@
-"""What a server may be told, with its defaults; who may be served without an API key."""
+"""The options of a server with their defaults, and who may be served without an API key."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class ServerSettings:
 
     max_queue: answers that may wait beyond the running ones, then 429; queue_timeout: seconds that
     an answer may wait, then 503; api_keys: any of them opens the server; no_api_key: serve
-    strangers too, and under any host name; allowed_origins: of web pages whose scripts may ask, "*"
-    is all.
+    strangers too, and under any host name; allowed_origins: of web pages whose scripts may send
+    requests, "*" is all.
     """
 
     model_name: str
@@ -69,26 +69,26 @@ class ServerSettings:
                 "(or SMART_API_KEY), or --no-api-key to serve anyone"
             )
 
-    def _require(self, name: str, good: bool, wanted: str) -> None:
+    def _require(self, name: str, good: bool, condition: str) -> None:
         if not good:
             value = getattr(self, name)
-            raise ConfigError(f"{name}={value} is not allowed: it must be {wanted}")
+            raise ConfigError(f"{name}={value} is not allowed: it must be {condition}")
 
     @property
     def local_names_only(self) -> bool:
         """Whether to refuse foreign Host headers, as web pages could send by DNS rebinding."""
         return not self.api_keys and not self.no_api_key
 
-    def cache_salt(self, client: str, given: str | None) -> str:
-        """Return what keeps cached prefixes apart: the request's own salt, and the client unless
-        all is one user's. How much was cached would tell what others have sent."""
+    def cache_salt(self, client: str, own: str | None) -> str:
+        """Return the salt that keeps cached prefixes apart: the request's own, and the client
+        unless there is only one user. Shared prefixes would show what others have sent."""
         one_user = len(self.api_keys) == 1 or self.local_names_only
-        parts = ["" if one_user else client, given or ""]
+        parts = ["" if one_user else client, own or ""]
         return json.dumps(parts) if any(parts) else ""
 
 
 def network_of(address: str) -> str:
-    """Return who is at an IP address: of IPv6 the /64, of which one machine may have all."""
+    """Return the network of an IP address: of IPv6 the /64, which may be one machine's."""
     try:
         found = ipaddress.ip_address(address)
     except ValueError:

@@ -1,4 +1,4 @@
-"""What the text must be: `response_format` (OpenAI's) and `structured_outputs` (vLLM's)."""
+"""Required forms of the text: `response_format` (OpenAI's) and `structured_outputs` (vLLM's)."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ ResponseFormat = Annotated[
 
 
 def schema_of(
-    given: TextFormat | JsonObjectFormat | JsonSchemaFormat | None,
+    response_format: TextFormat | JsonObjectFormat | JsonSchemaFormat | None,
 ) -> dict[str, Any] | None:
     """Return the JSON schema that a response format means, or None for plain text."""
-    if isinstance(given, JsonSchemaFormat):
-        return given.json_schema.schema_
-    return {"type": "object"} if isinstance(given, JsonObjectFormat) else None
+    if isinstance(response_format, JsonSchemaFormat):
+        return response_format.json_schema.schema_
+    return {"type": "object"} if isinstance(response_format, JsonObjectFormat) else None
 
 
 class StructuredOutputs(Body):
@@ -77,7 +77,7 @@ class StructuredOutputs(Body):
     }
 
     def params(self) -> StructuredOutputsParams:
-        """Raise ConfigError."""
+        """Return the engine's parameters. Raises ConfigError."""
         return StructuredOutputsParams(
             self.json_, self.json_object, self.regex, self.choice, self.grammar
         )

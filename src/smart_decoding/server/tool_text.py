@@ -1,6 +1,6 @@
 """Tool calls read from an answer's text as it grows.
 
-What may be shown is given out at once, markers never are, and neither is the beginning of one in an
+Text and arguments are passed on at once. Markers are not, nor is the beginning of a marker in an
 answer that was cut.
 """
 
@@ -35,9 +35,9 @@ class ToolText:
         return self._place == "after"
 
     def feed(self, text: str, end: str | None) -> tuple[str, list[Json]]:
-        """Return the content and the pieces of calls, as OpenAI streams them, that `text` adds.
+        """Add `text`; return its content and its pieces of calls, as OpenAI streams them.
 
-        end: why nothing follows, None if something may.
+        end: the reason of the end, None if more text may follow.
         """
         self._rest += text
         content = ""
@@ -75,7 +75,7 @@ class ToolText:
                 yield "arguments", piece
                 if not self._found:
                     if end is not None:
-                        yield "arguments", self._rest[: self._wanting()]
+                        yield "arguments", self._rest[: self._missing()]
                     return
                 self._place = "after"
             else:
@@ -84,9 +84,9 @@ class ToolText:
                     return
                 self._place = "head"
 
-    def _wanting(self) -> int:
-        """Return how much of what may begin `CLOSING` belongs to the arguments of a call that was
-        cut."""
+    def _missing(self) -> int:
+        """Return how many characters of a possible `CLOSING` belong to the arguments of a call that
+        was cut."""
         try:
             _, end = _JSON.raw_decode(self._arguments + self._rest)
         except (ValueError, RecursionError):  # they were cut, and all is theirs
@@ -94,9 +94,9 @@ class ToolText:
         return end - len(self._arguments)
 
     def _until(self, marker: str, last: bool) -> str:
-        """Take the text before `marker`; without one, all but what may be its beginning.
+        """Take the text before `marker`; without one, all but its possible beginning.
 
-        last: nothing follows, so that nothing is its beginning.
+        last: nothing follows, so the text cannot end in the marker's beginning.
         """
         text, found, rest = self._rest.partition(marker)
         self._found = bool(found)

@@ -1,6 +1,6 @@
-"""Tools: what a request may offer, how the model is told of them, and the grammar its calls follow.
+"""Tools: their form in requests, their description for the model, and the grammar of calls.
 
-All models call in one form, Hermes', which Qwen2.5 and Qwen3 were taught:
+All models call in one form, Hermes', on which Qwen2.5 and Qwen3 were trained:
 
     <tool_call>
     {"name": "f", "arguments": {...}}
@@ -38,7 +38,7 @@ To call a function, answer in this form, once for each call:
 
 
 class Function(Body):
-    """What can be called."""
+    """A function that the model may call."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
     description: Text | None = None
@@ -58,8 +58,8 @@ class Function(Body):
 
     @property
     def takes(self) -> str:
-        """The schema of its arguments, as it stands in a grammar. Unless it is strict, what cannot
-        be kept to is left out: agents offer tools with any schema, and call few of them."""
+        """The schema of its arguments, in a grammar's form. Unless it is strict, unsupported
+        keywords are left out: agents offer tools with any schema, and call few of them."""
         schema = _NOTHING if self.parameters is None else {"type": "object", **self.parameters}
         return json_grammar(schema, lenient=not self.strict)
 
@@ -91,8 +91,8 @@ class CalledFunction(Body):
     arguments: Text = Field(description="A JSON object, as text; as far as it came.")
 
     def parsed(self) -> Json | str:
-        """Return the arguments: an object, or their text where they are none, as in an answer that
-        was cut. Agents send back what they got."""
+        """Return the arguments: an object, or their text if it is none, as in an answer that was
+        cut. Agents send answers back unchanged."""
         try:
             found = json.loads(self.arguments.strip() or "{}")
             check_json(found)
@@ -102,14 +102,14 @@ class CalledFunction(Body):
 
 
 class ToolCall(Body):
-    """The same with its id."""
+    """A call with its id."""
 
     id: Text
     type: Literal["function"]
     function: CalledFunction
 
     def plain(self) -> Json:
-        """As chat templates know it: the arguments are an object, if they are whole."""
+        """Return the call for chat templates: whole arguments are an object."""
         return {
             "id": self.id,
             "type": "function",
@@ -119,16 +119,16 @@ class ToolCall(Body):
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """What the model may call. must: it has to call; many: more than once."""
+    """The tools that the model may call. must: it has to call; many: more than once."""
 
     tools: Sequence[Tool]
     must: bool
     many: bool
 
     def grammar(self, schema: Json | None) -> str:
-        """Lark for calls and, unless they are a must, for text instead of them or before them.
+        """Return Lark for calls and, unless they are a must, for text instead of or before them.
 
-        schema: the text is JSON under it, and then nothing but text or calls."""
+        schema: of a JSON text, which then stands instead of calls, not before them."""
         more = f'("\\n{OPENING}" body){{0,{MAX_CALLS - 1}}}' if self.many else ""
         functions = " | ".join(
             f'{json.dumps(json.dumps(tool.function.name) + ", ")} "\\"arguments\\": " %json '
@@ -146,7 +146,7 @@ class Offer:
 
 
 def speaks_our_form(template: str | None) -> bool:
-    """Return whether a chat template itself tells of tools, and in the form that is parsed here."""
+    """Return whether a chat template itself describes tools in the form that is parsed here."""
     return (
         template is not None
         and "tools" in template
@@ -156,7 +156,7 @@ def speaks_our_form(template: str | None) -> bool:
 
 
 def explained(messages: Sequence[Mapping[str, Any]], tools: Sequence[Json]) -> list[Json]:
-    """Return the conversation for a template that knows no tools: all about them becomes plain
+    """Return the conversation for a template without tools: tools, calls and results become plain
     text."""
     plain = _as_texts(messages)
     if not tools:
@@ -170,8 +170,8 @@ def explained(messages: Sequence[Mapping[str, Any]], tools: Sequence[Json]) -> l
 
 
 def _as_texts(messages: Sequence[Mapping[str, Any]]) -> list[Json]:
-    """Join results of tools and what the user says then into one turn: many templates want
-    turns."""
+    """Join results of tools and the user's next message into one turn: many templates require
+    alternating turns."""
     texts: list[Json] = []
     before = ""
     for message in messages:

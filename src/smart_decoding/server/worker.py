@@ -1,5 +1,4 @@
-"""Around the server's `AsyncLLM`: it is loaded here, its jobs are admitted and counted, and its
-errors become HTTP's."""
+"""The server's `AsyncLLM`: load it, admit and count its jobs, turn its errors into HTTP's."""
 
 from __future__ import annotations
 
@@ -31,7 +30,7 @@ log = logging.getLogger("smart.engine")
 
 
 class Watcher(Observer):
-    """An observer that is told when the model is loaded."""
+    """An observer that also gets the model once it is loaded."""
 
     def start(self, llm: LLM) -> None:
         """The model is loaded."""
@@ -41,7 +40,7 @@ class Worker:
     """Serves an LLM. `load` builds it in a thread; `failed` is called if that fails.
 
     engine: None until it is ready; clients: answers that wait or run, by client; texts,
-    preparation, pictures: those of requests, before they are jobs.
+    preparation, pictures: work on requests before they are jobs.
     """
 
     def __init__(
@@ -61,7 +60,7 @@ class Worker:
         self._observers = observers
         self._load_error: BaseException | None = None
         self._load = load
-        # Answers of jobs that have not ended, and what is called when the last one has.
+        # Unended answers of each job, and the callback at the end of the last one.
         self._unended: dict[Job, tuple[int, Callable[[], None]]] = {}
         self._seconds = 1.0  # an answer takes, on average
         self._thread = threading.Thread(target=self._main, name="smart-load", daemon=True)
@@ -72,30 +71,30 @@ class Worker:
         self._thread.start()
 
     def drain(self) -> None:
-        """No new jobs from now on; what is here goes on."""
+        """Refuse new jobs from now on; running ones go on."""
         self.draining = True
         self.preparation.stop()
 
     def stop(self, timeout: float = 10.0) -> None:
-        """End the engine after its present round; what still runs is told so. A model that is being
-        loaded is not waited for: the process ends with the daemon thread that loads it."""
+        """End the engine after its present round; running requests get an error. A model that still
+        loads is not waited for: its daemon thread ends with the process."""
         self.draining = True
         if self.engine is not None:
             self.engine.shutdown(timeout)
 
     @property
     def llm(self) -> LLM | None:
-        """The engine's, once there is one."""
+        """The engine's model, once it is loaded."""
         return None if self.engine is None else self.engine.llm
 
     @property
     def inbox(self) -> Inbox | None:
-        """The engine thread's, once there is one."""
+        """The engine thread's inbox, once the model is loaded."""
         return None if self.llm is None else self.llm.engine_thread.inbox
 
     @property
     def error(self) -> BaseException | None:
-        """What ended the engine, or kept it from being loaded."""
+        """The error that ended the engine or its loading."""
         return self.inbox.error if self.inbox else self._load_error
 
     def check_alive(self) -> None:
@@ -126,7 +125,7 @@ class Worker:
         return slots + self.settings.max_queue
 
     def share(self, newcomer: str | None = None) -> int:
-        """Answers that each client may have here, even if others fill the queue."""
+        """Return the answers that each client may have here, even if others fill the queue."""
         return self.capacity // max(1, len({*self.clients, newcomer} - {None}))
 
     def check_room(self, answers: int, client: str) -> LLM:
@@ -147,7 +146,7 @@ class Worker:
         return llm
 
     def gauges(self) -> list[tuple[str, str, float]]:
-        """Return how the server is shared, for `Metrics`: name, what it says, value."""
+        """Return how clients share the server, for `Metrics`: name, help text, value."""
         capacity = "Answers that may wait or run before more get a 429."
         share = "Answers of one client that may wait or run even then."
         return [
@@ -170,7 +169,7 @@ class Worker:
         self._unended[job] = job.size, ended
 
     async def chunk(self, job: AsyncJob) -> Chunk:
-        """Waits for a job's next one. Raises ApiError if it has failed or was cancelled."""
+        """Wait for a job's next chunk. Raises ApiError if the job has failed or was cancelled."""
         try:
             chunk = await job.next()
         except Exception as error:
@@ -205,10 +204,10 @@ class Worker:
                 ended()
 
     def _api_error(self, job: AsyncJob, error: BaseException) -> ApiError:
-        """Return what a job's client is told."""
+        """Return the error for a job's client."""
         if isinstance(error, QueueTimeoutError):
             return ApiError(503, str(error), "queue_timeout", retry_after=self._retry_after())
-        # What an exception says may quote any request of the round: it is for the log only.
+        # An exception's text may quote any request of the round: it is for the log only.
         if isinstance(error, EngineStoppedError):
             message = "the engine has died; the server's log says why"
             return shutting_down() if self._stopping else ApiError(500, message, "engine_died")
