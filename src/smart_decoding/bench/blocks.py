@@ -1,5 +1,4 @@
-"""A block: some prompts answered by one engine at exactly one batch size, and what was counted
-meanwhile.
+"""A block: some prompts answered by one engine at exactly one batch size, and its counts.
 
 The queue is kept full: as soon as a request ends, the next prompt takes its place; once all
 measured prompts have started, fillers do. A round counts as decoding at batch size b if exactly b
@@ -100,7 +99,7 @@ class _Note:
 
 @dataclass(slots=True)
 class _Times:
-    """Of an answer, in seconds of its block."""
+    """When an answer began and ended, in seconds of its block."""
 
     first: float | None = None
     finished: float | None = None
@@ -130,11 +129,11 @@ def rounds_of(
     batch_size: int,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Generator[int, None, Block]:
-    """Answers `prompts` at `batch_size` running requests, `fillers` (cycled) taking the places that
+    """Answer `prompts` at `batch_size` running requests; `fillers` (cycled) take the places that
     become free. Yields the new tokens after each round, and returns the block.
 
-    Time between rounds does not count, so that others may run then. The engine is empty before and
-    after. Raises CapacityError if its requests find no KV memory."""
+    Time between rounds does not count, so that other engines may run then. The engine is empty
+    before and after. Raises CapacityError if its requests find no KV memory."""
     pictures = any(prompt.media for prompt in prompts)
     queue = _Queue(engine, prompts, fillers, batch_size)
     notes: list[_Note] = []
@@ -202,7 +201,7 @@ class _Queue:
         return _Note(record, [(r, before[id(r)], len(r.output)) for r in record.requests]), new
 
     def look(self, now: float) -> None:
-        """After a round: notes when answers began and ended, and frees the places of finished
+        """Note, after a round, when answers began and ended; free the places of finished
         requests."""
         for request, times in self.measured.values():
             if request.output:

@@ -22,7 +22,7 @@ from smart_decoding.errors import CapacityError
 if TYPE_CHECKING:
     from smart_decoding.engine.engine import Engine
 
-AGAIN = "off again"  # the baseline's second engine, whose speed is told as noise
+AGAIN = "off again"  # the baseline's second engine, whose speed is reported as noise
 NOISE_EVERY = 3  # cycles
 WARM_UP_TOKENS = 8  # few, so that a policy still starts from its prior
 Prompts = Mapping[str, Sequence[Prompt]]  # by task
@@ -31,15 +31,15 @@ Rounds: TypeAlias = Generator[int, None, Block]
 
 @dataclass(slots=True)
 class Measurement:
-    """What one batch size gave: complete cycles (arm -> block), pairs of baseline blocks, and
-    whether time ran out."""
+    """The measurements of one batch size: complete cycles (arm -> block), pairs of baseline blocks,
+    and whether time ran out."""
 
     cycles: list[dict[str, Block]] = field(default_factory=list)
     again: list[tuple[Block, Block]] = field(default_factory=list)
     partial: bool = False
 
     def add(self, cycle: dict[str, Block], again: Block | None) -> None:
-        """One more cycle, with the baseline's second block if it had one."""
+        """Add a cycle, with the baseline's second block if it had one."""
         self.cycles.append(cycle)
         if again is not None:
             self.again.append((again, cycle[BASELINE]))
@@ -47,7 +47,7 @@ class Measurement:
 
 @contextmanager
 def _frozen() -> Iterator[None]:
-    """Keep what is there before from being searched for garbage in the midst of a round."""
+    """Keep existing objects out of garbage collections, which would fall into rounds."""
     gc.collect()
     gc.freeze()
     try:
@@ -66,12 +66,12 @@ def measure(
     clock: Callable[[], float] = time.perf_counter,
     into: Measurement | None = None,
 ) -> Measurement:
-    """Runs the engines in turns over all prompts (task -> prompts) until done or past the deadline
-    (on `clock`). They hold requests at once, in KV memory that is shared or their own; AGAIN is the
-    baseline's second one. into: what was measured of the same before; it is gone on from.
-    on_cycle: is called after each cycle.
+    """Run the engines in turns over all prompts (task -> prompts) until done or past the deadline
+    (on `clock`). They hold requests at once, in shared KV memory or their own; AGAIN is the
+    baseline's second engine. into: an earlier measurement to continue. on_cycle: called after each
+    cycle.
 
-    A cycle that the deadline cuts is dropped: all arms have answered the same prompts."""
+    A cycle cut by the deadline is dropped, so that all arms have answered the same prompts."""
     result = into or Measurement()
     cycles = list(cycles_of(prompts, batch_size))
     first = len(result.cycles)
@@ -80,7 +80,7 @@ def measure(
     for engine in engines.values():
         _warm_up(engine, prompts, batch_size, clock)
     for number, (chunk, fillers) in enumerate(cycles[first:], first):
-        # Turns over all tasks: what happens every third time would else meet one task only.
+        # Turns count over all tasks: else every third cycle could be of one task only.
         turn, task = divmod(number, len(prompts))
         due = _due(list(engines), turn, task)
         blocks = {
@@ -99,8 +99,8 @@ def measure(
 def _in_turns(
     blocks: Mapping[str, Rounds], tokens: int, late: Callable[[], bool]
 ) -> dict[str, Block] | None:
-    """Return the blocks, each going on for `tokens` more tokens in each turn; None if it gets too
-    late. Every other turn goes the other way, as what runs before a round may leave its traces."""
+    """Return the blocks, each advanced by `tokens` tokens a turn; None if it gets too late. Every
+    other turn is in reverse order, since a round's speed depends on what ran before it."""
     order = list(blocks)
     ahead = dict.fromkeys(blocks, 0)
     done: dict[str, Block] = {}
@@ -123,7 +123,7 @@ def _in_turns(
 
 
 def _due(labels: list[str], turn: int, task: int) -> list[str]:
-    """Return who runs in a cycle, in order."""
+    """Return the arms of a cycle, in order."""
     start = (turn + task) % len(labels)
     order = labels[start:] + labels[:start]
     noise = (turn + task) % NOISE_EVERY == 0
@@ -133,8 +133,8 @@ def _due(labels: list[str], turn: int, task: int) -> list[str]:
 def cycles_of(
     prompts: Prompts, batch_size: int
 ) -> Iterator[tuple[Sequence[Prompt], Sequence[Prompt]]]:
-    """Blocks of `batch_size` prompts (the last of a task may have fewer), tasks in turn, each with
-    its fillers: the prompts of the task that follow it, in circle."""
+    """Yield blocks of `batch_size` prompts (the last of a task may have fewer), tasks in turn, and
+    the fillers of each: the task's other prompts, from the block on in circle."""
     longest = max((len(of_task) for of_task in prompts.values()), default=0)
     for start in range(0, longest, batch_size):
         for of_task in prompts.values():
@@ -166,7 +166,7 @@ def rows_of(measured: Measurement, batch_size: int, seed: int = 0) -> list[dict[
 
 
 def _warm_up(engine: Engine, prompts: Prompts, batch_size: int, clock: Callable[[], float]) -> None:
-    """A few rounds at this batch size, so that no block pays for first calls."""
+    """Run a few rounds at this batch size, so that no block pays for first calls."""
     first = next(iter(prompts.values()))[0]
     params = replace(first.params, max_tokens=WARM_UP_TOKENS)
     short = [replace(first, index=i, params=params) for i in range(batch_size)]

@@ -1,4 +1,4 @@
-"""What `smart bench` is asked to do, checked before any model is loaded."""
+"""The options of `smart bench`, checked before any model is loaded."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from smart_decoding.models.checkpoints.registry import DEFAULT_MODEL
 from smart_decoding.models.text import chat_template
 
 BASELINE, OURS = "off", "smart"
-# Tokens of prompts that KV memory is made for: in the mean of a batch, and of a single one.
+# Tokens of a prompt for which KV memory is sized: the mean of a batch, and the longest.
 MEAN_PROMPT = 256
 LONGEST_PROMPT = 1024
-# What `--quick` sets, to see something within three minutes.
+# The options that `--quick` sets, for tables within three minutes.
 QUICK: dict[str, Any] = {
     "policies": ("off", "smart", "chain"),
     "batch_sizes": (1, 4, 16),
@@ -54,12 +54,12 @@ class Arm:
             name: Path(str(value)).name if name == "model" else value
             for name, value in self.options.items()
         }
-        given = ",".join(f"{name}={value}" for name, value in shown.items())
-        return f"{self.policy}({given})" if given else self.policy
+        settings = ",".join(f"{name}={value}" for name, value in shown.items())
+        return f"{self.policy}({settings})" if settings else self.policy
 
     @property
     def policy_options(self) -> dict[str, Any]:
-        """Those of the policy itself."""
+        """The options of the policy itself."""
         return {name: value for name, value in self.options.items() if name not in self.NOT_POLICY}
 
 
@@ -168,11 +168,11 @@ class BenchOptions:
         if arm.policy == BASELINE:
             return False
         named = {"method": self.method, "model": self.draft}
-        asked = dict(arm.options)
+        options = dict(arm.options)
         common = {name: value for name, value in named.items() if value is not None}
-        if "method" in asked:  # a drafter of its own: the other's model and options are not for it
-            return {"policy": arm.policy, **asked}
-        return {**common, **self.method_options, "policy": arm.policy, **asked}
+        if "method" in options:  # a drafter of its own, without the common model and options
+            return {"policy": arm.policy, **options}
+        return {**common, **self.method_options, "policy": arm.policy, **options}
 
     def sampling(self, index: int) -> SamplingParams:
         """Parameters of prompt `index`: its seed is the same under every policy and batch size."""
@@ -217,13 +217,13 @@ def _at_least_one(name: str, values: Sequence[int]) -> None:
 
 
 def command_of(options: BenchOptions) -> str:
-    """Return the command line that asks for this run, with names of files only."""
+    """Return the command line of this run, with names of files only."""
     model = without_folder(options.model)
     return shlex.join(["smart", "bench", "--model", model, *words_of(options, ("model",))])
 
 
 def words_of(options: BenchOptions, without: Collection[str]) -> list[str]:
-    """Return the options as words, but for those `without` and for what is empty, false or 0."""
+    """Return the options as words, except those `without`, empty ones, false and 0."""
     words: list[str] = []
     for name in (each.name for each in fields(options) if each.name not in without):
         value = getattr(options, name)
@@ -232,13 +232,13 @@ def words_of(options: BenchOptions, without: Collection[str]) -> list[str]:
             words += [word for one in each for word in (f"--{REPEATED[name]}", one)]
         elif value:
             words.append(f"--{name.replace('_', '-')}")
-            words += [] if value is True else [_told(Path(value) if name in FILES else value)]
+            words += [] if value is True else [_as_word(Path(value) if name in FILES else value)]
     return words
 
 
-def _told(value: Any) -> str:
+def _as_word(value: Any) -> str:
     if isinstance(value, Path):
         return value.name
     if isinstance(value, float):
         return f"{value:g}"
-    return str(value) if isinstance(value, str | int) else ",".join(map(_told, value))
+    return str(value) if isinstance(value, str | int) else ",".join(map(_as_word, value))

@@ -37,8 +37,8 @@ _PACKAGES = ("numpy", "safetensors", "tokenizers")
 def provenance(
     command: str, seed: int, weights: Mapping[str, str], head: Any, plain_torch: str | None = None
 ) -> dict[str, Any]:
-    """Return what every result carries. head: what is known about the drafter's weights, or its
-    name; plain_torch: why the CPU kernels did not run, though this was a CPU."""
+    """Return the provenance in every result. head: the drafter's weights, or its name; plain_torch:
+    why the CPU kernels did not run on a CPU."""
     return {
         "command": command,
         "commit": commit(),
@@ -76,7 +76,7 @@ def versions() -> dict[str, str]:
 
 
 def version_of(package: str) -> str | None:
-    """That of an installed package."""
+    """Return the version of an installed package, or None."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -127,7 +127,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def plain(value: Any) -> Any:
-    """As JSON can hold it: no numpy scalars, None for NaN and infinities."""
+    """Return a value for JSON: without numpy scalars, None for NaN and infinities."""
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):

@@ -24,7 +24,7 @@ def everything(result: Mapping[str, Any]) -> str:
 
 
 def warnings(results: Results) -> list[str]:
-    """Return what a reader must know first."""
+    """Return warnings to print before the tables."""
     found = []
     if reason := results.provenance.get("plain_torch"):
         found.append(f"plain torch, not the CPU kernels: {reason}")
@@ -34,8 +34,7 @@ def warnings(results: Results) -> list[str]:
 
 
 def policies(results: Results, title: str, columns: Sequence[str]) -> Section:
-    """Return a row for each policy and batch size, with the given columns where some run has
-    them."""
+    """Return a row for each policy and batch size, with those of `columns` that some run has."""
     cells = {column: [COLUMNS[column](run) for run in results.pooled] for column in columns}
     cells = {name: of_runs for name, of_runs in cells.items() if set(of_runs) - {UNKNOWN}}
     rows = [
@@ -52,7 +51,7 @@ def policies(results: Results, title: str, columns: Sequence[str]) -> Section:
 
 
 def by_task(results: Results) -> Section:
-    """Return every speedup, and what tuned contestants stand for."""
+    """Return every speedup, and the settings of tuned contestants."""
     tasks = [POOLED, *results.tasks]
     rows = []
     for policy in results.policies:

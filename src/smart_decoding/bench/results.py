@@ -1,4 +1,4 @@
-"""What a run of `smart bench` found, to be read and shown."""
+"""The results of a run of `smart bench`, to be read and shown."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Results:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Of what a run returned."""
+        """Make them of a run's return value."""
         return cls(mapping(data.get("provenance")), data["runs"])
 
     @property
@@ -31,7 +31,7 @@ class Results:
 
     @property
     def policies(self) -> list[str]:
-        """All but the baseline; `smart` first, so that it always has the same colour."""
+        """All policies but the baseline; `smart` first, so that it always has the same colour."""
         found = dict.fromkeys(run["policy"] for run in self.pooled if run["policy"] != BASELINE)
         return sorted(found, key=lambda policy: policy != OURS)
 
@@ -42,14 +42,14 @@ class Results:
 
     @property
     def tasks(self) -> list[str]:
-        """All but the pool, in the order of measuring."""
+        """All tasks but the pool, in the order of measuring."""
         return list(dict.fromkeys(run["task"] for run in self.runs if run["task"] != POOLED))
 
     def find(self, policy: str, batch_size: int, task: str = POOLED) -> Run | None:
         """Return one run, if it was measured."""
-        wanted = (policy, batch_size, task)
+        key = (policy, batch_size, task)
         return next(
-            (r for r in self.runs if (r["policy"], r["batch_size"], r["task"]) == wanted), None
+            (r for r in self.runs if (r["policy"], r["batch_size"], r["task"]) == key), None
         )
 
 

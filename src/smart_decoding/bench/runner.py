@@ -1,7 +1,7 @@
 """`smart bench`: policies compared with plain decoding, in one process, some rounds each in turn.
 
 All arms share the target's weights and the pages of its KV memory. The baseline has no drafter and
-asks for no aux hidden states.
+needs no aux hidden states.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 
 
 def run(options: BenchOptions, kind: Callable[..., Bench] | None = None) -> dict[str, Any]:
-    """Measures everything asked for; returns what the JSON file has: 'provenance', 'runs' and
-    'cost' (the measured profile that policies started from, None if none needs one). kind: makes a
-    Bench with further contestants.
+    """Measure all contestants; return the content of the JSON file: 'provenance', 'runs' and 'cost'
+    (the measured profile that policies started from, None if none needs one). kind: makes a Bench
+    with further contestants.
 
-    Raises CapacityError if the time limit was too short for a single cycle, and what LLM raises."""
+    Raises CapacityError if the time limit was too short for a single cycle, and LLM's errors."""
     texts = {task: load_task(task, options.limit) for task in options.tasks}
     llm = load(options)
     bench = (kind or Bench)(options, llm, encode(llm, texts, options))
@@ -65,15 +65,15 @@ class Bench:
 
     @property
     def command(self) -> str:
-        """The command line that asks for this run."""
+        """The command line of this run."""
         return command_of(self.options)
 
     def contestants(self, batch_size: int) -> list[Arm]:
-        """Return who is compared at a batch size."""
+        """Return the contestants of a batch size."""
         return self.options.arms
 
     def begun(self, name: str) -> Measurement:
-        """Return what is known of a batch size before it is measured: nothing."""
+        """Return the earlier measurement of a batch size to continue: an empty one."""
         return Measurement()
 
     def made(self, chosen: Sequence[Arm]) -> dict[str, LLM]:
@@ -98,8 +98,8 @@ class Bench:
             share = until(stop, 1 / (len(options.batch_sizes) - i))
             found = self._batch(contestants, batch_size, share)
             if not found.cycles:
-                told = "is left out: no time was left for one block of every policy"
-                print(f"smart: batch {batch_size} {told}", file=sys.stderr)
+                reason = "no time was left for one block of every policy"
+                print(f"smart: batch {batch_size} is left out: {reason}", file=sys.stderr)
                 continue
             settings = {arm.label: _setting(arm) for arm in contestants if arm.name}
             of_size = rows_of(found, batch_size, options.seed)
@@ -109,7 +109,7 @@ class Bench:
     def _batch(
         self, contestants: Sequence[Arm], batch_size: int, deadline: float | None
     ) -> Measurement:
-        """Return one batch size measured, as far as memory allows. Engines are gone afterwards."""
+        """Measure one batch size, as far as memory allows, and free its engines."""
         name = f"T {self.options.temperature:g}, batch {batch_size}"
         found = self.begun(name)
         made = self.made(contestants)
@@ -138,7 +138,7 @@ def _setting(arm: Arm) -> dict[str, str]:
 
 
 def until(stop: float | None, share: float) -> float | None:
-    """When a part must end that may take a share of the time that is left."""
+    """Return the second in which a part ends that may take a share of the time that is left."""
     now = time.perf_counter()
     return None if stop is None else now + max(0.0, stop - now) * share
 

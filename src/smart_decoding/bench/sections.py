@@ -14,7 +14,7 @@ ASCII = str.maketrans("–×", "-x")
 
 @dataclass(frozen=True, slots=True)
 class RatioCell:
-    """A speedup with its interval: both bounds, the lower alone of one block, or none."""
+    """A speedup with its interval: both bounds, only the lower one of a single block, or none."""
 
     value: float
     low: float | None = None
@@ -27,7 +27,7 @@ class RatioCell:
 
     @property
     def bounds(self) -> str:
-        """(1.30–1.40), or what stands in its place."""
+        """(1.30–1.40), or "(one block)", or nothing without bounds."""
         if self.low is None:
             return ""
         return " (one block)" if self.high is None else f" ({self.low:.2f}–{self.high:.2f})"
@@ -39,7 +39,7 @@ UNKNOWN = "–"
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """One part of a report, from top to bottom; what is empty is not shown.
+    """One part of a report, from top to bottom; empty fields are not shown.
 
     head, rows: a table; lines: a list; captions: how to read it."""
 

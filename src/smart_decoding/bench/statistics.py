@@ -89,7 +89,7 @@ def student_t(df: int, share: float) -> float:
 
 def _resample(strata: Sequence[str], resamples: int, rng: np.random.Generator) -> NDArray[np.int64]:
     """[resamples, pairs] indices drawn with replacement within each stratum. A stratum of one pair
-    is resampled with all others: alone it would seem to have no variance."""
+    is resampled with all others: by itself it would seem to have no variance."""
     names, of = np.unique(strata, return_inverse=True)
     members = [np.flatnonzero(of == i) for i in range(len(names))]
     single = np.concatenate([m for m in members if len(m) == 1] or [np.zeros(0, np.int64)])

@@ -1,4 +1,4 @@
-"""What several commands take: options as data, --allow-slow, and types for argparse."""
+"""Options of several commands, as data, and types for argparse."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Option:
 
 
 class Gone(Action):
-    """An option that is no more: an error, whose words `const` has, says what there is instead."""
+    """A removed option. It ends the program with the text in `const`, which names its successor."""
 
     def __call__(
         self, parser: ArgumentParser, _: object, __: object, option: str | None = None
@@ -96,12 +96,12 @@ def add_options(parser: _ActionsContainer, options: Iterable[Option], unset: boo
 
 
 def add_allow_slow(parser: _ActionsContainer) -> None:
-    """--allow-slow and --threads, of every command that loads a model."""
+    """Add --allow-slow and --threads, of every command that loads a model."""
     add_options(parser, (ALLOW_SLOW, THREADS))
 
 
 def chosen_model(args: Namespace) -> str | None:
-    """Return the one of the argument MODEL or of --model; None for neither. Raises ConfigError for
+    """Return the argument MODEL or the option --model; None for neither. Raises ConfigError for
     both."""
     if args.name and args.model:
         raise ConfigError(f"two models are given, {args.name} and {args.model}: leave out one")
@@ -109,7 +109,7 @@ def chosen_model(args: Namespace) -> str | None:
 
 
 def use_threads(count: int | None) -> None:
-    """What --threads asks for, before the kernels are loaded; None leaves the default. Raises
+    """Set the number of threads before the kernels are loaded; None leaves the default. Raises
     ConfigError for less than one."""
     if count is not None:
         if count < 1:
@@ -118,7 +118,7 @@ def use_threads(count: int | None) -> None:
 
 
 def key_value(text: str) -> tuple[str, Any]:
-    """'k=v' as (k, v); v is read as JSON (a number, true, a list) or else taken as a string."""
+    """Return 'k=v' as (k, v); v is read as JSON (a number, true, a list) or else a string."""
     key, equals, value = text.partition("=")
     if not equals or not key.isidentifier():
         raise ArgumentTypeError(f"{text!r} is not of the form option=value")
@@ -129,7 +129,7 @@ def key_value(text: str) -> tuple[str, Any]:
 
 
 def json_object(text: str) -> dict[str, Any]:
-    """'{"k": v}' as a dict."""
+    """Return '{"k": v}' as a dict."""
     try:
         found = json.loads(text)
     except ValueError:
@@ -140,12 +140,12 @@ def json_object(text: str) -> dict[str, Any]:
 
 
 def words(text: str) -> tuple[str, ...]:
-    """'a,b' as words."""
+    """Return 'a,b' as words."""
     return tuple(word.strip() for word in text.split(",") if word.strip())
 
 
 def whole_numbers(text: str) -> tuple[int, ...]:
-    """'1,4' as numbers; at least one, and none below 1."""
+    """Return '1,4' as numbers; at least one, and none below 1."""
     try:
         numbers = tuple(int(word) for word in words(text))
     except ValueError:

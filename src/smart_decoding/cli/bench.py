@@ -32,9 +32,9 @@ from smart_decoding.cli.run import show_steps
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `smart bench`.
+    """Add the options of `smart bench`.
 
-    What is not given stays unset: the value of `--quick` counts then, or BenchOptions'.
+    Options that are not given stay unset: then the value of `--quick` counts, or BenchOptions'.
     """
     parser.argument_default = argparse.SUPPRESS
     default = BenchOptions()
@@ -80,18 +80,18 @@ def _what_is_measured(parser: argparse.ArgumentParser, default: BenchOptions) ->
 
 
 def options_of(args: argparse.Namespace, kind: type[BenchOptions] = BenchOptions) -> BenchOptions:
-    """Return what was asked for, over what `--quick` sets, over the defaults."""
+    """Return the user's options, else those of `--quick`, else the defaults."""
     names = {field.name for field in fields(kind)}
-    given = {name: value for name, value in vars(args).items() if name in names}
-    given = {name: value for name, value in given.items() if value is not None}
+    values = {name: value for name, value in vars(args).items() if name in names}
+    values = {name: value for name, value in values.items() if value is not None}
     if args.method_option:
-        given["method_options"] = once_each(args.method_option)
+        values["method_options"] = once_each(args.method_option)
     quick = QUICK if "quick" in args else {}
-    return kind(**{**quick, **given})
+    return kind(**{**quick, **values})
 
 
 def main(args: argparse.Namespace) -> int:
-    """Runs the benchmark and prints its tables. Raises SmartError for what a user can mend."""
+    """Run the benchmark and print its tables. Raises SmartError for errors that a user can fix."""
     show_steps()
     options = options_of(args)
     # torch is slow to import: options come first.

@@ -49,8 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Answers what is typed, or the lines of standard input, until it ends; 2 if one of these could
-    not be answered."""
+    """Answer each line that is typed, or of standard input, until its end. Return 2 if a line of
+    standard input was refused."""
     model = chosen_model(args) or DEFAULT_MODEL
     options = llm_options(args)
     params = sampling_params(args)
@@ -68,8 +68,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def lines(typed: bool) -> Iterator[str]:
-    """Return what the user says; after Ctrl-C he may say something else. What is no UTF-8 is
-    replaced."""
+    """Yield the user's lines; Ctrl-C drops the present one. Bytes beyond UTF-8 are replaced."""
     with suppress(AttributeError, ValueError):
         sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
     if not typed:
@@ -99,7 +98,7 @@ class ChatSession:
         self.failed = False
 
     def take(self, line: str) -> bool:
-        """Obey a command or answer a message; false when the conversation is over."""
+        """Obey a command or answer a message; return false when the conversation is over."""
         command, _, rest = line.partition(" ")
         if command in ("/bye", "/exit", "/quit"):
             return False
@@ -114,11 +113,11 @@ class ChatSession:
         return True
 
     def _answer(self, text: str) -> None:
-        """An answer that fails or is cut by Ctrl-C leaves no trace in the history."""
+        """Answer a message. An answer that fails or is cut by Ctrl-C is not kept."""
         system = [{"role": "system", "content": self._system}] if self._system else []
-        asked = [*self.messages, {"role": "user", "content": text}]
+        messages = [*self.messages, {"role": "user", "content": text}]
         try:
-            prompt = self._llm.chat_prompt([*system, *asked])
+            prompt = self._llm.chat_prompt([*system, *messages])
             answer = stream_answer(self._llm, prompt, self._params)
         except KeyboardInterrupt:
             print("(interrupted: this message and its answer are forgotten)", file=sys.stderr)
@@ -127,12 +126,12 @@ class ChatSession:
             print(f"smart: error: {error}; /reset begins anew", file=sys.stderr)
             self.failed = True
             return
-        self.messages = [*asked, {"role": "assistant", "content": answer.text}]
+        self.messages = [*messages, {"role": "assistant", "content": answer.text}]
         print(figures(answer), file=sys.stderr)
 
 
 def figures(answer: CompletionOutput) -> str:
-    """Return what stands below an answer: tokens, speed, and how many drafts were right."""
+    """Return the line below an answer: tokens, speed, and accepted drafts."""
     reached = rate(answer)
     speed = "" if reached is None else f", {reached:.1f} tok/s"
     metrics = answer.metrics

@@ -1,6 +1,6 @@
 """`smart demo`: the default model answers, with SMART and plainly; both are shown as a race.
 
-Nothing is printed while an answer is timed: what is shown is a replay at the measured speeds.
+Nothing is printed while an answer is timed: the race is a replay at the measured speeds.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from smart_decoding.engine.engine import RoundRecord
     from smart_decoding.llm import LLM
 
-# What the default model answers right.
+# Questions that the default model answers right.
 PROMPTS = (
     "List the months of the year.",
     "Write a Python function is_even(n) with a docstring.",
@@ -58,7 +58,7 @@ class VerifiedTree:
 class TimedAnswer:
     """One timed answer.
 
-    pieces: what each round gave: seconds since the first one, text, tokens so far.
+    pieces: of each round: seconds since the first one, text, tokens so far.
     """
 
     pieces: list[tuple[float, str, int]] = field(default_factory=list)
@@ -72,23 +72,23 @@ class TimedAnswer:
 
     @property
     def timed(self) -> int:
-        """Tokens that came in this time."""
+        """Tokens that came within `seconds`."""
         return self.pieces[-1][2] - self.pieces[0][2]
 
     @property
     def text(self) -> str:
-        """All of it."""
+        """The whole answer."""
         return "".join(text for _, text, _ in self.pieces)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """--max-tokens and --allow-slow; all else is fixed."""
+    """Add --max-tokens and --allow-slow; all else is fixed."""
     parser.add_argument("--max-tokens", type=int, default=128, help="of each answer (128)")
     add_allow_slow(parser)
 
 
 def main(args: argparse.Namespace) -> None:
-    """Times each answer, shows the race and a tree, and sums up."""
+    """Time each answer, show the races and a tree, and sum up."""
     show_steps()
     params = SamplingParams(temperature=0.0, max_tokens=args.max_tokens)
     smart = load(args.allow_slow)
@@ -111,7 +111,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def kernels() -> str:
-    """Return what computed: the kernels' variant on a CPU, plain torch where there are none."""
+    """Return the kernels' variant on a CPU; plain torch where there are none."""
     from smart_decoding.kernels import library
     from smart_decoding.models.target import device_of
 
@@ -167,8 +167,8 @@ def ask(llm: LLM, prompt: str, params: SamplingParams) -> TimedAnswer:
                 before = request.tokens[max(0, end - _ROOT_TOKENS) : end]
                 answer.trees.append(VerifiedTree(record, before))
 
-    asked = chat_prompt(llm, prompt)
-    (output,) = llm.generate(asked, params, on_step=after_round, use_tqdm=False)
+    chat = chat_prompt(llm, prompt)
+    (output,) = llm.generate(chat, params, on_step=after_round, use_tqdm=False)
     answer.tokens = list(output.outputs[0].token_ids)
     return answer
 
@@ -194,7 +194,7 @@ def show_race(race: dict[str, TimedAnswer]) -> None:
 
 @contextmanager
 def _redrawing() -> Iterator[Any]:
-    """Give what draws lines over the last ones; they are gone afterwards."""
+    """Yield a function that draws lines over the last ones; erase them at the end."""
     height = 0
 
     def draw(lines: Sequence[str]) -> None:
@@ -273,8 +273,8 @@ def show_tree(llm: LLM, trees: Sequence[VerifiedTree]) -> None:
 
 
 def summary(races: Sequence[dict[str, TimedAnswer]], same: bool) -> str:
-    """Return one line: speeds over all questions, after the first tokens, and whether all is the
-    same."""
+    """Return one line: speeds over all questions, after the first tokens, and whether all answers
+    agree."""
     tokens = {name: sum(race[name].timed for race in races) for name in ("plain", "smart")}
     seconds = {name: sum(race[name].seconds for race in races) for name in tokens}
     plain, smart = (tokens[name] / max(seconds[name], 1e-9) for name in ("plain", "smart"))

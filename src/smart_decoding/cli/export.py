@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Reads the head and writes it anew."""
+    """Read the head and write it in the other layout."""
     from smart_decoding.errors import ConfigError
     from smart_decoding.models.checkpoints.loading import load_checkpoint
     from smart_decoding.models.checkpoints.registry import shipped_head

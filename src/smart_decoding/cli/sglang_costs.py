@@ -1,4 +1,4 @@
-"""`smart sglang-costs`: costs for SGLang's policy, from what `sglang.bench_serving` measured."""
+"""`smart sglang-costs`: costs for SGLang's policy, from results of `sglang.bench_serving`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FIELDS = ("concurrency", "output_throughput", "accept_length")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What was measured, and where the costs go."""
+    """Add the options of the measurements and the output."""
     parser.add_argument(
         "runs",
         nargs="+",
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Print and write the table; what the policy would refuse is refused here."""
+    """Print and write the table; refuse one that the policy would refuse."""
     seconds: dict[int, dict[int, float]] = {}
     for steps, path in (pair(run, "STEPS=FILE") for run in args.runs):
         for batch, round_ in rounds(Path(path), steps).items():
@@ -58,7 +58,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def pair(text: str, form: str) -> tuple[int, str]:
-    """Return a number, and what it stands for."""
+    """Return KEY, a number, and VALUE of a text KEY=VALUE."""
     key, equals, value = text.partition("=")
     if not equals or not value:
         raise ConfigError(f"{text!r} is not of the form {form}")
@@ -73,7 +73,7 @@ def count(text: str) -> int:
 
 
 def rounds(path: Path, steps: int) -> dict[int, float]:
-    """Batch size -> seconds of a round, from the lines of one file; a later line wins."""
+    """Return batch size -> seconds of a round, from the lines of one file; a later line wins."""
     found = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         if line.strip():
@@ -85,7 +85,7 @@ def rounds(path: Path, steps: int) -> dict[int, float]:
 
 
 def round_of(line: str, place: str, steps: int) -> tuple[int, float]:
-    """(requests under way on average, rounded; seconds of a round) of one load."""
+    """Return mean requests under way, rounded, and seconds of a round, of one load."""
     try:
         measured: Mapping[str, Any] = json.loads(line)
         concurrency = float(measured["concurrency"])

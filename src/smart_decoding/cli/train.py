@@ -115,7 +115,7 @@ def _add_head(group: argparse._ArgumentGroup) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Has the conversations written, trains the head, learns its prior."""
+    """Have the conversations written, train the head, learn its prior."""
     from smart_decoding.models.heads.export import check_rope
     from smart_decoding.training.conversations import recorded_layers
     from smart_decoding.training.prior import learn_prior, picture_turns
@@ -176,7 +176,7 @@ def _data(args: argparse.Namespace) -> Path:
 
 
 def _target(args: argparse.Namespace) -> Checkpoint:
-    """Return the model to train a head for, once it is known that it can run here."""
+    """Return the model to train a head for, checked to run here."""
     from smart_decoding.models.checkpoints.loading import load_checkpoint
     from smart_decoding.models.cpu.kernel_check import require_kernels, require_served
     from smart_decoding.models.target import device_of
@@ -197,7 +197,7 @@ def _target(args: argparse.Namespace) -> Checkpoint:
 
 
 def _train_options(args: argparse.Namespace, layers: int, init: HeadFiles | None) -> TrainOptions:
-    """layers: the target's. Raises ConfigError for what contradicts itself."""
+    """Return the options of training. layers: the target's. Raises ConfigError."""
     from smart_decoding.models.heads.export import layout_of
     from smart_decoding.training.train import TrainOptions
 
@@ -207,7 +207,7 @@ def _train_options(args: argparse.Namespace, layers: int, init: HeadFiles | None
     supports_images = init is not None and init.supports_images
     if args.visual_positions:
         supports_images = args.visual_positions == "decoupled"
-    if supports_images and args.images is None:  # what is read of pictures would not be recorded
+    if supports_images and args.images is None:  # pictures' embeddings would not be recorded
         raise ConfigError(
             "a head that reads pictures needs conversations about them: give --images"
         )
@@ -231,7 +231,7 @@ def _turns(images: Path) -> tuple[PictureTurn, PictureTurn]:
 
 
 def _initial(args: argparse.Namespace, target: ModelConfig) -> HeadFiles:
-    """Return the head to start from, once it is known that it can be trained and written."""
+    """Return the head to start from, checked to be trainable and writable."""
     from smart_decoding.models.checkpoints.registry import shipped_head
     from smart_decoding.models.heads.export import check_layout, layout_of
     from smart_decoding.models.heads.files import head_folder, load_head

@@ -85,7 +85,7 @@ def draw_tree(
 
 
 def quoted(text: str) -> str:
-    """`text` in double quotes; what a terminal would act on or not show becomes an escape."""
+    """Return `text` in double quotes; characters that a terminal obeys or hides are escaped."""
     return '"' + "".join(_printable(char) for char in text) + '"'
 
 
@@ -95,7 +95,7 @@ def wants_colour(stream: TextIO) -> bool:
 
 
 def legend(policy_scores: bool = True) -> str:
-    """Return what the signs mean; `policy_scores`: whether the numbers are calibrated."""
+    """Return the meaning of the signs; `policy_scores`: whether the numbers are calibrated."""
     kind = "calibrated probability of acceptance" if policy_scores else "the drafter's probability"
     return f"● accepted  ○ rejected  => the bonus token; numbers: {kind} of the path"
 

@@ -23,14 +23,14 @@ from smart_decoding.integrations.vllm.measure import Measured, resolved
 from smart_decoding.integrations.vllm.schedule import SCHEDULE, Timing
 
 NGRAM = '{"method": "ngram", "prompt_lookup_max": 3, "prompt_lookup_min": 2}'
-# What is found out here.
+# Options that are measured here.
 CHOSEN = ("num_speculative_tokens", SCHEDULE)
-# Drafters that end vLLM if another length is scheduled than the longest.
+# Drafters that crash vLLM if another length than the longest is scheduled.
 ONE_LENGTH = ("suffix", "medusa", "ngram_gpu")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What is measured, how, and where the result goes."""
+    """Add the options of the measurement and its output."""
     add = parser.add_argument
     add("model", help="as vLLM takes it: a hub id or a folder")
     add(
@@ -84,7 +84,7 @@ def _add_measurements(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Measures, prints the schedule with its reasons, writes it and all measurements."""
+    """Measure, print the schedule with its reasons, write it and all measurements."""
     _check_arguments(args)
     ours = Path(str(resources.files("smart_decoding.bench"))) / "prompts_general.jsonl"
     prompts = read_prompts(args.prompts or ours)
@@ -127,10 +127,10 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _check_arguments(args: argparse.Namespace) -> None:
-    given = sorted(set(CHOSEN) & set(args.speculative_config))
-    if given:
+    chosen = sorted(set(CHOSEN) & set(args.speculative_config))
+    if chosen:
         raise ConfigError(
-            f"--speculative-config is to be given without {' and '.join(given)}: "
+            f"--speculative-config is to be given without {' and '.join(chosen)}: "
             "that is measured here"
         )
     method = args.speculative_config.get("method")
@@ -143,9 +143,9 @@ def _check_arguments(args: argparse.Namespace) -> None:
 
 
 def warn(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
-    """Say, before anything is measured, where a schedule would be ignored or cost graphs.
+    """Warn, before anything is measured, where a schedule would be ignored or cost graphs.
 
-    Returns what vLLM makes of one (measure.resolved), and the warnings."""
+    Returns vLLM's settings under a schedule (measure.resolved), and the warnings."""
     lines = [schedule.Line(1, 1, max(args.lengths), ""), schedule.Line(2, 2, 0, "")]
     config = schedule.speculative_config(args.speculative_config, lines)
     arguments = {"model": args.model, **args.engine_args, "speculative_config": config}
@@ -159,7 +159,7 @@ def warn(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
 def measure(
     args: argparse.Namespace, prompts: Sequence[str]
 ) -> tuple[dict[int, dict[int, Timing]], str]:
-    """({batch size: {length: timing}}, vLLM's version); length 0 is plain vLLM."""
+    """Return {batch size: {length: timing}} and vLLM's version; length 0 is plain vLLM."""
     lengths = [0, *sorted(set(args.lengths))]
     configs = {
         k: {**args.speculative_config, "num_speculative_tokens": k} if k else None for k in lengths
@@ -178,7 +178,7 @@ def check(
 ) -> dict[int, list[float]]:
     """Print and return, by batch size, the speedup over plain vLLM and its standard error.
 
-    A drafter costs vLLM something in every step, also where the schedule says that none is drafted.
+    A drafter costs vLLM time in every step, even where the schedule drafts nothing.
     """
     found, _ = run({0: None, int(config["num_speculative_tokens"]): config}, args, prompts)
     speedups = {batch: schedule.speedup(*timings.values()) for batch, timings in found.items()}
@@ -192,16 +192,16 @@ def run(
     args: argparse.Namespace,
     prompts: Sequence[str],
 ) -> tuple[dict[int, dict[int, Timing]], str]:
-    """({batch size: {length: timing}}, vLLM's version) of engines with these configs, by length.
+    """Return {batch size: {length: timing}} and vLLM's version, of engines with these configs.
 
     Loaded at once, they take turns.
     """
     answers: dict[tuple[int, int], list[dict[str, Any]]] = defaultdict(list)
     version = ""
     with ExitStack() as stack:
-        given = {"model": args.model, **args.engine_args}
+        arguments = {"model": args.model, **args.engine_args}
         engines = {
-            k: stack.enter_context(Measured({**given, "speculative_config": c}))
+            k: stack.enter_context(Measured({**arguments, "speculative_config": c}))
             for k, c in configs.items()
         }
         for length, engine in engines.items():
@@ -217,7 +217,7 @@ def run(
 
 
 def blocks(args: argparse.Namespace, prompts: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
-    """(batch size, prompts): the same for every length."""
+    """Yield (batch size, prompts), the same for every length."""
     chooser = random.Random(0)
     for _ in range(args.blocks):
         for batch in sorted(set(args.batch_sizes)):
