@@ -108,7 +108,7 @@ def test_what_is_recorded_of_pictures_is_what_the_target_read(folder: Path) -> N
     recorder = generate.Recorder((3,))
     llm.engine.listen(recorder)
     prompt = llm.chat_prompt(CHAT)
-    recorder.wanted.add("it")
+    recorder.request_ids.add("it")
     llm.engine.add_request(
         "it", prompt.tokens, generate.SamplingParams(max_tokens=4, ignore_eos=True), prompt.media
     )
@@ -163,7 +163,7 @@ def test_an_eagle3_head_proposes_what_it_was_trained_to(
     recorder = generate.Recorder((1, 2, 3))
     llm.engine.listen(recorder)
     prompt = llm.chat_prompt(CHAT)
-    recorder.wanted.add("it")
+    recorder.request_ids.add("it")
     llm.engine.add_request(
         "it",
         prompt.tokens,
@@ -259,7 +259,7 @@ def test_every_tenth_image_is_kept_for_the_prior(tmp_path: Path) -> None:
         ('["a.png"]', "line 2 is not of the form"),
         ('{"image": "one.png"}', "line 2 is not of the form"),
         ('{"image": 3, "question": "What?"}', "line 2 is not of the form"),
-        ('{"image": "one.png", "question": " "}', "line 2 asks nothing"),
+        ('{"image": "one.png", "question": " "}', "line 2 has an empty question"),
         ('{"image": "two.png", "question": "What?"}', "there is no image"),
     ],
 )

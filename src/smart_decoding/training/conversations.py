@@ -33,10 +33,9 @@ Keep: TypeAlias = Callable[[Sequence[int]], bool]
 class Conversation:
     """One recorded conversation.
 
-    tokens [n + 1]; aux_hidden [n, width]: of all but the last token, which is known only once
-    `Trainer` has asked the target. answer: where the answer begins. visual [m]: positions of
-    pictures, whose embeddings [m, hidden] the target read. prompt_hash: 32 bits of what the answer
-    was given to, pictures included."""
+    tokens [n + 1]; aux_hidden [n, width]: of all but the last token, which `append_choices` adds.
+    answer: where the answer begins. visual [m]: positions of pictures, whose embeddings [m, hidden]
+    the target read. prompt_hash: 32 bits of the prompt, pictures included."""
 
     tokens: Tensor
     aux_hidden: Tensor
@@ -46,7 +45,7 @@ class Conversation:
     prompt_hash: int
 
     def behind_pictures(self) -> Conversation:
-        """Return what is left for a head that reads no pictures."""
+        """Return the part behind the pictures, for a head that reads none."""
         start = (int(self.visual[-1]) + 1) // PAGE * PAGE if len(self.visual) else 0
         return Conversation(
             self.tokens[start:],
@@ -59,17 +58,17 @@ class Conversation:
 
     @property
     def prompt(self) -> tuple[int, ...]:
-        """What comes before the answer."""
+        """The tokens before the answer."""
         return tuple(self.tokens[: self.answer].tolist())
 
 
 def load_conversations(
     folder: Path, keep: Keep | None = None, supports_images: bool = False
 ) -> tuple[list[Conversation], int]:
-    """Return the conversations of a data folder that `keep` lets pass, and how many it did not.
+    """Return the conversations of a data folder that `keep` accepts, and how many it refused.
 
-    They go up to where they loop. Unless the head `supports_images`, only what lies behind pictures
-    is left. Raises ModelError if there are none."""
+    Conversations end where they loop. Unless the head `supports_images`, they begin behind their
+    pictures. Raises ModelError if there are none."""
     found = []
     dropped = 0
     for path in shards_in(folder):
@@ -116,11 +115,11 @@ def _hash(*parts: Tensor) -> int:
 
 
 def hold_out(data: list[Conversation]) -> tuple[list[Conversation], list[Conversation]]:
-    """Return what is trained on and what is held out, both in an order that the prompts' hashes
-    give.
+    """Return the conversations to train on and the held-out ones, in the order of the prompts'
+    hashes.
 
-    A prompt is held out if its hash is low. So writers side by side, which repeat prompts, put none
-    on both sides, and data to come moves none that was trained on to what is held out."""
+    A prompt is held out if its hash is low. So a prompt that several writers repeat is never on
+    both sides, and later data moves no training prompt to the held-out ones."""
     ordered = sorted(data, key=lambda item: item.prompt_hash)
     hashes = [item.prompt_hash for item in ordered]
     highest = max(round(HELD_OUT * 2**32), hashes[:HELD_OUT_AT_LEAST][-1])
@@ -129,15 +128,15 @@ def hold_out(data: list[Conversation]) -> tuple[list[Conversation], list[Convers
 
 
 def recorded_layers(aux_layers: tuple[int, ...], layers: int) -> tuple[int, ...]:
-    """Return what the conversations must hold: what the head reads, and the teacher's last
-    layer."""
+    """Return the layers that conversations must hold: those that the head reads, and the target's
+    last one."""
     return aux_layers if aux_layers[-1] == layers else (*aux_layers, layers)
 
 
 def check_layers(
     data: Sequence[Conversation], folder: Path, aux_layers: tuple[int, ...], hidden: int
 ) -> None:
-    """Raise ModelError if not just the states after `aux_layers` were recorded."""
+    """Raise ModelError unless exactly the states after `aux_layers` were recorded."""
     if any(item.aux_hidden.shape[1] != len(aux_layers) * hidden for item in data):
         raise ModelError(
             f"the conversations in {folder} were written with other --aux-layers than "
@@ -150,7 +149,7 @@ def frequent_tokens(
 ) -> Tensor:
     """Return ids of the `size` most frequent tokens, ascending.
 
-    Prompts count a little. Ties and the rest go by low id, but after the `known` ones."""
+    Prompts count a little. Of equally frequent tokens the `known` ones come first, then low ids."""
     counts = np.zeros(vocab)
     for item in conversations:
         tokens = item.tokens.numpy()
@@ -163,7 +162,7 @@ def frequent_tokens(
 
 
 def padded(batch: list[Conversation]) -> tuple[Tensor, Tensor, Tensor]:
-    """tokens [b, n], aux_hidden [b, n - 1, width] float32, and where the answers are [b, n]."""
+    """Return tokens [b, n], aux_hidden [b, n - 1, width] float32, and a mask of answers [b, n]."""
     tokens = pad_sequence([item.tokens for item in batch], batch_first=True)
     aux_hidden = pad_sequence([item.aux_hidden for item in batch], batch_first=True).float()
     places = torch.arange(tokens.shape[1])
@@ -172,7 +171,7 @@ def padded(batch: list[Conversation]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def put_pictures(embedded: Tensor, batch: list[Conversation]) -> Tensor:
-    """Put pictures' embeddings into [b, pairs, hidden]; returns where they are [b, pairs].
+    """Put pictures' embeddings into [b, pairs, hidden]; return the mask of them [b, pairs].
 
     Pair t reads token t + 1."""
     visual = torch.zeros(embedded.shape[:2], dtype=torch.bool)
@@ -188,7 +187,7 @@ def put_pictures(embedded: Tensor, batch: list[Conversation]) -> Tensor:
 def bucketed(
     items: list[Conversation], batch_tokens: int, rng: np.random.Generator
 ) -> list[list[Conversation]]:
-    """Batches of similar lengths (little padding), in random order."""
+    """Return batches of similar lengths (little padding), in random order."""
     noise = rng.uniform(0.9, 1.1, len(items))
     order = np.argsort([len(item.tokens) * x for item, x in zip(items, noise, strict=True)])
     batches: list[list[Conversation]] = [[]]

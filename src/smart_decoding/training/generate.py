@@ -34,7 +34,8 @@ PictureTurn: TypeAlias = Callable[[np.random.Generator], Sequence[Mapping[str, A
 
 
 class Recorder(FreeDrafter):
-    """A drafter that never drafts: it keeps the target's features of the requests `wanted`."""
+    """A drafter that never drafts: it keeps the target's features of the requests in
+    `request_ids`."""
 
     name = "recorder"
     free = False
@@ -42,14 +43,14 @@ class Recorder(FreeDrafter):
 
     def __init__(self, aux_layers: tuple[int, ...]) -> None:
         self.aux_layers = aux_layers
-        self.wanted: set[str] = set()
+        self.request_ids: set[str] = set()
         self.features: dict[str, list[Tensor]] = {}
-        # Each with its features and its pictures' embeddings.
+        # Requests with their features and their pictures' embeddings.
         self.done: list[tuple[Request, Tensor, MultimodalEmbeddings]] = []
 
     def extend(self, request: Request, features: Any, first: int, tokens: Sequence[int]) -> None:
         """Keep features [tokens, layers * hidden]."""
-        if request.id in self.wanted:
+        if request.id in self.request_ids:
             kept = self.features.setdefault(request.id, [])
             kept.append(torch.as_tensor(features).to(torch.bfloat16))
 
@@ -59,10 +60,10 @@ class Recorder(FreeDrafter):
             self.extend(request, features[i : i + 1], request.table.length - 1, [])
 
     def release(self, request: Request) -> None:
-        """A request that has ended is done; of one that was preempted nothing is kept."""
+        """Keep the features of a finished request; drop those of a preempted one."""
         parts = self.features.pop(request.id, [])
         if request.finished and parts:
-            self.wanted.discard(request.id)
+            self.request_ids.discard(request.id)
             media = request.media
             pictures = media.mm_embeds(0, len(request.prompt)) if media is not None else []
             self.done.append((request, torch.cat(parts), pictures))
@@ -76,11 +77,12 @@ def generate(
     seed: int = 0,
     turn: PictureTurn | None = None,
 ) -> None:
-    """Write shards until the folder holds about `tokens` tokens, prompts and those there included.
+    """Write shards until the folder holds about `tokens` tokens, including prompts and earlier
+    shards.
 
-    turn: draws the messages that each conversation begins with, for models that take images. A
-    tenth of the answers is sampled at temperature 0.7, the others are greedy; an answer ends where
-    it loops. Whatever ends this early, conversations that are done are written."""
+    turn: draws the first messages of each conversation, for models that take images. A tenth of the
+    answers is sampled at temperature 0.7, the others are greedy; an answer ends where it loops.
+    Finished conversations are written even if an error or Ctrl-C ends this early."""
     writer = Writer(folder)
     rng = np.random.default_rng((seed, writer.shards))
     with tqdm(
@@ -117,8 +119,8 @@ class _Conversations:
         self._rng = rng
         self._turn = turn
         self._salt = writer.shards  # names of requests differ from run to run
-        # The same one again would teach nothing new.
-        self._asked: set[tuple[object, ...]] = {*writer.prompts()}
+        # Prompts whose answers are recorded: the same answer again would teach nothing new.
+        self._recorded: set[tuple[object, ...]] = {*writer.prompts()}
         self._count = 0
         self._running = 0
         self._begun: dict[str, str] = {}  # turns that the target goes on with, by their request
@@ -132,7 +134,7 @@ class _Conversations:
         while self._running < CONCURRENT:
             self._running += 1
             if self._turn is not None:
-                self._ask_about(self._llm.chat_prompt(self._turn(self._rng)))
+                self._record_turn(self._llm.chat_prompt(self._turn(self._rng)))
                 continue
             text, complete = user_turn(self._rng)
             if complete:
@@ -145,7 +147,7 @@ class _Conversations:
             self._begun[self._add(prompt, params, record=False)] = text
 
     def advance(self, engine: Engine) -> None:
-        """One step of the engine; turns that are complete are answered next."""
+        """Step the engine; completed turns are answered next."""
         for request in engine.step():
             if not request.finished:
                 continue
@@ -156,18 +158,18 @@ class _Conversations:
 
     def _answer(self, turn: str) -> None:
         prompt = self._encode(self._before + turn + self._after)
-        if tuple(prompt) in self._asked:
+        if tuple(prompt) in self._recorded:
             self._running -= 1
             return
-        self._asked.add(tuple(prompt))
+        self._recorded.add(tuple(prompt))
         self._record(MediaPrompt(prompt))
 
-    def _ask_about(self, prompt: MediaPrompt) -> None:
-        """Of few pictures the same question comes again: then the answer is drawn."""
+    def _record_turn(self, prompt: MediaPrompt) -> None:
+        """Record the answer to a turn about pictures; to a repeated question it is sampled."""
         pictures = prompt.media.pictures if prompt.media is not None else ()
         key = (*prompt.tokens, *(picture.key for picture in pictures))
-        self._record(prompt, always_drawn=key in self._asked)
-        self._asked.add(key)
+        self._record(prompt, always_drawn=key in self._recorded)
+        self._recorded.add(key)
 
     def _record(self, prompt: MediaPrompt, always_drawn: bool = False) -> None:
         temperature = 0.7 if self._rng.random() < 0.1 or always_drawn else 0.0
@@ -182,7 +184,7 @@ class _Conversations:
         self._count += 1
         name = f"{'answer' if record else 'turn'}-{self._salt}-{self._count}"
         if record:
-            self._recorder.wanted.add(name)
+            self._recorder.request_ids.add(name)
         self._llm.engine.add_request(name, prompt.tokens, params, prompt.media)
         return name
 

@@ -39,7 +39,7 @@ class RMSNorm(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """What a head is made of.
+    """The structure of a head.
 
     shape: of its one layer. aux_count: how many layers of the target it reads. fc_norm: each state
     is normed before fc. fused: EAGLE-1/2, whose fc reads [embedding ; features] at every step.
@@ -74,9 +74,9 @@ def form_of(files: HeadFiles) -> Form:
 
 
 def narrowed(network: Sequence[Tensor], width: int) -> list[Tensor]:
-    """Return a feed-forward network's gate, up and down with the `width` neurons that carry most,
-    in their order: by the product of the norms of their three vectors. Raises ConfigError for more
-    than there are."""
+    """Return a feed-forward network's gate, up and down with its `width` most important neurons, in
+    their order: by the product of the norms of their three vectors. Raises ConfigError for a larger
+    width than the network's."""
     gate, up, down = network
     if width > len(gate):
         raise ConfigError(f"intermediate_size={width}, but training starts from {len(gate)}")
@@ -120,9 +120,9 @@ class TrainableHead(nn.Module):
     def start_from(
         self, weights: Mapping[str, Matrix], target: ModelConfig, aux_scale: float
     ) -> None:
-        """Start as the target's last layer on the last aux state, not as noise.
+        """Start as the target's last layer on the last aux state: far better than noise.
 
-        That is a far better start. aux_scale: root mean square of that state."""
+        aux_scale: root mean square of that state."""
         prefix = f"model.layers.{target.layers - 1}."
 
         def get(name: str) -> Tensor:
@@ -148,14 +148,14 @@ class TrainableHead(nn.Module):
         """Go on from a head on disk (`HeadFiles.weights`), which may be wider."""
         names = [f"{FIRST}mlp.{name}_proj.weight" for name in ("gate", "up", "down")]
         network = narrowed([as_tensor(weights[name]) for name in names], self.config.ffn)
-        given = {**weights, **dict(zip(names, network, strict=True))}
+        tensors = {**weights, **dict(zip(names, network, strict=True))}
         for name, parameter in self._parameters_by_name().items():
-            parameter.copy_(as_tensor(given[name]).float())
+            parameter.copy_(as_tensor(tensors[name]).float())
 
     def features(self, aux_hidden: Tensor) -> Tensor:
         """[..., aux_count * hidden] -> [..., hidden].
 
-        Fused heads read what the target's final norm gives, as it is."""
+        Fused heads read the output of the target's final norm unchanged."""
         if self.form.fused:
             return aux_hidden
         if not self.form.fc_norm:
@@ -194,9 +194,9 @@ class TrainableHead(nn.Module):
     def _layer_input(
         self, g: Tensor, embedded: Tensor, visual: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Return what the layer reads [batch, n, width], and what its residual starts from.
+        """Return the layer's input [batch, n, width], and the start of its residual.
 
-        At a picture's positions a fused head reads the embedding alone (MSD)."""
+        At a picture's positions a fused head reads only the embedding (MSD)."""
         if self.form.fused:
             fused = self.fc(torch.cat((embedded, g.to(embedded.dtype)), dim=-1))
             if visual is not None:

@@ -10,20 +10,20 @@ from contextlib import contextmanager
 
 @contextmanager
 def deferred_interrupt() -> Iterator[threading.Event]:
-    """Let the first Ctrl-C in the block only set the event; a second one interrupts. Without
-    effect outside of the main thread, which alone gets signals."""
-    asked = threading.Event()
+    """Let the first Ctrl-C in the block only set the event; a second one interrupts. It has no
+    effect outside of the main thread, the only one that gets signals."""
+    interrupted = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield asked
+        yield interrupted
         return
 
     def note(*_: object) -> None:
-        asked.set()
+        interrupted.set()
         signal.signal(signal.SIGINT, previous)
 
     previous = signal.getsignal(signal.SIGINT) or signal.SIG_DFL
     signal.signal(signal.SIGINT, note)
     try:
-        yield asked
+        yield interrupted
     finally:
         signal.signal(signal.SIGINT, previous)

@@ -1,4 +1,4 @@
-"""What a head says over the draft vocabulary, and what it should say."""
+"""The training objective: a head's logits over the draft vocabulary, and its target."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ if TYPE_CHECKING:
 
 
 class SoftCrossEntropy(torch.autograd.Function):
-    """Mean of -sum(wanted * log_softmax(student)) over rows [n, classes].
+    """Mean of -sum(p_target * log_softmax(student)) over rows [n, classes].
 
     It takes few passes over memory: the gradient is made in the forward pass, in the student's
     dtype."""
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, wanted: Tensor) -> Tensor:
+    def forward(ctx: Any, student: Tensor, p_target: Tensor) -> Tensor:
         """Return the loss."""
         log_prob = student.float().log_softmax(-1)
-        loss: Tensor = -torch.linalg.vecdot(wanted, log_prob).mean()
-        mass = wanted.sum(-1, keepdim=True)
-        grad = log_prob.exp_().mul_(mass).sub_(wanted).div_(max(len(student), 1))
+        loss: Tensor = -torch.linalg.vecdot(p_target, log_prob).mean()
+        mass = p_target.sum(-1, keepdim=True)
+        grad = log_prob.exp_().mul_(mass).sub_(p_target).div_(max(len(student), 1))
         ctx.save_for_backward(grad.to(student.dtype))
         return loss
 
@@ -58,21 +58,21 @@ class Objective:
         self.draft_of[draft_ids] = torch.arange(len(draft_ids))
 
     @torch.no_grad()
-    def wanted(self, last: Tensor, chosen: Tensor) -> Tensor:
-        """[n, draft vocabulary]: half the target's distribution over it, half its choice.
+    def p_target(self, last: Tensor, chosen: Tensor) -> Tensor:
+        """Return [n, draft vocabulary]: half the target's distribution, half its choice.
 
-        last: [n, hidden] the target's last states. chosen: [n] its choices, -1 outside of it."""
-        wanted = self._logits(self._final_norm(last)).float().softmax(-1).mul_(0.5)
+        last: [n, hidden] the target's last states. chosen: [n] its choices in draft ids, or -1."""
+        p_target = self._logits(self._final_norm(last)).float().softmax(-1).mul_(0.5)
         known = (chosen >= 0).nonzero()[:, 0]
-        wanted[known, chosen[known]] += 0.5
-        return wanted
+        p_target[known, chosen[known]] += 0.5
+        return p_target
 
     def features(self, head: TrainableHead, aux_hidden: Tensor) -> Tensor:
-        """Return what the head makes of the states [..., aux_count * hidden] that it reads."""
+        """Return the head's features of the states [..., aux_count * hidden] that it reads."""
         return head.features(self._final_norm(aux_hidden) if head.form.fused else aux_hidden)
 
     def student(self, head: TrainableHead, out: Tensor) -> Tensor:
-        """[n, draft vocabulary] logits of the head's outputs [n, hidden]."""
+        """Return logits [n, draft vocabulary] of the head's outputs [n, hidden]."""
         if head.form.fused:
             return self._logits(out)
         normed = head.norm(out)
@@ -89,8 +89,8 @@ class Objective:
 def append_choices(data: Sequence[Conversation], checkpoint: Checkpoint) -> None:
     """Append the target's choice behind the last recorded token.
 
-    Mostly it is the answer's end, which the target never reads; a head that is to propose ends must
-    have been shown them."""
+    Mostly it is the answer's end, which the target never reads. A head learns to propose ends only
+    from such tokens."""
     config = checkpoint.config
     output = output_rows(checkpoint).float()
     norm = as_tensor(checkpoint.weights["model.norm.weight"]).float()

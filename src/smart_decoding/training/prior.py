@@ -27,7 +27,7 @@ PICTURES = 55  # first number of the pictures' seeds
 
 
 class Exploring(StatelessPolicy):
-    """Wide trees whatever they cost, so that `smart` learns of all depths and confidences."""
+    """A policy of wide trees at any cost, so that `smart` learns of all depths and confidences."""
 
     name = "exploring"
 
@@ -37,7 +37,7 @@ class Exploring(StatelessPolicy):
         self._learner = learner
 
     def observe(self, round: Round) -> None:
-        """What the round taught goes to the learner."""
+        """Pass the round on to the learner."""
         self._learner.observe(round)
 
 
@@ -56,10 +56,10 @@ def learn_prior(
     trust_pickle: bool = False,
     allow_slow: bool = False,
 ) -> None:
-    """Answer `prompts` (token ids or messages) with wide trees; writes head/prior.json, which is
-    not there without prompts.
+    """Answer `prompts` (token ids or messages) with wide trees; write head/prior.json. Without
+    prompts the file is removed.
 
-    Of four answers three are greedy and one is sampled."""
+    Three of four answers are greedy, one is sampled."""
     options = {"method": "eagle", "policy": "smart", "model": str(head)}
     (head / "prior.json").unlink(missing_ok=True)
     if not prompts:

@@ -1,4 +1,4 @@
-"""What self-written conversations start from.
+"""Beginnings of self-written conversations.
 
 These are openings of a user's turn that the target itself completes, whole turns built from a task
 and a topic, and questions about images. texts.json was written for this project; none of it comes
@@ -19,7 +19,7 @@ from smart_decoding.errors import ConfigError
 from smart_decoding.multimodal.images import Limits, read_file
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
-HELD_OUT_EVERY = 10  # of so many images one is never trained on
+HELD_OUT_EVERY = 10  # one of so many images is held out
 COMPLETED = 0.55  # share of the turns that the target completes
 TEXTS: dict[str, list[str]] = json.loads(
     (resources.files("smart_decoding.training") / "texts.json").read_text(encoding="utf-8")
@@ -37,8 +37,8 @@ def user_turn(rng: np.random.Generator) -> tuple[str, bool]:
 
 
 def read_questions(path: Path) -> list[ImageQuestion]:
-    """Return the images of a folder, or those that a JSONL file asks about, by paths relative to
-    it.
+    """Return the images of a folder, or the images and questions of a JSONL file, with paths
+    relative to it.
 
     Raises ConfigError if there are none, and for the first line that cannot be used."""
     if not path.is_dir():
@@ -66,33 +66,35 @@ def _questions_of_file(path: Path) -> list[ImageQuestion]:
 
 def _question(where: str, folder: Path, line: str) -> ImageQuestion:
     try:
-        given = json.loads(line)
-        image = folder / given["image"]
-        question = given["question"]
+        fields = json.loads(line)
+        image = folder / fields["image"]
+        question = fields["question"]
     except (ValueError, KeyError, TypeError) as error:
         form = '{"image": "a.png", "question": "What is it?"}'
         raise ConfigError(f"{where} is not of the form {form}") from error
     if not isinstance(question, str) or not question.strip():
-        raise ConfigError(f"{where} asks nothing")
+        raise ConfigError(f"{where} has an empty question")
     if not image.is_file():
         raise ConfigError(f"{where}: there is no image {image}")
     return image, question
 
 
-def held_out(asked: Sequence[ImageQuestion]) -> tuple[list[ImageQuestion], list[ImageQuestion]]:
-    """Return what to train on, and what not: all about every tenth image.
+def held_out(questions: Sequence[ImageQuestion]) -> tuple[list[ImageQuestion], list[ImageQuestion]]:
+    """Return the questions to train on and the held-out ones: those about every tenth image.
 
-    Of fewer than ten images both are everything."""
-    images = sorted({image for image, _ in asked})
+    With fewer than ten images, both hold all questions."""
+    images = sorted({image for image, _ in questions})
     kept = set(images[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]) or set(images)
-    train = [each for each in asked if each[0] not in kept] or list(asked)
-    return train, [each for each in asked if each[0] in kept]
+    train = [each for each in questions if each[0] not in kept] or list(questions)
+    return train, [each for each in questions if each[0] in kept]
 
 
-def image_turn(asked: Sequence[ImageQuestion], rng: np.random.Generator) -> list[dict[str, Any]]:
-    """Return a conversation that begins with one of the images and its question, or one for any
-    image."""
-    path, question = asked[int(rng.integers(len(asked)))]
+def image_turn(
+    questions: Sequence[ImageQuestion], rng: np.random.Generator
+) -> list[dict[str, Any]]:
+    """Return a conversation that begins with one of the images and its question; without one, with
+    a general question."""
+    path, question = questions[int(rng.integers(len(questions)))]
     text = question or str(rng.choice(TEXTS["image_tasks"]))
     parts = [{"type": "image", "image": read_file(path, Limits())}, {"type": "text", "text": text}]
     return [{"role": "user", "content": parts}]

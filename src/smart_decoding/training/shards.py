@@ -3,8 +3,8 @@
 A shard of safetensors holds, for many conversations after one another: `tokens` int32 [n], `taps`
 bf16 [n, layers * hidden] (the residual streams that a head reads), `starts` int64
 [conversations + 1] and `answers` int64 [conversations], the offset of each answer's first token
-within its conversation; of pictures `visual` int64 [m], the rows among the n that are theirs, and
-`embeddings` bf16 [m, hidden], what the target read there.
+within its conversation; of pictures `visual` int64 [m], their rows among the n, and `embeddings`
+bf16 [m, hidden], the target's input in these rows.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ class Recorded:
 
 
 def shards_in(folder: Path) -> list[Path]:
-    """In the order that they were written in."""
+    """Return the shards in the order of writing."""
     return sorted(folder.glob(_NAMES))
 
 
 def have_pictures(folder: Path) -> bool:
-    """Return whether a conversation there is about one."""
+    """Return whether any conversation in the folder is about pictures."""
     return any("visual" in _header(path) for path in shards_in(folder))
 
 
@@ -74,7 +74,7 @@ class Writer:
         self._tokens = 0
 
     def add(self, item: Recorded) -> None:
-        """Write a shard if there is enough for one."""
+        """Add a conversation; write a shard if there is enough for one."""
         self._items.append(item)
         self._tokens += len(item.tokens)
         self.tokens += len(item.tokens)
@@ -93,7 +93,7 @@ class Writer:
         return found
 
     def flush(self) -> None:
-        """Write what is left as a last shard."""
+        """Write the remaining conversations as a last shard."""
         if not self._items:
             return
         path, scratch = self._next()
@@ -107,8 +107,8 @@ class Writer:
         self._tokens = 0
 
     def _next(self) -> tuple[Path, Path]:
-        """Return the next shard's path, and its scratch file, which tells other writers that it is
-        taken."""
+        """Return the next shard's path, and its scratch file, which reserves the name among
+        writers."""
         while True:
             path = self.folder / f"shard-{self.shards:04d}.safetensors"
             scratch = path.with_name(f"{path.name}.partial")

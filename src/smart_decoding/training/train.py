@@ -1,4 +1,4 @@
-"""Trains a draft head on the target's own conversations: unrolled like drafting, resumable."""
+"""Train a draft head on the target's own conversations: unrolled like drafting, resumable."""
 
 from __future__ import annotations
 
@@ -55,13 +55,12 @@ UNROLL_STARTS = (0.15, 0.4, 0.7)
 class TrainOptions:
     """How a head is trained.
 
-    seconds: training time in all, over resumed runs. draft_vocab: output rows of the head, which
-    are of frequent tokens. layout: in which the head is written (`head_export.LAYOUTS`).
-    supports_images: the head reads pictures' embeddings in place of their tokens'; else its
-    conversations begin on the page in which the last picture ends, as in drafting.
-    intermediate_size: neurons of its feed-forward network, None: as many as in what it starts
-    from. quantization: how its matrices are rounded when it is written, int8 or int4 (None: they
-    are bf16)."""
+    seconds: training time in all, over resumed runs. draft_vocab: output rows of the head, of
+    frequent tokens. layout: of the files that are written (`head_export.LAYOUTS`). supports_images:
+    the head reads pictures' embeddings in place of their tokens'; else its conversations begin on
+    the page in which the last picture ends, as in drafting. intermediate_size: neurons of its
+    feed-forward network (None: as many as where it starts). quantization: of the matrices that are
+    written, int8 or int4 (None: bf16)."""
 
     aux_layers: tuple[int, ...]
     seconds: float = 2400.0
@@ -130,7 +129,7 @@ class Trainer:
         )
         self.elapsed = 0.0
         self.steps = 0
-        self.seen = 0  # conversations, over all epochs
+        self.trained = 0  # conversations, over all epochs
         self._fast_bf16 = bf16_is_faster()
         self._resume()
 
@@ -152,10 +151,10 @@ class Trainer:
             )
 
     def _draft_vocabulary(self) -> Tensor:
-        """That of the head to start from, if its output rows are its own.
+        """Return the vocabulary of the head to start from, if its output rows are its own.
 
-        Rows that are the target's can be exchanged for those of tokens that the conversations
-        hold."""
+        Rows shared with the target can be exchanged for rows of frequent tokens in the
+        conversations."""
         vocab = self.config.vocab
         if self._init is None:
             return frequent_tokens(self._train, vocab, min(self.options.draft_vocab, vocab))
@@ -172,11 +171,11 @@ class Trainer:
 
     @property
     def epochs(self) -> float:
-        """How often the conversations have been trained on."""
-        return self.seen / len(self._train)
+        """How often each conversation has been trained on."""
+        return self.trained / len(self._train)
 
     def held_out_prompts(self) -> list[list[int]]:
-        """Return tokens of the prompts that the head was not trained on."""
+        """Return tokens of the held-out prompts."""
         return [list(item.prompt) for item in self._held]
 
     def run(self) -> dict[str, Any]:
@@ -206,20 +205,20 @@ class Trainer:
         if interrupt.is_set():
             raise KeyboardInterrupt
         files = self.files()
-        if self.options.quantization is not None:  # what is written is measured
+        if self.options.quantization is not None:  # evaluate the rounded head that is written
             self.head.start_at(files.weights)
         figures = self.evaluate()
         self._export(files, figures)
         return figures
 
     def _batches(self) -> Iterator[list[Conversation]]:
-        """Return the batches of epoch after epoch, from the one on that `seen` has come to."""
+        """Yield the batches of all epochs, after the `trained` conversations."""
         while True:
-            epoch, seen = divmod(self.seen, len(self._train))
+            epoch, done = divmod(self.trained, len(self._train))
             rng = np.random.default_rng((self.options.seed, epoch))
             for batch in bucketed(self._train, self.options.batch_tokens, rng):
-                seen -= len(batch)
-                if seen < 0:
+                done -= len(batch)
+                if done < 0:
                     yield batch
 
     def _step(self, batch: list[Conversation]) -> float:
@@ -228,19 +227,19 @@ class Trainer:
             group["lr"] = self._learning_rate(progress)
         unroll = min(1 + sum(progress >= start for start in UNROLL_STARTS), self.options.max_unroll)
         loss = torch.zeros(())
-        for j, (student, wanted, _) in enumerate(self._unrolled(batch, unroll)):
-            one = SoftCrossEntropy.apply(student, wanted)  # type: ignore[no-untyped-call]
+        for j, (student, p_target, _) in enumerate(self._unrolled(batch, unroll)):
+            one = SoftCrossEntropy.apply(student, p_target)  # type: ignore[no-untyped-call]
             loss = loss + STEP_WEIGHT**j * cast(Tensor, one)
         self._optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self.head.parameters(), 1.0)
         self._optimiser.step()
         self.steps += 1
-        self.seen += len(batch)
+        self.trained += len(batch)
         return float(loss.detach()) / sum(STEP_WEIGHT**j for j in range(unroll))
 
     def _learning_rate(self, progress: float) -> float:
-        """Warm-up, then a cosine down to 2 %."""
+        """Return the rate: a warm-up, then a cosine down to 2 %."""
         warm = min(1.0, (self.steps + 1) / WARM_UP)
         cosine = 0.5 * (1 + math.cos(math.pi * progress))
         return self.options.learning_rate * warm * (0.02 + 0.98 * cosine)
@@ -248,20 +247,19 @@ class Trainer:
     def _unrolled(
         self, batch: list[Conversation], unroll: int
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """For each unrolled step, of the answers' tokens within the unrolled chain:
-
-        the head's logits and what they should say [n, draft vocabulary], and the target's choices
-        within the draft vocabulary [n] (-1: not in it)."""
+        """Yield for each unrolled step, of the answers' tokens within the unrolled chain: the
+        head's logits and the target's probabilities [n, draft vocabulary], and the target's choices
+        in draft ids [n] (-1: not in the draft vocabulary)."""
         tokens, aux_hidden, answer = padded(batch)
         pairs = tokens.shape[1] - 2  # pair t reads token t + 1 and predicts token t + 2
         hidden = self.config.hidden
-        asked = answer[:, 2:]  # is the predicted token part of an answer?
+        in_answer = answer[:, 2:]  # whether the predicted token is part of an answer
         # index_select, since the backward of a boolean index is slow.
-        first = asked.flatten().nonzero()[:, 0]
+        first = in_answer.flatten().nonzero()[:, 0]
         chosen = self._objective.draft_of[tokens[:, 2:].flatten()]
         with torch.autocast("cpu", torch.bfloat16, enabled=self._fast_bf16):
             last = aux_hidden[:, 1 : pairs + 1, -hidden:].flatten(0, 1).index_select(0, first)
-            wanted = self._objective.wanted(last, chosen[first])
+            p_first = self._objective.p_target(last, chosen[first])
             embedded = F.embedding(tokens[:, 1 : pairs + 1], self._objective.embedding)
             visual = put_pictures(embedded, batch)
             read = aux_hidden[:, :pairs, : len(self.options.aux_layers) * hidden]
@@ -269,12 +267,13 @@ class Trainer:
             chain: list[tuple[Tensor, Tensor]] = []
             for j in range(unroll):
                 out = self.head(g, embedded, chain, visual)
-                use = asked.clone()
+                use = in_answer.clone()
                 use[:, :j] = False
                 at = use.flatten().nonzero()[:, 0]
-                target = wanted if j == 0 else wanted.index_select(0, torch.searchsorted(first, at))
-                said = out.flatten(0, 1).index_select(0, at)
-                yield self._objective.student(self.head, said), target, chosen[at]
+                rows = torch.searchsorted(first, at)
+                p_target = p_first if j == 0 else p_first.index_select(0, rows)
+                outputs = out.flatten(0, 1).index_select(0, at)
+                yield self._objective.student(self.head, outputs), p_target, chosen[at]
                 g = F.pad(out, (0, 0, 1, 0))[:, :pairs]
 
     @torch.no_grad()
@@ -317,8 +316,8 @@ class Trainer:
             self._optimiser.load_state_dict(state["optimiser"])
             self.elapsed = state["elapsed"]
             self.steps = state["steps"]
-            self.seen = state["seen"]
-        except Exception as error:  # what a damaged file raises can be anything
+            self.trained = state["seen"]
+        except Exception as error:  # a damaged file may raise anything
             raise ModelError(
                 f"{path} is corrupt, or of a head with other --aux-layers, --init or another "
                 "model: remove it to start anew"
@@ -331,7 +330,7 @@ class Trainer:
             "optimiser": self._optimiser.state_dict(),
             "elapsed": self.elapsed,
             "steps": self.steps,
-            "seen": self.seen,
+            "seen": self.trained,
         }
         with whole(self.output / "state.pt") as path:
             torch.save(state, path)

@@ -189,7 +189,7 @@ def test_a_recorder_is_told_of_the_round_that_ends_an_answer(stop: int | None) -
     recorder = Recorder((1,))
     engine.listen(recorder)
     params = SamplingParams(temperature=0.0, max_tokens=60 if stop else 10, ignore_eos=not stop)
-    recorder.wanted = {"0", "1"}
+    recorder.request_ids = {"0", "1"}
     requests = [add(engine, str(i), [i + 1, 5, 7], params) for i in range(2)]
     while engine.has_unfinished_requests:
         engine.step()

@@ -171,7 +171,11 @@ def test_an_interrupted_run_ends_like_one_that_was_not(
             stopped.run()
         assert names(tmp_path / "head") == {"state.pt"}
         resumed = trainer()
-        assert (resumed.steps, resumed.seen, resumed.elapsed) == (stop, stopped.seen, stop * STEP)
+        assert (resumed.steps, resumed.trained, resumed.elapsed) == (
+            stop,
+            stopped.trained,
+            stop * STEP,
+        )
         assert resumed.epochs == stopped.epochs > 0
         for name, weight in stopped.head.state_dict().items():
             assert torch.equal(resumed.head.state_dict()[name], weight)
@@ -215,7 +219,7 @@ def test_every_epoch_sees_every_conversation_once(trainer: Callable[..., Trainer
     size = len(stopped._train)
     for first in (0, 5):  # from the beginning, and from within an epoch
         batches = stopped._batches()
-        stopped.seen = 0
+        stopped.trained = 0
         seen = [id(item) for batch in take(batches, first, stopped) for item in batch]
         seen += [id(item) for batch in until(stopped._batches(), size, stopped) for item in batch]
         assert len(seen) == size == len(set(seen))
@@ -225,13 +229,13 @@ def take(batches: Iterator[list[Any]], count: int, trainer: Trainer) -> list[lis
     taken = []
     for _ in range(count):
         taken.append(next(batches))
-        trainer.seen += len(taken[-1])
+        trainer.trained += len(taken[-1])
     return taken
 
 
 def until(batches: Iterator[list[Any]], size: int, trainer: Trainer) -> list[list[Any]]:
     taken = []
-    while trainer.seen < size:
+    while trainer.trained < size:
         taken += take(batches, 1, trainer)
     return taken
 

@@ -123,7 +123,7 @@ class Stub:
     def step(self) -> list[Any]:
         done, self.running = self.running, []
         for request in done:
-            if request.id in self.recorder.wanted:
+            if request.id in self.recorder.request_ids:
                 self.recorder.extend(request, torch.zeros(len(request.tokens) - 1, 8), 0, [])
             self.recorder.release(request)
         return done
