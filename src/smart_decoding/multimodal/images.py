@@ -1,8 +1,6 @@
-"""Pictures as people send them: data URLs, files within an allowed folder, bytes, PIL images.
-Limits come first.
+"""Pictures of prompts: data URLs, files within an allowed folder, bytes, PIL images.
 
-What is decoded is checked before it is: its size in bytes, its format, and the pixels that its
-header promises.
+Before a picture is decoded its size in bytes, its format, and the pixels in its header are checked.
 """
 
 from __future__ import annotations
@@ -31,12 +29,12 @@ _PLAIN = ("1", "L", "P", "RGB")  # modes that are RGB, or become it in little mo
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a prompt may hold. per_prompt: pictures by modality; folder: where local files may lie,
-    None for nowhere; pixels, bytes: of one picture; frames: of one video.
+    """Limits of a prompt's pictures. per_prompt: pictures by modality; folder: of local files, None
+    for no files; pixels, bytes: of one picture; frames: of one video.
 
-    A file that needs more memory may have fewer pixels: a WebP a quarter, a progressive JPEG half,
-    as what has transparency or other colours than RGB. turned: part of the pixels that a picture
-    to be turned upright may have, which are in memory twice."""
+    A file that needs more memory may have fewer pixels: a WebP a quarter; a progressive JPEG, or a
+    picture with transparency or other colours than RGB, half. turned: a picture to be turned
+    upright, which is in memory twice, may have one in so many of the pixels."""
 
     per_prompt: Mapping[str, int] = field(default_factory=lambda: {"image": 16, "video": 1})
     folder: Path | None = None
@@ -63,16 +61,15 @@ class Limits:
 def open_image(source: Any, limits: Limits) -> Image:
     """Return the picture in RGB, upright. source: URL, bytes or PIL image.
 
-    Raises ConfigError in one line for any other, for what cannot be decoded, and for what exceeds
-    the limits."""
+    Raises ConfigError for another type, a damaged picture, or one that exceeds the limits."""
     image = _opened(source, limits)
     from PIL import ImageOps
 
-    given = image is source
+    is_open = image is source
     try:
         image.load()
         turned = image.getexif().get(_ORIENTATION, 1) != 1
-        if turned and not given:
+        if turned and not is_open:
             _check_pixels(image, "a picture that must be turned", limits, limits.turned)
         # Without a copy where there is nothing to do: it may be large.
         image = ImageOps.exif_transpose(image) if turned else image
@@ -85,13 +82,13 @@ def open_image(source: Any, limits: Limits) -> Image:
 
 
 def header_size(source: Any, limits: Limits) -> tuple[int, int]:
-    """Return the width and height that a picture's header promises, not turned upright. Raises
-    ConfigError as `open_image` does, but for damage behind the header."""
+    """Return the width and height in a picture's header, not turned upright. Raises ConfigError as
+    `open_image` does, except for damage behind the header."""
     return _opened(source, limits).size
 
 
 def _opened(source: Any, limits: Limits) -> Image:
-    """Return the picture, of which no more than the header is read."""
+    """Return the picture with only its header read."""
     pil = _pil()
     if isinstance(source, pil.Image):
         return _check_pixels(source, "an image", limits)
@@ -175,7 +172,7 @@ def _from_data_url(url: str, limits: Limits) -> bytes:
 
 def read_file(path: Path, limits: Limits) -> bytes:
     """Return the file's content. Raises ConfigError for devices and for more than `limits.bytes`,
-    OSError for what cannot be read."""
+    OSError for a file that cannot be read."""
     if path.exists() and not path.is_file():
         raise ConfigError("an image must be a file")
     size = path.stat().st_size
@@ -185,7 +182,7 @@ def read_file(path: Path, limits: Limits) -> bytes:
 
 
 def _from_file(name: str, is_url: bool, limits: Limits) -> bytes:
-    """Links are followed before the folder is checked."""
+    """Return a file's content. Links are followed before the folder is checked."""
     if limits.folder is None:
         raise ConfigError(
             "local image files are not allowed here: set allowed_local_media_path to their folder"

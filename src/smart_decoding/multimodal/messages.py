@@ -1,4 +1,4 @@
-"""OpenAI's content parts: what a conversation says, as tokens, and the pictures in their order."""
+"""OpenAI's content parts: a conversation's texts as tokens, and its pictures in order."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ _IMAGE_TYPES = ("image_url", "image", "image_pil")  # whose sources are under th
 
 @dataclass(frozen=True, slots=True)
 class PictureSource:
-    """modality: image or video. source: of an image as `open_image` reads it, of a video a list of
-    such frames."""
+    """A picture that is still unread. modality: image or video. source: an image for `open_image`,
+    or a video's list of such frames."""
 
     modality: str
     source: Any
 
 
 def check_messages(messages: Any) -> None:
-    """Raise ConfigError for what is no conversation, and where the user or the system says
-    nothing."""
+    """Raise ConfigError for other types than a conversation, and for a message of the user or the
+    system without content."""
     is_list = isinstance(messages, Sequence) and not isinstance(messages, str)
     if not is_list or not all(isinstance(message, Mapping) for message in messages):
         raise ConfigError(
@@ -57,8 +57,8 @@ def split(messages: Sequence[Message]) -> tuple[list[dict[str, Any]], list[Pictu
 
 
 def as_text(messages: Sequence[Message], placeholders: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Split messages with each content as one string: a placeholder and a new line for every
-    picture, and a new line between two texts, as vLLM has it."""
+    """Return split messages with each content as one string: a placeholder and a new line for every
+    picture, and a new line between two texts, as in vLLM."""
     texts = {modality: f"{token}\n" for modality, token in placeholders.items()}
     return [{**each, "content": _joined(each["content"], texts)} for each in messages]
 
@@ -66,25 +66,24 @@ def as_text(messages: Sequence[Message], placeholders: Mapping[str, str]) -> lis
 class Conversations:
     """Makes tokens of conversations, through the model's chat template.
 
-    placeholders: the text of each kind of picture, for a model that sees; None for one that does
-    not, or for conversations without pictures."""
+    placeholders: the text of each kind of picture; None for a model of text only, or for
+    conversations without pictures."""
 
     def __init__(self, tokenizer: Tokenizer, placeholders: Mapping[str, str] | None = None) -> None:
         self._tokenizer = tokenizer
         self._placeholders = placeholders
         self._reads_lists: bool | None = None
 
-    def tokens(self, messages: Sequence[Message], **given: Any) -> tuple[list[int], str]:
-        """Return token ids, one placeholder a picture, and the text that they are of. messages: as
-        `split` has them, or with texts for contents. given: as to `Tokenizer.apply_chat_template`.
-        Raises ConfigError, CapacityError."""
+    def tokens(self, messages: Sequence[Message], **options: Any) -> tuple[list[int], str]:
+        """Return token ids, one placeholder a picture, and their text. messages: from `split`, or
+        with texts for contents. options: of `Tokenizer.apply_chat_template`. Raises ConfigError,
+        CapacityError."""
         in_parts = any(isinstance(message.get("content"), list) for message in messages)
         if in_parts and (self._placeholders is None or not self._takes_lists()):
             messages = as_text(messages, self._placeholders or {})
-        text = self._tokenizer.apply_chat_template(messages, **given)
-        # With pictures as transformers' processors do: the beginning token is added where it is not
-        # written yet.
-        begins = self._placeholders is not None or given.get("template") is not None
+        text = self._tokenizer.apply_chat_template(messages, **options)
+        # With pictures, transformers' processors add the beginning token unless it is there.
+        begins = self._placeholders is not None or options.get("template") is not None
         return self._tokenizer.encode_prompt(text, begins), text
 
     def _takes_lists(self) -> bool:

@@ -1,9 +1,8 @@
-"""From a picture to what a vision tower reads: transformers' own image processors, in their PIL
-form, in two steps. The first makes an image small, in bytes; the second, just before the tower,
-makes floats of them, a dozen times as many bytes. Both together have the processor's bits.
+"""From a picture to the input of a vision tower: transformers' own image processors, in two steps.
 
-Of the two forms that transformers has, the same one is used whatever else is installed, so that an
-answer depends on the picture alone.
+The first step makes an image small, in bytes. The second, just before the tower, makes floats of
+them, a dozen times as many bytes. Both together have the processor's bits. Of transformers' two
+forms the PIL one is always used, so that an answer does not depend on other installed packages.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ NEEDED = (
     "vision-language models need transformers and pillow: in the clone, pip install -e '.[vision]'"
 )
 MAX_PADDED = 1 << 24  # pixels of the square that some processors pad an image to
-# Of a processor: stops before anything is no byte, and goes on from there.
+# Options of a processor: to stop while values are bytes, and to go on from there.
 _AS_BYTES = {"do_rescale": False, "do_normalize": False}
 _FROM_BYTES = {"do_convert_rgb": False, "input_data_format": "channels_first"}
 
@@ -40,7 +39,7 @@ class Pixels:
     """One image or video at the size that the model reads, in bytes until the tower reads it.
 
     frames: [frames, 3, height, width], uint8; grid: (time, height, width) in patches; length:
-    positions that it takes; key: stands for the content: pictures with the same key have the same
+    positions that it takes; key: of the content: pictures with the same key have the same
     embeddings; read: makes `values` of frames.
     """
 
@@ -53,14 +52,14 @@ class Pixels:
 
     @property
     def values(self) -> NDArray[np.float32]:
-        """What the tower reads, made anew each time: LLaVA's [channels, height, width] or
-        Qwen2-VL's patches [time * height * width, patch]."""
+        """The tower's input, made anew each time: LLaVA's [channels, height, width] or Qwen2-VL's
+        patches [time * height * width, patch]."""
         return self.read(self.frames)
 
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """What a picture will take. length: positions; bytes: as `Pixels`."""
+    """The room that a picture takes. length: positions; bytes: as `Pixels`."""
 
     length: int
     bytes: int
@@ -81,7 +80,7 @@ class FixedReader:
         self._room: Room | None = None
 
     def room(self, modality: str, width: int, height: int, frames: int = 1) -> Room:
-        """Tell what a picture of this size will take. Raises ConfigError for a shape that the model
+        """Return the room of a picture of this size. Raises ConfigError for a shape that the model
         cannot take."""
         if modality != "image":
             raise ConfigError("this model reads images, not videos")
@@ -143,8 +142,8 @@ class DynamicReader:
         self._side = int(processor.patch_size)
 
     def room(self, modality: str, width: int, height: int, frames: int = 1) -> Room:
-        """Tell what a picture of this size will take, the same if it is turned. Raises ConfigError
-        for a shape that the model cannot take."""
+        """Return the room of a picture of this size, turned or not. Raises ConfigError for a shape
+        that the model cannot take."""
         new_width, new_height = self._size(width, height)
         steps = -(-frames // self._depth) if modality == "video" else 1
         patches = (new_width // self._side) * (new_height // self._side)
@@ -161,8 +160,8 @@ class DynamicReader:
         return pixels
 
     def video_steps(self, frames: Iterable[Image]) -> Iterator[Pixels | None]:
-        """Yield None after each frame, then the video. One frame is decoded at a step, if `frames`
-        decodes them as they are asked for. Raises ConfigError as `video` does."""
+        """Yield None after each frame, then the video. If `frames` is lazy, each step decodes one
+        frame. Raises ConfigError as `video` does."""
         resized = []
         sizes = set()
         for frame in frames:
@@ -233,8 +232,8 @@ def _pixels(
 
 
 def _plain_size(processor: Any, width: int, height: int) -> tuple[int, int] | None:
-    """Return the width and height to which a processor resizes first of all; None where it does
-    more, or by a rule of its own."""
+    """Return the width and height of a processor's first resize; None if it pads too, or resizes
+    by a rule of its own."""
     from transformers.image_processing_backends import PilBackend
     from transformers.image_transforms import (
         get_resize_output_image_size,
@@ -262,8 +261,8 @@ def _unusable(width: int, height: int, reason: object) -> ConfigError:
     return ConfigError(f"an image of {width} x {height} pixels cannot be used: {reason}")
 
 
-# What prepares pictures for one model. placeholders: their token ids by modality; merge: patches
-# per position, along each side.
+# Prepares pictures for one model. placeholders: their token ids by modality; merge: patches per
+# position, along each side.
 PixelReader: TypeAlias = FixedReader | DynamicReader
 
 
@@ -301,8 +300,7 @@ def _with_options(processor: Any, options: Mapping[str, Any]) -> Any:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Import and load without notices about what else could be installed; ModelError if
-    transformers is not."""
+    """Import and load without notices about other packages; ModelError without transformers."""
     logger = logging.getLogger("transformers")
     level = logger.level
     try:

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class MediaPrompt:
-    """Token ids, each picture's positions filled with its placeholder, and the pictures (None:
-    there are none)."""
+    """Token ids, each picture's positions filled with its placeholder, and the pictures (None
+    without any)."""
 
     tokens: list[int]
     media: Media | None = None
@@ -34,8 +34,8 @@ class MediaPrompt:
 
 @dataclass(frozen=True, slots=True)
 class PlannedPicture:
-    """A picture of which the header was read. first: its first position; sizes: pixels of each
-    frame, as sent."""
+    """A picture whose header was read. first: its first position; sizes: pixels of each frame, as
+    sent."""
 
     source: PictureSource
     first: int
@@ -45,7 +45,7 @@ class PlannedPicture:
 
 @dataclass(frozen=True, slots=True)
 class PlannedPrompt:
-    """A prompt that fits into the context, of whose pictures nothing is decoded yet.
+    """A prompt that fits into the context, its pictures not decoded yet.
 
     tokens, text: as `MediaPrompt`; decode: makes the pictures, in the steps of `steps`."""
 
@@ -56,7 +56,7 @@ class PlannedPrompt:
 
     @property
     def bytes(self) -> int:
-        """What its pictures take in memory once they are decoded."""
+        """The bytes of its pictures once they are decoded."""
         return sum(picture.room.bytes for picture in self.pictures)
 
     @property
@@ -65,8 +65,8 @@ class PlannedPrompt:
         return [size for picture in self.pictures for size in picture.sizes]
 
     def decoded(self, cache_salt: str = "") -> MediaPrompt:
-        """Decode the pictures, one after the other. cache_salt: embeddings that are kept are shared
-        by pictures of the same salt. Raises ConfigError for damaged pictures."""
+        """Decode the pictures, one after the other. cache_salt: cached embeddings are shared by
+        pictures of the same salt. Raises ConfigError for damaged pictures."""
         *_, prompt = self.steps(cache_salt)
         assert prompt is not None
         return prompt
@@ -125,9 +125,9 @@ class PromptBuilder:
     ) -> tuple[Sequence[Message], Sequence[PictureSource]]:
         """Return the messages for `conversations`, and their pictures, still unread. Raises
         ConfigError."""
-        told, pictures = parts.split(messages)
+        conversation, pictures = parts.split(messages)
         self._check_counts(pictures)
-        return told, pictures
+        return conversation, pictures
 
     def prompt(self, prompt: str | Sequence[int], media: Mapping[str, Any]) -> MediaPrompt:
         """Return a text or token ids with one placeholder a picture. media: image and video, each
@@ -142,7 +142,7 @@ class PromptBuilder:
             )
         text = prompt if isinstance(prompt, str) else None
         tokens = [int(t) for t in prompt] if text is None else self._tokenizer.encode(text)
-        lists = {name: _as_list(name, given) for name, given in media.items() if given is not None}
+        lists = {name: _as_list(name, value) for name, value in media.items() if value is not None}
         pictures = [PictureSource(name, source) for name in lists for source in lists[name]]
         self._check_counts(pictures)
         return self.plan(tokens, pictures, text).decoded()
@@ -150,7 +150,8 @@ class PromptBuilder:
     def plan(
         self, tokens: Sequence[int], sources: Sequence[PictureSource], text: str | None = None
     ) -> PlannedPrompt:
-        """Expand the placeholders of a text's tokens by what the pictures' headers promise.
+        """Expand the placeholders of a text's tokens to the positions of their pictures, by the
+        pictures' headers.
 
         The placeholders must be as many as the pictures of their kind, in the same order. Raises
         ConfigError for pictures that cannot be used, CapacityError if the prompt is too long."""
@@ -211,7 +212,7 @@ class PromptBuilder:
         yield Media(pictures, rotary, shift)
 
     def _pixels(self, source: PictureSource) -> Iterator[Pixels | None]:
-        """Yield None after each step, then what it has come to."""
+        """Yield None after each step, then the result."""
         if source.modality == "image":
             yield self._reader.image(open_image(source.source, self._limits))
             return
@@ -234,13 +235,13 @@ class PromptBuilder:
 def rotary_positions(
     length: int, pictures: Sequence[Picture], grids: Sequence[tuple[int, int, int]], merge: int
 ) -> tuple[IntArray, int]:
-    """M-RoPE (Qwen2-VL): [length, 3] positions in time, height and width, and what they lag behind
-    afterwards.
+    """Return M-RoPE's positions (Qwen2-VL) in time, height and width [length, 3], and the shift of
+    later ones against their index.
 
     A text's three positions are equal. A picture's follow its grid from the next position on, and
-    the text behind it goes on after the largest of them, as in the paper (arXiv 2409.12191);
-    transformers 5 leaves a video's time out of that, which only differs for videos of more time
-    steps than rows and columns."""
+    the text behind it goes on after the largest of them, as in the paper (arXiv 2409.12191).
+    transformers 5 leaves a video's time out of the largest, which only differs for videos of more
+    time steps than rows and columns."""
     rotary = np.empty((length, 3), np.int64)
     at = now = 0
     for picture, grid in zip(pictures, grids, strict=True):
@@ -269,10 +270,10 @@ def _check_places(modality: str, places: int, pictures: int) -> None:
         )
 
 
-def _as_list(modality: str, given: Any) -> list[Any]:
+def _as_list(modality: str, value: Any) -> list[Any]:
     if modality == "image":
-        return list(given) if isinstance(given, list | tuple) else [given]
-    if not isinstance(given, list | tuple):
+        return list(value) if isinstance(value, list | tuple) else [value]
+    if not isinstance(value, list | tuple):
         raise ConfigError("a video must be its frames: a list of images")
-    is_one = given and not isinstance(given[0], list | tuple)
-    return [given] if is_one else list(given)
+    is_one = value and not isinstance(value[0], list | tuple)
+    return [value] if is_one else list(value)

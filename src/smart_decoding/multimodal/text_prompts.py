@@ -1,5 +1,5 @@
-"""Prompts as callers give them (texts, token ids, vLLM's dicts, conversations), and what makes
-tokens of them for models that read text only."""
+"""Prompts of callers (texts, token ids, vLLM's dicts, conversations), and their tokens for models
+that read text only."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from smart_decoding.models.text.tokenizer import Tokenizer
 
 _BYTES = (bytes, bytearray, memoryview)  # sequences of numbers, which are no token ids
-# What is given otherwise, or would change more than the template's variables.
+# Names with parameters of their own, or that would change more than the template's variables.
 _NO_VARIABLES = {
     "self",
     "messages",
@@ -80,7 +80,7 @@ class TextPrompts:
 
 
 def as_list(prompts: Any) -> list[Prompt]:
-    """Return one prompt, or several, as a list; what can be neither as one, for `parts_of` to
+    """Return one prompt, or several, as a list; other values as one prompt, for `parts_of` to
     refuse."""
     is_list = hasattr(prompts, "__getitem__") and not isinstance(prompts, (str, Mapping, *_BYTES))
     if not is_list or (len(prompts) and isinstance(prompts[0], Integral)):
@@ -89,13 +89,13 @@ def as_list(prompts: Any) -> list[Prompt]:
 
 
 def parts_of(prompt: Prompt) -> tuple[str | list[int], Mapping[str, Any]]:
-    """Return text or token ids, and pictures. Raises ConfigError for what is no prompt."""
-    given = prompt if isinstance(prompt, Mapping) else {"prompt": prompt}
-    if not given.keys() <= {"prompt", "prompt_token_ids", "multi_modal_data"}:
+    """Return text or token ids, and pictures. Raises ConfigError for other values."""
+    fields = prompt if isinstance(prompt, Mapping) else {"prompt": prompt}
+    if not fields.keys() <= {"prompt", "prompt_token_ids", "multi_modal_data"}:
         raise ConfigError("a prompt's keys are prompt or prompt_token_ids, and multi_modal_data")
-    wanted: Any = given.get("prompt", given.get("prompt_token_ids"))
-    pictures: Any = given.get("multi_modal_data") or {}
-    return wanted if isinstance(wanted, str) else _token_ids(wanted), pictures
+    content: Any = fields.get("prompt", fields.get("prompt_token_ids"))
+    pictures: Any = fields.get("multi_modal_data") or {}
+    return content if isinstance(content, str) else _token_ids(content), pictures
 
 
 def template_options(
@@ -105,9 +105,9 @@ def template_options(
     tools: Sequence[Mapping[str, Any]] | None,
     variables: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """vLLM's options of a chat as `Tokenizer.apply_chat_template` takes them. own: the model's
-    template. Raises ConfigError for tools that it would not tell of, and for variables that have
-    parameters of their own."""
+    """Return vLLM's options of a chat for `Tokenizer.apply_chat_template`. own: the model's
+    template. Raises ConfigError for tools that the template does not describe, and for variables
+    with parameters of their own."""
     taken = sorted(_NO_VARIABLES.intersection(variables or ()))
     if taken:
         raise ConfigError(f"chat_template_kwargs={taken} is not allowed: give other variables")
@@ -124,12 +124,11 @@ def template_options(
     return options
 
 
-def _token_ids(given: Any) -> list[int]:
-    """As ints, whatever kind of sequence or array they are in. Raises ConfigError for anything
-    else."""
-    if isinstance(given, _BYTES):
+def _token_ids(tokens: Any) -> list[int]:
+    """Return the ints of any sequence or array. Raises ConfigError for anything else."""
+    if isinstance(tokens, _BYTES):
         raise ConfigError("a prompt must be a text or token ids, not bytes: decode them first")
-    ids: list[Any] = list(given) if isinstance(given, Iterable) else [None]
+    ids: list[Any] = list(tokens) if isinstance(tokens, Iterable) else [None]
     if not all(isinstance(token, Integral) for token in ids):
         raise ConfigError("a prompt must be a text or token ids; several are a list of these")
     return [int(token) for token in ids]
