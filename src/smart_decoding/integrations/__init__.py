@@ -1,1 +1,1 @@
-"""Thin bridges to engines that people already run; each can be imported without the others."""
+"""Thin bridges to other engines; each can be imported without the others."""

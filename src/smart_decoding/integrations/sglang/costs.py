@@ -1,4 +1,4 @@
-"""What rounds cost, from the file that SMART_SGLANG_COSTS names."""
+"""Costs of rounds, from the file that SMART_SGLANG_COSTS names."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ class TierCosts:
 
     @classmethod
     def load(cls, path: Path) -> TierCosts:
-        """Raise ConfigError if the file is not such a table."""
+        """Load a file. Raises ConfigError if it is not such a table."""
         try:
-            given = json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(path.read_text(encoding="utf-8"))
             table = {
                 int(batch): {int(k): float(seconds) for k, seconds in row.items()}
-                for batch, row in given["seconds"].items()
+                for batch, row in content["seconds"].items()
             }
-            nodes = {int(k): int(count) for k, count in given.get("nodes", {}).items()}
+            nodes = {int(k): int(count) for k, count in content.get("nodes", {}).items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"{path} is no file of costs for {COSTS}: {error}") from error
         numbers = [seconds for row in table.values() for seconds in row.values()]
@@ -71,5 +71,5 @@ class TierCosts:
 
 
 def read_costs() -> TierCosts:
-    """Return the file that SMART_SGLANG_COSTS names."""
+    """Load the file that SMART_SGLANG_COSTS names."""
     return TierCosts.load(Path(os.environ[COSTS]))

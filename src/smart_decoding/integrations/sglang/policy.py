@@ -25,10 +25,10 @@ BUDGET = 0.005  # share of the time that may go into exploring larger candidates
 
 
 class SmartSpecPolicy:
-    """Constructed as SGLang's AdaptiveSpeculativeParams, whose place it takes.
+    """The policy in place of SGLang's AdaptiveSpeculativeParams, with the same constructor.
 
-    initial_steps: where to start. cfg_path: SGLang's --speculative-adaptive-config, of which the
-    candidate steps are taken; SGLang sizes its buffers by them, so that no others may be chosen."""
+    initial_steps: where to start. cfg_path: SGLang's --speculative-adaptive-config with the
+    candidate steps. SGLang sizes its buffers by them, so only they may be chosen."""
 
     def __init__(self, initial_steps: int, cfg_path: str | None = None) -> None:
         self.costs = read_costs()
@@ -46,7 +46,7 @@ class SmartSpecPolicy:
         self._tested = {tier: [0.0] * longest for tier in tiers}
         self._graph_sizes: list[int] | None = None
         self._steps: dict[int, int] = {}  # chosen, by batch size, until new counts arrive
-        # Answered last: overlapped scheduling reports a batch late.
+        # Steps of the last batches: overlapped scheduling reports a batch late.
         self._recent: deque[int] = deque(maxlen=2)
         self._exploration = Exploration(BUDGET)
 
@@ -59,7 +59,7 @@ class SmartSpecPolicy:
         return sorted({self._initial, *of_file})
 
     def set_cuda_graph_bs(self, cuda_graph_bs: list[int] | None) -> None:
-        """The batch sizes that graphs are captured for."""
+        """Set the batch sizes that graphs are captured for."""
         self._graph_sizes = sorted(cuda_graph_bs) if cuda_graph_bs else None
 
     def get_steps_for_batch(self, batch_size: int) -> int:
@@ -74,9 +74,9 @@ class SmartSpecPolicy:
         batch_size: int,
         num_steps: int | None = None,
     ) -> int | None:
-        """Counts what was accepted. num_steps: of that batch, where SGLang says it.
+        """Count accepted drafts. num_steps: of that batch, where SGLang passes it.
 
-        There is never a switch to announce: the next batch asks for its steps by itself."""
+        Returns None, never a switch: the next batch calls `get_steps_for_batch` anyway."""
         if not self._recent:
             return None
         self._observe_exploration(batch_size, batch_size + sum(num_correct_drafts_per_req))
@@ -89,7 +89,7 @@ class SmartSpecPolicy:
         return None
 
     def on_state_activated(self, steps: int) -> None:
-        """Step that SGLang now runs: the batch that asked for them is counted by itself."""
+        """Do nothing: steps are counted in `get_steps_for_batch`."""
 
     def cuda_graph_bs_for_step(self, step: int) -> list[int] | None:
         """Return the captured batch sizes that may draft so many steps."""
@@ -100,9 +100,8 @@ class SmartSpecPolicy:
     # --- the rule ---
 
     def _choose(self, batch_size: int) -> int:
-        """Return the best candidate or, as an exploration, the next larger.
-
-        What only the larger one can show is unknown."""
+        """Return the best candidate or, as an exploration, the next larger, whose acceptance only
+        it can show."""
         best = self._best(batch_size)
         larger = next((steps for steps in self._allowed(batch_size) if steps > best), best)
         if larger > best and not self._exploration.left and not self._exploration.wait:
@@ -110,8 +109,8 @@ class SmartSpecPolicy:
         return larger if self._exploration.left else best
 
     def _observe_exploration(self, batch_size: int, tokens: int) -> None:
-        """The batch answered last pays by what the one reported now has brought: over a run both
-        are the same."""
+        """Charge an exploration to the last batch, by the tokens of the batch reported now: over a
+        run both are the same."""
         steps = self._recent[-1]
         best = self._best(batch_size)
         if steps <= best:
@@ -122,9 +121,9 @@ class SmartSpecPolicy:
         self._exploration.observe(loss, self.costs.seconds(batch_size, 0))
 
     def acceptance(self, steps: int) -> list[float]:
-        """P(draft at depth 1, 2, ... is accepted | the one before it was).
+        """Return P(draft at depth 1, 2, ... is accepted | the one before it was).
 
-        What was seldom tested is as all tiers together, and they as all depths together."""
+        Rare depths fall back on all tiers together, and those on all depths together."""
         accepted = [sum(depth) for depth in zip(*self._accepted.values(), strict=True)]
         tested = [sum(depth) for depth in zip(*self._tested.values(), strict=True)]
         overall = _share(sum(accepted), sum(tested), PRIOR)
@@ -134,7 +133,7 @@ class SmartSpecPolicy:
         return [_share(a, t, prior) for a, t, prior in own]
 
     def expected_tokens(self, steps: int) -> float:
-        """Of one request in one round, the bonus token included."""
+        """Return expected tokens of one request in one round, the bonus token included."""
         if not steps:
             return 1.0
         return 1.0 + sum(itertools.accumulate(self.acceptance(steps)[:steps], float.__mul__))
@@ -153,13 +152,12 @@ class SmartSpecPolicy:
         accepted = self._accepted[tier] = [MEMORY * count for count in self._accepted[tier]]
         tested = self._tested[tier] = [MEMORY * count for count in self._tested[tier]]
         for right in correct:
-            for depth in range(min(right + 1, drafted)):  # all is censored beyond a rejection
+            for depth in range(min(right + 1, drafted)):  # depths beyond a rejection are censored
                 tested[depth] += 1
                 accepted[depth] += depth < right
 
     def _allowed(self, batch: int) -> list[int]:
-        """Return candidates of a batch size: those of the largest in SGLang's file that is no
-        larger."""
+        """Return the candidates of a batch size: of the largest size in SGLang's file up to it."""
         size = batch
         if self._graph_sizes:  # SGLang pads to the next captured size
             index = bisect_left(self._graph_sizes, batch)
@@ -173,19 +171,19 @@ def _share(accepted: float, tested: float, prior: float) -> float:
 
 
 def _candidates(cfg_path: str | None) -> dict[int, list[int]]:
-    """Candidate steps by batch size from SGLang's file.
+    """Return candidate steps by batch size from SGLang's file.
 
-    Raises ConfigError if there is none, or it is not one."""
+    Raises ConfigError without such a file."""
     if cfg_path is None:
         raise ConfigError(
             f"{COSTS} is set: give the steps to choose from, too, "
             "by --speculative-adaptive-config FILE"
         )
     try:
-        given = json.loads(Path(cfg_path).read_text(encoding="utf-8"))
+        content = json.loads(Path(cfg_path).read_text(encoding="utf-8"))
         found = {
             int(size): sorted(set(entry["candidate_steps"]))
-            for size, entry in given.items()
+            for size, entry in content.items()
             if size.isdigit()
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -1,6 +1,7 @@
-"""What the plugin relies on in SGLang, beyond its command line. Imports no SGLang.
+"""Names in SGLang that the plugin relies on, beyond its command line. Imports no SGLang.
 
-At start, and in tests/integrations/test_sglang_seams.py, they are compared with the installed one.
+They are compared with the installed SGLang at start, and in
+tests/integrations/test_sglang_seams.py.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import operator
 
 NEWER = ("num_steps",)  # parameters of later versions that ours take, too
 
-# Of a function, `self` left out; None: no function, or whatever it takes.
+# Of a function, without `self`; None: no function, or one with any parameters.
 Parameters = tuple[str, ...] | None
 
 # module -> name (Class.member) -> parameters. REPLACED: AdaptiveSpeculativeParams and, for trees,
@@ -74,10 +75,10 @@ RECORD = "_resolved_overrides"
 
 
 def lacking() -> list[str]:
-    """Return names that the installed SGLang lacks or calls otherwise, as 'module.name'.
+    """Return names that the installed SGLang lacks or changed, as 'module.name'.
 
-    Further parameters are no harm where SGLang's own are called. Where ours take their place,
-    they must be known: NEWER."""
+    Further parameters do no harm in functions that we call. Functions that we replace may have
+    only those in NEWER."""
     return [
         f"{module}.{name}"
         for group in (REPLACED, WRAPPED, USED)
@@ -95,10 +96,10 @@ def _fits(module: str, name: str, parameters: Parameters, replaced: bool) -> boo
     if parameters is None or not callable(found):  # a property is read
         return True
 
-    given = list(inspect.signature(found).parameters.values())
-    given = [parameter for parameter in given if parameter.name not in ("self", "cls")]
-    further = given[len(parameters) :]
-    if tuple(parameter.name for parameter in given[: len(parameters)]) != parameters:
+    present = list(inspect.signature(found).parameters.values())
+    present = [parameter for parameter in present if parameter.name not in ("self", "cls")]
+    further = present[len(parameters) :]
+    if tuple(parameter.name for parameter in present[: len(parameters)]) != parameters:
         return False
     if replaced:
         return {parameter.name for parameter in further} <= set(NEWER)

@@ -1,8 +1,8 @@
-"""What SGLang's adaptive mode, made for chains, needs besides the policy to switch between trees.
+"""Extensions of SGLang's adaptive mode, which is made for chains, to switch between trees.
 
-A tier is a number of steps with a number of nodes; SGLang keeps its runtime states by steps, so
-that each number of steps has one. Within a tier SGLang grows and prunes its tree by itself: the
-`nodes` most probable of what it drafted.
+A tier is a number of steps with a number of nodes. SGLang keeps its runtime states by steps, so
+each number of steps has one tier. Within a tier SGLang expands and prunes its tree by itself: it
+keeps the `nodes` most probable drafts.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ from smart_decoding.integrations.sglang.seams import RECORD
 if TYPE_CHECKING:
     from smart_decoding.integrations.sglang.policy import SmartSpecPolicy
 
-OURS = "smart_decoding"  # under which SGLang notes what was decided here
+OURS = "smart_decoding"  # source of our decisions in SGLang's record
 
 
 def unsupported_reason(original: Callable[[Any], str | None], server_args: Any) -> str | None:
-    """SGLang's reasons against adaptive speculation, but for topk > 1.
+    """Return SGLang's reason against adaptive speculation, except topk > 1.
 
     Page sizes above 1 reserve for one tier only."""
-    given = resolving_view(server_args)
-    if given.speculative_eagle_topk not in (None, 1) and given.page_size not in (None, 1):
-        return f"page_size={given.page_size} (trees of several sizes need 1)"
+    view = resolving_view(server_args)
+    if view.speculative_eagle_topk not in (None, 1) and view.page_size not in (None, 1):
+        return f"page_size={view.page_size} (trees of several sizes need 1)"
     chain = copy.copy(server_args)
-    # Not the original's record, which is only asked.
+    # A copy of the record: the caller's must not change.
     setattr(chain, RECORD, list(getattr(server_args, RECORD, None) or []))
     declare_resolution(chain, OURS, speculative_eagle_topk=1)
     return original(chain)
 
 
 def set_first_tier(_: None, server_args: Any) -> None:
-    """The tree to start with, where SGLang has just set a chain."""
-    given = resolving_view(server_args)
+    """Set the tree to start with, where SGLang has just set a chain."""
+    view = resolving_view(server_args)
     costs = read_costs()
-    topk = given.speculative_eagle_topk
+    topk = view.speculative_eagle_topk
     for steps, nodes in costs.nodes.items():
         drafted = topk + (steps - 1) * topk * topk
         if not steps <= nodes <= drafted:
@@ -51,18 +51,17 @@ def set_first_tier(_: None, server_args: Any) -> None:
                 f"{steps} to {drafted} nodes"
             )
     declare_resolution(
-        server_args, OURS, speculative_num_draft_tokens=costs.tokens(given.speculative_num_steps)
+        server_args, OURS, speculative_num_draft_tokens=costs.tokens(view.speculative_num_steps)
     )
 
 
 def widest(result: int | None, _: object, server_args: Any) -> int | None:
-    """Return slots that a request may need in a step, whichever tier is chosen once they are
-    reserved."""
-    given = resolving_view(server_args)
+    """Return slots that a request may need in a step of any tier, as the tier is chosen later."""
+    view = resolving_view(server_args)
     costs = read_costs()
-    if result is None or not given.speculative_adaptive:
+    if result is None or not view.speculative_adaptive:
         return result
-    drafting = max(costs.nodes) * int(given.speculative_eagle_topk)
+    drafting = max(costs.nodes) * int(view.speculative_eagle_topk)
     return max(drafting, *(costs.tokens(steps) for steps in costs.nodes))
 
 

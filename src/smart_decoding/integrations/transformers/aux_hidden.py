@@ -17,7 +17,8 @@ from smart_decoding.errors import ModelError
 
 
 class AuxHidden:
-    """The residual stream after layer 1, 2, ...; one number more is that after the final norm.
+    """The residual stream after layer 1, 2, ...; the number after the last layer's means the final
+    norm.
 
     Raises ModelError if the layers cannot be found."""
 
@@ -37,7 +38,7 @@ class AuxHidden:
 
     @contextmanager
     def taken(self, aux_layers: Sequence[int]) -> Iterator[dict[int, torch.Tensor]]:
-        """Runs forwards in this block; the last one's states by layer: [batch, queries, hidden]."""
+        """Yield the states of the block's last forward by layer: [batch, queries, hidden]."""
         found: dict[int, torch.Tensor] = {}
 
         def keep(layer: int) -> Any:
@@ -52,7 +53,7 @@ class AuxHidden:
 
 
 def _states(output: Any) -> torch.Tensor:
-    """Of a layer, which returns them alone or first, or of the whole decoder."""
+    """Return the states in the output of a layer, a tensor or a tuple, or of the whole decoder."""
     if isinstance(output, torch.Tensor):
         return output
     whole = hasattr(output, "last_hidden_state")

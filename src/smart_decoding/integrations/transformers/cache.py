@@ -1,9 +1,9 @@
 """Keys and values of a transformers model in the engine's KV slots, shown to the model as an
 ordinary cache.
 
-The engine says which slots a row reads (`Rows`). For one forward its groups become a batch,
-right-aligned: each sequence's committed keys, then its new rows, with padding on the left. Nothing
-is ever rolled back or compacted here: a rejected node's slot is simply written again.
+`Rows` name the slots that a row reads. For one forward the groups become a batch, right-aligned:
+each sequence's committed keys, then its new rows, with padding on the left. Nothing is rolled back
+or compacted: a rejected node's slot is simply written again.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Layout:
         return int(self.read.shape[1])
 
     def on(self, device: torch.device) -> tuple[torch.Tensor, ...]:
-        """On a device that holds layers: group and column [rows], write [rows], read
+        """Return on a device of some layers: group and column [rows], write [rows], read
         [groups * width]."""
         if device not in self._on:
             parts = (*self.at, self.write, self.read.reshape(-1))
@@ -73,8 +73,8 @@ class Layout:
 def lay_out(rows: Rows, groups: list[int]) -> Layout:
     """Return the layout of some groups of `rows`.
 
-    A group's keys are those that its rows read. First come committed ones, then tree nodes of
-    earlier forwards (a draft model's), and last its own rows."""
+    A group holds the keys that its rows read: first committed ones, then tree nodes of earlier
+    forwards (a draft model's), and last its own rows."""
     parts = [_keys(rows, g) for g in groups]
     count = [part.own for part in parts]
     queries = max(count)
@@ -98,7 +98,7 @@ def lay_out(rows: Rows, groups: list[int]) -> Layout:
 
 @dataclass(slots=True)
 class _Keys:
-    """slots: [keys] of a group, of which the last `own` are its rows; attended: [own, keys]."""
+    """Keys of a group. slots: [keys], the last `own` of them its rows; attended: [own, keys]."""
 
     slots: IntArray
     own: int
@@ -146,20 +146,20 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """Store as many slots as are in use, in the dtype and on the device of the states."""
         self.dtype = key_states.dtype
         self.device = key_states.device
-        self.keys = _grown(None, key_states, self.slots)
-        self.values = _grown(None, value_states, self.slots)
+        self.keys = _enlarged(None, key_states, self.slots)
+        self.values = _enlarged(None, value_states, self.slots)
         self.is_initialized = True
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Stores the rows' [groups, heads, queries, head_dim]; returns [groups, heads, width,
+        """Store the rows' [groups, heads, queries, head_dim]; return [groups, heads, width,
         head_dim]."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if len(self.keys) < self.slots:
-            self.keys = _grown(self.keys, key_states, self.slots)
-            self.values = _grown(self.values, value_states, self.slots)
+            self.keys = _enlarged(self.keys, key_states, self.slots)
+            self.values = _enlarged(self.values, value_states, self.slots)
         return self._exchange(self.keys, key_states), self._exchange(self.values, value_states)
 
     def _exchange(self, store: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
@@ -185,12 +185,13 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         return 0 if self.layout is None else self.layout.width - self.layout.queries
 
     def get_mask_sizes(self, query_length: int | torch.Tensor) -> tuple[int, int]:
-        """query_length: rows, or in some earlier releases their positions [queries]."""
+        """Return the keys that a mask covers, and its offset. query_length: rows, or in some
+        earlier releases their positions [queries]."""
         queries = query_length if isinstance(query_length, int) else len(query_length)
         return self.get_seq_length() + queries, 0
 
     def get_max_length(self) -> int:
-        """No limit."""
+        """Return -1: there is no limit."""
         return -1
 
     get_max_cache_shape = get_max_length  # its earlier name
@@ -204,7 +205,7 @@ class SlotCache(Cache):
         super().__init__(layers=list(self.stores))
 
     def show(self, layout: Layout) -> None:
-        """The next forward is laid out like this."""
+        """Set the layout of the next forward."""
         needed = int(layout.read.max()) + 1
         for layer in self.stores:
             layer.layout = layout
@@ -217,7 +218,7 @@ class SlotCache(Cache):
             layer.move(source, target)
 
 
-def _grown(store: torch.Tensor | None, states: torch.Tensor, slots: int) -> torch.Tensor:
+def _enlarged(store: torch.Tensor | None, states: torch.Tensor, slots: int) -> torch.Tensor:
     new = states.new_zeros((slots, states.shape[1], states.shape[3]))
     if store is not None:
         new[: len(store)] = store

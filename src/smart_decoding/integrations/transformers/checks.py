@@ -1,4 +1,4 @@
-"""What cannot be done is refused here, by name and with the reason, before any forward.
+"""Refusals of unsupported calls, by name and with the reason, before any forward.
 
 `unsupported` looks at the call; `fitting_layout` then compares the model's logits through our cache
 with plain ones, once a model, since a model may take a tree mask and yet make its positions or its
@@ -144,8 +144,8 @@ def _unsupported_layer(name: str, layer: Any, max_length: int) -> str | None:
 
 
 def _unsupported_rope(model: PreTrainedModel, config: GenerationConfig) -> str | None:
-    """Scalings that follow the longest text so far: beyond a length, rows of one forward would
-    disturb each other."""
+    """Return the reason against scalings that follow the longest text so far: beyond a length, rows
+    of one forward would disturb each other."""
     text = model.config.get_text_config(decoder=True)
     rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
     kind = rope.get("rope_type", rope.get("type"))
@@ -161,7 +161,7 @@ def _unsupported_rope(model: PreTrainedModel, config: GenerationConfig) -> str |
 
 
 def fitting_layout(model: PreTrainedModel, layers: int) -> str | None:
-    """'tree', else 'chain', whichever gives the logits of a plain forward; None if neither does."""
+    """Return 'tree' if it gives the logits of a plain forward, else 'chain' or None likewise."""
     takes = inspect.signature(model.forward).parameters
     if "attention_mask" not in takes:
         return None
@@ -173,7 +173,7 @@ def fitting_layout(model: PreTrainedModel, layers: int) -> str | None:
 
 
 def _agrees(model: PreTrainedModel, layers: int, tree: bool) -> bool:
-    """Return two prompts of unlike length, then a draft on each, against plain forwards of the same
+    """Compare two prompts of unlike length and a draft on each with plain forwards of the same
     tokens."""
     from smart_decoding.integrations.transformers.target import HostTarget
 
@@ -201,7 +201,7 @@ def _agrees(model: PreTrainedModel, layers: int, tree: bool) -> bool:
 
 
 def _drafts(token: IntArray, tree: bool) -> DraftTrees:
-    """Five nodes on two requests: siblings and a grandchild, or chains."""
+    """Return five nodes on two requests: siblings and a grandchild, or chains."""
     nodes = DraftTrees.empty(2)
     nodes.append([0, 1], token[:2], [ROOT, ROOT], [1.0, 1.0])
     if tree:
@@ -219,7 +219,7 @@ def _verify(
     pages: list[Any],
     nodes: DraftTrees,
 ) -> torch.Tensor:
-    """[sequences + nodes, vocab] logits after each sequence's last token and after each node."""
+    """Return logits [sequences + nodes, vocab] after each sequence's last token and each node."""
     slots = [
         p[0] * PAGE + np.arange(PAGE, dtype=np.int32)[s:]
         for p, s in zip(pages, starts, strict=True)

@@ -1,4 +1,4 @@
-"""What forwards of a transformers model cost: measured at first use, and stored."""
+"""Costs of a transformers model's forwards: measured at first use, and stored."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ VERY_SLOW = 30  # and with so few, at fewer sizes
 def cost_of(
     target: HostTarget, batch: int, seconds: float, source: DraftSource | None
 ) -> CostModel:
-    """Return what forwards of the target, and of the drafter's model, cost up to this batch size.
+    """Return the costs of forwards of the target and the drafter's model, up to this batch size.
 
-    Measured in about so many `seconds` at first use on this machine; a guess if they are 0."""
+    They are measured in about `seconds` at first use on this machine; 0: a guess."""
     if seconds <= 0:
         return CostModel.default()
     costs = state_of(target.model).costs
@@ -72,7 +72,7 @@ def _measured(
 
 
 def _profile_path(model: PreTrainedModel, key: tuple[object, ...]) -> Path:
-    """Return where the profile of a model of this shape lies, whatever its weights are."""
+    """Return the path of the profile of a model of this shape, with any weights."""
     shape = hashlib.sha256(model.config.to_json_string(use_diff=False).encode()).hexdigest()
     longest = grid_of(model.device).contexts[-1]
     engine = {"engine": f"transformers {transformers.__version__}", "model": shape}

@@ -64,7 +64,7 @@ class HostDraftModel:
         self.shape = (type(model).__name__, layers, text.hidden_size, self._vocab)
 
     def drafter(self, pages: int, positions: int, tree: bool) -> Drafter:
-        """For one call, with room for keys in so many pages."""
+        """Return a drafter for one call, with room for keys in so many pages."""
         self._target = HostTarget(self.model, self._layers, self._tree)
         self._pages = pages
         drafter = DraftModelDrafter(self, pages, DRAFT_SCRATCH_PAGES)
@@ -75,23 +75,23 @@ class HostDraftModel:
     def prepare(
         self, rule: TreeRule, proposed: DraftTrees, inputs: RoundInputs
     ) -> Callable[[], Draft]:
-        """Raise: level by level it is."""
+        """Raise: this model drafts level by level."""
         raise NotImplementedError
 
     def check_length(self, max_length: int) -> None:
-        """See the function."""
+        """Raise ModelError if the model cannot follow a text to this length."""
         check_length(self.model.config, max_length)
 
     @torch.inference_mode()
-    def rank(self, rows: Rows, asked: LevelRequest) -> Ranked:
-        """Return one forward: the most likely next tokens of the wanted rows, and their
+    def rank(self, rows: Rows, request: LevelRequest) -> Ranked:
+        """Run one forward; return the most likely next tokens of the requested rows, and their
         probabilities: [rows, k]; see `ranked`."""
         rows.token = np.minimum(rows.token, self._vocab - 1)
         rows.slot_mapping = self._moved(rows.slot_mapping, PAGE)
         rows.ancestors = self._moved(rows.ancestors, PAGE)
         rows.pages = self._moved(rows.pages, 1)
         logits: torch.Tensor = self._target.forward(rows, ()).logits
-        return ranked(logits[:, : self._vocab], self._tokens, asked, self._native)
+        return ranked(logits[:, : self._vocab], self._tokens, request, self._native)
 
     def _moved(self, places: Ints, unit: int) -> Ints:
         """Return pages or slots: those of tree nodes before the others."""
@@ -149,7 +149,8 @@ def _config(name: Any) -> Any:
 
 
 def _check_vocabulary(target: PreTrainedModel, config: Any, name: str) -> None:
-    """By the two tokenizers where both are at hand, else by the number of tokens."""
+    """Compare the two tokenizers where both are at hand, else the numbers of tokens. Raises
+    ModelError."""
     ours = _vocabulary(target.config.name_or_path, local_only=True)
     theirs = _vocabulary(name, local_only=False) if ours else None
     mine, its = (c.get_text_config(decoder=True).vocab_size for c in (target.config, config))

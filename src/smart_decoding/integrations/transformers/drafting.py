@@ -1,4 +1,4 @@
-"""Policies and drafters, kept on a model from call to call with what they have learned."""
+"""Policies and drafters, kept on a model from call to call with their learned state."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PROFILE_SECONDS = 2.0
 
 
 def options_of(config: Mapping[str, Any] | bool | None) -> dict[str, Any]:
-    """`speculative_config` in full. Raises ConfigError for unknown methods and policies."""
+    """Return the full `speculative_config`. Raises ConfigError for unknown methods and policies."""
     if config is not None and not isinstance(config, bool | Mapping):
         raise ConfigError("speculative_config must be a dict, a bool or None")
     options: dict[str, Any] = {
@@ -43,7 +43,7 @@ def options_of(config: Mapping[str, Any] | bool | None) -> dict[str, Any]:
 
 
 def key_of(options: Mapping[str, Any]) -> str | None:
-    """Return what stands for the model that these options name; None if they need none."""
+    """Return a key of the model that these options name; None if they need none."""
     method = options["method"]
     model = options.get("model")
     if method == "union" and model:
@@ -56,9 +56,9 @@ def key_of(options: Mapping[str, Any]) -> str | None:
 def load_source(
     target: PreTrainedModel, options: Mapping[str, Any], max_length: int
 ) -> DraftSource:
-    """Return what `key_of` stands for.
+    """Load the head or draft model of `key_of`.
 
-    Raises SmartError, before any forward of either model, where it does not fit."""
+    Raises SmartError, before any forward of either model, if it does not fit."""
     if options["method"] != "draft_model":
         from smart_decoding.integrations.transformers.heads import load_host_head
 
@@ -79,7 +79,7 @@ def source_for(
 ) -> DraftSource | None:
     """Return the head or draft model that the options name, or None if there is none.
 
-    It is what an earlier call left, or loaded. Raises SmartError, before any forward, if it does
+    It is kept from an earlier call, or loaded. Raises SmartError, before any forward, if it does
     not fit."""
     key = key_of(options)
     if key is None:
@@ -95,10 +95,10 @@ def source_for(
 def borrowed(
     options: Mapping[str, Any], target: HostTarget, batch: int, source: DraftSource | None
 ) -> Iterator[Drafting]:
-    """Return the drafting for these options, as an earlier call left it, or new.
+    """Yield the drafting for these options, kept from an earlier call, or new.
 
-    At the end of the block it is given back for the next call, as is `source`. Raises ConfigError
-    for options that neither the method nor the policy has."""
+    At the end of the block it is kept for the next call, as is `source`. Raises ConfigError for
+    options of neither the method nor the policy."""
     state = state_of(target.model)
     source_key = key_of(options)
     named = {**options, "model": source_key} if source else options

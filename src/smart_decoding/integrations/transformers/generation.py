@@ -2,7 +2,7 @@
 
 transformers has prepared everything (inputs, processors, criteria, lengths); the engine then runs
 the batch as it runs any other, with the model as its target. Rows of the batch may be at different
-places: nobody waits for the slowest.
+places: none waits for the slowest.
 """
 
 from __future__ import annotations
@@ -51,15 +51,15 @@ def generate(
     speculative_config: Mapping[str, Any] | bool | None = None,
     **model_inputs: Any,
 ) -> GenerateDecoderOnlyOutput | torch.Tensor:
-    """Give it to `model.generate` as `custom_generate`; never call it directly.
+    """Pass it to `model.generate` as `custom_generate`; never call it directly.
 
-    speculative_config: an argument of `model.generate` then, e.g. {"method": "ngram", "policy":
-    "smart"}; False decodes plainly. Raises ConfigError or ModelError, before any forward, for what
-    docs/transformers.md lists."""
+    speculative_config: then an argument of `model.generate`, such as {"method": "ngram", "policy":
+    "smart"}; False decodes plainly. Raises ConfigError or ModelError, before any forward, for calls
+    in the list of docs/transformers.md."""
     assert generation_config is not None, "pass it to model.generate as custom_generate"
     options = options_of(speculative_config)
-    given = {**model_inputs, "assistant_model": _of_caller("assistant_model")}
-    check(model, generation_config, logits_processor, given)
+    inputs = {**model_inputs, "assistant_model": _of_caller("assistant_model")}
+    check(model, generation_config, logits_processor, inputs)
     warn_if_missing(model.device)
     prompts = _prompts(input_ids, model_inputs)
     layers = layers_of(model, model_inputs)
@@ -88,7 +88,7 @@ def _run(
     sequences: Sequence[HostSequence],
     stream: Stream,
 ) -> None:
-    """Until all requests have ended."""
+    """Step the engine until all requests have ended."""
     try:
         while engine.has_unfinished_requests:
             engine.step()
@@ -102,7 +102,7 @@ def _run(
 
 
 def last_report(model: PreTrainedModel) -> Report | None:
-    """Return what the last call on this model drafted and accepted, or None before the first."""
+    """Return the counts of the last call on this model, or None before the first."""
     return state_of(model).last
 
 
@@ -120,8 +120,8 @@ def _prompts(ids: torch.Tensor, inputs: Mapping[str, Any]) -> list[list[int]]:
             )
         prompt = row[start:]
         if positions is not None:
-            given = positions[i if len(positions) > 1 else 0].tolist()
-            if given[start:] != list(range(len(prompt))):
+            position = positions[i if len(positions) > 1 else 0].tolist()
+            if position[start:] != list(range(len(prompt))):
                 raise ConfigError(
                     "position_ids other than 0, 1, 2, ... are not supported: leave them out"
                 )
@@ -147,7 +147,7 @@ def _host(config: GenerationConfig, processors: Any, criteria: Any, batch: int) 
 
 
 def _params(config: GenerationConfig, host: Host, prompt: int) -> SamplingParams:
-    """Return what tells the policy the temperature; the processors have the real one.
+    """Return parameters whose temperature is for the policy; the processors apply the real one.
 
     prompt: length with padding."""
     temperature = min(2.0, max(1e-4, config.temperature or 1.0)) if config.do_sample else 0.0
@@ -184,7 +184,7 @@ def _requests(
     prompts: Sequence[list[int]],
     config: GenerationConfig,
 ) -> list[Request]:
-    """Return one for each row, submitted to the engine."""
+    """Submit a request for each row to the engine; return the requests."""
     requests = []
     for sequence, prompt in zip(sequences, prompts, strict=True):
         params = _params(config, host, sequence.length)
@@ -209,7 +209,7 @@ def _pad(config: GenerationConfig) -> int:
 
 
 def _of_caller(name: str) -> Any:
-    """Return an argument of the running `model.generate`, which does not hand it on to us."""
+    """Return an argument that the running `model.generate` does not pass on."""
     frame = sys._getframe(2)
     return frame.f_locals.get(name) if frame.f_code.co_name == "generate" else None
 
@@ -250,7 +250,7 @@ def _output(
 def _steps(
     kept: Sequence[Sequence[torch.Tensor]], steps: Sequence[int]
 ) -> tuple[torch.Tensor, ...]:
-    """Per step [batch, vocab]; zeros where a row has ended."""
+    """Return [batch, vocab] for each step; zeros where a row has ended."""
     blank = torch.zeros_like(next(rows[0] for rows in kept if rows))
     return tuple(
         torch.stack([rows[t] if t < n else blank for rows, n in zip(kept, steps, strict=True)])

@@ -32,13 +32,14 @@ class HostHead(EagleHead):
     """A head whose target is a transformers model. folder: its own."""
 
     def __init__(self, files: HeadFiles, folder: Path, model: PreTrainedModel) -> None:
-        if files.fused:  # transformers gives what the target's output matrix reads
+        if files.fused:  # transformers' last state is after the final norm
             files = replace(files, aux_layers=(files.aux_layers[0] + 1,))
         super().__init__(files, HostWeights(files, model), 0, 0, 0)
         self.folder: Path | None = folder
 
     def drafter(self, pages: int, positions: int, tree: bool) -> Drafter:
-        """For one call, with room for keys in so many pages and for positions below `positions`."""
+        """Return a drafter for one call, with room for keys in so many pages and for positions
+        below `positions`."""
         self.allocate(pages + SCRATCH_PAGES, positions + 64)
         drafter = EagleDrafter(self, pages, SCRATCH_PAGES)
         if not tree:
@@ -46,11 +47,11 @@ class HostHead(EagleHead):
         return drafter
 
     def check_length(self, max_length: int) -> None:
-        """A head follows any text."""
+        """Do nothing: a head follows any text."""
 
 
 class HostWeights:
-    """What a head borrows of a transformers model (`TargetWeights`)."""
+    """The weights that a head shares with a transformers model (`TargetWeights`)."""
 
     final_norm: torch.Tensor | None = None
     graphs = False  # each call has a cache of its own
@@ -65,7 +66,7 @@ class HostWeights:
         bias = getattr(output, "bias", None)
         bias = None if bias is None else bias.detach().to(self.dtype)
         self.device: torch.device = weight.device
-        # the kernels rank what an EAGLE-1/2 head says without a bias
+        # the kernels rank an EAGLE-1/2 head's logits only without a bias
         has_kernels = self.dtype in KERNEL_DTYPES and (bias is None or not files.fused)
         self.native = has_kernels and use_native(files.shape, self.device, allow_slow=True)
         self.work_dtype = torch.float32 if self.native else self.dtype
@@ -107,7 +108,7 @@ def load_host_head(model: PreTrainedModel, name: Any, trust_pickle: bool = False
 
 
 def host_config(model: PreTrainedModel) -> tuple[ModelConfig, bool]:
-    """Return what a head must fit, and whether it is all that is to say of the model's layers."""
+    """Return the config that a head must fit, and whether it describes the layers exactly."""
     text = model.config.get_text_config(decoder=True)
     described = {**text.to_dict(), "architectures": [type(model).__name__]}
     try:

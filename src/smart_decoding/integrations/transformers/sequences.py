@@ -1,8 +1,8 @@
-"""What `generate` was asked for beside the model: processors, criteria, scores, streamers.
+"""The arguments of `generate` besides the model: processors, criteria, scores, streamers.
 
-A processor or criterion gets what it would get in `generate`: one sequence's tokens so far, left
-padding included. The engine asks only for rows that the walk visits, so that each is called once
-per token of the answer, in order.
+A processor or criterion gets the same arguments as in `generate`: one sequence's tokens so far,
+left padding included. The engine requests only rows that the walk visits, so that each is called
+once per token of the answer, in order.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ BY_PLACE = (  # of transformers' own, those that depend on a row's place in the 
     "EncoderRepetitionPenaltyLogitsProcessor",
     "EncoderNoRepeatNGramLogitsProcessor",
 )
-SLACK = 128  # tokens beyond the longest answer: tree nodes that are looked at, not kept
+SLACK = 128  # tokens beyond the longest answer, for tree nodes that are visited
 
 
 class HostParams(SamplingParams):
@@ -36,7 +36,7 @@ class HostParams(SamplingParams):
 
     @property
     def changes_logits(self) -> bool:
-        """Always: the engine's greedy short cut must not be taken."""
+        """True, so that the engine does not take its greedy short cut."""
         return True
 
 
@@ -44,7 +44,7 @@ class HostParams(SamplingParams):
 class HostSequence:
     """One row of the batch: tokens [max_length + SLACK] with left padding, `length` of them known.
 
-    scores, logits: [vocab] per token of the answer, processed and raw, where they are wanted."""
+    scores, logits: [vocab] per token of the answer, processed and raw, where requested."""
 
     index: int
     tokens: torch.Tensor
@@ -53,12 +53,12 @@ class HostSequence:
     logits: list[torch.Tensor] = field(default_factory=list)
 
     def push(self, token: int) -> None:
-        """One more token is known."""
+        """Append a token."""
         self.tokens[self.length] = token
         self.length += 1
 
     def with_path(self, path: Sequence[int]) -> torch.Tensor:
-        """Return tokens so far and `path`, the nodes of the tree that the walk has come down."""
+        """Return the tokens so far and `path`, the visited nodes of the tree."""
         if len(path):
             self.tokens[self.length : self.length + len(path)] = torch.tensor(
                 path, device=self.tokens.device
@@ -66,17 +66,15 @@ class HostSequence:
         return self.tokens[: self.length + len(path)]
 
     def append(self, tokens: Sequence[int]) -> None:
-        """The engine's word for its own histories; here the stop check has taken the tokens
-        already."""
+        """Do nothing: the stop check has appended the tokens already."""
 
 
 @dataclass
 class Host:
     """The processors, criteria and outputs of one call.
 
-    batch: its rows. limit: longest row. seed: of the draws.
-    Where nothing pads ended rows (no end-of-sequence token), `generate` writes on in them until the
-    last row ends."""
+    batch: its rows. limit: longest row. seed: of the draws. Without an end-of-sequence token to pad
+    ended rows, `generate` continues them until the last row ends."""
 
     processors: Any
     criteria: Any
@@ -99,20 +97,19 @@ class Host:
 
     @property
     def length(self) -> int | None:
-        """Where the last row ended, once all have, if rows that ended before wrote on; or None."""
+        """The length of the last row, once all have ended, if ended rows continue; else None."""
         if self._pads or len(self._ends) < self.batch:
             return None
         return max(self._ends.values())
 
     @property
     def plain_greedy(self) -> bool:
-        """Whether a token is the argmax of the raw logits, and nothing else is wanted of them."""
+        """Whether a token is the argmax of the raw logits, which have no other use."""
         return not (self.do_sample or len(self.processors) or self.keep_scores or self.keep_logits)
 
     def draw(self, logits: torch.Tensor, specs: Sequence[SampleSpec], sampler: Sampler) -> IntArray:
-        """[rows] tokens for logits [rows, vocab]: the scores' argmax, or a draw with keyed noise.
-
-        The processors make the scores of the logits."""
+        """Return tokens [rows] for logits [rows, vocab]: the argmax of the processed scores, or a
+        draw with keyed noise."""
         scores = self._process(logits, specs)
         for i, spec in enumerate(specs):
             sequence: Any = spec.history
@@ -131,7 +128,7 @@ class Host:
         """Return whether the sequence ends at its last token, the answer's `count`-th."""
         ids = sequence.tokens[: sequence.length][None]
         rows = 1 if self._criteria_by_row else self.batch
-        # A round has scores of all its tokens before the first of them is asked about.
+        # A round has scores of all its tokens before its first one is checked.
         known = sequence.scores[:count]
         scores = tuple(row.expand(rows, -1) for row in known) if self.keep_scores else None
         done = self.criteria(ids.repeat(rows, 1), scores)
@@ -170,7 +167,7 @@ class HostStop(StopChecker):
         self._sequence = sequence
 
     def _goes_on(self, tokens: Sequence[int]) -> bool:
-        return False  # the criteria are asked after each token
+        return False  # the criteria are called after each token
 
     def _push_one(self, token: int) -> None:
         self.token_ids.append(token)
@@ -192,7 +189,7 @@ class Stream:
     def advance(
         self, sequences: Sequence[HostSequence], ended: Sequence[bool], longest: int | None
     ) -> None:
-        """Give out all steps for which every row has a token or has ended.
+        """Pass on all steps for which every row has a token or has ended.
 
         longest: `Host.length`."""
         if self._streamer is None:
@@ -205,19 +202,19 @@ class Stream:
         self._at = max(self._at, upto)
 
     def end(self) -> None:
-        """All has been given out."""
+        """End the streamer."""
         if self._streamer is not None:
             self._streamer.end()
 
 
 def _keep(kept: list[torch.Tensor], position: int, values: torch.Tensor) -> None:
-    """Of the token at `position`, and forgets those from there on that came to nothing."""
+    """Keep the values of the token at `position`; drop those of rejected tokens from there on."""
     del kept[position:]
     kept.append(values.clone())
 
 
 def _by_row(thing: object, module: str) -> bool:
-    """Return whether it is transformers' own and treats every row alike, whatever its number."""
+    """Return whether `thing` is transformers' own and does not depend on a row's number."""
     return type(thing).__module__ == module and type(thing).__name__ not in BY_PLACE
 
 

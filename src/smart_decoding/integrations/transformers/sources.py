@@ -1,4 +1,4 @@
-"""What one call of `generate` drafts with: a policy, drafters, and a head or draft model."""
+"""The parts that draft in one call of `generate`: policy, drafters, a head or draft model."""
 
 from __future__ import annotations
 
@@ -15,18 +15,17 @@ if TYPE_CHECKING:
 
 
 class DraftSource(Protocol):
-    """A draft head or draft model, used by one call at a time. folder: where a prior may lie that
-    came with it, or None."""
+    """A draft head or draft model, used by one call at a time. folder: of its prior, or None."""
 
     folder: Path | None
 
     @property
     def shape(self) -> tuple[object, ...]:
-        """What the cost of a level depends on."""
+        """The sizes that the cost of a level depends on."""
 
     def drafter(self, pages: int, positions: int, tree: bool) -> Drafter:
-        """For one call, with room for keys in so many pages and positions; not tree: it proposes
-        chains."""
+        """Return a drafter for one call, with room for keys in so many pages and positions; not
+        tree: it proposes chains."""
 
     def check_length(self, max_length: int) -> None:
         """Raise ModelError if it cannot follow a text to this length."""
@@ -36,7 +35,7 @@ class DraftSource(Protocol):
 class Drafting:
     """A policy and drafters, used by one call at a time.
 
-    free: drafters without a model of their own. source: what makes the one with a model."""
+    free: drafters without a model of their own. source: makes the drafter with a model."""
 
     method: str
     policy: Policy
@@ -44,7 +43,7 @@ class Drafting:
     source: DraftSource | None = None
 
     def drafter(self, pages: int, positions: int, tree: bool) -> Drafter | None:
-        """For one call; see `DraftSource`."""
+        """Return the drafter of one call; see `DraftSource`."""
         parts = list(self.free)
         if self.source:
             parts.insert(0, self.source.drafter(pages, positions, tree))

@@ -1,4 +1,4 @@
-"""What is remembered of a transformers model, on the model itself, from call to call."""
+"""The state of a transformers model, kept on the model itself from call to call."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Report:
 
 @dataclass
 class ModelState:
-    """All that is remembered of one model.
+    """The state of one model.
 
     layouts, costs: by attention, dtype, device. idle: by configuration. sources: heads and draft
     models that no call is using, by `key_of`."""
@@ -74,7 +74,7 @@ def layers_of(model: PreTrainedModel, inputs: Mapping[str, Any] | None = None) -
 
 
 def layout_of(model: PreTrainedModel, layers: int) -> str:
-    """'tree' or 'chain', found once.
+    """Return 'tree' or 'chain', found once.
 
     Raises ModelError for a model whose logits change through our cache."""
     state = state_of(model)
@@ -91,5 +91,5 @@ def layout_of(model: PreTrainedModel, layers: int) -> str:
 
 
 def setting_of(model: PreTrainedModel) -> tuple[object, ...]:
-    """Return what a layout and costs depend on beside the model."""
+    """Return the settings besides the model that layouts and costs depend on."""
     return (str(model.config._attn_implementation), str(model.dtype), str(model.device))

@@ -30,8 +30,7 @@ class HostTarget(Sampler):
     """A text model, whose keys lie in a `SlotCache`.
 
     tree: whether the model takes a mask [groups, 1, queries, keys]; else rows must be chains, under
-    a padding mask. host: the processors of a `generate` call, or None where only forwards are
-    wanted."""
+    a padding mask. host: the processors of a `generate` call, or None for forwards only."""
 
     verify = verify_by_rows
     clock = staticmethod(time.perf_counter)
@@ -61,32 +60,32 @@ class HostTarget(Sampler):
         self._takes = frozenset(inspect.signature(model.forward).parameters)
 
     def forward(self, rows: Rows, aux_layers: tuple[int, ...]) -> TargetScores:
-        """Return one forward of each bundle of groups; features: [rows, aux_layers * hidden].
+        """Run one forward for each bundle of groups; features: [rows, aux_layers * hidden].
 
         Raises ModelError for aux_layers of a model whose layers cannot be found."""
-        wanted = np.arange(len(rows)) if rows.logit_rows is None else rows.logit_rows
+        requested = np.arange(len(rows)) if rows.logit_rows is None else rows.logit_rows
         found: list[IntArray] = []
         logits: list[torch.Tensor] = []
         order: list[IntArray] = []
         features: list[torch.Tensor] = []
         for groups in _bundles(rows):
             layout = lay_out(rows, groups)
-            mine = np.flatnonzero(np.isin(layout.row, wanted))
+            mine = np.flatnonzero(np.isin(layout.row, requested))
             part = self._forward(rows, layout, mine, aux_layers)
             logits.append(part.logits)
             features.append(part.features)
             found.append(layout.row[mine])
             order.append(layout.row)
         all_features = _in_order(features, order, np.arange(len(rows))) if aux_layers else None
-        return TargetScores(_in_order(logits, found, wanted), all_features)
+        return TargetScores(_in_order(logits, found, requested), all_features)
 
     def _forward(
-        self, rows: Rows, layout: Layout, wanted: IntArray, aux_layers: tuple[int, ...]
+        self, rows: Rows, layout: Layout, requested: IntArray, aux_layers: tuple[int, ...]
     ) -> TargetScores:
-        """[wanted, vocab] float32 logits of the layout's rows `wanted` (indices into `layout.row`),
-        and the aux hidden states of all its rows."""
+        """Return float32 logits [requested, vocab] of the layout's rows `requested`, indices into
+        `layout.row`, and the aux hidden states of all its rows."""
         group, column = layout.at
-        back = column[wanted] - layout.queries  # from the end: the model may keep the last ones
+        back = column[requested] - layout.queries  # from the end: the model may keep the last ones
         inputs = self._inputs(rows, layout)
         if "logits_to_keep" in self._takes:
             inputs["logits_to_keep"] = int(-back.min(initial=-1))
@@ -94,7 +93,7 @@ class HostTarget(Sampler):
         logits, states = self._run(inputs, aux_layers)
         device = logits.device
         chosen = logits[
-            torch.from_numpy(group[wanted]).to(device), torch.from_numpy(back).to(device)
+            torch.from_numpy(group[requested]).to(device), torch.from_numpy(back).to(device)
         ]
         if not aux_layers:
             return TargetScores(chosen.float(), None)
@@ -103,7 +102,7 @@ class HostTarget(Sampler):
         return TargetScores(chosen.float(), torch.cat(aux_hidden, dim=-1))
 
     def _inputs(self, rows: Rows, layout: Layout) -> dict[str, Any]:
-        """Return what the model's forward is called with."""
+        """Return the arguments of the model's forward."""
         group, column = layout.at
         token = np.zeros((layout.groups, layout.queries), np.int64)
         token[group, column] = rows.token[layout.row]
@@ -123,7 +122,7 @@ class HostTarget(Sampler):
     def _run(
         self, inputs: Mapping[str, Any], aux_layers: tuple[int, ...]
     ) -> tuple[torch.Tensor, Mapping[int, torch.Tensor]]:
-        """[groups, kept queries, vocab] logits, and the states after each of `aux_layers`."""
+        """Return logits [groups, kept queries, vocab], and states after each of `aux_layers`."""
         if not aux_layers:
             return self.model(**inputs).logits, {}
         if self._aux_hidden is None:
@@ -154,28 +153,28 @@ class HostTarget(Sampler):
         self.cache.move(*slots)
 
     def encode_image(self, pixels: Any) -> Any:
-        """Never called: only token ids are taken (`checks.unsupported`)."""
+        """Raise: calls take only token ids (`checks.unsupported`)."""
         raise NotImplementedError
 
     def forget_pictures(self) -> None:
-        """There are none."""
+        """Do nothing: calls have no pictures."""
 
 
 def _in_order(
-    parts: Sequence[torch.Tensor], rows: Sequence[IntArray], wanted: IntArray
+    parts: Sequence[torch.Tensor], rows: Sequence[IntArray], requested: IntArray
 ) -> torch.Tensor:
-    """Return the parts' rows, whose numbers are `rows`, in the order of `wanted`."""
+    """Return the parts' rows, whose numbers are `rows`, in the order of `requested`."""
     row = np.concatenate(rows)
     all_parts = torch.cat(list(parts)) if len(parts) > 1 else parts[0]
-    if np.array_equal(row, wanted):
+    if np.array_equal(row, requested):
         return all_parts
     place = np.empty(int(row.max()) + 1, np.int64)
     place[row] = np.arange(len(row))
-    return all_parts[torch.from_numpy(place[wanted]).to(all_parts.device)]
+    return all_parts[torch.from_numpy(place[requested]).to(all_parts.device)]
 
 
 def _bundles(rows: Rows) -> list[list[int]]:
-    """Groups that share a forward: of similar size, since all are padded to the largest."""
+    """Return groups that share a forward: of similar size, since all are padded to the largest."""
     counts = np.diff(rows.query_start_loc)
     if counts.max() <= 16 + UNEVEN * counts.min():
         return [list(range(len(counts)))]

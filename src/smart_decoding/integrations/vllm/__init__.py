@@ -1,10 +1,10 @@
-"""SMART inside vLLM, of which it needs no patch: `smart vllm-config`, which measures and writes
-options of vLLM's own, and a scheduler (docs/vllm.md):
+"""SMART inside vLLM, without a patch: `smart vllm-config`, which measures and writes options of
+vLLM's own, and a scheduler (docs/vllm.md):
 
     vllm serve MODEL --speculative-config '{"method": "ngram", ...}' \\
         --scheduler-cls smart_decoding.integrations.vllm.SmartScheduler
 
-Nothing of vLLM is imported before one of these is asked for.
+vLLM is imported only when one of these is used.
 """
 
 from __future__ import annotations

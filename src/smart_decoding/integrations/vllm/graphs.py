@@ -1,9 +1,9 @@
 """Which draft lengths vLLM has captured full CUDA graphs for, by batch size. Imports no vLLM.
 
 For decoding vLLM captures uniform graphs: every request has 1 + K tokens. The first model runner
-captures the longest K alone. The second one, too, unless a schedule is given
-(num_speculative_tokens_per_batch_size): then every K that the schedule has for a batch of up to
-max_num_seqs. Steps of other lengths run in piecewise graphs or none, which is slower.
+captures only the longest K. So does the second one without a schedule
+(num_speculative_tokens_per_batch_size); with one it captures every K of the schedule for batches up
+to max_num_seqs. Steps of other lengths run in piecewise graphs or none, which is slower.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class CapturedLengths:
-    """lengths: ascending. most: length -> requests of its largest graph; None where no length runs
-    in a graph that others lack, as without CUDA graphs."""
+    """The draft lengths to choose from. lengths: ascending. most: length -> requests of its largest
+    graph; None if no length has an advantage by graphs, as without CUDA graphs."""
 
     lengths: tuple[int, ...]
     most: Mapping[int, int] | None = None
 
     def of(self, batch: int) -> tuple[int, ...]:
-        """Return the shortest length and those with a graph for this batch size; all lengths where
-        none has one. Without the shortest, drafts that are never accepted could not be ended."""
+        """Return the shortest length and all with a graph for this batch size; all lengths if none
+        has one. The shortest is needed to stop drafts that are never accepted."""
         if self.most is None or batch > max(self.most.values()):
             return self.lengths
         shortest, *longer = self.lengths

@@ -1,7 +1,7 @@
 """The draft length of a step, the same for all its requests: the one of most tokens per second.
 
-vLLM drafts K tokens for each request in one step and verifies them in the next. What a step of each
-length costs and how many of its drafts are accepted is learned from the steps themselves, without a
+vLLM drafts K tokens for each request in one step and verifies them in the next. The cost of a step
+of each length and the acceptance of its drafts are learned from the steps themselves, without a
 profile. Nothing here reads a clock or knows vLLM.
 """
 
@@ -25,16 +25,16 @@ PRIOR = 0.7  # acceptance at first
 PRIOR_WEIGHT = 4.0  # steps that a prior is worth
 GUESS = 0.002  # share of a plain step that a draft costs, at first: too little, so that it is tried
 CLIP = math.log(2.0)  # one slow step counts as at most twice the usual
-ENOUGH = 4  # plain steps without which nothing is drafted
-BETTER = 1.01  # rate over the last length's at which another one takes its place
+ENOUGH = 4  # plain steps before anything is drafted
+BETTER = 1.01  # rate over the last length's at which another length takes its place
 
 
 class AcceptanceByDepth:
     """P(the draft at a depth is accepted | the one before it was), by depth, over all requests.
 
-    Recent steps count most. Where they say little, the long run does, and before it the depth
-    above: n-grams fail at the first draft, where nothing matches, and seldom below it. A request
-    without drafts counts as one whose first was rejected."""
+    Recent steps count most. Where they are few, the long run counts, and where that is short the
+    depth above: n-grams fail at the first draft, where nothing matches, and seldom below it. A
+    request without drafts counts as one whose first was rejected."""
 
     def __init__(self, longest: int) -> None:
         self._recent = np.zeros((2, longest))  # shares of requests: accepted, tested
@@ -53,8 +53,8 @@ class AcceptanceByDepth:
         self._usual[:, :length] += step
 
     def tokens(self) -> FloatArray:
-        """[1 + longest] expected tokens of a request in a step of each length, its last one
-        included."""
+        """Return [1 + longest] expected tokens of a request in a step of each length, the bonus
+        token included."""
         usual = [PRIOR]
         for accepted, tested in self._usual.T.tolist():
             usual.append((accepted + usual[-1] * PRIOR_WEIGHT) / (tested + PRIOR_WEIGHT))
@@ -67,7 +67,7 @@ class StepSeconds:
     """Seconds of a step by batch size and draft length.
 
     Steps of the shortest length are learned around knots, two for each doubling of the batch size;
-    longer ones as ratios to them. What was not met is as at the nearest knot that was."""
+    longer ones as ratios to them. Unobserved knots are as the nearest observed one."""
 
     def __init__(self, shortest: int) -> None:
         self._shortest = shortest
@@ -77,7 +77,7 @@ class StepSeconds:
 
     @property
     def known(self) -> bool:
-        """Whether enough steps of the shortest length were met to tell anything."""
+        """Whether enough steps of the shortest length were observed for predictions."""
         return self.plain_steps >= ENOUGH
 
     def predict(self, batch: int, length: int) -> float:
@@ -104,8 +104,8 @@ class StepSeconds:
             knots = self._ratio.setdefault(length, {})
             knots.setdefault(knot, RunningMean(clip=CLIP)).observe(ratio)
 
-    def seen(self, batch: int, length: int) -> int:
-        """Return how often steps of this length were met at about this batch size."""
+    def count(self, batch: int, length: int) -> int:
+        """Return how many steps of this length were observed at about this batch size."""
         knots = self._plain if length == self._shortest else self._ratio.get(length, {})
         found = knots.get(_knot(batch))
         return found.seen if found else 0
@@ -120,7 +120,7 @@ class StepSeconds:
 
 
 def _position(batch: int) -> float:
-    """Return where a batch size lies between the knots, which are at whole numbers."""
+    """Return the position of a batch size between the knots, which are at whole numbers."""
     return 2.0 * math.log2(max(batch, 1))
 
 
@@ -130,7 +130,7 @@ def _knot(batch: int) -> int:
 
 @dataclass
 class Counters:
-    """What has happened, as numbers that only grow; exported as metrics by these names."""
+    """Counts that only grow, exported as metrics by these names."""
 
     steps_on: int = 0  # steps that verified drafts
     steps_off: int = 0  # decoding steps that did not
@@ -145,8 +145,8 @@ class Counters:
 class Step:
     """One step of the engine.
 
-    batch: sequences in it. length: K of the step before, whose drafts it verifies. drafts: K of
-    its own. verified: draft tokens in all. accepted: of each request that decoded. clean: it
+    batch: sequences in it. length: K of the step before, whose drafts it verifies. drafts: its own
+    K. verified: draft tokens in all. accepted: of each request that decoded. clean: whether it
     prefilled nothing. exploring: whether `length` was an exploration."""
 
     batch: int
@@ -162,7 +162,7 @@ class DraftLengths:
     """Chooses K for one engine.
 
     longest: the largest K. shortest: the smallest, 0 unless no graph has it. exploration_budget:
-    share of the time that may go into lengths that are not predicted best."""
+    share of the time for lengths that are not predicted best."""
 
     def __init__(self, longest: int, shortest: int = 0, exploration_budget: float = 0.005) -> None:
         self.seconds = StepSeconds(shortest)
@@ -173,8 +173,8 @@ class DraftLengths:
         self._best = shortest
 
     def choose(self, batch: int, lengths: Sequence[int]) -> int:
-        """K: how many tokens to draft for each request, out of the ascending `lengths`, of which
-        the first is the shortest of all: nothing is known before it was tried."""
+        """Return K, the tokens to draft for each request, out of the ascending `lengths`. The first
+        one is the shortest of all and is tried first."""
         self.exploring = False
         if len(lengths) == 1 or not self.seconds.known:
             return lengths[0]
@@ -188,10 +188,10 @@ class DraftLengths:
             return best
         self.exploring = True
         others = [length for length in lengths if length != best]
-        return min(others, key=lambda length: self.seconds.seen(batch, length))
+        return min(others, key=lambda length: self.seconds.count(batch, length))
 
     def _find_best(self, batch: int, lengths: Sequence[int]) -> int:
-        """Return the length of most tokens per second; the last one, where another is hardly
+        """Return the length of most tokens per second; the last one unless another is clearly
         better."""
         tokens = self.acceptance.tokens()
         rates = {k: float(tokens[k]) / self.seconds.predict(batch, k) for k in lengths}
@@ -199,7 +199,7 @@ class DraftLengths:
         return best if rates[best] > BETTER * rates.get(self._best, 0.0) else self._best
 
     def observe(self, step: Step, seconds: float | None) -> None:
-        """Learn from a step that took `seconds` (None: not to be relied upon)."""
+        """Learn from a step that took `seconds` (None: unreliable)."""
         self._count(step)
         self.acceptance.observe(step.accepted, step.length)
         if not step.batch:
@@ -222,8 +222,8 @@ class DraftLengths:
             counters.lengths[step.drafts] = counters.lengths.get(step.drafts, 0) + 1
 
     def _loss(self, step: Step) -> float:
-        """Return seconds that a step of an exploration lost against the best length, by what steps
-        of its length take: one that was stopped for a minute must not cost the explorations of
+        """Return seconds that a step of an exploration lost against the best length. They are
+        predicted, so that one step that was stopped for a minute does not use up the budget of
         hours."""
         usual = self.seconds.predict(step.batch, self._best)
         per_token = usual / (step.batch * float(self.acceptance.tokens()[self._best]))

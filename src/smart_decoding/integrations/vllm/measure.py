@@ -3,9 +3,9 @@
     python -m smart_decoding.integrations.vllm.measure '{"model": ..., "speculative_config": ...}'
 
 reads lines of JSON, {"prompts": [...], "max_tokens": n}, and answers each with {"seconds",
-"tokens", "prompt_tokens", "drafted", "accepted"}; before the first it says {"ready": vLLM's
-version}. `Measured` is the other end. With --resolve before the arguments it says what vLLM makes
-of them, and loads nothing; `resolved` is the other end.
+"tokens", "prompt_tokens", "drafted", "accepted"}; before the first it prints {"ready": vLLM's
+version}. `Measured` is the other end. With --resolve before the arguments it prints vLLM's settings
+and loads nothing; `resolved` is the other end.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from smart_decoding.errors import ConfigError
 from smart_decoding.integrations.vllm.schedule import SCHEDULE
 from smart_decoding.integrations.vllm.seams import reads
 
-# What a draft model proposes with in Model Runner V2.
+# The method by which a draft model proposes in Model Runner V2.
 DRAFT_MODEL = (
     "vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator:StandaloneARSpeculator.propose"
 )
@@ -47,7 +47,7 @@ class Measured:
         )
 
     def ready(self) -> str:
-        """Waits until the engine has started; returns vLLM's version.
+        """Wait until the engine has started; return vLLM's version.
 
         Raises ConfigError if it did not start."""
         return str(self._answer()["ready"])
@@ -57,7 +57,7 @@ class Measured:
 
         Raises ConfigError if the process has ended."""
         job = {"prompts": list(prompts), "max_tokens": max_tokens}
-        with suppress(BrokenPipeError):  # there is no answer then, which tells it
+        with suppress(BrokenPipeError):  # reported by `_answer`
             print(json.dumps(job), file=self._process.stdin, flush=True)
         return self._answer()
 
@@ -88,10 +88,10 @@ class Measured:
 
 
 def resolved(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what vLLM makes of these arguments, whose speculative config has a schedule; see
+    """Return vLLM's settings under these arguments, whose speculative config has a schedule; see
     `_resolve`.
 
-    Raises ConfigError if it does not take them."""
+    Raises ConfigError if vLLM refuses them."""
     command = [sys.executable, "-m", __spec__.name, "--resolve", json.dumps(dict(arguments))]
     run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if run.returncode:
@@ -101,21 +101,21 @@ def resolved(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def main(arguments: list[str]) -> None:
-    """The process: answers on the real stdout, which everything else of it is kept off."""
+    """Run the process. Its answers go to the real stdout, all other output to stderr."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    given = json.loads(arguments[-1])
+    engine_args = json.loads(arguments[-1])
     if "--resolve" in arguments:
-        print(json.dumps(_resolve(given)), file=answers, flush=True)
+        print(json.dumps(_resolve(engine_args)), file=answers, flush=True)
     else:
-        _serve(given, answers)
+        _serve(engine_args, answers)
 
 
 def _resolve(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Return what becomes of a schedule, as JSON.
+    """Return vLLM's settings under a schedule, as JSON.
 
     scheduled: whether it is kept. graphs: CUDA graphs without it, and with it. all_passes: whether
-    a draft model runs all its passes whatever the schedule says. no_adaptive: why vLLM's adaptive
+    a draft model runs all its passes under any schedule. no_adaptive: why vLLM's adaptive
     verification cannot run in its place; None: it can."""
     import vllm
     from vllm.engine.arg_utils import EngineArgs

@@ -19,7 +19,7 @@ HELP = {
 
 
 class CounterCollector:
-    """What prometheus_client asks at each scrape."""
+    """A collector for prometheus_client."""
 
     def __init__(self, counters: Counters) -> None:
         self._counters = counters

@@ -9,7 +9,7 @@ from typing import Any
 from smart_decoding.errors import ConfigError
 from smart_decoding.integrations.vllm.seams import find
 
-METHODS = ("ngram", "draft_model", "eagle", "eagle3", "mtp")  # what drafts as few as it is asked to
+METHODS = ("ngram", "draft_model", "eagle", "eagle3", "mtp")  # they draft only the requested tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,14 +26,14 @@ class Options:
 
 
 def read_options(additional_config: Any) -> Options:
-    """Our part of vLLM's additional_config.
+    """Return our options in vLLM's additional_config.
 
     Raises ConfigError for unknown names and values of the wrong kind."""
-    given = additional_config.get("smart", {}) if isinstance(additional_config, Mapping) else {}
-    if not isinstance(given, Mapping):
+    section = additional_config.get("smart", {}) if isinstance(additional_config, Mapping) else {}
+    if not isinstance(section, Mapping):
         raise ConfigError('additional_config["smart"] must be a mapping of options')
     known = {field.name: type(field.default) for field in fields(Options)}
-    for name, value in given.items():
+    for name, value in section.items():
         where = f"additional_config['smart'][{name!r}]"
         if name not in known:
             raise ConfigError(
@@ -42,7 +42,7 @@ def read_options(additional_config: Any) -> Options:
         good = (int, float) if known[name] is float else known[name]
         if not isinstance(value, good) or (known[name] is not bool and isinstance(value, bool)):
             raise ConfigError(f"{where} must be of type {known[name].__name__}")
-    options = Options(**given)
+    options = Options(**section)
     if not 0.0 <= options.exploration_budget <= 0.5 or not 0 <= options.metrics_port <= 65535:
         raise ConfigError(
             "additional_config['smart']: exploration_budget is in [0, 0.5], "
@@ -52,17 +52,17 @@ def read_options(additional_config: Any) -> Options:
 
 
 def refuse_class(async_scheduling: Any, is_async: bool) -> None:
-    """Raise ConfigError for the wrong one of the two classes, which would do harm even idle."""
+    """Raise ConfigError for the wrong one of the two classes, which does harm even when idle."""
     if async_scheduling in (True, False) and async_scheduling != is_async:
-        wanted = "SmartAsyncScheduler" if async_scheduling else "SmartScheduler"
+        required = "SmartAsyncScheduler" if async_scheduling else "SmartScheduler"
         raise ConfigError(
             f"async_scheduling is {'on' if async_scheduling else 'off'} here: use --scheduler-cls "
-            f"smart_decoding.integrations.vllm.{wanted}"
+            f"smart_decoding.integrations.vllm.{required}"
         )
 
 
 def refuse_layout(size: int, executor: Any) -> None:
-    """Raise ConfigError where the scheduler would act and do harm. size: of data parallelism."""
+    """Raise ConfigError for layouts in which the scheduler does harm. size: of data parallelism."""
     if executor == "external_launcher":
         raise ConfigError(
             "SMART's scheduler cannot run with distributed_executor_backend='external_launcher': "

@@ -1,4 +1,4 @@
-"""From measured times to vLLM's `num_speculative_tokens_per_batch_size`, with reasons. Pure."""
+"""From measured times to vLLM's `num_speculative_tokens_per_batch_size`, with reasons."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from smart_decoding.errors import ConfigError
 
 SCHEDULE = "num_speculative_tokens_per_batch_size"  # vLLM's option
-MARGIN = 1.02  # what speculation must measure over plain decoding to be switched on
+MARGIN = 1.02  # measured speedup over plain decoding above which speculation is switched on
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """Batch sizes `first` to `last` draft `length` tokens; `reason` says what was measured."""
+    """Batch sizes `first` to `last` draft `length` tokens; `reason`: the measurements."""
 
     first: int
     last: int
@@ -42,7 +42,7 @@ class Line:
     reason: str
 
     def entry(self) -> list[int]:
-        """As vLLM takes it."""
+        """Return the line in vLLM's form."""
         return [self.first, self.last, self.length]
 
 
@@ -113,8 +113,8 @@ def speculative_config(base: Mapping[str, Any], lines: Sequence[Line]) -> dict[s
 
 
 def warnings(resolved: Mapping[str, Any]) -> list[str]:
-    """Return what a schedule costs, or why it does nothing, by what vLLM makes of one
-    (measure.resolved)."""
+    """Return the drawbacks of a schedule, or why vLLM ignores it. resolved: vLLM's settings under a
+    schedule (measure.resolved)."""
     vllm = f"vLLM {resolved['vllm']}"
     without, with_ = resolved["graphs"]
     found = []
@@ -141,10 +141,9 @@ def mean_context(measured: Mapping[int, Mapping[int, Timing]]) -> int:
 
 
 def adaptive(resolved: Mapping[str, Any], context: int) -> str:
-    """Return whether vLLM's own adaptive verification can run here (measure.resolved), and with
-    what.
+    """Return whether vLLM's own adaptive verification can run here, and with which options.
 
-    context: mean tokens of a request while it is answered."""
+    resolved: see measure.resolved. context: mean tokens of a request while it is answered."""
     if resolved["no_adaptive"] is not None:
         return f"vLLM's adaptive verification cannot run here: {resolved['no_adaptive']}"
     return (
@@ -160,7 +159,7 @@ def report(
     choices: Sequence[LengthChoice],
     measured: Mapping[int, Mapping[int, Timing]],
 ) -> Any:
-    """Return all that was measured, as plain lists and numbers."""
+    """Return all measurements, as plain lists and numbers."""
     return {
         "lines": [asdict(line) for line in lines],
         "measured": {
@@ -178,7 +177,7 @@ def report(
 
 
 def speedup(plain: Timing, other: Timing) -> tuple[float, float]:
-    """(speedup over plain, standard error over the blocks, which are pairs)."""
+    """Return speedup over plain and its standard error over the blocks, which are pairs."""
     pairs = list(zip(plain.seconds, other.seconds, strict=True))
     ratio = sum(a for a, _ in pairs) / sum(b for _, b in pairs)
     logs = [math.log(a / b) for a, b in pairs]

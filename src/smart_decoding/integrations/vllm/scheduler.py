@@ -1,8 +1,8 @@
 """vLLM's schedulers, with a draft length for each step: one for all requests of the step.
 
-They run in the engine's own process alone and hand their choice to the workers in the step's
-SchedulerOutput, so that tensor-parallel ranks cannot disagree. vLLM drafts and verifies: tokens are
-its own whatever is chosen here.
+They run only in the engine's own process and pass their choice to the workers in the step's
+SchedulerOutput, so that tensor-parallel ranks cannot disagree. vLLM drafts and verifies, so its
+tokens do not depend on the choice.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ SHORT_GAP = 0.002  # seconds between two steps that still belong to the work of 
 
 
 class Controller:
-    """Between one vLLM scheduler and the policy: counts and the clock.
+    """The link between one vLLM scheduler and the policy: counts and the clock.
 
-    It stands in the place of vLLM's table of K by batch size."""
+    It replaces vLLM's table of K by batch size."""
 
     def __init__(self, captured: CapturedLengths, exploration_budget: float) -> None:
         self.captured = captured
@@ -48,14 +48,14 @@ class Controller:
         self._done = 0.0  # when the last step's output was processed
 
     def __getitem__(self, batch: int) -> int:
-        """K of the step that is being scheduled."""
+        """Return K of the step that is being scheduled."""
         start = time.perf_counter()
         length = self.policy.choose(batch, self.captured.of(batch))
         self.policy.counters.seconds += time.perf_counter() - start
         return length
 
     def scheduled(self, output: SchedulerOutput, start: float) -> None:
-        """A step was scheduled, from `start` on."""
+        """Note a step that was scheduled from `start` on."""
         batch = len(output.num_scheduled_tokens)
         if not batch:
             return
@@ -68,7 +68,7 @@ class Controller:
         self._under_way[id(output)] = (step, start)
 
     def outcome(self, output: SchedulerOutput, ran: ModelRunnerOutput) -> tuple[Step, float] | None:
-        """Return the step behind `output`, with what was accepted in it; None if it is not ours."""
+        """Return the step of `output`, with its accepted drafts; None if it is not ours."""
         found = self._under_way.pop(id(output), None)
         if found is not None and ran.sampled_token_ids:
             drafts = output.scheduled_spec_decode_tokens
@@ -80,7 +80,7 @@ class Controller:
         return found
 
     def finished(self, step: Step, start: float) -> None:
-        """The step's output was processed just now."""
+        """Observe a step whose output was processed just now."""
         now = time.perf_counter()
         since = self._done if start - self._done < SHORT_GAP else start
         self._done = now
@@ -89,7 +89,7 @@ class Controller:
 
 
 class _Smart:
-    """What both schedulers share; vLLM's own class follows in the order of methods."""
+    """The part that both schedulers share; vLLM's own class follows in the order of methods."""
 
     ASYNC = False
     controller: Controller | None
@@ -111,7 +111,7 @@ class _Smart:
             _serve(self.controller, options.metrics_port)
 
     def _take_over(self, exploration_budget: float) -> str | None:
-        """Put a controller in the place of vLLM's table; why not, where there is no choice."""
+        """Put a controller in place of vLLM's table; return the reason if there is no choice."""
         config = self.vllm_config  # type: ignore[attr-defined]
         parallel = config.parallel_config
         refuse_layout(parallel.data_parallel_size, parallel.distributed_executor_backend)
@@ -119,7 +119,7 @@ class _Smart:
         captured = captured_lengths(config, self.dynamic_sd_lookup, longest)
         if len(captured.lengths) == 1:
             return (
-                f"full CUDA graphs are captured for drafts of {captured.lengths[0]} tokens alone; "
+                f"full CUDA graphs are captured only for drafts of {captured.lengths[0]} tokens; "
                 "name more lengths, 0 among them, in num_speculative_tokens_per_batch_size and "
                 "start with VLLM_USE_V2_MODEL_RUNNER=1"
             )
@@ -129,7 +129,7 @@ class _Smart:
         return None
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
-        """vLLM's, of a step whose K the policy has chosen."""
+        """Schedule as vLLM does, a step whose K the policy has chosen."""
         start = time.perf_counter()
         output: SchedulerOutput = super().schedule(*args, **kwargs)  # type: ignore[misc]
         if self.controller is not None:
@@ -139,7 +139,7 @@ class _Smart:
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> Any:
-        """vLLM's; what was accepted is learned from."""
+        """Update as vLLM does; the policy learns from the accepted drafts."""
         controller = self.controller
         found = controller.outcome(scheduler_output, model_runner_output) if controller else None
         result = super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
@@ -148,24 +148,24 @@ class _Smart:
         return result
 
     def shutdown(self) -> None:
-        """vLLM's, after a last line of figures."""
+        """Log a last line of figures, then shut down as vLLM does."""
         if self.controller is not None:
             logger.info("SMART: %s", self.controller.policy.counters)
         super().shutdown()  # type: ignore[misc]
 
 
 class SmartScheduler(_Smart, Scheduler):  # type: ignore[misc]
-    """For synchronous scheduling."""
+    """The scheduler of synchronous scheduling."""
 
 
 class SmartAsyncScheduler(_Smart, AsyncScheduler):  # type: ignore[misc]
-    """For asynchronous scheduling: a step is scheduled while the one before it runs."""
+    """The scheduler of asynchronous scheduling: a step is scheduled while its predecessor runs."""
 
     ASYNC = True
 
 
 def _serve(controller: Controller, port: int) -> None:
-    """Metrics, unless another engine on this machine has the port, such as another rank."""
+    """Serve metrics, unless another engine on this machine has the port, such as another rank."""
     try:
         serve_metrics(controller.policy.counters, port)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""What the scheduler relies on in vLLM beyond its public interface. Imports no vLLM.
+"""Names in vLLM that the scheduler relies on, beyond its public interface. Imports no vLLM.
 
 These names are compared with the installed vLLM at every start, so that no version is refused by
 its number.
@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
-# Of a live scheduler: attributes, and what is read of its configuration.
+# Attributes of a live scheduler and its configuration: the reason to read each.
 ATTRIBUTES = {
     "dynamic_sd_lookup": "K by batch size, looked up once a step: replaced by ours",
     "num_spec_tokens": "the longest K",
     "vllm_config.additional_config": "our options",
     "vllm_config.compilation_config.cudagraph_capture_sizes": "tokens of the captured graphs",
-    "vllm_config.compilation_config.cudagraph_mode": "whether there are graphs for decoding alone",
+    "vllm_config.compilation_config.cudagraph_mode": "whether graphs are for decoding only",
     "vllm_config.compilation_config.max_cudagraph_capture_size": "tokens of the largest one",
     "vllm_config.parallel_config.data_parallel_size": "refused above 1",
     "vllm_config.parallel_config.distributed_executor_backend": "refused: external_launcher",
@@ -36,8 +36,8 @@ SPECULATIVE = ("method", "parallel_drafting", "enable_adaptive_verification")
 class Seams:
     """Places are "module:Class" or "module:Class.method".
 
-    classes: methods that are overridden, attributes that are read. replaced: all parameters of
-    methods that ours take the place of. called: the keywords that are given to methods."""
+    classes: overridden methods, and attributes that are read. replaced: all parameters of methods
+    that ours replace. called: the keywords that methods are called with."""
 
     classes: Mapping[str, tuple[str, ...]]
     replaced: Mapping[str, tuple[str, ...]] = field(default_factory=dict)

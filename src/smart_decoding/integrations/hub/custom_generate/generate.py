@@ -7,8 +7,8 @@ from typing import Any
 
 
 def generate(model: Any, **arguments: Any) -> Any:
-    """Return all arguments of `model.generate`, and speculative_config."""
+    """Return the answer. arguments: of `model.generate`, and speculative_config."""
     from smart_decoding.integrations.transformers import generate as smart_generate
 
-    # Where this folder lies beside weights, `model.generate` is a partial of this very function.
+    # In a model's own repository `model.generate` is a partial of this very function.
     return type(model).generate(model, custom_generate=smart_generate, **arguments)
