@@ -1,2 +1,2 @@
-"""The laboratory: what develops and questions SMART and is not in the wheel (`python -m smart_lab
+"""The laboratory: tools to develop and question SMART, not in the wheel (`python -m smart_lab
 --help`)."""

@@ -1,12 +1,12 @@
-"""What policies and variants of `smart` gain by replay, over several machines' costs and batch
+"""Gains of policies and variants of `smart` by replay, over several machines' costs and batch
 sizes.
 
     python -m smart_lab ablate answers.smart
     python -m smart_lab ablate answers.smart smart "greedy rule" eagle2:depth=2,top_k=3
 
-A gain is tokens per second over those of another policy (plain decoding, unless told otherwise) on
-the same answers in the same order at the same costs. Nothing is timed. With several orders a cell
-is their mean, with its standard error in thousandths.
+A gain is tokens per second over those of another policy (plain decoding by default) on the same
+answers in the same order at the same costs. Nothing is timed. With several orders a cell is their
+mean, with its standard error in thousandths.
 
 A rival's name with " tuned" behind it stands for its best setting at each machine's costs and batch
 size, found on these very answers: "eagle2 tuned" is the best of all fixed trees and chains.
@@ -92,7 +92,7 @@ class Ablation:
                 arm = self._best(name, cell)
                 policy = self.trace.policy(arm.policy, cost, **arm.options)
             else:
-                policy = contestant(name, self.trace, world.believed)
+                policy = contestant(name, self.trace, world.assumed)
             machine = world.machine()
             result = replay(policy, world.recording, cost, cell.batch_size, host, costs=machine)
             found[name] = {**asdict(result), "tokens_per_s": result.tokens_per_s}
@@ -165,14 +165,14 @@ def table(
         for name in names:
             cells = list(_cells(of_name[name], machines if machine == ALL else [machine], sizes))
             cells.append(_mean(cells))
-            lines.append(f"  {name:{wide - 2}}" + "".join(f"{_told(c):>14}" for c in cells))
+            lines.append(f"  {name:{wide - 2}}" + "".join(f"{_cell(c):>14}" for c in cells))
     return "\n".join(lines)
 
 
 def _cells(
     values: Mapping[tuple[str, int], Sequence[float]], machines: Sequence[str], sizes: Sequence[int]
 ) -> Iterator[list[float]]:
-    """For each batch size the machines' geometric mean in each order."""
+    """Yield for each batch size the machines' geometric mean in each order."""
     for size in sizes:
         yield _mean([list(values[machine, size]) for machine in machines])
 
@@ -183,7 +183,7 @@ def _mean(rows: Sequence[Sequence[float]]) -> list[float]:
     return mean
 
 
-def _told(orders: Sequence[float]) -> str:
+def _cell(orders: Sequence[float]) -> str:
     mean = float(np.mean(orders))
     if len(orders) < 2:
         return f"{mean:.3f}"

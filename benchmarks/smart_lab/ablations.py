@@ -1,7 +1,7 @@
-"""`smart` with one ingredient exchanged, to see what each gives; and with knowledge that no
+"""`smart` with one ingredient exchanged, to measure the gain of each; and with knowledge that no
 controller has.
 
-A variant exchanges parts of the rule that the policy answers with, or what the policy is told.
+A variant exchanges parts of the policy's rule, or of its observations.
 
 Needed by `ablate`, `regret` and `bench --policy-options smart:variant=NAME`.
 """
@@ -48,7 +48,7 @@ FACTOR_GAIN, FACTOR_STEP = 0.2, 0.25  # of a single factor: a step's share, and 
 CERTAIN = 1e6  # observations behind a curve that is not to move
 # Wrong profiles: rows and levels, as multiples of what they take.
 CHEAP = (0.2, 0.25)
-DEAR = (5.0, 4.0)
+EXPENSIVE = (5.0, 4.0)
 WIDTHS = (1, 2, 4, 8)  # frontier nodes per request that a foreseeing policy considers
 
 # Exchanges parts of a rule, whose choice of what to verify is the exact one.
@@ -81,11 +81,11 @@ class OneKind(Variant):
     """`smart` that takes all requests for greedy ones."""
 
     def plan(self, batch: BatchState) -> TreeRule | None:
-        """As for greedy requests."""
+        """Plan as for greedy requests."""
         return super().plan(self._greedy(batch))
 
     def observe(self, round: Round) -> None:
-        """As of greedy requests."""
+        """Observe as of greedy requests."""
         super().observe(replace(round, batch=self._greedy(round.batch)))
 
     def _greedy(self, batch: BatchState) -> BatchState:
@@ -118,13 +118,13 @@ def look_back(rule: TreeRule, exact: BestRate) -> TreeRule:
 
 
 def fixed_before(rule: TreeRule, exact: BestRate) -> TreeRule:
-    """Expand as many nodes as a GPU does, where nobody sees scores before all is drafted."""
+    """Expand as many nodes as on a GPU, where scores are unknown until all is drafted."""
     return replace(rule, expand=Fixed.before(rule) or rule.expand)
 
 
 @dataclass(frozen=True, slots=True)
 class EvenExpand:
-    """As many nodes as `inner` expands, the same number for each request."""
+    """Expands as many nodes as `inner`, the same number for each request."""
 
     inner: Expand
 
@@ -198,9 +198,9 @@ class AtLeast:
         """See `Expand`."""
         if level >= self.levels:
             return NO_NODES
-        asked = self.inner.frontier(rule, trees, level)
-        if len(asked):
-            return asked
+        chosen = self.inner.frontier(rule, trees, level)
+        if len(chosen):
+            return chosen
         able = rule.expandable(trees, level)
         return np.sort(able[ranked(trees.accept_prob[able])[: trees.batch]])
 
@@ -237,7 +237,7 @@ class FrozenCosts(Variant):
         self._cost = inner.cost
 
     def plan(self, batch: BatchState) -> TreeRule | None:
-        """As ever, at the costs of the beginning."""
+        """Plan at the costs of the beginning."""
         rule = super().plan(batch)
         self.inner.cost = self._cost
         return rule
@@ -270,7 +270,7 @@ class OneFactor:
 
 
 def one_factor(inner: Smart) -> Smart:
-    """With costs that one factor for each kind of forward corrects."""
+    """Correct costs by one factor for each kind of forward."""
     factors: dict[str, Any] = {
         f"{kind}_correction": OneFactor() for kind in ("verify", "draft", "first")
     }
@@ -279,7 +279,7 @@ def one_factor(inner: Smart) -> Smart:
 
 
 class Sober(Realised):
-    """Expects of drafted rounds what they reached, and nothing of those hardly tried."""
+    """Expects drafted rounds to reach their mean so far, without a bonus for rare sizes."""
 
     def of(self, size: int) -> float:
         """Return the ratio, without optimism."""
@@ -289,38 +289,38 @@ class Sober(Realised):
 
 
 def sober(inner: Smart) -> Smart:
-    """Without optimism."""
+    """Forecast without optimism."""
     inner.state.with_model = Sober()
     inner.state.free = Sober()
     return inner
 
 
 class TrustedForecasts(Realised):
-    """Believes that drafted rounds reach the rate that is forecast for them."""
+    """Expects drafted rounds to reach their forecast rate."""
 
     def of(self, size: int) -> float:
-        """Return all of it."""
+        """Return 1: forecasts are not corrected."""
         return 1.0
 
 
 class NeverChanged(DriftDetector):
-    """A drafter that becomes worse or better is learned about as fast as any other."""
+    """Never reports a change: a changed drafter is learned as slowly as any other."""
 
     def update(
         self, source: IntArray, expected: FloatArray, hit: BoolArray
     ) -> list[tuple[int, float]]:
-        """No alarm."""
+        """Return no alarm."""
         return []
 
 
 def trusting(inner: Smart) -> Smart:
-    """With forecasts that are not corrected."""
+    """Use forecasts without corrections."""
     inner.state.with_model = TrustedForecasts()
     return inner
 
 
 def unalarmed(inner: Smart) -> Smart:
-    """Without the test for change."""
+    """Leave out the test for change."""
     inner.state.calibration.drift = NeverChanged(inner.state.calibration.drift.evidence.shape[1])
     return inner
 
@@ -358,8 +358,8 @@ def flat(cost: CostModel, context: float = FLAT_CONTEXT, rows: int = 2048) -> Co
 
 
 def askew(cost: CostModel, rows: float, levels: float) -> CostModel:
-    """Return a wrong profile, as if taken elsewhere: what rows add to the smallest forward is
-    `rows` times as expensive, a drafted level `levels` times."""
+    """Return a wrong profile, as if taken elsewhere: rows beyond the smallest forward cost `rows`
+    times as much, a drafted level `levels` times."""
     verify = {}
     for batch, curve in cost.verify.items():
         least = curve.seconds[0]
@@ -432,8 +432,8 @@ VARIANTS: Mapping[str, Callable[[Smart], Policy]] = {
     "greedy_rule": lambda p: Variant(p, greedy_rule),
     "cheap_costs": lambda p: with_costs(p, askew(p.cost, *CHEAP)),
     "cheap_kept": lambda p: FrozenCosts(with_costs(p, askew(p.cost, *CHEAP))),
-    "dear_costs": lambda p: with_costs(p, askew(p.cost, *DEAR)),
-    "dear_kept": lambda p: FrozenCosts(with_costs(p, askew(p.cost, *DEAR))),
+    "expensive_costs": lambda p: with_costs(p, askew(p.cost, *EXPENSIVE)),
+    "expensive_kept": lambda p: FrozenCosts(with_costs(p, askew(p.cost, *EXPENSIVE))),
 }
 
 

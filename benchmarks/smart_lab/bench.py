@@ -29,11 +29,10 @@ GAINS = 0.2  # of the comparison's time, for replays at equal costs
 
 
 def run(options: LabOptions) -> dict[str, Any]:
-    """Return what `smart bench` returns; its runs have 'setting' where they were tuned, and
-    'policy_gain' if it was asked for.
+    """Return the result of `smart bench`; its runs have 'setting' where they were tuned, and
+    'policy_gain' if the option requests it.
 
-    Raises what the user's `run` raises, and ConfigError for a file of --resume that is of another
-    run."""
+    Raises the errors of `smart bench`, and ConfigError for another run's file of --resume."""
     started = time.perf_counter()
     progress = Progress(options.resume, key_of(options) if options.resume else {})
     return run_bench(options, partial(LabBench, progress=progress, started=started))
@@ -66,11 +65,11 @@ class LabBench(Bench):
         return command_of(self.options)
 
     def begun(self, name: str) -> Measurement:
-        """From where --resume left it."""
+        """Return the measurement that --resume continues."""
         return KeptMeasurement(self.progress, name)
 
     def runs(self, stop: float | None) -> list[dict[str, Any]]:
-        """Return the comparison, and the policies' gains by replay, if they are asked for."""
+        """Return the comparison, and the policies' gains by replay, if the option requests them."""
         options = self.options
         self._stop = until(stop, 1.0 - GAINS if options.policy_gain else 1.0)
         found = super().runs(self._stop)
@@ -79,8 +78,8 @@ class LabBench(Bench):
         return found
 
     def _add_policy_gains(self, runs: Sequence[dict[str, Any]], stop: float | None = None) -> None:
-        """To the runs over all tasks: how much faster a policy is than plain decoding by replay,
-        and how much faster `smart` is than it; nothing where the time is over."""
+        """Add to the runs over all tasks a policy's speedup over plain decoding by replay, and
+        `smart`'s speedup over the policy; nothing once the time is over."""
         sizes = sorted({run["batch_size"] for run in runs})
         for i, size in enumerate(sizes):
             share = until(stop, 1 / (len(sizes) - i))
@@ -94,8 +93,8 @@ class LabBench(Bench):
                     run["smart_policy_over"] = gains[OURS] / gain
 
     def contestants(self, batch_size: int) -> list[Arm]:
-        """Return those asked for and tuned ones, for whose tuning a part of the batch size's time
-        is."""
+        """Return the contestants of the options and tuned ones; tuning takes a part of the batch
+        size's time."""
         stop = until(self._stop, TUNING / max(self._left, 1))
         self._left -= 1
         tuned = self.tuner.arms(batch_size, self.progress, stop)

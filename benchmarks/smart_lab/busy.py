@@ -1,8 +1,8 @@
 """Tokens per second of every entry point, alone and beside one busy process for every two CPUs.
 
-Each is measured in turn, quiet and beside the busy processes, the order reversed each time; printed
-are the medians and the ratio, which is to be 0.6 or more. A machine that does anything else
-meanwhile shows less than it can.
+Each is measured in turn, quiet and beside the busy processes, in reverse order every other time.
+Printed are the medians and the ratio, which is to be 0.6 or more. Other work on the machine lowers
+all numbers.
 
 Needed by docs/serving.md and tests/e2e/test_beside.py.
 """
@@ -69,7 +69,7 @@ Measure = Callable[[], float]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """How much is measured, and of what."""
+    """Add the options of the measurement."""
     add = parser.add_argument
     add("--tokens", type=int, default=200, help="of each answer (200)")
     add("--turns", type=int, default=5, help="quiet and busy measurements of each (5)")
@@ -141,15 +141,15 @@ def library(tokens: int, program: str = LIBRARY) -> Iterator[Measure]:
     ) as running:
         assert running.stdin is not None
         assert running.stdout is not None
-        given, told = running.stdin, running.stdout
+        requests, answers = running.stdin, running.stdout
 
         def measure() -> float:
-            print(file=given, flush=True)
-            rate = next(line for line in told if line.startswith("rate "))
+            print(file=requests, flush=True)
+            rate = next(line for line in answers if line.startswith("rate "))
             return float(rate.split()[1])
 
         yield measure
-        given.close()
+        requests.close()
 
 
 def transformers(tokens: int) -> object:
@@ -195,7 +195,7 @@ def said(line: list[str]) -> str:
 
 @contextmanager
 def serve(tokens: int) -> Iterator[Measure]:
-    """`smart serve`, asked by one client."""
+    """Yield the rate of `smart serve` with one client."""
     known = f"from smart_decoding import LLM; LLM({MODEL!r}).take_profile()"
     said([sys.executable, "-c", known])  # else it would be taken between the answers
     with started([*COMMAND, "serve", "--port", "0"], stderr=subprocess.PIPE) as running:

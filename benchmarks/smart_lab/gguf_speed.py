@@ -8,10 +8,10 @@ llama.cpp's flags are found first, for each number of slots, on prompts of their
 attention, layout of the weights, batches, then the settings of its draft model and n-gram modes.
 After that its best modes and ours answer the same chunks of prompts in turn: three for each slot,
 as many at once as there are slots, the next when one has ended. All get the same token ids and
-answer greedily, up to the same number of tokens. Nobody keeps prompts, and a server that is not
-asked is stopped. Printed are tokens per second of all requests, prompts included, and of one behind
-its first token: of all blocks, of the slowest and of the fastest; ratios have 95 % intervals. A
-forward of a few rows, a prompt and a read of memory are timed before that, in turn as well.
+answer greedily, up to the same number of tokens. No engine keeps prompts, and a server without
+requests is stopped. Printed are tokens per second of all requests, prompts included, and of one
+behind its first token: of all blocks, of the slowest and of the fastest; ratios have 95 %
+intervals. A forward of a few rows, a prompt and a read of memory are timed before, in turn as well.
 
 Other engines answer too where they are given: ik_llama.cpp, which tunes its speculation itself,
 OpenVINO GenAI, which reads the file, and vLLM's CPU build, which gets the file's weights in bf16.
@@ -219,24 +219,24 @@ class Session:
         while len(self._progress.units(name)) < TURNS and (
             time.monotonic() < stop or not self._progress.units(name)
         ):
-            asked = (args.rows, args.forward_context, CALLS)
+            grid = (args.rows, args.forward_context, CALLS)
             length = len(self._prompt)
             layouts = [Flags(self._cores, repack=repack) for repack in (True, False)]
             forwards = {
-                report.THEIRS: self._cpp.one_sequence(args.file, layouts, *asked),
-                "llama.cpp, sequences": self._cpp.many_sequences(args.file, layouts, *asked),
+                report.THEIRS: self._cpp.one_sequence(args.file, layouts, *grid),
+                "llama.cpp, sequences": self._cpp.many_sequences(args.file, layouts, *grid),
             }
             prompt = self._cpp.one_sequence(args.file, layouts, (length,), 0, TURNS)
             rates = {report.THEIRS: length / prompt[length]}
             for ours in self._ours:
                 time.sleep(PAUSE)
-                forwards[ours.held] = ours.forwards(*asked)
+                forwards[ours.held] = ours.forwards(*grid)
                 rates[ours.held] = length / ours.first_token(self._prompt)
             unit = {"forwards": forwards, "prompt": rates, "memory": self._ours[0].read_rate(CALLS)}
             self._progress.add(name, unit)
 
     def measure(self, slots: int, stop: float) -> None:
-        """Tunes the servers, then adds blocks at so many slots, one at least, until the time is
+        """Tune the servers, then add blocks at so many slots, one at least, until the time is
         over."""
         name = f"blocks at {slots}"
         most = dict(zip(self._args.slots, cycle(self._args.blocks), strict=False))[slots]
@@ -254,7 +254,7 @@ class Session:
             contestants |= rivals
             for ours in self._ours:
                 contestants |= ours.contestants(slots)
-            for answer in contestants.values():  # what learns sees a batch of that size
+            for answer in contestants.values():  # policies learn on a batch of that size
                 answer(self._kept[:slots], self._args.max_tokens)
             for number, chunk in enumerate(chunks[done:], done):
                 started = time.monotonic()
@@ -267,12 +267,12 @@ class Session:
 
     @property
     def versions(self) -> dict[str, str]:
-        """Of the engines in environments of their own."""
+        """The versions of engines in environments of their own."""
         units = {rival.name: self._progress.units(rival.name) for rival in RIVALS}
         return {name: versions[0] for name, versions in units.items() if versions}
 
     def result(self) -> dict[str, Any]:
-        """Return all that was measured, as JSON holds it."""
+        """Return all measurements, for JSON."""
         runs = []
         for slots in self._args.slots:
             blocks = self._progress.units(f"blocks at {slots}")
@@ -296,18 +296,18 @@ class Session:
         }
 
     def _tasks_of(self, number: int, slots: int) -> list[str]:
-        """Of each prompt of a block."""
+        """Return the task of each prompt of a block."""
         size = WAVES * slots
         first = len(self._kept) + number * size
         return [TASKS[at % len(TASKS)] for at in range(first, first + size)]
 
     def _flags(self, slots: int) -> dict[str, Any]:
-        """Return how the servers were tuned, of files the names alone."""
+        """Return the servers' tuned flags, with only the names of files."""
         tuned, draft = self._tuned(slots), self._args.draft
-        found = told(tuned, self._final(tuned))
+        found = tuned_flags(tuned, self._final(tuned))
         for program in self._cousins:
             few = self._ik_tuned(program, slots)
-            found[program.name] = told(few, few.flags)
+            found[program.name] = tuned_flags(few, few.flags)
         found["drafts_tried"] = {
             rival.name: tried
             for rival in RIVALS
@@ -420,7 +420,7 @@ class Session:
         return self._processes[rival.name]
 
     def _prompts(self) -> list[list[int]]:
-        """Tasks strictly in turn, as chats of one message, those that leave room for an answer."""
+        """Return prompts with room for an answer, as chats of one message, tasks in turn."""
         llm = self._ours[0].llm
         room = self._args.max_model_len - self._args.max_tokens - 1
 
@@ -451,12 +451,12 @@ def block(
 
 
 def drafts_at(rival: Rival, slots: int) -> str:
-    """Return the name of what its drafts brought in tuning."""
+    """Return the name of its rates by drafts in tuning."""
     return f"{rival.name}'s drafts at {slots}"
 
 
-def told(tuned: Tuned[FlagsT], final: Mapping[str, FlagsT]) -> dict[str, Any]:
-    """Flags of each mode in words, and what was tried for them."""
+def tuned_flags(tuned: Tuned[FlagsT], final: Mapping[str, FlagsT]) -> dict[str, Any]:
+    """Return the flags of each mode in words, and all that were tried."""
     words = {mode: " ".join(flags.words) for mode, flags in final.items()}
     return {"flags": words, "tried": tuned.tried, "left_out": tuned.left_out}
 
@@ -487,14 +487,14 @@ def spread(values: Sequence[float]) -> list[float]:
 
 
 def key_of(args: argparse.Namespace, servers: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what must be the same for a run to go on. servers: which they are."""
+    """Return the settings that must be the same for a run to go on. servers: their builds."""
     free = ("command", "time_limit", "json", "resume", "blocks", "slots", "debug")
     folders = ("llama_cpp", "ik_llama_cpp")
     files = {path.name: path.stat().st_size for path in (args.file, args.draft) if path}
-    given = {name: value for name, value in vars(args).items() if name not in free + folders}
+    options = {name: value for name, value in vars(args).items() if name not in free + folders}
     return {
         "option": {
-            **given,
+            **options,
             "file": args.file.name,
             "draft": args.draft and args.draft.name,
             **{rival.option: getattr(args, rival.option) is not None for rival in RIVALS},
@@ -508,24 +508,24 @@ def key_of(args: argparse.Namespace, servers: Mapping[str, Any]) -> dict[str, An
 
 
 def command_of(args: argparse.Namespace, limits: Sequence[float]) -> str:
-    """Return the command line that asks for this run, with the names of files alone.
+    """Return the command line of this run, with only the names of files.
 
-    limits: seconds of each part that it was made in."""
+    limits: seconds of each of its parts."""
     variant = os.environ.get("SMART_ISA")
-    told = [f"SMART_ISA={variant}"] if variant else []
-    told += ["python", "-m", "smart_lab", "gguf-speed", args.file.name, "--llama-cpp", "DIR"]
-    told += ["--llama-cpp-source", args.llama_cpp_source] if args.llama_cpp_source else []
-    told += ["--draft", args.draft.name] if args.draft else []
-    told += ["--ik-llama-cpp", "DIR"] if args.ik_llama_cpp else []
+    command = [f"SMART_ISA={variant}"] if variant else []
+    command += ["python", "-m", "smart_lab", "gguf-speed", args.file.name, "--llama-cpp", "DIR"]
+    command += ["--llama-cpp-source", args.llama_cpp_source] if args.llama_cpp_source else []
+    command += ["--draft", args.draft.name] if args.draft else []
+    command += ["--ik-llama-cpp", "DIR"] if args.ik_llama_cpp else []
     for rival in RIVALS:
-        told += [f"--{rival.option}", "PYTHON"] if getattr(args, rival.option) else []
-    told += ["--slots", ",".join(map(str, args.slots)), "--ours", ",".join(args.ours)]
+        command += [f"--{rival.option}", "PYTHON"] if getattr(args, rival.option) else []
+    command += ["--slots", ",".join(map(str, args.slots)), "--ours", ",".join(args.ours)]
     for text in args.smart or ():
-        told += ["--smart", without_folders(text)]
-    told += ["--max-tokens", str(args.max_tokens), "--tune-tokens", str(args.tune_tokens)]
-    told += ["--blocks", str(args.blocks), "--max-model-len", str(args.max_model_len)]
-    told += ["--rows", ",".join(map(str, args.rows))]
-    told += ["--forward-context", str(args.forward_context)]
-    told += ["--time-limit", f"{sum(limits):.0f}"]
+        command += ["--smart", without_folders(text)]
+    command += ["--max-tokens", str(args.max_tokens), "--tune-tokens", str(args.tune_tokens)]
+    command += ["--blocks", str(args.blocks), "--max-model-len", str(args.max_model_len)]
+    command += ["--rows", ",".join(map(str, args.rows))]
+    command += ["--forward-context", str(args.forward_context)]
+    command += ["--time-limit", f"{sum(limits):.0f}"]
     parts = f"  # in {len(limits)} parts, by --resume" if len(limits) > 1 else ""
-    return shlex.join(told) + parts
+    return shlex.join(command) + parts

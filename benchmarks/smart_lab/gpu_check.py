@@ -1,17 +1,17 @@
-"""What ten minutes with a GPU must answer (tools/gpu_check.sh), on a machine with torch, Triton and
-numpy only.
+"""Ten minutes of checks with a GPU (tools/gpu_check.sh), on a machine with torch, Triton and numpy
+only.
 
-Every step is a process of its own with a time limit, its share of what is left: one that fails,
-hangs or is killed leaves what it had found, and the next begins. The results so far are in one JSON
-file after each step. The last line sums up:
+Every step is a process of its own with a time limit, its share of the time left. A step that fails,
+hangs or is killed leaves its findings so far, and the next begins. The results so far are in one
+JSON file after each step. The last line sums up:
 
     GPU_CHECK PASS|FAIL plain/floor=.. smart/eagle2@1,16,64=.. smart/pooled_chain@1,16,64=.. knee=..
 
-plain/floor: plain decoding over the time in which memory is read once, at the worst of all batch
-sizes and contexts, forwards alone and whole rounds. smart/..: at each batch size, the worse of the
+plain/floor: plain decoding over the time of reading memory once, at the worst of all batch sizes
+and contexts, of forwards and of whole rounds. smart/..: at each batch size, the worse of the
 published levels of acceptance. knee: rows at which arithmetic takes as long as reading the weights.
 
-PASS means, and FAIL says under why= which of these does not hold:
+PASS means that all of these hold; FAIL lists the others under why=:
   steps   all of them ended by themselves and measured all that fits into memory;
   parity  the device computes what the CPU's references do, by all checks of a step that ended;
   plain   plain decoding takes at most 1.15 x that floor + 1 ms, everywhere;
@@ -105,8 +105,8 @@ def run_steps(
             found["steps"][step.name] = {"status": "left out: no time was left"}
         else:
             _run(step.name, left, found)
-        told = found["steps"][step.name]
-        print(f"{step.name}: {told['status']} ({told.get('seconds', 0)} s)", flush=True)
+        result = found["steps"][step.name]
+        print(f"{step.name}: {result['status']} ({result.get('seconds', 0)} s)", flush=True)
         if "device" in found and found["device"] != "cuda":
             found["tiny"] = True
         write(path, found)
@@ -126,17 +126,17 @@ def _run(name: str, seconds: float, found: dict[str, Any]) -> None:
                 env=_environment(found),
                 start_new_session=True,
             )
-            told = {"status": "interrupted"}
+            result = {"status": "interrupted"}
             try:
                 code = process.wait(seconds)
-                told["status"] = "ok" if code == 0 else f"failed: exit code {code}"
+                result["status"] = "ok" if code == 0 else f"failed: exit code {code}"
             except subprocess.TimeoutExpired:
-                told["status"] = f"failed: not done within {seconds:.0f} s"
+                result["status"] = f"failed: not done within {seconds:.0f} s"
             finally:
                 _end(process)
-                _collect(name, told, found, into)
-                found["steps"][name] = {**told, "seconds": round(time.monotonic() - started, 1)}
-                if told["status"] != "ok":
+                _collect(name, result, found, into)
+                found["steps"][name] = {**result, "seconds": round(time.monotonic() - started, 1)}
+                if result["status"] != "ok":
                     found["steps"][name]["said"] = log.read_text(errors="replace")[-TAIL:]
 
 
@@ -146,8 +146,8 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _collect(name: str, told: dict[str, Any], found: dict[str, Any], into: Path) -> None:
-    """What a step found, however it ended."""
+def _collect(name: str, result: dict[str, Any], found: dict[str, Any], into: Path) -> None:
+    """Add a step's findings to `found`, however the step ended."""
     if not into.exists():
         return
     part = json.loads(into.read_text(encoding="utf-8"))
@@ -156,24 +156,24 @@ def _collect(name: str, told: dict[str, Any], found: dict[str, Any], into: Path)
     else:
         found[name] = part
     missing = part.get("missing")
-    if missing and told["status"] == "ok":
-        told["status"] = f"failed: {'; '.join(missing)}"
+    if missing and result["status"] == "ok":
+        result["status"] = f"failed: {'; '.join(missing)}"
 
 
 def command(name: str, seconds: float, known: Path, into: Path) -> list[str]:
     """Return the command that runs a step."""
-    given = ["--step", name, "--seconds", f"{SHARE * seconds:.1f}", "--json", str(known)]
-    return [sys.executable, "-m", "smart_lab.gpu_check", *given, "--into", str(into)]
+    options = ["--step", name, "--seconds", f"{SHARE * seconds:.1f}", "--json", str(known)]
+    return [sys.executable, "-m", "smart_lab.gpu_check", *options, "--into", str(into)]
 
 
 def _environment(found: Mapping[str, Any]) -> dict[str, str]:
-    """Without a GPU Triton is to interpret."""
+    """Return the environment of a step: without a GPU Triton is to interpret."""
     more = {"TRITON_INTERPRET": "1"} if found.get("device", "cuda") != "cuda" else {}
     return {**os.environ, **more}
 
 
 def write(path: Path, found: Mapping[str, Any]) -> None:
-    """Write the JSON file whole or not at all; says so where it cannot."""
+    """Write the JSON file whole or not at all; print an error if it cannot be written."""
     scratch = path.with_name(path.name + ".part")
     try:
         scratch.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
@@ -183,7 +183,7 @@ def write(path: Path, found: Mapping[str, Any]) -> None:
 
 
 def verdict(found: Mapping[str, Any], steps: Iterable[Step] = STEPS) -> tuple[list[str], str]:
-    """Return what does not hold, and the last line."""
+    """Return the failed conditions, and the last line."""
     points = found.get("decode", {}).get("points", [])
     replays = [found[step.name] for step in steps if step.name in found and "replay" in step.name]
     runs = [run for part in replays for run in part.get("runs", [])]
@@ -211,8 +211,8 @@ def verdict(found: Mapping[str, Any], steps: Iterable[Step] = STEPS) -> tuple[li
         worst = (_worst(runs, rival, size) for size in sizes)
         parts.append(f"smart/{rival}@{at}={','.join(map(_said, worst)) or '-'}")
     parts.append(f"knee={'-' if knee is None else round(knee)}")
-    told = ["FAIL", *parts, f"why={','.join(why)}"] if why else ["PASS", *parts]
-    return why, " ".join(["GPU_CHECK", *told])
+    words = ["FAIL", *parts, f"why={','.join(why)}"] if why else ["PASS", *parts]
+    return why, " ".join(["GPU_CHECK", *words])
 
 
 def ways(found: Mapping[str, Any], steps: Iterable[Step] = STEPS) -> str:

@@ -165,7 +165,7 @@ def cache_for(
 
 
 def context_of(rows: Rows, width: int, device: torch.device | str = "cpu") -> Context:
-    """With random rotary angles."""
+    """Return a context with random rotary angles."""
     angles = torch.rand(int(rows.position.max()) + 1, width // 2).to(device) * 6
     return Context(rows, angles.cos(), angles.sin())
 
@@ -235,10 +235,10 @@ def _buckets(device: torch.device, sizes: Sequence[int]) -> Iterator[Check]:
         errors = []
         for count in sorted({size, max(1, size - 1)}):
             rows = _rows_in_all(np.random.default_rng(count), count, pages)
-            wanted, launched, replayed = (
+            reference, launched, replayed = (
                 _logits(model, layers, rows) for layers in (plain, eager, graphed)
             )
-            errors += [_apart(launched, wanted), _apart(replayed, launched)]
+            errors += [_apart(launched, reference), _apart(replayed, launched)]
         yield _check(f"{size} rows: kernels against torch, graphs", max(errors), 1e-3)
 
 
@@ -264,8 +264,8 @@ def _draws(device: torch.device, vocab: int) -> Iterator[Check]:
     keys_there = torch.from_numpy(keys.view(np.int64)).to(device)
     found = gpu_noise.noise(keys_there, torch.from_numpy(tokens).to(device))
     bits, gumbel = (each.cpu() for each in found)
-    wanted = noise.uniform_bits(keys[:, None], tokens).view(np.int64)
-    differing = int((bits.numpy() != wanted).sum())
+    expected = noise.uniform_bits(keys[:, None], tokens).view(np.int64)
+    differing = int((bits.numpy() != expected).sum())
     yield _check("noise, bit by bit, against the CPU's", differing, 0)
     error = _apart(gumbel, torch.from_numpy(noise.gumbel(keys[:, None], tokens)))
     yield _check("Gumbel noise, against the CPU's", error, 1e-5)
@@ -288,6 +288,6 @@ def draws(
     return drawn, drawing.draw(list(rows), specs)
 
 
-def _apart(got: Tensor, wanted: Tensor) -> float:
+def _apart(got: Tensor, expected: Tensor) -> float:
     """Return the largest difference, NaN where something is not a number."""
-    return float((got.cpu().double() - wanted.cpu().double()).abs().max())
+    return float((got.cpu().double() - expected.cpu().double()).abs().max())

@@ -55,8 +55,9 @@ BOTH_WAYS = 0.2  # of a step's time, for the two ways of drafting
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """What is measured: a model, batch sizes and contexts of plain decoding, rows of the curve;
-    batch sizes of the replays with shares of their time, what is recorded, seconds of profiling."""
+    """The size of the measurements. batches, contexts: of plain decoding; rows: of the curve;
+    replayed: batch sizes of the replays with shares of their time; answers, length: of the
+    recording; profile_seconds: of profiling."""
 
     config: ModelConfig
     batches: Sequence[int]
@@ -83,8 +84,7 @@ def scale_of(tiny: bool) -> Scale:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What a step is given: the results so far, the device, and when it should be done, on
-    time.perf_counter."""
+    """The input of a step: results so far, the device, and its deadline on time.perf_counter."""
 
     known: Mapping[str, Any]
     device: torch.device
@@ -97,7 +97,7 @@ class Task:
 
     @property
     def scale(self) -> Scale:
-        """What is measured."""
+        """The size of the measurements."""
         return scale_of(self.tiny)
 
 
@@ -183,10 +183,10 @@ def counted(run: Callable[[], object]) -> Counter[str]:
     kinds = {torch.profiler.ProfilerActivity.CPU}
     if torch.cuda.is_available():
         kinds.add(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=kinds) as seen:
+    with torch.profiler.profile(activities=kinds) as profile:
         run()
     found: Counter[str] = Counter({"operations": 0, "launches": 0, "waits": 0, "copies": 0})
-    for event in seen.events() or ():
+    for event in profile.events() or ():
         name = event.name
         found["operations"] += name.startswith("aten::")
         found["launches"] += any(part in name for part in LAUNCHES)
@@ -271,7 +271,7 @@ def replay(task: Task, level: str) -> Iterator[Found]:
 
 
 def _whole_round(task: Task, run: Mapping[str, Any], trace: Trace) -> Found:
-    """Of plain decoding: milliseconds of a round beside its floor, at the recording's contexts."""
+    """Return milliseconds of a plain round and its floor, at the recording's contexts."""
     if run["policy"] != BASELINE:
         return {}
     answers = trace.recording.answers
@@ -333,7 +333,7 @@ def that_fit(task: Task, options: LabOptions, trace: Trace) -> tuple[tuple[int, 
 
 
 def _setting(policy: str, options: Mapping[str, int]) -> str:
-    """As --policy-options takes it."""
+    """Return a setting in the form of --policy-options."""
     return f"{policy}:" + ",".join(f"{name}={value}" for name, value in options.items())
 
 

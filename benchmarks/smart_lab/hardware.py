@@ -1,4 +1,4 @@
-"""What a round would cost on other hardware: an explained roofline from a data sheet and a model's
+"""Costs of a round on other hardware: an explained roofline from a data sheet and a model's
 dimensions.
 
     verify(batch, rows, context) = max(host, products(rows)) + keys(batch, context) + scores(rows,
@@ -89,7 +89,7 @@ class Dimensions:
 
     @property
     def kv_bytes(self) -> int:
-        """Of a context token in one layer."""
+        """Bytes of a context token in one layer."""
         return 2 * self.kv_heads * self.head_dim * ITEM
 
     def memory(self, batch: int, context: float) -> float:
@@ -176,7 +176,7 @@ def dimensions(name: str) -> Dimensions:
 
 
 def too_large(card: Card, model: Dimensions, batch: int, context: float) -> list[str]:
-    """That a batch does not fit into the card's memory, if it does not."""
+    """Return a message if a batch does not fit into the card's memory."""
     needed = model.memory(batch, context)
     if needed <= card.memory:
         return []

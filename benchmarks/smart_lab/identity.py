@@ -2,8 +2,8 @@
 
 Sixteen prompts of three tasks, 32 tokens each; every policy at every batch size against plain
 decoding one by one, greedy and at temperature 0.8; with --expanded, against that of the same file
-expanded to bf16. Printed: answers compared, those that differ, and how many drafted nodes were
-verified and accepted: a run that drafts nothing would show nothing.
+expanded to bf16. Printed are the answers compared, the number that differ, and the drafted nodes
+verified and accepted: a run that drafts nothing would prove nothing.
 
 Needed by LOG's "held-out identity", which a change of the core or the kernels must pass.
 """
@@ -48,16 +48,16 @@ def main(args: argparse.Namespace) -> int:
         params = [
             SamplingParams(temperature=temperature, max_tokens=TOKENS, seed=i) for i in range(COUNT)
         ]
-        alone, _ = answers(reference, prompts, params, 1)
+        single, _ = answers(reference, prompts, params, 1)
         for policy in POLICIES if args.expanded else [name for name in POLICIES if name != "off"]:
             llm = plain.sharing_weights({"method": args.method, "policy": policy})
             for batch in args.batches:
-                found, told = answers(llm, prompts, params, batch)
-                differ = sum(a != b for a, b in zip(alone, found, strict=True))
+                found, counts = answers(llm, prompts, params, batch)
+                differ = sum(a != b for a, b in zip(single, found, strict=True))
                 wrong += differ
                 print(
                     f"T={temperature:g} {policy:12s} batch {batch:2d}: "
-                    f"{differ} of {COUNT} answers differ; {told}",
+                    f"{differ} of {COUNT} answers differ; {counts}",
                     flush=True,
                 )
     return int(wrong > 0)
@@ -66,7 +66,7 @@ def main(args: argparse.Namespace) -> int:
 def answers(
     llm: LLM, prompts: Sequence[list[int]], params: Sequence[SamplingParams], batch: int
 ) -> tuple[Answers, str]:
-    """Return token ids of each prompt's answer, and what was drafted for them."""
+    """Return token ids of each prompt's answer, and the counts of their drafts."""
     found: Answers = []
     verified = 0
     accepted = 0

@@ -33,7 +33,7 @@ def costs_of(names: Sequence[str] = (), recorded: CostModel | None = None) -> di
     """Return the costs of machines and cards by name; of all measured machines and one card by
     default.
 
-    recorded: those of the recording's own machine. Raises ConfigError for an unknown name."""
+    recorded: costs of the recording's own machine. Raises ConfigError for an unknown name."""
     known = measured()
     if recorded is not None:
         known[RECORDED] = recorded

@@ -1,7 +1,7 @@
-"""What the laboratory's `bench` is asked to do beyond `smart bench`, checked before any model is
+"""Options of the laboratory's `bench` beyond those of `smart bench`, checked before any model is
 loaded.
 
-Needed by `bench`, whose files of results tell the command, and by tests/lab/test_bench.py.
+Needed by `bench`, whose files of results have the command, and by tests/lab/test_bench.py.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class LabOptions(BenchOptions):
 
 
 def check_variant(arm: Arm) -> None:
-    """Raise ConfigError for a variant that nobody knows, or that is not of `smart`."""
+    """Raise ConfigError for an unknown variant, or one of another policy than `smart`."""
     variant = arm.options.get("variant")
     if variant is not None and (arm.policy != "smart" or variant not in VARIANTS):
         raise ConfigError(f"unknown variant {variant!r}; smart has: {', '.join(VARIANTS)}")

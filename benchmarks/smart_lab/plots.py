@@ -55,8 +55,8 @@ def drawn(results: Results) -> Any:
     axes.xaxis.set_major_locator(FixedLocator(results.batch_sizes))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    told = "1×, plain decoding: below it is slower"
-    axes.axhline(1.0, color=MUTED, linestyle=DASHES, linewidth=1, label=told)
+    label = "1×, plain decoding: below it is slower"
+    axes.axhline(1.0, color=MUTED, linestyle=DASHES, linewidth=1, label=label)
     low, high = axes.get_ylim()
     axes.axhspan(min(low, 1.0), 1.0, color=BELOW, alpha=0.06, linewidth=0)
     axes.set_ylim(low, high)

@@ -127,8 +127,8 @@ def measure_host(
 
 
 def fit_host(seconds: Mapping[int, tuple[float, float]]) -> HostCosts:
-    """From {batch size: (seconds of a plain round, of a drafting one)} at the least and the
-    greatest batch size."""
+    """Fit {batch size: (seconds of a plain round, of a drafting one)} at the least and the greatest
+    batch size."""
     low, high = min(seconds), max(seconds)
 
     def line(values: Mapping[int, float]) -> tuple[float, float]:

@@ -76,7 +76,7 @@ class Recording:
 
     @classmethod
     def of(cls, answers: Iterable[Drawn], free: bool = False) -> Recording:
-        """From one tree (one owner, one drafter's nodes) for each position of each answer."""
+        """Make it of one tree (one owner, one drafter's nodes) for each position of each answer."""
         made: list[Answer] = []
         tokens: list[NDArray[np.int64]] = [np.zeros(0, np.int64)]
         probs: list[NDArray[np.float64]] = [np.zeros(0)]
@@ -107,8 +107,8 @@ class Recording:
         sizes: IntArray,
         free: bool = False,
     ) -> Recording:
-        """From flat arrays; sizes: [positions] nodes of each tree. Raises ValueError where they
-        contradict."""
+        """Make it of flat arrays; sizes: [positions] nodes of each tree. Raises ValueError for
+        contradictions."""
         positions = sum(max(0, answer.positions) for answer in answers)
         if (
             len(sizes) != positions
@@ -149,8 +149,8 @@ class Recording:
         return replace(self, answers=answers)
 
     def followed_by(self, other: Recording) -> Recording:
-        """Return all answers of both, with the trees of both. Raises ConfigError where one has the
-        trees of a model, and the other those of a drafter without one."""
+        """Return all answers of both, with the trees of both. Raises ConfigError if only one has
+        the trees of a drafter with a model."""
         if self.free != other.free:
             raise ConfigError("one recording is of a model's drafts, and the other of free ones")
         answers = [*self.answers]

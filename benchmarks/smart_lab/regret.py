@@ -5,7 +5,7 @@ The drafter is good all the time, hopeless all the time, or turns bad and good a
 
     python -m smart_lab regret --policies smart,"no calibration","no exploration"
 
-Needed by benchmarks/README.md and by whoever changes the core: tests/lab/test_regret.py.
+Needed by benchmarks/README.md and for changes of the core: tests/lab/test_regret.py.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ SCENARIOS: Mapping[str, Callable[[int], bool]] = {
     "hopeless": lambda _: False,
     "bad for a while": lambda index: index not in BAD,
 }
-WORSE = 0.01  # of the rate: more than that is told
+WORSE = 0.01  # of the rate: larger losses are marked
 NOTHING = Trace(Recording.of(()), {})  # recorded: what policies start from
 
 
@@ -123,10 +123,10 @@ def table(found: Mapping[tuple[Any, ...], Mapping[str, float]], before: Any = No
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What to simulate, and how long."""
+    """Add the options of the simulation."""
     add = parser.add_argument
     add("--rounds", type=int, default=1200)
-    add("--seeds", type=int, default=1, help="worlds whose mean is told")
+    add("--seeds", type=int, default=1, help="worlds whose mean is printed")
     add("--batch-sizes", type=whole_numbers, default=(1, 4, 16), metavar="1,4")
     named = "policies, or variants of `smart` as `ablate` knows them"
     add("--policies", type=words, default=("smart",), metavar="A,B", help=named)
@@ -148,8 +148,8 @@ def main(args: argparse.Namespace) -> int:
     with ProcessPoolExecutor(args.processes) as pool:
         done = tqdm(pool.map(simulated, cells), total=len(cells), desc="simulating", leave=False)
         rows = [row for of_cell in done for row in of_cell]
-    told = table(means(rows), before)
-    print(told)
+    text = table(means(rows), before)
+    print(text)
     if args.json is not None:
         write_json(args.json, {"regret": rows})
-    return int("WORSE" in told)
+    return int("WORSE" in text)

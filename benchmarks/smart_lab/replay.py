@@ -2,7 +2,7 @@
 
 A replay walks through the recorded answers as an engine would: the policy drafts from the recorded
 trees, the recorded answer says what is accepted, and a CostModel says how long it takes. A node
-that the recording did not expand has no children; `missing` counts how often a policy wanted some.
+that the recording did not expand has no children; `missing` counts requests for such children.
 
 Needed by `ablate`, `simulate` and the tuning of `bench`, and so by docs/simulate.md.
 """
@@ -63,15 +63,15 @@ class StepCosts:
 
     def verify(self, rows: int, context: float, beyond: float = 0.0) -> float:
         """Return seconds of a verification of `rows` rows in all. context: mean tokens of a
-        request; beyond: what its rows' own contexts have in all beyond that mean."""
+        request; beyond: context tokens of all rows beyond that mean."""
         if rows >= len(self._verify[0]):
             self._grow(2 * rows, 0)
         seconds = self._verify[0][rows] + self._verify[1][rows] * context
         return float(seconds + self._cost.row_token * beyond)
 
     def levels(self, widths: Sequence[int], context: float) -> list[float]:
-        """Return seconds of each drafted level of a round, of which the first one's width is the
-        roots and all that waits."""
+        """Return seconds of each drafted level of a round. The first width counts the roots and all
+        waiting rows."""
         return (
             [self.first(widths[0], context), *(self.draft(w, context) for w in widths[1:])]
             if widths
@@ -115,7 +115,7 @@ def _line(seconds: Callable[[float], FloatArray]) -> tuple[FloatArray, FloatArra
 
 
 class Machine(Protocol):
-    """What steps take, in seconds."""
+    """The seconds of steps."""
 
     def verify(self, rows: int, context: float, beyond: float = 0.0) -> float: ...
 
@@ -149,12 +149,12 @@ class Replayed:
 
     @property
     def tokens_per_round(self) -> float:
-        """Of one request."""
+        """Tokens of one request in a round."""
         return self.tokens / (self.rounds * self.batch_size)
 
 
 class Walk:
-    """Where each running answer stands in a recording. Arrays have shape [batch].
+    """The place of each running answer in a recording. Arrays have shape [batch].
 
     at: output tokens that are out, less one; pending: rows that the drafter has not processed yet,
     at first the prompt's."""
@@ -200,7 +200,7 @@ class Walk:
 
     @property
     def position(self) -> IntArray:
-        """Of the trees that are drafted next."""
+        """The positions of the trees that are drafted next."""
         return self._first[self.answer] + self.at
 
     @property
@@ -292,8 +292,8 @@ class Source:
 
 @dataclass(slots=True)
 class Drafted:
-    """What a policy made of one round. expanded: the owners of the nodes that each level expanded;
-    missing: [batch] drafts that the recording lacks; planning: the policy's seconds."""
+    """One round by a policy. expanded: the owners of the nodes that each level expanded; missing:
+    [batch] drafts that the recording lacks; planning: the policy's seconds."""
 
     batch: BatchState
     rule: TreeRule | None
@@ -363,9 +363,9 @@ def replay(
     """Decode the recorded answers under `policy`, `batch_size` at a time; the queue is refilled
     until it runs dry, and then rounds of smaller batches are left out, as in the live benchmark.
 
-    host: seconds beyond the forwards (default: what `cost` knows). own_time: a clock that times the
-    policy's plans and lessons, whose seconds then count, too; to follow a rule is the engine's.
-    rounds: stop after so many. costs: what steps really take (default: by `cost`)."""
+    host: seconds beyond the forwards (default: those of `cost`). own_time: a clock for the policy's
+    `plan` and `observe`, whose seconds then count, too; following a rule is the engine's time.
+    rounds: stop after so many. costs: real seconds of steps (default: those of `cost`)."""
     walk, result = Walk(recording, batch_size), Replayed(batch_size)
     costs = costs or StepCosts(cost, batch_size)
     host = host or HostCosts.of(cost)

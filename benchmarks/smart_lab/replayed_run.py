@@ -78,7 +78,7 @@ PROFILE_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class RandomWeights(Mapping[str, torch.Tensor]):
-    """Tensors by name, drawn on a device when asked for, the same every time: a model of any size
+    """Tensors by name, drawn on a device at each access, the same every time: a model of any size
     takes no disk."""
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -127,26 +127,26 @@ class ReplayedTarget:
 
     def forward(self, rows: Rows, aux_layers: tuple[int, ...]) -> TargetScores:
         scores = self._inner.forward(rows, aux_layers)
-        wanted = (
+        requested = (
             np.arange(len(rows))
             if rows.logit_rows is None
             else np.asarray(rows.logit_rows, np.int64)
         )
         if scores.greedy is None:
-            self._inner.argmax(scores.logits, np.arange(len(wanted)))
-        return TargetScores(scores.logits, scores.features, self._truth(rows, wanted))
+            self._inner.argmax(scores.logits, np.arange(len(requested)))
+        return TargetScores(scores.logits, scores.features, self._truth(rows, requested))
 
-    def _truth(self, rows: Rows, wanted: IntArray) -> IntArray:
-        """[wanted] the recorded answer's token behind each row, whatever the row's own token is:
-        where that is not the answer's, nobody asks."""
+    def _truth(self, rows: Rows, requested: IntArray) -> IntArray:
+        """Return [requested] the recorded answer's token behind each row. A row whose own token is
+        not the answer's gets one, too; it is never read."""
         pages = rows.pages[rows.block_table_start[: len(rows.query_start_loc) - 1]].tolist()
         for group, page in enumerate(pages):
             first = int(rows.query_start_loc[group])
             if rows.position[first] == 0:
                 self._answer_of[page] = int(rows.token[first])
         answer = np.array([self._answer_of[page] for page in pages], np.int64)
-        answer = answer[np.searchsorted(rows.query_start_loc, wanted, side="right") - 1]
-        output = np.maximum(rows.position[wanted] + 1 - self._prompt[answer], 0)
+        answer = answer[np.searchsorted(rows.query_start_loc, requested, side="right") - 1]
+        output = np.maximum(rows.position[requested] + 1 - self._prompt[answer], 0)
         found: IntArray = self._tokens[np.minimum(self._first[answer] + output, self._last[answer])]
         return found
 
@@ -195,7 +195,7 @@ class ReplayedDrafter(EagleDrafter):
     def _waiting_rows(
         self, requests: Sequence[Request], states: Sequence[Pairs]
     ) -> tuple[Rows, IntArray]:
-        """With these every round begins, in one call or level by level."""
+        """Look up the requests at the start of a round, then return its waiting rows."""
         self._look_up(requests)
         return super()._waiting_rows(requests, states)
 

@@ -16,8 +16,8 @@ from smart_lab.results import LabResults
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The results to draw, and where the picture goes."""
     parser.add_argument("results", type=Path, metavar="RESULTS.json", help="from bench --json")
-    told = "write speedup.png there (needs the extra 'bench')"
-    parser.add_argument("--plots", type=Path, metavar="FOLDER", required=True, help=told)
+    text = "write speedup.png there (needs the extra 'bench')"
+    parser.add_argument("--plots", type=Path, metavar="FOLDER", required=True, help=text)
 
 
 def main(args: argparse.Namespace) -> int:

@@ -1,5 +1,4 @@
-"""The results that `bench --json` wrote, checked: what is missing or odd is unknown, not an
-error.
+"""The results that `bench --json` wrote, checked: missing or odd values are unknown, not errors.
 
 Needed by `results` and `report`, for all of benchmarks/results.
 """

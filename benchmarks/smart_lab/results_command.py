@@ -103,16 +103,16 @@ def kind_of(path: Path) -> str:
 
 
 def section(path: Path) -> str:
-    """Return one run: where it comes from, then its tables."""
-    kept = path.with_suffix(".md")  # tables of what no command measures any more
+    """Return one run: its provenance, then its tables."""
+    kept = path.with_suffix(".md")  # tables that no command measures any more
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         parts = tables_of(data)
         if kept.exists():
-            told = f"Parts that are gone; commit {LAST} can measure them:"
-            parts += [told, kept.read_text(encoding="utf-8").rstrip()]
+            title = f"Parts that are gone; commit {LAST} can measure them:"
+            parts += [title, kept.read_text(encoding="utf-8").rstrip()]
         if not parts:
-            raise ValueError("nothing of what pages show is in it")
+            raise ValueError("it has no part that pages show")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path} is no run that a page can show: {error!r}") from error
     origin = mapping(data.get("provenance"))
@@ -123,13 +123,13 @@ def section(path: Path) -> str:
 
 
 def facts(origin: Mapping[str, Any]) -> str:
-    """Date, commit, versions, hardware and weights, a line each."""
+    """Return date, commit, versions, hardware and weights, a line each."""
     hardware = mapping(origin.get("hardware"))
-    told = {
+    rows = {
         "date": origin.get("time"),
         "commit": origin.get("commit"),
         "hardware": ", ".join(
-            _told(name, value) for name, value in hardware.items() if value not in (None, "", [])
+            _as_text(name, value) for name, value in hardware.items() if value not in (None, "", [])
         ),
         "versions": ", ".join(
             f"{name} {value}" for name, value in mapping(origin.get("versions")).items()
@@ -139,7 +139,7 @@ def facts(origin: Mapping[str, Any]) -> str:
         ),
         "draft head": origin.get("head"),
     }
-    return "\n".join(f"- {name}: {value or 'not recorded'}" for name, value in told.items())
+    return "\n".join(f"- {name}: {value or 'not recorded'}" for name, value in rows.items())
 
 
 def tables_of(data: Mapping[str, Any]) -> list[str]:
@@ -164,7 +164,7 @@ def _shown(part: Section) -> str:
     return f"### {part.title}\n\n{text}" if part.title else text
 
 
-def _told(name: str, value: Any) -> str:
+def _as_text(name: str, value: Any) -> str:
     shown = " ".join(map(str, value)) if isinstance(value, list) else value
     return f"{name} {shown}"
 

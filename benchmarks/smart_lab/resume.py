@@ -1,4 +1,4 @@
-"""What a cut benchmark had measured, kept in a file, so that the same command goes on where it
+"""The results of a cut benchmark, kept in a file, so that the same command goes on where it
 stopped.
 
 The file holds a key (options, machine, source and versions) and units of finished work under names,
@@ -129,8 +129,8 @@ def key_of(options: LabOptions) -> dict[str, Any]:
 
 
 def source_digest() -> str:
-    """Of the package's code and the laboratory's: a commit says nothing about files changed
-    since."""
+    """Return a digest of the package's code and the laboratory's: a commit does not cover files
+    changed since."""
     digest = hashlib.sha256()
     for root in SOURCES:
         for path in sorted(p for p in root.rglob("*") if p.suffix in _CODE):
@@ -163,7 +163,7 @@ def block_of(kept: Mapping[str, Any]) -> Block:
 
 
 def _difference(theirs: Any, ours: Any, name: str) -> tuple[Any, Any, str]:
-    """Of two mappings, the first entry that differs."""
+    """Return the first entry that differs between two mappings."""
     if isinstance(theirs, Mapping) and isinstance(ours, Mapping):
         for inner in [*ours, *theirs]:
             if theirs.get(inner) != ours.get(inner):
@@ -172,5 +172,5 @@ def _difference(theirs: Any, ours: Any, name: str) -> tuple[Any, Any, str]:
 
 
 def _through_json(value: Any) -> Any:
-    """As it will read back: tuples become lists, paths become strings."""
+    """Return the value as read back from JSON: tuples become lists, paths become strings."""
     return json.loads(json.dumps(value, default=str))

@@ -45,7 +45,7 @@ class PooledChain(StatelessPolicy):
         self._ends = token_array(eos_token_ids)
 
     def plan(self, batch: BatchState) -> TreeRule | None:
-        """As many levels as the longest request may use."""
+        """Plan as many levels as the longest request may use."""
         keep = BestRate(self._costs(batch, batch.size * self.length))
         scores = Scores(self.calibration, batch.kind)
         return TreeRule.of(batch.limits, self.length, 1, self._ends, Beam(1), keep, scores)
@@ -83,7 +83,7 @@ class ThroughputChain(StatelessPolicy):
         self._accepted = [0.7] * self.max_length
 
     def plan(self, batch: BatchState) -> TreeRule | None:
-        """As many levels as are best, and as the longest request may use."""
+        """Plan the best number of levels, at most as many as the longest request may use."""
         limits = batch.limits
         levels = min(self._best(batch), int(limits.max(initial=0)))
         if not levels:

@@ -1,12 +1,12 @@
 """Never slower than plain decoding? Bad heads, adversarial prompts, a noisy neighbour, wrong
 profiles: all in one go.
 
-Every case: `smart` and plain decoding of one process answer the same prompts, some rounds each in
-turn; printed is the paired ratio with its 95 % interval (0.97 or more is wanted), decode-only and
-end to end. `smart` starts afresh in each case and batch size, so that the ratio includes what
-noticing costs. How long it takes to notice is measured apart, in rounds at batch 1: until three
-quarters of 16 rounds are off (bad drafts), or until the median of 16 rounds is predicted to within
-a quarter (wrong profiles).
+In every case `smart` and plain decoding of one process answer the same prompts, some rounds each in
+turn. Printed is the paired ratio with its 95 % interval (0.97 or more is required), decode-only and
+end to end. `smart` starts afresh in each case and batch size, so the ratio includes the cost of
+noticing. The time to notice is measured apart, in rounds at batch 1: until three quarters of 16
+rounds are off (bad drafts), or until the median of 16 rounds is predicted to within a quarter
+(wrong profiles).
 
 Needed by the README ("Bad heads") and zen4/2026-11-28-robustness.json.
 """
@@ -71,17 +71,17 @@ LANGUAGES = (
     "Napisz krótką historię o kocie, po polsku.",
 )
 Make = Callable[[LLM], LLM]
-Seen = Sequence[tuple[bool, float]]  # of each round: drafted; seconds over what was predicted
+Observed = Sequence[tuple[bool, float]]  # of each round: drafted; seconds over predicted ones
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """How `smart` is made, the prompts, what goes on beside it, and how it is seen to notice."""
+    """How `smart` is made, the prompts, the disturbance meanwhile, and the test of noticing."""
 
     make: Make
     prompts: Mapping[str, Sequence[Prompt]]
-    beside: Callable[[], AbstractContextManager[None]] = nullcontext
-    noticed: Callable[[Seen], int | None] | None = None
+    disturbance: Callable[[], AbstractContextManager[None]] = nullcontext
+    noticed: Callable[[Observed], int | None] | None = None
 
 
 def untrained_head(folder: Path) -> None:
@@ -96,8 +96,8 @@ def untrained_head(folder: Path) -> None:
 
 def other_head(folder: Path) -> None:
     """A head of another model: the shipped head's shapes from another seed, trained for a minute on
-    reversed text, with the token embeddings in the place of the target's states. It proposes with
-    some confidence what does not come."""
+    reversed text, with the token embeddings in place of the target's states. It proposes wrong
+    tokens with some confidence."""
     checkpoint, source = load_checkpoint(MODEL), shipped_head(MODEL)
     assert source is not None
     files = load_head(source, checkpoint.config)
@@ -208,7 +208,7 @@ class Bench:
             return Case(shipped, self.bad, noticed=turns_off)
         if name == "a noisy neighbour":
             return Case(shipped, self.usual, busy_core)
-        kind = "cheap_costs" if name == "a profile far too cheap" else "dear_costs"
+        kind = "cheap_costs" if name == "a profile far too cheap" else "expensive_costs"
         return Case(_variant(kind), self.usual, noticed=predicts)
 
     def _made(self, make: Callable[[Path], None]) -> str:
@@ -223,7 +223,7 @@ class Bench:
         case = self.case(name)
         plain = self.llm.sharing_weights(False).engine
         engines = {"off": plain, "smart": case.make(self.llm).engine}
-        with case.beside():
+        with case.disturbance():
             deadline = time.perf_counter() + seconds
             found = measure(engines, case.prompts, size, deadline)
         result = {"case": name, "batch_size": size, **_figures(found.cycles)}
@@ -232,10 +232,10 @@ class Bench:
             result["rounds_until_noticed"] = case.noticed(self._answering(engine, case.prompts))
         return result
 
-    def _answering(self, engine: Engine, prompts: Mapping[str, Sequence[Prompt]]) -> Seen:
+    def _answering(self, engine: Engine, prompts: Mapping[str, Sequence[Prompt]]) -> Observed:
         """Return the first rounds at batch 1."""
         mixed = [prompt for of_task in zip(*prompts.values(), strict=False) for prompt in of_task]
-        seen: list[tuple[bool, float]] = []
+        observed: list[tuple[bool, float]] = []
         for prompt in mixed:
             engine.add_request(f"notice-{prompt.index}", prompt.tokens, prompt.params)
             while engine.has_unfinished_requests:
@@ -246,10 +246,10 @@ class Bench:
                 if done.batch.size and not done.batch.prefill_rows:
                     context = float(done.batch.context[0])
                     expected = float(cost.verify_seconds(1, done.verify_rows, context))
-                    seen.append((done.rule is not None, done.verify_seconds / expected))
-            if len(seen) >= MOST_ROUNDS + WINDOW:
+                    observed.append((done.rule is not None, done.verify_seconds / expected))
+            if len(observed) >= MOST_ROUNDS + WINDOW:
                 break
-        return seen
+        return observed
 
 
 def _figures(cycles: Sequence[Mapping[str, Block]]) -> dict[str, Any]:
@@ -271,16 +271,16 @@ def _figures(cycles: Sequence[Mapping[str, Block]]) -> dict[str, Any]:
     return result
 
 
-def turns_off(seen: Seen) -> int | None:
+def turns_off(observed: Observed) -> int | None:
     """Return the round from which on three quarters of a window are off; None if that never
     comes."""
-    off = np.array([not drafted for drafted, _ in seen])
+    off = np.array([not drafted for drafted, _ in observed])
     return next((i for i in range(len(off) - WINDOW) if off[i : i + WINDOW].mean() >= 0.75), None)
 
 
-def predicts(seen: Seen) -> int | None:
+def predicts(observed: Observed) -> int | None:
     """Return the round from which on the median of a window is predicted to within a quarter."""
-    ratio = np.array([found for _, found in seen])
+    ratio = np.array([found for _, found in observed])
     return next(
         (i for i in range(len(ratio) - WINDOW) if 0.8 < np.median(ratio[i : i + WINDOW]) < 1.25),
         None,
@@ -308,12 +308,12 @@ CASES = (
     "adversarial prompts",
     "a noisy neighbour",
     "a profile far too cheap",
-    "a profile far too dear",
+    "a profile far too expensive",
 )
 
 
-def told(row: Mapping[str, Any]) -> str:
-    """Return a row in words."""
+def line_of(row: Mapping[str, Any]) -> str:
+    """Return a row as a line of text."""
     ratio = f"{row['speedup']:.3f} ({row['speedup_low']:.3f}-{row['speedup_high']:.3f})"
     parts = [
         f"{row['case']:26} batch {row['batch_size']:2}: {ratio}",
@@ -328,7 +328,7 @@ def told(row: Mapping[str, Any]) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What is measured, and for how long."""
+    """Add the options of the measurement."""
     add = parser.add_argument
     add("--seconds", type=float, default=28.0, help="of each case and batch size")
     add("--batch-sizes", type=whole_numbers, default=(1, 8), metavar="1,8")
@@ -340,11 +340,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def command_of(args: argparse.Namespace) -> str:
-    """Return the command line that asks for this run."""
-    told = ["python", "-m", "smart_lab", "robustness", "--seconds", f"{args.seconds:g}"]
-    told += ["--batch-sizes", ",".join(map(str, args.batch_sizes))]
-    told += ["--cases", ",".join(args.cases), "--time-limit", f"{args.time_limit:g}"]
-    return shlex.join(told)
+    """Return the command line of this run."""
+    command = ["python", "-m", "smart_lab", "robustness", "--seconds", f"{args.seconds:g}"]
+    command += ["--batch-sizes", ",".join(map(str, args.batch_sizes))]
+    command += ["--cases", ",".join(args.cases), "--time-limit", f"{args.time_limit:g}"]
+    return shlex.join(command)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -367,7 +367,7 @@ def main(args: argparse.Namespace) -> int:
                     continue
                 progress.add(unit, bench.run(name, size, args.seconds))
             rows.append(progress.units(unit)[0])
-            print(told(rows[-1]), flush=True)
+            print(line_of(rows[-1]), flush=True)
         origin = provenance(command_of(args), 0, bench.llm.provenance, "as each case says")
     if args.json is not None:
         write_json(args.json, {"provenance": origin, "robustness": rows})

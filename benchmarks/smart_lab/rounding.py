@@ -1,4 +1,4 @@
-"""What rounding does to a GGUF file's logits: ours, with and without activations in 8 bits, and
+"""Effects of rounding on a GGUF file's logits: ours, with and without activations in 8 bits, and
 llama.cpp's.
 
     python -m smart_lab rounding FILE [--llama-cpp build/bin] [--text FILE]
@@ -68,9 +68,9 @@ class Difference:
     kl: float = 0.0
     same: int = 0
 
-    def add(self, wanted: torch.Tensor, found: torch.Tensor, text: torch.Tensor) -> None:
-        """Logits [rows, vocabulary] of the reference and of this; text: the next tokens [rows]."""
-        exact = wanted.double().log_softmax(-1)
+    def add(self, reference: torch.Tensor, found: torch.Tensor, text: torch.Tensor) -> None:
+        """Add logits [rows, vocabulary], the reference's and these; text: next tokens [rows]."""
+        exact = reference.double().log_softmax(-1)
         ours = found.double().log_softmax(-1)
         self.count += len(text)
         self.loss -= float(ours.gather(-1, text[:, None]).sum())
@@ -140,7 +140,7 @@ def read_text(path: Path | None) -> str:
 
 
 def ours(file: Path, text: str, most: int) -> dict[str, dict[str, float]]:
-    """Figures of the reference, of exact activations and of those in 8 bits."""
+    """Return figures of the reference, of exact activations and of activations in 8 bits."""
     checkpoint = load_checkpoint(file, quantization=None)
     tokens = Tokenizer.load(checkpoint.tokenizer_source).encode(text, add_special_tokens=False)
     cut = [tokens[i : i + WINDOW] for i in range(0, len(tokens) - WINDOW + 1, WINDOW)][:most]
@@ -159,16 +159,16 @@ def ours(file: Path, text: str, most: int) -> dict[str, dict[str, float]]:
     half = WINDOW // 2
     for window in tqdm(cut, "windows"):
         rows, following = rows_of(window), torch.tensor(window[half:])
-        wanted = None
+        expected = None
         for name, decoder in decoders.items():
             logits = decoder.forward(rows).logits[half - 1 : -1].clone()
-            wanted = logits if wanted is None else wanted
-            found[name].add(wanted, logits, following)
+            expected = logits if expected is None else expected
+            found[name].add(expected, logits, following)
     return {name: difference.figures for name, difference in found.items()}
 
 
 def rows_of(tokens: list[int]) -> Rows:
-    """Return a window's, its keys in the first pages."""
+    """Return the rows of a window, its keys in the first pages."""
     builder = RowsBuilder()
     builder.begin(np.arange(WINDOW // PAGE, dtype=np.int32))
     builder.add_committed(tokens, range(len(tokens)), range(len(tokens)))
@@ -176,16 +176,16 @@ def rows_of(tokens: list[int]) -> Rows:
 
 
 def theirs(file: Path, text: str, most: int, programs: Path) -> dict[str, float]:
-    """llama.cpp's figures, by its own program. Raises ModelError if it fails, and ConfigError for
-    what it does not print."""
+    """Return llama.cpp's figures, by its own program. Raises ModelError if it fails, and
+    ConfigError for missing figures."""
     with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
         floats, base = Path(scratch) / "floats.gguf", Path(scratch) / "base"
         (Path(scratch) / "text").write_text(text, encoding="utf-8")
         call([str(programs / QUANTIZE), "--allow-requantize", str(file), str(floats), "F32"])
-        asked = ["-c", str(WINDOW), "--chunks", str(most), "--kl-divergence-base", str(base)]
+        options = ["-c", str(WINDOW), "--chunks", str(most), "--kl-divergence-base", str(base)]
         perplexity = str(programs / PERPLEXITY)
-        call([perplexity, "-m", str(floats), "-f", str(Path(scratch) / "text"), *asked])
-        said = call([perplexity, "-m", str(file), "--kl-divergence", *asked])
+        call([perplexity, "-m", str(floats), "-f", str(Path(scratch) / "text"), *options])
+        said = call([perplexity, "-m", str(file), "--kl-divergence", *options])
     found = {}
     for name, pattern in _PATTERNS.items():
         match = re.search(pattern, said)

@@ -1,5 +1,5 @@
-"""What speculation would bring on other hardware: policies replayed at the costs of a profile or a
-data sheet.
+"""Predicted speedups on other hardware: policies replayed at the costs of a profile or a data
+sheet.
 
 Needed by `simulate` and the tuning of `bench`.
 """
@@ -42,13 +42,13 @@ SETTINGS: Sequence[Setting] = [
 EAGLE_2: Setting = {"depth": 7, "top_k": 10, "total_tokens": 60}
 SMART, PAPER, EAGLE2 = "smart", "paper", "eagle2, EAGLE-2's size"
 ROUNDS, LEAST_ROUNDS = 2400, 120  # of requests; of the batch
-PAYS = 1.02  # less is within what costs are known to
+PAYS = 1.02  # smaller speedups are within the error of costs
 
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
     """One batch size. plain: tokens per second without speculation; speedup: per policy; fixed: the
-    best setting of `eagle2`; smart: what `smart` did."""
+    best setting of `eagle2`; smart: counts of `smart`."""
 
     batch_size: int
     plain: float
@@ -68,7 +68,7 @@ class Prediction:
 
 @dataclass(slots=True)
 class Simulation:
-    """What is simulated, in words, and a prediction for each batch size."""
+    """The simulated setting, in words, and a prediction for each batch size."""
 
     hardware: str
     model: str
@@ -153,11 +153,10 @@ class Simulator:
         rates = {name: result.tokens_per_s / plain for name, result in speedup.items()}
         return Prediction(batch_size, plain, rates, setting, smart)
 
-    def replayed(self, name: str, batch_size: int, believed: CostModel | None = None) -> Replayed:
-        """Return one policy at one batch size. believed: what it knows of the costs, if not the
-        truth."""
+    def replayed(self, name: str, batch_size: int, assumed: CostModel | None = None) -> Replayed:
+        """Return one policy at one batch size. assumed: its costs, if not the real ones."""
         options = self._paper if name == "paper" else {}
-        policy = self.trace.policy(name, believed or self.cost, **options)
+        policy = self.trace.policy(name, assumed or self.cost, **options)
         recording = enough(self.trace.recording, batch_size)
         rounds = max(LEAST_ROUNDS, ROUNDS // batch_size)
         return self._counted(
@@ -185,5 +184,5 @@ def enough(recording: Recording, batch_size: int) -> Recording:
 
 
 def name_of(setting: Setting) -> str:
-    """As `smart bench --policy-options` takes it."""
+    """Return a setting in the form of `smart bench --policy-options`."""
     return "eagle2:" + ",".join(f"{name}={value}" for name, value in setting.items())

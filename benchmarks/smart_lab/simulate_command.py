@@ -175,7 +175,7 @@ def _acceptance(args: argparse.Namespace) -> tuple[Trace, str, Setting]:
         tokens, context, source, tree = (
             _tokens(args.acceptance, list(known)),
             200,
-            "asked for",
+            "requested",
             EAGLE_2,
         )
     recording = synthetic(tokens, context=context, tree=tree)
@@ -197,8 +197,8 @@ def _costs(
             )
         hardware = trace.about.get("provenance", {}).get("hardware", {})
         device = hardware.get("gpu") or hardware.get("cpu", "an unknown machine")
-        told = f"measured profile of {device}"
-        return trace.cost, trace.host, Simulation(told, "the recorded one", acceptance)
+        profile = f"measured profile of {device}"
+        return trace.cost, trace.host, Simulation(profile, "the recorded one", acceptance)
     if not _is_card(name):
         return (
             _profile(Path(name)),

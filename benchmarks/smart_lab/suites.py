@@ -107,7 +107,7 @@ def _worked(answer: str) -> str:
     return _NOTES.sub("", answer).replace("#### ", "The answer is ")
 
 
-def _asked(wish: str, source: str) -> str:
+def _request(wish: str, source: str) -> str:
     return f"{wish} Answer with the whole function.\n```python\n{source}\n```"
 
 
@@ -124,7 +124,7 @@ def _rename(task: Task) -> str | None:
     if function is None or not function.args.args:
         return None
     old = function.args.args[0].arg
-    return _asked(
+    return _request(
         f"Rename the parameter `{old}` of `{function.name}` to `{old}_value`.", solution(task)
     )
 
@@ -136,7 +136,7 @@ def _repair(task: Task) -> str | None:
         broken, count = re.subn(rf"(?<= ){re.escape(right)}(?= )", wrong, body, count=1)
         if count:
             source = solution({**task, "canonical_solution": broken})
-            return _asked(
+            return _request(
                 f"`{task['entry_point']}` has a bug: one operator is wrong. Fix it.", source
             )
     return None
@@ -146,7 +146,7 @@ def _hints(task: Task) -> str | None:
     function = _function(task)
     if function is None or not function.args.args or any(a.annotation for a in function.args.args):
         return None
-    return _asked(
+    return _request(
         f"Add type hints to the signature of `{function.name}` and change nothing else.",
         solution(task),
     )
@@ -154,7 +154,7 @@ def _hints(task: Task) -> str | None:
 
 def _logging(task: Task) -> str | None:
     name = task["entry_point"]
-    return _asked(
+    return _request(
         f"Print the arguments of `{name}` at its start and change nothing else.", solution(task)
     )
 

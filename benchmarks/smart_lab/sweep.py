@@ -124,7 +124,7 @@ def add_up(
 
 
 class Sweep:
-    """A recording with the trees of many `eagle2` settings, drawn when first asked for."""
+    """A recording with the trees of many `eagle2` settings, drawn at first use."""
 
     def __init__(
         self,
@@ -171,7 +171,7 @@ def _draw(policy: Policy, walk: Walk) -> Fixed:
     emitted = np.minimum(1 + np.bincount(owner[on_path], minlength=size), walk.left)
     levels = done.expanded or [owner[:0]]
     expanded = np.stack([np.bincount(owners, minlength=size) for owners in levels], axis=1)
-    expanded[:, 0] = done.batch.remaining > 1  # a round in which nobody may draft is a plain one
+    expanded[:, 0] = done.batch.remaining > 1  # a round without requests that may draft is plain
     return Fixed(
         emitted,
         np.bincount(owner[done.kept], minlength=size),

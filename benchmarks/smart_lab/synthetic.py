@@ -1,5 +1,5 @@
-"""Recordings that nobody recorded: trees and answers drawn so that EAGLE-2's tree yields a given
-number of tokens.
+"""Synthetic recordings: trees and answers drawn so that EAGLE-2's tree yields a given number of
+tokens.
 
 How predictable the text is moves slowly, as in real text; confidences fall off from child to child,
 and the target chooses a child with its confidence times a trust that falls with depth. Nothing else
@@ -120,6 +120,6 @@ def _children(rng: np.random.Generator, ease: float, count: int, spread: float) 
     first = 1.0 / (1.0 + np.exp(-(ease + spread * rng.normal(size=(count, 1)))))
     others = (
         (1 - first) * (0.2 + 0.5 * first) * SHARE / SHARE.sum()
-    )  # what is unexpected is often among no children
+    )  # a surprising token is often among no children
     prob: FloatArray = -np.sort(-np.concatenate((first, others), axis=1), axis=1)
     return prob

@@ -85,8 +85,7 @@ def tuned(runs: Sequence[Run]) -> Section:
 
 
 def over(runs: Sequence[Run]) -> Section:
-    """`smart` beside each other contestant, block by block; and by replay, where that was asked
-    for."""
+    """Return `smart` over each other contestant, block by block, and by replay where measured."""
     rows = [
         (
             run["policy"],

@@ -34,10 +34,10 @@ MAGIC, VERSION = b"smart-recording", b"1"
 
 @dataclass(frozen=True)
 class Trace:
-    """A recording and what is known about it.
+    """A recording and its circumstances.
 
     about: provenance, model, drafter, dtype, temperature. cost, host: the recording machine's
-    profile, if it was measured. prior: what `smart` starts from."""
+    profile, if it was measured. prior: of `smart`."""
 
     recording: Recording
     about: Mapping[str, Any]

@@ -63,7 +63,7 @@ def padded(tokenizer: Tokenizer, texts: list[str]) -> dict[str, torch.Tensor]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What runs, and how much."""
+    """Add the options of the measurement."""
     add = parser.add_argument
     add("--batch", type=int, nargs="+", default=[1, 4])
     add("--dtype", choices=("float32", "bfloat16"), default="float32")
@@ -136,8 +136,7 @@ def compare(
 
 
 class _Tally:
-    """What each way has taken and given: seconds of each repetition, tokens, answers unlike
-    `generate`'s."""
+    """Seconds of each way's repetitions, tokens, and answers unlike `generate`'s."""
 
     def __init__(self, names: list[str], repetitions: int) -> None:
         self.seconds = {name: np.zeros(repetitions) for name in names}

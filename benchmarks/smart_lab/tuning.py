@@ -107,8 +107,7 @@ def _best(
     late: Late,
     rounds: int | None = None,
 ) -> dict[str, Any]:
-    """Return the setting of a policy that is fastest in the replay, of those that there was time
-    for."""
+    """Return the setting of a policy that is fastest in the replay, of all tried in time."""
     assert trace.cost is not None
     recording, cost = enough(trace.recording, batch_size), trace.cost
     rates: list[float] = []
@@ -185,10 +184,9 @@ class Traced:
 
 
 def distinct(arms: Sequence[Arm], trace: Trace, batch_size: int, rounds: int = 200) -> list[Arm]:
-    """Return the arms without those that draft and verify the same trees as an earlier one, by
-    replay.
+    """Return the arms whose trees differ, by replay, from those of all earlier arms.
 
-    Whose they are is printed."""
+    Each arm left out is printed with its double."""
     first: dict[str, Arm] = {}
     for arm in arms:
         found = Traced(trace.policy(arm.policy, trace.cost, **arm.policy_options))
@@ -211,10 +209,9 @@ def cost_of(arms: Sequence[LLM]) -> CostModel:
 
 
 class Tuner:
-    """Tuned contestants, if they are asked for; records other prompts once, when first needed.
+    """Tuned contestants, if the options request them; records other prompts once, at first use.
 
-    clock: in seconds, on which whoever asks says when to stop; a setting or a prompt that was begun
-    is finished."""
+    clock: in seconds, of the callers' `stop`; a setting or a prompt that was begun is finished."""
 
     def __init__(
         self, llm: LLM, options: LabOptions, clock: Callable[[], float] = time.perf_counter
@@ -234,12 +231,12 @@ class Tuner:
             found = self._found(batch_size, stop)
             progress.add(name, [[arm.policy, dict(arm.options), arm.name] for arm in found])
             if self._late(stop)():
-                told = f"batch {batch_size}: the time limit came before all settings were tried"
-                print(f"smart_lab: {told}", file=sys.stderr)
+                reason = "the time limit came before all settings were tried"
+                print(f"smart_lab: batch {batch_size}: {reason}", file=sys.stderr)
         return [Arm(*kept) for kept in progress.units(name)[0]]
 
     def _found(self, batch_size: int, stop: float | None) -> list[Arm]:
-        """Return those asked for, but for trees that others verify already."""
+        """Return the tuned contestants, without those whose trees equal another contestant's."""
         options = self._options
         trace = self._trace("others", self._other_texts, self._within(stop, RECORDING))
         assert trace.cost is not None
@@ -253,8 +250,8 @@ class Tuner:
             sweep, late = self._sweep(trace), self._late(stop)
             count = options.tune_eagle2
             arms += best_likelihood(sweep, trace.cost, batch_size, count, trace.host, late)
-        given = [arm for arm in options.arms if "method" not in arm.options]
-        return [arm for arm in distinct([*given, *arms], trace, batch_size) if arm in arms]
+        fixed = [arm for arm in options.arms if "method" not in arm.options]
+        return [arm for arm in distinct([*fixed, *arms], trace, batch_size) if arm in arms]
 
     def _sweep(self, trace: Trace) -> Sweep:
         """Return all settings of `eagle2` on the other prompts, repeated where a large batch would
@@ -287,7 +284,7 @@ class Tuner:
         return never if stop is None else lambda: self._clock() > stop
 
     def _within(self, stop: float | None, share: float) -> float | None:
-        """When a part ends that may take a share of the time that is left."""
+        """Return the second in which a part ends that may take a share of the time left."""
         now = self._clock()
         return None if stop is None else now + share * max(0.0, stop - now)
 
@@ -325,7 +322,7 @@ class Tuner:
         return {task: load_task(task, count) for task in options.tasks}
 
     def _other_texts(self) -> dict[str, list[Any]]:
-        """Prompts after those that are measured. Raises ConfigError if a task has no others."""
+        """Return the prompts after the measured ones. Raises ConfigError if a task has no more."""
         options = self._options
         count, used = prompts_needed(options), options.limit
         texts = {task: load_task(task, used + count)[used:] for task in options.tasks}

@@ -104,7 +104,7 @@ def block(
 
 
 class Tally:
-    """What a batch size gave, block by block."""
+    """The rates of a batch size, block by block."""
 
     def __init__(self) -> None:
         self.rates: dict[str, list[float]] = {arm: [] for arm in ARMS}
@@ -194,7 +194,7 @@ class Arm:
 
 
 def serve(pipe: Any, args: argparse.Namespace, arm: str) -> None:
-    """The life of an engine's process: answers blocks in turns until it is told None."""
+    """Run an engine's process: answer blocks in turns until it receives None."""
     llm, params = loaded(args, arm)
     controller = getattr(llm.llm_engine.engine_core.engine_core.scheduler, "controller", None)
     signal_ranks(signal.SIGSTOP)
@@ -246,7 +246,7 @@ def loaded(args: argparse.Namespace, arm: str) -> tuple[Any, Any]:
 
 
 def signal_ranks(number: int) -> None:
-    """To the processes of this engine's ranks, where it has several."""
+    """Send a signal to the processes of this engine's ranks, if it has several."""
     for process in multiprocessing.active_children():
         if process.pid is not None:
             os.kill(process.pid, number)

@@ -1,7 +1,7 @@
-"""Worlds in which `ablate` replays: what a controller meets beside a machine that is as profiled.
+"""Worlds in which `ablate` replays: machines and drafters that differ from the profile.
 
-A world changes what policies believe of costs, what steps really take, or what the drafter
-proposes. Each contestant meets the same changes, on a machine made anew from one seed.
+A world changes the costs that policies assume, the real seconds of steps, or the drafter's
+proposals. Each contestant meets the same changes, on a machine made anew from one seed.
 
 Needed by `ablate --worlds`.
 """
@@ -33,11 +33,11 @@ NOBODYS = -1  # a token that no target chooses
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """recording: answers in their order. believed: the costs that policies start from. machine:
-    what steps take, new for each contestant."""
+    """A recording on a machine. recording: answers in their order. assumed: the costs that policies
+    start from. machine: real seconds of steps, new for each contestant."""
 
     recording: Recording
-    believed: CostModel
+    assumed: CostModel
     machine: Callable[[], Machine]
 
 
@@ -45,16 +45,16 @@ Make = Callable[["Recording", "CostModel", int, int], World]
 
 
 def as_profiled(recording: Recording, cost: CostModel, batch_size: int, seed: int) -> World:
-    """Steps take what the profile says."""
+    """Return the world of the profile."""
     return World(recording, cost, lambda: StepCosts(cost, batch_size))
 
 
 def misjudged(factor: float) -> Make:
-    """Make what rows and levels add `factor` times as expensive in the profile as it is."""
+    """Make rows and levels `factor` times as expensive in the profile as on the machine."""
 
     def make(recording: Recording, cost: CostModel, batch_size: int, seed: int) -> World:
         world = as_profiled(recording, cost, batch_size, seed)
-        return replace(world, believed=askew(cost, factor, factor))
+        return replace(world, assumed=askew(cost, factor, factor))
 
     return make
 
@@ -94,7 +94,7 @@ def mixed_contexts(lengths: Sequence[int]) -> Make:
 
 def unknown_costs(recording: Recording, cost: CostModel, batch_size: int, seed: int) -> World:
     """Nothing was measured: policies start from a guess."""
-    return replace(as_profiled(recording, cost, batch_size, seed), believed=CostModel.default())
+    return replace(as_profiled(recording, cost, batch_size, seed), assumed=CostModel.default())
 
 
 def slower(cost: CostModel, factor: float) -> CostModel:

@@ -174,16 +174,16 @@ def test_every_world_replays_every_answer_once(trace):
     plain = replay(trace.policy("off", COST), trace.recording, COST, 2)
     for name, make in WORLDS.items():
         world = make(trace.recording, COST, 2, 0)
-        off = trace.policy("off", world.believed)
+        off = trace.policy("off", world.assumed)
         found = replay(off, world.recording, COST, 2, costs=world.machine())
         assert found.tokens == plain.tokens, name
 
 
 def test_worlds_change_what_they_say(trace):
     worlds = {name: make(trace.recording, COST, 1, 0) for name, make in WORLDS.items()}
-    believed = {name: float(w.believed.verify_seconds(1, 64, 0)) for name, w in worlds.items()}
-    assert believed["costs twice too high"] == pytest.approx(1.0 + 2 * 2.0)
-    assert believed["costs twice too low"] == pytest.approx(1.0 + 2.0 / 2)
+    assumed = {name: float(w.assumed.verify_seconds(1, 64, 0)) for name, w in worlds.items()}
+    assert assumed["costs twice too high"] == pytest.approx(1.0 + 2 * 2.0)
+    assert assumed["costs twice too low"] == pytest.approx(1.0 + 2.0 / 2)
     machine = worlds["speed changes by half"].machine()
     seen = []
     for _ in range(40):
@@ -193,7 +193,7 @@ def test_worlds_change_what_they_say(trace):
     assert max(seen) == pytest.approx(1.5, rel=0.1)
     lengths = {a.prompt_length for a in worlds["short and long contexts"].recording.answers}
     assert lengths == {100, 2000}
-    assert worlds["costs unknown"].believed == CostModel.default()
+    assert worlds["costs unknown"].assumed == CostModel.default()
 
 
 def test_a_head_turns_bad_for_a_third_of_the_answers(trace):

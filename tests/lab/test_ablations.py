@@ -124,7 +124,7 @@ def test_variants_wrap_a_running_policy(trace):
     for name, wrap in VARIANTS.items():
         found = replay(wrap(smart(trace, FLAT)), trace.recording, FLAT, 4, rounds=60)
         assert found.tokens >= 4 * found.rounds, name
-        if name.startswith("dear"):  # drafting seems not to pay, until rounds tell otherwise
+        if name.startswith("expensive"):  # drafting seems not to pay, until rounds tell otherwise
             assert found.off > own.off + 10
 
 
@@ -139,9 +139,9 @@ def test_a_variant_exchanges_data_that_executes_by_itself(trace):
 
 
 def test_looking_back_stops_at_the_level_that_made_the_round_worse(trace):
-    dear = CostModel.from_table({1: {1: 1.0, 64: 1.5}}, {1: 0.5, 64: 0.6})
+    expensive = CostModel.from_table({1: {1: 1.0, 64: 1.5}}, {1: 0.5, 64: 0.6})
     back, all_of_them = (
-        replay(ABLATIONS[name](trace, dear), trace.recording, dear, 2, rounds=40)
+        replay(ABLATIONS[name](trace, expensive), trace.recording, expensive, 2, rounds=40)
         for name in ("stop rule: look back", "stop rule: always 8 levels")
     )
     assert 1 < levels_of(back) < 4

@@ -205,9 +205,9 @@ def test_host_and_own_time_count(recording):
 
 def test_smart_drafts_in_a_replay_where_it_pays_and_not_where_it_does_not(recording):
     cheap = CostModel.from_table({1: {1: 1.0, 400: 1.1}}, {1: 0.01, 400: 0.02})
-    dear = CostModel.from_table({1: {1: 1.0, 2: 9.0, 400: 3000.0}}, {1: 1.0, 400: 9.0})
+    expensive = CostModel.from_table({1: {1: 1.0, 2: 9.0, 400: 3000.0}}, {1: 1.0, 400: 9.0})
     good = replay(make_policy("smart", {"cost": cheap}), recording, cheap, 2)
-    bad = replay(make_policy("smart", {"cost": dear}), recording, dear, 2)
+    bad = replay(make_policy("smart", {"cost": expensive}), recording, expensive, 2)
     assert good.tokens_per_s > 2.5 * replay(Off(), recording, cheap, 2).tokens_per_s
     assert bad.off > 0.8 * bad.rounds  # what is new is tried
 

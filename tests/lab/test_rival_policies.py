@@ -89,8 +89,8 @@ def test_pooled_chain_prunes_to_the_best_rate_of_all_chains_together() -> None:
 
 def test_pooled_chain_drafts_in_full_where_nothing_pays() -> None:
     """And then verifies nothing: it never decides for plain decoding beforehand."""
-    dear = CostModel.from_table({1: {1: 1.0, 64: 500.0}}, {1: 0.5})
-    policy = make_policy("pooled_chain", cost=dear, length=3)
+    expensive = CostModel.from_table({1: {1: 1.0, 64: 500.0}}, {1: 0.5})
+    policy = make_policy("pooled_chain", cost=expensive, length=3)
     rule, trees = likely(policy, state([20, 20]), [0.5, 0.5, 0.5])
     assert len(trees) == 6
     assert rule.select(trees).tolist() == []

@@ -38,9 +38,9 @@ def _itself(model: Path) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class Rival:
-    """An engine. package: what its environment must have; worker: the module of its process;
-    weights: what it reads of a GGUF file, `reads` in words; modes: name -> how many tokens it
-    proposes; fixed: whether it must know their number to load."""
+    """An engine. package: required in its environment; worker: the module of its process; weights:
+    the files that it reads for a GGUF file, `reads` in words; modes: name -> number of proposed
+    tokens; fixed: whether the number is set at loading."""
 
     name: str
     package: str
@@ -52,7 +52,7 @@ class Rival:
 
     @property
     def option(self) -> str:
-        """Of the command line, which takes its Python."""
+        """The command line's option for its Python."""
         return self.name.lower()
 
 
@@ -118,13 +118,13 @@ class Processes:
 
     @property
     def version(self) -> str:
-        """Its own word."""
+        """Return the engine's version."""
         return str(self._workers[0].about["version"])
 
     def answer(
         self, mode: str, places: int, prompts: Sequence[Sequence[int]], tokens: int
     ) -> Reply:
-        """So many at once, the next one when one has ended, greedy, up to so many tokens each."""
+        """Answer prompts greedily, `places` at once, up to `tokens` tokens each."""
         ahead = self._rival.modes[mode]
         job = {**job_of(prompts, tokens), "places": places}
         job |= {} if self._rival.fixed else {"ahead": ahead}
@@ -132,12 +132,12 @@ class Processes:
         return reply_of(self._workers[self._loaded(ahead)].ask(job, ANSWERING * waves))
 
     def _loaded(self, ahead: int) -> int:
-        """Return what a process is told when it loads: how many, or whether any."""
+        """Return the drafts that a process is loaded for: how many, or whether any."""
         return ahead if self._rival.fixed else min(ahead, 1)
 
 
 def reply_of(found: Mapping[str, Any]) -> Reply:
-    """Return what a worker told, counted as for our engine."""
+    """Return a worker's answer, counted as for our engine."""
     answers = found["answers"]
     times = zip(found["placed"], found["firsts"], found["ends"], found["before"], strict=True)
     spans = [

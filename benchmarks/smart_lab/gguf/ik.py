@@ -31,7 +31,7 @@ Encode = Callable[[str], list[int]]
 
 @dataclass(frozen=True, slots=True)
 class IkFlags:
-    """How it runs. flash: on or off; repack: weights in its own layout, at loading."""
+    """Settings of ik_llama.cpp. flash: on or off; repack: weights in its own layout, at loading."""
 
     threads: int
     flash: str = "on"
@@ -40,7 +40,7 @@ class IkFlags:
 
     @property
     def words(self) -> list[str]:
-        """As its server's command line has them."""
+        """The settings as words of its server's command line."""
         words = ["--threads", str(self.threads), "--flash-attn", self.flash]
         words += ["--run-time-repack"] if self.repack else []
         return [*words, *self.speculation]

@@ -50,7 +50,7 @@ def speculative_configs(smart: Sequence[str], draft: Path | None) -> dict[str, d
 
 
 def without_folders(text: str) -> str:
-    """Return a method or config as it was given, of a model's file the name alone."""
+    """Return a method or config with only the name of a model's file."""
     config = _config(text)
     if text in METHODS or "model" not in config:
         return text
@@ -104,7 +104,7 @@ class Ours:
     def contestants(
         self, places: int
     ) -> dict[str, Callable[[Sequence[Sequence[int]], int], Reply]]:
-        """Name -> what answers a chunk of prompts, so many at once."""
+        """Return name -> a function that answers a chunk of prompts, so many at once."""
         return {
             f"{self.held} {name}": partial(answer, engine, places)
             for name, engine in self._engines.items()
@@ -112,13 +112,12 @@ class Ours:
 
     @property
     def bytes_read(self) -> int:
-        """Of weights, by a forward."""
+        """Bytes of weights that a forward reads."""
         return self.llm.target.decoder.bytes_read
 
     @staticmethod
     def read_rate(calls: int) -> float:
-        """Return the median of bytes per second that the kernels read, of memory that lies as
-        weights do."""
+        """Return the median bytes per second at which the kernels read memory like weights."""
         memory = Arena(READ).take(READ).fill_(1)
         return READ / statistics.median(read_seconds(memory, fastest_hint()) for _ in range(calls))
 
@@ -127,8 +126,7 @@ class Ours:
         return answer(self._engines[PLAIN], 1, [prompt], 1).prefill_seconds
 
     def forwards(self, rows: Sequence[int], context: int, turns: int) -> dict[int, float]:
-        """Return rows of one sequence, all of which give logits -> the median seconds of a
-        forward."""
+        """Return rows of one sequence, all with logits -> the median seconds of a forward."""
         pages = self.llm.engine.config.pages
         found: dict[int, list[float]] = {count: [] for count in rows}
         runs = {}
@@ -145,8 +143,8 @@ class Ours:
         return {count: sorted(seconds)[len(seconds) // 2] for count, seconds in found.items()}
 
 
-class Asked:
-    """A request on its way: when it got its place and its first token, and when it ended."""
+class TimedRequest:
+    """A request, and when it got its place, its first token and its end."""
 
     def __init__(self, request: Request, now: float) -> None:
         self.request = request
@@ -154,7 +152,7 @@ class Asked:
         self._before = 0  # tokens of its first round
 
     def look(self, now: float) -> None:
-        """After a step."""
+        """Note the times after a step."""
         if math.isnan(self._first) and self.request.output:
             self._first, self._before = now, len(self.request.output)
         if self.request.finished:
@@ -162,7 +160,7 @@ class Asked:
 
     @property
     def span(self) -> Span:
-        """Once it ended."""
+        """The times of a request that has ended."""
         later = len(self.request.output) - self._before
         return Span(self._first - self._placed, self._end - self._first, later)
 
@@ -174,25 +172,24 @@ def answer(
     tokens: int,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Reply:
-    """So many at once, the next one when one has ended, greedy, up to so many tokens each."""
+    """Answer prompts greedily, `places` at once, up to `tokens` tokens each."""
     params = SamplingParams(temperature=0.0, max_tokens=tokens)
     started = clock()
-    asked: list[Asked] = []
-    running: list[Asked] = []
-    while running or len(asked) < len(prompts):
-        for prompt in prompts[len(asked) :][: places - len(running)]:
-            (request,) = engine.add_request(f"gguf-{len(asked)}", prompt, params)
-            asked.append(Asked(request, clock()))
-            running.append(asked[-1])
+    requests: list[TimedRequest] = []
+    running: list[TimedRequest] = []
+    while running or len(requests) < len(prompts):
+        for prompt in prompts[len(requests) :][: places - len(running)]:
+            (request,) = engine.add_request(f"gguf-{len(requests)}", prompt, params)
+            requests.append(TimedRequest(request, clock()))
+            running.append(requests[-1])
         engine.step()
         now = clock()
         for each in running:
             each.look(now)
         running = [each for each in running if not each.request.finished]
-    requests = [each.request for each in asked]
     return reply(
-        [each.span for each in asked],
+        [each.span for each in requests],
         clock() - started,
-        sum(request.metrics.rounds for request in requests),
-        [list(request.output) for request in requests],
+        sum(each.request.metrics.rounds for each in requests),
+        [list(each.request.output) for each in requests],
     )

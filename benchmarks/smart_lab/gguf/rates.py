@@ -1,4 +1,4 @@
-"""Chunks of prompts answered by one contestant, and what many of them say.
+"""Chunks of prompts answered by one contestant, and figures of many chunks.
 
 Needed by `gguf-speed`, whose files are the README's first table.
 """
@@ -18,8 +18,8 @@ from smart_decoding.errors import ModelError
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """One answer. first: seconds to its first token from when it has a place; later: from there to
-    its last token; tokens: that come later."""
+    """One answer. first: seconds from its start to its first token; later: from there to its last
+    token; tokens: those after the first round."""
 
     first: float
     later: float
@@ -41,7 +41,7 @@ class Reply:
     counts: list[int] = field(default_factory=list)
 
     def plain(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """Return the reply for JSON."""
         return asdict(self)
 
 
@@ -52,8 +52,8 @@ def reply(
     answers: list[list[int]],
     counts: list[int] | None = None,
 ) -> Reply:
-    """Of a queue that was answered in so many seconds. rounds: all that gave later tokens to
-    requests, counted for each; counts: tokens of each answer that were made, if not all are told.
+    """Return the reply of a queue that was answered in so many seconds. rounds: with later tokens,
+    summed over requests; counts: tokens that were made for each answer, if `answers` lacks some.
     Raises ModelError for an answer without a token."""
     if not all(answers):
         raise ModelError("an answer has no token")
@@ -72,9 +72,9 @@ def reply(
 
 def decode_rate(spans: Sequence[Span]) -> float:
     """Return tokens per second of one request behind its first token: all tokens over all seconds
-    of all requests. NaN where none came later.
+    of all requests. NaN without later tokens.
 
-    What neighbours' prompts take meanwhile is in it."""
+    The seconds include neighbours' prompts."""
     tokens = sum(span.tokens for span in spans)
     return tokens / sum(span.later for span in spans) if tokens else math.nan
 
@@ -91,9 +91,9 @@ def agreement(theirs: Sequence[Sequence[int]], ours: Sequence[Sequence[int]]) ->
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """Of one contestant at one number of slots: tokens per second of all blocks (their harmonic
-    mean, as nearly all answers go up to the same length), of the slowest and of the fastest,
-    decoding and overall; tokens of a round; and the share of answers like the baseline's."""
+    """Figures of one contestant at one number of slots. decode, overall: tokens per second of all
+    blocks (their harmonic mean, as nearly all answers have the same length), of the slowest and of
+    the fastest; per_round: tokens of a round; same: share of answers like the baseline's."""
 
     name: str
     decode: tuple[float, float, float]
@@ -104,8 +104,8 @@ class Figures:
 
 
 def figures(blocks: Sequence[Mapping[str, Mapping[str, Any]]], baseline: str) -> list[Figures]:
-    """blocks: contestant -> a Reply as JSON, in each; baseline: whose answers the others' are
-    compared with."""
+    """Return figures of all contestants. blocks: contestant -> a Reply as JSON, in each; baseline:
+    the contestant whose answers are the reference."""
     return [_figures(blocks, name, baseline) for name in blocks[0]] if blocks else []
 
 
@@ -137,15 +137,15 @@ def by_task(
     tokens: defaultdict[str, int] = defaultdict(int)
     seconds: defaultdict[str, float] = defaultdict(float)
     for block, names in zip(blocks, tasks, strict=True):
-        told = block[name]
-        for count, spent, task in zip(told["counts"], told["seconds"], names, strict=True):
+        answered = block[name]
+        for count, spent, task in zip(answered["counts"], answered["seconds"], names, strict=True):
             tokens[task] += count
             seconds[task] += spent
     return {task: tokens[task] / seconds[task] for task in sorted(tokens)}
 
 
 def best(found: Sequence[Figures], names: Sequence[str], key: str) -> str:
-    """Of these contestants the one with the highest rate. key: 'decode' or 'overall'."""
+    """Return the contestant with the highest rate. key: 'decode' or 'overall'."""
     return max((f for f in found if f.name in names), key=lambda f: getattr(f, key)[0]).name
 
 

@@ -1,4 +1,4 @@
-"""What a run of `gguf-speed` says: figures for JSON, and tables on a terminal.
+"""Reports of a run of `gguf-speed`: figures for JSON, and tables on a terminal.
 
 Needed by `gguf-speed`, whose files are the README's first table.
 """
@@ -40,9 +40,9 @@ def run_of(
         smart = [name for name in names if name.startswith(f"{way} smart")]
         for key in KEYS:
             ours = best(found, smart or [plain], key)
-            asked = [(ours, best(found, some, key)) for some in theirs]
-            asked += [(ours, plain), (plain, best(found, their_plain, key))]
-            for a, b in dict.fromkeys(pair for pair in asked if pair[0] != pair[1]):
+            pairs = [(ours, best(found, some, key)) for some in theirs]
+            pairs += [(ours, plain), (plain, best(found, their_plain, key))]
+            for a, b in dict.fromkeys(pair for pair in pairs if pair[0] != pair[1]):
                 value = ratio(rates[a][key], rates[b][key], kinds)
                 ratios.append({"of": a, "over": b, "key": key, **asdict(value)})
     return {
@@ -84,20 +84,20 @@ def text(result: Mapping[str, Any]) -> str:
 
 
 def rivals_of(result: Mapping[str, Any]) -> list[str]:
-    """Return which they were, beside llama.cpp. Early files do not say."""
-    return [f"{name}: {told}" for name, told in result.get("rivals", {}).items()]
+    """Return the versions of rivals besides llama.cpp. Early files have none."""
+    return [f"{name}: {version}" for name, version in result.get("rivals", {}).items()]
 
 
 def build_of(about: Mapping[str, Any]) -> str:
-    """Return which llama.cpp it was: its source as far as we were told, its version, its build."""
+    """Return the build of llama.cpp: its source if it is known, its version, its options."""
     return f"{THEIRS}: {origin_of(about)}"
 
 
 def origin_of(about: Mapping[str, Any]) -> str:
     """Return the same of any server."""
     build = ", ".join(f"{name}={value}" for name, value in about.get("build", {}).items())
-    told = (about.get("source"), about["version"], build)
-    return "; ".join(part for part in told if part)
+    parts = (about.get("source"), about["version"], build)
+    return "; ".join(part for part in parts if part)
 
 
 def _forwards(result: Mapping[str, Any]) -> Iterator[str]:
@@ -117,8 +117,8 @@ def _forwards(result: Mapping[str, Any]) -> Iterator[str]:
 
 
 def memory_and_prompt(result: Mapping[str, Any]) -> Iterator[str]:
-    """Return how near one row comes to the memory's speed, and how fast a prompt is read. Early
-    files do not say."""
+    """Return one row's share of the memory's speed, and the speed of reading a prompt. Early files
+    have neither."""
     for way, size in result.get("bytes_read", {}).items():
         if "1" in result["forwards"][way]:
             rate, read = size / result["forwards"][way]["1"][0] / 1e6, result["memory"][0] / 1e9
@@ -128,11 +128,11 @@ def memory_and_prompt(result: Mapping[str, Any]) -> Iterator[str]:
             )
     if "prompt" in result:
         theirs = result["prompt"][THEIRS][0]
-        told = [
+        rates = [
             f"{name} {rate:.0f} ({low:.0f} - {high:.0f}), {rate / theirs:.2f} of {THEIRS}'s"
             for name, (rate, low, high) in result["prompt"].items()
         ]
-        yield f"a prompt of {result['prompt_tokens']} tokens, tokens per second: {'; '.join(told)}"
+        yield f"a prompt of {result['prompt_tokens']} tokens, tokens per second: {'; '.join(rates)}"
 
 
 def _run(run: Mapping[str, Any]) -> Iterator[str]:
@@ -151,8 +151,8 @@ def _run(run: Mapping[str, Any]) -> Iterator[str]:
     for each in run["ratios"]:
         of = "" if each["key"] == "overall" else ", decode"
         bounds = f"({each['low']:.2f} - {each['high']:.2f})" if each["pairs"] > 1 else "(one block)"
-        told = f"{each['of']} over {each['over']}{of}: {each['value']:.2f} {bounds}"
-        yield told + ("" if of else apart(run, each))
+        line = f"{each['of']} over {each['over']}{of}: {each['value']:.2f} {bounds}"
+        yield line + ("" if of else apart(run, each))
     for name, tuned in servers_of(run):
         for mode, flags in tuned["flags"].items():
             yield f"{name} {mode}: {flags}"
@@ -165,11 +165,11 @@ def _run(run: Mapping[str, Any]) -> Iterator[str]:
 
 
 def drafts_of(run: Mapping[str, Any]) -> Iterator[str]:
-    """Return what engines in environments of their own tried. Early files have all of it in
+    """Return the drafts that engines in environments of their own tried. Early files have them in
     blocks."""
     for name, rates in run.get("drafts_tried", {}).items():
-        told = ", ".join(f"{mode} {rate:.1f}" for mode, rate in rates.items())
-        yield f"{name} was tried with {told}"
+        modes = ", ".join(f"{mode} {rate:.1f}" for mode, rate in rates.items())
+        yield f"{name} was tried with {modes}"
 
 
 def apart(run: Mapping[str, Any], ratio: Mapping[str, Any]) -> str:
@@ -186,7 +186,7 @@ def servers_of(run: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]
 
 
 def title(run: Mapping[str, Any]) -> str:
-    """Of a run's table. Early files sent no more prompts than there are slots."""
+    """Return the title of a run's table. Early files sent no more prompts than there are slots."""
     prompts = run.get("prompts", run["slots"])
     return f"{run['slots']} requests at a time, {run['blocks']} blocks of {prompts} prompts"
 

@@ -41,7 +41,7 @@ _NOT_THEIRS = ("LLAMA_", "GGML_", "OMP_", "GOMP_", "KMP_")
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """A llama-server. command: what it always gets; tokens_of: reads the tokens of an answer."""
+    """A llama-server. command: its fixed words; tokens_of: reads the tokens of an answer."""
 
     name: str
     command: tuple[str, ...]
@@ -50,10 +50,10 @@ class Program:
 
 @dataclass(frozen=True, slots=True)
 class Flags:
-    """How llama.cpp runs. flash: on, off or auto; repack: weights in the layout that its kernels
-    like best; ubatch: rows of a forward; sampling: in the graph instead of after it; unified: one
-    KV buffer for all slots, so that uneven counts of rows fit into one forward; mmap: weights are
-    mapped, not read; speculation: further words."""
+    """Settings of llama.cpp. flash: on, off or auto; repack: weights in its kernels' layout;
+    ubatch: rows of a forward; sampling: in the graph instead of after it; unified: one KV buffer
+    for all slots, so that uneven counts of rows fit into one forward; mmap: weights are mapped, not
+    read; speculation: further words."""
 
     threads: int
     flash: str = "auto"
@@ -66,7 +66,7 @@ class Flags:
 
     @property
     def words(self) -> list[str]:
-        """As llama-server's command line has them."""
+        """The settings as words of llama-server's command line."""
         words = ["--threads", str(self.threads), "--flash-attn", self.flash]
         words += ["--ubatch-size", str(self.ubatch)]
         words += [] if self.repack else ["--no-repack"]
@@ -105,8 +105,8 @@ class LlamaCpp:
     def one_sequence(
         self, model: Path, flags: Sequence[Flags], rows: Sequence[int], context: int, turns: int
     ) -> dict[int, float]:
-        """Return seconds of a forward of so many new rows of one sequence, of which only the last
-        gives logits: rows -> the median of `turns`, under the best of the flags."""
+        """Return rows -> seconds of a forward of so many new rows of one sequence, with logits of
+        the last: the median of `turns`, under the best of the flags."""
         found: dict[int, list[float]] = {count: [] for count in rows}
         for each in flags:
             done = call(
@@ -158,13 +158,12 @@ def require(folder: Path, names: Sequence[str]) -> None:
 
 
 def origin(folder: Path) -> dict[str, Any]:
-    """Version and compiler in a server's own words, and how it was built if CMake's cache is
-    near."""
+    """Return a server's version and compiler, and its build options if CMake's cache is near."""
     done = call([str(folder / SERVER), "--version"])
-    told = [line for line in done.splitlines() if line.startswith(("version", "built"))]
+    lines = [line for line in done.splitlines() if line.startswith(("version", "built"))]
     cache = folder.parent / "CMakeCache.txt"
     text = cache.read_text(errors="replace") if cache.is_file() else ""
-    return {"version": "; ".join(told), "build": dict(_BUILD.findall(text))}
+    return {"version": "; ".join(lines), "build": dict(_BUILD.findall(text))}
 
 
 def bench_seconds(text: str) -> dict[int, float]:
@@ -187,13 +186,13 @@ def batched_seconds(text: str) -> dict[int, float]:
 
 
 def ids_of(answer: Mapping[str, Any]) -> list[int]:
-    """Return the tokens that llama-server tells."""
+    """Return the tokens in llama-server's answer."""
     return list(answer["tokens"])
 
 
 class Server:
-    """A running llama-server, stopped by a signal while it is not asked. Raises ModelError with its
-    last words if it does not start or fails."""
+    """A running llama-server, stopped by a signal while it has no requests. Raises ModelError with
+    its last words if it does not start or fails."""
 
     def __init__(
         self,
@@ -240,8 +239,8 @@ class Server:
         self.close()
 
     def answer(self, prompts: Sequence[Sequence[int]], tokens: int) -> Reply:
-        """As many at once as there are slots, in the server's own queue, greedy, up to so many
-        tokens each."""
+        """Answer prompts greedily, as many at once as there are slots, in the server's own queue,
+        up to `tokens` tokens each."""
         body = {
             "prompt": [list(map(int, prompt)) for prompt in prompts],
             "n_predict": tokens,
@@ -257,7 +256,7 @@ class Server:
             waves = -(-len(prompts) // self._slots)
             found = self._ask("/completion", body, ANSWERING * waves)
         except OSError as error:
-            raise ModelError(f"{SERVER} did not answer: {self._told(error)}") from error
+            raise ModelError(f"{SERVER} did not answer: {self._reason(error)}") from error
         seconds = time.perf_counter() - started
         self._process.send_signal(signal.SIGSTOP)
         return reply_of(found, prompts, tokens, seconds, self._tokens_of)
@@ -297,7 +296,7 @@ class Server:
         with opener.open(request, timeout=seconds) as answer:
             return json.load(answer)
 
-    def _told(self, error: OSError) -> str:
+    def _reason(self, error: OSError) -> str:
         if isinstance(error, urllib.error.HTTPError):
             return error.read().decode(errors="replace")[:300]
         return f"{error}; its last words: {_last(self._text())}"
@@ -315,21 +314,20 @@ def reply_of(
     seconds: float,
     tokens_of: Callable[[Mapping[str, Any]], list[int]] = ids_of,
 ) -> Reply:
-    """Return what llama-server answered, by its own clock but for the seconds in all. most: tokens
-    of an answer that it was asked for. Raises ModelError where a prompt was not computed in
-    full."""
-    told = found if isinstance(found, list) else [found]
-    told = sorted(told, key=lambda one: one.get("index", 0))  # in order where there is none
-    answers = [tokens_of(one) for one in told]
+    """Return llama-server's answers, by its own clock except the total seconds. most: tokens of an
+    answer that were requested. Raises ModelError for a prompt that was not computed in full."""
+    items = found if isinstance(found, list) else [found]
+    items = sorted(items, key=lambda one: one.get("index", 0))  # in order without an index
+    answers = [tokens_of(one) for one in items]
     spans, counts, rounds = [], [], 0
-    for one, answer, prompt in zip(told, answers, prompts, strict=True):
+    for one, answer, prompt in zip(items, answers, prompts, strict=True):
         times = one["timings"]
         if times["prompt_n"] != len(prompt):
             raise ModelError(
                 f"{SERVER} computed {times['prompt_n']} tokens of a prompt of {len(prompt)}"
             )
         count = len(answer)
-        if one.get("stopped_limit"):  # ik_llama.cpp tells one token of the round that reaches it
+        if one.get("stopped_limit"):  # ik_llama.cpp returns one token of the last round
             count = max(count, min(most, times["predicted_n"]))
         counts.append(count)
         spans.append(Span(times["prompt_ms"] / 1e3, times["predicted_ms"] / 1e3, count - 1))
@@ -339,7 +337,7 @@ def reply_of(
 
 
 def call(command: Sequence[str]) -> str:
-    """Both streams of a program that ends by itself. Raises ModelError if it fails."""
+    """Return both streams of a program that ends by itself. Raises ModelError if it fails."""
     done = _run(command)
     if done.returncode != 0:
         reason = _last(done.stderr or done.stdout)

@@ -62,7 +62,7 @@ class Words(Protocol):
 
     @property
     def words(self) -> list[str]:
-        """As its command line has them."""
+        """The flags as words of its command line."""
 
 
 FlagsT = TypeVar("FlagsT", bound=Words)
@@ -72,15 +72,15 @@ TimeLeft = Callable[[], bool]
 
 @dataclass
 class Tuned(Generic[FlagsT]):
-    """Mode -> the best flags; what was tried, with tokens per second or why there are none; what
-    was not for lack of time."""
+    """The result of tuning. flags: mode -> the best ones; tried: settings with tokens per second or
+    an error; left_out: settings not tried for lack of time."""
 
     flags: dict[str, FlagsT] = field(default_factory=dict)
     tried: list[dict[str, Any]] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
 
     def plain(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """Return the result for JSON."""
         return asdict(self)
 
     @classmethod
@@ -94,19 +94,19 @@ class Tuned(Generic[FlagsT]):
 
 
 def draft_words(draft: str, setting: tuple[int, float]) -> tuple[str, ...]:
-    """Return how llama-server is told to draft with the model in that file."""
+    """Return llama-server's options to draft with the model in that file."""
     most, least = setting
     words = ("--spec-type", "draft-simple", "--spec-draft-model", draft)
     return (*words, "--spec-draft-n-max", str(most), "--spec-draft-p-min", str(least))
 
 
 def ngram_words(setting: Sequence[str]) -> tuple[str, ...]:
-    """Return how it is told to look up n-grams."""
+    """Return its options to look up n-grams."""
     return ("--spec-type", *setting)
 
 
 def both_words(draft: Sequence[str], ngram: Sequence[str]) -> tuple[str, ...]:
-    """n-grams first, the draft model where they find nothing."""
+    """Return its options for n-grams first, and the draft model where they find nothing."""
     return ("--spec-type", f"{ngram[1]},{draft[1]}", *ngram[2:], *draft[2:])
 
 
@@ -189,7 +189,7 @@ class Search(Generic[FlagsT]):
         return max(finalists, key=self._rate)
 
     def _rate(self, flags: FlagsT) -> float:
-        """Of all trials' tokens over all their seconds."""
+        """Return all trials' tokens over all their seconds."""
         return statistics.harmonic_mean(self._rates[flags])
 
     def works(self, flags: FlagsT) -> bool:

@@ -1,6 +1,6 @@
-"""What the engines' processes share: JSON lines, and a loop that keeps places full.
+"""The common part of the engines' processes: JSON lines, and a loop that keeps places full.
 
-They run in environments of their own, so that this imports the standard library alone. In: a line
+They run in environments of their own, so this imports only the standard library. In: a line
 of settings, then a line per job {"prompts": [[id, ...], ...], "tokens": count, "places": count}.
 Out: a line that says it is ready, with its version, then one per job.
 
@@ -50,9 +50,8 @@ def serve(load: Callable[[Settings], tuple[dict[str, str], Answer]]) -> None:
 
 
 def answered(engine: Steps, prompts: Sequence[list[int]], places: int) -> dict[str, Any]:
-    """Answers so many at once, the next one when one has ended. placed, firsts, ends: seconds until
-    each got its place, its first tokens, of which there were so many `before` the others, and its
-    last one; steps: those that gave it tokens."""
+    """Answer prompts, `places` at once. placed, firsts, ends: seconds until each got its place, its
+    first tokens and its last one; before: number of its first tokens; steps: with tokens of it."""
     started = time.perf_counter()
     answers: list[list[int]] = []
     placed: list[float] = []
