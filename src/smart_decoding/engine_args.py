@@ -63,7 +63,7 @@ def _neutral(*allowed: Any, short: str = "") -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineArgs:
-    """What `LLM` takes.
+    """The options of `LLM`.
 
     model: built-in name, hub id, folder of safetensors, or GGUF file.
     speculative_config: None (under the policy `smart` drafts the head that comes with the model,
@@ -95,8 +95,8 @@ class EngineArgs:
     generation_config: where default sampling parameters come from: auto (the model's
         generation_config.json), vllm (nowhere), or a folder with such a file.
         override_generation_config: values in place of its own.
-    trust_pickle: load pytorch_model.bin where a model or draft head has no safetensors, of which
-        only tensors are read; safetensors only without.
+    trust_pickle: load pytorch_model.bin, tensors only, where a model or draft head has no
+        safetensors; without it only safetensors are loaded.
     enforce_eager: no CUDA graphs.
     allow_slow: run plain torch on a CPU where the CPU kernels cannot run; an error without it.
 
@@ -104,7 +104,7 @@ class EngineArgs:
     limit_mm_per_prompt: images of a prompt by modality (image 16, video 1).
     allowed_local_media_path: the folder that messages may name files in (none).
     mm_processor_kwargs: options of the image processor, such as max_pixels.
-    max_image_pixels: of one image as it is sent.
+    max_image_pixels: of one image as sent.
 
     The other options are vLLM's and have no effect here. Options that change no answer in vLLM,
     such as swap_space, take any value, and so does trust_remote_code: a model's code is never run.
@@ -194,7 +194,7 @@ class EngineArgs:
 
     @classmethod
     def of(cls, **options: Any) -> EngineArgs:
-        """From keyword arguments. Raises ConfigError for one that is not known."""
+        """Return the arguments of these options. Raises ConfigError for an unknown one."""
         known = [each.name for each in fields(cls)]
         for name in options:
             if name not in known:

@@ -28,7 +28,7 @@ QUICK: dict[str, Any] = {
     "max_tokens": 64,
     "time_limit": 100.0,
 }
-FILES = ("draft",)  # of options that are texts, those that may name a folder
+FILES = ("draft",)  # text options that may name a folder
 REPEATED = {"policy_options": "policy-options", "method_options": "method-option"}
 
 
@@ -47,7 +47,7 @@ class Arm:
 
     @property
     def label(self) -> str:
-        """As tables print it: eagle2(depth=2,top_k=3)."""
+        """The arm's name in tables: eagle2(depth=2,top_k=3)."""
         if self.name:
             return self.name
         shown = {
@@ -71,7 +71,7 @@ class BenchOptions:
     is to run. method: drafter, or None for the model's default; draft: what it drafts with, a
     head's folder or a smaller model; method_options: its other options.
     limit: prompts per task.
-    time_limit: seconds over the whole run; what is measured by then is reported, marked as partial.
+    time_limit: seconds over the whole run; results so far are then reported, marked as partial.
     json: a file for the results.
     quantization, activations, chat_template, trust_pickle: as `EngineArgs` takes them.
     allow_slow: run plain torch on a CPU where the CPU kernels cannot run.

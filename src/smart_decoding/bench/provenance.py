@@ -1,5 +1,5 @@
-"""Where a result comes from: command, commit, versions, hardware, weights, head, seed, time. No
-host or user names."""
+"""The origin of a result: command, commit, versions, hardware, weights, head, seed, time. No host
+or user names."""
 
 from __future__ import annotations
 

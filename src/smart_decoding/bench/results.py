@@ -37,7 +37,7 @@ class Results:
 
     @property
     def batch_sizes(self) -> list[int]:
-        """Those of the pooled runs, ascending."""
+        """The batch sizes of the pooled runs, ascending."""
         return sorted({run["batch_size"] for run in self.pooled})
 
     @property

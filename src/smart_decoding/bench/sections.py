@@ -51,7 +51,7 @@ class Section:
 
 
 def as_text(section: Section) -> str:
-    """For a terminal: title, table, list and captions."""
+    """Return title, table, list and captions for a terminal."""
     parts = [section.title] if section.title else []
     if section.rows:
         parts += aligned([section.head, *([text_of(cell) for cell in row] for row in section.rows)])
@@ -71,7 +71,7 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def text_of(cell: Cell) -> str:
-    """As text."""
+    """Return a cell as text."""
     return cell if isinstance(cell, str) else cell.text
 
 

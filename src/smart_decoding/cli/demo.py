@@ -67,7 +67,7 @@ class TimedAnswer:
 
     @property
     def seconds(self) -> float:
-        """From the first piece to the last."""
+        """Seconds from the first piece to the last."""
         return self.pieces[-1][0]
 
     @property

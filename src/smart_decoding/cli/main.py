@@ -133,8 +133,8 @@ class Parser(argparse.ArgumentParser):
         return "; put a text of several words in quotes" if takes_text else ""
 
     def _get_option_tuples(self, option_string: str) -> Any:
-        """-n64 is -n 64; but -md is no -m d, as it is an option of other programs. Nothing is short
-        for an option that --help does not list."""
+        """Read -n64 as -n 64; but -md is no -m d, as it is an option of other programs. Options
+        that --help does not list have no short forms."""
         if option_string[:2] != "--" and not option_string[2:].lstrip("=").isdecimal():
             return []
         found = super()._get_option_tuples(option_string)

@@ -1,4 +1,4 @@
-"""`smart models`: the built-in names and what is cached; `pull` fetches, `rm` removes."""
+"""`smart models`: the built-in names and the caches; `pull` fetches, `rm` removes."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What a forward costs on this machine: measuring, rehearsing and caching it."""
+"""The cost of a forward on this machine: measuring, rehearsing and caching it."""

@@ -29,7 +29,7 @@ Cells: TypeAlias = dict[float, list[float]]  # seconds measured, by rows
 
 
 class VerifyFit(NamedTuple):
-    """As the fields of `CostModel`."""
+    """The fitted fields of `CostModel` for verification."""
 
     curves: dict[int, Curve]
     row_token: float
@@ -37,7 +37,7 @@ class VerifyFit(NamedTuple):
 
 
 class LevelFit(NamedTuple):
-    """As the fields of `CostModel`; None where nothing was measured."""
+    """The fitted fields of `CostModel` for draft levels; None without samples."""
 
     draft: Curve | None
     first: Curve | None

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from smart_decoding.engine.request import Request
     from smart_decoding.llm import LLM
 
-CHECK_EVERY = 8  # rounds, of which one is compared with its prediction
+CHECK_EVERY = 8  # one of so many rounds is compared with its prediction
 
 _TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0)
 _WHOLE = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 60.0, 120.0, 300.0)

@@ -345,7 +345,7 @@ class Preparation:
         self, params: StructuredOutputsParams, client: str, done: asyncio.Task[Compiled]
     ) -> None:
         self._waiting[client] -= 1
-        self._waiting += Counter()  # without those that wait no more
+        self._waiting += Counter()  # drop zero counts
         work = self._works.get(params)
         if work is not None and work.task is done:
             del self._works[params]

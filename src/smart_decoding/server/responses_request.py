@@ -57,7 +57,7 @@ class InputText(Body):
     _NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = {"annotations": (None, [])}
 
     def plain(self) -> Json:
-        """As a chat has it."""
+        """Return the same in the form of a chat."""
         return {"type": "text", "text": self.text}
 
 
@@ -71,7 +71,7 @@ class InputImage(Body):
     _NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = {"file_id": (None,)}
 
     def plain(self) -> Json:
-        """As a chat has it."""
+        """Return the same in the form of a chat."""
         return {"type": "image_url", "image_url": {"url": self.image_url}}
 
 
@@ -86,7 +86,7 @@ class InputMessage(_Item):
     content: Text | Annotated[list[InputPart], FAST]
 
     def plain(self) -> Json:
-        """As a chat has it."""
+        """Return the same in the form of a chat."""
         content = self.content
         parts = content if isinstance(content, str) else [part.plain() for part in content]
         return {"role": self.role, "content": parts}
@@ -101,7 +101,7 @@ class InputCall(_Item):
     arguments: Text = Field(description="A JSON object, as text; as far as it came.")
 
     def plain(self) -> Json:
-        """As a chat has it."""
+        """Return the same in the form of a chat."""
         function = {"name": self.name, "arguments": self.arguments}
         call = {"id": self.call_id, "type": "function", "function": function}
         return {"role": "assistant", "tool_calls": [call]}
@@ -115,7 +115,7 @@ class CallOutput(_Item):
     output: Text | Annotated[list[InputText], FAST]
 
     def plain(self) -> Json:
-        """As a chat has it."""
+        """Return the same in the form of a chat."""
         output = self.output
         text = output if isinstance(output, str) else "\n".join(part.text for part in output)
         return {"role": "tool", "tool_call_id": self.call_id, "content": text}
@@ -169,7 +169,7 @@ class TextConfig(Body):
     ) = None
 
     def response_format(self) -> Json | None:
-        """As a chat has it."""
+        """Return the same in the form of a chat."""
         if not isinstance(self.format, TextJsonSchema):
             return None if self.format is None else {"type": self.format.type}
         schema = self.format.model_dump(exclude={"type"}, exclude_none=True, by_alias=True)

@@ -19,7 +19,7 @@ from smart_decoding.server.tools import MAX_TOOLS, NamedTool, Offer, Tool, ToolC
 MAX_STOPS = 64
 MAX_BAD_WORDS = 128
 MAX_LOGPROBS = 20
-# Of OpenAI's fields and vLLM's, those that would change an answer.
+# OpenAI's and vLLM's fields that would change an answer, and values without effect.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "best_of": (None, 1),
     "echo": (None, False),

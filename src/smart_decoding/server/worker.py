@@ -194,7 +194,7 @@ class Worker:
     def _count(self, delivery: Delivery) -> None:
         if delivery.ended:
             self.clients[delivery.job.client] -= delivery.ended
-            self.clients += Counter()  # without those that have none any more
+            self.clients += Counter()  # drop zero counts
             seconds = time.monotonic() - delivery.job.submitted
             self._seconds += 0.1 * (seconds - self._seconds)
             left, ended = self._unended.pop(delivery.job)

@@ -21,7 +21,7 @@ from smart_decoding.errors import ModelError
 from smart_decoding.files import reading
 from smart_decoding.training.shards import shards_in
 
-SHORTEST = 8  # tokens of an answer: those that are not longer are left out
+SHORTEST = 8  # tokens; answers up to this length are left out
 HELD_OUT = 0.03  # share of the prompts
 HELD_OUT_AT_LEAST = 8  # conversations
 

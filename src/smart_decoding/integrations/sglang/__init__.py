@@ -21,7 +21,7 @@ logger = logging.getLogger("sglang.smart_decoding")
 def register() -> None:
     """Put SMART's policy in the place of SGLang's own; SGLang's plugin entry point.
 
-    In a version that lacks a name it needs, it says so once and leaves all as it is."""
+    If SGLang lacks a required name, one warning says so and nothing is changed."""
     if not os.environ.get(COSTS):
         return
     from smart_decoding.integrations.sglang.seams import lacking

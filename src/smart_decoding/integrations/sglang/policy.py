@@ -20,7 +20,7 @@ from smart_decoding.integrations.sglang.costs import COSTS, read_costs
 
 MEMORY = 0.995  # per batch: older counts fade
 PRIOR = 0.7  # acceptance of all depths together, at first
-PRIOR_WEIGHT = 4.0  # drafts that a prior is worth: of one depth it is that of all together
+PRIOR_WEIGHT = 4.0  # drafts that a prior counts as; a depth's prior is the rate of all depths
 BUDGET = 0.005  # share of the time that may go into exploring larger candidates
 
 

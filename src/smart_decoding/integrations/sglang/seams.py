@@ -62,8 +62,8 @@ USED: dict[str, dict[str, Parameters]] = {
         "resolving_view": None,
     },
 }
-# Of a ServerArgs: options, and the list of what was declared so far, which `declare_resolution`
-# makes and extends.
+# Of a ServerArgs: options, and the list of declarations so far, which `declare_resolution` makes
+# and extends.
 OPTIONS = (
     "speculative_adaptive",
     "speculative_eagle_topk",

@@ -27,7 +27,7 @@ Bools = NDArray[np.bool_]
 
 @dataclass(slots=True)
 class Layout:
-    """Where the rows and keys of one forward lie.
+    """The layout of one forward's rows and keys.
 
     It holds `groups` sequences of `queries` rows over `width` keys.
 
@@ -112,7 +112,7 @@ def _keys(rows: Rows, group: int) -> _Keys:
     pages = rows.pages[rows.block_table_start[group] :].astype(np.int64)
     position = np.arange(int(context_len.max()))
     committed = pages[position // PAGE] * PAGE + position % PAGE
-    # The first row may read itself through the table, and so do those that follow it then.
+    # The first row may read itself through the table; then later rows do, too.
     if committed[context_len[0] - 1] == own[0]:
         committed = committed[: context_len[0] - 1]
     start = rows.ancestors_start[a : b + 1]

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from smart_decoding.core.tree import IntArray
     from smart_decoding.models.sampling.sampler import Sampler
 
-BY_PLACE = (  # of transformers' own, those that depend on a row's place in the batch
+BY_PLACE = (  # transformers' own processors that depend on a row's place in the batch
     "PrefixConstrainedLogitsProcessor",
     "RepetitionPenaltyLogitsProcessor",
     "EncoderRepetitionPenaltyLogitsProcessor",

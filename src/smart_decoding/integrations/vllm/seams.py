@@ -85,7 +85,7 @@ def missing(seams: Seams) -> list[str]:
 
 
 def missing_attributes(scheduler: object) -> list[str]:
-    """Of ATTRIBUTES and SPECULATIVE: what this scheduler has not."""
+    """Return the names of ATTRIBUTES and SPECULATIVE that this scheduler lacks."""
     speculative = "vllm_config.speculative_config"
     paths = [*ATTRIBUTES]
     if find(scheduler, speculative) is not None:
