@@ -48,7 +48,7 @@ def six(address: str, same: bool) -> Iterator[list[str]]:
     """Clients that ask again as soon as they are refused: masks take 0.1 s, and outgrow the limits
     after some tokens. Yields what they are told."""
     done = threading.Event()
-    told: list[str] = []
+    answers: list[str] = []
     numbers = count()
     rules = [f"r{i}: r{(i + 1) % 80} r{(i + 2) % 80} | /[a-z ]/" for i in range(80)]
 
@@ -57,12 +57,12 @@ def six(address: str, same: bool) -> Iterator[list[str]]:
             while not done.is_set():
                 start = f'start: "b{0 if same else next(numbers)}"' + " r0" * 30
                 body = {**BODY, "structured_outputs": {"grammar": "\n".join([start, *rules])}}
-                told.append(client.post("/v1/completions", json=body).text)
+                answers.append(client.post("/v1/completions", json=body).text)
 
     with ThreadPoolExecutor() as pool:
         asking = [pool.submit(ask) for _ in range(6)]
         try:
-            yield told
+            yield answers
         finally:
             done.set()
     assert [each.result() for each in asking] == [None] * 6
@@ -85,17 +85,18 @@ def test_an_answer_beside_six_dear_grammars_takes_at_most_three_times_as_long(
             return time.monotonic() - began
 
         alone = [seconds() for _ in range(3)]
-        with six(address, same) as told:
+        with six(address, same) as answers:
             late = time.monotonic() + 60
-            while len(told) < 6:
+            while len(answers) < 6:
                 assert time.monotonic() < late
                 time.sleep(0.01)
             beside = [seconds()]
             while min(beside) > 2 * min(alone) and len(beside) < 5:  # clearly less: enough
                 beside.append(seconds())
-            assert all("items" in each for each in told), told  # masks were computed, up to a limit
+            # masks were computed, up to a limit
+            assert all("items" in each for each in answers), answers
         alone += [seconds() for _ in range(3)]
-        print(sorted(alone), sorted(beside), len(told))
+        print(sorted(alone), sorted(beside), len(answers))
         assert len(texts) == 1
         # the shortest: other work on the machine makes the rest longer
         assert min(beside) < 3 * min(alone)
@@ -143,11 +144,11 @@ def test_health_and_metrics_answer_within_a_tenth_of_a_second(address: str) -> N
     with (
         httpx.Client(base_url=address, timeout=60, transport=other) as client,
         ThreadPoolExecutor() as pool,
-        six(address, False) as told,
+        six(address, False) as answers,
     ):
         sent = [pool.submit(refused, path) for path in ("/tokenize", "/v1/completions")]
         ends = time.monotonic() + 3
-        while time.monotonic() < ends or not told:
+        while time.monotonic() < ends or not answers:
             for path in ("/health", "/metrics"):
                 began = time.monotonic()
                 client.get(path).raise_for_status()

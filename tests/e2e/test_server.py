@@ -34,7 +34,7 @@ def test_the_answer_is_generates() -> None:
     options = {"dtype": "float32", "max_model_len": 256, "max_num_seqs": 2}
     params = {"temperature": 0.0, "max_tokens": 24}
     plain = LLM(MODEL, speculative_config=False, **options)
-    wanted = plain.chat(MESSAGES, SamplingParams(**params))[0].outputs[0]
+    expected = plain.chat(MESSAGES, SamplingParams(**params))[0].outputs[0]
     structure = StructuredOutputsParams(json=SCHEMA)
     formed = plain.chat(
         MESSAGES, SamplingParams(temperature=0, max_tokens=100, structured_outputs=structure)
@@ -68,8 +68,8 @@ def test_the_answer_is_generates() -> None:
         server.should_exit = True
         thread.join(20)
         listener.close()
-    assert answer.choices[0].message.content == streamed == wanted.text != ""
-    assert answer.usage.completion_tokens == len(wanted.token_ids)
+    assert answer.choices[0].message.content == streamed == expected.text != ""
+    assert answer.usage.completion_tokens == len(expected.token_ids)
     assert shaped.choices[0].message.content == formed[0].outputs[0].text
     value = json.loads(shaped.choices[0].message.content)
     assert set(value) == {"reason", "sure"}

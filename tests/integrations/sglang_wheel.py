@@ -23,12 +23,10 @@ def definitions(module: str, names: list[str], given: dict[str, Any]) -> dict[st
     use."""
     path = source_of(module)
     tree = ast.parse(path.read_text())
-    wanted = [
-        node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name in names
-    ]
-    assert [node.name for node in wanted] == names, f"{module} has not all of {names}"
+    nodes = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name in names]
+    assert [node.name for node in nodes] == names, f"{module} has not all of {names}"
     future = ast.ImportFrom("__future__", [ast.alias("annotations")], 0)
     space = dict(given)
-    code = ast.fix_missing_locations(ast.Module([future, *wanted], []))
+    code = ast.fix_missing_locations(ast.Module([future, *nodes], []))
     exec(compile(code, str(path), "exec"), space)
     return space

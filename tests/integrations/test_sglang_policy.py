@@ -274,7 +274,7 @@ def test_the_real_controller_follows_the_policy(policy) -> None:
     }
     assert all(tokens == steps + 1 for steps, tokens, _ in worker.built)
     random = np.random.default_rng(0)
-    seen: dict[float, list[int]] = {}
+    observed: dict[float, list[int]] = {}
     for accept in (0.95, 0.0, 0.95):
         used = []
         for _ in range(2500):
@@ -283,6 +283,6 @@ def test_the_real_controller_follows_the_policy(policy) -> None:
             correct = int(np.cumprod(random.random(steps) < accept).sum()) if steps else 0
             controller.on_verify_complete([correct], 1)
             used.append(steps)
-        seen[accept] = used[-50:]
+        observed[accept] = used[-50:]
         assert (np.mean(used[-50:]) > 4) == (accept > 0.5)
-    assert set(seen[0.0]) <= {0, 1}
+    assert set(observed[0.0]) <= {0, 1}

@@ -247,9 +247,9 @@ def assert_same_tree(trees: DraftTrees, built: Built) -> None:
         size = width * (context + width)
         mask = built.mask[first : first + size].reshape(width, context + width)
         first += size
-        seen = ancestor_mask(trees)[np.ix_(order, order)]
+        visible = ancestor_mask(trees)[np.ix_(order, order)]
         assert mask[:, : context + 1].all()
-        assert (mask[1:, context + 1 :] == seen).all()
+        assert (mask[1:, context + 1 :] == visible).all()
         assert not mask[0, context + 1 :].any()
 
 

@@ -158,9 +158,9 @@ def test_the_command_measures_each_length_and_writes_schedule_and_reasons(
     monkeypatch.setattr(Engine, "started", [])
     monkeypatch.setattr(cli_vllm, "Measured", Engine)
     monkeypatch.setattr(cli_vllm, "find_spec", lambda name: object())
-    asked = []
+    calls = []
     monkeypatch.setattr(
-        cli_vllm, "resolved", lambda arguments: asked.append(arguments) or PIECEWISE
+        cli_vllm, "resolved", lambda arguments: calls.append(arguments) or PIECEWISE
     )
     output = tmp_path / "schedule.json"
     assert cli.main([*shlex.split(COMMAND), "--output", str(output)]) == 0
@@ -178,8 +178,8 @@ def test_the_command_measures_each_length_and_writes_schedule_and_reasons(
     assert "batch 1: plain" in reasons["lines"][0]["reason"]
     assert reasons["checked"]["1"][0] == pytest.approx(1 / 0.7)
     assert reasons["checked"]["4"][0] == pytest.approx(1 / 1.02)
-    assert asked[0]["speculative_config"]["num_speculative_tokens_per_batch_size"][0] == [1, 1, 3]
-    assert asked[0]["dtype"] == "float32"
+    assert calls[0]["speculative_config"]["num_speculative_tokens_per_batch_size"][0] == [1, 1, 3]
+    assert calls[0]["dtype"] == "float32"
     shown, warned = capsys.readouterr()
     assert warned.startswith("warning: with a schedule vLLM 0.32.0 takes CUDA graphs PIECEWISE")
     assert [f"warning: {text}" for text in reasons["warnings"]] == warned.splitlines()

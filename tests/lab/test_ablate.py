@@ -95,8 +95,10 @@ def test_machines_are_those_with_a_profile_and_cards():
 def test_the_command(trace, tmp_path, capsys):
     path, figures = tmp_path / "t.smart", tmp_path / "f.json"
     write_trace(path, trace)
-    asked = ["ablate", str(path), "smart", "greedy rule", "chain:length=1", "--machines", "zen4"]
-    assert main([*asked, "--batch-sizes", "1,2", "--orders", "2", "--json", str(figures)], LAB) == 0
+    command = ["ablate", str(path), "smart", "greedy rule", "chain:length=1", "--machines", "zen4"]
+    assert (
+        main([*command, "--batch-sizes", "1,2", "--orders", "2", "--json", str(figures)], LAB) == 0
+    )
     out = capsys.readouterr().out
     assert "tokens per second over off" in out
     assert "greedy rule" in out
@@ -140,11 +142,11 @@ def test_a_row_costs_what_its_own_context_takes(trace):
         replace(a, prompt_length=n) for a, n in zip(trace.recording.answers, lengths, strict=True)
     ]
     mixed = replace(trace.recording, answers=answers)
-    seen = []
+    observed = []
 
     class Watched(StepCosts):
         def verify(self, rows, context, beyond=0.0):
-            seen.append((rows, context, beyond))
+            observed.append((rows, context, beyond))
             return super().verify(rows, context, beyond)
 
     class OfTheFirst(Policy):
@@ -162,7 +164,7 @@ def test_a_row_costs_what_its_own_context_takes(trace):
     eagle2 = trace.policy("eagle2", cost, depth=1, top_k=2, total_tokens=2)
     steps = Watched(cost, 2)
     replay(OfTheFirst(), mixed, cost, 2, rounds=1, costs=steps)
-    ((rows, context, beyond),) = seen
+    ((rows, context, beyond),) = observed
     nodes = rows - 2
     assert context == 1050.0
     assert nodes > 0
@@ -185,12 +187,12 @@ def test_worlds_change_what_they_say(trace):
     assert assumed["costs twice too high"] == pytest.approx(1.0 + 2 * 2.0)
     assert assumed["costs twice too low"] == pytest.approx(1.0 + 2.0 / 2)
     machine = worlds["speed changes by half"].machine()
-    seen = []
+    observed = []
     for _ in range(40):
-        seen.append(np.median([machine.verify(1, 0.0) for _ in range(9)]))
+        observed.append(np.median([machine.verify(1, 0.0) for _ in range(9)]))
         machine.advance(500)
-    assert min(seen) == pytest.approx(1.0, rel=0.1)
-    assert max(seen) == pytest.approx(1.5, rel=0.1)
+    assert min(observed) == pytest.approx(1.0, rel=0.1)
+    assert max(observed) == pytest.approx(1.5, rel=0.1)
     lengths = {a.prompt_length for a in worlds["short and long contexts"].recording.answers}
     assert lengths == {100, 2000}
     assert worlds["costs unknown"].assumed == CostModel.default()

@@ -31,10 +31,10 @@ def test_presets_fill_in_what_is_not_given() -> None:
 
 
 def test_the_command_says_what_was_asked() -> None:
-    told = command_of(asked_by("--tune-eagle2 3 --tune-paper --limit 2 --resume run.part"))
-    assert told.startswith("python -m smart_lab bench --model ")
+    command = command_of(asked_by("--tune-eagle2 3 --tune-paper --limit 2 --resume run.part"))
+    assert command.startswith("python -m smart_lab bench --model ")
     for words in ("--tune-eagle2 3", "--tune-paper", "--limit 2", "--resume run.part"):
-        assert words in told
+        assert words in command
 
 
 def test_a_variant_is_of_smart_and_known() -> None:

@@ -116,7 +116,7 @@ def test_tuning_and_gains_end_when_the_time_is_over(
     trace: Trace, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """What was begun is finished, the rest is left out and tried when a run goes on."""
-    asked = LabOptions(tune_eagle2=2, tune_paper=True, tune_chains=True, batch_sizes=(1, 2))
+    lab_options = LabOptions(tune_eagle2=2, tune_paper=True, tune_chains=True, batch_sizes=(1, 2))
     seconds = 0.0
 
     def clock() -> float:  # each look at it takes a second
@@ -124,7 +124,7 @@ def test_tuning_and_gains_end_when_the_time_is_over(
         seconds += 1.0
         return seconds
 
-    tuner = Tuner(cast("Any", None), asked, clock)
+    tuner = Tuner(cast("Any", None), lab_options, clock)
     tuner._traces = {"own": trace, "others": trace}
     arms = tuner.arms(2, Progress(None, {}), 30.0)
     assert {arm.policy for arm in arms} <= {"eagle2", "paper", *CHAINS}
@@ -132,7 +132,7 @@ def test_tuning_and_gains_end_when_the_time_is_over(
     assert seconds < 40
     assert "the time limit came before all settings were tried" in capsys.readouterr().err
     assert len(likelihood_settings()) > 100
-    contestants = [*asked.arms, Arm("chain"), Arm("eagle2")]
+    contestants = [*lab_options.arms, Arm("chain"), Arm("eagle2")]
     progress = Progress(None, {})
     assert tuner.gains(contestants, 2, progress, seconds) == {}
     assert not progress.units("policy gains, batch 2")

@@ -307,10 +307,10 @@ class Rule:
         self._clock = clock
         self.most = 0
         self.running: dict[int, list[int]] = {}
-        self._wanted: dict[int, int] = {}
+        self._required: dict[int, int] = {}
 
     def add(self, number: int, prompt: list[int]) -> None:
-        self._wanted[number], self.running[number] = prompt[0], []
+        self._required[number], self.running[number] = prompt[0], []
 
     def step(self) -> list[tuple[int, list[int], bool]]:
         self.most = max(self.most, len(self.running))
@@ -318,7 +318,7 @@ class Rule:
         found = []
         for number, tokens in list(self.running.items()):
             tokens.append(len(tokens))
-            ended = len(tokens) == self._wanted[number]
+            ended = len(tokens) == self._required[number]
             found.append((number, list(tokens), ended))
             if ended:
                 del self.running[number]
@@ -378,7 +378,9 @@ class RuleHandle:
 def test_openvino_is_asked_step_by_step() -> None:
     """A step may give several tokens, none, or an end alone."""
     handles: dict[int, RuleHandle] = {}
-    told = iter([([[4], [5, 6]], "RUNNING"), ([], "RUNNING"), ([], "FINISHED"), ([], "IGNORED")])
+    reported = iter(
+        [([[4], [5, 6]], "RUNNING"), ([], "RUNNING"), ([], "FINISHED"), ([], "IGNORED")]
+    )
 
     def add_request(number: int, prompt: Any, config: object) -> RuleHandle:
         assert prompt == ("tensor", [7, 8])
@@ -387,7 +389,7 @@ def test_openvino_is_asked_step_by_step() -> None:
 
     def step() -> None:
         for handle in handles.values():
-            handle.parts, handle.status = next(told)
+            handle.parts, handle.status = next(reported)
 
     pipeline = argparse.Namespace(add_request=add_request, step=step)
     steps = OpenvinoSteps(pipeline, None, lambda prompt: ("tensor", prompt))
@@ -508,8 +510,8 @@ def test_tokens_that_the_cousin_made_but_does_not_tell_count() -> None:
     """Of the round that reaches the limit it tells the first token alone."""
     times = {"prompt_n": 1, "prompt_ms": 1.0, "predicted_n": 9, "predicted_ms": 3500.0}
     times["draft_n_accepted"] = 4
-    told = {"timings": times, "stopped_limit": True}
-    found = reply_of(told, [[1]], 8, 4.0, lambda answer: [1, 2, 3, 4])
+    reported = {"timings": times, "stopped_limit": True}
+    found = reply_of(reported, [[1]], 8, 4.0, lambda answer: [1, 2, 3, 4])
     assert (found.decode, found.overall) == (pytest.approx(2.0), pytest.approx(2.0))
     assert found.counts == [8]
 
@@ -686,11 +688,11 @@ def test_ratios_are_of_the_best_over_the_same_blocks() -> None:
     assert run["by_task"]["ours smart ngram"] == pytest.approx(
         {"code": 4 / (slow + fast), "maths": 36.0}
     )
-    told = {(r["of"], r["over"]): r["value"] for r in run["ratios"] if r["key"] == "decode"}
+    reported = {(r["of"], r["over"]): r["value"] for r in run["ratios"] if r["key"] == "decode"}
     slower = (1 / 12 + 1 / 8 + 1 / 12) / (1 / 30 + 1 / 36 + 1 / 45)
-    assert told["ours smart ngram", "llama.cpp drafts"] == pytest.approx(slower)
-    assert told["ours plain", "llama.cpp plain"] == pytest.approx(2.0)
-    assert set(told) == {
+    assert reported["ours smart ngram", "llama.cpp drafts"] == pytest.approx(slower)
+    assert reported["ours plain", "llama.cpp plain"] == pytest.approx(2.0)
+    assert set(reported) == {
         ("ours smart ngram", "llama.cpp drafts"),
         ("ours smart ngram", "ours plain"),
         ("ours plain", "llama.cpp plain"),
@@ -731,8 +733,16 @@ class RuleOurs:
     def contestants(self, places: int) -> dict[str, Callable[..., Reply]]:
         def answer(prompts: Any, tokens: int) -> Reply:
             RuleOurs.answered += 1
-            told = [[(p[-1] + 1 + i) % worlds.EOS for i in range(tokens)] for p in prompts]
-            return Reply(9.0, 8.0 * places, 0.1, 3.0, told, [1.0] * len(told), [tokens] * len(told))
+            reported = [[(p[-1] + 1 + i) % worlds.EOS for i in range(tokens)] for p in prompts]
+            return Reply(
+                9.0,
+                8.0 * places,
+                0.1,
+                3.0,
+                reported,
+                [1.0] * len(reported),
+                [tokens] * len(reported),
+            )
 
         return {f"{self.held} {name}": answer for name in self._names}
 
@@ -808,8 +818,8 @@ def test_a_run_is_whole_whatever_the_time_and_goes_on(
     assert "2 requests at a time, 3 blocks of 6 prompts" in text
     assert "llama.cpp with" not in text  # tuned once
     assert gguf_speed.main(command(*words, "--time-limit", "60", "--blocks", "3")) == 0
-    told = json.loads(file.read_text())["provenance"]["command"]
-    assert told.endswith("--time-limit 120  # in 3 parts, by --resume")
+    reported = json.loads(file.read_text())["provenance"]["command"]
+    assert reported.endswith("--time-limit 120  # in 3 parts, by --resume")
     assert RuleOurs.answered - before == 4 * 3  # a warm-up and two blocks
 
 
@@ -824,9 +834,9 @@ def test_llama_cpp_is_asked_as_fairly_as_we_are(
     monkeypatch.setenv("LLAMA_ARG_THREADS", "1")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert gguf_speed.main(command("--slots", "3", "--blocks", "2", "--time-limit", "600")) == 0
-    asked = [json.loads(line) for line in log.read_text().splitlines()]
+    requests = [json.loads(line) for line in log.read_text().splitlines()]
     measured: dict[int, list[list[int]]] = {}
-    for each in asked:
+    for each in requests:
         assert not {"LLAMA_ARG_THREADS", "OMP_NUM_THREADS"} & set(each["environment"])
         assert {"--no-cache-prompt", "--offline"} <= set(each["words"])
         assert each["words"][each["words"].index("--parallel") + 1] == "3"
@@ -866,14 +876,14 @@ def test_the_best_and_the_default_draft_model_are_measured(
 ) -> None:
     words = ("--slots", "1", "--blocks", "1", "--time-limit", "600")
     assert gguf_speed.main(command(*words)) == 0
-    told = capsys.readouterr().out.rpartition("1 requests at a time")[2]
-    rates = {line[:38].strip(): line[38:].split() for line in told.splitlines()[2:11]}
+    reported = capsys.readouterr().out.rpartition("1 requests at a time")[2]
+    rates = {line[:38].strip(): line[38:].split() for line in reported.splitlines()[2:11]}
     decode = {name: words[4] for name, words in rates.items()}
     assert decode["llama.cpp draft model, its defaults"] == "2.0"
     assert decode["llama.cpp draft model"] == "4.0"
-    assert "auto smart draft_model over llama.cpp draft model, decode: 2.25 (one" in told
-    assert "failed: llama.cpp plain with" in told
-    assert "not tried" not in told
+    assert "auto smart draft_model over llama.cpp draft model, decode: 2.25 (one" in reported
+    assert "failed: llama.cpp plain with" in reported
+    assert "not tried" not in reported
 
 
 def test_rivals_take_part(
@@ -889,12 +899,12 @@ def test_rivals_take_part(
     words += ["--resume", str(tmp_path / "run.part"), "--json", str(tmp_path / "run.json")]
     for _ in range(2):
         assert gguf_speed.main(command(*words)) == 0
-        told = capsys.readouterr().out
-        assert "vLLM: 9, in bf16" in told
-        assert "OpenVINO: 9, from the file" in told
-        assert "ik_llama.cpp: version: 7 (abc)" in told
-        assert "auto smart draft_model over vLLM n-gram, decode: 4.50 (one block)" in told
-        assert "ik_llama.cpp, not tried for lack of time: 2 of 3 settings" in told
+        reported = capsys.readouterr().out
+        assert "vLLM: 9, in bf16" in reported
+        assert "OpenVINO: 9, from the file" in reported
+        assert "ik_llama.cpp: version: 7 (abc)" in reported
+        assert "auto smart draft_model over vLLM n-gram, decode: 4.50 (one block)" in reported
+        assert "ik_llama.cpp, not tried for lack of time: 2 of 3 settings" in reported
         text = (tmp_path / "run.json").read_text()
         assert str(tmp_path) not in text
         for run in json.loads(text)["runs"]:
@@ -910,7 +920,7 @@ def test_rivals_take_part(
         (page, *_) = tables.gguf(json.loads(text))[1:]
         assert any(line.startswith("ik_llama.cpp suffix: `--threads") for line in page.captions)
         assert "OpenVINO: 9, from the file, in its own quants" in page.captions
-    assert "is loaded" not in told  # all was measured
+    assert "is loaded" not in reported  # all was measured
 
 
 @pytest.mark.parametrize(

@@ -35,13 +35,13 @@ def test_a_hopeless_drafter_costs_a_chain_what_it_drafts():
 
 def test_the_command_tells_what_became_worse(tmp_path, capsys):
     path = tmp_path / "old.json"
-    asked = ["regret", "--rounds", "12", "--batch-sizes", "1", "--policies", "chain"]
-    assert main([*asked, "--json", str(path)], LAB) == 0
+    command = ["regret", "--rounds", "12", "--batch-sizes", "1", "--policies", "chain"]
+    assert main([*command, "--json", str(path)], LAB) == 0
     assert "change" not in capsys.readouterr().out
-    assert main([*asked, "--against", str(path)], LAB) == 0
+    assert main([*command, "--against", str(path)], LAB) == 0
     assert capsys.readouterr().out.count("+0.0%") == len(MACHINES) * len(SCENARIOS)
     old = json.loads(path.read_text())
     old["regret"][0]["over_plain"] *= 1.02
     path.write_text(json.dumps(old))
-    assert main([*asked, "--against", str(path)], LAB) == 1
+    assert main([*command, "--against", str(path)], LAB) == 1
     assert capsys.readouterr().out.count("WORSE") == 1

@@ -86,11 +86,11 @@ def test_answers_are_the_recorded_ones_under_every_policy(folder):
 def test_ways_are_one_with_the_device_choosing_and_one_with_the_host(folder, monkeypatch):
     monkeypatch.setattr("smart_decoding.models.target.use_native", lambda *given: False)
     made = bench(folder, allow_slow=True)
-    seen = {"device": set(), "host": set()}
+    observed = {"device": set(), "host": set()}
 
     def noting(name, method):
         def noted(self, *given):
-            seen[name].add(id(self))
+            observed[name].add(id(self))
             return method(self, *given)
 
         return noted
@@ -100,8 +100,8 @@ def test_ways_are_one_with_the_device_choosing_and_one_with_the_host(folder, mon
         monkeypatch.setattr(kind, method, noting(name, getattr(kind, method)))
     found = made.ways(1, 30.0)
     assert found["identical"]
-    assert [len(drafters) for drafters in seen.values()] == [1, 1]
-    assert not seen["device"] & seen["host"]
+    assert [len(drafters) for drafters in observed.values()] == [1, 1]
+    assert not observed["device"] & observed["host"]
 
 
 def test_answers_may_be_longer_than_what_a_rehearsal_of_the_profile_adds(folder):

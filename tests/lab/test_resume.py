@@ -44,12 +44,12 @@ def test_a_cut_run_measures_only_what_is_missing(
     tasks = {"code": worlds.prompts(count=5, tokens=40)}
     clock = worlds.Clock()
     whole = rows_of(measure(engines(clock), tasks, 1, clock=clock), 1)
-    file, asked = tmp_path / "run.part", []
+    file, measured = tmp_path / "run.part", []
     rounds_of = cycles.rounds_of
 
     def counted(engine: Any, prompts: Any, *rest: Any) -> Any:
-        asked.append(prompts[0].index)
-        if len(asked) == 7:  # a cycle with the second baseline, a cycle, and half of the next
+        measured.append(prompts[0].index)
+        if len(measured) == 7:  # a cycle with the second baseline, a cycle, and half of the next
             raise CutError
         return rounds_of(engine, prompts, *rest)
 
@@ -68,12 +68,12 @@ def test_a_cut_run_measures_only_what_is_missing(
     with pytest.raises(CutError):
         go_on()
     assert [len(of) for of in json.loads(file.read_text())["units"].values()] == [2]
-    asked.clear()
+    measured.clear()
     monkeypatch.setattr(
-        cycles, "rounds_of", lambda *a: asked.append(a[1][0].index) or rounds_of(*a)
+        cycles, "rounds_of", lambda *a: measured.append(a[1][0].index) or rounds_of(*a)
     )
     rows = rows_of(go_on(), 1)
-    assert sorted(asked) == [2, 2, 3, 3, 3, 4, 4]  # the fourth cycle has a second baseline
+    assert sorted(measured) == [2, 2, 3, 3, 3, 4, 4]  # the fourth cycle has a second baseline
     for mine, theirs in zip(rows, whole, strict=True):
         for name in (
             "speedup",
@@ -84,9 +84,9 @@ def test_a_cut_run_measures_only_what_is_missing(
             "identical",
         ):
             assert mine.get(name) == pytest.approx(theirs.get(name)), name
-    asked.clear()
+    measured.clear()
     assert rows_of(go_on(), 1) == rows
-    assert not asked
+    assert not measured
 
 
 def test_a_block_reads_back_as_it_was() -> None:

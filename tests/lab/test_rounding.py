@@ -23,10 +23,10 @@ Same top p: 97.373 ± 0.224 %
 
 
 def test_figures_are_those_of_two_known_distributions() -> None:
-    wanted = torch.tensor([[0.5, 0.5], [0.75, 0.25]]).log()
+    expected = torch.tensor([[0.5, 0.5], [0.75, 0.25]]).log()
     found = torch.tensor([[0.25, 0.75], [0.75, 0.25]]).log()
     difference = rounding.Difference()
-    difference.add(wanted, found, torch.tensor([0, 0]))
+    difference.add(expected, found, torch.tensor([0, 0]))
     figures = difference.figures
     kl = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)
     assert figures["kl"] == pytest.approx(kl / 2)
@@ -44,8 +44,8 @@ def programs(folder: Path, says: str, code: int = 0) -> Path:
 
 def test_llama_cpps_figures_are_read(tmp_path: Path) -> None:
     found = rounding.theirs(tmp_path / "m.gguf", "text", 2, programs(tmp_path, SAID))
-    wanted = {"perplexity": 29.268517, "reference": 29.230238, "kl": 0.001745, "same": 97.373}
-    assert found == wanted
+    expected = {"perplexity": 29.268517, "reference": 29.230238, "kl": 0.001745, "same": 97.373}
+    assert found == expected
     with pytest.raises(ConfigError, match="does not say perplexity"):
         rounding.theirs(tmp_path / "m.gguf", "text", 2, programs(tmp_path, "nothing"))
     with pytest.raises(ModelError, match="llama-quantize ended with 3: no room"):

@@ -52,8 +52,8 @@ def test_long_prompts_have_their_lengths_and_repeat_nothing() -> None:
 
 def test_what_is_to_be_completed_or_explained_is_there_or_not() -> None:
     prompts = long_contexts(code(60), maths(60))
-    asked = re.findall(r"def (\w+)", prompts[3])[-1]
-    assert f"total = first + {asked.removeprefix('add_')} *" not in prompts[3]  # not solved above
+    name = re.findall(r"def (\w+)", prompts[3])[-1]
+    assert f"total = first + {name.removeprefix('add_')} *" not in prompts[3]  # not solved above
     explained = re.findall(r"how `(\w+)` works", prompts[1])[0]
     assert f"def {explained}(" in prompts[1]
 

@@ -36,12 +36,13 @@ def speedup(
 def test_states_take_turns_at_the_same_tokens_for_everyone():
     machines = [Unsteady([FAST, SLOW], 8, 100.0, noise=0.0, seed=3) for _ in range(2)]
     for tokens, machine in zip((8, 24), machines, strict=True):
-        seen = []
+        observed = []
         for _ in range(2400 // tokens):
-            seen.append(min(machine.verify(8, 0.0) for _ in range(9)))  # the least is no outlier
+            # the least is no outlier
+            observed.append(min(machine.verify(8, 0.0) for _ in range(9)))
             machine.advance(tokens)
-        assert {round(seconds, 6) for seconds in seen} == {6.1, 8.0}
-        assert 0.3 < seen.count(min(seen)) / len(seen) < 0.7
+        assert {round(seconds, 6) for seconds in observed} == {6.1, 8.0}
+        assert 0.3 < observed.count(min(observed)) / len(observed) < 0.7
 
 
 @pytest.mark.parametrize("factor", [0.6, 1.0, 1.7])

@@ -50,13 +50,13 @@ def idle(llm: LLM) -> bool:
 def test_outputs_grow_to_what_generate_gives(engine: AsyncLLM, plain: LLM, n: int) -> None:
     params = SamplingParams(temperature=0.7, seed=3, max_tokens=50, n=n, logprobs=2)
     outputs = asyncio.run(collect(engine, "abcabc", params, "one"))
-    (wanted,) = plain.generate("abcabc", params)
+    (expected,) = plain.generate("abcabc", params)
     last = outputs[-1]
     assert [output.finished for output in outputs] == [False] * (len(outputs) - 1) + [True]
     assert len(outputs) > 3
     assert (last.request_id, last.prompt) == ("one", "abcabc")
-    assert last.prompt_token_ids == wanted.prompt_token_ids
-    for index, (mine, whole) in enumerate(zip(last.outputs, wanted.outputs, strict=True)):
+    assert last.prompt_token_ids == expected.prompt_token_ids
+    for index, (mine, whole) in enumerate(zip(last.outputs, expected.outputs, strict=True)):
         assert (mine.index, mine.text, mine.token_ids) == (index, whole.text, whole.token_ids)
         assert mine.finish_reason == whole.finish_reason
         assert mine.logprobs == whole.logprobs
@@ -87,12 +87,14 @@ def test_other_kinds_of_output_tell_the_same(engine: AsyncLLM, n: int) -> None:
     assert [each.prompt_logprobs for each in news if each.prompt_logprobs] == [
         whole.prompt_logprobs
     ]
-    for index, wanted in enumerate(last.outputs):
+    for index, expected in enumerate(last.outputs):
         mine = [each for output in news for each in output.outputs if each.index == index]
-        assert "".join(each.text for each in mine) == wanted.text == whole.outputs[index].text
-        assert [token for each in mine for token in each.token_ids] == wanted.token_ids
-        assert [entry for each in mine for entry in each.logprobs or ()] == wanted.logprobs
-        assert [each.finish_reason for each in mine if each.finish_reason] == [wanted.finish_reason]
+        assert "".join(each.text for each in mine) == expected.text == whole.outputs[index].text
+        assert [token for each in mine for token in each.token_ids] == expected.token_ids
+        assert [entry for each in mine for entry in each.logprobs or ()] == expected.logprobs
+        assert [each.finish_reason for each in mine if each.finish_reason] == [
+            expected.finish_reason
+        ]
     with pytest.raises(ConfigError, match="output_kind=2 is not allowed"):
         SamplingParams(output_kind=2)  # type: ignore[arg-type]
 
@@ -188,8 +190,8 @@ def test_a_cancelled_task_aborts_its_request_and_no_other(engine: AsyncLLM, plai
         return await stays
 
     outputs = asyncio.run(both())
-    (wanted,) = plain.generate("xyz", params)
-    assert outputs[-1].outputs[0].token_ids == wanted.outputs[0].token_ids
+    (expected,) = plain.generate("xyz", params)
+    assert outputs[-1].outputs[0].token_ids == expected.outputs[0].token_ids
     assert engine._jobs == {}
     assert idle(engine.llm)
 
@@ -218,9 +220,9 @@ def test_threads_and_tasks_share_a_model(engine: AsyncLLM, plain: LLM) -> None:
         tasks = [collect(engine, "abc", params, str(i)) for i in range(4)]
         return await asyncio.gather(*threads, *tasks)
 
-    (wanted,) = plain.generate("abc", params)
+    (expected,) = plain.generate("abc", params)
     assert [found[-1].outputs[0].text for found in asyncio.run(mixed())] == (
-        [wanted.outputs[0].text] * 8
+        [expected.outputs[0].text] * 8
     )
 
 

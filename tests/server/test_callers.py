@@ -32,7 +32,7 @@ REQUESTS = 200
 GREEDY = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
 
 
-def asked(i: int) -> tuple[list[int], SamplingParams]:
+def request_of(i: int) -> tuple[list[int], SamplingParams]:
     """Short prompts, some with a long beginning in common; greedy and drawn, one answer or two."""
     prompt = [*range(40), i % 7] if i % 3 == 0 else [i % 11, i % 5, i % 3]
     if i % 2:
@@ -70,14 +70,14 @@ def check_free(llm: LLM) -> None:
 def test_many_threads_get_what_one_gets(load: Any, prefix_caching: bool) -> None:
     """Few pages: requests are preempted, too."""
     llm = load(enable_prefix_caching=prefix_caching, kv_cache_tokens=256, max_model_len=128)
-    wanted = [said(llm.generate(*asked(i))) for i in range(REQUESTS)]
+    expected = [said(llm.generate(*request_of(i))) for i in range(REQUESTS)]
     most = 0
 
     def mine(thread: int) -> bool:
         nonlocal most
         order = [(i + 25 * thread) % REQUESTS for i in range(REQUESTS)]
         for i in order:
-            assert said(llm.generate(*asked(i))) == wanted[i]
+            assert said(llm.generate(*request_of(i))) == expected[i]
             most = max(most, len(llm.engine.scheduler.running))
         return True
 
@@ -105,7 +105,7 @@ def test_rounds_are_shared_and_nobody_waits_for_a_whole_answer(load: Any) -> Non
 
 def test_streams_and_chats_of_several_threads(load: Any) -> None:
     llm = load()
-    (wanted,) = llm.generate("abc", GREEDY)
+    (expected,) = llm.generate("abc", GREEDY)
     conversation = [{"role": "user", "content": "hello"}]
     (chat,) = llm.chat(conversation, GREEDY)
 
@@ -115,7 +115,7 @@ def test_streams_and_chats_of_several_threads(load: Any) -> None:
         return "".join(llm.stream("abc", GREEDY))
 
     texts = in_threads(mine)
-    assert texts == [wanted.outputs[0].text, chat.outputs[0].text] * (THREADS // 2)
+    assert texts == [expected.outputs[0].text, chat.outputs[0].text] * (THREADS // 2)
     check_free(llm)
 
 
@@ -123,7 +123,7 @@ def test_engines_that_share_weights_take_turns(load: Any) -> None:
     first = load(enable_prefix_caching=False)
     static = {"method": "ngram", "policy": "static"}
     engines = [first, first.sharing_weights(False), first.sharing_weights(static)]
-    wanted = [said(first.generate(*asked(i))) for i in range(40)]
+    expected = [said(first.generate(*request_of(i))) for i in range(40)]
     overlaps = []
     for llm in engines:
         step = llm.engine.step
@@ -136,7 +136,7 @@ def test_engines_that_share_weights_take_turns(load: Any) -> None:
 
     def mine(thread: int) -> bool:
         llm = engines[thread % 3]
-        return all(said(llm.generate(*asked(i))) == wanted[i] for i in range(40))
+        return all(said(llm.generate(*request_of(i))) == expected[i] for i in range(40))
 
     assert all(in_threads(mine, 6))
     assert not any(overlaps)
@@ -151,14 +151,14 @@ def test_engines_that_share_weights_may_be_stepped_in_turn(load: Any) -> None:
     engines = [first.engine, first.sharing_weights(static).engine]
     params = SamplingParams(temperature=0.0, max_tokens=20)
     prompts = [list(range(3 + i, 30 + 3 * i)) for i in range(3)]
-    (wanted, drafted) = (
+    (expected, drafted) = (
         [e.add_request(str(i), p, params)[0] for i, p in enumerate(prompts)] for e in engines
     )
     while any(engine.has_unfinished_requests for engine in engines):
         for engine in engines:
             engine.step()
     alone = [first.generate([prompt], params)[0].outputs[0].token_ids for prompt in prompts]
-    assert [r.output for r in wanted] == [r.output for r in drafted] == [list(a) for a in alone]
+    assert [r.output for r in expected] == [r.output for r in drafted] == [list(a) for a in alone]
     check_free(first)
 
 
@@ -168,13 +168,13 @@ def failing(touched: Any) -> NoReturn:
 
 def test_what_one_caller_does_wrong_does_not_reach_the_others(load: Any) -> None:
     llm = slow(load(enable_prefix_caching=False), 0.001)
-    wanted = said_once(llm)
+    expected = said_once(llm)
     over = threading.Event()
 
     def good(_: int) -> int:
         count = 0
         while not over.is_set() or not count:
-            assert said_once(llm) == wanted
+            assert said_once(llm) == expected
             count += 1
         return count
 
@@ -204,12 +204,12 @@ def test_what_one_caller_does_wrong_does_not_reach_the_others(load: Any) -> None
     check_free(llm)
 
 
-def check_poison_ends_alone(llm: Any, params: SamplingParams, wanted: str) -> None:
+def check_poison_ends_alone(llm: Any, params: SamplingParams, expected: str) -> None:
     """Token 7 raises: to who asks for it, while others get what they want."""
 
     def mine(thread: int) -> bool:
         if thread % 4:
-            return bool(llm.generate("abc", params)[0].outputs[0].text == wanted)
+            return bool(llm.generate("abc", params)[0].outputs[0].text == expected)
         with pytest.raises(RuntimeError, match="poison"):
             llm.generate([[1, 7, 2]], params)
         return True
@@ -223,7 +223,7 @@ def test_a_request_that_breaks_a_round_ends_alone(
     # Plainly: nobody drafts the token for another.
     llm = slow(load(enable_prefix_caching=False, speculative_config=False), 0.001)
     free = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True, logit_bias={7: -100})
-    (wanted,) = llm.generate("abc", free)
+    (expected,) = llm.generate("abc", free)
     forward = llm.target.forward
 
     def raising(rows: Any, aux_layers: Any) -> Any:
@@ -234,7 +234,7 @@ def test_a_request_that_breaks_a_round_ends_alone(
     llm.target.forward = raising  # type: ignore[method-assign]
 
     caplog.set_level("WARNING", "smart")
-    check_poison_ends_alone(llm, free, wanted.outputs[0].text)
+    check_poison_ends_alone(llm, free, expected.outputs[0].text)
     assert not caplog.records  # the caller is told by the exception
     check_free(llm)
 
@@ -242,7 +242,7 @@ def test_a_request_that_breaks_a_round_ends_alone(
 def test_a_request_that_breaks_a_round_before_it_begins_ends_alone(load: Any) -> None:
     """Nothing runs then that could be suspected, and the engine itself is sound."""
     llm = slow(load(enable_prefix_caching=False, speculative_config=False), 0.001)
-    (wanted,) = llm.generate("abc", GREEDY)
+    (expected,) = llm.generate("abc", GREEDY)
     scheduler = llm.engine.scheduler
     next_batch = scheduler.next_batch
 
@@ -253,7 +253,7 @@ def test_a_request_that_breaks_a_round_before_it_begins_ends_alone(load: Any) ->
 
     scheduler.next_batch = raising  # type: ignore[method-assign]
 
-    check_poison_ends_alone(llm, GREEDY, wanted.outputs[0].text)
+    check_poison_ends_alone(llm, GREEDY, expected.outputs[0].text)
     check_free(llm)
 
 
@@ -265,7 +265,7 @@ def test_who_waits_for_a_mask_has_not_survived(load: Any, monkeypatch: pytest.Mo
     free = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True, logit_bias={poison: -100})
     form = StructuredOutputsParams(regex="h{30}")
     bound = SamplingParams(temperature=0, max_tokens=20, structured_outputs=form)
-    (wanted,) = llm.generate("abc", free)
+    (expected,) = llm.generate("abc", free)
     forward = llm.target.forward
     mask = GrammarConstraint._mask
     after = Isolation.after_failed_round
@@ -292,7 +292,7 @@ def test_who_waits_for_a_mask_has_not_survived(load: Any, monkeypatch: pytest.Mo
         other = pool.submit(llm.generate, "abc", free)
         with pytest.raises(RuntimeError, match="poison"):
             llm.generate("abc", bound)
-        assert other.result()[0].outputs[0].text == wanted.outputs[0].text
+        assert other.result()[0].outputs[0].text == expected.outputs[0].text
     assert len(failed) == 1
     check_free(llm)
 
@@ -303,7 +303,7 @@ def test_a_grammar_that_fails_in_a_round_ends_alone(
     """The round does not: no request is run again."""
     pytest.importorskip("llguidance")
     llm = slow(load(), 0.001)
-    (wanted,) = llm.generate("abc", GREEDY)
+    (expected,) = llm.generate("abc", GREEDY)
     monkeypatch.setattr(Isolation, "after_failed_round", None)
     bound = SamplingParams(
         temperature=0,
@@ -313,7 +313,7 @@ def test_a_grammar_that_fails_in_a_round_ends_alone(
 
     def mine(thread: int) -> bool:
         if thread % 4:
-            return bool(llm.generate("abc", GREEDY)[0].outputs[0].text == wanted.outputs[0].text)
+            return bool(llm.generate("abc", GREEDY)[0].outputs[0].text == expected.outputs[0].text)
         with pytest.raises(ConfigError, match="structured_outputs: Parser Error"):
             llm.generate("abc", bound)
         return True
@@ -401,22 +401,22 @@ def test_loading_and_answering_leave_one_team_of_threads(tmp_path: Path) -> None
 
 def test_on_step_sees_each_round_of_its_own_requests_and_may_abort_them(load: Any) -> None:
     llm = slow(load(), 0.001)
-    (wanted,) = llm.generate("abc", GREEDY)
+    (expected,) = llm.generate("abc", GREEDY)
 
     def mine(thread: int) -> bool:
-        seen: list[int] = []
+        shown: list[int] = []
         owned = set()
 
         def on_step(touched: Any) -> None:
             for request in touched:
                 owned.add(request)
-                seen[:] = request.output
-                if thread % 2 and len(seen) > 20:
+                shown[:] = request.output
+                if thread % 2 and len(shown) > 20:
                     llm.engine.abort(request.id)
 
         (answer,) = llm.generate("abc", GREEDY, on_step=on_step)[0].outputs
         assert len(owned) == 1
-        assert answer.token_ids == seen == wanted.outputs[0].token_ids[: len(seen)]
+        assert answer.token_ids == shown == expected.outputs[0].token_ids[: len(shown)]
         assert answer.finish_reason == ("abort" if thread % 2 else "length")
         return True
 
@@ -561,7 +561,7 @@ def test_a_forked_child_answers_or_is_told_to_load_the_model_itself(
     line = [sys.executable, "-W", "ignore", "-c", program]
     done = subprocess.run(line, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    told = "this process was forked from the one that loaded the model: load it in the child"
-    lines = ["True", told] if runs else ["400"]
+    message = "this process was forked from the one that loaded the model: load it in the child"
+    lines = ["True", message] if runs else ["400"]
     assert done.stdout.split("\n") == [*lines, "7", "400", ""]
     assert "Traceback" not in done.stderr

@@ -295,8 +295,8 @@ def test_no_client_writes_to_the_terminal(
     assert not [line for line in lines if re.search("[\x00-\x1f\x7f-\x9f\u2028\u202e]", line)]
     assert not [line for line in lines if line.startswith("12:00:00 GET / 200")]
     if not terminal:
-        told = [json.loads(line)["message"] for line in lines if line]
-        assert any(f"GET /{evil} 404" == message for message in told)
+        messages = [json.loads(line)["message"] for line in lines if line]
+        assert any(f"GET /{evil} 404" == message for message in messages)
 
 
 @pytest.mark.parametrize("terminal", [True, False])

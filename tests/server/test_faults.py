@@ -64,7 +64,7 @@ def answer_of(running: Any) -> str:
     return str(response.json()["choices"][0]["text"])
 
 
-def wanted(plain: LLM) -> str:
+def expected_text(plain: LLM) -> str:
     params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
     return plain.generate("abcabc", params)[0].outputs[0].text
 
@@ -78,7 +78,7 @@ def test_a_full_disk_for_the_profile(
     path.with_name(f"{path.name}.{os.getpid()}.partial").symlink_to("/dev/full")
     with serving(lambda: load(speculative_config=SMART)) as running:
         assert wait_for(lambda: profile(running.llm).known, A_TURN)
-        assert answer_of(running) == wanted(plain)
+        assert answer_of(running) == expected_text(plain)
     assert "cannot be kept" in caplog.text
     assert "No space left on device" in caplog.text
     assert list(path.parent.iterdir()) == []
@@ -180,7 +180,7 @@ def test_a_server_with_a_damaged_profile_measures_again(
     path.parent.mkdir(parents=True)
     path.write_bytes(DAMAGE["cut"]())
     with serving(lambda: load(speculative_config=SMART)) as running:
-        assert answer_of(running) == wanted(plain)
+        assert answer_of(running) == expected_text(plain)
         assert wait_for(lambda: profile(running.llm).known, A_TURN)
     assert "measured again" in caplog.text
     assert load_profile(path) is not None
@@ -194,7 +194,7 @@ class Steps:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, held: bool = False) -> None:
         self.llm: LLM | None = None
         self.counts: Counter[int] = Counter()  # by the model's target
-        self.seen: list[int] = []  # the count in each round
+        self.round_counts: list[int] = []  # the count in each round
         self.begun = threading.Event()
         self.go = threading.Event()
         if not held:
@@ -220,7 +220,7 @@ class Steps:
         return self.counts.total() if self.llm is None else self.counts[id(self.llm.target)]
 
     def look(self, _touched: object) -> None:
-        self.seen.append(self.count)
+        self.round_counts.append(self.count)
 
 
 def test_the_profile_is_taken_after_the_first_answer_and_changes_none(
@@ -239,13 +239,13 @@ def test_the_profile_is_taken_after_the_first_answer_and_changes_none(
     prompt = list(range(48))
     params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
 
-    def answer(asked: LLM) -> tuple[list[int], int]:
-        output = asked.generate(prompt, params, on_step=steps.look)[0].outputs[0]
+    def answer(chosen: LLM) -> tuple[list[int], int]:
+        output = chosen.generate(prompt, params, on_step=steps.look)[0].outputs[0]
         return output.token_ids, output.metrics.cached_tokens
 
     expected = answer(plain)[0]
     assert answer(llm) == (expected, 0)
-    assert set(steps.seen) == {0}
+    assert set(steps.round_counts) == {0}
     llm.take_profile()
     stored = load_profile(path)
     assert stored is not None
@@ -294,14 +294,14 @@ def test_costs_are_measured_beside_a_batch_which_does_not_wait_for_them(
     known: list[bool] = []
 
     def look(touched: object) -> None:
-        if not steps.seen:
+        if not steps.round_counts:
             spent["steps"].clear()  # until now nobody asked
         steps.look(touched)
         known.append(profile(llm).known)
         llm.engine.check_integrity()
 
     llm.generate(prompts[0], replace(params, max_tokens=1))
-    steps.seen.clear()
+    steps.round_counts.clear()
     before = steps.count
     spent = timed(monkeypatch, llm)
     outputs = llm.generate(prompts, params, on_step=look)
@@ -310,7 +310,7 @@ def test_costs_are_measured_beside_a_batch_which_does_not_wait_for_them(
     ]
     assert not known[0]  # it did not wait
     assert known[-1]
-    beside = [b - a for a, b in itertools.pairwise(steps.seen)]
+    beside = [b - a for a, b in itertools.pairwise(steps.round_counts)]
     assert max(beside) == 1  # never two without a round between them
     assert sum(beside) > (steps.count - before) / 2
     # Rounds have paid for every step but the last.
@@ -354,8 +354,8 @@ def test_nothing_is_measured_while_another_model_of_the_process_answers(
     try:
         assert wait_for(lambda: steps.count > 1)
         other.generate("abc", params, on_step=steps.look)
-        assert len(set(steps.seen[1:])) == 1  # one may have begun before
-        after = steps.seen[-1]
+        assert len(set(steps.round_counts[1:])) == 1  # one may have begun before
+        after = steps.round_counts[-1]
         assert wait_for(lambda: steps.count > after)
     finally:
         llm.engine_thread.stop()
@@ -436,7 +436,7 @@ def test_answers_are_not_held_up_by_what_is_measured(
     assert wait_for(lambda: steps.count > 1)
     llm.generate(["abc"] * requests, params, on_step=steps.look)
     llm.engine_thread.stop()
-    assert len(set(steps.seen)) == 1
+    assert len(set(steps.round_counts)) == 1
 
 
 def test_of_several_who_want_the_profile_now_one_tells_of_it(
@@ -473,8 +473,8 @@ def test_requests_are_answered_between_steps_of_the_profile_and_a_stop_leaves_no
             answer = pool.submit(answer_of, running)
             assert wait_for(lambda: running.worker.active == 1)
             steps.go.set()
-            assert answer.result(20) == wanted(plain)
-        assert set(steps.seen) == {1}
+            assert answer.result(20) == expected_text(plain)
+        assert set(steps.round_counts) == {1}
         assert wait_for(lambda: steps.count > 3)  # it goes on
     assert not profile_of(plain).parent.exists()
 
@@ -618,7 +618,7 @@ def test_killed_in_the_middle_and_started_again(cache: Path, load: Any, plain: L
     process = start(folder, port)
     try:
         answer = httpx.post(url, json=BODY, timeout=10).json()["choices"][0]["text"]
-        assert answer == wanted(plain)
+        assert answer == expected_text(plain)
         assert path.read_bytes() == before
     finally:
         process.send_signal(signal.SIGTERM)

@@ -46,7 +46,7 @@ def structured(structure: dict[str, Any]) -> dict[str, Any]:
     return {**body, "structured_outputs": structure}
 
 
-def asked(running: Running, structure: dict[str, Any]) -> Any:
+def post_structure(running: Running, structure: dict[str, Any]) -> Any:
     return post(running, "/v1/completions", json=structured(structure))
 
 
@@ -126,7 +126,7 @@ def hasty(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", BOMBS)
 def test_a_bomb_is_a_400_and_the_server_goes_on(running: Running, hasty: None, name: str) -> None:
     structure, words = BOMBS[name]
-    response = asked(running, structure)
+    response = post_structure(running, structure)
     assert response.status_code == 400, response.text
     error = response.json()["error"]
     assert any(word in error["message"] for word in words.split("|")), error
@@ -140,7 +140,7 @@ def test_a_bomb_is_a_400_and_the_server_goes_on(running: Running, hasty: None, n
     "regex", ["(a{1,1000}){1,1000}", "(.*a.{200})", "((.*a.{20})|(.*b.{30})){3,40}", "(x+x+)+y"]
 )
 def test_bombs_that_llguidance_defuses(running: Running, regex: str) -> None:
-    assert asked(running, {"regex": regex}).status_code == 200
+    assert post_structure(running, {"regex": regex}).status_code == 200
     assert running.idle()
 
 
@@ -152,18 +152,20 @@ def test_six_bombs_beside_a_client(
     def answered(number: int) -> float:
         started = time.monotonic()
         answer = post(running, "/v1/completions", json=BODY).json()
-        assert answer["choices"][0]["text"] == wanted
-        assert asked(running, {"regex": f"own {number}"}).status_code == 200
+        assert answer["choices"][0]["text"] == expected
+        assert post_structure(running, {"regex": f"own {number}"}).status_code == 200
         return time.monotonic() - started
 
     pair = limited(running, monkeypatch, 60.0)
     params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
-    wanted = plain.generate("abc", params)[0].outputs[0].text
+    expected = plain.generate("abc", params)[0].outputs[0].text
     alone = max(answered(number) for number in range(3))
     bombs = [hanging(running, structured(optional(6000, f"bomb_{i}"))) for i in range(3)]
     assert wait_for(lambda: pair.long.child is not None and pair.long.child.poll() is None)
     with ThreadPoolExecutor(3) as pool, stretches_of_loops() as stretches:
-        large = [pool.submit(asked, running, optional(9000, f"{i}" * 100)) for i in range(3)]
+        large = [
+            pool.submit(post_structure, running, optional(9000, f"{i}" * 100)) for i in range(3)
+        ]
         beside = [answered(number) for number in range(3, 6)]
         assert [bomb.result().status_code for bomb in large] == [400] * 3
     assert max(stretches) < 0.1
@@ -172,7 +174,7 @@ def test_six_bombs_beside_a_client(
     for bomb in bombs:
         bomb.close()
     assert wait_for(lambda: running.worker.texts.quiet)
-    assert asked(running, optional(80, "next")).status_code == 200
+    assert post_structure(running, optional(80, "next")).status_code == 200
     assert running.idle()
 
 
@@ -189,7 +191,7 @@ def test_a_trial_ends_when_its_client_hangs_up(
     assert child.poll() is None
     bomb.close()
     assert wait_for(lambda: child.poll() is not None)
-    assert asked(running, optional(300, "after")).status_code == 200
+    assert post_structure(running, optional(300, "after")).status_code == 200
 
 
 def test_a_client_has_sixteen_grammars_waiting(
@@ -199,7 +201,7 @@ def test_a_client_has_sixteen_grammars_waiting(
     limited(running, monkeypatch, 60.0)
     bombs = [hanging(running, structured(optional(6000, f"many_{i}"))) for i in range(16)]
     assert wait_for(lambda: running.worker.preparation._waiting.total() == 16)
-    refused = asked(running, {"regex": "one more"})
+    refused = post_structure(running, {"regex": "one more"})
     assert refused.status_code == 429
     assert refused.json()["error"]["code"] == "queue_full"
     with client(running) as other:
@@ -267,7 +269,7 @@ def test_all_bombs_beside_a_stream(running: Running) -> None:
         with ThreadPoolExecutor(1) as pool:
             gap = pool.submit(longest_gap, running, done)
             for structure, _ in BOMBS.values():
-                assert asked(running, structure).status_code == 400
+                assert post_structure(running, structure).status_code == 400
             done.set()
             longest.append(gap.result())
         if longest[-1] < 0.3:
@@ -281,7 +283,7 @@ def test_a_failing_grammar_ends_its_own_stream(
     """In a round with others, which is not run again."""
     monkeypatch.setattr(Isolation, "after_failed_round", None)
     params = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
-    wanted = plain.generate("abc", params)[0].outputs[0].text
+    expected = plain.generate("abc", params)[0].outputs[0].text
     with serving(load) as running, ThreadPoolExecutor() as pool:
         body = {**BODY, "max_tokens": 200}
         others = [pool.submit(post, running, "/v1/completions", json=body) for _ in range(2)]
@@ -300,7 +302,7 @@ def test_a_failing_grammar_ends_its_own_stream(
         assert "items" in last["error"]["message"]
         assert last["error"]["code"] == "invalid_value"
         for other in others:
-            assert other.result().json()["choices"][0]["text"] == wanted
+            assert other.result().json()["choices"][0]["text"] == expected
         assert running.idle()
 
 
@@ -321,13 +323,13 @@ def test_nobody_waits_for_a_mask_that_takes_for_ever(
     regex = {"regex": "[a-z ]{20}"}
     form = StructuredOutputsParams(**regex)
     params = SamplingParams(temperature=0, max_tokens=60, structured_outputs=form)
-    wanted = [plain.generate("a", params)[0].outputs[0].text]
+    expected = [plain.generate("a", params)[0].outputs[0].text]
     params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
-    wanted.append(plain.generate("abc", params)[0].outputs[0].text)
+    expected.append(plain.generate("abc", params)[0].outputs[0].text)
     monkeypatch.setattr(GrammarConstraint, "_mask", held_up)
     other = httpx.Client(transport=httpx.HTTPTransport(local_address="127.0.0.2"), timeout=20)
     with serving(load) as running, ThreadPoolExecutor() as pool, other:
-        first = pool.submit(asked, running, regex)
+        first = pool.submit(post_structure, running, regex)
         gone = hanging(running, structured(regex))
         assert wait_for(lambda: running.worker.active == 2)
         answers = [other.post(f"{running.url}/v1/completions", json=BODY) for _ in range(3)]
@@ -338,14 +340,14 @@ def test_nobody_waits_for_a_mask_that_takes_for_ever(
         assert not early
         answers.insert(0, first.result())
         texts = [answer.json()["choices"][0]["text"] for answer in answers]
-        assert texts == [wanted[0], *wanted[1:] * 3]
+        assert texts == [expected[0], *expected[1:] * 3]
         assert running.idle()
 
 
 def test_the_end_waits_for_no_grammar(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with ThreadPoolExecutor() as pool, serving(load, shutdown_timeout=30) as running:
         pair = limited(running, monkeypatch, 60.0)
-        bombs = [pool.submit(asked, running, optional(6000, f"end_{i}")) for i in range(2)]
+        bombs = [pool.submit(post_structure, running, optional(6000, f"end_{i}")) for i in range(2)]
         assert wait_for(lambda: pair.long.child is not None)
         child = pair.long.child
         time.sleep(0.5)
@@ -383,6 +385,6 @@ def test_nothing_a_client_sends_is_read_here_before_its_child_has(
 def test_a_choice_may_hold_any_character(running: Running) -> None:
     """U+007F was refused."""
     choices = ['a\x7f"\\', "\x01\x80\u2028\U0001f600"]
-    found = asked(running, {"choice": choices})
+    found = post_structure(running, {"choice": choices})
     assert found.status_code == 200, found.text
     assert found.json()["choices"][0]["text"] in choices

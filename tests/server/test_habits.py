@@ -38,11 +38,11 @@ def test_unknown_fields_are_ignored_and_named_in_a_header(running: Running) -> N
 
 
 def test_masks_hold_in_the_server(running: Running) -> None:
-    asked = {"prompt": "abc abc", "max_tokens": 20, "temperature": 0}
-    free = post(running, "/v1/completions", json=asked).json()["choices"][0]["text"]
+    request_body = {"prompt": "abc abc", "max_tokens": 20, "temperature": 0}
+    free = post(running, "/v1/completions", json=request_body).json()["choices"][0]["text"]
     spelt = {"prompt": "abcdefgh ", "add_special_tokens": False}
     letters = post(running, "/tokenize", json=spelt).json()["tokens"]
-    masked = {**asked, "allowed_token_ids": letters, "bad_words": ["b", "gh"]}
+    masked = {**request_body, "allowed_token_ids": letters, "bad_words": ["b", "gh"]}
     text = post(running, "/v1/completions", json=masked).json()["choices"][0]["text"]
     assert set(text) <= set("acdefgh ")
     assert "gh" not in text
@@ -55,8 +55,8 @@ def test_masks_hold_in_the_server(running: Running) -> None:
 def test_bad_words_are_short_and_tokenised_in_a_process_of_their_own(
     running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = {"prompt": [1], "max_tokens": 1, "bad_words": ["a" * 257]}
-    refused = post(running, "/v1/completions", json=asked)
+    request_body = {"prompt": [1], "max_tokens": 1, "bad_words": ["a" * 257]}
+    refused = post(running, "/v1/completions", json=request_body)
     assert refused.status_code == 400
     assert refused.json()["error"]["param"] == "bad_words"
     assert "at most 256 characters" in refused.json()["error"]["message"]
@@ -70,8 +70,8 @@ def test_bad_words_are_short_and_tokenised_in_a_process_of_their_own(
 
     monkeypatch.setattr(Tokenizer, "encode", None)
     monkeypatch.setattr(SamplingParams, "checked", noted)
-    asked["bad_words"] = ["ab"]
-    assert post(running, "/v1/completions", json=asked).status_code == 200
+    request_body["bad_words"] = ["ab"]
+    assert post(running, "/v1/completions", json=request_body).status_code == 200
     assert [first for first, _ in read] == [tokens]
 
 
@@ -125,7 +125,7 @@ def test_variables_of_the_chat_template_reach_it(load: Callable[..., LLM]) -> No
     """As Qwen3's clients say that it is not to think."""
     off = {"chat_template_kwargs": {"enable_thinking": False}}
     tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
-    asked = {"input": "hi", "max_output_tokens": 1}
+    request_body = {"input": "hi", "max_output_tokens": 1}
     with serving(lambda: load(chat_template=THINKING)) as server:
 
         def grown(path: str, body: dict[str, Any], *place: str) -> int:
@@ -146,10 +146,10 @@ def test_variables_of_the_chat_template_reach_it(load: Callable[..., LLM]) -> No
         with pytest.MonkeyPatch.context() as patch:
             patch.setitem(off, "reasoning", {"effort": "low", "summary": "auto"})
             known = longer + len("low")
-            assert grown("/v1/responses", asked, "usage", "input_tokens") == known
+            assert grown("/v1/responses", request_body, "usage", "input_tokens") == known
         called = {**CHAT, "tools": [tool]}
         assert grown(chat, called, "usage", "prompt_tokens") == longer
-        assert grown("/v1/responses", asked, "usage", "input_tokens") == longer
+        assert grown("/v1/responses", request_body, "usage", "input_tokens") == longer
         assert grown("/tokenize", {"messages": CHAT["messages"]}, "count") == longer
         refused = post(server, "/tokenize", json={"prompt": "hi", **off})
         assert refused.status_code == 400
@@ -184,9 +184,9 @@ def test_an_answer_tells_how_it_went(repeating: Running, stream: bool, usage: bo
         "stream_options": {"include_usage": True} if stream and usage else None,
     }
     answer = post(repeating, "/v1/chat/completions", json=body)
-    told = _events(answer)[-1] if stream else answer.json()
-    timings = told["timings"]
-    spec = told["metrics"]["speculative_decoding"]
+    result = _events(answer)[-1] if stream else answer.json()
+    timings = result["timings"]
+    spec = result["metrics"]["speculative_decoding"]
     assert timings["predicted_n"] == 40
     assert timings["cache_n"] + timings["prompt_n"] > 0
     assert timings["prompt_ms"] > 0
@@ -199,9 +199,9 @@ def test_an_answer_tells_how_it_went(repeating: Running, stream: bool, usage: bo
     assert sum(histogram) == spec["num_spec_steps"]
     assert sum(i * steps for i, steps in enumerate(histogram)) == timings["draft_n_accepted"]
     assert len(histogram) == spec["num_spec_tokens"] + 1
-    assert 0 <= told["metrics"]["queue_time_ms"] <= told["metrics"]["time_to_first_token_ms"]
+    assert 0 <= result["metrics"]["queue_time_ms"] <= result["metrics"]["time_to_first_token_ms"]
     if usage or not stream:
-        details = told["usage"]["completion_tokens_details"]
+        details = result["usage"]["completion_tokens_details"]
         assert details["accepted_prediction_tokens"] == timings["draft_n_accepted"]
         rejected = timings["draft_n"] - timings["draft_n_accepted"]
         assert details["rejected_prediction_tokens"] == rejected

@@ -222,9 +222,9 @@ def test_slow_bodies_have_bounds_of_bytes(load: Any, monkeypatch: pytest.MonkeyP
                 assert wait_for(lambda held=held, source=source: gate._held[source] == held)
         one_more = stack.enter_context(connected(running, "127.0.0.2"))
         one_more.sendall(slow_body)
-        status, told = first_answer(one_more)
+        status, raw_body = first_answer(one_more)
         assert status == 429
-        assert json.loads(told)["error"]["code"] == "queue_full"
+        assert json.loads(raw_body)["error"]["code"] == "queue_full"
         goes_on(running)  # at another address, with a small body
         crowd = stack.enter_context(connected(running, "127.0.0.4"))
         crowd.sendall(slow_body)

@@ -82,18 +82,18 @@ def test_the_official_client_sends_pictures(seeing: Running, folder: Path) -> No
                 {"type": "image", "image": picture(number)},
                 {"type": "text", "text": "What is it?"},
             ]
-            (wanted,) = plain.chat(
+            (expected,) = plain.chat(
                 [{"role": "user", "content": content}], SamplingParams(temperature=0, max_tokens=12)
             )
             whole = client.chat.completions.create(**request)
-            assert whole.choices[0].message.content == wanted.outputs[0].text
-            assert whole.usage.prompt_tokens == len(wanted.prompt_token_ids)
+            assert whole.choices[0].message.content == expected.outputs[0].text
+            assert whole.usage.prompt_tokens == len(expected.prompt_token_ids)
             stream = client.chat.completions.create(**request, stream=True)
             assert (
                 "".join(chunk.choices[0].delta.content or "" for chunk in stream)
-                == wanted.outputs[0].text
+                == expected.outputs[0].text
             )
-            answers.add(wanted.outputs[0].text)
+            answers.add(expected.outputs[0].text)
         assert len(answers) == 2
     counted = post(seeing, "/tokenize", json={"messages": ask(data_url(1))}).json()
     assert counted["count"] == whole.usage.prompt_tokens
@@ -353,8 +353,8 @@ def test_a_server_bounds_the_pixels_of_what_must_be_turned(seeing: Running) -> N
 
 def held_by(running: Running, messages: list[dict[str, Any]]) -> int:
     prompts = running.llm.prompts
-    told, pictures = prompts.split(messages)
-    tokens, text = prompts.conversations.tokens(told)
+    conversation, pictures = prompts.split(messages)
+    tokens, text = prompts.conversations.tokens(conversation)
     return prompts.plan(tokens, pictures, text).bytes
 
 

@@ -113,16 +113,16 @@ def test_errors_name_what_is_wrong(running: Running) -> None:
     assert unknown["param"] == "best_of"
     assert unknown["code"] == "unsupported_parameter"
     options = {"model": NAME, "prompt": "a", "stream_options": {}}
-    told = error_of(post(running, "/v1/completions", json=options), 400)["message"]
-    assert told == "the body: stream_options is only allowed with stream=true"
+    reported = error_of(post(running, "/v1/completions", json=options), 400)["message"]
+    assert reported == "the body: stream_options is only allowed with stream=true"
     nowhere = error_of(post(running, "/v1/nothing"), 404)
     assert nowhere["type"] == "invalid_request_error"
     assert "/openapi.json lists them" in nowhere["message"]
     error_of(httpx.get(f"{running.url}/v1/completions"), 405)
     for headers in ({"content-type": "text/plain"}, {}):
         form = {"content": b'{"model": "tiny", "prompt": "a"}', "headers": headers}
-        told = error_of(post(running, "/v1/completions", **form), 415)["message"]
-        assert told == "the body is not said to be JSON: send Content-Type: application/json"
+        reported = error_of(post(running, "/v1/completions", **form), 415)["message"]
+        assert reported == "the body is not said to be JSON: send Content-Type: application/json"
 
 
 @pytest.mark.parametrize(
@@ -221,17 +221,17 @@ def test_keys_are_compared_in_constant_time(load: Any, monkeypatch: pytest.Monke
         ):
             error_of(httpx.get(url, headers={b"authorization": strange}), 401)
         for verdict, status in ((False, 401), (True, 200)):
-            seen: list[tuple[bytes, bytes]] = []
+            compared: list[tuple[bytes, bytes]] = []
 
             def compare(
-                given: bytes, key: bytes, verdict: bool = verdict, seen: Any = seen
+                given: bytes, key: bytes, verdict: bool = verdict, compared: Any = compared
             ) -> bool:
-                seen.append((given, key))
+                compared.append((given, key))
                 return verdict
 
             monkeypatch.setattr(hmac, "compare_digest", compare)
             assert httpx.get(url, headers=right).status_code == status
-            assert seen == [(b"first", b"first"), (b"first", b"second")]
+            assert compared == [(b"first", b"first"), (b"first", b"second")]
 
 
 def test_who_needs_a_key() -> None:
@@ -565,8 +565,8 @@ def test_other_refusals_for_now_say_when_to_come_again_too(load: Any) -> None:
 
 def test_a_deadline_below_a_second_is_not_none(load: Any) -> None:
     """uvicorn takes whole seconds, and ends what does not end by itself in time."""
-    for asked, seconds in ((0.9, 3), (0, 2), (30.0, 32)):
-        server, _ = make_server(load, ServerSettings(NAME, shutdown_timeout=asked))
+    for requested, seconds in ((0.9, 3), (0, 2), (30.0, 32)):
+        server, _ = make_server(load, ServerSettings(NAME, shutdown_timeout=requested))
         assert server.config.timeout_graceful_shutdown == seconds
 
 
@@ -616,10 +616,10 @@ def test_an_answer_that_cannot_be_written_ends_alone(load: Any, plain: LLM) -> N
             running, "/v1/completions", json={**LONG, "max_tokens": 9, "skip_special_tokens": False}
         )
         error_of(bad, 500)
-        (wanted,) = plain.generate(
+        (expected,) = plain.generate(
             "a", SamplingParams(temperature=0, max_tokens=80, ignore_eos=True)
         )
-        assert good.result().json()["choices"][0]["text"] == wanted.outputs[0].text
+        assert good.result().json()["choices"][0]["text"] == expected.outputs[0].text
         assert running.idle()
         assert len(running.llm.engine_thread.observers) == 2
         running.llm.engine.check_integrity()
@@ -722,14 +722,14 @@ def test_what_is_no_prompt_is_refused(plain: LLM, prompt: Any) -> None:
 
 @pytest.mark.parametrize("params", [{"max_tokens": 3}, "x", 5, [{"max_tokens": 3}]])
 def test_what_are_no_sampling_params_is_refused(plain: LLM, params: Any) -> None:
-    async def asked() -> None:
+    async def requested() -> None:
         async for _ in AsyncLLM(plain).generate("hi", params, "r"):
             pass
 
     for ask in (
         lambda: plain.generate("hi", params),
         lambda: next(plain.stream("hi", params)),
-        lambda: asyncio.run(asked()),
+        lambda: asyncio.run(requested()),
     ):
         with pytest.raises(ConfigError, match=r"give SamplingParams, such as"):
             ask()

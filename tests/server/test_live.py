@@ -112,7 +112,7 @@ def test_events_show_the_running_trees(load: Any) -> None:
         assert all(
             event["running"] == 1 and event["tps"] > 0 and event["yield"] >= 1 for event in later
         )
-        # A token that was not seen before is followed by nothing: then a round's tree is empty.
+        # A new token is followed by nothing: then a round's tree is empty.
         tree = next(tree for event in later for tree in event["trees"] if tree["nodes"])
         assert tree["own"]
         assert all(len(event["trees"]) == 1 for event in later)
@@ -210,17 +210,19 @@ def test_nobody_sees_the_text_of_others(load: Any) -> None:
             with busy(running, headers=alice):
                 assert wait_for(lambda: len(hers) > 4 and len(his) > 4)
             running.idle()
-            told = [event for event in his if event["running"]]
-            assert told
-            assert all(event["tps"] > 0 and event["point"] for event in told[1:])
+            busy_events = [event for event in his if event["running"]]
+            assert busy_events
+            assert all(event["tps"] > 0 and event["point"] for event in busy_events[1:])
             assert all(event["trees"] == [] and event["trees_idle"] is None for event in his)
             assert any(event["trees"] for event in hers)
-            seen = len(hers)
+            observed = len(hers)
             with busy(running, headers=bob, prompt="xyzxyzxyz"):
-                assert wait_for(lambda: len(hers) > seen + 3 and his[-1]["trees"])
+                assert wait_for(lambda: len(hers) > observed + 3 and his[-1]["trees"])
             last = hers[-1]  # her own last ones stay, and are known to be old
             assert last["running"] == 1
-            assert [tree["id"] for tree in last["trees"]] == [t["id"] for t in hers[seen]["trees"]]
+            assert [tree["id"] for tree in last["trees"]] == [
+                t["id"] for t in hers[observed]["trees"]
+            ]
             assert last["trees_idle"] > last["idle"]
             assert {tree["id"] for tree in his[-1]["trees"]}.isdisjoint(
                 tree["id"] for tree in last["trees"]
@@ -244,9 +246,9 @@ def test_an_address_of_many_shows_only_who_knows_the_token(load: Any) -> None:
     hers, his, short = ({"x-viewer": token} for token in ("a" * 32, "b" * 32, "c"))
     with serving(lambda: slow(load(), 0.005), no_api_key=True) as running:
         with busy(running, hers), busy(running), busy(running, short):
-            seen = [events(running, 4, headers=each)[-1] for each in (hers, his, {}, short)]
-        assert all(event["running"] == 3 for event in seen)
-        assert [len(event["trees"]) for event in seen] == [1, 0, 0, 0]
+            observed = [events(running, 4, headers=each)[-1] for each in (hers, his, {}, short)]
+        assert all(event["running"] == 3 for event in observed)
+        assert [len(event["trees"]) for event in observed] == [1, 0, 0, 0]
 
 
 def test_on_loopback_a_page_shows_what_a_terminal_asks(load: Any) -> None:
@@ -277,13 +279,13 @@ def browser_page(width: int, height: int) -> Iterator[Any]:
         page = browser.new_page(viewport={"width": width, "height": height}, color_scheme="dark")
         page.set_default_timeout(15_000)
         faults: list[str] = []
-        asked: set[str] = set()
+        hosts: set[str] = set()
         page.on("pageerror", lambda error: faults.append(str(error)))
-        page.on("request", lambda request: asked.add(urlsplit(request.url).hostname))
+        page.on("request", lambda request: hosts.add(urlsplit(request.url).hostname))
         yield page
         browser.close()
     assert faults == []
-    assert asked == {"127.0.0.1"}
+    assert hosts == {"127.0.0.1"}
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium")

@@ -46,12 +46,14 @@ def test_chat_answers_as_generate_does(
     answer = client.chat.completions.create(
         model=NAME, messages=MESSAGES, temperature=temperature, seed=5, max_completion_tokens=24
     )
-    (wanted,) = plain.chat(MESSAGES, SamplingParams(temperature=temperature, seed=5, max_tokens=24))
-    assert answer.choices[0].message.content == wanted.outputs[0].text
+    (reference,) = plain.chat(
+        MESSAGES, SamplingParams(temperature=temperature, seed=5, max_tokens=24)
+    )
+    assert answer.choices[0].message.content == reference.outputs[0].text
     assert answer.choices[0].message.role == "assistant"
-    assert answer.choices[0].finish_reason == wanted.outputs[0].finish_reason
-    assert answer.usage.prompt_tokens == len(wanted.prompt_token_ids)
-    assert answer.usage.completion_tokens == len(wanted.outputs[0].token_ids)
+    assert answer.choices[0].finish_reason == reference.outputs[0].finish_reason
+    assert answer.usage.prompt_tokens == len(reference.prompt_token_ids)
+    assert answer.usage.completion_tokens == len(reference.outputs[0].token_ids)
     assert answer.id.startswith("chatcmpl-")
 
 
@@ -65,16 +67,17 @@ def test_a_chat_stream_is_the_answer_in_pieces(client: openai.OpenAI, plain: LLM
         stream_options={"include_usage": True},
     )
     *chunks, last = list(stream)
-    (wanted,) = plain.chat(MESSAGES, SamplingParams(temperature=0, max_tokens=40))
+    (reference,) = plain.chat(MESSAGES, SamplingParams(temperature=0, max_tokens=40))
     assert chunks[0].choices[0].delta.role == "assistant"
     assert (
-        "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == wanted.outputs[0].text
+        "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+        == reference.outputs[0].text
     )
     assert [c.choices[0].finish_reason for c in chunks if c.choices[0].finish_reason] == ["length"]
     assert len(chunks) > 5
     assert all(chunk.usage is None for chunk in chunks)
     assert last.choices == []
-    assert last.usage.completion_tokens == len(wanted.outputs[0].token_ids)
+    assert last.usage.completion_tokens == len(reference.outputs[0].token_ids)
     assert len({chunk.id for chunk in (*chunks, last)}) == 1
 
 
@@ -82,16 +85,16 @@ def test_completions_of_several_prompts_and_samples(client: openai.OpenAI, plain
     prompts = ["one two", "three"]
     params = {"temperature": 1.0, "seed": 3, "max_tokens": 9, "n": 2}
     answer = client.completions.create(model=NAME, prompt=prompts, **params)
-    wanted = [
+    reference = [
         o.text for out in plain.generate(prompts, SamplingParams(**params)) for o in out.outputs
     ]
-    assert [choice.text for choice in answer.choices] == wanted
+    assert [choice.text for choice in answer.choices] == reference
     assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
     streamed = ["", "", "", ""]
     for chunk in client.completions.create(model=NAME, prompt=prompts, stream=True, **params):
         for choice in chunk.choices:
             streamed[choice.index] += choice.text
-    assert streamed == wanted
+    assert streamed == reference
 
 
 def test_completions_take_token_ids_and_default_to_16_tokens(
@@ -123,10 +126,10 @@ def test_stop_bias_and_penalties_reach_the_engine(client: openai.OpenAI, plain: 
 
 def test_logprobs_of_chat_and_completions(client: openai.OpenAI, plain: LLM) -> None:
     params = {"temperature": 0, "max_tokens": 6}
-    (wanted,) = plain.generate("abc", SamplingParams(**params, logprobs=2))
+    (reference,) = plain.generate("abc", SamplingParams(**params, logprobs=2))
     answer = client.completions.create(model=NAME, prompt="abc", logprobs=2, **params)
     got = answer.choices[0].logprobs
-    best = [max(e.logprob for e in each.values()) for each in wanted.outputs[0].logprobs]
+    best = [max(e.logprob for e in each.values()) for each in reference.outputs[0].logprobs]
     assert got.token_logprobs == pytest.approx(best, abs=1e-4)
     assert len(got.tokens) == len(got.text_offset) == 6
     assert all(1 <= len(top) <= 2 for top in got.top_logprobs)
@@ -206,10 +209,12 @@ def test_async_streams_run_side_by_side(running: Running, plain: LLM) -> None:
 
 def test_async_chats_whole_and_streamed(running: Running, plain: LLM) -> None:
     async def one(client: openai.AsyncOpenAI, stream: bool) -> str:
-        asked = {"model": NAME, "messages": MESSAGES, "temperature": 0, "max_tokens": 30}
+        arguments = {"model": NAME, "messages": MESSAGES, "temperature": 0, "max_tokens": 30}
         if not stream:
-            return (await client.chat.completions.create(**asked)).choices[0].message.content or ""
-        chunks = await client.chat.completions.create(**asked, stream=True)
+            return (await client.chat.completions.create(**arguments)).choices[
+                0
+            ].message.content or ""
+        chunks = await client.chat.completions.create(**arguments, stream=True)
         return "".join([chunk.choices[0].delta.content or "" async for chunk in chunks])
 
     async def everyone() -> list[str]:
@@ -218,8 +223,8 @@ def test_async_chats_whole_and_streamed(running: Running, plain: LLM) -> None:
         ) as client:
             return await asyncio.gather(*(one(client, stream) for stream in (False, True) * 2))
 
-    (wanted,) = plain.chat(MESSAGES, SamplingParams(temperature=0, max_tokens=30))
-    assert asyncio.run(everyone()) == [wanted.outputs[0].text] * 4
+    (reference,) = plain.chat(MESSAGES, SamplingParams(temperature=0, max_tokens=30))
+    assert asyncio.run(everyone()) == [reference.outputs[0].text] * 4
     assert running.idle()
 
 

@@ -54,10 +54,10 @@ CHOOSING = (
 )
 
 
-def told(template: str, setup: dict[str, Any]) -> Any:
+def prepared(template: str, setup: dict[str, Any]) -> Any:
     """What comes of a conversation in a process with this template."""
 
-    async def asked() -> Any:
+    async def request() -> Any:
         async def known() -> bytes:
             return preparation_process.framed({**setup, "template": template})
 
@@ -67,7 +67,7 @@ def told(template: str, setup: dict[str, Any]) -> Any:
         finally:
             pair.stop()
 
-    return asyncio.run(asked())
+    return asyncio.run(request())
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ ENDLESS = [
 @pytest.mark.parametrize("template", ENDLESS)
 def test_a_template_ends(template: str, setup: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"refuses these messages|preparing it takes") as caught:
-        told(template, setup)
+        prepared(template, setup)
     assert "\n" not in str(caught.value)
 
 
@@ -138,7 +138,7 @@ FRAGMENTS = """
 @given(template=st.lists(st.sampled_from(FRAGMENTS), max_size=14).map("".join))
 def test_strange_templates(template: str, setup: dict[str, Any]) -> None:
     with suppress(CapacityError, ConfigError):
-        told(template, setup)
+        prepared(template, setup)
 
 
 # One server whose template is hostile
@@ -290,30 +290,30 @@ def test_only_a_limit_means_too_large(
 ) -> None:
     """Whatever else goes wrong is logged, and a 500."""
     with serving(load) as running:
-        asked = {"model": NAME, "prompt": "a", "max_tokens": 1}
+        body = {"model": NAME, "prompt": "a", "max_tokens": 1}
         made = preparation.task
         monkeypatch.setattr(
             "smart_decoding.server.openai_api.task", lambda name, **given: made("nothing", **given)
         )
-        answer = post(running, "/v1/completions", json=asked)
+        answer = post(running, "/v1/completions", json=body)
         assert answer.status_code == 500
         assert "has no attribute 'nothing'" in caplog.text
         monkeypatch.undo()
-        assert post(running, "/v1/completions", json=asked).status_code == 200
+        assert post(running, "/v1/completions", json=body).status_code == 200
         child = running.worker.preparation.texts.short.child
         assert child is not None
         child.kill()
         child.wait()
-        assert post(running, "/v1/completions", json=asked).status_code == 200
+        assert post(running, "/v1/completions", json=body).status_code == 200
         child = running.worker.preparation.texts.short.child
         assert child is not None
         monkeypatch.setattr(sys, "executable", "/bin/false")
         child.kill()
         child.wait()
-        assert post(running, "/v1/completions", json=asked).status_code == 500
+        assert post(running, "/v1/completions", json=body).status_code == 500
         assert "ended with status 1" in caplog.text
         monkeypatch.undo()
-        assert wait_for(lambda: post(running, "/v1/completions", json=asked).status_code == 200)
+        assert wait_for(lambda: post(running, "/v1/completions", json=body).status_code == 200)
 
 
 def endless(setup: dict[str, Any], seconds: float) -> tuple[preparation.Process, dict[str, Any]]:
@@ -331,7 +331,7 @@ def endless(setup: dict[str, Any], seconds: float) -> tuple[preparation.Process,
 def test_an_end_from_outside_is_no_limit(setup: dict[str, Any], killed: signal.Signals) -> None:
     """As by the kernel where the machine's memory is full: the task is not at fault."""
 
-    async def asked() -> None:
+    async def request() -> None:
         process, _ = endless(setup, 60.0)
         answer = asyncio.create_task(process.answer(HELLO))
         while process._ready is None or not process._ready.done():
@@ -345,13 +345,13 @@ def test_an_end_from_outside_is_no_limit(setup: dict[str, Any], killed: signal.S
             process.stop()
 
     with pytest.raises(RuntimeError, match=f"ended with status -{int(killed)}"):
-        asyncio.run(asked())
+        asyncio.run(request())
 
 
 def test_faults_of_a_start_are_told(setup: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Behind a process that a signal ended, too: its status was taken for the next one's."""
 
-    async def asked() -> None:
+    async def request() -> None:
         process, changeable = endless(setup, 0.1)
         try:
             with pytest.raises(preparation.TooSlowError):
@@ -378,7 +378,7 @@ def test_faults_of_a_start_are_told(setup: dict[str, Any], monkeypatch: pytest.M
             process.child.kill()
             process.child.wait()
 
-    asyncio.run(asked())
+    asyncio.run(request())
 
 
 @pytest.mark.parametrize("memfd", [True, False])
@@ -389,7 +389,7 @@ def test_a_process_needs_no_folder(
     monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
     if not memfd:
         monkeypatch.delattr(os, "memfd_create", raising=False)
-    assert told("{{ messages[0].content }}", setup)
+    assert prepared("{{ messages[0].content }}", setup)
 
 
 def no_process(*_: Any, **__: Any) -> Any:
@@ -402,12 +402,13 @@ def test_a_process_that_does_not_answer_is_ended(
     """By the clock on the wall, where a processor's says nothing."""
     monkeypatch.setattr(preparation, "PATIENCE", 1.0)
     with serving(load) as running:
-        asked = {"model": NAME, "prompt": "a", "max_tokens": 1}
-        assert post(running, "/v1/completions", json=asked).status_code == 200
+        body = {"model": NAME, "prompt": "a", "max_tokens": 1}
+        assert post(running, "/v1/completions", json=body).status_code == 200
         child = running.worker.preparation.texts.short.child
         assert child is not None
         child.send_signal(signal.SIGSTOP)
-        assert post(running, "/v1/completions", json=asked).status_code == 200  # by the other one
+        # by the other one
+        assert post(running, "/v1/completions", json=body).status_code == 200
         assert child.poll() == -signal.SIGKILL
 
 
@@ -417,7 +418,7 @@ def test_a_task_that_the_machine_has_no_time_for_is_a_503(
     """It was called too large. A start has more time than a task: it ended before it was ready."""
     monkeypatch.setattr(preparation, "PATIENCE", 0.05)
 
-    async def asked() -> None:
+    async def request() -> None:
         process, _ = endless(setup, 60.0)
         try:
             await process.answer(HELLO)
@@ -425,7 +426,7 @@ def test_a_task_that_the_machine_has_no_time_for_is_a_503(
             process.stop()
 
     with pytest.raises(ApiError, match="preparing it took") as caught:
-        asyncio.run(asked())
+        asyncio.run(request())
     assert caught.value.status == 503
     assert "Retry-After" in caught.value.headers
 
@@ -504,8 +505,8 @@ def test_no_process_outlives_a_server_that_is_killed(seconds: str) -> None:
 
 def test_no_process_outlives_the_end(load: Any) -> None:
     with serving(load) as running:
-        asked = {"model": NAME, "prompt": "a" * 20_000, "max_tokens": 1}
-        post(running, "/v1/completions", json=asked)
+        body = {"model": NAME, "prompt": "a" * 20_000, "max_tokens": 1}
+        post(running, "/v1/completions", json=body)
         pair = running.worker.preparation.texts
         children = [pair.short.child, pair.long.child]
     assert all(child is not None and child.poll() is not None for child in children)

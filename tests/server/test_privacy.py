@@ -22,10 +22,10 @@ def cached(running: Running, key: str | None = None, prompt: str = PROMPT, **fie
     reply = post(running, "/v1/completions", json=body, headers=headers)
     assert reply.status_code == 200, reply.text
     found = reply.json()
-    told = found["usage"]["prompt_tokens_details"]["cached_tokens"]
-    assert told == found["timings"]["cache_n"]
-    assert isinstance(told, int)
-    return told
+    cached_count = found["usage"]["prompt_tokens_details"]["cached_tokens"]
+    assert cached_count == found["timings"]["cache_n"]
+    assert isinstance(cached_count, int)
+    return cached_count
 
 
 def test_a_key_finds_its_own_cached_prompts_only(load: Any) -> None:

@@ -43,7 +43,7 @@ def client(running: Running) -> Iterator[openai.OpenAI]:
 
 
 @pytest.mark.parametrize(
-    "asked",
+    "options",
     [
         {"instructions": "Be brief.", "input": "Why is the sky blue?"},
         {"input": MESSAGES},
@@ -54,18 +54,18 @@ def client(running: Running) -> Iterator[openai.OpenAI]:
         },
     ],
 )
-def test_an_answer_is_that_of_a_chat(client: openai.OpenAI, plain: LLM, asked: Any) -> None:
+def test_an_answer_is_that_of_a_chat(client: openai.OpenAI, plain: LLM, options: Any) -> None:
     params = {"temperature": 0.9, "top_p": 0.9}
     answer = client.responses.create(
-        model=NAME, max_output_tokens=24, extra_body={"seed": 5}, **params, **asked
+        model=NAME, max_output_tokens=24, extra_body={"seed": 5}, **params, **options
     )
-    (wanted,) = plain.chat(MESSAGES, SamplingParams(max_tokens=24, seed=5, **params))
-    assert answer.output_text == wanted.outputs[0].text
-    assert answer.usage.input_tokens == len(wanted.prompt_token_ids)
-    assert answer.usage.output_tokens == len(wanted.outputs[0].token_ids) == 24
+    (expected,) = plain.chat(MESSAGES, SamplingParams(max_tokens=24, seed=5, **params))
+    assert answer.output_text == expected.outputs[0].text
+    assert answer.usage.input_tokens == len(expected.prompt_token_ids)
+    assert answer.usage.output_tokens == len(expected.outputs[0].token_ids) == 24
     assert answer.status == "incomplete"
     assert answer.incomplete_details.reason == "max_output_tokens"
-    assert answer.instructions == asked.get("instructions")
+    assert answer.instructions == options.get("instructions")
     assert answer.temperature == 0.9
     assert answer.id.startswith("resp_")
     assert answer.timings["predicted_n"] == 24
@@ -73,14 +73,14 @@ def test_an_answer_is_that_of_a_chat(client: openai.OpenAI, plain: LLM, asked: A
 
 def test_a_stream_tells_of_every_part(client: openai.OpenAI, plain: LLM) -> None:
     params = {"temperature": 0, "logit_bias": {65: 100.0}, "min_tokens": 3, "stop_token_ids": [65]}
-    (wanted,) = plain.chat(MESSAGES, SamplingParams(max_tokens=9, **params))
+    (expected,) = plain.chat(MESSAGES, SamplingParams(max_tokens=9, **params))
     extra = {**params, "logit_bias": {"65": 100.0}}
     with client.responses.stream(
         model=NAME, input=MESSAGES, max_output_tokens=9, extra_body=extra
     ) as stream:
         events = list(stream)
         answer = stream.get_final_response()
-    text = wanted.outputs[0].text
+    text = expected.outputs[0].text
     assert answer.output_text == text
     assert answer.status == "completed"
     kinds = [event.type.removeprefix("response.") for event in events]
@@ -98,7 +98,7 @@ def test_a_stream_tells_of_every_part(client: openai.OpenAI, plain: LLM) -> None
         "completed",
     ]
     assert [event.sequence_number for event in events] == list(range(len(events)))
-    assert answer.usage.output_tokens == len(wanted.outputs[0].token_ids)
+    assert answer.usage.output_tokens == len(expected.outputs[0].token_ids)
 
 
 def test_a_schema_through_the_clients_own_parser(client: openai.OpenAI, plain: LLM) -> None:
@@ -108,14 +108,14 @@ def test_a_schema_through_the_clients_own_parser(client: openai.OpenAI, plain: L
     )
     assert answer.output_parsed.city in ("Paris", "Rome")
     structure = StructuredOutputsParams(json=answer.text.format.schema_)
-    wanted = plain.chat(
+    expected = plain.chat(
         MESSAGES, SamplingParams(max_tokens=300, structured_outputs=structure, **params)
     )
-    assert answer.output_text == wanted[0].outputs[0].text
+    assert answer.output_text == expected[0].outputs[0].text
 
 
 def test_calls_streamed_and_not_and_the_turn_after(client: openai.OpenAI) -> None:
-    asked = {
+    options = {
         "model": NAME,
         "input": MESSAGES,
         "tools": [TOOL],
@@ -123,11 +123,11 @@ def test_calls_streamed_and_not_and_the_turn_after(client: openai.OpenAI) -> Non
         "temperature": 0,
         "max_output_tokens": 400,
     }
-    answer = client.responses.create(**asked)
+    answer = client.responses.create(**options)
     (call,) = answer.output
     assert (call.type, call.name, call.status) == ("function_call", "weather", "completed")
     assert json.loads(call.arguments)["city"] in ("Paris", "Rome")
-    with client.responses.stream(**asked) as stream:
+    with client.responses.stream(**options) as stream:
         events = list(stream)
         (streamed,) = stream.get_final_response().output
     assert streamed.arguments == call.arguments
@@ -136,11 +136,11 @@ def test_calls_streamed_and_not_and_the_turn_after(client: openai.OpenAI) -> Non
     output = {"type": "function_call_output", "call_id": call.call_id, "output": "sunny"}
     history = [*MESSAGES, call.model_dump(exclude_none=True), output]
     raw = client.responses.with_raw_response.create(
-        **{**asked, "input": history, "tool_choice": "none", "max_output_tokens": 2}
+        **{**options, "input": history, "tool_choice": "none", "max_output_tokens": 2}
     )
     assert raw.parse().usage.output_tokens == 2
     assert "warning" not in raw.headers
-    cut = client.responses.create(**{**asked, "max_output_tokens": 30})
+    cut = client.responses.create(**{**options, "max_output_tokens": 30})
     assert cut.status == "incomplete"
     assert "tool_call" not in cut.output_text
 
@@ -150,9 +150,9 @@ def test_an_answer_with_logprobs_can_be_sent_back(client: openai.OpenAI) -> None
         model=NAME, input="a", max_output_tokens=2, include=["message.output_text.logprobs"]
     )
     again = [*first.output, {"role": "user", "content": "b"}]
-    told = client.responses.create(model=NAME, input=again, max_output_tokens=2)
-    assert told.usage is not None
-    assert told.usage.output_tokens == 2
+    counted = client.responses.create(model=NAME, input=again, max_output_tokens=2)
+    assert counted.usage is not None
+    assert counted.usage.output_tokens == 2
 
 
 def test_calls_are_part_of_the_assistants_turn() -> None:

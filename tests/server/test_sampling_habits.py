@@ -29,10 +29,10 @@ def test_masks_are_exact_under_speculation(load: Any, plain: LLM, temperature: f
     params.allowed_token_ids = sorted(set(range(256)) - set(free[1].token_ids[::7]))[::16]
     params.prompt_logprobs = 2
     tree = load()
-    wanted = plain.generate(PROMPTS, params)
+    expected = plain.generate(PROMPTS, params)
     got = tree.generate(PROMPTS, params)
     assert sum(output.outputs[0].metrics.accepted for output in got) > 3
-    for mine, whole, before in zip(got, wanted, free, strict=True):
+    for mine, whole, before in zip(got, expected, free, strict=True):
         assert mine.outputs[0].token_ids == whole.outputs[0].token_ids != before.token_ids
         assert mine.prompt_logprobs == whole.prompt_logprobs
         assert set(mine.outputs[0].token_ids) <= set(params.allowed_token_ids)
@@ -51,8 +51,8 @@ def test_what_a_request_asks_of_sampling_has_a_bounded_price(tmp_path: Path) -> 
         "logprobs": 20,
     }
 
-    def seconds(**asked: Any) -> float:
-        params = SamplingParams(n=8, seed=1, max_tokens=24, ignore_eos=True, **asked)
+    def seconds(**options: Any) -> float:
+        params = SamplingParams(n=8, seed=1, max_tokens=24, ignore_eos=True, **options)
         began = time.process_time()
         llm.generate([[5, 6, 7]], params)
         return time.process_time() - began
@@ -73,8 +73,10 @@ def test_prompt_logprobs_are_those_of_an_answer(load: Any) -> None:
         assert output.num_cached_tokens == 0
         assert len(output.prompt_logprobs) == len(prompt)
         assert output.prompt_logprobs[0] is None
-        told = zip(prompt[3:], output.prompt_logprobs[3:], first.outputs[0].logprobs, strict=True)
-        for token, mine, before in told:
+        reported = zip(
+            prompt[3:], output.prompt_logprobs[3:], first.outputs[0].logprobs, strict=True
+        )
+        for token, mine, before in reported:
             assert mine[token] == before[token]  # to the last bit
     assert llm.generate([prompt])[0].num_cached_tokens > 0
     assert llm.generate([prompt])[0].prompt_logprobs is None
@@ -158,8 +160,8 @@ def test_the_server_takes_them_for_what_a_request_leaves_open(folder: Path) -> N
             temperature=0.6, top_k=9, repetition_penalty=1.2, max_tokens=24, seed=4
         )
         choice, _ = said("/v1/completions", prompt="abc", max_tokens=100)
-        (wanted,) = llm.generate("abc", own)
-        assert choice["text"] == wanted.outputs[0].text
+        (expected,) = llm.generate("abc", own)
+        assert choice["text"] == expected.outputs[0].text
         own.temperature = 0.0
         choice, count = said("/v1/completions", prompt="abc", temperature=0, max_tokens=5)
         own.max_tokens = 5
@@ -169,9 +171,9 @@ def test_the_server_takes_them_for_what_a_request_leaves_open(folder: Path) -> N
         assert count == 24  # the model's limit, not the context's end
         for given in ({}, {"temperature": 0.25}):
             body = {"model": NAME, "input": "Hi", "max_output_tokens": 1, **given}
-            told = post(server, "/v1/responses", json=body).json()
-            assert told["temperature"] == given.get("temperature", 0.6)
-            assert told["top_p"] == 1.0
+            reported = post(server, "/v1/responses", json=body).json()
+            assert reported["temperature"] == given.get("temperature", 0.6)
+            assert reported["top_p"] == 1.0
 
 
 def test_async_outputs_know_the_prompt(folder: Path) -> None:

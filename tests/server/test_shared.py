@@ -167,9 +167,13 @@ def hold_up_nobody(running: Running, path: str, raw: bytes) -> None:
 def test_log_probabilities_of_long_answers_hold_up_nobody(load: Any, chat: bool) -> None:
     """Half a second for these ten megabytes."""
     body = {"model": NAME, "n": 8, "max_tokens": 1000, "ignore_eos": True, "seed": 1}
-    asked = {"messages": [{"role": "user", "content": "a"}], "logprobs": True, "top_logprobs": 20}
+    chat_body = {
+        "messages": [{"role": "user", "content": "a"}],
+        "logprobs": True,
+        "top_logprobs": 20,
+    }
     path = "/v1/chat/completions" if chat else "/v1/completions"
-    more = asked if chat else {"prompt": "a", "logprobs": 20}
+    more = chat_body if chat else {"prompt": "a", "logprobs": 20}
     with (
         serving(lambda: load(max_num_seqs=8, speculative_config=False)) as running,
         stretches_of_loops() as stretches,

@@ -141,7 +141,7 @@ def test_a_second_ctrl_c_ends_the_server_at_once(plain: Any, after: float) -> No
             codes.append(httpx.post(url, json=body, timeout=20).status_code)
 
     with ThreadPoolExecutor(8) as pool:
-        asked = [pool.submit(ask) for _ in range(8)]
+        requests = [pool.submit(ask) for _ in range(8)]
         time.sleep(0.5)
         process.send_signal(signal.SIGINT)
         time.sleep(after)
@@ -151,7 +151,7 @@ def test_a_second_ctrl_c_ends_the_server_at_once(plain: Any, after: float) -> No
         lines = process.stderr.read().splitlines()
         assert process.wait(20) == 130
         assert time.monotonic() - started < allowed()
-        wait(asked)
+        wait(requests)
     assert codes == []
     records = [json.loads(line) for line in lines]
     said = [record["message"].partition(":")[0] for record in records]
@@ -193,6 +193,6 @@ def test_a_server_with_too_few_files_says_so_in_one_line() -> None:
         line = [sys.executable, "-c", program, *command]
         done = subprocess.run(line, capture_output=True, text=True, timeout=60)
         assert done.returncode == 2
-        told = r"smart: error: too many open files: .*allow more, such as ulimit -n \d+"
-        assert re.fullmatch(told, done.stderr.splitlines()[-1])
+        pattern = r"smart: error: too many open files: .*allow more, such as ulimit -n \d+"
+        assert re.fullmatch(pattern, done.stderr.splitlines()[-1])
         assert "Traceback" not in done.stderr

@@ -94,16 +94,17 @@ def test_a_schema_is_kept_to_and_the_tokens_are_plain_decodings(
         model=NAME, messages=MESSAGES, response_format=JSON_SCHEMA, **params
     )
     structure = StructuredOutputsParams(json=SCHEMA)
-    (wanted,) = plain.chat(MESSAGES, SamplingParams(**params, structured_outputs=structure))
-    assert answer.choices[0].message.content == wanted.outputs[0].text
+    (expected,) = plain.chat(MESSAGES, SamplingParams(**params, structured_outputs=structure))
+    assert answer.choices[0].message.content == expected.outputs[0].text
     assert answer.choices[0].finish_reason == "stop"
-    assert answer.usage.completion_tokens == len(wanted.outputs[0].token_ids)
+    assert answer.usage.completion_tokens == len(expected.outputs[0].token_ids)
     holds(answer.choices[0].message.content)
     stream = client.chat.completions.create(
         model=NAME, messages=MESSAGES, response_format=JSON_SCHEMA, stream=True, **params
     )
     assert (
-        "".join(chunk.choices[0].delta.content or "" for chunk in stream) == wanted.outputs[0].text
+        "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+        == expected.outputs[0].text
     )
     assert accepted(running) > before
 
@@ -125,8 +126,8 @@ def test_any_json_object_and_vllms_other_forms(client: openai.OpenAI, plain: LLM
         model=NAME, messages=MESSAGES, response_format={"type": "json_object"}, **params
     )
     structure = StructuredOutputsParams(json_object=True)
-    (wanted,) = plain.chat(MESSAGES, SamplingParams(**params, structured_outputs=structure))
-    assert answer.choices[0].message.content == wanted.outputs[0].text
+    (expected,) = plain.chat(MESSAGES, SamplingParams(**params, structured_outputs=structure))
+    assert answer.choices[0].message.content == expected.outputs[0].text
     assert answer.choices[0].message.content.lstrip().startswith("{")
     forms = {
         "choice": ['a "b" / \\ \n', "Grüße 😀"],
@@ -143,10 +144,10 @@ def test_any_json_object_and_vllms_other_forms(client: openai.OpenAI, plain: LLM
             max_tokens=60,
         )
         structure = StructuredOutputsParams(**{name: what})
-        (wanted,) = plain.generate(
+        (expected,) = plain.generate(
             "q", SamplingParams(seed=1, max_tokens=60, structured_outputs=structure)
         )
-        assert answer.choices[0].text == wanted.outputs[0].text
+        assert answer.choices[0].text == expected.outputs[0].text
         if name == "choice":
             assert answer.choices[0].text in what
         if name == "json":
@@ -217,8 +218,8 @@ def test_auto_and_none_may_answer_with_text(client: openai.OpenAI, plain: LLM) -
     none = client.chat.completions.create(
         model=NAME, messages=MESSAGES, tools=TOOLS, tool_choice="none", **params
     )
-    (wanted,) = plain.chat(MESSAGES, SamplingParams(**params))
-    assert none.choices[0].message.content == wanted.outputs[0].text
+    (expected,) = plain.chat(MESSAGES, SamplingParams(**params))
+    assert none.choices[0].message.content == expected.outputs[0].text
     assert none.choices[0].message.tool_calls is None
     auto = client.chat.completions.create(model=NAME, messages=MESSAGES, tools=TOOLS, **params)
     assert auto.choices[0].finish_reason == "length"

@@ -249,16 +249,16 @@ def test_a_script_runs_with_other_imports(
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-@pytest.mark.parametrize("wanted", [True, False])
+@pytest.mark.parametrize("shows_bar", [True, False])
 def test_progress_is_shown_on_a_terminal_unless_it_is_not_wanted(
-    plain: LLM, monkeypatch: pytest.MonkeyPatch, terminal: bool, wanted: bool
+    plain: LLM, monkeypatch: pytest.MonkeyPatch, terminal: bool, shows_bar: bool
 ) -> None:
     shown = io.StringIO()
     monkeypatch.setattr(shown, "isatty", lambda: terminal)
     monkeypatch.setattr(sys, "stderr", shown)
     params = SamplingParams(max_tokens=2, seed=1)
-    plain.generate(["a", "b"], params) if wanted else plain.generate("a", params, use_tqdm=False)
-    assert ("2/2" in shown.getvalue()) == (terminal and wanted)
+    plain.generate(["a", "b"], params) if shows_bar else plain.generate("a", params, use_tqdm=False)
+    assert ("2/2" in shown.getvalue()) == (terminal and shows_bar)
 
 
 @pytest.mark.parametrize(
@@ -283,6 +283,6 @@ def test_log_probabilities_are_limited_where_that_is_asked_for(load: Callable[..
     llm = load(speculative_config=False, max_logprobs=5)
     (answer,) = llm.generate("a", SamplingParams(max_tokens=1, logprobs=5))
     assert len(answer.outputs[0].logprobs[0]) in (5, 6)
-    for asked in ({"logprobs": 6}, {"prompt_logprobs": -1}):
+    for options in ({"logprobs": 6}, {"prompt_logprobs": -1}):
         with pytest.raises(ConfigError, match="must be at most max_logprobs=5"):
-            llm.generate("a", SamplingParams(max_tokens=1, **asked))
+            llm.generate("a", SamplingParams(max_tokens=1, **options))

@@ -136,9 +136,9 @@ def test_the_readme_table_of_a_gguf_file_is_in_its_file() -> None:
     for slots, line in lines:
         rates = {each["name"]: each["overall"][0] for each in runs[int(slots)]}
         engines = ("llama.cpp ", "ik_llama.cpp ", "OpenVINO ", "auto plain", "auto smart union")
-        wanted = [max(rates[name] for name in rates if name.startswith(who)) for who in engines]
+        expected = [max(rates[name] for name in rates if name.startswith(who)) for who in engines]
         cells = [cell.strip().strip("*") for cell in line.split("|")]
-        assert cells == [f"{rate:.1f}" for rate in wanted]
+        assert cells == [f"{rate:.1f}" for rate in expected]
         assert line.count("**") == 2
         assert max(cells, key=float) in line.split("**")[1]
 

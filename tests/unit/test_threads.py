@@ -144,8 +144,8 @@ def test_more_threads_than_cpus_are_told_once_and_thousands_are_refused(
     monkeypatch.setattr(limits, "GROUPS", tmp_path)
     monkeypatch.setattr(limits, "OWN_GROUPS", tmp_path / "none")
     (tmp_path / "cpu.max").write_text("100000 100000")
-    for asked in ("1", "16", "16"):
-        monkeypatch.setenv("SMART_NUM_THREADS", asked)
+    for number in ("1", "16", "16"):
+        monkeypatch.setenv("SMART_NUM_THREADS", number)
         library.set_threads()
     assert caplog.messages == ["16 threads for 1 CPUs wait for each other: fewer are faster"]
     monkeypatch.setenv("SMART_NUM_THREADS", "17")

@@ -86,8 +86,8 @@ def test_smart_is_compared_with_each_other_policy_block_by_block(world):
     assert run["smart_over"] == pytest.approx(2 * 1.25, rel=0.03)
     assert run["smart_over_low"] <= run["smart_over"] <= run["smart_over_high"]
     assert not any("smart_over" in r for r in runs if r["policy"] in ("off", "smart"))
-    told = f"{run['smart_over']:.2f} ({run['smart_over_low']:.2f}-{run['smart_over_high']:.2f})"
-    (line,) = (line for line in terminal(runs).splitlines() if told in line)
+    expected = f"{run['smart_over']:.2f} ({run['smart_over_low']:.2f}-{run['smart_over_high']:.2f})"
+    (line,) = (line for line in terminal(runs).splitlines() if expected in line)
     assert line.startswith("chain(length=1)  2")
 
 
@@ -126,9 +126,9 @@ def test_results_tell_no_folders(tmp_path):
     """They may tell of a user. What is no file is told as it was asked for."""
     file = tmp_path / "m.gguf"
     file.touch()
-    for model, told in ((str(file), "m.gguf"), ("owner/name", "owner/name")):
-        assert f"--model {told} --" in command_of(BenchOptions(model=model))
-        assert provenance("", 0, {"model": model}, None)["weights"]["model"] == told
+    for model, expected in ((str(file), "m.gguf"), ("owner/name", "owner/name")):
+        assert f"--model {expected} --" in command_of(BenchOptions(model=model))
+        assert provenance("", 0, {"model": model}, None)["weights"]["model"] == expected
 
 
 def test_json_has_the_documented_form(world, tmp_path):
@@ -211,10 +211,10 @@ def test_bad_options_are_refused_before_a_model_is_loaded(given, message):
 def test_the_command_line_gives_the_same_options(tmp_path, monkeypatch, capsys, world):
     import argparse
 
-    runs, asked = runs_of(world), []
+    runs, calls = runs_of(world), []
     monkeypatch.setattr(
         "smart_decoding.bench.runner.run",
-        lambda o: asked.append(o) or {"provenance": {}, "runs": runs},
+        lambda o: calls.append(o) or {"provenance": {}, "runs": runs},
     )
     parser = argparse.ArgumentParser()
     cli.add_arguments(parser)
@@ -224,7 +224,7 @@ def test_the_command_line_gives_the_same_options(tmp_path, monkeypatch, capsys, 
     )
     args = parser.parse_args([*words.split(), "--json", str(tmp_path / "r.json")])
     assert cli.main(args) == 0
-    (options,) = asked
+    (options,) = calls
     assert (options.policies, options.batch_sizes, options.dtype) == (
         ("off", "chain"),
         (1, 4),

@@ -41,8 +41,8 @@ class RuleTarget:
 
     def forward(self, rows, aux_layers):
         self.clock.now += 1.0 + self.row_seconds * len(rows)
-        wanted = rows.token if rows.logit_rows is None else rows.token[rows.logit_rows]
-        return TargetScores(np.asarray(self.rule(wanted)), None)
+        requested = rows.token if rows.logit_rows is None else rows.token[rows.logit_rows]
+        return TargetScores(np.asarray(self.rule(requested)), None)
 
     def argmax(self, logits, which):
         return logits[which].astype(np.int64)

@@ -36,7 +36,7 @@ class FakeLLM:
     def __init__(self, model: str, **options: Any) -> None:
         self.model = model
         self.options = options
-        self.asked = []
+        self.calls = []
         self.provenance = {"model": model, "weights": "fake weights", "dtype": "fp32"}
         self.tokenizer = SimpleNamespace(
             encode_chat=lambda messages: [1, *map(ord, messages[-1]["content"])],
@@ -52,10 +52,10 @@ class FakeLLM:
         FakeLLM.made.append(self)
 
     def take_profile(self) -> None:
-        self.profiles.append(len(self.asked))
+        self.profiles.append(len(self.calls))
 
     def keep_panels(self) -> None:
-        self.kept.append(len(self.asked))
+        self.kept.append(len(self.calls))
 
     def sharing_weights(self, speculative_config: bool) -> FakeLLM:
         return FakeLLM(self.model, speculative_config=speculative_config)
@@ -78,7 +78,7 @@ class FakeLLM:
         use_tqdm: bool = True,
     ) -> list[Any]:
         assert not use_tqdm  # no bar beside what a command prints
-        self.asked.append((prompt, params))
+        self.calls.append((prompt, params))
         if FakeLLM.failure is not None:
             raise FakeLLM.failure
         metrics = RequestMetrics(

@@ -31,11 +31,11 @@ def test_history_grows_and_is_forgotten(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    asked: list[Any] = []
+    calls: list[Any] = []
     monkeypatch.setattr(
         FakeLLM,
         "chat_prompt",
-        lambda _, messages: asked.append(messages),
+        lambda _, messages: calls.append(messages),
     )
     system = {"role": "system", "content": "be brief"}
     talk(
@@ -52,7 +52,7 @@ def test_history_grows_and_is_forgotten(
         "five",
         options=("--system", "be brief", "some-model"),
     )
-    assert asked == [
+    assert calls == [
         [system, said("one")],
         [system, said("one"), ANSWER, said("two")],
         [system, said("three")],
@@ -73,16 +73,16 @@ def test_what_fails_leaves_no_trace_in_the_history(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    asked: list[Any] = []
+    calls: list[Any] = []
 
     def prompt(_: FakeLLM, messages: list[Any]) -> None:
-        asked.append(messages)
-        FakeLLM.failure = failure if len(asked) == 1 else None
+        calls.append(messages)
+        FakeLLM.failure = failure if len(calls) == 1 else None
 
     monkeypatch.setattr(FakeLLM, "chat_prompt", prompt)
     code = 2 if isinstance(failure, CapacityError) else 0
     talk(monkeypatch, "one", "two", code=code)
-    assert asked[1] == [said("two")]
+    assert calls[1] == [said("two")]
     err = capsys.readouterr().err
     assert ("too long; /reset" in err) == isinstance(failure, CapacityError)
 
@@ -93,7 +93,7 @@ def test_a_path_is_no_command(
     talk(monkeypatch, "/tmp/foo is what?", "/help me", "/reset now", "/tmp/foo", "/nonsense")
     (llm,) = fake.made
     assert llm.messages == [said("/tmp/foo")]
-    assert len(llm.asked) == 2
+    assert len(llm.calls) == 2
     assert capsys.readouterr().err.count("no command") == 1
 
 

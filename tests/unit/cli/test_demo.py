@@ -47,7 +47,7 @@ def test_demo(
     smart, plain = fake.made
     assert [llm.options["speculative_config"] for llm in fake.made] == [{"policy": "smart"}, False]
     assert order == [smart, plain, plain, smart] * 3
-    assert {params.temperature for _, params in smart.asked} == {0.0}
+    assert {params.temperature for _, params in smart.calls} == {0.0}
 
 
 TREE = """

@@ -82,12 +82,12 @@ def test_machine_and_versions(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["machine"]["threads"] == torch.get_num_threads()
     assert found["machine"]["cpus"] >= 1
     assert found["machine"]["machine"] == platform.machine()
-    wanted = {
+    expected = {
         "smart-decoding": smart_decoding.__version__,
         "python": platform.python_version(),
         "numpy": np.__version__,
     }
-    assert wanted.items() <= found["versions"].items()
+    assert expected.items() <= found["versions"].items()
     assert found["versions"]["torch"] == torch.__version__
     assert set(found["optional"]) == set(info.OPTIONAL)
 

@@ -129,10 +129,10 @@ def test_commands_stop_with_one_line(command: str, capsys: pytest.CaptureFixture
 def test_allow_slow_reaches_the_model(
     command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    asked: list[bool] = []
+    calls: list[bool] = []
 
     def made(*given: Any, allow_slow: bool = False, **options: Any) -> None:
-        asked.append(allow_slow)
+        calls.append(allow_slow)
         raise ModelError("no model in this test")
 
     for module in (llm_module, runner, prior):
@@ -146,22 +146,22 @@ def test_allow_slow_reaches_the_model(
     monkeypatch.chdir(tmp_path)
     assert cli.main(COMMANDS[command]) == 2
     assert cli.main([*COMMANDS[command], "--allow-slow"]) == 2
-    assert asked == [False, True]
+    assert calls == [False, True]
 
 
 def test_a_server_may_be_configured_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    asked: list[bool] = []
+    calls: list[bool] = []
 
     class Fake:
         def __init__(self, model: str, allow_slow: bool, **options: Any) -> None:
-            asked.append(allow_slow)
+            calls.append(allow_slow)
 
     monkeypatch.setattr(llm_module, "LLM", Fake)
     monkeypatch.setattr(launch, "serve", lambda load, settings: 0 if load() else 1)
     file = tmp_path / "smart.toml"
     file.write_text("allow-slow = true\n")
     assert cli.main(["serve", "--config", str(file)]) == 0
-    assert asked == [True]
+    assert calls == [True]
 
 
 def test_plain_torch_runs_where_it_is_asked_for_and_says_so_once(

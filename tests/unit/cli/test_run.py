@@ -37,7 +37,7 @@ def test_run_streams_the_answer(fake: type[FakeLLM], capsys: pytest.CaptureFixtu
     assert llm.options["speculative_config"] is None
     assert llm.options["dtype"] == "bf16"
     assert llm.options["device"] == "auto"
-    prompt, params = llm.asked[0]
+    prompt, params = llm.calls[0]
     assert prompt.tokens == [1, ord("h"), ord("i")]
     assert params == SamplingParams(temperature=0.0, max_tokens=256)
     assert llm.options["draft_later"]
@@ -48,23 +48,23 @@ def test_run_streams_the_answer(fake: type[FakeLLM], capsys: pytest.CaptureFixtu
 def test_nothing_is_searched_for_garbage_until_it_is_loaded(
     fake: type[FakeLLM], monkeypatch: pytest.MonkeyPatch, failure: ConfigError | None
 ) -> None:
-    seen: list[object] = []
+    observed: list[object] = []
     frozen = gc.get_freeze_count()
 
     def load(*given: object, **options: object) -> FakeLLM:
-        seen.append(gc.isenabled())
+        observed.append(gc.isenabled())
         if failure is not None:
             raise failure
         return fake(*given, **options)
 
     def answer(*_: object) -> object:
-        seen.append((gc.isenabled(), gc.get_freeze_count() > frozen))
+        observed.append((gc.isenabled(), gc.get_freeze_count() > frozen))
         return SimpleNamespace(finish_reason="stop")
 
     monkeypatch.setattr(sys.modules["smart_decoding.llm"], "LLM", load)
     monkeypatch.setattr(cli_run, "stream_answer", answer)
     assert cli.main(["run", "hi"]) == (2 if failure else 0)
-    assert seen == ([False] if failure else [False, (True, True)])
+    assert observed == ([False] if failure else [False, (True, True)])
     assert gc.isenabled()
     assert gc.get_freeze_count() <= frozen
 
@@ -100,8 +100,8 @@ def test_run_names_a_faster_drafter_that_is_not_here(
 ) -> None:
     monkeypatch.setattr(cli_run, "siblings", lambda vocab, parameters: ["small"])
     assert cli.main(["run", "hi", "--model", "m"]) == 0
-    told = "`smart models pull small` adds a faster one, --method and --draft choose another"
-    assert capsys.readouterr().err == f"smart: drafts come from ngram; {told}\n"
+    reported = "`smart models pull small` adds a faster one, --method and --draft choose another"
+    assert capsys.readouterr().err == f"smart: drafts come from ngram; {reported}\n"
 
 
 def test_run_passes_everything_on(fake: type[FakeLLM]) -> None:
@@ -129,7 +129,7 @@ def test_run_passes_everything_on(fake: type[FakeLLM]) -> None:
     assert llm.options["chat_template"] == "vicuna"
     assert llm.options["trust_pickle"] is True
     params = SamplingParams(temperature=0.8, top_p=0.9, top_k=40, min_p=0.05, seed=7, max_tokens=9)
-    assert llm.asked == [("once upon", params)]
+    assert llm.calls == [("once upon", params)]
 
 
 def test_run_shows_the_model_a_picture(fake: type[FakeLLM], tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_run_shows_the_model_a_picture(fake: type[FakeLLM], tmp_path: Path) -> N
     ]
     assert cli.main(["run", *images, "what?"]) == 0
     assert fake.made[0].model == seeing
-    *pictures, text = fake.made[0].asked[0][0]
+    *pictures, text = fake.made[0].calls[0][0]
     assert text == {"type": "text", "text": "what?"}
     assert [part["type"] for part in pictures] == [
         "image",
@@ -157,7 +157,7 @@ def test_run_shows_the_model_a_picture(fake: type[FakeLLM], tmp_path: Path) -> N
     ]
     assert [part["image"].size for part in pictures] == [(9, 7), (9, 7)]
     assert cli.main(["run", "--raw", *images, "<image>what?<image>"]) == 0
-    prompt = fake.made[1].asked[0][0]
+    prompt = fake.made[1].calls[0][0]
     assert prompt["prompt"] == "<image>what?<image>"
     assert len(prompt["multi_modal_data"]["image"]) == 2
 
@@ -213,7 +213,7 @@ def test_run_draws_another_seed_each_time_and_tells_it(
 ) -> None:
     for seed in ([], [], ["--seed", "7"]):
         assert cli.main(["run", "--temperature", "0.8", "--stats", *seed, "hi"]) == 0
-    first, second, given = (llm.asked[0][1].seed for llm in fake.made)
+    first, second, given = (llm.calls[0][1].seed for llm in fake.made)
     assert isinstance(first, int)
     assert isinstance(second, int)
     assert first != second
@@ -229,9 +229,9 @@ def test_run_takes_the_prompt_as_llama_cpp_does(fake: type[FakeLLM], tmp_path: P
     path.write_text("-")  # from a file it means nothing
     for words in (["-p", "hi"], ["-f", str(path)]):
         assert cli.main(["run", "-m", "m", "--temp", "0.5", "-n", "3", "--raw", *words]) == 0
-    assert [llm.asked[0][0] for llm in fake.made] == ["hi", "-"]
+    assert [llm.calls[0][0] for llm in fake.made] == ["hi", "-"]
     assert {llm.model for llm in fake.made} == {"m"}
-    params = fake.made[0].asked[0][1]
+    params = fake.made[0].calls[0][1]
     assert (params.temperature, params.max_tokens) == (0.5, 3)
 
 
@@ -240,13 +240,13 @@ def test_threads_are_set_before_the_kernels_are_loaded(
     command: str, fake: type[FakeLLM], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SMART_NUM_THREADS", "9")
-    seen: list[str] = []
+    observed: list[str] = []
     module = import_module(f"smart_decoding.cli.{command}")
-    monkeypatch.setattr(module, "main", lambda _: seen.append(os.environ["SMART_NUM_THREADS"]))
+    monkeypatch.setattr(module, "main", lambda _: observed.append(os.environ["SMART_NUM_THREADS"]))
     prompt = ["hi"] if command == "run" else []
     for threads in ([], ["-t", "3"]):
         assert cli.main([command, *prompt, *threads]) == 0
-    assert seen == ["9", "3"]
+    assert observed == ["9", "3"]
 
 
 def test_run_leaves_weights_and_profile_after_the_answer(fake: type[FakeLLM]) -> None:
@@ -308,7 +308,7 @@ def test_run_reads_standard_input(fake: type[FakeLLM], monkeypatch: pytest.Monke
     for given in ([], ["-"]):
         monkeypatch.setattr(sys, "stdin", io.StringIO("from a pipe\n"))
         assert cli.main(["run", "--raw", *given]) == 0
-    assert [llm.asked[0][0] for llm in fake.made] == ["from a pipe\n"] * 2
+    assert [llm.calls[0][0] for llm in fake.made] == ["from a pipe\n"] * 2
 
 
 @pytest.mark.parametrize(
@@ -331,7 +331,7 @@ def test_run_takes_the_model_before_the_prompt(
 ) -> None:
     assert cli.main(["run", "--raw", *given]) == 0
     (llm,) = fake.made
-    assert (llm.model, llm.asked[0][0]) == (model, prompt)
+    assert (llm.model, llm.calls[0][0]) == (model, prompt)
 
 
 def test_a_model_alone_is_no_prompt(
@@ -341,8 +341,8 @@ def test_a_model_alone_is_no_prompt(
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
     for model in ("smollm2-135m", "./nope.gguf", "TCP/IP"):
         assert f"{model!r} is taken for the model" in fails(capsys, "run", model)
-    told = fails(capsys, "run", "qwen2.5-coder-1.5", "hi")
-    assert "did you mean qwen2.5-coder-1.5b?" in told
+    reported = fails(capsys, "run", "qwen2.5-coder-1.5", "hi")
+    assert "did you mean qwen2.5-coder-1.5b?" in reported
     monkeypatch.setattr(sys, "stdin", None)
     assert "no standard input" in fails(capsys, "run", "-")
     assert not fake.made
@@ -372,7 +372,7 @@ def test_what_is_piped_comes_behind_the_prompt(
         with os.fdopen(ours) as pipe:
             monkeypatch.setattr(sys, "stdin", pipe)
             assert cli.main(["run", "--raw", *given]) == 0
-        assert fake.made[-1].asked[0][0] == prompt
+        assert fake.made[-1].calls[0][0] == prompt
     assert "reading standard input" not in capsys.readouterr().err
     ours, theirs = os.pipe()
     with os.fdopen(ours) as pipe:
@@ -380,7 +380,7 @@ def test_what_is_piped_comes_behind_the_prompt(
         timer = threading.Timer(0.1, os.close, [theirs])
         timer.start()
         assert cli.main(["run", "--raw", "alone"]) == 0
-    assert fake.made[-1].asked[0][0] == "alone"
+    assert fake.made[-1].calls[0][0] == "alone"
     assert "reading standard input" in capsys.readouterr().err
 
 
@@ -477,7 +477,7 @@ def test_bad_arguments_are_refused_before_a_model_is_loaded(
 
 
 @pytest.mark.parametrize(
-    ("command", "told"),
+    ("command", "reported"),
     [
         ("bench smollm2-135m", "unrecognized arguments: smollm2-135m; a model is given by --model"),
         ("train --output x a.gguf", "unrecognized arguments: a.gguf; a model is given by --model"),
@@ -488,9 +488,9 @@ def test_bad_arguments_are_refused_before_a_model_is_loaded(
     ],
 )
 def test_a_model_in_the_wrong_place_is_told_where_it_belongs(
-    command: str, told: str, capsys: pytest.CaptureFixture[str]
+    command: str, reported: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert told in fails(capsys, *command.split())
+    assert reported in fails(capsys, *command.split())
 
 
 @pytest.mark.parametrize("prompt", ["", " \n", "\udcff"])
@@ -569,7 +569,7 @@ def test_a_model_of_ollamas_is_no_prompt(
 def test_lengths_are_told_as_in_llama_cpp(fake: type[FakeLLM]) -> None:
     assert cli.main(["run", "-n64", "hi"]) == 0
     assert cli.main(["run", "-n", "-1", "hi"]) == 0
-    assert [made.asked[-1][1].max_tokens for made in fake.made] == [64, None]
+    assert [made.calls[-1][1].max_tokens for made in fake.made] == [64, None]
 
 
 def test_a_batch_comes_from_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:

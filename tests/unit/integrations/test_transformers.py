@@ -120,9 +120,9 @@ def test_missing_kernels_are_told_once(
     with caplog.at_level("WARNING", "smart.kernels"):
         outputs = [smart(model, **given) for _ in range(2)]
     assert all(torch.equal(output, model.generate(**given)) for output in outputs)
-    told = [record.getMessage() for record in caplog.records if record.name == "smart.kernels"]
-    assert len(told) == 1
-    assert told[0].startswith("no CPU kernels: for this test")
+    messages = [record.getMessage() for record in caplog.records if record.name == "smart.kernels"]
+    assert len(messages) == 1
+    assert messages[0].startswith("no CPU kernels: for this test")
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -244,11 +244,11 @@ def test_stopping_criteria(name: str, eos: int | None) -> None:
 
 def test_criteria_see_the_scores_of_tokens_so_far_only() -> None:
     """As ConfidenceCriteria of transformers reads them."""
-    seen: list[tuple[int, int]] = []
+    noted: list[tuple[int, int]] = []
 
     class Confidence(StoppingCriteria):
         def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-            seen.append((input_ids.shape[1] - PROMPTS.shape[1], len(scores)))
+            noted.append((input_ids.shape[1] - PROMPTS.shape[1], len(scores)))
             assert int(scores[-1][0].argmax()) == int(input_ids[0, -1])
             return torch.zeros(len(input_ids), dtype=torch.bool)
 
@@ -258,7 +258,7 @@ def test_criteria_see_the_scores_of_tokens_so_far_only() -> None:
     report = last_report(model)
     assert report is not None
     assert report.accepted > 0
-    assert seen == [(n, n) for n in range(1, len(seen) + 1)]
+    assert noted == [(n, n) for n in range(1, len(noted) + 1)]
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -546,12 +546,12 @@ def test_names_of_models_and_generate_that_we_rely_on() -> None:
     rope = model.config.rope_parameters
     assert isinstance(rope, dict)
     assert "rope_type" in rope
-    seen: list[dict[str, Any]] = []
+    noted: list[dict[str, Any]] = []
     model.generate(
-        **inputs(1), custom_generate=lambda model, input_ids, **kw: seen.append(kw) or input_ids
+        **inputs(1), custom_generate=lambda model, input_ids, **kw: noted.append(kw) or input_ids
     )
-    assert int(seen[0]["generation_config"]._pad_token_tensor) == PAD
-    assert type(cache_of(seen[0])) is DynamicCache
+    assert int(noted[0]["generation_config"]._pad_token_tensor) == PAD
+    assert type(cache_of(noted[0])) is DynamicCache
     inner = inspect.unwrap(utils.GenerationMixin.generate)
     assert inner.__code__.co_name == "generate"
     assert "streamer" in inner.__code__.co_varnames

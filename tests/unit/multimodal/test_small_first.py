@@ -58,9 +58,9 @@ def noise(width: int, height: int, mode: str = "RGB") -> Image.Image:
 def test_two_steps_have_the_bits_of_one(name: str, size: tuple[int, int]) -> None:
     processor, reader = reader_of(name)
     image = noise(*size)
-    wanted = processor(images=image, return_tensors="np")
+    expected = processor(images=image, return_tensors="np")
     found = reader.image(image)
-    values = wanted["pixel_values"] if name.startswith("qwen") else wanted["pixel_values"][0]
+    values = expected["pixel_values"] if name.startswith("qwen") else expected["pixel_values"][0]
     np.testing.assert_array_equal(found.values, values)
     assert found.values.dtype == np.float32
     assert found.frames.dtype == np.uint8
@@ -79,10 +79,10 @@ def test_all_modes_and_orientations(mode: str, orientation: int) -> None:
     content = buffer.getvalue()
     plain = ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB")
     np.testing.assert_array_equal(open_image(content, Limits()), plain)
-    wanted = processor(images=plain, return_tensors="np")
+    expected = processor(images=plain, return_tensors="np")
     found = reader.image(open_image(content, Limits()))
-    np.testing.assert_array_equal(found.values, wanted["pixel_values"])
-    assert [list(found.grid)] == wanted["image_grid_thw"].tolist()
+    np.testing.assert_array_equal(found.values, expected["pixel_values"])
+    assert [list(found.grid)] == expected["image_grid_thw"].tolist()
     width, height = header_size(content, Limits())
     assert reader.room("image", width, height).length == found.length
 

@@ -133,10 +133,10 @@ def test_a_head_in_quants_is_measured_as_it_is_written_and_goes_on_as_it_was(
     rounded = trainer("rounded", quantization="int4")
     rounded.run()
     plain, written = (load_head(tmp_path / each, CONFIG).weights for each in ("plain", "rounded"))
-    wanted = RoundedWeights(plain, "int4")
+    expected = RoundedWeights(plain, "int4")
     assert {name for name, weight in written.items() if isinstance(weight, QuantizedTensor)}
     for name, weight in written.items():
-        assert torch.equal(as_tensor(weight), as_tensor(wanted[name])), name
+        assert torch.equal(as_tensor(weight), as_tensor(expected[name])), name
     assert torch.equal(rounded.head.fc.weight, as_tensor(written["fc.weight"]).float())
     states = [torch.load(tmp_path / each / "state.pt")["head"] for each in ("plain", "rounded")]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
@@ -220,9 +220,11 @@ def test_every_epoch_sees_every_conversation_once(trainer: Callable[..., Trainer
     for first in (0, 5):  # from the beginning, and from within an epoch
         batches = stopped._batches()
         stopped.trained = 0
-        seen = [id(item) for batch in take(batches, first, stopped) for item in batch]
-        seen += [id(item) for batch in until(stopped._batches(), size, stopped) for item in batch]
-        assert len(seen) == size == len(set(seen))
+        trained_ids = [id(item) for batch in take(batches, first, stopped) for item in batch]
+        trained_ids += [
+            id(item) for batch in until(stopped._batches(), size, stopped) for item in batch
+        ]
+        assert len(trained_ids) == size == len(set(trained_ids))
 
 
 def take(batches: Iterator[list[Any]], count: int, trainer: Trainer) -> list[list[Any]]:

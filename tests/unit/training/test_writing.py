@@ -94,7 +94,7 @@ class Stub:
 
     def __init__(self, says: str) -> None:
         self.says = says
-        self.asked: list[tuple[str, list[int], Any]] = []
+        self.requests: list[tuple[str, list[int], Any]] = []
         self.running: list[Any] = []
         self.tokenizer = SimpleNamespace(encode=self.encode)
         self.engine = SimpleNamespace(add_request=self.add, step=self.step)
@@ -113,7 +113,7 @@ class Stub:
         return MediaPrompt(self.encode(text), None, text)
 
     def add(self, name: str, prompt: list[int], params: Any, media: Media | None) -> None:
-        self.asked.append((name, list(prompt), params))
+        self.requests.append((name, list(prompt), params))
         tokens = [*prompt, *map(ord, self.says), END]
         stop = SimpleNamespace(text=self.says)
         request = SimpleNamespace(id=name, prompt=prompt, tokens=tokens, media=media, stop=stop)
@@ -142,7 +142,7 @@ def test_a_turn_that_the_target_completes_ends_once(
     """Whatever the template's end of a turn is: its token is the template's to write."""
     llm = two_at_once(monkeypatch, " of tides please, and at some length", complete=False)
     generate(llm, llm.recorder, tmp_path, 100)
-    answers = [Stub.decode(prompt) for name, prompt, _ in llm.asked if name.startswith("answer")]
+    answers = [Stub.decode(prompt) for name, prompt, _ in llm.requests if name.startswith("answer")]
     assert answers
     for text in answers:
         assert text.startswith("user:Tell ")
@@ -185,8 +185,8 @@ def test_the_same_question_about_a_picture_is_answered_greedily_once(
 
     llm.chat_prompt = ask
     generate(llm, llm.recorder, tmp_path, 400, turn=lambda rng: pictures[int(rng.integers(2))])
-    greedy = [params for _, _, params in llm.asked if params.temperature == 0]
-    assert len(greedy) <= 2 < len(llm.asked)
+    greedy = [params for _, _, params in llm.requests if params.temperature == 0]
+    assert len(greedy) <= 2 < len(llm.requests)
 
 
 def test_conversations_about_pictures_need_pictures_for_the_prior(
