@@ -198,8 +198,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     known = ", ".join([*RIVALS, *ABLATIONS, *VARIANTS])
     named = f"policies, with options if any, tuned rivals, or variants: {known}"
     add("names", nargs="*", default=list(ABLATIONS), metavar="NAME", help=named)
-    beside = "another recording of the same model, whose answers run beside these by turns"
-    add("--beside", type=Path, metavar="FILE", help=beside)
+    text = "another recording of the same model, whose answers run beside these by turns"
+    add("--beside", type=Path, metavar="FILE", help=text)
     machines = "of benchmarks/results, `recorded`, or cards (default: all measured ones and l40s)"
     add("--machines", type=words, default=(), metavar="A,B", help=machines)
     add("--batch-sizes", type=whole_numbers, default=(1, 2, 4, 8, 16, 32), metavar="1,4")

@@ -25,8 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--tune-paper", action="store_true", help=same)
     lengths = "also run pooled_chain and throughput_chain, each at its best length"
     add("--tune-chains", action="store_true", help=lengths)
-    alone = "also replay all contestants at equal costs, where nothing but the policy differs"
-    add("--policy-gain", action="store_true", help=alone)
+    text = "also replay all contestants at equal costs, where nothing but the policy differs"
+    add("--policy-gain", action="store_true", help=text)
     again = "keep what is measured there, and go on from it after a cut"
     add("--resume", type=Path, metavar="FILE", help=again)
     add = parser.add_argument_group("the laboratory: recordings").add_argument
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Runs the benchmark and prints its tables. Raises SmartError for what a user can mend."""
+    """Run the benchmark and print its tables. Raises SmartError for errors that a user can fix."""
     options = cast(LabOptions, bench.options_of(args, LabOptions))
     from smart_decoding.models.cpu.kernel_check import (
         require_kernels,  # torch is slow to import: options come first

@@ -75,7 +75,7 @@ STEPS = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the steps; 0 for PASS, 3 for FAIL."""
+    """Run the steps; return 0 for PASS, 3 for FAIL."""
     args = _arguments(arguments)
     if args.step:
         return _run_here(args)
@@ -242,12 +242,12 @@ def _smart_over(runs: Sequence[Mapping[str, Any]]) -> Iterator[float]:
 
 
 def _worst(runs: Sequence[Mapping[str, Any]], rival: str, size: int) -> float:
-    beside = [
+    ratios = [
         _number(run.get("smart_over"))
         for run in runs
         if run["batch_size"] == size and run["policy"].partition("(")[0] == rival
     ]
-    return min(beside, default=math.nan)
+    return min(ratios, default=math.nan)
 
 
 def _number(value: Any) -> float:
@@ -278,7 +278,7 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _run_here(args: argparse.Namespace) -> int:
-    """Runs a step in this process."""
+    """Run a step in this process."""
     stand_in(UNUSED)
     from smart_lab.gpu_steps import run_step
     from smart_lab.rival_policies import register
@@ -292,7 +292,7 @@ def _run_here(args: argparse.Namespace) -> int:
 class Unused:
     """A progress bar that shows nothing; of anything else, a name."""
 
-    def __init__(self, items: Iterable[Any] = (), *given: Any, **options: Any) -> None:
+    def __init__(self, items: Iterable[Any] = (), *arguments: Any, **options: Any) -> None:
         self._items = items
 
     def __iter__(self) -> Iterator[Any]:

@@ -104,7 +104,7 @@ def measure_host(
     prompts: Sequence[Prompt],
     late: Callable[[], bool] = lambda: False,
 ) -> HostCosts:
-    """Times rounds of plain decoding and of a small tree, alone and together, in turn; policies
+    """Time rounds of plain decoding and of a small tree, alone and together, in turn; policies
     stay as they were. late: whether to begin no more turns."""
     policies = plain.policy, drafting.policy
     counts = sorted({1, min(len(prompts), plain.config.max_num_seqs)})

@@ -223,7 +223,7 @@ def record(
     on_answers: Callable[[int], object] = lambda count: None,
     late: Callable[[], bool] = lambda: False,
 ) -> Recording:
-    """Answers `prompts`, a few at once, under the engine's `Wide` policy and keeps every position's
+    """Answer `prompts`, a few at once, under the engine's `Wide` policy and keep every position's
     tree.
 
     The engine's drafter must be the one that the replayed policies are meant for, and no union.

@@ -115,12 +115,12 @@ class KeptMeasurement(Measurement):
 
 
 def key_of(options: LabOptions) -> dict[str, Any]:
-    """Return what must be the same for a run to go on."""
+    """Return the settings that must be the same for a run to go on."""
     names = (field.name for field in fields(options))
-    given = {name: getattr(options, name) for name in names if name not in _NOT_PART}
+    option = {name: getattr(options, name) for name in names if name not in _NOT_PART}
     here = hardware()
     return {
-        "option": given,
+        "option": option,
         "machine": {name: here[name] for name in _MACHINE},
         "version": versions(),
         "commit": commit(),

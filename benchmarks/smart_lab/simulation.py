@@ -143,7 +143,7 @@ class World:
 
 
 def run(policy: Policy, world: World, rounds: range) -> Totals:
-    """Runs a policy through `rounds` of the world as an engine would. Tokens are expectations, not
+    """Run a policy through `rounds` of the world as an engine would. Tokens are expectations, not
     draws."""
     tokens = seconds = 0.0
     nodes = off = catch_up = 0

@@ -62,8 +62,8 @@ def _yield(recording: Recording, tree: Mapping[str, int]) -> float:
     whole = np.concatenate(
         [a.first + np.arange(max(0, a.positions - LEVELS)) for a in recording.answers]
     )
-    given: dict[str, Any] = dict(tree)
-    return float(Fixed.draw(Eagle2(**given), recording).emitted[whole].mean())
+    options: dict[str, Any] = dict(tree)
+    return float(Fixed.draw(Eagle2(**options), recording).emitted[whole].mean())
 
 
 def _draw(

@@ -112,9 +112,9 @@ def compare(
     model: Any, ways: dict[str, dict[str, Any]], prompts: list[Any], args: argparse.Namespace
 ) -> dict[str, Any]:
     """Name -> speedup over `generate` [median, lowest, highest], tokens/s, and what differed."""
-    given = {"max_new_tokens": args.tokens, "do_sample": False, "pad_token_id": PAD}
+    options = {"max_new_tokens": args.tokens, "do_sample": False, "pad_token_id": PAD}
     for way in ways.values():  # a profile is taken at first use
-        model.generate(**prompts[0], **{**given, "max_new_tokens": 24}, **way)
+        model.generate(**prompts[0], **{**options, "max_new_tokens": 24}, **way)
     tally = _Tally(list(ways), args.repetitions)
     for repetition in range(args.repetitions):
         for number, prompt in enumerate(prompts):
@@ -123,7 +123,7 @@ def compare(
             answers = {}
             for name in turn[shift:] + turn[:shift]:
                 start = time.perf_counter()
-                answers[name] = model.generate(**prompt, **given, **ways[name])
+                answers[name] = model.generate(**prompt, **options, **ways[name])
                 tally.seconds[name][repetition] += time.perf_counter() - start
                 if "custom_generate" in ways[name]:
                     report = last_report(model)

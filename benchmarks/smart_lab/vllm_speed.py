@@ -182,7 +182,7 @@ class Arm:
         self._pipe.send((prompts, batch))
 
     def turn(self) -> Answers | None:
-        """Runs for a turn; returns the answers if they are complete then."""
+        """Run for a turn; return the answers if they are complete then."""
         self._pipe.send("go on")
         answers: Answers | None = self._pipe.recv()
         return answers

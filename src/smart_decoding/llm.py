@@ -218,7 +218,7 @@ class LLM:
         lora_request: object = None,
         priority: object = None,
     ) -> list[RequestOutput]:
-        """Answers all prompts, in order. `on_step` is called after every round, in the engine's
+        """Answer all prompts, in order. `on_step` is called after every round, in the engine's
         thread, with the requests of these prompts that got tokens. use_tqdm: show progress where
         standard error is a terminal. lora_request, priority: vLLM's; other values than None are
         refused.
@@ -263,7 +263,7 @@ class LLM:
         continue_final_message: bool = False,
         **template: Any,
     ) -> list[RequestOutput]:
-        """Answers one conversation, or several, through a chat template. template: as to
+        """Answer one conversation, or several, through a chat template. template: as to
         `chat_prompt`; the others as to `generate`, or vLLM's with one value only."""
         require_neutral(
             {

@@ -158,7 +158,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def main(argv: Sequence[str] | None = None, program: Program = SMART) -> int:
-    """Runs one command line; returns its exit code.
+    """Run one command line; return its exit code.
 
     Wrong arguments, --help and --version raise SystemExit.
     """

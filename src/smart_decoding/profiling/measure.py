@@ -1,4 +1,4 @@
-"""Measures what forwards cost: rows x batch x context for the target, and for the levels of a
+"""Measure the cost of forwards: rows x batch x context for the target, and for the levels of a
 drafter with a model: roots and rows that wait for the first one, width for those below it."""
 
 from __future__ import annotations

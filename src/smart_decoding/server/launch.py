@@ -1,4 +1,4 @@
-"""Runs the application under uvicorn, until a signal or a model that cannot be loaded ends it."""
+"""Run the application under uvicorn, until a signal or a model that cannot be loaded ends it."""
 
 from __future__ import annotations
 
