@@ -27,6 +27,10 @@ LAB = Program(
             "never slower? bad heads, prompts, neighbours, profiles",
             "smart_lab.robustness",
         ),
+        "never-slower": (
+            "smart against plain decoding in worlds drawn at random",
+            "smart_lab.never_slower",
+        ),
         "identity": ("is the output the same under every policy", "smart_lab.identity"),
         "rounding": ("what rounding does to a GGUF file's logits", "smart_lab.rounding"),
         "busy": ("speed beside busy processes, of every entry point", "smart_lab.busy"),

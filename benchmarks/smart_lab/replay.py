@@ -174,11 +174,16 @@ class Walk:
                 f"a replay at batch size {batch_size} needs that many recorded answers, "
                 f"not {len(self._waiting)}"
             )
-        self.answer = np.array(self._waiting[:batch_size], np.int64)
-        self._waiting = self._waiting[batch_size:]
-        self.at = np.zeros(batch_size, np.int64)
+        self._size = batch_size
+        self.begin()
+
+    def begin(self) -> None:
+        """Begin with a batch of new answers, if there are as many left."""
+        self.answer = np.array(self._waiting[: self._size], np.int64)
+        self._waiting = self._waiting[self._size :]
+        self.at = np.zeros(len(self.answer), np.int64)
         self.pending = self._prompt[self.answer]
-        self.running = True
+        self.running = len(self.answer) == self._size
 
     @classmethod
     def everywhere(cls, recording: Recording) -> Walk:
@@ -223,6 +228,7 @@ class Walk:
             catch_up_rows=0 if self.recording.free else int(self.pending.sum()) - size,
             has_model=not self.recording.free,
             has_free=self.recording.free,
+            requests=self.answer.tolist(),
         )
 
     def truth(self, owner: IntArray, depth: IntArray) -> IntArray:
@@ -391,7 +397,7 @@ def _round(
     own = done.batch.context[done.trees.owner[done.kept]]  # of the rows of nodes
     verify = costs.verify(rows, context, float(own.sum()) - len(own) * context)
     beyond = host.seconds(size, done.rule is not None) + done.planning
-    truth, emitted = _judged(done, walk)
+    truth, emitted = judged(done, walk)
     round_ = Round(
         done.batch, done.rule, done.trees, done.kept, *truth, widths, levels, rows, verify, beyond
     )
@@ -412,7 +418,7 @@ def _round(
     result.own_seconds += done.planning + learning
 
 
-def _judged(done: Drafted, walk: Walk) -> tuple[tuple[IntArray, IntArray], IntArray]:
+def judged(done: Drafted, walk: Walk) -> tuple[tuple[IntArray, IntArray], IntArray]:
     """Return the target's tokens behind each node on the answer's path and behind each root, and
     how many tokens each request gains."""
     trees = done.trees
