@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from smart_decoding.core.calibration import BIN_PROBS, Calibration, DriftDetector, default_prior
-from smart_decoding.core.costs import CostModel, Curve, size_bucket
+from smart_decoding.core.costs import CostModel, Curve
 from smart_decoding.core.policies.base import StatelessPolicy
 from smart_decoding.core.policies.smart import Smart
 from smart_decoding.core.policies.smart.state import Realised
@@ -278,23 +278,6 @@ def one_factor(inner: Smart) -> Smart:
     return inner
 
 
-class Sober(Realised):
-    """Expects drafted rounds to reach their mean so far, without a bonus for rare sizes."""
-
-    def of(self, size: int) -> float:
-        """Return the ratio, without optimism."""
-        bucket = size_bucket(size)
-        tokens = self._tokens[bucket]
-        return tokens.mean / self._forecast[bucket].mean if tokens.seen else 1.0
-
-
-def sober(inner: Smart) -> Smart:
-    """Forecast without optimism."""
-    inner.state.with_model = Sober()
-    inner.state.free = Sober()
-    return inner
-
-
 class TrustedForecasts(Realised):
     """Expects drafted rounds to reach their forecast rate."""
 
@@ -410,12 +393,11 @@ ABLATIONS: Mapping[str, Make] = {
     "costs: one factor": lambda t, c: one_factor(smart(t, c)),
     "costs: not corrected": lambda t, c: FrozenCosts(smart(t, c)),
     "forecasts: not corrected": lambda t, c: trusting(smart(t, c)),
-    "no optimism": lambda t, c: sober(smart(t, c)),
     "no test for change": lambda t, c: unalarmed(smart(t, c)),
     "one kind of requests": lambda t, c: OneKind(smart(t, c)),
     "no exploration": lambda t, c: smart(t, c, exploration_budget=0.0),
     "no context in the cost": lambda t, c: smart(t, flat(c)),
-    "no round limit": lambda t, c: smart(t, c, max_round_slowdown=math.inf),
+    "no limit for the slowest request": lambda t, c: smart(t, c, max_round_slowdown=math.inf),
 }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -31,6 +31,7 @@ class BatchState:
     has_free: whether a drafter without model cost (n-grams) is loaded.
     pictures: whether the request's prompt has any, or None where none has.
     constrained: whether a grammar allows but some tokens, or None where none does.
+    requests: their names, by which a policy knows them again; () where it need not.
     size: requests.
     """
 
@@ -44,6 +45,7 @@ class BatchState:
     has_free: bool = False
     pictures: BoolArray | None = None
     constrained: BoolArray | None = None
+    requests: Sequence[Hashable] = ()
     size: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -108,6 +110,13 @@ class Round:
     def accepted(self) -> int:
         """Nodes that the target chose."""
         return int(np.count_nonzero(self.next_token >= 0))
+
+    @property
+    def tokens(self) -> list[int]:
+        """[batch] tokens of each request."""
+        owners = self.trees.owner[self.next_token >= 0]
+        counts: list[int] = (1 + np.bincount(owners, minlength=self.batch.size)).tolist()
+        return counts
 
     @property
     def expected(self) -> float:

@@ -1,14 +1,13 @@
 """When to leave the option predicted best, so that predictions stay true; and when not to ask.
 
 Every option but the best is explored in turn, as often as a budget allows: a share of the time. An
-exploration is a run of a few rounds, so that its price of switching is paid once. A run is charged
-what it really lost, and the next one waits until that is earned again. A run that gained is
+exploration is a run of a few rounds, so that its price of switching is paid once. Its price is
+earned beforehand: what the option is predicted to lose, and what it needs before its first token,
+as a model that has to read prompts. A run is charged what it really lost. A run that gained is
 followed by another one at once: a drafter that has recovered is back soon.
 
-An option may need rounds before its first token, as a model that has to read prompts. These are
-earned beforehand, at the same rate. A small starting budget comes first: short answers would end
-before they had paid. The more requests wait for the option, the less of it each one has. All is
-counted in plain rounds, whose length is known for every batch.
+A lone request has a small starting budget: short answers would end before they had earned one. All
+is counted in plain rounds, whose length is known for every batch.
 """
 
 from __future__ import annotations
@@ -36,41 +35,41 @@ class Mode(Enum):
 
 
 class Exploration:
-    """Spends `budget` of the time, and one run more, on options that are not predicted best.
+    """Spends `budget` of the time on options that are not predicted best.
 
+    balance: plain rounds earned and not spent yet, at first those of two HORIZONs; negative where a
+    run lost more than expected.
     left: rounds of the run that is going on. seconds: lost in all, gains not counted; count:
     runs."""
 
     def __init__(self, budget: float) -> None:
         self.budget = budget
+        self.balance = 2 * HORIZON * budget
         self.left = 0
         self.seconds = 0.0
         self.count = 0
-        self._overspent = 0.0  # plain rounds that explorations have lost, and not earned yet
-        self._earned = 0.0  # plain rounds, for what options need before they begin
         self._starting = STARTING_BUDGET  # what of it is left
         self._pause = HORIZON  # rounds until the next run at least, however little it costs
         self._lost = 0.0  # seconds, by the run that is going on
 
-    @property
-    def wait(self) -> float:
-        """Rounds in the best option until an exploration is due."""
+    def wait(self, price: float = 0.0, lone: bool = False) -> float:
+        """Return rounds in the best option until the price of a run is earned, in plain rounds.
+        lone: whether one request runs alone, which may spend before."""
         if self.budget <= 0:
             return math.inf
-        return max(self._pause, math.ceil(self._overspent / self.budget))
+        missing = min(price, HORIZON) - self.balance - (self._starting if lone else 0.0)
+        return max(self._pause, math.ceil(missing / self.budget))
 
-    def affords(self, price: float, size: int = 1) -> bool:
-        """Return whether the budget has an option's price of beginning, in plain rounds of `size`
-        requests."""
-        return min(price, HORIZON) <= self._earned + self._starting / size
-
-    def begin(self, rounds: int | None = None, price: float = 0.0, size: int = 1) -> None:
-        """Begin a run of so many rounds (None: RUN) with the coming one."""
-        price = min(price, HORIZON)
-        earned = min(price, self._earned)
-        self._earned -= earned
-        self._starting -= (price - earned) * size
-        self.left = RUN if rounds is None else rounds
+    def begin(self, price: float = 0.0, lone: bool = False, rounds: int = RUN) -> None:
+        """Begin a run of so many rounds with the coming one. What was earned beyond its price
+        lapses: otherwise many runs would follow each other after a long time without any."""
+        missing = min(price, HORIZON) - self.balance
+        if missing > 0 and lone:
+            lent = min(missing, self._starting)
+            self._starting -= lent
+            self.balance += lent
+        self.balance = min(self.balance, price)
+        self.left = rounds
         self.count += 1
         self._lost = 0.0
 
@@ -80,8 +79,7 @@ class Exploration:
 
     def observe_best(self) -> None:
         """Earn budget, after a round in the option predicted best."""
-        self._overspent = max(0.0, self._overspent - self.budget)
-        self._earned = min(HORIZON, self._earned + self.budget)
+        self.balance = min(HORIZON, self.balance + self.budget)
         self._pause = max(0, self._pause - 1)
 
     def observe(self, loss: float, plain: float) -> bool:
@@ -91,7 +89,7 @@ class Exploration:
 
         A process that was stopped meanwhile must not lose the explorations of hours to come: a
         round loses no more than HORIZON plain ones."""
-        self._overspent = max(0.0, self._overspent + min(loss / plain, HORIZON))
+        self.balance = min(HORIZON, self.balance - min(loss / plain, HORIZON))
         self._lost += loss
         self._pause = HORIZON
         if self.left > 1:
@@ -102,7 +100,7 @@ class Exploration:
         self.left = 0
         self.seconds += max(lost, 0.0)
         if lost < 0:
-            self.begin()
+            self.begin(self.balance)
         return True
 
 

@@ -92,6 +92,7 @@ class Engine:
         self._dropped: set[Request] = set()
         self._batched: list[Request] = []  # the last round's decoding requests
         self._traits = _traits([])
+        self._names: list[str] = []
 
     def add_request(
         self,
@@ -223,6 +224,7 @@ class Engine:
         if requests != self._batched:
             self._batched = requests
             self._traits = _traits(requests)
+            self._names = [r.id for r in requests]
         temperature, may_speculate, pictures, constrained = self._traits
         if constrained is not None:
             may_speculate = np.array([r.may_speculate for r in requests], np.bool_)
@@ -237,6 +239,7 @@ class Engine:
             has_free=drafter is not None and drafter.free,
             pictures=pictures,
             constrained=constrained,
+            requests=self._names,
         )
 
     def _plan(self, batch: Batch, state: BatchState) -> TreeRule | None:

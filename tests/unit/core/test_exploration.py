@@ -15,7 +15,7 @@ def test_a_run_has_as_many_rounds_as_it_was_begun_for() -> None:
     exploration = Exploration(0.01)
     exploration.begin()
     assert pay(exploration, RUN, 0.5) == [False] * (RUN - 1) + [True]
-    exploration.begin(7)
+    exploration.begin(rounds=7)
     assert pay(exploration, 7, 0.5) == [False] * 6 + [True]
     assert exploration.left == 0
     assert exploration.count == 2
@@ -25,10 +25,10 @@ def test_the_next_run_waits_until_the_last_one_is_earned_again() -> None:
     exploration = Exploration(0.01)
     exploration.begin()
     pay(exploration, RUN, 0.5)
-    assert exploration.wait == RUN * 0.5 / 0.01
+    assert exploration.wait() == RUN * 0.5 / 0.01
     for _ in range(HORIZON):
         exploration.observe_best()
-    assert exploration.wait == RUN * 0.5 / 0.01 - HORIZON
+    assert exploration.wait() == RUN * 0.5 / 0.01 - HORIZON
 
 
 def test_rounds_that_follow_a_run_are_paid_for_once() -> None:
@@ -50,35 +50,44 @@ def test_a_run_that_gained_is_followed_by_another() -> None:
     assert exploration.count == 2
 
 
-def test_what_an_option_needs_first_is_earned_before() -> None:
+def test_a_run_is_earned_before_it_begins() -> None:
     exploration = Exploration(0.01)
-    assert exploration.affords(STARTING_BUDGET)
-    assert not exploration.affords(STARTING_BUDGET + 1)
-    for _ in range(100):
+    rounds = 200 - 2 * HORIZON
+    assert exploration.wait(2.0) == rounds
+    for _ in range(rounds):
+        assert exploration.wait(2.0) > 0
         exploration.observe_best()
-    assert exploration.affords(STARTING_BUDGET + 0.99)
-    exploration.begin(price=STARTING_BUDGET)
-    assert not exploration.affords(2.0)
-    pay(exploration, RUN, 0.5)  # is owed all the same
-    assert exploration.wait == RUN * 0.5 / 0.01
+    exploration.begin(2.0)
+    pay(exploration, RUN, 1.5)  # a plain round more than expected
+    assert exploration.wait(2.0) == 300
 
 
-def test_less_is_lent_where_more_requests_wait() -> None:
+def test_what_was_earned_beyond_the_price_lapses() -> None:
     exploration = Exploration(0.01)
-    assert exploration.affords(STARTING_BUDGET / 4, size=4)
-    assert not exploration.affords(STARTING_BUDGET / 4 + 1, size=4)
-    exploration.begin(price=STARTING_BUDGET / 8, size=4)
-    assert exploration.affords(STARTING_BUDGET / 2)
-    assert not exploration.affords(STARTING_BUDGET / 2 + 1)
-    for _ in range(100):
+    for _ in range(1000):
         exploration.observe_best()
-    assert exploration.affords(
-        1.0 + STARTING_BUDGET / 8 - 0.01, size=4
-    )  # what is earned is each request's
+    exploration.begin(1.0)
+    pay(exploration, RUN, 0.5)
+    assert exploration.wait(1.0) == 100
+
+
+def test_a_lone_request_may_spend_before_it_has_earned() -> None:
+    exploration = Exploration(0.01)
+    for _ in range(HORIZON):
+        exploration.observe_best()
+    earned = 2 * HORIZON * 0.01
+    assert exploration.wait(STARTING_BUDGET, lone=True) == 0
+    assert exploration.wait(STARTING_BUDGET) > 1000
+    exploration.begin(STARTING_BUDGET / 2, lone=True)
+    pay(exploration, RUN, STARTING_BUDGET / 4)
+    for _ in range(HORIZON):
+        exploration.observe_best()
+    assert exploration.wait(STARTING_BUDGET / 2, lone=True) == 0
+    assert exploration.wait(STARTING_BUDGET / 2 + 3 * earned, lone=True) > 0
 
 
 def test_no_price_is_beyond_reach() -> None:
     exploration = Exploration(0.01)
     for _ in range(100 * HORIZON):
         exploration.observe_best()
-    assert exploration.affords(1e9)
+    assert exploration.wait(1e9) == 0

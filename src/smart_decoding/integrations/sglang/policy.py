@@ -104,7 +104,7 @@ class SmartSpecPolicy:
         it can show."""
         best = self._best(batch_size)
         larger = next((steps for steps in self._allowed(batch_size) if steps > best), best)
-        if larger > best and not self._exploration.left and not self._exploration.wait:
+        if larger > best and not self._exploration.left and self._exploration.wait() <= 0:
             self._exploration.begin()
         return larger if self._exploration.left else best
 

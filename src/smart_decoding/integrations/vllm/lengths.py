@@ -182,7 +182,7 @@ class DraftLengths:
         if best != self._best:
             self._best = best
             self.exploration.stop()
-        if not self.exploration.left and not self.exploration.wait:
+        if not self.exploration.left and self.exploration.wait() <= 0:
             self.exploration.begin()
         if not self.exploration.left:
             return best

@@ -15,6 +15,7 @@ from smart_decoding.core.calibration import HORIZON, WIDEST, Calibration, Foreca
 from smart_decoding.core.costs import CostModel, Overhead
 from smart_decoding.core.exploration import Exploration, Mode
 from smart_decoding.core.policies.base import require_int, require_number, token_array
+from smart_decoding.core.policies.smart.fairness import Fairness
 from smart_decoding.core.policies.smart.learn import learn, learn_acceptance, learn_plain
 from smart_decoding.core.policies.smart.predict import Prediction, Shape, predict
 from smart_decoding.core.policies.smart.state import SmartState
@@ -71,10 +72,11 @@ def choose(
     prices = {mode: prediction.price(mode) for mode in prediction.rates if mode is not best}
     if exploration.left > 0 and explored in prices:
         return Choice(explored, best, prediction)
-    others = [mode for mode, price in prices.items() if exploration.affords(price, shape.size)]
-    wait = exploration.wait if others else HORIZON
-    if others and wait == 0:
-        return Choice(others[exploration.count % len(others)], best, prediction, begins=True)
+    waits = {mode: exploration.wait(price, shape.size == 1) for mode, price in prices.items()}
+    due = [mode for mode, wait in waits.items() if wait <= 0]
+    if due:
+        return Choice(due[exploration.count % len(due)], best, prediction, begins=True)
+    wait = min(waits.values(), default=math.inf)
     backs_off = prices and best is Mode.PLAIN
     backoff = int(min(wait, HORIZON, shape.deepest)) - 1 if backs_off else 0
     return Choice(best, best, prediction, backoff=backoff)
@@ -85,8 +87,8 @@ class Smart:
 
     cost: measured costs (None: a guess that real rounds correct). calibration, forecast: stored
     priors. max_levels, children: the deepest tree and the proposals per node that are considered.
-    max_round_slowdown: with several requests, no round is planned to last longer than this multiple
-    of a plain one, but for what the drafter has to catch up with. exploration_budget: share of the
+    max_round_slowdown: no request of several is slower, per token, than this multiple of plain
+    decoding's time, but for what the drafter has to catch up with. exploration_budget: share of the
     time that may go into exploring the options predicted worse.
     """
 
@@ -99,15 +101,13 @@ class Smart:
         forecast: Forecast | None = None,
         max_levels: int = 8,
         children: int = WIDEST,
-        max_round_slowdown: float = 2.0,
+        max_round_slowdown: float = 1.25,
         exploration_budget: float = 0.005,
         eos_token_ids: TokenIds = (),
     ) -> None:
         self.max_levels = require_int("max_levels", max_levels, 1, 64)
         self.children = require_int("children", children, 1, 256)
-        self.max_round_slowdown = require_number(
-            "max_round_slowdown", max_round_slowdown, 1.0, math.inf
-        )
+        slowdown = require_number("max_round_slowdown", max_round_slowdown, 1.0, math.inf)
         budget = require_number("exploration_budget", exploration_budget, 0.0, 0.5)
         calibration = calibration or Calibration()
         cost = cost or CostModel.default()
@@ -117,6 +117,7 @@ class Smart:
             forecast or Forecast(calibration),
             Exploration(budget),
             Overhead(cost.overhead_seconds),
+            Fairness(slowdown),
         )
         self.statistics = Statistics()
         self._ends = token_array(eos_token_ids)
@@ -142,7 +143,9 @@ class Smart:
         for round in state.backoff.take():
             self._learn(round, None)
         limits = batch.limits
-        shape = Shape.of(batch, limits)
+        # A lone request has nobody to wait for.
+        longest = state.fairness.limit(batch.requests) if batch.size > 1 else math.inf
+        shape = Shape.of(batch, limits, longest)
         if not shape.drafting:
             return None
         if learn_plain(state):
@@ -161,7 +164,7 @@ class Smart:
         key = shape.key()
         found = self._predictions.get(key)
         if found is None:
-            found = predict(self.state, shape, self.max_levels, self.max_round_slowdown)
+            found = predict(self.state, shape, self.max_levels)
             self._predictions[key] = found
         return found
 
@@ -174,7 +177,7 @@ class Smart:
         if choice.begins:
             state.explored = choice.mode
             price = choice.prediction.price(choice.mode)
-            state.exploration.begin(price=price, size=size)
+            state.exploration.begin(price, size == 1)
         if choice.backoff:
             state.backoff.begin(choice.backoff, size)
 
@@ -207,7 +210,8 @@ class Smart:
 
     def _learn(self, round: Round, choice: Choice | None) -> None:
         state = self.state
-        changed = learn(state, round, choice.forecast_rate(round) if choice else 0.0)
+        forecast_rate = choice.forecast_rate(round) if choice else 0.0
+        changed = learn(state, round, forecast_rate, choice.prediction.plain if choice else 1.0)
         if choice is not None and choice.explores:
             if state.exploration.observe(choice.loss(round), choice.prediction.plain):
                 learn_plain(state)

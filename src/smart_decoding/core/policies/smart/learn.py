@@ -23,13 +23,16 @@ if TYPE_CHECKING:
 COSTS_EVERY = 8
 
 
-def learn(state: SmartState, round: Round, forecast_rate: float) -> bool:
+def learn(state: SmartState, round: Round, forecast_rate: float, plain: float) -> bool:
     """Learn from a round; return whether predictions depend on what was learned.
 
-    forecast_rate: tokens per second that were forecast of it; 0: it says nothing of them."""
+    forecast_rate: tokens per second that were forecast of it; 0: it says nothing of them. plain:
+    seconds that a plain round was predicted to take."""
     batch = round.batch
     if not batch.prefill_rows:
         state.overhead.observe(batch.size, round.rule is not None, round.other_seconds)
+    if batch.size > 1:
+        state.fairness.observe(batch.requests, round.tokens, _seconds(round, plain) / plain)
     if round.rule is None:
         # Rounds with prompts have as many rows as those that draft.
         (state.drafted if batch.prefill_rows else state.plain).add(round)
@@ -84,7 +87,15 @@ def _observe_trees(state: SmartState, round: Round, forecast_rate: float) -> Non
     if not forecast_rate or rule is None or not isinstance(rule.keep, BestRate):
         return
     costs = rule.keep.costs
-    further = sum(costs.levels[round.level_widths[1:]].tolist())
-    seconds = costs.sunk + further + float(costs.verify[len(round.kept)])
+    seconds = _seconds(round, 0.0)
     realised = state.with_model if rule.levels else state.free
     realised.observe(round.batch.size, costs.tokens + expected, forecast_rate * seconds)
+
+
+def _seconds(round: Round, plain: float) -> float:
+    """Return what a round was predicted to take, a plain one `plain`."""
+    if round.rule is None or not isinstance(round.rule.keep, BestRate):
+        return plain
+    costs = round.rule.keep.costs
+    further = sum(costs.levels[round.level_widths[1:]].tolist())
+    return float(costs.sunk + further + float(costs.verify[len(round.kept)]))

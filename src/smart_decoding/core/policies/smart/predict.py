@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from smart_decoding.core.calibration import DEPTHS, HORIZON, KINDS, NODES, WIDEST, expected_tree
-from smart_decoding.core.exploration import Mode
+from smart_decoding.core.exploration import RUN, Mode
 from smart_decoding.core.selection import (
     NONE,
     RANKS,
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True)
 class Shape:
     """What a prediction depends on. drafting: requests that may draft. deepest: useful level.
-    context: mean tokens. kinds: [KINDS] requests of each. waiting: rows to catch up with."""
+    context: mean tokens. kinds: [KINDS] requests of each. waiting: rows to catch up with. longest:
+    plain rounds that the round may last."""
 
     size: int
     drafting: int
@@ -42,9 +43,10 @@ class Shape:
     stay: int
     has_model: bool
     has_free: bool
+    longest: float = math.inf
 
     @classmethod
-    def of(cls, batch: BatchState, limits: IntArray) -> Shape:
+    def of(cls, batch: BatchState, limits: IntArray, longest: float = math.inf) -> Shape:
         """limits: `batch.limits`, which is computed anew each time it is asked for."""
         each = limits.tolist()
         left = sum(each) // (2 * batch.size)
@@ -58,6 +60,7 @@ class Shape:
             max(1, min(HORIZON, left)),
             batch.has_model,
             batch.has_free,
+            longest,
         )
 
     @property
@@ -69,7 +72,7 @@ class Shape:
         """Shapes with the same key have the same prediction: what barely matters is coarse."""
         waiting = (self.missed // self.size).bit_length() // 2
         stay = self.stay.bit_length() if waiting else 0
-        fixed = (self.size, self.drafting, self.kinds, self.has_model, self.has_free)
+        fixed = (self.size, self.drafting, self.kinds, self.has_model, self.has_free, self.longest)
         return (*fixed, self.deepest > 1, waiting, stay, int(self.context).bit_length())
 
 
@@ -95,17 +98,16 @@ class Prediction:
         return max(self.rates, key=self.rates.__getitem__)
 
     def price(self, mode: Mode) -> float:
-        """Return plain rounds that the mode takes before its first token."""
-        return self.catch_up / self.plain if mode is Mode.MODEL else 0.0
+        """Return plain rounds that a run in the mode loses against the best one, about."""
+        lost = RUN * (1.0 - self.rates[mode] / self.rates[self.best])
+        return lost + (self.catch_up / self.plain if mode is Mode.MODEL else 0.0)
 
 
-def predict(
-    state: SmartState, shape: Shape, max_levels: int, max_round_slowdown: float
-) -> Prediction:
+def predict(state: SmartState, shape: Shape, max_levels: int) -> Prediction:
     """Predict for batches of one shape."""
     size = shape.size
     drafting = shape.drafting
-    costs, plain = _round_costs(state, shape, max_round_slowdown)
+    costs, plain = _round_costs(state, shape)
     children = state.forecast.children(np.array(shape.kinds) / size)
     first, catch_up = _first_level(state, shape)
     forecast_rate = 0.0
@@ -134,9 +136,7 @@ def _join(rates: dict[Mode, float]) -> None:
         rates[Mode.MODEL] = max(rates[Mode.MODEL], rates.pop(Mode.FREE))
 
 
-def _round_costs(
-    state: SmartState, shape: Shape, max_round_slowdown: float
-) -> tuple[RoundCosts, float]:
+def _round_costs(state: SmartState, shape: Shape) -> tuple[RoundCosts, float]:
     """Of a round without a model, and the seconds of a plain one."""
     size = shape.size
     cost = state.cost
@@ -147,8 +147,7 @@ def _round_costs(
         sunk=state.overhead.of(size, True),
         levels=cost.draft_seconds(np.arange(1 + WIDEST * shape.drafting), shape.context),
         verify=verify,
-        # A lone request has all the nodes, and nobody to wait for.
-        limit=max_round_slowdown * plain if size > 1 else math.inf,
+        limit=shape.longest * plain,
     )
     return costs, plain
 

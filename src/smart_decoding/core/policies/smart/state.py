@@ -20,25 +20,35 @@ if TYPE_CHECKING:
     from smart_decoding.core.batch import Round
     from smart_decoding.core.calibration import Calibration, Forecast
     from smart_decoding.core.costs import CostModel, Sample
+    from smart_decoding.core.policies.smart.fairness import Fairness
 
-UNSURE = 0.3  # standard deviation of one request's log rate in a round over its forecast
+
+# Standard deviation of one request's log rate, in a round of free drafters, over its forecast.
+UNSURE = 0.3
 
 
 class Realised:
     """All tokens of some rounds, over those that were forecast for their seconds, by size bucket:
-    the mean of single rounds' ratios would say less than all of them together reach."""
+    the mean of single rounds' ratios would say less than all of them together reach.
 
-    def __init__(self) -> None:
+    unsure: standard deviation of one request's log ratio, by which sizes that were hardly tried are
+    believed to be better (optimism). Free drafters need that: they cost next to nothing, and their
+    proposals change with the text. A model is explored instead."""
+
+    def __init__(self, unsure: float = 0.0) -> None:
+        self.unsure = unsure
         self._tokens: defaultdict[int, RunningMean] = defaultdict(RunningMean)
         self._forecast: defaultdict[int, RunningMean] = defaultdict(RunningMean)
 
     def of(self, size: int) -> float:
-        """Return the ratio for batches of about this size, with optimism: what was hardly tried may
-        be better."""
+        """Return the ratio for batches of about this size. The forecast counts as one round: so one
+        whose nodes had no memory does not end all drafting."""
         bucket = size_bucket(size)
         tokens = self._tokens[bucket]
-        optimism = math.exp(UNSURE / math.sqrt((1 + tokens.seen) * size))
-        return optimism * tokens.mean / self._forecast[bucket].mean if tokens.seen else optimism
+        ratio = tokens.mean / self._forecast[bucket].mean if tokens.seen else 1.0
+        rounds = 1 + tokens.seen
+        optimism = math.exp(self.unsure / math.sqrt(rounds * size))
+        return optimism * (1.0 + tokens.seen * ratio) / rounds
 
     def observe(self, size: int, tokens: float, forecast: float) -> None:
         """After a round that brings so many tokens, in place of those forecast."""
@@ -143,8 +153,9 @@ class SmartState:
     forecast: Forecast
     exploration: Exploration
     overhead: Overhead
+    fairness: Fairness
     with_model: Realised = field(default_factory=Realised)
-    free: Realised = field(default_factory=Realised)
+    free: Realised = field(default_factory=lambda: Realised(UNSURE))
     plain: Timings = field(default_factory=Timings)
     drafted: Timings = field(default_factory=Timings)
     rounds: int = 0
