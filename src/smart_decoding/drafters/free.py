@@ -24,7 +24,7 @@ class FreeDrafter:
     has_model = False
     free = True
     aux_layers: tuple[int, ...] = ()
-    wants_ends = False
+    needs_ends = False
 
     @cached_property
     def selection(self) -> Selection:

@@ -91,7 +91,7 @@ class LevelDrafter(ABC, Generic[S]):
     ahead: ClassVar[int]
     has_model = True
     free = False
-    wants_ends = False
+    needs_ends = False
     aux_layers: tuple[int, ...] = ()
     # whether the model reads the embeddings of pictures; else it drafts from the text behind them
     supports_images = False

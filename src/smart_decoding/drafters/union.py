@@ -42,7 +42,7 @@ class UnionDrafter:
         self.free_drafters: list[Any] = self.drafters[self.has_model :]
         self.aux_layers: tuple[int, ...] = self.model.aux_layers if self.model else ()
         self.free = bool(self.free_drafters)
-        self.wants_ends = False
+        self.needs_ends = False
         self._selection = fastest_selection()  # where the model is left out
 
     def pending_rows(self, requests: Sequence[Request]) -> int:

@@ -1,4 +1,4 @@
-"""From a prompt to the requests that answer it. What can never run is refused here."""
+"""From a prompt to the requests that answer it, with refusal of prompts that can never run."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     from smart_decoding.engine.sampling_params import SamplingParams
     from smart_decoding.engine.structured import Constraint, StructuredOutputsParams
 
-BEFORE = 6  # tokens of the prompt's end that the text of an answer's first token may depend on
+BEFORE = 6  # last tokens of the prompt that may change the text of an answer's first token
 
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """Limits of an engine. pages: KV pages of 16 tokens; max_model_len: longest prompt plus answer
-    in tokens."""
+    """Limits of an engine. pages: KV pages of 16 tokens; max_model_len: tokens of prompt and answer
+    together."""
 
     pages: int
     max_model_len: int
@@ -41,7 +41,7 @@ class EngineConfig:
 class Admission:
     """Makes requests of prompts, each with its memory, seed, stops and grammar.
 
-    decode: makes what turns token ids into text, with or without special tokens."""
+    decode: makes a detokenizer, which leaves special tokens out or not."""
 
     def __init__(
         self,
@@ -68,7 +68,8 @@ class Admission:
         media: Media | None,
         cache_salt: str = "",
     ) -> list[Request]:
-        """Return the prompt's `params.n` answers to be. Raises ConfigError or CapacityError."""
+        """Return one request for each of the prompt's `params.n` answers. Raises ConfigError or
+        CapacityError."""
         self._check(prompt, params)
         seed = params.seed if params.seed is not None else self._next_seed()
         names = [f"{request_id}#{sample}" for sample in range(params.n)]
@@ -117,7 +118,7 @@ class Admission:
     def _check(self, prompt: Sequence[int], params: SamplingParams) -> None:
         params.check_vocabulary(self._target.vocab)
         vocab = self._target.vocab
-        self._check_some_are_left(params)
+        self._check_tokens_left(params)
         if not len(prompt):
             raise ConfigError("the prompt is empty: give at least one token")
         if min(prompt) < 0 or max(prompt) >= vocab:
@@ -128,8 +129,8 @@ class Admission:
                 f"max_model_len={self._config.max_model_len}: shorten it or raise max_model_len"
             )
 
-    def _check_some_are_left(self, params: SamplingParams) -> None:
-        """At every token one must be left to draw."""
+    def _check_tokens_left(self, params: SamplingParams) -> None:
+        """Raise ConfigError if `params` may forbid every token at once."""
         if params.bad_words and params.bad_words_token_ids is None:
             raise ConfigError("bad_words is not supported here: this engine knows no tokenizer")
         forbidden = {word[-1] for word in params.bad_words_token_ids or ()}
@@ -160,7 +161,8 @@ class Admission:
 
 
 def _content_hashes(media: Media | None, cache_salt: str) -> ContentHashes:
-    """Return what pages hold beside tokens. The keys of all pages follow from the first."""
+    """Return a hash of each page's pictures. The salt goes to the first page alone: the keys of all
+    pages follow from it."""
     hashes = media.content_hashes if media else {}
     if not cache_salt:
         return hashes

@@ -1,4 +1,4 @@
-"""What a drafter answers in a round, and how a model drafts level by level."""
+"""A drafter's answer in one round, and drafting with a model, level by level."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ MODEL = 0  # the source of a model's nodes; other drafters' are 1, 2, ...
 
 
 class Selection:
-    """Follows rules as they say themselves, in numpy: the reference. A backend may have a native
-    form of the same."""
+    """Follows rules by their own numpy code: the reference. Kernels have a native form of it."""
 
     def frontier(self, rule: TreeRule, trees: DraftTrees, level: int) -> IntArray:
         """See `TreeRule.frontier`."""
@@ -35,9 +34,9 @@ class Selection:
 class Draft:
     """A round's trees, and the nodes to verify.
 
-    rule: that was followed. kept: nodes to verify. widths, level_seconds: rows and seconds of each
-    level that a model ran. choosing: seconds that following the rule took between the levels of one
-    call. interrupted: a request arrived that can begin at once; the trees are dropped."""
+    rule: the rule that made them. kept: nodes to verify. widths, level_seconds: rows and seconds of
+    each level that a model ran. choosing: seconds of choosing nodes between these levels, where one
+    call runs all. interrupted: a request arrived that can begin at once; the trees are dropped."""
 
     trees: DraftTrees
     rule: TreeRule | None = None
@@ -49,7 +48,7 @@ class Draft:
 
     @property
     def seconds(self) -> float:
-        """What a model took; other drafters cost next to nothing."""
+        """Seconds of the model's levels; other drafters cost next to nothing."""
         return sum(self.level_seconds)
 
 
@@ -65,8 +64,8 @@ class LevelModel(Protocol):
     def next_level(
         self, requests: Sequence[Request], trees: DraftTrees, nodes: IntArray, rule: TreeRule
     ) -> int:
-        """Append the children of `nodes`, all of one level; return how many the model ran: others
-        stay leaves."""
+        """Append the children of `nodes`, all of one level. Return how many nodes the model ran;
+        the others stay leaves."""
 
 
 def draft_by_levels(
@@ -80,8 +79,8 @@ def draft_by_levels(
 ) -> Draft:
     """Draft as `rule` says, one level after another: on torch, and for policies in Python.
 
-    proposed: nodes of others: a child that is there already stays one node. interrupted:
-    asked after each level."""
+    proposed: nodes of free drafters; the model's equal nodes merge with them. interrupted: called
+    after each level."""
     start = clock()
     width = model.pending_rows(requests)
     draft = Draft(added(proposed, model.first_level(requests, rule)), rule)
@@ -101,7 +100,7 @@ def draft_by_levels(
 
 
 def added(proposed: DraftTrees, drafted: DraftTrees) -> DraftTrees:
-    """Add a model's nodes to those of others, one node where both are the same."""
+    """Return the nodes of free drafters and of a model in one tree, equal nodes merged."""
     if not len(proposed):
         return drafted
     merge(proposed, drafted, MODEL)
@@ -117,7 +116,7 @@ def _expand(
 ) -> int:
     if not trees.source.any():
         return model.next_level(requests, trees, nodes, rule)
-    # The model has a state for the children of nodes that it ran itself.
+    # The model can run a node only where it has run the node's parent.
     nodes = nodes[of_expanded(trees, slots(trees))[nodes]]
     before = len(trees)
     width = model.next_level(requests, trees, nodes, rule) if len(nodes) else 0

@@ -1,4 +1,4 @@
-"""The engine: one round of the running batch after the other, each as `Engine.step` says."""
+"""The engine: runs one round of the running batch after the other; `Engine.step` is a round."""
 
 from __future__ import annotations
 
@@ -34,11 +34,10 @@ __all__ = ["BEFORE", "Engine", "EngineConfig", "RoundRecord"]
 
 @dataclass(slots=True)
 class RoundRecord:
-    """One finished round, for benchmarks, metrics and pictures. Seconds; `seconds` is the whole
-    round.
+    """One finished round, for benchmarks, metrics and the live page.
 
-    `emitted`: tokens that entered answers; `accepted`: of those the drafted ones, for each decoding
-    request."""
+    seconds: of the whole round. emitted: tokens that entered answers. accepted: the drafted ones
+    among them, for each decoding request."""
 
     round: Round
     emitted: int
@@ -53,7 +52,7 @@ class RoundRecord:
 
     @property
     def controller_seconds(self) -> float:
-        """All but forwards, sampling and KV."""
+        """Seconds outside forwards, sampling and moves of keys."""
         work = self.draft_seconds + self.verify_seconds + self.sample_seconds + self.kv_seconds
         return self.seconds - work
 
@@ -87,8 +86,8 @@ class Engine:
         self._clock = clock
         self._requests: dict[str, Request] = {}
         self._observe_seconds = 0.0  # of the round before
-        # Whose drafts were dropped: their next round is plain, whenever it comes. So nobody waits
-        # for two drafts, and a drafter that has read their last tokens gets new ones.
+        # Requests whose drafts were dropped. Their next round is plain: nobody waits for two
+        # drafts, and the drafter, which has read their last tokens, gets new ones.
         self._dropped: set[Request] = set()
         self._batched: list[Request] = []  # the last round's decoding requests
         self._traits = _traits([])
@@ -103,8 +102,9 @@ class Engine:
         client: str = "",
         cache_salt: str = "",
     ) -> list[Request]:
-        """Queue the prompt's `params.n` answers for `client`. Cached prefixes are shared by
-        those of equal `cache_salt`. Raises ConfigError or CapacityError for what can never run."""
+        """Queue the prompt's `params.n` answers for `client`. Requests with an equal `cache_salt`
+        share cached prefixes. Raises ConfigError or CapacityError for a prompt that can never
+        run."""
         requests = self.admission.requests(request_id, prompt, params, media, cache_salt)
         if any(request.id in self._requests for request in requests):
             raise ConfigError(f"request id {request_id!r} is already running")
@@ -117,8 +117,8 @@ class Engine:
         return requests
 
     def abort(self, request_id: str) -> None:
-        """End a request, all answers of it, freeing its memory now. Unknown ids are ignored: it may
-        have ended."""
+        """End a request with all its answers, and free its memory. An unknown id is ignored: the
+        request may have ended."""
         found = self._requests.get(request_id)
         prefix = f"{request_id}#"
         several = [] if found else [r for r in self._requests.values() if r.id.startswith(prefix)]
@@ -127,10 +127,10 @@ class Engine:
             self._finish(request)
 
     def suspend(self) -> list[Request]:
-        """Put all running requests back to the queue, as they were after their last tokens: after a
-        step that raised.
+        """Put all running requests back into the queue after a step that raised; return them.
 
-        Returns them. Their keys are computed again when they run on; ended ones leave."""
+        They stand as after their last tokens, and their keys are computed again. Ended requests
+        leave."""
         suspended = list(self.scheduler.running)
         for request in suspended:
             if request.logprobs is not None:
@@ -143,14 +143,14 @@ class Engine:
         return suspended
 
     def listen(self, drafter: Drafter) -> None:
-        """Put a drafter in place before the first request, such as one that records the target's
+        """Replace the drafter before the first request, such as by one that records the target's
         features."""
         if self._requests:
             raise ConfigError("a drafter can only be changed while no request is running")
         self.drafter = drafter
 
     def share_pages(self, other: Engine) -> None:
-        """Take KV pages from the pool of `other`, over the same memory. To be called before the
+        """Take KV pages from the pool of `other`, which has the same memory. Call it before the
         first request."""
         self.pool = self.scheduler.pool = self.admission.pool = other.pool
 
@@ -162,9 +162,9 @@ class Engine:
     def step(self, arrived: Callable[[], Collection[str]] = tuple) -> list[Request]:
         """Run one round; return the requests that got tokens, finished ones included.
 
-        arrived: clients whose requests wait to be added. If a slot is free, drafting stops for one
-        that need not wait, and nothing is returned: a forward cannot be cut short, so the request
-        would wait for all of it."""
+        arrived: returns the clients whose requests wait to be added. If one of these could join the
+        next round, drafting stops and nothing is returned. A forward cannot be cut short: the
+        request would wait for all of it."""
         started = self._clock()
         batch = self.scheduler.next_batch()
         self._forget(self.scheduler.preempted)
@@ -172,7 +172,7 @@ class Engine:
             return []
         for request, _ in batch.prefill:
             request.metrics.scheduled = request.metrics.scheduled or started
-        started += self._encode_images(batch)  # no part of what a round costs
+        started += self._encode_images(batch)  # no part of a round's cost
         state = self._state(batch)
         rule = self._plan(batch, state)
         if rule is None or self.drafter is None:
@@ -202,8 +202,8 @@ class Engine:
         return verified.requests
 
     def _encode_images(self, batch: Batch) -> float:
-        """Runs the vision tower on pictures that the round's rows reach for the first time; its
-        seconds."""
+        """Run the vision tower on pictures that the round's rows reach for the first time; return
+        its seconds."""
         total = 0.0
         for request, count in (*batch.prefill, *((request, 1) for request in batch.decode)):
             if request.media is None:
@@ -243,8 +243,8 @@ class Engine:
         )
 
     def _plan(self, batch: Batch, state: BatchState) -> TreeRule | None:
-        """Ask the policy for a rule. Rounds that carry prompts do not draft, whatever the policy:
-        others wait for their first token."""
+        """Ask the policy for a rule. Rounds with prompts never draft: their requests wait for a
+        first token."""
         if batch.prefill or not batch.decode or self.drafter is None:
             return None
         if not self._dropped.isdisjoint(batch.decode):
@@ -252,8 +252,8 @@ class Engine:
         return self.policy.plan(state)
 
     def _update(self, batch: Batch, verified: Verified) -> tuple[int, list[int]]:
-        """Append the new tokens and commit the KV lengths. Returns how many entered answers, and of
-        those the drafted ones, for each decoding request."""
+        """Append the new tokens and commit the KV lengths. Return how many tokens entered answers,
+        and each decoding request's drafted ones among them."""
         now = self._clock()
         emitted = 0
         accepted = []
@@ -271,7 +271,7 @@ class Engine:
         return emitted, accepted
 
     def _hand_over(self, batch: Batch, verified: Verified) -> None:
-        """Tell the drafter what the target computed."""
+        """Give the drafter the committed tokens and the target's features."""
         drafter = self.drafter
         if drafter is None:
             return
@@ -279,7 +279,7 @@ class Engine:
         going_on = [
             i
             for i, part in enumerate(verified.committed)
-            if drafter.wants_ends or not part.request.finished
+            if drafter.needs_ends or not part.request.finished
         ]
         if batch.prefill or len(verified.acceptance.next_token):
             for i in going_on:
@@ -293,8 +293,7 @@ class Engine:
             drafter.extend_each([verified.requests[i] for i in going_on], features)
 
     def _observe(self, done: Round, other_seconds: float) -> None:
-        """What observing takes is told with the next round: nobody can be told what being told
-        takes."""
+        """Let the policy observe the round. The time of observe() is charged to the next round."""
         start = self._clock()
         done.other_seconds = other_seconds + self._observe_seconds
         self.policy.observe(done)
@@ -324,8 +323,8 @@ class Engine:
 def _traits(
     requests: Sequence[Request],
 ) -> tuple[FloatArray, BoolArray, BoolArray | None, BoolArray | None]:
-    """Return what stays as it is as long as the batch is the same: temperature, may_speculate,
-    pictures and constrained of BatchState."""
+    """Return the fields of BatchState that last as long as the batch: temperature, may_speculate,
+    pictures and constrained."""
     temperature = np.array([r.params.temperature for r in requests], np.float64)
     may_speculate = np.array([r.params.speculate for r in requests], np.bool_)
     pictures = np.array([r.media is not None for r in requests], np.bool_)
@@ -339,8 +338,7 @@ def _traits(
 
 
 def _allowed(batch: Batch, state: BatchState, draft: Draft) -> IntArray:
-    """Return the nodes to verify: those selected that grammars allow and that memory is left
-    for."""
+    """Return the selected nodes that grammars allow and that fit into memory."""
     kept = draft.kept
     if state.constrained is not None:
         kept = grammatical([r.constraint for r in batch.decode], draft.trees, kept)
@@ -395,7 +393,7 @@ def _record(
 
 
 def _count_nodes(batch: Batch, draft: Draft, accepted: Sequence[int]) -> list[int]:
-    """Count drafted and verified nodes. Returns the rows of each decoding request."""
+    """Count drafted and verified nodes. Return the rows of each decoding request."""
     if not len(draft.trees):
         return [1] * len(batch.decode)
     drafted = draft.trees.counts()

@@ -29,23 +29,22 @@ if TYPE_CHECKING:
     from smart_decoding.engine.request import Request
 
 log = logging.getLogger("smart.engine")
-LONGEST_ROUND = 10.0  # seconds that an end waits for the present round
-ROUNDS_OVER_WORK = 2.0  # seconds of rounds for each of urgent work, where several requests run
+LONGEST_ROUND = 10.0  # seconds that stop() waits for the present round
+ROUNDS_OVER_WORK = 2.0  # seconds of rounds per second of urgent work, where several requests run
 IDLE_AFTER = 0.05  # seconds without work in the process before idle work begins
-GIVE_UP = 3  # failures in a row that no request survived: then the engine itself is broken
+GIVE_UP = 3  # failures in a row without a surviving request: the engine itself may be broken
 
-# Threads of this process that have requests, or do idle work: two at once would share the cores,
-# and what one measures would be what the other leaves of them.
+# Threads of this process that have requests, or do idle work. Idle work that measures needs all
+# cores for itself.
 _AT_WORK: set[Rounds] = set()
 
 
 class IdleWork(Protocol):
-    """What an engine thread does bit by bit, while no engine of this process has anything else to
-    do.
+    """Work that an engine thread does in steps, while all engines of this process are idle.
 
-    urgent: whether to go on beside other engines, and beside several requests: a bit follows rounds
-    that have taken ROUNDS_OVER_WORK times as long as the last one. A lone request is not held
-    up."""
+    urgent: whether it goes on while other engines run, and between the rounds of several requests.
+    Between two steps rounds then take ROUNDS_OVER_WORK times as long as a step. A lone request is
+    not held up."""
 
     @property
     def urgent(self) -> bool:
@@ -53,15 +52,15 @@ class IdleWork(Protocol):
         ...
 
     def step(self) -> bool:
-        """Do a bit, which requests may have to wait for; false if nothing is left."""
+        """Do one step, for which requests may have to wait; return whether more is left."""
 
 
 class EngineThread:
-    """The one thread in which the rounds of an engine run, and of those that share its weights.
+    """The one thread that runs the rounds of an engine and of all engines that share its weights.
 
-    It starts with the first job, and ends with this object. observers: are told of all rounds.
-    All methods may be called from any thread. A child that is forked once it runs has no such
-    thread: jobs raise EngineStoppedError.
+    It starts with the first job, and ends with this object. observers: are called for all rounds.
+    All methods may be called from any thread. In a process forked after the start, jobs raise
+    EngineStoppedError: a fork has no such thread.
     """
 
     def __init__(self) -> None:
@@ -69,19 +68,19 @@ class EngineThread:
         self.observers = Observers()
         self._idle_work: list[IdleWork] = []
         self._thread: threading.Thread | None = None
-        self._process = 0  # in which it runs
+        self._process = 0  # id of the process in which the thread runs
         self._starting = threading.Lock()
 
     def start(self) -> None:
-        """Do not wait for the first job."""
+        """Start the thread now, not with the first job."""
         self._require_process()
         with self._starting:
             if self._thread is None:
                 self._start()
 
     def work_before(self, work: Callable[[], object]) -> bool:
-        """Do some work as long as there is no thread, which then wait to start; whether there was
-        none."""
+        """Do some work before the thread starts; a start waits for its end. Return False, and do
+        nothing, if the thread runs already."""
         self._require_process()
         with self._starting:
             if self._thread is not None:
@@ -90,22 +89,22 @@ class EngineThread:
             return True
 
     def add_idle_work(self, work: IdleWork) -> None:
-        """To be done once the thread has started; see `IdleWork`."""
+        """Add work for the thread's idle times; see `IdleWork`."""
         self._idle_work.append(work)
         self.inbox.wake()
 
     def still_does(self, work: IdleWork) -> bool:
-        """Return whether this work is still to be done; it is not if it raised."""
+        """Return whether this work has steps left; none after one that raised."""
         return work in self._idle_work
 
     def require_another(self) -> None:
-        """Raise ConfigError in the engine thread itself, which cannot wait for what it does."""
+        """Raise ConfigError in the engine thread, which cannot wait for itself."""
         if threading.current_thread() is self._thread:
             raise ConfigError("on_step cannot ask the model: it would wait for itself")
 
     def _require_process(self) -> None:
-        """Raise EngineStoppedError in a forked child. Locks that were held by another thread while
-        it was forked are held for ever there."""
+        """Raise EngineStoppedError in a forked process: a lock that another thread held during the
+        fork is never released there."""
         if self._thread is not None and os.getpid() != self._process:
             raise EngineStoppedError(
                 "this process was forked from the one that loaded the model: load it in the child"
@@ -120,16 +119,16 @@ class EngineThread:
         self.start()  # with the job there: it is not idle
 
     def cancel(self, job: Job) -> bool:
-        """Ends a job before the next round, if it has not ended, and frees its slots. Then None is
-        delivered; false if it is not, as no thread runs."""
+        """End a job before the next round and free its slots. Return whether a thread runs; it then
+        delivers None."""
         runs_here = self._thread is not None and os.getpid() == self._process
         return runs_here and self.inbox.abort(job)
 
     def results(self, job: Job) -> Generator[Chunk, None, None]:
-        """Runs a job: its chunks as rounds yield them. The job is over when this is.
+        """Run a job: yield its chunks, round by round. Closing the generator ends the job.
 
-        Raises what its asks or its `on_round` raised, EngineStoppedError, and ConfigError in the
-        engine thread itself."""
+        Raises the errors of its asks or of its `on_round`, EngineStoppedError, and ConfigError in
+        the engine thread itself."""
         self.require_another()
         box: SimpleQueue[list[Delivery]] = SimpleQueue()
         job.deliver = box.put
@@ -146,22 +145,22 @@ class EngineThread:
                     if delivery.content is not None:
                         yield delivery.content
         finally:
-            # A generator may be collected in any thread, the engine's too: it waits for nobody.
+            # A generator may be collected in any thread. The engine's cannot wait for itself.
             if left and self.cancel(job) and threading.current_thread() is not self._thread:
                 while all(delivery.content is not None for delivery in box.get()):
                     pass
 
     def stop(self, timeout: float = LONGEST_ROUND) -> None:
-        """End the thread after its present round; what still runs gets EngineStoppedError."""
+        """End the thread after its present round; unfinished jobs get EngineStoppedError."""
         self.inbox.stop()
         if self._thread is not None:
             _join(self._thread, timeout)
 
     def _start(self) -> None:
-        given = (self.inbox, self.observers, self._idle_work)
-        thread = threading.Thread(target=_main, args=given, name="smart-engine", daemon=True)
+        args = (self.inbox, self.observers, self._idle_work)
+        thread = threading.Thread(target=_main, args=args, name="smart-engine", daemon=True)
         self._process = os.getpid()
-        self._thread = thread  # before it runs: its first round may ask whose it is
+        self._thread = thread  # before it runs: its first round may call require_another()
         try:
             thread.start()
         except BaseException:
@@ -171,7 +170,7 @@ class EngineThread:
 
 
 def _end(inbox: Inbox, thread: threading.Thread) -> None:
-    """No thread is in the kernels when the process ends."""
+    """Stop the thread: the process must not end while one is in the kernels."""
     inbox.stop()
     _join(thread, LONGEST_ROUND)
 
@@ -201,8 +200,8 @@ def _main(inbox: Inbox, observers: Observers, idle_work: list[IdleWork]) -> None
 class Rounds:
     """Owns the engines and the jobs in them; nothing here is called from another thread.
 
-    Engines that share weights and KV memory take turns: a job waits until no other engine has
-    requests, and those that come later wait behind it. An idle thread holds no engine.
+    Engines that share weights and KV memory take turns. A job waits until no other engine has
+    requests, and later jobs wait behind it. An idle thread holds no engine.
     """
 
     def __init__(self, inbox: Inbox, observers: Observers, idle_work: list[IdleWork]) -> None:
@@ -212,16 +211,16 @@ class Rounds:
         self._observers = observers
         self._idle_work = idle_work
         self._queue: deque[Job] = deque()  # jobs that are not in an engine yet
-        self._waiting: list[Job] = []  # jobs in the engine of which no answer had begun
-        self._shown: list[Job] = []  # jobs in the engine that are called after each round
+        self._waiting: list[Job] = []  # jobs in the engine without a begun answer
+        self._shown: list[Job] = []  # jobs in the engine with an `on_round`
         self._outbox: list[Delivery] = []
         self._isolation = Isolation(self)
-        self._ran = False  # a round, just now
-        self._owed = 0.0  # seconds of rounds before the next bit of idle work
+        self._ran = False  # whether a round has run just now
+        self._rounds_due = 0.0  # seconds of rounds before the next step of idle work
 
     @property
     def engine(self) -> Engine:
-        """The one that has requests."""
+        """The engine that has requests."""
         assert self._engine is not None
         return self._engine
 
@@ -230,7 +229,7 @@ class Rounds:
         return self._engine is not None and self._engine.has_unfinished_requests
 
     def run(self) -> None:
-        """Rounds until the inbox says stop. Raises what breaks the engine itself."""
+        """Run rounds until the inbox says stop. Raises the error that broke the engine itself."""
         while not self._inbox.stopping:
             self._carry_out_commands()
             self._drop_overdue()
@@ -245,7 +244,7 @@ class Rounds:
                 self._work_idly()
 
     def end_all(self, reason: str) -> None:
-        """Tell every job that is still here why it ends."""
+        """End every job that is left with EngineStoppedError."""
         _AT_WORK.discard(self)
         for job in dict.fromkeys((*self.owners.values(), *self._queue)):
             self._outbox.append(Delivery(job, EngineStoppedError(reason), job.left))
@@ -259,39 +258,38 @@ class Rounds:
                 self._isolation.failures = 0
         except Exception as error:
             self._isolation.after_failed_round(error)
-        self._owed -= time.perf_counter() - began
+        self._rounds_due -= time.perf_counter() - began
 
     def step(self, arrived: Callable[[], Collection[str]] = tuple) -> bool:
-        """Return one round; whether any request has gained by it. arrived: clients that wait for
-        its end."""
-        self._observers.tell(lambda observer: observer.before(self.engine))
+        """Run one round; return whether any request got tokens. arrived: as for `Engine.step`."""
+        self._observers.notify(lambda observer: observer.before(self.engine))
         touched = self.engine.step(arrived)
-        self._observers.tell(lambda observer: observer.after(self.engine, touched))
+        self._observers.notify(lambda observer: observer.after(self.engine, touched))
         self._show(touched)
         for request in touched:
             self.emit(request)
         return bool(touched)
 
     def emit(self, request: Request) -> None:
-        """Put out what a request has gained; ends it if that raises."""
+        """Deliver a request's new tokens; end the request if that raises."""
         try:
             self._emit(request)
             if request.error is not None and request in self.owners:
                 raise request.error
-        except Exception as error:  # its own: the others have nothing to do with it
+        except Exception as error:  # its own: the others go on
             self.fail(request, error)
 
     def fail(self, request: Request, error: Exception) -> None:
-        """End the job of a request that raised, and tell its caller."""
+        """End the job of a request that raised; its caller gets the error."""
         self.engine.abort(request.id)
         job = self.owners.get(request)
         if job is not None:
             self._end(job, error)
 
     def _has_time(self) -> bool:
-        """Return whether some idle work may be done now."""
+        """Return whether a step of idle work may be done now."""
         if self._busy:
-            due = self._idle_work[0].urgent and self._owed <= 0
+            due = self._idle_work[0].urgent and self._rounds_due <= 0
             return due and len(self.engine.scheduler.running) > 1
         return not self._patience() and not self._inbox.arrived()
 
@@ -308,7 +306,7 @@ class Rounds:
             _AT_WORK.discard(self)
         if not going_on:
             self._idle_work.remove(work)
-        self._owed = ROUNDS_OVER_WORK * (time.perf_counter() - began)
+        self._rounds_due = ROUNDS_OVER_WORK * (time.perf_counter() - began)
 
     def _carry_out_commands(self) -> None:
         idle = not self._busy and not self._queue
@@ -324,8 +322,8 @@ class Rounds:
             self._add(self._queue.popleft())
 
     def _patience(self) -> float:
-        """Return seconds that an idle thread waits for commands. Who has just got an answer often
-        asks again, or asks another engine."""
+        """Return seconds that an idle thread waits for commands before idle work. A client with a
+        fresh answer often sends the next request at once."""
         if not self._idle_work:
             return math.inf
         others = bool(_AT_WORK) and not self._idle_work[0].urgent
@@ -336,8 +334,8 @@ class Rounds:
         try:
             for place, ask in enumerate(job.asks):
                 name = f"{job.id}-{place}"
-                asked = (ask.tokens, ask.params, ask.media, job.client, job.cache_salt)
-                for request in job.engine.add_request(name, *asked):
+                arguments = (ask.tokens, ask.params, ask.media, job.client, job.cache_salt)
+                for request in job.engine.add_request(name, *arguments):
                     request.viewer = job.viewer
                     job.answers[request] = len(job.answers)
                     job.sent[request] = 0
@@ -350,11 +348,11 @@ class Rounds:
                 self._shown.append(job)
 
     def _end(self, job: Job, error: BaseException | None = None) -> None:
-        """Take a job out, its slots with it; `error` goes to its caller."""
+        """Take a job out and free its slots; `error` goes to its caller."""
         for request in job.answers:
             if self.owners.pop(request, None) is not None:
                 self.engine.abort(request.id)
-                self._tell_ended(request, "error" if error else "abort")
+                self._report_end(request, "error" if error else "abort")
         for line in (self._queue, self._waiting):
             if job in line:
                 line.remove(job)
@@ -383,7 +381,8 @@ class Rounds:
                 self.emit(request)
 
     def _emit(self, request: Request) -> None:
-        """For a job that does not stream, only at its end. Before an error comes its text."""
+        """Put a request's new tokens into the outbox: after each round for a job that streams, else
+        at the request's end."""
         job = self.owners.get(request)
         ended = request.finished and request.error is None
         if job is None or not (job.stream or ended):
@@ -401,14 +400,14 @@ class Rounds:
             chunk.metrics = request.metrics
             del self.owners[request]
             job.left -= 1
-            self._tell_ended(request, reason or "abort")
+            self._report_end(request, reason or "abort")
         self._outbox.append(Delivery(job, chunk, int(ended)))
 
-    def _tell_ended(self, request: Request, reason: str) -> None:
-        self._observers.tell(lambda observer: observer.ended(request, reason))
+    def _report_end(self, request: Request, reason: str) -> None:
+        self._observers.notify(lambda observer: observer.ended(request, reason))
 
     def _flush(self) -> None:
-        """One call for all that goes the same way."""
+        """Deliver the outbox, with one call for each receiver."""
         outbox = self._outbox
         self._outbox = []
         for deliver in dict.fromkeys(delivery.job.deliver for delivery in outbox):
@@ -416,10 +415,11 @@ class Rounds:
 
 
 class Isolation:
-    """Runs the requests of a failed round alone. Those that raise again end, the others go on.
+    """Runs the requests of a failed round one by one. A request that raises again ends, the others
+    go on.
 
     Tokens do not depend on the batch, so the survivors' answers are the same as without the
-    failure. failures: in a row, that no request survived.
+    failure. failures: failed rounds in a row without a survivor.
     """
 
     def __init__(self, rounds: Rounds) -> None:
@@ -431,12 +431,12 @@ class Isolation:
         log.info("a round has failed; trying its requests one by one", exc_info=error)
         engine = self._rounds.engine
         queue = engine.scheduler.waiting
-        suspects = engine.suspend() or list(queue)  # it may have failed before it took one
+        suspects = engine.suspend() or list(queue)  # the round may have failed before admission
         others = [request for request in queue if request not in suspects]
         survivors = []
         for suspect in suspects:
             queue.clear()
-            if suspect.finished:  # in the very round that failed, or with another answer of its job
+            if suspect.finished:  # in the failed round, or with another answer of its job
                 self._rounds.emit(suspect)
                 continue
             queue.append(suspect)
@@ -454,7 +454,8 @@ class Isolation:
                 queue.append(request)
 
     def _survives(self, request: Request) -> bool:
-        """Runs it alone, through a round of each kind: its prompt's, and a decoding one."""
+        """Run one request through a prompt's round and a decoding one; return whether none
+        raised."""
         try:
             if len(request.tokens) != len(request.prompt) + len(request.output):
                 raise RuntimeError("it failed while its new tokens were taken in")
@@ -473,7 +474,7 @@ class Isolation:
         return True
 
     def _check_engine(self, error: Exception) -> None:
-        """After failures in a row, which may have been the requests' own: tries what must work."""
+        """Raise `error` unless a short warm-up works: then the failures were the requests' own."""
         try:
             warm_up(self._rounds.engine)
         except Exception:
@@ -482,10 +483,10 @@ class Isolation:
 
 
 def warm_up(engine: Engine) -> None:
-    """One short answer, in this thread: the first client does not pay for compilation and first
-    touches of memory.
+    """Run one short answer in this thread, so that the first client does not pay for compilation
+    and first touches of memory.
 
-    Raises ConfigError if not even that fits in.
+    Raises ConfigError if the context has no room for it.
     """
     room = engine.config.max_model_len
     if room < 3:
@@ -498,4 +499,4 @@ def warm_up(engine: Engine) -> None:
         while not request.finished:
             engine.step()
     finally:
-        engine.abort(request.id)  # of no effect if it is over
+        engine.abort(request.id)  # without effect on a finished one

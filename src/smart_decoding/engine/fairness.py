@@ -73,7 +73,7 @@ class VirtualTokenCounter:
 
 
 class OfClient(Protocol):
-    """What waits in a queue. client: the name of the client that it is for."""
+    """An item of a queue. client: the name of its client."""
 
     client: str
 
@@ -135,4 +135,4 @@ class ClientQueues(Generic[T]):
         return item in self._queues.get(item.client, ())
 
     def __len__(self) -> int:
-        return sum(map(len, list(self._queues.values())))  # other threads ask, too
+        return sum(map(len, list(self._queues.values())))  # a copy: other threads call this, too

@@ -1,4 +1,4 @@
-"""A row's own history and all else that decides its token, beside its logits."""
+"""Everything but the logits that decides a row's token: history, seed, grammar and penalties."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class TokenHistory:
     """The distinct tokens of one request and how often each occurs in its output.
 
-    Compact arrays over distinct tokens, not over the vocabulary: a row of the tree copies a few
+    The arrays span the distinct tokens, not the vocabulary: a row of the tree copies a few
     kilobytes."""
 
     def __init__(self, prompt: Iterable[int] = (), output: Iterable[int] = ()) -> None:
@@ -37,9 +37,9 @@ class TokenHistory:
             self._counts[slot] += 1
 
     def at(self, path: Sequence[int] = ()) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
-        """Return distinct tokens of prompt, output and `path` (tree tokens from the first level to
-        the row), and each one's count in output and path; both [distinct]. Read only: without a
-        path they are views."""
+        """Return the distinct tokens of prompt, output and `path`, and each one's count in output
+        and path; both [distinct]. path: tree tokens from the first level to the row. The arrays are
+        to be read only: without a path they are views."""
         size = len(self._slot)
         tokens = self._tokens[:size]
         counts = self._counts[:size]
@@ -64,7 +64,7 @@ class TokenHistory:
 
 @dataclass(frozen=True, slots=True)
 class SampleSpec:
-    """All that decides the token of one row, beside its logits.
+    """Everything but the logits that decides the token of one row.
 
     params: the request's.
     seed: the request's seed, resolved (params.seed may be None).
@@ -88,30 +88,30 @@ class SampleSpec:
     output: Sequence[int] = ()
 
     def ends_with(self, tokens: Sequence[int]) -> bool:
-        """Return whether these are the last tokens of output and path."""
+        """Return whether output and path end with these tokens."""
         if not len(tokens):
             return True
         last = self.path if len(self.path) else self.output
-        if not len(last) or last[-1] != tokens[-1]:  # nearly always: asked of each word and row
+        if not len(last) or last[-1] != tokens[-1]:  # nearly always, and much faster
             return False
         count = len(tokens)
         return [*self.output[-count:], *self.path][-count:] == list(tokens)
 
 
 def specs_of(
-    rows: Iterable[int], asking: Sequence[Request], nodes: DraftTrees, eos: Sequence[int]
+    rows: Iterable[int], requests: Sequence[Request], nodes: DraftTrees, eos: Sequence[int]
 ) -> list[SampleSpec]:
-    """Return one spec per visited row, in the numbering of `core.tree.accept`: roots first, then
+    """Return one spec for each row, in the numbering of `core.tree.accept`: roots first, then
     nodes."""
     specs = []
     for row in rows:
         owner = row
         path: list[int] = []
-        if row >= len(asking):
-            node = row - len(asking)
+        if row >= len(requests):
+            node = row - len(requests)
             owner = int(nodes.owner[node])
             path = nodes.token[nodes.path(node)].tolist()
-        request = asking[owner]
+        request = requests[owner]
         specs.append(
             SampleSpec(
                 request.params,

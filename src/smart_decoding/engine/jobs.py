@@ -1,4 +1,4 @@
-"""What passes between callers and the engine thread: jobs one way, chunks the other."""
+"""Messages between callers and the engine thread: jobs one way, chunks the other."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Ask:
 
 @dataclass(slots=True)
 class Chunk:
-    """What one answer gained. tokens: ids; logprobs: one entry a token, None if not asked for;
-    metrics: of the whole answer, at its end."""
+    """New text and tokens of one answer. tokens: ids; logprobs: one entry a token, None if not
+    requested; metrics: of the whole answer, at its end."""
 
     index: int
     text: str
@@ -43,8 +43,8 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """From the engine thread to a job's caller. content: an error is its end, None says that it was
-    cancelled; ended: answers of the job that are over with it."""
+    """A message from the engine thread to a job's caller. content: a chunk, an error that ended the
+    job, or None after a cancellation; ended: answers of the job that end with it."""
 
     job: Job
     content: Chunk | BaseException | None
@@ -57,14 +57,14 @@ def _to_nobody(deliveries: list[Delivery]) -> None:
 
 @dataclass(eq=False, slots=True)
 class Job:
-    """What one caller asks for: it ends as a whole if it is cancelled or if one of its asks fails.
+    """One caller's prompts. The whole job ends if it is cancelled or if one of its asks fails.
 
-    Answers are numbered through all asks. id: unique in its engine; stream: chunks after each
-    round, not only at an answer's end; deliver: the way back, called by the engine thread;
+    Answers are numbered through all asks. id: unique in its engine; stream: deliver chunks after
+    each round, not only at an answer's end; deliver: called by the engine thread with chunks;
     on_round: called by it after each round with the job's requests that got tokens; timeout:
-    seconds that it may wait for its first slot; request_id: for the log; client: whom it is for;
-    viewer: who may watch it; cache_salt: cached prefixes are shared by jobs of the same; grammars:
-    compiled ones, held so that the engine finds them.
+    seconds to wait for a first slot; request_id: for the log; client: name of the client; viewer:
+    name of the user who may watch it; cache_salt: jobs with an equal one share cached prefixes;
+    grammars: compiled ones, held so that the engine finds them.
     """
 
     id: str
@@ -80,12 +80,12 @@ class Job:
     cache_salt: str = ""
     grammars: Sequence[object] = ()
     submitted: float = 0.0  # when, on time.monotonic
-    # The engine thread's:
+    # Used by the engine thread alone:
     answers: dict[Request, int] = field(default_factory=dict)
-    sent: dict[Request, int] = field(default_factory=dict)  # tokens given out
+    sent: dict[Request, int] = field(default_factory=dict)  # delivered tokens
     left: int = 0  # answers that are not over yet
 
     @property
     def size(self) -> int:
-        """Answers in all."""
+        """Number of answers."""
         return sum(ask.params.n for ask in self.asks)

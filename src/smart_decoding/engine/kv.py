@@ -1,7 +1,7 @@
 """KV memory: pages of 16 positions, shared by reference, and one block table per request.
 
-The pool is bounded: reserve() fails when it is empty and the scheduler then makes room. Pages of
-finished requests stay findable by their content (prefix caching) until their memory is needed.
+The pool is bounded: reserve() fails when the pool is empty, and the scheduler then makes room.
+Pages of finished requests stay findable by content (prefix caching) until their memory is needed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 Ints: TypeAlias = NDArray[np.int32]
 # The preceding page's content id, and this page's tokens and content hashes.
 Key: TypeAlias = tuple[int, bytes]
-# A request's page, by index -> what it holds beside its tokens (pictures).
+# Index of a request's page -> hash of the pictures in it.
 ContentHashes: TypeAlias = Mapping[int, bytes]
 
 PAGE = 16
@@ -25,7 +25,7 @@ _NO_HASHES: ContentHashes = {}
 
 
 class OutOfPagesError(Exception):
-    """The pool is empty: internal, the scheduler answers it by preempting."""
+    """The pool is empty: internal, the scheduler catches it and preempts."""
 
 
 class PagePool:
@@ -39,16 +39,16 @@ class PagePool:
         # The first page is found; requests that ran at once hold the others.
         self._pages_of: dict[Key, list[int]] = {}
         self._key_of: dict[int, Key] = {}
-        # page -> content id, unique for ever: a key never means other tokens
+        # page -> content id, never used again: a key always means the same tokens
         self._content: dict[int, int] = {}
         self._next_content = _ROOT_CONTENT + 1
-        # cached pages that nobody holds, oldest first
+        # cached pages that no request holds, oldest first
         self._idle: OrderedDict[int, None] = OrderedDict()
-        self._lent: set[int] = set()
+        self._borrowed: set[int] = set()
 
     @classmethod
     def of(cls, pages: Sequence[int]) -> PagePool:
-        """Return pages that were taken from another pool, as one in which nothing is found."""
+        """Return a pool of pages that were taken from another one, without cached content."""
         pool = cls(max(pages) + 1)
         pool._free = list(pages)
         return pool
@@ -60,25 +60,25 @@ class PagePool:
 
     @property
     def used(self) -> float:
-        """The share that requests hold, in [0, 1]. One look, so other threads may ask, too."""
+        """The share of pages that requests hold, in [0, 1]. Safe to read from other threads."""
         return np.count_nonzero(self._references) / self.pages
 
     def take(self, count: int) -> list[int]:
-        """`count` pages of arbitrary content. Raises OutOfPagesError, taking none."""
+        """Take `count` pages of arbitrary content. Raises OutOfPagesError, taking none."""
         pages = self._pop(count)
         self._references[pages] += 1
         return pages
 
-    def lend(self, count: int) -> list[int]:
-        """Return the same between rounds, for no request: until `take_back` they count as
-        nobody's."""
+    def borrow(self, count: int) -> list[int]:
+        """Take pages for work between rounds, not for a request, until `put_back`. Raises
+        OutOfPagesError, taking none."""
         pages = self._pop(count)
-        self._lent.update(pages)
+        self._borrowed.update(pages)
         return pages
 
-    def take_back(self, pages: Iterable[int]) -> None:
-        """The end of what was lent."""
-        self._lent.difference_update(pages)
+    def put_back(self, pages: Iterable[int]) -> None:
+        """Free borrowed pages."""
+        self._borrowed.difference_update(pages)
         self._free.extend(pages)
 
     def give(self, pages: Iterable[int]) -> None:
@@ -94,8 +94,8 @@ class PagePool:
     def find(
         self, tokens: Sequence[int], limit: int, content_hashes: ContentHashes = _NO_HASHES
     ) -> list[int]:
-        """Return cached pages that hold the first tokens of `tokens` (at most `limit` tokens), each
-        with a new reference."""
+        """Return cached pages of the first tokens of `tokens`, at most `limit`, each with a new
+        reference."""
         found: list[int] = []
         if not self.prefix_caching:
             return found
@@ -125,14 +125,14 @@ class PagePool:
             return
         key = (content, _bytes(tokens) + content_hash)
         same = self._pages_of.setdefault(key, [])
-        if same:  # what follows it is found through either page
+        if same:  # equal content has one id, so its following pages are found through either page
             self._content[page] = self._content[same[0]]
         else:
             self._content[page] = self._next_content
             self._next_content += 1
         same.append(page)
         self._key_of[page] = key
-        if same[0] in self._idle:  # this one stays longer
+        if same[0] in self._idle:  # the new page stays longer
             del self._idle[same[0]]
             self._drop(same[0])
 
@@ -147,14 +147,14 @@ class PagePool:
         free = set(self._free) | set(self._idle)
         assert len(free) == self.available, "a page is listed as free twice"
         unheld = set(np.flatnonzero(held == 0).tolist())
-        assert free | self._lent == unheld, "a page is lost, or free and held"
+        assert free | self._borrowed == unheld, "a page is lost, or free and held"
         listed = {page: key for key, pages in self._pages_of.items() for page in pages}
         assert listed == self._key_of, "the index of content is not sound"
         assert listed.keys() == self._content.keys(), "the index of content is not sound"
         assert listed.keys().isdisjoint(self._free), "a page is free and cached"
         for page in self._idle:
             assert self._pages_of[listed[page]] == [page], (
-                "an idle page holds what another one holds too"
+                "an idle page has the content of another page"
             )
 
     def _pop(self, count: int) -> list[int]:
@@ -168,13 +168,13 @@ class PagePool:
         return page
 
     def _drop(self, page: int) -> None:
-        """Free a page that nobody holds."""
+        """Free a page that no request holds."""
         if page in self._key_of:
             self._forget(page)
         self._free.append(page)
 
     def _forget(self, page: int) -> None:
-        """Its content is not found in it any more."""
+        """Take a page's content out of the index."""
         key = self._key_of.pop(page)
         del self._content[page]
         self._pages_of[key].remove(page)
@@ -203,7 +203,7 @@ class BlockTable:
         return self._array[: len(self.pages)]
 
     def reuse(self, tokens: Sequence[int]) -> int:
-        """Starts from cached pages, leaving at least one token to compute. Returns the positions
+        """Start from cached pages, leaving at least one token to compute. Return the positions
         found."""
         assert not self.pages
         self.pages = self._pool.find(tokens, len(tokens) - 1, self.content_hashes)
@@ -213,8 +213,8 @@ class BlockTable:
         return self.length
 
     def cover(self, rows: int) -> None:
-        """Take the pages of the positions length, length + 1, ... length + rows - 1 that are
-        missing. Raises OutOfPagesError, changing nothing."""
+        """Take the missing pages of the positions length, length + 1, ... length + rows - 1. Raises
+        OutOfPagesError, changing nothing."""
         missing = (self.length + rows + PAGE - 1) // PAGE - len(self.pages)
         if missing > 0:
             self.pages.extend(self._pool.take(missing))
@@ -228,8 +228,8 @@ class BlockTable:
         return [pages[t // PAGE] * PAGE + t % PAGE for t in range(self.length, self.length + rows)]
 
     def commit(self, tokens: Sequence[int], length: int) -> None:
-        """The first `length` positions now hold the keys of tokens[:length]; pages beyond are given
-        back."""
+        """Note that the first `length` positions hold the keys of tokens[:length], and give pages
+        beyond them back."""
         self.length = length
         needed = (length + PAGE - 1) // PAGE
         if needed < len(self.pages):

@@ -1,12 +1,12 @@
 """Degenerate loops: an answer that repeats a block of tokens over and over.
 
-Small models loop often, and a loop flatters speculation (it is easily predicted), so that the
-benchmark cuts every answer where its loop starts, by this one function, for every policy.
+Small models loop often, and a loop is easily predicted, which flatters speculation. So the
+benchmark cuts every answer of every policy where its loop starts, by this function.
 
 A loop is a block of 1 to 128 tokens that has just occurred at least three times in a row, 24 tokens
-or more in all. Three, since twice is common in ordinary text (a refrain, a test after its twin); 24
-tokens, since short blocks do repeat in code and tables (`0, 0, 0,`, rules of dashes). A text that
-changes a little each time, such as a running number, is not a loop.
+or more in all. Two repetitions are common in ordinary text, such as a refrain. Short blocks repeat
+in code and tables, such as `0, 0, 0,`. A text that changes a little each time, such as a running
+number, is not a loop.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ MIN_TOKENS = 24
 
 
 class LoopDetector:
-    """Finds a loop as tokens arrive. Per token only the places of the same token among the last
-    MAX_PERIOD count."""
+    """Finds a loop as tokens arrive. A token costs one step for each place of the same token among
+    the last MAX_PERIOD."""
 
     def __init__(self) -> None:
         self._last: dict[int, int] = {}  # token -> index of its last occurrence
@@ -31,9 +31,8 @@ class LoopDetector:
         self.start: int | None = None
 
     def push(self, token: int) -> bool:
-        """Take the next token; true once a loop is there. Then `start` is the index of its first
-        superfluous token: the start of the block's second repetition, from where on the answer only
-        repeats itself."""
+        """Take the next token; return True once there is a loop. Then `start` is the index where
+        the block's second repetition starts: from there on the answer only repeats itself."""
         if self.start is not None:
             return True
         now = len(self._before)
@@ -55,7 +54,7 @@ class LoopDetector:
 
 
 def loop_start(tokens: Iterable[int]) -> int | None:
-    """Index from which `tokens` merely repeats itself, or None: cut the answer to
+    """Return the index from which `tokens` only repeats itself, or None: cut the answer to
     tokens[:loop_start(tokens)]."""
     detector = LoopDetector()
     for token in tokens:

@@ -1,8 +1,8 @@
-"""What fills positions of a prompt that no token id describes: pictures, as the engine knows them.
+"""Pictures of a prompt, as the engine sees them.
 
-A picture stands for `length` consecutive positions. The engine knows what identifies its content,
-and gives the target the rows of its embeddings with the rows of the prompt's chunks; what it looks
-like is the backend's business.
+A picture fills `length` consecutive positions of a prompt. The engine knows a digest of its content
+and hands its embeddings to the target, with the rows of the prompt's chunks. Pixels are read by the
+backend alone.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ MultimodalEmbeddings: TypeAlias = Sequence[tuple[int, Any]]
 
 @dataclass(eq=False, slots=True)
 class Picture:
-    """An image, or the frames of a video. key: digest of its content; pixels: what the target's
-    `encode_image` reads; embeddings: [length, hidden] on the backend, there from the prompt's
-    prefill until its request ends."""
+    """An image, or the frames of a video. key: digest of its content; pixels: input of the target's
+    `encode_image`; embeddings: [length, hidden] on the backend, from the prompt's prefill until its
+    request ends."""
 
     first: int
     length: int
@@ -39,8 +39,8 @@ class Picture:
 class Media:
     """The pictures of one prompt, in order.
 
-    rotary: [prompt, 3] rotary positions (time, height, width) of models that have three, else None;
-    behind the prompt all three are the plain position plus `shift`."""
+    rotary: [prompt, 3] rotary positions (time, height, width) of models with three, else None.
+    Behind the prompt all three are the plain position plus `shift`."""
 
     pictures: Sequence[Picture]
     rotary: IntArray | None = None
@@ -48,7 +48,7 @@ class Media:
     content_hashes: dict[int, bytes] = field(init=False)
 
     def __post_init__(self) -> None:
-        # page -> what it holds beside its token ids: prefix caching must tell pictures apart
+        # page -> hash of its pictures: to prefix caching, equal token ids are not equal content
         self.content_hashes = {}
         for picture in self.pictures:
             last = picture.first + picture.length - 1
@@ -58,19 +58,19 @@ class Media:
                 self.content_hashes[page] = before + picture.key + offset
 
     def copy(self) -> Media:
-        """Return the same pictures, to be encoded and forgotten on their own."""
+        """Return a copy of the pictures, without embeddings."""
         pictures = [replace(picture, embeddings=None) for picture in self.pictures]
         return Media(pictures, self.rotary, self.shift)
 
     def visual(self, end: int) -> int:
-        """Return where the last picture's positions end that begins before `end`, or `end` if that
-        lies within it; 0: none."""
+        """Return the position behind the last picture that begins before `end`, but no more than
+        `end`; 0 without such a picture."""
         ends = (min(end, p.first + p.length) for p in self.pictures if p.first < end)
         return max(ends, default=0)
 
     @property
     def length(self) -> int:
-        """Positions of all pictures."""
+        """Number of all pictures' positions."""
         return sum(picture.length for picture in self.pictures)
 
     def within(self, start: int, count: int) -> list[Picture]:
@@ -78,7 +78,7 @@ class Media:
         return [p for p in self.pictures if p.first < start + count and start < p.first + p.length]
 
     def to_encode(self, start: int, count: int) -> list[Picture]:
-        """Return those among them whose embeddings are still to be computed."""
+        """Return the pictures in [start, start + count) without embeddings."""
         return [picture for picture in self.within(start, count) if picture.embeddings is None]
 
     def mm_embeds(self, start: int, count: int) -> MultimodalEmbeddings:
@@ -93,7 +93,7 @@ class Media:
         return parts
 
     def positions(self, start: int, count: int) -> IntArray | None:
-        """[count, 3] rotary positions from position `start` on, or None if they are the plain
+        """Return the rotary positions [count, 3] from position `start` on, or None for plain
         ones."""
         if self.rotary is None:
             return None
@@ -104,12 +104,12 @@ class Media:
         return behind
 
     def release(self) -> None:
-        """Drop pixels and embeddings: the request has ended, and may be looked at for long."""
+        """Drop pixels and embeddings: a caller may hold the ended request for long."""
         for picture in self.pictures:
             picture.pixels = picture.embeddings = None
 
     def forget(self) -> None:
-        """Drop the embeddings: the target computes them again, or still has them, if they are
-        needed again."""
+        """Drop the embeddings. If they are needed again, the target computes them, or still has
+        them."""
         for picture in self.pictures:
             picture.embeddings = None

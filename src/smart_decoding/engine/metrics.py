@@ -1,5 +1,5 @@
-"""What an engine has done so far, in vLLM's names: the answer of `LLM.get_metrics`, and a part of
-what the server tells."""
+"""Counters of an engine, in vLLM's names: the result of `LLM.get_metrics`, and a part of the
+server's metrics."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from smart_decoding.engine.engine import Engine
     from smart_decoding.engine.request import Request
 
-# seconds, of times to the first token, and of those to the end in `LLM.get_metrics`
+# seconds: limits of the histograms of `LLM.get_metrics`, of times to the first and the last token
 TTFT_LIMITS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
 COUNTERS = (
@@ -26,13 +26,13 @@ COUNTERS = (
     "num_preemptions",
     "spec_decode_num_drafts",  # trees
     "spec_decode_num_draft_tokens",  # nodes verified
-    "spec_decode_num_accepted_tokens",  # without those behind an answer's end, unlike vLLM's
+    "spec_decode_num_accepted_tokens",  # unlike vLLM's, without tokens behind an answer's end
 )
 
 
 @dataclass
 class Metric:
-    """A number, or several, with a name."""
+    """A named number, or several."""
 
     name: str
     labels: dict[str, str] = field(default_factory=dict, kw_only=True)
@@ -40,7 +40,7 @@ class Metric:
 
 @dataclass
 class Counter(Metric):
-    """Only grows."""
+    """A number that only grows."""
 
     value: int
 
@@ -54,14 +54,15 @@ class Vector(Metric):
 
 @dataclass
 class Gauge(Metric):
-    """Goes up and down."""
+    """A number that goes up and down."""
 
     value: float
 
 
 @dataclass
 class Histogram(Metric):
-    """buckets: upper limit to how many values are at most that; the last is '+Inf'."""
+    """Counts of values. buckets: upper limit -> number of values up to it; the last limit is
+    '+Inf'."""
 
     count: int = 0
     sum: float = 0.0
@@ -70,7 +71,7 @@ class Histogram(Metric):
     )
 
     def observe(self, value: float) -> None:
-        """One more value."""
+        """Count a value."""
         self.count += 1
         self.sum += value
         for limit in self.buckets:
@@ -78,7 +79,7 @@ class Histogram(Metric):
 
 
 def gauges(engine: Engine) -> dict[str, float]:
-    """Return what requests and memory are in use now."""
+    """Return the numbers of running and waiting requests, and the share of KV memory in use."""
     return {
         "num_requests_running": len(engine.scheduler.running),
         "num_requests_waiting": len(engine.scheduler.waiting),
@@ -87,9 +88,9 @@ def gauges(engine: Engine) -> dict[str, float]:
 
 
 class Record(Observer):
-    """An observer of the engine thread that counts. Numbers that only grow need no lock.
+    """Counts rounds and answers, as an observer of the engine thread. Growing numbers need no lock.
 
-    ends: answers that are over, by reason; accepted: nodes at each depth.
+    ends: ended answers by reason; accepted: accepted nodes at each depth.
     """
 
     def __init__(self) -> None:
@@ -125,7 +126,7 @@ class Record(Observer):
                 self.accepted[depth] += 1
 
     def ended(self, request: Request, reason: str) -> None:
-        """Count an answer that is over."""
+        """Count an ended answer."""
         metrics = request.metrics
         self._begun.discard(request)
         self.ends[reason] += 1
@@ -135,7 +136,7 @@ class Record(Observer):
             self._whole.observe(metrics.finished - metrics.arrival)
 
     def metrics(self, engine: Engine) -> list[Metric]:
-        """As they stand. engine: whose requests and memory are in use."""
+        """Return all metrics as they stand. engine: the source of the gauges."""
         ended = [
             Counter("vllm:request_success", count, labels={"finished_reason": reason})
             for reason, count in list(self.ends.items())

@@ -1,4 +1,4 @@
-"""Who watches the engine from its own thread: metrics and the live page."""
+"""Observers of the engine, called in its own thread: metrics and the live page."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ log = logging.getLogger("smart.engine")
 
 
 class Observer:
-    """Called by the engine thread; what it does not override is nothing to it. All calls must be
+    """Called by the engine thread; a subclass overrides the calls that it needs. All must be
     quick."""
 
     def before(self, engine: Engine) -> None:
-        """A round begins."""
+        """Note that a round begins."""
 
     def after(self, engine: Engine, touched: Sequence[Request]) -> None:
-        """A round is over; `touched` got tokens."""
+        """Note the end of a round, in which `touched` got tokens."""
 
     def ended(self, request: Request, reason: str) -> None:
-        """An answer is over: 'stop', 'length', 'abort' or 'error'."""
+        """Note the end of an answer. reason: 'stop', 'length', 'abort' or 'error'."""
 
 
 class Observers(list[Observer]):
-    """Told of everything until they raise: watching must not hurt the watched."""
+    """The observers of an engine thread. One that raises is removed, and the engine goes on."""
 
-    def tell(self, call: Callable[[Observer], None]) -> None:
-        """Call every observer; one that raises is not asked again."""
+    def notify(self, call: Callable[[Observer], None]) -> None:
+        """Call every observer, and remove each one that raises."""
         for observer in list(self):
             try:
                 call(observer)
             except Exception as error:
                 name = type(observer).__name__
-                log.error("%s has failed and is told no more", name, exc_info=error)
+                log.error("%s has failed and is removed", name, exc_info=error)
                 self.remove(observer)

@@ -1,4 +1,4 @@
-"""What callers get: the answers to a prompt, as vLLM names them."""
+"""Results for callers: the answers to a prompt, in vLLM's names."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class CompletionOutput:
     """One answer. finish_reason: 'stop', 'length' or 'abort'; metrics: rounds, rows and times of
     this answer.
 
-    logprobs: None unless asked for; else for each of token_ids the drawn token and the most likely
+    logprobs: None unless requested; else for each of token_ids the drawn token and the most likely
     ones, by their ids. cumulative_logprob: the sum of the drawn tokens' log probabilities."""
 
     index: int
@@ -39,7 +39,7 @@ class CompletionOutput:
 
     @property
     def cumulative_logprob(self) -> float | None:
-        """Of the whole answer; None unless log probabilities were asked for."""
+        """Log probability of the whole answer; None unless log probabilities were requested."""
         if self.logprobs is None:
             return None
         pairs = zip(self.token_ids, self.logprobs, strict=True)
@@ -47,8 +47,8 @@ class CompletionOutput:
 
     @property
     def tokens_per_round(self) -> float:
-        """Tokens per decoding round; the first token comes from the prompt's round and does not
-        count."""
+        """Tokens per decoding round, without the first token, which comes from the prompt's
+        round."""
         return (len(self.token_ids) - 1) / self.metrics.rounds if self.metrics.rounds else 0.0
 
 
@@ -56,8 +56,8 @@ class CompletionOutput:
 class RequestOutput:
     """The answers to one prompt.
 
-    prompt_logprobs: None unless asked for; else as `logprobs`, for each of prompt_token_ids; None
-    for the first, which nothing precedes."""
+    prompt_logprobs: None unless requested; else as `logprobs`, for each of prompt_token_ids. The
+    first one's entry is None: no token precedes it."""
 
     request_id: str
     prompt: str | None
@@ -68,7 +68,7 @@ class RequestOutput:
 
     @property
     def num_cached_tokens(self) -> int:
-        """Tokens of the prompt whose keys were found in the prefix cache."""
+        """Number of the prompt's tokens whose keys were found in the prefix cache."""
         return self.outputs[0].metrics.cached_tokens
 
 
@@ -88,13 +88,14 @@ def completion_of(request: Request, text_of: TokenText) -> CompletionOutput:
 def prompt_logprobs_of(
     request: Request, text_of: TokenText
 ) -> list[dict[int, Logprob] | None] | None:
-    """`prompt_logprobs` of a prompt that has run."""
+    """Return `prompt_logprobs` of a prompt that has run."""
     found = request.prompt_logprobs
     return None if found is None else [None, *logprobs_of(found[1:], text_of)]
 
 
 def logprobs_of(entries: Sequence[Any], text_of: TokenText) -> list[dict[int, Logprob]]:
-    """As vLLM gives them. entries: `TokenLogprobs` (models/sampling/sampler.py) of each token."""
+    """Return log probabilities in vLLM's form. entries: a `TokenLogprobs` of
+    models/sampling/sampler.py for each token."""
     found = []
     for entry in entries:
         values = {entry.token: Logprob(entry.logprob, entry.rank, text_of(entry.token))}

@@ -1,5 +1,4 @@
-"""What the engine needs of a model and of a drafter: it knows these protocols, not their
-implementations.
+"""Protocols of the target and of drafters, the only part of them that the engine knows.
 
 `Features` are opaque to the engine: the target's hidden states after a drafter's `aux_layers`.
 """
@@ -23,9 +22,9 @@ Clock: TypeAlias = Callable[[], float]
 
 @dataclass(slots=True)
 class Committed:
-    """What the target has now computed for good: `count` positions of a request from `first` on.
+    """Newly committed positions of one request: `count` of them from `first` on.
 
-    rows: where their features are. A slice where they are neighbours, as in the best chain, which
+    rows: the rows of their features. A slice where these are neighbours, as in the best chain: it
     saves a copy."""
 
     request: Request
@@ -36,11 +35,12 @@ class Committed:
 
 @dataclass(slots=True)
 class Verified:
-    """What came of a round.
+    """Results of a round's verification.
 
-    requests: those that get tokens, the decoding ones first, then those whose prompt ended.
-    rows: of the forward. committed: of `requests` in order, then of prompts that go on. Seconds: of
-    the forward, of drawing tokens, of moving keys, and of forward and drawing together."""
+    requests: the requests that get tokens: first the decoding ones, then the ones whose prompt
+    ended. rows: number of the forward's rows. committed: of `requests` in order, then of prompts
+    that go on. Seconds: of the forward, of drawing tokens, of moving keys, and (`seconds`) of
+    forward and drawing together."""
 
     requests: list[Request]
     acceptance: Acceptance
@@ -61,47 +61,47 @@ class Target(Protocol):
     eos_token_ids: tuple[int, ...]
 
     def verify(self, batch: Batch, draft: Draft, aux_layers: tuple[int, ...]) -> Verified:
-        """Run a round: the batch's rows and the draft's nodes `kept`, for which there is memory;
-        the target's tokens down the trees; and the keys of what was accepted, put into place."""
+        """Run a round: forward the batch's rows and the draft's nodes `kept`, for which there is
+        memory; draw the target's tokens down the trees; move accepted keys into place."""
 
     def encode_image(self, pixels: Any) -> Any:
-        """[length, hidden] the embeddings of a picture; of text models never called."""
+        """Return the embeddings [length, hidden] of a picture; never called on a text model."""
 
     def forget_pictures(self) -> None:
-        """`encode_image` computes all pictures anew; of text models never called."""
+        """Make `encode_image` compute all pictures anew; never called on a text model."""
 
 
 class Drafter(Protocol):
-    """Whatever proposes tokens. has_model: whether a model of its own drafts, which costs
-    something. free: whether a drafter without such costs proposes."""
+    """Proposes tokens. has_model: whether a model of its own drafts, which takes time. free:
+    whether a drafter without a model proposes. needs_ends: whether `extend` gets the features of an
+    ended answer's last round, too."""
 
     name: str
     has_model: bool
     free: bool
     aux_layers: tuple[int, ...]
-    wants_ends: bool  # whether features of the round that ended an answer are wanted, too
+    needs_ends: bool
 
     def pending_rows(self, requests: Sequence[Request]) -> int:
-        """Return rows the first level must process for these requests."""
+        """Return the number of rows of the first level for these requests."""
 
     def draft(
         self, requests: Sequence[Request], rule: TreeRule, interrupted: Callable[[], bool]
     ) -> Draft:
         """Propose a round's trees as `rule` says, and choose the nodes to verify.
 
-        interrupted: whether a request has arrived for which the trees are to be dropped; asked
-        where the drafting can stop."""
+        interrupted: returns whether a request has arrived that needs the next round; called where
+        drafting can stop. The trees are then dropped."""
 
     def extend(
         self, request: Request, features: Features, first: int, tokens: Sequence[int]
     ) -> None:
-        """The target processed `tokens` at the positions first, first + 1, ...; features: [tokens,
-        ...] or None."""
+        """Take `tokens` that the target has processed at the positions first, first + 1, ...;
+        features: [tokens, ...] or None."""
 
     def extend_each(self, requests: Sequence[Request], features: Features) -> None:
-        """The target processed one more token of each request, and that was all of the round: plain
-        decoding, whose rounds must not pay for a drafter in backoff. features: [requests, ...] or
-        None."""
+        """Take one more token of each request, after a plain round. It must cost next to nothing:
+        rounds in backoff must not pay for a drafter. features: [requests, ...] or None."""
 
     def release(self, request: Request) -> None:
-        """The request ended or was preempted: forget it."""
+        """Forget a request that ended or was preempted."""

@@ -1,4 +1,4 @@
-"""A request on its way through the engine, and what it gives out."""
+"""A request on its way through the engine, and its metrics."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class RequestMetrics:
     """Counts and times of one request. Seconds are on the engine's clock.
 
     scheduled: when it left the queue; vision_seconds: of the vision tower, within the time to the
-    first token; rounds: decoding rounds; drafted / verified: tree nodes proposed for it and
-    verified; accepted: of those accepted; accepted_lengths: rounds that verified nodes, by how many
-    of them were accepted; preemptions: how often it was put back for lack of KV memory.
+    first token; rounds: decoding rounds; drafted, verified, accepted: its tree nodes;
+    accepted_lengths: rounds that verified nodes, by their number of accepted nodes; preemptions:
+    how often it was put back for lack of KV memory.
     """
 
     arrival: float = 0.0
@@ -40,7 +40,7 @@ class RequestMetrics:
 
     @property
     def wasted_rows(self) -> int:
-        """Nodes that were verified in vain."""
+        """Verified nodes that were not accepted."""
         return self.verified - self.accepted
 
     @property
@@ -51,12 +51,11 @@ class RequestMetrics:
 
 @dataclass(eq=False, slots=True)
 class Request:
-    """One answer to one prompt (a request with n > 1 becomes n of these, `sample` = 0 .. n-1).
+    """One answer to one prompt. A prompt with n > 1 becomes n requests, `sample` = 0 .. n-1.
 
-    client: whom it is for; clients are served by `engine.fairness`. viewer: who may watch it, if
-    anybody.
-    tokens: prompt and output so far. table.length of them are in the KV cache: all but the last
-    while decoding."""
+    client: name of its client, for `engine.fairness`. viewer: name of the user who may watch it, if
+    any. tokens: prompt and output so far. table.length of them are in the KV cache: all but the
+    last while decoding."""
 
     id: str
     prompt: list[int]
@@ -73,8 +72,8 @@ class Request:
     prompt_logprobs: list[Any] | None = None  # of the prompt's first tokens, as far as it has run
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
     aborted: bool = False
-    admitted: bool = False  # it has run, if only a part of its prompt
-    takes_argmax: bool = False  # its token is the largest logit, as it comes from the model
+    admitted: bool = False  # whether a part of it, at least, has run
+    takes_argmax: bool = False  # whether its token is the largest of the model's own logits
     media: Media | None = None
     client: str = ""
     viewer: str = ""
@@ -84,8 +83,8 @@ class Request:
         self.takes_argmax = self.params.greedy and not self.params.changes_logits
 
     def accept(self, tokens: Sequence[int], now: float) -> list[int]:
-        """Take the tokens of a round, at the second `now`; returns those that belong to the answer.
-        One that ends before its grammar's error has none."""
+        """Take the tokens of a round; return the ones that belong to the answer. An answer that
+        ends before its grammar's error has no error. now: seconds on the engine's clock."""
         if self.constraint is not None:
             tokens = self.constraint.before_error(tokens)
         answer = self.stop.push(tokens)
@@ -102,12 +101,13 @@ class Request:
 
     @property
     def pending(self) -> int:
-        """Tokens that are not in the KV cache yet: 1 while decoding, more for a prompt."""
+        """Number of tokens that are not in the KV cache yet: 1 while decoding, more for a
+        prompt."""
         return len(self.tokens) - self.table.length
 
     @property
     def decodes(self) -> bool:
-        """Whether its next round is one of its own tokens, and none of its prompt."""
+        """Whether its next round draws a token, and runs none of its prompt."""
         return self.pending == 1 and bool(self.output)
 
     @property
@@ -116,12 +116,12 @@ class Request:
         return self.params.speculate and not (self.constraint and self.constraint.expensive)
 
     def ready(self, seconds: float = 0.0) -> bool:
-        """Return whether a round need not wait for its mask. Waits so long."""
+        """Return whether a round need not wait for its mask. seconds: to wait for it, at most."""
         return self.constraint is None or self.constraint.ready(seconds)
 
     @property
     def scores_prompt(self) -> bool:
-        """Whether log probabilities of prompt tokens are still to come."""
+        """Whether log probabilities of prompt tokens are still missing."""
         found = self.prompt_logprobs
         return found is not None and len(found) < len(self.prompt)
 
@@ -132,12 +132,12 @@ class Request:
 
     @property
     def remaining(self) -> int:
-        """Tokens it may still emit."""
+        """Number of tokens that it may still emit."""
         return self.max_tokens - len(self.stop.token_ids)
 
     @property
     def error(self) -> Exception | None:
-        """Why its answer cannot go on."""
+        """The error of its grammar, after which the answer cannot go on."""
         return None if self.constraint is None else self.constraint.error
 
     @property

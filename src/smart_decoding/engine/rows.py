@@ -25,15 +25,15 @@ Ints: TypeAlias = NDArray[np.int32]
 
 @dataclass(slots=True)
 class Rows:
-    """Rows of a forward, those of one request next to each other (a group).
+    """Rows of a forward. The rows of one request are neighbours: a group.
 
     token, position, slot_mapping, context_len: [rows]; slot = page * PAGE + offset of the row's own
     key and value. ancestors_start: [rows + 1] offsets into `ancestors`, slots that follow the
     directly read positions in order. query_start_loc: [groups + 1] first row of each group;
     block_table_start: [groups] offset of its block table in `pages`. logit_rows: rows whose logits
-    are wanted, or None for all. mm_embeds: embeddings that stand in for the tokens' own, from a row
-    on: those of pictures. rotary: [rows, 3] rotary positions (time, height, width) where they are
-    not `position`, or None.
+    are required, or None for all. mm_embeds: embeddings of pictures, which replace the tokens' own,
+    each from a row on. rotary: [rows, 3] rotary positions (time, height, width), or None for
+    `position`.
     """
 
     token: IntArray
@@ -57,8 +57,8 @@ class Rows:
 class Span:
     """Consecutive committed tokens of one request: a root, or a chunk of a prompt.
 
-    tokens: token ids from position `start` on; slots: [>= tokens] where their keys go (tree nodes
-    follow the root); pages: the request's block table. mm_embeds, rotary: as in Rows, mm_embeds
+    tokens: token ids from position `start` on; slots: [>= tokens] slots of their keys, then of the
+    root's tree nodes; pages: the request's block table. mm_embeds, rotary: as in Rows, mm_embeds
     from the span's first row on."""
 
     tokens: Sequence[int]
@@ -70,9 +70,8 @@ class Span:
 
 
 class RowLayout(NamedTuple):
-    """Rows, and where things lie in them.
-
-    last: [spans] each span's last row; node_row: [nodes] each tree node's row."""
+    """Rows of a forward. last: [spans] each span's last row; node_row: [nodes] each tree node's
+    row."""
 
     rows: Rows
     last: list[int]
@@ -83,8 +82,8 @@ class RowsBuilder:
     """Lays out the rows of a forward: for each request `begin`, then its committed tokens, then
     its nodes.
 
-    Plain lists: between two forwards caches are cold, and each numpy call takes as long as several
-    nodes do here."""
+    It uses plain lists: with cold caches between two forwards, one numpy call takes as long as
+    several nodes in a list."""
 
     def __init__(self) -> None:
         self._tokens: list[int] = []
@@ -101,19 +100,20 @@ class RowsBuilder:
         return len(self._tokens)
 
     def begin(self, pages: Ints) -> None:
-        """The next group's rows follow; pages: its block table."""
+        """Begin the next group; pages: its block table."""
         self._query_start_loc.append(len(self))
         self._tables.append(pages)
 
     def embed(self, parts: MultimodalEmbeddings, offset: int = 0) -> None:
-        """Embeddings for the rows to come, from the row `offset` of them on."""
+        """Add embeddings for the coming rows, from their row `offset` on."""
         first = len(self) + offset
         self._mm_embeds += [(first + row, part) for row, part in parts]
 
     def add_committed(
         self, tokens: Sequence[int], positions: Sequence[int], slots: Iterable[int], start: int = 0
     ) -> None:
-        """Rows that read the positions from `start` up to their own; all are [rows]."""
+        """Add rows that read the positions from `start` up to their own; all arguments are
+        [rows]."""
         self._tokens.extend(tokens)
         self._positions.extend(positions)
         self._slots.extend(slots)  # of an array, too
@@ -121,8 +121,8 @@ class RowsBuilder:
         self._ancestors_start += [len(self._ancestors)] * len(tokens)
 
     def add_node(self, token: int, position: int, context_len: int, path: Sequence[int]) -> int:
-        """Return a tree node's row; path: the slots of its ancestors and its own. Returns its
-        number."""
+        """Add a tree node's row; return its number. path: the slots of its ancestors and its
+        own."""
         self._tokens.append(token)
         self._positions.append(position)
         self._slots.append(path[-1])
@@ -132,7 +132,7 @@ class RowsBuilder:
         return len(self) - 1
 
     def build(self) -> Rows:
-        """Return the rows; the logits of all are wanted."""
+        """Return the rows, with logits required of all."""
         starts = itertools.accumulate(map(len, self._tables[:-1]), initial=0)
         slot_mapping, context_len, ancestors_start, ancestors, query_start_loc, table_start = (
             _arrays(
@@ -158,13 +158,12 @@ class RowsBuilder:
         )
 
 
-def build_rows(spans: Sequence[Span], trees: DraftTrees, want_all: Sequence[bool]) -> RowLayout:
-    """Return rows of a batch: one group per span, followed in its group by the request's tree
-    nodes, the best chain first.
+def build_rows(spans: Sequence[Span], trees: DraftTrees, emits: Sequence[bool]) -> RowLayout:
+    """Return the rows of a batch: one group per span, with the span's tokens, then the request's
+    tree nodes, the best chain first.
 
     trees: nodes of the first `trees.batch` spans, each of which then holds one token, the root.
-    want_all: per span, whether the last row's logits are wanted (false: none, an unfinished
-    prompt)."""
+    emits: per span, whether the last row's logits are required; False for an unfinished prompt."""
     builder = RowsBuilder()
     parents = trees.parent.tolist()
     depths = trees.depth.tolist()
@@ -186,25 +185,25 @@ def build_rows(spans: Sequence[Span], trees: DraftTrees, want_all: Sequence[bool
     layout = RowLayout(builder.build(), last, node_row)
     if any(span.rotary is not None for span in spans):
         layout.rows.rotary = _rotary(spans, trees, layout)
-    wanted = [row for row, want in zip(last, want_all, strict=True) if want]
-    if len(wanted) + len(node_row) < len(builder):
-        layout.rows.logit_rows = np.array(wanted + node_row, np.int64)
+    roots = [row for row, emit in zip(last, emits, strict=True) if emit]
+    if len(roots) + len(node_row) < len(builder):
+        layout.rows.logit_rows = np.array(roots + node_row, np.int64)
     return layout
 
 
 def _arrays(*lists: Sequence[int]) -> list[Ints]:
-    """Return the lists as parts of one array: one call of numpy in place of many."""
+    """Return the lists as parts of one array: one numpy call in place of many."""
     edges = itertools.accumulate(map(len, lists), initial=0)
     joined = np.array(list(itertools.chain(*lists)), np.int32)
     return [joined[start:end] for start, end in itertools.pairwise(edges)]
 
 
 def _best_chain_first(owners: Sequence[int], parents: Sequence[int], spans: int) -> list[list[int]]:
-    """Return each request's nodes: first its first child of the first child of ..., then the
+    """Return each request's nodes: first the chain of first children from the root on, then the
     others.
 
     Drafters list the best child first. The best chain takes the rows, and so the slots, right
-    behind the root: where it is accepted its keys lie where they belong, and need not be moved."""
+    behind the root: if it is accepted, its keys need not be moved."""
     tips = [ROOT] * spans
     chains: list[list[int]] = [[] for _ in range(spans)]
     others: list[list[int]] = [[] for _ in range(spans)]
@@ -214,12 +213,12 @@ def _best_chain_first(owners: Sequence[int], parents: Sequence[int], spans: int)
             chains[owner].append(node)
         else:
             others[owner].append(node)
-    return [chain + rest for chain, rest in zip(chains, others, strict=True)]
+    return [chain + other for chain, other in zip(chains, others, strict=True)]
 
 
 def _rotary(spans: Sequence[Span], trees: DraftTrees, layout: RowLayout) -> IntArray:
-    """[rows, 3] the spans' own rotary positions, else the plain ones; a node lies its depth behind
-    its root."""
+    """Return rotary positions [rows, 3]: the spans' own, else the plain ones. A node's is its
+    root's plus its depth."""
     rotary = np.repeat(layout.rows.position[:, None], 3, axis=1)
     for span, last in zip(spans, layout.last, strict=True):
         if span.rotary is not None:

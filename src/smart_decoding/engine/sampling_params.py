@@ -1,7 +1,7 @@
-"""`SamplingParams`: what a user may ask of one request, in vLLM's names and defaults.
+"""`SamplingParams`: a user's options of one request, with vLLM's names and defaults.
 
-Some ranges are narrower than vLLM's: those of temperature and repetition_penalty, and the length of
-bad words; a logit_bias out of range is refused, not clamped.
+Some ranges are narrower than vLLM's: temperature, repetition_penalty, and the length of bad words.
+A logit_bias out of range is refused, not clamped.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from smart_decoding.engine.structured import StructuredOutputsParams
 from smart_decoding.errors import ConfigError
 
 MAX_BAD_WORD = 256  # characters
-MAX_STOP = 1024  # characters: how far a text has come in one is looked up in every round
+MAX_STOP = 1024  # characters
 GREEDY_BELOW = 1e-5  # vLLM's threshold: colder than this is argmax
 INT64_MIN = -(2**63)
 INT64_MAX = 2**63 - 1
 
 
 class RequestOutputKind(Enum):
-    """What each output of `AsyncLLM.generate` holds, in vLLM's names: the answers so far, what has
-    come since the last output, or nothing until all of them are whole."""
+    """Content of each output of `AsyncLLM.generate`, in vLLM's names: the answers so far, the text
+    since the last output, or nothing until all answers are whole."""
 
     CUMULATIVE = 0
     DELTA = 1
@@ -39,7 +39,7 @@ class RequestOutputKind(Enum):
 @dataclass(slots=True)
 class SamplingParams:
     """How to sample one request. Raises ConfigError, naming the parameter, if a value is out of
-    range; for one that is set later, when it is used.
+    range. A value that is set later is checked when it is used.
 
     n: independent answers to one prompt (1 if greedy).
     temperature: in [0, 2]; below 1e-5 is greedy and then top_p, top_k and min_p have no effect.
@@ -47,26 +47,25 @@ class SamplingParams:
     likely tokens kept (0 or -1: all) / nucleus mass in (0, 1]. Applied in this order after
     temperature, as in vLLM: top_p is a part of what min_p and top_k keep.
     repetition_penalty: in [0.01, 100], on prompt and output tokens; presence_penalty,
-    frequency_penalty: in [-2, 2], on
-        output.
+    frequency_penalty: in [-2, 2], on output tokens.
     logit_bias: token id -> bias in [-100, 100], added to the logits before anything else.
-    allowed_token_ids: no other tokens are drawn. bad_words: texts that are not written: the token
-    that would complete one is not drawn, at a text's beginning or after a blank.
+    allowed_token_ids: no other tokens are drawn. bad_words: forbidden texts: the token that would
+    complete one is not drawn, at a text's beginning or after a blank.
     stop / stop_token_ids: strings and token ids that end the answer; text before a stop string is
     kept. min_tokens: end-of-sequence and stop ids cannot be drawn before so many tokens.
     max_tokens: None means up to the context's end.
     seed: 64-bit signed; None (or -1) lets the engine draw one.
-    logprobs: return the log probability of each token and of so many most likely ones; -1 means
-    all. prompt_logprobs: the same of the prompt's tokens, which then are not taken from the cache.
+    logprobs: how many most likely tokens to return with log probabilities, beyond the drawn one; -1
+    means all. prompt_logprobs: the same for the prompt's tokens, which then are not taken from the
+    cache.
     detokenize: false leaves the text empty. output_kind: see `RequestOutputKind`; `LLM` gives whole
     answers whatever it is.
-    structured_outputs: what the text must be, such as JSON under a schema; it decides alone when
+    structured_outputs: form of the text, such as JSON under a schema; only the form decides when
     the answer may end. speculate: false refuses speculation for this request; its tokens are the
     same either way.
-    bad_words_token_ids: what `bad_words` are for the model, as `LLM` finds out. bias_ids,
-    bias_values, stop_array, allowed_array: [entries] logit_bias, stop_token_ids and
-    allowed_token_ids, for each row's sake. stop_ids: distinct stop_token_ids; stop_searches: of
-    distinct stop strings. All answers share them.
+    bad_words_token_ids: `bad_words` as token ids, set by `LLM`. bias_ids, bias_values, stop_array,
+    allowed_array: [entries] logit_bias, stop_token_ids and allowed_token_ids as arrays. stop_ids:
+    distinct stop_token_ids; stop_searches: of distinct stop strings. All answers share them.
     """
 
     n: int = 1
@@ -179,19 +178,19 @@ class SamplingParams:
 
     def _check_logit_bias(self) -> None:
         allowed = "a dict of token ids >= 0 to biases in [-100, 100]"
-        given = {} if self.logit_bias is None else self.logit_bias
-        self._check(isinstance(given, dict) and _token_ids(given), "logit_bias", allowed)
-        for token, bias in given.items():
+        biases = {} if self.logit_bias is None else self.logit_bias
+        self._check(isinstance(biases, dict) and _token_ids(biases), "logit_bias", allowed)
+        for token, bias in biases.items():
             if not (isinstance(bias, int | float | Real) and -100 <= bias <= 100):
                 _require(False, "logit_bias", {token: bias}, allowed)
-        self.bias_ids = np.fromiter(given, np.int64)
-        self.bias_values = np.fromiter(given.values(), np.float32)
+        self.bias_ids = np.fromiter(biases, np.int64)
+        self.bias_values = np.fromiter(biases.values(), np.float32)
 
     def _check_structure(self) -> None:
-        given = self.structured_outputs
-        if given is None:
+        structure = self.structured_outputs
+        if structure is None:
             return
-        good = isinstance(given, StructuredOutputsParams)
+        good = isinstance(structure, StructuredOutputsParams)
         self._check(good, "structured_outputs", "StructuredOutputsParams or None")
         self._check(not self.ignore_eos, "ignore_eos", "False with structured_outputs")
         self._check(not self.min_tokens, "min_tokens", "0 with structured_outputs")
@@ -236,7 +235,7 @@ class SamplingParams:
             _require(good, name, count, f"at most max_logprobs={most}")
 
     def checked(self, encode: Callable[[str], Sequence[int]]) -> SamplingParams:
-        """Return a copy, checked anew, with its bad words as token ids. encode: text to ids."""
+        """Return a copy, checked anew, with `bad_words_token_ids`. encode: text to ids."""
         found = replace(self)
         if self.bad_words:
             ids = dict.fromkeys(tuple(encode(text)) for text in self.bad_word_texts)
@@ -245,7 +244,7 @@ class SamplingParams:
 
     @property
     def bad_word_texts(self) -> list[str]:
-        """Bad words as they may be tokenised: at a text's beginning, and after a blank."""
+        """Texts of the bad words: at a text's beginning, and after a blank."""
         return [blank + word.lstrip() for word in self.bad_words or () for blank in ("", " ")]
 
     @property
@@ -255,7 +254,7 @@ class SamplingParams:
 
     @property
     def needs_history(self) -> bool:
-        """Whether a penalty is on, so that the tokens so far change the scores."""
+        """Whether a penalty makes the scores depend on the tokens so far."""
         return (
             self.repetition_penalty != 1
             or self.presence_penalty != 0
@@ -264,8 +263,8 @@ class SamplingParams:
 
     @property
     def changes_logits(self) -> bool:
-        """Whether logits are processed at all before temperature; a greedy request without it is a
-        plain argmax."""
+        """Whether logits are changed before temperature; if not, a greedy request is a plain
+        argmax."""
         masked = self.allowed_token_ids is not None or bool(self.bad_words)
         structured = self.structured_outputs is not None
         biased = bool(self.logit_bias) or self.min_tokens > 0
@@ -292,7 +291,7 @@ def _require(good: bool, name: str, value: object, allowed: str) -> None:
 def _token_ids(ids: Collection[object] | None) -> bool:
     if isinstance(ids, str) or not isinstance(ids, Collection | None):
         return False
-    given: list[Any] = [] if ids is None else list(ids)
-    kinds: set[type[Any]] = {type(i) for i in given}
-    whole = bool not in kinds and all(issubclass(kind, Integral) for kind in kinds)
-    return whole and min(given, default=0) >= 0 and max(given, default=0) <= INT64_MAX
+    values: list[Any] = [] if ids is None else list(ids)
+    types: set[type[Any]] = {type(i) for i in values}
+    whole = bool not in types and all(issubclass(each, Integral) for each in types)
+    return whole and min(values, default=0) >= 0 and max(values, default=0) <= INT64_MAX

@@ -1,5 +1,5 @@
-"""Continuous batching: which requests run in the next round, and what yields when KV memory runs
-out."""
+"""Continuous batching: chooses the requests of the next round, and preempts some when KV memory
+runs out."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from smart_decoding.engine.kv import PAGE, OutOfPagesError, PagePool
 if TYPE_CHECKING:
     from smart_decoding.engine.request import Request
 
-BESIDE = 4  # prompts have this part of their tokens in a round beside another client's answer
-PATIENCE = 0.01  # seconds for a mask where nobody else can go on: others may come meanwhile
+SHARED = 4  # a round with another client's answer has one part in so many of the prompt tokens
+PATIENCE = 0.01  # seconds to wait for a mask where no request can go on: others may come meanwhile
 
 
 @dataclass(slots=True)
@@ -23,7 +23,7 @@ class Batch:
     """One round's work: requests that decode one token or more, and chunks of prompts (request,
     tokens).
 
-    maskless: running requests that sit the round out, since their masks are not computed yet."""
+    maskless: running requests that wait for their masks, and skip the round."""
 
     decode: list[Request]
     prefill: list[tuple[Request, int]]
@@ -34,16 +34,18 @@ class Batch:
 
 
 class Scheduler:
-    """Running requests decode in every round; prompts go in chunks of a token budget. Chunks and
-    free slots go to the client with the least virtual token counter; of one client, the first come
-    is the first served. A client whose mask was missing comes anew, without credit for the wait.
+    """Chooses the rows of each round. Running requests decode in every round; prompts run in chunks
+    of a token budget. Chunks and free slots go to the client with the least virtual token counter.
+    Requests of one client are served in their order. A client whose mask was missing arrives anew,
+    without credit for the wait.
 
-    max_num_seqs: requests in a round; max_num_batched_tokens: prompt tokens in a round, beside the
-    decoding rows. Beside another client's answer a quarter of them, since it waits for all.
+    max_num_seqs: requests in a round; max_num_batched_tokens: prompt tokens in a round, in addition
+    to the decoding rows. If another client's answer waits for the round, the prompts have a quarter
+    of these tokens.
 
-    The bound of `VirtualTokenCounter` holds while slots are free. M is a chunk and what a client's
-    answers decode until its next chunk. Without a free slot M is all rows of a client's running
-    requests."""
+    The bound of `VirtualTokenCounter` holds while slots are free. M is a chunk and the rows that a
+    client's answers decode until its next chunk. Without a free slot M is all rows of a client's
+    running requests."""
 
     def __init__(self, pool: PagePool, max_num_seqs: int, max_num_batched_tokens: int) -> None:
         self.pool = pool
@@ -51,11 +53,11 @@ class Scheduler:
         self.chunk = max_num_batched_tokens
         self.waiting: ClientQueues[Request] = ClientQueues()
         self.running: list[Request] = []
-        # of the last next_batch(): the engine tells their drafters
+        # by the last next_batch(): the engine releases them in the drafter
         self.preempted: list[Request] = []
         self._counter = VirtualTokenCounter()
         self._unserved: set[str] = set()  # clients left selectable by the last round
-        self._expensive: dict[str, None] = {}  # clients whose latest grammar was
+        self._expensive: dict[str, None] = {}  # clients whose latest grammar was expensive
 
     def add(self, request: Request) -> None:
         """Queue a request."""
@@ -75,8 +77,8 @@ class Scheduler:
         return bool(self.waiting or self.running)
 
     def can_begin(self, clients: Collection[str]) -> bool:
-        """Return whether a request of one of these clients, coming now, would join the next round,
-        as far as slots go."""
+        """Return whether a new request of one of these clients would get a slot in the next
+        round."""
         if not clients or len(self.running) >= self.max_num_seqs:
             return False
         return not any(head.ready() for head in self.waiting.heads())
@@ -113,8 +115,8 @@ class Scheduler:
         """Count the rows of a round's decoding requests. The rows of prompts are counted when they
         are chosen.
 
-        A running request without its mask counts as one row, since nobody else has its slot:
-        otherwise a client of slow grammars could keep all slots."""
+        A running request without its mask counts as one row, since it occupies a slot: otherwise a
+        client of slow grammars could keep all slots."""
         for request, count in zip(batch.decode, rows, strict=True):
             self._counter.charge(request.client, count)
         for request in batch.maskless:
@@ -141,11 +143,11 @@ class Scheduler:
     def _budget(
         self, decode: list[Request], prompts: ClientQueues[Request], heads: dict[str, Request]
     ) -> int:
-        """Return prompt tokens of a round with these decoding requests, running prompts and
-        heads."""
+        """Return the prompt tokens that a round may have, with these decoding requests, running
+        prompts and heads."""
         joining = heads if len(self.running) < self.max_num_seqs else ()
         clients = {*prompts.clients, *joining, *(request.client for request in decode)}
-        return max(1, self.chunk // BESIDE) if decode and len(clients) > 1 else self.chunk
+        return max(1, self.chunk // SHARED) if decode and len(clients) > 1 else self.chunk
 
     def _prefill(
         self, prompts: ClientQueues[Request], heads: dict[str, Request], budget: int
@@ -155,10 +157,10 @@ class Scheduler:
         chunks = []
         joining = True
         while budget > 0:
-            asking = [*prompts.clients, *(heads if joining and not self.preempted else ())]
-            if not asking:
+            clients = [*prompts.clients, *(heads if joining and not self.preempted else ())]
+            if not clients:
                 break
-            client = self._counter.select(asking)
+            client = self._counter.select(clients)
             if client in prompts.clients:
                 request = prompts.popleft(client)
                 rows = min(request.pending, budget)
@@ -184,8 +186,8 @@ class Scheduler:
         return chunks
 
     def _may_join(self, head: Request) -> bool:
-        """Return whether the first waiting request of a client need not wait for its mask. A client
-        with expensive grammars has the first mask of one of them computed at a time."""
+        """Return whether the first waiting request of a client has its mask. For a client with
+        expensive grammars, one first mask at a time is computed."""
         if head.constraint is not None and head.client in self._expensive:
             head.constraint.compute_in_background()
         return head.ready()
@@ -201,7 +203,7 @@ class Scheduler:
                 self.put_back(youngest)
 
     def _reserve(self, request: Request, rows: int) -> bool:
-        """Makes room for the request's rows, preempting the youngest others; false if it was
+        """Make room for the request's rows, preempting the youngest others; return False if it was
         preempted itself."""
         while True:
             try:
@@ -215,15 +217,15 @@ class Scheduler:
                     return False
 
     def _admit(self, request: Request) -> bool:
-        """Moves a waiting request to the running ones if its first chunk and a page of room to grow
-        fit."""
+        """Make a waiting request a running one, if its first chunk fits, with a free page for each
+        running request. Return whether it fits."""
         cached = 0 if request.scores_prompt else request.table.reuse(request.tokens)
         rows = min(request.pending, self.chunk)
         slack = PAGE * (1 + len(self.running)) if self.running else 0
         if (rows + slack + PAGE - 1) // PAGE > self.pool.available:
             request.table.release()
             return False
-        if not request.admitted:  # afterwards it may find pages of its own answer
+        if not request.admitted:  # a preempted one may find pages of its own answer
             request.metrics.cached_tokens = cached
             request.admitted = True
         request.table.cover(rows)
@@ -232,8 +234,8 @@ class Scheduler:
         return True
 
     def put_back(self, request: Request) -> None:
-        """Put a running request back to the front of its client's line; its keys are computed again
-        later."""
+        """Put a running request back to the front of its client's queue; its keys are computed
+        again later."""
         request.table.release()
         self.running.remove(request)
         self.waiting.appendleft(request)

@@ -1,4 +1,4 @@
-"""Stop strings, looked for as a text grows."""
+"""Search for stop strings in a growing text."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from array import array
 class StopString:
     """A stop string with its prefix function (Knuth, Morris and Pratt). Answers share it.
 
-    A text costs a few steps for each new character, whatever both repeat."""
+    A new character costs a few steps, however repetitive text and string are."""
 
     __slots__ = ("_border", "_fallbacks", "text")
 
     def __init__(self, text: str) -> None:
         self.text = text
-        # _fallbacks: [characters] where to go on after so many that matched and one that does not;
-        # -1 for the next one of the text. _border: after a whole match.
+        # _fallbacks: [characters] matched characters that remain when the next one differs, or -1
+        # for none of the next one either. _border: characters that remain after a whole match.
         self._fallbacks = array("h", [-1])
         border = 0
         for at in range(1, len(text)):
@@ -28,8 +28,9 @@ class StopString:
         self._border = border
 
     def advance(self, matched: int, new: str) -> tuple[int, int | None]:
-        """Go on from `matched` characters at the text's end. Return how many match, of a proper
-        prefix, after the characters `new`; and after how many of these the string first ended."""
+        """Search on in the characters `new`; `matched` characters of the string end the text so
+        far. Return how many match at the new end, less than the whole string, and after how many of
+        `new` the string first ended, or None."""
         text = self.text
         if not matched and text[0] not in new:
             return 0, None

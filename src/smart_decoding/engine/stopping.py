@@ -1,5 +1,5 @@
-"""When an answer ends, and what of its text may be shown: stop strings, stop ids, end of sequence,
-length, loops."""
+"""The end of an answer (stop strings, stop ids, end of sequence, length, loops), and the certain
+part of its text."""
 
 from __future__ import annotations
 
@@ -15,47 +15,48 @@ FinishReason: TypeAlias = Literal["stop", "length"]
 Decode: TypeAlias = Callable[[Sequence[int]], str]
 
 UNFINISHED = "\ufffd"  # what tokenizers put for the bytes of an incomplete character
-LONGEST = 32  # tokens that one may be spread over: more are bytes that never become one
-LOOP = "loop"  # the stop_reason of an answer that ran into a loop
+LONGEST = 32  # tokens of an incomplete character, at most: more never become one
+LOOP = "loop"  # the stop_reason of an answer that a loop ended
 
 
 class Detokenizer:
-    """Text of a growing token list, in pieces that never change later.
+    """Makes text of a growing token list, in pieces that never change later.
 
-    Decodes a window from the last piece's start, since a token's text may depend on its left
-    neighbour (leading spaces) and a character may span tokens (then nothing is given out until it
-    is complete). before: tokens that the list follows, a prompt's last ones."""
+    It decodes a window from the last piece's start, since a token's text may depend on its left
+    neighbour (leading spaces). A character may span tokens: its text is held back until it is
+    complete. before: tokens before the list, a prompt's last ones."""
 
     def __init__(self, decode: Decode, before: Sequence[int] = ()) -> None:
         self._decode = decode
         self._window = [] if before and decode(before).endswith(UNFINISHED) else list(before)
-        self._read = len(self._window)  # tokens of the window whose text was given out
+        self._read = len(self._window)  # tokens of the window whose text was returned
 
     def push(self, tokens: Sequence[int]) -> str:
         """Return the new text up to the last complete character."""
         self._window.extend(tokens)
         text = self._decode(self._window)
         if UNFINISHED in text and (len(tokens) > 1 or self._shorten()):
-            # What becomes of bytes that are no character depends on the piece that they are in: so
-            # pieces are of one token, however many a round brought, and the one before was, too.
+            # The text of invalid bytes depends on the piece that they are in. So every piece has
+            # one token, however many a round brought, and the piece before as well.
             del self._window[-len(tokens) :]
             return "".join(self.push([token]) for token in tokens)
         waits = text.endswith(UNFINISHED) and len(self._window) - self._read < LONGEST
-        return "" if waits else self._give_out(text)
+        return "" if waits else self._new_part(text)
 
     def flush(self) -> str:
         """Return the rest at the end of an answer, an incomplete character included."""
-        return self._give_out(self._decode(self._window)) if self._read < len(self._window) else ""
+        return self._new_part(self._decode(self._window)) if self._read < len(self._window) else ""
 
     @property
     def held(self) -> str:
-        """Complete characters that are not given out yet, as an incomplete one follows."""
+        """Complete characters that are held back, as an incomplete one follows."""
         if self._read == len(self._window):
             return ""
         return self._decode(self._window)[len(self._old()) :].rstrip(UNFINISHED)
 
     def _shorten(self) -> bool:
-        """Leave the last complete characters of what was given out; whether there were others."""
+        """Shorten the returned part of the window to its last complete characters; return whether
+        anything was cut."""
         if UNFINISHED in self._old():  # a piece of one token
             return False
         for start in range(self._read - 1, 0, -1):
@@ -68,7 +69,8 @@ class Detokenizer:
     def _old(self) -> str:
         return self._decode(self._window[: self._read]) if self._read else ""
 
-    def _give_out(self, text: str) -> str:
+    def _new_part(self, text: str) -> str:
+        """Return the new part of the window's `text`, and begin the next window behind the old."""
         old = self._old()
         del self._window[: self._read]
         self._read = len(self._window)
@@ -76,7 +78,7 @@ class Detokenizer:
 
 
 class StopChecker:
-    """The end of one answer, in vLLM's terms, for several tokens at once (a round emits several).
+    """Finds the end of one answer, in vLLM's terms, for several tokens at once, as rounds emit.
 
     token_ids: the answer so far; the token that ends it is the last.
     finish_reason: 'stop', 'length' or None while it goes on.
@@ -92,14 +94,14 @@ class StopChecker:
         detect_loops: bool = False,
         before: Sequence[int] = (),
     ) -> None:
-        """decode: token ids to text (special tokens skipped or not, as the request wishes).
-        max_tokens: at most this many where the context leaves less room than `params.max_tokens`.
-        before: the prompt's last tokens, on which the first one's text may depend."""
+        """Start an answer. decode: token ids to text, with special tokens or not. max_tokens: room
+        in the context, where it is less than `params.max_tokens`. before: the prompt's last tokens,
+        on which the first one's text may depend."""
         limits = [limit for limit in (params.max_tokens, max_tokens) if limit is not None]
         self._max_tokens = min(limits) if limits else None
         self._params = params
         self._strings = params.stop_searches
-        self._matched = [0] * len(self._strings)  # characters of each that end the text
+        self._matched = [0] * len(self._strings)  # characters of each that the text ends with
         self._eos_ids: frozenset[int] = frozenset() if params.ignore_eos else frozenset(eos_ids)
         self._detokenizer = Detokenizer(decode, before)
         self._loops = LoopDetector() if detect_loops else None
@@ -112,12 +114,12 @@ class StopChecker:
 
     @property
     def loop_start(self) -> int | None:
-        """Where the loop starts that ended the answer: a benchmark cuts token_ids there."""
+        """Index where the loop starts that ended the answer: a benchmark cuts token_ids there."""
         return self._loops.start if self._loops else None
 
     def push(self, tokens: Sequence[int]) -> list[int]:
-        """Take the tokens of a round; returns those that belong to the answer (tokens after its end
-        are dropped)."""
+        """Take the tokens of a round; return the answer's part of them, without tokens after its
+        end."""
         before = len(self.token_ids)
         if self._goes_on(tokens):
             self.token_ids += tokens
@@ -130,7 +132,8 @@ class StopChecker:
         return self.token_ids[before:]
 
     def _goes_on(self, tokens: Sequence[int]) -> bool:
-        """Return whether none of these tokens can end the answer: so it is nearly always."""
+        """Return whether none of these tokens can end the answer: a quick check, nearly always
+        true."""
         if self.finish_reason or self._strings or self._loops:
             return False
         room = self._max_tokens is None or len(self.token_ids) + len(tokens) < self._max_tokens
@@ -139,13 +142,12 @@ class StopChecker:
 
     @property
     def text(self) -> str:
-        """All text that is certain: it never holds a part of a stop string that may still be
-        forming."""
+        """All text that is certain: without a beginning of a stop string at its end."""
         self._decode_pending()
         return self._text[: len(self._text) - self._held_back()]
 
     def new_text(self) -> str:
-        """Return the text since the last call, for streaming; after the end, all that remains."""
+        """Return the text since the last call, for streaming; after the end, all the rest."""
         text = self.text
         new = text[self._shown :]
         self._shown = len(text)
@@ -182,8 +184,8 @@ class StopChecker:
             self._undecoded.clear()
 
     def _stop_string_found(self) -> bool:
-        """Look for a stop string that ends in the text of the newest token; of several, the
-        earliest in the text."""
+        """Look for a stop string that ends in the newest token's text; of several, the earliest
+        counts. Return whether one ended the answer."""
         before = len(self._text)
         self._decode_pending()
         new = self._text[before:]
@@ -203,8 +205,8 @@ class StopChecker:
         return True
 
     def _held_back(self) -> int:
-        """Return length of the longest end of the text that begins a stop string, while the answer
-        goes on."""
+        """Return the length of the longest end of the text that begins a stop string; 0 once the
+        answer has ended."""
         if self.finish_reason or self._params.include_stop_str_in_output:
             return 0
         return max(self._matched, default=0)

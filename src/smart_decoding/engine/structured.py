@@ -1,4 +1,4 @@
-"""Structured outputs: what the text of an answer must be, and what the engine asks of whoever
+"""Structured outputs: the required form of an answer's text, and the protocol of the grammar that
 enforces it."""
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from smart_decoding.errors import ConfigError
 
 @dataclass(frozen=True)
 class StructuredOutputsParams:
-    """What the whole text of an answer must be, in vLLM's names; exactly one of them. Raises
+    """The required form of an answer's whole text, in vLLM's names; set exactly one. Raises
     ConfigError.
 
     json: valid under this JSON schema (a dict, or its text). json_object: true for any JSON object.
@@ -35,28 +35,28 @@ class StructuredOutputsParams:
     def __post_init__(self) -> None:
         if self.json_object is False:
             object.__setattr__(self, "json_object", None)
-        given = {name: value for name, value in vars(self).items() if value is not None}
-        if len(given) != 1:
+        forms = {name: value for name, value in vars(self).items() if value is not None}
+        if len(forms) != 1:
             names = ", ".join(field.name for field in fields(self))
             raise ConfigError(
-                f"structured_outputs={[*given]} is not allowed: give exactly one of {names}"
+                f"structured_outputs={[*forms]} is not allowed: give exactly one of {names}"
             )
-        ((name, value),) = given.items()
+        ((name, value),) = forms.items()
         if name == "json":
             object.__setattr__(self, name, _schema_text(value))
         elif name == "choice":
             texts = isinstance(value, list | tuple) and all(isinstance(t, str) and t for t in value)
-            _require(texts and len(value) > 0, given, "it must be a list of non-empty texts")
+            _require(texts and len(value) > 0, forms, "it must be a list of non-empty texts")
             object.__setattr__(self, name, tuple(value))
         elif name == "json_object":
-            _require(value is True, given, "give True")
+            _require(value is True, forms, "give True")
         else:
-            _require(isinstance(value, str), given, "it must be a text")
+            _require(isinstance(value, str), forms, "it must be a text")
 
 
-def _require(good: bool, given: Mapping[str, Any], wanted: str) -> None:
+def _require(good: bool, forms: Mapping[str, Any], hint: str) -> None:
     if not good:
-        raise ConfigError(f"structured_outputs={given} is not allowed: {wanted}")
+        raise ConfigError(f"structured_outputs={forms} is not allowed: {hint}")
 
 
 def _schema_text(schema: object) -> str:
@@ -71,15 +71,16 @@ def _schema_text(schema: object) -> str:
 
 
 class Constraint(Protocol):
-    """One answer's grammar, and where in it the answer is. A path: tree tokens from the first level
-    on.
+    """One answer's grammar, and the answer's place in it. A path is a list of tree tokens from the
+    first level on.
 
     error: why the committed tokens cannot go on, such as a grammar that has outgrown its limits. It
     ends its own request: the round goes on for the others. An error after a path counts only once
     the path is committed.
 
-    expensive: its masks take long. From then on they are computed in another thread, and drafts,
-    which need more of them, are not worth it. client: whom that thread counts them for."""
+    expensive: whether its masks take long. Once true, they are computed in another thread, and the
+    request does not draft, which would need more masks. client: name of the client that this thread
+    counts them for."""
 
     error: ConfigError | None
     expensive: bool
@@ -89,18 +90,18 @@ class Constraint(Protocol):
         """Compute all masks in another thread, from the first one on."""
 
     def ready(self, seconds: float = 0.0) -> bool:
-        """Return whether the next mask is known, so that a round does not wait for it. Waits so
-        long."""
+        """Return whether the next mask is known, so that a round does not wait for it. seconds: to
+        wait for the mask, at most."""
 
     def allowed(self, path: Sequence[int]) -> NDArray[np.bool_]:
-        """[vocab] the tokens that may follow the committed ones and `path`; at least one, which
-        means nothing after an error."""
+        """Return a mask [vocab] of the tokens that may follow the committed ones and `path`. At
+        least one may; after an error the mask means nothing."""
 
     def accepts(self, path: Sequence[int]) -> bool:
         """Return whether `path` may follow the committed tokens."""
 
     def before_error(self, tokens: Sequence[int]) -> Sequence[int]:
-        """Return those of a round's tokens that were drawn before `allowed` came upon an error."""
+        """Return the tokens of a round that were drawn before an error of `allowed`."""
 
     def append(self, tokens: Sequence[int]) -> None:
         """Commit tokens of the answer, unless they end it."""
@@ -109,8 +110,8 @@ class Constraint(Protocol):
 def grammatical(
     constraints: Sequence[Constraint | None], trees: DraftTrees, kept: IntArray
 ) -> IntArray:
-    """Of the nodes `kept` (ascending, prefix-closed) those that their requests' constraints allow:
-    the target cannot draw the others, so that verifying them would be in vain."""
+    """Return the nodes of `kept` (ascending, prefix-closed) that their requests' constraints allow.
+    The target cannot draw the others: verifying them would be wasted."""
     good = np.zeros(len(trees), np.bool_)
     for node in kept.tolist():
         constraint = constraints[trees.owner[node]]

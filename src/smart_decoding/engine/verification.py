@@ -1,5 +1,5 @@
-"""Verification: a round's rows through the target, its tokens down the trees, and the keys of what
-was accepted."""
+"""Verification: runs a round's rows through the target, draws its tokens down the trees, and moves
+the keys of accepted nodes."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ Logits: TypeAlias = Any
 
 @dataclass(slots=True)
 class TargetScores:
-    """logits: the requested rows' [rows, vocab], on the backend; features: all rows' aux hidden
-    states, or None; greedy: what `argmax` says of these rows, where the backend knows it
-    anyway; draws_all: whether the forward goes on while its rows are drawn, all at once, which
-    is the one wait for a device. Tokens of rows that are not visited may be -1."""
+    """Results of a forward. logits: [rows, vocab] of the requested rows, on the backend. features:
+    aux hidden states of all rows, or None. greedy: the result of `argmax` for the requested rows,
+    where the backend knows it already. draws_all: whether `sample` draws all rows at once, while
+    the forward goes on: the only wait for a device. Tokens of unvisited rows may then be -1."""
 
     logits: Logits
     features: Features
@@ -42,32 +42,32 @@ class TargetScores:
 
 
 class RowModel(Protocol):
-    """A target as `verify_by_rows` runs it."""
+    """A target that `verify_by_rows` can run."""
 
     eos_token_ids: tuple[int, ...]
     clock: Clock
 
     def forward(self, rows: Rows, aux_layers: tuple[int, ...]) -> TargetScores:
-        """Return one forward of the rows; their keys and values are written to their slots."""
+        """Run one forward of the rows, and write their keys and values to their slots."""
 
     def sample(self, logits: Logits, which: IntArray, specs: Sequence[Any]) -> IntArray:
-        """[which] the target's tokens at rows `which` of `logits`."""
+        """Return the target's tokens [which] at the rows `which` of `logits`."""
 
     def argmax(self, logits: Logits, which: IntArray) -> IntArray:
-        """[which] greedy tokens of the rows `which`, ties to the lowest id."""
+        """Return the greedy tokens [which] of the rows `which`, ties to the lowest id."""
 
     def logprobs(
         self, logits: Logits, which: IntArray, tokens: Sequence[int], k: Sequence[int]
     ) -> list[Any]:
-        """Log probabilities of drawn tokens and of each row's k most likely ones."""
+        """Return log probabilities of drawn tokens and of each row's k most likely ones."""
 
     def move(self, source: Ints, target: Ints) -> None:
         """Copy KV slots source[i] -> target[i], in order."""
 
 
 def make_room(batch: Batch, trees: DraftTrees, kept: IntArray) -> IntArray:
-    """Reserve KV memory for the nodes `kept`; where it is short a request's nodes yield. Returns
-    those left."""
+    """Reserve KV memory for the nodes `kept`. A request for which memory is short loses all its
+    nodes. Return the rest."""
     if not len(kept):
         return kept
     for i, count in enumerate(trees.counts(kept)):
@@ -81,19 +81,19 @@ def make_room(batch: Batch, trees: DraftTrees, kept: IntArray) -> IntArray:
 def verify_by_rows(
     model: RowModel, batch: Batch, draft: Draft, aux_layers: tuple[int, ...]
 ) -> Verified:
-    """Verify step by step: a forward, tokens down the trees, and moves of keys. The reference, and
-    the way of every target without a native call; see `Target.verify`."""
-    laid_out = lay_out(batch, draft)
+    """Verify step by step: a forward, tokens down the trees, and moves of keys; see
+    `Target.verify`. This is the reference, and used by every target without a native call."""
+    round_rows = lay_out(batch, draft)
     start = model.clock()
-    scores = model.forward(laid_out.layout.rows, aux_layers)
-    return settle(model, laid_out, scores, start, model.clock() - start)
+    scores = model.forward(round_rows.layout.rows, aux_layers)
+    return settle(model, round_rows, scores, start, model.clock() - start)
 
 
 @dataclass(slots=True)
-class LaidOut:
-    """A round's rows. spans: committed tokens, those of the requests that get a token first, who
-    are `emitting`; others have prompts that go on. nodes: those to verify. scored: requests whose
-    prompts have log probabilities to come, each with the rows of the logits that give them."""
+class RoundRows:
+    """A round's rows. spans: committed tokens, first of the requests that get a token, `emitting`,
+    then of unfinished prompts, `going_on`. nodes: the nodes to verify. scored: requests that miss
+    log probabilities of their prompts, each with the rows of `logits` that give them."""
 
     spans: list[Span]
     emitting: list[Request]
@@ -103,7 +103,7 @@ class LaidOut:
     scored: list[tuple[Request, list[int]]]
 
 
-def lay_out(batch: Batch, draft: Draft) -> LaidOut:
+def lay_out(batch: Batch, draft: Draft) -> RoundRows:
     """Return the rows of a round."""
     trees, kept = draft.trees, draft.kept
     ending = [(r, n) for r, n in batch.prefill if n == r.pending]
@@ -116,13 +116,13 @@ def lay_out(batch: Batch, draft: Draft) -> LaidOut:
     nodes = trees.take(kept, len(emitting)) if len(trees) else DraftTrees.empty(len(emitting))
     layout = build_rows(spans, nodes, [i < len(emitting) for i in range(len(spans))])
     scored = _prompt_rows([*emitting, *going_on], spans, layout)
-    return LaidOut(spans, emitting, going_on, nodes, layout, scored)
+    return RoundRows(spans, emitting, going_on, nodes, layout, scored)
 
 
 def _prompt_rows(
     requests: Sequence[Request], spans: Sequence[Span], layout: RowLayout
 ) -> list[tuple[Request, list[int]]]:
-    """`scored` of LaidOut. The logits of these rows come behind all others."""
+    """Return `RoundRows.scored`, and request the logits of these rows behind all others."""
     scored = []
     for request, span, last in zip(requests, spans, layout.last, strict=True):
         if request.prompt_logprobs is None or not request.scores_prompt:
@@ -140,28 +140,28 @@ def _prompt_rows(
 
 
 def settle(
-    model: RowModel, what: LaidOut, scores: TargetScores, start: float, forward_seconds: float
+    model: RowModel, rows: RoundRows, scores: TargetScores, start: float, forward_seconds: float
 ) -> Verified:
-    """Draw tokens down the trees, and move the keys of what was accepted. start: when the round's
+    """Draw tokens down the trees, and move the keys of accepted nodes. start: when the round's
     verification began."""
     sample_start = model.clock()
-    acceptance = _accept(model, what.emitting, what.nodes, what.layout, scores)
-    for request, at in what.scored:
+    acceptance = _accept(model, rows.emitting, rows.nodes, rows.layout, scores)
+    for request, at in rows.scored:
         _score_prompt(model, request, np.array(at, np.int64), scores)
     sampled = model.clock()
-    if len(what.nodes):
-        _commit_keys(model, acceptance, what.layout)
+    if len(rows.nodes):
+        _commit_keys(model, acceptance, rows.layout)
     moved = model.clock()
-    if scores.draws_all:  # the wait for the tokens was that for the forward
+    if scores.draws_all:  # the wait for the tokens was the wait for the forward
         forward_seconds += sampled - sample_start
         sample_start = sampled
-    requests = what.emitting + what.going_on
+    requests = rows.emitting + rows.going_on
     return Verified(
-        what.emitting,
+        rows.emitting,
         acceptance,
-        len(what.layout.rows),
+        len(rows.layout.rows),
         scores.features,
-        _committed(requests, what.spans, acceptance, what.layout),
+        _committed(requests, rows.spans, acceptance, rows.layout),
         forward_seconds=forward_seconds,
         sample_seconds=sampled - sample_start,
         kv_seconds=moved - sampled,
@@ -180,7 +180,7 @@ def _span(request: Request, count: int, slots: int) -> Span:
 
 
 def _logit_rows(layout: RowLayout, nodes: DraftTrees) -> list[int]:
-    """Return the row of the logits of each root, then of each node: the numbering of `accept`."""
+    """Return the row of `logits` of each root, then of each node: the numbering of `accept`."""
     if layout.rows.logit_rows is not None:
         return list(range(nodes.batch + len(nodes)))
     return layout.last[: nodes.batch] + layout.node_row
@@ -212,7 +212,7 @@ def _accept(
 
     def take(rows: Sequence[int]) -> list[int]:
         found = draw(rows) if tokens is None else [tokens[row] for row in rows]
-        require_finite(min(found, default=0) >= 0)  # of rows that the walk leaves out, some may be
+        require_finite(min(found, default=0) >= 0)  # unvisited rows may be -1, visited ones not
         return found
 
     acceptance = accept(nodes, take)
@@ -227,7 +227,7 @@ def _add_logprobs(
     acceptance: Acceptance,
     scores: TargetScores,
 ) -> None:
-    """Log probabilities for the requests that want them: at once, which is one wait for a
+    """Append the log probabilities that requests need: all at once, which is one wait for a
     device."""
     receivers: list[list[Any]] = []
     visited: list[int] = []
@@ -247,7 +247,7 @@ def _add_logprobs(
 
 
 def _score_prompt(model: RowModel, request: Request, at: IntArray, scores: TargetScores) -> None:
-    """Log probabilities of the prompt's next tokens, from the rows `at` of the logits."""
+    """Append log probabilities of the prompt's next tokens, from the rows `at` of the logits."""
     assert request.prompt_logprobs is not None
     known = len(request.prompt_logprobs)
     tokens = request.prompt[known : known + len(at)]
@@ -256,8 +256,7 @@ def _score_prompt(model: RowModel, request: Request, at: IntArray, scores: Targe
 
 
 def _commit_keys(model: RowModel, acceptance: Acceptance, layout: RowLayout) -> None:
-    """Move accepted nodes' keys to their final positions, which follow the root's in the reserved
-    slots."""
+    """Move the keys of accepted nodes to the slots of their positions, behind the root's."""
     moves = [
         (layout.node_row[node], root + depth)
         for root, path in zip(layout.last, acceptance.path, strict=False)

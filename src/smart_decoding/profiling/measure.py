@@ -161,7 +161,7 @@ class ForwardTimer:
 
     def _run(self, point: Point, reference: Point) -> None:
         stage = point.stage
-        pages = self._pool.lend(stage.needed)
+        pages = self._pool.borrow(stage.needed)
         started = self._clock()
         try:
             reference.stage.place(pages[: reference.stage.needed])
@@ -177,7 +177,7 @@ class ForwardTimer:
             self._interrupted += preemptions() > before
         finally:
             stage.end()
-            self._pool.take_back(pages)
+            self._pool.put_back(pages)
         self._again += bool(self._untimed) and point not in self._untimed
         self._untimed.discard(point)
         self._queue.rotate(-1)

@@ -39,7 +39,7 @@ class Recorder(FreeDrafter):
 
     name = "recorder"
     free = False
-    wants_ends = True
+    needs_ends = True
 
     def __init__(self, aux_layers: tuple[int, ...]) -> None:
         self.aux_layers = aux_layers

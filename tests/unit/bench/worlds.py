@@ -55,7 +55,7 @@ class RuleDrafter:
     """Proposes the right token first if `good`, and a wrong one; a level takes `seconds`, and each
     of its rows `row_seconds`, the rows of tokens that it has not seen yet included."""
 
-    name, has_model, free, aux_layers, wants_ends = ("rule", True, False, (), False)
+    name, has_model, free, aux_layers, needs_ends = ("rule", True, False, (), False)
 
     def __init__(
         self, clock: Clock, good: bool = True, seconds: float = 0.0, row_seconds: float = 0.0

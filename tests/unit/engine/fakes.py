@@ -81,7 +81,7 @@ class FakeDrafter:
     name = "fake"
     has_model = True
     aux_layers = (1,)
-    wants_ends = False
+    needs_ends = False
 
     def __init__(
         self,

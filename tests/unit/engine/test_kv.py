@@ -168,19 +168,19 @@ def test_a_page_that_is_held_outlives_an_idle_one_of_the_same_content() -> None:
     assert len(pool.find(tokens, 48)) == 3
 
 
-def test_what_is_lent_between_rounds_is_nobodys_use_of_memory() -> None:
+def test_borrowed_pages_do_not_count_as_used_memory() -> None:
     """`/metrics` told of a full memory while costs were measured."""
     pool = PagePool(6, prefix_caching=True)
     table = filled(pool, list(range(33)))
-    lent = pool.lend(pool.available)
-    assert len(lent) == 3
+    borrowed = pool.borrow(pool.available)
+    assert len(borrowed) == 3
     assert pool.used == 0.5
     pool.check_integrity([table])
     with pytest.raises(OutOfPagesError):
         pool.take(1)
     table.release()
     assert pool.used == 0
-    pool.take_back(lent)
+    pool.put_back(borrowed)
     pool.check_integrity([])
     assert pool.available == pool.pages
 
