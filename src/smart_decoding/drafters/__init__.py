@@ -1,4 +1,4 @@
-"""What drafts; here are the methods' names, which a command line needs without loading a model."""
+"""The drafters. Here are the methods' names, which a command line needs without loading a model."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ METHODS = ("eagle", "draft_model", "ngram", "union", "none")
 
 
 def check_draft(method: str | None, draft: object, how: str) -> None:
-    """Raise ConfigError if the method needs a model to draft with and there is none; how: what to
-    give."""
+    """Raise ConfigError if the method needs a draft model and there is none. how: the option that
+    names one."""
     if method == "draft_model" and not draft:
         raise ConfigError(
             f"method 'draft_model' needs a smaller model of the same vocabulary: give {how}"
@@ -22,7 +22,7 @@ def check_draft(method: str | None, draft: object, how: str) -> None:
 
 
 def check_plain(method: str | None, policy: str | Policy | None) -> None:
-    """Raise ConfigError if nothing drafts, but a policy is given that is to decide about drafts."""
+    """Raise ConfigError if nothing drafts, but a policy is set that decides about drafts."""
     if method == "none" and policy not in (None, "off"):
         name = policy if isinstance(policy, str) else policy.name
         raise ConfigError(

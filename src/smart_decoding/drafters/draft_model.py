@@ -18,21 +18,22 @@ if TYPE_CHECKING:
 
 
 class SmallModel(Protocol):
-    """What the drafter needs of a model."""
+    """A model that this drafter can run. drafts_rounds: whether `prepare` may be called."""
 
     drafts_rounds: bool
 
     def prepare(
         self, rule: TreeRule, proposed: DraftTrees, inputs: RoundInputs
     ) -> Callable[[], Draft]:
-        """Return the one call that drafts a round beside proposed nodes, if it `drafts_rounds`."""
+        """Return the one call that drafts a round and merges it with the proposed nodes."""
 
-    def rank(self, rows: Rows, asked: LevelRequest) -> Ranked:
-        """Return one forward: the best children of the rows whose logits are wanted."""
+    def rank(self, rows: Rows, request: LevelRequest) -> Ranked:
+        """Run one forward; return the best children of the rows whose logits are required."""
 
 
 class DraftModelDrafter(LevelDrafter[State]):
-    """A model reads plain tokens, so that it can run what the target found in its prefix cache."""
+    """Drafts with a model. It reads plain tokens, so it can also run tokens whose keys the target
+    found in its prefix cache."""
 
     name = "draft_model"
     ahead = 0
@@ -42,7 +43,7 @@ class DraftModelDrafter(LevelDrafter[State]):
         self._model = model
 
     def _admit(self, request: Request, first: int) -> State:
-        """Go on after the cached pages, from the first on, whose keys the model still has."""
+        """Start behind the first cached pages whose keys the model still has."""
         state = State(0, 0)
         keys = self._keys(request, state, first // PAGE)
         for page, key in zip(request.table.pages, keys, strict=False):
@@ -52,16 +53,16 @@ class DraftModelDrafter(LevelDrafter[State]):
         return state
 
     def _first(
-        self, rows: Rows, last: IntArray, states: Sequence[State], asked: LevelRequest
+        self, rows: Rows, last: IntArray, states: Sequence[State], request: LevelRequest
     ) -> Ranked:
         rows.logit_rows = last
-        return self._model.rank(rows, asked)
+        return self._model.rank(rows, request)
 
-    def _deeper(self, rows: Rows, above: IntArray, asked: LevelRequest) -> Ranked:
-        return self._model.rank(rows, asked)
+    def _deeper(self, rows: Rows, above: IntArray, request: LevelRequest) -> Ranked:
+        return self._model.rank(rows, request)
 
     def follows(self, rule: TreeRule) -> bool:
-        """Return where the model drafts rounds in one call."""
+        """Return whether the model drafts rounds in one call."""
         return self._model.drafts_rounds
 
     def _prepare(
@@ -70,7 +71,8 @@ class DraftModelDrafter(LevelDrafter[State]):
         return self._model.prepare(rule, proposed, inputs)
 
     def _advance(self, request: Request, state: State) -> None:
-        """Keys of a cut context (unlike a head's, they depend on it) serve no other request."""
+        """Advance, and forget the keys of a cut context: unlike a head's, they serve no other
+        request."""
         super()._advance(request, state)
         if state.start:
             self._kept[self._table(request, state)[state.start // PAGE :]] = 0

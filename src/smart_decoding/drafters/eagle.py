@@ -1,11 +1,11 @@
 """Drafting with an EAGLE head, level by level.
 
 Pair t of a request is (the target's features at position t, token t + 1). The target computes
-features once only: what it finds in its prefix cache comes without them, and serves the head only
-where it still has the keys.
+features only once: cached pages come without features, and serve the head only while it still has
+their keys.
 
-A page's last pair reads the first token behind the page. Where another request goes on with another
-token, it runs that pair again into a copy of the page; the features for that are kept.
+A page's last pair reads the first token behind the page. A request with another token there runs
+the pair again, into a copy of the page. So the features of each page's last pair are kept.
 """
 
 from __future__ import annotations
@@ -26,13 +26,12 @@ if TYPE_CHECKING:
     from smart_decoding.engine.rows import Rows
     from smart_decoding.models.heads.eagle_head import EagleHead
 
-LOG = 64  # rounds of plain decoding that are shared out together
+LOG = 64  # plain rounds whose features are handed to the requests together
 
 
 @dataclass(eq=False, slots=True)
 class Log:
-    """Features of rounds of plain decoding of the same requests, shared out only when they are
-    wanted.
+    """Features of plain rounds of the same requests, handed to the requests only when needed.
 
     first: position of each request's first row. rounds: [requests, width] each."""
 
@@ -43,22 +42,23 @@ class Log:
 
 @dataclass(slots=True)
 class Pairs(State):
-    """parts: features of the waiting pairs (`models.features.Part`). copies: scratch pages in place
-    of the request's, by index, each with the features of its last pair, which is run again."""
+    """One request's pairs. parts: features of the waiting pairs (`models.features.Part`). copies:
+    page index -> scratch page in place of the request's, and the features of its last pair, which
+    is run again."""
 
     parts: list[Any] = field(default_factory=list)
     copies: dict[int, tuple[int, Any]] = field(default_factory=dict)
 
     def wait_with(self, part: Any) -> None:
-        """One more part. The one before waits on, as in rounds with prompts, which have many rows
-        and draft nothing."""
+        """Add a part. The last one gets memory of its own: it waits on, as in rounds with prompts,
+        which have many rows and do not draft."""
         if self.parts:
             self.parts[-1] = apart(self.parts[-1])
         self.parts.append(part)
 
 
 class EagleDrafter(LevelDrafter[Pairs]):
-    """A head on the target's features."""
+    """Drafts with a head on the target's features."""
 
     name = "eagle"
     ahead = 1
@@ -77,7 +77,7 @@ class EagleDrafter(LevelDrafter[Pairs]):
         self._ends: dict[int, tuple[int, Any]] = {}
 
     def _admit(self, request: Request, first: int) -> Pairs:
-        """Take the run of cached pages before `first` whose keys the head still has."""
+        """Start with the last cached pages before `first` whose keys the head still has."""
         state = Pairs(first, first)
         page = first // PAGE
         pages = request.table.pages
@@ -94,19 +94,19 @@ class EagleDrafter(LevelDrafter[Pairs]):
         return state
 
     def _first(
-        self, rows: Rows, last: IntArray, states: Sequence[Pairs], asked: LevelRequest
+        self, rows: Rows, last: IntArray, states: Sequence[Pairs], request: LevelRequest
     ) -> Ranked:
-        return self._head.levels.first(rows, _parts(states), last, asked)
+        return self._head.levels.first(rows, _parts(states), last, request)
 
-    def _deeper(self, rows: Rows, above: IntArray, asked: LevelRequest) -> Ranked:
-        return self._head.levels.deeper(rows, above, asked)
+    def _deeper(self, rows: Rows, above: IntArray, request: LevelRequest) -> Ranked:
+        return self._head.levels.deeper(rows, above, request)
 
     def follows(self, rule: TreeRule) -> bool:
-        """Return the head's."""
+        """Return whether the head drafts rounds of such a rule in one call."""
         return self._head.levels.follows(rule)
 
     def blank(self, rows: int) -> Any:
-        """Return the head's."""
+        """Return features of arbitrary content for `rows` rows, to time the head with."""
         return self._head.blank(rows)
 
     def _receive(self, request: Request, state: Pairs, features: Any, first: int) -> None:
@@ -125,7 +125,7 @@ class EagleDrafter(LevelDrafter[Pairs]):
     def _waiting_rows(
         self, requests: Sequence[Request], states: Sequence[Pairs]
     ) -> tuple[Rows, IntArray]:
-        self._share_out()
+        self._hand_out()
         return super()._waiting_rows(requests, states)
 
     def _prepare(
@@ -134,20 +134,21 @@ class EagleDrafter(LevelDrafter[Pairs]):
         return self._head.levels.prepare(rule, proposed, inputs, _parts(states))
 
     def extend(self, request: Request, features: Any, first: int, tokens: Sequence[int]) -> None:
-        """The committed pairs wait for the next first level."""
-        self._share_out()
+        """Take committed pairs, which wait for the next first level."""
+        self._hand_out()
         super().extend(request, features, first, tokens)
 
     def extend_each(self, requests: Sequence[Request], features: Any) -> None:
-        """Log the features of a plain round; they are shared out when they are wanted."""
+        """Log the features of a plain round, to hand them to the requests later."""
         if self._log is None or self._log.requests != requests:
-            self._share_out()
+            self._hand_out()
             self._log = Log(list(requests), [request.table.length - 1 for request in requests])
         self._log.rounds.append(features)
         if len(self._log.rounds) == LOG:
-            self._share_out()
+            self._hand_out()
 
-    def _share_out(self) -> None:
+    def _hand_out(self) -> None:
+        """Hand the logged features to the requests."""
         log = self._log
         self._log = None
         for i, request in enumerate(log.requests if log else ()):
@@ -167,8 +168,8 @@ class EagleDrafter(LevelDrafter[Pairs]):
             part = state.parts.pop(0)
             size = len(part[0] if isinstance(part, tuple) else part)
             if size > rows:
-                rest = (part[0][rows:], part[1]) if isinstance(part, tuple) else part[rows:]
-                state.parts.insert(0, rest)
+                remainder = (part[0][rows:], part[1]) if isinstance(part, tuple) else part[rows:]
+                state.parts.insert(0, remainder)
                 return
             rows -= size
 
@@ -194,7 +195,7 @@ class EagleDrafter(LevelDrafter[Pairs]):
 
 
 def _parts(states: Sequence[Pairs]) -> list[Any]:
-    """Return the features of all waiting pairs, which are then run."""
+    """Take out the features of all waiting pairs, to run them."""
     parts: list[Any] = []
     for state in states:
         parts += [state.copies[t // PAGE][1] for t in state.again] + state.parts

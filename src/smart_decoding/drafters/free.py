@@ -1,5 +1,4 @@
-"""The part of a drafter that is the same without a model: it proposes whole trees at once, at no
-measurable cost."""
+"""The base of drafters without a model: they propose whole trees at once, at no measurable cost."""
 
 from __future__ import annotations
 
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class FreeDrafter:
-    """The part of `Drafter` that is the same for all of them: nothing to run, nothing to keep."""
+    """The base of free drafters: it runs no model and keeps no state."""
 
     has_model = False
     free = True
@@ -28,31 +27,31 @@ class FreeDrafter:
 
     @cached_property
     def selection(self) -> Selection:
-        """What follows rules."""
+        """The implementation that follows rules."""
         return fastest_selection()
 
     def propose(self, requests: Sequence[Request], rule: TreeRule) -> DraftTrees:
-        """Propose nodes for each request: none."""
+        """Propose nodes for each request: none, unless a subclass does."""
         return DraftTrees.empty(len(requests))
 
     def pending_rows(self, requests: Sequence[Request]) -> int:
-        """None: there is no model."""
+        """Return 0: there is no model."""
         return 0
 
     def draft(
         self, requests: Sequence[Request], rule: TreeRule, interrupted: Callable[[], bool]
     ) -> Draft:
-        """Verify of the proposals what the rule says."""
+        """Propose trees, and choose the nodes to verify as the rule says."""
         trees = self.propose(requests, rule)
         return Draft(trees, rule, self.selection.select(rule, trees))
 
     def extend(
         self, request: Request, features: Features, first: int, tokens: Sequence[int]
     ) -> None:
-        """Nothing to learn."""
+        """Do nothing: there is no state."""
 
     def extend_each(self, requests: Sequence[Request], features: Features) -> None:
-        """Nothing to learn."""
+        """Do nothing: there is no state."""
 
     def release(self, request: Request) -> None:
-        """Nothing to forget."""
+        """Do nothing: there is no state."""

@@ -1,18 +1,17 @@
-"""What drafters with a model of their own share: one level per pass over the whole batch, keys in
-the target's pages.
+"""The base of drafters with a model: one level per pass over the whole batch, with keys in pages
+that have the target's numbers.
 
 Row t of a request lies at position t and reads token t + `ahead`: a draft model reads plain tokens
 (0), an EAGLE head pairs each token with the target's features of the position before it (1). Before
 it can draft, the model must have processed every row of the committed tokens: the next first level
-catches up in one pass. While speculation is off, rows wait in a bounded window: what is older is
+catches up in one pass. While speculation is off, rows wait in a bounded window. Older rows are
 dropped, and the model then reads only the context from there on.
 
-Positions of pictures have no tokens. A model that supports images reads their embeddings instead;
-for any other its context begins behind the last picture, at that page's start.
+Positions of pictures have no tokens. A model that supports images reads their embeddings instead.
+For other models the context begins behind the last picture, at that page's start.
 
-Keys lie in pages with the target's numbers, those of tree nodes in scratch pages behind them. A
-page whose rows are all there is remembered by its tokens and all tokens before them, so that prefix
-caching serves the drafter too.
+Keys of tree nodes lie in scratch pages behind the target's. A page with all its rows is remembered
+by its tokens and all tokens before them, so that prefix caching serves the drafter too.
 """
 
 from __future__ import annotations
@@ -46,9 +45,9 @@ Ranked: TypeAlias = tuple[IntArray, FloatArray]
 
 @dataclass(frozen=True, slots=True)
 class LevelRequest:
-    """The children that are wanted of every row. k: how many at most. temperature: [rows]. draws:
-    which noise the target will draw the child with, where the temperature is not 0: the model can
-    guess with the same; empty if all are 0."""
+    """The children required of every row. k: how many at most. temperature: [rows]. draws: [rows]
+    the noise that the target will draw the child with, so that the model can guess with the same
+    noise; empty if all temperatures are 0."""
 
     k: int
     temperature: FloatArray
@@ -57,22 +56,21 @@ class LevelRequest:
 
 @dataclass(frozen=True, slots=True)
 class RoundInputs:
-    """What a model drafts a whole round from, in one call.
+    """Inputs of a model that drafts a whole round in one call.
 
-    rows: all that wait. asked: for the children of each request's nodes at depth 0, 1, ..., as many
-    as the rule has levels, request by request. slots: where nodes' keys go."""
+    rows: all waiting rows. request: for the children of nodes at depth 0, 1, ... levels - 1,
+    request by request. slots: for the keys of nodes."""
 
     rows: Rows
-    asked: LevelRequest
+    request: LevelRequest
     slots: range
 
 
 @dataclass(slots=True)
 class State:
-    """One request: its rows [start, length) are in the model's cache, but for those to be run
-    `again`.
+    """One request's rows [start, length) in the model's cache, except the rows to run `again`.
 
-    keys: what identifies each page's content."""
+    keys: for each page a number that identifies its content."""
 
     start: int
     length: int
@@ -95,10 +93,10 @@ class LevelDrafter(ABC, Generic[S]):
     aux_layers: tuple[int, ...] = ()
     # whether the model reads the embeddings of pictures; else it drafts from the text behind them
     supports_images = False
-    widest = 1 << 30  # children of a node that are proposed; 1 where the target takes chains only
+    widest = 1 << 30  # most children of a node; 1 where the target verifies chains only
 
     def __init__(self, pool_pages: int, scratch_pages: int) -> None:
-        self._selection = fastest_selection()  # level by level
+        self._selection = fastest_selection()  # for drafting level by level
         self._scratch_slot = pool_pages * PAGE
         self._scratch_size = scratch_pages * PAGE
         # page -> key of the content it holds, or 0
@@ -109,53 +107,53 @@ class LevelDrafter(ABC, Generic[S]):
         self._rows = 0  # outputs so far: one for each root, then one for each expanded node
 
     def pending_rows(self, requests: Sequence[Request]) -> int:
-        """Return rows of the next first level: all that wait."""
+        """Return the number of rows of the next first level: all waiting ones."""
         states = self._states
         return sum(self._waiting(r, states[id(r)]) if id(r) in states else 1 for r in requests)
 
     @abstractmethod
     def _admit(self, request: Request, first: int) -> S:
-        """Return the state of a request of which the target has processed [0, first), found in the
+        """Return the state of a new request whose positions [0, first) the target found in its
         prefix cache."""
 
     @abstractmethod
     def _first(
-        self, rows: Rows, last: IntArray, states: Sequence[S], asked: LevelRequest
+        self, rows: Rows, last: IntArray, states: Sequence[S], request: LevelRequest
     ) -> Ranked:
-        """Runs all waiting rows; the best children of each request's `last` row."""
+        """Run all waiting rows; return the best children of each request's `last` row."""
 
     @abstractmethod
-    def _deeper(self, rows: Rows, above: IntArray, asked: LevelRequest) -> Ranked:
-        """Runs nodes; the best children of all. above: numbers of the outputs that they are
-        children of."""
+    def _deeper(self, rows: Rows, above: IntArray, request: LevelRequest) -> Ranked:
+        """Run nodes; return the best children of each. above: numbers of their parents' outputs."""
 
     @abstractmethod
     def follows(self, rule: TreeRule) -> bool:
-        """Return whether the model drafts all levels of such a rule, of built-in parts, in one
+        """Return whether the model drafts all levels of this rule, which has built-in parts, in one
         call."""
 
     @abstractmethod
     def _prepare(
         self, rule: TreeRule, proposed: DraftTrees, inputs: RoundInputs, states: Sequence[S]
     ) -> Callable[[], Draft]:
-        """Return the one call that drafts all levels below and beside `proposed`, where the model
-        follows the rule."""
+        """Return the one call that drafts all levels and merges them with `proposed`, where the
+        model follows the rule."""
 
     def blank(self, rows: int) -> Any:
-        """Return features of `rows` rows of arbitrary content, to be timed with."""
+        """Return features of arbitrary content for `rows` rows, to time the model with."""
         return None
 
     def skip(self, request: Request) -> None:
-        """Take all that waits for run, to time what comes then: its keys are whatever is there."""
+        """Mark all waiting rows as run without running them, to time the levels behind: their keys
+        are arbitrary."""
         state = self._states[id(request)]
         self._drop(state, self._end(request) - state.length)
         state.length = self._end(request)
 
     def _receive(self, request: Request, state: S, features: Any, first: int) -> None:
-        """Features of the target that arrived with committed rows."""
+        """Take the target's features of committed rows."""
 
     def _drop(self, state: S, rows: int) -> None:
-        """The `rows` oldest of the waiting rows will never be run."""
+        """Drop the `rows` oldest of the waiting rows, without running them."""
 
     def _table(self, request: Request, state: S) -> Ints:
         """Return the request's pages in the model's cache, to be read only."""
@@ -168,8 +166,8 @@ class LevelDrafter(ABC, Generic[S]):
         interrupted: Callable[[], bool],
         proposed: DraftTrees | None = None,
     ) -> Draft:
-        """See `Drafter`. proposed: nodes of free drafters: a child that is there already stays one
-        node."""
+        """See `Drafter`. proposed: nodes of free drafters; the model's equal nodes merge with
+        them."""
         proposed = DraftTrees.empty(len(requests)) if proposed is None else proposed
         if not rule.levels or not (is_data(rule) and self.follows(rule)):
             return draft_by_levels(self, requests, rule, interrupted, proposed, self._selection)
@@ -192,10 +190,10 @@ class LevelDrafter(ABC, Generic[S]):
         owners = [i for i in range(len(requests)) for _ in range(rule.levels)]
         depths = [*range(rule.levels)] * len(requests)
         slots = range(self._scratch_slot, self._scratch_slot + self._scratch_size)
-        return RoundInputs(rows, self._asked(requests, owners, depths, rule), slots)
+        return RoundInputs(rows, self._level_request(requests, owners, depths, rule), slots)
 
     def first_level(self, requests: Sequence[Request], rule: TreeRule) -> DraftTrees:
-        """Catch up and propose the first level's children of every root."""
+        """Catch up, and propose the children of every root."""
         trees = DraftTrees.empty(len(requests))
         batch = len(requests)
         self._paths = {}
@@ -204,8 +202,8 @@ class LevelDrafter(ABC, Generic[S]):
             return trees
         states = [self._states[id(r)] for r in requests]
         rows, last = self._waiting_rows(requests, states)
-        asked = self._asked(requests, range(batch), [0] * batch, rule)
-        ranked = self._first(rows, last, states, asked)
+        level_request = self._level_request(requests, range(batch), [0] * batch, rule)
+        ranked = self._first(rows, last, states, level_request)
         for request, state in zip(requests, states, strict=True):
             self._advance(request, state)
         self._append(trees, np.arange(batch), np.full(batch, ROOT), ranked)
@@ -214,8 +212,8 @@ class LevelDrafter(ABC, Generic[S]):
     def next_level(
         self, requests: Sequence[Request], trees: DraftTrees, nodes: IntArray, rule: TreeRule
     ) -> int:
-        """Runs the model on `nodes`, as far as there is room, and appends their children; returns
-        how many."""
+        """Run the model on `nodes`, as far as there is room, and append their children; return how
+        many nodes it ran."""
         nodes = nodes[: max(0, self._scratch_size + len(requests) - self._rows)]
         if not len(nodes):
             return 0
@@ -237,8 +235,10 @@ class LevelDrafter(ABC, Generic[S]):
             self._rows += 1
             paths.append(self._paths[node])
         rows = self._node_rows(requests, owners, trees.token[nodes].tolist(), paths)
-        asked = self._asked(requests, owners, [len(path) for path in paths], rule)
-        self._append(trees, owner, nodes, self._deeper(rows, np.array(above, np.int64), asked))
+        depths = [len(path) for path in paths]
+        level_request = self._level_request(requests, owners, depths, rule)
+        ranked = self._deeper(rows, np.array(above, np.int64), level_request)
+        self._append(trees, owner, nodes, ranked)
         return len(nodes)
 
     def _append(
@@ -279,8 +279,8 @@ class LevelDrafter(ABC, Generic[S]):
         tokens: Sequence[int],
         paths: Sequence[Sequence[int]],
     ) -> Rows:
-        """Return rows of expanded nodes (sorted by owner), which read all true rows, the expanded
-        ancestors and themselves."""
+        """Return the rows of expanded nodes (sorted by owner). Each reads all committed rows, its
+        ancestors and itself."""
         builder = RowsBuilder()
         before = -1
         for owner, token, path in zip(owners, tokens, paths, strict=True):
@@ -294,21 +294,21 @@ class LevelDrafter(ABC, Generic[S]):
         return builder.build()
 
     def extend(self, request: Request, features: Any, first: int, tokens: Sequence[int]) -> None:
-        """Committed tokens become rows that wait for the next first level."""
+        """Take committed tokens as rows that wait for the next first level."""
         state = self._states.get(id(request))
         if state is None:
             state = self._states[id(request)] = self._admit(request, first)
         self._receive(request, state, features, first)
         end = first + len(tokens)
         if request.media is not None and not self.supports_images:
-            # Where a picture ends the text, one row is left.
+            # One row must be left, even where a picture ends the text.
             behind = min(request.media.visual(end), end - self.ahead)
             self._begin(state, behind // PAGE * PAGE)
         self._bound(request, state, end)
 
     def _bound(self, request: Request, state: S, end: int) -> None:
-        """Of the rows that wait before position `end`, keeps no more than the window, from a page's
-        start on."""
+        """Keep no more waiting rows before position `end` than the window, from a page's start
+        on."""
         window = WINDOW + (
             request.media.length if request.media is not None and self.supports_images else 0
         )
@@ -316,14 +316,14 @@ class LevelDrafter(ABC, Generic[S]):
             self._begin(state, -(-(end - window // 2) // PAGE) * PAGE)
 
     def _begin(self, state: S, start: int) -> None:
-        """Rows before `start`, a page's, will not be run."""
+        """Drop waiting rows before `start`, where a page starts."""
         if start > state.length:
             self._drop(state, start - state.length)
             state.start = state.length = start
             state.again = []
 
     def extend_each(self, requests: Sequence[Request], features: Any) -> None:
-        """The same for one token of each request."""
+        """Take one more token of each request."""
         for i, request in enumerate(requests):
             first = request.table.length - 1
             row = None if features is None else features[i : i + 1]
@@ -340,20 +340,20 @@ class LevelDrafter(ABC, Generic[S]):
         return self._end(request) - state.length + len(state.again)
 
     def _advance(self, request: Request, state: S) -> None:
-        """All waiting rows were run: their pages hold other content now, and whole ones can serve
-        again."""
+        """Note that all waiting rows have run: their pages have new content, and whole pages can
+        serve other requests."""
         first = state.length // PAGE
         state.length = self._end(request)
         state.again = []
         whole = state.length // PAGE
         keys = self._keys(request, state, whole) if whole > first else []
         table = self._table(request, state)[first : -(-state.length // PAGE)].tolist()
-        for page, where in enumerate(table, start=first):
-            self._kept[where] = keys[page] if page < whole else 0
+        for index, page in enumerate(table, start=first):
+            self._kept[page] = keys[index] if index < whole else 0
 
     def _keys(self, request: Request, state: S, pages: int) -> list[int]:
-        """For each of the request's first pages a number that stands for its tokens and all before
-        them."""
+        """Return for each of the request's first pages a number that identifies its tokens and all
+        tokens before."""
         for page in range(len(state.keys), pages):
             before = state.keys[-1] if page else 0
             mark = request.table.content_hashes.get(page, b"")
@@ -361,19 +361,19 @@ class LevelDrafter(ABC, Generic[S]):
             state.keys.append(hash((before, mark, *tokens)))
         return state.keys[:pages]
 
-    def _asked(
+    def _level_request(
         self,
         requests: Sequence[Request],
         owners: Sequence[int],
         depths: Sequence[int],
         rule: TreeRule,
     ) -> LevelRequest:
-        """Return the children of rows of these owners at these depths (a root's is 0)."""
+        """Return the request for children of rows with these owners and depths (a root's is 0)."""
         k = min(rule.children, self.widest)
-        of_each = [r.params.temperature for r in requests]
-        if not any(of_each):
+        temperatures = [r.params.temperature for r in requests]
+        if not any(temperatures):
             return LevelRequest(k, np.zeros(len(owners)))
-        temperature = np.array([of_each[i] for i in owners], np.float64)
+        temperature = np.array([temperatures[i] for i in owners], np.float64)
         rows = zip((requests[i] for i in owners), depths, strict=True)
         draws = [(r.seed, r.sample, len(r.output) + depth) for r, depth in rows]
         return LevelRequest(k, temperature, draws)

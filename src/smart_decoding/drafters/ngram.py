@@ -1,7 +1,7 @@
-"""N-gram drafter: what followed the last tokens earlier in the same prompt and answer, as a tree.
+"""N-gram drafter: proposes the tokens that followed the last tokens earlier in prompt and answer.
 
-Like prompt lookup, but all recent occurrences count: their continuations merge into a trie whose
-frequencies are the draft probabilities. It costs no model, and pays where text repeats: code,
+It is like prompt lookup, but all recent occurrences count: their continuations merge into a trie
+whose frequencies are the draft probabilities. It needs no model, and pays where text repeats: code,
 quotes, summaries.
 """
 
@@ -27,8 +27,8 @@ SHORTER = 0.25  # weight of an occurrence per token that it matches less than th
 
 
 class NgramIndex:
-    """Where each n-gram of one growing text was followed by what; amortised O(1) per token, as
-    LZ77's hash chains.
+    """The occurrences of each n-gram in one growing text; amortised O(1) per token, as LZ77's hash
+    chains.
 
     newest[n][gram]: the last position that follows an occurrence of the gram.
     older[n][i]: the position that follows the preceding occurrence of the gram before position i,
@@ -41,7 +41,7 @@ class NgramIndex:
         self.length = 0
 
     def update(self, tokens: Sequence[int]) -> None:
-        """Add what `tokens`, the whole text, has beyond the text seen so far."""
+        """Add the new part of `tokens`, the whole text."""
         for n in self.sizes:
             newest = self.newest[n]
             older = self.older[n]
@@ -52,8 +52,8 @@ class NgramIndex:
         self.length = len(tokens)
 
     def occurrences(self, tokens: Sequence[int], limit: int) -> dict[int, int]:
-        """Return positions that follow earlier occurrences of the text's last tokens -> tokens
-        matched, at most `limit`.
+        """Return a map of at most `limit` entries: position that follows an earlier occurrence of
+        the text's last tokens -> number of matched tokens.
 
         Longest matches first, the newest first among equals; a match longer than max_n counts as
         max_n."""
@@ -66,8 +66,7 @@ class NgramIndex:
         return found
 
 
-# What follows an earlier occurrence of the last tokens: from where on, how many tokens agree before
-# it, and its weight.
+# An earlier occurrence of the last tokens: the position behind it, its length and its weight.
 Occurrence: TypeAlias = tuple[int, int, float]
 # A continuation's token, the number of its parent, its depth, draft_prob and path_prob.
 Node: TypeAlias = tuple[int, int, int, float, float]
@@ -76,58 +75,58 @@ Node: TypeAlias = tuple[int, int, int, float, float]
 def likeliest(
     text: Sequence[int], found: Mapping[int, int], count: int, max_depth: int
 ) -> list[Node]:
-    """Return the `count` likeliest nodes of the trie into which the continuations of `found` merge,
-    the likeliest first.
+    """Merge the continuations of `found` into a trie; return its `count` likeliest nodes, the
+    likeliest first.
 
     found: as by `NgramIndex.occurrences`."""
     longest = max(found.values(), default=0)
-    those = [(at, matched, SHORTER ** (longest - matched)) for at, matched in found.items()]
+    occurrences = [(at, matched, SHORTER ** (longest - matched)) for at, matched in found.items()]
     nodes: list[Node] = []
     waiting: list[tuple[float, int, int, int, int, float, list[Occurrence]]] = []
     pushed = 0  # among equals the first one is taken
     number, depth, path_prob = ROOT, 0, 1.0
     while True:
         if depth < max_depth:
-            for token, prob, went_on in _next_tokens(text, those, depth):
-                entry = (-path_prob * prob, pushed, token, number, depth + 1, prob, went_on)
+            for token, prob, agreeing in _next_tokens(text, occurrences, depth):
+                entry = (-path_prob * prob, pushed, token, number, depth + 1, prob, agreeing)
                 heappush(waiting, entry)
                 pushed += 1
         if not waiting or len(nodes) == count:
             return nodes
-        negated, _, token, parent, depth, prob, those = heappop(waiting)
+        negated, _, token, parent, depth, prob, occurrences = heappop(waiting)
         path_prob = -negated
         number = len(nodes)
         nodes.append((token, parent, depth, prob, path_prob))
 
 
 def _next_tokens(
-    text: Sequence[int], those: list[Occurrence], depth: int
+    text: Sequence[int], occurrences: list[Occurrence], depth: int
 ) -> list[tuple[int, float, list[Occurrence]]]:
-    """Return the tokens that follow `depth` tokens after these occurrences, those with long matches
-    first, with their draft_prob and the occurrences that go on so.
+    """Return the tokens that stand `depth` tokens behind these occurrences, long matches first,
+    each with its draft_prob and the occurrences that agree with it.
 
     draft_prob: the share by weight, times 1 - 2^-context, where `context` tokens agree before:
     short matches are chance."""
     by_token: dict[int, list[Occurrence]] = {}
     total = 0.0
-    for occurrence in those:
+    for occurrence in occurrences:
         at = occurrence[0] + depth
         if at < len(text):
             total += occurrence[2]
             by_token.setdefault(text[at], []).append(occurrence)
     found = []
-    for token, went_on in by_token.items():
-        share = 1.0 if len(by_token) == 1 else sum([weight for _, _, weight in went_on]) / total
-        context = went_on[0][1] + depth
-        found.append((token, share * (1.0 - 0.5**context), went_on))
+    for token, agreeing in by_token.items():
+        share = 1.0 if len(by_token) == 1 else sum([weight for _, _, weight in agreeing]) / total
+        context = agreeing[0][1] + depth
+        found.append((token, share * (1.0 - 0.5**context), agreeing))
     return found
 
 
 class NgramDrafter(FreeDrafter):
-    """Proposes what followed the last min_n .. max_n tokens before.
+    """Proposes the tokens that followed the last min_n .. max_n tokens earlier in the text.
 
-    max_nodes, max_depth: bounds of a request's tree. occurrences: how many are looked at, longest
-    matches first. Raises ConfigError for values that make no sense."""
+    max_nodes, max_depth: bounds of a request's tree. occurrences: how many to use, longest matches
+    first. Raises ConfigError for values out of range."""
 
     name = "ngram"
 
@@ -172,11 +171,11 @@ class NgramDrafter(FreeDrafter):
     def extend(
         self, request: Request, features: Features, first: int, tokens: Sequence[int]
     ) -> None:
-        """Index request.tokens: these, those found in the prefix cache, and the root."""
+        """Index all of request.tokens, with tokens found in the prefix cache and the root."""
         self._indexed(request)
 
     def extend_each(self, requests: Sequence[Request], features: Features) -> None:
-        """The same for all."""
+        """Index the tokens of all requests."""
         for request in requests:
             self._indexed(request)
 

@@ -1,10 +1,9 @@
-"""Several drafters in one tree: one optional drafter with a model, then drafters without model
-cost.
+"""Several drafters in one tree: at most one with a model, and free drafters, without model cost.
 
-The free drafters propose first. The same token below the same parent is one node: it belongs to the
-first of the drafters that proposed it, the model before all others, and gets the largest of their
-draft probabilities. Sources: 0 is the model, the free drafters are 1, 2, ... (without a model too).
-The model expands any node whose parent it has expanded, whoever proposed it.
+The free drafters propose first. The same token below the same parent is one node. It gets the
+largest draft probability of its drafters, and the source of the first of them: 0 is the model, free
+drafters are 1, 2, ... even without a model. The model can expand any node whose parent it has
+expanded, whichever drafter proposed it.
 """
 
 from __future__ import annotations
@@ -24,8 +23,8 @@ if TYPE_CHECKING:
 
 
 class UnionDrafter:
-    """Drafts with all of `drafters`: at most one of them has a model, and then it is the first.
-    Raises ConfigError."""
+    """Drafts with all of `drafters`. At most one has a model, and it is the first. Raises
+    ConfigError."""
 
     name = "union"
 
@@ -46,14 +45,13 @@ class UnionDrafter:
         self._selection = fastest_selection()  # where the model is left out
 
     def pending_rows(self, requests: Sequence[Request]) -> int:
-        """Return the model's."""
+        """Return the model's rows; 0 without a model."""
         return int(self.model.pending_rows(requests)) if self.model else 0
 
     def draft(
         self, requests: Sequence[Request], rule: TreeRule, interrupted: Callable[[], bool]
     ) -> Draft:
-        """Ask the free drafters first, and the model beside them, unless the rule leaves
-        it out."""
+        """Draft with the free drafters, then with the model, unless the rule leaves it out."""
         trees = self.propose(requests, rule)
         rule = rule.after_free(trees)
         if self.model is None or not rule.levels:
@@ -62,7 +60,7 @@ class UnionDrafter:
         return draft
 
     def propose(self, requests: Sequence[Request], rule: TreeRule) -> DraftTrees:
-        """Merge what the free drafters propose."""
+        """Propose the merged nodes of the free drafters."""
         trees = DraftTrees.empty(len(requests))
         for source, drafter in enumerate(self.free_drafters, start=MODEL + 1):
             merge(trees, drafter.propose(requests, rule), source)
@@ -71,16 +69,16 @@ class UnionDrafter:
     def extend(
         self, request: Request, features: Features, first: int, tokens: Sequence[int]
     ) -> None:
-        """Tell all drafters."""
+        """Pass the tokens on to all drafters."""
         for drafter in self.drafters:
             drafter.extend(request, features, first, tokens)
 
     def extend_each(self, requests: Sequence[Request], features: Features) -> None:
-        """Tell all drafters."""
+        """Pass the tokens on to all drafters."""
         for drafter in self.drafters:
             drafter.extend_each(requests, features)
 
     def release(self, request: Request) -> None:
-        """Tell all drafters."""
+        """Make all drafters forget the request."""
         for drafter in self.drafters:
             drafter.release(request)

@@ -106,7 +106,7 @@ class DraftModel:
         """Return the one call that drafts a round, as the rule says, beside `proposed`."""
         assert self._selection is not None
         assert self._decoder.model is not None
-        k = min(inputs.asked.k, self.config.vocab)
+        k = min(inputs.request.k, self.config.vocab)
         call = LevelCall(True, inputs.rows, None, proposed.batch, k)
         drafts = {"model": addressof(self._decoder.model.struct), "tokens": self._tokens.data_ptr()}
         first = first_level(inputs, call, self._decoder.rotary, rule.levels, **drafts)

@@ -138,7 +138,7 @@ def test_rows_that_wait_do_not_keep_whole_rounds_alive(
                 drafter.extend_each([request], features[:1])
             else:
                 drafter.extend(request, features[7:8], position, tokens[position : position + 1])
-        drafter._share_out()
+        drafter._hand_out()
         (state,) = drafter._states.values()
         single = [part for part in state.parts if not isinstance(part, tuple)]
         assert len(single) == 15

@@ -93,7 +93,7 @@ class NativeLevel:
         kept = [readable(part) for part in parts]
         self._count = 0
         self._reserve(batch + most_expanded(rule, batch, inputs.slots))
-        k = min(inputs.asked.k, self._children)
+        k = min(inputs.request.k, self._children)
         call = LevelCall(True, inputs.rows, row_addresses(kept), batch, k, kept)
         call.struct.out = self._outputs.data_ptr()
         kv = self.kv
@@ -167,7 +167,7 @@ def first_level(
     """Return a round's first level. drafts: the fields of the structure Drafter that say who
     drafts."""
     native = kernels.native_rows(inputs.rows, *rotary)
-    scale, noise = noise_of_levels(inputs.asked, levels)
+    scale, noise = noise_of_levels(inputs.request, levels)
     struct = kernels.Drafter(
         first_slot=inputs.slots.start,
         slots=len(inputs.slots),

@@ -39,7 +39,7 @@ class DeviceDraft:
     def __init__(self, rule: TreeRule, fixed: Fixed, inputs: RoundInputs, tokens: Tensor) -> None:
         rows = inputs.rows
         self._batch = batch = len(rows.query_start_loc) - 1
-        self._k = min(inputs.asked.k, len(tokens))
+        self._k = min(inputs.request.k, len(tokens))
         self._groups = batch if fixed.each else 1  # that nodes are chosen from
         self._widths = (*fixed.widths, 0)  # of levels 2, 3, ...; none behind the last
         self._limited = bool((rule.limits <= rule.levels).any())
@@ -65,7 +65,7 @@ class DeviceDraft:
         self._chosen = self._mine[4]  # which candidates they were: first the requests themselves
         self._children = self._able = self._prob  # [rows, k] their tokens; log path_prob, or DEAD
         self._found: list[Tensor] = []  # of each level [rows, 2 + 2 * k], what the host must know
-        noise = noise_there(inputs.asked, tokens.device)
+        noise = noise_there(inputs.request, tokens.device)
         self._noise = None if noise is None else noise.view(2, batch, rule.levels)
         self._marks = [self._mark()]
 
