@@ -1,8 +1,8 @@
-"""The plain C interface of the kernels as ctypes, read from csrc/abi.h, and compared with what its
-compiler made of it.
+"""The plain C interface of the kernels as ctypes, read from csrc/abi.h and compared with the layout
+in the loaded library.
 
-Why not a binding library: a kernel library for each kind of CPU is loaded by name, one wheel serves
-every Python, and a build needs no Python headers."""
+It uses no binding library: a kernel library for each kind of CPU is loaded by name, one wheel
+serves every Python, and a build needs no Python headers."""
 
 from __future__ import annotations
 
@@ -37,8 +37,7 @@ def _text() -> str:
 
 
 def _type(declared: str) -> Any:
-    """Return the ctypes of a declared type without its name; None of void. Pointers are addresses:
-    c_void_p."""
+    """Return the ctypes type of a C type; None for void, and c_void_p for pointers."""
     if "*" in declared:
         return ctypes.c_char_p if declared.split() == ["const", "char*"] else ctypes.c_void_p
     name = declared.replace("const", "").replace("struct", "").strip()
@@ -73,8 +72,8 @@ def structure(name: str) -> type[ctypes.Structure]:
 
 
 def layout() -> str:
-    """Return every structure's size and every field's offset as Python lays them out, as
-    smart_layout says it of a library."""
+    """Return every structure's size and every field's offset in Python, in the form of
+    smart_layout."""
     return "".join(
         f"{name} {ctypes.sizeof(structure(name))}:"
         + "".join(f" {field} {getattr(structure(name), field).offset}" for field in _names(name))
@@ -84,7 +83,7 @@ def layout() -> str:
 
 
 def layout_source() -> str:
-    """csrc/layout.inc: the same as asked of a compiler."""
+    """Return the text of csrc/layout.inc, by which smart_layout lists the compiler's layout."""
     lines = [
         "// Made by `python -m smart_decoding.kernels.abi` from abi.h: "
         "what layout.cpp says of each structure.\n"
@@ -107,7 +106,8 @@ class Pointer(ctypes.c_void_p):
 
     @classmethod
     def from_param(cls, value: Any) -> Any:
-        """As ctypes asks for it. Numbers and structures come first: they are what rounds pass."""
+        """Convert an argument, as ctypes requires. Numbers and structures come first: rounds pass
+        these."""
         try:
             return ctypes.c_void_p.from_param(value)
         except TypeError:
@@ -115,8 +115,8 @@ class Pointer(ctypes.c_void_p):
 
 
 def declare(library: ctypes.CDLL) -> None:
-    """Give the library's functions their types. Raises ConfigError for one that was built from
-    another abi.h."""
+    """Set the types of the library's functions. Raises ConfigError for a library that was built
+    from another abi.h."""
     for result, name, arguments in _FUNCTION.findall(_text()):
         function = getattr(library, name, None)
         if function is None:
@@ -127,8 +127,8 @@ def declare(library: ctypes.CDLL) -> None:
             for argument in arguments.split(",")
             if argument.strip()
         ]
-        given = [_type(each) for each in types]
-        function.argtypes = [Pointer if each is ctypes.c_void_p else each for each in given]
+        ctypes_of = [_type(each) for each in types]
+        function.argtypes = [Pointer if each is ctypes.c_void_p else each for each in ctypes_of]
     if library.smart_layout().decode() != layout():
         raise ConfigError(f"{library._name} lays structures out in another way: {_STALE}")
 

@@ -1,5 +1,4 @@
-"""Loads the compiled kernels: of all variants that were built, the best one that this CPU and
-system can run."""
+"""Loads the compiled kernels: the best variant that is built and that this machine can run."""
 
 from __future__ import annotations
 
@@ -21,12 +20,12 @@ log = logging.getLogger("smart.kernels")
 
 SOURCES = Path(__file__).parent / "csrc"
 LIBRARIES = Path(__file__).parent / "lib"
-MOST_THREADS = 16  # that are started for each CPU; with thousands nothing ends
+MOST_THREADS = 16  # threads per CPU, at most; with thousands no answer would end
 BUILD = "build them with `make env` in a clone, or `pip install .` (needs g++ 11 or newer)"
 
 
 class DeniedError(ConfigError):
-    """The system does not let this process use what the CPU has: the next best variant runs."""
+    """The system denies this process a feature of the CPU: the next best variant runs."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +45,11 @@ class Variant:
 
     @property
     def lacking(self) -> list[str]:
-        """What it needs and this CPU has not."""
+        """CPU features that it needs and this CPU lacks."""
         return sorted(self.needs - cpu_flags())
 
     def refusal(self) -> str | None:
-        """Return why it cannot run here, as far as can be told without loading it; None if it
-        can."""
+        """Return why it cannot run here, as far as is known before loading it; None if it can."""
         if self.machine != platform.machine():
             return f"is for {self.machine}, this is {platform.machine()}"
         if self.lacking:
@@ -71,15 +69,14 @@ def cpu_info() -> dict[str, str]:
 
 @functools.cache
 def cpu_flags() -> frozenset[str]:
-    """Return what the CPU can do and the system lets it, in the words of /proc/cpuinfo; empty where
-    there is none."""
+    """Return the CPU features of /proc/cpuinfo, in its names; empty where there is none."""
     info = cpu_info()
     return frozenset((info.get("flags") or info.get("Features") or "").split())
 
 
 @functools.cache
 def variants() -> tuple[Variant, ...]:
-    """Return all of them, the best one of a machine first (csrc/variants.txt)."""
+    """Return all variants of csrc/variants.txt, the best one of a machine first."""
     lines = (SOURCES / "variants.txt").read_text(encoding="utf-8").splitlines()
     found = []
     for line in lines:
@@ -101,7 +98,7 @@ def load(name: str) -> ctypes.CDLL:
         )
     _check_age(variant)
     _load_openmp()
-    if importlib.util.find_spec("torch"):  # who has none counts threads himself
+    if importlib.util.find_spec("torch"):  # a caller without torch passes its own count
         set_threads()
     try:
         library = ctypes.CDLL(str(variant.path))
@@ -125,10 +122,10 @@ def runnable() -> list[str]:
 def chosen() -> str:
     """Return the variant that runs: SMART_ISA, or the best one. Raises ConfigError if SMART_ISA
     cannot run, or none can."""
-    wanted = os.environ.get("SMART_ISA")
-    if wanted:
-        load(wanted)
-        return wanted
+    required = os.environ.get("SMART_ISA")
+    if required:
+        load(required)
+        return required
     refusals = []
     for name in runnable():
         try:
@@ -141,14 +138,14 @@ def chosen() -> str:
 
 
 def library() -> ctypes.CDLL:
-    """Return the kernels that run. Raises ConfigError if there are none."""
+    """Return the library of the variant that runs. Raises ConfigError if none can."""
     return load(chosen())
 
 
 @functools.cache
 def unavailable() -> str | None:
-    """Return why no kernels can run here, or None. Raises ConfigError if SMART_ISA names some that
-    cannot."""
+    """Return why no kernels can run here, or None. Raises ConfigError if SMART_ISA names a variant
+    that cannot."""
     try:
         chosen()
     except ConfigError as error:
@@ -160,46 +157,45 @@ def unavailable() -> str | None:
 
 @functools.cache
 def identity() -> str:
-    """Tell these kernels from all others: what was measured with others does not hold for them."""
+    """Return a name that only these kernels have: times of other kernels do not hold for them."""
     variant = next(v for v in variants() if v.name == chosen())
     return f"{variant.name} {hashlib.sha256(variant.path.read_bytes()).hexdigest()}"
 
 
 def set_threads() -> None:
-    """As many threads as SMART_NUM_THREADS says; without it, no more than the CPUs that its
-    control groups grant. Raises ConfigError for what is no number above 0."""
+    """Set torch's threads to SMART_NUM_THREADS; without it, to no more than the CPUs that control
+    groups grant. Raises ConfigError unless it is a number above 0."""
     import torch  # late: it is slow
 
-    wanted = os.environ.get("SMART_NUM_THREADS")
-    if wanted:
-        if not wanted.isdecimal() or int(wanted) < 1:
+    count = os.environ.get("SMART_NUM_THREADS")
+    if count:
+        if not count.isdecimal() or int(count) < 1:
             raise ConfigError(
-                f"SMART_NUM_THREADS={wanted!r} is not allowed: it must be a number above 0"
+                f"SMART_NUM_THREADS={count!r} is not allowed: it must be a number above 0"
             )
-        _check_threads(int(wanted), torch.get_num_threads())
-        torch.set_num_threads(int(wanted))
+        _check_threads(int(count), torch.get_num_threads())
+        torch.set_num_threads(int(count))
     elif "OMP_NUM_THREADS" not in os.environ:
         granted = limits.granted_cpus()
         if granted is not None and granted < torch.get_num_threads():
             torch.set_num_threads(granted)
 
 
-def _check_threads(wanted: int, before: int) -> None:
-    """A warning for more threads than there are CPUs, unless they are so many already. Raises
-    ConfigError for so many that no answer would end."""
+def _check_threads(count: int, before: int) -> None:
+    """Warn of more threads than CPUs, unless there are so many already. Raises ConfigError for so
+    many that no answer would end."""
     cpus = limits.usable_cpus()
     cpus = min(cpus, limits.granted_cpus() or cpus)
-    if wanted > MOST_THREADS * cpus:
-        raise ConfigError(f"{wanted} threads are not allowed: this process may use {cpus} CPUs")
-    if wanted > cpus and wanted != before:
-        log.warning("%d threads for %d CPUs wait for each other: fewer are faster", wanted, cpus)
+    if count > MOST_THREADS * cpus:
+        raise ConfigError(f"{count} threads are not allowed: this process may use {cpus} CPUs")
+    if count > cpus and count != before:
+        log.warning("%d threads for %d CPUs wait for each other: fewer are faster", count, cpus)
 
 
 @functools.cache
 def _load_openmp() -> None:
-    """Make an OpenMP runtime known to the kernels: torch's, since two in a process are two teams of
-    threads that spin against each other; the system's where torch has none of its own. Raises
-    ConfigError where there is none."""
+    """Load an OpenMP runtime for the kernels: torch's, or the system's where torch has none. The
+    threads of two runtimes would spin against each other. Raises ConfigError without any."""
     torch = importlib.util.find_spec("torch")
     folders = [
         Path(folder) / "lib" for folder in (torch.submodule_search_locations or [] if torch else [])
@@ -217,10 +213,11 @@ def _load_openmp() -> None:
 
 
 def _make_waiting_short(openmp: ctypes.CDLL) -> None:
-    """For a process that imported torch first: its OpenMP has already read how long threads spin.
-    But where it has more threads than there are CPUs, they sleep after 100 rounds. So a team
-    of that many is made once, which sleeps for good. It is left out where threads are short: OpenMP
-    ends the process where it cannot start one."""
+    """Start a sleeping team of more threads than CPUs, so that OpenMP's threads spin only briefly.
+
+    A process that imported torch first has already read the variables that set how long threads
+    spin. With more threads than CPUs, OpenMP lets them sleep after 100 rounds. The team is left out
+    where threads are short: OpenMP ends the process if it cannot start one."""
     nothing = ctypes.CDLL(None).getpid
     parallel = getattr(openmp, "GOMP_parallel", None)
     team = limits.usable_cpus() + 1
@@ -247,8 +244,7 @@ def _nothing() -> str:
 
 
 def _check_age(variant: Variant) -> None:
-    """In a clone, kernels that are older than their sources are an error: what was edited must be
-    what runs."""
+    """Raise ConfigError, in a clone, for kernels older than their sources: edited code must run."""
     if not (SOURCES.parents[3] / "CMakeLists.txt").exists():
         return
     newest = max(source.stat().st_mtime for source in SOURCES.iterdir())

@@ -1,9 +1,8 @@
-"""What the system lets this process use: CPUs, threads and memory, by affinity and by the limits of
-its control groups (cgroups), as containers and systemd's `CPUQuota=` and `MemoryMax=` set them; and
-how often it takes a CPU away.
+"""The system's limits for this process: CPUs, threads and memory, by affinity and by control groups
+(cgroups), as containers and systemd's `CPUQuota=` and `MemoryMax=` set them; and preemptions.
 
-The limit of any group above the process's own holds, too. Both versions of control groups are read,
-each with its own names of files.
+The limits of all groups above the process's own hold, too. Both versions of control groups are
+read, each with its own names of files.
 """
 
 from __future__ import annotations
@@ -21,12 +20,12 @@ except ImportError:  # not on Windows
 
 GROUPS = Path("/sys/fs/cgroup")  # where control groups are mounted
 OWN_GROUPS = Path("/proc/self/cgroup")  # lines of number:controllers:path
-UNLIMITED = 1 << 60  # bytes beyond any memory, which version 1 gives where there is no limit
-THREADS_LEFT = 64  # for everybody else, where a team of threads is started
+UNLIMITED = 1 << 60  # bytes beyond any memory: version 1 reports so many where there is no limit
+THREADS_LEFT = 64  # threads left to other programs, where a team of threads is started
 
 
 def usable_cpus() -> int:
-    """Count the CPUs that this process may run on; all of them where the system does not tell."""
+    """Count the CPUs that this process may run on; all CPUs where the affinity is unknown."""
     affinity = getattr(os, "sched_getaffinity", None)  # Linux only
     return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
 
@@ -43,8 +42,8 @@ def granted_cpus() -> int | None:
 
 
 def preemptions() -> int:
-    """Count how often a thread of this process has had to leave its CPU to another thread, of this
-    process or of others; 0 where the system does not tell."""
+    """Count how often a thread of this process had to leave its CPU to another thread, of any
+    process; 0 where the system has no such count."""
     if resource is None:
         return 0
     count: int = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
@@ -65,7 +64,7 @@ def free_memory() -> int | None:
 
 def may_start(count: int) -> bool:
     """Return whether so many threads and a margin may be started, by the limits of the user and of
-    the control groups. All threads of the system count as the user's, which are more than his."""
+    the control groups. All threads of the system count as the user's: a cautious guess."""
     need = count + THREADS_LEFT
     if resource is not None:
         most, _ = resource.getrlimit(resource.RLIMIT_NPROC)
@@ -94,7 +93,8 @@ def _groups(controller: str) -> Iterator[Path]:
 
 
 def _cached(path: Path) -> int:
-    """Return the bytes of files that can make way; version 1 tells those of groups below apart."""
+    """Return the bytes of cached files, which the system can free; in version 1 with the groups
+    below."""
     stat = dict(line.split() for line in _read(path).splitlines() if len(line.split()) == 2)
     names = ("inactive_file", "active_file")
     sizes = (stat.get(f"total_{name}", stat.get(name, "")) for name in names)

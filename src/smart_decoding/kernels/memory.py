@@ -1,4 +1,4 @@
-"""Where arrays lie, for native code."""
+"""Addresses of arrays, for native code."""
 
 from __future__ import annotations
 

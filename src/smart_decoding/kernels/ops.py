@@ -1,5 +1,5 @@
-"""The CPU kernels as Python functions. Tensors are contiguous, on the CPU, and float32 where not
-said otherwise."""
+"""The CPU kernels as Python functions. Tensors are contiguous, on the CPU, and float32 unless
+documented otherwise."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _lib = library.library
 
 
 def native_rows(rows: Rows, cosine: Tensor, sine: Tensor) -> Structure:
-    """Return the rows as the kernels read them. cosine, sine: tables [positions, angles]."""
+    """Return the kernels' structure of the rows. cosine, sine: tables [positions, angles]."""
     arrays = (
         rows.query_start_loc,
         rows.block_table_start,
@@ -47,36 +47,39 @@ def native_rows(rows: Rows, cosine: Tensor, sine: Tensor) -> Structure:
     groups = len(rows.query_start_loc) - 1
     tables = cosine.data_ptr(), sine.data_ptr()
     struct = _Rows(len(rows), groups, *map(address, arrays), *tables, cosine.shape[1])
-    struct.keep = *arrays, cosine, sine  # what its pointers lead to
+    struct.keep = *arrays, cosine, sine  # the targets of its pointers
     return struct
 
 
 def pass_rows(packed: PackedWeight) -> int:
-    """Return rows that share a pass over a weight: one more costs a step."""
+    """Return how many rows share a pass over a weight: beyond them the time rises by a step."""
     return int(_lib().smart_pass_rows(packed.address, packed.is_bf16))
 
 
 def multiplies_bytes() -> bool:
-    """Can quants be multiplied with inputs rounded to 8 bits? (True on CPUs with AVX2 or i8mm.)"""
+    """Return whether quants can be multiplied with inputs rounded to 8 bits, as with AVX2 or
+    i8mm."""
     return bool(_lib().smart_multiplies_bytes())
 
 
 def prefers_bytes() -> bool:
-    """Is that faster than exact products, for any number of rows? (False with AMX, whose tiles
-    multiply 16 rows of bf16 in one row's time.)"""
+    """Return whether products in 8 bits are faster than exact ones, for any number of rows. False
+    with AMX, whose tiles multiply 16 rows of bf16 in one row's time."""
     return bool(_lib().smart_prefers_bytes())
 
 
-def forward(model: Structure, rows: Structure, what: Structure) -> None:
-    """A whole model, from token ids to logits and their maxima."""
-    if _lib().smart_forward(byref(model), byref(rows), byref(what), torch.get_num_threads()):
+def forward(model: Structure, rows: Structure, forward_pass: Structure) -> None:
+    """Run a whole model, from token ids to logits and their maxima."""
+    threads = torch.get_num_threads()
+    if _lib().smart_forward(byref(model), byref(rows), byref(forward_pass), threads):
         raise RuntimeError("the CPU kernels do not support this model")
 
 
-def verify_round(model: Structure, round: Structure, what: Structure) -> bool:
-    """Return the verification of a round (round.cpp). False where rounding would decide a token:
-    then the forward is all that was done."""
-    status = _lib().smart_round(byref(model), byref(round), byref(what), torch.get_num_threads())
+def verify_round(model: Structure, round: Structure, forward_pass: Structure) -> bool:
+    """Verify a round (round.cpp). Return False where rounding would decide a token: then only the
+    forward was run."""
+    threads = torch.get_num_threads()
+    status = _lib().smart_round(byref(model), byref(round), byref(forward_pass), threads)
     if status > 0:
         raise RuntimeError("the CPU kernels do not support this model")
     return bool(status == 0)
@@ -85,11 +88,11 @@ def verify_round(model: Structure, round: Structure, what: Structure) -> bool:
 def draft(
     head: Structure, rows: Structure, level: Structure, cache: tuple[Tensor, Tensor], bf16: bool
 ) -> None:
-    """One level of a draft head: writes the rows' keys and values to the caches [1, ...], and what
-    `level` names."""
+    """Run one level of a draft head: write the rows' keys and values to the caches [1, ...], and
+    the outputs that `level` points to."""
     keys, values = cache
-    given = (byref(head), byref(rows), byref(level), keys, values, keys.shape[-3], bf16)
-    if _lib().smart_draft_level(*given, keys.dtype == torch.bfloat16, torch.get_num_threads()):
+    inputs = (byref(head), byref(rows), byref(level), keys, values, keys.shape[-3], bf16)
+    if _lib().smart_draft_level(*inputs, keys.dtype == torch.bfloat16, torch.get_num_threads()):
         raise RuntimeError("the CPU kernels do not support this head")
 
 

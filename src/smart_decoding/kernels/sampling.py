@@ -1,4 +1,4 @@
-"""The CPU kernels that choose tokens of logits, which are contiguous float32 rows."""
+"""The CPU kernels that choose tokens from logits: contiguous float32 rows."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _DRAW = np.dtype(abi.structure("Draw"))  # an address in place of the row
 
 
 def argmax(x: Tensor, which: NDArray[np.int64]) -> NDArray[np.int64]:
-    """First index of the largest entry of the rows `which` of x [rows, n]: [which]; -1 where it is
-    not finite."""
+    """Return the first index [which] of the largest entry of the rows `which` of x [rows, n]; -1
+    where that entry is not finite."""
     out = np.empty(len(which), np.int64)
     library().smart_argmax(x, which, len(which), x.shape[1], out, torch.get_num_threads())
     return out
@@ -41,16 +41,16 @@ def top_k(
     scale = torch.ones(len(x)) if scale is None else scale
     ids = torch.empty(len(x), k, dtype=torch.int64)
     probs = torch.empty(len(x), k)
-    given = (x, len(x), x.shape[1], k, scale, keys, tokens)
-    library().smart_top_k(*given, ids, probs, torch.get_num_threads())
+    inputs = (x, len(x), x.shape[1], k, scale, keys, tokens)
+    library().smart_top_k(*inputs, ids, probs, torch.get_num_threads())
     return ids, probs
 
 
 class Draw(NamedTuple):
-    """What is drawn of a row, given by its address; position: of the token in its answer.
+    """How a row's token is drawn. row: address of its logits; position: of the token in its answer.
 
-    Only among the k largest (0: all; NOT_DRAWN: only the maximum is required) and at least the
-    maximum + `below`; of these, only those with less than top_p of their probability above."""
+    Candidates are the k largest (0: all; NOT_DRAWN: only the maximum is required) that are at least
+    the maximum + `below`; of these, the ones with less than top_p of the probability above them."""
 
     row: int
     seed: int
@@ -63,15 +63,15 @@ class Draw(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """best: [rows] first maximum, -1 where it is not finite. token: [rows] the token, -1 where
-    rounding would decide."""
+    """Drawn tokens. best: [rows] first maximum, -1 where it is not finite. token: [rows] the token,
+    -1 where rounding would decide."""
 
     best: NDArray[np.int64]
     token: NDArray[np.int64]
 
 
 def draw_structs(draws: Sequence[Draw]) -> NDArray[np.void]:
-    """[draws] the same as the kernels read them."""
+    """Return the draws as an array [draws] of the kernels' structures."""
     return np.array(draws, _DRAW)
 
 

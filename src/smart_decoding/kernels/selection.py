@@ -1,5 +1,5 @@
-"""`core/selection.py` in C++: rules followed by one call where numpy needs dozens (selection.cpp),
-and a whole drafting in one call (drafting.cpp)."""
+"""`core/selection.py` in C++: one call follows a rule where numpy needs dozens (selection.cpp), and
+one call drafts a whole round (drafting.cpp)."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ def fastest_selection() -> Selection:
 
 
 class FirstLevel(NamedTuple):
-    """How the first level of a round runs, and what further levels need.
+    """Inputs of a round's first level and of the levels behind it.
 
-    rows, level: as smart_draft takes them. drafter: who drafts, and how. slots: for the keys of
-    expanded nodes. alive: what must be as long as this is."""
+    rows, level: as smart_draft takes them. drafter: the kernels' structure of the drafter. slots:
+    for the keys of expanded nodes. alive: objects that must live as long as this."""
 
     rows: Structure
     level: Structure
@@ -60,7 +60,7 @@ class FirstLevel(NamedTuple):
 
 
 class NativeSelection(Selection):
-    """The same in native code. A rule with parts of a user's own is followed by itself. Raises
+    """Follows rules in native code. A rule with parts of a user's own runs in Python. Raises
     ConfigError where no kernels run."""
 
     def __init__(self) -> None:
@@ -68,7 +68,7 @@ class NativeSelection(Selection):
         self._native: _NativeRule | None = None
 
     def __reduce__(self) -> tuple[type[NativeSelection], tuple[()]]:
-        """Begin anew where what holds it is copied."""
+        """Begin anew in a copy."""
         return NativeSelection, ()
 
     def frontier(self, rule: TreeRule, trees: DraftTrees, level: int) -> IntArray:
@@ -96,10 +96,10 @@ class NativeSelection(Selection):
         return out[:count]
 
     def draft(self, rule: TreeRule, proposed: DraftTrees, first: FirstLevel) -> Draft:
-        """Draft a round as the rule says beside the nodes `proposed`, and choose what to verify.
-        The rule must be data.
+        """Draft a round as the rule says, merge it with the nodes `proposed`, and choose the nodes
+        to verify. The rule must be data.
 
-        Raises RuntimeError where the kernels do not serve what drafts."""
+        Raises RuntimeError where the kernels do not support the drafter."""
         trees = _with_room(proposed, rule, first)
         native_trees = _trees(trees)
         kept = np.empty(trees.ints.shape[1], np.int64)
@@ -131,7 +131,7 @@ class NativeSelection(Selection):
         )
 
     def _of(self, rule: TreeRule, trees: DraftTrees) -> Structure:
-        """Return the rule for these trees."""
+        """Return the rule's structure, with calibration for all sources of these trees."""
         if self._native is None or self._native.rule is not rule:
             self._native = _NativeRule(rule, self._native)
         if rule.scores is not None:
@@ -142,22 +142,23 @@ class NativeSelection(Selection):
 
 
 class _Arrays:
-    """Keeps alive what a structure points to."""
+    """Keeps the arrays alive that a structure points to."""
 
     def __init__(self) -> None:
         self._alive: list[Any] = []
 
     def at(self, array: NDArray[Any], dtype: type[np.generic] = np.int64) -> int:
-        """Return the address of an array, or of a copy as the kernels read it."""
+        """Return the address of an array, or of a contiguous copy of this type."""
         self._alive.append(np.ascontiguousarray(array, dtype))
         return address(self._alive[-1])
 
 
 class _NativeRule:
-    """A rule as the kernels read it, and the arrays behind it."""
+    """The kernels' structure of a rule, and the arrays behind it."""
 
     def __init__(self, rule: TreeRule, before: _NativeRule | None) -> None:
-        """before: the last one. Policies keep to the same parts for many rounds."""
+        """Convert a rule. before: the last one, whose parts serve again: policies keep them for
+        many rounds."""
         self.rule = rule
         self._arrays = _Arrays()
         expand = before.expand if before and before.rule.expand is rule.expand else None
@@ -182,7 +183,7 @@ class _NativeRule:
 
 
 class _Part:
-    """What is expanded or kept, as the kernels read it, and the arrays behind it."""
+    """The kernels' structure of a rule's `expand` or `keep`, and the arrays behind it."""
 
     def __init__(self, part: Any) -> None:
         self._arrays = _Arrays()

@@ -1,4 +1,4 @@
-"""Weights as the kernels read them: packed bf16 or fp32 panels, or quants as they are stored."""
+"""Weights in the kernels' form: packed bf16 or fp32 panels, or quants as they are stored."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ class QuantizedTensor:
         return len(self.rows)
 
     def __getitem__(self, rows: slice | NDArray[np.int64]) -> QuantizedTensor:
-        """Some of its rows, quantised still."""
+        """Return some of its rows, still quantised."""
         return QuantizedTensor(self.rows[rows], self.format, self.k)
 
     def dequantize(self) -> Tensor:
-        """[n, k] bfloat16: dequantised in float32, then rounded."""
+        """Return the matrix [n, k] in bfloat16: dequantised in float32, then rounded."""
         from gguf import GGMLQuantizationType, dequantize  # imported late: it is slow
 
         floats = dequantize(self.rows, GGMLQuantizationType[self.format])
@@ -62,9 +62,9 @@ Matrix = Tensor | QuantizedTensor
 
 @functools.cache
 def fastest_hint() -> int:
-    """Return where memory is best prefetched to, as measured. Intel's prefetchnta, past the caches,
-    was seen at a third of the speed of the others; Zen 4 reads a tenth faster into its second cache
-    than into the first."""
+    """Measure and return the fastest target of prefetches. Examples: Intel's prefetchnta, past the
+    caches, had a third of the others' speed; Zen 4 reads a tenth faster into its second cache than
+    into the first."""
     # not zeros: untouched pages would all be one page, in the caches
     memory = torch.ones(64 << 20, dtype=torch.uint8)
     seconds = dict.fromkeys((PAST_CACHES, INTO_L2, INTO_CACHES), float("inf"))
@@ -75,7 +75,7 @@ def fastest_hint() -> int:
 
 
 def read_seconds(memory: Tensor, hint: int) -> float:
-    """Of reading bytes as weights are read."""
+    """Return the seconds of reading `memory` as weights are read."""
     start = time.perf_counter()
     _lib().smart_read(memory, len(memory), hint, torch.get_num_threads())
     return time.perf_counter() - start
@@ -86,17 +86,17 @@ class Arena:
     It grows a block at a time.
 
     size: bytes expected in all. in_bytes: when inputs of quants are rounded to 8 bits: NEVER,
-    ALWAYS, or IF_FASTER, as is right for what only drafts. hint: where forwards prefetch them to.
-    What does not fit into caches anyway had better go past them, where that is as fast: other
-    weights and Python then stay there. kept: strips that were packed before, in the same order."""
+    ALWAYS, or IF_FASTER, for models that only draft. kept: strips that were packed before, in the
+    same order. hint: the cache that forwards prefetch weights into. Weights larger than the caches
+    go past them, where that is as fast: other data then stays cached."""
 
     HUGE, CACHES, BLOCK = 2 << 20, 32 << 20, 64 << 20
 
     def __init__(self, size: int, in_bytes: int = NEVER, kept: Tensor | None = None) -> None:
         self.in_bytes = in_bytes
-        self.strips: list[Tensor] = []  # all that were packed, or kept
+        self.strips: list[Tensor] = []  # all strips, packed now or kept
         self.all_kept = True
-        self.nbytes = 0  # of all that is in it
+        self.nbytes = 0  # bytes of all weights in it
         self._kept = kept
         self.hint = fastest_hint() if size > self.CACHES else INTO_CACHES
         self._left = size
@@ -114,8 +114,8 @@ class Arena:
         return taken
 
     def take_strips(self, size: int, pack_into: Callable[[Tensor], None], sample: int) -> Tensor:
-        """Return the next `size` bytes with what `pack_into` writes: kept ones if their first
-        `sample` bytes are what it writes there."""
+        """Return the next `size` bytes, filled by `pack_into`. Kept ones are returned instead if
+        their first `sample` bytes equal its output."""
         size += -size % 64
         memory = self._next_kept(size)
         if memory is not None:
@@ -151,8 +151,8 @@ class Arena:
 
 
 class PackedWeight:
-    """A weight [n, k] as the kernels read it. struct: theirs; nbytes: what a forward reads;
-    is_bf16: bf16, or quants that are widened to it, else fp32."""
+    """A weight [n, k] in the kernels' form. struct: their structure; nbytes: bytes that a forward
+    reads; is_bf16: whether it is bf16, or quants that are widened to it, else fp32."""
 
     def __init__(self, shape: tuple[int, int], is_bf16: bool, memory: Tensor) -> None:
         self.n, self.k = shape
@@ -163,12 +163,12 @@ class PackedWeight:
 
     @property
     def address(self) -> int:
-        """Of the structure, valid as long as this is."""
+        """Address of the structure, valid as long as this object lives."""
         return ctypes.addressof(self.struct)
 
     def rows_of(self, index: Tensor) -> Tensor:
-        """Return its rows at `index` (int64 [n]): float32 [n, k]. Saves tied embeddings a second
-        copy."""
+        """Return its rows at `index` (int64 [n]) as float32 [n, k]. Tied embeddings need no second
+        copy so."""
         out = torch.empty(len(index), self.k)
         _lib().smart_unpack(self.address, self.k, self.is_bf16, index, len(index), out)
         return out
@@ -179,8 +179,8 @@ def pack(
 ) -> PackedWeight:
     """Pack the stacked rows of `parts` ([n, k] each, k even), tensors all in bf16 or in fp32.
 
-    order: which row comes where (-1: a row of zeros), else as they are. Quants stay what they are
-    wherever the rows of a vector have one format; else all become bf16."""
+    order: the row for each place (-1: a row of zeros), or None for the order of `parts`. Quants
+    stay quants if the rows of each vector have one format; else all rows become bf16."""
     tensors = [part for part in parts if isinstance(part, Tensor)]
     if len(tensors) == len(parts):
         return _pack_panels(tensors, order, arena)
@@ -191,7 +191,7 @@ def pack(
     of_rows = formats[padded].reshape(-1, vector_width())
     of_strips = of_rows.max(axis=1)
     if len(places) and (padded[-vector_width() :] < 0).all():
-        of_strips[-1] = of_strips[-2]  # it fills a panel up
+        of_strips[-1] = of_strips[-2]  # the last strip only fills up a panel
     if ((of_rows != of_strips[:, None]) & (padded.reshape(of_rows.shape) >= 0)).any():
         return _pack_panels([as_tensor(part) for part in parts], order, arena)
     rows = np.where(padded < 0, 0, addresses[padded])
@@ -225,7 +225,7 @@ def _pack_strips(
     shape: tuple[int, int],
     arena: Arena | None,
 ) -> PackedWeight:
-    """rows: address of each, 0 for zeros; formats: of each strip."""
+    """Pack quants. rows: address of each row, 0 for zeros; formats: format of each strip."""
     k = shape[1]
     sizes = np.array([_lib().smart_strip_bytes(i, k) for i in range(len(FORMATS))])[formats]
     size = int(sizes.sum())
@@ -258,17 +258,17 @@ def _rows_of(parts: Sequence[Matrix]) -> tuple[NDArray[np.int64], NDArray[np.int
     for part in parts:
         if isinstance(part, Tensor):
             start, step = part.data_ptr(), part.stride(0) * part.element_size()
-            which = "BF16"
+            row_format = "BF16"
         else:
             start, step = part.rows.ctypes.data, part.rows.strides[0]
-            which = part.format
+            row_format = part.format
         addresses.append(start + step * np.arange(len(part)))
-        formats.append(np.full(len(part), FORMATS.index(which)))
+        formats.append(np.full(len(part), FORMATS.index(row_format)))
     return np.concatenate([*addresses, [0]]), np.concatenate([*formats, [0]])
 
 
 def interleaved(n: int) -> NDArray[np.int64]:
-    """Return the order of two stacked matrices [n, k] whose rows alternate in blocks of one vector:
+    """Return the row order in which two stacked matrices [n, k] alternate in blocks of one vector:
     gate, up, gate, ... (the kernels multiply them in registers)."""
     lanes = vector_width()
     first = np.arange(n + -n % lanes)
@@ -278,8 +278,8 @@ def interleaved(n: int) -> NDArray[np.int64]:
 
 
 def pack_bytes(weight: Tensor) -> tuple[PackedWeight, Tensor, Tensor]:
-    """weight [n, k] (k a multiple of 4) in 8 bits, one scale for each row: packed, scales, and sums
-    of the integers, [packed_rows(n)] each."""
+    """Pack a weight [n, k] (k a multiple of 4) in 8 bits, with one scale for each row. Return it,
+    its scales, and the sums of the integers, [packed_rows(n)] each."""
     n, k = weight.shape
     weight = weight.float().contiguous()
     size = packed_rows(n)
@@ -293,10 +293,10 @@ def pack_bytes(weight: Tensor) -> tuple[PackedWeight, Tensor, Tensor]:
 
 
 def packed_rows(n: int) -> int:
-    """Return rows of a packed weight: n rounded up to whole panels."""
+    """Return the rows of a packed weight: n rounded up to whole panels."""
     return int(_lib().smart_packed_rows(n))
 
 
 def vector_width() -> int:
-    """Floats in a vector register of the kernels that run."""
+    """Return the number of floats in a vector register of the kernels that run."""
     return int(_lib().smart_vector_width())

@@ -79,14 +79,14 @@ class NativeModel:
         aux_hidden = self._prepare(rows.rows, aux_layers)
         best = np.empty(count, np.int64)
         embeddings, alive = embedding_addresses(mm_embeds, rows.rows)
-        what = self._pass
-        what.logits = logits.data_ptr()
-        what.token = address(token)
-        what.best = address(best)
-        what.wanted_count = count
-        what.wanted = pointer(logit_rows)
-        what.embeddings = pointer(embeddings)
-        kernels.forward(self.struct, rows, what)
+        forward_pass = self._pass
+        forward_pass.logits = logits.data_ptr()
+        forward_pass.token = address(token)
+        forward_pass.best = address(best)
+        forward_pass.wanted_count = count
+        forward_pass.wanted = pointer(logit_rows)
+        forward_pass.embeddings = pointer(embeddings)
+        kernels.forward(self.struct, rows, forward_pass)
         del alive  # until here
         states = None if aux_hidden is None else torch.from_numpy(aux_hidden)
         return TargetScores(logits, states, best)
@@ -96,7 +96,7 @@ class NativeModel:
         draws = None if batch.specs is None else draws_of(batch.specs)
         requests = len(batch.roots)
         rows = requests + len(batch.kept)
-        given = np.array([batch.roots, batch.lengths, batch.rotary, batch.tables], np.int64)
+        inputs = np.array([batch.roots, batch.lengths, batch.rotary, batch.tables], np.int64)
         found = np.empty((5, rows), np.int64)
         logits = None if draws is None else self._logits_of(rows)
         struct = self._round
@@ -106,7 +106,7 @@ class NativeModel:
         struct.trees = address(batch.trees.ints)
         struct.kept = address(batch.kept)
         struct.draws = pointer(draws)
-        struct.root, struct.length, struct.position, struct.pages = _lines(given)
+        struct.root, struct.length, struct.position, struct.pages = _lines(inputs)
         struct.after, struct.emitted, struct.path, struct.accepted, struct.first = _lines(found)
         aux_hidden = self._prepare(rows, batch.aux_layers)
         self._pass.wanted = self._pass.embeddings = None
