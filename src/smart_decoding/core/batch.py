@@ -1,4 +1,4 @@
-"""The running batch before a round, and what happened in it: what policies and rules are told."""
+"""The running batch before a round, and the outcome of the round: the inputs of policies."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ class BatchState:
     """The running batch before a round. Arrays have shape [batch].
 
     context: tokens in the target's KV cache.
-    remaining: tokens the request may still emit (>= 1); no node deeper than remaining - 1 is
+    remaining: tokens that the request may still emit (>= 1); no node deeper than remaining - 1 is
     useful.
     temperature: sampling temperature, 0 is greedy.
     may_speculate: false for a request that refuses speculation.
-    prefill_rows: rows of prompt chunks that ride along in this round's forward.
-    catch_up_rows: pairs the model drafter must process before its first level, beyond one per
+    prefill_rows: rows of prompt chunks in this round's forward.
+    catch_up_rows: rows that the model drafter must process in its first level, beyond one per
     request.
     has_model: whether a drafter with a model (head, draft model) is loaded.
     has_free: whether a drafter without model cost (n-grams) is loaded.
-    pictures: whether the request's prompt has any, or None where none has.
-    constrained: whether a grammar allows but some tokens, or None where none does.
-    requests: their names, by which a policy knows them again; () where it need not.
-    size: requests.
+    pictures: whether the request's prompt has pictures, or None if no prompt has.
+    constrained: whether a grammar restricts the request's tokens, or None if there is no grammar.
+    requests: names by which a policy recognises the requests, or () if none needs them.
+    size: number of requests.
     """
 
     context: IntArray
@@ -53,13 +53,13 @@ class BatchState:
 
     @property
     def mean_context(self) -> float:
-        """Tokens in the target's KV cache, of a request on average; 0 without requests."""
+        """Mean number of a request's tokens in the target's KV cache; 0 without requests."""
         return float(sum(self.context.tolist()) / max(self.size, 1))
 
     @property
     def limits(self) -> IntArray:
-        """[batch] deepest useful node of each request: 0 where it refuses speculation or needs one
-        token only."""
+        """[batch] deepest useful node of each request: 0 where it refuses speculation or needs only
+        one token."""
         result: IntArray = np.where(self.may_speculate, self.remaining - 1, 0)
         return result
 
@@ -67,17 +67,17 @@ class BatchState:
     def kind(self) -> KindArray:
         """[batch] 1 if greedy, 2 more with pictures, and 4 more under a grammar."""
         kind = (self.temperature <= 0).astype(np.uint8)
-        for bit, those in enumerate((self.pictures, self.constrained), 1):
-            if those is not None:
-                kind += those.astype(np.uint8) << bit
+        for bit, trait in enumerate((self.pictures, self.constrained), 1):
+            if trait is not None:
+                kind += trait.astype(np.uint8) << bit
         return kind
 
 
 @dataclass(slots=True)
 class Round:
-    """What really happened in one round, for `Policy.observe`.
+    """The outcome of one round, for `Policy.observe`.
 
-    batch, rule: as given to and by the policy; rule is None where nothing was drafted.
+    batch, rule: argument and result of `Policy.plan`; rule is None where nothing was drafted.
     trees: all drafted nodes, pruned ones too.
     kept: [kept] indices of verified nodes in `trees`.
     next_token: [nodes] the target's token after each node of `trees` that the walk accepted, else
@@ -86,7 +86,7 @@ class Round:
     request and its catch-up rows).
     verify_rows: rows of the verifying forward: roots, kept nodes and prefill rows.
     verify_seconds: its duration, sampling included.
-    other_seconds: what the round took beyond drafting, verifying and sampling.
+    other_seconds: the rest of the round, without drafting, verifying and sampling.
     """
 
     batch: BatchState
@@ -103,12 +103,12 @@ class Round:
 
     @property
     def seconds(self) -> float:
-        """The whole round."""
+        """Seconds of the whole round."""
         return self.verify_seconds + sum(self.level_seconds) + self.other_seconds
 
     @property
     def accepted(self) -> int:
-        """Nodes that the target chose."""
+        """Number of nodes that the target chose."""
         return int(np.count_nonzero(self.next_token >= 0))
 
     @property
@@ -120,20 +120,19 @@ class Round:
 
     @property
     def expected(self) -> float:
-        """Verified nodes that the target was to choose, by their accept_prob."""
+        """Expected number of accepted nodes: the sum of the verified nodes' accept_prob."""
         return float(self.trees.accept_prob[self.kept].sum()) if len(self.kept) else 0.0
 
     def observed(self) -> tuple[IntArray, BoolArray]:
-        """Return nodes whose parent was accepted, and whether the target chose them: uncensored
-        observations.
+        """Return the nodes whose parent was accepted, and whether the target chose each.
 
-        Children of a rejected node were never tested and do not appear."""
+        These observations are uncensored. Children of a rejected node were never tested and do not
+        appear."""
         return _observed(self.trees, self.root_next, self.next_token)
 
 
 def merged(rounds: Sequence[Round]) -> tuple[DraftTrees, IntArray, BoolArray]:
-    """Return the trees of several rounds as those of one, and what `Round.observed` says of
-    them."""
+    """Return the trees of several rounds in one, and their `Round.observed`."""
     if len(rounds) == 1:
         return (rounds[0].trees, *rounds[0].observed())
     trees = join([r.trees for r in rounds])
@@ -145,7 +144,7 @@ def merged(rounds: Sequence[Round]) -> tuple[DraftTrees, IntArray, BoolArray]:
 def _observed(
     trees: DraftTrees, root_next: IntArray, next_token: IntArray
 ) -> tuple[IntArray, BoolArray]:
-    """`Round.observed` of these fields of a round."""
+    """Return `Round.observed` of a round with these fields."""
     after = np.where(trees.parent < 0, root_next[trees.owner], next_token[trees.parent])
     nodes = np.flatnonzero(after >= 0)
     return nodes, trees.token[nodes] == after[nodes]

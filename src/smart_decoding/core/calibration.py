@@ -1,15 +1,15 @@
-"""From a drafter's confidence to the probability that its token is accepted, learned from verified
-rounds.
+"""Calibration: the probability that a drafter's token is accepted, from the drafter's confidence,
+learned from verified rounds.
 
-Learned is P(child accepted | parent accepted), by drafter, depth (6 and beyond together) and kind
-of request (greedy or not, with pictures in its prompt or not, under a grammar or not: confidence
-means something else there), on bins of the arcsine of sqrt(draft_prob), which are finer near 0 and
-1. Few observations are no knowledge: each curve is shrunk towards its prior times what all depths
-together say about the prior, and made monotone in confidence.
+The calibration learns P(child accepted | parent accepted) by drafter, depth (6 and beyond together)
+and kind of request. Kinds are greedy or not, with pictures or not, under a grammar or not: the same
+confidence means something else in each. Bins are even in the arcsine of sqrt(draft_prob), so they
+are finer near 0 and 1. With few observations a curve is shrunk towards its prior, times a factor
+that all depths share. Curves are monotone in confidence.
 
-Only children of accepted nodes are observed (the others are censored), pruned ones too: since
-whether a child is observed depends on its parent alone, the conditional probabilities are unbiased
-under any policy.
+Only children of accepted nodes are observed, pruned ones too; the others are censored. Whether a
+child is observed depends only on its parent, so the conditional probabilities are unbiased under
+any policy.
 """
 
 from __future__ import annotations
@@ -35,48 +35,48 @@ from smart_decoding.core.tree import (
 
 # --- running means --------------------------------------------------------------------------------
 #
-# A running mean, for all that is learned one round at a time.
+# A running mean, for quantities that are learned round by round.
 
 
-HORIZON = 32  # rounds for which a lesson or a decision holds; backoffs last as long
+HORIZON = 32  # rounds for which an estimate or a decision holds; a backoff lasts as long
 
 
 @dataclass(slots=True)
 class RunningMean:
-    """mean: of what was observed, older values fading. clip: one observation moves it as if it were
-    at most so far away. seen: observations."""
+    """The mean of observed values; older ones fade. clip: an observation counts as no further from
+    the mean than this. count: number of observations."""
 
     mean: float = 0.0
     clip: float = math.inf
-    seen: int = 0
+    count: int = 0
 
     def observe(self, value: float) -> None:
         """Count a value; one that is not finite changes nothing."""
         if not math.isfinite(value):
             return
-        self.seen += 1
+        self.count += 1
         error = value - self.mean
-        if self.seen > 1:
+        if self.count > 1:
             error = min(max(error, -self.clip), self.clip)
-        self.mean += error * max(1 / HORIZON, 1 / self.seen)
+        self.mean += error * max(1 / HORIZON, 1 / self.count)
 
 
 # --- drift ----------------------------------------------------------------------------------------
 #
-# Notices that a drafter has become much worse or better than its calibration says: Page's CUSUM
-# test, both ways.
+# Page's CUSUM test, both ways: finds that a drafter has become much worse or better than its
+# calibration.
 
 
 MEMORY = 3000.0  # observed children that a calibration remembers of each curve, about
 ODDS = 4.0  # the alternatives tested: acceptance odds four times lower, or higher
-# Log likelihood ratio that raises the alarm: in the mean, no false one within as many observations
-# as a calibration remembers (Lorden's bound).
+# Log likelihood ratio that raises the alarm. The mean time between false alarms is the memory of a
+# calibration, at least (Lorden's bound).
 THRESHOLD = math.log(MEMORY)
 
 
 class DriftDetector:
-    """One pair of tests per source: a drafter with one kind of request. State arrays have shape [2
-    (worse, better), sources]."""
+    """Tests each source, a drafter with one kind of request, for worse and for better. State arrays
+    have shape [2 (worse, better), sources]."""
 
     def __init__(self, sources: int) -> None:
         self.evidence = np.zeros((2, sources))
@@ -84,7 +84,7 @@ class DriftDetector:
         self.expected = np.zeros((2, sources))
 
     def reserve(self, sources: int) -> None:
-        """Room for drafters up to index `sources` - 1."""
+        """Make room for sources up to index `sources` - 1."""
         more = np.zeros((2, max(0, sources - self.evidence.shape[1])))
         self.evidence = np.concatenate((self.evidence, more), axis=1)
         self.hits = np.concatenate((self.hits, more), axis=1)
@@ -93,8 +93,8 @@ class DriftDetector:
     def update(
         self, source: IntArray, expected: FloatArray, hit: BoolArray
     ) -> list[tuple[int, float]]:
-        """After observed children (arrays [observed]): the sources that changed, each with
-        accepted / expected since the change began."""
+        """Test observed children (arrays [observed]); return the sources that have changed, each
+        with its ratio of accepted to expected children since the change."""
         size = self.evidence.shape[1]
         odds = expected / (1.0 - expected)
         base = np.log1p(odds)
@@ -124,13 +124,13 @@ class DriftDetector:
 
 BINS = 16  # of a curve
 FINE = 4 * BINS  # of the interpolated table
-DEPTHS = 6  # that are learned apart, deeper ones with the last
+DEPTHS = 6  # that are learned separately; deeper nodes count with the last
 KINDS = 2 * 2 * 2  # of requests: `BatchState.kind`
-MAX_PROB = 1 - 1 / MEMORY  # that anything is accepted: surer than that, nothing can be known
-# Observations that knowledge of other times is worth at most: a stored bin, a drafter before it has
-# visibly changed.
+MAX_PROB = 1 - 1 / MEMORY  # highest probability that so many observations can support
+# Most observations that older knowledge counts as: a stored bin, or a curve from before the drafter
+# changed.
 STORED = 40.0
-PRIOR_WEIGHT = 8.0  # observations that a prior is worth
+PRIOR_WEIGHT = 8.0  # observations that a prior counts as
 
 _RESOLUTION = FINE**2  # of probabilities: about the width of the first and the last fine bin
 _TINY = np.finfo(float).tiny
@@ -142,31 +142,31 @@ _INTERPOLATE: FloatArray = np.stack(
     [np.interp(np.arange(FINE) / (FINE - 1), _CENTRES, row) for row in np.eye(BINS)]
 )
 
-# Acceptance over raw confidence, to the power of the depth, before anything is known: confidence is
-# over-optimistic, more so with depth (a small head on unseen prompts).
+# Initial guess of acceptance over raw confidence, to the power of the depth. Raw confidence is too
+# high, more so with depth (of a small head on new prompts).
 TRUST = 0.9
 # [BINS] draft_prob at each bin's centre.
 BIN_PROBS: FloatArray = np.sin(_CENTRES * (math.pi / 2)) ** 2
 
 
 def default_prior(sources: int) -> FloatArray:
-    """[sources, DEPTHS, KINDS, BINS] conditional acceptance probabilities where nothing is
-    stored."""
+    """Return the conditional acceptance probabilities [sources, DEPTHS, KINDS, BINS] to use where
+    nothing is stored."""
     curve = TRUST ** np.arange(1, DEPTHS + 1)[:, None] * BIN_PROBS
     return np.broadcast_to(curve[None, :, None, :], (sources, DEPTHS, KINDS, BINS)).copy()
 
 
 class Calibration:
-    """Online calibration. Arrays of state have shape [sources, DEPTHS, KINDS, BINS]."""
+    """Learns acceptance probabilities online. State arrays are [sources, DEPTHS, KINDS, BINS]."""
 
     def __init__(self, prior: FloatArray | None = None, counts: FloatArray | None = None) -> None:
-        """Start from conditional probabilities `prior`, worth `counts` observations (none where not
-        given)."""
+        """Start from conditional probabilities `prior`, which count as `counts` observations (None:
+        as none)."""
         self.prior = default_prior(2) if prior is None else prior
         self.counts = np.zeros_like(self.prior) if counts is None else counts
         self.hits = self.counts * self.prior
         self.drift = DriftDetector(len(self.prior) * KINDS)
-        self.changes = 0  # how often a drafter was found to have changed, for a kind of request
+        self.changes = 0  # alarms of `drift`
         self._before: dict[tuple[int, int], tuple[FloatArray, FloatArray, FloatArray]] = {}
         self._refresh()
 
@@ -174,7 +174,7 @@ class Calibration:
         """Set `trees.accept_prob` and return the conditional probabilities, both [nodes]; `kind` is
         [batch].
 
-        Siblings sum to at most 1 (scaled down where they do not), so π(child) <= π(parent)."""
+        Siblings are scaled down to sum to at most 1, so π(child) <= π(parent)."""
         if not len(trees):
             return np.zeros(0)
         conditional = self._lookup(self._cells(trees, kind))
@@ -194,10 +194,10 @@ class Calibration:
         expected = self._lookup(cells)
         group, fine = np.divmod(cells, FINE)
         flat = group * BINS + _BIN_OF_FINE.take(fine)
-        seen = np.bincount(flat, minlength=self.counts.size).reshape(self.counts.shape)
+        counts = np.bincount(flat, minlength=self.counts.size).reshape(self.counts.shape)
         hits = np.bincount(flat, chosen, minlength=self.counts.size).reshape(self.counts.shape)
-        keep = np.exp(seen.sum(axis=3, keepdims=True) * (-1.0 / MEMORY))
-        self.counts = self.counts * keep + seen
+        keep = np.exp(counts.sum(axis=3, keepdims=True) * (-1.0 / MEMORY))
+        self.counts = self.counts * keep + counts
         self.hits = self.hits * keep + hits
         kinds = trees.source.take(nodes) * KINDS + group % KINDS
         changed = self.drift.update(kinds, expected, chosen)
@@ -207,14 +207,14 @@ class Calibration:
         self._refresh()
 
     def curve(self, source: int, shares: FloatArray) -> FloatArray:
-        """[DEPTHS, BINS] conditional probabilities of one drafter, mixed over the kinds' shares
-        [KINDS] of a batch."""
+        """Return the conditional probabilities [DEPTHS, BINS] of one drafter, averaged over kinds.
+        shares: [KINDS] each kind's share of the batch."""
         self.reserve(source)
         result: FloatArray = shares @ self._coarse[source]
         return result
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what is known, as plain lists: `from_state` starts a fresh session from it."""
+        """Return curves and counts as plain lists: `from_state` starts a new session from them."""
         return {
             "curve": np.round(self._coarse, 5).tolist(),
             "counts": np.round(self.counts, 2).tolist(),
@@ -222,8 +222,9 @@ class Calibration:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any], weight: float = STORED) -> Calibration:
-        """Starts from a stored state as prior, each bin worth at most `weight` observations. What
-        was learned before grammars were kinds is their prior, too, and worth none.
+        """Start from a stored state as prior; each bin counts as at most `weight` observations. In
+        states from before grammars were kinds, the curves without grammar serve as their prior,
+        which counts as none.
 
         Raises KeyError or ValueError if `state` is not one."""
         prior = np.asarray(state["curve"], np.float64)
@@ -239,12 +240,12 @@ class Calibration:
         return cls(prior, np.clip(counts, 0.0, weight))
 
     def bins(self, prob: FloatArray) -> IntArray:
-        """[n] bin of each draft probability."""
+        """Return the bin [n] of each draft probability."""
         return _BIN_OF_FINE.take(_fine(prob))
 
     def _cells(self, trees: DraftTrees, kind: KindArray, nodes: IntArray | None = None) -> IntArray:
-        """Flat index of each node's fine bin: ((source * DEPTHS + depth) * KINDS + kind) * FINE +
-        fine."""
+        """Return the flat index of each node's fine bin: ((source * DEPTHS + depth) * KINDS + kind)
+        * FINE + fine."""
         cells: IntArray = trees.source * DEPTHS + (np.minimum(trees.depth, DEPTHS) - 1)
         cells = (cells * KINDS + kind.take(trees.owner)) * FINE + _fine(trees.draft_prob)
         return cells if nodes is None else cells.take(nodes)
@@ -252,7 +253,7 @@ class Calibration:
     def _lookup(self, cells: IntArray) -> FloatArray:
         try:
             return self.table.take(cells)
-        except IndexError:  # a drafter not seen before
+        except IndexError:  # a new drafter
             self.reserve(int(cells.max()) // (DEPTHS * KINDS * FINE))
             return self.table.take(cells)
 
@@ -268,10 +269,11 @@ class Calibration:
             self._refresh()
 
     def _rescale(self, source: int, kind: int, ratio: float) -> None:
-        """The drafter has changed: what is known of it is scaled, and remembered weakly: it is soon
+        """Scale the curves of a drafter that has changed, with little weight, so that it is soon
         relearned.
 
-        What was known before it became worse is kept, for when it is found to be better again."""
+        The curves of before a change for the worse are kept, and restored after a change for the
+        better."""
         at = source, slice(None), kind
         known = self.prior[at].copy(), self.counts[at].copy(), self.hits[at].copy()
         prior, counts, hits = known
@@ -306,18 +308,18 @@ class Calibration:
 
 
 def _fine(prob: FloatArray) -> IntArray:
-    """[n] fine bin of each draft probability, whatever it is."""
+    """Return the fine bin [n] of each draft probability; values out of range are clipped."""
     return FINE_OF.take((np.fmin(np.fmax(prob, 0.0), 1.0) * _RESOLUTION).astype(np.int64))
 
 
 def _better(prob: FloatArray, ratio: float) -> FloatArray:
-    """Return probabilities with odds `ratio` times higher: high ones stay below 1."""
+    """Return probabilities with odds `ratio` times higher, so that high ones stay below 1."""
     return prob * ratio / (1.0 + prob * (ratio - 1.0))
 
 
 def path_products(parent: IntArray, conditional: FloatArray, depth: int) -> FloatArray:
-    """Return product of `conditional` over each node's path, by pointer doubling: log2(depth) steps
-    whatever the tree."""
+    """Return the product of `conditional` over each node's path, by pointer doubling: log2(depth)
+    steps for any tree."""
     count = len(parent)
     product = np.empty(count + 1)
     product[:count] = conditional
@@ -335,23 +337,23 @@ def path_products(parent: IntArray, conditional: FloatArray, depth: int) -> Floa
 
 # --- forecast -------------------------------------------------------------------------------------
 #
-# What the levels that are not drafted yet will probably bring: the mean child, by depth and rank.
+# A forecast of levels that are not drafted yet: the mean child's acceptance, by depth and rank.
 #
-# Kept is how the drafter's confidences are distributed (a histogram by depth and rank among
-# siblings); what they are worth is asked of the calibration when needed, so a change of the
-# drafter's quality reaches the forecast at once.
+# The forecast keeps a histogram of the drafter's confidences, by depth and rank among siblings. The
+# calibration turns it into probabilities at each call, so a change of the drafter's quality reaches
+# the forecast at once.
 
 
 WIDEST = 8  # children beyond the eighth bring next to nothing
-NODES = 64  # candidates of a request, the best ones, that may be verified: EAGLE-2's tree has 59
-# Draft probabilities before anything is known: they fall off by the rank's square, and sum to 1.
+NODES = 64  # most nodes of a request to verify: EAGLE-2's tree has 59
+# Initial guess of draft probabilities: they fall with the rank's square, and sum to 1.
 _FALLING: FloatArray = np.arange(1.0, WIDEST + 1) ** -2
 _PRIOR_PROBS: FloatArray = _FALLING / _FALLING.sum()
 
 
 class Forecast:
-    """Running histogram [DEPTHS, WIDEST, BINS] of draft_prob and the weight [DEPTHS] of expanded
-    nodes behind it."""
+    """Forecasts a node's children. It keeps a running histogram [DEPTHS, WIDEST, BINS] of
+    draft_prob, and the weight [DEPTHS] of the expanded nodes behind it."""
 
     def __init__(self, calibration: Calibration) -> None:
         self.calibration = calibration
@@ -360,22 +362,22 @@ class Forecast:
         self.weight = np.full(DEPTHS, PRIOR_WEIGHT)
 
     def children(self, shares: FloatArray) -> FloatArray:
-        """[DEPTHS, WIDEST] mean acceptance probability, given its parent's, of the k-th child at
+        """Return mean conditional acceptance probabilities [DEPTHS, WIDEST] of the k-th child at
         depth 1, 2, ...
 
-        shares: [KINDS] of the kinds of requests."""
+        shares: [KINDS] each kind's share of the batch."""
         curve = self.calibration.curve(0, shares)
         mean = (self.histogram @ curve[:, :, None])[:, :, 0] / self.weight[:, None]
         result: FloatArray = mean / np.maximum(mean.sum(axis=1, keepdims=True), 1.0)
         return result
 
     def observe(self, trees: DraftTrees) -> None:
-        """Learn from all drafted nodes (scored), weighted by their parents' accept_prob: the paths
-        that matter."""
+        """Learn from all drafted nodes, which are scored. Each is weighted by its parent's
+        accept_prob, so that likely paths count most."""
         rank = sibling_ranks(trees)
         weight_of = np.append(trees.accept_prob, 1.0)  # the root's, reached by index -1
         weight = weight_of[trees.parent]
-        if trees.source.any():  # only nodes that the model drafter expanded tell what it proposes
+        if trees.source.any():  # count only children of nodes that the model drafter expanded
             weight = weight * of_expanded(trees, slots(trees))
         depth = np.minimum(trees.depth, DEPTHS) - 1
         bins = self.calibration.bins(trees.draft_prob)
@@ -389,7 +391,7 @@ class Forecast:
         self.weight = self.weight * keep + parents / trees.batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what is known, as plain lists."""
+        """Return histogram and weights as plain lists."""
         return {
             "histogram": np.round(self.histogram, 4).tolist(),
             "weight": np.round(self.weight, 4).tolist(),
@@ -397,8 +399,8 @@ class Forecast:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any], calibration: Calibration) -> Forecast:
-        """Starts from a stored state, worth PRIOR_WEIGHT expanded nodes per depth. Raises KeyError
-        or ValueError."""
+        """Start from a stored state, which counts as PRIOR_WEIGHT expanded nodes per depth. Raises
+        KeyError or ValueError."""
         histogram = np.asarray(state["histogram"], np.float64)
         weight = np.asarray(state["weight"], np.float64)
         fits = histogram.shape == (DEPTHS, WIDEST, BINS) and weight.shape == (DEPTHS,)
@@ -410,8 +412,8 @@ class Forecast:
 
 
 def expected_tree(children: FloatArray, levels: int) -> FloatArray:
-    """[levels * ranks] forecast probabilities of the nodes of a tree of so many levels, each of
-    which expands the best node of the one before. children: [DEPTHS, ranks] forecast."""
+    """Return forecast probabilities [levels * ranks] of a tree's nodes, where each level expands
+    the best node of the level before. children: [DEPTHS, ranks] forecast."""
     rows = children[np.minimum(np.arange(levels), DEPTHS - 1)]
     heads = np.cumprod(np.concatenate((np.ones(1), rows[:-1, 0])))
     result: FloatArray = (heads[:, None] * rows).ravel()

@@ -1,16 +1,16 @@
-"""What a round costs: measured tables of seconds, interpolated, and corrected by the times of real
-rounds.
+"""The cost model of a round: measured tables of seconds, interpolated, and corrected by the times
+of real rounds.
 
     round = overhead + first_seconds(roots, waiting) + sum of draft_seconds(width) of deeper levels
             + verify_seconds(batch, rows, context)
 
-The first level is a thing of its own: it finds the caches full of the target's weights, and catches
-up with `waiting` rows, of which nothing but keys is wanted. Deeper ones find the drafter's weights
-where the first has left them. So either has a speed of its own, which is not the target's.
+The first level has a table and a speed of its own: it finds the caches full of the target's
+weights, and catches up with `waiting` rows, which only need keys. Deeper levels find the drafter's
+weights in the caches. Both speeds differ from the target's.
 
 `context` is always the mean number of KV tokens per sequence. Attention adds `row_token` seconds
 per row and context token (arithmetic) and `sequence_token` per sequence and context token (reading
-the cache); the tables hold the rest.
+the cache); the tables hold all other seconds.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class VerifySample:
-    """One timed target forward: sequences, rows in all (roots included), mean KV tokens per
-    sequence, seconds; or the means of several `rounds`."""
+    """One timed target forward, or the means of several `rounds`. batch: sequences; rows: of all,
+    roots included; context: mean KV tokens per sequence."""
 
     batch: int
     rows: float
@@ -46,11 +46,11 @@ class VerifySample:
 
 @dataclass(frozen=True, slots=True)
 class DraftSample:
-    """One timed level of the model drafter: expanded rows, mean KV tokens per sequence, seconds; or
-    the means of several.
+    """One timed level of the model drafter, or the means of several. width: expanded rows; context:
+    mean KV tokens per sequence.
 
-    waiting: of a first level, whose `width` rows are the roots, the rows that it caught up with
-    beside them."""
+    waiting: rows that a first level caught up with, in addition to its `width` roots; None for a
+    deeper level."""
 
     width: float
     context: float
@@ -80,15 +80,16 @@ _TINY = float(np.finfo(float).tiny)
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """Linear between points, constant before the first, linear beyond the last with the mean slope
-    of the upper half (one flat last step must not make further rows look free)."""
+    """Seconds over rows: linear between points and constant before the first. Beyond the last point
+    it has the mean slope of the upper half: one flat last step must not make further rows look
+    free."""
 
     rows: tuple[int, ...]
     seconds: tuple[float, ...]
 
     @classmethod
     def from_table(cls, table: Mapping[int, float]) -> Curve:
-        """From {rows: seconds}, taken as they are. Raises ValueError for unusable ones."""
+        """Return the curve through {rows: seconds}. Raises ValueError for unusable numbers."""
         rows = sorted(table)
         seconds = [float(table[r]) for r in rows]
         if not rows or rows[0] < 0 or not all(math.isfinite(s) and s > 0 for s in seconds):
@@ -97,8 +98,8 @@ class Curve:
 
     @classmethod
     def monotone(cls, samples: Mapping[float, list[float]]) -> Curve:
-        """Return medians per (whole) row count, made non-decreasing by isotonic regression of their
-        logarithms."""
+        """Return the curve of medians per whole row count, made non-decreasing by isotonic
+        regression of their logarithms."""
         rows = sorted(samples)
         logs = np.log([float(np.median(samples[r])) for r in rows])
         weights = np.array([len(samples[r]) for r in rows], np.float64)
@@ -106,11 +107,11 @@ class Curve:
         return cls(tuple(int(r) for r in rows), tuple(seconds))
 
     def beyond_first(self) -> Curve:
-        """Return what further rows add; no curve holds a zero."""
+        """Return the seconds that rows beyond the first point add; tiny instead of zero."""
         return Curve(self.rows, tuple(max(s - self.seconds[0], _TINY) for s in self.seconds))
 
     def dense(self, size: int) -> FloatArray:
-        """Return seconds at 0, 1, ... size - 1 rows."""
+        """Return the seconds at 0, 1, ... size - 1 rows."""
         grid: FloatArray = np.arange(size, dtype=np.float64)
         values: FloatArray = np.interp(grid, self.rows, self.seconds)
         last = self.rows[-1]
@@ -130,13 +131,13 @@ class Curve:
 
     @classmethod
     def from_lists(cls, lists: list[list[float]]) -> Curve:
-        """Raise TypeError or ValueError for what `to_lists` never wrote."""
+        """Return the curve of `to_lists`. Raises TypeError or ValueError for anything else."""
         return cls.from_table(dict(zip(*lists, strict=True)))
 
 
 def non_decreasing(values: FloatArray, weights: FloatArray) -> FloatArray:
-    """Return the non-decreasing sequence closest to `values` by weighted least squares: neighbours
-    that decrease become one, at their mean (pool adjacent violators)."""
+    """Return the non-decreasing sequence closest to `values` by weighted least squares. Decreasing
+    neighbours merge at their mean (pool adjacent violators)."""
     blocks: list[tuple[float, float, int]] = []  # mean, weight, values
     for value, weight in zip(values.tolist(), weights.tolist(), strict=True):
         blocks.append((value, weight, 1))
@@ -151,40 +152,40 @@ def non_decreasing(values: FloatArray, weights: FloatArray) -> FloatArray:
 #
 # Online correction of a cost table by the times of real steps.
 #
-# A shared machine changes in two ways. Everything becomes slower or faster: one factor. Or
-# neighbours leave more or less memory bandwidth: reading the weights, which is all that a few rows
-# cost, takes another time, while many rows, which are bound by arithmetic, cost what they did, so
-# that the *slope* over rows changes, too: one shift, which fades out with the rows. A table that
-# another machine measured is wrong in the same two ways.
+# A shared machine changes in two ways. First, everything becomes slower or faster: one factor.
+# Second, other programs leave more or less memory bandwidth. This changes the time of reading the
+# weights, which is the whole cost of a few rows. Many rows are bound by arithmetic and cost the
+# same, so the *slope* over rows changes, too: one shift, which fades out with the rows. A table
+# from another machine is wrong in the same two ways.
 #
-# A Kalman filter of two states tells them apart (extended, as the shift acts within a logarithm).
-# What a step of 24 rows says of one row follows from how uncertain each state is; a rare
-# exploration settles what many steps of one size left open. Further states, for errors of the table
-# at some counts of rows, brought nothing in any world of `ablate`, and lost 1 % where a machine
-# changes (LOG.md, 2026-12-01).
+# A Kalman filter of two states separates them (extended, as the shift acts within a logarithm). The
+# uncertainty of each state decides how far a step of 24 rows corrects the cost of one row. A rare
+# exploration settles the state that many steps of one size leave uncertain. Further states, for
+# errors of the table at some counts of rows, brought nothing in any world of `ablate`, and lost 1 %
+# where a machine changes (LOG.md, 2026-12-01).
 
 
-MAX_ROWS = 8192  # of a dense table, at first
-NOISE = 0.06  # of one step's time: standard deviation of its logarithm
-# Standard deviations beyond which an observation surprises: it counts as no further off, since
-# outliers should move little, and the speed becomes less certain: it may be a new state.
+MAX_ROWS = 8192  # initial size of a dense table
+NOISE = 0.06  # standard deviation of the logarithm of one step's time
+# Standard deviations beyond which an observation is a surprise. It is clipped, so that outliers
+# move little; and the speed becomes less certain, as the machine may have changed.
 SURPRISE = 2.0
 # Prior standard deviations.
 SPEED = 0.2
 MEMORY = 0.8
-# Each observation's time leaves a little less of both states, and makes them a little less certain:
-# a state that is not observed becomes as uncertain as it was at first, and no more.
-WALK = 1 / 16  # over the prior standard deviations
+# Each observation shrinks both states a little and makes them a little less certain. The variance
+# of an unobserved state grows back to its prior, and no further.
+WALK = 1 / 16  # in prior standard deviations
 KEEP = math.sqrt(1.0 - WALK**2)
 
 
 @dataclass(frozen=True, slots=True)
 class Correction:
-    """Log factors: speed, on every step of the machine; memory, on reading the weights. Their
-    variances, and how they vary together.
+    """Log factors, their variances and their covariance. speed: of every step of the machine;
+    memory: of reading the weights.
 
-    All are logarithms, so that a step that only reads weights is linear in them: the filter would
-    drift along a curve."""
+    Both are logarithms, so that a step that only reads weights is linear in them: with a curve, the
+    filter would drift along it."""
 
     speed: float = 0.0
     memory: float = 0.0
@@ -193,15 +194,15 @@ class Correction:
     covariance: float = 0.0
 
     def seconds(self, table: FloatArray, weights: FloatArray | float) -> FloatArray:
-        """Return what the table's seconds are now. weights: those of them in which the step does
-        nothing but wait for the weights."""
+        """Return the corrected seconds of a table. weights: the part of them in which a step only
+        waits for the weights."""
         now: FloatArray = table + math.expm1(self.memory) * np.minimum(weights, table)
         now *= math.exp(self.speed)
         return now
 
     def updated(self, table: float, weights: float, seconds: float, steps: int = 1) -> Correction:
-        """After a step that took `seconds`, or the means of `steps`; `table` and `weights` as in
-        `seconds()`.
+        """Return the correction after a step of `seconds`, or the means of `steps`; `table` and
+        `weights` as in `seconds()`.
 
         Unusable times (NaN, zero, negative) change nothing."""
         if not (math.isfinite(seconds) and seconds > 0 and table > 0):
@@ -211,10 +212,10 @@ class Correction:
         speed_variance = KEEP**2 * self.speed_variance + (WALK * SPEED) ** 2
         memory_variance = KEEP**2 * self.memory_variance + (WALK * MEMORY) ** 2
         covariance = KEEP**2 * self.covariance
-        weights = min(weights, table)  # a noisy profile may say that they take longer
+        weights = min(weights, table)  # in a noisy profile they may take longer
         now = table + math.expm1(memory) * weights
         slope = math.exp(memory) * weights / now  # of the log seconds, by memory
-        # How the log seconds vary together with either state, and by themselves.
+        # Covariance of the log seconds with each state, and their standard deviation.
         with_speed = speed_variance + slope * covariance
         with_memory = covariance + slope * memory_variance
         spread = math.sqrt(with_speed + slope * with_memory + NOISE**2 / steps)
@@ -234,8 +235,8 @@ class Correction:
 
 __all__ = ["CostModel", "Curve", "DraftSample", "Sample", "VerifySample"]
 
-# Used where nothing was measured, and corrected by real rounds: a forward of 20 ms, bound by
-# reading weights, with 2 % more per further row; drafting a level takes a tenth of it.
+# Initial guess without measurements, corrected by real rounds: a forward of 20 ms, bound by reading
+# weights, 2 % more per further row; a drafted level takes a tenth of it.
 SMALLEST = 0.02
 FURTHER_ROW = 0.02
 LEVEL = 0.1
@@ -243,7 +244,7 @@ _DEFAULT = Curve((1, 2), (SMALLEST, SMALLEST * (1 + FURTHER_ROW)))
 DEFAULT_VERIFY = {1: _DEFAULT}
 DEFAULT_DRAFT = Curve(_DEFAULT.rows, tuple(LEVEL * s for s in _DEFAULT.seconds))
 
-_Key: TypeAlias = int | str  # of a dense table: the batch size of a verification, or a field
+_Key: TypeAlias = int | str  # of a dense table: batch size of a verification, or name of a field
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,9 +253,9 @@ class CostModel:
 
     verify: batch size -> curve over rows at context 0; between batch sizes linear in log batch,
     constant outside. draft: curve over expanded rows of one level of the model drafter at context
-    0. overhead_seconds: fixed cost of a round that speculates, beyond its forwards. first: over the
-    roots of a first level (None: as any other). waiting: what rows that wait add to it, over their
-    number.
+    0. overhead_seconds: fixed cost of a round that speculates, beyond its forwards. first: curve
+    over the roots of a first level (None: as any other level). waiting: curve over waiting rows, of
+    the seconds that they add to the first level.
     """
 
     verify: Mapping[int, Curve]
@@ -272,12 +273,12 @@ class CostModel:
     _stall: tuple[float, ...] = field(default=(), repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if not self._stall:  # a corrected model gets it from the one before
+        if not self._stall:  # a corrected model has its predecessor's
             object.__setattr__(self, "_stall", _stall_of(next(iter(self.verify.values()))))
 
     @classmethod
     def default(cls) -> CostModel:
-        """Return a guess for when no profile exists; corrected by the first real rounds."""
+        """Return a guess, to use without a profile; the first real rounds correct it."""
         return cls(DEFAULT_VERIFY, DEFAULT_DRAFT)
 
     @classmethod
@@ -287,8 +288,8 @@ class CostModel:
         draft: Mapping[int, float] | None = None,
         overhead_seconds: float = 0.0,
     ) -> CostModel:
-        """From explicit tables {batch: {rows: seconds}} and {width: seconds}, taken as they are, of
-        any shape."""
+        """Return a model of explicit tables {batch: {rows: seconds}} and {width: seconds}, of any
+        shape."""
         curves = {b: Curve.from_table(table) for b, table in sorted(verify.items()) if table}
         return cls(
             curves or DEFAULT_VERIFY,
@@ -299,8 +300,8 @@ class CostModel:
     # --- predictions ---
 
     def verify_seconds(self, batch: int, rows: ArrayLike, context: float) -> FloatArray:
-        """Return seconds of one target forward of `rows` rows in all (integers of any shape, roots
-        included)."""
+        """Return the seconds of one target forward of `rows` rows (integers of any shape), roots
+        included."""
         rows_: IntArray = np.asarray(rows, np.int64)
         try:
             base = self._table(batch, 0)[rows_]
@@ -312,8 +313,8 @@ class CostModel:
         return self.verify_correction.seconds(table, self._stall_seconds(rows_))
 
     def verify_curve(self, batch: int, first: int, count: int, context: float) -> FloatArray:
-        """Return seconds at first, first + 1, ... first + count - 1 rows: `verify_seconds` for a
-        scan over tree sizes."""
+        """Return the seconds at first, first + 1, ... first + count - 1 rows: `verify_seconds` for
+        a scan over tree sizes."""
         rows = np.arange(first, first + count)
         attention = rows * (self.row_token * context)
         attention += batch * self.sequence_token * context
@@ -321,7 +322,7 @@ class CostModel:
         return self.verify_correction.seconds(table, self._stall_seconds(rows))
 
     def draft_seconds(self, width: ArrayLike, context: float) -> FloatArray:
-        """Return seconds of one level of the model drafter, not the first, that expands `width`
+        """Return the seconds of one level of the model drafter, not the first, that expands `width`
         rows."""
         width_: IntArray = np.asarray(width, np.int64)
         base = self._table("draft", int(width_.max()) + 1)[width_]
@@ -329,8 +330,8 @@ class CostModel:
         return self.draft_correction.seconds(table, 0.0)
 
     def first_seconds(self, roots: int, waiting: ArrayLike, context: float) -> FloatArray:
-        """Return seconds of the first level for `roots` requests, which catches up with `waiting`
-        rows beside one of each."""
+        """Return the seconds of the first level for `roots` requests, which catches up with
+        `waiting` rows in addition to one of each request."""
         waiting_: IntArray = np.asarray(waiting, np.int64)
         if not self._knows_first:
             return self.draft_seconds(roots + waiting_, context)
@@ -339,8 +340,8 @@ class CostModel:
         return self.first_correction.seconds(table, 0.0)
 
     def levels_seconds(self, roots: int, widths: Sequence[int], context: float) -> list[float]:
-        """Return seconds of each level of a round, of which the first one's width is the roots and
-        all that waits."""
+        """Return the seconds of each level of a round. The first width counts the roots and all
+        waiting rows."""
         if not widths:
             return []
         first = float(self.first_seconds(roots, widths[0] - roots, context))
@@ -351,8 +352,8 @@ class CostModel:
     # --- corrections ---
 
     def corrected(self, observed: Sample) -> CostModel:
-        """Return the model after one real step; absurd times count little, unusable ones
-        nothing."""
+        """Return the model corrected by one real step. Outliers count little, unusable times not at
+        all."""
         if not is_usable(observed):
             return self
         if isinstance(observed, VerifySample):
@@ -382,8 +383,8 @@ class CostModel:
     # --- on disk ---
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain lists and numbers; corrections belong to the running machine and are left
-        out."""
+        """Return plain lists and numbers, without corrections, which belong to the running
+        machine."""
         levels = {"draft": self.draft, "first": self.first, "waiting": self.waiting}
         return {
             "verify": {str(batch): curve.to_lists() for batch, curve in self.verify.items()},
@@ -396,7 +397,7 @@ class CostModel:
 
     @classmethod
     def from_dict(cls, state: Mapping[str, Any]) -> CostModel:
-        """Return the inverse of `to_dict`. Raises KeyError, TypeError or ValueError for anything
+        """Return the model of a `to_dict`. Raises KeyError, TypeError or ValueError for anything
         else."""
         curves = {int(batch): Curve.from_lists(c) for batch, c in state["verify"].items()}
         names = ("row_token", "sequence_token", "draft_token", "overhead_seconds")
@@ -418,18 +419,18 @@ class CostModel:
         return self.first is not None and self.waiting is not None
 
     def _first_level(self, roots: float, context: float) -> float:
-        """Return the table's seconds of a first level in which nothing waits."""
+        """Return the table's seconds of a first level without waiting rows."""
         return self._at("first", roots) + roots * self.draft_token * context
 
     def _stall_seconds(self, rows: IntArray | float) -> FloatArray:
-        """Return seconds of a verification in which its arithmetic waits for the weights: all of
-        the smallest one's, fewer with every further row."""
+        """Return the seconds of a verification in which its arithmetic waits for the weights: all
+        seconds of the smallest one, fewer with every further row."""
         weights, most = self._stall
         result: FloatArray = weights * np.maximum(0.0, 1.0 - (rows - 1) / most)
         return result
 
     def _table(self, key: _Key, size: int) -> FloatArray:
-        """Return dense seconds over rows, computed once and grown on demand."""
+        """Return dense seconds over rows, computed once and extended on demand."""
         table = self._dense.get(key)
         if table is None or len(table) < size:
             length = MAX_ROWS if size <= MAX_ROWS else 2 * size
@@ -442,7 +443,7 @@ class CostModel:
         return table
 
     def _at(self, key: _Key, rows: float) -> float:
-        """Return a table's seconds at a mean of several rows."""
+        """Return a table's seconds at a mean number of rows, by interpolation."""
         low = int(rows)
         table = self._table(key, low + 2)
         left, right = table[low : low + 2].tolist()
@@ -460,31 +461,33 @@ class CostModel:
 
 
 def _stall_of(curve: Curve) -> tuple[float, float]:
-    """Return seconds of the smallest forward, in which the arithmetic waits for the weights, and
-    the rows whose arithmetic takes about as long: where the curve has risen to twice that."""
+    """Return the seconds of the smallest forward, which only waits for the weights, and the number
+    of rows whose arithmetic takes about as long: where the curve has doubled."""
     risen = np.flatnonzero(curve.dense(MAX_ROWS) > 2.0 * curve.seconds[0])
     return float(curve.seconds[0]), max(float(risen[0]) if len(risen) else float(MAX_ROWS), 2.0)
 
 
 # --- overhead -------------------------------------------------------------------------------------
 #
-# What a round takes beside its forwards, learned from real rounds.
+# The seconds of a round outside its forwards, learned from real rounds.
 
 
 def size_bucket(size: int) -> int:
-    """Batches of one request, of two or three, of four to seven, ... share what is learned."""
+    """Return the bucket of a batch size: 1, 2 to 3, 4 to 7, ... Batches of a bucket share
+    estimates."""
     return size.bit_length()
 
 
 class Overhead:
-    """Seconds beside the forwards, of plain rounds and of those that draft, by size bucket."""
+    """Learns the seconds outside the forwards, of plain and of drafting rounds, by size bucket."""
 
     def __init__(self, drafting: float) -> None:
-        self._drafting = drafting  # beyond a plain round, before anything is known
+        self._drafting = drafting  # initial guess of drafting, beyond a plain round
         self._means: defaultdict[tuple[int, bool], RunningMean] = defaultdict(RunningMean)
 
     def of(self, size: int, drafts: bool) -> float:
-        """For a batch of `size` requests. A bucket that is unknown is as the nearest known one."""
+        """Return the seconds for a batch of `size` requests: its bucket's, or the nearest known
+        bucket's."""
         bucket = size_bucket(size)
         known = [key for key in self._means if key[1] == drafts]
         if known:
@@ -494,7 +497,7 @@ class Overhead:
         return 0.0
 
     def observe(self, size: int, drafts: bool, seconds: float) -> None:
-        """After a round that prefilled nothing. A slow one, as the first of its kind often is,
-        counts as at most twice the usual."""
+        """Learn from a round without prompts. A slow one, such as the first of its kind, counts as
+        at most twice the usual."""
         usual = self.of(size, drafts)
         self._means[size_bucket(size), drafts].observe(min(seconds, 2.0 * usual or seconds))

@@ -1,8 +1,8 @@
-"""What of one round's trees is expanded and verified, as data: what a policy answers before it.
+"""A rule for one round's trees, as data: the result of a policy's `plan`.
 
-`expand` says which nodes are expanded, `keep` which are verified. Those of `selection.py` are data
-with their meaning in numpy beside them, and the CPU kernels follow the same data natively. A policy
-of your own may give any object with the same method instead: it is then asked level by level.
+`expand` chooses the nodes to expand, `keep` the nodes to verify. The classes of `selection.py` are
+data with a numpy implementation, and the CPU kernels follow the same data natively. Your own policy
+may use any object with the same method instead: it is then called level by level.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ NO_NODES: IntArray = np.zeros(0, np.int64)
 
 
 class Expand(Protocol):
-    """Decides what to expand."""
+    """Chooses the nodes to expand."""
 
     def frontier(self, rule: TreeRule, trees: DraftTrees, level: int) -> IntArray:
-        """Return ascending indices of the nodes of `level` (from 1 on) to expand next; none: stop.
-        The trees are scored."""
+        """Return ascending indices of the nodes of `level` (from 1 on) to expand next, or none to
+        stop. The trees are scored."""
         ...
 
 
 class Keep(Protocol):
-    """Decides what to verify."""
+    """Chooses the nodes to verify."""
 
     def select(self, rule: TreeRule, trees: DraftTrees) -> IntArray:
         """Return ascending indices of the nodes to verify, prefix-closed. The trees are scored."""
@@ -57,23 +57,24 @@ class Skip(Protocol):
 
     @property
     def keep(self) -> Keep:
-        """What is verified then."""
+        """Chooses the nodes to verify without the model."""
         ...
 
     def applies(self, rule: TreeRule, proposed: DraftTrees) -> bool:
-        """Return whether it is, where free drafters propose these nodes. The trees are scored."""
+        """Return whether to leave the model out, after free drafters have proposed these nodes. The
+        trees are scored."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class TreeRule:
-    """One round's trees.
+    """A rule for one round's trees.
 
-    levels: at most so many by the model drafter; 0 leaves what drafters without a model propose.
+    levels: most levels of the model drafter; 0 leaves only the nodes of free drafters.
     children: proposals per expanded node (the drafter's top-k).
     limits: [batch] deepest useful node of each request. ends: tokens that end an answer.
-    scores: what accept_prob is; None: the product of draft probabilities, as it comes.
-    skip_model: whether the model is left out where free drafters propose.
+    scores: source of accept_prob; None: the plain product of draft probabilities.
+    skip_model: decides whether to leave the model out after the free drafters' proposals.
     """
 
     levels: int
@@ -97,13 +98,13 @@ class TreeRule:
         scores: Scores | None = None,
     ) -> TreeRule | None:
         """Return the rule for a batch of these `limits`, with no more levels than its longest
-        request may use; None where that leaves none."""
+        request may use; None if no level is left."""
         levels = min(levels, int(limits.max(initial=0)))
         return cls(levels, children, limits, ends, expand, keep, scores) if levels else None
 
     def after_free(self, proposed: DraftTrees) -> TreeRule:
-        """Return the rule once free drafters have proposed nodes: without the model's levels where
-        these promise more."""
+        """Return the rule for the rest of the round, once free drafters have proposed nodes:
+        without the model's levels if `skip_model` applies."""
         if self.skip_model is None or not len(proposed):
             return self
         self.score(proposed)
@@ -112,7 +113,7 @@ class TreeRule:
         return replace(self, levels=0, keep=self.skip_model.keep, skip_model=None)
 
     def frontier(self, trees: DraftTrees, level: int) -> IntArray:
-        """Return ascending indices of the nodes of `level` to expand next; none: stop drafting."""
+        """Return ascending indices of the nodes of `level` to expand next, or none to stop."""
         if level >= self.levels or not len(trees):
             return NO_NODES
         self.score(trees)
@@ -126,15 +127,15 @@ class TreeRule:
         return self.keep.select(self, trees)
 
     def score(self, trees: DraftTrees) -> None:
-        """Set accept_prob."""
+        """Set the trees' accept_prob."""
         if self.scores is None:
             trees.accept_prob = trees.path_prob
         else:
             self.scores.calibration.score(trees, self.scores.kind)
 
     def useful(self, trees: DraftTrees) -> BoolArray:
-        """[nodes] whether a node could ever be emitted: within its request's depth limit and not
-        below an end token."""
+        """Return whether each node [nodes] could be emitted: within its request's depth limit and
+        not below an end token."""
         result: BoolArray = trees.depth <= self.limits.take(trees.owner)
         ends = np.isin(trees.token, self.ends)
         if ends.any():
@@ -145,8 +146,7 @@ class TreeRule:
         """Return ascending indices of the nodes of `level` that the model drafter can expand and
         whose children could be useful.
 
-        A node proposed by another drafter has a head state above it only where the model drafter
-        expanded its parent."""
+        The model can expand a free drafter's node only if it has expanded the node's parent."""
         mask = (trees.depth == level) & (trees.depth < self.limits.take(trees.owner))
         ends = np.isin(trees.token, self.ends)
         if ends.any():
@@ -157,7 +157,8 @@ class TreeRule:
 
 
 def expanded_widths(trees: DraftTrees) -> IntArray:
-    """[levels] nodes that the model drafter has expanded, by their depth; roots (depth 0) first."""
+    """Return how many nodes the model drafter has expanded at each depth [levels], from the roots
+    (depth 0) on."""
     depth = np.concatenate((np.zeros(trees.batch, np.int64), trees.depth))
     return np.bincount(depth[expanded_slots(trees, slots(trees))])
 

@@ -1,7 +1,6 @@
-"""Which nodes are expanded and which are verified: the parts of a `TreeRule`, with their meaning.
+"""Choosing nodes to expand and to verify: the parts of a `TreeRule`, in numpy.
 
-The numpy here is the reference; kernels/csrc/selection.cpp follows the same data, and tests hold
-the two together.
+This is the reference. kernels/csrc/selection.cpp follows the same data, and tests compare the two.
 """
 
 from __future__ import annotations
@@ -25,11 +24,11 @@ from smart_decoding.core.tree import (
 
 # --- the exact choice -----------------------------------------------------------------------------
 #
-# With the cost of a forward given for every number of rows, the best set of nodes is a prefix of
+# The cost of a forward is known for every number of rows. So the best set of nodes is a prefix of
 # the candidates sorted by accept_prob, and one scan over the prefix sums finds it.
 
 
-NONE = math.inf  # in place of a loss: there is no candidate, and no size reaches so far
+NONE = math.inf  # the loss of a missing candidate: no best prefix reaches it
 _ONE = np.float64(1.0).view(np.int64)
 
 
@@ -37,8 +36,8 @@ def ranked(accept_prob: FloatArray) -> IntArray:
     """Return indices by falling probability ([n], in [0, 1]), ties to the lower index: parents come
     before their children.
 
-    One integer sort: the bits of a non-negative float order like the float, and its lowest bits,
-    beyond any meaning (a relative 2^-39 for 8192 candidates), carry the index."""
+    It takes one integer sort: the bits of a non-negative float order like the float. The lowest
+    bits carry the index instead (a relative error of 2^-39 for 8192 candidates)."""
     mask = (1 << max(len(accept_prob) - 1, 1).bit_length()) - 1
     keys: IntArray = _ONE - accept_prob.view(np.int64)
     keys &= ~mask
@@ -56,8 +55,8 @@ def best_size(
     limit: float = math.inf,
     least: int = 0,
 ) -> tuple[int, float]:
-    """(n, value): how many of the sorted `gains` [m] to verify for the most tokens per second, and
-    that rate.
+    """Return (n, value): how many of the sorted `gains` [m] to verify for the most tokens per
+    second, and that rate.
 
     value(n) = (tokens + gains[:n].sum()) / (sunk + seconds[n]); `seconds` is [m + 1], of any shape.
     Sizes beyond `limit` seconds are out, except n = 0; sizes below `least` are out. Ties go to the
@@ -77,10 +76,10 @@ def best_size(
 def best_rates(
     losses: FloatArray, tokens: float, sunk: FloatArray, seconds: FloatArray, limit: float
 ) -> FloatArray:
-    """[options] what `best_size` reaches with each row of `losses` [options, m]: negated gains,
-    ascending.
+    """Return the best rate [options] of `best_size` for each row of `losses` [options, m].
 
-    NONE in it marks what is no candidate. sunk: [options]; seconds: [m + 1], as there."""
+    losses: negated gains, ascending; NONE marks a missing candidate. sunk: [options]; seconds:
+    [m + 1], as for `best_size`."""
     rates = np.zeros((len(losses), losses.shape[1] + 1))
     np.cumsum(losses, axis=1, out=rates[:, 1:])
     total = sunk[:, None] + seconds
@@ -92,16 +91,16 @@ def best_rates(
     return result
 
 
-RANKS = 4  # forecast children of each node in a look-ahead; the others bring next to nothing
+RANKS = 4  # forecast children of each node in a look-ahead; further ones bring next to nothing
 
 
 @dataclass(frozen=True, slots=True)
 class RoundCosts:
-    """What a round brings and takes.
+    """Tokens and seconds of a round.
 
-    tokens: of a plain round. sunk: seconds up to the first level, that included. levels: seconds of
-    a further level of 0, 1, ... nodes. verify: seconds of verifying 0, 1, ... nodes; more than it
-    has cannot be verified. limit: seconds that the round may last, if it verifies any."""
+    tokens: of a plain round. sunk: seconds up to the end of the first level. levels: seconds of a
+    further level of 0, 1, ... nodes. verify: seconds of verifying 0, 1, ... nodes; its length
+    bounds the nodes. limit: seconds that a round may last, if it verifies any node."""
 
     tokens: float
     sunk: float
@@ -110,8 +109,8 @@ class RoundCosts:
     limit: float = math.inf
 
     def drafted(self, trees: DraftTrees) -> float:
-        """Return seconds of the round so far. One level after the other, as the kernels add them:
-        `sum` takes another order from eight on."""
+        """Return the seconds of the round so far. The levels are added one after the other, as in
+        the kernels: numpy's `sum` uses another order from eight on."""
         widths = expanded_widths(trees)[1:]
         drafted = 0.0
         for seconds in self.levels.take(widths[widths > 0]).tolist():
@@ -131,19 +130,21 @@ class RoundCosts:
 
 @dataclass(frozen=True, slots=True)
 class SkipModel:
-    """Leaves the model out where the free drafters' nodes promise at least the rate that it would
-    reach. Both may propose the same: the k-th best of a request's nodes counts as the better of
-    theirs and of the model's, by forecast.
+    """Leaves the model out where the free drafters' nodes promise at least the rate that the model
+    would reach. Both may propose equal nodes, so with the model the k-th best of a request's nodes
+    counts as the better of both k-th best ones.
 
-    keep: what is verified then. model: [options, nodes] forecast probabilities of a request's
-    nodes, falling, after 1, 2, ... levels. drafted: [options] seconds of these levels."""
+    keep: chooses the nodes to verify without the model. model: [options, nodes] forecast
+    probabilities of a request's nodes, falling, after 1, 2, ... levels. drafted: [options] seconds
+    of these levels."""
 
     keep: BestRate
     model: FloatArray
     drafted: FloatArray
 
     def applies(self, rule: TreeRule, proposed: DraftTrees) -> bool:
-        """See `Skip`. Where none of the nodes pays, the policy has said that the model does."""
+        """See `Skip`. False where none of the nodes pays: the policy has found that the model
+        does."""
         costs = self.keep.costs
         nodes = np.flatnonzero(rule.useful(proposed))
         gains = proposed.accept_prob.take(nodes)
@@ -151,8 +152,8 @@ class SkipModel:
         if not size:
             return False
         options, most = self.model.shape
-        theirs = _sorted_by_owner(gains, proposed.owner.take(nodes), proposed.batch, most)
-        both = np.maximum(self.model[:, None], theirs[rule.limits > 0]).reshape(options, -1)
+        free = _sorted_by_owner(gains, proposed.owner.take(nodes), proposed.batch, most)
+        both = np.maximum(self.model[:, None], free[rule.limits > 0]).reshape(options, -1)
         losses = np.sort(-both, axis=1)[:, : len(costs.verify) - 1]
         verify = costs.verify[: losses.shape[1] + 1]
         sunk = costs.sunk + self.drafted
@@ -161,7 +162,7 @@ class SkipModel:
 
 
 def _sorted_by_owner(gains: FloatArray, owner: IntArray, batch: int, most: int) -> FloatArray:
-    """[batch, most] the largest gains of each request, falling, then zeros."""
+    """Return the largest gains [batch, most] of each request, falling, then zeros."""
     order, rank = _ranked_by_owner(gains, owner)
     inside = rank < most
     best = order[inside]
@@ -171,8 +172,8 @@ def _sorted_by_owner(gains: FloatArray, owner: IntArray, batch: int, most: int) 
 
 
 def _ranked_by_owner(prob: FloatArray, owner: IntArray) -> tuple[IntArray, IntArray]:
-    """Request by request, the likeliest first, ties to the lower index: indices, and the place of
-    each among its request's."""
+    """Return indices request by request, the likeliest first, ties to the lower index; and each
+    one's rank in its request."""
     order = np.lexsort((-prob, owner))  # stable: ties stay in ascending order
     sorted_owner = owner[order]
     rank = np.arange(len(order)) - np.searchsorted(sorted_owner, sorted_owner)
@@ -184,7 +185,7 @@ def _ranked_by_owner(prob: FloatArray, owner: IntArray) -> tuple[IntArray, IntAr
 
 @dataclass(frozen=True, slots=True)
 class Beam:
-    """The best `width` nodes of each request: EAGLE-2; a chain where `width` is 1."""
+    """Expands the best `width` nodes of each request: EAGLE-2, or a chain where `width` is 1."""
 
     width: int
 
@@ -195,12 +196,13 @@ class Beam:
 
 @dataclass(frozen=True)
 class LookAhead:
-    """The surest nodes of the whole batch, as many as pay: stopping is compared with one more level
-    of every width, by forecast.
+    """Expands the likeliest nodes of the whole batch, as many as pay. It compares stopping with one
+    more level of every width, by forecast.
 
     widths: ascending numbers of nodes that may be expanded. below: [levels, RANKS] forecast
-    probabilities of the children of a node of level 1, 2, ..., given that node. first: those of a
-    root's children; none where `foreseen` is not asked. requests: that draft."""
+    conditional probabilities of the children of a node of level 1, 2, ... first: forecast
+    probabilities of a root's children; empty where `foreseen` is not used. requests: number of
+    requests that draft."""
 
     costs: RoundCosts
     widths: IntArray
@@ -224,7 +226,7 @@ class LookAhead:
 
     @cached_property
     def foreseen(self) -> Sequence[int]:
-        """How many nodes of level 1, 2, ... it would expand if all were as forecast."""
+        """Numbers of nodes of level 1, 2, ... that it would expand if all were as forecast."""
         found: list[int] = []
         present = frontier = np.sort(np.tile(self.first, self.requests))[::-1]
         sunk = self.costs.sunk
@@ -247,8 +249,7 @@ class LookAhead:
         below: FloatArray,
         sunk: float,
     ) -> int:
-        """Return how many of the sorted `frontier` to expand; 0 where nothing deeper beats
-        stopping."""
+        """Return how many of the sorted `frontier` to expand; 0 where no width beats stopping."""
         most = 0
         rate = self.costs.best(np.sort(present)[::-1], sunk)[1]
         levels = self.costs.levels.take(widths).tolist()
@@ -264,16 +265,15 @@ class LookAhead:
 
 @dataclass(frozen=True, slots=True)
 class Fixed:
-    """So many nodes of level 1, 2, ... as are in `widths`, those with the largest path_prob: `each`
-    request's, or the whole batch's. A device can do so without asking the host."""
+    """Expands a fixed number of nodes of level 1, 2, ... (`widths`) with the largest path_prob: of
+    `each` request, or of the whole batch. A device can follow it without the host."""
 
     widths: Sequence[int]
     each: bool
 
     @classmethod
     def before(cls, rule: TreeRule) -> Fixed | None:
-        """Return what a rule expands, as far as that is known before the round; None where it is
-        not."""
+        """Return the widths of a rule that are known before the round; None if they are not."""
         expand = rule.expand
         further = rule.levels - 1
         if isinstance(expand, Beam):
@@ -298,7 +298,7 @@ class Fixed:
 
 @dataclass(frozen=True, slots=True)
 class KeepBest:
-    """The best `count` nodes of each request."""
+    """Verifies the best `count` nodes of each request."""
 
     count: int
 
@@ -309,8 +309,8 @@ class KeepBest:
 
 @dataclass(frozen=True, slots=True)
 class BestRate:
-    """The nodes of the whole batch with the most tokens per second: exact for costs of any shape
-    (`best_size`). At least `least` of them, as far as there are."""
+    """Verifies the nodes of the whole batch with the most tokens per second: exact for costs of any
+    shape (`best_size`). At least `least` nodes, if there are so many."""
 
     costs: RoundCosts
     least: int = 0
@@ -330,7 +330,8 @@ class BestRate:
 
 @dataclass(frozen=True, slots=True)
 class Topology:
-    """A fixed tree of child ranks (by draft_prob) for every request, as in Medusa and EAGLE-1.
+    """Expands and verifies a fixed tree of child ranks (by draft_prob) for every request, as in
+    Medusa and EAGLE-1.
 
     next: [places, ranks] the place of each place's child of a rank, or -1; place 0 is the root."""
 
@@ -348,7 +349,7 @@ class Topology:
         return np.flatnonzero(rule.useful(trees) & (self._places(trees) >= 0))
 
     def _places(self, trees: DraftTrees) -> IntArray:
-        """[nodes] each node's place in the topology, or -1."""
+        """Return each node's place [nodes] in the topology, or -1."""
         rank = sibling_ranks(trees)
         place = np.full(len(trees), -1, np.int64)
         ranks = self.next.shape[1]
@@ -362,18 +363,18 @@ class Topology:
 
 @dataclass(frozen=True, slots=True)
 class MarginalRatio:
-    """The published rule of SMART (arXiv 2604.09731), for each request by itself: level by level,
+    """The published rule of SMART (arXiv 2604.09731), for each request separately. Level by level,
     most probable first, a child of a kept node is kept iff
 
         alpha * ΔL / ΔC_spec(n + 1) > L / C_spec(n),      ΔL = path_prob / paths
 
-    for n nodes so far. L is 1 and the mean, over root-to-leaf paths, of the sum of path_prob along
+    for n nodes so far. L is 1 plus the mean, over root-to-leaf paths, of the sum of path_prob along
     the path. Kept nodes are expanded, and verified.
 
     spent: [budget + 1] C_spec of 0, 1, ... nodes of a request, seconds; step: [budget + 1] its
-    derivative there. A request keeps no more than `budget` nodes, and its first candidate where
-    C_spec(0) is 0, which leaves the rule undefined. mean_over_paths: else L is 1 and the sum of
-    path_prob over nodes, and ΔL is path_prob."""
+    derivative there. A request keeps no more than `budget` nodes. Where C_spec(0) is 0, the rule is
+    undefined for the first candidate, which is kept. mean_over_paths: if False, L is 1 plus the sum
+    of path_prob over nodes, and ΔL is path_prob."""
 
     alpha: float
     spent: FloatArray
@@ -417,11 +418,11 @@ class MarginalRatio:
 
 
 class _KeptTree:
-    """What `MarginalRatio` has kept of one request.
+    """The nodes of one request that `MarginalRatio` has kept.
 
-    down: the root and each kept node with the sum of path_prob from the root down to it. inner:
-    those with kept children. paths: root-to-leaf. path_sum: the sum of `down` over leaves.
-    node_sum: of path_prob over nodes."""
+    down: the root and each kept node, with the sum of path_prob from the root to it. inner: kept
+    nodes with kept children. paths: number of root-to-leaf paths. path_sum: the sum of `down` over
+    leaves. node_sum: the sum of path_prob over nodes."""
 
     def __init__(self) -> None:
         self.down: dict[int, float] = {ROOT: 0.0}
@@ -431,16 +432,17 @@ class _KeptTree:
         self.node_sum = 0.0
 
     def paths_with(self, parent: int) -> int:
-        """Root-to-leaf paths once `parent` has one more child; a leaf's path only grows longer."""
+        """Return the number of paths once `parent` has one more child; a leaf's path only gets
+        longer."""
         extends_leaf = parent != ROOT and parent not in self.inner
         return self.paths + (not extends_leaf)
 
     def mean_length(self) -> float:
-        """L as a mean over paths."""
+        """Return L as a mean over paths."""
         return 1.0 + self.path_sum / max(self.paths, 1)
 
     def add(self, node: int, parent: int, path_prob: float) -> None:
-        """Keep `node`."""
+        """Add a kept node."""
         paths = self.paths_with(parent)
         self.down[node] = self.down[parent] + path_prob
         self.path_sum += self.down[node] if paths > self.paths else path_prob
@@ -454,15 +456,15 @@ KEEP_KINDS = (KeepBest, BestRate, Topology, MarginalRatio)
 
 
 def is_data(rule: TreeRule) -> bool:
-    """Return whether the rule consists of the kinds above alone, which kernels can follow."""
+    """Return whether the rule consists only of the kinds above, which kernels can follow."""
     return type(rule.expand) in EXPAND_KINDS and type(rule.keep) in KEEP_KINDS
 
 
 def best_per_owner(
     trees: DraftTrees, nodes: IntArray, count: int, prob: FloatArray | None = None
 ) -> IntArray:
-    """Return the `count` of `nodes` of each request with the largest accept_prob, or `prob`, ties
-    to the lower index; ascending."""
+    """Return each request's `count` of `nodes` with the largest accept_prob, or `prob`, ties to the
+    lower index; ascending."""
     if not len(nodes):
         return NO_NODES
     prob = trees.accept_prob if prob is None else prob

@@ -1,8 +1,8 @@
-"""Draft trees: what a drafter proposes in one round, for every request of the batch.
+"""Draft trees: a drafter's proposals in one round, for every request of the batch.
 
-All trees of a round live in one struct of arrays, `DraftTrees`, since a policy chooses over the
-whole batch: one sort, one scan, no Python loop over requests. The root of a tree (the request's
-last committed token) is not a node: a node at depth 1 has parent -1.
+All trees of a round live in one struct of arrays, `DraftTrees`. A policy chooses over the whole
+batch by one sort and one scan, without a Python loop over requests. The root of a tree (the
+request's last committed token) is not a node: a node at depth 1 has parent -1.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from numpy.typing import ArrayLike, NDArray
 IntArray: TypeAlias = NDArray[np.int64]
 FloatArray: TypeAlias = NDArray[np.float64]
 BoolArray: TypeAlias = NDArray[np.bool_]
-KindArray: TypeAlias = NDArray[np.uint8]  # kinds of requests that calibration tells apart
+KindArray: TypeAlias = NDArray[np.uint8]  # kinds of requests with calibrations of their own
 
 ROOT = -1
 
-# Columns of each type: those of `owner` to `source`, and of the probabilities.
+# Numbers of columns of each type.
 _INTS = len(("owner", "token", "parent", "depth", "source"))
 _FLOATS = len(("draft_prob", "path_prob", "accept_prob"))
 _NO_INTS = np.zeros((_INTS, 0), np.int64)
@@ -31,9 +31,9 @@ _NO_FLOATS = np.zeros((_FLOATS, 0))
 class DraftTrees:
     """The nodes of all requests of one round, parents before children.
 
-    Columns lie in two blocks with room to grow, `ints` [5, room] and `floats` [3, room], in the
-    order of the properties below: a new level is a few copies, and native code finds everything by
-    two addresses.
+    Columns lie in two blocks with spare room, `ints` [5, room] and `floats` [3, room], in the order
+    of the properties below. A new level is a few copies, and native code finds all columns by two
+    addresses.
     """
 
     __slots__ = ("_count", "batch", "floats", "ints")
@@ -63,12 +63,12 @@ class DraftTrees:
 
     @classmethod
     def with_room(cls, batch: int, room: int) -> DraftTrees:
-        """Return trees without nodes, for native code that fills in the first ones of `room`;
-        `grown` says how many."""
+        """Return trees with room for `room` nodes and none yet, for native code to fill in; then
+        call `set_length`."""
         return cls._of(batch, np.empty((_INTS, room), np.int64), np.empty((_FLOATS, room)), 0)
 
     def set_length(self, nodes: int) -> None:
-        """So many nodes have been filled in."""
+        """Set the number of nodes that native code has filled in."""
         self._count = nodes
 
     @classmethod
@@ -110,7 +110,7 @@ class DraftTrees:
 
     @property
     def draft_prob(self) -> FloatArray:
-        """[nodes] the drafter's probability of the token given its parent, in [0, 1]."""
+        """[nodes] the drafter's conditional probability of the token, in [0, 1]."""
         return self.floats[0, : self._count]
 
     @property
@@ -167,8 +167,8 @@ class DraftTrees:
     def adopt(
         self, other: DraftTrees, nodes: Sequence[int], parents: Sequence[int], source: int
     ) -> None:
-        """Add copies of `nodes` of other trees below `parents` of these: as deep as they were, not
-        scored yet."""
+        """Add copies of `nodes` of other trees below `parents` in these. They keep their depth, and
+        are not scored yet."""
         start = self._count
         end = start + len(nodes)
         self._make_room(end)
@@ -190,8 +190,8 @@ class DraftTrees:
         self.floats = floats
 
     def take(self, keep: IntArray, batch: int | None = None) -> DraftTrees:
-        """Return the trees pruned to the nodes `keep` (ascending indices, prefix-closed; ValueError
-        if not), as those of the first requests of a batch of `batch`, if given."""
+        """Return the trees pruned to the nodes `keep`: ascending indices, prefix-closed. batch:
+        requests of the result, if there are more. Raises ValueError if `keep` is not closed."""
         batch = self.batch if batch is None else batch
         count = len(keep)
         if count == self._count:
@@ -207,7 +207,7 @@ class DraftTrees:
         return self._of(batch, ints, floats, count)
 
     def counts(self, nodes: IntArray | None = None) -> list[int]:
-        """[batch] how many nodes each request has; of `nodes`, if given."""
+        """Return each request's number of nodes [batch], or of nodes in `nodes`."""
         owner = self.owner if nodes is None else self.owner[nodes]
         if self.batch == 1:
             return [len(owner)]
@@ -219,7 +219,7 @@ class DraftTrees:
         return np.flatnonzero(self.owner == owner)
 
     def path(self, node: int) -> list[int]:
-        """Node indices from the first level down to `node`."""
+        """Return node indices from the first level down to `node`."""
         nodes = []
         while node != ROOT:
             nodes.append(node)
@@ -228,15 +228,16 @@ class DraftTrees:
 
 
 def slots(trees: DraftTrees) -> IntArray:
-    """[nodes] row of each node's parent: roots are 0 .. batch - 1, node i is batch + i. Siblings
-    share a slot."""
+    """Return the row [nodes] of each node's parent: roots are 0 .. batch - 1, node i is batch + i.
+    Siblings share a slot."""
     slot: IntArray = trees.parent + trees.batch
     np.copyto(slot, trees.owner, where=trees.parent < 0)
     return slot
 
 
 def sibling_ranks(trees: DraftTrees) -> IntArray:
-    """[nodes] rank among siblings by draft_prob, 0 the largest, ties to the lower index."""
+    """Return each node's rank [nodes] among its siblings by draft_prob: 0 is the largest, ties go
+    to the lower index."""
     slot = slots(trees)
     order = np.lexsort((-trees.draft_prob, slot))
     sorted_slot = slot[order]
@@ -246,21 +247,21 @@ def sibling_ranks(trees: DraftTrees) -> IntArray:
 
 
 def of_expanded(trees: DraftTrees, slot: IntArray) -> BoolArray:
-    """[nodes] whether the model drafter has expanded a node's parent: whether it proposed the node
-    or a sibling of it. slot: `slots(trees)`."""
+    """Return whether the model drafter has expanded each node's parent [nodes], so that it proposed
+    the node or a sibling. slot: `slots(trees)`."""
     return expanded_slots(trees, slot)[slot]
 
 
 def expanded_slots(trees: DraftTrees, slot: IntArray) -> BoolArray:
-    """[batch + nodes] whether the model drafter has expanded each root, then each node. slot:
-    `slots(trees)`."""
+    """Return whether the model drafter has expanded each root, then each node [batch + nodes].
+    slot: `slots(trees)`."""
     expanded = np.zeros(trees.batch + len(trees), np.bool_)
     expanded[slot[trees.source == 0]] = True
     return expanded
 
 
 def join(many: Sequence[DraftTrees]) -> DraftTrees:
-    """Return the trees of several batches side by side, as those of one batch."""
+    """Return the trees of several batches as trees of one batch, side by side."""
     first_owner = np.cumsum([0] + [trees.batch for trees in many])
     first_node = np.cumsum([0] + [len(trees) for trees in many])
     shift = np.diff(first_node)
@@ -277,7 +278,7 @@ def join(many: Sequence[DraftTrees]) -> DraftTrees:
 
 
 def merge(trees: DraftTrees, other: DraftTrees, source: int) -> None:
-    """Add another drafter's nodes."""
+    """Add another drafter's nodes; equal nodes become one."""
     first = len(trees)
     parents = np.where(other.parent == ROOT, ROOT, other.parent + first)
     trees.adopt(other, range(len(other)), parents.tolist(), source)
@@ -286,7 +287,7 @@ def merge(trees: DraftTrees, other: DraftTrees, source: int) -> None:
 
 
 def fold(trees: DraftTrees, first: int) -> None:
-    """Where a node from `first` on proposes what one before it does, they become that one."""
+    """Merge each node from `first` on that equals an earlier node into the earlier one."""
     places = dict(zip(_keys(trees, 0, first), range(first), strict=True))
     place = [*range(first)]  # of each node
     new: list[int] = []
@@ -315,22 +316,22 @@ def fold(trees: DraftTrees, first: int) -> None:
 
 
 def _keys(trees: DraftTrees, first: int, end: int) -> list[tuple[int, int, int]]:
-    """Return owner, parent and token of the nodes [first, end): what no two nodes share."""
+    """Return owner, parent and token of the nodes [first, end): unique for each node."""
     columns = [c[first:end].tolist() for c in (trees.owner, trees.parent, trees.token)]
     return list(zip(*columns, strict=True))
 
 
 # --- acceptance -----------------------------------------------------------------------------------
 #
-# Reference acceptance: the oracle that every backend's walk is tested against.
+# Reference acceptance: every backend's walk is tested against it.
 #
-# Drafts are deterministic children (point masses): the target's token is drawn at each row of the
-# walk; the walk goes down if that token is a child and stops otherwise, emitting it as the bonus
+# Drafts are deterministic children (point masses). The target's token is drawn at each row of the
+# walk. If it is a child, the walk goes down; otherwise it stops and emits the token as the bonus
 # token. The output is distributed exactly as the target's, whatever rule chose the nodes.
 
 
-# Rows of the verifying forward: roots are 0 .. batch - 1, node i is row batch + i. The target's
-# token at each.
+# Returns the target's token at each of these rows of the verifying forward: roots are rows 0 ..
+# batch - 1, node i is row batch + i.
 Sampler: TypeAlias = Callable[[list[int]], Iterable[int]]
 
 _NONE = np.zeros(0, np.int64)
@@ -339,10 +340,10 @@ _NO_PATH: list[int] = []
 
 @dataclass(frozen=True, slots=True)
 class Acceptance:
-    """What one round yields.
+    """The result of one round's walk.
 
     root_next: [batch] the target's token after each root.
-    next_token: [nodes] the target's token after each accepted node, -1 where the walk did not come.
+    next_token: [nodes] the target's token after each accepted node, -1 after the others.
     emitted: per request, the accepted tokens followed by the bonus token.
     path: per request, the indices of the accepted nodes, first level first.
     """
@@ -354,7 +355,7 @@ class Acceptance:
 
 
 def accept(trees: DraftTrees, sample: Sampler) -> Acceptance:
-    """Walks down all trees at once, level by level; `sample` is asked once per level, only for
+    """Walk down all trees at once, level by level. `sample` is called once per level, only for
     visited rows."""
     batch = trees.batch
     if not len(trees):  # plain decoding, as cheap as can be
@@ -384,7 +385,7 @@ def accept(trees: DraftTrees, sample: Sampler) -> Acceptance:
 
 
 def _children(trees: DraftTrees) -> dict[tuple[int, int], int]:
-    """(row, token) -> node; of equal siblings the first one counts."""
+    """Return a map (row, token) -> node; of equal siblings the first one counts."""
     children: dict[tuple[int, int], int] = {}
     nodes = zip(trees.owner.tolist(), trees.parent.tolist(), trees.token.tolist(), strict=True)
     for node, (owner, parent, token) in enumerate(nodes):

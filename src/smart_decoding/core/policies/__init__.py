@@ -1,5 +1,5 @@
-"""Policies by name: `make_policy` builds one, refusing unknown names and options. A policy of a
-user's own is given as an object."""
+"""Policies by name: `make_policy` builds one, refusing unknown names and options. A user's own
+policy is passed as an object."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from smart_decoding.errors import ConfigError
 if TYPE_CHECKING:
     from smart_decoding.core.policies.base import Policy
 
-# Options that are no user's to give.
+# Options that only the engine sets.
 FROM_THE_ENGINE = ("cost", "calibration", "forecast", "eos_token_ids")
 RENAMED_OPTIONS = {"probe_budget": "exploration_budget"}
 RENAMED = {"likelihood": "eagle2", "smart_paper": "paper"}
@@ -34,8 +34,8 @@ def is_policy(value: object) -> bool:
 
 
 def policy_options(name: str | Policy) -> list[str]:
-    """Return the options that policy `name` takes: an object takes none. Raises ConfigError for an
-    unknown name."""
+    """Return the options of policy `name`; none for an object. Raises ConfigError for an unknown
+    name."""
     if not isinstance(name, str):
         return []
     if name in RENAMED:
@@ -48,7 +48,7 @@ def policy_options(name: str | Policy) -> list[str]:
 
 
 def user_options(name: str | Policy) -> list[str]:
-    """Return those of them that a user can give."""
+    """Return the options of policy `name` that a user can set."""
     return [option for option in policy_options(name) if option not in FROM_THE_ENGINE]
 
 
@@ -61,15 +61,15 @@ def check_policy(name: str | Policy, options: Mapping[str, Any]) -> None:
 def make_policy(
     name: str | Policy, offered: Mapping[str, Any] | None = None, **options: Any
 ) -> Policy:
-    """Build policy `name` with the user's `options`; what the engine has `offered` (cost model,
-    calibration, end tokens) goes to policies that take it. An object is the policy. Raises
-    ConfigError for unknown names and options and for bad values."""
+    """Build policy `name` with the user's `options`, and with the options that the engine offers
+    (`offered`: cost model, calibration, end tokens) as far as the policy has them. An object is
+    returned as it is. Raises ConfigError for unknown names and options and for bad values."""
     known = policy_options(name)
     _refuse_unknown(name, options, known)
     if not isinstance(name, str):
         return name
-    given = {option: value for option, value in (offered or {}).items() if option in known}
-    policy: Policy = POLICIES[name](**{**given, **options})
+    accepted = {option: value for option, value in (offered or {}).items() if option in known}
+    policy: Policy = POLICIES[name](**{**accepted, **options})
     return policy
 
 

@@ -1,4 +1,4 @@
-"""What a policy is told and what it answers: the only words that engine and policies exchange."""
+"""The protocol between engine and policies."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ class Policy(Protocol):
 
     @property
     def cost(self) -> CostModel | None:
-        """What it expects forwards to take, or None if it does not care."""
+        """Expected seconds of forwards, or None if the policy ignores costs."""
         ...
 
     def plan(self, batch: BatchState) -> TreeRule | None:
-        """Before a round: how its trees grow and are pruned, or None for plain decoding. Not called
-        for rounds with prompt rows, which do not draft."""
+        """Return the rule for the coming round's trees, or None for plain decoding. Not called for
+        rounds with prompt rows, which do not draft."""
         ...
 
     def observe(self, round: Round) -> None:
-        """Learn from what happened."""
+        """Learn from the outcome of a round."""
         ...
 
     def stats(self) -> dict[str, float]:
-        """Running figures, for metrics."""
+        """Return running figures, for metrics."""
         ...
 
 
 class StatelessPolicy:
-    """What a policy says that learns nothing, and does not care what forwards take."""
+    """The base of policies that learn nothing and ignore costs."""
 
     cost: CostModel | None = None
 
@@ -51,24 +51,24 @@ class StatelessPolicy:
         """Learn nothing."""
 
     def stats(self) -> dict[str, float]:
-        """No figures."""
+        """Return no figures."""
         return {}
 
 
 def token_array(ids: TokenIds) -> IntArray:
-    """[n] distinct token ids, ascending."""
+    """Return the distinct token ids [n], ascending."""
     return np.array(sorted(set(ids)), np.int64)
 
 
 def require_int(name: str, value: int, low: int, high: int) -> int:
-    """`value` if it is an integer in [low, high]. Raises ConfigError otherwise."""
+    """Return `value` if it is an integer in [low, high]. Raises ConfigError otherwise."""
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise ConfigError(f"{name} must be an integer from {low} to {high}, not {value!r}")
     return value
 
 
 def require_number(name: str, value: float, low: float, high: float) -> float:
-    """`value` as a float if it lies in [low, high]. Raises ConfigError otherwise."""
+    """Return `value` as a float if it lies in [low, high]. Raises ConfigError otherwise."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
         raise ConfigError(f"{name} must be a number from {low} to {high}, not {value!r}")
     return float(value)

@@ -24,5 +24,5 @@ class Chain(StatelessPolicy):
         self._ends = token_array(eos_token_ids)
 
     def plan(self, batch: BatchState) -> TreeRule | None:
-        """As many levels as the longest request may use."""
+        """Return the rule, with as many levels as the longest request may use."""
         return TreeRule.of(batch.limits, self.length, 1, self._ends, Beam(1), KeepBest(self.length))

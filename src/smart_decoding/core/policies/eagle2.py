@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 
 class Eagle2(StatelessPolicy):
-    """Per request: `top_k` children per node, a beam of `top_k` nodes per level, the best
-    `total_tokens` - 1 verified.
+    """Drafts for each request `top_k` children per node, with a beam of `top_k` nodes per level,
+    and verifies the best `total_tokens` - 1 nodes.
 
-    As in the public code `depth` counts the levels after the first (depth 7: 8 levels) and
-    `total_tokens` the root."""
+    As in the public code, `depth` counts the levels after the first (depth 7: 8 levels) and
+    `total_tokens` counts the root."""
 
     name = "eagle2"
 
@@ -32,7 +32,7 @@ class Eagle2(StatelessPolicy):
         self._ends = token_array(eos_token_ids)
 
     def plan(self, batch: BatchState) -> TreeRule | None:
-        """As many levels as the longest request may use."""
+        """Return the rule, with as many levels as the longest request may use."""
         beam = Beam(self.top_k)
         keep = KeepBest(self.total_tokens - 1)
         return TreeRule.of(batch.limits, self.depth + 1, self.top_k, self._ends, beam, keep)

@@ -16,4 +16,4 @@ class Off(StatelessPolicy):
     name = "off"
 
     def plan(self, batch: BatchState) -> None:
-        """Plain decoding."""
+        """Return None: plain decoding."""

@@ -2,14 +2,14 @@
 
 The rule itself is `selection.MarginalRatio`: a candidate is kept iff its expected gain over its
 cost exceeds the present ratio. Each request has an even share of the budget. C_spec is the fitted
-family (paper_costs.py). c_T, the seconds of a plain round, is on both sides and cancels.
+family below. c_T, the seconds of a plain round, is on both sides and cancels.
 
-Where the paper's text is silent: L starts at 1 (the bonus token). The first candidate is kept while
-the costs are fitted through the origin, since C_spec(0) = 0 leaves the rule undefined. Costs are
-fitted at the batch size and context of the moment, on five sizes of whole trees, as the paper does
-on about five forward passes: C_draft(n) on trees of n nodes a request, as deep as they may be and
-equally wide at each level (`level_widths`), C_verify(n) on the rows of their verification. How wide
-each level is hardly matters to the fit; that there are many levels does.
+The paper's text leaves some choices open; these are ours. L starts at 1 (the bonus token). If costs
+are fitted through the origin, the first candidate is kept, since C_spec(0) = 0 leaves the rule
+undefined. Costs are fitted at the present batch size and context, on five sizes of whole trees: the
+paper uses about five forward passes. C_draft(n) is fitted on trees of n nodes a request, as deep as
+allowed and equally wide at each level (`level_widths`). C_verify(n) is fitted on the rows of their
+verification. The number of levels matters to the fit; their widths hardly do.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 
 _MAX_EXPONENT = 50.0
-GRID = 129  # values of each of the two constants that are searched
+GRID = 129  # values of each of the two searched constants
 ZOOMS = 8
 SHRINK = 0.25
 
@@ -64,14 +64,15 @@ class PaperCosts:
     eta: float
 
     def seconds(self, nodes: int) -> float:
-        """C_spec at a tree of `nodes` nodes."""
+        """Return C_spec of a tree of `nodes` nodes."""
         if nodes <= 0:
             return self.beta + self.eta
         exponent = min(self.delta * math.pow(nodes, self.rho), _MAX_EXPONENT)
         return self.lam * nodes + self.beta + self.gamma * math.expm1(exponent) + self.eta
 
     def slope(self, nodes: int) -> float:
-        """d C_spec / d n at `nodes` >= 1: lambda + gamma delta rho n^(rho - 1) exp(delta n^rho)."""
+        """Return d C_spec / d n at `nodes` >= 1, which is
+        lambda + gamma delta rho n^(rho - 1) exp(delta n^rho)."""
         n = max(nodes, 1)
         exponent = min(self.delta * math.pow(n, self.rho), _MAX_EXPONENT)
         power = self.gamma * self.delta * self.rho * math.pow(n, self.rho - 1)
@@ -81,7 +82,7 @@ class PaperCosts:
     def fit(
         cls, nodes: FloatArray, draft: FloatArray, verify: FloatArray, offsets: bool
     ) -> PaperCosts:
-        """Least squares over measured (nodes, draft seconds, verify seconds), arrays of shape
+        """Fit by least squares to measured (nodes, draft seconds, verify seconds), arrays of shape
         [samples], nodes >= 1."""
         n = np.asarray(nodes, np.float64)
         columns = np.stack((n, np.ones_like(n)), axis=1) if offsets else n[:, None]
@@ -94,8 +95,9 @@ class PaperCosts:
 def _fit_verify(
     n: FloatArray, seconds: FloatArray, offsets: bool
 ) -> tuple[float, float, float, float]:
-    """gamma, delta, rho and eta by least squares. For each delta and rho the best gamma and eta >=
-    0 are known; these two are searched on a grid, which is laid ever closer around its best."""
+    """Return gamma, delta, rho and eta by least squares. For each delta and rho the best gamma and
+    eta >= 0 follow. Delta and rho are searched on a grid, which is narrowed around its best point
+    ZOOMS times."""
     low = np.array([-12.0, -4.0])  # of the logarithms of delta and rho
     high = np.array([3.0, 0.7])
     centre, reach = (low + high) / 2, (high - low) / 2
@@ -129,9 +131,9 @@ L_TREES = ("published", "node_sum")
 
 
 class Paper(StatelessPolicy):
-    """The published rule. alpha: trust in the drafter. budget: nodes over the whole batch. family:
-    cost functions through the origin ('published') or with offsets ('offset'). l_tree: mean over
-    paths, or sum over nodes."""
+    """Follows the published rule. alpha: trust in the drafter. budget: nodes over the whole batch.
+    family: cost functions through the origin ('published') or with offsets ('offset'). l_tree: mean
+    over paths ('published') or sum over nodes ('node_sum')."""
 
     name = "paper"
 
@@ -162,7 +164,7 @@ class Paper(StatelessPolicy):
 
     @property
     def cost(self) -> CostModel:
-        """What rules are fitted to."""
+        """The costs that rules are fitted to."""
         return self._cost
 
     @cost.setter
@@ -171,12 +173,12 @@ class Paper(StatelessPolicy):
         self._rules.clear()
 
     def plan(self, batch: BatchState) -> TreeRule | None:
-        """As many levels as the longest request may use."""
+        """Return the rule, with as many levels as the longest request may use."""
         rule = self._rule(batch)
         return TreeRule.of(batch.limits, self.max_levels, self.children, self._ends, rule, rule)
 
     def _rule(self, batch: BatchState) -> MarginalRatio:
-        """Return the rule at the fitted costs of this batch size and (coarsely) context."""
+        """Return the rule at the fitted costs of this batch size and of a rounded context."""
         context = int(batch.mean_context) // 256 * 256 + 128
         key = (batch.size, context)
         if key not in self._rules:
@@ -189,7 +191,7 @@ class Paper(StatelessPolicy):
 
 
 def level_widths(nodes: int, levels: int) -> IntArray:
-    """[at most levels] nodes of each level of the tree of `nodes` that costs are fitted on."""
+    """Return the number of nodes of each level, in the tree of `nodes` that costs are fitted on."""
     deep = min(nodes, levels)
     return nodes // deep + (np.arange(deep) < nodes % deep)
 
@@ -197,8 +199,8 @@ def level_widths(nodes: int, levels: int) -> IntArray:
 def fitted_costs(
     cost: CostModel, batch: int, context: float, levels: int, offsets: bool
 ) -> PaperCosts:
-    """Return the paper's families, in seconds of a round of `batch` requests, fitted on trees of
-    FIT_NODES nodes for each of them in at most `levels` levels."""
+    """Return the paper's families, in seconds of a round of `batch` requests. They are fitted on
+    trees of FIT_NODES nodes a request in at most `levels` levels."""
     draft = []
     for nodes in FIT_NODES:
         expanded = batch * level_widths(nodes, levels)[:-1]

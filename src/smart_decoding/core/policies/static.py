@@ -2,7 +2,7 @@
 
 A node is the path of child ranks from the root, rank 0 being the drafter's first choice; (0, 2) is
 the third best child of the best first token. Both published trees below have consecutive ranks, so
-the number of children of each inner node says it all: {path of the inner node: number of children}.
+they are written as {path of an inner node: number of its children}.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ RankPath: TypeAlias = tuple[int, ...]
 
 
 def from_children(children: Mapping[RankPath, int]) -> list[RankPath]:
-    """Return all node paths of a tree given by child counts, sorted by depth, then rank."""
+    """Return all node paths of a tree of child counts, sorted by depth, then rank."""
     nodes = [(*parent, rank) for parent, count in children.items() for rank in range(count)]
     return sorted(nodes, key=lambda path: (len(path), path))
 
@@ -93,7 +93,7 @@ class Static(StatelessPolicy):
         self._ends = token_array(eos_token_ids)
 
     def plan(self, batch: BatchState) -> TreeRule | None:
-        """Return the topology's levels, as far as a request may use them."""
+        """Return the rule, with as many levels as the longest request may use."""
         tree = self._topology
         return TreeRule.of(batch.limits, self.levels, self.children, self._ends, tree, tree)
 

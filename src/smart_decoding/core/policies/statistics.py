@@ -25,14 +25,14 @@ FIGURES = (
 class Statistics:
     """Exponentially decayed sums over rounds.
 
-    verified: rounds by batch size and by what they verified: "plain", "chain" or "tree"."""
+    verified: rounds by batch size and shape: "plain", "chain" or "tree"."""
 
     def __init__(self) -> None:
         self.verified: Counter[tuple[int, str]] = Counter()
         self._sums = [0.0] * len(FIGURES)
 
     def record(self, round: Round, plain_seconds: float) -> None:
-        """After a round; `plain_seconds` is what a plain one is predicted to take."""
+        """Count a round. plain_seconds: the predicted seconds of a plain round."""
         size = round.batch.size
         accepted = round.accepted
         figures = (
@@ -50,13 +50,13 @@ class Statistics:
 
     def summary(self) -> dict[str, float]:
         """Return estimated speedup over plain decoding, share of rounds without drafting, accepted
-        over expected nodes - 1, and how many rounds verified chains and trees."""
+        over expected nodes - 1, and the numbers of rounds that verified chains and trees."""
         rounds, off, tokens, seconds, plain_tokens, plain_seconds, accepted, expected = self._sums
         speedup = 1.0
         if seconds > 0 and plain_seconds > 0:
             speedup = tokens / seconds / (plain_tokens / plain_seconds)
         kinds: Counter[str] = Counter()
-        for (_, kind), count in list(self.verified.items()):  # other threads read, too
+        for (_, kind), count in list(self.verified.items()):  # a copy: other threads call this
             kinds[kind] += count
         return {
             "estimated_speedup": speedup,
@@ -68,7 +68,7 @@ class Statistics:
 
 
 def shape_of(trees: DraftTrees, kept: IntArray) -> str:
-    """Return what a round verifies: "plain" where no node is kept, "chain" where no request has two
+    """Return the shape of a round: "plain" where no node is kept, "chain" where no request has two
     nodes of one depth, else "tree"."""
     if not len(kept):
         return "plain"

@@ -108,7 +108,7 @@ class StepSeconds:
         """Return how many steps of this length were observed at about this batch size."""
         knots = self._plain if length == self._shortest else self._ratio.get(length, {})
         found = knots.get(_knot(batch))
-        return found.seen if found else 0
+        return found.count if found else 0
 
     def _log_ratio(self, batch: int, length: int) -> float:
         if length == self._shortest:

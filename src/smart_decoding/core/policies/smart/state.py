@@ -45,10 +45,10 @@ class Realised:
         whose nodes had no memory does not end all drafting."""
         bucket = size_bucket(size)
         tokens = self._tokens[bucket]
-        ratio = tokens.mean / self._forecast[bucket].mean if tokens.seen else 1.0
-        rounds = 1 + tokens.seen
+        ratio = tokens.mean / self._forecast[bucket].mean if tokens.count else 1.0
+        rounds = 1 + tokens.count
         optimism = math.exp(self.unsure / math.sqrt(rounds * size))
-        return optimism * (1.0 + tokens.seen * ratio) / rounds
+        return optimism * (1.0 + tokens.count * ratio) / rounds
 
     def observe(self, size: int, tokens: float, forecast: float) -> None:
         """After a round that brings so many tokens, in place of those forecast."""
