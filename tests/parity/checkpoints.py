@@ -175,7 +175,7 @@ def span(tokens: Sequence[int], start: int, pages: np.ndarray, nodes: int = 0) -
 
 
 def plain_rows(*spans: Span) -> Rows:
-    """All rows' logits wanted."""
+    """Return rows whose logits are all required."""
     rows = build_rows(spans, DraftTrees.empty(len(spans)), [True] * len(spans))[0]
     rows.logit_rows = None
     return rows

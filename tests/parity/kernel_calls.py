@@ -23,16 +23,16 @@ def linear(
     """rms_norm(x) @ weight.T + bias for x [rows, k]; norm ([k] and eps) and bias [n] are
     optional. Returns [rows, n].
 
-    `best` [rows], if given, receives what `argmax` says of the result. An empty `out` is left so:
-    `best` alone is wanted. hint: see Arena."""
+    `best` [rows], unless None, receives `argmax` of the result. An empty `out` stays empty: then
+    only `best` is computed. hint: see Arena."""
     rows, k = x.shape
     n = packed.n
     y = torch.empty(rows, n) if out is None else out
     scratch = torch.empty(rows, k)
     norm_weight, eps = norm or (None, 0.0)
-    given = (x, rows, packed.address, n, k, packed.is_bf16, norm_weight, eps, bias, scratch)
+    inputs = (x, rows, packed.address, n, k, packed.is_bf16, norm_weight, eps, bias, scratch)
     result = (y if y.numel() else None, n, 0)
-    library().smart_linear(*given, *result, hint, best, torch.get_num_threads())
+    library().smart_linear(*inputs, *result, hint, best, torch.get_num_threads())
     return y
 
 

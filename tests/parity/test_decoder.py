@@ -34,11 +34,11 @@ FORMS = [
 pytestmark = pytest.mark.usefixtures("variant")
 
 
-def assert_same(got: torch.Tensor, wanted: torch.Tensor, native: bool) -> None:
+def assert_same(got: torch.Tensor, expected: torch.Tensor, native: bool) -> None:
     if native:
-        assert torch.equal(got, wanted)
+        assert torch.equal(got, expected)
     else:
-        torch.testing.assert_close(got, wanted, rtol=0, atol=TOLERANCE)
+        torch.testing.assert_close(got, expected, rtol=0, atol=TOLERANCE)
 
 
 def full(model: Decoder, tokens: np.ndarray, seed: int = 1) -> torch.Tensor:
@@ -52,18 +52,20 @@ def full(model: Decoder, tokens: np.ndarray, seed: int = 1) -> torch.Tensor:
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_are_those_of_transformers(name: str, native: bool) -> None:
     with torch.no_grad():
-        wanted = reference(name)(torch.from_numpy(TOKENS)[None]).logits[0]
-    assert wanted.std() > 0.5
-    torch.testing.assert_close(full(decoder(name, native), TOKENS), wanted, rtol=0, atol=TOLERANCE)
+        expected = reference(name)(torch.from_numpy(TOKENS)[None]).logits[0]
+    assert expected.std() > 0.5
+    torch.testing.assert_close(
+        full(decoder(name, native), TOKENS), expected, rtol=0, atol=TOLERANCE
+    )
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_in_bf16_are_near(name: str) -> None:
     """Keys and values may lie in another order then."""
     with torch.no_grad():
-        wanted = reference(name)(torch.from_numpy(TOKENS)[None]).logits[0]
-    error = full(decoder(name, True, torch.bfloat16), TOKENS) - wanted
-    assert error.std() < 0.03 * wanted.std()
+        expected = reference(name)(torch.from_numpy(TOKENS)[None]).logits[0]
+    error = full(decoder(name, True, torch.bfloat16), TOKENS) - expected
+    assert error.std() < 0.03 * expected.std()
 
 
 def test_the_kernels_find_first_maxima_in_passing() -> None:
@@ -76,8 +78,8 @@ def test_the_kernels_find_first_maxima_in_passing() -> None:
 def test_shapes_without_kernels_run_on_torch(name: str) -> None:
     model = decoder(name, False)
     with torch.no_grad():
-        wanted = reference(name)(torch.from_numpy(TOKENS)[None]).logits[0]
-    torch.testing.assert_close(full(model, TOKENS), wanted, rtol=0, atol=TOLERANCE)
+        expected = reference(name)(torch.from_numpy(TOKENS)[None]).logits[0]
+    torch.testing.assert_close(full(model, TOKENS), expected, rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize(("native", "dtype"), FORMS)
@@ -88,7 +90,7 @@ def test_chunks_and_single_tokens_equal_the_full_forward(
     """Two requests in one batch, cut differently: one in chunks of 37, the other token by token
     after 100."""
     model = decoder(name, native, dtype)
-    wanted = full(model, TOKENS)
+    expected = full(model, TOKENS)
     memory = Memory(2)
     tables = memory.pages(150), memory.pages(150)
     starts = [0, 0]
@@ -107,7 +109,7 @@ def test_chunks_and_single_tokens_equal_the_full_forward(
             got[i].append(rows)
             starts[i] += len(part.tokens)
     for rows in got:
-        assert_same(torch.cat(rows), wanted, native)
+        assert_same(torch.cat(rows), expected, native)
 
 
 @pytest.mark.parametrize(("native", "dtype"), FORMS)
@@ -201,13 +203,13 @@ def test_aux_hidden_states_are_the_residual_streams_after_the_layers(native: boo
 
 
 @pytest.mark.parametrize("native", BOTH)
-def test_only_wanted_logits_are_computed(native: bool) -> None:
+def test_only_requested_logits_are_computed(native: bool) -> None:
     model = decoder("llama", native)
     rows = plain_rows(span(TOKENS[:20], 0, Memory(1).pages(20)))
     everything = model.forward(rows).logits.clone()
-    for wanted in ([19, 3], []):
-        rows.logit_rows = np.array(wanted, np.int64)
-        assert_same(model.forward(rows).logits.clone(), everything[wanted], native)
+    for requested in ([19, 3], []):
+        rows.logit_rows = np.array(requested, np.int64)
+        assert_same(model.forward(rows).logits.clone(), everything[requested], native)
 
 
 def test_the_number_of_threads_changes_no_bit() -> None:

@@ -68,9 +68,11 @@ def check(
     other = with_free(source, [], ROOM)
     requests = waiting(other, source.width, temperatures)
     trees, _, expanded = by_level(other, requests, replace(rule, expand=fixed))
-    wanted = functools.reduce(both_of, [*map(copy_of, free), trees])
-    assert np.array_equal(whole.trees.ints[:, : len(whole.trees)], wanted.ints[:, : len(wanted)])
-    ours, plain = (each.floats[:2, : len(each)] for each in (whole.trees, wanted))
+    expected = functools.reduce(both_of, [*map(copy_of, free), trees])
+    assert np.array_equal(
+        whole.trees.ints[:, : len(whole.trees)], expected.ints[:, : len(expected)]
+    )
+    ours, plain = (each.floats[:2, : len(each)] for each in (whole.trees, expected))
     np.testing.assert_allclose(ours, plain, rtol=1e-3, atol=1e-6)
     assert whole.kept.tolist() == rule.select(whole.trees).tolist()
     assert len(whole.level_seconds) == len(whole.widths)
@@ -113,7 +115,7 @@ def test_there_is_no_more_than_there_is_room_for(tmp_path: Path) -> None:
     assert found == [[], [], [9], [9, 9], [9, 9, 9, 9]]
 
 
-def test_other_rules_are_asked_level_by_level(tmp_path: Path) -> None:
+def test_other_rules_are_followed_level_by_level(tmp_path: Path) -> None:
     drafter = on_device("eagle3", tmp_path).drafter()
     ratio = MarginalRatio(0.8, np.ones(9), np.ones(9))
     rule = TreeRule(3, 2, np.array([9]), NO_NODES, Beam(1), KeepBest(9))

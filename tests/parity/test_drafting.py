@@ -58,7 +58,7 @@ DTYPES = {"eagle3": torch.bfloat16, "eagle1, two layers": torch.bfloat16}  # els
 
 
 class Replay(NgramDrafter):
-    """A free drafter that proposes given trees."""
+    """A free drafter that proposes fixed trees."""
 
     def __init__(self, trees: DraftTrees) -> None:
         super().__init__()

@@ -100,7 +100,7 @@ def with_graphs(model: Decoder) -> Replays:
 @pytest.mark.parametrize("name", MODELS)
 def test_graphs_compute_the_same(name: str) -> None:
     """A prompt's rows, then trees of two requests beside another prompt, then single rows: twice,
-    so that what forwards have left in the buffers is seen to harm nobody."""
+    so that what forwards have left in the buffers is shown to harm nobody."""
     eager = decoder(name, False)
     model = decoder(name, False)
     replays = with_graphs(model)
@@ -117,28 +117,28 @@ def test_graphs_compute_the_same(name: str) -> None:
             plain_rows(*spans[:1]),
         ):
             before = replays.count
-            wanted = eager.forward(rows, (1, 2))
+            expected = eager.forward(rows, (1, 2))
             got = model.forward(rows, (1, 2))
-            torch.testing.assert_close(got.logits, wanted.logits, rtol=0, atol=1e-4)
-            torch.testing.assert_close(got.features, wanted.features, rtol=0, atol=1e-4)
+            torch.testing.assert_close(got.logits, expected.logits, rtol=0, atol=1e-4)
+            torch.testing.assert_close(got.features, expected.features, rtol=0, atol=1e-4)
             assert replays.count - before == 1
 
 
 def test_products_see_the_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
     model = decoder("llama", False)
     with_graphs(model)
-    seen = set()
+    sizes = set()
     linear = torch.nn.functional.linear
 
     def counting(x: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
-        seen.add(len(x))
+        sizes.add(len(x))
         return linear(x, *rest)
 
     monkeypatch.setattr(torch.nn.functional, "linear", counting)
     rows = plain_rows(span(TOKENS[:11], 0, Memory(1).pages(11)))
     rows.logit_rows = np.array([3])
     model.forward(rows)
-    assert seen == {16, 1}  # the last: the output matrix
+    assert sizes == {16, 1}  # the last: the output matrix
 
 
 @pytest.mark.parametrize("many", ["rows", "pages"])
@@ -151,8 +151,8 @@ def test_what_no_buffer_has_room_for_is_run_eagerly(
         monkeypatch.setattr(graphs_module, "META", 20)
     count = 3 if many == "pages" else BUCKETS[-1] + 1
     rows = plain_rows(span(TOKENS[:count], 0, Memory(1).pages(count)))
-    wanted = decoder("llama", False).forward(rows)
-    torch.testing.assert_close(model.forward(rows).logits, wanted.logits, rtol=0, atol=1e-4)
+    expected = decoder("llama", False).forward(rows)
+    torch.testing.assert_close(model.forward(rows).logits, expected.logits, rtol=0, atol=1e-4)
     assert not replays.count
     assert model.steps == BUCKETS
 
@@ -167,10 +167,12 @@ def test_where_recording_fails_kernels_are_launched_one_by_one(
     assert isinstance(model._layers, TorchLayers)
     model._layers = GraphedLayers(model._layers, fail)
     rows = plain_rows(span(TOKENS[:3], 0, Memory(1).pages(3)))
-    wanted = decoder("llama", False).forward(rows)
+    expected = decoder("llama", False).forward(rows)
     with caplog.at_level(logging.WARNING, "smart.graphs"):
         for _ in range(2):
-            torch.testing.assert_close(model.forward(rows).logits, wanted.logits, rtol=0, atol=1e-4)
+            torch.testing.assert_close(
+                model.forward(rows).logits, expected.logits, rtol=0, atol=1e-4
+            )
     assert caplog.text.count("no CUDA graphs") == 1
 
 

@@ -78,8 +78,8 @@ def test_training_starts_at_the_norm_before_the_feed_forward_network() -> None:
         config, weights = config_of(name), computed(name)
         head = TrainableHead(Form(config.of_head(), 3))
         head.start_from(weights, config, 1.0)
-        wanted = weights[f"model.layers.{config.layers - 1}.{norm}_layernorm.weight"]
-        assert torch.equal(head.post_attention_layernorm.weight, wanted)
+        expected = weights[f"model.layers.{config.layers - 1}.{norm}_layernorm.weight"]
+        assert torch.equal(head.post_attention_layernorm.weight, expected)
 
 
 def published(name: str, folder: Path) -> Path:

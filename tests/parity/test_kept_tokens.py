@@ -141,9 +141,9 @@ def test_the_best_noisy_token_of_those_that_vllm_keeps_is_drawn(
     kept = np.array(without_near_ties(row, params))
     seeds = range(seed, seed + 40)
     noise = gumbel(noise_key(np.array(seeds), 0, 0)[:, None], kept)
-    wanted = kept[(row[kept] / np.float32(temperature) + noise).argmax(1)].tolist()
-    assert drawn_by(row, params, seeds, True) == wanted
-    assert drawn_by(row, params, seeds, False) == wanted
+    expected = kept[(row[kept] / np.float32(temperature) + noise).argmax(1)].tolist()
+    assert drawn_by(row, params, seeds, True) == expected
+    assert drawn_by(row, params, seeds, False) == expected
 
 
 def test_min_p_cuts_below_the_same_float_with_and_without_the_kernels() -> None:

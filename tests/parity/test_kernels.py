@@ -42,9 +42,9 @@ def test_linear(n: int, k: int, dtype: torch.dtype) -> None:
     rounds = dtype == torch.bfloat16 and library.library().smart_rounds_inputs()
     normed = torch.nn.functional.rms_norm(x, (k,), norm, 1e-5)
     normed, read = (normed.bfloat16(), x.bfloat16()) if rounds else (normed, x)
-    wanted = normed.double() @ weight.double().T + bias
+    expected = normed.double() @ weight.double().T + bias
     tolerance = 1e-2 if rounds else 1e-5  # an input near the middle may round the other way
-    torch.testing.assert_close(alone.double(), wanted, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(alone.double(), expected, rtol=tolerance, atol=tolerance)
     for rows in range(1, 41):
         assert torch.equal(linear(x[:rows].contiguous(), w, (norm, 1e-5), bias), alone[:rows])
     plain = linear(x, w)
@@ -86,9 +86,9 @@ def test_top_k(n: int, k: int) -> None:
     torch.manual_seed(n)
     x = torch.randn(7, n) * 3
     ids, probs = sampling.top_k(x, k, torch.full((len(x),), 0.7))
-    wanted, at = torch.softmax(x.double() * 0.7, -1).topk(k)
+    expected, at = torch.softmax(x.double() * 0.7, -1).topk(k)
     assert torch.equal(ids, at)
-    torch.testing.assert_close(probs.double(), wanted, rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(probs.double(), expected, rtol=1e-5, atol=1e-9)
 
 
 def test_top_k_takes_ties_by_index() -> None:
@@ -132,8 +132,8 @@ def test_rms_norm_into_columns(d: int) -> None:
     weight = torch.randn(d)
     out = torch.full((5, d + 9), 7.0)
     rms_norm(x, weight, 1e-5, out, column=4)
-    wanted = torch.nn.functional.rms_norm(x.double(), (d,), weight.double(), 1e-5)
-    torch.testing.assert_close(out[:, 4 : 4 + d].double(), wanted, rtol=1e-5, atol=1e-6)
+    expected = torch.nn.functional.rms_norm(x.double(), (d,), weight.double(), 1e-5)
+    torch.testing.assert_close(out[:, 4 : 4 + d].double(), expected, rtol=1e-5, atol=1e-6)
     assert (out[:, :4] == 7).all()
     assert (out[:, 4 + d :] == 7).all()
 
@@ -191,12 +191,12 @@ def test_noisy_top_k_is_what_the_target_would_draw(n: int, spread: float) -> Non
     noise = gumbel(key[:, None], np.arange(n))
     noise[3] = 0.0
     scores = x.double() / temperature + torch.from_numpy(noise)
-    wanted, order = scores.topk(8)
+    expected, order = scores.topk(8)
     assert ids.tolist() == order.tolist()
     among = torch.where(
         torch.arange(12)[:, None] == 3,
         scores,
-        torch.full_like(scores, -math.inf).scatter(1, order, wanted),
+        torch.full_like(scores, -math.inf).scatter(1, order, expected),
     )
     torch.testing.assert_close(
         probs.double(), among.softmax(-1).gather(1, order), rtol=1e-4, atol=1e-6
@@ -211,15 +211,15 @@ def test_noisy_top_k_is_what_the_target_would_draw(n: int, spread: float) -> Non
 def test_what_rounding_decides_is_left_to_numpy() -> None:
     row = np.zeros(600, np.float32)
     row[200:202] = 30.0, 30.0005
-    asked = [
+    draws = [
         sampling.Draw(address(row), seed, 0, 0, 0, 1.0, -math.inf, 1.0) for seed in range(20000)
     ]
-    drawn = sampling.draw(sampling.draw_structs(asked), len(row))
+    drawn = sampling.draw(sampling.draw_structs(draws), len(row))
     assert (drawn.best == 201).all()
     assert 0 < (drawn.token < 0).sum() < 40
     noise = gumbel(noise_key(np.arange(20000), 0, 0)[:, None], [200, 201]) + row[200:202]
-    wanted = np.where(np.abs(np.subtract(*noise.T)) < 1e-3, -1, 200 + noise.argmax(1))
-    assert np.count_nonzero(drawn.token != wanted) <= 1  # the border itself is rounded, too
+    expected = np.where(np.abs(np.subtract(*noise.T)) < 1e-3, -1, 200 + noise.argmax(1))
+    assert np.count_nonzero(drawn.token != expected) <= 1  # the border itself is rounded, too
 
 
 OPTIONS: list[dict[str, float]] = [

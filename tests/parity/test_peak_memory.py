@@ -43,17 +43,17 @@ def load(folder):
     return TorchTarget(checkpoint, "bfloat16", "cpu", 16, 128)
 
 load(sys.argv[2])  # what the libraries take for themselves
-seen = [anonymous()]
+sizes = [anonymous()]
 done = threading.Event()
 def watch():
     while not done.wait(0.002):
-        seen.append(anonymous())
+        sizes.append(anonymous())
 thread = threading.Thread(target=watch)
 thread.start()
 target = load(sys.argv[1])
 done.set()
 thread.join()
-print(seen[0], max(seen), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)
+print(sizes[0], max(sizes), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)
 """
 
 

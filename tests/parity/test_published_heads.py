@@ -483,29 +483,29 @@ def test_safetensors_are_preferred(tmp_path: Path) -> None:
 
 
 def test_a_head_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pickled weights are asked for only where the repository has no others."""
+    """Pickled weights are downloaded only where the repository has no others."""
     import huggingface_hub
 
-    asked: list[list[str]] = []
+    downloads: list[list[str]] = []
 
     def snapshot_download(repository: str, allow_patterns: list[str], **_: object) -> str:
         if repository == "nobody/nothing":
             raise OSError("404")
-        asked.append(allow_patterns)
+        downloads.append(allow_patterns)
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: object())
     assert head_folder(tmp_path) == tmp_path
-    assert not asked
+    assert not downloads
     with pytest.raises(ModelError, match="pickles are refused"):
         head_folder("owner/head")
-    del asked[:]
+    del downloads[:]
     assert head_folder("owner/head", trust_pickle=True) == tmp_path
-    assert asked == [["config.json", "*.safetensors"], ["config.json", "pytorch_model.bin"]]
+    assert downloads == [["config.json", "*.safetensors"], ["config.json", "pytorch_model.bin"]]
     write(tmp_path, EAGLE3, TENSORS)
     assert head_folder("owner/head") == tmp_path
-    assert len(asked) == 3
+    assert len(downloads) == 3
     with pytest.raises(DownloadError, match="404"):
         head_folder("nobody/nothing")
     with pytest.raises(ModelError, match="no draft head"):

@@ -51,7 +51,7 @@ def folder(name: str, root: Path) -> Path:
 
 def load(folder: Path, **options: Any) -> LLM:
     """In float32, whatever is stored; pickles trusted."""
-    given = {
+    defaults = {
         "max_model_len": 512,
         "max_num_seqs": 2,
         "dtype": "float32",
@@ -59,7 +59,7 @@ def load(folder: Path, **options: Any) -> LLM:
         "trust_pickle": True,
     }
     vicuna = {"chat_template": "vicuna"} if folder.name in VICUNAS else {}
-    return LLM(folder, **{**given, **vicuna, **options})
+    return LLM(folder, **{**defaults, **vicuna, **options})
 
 
 @cache
@@ -107,13 +107,13 @@ def test_prompts_are_those_of_transformers(name: str, folder: Path) -> None:
     llm = load(folder)
     theirs.bos_token = llm.tokenizer.specials["bos_token"]
     theirs.chat_template = llm.tokenizer.template
-    wanted = theirs.apply_chat_template(TURNS, add_generation_prompt=True).input_ids
-    assert llm.chat_prompt(TURNS).tokens == wanted
-    assert wanted[0] == 128_000
-    assert wanted.count(128_000) == 1
+    expected = theirs.apply_chat_template(TURNS, add_generation_prompt=True).input_ids
+    assert llm.chat_prompt(TURNS).tokens == expected
+    assert expected[0] == 128_000
+    assert expected.count(128_000) == 1
     text = "Hello 12345, it's\n\nhere "
     plain = theirs.encode(text)
-    begun = [] if plain[0] == wanted[0] else wanted[:1]  # R1's file leaves that to its class
+    begun = [] if plain[0] == expected[0] else expected[:1]  # R1's file leaves that to its class
     assert llm.tokenizer.encode(text) == begun + plain
 
 
@@ -170,13 +170,13 @@ def test_pictures_are_seen_as_by_transformers(name: str, folder: Path) -> None:
     llm = load(folder)
     content = [{"type": "image", "image": picture(1, 90, 60)}, {"type": "text", "text": "What?"}]
     prompt = llm.chat_prompt([{"role": "user", "content": content}])
-    (seen,) = prompt.media.pictures
-    values = torch.from_numpy(seen.pixels.values)
+    (image,) = prompt.media.pictures
+    values = torch.from_numpy(image.pixels.values)
     if name.startswith("llava"):
         pictures = {"pixel_values": values[None]}
     else:
         kinds = (torch.tensor([prompt.tokens]) == 151_655).int()
-        grid = torch.tensor([seen.pixels.grid])
+        grid = torch.tensor([image.pixels.grid])
         pictures = {"pixel_values": values, "image_grid_thw": grid, "mm_token_type_ids": kinds}
     (out,) = llm.generate(prompt, GREEDY)
     assert out.outputs[0].token_ids == greedy(folder, prompt.tokens, **pictures)

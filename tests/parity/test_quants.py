@@ -55,11 +55,11 @@ def floats_of(matrix: QuantizedTensor) -> torch.Tensor:
     return torch.from_numpy(floats).bfloat16()
 
 
-def assert_same(found: weights.PackedWeight, wanted: torch.Tensor) -> None:
+def assert_same(found: weights.PackedWeight, expected: torch.Tensor) -> None:
     """The same weights, and bit by bit the same products for any number of rows."""
-    assert torch.equal(found.rows_of(torch.arange(len(wanted))), wanted.float())
-    x = torch.randn(40, wanted.shape[1])
-    expanded = pack([wanted])
+    assert torch.equal(found.rows_of(torch.arange(len(expected))), expected.float())
+    x = torch.randn(40, expected.shape[1])
+    expanded = pack([expected])
     for rows in (1, 2, 5, 13, 40):
         part = x[:rows].contiguous()
         assert torch.equal(linear(part, found), linear(part, expanded))
@@ -96,9 +96,9 @@ def test_gate_and_up_alternate(n: int) -> None:
     gate, up = quants("Q4_K", n, 1), quants("Q5_K", n, 2)
     order = interleaved(n)
     zero = torch.zeros(1, K, dtype=torch.bfloat16)
-    wanted = torch.cat([as_tensor(gate), as_tensor(up), zero])[torch.from_numpy(order)]
-    assert_same(pack([gate, up], order=order), wanted)
-    assert_same(pack([as_tensor(gate), as_tensor(up)], order=order), wanted)
+    expected = torch.cat([as_tensor(gate), as_tensor(up), zero])[torch.from_numpy(order)]
+    assert_same(pack([gate, up], order=order), expected)
+    assert_same(pack([as_tensor(gate), as_tensor(up)], order=order), expected)
 
 
 def test_a_forward_reads_no_more_than_the_file_holds() -> None:
@@ -147,13 +147,13 @@ def test_products_in_8_bits_are_near(kind: str) -> None:
     if not ops.multiplies_bytes():
         pytest.skip("this variant of the kernels has no products of bytes")
     matrix = quants(kind, 75)
-    wanted = floats_of(matrix)
+    expected = floats_of(matrix)
     packed = pack([matrix], weights.Arena(0, in_bytes=True))
     assert packed.struct.in_bytes
-    assert torch.equal(packed.rows_of(torch.arange(75)), wanted.float())
+    assert torch.equal(packed.rows_of(torch.arange(75)), expected.float())
     x = torch.randn(21, K)
     found = linear(x, packed)
-    exact = linear(x, pack([wanted]))
+    exact = linear(x, pack([expected]))
     assert not torch.equal(found, exact)
     assert (found - exact).norm() < 0.01 * exact.norm()
     for rows in (1, 2, 9):  # whatever the company

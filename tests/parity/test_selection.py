@@ -192,7 +192,7 @@ class Last:
         return np.flatnonzero(trees.depth == 1)[-1:]
 
 
-def test_a_users_own_parts_are_asked() -> None:
+def test_a_users_own_parts_are_called() -> None:
     trees = random_trees(np.random.default_rng(1), 2, 1, ties=False)
     firsts = np.flatnonzero(trees.depth == 1)
     limits = np.full(2, 9)

@@ -137,10 +137,10 @@ def trees_around(answers: list[list[int]], rng: np.random.Generator, nodes: int)
 
 def some_of(trees: DraftTrees, rng: np.random.Generator) -> np.ndarray:
     """Most nodes, with all their ancestors."""
-    wanted = {
+    chosen = {
         node for at in np.flatnonzero(rng.random(len(trees)) < 0.5) for node in trees.path(int(at))
     }
-    return np.array(sorted(wanted), np.int64)
+    return np.array(sorted(chosen), np.int64)
 
 
 def assert_same(one: Verified, steps: Verified) -> None:
@@ -155,15 +155,15 @@ def assert_same(one: Verified, steps: Verified) -> None:
 
 
 def assert_worlds_agree(
-    seed: int, turns: int, name: str, dtype: torch.dtype, **given: Any
+    seed: int, turns: int, name: str, dtype: torch.dtype, **options: Any
 ) -> tuple[World, int]:
-    """Rounds of random trees in both ways, whose tokens are those of plain decoding. Returns the
+    """Run rounds of random trees in both ways; the tokens must equal plain decoding's. Returns the
     world of one call a round, and how many nodes were accepted there."""
-    ahead = World(name, dtype, False, **given)
+    ahead = World(name, dtype, False, **options)
     for _ in range(2 * turns + 6):
         ahead.round()
     answers = [request.output for request in ahead.requests]
-    worlds = [World(name, dtype, whole, **given) for whole in (True, False)]
+    worlds = [World(name, dtype, whole, **options) for whole in (True, False)]
     rng = np.random.default_rng(seed)
     accepted = 0
     for turn in range(turns):
@@ -248,8 +248,8 @@ def test_the_reference_finishes_what_rounding_would_decide(dtype: torch.dtype) -
 def test_requests_with_pictures_among_others(temperature: float, dtype: torch.dtype) -> None:
     pictures = (True, False, True, True)
     params = [replace(GREEDY, temperature=temperature)] * 4
-    given = {"params": params, "pictures": pictures}
-    world, accepted = assert_worlds_agree(7, 12, "llama", dtype, **given)
+    options = {"params": params, "pictures": pictures}
+    world, accepted = assert_worlds_agree(7, 12, "llama", dtype, **options)
     assert accepted > 15
     plain = World("llama", dtype, True, params)
     for _ in range(ROUNDS):

@@ -33,13 +33,13 @@ GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 
 
 def load(folder: Path, **options: Any) -> LLM:
-    given = {
+    defaults = {
         "speculative_config": False,
         "dtype": "float32",
         "max_num_seqs": 4,
         "max_model_len": 512,
     }
-    return LLM(folder, **{**given, **options})
+    return LLM(folder, **{**defaults, **options})
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,7 @@ def of_qwen(prompt: MediaPrompt) -> dict[str, torch.Tensor]:
     return inputs
 
 
-def wanted(model: transformers.PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+def reference(model: transformers.PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     with torch.no_grad():
         return model(**inputs).logits[0]
 
@@ -133,10 +133,10 @@ def greedy(model: transformers.PreTrainedModel, inputs: dict[str, torch.Tensor])
 def test_llava_logits_are_those_of_transformers(llava: Loaded, native: bool) -> None:
     llm, model = llava
     prompt = llm.chat_prompt(message(picture(1), "What is it? ", picture(2), "And this?"))
-    expected = wanted(model, of_llava(prompt))
+    expected = reference(model, of_llava(prompt))
     assert prompt.tokens.count(IMAGE) == 32
     assert expected.std() > 0.5
-    blind = wanted(model, of_llava(prompt) | {"pixel_values": torch.zeros(2, 3, 28, 28)})
+    blind = reference(model, of_llava(prompt) | {"pixel_values": torch.zeros(2, 3, 28, 28)})
     assert (blind[-1] - expected[-1]).abs().max() > 0.1  # the pictures matter
     for cuts in ((), (10, 17, 40, 41)):
         torch.testing.assert_close(
@@ -157,7 +157,7 @@ MIXES = {
 def test_qwen2_vl_logits_are_those_of_transformers(qwen: Loaded, mix: str, native: bool) -> None:
     llm, model = qwen
     prompt = llm.chat_prompt(message(*MIXES[mix]))
-    expected = wanted(model, of_qwen(prompt))
+    expected = reference(model, of_qwen(prompt))
     assert expected.std() > 0.5
     for cuts in ((), (9, 16, 19)):
         torch.testing.assert_close(
@@ -188,7 +188,7 @@ def test_text_goes_on_behind_the_last_step_of_a_long_video(qwen: Loaded) -> None
     assert video.pixels.grid == (6, 4, 4)
     assert prompt.media.rotary[behind].tolist() == [video.first + 6] * 3
     positions = torch.from_numpy(prompt.media.rotary.T.copy())[:, None]
-    expected = wanted(model, of_qwen(prompt) | {"position_ids": positions})
+    expected = reference(model, of_qwen(prompt) | {"position_ids": positions})
     torch.testing.assert_close(
         logits(llm, prompt, llm.target.decoder.native), expected, rtol=0, atol=TOLERANCE
     )
@@ -282,7 +282,7 @@ def test_checkpoints_of_older_names_load_too(tmp_path: Path, strategy: str) -> N
         save_file(names, file, {"format": "pt"})
         llm = load(tmp_path)
         prompt = llm.chat_prompt(message(picture(1), "?"))
-        expected = wanted(model, of_llava(prompt))
+        expected = reference(model, of_llava(prompt))
         torch.testing.assert_close(
             logits(llm, prompt, llm.target.decoder.native), expected, rtol=0, atol=TOLERANCE
         )
@@ -292,7 +292,7 @@ def test_tied_qwen2_vl_loads(tmp_path: Path) -> None:
     model = save_qwen2_vl(tmp_path, tie_word_embeddings=True)
     llm = load(tmp_path)
     prompt = llm.chat_prompt(message(picture(1), "?"))
-    expected = wanted(model, of_qwen(prompt))
+    expected = reference(model, of_qwen(prompt))
     torch.testing.assert_close(
         logits(llm, prompt, llm.target.decoder.native), expected, rtol=0, atol=TOLERANCE
     )
@@ -311,10 +311,10 @@ def test_models_load_by_their_names_on_the_hub(
 ) -> None:
     """The hub is played by a function; the class, the layout and the files are the published ones,
     only tiny."""
-    asked: list[tuple[str, list[str]]] = []
+    downloads: list[tuple[str, list[str]]] = []
 
     def snapshot_download(repository: str, allow_patterns: list[str], **options: Any) -> str:
-        asked.append((repository, allow_patterns))
+        downloads.append((repository, allow_patterns))
         return str(tmp_path / "snapshot")
 
     save(tmp_path / "snapshot")
@@ -323,7 +323,7 @@ def test_models_load_by_their_names_on_the_hub(
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: info)
     llm = load(name)
     needed = {path.name for path in (tmp_path / "snapshot").iterdir()}
-    _, (repository, patterns) = asked  # its configuration comes first
+    _, (repository, patterns) = downloads  # its configuration comes first
     assert repository == name
     assert needed == {n for n in needed if any(fnmatch(n, p) for p in patterns)}
     (answer,) = llm.chat(message(picture(1), "What is it?"), GREEDY)

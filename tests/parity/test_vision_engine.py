@@ -110,21 +110,21 @@ def test_the_prefix_cache_tells_pictures_apart(
 ) -> None:
     llm = load(folder)
     system = [{"role": "system", "content": "Answer in as few words as you can, please."}]
-    seen = {}
+    answers = {}
     for number in (1, 2, 1):
         (out,) = llm.chat(system + message(picture(number), "What is it?"), sampling(0.0)[0])
         answer = out.outputs[0].token_ids
         metrics = out.outputs[0].metrics
-        if number in seen:
-            assert answer == seen[number]
+        if number in answers:
+            assert answer == answers[number]
             assert metrics.cached_tokens >= 64
             assert metrics.vision_seconds == 0
         else:
             first = out.prompt_token_ids.index(llm.prompts._reader.placeholders["image"])
             assert metrics.cached_tokens <= first
             assert metrics.vision_seconds > 0
-        seen[number] = answer
-    assert seen[1] != seen[2]
+        answers[number] = answer
+    assert answers[1] != answers[2]
 
 
 def test_the_tower_runs_once_a_picture(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,8 +160,8 @@ def test_streaming_and_prompts_with_pictures(folder: Path) -> None:
         "".join(llm.stream(message("Look: ", picture(1), "What?"), params)) == chat.outputs[0].text
     )
     text = llm.chat_prompt(message("Look: ", picture(1), "What?")).text
-    for given in ({"prompt": text}, {"prompt_token_ids": llm.tokenizer.encode(text)}):
-        (out,) = llm.generate({**given, "multi_modal_data": {"image": picture(1)}}, params)
+    for request in ({"prompt": text}, {"prompt_token_ids": llm.tokenizer.encode(text)}):
+        (out,) = llm.generate({**request, "multi_modal_data": {"image": picture(1)}}, params)
         assert out.outputs[0].token_ids == chat.outputs[0].token_ids
         assert out.prompt_token_ids == chat.prompt_token_ids
 
@@ -275,8 +275,8 @@ def test_each_block_of_a_benchmark_sees_its_pictures_anew(
     ]
     requests, add_request = [], llm.engine.add_request
 
-    def noted(*given: Any) -> Any:
-        requests.extend(found := add_request(*given))
+    def noted(*args: Any) -> Any:
+        requests.extend(found := add_request(*args))
         return found
 
     monkeypatch.setattr(llm.engine, "add_request", noted)

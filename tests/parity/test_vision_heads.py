@@ -200,12 +200,12 @@ def test_a_picture_may_end_the_text_and_a_page(folder: Path, tmp_path: Path, nam
     plain = load(folder)
     chat = llm.chat_prompt(message(picture(1)))
     (image,) = chat.media.pictures
-    given = {"prompt_token_ids": [3] * (-image.length % PAGE) + [chat.tokens[image.first]]}
-    prompt = llm.text_prompt({**given, "multi_modal_data": {"image": [picture(1)]}})
+    text = {"prompt_token_ids": [3] * (-image.length % PAGE) + [chat.tokens[image.first]]}
+    prompt = llm.text_prompt({**text, "multi_modal_data": {"image": [picture(1)]}})
     assert len(prompt.tokens) % PAGE == 0
     assert prompt.media.visual(10**6) == len(prompt.tokens)
-    outs, wanted = (each.generate([prompt], sampling(0.0)[:1]) for each in (llm, plain))
-    assert outs[0].outputs[0].token_ids == wanted[0].outputs[0].token_ids
+    outs, expected = (each.generate([prompt], sampling(0.0)[:1]) for each in (llm, plain))
+    assert outs[0].outputs[0].token_ids == expected[0].outputs[0].token_ids
     assert outs[0].outputs[0].metrics.verified
 
 
@@ -218,8 +218,8 @@ def test_a_text_model_drafts_for_one_that_sees(folder: Path, tmp_path: Path) -> 
     plain = load(folder)
     for _ in range(2):
         outs = llm.chat(CHATS, sampling(0.0))
-        wanted = plain.chat(CHATS, sampling(0.0))
-        assert [o.outputs[0].token_ids for o in outs] == [o.outputs[0].token_ids for o in wanted]
+        expected = plain.chat(CHATS, sampling(0.0))
+        assert [o.outputs[0].token_ids for o in outs] == [o.outputs[0].token_ids for o in expected]
         assert all(o.outputs[0].metrics.verified for o in outs)
 
 

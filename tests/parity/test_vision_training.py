@@ -142,8 +142,8 @@ def test_a_head_is_trained_on_what_it_reads_when_it_drafts(
         if sees:
             x[item.visual - 1] = item.embeddings.float()
         out = outputs(layer, x, 0)[item.answer - 2 :]
-        wanted = out @ checkpoint.weights["lm_head.weight"].float().T
-    torch.testing.assert_close(student, wanted, rtol=1e-3, atol=1e-4)
+        expected = out @ checkpoint.weights["lm_head.weight"].float().T
+    torch.testing.assert_close(student, expected, rtol=1e-3, atol=1e-4)
     assert trainer.files().supports_images == sees
 
 
@@ -215,8 +215,8 @@ def test_smart_train_makes_a_head_that_reads_images(folder: Path, tmp_path: Path
     assert drafting.engine.drafter.supports_images
     assert (tmp_path / "head" / "prior.json").is_file()
     (ours,) = drafting.chat(CHAT, params)
-    (wanted,) = plain.chat(CHAT, params)
-    assert ours.outputs[0].token_ids == wanted.outputs[0].token_ids
+    (expected,) = plain.chat(CHAT, params)
+    assert ours.outputs[0].token_ids == expected.outputs[0].token_ids
     assert ours.outputs[0].metrics.verified
 
 
@@ -224,8 +224,8 @@ def test_conversations_about_images_of_a_folder(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     picture(1).save(tmp_path / "one.png")
-    asked = read_questions(tmp_path)
-    turns = [image_turn(asked, np.random.default_rng(i))[0]["content"] for i in range(20)]
+    questions = read_questions(tmp_path)
+    turns = [image_turn(questions, np.random.default_rng(i))[0]["content"] for i in range(20)]
     assert {image["image"] for image, _ in turns} == {(tmp_path / "one.png").read_bytes()}
     assert len({text["text"] for _, text in turns}) > 5
     (tmp_path / "none").mkdir()
@@ -235,21 +235,21 @@ def test_conversations_about_images_of_a_folder(
 
 
 def test_conversations_about_questions_of_a_file(tmp_path: Path) -> None:
-    asked = read_questions(save_questions(tmp_path, 20))
-    assert asked[2] == (tmp_path / "01.png", "What is it?")
-    assert len(asked) == 40
-    (image, text) = image_turn(asked[3:4], np.random.default_rng(0))[0]["content"]
+    questions = read_questions(save_questions(tmp_path, 20))
+    assert questions[2] == (tmp_path / "01.png", "What is it?")
+    assert len(questions) == 40
+    (image, text) = image_turn(questions[3:4], np.random.default_rng(0))[0]["content"]
     assert image["image"] == (tmp_path / "01.png").read_bytes()
     assert text["text"] == "Which of 3 colours is the most frequent?"
 
 
 def test_every_tenth_image_is_kept_for_the_prior(tmp_path: Path) -> None:
-    asked = read_questions(save_questions(tmp_path, 20))
-    train, kept = held_out(asked)
+    questions = read_questions(save_questions(tmp_path, 20))
+    train, kept = held_out(questions)
     assert sorted({image.name for image, _ in kept}) == ["09.png", "19.png"]
     assert len(kept) == 4
-    assert sorted(train + kept) == sorted(asked)
-    assert held_out(asked[:8]) == (asked[:8], asked[:8])  # too few to keep any
+    assert sorted(train + kept) == sorted(questions)
+    assert held_out(questions[:8]) == (questions[:8], questions[:8])  # too few to keep any
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ def outcomes(trees: DraftTrees):
     p = [target(*prefix(trees, row)) for row in rows]
     for draws in itertools.product(range(VOCABULARY), repeat=len(rows)):
         weight = np.prod([p[row][draw] for row, draw in zip(rows, draws, strict=True)])
-        yield float(weight), accept(trees, lambda asked, draws=draws: np.array(draws)[asked])
+        yield float(weight), accept(trees, lambda visited, draws=draws: np.array(draws)[visited])
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 2))
@@ -101,14 +101,14 @@ def test_only_visited_rows_are_sampled_level_by_level() -> None:
     trees = DraftTrees.empty(2)
     trees.append([0, 0, 1], [5, 6, 7], [-1, -1, -1], [0.5, 0.4, 0.9])
     trees.append([0, 1], [8, 9], [1, 2], [0.5, 0.5])
-    asked = []
+    calls = []
 
     def sample(rows):
-        asked.append(list(rows))
+        calls.append(list(rows))
         return np.array([{0: 6, 1: 3, 3: 8, 5: 4}[int(r)] for r in rows])
 
     result = accept(trees, sample)
-    assert asked == [[0, 1], [3], [5]]
+    assert calls == [[0, 1], [3], [5]]
     assert result.emitted == [[6, 8, 4], [3]]
     assert result.path == [[1, 3], []]
     assert result.root_next.tolist() == [6, 3]

@@ -34,11 +34,11 @@ def test_its_last_round_brings_all() -> None:
     backoff = Backoff()
     backoff.begin(3, 1)
     rounds = [plain_round(1) for _ in range(3)]
-    seen = []
+    lessons = []
     for round in rounds:
         assert backoff.goes_on(1)
-        seen.append(backoff.add(round))
-    assert seen == [[], [], rounds]
+        lessons.append(backoff.add(round))
+    assert lessons == [[], [], rounds]
     backoff.begin(2, 1)
     backoff.goes_on(1)
     backoff.add(rounds[0])

@@ -78,7 +78,7 @@ def test_recovers_a_distortion_from_policy_selected_trees() -> None:
     learned = np.array([_conditional(calibration, q, d) for q, d in zip(prob, depth, strict=True)])
     error = np.abs(learned - true_prob(prob, depth))
     evidence = calibration.counts[0, depth - 1, 1, calibration.bins(prob)]
-    # Rare confidences lean on the prior: exactness is asked where there was evidence.
+    # Rare confidences lean on the prior: exactness is required where there was evidence.
     assert (evidence > 30).sum() >= 16
     assert error[evidence > 30].max() < 0.1
     assert error[evidence > 30].mean() < 0.03

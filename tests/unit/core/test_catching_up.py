@@ -18,7 +18,7 @@ def batch_of(size: int, waiting: int, context: int = 150) -> BatchState:
 
 
 def rate(policy: Smart, batch: BatchState) -> float:
-    """As the policy is asked: by its kept predictions."""
+    """Return the policy's own prediction, which it may have kept."""
     return policy.predict(Shape.of(batch, batch.limits)).rates[Mode.MODEL]
 
 

@@ -72,7 +72,7 @@ def is_useful(rule: TreeRule, trees: DraftTrees, node: int) -> bool:
 
 
 def seconds_so_far(costs: RoundCosts, trees: DraftTrees) -> float:
-    """Sunk seconds, and those of each level that was expanded after the first."""
+    """Return sunk seconds plus the seconds of each level that was expanded after the first."""
     inner = {int(parent) for parent in trees.parent if parent != ROOT}
     depths = [int(trees.depth[node]) for node in inner]
     width = [depths.count(depth) for depth in range(1, max(depths, default=0) + 1)]

@@ -108,7 +108,7 @@ def test_one_outlier_moves_little_and_a_new_speed_is_followed() -> None:
     )  # the shared speed reaches rows that were never timed
 
 
-def test_a_state_of_the_memory_is_told_from_rounds_of_few_sizes() -> None:
+def test_a_state_of_the_memory_is_found_by_rounds_of_few_sizes() -> None:
     """Milliseconds of a shared CPU: in the table's state eight rows cost 10 % more than one, in the
     other 40 %."""
     cost = CostModel.from_table({1: {1: 5.7, 5: 6.0, 8: 6.4, 12: 7.0, 16: 7.6, 24: 9.6, 32: 11.6}})
@@ -119,7 +119,8 @@ def test_a_state_of_the_memory_is_told_from_rounds_of_few_sizes() -> None:
         cost = cost.corrected(
             VerifySample(1, rows, 0, other[rows] * float(np.exp(rng.normal() * 0.03)))
         )
-    assert float(cost.verify_seconds(1, 4, 0)) == pytest.approx(4.45, rel=0.06)  # neither was seen
+    # Neither count of rows was measured.
+    assert float(cost.verify_seconds(1, 4, 0)) == pytest.approx(4.45, rel=0.06)
     assert float(cost.verify_seconds(1, 1, 0)) == pytest.approx(3.8, rel=0.15)
     assert float(cost.verify_seconds(1, 24, 0)) == pytest.approx(9.6, rel=0.06)
 

@@ -36,13 +36,14 @@ def state(remaining: list[int], may: list[bool] | None = None, **more) -> BatchS
 def draft(
     policy: Policy, batch: BatchState, rng: np.random.Generator, vocabulary: int = 12
 ) -> tuple[TreeRule, DraftTrees, list[IntArray]]:
-    """What an engine does: level 1 for every request, then as the rule asks; and what it asked."""
+    """Draft as an engine does: level 1 for every request, then by the rule. Return rule, trees and
+    the frontiers of the levels."""
     rule = policy.plan(batch)
     assert rule is not None
     trees = DraftTrees.empty(batch.size)
     frontier = np.full(batch.size, ROOT)
     owner = np.arange(batch.size)
-    asked = []
+    frontiers = []
     for level in range(1, rule.levels + 1):
         prob = -np.sort(-rng.dirichlet(np.full(vocabulary, 0.3), len(frontier)), axis=1)
         prob = prob[:, : rule.children]
@@ -56,10 +57,10 @@ def draft(
             break
         assert (trees.depth[frontier] == level).all()
         owner = trees.owner[frontier]
-        asked.append(frontier)
+        frontiers.append(frontier)
     if not rule.levels:
         add_chains(trees, batch.size, rng)
-    return rule, trees, asked
+    return rule, trees, frontiers
 
 
 def add_chains(trees: DraftTrees, batch: int, rng: np.random.Generator) -> None:
@@ -83,7 +84,7 @@ def test_selection_is_prefix_closed_and_useful(
     remaining = [9, *rng.integers(1, 9, size - 1).tolist()]
     may = [True, *(rng.random(size - 1) < 0.8).tolist()]
     batch = state(remaining, may, has_free=has_free)
-    rule, trees, asked = draft(policy, batch, rng)
+    rule, trees, frontiers = draft(policy, batch, rng)
     kept = rule.select(trees)
     assert (np.diff(kept) > 0).all()
     assert rule.select(trees).tolist() == kept.tolist()
@@ -91,7 +92,7 @@ def test_selection_is_prefix_closed_and_useful(
     assert (pruned.depth < batch.remaining[pruned.owner]).all()
     assert batch.may_speculate[pruned.owner].all()
     assert not (pruned.token[pruned.parent[pruned.parent >= 0]] == EOS).any()
-    for nodes in asked:
+    for nodes in frontiers:
         assert (np.diff(nodes) > 0).all()
         assert (trees.token[nodes] != EOS).all()
         assert (trees.depth[nodes] < batch.remaining[trees.owner[nodes]] - 1).all()
@@ -114,11 +115,11 @@ def test_measured_costs_replace_a_guess_at_once(name: str) -> None:
     policy.cost = steep
     fresh = make_policy(name, {"eos_token_ids": (EOS,), "cost": steep})
     kept = []
-    for asked in (policy, fresh):
-        plan = asked.plan(batch)
-        kept.append(None if plan is None else len(draft(asked, batch, np.random.default_rng(0))[2]))
+    for each in (policy, fresh):
+        plan = each.plan(batch)
+        kept.append(None if plan is None else len(draft(each, batch, np.random.default_rng(0))[2]))
     assert kept[0] == kept[1]
-    rules = [asked.plan(batch) for asked in (policy, fresh)]
+    rules = [each.plan(batch) for each in (policy, fresh)]
     if name == "paper":
         assert rules[0] is not None
         assert rules[1] is not None
@@ -131,8 +132,8 @@ def test_off_is_always_plain() -> None:
 
 def test_chain_is_one_path_per_request() -> None:
     policy = make_policy("chain", length=4)
-    rule, trees, asked = draft(policy, state([9, 3]), np.random.default_rng(0), 2)
-    assert [len(nodes) for nodes in asked] == [2, 1, 1]
+    rule, trees, frontiers = draft(policy, state([9, 3]), np.random.default_rng(0), 2)
+    assert [len(nodes) for nodes in frontiers] == [2, 1, 1]
     kept = rule.select(trees)
     assert trees.owner[kept].tolist().count(0) == 4
     assert trees.owner[kept].tolist().count(1) == 2
@@ -162,10 +163,10 @@ def test_static_verifies_exactly_the_topology(name: str, paths: list, size: int)
 
 def test_eagle2_is_a_beam_ranked_again() -> None:
     policy = make_policy("eagle2", depth=3, top_k=4, total_tokens=12)
-    rule, trees, asked = draft(policy, state([20, 20]), np.random.default_rng(2))
+    rule, trees, frontiers = draft(policy, state([20, 20]), np.random.default_rng(2))
     assert rule.levels == 4
-    assert [len(nodes) for nodes in asked] == [8, 8, 8]
-    for level, nodes in enumerate(asked, start=1):  # the best four of each request
+    assert [len(nodes) for nodes in frontiers] == [8, 8, 8]
+    for level, nodes in enumerate(frontiers, start=1):  # the best four of each request
         for owner in range(2):
             mine = np.flatnonzero((trees.owner == owner) & (trees.depth == level))
             best = mine[np.argsort(-trees.path_prob[mine])[:4]]

@@ -220,7 +220,7 @@ def free_only(size: int) -> BatchState:
 
 
 def play(policy: Policy, now: BatchState, tokens: list[int], right: bool) -> tuple[bool, int]:
-    """A round in which, if it is asked for, the first request is proposed `tokens`, one below the
+    """A round in which, if the policy drafts, the first request is proposed `tokens`, one below the
     other; whether it was, and how many nodes were verified. right: the first token is, else
     none."""
     rule = policy.plan(now)
@@ -243,11 +243,12 @@ def play(policy: Policy, now: BatchState, tokens: list[int], right: bool) -> tup
 
 
 def test_free_drafters_that_seldom_propose_are_not_taken_for_ones_that_always_do() -> None:
-    """What they bring is a mean over all rounds in which they were asked: one in ten."""
+    """Their gain is a mean over all rounds in which they were called; they propose in one of
+    ten."""
     policy = make_policy("smart", cost=FLAT)
     now = free_only(1)
     rounds = [play(policy, now, [] if index % 10 else [1], True) for index in range(400)]
-    assert sum(asked for asked, _ in rounds) > 100  # to ask costs nothing
+    assert sum(called for called, _ in rounds) > 100  # a call costs nothing
     rates = policy.predict(Shape.of(now, now.limits)).rates
     assert 1.0 < rates[Mode.FREE] / rates[Mode.PLAIN] < 1.3
 
@@ -366,17 +367,17 @@ def test_trees_of_another_policy_are_calibrated_before_they_are_learned_from() -
     """As a head's prior is learned: wide trees by their draft probabilities, whatever they cost."""
     learner = make_policy("smart", cost=FLAT)
     wide = make_policy("eagle2", depth=2, top_k=4, total_tokens=9)
-    seen = []
+    drafted = []
 
     class Exploring:
         plan = staticmethod(wide.plan)
 
         def observe(self, round: Round) -> None:
             learner.observe(round)
-            seen.append(round.trees)
+            drafted.append(round.trees)
 
     run(Exploring(), World(5, 1, FLAT), range(3))
-    for trees in seen:
+    for trees in drafted:
         assert (trees.accept_prob < trees.path_prob).all()  # raw confidence is over-optimistic
 
 

@@ -1,4 +1,4 @@
-"""What is told of rounds."""
+"""Figures about rounds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A smaller model drafts: the tokens stay those of plain decoding, and a model that is the target
+"""A smaller model drafts: the tokens equal plain decoding's, and a model that is the target
 is always right."""
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ DEPTH = {"chain": 4, "static": 5}
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "torch":
         for module in ("target", "draft_model"):
-            monkeypatch.setattr(f"smart_decoding.models.{module}.use_native", lambda *given: False)
+            monkeypatch.setattr(f"smart_decoding.models.{module}.use_native", lambda *_args: False)
 
 
 def engine(
@@ -123,7 +123,7 @@ def test_drafts_are_the_small_models_own_sequence(cut: bool) -> None:
     same text; also where every other draft is dropped for somebody who has arrived."""
     drafting = engine("chain", max_num_batched_tokens=7)
     (request,) = ask(drafting, [prompts(1, seed=5)[0] * 3], tokens=30)
-    seen = 0
+    rounds = 0
     while drafting.has_unfinished_requests:
         before = list(request.tokens)
         odd = len(before) % 2 == 1
@@ -131,8 +131,8 @@ def test_drafts_are_the_small_models_own_sequence(cut: bool) -> None:
         trees = drafting.last_round.round.trees
         if touched and len(trees):
             assert trees.token.tolist() == alone(SMALL, before, len(trees))
-            seen += 1
-    assert seen > 10
+            rounds += 1
+    assert rounds > 10
 
 
 def alone(config: ModelConfig, tokens: list[int], count: int) -> list[int]:
@@ -214,8 +214,8 @@ def test_what_waits_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not drafting.drafter._kept.any()
 
 
-@pytest.mark.parametrize("asked", [True, False])
-def test_weights_are_read_when_they_are_asked_for(asked: bool) -> None:
+@pytest.mark.parametrize("explicit", [True, False])
+def test_weights_are_read_when_they_are_requested(explicit: bool) -> None:
     """Or else with the first draft; a prompt's own pass, the first word, reads none."""
     drafting = engine("chain")
     model = drafting.drafter._model
@@ -223,7 +223,7 @@ def test_weights_are_read_when_they_are_asked_for(asked: bool) -> None:
     while not request.output:
         drafting.step()
     assert "_decoder" not in vars(model)
-    if asked:
+    if explicit:
         model.load()
         assert "_decoder" in vars(model)
     while drafting.has_unfinished_requests:
@@ -318,8 +318,8 @@ def test_one_line_of_configuration(
 
 def test_a_model_to_draft_with_needs_no_method(tmp_path: Path, target_folder: Path) -> None:
     draft = saved(tmp_path / "draft", SMALL, WORDS, 1)
-    asked = drafted_by(target_folder, {"model": str(draft), "policy": "eagle2"})
-    assert asked == f"union of draft model {draft} + ngram"
+    explicit = drafted_by(target_folder, {"model": str(draft), "policy": "eagle2"})
+    assert explicit == f"union of draft model {draft} + ngram"
 
 
 @pytest.mark.parametrize("same_file", [True, False])
@@ -382,7 +382,7 @@ def test_another_vocabulary_is_refused_before_weights_are_loaded(
 def test_tokens_beyond_the_smaller_model_do_not_count(
     tmp_path: Path, target_folder: Path, words: list[str]
 ) -> None:
-    """As those for pictures that the larger models of a family have."""
+    """As the tokens for pictures that the larger models of a family have."""
     draft = saved(tmp_path / "draft", replace(SMALL, vocab=len(words)), words, 1)
     drafting = {"method": "draft_model", "model": draft, "policy": "chain"}
     params = SamplingParams(temperature=0, max_tokens=9)
@@ -447,7 +447,7 @@ def test_vllms_names_are_taken(target_folder: Path) -> None:
 
 
 @pytest.mark.parametrize("config", [False, {"method": "none"}, {"method": "none", "policy": "off"}])
-def test_nothing_drafts_if_so_asked(target_folder: Path, config: Any) -> None:
+def test_nothing_drafts_with_method_none(target_folder: Path, config: Any) -> None:
     llm = LLM(target_folder, speculative_config=config, dtype="fp32")
     assert llm.speculation.drafter is None
     assert llm.policy.name == "off"
@@ -458,9 +458,9 @@ NOT_READ: Any = None  # a tokenizer
 
 def smollm2(model: str, parameters: int = 135_000_000, **sizes: int) -> Any:
     """A checkpoint, as far as what drafts depends on it."""
-    given = {"hidden": 576, "vocab": 49_152, "layers": 30, "heads": 9, "kv_heads": 3}
-    given |= {"head_dim": 64, **sizes}
-    config = SimpleNamespace(**given, expected_shapes=lambda: {"all": (parameters,)})
+    fields = {"hidden": 576, "vocab": 49_152, "layers": 30, "heads": 9, "kv_heads": 3}
+    fields |= {"head_dim": 64, **sizes}
+    config = SimpleNamespace(**fields, expected_shapes=lambda: {"all": (parameters,)})
     return SimpleNamespace(provenance={"model": model}, vision=None, config=config)
 
 
@@ -468,8 +468,8 @@ def smollm2(model: str, parameters: int = 135_000_000, **sizes: int) -> Any:
 @pytest.mark.parametrize("name", ["smollm2-135m", "smollm2-135m@pypi"])
 def test_a_model_named_as_its_own_drafter_means_its_head(method: str | None, name: str) -> None:
     """A model that drafts for itself saves nothing."""
-    given = {"model": name} if method is None else {"method": method, "model": name}
-    found = check_speculation(given, smollm2("smollm2-135m"), NOT_READ, 64)
+    options = {"model": name} if method is None else {"method": method, "model": name}
+    found = check_speculation(options, smollm2("smollm2-135m"), NOT_READ, 64)
     assert found.draft is None
     assert found.head == shipped_head("smollm2-135m")
 
@@ -482,8 +482,8 @@ def test_a_head_is_for_the_copies_of_its_model_that_have_its_sizes(model: str) -
     assert SHIPPED is not None
     found = check_speculation(None, smollm2(model), NOT_READ, 64)
     assert (found.head, found.by_default) == (SHIPPED, True)
-    given = {"visual_positions": "dropped", "children": 4}
-    less = check_speculation(given, smollm2(model), NOT_READ, 64).without_draft()
+    options = {"visual_positions": "dropped", "children": 4}
+    less = check_speculation(options, smollm2(model), NOT_READ, 64).without_draft()
     assert (less.method, less.head, less.by_default) == ("ngram", None, False)
     assert less.options == {"children": 4}
     found = check_speculation({"method": "eagle"}, smollm2(model), NOT_READ, 64)
@@ -508,7 +508,7 @@ def test_n_grams_draft_beside_a_head_unless_the_model_is_small(named: Any) -> No
 def test_a_head_without_room_makes_way(
     target_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Where nobody asked for it."""
+    """Where no option requests it."""
     (target_folder.parent / "head").mkdir(exist_ok=True)
     head = target_folder.parent / "head"
     (head / "config.json").write_text("{}")
@@ -562,7 +562,7 @@ def sibling(
     return make
 
 
-def test_a_cached_sibling_drafts_unless_something_else_is_asked_for(
+def test_a_cached_sibling_drafts_unless_something_else_is_requested(
     sibling: Callable[[list[str]], Path], target_folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     draft = sibling(WORDS)
@@ -667,7 +667,7 @@ def test_a_hub_id_drafts_as_what_its_files_say(
 
 
 @pytest.mark.parametrize(
-    ("words", "change", "told"),
+    ("words", "change", "message"),
     [
         (WORDS, {}, "o/Tiny-0.5B-Chat drafts for o/Tiny-7B-Chat: it is in the cache"),
         (WORDS[:-1], {}, "o/Tiny-0.5B-Chat cannot draft for o/Tiny-7B-Chat"),
@@ -677,7 +677,7 @@ def test_a_hub_id_drafts_as_what_its_files_say(
 def test_a_smaller_model_of_the_family_in_the_hubs_cache_drafts_if_it_fits(
     words: list[str],
     change: dict[str, int],
-    told: str,
+    message: str,
     tmp_path: Path,
     target_folder: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -690,8 +690,8 @@ def test_a_smaller_model_of_the_family_in_the_hubs_cache_drafts_if_it_fits(
     (kept / "refs").mkdir()
     (kept / "refs" / "main").write_text("0123")
     saved(kept / "snapshots" / "0123", replace(SMALL, **change), words, 1)
-    fits = "drafts for" in told
+    fits = "drafts for" in message
     with caplog.at_level("INFO", "smart"):
         drafts = drafted_by("o/Tiny-7B-Chat", None)
     assert drafts == ("union of draft model o/Tiny-0.5B-Chat + ngram" if fits else "ngram")
-    assert [r.getMessage() for r in caplog.records if told in r.getMessage()]
+    assert [r.getMessage() for r in caplog.records if message in r.getMessage()]

@@ -59,7 +59,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def engine(request: pytest.FixtureRequest, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """device: torch's levels, chosen where they are drafted as on a GPU."""
     if request.param != "kernels":
-        monkeypatch.setattr("smart_decoding.models.target.use_native", lambda *given: False)
+        monkeypatch.setattr("smart_decoding.models.target.use_native", lambda *_args: False)
 
     def make(pages: int = PAGES, policy: str = "eagle2", **more: Any) -> Engine:
         target = target_of(pages)

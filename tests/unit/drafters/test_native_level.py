@@ -126,9 +126,9 @@ def test_hundreds_of_waiting_rows_are_run_in_parts(files: HeadFiles) -> None:
     torch.manual_seed(0)
     features = torch.randn(600, WIDTH)
     last = np.arange(99, 600, 100)
-    asked = LevelRequest(4, np.zeros(6))
+    request = LevelRequest(4, np.zeros(6))
     ours, plain = (
-        head_of(files, native).levels.first(rows, [features], last, asked)
+        head_of(files, native).levels.first(rows, [features], last, request)
         for native in (True, False)
     )
     assert np.array_equal(ours[0], plain[0])
@@ -207,13 +207,13 @@ def test_8_bits_change_probabilities_little(
     rows = rows_of(3, 15)
     torch.manual_seed(0)
     features = torch.randn(15, WIDTH)
-    asked = LevelRequest(len(files.weights["draft_ids"]), np.zeros(3))
+    request = LevelRequest(len(files.weights["draft_ids"]), np.zeros(3))
     found = []
     for in_bytes in (True, False):
         if not in_bytes:
             monkeypatch.setattr(native_level, "pack_bytes", lambda w: (pack([w]), None, None))
         head = head_of(files, True, torch.bfloat16)
-        ids, probs = head.levels.first(rows, [features], np.array([4, 9, 14]), asked)
+        ids, probs = head.levels.first(rows, [features], np.array([4, 9, 14]), request)
         order = np.argsort(ids, axis=1)
         found.append((outputs_of(head), np.take_along_axis(probs, order, axis=1)))
     assert torch.equal(found[0][0], found[1][0])

@@ -20,7 +20,7 @@ from .tiny import LIMIT, PAGES, SCRATCH, VOCAB, answer, engine_of, prompts
 
 CONFIG = ModelConfig("qwen2", 2, 256, 4, 2, 64, 512, VOCAB, 1e4, 1e-5, 1024, qkv_bias=True)
 BATCH, TOKENS = 3, 16
-# what a Q4_K_M file mixes -> k and bytes of a block, and which of those begin a half
+# format in a Q4_K_M file -> k and bytes of a block, and the offsets of its float16 numbers
 BLOCKS = {
     "Q4_K": (256, 144, (0, 2)),
     "Q6_K": (256, 210, (208,)),

@@ -51,9 +51,9 @@ def test_widths_are_the_rows_that_the_model_ran(
     ran: list[int] = []
     rank = DraftModel.rank
 
-    def counted(self: DraftModel, rows: Rows, asked: LevelRequest) -> Any:
+    def counted(self: DraftModel, rows: Rows, request: LevelRequest) -> Any:
         ran.append(len(rows))
-        return rank(self, rows, asked)
+        return rank(self, rows, request)
 
     monkeypatch.setattr(DraftModel, "rank", counted)
     by_level, in_one_call = (engine_with(scratch, whole) for whole in (False, True))

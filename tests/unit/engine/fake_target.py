@@ -55,9 +55,10 @@ class FakeTarget(Sampler):
         self.rows += len(rows)
         own = np.stack((rows.token, rows.position), axis=1)
         self.slots[rows.slot_mapping] = own
-        wanted = np.arange(len(rows)) if rows.logit_rows is None else rows.logit_rows
+        requested = np.arange(len(rows)) if rows.logit_rows is None else rows.logit_rows
         logits = np.array(
-            [self._logits(self.slots[visible_slots(rows, int(row))]) for row in wanted], np.float32
+            [self._logits(self.slots[visible_slots(rows, int(row))]) for row in requested],
+            np.float32,
         )
         return TargetScores(
             torch.from_numpy(logits.reshape(-1, self.vocab)), own if aux_layers else None
@@ -71,9 +72,10 @@ class FakeTarget(Sampler):
         for i, j in zip(source, target, strict=True):
             self.slots[j] = self.slots[i]
 
-    def _logits(self, seen: IntArray) -> NDArray[np.float32]:
-        """Of the seen (token, position) pairs, in any order, as attention is."""
-        key = uniform_bits(seen[:, 1], seen[:, 0] + 1).sum(dtype=np.uint64)
+    def _logits(self, visible: IntArray) -> NDArray[np.float32]:
+        """Return logits that depend on the visible (token, position) pairs in any order, as in
+        attention."""
+        key = uniform_bits(visible[:, 1], visible[:, 0] + 1).sum(dtype=np.uint64)
         return _drawn(key, self.vocab, self._spread).copy()
 
 

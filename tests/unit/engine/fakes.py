@@ -226,8 +226,8 @@ def random_requests(count: int, seed: int, **params: Any) -> list[tuple[list[int
         prompt = (common if rng.random() < 0.4 else []) + rng.integers(
             0, VOCAB, rng.integers(1, 24)
         ).tolist()
-        asked = SamplingParams(**{"max_tokens": int(rng.integers(1, 41)), "seed": i, **params})
-        made.append((prompt, asked.checked(token_ids)))
+        sampling = SamplingParams(**{"max_tokens": int(rng.integers(1, 41)), "seed": i, **params})
+        made.append((prompt, sampling.checked(token_ids)))
     return made
 
 

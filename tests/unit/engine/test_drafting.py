@@ -73,8 +73,8 @@ class Mine:
 def drafted(rule: TreeRule, arrived: bool = False) -> tuple[Draft, list[str]]:
     clock = Clock()
     model = Levels(clock)
-    given = DraftTrees.empty(1)
-    draft = draft_by_levels(model, [], rule, lambda: arrived, given, Selection(), clock)
+    proposed = DraftTrees.empty(1)
+    draft = draft_by_levels(model, [], rule, lambda: arrived, proposed, Selection(), clock)
     return draft, model.calls
 
 
@@ -142,29 +142,29 @@ class Proposes(FreeDrafter):
 
 
 class Model:
-    """A model that notes what it is asked for."""
+    """A model that records the trees that it gets."""
 
     has_model = True
     free = False
     aux_layers = ()
 
     def __init__(self) -> None:
-        self.given: list[DraftTrees] = []
+        self.proposed: list[DraftTrees] = []
 
     def draft(
         self,
         requests: Sequence[Request],
         rule: TreeRule,
         interrupted: Callable[[], bool],
-        given: DraftTrees,
+        proposed: DraftTrees,
     ) -> Draft:
-        self.given.append(given)
-        return Draft(given, rule)
+        self.proposed.append(proposed)
+        return Draft(proposed, rule)
 
 
-@pytest.mark.parametrize(("accept_prob", "asked"), [(0.9, False), (0.3, True), (0.001, True)])
+@pytest.mark.parametrize(("accept_prob", "model_runs"), [(0.9, False), (0.3, True), (0.001, True)])
 def test_the_model_is_left_out_where_free_proposals_promise_more(
-    accept_prob: float, asked: bool
+    accept_prob: float, model_runs: bool
 ) -> None:
     # Alone 1.9 or 1.3 tokens in 1.2 s; with the model's level, 1.9 or 1.8 tokens in 1.5.
     costs = RoundCosts(1.0, 0.0, np.full(4, 0.3), np.array([1.0, 1.2, 1.3]))
@@ -173,9 +173,9 @@ def test_the_model_is_left_out_where_free_proposals_promise_more(
     model: Any = Model()
     one: Any = [None]  # request
     draft = UnionDrafter([model, Proposes(accept_prob)]).draft(one, rule, lambda: False)
-    assert [given.token.tolist() for given in model.given] == ([[1]] if asked else [])
+    assert [each.token.tolist() for each in model.proposed] == ([[1]] if model_runs else [])
     assert draft.rule is not None
-    assert (draft.rule.levels == 0) == (not asked)
-    if not asked:
+    assert (draft.rule.levels == 0) == (not model_runs)
+    if not model_runs:
         assert draft.kept.tolist() == [0]
         assert draft.widths == []

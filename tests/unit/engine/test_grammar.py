@@ -1,4 +1,4 @@
-"""Grammars per tree node: the tokens are those of plain decoding under the grammar, whatever the
+"""Grammars per tree node: the tokens equal plain decoding under the grammar, whatever the
 tree was."""
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def test_tokens_are_those_of_plain_decoding_under_the_grammar(policy: str, name:
 
 
 def test_forbidden_nodes_are_not_verified() -> None:
-    """Nothing but abc may be said: of all the drafted nodes only those are verified."""
+    """Only abc is allowed: of all drafted nodes only nodes of abc are verified."""
     engine = make_engine("static", constrain=grammars())
     (request,) = engine.add_request(
         "x",
@@ -226,7 +226,7 @@ def test_tokens_are_the_same_if_masks_are_computed_beside_the_rounds(
     policy: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The one without a grammar does not wait, nor does it if one is aborted meanwhile."""
-    wanted = expected(name)
+    reference = expected(name)
     monkeypatch.setattr(models_grammars, "EXPENSIVE", -1.0)
     engine = make_engine(policy, constrain=grammars(), **SCENARIOS[name][2])
     requests = []
@@ -240,8 +240,8 @@ def test_tokens_are_the_same_if_masks_are_computed_beside_the_rounds(
     finish(engine)
     engine.check_integrity()
     assert engine.pool.used == 0
-    assert [request.output for request in requests[::2]] == wanted
-    assert [request.output for request in requests[1::2]] == wanted
+    assert [request.output for request in requests[::2]] == reference
+    assert [request.output for request in requests[1::2]] == reference
     assert all(request.constraint.expensive for request in requests[:-2])
 
 
@@ -270,27 +270,27 @@ def test_the_client_whose_masks_took_least_has_the_next_one(
     assert done[:3] == ["few", "many", "few"]
     with pytest.raises(ConfigError):
         beside.submit("few", functools.partial(constraint, regex="(")).result(10)
-    asked: list[str] = []
+    clients: list[str] = []
     monkeypatch.setattr(models_grammars, "EXPENSIVE", -1.0)
     submit = models_grammars._MASKS.submit
     monkeypatch.setattr(
         models_grammars._MASKS,
         "submit",
-        lambda client, work: asked.append(client) or submit(client, work),
+        lambda client, work: clients.append(client) or submit(client, work),
     )
     engine = make_engine("off", constrain=grammars())
     for client in ("many", "few"):
         for prompt, params in requests_of("drawn"):
             engine.add_request(f"{client} {prompt}", prompt, params, client=client)
     finish(engine)
-    assert set(asked) == {"many", "few"}
+    assert set(clients) == {"many", "few"}
 
 
 @pytest.mark.parametrize("policy", ["off", "static"])
 def test_a_grammar_that_fails_in_a_round_ends_its_own_request_only(
     policy: str, expensive: bool
 ) -> None:
-    """The others' tokens are those alone, and no forward is done twice."""
+    """The others' tokens are the same as in a batch of one, and no forward is done twice."""
     bad = SamplingParams(
         temperature=1.0,
         seed=5,
@@ -299,20 +299,20 @@ def test_a_grammar_that_fails_in_a_round_ends_its_own_request_only(
         structured_outputs=StructuredOutputsParams(grammar=OUTGROWING),
     )
     good = [(prompt, replace(params, seed=7)) for prompt, params in requests_of("drawn")]
-    wanted = [alone(prompt, params, grammars())[0].output for prompt, params in good]
+    expected = [alone(prompt, params, grammars())[0].output for prompt, params in good]
     rounds = []
     for failing in (0, 2):
         engine = make_engine(policy, constrain=grammars())
         forwards = []
         verify = engine.target.verify
-        engine.target.verify = lambda *given, verify=verify, forwards=forwards: (  # type: ignore[method-assign]
-            forwards.append(1) or verify(*given)  # type: ignore[func-returns-value]
+        engine.target.verify = lambda *args, verify=verify, forwards=forwards: (  # type: ignore[method-assign]
+            forwards.append(1) or verify(*args)  # type: ignore[func-returns-value]
         )
         others = [engine.add_request(f"g{i}", *each)[0] for i, each in enumerate(good)]
         failed = [engine.add_request(f"b{i}", [1, 2], bad)[0] for i in range(failing)]
         finish(engine)
         rounds.append(len(forwards))
-        assert [request.output for request in others] == wanted
+        assert [request.output for request in others] == expected
         for request in failed:
             assert isinstance(request.error, ConfigError)
             assert "items" in str(request.error)
@@ -345,9 +345,9 @@ def outgrown(policy: str, **params: Any) -> tuple[str, str | None, str]:
     """An answer whose grammar fails after nine tokens or so: its text, how it ends, its error."""
     engine = make_engine(policy, constrain=grammars())
     form = StructuredOutputsParams(grammar=outgrowing("/[abc]{6}/ r0", 240))
-    given = {"temperature": 1.0, "seed": 5, "max_tokens": 60, "logit_bias": {EOS: -100.0}}
+    defaults = {"temperature": 1.0, "seed": 5, "max_tokens": 60, "logit_bias": {EOS: -100.0}}
     (request,) = engine.add_request(
-        "x", [1, 2], SamplingParams(**{**given, **params}, structured_outputs=form)
+        "x", [1, 2], SamplingParams(**{**defaults, **params}, structured_outputs=form)
     )
     finish(engine)
     assert policy == "off" or request.metrics.accepted > 0

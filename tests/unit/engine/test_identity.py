@@ -1,5 +1,5 @@
-"""The tokens of a request are those of plain decoding alone: under every policy, batch, chunk size
-and memory."""
+"""The tokens of a request equal plain decoding in a batch of one: under every policy, batch, chunk
+size and memory."""
 
 import functools
 from dataclasses import replace
@@ -166,8 +166,8 @@ def test_prompt_logprobs_are_those_of_the_prompt_alone(config: dict[str, int]) -
         assert [entry.token for entry in entries] == request.prompt[1:]
         for place, entry in enumerate(entries, start=1):
             row = engine.target.logits_of(request.prompt[:place]).astype(np.float64)
-            wanted = row - np.log(np.exp(row).sum())
-            assert entry.logprob == pytest.approx(wanted[entry.token], abs=1e-5)
+            expected = row - np.log(np.exp(row).sum())
+            assert entry.logprob == pytest.approx(expected[entry.token], abs=1e-5)
             assert entry.top_tokens.tolist() == np.argsort(-row, kind="stable")[:3].tolist()
     preempted = sum(request.metrics.preemptions for request in requests)
     assert (preempted > 0) == ("pages" in config)

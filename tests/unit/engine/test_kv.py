@@ -90,7 +90,7 @@ def test_only_full_pages_of_equal_content_and_equal_past_are_found() -> None:
     filled(pool, tokens).release()
     assert len(pool.find(tokens, 39)) == 2
     assert len(pool.find(tokens, 32)) == 2
-    assert len(pool.find(tokens, 31)) == 1  # a page counts only if all of it is wanted
+    assert len(pool.find(tokens, 31)) == 1  # a page counts only with all its tokens in the limit
     assert pool.find([99, *tokens[1:]], 39) == []
     assert len(pool.find([*tokens[:31], 99], 32)) == 1
     assert (
@@ -169,7 +169,7 @@ def test_a_page_that_is_held_outlives_an_idle_one_of_the_same_content() -> None:
 
 
 def test_borrowed_pages_do_not_count_as_used_memory() -> None:
-    """`/metrics` told of a full memory while costs were measured."""
+    """`/metrics` reported a full memory while costs were measured."""
     pool = PagePool(6, prefix_caching=True)
     table = filled(pool, list(range(33)))
     borrowed = pool.borrow(pool.available)

@@ -95,13 +95,14 @@ def test_every_row_has_its_token_position_slot_and_reads_its_past(seed: int) -> 
             assert rows.token[row] == trees.token[node]
             assert rows.position[row] == span.start + trees.depth[node]
             assert rows.slot_mapping[row] == slots[i][span.start + row - last[i]]
-            seen = slots[i][: span.start + 1] + [int(rows.slot_mapping[node_row[n]]) for n in path]
-            assert visible_slots(rows, row).tolist() == seen
-    wanted = [int(last[i]) for i in range(len(spans)) if want[i]] + node_row.tolist()
+            visible = slots[i][: span.start + 1]
+            visible += [int(rows.slot_mapping[node_row[n]]) for n in path]
+            assert visible_slots(rows, row).tolist() == visible
+    expected = [int(last[i]) for i in range(len(spans)) if want[i]] + node_row.tolist()
     if rows.logit_rows is None:
-        assert sorted(wanted) == list(range(len(rows)))
+        assert sorted(expected) == list(range(len(rows)))
     else:
-        assert rows.logit_rows.tolist() == wanted
+        assert rows.logit_rows.tolist() == expected
 
 
 @given(st.integers(0, 2**32 - 1))
@@ -127,7 +128,7 @@ def test_arrays_are_as_native_code_reads_them(seed: int) -> None:
 def test_plain_torch_is_shown_the_same_slots(seed: int) -> None:
     spans, trees, want, _, _ = random_batch(seed)
     rows: Rows = build_rows(spans, trees, want)[0]
-    seen = 0
+    compared = 0
     for part, (page, offset), behind in GroupedRows(rows, torch.device("cpu")).groups:
         slots = page * PAGE + offset
         for row, distance in zip(range(len(rows))[part], behind, strict=True):
@@ -136,8 +137,8 @@ def test_plain_torch_is_shown_the_same_slots(seed: int) -> None:
             assert slots[order].tolist() == visible
             assert distance[order].tolist() == list(range(len(visible)))[::-1]
             assert (distance != GroupedRows.NOTHING).sum() == len(visible)
-            seen += 1
-    assert seen == len(rows)
+            compared += 1
+    assert compared == len(rows)
 
 
 @given(st.integers(0, 2**32 - 1))
@@ -162,5 +163,5 @@ def test_kernels_on_a_gpu_are_shown_the_same_slots(seed: int) -> None:
             assert slot[row] == rows.slot_mapping[row]
     assert there.token.tolist() == rows.token.tolist()
     assert there.position.tolist() == rows.position.tolist()
-    wanted = [] if rows.logit_rows is None else rows.logit_rows.tolist()
-    assert there.logit_rows.tolist() == wanted
+    expected = [] if rows.logit_rows is None else rows.logit_rows.tolist()
+    assert there.logit_rows.tolist() == expected

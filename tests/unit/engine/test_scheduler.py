@@ -215,17 +215,17 @@ def test_a_round_does_not_look_at_all_that_wait(monkeypatch: pytest.MonkeyPatch)
     engine = make_engine(max_num_seqs=1)
     add(engine, "many", 50)
     add(engine, "few", 1)
-    seen: list[int] = []
+    counts: list[int] = []
     select = VirtualTokenCounter.select
 
     def counting(counter: VirtualTokenCounter, waiting: Any) -> str:
         clients = list(waiting)
-        seen.append(len(clients))
+        counts.append(len(clients))
         return select(counter, clients)
 
     monkeypatch.setattr(VirtualTokenCounter, "select", counting)
     step(engine, 30)
-    assert max(seen) == 2
+    assert max(counts) == 2
     assert len(engine.scheduler.waiting) == len(list(engine.scheduler.waiting)) == 49
 
 
