@@ -180,7 +180,7 @@ def _ranked_by_owner(prob: FloatArray, owner: IntArray) -> tuple[IntArray, IntAr
     return order, rank
 
 
-# --- what to expand ---
+# --- nodes to expand ---
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,7 +293,7 @@ class Fixed:
         return np.sort(nodes.take(ranked(trees.path_prob.take(nodes))[:width]))
 
 
-# --- what to verify ---
+# --- nodes to verify ---
 
 
 @dataclass(frozen=True, slots=True)
@@ -325,7 +325,7 @@ class BestRate:
         return np.sort(nodes.take(order[:size]))
 
 
-# --- both ---
+# --- nodes to expand and to verify ---
 
 
 @dataclass(frozen=True, slots=True)

@@ -327,7 +327,7 @@ def _keys(trees: DraftTrees, first: int, end: int) -> list[tuple[int, int, int]]
 #
 # Drafts are deterministic children (point masses). The target's token is drawn at each row of the
 # walk. If it is a child, the walk goes down; otherwise it stops and emits the token as the bonus
-# token. The output is distributed exactly as the target's, whatever rule chose the nodes.
+# token. The output is distributed exactly as the target's, for any choice of nodes.
 
 
 # Returns the target's token at each of these rows of the verifying forward: roots are rows 0 ..

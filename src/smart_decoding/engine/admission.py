@@ -161,7 +161,7 @@ class Admission:
 
 
 def _content_hashes(media: Media | None, cache_salt: str) -> ContentHashes:
-    """Return a hash of each page's pictures. The salt goes to the first page alone: the keys of all
+    """Return a hash of each page's pictures. Only the first page gets the salt: the keys of all
     pages follow from it."""
     hashes = media.content_hashes if media else {}
     if not cache_salt:

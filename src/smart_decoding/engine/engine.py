@@ -86,8 +86,8 @@ class Engine:
         self._clock = clock
         self._requests: dict[str, Request] = {}
         self._observe_seconds = 0.0  # of the round before
-        # Requests whose drafts were dropped. Their next round is plain: nobody waits for two
-        # drafts, and the drafter, which has read their last tokens, gets new ones.
+        # Requests whose drafts were dropped. Their next round is plain, so that it never
+        # waits for two drafts, and the drafter, which has read their last tokens, gets new ones.
         self._dropped: set[Request] = set()
         self._batched: list[Request] = []  # the last round's decoding requests
         self._traits = _traits([])

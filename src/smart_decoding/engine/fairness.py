@@ -16,19 +16,19 @@ REMEMBERED = 1024  # counters that are kept: of the latest clients, and of all t
 class VirtualTokenCounter:
     """Count the tokens served to each client, and select the waiting client with the least count.
 
-    A served token is a row of a forward, since a row is what a forward pays for. A prompt token is
+    A served token is a row of a forward, since rows are the cost of a forward. A prompt token is
     one row. A decoding round is one row for the last token and one for each drafted node that it
     verifies. So the paper's weights are w_p = w_q = 1 per row. Queues of texts count bytes or
     characters instead.
 
     Two clients that wait at every selection are charged within 2 M tokens of each other, over any
-    interval. M: tokens that a client is charged from one of its selections until its next, at most:
-    what was selected, and rows of its answers meanwhile.
+    interval. M: most tokens that a client is charged from one of its selections until its next: the
+    selected item, and rows of its answers meanwhile.
 
-    A client that had nothing waiting starts at the greatest of three counters: its own, that of the
-    client selected last, and the least one of the clients that wait. One rule differs: the paper
-    looks at the client selected last only where nobody waits. Here it always counts, or a client
-    with ever new names would be selected for ever."""
+    A client that had nothing waiting starts at the greatest of three counters: its own, the counter
+    of the client selected last, and the least counter of the waiting clients. One rule differs: the
+    paper uses the client selected last only where no client waits. Here it always counts, or a
+    client with ever new names would be selected for ever."""
 
     def __init__(self) -> None:
         self._counters: dict[str, int] = {}  # the latest client is the last entry

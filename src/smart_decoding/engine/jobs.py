@@ -80,7 +80,7 @@ class Job:
     cache_salt: str = ""
     grammars: Sequence[object] = ()
     submitted: float = 0.0  # when, on time.monotonic
-    # Used by the engine thread alone:
+    # For the engine thread only:
     answers: dict[Request, int] = field(default_factory=dict)
     sent: dict[Request, int] = field(default_factory=dict)  # delivered tokens
     left: int = 0  # answers that are not over yet

@@ -1,8 +1,8 @@
 """Pictures of a prompt, as the engine sees them.
 
 A picture fills `length` consecutive positions of a prompt. The engine knows a digest of its content
-and hands its embeddings to the target, with the rows of the prompt's chunks. Pixels are read by the
-backend alone.
+and hands its embeddings to the target, with the rows of the prompt's chunks. Only the backend reads
+pixels.
 """
 
 from __future__ import annotations

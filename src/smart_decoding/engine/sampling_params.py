@@ -45,7 +45,7 @@ class SamplingParams:
     temperature: in [0, 2]; below 1e-5 is greedy and then top_p, top_k and min_p have no effect.
     min_p / top_k / top_p: least probability relative to the most likely token, in [0, 1] / most
     likely tokens kept (0 or -1: all) / nucleus mass in (0, 1]. Applied in this order after
-    temperature, as in vLLM: top_p is a part of what min_p and top_k keep.
+    temperature, as in vLLM: top_p is a part of the tokens that min_p and top_k keep.
     repetition_penalty: in [0.01, 100], on prompt and output tokens; presence_penalty,
     frequency_penalty: in [-2, 2], on output tokens.
     logit_bias: token id -> bias in [-100, 100], added to the logits before anything else.
@@ -58,8 +58,8 @@ class SamplingParams:
     logprobs: how many most likely tokens to return with log probabilities, beyond the drawn one; -1
     means all. prompt_logprobs: the same for the prompt's tokens, which then are not taken from the
     cache.
-    detokenize: false leaves the text empty. output_kind: see `RequestOutputKind`; `LLM` gives whole
-    answers whatever it is.
+    detokenize: false leaves the text empty. output_kind: see `RequestOutputKind`; `LLM` always
+    gives whole answers.
     structured_outputs: form of the text, such as JSON under a schema; only the form decides when
     the answer may end. speculate: false refuses speculation for this request; its tokens are the
     same either way.

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 FinishReason: TypeAlias = Literal["stop", "length"]
 Decode: TypeAlias = Callable[[Sequence[int]], str]
 
-UNFINISHED = "\ufffd"  # what tokenizers put for the bytes of an incomplete character
+UNFINISHED = "\ufffd"  # tokenizers' text for the bytes of an incomplete character
 LONGEST = 32  # tokens of an incomplete character, at most: more never become one
 LOOP = "loop"  # the stop_reason of an answer that a loop ended
 
