@@ -1,5 +1,5 @@
 """SMART's decisions in a loop of your own, around two transformers models with full attention and
-one vocabulary.
+one vocabulary: folders, hub ids or built-in names, such as qwen2.5-coder-1.5b qwen2.5-coder-0.5b.
 
 python examples/your_engine.py TARGET DRAFTER "a prompt"     # one request, greedy"""
 
@@ -14,6 +14,8 @@ from smart_decoding.core.batch import BatchState, Round
 from smart_decoding.core.costs import DraftSample, VerifySample
 from smart_decoding.core.policies import make_policy
 from smart_decoding.core.tree import ROOT, DraftTrees, accept
+from smart_decoding.models.checkpoints.loading import load_checkpoint
+from smart_decoding.models.checkpoints.registry import NAMED_MODELS
 from smart_decoding.profiling.fit import fit_costs
 
 SIZES = (1, 1, 1, 2, 4, 8, 16, 32)  # rows to measure; medians count, so the first may be slow
@@ -49,6 +51,11 @@ class CachedModel:
             layer.keys = layer.keys[:, :, [*range(self.length), *rows]]
             layer.values = layer.values[:, :, [*range(self.length), *rows]]
         self.length, self.nodes = self.length + len(rows), []
+
+
+def folder_of(name):
+    """A folder or hub id as it is; a built-in model's weights in bf16, fetched if need be."""
+    return load_checkpoint(name).tokenizer_source if name in NAMED_MODELS else name
 
 
 def seconds_of(model, rows):
@@ -101,6 +108,7 @@ def generate(target, drafter, prompt, max_new_tokens, policy=None):
 
 if __name__ == "__main__":
     *names, prompt = sys.argv[1:] if len(sys.argv) == 4 else sys.exit(__doc__)
-    tokenizer = AutoTokenizer.from_pretrained(names[0])
-    models = [AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32) for name in names]
+    folders = [folder_of(name) for name in names]
+    tokenizer = AutoTokenizer.from_pretrained(folders[0])
+    models = [AutoModelForCausalLM.from_pretrained(each, dtype=torch.float32) for each in folders]
     print(tokenizer.decode(generate(*models, tokenizer(prompt).input_ids, 100)))
