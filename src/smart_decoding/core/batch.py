@@ -31,7 +31,8 @@ class BatchState:
     has_free: whether a drafter without model cost (n-grams) is loaded.
     pictures: whether the request's prompt has pictures, or None if no prompt has.
     constrained: whether a grammar restricts the request's tokens, or None if there is no grammar.
-    requests: names by which a policy recognises the requests, or () if none needs them.
+    requests: numbers or names by which a policy recognises the requests, or () if none needs
+    them.
     size: number of requests.
     """
 

@@ -6,8 +6,8 @@ earned beforehand: what the option is predicted to lose, and what it needs befor
 as a model that has to read prompts. A run is charged what it really lost. A run that gained is
 followed by another one at once: a drafter that has recovered is back soon.
 
-A lone request has a small starting budget: short answers would end before they had earned one. All
-is counted in plain rounds, whose length is known for every batch.
+Lone requests have a loan: short answers would end before a run was earned. All is counted in plain
+rounds, whose length is known for every batch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from smart_decoding.core.batch import Round
 
 RUN = 2  # rounds of an exploration
-STARTING_BUDGET = HORIZON / 2  # plain rounds of a lone request: a model can read its prompt
+# Plain rounds that lone requests may spend before they are earned, once: a model can read a prompt.
+LOAN = HORIZON / 2
 
 
 class Mode(Enum):
@@ -38,9 +39,8 @@ class Exploration:
     """Spends `budget` of the time on options that are not predicted best.
 
     balance: plain rounds earned and not spent yet, at first those of two HORIZONs; negative where a
-    run lost more than expected.
-    left: rounds of the run that is going on. seconds: lost in all, gains not counted; count:
-    runs."""
+    run lost more than expected. left: rounds of the run that is going on. seconds: lost in all,
+    gains not counted; count: runs."""
 
     def __init__(self, budget: float) -> None:
         self.budget = budget
@@ -48,33 +48,32 @@ class Exploration:
         self.left = 0
         self.seconds = 0.0
         self.count = 0
-        self._starting = STARTING_BUDGET  # what of it is left
+        self._loan = LOAN  # what of it is left
         self._pause = HORIZON  # rounds until the next run at least, however little it costs
         self._lost = 0.0  # seconds, by the run that is going on
+        self._spent = 0.0  # plain rounds, by the same, beyond what it was lent
 
     def wait(self, price: float = 0.0, lone: bool = False) -> float:
-        """Return rounds in the best option until the price of a run is earned, in plain rounds.
-        lone: whether one request runs alone, which may spend before."""
+        """Return how many more rounds in the best option pay for a run. price: in plain rounds.
+        lone: whether one request runs alone, which may take the loan."""
         if self.budget <= 0:
             return math.inf
-        missing = min(price, HORIZON) - self.balance - (self._starting if lone else 0.0)
+        missing = min(price, HORIZON) - self.balance - (self._loan if lone else 0.0)
         return max(self._pause, math.ceil(missing / self.budget))
 
-    def begin(self, price: float = 0.0, lone: bool = False, rounds: int = RUN) -> None:
-        """Begin a run of so many rounds with the coming one. What was earned beyond its price
-        lapses: otherwise many runs would follow each other after a long time without any."""
+    def begin(self, price: float = 0.0, lone: bool = False) -> None:
+        """Begin a run with the coming round."""
         missing = min(price, HORIZON) - self.balance
-        if missing > 0 and lone:
-            lent = min(missing, self._starting)
-            self._starting -= lent
-            self.balance += lent
-        self.balance = min(self.balance, price)
-        self.left = rounds
+        lent = min(max(missing, 0.0), self._loan) if lone else 0.0
+        self._loan -= lent
+        self.balance += lent
+        self.left = RUN
         self.count += 1
         self._lost = 0.0
+        self._spent = -lent
 
     def stop(self) -> None:
-        """Explore no longer: another option is predicted best now."""
+        """End the run: another option is predicted best now."""
         self.left = 0
 
     def observe_best(self) -> None:
@@ -85,22 +84,30 @@ class Exploration:
     def observe(self, loss: float, plain: float) -> bool:
         """Charge a round of a run, which lost so many seconds against the best option (negative:
         gained); return whether the run has ended. plain: seconds of a plain round. Where rounds
-        overlap, some may follow the last one of a run: each counts as a run of its own.
+        overlap, some are reported after their run has ended: each is charged by itself.
 
-        A process that was stopped meanwhile must not lose the explorations of hours to come: a
-        round loses no more than HORIZON plain ones."""
-        self.balance = min(HORIZON, self.balance - min(loss / plain, HORIZON))
+        The next run waits until the budget has this one's loss again, even if more was earned
+        before: otherwise many runs would follow each other after a long time without any. A process
+        that was stopped meanwhile must not lose the explorations of hours to come: a round loses no
+        more than HORIZON plain ones."""
+        spent = min(loss / plain, HORIZON)
+        self.balance = min(HORIZON, self.balance - spent)
         self._lost += loss
+        self._spent += spent
         self._pause = HORIZON
         if self.left > 1:
             self.left -= 1
             return False
+        going_on = self.left > 0
         lost = self._lost
+        if self.budget > 0:
+            self._pause = max(HORIZON, math.ceil(self._spent / self.budget))
         self._lost = 0.0
+        self._spent = 0.0
         self.left = 0
         self.seconds += max(lost, 0.0)
-        if lost < 0:
-            self.begin(self.balance)
+        if lost < 0 and going_on:
+            self.begin()
         return True
 
 

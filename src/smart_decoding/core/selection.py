@@ -98,9 +98,10 @@ RANKS = 4  # forecast children of each node in a look-ahead; further ones bring 
 class RoundCosts:
     """Tokens and seconds of a round.
 
-    tokens: of a plain round. sunk: seconds up to the end of the first level. levels: seconds of a
-    further level of 0, 1, ... nodes. verify: seconds of verifying 0, 1, ... nodes; its length
-    bounds the nodes. limit: seconds that a round may last, if it verifies any node."""
+    tokens: of a plain round. sunk: seconds before anything is chosen: overhead, and the first level
+    where a model drafts. levels: seconds of a further level of 0, 1, ... nodes. verify: seconds of
+    verifying 0, 1, ... nodes; its length bounds the nodes. limit: seconds that a round may last, if
+    it verifies any node."""
 
     tokens: float
     sunk: float

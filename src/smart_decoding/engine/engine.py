@@ -91,7 +91,7 @@ class Engine:
         self._dropped: set[Request] = set()
         self._batched: list[Request] = []  # the last round's decoding requests
         self._traits = _traits([])
-        self._names: list[str] = []
+        self._numbers: list[int] = []
 
     def add_request(
         self,
@@ -224,7 +224,7 @@ class Engine:
         if requests != self._batched:
             self._batched = requests
             self._traits = _traits(requests)
-            self._names = [r.id for r in requests]
+            self._numbers = [r.number for r in requests]
         temperature, may_speculate, pictures, constrained = self._traits
         if constrained is not None:
             may_speculate = np.array([r.may_speculate for r in requests], np.bool_)
@@ -239,7 +239,7 @@ class Engine:
             has_free=drafter is not None and drafter.free,
             pictures=pictures,
             constrained=constrained,
-            requests=self._names,
+            requests=self._numbers,
         )
 
     def _plan(self, batch: Batch, state: BatchState) -> TreeRule | None:

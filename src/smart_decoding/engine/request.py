@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -77,6 +79,8 @@ class Request:
     media: Media | None = None
     client: str = ""
     viewer: str = ""
+    # by which policies know it again: an id may come again in a later call
+    number: int = field(default_factory=partial(next, itertools.count()))
 
     def __post_init__(self) -> None:
         self.tokens = list(self.prompt)

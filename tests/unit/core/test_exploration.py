@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from smart_decoding.core.calibration import HORIZON
-from smart_decoding.core.exploration import RUN, STARTING_BUDGET, Exploration
+from smart_decoding.core.exploration import LOAN, RUN, Exploration
 
 
 def pay(exploration: Exploration, rounds: int, loss: float) -> list[bool]:
@@ -15,8 +15,8 @@ def test_a_run_has_as_many_rounds_as_it_was_begun_for() -> None:
     exploration = Exploration(0.01)
     exploration.begin()
     assert pay(exploration, RUN, 0.5) == [False] * (RUN - 1) + [True]
-    exploration.begin(rounds=7)
-    assert pay(exploration, 7, 0.5) == [False] * 6 + [True]
+    exploration.begin()
+    assert pay(exploration, RUN, 0.5) == [False] * (RUN - 1) + [True]
     assert exploration.left == 0
     assert exploration.count == 2
 
@@ -62,7 +62,7 @@ def test_a_run_is_earned_before_it_begins() -> None:
     assert exploration.wait(2.0) == 300
 
 
-def test_what_was_earned_beyond_the_price_lapses() -> None:
+def test_what_was_earned_for_long_is_not_spent_at_once() -> None:
     exploration = Exploration(0.01)
     for _ in range(1000):
         exploration.observe_best()
@@ -71,19 +71,37 @@ def test_what_was_earned_beyond_the_price_lapses() -> None:
     assert exploration.wait(1.0) == 100
 
 
+def test_a_cheap_run_leaves_what_an_expensive_one_needs() -> None:
+    exploration = Exploration(0.01)
+    for _ in range(10 * HORIZON):
+        if exploration.wait(0.02) <= 0:
+            exploration.begin(0.02)
+            pay(exploration, RUN, 0.01)
+        exploration.observe_best()
+    assert exploration.wait(2.0) <= HORIZON
+
+
+def test_what_is_reported_behind_a_run_begins_no_other_one() -> None:
+    exploration = Exploration(0.01)
+    exploration.begin()
+    exploration.stop()
+    pay(exploration, 1, -0.5)
+    assert exploration.left == 0
+    assert exploration.count == 1
+
+
 def test_a_lone_request_may_spend_before_it_has_earned() -> None:
     exploration = Exploration(0.01)
     for _ in range(HORIZON):
         exploration.observe_best()
-    earned = 2 * HORIZON * 0.01
-    assert exploration.wait(STARTING_BUDGET, lone=True) == 0
-    assert exploration.wait(STARTING_BUDGET) > 1000
-    exploration.begin(STARTING_BUDGET / 2, lone=True)
-    pay(exploration, RUN, STARTING_BUDGET / 4)
-    for _ in range(HORIZON):
+    assert exploration.wait(LOAN, lone=True) == 0
+    assert exploration.wait(LOAN) > 1000
+    exploration.begin(LOAN / 2, lone=True)
+    pay(exploration, RUN, LOAN / 4)
+    for _ in range(3 * HORIZON):
         exploration.observe_best()
-    assert exploration.wait(STARTING_BUDGET / 2, lone=True) == 0
-    assert exploration.wait(STARTING_BUDGET / 2 + 3 * earned, lone=True) > 0
+    assert exploration.wait(LOAN / 2, lone=True) == 0
+    assert exploration.wait(LOAN / 2 + 3, lone=True) > 0
 
 
 def test_no_price_is_beyond_reach() -> None:

@@ -14,10 +14,10 @@ import pytest
 from smart_decoding.core.batch import BatchState, Round
 from smart_decoding.core.calibration import HORIZON, Calibration
 from smart_decoding.core.costs import CostModel
-from smart_decoding.core.exploration import STARTING_BUDGET
+from smart_decoding.core.exploration import LOAN
 from smart_decoding.core.policies import make_policy
 from smart_decoding.core.policies.smart import Mode, Shape, choose
-from smart_decoding.core.policies.smart.fairness import START
+from smart_decoding.core.policies.smart.credit import START
 from smart_decoding.core.tree import DraftTrees
 from smart_lab.simulation import World, full_knowledge, run
 
@@ -405,14 +405,14 @@ def test_a_model_that_has_much_to_read_is_explored_once_that_is_earned() -> None
     shape = shape_of(4, 4 * 1000)
     prediction = policy.predict(shape)
     exploration = policy.state.exploration
-    assert prediction.price(Mode.MODEL) > STARTING_BUDGET
+    assert prediction.price(Mode.MODEL) > LOAN
     for _ in range(HORIZON):
         exploration.observe_best()
     assert exploration.wait() == 0
-    assert choose(prediction, exploration, None, shape).mode is Mode.PLAIN
+    assert choose(prediction, policy.state, shape).mode is Mode.PLAIN
     while exploration.wait(prediction.price(Mode.MODEL)) > 0:
         exploration.observe_best()
-    assert choose(prediction, exploration, None, shape).mode is Mode.MODEL
+    assert choose(prediction, policy.state, shape).mode is Mode.MODEL
 
 
 def test_a_batch_may_not_spend_before_it_has_earned() -> None:
@@ -420,10 +420,10 @@ def test_a_batch_may_not_spend_before_it_has_earned() -> None:
         policy = make_policy("smart", cost=HOPELESS)
         shape = shape_of(size, 150 * size)
         prediction = policy.predict(shape)
-        assert STARTING_BUDGET / 4 + 1 < prediction.price(Mode.MODEL) < STARTING_BUDGET
+        assert LOAN / 4 + 1 < prediction.price(Mode.MODEL) < LOAN
         for _ in range(HORIZON):
             policy.state.exploration.observe_best()
-        assert choose(prediction, policy.state.exploration, None, shape).mode is chosen
+        assert choose(prediction, policy.state, shape).mode is chosen
 
 
 def test_choosing_changes_nothing() -> None:
@@ -434,7 +434,7 @@ def test_choosing_changes_nothing() -> None:
     found = []
     for _ in range(2 * HORIZON):
         before = vars(exploration).copy()
-        choices = [choose(prediction, exploration, None, shape) for _ in range(2)]
+        choices = [choose(prediction, policy.state, shape) for _ in range(2)]
         assert choices[0] == choices[1]
         assert vars(exploration) == before
         found.append(choices[0])

@@ -15,7 +15,7 @@ from smart_decoding.core.calibration import HORIZON, WIDEST, Calibration, Foreca
 from smart_decoding.core.costs import CostModel, Overhead
 from smart_decoding.core.exploration import Exploration, Mode
 from smart_decoding.core.policies.base import require_int, require_number, token_array
-from smart_decoding.core.policies.smart.fairness import Fairness
+from smart_decoding.core.policies.smart.credit import Credit
 from smart_decoding.core.policies.smart.learn import learn, learn_acceptance, learn_plain
 from smart_decoding.core.policies.smart.predict import Prediction, Shape, predict
 from smart_decoding.core.policies.smart.state import SmartState
@@ -62,23 +62,24 @@ class Choice:
 
 
 def choose(
-    prediction: Prediction, exploration: Exploration, explored: Mode | None, shape: Shape
+    prediction: Prediction, state: SmartState, shape: Shape, recovery: int = HORIZON
 ) -> Choice:
     """Choose the mode predicted best, or one to explore; nothing changes by that. Plain decoding
-    backs off for as long as no exploration is due, but no longer than these answers last.
-
-    explored: by the run that is going on, if it still is one."""
+    backs off for as long as no exploration is due, but no longer than these answers last, or than
+    `recovery` rounds, after which longer rounds are allowed."""
     best = prediction.best
+    exploration = state.exploration
     prices = {mode: prediction.price(mode) for mode in prediction.rates if mode is not best}
-    if exploration.left > 0 and explored in prices:
-        return Choice(explored, best, prediction)
+    if exploration.left > 0 and best is state.best and state.explored in prices:
+        return Choice(state.explored, best, prediction)
     waits = {mode: exploration.wait(price, shape.size == 1) for mode, price in prices.items()}
     due = [mode for mode, wait in waits.items() if wait <= 0]
-    if due:
-        return Choice(due[exploration.count % len(due)], best, prediction, begins=True)
+    if due:  # in turn
+        mode = due[-1] if due[0] is state.explored else due[0]
+        return Choice(mode, best, prediction, begins=True)
     wait = min(waits.values(), default=math.inf)
     backs_off = prices and best is Mode.PLAIN
-    backoff = int(min(wait, HORIZON, shape.deepest)) - 1 if backs_off else 0
+    backoff = int(min(wait, HORIZON, shape.deepest, recovery)) - 1 if backs_off else 0
     return Choice(best, best, prediction, backoff=backoff)
 
 
@@ -88,7 +89,8 @@ class Smart:
     cost: measured costs (None: a guess that real rounds correct). calibration, forecast: stored
     priors. max_levels, children: the deepest tree and the proposals per node that are considered.
     max_round_slowdown: no request of several is slower, per token, than this multiple of plain
-    decoding's time, but for what the drafter has to catch up with. exploration_budget: share of the
+    decoding's time; of what a model must read before it can draft, a share is counted in each of
+    the rounds that follow. exploration_budget: share of the
     time that may go into exploring the options predicted worse.
     """
 
@@ -117,12 +119,13 @@ class Smart:
             forecast or Forecast(calibration),
             Exploration(budget),
             Overhead(cost.overhead_seconds),
-            Fairness(slowdown),
+            Credit(slowdown),
         )
         self.statistics = Statistics()
         self._ends = token_array(eos_token_ids)
         self._predictions: dict[tuple[object, ...], Prediction] = {}
-        self._choice: Choice | None = None  # for the round to come; None: it did not ask
+        # By which the last round was planned; None where it was plain without a choice.
+        self._choice: Choice | None = None
 
     @property
     def cost(self) -> CostModel:
@@ -142,21 +145,23 @@ class Smart:
             return None
         for round in state.backoff.take():
             self._learn(round, None)
-        limits = batch.limits
-        # A lone request has nobody to wait for.
-        longest = state.fairness.limit(batch.requests) if batch.size > 1 else math.inf
-        shape = Shape.of(batch, limits, longest)
+        depths = batch.limits
+        longest = math.inf
+        recovery = HORIZON
+        if batch.size > 1:  # a lone request has nobody to wait for
+            longest = state.credit.longest_round(batch.requests)
+            recovery = state.credit.recovery(batch.requests) or HORIZON
+        shape = Shape.of(batch, depths, longest)
         if not shape.drafting:
             return None
         if learn_plain(state):
             self._predictions.clear()
         prediction = self.predict(shape)
-        explored = state.explored if state.best is prediction.best else None
-        self._choice = choose(prediction, state.exploration, explored, shape)
+        self._choice = choose(prediction, state, shape, recovery)
         self._apply(self._choice, batch.size)
         if self._choice.mode is Mode.PLAIN:
             return None
-        return self._rule(self._choice, batch, limits, shape.deepest)
+        return self._rule(self._choice, batch, depths, shape.deepest)
 
     def predict(self, shape: Shape) -> Prediction:
         """Return what plain decoding and every way to draft would bring, kept until something is
@@ -177,11 +182,11 @@ class Smart:
         if choice.begins:
             state.explored = choice.mode
             price = choice.prediction.price(choice.mode)
-            state.exploration.begin(price, size == 1)
+            state.exploration.begin(price, lone=size == 1)
         if choice.backoff:
             state.backoff.begin(choice.backoff, size)
 
-    def _rule(self, choice: Choice, batch: BatchState, limits: IntArray, deepest: int) -> TreeRule:
+    def _rule(self, choice: Choice, batch: BatchState, depths: IntArray, deepest: int) -> TreeRule:
         """Return the rule of a mode, under which how deep to go is decided level by level."""
         levels = min(self.max_levels, deepest) if choice.mode is Mode.MODEL else 0
         keep = choice.prediction.keep[choice.mode]
@@ -193,7 +198,7 @@ class Smart:
         # An exploration is to learn of the model.
         may_skip = choice.mode is Mode.MODEL and not choice.explores
         skip_model = choice.prediction.skip_model if may_skip else None
-        return TreeRule(levels, self.children, limits, self._ends, expand, keep, scores, skip_model)
+        return TreeRule(levels, self.children, depths, self._ends, expand, keep, scores, skip_model)
 
     def observe(self, round: Round) -> None:
         """Learn from any round; explorations pay for what they lost."""
@@ -211,7 +216,7 @@ class Smart:
     def _learn(self, round: Round, choice: Choice | None) -> None:
         state = self.state
         forecast_rate = choice.forecast_rate(round) if choice else 0.0
-        changed = learn(state, round, forecast_rate, choice.prediction.plain if choice else 1.0)
+        changed = learn(state, round, forecast_rate, choice.prediction.plain if choice else None)
         if choice is not None and choice.explores:
             if state.exploration.observe(choice.loss(round), choice.prediction.plain):
                 learn_plain(state)

@@ -12,7 +12,7 @@ import numpy as np
 from smart_decoding.core.batch import merged
 from smart_decoding.core.calibration import HORIZON
 from smart_decoding.core.costs import SURPRISE
-from smart_decoding.core.selection import BestRate
+from smart_decoding.core.selection import BestRate, RoundCosts
 
 if TYPE_CHECKING:
     from smart_decoding.core.batch import Round
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
 COSTS_EVERY = 8
 
 
-def learn(state: SmartState, round: Round, forecast_rate: float, plain: float) -> bool:
+def learn(state: SmartState, round: Round, forecast_rate: float, plain: float | None) -> bool:
     """Learn from a round; return whether predictions depend on what was learned.
 
     forecast_rate: tokens per second that were forecast of it; 0: it says nothing of them. plain:
-    seconds that a plain round was predicted to take."""
+    seconds that a plain round was predicted to take; None: the round was one."""
     batch = round.batch
     if not batch.prefill_rows:
         state.overhead.observe(batch.size, round.rule is not None, round.other_seconds)
     if batch.size > 1:
-        state.fairness.observe(batch.requests, round.tokens, _seconds(round, plain) / plain)
+        state.credit.observe(batch.requests, round.tokens, _plain_rounds(round, plain))
     if round.rule is None:
         # Rounds with prompts have as many rows as those that draft.
         (state.drafted if batch.prefill_rows else state.plain).add(round)
@@ -43,8 +43,8 @@ def learn(state: SmartState, round: Round, forecast_rate: float, plain: float) -
         _learn_costs(state, state.drafted)
     _observe_trees(state, round, forecast_rate)
     # As if accepted nodes were Poisson.
-    surprised = state.missing**2 > SURPRISE**2 * state.expected
-    due = len(state.waiting) >= min(HORIZON, state.rounds - len(state.waiting))
+    surprised = state.shortfall**2 > SURPRISE**2 * state.expected
+    due = len(state.unlearned) >= min(HORIZON, state.rounds - len(state.unlearned))
     return (surprised or due) and learn_acceptance(state)
 
 
@@ -56,13 +56,13 @@ def learn_plain(state: SmartState) -> bool:
 
 def learn_acceptance(state: SmartState) -> bool:
     """Learn from the trees since the last time; return whether there were any."""
-    if not state.waiting:
+    if not state.unlearned:
         return False
-    trees, nodes, chosen = merged(state.waiting)
-    kinds = np.concatenate([round.batch.kind for round in state.waiting])
-    state.waiting.clear()
+    trees, nodes, chosen = merged(state.unlearned)
+    kinds = np.concatenate([round.batch.kind for round in state.unlearned])
+    state.unlearned.clear()
     state.expected = 0.0
-    state.missing = 0.0
+    state.shortfall = 0.0
     state.calibration.observe(trees, nodes, chosen, kinds)
     if (trees.source == 0).any():  # nodes of the model drafter
         state.forecast.observe(trees)
@@ -78,24 +78,30 @@ def _learn_costs(state: SmartState, timings: Timings) -> bool:
 
 def _observe_trees(state: SmartState, round: Round, forecast_rate: float) -> None:
     rule = round.rule
-    if rule is None or rule.scores is None:  # what was drafted is not calibrated
+    assert rule is not None
+    if rule.scores is None:  # what was drafted is not calibrated
         state.calibration.score(round.trees, round.batch.kind)
-    state.waiting.append(round)
+    state.unlearned.append(round)
     expected = round.expected
     state.expected += expected
-    state.missing += expected - round.accepted
-    if not forecast_rate or rule is None or not isinstance(rule.keep, BestRate):
+    state.shortfall += expected - round.accepted
+    if not forecast_rate or not isinstance(rule.keep, BestRate):
         return
     costs = rule.keep.costs
-    seconds = _seconds(round, 0.0)
     realised = state.with_model if rule.levels else state.free
-    realised.observe(round.batch.size, costs.tokens + expected, forecast_rate * seconds)
+    forecast = forecast_rate * _seconds(round, costs)
+    realised.observe(round.batch.size, costs.tokens + expected, forecast)
 
 
-def _seconds(round: Round, plain: float) -> float:
-    """Return what a round was predicted to take, a plain one `plain`."""
-    if round.rule is None or not isinstance(round.rule.keep, BestRate):
-        return plain
-    costs = round.rule.keep.costs
+def _plain_rounds(round: Round, plain: float | None) -> float:
+    """Return how many plain rounds a round was predicted to last."""
+    rule = round.rule
+    if plain is None or rule is None or not isinstance(rule.keep, BestRate):
+        return 1.0
+    return _seconds(round, rule.keep.costs) / plain
+
+
+def _seconds(round: Round, costs: RoundCosts) -> float:
+    """Return what a drafting round was predicted to take."""
     further = sum(costs.levels[round.level_widths[1:]].tolist())
     return float(costs.sunk + further + float(costs.verify[len(round.kept)]))

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True)
 class Shape:
     """What a prediction depends on. drafting: requests that may draft. deepest: useful level.
-    context: mean tokens. kinds: [KINDS] requests of each. waiting: rows to catch up with. longest:
-    plain rounds that the round may last."""
+    context: mean tokens. kinds: [KINDS] requests of each. waiting: rows to catch up with. stay:
+    rounds that catching up is shared among. longest: plain rounds that the round may last."""
 
     size: int
     drafting: int

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from smart_decoding.core.batch import Round
     from smart_decoding.core.calibration import Calibration, Forecast
     from smart_decoding.core.costs import CostModel, Sample
-    from smart_decoding.core.policies.smart.fairness import Fairness
+    from smart_decoding.core.policies.smart.credit import Credit
 
 
 # Standard deviation of one request's log rate, in a round of free drafters, over its forecast.
@@ -28,8 +28,8 @@ UNSURE = 0.3
 
 
 class Realised:
-    """All tokens of some rounds, over those that were forecast for their seconds, by size bucket:
-    the mean of single rounds' ratios would say less than all of them together reach.
+    """Tokens that drafted trees are expected to bring, over those forecast for their seconds, by
+    size bucket. Sums of several rounds are divided: single rounds' ratios have a larger mean.
 
     unsure: standard deviation of one request's log ratio, by which sizes that were hardly tried are
     believed to be better (optimism). Free drafters need that: they cost next to nothing, and their
@@ -44,11 +44,10 @@ class Realised:
         """Return the ratio for batches of about this size. The forecast counts as one round: so one
         whose nodes had no memory does not end all drafting."""
         bucket = size_bucket(size)
-        tokens = self._tokens[bucket]
-        ratio = tokens.mean / self._forecast[bucket].mean if tokens.count else 1.0
-        rounds = 1 + tokens.count
-        optimism = math.exp(self.unsure / math.sqrt(rounds * size))
-        return optimism * (1.0 + tokens.count * ratio) / rounds
+        count = self._tokens[bucket].count if bucket in self._tokens else 0
+        ratio = self._tokens[bucket].mean / self._forecast[bucket].mean if count else 1.0
+        optimism = math.exp(self.unsure / math.sqrt((1 + count) * size))
+        return optimism * (1.0 + count * ratio) / (1 + count)
 
     def observe(self, size: int, tokens: float, forecast: float) -> None:
         """After a round that brings so many tokens, in place of those forecast."""
@@ -142,26 +141,27 @@ class SmartState:
     the model's rounds reach of their forecast, as choosing among real nodes does better than a mean
     can predict. free: what rounds of free drafters reach of a plain one's rate.
 
-    plain, drafted: times that costs are not corrected by yet. rounds: that drafted. waiting: those
-    whose trees are not learned from yet. expected, missing: nodes that these should have accepted,
-    and accepted less.
+    plain, drafted: times that costs are not corrected by yet; of plain rounds, and of those with
+    more rows: nodes or prompts. rounds: that drafted. unlearned: those of them whose trees are not
+    learned from yet. expected, shortfall: nodes that these were expected to accept, and that less
+    the accepted ones.
 
-    best: the mode predicted best last. explored: by the last exploration."""
+    best: the mode predicted best last. explored: the mode of the last exploration."""
 
     cost: CostModel
     calibration: Calibration
     forecast: Forecast
     exploration: Exploration
     overhead: Overhead
-    fairness: Fairness
+    credit: Credit
     with_model: Realised = field(default_factory=Realised)
     free: Realised = field(default_factory=lambda: Realised(UNSURE))
     plain: Timings = field(default_factory=Timings)
     drafted: Timings = field(default_factory=Timings)
     rounds: int = 0
-    waiting: list[Round] = field(default_factory=list)
+    unlearned: list[Round] = field(default_factory=list)
     expected: float = 0.0
-    missing: float = 0.0
+    shortfall: float = 0.0
     best: Mode = Mode.PLAIN
     explored: Mode = Mode.PLAIN
     backoff: Backoff = field(default_factory=Backoff)

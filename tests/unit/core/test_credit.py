@@ -1,0 +1,85 @@
+"""What requests of a batch pay for each other's drafts."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from smart_decoding.core.policies.smart.credit import MOST, START, Credit
+
+PAIR = ("a", "b")
+
+
+def test_a_new_request_can_wait_for_a_first_draft() -> None:
+    assert 1.5 < Credit(1.25).longest_round(PAIR) <= 1.25 + START
+
+
+def test_the_poorest_request_decides() -> None:
+    credit = Credit(1.25)
+    for _ in range(4):
+        credit.observe(PAIR, [3, 1], 1.5)  # one gains much, the other nothing
+    assert credit.longest_round(["a"]) == 2
+    assert credit.longest_round(PAIR) == credit.longest_round(["b"]) < 1.5
+
+
+def test_credit_comes_back_in_plain_rounds() -> None:
+    credit = Credit(1.25)
+    credit.observe(PAIR, [1, 1], 4.0)
+    assert credit.longest_round(PAIR) == 0.0
+    rounds = credit.recovery(PAIR)
+    assert rounds > 1
+    for _ in range(rounds):
+        credit.observe(PAIR, [1, 1], 1.0)
+    assert credit.recovery(PAIR) == 0
+    assert credit.longest_round(PAIR) > 1.5
+
+
+def test_who_sits_a_round_out_keeps_its_credit() -> None:
+    credit = Credit(1.25)
+    credit.observe(PAIR, [1, 1], 4.0)
+    credit.observe(["b"], [1], 1.0)
+    assert credit.longest_round(["a"]) == 0.0
+
+
+def test_ended_requests_are_forgotten_in_the_end() -> None:
+    credit = Credit(1.25)
+    for number in range(5000):
+        credit.observe([number, number + 1], [1, 1], 1.0)
+    assert len(credit._known) < 2000
+
+
+def test_without_a_limit_or_names_nothing_is_lost() -> None:
+    assert Credit(math.inf).longest_round(PAIR) == math.inf
+    credit = Credit(1.25)
+    credit.observe((), [1, 1], 9.0)
+    assert credit.longest_round(()) == Credit(1.25).longest_round(PAIR)
+
+
+@given(
+    st.floats(1.0, 8.0),
+    st.lists(st.tuples(st.integers(1, 9), st.floats(0.5, 9.0)), max_size=200),
+)
+def test_no_answer_is_slower_than_the_limit_and_its_first_credit(
+    slowdown: float, rounds: list[tuple[int, float]]
+) -> None:
+    """Rounds may be as long as allowed, whatever a request gains by them."""
+    credit = Credit(slowdown)
+    waited = 0.0
+    tokens = 0
+    for count, wish in rounds:
+        lasts = max(1.0, min(wish, credit.longest_round(PAIR)))
+        credit.observe(PAIR, [count, 9], lasts)
+        waited += lasts
+        tokens += count
+        assert waited <= slowdown * tokens + START + 1e-6
+
+
+@pytest.mark.parametrize("gain", [2, 9])
+def test_old_gains_do_not_count_for_ever(gain: int) -> None:
+    credit = Credit(1.25)
+    for _ in range(1000):
+        credit.observe(PAIR, [gain, gain], 1.0)
+    assert credit._known["a"] == MOST
