@@ -1,13 +1,17 @@
 """A family is described as data: what computes reads the description, and asks for no name."""
 
+from __future__ import annotations
+
 import ast
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 import smart_decoding
-from smart_decoding.models.families.layer import PRE_NORMS
+from smart_decoding.models.checkpoints.memory import EngineLimits, work_bytes
+from smart_decoding.models.families.layer import PRE_NORMS, FeedForward
 from smart_decoding.models.families.reading import (
     FAMILIES,
     config_from_hf,
@@ -15,6 +19,10 @@ from smart_decoding.models.families.reading import (
     gguf_family,
 )
 
+if TYPE_CHECKING:
+    from smart_decoding.models.families.config import ModelConfig
+
+OF_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 MODELS = Path(smart_decoding.__file__).parent / "models"
 SIZES: dict[str, Any] = {
     "num_hidden_layers": 6,
@@ -43,7 +51,8 @@ def test_only_the_reader_of_configurations_asks_for_a_family() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES, ids=[family.name for family in FAMILIES])
 def test_a_family_is_found_by_each_of_its_names(family: Any) -> None:
-    config = config_from_hf({**SIZES, "architectures": [family.architecture]})
+    more = OF_EXPERTS if "num_experts" in family.options else {}
+    config = config_from_hf({**SIZES, **more, "architectures": [family.architecture]})
     assert family_of(config) is family
     if family.gguf is not None:
         assert gguf_family(family.gguf) is family
@@ -60,3 +69,32 @@ def test_each_layer_is_described_by_itself() -> None:
     head = config.of_head().layer(0)
     assert (head.norms, head.attention.window, head.ffn.gelu) == (PRE_NORMS, 0, False)
     assert not head.attention.local_rope
+
+
+def mixture(**changes: Any) -> ModelConfig:
+    architecture = {"architectures": ["Qwen3MoeForCausalLM"]}
+    return config_from_hf({**SIZES, **OF_EXPERTS, **architecture, **changes})
+
+
+def test_layers_are_of_experts_but_those_that_are_listed() -> None:
+    def dense(config: ModelConfig) -> list[int]:
+        layers = map(config.layer, range(config.layers))
+        return [n for n, layer in enumerate(layers) if isinstance(layer.ffn, FeedForward)]
+
+    assert dense(mixture()) == []
+    assert dense(mixture(mlp_only_layers=[1, 4])) == [1, 4]
+    assert dense(mixture(decoder_sparse_step=2)) == [0, 2, 4]
+    assert mixture(num_local_experts=4) == mixture(), "as transformers 5 writes it"
+    assert mixture(use_sliding_window=True).windows == (16,) * 6
+
+
+def test_a_head_of_a_mixture_has_one_network() -> None:
+    assert mixture().of_head().layer(0).ffn == FeedForward(64, gelu=False)
+
+
+def test_work_on_experts_has_room() -> None:
+    """More rows than the layers' own are those of experts: two for each of the others."""
+    limits = EngineLimits(kv_tokens=64, pages=4, rows=10, longest=64)
+    wide = mixture(moe_intermediate_size=1000)
+    more = work_bytes(wide, limits) - work_bytes(replace(wide, experts=None), limits)
+    assert more == 4 * 10 * (4 + 2 * (32 + 1000) - 2 * 64)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import json
 import math
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from smart_decoding.errors import ConfigError, DownloadError, ModelError
@@ -65,6 +67,24 @@ FAMILIES = {
         {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
     ),
     "qwen3": (transformers.Qwen3Config, {"head_dim": 16}),
+    "qwen3moe": (
+        transformers.Qwen3MoeConfig,
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "norm_topk_prob": True,
+        },
+    ),
+    "qwen3moe-dense": (
+        transformers.Qwen3MoeConfig,
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 32,
+            "mlp_only_layers": [0],
+        },
+    ),
     "gemma3": (
         transformers.Gemma3TextConfig,
         {
@@ -139,14 +159,11 @@ def test_reads_what_transformers_writes(name: str, shard: str, tmp_path: Path) -
 
     checkpoint = load_checkpoint(tmp_path / name)
 
-    expected = model.state_dict()
+    expected = held_by(model)
     config = checkpoint.config
-    assert set(config.expected_shapes()) == set(expected) - (
-        {"lm_head.weight"} if config.tie_embeddings else set()
-    )
+    assert set(config.expected_shapes()) == set(expected)
     for weight in config.expected_shapes():
-        beyond = 1.0 if name == "gemma3" and weight.endswith("norm.weight") else 0.0
-        assert torch.equal(checkpoint.weights[weight], expected[weight] + beyond)
+        assert torch.equal(checkpoint.weights[weight], expected[weight])
     assert (config.layers, config.heads, config.kv_heads, config.vocab) == (2, 4, 2, 300)
     assert (config.eos_token_ids, config.bos_token_id) == ((2,), 1)
     inverse, factor = config.inverse_frequencies()
@@ -269,6 +286,37 @@ def test_layers_with_windows_are_those_of_transformers(
 def test_refuses_by_name(folder: Path, changes: dict[str, Any], words: list[str]) -> None:
     change_config(folder, **changes)
     assert_refused(folder, *words)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"architectures": ["Qwen2MoeForCausalLM"]}, ["Qwen2MoeForCausalLM"]),
+        ({"architectures": ["Qwen3ForCausalLM"]}, ["num_local_experts = 4", "Qwen3ForCausalLM"]),
+        ({"shared_expert_intermediate_size": 64}, ["shared_expert_intermediate_size = 64"]),
+        ({"num_experts_per_tok": 5}, ["5 of 4 experts"]),
+        ({"num_experts": 1 << 20}, ["1048576 experts", "at most 65536"]),
+        ({"num_experts": 5}, ["mlp.gate.weight", "(4, 32)", "(5, 32)"]),
+        ({"num_experts": 3}, ["mlp.gate.weight", "(4, 32)", "(3, 32)"]),
+        ({"moe_intermediate_size": 0}, ["0 gates"]),
+        ({"moe_intermediate_size": 48}, ["mlp.experts.0.gate_proj.weight", "(32, 32)"]),
+        ({"decoder_sparse_step": 2}, ["mlp.gate_proj.weight"]),
+        ({"num_experts_per_tok": None}, ["config.json"]),
+    ],
+)
+def test_refuses_mixtures_that_are_not_computed(
+    changes: dict[str, Any], words: list[str], tmp_path: Path
+) -> None:
+    tiny_model("qwen3moe").save_pretrained(tmp_path)
+    change_config(tmp_path, **changes)
+    assert_refused(tmp_path, *words)
+
+
+def test_refuses_a_gguf_file_with_a_shared_expert(tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(GGUF_NAMES, "mlp.experts.up_proj", "ffn_up_shexp")
+        write_gguf(tmp_path / "tiny.gguf", "qwen3moe")
+    assert_refused(tmp_path / "tiny.gguf", "blk.0.ffn_up_shexp.weight")
 
 
 def test_refuses_quantised_weights_before_any_file_of_weights_is_opened(folder: Path) -> None:
@@ -455,6 +503,10 @@ GGUF_NAMES = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "mlp.gate": "ffn_gate_inp",
+    "mlp.experts.gate_proj": "ffn_gate_exps",
+    "mlp.experts.up_proj": "ffn_up_exps",
+    "mlp.experts.down_proj": "ffn_down_exps",
 }
 
 
@@ -493,22 +545,28 @@ def write_gguf(
     if "head_dim" in FAMILIES[name][1]:  # as llama.cpp's converter writes it where it is its own
         writer.add_key_length(model.config.head_dim)
         writer.add_value_length(model.config.head_dim)
+    if architecture == "qwen3moe":
+        writer.add_expert_count(4)
+        writer.add_expert_used_count(2)
+        writer.add_expert_feed_forward_length(32)
     for key, value in metadata.items():
         writer.add_uint32(f"{architecture}.{key}", value)
     add_tokenizer(writer, "qwen2" if name.startswith("qwen") else "smollm")
     if rope_freqs is not None:
         writer.add_tensor("rope_freqs.weight", rope_freqs)
     expected = {}
-    for key, tensor in held_by(model).items():
+    for key, tensor in of_all_experts(held_by(model)).items():
         array = tensor.numpy()
-        if kind != gguf.GGMLQuantizationType.F32 and array.ndim == 2:
+        quantised = kind != gguf.GGMLQuantizationType.F32 and array.ndim > 1
+        quantised &= not key.endswith("mlp.gate.weight")  # as llama.cpp's converter leaves it
+        if quantised:
             rounded = gguf.quants.dequantize(gguf.quants.quantize(array, kind), kind)
-            expected[key] = torch.from_numpy(rounded).bfloat16()
+            expected |= by_expert(key, torch.from_numpy(rounded).bfloat16())
         else:
-            expected[key] = tensor
+            expected |= by_expert(key, tensor)
         if architecture == "llama" and ("q_proj" in key or "k_proj" in key):
             array = interleaved(array, 4 if "q_proj" in key else 2)
-        if kind != gguf.GGMLQuantizationType.F32 and array.ndim == 2:
+        if quantised:
             quants = gguf.quants.quantize(array, kind)
             writer.add_tensor(gguf_name(key, architecture), quants, raw_dtype=kind)
         else:
@@ -518,13 +576,32 @@ def write_gguf(
 
 
 def held_by(model: transformers.PreTrainedModel) -> dict[str, torch.Tensor]:
-    """The weights that a GGUF file of a model holds."""
-    weights = model.state_dict()
+    """The weights that layers multiply by, under their names in safetensors."""
+    weights = revert_weight_conversion(model, model.state_dict())
     if model.config.tie_word_embeddings:
         del weights["lm_head.weight"]
     if model.config.model_type == "gemma3_text":
         weights |= {key: w + 1 for key, w in weights.items() if key.endswith("norm.weight")}
     return weights
+
+
+def of_all_experts(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same with the matrices of all experts in one tensor, as GGUF files hold them."""
+    held: dict[str, Any] = {}
+    for name, weight in weights.items():
+        stacked, experts = re.subn(r"experts\.\d+", "experts", name)
+        if experts:
+            held.setdefault(stacked, []).append(weight)
+        else:
+            held[name] = weight
+    return {k: torch.stack(w) if isinstance(w, list) else w for k, w in held.items()}
+
+
+def by_expert(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """One of these as it is read back."""
+    if "experts." not in name:
+        return {name: weight}
+    return {name.replace("experts.", f"experts.{n}."): each for n, each in enumerate(weight)}
 
 
 def add_shape(writer: gguf.GGUFWriter) -> None:
@@ -560,7 +637,9 @@ def add_tokenizer(writer: gguf.GGUFWriter, pre: str) -> None:
     writer.add_eos_token_id(2)
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-bias", "llama3", "qwen2", "qwen3", "gemma3"])
+@pytest.mark.parametrize(
+    "name", ["llama", "llama-bias", "llama3", "qwen2", "qwen3", "qwen3moe", "gemma3"]
+)
 def test_reads_gguf_exactly(name: str, tmp_path: Path) -> None:
     expected = write_gguf(tmp_path / "tiny.gguf", name)
     checkpoint = load_checkpoint(tmp_path / "tiny.gguf")
@@ -568,14 +647,14 @@ def test_reads_gguf_exactly(name: str, tmp_path: Path) -> None:
     for key, tensor in expected.items():
         assert torch.equal(checkpoint.weights[key], tensor), key
     assert checkpoint.config.qkv_bias == (name in ("qwen2", "llama-bias"))
-    assert checkpoint.config.qk_norm == (name in ("qwen3", "gemma3"))
+    assert checkpoint.config.qk_norm == (name in ("qwen3", "qwen3moe", "gemma3"))
     assert checkpoint.config.head_dim == (16 if name == "qwen3" else 8)
     assert checkpoint.config.tie_embeddings == (name in ("llama", "qwen2", "gemma3"))
     tokenizer = Tokenizer.load(checkpoint.tokenizer_source)
     assert tokenizer.encode("he<|eos|>") == [259, 2]
 
 
-@pytest.mark.parametrize("name", ["llama3", "qwen3", "gemma3"])
+@pytest.mark.parametrize("name", ["llama3", "qwen3", "qwen3moe", "gemma3"])
 def test_transformers_reads_what_is_expanded(name: str, tmp_path: Path) -> None:
     write_gguf(tmp_path / "tiny.gguf", name)
     folder = load_checkpoint(tmp_path / "tiny.gguf").tokenizer_source
@@ -657,6 +736,15 @@ def test_sizes_that_no_gemma_has_are_refused(tmp_path: Path) -> None:
     assert_refused(tmp_path, "windows", "2 layers")
     change_config(tmp_path, layer_types=None, final_logit_softcapping=30.0)
     assert_refused(tmp_path, "final_logit_softcapping")
+
+
+def test_experts_are_rounded_and_what_chooses_them_is_not(tmp_path: Path) -> None:
+    tiny_model("qwen3moe").save_pretrained(tmp_path)
+    plain = load_checkpoint(tmp_path).weights
+    rounded = load_checkpoint(tmp_path, quantization="int4").weights
+    assert isinstance(rounded["model.layers.0.mlp.experts.3.up_proj.weight"], QuantizedTensor)
+    router = "model.layers.0.mlp.gate.weight"
+    assert torch.equal(as_tensor(rounded[router]), as_tensor(plain[router]))
 
 
 def test_gemmas_matrices_are_rounded_and_its_norms_are_not(tmp_path: Path) -> None:
@@ -788,7 +876,7 @@ STORED = ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4"]
 
 
 @pytest.mark.parametrize("kind", STORED)
-@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma3"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3moe", "gemma3"])
 def test_stored_weights_are_the_expanded_ones(kind: str, name: str, tmp_path: Path) -> None:
     path = tmp_path / "tiny.gguf"
     write_gguf(path, name, gguf.GGMLQuantizationType[kind])
@@ -797,7 +885,7 @@ def test_stored_weights_are_the_expanded_ones(kind: str, name: str, tmp_path: Pa
     assert set(checkpoint.weights) == set(expanded)
     for key, tensor in expanded.items():
         stored = checkpoint.weights[key]
-        is_matrix = "norm" not in key and "bias" not in key
+        is_matrix = not any(part in key for part in ("norm", "bias", "mlp.gate."))
         assert isinstance(stored, QuantizedTensor) == (kind.startswith(("Q", "MX")) and is_matrix)
         assert torch.equal(as_tensor(stored).to(tensor.dtype), tensor), key
     assert "as stored" in checkpoint.provenance["weights"]

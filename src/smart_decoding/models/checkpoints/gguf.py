@@ -162,17 +162,14 @@ def _convert(
     factors = None if rope_factors is None else np.asarray(rope_factors.data, np.float32)
     config = config_from_gguf(metadata, tensors.keys(), factors)
     check(config)
-    family = family_of(config)
-    shapes = {
-        hf_name(name, family): tuple(int(n) for n in reversed(tensor.shape))
-        for name, tensor in tensors.items()
-    }
+    index = _index(config, tensors, parts)
+    shapes = {name: tuple(entry["shape"]) for name, entry in index.items()}
     check_tensors(config, shapes, source.path.name)
+    family = family_of(config)
     tokenizer = Tokenizer.from_gguf(metadata, family.gguf_space)
     need = 0 if stored else 2 * sum(int(tensor.n_elements) for tensor in tensors.values())
     with scratch(need) as part:
         record = {"source": source.path.name}
-        index = _index(config, tensors, parts)
         if stored:
             (part / TENSORS).write_text(json.dumps(index))
             progress(1.0)
@@ -208,11 +205,12 @@ def _read_parts(path: Path) -> tuple[Metadata, dict[str, Any], dict[str, int]]:
 def _index(
     config: ModelConfig, tensors: Mapping[str, Any], parts: Mapping[str, int]
 ) -> dict[str, dict[str, Any]]:
-    """Return what StoredWeights must know of each tensor. part: the number of its file; heads:
-    whose rows are reordered, or None."""
+    """Return what StoredWeights must know of each tensor, and of each expert's part of one. part:
+    the number of its file; heads: whose rows are reordered, or None."""
     family = family_of(config)
-    return {
-        hf_name(name, family): {
+    index: dict[str, dict[str, Any]] = {}
+    for name, tensor in tensors.items():
+        entry = {
             "tensor": name,
             "part": parts[name],
             "type": tensor.tensor_type.name,
@@ -221,7 +219,23 @@ def _index(
             "bytes": int(tensor.n_bytes),
             "heads": _split_heads(config, name),
         }
-        for name, tensor in tensors.items()
+        theirs = hf_name(name, family)
+        index |= _by_expert(theirs, entry) if "{}" in theirs else {theirs: entry}
+    return index
+
+
+def _by_expert(name: str, entry: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the entries of a tensor [experts, rows, columns]: a matrix for each expert."""
+    count, *shape = entry["shape"]
+    size = entry["bytes"] // max(count, 1)
+    return {
+        name.format(number): {
+            **entry,
+            "shape": shape,
+            "offset": entry["offset"] + number * size,
+            "bytes": size,
+        }
+        for number in range(count)
     }
 
 
@@ -271,8 +285,8 @@ def half_split(weight: MatrixT, heads: int) -> MatrixT:
 
 
 def hf_name(name: str, family: Family) -> str:
-    """Return the Hugging Face name of a GGUF tensor; ModelError for one that no supported model
-    has."""
+    """Return the Hugging Face name of a GGUF tensor, {} for an expert's number; ModelError for one
+    that no supported model has."""
     match = _BLOCK.fullmatch(name)
     if match and match[2] in family.gguf_names:
         return f"model.layers.{match[1]}.{family.gguf_names[match[2]]}.{match[3]}"

@@ -82,7 +82,11 @@ def work_bytes(config: ModelConfig, limits: EngineLimits) -> int:
     """Return bytes of activations and logits of the largest forward, in float32, and of the rotary
     table."""
     heads = (2 * config.heads + 2 * config.kv_heads) * config.head_dim
-    row = 2 * config.hidden + heads + 2 * config.ffn + config.vocab
+    network = 2 * config.ffn
+    if (experts := config.experts) is not None:
+        of_each = config.hidden + experts.each.width
+        network = max(network, experts.count + experts.per_token * of_each)
+    row = 2 * config.hidden + heads + network + config.vocab
     angles = config.head_dim * (2 if config.local_theta else 1)
     return 4 * (limits.rows * row + limits.longest * angles)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from smart_decoding.kernels.weights import Matrix, QuantizedTensor
+from smart_decoding.models.families.layer import ROUTER
 
 _GROUP = 32
 _PART = 4096  # rows that are rounded at once: all of a vocabulary's in float32 would be gigabytes
@@ -24,7 +25,7 @@ _BY_TOKEN = ("lm_head.weight", "model.embed_tokens.weight")
 class RoundedWeights(Mapping[str, Matrix]):
     """A checkpoint's weights, its matrices quantised as `scheme` says: int8 or int4.
 
-    Matrices whose rows are no whole groups stay what they are."""
+    Matrices whose rows are no whole groups stay what they are, and those that choose experts."""
 
     def __init__(self, weights: Mapping[str, Matrix], scheme: str) -> None:
         self._weights = weights
@@ -91,7 +92,7 @@ def _bytes_of(shape: tuple[int, ...], format_: str | None) -> int:
 
 
 def _format_of(name: str, shape: tuple[int, ...], scheme: str) -> str | None:
-    if len(shape) != 2 or shape[1] % _GROUP:
+    if len(shape) != 2 or shape[1] % _GROUP or name.endswith(ROUTER):
         return None
     return _format(name, scheme)
 

@@ -18,6 +18,7 @@ from smart_decoding.models.families import rope
 from smart_decoding.models.families.layer import (
     PRE_NORMS,
     Attention,
+    Experts,
     FeedForward,
     LayerConfig,
     Norms,
@@ -36,6 +37,7 @@ _MOST = {
     "vocab": 1 << 24,
     "max_positions": 1 << 30,
 }
+_MOST_EXPERTS = 1 << 17  # of all layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +50,8 @@ class ModelConfig:
     attend to all. local_theta: RoPE's base in layers with a window, where it is another.
     query_scalar: what scores are divided by the root of, in place of head_dim. shifted_norms:
     published weights of norms are what is beyond 1. embedding_scale: what embeddings are
-    multiplied by."""
+    multiplied by. experts: what layers have in place of one feed-forward network, all but
+    `dense_layers`."""
 
     family: str
     layers: int
@@ -76,6 +79,8 @@ class ModelConfig:
     shifted_norms: bool = False
     gelu: bool = False
     embedding_scale: float = 1.0
+    experts: Experts | None = None
+    dense_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         # files may name further end tokens, which the model cannot draw
@@ -93,6 +98,8 @@ class ModelConfig:
             raise ModelError(f"the config has windows {self.windows} for {self.layers} layers")
         if self.query_scalar is not None and self.query_scalar < 1:
             raise ModelError(f"the config has query_pre_attn_scalar = {self.query_scalar}")
+        if self.experts is not None:
+            _check_experts(self.experts, self.layers)
         with np.errstate(all="ignore"):
             frequencies = [*self.inverse_frequencies()[0], *self.local_frequencies()]
         if not np.isfinite([*frequencies, self.rms_eps]).all():
@@ -112,7 +119,9 @@ class ModelConfig:
             local_rope=window > 0 and self.local_theta is not None,
             query_scalar=self.query_scalar,
         )
-        ffn = FeedForward(self.ffn, self.gelu)
+        ffn: FeedForward | Experts = FeedForward(self.ffn, self.gelu)
+        if self.experts is not None and number not in self.dense_layers:
+            ffn = self.experts
         return LayerConfig(
             self.hidden, self.rms_eps, self.norms, self.shifted_norms, attention, ffn
         )
@@ -177,6 +186,16 @@ class ModelConfig:
         if self.local_theta is None:
             return []
         return [*rope.inverse_frequencies(self.local_theta, self.head_dim, None)[0]]
+
+
+def _check_experts(experts: Experts, layers: int) -> None:
+    if not 1 <= experts.per_token <= experts.count <= _MOST_EXPERTS // layers:
+        raise ModelError(
+            f"the config has {experts.per_token} of {experts.count} experts for a token, "
+            f"not 1 to all of at most {_MOST_EXPERTS // layers}"
+        )
+    if not 1 <= experts.each.width <= _MOST["ffn"]:
+        raise ModelError(f"the config has experts of {experts.each.width} gates")
 
 
 def windows_of(size: int, has_window: Sequence[bool]) -> tuple[int, ...]:

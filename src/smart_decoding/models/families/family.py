@@ -43,9 +43,10 @@ class Family:
     it is written. options, gguf_options: options that reading.py refuses of other families.
     from_hf: completes the common configuration by the contents of config.json. from_gguf: the same
     by the metadata. to_hf: entries of config.json in addition to the common ones, or in their
-    place. gguf_names: names of a layer's tensors in GGUF files, and in safetensors. gguf_pairs:
-    GGUF files have rows of q and k in llama.cpp's own order. gguf_space: SentencePiece puts a blank
-    before a text where a GGUF file does not say it."""
+    place. gguf_names: names of a layer's tensors in GGUF files, and in safetensors, which have a
+    tensor for each expert ({}). gguf_pairs: GGUF files have rows of q and k in llama.cpp's own
+    order. gguf_space: SentencePiece puts a blank before a text where a GGUF file does not say
+    it."""
 
     name: str
     architecture: str

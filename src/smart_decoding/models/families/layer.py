@@ -7,6 +7,7 @@ from typing import TypeAlias
 
 # Hugging Face's name of each tensor, and its shape.
 Shapes: TypeAlias = dict[str, tuple[int, ...]]
+ROUTER = "mlp.gate.weight"  # what chooses a row's experts
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,13 +67,37 @@ class FeedForward:
     width: int
     gelu: bool
 
-    def shapes(self, hidden: int) -> Shapes:
+    def shapes(self, hidden: int, prefix: str = "mlp.") -> Shapes:
         """Return its weights."""
         return {
-            "mlp.gate_proj.weight": (self.width, hidden),
-            "mlp.up_proj.weight": (self.width, hidden),
-            "mlp.down_proj.weight": (hidden, self.width),
+            f"{prefix}gate_proj.weight": (self.width, hidden),
+            f"{prefix}up_proj.weight": (self.width, hidden),
+            f"{prefix}down_proj.weight": (hidden, self.width),
         }
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """A mixture of `count` networks. A row runs the `per_token` of them that a router finds most
+    probable, and adds their outputs by these probabilities. normalised: divided by their sum
+    first."""
+
+    count: int
+    per_token: int
+    normalised: bool
+    each: FeedForward
+
+    def shapes(self, hidden: int) -> Shapes:
+        """Return its weights, the router's first."""
+        shapes: Shapes = {ROUTER: (self.count, hidden)}
+        for number in range(self.count):
+            shapes |= self.each.shapes(hidden, expert_prefix(number))
+        return shapes
+
+
+def expert_prefix(number: int) -> str:
+    """Return what the names of an expert's weights begin with in a layer."""
+    return f"mlp.experts.{number}."
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +109,12 @@ class LayerConfig:
     norms: Norms
     shifted_norms: bool
     attention: Attention
-    ffn: FeedForward
+    ffn: FeedForward | Experts
+
+    @property
+    def gelu(self) -> bool:
+        """Whether gates go through GELU."""
+        return self.ffn.each.gelu if isinstance(self.ffn, Experts) else self.ffn.gelu
 
     def shapes(self, width: int) -> Shapes:
         """Return its weights, in the order of use. width: of the vectors that q, k and v read."""

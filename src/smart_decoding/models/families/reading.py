@@ -1,6 +1,6 @@
 """The families of models that are supported, and how their configurations are read and written.
 
-Whatever this project does not compute (other architectures, mixtures of experts, quantised weights,
+Whatever this project does not compute (other architectures, shared experts, quantised weights,
 other kinds of RoPE, ...) is refused here by name, before any weight is read.
 """
 
@@ -25,11 +25,12 @@ from smart_decoding.models.families.gemma3 import GEMMA3
 from smart_decoding.models.families.llama import LLAMA
 from smart_decoding.models.families.mistral import MISTRAL
 from smart_decoding.models.families.qwen import QWEN2, QWEN3
+from smart_decoding.models.families.qwen_moe import QWEN3_MOE
 
 if TYPE_CHECKING:
     from smart_decoding.models.families.family import Family
 
-FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA3)
+FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3, QWEN3_MOE, GEMMA3)
 _BY_NAME = {family.name: family for family in FAMILIES}
 _BY_ARCHITECTURE = {family.architecture: family for family in FAMILIES}
 _BY_GGUF = {family.gguf: family for family in FAMILIES if family.gguf}
@@ -44,7 +45,10 @@ _ENDS = frozenset(
     )
 )
 _SOFTCAPS = ("attn_logit_softcapping", "final_logit_softcapping")
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size")
+_EXPERTS = (
+    *("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size"),
+    "shared_expert_intermediate_size",
+)
 _EXPLAINED = {
     "expert_count": ": mixtures of experts are",
     "rope.dimension_count": ": partial rotary embeddings are",

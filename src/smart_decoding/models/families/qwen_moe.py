@@ -1,0 +1,83 @@
+"""Qwen3's mixtures of experts: a Qwen3 with many small feed-forward networks in each layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from smart_decoding.models.families.config import ModelConfig, windows_from_hf
+from smart_decoding.models.families.family import GGUF_NAMES, Family
+from smart_decoding.models.families.layer import Experts, FeedForward
+
+
+def _from_hf(config: ModelConfig, source: Mapping[str, Any]) -> ModelConfig:
+    # transformers 5 writes num_local_experts
+    count = source["num_experts"] if "num_experts" in source else source["num_local_experts"]
+    experts = Experts(
+        count=int(count),
+        per_token=int(source["num_experts_per_tok"]),
+        normalised=bool(source.get("norm_topk_prob", False)),
+        each=FeedForward(int(source["moe_intermediate_size"]), gelu=False),
+    )
+    windows: tuple[int, ...] = ()
+    if source.get("use_sliding_window"):
+        windows = windows_from_hf(source, config.layers, lambda layer: True)
+    return replace(
+        config,
+        qk_norm=True,
+        windows=windows,
+        experts=experts,
+        dense_layers=_dense_layers(config.layers, source),
+    )
+
+
+def _dense_layers(layers: int, source: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return the layers that have one feed-forward network."""
+    listed = source.get("mlp_only_layers") or ()
+    step = int(source.get("decoder_sparse_step", 1))
+    return tuple(layer for layer in range(layers) if layer in listed or (layer + 1) % step)
+
+
+def _from_gguf(config: ModelConfig, metadata: Mapping[str, Any]) -> ModelConfig:
+    experts = Experts(
+        count=int(metadata["qwen3moe.expert_count"]),
+        per_token=int(metadata["qwen3moe.expert_used_count"]),
+        normalised=True,  # as llama.cpp runs them
+        each=FeedForward(int(metadata["qwen3moe.expert_feed_forward_length"]), gelu=False),
+    )
+    return replace(config, experts=experts)
+
+
+def _to_hf(config: ModelConfig) -> dict[str, Any]:
+    assert config.experts is not None
+    return {
+        "num_experts": config.experts.count,
+        "num_experts_per_tok": config.experts.per_token,
+        "moe_intermediate_size": config.experts.each.width,
+        "norm_topk_prob": config.experts.normalised,
+        "mlp_only_layers": list(config.dense_layers),
+        "decoder_sparse_step": 1,
+    }
+
+
+QWEN3_MOE = Family(
+    name="qwen3_moe",
+    architecture="Qwen3MoeForCausalLM",
+    model_type="qwen3_moe",
+    gguf="qwen3moe",
+    options=frozenset(
+        {"attention_bias", "num_experts", "num_local_experts", "moe_intermediate_size"}
+    ),
+    gguf_options=frozenset({"expert_count"}),
+    from_hf=_from_hf,
+    from_gguf=_from_gguf,
+    to_hf=_to_hf,
+    gguf_names={
+        **GGUF_NAMES,
+        "ffn_gate_inp": "mlp.gate",
+        "ffn_gate_exps": "mlp.experts.{}.gate_proj",
+        "ffn_up_exps": "mlp.experts.{}.up_proj",
+        "ffn_down_exps": "mlp.experts.{}.down_proj",
+    },
+)
