@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import transformers
 from torch import Tensor
+from transformers.core_model_loading import revert_weight_conversion
 
 from smart_decoding.core.tree import ROOT, DraftTrees
 from smart_decoding.engine.kv import PAGE
@@ -48,6 +49,7 @@ Llama = transformers.LlamaConfig
 Mistral = transformers.MistralConfig
 Qwen2 = transformers.Qwen2Config
 Qwen3 = transformers.Qwen3Config
+Qwen3Moe = transformers.Qwen3MoeConfig
 Gemma3 = transformers.Gemma3TextConfig
 GEMMA3 = {
     "num_hidden_layers": 3,
@@ -58,6 +60,12 @@ GEMMA3 = {
         "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
         "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
     },
+}
+EXPERTS = {
+    "num_experts": 6,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 72,
+    "norm_topk_prob": True,
 }
 MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "llama": (Llama, {}),
@@ -96,6 +104,11 @@ MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
 OTHERS = {  # shapes without CPU kernels
     "head_dim 24": (Llama, {"head_dim": 24}),
     "odd ffn": (Llama, {"intermediate_size": 131}),
+    "qwen3 of experts": (Qwen3Moe, EXPERTS),
+    "qwen3 of experts, one layer dense": (
+        Qwen3Moe,
+        {**EXPERTS, "norm_topk_prob": False, "mlp_only_layers": [1]},
+    ),
 }
 
 
@@ -121,7 +134,8 @@ def config_of(name: str) -> ModelConfig:
 
 def computed(name: str) -> dict[str, Tensor]:
     """The reference's weights as layers multiply by them: Gemma's norms lack 1."""
-    published = reference(name).state_dict()
+    model = reference(name)
+    published = revert_weight_conversion(model, model.state_dict())  # a matrix for each expert
     if not config_of(name).shifted_norms:
         return published
     return {key: w + 1 if key.endswith("norm.weight") else w for key, w in published.items()}

@@ -191,8 +191,10 @@ def test_a_layers_parts_go_when_they_are_joined() -> None:
     def loading() -> Iterator[LayerWeights]:
         for w in weights:
             assert all(part() is None for part in parts)
-            w = replace(w, qkv=[w.qkv[0].clone()], gate=w.gate.clone(), up=w.up.clone())
-            parts.extend(map(weakref.ref, (*w.qkv, w.gate, w.up)))
+            (network,) = w.networks
+            network = replace(network, gate=network.gate.clone(), up=network.up.clone())
+            w = replace(w, qkv=[w.qkv[0].clone()], networks=[network])
+            parts.extend(map(weakref.ref, (*w.qkv, network.gate, network.up)))
             yield w
             del w
 

@@ -21,7 +21,7 @@ from smart_decoding.kernels.weights import (
 from smart_decoding.models.checkpoints.rounding import RoundedWeights
 from smart_decoding.models.families.config import ModelConfig
 from smart_decoding.models.families.decoder import RoundingDecoder
-from smart_decoding.models.torch.layers import LayerWeights, NativeLayers
+from smart_decoding.models.torch.layers import LayerWeights, NativeLayers, NetworkWeights
 
 from .checkpoints import PAGES, Memory, plain_rows, span
 from .kernel_calls import linear
@@ -114,7 +114,9 @@ def test_a_forward_reads_no_more_than_the_file_holds() -> None:
         rest["output"] = zeros("Q4_K", hidden, hidden)
         rest["down"] = zeros(finer, hidden, ffn)
         bias = torch.zeros(hidden + 512)
-        layer = LayerWeights(12, 2, 128, 1e-6, qkv=qkv, qkv_bias=bias, **rest, **vectors)
+        networks = [NetworkWeights(*(rest[name] for name in ("gate", "up", "down")))]
+        parts = {"qkv": qkv, "qkv_bias": bias, "output": rest["output"], "networks": networks}
+        layer = LayerWeights(12, 2, 128, 1e-6, **parts, **vectors)
         packed = NativeLayers([layer], arena)._keep
         both = 4 * (2 * hidden + len(bias))
         read += 14 * (both + sum(each.nbytes for each in packed if isinstance(each, PackedWeight)))

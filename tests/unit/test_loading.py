@@ -22,6 +22,8 @@ from safetensors.torch import load_file, save_file
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from smart_decoding.core.tree import DraftTrees
+from smart_decoding.engine.rows import Span, build_rows
 from smart_decoding.errors import ConfigError, DownloadError, ModelError
 from smart_decoding.kernels.weights import QuantizedTensor, as_tensor
 from smart_decoding.models.checkpoints import loading
@@ -31,6 +33,7 @@ from smart_decoding.models.checkpoints.loading import load_checkpoint, with_roun
 from smart_decoding.models.checkpoints.memory import parameters, weight_bytes
 from smart_decoding.models.families import rope
 from smart_decoding.models.families.reading import config_from_gguf, config_from_hf, config_to_hf
+from smart_decoding.models.target import TorchTarget
 from smart_decoding.models.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -666,6 +669,29 @@ def test_transformers_reads_what_is_expanded(name: str, tmp_path: Path) -> None:
         assert c.layer_types == ["sliding_attention"] * 2
     for key, weight in tiny_model(name).state_dict().items():
         assert torch.equal(theirs.state_dict()[key], weight), key
+
+
+@pytest.mark.parametrize("name", ["tiny.gguf", "folder"])
+def test_a_mixture_answers_as_in_transformers(name: str, tmp_path: Path) -> None:
+    model = tiny_model("qwen3moe").eval()
+    write_gguf(tmp_path / "tiny.gguf", "qwen3moe")
+    model.save_pretrained(tmp_path / "folder")
+    checkpoint = load_checkpoint(tmp_path / name)
+    tokens = model.generate(torch.arange(5, 25)[None], max_new_tokens=40, do_sample=False)
+    with torch.no_grad():
+        wanted = model(tokens).logits[0]
+
+    target = TorchTarget(checkpoint, "float32", "cpu", 16, 128, allow_slow=True)
+    slots = np.arange(tokens.shape[1], dtype=np.int32)
+    span = Span(tokens[0].tolist(), 0, slots, np.arange(16, dtype=np.int32))
+    rows, _, _ = build_rows([span], DraftTrees.empty(1), [True])
+    rows.logit_rows = None
+    logits = target.decoder.forward(rows).logits
+
+    torch.testing.assert_close(logits, wanted, rtol=0, atol=1e-4 * float(wanted.std()))
+    answer = tokens[0, 20:]
+    assert len(answer) == 40
+    assert logits[19:-1].argmax(dim=1).tolist() == answer.tolist()
 
 
 GEMMA_27B = {  # of its GGUF file what llama.cpp's converter writes

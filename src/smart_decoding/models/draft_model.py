@@ -69,6 +69,7 @@ class DraftModel:
             c.head_dim,
             c.ffn,
             vocab,
+            *(() if c.experts is None else (c.experts.count, c.experts.per_token)),
         )
 
     def load(self) -> None:

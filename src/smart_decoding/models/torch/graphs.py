@@ -30,10 +30,12 @@ Record = Callable[[Callable[[], None]], Callable[[], None]]
 
 
 def layers_on(device: torch.device, layers: Iterable[LayerWeights], graphs: bool) -> Layers:
-    """Return the layers on torch's products. graphs: whether they are recorded, on a CUDA device.
-    Raises ConfigError where Triton is missing there."""
+    """Return the layers on torch's products. graphs: whether they are recorded, on a CUDA device;
+    mixtures of experts are not. Raises ConfigError where Triton is missing there."""
     eager = TorchLayers(layers, ops_for(device))
-    return GraphedLayers(eager, recorder(device)) if device.type == "cuda" and graphs else eager
+    if device.type != "cuda" or not graphs or not eager.recordable:
+        return eager
+    return GraphedLayers(eager, recorder(device))
 
 
 class CudaRecorder:

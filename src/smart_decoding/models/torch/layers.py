@@ -25,6 +25,7 @@ from smart_decoding.kernels.weights import (
     interleaved,
     pack,
 )
+from smart_decoding.models.families.layer import ROUTER, Experts, expert_prefix
 from smart_decoding.models.torch.rows import DeviceRows, GroupedRows, device_rows, upload
 
 if TYPE_CHECKING:
@@ -33,8 +34,28 @@ if TYPE_CHECKING:
 
 
 @dataclass
+class NetworkWeights:
+    """A feed-forward network: gate and up [width, hidden], down [hidden, width]."""
+
+    gate: Matrix
+    up: Matrix
+    down: Matrix
+
+
+@dataclass
+class RouterWeights:
+    """What chooses a row's experts, by matrix [experts, hidden]. per_token, normalised: as in
+    Experts."""
+
+    matrix: Matrix
+    per_token: int
+    normalised: bool
+
+
+@dataclass
 class LayerWeights:
     """One Llama-style layer under its usual names. Matrices are [out, in]; qkv: q, k and v.
+    networks: the feed-forward network, or the experts that `router` chooses among.
 
     `input` is the width that q, k and v read: `hidden`, or twice that in an EAGLE-3 head, which
     then has no input_norm. attention_norm, ffn_norm: of what both add to x. window: how many
@@ -49,10 +70,9 @@ class LayerWeights:
     eps: float
     qkv: Sequence[Matrix]
     output: Matrix
-    gate: Matrix
-    up: Matrix
-    down: Matrix
+    networks: Sequence[NetworkWeights]
     post_norm: Tensor
+    router: RouterWeights | None = None
     input_norm: Tensor | None = None
     qkv_bias: Tensor | None = None
     output_bias: Tensor | None = None
@@ -201,8 +221,11 @@ class NativeLayers:
                 *(w.attention_norm, w.ffn_norm),
             )
         ]
-        gate_up = pack([w.gate, w.up], arena, interleaved(len(w.gate)))
-        matrices = [pack(w.qkv, arena), pack([w.output], arena), gate_up, pack([w.down], arena)]
+        (network,) = w.networks
+        width = len(network.gate)
+        gate_up = pack([network.gate, network.up], arena, interleaved(width))
+        down = pack([network.down], arena)
+        matrices = [pack(w.qkv, arena), pack([w.output], arena), gate_up, down]
         self._keep += [*vectors, *matrices]
         return kernels.Layer(
             w.hidden,
@@ -210,7 +233,7 @@ class NativeLayers:
             w.heads,
             w.kv_heads,
             w.head_dim,
-            len(w.gate),
+            width,
             *(arena.hint, w.window, w.angle, w.gelu),
             w.eps,
             *(pointer(v) for v in vectors),
@@ -247,6 +270,11 @@ def layer_weights(
     attention = layer.attention
     qkv = [f"self_attn.{name}_proj" for name in "qkv"]
     norms = _layer_norms(layer, weights, prefix, dtype, input_norm)
+    prefixes = ["mlp."]
+    router = None
+    if isinstance(layer.ffn, Experts):
+        prefixes = [expert_prefix(number) for number in range(layer.ffn.count)]
+        router = RouterWeights(matrix(ROUTER), layer.ffn.per_token, layer.ffn.normalised)
     return LayerWeights(
         heads=attention.heads,
         kv_heads=attention.kv_heads,
@@ -254,14 +282,18 @@ def layer_weights(
         eps=layer.rms_eps,
         qkv=[matrix(f"{name}.weight") for name in qkv],
         output=matrix("self_attn.o_proj.weight"),
-        gate=matrix("mlp.gate_proj.weight"),
-        up=matrix("mlp.up_proj.weight"),
-        down=matrix("mlp.down_proj.weight"),
+        networks=[
+            NetworkWeights(
+                *(matrix(f"{each}{name}_proj.weight") for name in ("gate", "up", "down"))
+            )
+            for each in prefixes
+        ],
+        router=router,
         qkv_bias=torch.cat([get(f"{name}.bias") for name in qkv]) if attention.qkv_bias else None,
         output_bias=get("self_attn.o_proj.bias") if attention.o_bias else None,
         window=attention.window,
         angle=attention.head_dim // 2 if attention.local_rope else 0,
-        gelu=layer.ffn.gelu,
+        gelu=layer.gelu,
         **{name: norm.to(device) for name, norm in norms.items()},
     )
 

@@ -18,7 +18,13 @@ from smart_decoding.kernels.weights import as_tensor
 from smart_decoding.models.torch.rows import GroupedRows
 
 if TYPE_CHECKING:
-    from smart_decoding.models.torch.layers import Context, KVCache, LayerWeights
+    from smart_decoding.models.torch.layers import (
+        Context,
+        KVCache,
+        LayerWeights,
+        NetworkWeights,
+        RouterWeights,
+    )
     from smart_decoding.models.torch.triton_ops import TritonOps
 
     Ops: TypeAlias = "TorchOps | TritonOps"
@@ -29,6 +35,8 @@ class TorchLayers:
 
     def __init__(self, layers: Iterable[LayerWeights], ops: Ops) -> None:
         self.each = [TorchLayer(w, ops) for w in layers]  # one layer's parts at a time
+        # which experts run is known on the host only
+        self.recordable = all(layer.weights.router is None for layer in self.each)
 
     def __call__(self, x: Tensor, context: Context, cache: KVCache) -> None:
         """See `Layers`."""
@@ -40,16 +48,15 @@ class TorchLayers:
 
 
 class TorchLayer:
-    """One layer: four matrix products, its norms, and what `ops` do between them."""
+    """One layer: its matrix products, its norms, and what `ops` do between them."""
 
     def __init__(self, w: LayerWeights, ops: Ops) -> None:
         self._ops = ops
         self._qkv = torch.cat([as_tensor(part) for part in w.qkv])
-        self._gate_up = torch.cat((as_tensor(w.gate), as_tensor(w.up)))
         self._output = as_tensor(w.output).t()
-        self._down = as_tensor(w.down).t()
         w.qkv = (self._qkv,)  # which frees those that were given
-        w.gate, w.up = self._gate_up.chunk(2)
+        self._networks = [Network(each) for each in w.networks]
+        self._router = None if w.router is None else as_tensor(w.router.matrix)
         self.weights = w
 
     def __call__(
@@ -62,8 +69,46 @@ class TorchLayer:
         q = self._ops.write(F.linear(normed, self._qkv, w.qkv_bias), w, context, keys, values)
         attended = self._ops.attend(q, context, keys, values, w.window)
         _add(x, attended, self._output, w.output_bias, w.attention_norm, w.eps)
-        gate_up = F.linear(rms_norm(x, w.post_norm, w.eps), self._gate_up)
-        _add(x, self._ops.gate(gate_up, w.gelu), self._down, None, w.ffn_norm, w.eps)
+        normed = rms_norm(x, w.post_norm, w.eps)
+        if w.router is None:
+            network = self._networks[0]
+            _add(x, self._gated(normed, network), network.down, None, w.ffn_norm, w.eps)
+        else:
+            x += rms_norm(self._mixture(normed, w.router), w.ffn_norm, w.eps)
+
+    def _gated(self, normed: Tensor, network: Network) -> Tensor:
+        """Return what a network's last matrix reads, [rows, width]."""
+        return self._ops.gate(F.linear(normed, network.gate_up), self.weights.gelu)
+
+    def _mixture(self, normed: Tensor, router: RouterWeights) -> Tensor:
+        """Return what experts add to normed rows [rows, hidden].
+
+        A row's experts are added in the order of their numbers, whatever experts other rows
+        have."""
+        assert self._router is not None
+        probs = F.linear(normed, self._router).softmax(-1, dtype=torch.float32)
+        # of equal ones the first: top-k would take any
+        weight, chosen = probs.sort(dim=-1, descending=True, stable=True)
+        weight, chosen = weight[:, : router.per_token], chosen[:, : router.per_token]
+        if router.normalised:
+            weight = weight / weight.sum(-1, keepdim=True)
+        weight = weight.to(normed.dtype)
+        total = torch.zeros_like(normed)
+        for number in sorted({*chosen.flatten().tolist()}):
+            row, rank = torch.where(chosen == number)
+            network = self._networks[number]
+            outputs = self._gated(normed[row], network) @ network.down
+            total[row] += outputs * weight[row, rank, None]
+        return total
+
+
+class Network:
+    """A feed-forward network's matrices as products read them."""
+
+    def __init__(self, w: NetworkWeights) -> None:
+        self.gate_up = torch.cat((as_tensor(w.gate), as_tensor(w.up)))
+        self.down = as_tensor(w.down).t()
+        w.gate, w.up = self.gate_up.chunk(2)  # which frees those that were given
 
 
 def _add(
