@@ -159,3 +159,4 @@ void test_drafting();
 void test_rounds();
 void test_selection();
 void test_team();
+void test_experts();

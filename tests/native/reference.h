@@ -190,18 +190,23 @@ inline double activated(double x, bool gelu) {
                 : x / (1 + std::exp(-x));
 }
 
-// What follows attention: x += attention output^T, then the gated part.
-inline void finish(const Weights& w, Doubles attended, Doubles& x, Rounds rounds) {
+// What a network makes of rows that are normed, and rounded as linear layers read them.
+inline Doubles network(const Weights& w, const Doubles& normed, Rounds rounds) {
     const std::vector<float> none;
-    if (rounds.inputs) round_all(attended);
-    add(w, linear(attended, w.output, w.heads * w.head_dim, w.output_bias), w.attention_norm, x);
-    Doubles normed = rms_norms(x, w.post_norm.data(), w.eps, w.hidden);
-    if (rounds.inputs) round_all(normed);
     Doubles gate = linear(normed, w.gate, w.hidden, none),
             up = linear(normed, w.up, w.hidden, none);
     for (size_t i = 0; i < gate.size(); i++) gate[i] = activated(gate[i], w.gelu) * up[i];
     if (rounds.inputs) round_all(gate);
-    add(w, linear(gate, w.down, w.ffn, none), w.ffn_norm, x);
+    return linear(gate, w.down, w.ffn, none);
+}
+
+// What follows attention: x += attention output^T, then the gated part.
+inline void finish(const Weights& w, Doubles attended, Doubles& x, Rounds rounds) {
+    if (rounds.inputs) round_all(attended);
+    add(w, linear(attended, w.output, w.heads * w.head_dim, w.output_bias), w.attention_norm, x);
+    Doubles normed = rms_norms(x, w.post_norm.data(), w.eps, w.hidden);
+    if (rounds.inputs) round_all(normed);
+    add(w, network(w, normed, rounds), w.ffn_norm, x);
 }
 
 // A layer in place on x [rows, hidden]. input: what q, k and v read; null: the norm of x.

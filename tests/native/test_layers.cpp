@@ -241,7 +241,7 @@ void one_stack(uint64_t seed, int head_dim, bool bf16) {
     const int64_t qkv_width = std::max((shape.heads + 2 * shape.kv_heads) * hd, d);
     std::vector<float> normed(n * wide), qkv(n * qkv_width), attended(n * shape.heads * hd);
     std::vector<float> ffn(n * shape.ffn), out = x;
-    const Workspace workspace{normed.data(), qkv.data(), attended.data(), ffn.data()};
+    const Workspace workspace{normed.data(), qkv.data(), attended.data(), ffn.data(), nullptr};
     const int32_t status =
         smart_layers(structs.data(), count, &rows, given ? inputs.data() : nullptr, out.data(),
                      cache.keys(), cache.values(), 24, &workspace, bf16, bf16, 2);

@@ -144,6 +144,9 @@ struct TinyLayer {
                 w.window,
                 w.angle,
                 w.gelu,
+                0,
+                0,
+                0,
                 w.eps,
                 pointer(w.input_norm),
                 pointer(w.q_norm),
@@ -156,7 +159,10 @@ struct TinyLayer {
                 qkv.weight(),
                 output.weight(),
                 gate_up.weight(),
-                down.weight()};
+                down.weight(),
+                {},
+                nullptr,
+                nullptr};
     }
 };
 

@@ -88,6 +88,11 @@ MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
     ),
     "qwen2": (Qwen2, {}),
     "qwen3": (Qwen3, {"head_dim": 32}),
+    "qwen3 of experts": (Qwen3Moe, EXPERTS),
+    "qwen3 of experts, one layer dense": (
+        Qwen3Moe,
+        {**EXPERTS, "norm_topk_prob": False, "mlp_only_layers": [1]},
+    ),
     "head_dim 64, one query per key": (
         Llama,
         {"head_dim": 64, "num_attention_heads": 3, "num_key_value_heads": 3},
@@ -104,11 +109,6 @@ MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
 OTHERS = {  # shapes without CPU kernels
     "head_dim 24": (Llama, {"head_dim": 24}),
     "odd ffn": (Llama, {"intermediate_size": 131}),
-    "qwen3 of experts": (Qwen3Moe, EXPERTS),
-    "qwen3 of experts, one layer dense": (
-        Qwen3Moe,
-        {**EXPERTS, "norm_topk_prob": False, "mlp_only_layers": [1]},
-    ),
 }
 
 

@@ -16,6 +16,7 @@ from .checkpoints import (
     OTHERS,
     VOCAB,
     Memory,
+    config_of,
     decoder,
     plain_rows,
     random_trees,
@@ -61,11 +62,14 @@ def test_logits_are_those_of_transformers(name: str, native: bool) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_in_bf16_are_near(name: str) -> None:
-    """Keys and values may lie in another order then."""
+    """Keys and values may lie in another order then. Where two experts are about as probable, a row
+    may have the other one."""
     with torch.no_grad():
         expected = reference(name)(torch.from_numpy(TOKENS)[None]).logits[0]
-    error = full(decoder(name, True, torch.bfloat16), TOKENS) - expected
-    assert error.std() < 0.03 * expected.std()
+    error = (full(decoder(name, True, torch.bfloat16), TOKENS) - expected).std(dim=1)
+    same = error < 0.2 * expected.std()
+    assert same.all() or (config_of(name).experts and same.float().mean() > 0.95)
+    assert error[same].square().mean().sqrt() < 0.03 * expected.std()
 
 
 def test_the_kernels_find_first_maxima_in_passing() -> None:

@@ -20,7 +20,8 @@ from smart_decoding.kernels.weights import (
 )
 from smart_decoding.models.checkpoints.rounding import RoundedWeights
 from smart_decoding.models.families.config import ModelConfig
-from smart_decoding.models.families.decoder import RoundingDecoder
+from smart_decoding.models.families.decoder import Decoder, RoundingDecoder
+from smart_decoding.models.families.layer import Experts, FeedForward
 from smart_decoding.models.torch.layers import LayerWeights, NativeLayers, NetworkWeights
 
 from .checkpoints import PAGES, Memory, plain_rows, span
@@ -188,3 +189,31 @@ def test_inputs_in_8_bits_are_never_bf16(monkeypatch: pytest.MonkeyPatch) -> Non
         decoder = RoundingDecoder(config, rounded, torch.bfloat16, cpu, PAGES, 128, native=True)
         found.append(decoder.forward(rows).logits.clone())
     assert torch.equal(found[0], found[1])
+
+
+@pytest.mark.parametrize("rounds", [False, True])
+def test_rows_of_experts_in_quants_have_their_bits_in_any_company(rounds: bool) -> None:
+    """As many rows as a prompt has share an expert's weights, or one alone."""
+    if rounds and not ops.multiplies_bytes():
+        pytest.skip("this variant of the kernels has no products of bytes")
+    experts = Experts(count=6, per_token=3, normalised=True, each=FeedForward(96, gelu=False))
+    config = ModelConfig(
+        *("qwen3_moe", 2, 64, 4, 2, 16, 96, 70, 1e4, 1e-5, 256), qk_norm=True, experts=experts
+    )
+    generator = torch.Generator().manual_seed(0)
+    shapes = config.expected_shapes().items()
+    plain = {name: torch.randn(shape, generator=generator) * 0.3 for name, shape in shapes}
+    quantised = RoundedWeights({name: w.bfloat16() for name, w in plain.items()}, "int4")
+    kind = RoundingDecoder if rounds else Decoder
+    decoder = kind(config, quantised, torch.bfloat16, torch.device("cpu"), PAGES, 256, native=True)
+    tokens = np.random.default_rng(1).integers(0, 70, 150)
+    pages = Memory(0).pages(150)
+    whole = decoder.forward(plain_rows(span(tokens, 0, pages))).logits.clone()
+    for first, last in ((0, 1), (1, 2), (2, 5), (5, 18), (18, 60), (60, 150)):
+        part = decoder.forward(plain_rows(span(tokens[first:last], first, pages))).logits
+        assert torch.equal(part, whole[first:last])
+    if not rounds:
+        dense = {name: as_tensor(quantised[name]) for name in quantised}
+        expanded = kind(config, dense, torch.bfloat16, torch.device("cpu"), PAGES, 256, native=True)
+        found = expanded.forward(plain_rows(span(tokens, 0, pages))).logits
+        assert torch.equal(found, whole)

@@ -32,8 +32,8 @@ from smart_decoding.models.checkpoints.hub_repository import is_complete
 from smart_decoding.models.checkpoints.loading import load_checkpoint, with_rounded_activations
 from smart_decoding.models.checkpoints.memory import parameters, weight_bytes
 from smart_decoding.models.families import rope
+from smart_decoding.models.families.decoder import Decoder
 from smart_decoding.models.families.reading import config_from_gguf, config_from_hf, config_to_hf
-from smart_decoding.models.target import TorchTarget
 from smart_decoding.models.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -73,9 +73,10 @@ FAMILIES = {
     "qwen3moe": (
         transformers.Qwen3MoeConfig,
         {
+            "head_dim": 16,
             "num_experts": 4,
             "num_experts_per_tok": 2,
-            "moe_intermediate_size": 32,
+            "moe_intermediate_size": 64,
             "norm_topk_prob": True,
         },
     ),
@@ -84,7 +85,7 @@ FAMILIES = {
         {
             "num_experts": 4,
             "num_experts_per_tok": 3,
-            "moe_intermediate_size": 32,
+            "moe_intermediate_size": 64,
             "mlp_only_layers": [0],
         },
     ),
@@ -302,7 +303,7 @@ def test_refuses_by_name(folder: Path, changes: dict[str, Any], words: list[str]
         ({"num_experts": 5}, ["mlp.gate.weight", "(4, 32)", "(5, 32)"]),
         ({"num_experts": 3}, ["mlp.gate.weight", "(4, 32)", "(3, 32)"]),
         ({"moe_intermediate_size": 0}, ["0 gates"]),
-        ({"moe_intermediate_size": 48}, ["mlp.experts.0.gate_proj.weight", "(32, 32)"]),
+        ({"moe_intermediate_size": 48}, ["mlp.experts.0.gate_proj.weight", "(64, 32)"]),
         ({"decoder_sparse_step": 2}, ["mlp.gate_proj.weight"]),
         ({"num_experts_per_tok": None}, ["config.json"]),
     ],
@@ -551,7 +552,7 @@ def write_gguf(
     if architecture == "qwen3moe":
         writer.add_expert_count(4)
         writer.add_expert_used_count(2)
-        writer.add_expert_feed_forward_length(32)
+        writer.add_expert_feed_forward_length(64)
     for key, value in metadata.items():
         writer.add_uint32(f"{architecture}.{key}", value)
     add_tokenizer(writer, "qwen2" if name.startswith("qwen") else "smollm")
@@ -651,7 +652,7 @@ def test_reads_gguf_exactly(name: str, tmp_path: Path) -> None:
         assert torch.equal(checkpoint.weights[key], tensor), key
     assert checkpoint.config.qkv_bias == (name in ("qwen2", "llama-bias"))
     assert checkpoint.config.qk_norm == (name in ("qwen3", "qwen3moe", "gemma3"))
-    assert checkpoint.config.head_dim == (16 if name == "qwen3" else 8)
+    assert checkpoint.config.head_dim == (16 if name.startswith("qwen3") else 8)
     assert checkpoint.config.tie_embeddings == (name in ("llama", "qwen2", "gemma3"))
     tokenizer = Tokenizer.load(checkpoint.tokenizer_source)
     assert tokenizer.encode("he<|eos|>") == [259, 2]
@@ -671,8 +672,9 @@ def test_transformers_reads_what_is_expanded(name: str, tmp_path: Path) -> None:
         assert torch.equal(theirs.state_dict()[key], weight), key
 
 
+@pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("name", ["tiny.gguf", "folder"])
-def test_a_mixture_answers_as_in_transformers(name: str, tmp_path: Path) -> None:
+def test_a_mixture_answers_as_in_transformers(name: str, native: bool, tmp_path: Path) -> None:
     model = tiny_model("qwen3moe").eval()
     write_gguf(tmp_path / "tiny.gguf", "qwen3moe")
     model.save_pretrained(tmp_path / "folder")
@@ -681,12 +683,13 @@ def test_a_mixture_answers_as_in_transformers(name: str, tmp_path: Path) -> None
     with torch.no_grad():
         wanted = model(tokens).logits[0]
 
-    target = TorchTarget(checkpoint, "float32", "cpu", 16, 128, allow_slow=True)
+    cpu = torch.device("cpu")
+    decoder = Decoder(checkpoint.config, checkpoint.weights, torch.float32, cpu, 16, 128, native)
     slots = np.arange(tokens.shape[1], dtype=np.int32)
     span = Span(tokens[0].tolist(), 0, slots, np.arange(16, dtype=np.int32))
     rows, _, _ = build_rows([span], DraftTrees.empty(1), [True])
     rows.logit_rows = None
-    logits = target.decoder.forward(rows).logits
+    logits = decoder.forward(rows).logits
 
     torch.testing.assert_close(logits, wanted, rtol=0, atol=1e-4 * float(wanted.std()))
     answer = tokens[0, 20:]
@@ -884,8 +887,11 @@ def test_dequantises_like_the_gguf_package(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_1", "BF16"])
-def test_the_estimate_of_a_stored_file_is_what_is_read(kind: str, tmp_path: Path) -> None:
-    write_gguf(tmp_path / "tiny.gguf", "qwen3", gguf.GGMLQuantizationType[kind])
+@pytest.mark.parametrize("name", ["qwen3", "qwen3moe"])
+def test_the_estimate_of_a_stored_file_is_what_is_read(
+    name: str, kind: str, tmp_path: Path
+) -> None:
+    write_gguf(tmp_path / "tiny.gguf", name, gguf.GGMLQuantizationType[kind])
     checkpoint = load_checkpoint(tmp_path / "tiny.gguf", quantization=None)
     weights = checkpoint.weights.values()
     assert any(isinstance(weight, QuantizedTensor) for weight in weights) == (kind != "BF16")

@@ -30,9 +30,9 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-@pytest.fixture
-def file(tmp_path: Path) -> Path:
-    write_gguf(tmp_path / "tiny.gguf", "qwen3", GGMLQuantizationType.Q8_0)
+@pytest.fixture(params=["qwen3", "qwen3moe"])
+def file(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    write_gguf(tmp_path / "tiny.gguf", request.param, GGMLQuantizationType.Q8_0)
     return tmp_path / "tiny.gguf"
 
 

@@ -21,35 +21,47 @@ CONFIG = ModelConfig(
 TOKENS = 16
 
 
-@functools.cache
-def target() -> TorchTarget:
-    return TorchTarget(checkpoint(CONFIG), "float32", "cpu", PAGES, LIMIT, allow_slow=True)
+@pytest.fixture(params=["kernels", "torch"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "torch":
+        for module in ("target", "draft_model"):
+            monkeypatch.setattr(f"smart_decoding.models.{module}.use_native", lambda *given: False)
+    return str(request.param)
 
 
 @functools.cache
-def plain(temperature: float) -> list[list[int]]:
+def target(path: str) -> TorchTarget:
+    target = TorchTarget(checkpoint(CONFIG), "float32", "cpu", PAGES, LIMIT)
+    assert target.decoder.native == (path == "kernels")
+    return target
+
+
+@functools.cache
+def plain(path: str, temperature: float) -> list[list[int]]:
     """Each prompt alone."""
     return [
-        answer(engine_of(target(), None, "off"), [prompt], temperature, TOKENS, seed)[0].output
+        answer(engine_of(target(path), None, "off"), [prompt], temperature, TOKENS, seed)[0].output
         for seed, prompt in enumerate(prompts(8))
     ]
 
 
-def test_tokens_differ() -> None:
-    assert len({tuple(tokens) for tokens in plain(0.0)}) == 8
-    assert plain(0.0) != plain(0.8)
+def test_tokens_differ(path: str) -> None:
+    assert len({tuple(tokens) for tokens in plain(path, 0.0)}) == 8
+    assert plain(path, 0.0) != plain(path, 0.8)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 @pytest.mark.parametrize("policy", ["off", "smart", "eagle2", "chain"])
-def test_tokens_are_those_of_plain_decoding(policy: str, temperature: float) -> None:
+def test_tokens_are_those_of_plain_decoding(path: str, policy: str, temperature: float) -> None:
     """The mixture drafts for itself."""
     for batch in (1, 2, 5, 8):
         drafter = None
         if policy != "off":
-            model = DraftModel(checkpoint(CONFIG), target(), PAGES, SCRATCH)
+            model = DraftModel(checkpoint(CONFIG), target(path), PAGES, SCRATCH)
             drafter = DraftModelDrafter(model, PAGES, SCRATCH)
-        requests = answer(engine_of(target(), drafter, policy), prompts(batch), temperature, TOKENS)
-        assert [r.output for r in requests] == plain(temperature)[:batch]
+        requests = answer(
+            engine_of(target(path), drafter, policy), prompts(batch), temperature, TOKENS
+        )
+        assert [r.output for r in requests] == plain(path, temperature)[:batch]
         if policy in ("eagle2", "chain"):  # others may do without drafts
             assert all(r.metrics.accepted > 0 for r in requests)

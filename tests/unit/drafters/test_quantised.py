@@ -14,11 +14,18 @@ from smart_decoding.kernels.weights import Matrix, QuantizedTensor, as_tensor
 from smart_decoding.models.checkpoints.loading import Checkpoint
 from smart_decoding.models.draft_model import DraftModel
 from smart_decoding.models.families.config import ModelConfig
+from smart_decoding.models.families.layer import Experts, FeedForward
 from smart_decoding.models.target import TorchTarget
 
 from .tiny import LIMIT, PAGES, SCRATCH, VOCAB, answer, engine_of, prompts
 
-CONFIG = ModelConfig("qwen2", 2, 256, 4, 2, 64, 512, VOCAB, 1e4, 1e-5, 1024, qkv_bias=True)
+SIZES = (2, 256, 4, 2, 64, 512, VOCAB, 1e4, 1e-5, 1024)
+CONFIGS = {
+    "dense": ModelConfig("qwen2", *SIZES, qkv_bias=True),
+    "experts": ModelConfig(
+        *("qwen3_moe", *SIZES), qk_norm=True, experts=Experts(4, 2, True, FeedForward(256, False))
+    ),
+}
 BATCH, TOKENS = 3, 16
 # format in a Q4_K_M file -> k and bytes of a block, and the offsets of its float16 numbers
 BLOCKS = {
@@ -31,57 +38,56 @@ KINDS = {"v_proj": "Q6_K", "down_proj": "Q6_K", "o_proj": "Q5_0", "embed_tokens"
 Answers = tuple[list[list[int]], int]
 
 
-def checkpoint(stored: bool) -> Checkpoint:
+def checkpoint(name: str, stored: bool) -> Checkpoint:
     rng = np.random.default_rng(1)
     weights: dict[str, Matrix] = {}
-    for name, shape in CONFIG.expected_shapes().items():
-        kind = KINDS.get(name.split(".")[-2], "Q4_K")
+    for key, shape in CONFIGS[name].expected_shapes().items():
+        kind = KINDS.get(key.split(".")[-2], "Q4_K")
         n, k = (shape[0], 256) if len(shape) == 1 else shape
         size, count, halves = BLOCKS[kind]
-        scale = 0.0002 if name == "lm_head.weight" else 0.002  # no token is certain
+        scale = 0.0002 if key == "lm_head.weight" else 0.002  # no token is certain
         blocks = rng.integers(0, 256, (n, k // size, count), dtype=np.uint8)
         for at in halves:
             scales = (rng.normal(size=(n, k // size, 1)) * scale).astype(np.float16)
             blocks[:, :, at : at + 2] = scales.view(np.uint8)
         matrix = QuantizedTensor(blocks.reshape(n, -1), kind, k)
         if len(shape) == 1:
-            weights[name] = as_tensor(matrix)[:, 0] + 1
+            weights[key] = as_tensor(matrix)[:, 0] + 1
         else:
-            weights[name] = matrix if stored else as_tensor(matrix)
-    return Checkpoint(CONFIG, weights, Path("nowhere"), {"model": "tiny"})
+            weights[key] = matrix if stored else as_tensor(matrix)
+    return Checkpoint(CONFIGS[name], weights, Path("nowhere"), {"model": "tiny"})
 
 
 @functools.cache
-def targets() -> dict[bool, TorchTarget]:
-    return {
-        stored: TorchTarget(checkpoint(stored), "bfloat16", "cpu", PAGES, LIMIT)
-        for stored in (True, False)
-    }
+def target_of(name: str, stored: bool) -> TorchTarget:
+    return TorchTarget(checkpoint(name, stored), "bfloat16", "cpu", PAGES, LIMIT)
 
 
-def answers(stored: bool, policy: str, temperature: float) -> Answers:
+def answers(name: str, stored: bool, policy: str, temperature: float) -> Answers:
     """The tokens, and how many drafted nodes were verified. The model is its own draft model."""
-    target = targets()[stored]
+    target = target_of(name, stored)
     drafter = None
     if policy != "off":
-        model = DraftModel(checkpoint(stored), target, PAGES, SCRATCH)
+        model = DraftModel(checkpoint(name, stored), target, PAGES, SCRATCH)
         drafter = DraftModelDrafter(model, PAGES, SCRATCH)
     engine = engine_of(target, drafter, policy)
     requests = answer(engine, prompts(BATCH), temperature, TOKENS)
     return [r.output for r in requests], sum(r.metrics.verified for r in requests)
 
 
-def test_logits_hold_something_to_tell_apart() -> None:
-    greedy, _ = answers(True, "off", 0.0)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_hold_something_to_tell_apart(name: str) -> None:
+    greedy, _ = answers(name, True, "off", 0.0)
     assert len({tuple(tokens) for tokens in greedy}) == BATCH
-    assert greedy != answers(True, "off", 0.8)[0]
+    assert greedy != answers(name, True, "off", 0.8)[0]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 @pytest.mark.parametrize("policy", POLICIES)
-def test_no_policy_tells_stored_from_expanded(policy: str, temperature: float) -> None:
-    expected, _ = answers(False, "off", temperature)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_no_policy_tells_stored_from_expanded(name: str, policy: str, temperature: float) -> None:
+    expected, _ = answers(name, False, "off", temperature)
     for stored in (True, False):
-        found, verified = answers(stored, policy, temperature)
+        found, verified = answers(name, stored, policy, temperature)
         assert found == expected
         assert policy == "off" or verified > 0

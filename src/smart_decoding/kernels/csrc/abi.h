@@ -61,18 +61,25 @@ struct Layer {
     int32_t window;  // positions that a row sees, its own the last of them; 0: all
     int32_t angle;   // the first of its own among the rotary angles of a position
     int32_t gelu;    // gates go through GELU (by tanh) in place of SiLU
+    // Of a mixture: how many experts, of `ffn` gates each, how many of them a row has, and whether
+    // their probabilities are divided by their sum. experts = 0: one network.
+    int32_t experts, per_token, normalised;
     float eps;
     // all but post_norm may be null
     const float *input_norm, *q_norm, *k_norm, *qkv_bias, *output_bias, *post_norm;
     const float *attention_norm, *ffn_norm;  // of what both add to x
-    struct Weight qkv, output, gate_up, down;
+    struct Weight qkv, output;
+    struct Weight gate_up, down;                        // of the one network; a mixture has
+    struct Weight router;                               // [experts, hidden], and
+    const struct Weight *expert_gate_up, *expert_down;  // [experts]
 };
 
 struct Workspace {
     float* normed;     // [rows, max(hidden, input)]
     float* qkv;        // [rows, (heads + 2 kv_heads) head_dim], and [rows, hidden] has room
     float* attention;  // [rows, heads head_dim]
-    float* ffn;        // [rows, ffn]
+    float* ffn;        // [rows, ffn]; of a mixture [rows, per_token ffn]
+    float* mixture;    // null without experts, else [rows, experts + per_token (hidden + 2)]
 };
 
 struct Model {  // a whole target, from token ids to logits

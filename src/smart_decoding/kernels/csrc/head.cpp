@@ -31,7 +31,9 @@ template <class W>
 __attribute__((noinline)) static void byte_rows(const Input<W>* x, int rows, const W* w, int64_t n,
                                                 int64_t k, const float* scale, const int32_t* sums,
                                                 const float* step, float* y) {
-    gemm<INTO_CACHES>(x, k, rows, w, n, k, [=](int row, int64_t column, vf left, vf right) {
+    Items items(panels_of(n));
+    Panels panels(items);
+    gemm<INTO_CACHES>(x, k, rows, w, k, panels, [=](int row, int64_t column, vf left, vf right) {
         vi a = (vi)left, b = (vi)right;
         const bool low = row & 1;  // comes after the high half
         if (!low) {
@@ -106,7 +108,9 @@ private:
         } else {
             rms_norm_rows(level.out, head.final_norm, eps, wanted, d, read);
             barrier();
-            gemm<INTO_CACHES>(read, d, wanted, (const B*)head.outputs.panels, n, d,
+            Items items(panels_of(n));
+            Panels panels(items);
+            gemm<INTO_CACHES>(read, d, wanted, (const B*)head.outputs.panels, d, panels,
                               [this](int row, int64_t column, vf left, vf right) {
                                   left *= loadu<vf>(head.scale + column);
                                   right *= loadu<vf>(head.scale + column + VW);
@@ -296,7 +300,8 @@ struct DraftLevel {
                 rope_and_store(layer, in, r, q + asking.place[r] * q_width, layer.heads, 0, cache);
         barrier();
         attend(layer, asking.rows, blocks, q, q_width, cache, attention);
-        finish_layer<W>(layer, wanted, attention, level.out, inputs, ffn, nullptr);
+        add_attention<W>(layer, wanted, attention, level.out, inputs, nullptr);
+        add_network<W>(layer, wanted, inputs, level.out, ffn, nullptr);
         ranking.run(line);
     }
 };
@@ -313,7 +318,7 @@ struct SteppedLevel {
     const int64_t d, rows, wanted, states;
     Ranking<W> ranking;
     float *features, *pairs, *scratch, *x;
-    Workspace workspace;
+    Workspace workspace{};
 
     static constexpr bool BF16 = sizeof(W) == 2;
 

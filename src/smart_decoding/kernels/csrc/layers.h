@@ -2,7 +2,7 @@
 
 #pragma once
 #include "abi.h"
-#include "linear.h"
+#include "experts.h"
 
 namespace [[gnu::visibility("hidden")]] smart {
 
@@ -19,17 +19,22 @@ static void add_linear(const Layer& l, int rows, const float* input, int64_t k, 
     barrier();
 }
 
-// What follows attention in a layer, by a whole team: x += attention w^T, then the gated part.
-// `normed` [rows, hidden], `ffn` [rows, ffn] and, with norms of what is added, `added`
-// [rows, hidden] are workspace.
+// What attention adds to x, and the norm of that, by a whole team. `normed` [rows, hidden] and,
+// with norms of what is added, `added` [rows, hidden] are workspace.
 template <class W>
-static void finish_layer(const Layer& l, int rows, const float* attention, float* x, float* normed,
-                         float* ffn, float* added) {
-    const int64_t d = l.hidden, width = int64_t(l.heads) * l.head_dim;
+static void add_attention(const Layer& l, int rows, const float* attention, float* x, float* normed,
+                          float* added) {
+    const int64_t width = int64_t(l.heads) * l.head_dim;
     add_linear<W>(l, rows, attention, width, l.output, l.output_bias, l.attention_norm, x, added);
-    rms_norm_rows(x, l.post_norm, l.eps, rows, d, normed);
+    rms_norm_rows(x, l.post_norm, l.eps, rows, l.hidden, normed);
     barrier();
-    gated_rows<W>(normed, rows, l.gate_up, l.ffn, d, l.gelu, ffn, l.hint);
+}
+
+// What the one network of a layer adds to x, likewise. `ffn` [rows, ffn] is workspace.
+template <class W>
+static void add_network(const Layer& l, int rows, const float* normed, float* x, float* ffn,
+                        float* added) {
+    gated_rows<W>(normed, rows, l.gate_up, l.ffn, l.hidden, l.gelu, ffn, l.hint);
     barrier();
     add_linear<W>(l, rows, ffn, l.ffn, l.down, nullptr, l.ffn_norm, x, added);
 }

@@ -23,24 +23,24 @@ static inline void add_bias(const float* bias, int64_t column, int64_t n, vf& lo
 
 // x w^T, panel by panel, in whichever way the weight is stored.
 template <class W, class Epilogue>
-static void product(const float* x, int rows, const Weight& w, int64_t n, int64_t k, int hint,
+static void product(const float* x, int rows, const Weight& w, int64_t k, int hint, Panels& panels,
                     Epilogue&& done) {
     if constexpr (std::is_same_v<W, bf16>)
-        if (w.strips) return quant_gemm(x, rows, w.strips, n, k, w.in_bytes, done);
-    const Input<W>* read = rounded_rows<W>(x, rows, k);
-    with_hint(hint, [&](auto to) { gemm<to>(read, k, rows, (const W*)w.panels, n, k, done); });
+        if (w.strips) return quant_gemm(x, rows, w.strips, k, w.in_bytes, panels, done);
+    const Input<W>* read = rounded_rows<W>(x, rows, k, panels.alone);
+    with_hint(hint, [&](auto to) { gemm<to>(read, k, rows, (const W*)w.panels, k, panels, done); });
 }
 
 template <class W>
-__attribute__((noinline)) void linear_rows(const float* x, int rows, const Weight& w, int64_t n,
-                                           int64_t k, const float* bias, float* y, int64_t ldy,
-                                           bool add, int hint, Maxima* maxima) {
+__attribute__((noinline)) void linear_panels(const float* x, int rows, const Weight& w, int64_t n,
+                                             int64_t k, const float* bias, float* y, int64_t ldy,
+                                             bool add, int hint, Maxima* maxima, Panels& panels) {
     auto store = [=](int row, int64_t column, vf low, vf high) {
         if (bias) add_bias(bias, column, n, low, high);
         if (maxima) maxima[row].add(column, n, low, high);
         if (y) store_columns(y + row * ldy, column, n, low, high, add);
     };
-    product<W>(x, rows, w, n, k, hint, store);
+    product<W>(x, rows, w, k, hint, panels, store);
 }
 
 // x / (1 + exp(-s)), where s is x for SiLU; for GELU by tanh it is 2 sqrt(2 / pi) (x + 0.044715
@@ -52,8 +52,9 @@ static inline vf activated(vf x, bool gelu) {
 
 // One panel yields VW finished values.
 template <class W>
-__attribute__((noinline)) void gated_rows(const float* x, int rows, const Weight& w, int64_t ffn,
-                                          int64_t k, bool gelu, float* out, int hint) {
+__attribute__((noinline)) void gated_panels(const float* x, int rows, const Weight& w, int64_t ffn,
+                                            int64_t k, bool gelu, float* out, int hint,
+                                            Panels& panels) {
     auto store = [=](int row, int64_t column, vf gate, vf up) {
         vf value = activated(gate, gelu) * up;
         int64_t first = column / 2;
@@ -63,8 +64,7 @@ __attribute__((noinline)) void gated_rows(const float* x, int rows, const Weight
         else
             for (int j = 0; first + j < ffn; j++) to[j] = value[j];
     };
-    int64_t n = 2 * ((ffn + VW - 1) / VW * VW);
-    product<W>(x, rows, w, n, k, hint, store);
+    product<W>(x, rows, w, k, hint, panels, store);
 }
 
 // How many of k lie next to each other in a packed panel.
@@ -108,10 +108,10 @@ void unpack_row(const Weight& w, int64_t k, int64_t row, float* out) {
 }
 
 #define SMART_INSTANTIATE(W) \
-    template void linear_rows<W>(const float*, int, const Weight&, int64_t, int64_t, const float*, \
-                                 float*, int64_t, bool, int, Maxima*); \
-    template void gated_rows<W>(const float*, int, const Weight&, int64_t, int64_t, bool, float*, \
-                                int); \
+    template void linear_panels<W>(const float*, int, const Weight&, int64_t, int64_t, \
+                                   const float*, float*, int64_t, bool, int, Maxima*, Panels&); \
+    template void gated_panels<W>(const float*, int, const Weight&, int64_t, int64_t, bool, \
+                                  float*, int, Panels&); \
     template void unpack_row<W>(const Weight&, int64_t, int64_t, float*);
 SMART_INSTANTIATE(bf16)
 SMART_INSTANTIATE(float)

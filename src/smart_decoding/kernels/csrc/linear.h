@@ -151,28 +151,28 @@ SMART_PASS void panel_pass(const Input<W>* x, int64_t ld, const W* w, int64_t k,
     }
 }
 
-// y = x w^T, by a whole team; `done(row, first column, low half, high half)` receives each result.
+// y = x w^T, by those who take its panels; `done(row, first column, low half, high half)` receives
+// each result.
 //
 // More rows than have room in registers go over a panel in several passes. Those after the first
 // find it in the second cache and would leave memory idle: so each pass prefetches its share of
 // what comes next. A panel too large to stay there is taken in blocks of k, which all rows go over.
 template <int HINT, class W, class Epilogue>
-static void gemm(const Input<W>* x, int64_t ld, int rows, const W* w, int64_t n, int64_t k,
+static void gemm(const Input<W>* x, int64_t ld, int rows, const W* w, int64_t k, Panels& panels,
                  Epilogue&& done) {
     typedef Panel<W, Input<W>> Kind;
     if (!rows) return;
     if constexpr (HAS_TILES)
-        if (fits_tiles<W>(k)) return tile_gemm(x, ld, rows, w, n, k, done);
+        if (fits_tiles<W>(k)) return tile_gemm(x, ld, rows, w, k, panels, done);
     const int passes = (rows + PASS_ROWS - 1) / PASS_ROWS;
     if constexpr (HINT != INTO_L2)  // two passes wait for memory still, and what is that far
                                     // ahead leaves the first cache
-        if (passes == 2) return gemm<INTO_L2>(x, ld, rows, w, n, k, done);
+        if (passes == 2) return gemm<INTO_L2>(x, ld, rows, w, k, panels, done);
     const int64_t step_bytes = Kind::STEP * PANEL * sizeof(W),
                   stride = (step_bytes + passes - 1) / passes;
     const int64_t k_block = passes > 1 ? std::min(k, K_BLOCK_BYTES / step_bytes * Kind::STEP) : k;
     static thread_local std::vector<float> kept;
     if (int64_t(kept.size()) < int64_t(rows) * PANEL) kept.resize(int64_t(rows) * PANEL);
-    Items panels(panels_of(n));
     for (int64_t p; (p = panels.next()) < panels.count;)
         for (int64_t i = 0; i < k; i += k_block) {
             const W* block = w + (p * k + i) * PANEL;
@@ -199,16 +199,15 @@ constexpr int FEW_ROWS = 16;
 
 // `gemm` by tiles of quants that are packed for inputs in 8 bits: each panel is widened once.
 template <class Epilogue>
-static void widened_gemm(const float* x, int rows, const Strip* strips, int64_t n, int64_t k,
+static void widened_gemm(const float* x, int rows, const Strip* strips, int64_t k, Panels& panels,
                          Epilogue&& done) {
-    const Wide* read = rounded_rows<bf16>(x, rows, k);
+    const Wide* read = rounded_rows<bf16>(x, rows, k, panels.alone);
     static thread_local std::vector<vu> memory;  // aligned
     const int64_t depth = k * sizeof(bf16);
     if (int64_t(memory.size() * sizeof(vu)) < depth * PANEL)
         memory.resize(depth * PANEL / sizeof(vu));
     bf16* panel = (bf16*)memory.data();
     int shaped = 0;
-    Items panels(panels_of(n));
     for (int64_t p; (p = panels.next()) < panels.count;) {
         for (int half = 0; half < 2; half++) {
             const Strip& strip = strips[2 * p + half];
@@ -226,22 +225,21 @@ static void widened_gemm(const float* x, int rows, const Strip* strips, int64_t 
 
 // `gemm` of quants. in_bytes: as of Weight.
 template <class Epilogue>
-static void quant_gemm(const float* x, int rows, const Strip* strips, int64_t n, int64_t k,
-                       int64_t in_bytes, Epilogue&& done) {
+static void quant_gemm(const float* x, int rows, const Strip* strips, int64_t k, int64_t in_bytes,
+                       Panels& panels, Epilogue&& done) {
     if (!rows) return;
     if constexpr (HAS_TILES) {
-        if (in_bytes == NEVER) return tile_quant_gemm(x, rows, strips, n, k, done);
+        if (in_bytes == NEVER) return tile_quant_gemm(x, rows, strips, k, panels, done);
         if (in_bytes == IF_FASTER && rows > FEW_ROWS)
-            return widened_gemm(x, rows, strips, n, k, done);
+            return widened_gemm(x, rows, strips, k, panels, done);
     } else if (in_bytes == NEVER) {
-        return vector_quant_gemm(x, rows, strips, n, k, done);
+        return vector_quant_gemm(x, rows, strips, k, panels, done);
     }
-    prefetch_start(strips + 2 * Items::first_of(panels_of(n)));  // while inputs are rounded
-    const ByteRows bytes(x, rows, k);
+    prefetch_start(strips + 2 * panels.start());  // while inputs are rounded
+    const ByteRows bytes(x, rows, k, panels.alone);
     static thread_local std::vector<float> kept;
     if (int64_t(kept.size()) < int64_t(rows) * PANEL) kept.resize(int64_t(rows) * PANEL);
     float* sums = kept.data();
-    Items panels(panels_of(n));
     for (int64_t p; (p = panels.next()) < panels.count;) {
         byte_panel(bytes, strips + 2 * p, sums);
         for (int r = 0; r < rows; r++)
@@ -264,17 +262,39 @@ static inline void store_columns(float* y, int64_t column, int64_t n, vf low, vf
         y[column + j] = (j < VW ? low[j] : high[j - VW]) + (add ? y[column + j] : 0.0f);
 }
 
-// y (+)= x w^T + bias, by a whole team; a barrier comes before the next linear layer. x: [rows, k];
-// maxima: null, or those of each row, to be updated; y may be null then.
+// y (+)= x w^T + bias, by those who take its panels. x: [rows, k]; maxima: null, or those of each
+// row, to be updated; y may be null then.
 template <class W>
-void linear_rows(const float* x, int rows, const Weight& w, int64_t n, int64_t k, const float* bias,
-                 float* y, int64_t ldy, bool add, int hint = INTO_CACHES, Maxima* maxima = nullptr);
+void linear_panels(const float* x, int rows, const Weight& w, int64_t n, int64_t k,
+                   const float* bias, float* y, int64_t ldy, bool add, int hint, Maxima* maxima,
+                   Panels& panels);
 
-// out = silu(x gate^T) * (x up^T), or with GELU, by a whole team, likewise; gate and up are
-// interleaved by VW columns.
+// The same by a whole team; a barrier comes before the next linear layer.
 template <class W>
-void gated_rows(const float* x, int rows, const Weight& w, int64_t ffn, int64_t k, bool gelu,
-                float* out, int hint);
+static inline void linear_rows(const float* x, int rows, const Weight& w, int64_t n, int64_t k,
+                               const float* bias, float* y, int64_t ldy, bool add,
+                               int hint = INTO_CACHES, Maxima* maxima = nullptr) {
+    Items items(panels_of(n));
+    Panels panels(items);
+    linear_panels<W>(x, rows, w, n, k, bias, y, ldy, add, hint, maxima, panels);
+}
+
+// Panels of gate and up, which are interleaved by VW columns.
+static inline int64_t gated_panels_of(int64_t ffn) { return (ffn + VW - 1) / VW; }
+
+// out = silu(x gate^T) * (x up^T), or with GELU, by those who take its panels.
+template <class W>
+void gated_panels(const float* x, int rows, const Weight& w, int64_t ffn, int64_t k, bool gelu,
+                  float* out, int hint, Panels& panels);
+
+// The same by a whole team, likewise.
+template <class W>
+static inline void gated_rows(const float* x, int rows, const Weight& w, int64_t ffn, int64_t k,
+                              bool gelu, float* out, int hint) {
+    Items items(gated_panels_of(ffn));
+    Panels panels(items);
+    gated_panels<W>(x, rows, w, ffn, k, gelu, out, hint, panels);
+}
 
 // Row `row` of a packed weight of row length k, as fp32.
 template <class W>

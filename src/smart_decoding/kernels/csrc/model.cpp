@@ -28,7 +28,11 @@ static void run_layer(const Layer& l, const Rows& in, const std::vector<QueryBlo
         rope_and_store(l, in, r, qkv + r * qkv_width, l.heads, l.kv_heads, cache);
     barrier();
     attend(l, in, blocks, qkv, qkv_width, cache, attention);
-    finish_layer<W>(l, in.rows, attention, x, normed, workspace.ffn, qkv);
+    add_attention<W>(l, in.rows, attention, x, normed, qkv);
+    if (l.experts)
+        add_experts<W>(l, in.rows, workspace, x);
+    else
+        add_network<W>(l, in.rows, normed, x, workspace.ffn, qkv);
 }
 
 // Where hidden states are copied to between layers.
@@ -83,15 +87,21 @@ static void forward(const Model& m, const Rows& in, const Pass& pass, int thread
     const int64_t rows = in.rows, wanted = pass.wanted ? pass.wanted_count : rows, d = l.hidden;
     const int64_t width = int64_t(l.heads) * l.head_dim,
                   qkv_width = std::max(width + 2 * int64_t(l.kv_heads) * l.head_dim, d);
+    int64_t ffn = 0, mixture = 0;
+    for (int i = 0; i < m.layer_count; i++) {
+        ffn = std::max(ffn, ffn_floats(m.layers[i]));
+        mixture = std::max(mixture, mixture_floats(m.layers[i]));
+    }
     static thread_local WorkspaceMemory kept;
     WorkspaceMemory& memory = kept;
-    memory.begin(rows * (2 * d + qkv_width + width + l.ffn) + wanted * d + 256);
+    memory.begin(rows * (2 * d + qkv_width + width + ffn + mixture) + wanted * d + 256);
     float* x = memory.take<float>(rows * d);
     Workspace workspace;
     workspace.normed = memory.take<float>(rows * d);
     workspace.qkv = memory.take<float>(rows * qkv_width);
     workspace.attention = memory.take<float>(rows * width);
-    workspace.ffn = memory.take<float>(rows * l.ffn);
+    workspace.ffn = memory.take<float>(rows * ffn);
+    workspace.mixture = memory.take<float>(rows * mixture);
     float* normed = memory.take<float>(wanted * d);
     std::vector<Maxima> found(wanted * threads);
     const std::vector<QueryBlock> blocks = query_blocks<W>(in, l);

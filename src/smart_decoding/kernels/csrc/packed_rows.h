@@ -5,11 +5,11 @@
 
 namespace [[gnu::visibility("hidden")]] smart {
 
-// Rows [rows, k] as panels of W are multiplied with them, by a whole team.
+// Rows [rows, k] as panels of W are multiplied with them, by a whole team or one thread alone.
 template <class W>
-static const Input<W>* rounded_rows(const float* x, int rows, int64_t k) {
+static const Input<W>* rounded_rows(const float* x, int rows, int64_t k, bool alone) {
     if constexpr (std::is_same_v<Input<W>, float>) return x;
-    const Packing packing(rows, k, rows * k * sizeof(Input<W>));
+    const Packing packing(rows, k, rows * k * sizeof(Input<W>), alone);
     Input<W>* out = (Input<W>*)packing.memory;
     for (int64_t at = packing.first; at < rows * k; at += k)
         put_all(x + at, packing.last - packing.first, out + at);
@@ -33,13 +33,14 @@ struct PackedRows {
     const int rows, groups;
     const int64_t k;
 
-    // By a whole team. most: rows of a group, up to MOST; k: a multiple of QUANT_BLOCK.
-    PackedRows(const float* x, int count, int64_t k_, int most)
+    // By a whole team or one thread alone. most: rows of a group, up to MOST; k: a multiple of
+    // QUANT_BLOCK.
+    PackedRows(const float* x, int count, int64_t k_, int most, bool alone)
         : rows(count),
           groups((rows + most - 1) / most),
           k(k_),
           together((rows + groups - 1) / groups) {
-        const Packing packing(rows, k, rows * k * sizeof(X));
+        const Packing packing(rows, k, rows * k * sizeof(X), alone);
         packed = (X*)packing.memory;
         for (int group = 0; group < groups; group++)
             read_group(x + first(group) * k, columns(group), packing.first, packing.last,

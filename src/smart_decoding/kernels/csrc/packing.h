@@ -9,15 +9,15 @@ namespace [[gnu::visibility("hidden")]] smart {
 // Inputs that a thread packs in a few microseconds, as long as threads wait for each other.
 constexpr int64_t PACKED_ALONE = 16 << 10;
 
-// For all threads of a team alike. Before the next one that is shared they pass a barrier, as after
-// every linear layer.
+// For all threads of a team alike, unless a thread is `alone`. Before the next one that is shared
+// they pass a barrier, as after every linear layer.
 struct Packing {
     const bool shared;
     const int64_t first, last;  // this thread's part of k, of whole blocks as far as k is
     CacheLine* const memory;
 
-    Packing(int64_t rows, int64_t k, size_t bytes)
-        : shared(omp_get_num_threads() > 1 && rows * k > PACKED_ALONE),
+    Packing(int64_t rows, int64_t k, size_t bytes, bool alone)
+        : shared(!alone && omp_get_num_threads() > 1 && rows * k > PACKED_ALONE),
           first(shared ? part(k, omp_get_thread_num()) : 0),
           last(shared ? part(k, omp_get_thread_num() + 1) : k),
           memory(shared ? team_memory(lines_of(bytes)) : own_memory(lines_of(bytes))) {}

@@ -30,10 +30,10 @@ struct ByteRows {
     const int rows, passes;
     mutable int shaped = 0;  // for what tiles are configured
 
-    // By a whole team. k: a multiple of QUANT_BLOCK.
-    ByteRows(const float* x, int count, int64_t k_)
+    // By a whole team or one thread alone. k: a multiple of QUANT_BLOCK.
+    ByteRows(const float* x, int count, int64_t k_, bool alone)
         : k(k_), rows(count), passes((rows + BYTE_ROWS - 1) / BYTE_ROWS) {
-        const Packing packing(rows, k, rows * k / QUANT_BLOCK * sizeof(ByteBlock));
+        const Packing packing(rows, k, rows * k / QUANT_BLOCK * sizeof(ByteBlock), alone);
         blocks = (ByteBlock*)packing.memory;
         for (int pass = 0; pass < passes; pass++) {
             const int first = first_of(pass), together = first_of(pass + 1) - first;

@@ -307,11 +307,11 @@ static void tile_panel_of_many(const PackedRows<X>& x, const Strip* strips, cons
 
 // `gemm` of quants by tiles.
 template <class Epilogue>
-static void tile_quant_gemm(const float* rows, int count, const Strip* strips, int64_t n, int64_t k,
-                            Epilogue&& done) {
+static void tile_quant_gemm(const float* rows, int count, const Strip* strips, int64_t k,
+                            Panels& panels, Epilogue&& done) {
     static thread_local TileChunk chunks[2];
     static thread_local std::vector<TileSums> sums;
-    const PackedRows<Wide> x(rows, count, k, TILE);
+    const PackedRows<Wide> x(rows, count, k, TILE, panels.alone);
     if (int(sums.size()) < x.groups) sums.resize(x.groups);
     const TileProducts<Wide, false> one{x, 0};
     const TileProducts<Wide, true> two{x, 0};
@@ -319,7 +319,6 @@ static void tile_quant_gemm(const float* rows, int count, const Strip* strips, i
         one.shape();
     else if (count <= 2 * TILE)
         two.shape();
-    Items panels(panels_of(n));
     for (int64_t p; (p = panels.next()) < panels.count;) {
         const Strip *now = strips + 2 * p, *then = p + 1 < panels.count ? now + 2 : now;
         if (count <= TILE)

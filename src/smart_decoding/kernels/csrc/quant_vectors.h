@@ -208,7 +208,7 @@ __attribute__((noinline)) static void multiply_beside(const Wide* x, const Wide*
 struct ChunkedPanels {
     const PackedRows<Wide>& x;
     const Strip* strips;  // of the first panel
-    Items& panels;
+    Panels& panels;
     float* sums;  // [rows, PANEL] of the panel in work
 
     // done: called after each panel, with its number.
@@ -277,19 +277,18 @@ private:
 
 // `gemm` of quants by vectors.
 template <class Epilogue>
-static void vector_quant_gemm(const float* rows, int count, const Strip* strips, int64_t n,
-                              int64_t k, Epilogue&& done) {
+static void vector_quant_gemm(const float* rows, int count, const Strip* strips, int64_t k,
+                              Panels& panels, Epilogue&& done) {
     static thread_local WideChunk chunks[2];
     static thread_local std::vector<float> kept;
     const bool few = count <= ROWS_OF_ONE;
-    const PackedRows<Wide> x(rows, count, k, few ? ROWS_OF_ONE : GROUP_ROWS);
+    const PackedRows<Wide> x(rows, count, k, few ? ROWS_OF_ONE : GROUP_ROWS, panels.alone);
     if (int64_t(kept.size()) < int64_t(count) * PANEL) kept.resize(int64_t(count) * PANEL);
     float* sums = kept.data();
     const auto finish = [&](int64_t p) {
         for (int r = 0; r < count; r++)
             done(r, p * PANEL, loadu<vf>(sums + r * PANEL), loadu<vf>(sums + r * PANEL + VW));
     };
-    Items panels(panels_of(n));
     if (!few) return ChunkedPanels{x, strips, panels, sums}.run(chunks, finish);
     for (int64_t p; (p = panels.next()) < panels.count;) {
         const Strip* now = strips + 2 * p;

@@ -150,6 +150,39 @@ public:
     }
 };
 
+// A weight's panels, one after another for each thread that multiplies them: all items of a stage,
+// or some of them.
+class Panels {
+    Items& items;
+    const int64_t before = 0;  // items of other weights
+    int64_t item = -1;         // the one taken last
+    bool waits = false;        // `next` did not return it yet
+
+public:
+    const int64_t count;
+    const bool alone;  // no other thread is known to multiply the same rows
+
+    explicit Panels(Items& all) : items(all), count(all.count), alone(false) {}
+
+    // The `count_` items after the first `before_`. first: one of them, which this thread has
+    // taken.
+    Panels(Items& all, int64_t before_, int64_t count_, int64_t first)
+        : items(all), before(before_), item(first), waits(true), count(count_), alone(true) {}
+
+    // Where this thread begins.
+    int64_t start() const { return waits ? item - before : Items::first_of(count); }
+
+    // The next one; `count` where none is left.
+    int64_t next() {
+        if (!waits) item = items.next();
+        waits = false;
+        return item >= before && item < before + count ? item - before : count;
+    }
+
+    // The item that was taken when none of these was left: another weight's, or none.
+    int64_t after() const { return item; }
+};
+
 // Memory of the whole team, which all its threads ask for at once; what was in it may be lost.
 static inline CacheLine* team_memory(size_t lines) {
     CacheLines& kept = my_team->memory;

@@ -101,13 +101,12 @@ static void tile_rows(const Input<W>* x, int64_t ld, int rows, const char* panel
 
 // `gemm` by tiles.
 template <class W, class Epilogue>
-static void tile_gemm(const Input<W>* x, int64_t ld, int rows, const W* w, int64_t n, int64_t k,
-                      Epilogue&& done) {
+static void tile_gemm(const Input<W>* x, int64_t ld, int rows, const W* w, int64_t k,
+                      Panels& panels, Epilogue&& done) {
     const int64_t depth = k * sizeof(Input<W>), panel_bytes = k * PANEL * sizeof(W);
     const int passes = (rows + TILE_PASS - 1) / TILE_PASS;
     const int64_t stride = (TILE_STEP_BYTES / passes + 63) / 64 * 64;
     int shaped = 0;
-    Items panels(panels_of(n));
     for (int64_t p; (p = panels.next()) < panels.count;) {
         const char* panel = (const char*)w + p * panel_bytes;
         const Prefetch ahead = {panel + (passes > 1 ? panel_bytes : TILE_PREFETCH_L2), stride};

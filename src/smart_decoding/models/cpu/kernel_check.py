@@ -30,11 +30,12 @@ INSTEAD = "plain torch runs, slower, with --allow-slow (in Python: allow_slow=Tr
 def unserved(config: ModelConfig) -> str | None:
     """Return why the kernels do not serve a model or head of this shape, with the number; None if
     they do."""
-    if config.experts is not None:
-        return "it is a mixture of experts"
     if config.head_dim not in HEAD_DIMS:
         return f"head dimension {config.head_dim} is none of {', '.join(map(str, HEAD_DIMS))}"
-    for name, size in (("hidden size", config.hidden), ("intermediate size", config.ffn)):
+    sizes = {"hidden size": config.hidden, "intermediate size": config.ffn}
+    if config.experts is not None:
+        sizes["experts' intermediate size"] = config.experts.each.width
+    for name, size in sizes.items():
         if size % 2:
             return f"{name} {size} is odd"
     shared = config.heads // config.kv_heads

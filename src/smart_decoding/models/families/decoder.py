@@ -169,7 +169,8 @@ class Decoder:
 
     @property
     def bytes_read(self) -> int:
-        """Of packed weights, by a forward: of a table of embeddings it reads a few rows."""
+        """Of packed weights, by a forward that reads all experts: of a table of embeddings it reads
+        a few rows."""
         table = self.embedding
         apart = isinstance(table, PackedWeight) and table is not self.head
         return self._arena.nbytes - (table.nbytes if apart else 0)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
+import itertools
 import math
 import mmap
 from collections.abc import Iterable, Mapping, Sequence
 from ctypes import Structure
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -20,7 +22,9 @@ from smart_decoding.kernels.memory import pointer
 from smart_decoding.kernels.weights import (
     Arena,
     Matrix,
+    PackedWeight,
     QuantizedTensor,
+    Weight,
     as_tensor,
     interleaved,
     pack,
@@ -31,6 +35,12 @@ from smart_decoding.models.torch.rows import DeviceRows, GroupedRows, device_row
 if TYPE_CHECKING:
     from smart_decoding.engine.rows import Rows
     from smart_decoding.models.families.layer import LayerConfig
+
+
+_VECTORS = (
+    *("input_norm", "q_norm", "k_norm", "qkv_bias", "output_bias", "post_norm"),
+    *("attention_norm", "ffn_norm"),
+)
 
 
 @dataclass
@@ -214,31 +224,61 @@ class NativeLayers:
         self.structs = (kernels.Layer * len(structs))(*structs)
 
     def _struct(self, w: LayerWeights, arena: Arena) -> Structure:
-        vectors = [
-            None if vector is None else vector.float().contiguous()
-            for vector in (
-                *(w.input_norm, w.q_norm, w.k_norm, w.qkv_bias, w.output_bias, w.post_norm),
-                *(w.attention_norm, w.ffn_norm),
-            )
+        vectors = {
+            name: None if vector is None else vector.float().contiguous()
+            for name, vector in ((name, getattr(w, name)) for name in _VECTORS)
+        }
+        qkv = pack(w.qkv, arena)
+        output = pack([w.output], arena)
+        width = len(w.networks[0].gate)
+        order = interleaved(width)
+        networks = [
+            (pack([each.gate, each.up], arena, order), pack([each.down], arena))
+            for each in w.networks
         ]
-        (network,) = w.networks
-        width = len(network.gate)
-        gate_up = pack([network.gate, network.up], arena, interleaved(width))
-        down = pack([network.down], arena)
-        matrices = [pack(w.qkv, arena), pack([w.output], arena), gate_up, down]
-        self._keep += [*vectors, *matrices]
+        self._keep += [*vectors.values(), qkv, output, *itertools.chain(*networks)]
         return kernels.Layer(
-            w.hidden,
-            matrices[0].k,
-            w.heads,
-            w.kv_heads,
-            w.head_dim,
-            width,
-            *(arena.hint, w.window, w.angle, w.gelu),
-            w.eps,
-            *(pointer(v) for v in vectors),
-            *(matrix.struct for matrix in matrices),
+            hidden=w.hidden,
+            input=qkv.k,
+            heads=w.heads,
+            kv_heads=w.kv_heads,
+            head_dim=w.head_dim,
+            ffn=width,
+            hint=arena.hint,
+            window=w.window,
+            angle=w.angle,
+            gelu=w.gelu,
+            eps=w.eps,
+            qkv=qkv.struct,
+            output=output.struct,
+            **{name: pointer(vector) for name, vector in vectors.items()},
+            **self._networks(networks, w.router, arena),
         )
+
+    def _networks(
+        self,
+        networks: Sequence[tuple[PackedWeight, PackedWeight]],
+        router: RouterWeights | None,
+        arena: Arena,
+    ) -> dict[str, Any]:
+        """Return the fields of Layer that are of its network, or of its experts. networks: gate and
+        up of each, and down."""
+        if router is None:
+            ((gate_up, down),) = networks
+            return {"gate_up": gate_up.struct, "down": down.struct}
+        matrix = pack([router.matrix], arena)
+        each = Weight * len(networks)
+        all_gate_up = each(*(gate_up.struct for gate_up, _ in networks))
+        all_down = each(*(down.struct for _, down in networks))
+        self._keep += [matrix, all_gate_up, all_down]
+        return {
+            "experts": len(networks),
+            "per_token": router.per_token,
+            "normalised": router.normalised,
+            "router": matrix.struct,
+            "expert_gate_up": ctypes.addressof(all_gate_up),
+            "expert_down": ctypes.addressof(all_down),
+        }
 
 
 def converted(weight: Matrix, dtype: torch.dtype, device: torch.device) -> Matrix:
