@@ -639,11 +639,6 @@ static inline void tile_dot_u8s8() {
     asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(SUM), "i"(X), "i"(W));
 }
 
-template <int SUM, int X, int W>
-static inline void tile_dot_s8u8() {
-    asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(SUM), "i"(X), "i"(W));
-}
-
 #else
 
 // The same in plain loops, as Intel's manual describes it, but for denormals. What the CPU refuses
@@ -730,9 +725,9 @@ static inline void tile_dot_bf16() {
         }
 }
 
-// The same of four bytes A of x and four bytes B of w, in integers.
-template <int SUM, int X, int W, class A, class B>
-static inline void tile_dot_bytes() {
+// The same of four unsigned bytes of x and four bytes of w, in integers.
+template <int SUM, int X, int W>
+static inline void tile_dot_u8s8() {
     TileFile& file = tile_file();
     file.demand_product(SUM, X, W);
     for (int r = 0; r < file.shapes.rows[SUM]; r++)
@@ -740,19 +735,9 @@ static inline void tile_dot_bytes() {
             uint8_t* sum = file.data[SUM][r] + 4 * c;
             int32_t total = loadu<int32_t>(sum);
             for (int k = 0; k < 4 * file.words(X); k++)
-                total += A(file.data[X][r][k]) * B(file.data[W][k / 4][4 * c + k % 4]);
+                total += file.data[X][r][k] * int8_t(file.data[W][k / 4][4 * c + k % 4]);
             storeu(sum, total);
         }
-}
-
-template <int SUM, int X, int W>
-static inline void tile_dot_u8s8() {
-    tile_dot_bytes<SUM, X, W, uint8_t, int8_t>();
-}
-
-template <int SUM, int X, int W>
-static inline void tile_dot_s8u8() {
-    tile_dot_bytes<SUM, X, W, int8_t, uint8_t>();
 }
 
 #endif

@@ -245,7 +245,6 @@ static void quant_gemm(const float* x, int rows, const Strip* strips, int64_t k,
         for (int r = 0; r < rows; r++)
             done(r, p * PANEL, loadu<vf>(sums + r * PANEL), loadu<vf>(sums + r * PANEL + VW));
     }
-    if (bytes.shaped) tile_release();
 }
 
 static inline void store_columns(float* y, int64_t column, int64_t n, vf low, vf high, bool add) {

@@ -28,7 +28,6 @@ struct ByteBlock {
 struct ByteRows {
     const int64_t k;
     const int rows, passes;
-    mutable int shaped = 0;  // for what tiles are configured
 
     // By a whole team or one thread alone. k: a multiple of QUANT_BLOCK.
     ByteRows(const float* x, int count, int64_t k_, bool alone)
@@ -210,84 +209,10 @@ static inline void prefetch_start(const Strip* panel) {
         __builtin_prefetch(panel->data + line, 0, INTO_CACHES);
 }
 
-// Rows that vectors multiply no slower than tiles.
-constexpr int VECTOR_ROWS = 4;
-
-// The same products by tiles of AMX, for up to 32 rows. Integers are exact, so a row has the bits
-// that vectors give it. Tiles 0 to 3 are sums: two groups of rows by two strips. Tiles 4 and 5 hold
-// the strips, 6 and 7 the inputs of a group of k with a scale in common.
-template <int F, int S>
-struct TileBytes {
-    typedef ByteWeights<F, S> Vectors;
-    static constexpr int GROUPS = Vectors::GROUPS, GROUP = QUANT_BLOCK / GROUPS;
-    struct Integers {
-        vi total;
-        vi sum() const { return total; }
-    };
-    alignas(64) uint8_t bytes[S][QUANT_BLOCK * VW];
-    RowScales scales[S];
-
-    // shaped: for what the tiles are configured, 0: not at all.
-    static void shape(int rows, int& shaped) {
-        if (shaped == rows * QUANT_BLOCK + GROUP) return;
-        shaped = rows * QUANT_BLOCK + GROUP;
-        TileShapes shapes;
-        const int first = std::min(rows, TILE), second = std::max(rows - TILE, 1);
-        shapes.set({0, 1}, first, TILE_WIDTH);
-        shapes.set({2, 3}, second, TILE_WIDTH);
-        shapes.set({4, 5}, GROUP / 4, TILE_WIDTH);
-        shapes.set({6}, first, GROUP);
-        shapes.set({7}, second, GROUP);
-        tile_configure(shapes);
-    }
-
-    void keep(const Vectors& weights) {
-        for (int s = 0; s < S; s++) {
-            scales[s] = weights.scales[s];
-            for (int v = 0; v < QUANT_BLOCK / 4; v++)
-                storeu(bytes[s] + v * sizeof(vi), weights.bytes[s][v]);
-        }
-    }
-
-    // Adds the products of rows to their sums [rows, PANEL].
-    void multiply(const ByteBlock* x, int rows, float* sums) const {
-        alignas(64) int32_t products[S][GROUPS][2 * TILE * VW];
-        for (int g = 0; g < GROUPS; g++) {
-            multiply_rows<0>(x, g, products);
-            if (rows > TILE) multiply_rows<1>(x + TILE, g, products);
-        }
-        for (int r = 0; r < rows; r++)
-            for (int s = 0; s < S; s++) {
-                Integers integers[GROUPS];
-                for (int g = 0; g < GROUPS; g++)
-                    integers[g].total =
-                        Vectors::first_of(x[r], g) + loadu<vi>(products[s][g] + r * VW);
-                Vectors::add_scaled(integers, scales[s], x[r], sums + r * PANEL + s * VW);
-            }
-    }
-
-private:
-    template <int HALF>
-    void multiply_rows(const ByteBlock* x, int g,
-                       int32_t (&products)[S][GROUPS][2 * TILE * VW]) const {
-        tile_load<6 + HALF>(x->bytes + g * GROUP, sizeof(ByteBlock));
-        multiply_strip<0, HALF>(g, products[0][g]);
-        if constexpr (S == 2) multiply_strip<1, HALF>(g, products[1][g]);
-    }
-
-    template <int s, int HALF>
-    void multiply_strip(int g, int32_t* products) const {
-        tile_load<4 + s>(bytes[s] + g * GROUP * VW, TILE_WIDTH);
-        tile_zero<2 * HALF + s>();
-        tile_dot_s8u8<2 * HALF + s, 6 + HALF, 4 + s>();
-        tile_store<2 * HALF + s>(products + HALF * TILE * VW, TILE_WIDTH);
-    }
-};
-
 // Adds to sums [rows, PANEL] what `depth` of S strips, from k = first on, yields; all of it lies in
-// one super-block. FRESH: it is read from memory. TILES: by tiles, which multiply a block while the
-// next one is unpacked: what has just been stored is loaded slowly.
-template <int F, int S, bool FRESH, bool TILES>
+// one super-block. FRESH: it is read from memory. Tiles of AMX are no faster for any number of
+// rows: what takes long is to unpack the weights, and to scale the sums of each block.
+template <int F, int S, bool FRESH>
 __attribute__((always_inline)) static inline void byte_pass(const ByteBlock* x, int rows,
                                                             const ByteStrip& strip, int64_t first,
                                                             int64_t depth, float* sums) {
@@ -298,7 +223,6 @@ __attribute__((always_inline)) static inline void byte_pass(const ByteBlock* x, 
     StripReader<F> left = strip.from<F>(first);
     StripReader<F> right = S == 1 ? left : strip.beside<F>().template from<F>(first);
     const uint8_t* ahead = left.at + BYTE_PREFETCH;
-    [[maybe_unused]] TileBytes<F, S> tiles;
     for (int64_t i = 0; i < depth; i += QUANT_BLOCK, x += rows, ahead += LINES) {
         ByteWeights<F, S> weights;
         left.enter(i);
@@ -310,14 +234,8 @@ __attribute__((always_inline)) static inline void byte_pass(const ByteBlock* x, 
         }
         for (int line = 0; FRESH && line < LINES; line += 64)
             __builtin_prefetch(ahead + line, 0, INTO_CACHES);
-        if constexpr (TILES) {
-            if (i) tiles.multiply(x - rows, rows, sums);
-            tiles.keep(weights);
-        } else {
-            for (int row = 0; row < rows; row++) weights.multiply(x[row], sums + row * PANEL);
-        }
+        for (int row = 0; row < rows; row++) weights.multiply(x[row], sums + row * PANEL);
     }
-    if constexpr (TILES) tiles.multiply(x - rows, rows, sums);
 }
 
 // Adds the products of all rows with what S strips have at k = first and after in a super-block.
@@ -330,16 +248,10 @@ __attribute__((always_inline)) static inline void byte_passes(const ByteRows& in
         const int row = in.first_of(pass), count = in.first_of(pass + 1) - row;
         const ByteBlock* x = in.at(pass, first);
         float* to = sums + row * PANEL;
-        if constexpr (HAS_TILES)
-            if (count > VECTOR_ROWS) {
-                TileBytes<F, S>::shape(count, in.shaped);
-                byte_pass<F, S, true, true>(x, count, strip, first, depth, to);
-                continue;
-            }
         if (pass)
-            byte_pass<F, S, false, false>(x, count, strip, first, depth, to);
+            byte_pass<F, S, false>(x, count, strip, first, depth, to);
         else
-            byte_pass<F, S, true, false>(x, count, strip, first, depth, to);
+            byte_pass<F, S, true>(x, count, strip, first, depth, to);
     }
 }
 
