@@ -17,6 +17,7 @@ from smart_decoding.core.tree import ROOT, DraftTrees
 from smart_decoding.engine.kv import PAGE
 from smart_decoding.engine.rows import Rows, Span, build_rows
 from smart_decoding.models.families.decoder import Decoder
+from smart_decoding.models.families.layer import GATED_NORM
 from smart_decoding.models.families.reading import config_from_hf
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 VOCAB = 331
 PAGES = 40
+STATES = 4
 SIZES: dict[str, Any] = {
     "hidden_size": 96,
     "num_hidden_layers": 2,
@@ -50,6 +52,7 @@ Mistral = transformers.MistralConfig
 Qwen2 = transformers.Qwen2Config
 Qwen3 = transformers.Qwen3Config
 Qwen3Moe = transformers.Qwen3MoeConfig
+Qwen3_5 = transformers.Qwen3_5TextConfig
 Gemma3 = transformers.Gemma3TextConfig
 GEMMA3 = {
     "num_hidden_layers": 3,
@@ -66,6 +69,15 @@ EXPERTS = {
     "num_experts_per_tok": 3,
     "moe_intermediate_size": 72,
     "norm_topk_prob": True,
+}
+HYBRID = {
+    "initializer_range": 0.08,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
 }
 MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "llama": (Llama, {}),
@@ -109,6 +121,11 @@ MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
 OTHERS = {  # shapes without CPU kernels
     "head_dim 24": (Llama, {"head_dim": 24}),
     "odd ffn": (Llama, {"intermediate_size": 131}),
+    "qwen3.5": (Qwen3_5, HYBRID),
+    "qwen3.5, as many key heads, wider values": (
+        Qwen3_5,
+        {**HYBRID, "linear_num_key_heads": 4, "linear_value_head_dim": 12},
+    ),
 }
 
 
@@ -133,12 +150,15 @@ def config_of(name: str) -> ModelConfig:
 
 
 def computed(name: str) -> dict[str, Tensor]:
-    """The reference's weights as layers multiply by them: Gemma's norms lack 1."""
+    """The reference's weights as layers multiply by them: some families' norms lack 1."""
     model = reference(name)
     published = revert_weight_conversion(model, model.state_dict())  # a matrix for each expert
     if not config_of(name).shifted_norms:
         return published
-    return {key: w + 1 if key.endswith("norm.weight") else w for key, w in published.items()}
+    return {
+        key: w + 1 if key.endswith("norm.weight") and not key.endswith(GATED_NORM) else w
+        for key, w in published.items()
+    }
 
 
 def decoder(
@@ -164,8 +184,12 @@ def decoder(
         512,
         native,
     )
+    model.hold_states(STATES)
     for cache in (model.kv.keys, model.kv.values):
         cache.fill_(torch.nan) if model.native else cache.uniform_(-1000, 1000)
+    if (states := model.kv.states) is not None:
+        states.states.fill_(torch.nan)
+        states.inputs.fill_(torch.nan)
     return model
 
 
@@ -181,11 +205,12 @@ class Memory:
         return np.array(taken, np.int32)
 
 
-def span(tokens: Sequence[int], start: int, pages: np.ndarray, nodes: int = 0) -> Span:
+def span(
+    tokens: Sequence[int], start: int, pages: np.ndarray, nodes: int = 0, state: int = -1
+) -> Span:
     position = np.arange(start, start + len(tokens) + nodes)
-    return Span(
-        tokens, start, (pages[position // PAGE] * PAGE + position % PAGE).astype(np.int32), pages
-    )
+    slots = (pages[position // PAGE] * PAGE + position % PAGE).astype(np.int32)
+    return Span(tokens, start, slots, pages, state=state)
 
 
 def plain_rows(*spans: Span) -> Rows:

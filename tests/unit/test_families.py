@@ -7,11 +7,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
+import torch
 
 import smart_decoding
-from smart_decoding.models.checkpoints.memory import EngineLimits, work_bytes
-from smart_decoding.models.families.layer import PRE_NORMS, FeedForward
+from smart_decoding.models.checkpoints.memory import (
+    EngineLimits,
+    kv_bytes,
+    state_bytes,
+    work_bytes,
+)
+from smart_decoding.models.families.layer import (
+    PRE_NORMS,
+    Attention,
+    FeedForward,
+    LinearAttention,
+)
 from smart_decoding.models.families.reading import (
     FAMILIES,
     config_from_hf,
@@ -23,6 +35,13 @@ if TYPE_CHECKING:
     from smart_decoding.models.families.config import ModelConfig
 
 OF_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+HYBRID = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 6,
+    "linear_conv_kernel_dim": 4,
+}
 MODELS = Path(smart_decoding.__file__).parent / "models"
 SIZES: dict[str, Any] = {
     "num_hidden_layers": 6,
@@ -52,6 +71,7 @@ def test_only_the_reader_of_configurations_asks_for_a_family() -> None:
 @pytest.mark.parametrize("family", FAMILIES, ids=[family.name for family in FAMILIES])
 def test_a_family_is_found_by_each_of_its_names(family: Any) -> None:
     more = OF_EXPERTS if "num_experts" in family.options else {}
+    more |= HYBRID if family.whole else {}
     config = config_from_hf({**SIZES, **more, "architectures": [family.architecture]})
     assert family_of(config) is family
     if family.gguf is not None:
@@ -90,6 +110,33 @@ def test_layers_are_of_experts_but_those_that_are_listed() -> None:
 
 def test_a_head_of_a_mixture_has_one_network() -> None:
     assert mixture().of_head().layer(0).ffn == FeedForward(64, gelu=False)
+
+
+def hybrid(**changes: Any) -> ModelConfig:
+    architecture = {"architectures": ["Qwen3_5ForCausalLM"]}
+    return config_from_hf({**SIZES, **HYBRID, **architecture, **changes})
+
+
+def test_one_layer_in_four_has_attention() -> None:
+    config = hybrid()
+    kinds = [type(config.layer(n).attention) for n in range(config.layers)]
+    assert kinds == [LinearAttention] * 3 + [Attention] + [LinearAttention] * 2
+    assert (config.kv_layers, config.linear_layers) == (1, 5)
+    assert hybrid(full_attention_interval=2).attention_layers == (1, 3, 5)
+    assert config.rotary_dim == 2
+    head = config.of_head()
+    assert isinstance(head.layer(0).attention, Attention)
+    assert not head.layer(0).attention.gated
+    assert np.count_nonzero(head.inverse_frequencies()[0]) == 4
+
+
+def test_memory_of_a_hybrid_is_that_of_its_states() -> None:
+    """Keys and values of one layer; in the others a state for each request and one more."""
+    config = hybrid()
+    assert kv_bytes(config, torch.float32) == 2 * 2 * 8 * 4
+    of_layer = 4 * 8 * 6 + 3 * (2 * 2 * 8 + 4 * 6)
+    assert state_bytes(config, 3) == 4 * 5 * of_layer * 4
+    assert state_bytes(replace(config, linear=None), 3) == 0
 
 
 def test_work_on_experts_has_room() -> None:

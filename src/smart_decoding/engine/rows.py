@@ -33,7 +33,7 @@ class Rows:
     block_table_start: [groups] offset of its block table in `pages`. logit_rows: rows whose logits
     are required, or None for all. mm_embeds: embeddings of pictures, which replace the tokens' own,
     each from a row on. rotary: [rows, 3] rotary positions (time, height, width), or None for
-    `position`.
+    `position`. states: [groups] places of recurrent states, -1: none; or None.
     """
 
     token: IntArray
@@ -48,9 +48,15 @@ class Rows:
     logit_rows: IntArray | None = None
     mm_embeds: MultimodalEmbeddings = ()
     rotary: IntArray | None = None
+    states: IntArray | None = None
 
     def __len__(self) -> int:
         return len(self.token)
+
+    @property
+    def groups(self) -> int:
+        """How many requests have rows."""
+        return len(self.query_start_loc) - 1
 
 
 @dataclass(slots=True)
@@ -59,7 +65,7 @@ class Span:
 
     tokens: token ids from position `start` on; slots: [>= tokens] slots of their keys, then of the
     root's tree nodes; pages: the request's block table. mm_embeds, rotary: as in Rows, mm_embeds
-    from the span's first row on."""
+    from the span's first row on. state: the place of its recurrent state, -1: none."""
 
     tokens: Sequence[int]
     start: int
@@ -67,6 +73,7 @@ class Span:
     pages: Ints
     mm_embeds: MultimodalEmbeddings = ()
     rotary: IntArray | None = None
+    state: int = -1
 
 
 class RowLayout(NamedTuple):
@@ -185,6 +192,8 @@ def build_rows(spans: Sequence[Span], trees: DraftTrees, emits: Sequence[bool]) 
     layout = RowLayout(builder.build(), last, node_row)
     if any(span.rotary is not None for span in spans):
         layout.rows.rotary = _rotary(spans, trees, layout)
+    if any(span.state >= 0 for span in spans):
+        layout.rows.states = np.array([span.state for span in spans], np.int64)
     roots = [row for row, emit in zip(last, emits, strict=True) if emit]
     if len(roots) + len(node_row) < len(builder):
         layout.rows.logit_rows = np.array(roots + node_row, np.int64)

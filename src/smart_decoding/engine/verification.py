@@ -3,7 +3,7 @@ the keys of accepted nodes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
@@ -33,12 +33,14 @@ class TargetScores:
     """Results of a forward. logits: [rows, vocab] of the requested rows, on the backend. features:
     aux hidden states of all rows, or None. greedy: the result of `argmax` for the requested rows,
     where the backend knows it already. draws_all: whether `sample` draws all rows at once, while
-    the forward goes on: the only wait for a device. Tokens of unvisited rows may then be -1."""
+    the forward goes on: the only wait for a device. Tokens of unvisited rows may then be -1. advance:
+    brings recurrent states to the ends of accepted paths, lists of rows; None: there are none."""
 
     logits: Logits
     features: Features
     greedy: IntArray | None = None
     draws_all: bool = False
+    advance: Callable[[Sequence[Sequence[int]]], None] | None = None
 
 
 class RowModel(Protocol):
@@ -142,8 +144,8 @@ def _prompt_rows(
 def settle(
     model: RowModel, rows: RoundRows, scores: TargetScores, start: float, forward_seconds: float
 ) -> Verified:
-    """Draw tokens down the trees, and move the keys of accepted nodes. start: when the round's
-    verification began."""
+    """Draw tokens down the trees, move the keys of accepted nodes, and advance recurrent states.
+    start: when the round's verification began."""
     sample_start = model.clock()
     acceptance = _accept(model, rows.emitting, rows.nodes, rows.layout, scores)
     for request, at in rows.scored:
@@ -151,6 +153,8 @@ def settle(
     sampled = model.clock()
     if len(rows.nodes):
         _commit_keys(model, acceptance, rows.layout)
+        if scores.advance is not None:
+            scores.advance([[rows.layout.node_row[n] for n in path] for path in acceptance.path])
     moved = model.clock()
     if scores.draws_all:  # the wait for the tokens was the wait for the forward
         forward_seconds += sampled - sample_start

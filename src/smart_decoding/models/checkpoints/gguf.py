@@ -13,9 +13,10 @@ import re
 import shutil
 import struct
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -34,6 +35,7 @@ from smart_decoding.models.checkpoints.hub import (
     write_record,
 )
 from smart_decoding.models.checkpoints.weight_files import Weights, as_published
+from smart_decoding.models.families.family import RowOrder
 from smart_decoding.models.families.reading import (
     check_tensors,
     config_from_gguf,
@@ -56,13 +58,14 @@ _READS = 1 << 18
 _VALUES = 1 << 21
 TENSORS = "tensors.json"
 _FLOATS = {"F32": np.float32, "F16": np.float16}
-MatrixT = TypeVar("MatrixT", torch.Tensor, QuantizedTensor, Matrix)
 _TOP_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }
-_BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
+_BLOCK = re.compile(r"blk\.(\d+)\.(\w+)(\.weight|\.bias|)")
+_DECAY = ".ssm_a"  # holds the negative of what is published as a logarithm
+_CONVOLUTION = ".ssm_conv1d.weight"  # lacks a dimension of one
 
 
 def converted_folder(
@@ -112,7 +115,9 @@ class StoredWeights(Weights[Matrix]):
             reason = f"{path.name} ends within the tensor {entry['tensor']}"
             raise ModelError(reason) from error
         matrix = _matrix(entry["tensor"], kind, np.asarray(content), shape)
-        return matrix if entry["heads"] is None else half_split(matrix, entry["heads"])
+        if entry["tensor"].endswith(_DECAY):
+            matrix = as_tensor(matrix).neg().log()
+        return matrix if entry["order"] is None else _ordered(matrix, RowOrder(**entry["order"]))
 
     @property
     def expanded(self) -> list[str]:
@@ -125,10 +130,21 @@ class StoredWeights(Weights[Matrix]):
         """Bytes of all tensors: quants that stay as they are, others in bfloat16."""
         return sum(
             entry["bytes"]
-            if _stays(entry["type"], entry["shape"])
+            if _stays(entry["type"], entry["shape"]) and not _of_columns(entry)
             else prod(entry["shape"]) * torch.bfloat16.itemsize
             for entry in self._index.values()
         )
+
+
+def _of_columns(entry: Mapping[str, Any]) -> bool:
+    """Return whether a tensor's columns are reordered, which blocks of quants do not allow."""
+    return entry["order"] is not None and entry["order"]["of_columns"]
+
+
+def _ordered(matrix: Matrix, order: RowOrder) -> Matrix:
+    if order.of_columns:
+        return as_tensor(matrix)[:, order.index(matrix.shape[1])]
+    return matrix[order.index(len(matrix))]
 
 
 def _stays(kind: str, shape: list[int]) -> bool:
@@ -206,20 +222,24 @@ def _index(
     config: ModelConfig, tensors: Mapping[str, Any], parts: Mapping[str, int]
 ) -> dict[str, dict[str, Any]]:
     """Return what StoredWeights must know of each tensor, and of each expert's part of one. part:
-    the number of its file; heads: whose rows are reordered, or None."""
+    the number of its file; order: a RowOrder, or None."""
     family = family_of(config)
     index: dict[str, dict[str, Any]] = {}
     for name, tensor in tensors.items():
+        shape = [int(n) for n in reversed(tensor.shape)]
+        if name.endswith(_CONVOLUTION):
+            shape.insert(1, 1)
+        theirs = hf_name(name, family)
+        order = family.gguf_order(config, name)
         entry = {
             "tensor": name,
             "part": parts[name],
             "type": tensor.tensor_type.name,
-            "shape": [int(n) for n in reversed(tensor.shape)],
+            "shape": shape,
             "offset": int(tensor.data_offset),
             "bytes": int(tensor.n_bytes),
-            "heads": _split_heads(config, name),
+            "order": None if order is None else asdict(order),
         }
-        theirs = hf_name(name, family)
         index |= _by_expert(theirs, entry) if "{}" in theirs else {theirs: entry}
     return index
 
@@ -237,15 +257,6 @@ def _by_expert(name: str, entry: dict[str, Any]) -> dict[str, dict[str, Any]]:
         }
         for number in range(count)
     }
-
-
-def _split_heads(config: ModelConfig, name: str) -> int | None:
-    """Return the heads of a q or k in llama.cpp's row order, which it has for some families; else
-    None."""
-    part = name.split(".")[2:3]
-    if not family_of(config).gguf_pairs or part not in (["attn_q"], ["attn_k"]):
-        return None
-    return config.heads if part == ["attn_q"] else config.kv_heads
 
 
 def _write_weights(
@@ -277,19 +288,16 @@ def _write_weights(
     )
 
 
-def half_split(weight: MatrixT, heads: int) -> MatrixT:
-    """Undo llama.cpp's row order of q and k ([heads * head_dim, ...]): it pairs RoPE dimensions (0,
-    1), (2, 3), ...; Hugging Face's layout pairs (0, d/2), (1, d/2 + 1), ..."""
-    rows = np.arange(len(weight)).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
-    return weight[rows]
-
-
 def hf_name(name: str, family: Family) -> str:
     """Return the Hugging Face name of a GGUF tensor, {} for an expert's number; ModelError for one
     that no supported model has."""
     match = _BLOCK.fullmatch(name)
-    if match and match[2] in family.gguf_names:
-        return f"model.layers.{match[1]}.{family.gguf_names[match[2]]}.{match[3]}"
+    if match:
+        names = family.gguf_names
+        if (whole := match[2] + match[3]) in names:  # but for its number
+            return f"model.layers.{match[1]}.{names[whole]}"
+        if match[2] in names and match[3]:
+            return f"model.layers.{match[1]}.{names[match[2]]}{match[3]}"
     if name not in _TOP_NAMES:
         raise ModelError(f"the GGUF tensor {name} belongs to no supported architecture")
     return _TOP_NAMES[name]

@@ -49,7 +49,7 @@ _MARKER = "verified"
 _OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO)
 _PART = ".part-"  # what names of scratch folders begin with
 RECORD = "converted.json"  # of a converted folder: what it was made of, and its checksums
-CONVERSION = 5  # version of the conversion of GGUF files: folders of another one are not used
+CONVERSION = 6  # version of the conversion of GGUF files: folders of another one are not used
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,12 @@ from smart_decoding.models.checkpoints.rounding import RoundedWeights
 from smart_decoding.models.checkpoints.weight_files import Weights, as_computed, open_weights
 from smart_decoding.models.families import vision
 from smart_decoding.models.families.config import ModelConfig, refuse_quantised, token_ids
-from smart_decoding.models.families.reading import check_tensors, config_from_hf
+from smart_decoding.models.families.reading import (
+    check_tensors,
+    config_from_hf,
+    is_whole,
+    text_names,
+)
 from smart_decoding.models.families.vision import RenamedWeights, VisionFiles
 from smart_decoding.models.heads.files import is_head
 
@@ -77,7 +82,10 @@ def load_checkpoint(
     if is_file and stored:
         weights = _stored_weights(source.path, folder)
     else:
-        weights = as_computed(config, open_weights(folder, trust_pickle))
+        weights = open_weights(folder, trust_pickle)
+        if is_whole(raw):
+            weights = RenamedWeights(weights, text_names(weights))
+        weights = as_computed(config, weights)
     check_tensors(config, weights.shapes, source.path.name if is_file else folder.name)
     provenance = _provenance(source, weights.dtypes["model.embed_tokens.weight"])
     if is_file:

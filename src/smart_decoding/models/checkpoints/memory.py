@@ -33,23 +33,30 @@ _MEMINFO = Path("/proc/meminfo")
 @dataclass(frozen=True, slots=True)
 class Need:
     """Bytes: of weights, of what drafts, of working memory, and of each of `tokens` tokens of KV
-    memory, those of what drafts included."""
+    memory, those of what drafts included; of recurrent states."""
 
     weights: int
     draft: int
     work: int
     per_token: int
     tokens: int
+    states: int = 0
+
+    @property
+    def rest(self) -> int:
+        """Bytes of all but KV memory."""
+        return self.weights + self.draft + self.work + self.states
 
     @property
     def total(self) -> int:
         """Bytes in all."""
-        return self.weights + self.draft + self.work + self.per_token * self.tokens
+        return self.rest + self.per_token * self.tokens
 
     def __str__(self) -> str:
         parts = {
             "weights": self.weights,
             f"KV of {self.tokens} tokens": self.per_token * self.tokens,
+            "recurrent states": self.states,
             "drafting": self.draft,
             "work": self.work,
         }
@@ -60,12 +67,13 @@ class Need:
 @dataclass(frozen=True, slots=True)
 class EngineLimits:
     """What the engine is to hold: `kv_tokens`, for which it makes `pages` (more than they fill),
-    rows of a forward, and the longest request in tokens."""
+    rows of a forward, the longest request in tokens, and the most requests at once."""
 
     kv_tokens: int
     pages: int
     rows: int
     longest: int
+    seqs: int = 0
 
 
 def parameters(config: ModelConfig) -> int:
@@ -75,7 +83,14 @@ def parameters(config: ModelConfig) -> int:
 
 def kv_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
     """Return bytes of a token's keys and values."""
-    return 2 * config.layers * config.kv_heads * config.head_dim * dtype.itemsize
+    return 2 * config.kv_layers * config.kv_heads * config.head_dim * dtype.itemsize
+
+
+def state_bytes(config: ModelConfig, seqs: int) -> int:
+    """Return bytes of the recurrent states of so many requests, in float32."""
+    if config.linear is None:
+        return 0
+    return 4 * config.linear_layers * config.linear.state_size * (seqs + 1)
 
 
 def work_bytes(config: ModelConfig, limits: EngineLimits) -> int:
@@ -86,9 +101,12 @@ def work_bytes(config: ModelConfig, limits: EngineLimits) -> int:
     if (experts := config.experts) is not None:
         of_each = config.hidden + experts.each.width
         network = max(network, experts.count + experts.per_token * of_each)
+    if (linear := config.linear) is not None:
+        heads = max(heads, 3 * linear.channels + 2 * linear.values)
     row = 2 * config.hidden + heads + network + config.vocab
     angles = config.head_dim * (2 if config.local_theta else 1)
-    return 4 * (limits.rows * row + limits.longest * angles)
+    states = 0 if linear is None else 4 * linear.values * linear.key_dim  # of a level of nodes
+    return 4 * (limits.rows * row + limits.longest * angles + limits.seqs * states)
 
 
 def weight_bytes(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> int:
@@ -135,9 +153,10 @@ def need_of(
         per_token += kv_bytes(draft.config, dtype)
     if head is not None:
         drafting = _head_bytes(head, config, dtype, device)
-        per_token += kv_bytes(config, dtype) // config.layers
+        per_token += kv_bytes(config, dtype) // config.kv_layers
     weights = weight_bytes(checkpoint, dtype, device)
-    return Need(weights, drafting, work, per_token, limits.pages * PAGE)
+    states = state_bytes(config, limits.seqs)
+    return Need(weights, drafting, work, per_token, limits.pages * PAGE, states)
 
 
 def require_memory(
@@ -162,7 +181,7 @@ def tokens_beside(need: Need, utilization: float, device: torch.device) -> int:
     """Return tokens of KV memory in that part of a GPU's memory, beside all else that is needed and
     what others hold."""
     free, whole = torch.cuda.mem_get_info(device)
-    room = free - (1 - utilization) * whole - (need.weights + need.draft + need.work)
+    room = free - (1 - utilization) * whole - need.rest
     return int(room // need.per_token)
 
 
@@ -170,14 +189,14 @@ def what_fits(
     config: ModelConfig, need: Need, limits: EngineLimits, free: int, device: torch.device
 ) -> str:
     """Return what to do where `need` exceeds the `free` bytes of the device."""
-    room = (free - need.weights - need.draft - need.work) // need.per_token
+    room = (free - need.rest) // need.per_token
     tokens = room - (need.tokens - limits.kv_tokens)  # each request has pages beyond these
     if tokens >= _WORTHWHILE:
         below = ", and max_model_len with it" if tokens < limits.longest else ""
         return f"lower kv_cache_tokens to {tokens - tokens % PAGE}{below}"
     if room >= 2 * _WORTHWHILE:
         return "lower max_num_seqs, and kv_cache_tokens with it"
-    rest = need.work + need.per_token * _WORTHWHILE
+    rest = need.work + need.states + need.per_token * _WORTHWHILE
     if need.draft and need.weights + rest <= free:
         return "draft with ngram, which needs no weights"
     small = rounded_bytes(config.expected_shapes(), "int4")

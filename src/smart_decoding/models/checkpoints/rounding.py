@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from smart_decoding.kernels.weights import Matrix, QuantizedTensor
-from smart_decoding.models.families.layer import ROUTER
+from smart_decoding.models.families.layer import RATES, ROUTER
 
 _GROUP = 32
 _PART = 4096  # rows that are rounded at once: all of a vocabulary's in float32 would be gigabytes
@@ -25,7 +25,8 @@ _BY_TOKEN = ("lm_head.weight", "model.embed_tokens.weight")
 class RoundedWeights(Mapping[str, Matrix]):
     """A checkpoint's weights, its matrices quantised as `scheme` says: int8 or int4.
 
-    Matrices whose rows are no whole groups stay what they are, and those that choose experts."""
+    Matrices whose rows are no whole groups stay what they are. So do those that choose experts, and
+    those that say how fast states decay and learn."""
 
     def __init__(self, weights: Mapping[str, Matrix], scheme: str) -> None:
         self._weights = weights
@@ -92,7 +93,7 @@ def _bytes_of(shape: tuple[int, ...], format_: str | None) -> int:
 
 
 def _format_of(name: str, shape: tuple[int, ...], scheme: str) -> str | None:
-    if len(shape) != 2 or shape[1] % _GROUP or name.endswith(ROUTER):
+    if len(shape) != 2 or shape[1] % _GROUP or name.endswith((ROUTER, *RATES)):
         return None
     return _format(name, scheme)
 

@@ -19,6 +19,7 @@ from smart_decoding.files import read_json, reading
 from smart_decoding.kernels.weights import Matrix
 from smart_decoding.models.checkpoints.registry import TRUST
 from smart_decoding.models.families.config import quantised
+from smart_decoding.models.families.layer import GATED_NORM
 
 if TYPE_CHECKING:
     from smart_decoding.models.families.config import ModelConfig
@@ -110,7 +111,7 @@ class PickledWeights(Weights[Tensor]):
 
 
 class ShiftedNorms(Weights[MatrixT]):
-    """Other weights, `by` added to each norm, in float32."""
+    """Other weights, `by` added to each norm but linear attention's own, in float32."""
 
     def __init__(self, weights: Weights[MatrixT], by: float) -> None:
         self._weights: Weights[MatrixT] = weights
@@ -120,9 +121,9 @@ class ShiftedNorms(Weights[MatrixT]):
 
     def __getitem__(self, name: str) -> MatrixT:
         weight = self._weights[name]
-        if isinstance(weight, Tensor) and name.endswith("norm.weight"):
-            return weight.float() + self._by
-        return weight
+        if not isinstance(weight, Tensor) or name.endswith(GATED_NORM):
+            return weight
+        return weight.float() + self._by if name.endswith("norm.weight") else weight
 
 
 def as_computed(config: ModelConfig, weights: Weights[MatrixT]) -> Weights[MatrixT]:

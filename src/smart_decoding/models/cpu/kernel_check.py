@@ -30,6 +30,8 @@ INSTEAD = "plain torch runs, slower, with --allow-slow (in Python: allow_slow=Tr
 def unserved(config: ModelConfig) -> str | None:
     """Return why the kernels do not serve a model or head of this shape, with the number; None if
     they do."""
+    if config.linear is not None:
+        return "they have no linear attention (gated delta rule) yet"
     if config.head_dim not in HEAD_DIMS:
         return f"head dimension {config.head_dim} is none of {', '.join(map(str, HEAD_DIMS))}"
     sizes = {"hidden size": config.hidden, "intermediate size": config.ffn}

@@ -21,6 +21,7 @@ from smart_decoding.models.families.layer import (
     Experts,
     FeedForward,
     LayerConfig,
+    LinearAttention,
     Norms,
     Shapes,
 )
@@ -51,7 +52,8 @@ class ModelConfig:
     query_scalar: what scores are divided by the root of, in place of head_dim. shifted_norms:
     published weights of norms are what is beyond 1. embedding_scale: what embeddings are
     multiplied by. experts: what layers have in place of one feed-forward network, all but
-    `dense_layers`."""
+    `dense_layers`. linear: what layers have in place of attention, all but `attention_layers`.
+    rotary_dim: how many of a head's dimensions rotate, None: all. gated: see Attention."""
 
     family: str
     layers: int
@@ -81,6 +83,10 @@ class ModelConfig:
     embedding_scale: float = 1.0
     experts: Experts | None = None
     dense_layers: tuple[int, ...] = ()
+    linear: LinearAttention | None = None
+    attention_layers: tuple[int, ...] = ()
+    rotary_dim: int | None = None
+    gated: bool = False
 
     def __post_init__(self) -> None:
         # files may name further end tokens, which the model cannot draw
@@ -100,6 +106,10 @@ class ModelConfig:
             raise ModelError(f"the config has query_pre_attn_scalar = {self.query_scalar}")
         if self.experts is not None:
             _check_experts(self.experts, self.layers)
+        if self.linear is not None:
+            _check_linear(self.linear, self.attention_layers)
+        if self.rotary_dim not in (None, *range(2, self.head_dim + 1, 2)):
+            raise ModelError(f"the config rotates {self.rotary_dim} of {self.head_dim} dimensions")
         with np.errstate(all="ignore"):
             frequencies = [*self.inverse_frequencies()[0], *self.local_frequencies()]
         if not np.isfinite([*frequencies, self.rms_eps]).all():
@@ -108,7 +118,7 @@ class ModelConfig:
     def layer(self, number: int) -> LayerConfig:
         """Return how a layer computes, the first one being number 0."""
         window = self.windows[number] if self.windows else 0
-        attention = Attention(
+        attention: Attention | LinearAttention = Attention(
             self.heads,
             self.kv_heads,
             self.head_dim,
@@ -118,13 +128,27 @@ class ModelConfig:
             window,
             local_rope=window > 0 and self.local_theta is not None,
             query_scalar=self.query_scalar,
+            rotary_dim=self.rotary_dim,
+            gated=self.gated,
         )
+        if self.linear is not None and number not in self.attention_layers:
+            attention = self.linear
         ffn: FeedForward | Experts = FeedForward(self.ffn, self.gelu)
         if self.experts is not None and number not in self.dense_layers:
             ffn = self.experts
         return LayerConfig(
             self.hidden, self.rms_eps, self.norms, self.shifted_norms, attention, ffn
         )
+
+    @property
+    def kv_layers(self) -> int:
+        """How many layers have keys and values."""
+        return self.layers if self.linear is None else len(self.attention_layers)
+
+    @property
+    def linear_layers(self) -> int:
+        """How many layers have a recurrent state."""
+        return self.layers - self.kv_layers
 
     @property
     def norm_before_ffn(self) -> str:
@@ -176,10 +200,20 @@ class ModelConfig:
                 f"a context of {tokens} tokens exceeds the model's {self.max_positions}; lower it"
             )
 
+    def check_draft(self) -> None:
+        """Raise ModelError if the model cannot be a draft model."""
+        if self.linear is not None:
+            raise ModelError(
+                "a model with linear attention cannot be a draft model yet: recurrent states are "
+                "kept of answers, and not of drafts"
+            )
+
     def inverse_frequencies(self) -> tuple[NDArray[np.float64], float]:
         """RoPE frequencies, shape [head_dim / 2] in radians per position, and the factor on cos and
-        sin."""
-        return rope.inverse_frequencies(self.rope_theta, self.head_dim, self.rope_scaling)
+        sin. Frequencies of dimensions that do not rotate are 0, and come last."""
+        rotary = self.rotary_dim or self.head_dim
+        found, factor = rope.inverse_frequencies(self.rope_theta, rotary, self.rope_scaling)
+        return np.concatenate((found, np.zeros((self.head_dim - rotary) // 2))), factor
 
     def local_frequencies(self) -> list[float]:
         """Return the same of layers with a window, where they have their own; else none."""
@@ -196,6 +230,19 @@ def _check_experts(experts: Experts, layers: int) -> None:
         )
     if not 1 <= experts.each.width <= _MOST["ffn"]:
         raise ModelError(f"the config has experts of {experts.each.width} gates")
+
+
+def _check_linear(linear: LinearAttention, attention_layers: tuple[int, ...]) -> None:
+    sizes = (linear.key_heads, linear.value_heads, linear.key_dim, linear.value_dim)
+    if not all(1 <= size <= _MOST["heads"] for size in (*sizes, linear.kernel - 1)):
+        raise ModelError(f"the config has linear attention of the sizes {sizes}, {linear.kernel}")
+    if linear.value_heads % linear.key_heads:
+        raise ModelError(
+            f"{linear.value_heads} value heads cannot share {linear.key_heads} key heads of linear "
+            "attention: the config is wrong"
+        )
+    if not attention_layers:
+        raise ModelError("the config has no layer of full attention, which is not supported")
 
 
 def windows_of(size: int, has_window: Sequence[bool]) -> tuple[int, ...]:

@@ -37,6 +37,7 @@ from smart_decoding.models.torch.layers import (
     layer_weights,
     norm_weight,
 )
+from smart_decoding.models.torch.recurrence import RecurrentStates
 from smart_decoding.models.torch.rows import BUCKETS, upload
 from smart_decoding.models.torch.torch_layers import Linear, rms_norm
 
@@ -103,13 +104,22 @@ class Decoder:
         axes = np.repeat(np.arange(3), config.mrope) if config.mrope else None
         self._axis = None if axes is None else torch.from_numpy(axes).to(device)
         self.kv = KVCache.empty(
-            config.layers, config.kv_heads, pages, config.head_dim, dtype, device, self.native
+            config.kv_layers, config.kv_heads, pages, config.head_dim, dtype, device, self.native
         )
+        self.hold_states(0)
         self.model: NativeModel | None = None  # all of it, where the CPU kernels run it
         if self.native:
             self.model = self._packed(weights)
         else:
             self._load(weights)
+
+    def hold_states(self, requests: int) -> None:
+        """Make room for the recurrent states of so many requests, if the model has some."""
+        config = self.config
+        if config.linear is not None:
+            self.kv.states = RecurrentStates.empty(
+                config.linear_layers, config.linear, requests, self.device
+            )
 
     def _get(self, weights: Mapping[str, Matrix], name: str) -> Matrix:
         return converted(weights[name], self.dtype, self.device)
@@ -208,7 +218,10 @@ class Decoder:
             x = x[context.on_device.logit_rows]
         logits = self._output(rms_norm(x, self.final_norm, self.config.rms_eps)).float()
         on_cpu = self.device.type == "cpu"
-        return TargetScores(logits, context.aux_hidden, draws_all=not on_cpu)
+        scores = TargetScores(logits, context.aux_hidden, draws_all=not on_cpu)
+        if self.kv.states is not None and context.steps.has_nodes:
+            scores.advance = context.steps.advance
+        return scores
 
     def _context(self, rows: Rows, aux_layers: tuple[int, ...]) -> Context:
         """M-RoPE rows get rotary tables of their own, in which row i finds its angles at position

@@ -6,6 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 if TYPE_CHECKING:
     from smart_decoding.models.families.config import ModelConfig
 
@@ -25,6 +28,22 @@ GGUF_NAMES: Mapping[str, str] = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class RowOrder:
+    """How rows of a GGUF tensor come into Hugging Face's order: those from `first` on are an array
+    of `shape`, of which two `axes` are swapped. of_columns: its columns do so."""
+
+    shape: tuple[int, ...]
+    axes: tuple[int, int]
+    first: int = 0
+    of_columns: bool = False
+
+    def index(self, count: int) -> NDArray[np.int64]:
+        """Return which of a tensor's `count` rows come first, second, ..."""
+        rows = np.arange(self.first, count).reshape(self.shape).swapaxes(*self.axes)
+        return np.concatenate((np.arange(self.first), rows.reshape(-1)))
+
+
 def _as_read(config: ModelConfig, source: Mapping[str, Any]) -> ModelConfig:
     return config
 
@@ -33,24 +52,30 @@ def _nothing_more(config: ModelConfig) -> dict[str, Any]:
     return {}
 
 
+def _as_stored(config: ModelConfig, name: str) -> RowOrder | None:
+    return None
+
+
 @dataclass(frozen=True, slots=True)
 class Family:
     """An architecture, as its files name it and as its layers compute. reading.py reads what all
     families have in common.
 
-    name: `ModelConfig.family`. architecture, model_type: its names in config.json. gguf: its name
-    in GGUF metadata; None: no such file is read. activations: its `hidden_act`, the first one where
+    name: `ModelConfig.family`. architecture, model_type: its names in config.json. whole: the
+    architecture of checkpoints that have such a model as their part for text. gguf: its name in
+    GGUF metadata; None: no such file is read. activations: its `hidden_act`, the first one where
     it is written. options, gguf_options: options that reading.py refuses of other families.
     from_hf: completes the common configuration by the contents of config.json. from_gguf: the same
     by the metadata. to_hf: entries of config.json in addition to the common ones, or in their
     place. gguf_names: names of a layer's tensors in GGUF files, and in safetensors, which have a
-    tensor for each expert ({}). gguf_pairs: GGUF files have rows of q and k in llama.cpp's own
-    order. gguf_space: SentencePiece puts a blank before a text where a GGUF file does not say
+    tensor for each expert ({}). gguf_order: of a tensor whose rows llama.cpp has in an order of its
+    own. gguf_space: SentencePiece puts a blank before a text where a GGUF file does not say
     it."""
 
     name: str
     architecture: str
     model_type: str
+    whole: str | None = None
     gguf: str | None = None
     activations: tuple[str, ...] = ("silu", "swish")
     options: frozenset[str] = frozenset()
@@ -59,5 +84,5 @@ class Family:
     from_gguf: Callable[[ModelConfig, Mapping[str, Any]], ModelConfig] = _as_read
     to_hf: Callable[[ModelConfig], dict[str, Any]] = _nothing_more
     gguf_names: Mapping[str, str] = field(default_factory=lambda: GGUF_NAMES)
-    gguf_pairs: bool = False
+    gguf_order: Callable[[ModelConfig, str], RowOrder | None] = _as_stored
     gguf_space: bool = True

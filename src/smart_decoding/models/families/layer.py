@@ -8,6 +8,9 @@ from typing import TypeAlias
 # Hugging Face's name of each tensor, and its shape.
 Shapes: TypeAlias = dict[str, tuple[int, ...]]
 ROUTER = "mlp.gate.weight"  # what chooses a row's experts
+# of linear attention: what its outputs are normed by, and what its states decay and learn by
+GATED_NORM = "linear_attn.norm.weight"
+RATES = ("linear_attn.in_proj_a.weight", "linear_attn.in_proj_b.weight")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +32,8 @@ class Attention:
     """Attention of grouped queries with RoPE.
 
     window: how many positions a row attends to, 0: all. local_rope: its angles are those of
-    `local_theta`. query_scalar: as in ModelConfig."""
+    `local_theta`. query_scalar, rotary_dim: as in ModelConfig. gated: outputs are multiplied by the
+    sigmoid of gates, whose rows follow each head's of q in one matrix."""
 
     heads: int
     kv_heads: int
@@ -40,13 +44,16 @@ class Attention:
     window: int
     local_rope: bool
     query_scalar: int | None
+    rotary_dim: int | None = None
+    gated: bool = False
 
     def shapes(self, hidden: int, width: int) -> Shapes:
         """Return its weights. width: of the vectors that q, k and v read."""
         q_out = self.heads * self.head_dim
         kv_out = self.kv_heads * self.head_dim
         shapes: Shapes = {}
-        for name, rows in {"q_proj": q_out, "k_proj": kv_out, "v_proj": kv_out}.items():
+        q_rows = 2 * q_out if self.gated else q_out
+        for name, rows in {"q_proj": q_rows, "k_proj": kv_out, "v_proj": kv_out}.items():
             shapes[f"self_attn.{name}.weight"] = (rows, width)
             if self.qkv_bias:
                 shapes[f"self_attn.{name}.bias"] = (rows,)
@@ -57,6 +64,55 @@ class Attention:
         if self.o_bias:
             shapes["self_attn.o_proj.bias"] = (hidden,)
         return shapes
+
+
+@dataclass(frozen=True, slots=True)
+class LinearAttention:
+    """Linear attention by the gated delta rule (Yang et al. 2025, arXiv 2412.06464): a state for
+    each value head, [key_dim, value_dim], in place of keys and values.
+
+    q, k and v go through a causal convolution over each channel's last `kernel` inputs. A key head
+    serves as many value heads, next to each other, as there are for each."""
+
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    kernel: int
+
+    @property
+    def keys(self) -> int:
+        """The width of all queries, or of all keys."""
+        return self.key_heads * self.key_dim
+
+    @property
+    def values(self) -> int:
+        """The width of all values."""
+        return self.value_heads * self.value_dim
+
+    @property
+    def channels(self) -> int:
+        """What the convolution reads."""
+        return 2 * self.keys + self.values
+
+    @property
+    def state_size(self) -> int:
+        """Numbers that a layer keeps of a sequence: its state, and the convolution's inputs."""
+        return self.values * self.key_dim + (self.kernel - 1) * self.channels
+
+    def shapes(self, hidden: int, width: int) -> Shapes:
+        """Return its weights. width: of the vectors that it reads."""
+        return {
+            "linear_attn.in_proj_qkv.weight": (self.channels, width),
+            "linear_attn.in_proj_z.weight": (self.values, width),
+            "linear_attn.in_proj_b.weight": (self.value_heads, width),
+            "linear_attn.in_proj_a.weight": (self.value_heads, width),
+            "linear_attn.conv1d.weight": (self.channels, 1, self.kernel),
+            "linear_attn.A_log": (self.value_heads,),
+            "linear_attn.dt_bias": (self.value_heads,),
+            GATED_NORM: (self.value_dim,),
+            "linear_attn.out_proj.weight": (hidden, self.values),
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +164,7 @@ class LayerConfig:
     rms_eps: float
     norms: Norms
     shifted_norms: bool
-    attention: Attention
+    attention: Attention | LinearAttention
     ffn: FeedForward | Experts
 
     @property

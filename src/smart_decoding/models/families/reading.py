@@ -6,6 +6,7 @@ other kinds of RoPE, ...) is refused here by name, before any weight is read.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -25,14 +26,16 @@ from smart_decoding.models.families.gemma3 import GEMMA3
 from smart_decoding.models.families.llama import LLAMA
 from smart_decoding.models.families.mistral import MISTRAL
 from smart_decoding.models.families.qwen import QWEN2, QWEN3
+from smart_decoding.models.families.qwen3_5 import QWEN3_5
 from smart_decoding.models.families.qwen_moe import QWEN3_MOE
 
 if TYPE_CHECKING:
     from smart_decoding.models.families.family import Family
 
-FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3, QWEN3_MOE, GEMMA3)
+FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3, QWEN3_MOE, QWEN3_5, GEMMA3)
 _BY_NAME = {family.name: family for family in FAMILIES}
 _BY_ARCHITECTURE = {family.architecture: family for family in FAMILIES}
+_BY_WHOLE = {family.whole: family for family in FAMILIES if family.whole}
 _BY_GGUF = {family.gguf: family for family in FAMILIES if family.gguf}
 # Tokens that end an answer wherever a vocabulary has them, those of llama.cpp that our families
 # have: a GGUF file names one or two, where generation_config.json has all.
@@ -76,6 +79,8 @@ def config_from_hf(
 
     Raises ModelError, naming what is not supported, and any error where an entry is missing or
     malformed (`files.reading` names the file)."""
+    refuse_quantised(config)
+    config = _text_config(config)
     family = _hf_family(config)
     refuse_quantised(config)
     _refuse_options(config, family)
@@ -137,11 +142,38 @@ def check_tensors(config: ModelConfig, found: Mapping[str, Collection[int]], whe
     check_shapes(where, found, config.expected_shapes(), ignored, family_of(config).architecture)
 
 
+def is_whole(config: Mapping[str, Any]) -> bool:
+    """Return whether the contents of config.json are those of a model that reads images, too, and
+    of which the part for text is computed here."""
+    names = config.get("architectures") or [""]
+    return names[0] in _BY_WHOLE
+
+
+def text_names(found: Collection[str]) -> dict[str, str]:
+    """Return the names of such a model's tensors for text: ours -> theirs. Those of its vision
+    part, and of layers that predict further tokens, are left out."""
+    return {
+        re.sub(r"^model\.language_model\.", "model.", name): name
+        for name in found
+        if not name.startswith(("model.visual.", "mtp."))
+    }
+
+
+def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the part of a whole model's configuration that is of its text."""
+    if not is_whole(config):
+        return config
+    text = config["text_config"]
+    given = config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
+    family = _BY_WHOLE[config["architectures"][0]]
+    return {**text, "architectures": [family.architecture], "tie_word_embeddings": given}
+
+
 def _hf_family(config: Mapping[str, Any]) -> Family:
     names = config.get("architectures") or []
     name = names[0] if names else f"model_type {config.get('model_type')!r}"
     if name not in _BY_ARCHITECTURE:
-        known = ", ".join(_BY_ARCHITECTURE)
+        known = ", ".join([*_BY_ARCHITECTURE, *_BY_WHOLE])
         raise ModelError(f"architecture {name} is not supported; supported: {known}")
     return _BY_ARCHITECTURE[name]
 
@@ -200,6 +232,8 @@ def _common_from_hf(
 
 
 def _mrope_of(options: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[int, ...]:
+    if options.get("mrope_interleaved"):  # all sections follow the position where text is alone
+        return ()
     sections = tuple(int(n) for n in options.get("mrope_section") or ())
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     half = int(head_dim) // 2

@@ -40,12 +40,21 @@ _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _OTHERS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _LLAMA3_SPLIT = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _OTHERS
 _QWEN2_SPLIT = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _OTHERS
+_QWEN35_SPLIT = (
+    _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}"
+    r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _TEKKEN_SPLIT = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_SPLITS = {"llama3": _LLAMA3_SPLIT, "tekken": _TEKKEN_SPLIT, "qwen2": _QWEN2_SPLIT}
+_SPLITS = {
+    "llama3": _LLAMA3_SPLIT,
+    "tekken": _TEKKEN_SPLIT,
+    "qwen2": _QWEN2_SPLIT,
+    "qwen35": _QWEN35_SPLIT,
+}
 _OF_TIKTOKEN = ("llama3", "tekken")  # whole words are looked up first, and texts begin with BOS
 _PRE_TOKENIZERS = {
     "smollm": "smollm",
@@ -54,6 +63,7 @@ _PRE_TOKENIZERS = {
     "llama-v3": "llama3",
     "qwen2": "qwen2",
     "deepseek-r1-qwen": "qwen2",
+    "qwen35": "qwen35",
     "tekken": "tekken",
 }
 
@@ -344,7 +354,7 @@ def _byte_level(
     )
     backend.pre_tokenizer = _pre_tokenizer(family)
     backend.decoder = decoders.ByteLevel()
-    if family == "qwen2":
+    if family in ("qwen2", "qwen35"):
         backend.normalizer = normalizers.NFC()
     return backend
 

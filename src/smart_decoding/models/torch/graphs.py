@@ -31,7 +31,9 @@ Record = Callable[[Callable[[], None]], Callable[[], None]]
 
 def layers_on(device: torch.device, layers: Iterable[LayerWeights], graphs: bool) -> Layers:
     """Return the layers on torch's products. graphs: whether they are recorded, on a CUDA device;
-    mixtures of experts are not. Raises ConfigError where Triton is missing there."""
+    mixtures of experts and linear attention are not.
+
+    Raises ConfigError where Triton is missing there."""
     eager = TorchLayers(layers, ops_for(device))
     if device.type != "cuda" or not graphs or not eager.recordable:
         return eager

@@ -6,7 +6,7 @@ import ctypes
 import itertools
 import math
 import mmap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from ctypes import Structure
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from smart_decoding.engine.kv import PAGE
@@ -29,7 +30,16 @@ from smart_decoding.kernels.weights import (
     interleaved,
     pack,
 )
-from smart_decoding.models.families.layer import ROUTER, Experts, expert_prefix
+from smart_decoding.models.families.layer import (
+    GATED_NORM,
+    RATES,
+    ROUTER,
+    Attention,
+    Experts,
+    LinearAttention,
+    expert_prefix,
+)
+from smart_decoding.models.torch.recurrence import DeltaWeights, RecurrentStates, Steps
 from smart_decoding.models.torch.rows import DeviceRows, GroupedRows, device_rows, upload
 
 if TYPE_CHECKING:
@@ -71,7 +81,9 @@ class LayerWeights:
     then has no input_norm. attention_norm, ffn_norm: of what both add to x. window: how many
     positions a row attends to, 0: all. angle: the first of its own among a position's rotary
     angles. gelu: its gates go through GELU (by tanh) in place of SiLU. Where scores are not divided
-    by the root of head_dim, q_norm carries the difference.
+    by the root of head_dim, q_norm carries the difference. gate: by the sigmoid of whose products
+    attention's outputs are multiplied. delta: linear attention in place of attention: `qkv` is then
+    one matrix, and heads, kv_heads and head_dim are 0.
     """
 
     heads: int
@@ -93,6 +105,8 @@ class LayerWeights:
     window: int = 0
     angle: int = 0
     gelu: bool = False
+    gate: Matrix | None = None
+    delta: DeltaWeights | None = None
 
     @property
     def hidden(self) -> int:
@@ -102,7 +116,8 @@ class LayerWeights:
 
 @dataclass
 class KVCache:
-    """Keys and values [layers, kv_heads, pages, PAGE, head_dim].
+    """Keys and values [layers, kv_heads, pages, PAGE, head_dim], of the layers with attention.
+    states: of the layers with linear attention.
 
     native: the CPU kernels write it. There a page's 16 keys lie next to each other for each
     dimension, [..., head_dim, PAGE], so that one vector load serves 16 positions; or its elements
@@ -111,6 +126,7 @@ class KVCache:
     keys: Tensor
     values: Tensor
     native: bool = False
+    states: RecurrentStates | None = None
 
     @classmethod
     def empty(
@@ -182,6 +198,11 @@ class Context:
     inputs: Tensor | None = None
     aux_layers: tuple[int, ...] = ()
     aux_hidden: Tensor | None = None
+
+    @cached_property
+    def steps(self) -> Steps:
+        """The rows in the order in which recurrences reach them."""
+        return Steps(self.rows, self.cosine.device)
 
     @cached_property
     def grouped(self) -> GroupedRows:
@@ -307,21 +328,21 @@ def layer_weights(
     def get(name: str) -> Tensor:
         return as_tensor(weights[prefix + name]).to(device, dtype)
 
-    attention = layer.attention
-    qkv = [f"self_attn.{name}_proj" for name in "qkv"]
     norms = _layer_norms(layer, weights, prefix, dtype, input_norm)
     prefixes = ["mlp."]
     router = None
     if isinstance(layer.ffn, Experts):
         prefixes = [expert_prefix(number) for number in range(layer.ffn.count)]
         router = RouterWeights(matrix(ROUTER), layer.ffn.per_token, layer.ffn.normalised)
+    attention = layer.attention
+    if isinstance(attention, LinearAttention):
+        mixing = _linear_attention(
+            attention, matrix, lambda name: as_tensor(weights[prefix + name])
+        )
+    else:
+        mixing = _attention(attention, matrix, get)
     return LayerWeights(
-        heads=attention.heads,
-        kv_heads=attention.kv_heads,
-        head_dim=attention.head_dim,
         eps=layer.rms_eps,
-        qkv=[matrix(f"{name}.weight") for name in qkv],
-        output=matrix("self_attn.o_proj.weight"),
         networks=[
             NetworkWeights(
                 *(matrix(f"{each}{name}_proj.weight") for name in ("gate", "up", "down"))
@@ -329,13 +350,78 @@ def layer_weights(
             for each in prefixes
         ],
         router=router,
-        qkv_bias=torch.cat([get(f"{name}.bias") for name in qkv]) if attention.qkv_bias else None,
-        output_bias=get("self_attn.o_proj.bias") if attention.o_bias else None,
-        window=attention.window,
-        angle=attention.head_dim // 2 if attention.local_rope else 0,
         gelu=layer.gelu,
+        **mixing,
         **{name: norm.to(device) for name, norm in norms.items()},
     )
+
+
+def _attention(
+    attention: Attention, matrix: Callable[[str], Matrix], get: Callable[[str], Tensor]
+) -> dict[str, Any]:
+    """Return the fields of LayerWeights that are of attention."""
+    names = [f"self_attn.{name}_proj" for name in "qkv"]
+    q, k, v = (matrix(f"{name}.weight") for name in names)
+    gate = None
+    if attention.gated:
+        rows = np.arange(len(q)).reshape(attention.heads, 2, -1)
+        q, gate = q[rows[:, 0].reshape(-1)], q[rows[:, 1].reshape(-1)]
+    if attention.rotary_dim is not None:
+        q, k = (each[_rotating_first(attention, len(each))] for each in (q, k))
+    return {
+        "heads": attention.heads,
+        "kv_heads": attention.kv_heads,
+        "head_dim": attention.head_dim,
+        "qkv": [q, k, v],
+        "gate": gate,
+        "output": matrix("self_attn.o_proj.weight"),
+        "qkv_bias": torch.cat([get(f"{n}.bias") for n in names]) if attention.qkv_bias else None,
+        "output_bias": get("self_attn.o_proj.bias") if attention.o_bias else None,
+        "window": attention.window,
+        "angle": attention.head_dim // 2 if attention.local_rope else 0,
+    }
+
+
+def _rotating_first(attention: Attention, rows: int) -> NDArray[np.int64]:
+    """Return the order of heads' dimensions in which those that rotate lead both halves of a head.
+
+    RoPE then pairs dimensions as it does where all rotate, and the others have an angle of 0.
+    Scores do not depend on an order that q and k share."""
+    rotary = attention.rotary_dim or attention.head_dim
+    order = np.arange(attention.head_dim)
+    first = order[:rotary].reshape(2, -1)
+    others = order[rotary:].reshape(2, -1)
+    heads = np.arange(0, rows, attention.head_dim)[:, None]
+    return (heads + np.concatenate((first, others), axis=1).reshape(-1)).reshape(-1)
+
+
+def _linear_attention(
+    linear: LinearAttention, matrix: Callable[[str], Matrix], get: Callable[[str], Tensor]
+) -> dict[str, Any]:
+    """Return the fields of LayerWeights that are of linear attention. get: a tensor as it is
+    stored."""
+    gate = matrix("linear_attn.in_proj_z.weight")
+    device = as_tensor(gate).device
+
+    def vector(name: str) -> Tensor:
+        return get(name).to(device, torch.float32)
+
+    return {
+        "heads": 0,
+        "kv_heads": 0,
+        "head_dim": 0,
+        "qkv": [matrix("linear_attn.in_proj_qkv.weight")],
+        "gate": gate,
+        "output": matrix("linear_attn.out_proj.weight"),
+        "delta": DeltaWeights(
+            shape=linear,
+            rates=[matrix(name) for name in RATES],
+            convolution=vector("linear_attn.conv1d.weight")[:, 0].t().contiguous(),
+            decay=vector("linear_attn.A_log").exp().neg(),
+            bias=vector("linear_attn.dt_bias"),
+            norm=vector(GATED_NORM),
+        ),
+    }
 
 
 def _layer_norms(
@@ -344,22 +430,28 @@ def _layer_norms(
     prefix: str,
     dtype: torch.dtype,
     input_norm: bool,
-) -> dict[str, Tensor]:
+) -> dict[str, Any]:
     """Return a layer's norms by their names in LayerWeights."""
     attention = layer.attention
+    has_qk_norm = isinstance(attention, Attention) and attention.qk_norm
     names = {
         "input_norm": layer.norms.before_attention if input_norm else None,
         "post_norm": layer.norms.before_ffn,
-        "q_norm": "self_attn.q_norm" if attention.qk_norm else None,
-        "k_norm": "self_attn.k_norm" if attention.qk_norm else None,
+        "q_norm": "self_attn.q_norm" if has_qk_norm else None,
+        "k_norm": "self_attn.k_norm" if has_qk_norm else None,
         "attention_norm": layer.norms.after_attention,
         "ffn_norm": layer.norms.after_ffn,
     }
-    norms = {
+    norms: dict[str, Any] = {
         name: norm_weight(weights, f"{prefix}{theirs}.weight", dtype, layer.shifted_norms)
         for name, theirs in names.items()
         if theirs is not None
     }
+    if isinstance(attention, LinearAttention):
+        return norms
+    if has_qk_norm and attention.rotary_dim is not None:
+        order = _rotating_first(attention, attention.head_dim)
+        norms |= {name: norms[name][order] for name in ("q_norm", "k_norm")}
     scalar = attention.query_scalar
     if scalar is not None:  # scores are divided by its root: queries bring the rest
         norms["q_norm"] = norms["q_norm"] * (attention.head_dim / scalar) ** 0.5

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from smart_decoding.errors import ConfigError
 from smart_decoding.kernels.weights import as_tensor
+from smart_decoding.models.torch.recurrence import mix
 from smart_decoding.models.torch.rows import GroupedRows
 
 if TYPE_CHECKING:
@@ -35,14 +36,19 @@ class TorchLayers:
 
     def __init__(self, layers: Iterable[LayerWeights], ops: Ops) -> None:
         self.each = [TorchLayer(w, ops) for w in layers]  # one layer's parts at a time
-        # which experts run is known on the host only
-        self.recordable = all(layer.weights.router is None for layer in self.each)
+        # which experts run, and which states follow which, is known on the host only
+        self.recordable = all(
+            layer.weights.router is None and layer.weights.delta is None for layer in self.each
+        )
 
     def __call__(self, x: Tensor, context: Context, cache: KVCache) -> None:
         """See `Layers`."""
         inputs = context.inputs
-        for i, (layer, (keys, values)) in enumerate(zip(self.each, cache.layers, strict=True), 1):
-            layer(x, context, inputs, keys, values)
+        keys_and_values = iter(cache.layers)
+        states = iter(() if cache.states is None else cache.states.layers)
+        for i, layer in enumerate(self.each, 1):
+            is_linear = layer.weights.delta is not None
+            layer(x, context, inputs, *next(states if is_linear else keys_and_values))
             inputs = None
             context.keep_aux(i, x)
 
@@ -54,6 +60,8 @@ class TorchLayer:
         self._ops = ops
         self._qkv = torch.cat([as_tensor(part) for part in w.qkv])
         self._output = as_tensor(w.output).t()
+        self._gate = None if w.gate is None else as_tensor(w.gate)
+        self._rates = None if w.delta is None else torch.cat([as_tensor(r) for r in w.delta.rates])
         w.qkv = (self._qkv,)  # which frees those that were given
         self._networks = [Network(each) for each in w.networks]
         self._router = None if w.router is None else as_tensor(w.router.matrix)
@@ -63,11 +71,10 @@ class TorchLayer:
         self, x: Tensor, context: Context, inputs: Tensor | None, keys: Tensor, values: Tensor
     ) -> None:
         """Add the layer's outputs to x [rows, hidden]. inputs: what q, k and v read, if not the
-        normed x."""
+        normed x. keys, values: the layer's memory, in linear attention its inputs and states."""
         w = self.weights
         normed = inputs if inputs is not None else rms_norm(x, w.input_norm, w.eps)
-        q = self._ops.write(F.linear(normed, self._qkv, w.qkv_bias), w, context, keys, values)
-        attended = self._ops.attend(q, context, keys, values, w.window)
+        attended = (self._attend if w.delta is None else self._mix)(normed, context, keys, values)
         _add(x, attended, self._output, w.output_bias, w.attention_norm, w.eps)
         normed = rms_norm(x, w.post_norm, w.eps)
         if w.router is None:
@@ -75,6 +82,26 @@ class TorchLayer:
             _add(x, self._gated(normed, network), network.down, None, w.ffn_norm, w.eps)
         else:
             x += rms_norm(self._mixture(normed, w.router), w.ffn_norm, w.eps)
+
+    def _attend(self, normed: Tensor, context: Context, keys: Tensor, values: Tensor) -> Tensor:
+        """Return what attention makes of normed rows, [rows, heads * head_dim]."""
+        w = self.weights
+        q = self._ops.write(F.linear(normed, self._qkv, w.qkv_bias), w, context, keys, values)
+        attended = self._ops.attend(q, context, keys, values, w.window)
+        if self._gate is None:
+            return attended
+        return attended * F.linear(normed, self._gate).sigmoid()
+
+    def _mix(self, normed: Tensor, context: Context, inputs: Tensor, states: Tensor) -> Tensor:
+        """Return what linear attention makes of normed rows, [rows, values]."""
+        w = self.weights
+        assert w.delta is not None
+        assert self._gate is not None
+        assert self._rates is not None
+        x, rates, gate = (
+            F.linear(normed, matrix) for matrix in (self._qkv, self._rates, self._gate)
+        )
+        return mix(x, rates, gate, w.delta, context.steps, (inputs, states), w.eps)
 
     def _gated(self, normed: Tensor, network: Network) -> Tensor:
         """Return what a network's last matrix reads, [rows, width]."""

@@ -1,0 +1,227 @@
+"""Linear attention on torch: the same logits however tokens are cut into forwards, and states of
+the same bits whatever rows run beside."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+import torch
+
+from smart_decoding.engine.rows import build_rows
+from smart_decoding.models.families.layer import LinearAttention
+from smart_decoding.models.torch.recurrence import DeltaWeights, RecurrentStates, Steps, mix
+
+from .checkpoints import OTHERS, VOCAB, Memory, decoder, plain_rows, random_trees, span
+
+if TYPE_CHECKING:
+    from smart_decoding.engine.rows import Rows
+    from smart_decoding.models.families.decoder import Decoder
+
+NAMES = [name for name in OTHERS if name.startswith("qwen3.5")]
+TOKENS = np.random.default_rng(0).integers(0, VOCAB, 150)
+CPU = torch.device("cpu")
+SHAPES = [LinearAttention(2, 4, 8, 8, 4), LinearAttention(2, 2, 128, 128, 4)]
+
+
+def assert_near(got: torch.Tensor, wanted: torch.Tensor) -> None:
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-4)
+
+
+def whole(model: Decoder, tokens: np.ndarray) -> torch.Tensor:
+    """[tokens, vocab] in one forward, whose state nobody keeps."""
+    pages = Memory(1).pages(len(tokens))
+    return model.forward(plain_rows(span(tokens, 0, pages))).logits.clone()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_chunks_and_single_tokens_equal_the_full_forward(name: str) -> None:
+    """Two requests in one batch: one in chunks of 37, the other token by token after 100. Then the
+    place of the first one serves another request."""
+    model = decoder(name, False)
+    wanted = whole(model, TOKENS)
+    memory = Memory(2)
+    tables = [memory.pages(150) for _ in range(2)]
+    starts = [0, 0]
+    got: list[list[torch.Tensor]] = [[], []]
+    while min(starts) < len(TOKENS):
+        sizes = [37, 100 if starts[1] == 0 else 1]
+        going_on = [i for i in (0, 1) if starts[i] < len(TOKENS)]
+        parts = [
+            span(TOKENS[starts[i] :][: sizes[i]], starts[i], tables[i], state=2 * i)
+            for i in going_on
+        ]
+        logits = model.forward(plain_rows(*parts)).logits
+        rows = logits.split([len(part.tokens) for part in parts])
+        for i, of_part in zip(going_on, rows, strict=True):
+            got[i].append(of_part.clone())
+            starts[i] += len(of_part)
+    for of_request in got:
+        assert_near(torch.cat(of_request), wanted)
+    again = model.forward(plain_rows(span(TOKENS[:9], 0, tables[0], state=0))).logits
+    assert_near(again, wanted[:9])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tree_rows_equal_plain_rows_and_can_be_accepted(name: str) -> None:
+    """Trees of three requests beside a prompt. Verified nodes change no state; accepted paths do,
+    and decoding goes on from there."""
+    model = decoder(name, False)
+    contexts = (1, 63, 126)
+    trees = random_trees(3, len(contexts), 24)
+    memory = Memory(4)
+    tables = [memory.pages(context + 40) for context in contexts]
+    prompts = [
+        span(TOKENS[:context], 0, table, state=state)
+        for state, (context, table) in enumerate(zip(contexts, tables, strict=True))
+    ]
+    model.forward(plain_rows(*prompts))
+    spans = [
+        span(TOKENS[c : c + 1], c, table, len(trees.nodes_of(state)), state)
+        for state, (c, table) in enumerate(zip(contexts, tables, strict=True))
+    ]
+    spans.append(span(TOKENS[:20], 0, memory.pages(20), state=3))
+    rows, last, node_row = build_rows(spans, trees, [True] * 3 + [False])
+    scores = model.forward(rows)
+    logits = scores.logits.clone()
+    paths = [trees.path(node) for node in range(len(trees))]
+    assert max(map(len, paths)) >= 4
+
+    def sequence(owner: int, path: list[int]) -> np.ndarray:
+        return np.concatenate((TOKENS[: contexts[owner] + 1], trees.token[path]))
+
+    for owner in range(3):
+        assert_near(logits[owner], whole(decoder(name, False), sequence(owner, []))[-1])
+    for node, path in enumerate(paths):
+        alone = whole(decoder(name, False), sequence(int(trees.owner[node]), path))[-1]
+        assert_near(logits[3 + node], alone)
+    accepted = [max((paths[n] for n in trees.nodes_of(i)), key=len) for i in range(3)]
+    accepted[1] = []
+    assert scores.advance is not None
+    scores.advance([[node_row[node] for node in path] for path in accepted])
+    for owner, (table, path) in enumerate(zip(tables, accepted, strict=True)):
+        source = rows.slot_mapping[[node_row[node] for node in path]]
+        target = rows.slot_mapping[last[owner] + 1 : last[owner] + 1 + len(path)]
+        model.kv.move(torch.from_numpy(source), torch.from_numpy(target.copy()))
+        tokens = np.append(sequence(owner, path), 7)
+        next_one = span(tokens[-1:], len(tokens) - 1, table, state=owner)
+        after = model.forward(plain_rows(next_one)).logits.clone()
+        assert_near(after[0], whole(decoder(name, False), tokens)[-1])
+
+
+def test_a_forward_without_nodes_leaves_nothing_to_accept() -> None:
+    model = decoder("qwen3.5", False)
+    assert model.forward(plain_rows(span(TOKENS[:5], 0, Memory(1).pages(5)))).advance is None
+
+
+class Layer:
+    """One layer's recurrence on random inputs, a row for each of `count` tokens."""
+
+    def __init__(self, shape: LinearAttention, count: int) -> None:
+        generator = torch.Generator().manual_seed(1)
+
+        def random(*size: int) -> torch.Tensor:
+            return torch.randn(*size, generator=generator)
+
+        heads = shape.value_heads
+        self.weights = DeltaWeights(
+            shape,
+            rates=[],
+            convolution=random(shape.kernel, shape.channels),
+            decay=-random(heads).exp(),
+            bias=random(heads),
+            norm=random(shape.value_dim),
+        )
+        self.x = random(count, shape.channels)
+        self.rates = random(count, 2 * heads)
+        self.gate = random(count, shape.values)
+        self.memory = RecurrentStates.empty(1, shape, 8, CPU)
+
+    def run(self, rows: Rows, which: list[int]) -> tuple[torch.Tensor, Steps]:
+        """which: the token of each row."""
+        steps = Steps(rows, CPU)
+        parts = (self.x[which], self.rates[which], self.gate[which])
+        return mix(*parts, self.weights, steps, self.memory.layers[0], 1e-6), steps
+
+    def state(self, place: int) -> tuple[torch.Tensor, torch.Tensor]:
+        inputs, states = self.memory.layers[0]
+        return inputs[place].clone(), states[place].clone()
+
+
+def assert_equal_states(layer: Layer, place: int, other: int) -> None:
+    for got, wanted in zip(layer.state(place), layer.state(other), strict=True):
+        assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=["tiny", "of Qwen3.5"])
+def test_outputs_and_states_have_the_same_bits_however_tokens_are_cut(
+    shape: LinearAttention,
+) -> None:
+    count = 60
+    layer = Layer(shape, count)
+    pages = Memory(1).pages(count)
+    tokens = np.arange(count)
+    wanted, _ = layer.run(plain_rows(span(tokens, 0, pages, state=0)), [*range(count)])
+    for place, sizes in enumerate(([1] * count, [1, 2, 30, 27], [59, 1]), start=1):
+        start = 0
+        got = []
+        for size in sizes:
+            part = span(tokens[start : start + size], start, pages, state=place)
+            others = [span(tokens[:n], 0, pages, state=5 + i) for i, n in enumerate((7, 31))]
+            which = [*range(start, start + size), *range(7), *range(31)]
+            got.append(layer.run(plain_rows(part, *others), which)[0][:size])
+            start += size
+        assert torch.equal(torch.cat(got), wanted)
+        assert_equal_states(layer, place, 0)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=["tiny", "of Qwen3.5"])
+def test_nodes_have_the_bits_of_plain_decoding_and_change_no_state(shape: LinearAttention) -> None:
+    """Ragged trees of three requests, one of which has none."""
+    layer = Layer(shape, 60)
+    pages = Memory(1).pages(100)
+    prompts = (3, 17, 40)
+    prefill = [span(range(n), 0, pages, state=i) for i, n in enumerate(prompts)]
+    layer.run(plain_rows(*prefill), [token for n in prompts for token in range(n)])
+    trees = random_trees(5, 3, 14)
+    trees = trees.take(np.flatnonzero(trees.owner != 1), 3)
+    node_token = [50 + node % 10 for node in range(len(trees))]
+    roots = [span([n], n, pages, len(trees.nodes_of(i)), i) for i, n in enumerate(prompts)]
+    rows, last, node_row = build_rows(roots, trees, [True] * 3)
+    which = [0] * len(rows)
+    for row, prompt in zip(last, prompts, strict=True):
+        which[row] = prompt
+    for row, token in zip(node_row, node_token, strict=True):
+        which[row] = token
+    got, steps = layer.run(rows, which)
+
+    def alone(owner: int, path: list[int], place: int) -> torch.Tensor:
+        tokens = [*range(prompts[owner] + 1), *(node_token[node] for node in path)]
+        for position, token in enumerate(tokens):
+            one = span([0], position, pages, state=place)
+            out, _ = layer.run(plain_rows(one), [token])
+        return out[0]
+
+    for owner in range(3):
+        assert torch.equal(got[last[owner]], alone(owner, [], 7))
+        assert_equal_states(layer, owner, 7)
+    for node in range(len(trees)):
+        assert torch.equal(got[node_row[node]], alone(int(trees.owner[node]), trees.path(node), 7))
+    accepted = [
+        max((trees.path(n) for n in trees.nodes_of(i)), key=len, default=[]) for i in range(3)
+    ]
+    accepted[2] = accepted[2][:1]
+    assert len(accepted[0]) > 1
+    steps.advance([[node_row[node] for node in path] for path in accepted])
+    for owner, path in enumerate(accepted):
+        alone(owner, path, 7)
+        assert_equal_states(layer, owner, 7)
+
+
+def test_no_nodes_are_kept_of_prompts() -> None:
+    layer = Layer(SHAPES[0], 10)
+    rows = plain_rows(span(range(10), 0, Memory(1).pages(10)))
+    _, steps = layer.run(rows, [*range(10)])
+    assert not steps.has_nodes
+    steps.advance([])
