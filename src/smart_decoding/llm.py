@@ -102,7 +102,14 @@ class LLM:
 
         def loaded() -> tuple[TorchTarget, Speculation]:
             target = TorchTarget(
-                checkpoint, args.dtype, device, pages, longest, args.enforce_eager, slow
+                checkpoint,
+                args.dtype,
+                device,
+                pages,
+                longest,
+                args.enforce_eager,
+                slow,
+                args.max_num_seqs,
             )
             speculation = build_speculation(
                 draft_config, checkpoint, target, pages, args.max_num_seqs
@@ -477,7 +484,7 @@ def _require_memory(
     seqs = args.max_num_seqs
     rows = max(args.chunk(on_cuda), 8 * seqs)
     tokens = args.kv_tokens(longest)
-    limits = memory.EngineLimits(tokens, pages_for(tokens, seqs), rows, longest)
+    limits = memory.EngineLimits(tokens, pages_for(tokens, seqs), rows, longest, seqs)
     need = memory.need_of(checkpoint, dtype, device, limits, draft_config.draft, draft_config.head)
     if on_cuda and args.kv_cache_tokens is None:
         room = memory.tokens_beside(need, args.gpu_memory_utilization, device)

@@ -36,6 +36,7 @@ from smart_decoding.models.checkpoints.registry import (
     known_names,
     shipped_head,
 )
+from smart_decoding.models.families.config import ModelConfig
 from smart_decoding.models.heads.files import (
     VISUAL_POSITIONS,
     HeadFiles,
@@ -382,7 +383,12 @@ def _draft_checkpoint(
     name: Any, target: Checkpoint, tokenizer: Tokenizer, max_model_len: int, trust_pickle: bool
 ) -> Checkpoint:
     check_draft("draft_model", name, "model=NAME")
-    draft = load_checkpoint(name, quantization=target.quantization, trust_pickle=trust_pickle)
+    draft = load_checkpoint(
+        name,
+        check=ModelConfig.check_draft,
+        quantization=target.quantization,
+        trust_pickle=trust_pickle,
+    )
     called = draft.provenance["model"]
     if not tokenizer.is_that_of(draft.tokenizer_source):
         shared = min(draft.config.vocab, target.config.vocab)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from smart_decoding.engine.request import Request
     from smart_decoding.engine.sampling_params import SamplingParams
     from smart_decoding.engine.stopping import Decode
+
+log = logging.getLogger("smart.engine")
 
 __all__ = ["BEFORE", "Engine", "EngineConfig", "RoundRecord"]
 
@@ -75,11 +78,14 @@ class Engine:
                 f"max_model_len={config.max_model_len} exceeds the KV memory of "
                 f"{config.pages * PAGE} tokens: lower it or raise kv_cache_tokens"
             )
+        if target.states and config.prefix_caching:
+            log.info("no prefixes are reused: the model's states are kept at one length only")
+            config = replace(config, prefix_caching=False)
         self.target = target
         self.policy = policy
         self.drafter = drafter
         self.config = config
-        self.pool = PagePool(config.pages, config.prefix_caching)
+        self.pool = PagePool(config.pages, config.prefix_caching, target.states)
         self.scheduler = Scheduler(self.pool, config.max_num_seqs, config.max_num_batched_tokens)
         self.last_round: RoundRecord | None = None
         self.admission = Admission(target, config, self.pool, decode, clock, constrain)

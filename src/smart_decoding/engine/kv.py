@@ -20,6 +20,7 @@ Key: TypeAlias = tuple[int, bytes]
 ContentHashes: TypeAlias = Mapping[int, bytes]
 
 PAGE = 16
+NO_STATE = -1
 _ROOT_CONTENT = 0
 _NO_HASHES: ContentHashes = {}
 
@@ -29,9 +30,10 @@ class OutOfPagesError(Exception):
 
 
 class PagePool:
-    """Pages 0 .. pages-1 with reference counts, and the index of cached content."""
+    """Pages 0 .. pages-1 with reference counts, and the index of cached content. states: requests
+    whose recurrent states there is room for, 0: the model has none."""
 
-    def __init__(self, pages: int, prefix_caching: bool = False) -> None:
+    def __init__(self, pages: int, prefix_caching: bool = False, states: int = 0) -> None:
         self.pages = pages
         self.prefix_caching = prefix_caching
         self._free = list(range(pages - 1, -1, -1))
@@ -45,6 +47,8 @@ class PagePool:
         # cached pages that no request holds, oldest first
         self._idle: OrderedDict[int, None] = OrderedDict()
         self._borrowed: set[int] = set()
+        self._states = states
+        self._free_states = list(range(states - 1, -1, -1))
 
     @classmethod
     def of(cls, pages: Sequence[int]) -> PagePool:
@@ -62,6 +66,24 @@ class PagePool:
     def used(self) -> float:
         """The share of pages that requests hold, in [0, 1]. Safe to read from other threads."""
         return np.count_nonzero(self._references) / self.pages
+
+    def admits(self, pages: int) -> bool:
+        """Return whether one more request with so many pages has room."""
+        return pages <= self.available and (not self._states or bool(self._free_states))
+
+    def take_state(self) -> int:
+        """Return a place for a request's recurrent state; NO_STATE if the model has none. Raises
+        OutOfPagesError."""
+        if not self._states:
+            return NO_STATE
+        if not self._free_states:
+            raise OutOfPagesError
+        return self._free_states.pop()
+
+    def give_state(self, state: int) -> None:
+        """Take back what `take_state` gave."""
+        if state != NO_STATE:
+            self._free_states.append(state)
 
     def take(self, count: int) -> list[int]:
         """Take `count` pages of arbitrary content. Raises OutOfPagesError, taking none."""
@@ -140,9 +162,12 @@ class PagePool:
         """Raise AssertionError unless every page is free, idle, or held exactly as often as the
         tables say."""
         held = np.zeros(self.pages, np.int32)
+        states = list(self._free_states)
         for table in tables:
+            states += [] if table.state == NO_STATE else [table.state]
             for page in table.pages:
                 held[page] += 1
+        assert sorted(states) == [*range(self._states)], "a state is lost, or doubly used"
         assert (held == self._references).all(), "reference counts differ from the block tables"
         free = set(self._free) | set(self._idle)
         assert len(free) == self.available, "a page is listed as free twice"
@@ -183,13 +208,15 @@ class PagePool:
 
 
 class BlockTable:
-    """One request's pages; `length` positions of them are committed."""
+    """One request's pages; `length` positions of them are committed. state: where its recurrent
+    state at that length lies."""
 
     def __init__(self, pool: PagePool, content_hashes: ContentHashes = _NO_HASHES) -> None:
         self._pool = pool
         self.content_hashes = content_hashes
         self.pages: list[int] = []
         self.length = 0
+        self.state = NO_STATE
         self._remembered = 0  # pages already offered to the prefix cache
         self._lay_out()
 
@@ -213,8 +240,10 @@ class BlockTable:
         return self.length
 
     def cover(self, rows: int) -> None:
-        """Take the missing pages of the positions length, length + 1, ... length + rows - 1. Raises
-        OutOfPagesError, changing nothing."""
+        """Take the missing pages of the positions length, length + 1, ... length + rows - 1, and a
+        place for a recurrent state. Raises OutOfPagesError, taking no page."""
+        if self.state == NO_STATE:
+            self.state = self._pool.take_state()
         missing = (self.length + rows + PAGE - 1) // PAGE - len(self.pages)
         if missing > 0:
             self.pages.extend(self._pool.take(missing))
@@ -247,6 +276,8 @@ class BlockTable:
         """Give all pages back, last first: without its beginning, a cached prefix could never be
         found."""
         self._pool.give(reversed(self.pages))
+        self._pool.give_state(self.state)
+        self.state = NO_STATE
         self.pages = []
         self.length = 0
         self._remembered = 0

@@ -54,11 +54,13 @@ class Verified:
 
 
 class Target(Protocol):
-    """The model that answers."""
+    """The model that answers. states: requests whose recurrent states it has room for, 0: it has
+    none."""
 
     vocab: int
     max_positions: int
     eos_token_ids: tuple[int, ...]
+    states: int
 
     def verify(self, batch: Batch, draft: Draft, aux_layers: tuple[int, ...]) -> Verified:
         """Run a round: forward the batch's rows and the draft's nodes `kept`, for which there is

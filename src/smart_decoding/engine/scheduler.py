@@ -222,7 +222,7 @@ class Scheduler:
         cached = 0 if request.scores_prompt else request.table.reuse(request.tokens)
         rows = min(request.pending, self.chunk)
         slack = PAGE * (1 + len(self.running)) if self.running else 0
-        if (rows + slack + PAGE - 1) // PAGE > self.pool.available:
+        if not self.pool.admits((rows + slack + PAGE - 1) // PAGE):
             request.table.release()
             return False
         if not request.admitted:  # a preempted one may find pages of its own answer

@@ -177,6 +177,7 @@ def _span(request: Request, count: int, slots: int) -> Span:
     start = request.table.length
     tokens = request.tokens[start : start + count]
     span = Span(tokens, start, request.table.reserve(slots), request.table.array)
+    span.state = request.table.state
     if request.media is not None:
         span.mm_embeds = request.media.mm_embeds(start, count)
         span.rotary = request.media.positions(start, count)

@@ -50,6 +50,7 @@ class DraftModel:
     def __init__(
         self, checkpoint: Checkpoint, target: TorchTarget, pages: int, scratch_pages: int
     ) -> None:
+        checkpoint.config.check_draft()
         vocab = min(checkpoint.config.vocab, target.vocab)
         self.config = c = replace(checkpoint.config, vocab=vocab)
         self._checkpoint = checkpoint

@@ -82,7 +82,8 @@ class TorchTarget(Sampler):
     vision tower if it has one.
 
     enforce_eager: no CUDA graphs. allow_slow: plain torch on a CPU where the kernels cannot run;
-    else an error."""
+    else an error. max_num_seqs: requests whose recurrent states are kept, where the model has
+    some."""
 
     clock = staticmethod(time.perf_counter)
 
@@ -95,6 +96,7 @@ class TorchTarget(Sampler):
         max_model_len: int,
         enforce_eager: bool = False,
         allow_slow: bool = False,
+        max_num_seqs: int = 32,
     ) -> None:
         config = checkpoint.config
         config.check_context(max_model_len)
@@ -104,6 +106,7 @@ class TorchTarget(Sampler):
         self.allow_slow = allow_slow
         self.plain_torch = why_slow(config, self.device)
         self._tower: VisionTower | None = None
+        self.states = 0 if config.linear is None else max_num_seqs
         native = use_native(config, self.device, allow_slow)
         with fitting_memory("model", pages):
             if checkpoint.vision:
@@ -118,6 +121,7 @@ class TorchTarget(Sampler):
                 native,
                 self.graphs,
             )
+            self.decoder.hold_states(self.states)
         self.vocab = config.vocab
         self.steps = self.decoder.steps
         self.max_positions = max_model_len

@@ -112,4 +112,4 @@ def finish(engine: Engine) -> None:
     while engine.has_unfinished_requests:
         engine.step()
         engine.check_integrity()
-    assert engine.drafter is None or not engine.drafter._states  # type: ignore[attr-defined]
+    assert not getattr(engine.drafter, "_states", None)

@@ -34,6 +34,7 @@ class HostTarget(Sampler):
 
     verify = verify_by_rows
     clock = staticmethod(time.perf_counter)
+    states = 0  # models with recurrent states are refused
     native = None  # no kernels verify in one call
     steps = ()  # of costs over rows: not known here
 

@@ -1,0 +1,224 @@
+"""A model with recurrent states decodes the same tokens under every policy, whatever rows run
+beside, however its prompt is cut and however often it is preempted."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from smart_decoding.core.tree import ROOT, DraftTrees
+from smart_decoding.drafters.free import FreeDrafter
+from smart_decoding.drafters.ngram import NgramDrafter
+from smart_decoding.engine.drafting import Draft
+from smart_decoding.engine.kv import NO_STATE, OutOfPagesError, PagePool
+from smart_decoding.engine.sampling_params import SamplingParams
+from smart_decoding.errors import ModelError
+from smart_decoding.models.draft_model import DraftModel
+from smart_decoding.models.families.config import ModelConfig
+from smart_decoding.models.families.layer import LinearAttention
+from smart_decoding.models.target import TorchTarget
+
+from .tiny import LIMIT, PAGES, VOCAB, answer, ask, checkpoint, engine_of, finish, prompts
+
+if TYPE_CHECKING:
+    from smart_decoding.core.rule import TreeRule
+    from smart_decoding.engine.engine import Engine
+    from smart_decoding.engine.request import Request
+
+CONFIG = ModelConfig(
+    *("qwen3_5", 4, 32, 4, 2, 16, 48, VOCAB, 1e4, 1e-5, 1024),
+    qk_norm=True,
+    gated=True,
+    rotary_dim=4,
+    linear=LinearAttention(2, 4, 8, 8, 4),
+    attention_layers=(3,),
+)
+SEQS = 8
+TOKENS = 40
+POLICIES = ["off", "chain", "eagle2", "smart"]
+
+
+@functools.cache
+def target() -> TorchTarget:
+    return TorchTarget(
+        checkpoint(CONFIG), "float32", "cpu", PAGES, LIMIT, allow_slow=True, max_num_seqs=SEQS
+    )
+
+
+def engine(policy: str, **more: Any) -> Engine:
+    drafter = None if policy == "off" else NgramDrafter()
+    return engine_of(target(), drafter, policy, **{"max_num_seqs": SEQS, **more})
+
+
+def many(count: int) -> list[list[int]]:
+    """Prompts that repeat themselves, so that n-grams find something."""
+    return [prompt * 3 for prompt in prompts(count)]
+
+
+@functools.cache
+def plain(temperature: float) -> list[list[int]]:
+    """Each prompt alone."""
+    return [
+        answer(engine("off"), [prompt], temperature, TOKENS, seed)[0].output
+        for seed, prompt in enumerate(many(8))
+    ]
+
+
+def test_tokens_differ() -> None:
+    assert len({tuple(tokens) for tokens in plain(0.0)}) == 8
+    assert plain(0.0) != plain(0.8)
+
+
+@pytest.mark.parametrize("chunk", [64, 7])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_tokens_are_those_of_plain_decoding(policy: str, temperature: float, chunk: int) -> None:
+    accepted = 0
+    for batch in (1, 2, 5, 8):
+        made = engine(policy, max_num_batched_tokens=chunk)
+        requests = answer(made, many(batch), temperature, TOKENS)
+        assert [r.output for r in requests] == plain(temperature)[:batch]
+        accepted += sum(r.metrics.accepted for r in requests)
+    if policy in ("chain", "eagle2") and temperature == 0:  # draws of a random model repeat nothing
+        assert accepted > 0
+
+
+class RaggedTrees(FreeDrafter):
+    """Proposes random trees, all of whose nodes are verified: some contain the true continuation,
+    at any place among wrong ones."""
+
+    name = "ragged"
+
+    def __init__(self, truth: list[list[int]], seed: int = 0) -> None:
+        self._truth = truth
+        self._rng = np.random.default_rng(seed)
+
+    def draft(
+        self, requests: Sequence[Request], rule: TreeRule, interrupted: Callable[[], bool]
+    ) -> Draft:
+        trees = DraftTrees.empty(len(requests))
+        for owner, request in enumerate(requests):
+            assert request.params.seed is not None
+            answer = self._truth[request.params.seed][len(request.output) :]
+            self._grow(trees, owner, answer[: self._rng.integers(0, 6)])
+        return Draft(trees, rule, np.arange(len(trees)))
+
+    def _grow(self, trees: DraftTrees, owner: int, path: Sequence[int]) -> None:
+        parents = [ROOT]
+        for true in [*path, -1]:
+            wrong = self._rng.integers(0, VOCAB, self._rng.integers(0, 4)).tolist()
+            children = [each for each in dict.fromkeys(wrong) if each != true]
+            at = int(self._rng.integers(0, len(children) + 1))
+            if true >= 0:
+                children.insert(at, true)
+            first = len(trees)
+            for token in children:
+                trees.append([owner], [token], [parents[-1]], [0.5])
+            if len(children) > 1:  # below a wrong one, too
+                below = first + (at == 0 and true >= 0)
+                trees.append([owner], [int(self._rng.integers(0, VOCAB))], [below], [0.5])
+            parents.append(first + at)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("batch", [1, 2, 5, 8])
+def test_ragged_trees_change_no_token(batch: int, temperature: float) -> None:
+    drafter = RaggedTrees(plain(temperature), seed=batch)
+    made = engine_of(target(), drafter, "eagle2", max_num_seqs=SEQS, max_num_batched_tokens=16)
+    requests = answer(made, many(batch), temperature, TOKENS)
+    assert [r.output for r in requests] == plain(temperature)[:batch]
+    assert all(r.metrics.accepted > 10 for r in requests)
+    assert sum(r.metrics.verified for r in requests) > 2 * sum(r.metrics.accepted for r in requests)
+
+
+@pytest.mark.parametrize("policy", ["off", "eagle2"])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_a_preempted_request_computes_its_state_again(policy: str, temperature: float) -> None:
+    drafter = RaggedTrees(plain(temperature)) if policy != "off" else None
+    pages = 12
+    made = engine_of(target(), drafter, policy, pages, max_num_seqs=SEQS, max_model_len=16 * pages)
+    requests = answer(made, many(8), temperature, TOKENS)
+    assert [r.output for r in requests] == plain(temperature)
+    assert sum(r.metrics.preemptions for r in requests) > 0
+
+
+def test_requests_that_come_and_go_share_the_places_of_states() -> None:
+    """More requests than places, some of them aborted."""
+    made = engine("eagle2", max_num_seqs=3)
+    made.drafter = RaggedTrees(plain(0.0))
+    requests = ask(made, many(8), 0.0, TOKENS)
+    for _ in range(4):
+        made.step()
+        made.check_integrity()
+    made.abort("r1")
+    finish(made)
+    assert [r.output for i, r in enumerate(requests) if i != 1] == [
+        tokens for i, tokens in enumerate(plain(0.0)) if i != 1
+    ]
+
+
+def test_a_step_that_raises_leaves_nothing_in_a_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = engine("eagle2")
+    made.drafter = RaggedTrees(plain(0.8))
+    requests = ask(made, many(3), 0.8, TOKENS)
+    for _ in range(6):
+        made.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(target(), "move", lambda *slots: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            finish(made)
+    made.suspend()
+    finish(made)
+    assert [r.output for r in requests] == plain(0.8)[:3]
+
+
+def test_no_prefix_is_reused_and_it_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "smart.engine"):
+        made = engine("off")
+    assert "no prefixes are reused" in caplog.text
+    assert not made.config.prefix_caching
+    prompt = many(8)[-1]
+    assert len(prompt) > 32
+    for seed in (7, 7):
+        (request,) = answer(made, [prompt], 0.0, TOKENS, seed)
+        assert request.output == plain(0.0)[7]
+        assert request.metrics.cached_tokens == 0
+
+
+def test_several_answers_to_a_prompt_have_a_state_each() -> None:
+    prompt = many(3)[2]
+    params = SamplingParams(temperature=0.8, seed=2, max_tokens=TOKENS, ignore_eos=True, n=3)
+    made = engine("eagle2")
+    requests = made.add_request("several", prompt, params)
+    finish(made)
+    assert requests[0].output == plain(0.8)[2]
+    assert len({tuple(request.output) for request in requests}) == 3
+    again = engine("off")
+    other = again.add_request("several", prompt, params)
+    finish(again)
+    assert [r.output for r in requests] == [r.output for r in other]
+
+
+def test_a_pool_without_places_admits_nobody() -> None:
+    pool = PagePool(8, states=1)
+    assert pool.admits(8)
+    assert not pool.admits(9)
+    state = pool.take_state()
+    assert not pool.admits(1)
+    with pytest.raises(OutOfPagesError):
+        pool.take_state()
+    with pytest.raises(AssertionError, match="a state is lost"):
+        pool.check_integrity([])
+    pool.give_state(state)
+    pool.check_integrity([])
+    assert PagePool(8).take_state() == NO_STATE
+
+
+def test_a_hybrid_drafts_for_nobody() -> None:
+    with pytest.raises(ModelError, match="recurrent states"):
+        DraftModel(checkpoint(CONFIG), target(), PAGES, 4)
