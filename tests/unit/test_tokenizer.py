@@ -106,6 +106,17 @@ def test_words_are_split_where_capitals_begin_in_tekken() -> None:
     assert tekken.encode("he")[0] == 1, "texts begin with BOS"
 
 
+def test_combining_marks_belong_to_words_in_qwen35() -> None:
+    split = {}
+    for pre in ("qwen2", "qwen35"):
+        splitter = Tokenizer.from_gguf(metadata(pre)).backend.pre_tokenizer
+        assert splitter is not None
+        split[pre] = splitter.pre_tokenize_str("\u0928\u092e\u0938\u094d\u0924\u0947 12")
+    assert [len(parts) for parts in split.values()] == [6, 4]
+    assert split["qwen35"][0][1] == (0, 6)
+    assert Tokenizer.from_gguf(metadata("qwen35")).encode("e\u0301") == TINY.encode("\u00e9")
+
+
 def test_the_beginning_token_is_added_where_the_model_wants_it() -> None:
     llama = Tokenizer.from_gguf(metadata("llama-bpe"))
     assert llama.encode("he") == [1, llama.backend.token_to_id("he")]

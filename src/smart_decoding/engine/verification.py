@@ -33,8 +33,9 @@ class TargetScores:
     """Results of a forward. logits: [rows, vocab] of the requested rows, on the backend. features:
     aux hidden states of all rows, or None. greedy: the result of `argmax` for the requested rows,
     where the backend knows it already. draws_all: whether `sample` draws all rows at once, while
-    the forward goes on: the only wait for a device. Tokens of unvisited rows may then be -1. advance:
-    brings recurrent states to the ends of accepted paths, lists of rows; None: there are none."""
+    the forward goes on: the only wait for a device. Tokens of unvisited rows may then be -1.
+    advance: brings recurrent states to the ends of accepted paths, lists of rows; None: there are
+    none."""
 
     logits: Logits
     features: Features

@@ -16,6 +16,7 @@ from smart_decoding.drafters.free import FreeDrafter
 from smart_decoding.drafters.ngram import NgramDrafter
 from smart_decoding.engine.drafting import Draft
 from smart_decoding.engine.kv import NO_STATE, OutOfPagesError, PagePool
+from smart_decoding.engine.rows import Span, build_rows
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ModelError
 from smart_decoding.models.draft_model import DraftModel
@@ -175,6 +176,23 @@ def test_a_step_that_raises_leaves_nothing_in_a_state(monkeypatch: pytest.Monkey
     made.suspend()
     finish(made)
     assert [r.output for r in requests] == plain(0.8)[:3]
+
+
+def test_forwards_without_a_place_for_a_state_change_none() -> None:
+    """Costs are measured between the rounds of running requests."""
+    made = engine("off")
+    requests = ask(made, many(3), 0.0, TOKENS)
+    for _ in range(5):
+        made.step()
+    pages = made.pool.borrow(4)
+    slots = np.arange(16 * pages[0], 16 * pages[0] + 16, dtype=np.int32)
+    spans = [Span(range(8), start, slots, np.array(pages, np.int32)) for start in (0, 3)]
+    rows = build_rows(spans, DraftTrees.empty(2), [True] * 2).rows
+    assert rows.states is None
+    target().forward(rows, ())
+    made.pool.put_back(pages)
+    finish(made)
+    assert [r.output for r in requests] == plain(0.0)[:3]
 
 
 def test_no_prefix_is_reused_and_it_is_said(caplog: pytest.LogCaptureFixture) -> None:
