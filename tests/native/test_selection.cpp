@@ -238,12 +238,28 @@ int64_t place_of(const Case& c, const Choice& topology, int64_t node) {
     return above < 0 || rank >= topology.ranks ? -1 : topology.next[above * topology.ranks + rank];
 }
 
+// 1 plus the mean over the paths of some kept nodes of the probabilities along each, or plus their
+// sum over nodes. paths: how many there are.
+double length_of(const Case& c, const std::vector<int64_t>& kept, bool mean, int64_t* paths) {
+    double along = 0, sum = 0;
+    *paths = 0;
+    for (int64_t leaf : kept) {
+        sum += c.nodes[leaf].accept_prob;
+        bool is_leaf = true;
+        for (int64_t other : kept) is_leaf &= c.nodes[other].parent != leaf;
+        if (!is_leaf) continue;
+        ++*paths;
+        for (int64_t i = leaf; i >= 0; i = c.nodes[i].parent) along += c.nodes[i].accept_prob;
+    }
+    if (!mean) return 1 + sum;
+    return *paths ? 1 + along / double(*paths) : 1;
+}
+
 // What the published rule keeps of the nodes down to a level.
 std::vector<int64_t> marginal(const Case& c, const Choice& part, int64_t last) {
     std::vector<int64_t> kept;
     for (int64_t request = 0; request < c.batch; request++) {
         std::vector<int64_t> mine;
-        double length = 1;
         for (int64_t level = 1; level <= last; level++)
             for (int64_t i : c.useful()) {  // ranked
                 const Node& n = c.nodes[i];
@@ -253,19 +269,14 @@ std::vector<int64_t> marginal(const Case& c, const Choice& part, int64_t last) {
                 if (n.owner != request || n.depth != level) continue;
                 if (int64_t(mine.size()) >= part.count || (n.parent >= 0 && !is_in(n.parent)))
                     continue;
+                int64_t paths;
+                const double length = length_of(c, mine, part.mean_over_paths, &paths);
+                const double spent = part.spent[mine.size()];
                 mine.push_back(i);
-                int64_t paths = 0;
-                for (int64_t leaf : mine) {
-                    bool is_leaf = true;
-                    for (int64_t other : mine) is_leaf &= c.nodes[other].parent != leaf;
-                    paths += is_leaf;
-                }
+                length_of(c, mine, part.mean_over_paths, &paths);
                 const double gain = n.accept_prob / (part.mean_over_paths ? double(paths) : 1.0);
-                const double spent = part.spent[mine.size() - 1];
                 if (spent > 0 && part.alpha * gain * spent <= length * part.step[mine.size()])
                     mine.pop_back();
-                else
-                    length += gain;
             }
         kept.insert(kept.end(), mine.begin(), mine.end());
     }
