@@ -91,7 +91,7 @@ def save_quants(folder: Path, config: ModelConfig) -> int:
     for name, shape in config.expected_shapes().items():
         size = math.prod(shape) * 34 // 32 if len(shape) == 2 else 4 * shape[0]
         kind = "Q8_0" if len(shape) == 2 else "F32"
-        entry = {"tensor": name, "part": 0, "type": kind, "shape": list(shape), "heads": None}
+        entry = {"tensor": name, "part": 0, "type": kind, "shape": list(shape), "order": None}
         index[name] = {**entry, "offset": total, "bytes": size}
         total += size
     (folder / "tensors.json").write_text(json.dumps(index))
