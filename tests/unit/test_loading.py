@@ -109,6 +109,25 @@ FAMILIES = {
             "layer_types": ["sliding_attention", "full_attention"],
         },
     ),
+    "gpt-oss": (
+        transformers.GptOssConfig,
+        {
+            "head_dim": 16,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "sliding_window": 16,
+            "rms_norm_eps": 1e-6,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10_000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 32,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "truncate": False,
+            },
+        },
+    ),
 }
 
 
@@ -186,10 +205,10 @@ def test_reads_what_transformers_writes(name: str, shard: str, tmp_path: Path) -
     rotary = model.model.rotary_emb
     of_all = "full_attention_inv_freq" if name == "gemma3" else "inv_freq"
     theirs = getattr(rotary, of_all).numpy()
-    np.testing.assert_allclose(inverse[: len(theirs)], theirs, rtol=1e-6)
+    np.testing.assert_allclose(inverse[: len(theirs)], theirs, rtol=2e-6)
     assert len(theirs) == (2 if name == "qwen35" else len(inverse))
     assert not inverse[len(theirs) :].any(), "others do not rotate"
-    assert factor == 1.0
+    assert factor == pytest.approx(rotary.attention_scaling if name == "gpt-oss" else 1.0)
     if name == "gemma3":
         local = config.local_frequencies()
         np.testing.assert_allclose(local, rotary.sliding_attention_inv_freq.numpy(), rtol=1e-6)
@@ -597,6 +616,7 @@ GGUF_NAMES = {
     "mlp.experts.gate_proj": "ffn_gate_exps",
     "mlp.experts.up_proj": "ffn_up_exps",
     "mlp.experts.down_proj": "ffn_down_exps",
+    "self_attn.sinks": "attn_sinks",
 }
 
 
@@ -617,13 +637,24 @@ HYBRID_NAMES = {
     "linear_attn.norm": "ssm_norm",
     "linear_attn.out_proj": "ssm_out",
 }
+GPT_OSS_NAMES = {"post_attention_layernorm": "post_attention_norm"}
+OLLAMA_NAMES = {"self_attn.o_proj": "attn_out"}
 
 
 def gguf_name(name: str, architecture: str) -> str:
     if name.endswith(("A_log", "dt_bias")):
         return f"blk.{name.split('.')[2]}.{'ssm_a' if 'A_log' in name else 'ssm_dt.bias'}"
-    names = GGUF_NAMES | (GEMMA_NAMES if architecture == "gemma3" else {})
-    names |= HYBRID_NAMES if architecture == "qwen35" else {}
+    own = {
+        "gemma3": GEMMA_NAMES,
+        "qwen35": HYBRID_NAMES,
+        "gpt-oss": GPT_OSS_NAMES,
+        "gptoss": OLLAMA_NAMES,
+    }
+    names = GGUF_NAMES | own.get(architecture, {})
+    if name.endswith("sinks"):
+        return gguf_name(f"{name}.weight", architecture).removesuffix(
+            ".weight" if architecture == "gptoss" else ""
+        )
     stem, kind = name.rsplit(".", 1)
     if stem.startswith("model.layers."):
         _, _, layer, rest = stem.split(".", 3)
@@ -637,22 +668,26 @@ def write_gguf(
     kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
     rope_freqs: np.ndarray | None = None,
     split: int = 0,
+    architecture: str = "",
     **metadata: int,
 ) -> dict[str, torch.Tensor]:
     """Writes a tiny model as llama.cpp's converter would, and returns the weights that must be read
-    back. split: tensors of each file, if there are to be several."""
+    back. split: tensors of each file, if there are to be several; architecture: if not that
+    converter's."""
     model = tiny_model(name)
-    architecture = name if name.startswith(("qwen", "gemma")) else "llama"
+    if not architecture:
+        architecture = name if name.startswith(("qwen", "gemma", "gpt")) else "llama"
     writer = gguf.GGUFWriter(path, architecture, split_max_tensors=split)
     add_shape(writer)
     if "head_dim" in FAMILIES[name][1]:  # as llama.cpp's converter writes it where it is its own
         writer.add_key_length(model.config.head_dim)
         writer.add_value_length(model.config.head_dim)
-    add_layers(writer, architecture)
+    add_options(writer, architecture)
     for key, value in metadata.items():
         writer.add_uint32(f"{architecture}.{key}", value)
-    pre = "qwen2" if name.startswith("qwen") else "smollm"
-    add_tokenizer(writer, "qwen35" if architecture == "qwen35" else pre)
+    kinds = {"qwen35": "qwen35", "gpt-oss": "gpt-4o", "gptoss": "default"}
+    usual = "qwen2" if architecture.startswith("qwen") else "smollm"
+    add_tokenizer(writer, kinds.get(architecture, usual))
     if rope_freqs is not None:
         writer.add_tensor("rope_freqs.weight", rope_freqs)
     expected = {}
@@ -660,7 +695,7 @@ def write_gguf(
         array = tensor.numpy()
         quantised = kind != gguf.GGMLQuantizationType.F32 and array.ndim > 1
         # as llama.cpp's converter leaves them
-        quantised &= not key.endswith(("mlp.gate.weight", "conv1d.weight"))
+        quantised &= not key.endswith(("mlp.gate.weight", "conv1d.weight", ".bias"))
         if quantised:
             rounded = gguf.quants.dequantize(gguf.quants.quantize(array, kind), kind)
             expected |= by_expert(key, torch.from_numpy(rounded).bfloat16())
@@ -690,7 +725,28 @@ def held_by(model: transformers.PreTrainedModel) -> dict[str, torch.Tensor]:
             for key, w in weights.items()
             if key.endswith("norm.weight") and "linear_attn" not in key
         }
-    return weights
+    return of_each_expert(weights)
+
+
+def of_each_expert(published: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """gpt-oss's tensors of all experts [experts, in, out], in which gate and up alternate, as a
+    matrix and a bias for each; others as they are."""
+    held = {}
+    for name, weight in published.items():
+        stem, experts, which = name.partition("mlp.experts.")
+        if which.startswith(("gate_up_proj", "down_proj")):
+            end = "bias" if which.endswith("_bias") else "weight"
+            for n, each in enumerate(weight):
+                outputs = each if end == "bias" else each.T
+                prefix = f"{stem}{experts}{n}."
+                if which.startswith("down"):
+                    held[f"{prefix}down_proj.{end}"] = outputs
+                else:
+                    held[f"{prefix}gate_proj.{end}"] = outputs[0::2]
+                    held[f"{prefix}up_proj.{end}"] = outputs[1::2]
+        else:
+            held[name.replace("mlp.router.", "mlp.gate.")] = weight
+    return held
 
 
 def of_tiled_heads(name: str, array: np.ndarray) -> np.ndarray:
@@ -709,17 +765,6 @@ def of_tiled_heads(name: str, array: np.ndarray) -> np.ndarray:
     if part in ("in_proj_z.weight", "in_proj_a.weight", "in_proj_b.weight", "A_log", "dt_bias"):
         return array.reshape(4, -1, *array.shape[1:])[order].reshape(array.shape)
     return array
-
-
-def add_layers(writer: gguf.GGUFWriter, architecture: str) -> None:
-    if architecture == "gemma3":
-        writer.add_sliding_window(16)
-    if architecture == "qwen3moe":
-        writer.add_expert_count(4)
-        writer.add_expert_used_count(2)
-        writer.add_expert_feed_forward_length(64)
-    if architecture == "qwen35":
-        add_linear_attention(writer)
 
 
 def add_linear_attention(writer: gguf.GGUFWriter) -> None:
@@ -762,6 +807,24 @@ def add_shape(writer: gguf.GGUFWriter) -> None:
     writer.add_layer_norm_rms_eps(1e-6)
 
 
+def add_options(writer: gguf.GGUFWriter, architecture: str) -> None:
+    """What some architectures have beside their sizes."""
+    if architecture in ("gemma3", "gpt-oss", "gptoss"):
+        writer.add_sliding_window(16)
+    if architecture in ("qwen3moe", "gpt-oss", "gptoss"):
+        writer.add_expert_count(4)
+        writer.add_expert_used_count(2)
+    if architecture in ("qwen3moe", "gpt-oss"):
+        writer.add_expert_feed_forward_length(64)
+    if architecture in ("gpt-oss", "gptoss"):
+        writer.add_rope_scaling_factor(4.0)
+        writer.add_rope_scaling_orig_ctx_len(32)
+    if architecture == "gpt-oss":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+    if architecture == "qwen35":
+        add_linear_attention(writer)
+
+
 def finish(writer: gguf.GGUFWriter) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -785,7 +848,8 @@ def add_tokenizer(writer: gguf.GGUFWriter, pre: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["llama", "llama-bias", "llama3", "qwen2", "qwen3", "qwen3moe", "qwen35", "gemma3"]
+    "name",
+    ["llama", "llama-bias", "llama3", "qwen2", "qwen3", "qwen3moe", "qwen35", "gemma3", "gpt-oss"],
 )
 def test_reads_gguf_exactly(name: str, tmp_path: Path) -> None:
     expected = write_gguf(tmp_path / "tiny.gguf", name)
@@ -796,15 +860,15 @@ def test_reads_gguf_exactly(name: str, tmp_path: Path) -> None:
             torch.testing.assert_close(checkpoint.weights[key], tensor)
         else:
             assert torch.equal(checkpoint.weights[key], tensor), key
-    assert checkpoint.config.qkv_bias == (name in ("qwen2", "llama-bias"))
+    assert checkpoint.config.qkv_bias == (name in ("qwen2", "llama-bias", "gpt-oss"))
     assert checkpoint.config.qk_norm == (name in ("qwen3", "qwen3moe", "qwen35", "gemma3"))
-    assert checkpoint.config.head_dim == (16 if name.startswith("qwen3") else 8)
+    assert checkpoint.config.head_dim == (16 if name.startswith(("qwen3", "gpt")) else 8)
     assert checkpoint.config.tie_embeddings == (name in ("llama", "qwen2", "gemma3"))
     tokenizer = Tokenizer.load(checkpoint.tokenizer_source)
     assert tokenizer.encode("he<|eos|>") == [259, 2]
 
 
-@pytest.mark.parametrize("name", ["llama3", "qwen3", "qwen3moe", "qwen35", "gemma3"])
+@pytest.mark.parametrize("name", ["llama3", "qwen3", "qwen3moe", "qwen35", "gemma3", "gpt-oss"])
 def test_transformers_reads_what_is_expanded(name: str, tmp_path: Path) -> None:
     write_gguf(tmp_path / "tiny.gguf", name)
     folder = load_checkpoint(tmp_path / "tiny.gguf").tokenizer_source
@@ -829,7 +893,13 @@ def test_a_file_answers_as_in_transformers(
     model = tiny_model(family).eval()
     write_gguf(tmp_path / "tiny.gguf", family)
     model.save_pretrained(tmp_path / "folder")
-    checkpoint = load_checkpoint(tmp_path / name)
+    assert_answers_alike(load_checkpoint(tmp_path / name), model, native)
+
+
+def assert_answers_alike(
+    checkpoint: loading.Checkpoint, model: transformers.PreTrainedModel, native: bool
+) -> None:
+    """The same logits and greedy tokens as of transformers' model."""
     tokens = model.generate(torch.arange(5, 25)[None], max_new_tokens=40, do_sample=False)
     with torch.no_grad():
         wanted = model(tokens).logits[0]
@@ -1060,7 +1130,7 @@ STORED = ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4"]
 
 
 @pytest.mark.parametrize("kind", STORED)
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3moe", "qwen35", "gemma3"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3moe", "qwen35", "gemma3", "gpt-oss"])
 def test_stored_weights_are_the_expanded_ones(kind: str, name: str, tmp_path: Path) -> None:
     path = tmp_path / "tiny.gguf"
     write_gguf(path, name, gguf.GGMLQuantizationType[kind])
@@ -1069,7 +1139,7 @@ def test_stored_weights_are_the_expanded_ones(kind: str, name: str, tmp_path: Pa
     assert set(checkpoint.weights) == set(expanded)
     for key, tensor in expanded.items():
         stored = checkpoint.weights[key]
-        floats = ("norm", "bias", "mlp.gate.", "conv1d", "A_log", "linear_attn.out_proj")
+        floats = ("norm", "bias", "mlp.gate.", "conv1d", "A_log", "linear_attn.out_proj", "sinks")
         is_matrix = not any(part in key for part in floats)
         assert isinstance(stored, QuantizedTensor) == (kind.startswith(("Q", "MX")) and is_matrix)
         assert torch.equal(as_tensor(stored).to(tensor.dtype), tensor), key

@@ -117,6 +117,18 @@ def test_combining_marks_belong_to_words_in_qwen35() -> None:
     assert Tokenizer.from_gguf(metadata("qwen35")).encode("e\u0301") == TINY.encode("\u00e9")
 
 
+def test_words_are_split_before_what_follows_them_in_gpt_4o() -> None:
+    tokenizer = Tokenizer.from_gguf(metadata("gpt-4o"))
+    splitter = tokenizer.backend.pre_tokenizer
+    assert splitter is not None
+    split = [text for text, _ in splitter.pre_tokenize_str("helloWorld's ABCdef 1234 //\n\nx")]
+    words = ["hello", "World's", "\u0120ABCdef", "\u0120", "123", "4"]
+    assert split == [*words, "\u0120//\u010a\u010a", "x"]
+    assert tokenizer.encode("he")[0] != 1, "texts do not begin with BOS"
+    unsaid = Tokenizer.from_gguf(metadata("default"), pre="gpt-4o")
+    assert unsaid.encode("helloWorld's") == tokenizer.encode("helloWorld's")
+
+
 def test_the_beginning_token_is_added_where_the_model_wants_it() -> None:
     llama = Tokenizer.from_gguf(metadata("llama-bpe"))
     assert llama.encode("he") == [1, llama.backend.token_to_id("he")]

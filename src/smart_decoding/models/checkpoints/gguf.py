@@ -182,7 +182,7 @@ def _convert(
     shapes = {name: tuple(entry["shape"]) for name, entry in index.items()}
     check_tensors(config, shapes, source.path.name)
     family = family_of(config)
-    tokenizer = Tokenizer.from_gguf(metadata, family.gguf_space)
+    tokenizer = Tokenizer.from_gguf(metadata, family.gguf_space, family.gguf_pre)
     need = 0 if stored else 2 * sum(int(tensor.n_elements) for tensor in tensors.values())
     with scratch(need) as part:
         record = {"source": source.path.name}

@@ -20,7 +20,12 @@ from smart_decoding.kernels.weights import Matrix, QuantizedTensor
 from smart_decoding.models.checkpoints.gguf import TENSORS, StoredWeights, converted_folder
 from smart_decoding.models.checkpoints.registry import Source, resolve
 from smart_decoding.models.checkpoints.rounding import RoundedWeights
-from smart_decoding.models.checkpoints.weight_files import Weights, as_computed, open_weights
+from smart_decoding.models.checkpoints.weight_files import (
+    StackedExperts,
+    Weights,
+    as_computed,
+    open_weights,
+)
 from smart_decoding.models.families import vision
 from smart_decoding.models.families.config import ModelConfig, refuse_quantised, token_ids
 from smart_decoding.models.families.reading import (
@@ -61,8 +66,8 @@ def load_checkpoint(
 
     check: raises for a configuration that cannot be used here, before weights are converted, or
         fetched (but for GGUF files).
-    quantization: None (quants of GGUF stay what they are), off (they are expanded to bf16), int8 or
-        int4 (matrices are rounded to so many bits).
+    quantization: None (quants of GGUF, and MXFP4, stay what they are), off (they are expanded to
+        bf16), int8 or int4 (matrices are rounded to so many bits).
     trust_pickle: whether the weights may be a pickle, where there are no others.
     Raises ModelError, which names the file or tensor; DownloadError if it cannot be fetched."""
     usable = partial(require_usable, check=check)
@@ -70,10 +75,7 @@ def load_checkpoint(
     stored = quantization is None
     folder = source.path if source.path.is_dir() else converted_folder(source, check, stored)
     raw = read_json(folder / "config.json")
-    with reading(folder / "config.json"):
-        refuse_quantised(raw)
-        has_vision = vision.architecture_of(raw) is not None
-    if has_vision:
+    if _has_vision(folder, raw):
         return _rounded(_load_vision(source, folder, raw, check, trust_pickle), quantization)
     config = read_config(folder)
     check(config)
@@ -82,10 +84,10 @@ def load_checkpoint(
     if is_file and stored:
         weights = _stored_weights(source.path, folder)
     else:
-        weights = open_weights(folder, trust_pickle)
+        opened = open_weights(folder, trust_pickle)
         if is_whole(raw):
-            weights = RenamedWeights(weights, text_names(weights))
-        weights = as_computed(config, weights)
+            opened = RenamedWeights(opened, text_names(opened))
+        weights = as_computed(config, opened, stored)
     check_tensors(config, weights.shapes, source.path.name if is_file else folder.name)
     provenance = _provenance(source, weights.dtypes["model.embed_tokens.weight"])
     if is_file:
@@ -101,12 +103,18 @@ def require_usable(
     there. A draft head's is not looked at."""
     if is_head(folder):
         return
-    raw = read_json(folder / "config.json")
+    if not _has_vision(folder, read_json(folder / "config.json")):
+        check(read_config(folder))
+
+
+def _has_vision(folder: Path, raw: dict[str, Any]) -> bool:
+    """Return whether a folder's config.json is of a vision-language model known here; ModelError if
+    that is quantised."""
     with reading(folder / "config.json"):
-        refuse_quantised(raw)
-        if vision.architecture_of(raw) is not None:
-            return
-    check(read_config(folder))
+        found = vision.architecture_of(raw) is not None
+        if found:
+            refuse_quantised(raw)
+    return found
 
 
 def _stored_weights(path: Path, folder: Path) -> StoredWeights:
@@ -150,7 +158,7 @@ def with_rounded_activations(checkpoint: Checkpoint, required: bool = False) -> 
 
 def _has_quants(weights: Mapping[str, Matrix]) -> bool:
     """Return whether the first layer has quants. Tensors that cannot be quants are not read."""
-    if not isinstance(weights, StoredWeights | RoundedWeights):
+    if not isinstance(weights, StoredWeights | StackedExperts | RoundedWeights):
         return False
     layer = (name for name in weights if name.startswith("model.layers.0."))
     return any(isinstance(weights[name], QuantizedTensor) for name in layer)

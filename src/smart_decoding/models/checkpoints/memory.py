@@ -17,6 +17,7 @@ from smart_decoding.files import read_json, reading
 from smart_decoding.kernels.limits import free_memory
 from smart_decoding.models.checkpoints.gguf import StoredWeights
 from smart_decoding.models.checkpoints.rounding import ROUNDED, bytes_per_weight, rounded_bytes
+from smart_decoding.models.checkpoints.weight_files import StackedExperts
 from smart_decoding.models.cpu.kernel_check import why_slow
 from smart_decoding.models.heads.files import scheme_of
 
@@ -122,7 +123,7 @@ def _decoder_bytes(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.dev
     """Return bytes of the weights: quants stay quants on the CPU kernels in bfloat16."""
     config = checkpoint.config
     if _in_quants(config, dtype, device):
-        if isinstance(checkpoint.weights, StoredWeights):
+        if isinstance(checkpoint.weights, StoredWeights | StackedExperts):
             return checkpoint.weights.nbytes
         if checkpoint.quantization in ROUNDED:
             return rounded_bytes(config.expected_shapes(), checkpoint.quantization)

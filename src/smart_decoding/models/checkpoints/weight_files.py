@@ -1,34 +1,58 @@
 """The weights of a folder: safetensors, or pickles where they are allowed, one file or shards with
-their index. Tensors stay on disk (mmap) until they are read by name."""
+their index. Tensors stay on disk (mmap) until they are read by name.
+
+Layers multiply by some of them otherwise than they are published. Norms of some families are what
+is beyond 1. Experts of gpt-oss lie in one tensor of all, [experts, in, out], or as MXFP4: blocks
+[experts, out, in / 32, 16] of two numbers a byte, and scales [experts, out, in / 32]. Gate and up
+alternate among the outputs.
+"""
 
 from __future__ import annotations
 
 import pickle
+import re
 import zipfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from smart_decoding.errors import ModelError
 from smart_decoding.files import read_json, reading
-from smart_decoding.kernels.weights import Matrix
+from smart_decoding.kernels.weights import Matrix, QuantizedTensor, as_tensor
 from smart_decoding.models.checkpoints.registry import TRUST
 from smart_decoding.models.families.config import quantised
-from smart_decoding.models.families.layer import GATED_NORM
+from smart_decoding.models.families.layer import GATED_NORM, expert_prefix
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from smart_decoding.models.families.config import ModelConfig
 
-_DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+_DTYPES = {
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float32: "F32",
+    torch.uint8: "U8",
+}
 _FLOATS = ("BF16", "F16", "F32")
 _OF_QUANTS = (".qweight", ".qzeros", ".g_idx")  # ends of names in GPTQ and AWQ checkpoints
+_OF_MXFP4 = ("_blocks", "_scales")  # ends of names of bytes that StackedExperts reads
 # buffers that old checkpoints hold, whatever their type: they are computed anew
 _IGNORED = ("inv_freq", "position_ids")
+_FORMAT = "MXFP4"
+_GROUP = 32  # numbers of a block
+_BLOCK_BYTES = 17  # its scale, and two numbers a byte
+_ROUTER = ".mlp.router."  # what layer.py calls mlp.gate, as other families do
+_GATE = ".mlp.gate."
+_STACKED = re.compile(r"(model\.layers\.\d+\.)mlp\.experts\.(gate_up|down)_proj(_blocks|_bias)?")
+_MATRICES = {"gate_up": ("gate_proj", "up_proj"), "down": ("down_proj",)}
 
 
 MatrixT = TypeVar("MatrixT", Tensor, Matrix)
@@ -126,15 +150,164 @@ class ShiftedNorms(Weights[MatrixT]):
         return weight.float() + self._by if name.endswith("norm.weight") else weight
 
 
-def as_computed(config: ModelConfig, weights: Weights[MatrixT]) -> Weights[MatrixT]:
-    """Published weights as layers multiply by them: of some families' norms what is beyond 1 is
-    published."""
+def as_computed(
+    config: ModelConfig, weights: Weights[Tensor], stored: bool = False
+) -> Weights[Any]:
+    """Return published weights as layers multiply by them. stored: MXFP4 stays what it is."""
+    if config.experts is not None and config.experts.stacked:
+        return StackedExperts(weights, stored)
     return ShiftedNorms(weights, 1.0) if config.shifted_norms else weights
 
 
-def as_published(config: ModelConfig, weights: Weights[MatrixT]) -> Weights[MatrixT]:
-    """Return norms shifted the other way round: a GGUF file has them as they are computed with."""
+def as_published(config: ModelConfig, weights: Weights[Matrix]) -> Weights[Matrix]:
+    """Return what `as_computed` makes these weights of: a GGUF file has them as they are computed
+    with."""
+    if config.experts is not None and config.experts.stacked:
+        return StackingExperts(weights, config)
     return ShiftedNorms(weights, -1.0) if config.shifted_norms else weights
+
+
+class _ExpertPart(NamedTuple):
+    """One expert's matrix or bias in a tensor of all: its outputs first, first + step, ..."""
+
+    tensor: str
+    kind: str  # as in _STACKED
+    expert: int
+    first: int
+    step: int
+
+
+class StackedExperts(Weights[Matrix]):
+    """A matrix and a bias for each expert, out of tensors of all.
+
+    stored: MXFP4 stays what it is, else it becomes bfloat16. Raises ModelError for a tensor that
+    is no stack."""
+
+    def __init__(self, weights: Weights[Tensor], stored: bool) -> None:
+        self._weights = weights
+        self._stored = stored
+        self._parts: dict[str, _ExpertPart] = {}
+        self._names: dict[str, str] = {}  # of what is taken as it is
+        self.shapes = {}
+        self.dtypes = {}
+        for name in weights:
+            match = _STACKED.fullmatch(name)
+            if match:
+                self._add(name, *match.groups(default=""))
+            elif not (name.endswith("_scales") and name[:-6] + "blocks" in weights.shapes):
+                ours = name.replace(_ROUTER, _GATE)
+                self._names[ours] = name
+                self.shapes[ours] = weights.shapes[name]
+                self.dtypes[ours] = weights.dtypes[name]
+
+    def _add(self, name: str, layer: str, which: str, kind: str) -> None:
+        """Describe the parts of one tensor."""
+        outputs = self._matrix_shape(name, kind)
+        names = _MATRICES[which]
+        step = len(names)
+        end = "bias" if kind == "_bias" else "weight"
+        for expert in range(self._weights.shapes[name][0]):
+            for first, matrix in enumerate(names):
+                ours = f"{layer}{expert_prefix(expert)}{matrix}.{end}"
+                self._parts[ours] = _ExpertPart(name, kind, expert, first, step)
+                self.shapes[ours] = (len(range(first, outputs[0], step)), *outputs[1:])
+                self.dtypes[ours] = _FORMAT if kind == "_blocks" else self._weights.dtypes[name]
+
+    def _matrix_shape(self, name: str, kind: str) -> tuple[int, ...]:
+        """Return the shape of an expert's part of a tensor: outputs first, both of gate and up."""
+        shape = self._weights.shapes[name]
+        if kind == "_bias" and len(shape) == 2:
+            return shape[1:]
+        if not kind and len(shape) == 3:
+            return shape[2], shape[1]
+        if kind == "_blocks" and len(shape) == 4 and shape[3] == _GROUP // 2:
+            scales = name.replace("_blocks", "_scales")
+            if self._weights.dtypes[name] != "U8" or self._weights.dtypes.get(scales) != "U8":
+                raise ModelError(f"the tensor {name} is not of bytes, or has no {scales}")
+            if self._weights.shapes[scales] == shape[:3]:
+                return shape[1], shape[2] * _GROUP
+            shape = self._weights.shapes[name := scales]
+        raise ModelError(f"the tensor {name} has shape {shape}, which is none of stacked experts")
+
+    def __getitem__(self, name: str) -> Matrix:
+        if name in self._names:
+            return self._weights[self._names[name]]
+        part = self._parts[name]
+        rows = slice(part.first, None, part.step)
+        of_expert = self._weights[part.tensor][part.expert]
+        if part.kind != "_blocks":
+            return (of_expert if part.kind else of_expert.t())[rows].contiguous()
+        scales = self._weights[part.tensor.replace("_blocks", "_scales")][part.expert]
+        quants = _as_in_gguf(of_expert[rows].numpy(), scales[rows].numpy())
+        return quants if self._stored else quants.dequantize()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors: quants that stay as they are, others in bfloat16."""
+        return sum(
+            prod(shape) // _GROUP * _BLOCK_BYTES
+            if self._stored and self.dtypes[name] == _FORMAT
+            else prod(shape) * torch.bfloat16.itemsize
+            for name, shape in self.shapes.items()
+        )
+
+
+def _as_in_gguf(blocks: NDArray[np.uint8], scales: NDArray[np.uint8]) -> QuantizedTensor:
+    """Return blocks [n, groups, 16] as GGUF files have them: a scale, then in byte j the numbers j
+    and j + 16, where byte j of safetensors has 2 j and 2 j + 1."""
+    numbers = np.stack((blocks & 15, blocks >> 4), axis=-1).reshape(*scales.shape, _GROUP)
+    low, high = np.split(numbers, 2, axis=-1)
+    rows = np.concatenate((scales[..., None], low | high << 4), axis=-1)
+    return QuantizedTensor(rows.reshape(len(rows), -1), _FORMAT, scales.shape[1] * _GROUP)
+
+
+class StackingExperts(Weights[Matrix]):
+    """Tensors of all experts, out of a matrix and a bias for each."""
+
+    def __init__(self, weights: Weights[Matrix], config: ModelConfig) -> None:
+        assert config.experts is not None
+        self._weights = weights
+        self._count = config.experts.count
+        self._of: dict[str, tuple[str, str]] = {}  # what a stack begins with, and its kind
+        self._names: dict[str, str] = {}  # of what is taken as it is
+        self.shapes = {}
+        self.dtypes = {}
+        for ours in weights:
+            if ".mlp.experts." not in ours:
+                name = ours.replace(_GATE, _ROUTER)
+                self._names[name] = ours
+                self.shapes[name] = weights.shapes[ours]
+                self.dtypes[name] = weights.dtypes[ours]
+        for layer in range(config.layers):
+            for which in _MATRICES:
+                for kind in ("", "_bias"):
+                    self._add(f"model.layers.{layer}.", which, kind)
+
+    def _add(self, layer: str, which: str, kind: str) -> None:
+        name = f"{layer}mlp.experts.{which}_proj{kind}"
+        self._of[name] = layer, which
+        first = self._part(layer, which, kind, 0)
+        outputs, *inputs = self._weights.shapes[first[0]]
+        self.shapes[name] = (self._count, *inputs, outputs * len(first))
+        self.dtypes[name] = self._weights.dtypes[first[0]]
+
+    def _part(self, layer: str, which: str, kind: str, expert: int) -> list[str]:
+        """Return the names of an expert's tensors in a stack."""
+        end = "bias" if kind else "weight"
+        return [f"{layer}{expert_prefix(expert)}{each}.{end}" for each in _MATRICES[which]]
+
+    def __getitem__(self, name: str) -> Matrix:
+        if name in self._names:
+            return self._weights[self._names[name]]
+        layer, which = self._of[name]
+        kind = "_bias" if name.endswith("_bias") else ""
+        stacked = []
+        for expert in range(self._count):
+            names = self._part(layer, which, kind, expert)
+            parts = [as_tensor(self._weights[each]) for each in names]
+            outputs = torch.stack(parts, dim=1).flatten(0, 1)  # rows in turn
+            stacked.append(outputs if kind else outputs.t())
+        return torch.stack(stacked)
 
 
 def unpickle(path: Path) -> dict[str, Tensor]:
@@ -169,6 +342,8 @@ def _names(path: Path, found: set[str], listed: list[str] | None) -> list[str]:
 def _checked_dtype(name: str, dtype: str) -> str:
     if name.endswith(_OF_QUANTS):
         raise quantised(f"it holds the tensor {name}")
+    if dtype == "U8" and name.endswith(_OF_MXFP4):
+        return dtype
     if dtype not in _FLOATS and not name.endswith(_IGNORED):
         raise ModelError(f"the tensor {name} is {dtype}; supported: {', '.join(_FLOATS)}")
     return dtype

@@ -53,7 +53,8 @@ class ModelConfig:
     published weights of norms are what is beyond 1. embedding_scale: what embeddings are
     multiplied by. experts: what layers have in place of one feed-forward network, all but
     `dense_layers`. linear: what layers have in place of attention, all but `attention_layers`.
-    rotary_dim: how many of a head's dimensions rotate, None: all. gated: see Attention."""
+    rotary_dim: how many of a head's dimensions rotate, None: all. gated: see Attention. sinks: each
+    head's softmax has one more logit, which has no value."""
 
     family: str
     layers: int
@@ -87,6 +88,7 @@ class ModelConfig:
     attention_layers: tuple[int, ...] = ()
     rotary_dim: int | None = None
     gated: bool = False
+    sinks: bool = False
 
     def __post_init__(self) -> None:
         # files may name further end tokens, which the model cannot draw
@@ -130,6 +132,7 @@ class ModelConfig:
             query_scalar=self.query_scalar,
             rotary_dim=self.rotary_dim,
             gated=self.gated,
+            sinks=self.sinks,
         )
         if self.linear is not None and number not in self.attention_layers:
             attention = self.linear
@@ -271,11 +274,15 @@ def token_ids(*values: Any) -> tuple[int, ...]:
     return tuple(dict.fromkeys(int(item) for items in lists for item in items if item is not None))
 
 
-def refuse_quantised(config: Mapping[str, Any]) -> None:
-    """Raise ModelError for a config.json whose weights are quantised: GPTQ, AWQ, FP8 and others."""
+def refuse_quantised(config: Mapping[str, Any], served: Collection[str] = ()) -> None:
+    """Raise ModelError for a config.json whose weights are quantised: GPTQ, AWQ, FP8 and others.
+
+    served: methods that are read."""
     given = config.get("quantization_config")
     if given is not None:
         method = given.get("quant_method") if isinstance(given, Mapping) else None
+        if method in served:
+            return
         raise quantised(f"config.json: quant_method {str(method)[:40]!r}")
 
 

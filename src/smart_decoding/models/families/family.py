@@ -63,26 +63,31 @@ class Family:
 
     name: `ModelConfig.family`. architecture, model_type: its names in config.json. whole: the
     architecture of checkpoints that have such a model as their part for text. gguf: its name in
-    GGUF metadata; None: no such file is read. activations: its `hidden_act`, the first one where
-    it is written. options, gguf_options: options that reading.py refuses of other families.
+    GGUF metadata; None: no such file is read. gguf_alias: another one, Ollama's. activations: its
+    `hidden_act`, the first one where it is written. options, gguf_options: options that reading.py
+    refuses of other families. quantisations: methods of quantised safetensors that are read.
     from_hf: completes the common configuration by the contents of config.json. from_gguf: the same
     by the metadata. to_hf: entries of config.json in addition to the common ones, or in their
     place. gguf_names: names of a layer's tensors in GGUF files, and in safetensors, which have a
-    tensor for each expert ({}). gguf_order: of a tensor whose rows llama.cpp has in an order of its
-    own. gguf_space: SentencePiece puts a blank before a text where a GGUF file does not say
-    it."""
+    tensor for each expert ({}); whole ones, or without `.weight` and `.bias`. gguf_order: of a
+    tensor whose rows llama.cpp has in an order of its own. gguf_space: SentencePiece puts a blank
+    before a text where a GGUF file does not say it. gguf_pre: the kind of byte-level BPE where it
+    does not say that."""
 
     name: str
     architecture: str
     model_type: str
     whole: str | None = None
     gguf: str | None = None
+    gguf_alias: str | None = None
     activations: tuple[str, ...] = ("silu", "swish")
     options: frozenset[str] = frozenset()
     gguf_options: frozenset[str] = frozenset()
+    quantisations: frozenset[str] = frozenset()
     from_hf: Callable[[ModelConfig, Mapping[str, Any]], ModelConfig] = _as_read
     from_gguf: Callable[[ModelConfig, Mapping[str, Any]], ModelConfig] = _as_read
     to_hf: Callable[[ModelConfig], dict[str, Any]] = _nothing_more
     gguf_names: Mapping[str, str] = field(default_factory=lambda: GGUF_NAMES)
     gguf_order: Callable[[ModelConfig, str], RowOrder | None] = _as_stored
     gguf_space: bool = True
+    gguf_pre: str | None = None

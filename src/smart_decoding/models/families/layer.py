@@ -11,6 +11,7 @@ ROUTER = "mlp.gate.weight"  # what chooses a row's experts
 # of linear attention: what its outputs are normed by, and what its states decay and learn by
 GATED_NORM = "linear_attn.norm.weight"
 RATES = ("linear_attn.in_proj_a.weight", "linear_attn.in_proj_b.weight")
+ROUTER_BIAS = "mlp.gate.bias"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +33,8 @@ class Attention:
     """Attention of grouped queries with RoPE.
 
     window: how many positions a row attends to, 0: all. local_rope: its angles are those of
-    `local_theta`. query_scalar, rotary_dim: as in ModelConfig. gated: outputs are multiplied by the
-    sigmoid of gates, whose rows follow each head's of q in one matrix."""
+    `local_theta`. query_scalar, rotary_dim, sinks: as in ModelConfig. gated: outputs are multiplied
+    by the sigmoid of gates, whose rows follow each head's of q in one matrix."""
 
     heads: int
     kv_heads: int
@@ -46,6 +47,7 @@ class Attention:
     query_scalar: int | None
     rotary_dim: int | None = None
     gated: bool = False
+    sinks: bool = False
 
     def shapes(self, hidden: int, width: int) -> Shapes:
         """Return its weights. width: of the vectors that q, k and v read."""
@@ -63,6 +65,8 @@ class Attention:
         shapes["self_attn.o_proj.weight"] = (hidden, q_out)
         if self.o_bias:
             shapes["self_attn.o_proj.bias"] = (hidden,)
+        if self.sinks:
+            shapes["self_attn.sinks"] = (self.heads,)
         return shapes
 
 
@@ -118,34 +122,44 @@ class LinearAttention:
 @dataclass(frozen=True, slots=True)
 class FeedForward:
     """down(act(gate x) * up x), with `width` gates. gelu: act is GELU (by tanh) in place of
-    SiLU."""
+    SiLU. clamped: both are bounded by 7 first (the gate from above only), act(g) = g sigmoid(1.702
+    g), and it multiplies up x + 1. bias: all three matrices have one."""
 
     width: int
     gelu: bool
+    clamped: bool = False
+    bias: bool = False
 
     def shapes(self, hidden: int, prefix: str = "mlp.") -> Shapes:
         """Return its weights."""
-        return {
-            f"{prefix}gate_proj.weight": (self.width, hidden),
-            f"{prefix}up_proj.weight": (self.width, hidden),
-            f"{prefix}down_proj.weight": (hidden, self.width),
-        }
+        shapes: Shapes = {}
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            matrix = (hidden, self.width) if name == "down_proj" else (self.width, hidden)
+            shapes[f"{prefix}{name}.weight"] = matrix
+            if self.bias:
+                shapes[f"{prefix}{name}.bias"] = matrix[:1]
+        return shapes
 
 
 @dataclass(frozen=True, slots=True)
 class Experts:
     """A mixture of `count` networks. A row runs the `per_token` of them that a router finds most
     probable, and adds their outputs by these probabilities. normalised: divided by their sum
-    first."""
+    first. stacked: safetensors hold the matrices of all experts in one tensor, rows of gate and up
+    in turn (checkpoints/weight_files.py)."""
 
     count: int
     per_token: int
     normalised: bool
     each: FeedForward
+    router_bias: bool = False
+    stacked: bool = False
 
     def shapes(self, hidden: int) -> Shapes:
         """Return its weights, the router's first."""
         shapes: Shapes = {ROUTER: (self.count, hidden)}
+        if self.router_bias:
+            shapes[ROUTER_BIAS] = (self.count,)
         for number in range(self.count):
             shapes |= self.each.shapes(hidden, expert_prefix(number))
         return shapes
@@ -170,7 +184,12 @@ class LayerConfig:
     @property
     def gelu(self) -> bool:
         """Whether gates go through GELU."""
-        return self.ffn.each.gelu if isinstance(self.ffn, Experts) else self.ffn.gelu
+        return self.network.gelu
+
+    @property
+    def network(self) -> FeedForward:
+        """The feed-forward network, or what each expert is."""
+        return self.ffn.each if isinstance(self.ffn, Experts) else self.ffn
 
     def shapes(self, width: int) -> Shapes:
         """Return its weights, in the order of use. width: of the vectors that q, k and v read."""

@@ -23,6 +23,7 @@ from smart_decoding.models.families.config import (
     token_ids,
 )
 from smart_decoding.models.families.gemma3 import GEMMA3
+from smart_decoding.models.families.gpt_oss import GPT_OSS
 from smart_decoding.models.families.llama import LLAMA
 from smart_decoding.models.families.mistral import MISTRAL
 from smart_decoding.models.families.qwen import QWEN2, QWEN3
@@ -32,11 +33,13 @@ from smart_decoding.models.families.qwen_moe import QWEN3_MOE
 if TYPE_CHECKING:
     from smart_decoding.models.families.family import Family
 
-FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3, QWEN3_MOE, QWEN3_5, GEMMA3)
+FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3, QWEN3_MOE, QWEN3_5, GEMMA3, GPT_OSS)
 _BY_NAME = {family.name: family for family in FAMILIES}
 _BY_ARCHITECTURE = {family.architecture: family for family in FAMILIES}
 _BY_WHOLE = {family.whole: family for family in FAMILIES if family.whole}
-_BY_GGUF = {family.gguf: family for family in FAMILIES if family.gguf}
+_BY_GGUF = {
+    name: family for family in FAMILIES for name in (family.gguf, family.gguf_alias) if name
+}
 # Tokens that end an answer wherever a vocabulary has them, those of llama.cpp that our families
 # have: a GGUF file names one or two, where generation_config.json has all.
 _ENDS = frozenset(
@@ -79,10 +82,10 @@ def config_from_hf(
 
     Raises ModelError, naming what is not supported, and any error where an entry is missing or
     malformed (`files.reading` names the file)."""
-    refuse_quantised(config)
-    config = _text_config(config)
+    whole, config = config, _text_config(config)
     family = _hf_family(config)
-    refuse_quantised(config)
+    for part in (whole, config):
+        refuse_quantised(part, family.quantisations)
     _refuse_options(config, family)
     return family.from_hf(_common_from_hf(family, config, generation or {}), config)
 
@@ -248,14 +251,14 @@ def _common_from_gguf(
     tensor_names: Collection[str],
     rope_factors: NDArray[np.float32] | None,
 ) -> ModelConfig:
-    own = f"{family.gguf}."
+    own = f"{metadata['general.architecture']}."
     heads = int(metadata[own + "attention.head_count"])
     hidden = int(metadata[own + "embedding_length"])
     head_dim = int(metadata.get(own + "attention.key_length", hidden // heads))
     _refuse_in_gguf(metadata, family, head_dim, tensor_names)
     epsilon = float(metadata[own + "attention.layer_norm_rms_epsilon"])
     trained = int(metadata[own + "context_length"])
-    scaling = rope.scaling_from_gguf(metadata, str(family.gguf), trained, rope_factors)
+    scaling = rope.scaling_from_gguf(metadata, own, trained, rope_factors)
     tokens = metadata["tokenizer.ggml.tokens"]
     ends = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
     ends += [id_ for id_, token in enumerate(tokens) if token in _ENDS]
@@ -284,7 +287,7 @@ def _common_from_gguf(
 def _refuse_in_gguf(
     metadata: Mapping[str, Any], family: Family, head_dim: int, tensor_names: Collection[str]
 ) -> None:
-    own = f"{family.gguf}."
+    own = f"{metadata['general.architecture']}."
     if own + "vision.block_count" in metadata or any(n.startswith("v.") for n in tensor_names):
         raise ModelError(
             "a GGUF file that holds a vision part, as Ollama's of Gemma 3 do, is not supported: "

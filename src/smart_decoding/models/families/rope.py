@@ -86,13 +86,13 @@ def scaling_from_hf(options: Mapping[str, Any], max_positions: int) -> RopeScali
 
 def scaling_from_gguf(
     metadata: Mapping[str, Any],
-    family: str,
+    own: str,
     max_positions: int,
     factors: NDArray[np.float32] | None,
 ) -> RopeScaling | None:
     """Return the scaling of a GGUF file; `factors` is its tensor rope_freqs.weight, shape [head_dim
-    / 2], or None."""
-    prefix = f"{family}.rope.scaling."
+    / 2], or None. own: what the keys of its architecture begin with."""
+    prefix = f"{own}rope.scaling."
     kind = metadata.get(prefix + "type", "none")
     if factors is not None:
         if kind not in ("none", "llama3"):

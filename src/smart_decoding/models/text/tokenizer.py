@@ -49,11 +49,17 @@ _TEKKEN_SPLIT = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_O200K_SPLIT = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_CONTRACTIONS}?"
+    rf"|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTIONS}?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _SPLITS = {
     "llama3": _LLAMA3_SPLIT,
     "tekken": _TEKKEN_SPLIT,
     "qwen2": _QWEN2_SPLIT,
     "qwen35": _QWEN35_SPLIT,
+    "o200k": _O200K_SPLIT,
 }
 _OF_TIKTOKEN = ("llama3", "tekken")  # whole words are looked up first, and texts begin with BOS
 _PRE_TOKENIZERS = {
@@ -65,6 +71,7 @@ _PRE_TOKENIZERS = {
     "deepseek-r1-qwen": "qwen2",
     "qwen35": "qwen35",
     "tekken": "tekken",
+    "gpt-4o": "o200k",
 }
 
 
@@ -120,15 +127,18 @@ class Tokenizer:
             return filecmp.cmp(self.file, theirs, shallow=False)
 
     @classmethod
-    def from_gguf(cls, metadata: Mapping[str, Any], space: bool = True) -> Tokenizer:
+    def from_gguf(
+        cls, metadata: Mapping[str, Any], space: bool = True, pre: str | None = None
+    ) -> Tokenizer:
         """From GGUF metadata: SentencePiece's BPE, or byte-level BPE of the kinds smollm,
-        llama-bpe, tekken and qwen2; ModelError for any other. space: SentencePiece puts a blank
-        before a text where the metadata do not say it."""
+        llama-bpe, tekken, qwen2 and gpt-4o; ModelError for any other. Where the metadata do not say
+        it, SentencePiece puts a blank before a text if `space` is true, and byte-level BPE is of
+        the kind `pre`."""
         tokens = metadata["tokenizer.ggml.tokens"]
         keys = (f"tokenizer.ggml.{name}_token_id" for name in ("bos", "eos", "unknown", "padding"))
         ids = zip(_SPECIALS, map(metadata.get, keys), strict=True)
         specials = {name: tokens[id_] for name, id_ in ids if id_ is not None}
-        backend = _gguf_backend(metadata, specials, space)
+        backend = _gguf_backend(metadata, specials, space, pre)
         return cls(backend, specials, metadata.get("tokenizer.chat_template"))
 
     def save(self, folder: Path) -> None:
@@ -317,10 +327,12 @@ def _through_transformers(folder: Path) -> tokenizers.Tokenizer:
 
 
 def _gguf_backend(
-    metadata: Mapping[str, Any], specials: Mapping[str, str], space: bool
+    metadata: Mapping[str, Any], specials: Mapping[str, str], space: bool, usual_pre: str | None
 ) -> tokenizers.Tokenizer:
     kind = metadata.get("tokenizer.ggml.model")
     pre = metadata.get("tokenizer.ggml.pre", "default")
+    if pre == "default" and usual_pre is not None:
+        pre = usual_pre
     tokens = metadata["tokenizer.ggml.tokens"]
     types = metadata["tokenizer.ggml.token_type"]
     vocab = {token: id_ for id_, token in enumerate(tokens) if types[id_] != _UNUSED}
