@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -79,6 +79,20 @@ HYBRID = {
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 8,
 }
+GptOss = transformers.GptOssConfig
+GPT_OSS = {
+    "num_local_experts": 6,
+    "num_experts_per_tok": 3,
+    "intermediate_size": 72,
+    "sliding_window": 20,
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 10_000.0,
+        "factor": 8.0,
+        "original_max_position_embeddings": 64,
+        "truncate": False,
+    },
+}
 MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "llama": (Llama, {}),
     "llama-tied": (Llama, {"tie_word_embeddings": True}),
@@ -126,6 +140,7 @@ OTHERS = {  # shapes without CPU kernels
         Qwen3_5,
         {**HYBRID, "linear_num_key_heads": 4, "linear_value_head_dim": 12},
     ),
+    "gpt-oss": (GptOss, GPT_OSS),
 }
 
 
@@ -153,12 +168,29 @@ def computed(name: str) -> dict[str, Tensor]:
     """The reference's weights as layers multiply by them: some families' norms lack 1."""
     model = reference(name)
     published = revert_weight_conversion(model, model.state_dict())  # a matrix for each expert
+    if any("experts.gate_up_proj" in key for key in published):
+        return {our: w for key, weight in published.items() for our, w in _by_expert(key, weight)}
     if not config_of(name).shifted_norms:
         return published
     return {
         key: w + 1 if key.endswith("norm.weight") and not key.endswith(GATED_NORM) else w
         for key, w in published.items()
     }
+
+
+def _by_expert(name: str, weight: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """gpt-oss's tensors of all experts [experts, in, out], in which gate and up alternate, as a
+    matrix and a bias for each; others as they are."""
+    stem, experts, which = name.partition("mlp.experts.")
+    if not experts:
+        yield name.replace("mlp.router.", "mlp.gate."), weight
+        return
+    parts = ("down_proj",) if which.startswith("down") else ("gate_proj", "up_proj")
+    end = "bias" if which.endswith("bias") else "weight"
+    for number, each in enumerate(weight):
+        for first, part in enumerate(parts):
+            outputs = each[..., first :: len(parts)]
+            yield f"{stem}{experts}{number}.{part}.{end}", outputs.T if end == "weight" else outputs
 
 
 def decoder(

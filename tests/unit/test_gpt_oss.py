@@ -1,4 +1,4 @@
-"""gpt-oss: experts in MXFP4 and in stacks, what ends an answer, and
+"""gpt-oss: experts in MXFP4 and in stacks, answers as in transformers, what ends an answer, and
 what is refused."""
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from smart_decoding.models.families.reading import config_from_gguf, config_from
 from smart_decoding.models.text.tokenizer import Tokenizer
 
 from .test_loading import (
+    assert_answers_alike,
     assert_refused,
     change_config,
     change_weights,
@@ -99,6 +100,18 @@ def test_matrices_in_mxfp4_are_rounded_again_where_that_is_asked_for(tmp_path: P
         assert isinstance(matrix := rounded[f"model.layers.0.{name}.weight"], QuantizedTensor)
         assert matrix.format == "Q8_0"
     assert not isinstance(rounded["model.layers.0.mlp.gate.weight"], QuantizedTensor)
+
+
+@pytest.mark.parametrize("source", ["folder", "mxfp4", "tiny.gguf"])
+def test_answers_are_those_of_transformers(source: str, tmp_path: Path) -> None:
+    model = tiny_model("gpt-oss").eval()
+    if source == "tiny.gguf":
+        write_gguf(tmp_path / source, "gpt-oss")
+    elif source == "mxfp4":
+        model = in_mxfp4(tmp_path / source)
+    else:
+        model.save_pretrained(tmp_path / source)
+    assert_answers_alike(load_checkpoint(tmp_path / source), model, native=False)
 
 
 def test_ollamas_files_are_those_of_llama_cpp_under_other_names(tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ from smart_decoding.models.families.layer import (
     GATED_NORM,
     RATES,
     ROUTER,
+    ROUTER_BIAS,
     Attention,
     Experts,
     LinearAttention,
@@ -55,11 +56,14 @@ _VECTORS = (
 
 @dataclass
 class NetworkWeights:
-    """A feed-forward network: gate and up [width, hidden], down [hidden, width]."""
+    """A feed-forward network: gate and up [width, hidden], down [hidden, width]. gate_up_bias: the
+    gates' first, [2 * width]."""
 
     gate: Matrix
     up: Matrix
     down: Matrix
+    gate_up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
 
 
 @dataclass
@@ -70,6 +74,7 @@ class RouterWeights:
     matrix: Matrix
     per_token: int
     normalised: bool
+    bias: Tensor | None = None
 
 
 @dataclass
@@ -80,10 +85,11 @@ class LayerWeights:
     `input` is the width that q, k and v read: `hidden`, or twice that in an EAGLE-3 head, which
     then has no input_norm. attention_norm, ffn_norm: of what both add to x. window: how many
     positions a row attends to, 0: all. angle: the first of its own among a position's rotary
-    angles. gelu: its gates go through GELU (by tanh) in place of SiLU. Where scores are not divided
-    by the root of head_dim, q_norm carries the difference. gate: by the sigmoid of whose products
-    attention's outputs are multiplied. delta: linear attention in place of attention: `qkv` is then
-    one matrix, and heads, kv_heads and head_dim are 0.
+    angles. gelu, clamped: how its gates are activated, as in FeedForward. sinks [heads]: one more
+    logit of each head's softmax, without a value. Where scores are not divided by the root of
+    head_dim, q_norm carries the difference. gate: by the sigmoid of whose products attention's
+    outputs are multiplied. delta: linear attention in place of attention: `qkv` is then one matrix,
+    and heads, kv_heads and head_dim are 0.
     """
 
     heads: int
@@ -107,6 +113,8 @@ class LayerWeights:
     gelu: bool = False
     gate: Matrix | None = None
     delta: DeltaWeights | None = None
+    clamped: bool = False
+    sinks: Tensor | None = None
 
     @property
     def hidden(self) -> int:
@@ -328,12 +336,23 @@ def layer_weights(
     def get(name: str) -> Tensor:
         return as_tensor(weights[prefix + name]).to(device, dtype)
 
+    def network(name: str) -> NetworkWeights:
+        gate, up, down = (f"{name}{part}_proj" for part in ("gate", "up", "down"))
+        found = NetworkWeights(
+            matrix(f"{gate}.weight"), matrix(f"{up}.weight"), matrix(f"{down}.weight")
+        )
+        if layer.network.bias:
+            found.gate_up_bias = torch.cat((get(f"{gate}.bias"), get(f"{up}.bias")))
+            found.down_bias = get(f"{down}.bias")
+        return found
+
     norms = _layer_norms(layer, weights, prefix, dtype, input_norm)
     prefixes = ["mlp."]
     router = None
     if isinstance(layer.ffn, Experts):
         prefixes = [expert_prefix(number) for number in range(layer.ffn.count)]
-        router = RouterWeights(matrix(ROUTER), layer.ffn.per_token, layer.ffn.normalised)
+        bias = get(ROUTER_BIAS) if layer.ffn.router_bias else None
+        router = RouterWeights(matrix(ROUTER), layer.ffn.per_token, layer.ffn.normalised, bias)
     attention = layer.attention
     if isinstance(attention, LinearAttention):
         mixing = _linear_attention(
@@ -343,14 +362,10 @@ def layer_weights(
         mixing = _attention(attention, matrix, get)
     return LayerWeights(
         eps=layer.rms_eps,
-        networks=[
-            NetworkWeights(
-                *(matrix(f"{each}{name}_proj.weight") for name in ("gate", "up", "down"))
-            )
-            for each in prefixes
-        ],
+        networks=[network(each) for each in prefixes],
         router=router,
         gelu=layer.gelu,
+        clamped=layer.network.clamped,
         **mixing,
         **{name: norm.to(device) for name, norm in norms.items()},
     )
@@ -379,6 +394,7 @@ def _attention(
         "output_bias": get("self_attn.o_proj.bias") if attention.o_bias else None,
         "window": attention.window,
         "angle": attention.head_dim // 2 if attention.local_rope else 0,
+        "sinks": get("self_attn.sinks") if attention.sinks else None,
     }
 
 

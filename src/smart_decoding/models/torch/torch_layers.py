@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     Ops: TypeAlias = "TorchOps | TritonOps"
 
 
+CLAMP = 7.0  # see FeedForward
+CLAMPED_SLOPE = 1.702
+
+
 class TorchLayers:
     """Layers one after another, every kernel launched by itself. Works in the weights' dtype."""
 
@@ -79,7 +83,8 @@ class TorchLayer:
         normed = rms_norm(x, w.post_norm, w.eps)
         if w.router is None:
             network = self._networks[0]
-            _add(x, self._gated(normed, network), network.down, None, w.ffn_norm, w.eps)
+            gated = self._gated(normed, network)
+            _add(x, gated, network.down, network.down_bias, w.ffn_norm, w.eps)
         else:
             x += rms_norm(self._mixture(normed, w.router), w.ffn_norm, w.eps)
 
@@ -87,7 +92,7 @@ class TorchLayer:
         """Return what attention makes of normed rows, [rows, heads * head_dim]."""
         w = self.weights
         q = self._ops.write(F.linear(normed, self._qkv, w.qkv_bias), w, context, keys, values)
-        attended = self._ops.attend(q, context, keys, values, w.window)
+        attended = self._ops.attend(q, context, keys, values, w.window, w.sinks)
         if self._gate is None:
             return attended
         return attended * F.linear(normed, self._gate).sigmoid()
@@ -105,7 +110,8 @@ class TorchLayer:
 
     def _gated(self, normed: Tensor, network: Network) -> Tensor:
         """Return what a network's last matrix reads, [rows, width]."""
-        return self._ops.gate(F.linear(normed, network.gate_up), self.weights.gelu)
+        gate_up = F.linear(normed, network.gate_up, network.gate_up_bias)
+        return self._ops.gate(gate_up, self.weights.gelu, self.weights.clamped)
 
     def _mixture(self, normed: Tensor, router: RouterWeights) -> Tensor:
         """Return what experts add to normed rows [rows, hidden].
@@ -113,7 +119,7 @@ class TorchLayer:
         A row's experts are added in the order of their numbers, whatever experts other rows
         have."""
         assert self._router is not None
-        probs = F.linear(normed, self._router).softmax(-1, dtype=torch.float32)
+        probs = F.linear(normed, self._router, router.bias).softmax(-1, dtype=torch.float32)
         # of equal ones the first: top-k would take any
         weight, chosen = probs.sort(dim=-1, descending=True, stable=True)
         weight, chosen = weight[:, : router.per_token], chosen[:, : router.per_token]
@@ -125,17 +131,21 @@ class TorchLayer:
             row, rank = torch.where(chosen == number)
             network = self._networks[number]
             outputs = self._gated(normed[row], network) @ network.down
+            if network.down_bias is not None:
+                outputs += network.down_bias
             total[row] += outputs * weight[row, rank, None]
         return total
 
 
 class Network:
-    """A feed-forward network's matrices as products read them."""
+    """A feed-forward network's matrices as products read them, and its biases."""
 
     def __init__(self, w: NetworkWeights) -> None:
         self.gate_up = torch.cat((as_tensor(w.gate), as_tensor(w.up)))
         self.down = as_tensor(w.down).t()
         w.gate, w.up = self.gate_up.chunk(2)  # which frees those that were given
+        self.gate_up_bias = w.gate_up_bias
+        self.down_bias = w.down_bias
 
 
 def _add(
@@ -175,14 +185,22 @@ class TorchOps:
         return q
 
     def attend(
-        self, q: Tensor, context: Context, keys: Tensor, values: Tensor, window: int = 0
+        self,
+        q: Tensor,
+        context: Context,
+        keys: Tensor,
+        values: Tensor,
+        window: int = 0,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """Return what each row attends to, its own key and value included: [rows, heads *
-        head_dim]. window: how many positions it attends to, 0: all."""
+        head_dim]. window: how many positions it attends to, 0: all. sinks: of LayerWeights."""
         parts = []
         for rows, (page, offset), behind in context.grouped.groups:
             mask = behind < (window or GroupedRows.NOTHING)
             k, v = (cache[:, page, offset].to(q.dtype) for cache in (keys, values))
+            if sinks is not None:
+                k, v, mask = _with_sinks(k, v, mask, sinks)
             parts.append(
                 F.scaled_dot_product_attention(
                     q[rows].transpose(0, 1)[None], k[None], v[None], mask, enable_gqa=True
@@ -190,10 +208,24 @@ class TorchOps:
             )
         return torch.cat(parts).flatten(1)
 
-    def gate(self, gate_up: Tensor, gelu: bool = False) -> Tensor:
-        """silu(gate) * up, or with GELU, of [rows, 2 * ffn]: [rows, ffn]."""
+    def gate(self, gate_up: Tensor, gelu: bool = False, clamped: bool = False) -> Tensor:
+        """silu(gate) * up, or as FeedForward has it with GELU or clamped, of [rows, 2 * ffn]:
+        [rows, ffn]."""
         gate, up = gate_up.chunk(2, dim=-1)
+        if clamped:
+            gate = gate.clamp(max=CLAMP)
+            return (up.clamp(-CLAMP, CLAMP) + 1) * (gate * torch.sigmoid(CLAMPED_SLOPE * gate))
         return (F.gelu(gate, approximate="tanh") if gelu else F.silu(gate)) * up
+
+
+def _with_sinks(k: Tensor, v: Tensor, mask: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return keys and values [kv_heads, positions, head_dim] with one more of zeros, and the mask
+    [heads, rows, positions] as what is added to scores: a head's sink at the last position."""
+    none = torch.zeros((), dtype=k.dtype, device=k.device).masked_fill(~mask, -torch.inf)
+    seen = none.expand(len(sinks), *mask.shape)
+    last = sinks.to(k.dtype)[:, None, None].expand(-1, len(mask), 1)
+    k, v = (F.pad(part, (0, 0, 0, 1)) for part in (k, v))
+    return k, v, torch.cat((seen, last), dim=-1)
 
 
 def ops_for(device: torch.device) -> Ops:

@@ -10,7 +10,7 @@ This never ran on a GPU so far (2026-11-28). docs/models.md says what is checked
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -49,9 +49,18 @@ class TritonOps:
         return q
 
     def attend(
-        self, q: Tensor, context: Context, keys: Tensor, values: Tensor, window: int = 0
+        self,
+        q: Tensor,
+        context: Context,
+        keys: Tensor,
+        values: Tensor,
+        window: int = 0,
+        sinks: Tensor | None = None,
     ) -> Tensor:
-        """See `TorchOps`."""
+        """See `TorchOps`, which has sinks."""
+        if sinks is not None:
+            attended: Tensor = _plain().attend(q, context, keys, values, window, sinks)
+            return attended
         rows, heads, width = q.shape
         kv_heads = len(keys)
         at = context.on_device
@@ -75,13 +84,23 @@ class TritonOps:
             )
         return out
 
-    def gate(self, gate_up: Tensor, gelu: bool = False) -> Tensor:
-        """See `TorchOps`."""
+    def gate(self, gate_up: Tensor, gelu: bool = False, clamped: bool = False) -> Tensor:
+        """See `TorchOps`, which has clamped gates."""
+        if clamped:
+            gated: Tensor = _plain().gate(gate_up, gelu, clamped)
+            return gated
         rows, both = gate_up.shape
         ffn = both // 2
         out = gate_up.new_empty(rows, ffn)
         kernels.gate[(rows, -(-ffn // COLUMNS))](gate_up, out, ffn, gelu=gelu, block=COLUMNS)
         return out
+
+
+def _plain() -> Any:
+    """Return the plain torch for what has no kernel here."""
+    from smart_decoding.models.torch.torch_layers import TorchOps
+
+    return TorchOps()
 
 
 def splits_of(rows: int, kv_heads: int) -> int:
