@@ -226,7 +226,8 @@ void one_stack(uint64_t seed, int head_dim, bool bf16) {
         layers.emplace_back(random, own, bf16, !given || i);
     }
     for (const TinyLayer& layer : layers) structs.push_back(layer.layer());
-    Pages pages(random, 24);
+    constexpr int64_t page_count = 3 * 9;  // for as many positions as three requests can have
+    Pages pages(random, page_count);
     const std::vector<Request> requests = random_requests(random, pages, 10, 0);
     Batch batch;
     for (const Request& request : requests) {
@@ -236,7 +237,7 @@ void one_stack(uint64_t seed, int head_dim, bool bf16) {
     const Rotation rotation(POSITIONS, head_dim);
     const Rows rows = batch.rows(rotation);
     const int64_t n = batch.size(), d = shape.hidden, wide = structs[0].input, hd = head_dim;
-    TinyCache cache(Random(seed + 5), int64_t(count) * shape.kv_heads, 24, head_dim, bf16);
+    TinyCache cache(Random(seed + 5), int64_t(count) * shape.kv_heads, page_count, head_dim, bf16);
     const std::vector<float> x = random.normals(n * d), inputs = random.normals(n * wide);
     const int64_t qkv_width = std::max((shape.heads + 2 * shape.kv_heads) * hd, d);
     std::vector<float> normed(n * wide), qkv(n * qkv_width), attended(n * shape.heads * hd);
@@ -244,10 +245,10 @@ void one_stack(uint64_t seed, int head_dim, bool bf16) {
     const Workspace workspace{normed.data(), qkv.data(), attended.data(), ffn.data(), nullptr};
     const int32_t status =
         smart_layers(structs.data(), count, &rows, given ? inputs.data() : nullptr, out.data(),
-                     cache.keys(), cache.values(), 24, &workspace, bf16, bf16, 2);
+                     cache.keys(), cache.values(), page_count, &workspace, bf16, bf16, 2);
     if (!check::same("status", 0, status)) return;
 
-    reference::Cache plain_cache(count, shape.kv_heads, 24 * smart_page(), hd);
+    reference::Cache plain_cache(count, shape.kv_heads, page_count * smart_page(), hd);
     Doubles expected = reference::doubles(x);
     const Doubles read = reference::doubles(inputs);
     for (int i = 0; i < count; i++)
@@ -263,7 +264,7 @@ void one_stack(uint64_t seed, int head_dim, bool bf16) {
             bf16 ? std::ldexp(1.0, std::ilogb(wanted == 0 ? 1e-30 : wanted) - 7) : 0;
         return check::near_at(what, row, column, wanted, got, 0.5 * unit + 2e-5);
     };
-    reference::Cache exact(1, shape.kv_heads, 24 * smart_page(), hd);
+    reference::Cache exact(1, shape.kv_heads, page_count * smart_page(), hd);
     Doubles rounded = read;
     if (precision.rounds.inputs) reference::round_all(rounded);
     reference::attention(layers[0].w, rows, rounded, exact, 0,
