@@ -40,7 +40,7 @@ HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w./-]+))?")
 HUB = re.compile(r"^(?:https://)?(?:hf\.co|huggingface\.co)/")
 # What distinguishes the models of a family, as in Qwen2.5-7B-Instruct
 _SIZE = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)([BM])(?![\w.])", re.IGNORECASE)
-_FORMS = r"I?Q\d\w*|BF16|FP?16|FP?32"
+_FORMS = r"I?Q\d\w*|MXFP4|BF16|FP?16|FP?32"
 _QUANTISATION = re.compile(rf"(?:^|[-._])({_FORMS})(?:\.gguf)?$", re.IGNORECASE)
 # What the name of a model's copy ends in
 _STORED = re.compile(rf"(?:[-._](?:GGUF|I1|UD|{_FORMS}))+$", re.IGNORECASE)
