@@ -74,9 +74,10 @@ struct Weights {  // of a layer, as [out, in]; vectors that it does not have are
     int hidden, input, heads, kv_heads, head_dim, ffn;
     float eps;
     std::vector<float> input_norm{}, q_norm{}, k_norm{}, qkv_bias{}, output_bias{}, post_norm{},
-        attention_norm{}, ffn_norm{}, qkv{}, output{}, gate{}, up{}, down{};
+        attention_norm{}, ffn_norm{}, sinks{}, gate_bias{}, up_bias{}, down_bias{}, qkv{}, output{},
+        gate{}, up{}, down{};
     int window = 0, angle = 0;
-    bool gelu = false;
+    bool gelu = false, clamped = false;
 };
 
 struct Rounds {       // what is rounded to bf16
@@ -167,6 +168,7 @@ inline Doubles attention(const Weights& w, const Rows& in, const Doubles& input,
                 best = std::max(best, weight.back());
             }
             for (double& x : weight) sum += x = std::exp(x - best);
+            if (!w.sinks.empty()) sum += std::exp(w.sinks[h] - best);
             for (int64_t d = 0; d < hd; d++) {
                 double value = 0;
                 for (size_t i = 0; i < slots.size(); i++)
@@ -190,14 +192,19 @@ inline double activated(double x, bool gelu) {
                 : x / (1 + std::exp(-x));
 }
 
+inline double clamped(double gate, double up) {
+    gate = std::min(gate, 7.0);
+    return (std::clamp(up, -7.0, 7.0) + 1) * gate / (1 + std::exp(-1.702 * gate));
+}
+
 // What a network makes of rows that are normed, and rounded as linear layers read them.
 inline Doubles network(const Weights& w, const Doubles& normed, Rounds rounds) {
-    const std::vector<float> none;
-    Doubles gate = linear(normed, w.gate, w.hidden, none),
-            up = linear(normed, w.up, w.hidden, none);
-    for (size_t i = 0; i < gate.size(); i++) gate[i] = activated(gate[i], w.gelu) * up[i];
+    Doubles gate = linear(normed, w.gate, w.hidden, w.gate_bias),
+            up = linear(normed, w.up, w.hidden, w.up_bias);
+    for (size_t i = 0; i < gate.size(); i++)
+        gate[i] = w.clamped ? clamped(gate[i], up[i]) : activated(gate[i], w.gelu) * up[i];
     if (rounds.inputs) round_all(gate);
-    return linear(gate, w.down, w.ffn, none);
+    return linear(gate, w.down, w.ffn, w.down_bias);
 }
 
 // What follows attention: x += attention output^T, then the gated part.

@@ -11,7 +11,7 @@ namespace {
 struct TinyMixture {
     TinyLayer base;
     std::vector<TinyLayer> experts;
-    std::vector<float> router;
+    std::vector<float> router, router_bias, gate_up_bias, down_bias;
     Blob router_blob;
     std::vector<Weight> gate_up, down;
     int per_token;
@@ -22,6 +22,7 @@ struct TinyMixture {
         std::fill(base.w.output.begin(), base.w.output.end(), 0.0f);
         base.output = packed(base.w.output, s.heads * s.head_dim, bf16);
         const int count = int(random.between(1, 20));
+        const bool biased = !base.w.down_bias.empty();
         per_token = int(random.between(1, count));
         normalised = random.chance(0.5);
         router = matrix(random, count, s.hidden, bf16, 2);
@@ -31,16 +32,34 @@ struct TinyMixture {
         router_blob = packed(router, s.hidden, bf16);
         for (int e = 0; e < count; e++) {
             experts.emplace_back(random, s, bf16, true);
-            experts.back().w.gelu = base.w.gelu;
+            TinyLayer& expert = experts.back();
+            expert.w.gelu = base.w.gelu;
+            expert.w.clamped = base.w.clamped;
+            if (biased) {
+                expert.set_biases(random, s);
+                append(gate_up_bias, expert.gate_up_bias);
+                append(down_bias, expert.w.down_bias);
+            } else {
+                for (auto* bias : {&expert.w.gate_bias, &expert.w.up_bias, &expert.w.down_bias})
+                    bias->clear();
+            }
         }
+        if (biased) router_bias = random.normals(count, 1);
         for (const TinyLayer& expert : experts) {
             gate_up.push_back(expert.gate_up.weight());
             down.push_back(expert.down.weight());
         }
     }
 
+    static void append(std::vector<float>& to, const std::vector<float>& more) {
+        to.insert(to.end(), more.begin(), more.end());
+    }
+
     Layer layer() const {
         Layer layer = base.layer();
+        layer.gate_up_bias = pointer(gate_up_bias);
+        layer.down_bias = pointer(down_bias);
+        layer.router_bias = pointer(router_bias);
         layer.experts = int32_t(experts.size());
         layer.per_token = per_token;
         layer.normalised = normalised;
@@ -56,7 +75,7 @@ struct TinyMixture {
         Doubles normed(w.hidden), total(w.hidden);
         reference::rms_norm(x, w.post_norm.data(), w.eps, w.hidden, normed.data());
         if (rounds.inputs) reference::round_all(normed);
-        Doubles probs = reference::linear(normed, router, w.hidden, {});
+        Doubles probs = reference::linear(normed, router, w.hidden, router_bias);
         const double most = *std::max_element(probs.begin(), probs.end());
         for (double& p : probs) p = std::exp(p - most);
         std::vector<int64_t> chosen = reference::ranked(probs);

@@ -92,6 +92,7 @@ inline const float* pointer(const std::vector<float>& list) {
 struct TinyLayer {
     reference::Weights w;
     Blob qkv, output, gate_up, down;
+    std::vector<float> gate_up_bias;  // where the rows of gate_up are
 
     // of_head: heads have plain layers.
     TinyLayer(Random& random, const Shape& s, bool bf16, bool has_input_norm,
@@ -121,11 +122,31 @@ struct TinyLayer {
         if (random.chance(0.5)) w.window = random.of({1, 3, 16, 17, 64, 70});
         if (random.chance(0.5)) w.angle = s.head_dim / 2;
         w.gelu = random.chance(0.5);
+        w.clamped = random.chance(0.3);
+        if (random.chance(0.4)) w.sinks = random.normals(s.heads, 2);
+        if (random.chance(0.4)) set_biases(random, s);
+    }
+    // Large enough for gates that are clamped.
+    void set_biases(Random& random, const Shape& s) {
+        w.gate_bias = random.normals(s.ffn, 4);
+        w.up_bias = random.normals(s.ffn, 4);
+        w.down_bias = random.normals(s.hidden, 0.3);
+        gate_up_bias.assign(interleaved_rows(), 0.0f);
+        const int64_t lanes = smart_vector_width();
+        for (int64_t row = 0; row < w.ffn; row++) {
+            const int64_t to = row / lanes * 2 * lanes + row % lanes;
+            gate_up_bias[to] = w.gate_bias[row];
+            gate_up_bias[to + lanes] = w.up_bias[row];
+        }
+    }
+    int64_t interleaved_rows() const {
+        const int64_t lanes = smart_vector_width();
+        return 2 * ((w.ffn + lanes - 1) / lanes) * lanes;
     }
     // Blocks of one vector's rows in turn: gate, up, gate, ...; the last ones filled up.
     std::vector<float> interleaved() const {
-        const int64_t lanes = smart_vector_width(), blocks = (w.ffn + lanes - 1) / lanes;
-        std::vector<float> out(2 * blocks * lanes * w.hidden, 0.0f);
+        const int64_t lanes = smart_vector_width();
+        std::vector<float> out(interleaved_rows() * w.hidden, 0.0f);
         for (int64_t row = 0; row < w.ffn; row++) {
             int64_t to = row / lanes * 2 * lanes + row % lanes;
             std::copy_n(&w.gate[row * w.hidden], w.hidden, &out[to * w.hidden]);
@@ -144,6 +165,7 @@ struct TinyLayer {
                 w.window,
                 w.angle,
                 w.gelu,
+                w.clamped,
                 0,
                 0,
                 0,
@@ -156,6 +178,10 @@ struct TinyLayer {
                 w.post_norm.data(),
                 pointer(w.attention_norm),
                 pointer(w.ffn_norm),
+                pointer(w.sinks),
+                pointer(gate_up_bias),
+                pointer(w.down_bias),
+                nullptr,
                 qkv.weight(),
                 output.weight(),
                 gate_up.weight(),

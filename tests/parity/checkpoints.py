@@ -81,6 +81,7 @@ HYBRID = {
 }
 GptOss = transformers.GptOssConfig
 GPT_OSS = {
+    "initializer_range": 0.1,
     "num_local_experts": 6,
     "num_experts_per_tok": 3,
     "intermediate_size": 72,
@@ -119,6 +120,8 @@ MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
         Qwen3Moe,
         {**EXPERTS, "norm_topk_prob": False, "mlp_only_layers": [1]},
     ),
+    "gpt-oss": (GptOss, {**GPT_OSS, "head_dim": 64, "sliding_window": 70}),
+    "gpt-oss, each row has all experts": (GptOss, {**GPT_OSS, "num_experts_per_tok": 6}),
     "head_dim 64, one query per key": (
         Llama,
         {"head_dim": 64, "num_attention_heads": 3, "num_key_value_heads": 3},
@@ -140,7 +143,6 @@ OTHERS = {  # shapes without CPU kernels
         Qwen3_5,
         {**HYBRID, "linear_num_key_heads": 4, "linear_value_head_dim": 12},
     ),
-    "gpt-oss": (GptOss, GPT_OSS),
 }
 
 

@@ -70,7 +70,13 @@ class ReadsMeta(TorchOps):
         return rotate(rms_norm(q, w.q_norm, w.eps), cosine, sine)
 
     def attend(
-        self, q: Tensor, context: Context, keys: Tensor, values: Tensor, window: int = 0
+        self,
+        q: Tensor,
+        context: Context,
+        keys: Tensor,
+        values: Tensor,
+        window: int = 0,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         there = context.on_device
         meta = there.meta.numpy()
@@ -85,7 +91,10 @@ class ReadsMeta(TorchOps):
                 k, v = (part.flatten(1, 2)[:, slots] for part in (keys, values))
                 groups = q[row].view(len(keys), -1, q.shape[2])
                 scores = groups @ k.transpose(1, 2) * q.shape[2] ** -0.5
-                out[row] = (scores.softmax(-1) @ v).view_as(q[row])
+                if sinks is not None:
+                    scores = torch.cat((scores, sinks.view(len(keys), -1, 1)), dim=-1)
+                weights = scores.softmax(-1)[..., : len(slots)]
+                out[row] = (weights @ v).view_as(q[row])
         return out.flatten(1)
 
 

@@ -192,13 +192,21 @@ def test_inputs_in_8_bits_are_never_bf16(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize("rounds", [False, True])
-def test_rows_of_experts_in_quants_have_their_bits_in_any_company(rounds: bool) -> None:
+@pytest.mark.parametrize("clamped", [False, True], ids=["qwen3_moe", "gpt_oss"])
+def test_rows_of_experts_in_quants_have_their_bits_in_any_company(
+    clamped: bool, rounds: bool
+) -> None:
     """As many rows as a prompt has share an expert's weights, or one alone."""
     if rounds and not ops.multiplies_bytes():
         pytest.skip("this variant of the kernels has no products of bytes")
-    experts = Experts(count=6, per_token=3, normalised=True, each=FeedForward(96, gelu=False))
+    each = FeedForward(96, gelu=False, clamped=clamped, bias=clamped)
+    experts = Experts(6, per_token=3, normalised=True, each=each, router_bias=clamped)
     config = ModelConfig(
-        *("qwen3_moe", 2, 64, 4, 2, 16, 96, 70, 1e4, 1e-5, 256), qk_norm=True, experts=experts
+        *("qwen3_moe", 2, 64, 4, 2, 16, 96, 70, 1e4, 1e-5, 256),
+        qk_norm=not clamped,
+        sinks=clamped,
+        windows=(40, 0) if clamped else (),
+        experts=experts,
     )
     generator = torch.Generator().manual_seed(0)
     shapes = config.expected_shapes().items()

@@ -16,10 +16,13 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from smart_decoding.errors import ModelError
+from smart_decoding.core.tree import DraftTrees
+from smart_decoding.engine.rows import Span, build_rows
 from smart_decoding.kernels.weights import QuantizedTensor, as_tensor
 from smart_decoding.models.checkpoints.loading import load_checkpoint
 from smart_decoding.models.checkpoints.memory import parameters, weight_bytes
+from smart_decoding.models.cpu.kernel_check import unserved
+from smart_decoding.models.families.decoder import Decoder
 from smart_decoding.models.families.reading import config_from_gguf, config_from_hf, config_to_hf
 from smart_decoding.models.text.tokenizer import Tokenizer
 
@@ -88,6 +91,7 @@ def test_the_estimate_of_mxfp4_is_what_is_read(tmp_path: Path) -> None:
     )
     assert stored.weights.nbytes == size  # type: ignore[attr-defined]
     expanded = load_checkpoint(tmp_path)
+    assert weight_bytes(stored, torch.bfloat16, CPU) == size
     for checkpoint in (stored, expanded):
         assert weight_bytes(checkpoint, torch.float32, CPU) == 4 * parameters(checkpoint.config)
     assert expanded.weights.nbytes == 2 * parameters(expanded.config)  # type: ignore[attr-defined]
@@ -102,8 +106,9 @@ def test_matrices_in_mxfp4_are_rounded_again_where_that_is_asked_for(tmp_path: P
     assert not isinstance(rounded["model.layers.0.mlp.gate.weight"], QuantizedTensor)
 
 
+@pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("source", ["folder", "mxfp4", "tiny.gguf"])
-def test_answers_are_those_of_transformers(source: str, tmp_path: Path) -> None:
+def test_answers_are_those_of_transformers(source: str, native: bool, tmp_path: Path) -> None:
     model = tiny_model("gpt-oss").eval()
     if source == "tiny.gguf":
         write_gguf(tmp_path / source, "gpt-oss")
@@ -111,7 +116,22 @@ def test_answers_are_those_of_transformers(source: str, tmp_path: Path) -> None:
         model = in_mxfp4(tmp_path / source)
     else:
         model.save_pretrained(tmp_path / source)
-    assert_answers_alike(load_checkpoint(tmp_path / source), model, native=False)
+    assert_answers_alike(load_checkpoint(tmp_path / source), model, native)
+
+
+def test_the_kernels_compute_with_mxfp4_as_with_expanded_weights(tmp_path: Path) -> None:
+    in_mxfp4(tmp_path)
+    span = Span(list(range(5, 85)), 0, np.arange(80, dtype=np.int32), np.arange(16, dtype=np.int32))
+    rows, _, _ = build_rows([span], DraftTrees.empty(1), [True])
+    rows.logit_rows = None
+    found = []
+    for quantization in (None, "off"):
+        checkpoint = load_checkpoint(tmp_path, quantization=quantization)
+        decoder = Decoder(checkpoint.config, checkpoint.weights, torch.bfloat16, CPU, 16, 128, True)
+        assert decoder.quantized == (quantization is None)
+        found.append(decoder.forward(rows).logits.clone())
+    assert torch.equal(found[0], found[1])
+    assert found[0].isfinite().all()
 
 
 def test_ollamas_files_are_those_of_llama_cpp_under_other_names(tmp_path: Path) -> None:
@@ -300,9 +320,5 @@ def test_bytes_are_no_weights_of_other_families(tmp_path: Path) -> None:
     assert_refused(tmp_path, name)
 
 
-def test_the_cpu_kernels_refuse_it(tmp_path: Path) -> None:
-    from smart_decoding.models.cpu.kernel_check import require_served
-
-    config = config_from_hf(HF_20B)
-    with pytest.raises(ModelError, match=r"sinks.*--allow-slow"):
-        require_served(config, CPU, allow_slow=False)
+def test_the_cpu_kernels_serve_its_shape() -> None:
+    assert unserved(config_from_hf(HF_20B)) is None

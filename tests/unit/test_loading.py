@@ -1109,7 +1109,7 @@ def test_dequantises_like_the_gguf_package(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_1", "BF16"])
-@pytest.mark.parametrize("name", ["qwen3", "qwen3moe"])
+@pytest.mark.parametrize("name", ["qwen3", "qwen3moe", "gpt-oss"])
 def test_the_estimate_of_a_stored_file_is_what_is_read(
     name: str, kind: str, tmp_path: Path
 ) -> None:

@@ -47,12 +47,10 @@ def family(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(params=["kernels", "torch"])
-def path(request: pytest.FixtureRequest, family: str, monkeypatch: pytest.MonkeyPatch) -> str:
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "torch":
         for module in ("target", "draft_model"):
             monkeypatch.setattr(f"smart_decoding.models.{module}.use_native", lambda *given: False)
-    elif family == "gpt_oss":
-        pytest.skip("the kernels do not run it")
     return str(request.param)
 
 

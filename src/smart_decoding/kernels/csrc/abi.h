@@ -57,10 +57,11 @@ struct Rows {  // the rows (tokens) of a forward; each request has one at least
 struct Layer {
     // input: width that q, k and v read (2 hidden in EAGLE-3)
     int32_t hidden, input, heads, kv_heads, head_dim, ffn;
-    int32_t hint;    // where weights are prefetched to
-    int32_t window;  // positions that a row sees, its own the last of them; 0: all
-    int32_t angle;   // the first of its own among the rotary angles of a position
-    int32_t gelu;    // gates go through GELU (by tanh) in place of SiLU
+    int32_t hint;     // where weights are prefetched to
+    int32_t window;   // positions that a row sees, its own the last of them; 0: all
+    int32_t angle;    // the first of its own among the rotary angles of a position
+    int32_t gelu;     // gates go through GELU (by tanh) in place of SiLU
+    int32_t clamped;  // or are clamped: see Gating in linear.h
     // Of a mixture: how many experts, of `ffn` gates each, how many of them a row has, and whether
     // their probabilities are divided by their sum. experts = 0: one network.
     int32_t experts, per_token, normalised;
@@ -68,6 +69,10 @@ struct Layer {
     // all but post_norm may be null
     const float *input_norm, *q_norm, *k_norm, *qkv_bias, *output_bias, *post_norm;
     const float *attention_norm, *ffn_norm;  // of what both add to x
+    const float* sinks;                      // [heads] one more score each, without a value
+    // Of the one network, or of all experts: [experts, packed rows of gate_up], [experts, hidden].
+    const float *gate_up_bias, *down_bias;
+    const float* router_bias;  // [experts]
     struct Weight qkv, output;
     struct Weight gate_up, down;                        // of the one network; a mixture has
     struct Weight router;                               // [experts, hidden], and

@@ -111,9 +111,10 @@ private:
     }
 
     void put_means(int job, const Softmaxes<HD>& sums, int query) const {
-        const int64_t row = blocks[job / kv].row + query / heads;
-        float* to = out + row * layer.heads * HD + item(job, 0).column;
-        sums.put_means(query, to + query % heads * HD);
+        const int64_t row = blocks[job / kv].row + query / heads,
+                      head = job % kv * heads + query % heads;
+        const float* sink = layer.sinks ? layer.sinks + head : nullptr;
+        sums.put_means(query, sink, out + (row * layer.heads + head) * HD);
     }
 
     // A thread takes a whole job, then the next one that is left. That is most likely the one a

@@ -140,8 +140,10 @@ struct Softmaxes {
         best[i] = now;
     }
 
-    void put_means(int i, float* out) const {
-        const float inverse = 1.0f / sum[i];
+    // sink: null, or one more score, which has no value.
+    void put_means(int i, const float* sink, float* out) const {
+        const float all = sink ? sum[i] + std::exp(*sink - best[i]) : sum[i];
+        const float inverse = 1.0f / all;
         for (int d = 0; d < HD; d += VW) storeu(out + d, loadu<vf>(value(i) + d) * inverse);
     }
 };

@@ -100,7 +100,8 @@ void add_experts(const Layer& l, int rows, const Workspace& workspace, float* x)
     float *logits = workspace.mixture, *weight = logits + int64_t(rows) * l.experts;
     int32_t* chosen = (int32_t*)(weight + places);
     float* outputs = weight + 2 * places;
-    linear_rows<W>(normed, rows, l.router, l.experts, d, nullptr, logits, l.experts, false, l.hint);
+    linear_rows<W>(normed, rows, l.router, l.experts, d, l.router_bias, logits, l.experts, false,
+                   l.hint);
     barrier();
 #pragma omp for schedule(static) nowait
     for (int r = 0; r < rows; r++)
@@ -112,15 +113,17 @@ void add_experts(const Layer& l, int rows, const Workspace& workspace, float* x)
     of.sort(l, rows, chosen);
     const int64_t experts = int64_t(of.expert.size());
     for_panels(experts, gated_panels_of(width), [&](int64_t i, Panels& panels) {
+        const int64_t e = of.expert[i];
         const float* read = of.gather(i, normed, d, gathered);
-        gated_panels<W>(read, of.count(i), l.expert_gate_up[of.expert[i]], width, d, l.gelu,
+        gated_panels<W>(read, of.count(i), l.expert_gate_up[e], width, d, Gating(l, e),
                         workspace.ffn + of.start[i] * width, l.hint, panels);
     });
     barrier();
     for_panels(experts, panels_of(d), [&](int64_t i, Panels& panels) {
-        linear_panels<W>(workspace.ffn + of.start[i] * width, of.count(i),
-                         l.expert_down[of.expert[i]], d, width, nullptr, outputs + of.start[i] * d,
-                         d, false, l.hint, nullptr, panels);
+        const int64_t e = of.expert[i];
+        const float* bias = l.down_bias ? l.down_bias + e * d : nullptr;
+        linear_panels<W>(workspace.ffn + of.start[i] * width, of.count(i), l.expert_down[e], d,
+                         width, bias, outputs + of.start[i] * d, d, false, l.hint, nullptr, panels);
     });
     barrier();
 #pragma omp for schedule(static) nowait

@@ -34,9 +34,9 @@ static void add_attention(const Layer& l, int rows, const float* attention, floa
 template <class W>
 static void add_network(const Layer& l, int rows, const float* normed, float* x, float* ffn,
                         float* added) {
-    gated_rows<W>(normed, rows, l.gate_up, l.ffn, l.hidden, l.gelu, ffn, l.hint);
+    gated_rows<W>(normed, rows, l.gate_up, l.ffn, l.hidden, Gating(l, 0), ffn, l.hint);
     barrier();
-    add_linear<W>(l, rows, ffn, l.ffn, l.down, nullptr, l.ffn_norm, x, added);
+    add_linear<W>(l, rows, ffn, l.ffn, l.down, l.down_bias, l.ffn_norm, x, added);
 }
 
 // The embedding of a token, from packed weights or from a plain table.

@@ -50,13 +50,30 @@ static inline vf activated(vf x, bool gelu) {
     return x / (1.0f + vexp(-s));
 }
 
+static inline vf clamped(vf gate, vf up) {
+    const vf most = vf{} + CLAMP;
+    gate = gate > most ? most : gate;
+    up = up > most ? most : up;
+    up = up < -most ? -most : up;
+    return (up + 1.0f) * (gate / (1.0f + vexp(gate * -CLAMPED_SLOPE)));
+}
+
+Gating::Gating(const Layer& l, int64_t expert)
+    : gelu(l.gelu),
+      clamped(l.clamped),
+      bias(l.gate_up_bias ? l.gate_up_bias + expert * gated_panels_of(l.ffn) * PANEL : nullptr) {}
+
 // One panel yields VW finished values.
 template <class W>
 __attribute__((noinline)) void gated_panels(const float* x, int rows, const Weight& w, int64_t ffn,
-                                            int64_t k, bool gelu, float* out, int hint,
+                                            int64_t k, const Gating& by, float* out, int hint,
                                             Panels& panels) {
     auto store = [=](int row, int64_t column, vf gate, vf up) {
-        vf value = activated(gate, gelu) * up;
+        if (by.bias) {
+            gate += loadu<vf>(by.bias + column);
+            up += loadu<vf>(by.bias + column + VW);
+        }
+        vf value = by.clamped ? clamped(gate, up) : activated(gate, by.gelu) * up;
         int64_t first = column / 2;
         float* to = out + row * ffn + first;
         if (first + VW <= ffn)
@@ -110,8 +127,8 @@ void unpack_row(const Weight& w, int64_t k, int64_t row, float* out) {
 #define SMART_INSTANTIATE(W) \
     template void linear_panels<W>(const float*, int, const Weight&, int64_t, int64_t, \
                                    const float*, float*, int64_t, bool, int, Maxima*, Panels&); \
-    template void gated_panels<W>(const float*, int, const Weight&, int64_t, int64_t, bool, \
-                                  float*, int, Panels&); \
+    template void gated_panels<W>(const float*, int, const Weight&, int64_t, int64_t, \
+                                  const Gating&, float*, int, Panels&); \
     template void unpack_row<W>(const Weight&, int64_t, int64_t, float*);
 SMART_INSTANTIATE(bf16)
 SMART_INSTANTIATE(float)

@@ -281,18 +281,29 @@ static inline void linear_rows(const float* x, int rows, const Weight& w, int64_
 // Panels of gate and up, which are interleaved by VW columns.
 static inline int64_t gated_panels_of(int64_t ffn) { return (ffn + VW - 1) / VW; }
 
-// out = silu(x gate^T) * (x up^T), or with GELU, by those who take its panels.
+// What becomes of gate and up: act(gate) up, with SiLU or GELU as act. Clamped: gate is at most
+// CLAMP, up at most that either way; then gate sigmoid(CLAMPED_SLOPE gate) (up + 1).
+struct Gating {
+    bool gelu, clamped;
+    const float* bias;  // of the columns of all panels, or null
+
+    // Of a layer's network, or of an expert.
+    Gating(const Layer& l, int64_t expert);
+};
+constexpr float CLAMP = 7.0f, CLAMPED_SLOPE = 1.702f;
+
+// out = act(x gate^T) * (x up^T), by those who take its panels.
 template <class W>
-void gated_panels(const float* x, int rows, const Weight& w, int64_t ffn, int64_t k, bool gelu,
-                  float* out, int hint, Panels& panels);
+void gated_panels(const float* x, int rows, const Weight& w, int64_t ffn, int64_t k,
+                  const Gating& by, float* out, int hint, Panels& panels);
 
 // The same by a whole team, likewise.
 template <class W>
 static inline void gated_rows(const float* x, int rows, const Weight& w, int64_t ffn, int64_t k,
-                              bool gelu, float* out, int hint) {
+                              const Gating& by, float* out, int hint) {
     Items items(gated_panels_of(ffn));
     Panels panels(items);
-    gated_panels<W>(x, rows, w, ffn, k, gelu, out, hint, panels);
+    gated_panels<W>(x, rows, w, ffn, k, by, out, hint, panels);
 }
 
 // Row `row` of a packed weight of row length k, as fp32.

@@ -40,8 +40,6 @@ def unserved(config: ModelConfig) -> str | None:
     for name, size in sizes.items():
         if size % 2:
             return f"{name} {size} is odd"
-    if config.sinks:
-        return "attention has sinks, and experts biases"
     shared = config.heads // config.kv_heads
     if shared > MAX_QUERIES:
         return f"{shared} query heads share a key head, more than {MAX_QUERIES}"

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F
 
 from smart_decoding.engine.kv import PAGE
 from smart_decoding.kernels import ops as kernels
@@ -44,13 +45,15 @@ from smart_decoding.models.torch.recurrence import DeltaWeights, RecurrentStates
 from smart_decoding.models.torch.rows import DeviceRows, GroupedRows, device_rows, upload
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from smart_decoding.engine.rows import Rows
     from smart_decoding.models.families.layer import LayerConfig
 
 
 _VECTORS = (
     *("input_norm", "q_norm", "k_norm", "qkv_bias", "output_bias", "post_norm"),
-    *("attention_norm", "ffn_norm"),
+    *("attention_norm", "ffn_norm", "sinks"),
 )
 
 
@@ -277,12 +280,30 @@ class NativeLayers:
             window=w.window,
             angle=w.angle,
             gelu=w.gelu,
+            clamped=w.clamped,
             eps=w.eps,
             qkv=qkv.struct,
             output=output.struct,
             **{name: pointer(vector) for name, vector in vectors.items()},
             **self._networks(networks, w.router, arena),
+            **self._biases(w, order),
         )
+
+    def _biases(self, w: LayerWeights, order: NDArray[np.int64]) -> dict[str, Any]:
+        """Return the fields of Layer that are biases of its networks or its router. order: of gate
+        and up, -1: a column of zeros."""
+        found: dict[str, Any] = {}
+        of_gate_up = [each.gate_up_bias for each in w.networks if each.gate_up_bias is not None]
+        of_down = [each.down_bias for each in w.networks if each.down_bias is not None]
+        if of_gate_up:
+            padded = F.pad(torch.stack(of_gate_up).float(), (0, 1))
+            found["gate_up_bias"] = padded[:, torch.from_numpy(order)].contiguous()
+        if of_down:
+            found["down_bias"] = torch.stack(of_down).float().contiguous()
+        if w.router is not None and w.router.bias is not None:
+            found["router_bias"] = w.router.bias.float().contiguous()
+        self._keep += found.values()
+        return {name: pointer(vector) for name, vector in found.items()}
 
     def _networks(
         self,
