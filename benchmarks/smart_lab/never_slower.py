@@ -35,6 +35,7 @@ from smart_lab.ablations import askew
 from smart_lab.machines import costs_of
 from smart_lab.replay import Walk, draft, judged
 from smart_lab.trace import Trace, read_trace
+from smart_lab.unsteady import Turns, noisy
 from smart_lab.worlds import NOBODYS, SLOWER
 
 if TYPE_CHECKING:
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
     from smart_lab.recording import Recording
 
 WINDOW = 64  # rounds
-NOISE, OUTLIERS, OUTLIER = 0.06, 0.03, 1.5  # of a step's log seconds; share of slow steps, how slow
 QUEUE, ROUNDS = 4, 256  # batches at least; rounds of plain decoding at least, nearly
 
 
@@ -106,31 +106,6 @@ class ClosedWalk(Walk):
             self.begin()
 
 
-class Neighbour:
-    """The machine's speed, which another process changes now and then."""
-
-    def __init__(self, world: World) -> None:
-        self._rng = np.random.default_rng([world.seed, 2])
-        self._noise = np.random.default_rng([world.seed, 3])
-        self._between = world.neighbour
-        self._left = self._drawn()
-        self.slowness = 1.0
-
-    def _drawn(self) -> float:
-        return float(self._rng.exponential(self._between)) if self._between else np.inf
-
-    def advance(self, tokens: int) -> None:
-        self._left -= tokens
-        while self._left <= 0:
-            self.slowness = SLOWER + 1 - self.slowness
-            self._left += self._drawn()
-
-    def noisy(self, seconds: float) -> float:
-        """Return what a step of so many seconds is seen to take."""
-        outlier = OUTLIER if self._noise.random() < OUTLIERS else 1.0
-        return seconds * outlier * float(np.exp(NOISE * self._noise.standard_normal()))
-
-
 def measured(
     trace: Trace, costs: Mapping[str, CostModel], name: str, world: World
 ) -> dict[str, Any]:
@@ -139,7 +114,8 @@ def measured(
     recording = world.recording(trace.recording)
     policy = contestant(name, trace, askew(cost, *world.wrong))
     walk = (ClosedWalk if world.closed else Walk)(recording, world.size)
-    neighbour = Neighbour(world)
+    neighbour = Turns(2, world.neighbour or np.inf, np.random.default_rng([world.seed, 2]))
+    noise = np.random.default_rng([world.seed, 3])
     seconds: list[float] = []
     plains: list[float] = []
     equivalents: list[float] = []
@@ -150,22 +126,16 @@ def measured(
         done = draft(policy, walk)
         size = done.batch.size
         context = done.batch.mean_context
-        first, *further = done.widths or [0]
-        levels = []
-        if done.widths:
-            levels.append(float(cost.first_seconds(size, [first - size], context)[0]))
-        if further:
-            levels += cost.draft_seconds(np.array(further), context).tolist()
         rows = size + len(done.kept)
-        verify = float(cost.verify_seconds(size, rows, context))
-        plain = float(cost.verify_seconds(size, size, context)) * neighbour.slowness
-        verify *= neighbour.slowness
-        levels = [each * neighbour.slowness for each in levels]
+        slowness = (1.0, SLOWER)[neighbour.now]
+        levels = [slowness * each for each in cost.levels_seconds(size, done.widths, context)]
+        verify = slowness * float(cost.verify_seconds(size, rows, context))
+        plain = slowness * float(cost.verify_seconds(size, size, context))
         beyond = cost.overhead_seconds if done.rule is not None else 0.0
         truth, emitted = judged(done, walk)
         took = verify + sum(levels) + beyond  # without noise, of which the policy alone knows
-        verify = neighbour.noisy(verify)
-        levels = [neighbour.noisy(each) for each in levels]
+        verify = noisy(verify, noise)
+        levels = [noisy(each, noise) for each in levels]
         policy.observe(
             Round(
                 done.batch, done.rule, done.trees, done.kept, *truth, done.widths, levels, rows,

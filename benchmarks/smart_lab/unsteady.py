@@ -1,7 +1,8 @@
 """A machine for replays whose costs change while a policy runs: states of its memory take turns,
 and every step is noisy.
 
-Needed by tests/lab/test_unsteady.py, which holds that `smart` follows a machine that changes.
+Needed by `never-slower`, and by tests/lab/test_unsteady.py, which holds that `smart` follows a
+machine that changes.
 """
 
 from __future__ import annotations
@@ -16,7 +17,31 @@ from smart_lab.replay import StepCosts
 if TYPE_CHECKING:
     from smart_decoding.core.costs import CostModel
 
+NOISE = 0.06  # standard deviation of a step's log seconds
 OUTLIERS, OUTLIER = 0.03, 1.5  # share of steps that take so many times as long
+
+
+class Turns:
+    """Numbers below `count` that take turns, each for `lasts` tokens on average (inf: for ever).
+    now: the one whose turn it is."""
+
+    def __init__(self, count: int, lasts: float, rng: np.random.Generator) -> None:
+        self._count, self._lasts, self._rng = count, lasts, rng
+        self.now, self._left = -1, 0.0
+        self.advance(0)
+
+    def advance(self, tokens: int) -> None:
+        """After a round of so many tokens."""
+        self._left -= tokens
+        while self._left <= 0:
+            self.now = (self.now + 1) % self._count
+            self._left += float(self._rng.exponential(self._lasts))
+
+
+def noisy(seconds: float, rng: np.random.Generator, noise: float = NOISE) -> float:
+    """Return what a step of so many seconds takes this time."""
+    outlier = OUTLIER if rng.random() < OUTLIERS else 1.0
+    return seconds * outlier * float(np.exp(noise * rng.standard_normal()))
 
 
 class Unsteady:
@@ -31,30 +56,21 @@ class Unsteady:
         states: Sequence[CostModel],
         batch_size: int,
         lasts: float,
-        noise: float = 0.06,
+        noise: float = NOISE,
         seed: int = 0,
     ) -> None:
         self._states = [StepCosts(cost, batch_size) for cost in states]
-        self._lasts, self._noise = lasts, noise
-        self._turns, self._rng = np.random.default_rng(seed), np.random.default_rng([seed, 1])
-        self._state, self._left = -1, 0.0
-        self.advance(0)
+        self._noise, self._rng = noise, np.random.default_rng([seed, 1])
+        self._turns = Turns(len(states), lasts, np.random.default_rng(seed))
 
     def verify(self, rows: int, context: float, beyond: float = 0.0) -> float:
-        return self._noisy(self._states[self._state].verify(rows, context, beyond))
+        state = self._states[self._turns.now]
+        return noisy(state.verify(rows, context, beyond), self._rng, self._noise)
 
     def levels(self, widths: Sequence[int], context: float) -> list[float]:
-        return [
-            self._noisy(seconds) for seconds in self._states[self._state].levels(widths, context)
-        ]
+        levels = self._states[self._turns.now].levels(widths, context)
+        return [noisy(seconds, self._rng, self._noise) for seconds in levels]
 
     def advance(self, tokens: int) -> None:
         """After a round of so many tokens."""
-        self._left -= tokens
-        while self._left <= 0:
-            self._state = (self._state + 1) % len(self._states)
-            self._left += float(self._turns.exponential(self._lasts))
-
-    def _noisy(self, seconds: float) -> float:
-        outlier = OUTLIER if self._rng.random() < OUTLIERS else 1.0
-        return seconds * outlier * float(np.exp(self._noise * self._rng.standard_normal()))
+        self._turns.advance(tokens)
