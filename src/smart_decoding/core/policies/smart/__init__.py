@@ -89,9 +89,9 @@ class Smart:
     cost: measured costs (None: a guess that real rounds correct). calibration, forecast: stored
     priors. max_levels, children: the deepest tree and the proposals per node that are considered.
     max_round_slowdown: no request of several is slower, per token, than this multiple of plain
-    decoding's time; of what a model must read before it can draft, a share is counted in each of
-    the rounds that follow. exploration_budget: share of the
-    time that may go into exploring the options predicted worse.
+    decoding's time. What a model must read before it can draft is shared among the rounds that
+    follow. exploration_budget: share of the time that may go into exploring the options predicted
+    worse.
     """
 
     name = "smart"
