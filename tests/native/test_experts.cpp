@@ -133,7 +133,8 @@ void one_mixture(uint64_t seed, bool bf16) {
     check::begin("experts", seed,
                  shape.text() + ", " + std::to_string(m.per_token) + " of "
                      + std::to_string(m.experts.size()) + (bf16 ? ", bf16" : ", fp32"));
-    const int64_t rows = random.of<int64_t>({1, 2, 3, 9, 17, 40, 130}), d = shape.hidden;
+    // the most: an expert's rows are more than a thread of a dense layer packs alone
+    const int64_t rows = random.of<int64_t>({1, 2, 3, 9, 17, 40, 130, 700}), d = shape.hidden;
     const std::vector<float> x = random.normals(rows * d);
     const std::vector<float> all = run(m, x, bf16, int(random.between(1, 3)));
 

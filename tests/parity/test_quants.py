@@ -196,13 +196,14 @@ def test_inputs_in_8_bits_are_never_bf16(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_rows_of_experts_in_quants_have_their_bits_in_any_company(
     clamped: bool, rounds: bool
 ) -> None:
-    """As many rows as a prompt has share an expert's weights, or one alone."""
+    """As many rows as a prompt has share an expert's weights, or one alone. An expert has more of
+    them than a thread of a dense layer packs alone."""
     if rounds and not ops.multiplies_bytes():
         pytest.skip("this variant of the kernels has no products of bytes")
-    each = FeedForward(96, gelu=False, clamped=clamped, bias=clamped)
+    each = FeedForward(256, gelu=False, clamped=clamped, bias=clamped)
     experts = Experts(6, per_token=3, normalised=True, each=each, router_bias=clamped)
     config = ModelConfig(
-        *("qwen3_moe", 2, 64, 4, 2, 16, 96, 70, 1e4, 1e-5, 256),
+        *("qwen3_moe", 2, 256, 4, 2, 16, 96, 70, 1e4, 1e-5, 256),
         qk_norm=not clamped,
         sinks=clamped,
         windows=(40, 0) if clamped else (),
