@@ -61,7 +61,7 @@ struct Layer {
     int32_t window;   // positions that a row sees, its own the last of them; 0: all
     int32_t angle;    // the first of its own among the rotary angles of a position
     int32_t gelu;     // gates go through GELU (by tanh) in place of SiLU
-    int32_t clamped;  // or are clamped: see Gating in linear.h
+    int32_t clamped;  // or are clamped: see gated_panels in linear.h
     // Of a mixture: how many experts, of `ffn` gates each, how many of them a row has, and whether
     // their probabilities are divided by their sum. experts = 0: one network.
     int32_t experts, per_token, normalised;

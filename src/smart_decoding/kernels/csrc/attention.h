@@ -89,7 +89,7 @@ struct AttentionItem {
     QueryBlock block;
     const T *keys, *values;
     const int32_t* block_table;
-    int64_t column;  // of its queries, and of what comes out
+    int64_t column;  // of its queries
     int32_t window;  // positions that a row sees
     int32_t split;   // counted from the first one of which a row sees anything
 

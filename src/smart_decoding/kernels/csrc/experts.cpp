@@ -115,8 +115,8 @@ void add_experts(const Layer& l, int rows, const Workspace& workspace, float* x)
     for_panels(experts, gated_panels_of(width), [&](int64_t i, Panels& panels) {
         const int64_t e = of.expert[i];
         const float* read = of.gather(i, normed, d, gathered);
-        gated_panels<W>(read, of.count(i), l.expert_gate_up[e], width, d, Gating(l, e),
-                        workspace.ffn + of.start[i] * width, l.hint, panels);
+        gated_panels<W>(l, e, l.expert_gate_up[e], read, of.count(i),
+                        workspace.ffn + of.start[i] * width, panels);
     });
     barrier();
     for_panels(experts, panels_of(d), [&](int64_t i, Panels& panels) {

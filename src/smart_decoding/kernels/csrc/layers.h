@@ -34,7 +34,9 @@ static void add_attention(const Layer& l, int rows, const float* attention, floa
 template <class W>
 static void add_network(const Layer& l, int rows, const float* normed, float* x, float* ffn,
                         float* added) {
-    gated_rows<W>(normed, rows, l.gate_up, l.ffn, l.hidden, Gating(l, 0), ffn, l.hint);
+    Items items(gated_panels_of(l.ffn));
+    Panels panels(items);
+    gated_panels<W>(l, 0, l.gate_up, normed, rows, ffn, panels);
     barrier();
     add_linear<W>(l, rows, ffn, l.ffn, l.down, l.down_bias, l.ffn_norm, x, added);
 }

@@ -58,22 +58,20 @@ static inline vf clamped(vf gate, vf up) {
     return (up + 1.0f) * (gate / (1.0f + vexp(gate * -CLAMPED_SLOPE)));
 }
 
-Gating::Gating(const Layer& l, int64_t expert)
-    : gelu(l.gelu),
-      clamped(l.clamped),
-      bias(l.gate_up_bias ? l.gate_up_bias + expert * gated_panels_of(l.ffn) * PANEL : nullptr) {}
-
 // One panel yields VW finished values.
 template <class W>
-__attribute__((noinline)) void gated_panels(const float* x, int rows, const Weight& w, int64_t ffn,
-                                            int64_t k, const Gating& by, float* out, int hint,
-                                            Panels& panels) {
+__attribute__((noinline)) void gated_panels(const Layer& l, int64_t expert, const Weight& gate_up,
+                                            const float* x, int rows, float* out, Panels& panels) {
+    const int64_t ffn = l.ffn;
+    const bool gelu = l.gelu, clamps = l.clamped;
+    const float* bias =
+        l.gate_up_bias ? l.gate_up_bias + expert * gated_panels_of(ffn) * PANEL : nullptr;
     auto store = [=](int row, int64_t column, vf gate, vf up) {
-        if (by.bias) {
-            gate += loadu<vf>(by.bias + column);
-            up += loadu<vf>(by.bias + column + VW);
+        if (bias) {
+            gate += loadu<vf>(bias + column);
+            up += loadu<vf>(bias + column + VW);
         }
-        vf value = by.clamped ? clamped(gate, up) : activated(gate, by.gelu) * up;
+        vf value = clamps ? clamped(gate, up) : activated(gate, gelu) * up;
         int64_t first = column / 2;
         float* to = out + row * ffn + first;
         if (first + VW <= ffn)
@@ -81,7 +79,7 @@ __attribute__((noinline)) void gated_panels(const float* x, int rows, const Weig
         else
             for (int j = 0; first + j < ffn; j++) to[j] = value[j];
     };
-    product<W>(x, rows, w, k, hint, panels, store);
+    product<W>(x, rows, gate_up, l.hidden, l.hint, panels, store);
 }
 
 // How many of k lie next to each other in a packed panel.
@@ -127,8 +125,8 @@ void unpack_row(const Weight& w, int64_t k, int64_t row, float* out) {
 #define SMART_INSTANTIATE(W) \
     template void linear_panels<W>(const float*, int, const Weight&, int64_t, int64_t, \
                                    const float*, float*, int64_t, bool, int, Maxima*, Panels&); \
-    template void gated_panels<W>(const float*, int, const Weight&, int64_t, int64_t, \
-                                  const Gating&, float*, int, Panels&); \
+    template void gated_panels<W>(const Layer&, int64_t, const Weight&, const float*, int, float*, \
+                                  Panels&); \
     template void unpack_row<W>(const Weight&, int64_t, int64_t, float*);
 SMART_INSTANTIATE(bf16)
 SMART_INSTANTIATE(float)

@@ -281,30 +281,15 @@ static inline void linear_rows(const float* x, int rows, const Weight& w, int64_
 // Panels of gate and up, which are interleaved by VW columns.
 static inline int64_t gated_panels_of(int64_t ffn) { return (ffn + VW - 1) / VW; }
 
-// What becomes of gate and up: act(gate) up, with SiLU or GELU as act. Clamped: gate is at most
-// CLAMP, up at most that either way; then gate sigmoid(CLAMPED_SLOPE gate) (up + 1).
-struct Gating {
-    bool gelu, clamped;
-    const float* bias;  // of the columns of all panels, or null
-
-    // Of a layer's network, or of an expert.
-    Gating(const Layer& l, int64_t expert);
-};
 constexpr float CLAMP = 7.0f, CLAMPED_SLOPE = 1.702f;
 
-// out = act(x gate^T) * (x up^T), by those who take its panels.
+// out [rows, ffn] = act(gate) up of gate = x gate^T and up = x up^T, with SiLU or GELU as act, by
+// those who take the panels of `gate_up`: of a layer's network (expert 0), or of an expert.
+// Clamped: gate is at most CLAMP, up at most that either way; then gate sigmoid(CLAMPED_SLOPE gate)
+// (up + 1).
 template <class W>
-void gated_panels(const float* x, int rows, const Weight& w, int64_t ffn, int64_t k,
-                  const Gating& by, float* out, int hint, Panels& panels);
-
-// The same by a whole team, likewise.
-template <class W>
-static inline void gated_rows(const float* x, int rows, const Weight& w, int64_t ffn, int64_t k,
-                              const Gating& by, float* out, int hint) {
-    Items items(gated_panels_of(ffn));
-    Panels panels(items);
-    gated_panels<W>(x, rows, w, ffn, k, by, out, hint, panels);
-}
+void gated_panels(const Layer& l, int64_t expert, const Weight& gate_up, const float* x, int rows,
+                  float* out, Panels& panels);
 
 // Row `row` of a packed weight of row length k, as fp32.
 template <class W>

@@ -159,8 +159,7 @@ struct ByteWeights {
     }
 
     // Adds a strip's sums of integers, scaled.
-    template <class Integers>
-    __attribute__((always_inline)) static void add_scaled(const Integers (&integers)[GROUPS],
+    __attribute__((always_inline)) static void add_scaled(const Sums (&integers)[GROUPS],
                                                           const RowScales& of, const ByteBlock& x,
                                                           float* sums) {
         vf scaled;
