@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from smart_decoding.models.torch.layers import Layers
-    from smart_decoding.models.torch.torch_layers import Ops
 
 Check = dict[str, Any]
 PAGES = 120
@@ -199,7 +198,7 @@ def _layer_parts(device: torch.device, rows: Rows) -> Iterator[Check]:
         KVCache.empty(1, kv_heads, MOST_PAGES, width, torch.float32, device, False)
         for _ in range(2)
     ]
-    each: tuple[Ops, ...] = (TorchOps(), triton_ops.TritonOps())
+    each = (TorchOps(), triton_ops.TritonOps())
     queries = [
         ops.write(qkv, w, context, cache.keys[0], cache.values[0])
         for ops, cache in zip(each, caches, strict=True)

@@ -10,12 +10,13 @@ This never ran on a GPU so far (2026-11-28). docs/models.md says what is checked
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from smart_decoding.models.torch import triton_kernels as kernels
 from smart_decoding.models.torch.rows import TILE
+from smart_decoding.models.torch.torch_layers import TorchOps
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,8 +29,8 @@ COLUMNS = 1024  # of a feed-forward network's rows, in one program
 LOG2_E = 1.4426950408889634
 
 
-class TritonOps:
-    """See `TorchOps`."""
+class TritonOps(TorchOps):
+    """See `TorchOps`, which does what has no kernel here: sinks, and clamped gates."""
 
     def write(
         self, qkv: Tensor, w: LayerWeights, context: Context, keys: Tensor, values: Tensor
@@ -57,10 +58,9 @@ class TritonOps:
         window: int = 0,
         sinks: Tensor | None = None,
     ) -> Tensor:
-        """See `TorchOps`, which has sinks."""
+        """See `TorchOps`."""
         if sinks is not None:
-            attended: Tensor = _plain().attend(q, context, keys, values, window, sinks)
-            return attended
+            return super().attend(q, context, keys, values, window, sinks)
         rows, heads, width = q.shape
         kv_heads = len(keys)
         at = context.on_device
@@ -85,22 +85,14 @@ class TritonOps:
         return out
 
     def gate(self, gate_up: Tensor, gelu: bool = False, clamped: bool = False) -> Tensor:
-        """See `TorchOps`, which has clamped gates."""
+        """See `TorchOps`."""
         if clamped:
-            gated: Tensor = _plain().gate(gate_up, gelu, clamped)
-            return gated
+            return super().gate(gate_up, gelu, clamped)
         rows, both = gate_up.shape
         ffn = both // 2
         out = gate_up.new_empty(rows, ffn)
         kernels.gate[(rows, -(-ffn // COLUMNS))](gate_up, out, ffn, gelu=gelu, block=COLUMNS)
         return out
-
-
-def _plain() -> Any:
-    """Return the plain torch for what has no kernel here."""
-    from smart_decoding.models.torch.torch_layers import TorchOps
-
-    return TorchOps()
 
 
 def splits_of(rows: int, kv_heads: int) -> int:
