@@ -127,7 +127,7 @@ class Layer:
         heads = shape.value_heads
         self.weights = DeltaWeights(
             shape,
-            rates=[],
+            rates=torch.empty(0),
             convolution=random(shape.kernel, shape.channels),
             decay=-random(heads).exp(),
             bias=random(heads),

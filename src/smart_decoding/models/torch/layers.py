@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -82,7 +81,7 @@ class RouterWeights:
 
 @dataclass
 class LayerWeights:
-    """One Llama-style layer under its usual names. Matrices are [out, in]; qkv: q, k and v.
+    """One layer under its usual names. Matrices are [out, in]; qkv: q, k and v.
     networks: the feed-forward network, or the experts that `router` chooses among.
 
     `input` is the width that q, k and v read: `hidden`, or twice that in an EAGLE-3 head, which
@@ -377,7 +376,9 @@ def layer_weights(
     attention = layer.attention
     if isinstance(attention, LinearAttention):
         mixing = _linear_attention(
-            attention, matrix, lambda name: as_tensor(weights[prefix + name])
+            attention,
+            matrix,
+            lambda name: as_tensor(weights[prefix + name]).to(device, torch.float32),
         )
     else:
         mixing = _attention(attention, matrix, get)
@@ -385,7 +386,7 @@ def layer_weights(
         eps=layer.rms_eps,
         networks=[network(each) for each in prefixes],
         router=router,
-        gelu=layer.gelu,
+        gelu=layer.network.gelu,
         clamped=layer.network.clamped,
         **mixing,
         **{name: norm.to(device) for name, norm in norms.items()},
@@ -433,26 +434,20 @@ def _rotating_first(attention: Attention, rows: int) -> NDArray[np.int64]:
 
 
 def _linear_attention(
-    linear: LinearAttention, matrix: Callable[[str], Matrix], get: Callable[[str], Tensor]
+    linear: LinearAttention, matrix: Callable[[str], Matrix], vector: Callable[[str], Tensor]
 ) -> dict[str, Any]:
-    """Return the fields of LayerWeights that are of linear attention. get: a tensor as it is
-    stored."""
-    gate = matrix("linear_attn.in_proj_z.weight")
-    device = as_tensor(gate).device
-
-    def vector(name: str) -> Tensor:
-        return get(name).to(device, torch.float32)
-
+    """Return the fields of LayerWeights that are of linear attention. vector: a tensor in
+    float32."""
     return {
         "heads": 0,
         "kv_heads": 0,
         "head_dim": 0,
         "qkv": [matrix("linear_attn.in_proj_qkv.weight")],
-        "gate": gate,
+        "gate": matrix("linear_attn.in_proj_z.weight"),
         "output": matrix("linear_attn.out_proj.weight"),
         "delta": DeltaWeights(
             shape=linear,
-            rates=[matrix(name) for name in RATES],
+            rates=torch.cat([as_tensor(matrix(name)) for name in RATES]),
             convolution=vector("linear_attn.conv1d.weight")[:, 0].t().contiguous(),
             decay=vector("linear_attn.A_log").exp().neg(),
             bias=vector("linear_attn.dt_bias"),

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from smart_decoding.engine.kv import NO_STATE
+
 if TYPE_CHECKING:
     from smart_decoding.engine.rows import Rows
-    from smart_decoding.kernels.weights import Matrix
     from smart_decoding.models.families.layer import LinearAttention
 
 Memory: TypeAlias = tuple[Tensor, Tensor]  # a layer's inputs and states
@@ -31,12 +32,12 @@ _EPS = 1e-6  # beside the squares of queries and keys
 class DeltaWeights:
     """What linear attention has beside its products.
 
-    rates: matrices [value_heads, hidden] of how fast a state decays, and of how much it learns.
+    rates: [2 * value_heads, hidden] of how fast a state decays, and of how much it learns.
     convolution [kernel, channels], decay and bias [value_heads], norm [value_dim]: float32; decay
     is -exp(A_log)."""
 
     shape: LinearAttention
-    rates: Sequence[Matrix]
+    rates: Tensor
     convolution: Tensor
     decay: Tensor
     bias: Tensor
@@ -106,7 +107,8 @@ class Steps:
             return torch.tensor(numbers, dtype=torch.int64, device=device)
 
         self._index = index
-        slots = [-1] * rows.groups if rows.states is None else rows.states.tolist()
+        # without a state: the place behind all others, which nobody reads
+        slots = [NO_STATE] * rows.groups if rows.states is None else rows.states.tolist()
         self._parents, last, self._nodes = _paths(rows)
         ends = {row: slots[group] for row, group in last.items()}
         starts = rows.query_start_loc[:-1]
@@ -179,18 +181,23 @@ class Steps:
     def advance(self, paths: Sequence[Sequence[int]]) -> None:
         """Bring the states of the first groups to the ends of their paths, which are rows of
         accepted nodes."""
-        slots = self.slots.tolist()
         nodes = [[self._at[row] for row in path] for path in paths]
+        moves = [
+            (slot, self._index(path))
+            for slot, path in zip(self.slots.tolist(), nodes, strict=False)
+            if path
+        ]
+        steps = []
+        for step in itertools.zip_longest(*nodes):
+            going_on = [group for group, node in enumerate(step) if node is not None]
+            at = self._index([step[group] for group in going_on])
+            steps.append((self.slots[self._index(going_on)], at))
         for kept in self._kept:
             inputs, states = kept.memory
-            for slot, path in zip(slots, nodes, strict=False):
-                if path:
-                    whole = torch.cat((inputs[slot], kept.inputs[self._index(path)]))
-                    inputs[slot] = whole[-inputs.shape[1] :]
-            for step in itertools.zip_longest(*nodes):
-                going_on = [group for group, node in enumerate(step) if node is not None]
-                which = self.slots[self._index(going_on)]
-                at = self._index([step[group] for group in going_on])
+            for slot, path in moves:
+                whole = torch.cat((inputs[slot], kept.inputs[path]))
+                inputs[slot] = whole[-inputs.shape[1] :]
+            for which, at in steps:
                 states[which] = _following(
                     states[which], kept.k[at], kept.v[at], kept.keep[at], kept.learn[at]
                 )

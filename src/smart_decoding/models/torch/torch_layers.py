@@ -7,7 +7,7 @@ kernels (triton_ops.py).
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -26,9 +26,6 @@ if TYPE_CHECKING:
         NetworkWeights,
         RouterWeights,
     )
-    from smart_decoding.models.torch.triton_ops import TritonOps
-
-    Ops: TypeAlias = "TorchOps | TritonOps"
 
 
 CLAMP = 7.0  # see FeedForward
@@ -38,7 +35,7 @@ CLAMPED_SLOPE = 1.702
 class TorchLayers:
     """Layers one after another, every kernel launched by itself. Works in the weights' dtype."""
 
-    def __init__(self, layers: Iterable[LayerWeights], ops: Ops) -> None:
+    def __init__(self, layers: Iterable[LayerWeights], ops: TorchOps) -> None:
         self.each = [TorchLayer(w, ops) for w in layers]  # one layer's parts at a time
         # which experts run, and which states follow which, is known on the host only
         self.recordable = all(
@@ -60,12 +57,11 @@ class TorchLayers:
 class TorchLayer:
     """One layer: its matrix products, its norms, and what `ops` do between them."""
 
-    def __init__(self, w: LayerWeights, ops: Ops) -> None:
+    def __init__(self, w: LayerWeights, ops: TorchOps) -> None:
         self._ops = ops
         self._qkv = torch.cat([as_tensor(part) for part in w.qkv])
         self._output = as_tensor(w.output).t()
         self._gate = None if w.gate is None else as_tensor(w.gate)
-        self._rates = None if w.delta is None else torch.cat([as_tensor(r) for r in w.delta.rates])
         w.qkv = (self._qkv,)  # which frees those that were given
         self._networks = [Network(each) for each in w.networks]
         self._router = None if w.router is None else as_tensor(w.router.matrix)
@@ -102,9 +98,8 @@ class TorchLayer:
         w = self.weights
         assert w.delta is not None
         assert self._gate is not None
-        assert self._rates is not None
         x, rates, gate = (
-            F.linear(normed, matrix) for matrix in (self._qkv, self._rates, self._gate)
+            F.linear(normed, matrix) for matrix in (self._qkv, w.delta.rates, self._gate)
         )
         return mix(x, rates, gate, w.delta, context.steps, (inputs, states), w.eps)
 
@@ -125,15 +120,19 @@ class TorchLayer:
         weight, chosen = weight[:, : router.per_token], chosen[:, : router.per_token]
         if router.normalised:
             weight = weight / weight.sum(-1, keepdim=True)
-        weight = weight.to(normed.dtype)
+        weight = weight.to(normed.dtype).flatten()
+        chosen = chosen.flatten()
+        counts = torch.bincount(chosen, minlength=len(self._networks)).tolist()
+        places = torch.split(chosen.argsort(stable=True), counts)  # rows ascend for each expert
         total = torch.zeros_like(normed)
-        for number in sorted({*chosen.flatten().tolist()}):
-            row, rank = torch.where(chosen == number)
-            network = self._networks[number]
+        for network, at in zip(self._networks, places, strict=True):
+            if not len(at):
+                continue
+            row = at // router.per_token
             outputs = self._gated(normed[row], network) @ network.down
             if network.down_bias is not None:
                 outputs += network.down_bias
-            total[row] += outputs * weight[row, rank, None]
+            total[row] += outputs * weight[at, None]
         return total
 
 
@@ -228,7 +227,7 @@ def _with_sinks(k: Tensor, v: Tensor, mask: Tensor, sinks: Tensor) -> tuple[Tens
     return k, v, torch.cat((seen, last), dim=-1)
 
 
-def ops_for(device: torch.device) -> Ops:
+def ops_for(device: torch.device) -> TorchOps:
     """Triton's kernels on CUDA, else the reference. Raises ConfigError where Triton is missing."""
     if device.type != "cuda":
         return TorchOps()
