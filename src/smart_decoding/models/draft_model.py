@@ -41,7 +41,7 @@ class _Decoder(Decoder):
 
 
 class DraftModel:
-    """A Llama-family model in the target's dtype on its device, with pages of its numbers and
+    """A model of any family in the target's dtype on its device, with pages of its numbers and
     `scratch_pages` more.
 
     Models pad their vocabularies differently: tokens that only one of the two has are never

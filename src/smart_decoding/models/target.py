@@ -78,7 +78,7 @@ def fitting_memory(what: str, pages: int) -> Iterator[None]:
 
 
 class TorchTarget(Sampler):
-    """A Llama-family model on one device, with room for `pages` KV pages of 16 tokens, and its
+    """A model of any family on one device, with room for `pages` KV pages of 16 tokens, and its
     vision tower if it has one.
 
     enforce_eager: no CUDA graphs. allow_slow: plain torch on a CPU where the kernels cannot run;

@@ -26,7 +26,6 @@ from smart_decoding.models.families.layer import (
     Shapes,
 )
 
-USUAL_THETA = 10_000.0  # RoPE's base where a file does not say it
 _USUAL_WINDOW = 4096  # of Mistral's and Gemma's configurations that do not say it
 # what a model can have: what is beyond it would be counted for ever, or does not fit the kernels
 _MOST = {

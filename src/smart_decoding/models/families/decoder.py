@@ -1,4 +1,4 @@
-"""One decoder for the Llama family: rows in, logits and aux hidden states out."""
+"""One decoder for every family: rows in, logits and aux hidden states out."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def put(x: Tensor, mm_embeds: MultimodalEmbeddings) -> None:
 
 
 class Decoder:
-    """A Llama-family model with its KV cache.
+    """A model of any family with its KV cache.
 
     dtype is that of weights and cache. On the CPU kernels activations and sums are float32 whatever
     the dtype. native: whether the CPU kernels run it (None: on every CPU, an error where they

@@ -26,6 +26,13 @@ GGUF_NAMES: Mapping[str, str] = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+# The same of a mixture's layers.
+GGUF_EXPERTS: Mapping[str, str] = {
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_exps": "mlp.experts.{}.gate_proj",
+    "ffn_up_exps": "mlp.experts.{}.up_proj",
+    "ffn_down_exps": "mlp.experts.{}.down_proj",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +71,8 @@ class Family:
     name: `ModelConfig.family`. architecture, model_type: its names in config.json. whole: the
     architecture of checkpoints that have such a model as their part for text. gguf: its name in
     GGUF metadata; None: no such file is read. gguf_alias: another one, Ollama's. activations: its
-    `hidden_act`, the first one where it is written. options, gguf_options: options that reading.py
+    `hidden_act`, the first one where it is written. theta: RoPE's base where a file does not say
+    it. options, gguf_options: options that reading.py
     refuses of other families. quantisations: methods of quantised safetensors that are read.
     from_hf: completes the common configuration by the contents of config.json. from_gguf: the same
     by the metadata. to_hf: entries of config.json in addition to the common ones, or in their
@@ -81,6 +89,7 @@ class Family:
     gguf: str | None = None
     gguf_alias: str | None = None
     activations: tuple[str, ...] = ("silu", "swish")
+    theta: float = 10_000.0
     options: frozenset[str] = frozenset()
     gguf_options: frozenset[str] = frozenset()
     quantisations: frozenset[str] = frozenset()

@@ -10,9 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from smart_decoding.errors import ModelError
-from smart_decoding.models.families import rope
 from smart_decoding.models.families.config import (
-    USUAL_THETA,
     ModelConfig,
     windows_from_hf,
     windows_of,
@@ -22,7 +20,7 @@ from smart_decoding.models.families.layer import Norms
 
 _GELU = "gelu_pytorch_tanh"
 _PATTERN = 6  # one layer in so many has no window
-_THETA = 1_000_000.0  # RoPE's base where a file does not say it
+_LOCAL_THETA = 10_000.0  # RoPE's base in layers with a window where a file does not say it
 _NORMS = Norms(
     before_attention="input_layernorm",
     after_attention="post_attention_layernorm",
@@ -44,10 +42,8 @@ def _as_computed(config: ModelConfig) -> ModelConfig:
 
 def _from_hf(config: ModelConfig, source: Mapping[str, Any]) -> ModelConfig:
     pattern = source.get("sliding_window_pattern") or source.get("_sliding_window_pattern")
-    options = rope.options_of(source)
     return replace(
         _as_computed(config),
-        rope_theta=float(options.get("rope_theta", _THETA)),
         max_positions=int(source["max_position_embeddings"]),  # stretched already
         tie_embeddings=bool(source.get("tie_word_embeddings", True)),
         windows=windows_from_hf(
@@ -61,7 +57,7 @@ def _from_hf(config: ModelConfig, source: Mapping[str, Any]) -> ModelConfig:
 def _local_theta(source: Mapping[str, Any]) -> float:
     """Return RoPE's base in layers with a window, which have no scaling."""
     options = (source.get("rope_parameters") or {}).get("sliding_attention") or {}
-    return float(options.get("rope_theta") or source.get("rope_local_base_freq") or USUAL_THETA)
+    return float(options.get("rope_theta") or source.get("rope_local_base_freq") or _LOCAL_THETA)
 
 
 def _has_window(layer: int, pattern: int) -> bool:
@@ -85,8 +81,8 @@ def _from_gguf(config: ModelConfig, metadata: Mapping[str, Any]) -> ModelConfig:
         has_window = [_has_window(layer, pattern) for layer in range(config.layers)]
     return replace(
         _as_computed(config),
-        rope_theta=float(given("rope.freq_base", "rope.global.freq_base", usual=_THETA)),
-        local_theta=float(given("rope.freq_base_swa", "rope.local.freq_base", usual=USUAL_THETA)),
+        rope_theta=float(given("rope.freq_base", "rope.global.freq_base", usual=config.rope_theta)),
+        local_theta=float(given("rope.freq_base_swa", "rope.local.freq_base", usual=_LOCAL_THETA)),
         max_positions=int(metadata["gemma3.context_length"]),  # stretched already
         windows=windows_of(int(given("attention.sliding_window", usual=0)), has_window),
         # of all sizes the one of 62 layers alone does not divide by the heads' own width
@@ -108,6 +104,7 @@ GEMMA3 = Family(
     architecture="Gemma3ForCausalLM",
     model_type="gemma3_text",
     gguf="gemma3",
+    theta=1_000_000.0,
     activations=(_GELU,),
     gguf_options=frozenset({"final_logit_softcapping"}),
     from_hf=_from_hf,

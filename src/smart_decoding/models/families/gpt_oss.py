@@ -18,10 +18,9 @@ from smart_decoding.models.families.config import (
     windows_from_hf,
     windows_of,
 )
-from smart_decoding.models.families.family import GGUF_NAMES, Family
+from smart_decoding.models.families.family import GGUF_EXPERTS, GGUF_NAMES, Family
 from smart_decoding.models.families.layer import Experts, FeedForward
 
-_THETA = 150_000.0  # RoPE's base where a file does not say it
 _WINDOW = 128
 _TRAINED = 4096  # positions before YaRN
 _ENDS = ("<|return|>", "<|call|>")
@@ -64,7 +63,6 @@ def _from_hf(config: ModelConfig, source: Mapping[str, Any]) -> ModelConfig:
     )
     return replace(
         config,
-        rope_theta=float(rope.options_of(source).get("rope_theta", _THETA)),
         windows=windows_from_hf({"sliding_window": _WINDOW, **source}, config.layers, _has_window),
     )
 
@@ -82,7 +80,6 @@ def _from_gguf(config: ModelConfig, metadata: Mapping[str, Any]) -> ModelConfig:
     scaling, positions = _scaling_of(config, metadata, own)
     return replace(
         config,
-        rope_theta=float(metadata.get(own + "rope.freq_base", _THETA)),
         rope_scaling=scaling,
         max_positions=positions,
         windows=windows_of(window, [_has_window(layer) for layer in range(config.layers)]),
@@ -130,6 +127,7 @@ GPT_OSS = Family(
     model_type="gpt_oss",
     gguf="gpt-oss",
     gguf_alias="gptoss",
+    theta=150_000.0,
     options=frozenset({"attention_bias", "num_local_experts", "num_experts"}),
     gguf_options=frozenset({"expert_count"}),
     quantisations=frozenset({"mxfp4"}),
@@ -138,12 +136,9 @@ GPT_OSS = Family(
     to_hf=_to_hf,
     gguf_names={
         **GGUF_NAMES,
+        **GGUF_EXPERTS,
         "attn_sinks.weight": "self_attn.sinks",
         "post_attention_norm": "post_attention_layernorm",
-        "ffn_gate_inp": "mlp.gate",
-        "ffn_gate_exps": "mlp.experts.{}.gate_proj",
-        "ffn_up_exps": "mlp.experts.{}.up_proj",
-        "ffn_down_exps": "mlp.experts.{}.down_proj",
         # Ollama's
         "attn_sinks": "self_attn.sinks",
         "attn_out": "self_attn.o_proj",

@@ -7,11 +7,13 @@ from typing import TypeAlias
 
 # Hugging Face's name of each tensor, and its shape.
 Shapes: TypeAlias = dict[str, tuple[int, ...]]
-ROUTER = "mlp.gate.weight"  # what chooses a row's experts
-# of linear attention: what its outputs are normed by, and what its states decay and learn by
+# The matrix that chooses a row's experts.
+ROUTER = "mlp.gate.weight"
+ROUTER_BIAS = "mlp.gate.bias"
+# Of linear attention: the norm of its outputs, and the matrices that give each row's decay and
+# learning rate of the states.
 GATED_NORM = "linear_attn.norm.weight"
 RATES = ("linear_attn.in_proj_a.weight", "linear_attn.in_proj_b.weight")
-ROUTER_BIAS = "mlp.gate.bias"
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,11 +182,6 @@ class LayerConfig:
     shifted_norms: bool
     attention: Attention | LinearAttention
     ffn: FeedForward | Experts
-
-    @property
-    def gelu(self) -> bool:
-        """Whether gates go through GELU."""
-        return self.network.gelu
 
     @property
     def network(self) -> FeedForward:

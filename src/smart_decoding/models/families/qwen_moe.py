@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from smart_decoding.models.families.config import ModelConfig, windows_from_hf
-from smart_decoding.models.families.family import GGUF_NAMES, Family
+from smart_decoding.models.families.family import GGUF_EXPERTS, GGUF_NAMES, Family
 from smart_decoding.models.families.layer import Experts, FeedForward
 
 
@@ -73,11 +73,5 @@ QWEN3_MOE = Family(
     from_hf=_from_hf,
     from_gguf=_from_gguf,
     to_hf=_to_hf,
-    gguf_names={
-        **GGUF_NAMES,
-        "ffn_gate_inp": "mlp.gate",
-        "ffn_gate_exps": "mlp.experts.{}.gate_proj",
-        "ffn_up_exps": "mlp.experts.{}.up_proj",
-        "ffn_down_exps": "mlp.experts.{}.down_proj",
-    },
+    gguf_names={**GGUF_NAMES, **GGUF_EXPERTS},
 )

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from smart_decoding.errors import ModelError
 from smart_decoding.models.families import rope
 from smart_decoding.models.families.config import (
-    USUAL_THETA,
     ModelConfig,
     check_shapes,
     refuse_quantised,
@@ -221,7 +220,7 @@ def _common_from_hf(
         head_dim=int(config.get("head_dim") or hidden // heads),
         ffn=int(config["intermediate_size"]),
         vocab=int(config["vocab_size"]),
-        rope_theta=float(options.get("rope_theta", USUAL_THETA)),
+        rope_theta=float(options.get("rope_theta", family.theta)),
         rms_eps=float(config["rms_norm_eps"]),
         max_positions=rope.stretched_positions(scaling, positions),
         tie_embeddings=bool(config.get("tie_word_embeddings", False)),
@@ -271,7 +270,7 @@ def _common_from_gguf(
         head_dim=head_dim,
         ffn=int(metadata[own + "feed_forward_length"]),
         vocab=len(tokens),
-        rope_theta=float(metadata.get(own + "rope.freq_base", USUAL_THETA)),
+        rope_theta=float(metadata.get(own + "rope.freq_base", family.theta)),
         rms_eps=round(epsilon, 12),  # stored as float32
         max_positions=rope.stretched_positions(scaling, trained),
         tie_embeddings="output.weight" not in tensor_names,
