@@ -97,7 +97,6 @@ class Engine:
         self._dropped: set[Request] = set()
         self._batched: list[Request] = []  # the last round's decoding requests
         self._traits = _traits([])
-        self._numbers: list[int] = []
 
     def add_request(
         self,
@@ -230,8 +229,7 @@ class Engine:
         if requests != self._batched:
             self._batched = requests
             self._traits = _traits(requests)
-            self._numbers = [r.number for r in requests]
-        temperature, may_speculate, pictures, constrained = self._traits
+        temperature, may_speculate, pictures, constrained, numbers = self._traits
         if constrained is not None:
             may_speculate = np.array([r.may_speculate for r in requests], np.bool_)
         return BatchState(
@@ -245,7 +243,7 @@ class Engine:
             has_free=drafter is not None and drafter.free,
             pictures=pictures,
             constrained=constrained,
-            requests=self._numbers,
+            requests=numbers,
         )
 
     def _plan(self, batch: Batch, state: BatchState) -> TreeRule | None:
@@ -328,9 +326,9 @@ class Engine:
 
 def _traits(
     requests: Sequence[Request],
-) -> tuple[FloatArray, BoolArray, BoolArray | None, BoolArray | None]:
+) -> tuple[FloatArray, BoolArray, BoolArray | None, BoolArray | None, list[int]]:
     """Return the fields of BatchState that last as long as the batch: temperature, may_speculate,
-    pictures and constrained."""
+    pictures, constrained and requests."""
     temperature = np.array([r.params.temperature for r in requests], np.float64)
     may_speculate = np.array([r.params.speculate for r in requests], np.bool_)
     pictures = np.array([r.media is not None for r in requests], np.bool_)
@@ -340,6 +338,7 @@ def _traits(
         may_speculate,
         pictures if pictures.any() else None,
         constrained if constrained.any() else None,
+        [r.number for r in requests],
     )
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from smart_decoding.core.tree import ROOT, DraftTrees, IntArray
+from smart_decoding.engine.kv import NO_STATE
 
 if TYPE_CHECKING:
     from smart_decoding.engine.media import MultimodalEmbeddings
@@ -73,7 +74,7 @@ class Span:
     pages: Ints
     mm_embeds: MultimodalEmbeddings = ()
     rotary: IntArray | None = None
-    state: int = -1
+    state: int = NO_STATE
 
 
 class RowLayout(NamedTuple):
@@ -192,7 +193,7 @@ def build_rows(spans: Sequence[Span], trees: DraftTrees, emits: Sequence[bool]) 
     layout = RowLayout(builder.build(), last, node_row)
     if any(span.rotary is not None for span in spans):
         layout.rows.rotary = _rotary(spans, trees, layout)
-    if any(span.state >= 0 for span in spans):
+    if any(span.state != NO_STATE for span in spans):
         layout.rows.states = np.array([span.state for span in spans], np.int64)
     roots = [row for row, emit in zip(last, emits, strict=True) if emit]
     if len(roots) + len(node_row) < len(builder):

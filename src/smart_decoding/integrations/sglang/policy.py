@@ -49,7 +49,7 @@ class SmartSpecPolicy:
         # Steps of the last batches: overlapped scheduling reports a batch late.
         self._recent: deque[int] = deque(maxlen=2)
         self._exploration = Exploration(BUDGET)
-        self._explored: int | None = None  # steps of the batch chosen last, if it explores
+        self._explores = False  # whether the batch chosen last does
 
     # --- the protocol ---
 
@@ -107,16 +107,15 @@ class SmartSpecPolicy:
         larger = next((steps for steps in self._allowed(batch_size) if steps > best), best)
         if larger > best and not self._exploration.left and self._exploration.wait() <= 0:
             self._exploration.begin()
-        explores = larger > best and self._exploration.left > 0
-        self._explored = larger if explores else None
-        return larger if explores else best
+        self._explores = larger > best and self._exploration.left > 0
+        return larger if self._explores else best
 
     def _observe_exploration(self, batch_size: int, tokens: int) -> None:
         """Charge an exploration to the last batch, by the tokens of the batch reported now: over a
         run both are the same."""
         steps = self._recent[-1]
         best = self._best(batch_size)
-        if steps != self._explored or steps <= best or not batch_size:
+        if not self._explores or steps <= best or not batch_size:
             self._exploration.observe_best()
             return
         usual = self.costs.seconds(batch_size, best) / self.expected_tokens(best)
