@@ -2,11 +2,12 @@
 profiles: all in one go.
 
 In every case `smart` and plain decoding of one process answer the same prompts, some rounds each in
-turn. Printed is the paired ratio with its 95 % interval (0.97 or more is required), decode-only and
-end to end. `smart` starts afresh in each case and batch size, so the ratio includes the cost of
-noticing. The time to notice is measured apart, in rounds at batch 1: until three quarters of 16
-rounds are off (bad drafts), or until the median of 16 rounds is predicted to within a quarter
-(wrong profiles).
+turn. Requests come from a full queue, or as closed batches, where nothing follows a request that
+ends. Printed is the paired ratio with its 95 % interval: decode-only, end to end (prompts counted),
+and end to end of each task. Plain decoding beside itself is the noise. `smart` starts afresh in
+each case and batch size, so the ratio includes the cost of noticing. The time to notice is measured
+apart, in rounds at batch 1: until three quarters of 16 rounds are off (bad drafts), or until the
+median of 16 rounds is predicted to within a quarter (wrong profiles).
 
 Needed by the README ("Bad heads") and zen4/2026-11-28-robustness.json.
 """
@@ -14,6 +15,7 @@ Needed by the README ("Bad heads") and zen4/2026-11-28-robustness.json.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import shlex
 import subprocess
@@ -32,8 +34,8 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
 from smart_decoding import LLM
-from smart_decoding.bench.blocks import Block, Prompt
-from smart_decoding.bench.cycles import measure
+from smart_decoding.bench.blocks import Prompt
+from smart_decoding.bench.cycles import AGAIN, Measurement, measure
 from smart_decoding.bench.data import DEFAULT_TASKS, load_task
 from smart_decoding.bench.options import BenchOptions, check_outputs
 from smart_decoding.bench.provenance import provenance, write_json
@@ -51,9 +53,12 @@ from smart_lab.ablations import VARIANTS
 from smart_lab.resume import Progress
 
 if TYPE_CHECKING:
+    from smart_decoding.bench.statistics import Ratio
     from smart_decoding.engine.engine import Engine
 
-MODEL, WINDOW, MOST_ROUNDS = "smollm2-135m", 16, 160
+WINDOW, MOST_ROUNDS = 16, 160
+REQUIRED = 0.99  # of plain decoding, end to end
+ARRIVALS = ("queue", "closed")
 STEPS, LENGTH = 60, 128  # of training the other head
 PROMPTS = 64  # of a kind: eight blocks at batch 8
 LANGUAGES = (
@@ -84,23 +89,22 @@ class Case:
     noticed: Callable[[Observed], int | None] | None = None
 
 
-def untrained_head(folder: Path) -> None:
+def untrained_head(folder: Path, model: str) -> None:
     """The shipped head's shapes with random weights."""
-    weights = _shipped()
+    weights = dict(load_file(_shipped(model) / "model.safetensors"))
     torch.manual_seed(0)
     for name, tensor in weights.items():
         if name.endswith("weight") and tensor.ndim == 2:
             weights[name] = (torch.randn(tensor.shape) * 0.02).bfloat16()
-    _write(folder, weights)
+    _write(folder, model, weights)
 
 
-def other_head(folder: Path) -> None:
+def other_head(folder: Path, model: str) -> None:
     """A head of another model: the shipped head's shapes from another seed, trained for a minute on
     reversed text, with the token embeddings in place of the target's states. It proposes wrong
     tokens with some confidence."""
-    checkpoint, source = load_checkpoint(MODEL), shipped_head(MODEL)
-    assert source is not None
-    files = load_head(source, checkpoint.config)
+    checkpoint = load_checkpoint(model)
+    files = load_head(_shipped(model), checkpoint.config)
     torch.manual_seed(7)
     head = TrainableHead(form_of(files))
     embedding = as_tensor(checkpoint.weights["model.embed_tokens.weight"]).float()
@@ -109,7 +113,7 @@ def other_head(folder: Path) -> None:
     place = torch.full((checkpoint.config.vocab,), -100)
     place[ids] = torch.arange(len(ids))
     output = head.lm_head.weight if head.lm_head is not None else embedding[ids]
-    llm_tokens = _tokens(STEPS * LENGTH * 4)[::-1].copy()
+    llm_tokens = _tokens(model, STEPS * LENGTH * 4)[::-1].copy()
     batches = torch.from_numpy(llm_tokens).long().view(STEPS, 4, LENGTH)
     optimiser = torch.optim.AdamW(head.parameters(), lr=5e-4)
     for tokens in batches:
@@ -122,27 +126,26 @@ def other_head(folder: Path) -> None:
         optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
-    _write(folder, {**head.exported(), "draft_ids": draft_ids})
+    _write(folder, model, {**head.exported(), "draft_ids": draft_ids})
 
 
-def _shipped() -> dict[str, torch.Tensor]:
-    source = shipped_head(MODEL)
-    assert source is not None
-    return dict(load_file(source / "model.safetensors"))
+def _shipped(model: str) -> Path:
+    source = shipped_head(model)
+    if source is None:
+        raise ConfigError(f"no head is shipped for {model}: take a model of `smart models`")
+    return source
 
 
-def _write(folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
-    source = shipped_head(MODEL)
-    assert source is not None
+def _write(folder: Path, model: str, weights: Mapping[str, torch.Tensor]) -> None:
     save_file(dict(weights), folder / "model.safetensors")
-    (folder / "config.json").write_text((source / "config.json").read_text())
+    (folder / "config.json").write_text((_shipped(model) / "config.json").read_text())
 
 
-def _tokens(count: int) -> NDArray[np.int64]:
+def _tokens(model: str, count: int) -> NDArray[np.int64]:
     """Return tokens of the benchmark's prompts, one after the other, again and again."""
     from smart_decoding.models.text.tokenizer import Tokenizer
 
-    tokenizer = Tokenizer.load(load_checkpoint(MODEL).tokenizer_source)
+    tokenizer = Tokenizer.load(load_checkpoint(model).tokenizer_source)
     text = [
         token
         for task in DEFAULT_TASKS
@@ -186,8 +189,11 @@ def busy_core() -> Iterator[None]:
 class Bench:
     """One model, its plain engine, and the cases."""
 
-    def __init__(self, sizes: Sequence[int], scratch: Path) -> None:
-        self.options = BenchOptions(batch_sizes=sizes, limit=40, max_tokens=96, model=MODEL)
+    def __init__(self, args: argparse.Namespace, scratch: Path) -> None:
+        _shipped(args.model)  # before anything is loaded
+        self.options = BenchOptions(
+            batch_sizes=args.batch_sizes, max_tokens=args.max_tokens, model=args.model
+        )
         self.llm = load(self.options)
         self.usual = encode(
             self.llm, {task: load_task(task, PROMPTS) for task in self.options.tasks}, self.options
@@ -211,22 +217,23 @@ class Bench:
         kind = "cheap_costs" if name == "a profile far too cheap" else "expensive_costs"
         return Case(_variant(kind), self.usual, noticed=predicts)
 
-    def _made(self, make: Callable[[Path], None]) -> str:
+    def _made(self, make: Callable[[Path, str], None]) -> str:
         folder = self._scratch / make.__name__
         if not folder.is_dir():
             folder.mkdir()
-            make(folder)
+            make(folder, self.options.model)
         return str(folder)
 
-    def run(self, name: str, size: int, seconds: float) -> dict[str, Any]:
-        """Return a row of the table: one case at one batch size."""
+    def run(self, name: str, size: int, arrivals: str, seconds: float) -> dict[str, Any]:
+        """Return a row of the table: one case at one batch size, with requests that arrive in one
+        of ARRIVALS' ways."""
         case = self.case(name)
-        plain = self.llm.sharing_weights(False).engine
-        engines = {"off": plain, "smart": case.make(self.llm).engine}
+        plain = [self.llm.sharing_weights(False).engine for _ in range(2)]
+        engines = {"off": plain[0], AGAIN: plain[1], "smart": case.make(self.llm).engine}
         with case.disturbance():
             deadline = time.perf_counter() + seconds
-            found = measure(engines, case.prompts, size, deadline)
-        result = {"case": name, "batch_size": size, **_figures(found.cycles)}
+            found = measure(engines, case.prompts, size, deadline, closed=arrivals == "closed")
+        result = {"case": name, "batch_size": size, "arrivals": arrivals, **_figures(found)}
         if case.noticed is not None and size == min(self.options.batch_sizes):
             engine = case.make(self.llm).engine
             result["rounds_until_noticed"] = case.noticed(self._answering(engine, case.prompts))
@@ -252,23 +259,32 @@ class Bench:
         return observed
 
 
-def _figures(cycles: Sequence[Mapping[str, Block]]) -> dict[str, Any]:
-    """Both ratios, the share of rounds off, and whether the answers were plain decoding's."""
-    pairs = [(cycle["smart"], cycle["off"]) for cycle in cycles]
-    result: dict[str, Any] = {"blocks": len(pairs)}
-    decode = decode_speedup(pairs)
-    overall = end_to_end_speedup(pairs)
-    for key, ratio in (("speedup", decode), ("end_to_end", overall)):
-        result |= {key: ratio.value, f"{key}_low": ratio.low, f"{key}_high": ratio.high}
+def _figures(found: Measurement) -> dict[str, Any]:
+    """Both ratios, that of each task, plain decoding's over itself, the share of rounds off, and
+    whether the answers were plain decoding's."""
+    pairs = [(cycle["smart"], cycle["off"]) for cycle in found.cycles]
+    tasks = {ours.task: [pair for pair in pairs if pair[0].task == ours.task] for ours, _ in pairs}
     rounds = sum(ours.counts.rounds for ours, _ in pairs)
     off = sum(ours.counts.off for ours, _ in pairs)
-    result["off_share"] = off / rounds if rounds else float("nan")
-    result["identical"] = all(
-        answer.tokens == plain.answers[index].tokens
-        for ours, plain in pairs
-        for index, answer in ours.answers.items()
-    )
-    return result
+    return {
+        "blocks": len(pairs),
+        **_bounds("speedup", decode_speedup(pairs)),
+        **_bounds("end_to_end", end_to_end_speedup(pairs)),
+        **_bounds("noise", end_to_end_speedup(found.again)),
+        "tasks": {
+            task: _bounds("end_to_end", end_to_end_speedup(of)) for task, of in tasks.items()
+        },
+        "off_share": off / rounds if rounds else float("nan"),
+        "identical": all(
+            answer.tokens == plain.answers[index].tokens
+            for ours, plain in pairs
+            for index, answer in ours.answers.items()
+        ),
+    }
+
+
+def _bounds(name: str, ratio: Ratio) -> dict[str, float]:
+    return {name: ratio.value, f"{name}_low": ratio.low, f"{name}_high": ratio.high}
 
 
 def turns_off(observed: Observed) -> int | None:
@@ -314,24 +330,33 @@ CASES = (
 
 def line_of(row: Mapping[str, Any]) -> str:
     """Return a row as a line of text."""
-    ratio = f"{row['speedup']:.3f} ({row['speedup_low']:.3f}-{row['speedup_high']:.3f})"
+    tasks = " ".join(f"{task} {of['end_to_end']:.3f}" for task, of in row["tasks"].items())
     parts = [
-        f"{row['case']:26} batch {row['batch_size']:2}: {ratio}",
-        f"end to end {row['end_to_end']:.3f}",
+        f"{row['case']:26} {row['arrivals']:6} batch {row['batch_size']:2}",
+        f"decode {_range(row, 'speedup')}",
+        f"end to end {_range(row, 'end_to_end')}: {tasks}",
+        f"noise {row['noise']:.3f}",
         f"{row['blocks']} blocks",
         f"{row['off_share']:.0%} of rounds off",
     ]
     if "rounds_until_noticed" in row:
         parts.append(f"noticed after {row['rounds_until_noticed']} rounds")
-    verdict = "ok" if row["speedup"] >= 0.97 else "BELOW 0.97"
+    verdict = "ok" if row["end_to_end"] >= REQUIRED else f"BELOW {REQUIRED}"
     return f"{', '.join(parts)}  {verdict}{'' if row['identical'] else ', OTHER TOKENS'}"
+
+
+def _range(row: Mapping[str, Any], name: str) -> str:
+    return f"{row[name]:.3f} ({row[f'{name}_low']:.3f}-{row[f'{name}_high']:.3f})"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the measurement."""
     add = parser.add_argument
+    add("--model", default="smollm2-135m", help="with a head of its own (smollm2-135m)")
     add("--seconds", type=float, default=28.0, help="of each case and batch size")
+    add("--max-tokens", type=int, default=96, help="of each answer (96)")
     add("--batch-sizes", type=whole_numbers, default=(1, 8), metavar="1,8")
+    add("--arrivals", type=words, default=("queue",), metavar="A,B", help="of: queue, closed")
     add("--cases", type=words, default=CASES, metavar="A,B", help=f"of: {', '.join(CASES)}")
     limit = "seconds; what is missing then is left out"
     add("--time-limit", type=float, default=480.0, help=limit)
@@ -341,31 +366,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def command_of(args: argparse.Namespace) -> str:
     """Return the command line of this run."""
-    command = ["python", "-m", "smart_lab", "robustness", "--seconds", f"{args.seconds:g}"]
+    command = ["python", "-m", "smart_lab", "robustness", "--model", args.model]
+    command += ["--seconds", f"{args.seconds:g}", "--max-tokens", str(args.max_tokens)]
     command += ["--batch-sizes", ",".join(map(str, args.batch_sizes))]
-    command += ["--cases", ",".join(args.cases), "--time-limit", f"{args.time_limit:g}"]
+    command += ["--arrivals", ",".join(args.arrivals), "--cases", ",".join(args.cases)]
+    command += ["--time-limit", f"{args.time_limit:g}"]
     return shlex.join(command)
 
 
 def main(args: argparse.Namespace) -> int:
-    """Print a row for each case and batch size. Raises ConfigError for an unknown case."""
-    unknown = [case for case in args.cases if case not in CASES]
-    if unknown:
-        raise ConfigError(f"unknown case {unknown[0]!r}; known: {', '.join(CASES)}")
+    """Print a row for each case, way of arriving and batch size. Raises ConfigError for an unknown
+    case or way."""
+    for kind, given, known in (
+        ("case", args.cases, CASES),
+        ("way of arriving", args.arrivals, ARRIVALS),
+    ):
+        unknown = [name for name in given if name not in known]
+        if unknown:
+            raise ConfigError(f"unknown {kind} {unknown[0]!r}; known: {', '.join(known)}")
     check_outputs((args.json, args.resume))
     stop = time.perf_counter() + args.time_limit
-    key = {"seconds": args.seconds, "batch_sizes": args.batch_sizes}
-    progress = Progress(args.resume, key)
+    names = ("model", "seconds", "max_tokens", "batch_sizes")
+    progress = Progress(args.resume, {name: getattr(args, name) for name in names})
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
-        bench = Bench(args.batch_sizes, Path(scratch))
-        for name, size in ((n, s) for n in CASES if n in args.cases for s in args.batch_sizes):
-            unit = f"{name}, batch {size}"
+        bench = Bench(args, Path(scratch))
+        for name, arrivals, size in itertools.product(args.cases, args.arrivals, args.batch_sizes):
+            unit = f"{name}, {arrivals}, batch {size}"
             if not progress.units(unit):
                 if time.perf_counter() + args.seconds > stop:
                     print(f"{unit}: left out, the time limit came first; go on with --resume")
                     continue
-                progress.add(unit, bench.run(name, size, args.seconds))
+                progress.add(unit, bench.run(name, size, arrivals, args.seconds))
             rows.append(progress.units(unit)[0])
             print(line_of(rows[-1]), flush=True)
         origin = provenance(command_of(args), 0, bench.llm.provenance, "as each case says")

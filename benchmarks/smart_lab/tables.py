@@ -102,18 +102,23 @@ def over(runs: Sequence[Run]) -> Section:
 
 def robust(rows: Sequence[Run]) -> Section:
     """Bad heads, prompts, neighbours and profiles."""
+    tasks = list(dict.fromkeys(task for row in rows for task in row.get("tasks", ())))
     cells = [
         (
             row["case"],
+            row.get("arrivals", "queue"),
             str(row["batch_size"]),
             ratio_cell(row),
             ratio_cell(row, "end_to_end"),
+            *(ratio_cell(row.get("tasks", {}).get(task), "end_to_end") for task in tasks),
+            said(row, "noise", 2),
             said(row, "off_share", 0, 100, " %"),
             _noticed(row),
         )
         for row in rows
     ]
-    head = ("case", "batch", "speedup", "end to end", "rounds off", "noticed after")
+    ends = ("noise", "rounds off", "noticed after")
+    head = ("case", "arrivals", "batch", "speedup", "end to end", *tasks, *ends)
     return Section("", head=head, rows=cells)
 
 

@@ -47,6 +47,7 @@ def test_a_changed_file_makes_its_page_stale(
         "batch_size": 1,
         "speedup": 0.97,
         "end_to_end": 0.98,
+        "tasks": {"code": {"end_to_end": 1.02}},
         "off_share": 0.9,
     }
     file = folder / "2026-11-26-robustness.json"
@@ -57,7 +58,7 @@ def test_a_changed_file_makes_its_page_stale(
     )
     assert main(["results", "--folder", str(tmp_path)], LAB) == 0
     text = (folder / "README.md").read_text()
-    assert "| a bad head | 1 | **0.97** | **0.98** | 90 % |" in text
+    assert "| a bad head | queue | 1 | **0.97** | **0.98** | 1.02 | – | 90 % |" in text
     assert "python x.py" in text
     assert "commit: abc" in text
     assert main(["results", "--folder", str(tmp_path), "--check"], LAB) == 0

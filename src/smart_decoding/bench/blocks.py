@@ -1,10 +1,10 @@
 """A block: some prompts answered by one engine at exactly one batch size, and its counts.
 
 The queue is kept full: as soon as a request ends, the next prompt takes its place; once all
-measured prompts have started, fillers do. A round counts as decoding at batch size b if exactly b
-requests decoded and no prompt row rode along. Time is shared equally by the b requests of a round,
-and the share of a request that already is in a loop is left out together with its tokens, so that
-an answer counts only up to the start of its loop.
+measured prompts have started, fillers do. In a closed batch nothing follows. A round counts as
+decoding at batch size b if exactly b requests decoded and no prompt row rode along. Time is shared
+equally by the b requests of a round, and the share of a request that already is in a loop is left
+out together with its tokens, so that an answer counts only up to the start of its loop.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class _Times:
 def run_block(
     engine: Engine,
     prompts: Sequence[Prompt],
-    fillers: Sequence[Prompt],
+    fillers: Sequence[Prompt] | None,
     batch_size: int,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Block:
@@ -125,12 +125,13 @@ def run_block(
 def rounds_of(
     engine: Engine,
     prompts: Sequence[Prompt],
-    fillers: Sequence[Prompt],
+    fillers: Sequence[Prompt] | None,
     batch_size: int,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Generator[int, None, Block]:
     """Answer `prompts` at `batch_size` running requests; `fillers` (cycled) take the places that
-    become free. Yields the new tokens after each round, and returns the block.
+    become free; None leaves them empty: a closed batch. Yields the new tokens after each round, and
+    returns the block.
 
     Time between rounds does not count, so that other engines may run then. The engine is empty
     before and after. Raises CapacityError if its requests find no KV memory."""
@@ -163,7 +164,11 @@ class _Queue:
     """Prompts in order, then fillers in circle; keeps `batch_size` requests running."""
 
     def __init__(
-        self, engine: Engine, prompts: Sequence[Prompt], fillers: Sequence[Prompt], batch_size: int
+        self,
+        engine: Engine,
+        prompts: Sequence[Prompt],
+        fillers: Sequence[Prompt] | None,
+        batch_size: int,
     ) -> None:
         self.measured: dict[int, tuple[Request, _Times]] = {}
         self.running: list[Request] = []
@@ -171,7 +176,8 @@ class _Queue:
         self._batch_size = batch_size
         self._count = len(prompts)
         self._names = itertools.count()
-        self._prompts = itertools.chain(prompts, itertools.cycle(fillers or prompts))
+        behind = () if fillers is None else itertools.cycle(fillers or prompts)
+        self._prompts = itertools.chain(prompts, behind)
 
     @property
     def done(self) -> bool:
@@ -181,8 +187,7 @@ class _Queue:
 
     def fill(self) -> None:
         """Start the next prompts where places are free."""
-        while len(self.running) < self._batch_size:
-            prompt = next(self._prompts)
+        for prompt in itertools.islice(self._prompts, self._batch_size - len(self.running)):
             name = f"bench-{next(self._names)}"
             (request,) = self._engine.add_request(name, prompt.tokens, prompt.params, prompt.media)
             self.running.append(request)

@@ -65,11 +65,12 @@ def measure(
     on_cycle: Callable[[], object] = lambda: None,
     clock: Callable[[], float] = time.perf_counter,
     into: Measurement | None = None,
+    closed: bool = False,
 ) -> Measurement:
     """Run the engines in turns over all prompts (task -> prompts) until done or past the deadline
     (on `clock`). They hold requests at once, in shared KV memory or their own; AGAIN is the
     baseline's second engine. into: an earlier measurement to continue. on_cycle: called after each
-    cycle.
+    cycle. closed: no other request takes the place of one that ends.
 
     A cycle cut by the deadline is dropped, so that all arms have answered the same prompts."""
     result = into or Measurement()
@@ -84,7 +85,8 @@ def measure(
         turn, task = divmod(number, len(prompts))
         due = _due(list(engines), turn, task)
         blocks = {
-            label: rounds_of(engines[label], chunk, fillers, batch_size, clock) for label in due
+            label: rounds_of(engines[label], chunk, None if closed else fillers, batch_size, clock)
+            for label in due
         }
         cycle = _in_turns(blocks, batch_size, lambda: deadline is not None and clock() > deadline)
         if cycle is None:

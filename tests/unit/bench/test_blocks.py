@@ -49,6 +49,16 @@ def test_the_queue_is_kept_full_and_other_rounds_are_excluded(batch):
     engine.check_integrity()
 
 
+def test_nothing_follows_the_requests_of_a_closed_batch():
+    clock = worlds.Clock()
+    every = worlds.prompts(count=3)
+    engine = worlds.engine(clock, batch=4)
+    block = run_block(engine, every, None, 4, clock)
+    assert sorted(block.answers) == [0, 1, 2]
+    assert block.total_tokens == sum(len(answer.tokens) for answer in block.answers.values())
+    assert not engine.has_unfinished_requests
+
+
 def test_speculation_counts_rows_and_rounds():
     clock = worlds.Clock()
     engine = worlds.drafting_engine(clock)
