@@ -1,5 +1,7 @@
 // Mixtures of experts against plain loops; and a row's bits in any company.
 
+#include <set>
+
 #include "tiny.h"
 
 using namespace tiny;
@@ -69,8 +71,8 @@ struct TinyMixture {
         return layer;
     }
 
-    // x += what experts make of one row.
-    void add_row(double* x, reference::Rounds rounds) const {
+    // x += what experts make of one row. Returns them.
+    std::vector<int64_t> add_row(double* x, reference::Rounds rounds) const {
         const reference::Weights& w = base.w;
         Doubles normed(w.hidden), total(w.hidden);
         reference::rms_norm(x, w.post_norm.data(), w.eps, w.hidden, normed.data());
@@ -89,6 +91,7 @@ struct TinyMixture {
         if (!w.ffn_norm.empty())
             total = reference::rms_norms(total, w.ffn_norm.data(), w.eps, w.hidden);
         for (int i = 0; i < w.hidden; i++) x[i] += total[i];
+        return chosen;
     }
 
     static double sum(const Doubles& of, const std::vector<int64_t>& at) {
@@ -98,8 +101,9 @@ struct TinyMixture {
     }
 };
 
-// The layer on rows of x, each of which is a request.
-std::vector<float> run(const TinyMixture& m, std::vector<float> x, bool bf16, int threads) {
+// The layer on rows of x, each of which is a request. awake: receives the experts of all rows.
+std::vector<float> run(const TinyMixture& m, std::vector<float> x, bool bf16, int threads,
+                       int64_t* awake = nullptr) {
     const Layer layer = m.layer();
     const int64_t rows = int64_t(x.size()) / layer.hidden, hd = layer.head_dim;
     Random random(1);
@@ -118,8 +122,8 @@ std::vector<float> run(const TinyMixture& m, std::vector<float> x, bool bf16, in
     std::vector<float> normed(x.size()), qkv(rows * qkv_width), attended(rows * layer.heads * hd),
         ffn(rows * layer.per_token * layer.ffn),
         mixture(rows * (layer.experts + layer.per_token * (layer.hidden + 2)));
-    const Workspace workspace{normed.data(), qkv.data(), attended.data(), ffn.data(),
-                              mixture.data()};
+    const Workspace workspace{normed.data(), qkv.data(),     attended.data(),
+                              ffn.data(),    mixture.data(), awake};
     const int32_t status = smart_layers(&layer, 1, &in, nullptr, x.data(), cache.keys(),
                                         cache.values(), rows, &workspace, bf16, bf16, threads);
     check::same("status", 0, status);
@@ -136,12 +140,16 @@ void one_mixture(uint64_t seed, bool bf16) {
     // the most: an expert's rows are more than a thread of a dense layer packs alone
     const int64_t rows = random.of<int64_t>({1, 2, 3, 9, 17, 40, 130, 700}), d = shape.hidden;
     const std::vector<float> x = random.normals(rows * d);
-    const std::vector<float> all = run(m, x, bf16, int(random.between(1, 3)));
+    int64_t awake = 0;
+    const std::vector<float> all = run(m, x, bf16, int(random.between(1, 3)), &awake);
 
     const Precision precision(bf16, shape.head_dim);
     Doubles expected = reference::doubles(x);
-    for (int64_t r = 0; r < rows; r++) m.add_row(&expected[r * d], precision.rounds);
+    std::set<int64_t> woken;
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t e : m.add_row(&expected[r * d], precision.rounds)) woken.insert(e);
     check::near_rows("x", expected.data(), all.data(), rows, d, precision.tolerance);
+    check::same("experts awake", int64_t(woken.size()), awake);
 
     // Some rows, in another order.
     std::vector<int64_t> some;

@@ -242,7 +242,8 @@ void one_stack(uint64_t seed, int head_dim, bool bf16) {
     const int64_t qkv_width = std::max((shape.heads + 2 * shape.kv_heads) * hd, d);
     std::vector<float> normed(n * wide), qkv(n * qkv_width), attended(n * shape.heads * hd);
     std::vector<float> ffn(n * shape.ffn), out = x;
-    const Workspace workspace{normed.data(), qkv.data(), attended.data(), ffn.data(), nullptr};
+    const Workspace workspace{normed.data(), qkv.data(), attended.data(),
+                              ffn.data(),    nullptr,    nullptr};
     const int32_t status =
         smart_layers(structs.data(), count, &rows, given ? inputs.data() : nullptr, out.data(),
                      cache.keys(), cache.values(), page_count, &workspace, bf16, bf16, 2);
@@ -293,7 +294,8 @@ void refused() {
     model.layers = layers.data();
     const Rows rows = m.rows(batch);
     int64_t best;
-    const Pass pass{batch.token.data(), nullptr, nullptr, nullptr, nullptr, nullptr, &best, 1, 0};
+    const Pass pass{
+        batch.token.data(), nullptr, nullptr, nullptr, nullptr, nullptr, &best, nullptr, 1, 0};
     check::that(smart_forward(&model, &rows, &pass, 1) != 0, "head_dim 48 is refused");
     layers[0] = m.structs[0];
     layers[0].heads = 33;  // a block of rows has room for 32 queries

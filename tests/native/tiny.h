@@ -397,6 +397,7 @@ inline Result forward(const TinyModel& m, TinyCache& cache, const Batch& batch, 
                     result.aux.data(),
                     result.logits.data(),
                     result.best.data(),
+                    nullptr,
                     int32_t(count),
                     int32_t(aux.size())};
     result.status = smart_forward(&model, &rows, &pass, threads);

@@ -72,6 +72,20 @@ def test_logits_in_bf16_are_near(name: str) -> None:
     assert error[same].square().mean().sqrt() < 0.03 * expected.std()
 
 
+@pytest.mark.parametrize("name", [name for name in MODELS if config_of(name).experts])
+def test_the_experts_that_rows_wake_are_counted(name: str) -> None:
+    experts = config_of(name).experts
+    found = []
+    for native in (True, False):
+        model = decoder(name, native)
+        for tokens in (TOKENS[:1], TOKENS[:6]):
+            rows = plain_rows(span(tokens, 0, Memory(1).pages(len(tokens))))
+            found.append(model.forward(rows).experts)
+    assert found[0] == found[2] == experts.per_token
+    assert found[1] == found[3]
+    assert min(experts.per_token + 1, experts.count) <= found[1] <= experts.count
+
+
 def test_the_kernels_find_first_maxima_in_passing() -> None:
     out = decoder("llama", True).forward(plain_rows(span(TOKENS, 0, Memory(1).pages(len(TOKENS)))))
     assert out.greedy is not None

@@ -88,6 +88,7 @@ class Round:
     verify_rows: rows of the verifying forward: roots, kept nodes and prefill rows.
     verify_seconds: its duration, sampling included.
     other_seconds: the rest of the round, without drafting, verifying and sampling.
+    experts: that the forward's rows woke, in the mean of a mixture's layers; 0: there are none.
     """
 
     batch: BatchState
@@ -101,6 +102,7 @@ class Round:
     verify_rows: int = 0
     verify_seconds: float = 0.0
     other_seconds: float = 0.0
+    experts: float = 0.0
 
     @property
     def seconds(self) -> float:

@@ -372,6 +372,7 @@ def _round(
         draft.level_seconds,
         verified.rows,
         verified.seconds,
+        experts=verified.experts,
     )
 
 

@@ -35,13 +35,14 @@ class TargetScores:
     where the backend knows it already. draws_all: whether `sample` draws all rows at once, while
     the forward goes on: the only wait for a device. Tokens of unvisited rows may then be -1.
     advance: brings recurrent states to the ends of accepted paths, lists of rows; None: there are
-    none."""
+    none. experts: that the rows woke, in the mean of a mixture's layers."""
 
     logits: Logits
     features: Features
     greedy: IntArray | None = None
     draws_all: bool = False
     advance: Callable[[Sequence[Sequence[int]]], None] | None = None
+    experts: float = 0.0
 
 
 class RowModel(Protocol):
@@ -171,6 +172,7 @@ def settle(
         sample_seconds=sampled - sample_start,
         kv_seconds=moved - sampled,
         seconds=sampled - start,
+        experts=scores.experts,
     )
 
 

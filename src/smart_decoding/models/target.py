@@ -123,6 +123,9 @@ class TorchTarget(Sampler):
             )
             self.decoder.hold_states(self.states)
         self.vocab = config.vocab
+        mixture = config.experts
+        # of a mixture's layer, and of one row
+        self.experts = None if mixture is None else (mixture.count, mixture.per_token)
         self.steps = self.decoder.steps
         self.max_positions = max_model_len
         self.eos_token_ids = config.eos_token_ids

@@ -37,6 +37,7 @@ class HostTarget(Sampler):
     states = 0  # models with recurrent states are refused
     native = None  # no kernels verify in one call
     steps = ()  # of costs over rows: not known here
+    experts = None  # of a mixture: not known here
 
     def __init__(
         self,

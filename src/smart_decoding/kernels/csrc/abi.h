@@ -85,6 +85,7 @@ struct Workspace {
     float* attention;  // [rows, heads head_dim]
     float* ffn;        // [rows, ffn]; of a mixture [rows, per_token ffn]
     float* mixture;    // null without experts, else [rows, experts + per_token (hidden + 2)]
+    int64_t* awake;    // null, or the sum of the experts that rows had in each layer
 };
 
 struct Model {  // a whole target, from token ids to logits
@@ -108,6 +109,7 @@ struct Pass {  // one forward of a target: what it reads beside its rows, and wh
     float* aux_hidden;  // [rows, aux_count, hidden]
     float* logits;      // [wanted_count, vocab], or null
     int64_t* best;      // [wanted_count] their first maxima, -1 where that is not finite
+    int64_t* experts;   // null, or how many experts rows had, summed over layers
     int32_t wanted_count, aux_count;
 };
 

@@ -112,6 +112,7 @@ void add_experts(const Layer& l, int rows, const Workspace& workspace, float* x)
     static thread_local std::vector<float> gathered;
     of.sort(l, rows, chosen);
     const int64_t experts = int64_t(of.expert.size());
+    if (workspace.awake && !omp_get_thread_num()) *workspace.awake += experts;
     for_panels(experts, gated_panels_of(width), [&](int64_t i, Panels& panels) {
         const int64_t e = of.expert[i];
         const float* read = of.gather(i, normed, d, gathered);

@@ -97,6 +97,8 @@ static void forward(const Model& m, const Rows& in, const Pass& pass, int thread
     memory.begin(rows * (2 * d + qkv_width + width + ffn + mixture) + wanted * d + 256);
     float* x = memory.take<float>(rows * d);
     Workspace workspace;
+    workspace.awake = pass.experts;
+    if (pass.experts) *pass.experts = 0;
     workspace.normed = memory.take<float>(rows * d);
     workspace.qkv = memory.take<float>(rows * qkv_width);
     workspace.attention = memory.take<float>(rows * width);

@@ -53,6 +53,9 @@ class NativeModel:
         self._pass = kernels.Pass()
         self._logits = torch.empty(0, self._vocab)
         self._seconds = np.empty(3)
+        self._experts = np.zeros(1, np.int64)
+        # layers that are mixtures; one where there are none
+        self._mixtures: int = max(1, sum(layer.experts > 0 for layer in layers.structs))
         self._round = kernels.Round(
             hidden=self._hidden,
             kv_heads=first.kv_heads,
@@ -89,7 +92,7 @@ class NativeModel:
         kernels.forward(self.struct, rows, forward_pass)
         del alive  # until here
         states = None if aux_hidden is None else torch.from_numpy(aux_hidden)
-        return TargetScores(logits, states, best)
+        return TargetScores(logits, states, best, experts=self._awake)
 
     def verify(self, batch: NativeBatch) -> NativeRound:
         """Verify a round in one call: the forward, tokens down the trees, and the moves of keys."""
@@ -113,9 +116,14 @@ class NativeModel:
         self._pass.logits = pointer(logits)
         decided = kernels.verify_round(self.struct, struct, self._pass)
         acceptance = _acceptance(found, requests) if decided else None
-        scores = TargetScores(logits, aux_hidden)
+        scores = TargetScores(logits, aux_hidden, experts=self._awake)
         first = found[4, :requests].tolist()
         return NativeRound(acceptance, scores, rows, first, *self._seconds.tolist())
+
+    @property
+    def _awake(self) -> float:
+        """Experts that the last forward's rows woke, in the mean of a mixture's layers."""
+        return int(self._experts[0]) / self._mixtures
 
     def _logits_of(self, rows: int) -> Tensor:
         """[rows, vocab] memory for logits, the same in each forward."""
@@ -134,6 +142,7 @@ class NativeModel:
         what.aux_layers = address(self._aux_layers[aux_layers])
         what.aux_count = len(aux_layers)
         what.aux_hidden = pointer(aux_hidden)
+        what.experts = address(self._experts)
         return aux_hidden
 
 

@@ -97,4 +97,5 @@ class NativeRound(NamedTuple):
             sample_seconds=self.sample_seconds,
             kv_seconds=self.kv_seconds,
             seconds=seconds - self.kv_seconds,
+            experts=self.scores.experts,
         )

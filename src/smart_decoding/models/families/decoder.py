@@ -221,6 +221,8 @@ class Decoder:
         scores = TargetScores(logits, context.aux_hidden, draws_all=not on_cpu)
         if self.kv.states is not None and context.steps.has_nodes:
             scores.advance = context.steps.advance
+        if context.experts:
+            scores.experts = sum(context.experts) / len(context.experts)
         return scores
 
     def _context(self, rows: Rows, aux_layers: tuple[int, ...]) -> Context:

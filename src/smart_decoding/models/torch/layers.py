@@ -8,7 +8,7 @@ import math
 import mmap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from ctypes import Structure
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -200,7 +200,8 @@ class Context:
     either form makes of them. angles: head_dim / 2 for each kind of layer that rotates by its own.
 
     inputs: what q, k and v of the first layer read, [rows, width], if not its normed x. aux_hidden
-    [rows, aux_layers * hidden] receives x as it is after as many layers as `aux_layers` says."""
+    [rows, aux_layers * hidden] receives x as it is after as many layers as `aux_layers` says.
+    experts: that the rows woke, in each of a mixture's layers."""
 
     rows: Rows
     cosine: Tensor
@@ -208,6 +209,7 @@ class Context:
     inputs: Tensor | None = None
     aux_layers: tuple[int, ...] = ()
     aux_hidden: Tensor | None = None
+    experts: list[int] = field(default_factory=list)
 
     @cached_property
     def steps(self) -> Steps:

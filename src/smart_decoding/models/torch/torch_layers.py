@@ -82,7 +82,7 @@ class TorchLayer:
             gated = self._gated(normed, network)
             _add(x, gated, network.down, network.down_bias, w.ffn_norm, w.eps)
         else:
-            x += rms_norm(self._mixture(normed, w.router), w.ffn_norm, w.eps)
+            x += rms_norm(self._mixture(normed, w.router, context), w.ffn_norm, w.eps)
 
     def _attend(self, normed: Tensor, context: Context, keys: Tensor, values: Tensor) -> Tensor:
         """Return what attention makes of normed rows, [rows, heads * head_dim]."""
@@ -108,7 +108,7 @@ class TorchLayer:
         gate_up = F.linear(normed, network.gate_up, network.gate_up_bias)
         return self._ops.gate(gate_up, self.weights.gelu, self.weights.clamped)
 
-    def _mixture(self, normed: Tensor, router: RouterWeights) -> Tensor:
+    def _mixture(self, normed: Tensor, router: RouterWeights, context: Context) -> Tensor:
         """Return what experts add to normed rows [rows, hidden].
 
         A row's experts are added in the order of their numbers, whatever experts other rows
@@ -123,6 +123,7 @@ class TorchLayer:
         weight = weight.to(normed.dtype).flatten()
         chosen = chosen.flatten()
         counts = torch.bincount(chosen, minlength=len(self._networks)).tolist()
+        context.experts.append(sum(count > 0 for count in counts))
         places = torch.split(chosen.argsort(stable=True), counts)  # rows ascend for each expert
         total = torch.zeros_like(normed)
         for network, at in zip(self._networks, places, strict=True):
