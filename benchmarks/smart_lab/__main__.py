@@ -31,10 +31,15 @@ LAB = Program(
             "smart against plain decoding in worlds drawn at random",
             "smart_lab.never_slower",
         ),
+        "experts": ("what it brings to price a mixture's experts", "smart_lab.experts"),
         "identity": ("is the output the same under every policy", "smart_lab.identity"),
         "rounding": ("what rounding does to a GGUF file's logits", "smart_lab.rounding"),
         "busy": ("speed beside busy processes, of every entry point", "smart_lab.busy"),
         "gguf-speed": ("a GGUF file here and in llama.cpp", "smart_lab.gguf_speed"),
+        "random-gguf": (
+            "a GGUF file with random weights of a real model's shapes",
+            "smart_lab.gguf.random_file",
+        ),
         "vllm": ("SMART inside vLLM against stock vLLM", "smart_lab.vllm_speed"),
         "transformers": (
             "SMART inside transformers against its own generation",

@@ -61,9 +61,14 @@ class StepCosts:
         self._verify = self._draft = self._first = (np.zeros(0), np.zeros(0))
         self._grow(batch_size + rows, width)
 
-    def verify(self, rows: int, context: float, beyond: float = 0.0) -> float:
+    def experts(self, done: Drafted, walk: Walk) -> float:
+        """Return how many experts of a layer a round's rows wake; 0: there are none."""
+        return 0.0
+
+    def verify(self, rows: int, context: float, beyond: float = 0.0, experts: float = 0.0) -> float:
         """Return seconds of a verification of `rows` rows in all. context: mean tokens of a
-        request; beyond: context tokens of all rows beyond that mean."""
+        request; beyond: context tokens of all rows beyond that mean; experts: awake, which cost
+        nothing here."""
         if rows >= len(self._verify[0]):
             self._grow(2 * rows, 0)
         seconds = self._verify[0][rows] + self._verify[1][rows] * context
@@ -117,7 +122,11 @@ def _line(seconds: Callable[[float], FloatArray]) -> tuple[FloatArray, FloatArra
 class Machine(Protocol):
     """The seconds of steps."""
 
-    def verify(self, rows: int, context: float, beyond: float = 0.0) -> float: ...
+    def experts(self, done: Drafted, walk: Walk) -> float: ...
+
+    def verify(
+        self, rows: int, context: float, beyond: float = 0.0, experts: float = 0.0
+    ) -> float: ...
 
     def levels(self, widths: Sequence[int], context: float) -> list[float]: ...
 
@@ -395,11 +404,13 @@ def _round(
     levels = costs.levels(widths, context)
     rows = size + len(done.kept)
     own = done.batch.context[done.trees.owner[done.kept]]  # of the rows of nodes
-    verify = costs.verify(rows, context, float(own.sum()) - len(own) * context)
+    experts = costs.experts(done, walk)
+    verify = costs.verify(rows, context, float(own.sum()) - len(own) * context, experts)
     beyond = host.seconds(size, done.rule is not None) + done.planning
     truth, emitted = judged(done, walk)
     round_ = Round(
-        done.batch, done.rule, done.trees, done.kept, *truth, widths, levels, rows, verify, beyond
+        *(done.batch, done.rule, done.trees, done.kept, *truth, widths, levels, rows, verify),
+        *(beyond, experts),
     )
     started = clock()
     policy.observe(round_)

@@ -16,6 +16,7 @@ from smart_lab.replay import StepCosts
 
 if TYPE_CHECKING:
     from smart_decoding.core.costs import CostModel
+    from smart_lab.replay import Drafted, Walk
 
 NOISE = 0.06  # standard deviation of a step's log seconds
 OUTLIERS, OUTLIER = 0.03, 1.5  # share of steps that take so many times as long
@@ -63,7 +64,11 @@ class Unsteady:
         self._noise, self._rng = noise, np.random.default_rng([seed, 1])
         self._turns = Turns(len(states), lasts, np.random.default_rng(seed))
 
-    def verify(self, rows: int, context: float, beyond: float = 0.0) -> float:
+    def experts(self, done: Drafted, walk: Walk) -> float:
+        """Return 0: no model here is a mixture."""
+        return 0.0
+
+    def verify(self, rows: int, context: float, beyond: float = 0.0, experts: float = 0.0) -> float:
         state = self._states[self._turns.now]
         return noisy(state.verify(rows, context, beyond), self._rng, self._noise)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -10,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from smart_decoding.core.costs import Sample, VerifySample
+from smart_decoding.core.costs import Sample, Share, VerifySample
 from smart_decoding.engine.kv import PAGE, PagePool
 from smart_decoding.profiling import measure
+from smart_decoding.profiling.fit import fit_costs
 from smart_decoding.profiling.measure import ForwardTimer, probe
 
 if TYPE_CHECKING:
@@ -22,15 +24,18 @@ if TYPE_CHECKING:
 
 ROW = 1e-3  # seconds
 FAULT = 5e-3  # seconds of a page's first use
+EXPERT = 2e-4  # seconds of a further expert
 PAGES = 4000
 
 
 class Machine:
     """A clock, and a target whose forwards take a millisecond a row and more for new pages; so many
-    `slow` ones take three times as long at first."""
+    `slow` ones take three times as long at first. experts: of a mixture; rows of the same token
+    have the same ones."""
 
-    def __init__(self, slow: int = 0) -> None:
+    def __init__(self, slow: int = 0, experts: tuple[int, int] | None = None) -> None:
         self.slow = slow
+        self.experts = experts
         self.now = 0.0
         self.touched: set[int] = set()
         self.held: set[int] = set()  # pages of requests
@@ -42,7 +47,11 @@ class Machine:
         self.now += seconds * (3.0 if self.slow > 0 else 1.0)
         self.slow -= 1
         self.touched |= used
-        return SimpleNamespace(greedy=np.zeros(len(rows.token)))
+        if self.experts is None:
+            return SimpleNamespace(greedy=np.zeros(len(rows.token)), experts=0.0)
+        awake = min(self.experts[0], self.experts[1] * len(set(rows.token.tolist())))
+        self.now += EXPERT * (awake - self.experts[1])
+        return SimpleNamespace(greedy=np.zeros(len(rows.token)), experts=float(awake))
 
 
 def target_of(machine: Machine, max_positions: int = 4096) -> Any:
@@ -52,6 +61,7 @@ def target_of(machine: Machine, max_positions: int = 4096) -> Any:
         max_positions=max_positions,
         steps=(12,),
         native=None,
+        experts=machine.experts,
         forward=machine.forward,
     )
 
@@ -114,6 +124,20 @@ def test_beside_requests_it_keeps_to_free_memory_and_what_needs_more_waits(for_e
     machine.held = set()
     assert len(checked(measurement.run())) == (3 if for_ever else 8)
     assert pool.available == pool.pages
+
+
+def test_the_seconds_of_experts_are_told_from_those_of_rows() -> None:
+    machine = Machine(experts=(64, 4))
+    samples = measurement_of(machine, PAGES, 8, PagePool(PAGES)).run()
+    cost = fit_costs(samples, experts=machine.experts)
+    assert cost.experts is not None
+    assert cost.experts.seconds == pytest.approx(EXPERT, rel=0.02)
+    # what one token in all rows costs, and what independent rows do
+    alike = replace(cost, experts=replace(cost.experts, nodes=Share(0.0)))
+    assert float(alike.verify_seconds(1, 8, 128)) == pytest.approx(8 * ROW, rel=0.05)
+    awake = 64 * (1 - (1 - 4 / 64) ** 8)
+    seconds = 8 * ROW + EXPERT * (awake - 4)
+    assert float(cost.verify_seconds(1, 8, 128)) == pytest.approx(seconds, rel=0.05)
 
 
 def test_a_probe_tells_rows_of_a_lone_request_apart_and_needs_room() -> None:

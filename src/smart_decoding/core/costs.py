@@ -8,6 +8,8 @@ The first level has a table and a speed of its own: it finds the caches full of 
 weights, and catches up with `waiting` rows, which only need keys. Deeper levels find the drafter's
 weights in the caches. Both speeds differ from the target's.
 
+A mixture's rows read experts of their own: `ExpertCosts` has the seconds of those beyond one row's.
+
 `context` is always the mean number of KV tokens per sequence. Attention adds `row_token` seconds
 per row and context token (arithmetic) and `sequence_token` per sequence and context token (reading
 the cache); the tables hold all other seconds.
@@ -35,13 +37,15 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True)
 class VerifySample:
     """One timed target forward, or the means of several `rounds`. batch: sequences; rows: of all,
-    roots included; context: mean KV tokens per sequence."""
+    roots included; context: mean KV tokens per sequence. experts: that the rows woke, in the mean
+    of a mixture's layers; 0: not known, or there are none."""
 
     batch: int
     rows: float
     context: float
     seconds: float
     rounds: int = 1
+    experts: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,7 +237,67 @@ class Correction:
         )
 
 
-__all__ = ["CostModel", "Curve", "DraftSample", "Sample", "VerifySample"]
+# --- experts --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """A learned number in [0, 1]: the mean of the first lessons, then of the later ones."""
+
+    value: float = 1.0
+    lessons: int = 0
+
+    def learned(self, value: float) -> Share:
+        """Return the share after one more lesson."""
+        weight = max(WALK, 1.0 / (1 + self.lessons))
+        clipped = min(max(value, 0.0), 1.0)
+        return Share(self.value + weight * (clipped - self.value), self.lessons + 1)
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertCosts:
+    """Seconds of the experts that rows wake beyond those of one row: verification by a mixture may
+    take two to three times as long for them (Cascade, arXiv:2506.20675).
+
+    count, per_row: a layer's experts, and those of one row. seconds: of one further expert in each
+    layer. requests, nodes: as how many rows with experts of their own a further request's row
+    counts, and a further node's. Rows of 1 draw their experts anew, those of 0 have the same ones.
+    A layer with n drawn rows has count * (1 - (1 - per_row / count) ** n) experts awake."""
+
+    count: int
+    per_row: int
+    seconds: float
+    requests: Share = field(default_factory=Share)
+    nodes: Share = field(default_factory=Share)
+
+    def awake(self, batch: int, rows: FloatArray | IntArray | float) -> FloatArray:
+        """Return how many experts of a layer so many rows are expected to wake."""
+        further = self.nodes.value * (np.asarray(rows) - batch)
+        drawn = 1.0 + self.requests.value * (batch - 1) + further
+        result: FloatArray = self.count * (1.0 - (1.0 - self.per_row / self.count) ** drawn)
+        return result
+
+    def further_seconds(self, awake: FloatArray | float) -> FloatArray:
+        """Return the seconds of the experts beyond one row's."""
+        result: FloatArray = self.seconds * np.maximum(0.0, np.asarray(awake) - self.per_row)
+        return result
+
+    def learned(self, sample: VerifySample) -> ExpertCosts:
+        """Return what a forward says of how far rows share experts."""
+        batch, rows, missed = sample.batch, sample.rows, 1.0 - self.per_row / self.count
+        asleep = 1.0 - sample.experts / self.count
+        if not sample.experts or not 0 < asleep < 1 or not 0 < missed < 1:
+            return self  # all are awake, so nothing is said
+        further = math.log(asleep) / math.log(missed) - 1.0
+        if rows > batch:
+            own = (further - self.requests.value * (batch - 1)) / (rows - batch)
+            return replace(self, nodes=self.nodes.learned(own))
+        if batch == 1:
+            return self
+        return replace(self, requests=self.requests.learned(further / (batch - 1)))
+
+
+__all__ = ["CostModel", "Curve", "DraftSample", "ExpertCosts", "Sample", "VerifySample"]
 
 # Initial guess without measurements, corrected by real rounds: a forward of 20 ms, bound by reading
 # weights, 2 % more per further row; a drafted level takes a tenth of it.
@@ -255,7 +319,8 @@ class CostModel:
     constant outside. draft: curve over expanded rows of one level of the model drafter at context
     0. overhead_seconds: fixed cost of a round that speculates, beyond its forwards. first: curve
     over the roots of a first level (None: as any other level). waiting: curve over waiting rows, of
-    the seconds that they add to the first level.
+    the seconds that they add to the first level. experts: costs of a mixture's, which `verify` has
+    for one row.
     """
 
     verify: Mapping[int, Curve]
@@ -269,6 +334,7 @@ class CostModel:
     first: Curve | None = None
     waiting: Curve | None = None
     first_correction: Correction = field(default_factory=Correction)
+    experts: ExpertCosts | None = None
     _dense: dict[_Key, FloatArray] = field(default_factory=dict, repr=False, compare=False)
     _stall: tuple[float, ...] = field(default=(), repr=False, compare=False)
 
@@ -310,7 +376,7 @@ class CostModel:
         attention = rows_ * (self.row_token * context)
         sequences = batch * self.sequence_token * context
         table = base + attention + sequences
-        return self.verify_correction.seconds(table, self._stall_seconds(rows_))
+        return self._verified(table, batch, rows_)
 
     def verify_curve(self, batch: int, first: int, count: int, context: float) -> FloatArray:
         """Return the seconds at first, first + 1, ... first + count - 1 rows: `verify_seconds` for
@@ -319,7 +385,16 @@ class CostModel:
         attention = rows * (self.row_token * context)
         attention += batch * self.sequence_token * context
         table = self._table(batch, first + count)[first : first + count] + attention
-        return self.verify_correction.seconds(table, self._stall_seconds(rows))
+        return self._verified(table, batch, rows)
+
+    def _verified(self, table: FloatArray, batch: int, rows: IntArray) -> FloatArray:
+        """Return the corrected seconds of forwards, with those of the experts that they wake."""
+        weights = self._stall_seconds(rows)
+        if self.experts is not None:
+            further = self.experts.further_seconds(self.experts.awake(batch, rows))
+            table = table + further
+            weights = weights + further
+        return self.verify_correction.seconds(table, weights)
 
     def draft_seconds(self, width: ArrayLike, context: float) -> FloatArray:
         """Return the seconds of one level of the model drafter, not the first, that expands `width`
@@ -366,8 +441,15 @@ class CostModel:
         attention = s.context * (self.row_token * s.rows + self.sequence_token * s.batch)
         table = self._at(s.batch, s.rows) + attention
         stalled = float(self._stall_seconds(s.rows))
+        experts = self.experts
+        if experts is not None:
+            awake = s.experts or experts.awake(s.batch, s.rows)
+            further = float(experts.further_seconds(awake))
+            table += further
+            stalled += further
+            experts = experts.learned(s)
         correction = self.verify_correction.updated(table, stalled, s.seconds, s.rounds)
-        return replace(self, verify_correction=correction)
+        return replace(self, verify_correction=correction, experts=experts)
 
     def _corrected_by_first(self, s: DraftSample, waiting: float) -> CostModel:
         table = self._at("waiting", waiting) + self._first_level(s.width, s.context)
@@ -386,7 +468,9 @@ class CostModel:
         """Return plain lists and numbers, without corrections, which belong to the running
         machine."""
         levels = {"draft": self.draft, "first": self.first, "waiting": self.waiting}
+        experts = self.experts
         return {
+            **({} if experts is None else {"experts": _lasting(experts)}),
             "verify": {str(batch): curve.to_lists() for batch, curve in self.verify.items()},
             **{name: curve.to_lists() for name, curve in levels.items() if curve is not None},
             "row_token": self.row_token,
@@ -410,7 +494,15 @@ class CostModel:
             Curve.from_lists(state[name]) if name in state else None
             for name in ("first", "waiting")
         )
-        return cls(curves, draft, row, sequence, level, overhead, first=first, waiting=waiting)
+        experts = ExpertCosts(**state["experts"]) if "experts" in state else None
+        if experts and not (0 < experts.per_row <= experts.count and experts.seconds >= 0):
+            raise ValueError("not costs of experts")
+        return cls(
+            *(curves, draft, row, sequence, level, overhead),
+            first=first,
+            waiting=waiting,
+            experts=experts,
+        )
 
     # --- tables ---
 
@@ -458,6 +550,11 @@ class CostModel:
             share = math.log(batch / below) / math.log(above / below)
             table += share * (self.verify[above].dense(length) - table)
         return table
+
+
+def _lasting(experts: ExpertCosts) -> dict[str, float]:
+    """Return the fields that belong to the machine, not to the texts."""
+    return {"count": experts.count, "per_row": experts.per_row, "seconds": experts.seconds}
 
 
 def _stall_of(curve: Curve) -> tuple[float, float]:

@@ -16,6 +16,7 @@ from smart_decoding.core.costs import (
     CostModel,
     Curve,
     DraftSample,
+    ExpertCosts,
     Sample,
     VerifySample,
     is_usable,
@@ -34,6 +35,7 @@ class VerifyFit(NamedTuple):
     curves: dict[int, Curve]
     row_token: float
     sequence_token: float
+    expert: float = 0.0
 
 
 class LevelFit(NamedTuple):
@@ -45,8 +47,13 @@ class LevelFit(NamedTuple):
     draft_token: float
 
 
-def fit_costs(samples: Iterable[Sample], overhead_seconds: float = 0.0) -> CostModel:
-    """Fit measured samples. Unusable ones are ignored; curves without samples are the defaults."""
+def fit_costs(
+    samples: Iterable[Sample],
+    overhead_seconds: float = 0.0,
+    experts: tuple[int, int] | None = None,
+) -> CostModel:
+    """Fit measured samples. Unusable ones are ignored; curves without samples are the defaults.
+    experts: of a mixture's layer, how many there are, and how many a row has."""
     usable = [s for s in samples if is_usable(s)]
     verify = fit_verify([s for s in usable if isinstance(s, VerifySample)])
     levels = fit_levels([s for s in usable if isinstance(s, DraftSample)])
@@ -60,6 +67,7 @@ def fit_costs(samples: Iterable[Sample], overhead_seconds: float = 0.0) -> CostM
         overhead_seconds if known else 0.0,
         first=levels.first,
         waiting=levels.waiting,
+        experts=ExpertCosts(*experts, verify.expert) if experts else None,
     )
 
 
@@ -71,8 +79,14 @@ def fit_verify(samples: Sequence[VerifySample]) -> VerifyFit:
     if not samples:
         return VerifyFit({}, 0.0, 0.0)
     row_token, sequence_token = _attention(samples)
+    expert = _expert(samples)
+    own = min((s.experts for s in samples), default=0.0)  # one row's
     seconds = [
-        _without(s.seconds, s.context * (row_token * s.rows + sequence_token * s.batch))
+        _without(
+            s.seconds,
+            s.context * (row_token * s.rows + sequence_token * s.batch)
+            + expert * (s.experts - own),
+        )
         for s in samples
     ]
     factors = dict.fromkeys(sorted({s.batch for s in samples}), 1.0)
@@ -88,7 +102,23 @@ def fit_verify(samples: Sequence[VerifySample]) -> VerifyFit:
         batch: Curve(shape.rows, tuple(factor * s for s in shape.seconds))
         for batch, factor in factors.items()
     }
-    return VerifyFit(curves, row_token, sequence_token)
+    return VerifyFit(curves, row_token, sequence_token, expert)
+
+
+def _expert(samples: Sequence[VerifySample]) -> float:
+    """Return seconds of a further expert in each layer, from forwards that differ in nothing but
+    their experts."""
+    cells: dict[tuple[int, float, float], list[VerifySample]] = defaultdict(list)
+    for sample in samples:
+        cells[sample.batch, sample.rows, sample.context].append(sample)
+    covariance = variance = 0.0
+    for cell in cells.values():
+        awake = np.array([s.experts for s in cell])
+        seconds = np.array([s.seconds for s in cell])
+        centred = (awake - awake.mean()) / seconds.mean()
+        covariance += float(centred @ (seconds / seconds.mean()))
+        variance += float(centred @ centred)
+    return max(0.0, covariance / variance) if variance > 0 else 0.0
 
 
 def _shape(

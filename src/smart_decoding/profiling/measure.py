@@ -8,7 +8,6 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -250,10 +249,13 @@ def _points(
     aux_layers = drafter.aux_layers if drafter is not None else ()
     verified = verifications(grid_of(target.device), target.steps, max_num_seqs, coarse)
     for batch, total, context in verified:
-        stage = Verification(target, batch, total, context, aux_layers)
-        if stage.needed <= pages and context + -(-total // batch) <= target.max_positions:
-            sample = partial(VerifySample, batch, total, float(context))
-            points.append(Point(stage, stage.run, sample))
+        if context + -(-total // batch) > target.max_positions:
+            continue
+        # A mixture's rows of the same token have the same experts: the difference is these'.
+        for alike in (False, True) if target.experts and batch == 1 < total else (False,):
+            stage = Verification(target, batch, total, context, aux_layers, alike)
+            if stage.needed <= pages:
+                points.append(Point(stage, stage.run, stage.sample))
     if drafter is not None and target.max_positions > MORE:
         points += _draft_points(target, drafter, pages, max_num_seqs, coarse)
     return points
@@ -316,7 +318,8 @@ def _draft_points(
 
 class Verification:
     """Verifies `total` rows of `batch` sequences at `context`, as rounds do. aux_layers: as in
-    Target.verify, where they are copied out."""
+    Target.verify, where they are copied out. alike: all rows have the same token, in place of any
+    tokens."""
 
     def __init__(
         self,
@@ -325,10 +328,14 @@ class Verification:
         total: int,
         context: int,
         aux_layers: tuple[int, ...] = (),
+        alike: bool = False,
     ) -> None:
         each = _pages_each(batch, total, context)
         self.needed = batch * each
+        self.experts = 0.0  # awake in the last run, in the mean of a mixture's layers
         self._target = target
+        tokens = np.random.default_rng(total).integers(0, 1 if alike else target.vocab, total)
+        self._tokens = tokens
         self._shape = batch, total, context
         self._aux_layers = aux_layers
         self._tables = np.zeros((batch, each), np.int32)
@@ -336,10 +343,12 @@ class Verification:
         self._round: NativeBatch | None = None
         if target.native is not None:
             trees = fake_trees(batch, total - batch)
+            trees.token[:] = tokens[batch:]
+            roots = tokens[:batch].tolist()
             addresses = [table.ctypes.data for table in self._tables]
             at = [context] * batch
             kept = np.arange(len(trees))
-            self._round = NativeBatch([1] * batch, at, at, addresses, trees, kept, aux_layers)
+            self._round = NativeBatch(roots, at, at, addresses, trees, kept, aux_layers)
 
     def place(self, pages: Sequence[int]) -> None:
         """Take pages in a mixed order, as after many requests: in order they are read up to a tenth
@@ -349,7 +358,7 @@ class Verification:
         self._tables[:] = mixed.reshape(batch, -1)
         if self._round is None:
             self._rows = _rows(self._tables, *self._shape)
-            self._rows.token %= self._target.vocab
+            self._rows.token[:] = self._tokens
 
     def end(self) -> None:
         """Do nothing."""
@@ -358,13 +367,19 @@ class Verification:
         """Verify once."""
         if self._round is not None:
             assert self._target.native is not None
-            self._target.native.verify(self._round)
+            self.experts = self._target.native.verify(self._round).scores.experts
             return
         assert self._rows is not None
         scores = self._target.forward(self._rows, self._aux_layers)
+        self.experts = scores.experts
         if scores.greedy is None:
             count = len(scores.logits) if scores.draws_all else len(self._tables)
             self._target.argmax(scores.logits, np.arange(count))
+
+    def sample(self, seconds: float) -> Sample:
+        """Return a timing as a sample."""
+        batch, total, context = self._shape
+        return VerifySample(batch, total, float(context), seconds, experts=self.experts)
 
 
 def verification(
@@ -444,7 +459,7 @@ def _rows(tables: Ints, batch: int, total: int, context: int) -> Rows:
     for i, table in enumerate(tables):
         at = np.arange(context, context + total // batch + (i < total % batch))
         slots = (table[at // PAGE] * PAGE + at % PAGE).astype(np.int32)
-        spans.append(Span(((7 * at + i) % 32).tolist(), context, slots, table))
+        spans.append(Span([0] * len(at), context, slots, table))
     rows = build_rows(spans, DraftTrees.empty(batch), [True] * batch).rows
     rows.logit_rows = None
     return rows

@@ -59,6 +59,7 @@ class Profile:
         longest = longest_context(target.max_positions, target.device)
         self._path = profile_path(weights, target.dtype, target.device, head, longest, target.steps)
         self._model = weights["model"]
+        self._experts = target.experts
         self._begin = partial(ForwardTimer, target, drafter, pages, max_num_seqs)
         aux_layers = drafter.aux_layers if drafter is not None else ()
         self._probe = partial(measure.probe, target, pages, aux_layers)
@@ -118,7 +119,7 @@ class Profile:
     def keep(self, samples: Sequence[Sample], busy: bool = False) -> None:
         """Use these costs from now on and at later starts; after a `busy` measurement, only at
         starts within an hour."""
-        self.cost = fit_costs(samples, ROUND_OVERHEAD)
+        self.cost = fit_costs(samples, ROUND_OVERHEAD, self._experts)
         if samples:
             save_profile(self._path, self.cost, self._model, busy)
         self.taken(self.cost)

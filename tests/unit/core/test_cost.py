@@ -1,6 +1,7 @@
 """Cost tables: interpolation, fitting, correction, garbage, and speed."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from smart_decoding.core.costs import (
     Correction,
     CostModel,
     DraftSample,
+    ExpertCosts,
+    Share,
     VerifySample,
     non_decreasing,
 )
@@ -251,3 +254,60 @@ def test_what_is_never_observed_is_as_uncertain_as_it_was_and_no_more() -> None:
     assert variance == pytest.approx(Correction().memory_variance, rel=1e-6)
     slower = correction.updated(0.05, 0.02, 0.055)
     assert slower.seconds(np.array([0.02]), 0.02)[0] < 1.5 * 0.02
+
+
+EXPERTS = ExpertCosts(64, 4, 0.25)
+
+
+def of_experts(experts: ExpertCosts = EXPERTS) -> CostModel:
+    return replace(CostModel.from_table({1: {1: 10.0, 64: 16.3}}), experts=experts)
+
+
+def test_a_mixtures_rows_cost_what_they_wake() -> None:
+    cost = of_experts()
+    awake = 64 * (1 - (1 - 4 / 64) ** 8)
+    expected = 10.7 + 0.25 * (awake - 4)
+    assert float(cost.verify_seconds(1, 8, 0)) == pytest.approx(expected)
+    np.testing.assert_allclose(
+        cost.verify_curve(2, 2, 40, 7), cost.verify_seconds(2, range(2, 42), 7)
+    )
+    assert float(cost.verify_seconds(1, 1, 0)) == pytest.approx(10.0)
+    all_alike = of_experts(replace(EXPERTS, requests=Share(0.0), nodes=Share(0.0)))
+    assert float(all_alike.verify_seconds(4, 64, 0)) == pytest.approx(16.3)
+    again = CostModel.from_dict(cost.to_dict())
+    assert again.experts == EXPERTS
+    with pytest.raises(ValueError, match="experts"):
+        CostModel.from_dict({**cost.to_dict(), "experts": {"count": 4, "per_row": 5, "seconds": 1}})
+
+
+@given(st.integers(1, 8), st.integers(0, 64), st.floats(0, 1), st.floats(0, 1))
+def test_more_rows_wake_more_experts(
+    batch: int, nodes: int, requests: float, of_nodes: float
+) -> None:
+    experts = ExpertCosts(32, 4, 1.0, Share(requests), Share(of_nodes))
+    awake = [float(experts.awake(batch, rows)) for rows in (batch, batch + nodes)]
+    assert 4 - 1e-9 <= awake[0] <= awake[1] + 1e-9 <= 32 + 2e-9
+
+
+def test_how_far_rows_share_experts_is_learned() -> None:
+    truth = replace(EXPERTS, requests=Share(0.8), nodes=Share(0.4))
+    real = of_experts(truth)
+    cost = of_experts()
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        for batch, rows in ((1, 1), (4, 4), (4, 12)):
+            awake = float(truth.awake(batch, rows)) * float(np.exp(0.02 * rng.standard_normal()))
+            seconds = float(real.verify_seconds(batch, rows, 0))
+            cost = cost.corrected(VerifySample(batch, rows, 0, seconds, 1, awake))
+    assert cost.experts is not None
+    assert cost.experts.requests.value == pytest.approx(0.8, abs=0.1)
+    assert cost.experts.nodes.value == pytest.approx(0.4, abs=0.1)
+    assert float(cost.verify_seconds(4, 20, 0)) == pytest.approx(
+        float(real.verify_seconds(4, 20, 0)), rel=0.06
+    )
+
+
+def test_nothing_is_learned_where_all_experts_are_awake_or_none_is_known() -> None:
+    for experts in (EXPERTS, ExpertCosts(4, 4, 0.0)):
+        for awake in (0.0, float(experts.count)):
+            assert experts.learned(VerifySample(2, 8, 0, 1.0, 1, awake)) is experts

@@ -73,21 +73,24 @@ class Forward(Enum):
 
 @dataclass(slots=True)
 class Sums:
-    """Of forwards: how many, their rows, contexts and seconds, and the rows waiting at them."""
+    """Of forwards: how many, their rows, contexts and seconds, the rows waiting at them, and the
+    experts awake in them."""
 
     count: int = 0
     rows: int = 0
     context: float = 0.0
     seconds: float = 0.0
     waiting: int = 0
+    experts: float = 0.0
 
-    def add(self, rows: int, context: float, seconds: float, waiting: int = 0) -> None:
+    def add(self, rows: int, context: float, seconds: float, waiting: int, experts: float) -> None:
         """Count a forward."""
         self.count += 1
         self.rows += rows
         self.context += context
         self.seconds += seconds
         self.waiting += waiting
+        self.experts += experts
 
     def mean(self, kind: Forward, size: int) -> Sample:
         """Return their means as one forward."""
@@ -98,36 +101,40 @@ class Sums:
         if kind is Forward.VERIFY:
             # Plain rounds are many, and all alike. A drafting round's mean counts as one: were it
             # believed more, a few slow ones would say that drafting does not pay.
-            return VerifySample(size, rows, context, seconds, n if rows == size else 1)
+            rounds = n if rows == size else 1
+            return VerifySample(size, rows, context, seconds, rounds, self.experts / n)
         waiting = self.waiting / n if kind is Forward.FIRST else None
         return DraftSample(rows, context, seconds, waiting)
 
 
 class Timings:
-    """The times of rounds: sums by kind of forward, batch size, and octave of the rows."""
+    """The times of rounds: sums by kind of forward, batch size, octave of the rows, and whether
+    rows of prompts are among them, which share experts in other ways."""
 
     def __init__(self) -> None:
-        self._sums: defaultdict[tuple[Forward, int, int], Sums] = defaultdict(Sums)
+        self._sums: defaultdict[tuple[Forward, int, int, bool], Sums] = defaultdict(Sums)
 
     def add(self, round: Round) -> None:
         """Count a round."""
         context = round.batch.mean_context
+        experts = 0.0 if round.batch.prefill_rows else round.experts
         self._of(Forward.VERIFY, round, round.verify_rows).add(
-            round.verify_rows, context, round.verify_seconds
+            round.verify_rows, context, round.verify_seconds, 0, experts
         )
         waiting = round.batch.catch_up_rows
         kind = Forward.FIRST
         for width, seconds in zip(round.level_widths, round.level_seconds, strict=True):
-            self._of(kind, round, width).add(width - waiting, context, seconds, waiting)
+            self._of(kind, round, width).add(width - waiting, context, seconds, waiting, 0.0)
             kind = Forward.LEVEL
             waiting = 0
 
     def _of(self, kind: Forward, round: Round, rows: int) -> Sums:
-        return self._sums[kind, round.batch.size, rows.bit_length()]
+        prompts = round.batch.prefill_rows > 0
+        return self._sums[kind, round.batch.size, rows.bit_length(), prompts]
 
     def take(self) -> list[Sample]:
         """Return the means of each; they begin anew."""
-        samples = [sums.mean(kind, size) for (kind, size, _), sums in self._sums.items()]
+        samples = [sums.mean(kind, size) for (kind, size, *_), sums in self._sums.items()]
         self._sums.clear()
         return samples
 
