@@ -91,6 +91,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-model-len", type=int, default=1024, help="tokens of a prompt and its answer (1024)")
     add("--rows", type=whole_numbers, default=(1, 2, 4, 8, 16, 32), metavar="1,16")
     add("--forward-context", type=int, default=150, help="tokens before those rows (150)")
+    only = "time forwards and a prompt, and no answers: of files with random weights"
+    add("--forwards-only", action="store_true", help=only)
     limit = "seconds; what is missing then is said (3300)"
     add("--time-limit", type=float, default=3300.0, help=limit)
     add("--resume", type=Path, metavar="FILE", help="keep what is measured, and go on from it")
@@ -111,7 +113,7 @@ def main(args: argparse.Namespace) -> int:
     progress.add(LIMITS, args.time_limit)
     with servers_end_with_us(), session:
         session.forwards(time.monotonic() + FORWARD_SHARE * args.time_limit)
-        for number, slots in enumerate(args.slots):
+        for number, slots in enumerate(() if args.forwards_only else args.slots):
             now = time.monotonic()
             session.measure(slots, now + (stop - now) / (len(args.slots) - number))
     result = {

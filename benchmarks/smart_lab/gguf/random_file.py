@@ -165,6 +165,7 @@ MODELS = {
         metadata={**LINEAR, "ssm.time_step_rank": 32, "ssm.inner_size": 4096},
     ),
 }
+_OLLAMAS = ("attn_out", "attn_sinks")  # names that llama.cpp does not read
 # Where the scale of a block lies in its bytes; the others are numbers, and scales of parts.
 _HALVES = {Type.Q4_K: {0: 3e-5, 2: 2.3e-4}, Type.Q6_K: {208: 3e-5}, Type.Q8_0: {0: SCALE / 73}}
 
@@ -227,6 +228,7 @@ def _add_tokenizer(writer: gguf.GGUFWriter, pre: str, vocab: int) -> None:
     writer.add_token_merges(["h e"])
     writer.add_eos_token_id(0)
     writer.add_add_bos_token(False)
+    writer.add_chat_template("{% for each in messages %}{{ each.content }}{% endfor %}")
 
 
 def _stacked(
@@ -234,7 +236,8 @@ def _stacked(
 ) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Yield GGUF's names and shapes: tensors of all experts in one."""
     top = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-    known = {published: name for name, published in family.gguf_names.items()}
+    names = {name: what for name, what in family.gguf_names.items() if name not in _OLLAMAS}
+    known = {published: name for name, published in names.items()}
     experts = sum(".0.mlp.experts." in name and "gate_proj.weight" in name for name in shapes)
     for name, shape in shapes.items():
         if name.endswith("conv1d.weight"):  # its dimension of one is left out
@@ -257,7 +260,8 @@ def _stacked(
 def _kind(model: Published, name: str, shape: tuple[int, ...], layers: int) -> Type:
     """Return a tensor's type, as llama.cpp's Q4_K_M and its file of gpt-oss have them."""
     parts = name.split(".")
-    if len(shape) == 1 or parts[-2] in ("ffn_gate_inp", "ssm_conv1d"):
+    unrounded = parts[-1] == "bias" or parts[-2] in ("ffn_gate_inp", "ssm_conv1d")
+    if len(shape) == 1 or unrounded:
         return Type.F32
     if model.usual is Type.MXFP4:
         return Type.MXFP4 if parts[-2].endswith("_exps") and len(shape) == 3 else model.better
