@@ -16,23 +16,25 @@ struct TinyMixture {
     std::vector<float> router, router_bias, gate_up_bias, down_bias;
     Blob router_blob;
     std::vector<Weight> gate_up, down;
-    int per_token;
-    bool normalised;
+    int count, per_token;  // of the experts that a router chooses among
+    bool normalised, shared;
 
     TinyMixture(Random& random, const Shape& s, bool bf16) : base(random, s, bf16, true) {
         base.w.output_bias.clear();
         std::fill(base.w.output.begin(), base.w.output.end(), 0.0f);
         base.output = packed(base.w.output, s.heads * s.head_dim, bf16);
-        const int count = int(random.between(1, 20));
+        count = int(random.between(1, 20));
         const bool biased = !base.w.down_bias.empty();
         per_token = int(random.between(1, count));
         normalised = random.chance(0.5);
-        router = matrix(random, count, s.hidden, bf16, 2);
+        shared = random.chance(0.4);
+        const int networks = count + shared;
+        router = matrix(random, networks, s.hidden, bf16, 2);
         for (int e = 1; e < count; e++)  // equals, of which the first ones are taken
             if (random.chance(0.2))
                 std::copy_n(&router[(e - 1) * s.hidden], s.hidden, &router[e * s.hidden]);
         router_blob = packed(router, s.hidden, bf16);
-        for (int e = 0; e < count; e++) {
+        for (int e = 0; e < networks; e++) {
             experts.emplace_back(random, s, bf16, true);
             TinyLayer& expert = experts.back();
             expert.w.gelu = base.w.gelu;
@@ -46,7 +48,7 @@ struct TinyMixture {
                     bias->clear();
             }
         }
-        if (biased) router_bias = random.normals(count, 1);
+        if (biased) router_bias = random.normals(networks, 1);
         for (const TinyLayer& expert : experts) {
             gate_up.push_back(expert.gate_up.weight());
             down.push_back(expert.down.weight());
@@ -62,8 +64,9 @@ struct TinyMixture {
         layer.gate_up_bias = pointer(gate_up_bias);
         layer.down_bias = pointer(down_bias);
         layer.router_bias = pointer(router_bias);
-        layer.experts = int32_t(experts.size());
+        layer.experts = count;
         layer.per_token = per_token;
+        layer.shared = shared;
         layer.normalised = normalised;
         layer.router = router_blob.weight();
         layer.expert_gate_up = gate_up.data();
@@ -78,16 +81,20 @@ struct TinyMixture {
         reference::rms_norm(x, w.post_norm.data(), w.eps, w.hidden, normed.data());
         if (rounds.inputs) reference::round_all(normed);
         Doubles probs = reference::linear(normed, router, w.hidden, router_bias);
+        const double of_shared = shared ? 1 / (1 + std::exp(-probs.back())) : 0;
+        probs.resize(count);
         const double most = *std::max_element(probs.begin(), probs.end());
         for (double& p : probs) p = std::exp(p - most);
         std::vector<int64_t> chosen = reference::ranked(probs);
         const double all = sum(probs, chosen);
         chosen.resize(per_token);
         const double by = normalised ? sum(probs, chosen) : all;
-        for (int64_t e : chosen) {
+        const auto add = [&](int64_t e, double weight) {
             const Doubles own = reference::network(experts[e].w, normed, rounds);
-            for (int i = 0; i < w.hidden; i++) total[i] += probs[e] / by * own[i];
-        }
+            for (int i = 0; i < w.hidden; i++) total[i] += weight * own[i];
+        };
+        for (int64_t e : chosen) add(e, probs[e] / by);
+        if (shared) add(count, of_shared);
         if (!w.ffn_norm.empty())
             total = reference::rms_norms(total, w.ffn_norm.data(), w.eps, w.hidden);
         for (int i = 0; i < w.hidden; i++) x[i] += total[i];
@@ -120,8 +127,10 @@ std::vector<float> run(const TinyMixture& m, std::vector<float> x, bool bf16, in
     const int64_t qkv_width =
         std::max<int64_t>((layer.heads + 2 * layer.kv_heads) * hd, layer.hidden);
     std::vector<float> normed(x.size()), qkv(rows * qkv_width), attended(rows * layer.heads * hd),
-        ffn(rows * layer.per_token * layer.ffn),
-        mixture(rows * (layer.experts + layer.per_token * (layer.hidden + 2)));
+        ffn(rows * (layer.per_token + layer.shared) * layer.ffn),
+        mixture(rows
+                * (layer.experts + layer.shared
+                   + (layer.per_token + layer.shared) * (layer.hidden + 2)));
     const Workspace workspace{normed.data(), qkv.data(),     attended.data(),
                               ffn.data(),    mixture.data(), awake};
     const int32_t status = smart_layers(&layer, 1, &in, nullptr, x.data(), cache.keys(),
@@ -136,7 +145,8 @@ void one_mixture(uint64_t seed, bool bf16) {
     const TinyMixture m(random, shape, bf16);
     check::begin("experts", seed,
                  shape.text() + ", " + std::to_string(m.per_token) + " of "
-                     + std::to_string(m.experts.size()) + (bf16 ? ", bf16" : ", fp32"));
+                     + std::to_string(m.count) + (m.shared ? ", one shared" : "")
+                     + (bf16 ? ", bf16" : ", fp32"));
     // the most: an expert's rows are more than a thread of a dense layer packs alone
     const int64_t rows = random.of<int64_t>({1, 2, 3, 9, 17, 40, 130, 700}), d = shape.hidden;
     const std::vector<float> x = random.normals(rows * d);

@@ -169,6 +169,7 @@ struct TinyLayer {
                 0,
                 0,
                 0,
+                0,
                 w.eps,
                 pointer(w.input_norm),
                 pointer(w.q_norm),

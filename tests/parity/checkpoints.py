@@ -53,6 +53,7 @@ Qwen2 = transformers.Qwen2Config
 Qwen3 = transformers.Qwen3Config
 Qwen3Moe = transformers.Qwen3MoeConfig
 Qwen3_5 = transformers.Qwen3_5TextConfig
+Qwen3_5Moe = transformers.Qwen3_5MoeTextConfig
 Gemma3 = transformers.Gemma3TextConfig
 GEMMA3 = {
     "num_hidden_layers": 3,
@@ -78,6 +79,12 @@ HYBRID = {
     "linear_num_value_heads": 4,
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 8,
+}
+SHARED = {
+    "num_experts": 6,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 72,
+    "shared_expert_intermediate_size": 72,
 }
 GptOss = transformers.GptOssConfig
 GPT_OSS = {
@@ -143,6 +150,7 @@ OTHERS = {  # shapes without CPU kernels
         Qwen3_5,
         {**HYBRID, "linear_num_key_heads": 4, "linear_value_head_dim": 12},
     ),
+    "qwen3.5 of experts": (Qwen3_5Moe, {**HYBRID, **SHARED}),
 }
 
 

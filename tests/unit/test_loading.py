@@ -101,6 +101,21 @@ FAMILIES = {
             "linear_value_head_dim": 8,
         },
     ),
+    "qwen35moe": (
+        transformers.Qwen3_5MoeTextConfig,
+        {
+            "head_dim": 16,
+            "layer_types": ["linear_attention", "full_attention"],
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 64,
+            "shared_expert_intermediate_size": 64,
+        },
+    ),
     "gemma3": (
         transformers.Gemma3TextConfig,
         {
@@ -206,7 +221,7 @@ def test_reads_what_transformers_writes(name: str, shard: str, tmp_path: Path) -
     of_all = "full_attention_inv_freq" if name == "gemma3" else "inv_freq"
     theirs = getattr(rotary, of_all).numpy()
     np.testing.assert_allclose(inverse[: len(theirs)], theirs, rtol=2e-6)
-    assert len(theirs) == (2 if name == "qwen35" else len(inverse))
+    assert len(theirs) == (2 if name.startswith("qwen35") else len(inverse))
     assert not inverse[len(theirs) :].any(), "others do not rotate"
     assert factor == pytest.approx(rotary.attention_scaling if name == "gpt-oss" else 1.0)
     if name == "gemma3":
@@ -368,8 +383,38 @@ def test_reads_the_text_of_a_model_that_sees(tmp_path: Path) -> None:
     assert torch.equal(held, layers[1].self_attn.q_proj.weight)
     norm = checkpoint.weights["model.layers.0.input_layernorm.weight"]
     assert torch.equal(norm, layers[0].input_layernorm.weight + 1)
-    change_config(tmp_path, architectures=["Qwen3_5MoeForConditionalGeneration"])
-    assert_refused(tmp_path, "Qwen3_5MoeForConditionalGeneration")
+    change_config(tmp_path, architectures=["Qwen3NextForConditionalGeneration"])
+    assert_refused(tmp_path, "Qwen3NextForConditionalGeneration")
+
+
+def test_experts_may_lie_in_one_tensor_gate_before_up(tmp_path: Path) -> None:
+    """As published files of Qwen3.5's mixtures hold them; transformers writes them one by one."""
+    model = tiny_model("qwen35moe")
+    model.save_pretrained(tmp_path)
+    expected = held_by(model)
+
+    def stack(weights: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in weights if ".mlp.experts." in name]:
+            del weights[name]
+        for layer in range(2):
+            prefix = f"model.layers.{layer}.mlp.experts."
+            each = [
+                {
+                    part: expected[f"{prefix}{n}.{part}_proj.weight"]
+                    for part in ("gate", "up", "down")
+                }
+                for n in range(4)
+            ]
+            both = [torch.cat((expert["gate"], expert["up"])) for expert in each]
+            weights[f"{prefix}gate_up_proj"] = torch.stack(both)
+            weights[f"{prefix}down_proj"] = torch.stack([expert["down"] for expert in each])
+
+    change_weights(tmp_path, stack)
+    checkpoint = load_checkpoint(tmp_path)
+    for name in checkpoint.config.expected_shapes():
+        assert torch.equal(checkpoint.weights[name], expected[name]), name
+    change_config(tmp_path, shared_expert_intermediate_size=32)
+    assert_refused(tmp_path, "a shared expert of 32 gates beside experts of 64")
 
 
 @pytest.mark.parametrize(
@@ -618,6 +663,12 @@ GGUF_NAMES = {
     "mlp.experts.down_proj": "ffn_down_exps",
     "self_attn.sinks": "attn_sinks",
 }
+SHARED_NAMES = {
+    "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
+    "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
+    "mlp.shared_expert.up_proj": "ffn_up_shexp",
+    "mlp.shared_expert.down_proj": "ffn_down_shexp",
+}
 
 
 GEMMA_NAMES = {
@@ -647,6 +698,7 @@ def gguf_name(name: str, architecture: str) -> str:
     own = {
         "gemma3": GEMMA_NAMES,
         "qwen35": HYBRID_NAMES,
+        "qwen35moe": HYBRID_NAMES | SHARED_NAMES,
         "gpt-oss": GPT_OSS_NAMES,
         "gptoss": OLLAMA_NAMES,
     }
@@ -685,7 +737,7 @@ def write_gguf(
     add_options(writer, architecture)
     for key, value in metadata.items():
         writer.add_uint32(f"{architecture}.{key}", value)
-    kinds = {"qwen35": "qwen35", "gpt-oss": "gpt-4o", "gptoss": "default"}
+    kinds = {"qwen35": "qwen35", "qwen35moe": "qwen35", "gpt-oss": "gpt-4o", "gptoss": "default"}
     usual = "qwen2" if architecture.startswith("qwen") else "smollm"
     add_tokenizer(writer, kinds.get(architecture, usual))
     if rope_freqs is not None:
@@ -695,16 +747,14 @@ def write_gguf(
         array = tensor.numpy()
         quantised = kind != gguf.GGMLQuantizationType.F32 and array.ndim > 1
         # as llama.cpp's converter leaves them
-        quantised &= not key.endswith(("mlp.gate.weight", "conv1d.weight", ".bias"))
+        unrounded = ("mlp.gate.weight", "shared_expert_gate.weight", "conv1d.weight", ".bias")
+        quantised &= not key.endswith(unrounded)
         if quantised:
             rounded = gguf.quants.dequantize(gguf.quants.quantize(array, kind), kind)
             expected |= by_expert(key, torch.from_numpy(rounded).bfloat16())
         else:
             expected |= by_expert(key, tensor)
-        if architecture == "llama" and ("q_proj" in key or "k_proj" in key):
-            array = interleaved(array, 4 if "q_proj" in key else 2)
-        if architecture == "qwen35":
-            array = of_tiled_heads(key, array)
+        array = as_in_gguf(key, array, architecture)
         if quantised:
             quants = gguf.quants.quantize(array, kind)
             writer.add_tensor(gguf_name(key, architecture), quants, raw_dtype=kind)
@@ -714,12 +764,21 @@ def write_gguf(
     return expected
 
 
+def as_in_gguf(name: str, array: np.ndarray, architecture: str) -> np.ndarray:
+    """A tensor as llama.cpp's converter lays it out."""
+    if architecture == "llama" and ("q_proj" in name or "k_proj" in name):
+        return interleaved(array, 4 if "q_proj" in name else 2)
+    if name.endswith("shared_expert_gate.weight"):
+        return array[0]
+    return of_tiled_heads(name, array) if architecture.startswith("qwen35") else array
+
+
 def held_by(model: transformers.PreTrainedModel) -> dict[str, torch.Tensor]:
     """The weights that layers multiply by, under their names in safetensors."""
     weights = revert_weight_conversion(model, model.state_dict())
     if model.config.tie_word_embeddings:
         del weights["lm_head.weight"]
-    if model.config.model_type in ("gemma3_text", "qwen3_5_text"):
+    if model.config.model_type in ("gemma3_text", "qwen3_5_text", "qwen3_5_moe_text"):
         weights |= {
             key: w + 1
             for key, w in weights.items()
@@ -767,13 +826,13 @@ def of_tiled_heads(name: str, array: np.ndarray) -> np.ndarray:
     return array
 
 
-def add_linear_attention(writer: gguf.GGUFWriter) -> None:
+def add_linear_attention(writer: gguf.GGUFWriter, architecture: str) -> None:
     writer.add_ssm_conv_kernel(4)
     writer.add_ssm_state_size(8)
     writer.add_ssm_group_count(2)
     writer.add_ssm_time_step_rank(4)
     writer.add_ssm_inner_size(32)
-    writer.add_uint32("qwen35.full_attention_interval", 2)
+    writer.add_uint32(f"{architecture}.full_attention_interval", 2)
     writer.add_rope_dimension_count(4)
 
 
@@ -811,18 +870,20 @@ def add_options(writer: gguf.GGUFWriter, architecture: str) -> None:
     """What some architectures have beside their sizes."""
     if architecture in ("gemma3", "gpt-oss", "gptoss"):
         writer.add_sliding_window(16)
-    if architecture in ("qwen3moe", "gpt-oss", "gptoss"):
+    if architecture in ("qwen3moe", "qwen35moe", "gpt-oss", "gptoss"):
         writer.add_expert_count(4)
         writer.add_expert_used_count(2)
-    if architecture in ("qwen3moe", "gpt-oss"):
+    if architecture in ("qwen3moe", "qwen35moe", "gpt-oss"):
         writer.add_expert_feed_forward_length(64)
     if architecture in ("gpt-oss", "gptoss"):
         writer.add_rope_scaling_factor(4.0)
         writer.add_rope_scaling_orig_ctx_len(32)
     if architecture == "gpt-oss":
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
-    if architecture == "qwen35":
-        add_linear_attention(writer)
+    if architecture == "qwen35moe":
+        writer.add_expert_shared_feed_forward_length(64)
+    if architecture.startswith("qwen35"):
+        add_linear_attention(writer, architecture)
 
 
 def finish(writer: gguf.GGUFWriter) -> None:
@@ -849,7 +910,10 @@ def add_tokenizer(writer: gguf.GGUFWriter, pre: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["llama", "llama-bias", "llama3", "qwen2", "qwen3", "qwen3moe", "qwen35", "gemma3", "gpt-oss"],
+    [
+        *("llama", "llama-bias", "llama3", "qwen2", "qwen3", "qwen3moe", "qwen35", "qwen35moe"),
+        *("gemma3", "gpt-oss"),
+    ],
 )
 def test_reads_gguf_exactly(name: str, tmp_path: Path) -> None:
     expected = write_gguf(tmp_path / "tiny.gguf", name)
@@ -861,14 +925,16 @@ def test_reads_gguf_exactly(name: str, tmp_path: Path) -> None:
         else:
             assert torch.equal(checkpoint.weights[key], tensor), key
     assert checkpoint.config.qkv_bias == (name in ("qwen2", "llama-bias", "gpt-oss"))
-    assert checkpoint.config.qk_norm == (name in ("qwen3", "qwen3moe", "qwen35", "gemma3"))
+    assert checkpoint.config.qk_norm == name.startswith(("qwen3", "gemma3"))
     assert checkpoint.config.head_dim == (16 if name.startswith(("qwen3", "gpt")) else 8)
     assert checkpoint.config.tie_embeddings == (name in ("llama", "qwen2", "gemma3"))
     tokenizer = Tokenizer.load(checkpoint.tokenizer_source)
     assert tokenizer.encode("he<|eos|>") == [259, 2]
 
 
-@pytest.mark.parametrize("name", ["llama3", "qwen3", "qwen3moe", "qwen35", "gemma3", "gpt-oss"])
+@pytest.mark.parametrize(
+    "name", ["llama3", "qwen3", "qwen3moe", "qwen35", "qwen35moe", "gemma3", "gpt-oss"]
+)
 def test_transformers_reads_what_is_expanded(name: str, tmp_path: Path) -> None:
     write_gguf(tmp_path / "tiny.gguf", name)
     folder = load_checkpoint(tmp_path / "tiny.gguf").tokenizer_source
@@ -884,7 +950,8 @@ def test_transformers_reads_what_is_expanded(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "native"), [("qwen3moe", True), ("qwen3moe", False), ("qwen35", False)]
+    ("family", "native"),
+    [("qwen3moe", True), ("qwen3moe", False), ("qwen35", False), ("qwen35moe", False)],
 )
 @pytest.mark.parametrize("name", ["tiny.gguf", "folder"])
 def test_a_file_answers_as_in_transformers(
@@ -1130,7 +1197,9 @@ STORED = ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4"]
 
 
 @pytest.mark.parametrize("kind", STORED)
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3moe", "qwen35", "gemma3", "gpt-oss"])
+@pytest.mark.parametrize(
+    "name", ["llama", "qwen2", "qwen3moe", "qwen35", "qwen35moe", "gemma3", "gpt-oss"]
+)
 def test_stored_weights_are_the_expanded_ones(kind: str, name: str, tmp_path: Path) -> None:
     path = tmp_path / "tiny.gguf"
     write_gguf(path, name, gguf.GGMLQuantizationType[kind])
@@ -1139,7 +1208,16 @@ def test_stored_weights_are_the_expanded_ones(kind: str, name: str, tmp_path: Pa
     assert set(checkpoint.weights) == set(expanded)
     for key, tensor in expanded.items():
         stored = checkpoint.weights[key]
-        floats = ("norm", "bias", "mlp.gate.", "conv1d", "A_log", "linear_attn.out_proj", "sinks")
+        floats = (
+            "norm",
+            "bias",
+            "mlp.gate.",
+            "shared_expert_gate",
+            "conv1d",
+            "A_log",
+            "linear_attn.out_proj",
+            "sinks",
+        )
         is_matrix = not any(part in key for part in floats)
         assert isinstance(stored, QuantizedTensor) == (kind.startswith(("Q", "MX")) and is_matrix)
         assert torch.equal(as_tensor(stored).to(tensor.dtype), tensor), key

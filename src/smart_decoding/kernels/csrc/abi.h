@@ -64,7 +64,9 @@ struct Layer {
     int32_t clamped;  // or are clamped: see gated_panels in linear.h
     // Of a mixture: how many experts, of `ffn` gates each, how many of them a row has, and whether
     // their probabilities are divided by their sum. experts = 0: one network.
-    int32_t experts, per_token, normalised;
+    // shared: one more network behind the experts', for all rows; the router's last output says, by
+    // its sigmoid, how much of it is added
+    int32_t experts, per_token, normalised, shared;
     float eps;
     // all but post_norm may be null
     const float *input_norm, *q_norm, *k_norm, *qkv_bias, *output_bias, *post_norm;
@@ -75,16 +77,16 @@ struct Layer {
     const float* router_bias;  // [experts]
     struct Weight qkv, output;
     struct Weight gate_up, down;                        // of the one network; a mixture has
-    struct Weight router;                               // [experts, hidden], and
-    const struct Weight *expert_gate_up, *expert_down;  // [experts]
+    struct Weight router;                               // [experts + shared, hidden], and
+    const struct Weight *expert_gate_up, *expert_down;  // [experts + shared]
 };
 
 struct Workspace {
     float* normed;     // [rows, max(hidden, input)]
     float* qkv;        // [rows, (heads + 2 kv_heads) head_dim], and [rows, hidden] has room
     float* attention;  // [rows, heads head_dim]
-    float* ffn;        // [rows, ffn]; of a mixture [rows, per_token ffn]
-    float* mixture;    // null without experts, else [rows, experts + per_token (hidden + 2)]
+    float* ffn;        // [rows, ffn]; of a mixture [rows, networks of a row, ffn]
+    float* mixture;    // null without experts, else as much as mixture_floats says
     int64_t* awake;    // null, or the sum of the experts that rows had in each layer
 };
 

@@ -12,7 +12,7 @@
 namespace [[gnu::visibility("hidden")]] smart {
 
 // The most probable experts of a row, of equal ones the first, in the order of their numbers, and
-// their weights. logits: of the router, which are lost.
+// their weights; behind them the shared one. logits: of the router, which are lost.
 static void choose_experts(const Layer& l, float* logits, int32_t* expert, float* weight) {
     const float most = *std::max_element(logits, logits + l.experts);
     float sum = 0, chosen = 0;
@@ -30,22 +30,25 @@ static void choose_experts(const Layer& l, float* logits, int32_t* expert, float
         logits[best] = -1;  // less than any other
     }
     for (int j = 0; j < l.per_token; j++) weight[j] /= l.normalised ? chosen : sum;
+    if (!l.shared) return;
+    expert[l.per_token] = l.experts;
+    weight[l.per_token] = 1 / (1 + std::exp(-logits[l.experts]));
 }
 
-// Which rows each expert has. A place is one of a row's experts: [rows, per_token].
+// Which rows each expert has. A place is one of a row's experts: [rows, of_row].
 struct ExpertRows {
     std::vector<int32_t> expert;  // those that any row has, ascending
     std::vector<int32_t> start;   // [expert.size() + 1] of their rows in `row`
     std::vector<int32_t> row;     // ascending for each expert
     std::vector<int32_t> slot;    // [places] where in `row` each is
 
-    void sort(const Layer& l, int rows, const int32_t* chosen) {
-        const int places = rows * l.per_token;
-        std::vector<int32_t> next(l.experts + 1);
+    void sort(int networks, int of_row, int rows, const int32_t* chosen) {
+        const int places = rows * of_row;
+        std::vector<int32_t> next(networks + 1);
         for (int i = 0; i < places; i++) next[chosen[i] + 1]++;
         expert.clear();
         start.clear();
-        for (int e = 0; e < l.experts; e++) {
+        for (int e = 0; e < networks; e++) {
             if (next[e + 1]) {
                 expert.push_back(e);
                 start.push_back(next[e]);
@@ -57,7 +60,7 @@ struct ExpertRows {
         slot.resize(places);
         for (int i = 0; i < places; i++) {
             slot[i] = next[chosen[i]]++;
-            row[slot[i]] = i / l.per_token;
+            row[slot[i]] = i / of_row;
         }
     }
 
@@ -96,23 +99,23 @@ static inline void add_scaled(const float* x, float by, int64_t d, float* to) {
 template <class W>
 void add_experts(const Layer& l, int rows, const Workspace& workspace, float* x) {
     float* const normed = workspace.normed;
-    const int64_t d = l.hidden, width = l.ffn, places = int64_t(rows) * l.per_token;
-    float *logits = workspace.mixture, *weight = logits + int64_t(rows) * l.experts;
+    const int networks = l.experts + l.shared, of_row = l.per_token + l.shared;
+    const int64_t d = l.hidden, width = l.ffn, places = int64_t(rows) * of_row;
+    float *logits = workspace.mixture, *weight = logits + int64_t(rows) * networks;
     int32_t* chosen = (int32_t*)(weight + places);
     float* outputs = weight + 2 * places;
-    linear_rows<W>(normed, rows, l.router, l.experts, d, l.router_bias, logits, l.experts, false,
+    linear_rows<W>(normed, rows, l.router, networks, d, l.router_bias, logits, networks, false,
                    l.hint);
     barrier();
 #pragma omp for schedule(static) nowait
     for (int r = 0; r < rows; r++)
-        choose_experts(l, logits + int64_t(r) * l.experts, chosen + r * l.per_token,
-                       weight + r * l.per_token);
+        choose_experts(l, logits + int64_t(r) * networks, chosen + r * of_row, weight + r * of_row);
     barrier();
     static thread_local ExpertRows of;
     static thread_local std::vector<float> gathered;
-    of.sort(l, rows, chosen);
+    of.sort(networks, of_row, rows, chosen);
     const int64_t experts = int64_t(of.expert.size());
-    if (workspace.awake && !omp_get_thread_num()) *workspace.awake += experts;
+    if (workspace.awake && !omp_get_thread_num()) *workspace.awake += experts - l.shared;
     for_panels(experts, gated_panels_of(width), [&](int64_t i, Panels& panels) {
         const int64_t e = of.expert[i];
         const float* read = of.gather(i, normed, d, gathered);
@@ -131,7 +134,7 @@ void add_experts(const Layer& l, int rows, const Workspace& workspace, float* x)
     for (int r = 0; r < rows; r++) {
         float* total = normed + r * d;
         std::fill_n(total, d, 0.0f);
-        for (int j = r * l.per_token; j < (r + 1) * l.per_token; j++)
+        for (int j = r * of_row; j < (r + 1) * of_row; j++)
             add_scaled(outputs + of.slot[j] * d, weight[j], d, total);
         if (l.ffn_norm) rms_norm_row(total, l.ffn_norm, l.eps, d, total);
         add_scaled(total, 1.0f, d, x + r * d);

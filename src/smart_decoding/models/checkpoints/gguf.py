@@ -66,6 +66,7 @@ _TOP_NAMES = {
 _BLOCK = re.compile(r"blk\.(\d+)\.(\w+)(\.weight|\.bias|)")
 _DECAY = ".ssm_a"  # holds the negative of what is published as a logarithm
 _CONVOLUTION = ".ssm_conv1d.weight"  # lacks a dimension of one
+_SHARED_GATE = ".ffn_gate_inp_shexp.weight"  # likewise
 
 
 def converted_folder(
@@ -229,6 +230,8 @@ def _index(
         shape = [int(n) for n in reversed(tensor.shape)]
         if name.endswith(_CONVOLUTION):
             shape.insert(1, 1)
+        if name.endswith(_SHARED_GATE):
+            shape.insert(0, 1)
         theirs = hf_name(name, family)
         order = family.gguf_order(config, name)
         entry = {

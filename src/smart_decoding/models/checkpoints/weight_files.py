@@ -2,9 +2,9 @@
 their index. Tensors stay on disk (mmap) until they are read by name.
 
 Layers multiply by some of them otherwise than they are published. Norms of some families are what
-is beyond 1. Experts of gpt-oss lie in one tensor of all, [experts, in, out], or as MXFP4: blocks
-[experts, out, in / 32, 16] of two numbers a byte, and scales [experts, out, in / 32]. Gate and up
-alternate among the outputs.
+is beyond 1. Experts may lie in one tensor of all. gpt-oss has [experts, in, out], or MXFP4: blocks
+[experts, out, in / 32, 16] of two numbers a byte, and scales [experts, out, in / 32]; gate and up
+alternate among the outputs. Qwen3.5 has [experts, out, in], gate before up.
 """
 
 from __future__ import annotations
@@ -154,37 +154,40 @@ def as_computed(
     config: ModelConfig, weights: Weights[Tensor], stored: bool = False
 ) -> Weights[Any]:
     """Return published weights as layers multiply by them. stored: MXFP4 stays what it is."""
+    if config.shifted_norms:
+        weights = ShiftedNorms(weights, 1.0)
     if config.experts is not None and config.experts.stacked:
-        return StackedExperts(weights, stored)
-    return ShiftedNorms(weights, 1.0) if config.shifted_norms else weights
+        return StackedExperts(weights, config.experts.stacked == "in turn", stored)
+    return weights
 
 
 def as_published(config: ModelConfig, weights: Weights[Matrix]) -> Weights[Matrix]:
     """Return what `as_computed` makes these weights of: a GGUF file has them as they are computed
     with."""
-    if config.experts is not None and config.experts.stacked:
+    if config.experts is not None and config.experts.stacked == "in turn":
         return StackingExperts(weights, config)
     return ShiftedNorms(weights, -1.0) if config.shifted_norms else weights
 
 
 class _ExpertPart(NamedTuple):
-    """One expert's matrix or bias in a tensor of all: its outputs first, first + step, ..."""
+    """One expert's matrix or bias in a tensor of all: some of its outputs."""
 
     tensor: str
     kind: str  # as in _STACKED
     expert: int
-    first: int
-    step: int
+    outputs: slice
 
 
 class StackedExperts(Weights[Matrix]):
-    """A matrix and a bias for each expert, out of tensors of all.
+    """A matrix and a bias for each expert, out of tensors of all; experts that have tensors of
+    their own are taken as they are.
 
-    stored: MXFP4 stays what it is, else it becomes bfloat16. Raises ModelError for a tensor that
-    is no stack."""
+    in_turn: as in gpt-oss's tensors; else as in Qwen3.5's. stored: MXFP4 stays what it is, else it
+    becomes bfloat16. Raises ModelError for a tensor that is no stack."""
 
-    def __init__(self, weights: Weights[Tensor], stored: bool) -> None:
+    def __init__(self, weights: Weights[Tensor], in_turn: bool, stored: bool) -> None:
         self._weights = weights
+        self._in_turn = in_turn
         self._stored = stored
         self._parts: dict[str, _ExpertPart] = {}
         self._names: dict[str, str] = {}  # of what is taken as it is
@@ -202,15 +205,18 @@ class StackedExperts(Weights[Matrix]):
 
     def _add(self, name: str, layer: str, which: str, kind: str) -> None:
         """Describe the parts of one tensor."""
-        outputs = self._matrix_shape(name, kind)
+        rows, *columns = self._matrix_shape(name, kind)
         names = _MATRICES[which]
-        step = len(names)
+        each = rows // len(names)
         end = "bias" if kind == "_bias" else "weight"
         for expert in range(self._weights.shapes[name][0]):
-            for first, matrix in enumerate(names):
+            for i, matrix in enumerate(names):
                 ours = f"{layer}{expert_prefix(expert)}{matrix}.{end}"
-                self._parts[ours] = _ExpertPart(name, kind, expert, first, step)
-                self.shapes[ours] = (len(range(first, outputs[0], step)), *outputs[1:])
+                outputs = slice(i * each, (i + 1) * each)
+                if self._in_turn:
+                    outputs = slice(i, None, len(names))
+                self._parts[ours] = _ExpertPart(name, kind, expert, outputs)
+                self.shapes[ours] = (len(range(*outputs.indices(rows))), *columns)
                 self.dtypes[ours] = _FORMAT if kind == "_blocks" else self._weights.dtypes[name]
 
     def _matrix_shape(self, name: str, kind: str) -> tuple[int, ...]:
@@ -219,7 +225,7 @@ class StackedExperts(Weights[Matrix]):
         if kind == "_bias" and len(shape) == 2:
             return shape[1:]
         if not kind and len(shape) == 3:
-            return shape[2], shape[1]
+            return (shape[2], shape[1]) if self._in_turn else shape[1:]
         if kind == "_blocks" and len(shape) == 4 and shape[3] == _GROUP // 2:
             scales = name.replace("_blocks", "_scales")
             if self._weights.dtypes[name] != "U8" or self._weights.dtypes.get(scales) != "U8":
@@ -233,10 +239,11 @@ class StackedExperts(Weights[Matrix]):
         if name in self._names:
             return self._weights[self._names[name]]
         part = self._parts[name]
-        rows = slice(part.first, None, part.step)
+        rows = part.outputs
         of_expert = self._weights[part.tensor][part.expert]
         if part.kind != "_blocks":
-            return (of_expert if part.kind else of_expert.t())[rows].contiguous()
+            by_output = of_expert if part.kind or not self._in_turn else of_expert.t()
+            return by_output[rows].contiguous()
         scales = self._weights[part.tensor.replace("_blocks", "_scales")][part.expert]
         quants = _as_in_gguf(of_expert[rows].numpy(), scales[rows].numpy())
         return quants if self._stored else quants.dequantize()

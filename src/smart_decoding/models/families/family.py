@@ -33,6 +33,13 @@ GGUF_EXPERTS: Mapping[str, str] = {
     "ffn_up_exps": "mlp.experts.{}.up_proj",
     "ffn_down_exps": "mlp.experts.{}.down_proj",
 }
+# The same of the network that all rows of a mixture run.
+GGUF_SHARED: Mapping[str, str] = {
+    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+    "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
+    "ffn_up_shexp": "mlp.shared_expert.up_proj",
+    "ffn_down_shexp": "mlp.shared_expert.down_proj",
+}
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,7 +36,7 @@ def _as_computed(config: ModelConfig, count: Any, per_token: Any, width: Any) ->
         normalised=True,  # as a softmax over the chosen ones' logits is
         each=FeedForward(int(width), gelu=False, clamped=True, bias=True),
         router_bias=True,
-        stacked=True,
+        stacked="in turn",
     )
     return replace(
         config, qkv_bias=True, o_bias=True, qk_norm=False, sinks=True, gelu=False, experts=experts

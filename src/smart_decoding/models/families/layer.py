@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 # Hugging Face's name of each tensor, and its shape.
 Shapes: TypeAlias = dict[str, tuple[int, ...]]
 # The matrix that chooses a row's experts.
 ROUTER = "mlp.gate.weight"
 ROUTER_BIAS = "mlp.gate.bias"
+# The network that all rows of a mixture run, and what says how much of it is added.
+SHARED = "mlp.shared_expert."
+SHARED_GATE = "mlp.shared_expert_gate.weight"
 # Of linear attention: the norm of its outputs, and the matrices that give each row's decay and
 # learning rate of the states.
 GATED_NORM = "linear_attn.norm.weight"
@@ -147,15 +150,17 @@ class FeedForward:
 class Experts:
     """A mixture of `count` networks. A row runs the `per_token` of them that a router finds most
     probable, and adds their outputs by these probabilities. normalised: divided by their sum
-    first. stacked: safetensors hold the matrices of all experts in one tensor, rows of gate and up
-    in turn (checkpoints/weight_files.py)."""
+    first. shared: all rows run one network more, and add the sigmoid of a further product of it.
+    stacked: safetensors may hold the matrices of all experts in one tensor, rows of gate and up in
+    turn, or in halves (checkpoints/weight_files.py)."""
 
     count: int
     per_token: int
     normalised: bool
     each: FeedForward
     router_bias: bool = False
-    stacked: bool = False
+    stacked: Literal["in turn", "in halves"] | None = None
+    shared: bool = False
 
     def shapes(self, hidden: int) -> Shapes:
         """Return its weights, the router's first."""
@@ -164,6 +169,9 @@ class Experts:
             shapes[ROUTER_BIAS] = (self.count,)
         for number in range(self.count):
             shapes |= self.each.shapes(hidden, expert_prefix(number))
+        if self.shared:
+            shapes[SHARED_GATE] = (1, hidden)
+            shapes |= self.each.shapes(hidden, SHARED)
         return shapes
 
 

@@ -65,7 +65,7 @@ def _every(interval: int, layers: int) -> range:
 
 
 def _from_gguf(config: ModelConfig, metadata: Mapping[str, Any]) -> ModelConfig:
-    own = "qwen35."
+    own = f"{metadata['general.architecture']}."
     if metadata.get(own + "nextn_predict_layers"):
         raise ModelError(
             "a GGUF file with layers that predict further tokens (MTP) is not supported: take the "

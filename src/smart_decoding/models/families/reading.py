@@ -1,6 +1,6 @@
 """The families of models that are supported, and how their configurations are read and written.
 
-Whatever this project does not compute (other architectures, shared experts, quantised weights,
+Whatever this project does not compute (other architectures, quantised weights,
 other kinds of RoPE, ...) is refused here by name, before any weight is read.
 """
 
@@ -27,12 +27,13 @@ from smart_decoding.models.families.llama import LLAMA
 from smart_decoding.models.families.mistral import MISTRAL
 from smart_decoding.models.families.qwen import QWEN2, QWEN3
 from smart_decoding.models.families.qwen3_5 import QWEN3_5
+from smart_decoding.models.families.qwen3_5_moe import QWEN3_5_MOE
 from smart_decoding.models.families.qwen_moe import QWEN3_MOE
 
 if TYPE_CHECKING:
     from smart_decoding.models.families.family import Family
 
-FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3, QWEN3_MOE, QWEN3_5, GEMMA3, GPT_OSS)
+FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3, QWEN3_MOE, QWEN3_5, QWEN3_5_MOE, GEMMA3, GPT_OSS)
 _BY_NAME = {family.name: family for family in FAMILIES}
 _BY_ARCHITECTURE = {family.architecture: family for family in FAMILIES}
 _BY_WHOLE = {family.whole: family for family in FAMILIES if family.whole}
@@ -218,7 +219,8 @@ def _common_from_hf(
         heads=heads,
         kv_heads=int(config.get("num_key_value_heads") or heads),
         head_dim=int(config.get("head_dim") or hidden // heads),
-        ffn=int(config["intermediate_size"]),
+        # a mixture may have none beside its experts
+        ffn=int(config.get("intermediate_size") or config["moe_intermediate_size"]),
         vocab=int(config["vocab_size"]),
         rope_theta=float(options.get("rope_theta", family.theta)),
         rms_eps=float(config["rms_norm_eps"]),
@@ -268,7 +270,10 @@ def _common_from_gguf(
         heads=heads,
         kv_heads=int(metadata.get(own + "attention.head_count_kv", heads)),
         head_dim=head_dim,
-        ffn=int(metadata[own + "feed_forward_length"]),
+        ffn=int(
+            metadata.get(own + "feed_forward_length")
+            or metadata[own + "expert_feed_forward_length"]
+        ),
         vocab=len(tokens),
         rope_theta=float(metadata.get(own + "rope.freq_base", family.theta)),
         rms_eps=round(epsilon, 12),  # stored as float32

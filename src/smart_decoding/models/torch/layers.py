@@ -35,6 +35,8 @@ from smart_decoding.models.families.layer import (
     RATES,
     ROUTER,
     ROUTER_BIAS,
+    SHARED,
+    SHARED_GATE,
     Attention,
     Experts,
     LinearAttention,
@@ -70,19 +72,21 @@ class NetworkWeights:
 
 @dataclass
 class RouterWeights:
-    """What chooses a row's experts, by matrix [experts, hidden]. per_token, normalised: as in
-    Experts."""
+    """What chooses a row's experts, by matrix [experts, hidden]. per_token, normalised, shared: as
+    in Experts. Where one is shared, the matrix has a row more, for it."""
 
     matrix: Matrix
     per_token: int
     normalised: bool
     bias: Tensor | None = None
+    shared: bool = False
 
 
 @dataclass
 class LayerWeights:
     """One layer under its usual names. Matrices are [out, in]; qkv: q, k and v.
-    networks: the feed-forward network, or the experts that `router` chooses among.
+    networks: the feed-forward network, or the experts that `router` chooses among, and behind them
+    the shared one.
 
     `input` is the width that q, k and v read: `hidden`, or twice that in an EAGLE-3 head, which
     then has no input_norm. attention_norm, ffn_norm: of what both add to x. window: how many
@@ -323,7 +327,8 @@ class NativeLayers:
         all_down = each(*(down.struct for _, down in networks))
         self._keep += [matrix, all_gate_up, all_down]
         return {
-            "experts": len(networks),
+            "experts": len(networks) - router.shared,
+            "shared": router.shared,
             "per_token": router.per_token,
             "normalised": router.normalised,
             "router": matrix.struct,
@@ -373,8 +378,8 @@ def layer_weights(
     router = None
     if isinstance(layer.ffn, Experts):
         prefixes = [expert_prefix(number) for number in range(layer.ffn.count)]
-        bias = get(ROUTER_BIAS) if layer.ffn.router_bias else None
-        router = RouterWeights(matrix(ROUTER), layer.ffn.per_token, layer.ffn.normalised, bias)
+        router = _router(layer.ffn, matrix, get)
+        prefixes += [SHARED] if layer.ffn.shared else []
     attention = layer.attention
     if isinstance(attention, LinearAttention):
         mixing = _linear_attention(
@@ -392,6 +397,21 @@ def layer_weights(
         clamped=layer.network.clamped,
         **mixing,
         **{name: norm.to(device) for name, norm in norms.items()},
+    )
+
+
+def _router(
+    experts: Experts, matrix: Callable[[str], Matrix], get: Callable[[str], Tensor]
+) -> RouterWeights:
+    rows = matrix(ROUTER)
+    if experts.shared:
+        rows = torch.cat((as_tensor(rows), get(SHARED_GATE)))
+    return RouterWeights(
+        rows,
+        experts.per_token,
+        experts.normalised,
+        get(ROUTER_BIAS) if experts.router_bias else None,
+        experts.shared,
     )
 
 

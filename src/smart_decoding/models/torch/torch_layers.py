@@ -114,22 +114,27 @@ class TorchLayer:
         A row's experts are added in the order of their numbers, whatever experts other rows
         have."""
         assert self._router is not None
-        probs = F.linear(normed, self._router, router.bias).softmax(-1, dtype=torch.float32)
+        logits = F.linear(normed, self._router, router.bias)
+        probs = logits[:, : len(self._networks) - router.shared].softmax(-1, dtype=torch.float32)
         # of equal ones the first: top-k would take any
         weight, chosen = probs.sort(dim=-1, descending=True, stable=True)
         weight, chosen = weight[:, : router.per_token], chosen[:, : router.per_token]
         if router.normalised:
             weight = weight / weight.sum(-1, keepdim=True)
+        if router.shared:
+            weight = torch.cat((weight, logits[:, -1:].float().sigmoid()), dim=1)
+            chosen = F.pad(chosen, (0, 1), value=len(self._networks) - 1)
+        of_row = chosen.shape[1]
         weight = weight.to(normed.dtype).flatten()
         chosen = chosen.flatten()
         counts = torch.bincount(chosen, minlength=len(self._networks)).tolist()
-        context.experts.append(sum(count > 0 for count in counts))
+        context.experts.append(sum(count > 0 for count in counts) - router.shared)
         places = torch.split(chosen.argsort(stable=True), counts)  # rows ascend for each expert
         total = torch.zeros_like(normed)
         for network, at in zip(self._networks, places, strict=True):
             if not len(at):
                 continue
-            row = at // router.per_token
+            row = at // of_row
             outputs = self._gated(normed[row], network) @ network.down
             if network.down_bias is not None:
                 outputs += network.down_bias
