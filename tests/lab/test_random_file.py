@@ -36,6 +36,9 @@ def small(name: str) -> Published:
             config["moe_intermediate_size"] = 256
         each = config.get("moe_intermediate_size", config["intermediate_size"])
         metadata["expert_feed_forward_length"] = each
+        if "shared_expert_intermediate_size" in config:
+            config["shared_expert_intermediate_size"] = each
+            metadata["expert_shared_feed_forward_length"] = each
     return replace(model, config=config, metadata=metadata)
 
 
@@ -68,3 +71,4 @@ def test_published_sizes_are_those_of_the_models() -> None:
     assert billions["gpt-oss-20b"] == pytest.approx(20.9, abs=0.3)
     assert 0.7 < billions["qwen3.5-0.8b"] < 0.9
     assert 4.0 < billions["qwen3.5-4b"] < 4.7
+    assert 34 < billions["qwen3.5-35b-a3b"] < 36

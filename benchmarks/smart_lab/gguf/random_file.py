@@ -132,6 +132,7 @@ LINEAR = {
     "ssm.group_count": 16,
     "full_attention_interval": 4,
     "rope.dimension_count": 64,
+    "rope.dimension_sections": [11, 11, 10, 0],
 }
 MODELS = {
     "qwen3-30b-a3b": Published(
@@ -164,6 +165,28 @@ MODELS = {
         "qwen35",
         metadata={**LINEAR, "ssm.time_step_rank": 32, "ssm.inner_size": 4096},
     ),
+    "qwen3.5-35b-a3b": Published(
+        {
+            **qwen3_5(2048, 40, 512, 32, 16, 2),
+            "architectures": ["Qwen3_5MoeForCausalLM"],
+            "model_type": "qwen3_5_moe_text",
+            "num_experts": 256,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 512,
+            "shared_expert_intermediate_size": 512,
+            "tie_word_embeddings": False,
+        },
+        "qwen35",
+        metadata={
+            **LINEAR,
+            "ssm.time_step_rank": 32,
+            "ssm.inner_size": 4096,
+            "expert_count": 256,
+            "expert_used_count": 8,
+            "expert_feed_forward_length": 512,
+            "expert_shared_feed_forward_length": 512,
+        },
+    ),
 }
 _OLLAMAS = ("attn_out", "attn_sinks")  # names that llama.cpp does not read
 # Where the scale of a block lies in its bytes; the others are numbers, and scales of parts.
@@ -181,6 +204,8 @@ def write(path: Path, model: Published, layers: int | None = None) -> None:
     for key, value in model.metadata.items():
         if isinstance(value, str):
             writer.add_string(f"{family.gguf}.{key}", value)
+        elif isinstance(value, list):
+            writer.add_array(f"{family.gguf}.{key}", value)
         elif isinstance(value, float):
             writer.add_float32(f"{family.gguf}.{key}", value)
         else:
@@ -240,8 +265,9 @@ def _stacked(
     known = {published: name for name, published in names.items()}
     experts = sum(".0.mlp.experts." in name and "gate_proj.weight" in name for name in shapes)
     for name, shape in shapes.items():
-        if name.endswith("conv1d.weight"):  # its dimension of one is left out
-            shape = (shape[0], shape[2])
+        # dimensions of one are left out
+        if name.endswith(("conv1d.weight", "shared_expert_gate.weight")):
+            shape = tuple(size for size in shape if size != 1)
         stem, _, end = name.rpartition(".")
         if stem in top:
             yield f"{top[stem]}.{end}", shape
@@ -260,7 +286,7 @@ def _stacked(
 def _kind(model: Published, name: str, shape: tuple[int, ...], layers: int) -> Type:
     """Return a tensor's type, as llama.cpp's Q4_K_M and its file of gpt-oss have them."""
     parts = name.split(".")
-    unrounded = parts[-1] == "bias" or parts[-2] in ("ffn_gate_inp", "ssm_conv1d")
+    unrounded = parts[-1] == "bias" or parts[-2].startswith(("ffn_gate_inp", "ssm_conv1d"))
     if len(shape) == 1 or unrounded:
         return Type.F32
     if model.usual is Type.MXFP4:
