@@ -39,6 +39,7 @@ KINDS = {
     "batch-16-32": "Large batches",
     "sampled": "Sampled",
     "robustness": "Never slower?",
+    "robustness-1.5b": "Never slower? The 1.5B",
     "busy": "Beside busy processes",
     "busy-bench": "The same, `smart bench`",
     "peers": "Other engines",
