@@ -36,6 +36,7 @@ KINDS = {
     "gguf-head": "The same with a head that was trained for it",
     "gguf-bench": "The same model, `smart bench`",
     "fair-comparison": "Rivals on the same native path",
+    "fair-comparison-1.5b": "Rivals on the same native path, the 1.5B",
     "batch-16-32": "Large batches",
     "sampled": "Sampled",
     "robustness": "Never slower?",
