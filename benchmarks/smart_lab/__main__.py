@@ -32,6 +32,10 @@ LAB = Program(
             "smart_lab.never_slower",
         ),
         "experts": ("what it brings to price a mixture's experts", "smart_lab.experts"),
+        "replayed": (
+            "a model's real forwards with a recording's acceptance",
+            "smart_lab.replayed_command",
+        ),
         "identity": ("is the output the same under every policy", "smart_lab.identity"),
         "rounding": ("what rounding does to a GGUF file's logits", "smart_lab.rounding"),
         "busy": ("speed beside busy processes, of every entry point", "smart_lab.busy"),

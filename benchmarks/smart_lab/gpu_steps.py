@@ -34,7 +34,7 @@ from smart_lab.replayed_run import (
     Replay,
     model_config,
     need_on_gpu,
-    random_target,
+    random_checkpoint,
 )
 from smart_lab.simulate import limits_of
 from smart_lab.synthetic import synthetic
@@ -232,7 +232,8 @@ def _target(task: Task, pages: int) -> tuple[TorchTarget, int]:
         need = need_of(checkpoint, DTYPES[DTYPE], task.device, rows)
         pages = min(pages, tokens_beside(need, UTILIZATION, task.device) // PAGE)
     length = config.max_positions
-    target = random_target(config, DTYPE, task.device, pages, length, allow_slow=True)
+    weights = random_checkpoint(config, task.device)
+    target = TorchTarget(weights, DTYPE, task.device, pages, length, allow_slow=True)
     return target, pages
 
 

@@ -135,7 +135,8 @@ class ReplayedTarget:
         )
         if scores.greedy is None:
             self._inner.argmax(scores.logits, np.arange(len(requested)))
-        return TargetScores(scores.logits, scores.features, self._truth(rows, requested))
+        truth = self._truth(rows, requested)
+        return TargetScores(scores.logits, scores.features, truth, experts=scores.experts)
 
     def _truth(self, rows: Rows, requested: IntArray) -> IntArray:
         """Return [requested] the recorded answer's token behind each row. A row whose own token is
@@ -252,26 +253,23 @@ def need_on_gpu(options: LabOptions, trace: Trace, config: ModelConfig, size: in
     )
 
 
-def random_target(
-    config: ModelConfig,
-    dtype: str,
-    device: torch.device,
-    pages: int,
-    length: int,
-    allow_slow: bool = False,
-) -> TorchTarget:
-    """Return a model of random weights, drawn where it runs. Raises what TorchTarget raises."""
-    weights = RandomWeights(config.expected_shapes(), device)
-    checkpoint = Checkpoint(config, weights, Path(), {})
-    return TorchTarget(checkpoint, dtype, device, pages, length, allow_slow=allow_slow)
+def random_checkpoint(config: ModelConfig, device: torch.device) -> Checkpoint:
+    """Return a model of random weights, drawn where it runs."""
+    return Checkpoint(config, RandomWeights(config.expected_shapes(), device), Path(), {})
 
 
 class Replay:
     """The model, and engines over it."""
 
     def __init__(
-        self, options: LabOptions, trace: Trace, config: ModelConfig, profile_seconds: float
+        self,
+        options: LabOptions,
+        trace: Trace,
+        config: ModelConfig,
+        profile_seconds: float,
+        checkpoint: Checkpoint | None = None,
     ) -> None:
+        """checkpoint: None: random weights of such a config. Raises what TorchTarget raises."""
         self.options = options
         self.trace = trace
         largest = max(options.batch_sizes)
@@ -283,8 +281,13 @@ class Replay:
         coarse = device.type == "cpu"
         # a GPU's profile goes on to 1,024 rows and long contexts, whatever is replayed
         self.length = longest + 1 if coarse else max(longest + 1, config.max_positions)
-        self.target = random_target(
-            config, options.dtype, device, self.pages, self.length, options.allow_slow
+        self.target = TorchTarget(
+            checkpoint or random_checkpoint(config, device),
+            options.dtype,
+            device,
+            self.pages,
+            self.length,
+            allow_slow=options.allow_slow,
         )
         files = random_head(config, min(DRAFT_VOCAB, config.vocab), device)
         self.head = EagleHead(
@@ -294,7 +297,7 @@ class Replay:
         profile = ForwardTimer(
             self.target, drafter, self.pages, largest, profile_seconds, coarse=coarse
         )
-        self.cost = fit_costs(profile.run(), ROUND_OVERHEAD)
+        self.cost = fit_costs(profile.run(), ROUND_OVERHEAD, self.target.experts)
 
     def runs(self, size: int, seconds: float | None) -> list[dict[str, Any]]:
         """Return the runs of one batch size, in so many seconds. Raises CapacityError where these

@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from smart_decoding.cli.main import main
 from smart_decoding.core.costs import CostModel
-from smart_lab import replayed_run
+from smart_lab import replayed_command, replayed_run
+from smart_lab.__main__ import LAB
+from smart_lab.gguf.random_file import MODELS, small, write
 from smart_lab.options import LabOptions
 from smart_lab.replay import replay
 from smart_lab.synthetic import synthetic
@@ -26,6 +29,7 @@ CONFIG = {
     "rms_norm_eps": 1e-5,
     "max_position_embeddings": 512,
 }
+MIXTURE = MODELS["qwen3-30b-a3b"]
 SMALL = {"depth": 2, "top_k": 3, "total_tokens": 6}
 
 
@@ -129,3 +133,19 @@ def test_a_model_by_name_has_its_published_size():
     assert sum(int(np.prod(shape)) for shape in config.expected_shapes().values()) == pytest.approx(
         8.03e9, rel=0.01
     )
+
+
+def test_a_mixtures_file_is_measured_with_recorded_answers(folder, tmp_path, monkeypatch, capsys):
+    write(tmp_path / "model.gguf", small(MIXTURE), layers=2)
+    monkeypatch.setattr(replayed_command, "PROFILE_SECONDS", 0.1)
+    words = ["replayed", str(tmp_path / "model.gguf"), str(folder / "t")]
+    more = ["--batch-sizes", "2", "--chains", "1", "--seconds", "20", "--limit", "4"]
+    assert main([*words, *more, "--json", str(tmp_path / "found.json")], LAB) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[2] for line in lines] == ["off", "smart", "chain(length=1)"]
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["cost"]["experts"]["count"] == 8
+    assert all(run["identical"] for run in found["runs"])
+    write(tmp_path / "few.gguf", small(MIXTURE, vocab_size=260), layers=2)
+    assert main(["replayed", str(tmp_path / "few.gguf"), str(folder / "t")], LAB) == 2
+    assert "260" in capsys.readouterr().err

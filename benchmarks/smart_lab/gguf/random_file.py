@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -189,8 +189,36 @@ MODELS = {
     ),
 }
 _OLLAMAS = ("attn_out", "attn_sinks")  # names that llama.cpp does not read
+SMALL = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "vocab_size": 512,
+}
 # Where the scale of a block lies in its bytes; the others are numbers, and scales of parts.
 _HALVES = {Type.Q4_K: {0: 3e-5, 2: 2.3e-4}, Type.Q6_K: {208: 3e-5}, Type.Q8_0: {0: SCALE / 73}}
+
+
+def small(model: Published, **changes: int) -> Published:
+    """Return a model of the same kind with 512 tokens and small matrices, to compare tokens.
+    changes: of its config.json."""
+    config = {**model.config, **SMALL, **changes}
+    metadata = dict(model.metadata)
+    if "num_experts_per_tok" in config:
+        count = "num_experts" if "num_experts" in config else "num_local_experts"
+        config |= {count: 8, "num_experts_per_tok": 2}
+        metadata |= {"expert_count": 8, "expert_used_count": 2}
+        widths = ("moe_intermediate_size", "shared_expert_intermediate_size")
+        config |= {name: 256 for name in widths if name in config}
+        width = config.get("moe_intermediate_size", config["intermediate_size"])
+        metadata["expert_feed_forward_length"] = width
+        if "expert_shared_feed_forward_length" in metadata:
+            metadata["expert_shared_feed_forward_length"] = width
+    if "rope.dimension_count" in metadata:
+        metadata |= {"rope.dimension_count": 16, "rope.dimension_sections": [3, 3, 2, 0]}
+    return replace(model, config=config, metadata=metadata)
 
 
 def write(path: Path, model: Published, layers: int | None = None) -> None:
@@ -342,11 +370,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("model", choices=list(MODELS))
     add("file", type=Path, metavar="FILE")
     add("--layers", type=int, metavar="N", help="fewer than the published ones")
+    add("--small", action="store_true", help="small matrices of floats, to compare tokens")
 
 
 def main(args: argparse.Namespace) -> int:
     """Write the file. Raises ConfigError for one that cannot be written."""
     check_outputs((args.file,))
-    write(args.file, MODELS[args.model], args.layers)
+    model = MODELS[args.model]
+    if args.small:
+        model = replace(small(model), usual=Type.F32, better=Type.F32)
+    write(args.file, model, args.layers)
     print(f"{args.file}: {args.file.stat().st_size / 1e9:.2f} GB")
     return 0
