@@ -160,3 +160,4 @@ void test_rounds();
 void test_selection();
 void test_team();
 void test_experts();
+void test_delta();

@@ -20,6 +20,7 @@ static const Test TESTS[] = {
     {"linear", test_linear},       {"quants", test_quants},     {"sampling", test_sampling},
     {"layers", test_layers},       {"drafting", test_drafting}, {"rounds", test_rounds},
     {"selection", test_selection}, {"team", test_team},         {"experts", test_experts},
+    {"delta", test_delta},
 };
 
 int main(int count, char** arguments) {

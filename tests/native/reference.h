@@ -75,7 +75,7 @@ struct Weights {  // of a layer, as [out, in]; vectors that it does not have are
     float eps;
     std::vector<float> input_norm{}, q_norm{}, k_norm{}, qkv_bias{}, output_bias{}, post_norm{},
         attention_norm{}, ffn_norm{}, sinks{}, gate_bias{}, up_bias{}, down_bias{}, qkv{}, output{},
-        gate{}, up{}, down{};
+        gate{}, up{}, down{}, attention_gate{};
     int window = 0, angle = 0;
     bool gelu = false, clamped = false;
 };
@@ -176,6 +176,10 @@ inline Doubles attention(const Weights& w, const Rows& in, const Doubles& input,
                 out[(r * w.heads + h) * hd + d] = value / sum;
             }
         }
+    }
+    if (!w.attention_gate.empty()) {
+        const Doubles gates = linear(input, w.attention_gate, w.input, {});
+        for (size_t i = 0; i < out.size(); i++) out[i] /= 1 + std::exp(-gates[i]);
     }
     return out;
 }

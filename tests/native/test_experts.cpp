@@ -125,14 +125,14 @@ std::vector<float> run(const TinyMixture& m, std::vector<float> x, bool bf16, in
     const Rows in = batch.rows(rotation);
     TinyCache cache(random, layer.kv_heads, rows, int(hd), bf16);
     const int64_t qkv_width =
-        std::max<int64_t>((layer.heads + 2 * layer.kv_heads) * hd, layer.hidden);
+        std::max<int64_t>((2 * layer.heads + 2 * layer.kv_heads) * hd, layer.hidden);
     std::vector<float> normed(x.size()), qkv(rows * qkv_width), attended(rows * layer.heads * hd),
         ffn(rows * (layer.per_token + layer.shared) * layer.ffn),
         mixture(rows
                 * (layer.experts + layer.shared
                    + (layer.per_token + layer.shared) * (layer.hidden + 2)));
     const Workspace workspace{normed.data(), qkv.data(),     attended.data(),
-                              ffn.data(),    mixture.data(), awake};
+                              ffn.data(),    mixture.data(), awake, nullptr};
     const int32_t status = smart_layers(&layer, 1, &in, nullptr, x.data(), cache.keys(),
                                         cache.values(), rows, &workspace, bf16, bf16, threads);
     check::same("status", 0, status);

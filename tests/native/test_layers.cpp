@@ -239,11 +239,11 @@ void one_stack(uint64_t seed, int head_dim, bool bf16) {
     const int64_t n = batch.size(), d = shape.hidden, wide = structs[0].input, hd = head_dim;
     TinyCache cache(Random(seed + 5), int64_t(count) * shape.kv_heads, page_count, head_dim, bf16);
     const std::vector<float> x = random.normals(n * d), inputs = random.normals(n * wide);
-    const int64_t qkv_width = std::max((shape.heads + 2 * shape.kv_heads) * hd, d);
+    const int64_t qkv_width = std::max((2 * shape.heads + 2 * shape.kv_heads) * hd, d);
     std::vector<float> normed(n * wide), qkv(n * qkv_width), attended(n * shape.heads * hd);
     std::vector<float> ffn(n * shape.ffn), out = x;
-    const Workspace workspace{normed.data(), qkv.data(), attended.data(),
-                              ffn.data(),    nullptr,    nullptr};
+    const Workspace workspace{normed.data(), qkv.data(), attended.data(), ffn.data(),
+                              nullptr,       nullptr,    nullptr};
     const int32_t status =
         smart_layers(structs.data(), count, &rows, given ? inputs.data() : nullptr, out.data(),
                      cache.keys(), cache.values(), page_count, &workspace, bf16, bf16, 2);
@@ -294,8 +294,8 @@ void refused() {
     model.layers = layers.data();
     const Rows rows = m.rows(batch);
     int64_t best;
-    const Pass pass{
-        batch.token.data(), nullptr, nullptr, nullptr, nullptr, nullptr, &best, nullptr, 1, 0};
+    const Pass pass{batch.token.data(), nullptr, nullptr, nullptr, nullptr, nullptr,
+                    &best,              nullptr, 1,       0,       nullptr};
     check::that(smart_forward(&model, &rows, &pass, 1) != 0, "head_dim 48 is refused");
     layers[0] = m.structs[0];
     layers[0].heads = 33;  // a block of rows has room for 32 queries

@@ -93,6 +93,7 @@ struct TinyLayer {
     reference::Weights w;
     Blob qkv, output, gate_up, down;
     std::vector<float> gate_up_bias;  // where the rows of gate_up are
+    std::vector<float> qkv_bias;      // and those of qkv
 
     // of_head: heads have plain layers.
     TinyLayer(Random& random, const Shape& s, bool bf16, bool has_input_norm,
@@ -111,7 +112,12 @@ struct TinyLayer {
         w.gate = matrix(random, s.ffn, s.hidden, bf16);
         w.up = matrix(random, s.ffn, s.hidden, bf16);
         w.down = matrix(random, s.hidden, s.ffn, bf16);
-        qkv = packed(w.qkv, s.input, bf16);
+        if (!of_head && random.chance(0.3)) w.attention_gate = matrix(random, q, s.input, bf16, 2);
+        std::vector<float> products = w.qkv;
+        products.insert(products.end(), w.attention_gate.begin(), w.attention_gate.end());
+        qkv = packed(products, s.input, bf16);
+        qkv_bias = w.qkv_bias;
+        if (!qkv_bias.empty()) qkv_bias.resize(products.size() / s.input);
         output = packed(w.output, q, bf16);
         gate_up = packed(interleaved(), s.hidden, bf16);
         down = packed(w.down, s.ffn, bf16);
@@ -166,6 +172,7 @@ struct TinyLayer {
                 w.angle,
                 w.gelu,
                 w.clamped,
+                !w.attention_gate.empty(),
                 0,
                 0,
                 0,
@@ -174,7 +181,7 @@ struct TinyLayer {
                 pointer(w.input_norm),
                 pointer(w.q_norm),
                 pointer(w.k_norm),
-                pointer(w.qkv_bias),
+                pointer(qkv_bias),
                 pointer(w.output_bias),
                 w.post_norm.data(),
                 pointer(w.attention_norm),
@@ -188,6 +195,7 @@ struct TinyLayer {
                 gate_up.weight(),
                 down.weight(),
                 {},
+                nullptr,
                 nullptr,
                 nullptr};
     }
@@ -277,7 +285,7 @@ struct Batch {
                 context_len.data(),     ancestors_start.data(),
                 ancestors.data(),       position.data(),
                 rotation.cosine.data(), rotation.sine.data(),
-                rotation.angles};
+                rotation.angles,        nullptr};
     }
     // Row `r` in a batch of its own.
     Batch alone(int64_t r) const {
@@ -369,7 +377,8 @@ struct TinyModel {
                 precision.bf16,
                 precision.bf16,
                 1e-5f,
-                embedding_scale};
+                embedding_scale,
+                nullptr};
     }
     Rows rows(const Batch& batch) const { return batch.rows(rotation); }
 };
@@ -400,7 +409,8 @@ inline Result forward(const TinyModel& m, TinyCache& cache, const Batch& batch, 
                     result.best.data(),
                     nullptr,
                     int32_t(count),
-                    int32_t(aux.size())};
+                    int32_t(aux.size()),
+                    nullptr};
     result.status = smart_forward(&model, &rows, &pass, threads);
     return result;
 }

@@ -142,9 +142,7 @@ MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
         {"head_dim": 128, "num_attention_heads": 4, "tie_word_embeddings": True},
     ),
 }
-OTHERS = {  # shapes without CPU kernels
-    "head_dim 24": (Llama, {"head_dim": 24}),
-    "odd ffn": (Llama, {"intermediate_size": 131}),
+HYBRIDS = {
     "qwen3.5": (Qwen3_5, HYBRID),
     "qwen3.5, as many key heads, wider values": (
         Qwen3_5,
@@ -152,13 +150,17 @@ OTHERS = {  # shapes without CPU kernels
     ),
     "qwen3.5 of experts": (Qwen3_5Moe, {**HYBRID, **SHARED}),
 }
+OTHERS = {  # shapes without CPU kernels
+    "head_dim 24": (Llama, {"head_dim": 24}),
+    "odd ffn": (Llama, {"intermediate_size": 131}),
+}
 
 
 @functools.cache
 def reference(name: str) -> transformers.PreTrainedModel:
     """transformers' model, fp32; biases and norms are random too."""
     torch.manual_seed(0)
-    config_class, extra = (MODELS | OTHERS)[name]
+    config_class, extra = (MODELS | HYBRIDS | OTHERS)[name]
     model = (
         transformers.AutoModelForCausalLM.from_config(config_class(**{**SIZES, **extra}))
         .float()
@@ -232,6 +234,9 @@ def decoder(
     if (states := model.kv.states) is not None:
         states.states.fill_(torch.nan)
         states.inputs.fill_(torch.nan)
+    if model.model is not None and model.model.states is not None:
+        for memory in model.model.states.tensors:
+            memory.fill_(torch.nan)
     return model
 
 

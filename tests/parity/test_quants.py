@@ -21,7 +21,7 @@ from smart_decoding.kernels.weights import (
 from smart_decoding.models.checkpoints.rounding import RoundedWeights
 from smart_decoding.models.families.config import ModelConfig
 from smart_decoding.models.families.decoder import Decoder, RoundingDecoder
-from smart_decoding.models.families.layer import Experts, FeedForward
+from smart_decoding.models.families.layer import Experts, FeedForward, LinearAttention
 from smart_decoding.models.torch.layers import LayerWeights, NativeLayers, NetworkWeights
 
 from .checkpoints import PAGES, Memory, plain_rows, span
@@ -191,38 +191,54 @@ def test_inputs_in_8_bits_are_never_bf16(monkeypatch: pytest.MonkeyPatch) -> Non
     assert torch.equal(found[0], found[1])
 
 
-@pytest.mark.parametrize("rounds", [False, True])
-@pytest.mark.parametrize("clamped", [False, True], ids=["qwen3_moe", "gpt_oss"])
-def test_rows_of_experts_in_quants_have_their_bits_in_any_company(
-    clamped: bool, rounds: bool
-) -> None:
-    """As many rows as a prompt has share an expert's weights, or one alone. An expert has more of
-    them than a thread of a dense layer packs alone."""
-    if rounds and not ops.multiplies_bytes():
-        pytest.skip("this variant of the kernels has no products of bytes")
+def mixture(clamped: bool) -> ModelConfig:
     each = FeedForward(256, gelu=False, clamped=clamped, bias=clamped)
     experts = Experts(6, per_token=3, normalised=True, each=each, router_bias=clamped)
-    config = ModelConfig(
+    return ModelConfig(
         *("qwen3_moe", 2, 256, 4, 2, 16, 96, 70, 1e4, 1e-5, 256),
         qk_norm=not clamped,
         sinks=clamped,
         windows=(40, 0) if clamped else (),
         experts=experts,
     )
+
+
+HYBRID = ModelConfig(
+    *("qwen3_5", 2, 256, 4, 2, 16, 96, 70, 1e4, 1e-5, 256),
+    qk_norm=True,
+    gated=True,
+    rotary_dim=4,
+    linear=LinearAttention(2, 4, 16, 16, 4),
+    attention_layers=(1,),
+)
+SPARSE = {"qwen3_moe": mixture(False), "gpt_oss": mixture(True), "qwen3_5": HYBRID}
+
+
+@pytest.mark.parametrize("rounds", [False, True])
+@pytest.mark.parametrize("family", SPARSE)
+def test_rows_of_quants_have_their_bits_in_any_company(family: str, rounds: bool) -> None:
+    """As many rows as a prompt has share an expert's weights, or one alone. An expert has more of
+    them than a thread of a dense layer packs alone."""
+    if rounds and not ops.multiplies_bytes():
+        pytest.skip("this variant of the kernels has no products of bytes")
+    config = SPARSE[family]
     generator = torch.Generator().manual_seed(0)
     shapes = config.expected_shapes().items()
     plain = {name: torch.randn(shape, generator=generator) * 0.3 for name, shape in shapes}
     quantised = RoundedWeights({name: w.bfloat16() for name, w in plain.items()}, "int4")
     kind = RoundingDecoder if rounds else Decoder
-    decoder = kind(config, quantised, torch.bfloat16, torch.device("cpu"), PAGES, 256, native=True)
+    limits = (torch.device("cpu"), PAGES, 256)
+    decoder = kind(config, quantised, torch.bfloat16, *limits, native=True)
+    decoder.hold_states(1)
     tokens = np.random.default_rng(1).integers(0, 70, 150)
     pages = Memory(0).pages(150)
     whole = decoder.forward(plain_rows(span(tokens, 0, pages))).logits.clone()
     for first, last in ((0, 1), (1, 2), (2, 5), (5, 18), (18, 60), (60, 150)):
-        part = decoder.forward(plain_rows(span(tokens[first:last], first, pages))).logits
+        chunk = span(tokens[first:last], first, pages, state=0)
+        part = decoder.forward(plain_rows(chunk)).logits
         assert torch.equal(part, whole[first:last])
     if not rounds:
         dense = {name: as_tensor(quantised[name]) for name in quantised}
-        expanded = kind(config, dense, torch.bfloat16, torch.device("cpu"), PAGES, 256, native=True)
+        expanded = kind(config, dense, torch.bfloat16, *limits, native=True)
         found = expanded.forward(plain_rows(span(tokens, 0, pages))).logits
         assert torch.equal(found, whole)

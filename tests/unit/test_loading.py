@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -448,11 +449,24 @@ def test_refuses_a_gguf_file_that_predicts_further_tokens(tmp_path: Path) -> Non
     assert_refused(tmp_path / "tiny.gguf", "MTP")
 
 
-def test_the_kernels_refuse_linear_attention_by_name(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"key_dim": 6}, "key dimension 6 of linear attention"),
+        ({"key_heads": 1, "value_heads": 1, "value_dim": 5}, "width 5 of linear attention"),
+        ({"kernel": 9}, "9 inputs"),
+    ],
+)
+def test_the_kernels_refuse_some_linear_attention_by_name(
+    changes: dict[str, int], word: str, tmp_path: Path
+) -> None:
     tiny_model("qwen35").save_pretrained(tmp_path)
     config = load_checkpoint(tmp_path).config
     cpu = torch.device("cpu")
-    with pytest.raises(ModelError, match=r"no linear attention .* --allow-slow"):
+    require_served(config, cpu, allow_slow=False)
+    assert config.linear is not None
+    config = replace(config, linear=replace(config.linear, **changes))
+    with pytest.raises(ModelError, match=rf"{word}.* --allow-slow"):
         require_served(config, cpu, allow_slow=False)
     require_served(config, cpu, allow_slow=True)
 
@@ -949,10 +963,8 @@ def test_transformers_reads_what_is_expanded(name: str, tmp_path: Path) -> None:
         assert torch.equal(theirs.state_dict()[key], weight) or key.endswith("A_log"), key
 
 
-@pytest.mark.parametrize(
-    ("family", "native"),
-    [("qwen3moe", True), ("qwen3moe", False), ("qwen35", False), ("qwen35moe", False)],
-)
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("family", ["qwen3moe", "qwen35", "qwen35moe"])
 @pytest.mark.parametrize("name", ["tiny.gguf", "folder"])
 def test_a_file_answers_as_in_transformers(
     name: str, family: str, native: bool, tmp_path: Path

@@ -11,14 +11,18 @@ from torch import Tensor
 
 from smart_decoding.engine.kv import PAGE
 from smart_decoding.kernels import abi, library
-from smart_decoding.kernels.memory import address
+from smart_decoding.kernels.memory import address, pointer
 
 if TYPE_CHECKING:
+    from smart_decoding.core.tree import IntArray
     from smart_decoding.engine.rows import Rows
     from smart_decoding.kernels.weights import PackedWeight
 
 HEAD_DIMS = (16, 32, 64, 96, 128, 256)
 MAX_QUERIES = 32  # query heads per key head
+MOST_INPUTS = 8  # of a convolution, as in delta.h
+COLUMNS = 16  # of a recurrent state that lie next to each other, as in abi.h
+KEYS = 4  # heads of linear attention have a multiple of so many key dimensions
 
 
 _Rows = abi.structure("Rows")
@@ -29,6 +33,8 @@ Model = abi.structure("Model")
 Pass = abi.structure("Pass")
 Round = abi.structure("Round")
 Level = abi.structure("Level")
+Delta = abi.structure("Delta")
+States = abi.structure("States")
 _lib = library.library
 
 
@@ -46,8 +52,11 @@ def native_rows(rows: Rows, cosine: Tensor, sine: Tensor) -> Structure:
     )
     groups = len(rows.query_start_loc) - 1
     tables = cosine.data_ptr(), sine.data_ptr()
-    struct = _Rows(len(rows), groups, *map(address, arrays), *tables, cosine.shape[1])
-    struct.keep = *arrays, cosine, sine  # the targets of its pointers
+    states = rows.states
+    struct = _Rows(
+        len(rows), groups, *map(address, arrays), *tables, cosine.shape[1], pointer(states)
+    )
+    struct.keep = *arrays, cosine, sine, states  # the targets of its pointers
     return struct
 
 
@@ -83,6 +92,19 @@ def verify_round(model: Structure, round: Structure, forward_pass: Structure) ->
     if status > 0:
         raise RuntimeError("the CPU kernels do not support this model")
     return bool(status == 0)
+
+
+def advance(
+    model: Structure,
+    nodes: Tensor,
+    count: int,
+    states: IntArray,
+    path: IntArray,
+    accepted: IntArray,
+) -> None:
+    """Have accepted nodes wait for their requests' next forward; see smart_advance."""
+    threads = torch.get_num_threads()
+    _lib().smart_advance(byref(model), nodes, count, len(states), states, path, accepted, threads)
 
 
 def draft(

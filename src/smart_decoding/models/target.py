@@ -139,7 +139,9 @@ class TorchTarget(Sampler):
         start = self.clock()
         done = self.native.verify(NativeBatch.of(batch.decode, draft, aux_layers))
         if done.acceptance is None:  # rounding would decide a token, which the reference draws
-            return settle(self, lay_out(batch, draft), done.scores, start, done.forward_seconds)
+            rows = lay_out(batch, draft)
+            done.scores.advance = self.native.advance_after(rows.layout.rows)
+            return settle(self, rows, done.scores, start, done.forward_seconds)
         require_finite(min(map(min, done.acceptance.emitted)) >= 0)
         return done.verified(batch.decode, self.clock() - start)
 

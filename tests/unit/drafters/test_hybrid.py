@@ -24,7 +24,7 @@ from smart_decoding.models.families.config import ModelConfig
 from smart_decoding.models.families.layer import LinearAttention
 from smart_decoding.models.target import TorchTarget
 
-from .tiny import LIMIT, PAGES, VOCAB, answer, ask, checkpoint, engine_of, finish, prompts
+from .tiny import LIMIT, VOCAB, answer, ask, checkpoint, engine_of, finish, prompts
 
 if TYPE_CHECKING:
     from smart_decoding.core.rule import TreeRule
@@ -39,21 +39,37 @@ CONFIG = ModelConfig(
     linear=LinearAttention(2, 4, 8, 8, 4),
     attention_layers=(3,),
 )
-SEQS = 8
+SEQS = 16
+PAGES = 12 * SEQS
 TOKENS = 40
 POLICIES = ["off", "chain", "eagle2", "smart"]
 
 
-@functools.cache
+path = "kernels"
+
+
+@pytest.fixture(params=["kernels", "torch"], autouse=True)
+def on(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "path", request.param)
+
+
 def target() -> TorchTarget:
-    return TorchTarget(
-        checkpoint(CONFIG), "float32", "cpu", PAGES, LIMIT, allow_slow=True, max_num_seqs=SEQS
-    )
+    return _target(path)
 
 
-def engine(policy: str, **more: Any) -> Engine:
+@functools.cache
+def _target(path: str) -> TorchTarget:
+    with pytest.MonkeyPatch.context() as patch:
+        if path == "torch":
+            patch.setattr("smart_decoding.models.target.use_native", lambda *given: False)
+        made = TorchTarget(checkpoint(CONFIG), "float32", "cpu", PAGES, LIMIT, max_num_seqs=SEQS)
+    assert made.decoder.native == (path == "kernels")
+    return made
+
+
+def engine(policy: str, pages: int = PAGES, **more: Any) -> Engine:
     drafter = None if policy == "off" else NgramDrafter()
-    return engine_of(target(), drafter, policy, **{"max_num_seqs": SEQS, **more})
+    return engine_of(target(), drafter, policy, pages, **{"max_num_seqs": SEQS, **more})
 
 
 def many(count: int) -> list[list[int]]:
@@ -61,17 +77,21 @@ def many(count: int) -> list[list[int]]:
     return [prompt * 3 for prompt in prompts(count)]
 
 
-@functools.cache
 def plain(temperature: float) -> list[list[int]]:
     """Each prompt alone."""
+    return _plain(temperature, path)
+
+
+@functools.cache
+def _plain(temperature: float, _: str) -> list[list[int]]:
     return [
         answer(engine("off"), [prompt], temperature, TOKENS, seed)[0].output
-        for seed, prompt in enumerate(many(8))
+        for seed, prompt in enumerate(many(SEQS))
     ]
 
 
 def test_tokens_differ() -> None:
-    assert len({tuple(tokens) for tokens in plain(0.0)}) == 8
+    assert len({tuple(tokens) for tokens in plain(0.0)}) == SEQS
     assert plain(0.0) != plain(0.8)
 
 
@@ -80,7 +100,7 @@ def test_tokens_differ() -> None:
 @pytest.mark.parametrize("policy", POLICIES)
 def test_tokens_are_those_of_plain_decoding(policy: str, temperature: float, chunk: int) -> None:
     accepted = 0
-    for batch in (1, 2, 5, 8):
+    for batch in (1, 2, 5, SEQS):
         made = engine(policy, max_num_batched_tokens=chunk)
         requests = answer(made, many(batch), temperature, TOKENS)
         assert [r.output for r in requests] == plain(temperature)[:batch]
@@ -127,10 +147,11 @@ class RaggedTrees(FreeDrafter):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-@pytest.mark.parametrize("batch", [1, 2, 5, 8])
+@pytest.mark.parametrize("batch", [1, 2, 5, SEQS])
 def test_ragged_trees_change_no_token(batch: int, temperature: float) -> None:
     drafter = RaggedTrees(plain(temperature), seed=batch)
-    made = engine_of(target(), drafter, "eagle2", max_num_seqs=SEQS, max_num_batched_tokens=16)
+    made = engine("eagle2", max_num_batched_tokens=max(16, 6 * batch))
+    made.drafter = drafter
     requests = answer(made, many(batch), temperature, TOKENS)
     assert [r.output for r in requests] == plain(temperature)[:batch]
     assert all(r.metrics.accepted > 10 for r in requests)
@@ -140,11 +161,12 @@ def test_ragged_trees_change_no_token(batch: int, temperature: float) -> None:
 @pytest.mark.parametrize("policy", ["off", "eagle2"])
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_a_preempted_request_computes_its_state_again(policy: str, temperature: float) -> None:
-    drafter = RaggedTrees(plain(temperature)) if policy != "off" else None
     pages = 12
-    made = engine_of(target(), drafter, policy, pages, max_num_seqs=SEQS, max_model_len=16 * pages)
+    made = engine(policy, pages, max_model_len=16 * pages)
+    if policy != "off":
+        made.drafter = RaggedTrees(plain(temperature))
     requests = answer(made, many(8), temperature, TOKENS)
-    assert [r.output for r in requests] == plain(temperature)
+    assert [r.output for r in requests] == plain(temperature)[:8]
     assert sum(r.metrics.preemptions for r in requests) > 0
 
 
@@ -159,7 +181,7 @@ def test_requests_that_come_and_go_share_the_places_of_states() -> None:
     made.abort("r1")
     finish(made)
     assert [r.output for i, r in enumerate(requests) if i != 1] == [
-        tokens for i, tokens in enumerate(plain(0.0)) if i != 1
+        tokens for i, tokens in enumerate(plain(0.0)[:8]) if i != 1
     ]
 
 
@@ -169,8 +191,9 @@ def test_a_step_that_raises_leaves_nothing_in_a_state(monkeypatch: pytest.Monkey
     requests = ask(made, many(3), 0.8, TOKENS)
     for _ in range(6):
         made.step()
+    verify = target().verify
     with monkeypatch.context() as patch:
-        patch.setattr(target(), "move", lambda *slots: 1 / 0)
+        patch.setattr(target(), "verify", lambda *round_: [verify(*round_), 1 / 0])
         with pytest.raises(ZeroDivisionError):
             finish(made)
     made.suspend()
@@ -235,6 +258,31 @@ def test_a_pool_without_places_admits_nobody() -> None:
     pool.give_state(state)
     pool.check_integrity([])
     assert PagePool(8).take_state() == NO_STATE
+
+
+def test_long_paths_are_accepted_at_once() -> None:
+    """On the kernels accepted rows wait for the next forward, in room that grows with them."""
+    truth = plain(0.0)
+
+    class Chains(FreeDrafter):
+        name = "chains"
+
+        def draft(
+            self, requests: Sequence[Request], rule: TreeRule, interrupted: Callable[[], bool]
+        ) -> Draft:
+            trees = DraftTrees.empty(len(requests))
+            for owner, request in enumerate(requests):
+                answer = truth[request.params.seed or 0][len(request.output) :]
+                for token in answer[:30]:
+                    parent = ROOT if trees.counts()[owner] == 0 else len(trees) - 1
+                    trees.append([owner], [token], [parent], [0.5])
+            return Draft(trees, rule, np.arange(len(trees)))
+
+    made = engine("eagle2", max_num_batched_tokens=256)
+    made.drafter = Chains()
+    requests = answer(made, many(3), 0.0, TOKENS)
+    assert [r.output for r in requests] == truth[:3]
+    assert all(r.metrics.accepted > 30 for r in requests)
 
 
 def test_a_hybrid_drafts_for_nobody() -> None:

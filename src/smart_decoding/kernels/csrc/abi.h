@@ -52,6 +52,21 @@ struct Rows {  // the rows (tokens) of a forward; each request has one at least
     const float* cosine;      // [positions, angles]
     const float* sine;
     int64_t angles;  // head_dim / 2 for each kind of layer that rotates by its own
+    // [requests] the slots of their recurrent states, -1: they have none; or null: all have none
+    const int64_t* states;
+};
+
+// Linear attention by the gated delta rule, in place of a layer's attention: a state [key_dim,
+// value_dim] for each value head. Of value heads, as many as there are for each key head lie next
+// to each other. Channels: 2 key_heads key_dim + value_heads value_dim, of q, k and v.
+struct Delta {
+    int32_t key_heads, value_heads, key_dim, value_dim;
+    int32_t kernel;            // inputs of the convolution
+    const float* convolution;  // [kernel, channels], of the oldest input first
+    // [value_heads] what the exponents of decay are multiplied with, negative, and their bias
+    const float *decay, *bias;
+    const float* norm;    // [value_dim] of each head's output
+    struct Weight rates;  // [2 value_heads, hidden]: of decay, then of learning
 };
 
 struct Layer {
@@ -62,6 +77,8 @@ struct Layer {
     int32_t angle;    // the first of its own among the rotary angles of a position
     int32_t gelu;     // gates go through GELU (by tanh) in place of SiLU
     int32_t clamped;  // or are clamped: see gated_panels in linear.h
+    // Attention's outputs are multiplied by the sigmoid of gates, whose rows follow those of v.
+    int32_t gated;
     // Of a mixture: how many experts, of `ffn` gates each, how many of them a row has, and whether
     // their probabilities are divided by their sum. experts = 0: one network.
     // shared: one more network behind the experts', for all rows; the router's last output says, by
@@ -79,6 +96,8 @@ struct Layer {
     struct Weight gate_up, down;                        // of the one network; a mixture has
     struct Weight router;                               // [experts + shared, hidden], and
     const struct Weight *expert_gate_up, *expert_down;  // [experts + shared]
+    // null: attention. Otherwise qkv is [channels + value_heads value_dim, hidden], gates last.
+    const struct Delta* delta;
 };
 
 struct Workspace {
@@ -88,6 +107,21 @@ struct Workspace {
     float* ffn;        // [rows, ffn]; of a mixture [rows, networks of a row, ffn]
     float* mixture;    // null without experts, else as much as mixture_floats says
     int64_t* awake;    // null, or the sum of the experts that rows had in each layer
+    float* delta;      // null without linear attention, else see delta.h
+};
+
+// Columns of a state that lie next to each other; the last ones of a head are filled up to them.
+enum { COLUMNS = 16 };
+
+// Recurrent states of requests. A slot's state is that before its waiting rows: accepted ones,
+// which the next forward of its request computes first. So it is read and written once a forward.
+struct States {
+    int64_t slots, layers, room;  // layers: with linear attention; room: for waiting rows
+    float* states;                // [slots, layers, value_heads, blocks, key_dim, COLUMNS]
+    // [slots, layers, kernel - 1 + room, channels + 2 value_heads] the convolution's last inputs,
+    // then what waiting rows read, their rates last
+    float* inputs;
+    int32_t* waiting;  // [slots] how many rows wait
 };
 
 struct Model {  // a whole target, from token ids to logits
@@ -99,6 +133,7 @@ struct Model {  // a whole target, from token ids to logits
     int64_t vocab, pages;
     int32_t layer_count, hint, w_bf16, kv_bf16;
     float eps, embedding_scale;
+    const struct States* states;  // null: it has no linear attention
 };
 
 struct Pass {  // one forward of a target: what it reads beside its rows, and what it leaves
@@ -113,6 +148,8 @@ struct Pass {  // one forward of a target: what it reads beside its rows, and wh
     int64_t* best;      // [wanted_count] their first maxima, -1 where that is not finite
     int64_t* experts;   // null, or how many experts rows had, summed over layers
     int32_t wanted_count, aux_count;
+    // null, or [layers of States, tree nodes' rows, channels + 2 value_heads] for smart_advance
+    float* nodes;
 };
 
 // ------------------------------------------------------------------------------------- draft heads
@@ -176,6 +213,7 @@ struct Round {
     int64_t hidden, kv_heads, head_dim;
     const float *cosine, *sine;  // [positions, angles], as in Rows
     int64_t angles;
+    const int64_t* states;  // as in Rows
     // What comes of it. Nodes count as they do in `kept`. [requests + nodes] the target's token
     // after each root and each accepted node, else -1
     int64_t* after;
@@ -315,6 +353,12 @@ int32_t smart_forward(const struct Model* m, const struct Rows* in, const struct
 // drawn. Returns -1 where rounding would decide a token: then the forward is all that was done.
 int32_t smart_round(const struct Model* m, const struct Round* r, const struct Pass* pass,
                     int32_t threads);
+// Accepted nodes of a forward wait for the next one. nodes: of its Pass, of `count` rows. states:
+// [requests] slots; path: the accepted ones, numbered among tree nodes' rows, request after
+// request, and accepted [requests]: how many.
+void smart_advance(const struct Model* m, const float* nodes, int64_t count, int64_t requests,
+                   const int64_t* states, const int64_t* path, const int64_t* accepted,
+                   int32_t threads);
 // One level. keys, values: the head's.
 int32_t smart_draft_level(const struct Head* h, const struct Rows* in, const struct Level* v,
                           void* keys, void* values, int64_t pages, int32_t w_bf16, int32_t kv_bf16,

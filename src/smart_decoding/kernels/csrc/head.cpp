@@ -335,9 +335,9 @@ struct SteppedLevel {
           ranking(h, v, int(wanted)) {
         int64_t width = 0, input = 0, attention = 0, ffn = 0;
         for (const Layer* l = h.layers; l < h.layers + h.layer_count; l++) {
-            width = std::max<int64_t>({width, (l->heads + 2 * l->kv_heads) * l->head_dim, d});
+            width = std::max({width, products_width(*l), d});
             input = std::max<int64_t>({input, l->input, d});
-            attention = std::max<int64_t>(attention, l->heads * l->head_dim);
+            attention = std::max(attention, mixed_width(*l));
             ffn = std::max<int64_t>(ffn, l->ffn);
         }
         const int64_t widest = std::max(states, 2 * d);

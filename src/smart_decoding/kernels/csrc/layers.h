@@ -2,9 +2,21 @@
 
 #pragma once
 #include "abi.h"
+#include "delta.h"
 #include "experts.h"
 
 namespace [[gnu::visibility("hidden")]] smart {
+
+// What a layer's output matrix reads of a row.
+static inline int64_t mixed_width(const Layer& l) {
+    return l.delta ? DeltaSizes(*l.delta).values : int64_t(l.heads) * l.head_dim;
+}
+
+// And what the products that its q, k, v and gates come from have of one.
+static inline int64_t products_width(const Layer& l) {
+    if (l.delta) return DeltaSizes(*l.delta).channels + mixed_width(l);
+    return mixed_width(l) * (l.gated ? 2 : 1) + 2 * int64_t(l.kv_heads) * l.head_dim;
+}
 
 // x += input w^T + bias, or if there is a norm what it makes of that. `added` [rows, hidden] is
 // workspace.
@@ -24,8 +36,7 @@ static void add_linear(const Layer& l, int rows, const float* input, int64_t k, 
 template <class W>
 static void add_attention(const Layer& l, int rows, const float* attention, float* x, float* normed,
                           float* added) {
-    const int64_t width = int64_t(l.heads) * l.head_dim;
-    add_linear<W>(l, rows, attention, width, l.output, l.output_bias, l.attention_norm, x, added);
+    add_linear<W>(l, rows, attention, mixed_width(l), l.output, l.output_bias, l.attention_norm, x, added);
     rms_norm_rows(x, l.post_norm, l.eps, rows, l.hidden, normed);
     barrier();
 }

@@ -9,26 +9,67 @@
 
 namespace [[gnu::visibility("hidden")]] smart {
 
+// Attention's outputs times the sigmoid of their gates, by a whole team.
+static void gate_rows(const Layer& l, int rows, const float* products, float* attention) {
+    const int64_t width = mixed_width(l), all = products_width(l);
+#pragma omp for schedule(static) nowait
+    for (int r = 0; r < rows; r++) {
+        const float* gates = products + r * all + (all - width);
+        float* x = attention + r * width;
+        for (int64_t i = 0; i < width; i += VW)  // whole vectors, as head dimensions are
+            storeu(x + i, loadu<vf>(x + i) / (1.0f + vexp(-loadu<vf>(gates + i))));
+    }
+    barrier();
+}
+
+// Attention of a layer into Workspace's `attention`, by a whole team, from the products in `qkv`.
+template <class W>
+static void add_softmax(const Layer& l, const Rows& in, const std::vector<QueryBlock>& blocks,
+                        const KvCache<W>& cache, const Workspace& workspace) {
+    const int64_t width = products_width(l);
+#pragma omp for schedule(static) nowait
+    for (int r = 0; r < in.rows; r++)
+        rope_and_store(l, in, r, workspace.qkv + r * width, l.heads, l.kv_heads, cache);
+    barrier();
+    attend(l, in, blocks, workspace.qkv, width, cache, workspace.attention);
+    if (l.gated) gate_rows(l, in.rows, workspace.qkv, workspace.attention);
+}
+
+// What the layers of a forward have in common.
+template <class W>
+struct Forward {
+    const Rows& in;
+    const std::vector<QueryBlock>& blocks;
+    const DeltaRows& recurrent;
+    const Workspace& workspace;
+    KvCache<W> cache;    // of the next layer with attention
+    DeltaMemory memory;  // of the next layer with linear attention
+};
+
 // One layer, by a whole team. q, k and v read the norm of x, or `input`.
 template <class W>
-static void run_layer(const Layer& l, const Rows& in, const std::vector<QueryBlock>& blocks,
-                      const float* input, float* x, const KvCache<W>& cache,
-                      const Workspace& workspace) {
-    const int64_t d = l.hidden, qkv_width = int64_t(l.heads + 2 * l.kv_heads) * l.head_dim;
-    float *normed = workspace.normed, *qkv = workspace.qkv, *attention = workspace.attention;
+static void run_layer(const Layer& l, Forward<W>& forward, const float* input, float* x) {
+    const Rows& in = forward.in;
+    const Workspace& workspace = forward.workspace;
+    const int64_t d = l.hidden, width = products_width(l);
+    float *normed = workspace.normed, *qkv = workspace.qkv;
     if (!input) {
         rms_norm_rows(x, l.input_norm, l.eps, in.rows, d, normed);
         barrier();
     }
-    linear_rows<W>(input ? input : normed, in.rows, l.qkv, qkv_width, l.input, l.qkv_bias, qkv,
-                   qkv_width, false, l.hint);
+    linear_rows<W>(input ? input : normed, in.rows, l.qkv, width, l.input, l.qkv_bias, qkv, width,
+                   false, l.hint);
     barrier();
-#pragma omp for schedule(static) nowait
-    for (int r = 0; r < in.rows; r++)
-        rope_and_store(l, in, r, qkv + r * qkv_width, l.heads, l.kv_heads, cache);
-    barrier();
-    attend(l, in, blocks, qkv, qkv_width, cache, attention);
-    add_attention<W>(l, in.rows, attention, x, normed, qkv);
+    if (l.delta) {
+        add_delta<W>(l, forward.recurrent, in.rows, workspace, forward.memory);
+        forward.memory.next(DeltaSizes(*l.delta));
+    } else {
+        add_softmax<W>(l, in, forward.blocks, forward.cache, workspace);
+        const int64_t size = l.kv_heads * forward.cache.pages * l.head_dim * PAGE;
+        forward.cache.keys += size;
+        forward.cache.values += size;
+    }
+    add_attention<W>(l, in.rows, workspace.attention, x, normed, qkv);
     if (l.experts)
         add_experts<W>(l, in.rows, workspace, x);
     else
@@ -42,24 +83,26 @@ struct AuxHidden {
     float* out;  // [rows, count, hidden]
 };
 
-// `count` layers one after another, by a whole team. cache: the first layer's; those of others
-// follow it.
+// `count` layers one after another, by a whole team, each thread with its own `forward`.
 template <class W>
-static void run_layers(const Layer* layers, int count, const Rows& in,
-                       const std::vector<QueryBlock>& blocks, const float* input, float* x,
-                       KvCache<W> cache, const Workspace& workspace, const AuxHidden& aux) {
-    const int64_t d = layers->hidden,
-                  layer_size = layers->kv_heads * cache.pages * layers->head_dim * PAGE;
+static void run_layers(const Layer* layers, int count, Forward<W> forward, const float* input,
+                       float* x, const AuxHidden& aux) {
+    const int64_t d = layers->hidden;
     for (int i = 0, next = 0; i < count; i++) {
-        run_layer<W>(layers[i], in, blocks, i ? nullptr : input, x, cache, workspace);
-        cache.keys += layer_size;
-        cache.values += layer_size;
+        run_layer<W>(layers[i], forward, i ? nullptr : input, x);
         if (next == aux.count || aux.layers[next] != i + 1) continue;
 #pragma omp for schedule(static) nowait
-        for (int r = 0; r < in.rows; r++)
+        for (int r = 0; r < forward.in.rows; r++)
             memcpy(aux.out + (int64_t(r) * aux.count + next) * d, x + r * d, d * sizeof(float));
         next++;
     }
+}
+
+// The first layer with attention.
+static const Layer& attention_of(const Layer* layers, int count) {
+    for (int i = 0; i < count; i++)
+        if (!layers[i].delta) return layers[i];
+    return *layers;
 }
 
 template <class W>
@@ -83,18 +126,21 @@ static void embed(const Model& m, const Pass& pass, int64_t rows, int64_t d, flo
 
 template <class W>
 static void forward(const Model& m, const Rows& in, const Pass& pass, int threads) {
-    const Layer& l = *m.layers;
+    const Layer& l = attention_of(m.layers, m.layer_count);
+    const Delta* delta = delta_of(m.layers, m.layer_count);
     const int64_t rows = in.rows, wanted = pass.wanted ? pass.wanted_count : rows, d = l.hidden;
-    const int64_t width = int64_t(l.heads) * l.head_dim,
-                  qkv_width = std::max(width + 2 * int64_t(l.kv_heads) * l.head_dim, d);
-    int64_t ffn = 0, mixture = 0;
+    const DeltaRows recurrent(in, delta ? m.states : nullptr, delta ? delta->kernel : 0);
+    int64_t width = 0, qkv_width = d, ffn = 0, mixture = 0;
     for (int i = 0; i < m.layer_count; i++) {
+        width = std::max(width, mixed_width(m.layers[i]));
+        qkv_width = std::max(qkv_width, products_width(m.layers[i]));
         ffn = std::max(ffn, ffn_floats(m.layers[i]));
         mixture = std::max(mixture, mixture_floats(m.layers[i]));
     }
+    const int64_t of_delta = delta ? delta_floats(*delta, rows, recurrent.all) : 0;
     static thread_local WorkspaceMemory kept;
     WorkspaceMemory& memory = kept;
-    memory.begin(rows * (2 * d + qkv_width + width + ffn + mixture) + wanted * d + 256);
+    memory.begin(rows * (2 * d + qkv_width + width + ffn + mixture) + wanted * d + of_delta + 256);
     float* x = memory.take<float>(rows * d);
     Workspace workspace;
     workspace.awake = pass.experts;
@@ -104,14 +150,20 @@ static void forward(const Model& m, const Rows& in, const Pass& pass, int thread
     workspace.attention = memory.take<float>(rows * width);
     workspace.ffn = memory.take<float>(rows * ffn);
     workspace.mixture = memory.take<float>(rows * mixture);
+    workspace.delta = memory.take<float>(of_delta);
     float* normed = memory.take<float>(wanted * d);
     std::vector<Maxima> found(wanted * threads);
     const std::vector<QueryBlock> blocks = query_blocks<W>(in, l);
-    const KvCache<W> cache{(W*)m.keys, (W*)m.values, m.pages};
     const AuxHidden aux{pass.aux_layers, pass.aux_count, pass.aux_hidden};
+    const Forward<W> forward{in,
+                             blocks,
+                             recurrent,
+                             workspace,
+                             {(W*)m.keys, (W*)m.values, m.pages},
+                             {m.states, 0, recurrent.kept(), pass.nodes}};
     run_team(threads, [&] {
         embed<W>(m, pass, rows, d, x);
-        run_layers<W>(m.layers, m.layer_count, in, blocks, nullptr, x, cache, workspace, aux);
+        run_layers<W>(m.layers, m.layer_count, forward, nullptr, x, aux);
 #pragma omp for schedule(static) nowait
         for (int64_t r = 0; r < wanted; r++)
             rms_norm_row(x + (pass.wanted ? pass.wanted[r] : r) * d, m.final_norm, m.eps, d,
@@ -122,6 +174,7 @@ static void forward(const Model& m, const Rows& in, const Pass& pass, int thread
                        false, m.hint, mine);
     });
     for (int64_t r = 0; r < wanted; r++) pass.best[r] = first_of(&found[r], threads, wanted);
+    if (delta) recurrent.finish(*m.states);
 }
 
 }  // namespace smart
@@ -135,17 +188,18 @@ int32_t smart_layers(const Layer* layers, int32_t count, const Rows* in, const f
                      int32_t w_bf16, int32_t kv_bf16, int32_t threads) {
     return dispatch_types(*layers, w_bf16, kv_bf16, [&](auto* type) {
         typedef std::remove_pointer_t<decltype(type)> W;
-        const KvCache<W> cache{(W*)keys, (W*)values, pages};
         const std::vector<QueryBlock> blocks = query_blocks<W>(*in, *layers);
+        const DeltaRows none(*in, nullptr, 0);
+        const Forward<W> forward{
+            *in, blocks, none, *workspace, {(W*)keys, (W*)values, pages}, {nullptr, 0, 0, nullptr}};
         run_team(threads, [&] {
-            run_layers<W>(layers, count, *in, blocks, input, x, cache, *workspace,
-                          AuxHidden{nullptr, 0, nullptr});
+            run_layers<W>(layers, count, forward, input, x, AuxHidden{nullptr, 0, nullptr});
         });
     });
 }
 
 int32_t smart_forward(const Model* m, const Rows* in, const Pass* pass, int32_t threads) {
-    return dispatch_types(*m->layers, m->w_bf16, m->kv_bf16, [&](auto* type) {
+    return dispatch_types(attention_of(m->layers, m->layer_count), m->w_bf16, m->kv_bf16, [&](auto* type) {
         forward<std::remove_pointer_t<decltype(type)>>(*m, *in, *pass, threads);
     });
 }

@@ -109,6 +109,7 @@ struct RoundRows : smart::RowVectors {
         rows.cosine = r.cosine;
         rows.sine = r.sine;
         rows.angles = r.angles;
+        rows.states = r.states;
         return RowVectors::view(rows);
     }
 };
@@ -174,15 +175,23 @@ void accept(const Round& r, const KeptNodes& nodes, const RoundRows& rows, const
     }
 }
 
+// How many layers have keys and values.
+int64_t attention_layers(const Model& m) {
+    return std::count_if(m.layers, m.layers + m.layer_count, [](auto& l) { return !l.delta; });
+}
+
 // Moves accepted nodes' keys, and aux hidden states of `width`, to the places that follow their
-// roots'.
-void commit(const Round& r, const RoundRows& rows, const Model& m, float* aux_hidden,
-            int64_t width) {
+// roots'; and has their rows wait for what is recurrent.
+void commit(const Round& r, const RoundRows& rows, const Model& m, const Pass& pass, int64_t width,
+            int32_t threads) {
+    float* const aux_hidden = pass.aux_hidden;
     std::vector<int32_t> from, to;
+    std::vector<int64_t> nodes;  // the accepted ones, among nodes' rows
     const int64_t* path = r.path;
     for (int64_t i = 0; i < r.requests; i++)
         for (int64_t j = 1; j <= r.accepted[i]; j++) {
             const int64_t source = rows.node_row[*path++], target = rows.query_start_loc[i] + j;
+            nodes.push_back(source - i - 1);  // roots come before it
             if (source == target) continue;
             from.push_back(rows.slot_mapping[source]);
             to.push_back(rows.slot_mapping[target]);
@@ -190,9 +199,13 @@ void commit(const Round& r, const RoundRows& rows, const Model& m, float* aux_hi
                 memcpy(aux_hidden + target * width, aux_hidden + source * width,
                        width * sizeof(float));
         }
+    if (m.states && r.states && r.nodes)
+        smart_advance(&m, pass.nodes, r.nodes, r.requests, r.states, nodes.data(), r.accepted,
+                      threads);
     if (from.empty()) return;
-    smart_move_kv(m.keys, m.values, m.layer_count * r.kv_heads, m.pages, int32_t(r.head_dim),
-                  m.kv_bf16 ? 2 : 4, from.data(), to.data(), int32_t(from.size()));
+    smart_move_kv(m.keys, m.values, attention_layers(m) * r.kv_heads, m.pages,
+                  int32_t(r.head_dim), m.kv_bf16 ? 2 : 4, from.data(), to.data(),
+                  int32_t(from.size()));
 }
 
 }  // namespace
@@ -218,7 +231,7 @@ extern "C" int32_t smart_round(const Model* m, const Round* r, const Pass* pass,
         return -1;
     accept(*r, nodes, round_rows, tokens.data());
     const auto walked = clock::now();
-    commit(*r, round_rows, *m, mine.aux_hidden, pass->aux_count * r->hidden);
+    commit(*r, round_rows, *m, mine, pass->aux_count * r->hidden, threads);
     r->seconds[1] = seconds(walked - computed);
     r->seconds[2] = seconds(clock::now() - walked);
     return 0;

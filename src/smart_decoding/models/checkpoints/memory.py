@@ -15,10 +15,12 @@ from smart_decoding.engine.kv import PAGE
 from smart_decoding.errors import CapacityError
 from smart_decoding.files import read_json, reading
 from smart_decoding.kernels.limits import free_memory
+from smart_decoding.kernels.ops import COLUMNS
 from smart_decoding.models.checkpoints.gguf import StoredWeights
 from smart_decoding.models.checkpoints.rounding import ROUNDED, bytes_per_weight, rounded_bytes
 from smart_decoding.models.checkpoints.weight_files import StackedExperts
 from smart_decoding.models.cpu.kernel_check import why_slow
+from smart_decoding.models.cpu.native_states import ROOM
 from smart_decoding.models.heads.files import scheme_of
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("smart.memory")
 
+_NODES = 8  # of a request's tree, about
 _WORTHWHILE = 256  # tokens of KV memory below which lowering it is no advice
 _MEMINFO = Path("/proc/meminfo")
 
@@ -87,11 +90,16 @@ def kv_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
     return 2 * config.kv_layers * config.kv_heads * config.head_dim * dtype.itemsize
 
 
-def state_bytes(config: ModelConfig, seqs: int) -> int:
-    """Return bytes of the recurrent states of so many requests, in float32."""
-    if config.linear is None:
+def state_bytes(config: ModelConfig, seqs: int, native: bool = False) -> int:
+    """Return bytes of the recurrent states of so many requests, in float32. native: on the CPU
+    kernels, with the rows that wait to be added."""
+    if (linear := config.linear) is None:
         return 0
-    return 4 * config.linear_layers * config.linear.state_size * (seqs + 1)
+    if native:
+        waiting = (linear.kernel - 1 + ROOM) * linear.row_size
+        each = linear.packed_state_size(COLUMNS) + waiting
+        return 4 * config.linear_layers * each * seqs
+    return 4 * config.linear_layers * linear.state_size * (seqs + 1)
 
 
 def work_bytes(config: ModelConfig, limits: EngineLimits) -> int:
@@ -106,8 +114,11 @@ def work_bytes(config: ModelConfig, limits: EngineLimits) -> int:
         heads = max(heads, 3 * linear.channels + 2 * linear.values)
     row = 2 * config.hidden + heads + network + config.vocab
     angles = config.head_dim * (2 if config.local_theta else 1)
-    states = 0 if linear is None else 4 * linear.values * linear.key_dim  # of a level of nodes
-    return 4 * (limits.rows * row + limits.longest * angles + limits.seqs * states)
+    nodes = 0  # of a request: on torch the states of a level, on the kernels what they add to one
+    if linear is not None:
+        of_rows = _NODES * config.linear_layers * linear.row_size
+        nodes = max(4 * linear.values * linear.key_dim, of_rows)
+    return 4 * (limits.rows * row + limits.longest * angles + limits.seqs * nodes)
 
 
 def weight_bytes(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> int:
@@ -156,7 +167,8 @@ def need_of(
         drafting = _head_bytes(head, config, dtype, device)
         per_token += kv_bytes(config, dtype) // config.kv_layers
     weights = weight_bytes(checkpoint, dtype, device)
-    states = state_bytes(config, limits.seqs)
+    native = device.type == "cpu" and why_slow(config, device) is None
+    states = state_bytes(config, limits.seqs, native)
     return Need(weights, drafting, work, per_token, limits.pages * PAGE, states)
 
 

@@ -13,7 +13,9 @@ from smart_decoding.errors import ConfigError, ModelError
 from smart_decoding.kernels import library
 from smart_decoding.kernels.ops import (
     HEAD_DIMS,
+    KEYS,
     MAX_QUERIES,
+    MOST_INPUTS,
     multiplies_bytes,
     prefers_bytes,
 )
@@ -21,6 +23,7 @@ from smart_decoding.models.torch.torch_layers import ops_for
 
 if TYPE_CHECKING:
     from smart_decoding.models.families.config import ModelConfig
+    from smart_decoding.models.families.layer import LinearAttention
 
 log = logging.getLogger("smart.kernels")
 
@@ -30,8 +33,8 @@ INSTEAD = "plain torch runs, slower, with --allow-slow (in Python: allow_slow=Tr
 def unserved(config: ModelConfig) -> str | None:
     """Return why the kernels do not serve a model or head of this shape, with the number; None if
     they do."""
-    if config.linear is not None:
-        return "they have no linear attention (gated delta rule) yet"
+    if config.linear is not None and (reason := _unserved_linear(config.linear)) is not None:
+        return reason
     if config.head_dim not in HEAD_DIMS:
         return f"head dimension {config.head_dim} is none of {', '.join(map(str, HEAD_DIMS))}"
     sizes = {"hidden size": config.hidden, "intermediate size": config.ffn}
@@ -43,6 +46,16 @@ def unserved(config: ModelConfig) -> str | None:
     shared = config.heads // config.kv_heads
     if shared > MAX_QUERIES:
         return f"{shared} query heads share a key head, more than {MAX_QUERIES}"
+    return None
+
+
+def _unserved_linear(linear: LinearAttention) -> str | None:
+    if linear.key_dim % KEYS:
+        return f"key dimension {linear.key_dim} of linear attention is no multiple of {KEYS}"
+    if linear.values % 2:
+        return f"width {linear.values} of linear attention is odd"
+    if linear.kernel > MOST_INPUTS:
+        return f"a convolution over {linear.kernel} inputs, more than {MOST_INPUTS}"
     return None
 
 

@@ -4,7 +4,9 @@ call."""
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable, Sequence
 from ctypes import Structure
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,7 +24,9 @@ from smart_decoding.models.sampling.drawing import draws_of
 if TYPE_CHECKING:
     from smart_decoding.core.tree import IntArray
     from smart_decoding.engine.media import MultimodalEmbeddings
+    from smart_decoding.engine.rows import Rows
     from smart_decoding.kernels.weights import PackedWeight
+    from smart_decoding.models.cpu.native_states import NativeStates
     from smart_decoding.models.torch.layers import KVCache, NativeLayers
 
 
@@ -45,9 +49,10 @@ class NativeModel:
     ) -> None:
         norm = final_norm.float().contiguous()
         self._keep = (layers, norm, embedding, output, kv, rotary)
+        self.states: NativeStates | None = None
         self.struct = _model(layers, embedding, output, norm, kv, scale)
-        first = layers.structs[0]
-        self._hidden = first.hidden
+        self._hidden = layers.structs[0].hidden
+        attention = next(each for each in layers.structs if not each.delta)
         self._vocab = output.n
         self._aux_layers: dict[tuple[int, ...], NDArray[np.int32]] = {}
         self._pass = kernels.Pass()
@@ -58,41 +63,48 @@ class NativeModel:
         self._mixtures: int = max(1, sum(layer.experts > 0 for layer in layers.structs))
         self._round = kernels.Round(
             hidden=self._hidden,
-            kv_heads=first.kv_heads,
-            head_dim=first.head_dim,
+            kv_heads=attention.kv_heads,
+            head_dim=attention.head_dim,
             cosine=rotary[0].data_ptr(),
             sine=rotary[1].data_ptr(),
             angles=rotary[0].shape[1],
             seconds=address(self._seconds),
         )
 
-    def forward(
-        self,
-        rows: Structure,
-        token: IntArray,
-        mm_embeds: MultimodalEmbeddings,
-        logit_rows: IntArray | None,
-        aux_layers: tuple[int, ...],
-    ) -> TargetScores:
-        """Return logits of `logit_rows` (None: of all), valid until the next forward; all
+    def hold(self, states: NativeStates) -> None:
+        """Keep recurrent states there, before the first forward."""
+        self.states = states
+        self.struct.states = states.address
+
+    def forward(self, native: Structure, rows: Rows, aux_layers: tuple[int, ...]) -> TargetScores:
+        """Return logits of `rows.logit_rows` (None: of all), valid until the next forward; all
         rows' states after `aux_layers` layers; and those rows' first maxima, -1 where that is
-        not finite."""
-        count = rows.rows if logit_rows is None else len(logit_rows)
+        not finite. native: the kernels' structure of the rows."""
+        count = len(rows) if rows.logit_rows is None else len(rows.logit_rows)
         logits = self._logits_of(count)
-        aux_hidden = self._prepare(rows.rows, aux_layers)
+        aux_hidden = self._prepare(len(rows), aux_layers)
         best = np.empty(count, np.int64)
-        embeddings, alive = embedding_addresses(mm_embeds, rows.rows)
+        embeddings, alive = embedding_addresses(rows.mm_embeds, len(rows))
         forward_pass = self._pass
         forward_pass.logits = logits.data_ptr()
-        forward_pass.token = address(token)
+        forward_pass.token = address(rows.token)
         forward_pass.best = address(best)
         forward_pass.wanted_count = count
-        forward_pass.wanted = pointer(logit_rows)
+        forward_pass.wanted = pointer(rows.logit_rows)
         forward_pass.embeddings = pointer(embeddings)
-        kernels.forward(self.struct, rows, forward_pass)
+        if self.states is not None:
+            forward_pass.nodes = self.states.prepare(np.diff(rows.ancestors_start))
+        kernels.forward(self.struct, native, forward_pass)
         del alive  # until here
-        states = None if aux_hidden is None else torch.from_numpy(aux_hidden)
-        return TargetScores(logits, states, best, experts=self._awake)
+        hidden = None if aux_hidden is None else torch.from_numpy(aux_hidden)
+        advance = self.advance_after(rows)
+        return TargetScores(logits, hidden, best, advance=advance, experts=self._awake)
+
+    def advance_after(self, rows: Rows) -> Callable[[Sequence[Sequence[int]]], None] | None:
+        """Return `TargetScores.advance` of a forward of these rows, the last one."""
+        if self.states is None or not len(rows.ancestors):
+            return None
+        return partial(self.states.advance, self.struct, rows)
 
     def verify(self, batch: NativeBatch) -> NativeRound:
         """Verify a round in one call: the forward, tokens down the trees, and the moves of keys."""
@@ -110,6 +122,10 @@ class NativeModel:
         struct.kept = address(batch.kept)
         struct.draws = pointer(draws)
         struct.root, struct.length, struct.position, struct.pages = _lines(inputs)
+        states = np.array(batch.states, np.int64) if batch.states else None
+        struct.states = pointer(states)
+        if self.states is not None:
+            self._pass.nodes = self.states.prepare(batch.trees.depth[batch.kept])
         struct.after, struct.emitted, struct.path, struct.accepted, struct.first = _lines(found)
         aux_hidden = self._prepare(rows, batch.aux_layers)
         self._pass.wanted = self._pass.embeddings = None

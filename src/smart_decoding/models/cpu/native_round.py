@@ -30,7 +30,8 @@ class NativeBatch(NamedTuple):
     roots: each request's last token; lengths: its position; rotary: the same as rotary embeddings
     take it; tables: the addresses of the block tables, which have room for the nodes; kept: which
     of the trees' nodes are verified; aux_layers: as in Target.verify; specs: how the token after
-    each root is drawn, or None where all requests take the first maximum."""
+    each root is drawn, or None where all requests take the first maximum; states: the places of
+    recurrent states, empty where there are none."""
 
     roots: Sequence[int]
     lengths: Sequence[int]
@@ -40,6 +41,7 @@ class NativeBatch(NamedTuple):
     kept: IntArray
     aux_layers: tuple[int, ...]
     specs: Sequence[SampleSpec] | None = None
+    states: Sequence[int] = ()
 
     @classmethod
     def of(
@@ -61,6 +63,7 @@ class NativeBatch(NamedTuple):
             draft.kept,
             aux_layers,
             None if greedy else specs_of(range(len(requests)), requests, draft.trees, ()),
+            [r.table.state for r in requests],
         )
 
 

@@ -26,6 +26,7 @@ from smart_decoding.kernels.weights import (
 )
 from smart_decoding.models.cpu.kernel_check import use_native
 from smart_decoding.models.cpu.native_model import NativeModel
+from smart_decoding.models.cpu.native_states import NativeStates
 from smart_decoding.models.cpu.panels import KeptPanels, kept_panels
 from smart_decoding.models.torch.graphs import GraphedLayers, layers_on
 from smart_decoding.models.torch.layers import (
@@ -106,17 +107,21 @@ class Decoder:
         self.kv = KVCache.empty(
             config.kv_layers, config.kv_heads, pages, config.head_dim, dtype, device, self.native
         )
-        self.hold_states(0)
         self.model: NativeModel | None = None  # all of it, where the CPU kernels run it
         if self.native:
             self.model = self._packed(weights)
         else:
             self._load(weights)
+        self.hold_states(0)
 
     def hold_states(self, requests: int) -> None:
         """Make room for the recurrent states of so many requests, if the model has some."""
         config = self.config
-        if config.linear is not None:
+        if config.linear is None:
+            return
+        if self.model is not None:
+            self.model.hold(NativeStates(config.linear_layers, config.linear, requests))
+        else:
             self.kv.states = RecurrentStates.empty(
                 config.linear_layers, config.linear, requests, self.device
             )
@@ -203,9 +208,7 @@ class Decoder:
         context = self._context(rows, aux_layers)
         if self.model is not None:
             native = kernels.native_rows(context.rows, context.cosine, context.sine)
-            return self.model.forward(
-                native, rows.token, rows.mm_embeds, rows.logit_rows, aux_layers
-            )
+            return self.model.forward(native, rows, aux_layers)
         x = self.embed(context.on_device.token)
         if self._scale != 1:
             x = x * self._scale

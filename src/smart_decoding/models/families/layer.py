@@ -109,6 +109,16 @@ class LinearAttention:
         """Numbers that a layer keeps of a sequence: its state, and the convolution's inputs."""
         return self.values * self.key_dim + (self.kernel - 1) * self.channels
 
+    @property
+    def row_size(self) -> int:
+        """Numbers that a row adds to a state: channels, and two rates of each head."""
+        return self.channels + 2 * self.value_heads
+
+    def packed_state_size(self, columns: int) -> int:
+        """Numbers of a state where each head's columns are filled up to blocks of so many."""
+        blocks = -(-self.value_dim // columns)
+        return self.value_heads * blocks * columns * self.key_dim
+
     def shapes(self, hidden: int, width: int) -> Shapes:
         """Return its weights. width: of the vectors that it reads."""
         return {

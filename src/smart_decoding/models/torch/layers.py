@@ -56,6 +56,7 @@ _VECTORS = (
     *("input_norm", "q_norm", "k_norm", "qkv_bias", "output_bias", "post_norm"),
     *("attention_norm", "ffn_norm", "sinks"),
 )
+_OF_DELTA = ("convolution", "decay", "bias", "norm")
 
 
 @dataclass
@@ -156,8 +157,8 @@ class KVCache:
         """Zeros, in the layout of those who write it."""
         planes = (layers, kv_heads, pages)
         key_page = (head_dim, PAGE) if native else (PAGE, head_dim)
-        keys = _zeros((*planes, *key_page), dtype, device)
-        values = _zeros((*planes, PAGE, head_dim), dtype, device)
+        keys = zeros((*planes, *key_page), dtype, device)
+        values = zeros((*planes, PAGE, head_dim), dtype, device)
         return cls(keys, values, native)
 
     @cached_property
@@ -183,10 +184,11 @@ class KVCache:
             part[..., page[1], offset[1], :] = moved
 
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """On a CPU in memory that the system makes when it is first written: a server reserves for many
-    requests, and most programs have one. Where a head's part of a layer is less than a huge page,
-    small ones: a prompt of any length would make all of it, which takes 0.1 to 0.8 s for 117 MB."""
+def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return zeros, on a CPU in memory that the system makes when it is first written: a server
+    reserves for many requests, and most programs have one. Where a head's part of a layer is less
+    than a huge page, small ones: a prompt of any length would make all of it, which takes 0.1 to
+    0.8 s for 117 MB."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     size = math.prod(shape) * dtype.itemsize
@@ -261,11 +263,13 @@ class NativeLayers:
         self.structs = (kernels.Layer * len(structs))(*structs)
 
     def _struct(self, w: LayerWeights, arena: Arena) -> Structure:
+        qkv = pack(w.qkv if w.gate is None else [*w.qkv, w.gate], arena)
+        if w.qkv_bias is not None:  # gates have none
+            w.qkv_bias = F.pad(w.qkv_bias, (0, qkv.n - len(w.qkv_bias)))
         vectors = {
             name: None if vector is None else vector.float().contiguous()
             for name, vector in ((name, getattr(w, name)) for name in _VECTORS)
         }
-        qkv = pack(w.qkv, arena)
         output = pack([w.output], arena)
         width = len(w.networks[0].gate)
         order = interleaved(width)
@@ -286,13 +290,30 @@ class NativeLayers:
             angle=w.angle,
             gelu=w.gelu,
             clamped=w.clamped,
+            gated=w.gate is not None and w.delta is None,
             eps=w.eps,
             qkv=qkv.struct,
             output=output.struct,
             **{name: pointer(vector) for name, vector in vectors.items()},
             **self._networks(networks, w.router, arena),
             **self._biases(w, order),
+            delta=None if w.delta is None else self._delta(w.delta, arena),
         )
+
+    def _delta(self, w: DeltaWeights, arena: Arena) -> int:
+        """Return the address of a structure Delta."""
+        rates = pack([w.rates], arena)
+        struct = kernels.Delta(
+            key_heads=w.shape.key_heads,
+            value_heads=w.shape.value_heads,
+            key_dim=w.shape.key_dim,
+            value_dim=w.shape.value_dim,
+            kernel=w.shape.kernel,
+            rates=rates.struct,
+            **{name: pointer(getattr(w, name)) for name in _OF_DELTA},
+        )
+        self._keep += [w, rates, struct]
+        return ctypes.addressof(struct)
 
     def _biases(self, w: LayerWeights, order: NDArray[np.int64]) -> dict[str, Any]:
         """Return the fields of Layer that are biases of its networks or its router. order: of gate
