@@ -39,10 +39,14 @@ class Machine:
         self.now = 0.0
         self.touched: set[int] = set()
         self.held: set[int] = set()  # pages of requests
+        self.states: set[int] = set()  # places of states that were overwritten
 
     def forward(self, rows: Rows, aux_layers: tuple[int, ...]) -> Any:
         used = set((rows.slot_mapping // PAGE).tolist()) | set(rows.pages.tolist())
         assert used.isdisjoint(self.held)
+        if rows.states is not None:
+            assert len(set(rows.states)) == rows.groups
+            self.states.update(rows.states.tolist())
         seconds = ROW * len(rows.token) + FAULT * len(used - self.touched)
         self.now += seconds * (3.0 if self.slow > 0 else 1.0)
         self.slow -= 1
@@ -54,12 +58,13 @@ class Machine:
         return SimpleNamespace(greedy=np.zeros(len(rows.token)), experts=float(awake))
 
 
-def target_of(machine: Machine, max_positions: int = 4096) -> Any:
+def target_of(machine: Machine, max_positions: int = 4096, states: int = 0) -> Any:
     return SimpleNamespace(
         vocab=32,
         device=torch.device("cpu"),
         max_positions=max_positions,
         steps=(12,),
+        states=states,
         native=None,
         experts=machine.experts,
         forward=machine.forward,
@@ -138,6 +143,22 @@ def test_the_seconds_of_experts_are_told_from_those_of_rows() -> None:
     awake = 64 * (1 - (1 - 4 / 64) ** 8)
     seconds = 8 * ROW + EXPERT * (awake - 4)
     assert float(cost.verify_seconds(1, 8, 128)) == pytest.approx(seconds, rel=0.05)
+
+
+def test_no_state_of_a_request_is_overwritten() -> None:
+    """Requests hold two of five places: larger batches than of three wait in vain."""
+    machine = Machine()
+    pool = PagePool(PAGES, states=5)
+    held = {pool.take_state(), pool.take_state()}
+    target = target_of(machine, states=5)
+    clock = lambda: machine.now  # noqa: E731
+    timer = ForwardTimer(target, None, PAGES, 5, seconds=0.0, clock=clock, pool=pool)
+    for _ in range(1000):
+        timer.step()
+    assert {batch for batch, _ in checked(timer.samples())} == {1, 2}
+    assert machine.states
+    assert machine.states.isdisjoint(held)
+    assert pool.available_states == 3
 
 
 def test_a_probe_tells_rows_of_a_lone_request_apart_and_needs_room() -> None:

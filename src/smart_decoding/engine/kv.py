@@ -63,6 +63,11 @@ class PagePool:
         return len(self._free) + len(self._idle)
 
     @property
+    def available_states(self) -> int:
+        """Places of recurrent states that can be taken."""
+        return len(self._free_states)
+
+    @property
     def used(self) -> float:
         """The share of pages that requests hold, in [0, 1]. Safe to read from other threads."""
         return np.count_nonzero(self._references) / self.pages

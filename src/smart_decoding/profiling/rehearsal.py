@@ -39,13 +39,14 @@ class Rehearsal:
         self.batch = batch
         self.context = context
         self.needed = batch * -(-(context + more + 1) // PAGE)
+        self.states = 0
         self._drafter = drafter
         self._vocab = vocab
         self._random = np.random.default_rng(0)
         self._requests: list[Request] = []
 
-    def place(self, pages: Sequence[int]) -> None:
-        """Begin in these pages."""
+    def place(self, pages: Sequence[int], states: Sequence[int]) -> None:
+        """Begin in these pages; no state of a target is needed."""
         pool = PagePool.of(pages)
         params = SamplingParams(temperature=0.0)
         for _ in range(self.batch):
