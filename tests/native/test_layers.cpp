@@ -383,6 +383,7 @@ void overflows(bool bf16) {
     TinyModel m(random, shape, 1, 40, bf16, length);
     TinyLayer& layer = m.layers[0];
     for (int64_t row = 0; row < 5 * 32; row++) layer.w.qkv[row * 32] = row == 4 * 32 ? 3e38f : 0;
+    layer.w.attention_gate.clear();
     layer.qkv = packed(layer.w.qkv, 32, bf16);
     layer.w.input_norm[0] = 4;
     m.change_windows([](int) { return 0; });
