@@ -122,9 +122,9 @@ class NativeModel:
         struct.kept = address(batch.kept)
         struct.draws = pointer(draws)
         struct.root, struct.length, struct.position, struct.pages = _lines(inputs)
-        states = np.array(batch.states, np.int64) if batch.states else None
-        struct.states = pointer(states)
         if self.states is not None:
+            places = np.array(batch.states, np.int64) if batch.states else None
+            struct.states = pointer(places)
             self._pass.nodes = self.states.prepare(batch.trees.depth[batch.kept])
         struct.after, struct.emitted, struct.path, struct.accepted, struct.first = _lines(found)
         aux_hidden = self._prepare(rows, batch.aux_layers)
