@@ -104,7 +104,7 @@ class ReplayedTarget:
     """A target that computes everything and then says what the recorded answers say."""
 
     native = None
-    states = 0
+    states = snapshots = 0
     verify = verify_by_rows
 
     def __init__(self, inner: TorchTarget, trace: Trace) -> None:

@@ -14,7 +14,7 @@ from smart_decoding.core.batch import BatchState, Round
 from smart_decoding.core.tree import BoolArray, DraftTrees, FloatArray, IntArray
 from smart_decoding.engine.admission import BEFORE, Admission, EngineConfig
 from smart_decoding.engine.drafting import Draft
-from smart_decoding.engine.kv import PAGE, PagePool
+from smart_decoding.engine.kv import NO_STATE, PAGE, PagePool
 from smart_decoding.engine.scheduler import Batch, Scheduler
 from smart_decoding.engine.structured import Constraint, StructuredOutputsParams, grammatical
 from smart_decoding.engine.verification import make_room
@@ -78,14 +78,14 @@ class Engine:
                 f"max_model_len={config.max_model_len} exceeds the KV memory of "
                 f"{config.pages * PAGE} tokens: lower it or raise kv_cache_tokens"
             )
-        if target.states and config.prefix_caching:
+        if target.states and not target.snapshots and config.prefix_caching:
             log.info("no prefixes are reused: the model's states are kept at one length only")
             config = replace(config, prefix_caching=False)
         self.target = target
         self.policy = policy
         self.drafter = drafter
         self.config = config
-        self.pool = PagePool(config.pages, config.prefix_caching, target.states)
+        self.pool = PagePool(config.pages, config.prefix_caching, target.states, target.snapshots)
         self.scheduler = Scheduler(self.pool, config.max_num_seqs, config.max_num_batched_tokens)
         self.last_round: RoundRecord | None = None
         self.admission = Admission(target, config, self.pool, decode, clock, constrain)
@@ -178,6 +178,7 @@ class Engine:
         for request, _ in batch.prefill:
             request.metrics.scheduled = request.metrics.scheduled or started
         started += self._encode_images(batch)  # no part of a round's cost
+        self._begin_states(batch)
         state = self._state(batch)
         rule = self._plan(batch, state)
         if rule is None or self.drafter is None:
@@ -194,6 +195,8 @@ class Engine:
         verified = self.target.verify(batch, draft, aux_layers)
         self._dropped.difference_update(batch.decode)
         emitted, accepted = self._update(batch, verified)
+        if self.pool.keeps_snapshots:
+            self._keep_states(batch)
         self._hand_over(batch, verified)
         self.scheduler.charge(batch, _count_nodes(batch, draft, accepted))
         done = _round(batch, state, draft, verified)
@@ -220,6 +223,22 @@ class Engine:
                 request.metrics.vision_seconds += spent
                 total += spent
         return total
+
+    def _begin_states(self, batch: Batch) -> None:
+        """Copy the states that prompts begin with behind reused pages."""
+        for request, _ in batch.prefill:
+            table = request.table
+            if table.origin != NO_STATE:
+                self.target.copy_state(table.origin, table.state)
+                table.origin = NO_STATE
+
+    def _keep_states(self, batch: Batch) -> None:
+        """Copy the states of prompts that have come to their last pages."""
+        for request, _ in batch.prefill:
+            if 0 < request.pending <= PAGE and not request.output:
+                place = request.table.take_snapshot()
+                if place != NO_STATE:
+                    self.target.copy_state(request.table.state, place)
 
     def _state(self, batch: Batch) -> BatchState:
         requests = batch.decode

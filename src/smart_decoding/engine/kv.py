@@ -31,9 +31,12 @@ class OutOfPagesError(Exception):
 
 class PagePool:
     """Pages 0 .. pages-1 with reference counts, and the index of cached content. states: requests
-    whose recurrent states there is room for, 0: the model has none."""
+    whose recurrent states there is room for, 0: the model has none. snapshots: room for copies of
+    states, behind them. Of a model with states, pages are found up to one that has a snapshot."""
 
-    def __init__(self, pages: int, prefix_caching: bool = False, states: int = 0) -> None:
+    def __init__(
+        self, pages: int, prefix_caching: bool = False, states: int = 0, snapshots: int = 0
+    ) -> None:
         self.pages = pages
         self.prefix_caching = prefix_caching
         self._free = list(range(pages - 1, -1, -1))
@@ -49,6 +52,10 @@ class PagePool:
         self._borrowed: set[int] = set()
         self._states = states
         self._free_states = list(range(states - 1, -1, -1))
+        self._places = range(states, states + snapshots)
+        self._free_places = list(self._places)
+        # content id of a page -> place of the state behind it, the one used last at the end
+        self._snapshots: OrderedDict[int, int] = OrderedDict()
 
     @classmethod
     def of(cls, pages: Sequence[int]) -> PagePool:
@@ -89,6 +96,33 @@ class PagePool:
         """Take back what `take_state` gave."""
         if state != NO_STATE:
             self._free_states.append(state)
+
+    @property
+    def keeps_snapshots(self) -> bool:
+        """Whether states are copied for prompts that begin alike."""
+        return self.prefix_caching and bool(self._places)
+
+    def take_snapshot(self, page: int) -> int:
+        """Return a place for a copy of the state behind this page, in place of the copy that was
+        unused for the longest time; NO_STATE if there is one, or nobody can find the page."""
+        content = self._content.get(page)
+        if not self.keeps_snapshots or content is None or content in self._snapshots:
+            return NO_STATE
+        if self._free_places:
+            place = self._free_places.pop()
+        else:
+            _, place = self._snapshots.popitem(last=False)
+        self._snapshots[content] = place
+        return place
+
+    def snapshot_behind(self, page: int) -> int:
+        """Return the place of the state behind a page that `find` returned last; NO_STATE if the
+        model has none."""
+        if not self._states:
+            return NO_STATE
+        content = self._content[page]
+        self._snapshots.move_to_end(content)
+        return self._snapshots[content]
 
     def take(self, count: int) -> list[int]:
         """Take `count` pages of arbitrary content. Raises OutOfPagesError, taking none."""
@@ -135,6 +169,8 @@ class PagePool:
             page = self._pages_of[key][0]
             content = self._content[page]
             found.append(page)
+        while self._states and found and self._content[found[-1]] not in self._snapshots:
+            found.pop()
         for page in found:
             self._references[page] += 1
             self._idle.pop(page, None)
@@ -173,6 +209,9 @@ class PagePool:
             for page in table.pages:
                 held[page] += 1
         assert sorted(states) == [*range(self._states)], "a state is lost, or doubly used"
+        places = sorted([*self._free_places, *self._snapshots.values()])
+        assert places == [*self._places], "a snapshot is lost, or doubly used"
+        assert self._snapshots.keys() <= set(self._content.values()), "a snapshot has no page"
         assert (held == self._references).all(), "reference counts differ from the block tables"
         free = set(self._free) | set(self._idle)
         assert len(free) == self.available, "a page is listed as free twice"
@@ -206,15 +245,17 @@ class PagePool:
     def _forget(self, page: int) -> None:
         """Take a page's content out of the index."""
         key = self._key_of.pop(page)
-        del self._content[page]
+        content = self._content.pop(page)
         self._pages_of[key].remove(page)
         if not self._pages_of[key]:
             del self._pages_of[key]
+            if content in self._snapshots:
+                self._free_places.append(self._snapshots.pop(content))
 
 
 class BlockTable:
     """One request's pages; `length` positions of them are committed. state: where its recurrent
-    state at that length lies."""
+    state at that length lies. origin: where a state lies that must be copied there first."""
 
     def __init__(self, pool: PagePool, content_hashes: ContentHashes = _NO_HASHES) -> None:
         self._pool = pool
@@ -222,6 +263,7 @@ class BlockTable:
         self.pages: list[int] = []
         self.length = 0
         self.state = NO_STATE
+        self.origin = NO_STATE
         self._remembered = 0  # pages already offered to the prefix cache
         self._lay_out()
 
@@ -240,6 +282,8 @@ class BlockTable:
         assert not self.pages
         self.pages = self._pool.find(tokens, len(tokens) - 1, self.content_hashes)
         self._lay_out()
+        if self.pages:
+            self.origin = self._pool.snapshot_behind(self.pages[-1])
         self.length = len(self.pages) * PAGE
         self._remembered = len(self.pages)
         return self.length
@@ -277,12 +321,19 @@ class BlockTable:
                 self._pool.remember(self.pages[i], before, content, content_hash)
             self._remembered = length // PAGE
 
+    def take_snapshot(self) -> int:
+        """Return the place for a copy of the state, if whole pages end there; see the pool's."""
+        if self.length % PAGE or not self.length:
+            return NO_STATE
+        return self._pool.take_snapshot(self.pages[self.length // PAGE - 1])
+
     def release(self) -> None:
         """Give all pages back, last first: without its beginning, a cached prefix could never be
         found."""
         self._pool.give(reversed(self.pages))
         self._pool.give_state(self.state)
         self.state = NO_STATE
+        self.origin = NO_STATE
         self.pages = []
         self.length = 0
         self._remembered = 0

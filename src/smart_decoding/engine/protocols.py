@@ -56,16 +56,20 @@ class Verified:
 
 class Target(Protocol):
     """The model that answers. states: requests whose recurrent states it has room for, 0: it has
-    none."""
+    none; snapshots: copies of states that it has room for beside them."""
 
     vocab: int
     max_positions: int
     eos_token_ids: tuple[int, ...]
     states: int
+    snapshots: int
 
     def verify(self, batch: Batch, draft: Draft, aux_layers: tuple[int, ...]) -> Verified:
         """Run a round: forward the batch's rows and the draft's nodes `kept`, for which there is
         memory; draw the target's tokens down the trees; move accepted keys into place."""
+
+    def copy_state(self, source: int, target: int) -> None:
+        """Copy a recurrent state from a place to another; never called on a model without any."""
 
     def encode_image(self, pixels: Any) -> Any:
         """Return the embeddings [length, hidden] of a picture; never called on a text model."""

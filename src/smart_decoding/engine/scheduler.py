@@ -43,9 +43,14 @@ class Scheduler:
     to the decoding rows. If another client's answer waits for the round, the prompts have a quarter
     of these tokens.
 
+    snapshots_after: tokens of a prompt that must be computed for one more forward to be worth a
+    snapshot.
+
     The bound of `VirtualTokenCounter` holds while slots are free. M is a chunk and the rows that a
     client's answers decode until its next chunk. Without a free slot M is all rows of a client's
     running requests."""
+
+    snapshots_after = 128
 
     def __init__(self, pool: PagePool, max_num_seqs: int, max_num_batched_tokens: int) -> None:
         self.pool = pool
@@ -163,7 +168,7 @@ class Scheduler:
             client = self._counter.select(clients)
             if client in prompts.clients:
                 request = prompts.popleft(client)
-                rows = min(request.pending, budget)
+                rows = self._chunk(request, budget)
                 if request in self.preempted or not self._reserve(request, rows):
                     continue
             else:
@@ -172,7 +177,7 @@ class Scheduler:
                     self._yield_to(request)
                     joining = False
                     continue
-                rows = min(request.pending, budget)
+                rows = self._chunk(request, budget)
                 following = self.waiting.head(client)
                 if following is not None and self._may_join(following):
                     heads[client] = following
@@ -184,6 +189,16 @@ class Scheduler:
         unfinished = (request.client for request, rows in chunks if rows < request.pending)
         self._unserved = {*prompts.clients, *heads, *unfinished}
         return chunks
+
+    def _chunk(self, request: Request, budget: int) -> int:
+        """Return the tokens of the next chunk of a prompt. Where snapshots of states are kept, the
+        last chunk of a long one begins behind whole pages."""
+        if request.pending <= budget and self.pool.keeps_snapshots:
+            whole = (len(request.tokens) - 1) // PAGE * PAGE
+            computed = whole - request.metrics.cached_tokens
+            if computed >= self.snapshots_after and whole > request.table.length:
+                return whole - request.table.length
+        return min(request.pending, budget)
 
     def _may_join(self, head: Request) -> bool:
         """Return whether the first waiting request of a client has its mask. For a client with

@@ -16,6 +16,7 @@ from smart_decoding.engine.verification import lay_out, settle, verify_by_rows
 from smart_decoding.errors import CapacityError, ConfigError, require_finite
 from smart_decoding.models.cpu.kernel_check import use_native, why_slow
 from smart_decoding.models.cpu.native_round import NativeBatch, draws_unchanged
+from smart_decoding.models.cpu.native_states import snapshots_of
 from smart_decoding.models.families.decoder import Decoder, RoundingDecoder
 from smart_decoding.models.families.vision import VisionTower
 from smart_decoding.models.sampling.sampler import Sampler
@@ -121,7 +122,8 @@ class TorchTarget(Sampler):
                 native,
                 self.graphs,
             )
-            self.decoder.hold_states(self.states)
+            self.snapshots = snapshots_of(self.states) if native else 0
+            self.decoder.hold_states(self.states + self.snapshots)
         self.vocab = config.vocab
         mixture = config.experts
         # of a mixture's layer, and of one row
@@ -148,6 +150,12 @@ class TorchTarget(Sampler):
     def forward(self, rows: Rows, aux_layers: tuple[int, ...]) -> TargetScores:
         """See `RowModel`."""
         return self.decoder.forward(rows, aux_layers)
+
+    def copy_state(self, source: int, target: int) -> None:
+        """See `Target`."""
+        assert self.native is not None
+        assert self.native.states is not None
+        self.native.states.copy(source, target)
 
     def encode_image(self, pixels: Pixels) -> torch.Tensor:
         """[length, hidden] the embeddings of a picture, for rows to be inserted."""

@@ -34,7 +34,7 @@ class RuleTarget:
     """A forward takes 1 s + `row_seconds` for each row."""
 
     vocab, max_positions, eos_token_ids = VOCAB, 2048, (EOS,)
-    states = 0
+    states = snapshots = 0
     verify = verify_by_rows
 
     def __init__(self, clock: Clock, row_seconds: float = 0.0, rule=successor) -> None:

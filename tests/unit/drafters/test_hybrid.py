@@ -218,7 +218,9 @@ def test_forwards_without_a_place_for_a_state_change_none() -> None:
     assert [r.output for r in requests] == plain(0.0)[:3]
 
 
-def test_no_prefix_is_reused_and_it_is_said(caplog: pytest.LogCaptureFixture) -> None:
+def test_no_prefix_is_reused_on_torch_and_it_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    if path == "kernels":
+        pytest.skip("they keep snapshots")
     with caplog.at_level(logging.INFO, "smart.engine"):
         made = engine("off")
     assert "no prefixes are reused" in caplog.text
@@ -229,6 +231,83 @@ def test_no_prefix_is_reused_and_it_is_said(caplog: pytest.LogCaptureFixture) ->
         (request,) = answer(made, [prompt], 0.0, TOKENS, seed)
         assert request.output == plain(0.0)[7]
         assert request.metrics.cached_tokens == 0
+
+
+LONG = np.random.default_rng(5).integers(0, VOCAB, 150).tolist()
+
+
+@pytest.fixture
+def kernels() -> None:
+    if path == "torch":
+        pytest.skip("no snapshots are kept there")
+
+
+def fresh(prompt: list[int], temperature: float) -> list[int]:
+    made = engine("off", prefix_caching=False)
+    return answer(made, [prompt], temperature, TOKENS)[0].output
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("chunk", [64, 512])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_prompt_begins_with_the_state_behind_an_earlier_one(
+    policy: str, temperature: float, chunk: int
+) -> None:
+    """The state behind the first prompt's last whole page serves the same prompt, and the next
+    turn; not a prompt that leaves it earlier."""
+    turn = [*LONG, *fresh(LONG, temperature), 3, 1, 4]
+    other = [*LONG[:140], *LONG[:20]]
+    asked = [(LONG, 0), (LONG, 144), (turn, 144), (other, 0), (other, 144)]
+    expected = [fresh(prompt, temperature) for prompt, _ in asked]
+    made = engine(policy, max_num_batched_tokens=chunk)  # in the same memory as the others
+    for (prompt, cached), tokens in zip(asked, expected, strict=True):
+        (request,) = answer(made, [prompt], temperature, TOKENS)
+        assert request.output == tokens
+        assert request.metrics.cached_tokens == cached
+
+
+@pytest.mark.usefixtures("kernels")
+def test_a_short_prompt_is_computed_in_one_forward() -> None:
+    made = engine("off", max_num_batched_tokens=512)
+    for _ in range(2):
+        (request,) = ask(made, [LONG[:100]])
+        made.step()
+        assert request.output
+        assert not request.metrics.cached_tokens
+        made.abort("r0")
+
+
+@pytest.mark.usefixtures("kernels")
+def test_the_snapshot_unused_for_the_longest_time_makes_way() -> None:
+    made = engine("off")
+    room = target().snapshots
+    assert room == SEQS // 4
+    several = [[seed, *LONG] for seed in range(room + 1)]
+
+    def cached(number: int) -> int:
+        (request,) = answer(made, [several[number]], 0.0, 2)
+        return request.metrics.cached_tokens
+
+    assert not any(cached(number) for number in range(room))
+    assert cached(0) == 144
+    assert cached(room) == 0  # in place of the second
+    assert cached(0) == 144
+    assert cached(1) == 0
+    made.check_integrity()
+
+
+@pytest.mark.usefixtures("kernels")
+def test_snapshots_go_with_their_pages() -> None:
+    """Requests that take all pages, in between."""
+    pages = 24
+    first = [fresh(LONG, 0.0), fresh([5, *LONG], 0.0)]
+    expected = plain(0.0)[:8]
+    made = engine("eagle2", pages, max_model_len=16 * pages)
+    for _ in range(2):
+        assert [r.output for r in answer(made, [LONG, [5, *LONG]], 0.0, TOKENS)] == first
+        assert [r.output for r in answer(made, many(8), 0.0, TOKENS)] == expected
+        made.check_integrity()
 
 
 def test_several_answers_to_a_prompt_have_a_state_each() -> None:

@@ -33,7 +33,7 @@ class FakeTarget(Sampler):
     """`pages` KV pages; `spread`: difference between the largest and smallest logit. Features are
     (token, position)."""
 
-    states = 0
+    states = snapshots = 0
     verify = verify_by_rows
     clock = staticmethod(time.perf_counter)
 

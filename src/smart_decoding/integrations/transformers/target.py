@@ -34,7 +34,7 @@ class HostTarget(Sampler):
 
     verify = verify_by_rows
     clock = staticmethod(time.perf_counter)
-    states = 0  # models with recurrent states are refused
+    states = snapshots = 0  # models with recurrent states are refused
     native = None  # no kernels verify in one call
     steps = ()  # of costs over rows: not known here
     experts = None  # of a mixture: not known here
@@ -156,6 +156,10 @@ class HostTarget(Sampler):
 
     def encode_image(self, pixels: Any) -> Any:
         """Raise: calls take only token ids (`checks.unsupported`)."""
+        raise NotImplementedError
+
+    def copy_state(self, source: int, target: int) -> None:
+        """Raise: models with recurrent states are refused."""
         raise NotImplementedError
 
     def forget_pictures(self) -> None:

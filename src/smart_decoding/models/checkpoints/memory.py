@@ -20,7 +20,7 @@ from smart_decoding.models.checkpoints.gguf import StoredWeights
 from smart_decoding.models.checkpoints.rounding import ROUNDED, bytes_per_weight, rounded_bytes
 from smart_decoding.models.checkpoints.weight_files import StackedExperts
 from smart_decoding.models.cpu.kernel_check import why_slow
-from smart_decoding.models.cpu.native_states import ROOM
+from smart_decoding.models.cpu.native_states import ROOM, snapshots_of
 from smart_decoding.models.heads.files import scheme_of
 
 if TYPE_CHECKING:
@@ -92,13 +92,13 @@ def kv_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
 
 def state_bytes(config: ModelConfig, seqs: int, native: bool = False) -> int:
     """Return bytes of the recurrent states of so many requests, in float32. native: on the CPU
-    kernels, with the rows that wait to be added."""
+    kernels, with the rows that wait to be added and snapshots."""
     if (linear := config.linear) is None:
         return 0
     if native:
         waiting = (linear.kernel - 1 + ROOM) * linear.row_size
         each = linear.packed_state_size(COLUMNS) + waiting
-        return 4 * config.linear_layers * each * seqs
+        return 4 * config.linear_layers * each * (seqs + snapshots_of(seqs))
     return 4 * config.linear_layers * linear.state_size * (seqs + 1)
 
 

@@ -86,6 +86,12 @@ class NativeStates:
             np.array([len(path) for path in paths]),
         )
 
+    def copy(self, source: int, target: int) -> None:
+        """Copy all that is kept of a request to another place."""
+        self._states[:, target] = self._states[:, source]
+        self._inputs[target] = self._inputs[source]
+        self._waiting[target] = self._waiting[source]
+
     @property
     def address(self) -> int:
         """Address of the structure, valid as long as this object lives."""
@@ -95,3 +101,8 @@ class NativeStates:
     def tensors(self) -> tuple[Tensor, Tensor]:
         """The states, and the inputs [slots, layers, rows, width], in the kernels' layout."""
         return self._states, self._inputs
+
+
+def snapshots_of(requests: int) -> int:
+    """Return how many copies of states are kept beside those of so many requests."""
+    return (requests + 3) // 4
