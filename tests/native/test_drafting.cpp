@@ -46,7 +46,7 @@ struct TinyHead {
     std::vector<TinyLayer> layers;
     std::vector<Layer> structs;
     int aux_count;
-    bool bytes, plain_table, norm_before_residual;
+    bool bytes, plain_table, norm_before_residual, aux_together;
     float aux_eps = 1e-3f;
     int64_t vocab, outputs_count;
     std::vector<float> aux_norm, fc, fc_bias, input_norm, hidden_norm, final_norm, embedding,
@@ -72,6 +72,7 @@ struct TinyHead {
           bytes(layout.bytes),
           plain_table(random.chance(0.5)),
           norm_before_residual(random.chance(0.5)),
+          aux_together(random.chance(0.5)),
           vocab(random.between(90, 150)),
           outputs_count(random.between(40, 90)),
           rotation(POSITIONS, head_dim) {
@@ -81,7 +82,7 @@ struct TinyHead {
         further.input = d;
         if (layout.layers > 1) layers.emplace_back(random, further, bf16, true, true);
         for (const TinyLayer& layer : layers) structs.push_back(layer.layer());
-        if (random.chance(0.4)) aux_norm = norm(random, d);
+        if (random.chance(0.5)) aux_norm = norm(random, aux_count * d);
         if (random.chance(0.4)) fc_bias = random.normals(d, 0.3);
         fc = matrix(random, d, reads, bf16);
         input_norm = norm(random, d);
@@ -141,6 +142,7 @@ struct TinyHead {
                 aux_count,
                 norm_before_residual,
                 layout.fused,
+                aux_together,
                 aux_eps};
     }
     TinyCache cache(Random random, int64_t pages) const {
@@ -201,8 +203,9 @@ Doubles states(const TinyHead& h, const Batch& batch, const Asked& asked, refere
     for (int64_t r = 0; r < batch.size(); r++) {
         const int64_t width = asked.first ? h.aux_count * d : d;
         Doubles features(asked.features[r], asked.features[r] + width);
-        if (asked.first && !h.aux_norm.empty())
-            features = reference::rms_norms(features, h.aux_norm.data(), h.aux_eps, d);
+        const int64_t together = h.aux_together ? width : d;
+        for (int64_t at = 0; asked.first && !h.aux_norm.empty() && at < width; at += together)
+            reference::rms_norm(&features[at], &h.aux_norm[at], h.aux_eps, together, &features[at]);
         const bool pictured = !asked.embeddings.empty() && asked.embeddings[r];
         const float* from = pictured ? asked.embeddings[r] : &h.embedding[batch.token[r] * d];
         Doubles embedding(from, from + d);

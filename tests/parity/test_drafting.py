@@ -31,7 +31,8 @@ from smart_decoding.models.heads.eagle_head import EagleHead
 from smart_decoding.models.heads.files import load_head
 from smart_decoding.models.target import TorchTarget
 
-from .test_published_heads import LAYOUTS, VOCAB, D, target_config, target_model, write
+from .reference_head import write
+from .test_published_heads import LAYOUTS, VOCAB, D, target_config, target_model
 from .test_selection import EXPANDS, KEEPS, copy_of, random_rule, random_trees
 
 if TYPE_CHECKING:

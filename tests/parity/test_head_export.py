@@ -31,14 +31,14 @@ from smart_decoding.models.heads.files import HeadFiles, load_head
 from smart_decoding.training.head import Form, TrainableHead, form_of
 
 from .checkpoints import LLAMA3, computed, config_of
+from .reference_head import ReferenceHead, write
 from .test_published_heads import (
     LAYOUTS,
+    PROMPT,
     VOCAB,
-    Expected,
     drafted,
     target_config,
     target_model,
-    write,
 )
 
 AUX_LAYERS = (2, 4, 8)
@@ -289,17 +289,17 @@ def test_what_a_layout_has_no_words_for_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", [name for name in LAYOUTS if "two" not in name])
 def test_training_starts_from_a_published_head(name: str, tmp_path: Path) -> None:
     """In training it says what the conventions say, and unchanged it is written as it was read."""
-    config, tensors, _, entries, theta = LAYOUTS[name]
+    config, tensors, _, entries, normed = LAYOUTS[name]
     files = load_head(published(name, tmp_path), target_config(), trust_pickle=True)
     head = TrainableHead(form_of(files))
     head.start_at(files.weights)
-    expected = Expected(config, tensors, entries, theta)
+    expected = ReferenceHead(target_model(), config, tensors, entries, PROMPT, normed)
     with torch.no_grad():
         model = target_model()
         states = model(
             torch.tensor([expected.prompt[:-1]]), output_hidden_states=True
         ).hidden_states
-        g = head.features(torch.cat([states[i] for i in entries], dim=-1))
+        g = head.features(torch.cat([states[i] for i in entries or (-1,)], dim=-1))
         out = head(g, expected.embedding[expected.prompt[1:]][None], [])[0, -1]
         if files.fused:
             logits = model.get_output_embeddings().weight @ out

@@ -2,14 +2,13 @@
 plain torch.
 
 The expected values share no code with the package: the target's hidden states are transformers'
-own, the head is written out below from docs/eagle-heads.md, one full causal forward for each
-drafted token.
+own, the head is written out in reference_head.py from docs/eagle-heads.md, one full causal forward
+for each drafted token.
 """
 
 from __future__ import annotations
 
 import functools
-import json
 import pickle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,35 +17,24 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from safetensors.torch import save_file
 from torch import Tensor
-from torch.nn import functional as F
 
-from smart_decoding.core.rule import NO_NODES, TreeRule
-from smart_decoding.core.selection import Beam, KeepBest
-from smart_decoding.core.tree import ROOT, DraftTrees
-from smart_decoding.drafters.eagle import EagleDrafter
-from smart_decoding.engine.kv import BlockTable, PagePool
-from smart_decoding.engine.request import Request
-from smart_decoding.engine.rows import Span, build_rows
-from smart_decoding.engine.sampling_params import SamplingParams
-from smart_decoding.engine.stopping import StopChecker
 from smart_decoding.errors import DownloadError, ModelError
 from smart_decoding.models.families.decoder import Decoder
 from smart_decoding.models.families.reading import config_from_hf
 from smart_decoding.models.heads.eagle_head import EagleHead
 from smart_decoding.models.heads.files import head_folder, load_head
 
+from . import reference_head
+from .reference_head import PAGES, SCRATCH, Drafting, ReferenceHead, layer_tensors, random, write
+
 if TYPE_CHECKING:
+    from smart_decoding.core.tree import DraftTrees
     from smart_decoding.models.families.config import ModelConfig
 
-LAYERS, D, VOCAB, DRAFT, EPS, PAGES, SCRATCH = 8, 64, 97, 40, 1e-5, 16, 8
-HEADS, KV, HEAD_DIM, FFN = (
-    4,
-    2,
-    32,
-    48,
-)  # the head's own: the target has heads of 16 dimensions and another theta
+LAYERS, D, VOCAB, DRAFT, EPS = 8, 64, 97, 40, 1e-5
+HEADS = 4
+HEAD_DIM = 32  # the head's own: the target has heads of 16 dimensions and another theta
 PROMPT = np.random.default_rng(3).integers(0, VOCAB, 24).tolist()
 
 
@@ -78,69 +66,12 @@ def target_config() -> ModelConfig:
     )
 
 
-def random(*shape: int, scale: float = 0.2) -> Tensor:
-    return torch.randn(*shape) * scale
-
-
-def layer_tensors(prefix: str, width: int, bias: bool = False) -> dict[str, Tensor]:
-    """One Llama layer, its q, k and v reading `width`, without norms at its input."""
-    q = HEADS * HEAD_DIM
-    kv = KV * HEAD_DIM
-    tensors = {
-        "self_attn.q_proj.weight": random(q, width),
-        "self_attn.k_proj.weight": random(kv, width),
-        "self_attn.v_proj.weight": random(kv, width),
-        "self_attn.o_proj.weight": random(D, q),
-        "mlp.gate_proj.weight": random(FFN, D),
-        "mlp.up_proj.weight": random(FFN, D),
-        "mlp.down_proj.weight": random(D, FFN),
-        "post_attention_layernorm.weight": 1 + random(D),
-    }
-    if bias:
-        tensors |= {
-            f"self_attn.{n}_proj.bias": random(size) for n, size in (("q", q), ("k", kv), ("v", kv))
-        }
-    return {prefix + name: tensor for name, tensor in tensors.items()}
-
-
-def second_layer() -> dict[str, Tensor]:
-    """An ordinary Llama layer."""
-    torch.manual_seed(4)
-    return {**layer_tensors("layers.1.", D), "layers.1.input_layernorm.weight": 1 + random(D)}
-
-
-def eagle3_tensors(prefix: str, embedding: bool = False, bias: bool = False) -> dict[str, Tensor]:
-    torch.manual_seed(1)
-    ids = torch.randperm(VOCAB)[:DRAFT].sort().values
-    return {
-        **layer_tensors(prefix, 2 * D, bias),
-        prefix + "input_layernorm.weight": 1 + random(D),
-        prefix + "hidden_norm.weight": 1 + random(D),
-        "fc.weight": random(D, 3 * D),
-        "norm.weight": 1 + random(D),
-        "lm_head.weight": random(DRAFT, D),
-        "d2t": ids - torch.arange(DRAFT),
-        "t2d": torch.isin(torch.arange(VOCAB), ids),
-        **({"embed_tokens.weight": random(VOCAB, D, scale=0.5)} if embedding else {}),
-    }
-
-
-def eagle1_tensors(bias: bool) -> dict[str, Tensor]:
-    torch.manual_seed(2)
-    fc = {"fc.weight": random(D, 2 * D), **({"fc.bias": random(D)} if bias else {})}
-    return {
-        **layer_tensors("layers.0.", D),
-        **fc,
-        "embed_tokens.weight": random(VOCAB, D, scale=0.5),
-    }
-
-
 LAYER = {
     "hidden_size": D,
     "num_attention_heads": HEADS,
-    "num_key_value_heads": KV,
+    "num_key_value_heads": 2,
     "head_dim": HEAD_DIM,
-    "intermediate_size": FFN,
+    "intermediate_size": 48,
     "vocab_size": VOCAB,
     "num_hidden_layers": 1,
     "hidden_act": "silu",
@@ -148,6 +79,28 @@ LAYER = {
     "max_position_embeddings": 256,
     "rms_norm_eps": EPS,
 }
+eagle3_tensors = functools.partial(reference_head.eagle3_tensors, layer=LAYER, draft=DRAFT)
+
+
+def second_layer() -> dict[str, Tensor]:
+    """An ordinary Llama layer."""
+    torch.manual_seed(4)
+    return {
+        **layer_tensors("layers.1.", LAYER, D),
+        "layers.1.input_layernorm.weight": 1 + random(D),
+    }
+
+
+def eagle1_tensors(bias: bool) -> dict[str, Tensor]:
+    torch.manual_seed(2)
+    fc = {"fc.weight": random(D, 2 * D), **({"fc.bias": random(D)} if bias else {})}
+    return {
+        **layer_tensors("layers.0.", LAYER, D),
+        **fc,
+        "embed_tokens.weight": random(VOCAB, D, scale=0.5),
+    }
+
+
 EAGLE3 = {**LAYER, "architectures": ["LlamaForCausalLMEagle3"], "draft_vocab_size": DRAFT}
 SPECULATORS = {
     "architectures": ["Eagle3Speculator"],
@@ -165,224 +118,75 @@ TWO_LAYERS = {
 }
 EAGLE1 = {**LAYER, "architectures": ["LlamaForCausalLM"], "bias": False}
 
-# name -> (config.json, tensors, pickled?, entries of transformers' hidden_states that are read,
-# rope theta)
-LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Tensor], bool, tuple[int, ...], float]] = {
-    "eagle3": (EAGLE3, eagle3_tensors("midlayer."), False, (2, 4, 5), 1e4),
+# name -> (config.json, tensors, pickled?, layers whose inputs are read, norm_before_residual)
+LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Tensor], bool, tuple[int, ...], bool]] = {
+    "eagle3": (EAGLE3, eagle3_tensors("midlayer."), False, (2, 4, 5), False),
     "eagle3 pickled, own embeddings and biases": (
         EAGLE3,
         eagle3_tensors("midlayer.", embedding=True, bias=True),
         True,
         (2, 4, 5),
-        1e4,
+        False,
     ),
     "SpecForge": (
         {**EAGLE3, "eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 3, 4]}},
         eagle3_tensors("midlayer."),
         False,
         (2, 4, 5),
-        1e4,
+        False,
     ),
-    "speculators": (SPECULATORS, eagle3_tensors("layers.0."), False, (1, 3, 6), 2e4),
+    "speculators": (SPECULATORS, eagle3_tensors("layers.0."), False, (1, 3, 6), True),
     "speculators, two layers": (
         TWO_LAYERS,
         {**eagle3_tensors("layers.0."), **second_layer()},
         False,
         (1, 3, 6),
-        2e4,
+        True,
     ),
-    "eagle1": (EAGLE1, eagle1_tensors(False), False, (-1,), 1e4),
+    "eagle1": (EAGLE1, eagle1_tensors(False), False, (), False),
     "eagle1, two layers": (
         {**EAGLE1, "num_hidden_layers": 2},
         {**eagle1_tensors(False), **second_layer()},
         False,
-        (-1,),
-        1e4,
+        (),
+        False,
     ),
     "eagle2 pickled, with a bias": (
         {**EAGLE1, "bias": True},
         eagle1_tensors(True),
         True,
-        (-1,),
-        1e4,
+        (),
+        False,
     ),
 }
 
 
-def write(
-    folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], pickled: bool = False
-) -> Path:
-    (folder / "config.json").write_text(json.dumps(config))
-    if pickled:
-        torch.save(tensors, folder / "pytorch_model.bin")
-    else:
-        save_file(
-            {name: tensor.contiguous() for name, tensor in tensors.items()},
-            folder / "model.safetensors",
-        )
-    return folder
-
-
-class Expected:
-    """What a head proposes after a prompt and further tokens, from the conventions alone."""
-
-    def __init__(
-        self,
-        config: dict[str, Any],
-        tensors: dict[str, Tensor],
-        entries: tuple[int, ...],
-        theta: float,
-        prompt: list[int] = PROMPT,
-    ) -> None:
-        self.w = {
-            name.replace("layers.0.", "midlayer."): tensor for name, tensor in tensors.items()
-        }
-        self.prompt, self.theta, self.one = prompt, theta, entries == (-1,)
-        self.normed_residual = config.get("norm_before_residual", False)
-        model = target_model()
-        with torch.no_grad():
-            states = model(torch.tensor([prompt[:-1]]), output_hidden_states=True).hidden_states
-        # hidden_states[-1] is taken after the final norm, the others are residual streams.
-        aux_layers = torch.cat([states[i][0] for i in entries], dim=-1)
-        self.true = aux_layers if self.one else aux_layers @ self.w["fc.weight"].T
-        own = self.w.get("embed_tokens.weight")
-        self.embedding = model.get_input_embeddings().weight.detach() if own is None else own
-
-    def probs(self, drafted: list[int]) -> Tensor:
-        """[vocab] over target ids, after the drafted tokens."""
-        features = self.true
-        tokens = self.prompt[1:]
-        out = self.layer(features, tokens)
-        for token in drafted:
-            features, tokens = torch.cat((features, out[-1:])), [*tokens, token]
-            out = self.layer(features, tokens)
-        result = torch.zeros(VOCAB)
-        if self.one:
-            return (target_model().get_output_embeddings().weight.detach() @ out[-1]).softmax(-1)
-        logits = self.w["lm_head.weight"] @ self.norm(out[-1], "norm.weight")
-        result[torch.arange(DRAFT) + self.w["d2t"]] = logits.softmax(-1)
-        return result
-
-    def layer(self, features: Tensor, tokens: list[int]) -> Tensor:
-        """[n, hidden] outputs of the pairs (features[t], tokens[t]) at positions 0 .. n - 1."""
-        embedded = self.embedding[tokens]
-        if self.one:
-            x = torch.cat((embedded, features), -1) @ self.w["fc.weight"].T + self.w.get(
-                "fc.bias", 0.0
-            )
-            read = x
-        else:
-            normed = self.norm(features, "midlayer.hidden_norm.weight")
-            read = torch.cat((self.norm(embedded, "midlayer.input_layernorm.weight"), normed), -1)
-            x = normed if self.normed_residual else features
-        x = self.block("midlayer.", read, x)
-        if "layers.1.input_layernorm.weight" in self.w:
-            x = self.block("layers.1.", self.norm(x, "layers.1.input_layernorm.weight"), x)
-        return x
-
-    def block(self, prefix: str, read: Tensor, x: Tensor) -> Tensor:
-        """Attention over `read` and the MLP, each added to the residual x."""
-        n = len(x)
-        q, k, v = (
-            (
-                read @ self.w[f"{prefix}self_attn.{name}_proj.weight"].T
-                + self.w.get(f"{prefix}self_attn.{name}_proj.bias", 0.0)
-            )
-            .view(n, -1, HEAD_DIM)
-            .transpose(0, 1)
-            for name in "qkv"
-        )
-        q, k = self.turn(q), self.turn(k)
-        k, v = k.repeat_interleave(HEADS // KV, 0), v.repeat_interleave(HEADS // KV, 0)
-        scores = (q @ k.transpose(1, 2)) / HEAD_DIM**0.5
-        scores = scores.masked_fill(torch.ones(n, n).triu(1).bool(), -torch.inf).softmax(-1)
-        attended = (scores @ v).transpose(0, 1).reshape(n, -1)
-        x = x + attended @ self.w[f"{prefix}self_attn.o_proj.weight"].T
-        inner = self.norm(x, f"{prefix}post_attention_layernorm.weight")
-        gate = F.silu(inner @ self.w[f"{prefix}mlp.gate_proj.weight"].T)
-        up = inner @ self.w[f"{prefix}mlp.up_proj.weight"].T
-        return x + (gate * up) @ self.w[f"{prefix}mlp.down_proj.weight"].T
-
-    def norm(self, x: Tensor, name: str) -> Tensor:
-        return x / (x.pow(2).mean(-1, keepdim=True) + EPS).sqrt() * self.w[name]
-
-    def turn(self, x: Tensor) -> Tensor:
-        """Rotary positions, half-split."""
-        angle = torch.arange(x.shape[1])[:, None] * self.theta ** (
-            -torch.arange(0, HEAD_DIM, 2) / HEAD_DIM
-        )
-        a, b = x.chunk(2, -1)
-        return torch.cat((a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()), -1)
-
-
-class Drafting:
-    """A target, a head and one request, driven as the engine drives them."""
-
-    def __init__(self, folder: Path, native: bool) -> None:
-        config = target_config()
-        weights = target_model().state_dict()
-        device = torch.device("cpu")
-        self.decoder = Decoder(config, weights, torch.float32, device, PAGES, 128, native)
-        head = EagleHead(
-            load_head(folder, config, trust_pickle=True), self.decoder, PAGES, SCRATCH, 128
-        )
-        self.drafter = EagleDrafter(head, PAGES, SCRATCH)
-        params = SamplingParams(temperature=0.0)
-        table = BlockTable(PagePool(PAGES))
-        self.request = Request("r", PROMPT, params, 0, table, StopChecker(params, lambda ids: ""))
-
-    def round(self) -> DraftTrees:
-        """The target reads what it has not read yet, but for the root; then three levels are
-        drafted: all of the first one expanded, then one node of the second."""
-        request = self.request
-        table = self.request.table
-        first = table.length
-        new = request.tokens[table.length : -1]
-        slots = table.reserve(len(new))
-        span = Span(new, first, slots, np.array(table.pages, np.int32))
-        rows, _, _ = build_rows([span], DraftTrees.empty(1), [True])
-        aux_hidden = self.decoder.forward(rows, self.drafter.aux_layers).features
-        table.commit(request.tokens, first + len(new))
-        self.drafter.extend(request, aux_hidden, first, new)
-        rule = TreeRule(3, 3, np.array([9]), NO_NODES, Beam(3), KeepBest(9))
-        trees = self.drafter.first_level([request], rule)
-        self.drafter.next_level([request], trees, np.arange(3), rule)
-        self.drafter.next_level([request], trees, np.array([4, 9]), rule)
-        return trees
+def drafting(folder: Path, native: bool) -> Drafting:
+    config = target_config()
+    weights = target_model().state_dict()
+    decoder = Decoder(config, weights, torch.float32, torch.device("cpu"), PAGES, 128, native)
+    head = EagleHead(load_head(folder, config, trust_pickle=True), decoder, PAGES, SCRATCH, 128)
+    return Drafting(decoder, head, PROMPT)
 
 
 def drafted(folder: Path, native: bool) -> DraftTrees:
-    return Drafting(folder, native).round()
-
-
-def check(trees: DraftTrees, expected: Expected) -> None:
-    """The three best of each expanded node with their probabilities, and the products of these
-    along all paths."""
-    parents = [ROOT, 0, 1, 2, 4, 9]
-    assert sorted(set(trees.parent.tolist())) == sorted(parents)
-    for parent in parents:
-        path = trees.token[trees.path(parent)].tolist() if parent != ROOT else []
-        probs = expected.probs(path)
-        children = np.flatnonzero(trees.parent == parent)
-        best = probs.topk(3)
-        assert trees.token[children].tolist() == best.indices.tolist()
-        np.testing.assert_allclose(
-            trees.draft_prob[children], best.values.numpy(), rtol=2e-3, atol=1e-5
-        )
-    products = [trees.draft_prob[trees.path(node)].prod() for node in range(len(trees))]
-    np.testing.assert_allclose(trees.path_prob, products, rtol=1e-12)
+    return drafting(folder, native).round()
 
 
 @pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_proposals_are_those_of_the_conventions(name: str, native: bool, tmp_path: Path) -> None:
     """After the prompt, and again two tokens later: one that was drafted, one that was not."""
-    config, tensors, pickled, entries, theta = LAYOUTS[name]
-    drafting = Drafting(write(tmp_path, config, tensors, pickled), native)
-    trees = drafting.round()
-    check(trees, Expected(config, tensors, entries, theta))
-    drafting.request.tokens.extend([int(trees.token[1]), 7])
-    check(drafting.round(), Expected(config, tensors, entries, theta, drafting.request.tokens))
+    config, tensors, pickled, entries, normed = LAYOUTS[name]
+    run = drafting(write(tmp_path, config, tensors, pickled), native)
+
+    def check(trees: DraftTrees, tokens: list[int]) -> None:
+        ReferenceHead(target_model(), config, tensors, entries, tokens, normed).check(trees)
+
+    trees = run.round()
+    check(trees, PROMPT)
+    run.request.tokens.extend([int(trees.token[1]), 7])
+    check(run.round(), run.request.tokens)
 
 
 def test_what_a_config_leaves_out_is_as_in_the_public_code(tmp_path: Path) -> None:
@@ -431,7 +235,24 @@ BROKEN: list[tuple[dict[str, Any], dict[str, Tensor], str]] = [
     ),
     ({**EAGLE3, "hidden_size": 32}, TENSORS, "hidden_size 32, but the model has 64"),
     ({**EAGLE3, "hidden_act": "gelu"}, TENSORS, "hidden_act 'gelu'"),
-    ({**SPECULATORS, "norm_before_fc": True}, eagle3_tensors("layers.0."), "norm_before_fc"),
+    ({**SPECULATORS, "norm_before_fc": True}, eagle3_tensors("layers.0."), "lacks .* input_norm"),
+    ({**SPECULATORS, "norm_output": True}, {}, r"norm_output \(EAGLE 3.1\).* without it"),
+    ({**SPECULATORS, "speculators_model_type": "dflash"}, {}, "holds DFlash, .* an EAGLE head"),
+    ({**SPECULATORS, "speculators_model_type": "peagle"}, {}, "holds P-EAGLE, .* an EAGLE head"),
+    ({**EAGLE3, "architectures": ["DFlashDraftModel"]}, {}, "holds DFlash, .* an EAGLE head"),
+    ({**EAGLE3, "quantization_config": {"quant_method": "fp8"}}, {}, "quantised .* bf16"),
+    ({**EAGLE3, "layer_types": ["sliding_attention"]}, {}, "sliding window, .* full attention"),
+    ({**EAGLE3, "use_sliding_window": True}, {}, "sliding window"),
+    (
+        EAGLE3,
+        {**TENSORS, "midlayer.mlp.experts.0.up_proj.weight": random(2, 2)},
+        "mixture of experts as its layer, .* a dense one",
+    ),
+    (
+        EAGLE3,
+        {**TENSORS, "midlayer.self_attn.kv_a_proj_with_mqa.weight": random(2, 2)},
+        r"latent attention \(MLA\)",
+    ),
     (
         {**SPECULATORS, "eagle_aux_hidden_state_layer_ids": [2, 2, 5]},
         eagle3_tensors("layers.0."),
@@ -442,7 +263,7 @@ BROKEN: list[tuple[dict[str, Any], dict[str, Tensor], str]] = [
         {"fusion_fc.weight": random(D, 2 * D), "pre_lm_head_layernorm.weight": random(D)},
         "speculators' layout of EAGLE-1, which is not supported",
     ),
-    ({"architectures": ["Other"]}, TENSORS, "lacks 'num_attention_heads'"),
+    ({"architectures": ["Other"]}, TENSORS, "lacks 'num_attention_heads' in its config"),
     ({**EAGLE1, "bias": True}, eagle1_tensors(False), "lacks the tensor fc.bias"),
 ]
 

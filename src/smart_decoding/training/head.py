@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from smart_decoding.errors import ConfigError, ModelError
 from smart_decoding.kernels.weights import Matrix, as_tensor
-from smart_decoding.models.heads.files import FIRST
+from smart_decoding.models.heads.files import AUX_NORM, FIRST
 
 if TYPE_CHECKING:
     from smart_decoding.models.families.config import ModelConfig
@@ -62,6 +62,9 @@ def form_of(files: HeadFiles) -> Form:
             f"training cannot start from a head of {files.shape.layers} layers: it takes one"
         )
     weights = files.weights
+    if AUX_NORM in weights or files.shape.qk_norm:
+        which = "norm_before_fc" if AUX_NORM in weights else "norms of queries and keys"
+        raise ModelError(f"training cannot start from a head with {which}: take one without")
     return Form(
         files.shape,
         len(files.aux_layers),

@@ -160,7 +160,8 @@ struct Pass {  // one forward of a target: what it reads beside its rows, and wh
 // is given stands for all of that (MSD's pictures).
 struct Head {
     const struct Layer* layers;
-    // of each aux hidden state, with aux_eps; null: none
+    // [aux_count hidden] of aux hidden states, with aux_eps: of each, or `aux_together` of all that
+    // fc reads; null: none
     const float *aux_norm, *fc_bias, *input_norm, *hidden_norm;
     const float* final_norm;  // null: none
     struct Weight fc, embedding;
@@ -171,7 +172,7 @@ struct Head {
     const int64_t* tokens;  // [outputs_count]
     int64_t outputs_count;
     int32_t layer_count, aux_count;  // aux_count: states that fc reads
-    int32_t norm_before_residual, fused;
+    int32_t norm_before_residual, fused, aux_together;
     float aux_eps;
 };
 

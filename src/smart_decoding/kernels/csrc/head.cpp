@@ -131,6 +131,15 @@ private:
     }
 };
 
+// What fc reads of a row's aux hidden states, [aux_count, hidden].
+static void read_aux_hidden(const Head& head, const float* from, float* to) {
+    const int64_t d = head.layers->hidden, width = head.aux_count * d;
+    const int64_t step = head.aux_together ? width : d;
+    if (!head.aux_norm) memcpy(to, from, width * sizeof(float));
+    for (int64_t at = 0; head.aux_norm && at < width; at += step)
+        rms_norm_row(from + at, head.aux_norm + at, head.aux_eps, step, to + at);
+}
+
 // ------------------------------------------------------------------------------ EAGLE-3, one layer
 
 // Keys and values are the columns behind those of queries, from a panel's first one on.
@@ -253,14 +262,7 @@ struct DraftLevel {
         const int64_t width = head.aux_count * d;
 #pragma omp for schedule(static) nowait
         for (int r = first; r < end; r++)
-            for (int t = 0; t < head.aux_count; t++) {
-                const float* from = level.features[r] + t * d;
-                float* to = inputs + (r - first) * width + t * d;
-                if (head.aux_norm)
-                    rms_norm_row(from, head.aux_norm, head.aux_eps, d, to);
-                else
-                    memcpy(to, from, d * sizeof(float));
-            }
+            read_aux_hidden(head, level.features[r], inputs + (r - first) * width);
         barrier();
         linear_rows<W>(inputs, end - first, head.fc, d, width, head.fc_bias, features, d, false);
         barrier();
@@ -374,13 +376,11 @@ struct SteppedLevel {
 private:
     // Features of a row, or the aux hidden states that fc makes them of.
     void read_features(int64_t r) {
-        for (int64_t at = 0; at < states; at += d) {
-            float* to = features + r * states + at;
-            if (level.first && head.aux_norm)
-                rms_norm_row(level.features[r] + at, head.aux_norm, head.aux_eps, d, to);
-            else
-                memcpy(to, level.features[r] + at, d * sizeof(float));
-        }
+        float* to = features + r * states;
+        if (level.first)
+            read_aux_hidden(head, level.features[r], to);
+        else
+            memcpy(to, level.features[r], states * sizeof(float));
     }
 
     const float* picture(int64_t r) const {

@@ -31,7 +31,7 @@ from smart_decoding.kernels.weights import (
 from smart_decoding.models.cpu.native_model import embedding_addresses, embedding_fields
 from smart_decoding.models.heads.features import FeaturePart, readable, row_addresses
 from smart_decoding.models.sampling.ranking import noise_of, noise_of_levels
-from smart_decoding.models.torch.layers import KVCache, NativeLayers
+from smart_decoding.models.torch.layers import KVCache, NativeLayers, converted
 
 if TYPE_CHECKING:
     from smart_decoding.core.rule import TreeRule
@@ -186,7 +186,7 @@ def _structure(weights: HeadWeights) -> tuple[Structure, tuple[object, ...]]:
     size = sum(_bytes(weight, target.dtype) for weight in files.weights.values())
     arena = Arena(size, IF_FASTER)
     layers = NativeLayers(weights.layers(), arena)
-    fc = pack([weights.held["fc.weight"]], arena)
+    fc = pack([converted(weights.held["fc.weight"], target.dtype, target.device)], arena)
     embedding = target.embedding if weights.embedding is None else weights.embedding
     outputs, scales = _outputs(weights)
     vectors = {"fc_bias": weights.get("fc.bias"), **_norms(weights)}
@@ -199,6 +199,7 @@ def _structure(weights: HeadWeights) -> tuple[Structure, tuple[object, ...]]:
         aux_count=len(files.aux_layers),
         norm_before_residual=files.norm_before_residual,
         fused=files.fused,
+        aux_together=weights.aux_together,
         aux_eps=(target.config if files.fused else files.shape).rms_eps,
         fc=fc.struct,
         outputs=outputs.struct,
@@ -218,7 +219,7 @@ def _norms(weights: HeadWeights) -> dict[str, Tensor | None]:
     if weights.files.fused:  # the features are what the target's output matrix reads
         return {"aux_norm": weights.target.final_norm}
     return {
-        "aux_norm": weights.ones() if weights.norms_aux else None,
+        "aux_norm": weights.aux_norm,
         "input_norm": weights["midlayer.input_layernorm.weight"],
         "hidden_norm": weights["midlayer.hidden_norm.weight"],
         "final_norm": weights["norm.weight"],

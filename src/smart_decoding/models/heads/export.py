@@ -23,7 +23,7 @@ from smart_decoding.models.checkpoints.loading import Checkpoint
 from smart_decoding.models.checkpoints.registry import NAMED_MODELS, hub_id_of
 from smart_decoding.models.checkpoints.rounding import stored
 from smart_decoding.models.families.reading import config_to_hf
-from smart_decoding.models.heads.files import ARCHITECTURE, FIRST, HeadFiles
+from smart_decoding.models.heads.files import ARCHITECTURE, AUX_NORM, FIRST, HeadFiles
 
 if TYPE_CHECKING:
     from smart_decoding.models.families.config import ModelConfig
@@ -56,6 +56,11 @@ def check_layout(files: HeadFiles, layout: str) -> None:
             "the head norms each aux layer before fc (fc_norm), "
             "for which the layout 'eagle3' has no words: write it as 'speculators', "
             "or train one with smart train --export eagle3"
+        )
+    if layout == "eagle3" and files.shape.qk_norm:
+        raise ModelError(
+            "the head norms queries and keys, for which the layout 'eagle3' has no words: write it "
+            "as 'speculators'"
         )
     if layout == "eagle3" and files.shape.layers > 1:
         raise ModelError(
@@ -112,6 +117,7 @@ def _eagle3(files: HeadFiles, checkpoint: Checkpoint) -> tuple[dict[str, Tensor]
         "architectures": ["LlamaForCausalLMEagle3"],
         "draft_vocab_size": len(files.weights["draft_ids"]),
         "norm_before_residual": files.norm_before_residual,
+        "norm_before_fc": AUX_NORM in files.weights,
         # vLLM: layers whose inputs are read
         "eagle_aux_hidden_state_layer_ids": list(files.aux_layers),
         "eagle_config": {  # SGLang: layers whose outputs are read
@@ -136,6 +142,7 @@ def _speculators(
         "speculators_model_type": "eagle3",
         "draft_vocab_size": len(files.weights["draft_ids"]),
         "norm_before_residual": files.norm_before_residual,
+        "norm_before_fc": AUX_NORM in files.weights,
         "fc_norm": "fc_norm.0.weight" in files.weights,
         "target_hidden_size": None,  # that of the head
         "eagle_aux_hidden_state_layer_ids": list(files.aux_layers),

@@ -7,7 +7,7 @@ strict: a tensor that is missing, misshapen or unknown is an error that names it
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,12 +31,18 @@ if TYPE_CHECKING:
 
 ARCHITECTURE = "SmartEagle3Head"
 FIRST = "midlayer."  # EAGLE-3's name for the layer
+AUX_NORM = "input_norm.weight"  # of what fc reads, where one norm is over all of it
 # what a head reads of images: nothing, or their embeddings
 VISUAL_POSITIONS = ("dropped", "decoupled")
 _IGNORED = ("t2d", "midlayer.self_attn.rotary_emb.inv_freq")  # what they say is known already
 _OPTIONAL = ("d2t", *_IGNORED)
-# speculators options, and what they add
-_UNSUPPORTED = {"norm_before_fc": "input_norm", "norm_output": "norm_output"}
+# architectures of other drafters, and what speculators calls them
+_OTHERS = {"dflash": "DFlash", "dspark": "DSpark", "medusa": "Medusa", "peagle": "P-EAGLE"}
+# in names of tensors that other kinds of layers have
+_LAYERS = {
+    ".experts": "a mixture of experts as its layer, which is not supported: take a dense one",
+    ".kv_a_proj": "latent attention (MLA), which is not supported: take one with Llama's layer",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +50,10 @@ class HeadFiles:
     """A head as read from disk, checked against the target.
 
     weights: EAGLE-3's names, `draft_ids` [draft] (target ids) instead of d2t, and where the head
-    has its own:
-        `lm_head.weight`, `embed_tokens.weight`, `fc.bias`, `fc_norm.{i}.weight`. EAGLE-1/2 has only
-        fc and the layers. The first layer is `midlayer.*`; further ones, ordinary Llama layers, are
-        `layers.1.*`, `layers.2.*`, ... Matrices of a head of ours may be quants, as `quantization`
-        in its config says.
+    has its own: `lm_head.weight`, `embed_tokens.weight`, `fc.bias`, `fc_norm.{i}.weight` or
+    `input_norm.weight`. EAGLE-1/2 has only fc and the layers. The first layer is `midlayer.*`;
+    further ones, ordinary Llama layers, are `layers.1.*`, `layers.2.*`, ... Matrices of a head of
+    ours may be quants, as `quantization` in its config says.
     aux_layers: layers of the target whose outputs the head reads. shape: of the head's layers.
     fused: EAGLE-1/2, whose fc reads [embedding ; features] at every step.
     norm_before_residual: the layer's residual is the normed features, not the features.
@@ -173,10 +178,14 @@ def _load_published(
     shape = _shape(folder, config, target)
     tensors = _read_tensors(folder, trust_pickle)
     weights = {_plain_name(name): tensor for name, tensor in tensors.items()}
+    _refuse_layers(folder, weights)
+    qk_norm = f"{FIRST}self_attn.q_norm.weight" in weights
     shape = replace(
         shape,
+        family="qwen3" if qk_norm else "llama",
         qkv_bias=f"{FIRST}self_attn.q_proj.bias" in weights,
         o_bias=f"{FIRST}self_attn.o_proj.bias" in weights,
+        qk_norm=qk_norm,
     )
     fused = weights.keys().isdisjoint((f"{FIRST}hidden_norm.weight", "d2t", "norm.weight"))
     if fused:
@@ -188,7 +197,10 @@ def _load_published(
         aux_layers = _aux_layers(folder, config, target)
         ids = _draft_ids(folder, weights, target.vocab)
         shapes = eagle3_shapes(shape, target.hidden, aux_layers)
-        shapes |= _found_aux_norms(folder, weights, shape, len(aux_layers))
+        if config.get("norm_before_fc") or AUX_NORM in weights:
+            shapes[AUX_NORM] = (len(aux_layers) * target.hidden,)
+        else:
+            shapes |= _found_aux_norms(folder, weights, shape, len(aux_layers))
         shapes["lm_head.weight"] = (len(ids), shape.hidden)
     if "embed_tokens.weight" in weights:
         shapes["embed_tokens.weight"] = (target.vocab, target.hidden)
@@ -200,9 +212,17 @@ def _load_published(
         aux_layers,
         shape,
         fused,
-        bool(config.get("norm_before_residual", False)),
+        # left out it is true in speculators' layout, as vLLM reads it
+        bool(config.get("norm_before_residual", "speculators_model_type" in config)),
         _supports_images(folder, config),
     )
+
+
+def _refuse_layers(folder: Path, names: Collection[str]) -> None:
+    """Raise ModelError for a head whose layer is of another kind than Llama's."""
+    for part, what in _LAYERS.items():
+        if any(part in name for name in names):
+            raise ModelError(f"the head in {folder} has {what}")
 
 
 def _read_tensors(folder: Path, trust_pickle: bool) -> dict[str, Tensor]:
@@ -264,7 +284,7 @@ def _shape(folder: Path, config: Mapping[str, Any], target: ModelConfig) -> Mode
         vocab = int(layer["vocab_size"])
     except KeyError as error:
         raise ModelError(
-            f"config.json in {folder} lacks {error}: it is no draft head that is known here"
+            f"the head in {folder} lacks {error} in its config: no layout that is known here"
         ) from error
     _check_equal(folder, "hidden_size", hidden, target.hidden)
     _check_equal(folder, "vocab_size", vocab, target.vocab)
@@ -290,15 +310,32 @@ def _shape(folder: Path, config: Mapping[str, Any], target: ModelConfig) -> Mode
 
 
 def _refuse_options(folder: Path, config: Mapping[str, Any], layer: Mapping[str, Any]) -> None:
-    if config.get("speculators_model_type") == "eagle":
+    kind = config.get("speculators_model_type", "eagle3")
+    if kind == "eagle":
         raise ModelError(
-            f"the head in {folder} is speculators' layout of EAGLE-1, which is not supported"
+            f"the head in {folder} is speculators' layout of EAGLE-1, which is not supported: take "
+            "the checkpoint that it was converted from, or an EAGLE-3 head"
         )
-    for name, adds in _UNSUPPORTED.items():
-        if config.get(name):
-            raise ModelError(
-                f"the head in {folder} has {name}, which is not supported (it adds {adds})"
-            )
+    names = " ".join([str(kind), *map(str, config.get("architectures") or ())]).lower()
+    for part, other in _OTHERS.items():
+        if part in names:
+            raise ModelError(f"{folder} holds {other}, which is not supported: take an EAGLE head")
+    if config.get("norm_output"):
+        raise ModelError(
+            f"the head in {folder} has norm_output (EAGLE 3.1), which is not supported: take one "
+            "without it"
+        )
+    if config.get("quantization_config"):
+        raise ModelError(
+            f"the head in {folder} is quantised (quantization_config), which is not supported: "
+            "take its bf16 checkpoint, or a GGUF file of it"
+        )
+    has_window = layer.get("use_sliding_window")
+    if has_window or "sliding_attention" in (layer.get("layer_types") or ()):
+        raise ModelError(
+            f"the head in {folder} has a sliding window, which is not supported: take one of full "
+            "attention"
+        )
     act = layer.get("hidden_act", "silu")
     if act not in ("silu", "swish"):
         raise ModelError(f"the head in {folder} has hidden_act {act!r}; supported: silu")
@@ -313,12 +350,13 @@ def _aux_layers(folder: Path, config: Mapping[str, Any], target: ModelConfig) ->
     """Return layers whose outputs the head reads, counted from 1: the inputs of layers 2, L // 2
     and L - 3, unless it says so.
 
-    speculators names layer inputs; SpecForge's nested `eagle_config` names layer outputs, which are
-    one further on."""
+    speculators names layer inputs. SpecForge's nested `eagle_config` names layer outputs, which are
+    one further on, and NVIDIA's names inputs there: SGLang tells them apart by the first one."""
     listed = config.get("eagle_aux_hidden_state_layer_ids")
     nested = (config.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids")
-    if listed is None and nested is not None:
-        listed = [int(i) + 1 for i in nested]
+    if listed is None and nested:
+        further = 1 if int(nested[0]) <= 1 else 0
+        listed = [int(i) + further for i in nested]
     return _within(folder, listed or (2, target.layers // 2, target.layers - 3), target)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from smart_decoding.kernels.weights import as_tensor
 from smart_decoding.models.checkpoints.rounding import RoundedWeights
-from smart_decoding.models.heads.files import FIRST, layer_prefixes
+from smart_decoding.models.heads.files import AUX_NORM, FIRST, layer_prefixes
 from smart_decoding.models.torch.layers import LayerWeights, layer_weights
 
 if TYPE_CHECKING:
@@ -55,14 +55,14 @@ class TargetWeights(Protocol):
 class HeadWeights:
     """A head's tensors on the target's device, in its dtype.
 
-    draft_ids: [draft] the tokens it proposes. norms_aux: it normalises each layer's aux hidden
-    states before `fc`."""
+    draft_ids: [draft] the tokens it proposes. aux_together: one norm reads what `fc` does, the aux
+    hidden states of all layers side by side."""
 
     def __init__(self, files: HeadFiles, target: TargetWeights) -> None:
         self.files = files
         self.target = target
         self.draft_ids = self._read("draft_ids").long()
-        self.norms_aux = "fc_norm.0.weight" in files.weights
+        self.aux_together = AUX_NORM in files.weights
 
     def __getitem__(self, name: str) -> Tensor:
         return self._read(name).to(self.target.dtype)
@@ -71,26 +71,20 @@ class HeadWeights:
         """Return the tensor, or None where the head has none of that name."""
         return self[name] if name in self.files.weights else None
 
-    def ones(self) -> Tensor:
-        """[hidden] the weight of norms whose own weight is in the columns of `fc`."""
-        hidden = self.files.shape.hidden
-        return torch.ones(hidden, dtype=self.target.dtype, device=self.target.device)
-
     @cached_property
-    def fc(self) -> Tensor:
-        """[hidden, inputs], the weights of norms before it folded into its columns."""
-        fc = self._read("fc.weight")
-        if self.norms_aux:
-            count = len(self.files.aux_layers)
-            scales = [self._read(f"fc_norm.{i}.weight").float() for i in range(count)]
-            fc = fc.float() * torch.cat(scales)[None]
-        return fc.to(self.target.dtype)
+    def aux_norm(self) -> Tensor | None:
+        """[aux_layers * hidden] the weight of norms of what `fc` reads; None: it has none."""
+        if self.aux_together:
+            return self[AUX_NORM]
+        count = len(self.files.aux_layers)
+        each = [norm for i in range(count) if (norm := self.get(f"fc_norm.{i}.weight")) is not None]
+        return torch.cat(each) if each else None
 
     @cached_property
     def held(self) -> Mapping[str, Matrix]:
         """Its tensors by name, matrices in 8 bits where the target's are quants, unless they are
-        quants already: no answer depends on drafts. `fc.weight` is `fc`."""
-        weights = {**self.files.weights, "fc.weight": self.fc}
+        quants already: no answer depends on drafts."""
+        weights = self.files.weights
         return RoundedWeights(weights, "int8") if self.target.quantized else weights
 
     @cached_property

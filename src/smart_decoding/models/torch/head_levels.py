@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from smart_decoding.core.selection import Fixed
 from smart_decoding.engine.drafting import Draft, added
@@ -56,7 +57,7 @@ class SteppedLevels(ABC):
         self._config = weights.files.shape
         self._target = target = weights.target
         self._layers = layers_on(target.device, weights.layers(), target.graphs)
-        self._fc = Linear(weights.fc, weights.get("fc.bias"))
+        self._fc = Linear(weights["fc.weight"], weights.get("fc.bias"))
         self._embedding = weights.embedding
         self._draft_ids = weights.draft_ids
         self._round: list[Tensor] = []
@@ -181,7 +182,8 @@ class Eagle3Levels(SteppedLevels):
 
     def __init__(self, weights: HeadWeights) -> None:
         super().__init__(weights)
-        self._aux_norm = weights.ones() if weights.norms_aux else None
+        self._aux_norm = weights.aux_norm
+        self._norms = 1 if weights.aux_together else len(weights.files.aux_layers)
         self._input_norm = weights["midlayer.input_layernorm.weight"]
         self._hidden_norm = weights["midlayer.hidden_norm.weight"]
         self._norm_before_residual = weights.files.norm_before_residual
@@ -189,9 +191,11 @@ class Eagle3Levels(SteppedLevels):
         self._output = Linear(weights.output)
 
     def _features(self, states: Tensor) -> Tensor:
-        each = states.reshape(-1, self._config.hidden)
-        each = rms_norm(each, self._aux_norm, self._config.rms_eps)
-        return self._fc(each.view(len(states), -1))
+        if self._aux_norm is not None:
+            each = states.view(len(states), self._norms, -1)
+            normed = F.rms_norm(each, each.shape[2:], eps=self._config.rms_eps)
+            states = normed.view(states.shape) * self._aux_norm
+        return self._fc(states)
 
     def _inputs(self, rows: Rows, embedded: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
         eps = self._config.rms_eps
