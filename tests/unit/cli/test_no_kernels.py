@@ -302,10 +302,10 @@ def test_a_draft_model_is_checked_too(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_a_head_beside_a_native_target_must_be_served() -> None:
     lender: Any = SimpleNamespace(native=True, dtype=torch.float32, device=CPU)
-    files = HeadFiles({}, {}, (1,), replace(SERVED, head_dim=24))
+    files = HeadFiles({}, {}, (1,), replace(SERVED, head_dim=320))
     with pytest.raises(
         ModelError,
-        match=r"do not serve this head: head dimension 24 is none of .*; take another head",
+        match=r"do not serve this head: head dimension 320 is none of .*; take another head",
     ):
         EagleHead(files, lender, 1, 1, 64)
 

@@ -14,6 +14,7 @@ from smart_decoding.models.cpu.native_level import NativeLevel
 from smart_decoding.models.families.decoder import rotary_table
 from smart_decoding.models.heads.files import scheme_of
 from smart_decoding.models.heads.weights import HeadWeights, TargetWeights
+from smart_decoding.models.heads.widening import widened
 from smart_decoding.models.torch.head_levels import Eagle2Levels, Eagle3Levels, SteppedLevels
 from smart_decoding.models.torch.layers import KVCache
 
@@ -36,6 +37,8 @@ class EagleHead:
         scratch_pages: int,
         positions: int,
     ) -> None:
+        if target.native:
+            files = widened(files)
         reason = unserved(files.shape) if target.native else None
         if reason is not None:
             raise ModelError(
