@@ -42,6 +42,7 @@ from smart_decoding.models.cpu.kernel_check import (
     rounds_activations,
     why_slow,
 )
+from smart_decoding.models.heads.widening import require_served_head
 from smart_decoding.models.target import TorchTarget, device_of, dtype_of, pages_for
 from smart_decoding.models.text import chat_template
 from smart_decoding.models.text.grammars import Grammars
@@ -432,8 +433,11 @@ def _draft_config(
     draft_config = check_speculation(
         args.speculative_config, checkpoint, tokenizer, longest, args.trust_pickle
     )
+    device = device_of(args.device)
+    on_kernels = device.type == "cpu" and why_slow(checkpoint.config, device) is None
+    if draft_config.files is not None and on_kernels:
+        require_served_head(draft_config.files.shape)
     if draft_config.draft is not None:
-        device = device_of(args.device)
         try:
             require_served(draft_config.draft.config, device, args.allow_slow, "the draft model")
         except ModelError as error:
@@ -485,7 +489,7 @@ def _require_memory(
     rows = max(args.chunk(on_cuda), 8 * seqs)
     tokens = args.kv_tokens(longest)
     limits = memory.EngineLimits(tokens, pages_for(tokens, seqs), rows, longest, seqs)
-    need = memory.need_of(checkpoint, dtype, device, limits, draft_config.draft, draft_config.head)
+    need = memory.need_of(checkpoint, dtype, device, limits, draft_config.draft, draft_config.files)
     if on_cuda and args.kv_cache_tokens is None:
         room = memory.tokens_beside(need, args.gpu_memory_utilization, device)
         tokens = max(longest, room - pages_for(0, seqs) * PAGE)

@@ -40,8 +40,7 @@ from smart_decoding.models.families.config import ModelConfig
 from smart_decoding.models.heads.files import (
     VISUAL_POSITIONS,
     HeadFiles,
-    check_folder,
-    head_folder,
+    head_path,
     is_for,
     is_head,
     load_head,
@@ -120,22 +119,22 @@ def own_head(target: Checkpoint) -> Path | None:
 class SpeculativeConfig:
     """A `speculative_config`, checked as far as possible before any weights are loaded.
 
-    options: of the drafter and the policy; draft: the draft model; head: the folder of the draft
-    head; trust_pickle: whether weights may be a pickle; by_default: draft or head was not
-    requested, but found in the cache or this package."""
+    options: of the drafter and the policy; draft: the draft model; head: the folder or GGUF file of
+    the draft head; files: what is in it; by_default: draft or head was not requested, but found in
+    the cache or this package."""
 
     method: str
     policy: str | Policy
     options: Mapping[str, Any]
     draft: Checkpoint | None = None
     head: Path | None = None
-    trust_pickle: bool = False
+    files: HeadFiles | None = None
     by_default: bool = False
 
     def without_draft(self) -> SpeculativeConfig:
         """Return the same with n-grams instead of the draft model or head."""
         left = {name: each for name, each in self.options.items() if name != "visual_positions"}
-        return replace(self, method="ngram", options=left, draft=None, head=None, by_default=False)
+        return SpeculativeConfig("ngram", self.policy, left)
 
 
 def check_speculation(
@@ -149,8 +148,8 @@ def check_speculation(
     model or head may be a pickle.
 
     Raises ConfigError for another type and for an unknown method, policy or option. Raises
-    ModelError for a missing head and a draft model with another vocabulary or too short a
-    context."""
+    ModelError for a head that is missing or does not fit, and a draft model with another vocabulary
+    or too short a context."""
     if config is False:
         return SpeculativeConfig("none", "off", {})
     options = _as_dict(config)
@@ -181,7 +180,8 @@ def check_speculation(
             options.pop("model", None), checkpoint, tokenizer, max_model_len, trust_pickle
         )
     head = None if draft else _head(method, options.pop("model", None) or shipped, trust_pickle)
-    return SpeculativeConfig(method, policy, options, draft, head, trust_pickle, by_default)
+    files = None if head is None else load_head(head, checkpoint.config, trust_pickle)
+    return SpeculativeConfig(method, policy, options, draft, head, files, by_default)
 
 
 def _default_method(
@@ -247,14 +247,12 @@ def _head(method: str, name: str | Path | None, trust_pickle: bool) -> Path | No
         )
     if name is None or method not in ("eagle", "union"):
         return None
-    folder = head_folder(name, trust_pickle)
-    check_folder(folder)
-    return folder
+    return head_path(name, trust_pickle)
 
 
 def _is_model(name: Any, ask: bool) -> bool:
-    """Return whether this is a draft model, and no head: a built-in one, a GGUF file, or a folder
-    or hub id with a vocabulary of its own.
+    """Return whether this is a draft model, and no head: a built-in one, a GGUF file that is none
+    of a head, or a folder or hub id with a vocabulary of its own.
 
     ask: the hub, else a hub id is taken for a head's. Raises DownloadError."""
     if name is None:
@@ -262,16 +260,21 @@ def _is_model(name: Any, ask: bool) -> bool:
     path = expanded(name)
     if path.is_dir():
         return _has_words([each.name for each in path.glob("*")]) and not is_head(path)
-    if path.suffix == ".gguf" or is_gguf(path) or str(name).partition("@")[0] in known_names():
+    if is_gguf(path):
+        return not is_head(path)
+    if str(name).partition("@")[0] in known_names():
         return True
     hub_id = hub_id_of(str(name))
-    return ask and hub_id is not None and (bool(hub_id[2]) or _is_model_on_hub(hub_id[1]))
+    if hub_id is None:  # perhaps a file that is missing
+        return path.suffix == ".gguf"
+    return ask and _is_model_on_hub(hub_id[1], bool(hub_id[2]))
 
 
-def _is_model_on_hub(repository: str) -> bool:
+def _is_model_on_hub(repository: str, of_gguf: bool) -> bool:
+    """Return the same of a repository; of_gguf: a GGUF file of it is named."""
     held = listing(repository, PATIENT)
-    if held.has_only_ggufs:
-        return True
+    if of_gguf or held.has_only_ggufs:
+        return not held.is_of_head
     here = held.nothing_to_fetch(["config.json"])
     folder = config_file(repository, local_only=here)
     return _has_words(held.files) and not is_head(folder)
@@ -469,8 +472,8 @@ class _Builder:
         parts: list[Drafter] = []
         if self.config.draft is not None:
             parts.append(self._draft_model())
-        elif self.config.head is not None:
-            parts.append(self._eagle(self.config.head))
+        elif self.config.head is not None and self.config.files is not None:
+            parts.append(self._eagle(self.config.head, self.config.files))
         if self.config.method in ("ngram", "union"):
             parts.append(ngram_drafter(self.left))
         if len(parts) == 1:
@@ -487,20 +490,19 @@ class _Builder:
         weights = self.checkpoint.provenance
         return Profile(self.target, levels, self.pages, self.seqs, head, weights)
 
-    def _eagle(self, folder: Path) -> Drafter:
+    def _eagle(self, path: Path, files: HeadFiles) -> Drafter:
         from smart_decoding.drafters.eagle import EagleDrafter
         from smart_decoding.models.heads.eagle_head import EagleHead
         from smart_decoding.models.target import fitting_memory
 
-        files = load_head(folder, self.checkpoint.config, self.config.trust_pickle)
-        files = self._with_images(files, folder)
+        files = self._with_images(files, path)
         positions = self.target.max_positions + 64
         with fitting_memory("draft head", self.pages):
             self.model = EagleHead(files, self.target.decoder, self.pages, SCRATCH_PAGES, positions)
-        self.description = f"eagle head {folder.name}"
+        self.description = f"eagle head {path.name}"
         return EagleDrafter(self.model, self.pages, SCRATCH_PAGES)
 
-    def _with_images(self, files: HeadFiles, folder: Path) -> HeadFiles:
+    def _with_images(self, files: HeadFiles, path: Path) -> HeadFiles:
         """Apply the option `visual_positions`, for heads whose files do not say it: MSD's are laid
         out as EAGLE-1's."""
         how = self.left.pop("visual_positions", None)
@@ -512,7 +514,7 @@ class _Builder:
             files = replace(files, supports_images=how == "decoupled")
         known = how or files.config.get("visual_positions")
         if self.checkpoint.vision is not None and known is None:
-            log.warning("the head %s reads no images: it drafts from the text behind them", folder)
+            log.warning("the head %s reads no images: it drafts from the text behind them", path)
         return files
 
     def _draft_model(self) -> Drafter:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from smart_decoding.errors import DownloadError, ModelError
 from smart_decoding.models.families.decoder import Decoder
 from smart_decoding.models.families.reading import config_from_hf
 from smart_decoding.models.heads.eagle_head import EagleHead
-from smart_decoding.models.heads.files import head_folder, load_head
+from smart_decoding.models.heads.files import head_path, load_head
 
 from . import reference_head
 from .reference_head import PAGES, SCRATCH, Drafting, ReferenceHead, layer_tensors, random, write
@@ -316,18 +317,19 @@ def test_a_head_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: object())
-    assert head_folder(tmp_path) == tmp_path
+    nothing = SimpleNamespace(siblings=[], sha="")
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: nothing)
+    assert head_path(tmp_path) == tmp_path
     assert not downloads
     with pytest.raises(ModelError, match="pickles are refused"):
-        head_folder("owner/head")
+        head_path("owner/head")
     del downloads[:]
-    assert head_folder("owner/head", trust_pickle=True) == tmp_path
+    assert head_path("owner/head", trust_pickle=True) == tmp_path
     assert downloads == [["config.json", "*.safetensors"], ["config.json", "pytorch_model.bin"]]
     write(tmp_path, EAGLE3, TENSORS)
-    assert head_folder("owner/head") == tmp_path
+    assert head_path("owner/head") == tmp_path
     assert len(downloads) == 3
     with pytest.raises(DownloadError, match="404"):
-        head_folder("nobody/nothing")
+        head_path("nobody/nothing")
     with pytest.raises(ModelError, match="no draft head"):
-        head_folder("./not/here")
+        head_path("./not/here")

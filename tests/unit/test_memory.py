@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import errno
-import json
 import logging
 import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,6 +20,7 @@ from smart_decoding.models.checkpoints import memory
 from smart_decoding.models.checkpoints.loading import Checkpoint, load_checkpoint
 from smart_decoding.models.checkpoints.memory import EngineLimits, Need
 from smart_decoding.models.families.config import ModelConfig
+from smart_decoding.models.heads.files import HeadFiles
 from smart_decoding.models.target import fitting_memory
 from smart_decoding.models.torch.layers import KVCache
 
@@ -85,24 +86,24 @@ def test_rounded_weights_count_as_they_are_loaded(scheme: str, bits: float, tmp_
         assert memory.weight_bytes(found, dtype, device) == size
 
 
-def test_what_drafts_counts_too(tmp_path: Path) -> None:
+def test_what_drafts_counts_too() -> None:
     alone = need(LLAMA_70B)
     both = memory.need_of(checkpoint(LLAMA_70B), torch.bfloat16, CPU, LIMITS, checkpoint(LLAMA_8B))
     assert both.per_token == 327_680 + 131_072
     assert both.draft > 2 * memory.parameters(LLAMA_8B)
-    (tmp_path / "model.safetensors").write_bytes(bytes(1000))
-    ours = {"architectures": ["SmartEagle3Head"], "draft_vocab_size": 9, "quantization": "int4"}
-    published = {"draft_vocab_size": 8192, "quantization": {"bits": 4}}
-    for config, rows, bf16 in (
-        ({}, LLAMA_70B.vocab, 1),
-        (published, 8192, 1),
-        (ours, 9, 3.2),
+    rows = 9 * LLAMA_70B.hidden  # of the target's output matrix
+    plain = torch.zeros(10, 50)
+    quants = QuantizedTensor(np.zeros((4, 34), np.uint8), "Q8_0", 32)
+    for weights, size, numbers in (
+        ({"fc.weight": plain}, 1000 + rows, 500 + rows),
+        ({"fc.weight": quants}, 136 + rows, 128 + rows),
+        ({"fc.weight": plain, "lm_head.weight": torch.zeros(9, 20)}, 1360, 680),
     ):
-        (tmp_path / "config.json").write_text(json.dumps(config))
-        head = memory.need_of(checkpoint(LLAMA_70B), torch.bfloat16, CPU, LIMITS, head=tmp_path)
-        assert head.draft == 1000 + LLAMA_70B.hidden * rows
-        wide = memory.need_of(checkpoint(LLAMA_70B), torch.float32, CPU, LIMITS, head=tmp_path)
-        assert wide.draft == 2000 * bf16 + 4 * LLAMA_70B.hidden * rows
+        files = HeadFiles({}, {**weights, "draft_ids": torch.arange(9)}, (1,), LLAMA_70B.of_head())
+        head = memory.need_of(checkpoint(LLAMA_70B), torch.bfloat16, CPU, LIMITS, head=files)
+        assert head.draft == size
+        wide = memory.need_of(checkpoint(LLAMA_70B), torch.float32, CPU, LIMITS, head=files)
+        assert wide.draft == 4 * numbers
         assert head.per_token == alone.per_token * 81 // 80
 
 

@@ -27,7 +27,7 @@ def main(args: argparse.Namespace) -> int:
     from smart_decoding.models.checkpoints.loading import load_checkpoint
     from smart_decoding.models.checkpoints.registry import shipped_head
     from smart_decoding.models.heads.export import check_layout, write_head
-    from smart_decoding.models.heads.files import head_folder, load_head
+    from smart_decoding.models.heads.files import head_path, load_head
 
     own = shipped_head(args.head)
     model = args.model or (args.head if own else None)
@@ -37,7 +37,7 @@ def main(args: argparse.Namespace) -> int:
         raise ConfigError(f"--output {args.output} is the head itself: give another folder")
     checkpoint = load_checkpoint(model, trust_pickle=args.trust_pickle)
     files = load_head(
-        own or head_folder(args.head, args.trust_pickle), checkpoint.config, args.trust_pickle
+        own or head_path(args.head, args.trust_pickle), checkpoint.config, args.trust_pickle
     )
     check_layout(files, args.layout)
     write_head(files, checkpoint, args.layout, args.output)

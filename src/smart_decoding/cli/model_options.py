@@ -52,8 +52,8 @@ DRAFT = Option(
     "draft",
     str,
     None,
-    "what drafts: a head's folder, or a smaller model of the same vocabulary "
-    "(the model's own head)",
+    "what drafts: a head (its folder, GGUF file or hub id), or a smaller model of the same "
+    "vocabulary (the model's own head)",
 )
 METHOD_OPTION = Option("method-option", key_value, [], "K=V for the method; may be repeated (none)")
 CHAT_TEMPLATE = Option(

@@ -234,7 +234,7 @@ def _initial(args: argparse.Namespace, target: ModelConfig) -> HeadFiles:
     """Return the head to start from, checked to be trainable and writable."""
     from smart_decoding.models.checkpoints.registry import shipped_head
     from smart_decoding.models.heads.export import check_layout, layout_of
-    from smart_decoding.models.heads.files import head_folder, load_head
+    from smart_decoding.models.heads.files import head_path, load_head
     from smart_decoding.training.head import form_of
 
     if args.aux_layers:
@@ -242,7 +242,7 @@ def _initial(args: argparse.Namespace, target: ModelConfig) -> HeadFiles:
             "--aux-layers cannot be chosen with --init: the head reads the layers that it was "
             "trained on"
         )
-    folder = shipped_head(args.init) or head_folder(args.init, args.trust_pickle)
+    folder = shipped_head(args.init) or head_path(args.init, args.trust_pickle)
     files = load_head(folder, target, args.trust_pickle)
     form_of(files)
     check_layout(files, args.export or layout_of(files))

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import tokenizers
+import torch
 from safetensors.torch import save_file
 
 from smart_decoding import speculation
@@ -29,11 +30,14 @@ from smart_decoding.llm import LLM
 from smart_decoding.models.checkpoints import memory
 from smart_decoding.models.checkpoints.registry import shipped_head
 from smart_decoding.models.draft_model import DraftModel
+from smart_decoding.models.families.config import ModelConfig
 from smart_decoding.models.families.reading import config_to_hf
+from smart_decoding.models.heads.export import smart_config
 from smart_decoding.models.text.tokenizer import Tokenizer
 from smart_decoding.profiling.fit import fit_costs
 from smart_decoding.profiling.measure import LONG_WAITING, ON_CPU, WAITING, ForwardTimer
 from smart_decoding.speculation import check_speculation
+from smart_decoding.training.head import Form, TrainableHead
 
 from .tiny import (
     PAGES,
@@ -55,7 +59,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from smart_decoding.engine.engine import Engine
-    from smart_decoding.models.families.config import ModelConfig
 
 POLICIES: dict[str, dict[str, Any]] = {
     "chain": {"length": 4},
@@ -459,9 +462,12 @@ NOT_READ: Any = None  # a tokenizer
 def smollm2(model: str, parameters: int = 135_000_000, **sizes: int) -> Any:
     """A checkpoint, as far as what drafts depends on it."""
     fields = {"hidden": 576, "vocab": 49_152, "layers": 30, "heads": 9, "kv_heads": 3}
-    fields |= {"head_dim": 64, **sizes}
-    config = SimpleNamespace(**fields, expected_shapes=lambda: {"all": (parameters,)})
-    return SimpleNamespace(provenance={"model": model}, vision=None, config=config)
+    fields |= {"head_dim": 64, "ffn": 1536, **sizes}
+    whole = ModelConfig("llama", **fields, rope_theta=1e5, rms_eps=1e-5, max_positions=8192)
+    config = SimpleNamespace(
+        **fields, of_head=whole.of_head, expected_shapes=lambda: {"all": (parameters,)}
+    )
+    return SimpleNamespace(provenance={"model": model}, named=None, vision=None, config=config)
 
 
 @pytest.mark.parametrize("method", [None, "eagle", "eagle3", "union"])
@@ -509,10 +515,11 @@ def test_a_head_without_room_makes_way(
     target_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Where no option requests it."""
-    (target_folder.parent / "head").mkdir(exist_ok=True)
     head = target_folder.parent / "head"
-    (head / "config.json").write_text("{}")
-    (head / "model.safetensors").write_bytes(bytes(1000))
+    head.mkdir()
+    weights = TrainableHead(Form(TARGET.of_head(), 1)).exported()
+    (head / "config.json").write_text(json.dumps(smart_config(TARGET, (4,), VOCAB)))
+    save_file(weights | {"draft_ids": torch.arange(VOCAB)}, head / "model.safetensors")
 
     def little(checkpoint: Any, need: memory.Need, *_: Any) -> None:
         if need.draft:

@@ -18,7 +18,7 @@ from smart_decoding.models.families.config import ModelConfig
 from smart_decoding.models.families.reading import config_from_hf
 from smart_decoding.models.heads.eagle_head import EagleHead
 from smart_decoding.models.heads.export import layout_of
-from smart_decoding.models.heads.files import HeadFiles, head_folder, load_head
+from smart_decoding.models.heads.files import HeadFiles, head_path, load_head
 from smart_decoding.models.torch.torch_layers import Linear
 from smart_decoding.speculation import SCRATCH_PAGES
 
@@ -97,7 +97,7 @@ def load_host_head(model: PreTrainedModel, name: Any, trust_pickle: bool = False
             "'smollm2-135m'"
         )
     config, exact = host_config(model)
-    folder = shipped_head(str(name)) or head_folder(name, trust_pickle)
+    folder = shipped_head(str(name)) or head_path(name, trust_pickle)
     files = load_head(folder, config, trust_pickle)
     if layout_of(files) == "smart" and not exact:
         raise ModelError(

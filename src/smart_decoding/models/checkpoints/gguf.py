@@ -115,7 +115,7 @@ class StoredWeights(Weights[Matrix]):
         except ValueError as error:
             reason = f"{path.name} ends within the tensor {entry['tensor']}"
             raise ModelError(reason) from error
-        matrix = _matrix(entry["tensor"], kind, np.asarray(content), shape)
+        matrix = matrix_of(entry["tensor"], kind, np.asarray(content), shape)
         if entry["tensor"].endswith(_DECAY):
             matrix = as_tensor(matrix).neg().log()
         return matrix if entry["order"] is None else _ordered(matrix, RowOrder(**entry["order"]))
@@ -153,7 +153,9 @@ def _stays(kind: str, shape: list[int]) -> bool:
     return kind in FORMATS[1:] and len(shape) == 2
 
 
-def _matrix(name: str, kind: str, content: NDArray[np.uint8], shape: list[int]) -> Matrix:
+def matrix_of(name: str, kind: str, content: NDArray[np.uint8], shape: list[int]) -> Matrix:
+    """Return a tensor of a file out of its bytes: quants that the kernels know as they are, others
+    as bfloat16, floats in their own type. Raises ModelError for a type that nobody reads."""
     if kind in _FLOATS:
         return torch.tensor(content.view(_FLOATS[kind])).reshape(shape)
     quants = QuantizedTensor(content.reshape(*shape[:-1], -1), kind, shape[-1])

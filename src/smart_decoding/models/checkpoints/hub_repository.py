@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 from smart_decoding.errors import DownloadError, ModelError
 from smart_decoding.files import errno_of, read_json, reading
 from smart_decoding.models.checkpoints.gguf_parts import is_further_part, parts_of, without_part
+from smart_decoding.models.checkpoints.gguf_words import HEAD, is_head_file
 
 # The hub client is imported late: it takes a quarter of a second.
 
@@ -182,6 +183,15 @@ class Listing:
         """The GGUF files, of a split one the first."""
         names = sorted(name for name in self.files if name.endswith(".gguf"))
         return [name for name in names if not is_further_part(name)]
+
+    @property
+    def is_of_head(self) -> bool:
+        """Whether its GGUF files are those of a draft head: by what the hub reports, or where it
+        does not answer by what is in the cache."""
+        if self.answered:
+            return self.gguf_family == HEAD
+        folder = _stored(self.repository)
+        return any(is_head_file(folder / name) for name in self.ggufs)
 
     @property
     def has_only_ggufs(self) -> bool:

@@ -13,19 +13,19 @@ import torch
 
 from smart_decoding.engine.kv import PAGE
 from smart_decoding.errors import CapacityError
-from smart_decoding.files import read_json, reading
 from smart_decoding.kernels.limits import free_memory
 from smart_decoding.kernels.ops import COLUMNS
+from smart_decoding.kernels.weights import QuantizedTensor
 from smart_decoding.models.checkpoints.gguf import StoredWeights
-from smart_decoding.models.checkpoints.rounding import ROUNDED, bytes_per_weight, rounded_bytes
+from smart_decoding.models.checkpoints.rounding import ROUNDED, rounded_bytes
 from smart_decoding.models.checkpoints.weight_files import StackedExperts
 from smart_decoding.models.cpu.kernel_check import why_slow
 from smart_decoding.models.cpu.native_states import ROOM, snapshots_of
-from smart_decoding.models.heads.files import scheme_of
 
 if TYPE_CHECKING:
     from smart_decoding.models.checkpoints.loading import Checkpoint
     from smart_decoding.models.families.config import ModelConfig
+    from smart_decoding.models.heads.files import HeadFiles
 
 log = logging.getLogger("smart.memory")
 
@@ -153,7 +153,7 @@ def need_of(
     device: torch.device,
     limits: EngineLimits,
     draft: Checkpoint | None = None,
-    head: Path | None = None,
+    head: HeadFiles | None = None,
 ) -> Need:
     """Return what the model needs with the draft model or draft head that is to speed it up."""
     config = checkpoint.config
@@ -239,23 +239,20 @@ def _free_of_machine() -> int | None:
     return int(found[0]) * 1024 if found else None
 
 
-def _head_bytes(head: Path, target: ModelConfig, dtype: torch.dtype, device: torch.device) -> int:
-    """Return its layer, and rows of the target's output matrix: as they are stored and in 8 bits on
-    the CPU kernels in bfloat16, elsewhere expanded."""
-    path = head / "config.json"
-    with reading(path):
-        config = read_json(path)
-        outputs = target.hidden * int(config.get("draft_vocab_size") or target.vocab)
-        scheme = scheme_of(config)
-        per_weight = bytes_per_weight(scheme) if scheme else 2
+def _head_bytes(
+    head: HeadFiles, target: ModelConfig, dtype: torch.dtype, device: torch.device
+) -> int:
+    """Return its layer, and rows of the target's output matrix where they are not its own: as they
+    are stored and in 8 bits on the CPU kernels in bfloat16, elsewhere expanded."""
+    weights = {name: weight for name, weight in head.weights.items() if name != "draft_ids"}
+    borrows = "lm_head.weight" not in weights and not head.fused
+    outputs = target.hidden * len(head.weights["draft_ids"]) if borrows else 0
     if _in_quants(target, dtype, device):
-        return _file_bytes(head) + outputs
-    return round((_file_bytes(head) / per_weight + outputs) * dtype.itemsize)
-
-
-def _file_bytes(folder: Path) -> int:
-    files = [*folder.glob("*.safetensors")] or [*folder.glob("pytorch_model*.bin")]
-    return sum(path.stat().st_size for path in files)
+        return outputs + sum(
+            weight.rows.nbytes if isinstance(weight, QuantizedTensor) else 2 * weight.numel()
+            for weight in weights.values()
+        )
+    return (outputs + sum(prod(weight.shape) for weight in weights.values())) * dtype.itemsize
 
 
 def size(count: float) -> str:

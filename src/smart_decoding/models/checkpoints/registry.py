@@ -47,7 +47,7 @@ _STORED = re.compile(rf"(?:[-._](?:GGUF|I1|UD|{_FORMS}))+$", re.IGNORECASE)
 # Projectors of pictures, and statistics
 _NO_MODEL = re.compile(r"mmproj|imatrix", re.IGNORECASE)
 _PROJECTOR = "clip"  # what the hub says of a repository whose first file is one
-_USUAL = "Q4_K_M"  # of a repository's GGUF files the one that is meant where none is named
+USUAL = "Q4_K_M"  # of a repository's GGUF files the one that is meant where none is named
 _TRIED = 3  # GGUF files of a repository: all have one vocabulary, but one may be damaged
 _CHECKSUM = re.compile(r"^[0-9a-f]{12}-")  # before the name of a pinned file
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
@@ -219,7 +219,7 @@ def _resolve_hub(
         if requested or held.has_only_ggufs:
             if held.gguf_family not in ("", _PROJECTOR):
                 gguf_family(held.gguf_family)
-            file = held.gguf_name(requested or _USUAL)
+            file = held.gguf_name(requested or USUAL)
             here = held.nothing_to_fetch(parts_of(file))
             return _from_hub(text, repository, file, None, local_only=here)
         here = held.nothing_to_fetch(held.of_snapshot)

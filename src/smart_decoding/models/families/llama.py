@@ -10,11 +10,16 @@ if TYPE_CHECKING:
     from smart_decoding.models.families.config import ModelConfig
 
 
+def row_order(heads: int, kv_heads: int, name: str) -> RowOrder | None:
+    """Return the order of q and k, None for other tensors: llama.cpp pairs RoPE dimensions (0, 1),
+    (2, 3), ...; Hugging Face's layout pairs (0, d/2), (1, d/2 + 1), ..."""
+    part = name.split(".")[-2:][0]
+    count = {"attn_q": heads, "attn_k": kv_heads}.get(part)
+    return None if count is None else RowOrder((count, -1, 2), (1, 2))
+
+
 def _gguf_order(config: ModelConfig, name: str) -> RowOrder | None:
-    """Return the order of q and k: llama.cpp pairs RoPE dimensions (0, 1), (2, 3), ...; Hugging
-    Face's layout pairs (0, d/2), (1, d/2 + 1), ..."""
-    heads = {"attn_q": config.heads, "attn_k": config.kv_heads}.get(name.split(".")[-2])
-    return None if heads is None else RowOrder((heads, -1, 2), (1, 2))
+    return row_order(config.heads, config.kv_heads, name)
 
 
 LLAMA = Family(

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from smart_decoding.errors import ModelError
+from smart_decoding.models.checkpoints.gguf_words import HEAD
 from smart_decoding.models.families import rope
 from smart_decoding.models.families.config import (
     ModelConfig,
@@ -69,6 +70,11 @@ def family_of(config: ModelConfig) -> Family:
 def gguf_family(name: object) -> Family:
     """Return the family of a GGUF file by its architecture; ModelError for one that is not
     supported."""
+    if name == HEAD:
+        raise ModelError(
+            "a GGUF file of a draft head is no model: name its model, and the head by --draft "
+            "(model in speculative_config)"
+        )
     if name not in _BY_GGUF:
         known = ", ".join(_BY_GGUF)
         raise ModelError(f"GGUF architecture {name!r} is not supported; supported: {known}")

@@ -8,13 +8,11 @@ import torch
 from torch import Tensor
 
 from smart_decoding.engine.kv import PAGE
-from smart_decoding.errors import ModelError
-from smart_decoding.models.cpu.kernel_check import unserved
 from smart_decoding.models.cpu.native_level import NativeLevel
 from smart_decoding.models.families.decoder import rotary_table
 from smart_decoding.models.heads.files import scheme_of
 from smart_decoding.models.heads.weights import HeadWeights, TargetWeights
-from smart_decoding.models.heads.widening import widened
+from smart_decoding.models.heads.widening import require_served_head, widened
 from smart_decoding.models.torch.head_levels import Eagle2Levels, Eagle3Levels, SteppedLevels
 from smart_decoding.models.torch.layers import KVCache
 
@@ -38,12 +36,8 @@ class EagleHead:
         positions: int,
     ) -> None:
         if target.native:
+            require_served_head(files.shape)
             files = widened(files)
-        reason = unserved(files.shape) if target.native else None
-        if reason is not None:
-            raise ModelError(
-                f"the CPU kernels do not serve this head: {reason}; take another head or method"
-            )
         weights = HeadWeights(files, target)
         self._config = files.shape
         self._target = target

@@ -1,5 +1,5 @@
 """Draft heads on disk: those of `smart train`, and published ones in the layouts of EAGLE-1/2,
-EAGLE-3, speculators.
+EAGLE-3, speculators, and llama.cpp's GGUF files.
 
 All are brought to one form, `HeadFiles`; docs/eagle-heads.md has the conventions. Loading is
 strict: a tensor that is missing, misshapen or unknown is an error that names it.
@@ -18,8 +18,15 @@ from torch import Tensor
 
 from smart_decoding.errors import ModelError
 from smart_decoding.files import expanded, read_json, reading
-from smart_decoding.models.checkpoints.hub_repository import PATIENT, download
-from smart_decoding.models.checkpoints.registry import TRUST, hub_id_of
+from smart_decoding.kernels.weights import as_tensor
+from smart_decoding.models.checkpoints.gguf_words import is_head_file
+from smart_decoding.models.checkpoints.hub_repository import (
+    PATIENT,
+    download,
+    gguf_file,
+    listing,
+)
+from smart_decoding.models.checkpoints.registry import TRUST, USUAL, hub_id_of, is_gguf
 from smart_decoding.models.checkpoints.rounding import ROUNDED, restored
 from smart_decoding.models.checkpoints.weight_files import unpickle
 from smart_decoding.models.families import rope
@@ -35,7 +42,8 @@ AUX_NORM = "input_norm.weight"  # of what fc reads, where one norm is over all o
 # what a head reads of images: nothing, or their embeddings
 VISUAL_POSITIONS = ("dropped", "decoupled")
 _IGNORED = ("t2d", "midlayer.self_attn.rotary_emb.inv_freq")  # what they say is known already
-_OPTIONAL = ("d2t", *_IGNORED)
+_IDS = ("d2t", "draft_ids")
+_OPTIONAL = (*_IDS, *_IGNORED)
 # architectures of other drafters, and what speculators calls them
 _OTHERS = {"dflash": "DFlash", "dspark": "DSpark", "medusa": "Medusa", "peagle": "P-EAGLE"}
 # in names of tensors that other kinds of layers have
@@ -68,20 +76,25 @@ class HeadFiles:
     supports_images: bool = False
 
 
-def head_folder(name: str | Path, trust_pickle: bool = False) -> Path:
-    """Return the folder of a head: a local one, or OWNER/NAME from the hub, pickled weights only if
-    there are no others.
+def head_path(name: str | Path, trust_pickle: bool = False) -> Path:
+    """Return the folder of a head or its GGUF file: a local one, or from the hub OWNER/NAME or
+    OWNER/NAME:FILE.gguf, pickled weights only if there are no others.
 
     Raises ModelError or DownloadError."""
     path = expanded(name)
-    if path.is_dir():
+    if path.is_dir() or is_gguf(path):
         return path
     hub_id = hub_id_of(str(name))
-    if hub_id is None or hub_id[2]:
+    if hub_id is None:
         raise ModelError(
-            f"no draft head {str(name)!r}: no such folder, nor a hub id such as OWNER/NAME"
+            f"no draft head {str(name)!r}: no such folder or GGUF file, nor a hub id such as "
+            "OWNER/NAME"
         )
+    if hub_id[2]:
+        return _gguf_on_hub(hub_id[1], hub_id[2])
     folder = download(hub_id[1], ["config.json", "*.safetensors"], [], PATIENT)
+    if not (folder / "config.json").is_file() and listing(hub_id[1], PATIENT).has_only_ggufs:
+        return _gguf_on_hub(hub_id[1], "")
     if not any(folder.glob("*.safetensors")):
         if not trust_pickle:
             raise ModelError(
@@ -91,10 +104,21 @@ def head_folder(name: str | Path, trust_pickle: bool = False) -> Path:
     return folder
 
 
-def is_head(folder: Path) -> bool:
-    """Return whether a local folder says that it is a draft head's, though a tokenizer may lie in
-    it."""
-    path = folder / "config.json"
+def _gguf_on_hub(repository: str, requested: str) -> Path:
+    """Return a GGUF file of a repository, by its name or quantisation; its only one, or Q4_K_M,
+    where none is requested."""
+    held = listing(repository, PATIENT)
+    only = held.ggufs[0] if len(held.ggufs) == 1 else USUAL
+    file = held.gguf_name(requested or only)
+    return gguf_file(repository, file, PATIENT, local_only=held.nothing_to_fetch([file]))
+
+
+def is_head(path: Path) -> bool:
+    """Return whether a local folder or GGUF file says that it is a draft head's, though a tokenizer
+    may lie in it."""
+    if path.is_file():
+        return is_head_file(path)
+    path = path / "config.json"
     if not path.is_file():
         return False
     with reading(path):
@@ -116,22 +140,25 @@ def is_for(folder: Path, target: ModelConfig) -> bool:
     return all(config.get(name) == size for name, size in (_sizes(target) | attention).items())
 
 
-def load_head(folder: Path, target: ModelConfig, trust_pickle: bool = False) -> HeadFiles:
-    """Reads a head and checks that it fits the target. Raises ModelError naming what does not.
+def load_head(path: Path, target: ModelConfig, trust_pickle: bool = False) -> HeadFiles:
+    """Reads a head in a folder or GGUF file, and checks that it fits the target. Its weights are
+    read from the disk when they are used. Raises ModelError naming what does not fit.
 
     trust_pickle: whether its weights may be a pickle, where there are no others."""
-    check_folder(folder)
-    path = folder / "config.json"
-    with reading(path):
-        config = read_json(path)
+    if path.is_file():
+        from smart_decoding.models.heads.gguf_head import read_gguf_head  # late: few heads are so
+
+        return _load_published(path, *read_gguf_head(path), target)
+    file = path / "config.json"
+    if not file.exists():
+        raise ModelError(f"{path} is not a draft head: it has no config.json")
+    with reading(file):
+        config = read_json(file)
+        if not _is_ours(config):
+            _refuse_options(path, config)
+        tensors = _read_tensors(path, trust_pickle)
         load = _load_ours if _is_ours(config) else _load_published
-        return load(folder, config, target, trust_pickle)
-
-
-def check_folder(folder: Path) -> None:
-    """Raise ModelError for a folder that is no head's."""
-    if not (folder / "config.json").exists():
-        raise ModelError(f"{folder} is not a draft head: it has no config.json")
+        return load(path, config, tensors, target)
 
 
 def scheme_of(config: Mapping[str, Any]) -> str | None:
@@ -148,13 +175,12 @@ def _is_ours(config: Mapping[str, Any]) -> bool:
 
 
 def _load_ours(
-    folder: Path, config: Mapping[str, Any], target: ModelConfig, trust_pickle: bool
+    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], target: ModelConfig
 ) -> HeadFiles:
     for name, value in _sizes(target).items():
         _check_equal(folder, name, config.get(name), value)
     aux_layers = _within(folder, config.get("taps") or (), target)
     shape = replace(target.of_head(), ffn=int(config.get("intermediate_size", target.ffn)))
-    tensors = _read_tensors(folder, trust_pickle)
     scheme = scheme_of(config)
     weights: Mapping[str, Matrix] = restored(tensors, scheme) if scheme else tensors
     shapes = eagle3_shapes(shape, target.hidden, aux_layers) | _aux_norms(shape, len(aux_layers))
@@ -173,10 +199,9 @@ def _sizes(target: ModelConfig) -> dict[str, int]:
 
 
 def _load_published(
-    folder: Path, config: Mapping[str, Any], target: ModelConfig, trust_pickle: bool
+    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Matrix], target: ModelConfig
 ) -> HeadFiles:
     shape = _shape(folder, config, target)
-    tensors = _read_tensors(folder, trust_pickle)
     weights = {_plain_name(name): tensor for name, tensor in tensors.items()}
     _refuse_layers(folder, weights)
     qk_norm = f"{FIRST}self_attn.q_norm.weight" in weights
@@ -187,7 +212,7 @@ def _load_published(
         o_bias=f"{FIRST}self_attn.o_proj.bias" in weights,
         qk_norm=qk_norm,
     )
-    fused = weights.keys().isdisjoint((f"{FIRST}hidden_norm.weight", "d2t", "norm.weight"))
+    fused = weights.keys().isdisjoint((f"{FIRST}hidden_norm.weight", "norm.weight", *_IDS))
     if fused:
         aux_layers: tuple[int, ...] = (target.layers,)
         ids = torch.arange(target.vocab)
@@ -201,11 +226,12 @@ def _load_published(
             shapes[AUX_NORM] = (len(aux_layers) * target.hidden,)
         else:
             shapes |= _found_aux_norms(folder, weights, shape, len(aux_layers))
-        shapes["lm_head.weight"] = (len(ids), shape.hidden)
+        if "lm_head.weight" in weights or "d2t" in weights:
+            shapes["lm_head.weight"] = (len(ids), shape.hidden)
     if "embed_tokens.weight" in weights:
         shapes["embed_tokens.weight"] = (target.vocab, target.hidden)
     _check_shapes(folder, weights, shapes | further_shapes(shape), _OPTIONAL)
-    kept = {name: tensor for name, tensor in weights.items() if name not in ("d2t", *_IGNORED)}
+    kept = {name: tensor for name, tensor in weights.items() if name not in _OPTIONAL}
     return HeadFiles(
         config,
         kept | {"draft_ids": ids},
@@ -251,7 +277,7 @@ def _aux_norms(shape: ModelConfig, aux_layers: int) -> Shapes:
 
 
 def _found_aux_norms(
-    folder: Path, weights: Mapping[str, Tensor], shape: ModelConfig, aux_layers: int
+    folder: Path, weights: Mapping[str, Matrix], shape: ModelConfig, aux_layers: int
 ) -> Shapes:
     """Return the same of a published head, which may have none. Raises ModelError if it has some
     only."""
@@ -276,7 +302,6 @@ def _shape(folder: Path, config: Mapping[str, Any], target: ModelConfig) -> Mode
     """Return the head's own layer. What is not said is as in the public code: rope_theta 10000,
     rms_norm_eps 1e-6."""
     layer = config.get("transformer_layer_config") or config
-    _refuse_options(folder, config, layer)
     try:
         heads = int(layer["num_attention_heads"])
         hidden = int(layer["hidden_size"])
@@ -309,7 +334,10 @@ def _shape(folder: Path, config: Mapping[str, Any], target: ModelConfig) -> Mode
     )
 
 
-def _refuse_options(folder: Path, config: Mapping[str, Any], layer: Mapping[str, Any]) -> None:
+def _refuse_options(folder: Path, config: Mapping[str, Any]) -> None:
+    """Raise ModelError for a published config of another drafter, or of a kind of head that is not
+    computed here."""
+    layer = config.get("transformer_layer_config") or config
     kind = config.get("speculators_model_type", "eagle3")
     if kind == "eagle":
         raise ModelError(
@@ -373,15 +401,18 @@ def _within(folder: Path, listed: Sequence[Any], target: ModelConfig) -> tuple[i
     return aux_layers
 
 
-def _draft_ids(folder: Path, weights: Mapping[str, Tensor], vocab: int) -> Tensor:
-    """[draft] target ids of the head's own vocabulary: i + d2t[i]; without d2t it is the
-    target's."""
-    offset = weights.get("d2t")
-    if offset is None:
+def _draft_ids(folder: Path, weights: Mapping[str, Matrix], vocab: int) -> Tensor:
+    """[draft] target ids of the head's own vocabulary: i + d2t[i], or what a GGUF file says; else
+    all of the target's."""
+    if "draft_ids" in weights:
+        ids = as_tensor(weights["draft_ids"]).long()
+    elif "d2t" in weights:
+        offset = as_tensor(weights["d2t"])
+        ids = torch.arange(len(offset)) + offset.long()
+    else:
         return torch.arange(vocab)
-    ids = torch.arange(len(offset)) + offset.long()
     _check_ids(folder, ids, vocab)
-    marked = weights.get("t2d")
+    marked = as_tensor(weights["t2d"]) if "t2d" in weights else None
     if marked is not None and (
         marked.numel() != vocab or not torch.equal(marked.bool().nonzero()[:, 0], ids)
     ):
@@ -392,6 +423,8 @@ def _draft_ids(folder: Path, weights: Mapping[str, Tensor], vocab: int) -> Tenso
 def _check_ids(folder: Path, ids: Tensor | None, vocab: int) -> None:
     if ids is None or not len(ids) or int(ids.min()) < 0 or int(ids.max()) >= vocab:
         raise ModelError(f"the head in {folder} lacks draft_ids within the model's vocabulary")
+    if len(torch.unique(ids)) < len(ids):
+        raise ModelError(f"the head in {folder} proposes some tokens under several of its own ids")
 
 
 def _plain_name(name: str) -> str:

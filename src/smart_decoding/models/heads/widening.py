@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from smart_decoding.errors import ModelError
 from smart_decoding.kernels.ops import HEAD_DIMS
 from smart_decoding.kernels.weights import as_tensor
+from smart_decoding.models.cpu.kernel_check import unserved
 from smart_decoding.models.heads.files import layer_prefixes
 
 if TYPE_CHECKING:
@@ -31,6 +33,15 @@ def widened_shape(shape: ModelConfig) -> ModelConfig:
     if shape.head_dim in HEAD_DIMS or not larger or shape.head_dim % 2 or shape.qk_norm:
         return shape
     return replace(shape, head_dim=larger[0], rotary_dim=shape.head_dim)
+
+
+def require_served_head(shape: ModelConfig) -> None:
+    """Raise ModelError for a head that the CPU kernels do not serve beside a target of theirs."""
+    reason = unserved(widened_shape(shape))
+    if reason is not None:
+        raise ModelError(
+            f"the CPU kernels do not serve this head: {reason}; take another head or method"
+        )
 
 
 def widened(files: HeadFiles) -> HeadFiles:
