@@ -104,15 +104,22 @@ def level_drafter(drafter: Drafter | None) -> LevelDrafter[Any] | None:
 
 def own_head(target: Checkpoint) -> Path | None:
     """Return the head that comes with this package for a built-in model, or for an apparent copy of
-    one with the same sizes."""
+    one with the same sizes: called so, or a GGUF file that says so. The log says which, and why."""
     model = target.provenance["model"]
-    name = copied_name(model)
-    folder = shipped_head(name)
-    if folder is None or not is_for(folder, target.config):
-        return None
-    if name != model:
-        log.info("%s seems to be a copy of %s, so its head may draft", model, name)
-    return folder
+    known = {copied_name(model): "its name"}
+    if target.named is not None:
+        known.setdefault(target.named, "its file")
+    for name, said_by in known.items():
+        folder = shipped_head(name)
+        if folder is None:
+            continue
+        fits = is_for(folder, target.config)
+        if name != model:
+            how = "and its sizes: its head may draft" if fits else "but not by its sizes: no head"
+            log.info("%s is %s by %s, %s", model, name, said_by, how)
+        if fits:
+            return folder
+    return None
 
 
 @dataclass(frozen=True, slots=True)

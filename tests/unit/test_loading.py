@@ -7,7 +7,7 @@ import errno
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -735,16 +735,17 @@ def write_gguf(
     rope_freqs: np.ndarray | None = None,
     split: int = 0,
     architecture: str = "",
+    words: Mapping[str, str] | None = None,
     **metadata: int,
 ) -> dict[str, torch.Tensor]:
     """Writes a tiny model as llama.cpp's converter would, and returns the weights that must be read
     back. split: tensors of each file, if there are to be several; architecture: if not that
-    converter's."""
+    converter's; words: under `general.`."""
     model = tiny_model(name)
     if not architecture:
         architecture = name if name.startswith(("qwen", "gemma", "gpt")) else "llama"
     writer = gguf.GGUFWriter(path, architecture, split_max_tensors=split)
-    add_shape(writer)
+    add_shape(writer, words or {})
     if "head_dim" in FAMILIES[name][1]:  # as llama.cpp's converter writes it where it is its own
         writer.add_key_length(model.config.head_dim)
         writer.add_value_length(model.config.head_dim)
@@ -869,7 +870,9 @@ def by_expert(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
     return {name.replace("experts.", f"experts.{n}."): each for n, each in enumerate(weight)}
 
 
-def add_shape(writer: gguf.GGUFWriter) -> None:
+def add_shape(writer: gguf.GGUFWriter, words: Mapping[str, str]) -> None:
+    for key, word in words.items():
+        writer.add_string(f"general.{key}", word)
     writer.add_block_count(2)
     writer.add_context_length(128)
     writer.add_embedding_length(32)

@@ -1028,6 +1028,41 @@ def test_copies_of_built_in_models_are_known_by_their_names(model: str, name: st
     assert models.shipped_head(model) is None or model in NAMED_MODELS  # what a user names is that
 
 
+# of the built-in files, of other converters', and of other models
+WORDS = [
+    ("qwen2.5-coder-1.5b", {"name": "Qwen2.5 Coder 1.5B Instruct GGUF"}),
+    (
+        "qwen2.5-coder-1.5b",
+        {"basename": "Qwen2.5-Coder", "size_label": "1.5B", "finetune": "Instruct-GGUF"},
+    ),
+    ("qwen2.5-coder-1.5b", {"name": "qwen2.5_coder_1.5b_instruct"}),
+    (
+        "qwen2.5-coder-1.5b",
+        {
+            "name": "Models",
+            "basename": "Qwen2.5-Coder",
+            "size_label": "1.5B",
+            "finetune": "Instruct",
+        },
+    ),
+    ("smollm2-135m", {"name": "Smollm2 135M 8k Lc100K Mix1 Ep2"}),
+    ("smollm2-135m", {"name": "SmolLM2 135M Instruct"}),
+    ("qwen2.5-coder-0.5b", {"name": "Qwen2.5 Coder 0.5B Instruct"}),
+    (None, {"name": "Qwen2.5 Coder 1.5B"}),
+    (None, {"name": "Qwen2.5 Coder 7B Instruct"}),
+    (None, {"basename": "Qwen2.5-Coder", "size_label": "1.5B"}),
+    (None, {"architecture": "qwen2"}),
+    (None, {}),
+]
+
+
+@pytest.mark.parametrize(("name", "words"), WORDS)
+def test_copies_of_built_in_models_are_known_by_what_their_files_say(
+    name: str | None, words: dict[str, str]
+) -> None:
+    assert models.named_in_file({"architecture": "qwen2", **words}) == name
+
+
 @pytest.mark.parametrize("name", ["a" * 5000, "a/" * 9000, "b" * 300 + ".gguf", "a\0b"])
 def test_what_can_be_no_files_name_is_a_line(name: str) -> None:
     with pytest.raises(ConfigError, match="no file can have the name") as caught:

