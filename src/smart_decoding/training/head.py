@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from smart_decoding.errors import ConfigError, ModelError
 from smart_decoding.kernels.weights import Matrix, as_tensor
+from smart_decoding.models.families.layer import Experts
 from smart_decoding.models.heads.files import AUX_NORM, FIRST
 
 if TYPE_CHECKING:
@@ -123,10 +124,13 @@ class TrainableHead(nn.Module):
     def start_from(
         self, weights: Mapping[str, Matrix], target: ModelConfig, aux_scale: float
     ) -> None:
-        """Start as the target's last layer on the last aux state: far better than noise.
+        """Start as the target's last layer with attention on the last aux state: far better than
+        noise.
 
-        aux_scale: root mean square of that state."""
-        prefix = f"model.layers.{target.layers - 1}."
+        A network of experts has no match here: the head's adds nothing at first. aux_scale: root
+        mean square of that state."""
+        last = target.layers - 1 if target.linear is None else target.attention_layers[-1]
+        prefix = f"model.layers.{last}."
 
         def get(name: str) -> Tensor:
             return as_tensor(weights[prefix + name]).float()
@@ -135,13 +139,19 @@ class TrainableHead(nn.Module):
         with torch.no_grad():
             self.fc.weight.normal_(0, 0.002)
             self.fc.weight[:, -d:] += torch.eye(d) * (aux_scale if self.form.fc_norm else 1.0)
-            qkv = torch.cat([get(f"self_attn.{n}_proj.weight") for n in "qkv"])
+            q, k, v = (get(f"self_attn.{n}_proj.weight") for n in "qkv")
+            if target.gated:  # a head's rows of q, then those of its gate
+                q = q.view(target.heads, 2, -1, d)[:, 0].reshape(-1, d)
+            qkv = torch.cat((q, k, v))
             self.qkv.weight.copy_(torch.cat((torch.randn_like(qkv) * 0.01, qkv), dim=1))
             self.o_proj.weight.copy_(get("self_attn.o_proj.weight"))
-            network = [get(f"mlp.{name}_proj.weight") for name in ("gate", "up", "down")]
-            gate, up, down = narrowed(network, self.config.ffn)
-            self.gate_up.weight.copy_(torch.cat((gate, up)))
-            self.down_proj.weight.copy_(down)
+            if isinstance(target.layer(last).ffn, Experts):
+                self.down_proj.weight.zero_()
+            else:
+                network = [get(f"mlp.{name}_proj.weight") for name in ("gate", "up", "down")]
+                gate, up, down = narrowed(network, self.config.ffn)
+                self.gate_up.weight.copy_(torch.cat((gate, up)))
+                self.down_proj.weight.copy_(down)
             self.hidden_norm.weight.copy_(get("input_layernorm.weight"))
             self.post_attention_layernorm.weight.copy_(get(f"{target.norm_before_ffn}.weight"))
             self.norm.weight.copy_(as_tensor(weights["model.norm.weight"]).float())
