@@ -282,7 +282,7 @@ def test_reading_calls_from_text_in_any_pieces(size: int) -> None:
     calls = []
     for start in range(0, len(text), size):
         piece = text[start : start + size]
-        more, found = reader.feed(piece, "stop" if start + size >= len(text) else None)
+        more, found, _ = reader.feed(piece, "stop" if start + size >= len(text) else None)
         content += more
         for part in found:
             if "id" in part:
@@ -295,7 +295,7 @@ def test_reading_calls_from_text_in_any_pieces(size: int) -> None:
 
 
 def test_an_answer_that_ends_may_have_looked_like_a_call() -> None:
-    assert ToolText().feed("a <tool_c", "stop") == ("a <tool_c", [])
+    assert ToolText().feed("a <tool_c", "stop").content == "a <tool_c"
 
 
 @pytest.mark.parametrize("size", [1, 1000])
@@ -310,7 +310,7 @@ def test_a_call_that_is_cut_shows_nothing_of_its_wrapper(size: int, end: str) ->
         content = got = ""
         for start in range(0, cut, size):
             last = end if start + size >= cut else None
-            more, calls = reader.feed(whole[start : min(start + size, cut)], last)
+            more, calls, _ = reader.feed(whole[start : min(start + size, cut)], last)
             content += more
             got += "".join(call["function"]["arguments"] for call in calls)
         assert content == ""

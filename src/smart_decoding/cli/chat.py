@@ -118,7 +118,7 @@ class ChatSession:
         messages = [*self.messages, {"role": "user", "content": text}]
         try:
             prompt = self._llm.chat_prompt([*system, *messages])
-            answer = stream_answer(self._llm, prompt, self._params)
+            answer = stream_answer(self._llm, prompt, self._params, chat=True)
         except KeyboardInterrupt:
             print("(interrupted: this message and its answer are forgotten)", file=sys.stderr)
             return

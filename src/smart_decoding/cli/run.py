@@ -11,7 +11,7 @@ import json
 import logging
 import secrets
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +30,7 @@ from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ConfigError
 from smart_decoding.models.checkpoints.registry import DEFAULT_MODEL, folder_at_hand, siblings
 from smart_decoding.models.text import tokenizer
+from smart_decoding.models.text.harmony import HarmonyText, Part, speaks_harmony
 
 if TYPE_CHECKING:
     from smart_decoding.llm import LLM
@@ -121,7 +122,7 @@ def main(args: argparse.Namespace) -> None:
         system = [{"role": "system", "content": args.system}] if args.system else []
         prompts = [prompt_of(llm, text, images, args.raw, system) for text in texts]
         if one:
-            answer = stream_answer(llm, prompts[0], params)
+            answer = stream_answer(llm, prompts[0], params, chat=not args.raw)
             if answer.finish_reason == "length":
                 print("smart: cut at --max-tokens", file=sys.stderr)
             if args.stats:
@@ -279,15 +280,27 @@ def chat_prompt(
     return llm.chat_prompt([*system, {"role": "user", "content": content}])
 
 
-def stream_answer(llm: LLM, prompt: Prompt, params: SamplingParams) -> CompletionOutput:
-    """Answer one prompt, printing the text as rounds yield it."""
+def stream_answer(
+    llm: LLM, prompt: Prompt, params: SamplingParams, chat: bool = False
+) -> CompletionOutput:
+    """Answer one prompt, printing the text as rounds yield it.
 
+    chat: the prompt is a conversation. Of an answer in Harmony reasoning is then printed on
+    standard error, and the text that is returned is the rest."""
+
+    harmony = HarmonyText() if chat and speaks_harmony(llm.tokenizer.template) else None
+    if harmony is not None:
+        params = replace(params, skip_special_tokens=False)
     shown = False
+    content = ""
 
     def show(touched: Sequence[Any]) -> None:
-        nonlocal shown
+        nonlocal shown, content
         for request in touched:
             text = request.stop.new_text()
+            if harmony is not None:
+                text = _without_reasoning(harmony.feed(text, request.finished))
+            content += text
             shown |= bool(text)
             print(text, end="", flush=True)
         if not all(request.finished for request in touched):
@@ -298,7 +311,18 @@ def stream_answer(llm: LLM, prompt: Prompt, params: SamplingParams) -> Completio
     finally:
         if shown:
             print(flush=True)
-    return output.outputs[0]
+    return replace(output.outputs[0], text=content) if harmony else output.outputs[0]
+
+
+def _without_reasoning(parts: Iterable[Part]) -> str:
+    """Return the text of all other parts, and print reasoning on standard error."""
+    text = ""
+    for part in parts:
+        if part.kind == "reasoning":
+            print(part.text, end="", file=sys.stderr, flush=True)
+        else:
+            text += f"\n{part.text} " if part.kind == "call" else part.text
+    return text
 
 
 def stats_line(answer: CompletionOutput) -> str:

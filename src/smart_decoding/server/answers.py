@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from smart_decoding.server.figures import figures
-from smart_decoding.server.tool_text import ToolText, whole_calls
+from smart_decoding.server.tool_text import Pieces, whole_calls
 
 if TYPE_CHECKING:
     from smart_decoding.engine.jobs import Chunk
     from smart_decoding.engine.request import RequestMetrics
     from smart_decoding.engine.stopping import Detokenizer
+    from smart_decoding.server.tool_text import AnswerReader
 
 TokenText = Callable[[int], str]
 Json = dict[str, Any]
@@ -66,19 +67,24 @@ class Usage:
 class ChatForm:
     """The shape of /v1/chat/completions.
 
-    top: alternatives a token, None without log probabilities; calls: whether the text may hold tool
-    calls.
+    top: alternatives a token, None without log probabilities; reader: splits an answer's text, if
+    that may hold more than content.
     """
 
     prefix = "chatcmpl-"
     whole = "chat.completion"
     piece = "chat.completion.chunk"
 
-    def __init__(self, text_of: TokenText, top: int | None, calls: bool = False) -> None:
+    def __init__(
+        self,
+        text_of: TokenText,
+        top: int | None,
+        reader: Callable[[], AnswerReader] | None = None,
+    ) -> None:
         self._text_of = text_of
         self._top = top
-        self._calls = calls
-        self._texts: dict[int, ToolText] = {}
+        self._reader = reader
+        self._readers: dict[int, AnswerReader] = {}
 
     def opening(self, index: int) -> Json | None:
         """Return the first delta of an answer."""
@@ -91,20 +97,24 @@ class ChatForm:
 
     def delta(self, chunk: Chunk) -> Json | None:
         """Return a chunk as a delta, or None for an empty one."""
-        content, calls, reason = self.read(chunk)
-        if not (content or calls or reason or chunk.logprobs):
+        pieces, reason = self.read(chunk)
+        if not (any(pieces) or reason or chunk.logprobs):
             return None
         delta: Json = {}
-        if content:
-            delta["content"] = content
-        if calls:
-            delta["tool_calls"] = calls
+        if pieces.reasoning:
+            delta["reasoning_content"] = pieces.reasoning
+        if pieces.content:
+            delta["content"] = pieces.content
+        if pieces.calls:
+            delta["tool_calls"] = pieces.calls
         return self._choice(chunk, "delta", delta, reason)
 
     def choice(self, chunk: Chunk) -> Json:
         """Return a whole answer."""
-        content, calls, reason = self.read(chunk)
+        (content, calls, reasoning), reason = self.read(chunk)
         message: Json = {"role": "assistant", "content": content, "refusal": None}
+        if reasoning:
+            message["reasoning_content"] = reasoning
         if calls:
             message |= {"content": content or None, "tool_calls": whole_calls(calls)}
         return self._choice(chunk, "message", message, reason)
@@ -117,14 +127,16 @@ class ChatForm:
             "finish_reason": reason,
         }
 
-    def read(self, chunk: Chunk) -> tuple[str, list[Json], str | None]:
-        """Return content, pieces of tool calls, and why the answer ended."""
-        if not self._calls:
-            return chunk.text, [], chunk.finish_reason
-        text = self._texts.setdefault(chunk.index, ToolText())
-        content, calls = text.feed(chunk.text, chunk.finish_reason)
-        called = chunk.finish_reason == "stop" and text.complete
-        return content, calls, "tool_calls" if called else chunk.finish_reason
+    def read(self, chunk: Chunk) -> tuple[Pieces, str | None]:
+        """Return what a chunk adds, and why the answer ended."""
+        if self._reader is None:
+            return Pieces(chunk.text, []), chunk.finish_reason
+        if chunk.index not in self._readers:
+            self._readers[chunk.index] = self._reader()
+        reader = self._readers[chunk.index]
+        pieces = reader.feed(chunk.text, chunk.finish_reason)
+        called = chunk.finish_reason == "stop" and reader.complete
+        return pieces, "tool_calls" if called else chunk.finish_reason
 
     def logprobs(self, chunk: Chunk) -> Json | None:
         """Return a chunk's log probabilities, or None without any."""

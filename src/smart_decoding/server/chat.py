@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from smart_decoding.models.text.harmony import speaks_harmony
 from smart_decoding.multimodal.messages import PictureSource, has_pictures
 from smart_decoding.multimodal.text_prompts import template_options
 from smart_decoding.server import preparation, tools
@@ -48,7 +49,7 @@ def chat_task(
         conversation, pictures = llm.prompts.split(plain)
         return ChatTask(_task(conversation, options, llm.supports_images), pictures)
     described: list[Any] = [tool.model_dump(exclude_none=True) for tool in offered]
-    if not tools.speaks_our_form(template):
+    if not (tools.speaks_our_form(template) or speaks_harmony(template)):
         conversation, _ = llm.prompts.split(tools.explained(plain, described))
         options = template_options(template, None, True, None, variables)
         return ChatTask(_task(conversation, options, llm.supports_images))

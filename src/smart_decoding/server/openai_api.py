@@ -13,6 +13,7 @@ from fastapi.responses import Response
 from smart_decoding.engine.engine import BEFORE
 from smart_decoding.engine.stopping import Detokenizer
 from smart_decoding.errors import CapacityError
+from smart_decoding.models.text.harmony import speaks_harmony
 from smart_decoding.server.answering import ParsedRequest, answer, check_model
 from smart_decoding.server.answers import ChatForm, CompletionForm, Json
 from smart_decoding.server.chat import ChatTask, chat_task
@@ -28,10 +29,12 @@ from smart_decoding.server.schemas import (
     DetokenizeRequest,
     TokenizeRequest,
 )
+from smart_decoding.server.tool_text import HarmonyReader, ToolText
 
 if TYPE_CHECKING:
     from smart_decoding.llm import LLM
     from smart_decoding.multimodal.prompts import PlannedPrompt
+    from smart_decoding.server.tool_text import AnswerReader
     from smart_decoding.server.worker import Worker
 
 T = TypeVar("T")
@@ -97,7 +100,7 @@ class _Routes:
             salt = self._worker.settings.cache_salt(client, body.cache_salt)
             prompt = await pictures.decoded(request, plan, salt)
             top = (body.top_logprobs or 0) if body.logprobs else None
-            form = ChatForm(llm.tokenizer.token_text, top, offer is not None)
+            form = ChatForm(llm.tokenizer.token_text, top, _reader(llm, body))
             encode = partial(self._encode, request, False)
             parsed = ParsedRequest(
                 body, [prompt.tokens], form, top, encode, prompt.media, reply, release
@@ -195,6 +198,13 @@ class _Routes:
             "owned_by": "smart-decoding",
             "max_model_len": llm.engine.config.max_model_len if llm else None,
         }
+
+
+def _reader(llm: LLM, body: ChatRequest) -> Callable[[], AnswerReader] | None:
+    """Return what splits the answers to a chat, if they may hold more than content."""
+    if speaks_harmony(llm.tokenizer.template) and body.read_channels():
+        return HarmonyReader
+    return None if body.offer is None else ToolText
 
 
 def _too_long(error: CapacityError, field: str) -> ApiError:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Items:
-    """An answer's output as it grows: messages and calls. All methods yield events."""
+    """An answer's output as it grows: reasoning, messages and calls. All methods yield events."""
 
     def __init__(self) -> None:
         self.items: list[Json] = []
@@ -33,6 +33,15 @@ class Items:
             part["text"] += text
             found = self._take_logprobs(part)
             yield self._event("output_text.delta", content_index=0, delta=text, logprobs=found)
+
+    def reasoning(self, text: str) -> Iterator[Json]:
+        """Add text of the model's reasoning."""
+        if not (self._open and self.items[-1]["type"] == "reasoning"):
+            yield from self.end("completed")
+            part: Json = {"type": "reasoning_text", "text": ""}
+            yield from self._begin("reasoning", "rs", {"summary": [], "content": [part]})
+        self.items[-1]["content"][0]["text"] += text
+        yield self._event("reasoning_text.delta", content_index=0, delta=text)
 
     def call(self, piece: Json) -> Iterator[Json]:
         """Add a piece of a call, as chats stream them."""
@@ -57,6 +66,9 @@ class Items:
             done = {"text": part["text"], "logprobs": part["logprobs"]}
             yield self._event("output_text.done", content_index=0, **done)
             yield self._event("content_part.done", content_index=0, part=part)
+        elif item["type"] == "reasoning":
+            text = item["content"][0]["text"]
+            yield self._event("reasoning_text.done", content_index=0, text=text)
         else:
             done = {"name": item["name"], "arguments": item["arguments"]}
             yield self._event("function_call_arguments.done", **done)
@@ -134,9 +146,11 @@ class ResponsesReply(Reply):
     def _additions(self, items: Items, chunk: Chunk) -> Iterator[Json]:
         """Add a chunk to `items`; return its events."""
         assert isinstance(self.form, ChatForm)
-        content, calls, reason = self.form.read(chunk)
+        (content, calls, reasoning), reason = self.form.read(chunk)
         found = self.form.logprobs(chunk)
         items.logprobs += found["content"] if found else []
+        if reasoning:
+            yield from items.reasoning(reasoning)
         empty = reason is not None and not items.items and not calls
         if content or empty:
             yield from items.text(content)

@@ -121,6 +121,15 @@ class CallOutput(_Item):
         return {"role": "tool", "tool_call_id": self.call_id, "content": text}
 
 
+class InputReasoning(_Item):
+    """Reasoning of an earlier answer, which is left out: templates drop it, too."""
+
+    type: Literal["reasoning"]
+    summary: list[Any] | None = None
+    content: list[Any] | None = None
+    encrypted_content: Text | None = None
+
+
 def _kind(item: Any) -> Any:
     fields = item if isinstance(item, Mapping) else vars(item) if isinstance(item, Body) else {}
     return fields.get("type", "message")
@@ -129,7 +138,8 @@ def _kind(item: Any) -> Any:
 InputItem = Annotated[
     Annotated[InputMessage, Tag("message")]
     | Annotated[InputCall, Tag("function_call")]
-    | Annotated[CallOutput, Tag("function_call_output")],
+    | Annotated[CallOutput, Tag("function_call_output")]
+    | Annotated[InputReasoning, Tag("reasoning")],
     Discriminator(_kind),
 ]
 
@@ -288,6 +298,8 @@ class ResponsesRequest(Sampling):
             return
         turn: Json = {}
         for item in self.input:
+            if isinstance(item, InputReasoning):
+                continue
             message = item.plain()
             if isinstance(item, InputCall) and turn.get("role") == "assistant":
                 turn.setdefault("tool_calls", []).extend(message["tool_calls"])
@@ -295,6 +307,8 @@ class ResponsesRequest(Sampling):
             if turn:
                 yield turn
             turn = message
+        if not turn:
+            raise ValueError("input: reasoning alone is no conversation")
         yield turn
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, PrivateAttr, model_validator
 
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine.structured import StructuredOutputsParams
@@ -311,6 +311,8 @@ class ChatRequest(Completions):
     reasoning_effort: Text | None = Field(None, description="A variable of the chat template.")
     chat_template_kwargs: TemplateVariables | None = None
 
+    _has_channels: bool = PrivateAttr(False)
+
     @property
     def variables(self) -> dict[str, Any]:
         """The variables of the chat template."""
@@ -339,16 +341,27 @@ class ChatRequest(Completions):
             return Offer(named, must=True, many=False)
         return Offer(self.tools, choice == "required", self.parallel_tool_calls is not False)
 
+    def read_channels(self) -> bool:
+        """Let the answers keep the special tokens of their channels, and have calls in a form of
+        their own; return whether that is done. Calls that must be have our form, and what the
+        request says of special tokens holds."""
+        must = self.offer is not None and self.offer.must
+        if must or self.skip_special_tokens is not None:
+            return False
+        self.skip_special_tokens = False
+        self._has_channels = True
+        return True
+
     def structure(self) -> StructuredOutputsParams | None:
         """Return the required form of the text: with tools, text or calls of them."""
-        if self.offer is None:
+        if self.offer is None or self._has_channels:
             return super().structure()
         return StructuredOutputsParams(grammar=self.offer.grammar(schema_of(self.response_format)))
 
     @property
     def structured_by(self) -> str:
         """The field with the required form of the text."""
-        return super().structured_by if self.offer is None else "tools"
+        return super().structured_by if self.offer is None or self._has_channels else "tools"
 
     @model_validator(mode="after")
     def _check(self) -> ChatRequest:

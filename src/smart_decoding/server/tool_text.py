@@ -1,4 +1,4 @@
-"""Tool calls read from an answer's text as it grows.
+"""Tool calls, and reasoning, read from an answer's text as it grows.
 
 Text and arguments are passed on at once. Markers are not, nor is the beginning of a marker in an
 answer that was cut.
@@ -10,13 +10,60 @@ import json
 import re
 import uuid
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, Protocol
 
+from smart_decoding.models.text.harmony import HarmonyText
 from smart_decoding.server.tools import CLOSING, OPENING
 
 Json = dict[str, Any]
 _JSON = json.JSONDecoder()
 _HEAD = re.compile(r'\n\{"name": "([\w-]+)", "arguments": ')
+
+
+class Pieces(NamedTuple):
+    """What a chunk's text adds to an answer: calls as OpenAI streams them."""
+
+    content: str
+    calls: list[Json]
+    reasoning: str = ""
+
+
+class AnswerReader(Protocol):
+    """Splits one answer's text as it grows."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether the answer ended with a whole call."""
+
+    def feed(self, text: str, end: str | None) -> Pieces:
+        """Add `text`; return what is new. end: why the answer ended, None: more may follow."""
+
+
+class HarmonyReader:
+    """An answer of gpt-oss: its channels are reasoning, content and calls."""
+
+    def __init__(self) -> None:
+        self._text = HarmonyText()
+        self._calls = -1  # index of the present call
+
+    @property
+    def complete(self) -> bool:
+        """See `AnswerReader`."""
+        return self._text.calls
+
+    def feed(self, text: str, end: str | None) -> Pieces:
+        """See `AnswerReader`."""
+        found = {"content": "", "reasoning": ""}
+        calls: list[Json] = []
+        for kind, piece in self._text.feed(text, end is not None):
+            if kind == "call":
+                self._calls += 1
+                calls.append(_begun_call(self._calls, piece))
+            elif kind == "arguments":
+                _add_arguments(calls, self._calls, piece)
+            else:
+                found[kind] += piece
+        return Pieces(found["content"], calls, found["reasoning"])
 
 
 class ToolText:
@@ -34,11 +81,8 @@ class ToolText:
         """Whether the answer ended with a whole call."""
         return self._place == "after"
 
-    def feed(self, text: str, end: str | None) -> tuple[str, list[Json]]:
-        """Add `text`; return its content and its pieces of calls, as OpenAI streams them.
-
-        end: the reason of the end, None if more text may follow.
-        """
+    def feed(self, text: str, end: str | None) -> Pieces:
+        """See `AnswerReader`."""
         self._rest += text
         content = ""
         calls: list[Json] = []
@@ -48,11 +92,9 @@ class ToolText:
             elif kind == "name":
                 self._calls += 1
                 calls.append(_begun_call(self._calls, piece))
-            elif calls:
-                calls[-1]["function"]["arguments"] += piece
-            elif piece:
-                calls.append({"index": self._calls, "function": {"arguments": piece}})
-        return content, calls
+            else:
+                _add_arguments(calls, self._calls, piece)
+        return Pieces(content, calls)
 
     def _pieces(self, end: str | None) -> Iterator[tuple[str, str]]:
         while True:
@@ -104,6 +146,14 @@ class ToolText:
         held = max(count for count in begun if text.endswith(marker[:count]))
         self._rest = rest if found else text[len(text) - held :]
         return text[: len(text) - held]
+
+
+def _add_arguments(calls: list[Json], index: int, piece: str) -> None:
+    """Add to the arguments of the last of these calls, or go on with an earlier one."""
+    if calls:
+        calls[-1]["function"]["arguments"] += piece
+    elif piece:
+        calls.append({"index": index, "function": {"arguments": piece}})
 
 
 def _begun_call(index: int, name: str) -> Json:

@@ -39,6 +39,7 @@ class FakeLLM:
         self.calls = []
         self.provenance = {"model": model, "weights": "fake weights", "dtype": "fp32"}
         self.tokenizer = SimpleNamespace(
+            template=None,
             encode_chat=lambda messages: [1, *map(ord, messages[-1]["content"])],
             decode=lambda ids, skip=True: "".join(WORDS.get(i, "?") for i in ids),
         )

@@ -57,7 +57,7 @@ def test_nothing_is_searched_for_garbage_until_it_is_loaded(
             raise failure
         return fake(*given, **options)
 
-    def answer(*_: object) -> object:
+    def answer(*_: object, **__: object) -> object:
         observed.append((gc.isenabled(), gc.get_freeze_count() > frozen))
         return SimpleNamespace(finish_reason="stop")
 
