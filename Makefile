@@ -18,7 +18,8 @@ test-slow: env
 
 # Published draft heads: loading, proposals, export, training from one. Includes the shipped head (fetches its model).
 test-heads: env
-	$(BIN)/python -m pytest tests/parity/test_published_heads.py tests/parity/test_head_export.py \
+	$(BIN)/python -m pytest tests/parity/test_published_heads.py tests/parity/test_known_heads.py \
+		tests/parity/test_gguf_heads.py tests/parity/test_head_export.py \
 		tests/unit/drafters/test_eagle.py tests/unit/drafters/test_eagle_caching.py tests/unit/training
 
 # SMART inside transformers, with every method; SmolLM2-135M included.

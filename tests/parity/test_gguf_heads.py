@@ -211,6 +211,9 @@ def test_quants_stay_what_they_are(targets: Any, tmp_path: Path) -> None:  # noq
     exact = load_head(convert(tmp_path / "exact.gguf", known), checkpoint.config)
     quants = [name for name, w in found.weights.items() if isinstance(w, QuantizedTensor)]
     assert len(quants) == 10
+    decoder = Decoder(checkpoint.config, checkpoint.weights, torch.bfloat16, CPU, PAGES, 128, True)
+    costs = [EagleHead(each, decoder, PAGES, SCRATCH, 128).shape for each in (found, exact)]
+    assert costs[0] == (*costs[1], "Q8_0")  # what a level takes depends on it
     for name in quants:
         weight = as_tensor(exact.weights[name]).float()
         torch.testing.assert_close(

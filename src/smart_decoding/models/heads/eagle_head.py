@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from smart_decoding.engine.kv import PAGE
+from smart_decoding.kernels.weights import QuantizedTensor
 from smart_decoding.models.cpu.native_level import NativeLevel
 from smart_decoding.models.families.decoder import rotary_table
 from smart_decoding.models.heads.files import scheme_of
@@ -19,6 +20,13 @@ from smart_decoding.models.torch.layers import KVCache
 if TYPE_CHECKING:
     from smart_decoding.models.heads.features import Features
     from smart_decoding.models.heads.files import HeadFiles
+
+
+def _formats(files: HeadFiles) -> list[str]:
+    """Return how the matrices are stored if they are quants, on which costs depend."""
+    scheme = scheme_of(files.config)
+    kinds = {w.format for w in files.weights.values() if isinstance(w, QuantizedTensor)}
+    return [scheme] if scheme else sorted(kinds)
 
 
 class EagleHead:
@@ -51,7 +59,7 @@ class EagleHead:
             files.shape.ffn,
             len(weights.draft_ids),
             len(files.aux_layers),
-            *filter(None, [scheme_of(files.config)]),
+            *_formats(files),
         )
         self.levels: SteppedLevels | NativeLevel
         if target.native:

@@ -60,8 +60,8 @@ class HeadFiles:
     weights: EAGLE-3's names, `draft_ids` [draft] (target ids) instead of d2t, and where the head
     has its own: `lm_head.weight`, `embed_tokens.weight`, `fc.bias`, `fc_norm.{i}.weight` or
     `input_norm.weight`. EAGLE-1/2 has only fc and the layers. The first layer is `midlayer.*`;
-    further ones, ordinary Llama layers, are `layers.1.*`, `layers.2.*`, ... Matrices of a head of
-    ours may be quants, as `quantization` in its config says.
+    further ones, ordinary Llama layers, are `layers.1.*`, `layers.2.*`, ... Matrices may be quants:
+    of a head of ours, as `quantization` in its config says, and of a GGUF file.
     aux_layers: layers of the target whose outputs the head reads. shape: of the head's layers.
     fused: EAGLE-1/2, whose fc reads [embedding ; features] at every step.
     norm_before_residual: the layer's residual is the normed features, not the features.
