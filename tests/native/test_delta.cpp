@@ -320,9 +320,9 @@ void accept(Random& random, const TinyHybrid& h, TinyMemory& memory, const Batch
     model.states = &states;
     smart_advance(&model, done.nodes.data(), done.count, int64_t(all.size()), slots_of(all).data(),
                   path.data(), accepted.data(), int(random.between(1, 3)));
-    smart_move_kv(memory.cache.keys(), memory.cache.values(), memory.cache.planes,
-                  memory.cache.pages, int32_t(memory.cache.head_dim), h.model.precision.bf16 ? 2 : 4,
-                  from.data(), to.data(), int32_t(from.size()));
+    TinyCache& cache = memory.cache;
+    smart_move_kv(cache.keys(), cache.values(), cache.planes, cache.pages, int32_t(cache.head_dim),
+                  h.model.precision.bf16 ? 2 : 4, from.data(), to.data(), int32_t(from.size()));
 }
 
 void one_hybrid(uint64_t seed, bool bf16) {

@@ -2,10 +2,10 @@
 //
 //     S <- keep S;  delta = learn (v - S^T k);  S <- S + k delta^T;  out = S^T q
 //
-// with a head's state S [key_dim, value_dim]. Its columns are independent: a thread takes COLUMNS of
-// them and walks through all rows of a request. A prompt's rows change the block of the state where
-// it lies. A tree's nodes go depth first, by one block for each depth, and leave the state as it is.
-// Each row goes through the same operations in the same order in any company, so its bits tell
+// with a head's state S [key_dim, value_dim]. Its columns are independent: a thread takes COLUMNS
+// of them and walks through all rows of a request. A prompt's rows change the block of the state
+// where it lies. A tree's nodes go depth first, by one block for each depth, and leave the state as
+// it is. Each row goes through the same operations in the same order in any company, so its bits tell
 // neither what was drafted nor how a prompt was cut.
 //
 // A row's outer product is added while the next one is multiplied with the state, so that a block
@@ -159,7 +159,7 @@ struct Recurrence {
     const int count;  // rows of the forward
     const DeltaMemory& memory;
     // Workspace. products: [count, channels + values], of q, k, v and of gates; rates: [count, 2
-    // value_heads]. mixed: [all, channels] what the convolution makes of q, k and v, which are
+    // value_heads]. mixed: [all, stride] what the convolution makes of q, k and v, which are
     // normed. keep, learn: [all, value_heads]; qk: [all, key_heads] products of q and k.
     const float *products, *rates;
     float *mixed, *keep, *learn, *qk;
@@ -193,7 +193,8 @@ private:
 
     float* past(const DeltaRows::Request& r) const {
         const States& s = *memory.states;
-        return s.inputs + (r.slot * s.layers + memory.layer) * (w.kernel - 1 + s.room) * sizes.inputs;
+        const int64_t place = r.slot * s.layers + memory.layer;
+        return s.inputs + place * (w.kernel - 1 + s.room) * sizes.inputs;
     }
 
     // What a row's convolution read or reads, null: zeros.
@@ -217,7 +218,7 @@ private:
     void mix_head(int32_t row, int64_t head) const {
         const bool waits = row >= count;  // then only the state is asked for
         const int64_t dim = w.key_dim, first = head * sizes.each;
-        float *to = mixed + row * sizes.channels, *q = to + head * dim, *k = q + sizes.keys;
+        float *to = mixed + row * sizes.stride, *q = to + head * dim, *k = q + sizes.keys;
         convolve(row, sizes.keys + head * dim, dim);
         convolve(row, 2 * sizes.keys + first * w.value_dim, sizes.each * w.value_dim);
         normalise(k, 1.0f);
@@ -247,7 +248,7 @@ private:
             inputs[tap] = source(row, tap);
             if (!inputs[tap]) oldest = tap + 1;
         }
-        float* to = mixed + row * sizes.channels;
+        float* to = mixed + row * sizes.stride;
         const int64_t whole = first + channels - channels % VW;
         for (int64_t i = first; i < whole; i += VW) {
             vf sum = {};
@@ -327,7 +328,7 @@ private:
     // product that it adds is returned.
     Outer rule(int32_t row, int64_t head, int64_t column, const vf* found, vf* sum) const {
         const int64_t key_head = head / sizes.each, at = row * w.value_heads + head;
-        const float* mine = mixed + row * sizes.channels;
+        const float* mine = mixed + row * sizes.stride;
         Outer outer;
         outer.keep = keep[at];
         outer.k = mine + sizes.keys + key_head * w.key_dim;
@@ -355,10 +356,11 @@ private:
         const States& s = *memory.states;
         float* state = scratch;
         if (r.slot >= 0)
-            state = s.states + (r.slot * s.layers + memory.layer) * sizes.state + item * sizes.block;
+            state =
+                s.states + (r.slot * s.layers + memory.layer) * sizes.state + item * sizes.block;
         if (r.fresh) std::fill_n(state, sizes.block, 0.0f);
         auto keys = [&](int32_t row) {
-            return mixed + row * sizes.channels + sizes.keys + key_head * dim;
+            return mixed + row * sizes.stride + sizes.keys + key_head * dim;
         };
         vf found[Outer::VECTORS], sum[Outer::VECTORS];
         Outer outer{};
@@ -391,7 +393,7 @@ private:
         vf found[Outer::VECTORS], sum[Outer::VECTORS];
         for (int32_t i = r.first_node; i < r.end_node; i++) {
             const auto [row, depth, first] = rows.nodes[i];
-            const float* q = mixed + row * sizes.channels + head / sizes.each * dim;
+            const float* q = mixed + row * sizes.stride + head / sizes.each * dim;
             const float* k = q + sizes.keys;
             if (first && depth > 1)
                 pass<true, true, false>(below(depth - 2), below(depth - 1), dim, outer[depth - 1],

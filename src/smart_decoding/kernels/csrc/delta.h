@@ -12,6 +12,9 @@ struct DeltaSizes {
     int64_t each;  // value heads of a key head
     int64_t keys, values, channels;
     int64_t inputs;  // what is kept of a row: channels, and rates
+    // From a row of mixed channels to the next one: an odd number of cache lines. Else a head's
+    // parts of all rows would have the same few places in a cache.
+    int64_t stride;
     int64_t blocks;  // of a head's columns
     int64_t block, state;
 
@@ -21,6 +24,7 @@ struct DeltaSizes {
           values(int64_t(w.value_heads) * w.value_dim),
           channels(2 * keys + values),
           inputs(channels + 2 * w.value_heads),
+          stride(((channels + 15) / 16 | 1) * 16),
           blocks((w.value_dim + COLUMNS - 1) / COLUMNS),
           block(int64_t(w.key_dim) * COLUMNS),
           state(w.value_heads * blocks * block) {}
@@ -90,12 +94,12 @@ struct DeltaMemory {
 static inline int64_t delta_floats(const Delta& w, int64_t rows, int64_t all) {
     const DeltaSizes sizes(w);
     return rows * 2 * w.value_heads
-           + all * (sizes.channels + 2 * w.value_heads + w.key_heads) + COLUMNS;
+           + all * (sizes.stride + 2 * w.value_heads + w.key_heads) + COLUMNS;
 }
 
 // What linear attention makes of each row, [rows, values], into Workspace's `attention`, by a whole
-// team, which may read it at once. Workspace's `normed` is read, and `qkv` [rows, channels + values]
-// holds its products.
+// team, which may read it at once. Workspace's `normed` is read, and `qkv` [rows, channels +
+// values] holds its products.
 template <class W>
 void add_delta(const Layer& l, const DeltaRows& rows, int count, const Workspace& workspace,
                const DeltaMemory& memory);

@@ -36,7 +36,8 @@ static void add_linear(const Layer& l, int rows, const float* input, int64_t k, 
 template <class W>
 static void add_attention(const Layer& l, int rows, const float* attention, float* x, float* normed,
                           float* added) {
-    add_linear<W>(l, rows, attention, mixed_width(l), l.output, l.output_bias, l.attention_norm, x, added);
+    add_linear<W>(l, rows, attention, mixed_width(l), l.output, l.output_bias, l.attention_norm, x,
+                  added);
     rms_norm_rows(x, l.post_norm, l.eps, rows, l.hidden, normed);
     barrier();
 }

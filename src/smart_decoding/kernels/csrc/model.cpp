@@ -199,7 +199,8 @@ int32_t smart_layers(const Layer* layers, int32_t count, const Rows* in, const f
 }
 
 int32_t smart_forward(const Model* m, const Rows* in, const Pass* pass, int32_t threads) {
-    return dispatch_types(attention_of(m->layers, m->layer_count), m->w_bf16, m->kv_bf16, [&](auto* type) {
+    const Layer& l = attention_of(m->layers, m->layer_count);
+    return dispatch_types(l, m->w_bf16, m->kv_bf16, [&](auto* type) {
         forward<std::remove_pointer_t<decltype(type)>>(*m, *in, *pass, threads);
     });
 }
