@@ -42,6 +42,7 @@ from smart_decoding.models.cpu.kernel_check import (
     rounds_activations,
     why_slow,
 )
+from smart_decoding.models.families.mtp import mtp_shape
 from smart_decoding.models.target import TorchTarget, device_of, dtype_of, pages_for
 from smart_decoding.models.text import chat_template
 from smart_decoding.models.text.grammars import Grammars
@@ -432,10 +433,16 @@ def _draft_config(
     draft_config = check_speculation(
         args.speculative_config, checkpoint, tokenizer, longest, args.trust_pickle
     )
+    shape = None
     if draft_config.draft is not None:
+        shape = draft_config.draft.config
+    elif draft_config.mtp_tokens:
+        shape = mtp_shape(checkpoint.config)
+    if shape is not None:
         device = device_of(args.device)
+        what = "the MTP layer" if draft_config.mtp_tokens else "the draft model"
         try:
-            require_served(draft_config.draft.config, device, args.allow_slow, "the draft model")
+            require_served(shape, device, args.allow_slow, what)
         except ModelError as error:
             if not draft_config.by_default:
                 raise
@@ -485,7 +492,15 @@ def _require_memory(
     rows = max(args.chunk(on_cuda), 8 * seqs)
     tokens = args.kv_tokens(longest)
     limits = memory.EngineLimits(tokens, pages_for(tokens, seqs), rows, longest, seqs)
-    need = memory.need_of(checkpoint, dtype, device, limits, draft_config.draft, draft_config.head)
+    need = memory.need_of(
+        checkpoint,
+        dtype,
+        device,
+        limits,
+        draft_config.draft,
+        draft_config.head,
+        draft_config.mtp_tokens,
+    )
     if on_cuda and args.kv_cache_tokens is None:
         room = memory.tokens_beside(need, args.gpu_memory_utilization, device)
         tokens = max(longest, room - pages_for(0, seqs) * PAGE)

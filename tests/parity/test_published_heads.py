@@ -35,7 +35,7 @@ from smart_decoding.errors import DownloadError, ModelError
 from smart_decoding.models.families.decoder import Decoder
 from smart_decoding.models.families.reading import config_from_hf
 from smart_decoding.models.heads.eagle_head import EagleHead
-from smart_decoding.models.heads.files import head_folder, load_head
+from smart_decoding.models.heads.files import HeadFiles, head_folder, load_head
 
 if TYPE_CHECKING:
     from smart_decoding.models.families.config import ModelConfig
@@ -318,18 +318,13 @@ class Expected:
 class Drafting:
     """A target, a head and one request, driven as the engine drives them."""
 
-    def __init__(self, folder: Path, native: bool) -> None:
-        config = target_config()
-        weights = target_model().state_dict()
-        device = torch.device("cpu")
-        self.decoder = Decoder(config, weights, torch.float32, device, PAGES, 128, native)
-        head = EagleHead(
-            load_head(folder, config, trust_pickle=True), self.decoder, PAGES, SCRATCH, 128
-        )
-        self.drafter = EagleDrafter(head, PAGES, SCRATCH)
+    def __init__(self, decoder: Decoder, files: HeadFiles) -> None:
+        self.decoder = decoder
+        self.drafter = EagleDrafter(EagleHead(files, decoder, PAGES, SCRATCH, 128), PAGES, SCRATCH)
         params = SamplingParams(temperature=0.0)
         table = BlockTable(PagePool(PAGES))
         self.request = Request("r", PROMPT, params, 0, table, StopChecker(params, lambda ids: ""))
+        decoder.hold_states(1)  # if it has some
 
     def round(self) -> DraftTrees:
         """The target reads what it has not read yet, but for the root; then three levels are
@@ -339,7 +334,7 @@ class Drafting:
         first = table.length
         new = request.tokens[table.length : -1]
         slots = table.reserve(len(new))
-        span = Span(new, first, slots, np.array(table.pages, np.int32))
+        span = Span(new, first, slots, np.array(table.pages, np.int32), state=0)
         rows, _, _ = build_rows([span], DraftTrees.empty(1), [True])
         aux_hidden = self.decoder.forward(rows, self.drafter.aux_layers).features
         table.commit(request.tokens, first + len(new))
@@ -351,8 +346,17 @@ class Drafting:
         return trees
 
 
+def drafting_of(folder: Path, native: bool) -> Drafting:
+    """A head on the tiny target."""
+    config = target_config()
+    weights = target_model().state_dict()
+    cpu = torch.device("cpu")
+    decoder = Decoder(config, weights, torch.float32, cpu, PAGES, 128, native)
+    return Drafting(decoder, load_head(folder, config, trust_pickle=True))
+
+
 def drafted(folder: Path, native: bool) -> DraftTrees:
-    return Drafting(folder, native).round()
+    return drafting_of(folder, native).round()
 
 
 def check(trees: DraftTrees, expected: Expected) -> None:
@@ -378,7 +382,7 @@ def check(trees: DraftTrees, expected: Expected) -> None:
 def test_proposals_are_those_of_the_conventions(name: str, native: bool, tmp_path: Path) -> None:
     """After the prompt, and again two tokens later: one that was drafted, one that was not."""
     config, tensors, pickled, entries, theta = LAYOUTS[name]
-    drafting = Drafting(write(tmp_path, config, tensors, pickled), native)
+    drafting = drafting_of(write(tmp_path, config, tensors, pickled), native)
     trees = drafting.round()
     check(trees, Expected(config, tensors, entries, theta))
     drafting.request.tokens.extend([int(trees.token[1]), 7])

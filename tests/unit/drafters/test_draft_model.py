@@ -461,7 +461,7 @@ def smollm2(model: str, parameters: int = 135_000_000, **sizes: int) -> Any:
     fields = {"hidden": 576, "vocab": 49_152, "layers": 30, "heads": 9, "kv_heads": 3}
     fields |= {"head_dim": 64, **sizes}
     config = SimpleNamespace(**fields, expected_shapes=lambda: {"all": (parameters,)})
-    return SimpleNamespace(provenance={"model": model}, vision=None, config=config)
+    return SimpleNamespace(provenance={"model": model}, vision=None, mtp=None, config=config)
 
 
 @pytest.mark.parametrize("method", [None, "eagle", "eagle3", "union"])

@@ -13,6 +13,7 @@ from smart_decoding.models.cpu.kernel_check import unserved
 from smart_decoding.models.cpu.native_level import NativeLevel
 from smart_decoding.models.families.decoder import rotary_table
 from smart_decoding.models.heads.files import scheme_of
+from smart_decoding.models.heads.forms import MTP_LAYER
 from smart_decoding.models.heads.weights import HeadWeights, TargetWeights
 from smart_decoding.models.torch.head_levels import SteppedLevels
 from smart_decoding.models.torch.layers import KVCache
@@ -54,7 +55,7 @@ class EagleHead:
             files.shape.ffn,
             len(weights.draft_ids),
             len(files.aux_layers),
-            *filter(None, [scheme_of(files.config)]),
+            *filter(None, [scheme_of(files.config), files.form == MTP_LAYER and "mtp"]),
         )
         self.levels = NativeLevel(weights) if target.native else SteppedLevels(weights)
         self.allocate(pages + scratch_pages, positions)

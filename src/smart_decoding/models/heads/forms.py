@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from smart_decoding.models.families.mtp import EMBEDDING_NORM, HIDDEN_NORM
+
 
 @dataclass(frozen=True, slots=True)
 class HeadForm:
@@ -32,4 +34,13 @@ EAGLE3 = HeadForm(
     embedding_norm="midlayer.input_layernorm.weight",
     features_norm="midlayer.hidden_norm.weight",
     last_norm="norm.weight",
+)
+# a layer for multi-token prediction: an ordinary one of its model
+MTP_LAYER = HeadForm(
+    fused=True,
+    embedding_norm=f"{EMBEDDING_NORM}.weight",
+    features_norm=f"{HIDDEN_NORM}.weight",
+    last_norm="norm.weight",
+    input_norm=True,
+    feeds_back_normed=True,
 )

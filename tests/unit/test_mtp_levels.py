@@ -1,0 +1,148 @@
+"""A layer for multi-token prediction proposes what its definition says: a tiny random Qwen3.5 with
+such a layer, in safetensors and GGUF, against plain torch.
+
+The expected values share no code with the package: the model's states after its final norm are
+transformers' own, the layer is written out below, one full causal forward for each drafted token.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from smart_decoding.models.checkpoints.loading import load_checkpoint
+from smart_decoding.models.families.decoder import Decoder
+from smart_decoding.models.heads.mtp import mtp_files
+
+from ..parity.test_published_heads import PAGES, PROMPT, Drafting, check
+from .test_loading import own_cache, tiny_model, write_gguf
+from .test_mtp_files import folder_of, tensors
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+__all__ = ["own_cache"]
+HEADS, KV, HEAD_DIM, ROTARY, THETA, EPS, VOCAB = 4, 2, 16, 4, 10_000.0, 1e-6, 300
+WEIGHTS = tensors()
+
+
+def norm(x: Tensor, weight: Tensor) -> Tensor:
+    return x / (x.pow(2).mean(-1, keepdim=True) + EPS).sqrt() * (1 + weight)
+
+
+def turned(x: Tensor) -> Tensor:
+    """x [heads, n, HEAD_DIM], its first ROTARY dimensions by the position."""
+    angle = torch.arange(x.shape[1])[:, None] * THETA ** (-torch.arange(0, ROTARY, 2) / ROTARY)
+    a, b, others = x[..., : ROTARY // 2], x[..., ROTARY // 2 : ROTARY], x[..., ROTARY:]
+    first = (a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin())
+    return torch.cat((*first, others), -1)
+
+
+class Expected:
+    """The proposals after a prompt and drafted tokens."""
+
+    def __init__(self, prompt: list[int], tokens: int = VOCAB) -> None:
+        self._w = {name.removeprefix("mtp."): weight for name, weight in WEIGHTS.items()}
+        self._prompt = prompt
+        self._tokens = tokens
+        model = tiny_model("qwen35").eval()
+        with torch.no_grad():
+            self._states = model.model(torch.tensor([prompt[:-1]])).last_hidden_state[0]
+        self._embedding = model.get_input_embeddings().weight.detach()
+        self._output = model.get_output_embeddings().weight.detach()
+
+    def probs(self, drafted: list[int]) -> Tensor:
+        """[vocab] after the drafted tokens."""
+        states, tokens = self._states, self._prompt[1:]
+        out = self._step(states, tokens)
+        for token in drafted:
+            states, tokens = torch.cat((states, out[-1:])), [*tokens, token]
+            out = self._step(states, tokens)
+        probs = torch.zeros(VOCAB)
+        probs[: self._tokens] = (self._output[: self._tokens] @ out[-1]).softmax(-1)
+        return probs
+
+    def _step(self, states: Tensor, tokens: list[int]) -> Tensor:
+        """[n, hidden] of the pairs (states[t], tokens[t]) at positions 0 .. n - 1: what the output
+        matrix reads, and the next step as its state."""
+        embedded = norm(self._embedding[tokens], self._w["pre_fc_norm_embedding.weight"])
+        states = norm(states, self._w["pre_fc_norm_hidden.weight"])
+        x = torch.cat((embedded, states), -1) @ self._w["fc.weight"].T
+        x = x + self._attention(norm(x, self._w["layers.0.input_layernorm.weight"]))
+        read = norm(x, self._w["layers.0.post_attention_layernorm.weight"])
+        gate = F.silu(read @ self._w["layers.0.mlp.gate_proj.weight"].T)
+        up = read @ self._w["layers.0.mlp.up_proj.weight"].T
+        x = x + (gate * up) @ self._w["layers.0.mlp.down_proj.weight"].T
+        return norm(x, self._w["norm.weight"])
+
+    def _attention(self, read: Tensor) -> Tensor:
+        n = len(read)
+        q, k, v = (
+            (read @ self._w[f"layers.0.self_attn.{name}_proj.weight"].T).view(n, heads, -1)
+            for name, heads in (("q", HEADS), ("k", KV), ("v", KV))
+        )
+        q, gate = q.split(HEAD_DIM, -1)  # of each head its queries, then its gates
+        q = turned(norm(q, self._w["layers.0.self_attn.q_norm.weight"]).transpose(0, 1))
+        k = turned(norm(k, self._w["layers.0.self_attn.k_norm.weight"]).transpose(0, 1))
+        k, v = (each.repeat_interleave(HEADS // KV, 0) for each in (k, v.transpose(0, 1)))
+        scores = (q @ k.transpose(1, 2)) / HEAD_DIM**0.5
+        scores = scores.masked_fill(torch.ones(n, n).triu(1).bool(), -torch.inf).softmax(-1)
+        attended = (scores @ v).transpose(0, 1) * gate.sigmoid()
+        return attended.reshape(n, -1) @ self._w["layers.0.self_attn.o_proj.weight"].T
+
+
+def drafting_of(path: Path, tokens: int = VOCAB, quantization: str | None = None) -> Drafting:
+    checkpoint = load_checkpoint(path, quantization=quantization)
+    cpu = torch.device("cpu")
+    decoder = Decoder(checkpoint.config, checkpoint.weights, torch.float32, cpu, PAGES, 128, False)
+    assert checkpoint.mtp is not None
+    return Drafting(decoder, mtp_files(checkpoint.config, checkpoint.mtp, tokens))
+
+
+@pytest.fixture(params=["safetensors", "gguf"])
+def path(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    if request.param == "safetensors":
+        return folder_of(tmp_path / "folder", WEIGHTS)
+    write_gguf(tmp_path / "tiny.gguf", "qwen35", mtp=WEIGHTS)
+    return tmp_path / "tiny.gguf"
+
+
+@pytest.mark.parametrize("tokens", [VOCAB, 120])
+def test_proposals_are_those_of_the_definition(path: Path, tokens: int) -> None:
+    """After the prompt, and again two tokens later: one that was drafted, one that was not."""
+    drafting = drafting_of(path, tokens)
+    trees = drafting.round()
+    assert trees.token.max() < tokens
+    check(trees, Expected(PROMPT, tokens))
+    drafting.request.tokens.extend([int(trees.token[1]), 7])
+    check(drafting.round(), Expected(drafting.request.tokens, tokens))
+
+
+@pytest.mark.parametrize("quantization", [None, "off"])
+def test_both_formats_draft_identically(quantization: str | None, tmp_path: Path) -> None:
+    """Expanded, or read where they lie. GGUF files hold the exponential of the model's A_log."""
+    write_gguf(tmp_path / "tiny.gguf", "qwen35", mtp=WEIGHTS)
+    folder = folder_of(tmp_path / "folder", WEIGHTS)
+    a, b = (
+        drafting_of(path, quantization=quantization).round()
+        for path in (tmp_path / "tiny.gguf", folder)
+    )
+    assert a.token.tolist() == b.token.tolist()
+    np.testing.assert_allclose(a.draft_prob, b.draft_prob, rtol=1e-4)
+
+
+def test_quants_draft_as_their_expanded_file(tmp_path: Path) -> None:
+    kind = gguf.GGMLQuantizationType.Q8_0
+    write_gguf(tmp_path / "tiny.gguf", "qwen35", kind, mtp=WEIGHTS)
+    drafts = [
+        drafting_of(tmp_path / "tiny.gguf", quantization=each).round() for each in (None, "off")
+    ]
+    a, b = drafts
+    assert a.token.tolist() == b.token.tolist()
+    assert np.array_equal(a.draft_prob, b.draft_prob)
