@@ -56,11 +56,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(params=["kernels", "torch", "device", "mtp on torch"])
+@pytest.fixture(params=["kernels", "torch", "device", "mtp", "mtp on torch"])
 def engine(request: pytest.FixtureRequest, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """device: torch's levels, chosen where they are drafted as on a GPU. mtp: a layer for
     multi-token prediction, as a dense model could have one."""
-    if request.param != "kernels":
+    if request.param not in ("kernels", "mtp"):
         monkeypatch.setattr("smart_decoding.models.target.use_native", lambda *_args: False)
 
     def make(pages: int = PAGES, policy: str = "eagle2", **more: Any) -> Engine:

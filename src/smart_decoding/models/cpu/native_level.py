@@ -199,6 +199,7 @@ def _structure(weights: HeadWeights) -> tuple[Structure, tuple[object, ...]]:
         aux_count=len(files.aux_layers),
         norm_before_residual=files.norm_before_residual,
         fused=files.fused,
+        feeds_back_normed=files.form.feeds_back_normed,
         aux_eps=(target.config if files.fused else files.shape).rms_eps,
         fc=fc.struct,
         outputs=outputs.struct,
