@@ -38,20 +38,33 @@ SHAPES = {  # of a model of hidden size 32, 4 heads of 16 and 2 key heads, writt
     "mtp.layers.0.mlp.down_proj.weight": (32, 64),
     "mtp.norm.weight": (32,),
 }
+NETWORKS = ["mlp.shared_expert", *(f"mlp.experts.{n}" for n in range(4))]
+# of a mixture of 4 experts and a shared one
+OF_MIXTURES = {
+    **{name: shape for name, shape in SHAPES.items() if ".mlp." not in name},
+    "mtp.layers.0.mlp.gate.weight": (4, 32),
+    "mtp.layers.0.mlp.shared_expert_gate.weight": (1, 32),
+    **{
+        f"mtp.layers.0.{network}.{part}_proj.weight": (32, 64) if part == "down" else (64, 32)
+        for network in NETWORKS
+        for part in ("gate", "up", "down")
+    },
+}
+KINDS = {"qwen35": SHAPES, "qwen35moe": OF_MIXTURES}
 
 
-def tensors(seed: int = 1) -> dict[str, torch.Tensor]:
+def tensors(seed: int = 1, kind: str = "qwen35") -> dict[str, torch.Tensor]:
     """A random layer, as it is published: norms are what is beyond 1."""
     generator = torch.Generator().manual_seed(seed)
     return {
         name: (torch.randn(shape, generator=generator) * 0.2).bfloat16().float()
-        for name, shape in SHAPES.items()
+        for name, shape in KINDS[kind].items()
     }
 
 
-def folder_of(path: Path, more: dict[str, torch.Tensor]) -> Path:
+def folder_of(path: Path, more: dict[str, torch.Tensor], kind: str = "qwen35") -> Path:
     """The tiny model as transformers writes it, with further tensors."""
-    tiny_model("qwen35").save_pretrained(path)
+    tiny_model(kind).save_pretrained(path)
     change_weights(path, lambda weights: weights.update(more))
     return path
 
@@ -68,19 +81,39 @@ def test_the_shapes_are_those_of_a_layer_with_attention(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("quantization", [None, "off"])
 @pytest.mark.parametrize("name", ["tiny.gguf", "folder"])
-def test_a_file_holds_a_layer_apart(name: str, quantization: str | None, tmp_path: Path) -> None:
-    published = tensors()
-    folder_of(tmp_path / "folder", published)
-    write_gguf(tmp_path / "tiny.gguf", "qwen35", mtp=published)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_holds_a_layer_apart(
+    kind: str, name: str, quantization: str | None, tmp_path: Path
+) -> None:
+    published = tensors(kind=kind)
+    folder_of(tmp_path / "folder", published, kind)
+    write_gguf(tmp_path / "tiny.gguf", kind, mtp=published)
     checkpoint = load_checkpoint(tmp_path / name, quantization=quantization)
     check(checkpoint)
     assert checkpoint.config.layers == 2
     assert not any(each.startswith("mtp.") for each in checkpoint.weights)
     assert checkpoint.mtp is not None
-    assert set(checkpoint.mtp) == set(SHAPES)
+    assert set(checkpoint.mtp) == set(KINDS[kind])
     for each, weight in published.items():
         computed = weight + 1 if "norm" in each else weight
         assert torch.equal(checkpoint.mtp[each], computed), each
+
+
+def test_its_experts_may_lie_in_one_tensor(tmp_path: Path) -> None:
+    published = tensors(kind="qwen35moe")
+    prefix = "mtp.layers.0.mlp.experts."
+    others = {name: weight for name, weight in published.items() if prefix not in name}
+    gate, up, down = (
+        torch.stack([published[f"{prefix}{n}.{part}_proj.weight"] for n in range(4)])
+        for part in ("gate", "up", "down")
+    )
+    others |= {f"{prefix}gate_up_proj": torch.cat((gate, up), 1), f"{prefix}down_proj": down}
+    checkpoint = load_checkpoint(folder_of(tmp_path, others, "qwen35moe"))
+    check(checkpoint)
+    assert checkpoint.mtp is not None
+    for name in published:
+        if prefix in name:
+            assert torch.equal(checkpoint.mtp[name], published[name])
 
 
 def test_its_quants_stay_what_they_are(tmp_path: Path) -> None:

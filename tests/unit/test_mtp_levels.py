@@ -22,14 +22,13 @@ from smart_decoding.models.heads.mtp import mtp_files
 
 from ..parity.test_published_heads import PAGES, PROMPT, Drafting, check
 from .test_loading import own_cache, tiny_model, write_gguf
-from .test_mtp_files import folder_of, tensors
+from .test_mtp_files import KINDS, folder_of, tensors
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 __all__ = ["own_cache"]
 HEADS, KV, HEAD_DIM, ROTARY, THETA, EPS, VOCAB = 4, 2, 16, 4, 10_000.0, 1e-6, 300
-WEIGHTS = tensors()
 
 
 def norm(x: Tensor, weight: Tensor) -> Tensor:
@@ -47,11 +46,12 @@ def turned(x: Tensor) -> Tensor:
 class Expected:
     """The proposals after a prompt and drafted tokens."""
 
-    def __init__(self, prompt: list[int], tokens: int = VOCAB) -> None:
-        self._w = {name.removeprefix("mtp."): weight for name, weight in WEIGHTS.items()}
+    def __init__(self, kind: str, prompt: list[int], tokens: int = VOCAB) -> None:
+        weights = tensors(kind=kind)
+        self._w = {name.removeprefix("mtp."): weight for name, weight in weights.items()}
         self._prompt = prompt
         self._tokens = tokens
-        model = tiny_model("qwen35").eval()
+        model = tiny_model(kind).eval()
         with torch.no_grad():
             self._states = model.model(torch.tensor([prompt[:-1]])).last_hidden_state[0]
         self._embedding = model.get_input_embeddings().weight.detach()
@@ -76,10 +76,25 @@ class Expected:
         x = torch.cat((embedded, states), -1) @ self._w["fc.weight"].T
         x = x + self._attention(norm(x, self._w["layers.0.input_layernorm.weight"]))
         read = norm(x, self._w["layers.0.post_attention_layernorm.weight"])
-        gate = F.silu(read @ self._w["layers.0.mlp.gate_proj.weight"].T)
-        up = read @ self._w["layers.0.mlp.up_proj.weight"].T
-        x = x + (gate * up) @ self._w["layers.0.mlp.down_proj.weight"].T
+        is_mixture = "layers.0.mlp.gate.weight" in self._w
+        x = x + (self._mixture(read) if is_mixture else self._network("mlp", read))
         return norm(x, self._w["norm.weight"])
+
+    def _network(self, name: str, read: Tensor) -> Tensor:
+        gate, up, down = (
+            self._w[f"layers.0.{name}.{part}_proj.weight"] for part in ("gate", "up", "down")
+        )
+        return (F.silu(read @ gate.T) * (read @ up.T)) @ down.T
+
+    def _mixture(self, read: Tensor) -> Tensor:
+        """The two most probable of four experts, and the shared one."""
+        probs = (read @ self._w["layers.0.mlp.gate.weight"].T).softmax(-1)
+        probs = probs.where(probs >= probs.topk(2).values[:, 1:], torch.zeros(()))
+        probs = probs / probs.sum(-1, keepdim=True)
+        each = torch.stack([self._network(f"mlp.experts.{n}", read) for n in range(4)], 1)
+        shared = (read @ self._w["layers.0.mlp.shared_expert_gate.weight"].T).sigmoid()
+        of_all = shared * self._network("mlp.shared_expert", read)
+        return (probs[:, :, None] * each).sum(1) + of_all
 
     def _attention(self, read: Tensor) -> Tensor:
         n = len(read)
@@ -105,33 +120,37 @@ def drafting_of(path: Path, tokens: int = VOCAB, quantization: str | None = None
     return Drafting(decoder, mtp_files(checkpoint.config, checkpoint.mtp, tokens))
 
 
-@pytest.fixture(params=["safetensors", "gguf"])
-def path(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    if request.param == "safetensors":
-        return folder_of(tmp_path / "folder", WEIGHTS)
-    write_gguf(tmp_path / "tiny.gguf", "qwen35", mtp=WEIGHTS)
-    return tmp_path / "tiny.gguf"
+def file_of(folder: Path, kind: str, name: str) -> Path:
+    if name == "folder":
+        return folder_of(folder / name, tensors(kind=kind), kind)
+    write_gguf(folder / name, kind, mtp=tensors(kind=kind))
+    return folder / name
 
 
 @pytest.mark.parametrize("tokens", [VOCAB, 120])
-def test_proposals_are_those_of_the_definition(path: Path, tokens: int) -> None:
+@pytest.mark.parametrize("name", ["folder", "tiny.gguf"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_proposals_are_those_of_the_definition(
+    kind: str, name: str, tokens: int, tmp_path: Path
+) -> None:
     """After the prompt, and again two tokens later: one that was drafted, one that was not."""
-    drafting = drafting_of(path, tokens)
+    drafting = drafting_of(file_of(tmp_path, kind, name), tokens)
     trees = drafting.round()
     assert trees.token.max() < tokens
-    check(trees, Expected(PROMPT, tokens))
+    check(trees, Expected(kind, PROMPT, tokens))
     drafting.request.tokens.extend([int(trees.token[1]), 7])
-    check(drafting.round(), Expected(drafting.request.tokens, tokens))
+    check(drafting.round(), Expected(kind, drafting.request.tokens, tokens))
 
 
 @pytest.mark.parametrize("quantization", [None, "off"])
-def test_both_formats_draft_identically(quantization: str | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_both_formats_draft_identically(
+    kind: str, quantization: str | None, tmp_path: Path
+) -> None:
     """Expanded, or read where they lie. GGUF files hold the exponential of the model's A_log."""
-    write_gguf(tmp_path / "tiny.gguf", "qwen35", mtp=WEIGHTS)
-    folder = folder_of(tmp_path / "folder", WEIGHTS)
     a, b = (
-        drafting_of(path, quantization=quantization).round()
-        for path in (tmp_path / "tiny.gguf", folder)
+        drafting_of(file_of(tmp_path, kind, name), quantization=quantization).round()
+        for name in ("tiny.gguf", "folder")
     )
     assert a.token.tolist() == b.token.tolist()
     np.testing.assert_allclose(a.draft_prob, b.draft_prob, rtol=1e-4)
@@ -139,7 +158,7 @@ def test_both_formats_draft_identically(quantization: str | None, tmp_path: Path
 
 def test_quants_draft_as_their_expanded_file(tmp_path: Path) -> None:
     kind = gguf.GGMLQuantizationType.Q8_0
-    write_gguf(tmp_path / "tiny.gguf", "qwen35", kind, mtp=WEIGHTS)
+    write_gguf(tmp_path / "tiny.gguf", "qwen35", kind, mtp=tensors())
     drafts = [
         drafting_of(tmp_path / "tiny.gguf", quantization=each).round() for each in (None, "off")
     ]

@@ -53,7 +53,9 @@ _GROUP = 32  # numbers of a block
 _BLOCK_BYTES = 17  # its scale, and two numbers a byte
 _ROUTER = ".mlp.router."  # what layer.py calls mlp.gate, as other families do
 _GATE = ".mlp.gate."
-_STACKED = re.compile(r"((?:model|mtp)\.layers\.\d+\.)mlp\.experts\.(gate_up|down)_proj(_blocks|_bias)?")
+_STACKED = re.compile(
+    r"((?:model|mtp)\.layers\.\d+\.)mlp\.experts\.(gate_up|down)_proj(_blocks|_bias)?"
+)
 _MATRICES = {"gate_up": ("gate_proj", "up_proj"), "down": ("down_proj",)}
 
 
