@@ -123,8 +123,7 @@ struct TinyHead {
         return shape.text() + (precision.bf16 ? ", bf16" : ", fp32")
                + (qkv.strips.empty() ? "" : ", q, k and v in strips")
                + (bytes ? ", outputs in bytes" : "") + (layout.fused ? ", fused" : "")
-               + (layout.mtp ? " with norms" : "")
-               + (layout.layers > 1 ? ", two layers" : "");
+               + (layout.mtp ? " with norms" : "") + (layout.layers > 1 ? ", two layers" : "");
     }
     Head head() const {
         return {structs.data(),

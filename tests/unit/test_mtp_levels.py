@@ -21,6 +21,7 @@ from smart_decoding.models.families.decoder import Decoder
 from smart_decoding.models.heads.mtp import mtp_files
 
 from ..parity.test_published_heads import PAGES, PROMPT, Drafting, check
+from .drafters.tiny import ways_to_run
 from .test_loading import own_cache, tiny_model, write_gguf
 from .test_mtp_files import KINDS, folder_of, tensors
 
@@ -112,10 +113,12 @@ class Expected:
         return attended.reshape(n, -1) @ self._w["layers.0.self_attn.o_proj.weight"].T
 
 
-def drafting_of(path: Path, tokens: int = VOCAB, quantization: str | None = None) -> Drafting:
+def drafting_of(
+    path: Path, tokens: int = VOCAB, quantization: str | None = None, native: bool = False
+) -> Drafting:
     checkpoint = load_checkpoint(path, quantization=quantization)
     cpu = torch.device("cpu")
-    decoder = Decoder(checkpoint.config, checkpoint.weights, torch.float32, cpu, PAGES, 128, False)
+    decoder = Decoder(checkpoint.config, checkpoint.weights, torch.float32, cpu, PAGES, 128, native)
     assert checkpoint.mtp is not None
     return Drafting(decoder, mtp_files(checkpoint.config, checkpoint.mtp, tokens))
 
@@ -134,12 +137,14 @@ def test_proposals_are_those_of_the_definition(
     kind: str, name: str, tokens: int, tmp_path: Path
 ) -> None:
     """After the prompt, and again two tokens later: one that was drafted, one that was not."""
-    drafting = drafting_of(file_of(tmp_path, kind, name), tokens)
-    trees = drafting.round()
-    assert trees.token.max() < tokens
-    check(trees, Expected(kind, PROMPT, tokens))
-    drafting.request.tokens.extend([int(trees.token[1]), 7])
-    check(drafting.round(), Expected(kind, drafting.request.tokens, tokens))
+    path = file_of(tmp_path, kind, name)
+    for native in ways_to_run(load_checkpoint(path).config):
+        drafting = drafting_of(path, tokens, native=native)
+        trees = drafting.round()
+        assert trees.token.max() < tokens
+        check(trees, Expected(kind, PROMPT, tokens))
+        drafting.request.tokens.extend([int(trees.token[1]), 7])
+        check(drafting.round(), Expected(kind, drafting.request.tokens, tokens))
 
 
 @pytest.mark.parametrize("quantization", [None, "off"])

@@ -27,6 +27,7 @@ from .tiny import (
     engine_of,
     mtp_layer,
     prompts,
+    ways_to_run,
 )
 
 if TYPE_CHECKING:
@@ -37,43 +38,57 @@ TOKENS = 24
 WIDE = {"depth": 3, "top_k": 4, "total_tokens": 16}
 
 
+WAYS = ways_to_run(CONFIG)
+
+
 @functools.cache
-def target() -> TorchTarget:
-    return TorchTarget(
-        checkpoint(CONFIG), "float32", "cpu", PAGES, LIMIT, allow_slow=True, max_num_seqs=SEQS
-    )
+def target(native: bool) -> TorchTarget:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("smart_decoding.models.target.use_native", lambda *_args: native)
+        return TorchTarget(
+            checkpoint(CONFIG), "float32", "cpu", PAGES, LIMIT, allow_slow=True, max_num_seqs=SEQS
+        )
 
 
-def drafter_of(tokens: int = VOCAB, on_a_gpu: bool = False, pages: int = PAGES) -> EagleDrafter:
-    head = EagleHead(mtp_layer(CONFIG, tokens), target().decoder, pages, SCRATCH, 600)
-    if on_a_gpu:
-        as_on_a_gpu(head)
+def drafter_of(native: bool = False, tokens: int = VOCAB, pages: int = PAGES) -> EagleDrafter:
+    head = EagleHead(mtp_layer(CONFIG, tokens), target(native).decoder, pages, SCRATCH, 600)
     return EagleDrafter(head, pages, SCRATCH)
 
 
-def engine(policy: str, drafter: Any = None, pages: int = PAGES, **more: Any) -> Engine:
+def on_a_gpu() -> EagleDrafter:
+    """Levels on torch, chosen where they are drafted."""
+    head = EagleHead(mtp_layer(CONFIG), target(False).decoder, PAGES, SCRATCH, 600)
+    as_on_a_gpu(head)
+    return EagleDrafter(head, PAGES, SCRATCH)
+
+
+def engine(
+    policy: str, drafter: Any = None, native: bool = False, pages: int = PAGES, **more: Any
+) -> Engine:
     options = WIDE if policy == "eagle2" else {}
     return engine_of(
-        target(), drafter, policy, pages, options=options, **{"max_num_seqs": SEQS, **more}
+        target(native), drafter, policy, pages, options=options, **{"max_num_seqs": SEQS, **more}
     )
 
 
 @functools.cache
-def plain(temperature: float, tokens: int = TOKENS) -> list[list[int]]:
+def plain(temperature: float, native: bool = False, tokens: int = TOKENS) -> list[list[int]]:
     """Each prompt alone."""
     return [
-        answer(engine("off"), [prompt], temperature, tokens, seed)[0].output
+        answer(engine("off", native=native), [prompt], temperature, tokens, seed)[0].output
         for seed, prompt in enumerate(prompts(SEQS))
     ]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 @pytest.mark.parametrize("policy", ["off", "chain", "eagle2", "smart"])
-def test_tokens_are_those_of_plain_decoding(policy: str, temperature: float) -> None:
+@pytest.mark.parametrize("native", WAYS)
+def test_tokens_are_those_of_plain_decoding(native: bool, policy: str, temperature: float) -> None:
     verified = accepted = 0
     for batch in (1, 2, 5, 16):
-        requests = answer(engine(policy, drafter_of()), prompts(SEQS)[:batch], temperature, TOKENS)
-        assert [r.output for r in requests] == plain(temperature)[:batch]
+        made = engine(policy, drafter_of(native), native)
+        requests = answer(made, prompts(SEQS)[:batch], temperature, TOKENS)
+        assert [r.output for r in requests] == plain(temperature, native)[:batch]
         verified += sum(r.metrics.verified for r in requests)
         accepted += sum(r.metrics.accepted for r in requests)
     assert (verified > 0) == (policy != "off")
@@ -85,7 +100,7 @@ def test_tokens_are_those_of_plain_decoding(policy: str, temperature: float) -> 
 @pytest.mark.parametrize(
     "drafter",
     [
-        lambda: drafter_of(on_a_gpu=True),
+        on_a_gpu,
         lambda: drafter_of(tokens=40),
         lambda: UnionDrafter([drafter_of(), NgramDrafter()]),
     ],
@@ -98,11 +113,13 @@ def test_it_drafts_otherwise_and_changes_no_token(drafter: Any, temperature: flo
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_a_preempted_request_changes_no_token(temperature: float) -> None:
+@pytest.mark.parametrize("native", WAYS)
+def test_a_preempted_request_changes_no_token(native: bool, temperature: float) -> None:
     pages = 12
-    made = engine("eagle2", drafter_of(pages=pages), pages, max_model_len=16 * pages)
+    drafter = drafter_of(native, pages=pages)
+    made = engine("eagle2", drafter, native, pages, max_model_len=16 * pages)
     requests = answer(made, prompts(SEQS), temperature, 60)
-    assert [r.output for r in requests] == plain(temperature, 60)
+    assert [r.output for r in requests] == plain(temperature, native, 60)
     assert sum(r.metrics.preemptions for r in requests) > 0
 
 

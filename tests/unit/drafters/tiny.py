@@ -13,6 +13,7 @@ from smart_decoding.core.policies import make_policy
 from smart_decoding.engine.engine import Engine, EngineConfig
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.models.checkpoints.loading import Checkpoint
+from smart_decoding.models.cpu.kernel_check import unserved
 from smart_decoding.models.families.config import ModelConfig
 from smart_decoding.models.families.mtp import mtp_shapes
 from smart_decoding.models.heads.mtp import mtp_files
@@ -49,6 +50,11 @@ def mtp_layer(model: ModelConfig, tokens: int = VOCAB) -> HeadFiles:
         for name, shape in mtp_shapes(model).items()
     }
     return mtp_files(model, tensors, tokens)
+
+
+def ways_to_run(model: ModelConfig) -> list[bool]:
+    """On torch, and where they serve the model on the CPU kernels: `native` of what runs it."""
+    return [False] if unserved(model) else [False, True]
 
 
 def target_of(pages: int = PAGES) -> TorchTarget:

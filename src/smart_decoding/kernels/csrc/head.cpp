@@ -417,8 +417,8 @@ private:
                      to, d, 0, INTO_CACHES, nullptr, threads);
     }
 
-    // The states that enter the first layer, into x. It reads them as they are in EAGLE-1/2, through
-    // a norm of its own in others (null).
+    // The states that enter the first layer, into x. It reads them as they are in EAGLE-1/2,
+    // through a norm of its own in others (null).
     const float* fuse() {
         for (int64_t r = 0; r < rows; r++) {
             float* of = pairs + r * 2 * d;
