@@ -123,6 +123,22 @@ def test_a_preempted_request_changes_no_token(native: bool, temperature: float) 
     assert sum(r.metrics.preemptions for r in requests) > 0
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("native", WAYS)
+def test_a_prompt_that_comes_again_changes_no_token(native: bool, temperature: float) -> None:
+    """On the kernels it begins with the state behind its last whole page."""
+    prompt = max(prompts(SEQS), key=len) * 2
+    (alone,) = answer(engine("off", native=native), [prompt], temperature, TOKENS, 7)
+    made = engine("eagle2", drafter_of(native), native)
+    cached = []
+    for _ in range(2):
+        (request,) = answer(made, [prompt], temperature, TOKENS, 7)
+        assert request.output == alone.output
+        cached.append(request.metrics.cached_tokens)
+    assert cached[0] == 0
+    assert (cached[1] > 0) == native
+
+
 def test_it_proposes_the_first_tokens_only() -> None:
     made = engine("eagle2", drafter_of(tokens=40))
     ask(made, prompts(3), 0.0, TOKENS)
