@@ -67,9 +67,9 @@ class EngineArgs:
 
     model: built-in name, hub id, folder of safetensors, or GGUF file.
     speculative_config: None (under the policy `smart` drafts the head that comes with the model,
-        else a smaller model of its family or a built-in one in the cache, else n-grams),
-        False (plain decoding), or a dict: method (eagle, draft_model, ngram, union, none),
-        policy (off, chain, static, eagle2, paper, smart), and either's options.
+        or its MTP layer, else a smaller model of its family or a built-in one in the cache, else
+        n-grams), False (plain decoding), or a dict: method (eagle, mtp, draft_model, ngram, union,
+        none), policy (off, chain, static, eagle2, paper, smart), and either's options.
     tokenizer: a folder with another tokenizer than the model's.
     dtype: bfloat16 or float32, of weights and KV cache. auto and half are bfloat16, too.
     quantization: None keeps weights as they are stored: quants of GGUF files stay quants on the

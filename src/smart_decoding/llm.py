@@ -42,6 +42,7 @@ from smart_decoding.models.cpu.kernel_check import (
     rounds_activations,
     why_slow,
 )
+from smart_decoding.models.families.mtp import mtp_shape
 from smart_decoding.models.heads.widening import require_served_head
 from smart_decoding.models.target import TorchTarget, device_of, dtype_of, pages_for
 from smart_decoding.models.text import chat_template
@@ -437,9 +438,15 @@ def _draft_config(
     on_kernels = device.type == "cpu" and why_slow(checkpoint.config, device) is None
     if draft_config.files is not None and on_kernels:
         require_served_head(draft_config.files.shape)
+    shape = None
     if draft_config.draft is not None:
+        shape = draft_config.draft.config
+    elif draft_config.mtp_tokens:
+        shape = mtp_shape(checkpoint.config)
+    if shape is not None:
+        what = "the MTP layer" if draft_config.mtp_tokens else "the draft model"
         try:
-            require_served(draft_config.draft.config, device, args.allow_slow, "the draft model")
+            require_served(shape, device, args.allow_slow, what)
         except ModelError as error:
             if not draft_config.by_default:
                 raise
@@ -489,7 +496,15 @@ def _require_memory(
     rows = max(args.chunk(on_cuda), 8 * seqs)
     tokens = args.kv_tokens(longest)
     limits = memory.EngineLimits(tokens, pages_for(tokens, seqs), rows, longest, seqs)
-    need = memory.need_of(checkpoint, dtype, device, limits, draft_config.draft, draft_config.files)
+    need = memory.need_of(
+        checkpoint,
+        dtype,
+        device,
+        limits,
+        draft_config.draft,
+        draft_config.files,
+        draft_config.mtp_tokens,
+    )
     if on_cuda and args.kv_cache_tokens is None:
         room = memory.tokens_beside(need, args.gpu_memory_utilization, device)
         tokens = max(longest, room - pages_for(0, seqs) * PAGE)

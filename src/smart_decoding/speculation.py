@@ -37,6 +37,7 @@ from smart_decoding.models.checkpoints.registry import (
     shipped_head,
 )
 from smart_decoding.models.families.config import ModelConfig
+from smart_decoding.models.families.mtp import check_mtp
 from smart_decoding.models.heads.files import (
     VISUAL_POSITIONS,
     HeadFiles,
@@ -45,6 +46,7 @@ from smart_decoding.models.heads.files import (
     is_head,
     load_head,
 )
+from smart_decoding.models.heads.mtp import mtp_files
 from smart_decoding.models.text.tokenizer import Tokenizer
 
 # Draft models are imported where they are built: most are never used.
@@ -59,6 +61,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("smart.speculation")
 
+# vLLM's names of methods that are others here: files say what a head is, or an MTP layer.
+SAME_METHOD = {"eagle3": "eagle", "qwen3_next_mtp": "mtp"}
 # vLLM's names, and ours. The method and the policy say what a number of tokens limits.
 IN_VLLM = {"prompt_lookup_min": "min_n", "prompt_lookup_max": "max_n"}
 DEEPEST = {
@@ -127,8 +131,9 @@ class SpeculativeConfig:
     """A `speculative_config`, checked as far as possible before any weights are loaded.
 
     options: of the drafter and the policy; draft: the draft model; head: the folder or GGUF file of
-    the draft head; files: what is in it; by_default: draft or head was not requested, but found in
-    the cache or this package."""
+    the draft head; files: what is in it; by_default: what drafts was not requested, but found in
+    the cache, in this package or in the model's files; mtp_tokens: how many tokens the model's MTP
+    layer proposes, 0: it does not draft."""
 
     method: str
     policy: str | Policy
@@ -137,9 +142,10 @@ class SpeculativeConfig:
     head: Path | None = None
     files: HeadFiles | None = None
     by_default: bool = False
+    mtp_tokens: int = 0
 
     def without_draft(self) -> SpeculativeConfig:
-        """Return the same with n-grams instead of the draft model or head."""
+        """Return the same with n-grams instead of the draft model, head or MTP layer."""
         left = {name: each for name, each in self.options.items() if name != "visual_positions"}
         return SpeculativeConfig("ngram", self.policy, left)
 
@@ -155,28 +161,29 @@ def check_speculation(
     model or head may be a pickle.
 
     Raises ConfigError for another type and for an unknown method, policy or option. Raises
-    ModelError for a head that is missing or does not fit, and a draft model with another vocabulary
-    or too short a context."""
+    ModelError for a head that is missing or does not fit, a missing MTP layer, and a draft model
+    with another vocabulary or too short a context."""
     if config is False:
         return SpeculativeConfig("none", "off", {})
     options = _as_dict(config)
     shipped = own_head(checkpoint)
     if _means_own_head(options, shipped):
         options["model"] = shipped
+    own_mtp = "model" not in options and _has_mtp(checkpoint, options)
     named = _is_model(options.get("model"), ask=options.get("method", "union") == "union")
-    has_head = not named if "model" in options else shipped is not None
+    has_head = not named if "model" in options else shipped is not None or own_mtp
     draft = None
     chooses = _chooses(options)
-    if not (shipped or chooses) and checkpoint.vision is None:
+    if not (shipped or own_mtp or chooses) and checkpoint.vision is None:
         draft = _sibling(checkpoint, tokenizer, max_model_len, trust_pickle)
-    by_default = not chooses and (draft is not None or shipped is not None)
-    default = _default_method(options, checkpoint, has_head, bool(draft or named))
+    by_default = not chooses and (draft is not None or shipped is not None or own_mtp)
+    alone = ("mtp" if own_mtp else "eagle") if has_head else None
+    default = _default_method(options, checkpoint, alone, bool(draft or named))
     method = options.pop("method", default)
     policy = options.pop("policy", "off" if method == "none" else "smart")
-    method = "eagle" if method == "eagle3" else method  # vLLM's: here files say what a head is
     _name_depth(options, method, policy)
     _check_method(method, policy)
-    theirs = _method_options(method, has_head, named or draft is not None)
+    theirs = _method_options(method, has_head, named or draft is not None, own_mtp)
     _check_known(method, policy, options, theirs)
     check_policy(
         policy, {option: value for option, value in options.items() if option not in theirs}
@@ -187,27 +194,56 @@ def check_speculation(
             options.pop("model", None), checkpoint, tokenizer, max_model_len, trust_pickle
         )
     head = None if draft else _head(method, options.pop("model", None) or shipped, trust_pickle)
+    drafts = own_mtp and head is None and method in ("mtp", "union")
+    tokens = _mtp_tokens(options, checkpoint.config) if drafts else 0
     files = None if head is None else load_head(head, checkpoint.config, trust_pickle)
-    return SpeculativeConfig(method, policy, options, draft, head, files, by_default)
+    return SpeculativeConfig(method, policy, options, draft, head, files, by_default, tokens)
+
+
+def _has_mtp(checkpoint: Checkpoint, options: Mapping[str, Any]) -> bool:
+    """Return whether the model has an MTP layer that can draft. Raises ModelError if it has none
+    and the options name the method."""
+    shapes = {} if checkpoint.mtp is None else checkpoint.mtp.shapes
+    try:
+        check_mtp(checkpoint.config, shapes, checkpoint.provenance["model"])
+    except ModelError as error:
+        if options.get("method") == "mtp":
+            raise
+        if shapes and not _chooses(options):
+            log.warning("%s", error)
+        return False
+    return True
+
+
+def _mtp_tokens(options: dict[str, Any], model: ModelConfig) -> int:
+    """Take the option `draft_vocab_size` out, and return how many tokens an MTP layer proposes.
+    Raises ConfigError for a number that it cannot have."""
+    count = options.pop("draft_vocab_size", model.vocab)
+    if not isinstance(count, int) or not 1 <= count <= model.vocab:
+        raise ConfigError(
+            f"draft_vocab_size={count!r} is not allowed: it must be 1 to {model.vocab}"
+        )
+    return count
 
 
 def _default_method(
-    options: Mapping[str, Any], target: Checkpoint, has_head: bool, has_draft: bool
+    options: Mapping[str, Any], target: Checkpoint, head: str | None, has_draft: bool
 ) -> str:
     """Return the method of a config without one: n-grams where only their options are present or
     nothing is to be drafted; else a head or draft model, with n-grams unless the target is small.
-    """
-    if options.keys().isdisjoint(("model", "visual_positions")) and _chooses(options):
+    head: the method of a head alone; None: there is no head."""
+    of_heads = ("model", "visual_positions", "draft_vocab_size")
+    if options.keys().isdisjoint(of_heads) and _chooses(options):
         return "ngram"
-    if has_head and parameters(target.config) < SMALL:
-        return "eagle"
-    return "union" if has_head or has_draft else "ngram"
+    if head and parameters(target.config) < SMALL:
+        return head
+    return "union" if head or has_draft else "ngram"
 
 
 def _means_own_head(options: Mapping[str, Any], shipped: Path | None) -> bool:
     """Return whether the option `model` names the head that comes with the target."""
     name = str(options.get("model"))
-    takes_head = options.get("method", "eagle") in ("eagle", "eagle3", "union")
+    takes_head = options.get("method", "eagle") in ("eagle", "union")
     return takes_head and shipped is not None and shipped_head(name) == shipped
 
 
@@ -328,7 +364,10 @@ def _as_dict(config: Mapping[str, Any] | bool | None) -> dict[str, Any]:
             if not (fits or isinstance(value, str | Path | None)):
                 what = "a policy or its name" if name == "policy" else "a name"
                 raise ConfigError(f"{name} must be {what}, not {value!r}")
-        return {IN_VLLM.get(name, name): value for name, value in config.items()}
+        options = {IN_VLLM.get(name, name): value for name, value in config.items()}
+        if "method" in options:
+            options["method"] = SAME_METHOD.get(options["method"], options["method"])
+        return options
     if config is not None and not isinstance(config, bool):
         raise ConfigError(
             f"speculative_config={config!r} is not allowed: give a dict such as "
@@ -337,12 +376,14 @@ def _as_dict(config: Mapping[str, Any] | bool | None) -> dict[str, Any]:
     return {}
 
 
-def _method_options(method: str, has_head: bool, has_draft: bool) -> list[str]:
+def _method_options(method: str, has_head: bool, has_draft: bool, own_mtp: bool) -> list[str]:
     head = ["model", "visual_positions"]
+    mtp = ["draft_vocab_size"]
     ngram = _parameters(NgramDrafter)
-    model = ["model"] if has_draft else head if has_head else []
+    model = ["model"] if has_draft else mtp if own_mtp else head if has_head else []
     known = {
         "eagle": head,
+        "mtp": mtp,
         "draft_model": ["model"],
         "ngram": ngram,
         "union": [*model, *ngram],
@@ -481,6 +522,8 @@ class _Builder:
             parts.append(self._draft_model())
         elif self.config.head is not None and self.config.files is not None:
             parts.append(self._eagle(self.config.head, self.config.files))
+        elif self.config.mtp_tokens:
+            parts.append(self._mtp())
         if self.config.method in ("ngram", "union"):
             parts.append(ngram_drafter(self.left))
         if len(parts) == 1:
@@ -498,15 +541,23 @@ class _Builder:
         return Profile(self.target, levels, self.pages, self.seqs, head, weights)
 
     def _eagle(self, path: Path, files: HeadFiles) -> Drafter:
+        self.description = f"eagle head {path.name}"
+        return self._head(self._with_images(files, path))
+
+    def _mtp(self) -> Drafter:
+        tensors = self.checkpoint.mtp
+        assert tensors is not None
+        self.description = "the model's MTP layer"
+        return self._head(mtp_files(self.checkpoint.config, tensors, self.config.mtp_tokens))
+
+    def _head(self, files: HeadFiles) -> Drafter:
         from smart_decoding.drafters.eagle import EagleDrafter
         from smart_decoding.models.heads.eagle_head import EagleHead
         from smart_decoding.models.target import fitting_memory
 
-        files = self._with_images(files, path)
         positions = self.target.max_positions + 64
         with fitting_memory("draft head", self.pages):
             self.model = EagleHead(files, self.target.decoder, self.pages, SCRATCH_PAGES, positions)
-        self.description = f"eagle head {path.name}"
         return EagleDrafter(self.model, self.pages, SCRATCH_PAGES)
 
     def _with_images(self, files: HeadFiles, path: Path) -> HeadFiles:

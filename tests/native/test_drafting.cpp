@@ -11,12 +11,13 @@ constexpr int RANKS = 4;  // forecast children of a node
 
 struct Layout {
     bool fused;  // EAGLE-1/2
+    bool mtp;    // fused with norms, around a layer with its own; what is fed back is normed
     int layers;
     bool bytes;  // of outputs
 
     static Layout of(Random& random, bool bytes) {
-        const bool fused = random.chance(0.3);
-        return {fused, random.chance(0.3) ? 2 : 1, bytes && !fused};
+        const bool fused = random.chance(0.5), mtp = fused && random.chance(0.6);
+        return {fused, mtp, random.chance(0.3) ? 2 : 1, bytes && (!fused || mtp)};
     }
 };
 
@@ -77,7 +78,7 @@ struct TinyHead {
           outputs_count(random.between(40, 90)),
           rotation(POSITIONS, head_dim) {
         const int64_t d = shape.hidden, reads = layout.fused ? 2 * d : aux_count * d;
-        layers.emplace_back(random, shape, bf16, false, true);
+        layers.emplace_back(random, shape, bf16, layout.mtp, true);
         Shape further = shape;
         further.input = d;
         if (layout.layers > 1) layers.emplace_back(random, further, bf16, true, true);
@@ -85,9 +86,11 @@ struct TinyHead {
         if (random.chance(0.5)) aux_norm = norm(random, aux_count * d);
         if (random.chance(0.4)) fc_bias = random.normals(d, 0.3);
         fc = matrix(random, d, reads, bf16);
-        input_norm = norm(random, d);
-        hidden_norm = norm(random, d);
-        if (!layout.fused) final_norm = norm(random, d);
+        if (!layout.fused || layout.mtp) {
+            input_norm = norm(random, d);
+            hidden_norm = norm(random, d);
+            final_norm = norm(random, d);
+        }
         embedding = matrix(random, vocab, d, bf16, std::sqrt(double(d)));
         outputs = matrix(random, outputs_count, d, bf16 && !bytes, 2);
         std::vector<int64_t> all(vocab);
@@ -121,14 +124,14 @@ struct TinyHead {
         return shape.text() + (precision.bf16 ? ", bf16" : ", fp32")
                + (qkv.strips.empty() ? "" : ", q, k and v in strips")
                + (bytes ? ", outputs in bytes" : "") + (layout.fused ? ", fused" : "")
-               + (layout.layers > 1 ? ", two layers" : "");
+               + (layout.mtp ? " with norms" : "") + (layout.layers > 1 ? ", two layers" : "");
     }
     Head head() const {
         return {structs.data(),
                 pointer(aux_norm),
                 pointer(fc_bias),
-                input_norm.data(),
-                hidden_norm.data(),
+                pointer(input_norm),
+                pointer(hidden_norm),
                 pointer(final_norm),
                 fc_blob.weight(),
                 plain_table ? Weight{} : embedding_blob.weight(),
@@ -143,6 +146,7 @@ struct TinyHead {
                 norm_before_residual,
                 layout.fused,
                 aux_together,
+                layout.mtp,
                 aux_eps};
     }
     TinyCache cache(Random random, int64_t pages) const {
@@ -211,6 +215,10 @@ Doubles states(const TinyHead& h, const Batch& batch, const Asked& asked, refere
         Doubles embedding(from, from + d);
         if (h.layout.fused) {
             Doubles both = embedding;
+            if (h.layout.mtp) {
+                both = reference::rms_norms(both, h.input_norm.data(), eps, d);
+                features = reference::rms_norms(features, h.hidden_norm.data(), eps, d);
+            }
             both.insert(both.end(), features.begin(), features.end());
             const Doubles fused = pictured ? embedding : project(both, 2 * d);
             read.insert(read.end(), fused.begin(), fused.end());
@@ -227,8 +235,9 @@ Doubles states(const TinyHead& h, const Batch& batch, const Asked& asked, refere
     }
     const Rows rows = h.rows(batch);
     for (size_t i = 0; i < h.layers.size(); i++)
-        reference::layer(h.layers[i].w, rows, i ? nullptr : &read, x, cache, int64_t(i), rounds);
-    return x;
+        reference::layer(h.layers[i].w, rows, i || h.layout.mtp ? nullptr : &read, x, cache,
+                         int64_t(i), rounds);
+    return h.layout.mtp ? reference::rms_norms(x, h.final_norm.data(), eps, d) : x;
 }
 
 // Are the children what the states `out` [hidden] call for?
@@ -236,7 +245,7 @@ void compare_children(const TinyHead& h, const Asked& asked, const float* out,
                       const int64_t* tokens, const double* probs, int64_t row) {
     const int64_t d = h.shape.hidden, n = h.outputs_count;
     std::vector<float> normed(out, out + d);
-    if (!h.final_norm.empty())
+    if (!h.final_norm.empty() && !h.layout.mtp)
         smart_rms_norm(out, h.final_norm.data(), h.layers[0].w.eps, 1, d, normed.data(), d);
     if (h.precision.rounds.inputs && !h.bytes)
         for (float& x : normed) x = reference::rounded(x);
@@ -275,7 +284,7 @@ std::vector<const float*> lines(const std::vector<float>& memory, int64_t rows, 
 
 void one_head(uint64_t seed, int head_dim, bool bf16, bool bytes, bool long_prompt) {
     Random random(seed);
-    const Layout layout = long_prompt ? Layout{false, 1, bytes} : Layout::of(random, bytes);
+    const Layout layout = long_prompt ? Layout{false, false, 1, bytes} : Layout::of(random, bytes);
     const TinyHead h(random, head_dim, bf16, layout);
     check::begin("draft", seed, h.text() + (long_prompt ? ", a long prompt" : ""));
     const int64_t d = h.shape.hidden, all_pages = 60;

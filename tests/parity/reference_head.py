@@ -4,6 +4,7 @@ layouts. Nothing here is shared with the package."""
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -239,21 +240,26 @@ class ReferenceHead:
         return torch.cat((a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()), -1)
 
     def check(self, trees: DraftTrees, rtol: float = 2e-3) -> None:
-        """Compare the three best of each expanded node, their probabilities, and the products of
-        these along all paths."""
-        parents = [ROOT, 0, 1, 2, 4, 9]
-        assert sorted(set(trees.parent.tolist())) == sorted(parents)
-        for parent in parents:
-            path = trees.token[trees.path(parent)].tolist() if parent != ROOT else []
-            probs = self.probs(path)
-            children = np.flatnonzero(trees.parent == parent)
-            best = probs.topk(3)
-            assert trees.token[children].tolist() == best.indices.tolist()
-            np.testing.assert_allclose(
-                trees.draft_prob[children], best.values.numpy(), rtol=rtol, atol=1e-5
-            )
-        products = [trees.draft_prob[trees.path(node)].prod() for node in range(len(trees))]
-        np.testing.assert_allclose(trees.path_prob, products, rtol=1e-12)
+        """Compare trees with what the head proposes."""
+        check(trees, self.probs, rtol)
+
+
+def check(trees: DraftTrees, probs_of: Callable[[list[int]], Tensor], rtol: float = 2e-3) -> None:
+    """Compare the three best of each expanded node, their probabilities, and the products of these
+    along all paths. probs_of: drafted tokens -> probabilities behind them."""
+    parents = [ROOT, 0, 1, 2, 4, 9]
+    assert sorted(set(trees.parent.tolist())) == sorted(parents)
+    for parent in parents:
+        path = trees.token[trees.path(parent)].tolist() if parent != ROOT else []
+        probs = probs_of(path)
+        children = np.flatnonzero(trees.parent == parent)
+        best = probs.topk(3)
+        assert trees.token[children].tolist() == best.indices.tolist()
+        np.testing.assert_allclose(
+            trees.draft_prob[children], best.values.numpy(), rtol=rtol, atol=1e-5
+        )
+    products = [trees.draft_prob[trees.path(node)].prod() for node in range(len(trees))]
+    np.testing.assert_allclose(trees.path_prob, products, rtol=1e-12)
 
 
 class Drafting:
@@ -262,6 +268,7 @@ class Drafting:
     def __init__(self, decoder: Decoder, head: EagleHead, prompt: list[int]) -> None:
         self.decoder = decoder
         self.drafter = EagleDrafter(head, PAGES, SCRATCH)
+        decoder.hold_states(1)  # if it has some
         params = SamplingParams(temperature=0.0)
         table = BlockTable(PagePool(PAGES))
         self.request = Request("r", prompt, params, 0, table, StopChecker(params, lambda ids: ""))
@@ -274,7 +281,7 @@ class Drafting:
         first = table.length
         new = request.tokens[table.length : -1]
         slots = table.reserve(len(new))
-        span = Span(new, first, slots, np.array(table.pages, np.int32))
+        span = Span(new, first, slots, np.array(table.pages, np.int32), state=0)
         rows, _, _ = build_rows([span], DraftTrees.empty(1), [True])
         aux_hidden = self.decoder.forward(rows, self.drafter.aux_layers).features
         table.commit(request.tokens, first + len(new))

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import gguf
@@ -444,11 +445,6 @@ def test_refuses_hybrids_that_are_not_computed(
     assert_refused(tmp_path, *words)
 
 
-def test_refuses_a_gguf_file_that_predicts_further_tokens(tmp_path: Path) -> None:
-    write_gguf(tmp_path / "tiny.gguf", "qwen35", nextn_predict_layers=1)
-    assert_refused(tmp_path / "tiny.gguf", "MTP")
-
-
 @pytest.mark.parametrize(
     ("changes", "word"),
     [
@@ -702,6 +698,12 @@ HYBRID_NAMES = {
     "linear_attn.norm": "ssm_norm",
     "linear_attn.out_proj": "ssm_out",
 }
+MTP_NAMES = {
+    "mtp.fc": "nextn.eh_proj",
+    "mtp.pre_fc_norm_embedding": "nextn.enorm",
+    "mtp.pre_fc_norm_hidden": "nextn.hnorm",
+    "mtp.norm": "nextn.shared_head_norm",
+}
 GPT_OSS_NAMES = {"post_attention_layernorm": "post_attention_norm"}
 OLLAMA_NAMES = {"self_attn.o_proj": "attn_out"}
 
@@ -722,6 +724,11 @@ def gguf_name(name: str, architecture: str) -> str:
             ".weight" if architecture == "gptoss" else ""
         )
     stem, kind = name.rsplit(".", 1)
+    if stem in MTP_NAMES:
+        return f"blk.2.{MTP_NAMES[stem]}.{kind}"
+    if stem.startswith("mtp.layers."):
+        _, _, layer, rest = stem.split(".", 3)
+        return f"blk.{2 + int(layer)}.{names[rest]}.{kind}"
     if stem.startswith("model.layers."):
         _, _, layer, rest = stem.split(".", 3)
         return f"blk.{layer}.{names[rest]}.{kind}"
@@ -735,17 +742,20 @@ def write_gguf(
     rope_freqs: np.ndarray | None = None,
     split: int = 0,
     architecture: str = "",
+    mtp: Mapping[str, torch.Tensor] = MappingProxyType({}),
     words: Mapping[str, str] | None = None,
     **metadata: int,
 ) -> dict[str, torch.Tensor]:
     """Writes a tiny model as llama.cpp's converter would, and returns the weights that must be read
     back. split: tensors of each file, if there are to be several; architecture: if not that
-    converter's; words: under `general.`."""
+    converter's; mtp: the tensors of one layer for multi-token prediction, as they are published;
+    words: under `general.`."""
     model = tiny_model(name)
+    further = {key: w + 1 if "norm" in key else w for key, w in mtp.items()}
     if not architecture:
         architecture = name if name.startswith(("qwen", "gemma", "gpt")) else "llama"
     writer = gguf.GGUFWriter(path, architecture, split_max_tensors=split)
-    add_shape(writer, words or {})
+    add_shape(writer, words or {}, int(bool(mtp)))
     if "head_dim" in FAMILIES[name][1]:  # as llama.cpp's converter writes it where it is its own
         writer.add_key_length(model.config.head_dim)
         writer.add_value_length(model.config.head_dim)
@@ -758,7 +768,7 @@ def write_gguf(
     if rope_freqs is not None:
         writer.add_tensor("rope_freqs.weight", rope_freqs)
     expected = {}
-    for key, tensor in of_all_experts(held_by(model)).items():
+    for key, tensor in of_all_experts(held_by(model) | further).items():
         array = tensor.numpy()
         quantised = kind != gguf.GGMLQuantizationType.F32 and array.ndim > 1
         # as llama.cpp's converter leaves them
@@ -870,10 +880,12 @@ def by_expert(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
     return {name.replace("experts.", f"experts.{n}."): each for n, each in enumerate(weight)}
 
 
-def add_shape(writer: gguf.GGUFWriter, words: Mapping[str, str]) -> None:
+def add_shape(writer: gguf.GGUFWriter, words: Mapping[str, str], of_mtp: int = 0) -> None:
     for key, word in words.items():
         writer.add_string(f"general.{key}", word)
-    writer.add_block_count(2)
+    writer.add_block_count(2 + of_mtp)
+    if of_mtp:
+        writer.add_nextn_predict_layers(of_mtp)
     writer.add_context_length(128)
     writer.add_embedding_length(32)
     writer.add_feed_forward_length(64)

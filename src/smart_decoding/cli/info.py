@@ -9,6 +9,7 @@ import platform
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from smart_decoding.drafters import METHODS
 from smart_decoding.errors import ConfigError
 from smart_decoding.models.checkpoints.hub import cache_dir
 from smart_decoding.models.checkpoints.hub_repository import hub_cache
@@ -49,6 +50,7 @@ def gather() -> dict[str, Any]:
         "cache": cache(),
         "versions": versions(),
         "optional": {name: version_of(name) for name in OPTIONAL},
+        "methods": [method for method in METHODS if method != "none"],
     }
 
 
@@ -124,6 +126,7 @@ def lines(found: Mapping[str, Any]) -> Iterator[str]:
     yield f"hub's cache: {kept['hub']} (smart models lists what both hold)"
     yield f"versions: {_listed(found['versions'])}"
     yield f"optional: {_listed(found['optional'])}"
+    yield f"what can draft: {', '.join(found['methods'])}"
 
 
 def _listed(versions: Mapping[str, str | None]) -> str:

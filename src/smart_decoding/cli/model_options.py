@@ -45,7 +45,8 @@ METHOD = Option(
     "method",
     str,
     None,
-    "what drafts (the model's own head, else a cached smaller model of its family, else ngram)",
+    "what drafts (the model's own head or MTP layer, else a cached smaller model of its family, "
+    "else ngram)",
     METHODS,
 )
 DRAFT = Option(

@@ -17,6 +17,7 @@ from smart_decoding.models.checkpoints.kept import (
     PARTLY,
     Kept,
     conversions,
+    holds_mtp,
     hub_repositories,
     kept_of,
     made_of,
@@ -74,10 +75,12 @@ def show() -> None:
         if each.path not in listed:
             partly = f", {PARTLY}" if each.kind == PARTLY else ""
             print(f"{repository_of(each.path)}: {readable(each.size)} in the hub's cache{partly}")
+            _tell_mtp(each)
     made = conversions()
     for each in made:
         if each.path not in listed:
             print(f"{each.path.name}: {readable(each.size)}, {each.kind}, {made_of(each.path)}")
+            _tell_mtp(each)
     old = sum(each.size for each in made if each.kind == OUTDATED)
     if old:
         print(f"{readable(old)} are outdated conversions, which nothing uses: smart models rm NAME")
@@ -121,6 +124,11 @@ def remove(name: str, yes: bool) -> None:
         else:
             each.path.unlink()
     print(f"removed {total:,} bytes ({readable(total)})")
+
+
+def _tell_mtp(kept: Kept) -> None:
+    if holds_mtp(kept.path):
+        print("  drafts with its own layer for multi-token prediction")
 
 
 def _summary(kept: list[Kept]) -> list[str]:

@@ -9,7 +9,7 @@ from smart_decoding.errors import ConfigError
 if TYPE_CHECKING:
     from smart_decoding.core.policies.base import Policy
 
-METHODS = ("eagle", "draft_model", "ngram", "union", "none")
+METHODS = ("eagle", "mtp", "draft_model", "ngram", "union", "none")
 
 
 def check_draft(method: str | None, draft: object, how: str) -> None:

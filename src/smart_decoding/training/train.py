@@ -23,6 +23,7 @@ from smart_decoding.kernels.weights import as_tensor
 from smart_decoding.models.checkpoints.rounding import ROUNDED, RoundedWeights
 from smart_decoding.models.heads.export import write_head
 from smart_decoding.models.heads.files import HeadFiles
+from smart_decoding.models.heads.forms import EAGLE2, EAGLE3
 from smart_decoding.training.conversations import (
     Conversation,
     Keep,
@@ -354,7 +355,7 @@ class Trainer:
             {**RoundedWeights(weights, scheme)} if scheme else weights,
             self.options.aux_layers,
             form.shape,
-            form.fused,
+            EAGLE2 if form.fused else EAGLE3,
             form.norm_before_residual,
             self.options.supports_images,
         )

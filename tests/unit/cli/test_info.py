@@ -106,6 +106,7 @@ def test_the_text_has_it_all_and_loads_no_model(
     text = capsys.readouterr().out
     assert text.startswith(f"CPU kernels: {library.chosen()} (the best one that runs here)\n")
     machine = ("threads: ", "memory: ", "GPU: ", "transformers ", f"torch {torch.__version__}")
+    assert text.endswith("what can draft: eagle, mtp, draft_model, ngram, union\n")
     for words in ("runs here\n", f"cache: {own_cache}, 3 MB\n", *machine):
         assert words in text
 

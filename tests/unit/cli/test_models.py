@@ -72,6 +72,21 @@ def test_lists_names_sources_and_what_is_cached(
     assert "0 MB are outdated conversions" in out
 
 
+def test_tells_which_hold_a_layer_that_predicts_further_tokens(
+    own_cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    repository = own_cache.parent / "hub" / "models--Org--Model"
+    index = repository / "snapshots" / "abc" / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"mtp.fc.weight": "model.safetensors"}}))
+    made = own_cache / "converted" / f"v{CONVERSION}-0123456789abcdef-stored"
+    write(made / "tokenizer.json", 1)
+    (made / "tensors.json").write_text(json.dumps({"mtp.norm.weight": {}}))
+    assert cli.main(["models"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    told = [i for i, line in enumerate(lines) if "layer for multi-token prediction" in line]
+    assert [lines[i - 1].partition(":")[0] for i in told] == ["Org/Model", made.name]
+
+
 def test_removes_what_belongs_to_a_model_and_nothing_else(
     own_cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -467,7 +467,9 @@ def smollm2(model: str, parameters: int = 135_000_000, **sizes: int) -> Any:
     config = SimpleNamespace(
         **fields, of_head=whole.of_head, expected_shapes=lambda: {"all": (parameters,)}
     )
-    return SimpleNamespace(provenance={"model": model}, named=None, vision=None, config=config)
+    return SimpleNamespace(
+        provenance={"model": model}, named=None, vision=None, mtp=None, config=config
+    )
 
 
 @pytest.mark.parametrize("method", [None, "eagle", "eagle3", "union"])

@@ -29,6 +29,7 @@ from .tiny import (
     ask,
     engine_of,
     finish,
+    mtp_layer,
     plain,
     prompts,
     target_of,
@@ -55,15 +56,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(params=["kernels", "torch", "device"])
+@pytest.fixture(params=["kernels", "torch", "device", "mtp", "mtp on torch"])
 def engine(request: pytest.FixtureRequest, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """device: torch's levels, chosen where they are drafted as on a GPU."""
-    if request.param != "kernels":
+    """device: torch's levels, chosen where they are drafted as on a GPU. mtp: a layer for
+    multi-token prediction, as a dense model could have one."""
+    if request.param not in ("kernels", "mtp"):
         monkeypatch.setattr("smart_decoding.models.target.use_native", lambda *_args: False)
 
     def make(pages: int = PAGES, policy: str = "eagle2", **more: Any) -> Engine:
         target = target_of(pages)
-        head = EagleHead(load_head(folder, TARGET), target.decoder, pages, SCRATCH, 600)
+        is_mtp = request.param.startswith("mtp")
+        files = mtp_layer(TARGET) if is_mtp else load_head(folder, TARGET)
+        head = EagleHead(files, target.decoder, pages, SCRATCH, 600)
         if request.param == "device":
             as_on_a_gpu(head)
         more = {"options": WIDE if policy == "eagle2" else {}, **more}

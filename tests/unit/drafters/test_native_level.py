@@ -27,7 +27,7 @@ from smart_decoding.models.heads.weights import HeadWeights
 from smart_decoding.profiling import measure
 from smart_decoding.training.head import Form, TrainableHead
 
-from .tiny import PAGES, SCRATCH, TARGET, VOCAB, checkpoint, outputs_of
+from .tiny import PAGES, SCRATCH, TARGET, VOCAB, checkpoint, mtp_layer, outputs_of
 
 if TYPE_CHECKING:
     from smart_decoding.core.tree import DraftTrees
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.usefixtures("variant")
 TAPS = (1, 2, 4)
 WIDTH = len(TAPS) * TARGET.hidden
+WITH_NORMS = replace(TARGET, qk_norm=True)
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +75,7 @@ def waiting(head: EagleHead, temperatures: tuple[float, ...]) -> tuple[EagleDraf
     pool = PagePool(PAGES)
     rng = np.random.default_rng(0)
     torch_rng = torch.Generator().manual_seed(0)
+    width = len(head.aux_layers) * TARGET.hidden
     requests = []
     for i, temperature in enumerate(temperatures):
         params = SamplingParams(temperature=temperature)
@@ -86,7 +88,7 @@ def waiting(head: EagleHead, temperatures: tuple[float, ...]) -> tuple[EagleDraf
         request.table.commit(tokens, count)
         drafter.extend(
             request,
-            torch.randn(count, WIDTH, generator=torch_rng).to(head.work_dtype),
+            torch.randn(count, width, generator=torch_rng).to(head.work_dtype),
             0,
             tokens[:count],
         )
@@ -97,7 +99,7 @@ def waiting(head: EagleHead, temperatures: tuple[float, ...]) -> tuple[EagleDraf
             request.tokens += rng.integers(0, VOCAB, 1).tolist()
             request.table.commit(request.tokens, len(request.tokens) - 1)
         drafter.extend_each(
-            requests, torch.randn(len(requests), WIDTH, generator=torch_rng).to(head.work_dtype)
+            requests, torch.randn(len(requests), width, generator=torch_rng).to(head.work_dtype)
         )
     return drafter, requests
 
@@ -111,6 +113,42 @@ def drafted(head: EagleHead, temperatures: tuple[float, ...]) -> DraftTrees:
     drafter.next_level(requests, trees, np.arange(0, len(trees), 2), rule)
     drafter.next_level(requests, trees, np.flatnonzero(trees.depth == 2)[::3], rule)
     return trees
+
+
+@pytest.mark.parametrize("temperatures", [(0.0,), (0.0, 0.8, 1.2)])
+@pytest.mark.parametrize("tokens", [VOCAB, 40])
+def test_a_layer_for_multi_token_prediction_as_torch(
+    tokens: int, temperatures: tuple[float, ...]
+) -> None:
+    found, expected = (
+        drafted(head_of(mtp_layer(WITH_NORMS, tokens), native), temperatures)
+        for native in (True, False)
+    )
+    for column in ("owner", "parent", "token"):
+        assert getattr(found, column).tolist() == getattr(expected, column).tolist()
+    np.testing.assert_allclose(found.draft_prob, expected.draft_prob, atol=2e-4)
+    assert found.token.max() < tokens
+
+
+@pytest.mark.parametrize("tokens", [VOCAB, 40])
+def test_a_layer_for_multi_token_prediction_in_8_bits(tokens: int) -> None:
+    """Beside quants all of it; in bf16 the rows of the output matrix, where they are not all."""
+    rows = rows_of(3, 15)
+    torch.manual_seed(0)
+    features = torch.randn(15, TARGET.hidden)
+    request = LevelRequest(tokens, np.zeros(3))
+    found = []
+    for dtype, quantized in (
+        (torch.float32, False),
+        (torch.bfloat16, False),
+        (torch.bfloat16, True),
+    ):
+        head = head_of(mtp_layer(WITH_NORMS, tokens), True, dtype, quantized)
+        ids, probs = head.levels.first(rows, [features], np.array([4, 9, 14]), request)
+        found.append(np.take_along_axis(probs, np.argsort(ids, axis=1), axis=1))
+    for other in found[1:]:
+        np.testing.assert_allclose(other, found[0], atol=0.1)
+        assert not np.array_equal(other, found[0])
 
 
 @pytest.mark.parametrize("temperatures", [(0.0,), (0.0, 0.8, 1.2)])

@@ -13,13 +13,17 @@ from smart_decoding.core.policies import make_policy
 from smart_decoding.engine.engine import Engine, EngineConfig
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.models.checkpoints.loading import Checkpoint
+from smart_decoding.models.cpu.kernel_check import unserved
 from smart_decoding.models.families.config import ModelConfig
+from smart_decoding.models.families.mtp import mtp_shapes
+from smart_decoding.models.heads.mtp import mtp_files
 from smart_decoding.models.target import TorchTarget
 
 if TYPE_CHECKING:
     from smart_decoding.engine.protocols import Drafter
     from smart_decoding.engine.request import Request
     from smart_decoding.models.heads.eagle_head import EagleHead
+    from smart_decoding.models.heads.files import HeadFiles
 
 VOCAB = 97
 PAGES = 64
@@ -36,6 +40,21 @@ def checkpoint(config: ModelConfig, seed: int = 0) -> Checkpoint:
         for name, shape in config.expected_shapes().items()
     }
     return Checkpoint(config, weights, Path("nowhere"), {"model": f"tiny-{seed}"})
+
+
+def mtp_layer(model: ModelConfig, tokens: int = VOCAB) -> HeadFiles:
+    """A random layer for multi-token prediction, which proposes the first tokens."""
+    generator = torch.Generator().manual_seed(5)
+    tensors = {
+        name: torch.randn(shape, generator=generator) * 0.3 + ("norm" in name)
+        for name, shape in mtp_shapes(model).items()
+    }
+    return mtp_files(model, tensors, tokens)
+
+
+def ways_to_run(model: ModelConfig) -> list[bool]:
+    """On torch, and where they serve the model on the CPU kernels: `native` of what runs it."""
+    return [False] if unserved(model) else [False, True]
 
 
 def target_of(pages: int = PAGES) -> TorchTarget:

@@ -26,6 +26,7 @@ from smart_decoding.models.checkpoints.rounding import RoundedWeights
 from smart_decoding.models.families.config import ModelConfig
 from smart_decoding.models.heads.export import write_head
 from smart_decoding.models.heads.files import HeadFiles, load_head
+from smart_decoding.models.heads.forms import EAGLE2
 from smart_decoding.training import train
 from smart_decoding.training.conversations import hold_out, recorded_layers
 from smart_decoding.training.head import Form, TrainableHead, narrowed
@@ -360,7 +361,7 @@ def test_an_eagle1_head_learns_too(
     )
     weights = {**head.exported(), "draft_ids": torch.arange(CONFIG.vocab)}
     write_head(
-        HeadFiles({}, weights, (CONFIG.layers,), head.config, fused=True),
+        HeadFiles({}, weights, (CONFIG.layers,), head.config, EAGLE2),
         checkpoint,
         "eagle",
         folder,

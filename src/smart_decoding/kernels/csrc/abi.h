@@ -160,10 +160,10 @@ struct Pass {  // one forward of a target: what it reads beside its rows, and wh
 // is given stands for all of that (MSD's pictures).
 struct Head {
     const struct Layer* layers;
-    // [aux_count hidden] of aux hidden states, with aux_eps: of each, or `aux_together` of all that
-    // fc reads; null: none
-    const float *aux_norm, *fc_bias, *input_norm, *hidden_norm;
-    const float* final_norm;  // null: none
+    // Null where there is none. aux_norm: [aux_count hidden] of aux hidden states, with aux_eps: of
+    // each, or `aux_together` of all that fc reads; input_norm and hidden_norm: of embeddings and
+    // features; final_norm: before the output matrix.
+    const float *aux_norm, *fc_bias, *input_norm, *hidden_norm, *final_norm;
     struct Weight fc, embedding;
     const void* table;      // plain embeddings in place of packed ones, or null
     struct Weight outputs;  // [outputs_count, hidden] packed: bytes where `scale` is not null
@@ -172,7 +172,9 @@ struct Head {
     const int64_t* tokens;  // [outputs_count]
     int64_t outputs_count;
     int32_t layer_count, aux_count;  // aux_count: states that fc reads
-    int32_t norm_before_residual, fused, aux_together;
+    // fused: fc reads [embedding ; features] at every step; feeds_back_normed: deeper levels read
+    // what the output matrix reads, not what enters final_norm
+    int32_t norm_before_residual, fused, aux_together, feeds_back_normed;
     float aux_eps;
 };
 

@@ -56,11 +56,17 @@ struct Ranking {
     const Level& level;
     const int wanted;
     const int64_t d, n;
+    const float* norm;  // of the states; null: the output matrix reads them as they are
     // Workspace: what the output matrix reads, what that is in bytes, and logits.
     float *inputs, *halves, *step, *logits;
 
     Ranking(const Head& h, const Level& v, int wanted_)
-        : head(h), level(v), wanted(wanted_), d(h.layers->hidden), n(h.outputs_count) {}
+        : head(h),
+          level(v),
+          wanted(wanted_),
+          d(h.layers->hidden),
+          n(h.outputs_count),
+          norm(h.feeds_back_normed ? nullptr : h.final_norm) {}
 
     int64_t floats() const { return wanted * (2 * d + n + 1) + 64; }
     void take(WorkspaceMemory& memory) {
@@ -83,11 +89,17 @@ struct Ranking {
 
 private:
     void plain_logits() const {
-        if (head.final_norm)
-            rms_norm_rows(level.out, head.final_norm, head.layers->eps, wanted, d, inputs);
+        if (norm) rms_norm_rows(level.out, norm, head.layers->eps, wanted, d, inputs);
         barrier();
-        linear_rows<W>(head.final_norm ? inputs : level.out, wanted, head.outputs, n, d, nullptr,
-                       logits, n, false);
+        linear_rows<W>(norm ? inputs : level.out, wanted, head.outputs, n, d, nullptr, logits, n,
+                       false);
+    }
+
+    void read_row(int r, float* to) const {
+        if (norm)
+            rms_norm_row(level.out + r * d, norm, head.layers->eps, d, to);
+        else
+            memcpy(to, level.out + r * d, d * sizeof(float));
     }
 
     // With 8-bit weights. Where CPUs multiply bytes, states are rounded to 16 bits, whose halves
@@ -95,18 +107,18 @@ private:
     template <class B>
     void byte_logits(float* line) const {
         Input<B>* read = (Input<B>*)halves;
-        const float eps = head.layers->eps;
         if constexpr (std::is_same_v<Input<B>, uint8_t>) {
 #pragma omp for schedule(static) nowait
             for (int r = 0; r < wanted; r++) {
-                rms_norm_row(level.out + r * d, head.final_norm, eps, d, line);
+                read_row(r, line);
                 step[r] = round_to_16_bits(line, d, read + 2 * r * d, read + (2 * r + 1) * d);
             }
             barrier();
             byte_rows(read, 2 * wanted, (const B*)head.outputs.panels, n, d, head.scale, head.sums,
                       step, logits);
         } else {
-            rms_norm_rows(level.out, head.final_norm, eps, wanted, d, read);
+#pragma omp for schedule(static) nowait
+            for (int r = 0; r < wanted; r++) read_row(r, read + r * d);
             barrier();
             Items items(panels_of(n));
             Panels panels(items);
@@ -335,15 +347,17 @@ struct SteppedLevel {
           wanted(v.first ? in_.requests : in_.rows),
           states(v.first && !h.fused ? h.aux_count * d : d),
           ranking(h, v, int(wanted)) {
-        int64_t width = 0, input = 0, attention = 0, ffn = 0;
+        int64_t width = 0, input = 0, attention = 0, ffn = 0, mixture = 0;
         for (const Layer* l = h.layers; l < h.layers + h.layer_count; l++) {
             width = std::max({width, products_width(*l), d});
             input = std::max<int64_t>({input, l->input, d});
             attention = std::max(attention, mixed_width(*l));
-            ffn = std::max<int64_t>(ffn, l->ffn);
+            ffn = std::max(ffn, ffn_floats(*l));
+            mixture = std::max(mixture, mixture_floats(*l));
         }
         const int64_t widest = std::max(states, 2 * d);
-        memory.begin(rows * (states + 2 * d + widest + d + input + width + attention + ffn)
+        memory.begin(rows
+                         * (states + 2 * d + widest + d + input + width + attention + ffn + mixture)
                      + ranking.floats() + 256);
         features = memory.take<float>(rows * states);
         pairs = memory.take<float>(rows * 2 * d);
@@ -353,6 +367,7 @@ struct SteppedLevel {
         workspace.qkv = memory.take<float>(rows * width);
         workspace.attention = memory.take<float>(rows * attention);
         workspace.ffn = memory.take<float>(rows * ffn);
+        workspace.mixture = memory.take<float>(rows * mixture);
         ranking.take(memory);
     }
 
@@ -364,7 +379,10 @@ struct SteppedLevel {
             return status;
         for (int64_t i = 0; i < wanted; i++) {
             const int64_t r = level.first ? in.query_start_loc[i + 1] - 1 : i;
-            memcpy(level.out + i * d, x + r * d, d * sizeof(float));
+            if (head.feeds_back_normed)
+                rms_norm_row(x + r * d, head.final_norm, head.layers->eps, d, level.out + i * d);
+            else
+                memcpy(level.out + i * d, x + r * d, d * sizeof(float));
         }
         run_team(threads, [&] {
             std::vector<float> line(std::max<int64_t>(d, level.k));
@@ -399,15 +417,21 @@ private:
                      to, d, 0, INTO_CACHES, nullptr, threads);
     }
 
-    // EAGLE-1/2: the states that enter the first layer, which it reads as they are.
+    // The states that enter the first layer, into x. It reads them as they are in EAGLE-1/2,
+    // through a norm of its own in others (null).
     const float* fuse() {
         for (int64_t r = 0; r < rows; r++) {
-            read_embedding(r, pairs + r * 2 * d);
-            memcpy(pairs + r * 2 * d + d, features + r * d, d * sizeof(float));
+            float* of = pairs + r * 2 * d;
+            read_embedding(r, of);
+            memcpy(of + d, features + r * d, d * sizeof(float));
+            if (head.input_norm) rms_norm_row(of, head.input_norm, head.layers->eps, d, of);
+            if (head.hidden_norm)
+                rms_norm_row(of + d, head.hidden_norm, head.layers->eps, d, of + d);
         }
         linear(pairs, 2 * d, x);
         for (int64_t r = 0; r < rows; r++)
             if (const float* given = picture(r)) memcpy(x + r * d, given, d * sizeof(float));
+        if (head.layers->input_norm) return nullptr;
         memcpy(features, x, rows * d * sizeof(float));
         return features;
     }

@@ -35,12 +35,13 @@ from smart_decoding.models.checkpoints.hub import (
     write_record,
 )
 from smart_decoding.models.checkpoints.weight_files import Weights, as_published
-from smart_decoding.models.families.family import RowOrder
+from smart_decoding.models.families.family import GGUF_MTP, MTP, RowOrder
 from smart_decoding.models.families.reading import (
     check_tensors,
     config_from_gguf,
     config_to_hf,
     family_of,
+    parted,
 )
 from smart_decoding.models.text.tokenizer import Tokenizer
 from smart_decoding.progress import long_step
@@ -63,7 +64,7 @@ _TOP_NAMES = {
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }
-_BLOCK = re.compile(r"blk\.(\d+)\.(\w+)(\.weight|\.bias|)")
+_BLOCK = re.compile(r"blk\.(\d+)\.((?:nextn\.)?\w+)(\.weight|\.bias|)")
 _DECAY = ".ssm_a"  # holds the negative of what is published as a logarithm
 _CONVOLUTION = ".ssm_conv1d.weight"  # lacks a dimension of one
 _SHARED_GATE = ".ffn_gate_inp_shexp.weight"  # likewise
@@ -183,7 +184,8 @@ def _convert(
     check(config)
     index = _index(config, tensors, parts)
     shapes = {name: tuple(entry["shape"]) for name, entry in index.items()}
-    check_tensors(config, shapes, source.path.name)
+    own, _ = parted(config, shapes)
+    check_tensors(config, own, source.path.name)
     family = family_of(config)
     tokenizer = Tokenizer.from_gguf(metadata, family.gguf_space, family.gguf_pre)
     need = 0 if stored else 2 * sum(int(tensor.n_elements) for tensor in tensors.values())
@@ -234,7 +236,7 @@ def _index(
             shape.insert(1, 1)
         if name.endswith(_SHARED_GATE):
             shape.insert(0, 1)
-        theirs = hf_name(name, family)
+        theirs = hf_name(name, family, config.layers)
         order = family.gguf_order(config, name)
         entry = {
             "tensor": name,
@@ -293,19 +295,27 @@ def _write_weights(
     )
 
 
-def hf_name(name: str, family: Family) -> str:
-    """Return the Hugging Face name of a GGUF tensor, {} for an expert's number; ModelError for one
-    that no supported model has."""
+def hf_name(name: str, family: Family, layers: int) -> str:
+    """Return the Hugging Face name of a GGUF tensor of a model of so many layers, {} for an
+    expert's number; ModelError for one that no supported model has."""
     match = _BLOCK.fullmatch(name)
     if match:
         names = family.gguf_names
+        prefix = _prefix(int(match[1]), match[2], layers if family.mtp else None)
         if (whole := match[2] + match[3]) in names:  # but for its number
-            return f"model.layers.{match[1]}.{names[whole]}"
+            return prefix + names[whole]
         if match[2] in names and match[3]:
-            return f"model.layers.{match[1]}.{names[match[2]]}{match[3]}"
+            return f"{prefix}{names[match[2]]}{match[3]}"
     if name not in _TOP_NAMES:
         raise ModelError(f"the GGUF tensor {name} belongs to no supported architecture")
     return _TOP_NAMES[name]
+
+
+def _prefix(block: int, part: str, layers: int | None) -> str:
+    """Return what a tensor's name begins with. layers: blocks behind so many are of MTP."""
+    if layers is None or block < layers:
+        return f"model.layers.{block}."
+    return MTP if part in GGUF_MTP else f"{MTP}layers.{block - layers}."
 
 
 class Metadata(Mapping[str, Any]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ from smart_decoding.models.checkpoints.registry import (
     first_part,
     hub_id_of,
 )
+from smart_decoding.models.families.family import MTP
 
 PARTLY = "partly fetched"
 OUTDATED = "outdated"
@@ -93,6 +95,14 @@ def made_of(folder: Path) -> str:
         return f"of {record.get('source') or record['base']}"
     except (ModelError, KeyError):
         return "incomplete"
+
+
+def holds_mtp(folder: Path) -> bool:
+    """Return whether an index of tensors in a repository or a converted folder names a layer for
+    multi-token prediction."""
+    indices = (folder.rglob(name) for name in ("tensors.json", "model.safetensors.index.json"))
+    files = [path for path in itertools.chain(*indices) if path.is_file()]
+    return any(f'"{MTP}' in path.read_text() for path in files)
 
 
 def _kept(kind: str, path: Path) -> Kept:

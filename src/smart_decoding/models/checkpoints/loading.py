@@ -33,6 +33,7 @@ from smart_decoding.models.families.reading import (
     check_tensors,
     config_from_hf,
     is_whole,
+    parted,
     text_names,
 )
 from smart_decoding.models.families.vision import RenamedWeights, VisionFiles
@@ -46,8 +47,9 @@ class Checkpoint:
     """A loadable model. `weights`: Hugging Face name to tensor, read on access; `tokenizer_source`:
     a folder for Tokenizer.load; `provenance`: strings that say which weights these are; `vision`:
     its vision part, if it has one; `quantization`: as requested;
-    `in_bytes`: whether inputs of quants are rounded to 8 bits; `named`: the built-in name of the
-    model that a GGUF file says it is."""
+    `in_bytes`: whether inputs of quants are rounded to 8 bits; `mtp`: the tensors of its layers
+    for multi-token prediction, which are not checked; `named`: the built-in name of the model that
+    a GGUF file says it is."""
 
     config: ModelConfig
     weights: Mapping[str, Matrix]
@@ -56,6 +58,7 @@ class Checkpoint:
     vision: VisionFiles | None = None
     quantization: str | None = "off"
     in_bytes: bool = False
+    mtp: Weights[Any] | None = None
     named: str | None = None
 
 
@@ -84,20 +87,23 @@ def load_checkpoint(
     check(config)
     is_file = source.path != folder
     weights: Weights[Any]
+    mtp: Weights[Any] | None
     if is_file and stored:
-        weights = _stored_weights(source.path, folder)
+        weights, mtp = _stored_weights(config, source.path, folder)
     else:
         opened = open_weights(folder, trust_pickle)
-        if is_whole(raw):
-            opened = RenamedWeights(opened, text_names(opened))
-        weights = as_computed(config, opened, stored)
+        names = text_names(opened) if is_whole(raw) else {name: name for name in opened}
+        own, of_mtp = parted(config, names)
+        weights = as_computed(config, RenamedWeights(opened, own), stored)
+        mtp = as_computed(config, RenamedWeights(opened, of_mtp), stored) if of_mtp else None
     check_tensors(config, weights.shapes, source.path.name if is_file else folder.name)
     provenance = _provenance(source, weights.dtypes["model.embed_tokens.weight"])
     named = None
     if is_file:
         provenance["weights"] += ", as stored" if stored else ", dequantised to bf16"
         named = named_in_file(own_words(source.path))
-    return _rounded(Checkpoint(config, weights, folder, provenance, named=named), quantization)
+    made = Checkpoint(config, weights, folder, provenance, mtp=mtp, named=named)
+    return _rounded(made, quantization)
 
 
 def require_usable(
@@ -122,9 +128,13 @@ def _has_vision(folder: Path, raw: dict[str, Any]) -> bool:
     return found
 
 
-def _stored_weights(path: Path, folder: Path) -> StoredWeights:
-    """Return those of a GGUF file, and log a warning if they cannot stay as they are."""
-    weights = StoredWeights(path, read_json(folder / TENSORS), folder)
+def _stored_weights(
+    config: ModelConfig, path: Path, folder: Path
+) -> tuple[StoredWeights, StoredWeights | None]:
+    """Return those of a GGUF file, and those of its MTP layer, and log a warning if they cannot
+    stay as they are."""
+    own, of_mtp = parted(config, read_json(folder / TENSORS))
+    weights = StoredWeights(path, own, folder)
     if weights.expanded:
         log.warning(
             "%s: weights of %s are expanded to bf16, which takes more memory and time than a file "
@@ -132,7 +142,7 @@ def _stored_weights(path: Path, folder: Path) -> StoredWeights:
             path.name,
             ", ".join(weights.expanded),
         )
-    return weights
+    return weights, StoredWeights(path, of_mtp, folder) if of_mtp else None
 
 
 def _rounded(checkpoint: Checkpoint, quantization: str | None) -> Checkpoint:

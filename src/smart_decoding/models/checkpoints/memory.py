@@ -17,10 +17,11 @@ from smart_decoding.kernels.limits import free_memory
 from smart_decoding.kernels.ops import COLUMNS
 from smart_decoding.kernels.weights import QuantizedTensor
 from smart_decoding.models.checkpoints.gguf import StoredWeights
-from smart_decoding.models.checkpoints.rounding import ROUNDED, rounded_bytes
+from smart_decoding.models.checkpoints.rounding import ROUNDED, bytes_per_weight, rounded_bytes
 from smart_decoding.models.checkpoints.weight_files import StackedExperts
 from smart_decoding.models.cpu.kernel_check import why_slow
 from smart_decoding.models.cpu.native_states import ROOM, snapshots_of
+from smart_decoding.models.families.mtp import mtp_shapes
 
 if TYPE_CHECKING:
     from smart_decoding.models.checkpoints.loading import Checkpoint
@@ -154,8 +155,10 @@ def need_of(
     limits: EngineLimits,
     draft: Checkpoint | None = None,
     head: HeadFiles | None = None,
+    mtp_tokens: int = 0,
 ) -> Need:
-    """Return what the model needs with the draft model or draft head that is to speed it up."""
+    """Return what the model needs with the draft model or draft head that is to speed it up, or its
+    MTP layer, if that proposes some tokens."""
     config = checkpoint.config
     per_token = kv_bytes(config, dtype)
     work = work_bytes(config, limits)
@@ -163,8 +166,11 @@ def need_of(
     if draft is not None:
         drafting = weight_bytes(draft, dtype, device) + work_bytes(draft.config, limits)
         per_token += kv_bytes(draft.config, dtype)
+    if mtp_tokens:
+        drafting = _mtp_bytes(checkpoint, dtype, device, mtp_tokens)
     if head is not None:
         drafting = _head_bytes(head, config, dtype, device)
+    if head is not None or mtp_tokens:
         per_token += kv_bytes(config, dtype) // config.kv_layers
     weights = weight_bytes(checkpoint, dtype, device)
     native = device.type == "cpu" and why_slow(config, device) is None
@@ -253,6 +259,20 @@ def _head_bytes(
             for weight in weights.values()
         )
     return (outputs + sum(prod(weight.shape) for weight in weights.values())) * dtype.itemsize
+
+
+def _mtp_bytes(
+    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, tokens: int
+) -> int:
+    """Return the bytes of a model's MTP layer, in 8 bits beside quants on the CPU kernels, and of
+    the rows of the output matrix if they are not all."""
+    config = checkpoint.config
+    layer = sum(map(prod, mtp_shapes(config).values()))
+    outputs = config.hidden * tokens if tokens < config.vocab else 0
+    if not _in_quants(config, dtype, device):
+        return (layer + outputs) * dtype.itemsize
+    rounded = isinstance(checkpoint.weights, StoredWeights) or checkpoint.quantization in ROUNDED
+    return round(layer * (bytes_per_weight("int8") if rounded else dtype.itemsize)) + outputs
 
 
 def size(count: float) -> str:

@@ -29,6 +29,7 @@ from smart_decoding.kernels.weights import Matrix, QuantizedTensor, as_tensor
 from smart_decoding.models.checkpoints.registry import TRUST
 from smart_decoding.models.families.config import quantised
 from smart_decoding.models.families.layer import GATED_NORM, expert_prefix
+from smart_decoding.models.families.mtp import EMBEDDING_NORM, HIDDEN_NORM
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -46,12 +47,15 @@ _OF_QUANTS = (".qweight", ".qzeros", ".g_idx")  # ends of names in GPTQ and AWQ 
 _OF_MXFP4 = ("_blocks", "_scales")  # ends of names of bytes that StackedExperts reads
 # buffers that old checkpoints hold, whatever their type: they are computed anew
 _IGNORED = ("inv_freq", "position_ids")
+_NORMS = ("norm.weight", f"{EMBEDDING_NORM}.weight", f"{HIDDEN_NORM}.weight")  # ends of names
 _FORMAT = "MXFP4"
 _GROUP = 32  # numbers of a block
 _BLOCK_BYTES = 17  # its scale, and two numbers a byte
 _ROUTER = ".mlp.router."  # what layer.py calls mlp.gate, as other families do
 _GATE = ".mlp.gate."
-_STACKED = re.compile(r"(model\.layers\.\d+\.)mlp\.experts\.(gate_up|down)_proj(_blocks|_bias)?")
+_STACKED = re.compile(
+    r"((?:model|mtp)\.layers\.\d+\.)mlp\.experts\.(gate_up|down)_proj(_blocks|_bias)?"
+)
 _MATRICES = {"gate_up": ("gate_proj", "up_proj"), "down": ("down_proj",)}
 
 
@@ -135,7 +139,8 @@ class PickledWeights(Weights[Tensor]):
 
 
 class ShiftedNorms(Weights[MatrixT]):
-    """Other weights, `by` added to each norm but linear attention's own, in float32."""
+    """Other weights, `by` added to each norm but linear attention's own, in float32. An MTP layer
+    has norms of other names, too."""
 
     def __init__(self, weights: Weights[MatrixT], by: float) -> None:
         self._weights: Weights[MatrixT] = weights
@@ -147,7 +152,7 @@ class ShiftedNorms(Weights[MatrixT]):
         weight = self._weights[name]
         if not isinstance(weight, Tensor) or name.endswith(GATED_NORM):
             return weight
-        return weight.float() + self._by if name.endswith("norm.weight") else weight
+        return weight.float() + self._by if name.endswith(_NORMS) else weight
 
 
 def as_computed(

@@ -200,6 +200,7 @@ def _structure(weights: HeadWeights) -> tuple[Structure, tuple[object, ...]]:
         norm_before_residual=files.norm_before_residual,
         fused=files.fused,
         aux_together=weights.aux_together,
+        feeds_back_normed=files.form.feeds_back_normed,
         aux_eps=(target.config if files.fused else files.shape).rms_eps,
         fc=fc.struct,
         outputs=outputs.struct,
@@ -216,20 +217,20 @@ def _bytes(weight: Matrix, dtype: torch.dtype) -> int:
 
 
 def _norms(weights: HeadWeights) -> dict[str, Tensor | None]:
-    if weights.files.fused:  # the features are what the target's output matrix reads
-        return {"aux_norm": weights.target.final_norm}
+    form = weights.files.form
     return {
-        "aux_norm": weights.aux_norm,
-        "input_norm": weights["midlayer.input_layernorm.weight"],
-        "hidden_norm": weights["midlayer.hidden_norm.weight"],
-        "final_norm": weights["norm.weight"],
+        # the features of a fused head are what the target's output matrix reads
+        "aux_norm": weights.target.final_norm if form.fused else weights.aux_norm,
+        "input_norm": weights.norm(form.embedding_norm),
+        "hidden_norm": weights.norm(form.features_norm),
+        "final_norm": weights.norm(form.last_norm),
     }
 
 
 def _outputs(weights: HeadWeights) -> tuple[PackedWeight, dict[str, Tensor]]:
     """Return the output matrix: the target's, or [draft, hidden] in 8 bits where it is bf16, else
     packed as it is; and what else the structure names of it."""
-    if weights.files.fused:
+    if weights.shares_output:
         assert isinstance(weights.target.head, PackedWeight)
         return weights.target.head, {}
     output = weights.output

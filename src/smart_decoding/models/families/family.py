@@ -40,6 +40,14 @@ GGUF_SHARED: Mapping[str, str] = {
     "ffn_up_shexp": "mlp.shared_expert.up_proj",
     "ffn_down_shexp": "mlp.shared_expert.down_proj",
 }
+# What names of an MTP layer's tensors begin with, and the same of what is no layer's there.
+MTP = "mtp."
+GGUF_MTP: Mapping[str, str] = {
+    "nextn.eh_proj": "fc",
+    "nextn.enorm": "pre_fc_norm_embedding",
+    "nextn.hnorm": "pre_fc_norm_hidden",
+    "nextn.shared_head_norm": "norm",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +95,7 @@ class Family:
     tensor for each expert ({}); whole ones, or without `.weight` and `.bias`. gguf_order: of a
     tensor whose rows llama.cpp has in an order of its own. gguf_space: SentencePiece puts a blank
     before a text where a GGUF file does not say it. gguf_pre: the kind of byte-level BPE where it
-    does not say that."""
+    does not say that. mtp: its files may hold a layer for multi-token prediction."""
 
     name: str
     architecture: str
@@ -107,3 +115,4 @@ class Family:
     gguf_order: Callable[[ModelConfig, str], RowOrder | None] = _as_stored
     gguf_space: bool = True
     gguf_pre: str | None = None
+    mtp: bool = False

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from smart_decoding.errors import ModelError
 from smart_decoding.models.families import rope
-from smart_decoding.models.families.family import GGUF_NAMES, Family, RowOrder
+from smart_decoding.models.families.family import GGUF_MTP, GGUF_NAMES, Family, RowOrder
 from smart_decoding.models.families.layer import LinearAttention
 
 if TYPE_CHECKING:
@@ -66,11 +66,8 @@ def _every(interval: int, layers: int) -> range:
 
 def _from_gguf(config: ModelConfig, metadata: Mapping[str, Any]) -> ModelConfig:
     own = f"{metadata['general.architecture']}."
-    if metadata.get(own + "nextn_predict_layers"):
-        raise ModelError(
-            "a GGUF file with layers that predict further tokens (MTP) is not supported: take the "
-            "model's file without them"
-        )
+    further = int(metadata.get(own + "nextn_predict_layers", 0))  # of MTP, counted as blocks
+    config = replace(config, layers=config.layers - further)
     value_heads = int(metadata[own + "ssm.time_step_rank"])
     linear = LinearAttention(
         key_heads=int(metadata[own + "ssm.group_count"]),
@@ -144,6 +141,8 @@ QWEN3_5 = Family(
         "ssm_dt.bias": "linear_attn.dt_bias",
         "ssm_norm": "linear_attn.norm",
         "ssm_out": "linear_attn.out_proj",
+        **GGUF_MTP,
     },
     gguf_order=_gguf_order,
+    mtp=True,
 )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,7 @@ from smart_decoding.models.families.config import (
     refuse_quantised,
     token_ids,
 )
+from smart_decoding.models.families.family import MTP
 from smart_decoding.models.families.gemma3 import GEMMA3
 from smart_decoding.models.families.gpt_oss import GPT_OSS
 from smart_decoding.models.families.llama import LLAMA
@@ -33,6 +34,8 @@ from smart_decoding.models.families.qwen_moe import QWEN3_MOE
 
 if TYPE_CHECKING:
     from smart_decoding.models.families.family import Family
+
+T = TypeVar("T")
 
 FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3, QWEN3_MOE, QWEN3_5, QWEN3_5_MOE, GEMMA3, GPT_OSS)
 _BY_NAME = {family.name: family for family in FAMILIES}
@@ -151,6 +154,14 @@ def check_tensors(config: ModelConfig, found: Mapping[str, Collection[int]], whe
     check_shapes(where, found, config.expected_shapes(), ignored, family_of(config).architecture)
 
 
+def parted(config: ModelConfig, found: Mapping[str, T]) -> tuple[dict[str, T], dict[str, T]]:
+    """Return a checkpoint's tensors in two, by name: the model's, and those of its layers for
+    multi-token prediction, where its family has them."""
+    of_mtp = {name for name in found if family_of(config).mtp and name.startswith(MTP)}
+    own = {name: each for name, each in found.items() if name not in of_mtp}
+    return own, {name: each for name, each in found.items() if name in of_mtp}
+
+
 def is_whole(config: Mapping[str, Any]) -> bool:
     """Return whether the contents of config.json are those of a model that reads images, too, and
     of which the part for text is computed here."""
@@ -160,11 +171,11 @@ def is_whole(config: Mapping[str, Any]) -> bool:
 
 def text_names(found: Collection[str]) -> dict[str, str]:
     """Return the names of such a model's tensors for text: ours -> theirs. Those of its vision
-    part, and of layers that predict further tokens, are left out."""
+    part are left out."""
     return {
         re.sub(r"^model\.language_model\.", "model.", name): name
         for name in found
-        if not name.startswith(("model.visual.", "mtp."))
+        if not name.startswith("model.visual.")
     }
 
 

@@ -12,9 +12,10 @@ from smart_decoding.kernels.weights import QuantizedTensor
 from smart_decoding.models.cpu.native_level import NativeLevel
 from smart_decoding.models.families.decoder import rotary_table
 from smart_decoding.models.heads.files import scheme_of
+from smart_decoding.models.heads.forms import MTP_LAYER
 from smart_decoding.models.heads.weights import HeadWeights, TargetWeights
 from smart_decoding.models.heads.widening import require_served_head, widened
-from smart_decoding.models.torch.head_levels import Eagle2Levels, Eagle3Levels, SteppedLevels
+from smart_decoding.models.torch.head_levels import SteppedLevels
 from smart_decoding.models.torch.layers import KVCache
 
 if TYPE_CHECKING:
@@ -60,12 +61,9 @@ class EagleHead:
             len(weights.draft_ids),
             len(files.aux_layers),
             *_formats(files),
+            *(["mtp"] if files.form == MTP_LAYER else []),
         )
-        self.levels: SteppedLevels | NativeLevel
-        if target.native:
-            self.levels = NativeLevel(weights)
-        else:
-            self.levels = (Eagle2Levels if files.fused else Eagle3Levels)(weights)
+        self.levels = NativeLevel(weights) if target.native else SteppedLevels(weights)
         self.allocate(pages + scratch_pages, positions)
 
     def allocate(self, pages: int, positions: int) -> None:

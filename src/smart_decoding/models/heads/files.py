@@ -31,6 +31,7 @@ from smart_decoding.models.checkpoints.rounding import ROUNDED, restored
 from smart_decoding.models.checkpoints.weight_files import unpickle
 from smart_decoding.models.families import rope
 from smart_decoding.models.families.config import ModelConfig, check_shapes
+from smart_decoding.models.heads.forms import EAGLE2, EAGLE3, HeadForm
 
 if TYPE_CHECKING:
     from smart_decoding.kernels.weights import Matrix
@@ -63,7 +64,7 @@ class HeadFiles:
     further ones, ordinary Llama layers, are `layers.1.*`, `layers.2.*`, ... Matrices may be quants:
     of a head of ours, as `quantization` in its config says, and of a GGUF file.
     aux_layers: layers of the target whose outputs the head reads. shape: of the head's layers.
-    fused: EAGLE-1/2, whose fc reads [embedding ; features] at every step.
+    form: how its levels compute.
     norm_before_residual: the layer's residual is the normed features, not the features.
     supports_images: it was trained with images: `visual_positions` is "decoupled" in its config."""
 
@@ -71,9 +72,14 @@ class HeadFiles:
     weights: Mapping[str, Matrix]
     aux_layers: tuple[int, ...]
     shape: ModelConfig
-    fused: bool = False
+    form: HeadForm = EAGLE3
     norm_before_residual: bool = False
     supports_images: bool = False
+
+    @property
+    def fused(self) -> bool:
+        """Whether it is of EAGLE-1/2's kind: see HeadForm."""
+        return self.form.fused
 
 
 def head_path(name: str | Path, trust_pickle: bool = False) -> Path:
@@ -237,7 +243,7 @@ def _load_published(
         kept | {"draft_ids": ids},
         aux_layers,
         shape,
-        fused,
+        EAGLE2 if fused else EAGLE3,
         # left out it is true in speculators' layout, as vLLM reads it
         bool(config.get("norm_before_residual", "speculators_model_type" in config)),
         _supports_images(folder, config),

@@ -11,7 +11,7 @@ from torch import Tensor
 from smart_decoding.kernels.weights import as_tensor
 from smart_decoding.models.checkpoints.rounding import RoundedWeights
 from smart_decoding.models.heads.files import AUX_NORM, FIRST, layer_prefixes
-from smart_decoding.models.torch.layers import LayerWeights, layer_weights
+from smart_decoding.models.torch.layers import LayerWeights, layer_weights, norm_weight
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -71,6 +71,15 @@ class HeadWeights:
         """Return the tensor, or None where the head has none of that name."""
         return self[name] if name in self.files.weights else None
 
+    def norm(self, name: str | None) -> Tensor | None:
+        """Return the weight [hidden] of a norm by its name in HeadForm; None where that is None."""
+        if name is None:
+            return None
+        shifted = self.files.shape.shifted_norms
+        return norm_weight(self.files.weights, name, self.target.dtype, shifted).to(
+            self.target.device
+        )
+
     @cached_property
     def aux_norm(self) -> Tensor | None:
         """[aux_layers * hidden] the weight of norms of what `fc` reads; None: it has none."""
@@ -93,6 +102,11 @@ class HeadWeights:
         own = self.get("embed_tokens.weight")
         return None if own is None else own.contiguous()
 
+    @property
+    def shares_output(self) -> bool:
+        """Whether the target's output matrix ranks what comes out, as it is."""
+        return self.files.fused and len(self.draft_ids) == self.target.config.vocab
+
     @cached_property
     def output(self) -> Tensor:
         """[draft, hidden] the output matrix: its own, or rows of the target's."""
@@ -104,12 +118,17 @@ class HeadWeights:
         return as_tensor(self.files.weights[name]).to(self.target.device)
 
     def layers(self) -> list[LayerWeights]:
-        """Return its layers; the first has no norm of its own at its input."""
+        """Return its layers."""
         shape = self.files.shape
         target = self.target
         return [
             layer_weights(
-                shape.layer(i), self.held, prefix, target.dtype, target.device, prefix != FIRST
+                shape.layer(i),
+                self.held,
+                prefix,
+                target.dtype,
+                target.device,
+                prefix != FIRST or self.files.form.input_norm,
             )
             for i, prefix in enumerate(layer_prefixes(shape.layers))
         ]

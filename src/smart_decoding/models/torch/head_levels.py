@@ -3,13 +3,12 @@
 EAGLE-3 (arXiv 2503.01840): q, k and v read [norm(embedding) ; norm(features)], the residual is the
 un-normalised features, and what is fed back is the output before the last norm. EAGLE-1/2: fc
 merges [embedding ; features] into the layer's input, and the target's own output matrix ranks what
-comes out. docs/eagle-heads.md has the conventions.
+comes out. `HeadForm` says which, and docs/eagle-heads.md has the conventions.
 """
 
 from __future__ import annotations
 
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
@@ -42,22 +41,28 @@ if TYPE_CHECKING:
 DEVICE_CHOOSES = True
 
 
-class SteppedLevels(ABC):
-    """What EAGLE-1/2 and EAGLE-3 share: pairs go through the layers, and the output is ranked.
+class SteppedLevels:
+    """Pairs go through the layers, and the output is ranked.
 
     kv, rotary: a head's keys and values, and its tables [positions, head_dim / 2], which it sets.
     device_chooses: what levels expand; then its kernels must read `DeviceRows`."""
 
     kv: KVCache
     rotary: tuple[Tensor, Tensor]
-    _output: Linear
-    _last_norm: Tensor | None = None  # before it
 
     def __init__(self, weights: HeadWeights) -> None:
         self._config = weights.files.shape
+        self._form = form = weights.files.form
+        self._norm_before_residual = weights.files.norm_before_residual
         self._target = target = weights.target
         self._layers = layers_on(target.device, weights.layers(), target.graphs)
         self._fc = Linear(weights["fc.weight"], weights.get("fc.bias"))
+        self._aux_norm = weights.aux_norm
+        self._norms = 1 if weights.aux_together else len(weights.files.aux_layers)
+        self._embedding_norm = weights.norm(form.embedding_norm)
+        self._features_norm = weights.norm(form.features_norm)
+        self._last_norm = weights.norm(form.last_norm)
+        self._output = _output(weights)
         self._embedding = weights.embedding
         self._draft_ids = weights.draft_ids
         self._round: list[Tensor] = []
@@ -123,14 +128,29 @@ class SteppedLevels(ABC):
         """[rows, hidden] of this round so far, which deeper levels read."""
         return torch.cat(self._round)
 
-    @abstractmethod
     def _features(self, states: Tensor) -> Tensor:
         """Return features [rows, hidden] of aux hidden states [rows, aux_layers * hidden]."""
+        if self._form.fused:
+            return rms_norm(states, self._target.final_norm, self._target.config.rms_eps)
+        if self._aux_norm is not None:
+            each = states.view(len(states), self._norms, -1)
+            normed = F.rms_norm(each, each.shape[2:], eps=self._config.rms_eps)
+            states = normed.view(states.shape) * self._aux_norm
+        return self._fc(states)
 
-    @abstractmethod
-    def _inputs(self, rows: Rows, embedded: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+    def _inputs(
+        self, rows: Rows, embedded: Tensor, features: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
         """Return the residual stream [rows, hidden], to be changed in place, and what q, k and v of
-        the first layer read."""
+        the first layer read, if not the normed stream."""
+        eps = self._config.rms_eps
+        normed = rms_norm(features, self._features_norm, eps)
+        pair = torch.cat((rms_norm(embedded, self._embedding_norm, eps), normed), dim=-1)
+        if self._form.fused:
+            x = self._fc(pair)
+            put(x, rows.mm_embeds)  # MSD: of a visual position the layer reads the embedding alone
+            return x, None if self._form.input_norm else x.clone()
+        return normed if self._norm_before_residual else features.clone(), pair
 
     def _catch_up(self, rows: Rows, parts: Sequence[FeaturePart]) -> Tensor:
         """Return the outputs [rows, hidden] of all pairs that wait."""
@@ -146,12 +166,16 @@ class SteppedLevels(ABC):
         put(embedded, rows.mm_embeds)
         x, context.inputs = self._inputs(rows, embedded, features)
         self._layers(x, context, self.kv)
-        return x
+        return self._normed(x) if self._form.feeds_back_normed else x
+
+    def _normed(self, x: Tensor) -> Tensor:
+        """Return what the output matrix reads."""
+        return rms_norm(x, self._last_norm, self._config.rms_eps)
 
     def _logits(self) -> Tensor:
         """After the rows that were run last."""
-        x = rms_norm(self._round[-1], self._last_norm, self._config.rms_eps)
-        return self._output(x)
+        x = self._round[-1]
+        return self._output(x if self._form.feeds_back_normed else self._normed(x))
 
     def _rank(self, request: LevelRequest) -> Ranked:
         return ranked(self._logits(), self._draft_ids, request, native=False)
@@ -160,45 +184,9 @@ class SteppedLevels(ABC):
         return self._target.embed(token) if self._embedding is None else self._embedding[token]
 
 
-class Eagle2Levels(SteppedLevels):
-    """EAGLE-1/2: the features are what the target's output matrix reads, and it ranks."""
-
-    def __init__(self, weights: HeadWeights) -> None:
-        super().__init__(weights)
-        assert isinstance(self._target.head, Linear)
-        self._output = self._target.head
-
-    def _features(self, states: Tensor) -> Tensor:
-        return rms_norm(states, self._target.final_norm, self._target.config.rms_eps)
-
-    def _inputs(self, rows: Rows, embedded: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
-        x = self._fc(torch.cat((embedded, features), dim=-1))
-        put(x, rows.mm_embeds)  # MSD: of a visual position the layer reads the embedding alone
-        return x, x.clone()
-
-
-class Eagle3Levels(SteppedLevels):
-    """EAGLE-3: fc makes features of several layers' states, and the head has an output matrix."""
-
-    def __init__(self, weights: HeadWeights) -> None:
-        super().__init__(weights)
-        self._aux_norm = weights.aux_norm
-        self._norms = 1 if weights.aux_together else len(weights.files.aux_layers)
-        self._input_norm = weights["midlayer.input_layernorm.weight"]
-        self._hidden_norm = weights["midlayer.hidden_norm.weight"]
-        self._norm_before_residual = weights.files.norm_before_residual
-        self._last_norm = weights["norm.weight"]
-        self._output = Linear(weights.output)
-
-    def _features(self, states: Tensor) -> Tensor:
-        if self._aux_norm is not None:
-            each = states.view(len(states), self._norms, -1)
-            normed = F.rms_norm(each, each.shape[2:], eps=self._config.rms_eps)
-            states = normed.view(states.shape) * self._aux_norm
-        return self._fc(states)
-
-    def _inputs(self, rows: Rows, embedded: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
-        eps = self._config.rms_eps
-        normed = rms_norm(features, self._hidden_norm, eps)
-        inputs = torch.cat((rms_norm(embedded, self._input_norm, eps), normed), dim=-1)
-        return normed if self._norm_before_residual else features.clone(), inputs
+def _output(weights: HeadWeights) -> Linear:
+    """Return the output matrix: the target's, or one of the head's own tokens."""
+    if not weights.shares_output:
+        return Linear(weights.output)
+    assert isinstance(weights.target.head, Linear)
+    return weights.target.head
