@@ -153,6 +153,7 @@ class ReferenceHead:
         self.theta = layer.get("rope_theta", 10_000.0)
         self.eps = layer.get("rms_norm_eps", 1e-6)
         self.normed_residual = norm_before_residual
+        self.feeds_back_normed = config.get("norm_output", False)
         self.model = model
         states, last = inputs_of_layers(model, prompt[:-1])
         self.true = last if self.one else self.features([states[i] for i in entries])
@@ -174,7 +175,8 @@ class ReferenceHead:
         tokens = self.prompt[1:]
         out = self.layer(features, tokens)
         for token in drafted:
-            features, tokens = torch.cat((features, out[-1:])), [*tokens, token]
+            last = self.norm(out[-1:], "norm.weight") if self.feeds_back_normed else out[-1:]
+            features, tokens = torch.cat((features, last)), [*tokens, token]
             out = self.layer(features, tokens)
         if self.one:
             return (self.model.get_output_embeddings().weight.detach() @ out[-1]).softmax(-1)

@@ -60,7 +60,7 @@ NAMES = {
     "mlp.down_proj": "blk.0.ffn_down",
 }
 # what llama.cpp's converter takes: no norms of each state, none of queries and keys
-CONVERTED = [name for name in HEADS if "0.9" not in name]
+CONVERTED = [name for name in HEADS if "0.9" not in name and "3.1" not in name]
 USUAL = "AngelSlim Qwen3-1.7B"
 
 

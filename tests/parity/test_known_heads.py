@@ -275,6 +275,7 @@ SPECFORGE = {
     "experts_per_token": 4,
     "draft_vocab_size": DRAFT,  # 32000
 }
+EAGLE_31 = {**SPECFORGE, "fc_norm": True, "norm_output": True}  # of SpecForge and speculators
 NVIDIA_V3 = {
     **SPECFORGE,
     "eagle_config": {
@@ -347,6 +348,12 @@ HEADS = {
         (2, 3, 6),
     ),
     "SpecForge gpt-oss": Known("gpt-oss", SPECFORGE, tensors_of(SPECFORGE, "midlayer."), (2, 3, 6)),
+    "EAGLE 3.1 gpt-oss-20b": Known(
+        "gpt-oss",
+        EAGLE_31,
+        normed_each(tensors_of(EAGLE_31, "midlayer.")),
+        (2, 3, 6),
+    ),
     "NVIDIA gpt-oss, third version": Known(
         "gpt-oss",
         NVIDIA_V3,
@@ -372,7 +379,7 @@ def test_proposals_are_those_of_the_conventions(
     decoder = Decoder(checkpoint.config, checkpoint.weights, torch.float32, CPU, PAGES, 128, native)
     run = Drafting(decoder, EagleHead(files, decoder, PAGES, SCRATCH, 128), PROMPTS[0])
     layer = {"head_dim": 16, **known.config.get("transformer_layer_config", known.config)}
-    layer |= layer.get("rope_parameters", {})
+    layer |= layer.get("rope_parameters", {}) | {"norm_output": known.config.get("norm_output")}
     tokens = list(PROMPTS[0])
 
     def reference() -> ReferenceHead:
@@ -430,7 +437,9 @@ def test_answers_are_those_of_plain_decoding(
             assert drafts(llm) > before
 
 
-@pytest.mark.parametrize("name", ["RedHatAI gpt-oss-120b", "speculators 0.9, fc_norm"])
+@pytest.mark.parametrize(
+    "name", ["RedHatAI gpt-oss-120b", "speculators 0.9, fc_norm", "EAGLE 3.1 gpt-oss-20b"]
+)
 def test_a_head_is_written_as_it_was_read(name: str, targets: Any, tmp_path: Path) -> None:
     """But training cannot start from it."""
     known = HEADS[name]
@@ -439,6 +448,7 @@ def test_a_head_is_written_as_it_was_read(name: str, targets: Any, tmp_path: Pat
     write_head(files, checkpoint, "speculators", tmp_path / "b")
     again = load_head(tmp_path / "b", checkpoint.config)
     assert (again.aux_layers, again.norm_before_residual) == (known.layers, known.normed)
+    assert again.form == files.form
     assert again.shape == replace(files.shape, max_positions=again.shape.max_positions)
     assert again.weights.keys() == files.weights.keys()
     assert all(torch.equal(again.weights[key], weight) for key, weight in files.weights.items())

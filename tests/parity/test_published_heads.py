@@ -237,7 +237,6 @@ BROKEN: list[tuple[dict[str, Any], dict[str, Tensor], str]] = [
     ({**EAGLE3, "hidden_size": 32}, TENSORS, "hidden_size 32, but the model has 64"),
     ({**EAGLE3, "hidden_act": "gelu"}, TENSORS, "hidden_act 'gelu'"),
     ({**SPECULATORS, "norm_before_fc": True}, eagle3_tensors("layers.0."), "lacks .* input_norm"),
-    ({**SPECULATORS, "norm_output": True}, {}, r"norm_output \(EAGLE 3.1\).* without it"),
     ({**SPECULATORS, "speculators_model_type": "dflash"}, {}, "holds DFlash, .* an EAGLE head"),
     ({**SPECULATORS, "speculators_model_type": "peagle"}, {}, "holds P-EAGLE, .* an EAGLE head"),
     ({**EAGLE3, "architectures": ["DFlashDraftModel"]}, {}, "holds DFlash, .* an EAGLE head"),

@@ -63,9 +63,14 @@ def form_of(files: HeadFiles) -> Form:
             f"training cannot start from a head of {files.shape.layers} layers: it takes one"
         )
     weights = files.weights
-    if AUX_NORM in weights or files.shape.qk_norm:
-        which = "norm_before_fc" if AUX_NORM in weights else "norms of queries and keys"
-        raise ModelError(f"training cannot start from a head with {which}: take one without")
+    further = {
+        "norm_before_fc": AUX_NORM in weights,
+        "norm_output": files.form.feeds_back_normed,
+        "norms of queries and keys": files.shape.qk_norm,
+    }
+    for which, has in further.items():
+        if has:
+            raise ModelError(f"training cannot start from a head with {which}: take one without")
     return Form(
         files.shape,
         len(files.aux_layers),

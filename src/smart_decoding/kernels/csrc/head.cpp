@@ -465,7 +465,7 @@ extern "C" int32_t smart_draft_level(const Head* h, const Rows* in, const Level*
     const int32_t refused = dispatch_types(*h->layers, w_bf16, kv_bf16, [&](auto* type) {
         typedef std::remove_pointer_t<decltype(type)> W;
         static thread_local WorkspaceMemory memory;
-        if (h->fused || h->layer_count > 1) {
+        if (h->fused || h->layer_count > 1 || h->feeds_back_normed) {
             status = SteppedLevel<W>(*h, *in, *v, threads, memory).run(keys, values, pages);
             return;
         }

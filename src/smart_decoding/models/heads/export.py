@@ -118,6 +118,7 @@ def _eagle3(files: HeadFiles, checkpoint: Checkpoint) -> tuple[dict[str, Tensor]
         "draft_vocab_size": len(files.weights["draft_ids"]),
         "norm_before_residual": files.norm_before_residual,
         "norm_before_fc": AUX_NORM in files.weights,
+        "norm_output": files.form.feeds_back_normed,
         # vLLM: layers whose inputs are read
         "eagle_aux_hidden_state_layer_ids": list(files.aux_layers),
         "eagle_config": {  # SGLang: layers whose outputs are read
@@ -143,6 +144,7 @@ def _speculators(
         "draft_vocab_size": len(files.weights["draft_ids"]),
         "norm_before_residual": files.norm_before_residual,
         "norm_before_fc": AUX_NORM in files.weights,
+        "norm_output": files.form.feeds_back_normed,
         "fc_norm": "fc_norm.0.weight" in files.weights,
         "target_hidden_size": None,  # that of the head
         "eagle_aux_hidden_state_layer_ids": list(files.aux_layers),

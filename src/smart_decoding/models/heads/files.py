@@ -243,7 +243,7 @@ def _load_published(
         kept | {"draft_ids": ids},
         aux_layers,
         shape,
-        EAGLE2 if fused else EAGLE3,
+        EAGLE2 if fused else replace(EAGLE3, feeds_back_normed=bool(config.get("norm_output"))),
         # left out it is true in speculators' layout, as vLLM reads it
         bool(config.get("norm_before_residual", "speculators_model_type" in config)),
         _supports_images(folder, config),
@@ -354,11 +354,6 @@ def _refuse_options(folder: Path, config: Mapping[str, Any]) -> None:
     for part, other in _OTHERS.items():
         if part in names:
             raise ModelError(f"{folder} holds {other}, which is not supported: take an EAGLE head")
-    if config.get("norm_output"):
-        raise ModelError(
-            f"the head in {folder} has norm_output (EAGLE 3.1), which is not supported: take one "
-            "without it"
-        )
     if config.get("quantization_config"):
         raise ModelError(
             f"the head in {folder} is quantised (quantization_config), which is not supported: "
