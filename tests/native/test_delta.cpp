@@ -62,8 +62,8 @@ struct TinyDelta {
             for (int c = 0; c < channels(); c++) {
                 for (int tap = 0; tap < kernel; tap++)
                     if (r + tap + 1 >= kernel)
-                        qkv[c] += convolution[tap * channels() + c]
-                                  * x[(r + tap + 1 - kernel) * all + c];
+                        qkv[c] +=
+                            convolution[tap * channels() + c] * x[(r + tap + 1 - kernel) * all + c];
                 qkv[c] = silu(qkv[c]);
             }
             for (int h = 0; h < 2 * key_heads; h++) normalise(&qkv[h * key_dim]);
@@ -109,8 +109,8 @@ struct TinyMemory {
     TinyCache cache;
 
     States of(int64_t layers, int64_t room) {
-        return {int64_t(waiting.size()), layers,        room, states.data(),
-                inputs.data(),           waiting.data()};
+        return {int64_t(waiting.size()), layers,        room,
+                states.data(),           inputs.data(), waiting.data()};
     }
 };
 
@@ -232,8 +232,7 @@ struct Conversation {
 };
 
 void add(Batch& batch, const Conversation& c, int64_t first, int64_t end) {
-    for (int64_t i = first; i < end; i++)
-        batch.row(c.tokens[i], i, slot_of(c.pages, i), i + 1);
+    for (int64_t i = first; i < end; i++) batch.row(c.tokens[i], i, slot_of(c.pages, i), i + 1);
 }
 
 // Logits of a request's last token, by itself and token by token.
@@ -351,10 +350,9 @@ void one_hybrid(uint64_t seed, bool bf16) {
     const Forwarded whole = run(h, memory, prompts, slots_of(all), threads());
     for (size_t i = 0; i < all.size(); i++) {
         const Doubles expected = h.logits(all[i].tokens);
-        check::near_rows("logits", expected.data(),
-                         &whole.logits[prompts.query_start_loc[i] * vocab],
-                         int64_t(all[i].tokens.size()), vocab,
-                         (bf16 ? 5 : 2) * h.model.precision.tolerance);
+        check::near_rows(
+            "logits", expected.data(), &whole.logits[prompts.query_start_loc[i] * vocab],
+            int64_t(all[i].tokens.size()), vocab, (bf16 ? 5 : 2) * h.model.precision.tolerance);
     }
 
     // In chunks, and token by token; and of nobody who keeps a state.

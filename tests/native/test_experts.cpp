@@ -131,8 +131,8 @@ std::vector<float> run(const TinyMixture& m, std::vector<float> x, bool bf16, in
         mixture(rows
                 * (layer.experts + layer.shared
                    + (layer.per_token + layer.shared) * (layer.hidden + 2)));
-    const Workspace workspace{normed.data(), qkv.data(),     attended.data(),
-                              ffn.data(),    mixture.data(), awake, nullptr};
+    const Workspace workspace{normed.data(),  qkv.data(), attended.data(), ffn.data(),
+                              mixture.data(), awake,      nullptr};
     const int32_t status = smart_layers(&layer, 1, &in, nullptr, x.data(), cache.keys(),
                                         cache.values(), rows, &workspace, bf16, bf16, threads);
     check::same("status", 0, status);

@@ -294,8 +294,17 @@ void refused() {
     model.layers = layers.data();
     const Rows rows = m.rows(batch);
     int64_t best;
-    const Pass pass{batch.token.data(), nullptr, nullptr, nullptr, nullptr, nullptr,
-                    &best,              nullptr, 1,       0,       nullptr};
+    const Pass pass{batch.token.data(),
+                    nullptr,
+                    nullptr,
+                    nullptr,
+                    nullptr,
+                    nullptr,
+                    &best,
+                    nullptr,
+                    1,
+                    0,
+                    nullptr};
     check::that(smart_forward(&model, &rows, &pass, 1) != 0, "head_dim 48 is refused");
     layers[0] = m.structs[0];
     layers[0].heads = 33;  // a block of rows has room for 32 queries

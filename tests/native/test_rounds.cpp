@@ -149,7 +149,8 @@ void one_round(uint64_t seed, int head_dim, bool bf16) {
     const bool with_aux = random.chance(0.7);
     const Pass pass{
         nullptr,       nullptr, nullptr, aux.data(), with_aux ? aux_hidden.data() : nullptr,
-        logits.data(), nullptr, nullptr, 0,          with_aux ? 1 : 0, nullptr};
+        logits.data(), nullptr, nullptr, 0,          with_aux ? 1 : 0,
+        nullptr};
     const Model model = m.model(cache);
     const int32_t status = smart_round(&model, &round, &pass, int(random.between(1, 3)));
 

@@ -5,8 +5,8 @@
 // with a head's state S [key_dim, value_dim]. Its columns are independent: a thread takes COLUMNS
 // of them and walks through all rows of a request. A prompt's rows change the block of the state
 // where it lies. A tree's nodes go depth first, by one block for each depth, and leave the state as
-// it is. Each row goes through the same operations in the same order in any company, so its bits tell
-// neither what was drafted nor how a prompt was cut.
+// it is. Each row goes through the same operations in the same order in any company, so its bits
+// tell neither what was drafted nor how a prompt was cut.
 //
 // A row's outer product is added while the next one is multiplied with the state, so that a block
 // is read once for each row. S^T q after that sum is keep (S^T q) + (k q) delta before it.
@@ -168,8 +168,15 @@ struct Recurrence {
 
     Recurrence(const Layer& l, const DeltaRows& rows_, int count_, const Workspace& workspace,
                const DeltaMemory& memory_)
-        : w(*l.delta), sizes(w), rows(rows_), count(count_), memory(memory_),
-          products(workspace.qkv), rates(workspace.delta), out(workspace.attention), eps(l.eps) {
+        : w(*l.delta),
+          sizes(w),
+          rows(rows_),
+          count(count_),
+          memory(memory_),
+          products(workspace.qkv),
+          rates(workspace.delta),
+          out(workspace.attention),
+          eps(l.eps) {
         const int64_t all = rows.all;
         keep = workspace.delta + int64_t(count) * 2 * w.value_heads;
         learn = keep + all * w.value_heads;
@@ -464,8 +471,9 @@ void smart_advance(const Model* m, const float* nodes, int64_t count, int64_t re
         const int64_t* next = path;
         for (int64_t i = 0; i < requests; next += accepted[i++])
             for (int64_t j = 0; states[i] >= 0 && j < accepted[i]; j++)
-                memcpy(s.inputs + ((states[i] * s.layers + layer) * slot_rows + w.kernel - 1 + j)
-                                      * sizes.inputs,
+                memcpy(s.inputs
+                           + ((states[i] * s.layers + layer) * slot_rows + w.kernel - 1 + j)
+                                 * sizes.inputs,
                        nodes + (layer * count + next[j]) * sizes.inputs,
                        sizes.inputs * sizeof(float));
     }

@@ -93,8 +93,8 @@ struct DeltaMemory {
 // Floats of Workspace's `delta`. all: of DeltaRows.
 static inline int64_t delta_floats(const Delta& w, int64_t rows, int64_t all) {
     const DeltaSizes sizes(w);
-    return rows * 2 * w.value_heads
-           + all * (sizes.stride + 2 * w.value_heads + w.key_heads) + COLUMNS;
+    return rows * 2 * w.value_heads + all * (sizes.stride + 2 * w.value_heads + w.key_heads)
+           + COLUMNS;
 }
 
 // What linear attention makes of each row, [rows, values], into Workspace's `attention`, by a whole

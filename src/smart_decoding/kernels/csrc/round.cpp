@@ -203,9 +203,8 @@ void commit(const Round& r, const RoundRows& rows, const Model& m, const Pass& p
         smart_advance(&m, pass.nodes, r.nodes, r.requests, r.states, nodes.data(), r.accepted,
                       threads);
     if (from.empty()) return;
-    smart_move_kv(m.keys, m.values, attention_layers(m) * r.kv_heads, m.pages,
-                  int32_t(r.head_dim), m.kv_bf16 ? 2 : 4, from.data(), to.data(),
-                  int32_t(from.size()));
+    smart_move_kv(m.keys, m.values, attention_layers(m) * r.kv_heads, m.pages, int32_t(r.head_dim),
+                  m.kv_bf16 ? 2 : 4, from.data(), to.data(), int32_t(from.size()));
 }
 
 }  // namespace
