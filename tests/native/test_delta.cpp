@@ -10,6 +10,7 @@ namespace {
 // A layer's linear attention, in place of its attention.
 struct TinyDelta {
     int key_heads, value_heads, key_dim, value_dim, kernel;
+    bool tiled;
     std::vector<float> products, rates, convolution, decay, bias, norm, output;
     Blob products_blob, rates_blob, output_blob;
     Delta delta;
@@ -19,7 +20,8 @@ struct TinyDelta {
           value_heads(shape.value_heads),
           key_dim(shape.key_dim),
           value_dim(shape.value_dim),
-          kernel(shape.kernel) {
+          kernel(shape.kernel),
+          tiled(shape.tiled) {
         products = matrix(random, channels() + values(), hidden, bf16, 1.5);
         rates = matrix(random, 2 * value_heads, hidden, bf16, 2);
         output = matrix(random, hidden, values(), bf16, 1.5);
@@ -68,7 +70,8 @@ struct TinyDelta {
             }
             for (int h = 0; h < 2 * key_heads; h++) normalise(&qkv[h * key_dim]);
             for (int h = 0; h < value_heads; h++) {
-                const double* q = &qkv[h / (value_heads / key_heads) * key_dim];
+                const int key_head = tiled ? h % key_heads : h / (value_heads / key_heads);
+                const double* q = &qkv[key_head * key_dim];
                 const double *k = q + keys(), *v = &qkv[2 * keys() + h * value_dim];
                 const double decayed = rate[r * 2 * value_heads + h] + bias[h],
                              learn = rate[r * 2 * value_heads + value_heads + h];
@@ -133,6 +136,7 @@ struct TinyHybrid {
         shape.key_dim = random.of({4, 8, 12, 32, 36});
         shape.value_dim = random.of({2, 8, 12, 16, 18, 40});
         shape.kernel = random.of({2, 3, 4, 4, 4, 8});
+        shape.tiled = random.chance(0.4);
         const size_t attention = random.below(model.layers.size());
         for (size_t i = 0; i < model.layers.size(); i++) {
             deltas.emplace_back();
@@ -146,7 +150,8 @@ struct TinyHybrid {
         return model.shape.text() + ", " + std::to_string(linear) + " linear of "
                + std::to_string(deltas.size()) + " layers, heads " + std::to_string(shape.key_heads)
                + "/" + std::to_string(shape.value_heads) + " of " + std::to_string(shape.key_dim)
-               + "/" + std::to_string(shape.value_dim) + ", kernel " + std::to_string(shape.kernel);
+               + "/" + std::to_string(shape.value_dim) + ", kernel " + std::to_string(shape.kernel)
+               + (shape.tiled ? ", tiled" : "");
     }
     int64_t inputs() const {
         const int64_t keys = int64_t(shape.key_heads) * shape.key_dim;

@@ -58,10 +58,11 @@ struct Rows {  // the rows (tokens) of a forward; each request has one at least
 
 // Linear attention by the gated delta rule, in place of a layer's attention: a state [key_dim,
 // value_dim] for each value head. Of value heads, as many as there are for each key head lie next
-// to each other. Channels: 2 key_heads key_dim + value_heads value_dim, of q, k and v.
+// to each other; tiled: the first ones of all key heads come first, then the second ones. Channels:
+// 2 key_heads key_dim + value_heads value_dim, of q, k and v.
 struct Delta {
     int32_t key_heads, value_heads, key_dim, value_dim;
-    int32_t kernel;            // inputs of the convolution
+    int32_t kernel, tiled;     // kernel: inputs of the convolution
     const float* convolution;  // [kernel, channels], of the oldest input first
     // [value_heads] what the exponents of decay are multiplied with, negative, and their bias
     const float *decay, *bias;

@@ -224,10 +224,9 @@ private:
     // q, k and v of a row's key head, normed, and what its value heads keep and learn.
     void mix_head(int32_t row, int64_t head) const {
         const bool waits = row >= count;  // then only the state is asked for
-        const int64_t dim = w.key_dim, first = head * sizes.each;
+        const int64_t dim = w.key_dim;
         float *to = mixed + row * sizes.stride, *q = to + head * dim, *k = q + sizes.keys;
         convolve(row, sizes.keys + head * dim, dim);
-        convolve(row, 2 * sizes.keys + first * w.value_dim, sizes.each * w.value_dim);
         normalise(k, 1.0f);
         if (!waits) {
             convolve(row, head * dim, dim);
@@ -236,8 +235,9 @@ private:
         }
         const float* rate =
             waits ? source(row, w.kernel - 1) + sizes.channels : rates + row * 2 * w.value_heads;
-        for (int64_t h = first; h < first + sizes.each; h++) {
-            const int64_t at = row * w.value_heads + h;
+        for (int64_t i = 0; i < sizes.each; i++) {
+            const int64_t h = sizes.value_head(head, i), at = row * w.value_heads + h;
+            convolve(row, 2 * sizes.keys + h * w.value_dim, w.value_dim);
             keep[at] = std::exp(w.decay[h] * softplus(rate[h] + w.bias[h]));
             learn[at] = 1.0f / (1.0f + std::exp(-rate[w.value_heads + h]));
         }
@@ -334,7 +334,7 @@ private:
     // Of a row, what its key and value say of a block, from the sums `found` and `out`; the outer
     // product that it adds is returned.
     Outer rule(int32_t row, int64_t head, int64_t column, const vf* found, vf* sum) const {
-        const int64_t key_head = head / sizes.each, at = row * w.value_heads + head;
+        const int64_t key_head = sizes.key_head(head), at = row * w.value_heads + head;
         const float* mine = mixed + row * sizes.stride;
         Outer outer;
         outer.keep = keep[at];
@@ -359,7 +359,7 @@ private:
     // scratch: this thread's; its first block is the state of rows that have none.
     void walk_block(const DeltaRows::Request& r, int64_t item, float* scratch) const {
         const int64_t head = item / sizes.blocks, column = item % sizes.blocks * COLUMNS;
-        const int64_t key_head = head / sizes.each, dim = w.key_dim;
+        const int64_t key_head = sizes.key_head(head), dim = w.key_dim;
         const States& s = *memory.states;
         float* state = scratch;
         if (r.slot >= 0)
@@ -400,7 +400,7 @@ private:
         vf found[Outer::VECTORS], sum[Outer::VECTORS];
         for (int32_t i = r.first_node; i < r.end_node; i++) {
             const auto [row, depth, first] = rows.nodes[i];
-            const float* q = mixed + row * sizes.stride + head / sizes.each * dim;
+            const float* q = mixed + row * sizes.stride + sizes.key_head(head) * dim;
             const float* k = q + sizes.keys;
             if (first && depth > 1)
                 pass<true, true, false>(below(depth - 2), below(depth - 1), dim, outer[depth - 1],

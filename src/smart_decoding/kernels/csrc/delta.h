@@ -9,7 +9,8 @@ namespace [[gnu::visibility("hidden")]] smart {
 constexpr int MOST_INPUTS = 8;  // of a convolution
 
 struct DeltaSizes {
-    int64_t each;  // value heads of a key head
+    int64_t each;   // value heads of a key head
+    int64_t tiles;  // key heads, where value heads are tiled; else 0
     int64_t keys, values, channels;
     int64_t inputs;  // what is kept of a row: channels, and rates
     // From a row of mixed channels to the next one: an odd number of cache lines. Else a head's
@@ -20,6 +21,7 @@ struct DeltaSizes {
 
     explicit DeltaSizes(const Delta& w)
         : each(w.value_heads / w.key_heads),
+          tiles(w.tiled ? w.key_heads : 0),
           keys(int64_t(w.key_heads) * w.key_dim),
           values(int64_t(w.value_heads) * w.value_dim),
           channels(2 * keys + values),
@@ -28,6 +30,11 @@ struct DeltaSizes {
           blocks((w.value_dim + COLUMNS - 1) / COLUMNS),
           block(int64_t(w.key_dim) * COLUMNS),
           state(w.value_heads * blocks * block) {}
+
+    int64_t key_head(int64_t head) const { return tiles ? head % tiles : head / each; }
+    int64_t value_head(int64_t key_head, int64_t i) const {
+        return tiles ? i * tiles + key_head : key_head * each + i;
+    }
 };
 
 // That of the first layer that has it; null: none has.

@@ -13,7 +13,7 @@ import re
 import shutil
 import struct
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -182,6 +182,8 @@ def _convert(
     factors = None if rope_factors is None else np.asarray(rope_factors.data, np.float32)
     config = config_from_gguf(metadata, tensors.keys(), factors)
     check(config)
+    if stored and config.linear is not None:  # columns of quants cannot be brought into an order
+        config = replace(config, linear=replace(config.linear, tiled=True))
     index = _index(config, tensors, parts)
     shapes = {name: tuple(entry["shape"]) for name, entry in index.items()}
     own, _ = parted(config, shapes)

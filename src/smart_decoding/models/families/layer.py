@@ -81,13 +81,15 @@ class LinearAttention:
     each value head, [key_dim, value_dim], in place of keys and values.
 
     q, k and v go through a causal convolution over each channel's last `kernel` inputs. A key head
-    serves as many value heads, next to each other, as there are for each."""
+    serves as many value heads, next to each other, as there are for each. tiled: the first value
+    heads of all key heads come first, then the second ones, as GGUF files have them."""
 
     key_heads: int
     value_heads: int
     key_dim: int
     value_dim: int
     kernel: int
+    tiled: bool = False
 
     @property
     def keys(self) -> int:

@@ -21,6 +21,7 @@ _ROTARY = 0.25  # the part of a head that rotates, where a file does not say it
 _BY_VALUE_HEAD = (
     *("attn_gate.weight", "ssm_alpha.weight", "ssm_beta.weight", "ssm_a", "ssm_dt.bias"),
 )
+_TILED = "linear_value_heads_tiled"  # our own entry: quants of a GGUF file keep its order
 _KINDS = ("linear_attention", "full_attention")
 
 
@@ -54,6 +55,7 @@ def _from_hf(config: ModelConfig, source: Mapping[str, Any]) -> ModelConfig:
         key_dim=int(source["linear_key_head_dim"]),
         value_dim=int(source["linear_value_head_dim"]),
         kernel=int(source["linear_conv_kernel_dim"]),
+        tiled=bool(source.get(_TILED)),
     )
     attention = [number for number, kind in enumerate(kinds) if kind == _KINDS[1]]
     return _as_computed(config, linear, attention, int(config.head_dim * part))
@@ -92,6 +94,7 @@ def _to_hf(config: ModelConfig) -> dict[str, Any]:
         "linear_key_head_dim": linear.key_dim,
         "linear_value_head_dim": linear.value_dim,
         "linear_conv_kernel_dim": linear.kernel,
+        **({_TILED: True} if linear.tiled else {}),
         "rope_scaling": None,
         "rope_parameters": {
             "rope_type": "default",
@@ -109,7 +112,7 @@ def _gguf_order(config: ModelConfig, name: str) -> RowOrder | None:
     each = linear.value_heads // linear.key_heads
     heads = (each, linear.key_heads, -1)
     part = name.partition(".")[2].partition(".")[2]
-    if each == 1:
+    if each == 1 or linear.tiled:
         return None
     if part in ("attn_qkv.weight", "ssm_conv1d.weight"):
         return RowOrder(heads, (0, 1), first=2 * linear.keys)

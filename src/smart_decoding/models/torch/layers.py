@@ -309,6 +309,7 @@ class NativeLayers:
             key_dim=w.shape.key_dim,
             value_dim=w.shape.value_dim,
             kernel=w.shape.kernel,
+            tiled=w.shape.tiled,
             rates=rates.struct,
             **{name: pointer(getattr(w, name)) for name in _OF_DELTA},
         )

@@ -249,10 +249,9 @@ def mix(
     mixed = _convolved(new, w.convolution, steps, inputs)
     q, k, v = torch.split(mixed, [shape.keys, shape.keys, shape.values], dim=1)
     each = shape.value_heads // shape.key_heads
-    q, k = (
-        _normed(part.view(len(x), shape.key_heads, -1)).repeat_interleave(each, dim=1)
-        for part in (q, k)
-    )
+    heads = torch.arange(shape.value_heads, device=x.device)
+    heads = heads % shape.key_heads if shape.tiled else heads // each  # a key head for each
+    q, k = (_normed(part.view(len(x), shape.key_heads, -1))[:, heads] for part in (q, k))
     q = q * shape.key_dim**-0.5
     v = v.view(len(x), shape.value_heads, -1)
     decay, learn = rates.float().chunk(2, dim=1)
