@@ -22,7 +22,13 @@ def measured(device: torch.device, max_positions: int = 8192, seqs: int = 64) ->
     """Every point of a profile, as a GPU would take that reads weights in 4.5 ms and multiplies
     33,000 rows a second."""
     target: Any = SimpleNamespace(
-        device=device, max_positions=max_positions, steps=BUCKETS, native=None
+        experts=None,
+        states=0,
+        vocab=32,
+        device=device,
+        max_positions=max_positions,
+        steps=BUCKETS,
+        native=None,
     )
     found = []
     for point in _points(target, None, PAGES, seqs):

@@ -145,7 +145,7 @@ def test_a_row_costs_what_its_own_context_takes(trace):
     observed = []
 
     class Watched(StepCosts):
-        def verify(self, rows, context, beyond=0.0):
+        def verify(self, rows, context, beyond=0.0, experts=0.0):
             observed.append((rows, context, beyond))
             return super().verify(rows, context, beyond)
 

@@ -73,7 +73,9 @@ class World(Sampler):
     ) -> None:
         self.decoder = decoder(name, True, dtype, MROPE if any(pictures) else ())
         self.rounds: list[NativeRound] = []
-        self.native = SimpleNamespace(verify=self._counted) if whole else None
+        self.native = None
+        if whole:  # without recurrent states
+            self.native = SimpleNamespace(verify=self._counted, advance_after=lambda rows: None)
         pool = PagePool(PAGES)
         self.requests = [
             Request(

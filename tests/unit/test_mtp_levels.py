@@ -172,4 +172,5 @@ def test_quants_draft_as_their_expanded_file(tmp_path: Path) -> None:
     ]
     a, b = drafts
     assert a.token.tolist() == b.token.tolist()
-    assert np.array_equal(a.draft_prob, b.draft_prob)
+    # value heads of quants stay in the file's order, and sums over them with them
+    np.testing.assert_allclose(a.draft_prob, b.draft_prob, rtol=1e-4)
