@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from smart_decoding.models.families.layer import Experts, FeedForward
+
 if TYPE_CHECKING:
     from smart_decoding.models.families.config import ModelConfig
 
@@ -87,8 +89,8 @@ class Family:
     architecture of checkpoints that have such a model as their part for text. gguf: its name in
     GGUF metadata; None: no such file is read. gguf_alias: another one, Ollama's. activations: its
     `hidden_act`, the first one where it is written. theta: RoPE's base where a file does not say
-    it. options, gguf_options: options that reading.py
-    refuses of other families. quantisations: methods of quantised safetensors that are read.
+    it. options, gguf_options: options that reading.py refuses of other families. quantisations:
+    methods of quantised safetensors that are read.
     from_hf: completes the common configuration by the contents of config.json. from_gguf: the same
     by the metadata. to_hf: entries of config.json in addition to the common ones, or in their
     place. gguf_names: names of a layer's tensors in GGUF files, and in safetensors, which have a
@@ -116,3 +118,26 @@ class Family:
     gguf_space: bool = True
     gguf_pre: str | None = None
     mtp: bool = False
+
+
+def experts_from_hf(source: Mapping[str, Any]) -> Experts:
+    """Return the experts of a Qwen by its config.json."""
+    # transformers 5 writes num_local_experts
+    count = source["num_experts"] if "num_experts" in source else source["num_local_experts"]
+    return Experts(
+        count=int(count),
+        per_token=int(source["num_experts_per_tok"]),
+        normalised=bool(source.get("norm_topk_prob", False)),
+        each=FeedForward(int(source["moe_intermediate_size"]), gelu=False),
+    )
+
+
+def experts_from_gguf(metadata: Mapping[str, Any]) -> Experts:
+    """Return the experts of a Qwen by its GGUF file."""
+    own = f"{metadata['general.architecture']}.expert_"
+    return Experts(
+        count=int(metadata[own + "count"]),
+        per_token=int(metadata[own + "used_count"]),
+        normalised=True,  # as llama.cpp runs them
+        each=FeedForward(int(metadata[own + "feed_forward_length"]), gelu=False),
+    )

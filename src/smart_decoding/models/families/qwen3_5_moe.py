@@ -8,54 +8,39 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from smart_decoding.errors import ModelError
-from smart_decoding.models.families.family import GGUF_EXPERTS, GGUF_SHARED
-from smart_decoding.models.families.layer import Experts, FeedForward
+from smart_decoding.models.families.family import (
+    GGUF_EXPERTS,
+    GGUF_SHARED,
+    experts_from_gguf,
+    experts_from_hf,
+)
 from smart_decoding.models.families.qwen3_5 import QWEN3_5
 
 if TYPE_CHECKING:
     from smart_decoding.models.families.config import ModelConfig
+    from smart_decoding.models.families.layer import Experts
 
 
-def _with_experts(
-    config: ModelConfig, count: Any, per_token: Any, width: Any, shared_width: Any
-) -> ModelConfig:
+def _with_experts(config: ModelConfig, experts: Experts, shared_width: Any) -> ModelConfig:
     """Raises ModelError for a shared network of another width than the experts'."""
-    if int(shared_width) != int(width):
+    if int(shared_width) != experts.each.width:
         raise ModelError(
-            f"a shared expert of {shared_width} gates beside experts of {width} is not supported"
+            f"a shared expert of {shared_width} gates beside experts of {experts.each.width} is "
+            "not supported"
         )
-    experts = Experts(
-        count=int(count),
-        per_token=int(per_token),
-        normalised=True,
-        each=FeedForward(int(width), gelu=False),
-        stacked="in halves",
-        shared=True,
-    )
-    return replace(config, experts=experts)
+    shared = replace(experts, normalised=True, stacked="in halves", shared=True)
+    return replace(config, experts=shared)
 
 
 def _from_hf(config: ModelConfig, source: Mapping[str, Any]) -> ModelConfig:
-    return _with_experts(
-        QWEN3_5.from_hf(config, source),
-        # transformers 5 writes num_local_experts
-        source["num_experts"] if "num_experts" in source else source["num_local_experts"],
-        source["num_experts_per_tok"],
-        source["moe_intermediate_size"],
-        source["shared_expert_intermediate_size"],
-    )
+    width = source["shared_expert_intermediate_size"]
+    return _with_experts(QWEN3_5.from_hf(config, source), experts_from_hf(source), width)
 
 
 def _from_gguf(config: ModelConfig, metadata: Mapping[str, Any]) -> ModelConfig:
-    own = "qwen35moe.expert_"
-    width = metadata[own + "feed_forward_length"]
-    return _with_experts(
-        QWEN3_5.from_gguf(config, metadata),
-        metadata[own + "count"],
-        metadata[own + "used_count"],
-        width,
-        metadata.get(own + "shared_feed_forward_length", width),
-    )
+    experts = experts_from_gguf(metadata)
+    width = metadata.get("qwen35moe.expert_shared_feed_forward_length", experts.each.width)
+    return _with_experts(QWEN3_5.from_gguf(config, metadata), experts, width)
 
 
 def _to_hf(config: ModelConfig) -> dict[str, Any]:

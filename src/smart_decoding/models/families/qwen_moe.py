@@ -7,19 +7,16 @@ from dataclasses import replace
 from typing import Any
 
 from smart_decoding.models.families.config import ModelConfig, windows_from_hf
-from smart_decoding.models.families.family import GGUF_EXPERTS, GGUF_NAMES, Family
-from smart_decoding.models.families.layer import Experts, FeedForward
+from smart_decoding.models.families.family import (
+    GGUF_EXPERTS,
+    GGUF_NAMES,
+    Family,
+    experts_from_gguf,
+    experts_from_hf,
+)
 
 
 def _from_hf(config: ModelConfig, source: Mapping[str, Any]) -> ModelConfig:
-    # transformers 5 writes num_local_experts
-    count = source["num_experts"] if "num_experts" in source else source["num_local_experts"]
-    experts = Experts(
-        count=int(count),
-        per_token=int(source["num_experts_per_tok"]),
-        normalised=bool(source.get("norm_topk_prob", False)),
-        each=FeedForward(int(source["moe_intermediate_size"]), gelu=False),
-    )
     windows: tuple[int, ...] = ()
     if source.get("use_sliding_window"):
         windows = windows_from_hf(source, config.layers, lambda layer: True)
@@ -27,7 +24,7 @@ def _from_hf(config: ModelConfig, source: Mapping[str, Any]) -> ModelConfig:
         config,
         qk_norm=True,
         windows=windows,
-        experts=experts,
+        experts=experts_from_hf(source),
         dense_layers=_dense_layers(config.layers, source),
     )
 
@@ -40,13 +37,7 @@ def _dense_layers(layers: int, source: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def _from_gguf(config: ModelConfig, metadata: Mapping[str, Any]) -> ModelConfig:
-    experts = Experts(
-        count=int(metadata["qwen3moe.expert_count"]),
-        per_token=int(metadata["qwen3moe.expert_used_count"]),
-        normalised=True,  # as llama.cpp runs them
-        each=FeedForward(int(metadata["qwen3moe.expert_feed_forward_length"]), gelu=False),
-    )
-    return replace(config, experts=experts)
+    return replace(config, experts=experts_from_gguf(metadata))
 
 
 def _to_hf(config: ModelConfig) -> dict[str, Any]:
