@@ -59,6 +59,7 @@ class NativeModel:
         self._logits = torch.empty(0, self._vocab)
         self._seconds = np.empty(3)
         self._experts = np.zeros(1, np.int64)
+        self._pass.experts = address(self._experts)
         # layers that are mixtures; one where there are none
         self._mixtures: int = max(1, sum(layer.experts > 0 for layer in layers.structs))
         self._round = kernels.Round(
@@ -158,7 +159,6 @@ class NativeModel:
         what.aux_layers = address(self._aux_layers[aux_layers])
         what.aux_count = len(aux_layers)
         what.aux_hidden = pointer(aux_hidden)
-        what.experts = address(self._experts)
         return aux_hidden
 
 
