@@ -409,9 +409,9 @@ def _round(
     beyond = host.seconds(size, done.rule is not None) + done.planning
     truth, emitted = judged(done, walk)
     round_ = Round(
-        *(done.batch, done.rule, done.trees, done.kept, *truth, widths, levels, rows, verify),
-        *(beyond, experts),
-    )
+        done.batch, done.rule, done.trees, done.kept, *truth, widths, levels, rows, verify, beyond,
+        experts,
+    )  # fmt: skip
     started = clock()
     policy.observe(round_)
     learning = clock() - started

@@ -24,6 +24,7 @@ from smart_decoding.progress import long_step
 if TYPE_CHECKING:
     import torch
 
+    from smart_decoding.core.tree import IntArray
     from smart_decoding.drafters.levels import LevelDrafter
     from smart_decoding.models.target import TorchTarget
 
@@ -350,8 +351,7 @@ class Verification:
         self._rows: Rows | None = None
         self._round: NativeBatch | None = None
         if target.native is not None:
-            trees = fake_trees(batch, total - batch)
-            trees.token[:] = tokens[batch:]
+            trees = fake_trees(batch, tokens[batch:])
             roots = tokens[:batch].tolist()
             addresses = [table.ctypes.data for table in self._tables]
             at = [context] * batch
@@ -481,15 +481,16 @@ def _pages_each(batch: int, total: int, context: int) -> int:
     return -(-(context + -(-total // batch)) // PAGE)
 
 
-def fake_trees(batch: int, nodes: int) -> DraftTrees:
-    """Return trees of `nodes` nodes in all: half of a tree's nodes are children of its root, the
-    others lie below, two by two."""
+def fake_trees(batch: int, tokens: IntArray) -> DraftTrees:
+    """Return trees of nodes with these tokens, those of all first levels before those of second
+    ones: half of a tree's nodes are children of its root, the others lie below, two by two."""
+    nodes = len(tokens)
     counts = [nodes // batch + (i < nodes % batch) for i in range(batch)]
     first = [(i, j) for i, count in enumerate(counts) for j in range((count + 1) // 2)]
     second = [(i, j // 2) for i, count in enumerate(counts) for j in range(count // 2)]
     place = {at: node for node, at in enumerate(first)}
     trees = DraftTrees.empty(batch)
     for level, parents in ((first, [ROOT] * len(first)), (second, [place[at] for at in second])):
-        tokens = [2 + node % 30 for node in range(len(level))]
-        trees.append([i for i, _ in level], tokens, parents, [0.5] * len(level))
+        own = tokens[len(trees) : len(trees) + len(level)]
+        trees.append([i for i, _ in level], own, parents, [0.5] * len(level))
     return trees
