@@ -132,15 +132,10 @@ class StoredWeights(Weights[Matrix]):
         """Bytes of all tensors: quants that stay as they are, others in bfloat16."""
         return sum(
             entry["bytes"]
-            if _stays(entry["type"], entry["shape"]) and not _of_columns(entry)
+            if _stays(entry["type"], entry["shape"])
             else prod(entry["shape"]) * torch.bfloat16.itemsize
             for entry in self._index.values()
         )
-
-
-def _of_columns(entry: Mapping[str, Any]) -> bool:
-    """Return whether a tensor's columns are reordered, which blocks of quants do not allow."""
-    return entry["order"] is not None and entry["order"]["of_columns"]
 
 
 def _ordered(matrix: Matrix, order: RowOrder) -> Matrix:
