@@ -257,7 +257,20 @@ void compare_children(const TinyHead& h, const Asked& asked, const float* out,
         score[i] = logits[i] * scale;
         if (key) score[i] += reference::gumbel(key, h.tokens[i]);
     }
-    const std::vector<int64_t> order = reference::ranked(score);
+    std::vector<int64_t> order = reference::ranked(score);
+    if (key) {
+        // The kernel may leave out entries this far below the best, unless they are among the k
+        // best without noise: such an entry wins once in ten million times.
+        constexpr double NEVER_WINS = -16, SLACK = 1e-2;
+        const std::vector<int64_t> likely = reference::ranked(logits);
+        const auto left_out = [&](int64_t id) {
+            return (logits[id] - logits[likely[0]]) * scale < NEVER_WINS + SLACK
+                   && std::find(likely.begin(), likely.begin() + asked.k, id)
+                          == likely.begin() + asked.k
+                   && std::find(tokens, tokens + asked.k, h.tokens[id]) == tokens + asked.k;
+        };
+        order.erase(std::remove_if(order.begin(), order.end(), left_out), order.end());
+    }
     double sum = 0;
     for (int64_t i = 0; i < (key ? asked.k : n); i++)
         sum += std::exp(score[order[i]] - score[order[0]]);
