@@ -45,6 +45,8 @@ from smart_decoding.models.families.config import ModelConfig
 from smart_decoding.models.families.reading import config_from_hf
 from smart_decoding.models.heads.eagle_head import EagleHead
 from smart_decoding.models.heads.files import HeadFiles
+from smart_decoding.models.heads.mtp import mtp_files
+from smart_decoding.models.heads.vocabulary import USUAL_SIZE
 from smart_decoding.models.target import TorchTarget, device_of, dtype_of, pages_for
 from smart_decoding.models.torch.head_levels import SteppedLevels
 from smart_decoding.profiling.fit import fit_costs
@@ -104,7 +106,7 @@ class ReplayedTarget:
     """A target that computes everything and then says what the recorded answers say."""
 
     native = None
-    states = snapshots = 0
+    snapshots = 0
     verify = verify_by_rows
 
     def __init__(self, inner: TorchTarget, trace: Trace) -> None:
@@ -136,7 +138,7 @@ class ReplayedTarget:
         if scores.greedy is None:
             self._inner.argmax(scores.logits, np.arange(len(requested)))
         truth = self._truth(rows, requested)
-        return TargetScores(scores.logits, scores.features, truth, experts=scores.experts)
+        return replace(scores, greedy=truth, draws_all=False)
 
     def _truth(self, rows: Rows, requested: IntArray) -> IntArray:
         """Return [requested] the recorded answer's token behind each row. A row whose own token is
@@ -268,8 +270,10 @@ class Replay:
         config: ModelConfig,
         profile_seconds: float,
         checkpoint: Checkpoint | None = None,
+        draft_vocab_size: int | None = None,
     ) -> None:
-        """checkpoint: None: random weights of such a config. Raises what TorchTarget raises."""
+        """checkpoint: None: random weights of such a config; draft_vocab_size: of its layer for
+        multi-token prediction, if it has one. Raises what TorchTarget raises."""
         self.options = options
         self.trace = trace
         largest = max(options.batch_sizes)
@@ -288,8 +292,11 @@ class Replay:
             self.pages,
             self.length,
             allow_slow=options.allow_slow,
+            max_num_seqs=largest * options.most_contestants(),
         )
-        files = random_head(config, min(DRAFT_VOCAB, config.vocab), device)
+        files = head_of(checkpoint, draft_vocab_size) or random_head(
+            config, min(DRAFT_VOCAB, config.vocab), device
+        )
         self.head = EagleHead(
             files, self.target.decoder, self.pages, self.scratch, self.length + 64
         )
@@ -415,6 +422,15 @@ def head_shapes(
             )
     shapes |= {"midlayer.hidden_norm.weight": (d,), "lm_head.weight": (draft_vocab, d)}
     return shapes, aux_layers, layer
+
+
+def head_of(checkpoint: Checkpoint | None, tokens: int | None) -> HeadFiles | None:
+    """Return a checkpoint's layer for multi-token prediction, None without one. tokens: how many it
+    proposes, None: as many as usual."""
+    if checkpoint is None or checkpoint.mtp is None:
+        return None
+    most = checkpoint.config.vocab
+    return mtp_files(checkpoint.config, checkpoint.mtp, min(most, tokens or USUAL_SIZE))
 
 
 def random_head(

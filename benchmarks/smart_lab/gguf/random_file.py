@@ -27,10 +27,13 @@ from tqdm import tqdm
 
 from smart_decoding.bench.options import check_outputs
 from smart_decoding.errors import ConfigError
+from smart_decoding.models.families.family import GGUF_MTP, MTP
+from smart_decoding.models.families.mtp import LAYER, mtp_shapes
 from smart_decoding.models.families.reading import config_from_hf, family_of
 
 if TYPE_CHECKING:
     from smart_decoding.models.families.family import Family
+    from smart_decoding.models.families.layer import Shapes
 
 NOISE_BYTES = 1 << 22  # of random bytes, which are repeated
 SCALE = 0.02  # of the weights, about
@@ -221,14 +224,19 @@ def small(model: Published, **changes: int) -> Published:
     return replace(model, config=config, metadata=metadata)
 
 
-def write(path: Path, model: Published, layers: int | None = None) -> None:
-    """Write a file; layers: fewer than the published ones."""
+def write(path: Path, model: Published, layers: int | None = None, mtp: bool = False) -> None:
+    """Write a file. layers: fewer than the published ones; mtp: with a layer for multi-token
+    prediction. Raises ConfigError for one where the family has none."""
     source = dict(model.config) | ({} if layers is None else {"num_hidden_layers": layers})
     config = config_from_hf(source)
     family = family_of(config)
     assert family.gguf is not None
+    if mtp and not family.mtp:
+        raise ConfigError(f"no model of {family.gguf} has a layer for multi-token prediction")
     writer = gguf.GGUFWriter(path, family.gguf, use_temp_file=False)
-    _add_sizes(writer, family.gguf, source)
+    _add_sizes(writer, family.gguf, source | {"num_hidden_layers": config.layers + mtp})
+    if mtp:
+        writer.add_uint32(f"{family.gguf}.nextn_predict_layers", 1)
     for key, value in model.metadata.items():
         if isinstance(value, str):
             writer.add_string(f"{family.gguf}.{key}", value)
@@ -239,7 +247,10 @@ def write(path: Path, model: Published, layers: int | None = None) -> None:
         else:
             writer.add_uint32(f"{family.gguf}.{key}", value)
     _add_tokenizer(writer, model.pre, config.vocab)
-    tensors = dict(_stacked(family, config.expected_shapes()))
+    shapes = dict(config.expected_shapes())
+    if mtp:
+        shapes |= _as_last_block(mtp_shapes(config), config.layers)
+    tensors = dict(_stacked(family, shapes))
     kinds = {name: _kind(model, name, shape, config.layers) for name, shape in tensors.items()}
     for name, shape in tensors.items():
         _declare(writer, name, shape, kinds[name])
@@ -284,6 +295,19 @@ def _add_tokenizer(writer: gguf.GGUFWriter, pre: str, vocab: int) -> None:
     writer.add_chat_template("{% for each in messages %}{{ each.content }}{% endfor %}")
 
 
+def _as_last_block(shapes: Shapes, layers: int) -> Shapes:
+    """Return the tensors of an MTP layer as those of one more block."""
+    own = {published: name for name, published in GGUF_MTP.items()}
+    found = {}
+    for name, shape in shapes.items():
+        if name.startswith(LAYER):
+            found[f"model.layers.{layers}.{name.removeprefix(LAYER)}"] = shape
+        else:
+            stem, _, end = name.removeprefix(MTP).rpartition(".")
+            found[f"model.layers.{layers}.{own[stem]}.{end}"] = shape
+    return found
+
+
 def _stacked(
     family: Family, shapes: Mapping[str, tuple[int, ...]]
 ) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -307,8 +331,8 @@ def _stacked(
                 continue
             part, shape = f"mlp.experts.{{}}.{rest}", (experts, *shape)
         stem, _, end = part.rpartition(".")
-        whole = known.get(part)
-        yield f"blk.{layer}.{whole or f'{known[stem]}.{end}'}", shape
+        own = stem if stem in GGUF_MTP else known.get(stem)
+        yield f"blk.{layer}.{known.get(part) or f'{own}.{end}'}", shape
 
 
 def _kind(model: Published, name: str, shape: tuple[int, ...], layers: int) -> Type:
@@ -370,6 +394,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("model", choices=list(MODELS))
     add("file", type=Path, metavar="FILE")
     add("--layers", type=int, metavar="N", help="fewer than the published ones")
+    add("--mtp", action="store_true", help="with a layer for multi-token prediction")
     add("--small", action="store_true", help="small matrices of floats, to compare tokens")
 
 
@@ -379,6 +404,6 @@ def main(args: argparse.Namespace) -> int:
     model = MODELS[args.model]
     if args.small:
         model = replace(small(model), usual=Type.F32, better=Type.F32)
-    write(args.file, model, args.layers)
+    write(args.file, model, args.layers, args.mtp)
     print(f"{args.file}: {args.file.stat().st_size / 1e9:.2f} GB")
     return 0
