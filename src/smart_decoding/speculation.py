@@ -47,6 +47,7 @@ from smart_decoding.models.heads.files import (
     load_head,
 )
 from smart_decoding.models.heads.mtp import mtp_files
+from smart_decoding.models.heads.vocabulary import USUAL_SIZE
 from smart_decoding.models.text.tokenizer import Tokenizer
 
 # Draft models are imported where they are built: most are never used.
@@ -218,7 +219,7 @@ def _has_mtp(checkpoint: Checkpoint, options: Mapping[str, Any]) -> bool:
 def _mtp_tokens(options: dict[str, Any], model: ModelConfig) -> int:
     """Take the option `draft_vocab_size` out, and return how many tokens an MTP layer proposes.
     Raises ConfigError for a number that it cannot have."""
-    count = options.pop("draft_vocab_size", model.vocab)
+    count = options.pop("draft_vocab_size", min(model.vocab, USUAL_SIZE))
     if not isinstance(count, int) or not 1 <= count <= model.vocab:
         raise ConfigError(
             f"draft_vocab_size={count!r} is not allowed: it must be 1 to {model.vocab}"

@@ -27,6 +27,7 @@ from .test_loading import own_cache, tiny_model, write_gguf
 from .test_mtp_files import KINDS, folder_of, tensors
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
 __all__ = ["own_cache"]
@@ -49,11 +50,11 @@ def turned(x: Tensor) -> Tensor:
 class Expected:
     """The proposals after a prompt and drafted tokens."""
 
-    def __init__(self, kind: str, prompt: list[int], tokens: int = VOCAB) -> None:
+    def __init__(self, kind: str, prompt: list[int], tokens: Sequence[int] = range(VOCAB)) -> None:
         weights = tensors(kind=kind)
         self._w = {name.removeprefix("mtp."): weight for name, weight in weights.items()}
         self._prompt = prompt
-        self._tokens = tokens
+        self._tokens = list(tokens)
         model = tiny_model(kind).eval()
         with torch.no_grad():
             self._states = model.model(torch.tensor([prompt[:-1]])).last_hidden_state[0]
@@ -68,7 +69,7 @@ class Expected:
             states, tokens = torch.cat((states, out[-1:])), [*tokens, token]
             out = self._step(states, tokens)
         probs = torch.zeros(VOCAB)
-        probs[: self._tokens] = (self._output[: self._tokens] @ out[-1]).softmax(-1)
+        probs[self._tokens] = (self._output[self._tokens] @ out[-1]).softmax(-1)
         return probs
 
     def _step(self, states: Tensor, tokens: list[int]) -> Tensor:
@@ -145,9 +146,9 @@ def test_proposals_are_those_of_the_definition(
         drafting = drafting_of(path, tokens, native=native)
         trees = drafting.round()
         assert trees.token.max() < tokens
-        check(trees, Expected(kind, PROMPT, tokens).probs)
+        check(trees, Expected(kind, PROMPT, range(tokens)).probs)
         drafting.request.tokens.extend([int(trees.token[1]), 7])
-        check(drafting.round(), Expected(kind, drafting.request.tokens, tokens).probs)
+        check(drafting.round(), Expected(kind, drafting.request.tokens, range(tokens)).probs)
 
 
 @pytest.mark.parametrize("quantization", [None, "off"])

@@ -126,7 +126,9 @@ class EagleDrafter(LevelDrafter[Pairs]):
         self, requests: Sequence[Request], states: Sequence[Pairs]
     ) -> tuple[Rows, IntArray]:
         self._hand_out()
-        return super()._waiting_rows(requests, states)
+        rows, last = super()._waiting_rows(requests, states)
+        self._head.use(rows.token)
+        return rows, last
 
     def _prepare(
         self, rule: TreeRule, proposed: DraftTrees, inputs: RoundInputs, states: Sequence[Pairs]

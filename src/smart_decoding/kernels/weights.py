@@ -159,7 +159,8 @@ class PackedWeight:
         self.is_bf16 = is_bf16
         self.nbytes = len(memory)
         self.struct = Weight()
-        self._keep: list[object] = [memory]
+        self.memory = memory
+        self._keep: list[object] = []
 
     @property
     def address(self) -> int:
@@ -211,7 +212,7 @@ def _pack_panels(
         weight = F.pad(weight, (0, 0, 0, 1))[torch.from_numpy(order)]  # the last row is of zeros
     n, k = weight.shape
     size = packed_rows(n) * k * weight.element_size()
-    memory = (arena or Arena(size)).take(size)
+    memory = (arena or Arena(size)).take(size)[:size]
     packed = PackedWeight((n, k), weight.dtype == torch.bfloat16, memory)
     weight = weight.contiguous()
     _lib().smart_pack(weight, n, k, memory, packed.is_bf16)
@@ -283,13 +284,28 @@ def pack_bytes(weight: Tensor) -> tuple[PackedWeight, Tensor, Tensor]:
     n, k = weight.shape
     weight = weight.float().contiguous()
     size = packed_rows(n)
-    memory = Arena(size * k).take(size * k)
+    memory = Arena(size * k).take(size * k)[: size * k]
     scale = torch.empty(size)
     sums = torch.empty(size, dtype=torch.int32)
     _lib().smart_pack_bytes(weight, n, k, memory, scale, sums)
     packed = PackedWeight((n, k), False, memory)
     packed.struct.panels = memory.data_ptr()
     return packed, scale, sums
+
+
+def replace_rows(packed: PackedWeight, at: Tensor, new: PackedWeight) -> None:
+    """Write the rows of `new`, tensors or bytes packed alike, to the places `at` [n] of `packed`.
+
+    A panel has four bytes of each of its rows, then the next four."""
+    lanes = packed_rows(1)
+    source, target = (
+        each.memory.view(packed_rows(each.n) // lanes, -1, lanes, 4)
+        .transpose(1, 2)
+        .view(torch.int32)
+        for each in (new, packed)
+    )
+    first = torch.arange(len(at))
+    target[at // lanes, at % lanes] = source[first // lanes, first % lanes]
 
 
 def packed_rows(n: int) -> int:

@@ -139,16 +139,20 @@ def test_a_prompt_that_comes_again_changes_no_token(native: bool, temperature: f
     assert (cached[1] > 0) == native
 
 
-def test_it_proposes_the_first_tokens_only() -> None:
-    made = engine("eagle2", drafter_of(tokens=40))
+@pytest.mark.parametrize("native", WAYS)
+def test_it_proposes_the_first_tokens_and_those_that_were_said(native: bool) -> None:
+    made = engine("eagle2", drafter_of(native, tokens=40), native)
     ask(made, prompts(3), 0.0, TOKENS)
     drafted: set[int] = set()
+    said: set[int] = set()
     while made.has_unfinished_requests:
         made.step()
         assert made.last_round is not None
+        said |= {token for each in made.last_round.requests for token in each.tokens}
         drafted |= {*made.last_round.round.trees.token.tolist()}
-    assert 10 < len(drafted) <= 40
-    assert max(drafted) < 40
+    assert len(drafted) > 10
+    assert drafted <= {*range(40)} | said
+    assert drafted & (said - {*range(40)})
 
 
 def test_a_random_layer_is_hardly_used() -> None:

@@ -8,7 +8,7 @@ target of quants all of its matrices have 8 bits, or fewer if they are stored so
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from ctypes import Structure
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ from smart_decoding.kernels.weights import (
     QuantizedTensor,
     pack,
     pack_bytes,
+    replace_rows,
 )
 from smart_decoding.models.cpu.native_model import embedding_addresses, embedding_fields
 from smart_decoding.models.heads.features import FeaturePart, readable, row_addresses
@@ -52,7 +53,9 @@ class NativeLevel:
     def __init__(self, weights: HeadWeights) -> None:
         self._bf16 = weights.target.dtype == torch.bfloat16
         self._children = len(weights.draft_ids)
-        self._head, self._keep = _structure(weights)
+        self._weights = weights
+        self._ranking = _outputs(weights)
+        self._head, self._keep = _structure(weights, *self._ranking)
         self._outputs = torch.empty(64, weights.files.shape.hidden)
         self._count = 0
         self._selection = NativeSelection()
@@ -60,6 +63,16 @@ class NativeLevel:
     def follows(self, rule: TreeRule) -> bool:
         """See `SteppedLevels`."""
         return True
+
+    def replace(self, places: IntArray, tokens: IntArray) -> None:
+        """See `SteppedLevels`."""
+        at, ids = torch.from_numpy(places), torch.from_numpy(tokens)
+        self._weights.draft_ids[at] = ids
+        packed, scales = self._ranking
+        new, of_new = _packed_output(self._weights.target_rows(ids))
+        replace_rows(packed, at, new)
+        for name, scale in scales.items():
+            scale[at] = of_new[name][: len(at)]
 
     @property
     def outputs(self) -> Tensor:
@@ -179,8 +192,11 @@ def first_level(
     return FirstLevel(native, call.struct, struct, inputs.slots, (native, call, scale, noise))
 
 
-def _structure(weights: HeadWeights) -> tuple[Structure, tuple[object, ...]]:
-    """Return the structure Head, and what must stay alive behind it."""
+def _structure(
+    weights: HeadWeights, outputs: PackedWeight, scales: Mapping[str, Tensor]
+) -> tuple[Structure, tuple[object, ...]]:
+    """Return the structure Head, and what must stay alive behind it. outputs, scales: see
+    `_outputs`."""
     target = weights.target
     files = weights.files
     size = sum(_bytes(weight, target.dtype) for weight in files.weights.values())
@@ -188,7 +204,6 @@ def _structure(weights: HeadWeights) -> tuple[Structure, tuple[object, ...]]:
     layers = NativeLayers(weights.layers(), arena)
     fc = pack([converted(weights.held["fc.weight"], target.dtype, target.device)], arena)
     embedding = target.embedding if weights.embedding is None else weights.embedding
-    outputs, scales = _outputs(weights)
     vectors = {"fc_bias": weights.get("fc.bias"), **_norms(weights)}
     tensors = {name: None if v is None else v.float().contiguous() for name, v in vectors.items()}
     tensors |= {"tokens": weights.draft_ids, **scales}
@@ -228,12 +243,17 @@ def _norms(weights: HeadWeights) -> dict[str, Tensor | None]:
 
 
 def _outputs(weights: HeadWeights) -> tuple[PackedWeight, dict[str, Tensor]]:
-    """Return the output matrix: the target's, or [draft, hidden] in 8 bits where it is bf16, else
-    packed as it is; and what else the structure names of it."""
+    """Return the output matrix, the target's or one of its own tokens, and what else the structure
+    names of it."""
     if weights.shares_output:
         assert isinstance(weights.target.head, PackedWeight)
         return weights.target.head, {}
-    output = weights.output
+    return _packed_output(weights.output)
+
+
+def _packed_output(output: Tensor) -> tuple[PackedWeight, dict[str, Tensor]]:
+    """Return rows [n, hidden] in 8 bits where they are bf16, else packed as they are; and what else
+    the structure Head names of them."""
     if output.dtype == torch.bfloat16 and output.shape[1] % 4 == 0:
         packed, scale, sums = pack_bytes(output)
         return packed, {"scale": scale, "sums": sums}

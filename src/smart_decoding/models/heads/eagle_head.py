@@ -13,12 +13,14 @@ from smart_decoding.models.cpu.native_level import NativeLevel
 from smart_decoding.models.families.decoder import rotary_table
 from smart_decoding.models.heads.files import scheme_of
 from smart_decoding.models.heads.forms import MTP_LAYER
+from smart_decoding.models.heads.vocabulary import DraftVocabulary
 from smart_decoding.models.heads.weights import HeadWeights, TargetWeights
 from smart_decoding.models.heads.widening import require_served_head, widened
 from smart_decoding.models.torch.head_levels import SteppedLevels
 from smart_decoding.models.torch.layers import KVCache
 
 if TYPE_CHECKING:
+    from smart_decoding.core.tree import IntArray
     from smart_decoding.models.heads.features import Features
     from smart_decoding.models.heads.files import HeadFiles
 
@@ -64,6 +66,10 @@ class EagleHead:
             *(["mtp"] if files.form == MTP_LAYER else []),
         )
         self.levels = NativeLevel(weights) if target.native else SteppedLevels(weights)
+        self._vocabulary: DraftVocabulary | None = None
+        if weights.changes:
+            ids = weights.draft_ids.cpu().numpy()
+            self._vocabulary = DraftVocabulary(ids, target.config.vocab)
         self.allocate(pages + scratch_pages, positions)
 
     def allocate(self, pages: int, positions: int) -> None:
@@ -74,6 +80,13 @@ class EagleHead:
             c.layers, c.kv_heads, pages, c.head_dim, target.dtype, target.device, target.native
         )
         self.levels.rotary = rotary_table(c, positions, target.device)
+
+    def use(self, tokens: IntArray) -> None:
+        """Note tokens of texts, which are proposed from now on, where it can change them."""
+        if self._vocabulary is not None:
+            places, new = self._vocabulary.use(tokens)
+            if len(new):
+                self.levels.replace(places, new)
 
     def take(self, features: Features, row: int) -> Tensor:
         """Return a row of aux hidden states: [1, width], a copy."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from smart_decoding.kernels.weights import as_tensor
 from smart_decoding.models.checkpoints.rounding import RoundedWeights
 from smart_decoding.models.heads.files import AUX_NORM, FIRST, layer_prefixes
+from smart_decoding.models.heads.forms import MTP_LAYER
 from smart_decoding.models.torch.layers import LayerWeights, layer_weights, norm_weight
 
 if TYPE_CHECKING:
@@ -107,12 +108,21 @@ class HeadWeights:
         """Whether the target's output matrix ranks what comes out, as it is."""
         return self.files.fused and len(self.draft_ids) == self.target.config.vocab
 
+    @property
+    def changes(self) -> bool:
+        """Whether it proposes other tokens as time goes on, with rows of the target's output
+        matrix."""
+        return self.files.form == MTP_LAYER and not self.shares_output
+
     @cached_property
     def output(self) -> Tensor:
         """[draft, hidden] the output matrix: its own, or rows of the target's."""
         own = self.get("lm_head.weight")
-        rows = self.target.head.rows_of(self.draft_ids) if own is None else own
-        return rows.to(self.target.dtype)
+        return self.target_rows(self.draft_ids) if own is None else own
+
+    def target_rows(self, tokens: Tensor) -> Tensor:
+        """Return rows [n, hidden] of the target's output matrix."""
+        return self.target.head.rows_of(tokens).to(self.target.dtype)
 
     def _read(self, name: str) -> Tensor:
         return as_tensor(self.files.weights[name]).to(self.target.device)

@@ -277,3 +277,7 @@ class Linear:
     def rows_of(self, index: Tensor) -> Tensor:
         """Return the weight's rows at `index` [n]: [n, in]."""
         return self._weight[index]
+
+    def replace_rows(self, index: Tensor, rows: Tensor) -> None:
+        """Write rows [n, in] to `index` [n] of the weight."""
+        self._weight[index] = rows
