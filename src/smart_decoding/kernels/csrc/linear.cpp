@@ -210,6 +210,7 @@ void smart_pack(const void* w, int64_t n, int64_t k, void* out, int32_t is_bf16)
 
 void smart_pack_bytes(const float* w, int64_t n, int64_t k, int8_t* out, float* scale,
                       int32_t* sums) {
+#pragma omp parallel for
     for (int64_t p = 0; p < smart_packed_rows(n); p++) {
         float top = 0;
         for (int64_t i = 0; p < n && i < k; i++) top = std::max(top, std::fabs(w[p * k + i]));

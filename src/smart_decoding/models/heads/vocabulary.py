@@ -39,6 +39,8 @@ class DraftVocabulary:
         known = self._place[tokens]
         self._used[known[known >= 0]] = self._now
         new = np.unique(tokens[known < 0])[: len(self._ids) // 2]
+        if not len(new):
+            return new, new
         places = np.argpartition(self._used, len(new))[: len(new)]
         self._place[self._ids[places]] = -1
         self._place[new] = places
