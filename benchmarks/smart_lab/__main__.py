@@ -40,6 +40,7 @@ LAB = Program(
         "rounding": ("what rounding does to a GGUF file's logits", "smart_lab.rounding"),
         "busy": ("speed beside busy processes, of every entry point", "smart_lab.busy"),
         "gguf-speed": ("a GGUF file here and in llama.cpp", "smart_lab.gguf_speed"),
+        "first-word": ("time and memory to the first word of a file", "smart_lab.first_word"),
         "random-gguf": (
             "a GGUF file with random weights of a real model's shapes",
             "smart_lab.gguf.random_file",

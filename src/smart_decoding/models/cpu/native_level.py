@@ -69,7 +69,8 @@ class NativeLevel:
         at, ids = torch.from_numpy(places), torch.from_numpy(tokens)
         self._weights.draft_ids[at] = ids
         packed, scales = self._ranking
-        new, of_new = _packed_output(self._weights.target_rows(ids))
+        target = self._weights.target
+        new, of_new = _packed_output(target.head.rows_of(ids), target.dtype)
         replace_rows(packed, at, new)
         for name, scale in scales.items():
             scale[at] = of_new[name][: len(at)]
@@ -248,13 +249,13 @@ def _outputs(weights: HeadWeights) -> tuple[PackedWeight, dict[str, Tensor]]:
     if weights.shares_output:
         assert isinstance(weights.target.head, PackedWeight)
         return weights.target.head, {}
-    return _packed_output(weights.output)
+    return _packed_output(weights.output, weights.target.dtype)
 
 
-def _packed_output(output: Tensor) -> tuple[PackedWeight, dict[str, Tensor]]:
-    """Return rows [n, hidden] in 8 bits where they are bf16, else packed as they are; and what else
-    the structure Head names of them."""
-    if output.dtype == torch.bfloat16 and output.shape[1] % 4 == 0:
-        packed, scale, sums = pack_bytes(output)
+def _packed_output(rows: Tensor, dtype: torch.dtype) -> tuple[PackedWeight, dict[str, Tensor]]:
+    """Return rows [n, hidden] packed, in 8 bits beside a target in bf16, and what else the
+    structure Head names of them."""
+    if dtype == torch.bfloat16 and rows.shape[1] % 4 == 0:
+        packed, scale, sums = pack_bytes(rows)
         return packed, {"scale": scale, "sums": sums}
-    return pack([output]), {}
+    return pack([rows.to(dtype)]), {}

@@ -116,13 +116,10 @@ class HeadWeights:
 
     @cached_property
     def output(self) -> Tensor:
-        """[draft, hidden] the output matrix: its own, or rows of the target's."""
+        """[draft, hidden] the output matrix: its own, or rows of the target's, which the kernels
+        give as float32."""
         own = self.get("lm_head.weight")
-        return self.target_rows(self.draft_ids) if own is None else own
-
-    def target_rows(self, tokens: Tensor) -> Tensor:
-        """Return rows [n, hidden] of the target's output matrix."""
-        return self.target.head.rows_of(tokens).to(self.target.dtype)
+        return self.target.head.rows_of(self.draft_ids) if own is None else own
 
     def _read(self, name: str) -> Tensor:
         return as_tensor(self.files.weights[name]).to(self.target.device)

@@ -65,7 +65,6 @@ class SteppedLevels:
         self._output = _output(weights)
         self._embedding = weights.embedding
         self._draft_ids = weights.draft_ids
-        self._target_rows = weights.target_rows
         self._round: list[Tensor] = []
         self._selection = fastest_selection()
         self.device_chooses = DEVICE_CHOOSES and target.device.type == "cuda"
@@ -90,7 +89,7 @@ class SteppedLevels:
         """Propose these tokens in place of others, with rows of the target's output matrix."""
         at, ids = (torch.from_numpy(each).to(self._target.device) for each in (places, tokens))
         self._draft_ids[at] = ids
-        self._output.replace_rows(at, self._target_rows(ids))
+        self._output.replace_rows(at, self._target.head.rows_of(ids))
 
     def follows(self, rule: TreeRule) -> bool:
         """Return whether a device can choose what levels expand: their widths are known before."""
@@ -195,6 +194,6 @@ class SteppedLevels:
 def _output(weights: HeadWeights) -> Linear:
     """Return the output matrix: the target's, or one of the head's own tokens."""
     if not weights.shares_output:
-        return Linear(weights.output)
+        return Linear(weights.output.to(weights.target.dtype))
     assert isinstance(weights.target.head, Linear)
     return weights.target.head
