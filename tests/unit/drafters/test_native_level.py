@@ -248,7 +248,8 @@ def test_8_bits_change_probabilities_little(
     found = []
     for in_bytes in (True, False):
         if not in_bytes:
-            monkeypatch.setattr(native_level, "pack_bytes", lambda w: (pack([w]), None, None))
+            as_bf16 = lambda rows: (pack([rows.bfloat16()]), None, None)  # noqa: E731
+            monkeypatch.setattr(native_level, "pack_bytes", as_bf16)
         head = head_of(files, True, torch.bfloat16)
         ids, probs = head.levels.first(rows, [features], np.array([4, 9, 14]), request)
         order = np.argsort(ids, axis=1)
