@@ -311,7 +311,8 @@ def _draft_points(
         return found if found.needed <= pages else None
 
     points: list[Point] = []
-    for batch in (b for b in grid.batches if b <= max_num_seqs and (b == 1 or not coarse)):
+    batches = [batch for batch in grid.batches if batch <= max_num_seqs]
+    for batch in sorted({batches[0], batches[-1]}) if coarse else batches:
         requests = rehearsal(batch, grid.contexts[0])
         if requests is None:
             break
