@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("smart.engine")
 
 __all__ = ["BEFORE", "Engine", "EngineConfig", "RoundRecord"]
+# Positions between copies of an answer's recurrent state. A copy takes milliseconds; what lies
+# behind it is computed again in the next turn.
+BETWEEN_COPIES = 64
 
 
 @dataclass(slots=True)
@@ -196,7 +199,7 @@ class Engine:
         self._dropped.difference_update(batch.decode)
         emitted, accepted = self._update(batch, verified)
         if self.pool.keeps_snapshots:
-            self._keep_states(batch)
+            self._keep_states(batch, verified)
         self._hand_over(batch, verified)
         self.scheduler.charge(batch, _count_nodes(batch, draft, accepted))
         done = _round(batch, state, draft, verified)
@@ -232,13 +235,24 @@ class Engine:
                 self.target.copy_state(table.origin, table.state)
                 table.origin = NO_STATE
 
-    def _keep_states(self, batch: Batch) -> None:
-        """Copy the states of prompts that have come to their last pages."""
+    def _keep_states(self, batch: Batch, verified: Verified) -> None:
+        """Copy the states of prompts that have come to their last pages, and of answers now and
+        then, each in place of the one before."""
+        copies = []
         for request, _ in batch.prefill:
-            if 0 < request.pending <= PAGE and not request.output:
-                place = request.table.take_snapshot()
-                if place != NO_STATE:
-                    self.target.copy_state(request.table.state, place)
+            length = request.table.length
+            if 0 < request.pending <= PAGE and not request.output and not length % PAGE:
+                copies.append((request.table, request.table.take_snapshot(length), 0))
+        answers = verified.committed[: len(batch.decode)]
+        for part in answers if 2 * len(answers) <= self.target.snapshots else ():
+            table = part.request.table
+            end = table.length // PAGE * PAGE
+            if end > part.first and end - table.copied >= BETWEEN_COPIES:
+                place = table.take_snapshot(end, replaces=table.copied > len(part.request.prompt))
+                copies.append((table, place, part.first + part.count - end))
+        for table, place, beyond in copies:
+            if place != NO_STATE:
+                self.target.copy_state(table.state, place, beyond)
 
     def _state(self, batch: Batch) -> BatchState:
         requests = batch.decode

@@ -102,13 +102,17 @@ class PagePool:
         """Whether states are copied for prompts that begin alike."""
         return self.prefix_caching and bool(self._places)
 
-    def take_snapshot(self, page: int) -> int:
-        """Return a place for a copy of the state behind this page, in place of the copy that was
-        unused for the longest time; NO_STATE if there is one, or nobody can find the page."""
+    def take_snapshot(self, page: int, instead: int | None = None) -> int:
+        """Return a place for a copy of the state behind this page: that of the copy behind the page
+        `instead`, a free one, or that of the copy that was unused for the longest time. NO_STATE if
+        there is one already, or nobody can find the page."""
         content = self._content.get(page)
         if not self.keeps_snapshots or content is None or content in self._snapshots:
             return NO_STATE
-        if self._free_places:
+        before = None if instead is None else self._content.get(instead)
+        if before is not None and before in self._snapshots:
+            place = self._snapshots.pop(before)
+        elif self._free_places:
             place = self._free_places.pop()
         else:
             _, place = self._snapshots.popitem(last=False)
@@ -264,6 +268,7 @@ class BlockTable:
         self.length = 0
         self.state = NO_STATE
         self.origin = NO_STATE
+        self.copied = 0  # positions whose state was copied last
         self._remembered = 0  # pages already offered to the prefix cache
         self._lay_out()
 
@@ -284,7 +289,7 @@ class BlockTable:
         self._lay_out()
         if self.pages:
             self.origin = self._pool.snapshot_behind(self.pages[-1])
-        self.length = len(self.pages) * PAGE
+        self.length = self.copied = len(self.pages) * PAGE
         self._remembered = len(self.pages)
         return self.length
 
@@ -321,11 +326,13 @@ class BlockTable:
                 self._pool.remember(self.pages[i], before, content, content_hash)
             self._remembered = length // PAGE
 
-    def take_snapshot(self) -> int:
-        """Return the place for a copy of the state, if whole pages end there; see the pool's."""
-        if self.length % PAGE or not self.length:
-            return NO_STATE
-        return self._pool.take_snapshot(self.pages[self.length // PAGE - 1])
+    def take_snapshot(self, end: int, replaces: bool = False) -> int:
+        """Return the place for a copy of the state behind `end` positions, whole pages; see the
+        pool's. replaces: the last copy of this request makes way."""
+        last = self.pages[self.copied // PAGE - 1] if replaces and self.copied else None
+        place = self._pool.take_snapshot(self.pages[end // PAGE - 1], last)
+        self.copied = end
+        return place
 
     def release(self) -> None:
         """Give all pages back, last first: without its beginning, a cached prefix could never be
@@ -334,6 +341,7 @@ class BlockTable:
         self._pool.give_state(self.state)
         self.state = NO_STATE
         self.origin = NO_STATE
+        self.copied = 0
         self.pages = []
         self.length = 0
         self._remembered = 0

@@ -68,8 +68,9 @@ class Target(Protocol):
         """Run a round: forward the batch's rows and the draft's nodes `kept`, for which there is
         memory; draw the target's tokens down the trees; move accepted keys into place."""
 
-    def copy_state(self, source: int, target: int) -> None:
-        """Copy a recurrent state from a place to another; never called on a model without any."""
+    def copy_state(self, source: int, target: int, beyond: int = 0) -> None:
+        """Copy a recurrent state from a place to another; never called on a model without any.
+        beyond: rows of the last accepted path that the copy does not have."""
 
     def encode_image(self, pixels: Any) -> Any:
         """Return the embeddings [length, hidden] of a picture; never called on a text model."""

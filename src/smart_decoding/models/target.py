@@ -151,11 +151,11 @@ class TorchTarget(Sampler):
         """See `RowModel`."""
         return self.decoder.forward(rows, aux_layers)
 
-    def copy_state(self, source: int, target: int) -> None:
+    def copy_state(self, source: int, target: int, beyond: int = 0) -> None:
         """See `Target`."""
         assert self.native is not None
         assert self.native.states is not None
-        self.native.states.copy(source, target)
+        self.native.states.copy(source, target, beyond)
 
     def encode_image(self, pixels: Pixels) -> torch.Tensor:
         """[length, hidden] the embeddings of a picture, for rows to be inserted."""

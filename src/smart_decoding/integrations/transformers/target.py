@@ -158,7 +158,7 @@ class HostTarget(Sampler):
         """Raise: calls take only token ids (`checks.unsupported`)."""
         raise NotImplementedError
 
-    def copy_state(self, source: int, target: int) -> None:
+    def copy_state(self, source: int, target: int, beyond: int = 0) -> None:
         """Raise: models with recurrent states are refused."""
         raise NotImplementedError
 

@@ -86,11 +86,12 @@ class NativeStates:
             np.array([len(path) for path in paths]),
         )
 
-    def copy(self, source: int, target: int) -> None:
-        """Copy all that is kept of a request to another place."""
+    def copy(self, source: int, target: int, beyond: int = 0) -> None:
+        """Copy all that is kept of a request to another place, without the last `beyond` of the
+        rows that wait."""
         self._states[:, target] = self._states[:, source]
         self._inputs[target] = self._inputs[source]
-        self._waiting[target] = self._waiting[source]
+        self._waiting[target] = self._waiting[source] - beyond
 
     @property
     def address(self) -> int:
@@ -104,5 +105,6 @@ class NativeStates:
 
 
 def snapshots_of(requests: int) -> int:
-    """Return how many copies of states are kept beside those of so many requests."""
-    return (requests + 3) // 4
+    """Return how many copies of states are kept beside those of so many requests: two of a lone
+    one, behind its prompt and in its answer."""
+    return (requests + 7) // 4
