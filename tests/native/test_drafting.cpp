@@ -11,13 +11,15 @@ constexpr int RANKS = 4;  // forecast children of a node
 
 struct Layout {
     bool fused;  // EAGLE-1/2
-    bool mtp;    // fused with norms, around a layer with its own; what is fed back is normed
+    bool mtp;    // fused with norms, around a layer of any kind with a norm of its own
+    bool feeds_back_normed;
     int layers;
     bool bytes;  // of outputs
 
     static Layout of(Random& random, bool bytes) {
         const bool fused = random.chance(0.5), mtp = fused && random.chance(0.6);
-        return {fused, mtp, random.chance(0.3) ? 2 : 1, bytes && (!fused || mtp)};
+        return {fused, mtp, mtp || (!fused && random.chance(0.3)), random.chance(0.3) ? 2 : 1,
+                bytes && (!fused || mtp)};
     }
 };
 
@@ -78,7 +80,7 @@ struct TinyHead {
           outputs_count(random.between(40, 90)),
           rotation(POSITIONS, head_dim) {
         const int64_t d = shape.hidden, reads = layout.fused ? 2 * d : aux_count * d;
-        layers.emplace_back(random, shape, bf16, layout.mtp, true);
+        layers.emplace_back(random, shape, bf16, layout.mtp, !layout.mtp);
         Shape further = shape;
         further.input = d;
         if (layout.layers > 1) layers.emplace_back(random, further, bf16, true, true);
@@ -116,7 +118,10 @@ struct TinyHead {
                 }
         }
         if (bf16 && shape.input % 32 == 0 && random.chance(0.5)) {
-            qkv.hold(layers[0].w.qkv, shape.input);
+            std::vector<float> products = layers[0].w.qkv;
+            const std::vector<float>& gates = layers[0].w.attention_gate;
+            products.insert(products.end(), gates.begin(), gates.end());
+            qkv.hold(products, shape.input);
             structs[0].qkv = qkv.weight();
         }
     }
@@ -124,7 +129,10 @@ struct TinyHead {
         return shape.text() + (precision.bf16 ? ", bf16" : ", fp32")
                + (qkv.strips.empty() ? "" : ", q, k and v in strips")
                + (bytes ? ", outputs in bytes" : "") + (layout.fused ? ", fused" : "")
-               + (layout.mtp ? " with norms" : "") + (layout.layers > 1 ? ", two layers" : "");
+               + (layout.mtp ? " with norms" : "")
+               + (layers[0].w.attention_gate.empty() ? "" : ", gated")
+               + (layout.feeds_back_normed ? ", feeds back normed" : "")
+               + (layout.layers > 1 ? ", two layers" : "");
     }
     Head head() const {
         return {structs.data(),
@@ -146,7 +154,7 @@ struct TinyHead {
                 norm_before_residual,
                 layout.fused,
                 aux_together,
-                layout.mtp,
+                layout.feeds_back_normed,
                 aux_eps};
     }
     TinyCache cache(Random random, int64_t pages) const {
@@ -237,7 +245,8 @@ Doubles states(const TinyHead& h, const Batch& batch, const Asked& asked, refere
     for (size_t i = 0; i < h.layers.size(); i++)
         reference::layer(h.layers[i].w, rows, i || h.layout.mtp ? nullptr : &read, x, cache,
                          int64_t(i), rounds);
-    return h.layout.mtp ? reference::rms_norms(x, h.final_norm.data(), eps, d) : x;
+    if (!h.layout.feeds_back_normed) return x;
+    return reference::rms_norms(x, h.final_norm.data(), eps, d);
 }
 
 // Are the children what the states `out` [hidden] call for?
@@ -245,7 +254,7 @@ void compare_children(const TinyHead& h, const Asked& asked, const float* out,
                       const int64_t* tokens, const double* probs, int64_t row) {
     const int64_t d = h.shape.hidden, n = h.outputs_count;
     std::vector<float> normed(out, out + d);
-    if (!h.final_norm.empty() && !h.layout.mtp)
+    if (!h.final_norm.empty() && !h.layout.feeds_back_normed)
         smart_rms_norm(out, h.final_norm.data(), h.layers[0].w.eps, 1, d, normed.data(), d);
     if (h.precision.rounds.inputs && !h.bytes)
         for (float& x : normed) x = reference::rounded(x);
@@ -297,7 +306,7 @@ std::vector<const float*> lines(const std::vector<float>& memory, int64_t rows, 
 
 void one_head(uint64_t seed, int head_dim, bool bf16, bool bytes, bool long_prompt) {
     Random random(seed);
-    const Layout layout = long_prompt ? Layout{false, false, 1, bytes} : Layout::of(random, bytes);
+    const Layout layout = Layout::of(random, bytes);
     const TinyHead h(random, head_dim, bf16, layout);
     check::begin("draft", seed, h.text() + (long_prompt ? ", a long prompt" : ""));
     const int64_t d = h.shape.hidden, all_pages = 60;
@@ -686,7 +695,8 @@ void test_drafting() {
         for (int head_dim : {16, 32, 64, 96, 128})
             for (bool bf16 : {false, true})
                 for (bool bytes : {false, true}) one_head(++seed, head_dim, bf16, bytes, false);
-    for (bool bf16 : {false, true}) one_head(++seed, 16, bf16, true, true);
+    for (int prompt = 0; prompt < (check::quick ? 2 : 16); prompt++)
+        one_head(++seed, 16, prompt % 2, true, true);
     for (uint64_t drafter = 1; drafter <= check::seeds(80); drafter++)
         one_growth(5000 + drafter, drafter % 2);
 }

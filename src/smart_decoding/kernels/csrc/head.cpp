@@ -1,12 +1,11 @@
-// Draft heads: from hidden states and tokens to the best children. EAGLE-3 of one layer by one team
-// of threads, and without work on rows that nobody asks for; all others by the kernels of models.
+// Draft heads: from hidden states and tokens to the best children, by one team of threads.
 
 #include <vector>
 
 #include "attention.h"
 #include "layers.h"
+#include "rows.h"
 #include "sampling.h"
-#include "workspace.h"
 
 namespace [[gnu::visibility("hidden")]] smart {
 
@@ -143,314 +142,216 @@ private:
     }
 };
 
-// What fc reads of a row's aux hidden states, [aux_count, hidden].
-static void read_aux_hidden(const Head& head, const float* from, float* to) {
-    const int64_t d = head.layers->hidden, width = head.aux_count * d;
-    const int64_t step = head.aux_together ? width : d;
-    if (!head.aux_norm) memcpy(to, from, width * sizeof(float));
-    for (int64_t at = 0; head.aux_norm && at < width; at += step)
-        rms_norm_row(from + at, head.aux_norm + at, head.aux_eps, step, to + at);
-}
-
-// ------------------------------------------------------------------------------ EAGLE-3, one layer
-
-// Keys and values are the columns behind those of queries, from a panel's first one on.
-struct DraftColumns {
-    int64_t q_width, first, width;
-
-    explicit DraftColumns(const Layer& l) {
-        q_width = int64_t(l.heads) * l.head_dim;
-        first = q_width / PANEL * PANEL;
-        width = q_width + 2 * l.kv_heads * l.head_dim - first;
-    }
-};
+// --------------------------------------------------------------------------------------- a level
 
 // Rows that wait are taken in parts, as thousands may: the workspace of all of them would be new to
 // the process, and the first use of a page costs more than all work on it.
 constexpr int PART_ROWS = 256;
 
-// The wanted rows as a forward of their own: they attend, and nothing else does.
-struct WantedRows {
-    Rows rows;
-    std::vector<int32_t> place;  // [in.rows] of each row among the wanted ones, or -1
-    std::vector<int32_t> query_start_loc, context_len, ancestors_start;
+// Keys and values are the columns behind those of queries, from a panel's first one on.
+struct KvColumns {
+    int64_t first, begin, width;
 
-    WantedRows(const Rows& in, bool only_last) : rows(in), place(in.rows, -1) {
-        if (!only_last) {
-            for (int r = 0; r < in.rows; r++) place[r] = r;
-            return;
-        }
-        for (int i = 0; i < in.requests; i++) {
-            const int last = in.query_start_loc[i + 1] - 1;
-            place[last] = i;
-            query_start_loc.push_back(i);
-            context_len.push_back(in.context_len[last]);
-        }
-        query_start_loc.push_back(in.requests);
-        ancestors_start.assign(in.requests + 1, 0);
-        rows.rows = in.requests;
-        rows.query_start_loc = query_start_loc.data();
-        rows.context_len = context_len.data();
-        rows.ancestors_start = ancestors_start.data();
+    explicit KvColumns(const Layer& l) {
+        const int64_t q_width = int64_t(l.heads) * l.head_dim;
+        first = q_width / PANEL * PANEL;
+        begin = q_width - first;
+        width = begin + 2 * int64_t(l.kv_heads) * l.head_dim;
     }
-    WantedRows(const WantedRows&) = delete;
 };
 
-// One level of a head, by a whole team: `run` on each thread.
+// The last row of each request as a forward of its own.
+static RowVectors last_rows(const Rows& in, const int64_t* token) {
+    RowVectors rows;
+    for (int i = 0; i < in.requests; i++) {
+        const int last = in.query_start_loc[i + 1] - 1;
+        rows.query_start_loc.push_back(i + 1);
+        rows.block_table_start.push_back(in.block_table_start[i]);
+        rows.slot_mapping.push_back(in.slot_mapping[last]);
+        rows.context_len.push_back(in.context_len[last]);
+        rows.ancestors_start.push_back(0);
+        rows.position.push_back(in.position[last]);
+        rows.token.push_back(token[last]);
+    }
+    return rows;
+}
+
+// One level of a head, by a whole team: `run` on each thread. In the last layer a row that nobody
+// asks for leaves its keys and values and does nothing else.
 template <class W>
 struct DraftLevel {
     const Head& head;
-    const Layer& layer;
     const Rows& in;
     const Level& level;
-    const WantedRows& asking;
+    const Layer &first_layer, &last_layer;
+    const bool all_wanted;
+    const RowVectors lasts;
+    const Rows wanted;
     const KvCache<W> cache;
-    const DraftColumns columns;
+    const KvColumns columns;
     const int64_t d;
-    const std::vector<QueryBlock> blocks;
+    const int part;  // rows taken at once: all, where a layer before the last one runs
+    const DeltaRows recurrent;
+    const std::vector<QueryBlock> blocks, wanted_blocks;
     Ranking<W> ranking;
+    Workspace workspace{};
 
-    // Workspace. Of a part's rows: what linear layers read, features, and keys beside values.
-    float *inputs, *features, *kv;
-    // Of the wanted rows: inputs of the layer, queries and what follows them.
-    float *wanted_inputs, *q, *attention, *ffn;
+    // Workspace. Of a part's rows: what fc or a layer reads, the states that enter a layer, and
+    // keys beside values.
+    float *inputs, *x, *kv;
+    float* wanted_inputs;  // of the wanted rows, what EAGLE-3's first layer reads
 
-    DraftLevel(const Head& h, const Rows& in_, const Level& v, const WantedRows& asking_,
-               const KvCache<W>& cache_, WorkspaceMemory& memory)
+    DraftLevel(const Head& h, const Rows& in_, const Level& v, const KvCache<W>& cache_,
+               WorkspaceMemory& memory)
         : head(h),
-          layer(*h.layers),
           in(in_),
           level(v),
-          asking(asking_),
+          first_layer(*h.layers),
+          last_layer(h.layers[h.layer_count - 1]),
+          all_wanted(!v.first || in_.rows == in_.requests),
+          lasts(all_wanted ? RowVectors() : last_rows(in_, v.token)),
+          wanted(all_wanted ? in_ : lasts.view(in_)),
           cache(cache_),
-          columns(*h.layers),
-          d(h.layers->hidden),
-          blocks(query_blocks<W>(asking_.rows, *h.layers)),
-          ranking(h, v, asking_.rows.rows) {
-        const int64_t part = std::min(in.rows, PART_ROWS), wanted = asking.rows.rows;
-        const int64_t widest = std::max(v.first ? h.aux_count * d : 0, 2 * d),
-                      rows = std::max(part, wanted);
-        memory.begin(rows * (widest + d + columns.width)
-                     + wanted * (2 * columns.q_width + layer.ffn + 2 * d) + ranking.floats() + 256);
-        inputs = memory.take<float>(rows * widest);
-        wanted_inputs = memory.take<float>(wanted * 2 * d);
-        attention = memory.take<float>(wanted * columns.q_width);
-        ffn = memory.take<float>(wanted * layer.ffn);
-        features = memory.take<float>(part * d);
-        kv = memory.take<float>(part * columns.width);
-        q = memory.take<float>(wanted * columns.q_width);
+          columns(last_layer),
+          d(first_layer.hidden),
+          part(all_wanted || h.layer_count > 1 ? in_.rows : std::min(in_.rows, PART_ROWS)),
+          recurrent(in_, nullptr, 0),
+          blocks(query_blocks<W>(h.layer_count > 1 ? in_ : Rows{}, first_layer)),
+          wanted_blocks(query_blocks<W>(wanted, first_layer)),
+          ranking(h, v, wanted.rows) {
+        const LayerFloats floats(h.layers, h.layer_count);
+        const int64_t rows = h.layer_count > 1 ? in.rows : wanted.rows;
+        const int64_t widest = std::max<int64_t>(h.fused ? 0 : h.aux_count, 2) * d;
+        memory.begin(part * (widest + d + columns.width) + wanted.rows * 2 * d
+                     + rows * floats.of_row() + ranking.floats() + 256);
+        inputs = memory.take<float>(part * widest);
+        x = all_wanted ? level.out : memory.take<float>(part * d);
+        wanted_inputs = all_wanted ? inputs : memory.take<float>(wanted.rows * 2 * d);
+        kv = memory.take<float>(all_wanted ? 0 : part * columns.width);
+        floats.take(memory, rows, workspace);
         ranking.take(memory);
     }
 
     void run() const {
         std::vector<float> line(std::max<int64_t>(d, level.k));
-        for (int first = 0; first < in.rows; first += PART_ROWS)
-            run_part(first, std::min(first + PART_ROWS, in.rows), line.data());
-        run_wanted(line.data());
-    }
-
-    // Rows [first, end) to keys and values; of the wanted ones inputs and residuals are left. Rows
-    // that nobody asks for leave keys and values only.
-    void run_part(int first, int end, float* line) const {
-        if (level.first) fuse_aux_hidden(first, end);
-#pragma omp for schedule(static) nowait
-        for (int r = first; r < end; r++) prepare_row(r, r - first, line);
-        barrier();
-        const Weight weight = columns_from<W>(layer.qkv, columns.first, 2 * d);
-        const float* bias = layer.qkv_bias ? layer.qkv_bias + columns.first : nullptr;
-        linear_rows<W>(inputs, end - first, weight, columns.width, 2 * d, bias, kv, columns.width,
-                       false);
-        barrier();
-#pragma omp for schedule(static) nowait
-        for (int r = first; r < end; r++) {
-            float* keys = kv + (r - first) * columns.width + columns.q_width - columns.first;
-            rope_and_store(layer, in, r, keys, 0, layer.kv_heads, cache);
+        Forward<W> forward{in, blocks, recurrent, workspace, cache, {nullptr, 0, 0, nullptr}};
+        for (int first = 0; first < in.rows; first += part) {
+            const int end = std::min(first + part, in.rows);
+            read_rows(first, end, line.data());
+            for (const Layer* l = &first_layer; l < &last_layer; l++)
+                run_layer<W>(*l, forward, input_of(*l, inputs, x), x);
+            if (!all_wanted) leave_keys(first, end, forward.cache);
         }
-        barrier();
-    }
-
-    // The features of the first level: several layers' states side by side through fc.
-    void fuse_aux_hidden(int first, int end) const {
-        const int64_t width = head.aux_count * d;
-#pragma omp for schedule(static) nowait
-        for (int r = first; r < end; r++)
-            read_aux_hidden(head, level.features[r], inputs + (r - first) * width);
-        barrier();
-        linear_rows<W>(inputs, end - first, head.fc, d, width, head.fc_bias, features, d, false);
-        barrier();
-    }
-
-    // [norm(embedding) ; norm(features)] of row `r`, the part's `at`-th.
-    void prepare_row(int r, int at, float* line) const {
-        const float* row_features = level.first ? features + at * d : level.features[r];
-        const float* embedding = line;
-        if (level.embeddings && level.embeddings[r])
-            embedding = level.embeddings[r];
-        else
-            embedding_row<W>(head.embedding, head.table, d, level.token[r], line);
-        float* to = inputs + at * 2 * d;
-        rms_norm_row(embedding, head.input_norm, layer.eps, d, to);
-        rms_norm_row(row_features, head.hidden_norm, layer.eps, d, to + d);
-        const int place = asking.place[r];
-        if (place < 0) return;
-        memcpy(wanted_inputs + place * 2 * d, to, 2 * d * sizeof(*to));
-        float* x = level.out + place * d;
-        if (head.norm_before_residual)
-            rms_norm_row(row_features, head.hidden_norm, layer.eps, d, x);
-        else
-            memcpy(x, row_features, d * sizeof(float));
-    }
-
-    // The wanted rows, from inputs to the best children.
-    void run_wanted(float* line) const {
-        const int wanted = asking.rows.rows;
-        const int64_t q_width = columns.q_width;
-        linear_rows<W>(wanted_inputs, wanted, layer.qkv, q_width, 2 * d, layer.qkv_bias, q, q_width,
-                       false);
-        barrier();
-#pragma omp for schedule(static) nowait
-        for (int r = 0; r < in.rows; r++)
-            if (asking.place[r] >= 0)
-                rope_and_store(layer, in, r, q + asking.place[r] * q_width, layer.heads, 0, cache);
-        barrier();
-        attend(layer, asking.rows, blocks, q, q_width, cache, attention);
-        add_attention<W>(layer, wanted, attention, level.out, inputs, nullptr);
-        add_network<W>(layer, wanted, inputs, level.out, ffn, nullptr);
-        ranking.run(line);
-    }
-};
-
-// ----------------------------------------------------------------------------------- other heads
-
-// A level by the kernels of models, one after another. Returns their status.
-template <class W>
-struct SteppedLevel {
-    const Head& head;
-    const Rows& in;
-    const Level& level;
-    const int threads;
-    const int64_t d, rows, wanted, states;
-    Ranking<W> ranking;
-    float *features, *pairs, *scratch, *x;
-    Workspace workspace{};
-
-    static constexpr bool BF16 = sizeof(W) == 2;
-
-    SteppedLevel(const Head& h, const Rows& in_, const Level& v, int threads_,
-                 WorkspaceMemory& memory)
-        : head(h),
-          in(in_),
-          level(v),
-          threads(threads_),
-          d(h.layers->hidden),
-          rows(in_.rows),
-          wanted(v.first ? in_.requests : in_.rows),
-          states(v.first && !h.fused ? h.aux_count * d : d),
-          ranking(h, v, int(wanted)) {
-        int64_t width = 0, input = 0, attention = 0, ffn = 0, mixture = 0;
-        for (const Layer* l = h.layers; l < h.layers + h.layer_count; l++) {
-            width = std::max({width, products_width(*l), d});
-            input = std::max<int64_t>({input, l->input, d});
-            attention = std::max(attention, mixed_width(*l));
-            ffn = std::max(ffn, ffn_floats(*l));
-            mixture = std::max(mixture, mixture_floats(*l));
+        Forward<W> asked{wanted,     wanted_blocks, recurrent,
+                         workspace,  forward.cache, {nullptr, 0, 0, nullptr},
+                         !all_wanted};
+        run_layer<W>(last_layer, asked, input_of(last_layer, wanted_inputs, level.out), level.out);
+        if (head.feeds_back_normed) {
+            rms_norm_rows(level.out, head.final_norm, first_layer.eps, wanted.rows, d, level.out);
+            barrier();
         }
-        const int64_t widest = std::max(states, 2 * d);
-        memory.begin(rows
-                         * (states + 2 * d + widest + d + input + width + attention + ffn + mixture)
-                     + ranking.floats() + 256);
-        features = memory.take<float>(rows * states);
-        pairs = memory.take<float>(rows * 2 * d);
-        scratch = memory.take<float>(rows * widest);
-        x = memory.take<float>(rows * d);
-        workspace.normed = memory.take<float>(rows * input);
-        workspace.qkv = memory.take<float>(rows * width);
-        workspace.attention = memory.take<float>(rows * attention);
-        workspace.ffn = memory.take<float>(rows * ffn);
-        workspace.mixture = memory.take<float>(rows * mixture);
-        ranking.take(memory);
-    }
-
-    int32_t run(void* keys, void* values, int64_t pages) {
-        for (int64_t r = 0; r < rows; r++) read_features(r);
-        const float* input = head.fused ? fuse() : pair();
-        if (const int32_t status = smart_layers(head.layers, head.layer_count, &in, input, x, keys,
-                                                values, pages, &workspace, BF16, BF16, threads))
-            return status;
-        for (int64_t i = 0; i < wanted; i++) {
-            const int64_t r = level.first ? in.query_start_loc[i + 1] - 1 : i;
-            if (head.feeds_back_normed)
-                rms_norm_row(x + r * d, head.final_norm, head.layers->eps, d, level.out + i * d);
-            else
-                memcpy(level.out + i * d, x + r * d, d * sizeof(float));
-        }
-        run_team(threads, [&] {
-            std::vector<float> line(std::max<int64_t>(d, level.k));
-            ranking.run(line.data());
-        });
-        return 0;
+        ranking.run(line.data());
     }
 
 private:
-    // Features of a row, or the aux hidden states that fc makes them of.
-    void read_features(int64_t r) {
-        float* to = features + r * states;
+    // What q, k and v of a layer read; null: the norm of x.
+    const float* input_of(const Layer& l, const float* pairs, const float* states) const {
+        if (l.input_norm) return nullptr;
+        return head.fused ? states : pairs;
+    }
+
+    // The states of rows [first, end) that enter the first layer, into x, and what it reads.
+    void read_rows(int first, int end, float* line) const {
+        if (head.fused || level.first) {
+            const int64_t width = head.fused ? 2 * d : head.aux_count * d;
+#pragma omp for schedule(static) nowait
+            for (int r = first; r < end; r++) read_row(r, inputs + (r - first) * width);
+            barrier();
+            linear_rows<W>(inputs, end - first, head.fc, d, width, head.fc_bias, x, d, false);
+            barrier();
+        }
+#pragma omp for schedule(static) nowait
+        for (int r = first; r < end; r++) {
+            float* states = x + (r - first) * d;
+            if (!head.fused)
+                pair(r, states, inputs + (r - first) * 2 * d, line);
+            else if (const float* given = picture(r))
+                memcpy(states, given, d * sizeof(float));
+        }
+        barrier();
+    }
+
+    // What fc reads of a row.
+    void read_row(int r, float* to) const {
+        if (!head.fused) return read_aux_hidden(level.features[r], to);
+        read_embedding(r, to);
         if (level.first)
-            read_aux_hidden(head, level.features[r], to);
+            read_aux_hidden(level.features[r], to + d);
         else
-            memcpy(to, level.features[r], states * sizeof(float));
+            memcpy(to + d, level.features[r], d * sizeof(float));
+        if (head.input_norm) rms_norm_row(to, head.input_norm, first_layer.eps, d, to);
+        if (head.hidden_norm) rms_norm_row(to + d, head.hidden_norm, first_layer.eps, d, to + d);
     }
 
-    const float* picture(int64_t r) const {
-        return level.embeddings ? level.embeddings[r] : nullptr;
+    // Aux hidden states [aux_count, hidden].
+    void read_aux_hidden(const float* from, float* to) const {
+        const int64_t width = head.aux_count * d, step = head.aux_together ? width : d;
+        if (!head.aux_norm) memcpy(to, from, width * sizeof(float));
+        for (int64_t at = 0; head.aux_norm && at < width; at += step)
+            rms_norm_row(from + at, head.aux_norm + at, head.aux_eps, step, to + at);
     }
 
-    void read_embedding(int64_t r, float* out) const {
+    const float* picture(int r) const { return level.embeddings ? level.embeddings[r] : nullptr; }
+
+    void read_embedding(int r, float* out) const {
         if (const float* given = picture(r))
             memcpy(out, given, d * sizeof(float));
         else
             embedding_row<W>(head.embedding, head.table, d, level.token[r], out);
     }
 
-    void linear(const float* from, int64_t k, float* to) {
-        smart_linear(from, int32_t(rows), &head.fc, d, k, BF16, nullptr, 0, head.fc_bias, scratch,
-                     to, d, 0, INTO_CACHES, nullptr, threads);
+    // EAGLE-3: [norm(embedding) ; norm(features)] of a row. states: fc's features, from then on the
+    // residual.
+    void pair(int r, float* states, float* to, float* line) const {
+        const float* features = level.first ? states : level.features[r];
+        read_embedding(r, line);
+        rms_norm_row(line, head.input_norm, first_layer.eps, d, to);
+        rms_norm_row(features, head.hidden_norm, first_layer.eps, d, to + d);
+        if (head.norm_before_residual) features = to + d;
+        if (features != states) memcpy(states, features, d * sizeof(float));
     }
 
-    // The states that enter the first layer, into x. It reads them as they are in EAGLE-1/2,
-    // through a norm of its own in others (null).
-    const float* fuse() {
-        for (int64_t r = 0; r < rows; r++) {
-            float* of = pairs + r * 2 * d;
-            read_embedding(r, of);
-            memcpy(of + d, features + r * d, d * sizeof(float));
-            if (head.input_norm) rms_norm_row(of, head.input_norm, head.layers->eps, d, of);
-            if (head.hidden_norm)
-                rms_norm_row(of + d, head.hidden_norm, head.layers->eps, d, of + d);
+    // The last layer's keys and values of rows [first, end). Of the wanted ones, states and inputs
+    // are kept.
+    void leave_keys(int first, int end, const KvCache<W>& to) const {
+        const int rows = end - first;
+        const Layer& l = last_layer;
+#pragma omp for schedule(static) nowait
+        for (int i = 0; i < wanted.rows; i++) {
+            const int64_t at = in.query_start_loc[i + 1] - 1 - first;
+            if (at < 0 || at >= rows) continue;
+            memcpy(level.out + i * d, x + at * d, d * sizeof(float));
+            if (!head.fused)
+                memcpy(wanted_inputs + i * 2 * d, inputs + at * 2 * d, 2 * d * sizeof(float));
         }
-        linear(pairs, 2 * d, x);
-        for (int64_t r = 0; r < rows; r++)
-            if (const float* given = picture(r)) memcpy(x + r * d, given, d * sizeof(float));
-        if (head.layers->input_norm) return nullptr;
-        memcpy(features, x, rows * d * sizeof(float));
-        return features;
-    }
-
-    // EAGLE-3: the residual into x; what the first layer reads is returned.
-    const float* pair() {
-        const float eps = head.layers->eps;
-        if (level.first)
-            linear(features, states, x);
-        else
-            memcpy(x, features, rows * d * sizeof(float));
-        for (int64_t r = 0; r < rows; r++) {
-            float *of = pairs + r * 2 * d, *normed = of + d;
-            read_embedding(r, of);
-            rms_norm_row(of, head.input_norm, eps, d, of);
-            rms_norm_row(x + r * d, head.hidden_norm, eps, d, normed);
-            if (head.norm_before_residual) memcpy(x + r * d, normed, d * sizeof(float));
+        const float* read = input_of(l, inputs, x);
+        if (!read) {
+            barrier();
+            rms_norm_rows(x, l.input_norm, l.eps, rows, d, inputs);
+            barrier();
+            read = inputs;
         }
-        return pairs;
+        const Weight weight = columns_from<W>(l.qkv, columns.first, l.input);
+        const float* bias = l.qkv_bias ? l.qkv_bias + columns.first : nullptr;
+        linear_rows<W>(read, rows, weight, columns.width, l.input, bias, kv, columns.width, false,
+                       l.hint);
+        barrier();
+#pragma omp for schedule(static) nowait
+        for (int r = first; r < end; r++) {
+            float* keys = kv + (r - first) * columns.width + columns.begin;
+            rope_and_store(l, in, r, keys, 0, l.kv_heads, to);
+        }
+        barrier();
     }
 };
 
@@ -461,18 +362,10 @@ using namespace smart;
 extern "C" int32_t smart_draft_level(const Head* h, const Rows* in, const Level* v, void* keys,
                                      void* values, int64_t pages, int32_t w_bf16, int32_t kv_bf16,
                                      int32_t threads) {
-    int32_t status = 0;
-    const int32_t refused = dispatch_types(*h->layers, w_bf16, kv_bf16, [&](auto* type) {
+    return dispatch_types(*h->layers, w_bf16, kv_bf16, [&](auto* type) {
         typedef std::remove_pointer_t<decltype(type)> W;
         static thread_local WorkspaceMemory memory;
-        if (h->fused || h->layer_count > 1 || h->feeds_back_normed) {
-            status = SteppedLevel<W>(*h, *in, *v, threads, memory).run(keys, values, pages);
-            return;
-        }
-        const WantedRows asking(*in, v->first);
-        const DraftLevel<W> level(*h, *in, *v, asking, KvCache<W>{(W*)keys, (W*)values, pages},
-                                  memory);
+        const DraftLevel<W> level(*h, *in, *v, {(W*)keys, (W*)values, pages}, memory);
         run_team(threads, [&] { level.run(); });
     });
-    return refused ? refused : status;
 }

@@ -2,8 +2,10 @@
 
 #pragma once
 #include "abi.h"
+#include "attention.h"
 #include "delta.h"
 #include "experts.h"
+#include "workspace.h"
 
 namespace [[gnu::visibility("hidden")]] smart {
 
@@ -17,6 +19,46 @@ static inline int64_t products_width(const Layer& l) {
     if (l.delta) return DeltaSizes(*l.delta).channels + mixed_width(l);
     return mixed_width(l) * (l.gated ? 2 : 1) + 2 * int64_t(l.kv_heads) * l.head_dim;
 }
+
+// Floats of a row in the parts of a Workspace that layers of attention and networks use.
+struct LayerFloats {
+    int64_t hidden, products, mixed = 0, ffn = 0, mixture = 0;
+
+    LayerFloats(const Layer* layers, int count) : hidden(layers->hidden), products(layers->hidden) {
+        for (const Layer* l = layers; l < layers + count; l++) {
+            products = std::max(products, products_width(*l));
+            mixed = std::max(mixed, mixed_width(*l));
+            ffn = std::max(ffn, ffn_floats(*l));
+            mixture = std::max(mixture, mixture_floats(*l));
+        }
+    }
+
+    int64_t of_row() const { return hidden + products + mixed + ffn + mixture; }
+    void take(WorkspaceMemory& memory, int64_t rows, Workspace& to) const {
+        to.normed = memory.take<float>(rows * hidden);
+        to.qkv = memory.take<float>(rows * products);
+        to.attention = memory.take<float>(rows * mixed);
+        to.ffn = memory.take<float>(rows * ffn);
+        to.mixture = memory.take<float>(rows * mixture);
+    }
+};
+
+// What the layers of a forward have in common.
+template <class W>
+struct Forward {
+    const Rows& in;
+    const std::vector<QueryBlock>& blocks;
+    const DeltaRows& recurrent;
+    const Workspace& workspace;
+    KvCache<W> cache;     // of the next layer with attention
+    DeltaMemory memory;   // of the next layer with linear attention
+    bool stored = false;  // the rows' keys and values lie in the cache already
+};
+
+// One layer, by a whole team, each thread with its own `forward`. q, k and v read the norm of x, or
+// `input`.
+template <class W>
+void run_layer(const Layer& l, Forward<W>& forward, const float* input, float* x);
 
 // x += input w^T + bias, or if there is a norm what it makes of that. `added` [rows, hidden] is
 // workspace.

@@ -3,9 +3,7 @@
 // What a small decoder needs so that one token costs no more than reading its weights once: one
 // team of threads runs all layers, and what lies between them stays in caches.
 
-#include "attention.h"
 #include "layers.h"
-#include "workspace.h"
 
 namespace [[gnu::visibility("hidden")]] smart {
 
@@ -24,31 +22,21 @@ static void gate_rows(const Layer& l, int rows, const float* products, float* at
 
 // Attention of a layer into Workspace's `attention`, by a whole team, from the products in `qkv`.
 template <class W>
-static void add_softmax(const Layer& l, const Rows& in, const std::vector<QueryBlock>& blocks,
-                        const KvCache<W>& cache, const Workspace& workspace) {
+static void add_softmax(const Layer& l, const Forward<W>& forward) {
+    const Rows& in = forward.in;
+    const Workspace& workspace = forward.workspace;
     const int64_t width = products_width(l);
+    const int kv_heads = forward.stored ? 0 : l.kv_heads;
 #pragma omp for schedule(static) nowait
     for (int r = 0; r < in.rows; r++)
-        rope_and_store(l, in, r, workspace.qkv + r * width, l.heads, l.kv_heads, cache);
+        rope_and_store(l, in, r, workspace.qkv + r * width, l.heads, kv_heads, forward.cache);
     barrier();
-    attend(l, in, blocks, workspace.qkv, width, cache, workspace.attention);
+    attend(l, in, forward.blocks, workspace.qkv, width, forward.cache, workspace.attention);
     if (l.gated) gate_rows(l, in.rows, workspace.qkv, workspace.attention);
 }
 
-// What the layers of a forward have in common.
 template <class W>
-struct Forward {
-    const Rows& in;
-    const std::vector<QueryBlock>& blocks;
-    const DeltaRows& recurrent;
-    const Workspace& workspace;
-    KvCache<W> cache;    // of the next layer with attention
-    DeltaMemory memory;  // of the next layer with linear attention
-};
-
-// One layer, by a whole team. q, k and v read the norm of x, or `input`.
-template <class W>
-static void run_layer(const Layer& l, Forward<W>& forward, const float* input, float* x) {
+void run_layer(const Layer& l, Forward<W>& forward, const float* input, float* x) {
     const Rows& in = forward.in;
     const Workspace& workspace = forward.workspace;
     const int64_t d = l.hidden, width = products_width(l);
@@ -57,14 +45,15 @@ static void run_layer(const Layer& l, Forward<W>& forward, const float* input, f
         rms_norm_rows(x, l.input_norm, l.eps, in.rows, d, normed);
         barrier();
     }
-    linear_rows<W>(input ? input : normed, in.rows, l.qkv, width, l.input, l.qkv_bias, qkv, width,
+    const int64_t columns = forward.stored && !l.gated ? mixed_width(l) : width;  // gates lie last
+    linear_rows<W>(input ? input : normed, in.rows, l.qkv, columns, l.input, l.qkv_bias, qkv, width,
                    false, l.hint);
     barrier();
     if (l.delta) {
         add_delta<W>(l, forward.recurrent, in.rows, workspace, forward.memory);
         forward.memory.next(DeltaSizes(*l.delta));
     } else {
-        add_softmax<W>(l, in, forward.blocks, forward.cache, workspace);
+        add_softmax<W>(l, forward);
         const int64_t size = l.kv_heads * forward.cache.pages * l.head_dim * PAGE;
         forward.cache.keys += size;
         forward.cache.values += size;
@@ -75,6 +64,9 @@ static void run_layer(const Layer& l, Forward<W>& forward, const float* input, f
     else
         add_network<W>(l, in.rows, normed, x, workspace.ffn, qkv);
 }
+
+template void run_layer(const Layer&, Forward<bf16>&, const float*, float*);
+template void run_layer(const Layer&, Forward<float>&, const float*, float*);
 
 // Where hidden states are copied to between layers.
 struct AuxHidden {
@@ -130,26 +122,16 @@ static void forward(const Model& m, const Rows& in, const Pass& pass, int thread
     const Delta* delta = delta_of(m.layers, m.layer_count);
     const int64_t rows = in.rows, wanted = pass.wanted ? pass.wanted_count : rows, d = l.hidden;
     const DeltaRows recurrent(in, delta ? m.states : nullptr, delta ? delta->kernel : 0);
-    int64_t width = 0, qkv_width = d, ffn = 0, mixture = 0;
-    for (int i = 0; i < m.layer_count; i++) {
-        width = std::max(width, mixed_width(m.layers[i]));
-        qkv_width = std::max(qkv_width, products_width(m.layers[i]));
-        ffn = std::max(ffn, ffn_floats(m.layers[i]));
-        mixture = std::max(mixture, mixture_floats(m.layers[i]));
-    }
+    const LayerFloats floats(m.layers, m.layer_count);
     const int64_t of_delta = delta ? delta_floats(*delta, rows, recurrent.all) : 0;
     static thread_local WorkspaceMemory kept;
     WorkspaceMemory& memory = kept;
-    memory.begin(rows * (2 * d + qkv_width + width + ffn + mixture) + wanted * d + of_delta + 256);
+    memory.begin(rows * (d + floats.of_row()) + wanted * d + of_delta + 256);
     float* x = memory.take<float>(rows * d);
     Workspace workspace;
     workspace.awake = pass.experts;
     if (pass.experts) *pass.experts = 0;
-    workspace.normed = memory.take<float>(rows * d);
-    workspace.qkv = memory.take<float>(rows * qkv_width);
-    workspace.attention = memory.take<float>(rows * width);
-    workspace.ffn = memory.take<float>(rows * ffn);
-    workspace.mixture = memory.take<float>(rows * mixture);
+    floats.take(memory, rows, workspace);
     workspace.delta = memory.take<float>(of_delta);
     float* normed = memory.take<float>(wanted * d);
     std::vector<Maxima> found(wanted * threads);
