@@ -17,10 +17,11 @@ from smart_decoding.models.heads.vocabulary import DraftVocabulary
 from ..parity.reference_head import check
 from .drafters.tiny import ways_to_run
 from .test_loading import own_cache
-from .test_mtp_files import KINDS
+from .test_mtp_files import KINDS, OWN, tensors
 from .test_mtp_levels import Expected, drafting_of, file_of
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
 __all__ = ["own_cache"]
@@ -85,13 +86,19 @@ def test_replaced_rows_are_those_of_a_new_packing(kind: str, width: int) -> None
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_was_said_is_proposed(kind: str, tmp_path: Path) -> None:
-    """Beside the tokens of the lowest ids, with probabilities among all that are there."""
-    path = file_of(tmp_path, kind, "tiny.gguf")
+@pytest.mark.parametrize("own", OWN)
+@pytest.mark.parametrize("quantization", [None, "off"])
+def test_what_was_said_is_proposed(
+    quantization: str | None, own: Sequence[str], kind: str, tmp_path: Path
+) -> None:
+    """Beside the tokens of the lowest ids, with probabilities among all that are there, by rows of
+    the output matrix that ranks them."""
+    weights = tensors(kind=kind, own=own)
+    path = file_of(tmp_path, kind, "tiny.gguf", weights)
     for native in ways_to_run(load_checkpoint(path).config):
-        drafting = drafting_of(path, 120, native=native)
+        drafting = drafting_of(path, 120, quantization, native)
         drafting.round()
         drafting.request.tokens.extend([250, 299, 140])
         trees = drafting.round()
         there = [*range(117), 140, 250, 299]
-        check(trees, Expected(kind, drafting.request.tokens, there).probs)
+        check(trees, Expected(kind, drafting.request.tokens, there, weights).probs)

@@ -703,6 +703,8 @@ MTP_NAMES = {
     "mtp.pre_fc_norm_embedding": "nextn.enorm",
     "mtp.pre_fc_norm_hidden": "nextn.hnorm",
     "mtp.norm": "nextn.shared_head_norm",
+    "mtp.embed_tokens": "nextn.embed_tokens",
+    "mtp.lm_head": "nextn.shared_head_head",
 }
 GPT_OSS_NAMES = {"post_attention_layernorm": "post_attention_norm"}
 OLLAMA_NAMES = {"self_attn.o_proj": "attn_out"}

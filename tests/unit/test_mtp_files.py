@@ -18,6 +18,7 @@ from smart_decoding.models.families.mtp import check_mtp, mtp_shapes
 from .test_loading import assert_refused, change_weights, own_cache, tiny_model, write_gguf
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
 __all__ = ["own_cache"]
@@ -51,14 +52,20 @@ OF_MIXTURES = {
     },
 }
 KINDS = {"qwen35": SHAPES, "qwen35moe": OF_MIXTURES}
+# what it may have of its own, in place of the model's
+EMBEDDING = "mtp.embed_tokens.weight"
+OUTPUT = "mtp.lm_head.weight"
+OWN = [(), (EMBEDDING,), (OUTPUT,), (EMBEDDING, OUTPUT)]
 
 
-def tensors(seed: int = 1, kind: str = "qwen35") -> dict[str, torch.Tensor]:
-    """A random layer, as it is published: norms are what is beyond 1."""
+def tensors(
+    seed: int = 1, kind: str = "qwen35", own: Sequence[str] = ()
+) -> dict[str, torch.Tensor]:
+    """A random layer, as it is published: norms are what is beyond 1. own: of OWN."""
     generator = torch.Generator().manual_seed(seed)
     return {
         name: (torch.randn(shape, generator=generator) * 0.2).bfloat16().float()
-        for name, shape in KINDS[kind].items()
+        for name, shape in (KINDS[kind] | dict.fromkeys(own, (300, 32))).items()
     }
 
 
@@ -82,10 +89,11 @@ def test_the_shapes_are_those_of_a_layer_with_attention(tmp_path: Path) -> None:
 @pytest.mark.parametrize("quantization", [None, "off"])
 @pytest.mark.parametrize("name", ["tiny.gguf", "folder"])
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("own", OWN)
 def test_a_file_holds_a_layer_apart(
-    kind: str, name: str, quantization: str | None, tmp_path: Path
+    own: Sequence[str], kind: str, name: str, quantization: str | None, tmp_path: Path
 ) -> None:
-    published = tensors(kind=kind)
+    published = tensors(kind=kind, own=own)
     folder_of(tmp_path / "folder", published, kind)
     write_gguf(tmp_path / "tiny.gguf", kind, mtp=published)
     checkpoint = load_checkpoint(tmp_path / name, quantization=quantization)
@@ -93,7 +101,7 @@ def test_a_file_holds_a_layer_apart(
     assert checkpoint.config.layers == 2
     assert not any(each.startswith("mtp.") for each in checkpoint.weights)
     assert checkpoint.mtp is not None
-    assert set(checkpoint.mtp) == set(KINDS[kind])
+    assert set(checkpoint.mtp) == {*KINDS[kind], *own}
     for each, weight in published.items():
         computed = weight + 1 if "norm" in each else weight
         assert torch.equal(checkpoint.mtp[each], computed), each
@@ -139,7 +147,9 @@ def without(name: str) -> dict[str, torch.Tensor]:
         ({}, ["tiny has no layer for multi-token prediction", "'ngram'"]),
         (without("mtp.norm.weight"), ["the MTP layer of tiny lacks the tensor mtp.norm.weight"]),
         (tensors() | {"mtp.fc.weight": torch.zeros(32, 32)}, ["mtp.fc.weight", "(32, 64)"]),
-        (tensors() | {"mtp.lm_head.weight": torch.zeros(2)}, ["mtp.lm_head.weight", "not use"]),
+        (tensors() | {OUTPUT: torch.zeros(90, 32)}, [OUTPUT, "shape (90, 32)", "(300, 32)"]),
+        (tensors() | {EMBEDDING: torch.zeros(300, 8)}, [EMBEDDING, "shape (300, 8)"]),
+        (tensors() | {"mtp.head.weight": torch.zeros(2)}, ["mtp.head.weight", "not use"]),
         (
             tensors() | {"mtp.layers.1.mlp.up_proj.weight": torch.zeros(2)},
             ["2 layers for multi-token prediction, of which one is supported"],

@@ -24,10 +24,10 @@ from smart_decoding.models.heads.mtp import mtp_files
 from ..parity.reference_head import PAGES, SCRATCH, Drafting, check
 from .drafters.tiny import ways_to_run
 from .test_loading import own_cache, tiny_model, write_gguf
-from .test_mtp_files import KINDS, folder_of, tensors
+from .test_mtp_files import EMBEDDING, KINDS, OUTPUT, OWN, folder_of, tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
 __all__ = ["own_cache"]
@@ -48,18 +48,27 @@ def turned(x: Tensor) -> Tensor:
 
 
 class Expected:
-    """The proposals after a prompt and drafted tokens."""
+    """The proposals after a prompt and drafted tokens. weights: the layer's, as published."""
 
-    def __init__(self, kind: str, prompt: list[int], tokens: Sequence[int] = range(VOCAB)) -> None:
-        weights = tensors(kind=kind)
+    def __init__(
+        self,
+        kind: str,
+        prompt: list[int],
+        tokens: Sequence[int] = range(VOCAB),
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        weights = tensors(kind=kind) if weights is None else weights
         self._w = {name.removeprefix("mtp."): weight for name, weight in weights.items()}
         self._prompt = prompt
         self._tokens = list(tokens)
         model = tiny_model(kind).eval()
         with torch.no_grad():
             self._states = model.model(torch.tensor([prompt[:-1]])).last_hidden_state[0]
-        self._embedding = model.get_input_embeddings().weight.detach()
-        self._output = model.get_output_embeddings().weight.detach()
+        embedding = model.get_input_embeddings().weight.detach()
+        output = model.get_output_embeddings().weight.detach()
+        self._embedding = weights.get(EMBEDDING, embedding)
+        self._output = weights.get(OUTPUT, output)
+        self._norm = self._w.get("norm.weight", model.model.norm.weight.detach())
 
     def probs(self, drafted: list[int]) -> Tensor:
         """[vocab] after the drafted tokens."""
@@ -82,7 +91,7 @@ class Expected:
         read = norm(x, self._w["layers.0.post_attention_layernorm.weight"])
         is_mixture = "layers.0.mlp.gate.weight" in self._w
         x = x + (self._mixture(read) if is_mixture else self._network("mlp", read))
-        return norm(x, self._w["norm.weight"])
+        return norm(x, self._norm)
 
     def _network(self, name: str, read: Tensor) -> Tensor:
         gate, up, down = (
@@ -127,49 +136,73 @@ def drafting_of(
     return Drafting(decoder, EagleHead(files, decoder, PAGES, SCRATCH, 128), PROMPT)
 
 
-def file_of(folder: Path, kind: str, name: str) -> Path:
+def file_of(
+    folder: Path, kind: str, name: str, weights: Mapping[str, Tensor] | None = None
+) -> Path:
+    weights = tensors(kind=kind) if weights is None else weights
     if name == "folder":
-        return folder_of(folder / name, tensors(kind=kind), kind)
-    write_gguf(folder / name, kind, mtp=tensors(kind=kind))
+        return folder_of(folder / name, dict(weights), kind)
+    write_gguf(folder / name, kind, mtp=weights)
     return folder / name
+
+
+def check_proposals(path: Path, kind: str, weights: Mapping[str, Tensor], tokens: int) -> None:
+    """After the prompt, and again two tokens later: one that was drafted, one that was not."""
+    for native in ways_to_run(load_checkpoint(path).config):
+        drafting = drafting_of(path, tokens, native=native)
+        trees = drafting.round()
+        assert trees.token.max() < tokens
+        check(trees, Expected(kind, PROMPT, range(tokens), weights).probs)
+        drafting.request.tokens.extend([int(trees.token[1]), 7])
+        expected = Expected(kind, drafting.request.tokens, range(tokens), weights)
+        check(drafting.round(), expected.probs)
 
 
 @pytest.mark.parametrize("tokens", [VOCAB, 120])
 @pytest.mark.parametrize("name", ["folder", "tiny.gguf"])
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("own", OWN)
 def test_proposals_are_those_of_the_definition(
-    kind: str, name: str, tokens: int, tmp_path: Path
+    own: Sequence[str], kind: str, name: str, tokens: int, tmp_path: Path
 ) -> None:
-    """After the prompt, and again two tokens later: one that was drafted, one that was not."""
-    path = file_of(tmp_path, kind, name)
-    for native in ways_to_run(load_checkpoint(path).config):
-        drafting = drafting_of(path, tokens, native=native)
-        trees = drafting.round()
-        assert trees.token.max() < tokens
-        check(trees, Expected(kind, PROMPT, range(tokens)).probs)
-        drafting.request.tokens.extend([int(trees.token[1]), 7])
-        check(drafting.round(), Expected(kind, drafting.request.tokens, range(tokens)).probs)
+    """By embeddings and an output matrix of its own, too."""
+    weights = tensors(kind=kind, own=own)
+    check_proposals(file_of(tmp_path, kind, name, weights), kind, weights, tokens)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_gguf_file_without_its_norm_means_the_model_s(kind: str, tmp_path: Path) -> None:
+    weights = tensors(kind=kind)
+    del weights["mtp.norm.weight"]
+    check_proposals(file_of(tmp_path, kind, "tiny.gguf", weights), kind, weights, VOCAB)
 
 
 @pytest.mark.parametrize("quantization", [None, "off"])
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("own", [OWN[0], OWN[-1]])
 def test_both_formats_draft_identically(
-    kind: str, quantization: str | None, tmp_path: Path
+    own: Sequence[str], kind: str, quantization: str | None, tmp_path: Path
 ) -> None:
     """Expanded, or read where they lie. GGUF files hold the exponential of the model's A_log."""
+    weights = tensors(kind=kind, own=own)
     a, b = (
-        drafting_of(file_of(tmp_path, kind, name), quantization=quantization).round()
+        drafting_of(file_of(tmp_path, kind, name, weights), quantization=quantization).round()
         for name in ("tiny.gguf", "folder")
     )
     assert a.token.tolist() == b.token.tolist()
     np.testing.assert_allclose(a.draft_prob, b.draft_prob, rtol=1e-4)
 
 
-def test_quants_draft_as_their_expanded_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize("own", OWN)
+@pytest.mark.parametrize("tokens", [VOCAB, 120])
+def test_quants_draft_as_their_expanded_file(
+    tokens: int, own: Sequence[str], tmp_path: Path
+) -> None:
     kind = gguf.GGMLQuantizationType.Q8_0
-    write_gguf(tmp_path / "tiny.gguf", "qwen35", kind, mtp=tensors())
+    write_gguf(tmp_path / "tiny.gguf", "qwen35", kind, mtp=tensors(own=own))
     drafts = [
-        drafting_of(tmp_path / "tiny.gguf", quantization=each).round() for each in (None, "off")
+        drafting_of(tmp_path / "tiny.gguf", tokens, quantization=each).round()
+        for each in (None, "off")
     ]
     a, b = drafts
     assert a.token.tolist() == b.token.tolist()

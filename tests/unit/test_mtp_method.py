@@ -16,9 +16,10 @@ from smart_decoding.models.checkpoints import memory
 from smart_decoding.models.checkpoints.loading import load_checkpoint
 
 from .test_loading import own_cache, write_gguf
-from .test_mtp_files import SHAPES, tensors
+from .test_mtp_files import EMBEDDING, OUTPUT, OWN, SHAPES, tensors
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
 __all__ = ["own_cache"]
@@ -76,9 +77,10 @@ def test_n_grams_draft_beside_it_unless_the_model_is_small(
     assert load(path).speculation.description == "union of the model's MTP layer + ngram"
 
 
-def test_it_drafts_in_bf16_beside_quants(tmp_path: Path) -> None:
+@pytest.mark.parametrize("own", OWN)
+def test_it_drafts_in_bf16_beside_quants(own: Sequence[str], tmp_path: Path) -> None:
     kind = gguf.GGMLQuantizationType.Q8_0
-    write_gguf(tmp_path / "quants.gguf", "qwen35", kind, mtp=tensors())
+    write_gguf(tmp_path / "quants.gguf", "qwen35", kind, mtp=tensors(own=own))
     llm = load(tmp_path / "quants.gguf", {"method": "mtp", "policy": "eagle2"}, "bf16")
     params = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
     outputs = llm.generate(PROMPTS, params)
@@ -106,14 +108,17 @@ def test_a_damaged_layer_is_told_and_does_not_draft(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     held = tensors()
-    del held["mtp.norm.weight"]
+    del held["mtp.fc.weight"]
     write_gguf(tmp_path / "damaged.gguf", "qwen35", mtp=held)
     assert load(tmp_path / "damaged.gguf").speculation.description == "ngram"
-    assert "lacks the tensor mtp.norm.weight" in caplog.text
+    assert "lacks the tensor mtp.fc.weight" in caplog.text
 
 
 def test_it_counts_as_memory_and_makes_way(
-    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     checkpoint = load_checkpoint(path)
     limits = memory.EngineLimits(kv_tokens=64, pages=8, rows=8, longest=64)
@@ -127,6 +132,11 @@ def test_it_counts_as_memory_and_makes_way(
     assert need(300).draft == 4 * layer
     assert need(100).draft == 4 * (layer + 100 * 32)
     assert need(300).per_token == 2 * need(0).per_token  # one layer of the model has keys
+
+    write_gguf(tmp_path / "own.gguf", "qwen35", mtp=tensors(own=(EMBEDDING, OUTPUT)))
+    checkpoint = load_checkpoint(tmp_path / "own.gguf")
+    assert need(300).draft == 4 * (layer + 3 * 300 * 32)
+    assert need(100).draft == 4 * (layer + (2 * 300 + 100) * 32)
 
     def little(checkpoint: Any, need: memory.Need, *_: Any) -> None:
         if need.draft:

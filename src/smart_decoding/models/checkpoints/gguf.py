@@ -245,6 +245,9 @@ def _index(
             "order": None if order is None else asdict(order),
         }
         index |= _by_expert(theirs, entry) if "{}" in theirs else {theirs: entry}
+    final_norm = index.get("model.norm.weight")
+    if final_norm is not None and any(name.startswith(MTP) for name in index):
+        index.setdefault(f"{MTP}norm.weight", final_norm)  # as llama.cpp takes it
     return index
 
 

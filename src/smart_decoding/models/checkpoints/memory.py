@@ -21,7 +21,7 @@ from smart_decoding.models.checkpoints.rounding import ROUNDED, bytes_per_weight
 from smart_decoding.models.checkpoints.weight_files import StackedExperts
 from smart_decoding.models.cpu.kernel_check import why_slow
 from smart_decoding.models.cpu.native_states import ROOM, snapshots_of
-from smart_decoding.models.families.mtp import mtp_shapes
+from smart_decoding.models.families.mtp import OUTPUT, mtp_shapes, own_shapes
 
 if TYPE_CHECKING:
     from smart_decoding.models.checkpoints.loading import Checkpoint
@@ -264,15 +264,19 @@ def _head_bytes(
 def _mtp_bytes(
     checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, tokens: int
 ) -> int:
-    """Return the bytes of a model's MTP layer, in 8 bits beside quants on the CPU kernels, and of
-    the rows of the output matrix if they are not all."""
+    """Return the bytes of a model's MTP layer, in 8 bits beside quants on the CPU kernels, of its
+    own embeddings and output matrix, and of that one's rows that it reads unless they are all of
+    the model's."""
     config = checkpoint.config
     layer = sum(map(prod, mtp_shapes(config).values()))
-    outputs = config.hidden * tokens if tokens < config.vocab else 0
+    own = own_shapes(config, checkpoint.mtp or ())
+    matrices = sum(map(prod, own.values())) * dtype.itemsize
+    outputs = config.hidden * tokens if OUTPUT in own or tokens < config.vocab else 0
     if not _in_quants(config, dtype, device):
-        return (layer + outputs) * dtype.itemsize
+        return (layer + outputs) * dtype.itemsize + matrices
     rounded = isinstance(checkpoint.weights, StoredWeights) or checkpoint.quantization in ROUNDED
-    return round(layer * (bytes_per_weight("int8") if rounded else dtype.itemsize)) + outputs
+    each = bytes_per_weight("int8") if rounded else dtype.itemsize
+    return round(layer * each) + outputs + matrices
 
 
 def size(count: float) -> str:

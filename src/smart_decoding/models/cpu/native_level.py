@@ -67,10 +67,10 @@ class NativeLevel:
     def replace(self, places: IntArray, tokens: IntArray) -> None:
         """See `SteppedLevels`."""
         at, ids = torch.from_numpy(places), torch.from_numpy(tokens)
-        self._weights.draft_ids[at] = ids
+        weights = self._weights
+        weights.draft_ids[at] = ids
         packed, scales = self._ranking
-        target = self._weights.target
-        new, of_new = _packed_output(target.head.rows_of(ids), target.dtype)
+        new, of_new = _packed_output(weights.rows_of(ids), weights.target.dtype)
         replace_rows(packed, at, new)
         for name, scale in scales.items():
             scale[at] = of_new[name][: len(at)]

@@ -49,6 +49,8 @@ GGUF_MTP: Mapping[str, str] = {
     "nextn.enorm": "pre_fc_norm_embedding",
     "nextn.hnorm": "pre_fc_norm_hidden",
     "nextn.shared_head_norm": "norm",
+    "nextn.embed_tokens": "embed_tokens",
+    "nextn.shared_head_head": "lm_head",
 }
 
 

@@ -2,7 +2,8 @@
 
 It reads the embedding of a token and the model's state before that token, through a norm each, and
 predicts the token behind. In safetensors its tensors are `mtp.*`; in GGUF files it is the last
-block, and what is no layer's is `nextn.*`.
+block, and what is no layer's is `nextn.*`. Embeddings and output matrix are the model's, or its
+own.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from smart_decoding.models.families.layer import Shapes
 
 LAYER = f"{MTP}layers.0."
+EMBEDDING = f"{MTP}embed_tokens.weight"
+OUTPUT = f"{MTP}lm_head.weight"
 # the norms of what fc reads
 EMBEDDING_NORM = "pre_fc_norm_embedding"
 HIDDEN_NORM = "pre_fc_norm_hidden"
@@ -35,7 +38,7 @@ def mtp_shape(model: ModelConfig) -> ModelConfig:
 
 
 def mtp_shapes(model: ModelConfig) -> Shapes:
-    """Return the tensors of a model's MTP layer: name to shape."""
+    """Return the tensors that a model's MTP layer must have: name to shape."""
     hidden = model.hidden
     layer = mtp_shape(model).layer(0).shapes(hidden)
     return {
@@ -45,6 +48,12 @@ def mtp_shapes(model: ModelConfig) -> Shapes:
         **{LAYER + name: shape for name, shape in layer.items()},
         f"{MTP}norm.weight": (hidden,),
     }
+
+
+def own_shapes(model: ModelConfig, found: Collection[str]) -> Shapes:
+    """Return those of its embeddings and its output matrix that are `found`: elsewhere it shares
+    the model's."""
+    return {name: (model.vocab, model.hidden) for name in (EMBEDDING, OUTPUT) if name in found}
 
 
 def check_mtp(model: ModelConfig, found: Mapping[str, Collection[int]], name: str) -> None:
@@ -62,4 +71,5 @@ def check_mtp(model: ModelConfig, found: Mapping[str, Collection[int]], name: st
             f"{name} has {len(layers)} layers for multi-token prediction, of which one is "
             f"supported: {_INSTEAD}"
         )
-    check_shapes(f"the MTP layer of {name}", found, mtp_shapes(model), (), "an MTP layer")
+    expected = {**mtp_shapes(model), **own_shapes(model, found)}
+    check_shapes(f"the MTP layer of {name}", found, expected, (), "an MTP layer")

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 ARCHITECTURE = "SmartEagle3Head"
 FIRST = "midlayer."  # EAGLE-3's name for the layer
+OUTPUTS = "outputs.weight"  # of all tokens: an MTP layer's own output matrix
 AUX_NORM = "input_norm.weight"  # of what fc reads, where one norm is over all of it
 # what a head reads of images: nothing, or their embeddings
 VISUAL_POSITIONS = ("dropped", "decoupled")
@@ -59,10 +60,11 @@ class HeadFiles:
     """A head as read from disk, checked against the target.
 
     weights: EAGLE-3's names, `draft_ids` [draft] (target ids) instead of d2t, and where the head
-    has its own: `lm_head.weight`, `embed_tokens.weight`, `fc.bias`, `fc_norm.{i}.weight` or
-    `input_norm.weight`. EAGLE-1/2 has only fc and the layers. The first layer is `midlayer.*`;
-    further ones, ordinary Llama layers, are `layers.1.*`, `layers.2.*`, ... Matrices may be quants:
-    of a head of ours, as `quantization` in its config says, and of a GGUF file.
+    has its own: `lm_head.weight` or OUTPUTS, `embed_tokens.weight`, `fc.bias`,
+    `fc_norm.{i}.weight` or `input_norm.weight`. EAGLE-1/2 has only fc and the layers. The first
+    layer is `midlayer.*`; further ones, ordinary Llama layers, are `layers.1.*`, `layers.2.*`, ...
+    Matrices may be quants: of a head of ours, as `quantization` in its config says, and of a GGUF
+    file.
     aux_layers: layers of the target whose outputs the head reads. shape: of the head's layers.
     form: how its levels compute.
     norm_before_residual: the layer's residual is the normed features, not the features.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from smart_decoding.kernels.weights import as_tensor
 from smart_decoding.models.checkpoints.rounding import RoundedWeights
-from smart_decoding.models.heads.files import AUX_NORM, FIRST, layer_prefixes
+from smart_decoding.models.heads.files import AUX_NORM, FIRST, OUTPUTS, layer_prefixes
 from smart_decoding.models.heads.forms import MTP_LAYER
 from smart_decoding.models.torch.layers import LayerWeights, layer_weights, norm_weight
 
@@ -106,20 +106,31 @@ class HeadWeights:
     @property
     def shares_output(self) -> bool:
         """Whether the target's output matrix ranks what comes out, as it is."""
-        return self.files.fused and len(self.draft_ids) == self.target.config.vocab
+        return self.files.fused and OUTPUTS not in self.files.weights and self._has_all_tokens
 
     @property
     def changes(self) -> bool:
-        """Whether it proposes other tokens as time goes on, with rows of the target's output
+        """Whether it proposes other tokens as time goes on, with other `rows_of` the output
         matrix."""
-        return self.files.form == MTP_LAYER and not self.shares_output
+        return self.files.form == MTP_LAYER and not self._has_all_tokens
+
+    @property
+    def _has_all_tokens(self) -> bool:
+        return len(self.draft_ids) == self.target.config.vocab
 
     @cached_property
     def output(self) -> Tensor:
-        """[draft, hidden] the output matrix: its own, or rows of the target's, which the kernels
-        give as float32."""
+        """[draft, hidden] the output matrix: its own, or rows of one of all tokens."""
         own = self.get("lm_head.weight")
-        return self.target.head.rows_of(self.draft_ids) if own is None else own
+        return self.rows_of(self.draft_ids) if own is None else own
+
+    def rows_of(self, tokens: Tensor) -> Tensor:
+        """Return rows [n, hidden] of the output matrix of all tokens: its own, or the target's,
+        which the kernels give as float32."""
+        own = self.files.weights.get(OUTPUTS)
+        if own is None:
+            return self.target.head.rows_of(tokens)
+        return as_tensor(own[tokens.cpu().numpy()]).to(self.target.device, self.target.dtype)
 
     def _read(self, name: str) -> Tensor:
         return as_tensor(self.files.weights[name]).to(self.target.device)

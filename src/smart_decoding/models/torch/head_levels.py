@@ -65,6 +65,7 @@ class SteppedLevels:
         self._output = _output(weights)
         self._embedding = weights.embedding
         self._draft_ids = weights.draft_ids
+        self._rows_of = weights.rows_of
         self._round: list[Tensor] = []
         self._selection = fastest_selection()
         self.device_chooses = DEVICE_CHOOSES and target.device.type == "cuda"
@@ -86,10 +87,10 @@ class SteppedLevels:
 
     @torch.inference_mode()
     def replace(self, places: IntArray, tokens: IntArray) -> None:
-        """Propose these tokens in place of others, with rows of the target's output matrix."""
+        """Propose these tokens in place of others, with rows of the output matrix."""
         at, ids = (torch.from_numpy(each).to(self._target.device) for each in (places, tokens))
         self._draft_ids[at] = ids
-        self._output.replace_rows(at, self._target.head.rows_of(ids))
+        self._output.replace_rows(at, self._rows_of(ids))
 
     def follows(self, rule: TreeRule) -> bool:
         """Return whether a device can choose what levels expand: their widths are known before."""
