@@ -162,6 +162,7 @@ void one_model(uint64_t seed, int head_dim, bool bf16, int64_t first_length = 0)
                         &some.logits[i * vocab], vocab);
             check::same(check::at("best of wanted", i), all.best[wanted[i]], some.best[i]);
         }
+        check::that(whole.same(other), "keys and values are those of all rows");
     }
 
     // In chunks, of all requests together, bit by bit.

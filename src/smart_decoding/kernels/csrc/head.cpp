@@ -148,31 +148,10 @@ private:
 // the process, and the first use of a page costs more than all work on it.
 constexpr int PART_ROWS = 256;
 
-// Keys and values are the columns behind those of queries, from a panel's first one on.
-struct KvColumns {
-    int64_t first, begin, width;
-
-    explicit KvColumns(const Layer& l) {
-        const int64_t q_width = int64_t(l.heads) * l.head_dim;
-        first = q_width / PANEL * PANEL;
-        begin = q_width - first;
-        width = begin + 2 * int64_t(l.kv_heads) * l.head_dim;
-    }
-};
-
-// The last row of each request as a forward of its own.
-static RowVectors last_rows(const Rows& in, const int64_t* token) {
-    RowVectors rows;
-    for (int i = 0; i < in.requests; i++) {
-        const int last = in.query_start_loc[i + 1] - 1;
-        rows.query_start_loc.push_back(i + 1);
-        rows.block_table_start.push_back(in.block_table_start[i]);
-        rows.slot_mapping.push_back(in.slot_mapping[last]);
-        rows.context_len.push_back(in.context_len[last]);
-        rows.ancestors_start.push_back(0);
-        rows.position.push_back(in.position[last]);
-        rows.token.push_back(token[last]);
-    }
+// The last row of each request.
+static std::vector<int32_t> last_rows(const Rows& in) {
+    std::vector<int32_t> rows(in.requests);
+    for (int i = 0; i < in.requests; i++) rows[i] = in.query_start_loc[i + 1] - 1;
     return rows;
 }
 
@@ -209,7 +188,7 @@ struct DraftLevel {
           first_layer(*h.layers),
           last_layer(h.layers[h.layer_count - 1]),
           all_wanted(!v.first || in_.rows == in_.requests),
-          lasts(all_wanted ? RowVectors() : last_rows(in_, v.token)),
+          lasts(all_wanted ? RowVectors() : RowVectors(in_, last_rows(in_))),
           wanted(all_wanted ? in_ : lasts.view(in_)),
           cache(cache_),
           columns(last_layer),
@@ -341,17 +320,7 @@ private:
             barrier();
             read = inputs;
         }
-        const Weight weight = columns_from<W>(l.qkv, columns.first, l.input);
-        const float* bias = l.qkv_bias ? l.qkv_bias + columns.first : nullptr;
-        linear_rows<W>(read, rows, weight, columns.width, l.input, bias, kv, columns.width, false,
-                       l.hint);
-        barrier();
-#pragma omp for schedule(static) nowait
-        for (int r = first; r < end; r++) {
-            float* keys = kv + (r - first) * columns.width + columns.begin;
-            rope_and_store(l, in, r, keys, 0, l.kv_heads, to);
-        }
-        barrier();
+        store_keys<W>(l, in, first, end, read, kv, to);
     }
 };
 

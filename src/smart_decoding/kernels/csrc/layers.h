@@ -60,6 +60,37 @@ struct Forward {
 template <class W>
 void run_layer(const Layer& l, Forward<W>& forward, const float* input, float* x);
 
+// Keys and values are the columns of products behind those of queries, from a panel's first one on.
+struct KvColumns {
+    int64_t first, begin, width;
+
+    explicit KvColumns(const Layer& l) {
+        const int64_t q_width = int64_t(l.heads) * l.head_dim;
+        first = q_width / PANEL * PANEL;
+        begin = q_width - first;
+        width = begin + 2 * int64_t(l.kv_heads) * l.head_dim;
+    }
+};
+
+// Only keys and values of rows [first, end), into the cache, by a whole team. read: what q, k and v
+// read of them; kv: workspace of so many columns.
+template <class W>
+static void store_keys(const Layer& l, const Rows& in, int first, int end, const float* read,
+                       float* kv, const KvCache<W>& to) {
+    const KvColumns columns(l);
+    const Weight weight = columns_from<W>(l.qkv, columns.first, l.input);
+    const float* bias = l.qkv_bias ? l.qkv_bias + columns.first : nullptr;
+    linear_rows<W>(read, end - first, weight, columns.width, l.input, bias, kv, columns.width,
+                   false, l.hint);
+    barrier();
+#pragma omp for schedule(static) nowait
+    for (int r = first; r < end; r++) {
+        float* keys = kv + (r - first) * columns.width + columns.begin;
+        rope_and_store(l, in, r, keys, 0, l.kv_heads, to);
+    }
+    barrier();
+}
+
 // x += input w^T + bias, or if there is a norm what it makes of that. `added` [rows, hidden] is
 // workspace.
 template <class W>

@@ -3,7 +3,10 @@
 // What a small decoder needs so that one token costs no more than reading its weights once: one
 // team of threads runs all layers, and what lies between them stays in caches.
 
+#include <algorithm>
+
 #include "layers.h"
+#include "rows.h"
 
 namespace [[gnu::visibility("hidden")]] smart {
 
@@ -77,7 +80,7 @@ struct AuxHidden {
 
 // `count` layers one after another, by a whole team, each thread with its own `forward`.
 template <class W>
-static void run_layers(const Layer* layers, int count, Forward<W> forward, const float* input,
+static void run_layers(const Layer* layers, int count, Forward<W>& forward, const float* input,
                        float* x, const AuxHidden& aux) {
     const int64_t d = layers->hidden;
     for (int i = 0, next = 0; i < count; i++) {
@@ -116,6 +119,48 @@ static void embed(const Model& m, const Pass& pass, int64_t rows, int64_t d, flo
     barrier();
 }
 
+// The rows whose states after the last layer are read: the others of a prompt leave keys and values
+// there, and that is all.
+struct WantedRows {
+    std::vector<int32_t> which;  // ascending; empty where the last layer runs for all
+    bool all = true;
+    RowVectors vectors;
+
+    WantedRows(const Model& m, const Rows& in, const Pass& pass) {
+        const Layer& last = m.layers[m.layer_count - 1];
+        const bool read = pass.aux_count && pass.aux_layers[pass.aux_count - 1] == m.layer_count;
+        if (!pass.wanted || read || last.delta) return;
+        which.assign(pass.wanted, pass.wanted + pass.wanted_count);
+        std::sort(which.begin(), which.end());
+        which.erase(std::unique(which.begin(), which.end()), which.end());
+        all = int64_t(which.size()) == in.rows;
+        if (!all) vectors = RowVectors(in, which);
+    }
+    // Where a row lies.
+    int64_t place(int64_t row) const {
+        return all ? row : std::lower_bound(which.begin(), which.end(), row) - which.begin();
+    }
+};
+
+// The last layer for some rows. x: the states of all that enter it; to: theirs. kv is workspace.
+template <class W>
+static void run_last_layer(const Layer& l, const WantedRows& wanted, Forward<W>& forward,
+                           Forward<W>& asked, const float* x, float* to) {
+    const int64_t d = l.hidden;
+    const Rows& in = forward.in;
+    const Workspace& workspace = forward.workspace;
+    rms_norm_rows(x, l.input_norm, l.eps, in.rows, d, workspace.normed);
+    barrier();
+    store_keys<W>(l, in, 0, in.rows, workspace.normed, workspace.qkv, forward.cache);
+    if (!asked.in.rows) return;
+#pragma omp for schedule(static) nowait
+    for (int r = 0; r < asked.in.rows; r++)
+        memcpy(to + r * d, x + wanted.which[r] * d, d * sizeof(float));
+    barrier();
+    asked.cache = forward.cache;
+    run_layer<W>(l, asked, nullptr, to);
+}
+
 template <class W>
 static void forward(const Model& m, const Rows& in, const Pass& pass, int threads) {
     const Layer& l = attention_of(m.layers, m.layer_count);
@@ -126,7 +171,7 @@ static void forward(const Model& m, const Rows& in, const Pass& pass, int thread
     const int64_t of_delta = delta ? delta_floats(*delta, rows, recurrent.all) : 0;
     static thread_local WorkspaceMemory kept;
     WorkspaceMemory& memory = kept;
-    memory.begin(rows * (d + floats.of_row()) + wanted * d + of_delta + 256);
+    memory.begin(rows * (d + floats.of_row()) + 2 * wanted * d + of_delta + 256);
     float* x = memory.take<float>(rows * d);
     Workspace workspace;
     workspace.awake = pass.experts;
@@ -134,6 +179,10 @@ static void forward(const Model& m, const Rows& in, const Pass& pass, int thread
     floats.take(memory, rows, workspace);
     workspace.delta = memory.take<float>(of_delta);
     float* normed = memory.take<float>(wanted * d);
+    const WantedRows some(m, in, pass);
+    float* last = some.all ? x : memory.take<float>(wanted * d);  // states after the last layer
+    const Rows asked = some.vectors.view(in);
+    const std::vector<QueryBlock> asked_blocks = query_blocks<W>(some.all ? Rows{} : asked, l);
     std::vector<Maxima> found(wanted * threads);
     const std::vector<QueryBlock> blocks = query_blocks<W>(in, l);
     const AuxHidden aux{pass.aux_layers, pass.aux_count, pass.aux_hidden};
@@ -145,15 +194,22 @@ static void forward(const Model& m, const Rows& in, const Pass& pass, int thread
                              {m.states, 0, recurrent.kept(), pass.nodes}};
     run_team(threads, [&] {
         embed<W>(m, pass, rows, d, x);
-        run_layers<W>(m.layers, m.layer_count, forward, nullptr, x, aux);
+        Forward<W> mine = forward;
+        run_layers<W>(m.layers, m.layer_count - !some.all, mine, nullptr, x, aux);
+        if (!some.all) {
+            Forward<W> theirs{asked,     asked_blocks, recurrent,
+                              workspace, mine.cache,   {nullptr, 0, 0, nullptr},
+                              true};
+            run_last_layer<W>(m.layers[m.layer_count - 1], some, mine, theirs, x, last);
+        }
 #pragma omp for schedule(static) nowait
         for (int64_t r = 0; r < wanted; r++)
-            rms_norm_row(x + (pass.wanted ? pass.wanted[r] : r) * d, m.final_norm, m.eps, d,
-                         normed + r * d);
+            rms_norm_row(last + some.place(pass.wanted ? pass.wanted[r] : r) * d, m.final_norm,
+                         m.eps, d, normed + r * d);
         barrier();
-        Maxima* mine = found.data() + omp_get_thread_num() * wanted;
+        Maxima* best = found.data() + omp_get_thread_num() * wanted;
         linear_rows<W>(normed, int(wanted), m.output, m.vocab, d, nullptr, pass.logits, m.vocab,
-                       false, m.hint, mine);
+                       false, m.hint, best);
     });
     for (int64_t r = 0; r < wanted; r++) pass.best[r] = first_of(&found[r], threads, wanted);
     if (delta) recurrent.finish(*m.states);
@@ -175,7 +231,8 @@ int32_t smart_layers(const Layer* layers, int32_t count, const Rows* in, const f
         const Forward<W> forward{
             *in, blocks, none, *workspace, {(W*)keys, (W*)values, pages}, {nullptr, 0, 0, nullptr}};
         run_team(threads, [&] {
-            run_layers<W>(layers, count, forward, input, x, AuxHidden{nullptr, 0, nullptr});
+            Forward<W> mine = forward;
+            run_layers<W>(layers, count, mine, input, x, AuxHidden{nullptr, 0, nullptr});
         });
     });
 }
