@@ -118,9 +118,10 @@ class HeadWeights:
     def _has_all_tokens(self) -> bool:
         return len(self.draft_ids) == self.target.config.vocab
 
-    @cached_property
+    @property
     def output(self) -> Tensor:
-        """[draft, hidden] the output matrix: its own, or rows of one of all tokens."""
+        """[draft, hidden] the output matrix: its own, or rows of one of all tokens, each time
+        anew."""
         own = self.get("lm_head.weight")
         return self.rows_of(self.draft_ids) if own is None else own
 
