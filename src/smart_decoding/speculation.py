@@ -63,7 +63,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("smart.speculation")
 
 # vLLM's names of methods that are others here: files say what a head is, or an MTP layer.
-SAME_METHOD = {"eagle3": "eagle", "qwen3_next_mtp": "mtp"}
+SAME_METHOD = {"eagle3": "eagle", "qwen3_next_mtp": "mtp", "qwen3_5_mtp": "mtp"}
 # vLLM's names, and ours. The method and the policy say what a number of tokens limits.
 IN_VLLM = {"prompt_lookup_min": "min_n", "prompt_lookup_max": "max_n"}
 DEEPEST = {

@@ -56,6 +56,7 @@ def answers(llm: LLM, temperature: float = 0.0) -> list[list[int]]:
         ({"policy": "eagle2", "depth": 2}, "the model's MTP layer"),
         ({"method": "mtp", "draft_vocab_size": 100, "policy": "chain"}, "the model's MTP layer"),
         ({"method": "qwen3_next_mtp", "num_speculative_tokens": 2}, "the model's MTP layer"),
+        ({"method": "qwen3_5_mtp", "num_speculative_tokens": 1}, "the model's MTP layer"),
         ({"method": "union", "draft_vocab_size": 100}, "union of the model's MTP layer + ngram"),
         ({"method": "ngram"}, "ngram"),
         ({"min_n": 3}, "ngram"),
