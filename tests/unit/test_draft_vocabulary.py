@@ -14,14 +14,16 @@ from hypothesis import strategies as st
 
 from smart_decoding.kernels.weights import pack, pack_bytes, replace_rows
 from smart_decoding.models.checkpoints.loading import load_checkpoint
+from smart_decoding.models.heads.eagle_head import EagleHead
+from smart_decoding.models.heads.mtp import mtp_files
 from smart_decoding.models.heads.vocabulary import DraftVocabulary
 from smart_decoding.models.heads.weights import HeadWeights
 
-from ..parity.reference_head import check
+from ..parity.reference_head import PAGES, SCRATCH, check
 from .drafters.tiny import ways_to_run
 from .test_loading import own_cache
 from .test_mtp_files import KINDS, OWN, tensors
-from .test_mtp_levels import Expected, drafting_of, file_of
+from .test_mtp_levels import Expected, decoder_of, drafting_of, file_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -128,3 +130,15 @@ def test_rows_of_the_output_matrix_are_kept_packed_alone(
     gc.collect()
     assert read
     assert not any(rows() is not None for rows in read)
+
+
+def test_heads_of_the_same_files_change_apart(tmp_path: Path) -> None:
+    checkpoint = load_checkpoint(file_of(tmp_path, "qwen35", "tiny.gguf", tensors()))
+    assert checkpoint.mtp is not None
+    files = mtp_files(checkpoint.config, checkpoint.mtp, 120)
+    for native in ways_to_run(checkpoint.config):
+        decoder = decoder_of(checkpoint, native)
+        one, other = (EagleHead(files, decoder, PAGES, SCRATCH, 128) for _ in range(2))
+        one.use(np.array([250]))
+        assert 250 in one.draft_ids.tolist()
+        assert other.draft_ids.tolist() == [*range(120)]

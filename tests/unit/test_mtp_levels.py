@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
+    from smart_decoding.models.checkpoints.loading import Checkpoint
+
 __all__ = ["own_cache"]
 PROMPT = np.random.default_rng(3).integers(0, 97, 24).tolist()
 HEADS, KV, HEAD_DIM, ROTARY, THETA, EPS, VOCAB = 4, 2, 16, 4, 10_000.0, 1e-6, 300
@@ -125,12 +127,16 @@ class Expected:
         return attended.reshape(n, -1) @ self._w["layers.0.self_attn.o_proj.weight"].T
 
 
+def decoder_of(checkpoint: Checkpoint, native: bool) -> Decoder:
+    cpu = torch.device("cpu")
+    return Decoder(checkpoint.config, checkpoint.weights, torch.float32, cpu, PAGES, 128, native)
+
+
 def drafting_of(
     path: Path, tokens: int = VOCAB, quantization: str | None = None, native: bool = False
 ) -> Drafting:
     checkpoint = load_checkpoint(path, quantization=quantization)
-    cpu = torch.device("cpu")
-    decoder = Decoder(checkpoint.config, checkpoint.weights, torch.float32, cpu, PAGES, 128, native)
+    decoder = decoder_of(checkpoint, native)
     assert checkpoint.mtp is not None
     files = mtp_files(checkpoint.config, checkpoint.mtp, tokens)
     return Drafting(decoder, EagleHead(files, decoder, PAGES, SCRATCH, 128), PROMPT)

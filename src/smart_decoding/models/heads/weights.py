@@ -62,7 +62,8 @@ class HeadWeights:
     def __init__(self, files: HeadFiles, target: TargetWeights) -> None:
         self.files = files
         self.target = target
-        self.draft_ids = self._read("draft_ids").long()
+        # a copy, as some heads change it, and others may be made of the same files
+        self.draft_ids = self._read("draft_ids").long().clone()
         self.aux_together = AUX_NORM in files.weights
 
     def __getitem__(self, name: str) -> Tensor:
