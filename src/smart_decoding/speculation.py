@@ -220,7 +220,7 @@ def _mtp_tokens(options: dict[str, Any], model: ModelConfig) -> int:
     """Take the option `draft_vocab_size` out, and return how many tokens an MTP layer proposes.
     Raises ConfigError for a number that it cannot have."""
     count = options.pop("draft_vocab_size", min(model.vocab, USUAL_SIZE))
-    if not isinstance(count, int) or not 1 <= count <= model.vocab:
+    if type(count) is not int or not 1 <= count <= model.vocab:
         raise ConfigError(
             f"draft_vocab_size={count!r} is not allowed: it must be 1 to {model.vocab}"
         )

@@ -89,7 +89,7 @@ def test_it_drafts_in_bf16_beside_quants(own: Sequence[str], tmp_path: Path) -> 
     assert sum(each.outputs[0].metrics.verified for each in outputs) > 0
 
 
-@pytest.mark.parametrize("size", [0, 301, 1.5, "many"])
+@pytest.mark.parametrize("size", [0, 301, 1.5, "many", True])
 def test_a_number_of_tokens_that_cannot_be_is_refused(size: Any, path: Path) -> None:
     with pytest.raises(ConfigError, match=f"draft_vocab_size={size!r} .* 1 to 300"):
         load(path, {"method": "mtp", "draft_vocab_size": size})
