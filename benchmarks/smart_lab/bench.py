@@ -11,12 +11,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from smart_decoding.bench.options import BASELINE, OURS, Arm
+from smart_decoding.bench.resume import Progress
 from smart_decoding.bench.runner import Bench, until
 from smart_decoding.bench.runner import run as run_bench
 from smart_decoding.bench.summary import POOLED
 from smart_lab.ablations import VARIANTS
 from smart_lab.options import LabOptions, command_of
-from smart_lab.resume import KeptMeasurement, Progress, key_of
+from smart_lab.resume import KeptMeasurement, key_of
 from smart_lab.tuning import Tuner
 
 if TYPE_CHECKING:

@@ -40,6 +40,7 @@ from typing import Any
 from smart_decoding.bench.data import load_task
 from smart_decoding.bench.options import check_outputs
 from smart_decoding.bench.provenance import commit, machine, provenance, write_json
+from smart_decoding.bench.resume import Progress
 from smart_decoding.cli.arguments import whole_numbers, words
 from smart_decoding.errors import ConfigError
 from smart_decoding.files import sha256_of
@@ -49,7 +50,7 @@ from smart_lab.gguf.ours import HELD, Ours, speculative_configs, without_folders
 from smart_lab.gguf.rates import Reply
 from smart_lab.gguf.server import Flags, LlamaCpp, Program, Server
 from smart_lab.gguf.tuning import DRAFT, DRAFTS, PLAIN, FlagsT, Tuned, Words, draft_words, tune
-from smart_lab.resume import Progress, source_digest
+from smart_lab.resume import source_digest
 
 TASKS = ("code", "maths", "general")
 KEPT_BACK = 24  # prompts for tuning and warming up, or more if there are more slots

@@ -39,6 +39,7 @@ from smart_decoding.bench.cycles import AGAIN, Measurement, measure
 from smart_decoding.bench.data import DEFAULT_TASKS, load_task
 from smart_decoding.bench.options import BenchOptions, check_outputs
 from smart_decoding.bench.provenance import provenance, write_json
+from smart_decoding.bench.resume import Progress
 from smart_decoding.bench.runner import encode, load
 from smart_decoding.bench.summary import decode_speedup, end_to_end_speedup
 from smart_decoding.cli.arguments import whole_numbers, words
@@ -50,7 +51,6 @@ from smart_decoding.models.checkpoints.registry import shipped_head
 from smart_decoding.models.heads.files import load_head
 from smart_decoding.training.head import TrainableHead, form_of
 from smart_lab.ablations import VARIANTS
-from smart_lab.resume import Progress
 
 if TYPE_CHECKING:
     from smart_decoding.bench.statistics import Ratio

@@ -27,12 +27,12 @@ from smart_lab.sweep import Setting, Sweep
 from smart_lab.trace import Trace
 
 if TYPE_CHECKING:
+    from smart_decoding.bench.resume import Progress
     from smart_decoding.core.batch import Round
     from smart_decoding.core.costs import CostModel
     from smart_decoding.core.policies.base import Policy
     from smart_decoding.llm import LLM
     from smart_lab.options import LabOptions
-    from smart_lab.resume import Progress
 
 RECORDING = 0.4  # of the time for tuning, or for gains
 PER_TASK = 8  # prompts, or more where large batches need them

@@ -10,6 +10,7 @@ import worlds
 
 from smart_decoding.bench.options import Arm
 from smart_decoding.bench.report import everything
+from smart_decoding.bench.resume import Progress
 from smart_decoding.bench.sections import RatioCell
 from smart_decoding.core.costs import CostModel
 from smart_decoding.errors import ConfigError
@@ -18,7 +19,6 @@ from smart_lab.bench import LabBench
 from smart_lab.options import LabOptions
 from smart_lab.recorder import AT_ONCE, record_wide
 from smart_lab.replay import replay
-from smart_lab.resume import Progress
 from smart_lab.sweep import likelihood_settings
 from smart_lab.synthetic import synthetic
 from smart_lab.tables import over

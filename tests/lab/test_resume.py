@@ -11,13 +11,13 @@ import worlds
 
 from smart_decoding.bench import cycles
 from smart_decoding.bench.cycles import measure, rows_of
+from smart_decoding.bench.resume import Progress
 from smart_decoding.errors import ConfigError
 from smart_decoding.kernels import library
 from smart_lab import resume
 from smart_lab.options import LabOptions
 from smart_lab.resume import (
     KeptMeasurement,
-    Progress,
     block_of,
     key_of,
     plain_block,
