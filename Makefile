@@ -87,7 +87,7 @@ pictures: env
 VLLM_ENV ?= .venv-vllm
 VLLM_NEWEST ?= .vllm-0.33
 VLLM_TESTS = $(VLLM_ENV)/bin/python -m pytest -rs tests/integrations/test_vllm_contract.py tests/integrations/test_vllm_async.py
-VLLM_HOST = $(foreach part,schedule lengths graphs,tests/integrations/test_vllm_$(part).py)
+VLLM_HOST = $(foreach part,vllm_schedule vllm_lengths vllm_graphs tune_vllm,tests/integrations/test_$(part).py)
 VLLM_MODEL = SMART_TEST_MODEL="$$($(BIN)/python tools/model_folder.py smollm2-135m)"
 VLLM_CLASSES = VLLM_TARGET_DEVICE=cpu PYTHONPATH=src:$(VLLM_NEWEST) $(VLLM_TESTS)
 test-vllm: export SMART_NO_SKIPS = 1
@@ -116,7 +116,7 @@ test-sglang: env $(SGLANG_DIR)/.installed-2
 	SMART_NO_SKIPS=1 PYTHONPATH=$(SGLANG_PATH) TRITON_INTERPRET=1 \
 		$(BIN)/python -m pytest -rs tests/integrations/test_sglang_policy.py tests/integrations/test_sglang_seams.py \
 		tests/integrations/test_sglang_hooks.py tests/integrations/test_sglang_trees.py tests/integrations/test_sglang_costs.py \
-		tests/integrations/test_sglang_server.py
+		tests/integrations/test_sglang_server.py tests/integrations/test_tune_sglang.py
 
 # Without their own dependencies: a torch for GPUs would come with them. A torchvision is for one torch.
 $(SGLANG_DIR)/.installed-2:

@@ -1,4 +1,4 @@
-"""`smart sglang-costs`: from lines of sglang.bench_serving to the file that the policy reads."""
+"""`smart tune sglang --bench-serving`: from lines of sglang.bench_serving to the policy's file."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import pytest
 
 from smart_decoding.cli import main as cli
 from smart_decoding.integrations.sglang.costs import TierCosts
+
+TUNE = ("tune", "sglang", "--bench-serving")
 
 
 def measured(path: Path, *loads: tuple[float, float, float | None]) -> str:
@@ -29,7 +31,7 @@ def runs(tmp_path) -> list[str]:
 
 def test_a_round_takes_what_its_tokens_took(tmp_path, runs, capsys) -> None:
     output = tmp_path / "costs.json"
-    assert cli.main(["sglang-costs", *runs, "--nodes", "2=6", "--output", str(output)]) == 0
+    assert cli.main([*TUNE, *runs, "--nodes", "2=6", "--output", str(output)]) == 0
     costs = TierCosts.load(output)
     assert costs.seconds(1, 0) == pytest.approx(0.011)
     assert costs.seconds(1, 2) == pytest.approx(0.02)
@@ -82,6 +84,6 @@ def test_what_the_policy_could_not_use_is_refused(
 ) -> None:
     (tmp_path / "two.jsonl").write_text(lines)
     output = tmp_path / "costs.json"
-    assert cli.main(["sglang-costs", *runs, *more, "--output", str(output)]) == 2
+    assert cli.main([*TUNE, *runs, *more, "--output", str(output)]) == 2
     assert wrong in capsys.readouterr().err
     assert not output.exists()

@@ -107,7 +107,7 @@ def test_vllm_says_why_its_adaptive_verification_cannot_run() -> None:
 
 
 def test_a_draft_model_runs_all_its_passes_in_the_second_runner() -> None:
-    """What `smart vllm-config` warns of; EAGLE's and MTP's speculator follows a schedule."""
+    """What `smart tune vllm` warns of; EAGLE's and MTP's speculator follows a schedule."""
     assert not seams.reads(DRAFT_MODEL, "num_speculative_tokens")
     eagle = "vllm.v1.worker.gpu.spec_decode.target_dependent_ar.speculator"
     follows = f"{eagle}:TargetDependentARSpeculator.propose"

@@ -263,14 +263,15 @@ def test_data_parallel_ranks_that_wait_for_each_other_are_refused() -> None:
     assert "cannot run with data_parallel_size=2" in output
 
 
-def test_smart_vllm_config_measures_and_vllm_takes_what_it_writes(tmp_path) -> None:
+def test_smart_tune_measures_and_vllm_takes_what_it_writes(tmp_path) -> None:
     output = tmp_path / "schedule.json"
     arguments = json.dumps({"dtype": "float32", "enforce_eager": True, "max_model_len": 512})
     command = [
         sys.executable,
         "-m",
         "smart_decoding.cli.main",
-        "vllm-config",
+        "tune",
+        "vllm",
         MODEL,
         "--lengths",
         "3",
@@ -289,8 +290,9 @@ def test_smart_vllm_config_measures_and_vllm_takes_what_it_writes(tmp_path) -> N
     run = subprocess.run(command, env=ENVIRONMENT, text=True, capture_output=True, timeout=1800)
     assert run.returncode == 0, run.stderr
     reasons = json.loads(output.with_suffix(".reasons.json").read_text())
-    assert set(reasons["measured"]) == {"1", "4"}
-    assert reasons["measured"]["1"]["3"]["drafted"] > 0
+    assert {each["load"] for each in reasons["tried"]} == {1, 4}
+    drafted = [each for each in reasons["tried"] if each["mode"] != "plain"]
+    assert all(trial["drafted"] for each in drafted for trial in each["blocks"].values())
     schedule = [
         [1, 1, 3],
         [2, 4, 0],

@@ -1,65 +1,27 @@
-"""`smart vllm-config` and the scheduler's options, without vLLM: schedules, files, refusals."""
+"""vLLM's schedules and the scheduler's options, without vLLM: forms, warnings, refusals."""
 
 from __future__ import annotations
 
-import json
-import shlex
-import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 
-from smart_decoding.cli import main as cli
-from smart_decoding.cli import vllm_config as cli_vllm
 from smart_decoding.errors import ConfigError
 from smart_decoding.integrations.vllm import options, seams
-from smart_decoding.integrations.vllm.measure import Measured
 from smart_decoding.integrations.vllm.schedule import (
+    LengthChoice,
     Line,
-    Timing,
-    choose,
     schedule,
     speculative_config,
     warnings,
 )
 
 
-def timings(plain: float, **others: float) -> dict[int, Timing]:
-    """Three blocks of 100 tokens, each a little slower than the one before; others by length, as
-    k1, k2, ..."""
-    drift = (1.0, 1.1, 1.2)
-    found = {0: Timing([plain * d for d in drift], 100)}
-    for name, seconds in others.items():
-        found[int(name[1:])] = Timing([seconds * d for d in drift], 100, drafted=50, accepted=20)
-    return found
-
-
-def test_the_fastest_length_is_chosen_and_the_reason_says_by_how_much() -> None:
-    choice = choose(1, timings(1.0, k1=0.95, k4=0.8, k2=0.85))
-    assert choice.length == 4
-    assert choice.ratios[4][0] == pytest.approx(1.25)
-    assert choice.ratios[4][1] == pytest.approx(0.0, abs=1e-9)
-    assert "batch 1" in choice.reason
-    assert "4 tokens 1.25" in choice.reason
-    assert "40 % accepted" in choice.reason
-
-
-def test_what_does_not_pay_is_off() -> None:
-    assert (
-        choose(8, timings(1.0, k1=0.99, k4=1.5)).length == 0
-    )  # 1 % is no gain: it is within the error of any run
-
-
 def test_sizes_between_two_measured_ones_go_to_the_nearer_and_equal_lines_are_one() -> None:
-    found = [
-        choose(1, timings(1.0, k4=0.7)),
-        choose(4, timings(1.0, k4=0.8)),
-        choose(16, timings(1.0, k4=0.95, k1=0.9)),
-        choose(64, timings(1.0, k4=1.9)),
-    ]
+    found = [LengthChoice(batch, k, "plain") for batch, k in ((1, 4), (4, 4), (16, 1), (64, 0))]
     lines = schedule(found)
     assert [line.entry() for line in lines] == [[1, 7, 4], [8, 31, 1], [32, 64, 0]]
     assert lines[0].reason.count("plain") == 2
@@ -73,50 +35,6 @@ def test_the_option_is_the_one_that_vllm_takes() -> None:
         "num_speculative_tokens_per_batch_size": [[1, 3, 4], [4, 16, 0]],
     }
     assert speculative_config({"method": "ngram"}, [Line(1, 16, 0, "")]) is None
-
-
-class Engine:
-    """A stand-in for the engine's process: three tokens are best at batch 1, none at batch 4."""
-
-    started: ClassVar[list[dict[str, Any]]] = []  # arguments
-
-    def __init__(self, arguments) -> None:
-        speculative = arguments["speculative_config"]
-        self.length = speculative["num_speculative_tokens"] if speculative else 0
-        self.scheduled = "num_speculative_tokens_per_batch_size" in (speculative or {})
-        self.started.append(arguments)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error) -> None:
-        pass
-
-    def ready(self) -> str:
-        return "0.32.0"
-
-    def run(self, prompts, max_tokens):
-        seconds = 1.0 - 0.1 * self.length if len(prompts) == 1 else 1.0 + 0.1 * self.length
-        if self.scheduled and len(prompts) == 4:  # nothing is drafted, but the drafter is there
-            seconds = 1.02
-        tokens = max_tokens * len(prompts)
-        prompt_tokens = 36 * len(prompts)
-        return {
-            "seconds": seconds,
-            "tokens": tokens,
-            "prompt_tokens": prompt_tokens,
-            "drafted": 10,
-            "accepted": 5,
-        }
-
-
-def test_a_process_that_dies_between_answers_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It was taken for a reader of our output that had gone: nothing was said."""
-    monkeypatch.setattr(sys, "executable", shutil.which("false"))
-    with Measured({"speculative_config": None}) as engine:
-        engine._process.wait(10)
-        with pytest.raises(ConfigError, match="ended with code 1"):
-            engine.run(["a"], 1)
 
 
 # What vLLM makes of a schedule.
@@ -146,100 +64,9 @@ def test_what_a_schedule_costs_is_said(resolved: dict[str, Any], messages: list[
     assert all(message in text for message, text in zip(messages, found, strict=True))
 
 
-COMMAND = (
-    "vllm-config a-model --lengths 1,3 --batch-sizes 1,4 --blocks 2 "
-    """--engine-args '{"dtype": "float32"}' --check"""
-)
-
-
-def test_the_command_measures_each_length_and_writes_schedule_and_reasons(
-    tmp_path, monkeypatch, capsys
-) -> None:
-    monkeypatch.setattr(Engine, "started", [])
-    monkeypatch.setattr(cli_vllm, "Measured", Engine)
-    monkeypatch.setattr(cli_vllm, "find_spec", lambda name: object())
-    calls = []
-    monkeypatch.setattr(
-        cli_vllm, "resolved", lambda arguments: calls.append(arguments) or PIECEWISE
-    )
-    output = tmp_path / "schedule.json"
-    assert cli.main([*shlex.split(COMMAND), "--output", str(output)]) == 0
-    written = json.loads(output.read_text())
-    assert written["num_speculative_tokens_per_batch_size"] == [[1, 1, 3], [2, 4, 0]]
-    assert written["num_speculative_tokens"] == 3
-    assert written["method"] == "ngram"
-    configs = [arguments["speculative_config"] for arguments in Engine.started]
-    lengths = [config and config["num_speculative_tokens"] for config in configs]
-    assert lengths == [None, 1, 3, None, 3]
-    assert configs[-1] == written
-    assert all(arguments["dtype"] == "float32" for arguments in Engine.started)
-    reasons = json.loads((tmp_path / "schedule.reasons.json").read_text())
-    assert reasons["measured"]["4"]["3"]["seconds"] == pytest.approx([1.3, 1.3])
-    assert "batch 1: plain" in reasons["lines"][0]["reason"]
-    assert reasons["checked"]["1"][0] == pytest.approx(1 / 0.7)
-    assert reasons["checked"]["4"][0] == pytest.approx(1 / 1.02)
-    assert calls[0]["speculative_config"]["num_speculative_tokens_per_batch_size"][0] == [1, 1, 3]
-    assert calls[0]["dtype"] == "float32"
-    shown, warned = capsys.readouterr()
-    assert warned.startswith("warning: with a schedule vLLM 0.32.0 takes CUDA graphs PIECEWISE")
-    assert [f"warning: {text}" for text in reasons["warnings"]] == warned.splitlines()
-    assert "2 to 4: no tokens" in shown
-    assert "cannot run here: Adaptive verification requires full CUDA graphs." in shown
-    assert reasons["adaptive_verification"] in shown
-    assert "batch 4, with the schedule: 0.98 ± 0.00 × plain" in shown
-
-
-@pytest.mark.parametrize(("given", "context"), [([], 100), (["--context", "500"], 500)])
-def test_where_adaptive_verification_can_run_its_profile_gets_the_context(
-    tmp_path, monkeypatch, capsys, given: list[str], context: int
-) -> None:
-    """That of the prompts measured, 36 tokens and half of 128, or the one that is named."""
-    monkeypatch.setattr(cli_vllm, "Measured", Engine)
-    monkeypatch.setattr(cli_vllm, "find_spec", lambda name: object())
-    monkeypatch.setattr(cli_vllm, "resolved", lambda arguments: {**KEPT, "no_adaptive": None})
-    output = ["--output", str(tmp_path / "schedule.json")]
-    assert cli.main([*shlex.split(COMMAND), *given, *output]) == 0
-    shown = capsys.readouterr().out
-    assert '"enable_adaptive_verification": true' in shown
-    assert f"VLLM_ADAPTIVE_VERIFICATION_PROFILE_CONTEXT_LEN={context}. " in shown
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (
-            ["--speculative-config", '{"method": "ngram", "num_speculative_tokens": 3}'],
-            "without num_speculative_tokens",
-        ),
-        (["--speculative-config", '{"method": "suffix"}'], "no schedule of several lengths"),
-        (["--batch-sizes", "1,100"], "too few"),
-        (["--blocks", "0"], "--blocks"),
-        (["--context", "0"], "--context"),
-    ],
-)
-def test_wrong_arguments_are_one_line_before_anything_is_loaded(arguments, message, capsys) -> None:
-    assert cli.main(["vllm-config", "m", *arguments]) == 2
-    assert message in capsys.readouterr().err
-
-
-def test_without_vllm_it_says_where_to_install_it(monkeypatch, capsys) -> None:
-    monkeypatch.setattr(cli_vllm, "find_spec", lambda name: None)
-    assert cli.main(["vllm-config", "m"]) == 2
-    assert "vLLM's environment" in capsys.readouterr().err
-
-
-def test_prompts_are_lines_of_text_or_json(tmp_path) -> None:
-    path = tmp_path / "prompts"
-    path.write_text('one\n\n{"prompt": "two"}\n')
-    assert cli_vllm.read_prompts(path) == ["one", "two"]
-    path.write_text('{"text": "two"}\n')
-    with pytest.raises(ConfigError, match="line 1"):
-        cli_vllm.read_prompts(path)
-
-
 def test_importing_the_integration_imports_no_vllm() -> None:
     code = (
-        "import sys, smart_decoding.integrations.vllm as ours, smart_decoding.cli.vllm_config; "
+        "import sys, smart_decoding.integrations.vllm as ours, smart_decoding.cli.tune; "
         "assert not {'vllm', 'torch'} & set(sys.modules); print(*sorted(ours.__all__))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

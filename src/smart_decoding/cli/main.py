@@ -32,8 +32,7 @@ _SUMMARIES = {
     "export": "write a draft head in another engine's layout",
     "info": "which CPU kernels run here and why, the machine, the cache, versions",
     "models": "list, fetch and remove models",
-    "sglang-costs": "turn what sglang.bench_serving measured into SMART's costs",
-    "vllm-config": "measure your vLLM and write the schedule that its option takes",
+    "tune": "find out whether speculation pays in your llama.cpp, vLLM or SGLang, and how",
 }
 # Subcommand: (what it does, the module with its add_arguments(parser) and main(args)).
 COMMANDS = {
@@ -44,6 +43,8 @@ COMMANDS = {
 MOVED = {
     "report": "python -m smart_lab report, in a clone (docs/lab.md)",
     "simulate": "python -m smart_lab simulate, in a clone (docs/simulate.md)",
+    "vllm-config": "smart tune vllm MODEL (docs/tune.md)",
+    "sglang-costs": "smart tune sglang --bench-serving STEPS=FILE ... (docs/tune.md)",
 }
 # Other programs' names of subcommands: ours.
 MEANT = {

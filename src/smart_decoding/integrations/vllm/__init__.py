@@ -1,4 +1,4 @@
-"""SMART inside vLLM, without a patch: `smart vllm-config`, which measures and writes options of
+"""SMART inside vLLM, without a patch: `smart tune vllm`, which measures and writes options of
 vLLM's own, and a scheduler (docs/vllm.md):
 
     vllm serve MODEL --speculative-config '{"method": "ngram", ...}' \\

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from smart_decoding.errors import ConfigError
+from smart_decoding.errors import ConfigError, ModelError
 from smart_decoding.integrations.vllm.schedule import SCHEDULE
 from smart_decoding.integrations.vllm.seams import reads
 
@@ -44,18 +45,19 @@ class Measured:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            start_new_session=True,  # Ctrl-C is for us, who end it
         )
 
     def ready(self) -> str:
         """Wait until the engine has started; return vLLM's version.
 
-        Raises ConfigError if it did not start."""
+        Raises ModelError if it did not start."""
         return str(self._answer()["ready"])
 
     def run(self, prompts: Sequence[str], max_tokens: int) -> dict[str, Any]:
         """Generate for all prompts at once, `max_tokens` each.
 
-        Raises ConfigError if the process has ended."""
+        Raises ModelError if the process has ended."""
         job = {"prompts": list(prompts), "max_tokens": max_tokens}
         with suppress(BrokenPipeError):  # reported by `_answer`
             print(json.dumps(job), file=self._process.stdin, flush=True)
@@ -65,7 +67,7 @@ class Measured:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise ConfigError(
+            raise ModelError(
                 f"{self._name} ended with code {self._process.wait()}: its own message stands above"
             )
         answer: dict[str, Any] = json.loads(line)
@@ -84,6 +86,8 @@ class Measured:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        with suppress(OSError):  # what it started and left
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._process.stdout.close()
 
 

@@ -1,60 +1,33 @@
-"""`smart sglang-costs`: costs for SGLang's policy, from results of `sglang.bench_serving`."""
+"""Costs of rounds from lines that `sglang.bench_serving` wrote, on another machine or day."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from smart_decoding.errors import ConfigError
-from smart_decoding.files import whole
-from smart_decoding.integrations.sglang.costs import TierCosts
 
 # Of a line of bench_serving's --output-file.
 FIELDS = ("concurrency", "output_throughput", "accept_length")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of the measurements and the output."""
-    parser.add_argument(
-        "runs",
-        nargs="+",
-        metavar="STEPS=FILE",
-        help="bench_serving's --output-file of a server with so many steps (0: no speculation), "
-        "a line for each load",
-    )
-    parser.add_argument(
-        "--nodes",
-        default="",
-        metavar="STEPS=NODES,...",
-        help="for trees: each server's --speculative-num-draft-tokens less 1 (none: chains)",
-    )
-    parser.add_argument("--output", type=Path, default=Path("costs.json"), help="(costs.json)")
-
-
-def main(args: argparse.Namespace) -> None:
-    """Print and write the table; refuse one that the policy would refuse."""
+def costs_of(runs: Sequence[str]) -> dict[int, dict[int, float]]:
+    """Return batch size -> steps -> seconds of a round. runs: texts STEPS=FILE. Raises ConfigError
+    for other texts and lines."""
     seconds: dict[int, dict[int, float]] = {}
-    for steps, path in (pair(run, "STEPS=FILE") for run in args.runs):
+    for steps, path in (pair(run, "STEPS=FILE") for run in runs):
         for batch, round_ in rounds(Path(path), steps).items():
             seconds.setdefault(batch, {})[steps] = round_
-    table: dict[str, Any] = {"seconds": dict(sorted(seconds.items()))}
-    if args.nodes:
-        pairs = [pair(text, "STEPS=NODES") for text in args.nodes.split(",")]
-        table["nodes"] = {steps: count(nodes) for steps, nodes in pairs}
-        lacking = {k for row in seconds.values() for k in row} - {0, *table["nodes"]}
-        if lacking:
-            steps_lacking = ", ".join(map(str, sorted(lacking)))
-            raise ConfigError(f"--nodes says nothing of {steps_lacking} steps")
-    with whole(args.output) as part:
-        part.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
-        TierCosts.load(part)
-    for batch, row in table["seconds"].items():
-        shown = ", ".join(f"{k} steps {1e3 * row[k]:.2f} ms" for k in sorted(row))
-        print(f"batch {batch}: {shown}")
+    return dict(sorted(seconds.items()))
+
+
+def nodes_of(text: str) -> dict[int, int]:
+    """Return 'STEPS=NODES,...' as steps -> nodes; none for an empty text."""
+    pairs = [pair(part, "STEPS=NODES") for part in text.split(",") if part.strip()]
+    return {steps: count(nodes) for steps, nodes in pairs}
 
 
 def pair(text: str, form: str) -> tuple[int, str]:

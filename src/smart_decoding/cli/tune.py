@@ -1,0 +1,280 @@
+"""`smart tune`: starts the user's own engine in many ways, and says which one is the fastest."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import random
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from smart_decoding import __version__
+from smart_decoding.bench.data import load_task
+from smart_decoding.bench.provenance import write_json
+from smart_decoding.bench.resume import Progress
+from smart_decoding.cli.arguments import json_object, whole_numbers
+from smart_decoding.cli.prompts import read_prompts
+from smart_decoding.errors import ConfigError, DownloadError, ModelError
+from smart_decoding.integrations.tuning import report, sglang_lines
+from smart_decoding.integrations.tuning.llama_cpp import LlamaCpp, server_at
+from smart_decoding.integrations.tuning.processes import ending_with_us
+from smart_decoding.integrations.tuning.search import Prompts, Search
+from smart_decoding.integrations.tuning.settings import Setting
+from smart_decoding.integrations.tuning.sglang import Sglang, write_costs
+from smart_decoding.integrations.tuning.vllm import Vllm
+from smart_decoding.progress import on_terminal
+
+if TYPE_CHECKING:
+    from smart_decoding.integrations.tuning.engines import Tunable
+    from smart_decoding.integrations.tuning.found import Verdict
+
+INTERRUPTED = 130
+TASKS = ("code", "maths", "general")
+NGRAM = '{"method": "ngram", "prompt_lookup_max": 3, "prompt_lookup_min": 2}'
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the engines, each with its options."""
+    engines = parser.add_subparsers(
+        dest="engine", metavar="llama.cpp | vllm | sglang", required=True
+    )
+    _add_llama_cpp(engines.add_parser("llama.cpp", help="your llama-server and a GGUF file"))
+    _add_vllm(engines.add_parser("vllm", help="vLLM, in whose environment this runs"))
+    _add_sglang(engines.add_parser("sglang", help="SGLang, in whose environment this runs"))
+
+
+def _add_llama_cpp(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("-m", "--model", type=Path, required=True, metavar="FILE", help="the model, a GGUF file")
+    draft = "a smaller model of the same vocabulary, or a draft head (none: n-grams alone)"
+    add("--draft", "-md", type=Path, metavar="FILE", help=draft)
+    add("--server", type=Path, metavar="PATH", help="llama-server, or its folder (from PATH)")
+    more = "options that it always gets, in quotes, such as '-ngl 99 -ctk q8_0'"
+    add("--server-args", type=shlex.split, default=[], metavar="WORDS", help=more)
+    _add_common(parser, "slots", (1, 4, 8), "smart-tune.ini", 64)
+
+
+def _add_vllm(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("model", help="as vLLM takes it: a hub id or a folder")
+    speculative = f"vLLM's, without lengths ({NGRAM})"
+    default = json.loads(NGRAM)
+    add("--speculative-config", type=json_object, default=default, metavar="JSON", help=speculative)
+    more = 'other arguments of vllm.LLM, such as {"tensor_parallel_size": 2} (none)'
+    add("--engine-args", type=json_object, default={}, metavar="JSON", help=more)
+    add("--lengths", type=whole_numbers, default=(1, 2, 4), help="draft lengths to try (1,2,4)")
+    add("--blocks", type=int, default=4, help="measurements of each batch size and length (4)")
+    together = "load all engines at once and let them take turns: steadier, if they fit"
+    add("--together", action="store_true", help=together)
+    context = (
+        "mean context of your requests while they are answered, for the profile of vLLM's "
+        "adaptive verification (prompt and half the answer of what is measured)"
+    )
+    add("--context", type=int, metavar="TOKENS", help=context)
+    check = "then measure vLLM with the schedule against plain vLLM"
+    add("--check", action="store_true", help=check)
+    _add_common(parser, "batch-sizes", (1, 2, 4, 8, 16), "vllm-speculative.json", 128)
+
+
+def _add_sglang(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("model", nargs="?", help="as SGLang takes it: a hub id or a folder")
+    add("--speculative-algorithm", default="EAGLE3", metavar="NAME", help="SGLang's (EAGLE3)")
+    add("--speculative-draft-model-path", metavar="PATH", help="SGLang's: the draft head")
+    topk = "SGLang's; above 1 for trees, with --nodes (1)"
+    add("--speculative-eagle-topk", type=int, default=1, metavar="K", help=topk)
+    add("--steps", type=whole_numbers, default=(1, 3, 5), help="draft steps to try (1,3,5)")
+    nodes = "for trees: nodes after so many steps, without the root (none: chains)"
+    add("--nodes", default="", metavar="STEPS=NODES,...", help=nodes)
+    more = "options that its server always gets, in quotes, such as '--tp 2'"
+    add("--server-args", type=shlex.split, default=[], metavar="WORDS", help=more)
+    add("--blocks", type=int, default=4, help="measurements of each load and size (4)")
+    lines = (
+        "start nothing: take what sglang.bench_serving wrote to --output-file, of a server with so "
+        "many steps (0: no speculation), a line for each load"
+    )
+    add("--bench-serving", nargs="+", metavar="STEPS=FILE", help=lines)
+    _add_common(parser, "max-concurrency", (1, 4, 16), "costs.json", 128)
+
+
+def _add_common(
+    parser: argparse.ArgumentParser, load: str, loads: tuple[int, ...], output: str, tokens: int
+) -> None:
+    add = parser.add_argument
+    shown = ",".join(map(str, loads))
+    help_ = f"requests at once ({shown})"
+    add(f"--{load}", dest="loads", type=whole_numbers, default=loads, metavar=shown, help=help_)
+    help_ = "a prompt a line, text or JSON with 'prompt': yours tell most (ours: 3 tasks)"
+    add("--prompts", type=Path, metavar="FILE", help=help_)
+    add("--max-tokens", type=int, default=tokens, help=f"of each answer ({tokens})")
+    help_ = "when it says what it knows by then (1800)"
+    add("--time-limit", type=float, default=1800.0, metavar="SECONDS", help=help_)
+    help_ = "keep what is measured, and go on from it"
+    add("--resume", type=Path, metavar="FILE", help=help_)
+    help_ = f"for the engine's own options ({output}); all measurements go beside it"
+    add("--output", type=Path, default=Path(output), metavar="FILE", help=help_)
+    add("--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Measure, print what to do, and write it. Raises ConfigError for what cannot be, before an
+    engine is started, and ModelError if the engine fails without drafts."""
+    _check(args)
+    if args.engine == "sglang" and args.bench_serving:
+        return _from_lines(args)
+    texts = _texts(args)
+    engine = _engine(args, texts)
+    for warning in engine.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    search, error = _searched(args, engine, texts)
+    choices = _choices(args, search)
+    if not choices:
+        if error is not None:
+            raise error
+        raise ModelError("nothing was measured: the time limit was too short")
+    print(report.text(search.found, choices))
+    for line in engine.write(search.found, choices, args.output):
+        print(line)
+    kept = {"smart_decoding": __version__, "engine": engine.name, **engine.about()}
+    kept |= report.plain(search.found, choices)
+    if getattr(args, "check", False) and error is None and args.output.exists():
+        kept["checked"] = _checked(args, engine, texts)
+    write_json(args.output.with_suffix(".reasons.json"), kept)
+    if isinstance(error, KeyboardInterrupt):
+        print("smart: interrupted: this is what was known by then", file=sys.stderr)
+        return INTERRUPTED
+    if error is not None:
+        raise error
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raise ConfigError for options that cannot be."""
+    if args.max_tokens < 2 or getattr(args, "blocks", 1) < 1:
+        raise ConfigError("--blocks must be at least 1 and --max-tokens at least 2")
+    if args.time_limit <= 0:
+        raise ConfigError("--time-limit must be above 0")
+    if getattr(args, "context", None) is not None and args.context < 1:
+        raise ConfigError("--context must be at least 1")
+    for file in (args.output, args.resume):
+        if file is not None and (not file.parent.is_dir() or file.is_dir()):
+            raise ConfigError(f"{file} cannot be written: it must be a file in an existing folder")
+
+
+def _texts(args: argparse.Namespace) -> list[str]:
+    """Return the user's prompts in a fixed order, or ours, the tasks in turn."""
+    if args.prompts is not None:
+        texts = list(dict.fromkeys(read_prompts(args.prompts)))
+        random.Random(0).shuffle(texts)  # a file may be sorted
+    else:
+        try:
+            tasks = [load_task(task) for task in TASKS]
+        except DownloadError as error:
+            print(f"smart: only general prompts: {error}", file=sys.stderr)
+            tasks = [load_task("general")]
+        texts = list(chain.from_iterable(zip(*tasks, strict=False)))
+    most = max(args.loads)
+    if most > len(texts):
+        raise ConfigError(f"{len(texts)} prompts are too few for {most} requests at once")
+    return texts
+
+
+def _engine(args: argparse.Namespace, texts: Sequence[str]) -> Tunable:
+    if args.engine == "llama.cpp":
+        server = server_at(args.server)
+        more = args.server_args
+        return LlamaCpp(server, args.model, args.draft, texts, args.max_tokens, more)
+    if args.engine == "vllm":
+        arguments = {"model": args.model, **args.engine_args}
+        lengths, tokens, blocks = args.lengths, args.max_tokens, args.blocks
+        config, together, context = args.speculative_config, args.together, args.context
+        return Vllm(arguments, config, lengths, tokens, blocks, together, context)
+    if args.model is None:
+        raise ConfigError("a model is missing: smart tune sglang MODEL, or --bench-serving files")
+    drafter = ["--speculative-algorithm", args.speculative_algorithm]
+    if args.speculative_draft_model_path:
+        drafter += ["--speculative-draft-model-path", args.speculative_draft_model_path]
+    drafter += ["--speculative-eagle-topk", str(args.speculative_eagle_topk)]
+    tiers = sglang_lines.nodes_of(args.nodes) or {steps: steps for steps in args.steps}
+    tokens, blocks, more = args.max_tokens, args.blocks, args.server_args
+    return Sglang(args.model, drafter, tiers, tokens, blocks, more)
+
+
+def _searched(
+    args: argparse.Namespace, engine: Tunable, texts: Sequence[str]
+) -> tuple[Search, BaseException | None]:
+    """Return the search, and what broke it off: Ctrl-C, or the engine's plain decoding."""
+    free = ("resume", "time_limit", "output", "command", "debug", "check", "loads")
+    key = {name: value for name, value in vars(args).items() if name not in free}
+    about = engine.about()
+    digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
+    progress = Progress(args.resume, {**key, "version": about["version"], "texts": digest})
+    stop = time.monotonic() + args.time_limit
+    with ending_with_us(), _bar(args.time_limit) as tell:
+        search = Search(engine, Prompts(texts), progress, stop, tell)
+        try:
+            search.run(sorted(set(args.loads)))
+        except (KeyboardInterrupt, ModelError) as error:
+            return search, error
+    return search, None
+
+
+def _choices(args: argparse.Namespace, search: Search) -> list[Verdict]:
+    found = [search.found.choice(load) for load in sorted(set(args.loads))]
+    return [choice for choice in found if choice is not None]
+
+
+@contextmanager
+def _bar(limit: float) -> Iterator[Any]:
+    """Yield a function that takes a line on what is measured, and the share of the work that it
+    ended. Off a terminal the lines of races are printed."""
+    if not on_terminal():
+        yield lambda line, share: None if share else print(f"smart: {line}", file=sys.stderr)
+        return
+    started = time.monotonic()
+    shown = "{percentage:3.0f}%|{bar:20}| {postfix}"
+    with tqdm(total=1.0, bar_format=shown, leave=False, mininterval=0.0) as bar:
+
+        def tell(line: str, share: float) -> None:
+            spent = time.monotonic() - started
+            bar.n = min(1.0, bar.n + share)
+            left = min(limit - spent, spent / bar.n * (1.0 - bar.n) if bar.n else limit)
+            minutes, seconds = divmod(max(0, int(left)), 60)
+            bar.set_postfix_str(f"{minutes}:{seconds:02} left at most, {line}"[:110])
+
+        yield tell
+
+
+def _checked(args: argparse.Namespace, engine: Tunable, texts: Sequence[str]) -> dict[str, Any]:
+    """Print and return, by batch size, how fast vLLM with the schedule is beside plain vLLM."""
+    assert isinstance(engine, Vllm)
+    scheduled = engine.with_schedule(json.loads(args.output.read_text(encoding="utf-8")))
+    with ending_with_us():
+        search = Search(scheduled, Prompts(texts), Progress(None, {}))
+        found = search.run(sorted(set(args.loads)))
+    ratios = {}
+    for load, setting in found.trials:
+        if setting.drafts:
+            ratio = found.ratio(load, setting, Setting())
+            ratios[str(load)] = [ratio.value, ratio.low, ratio.high]
+            print(f"batch {load}, with the schedule: {report.interval(ratio)} × plain")
+    return ratios
+
+
+def _from_lines(args: argparse.Namespace) -> int:
+    """Write costs for SMART inside SGLang from what bench_serving measured."""
+    table = sglang_lines.costs_of(args.bench_serving)
+    write_costs(args.output, table, sglang_lines.nodes_of(args.nodes))
+    for batch, row in table.items():
+        shown = ", ".join(f"{k} steps {1e3 * row[k]:.2f} ms" for k in sorted(row))
+        print(f"batch {batch}: {shown}")
+    return 0

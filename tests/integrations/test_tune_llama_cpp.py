@@ -1,0 +1,397 @@
+"""`smart tune llama.cpp`, against a fake server with a recorded --help, and a real one as a slow
+test."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from smart_decoding.cli import main as cli
+from smart_decoding.errors import ConfigError
+from smart_decoding.integrations.tuning import llama_cpp, processes
+from smart_decoding.integrations.tuning.llama_cpp import LlamaCpp, architecture, pairs, server_at
+from smart_decoding.integrations.tuning.llama_help import LlamaHelp
+from smart_decoding.integrations.tuning.settings import Setting
+from smart_lab import tune_check
+
+HERE = Path(__file__).parent
+HELP = (HERE / "llama_server_help.txt").read_text()
+OLD = """usage: llama-server [options]
+-m,    --model FNAME      model path
+-np,   --parallel N       number of slots (default: 1)
+-fa,   --flash-attn       enable Flash Attention (default: disabled)
+-md,   --model-draft FNAME  draft model for speculative decoding
+--draft-max, --draft, --draft-n N   number of tokens to draft (default: 16)
+--draft-p-min P           minimum probability (default: 0.8)
+"""
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Path:
+    """A folder with the fake under the name of the real one."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    program = folder / "llama-server"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -S {HERE}/fake_llama_server.py "$@"\n')
+    program.chmod(0o755)
+    return folder
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return gguf(tmp_path / "model.gguf", "llama")
+
+
+def gguf(path: Path, kind: str) -> Path:
+    """The head of a file whose first entry is its architecture."""
+    key, name = b"general.architecture", kind.encode()
+    head = b"GGUF" + (3).to_bytes(4, "little") + bytes(16)
+    head += len(key).to_bytes(8, "little") + key + (8).to_bytes(4, "little")
+    path.write_bytes(head + len(name).to_bytes(8, "little") + name)
+    return path
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts"
+    path.write_text("".join(f"prompt {number}\n" for number in range(40)))
+    return path
+
+
+@pytest.fixture
+def tune(
+    server: Path, model: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Any:
+    """Run the command on the fake; quick, as its differences are large."""
+    monkeypatch.setattr(llama_cpp, "free_memory", lambda: 64 << 30)
+    monkeypatch.setenv("FAKE_LOG", str(tmp_path / "log"))
+
+    def run(*words: str, model: Path = model) -> int:
+        output = str(tmp_path / "out.ini")
+        usual = ["tune", "llama.cpp", "-m", str(model), "--server", str(server)]
+        usual += ["--prompts", str(prompts), "--max-tokens", "8", "--output", output]
+        return cli.main([*usual, *words])
+
+    return run
+
+
+def started(tmp_path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+
+
+def left_over(tmp_path: Path) -> list[int]:
+    """Fakes that are still there after a while."""
+    until = time.monotonic() + 10
+    while time.monotonic() < until:
+        found = [each["process"] for each in started(tmp_path) if alive(each["process"])]
+        if not found:
+            return []
+        time.sleep(0.05)
+    return found
+
+
+def alive(process: int) -> bool:
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+def test_the_ways_of_drafting_are_those_of_the_servers_help() -> None:
+    found = LlamaHelp(HELP)
+    assert found.drafting == [
+        *("draft-simple", "draft-eagle3", "draft-mtp", "draft-dflash", "draft-dspark"),
+        *("ngram-simple", "ngram-map-k", "ngram-map-k4v", "ngram-mod", "ngram-cache"),
+    ]
+    assert "--draft-max" not in found  # it is listed to say that it was removed
+    assert "--no-kv-unified" in found
+    assert found.takes("--flash-attn", "on")
+    assert not found.takes("--flash-attn", "maybe")
+    assert found.first("--draft-max", "--spec-draft-n-max") == "--spec-draft-n-max"
+
+
+def test_a_new_way_of_drafting_is_tried_without_a_table(model: Path, tmp_path: Path) -> None:
+    text = HELP.replace("ngram-simple,", "ngram-simple,ngram-trie,")
+    text += "--spec-ngram-trie-size-n N    length of lookup\n--spec-ngram-trie-size-m N    drafts\n"
+    words = dict(drafts_of(text, model, None, tmp_path))
+    sized = ("--spec-ngram-trie-size-n", "3", "--spec-ngram-trie-size-m", "4")
+    assert words["ngram-trie"] == ("--spec-type", "ngram-trie", *sized)
+
+
+def drafts_of(
+    text: str, model: Path, draft: Path | None, tmp_path: Path
+) -> list[tuple[str, tuple[str, ...]]]:
+    """Ways of drafting of a server with such a help."""
+    (tmp_path / "help").write_text(text)
+    program = tmp_path / "llama-server-of-a-day"
+    program.write_text(f"#!/bin/sh\ncat {tmp_path}/help\n")
+    program.chmod(0o755)
+    return LlamaCpp(program, model, draft, ["a"], 8).drafts()
+
+
+def test_an_old_server_drafts_by_its_own_names(model: Path, tmp_path: Path) -> None:
+    draft = gguf(tmp_path / "draft.gguf", "llama")
+    assert drafts_of(OLD, model, None, tmp_path) == []
+    mode, words = drafts_of(OLD, model, draft, tmp_path)[0]
+    assert mode == "draft-simple"
+    assert words == ("--model-draft", str(draft), "--draft-max", "3", "--draft-p-min", "0.0")
+
+
+@pytest.mark.parametrize(
+    ("kind", "ways"),
+    [
+        ("llama", {"draft-simple", "draft-mtp"}),
+        ("eagle3", {"draft-eagle3"}),
+        ("dflash", {"draft-dflash", "draft-dspark"}),
+    ],
+)
+def test_a_draft_file_says_what_it_is_for(
+    kind: str, ways: set[str], model: Path, tmp_path: Path
+) -> None:
+    draft = gguf(tmp_path / "draft.gguf", kind)
+    assert architecture(draft) == kind
+    found = {mode for mode, _ in drafts_of(HELP, model, draft, tmp_path)}
+    assert {mode for mode in found if not mode.startswith("ngram")} == ways
+    assert found - ways == {"ngram-simple", "ngram-map-k4v", "ngram-mod"}
+
+
+def test_words_become_a_preset() -> None:
+    words = shlex.split("--threads 2 --no-repack --spec-type ngram-mod --temp -1")
+    assert pairs(words) == [
+        ("threads", "2"),
+        ("no-repack", "true"),
+        ("spec-type", "ngram-mod"),
+        ("temp", "-1"),
+    ]
+
+
+def test_the_command_finds_the_rule_of_the_fake(
+    tune: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tune("--slots", "1,4", "--server-args", "--ctk q8_0") == 0
+    told, lines = capsys.readouterr()
+    best = "--no-repack --spec-type ngram-simple --spec-ngram-simple-size-n 3"
+    program = tmp_path / "bin" / "llama-server"
+    assert f"1 at once: {program} -m {tmp_path}/model.gguf --parallel 1 --ctk q8_0" in told
+    one, four = (line for line in told.splitlines() if f" at once: {program}" in line)
+    assert "--no-repack" in one
+    assert "--spec-type ngram-simple --spec-ngram-simple-size-n 3" in one
+    assert "--parallel 4 --ctk q8_0" in four
+    assert "--no-repack" in four
+    assert "--spec-type" not in four
+    assert "from four requests on leave speculation off" in told
+    assert "With one request at once ngram-simple 3 4 is" in told
+    assert "plain decoding itself is 1." in told
+    assert "Did not work: draft-mtp: llama-server ended with 1: load_model: failed to" in told
+    assert best.split()[-1] in lines  # what is measured is told on the way
+    preset = (tmp_path / "out.ini").read_text()
+    assert f"[model-1-at-once]\nmodel = {tmp_path}/model.gguf\nparallel = 1\nctk = q8_0" in preset
+    assert "spec-type = ngram-simple\nspec-ngram-simple-size-n = 3\n" in preset
+    assert preset.count("no-repack = true\n") == 2
+    kept = json.loads((tmp_path / "out.reasons.json").read_text())
+    assert kept["version"] == "version: 7 (a fake)"
+    assert kept["choices"][0]["pays"] is True
+    assert kept["choices"][1]["pays"] is False
+    assert {"load", "mode", "options", "blocks"} == set(kept["tried"][0])
+    assert left_over(tmp_path) == []
+    for each in started(tmp_path):
+        assert each["words"][each["words"].index("--ctk") + 1] == "q8_0"
+
+
+def test_a_cut_run_goes_on(tune: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--slots", "1", "--resume", str(tmp_path / "kept"))
+    assert tune(*words) == 0
+    count = len(started(tmp_path))
+    told = capsys.readouterr().out
+    assert tune(*words) == 0
+    assert len(started(tmp_path)) == count
+    assert capsys.readouterr().out == told
+    assert tune(*words, "--max-tokens", "9") == 2
+    assert "is of another run (max_tokens 8 there, 9 here)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--server", "/nowhere"], "--server /nowhere: there is no llama-server that can be run"),
+        (["--server", sys.executable], "is no llama-server: its --help has no --model"),
+        (["-m", "/nowhere.gguf"], "/nowhere.gguf is no file"),
+        (["-m", __file__], "is no GGUF file"),
+        (["--draft", __file__], "is no GGUF file"),
+        (["--slots", "1,50"], "40 prompts are too few for 50 requests at once"),
+        (["--output", "/nowhere/out.ini"], "cannot be written"),
+        (["--max-tokens", "1"], "--max-tokens at least 2"),
+        (["--time-limit", "0"], "--time-limit must be above 0"),
+    ],
+)
+def test_what_cannot_be_is_one_line_before_anything_is_started(
+    words: list[str], message: str, tune: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tune(*words) == 2
+    told = capsys.readouterr().err
+    assert message in told
+    assert told.count("\n") == 1
+    assert not (tmp_path / "log").exists()
+
+
+def test_without_a_server_it_says_how_to_get_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(ConfigError, match=r"brew install llama\.cpp"):
+        server_at(None)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("broken.gguf", "llama-server ended with 1: common_init_: failed to load model"),
+        ("dies.gguf", "llama-server did not answer: llama-server ended with 9: error: a bad thing"),
+    ],
+)
+def test_a_server_that_fails_plainly_is_one_line(
+    name: str, reason: str, tune: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tune("--slots", "1", model=gguf(tmp_path / name, "llama")) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert errors == [f"smart: error: {errors[0].partition('error: ')[2]}"]
+    assert reason in errors[0]
+    assert left_over(tmp_path) == []
+
+
+def test_a_port_that_was_taken_meanwhile_is_told(
+    tune: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import socket
+
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        monkeypatch.setattr(llama_cpp, "free_port", lambda: other.getsockname()[1])
+        monkeypatch.setattr(processes, "ASKING", 0.2)
+        assert tune("--slots", "1") == 2
+    assert "couldn't bind HTTP server socket" in capsys.readouterr().err
+    assert left_over(tmp_path) == []
+
+
+def test_a_full_disk_is_told_and_nothing_is_half_written(
+    tune: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write = Path.write_text
+
+    def full(path: Path, *given: Any, **named: Any) -> int:
+        if ".partial" in path.name:
+            write(path, "half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(path, *given, **named)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    assert tune("--slots", "1", "--resume", str(tmp_path / "kept")) == 2
+    told = capsys.readouterr().err
+    assert "could not be written: No space left on device" in told
+    assert {path.name for path in tmp_path.iterdir()} == {"bin", "model.gguf", "prompts", "log"}
+    assert left_over(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
+def test_a_run_that_is_stopped_ends_its_servers(
+    number: signal.Signals, code: int, server: Path, model: Path, prompts: Path, tmp_path: Path
+) -> None:
+    """Ctrl-C also tells what is known."""
+    command = [sys.executable, "-m", "smart_decoding.cli.main", "tune", "llama.cpp"]
+    command += ["-m", str(model), "--server", str(server), "--prompts", str(prompts)]
+    command += ["--slots", "1", "--max-tokens", "200", "--output", str(tmp_path / "out.ini")]
+    environment = {**os.environ, "FAKE_LOG": str(tmp_path / "log")}
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        until = time.monotonic() + 60
+        while time.monotonic() < until and not (
+            (tmp_path / "log").exists() and len(started(tmp_path)) >= 4
+        ):
+            time.sleep(0.05)
+        process.send_signal(number)
+        told, errors = process.communicate(timeout=60)
+    assert process.returncode == code, errors
+    assert left_over(tmp_path) == []
+    if number == signal.SIGINT:
+        assert "Leave speculation off" in told
+        assert "interrupted: this is what was known by then" in errors
+        assert json.loads((tmp_path / "out.reasons.json").read_text())["choices"]
+    assert "Traceback" not in errors
+
+
+@pytest.mark.slow
+def test_an_exhaustive_search_finds_the_same_later(
+    server: Path,
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """`smart_lab tune-check`, which goes on from what it has kept."""
+    monkeypatch.setattr(llama_cpp, "free_memory", lambda: 64 << 30)
+    monkeypatch.setattr(tune_check, "load_task", lambda task: [f"{task} {n}" for n in range(30)])
+    parser = argparse.ArgumentParser()
+    tune_check.add_arguments(parser)
+    words = [str(model), "--llama-cpp", str(server), "--slots", "1", "--max-tokens", "8"]
+    words += ["--resume", str(tmp_path / "kept"), "--json", str(tmp_path / "out.json")]
+    for _ in range(2):
+        assert tune_check.main(parser.parse_args([*words, "--blocks", "6"])) == 0
+        (found,) = json.loads((tmp_path / "out.json").read_text())["slots"]
+        best = "--spec-type ngram-simple --spec-ngram-simple-size-n 3"
+        assert all(best in " ".join(options) for options in found["options"].values())
+        assert found["ratio"][0] == pytest.approx(1.0, abs=0.2)
+        quick, exhaustive = found["seconds"].values()
+        assert quick < exhaustive
+    assert "exhaustive: " in capsys.readouterr().out
+
+
+REAL = os.environ.get("SMART_LLAMA_SERVER") or shutil.which("llama-server")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(REAL is None, reason="no llama-server: SMART_LLAMA_SERVER or PATH names one")
+def test_a_real_server_takes_what_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The default model's file, which is fetched; the router lists the presets."""
+    from smart_decoding.models.checkpoints.hub import fetch_pinned
+    from smart_decoding.models.checkpoints.registry import NAMED_MODELS
+
+    assert REAL is not None
+    file = fetch_pinned(NAMED_MODELS["smollm2-135m"].pinned)
+    output = tmp_path / "out.ini"
+    words = ["tune", "llama.cpp", "-m", str(file), "--server", REAL, "--output", str(output)]
+    assert cli.main([*words, "--slots", "1,2", "--max-tokens", "24", "--time-limit", "240"]) == 0
+    kept = json.loads(output.with_suffix(".reasons.json").read_text())
+    ways = {each["mode"] for each in kept["tried"]}
+    assert {"plain", "ngram-simple", "ngram-mod"} <= ways
+    port = processes.free_port()
+    command = [REAL, "--models-preset", str(output), "--port", str(port), "--host", "127.0.0.1"]
+    router = processes.ServerProcess([*command, "--offline"], port)
+    try:
+        listed = [each["id"] for each in router.ask("/models", None, 30.0)["data"]]
+    finally:
+        router.close()
+    assert [name[-len("-1-at-once") :] for name in listed if "at-once" in name] == [
+        "-1-at-once",
+        "-2-at-once",
+    ]
+    best = Setting(base=tuple(kept["choices"][0]["options"]))
+    engine = LlamaCpp(Path(REAL), file, None, ["Tides are"], 8)
+    with engine.launch(best, [1]) as launched:
+        assert launched.answer(["Tides are"], 1).tokens == 8

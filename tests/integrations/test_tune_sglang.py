@@ -1,0 +1,100 @@
+"""`smart tune sglang` with a fake of its server: tiers and costs that the plug-in reads."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from smart_decoding.cli import main as cli
+from smart_decoding.cli import tune as cli_tune
+from smart_decoding.integrations.sglang.costs import TierCosts
+from smart_decoding.integrations.tuning import sglang
+
+FAKE = Path(__file__).with_name("fake_sglang_server.py")
+
+
+@pytest.fixture
+def tune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Run the command in an environment whose Python starts the fake."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nshift 2\nexec {sys.executable} -S {FAKE} "$@"\n')
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    monkeypatch.setattr(sglang, "find_spec", lambda name: object())
+    monkeypatch.setattr(cli_tune, "load_task", lambda task: [f"{task} {n}" for n in range(30)])
+
+    def run(*words: str) -> int:
+        usual = ["tune", "sglang", "m", "--speculative-draft-model-path", "head"]
+        usual += ["--max-concurrency", "1,8", "--blocks", "2", "--max-tokens", "16"]
+        return cli.main([*usual, "--output", str(tmp_path / "costs.json"), *words])
+
+    return run
+
+
+def test_tiers_and_costs_are_written(
+    tune: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tune("--steps", "1,3") == 0
+    shown = capsys.readouterr().out
+    assert "With one request at once drafts of 1 step is" in shown
+    assert "from eight requests on leave speculation off" in shown
+    costs = TierCosts.load(tmp_path / "costs.json")
+    assert costs.batches == [1, 8]
+    assert costs.seconds(1, 0) == pytest.approx(0.004, rel=0.5)
+    assert 2.0 < costs.seconds(8, 1) / costs.seconds(8, 0) < 3.0  # 2.6
+    assert costs.tokens(3) == 4  # chains
+    tiers = json.loads((tmp_path / "costs.steps.json").read_text())
+    assert tiers["1"]["candidate_steps"] == [0, 1, 3]
+    assert tiers["8"]["candidate_steps"] == [0]
+    start = shown.splitlines()[-1]
+    assert start.startswith(f"SMART_SGLANG_COSTS={tmp_path}/costs.json python -m sglang.launch")
+    assert "--speculative-algorithm EAGLE3 --speculative-draft-model-path head" in start
+    assert "--speculative-num-steps 3 --speculative-num-draft-tokens 4" in start
+    assert start.endswith(
+        f"--speculative-adaptive --speculative-adaptive-config {tmp_path}/costs.steps.json"
+    )
+
+
+def test_trees_have_nodes(tune: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--nodes", "1=2,3=6", "--speculative-eagle-topk", "2", "--max-concurrency", "1")
+    assert tune(*words) == 0
+    assert TierCosts.load(tmp_path / "costs.json").nodes == {1: 2, 3: 6}
+    shown = capsys.readouterr().out
+    assert "drafts of 3 steps, 6 nodes" in shown or "of 1 step, 2 nodes" in shown
+    assert "--speculative-num-steps 3 --speculative-num-draft-tokens 7" in shown
+
+
+def test_where_nothing_pays_nothing_is_written(
+    tune: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tune("--steps", "6", "--max-concurrency", "8") == 0
+    assert "Start SGLang without --speculative-algorithm." in capsys.readouterr().out
+    assert not (tmp_path / "costs.json").exists()
+
+
+def test_without_sglang_it_says_where_to_install_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sglang, "find_spec", lambda name: None)
+    assert cli.main(["tune", "sglang", "m"]) == 2
+    assert "install smart-decoding in SGLang's environment" in capsys.readouterr().err
+    assert cli.main(["tune", "sglang"]) == 2
+    assert "smart tune sglang MODEL" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("vllm-config", "'smart vllm-config' is now smart tune vllm MODEL"),
+        ("sglang-costs", "'smart sglang-costs' is now smart tune sglang --bench-serving"),
+    ],
+)
+def test_old_commands_name_the_new_one(
+    old: str, new: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([old, "m"]) == 2
+    assert new in capsys.readouterr().err
