@@ -25,17 +25,15 @@ import argparse
 import json
 import os
 import shlex
-import signal
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, replace
+from contextlib import ExitStack
+from dataclasses import asdict
 from functools import partial
 from itertools import chain, cycle
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from smart_decoding.bench.data import load_task
 from smart_decoding.bench.options import check_outputs
@@ -44,13 +42,18 @@ from smart_decoding.bench.resume import Progress
 from smart_decoding.cli.arguments import whole_numbers, words
 from smart_decoding.errors import ConfigError
 from smart_decoding.files import sha256_of
+from smart_decoding.integrations.tuning.processes import ending_with_us
+from smart_decoding.integrations.tuning.settings import PLAIN
 from smart_lab.gguf import ik, report
 from smart_lab.gguf.engines import RIVALS, Processes, Rival
 from smart_lab.gguf.ours import HELD, Ours, speculative_configs, without_folders
 from smart_lab.gguf.rates import Reply
-from smart_lab.gguf.server import Flags, LlamaCpp, Program, Server
-from smart_lab.gguf.tuning import DRAFT, DRAFTS, PLAIN, FlagsT, Tuned, Words, draft_words, tune
+from smart_lab.gguf.server import LlamaCpp, Program, Server, Sizes
+from smart_lab.gguf.tuning import DRAFT, TokenServers, Tuned, searched, tuned
 from smart_lab.resume import source_digest
+
+if TYPE_CHECKING:
+    from smart_decoding.integrations.tuning.found import Found
 
 TASKS = ("code", "maths", "general")
 KEPT_BACK = 24  # prompts for tuning and warming up, or more if there are more slots
@@ -61,6 +64,7 @@ PROMPT = 512  # tokens of the prompt that is timed, or what fits
 FORWARD_SHARE = 0.1  # of the time, at most, but for one turn
 LIMITS = "time limits"  # of the parts that a resumed run was made in
 PAUSE = 0.3  # seconds between two engines: threads of the one before may still spin
+ServersT = TypeVar("ServersT", bound=TokenServers)
 Contestant = Callable[[Sequence[Sequence[int]], int], Reply]
 
 
@@ -112,7 +116,7 @@ def main(args: argparse.Namespace) -> int:
     print(report.build_of(about), about["system"], sep="; ", flush=True)
     session = Session(args, cpp, cousin, configs, progress)
     progress.add(LIMITS, args.time_limit)
-    with servers_end_with_us(), session:
+    with ending_with_us(), session:
         session.forwards(time.monotonic() + FORWARD_SHARE * args.time_limit)
         for number, slots in enumerate(() if args.forwards_only else args.slots):
             now = time.monotonic()
@@ -134,20 +138,6 @@ def main(args: argparse.Namespace) -> int:
         write_json(args.json, result)
     print(report.text(result))
     return 0
-
-
-@contextmanager
-def servers_end_with_us() -> Iterator[None]:
-    """Exit on a SIGTERM, so that stopped servers do not stay behind with their memory."""
-
-    def leave(*_: object) -> None:
-        sys.exit(128 + signal.SIGTERM)
-
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def checked(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
@@ -224,12 +214,11 @@ class Session:
         ):
             grid = (args.rows, args.forward_context, CALLS)
             length = len(self._prompt)
-            layouts = [Flags(self._cores, repack=repack) for repack in (True, False)]
             forwards = {
-                report.THEIRS: self._cpp.one_sequence(args.file, layouts, *grid),
-                "llama.cpp, sequences": self._cpp.many_sequences(args.file, layouts, *grid),
+                report.THEIRS: self._cpp.one_sequence(args.file, self._cores, *grid),
+                "llama.cpp, sequences": self._cpp.many_sequences(args.file, self._cores, *grid),
             }
-            prompt = self._cpp.one_sequence(args.file, layouts, (length,), 0, TURNS)
+            prompt = self._cpp.one_sequence(args.file, self._cores, (length,), 0, TURNS)
             rates = {report.THEIRS: length / prompt[length]}
             for ours in self._ours:
                 time.sleep(PAUSE)
@@ -306,11 +295,12 @@ class Session:
 
     def _flags(self, slots: int) -> dict[str, Any]:
         """Return the servers' tuned flags, with only the names of files."""
-        tuned, draft = self._tuned(slots), self._args.draft
-        found = tuned_flags(tuned, self._final(tuned))
+        draft = self._args.draft
+        found = self._tuned(slots).plain()
         for program in self._cousins:
-            few = self._ik_tuned(program, slots)
-            found[program.name] = tuned_flags(few, few.flags)
+            found[program.name] = self._ik_tuned(program, slots).plain()
+        for each in (found, *(found[program.name] for program in self._cousins)):
+            each["flags"] = {mode: " ".join(words) for mode, words in each["flags"].items()}
         found["drafts_tried"] = {
             rival.name: tried
             for rival in RIVALS
@@ -326,59 +316,50 @@ class Session:
         """Return all modes of llama.cpp and of its cousin, tuned."""
         # The cousin first: llama.cpp takes all the time that is left.
         few = [(program, self._ik_tuned(program, slots, until)) for program in self._cousins]
-        for mode, flags in self._final(self._tuned(slots, until)).items():
-            program = self._cpp.program
-            yield f"{program.name} {mode}", self._server(program, flags, slots)
-        for program, tuned in few:
-            for mode, ik_flags in tuned.flags.items():
-                yield f"{program.name} {mode}", self._server(program, ik_flags, slots)
+        ours = (self._cpp.program, self._tuned(slots, until))
+        for program, each in (ours, *few):
+            for mode, flags in each.flags.items():
+                server = Server(program, self._args.file, flags, slots, self._sizes)
+                yield f"{program.name} {mode}", server
 
-    def _tuned(self, slots: int, until: float = 0.0) -> Tuned[Flags]:
-        """Once, until then."""
+    def _tuned(self, slots: int, until: float = 0.0) -> Tuned:
+        """Once, until then: the best of each mode, and the draft model with its defaults."""
         name = f"tuned at {slots}"
         if not self._progress.units(name):
-            attempt = self._attempt(self._cpp.program, slots)
-            draft = None if self._args.draft is None else str(self._args.draft)
-            found = tune(attempt, self._cores, draft, lambda: time.monotonic() < until)
-            self._progress.add(name, found.plain())
-        return Tuned.of(self._progress.units(name)[0], Flags)
+            engine = self._tunable(TokenServers, self._cpp.program, self._args.draft)
+            result = tuned(self._searched(engine, slots, until), slots, self._always)
+            if DRAFT in result.flags:
+                usual = next(words for mode, words in engine.drafts() if mode.startswith("draft"))
+                flags = [*result.flags[PLAIN], *usual]
+                if flags != result.flags[DRAFT]:
+                    result.flags[f"{DRAFT}, its defaults"] = flags
+            self._progress.add(name, result.plain())
+        return Tuned(**self._progress.units(name)[0])
 
-    def _ik_tuned(self, program: Program, slots: int, until: float = 0.0) -> Tuned[ik.IkFlags]:
+    def _ik_tuned(self, program: Program, slots: int, until: float = 0.0) -> Tuned:
         """Once, until then."""
         name = f"{program.name} tuned at {slots}"
         if not self._progress.units(name):
-            attempt = self._attempt(program, slots)
-            found = ik.tune(attempt, self._cores, slots, lambda: time.monotonic() < until)
-            self._progress.add(name, found.plain())
-        return Tuned.of(self._progress.units(name)[0], ik.IkFlags)
+            engine = self._tunable(ik.IkServers, program, None)
+            found = self._searched(engine, slots, until)
+            self._progress.add(name, ik.tuned(found, slots, self._always).plain())
+        return Tuned(**self._progress.units(name)[0])
 
-    def _attempt(self, program: Program, slots: int) -> Callable[[Words], Reply]:
-        """Return what tries flags."""
-        chunk = self._kept[: alike(slots)]
+    def _tunable(self, kind: type[ServersT], program: Program, draft: Path | None) -> ServersT:
+        files, tokens = (self._args.file, draft), self._args.tune_tokens
+        return kind(program, files, self._always, tokens, self._sizes, len(self._kept))
 
-        def attempt(flags: Words) -> Reply:
-            print(f"{slots} slots, {program.name} with {' '.join(flags.words)}", flush=True)
-            with self._server(program, flags, slots) as server:
-                return server.answer(chunk, self._args.tune_tokens)
+    def _searched(self, engine: TokenServers, slots: int, until: float) -> Found:
+        return searched(engine, self._kept, slots, until - time.monotonic())
 
-        return attempt
+    @property
+    def _always(self) -> list[str]:
+        return ["--threads", str(self._cores)]
 
-    def _final(self, tuned: Tuned[Flags]) -> dict[str, Flags]:
-        """Return the modes to compare: the best flags of each, and the draft model with its
-        defaults."""
-        if DRAFT not in tuned.flags:
-            return tuned.flags
-        usual = replace(
-            tuned.flags[PLAIN], speculation=draft_words(str(self._args.draft), DRAFTS[0])
-        )
-        if usual == tuned.flags[DRAFT]:
-            return tuned.flags
-        return {**tuned.flags, f"{DRAFT}, its defaults": usual}
-
-    def _server(self, program: Program, flags: Words, slots: int) -> Server:
+    @property
+    def _sizes(self) -> Sizes:
         longest = max(map(len, chain(self._kept, self._measured)))
-        args = self._args
-        return Server(program, args.file, flags.words, slots, args.max_model_len, longest)
+        return Sizes(self._args.max_model_len, longest)
 
     def _rivals(self, slots: int) -> dict[str, Contestant]:
         """Return plain decoding of the engines in environments of their own, and their best
@@ -456,12 +437,6 @@ def block(
 def drafts_at(rival: Rival, slots: int) -> str:
     """Return the name of its rates by drafts in tuning."""
     return f"{rival.name}'s drafts at {slots}"
-
-
-def tuned_flags(tuned: Tuned[FlagsT], final: Mapping[str, FlagsT]) -> dict[str, Any]:
-    """Return the flags of each mode in words, and all that were tried."""
-    words = {mode: " ".join(flags.words) for mode, flags in final.items()}
-    return {"flags": words, "tried": tuned.tried, "left_out": tuned.left_out}
 
 
 def alike(slots: int) -> int:

@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from smart_decoding.errors import ModelError
+from smart_decoding.integrations.tuning.settings import PLAIN
 from smart_decoding.models.checkpoints.loading import load_checkpoint
 from smart_lab.gguf.rates import Reply, Span, reply
-from smart_lab.gguf.tuning import NGRAM, PLAIN
+from smart_lab.gguf.tuning import NGRAM
 
 FOLDER = Path(__file__).parents[2]  # of the laboratory
 LOADING, ANSWERING = 300.0, 180.0  # seconds until a worker is given up

@@ -6,14 +6,19 @@ Needed by `gguf-speed --ik-llama-cpp`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from smart_decoding.integrations.tuning.settings import PLAIN, Setting
 from smart_lab.gguf.server import SERVER, Program, origin, require
-from smart_lab.gguf.tuning import NGRAM, PLAIN, Answer, Search, TimeLeft, Tuned
+from smart_lab.gguf.tuning import NGRAM, TokenServers, Tuned
+from smart_lab.gguf.tuning import tuned as plain_tuned
+
+if TYPE_CHECKING:
+    from smart_decoding.integrations.tuning.found import Found
 
 NAME = "ik_llama.cpp"
 SUFFIX = "suffix"
@@ -25,25 +30,8 @@ MODES: Mapping[str, tuple[str, ...]] = {
     NGRAM: ("--spec-type", NGRAMS, AUTOTUNE),
     SUFFIX: ("--spec-type", "suffix", AUTOTUNE),
 }
-CHANGES: tuple[dict[str, Any], ...] = ({"repack": True}, {"flash": "off"})
+CHANGES = (("--run-time-repack",), ("--flash-attn", "off"))  # of plain decoding
 Encode = Callable[[str], list[int]]
-
-
-@dataclass(frozen=True, slots=True)
-class IkFlags:
-    """Settings of ik_llama.cpp. flash: on or off; repack: weights in its own layout, at loading."""
-
-    threads: int
-    flash: str = "on"
-    repack: bool = False
-    speculation: tuple[str, ...] = ()
-
-    @property
-    def words(self) -> list[str]:
-        """The settings as words of its server's command line."""
-        words = ["--threads", str(self.threads), "--flash-attn", self.flash]
-        words += ["--run-time-repack"] if self.repack else []
-        return [*words, *self.speculation]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,14 +58,24 @@ def tokens_of(encode: Encode, end: int, answer: Mapping[str, Any]) -> list[int]:
     return encode(answer["content"]) + [end] * bool(answer["stopped_eos"])
 
 
-def tune(answer: Answer[IkFlags], cores: int, slots: int, time_left: TimeLeft) -> Tuned[IkFlags]:
-    """Return the best of few flags for plain decoding, which all modes have: it speculates for one
-    slot only. Raises ModelError if it fails with the defaults."""
-    search = Search(answer, time_left)
-    best = IkFlags(cores)
-    search.attempt(PLAIN, best)
-    for change in CHANGES:
-        best = search.best(PLAIN, best, [replace(best, **change)])
+class IkServers(TokenServers):
+    """The cousin for the search: few flags of plain decoding, which all modes have. Its own tuning
+    finds the rest."""
+
+    name = NAME
+    shares: tuple[int, ...] = (1, 0)
+
+    def settings(self, loads: Sequence[int], found: Found) -> Iterator[list[Setting]]:
+        """Yield its defaults and changes, by themselves and together."""
+        both = tuple(word for change in CHANGES for word in change)
+        yield [Setting(), *(Setting(base=change) for change in (*CHANGES, both))]
+
+
+def tuned(found: Found, slots: int, always: Sequence[str]) -> Tuned:
+    """Return the best flags of its modes: it speculates for one slot only."""
+    base = found.bases[slots]
+    best = found.best(slots, found.settings(slots), base)
     modes = MODES if slots == 1 else {PLAIN: MODES[PLAIN]}
-    search.found.flags = {mode: replace(best, speculation=words) for mode, words in modes.items()}
-    return search.found
+    result = plain_tuned(found, slots, always)
+    result.flags = {mode: [*always, *best.words, *words] for mode, words in modes.items()}
+    return result

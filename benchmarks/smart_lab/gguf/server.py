@@ -6,24 +6,20 @@ Needed by `gguf-speed`, whose files are the README's first table.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
-import signal
-import socket
 import statistics
 import subprocess
-import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from smart_decoding.errors import ConfigError, ModelError
+from smart_decoding.integrations.tuning.llama_cpp import completion
+from smart_decoding.integrations.tuning.processes import ServerProcess, free_port
 from smart_lab.gguf.rates import Reply, Span, reply
 
 SERVER, BENCH, BATCHED = "llama-server", "llama-bench", "llama-batched-bench"
@@ -49,31 +45,11 @@ class Program:
 
 
 @dataclass(frozen=True, slots=True)
-class Flags:
-    """Settings of llama.cpp. flash: on, off or auto; repack: weights in its kernels' layout;
-    ubatch: rows of a forward; sampling: in the graph instead of after it; unified: one KV buffer
-    for all slots, so that uneven counts of rows fit into one forward; mmap: weights are mapped, not
-    read; speculation: further words."""
+class Sizes:
+    """context: tokens of a slot; longest: tokens of a prompt."""
 
-    threads: int
-    flash: str = "auto"
-    repack: bool = True
-    ubatch: int = 512
-    sampling: bool = False
-    unified: bool = False
-    mmap: bool = True
-    speculation: tuple[str, ...] = ()
-
-    @property
-    def words(self) -> list[str]:
-        """The settings as words of llama-server's command line."""
-        words = ["--threads", str(self.threads), "--flash-attn", self.flash]
-        words += ["--ubatch-size", str(self.ubatch)]
-        words += [] if self.repack else ["--no-repack"]
-        words += ["--backend-sampling"] if self.sampling else []
-        words += ["--kv-unified"] if self.unified else []
-        words += [] if self.mmap else ["--load-mode", "none"]
-        return [*words, *self.speculation]
+    context: int
+    longest: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,29 +74,22 @@ class LlamaCpp:
     def _system(self) -> str:
         """It names its instruction sets as it starts, here with a model that is not there."""
         command = [str(self.folder / SERVER), "--model", "no-such-model.gguf", "--offline"]
-        command += ["--verbosity", "4", "--port", str(_free_port())]
+        command += ["--verbosity", "4", "--port", str(free_port())]
         lines = [line for line in _run(command).stderr.splitlines() if "system_info:" in line]
         return lines[-1].partition(" | ")[2].strip(" |") if lines else "unknown"
 
     def one_sequence(
-        self, model: Path, flags: Sequence[Flags], rows: Sequence[int], context: int, turns: int
+        self, model: Path, threads: int, rows: Sequence[int], context: int, turns: int
     ) -> dict[int, float]:
         """Return rows -> seconds of a forward of so many new rows of one sequence, with logits of
-        the last: the median of `turns`, under the best of the flags."""
+        the last: the median of `turns`, under the best layout of the weights."""
         found: dict[int, list[float]] = {count: [] for count in rows}
-        for each in flags:
+        for repack in ("1", "0"):
             done = call(
                 [
                     *(str(self.folder / BENCH), "-m", str(model), "-o", "json", "-r", str(turns)),
                     *("-n", "0", "-p", ",".join(map(str, rows)), "-d", str(context)),
-                    *(
-                        "-t",
-                        str(each.threads),
-                        "-fa",
-                        each.flash,
-                        "--repack",
-                        str(int(each.repack)),
-                    ),
+                    *("-t", str(threads), "-fa", "auto", "--repack", repack),
                 ]
             )
             for count, seconds in bench_seconds(done).items():
@@ -128,18 +97,18 @@ class LlamaCpp:
         return {count: min(seconds) for count, seconds in found.items()}
 
     def many_sequences(
-        self, model: Path, flags: Sequence[Flags], rows: Sequence[int], context: int, turns: int
+        self, model: Path, threads: int, rows: Sequence[int], context: int, turns: int
     ) -> dict[int, float]:
         """Return seconds of a forward of one row of so many sequences, each giving logits, under
-        the best of the flags."""
+        the best layout of the weights."""
         found: dict[int, list[float]] = {count: [] for count in rows}
-        for each in flags:
+        for layout in ((), ("--no-repack",)):
             done = call(
                 [
                     *(str(self.folder / BATCHED), "-m", str(model), "--output-format", "jsonl"),
                     *("-npp", str(context), "-ntg", str(turns), "-npl", ",".join(map(str, rows))),
                     *("-pps", "-c", str(max(rows) * (context + turns))),
-                    *each.words,
+                    *("--threads", str(threads), *layout),
                 ]
             )
             for count, seconds in batched_seconds(done).items():
@@ -190,121 +159,53 @@ def ids_of(answer: Mapping[str, Any]) -> list[int]:
     return list(answer["tokens"])
 
 
+def command_of(
+    program: Program, model: Path, port: int, flags: Sequence[str], slots: int, sizes: Sizes
+) -> list[str]:
+    """Return the words that start a server."""
+    return [
+        *program.command,
+        *("--model", str(model)),
+        *("--host", "127.0.0.1", "--port", str(port), "--parallel", str(slots)),
+        *("--ctx-size", str(slots * sizes.context)),
+        # The prompts of all slots in one batch.
+        *("--batch-size", str(max(LEAST_BATCH, slots * sizes.longest))),
+        *("--cache-ram", "0"),
+        *flags,
+    ]
+
+
 class Server:
     """A running llama-server, stopped by a signal while it has no requests. Raises ModelError with
     its last words if it does not start or fails."""
 
     def __init__(
-        self,
-        program: Program,
-        model: Path,
-        flags: Sequence[str],
-        slots: int,
-        context: int,
-        longest: int,
+        self, program: Program, model: Path, flags: Sequence[str], slots: int, sizes: Sizes
     ) -> None:
-        """flags: words of its command line; context: tokens of a slot; longest: tokens of a
-        prompt."""
+        """flags: words of its command line."""
         self._slots, self._tokens_of = slots, program.tokens_of
-        self._port = _free_port()
-        self.command = [
-            *program.command,
-            *("--model", str(model)),
-            *("--host", "127.0.0.1", "--port", str(self._port), "--parallel", str(slots)),
-            *("--ctx-size", str(slots * context)),
-            # The prompts of all slots in one batch.
-            *("--batch-size", str(max(LEAST_BATCH, slots * longest))),
-            *("--cache-ram", "0"),
-            *flags,
-        ]
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the process)
-        self._process = subprocess.Popen(
-            self.command,
-            stdin=subprocess.DEVNULL,
-            stdout=self._log,
-            stderr=subprocess.STDOUT,
-            env=_environment(),
-        )
-        try:
-            self._wait_until_loaded()
-        except BaseException:
-            self.close()
-            raise
-        self._process.send_signal(signal.SIGSTOP)
+        port = free_port()
+        command = command_of(program, model, port, flags, slots, sizes)
+        self._server = ServerProcess(command, port, environment(), LOADING)
+        self._server.pause()
 
     def __enter__(self) -> Server:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        self._server.close()
 
     def answer(self, prompts: Sequence[Sequence[int]], tokens: int) -> Reply:
         """Answer prompts greedily, as many at once as there are slots, in the server's own queue,
         up to `tokens` tokens each."""
-        body = {
-            "prompt": [list(map(int, prompt)) for prompt in prompts],
-            "n_predict": tokens,
-            "temperature": 0.0,
-            "samplers": ["top_k"],  # nothing else to compute for the most likely token
-            "top_k": 1,
-            "cache_prompt": False,
-            "return_tokens": True,
-        }
-        self._process.send_signal(signal.SIGCONT)
+        body = {**completion(prompts, tokens), "return_tokens": True}
+        self._server.resume()
         started = time.perf_counter()
-        try:
-            waves = -(-len(prompts) // self._slots)
-            found = self._ask("/completion", body, ANSWERING * waves)
-        except OSError as error:
-            raise ModelError(f"{SERVER} did not answer: {self._reason(error)}") from error
+        waves = -(-len(prompts) // self._slots)
+        found = self._server.ask("/completion", body, ANSWERING * waves)
         seconds = time.perf_counter() - started
-        self._process.send_signal(signal.SIGSTOP)
+        self._server.pause()
         return reply_of(found, prompts, tokens, seconds, self._tokens_of)
-
-    def close(self) -> None:
-        """End the process, by force if it does not end by itself."""
-        for number in (signal.SIGCONT, signal.SIGTERM):
-            with contextlib.suppress(OSError):
-                self._process.send_signal(number)
-        try:
-            self._process.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._log.close()
-
-    def _wait_until_loaded(self) -> None:
-        stop = time.monotonic() + LOADING
-        while time.monotonic() < stop:
-            if self._process.poll() is not None:
-                raise ModelError(
-                    f"{SERVER} ended with {self._process.returncode}: {_last(self._text())}"
-                )
-            try:
-                self._ask("/health", None, 5.0)
-                return
-            except OSError:  # nobody listens yet, or 503: it loads
-                time.sleep(0.1)
-        raise ModelError(f"{SERVER} was not ready within {LOADING:.0f} s: {_last(self._text())}")
-
-    def _ask(self, path: str, body: Mapping[str, Any] | None, seconds: float) -> Any:
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{self._port}{path}", data, {"Content-Type": "application/json"}
-        )
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with opener.open(request, timeout=seconds) as answer:
-            return json.load(answer)
-
-    def _reason(self, error: OSError) -> str:
-        if isinstance(error, urllib.error.HTTPError):
-            return error.read().decode(errors="replace")[:300]
-        return f"{error}; its last words: {_last(self._text())}"
-
-    def _text(self) -> str:
-        size = os.fstat(self._log.fileno()).st_size
-        # Not read(): the process writes at the position that it would move.
-        return os.pread(self._log.fileno(), size, 0).decode(errors="replace")
 
 
 def reply_of(
@@ -347,18 +248,13 @@ def call(command: Sequence[str]) -> str:
 
 def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command, capture_output=True, text=True, errors="replace", env=_environment(), check=False
+        command, capture_output=True, text=True, errors="replace", env=environment(), check=False
     )
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
+    """Return ours without variables that would change a rival."""
     return {name: text for name, text in os.environ.items() if not name.startswith(_NOT_THEIRS)}
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _last(text: str) -> str:

@@ -1,81 +1,38 @@
-"""llama.cpp's best flags on this machine, found by trying: flash attention, repacking, batches,
-sampling, the KV buffer and mapped weights for plain decoding, then settings of its draft
-model and n-gram modes.
+"""llama.cpp's best flags on this machine, found by the search of `smart tune`: of plain decoding,
+then of its draft model and n-gram modes. Prompts are token ids here.
 
 Needed by `gguf-speed`, whose files are the README's first table.
 """
 
 from __future__ import annotations
 
-import statistics
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Generic, Protocol, TypeVar
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from smart_decoding.errors import ModelError
-from smart_lab.gguf.rates import Reply
-from smart_lab.gguf.server import Flags
+from smart_decoding.bench.resume import Progress
+from smart_decoding.integrations.tuning.llama_cpp import LlamaCpp, together
+from smart_decoding.integrations.tuning.search import Prompts, Search
+from smart_decoding.integrations.tuning.settings import PLAIN, Setting
+from smart_lab.gguf.server import Program, Sizes, command_of, environment
 
-PLAIN, DRAFT, NGRAM, BOTH = "plain", "draft model", "n-gram", "draft model and n-gram"
-# n-max, p-min of a draft: llama.cpp's defaults first, then what was best on other machines.
-DRAFTS = ((3, 0.0), (16, 0.75), (8, 0.5), (5, 0.0), (2, 0.0), (1, 0.0), (4, 0.4))
+if TYPE_CHECKING:
+    from smart_decoding.integrations.tuning.engines import Tunable
+    from smart_decoding.integrations.tuning.found import Found
+    from smart_decoding.integrations.tuning.processes import ServerProcess
 
-
-def _mod(match: int, most: int) -> tuple[str, ...]:
-    words = ("ngram-mod", "--spec-ngram-mod-n-match", str(match))
-    return (*words, "--spec-ngram-mod-n-min", "1", "--spec-ngram-mod-n-max", str(most))
-
-
-def _sized(kind: str, match: int, most: int) -> tuple[str, ...]:
-    option = f"--spec-{kind}-size"
-    return (kind, f"{option}-n", str(match), f"{option}-m", str(most))
-
-
-# What looks up n-grams, and how: defaults first, which wait for twelve equal tokens; then what won
-# elsewhere, with drafts as long as ours. What never won by more than noise in 14 tunings on
-# two machines is gone: ngram-cache, ngram-map-k, and lengths beside those below.
-NGRAMS = (
-    ("ngram-simple",),
-    _sized("ngram-simple", 4, 48),
-    _mod(4, 32),
-    _mod(4, 8),
-    _sized("ngram-simple", 5, 8),
-    _sized("ngram-simple", 3, 4),
-    _sized("ngram-map-k4v", 3, 4),
-    ("ngram-mod",),
-)
-# Of plain decoding, one after the other, each in all values that are not the defaults of Flags.
-STEPS: tuple[tuple[str, tuple[Any, ...]], ...] = (
-    ("flash", ("on", "off")),
-    ("repack", (False,)),
-    ("sampling", (True,)),
-    ("unified", (True,)),
-    ("ubatch", (128,)),
-    ("mmap", (False,)),
-)
-FINALISTS = 2  # of each mode are tried once more: single trials differ by several per cent
-
-
-class Words(Protocol):
-    """Flags of a server, hashable."""
-
-    @property
-    def words(self) -> list[str]:
-        """The flags as words of its command line."""
-
-
-FlagsT = TypeVar("FlagsT", bound=Words)
-Answer = Callable[[FlagsT], Reply]  # tries flags; raises ModelError where they do not work
-TimeLeft = Callable[[], bool]
+DRAFT, NGRAM, BOTH = "draft model", "n-gram", "draft model and n-gram"
 
 
 @dataclass
-class Tuned(Generic[FlagsT]):
-    """The result of tuning. flags: mode -> the best ones; tried: settings with tokens per second or
-    an error; left_out: settings not tried for lack of time."""
+class Tuned:
+    """The result of tuning. flags: mode -> words of the best ones; tried: settings with tokens per
+    second or an error; left_out: settings not tried for lack of time."""
 
-    flags: dict[str, FlagsT] = field(default_factory=dict)
+    flags: dict[str, list[str]] = field(default_factory=dict)
     tried: list[dict[str, Any]] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
 
@@ -83,115 +40,98 @@ class Tuned(Generic[FlagsT]):
         """Return the result for JSON."""
         return asdict(self)
 
-    @classmethod
-    def of(cls, kept: Mapping[str, Any], kind: Callable[..., FlagsT]) -> Tuned[FlagsT]:
-        """Return the inverse of `plain`."""
-        flags = {
-            mode: kind(**{**each, "speculation": tuple(each["speculation"])})
-            for mode, each in kept["flags"].items()
+
+class TokenServers(LlamaCpp):
+    """llama.cpp for the search, started as it is measured, with prompts that are lists of token ids
+    in JSON."""
+
+    def __init__(
+        self,
+        program: Program,
+        files: tuple[Path, Path | None],
+        always: Sequence[str],
+        tokens: int,
+        sizes: Sizes,
+        count: int,
+    ) -> None:
+        """files: the model and its draft model; always: options that it always gets; count: of the
+        prompts."""
+        super().__init__(Path(program.command[0]), *files, [""] * count, tokens, always)
+        self._program, self._sizes = program, sizes
+
+    def command(self, port: int, slots: int, words: Sequence[str]) -> list[str]:
+        """Return the words that start a server."""
+        flags = [*self.more, *words]
+        return command_of(self._program, self.model, port, flags, slots, self._sizes)
+
+    def environment(self) -> dict[str, str]:
+        """Return the variables of rivals."""
+        return environment()
+
+    def encoded(self, server: ServerProcess, text: str) -> list[int]:
+        """Return the ids in a prompt; some for the text that warms it up."""
+        return list(json.loads(text)) if text.startswith("[") else [1, 2, 3]
+
+
+def searched(
+    engine: Tunable, prompts: Sequence[Sequence[int]], slots: int, seconds: float
+) -> Found:
+    """Return what the search finds for so many slots in so many seconds. Raises ModelError if plain
+    decoding fails with the defaults."""
+
+    def tell(line: str, _: float) -> None:
+        if line:
+            print(f"{engine.name}: {line}", flush=True)
+
+    texts = Prompts([json.dumps(list(map(int, prompt))) for prompt in prompts])
+    stop = time.monotonic() + seconds
+    return Search(engine, texts, Progress(None, {}), stop, tell).run([slots])
+
+
+def tuned(found: Found, slots: int, always: Sequence[str]) -> Tuned:
+    """Return the best flags of each mode that works. always: options that all settings had."""
+    base = found.bases[slots]
+    best: dict[str, Setting] = {PLAIN: base}
+    for setting in found.settings(slots):
+        mode = mode_of(setting)
+        if mode != PLAIN and mode not in best:
+            alike = [each for each in found.settings(slots) if mode_of(each) == mode]
+            of_mode = found.finalists(slots, alike, base)
+            if of_mode:
+                best[mode] = max(of_mode, key=_rate(found, slots, base))
+    if DRAFT in best and NGRAM in best and BOTH not in best:
+        best[BOTH] = together(best[NGRAM], best[DRAFT])
+    order = [mode for mode in (PLAIN, NGRAM, DRAFT, BOTH) if mode in best]
+    return Tuned(
+        {mode: [*always, *best[mode].words] for mode in order},
+        _tried(found),
+        [f"{mode_of(setting)}: {setting}" for _, setting in found.left_out],
+    )
+
+
+def mode_of(setting: Setting) -> str:
+    """Return the laboratory's name of a way of drafting."""
+    if "," in setting.mode:
+        return BOTH
+    names = {"ngram": NGRAM, "draft": DRAFT}
+    return names.get(setting.mode.partition("-")[0], setting.mode)
+
+
+def _rate(found: Found, slots: int, base: Setting) -> Callable[[Setting], float]:
+    return lambda setting: found.value(slots, setting, base)
+
+
+def _tried(found: Found) -> list[dict[str, Any]]:
+    worked: list[dict[str, Any]] = [
+        {
+            "mode": mode_of(setting),
+            "flags": str(setting),
+            "overall": sum(t.tokens for t in of.values()) / sum(t.seconds for t in of.values()),
         }
-        return cls(flags, list(kept["tried"]), list(kept["left_out"]))
-
-
-def draft_words(draft: str, setting: tuple[int, float]) -> tuple[str, ...]:
-    """Return llama-server's options to draft with the model in that file."""
-    most, least = setting
-    words = ("--spec-type", "draft-simple", "--spec-draft-model", draft)
-    return (*words, "--spec-draft-n-max", str(most), "--spec-draft-p-min", str(least))
-
-
-def ngram_words(setting: Sequence[str]) -> tuple[str, ...]:
-    """Return its options to look up n-grams."""
-    return ("--spec-type", *setting)
-
-
-def both_words(draft: Sequence[str], ngram: Sequence[str]) -> tuple[str, ...]:
-    """Return its options for n-grams first, and the draft model where they find nothing."""
-    return ("--spec-type", f"{ngram[1]},{draft[1]}", *ngram[2:], *draft[2:])
-
-
-def tune(answer: Answer[Flags], cores: int, draft: str | None, time_left: TimeLeft) -> Tuned[Flags]:
-    """Return the best flags of each mode that works; the defaults of each are tried in any case.
-    Raises ModelError if plain decoding fails with the defaults."""
-    search = Search(answer, time_left)
-    base = Flags(threads=cores)
-    search.attempt(PLAIN, base)
-    for name, values in STEPS:
-        changed = [replace(base, **{name: value}) for value in values]
-        base = search.best(PLAIN, base, changed)
-    base = search.confirmed(PLAIN, base)
-    search.found.flags[PLAIN] = base
-    groups = {NGRAM: [ngram_words(setting) for setting in NGRAMS]}
-    if draft is not None:
-        groups[DRAFT] = [draft_words(draft, setting) for setting in DRAFTS]
-    for mode, settings in groups.items():
-        first, *others = [replace(base, speculation=words) for words in settings]
-        search.attempt(mode, first)
-        chosen = search.best(mode, first, others)
-        # More rows in a forward may want other layouts: of weights, of the KV memory.
-        for name in ("repack", "unified"):
-            other: dict[str, Any] = {name: not getattr(chosen, name)}
-            chosen = search.best(mode, chosen, [replace(chosen, **other)])
-        if search.works(chosen):
-            search.found.flags[mode] = search.confirmed(mode, chosen)
-    flags = search.found.flags
-    if DRAFT in flags and NGRAM in flags:
-        words = both_words(flags[DRAFT].speculation, flags[NGRAM].speculation)
-        flags[BOTH] = replace(flags[DRAFT], speculation=words)
-    return search.found
-
-
-class Search(Generic[FlagsT]):
-    """Keeps what was tried."""
-
-    def __init__(self, answer: Answer[FlagsT], time_left: TimeLeft) -> None:
-        self._answer, self._time_left = answer, time_left
-        self._rates: dict[FlagsT, list[float]] = {}  # of all trials
-        self._of_mode: defaultdict[str, list[FlagsT]] = defaultdict(list)
-        self.found: Tuned[FlagsT] = Tuned()
-
-    def attempt(self, mode: str, flags: FlagsT) -> None:
-        """Try flags. Raises ModelError if they are the first of all and do not work."""
-        words = " ".join(flags.words)
-        try:
-            reply = self._answer(flags)
-        except ModelError as error:
-            if not self.found.tried:
-                raise
-            self.found.tried.append({"mode": mode, "flags": words, "error": str(error)})
-            return
-        self._rates.setdefault(flags, []).append(reply.overall)
-        if flags not in self._of_mode[mode]:
-            self._of_mode[mode].append(flags)
-        rates = {"decode": reply.decode, "overall": reply.overall}
-        self.found.tried.append({"mode": mode, "flags": words, **rates})
-
-    def best(self, mode: str, known: FlagsT, others: Sequence[FlagsT]) -> FlagsT:
-        """Return the best of `known`, which was tried before, and of the others."""
-        for flags in others:
-            if flags == known or self.works(flags):
-                continue
-            if self._time_left():
-                self.attempt(mode, flags)
-            else:
-                self.found.left_out.append(f"{mode}: {' '.join(flags.words)}")
-        working = [flags for flags in (known, *others) if self.works(flags)]
-        return max(working, key=self._rate, default=known)
-
-    def confirmed(self, mode: str, chosen: FlagsT) -> FlagsT:
-        """Return the best of the finalists, each tried once more; `chosen` where there is no
-        time."""
-        finalists = sorted(self._of_mode[mode], key=self._rate, reverse=True)[:FINALISTS]
-        if len(finalists) < FINALISTS or not self._time_left():
-            return chosen
-        for flags in finalists:
-            self.attempt(mode, flags)
-        return max(finalists, key=self._rate)
-
-    def _rate(self, flags: FlagsT) -> float:
-        """Return all trials' tokens over all their seconds."""
-        return statistics.harmonic_mean(self._rates[flags])
-
-    def works(self, flags: FlagsT) -> bool:
-        """Return whether it answered with them."""
-        return flags in self._rates
+        for (_, setting), of in found.trials.items()
+    ]
+    failed = [
+        {"mode": mode_of(setting), "flags": str(setting), "error": error}
+        for (_, setting), error in found.errors.items()
+    ]
+    return [*worked, *failed]
