@@ -135,14 +135,14 @@ def test_one_layer_in_four_has_attention() -> None:
 
 
 def test_memory_of_a_hybrid_is_that_of_its_states() -> None:
-    """Keys and values of one layer; in the others a state for each request and one more."""
+    """Keys and values of one layer; in the others a state for each request, and two copies."""
     config = hybrid()
     assert kv_bytes(config, torch.float32) == 2 * 2 * 8 * 4
     of_layer = 4 * 8 * 6 + 3 * (2 * 2 * 8 + 4 * 6)
     assert state_bytes(config, 3) == 4 * 5 * of_layer * 4
     # on the kernels six columns fill a block of 16, and eight rows may wait beside three inputs
     packed = 4 * 8 * 16 + (3 + 8) * (2 * 2 * 8 + 4 * 6 + 2 * 4)
-    assert state_bytes(config, 3, native=True) == 4 * 5 * packed * (3 + 1)
+    assert state_bytes(config, 3, native=True) == 4 * 5 * packed * (3 + 2)
     assert state_bytes(replace(config, linear=None), 3) == 0
 
 

@@ -20,6 +20,7 @@ from smart_decoding.engine.kv import NO_STATE, OutOfPagesError, PagePool
 from smart_decoding.engine.rows import Span, build_rows
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ModelError
+from smart_decoding.models.cpu.native_states import snapshots_of
 from smart_decoding.models.draft_model import DraftModel
 from smart_decoding.models.families.config import ModelConfig
 from smart_decoding.models.families.layer import LinearAttention
@@ -295,6 +296,10 @@ def test_the_next_turn_begins_within_a_long_answer(policy: str, temperature: flo
     (request,) = answer(made, [LONG], temperature, TOKENS)  # the prompt's is still there
     assert request.metrics.cached_tokens == 144
     made.check_integrity()
+
+
+def test_dense_models_keep_none() -> None:
+    assert not snapshots_of(0)
 
 
 @pytest.mark.usefixtures("kernels")

@@ -106,5 +106,5 @@ class NativeStates:
 
 def snapshots_of(requests: int) -> int:
     """Return how many copies of states are kept beside those of so many requests: two of a lone
-    one, behind its prompt and in its answer."""
-    return (requests + 7) // 4
+    one, behind its prompt and in its answer; none where no request has a state."""
+    return (requests + 7) // 4 if requests else 0
