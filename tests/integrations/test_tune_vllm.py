@@ -17,6 +17,8 @@ from smart_decoding.errors import DownloadError, ModelError
 from smart_decoding.integrations.tuning import vllm
 from smart_decoding.integrations.vllm.measure import Measured
 
+from .test_vllm_schedule import KEPT, PIECEWISE
+
 
 class FakeProcess:
     """A fake of vLLM's process: three tokens are best at batch 1, none at batch 4."""
@@ -49,15 +51,6 @@ class FakeProcess:
         }
 
 
-# What vLLM makes of a schedule.
-KEPT = {
-    "vllm": "0.32.0",
-    "scheduled": True,
-    "graphs": ["FULL_AND_PIECEWISE", "FULL_AND_PIECEWISE"],
-    "all_passes": False,
-    "no_adaptive": "Adaptive verification requires full CUDA graphs.",
-}
-PIECEWISE = {**KEPT, "graphs": ["FULL_AND_PIECEWISE", "PIECEWISE"]}
 COMMAND = (
     "tune vllm a-model --lengths 1,3 --batch-sizes 1,4 --blocks 2 --check "
     """--engine-args '{"dtype": "float32"}'"""

@@ -23,8 +23,6 @@ from smart_decoding.integrations.tuning.processes import ServerProcess, free_mem
 from smart_decoding.integrations.tuning.settings import Patience, Setting, Trial
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     from smart_decoding.integrations.tuning.found import Found, Verdict
 
 SERVER = "llama-server"
@@ -283,12 +281,7 @@ class LlamaServer:
     def __enter__(self) -> LlamaServer:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._server.close()
 
     def answer(self, prompts: Sequence[str], load: int) -> Trial:

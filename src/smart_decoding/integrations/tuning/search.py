@@ -18,8 +18,6 @@ from smart_decoding.integrations.tuning.found import MARGIN, NEAR, Found
 from smart_decoding.integrations.tuning.settings import Setting, Trial
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     from smart_decoding.bench.resume import Progress
     from smart_decoding.integrations.tuning.engines import Launched, Tunable
 
@@ -53,12 +51,7 @@ class Pool:
     def __enter__(self) -> Pool:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         while self._running:
             self._end(next(iter(self._running)))
 

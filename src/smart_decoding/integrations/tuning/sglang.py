@@ -19,8 +19,6 @@ from smart_decoding.integrations.tuning.processes import ServerProcess, free_por
 from smart_decoding.integrations.tuning.settings import Patience, Setting, Trial
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     from smart_decoding.integrations.tuning.found import Found, Verdict
 
 LOADING, ANSWERING = 1800.0, 600.0  # seconds; of a load, CUDA graphs included, and of a block
@@ -142,12 +140,7 @@ class SglangServer:
             raise
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._server.close()
 
     def answer(self, prompts: Sequence[str], load: int) -> Trial:

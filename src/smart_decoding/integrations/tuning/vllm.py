@@ -18,8 +18,6 @@ from smart_decoding.integrations.vllm.measure import Measured, resolved
 from smart_decoding.integrations.vllm.schedule import SCHEDULE, LengthChoice, Line
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     from smart_decoding.integrations.tuning.found import Found, Verdict
 
 # Options that are measured here.
@@ -151,12 +149,7 @@ class VllmProcess:
             raise
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._engine.__exit__()
 
     def answer(self, prompts: Sequence[str], load: int) -> Trial:
