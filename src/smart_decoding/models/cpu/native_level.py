@@ -53,7 +53,7 @@ class NativeLevel:
     def __init__(self, weights: HeadWeights) -> None:
         self._bf16 = weights.target.dtype == torch.bfloat16
         self._children = len(weights.draft_ids)
-        self._weights = weights
+        self._changing = weights if weights.changes else None
         self._ranking = _outputs(weights)
         self._head, self._keep = _structure(weights, *self._ranking)
         self._outputs = torch.empty(64, weights.files.shape.hidden)
@@ -67,7 +67,8 @@ class NativeLevel:
     def replace(self, places: IntArray, tokens: IntArray) -> None:
         """See `SteppedLevels`."""
         at, ids = torch.from_numpy(places), torch.from_numpy(tokens)
-        weights = self._weights
+        weights = self._changing
+        assert weights is not None
         weights.draft_ids[at] = ids
         packed, scales = self._ranking
         new, of_new = _packed_output(weights.rows_of(ids), weights.target.dtype)
