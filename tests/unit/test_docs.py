@@ -100,11 +100,11 @@ def test_the_recording_is_of_todays_demo() -> None:
     assert "identical output: yes" in text
 
 
-def test_entries_of_the_log_have_dates_in_order() -> None:
+def test_entries_of_the_log_have_dates_newest_first() -> None:
     headings = re.findall(r"^## (.*)$", (ROOT / "LOG.md").read_text(encoding="utf-8"), re.MULTILINE)
     dates = [re.fullmatch(r"(\d{4}-\d\d-\d\d): \S.*", heading) for heading in headings]
     assert all(dates), [h for h, date in zip(headings, dates, strict=True) if not date]
-    assert sorted(headings, key=lambda h: h[:10]) == headings
+    assert sorted(headings, key=lambda h: h[:10], reverse=True) == headings
 
 
 def test_the_readme_table_is_in_the_files_that_it_names() -> None:
