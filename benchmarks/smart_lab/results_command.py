@@ -1,9 +1,11 @@
-"""`python -m smart_lab results`: one Markdown page a machine, made from the JSON files beside it.
+"""`python -m smart_lab results`: one Markdown page a machine, made from the JSON files beside it,
+and the README's picture of some of them.
 
 benchmarks/results/MACHINE/DATE-KIND.json is one run: what `bench`, `robustness`, `busy`,
 `vllm` or `transformers` wrote. A new run of a kind replaces the one before.
 
-Needed by tests/lab/test_results.py: every page of benchmarks/results is of its JSON files.
+Needed by tests/lab/test_results.py: every page of benchmarks/results is of its JSON files, as is
+docs/images/speeds.svg.
 """
 
 from __future__ import annotations
@@ -18,10 +20,11 @@ from smart_decoding.bench.provenance import write_text
 from smart_decoding.bench.results import mapping
 from smart_decoding.bench.sections import Cell, RatioCell, Section, text_of
 from smart_decoding.errors import ConfigError
-from smart_lab import tables
+from smart_lab import bars, tables
 from smart_lab.results import LabResults
 
 RESULTS = Path(__file__).parents[1] / "results"
+PICTURE = Path(__file__).parents[2] / "docs" / "images" / "speeds.svg"
 MADE = "Made by `python -m smart_lab results` from the JSON files of this folder; do not edit."
 LAST = "6f6a75aa"  # a commit with all commands of older runs
 TOLD = {"simulated": ": nothing here was measured"}
@@ -63,11 +66,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Write or check the pages. Raises ConfigError for a file that is no run."""
+    """Write or check the pages and the picture. Raises ConfigError for a file that is no run."""
     stale = []
-    for folder in sorted(path for path in args.folder.iterdir() if path.is_dir()):
-        target = folder / "README.md"
-        text = page(folder)
+    folders = sorted(path for path in args.folder.iterdir() if path.is_dir())
+    made = {folder / "README.md": page(folder) for folder in folders}
+    if args.folder == RESULTS:
+        made[PICTURE] = bars.drawn(RESULTS)
+    for target, text in made.items():
         if target.exists() and target.read_text(encoding="utf-8") == text:
             continue
         stale.append(target)
