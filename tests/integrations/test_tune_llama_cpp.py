@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gguf import GGUFWriter
 
 from smart_decoding.cli import main as cli
 from smart_decoding.errors import ConfigError
@@ -51,15 +52,17 @@ def server(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    return gguf(tmp_path / "model.gguf", "llama")
+    return gguf(tmp_path / "model.gguf", "llama", mtp=1)
 
 
-def gguf(path: Path, kind: str) -> Path:
-    """The head of a file whose first entry is its architecture."""
-    key, name = b"general.architecture", kind.encode()
-    head = b"GGUF" + (3).to_bytes(4, "little") + bytes(16)
-    head += len(key).to_bytes(8, "little") + key + (8).to_bytes(4, "little")
-    path.write_bytes(head + len(name).to_bytes(8, "little") + name)
+def gguf(path: Path, kind: str, mtp: int = 0) -> Path:
+    """The header of a file: its architecture and its layers for multi-token prediction."""
+    writer = GGUFWriter(path, kind)
+    if mtp:
+        writer.add_nextn_predict_layers(mtp)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
     return path
 
 
@@ -153,19 +156,24 @@ def test_an_old_server_drafts_by_its_own_names(model: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("kind", "ways"),
     [
-        ("llama", {"draft-simple", "draft-mtp"}),
+        ("llama", {"draft-simple"}),
         ("eagle3", {"draft-eagle3"}),
         ("dflash", {"draft-dflash", "draft-dspark"}),
     ],
 )
-def test_a_draft_file_says_what_it_is_for(
-    kind: str, ways: set[str], model: Path, tmp_path: Path
-) -> None:
+def test_a_draft_file_says_what_it_is_for(kind: str, ways: set[str], tmp_path: Path) -> None:
     draft = gguf(tmp_path / "draft.gguf", kind)
     assert architecture(draft) == kind
+    model = gguf(tmp_path / "model.gguf", "llama")
     found = {mode for mode, _ in drafts_of(HELP, model, draft, tmp_path)}
     assert {mode for mode in found if not mode.startswith("ngram")} == ways
     assert found - ways == {"ngram-simple", "ngram-map-k4v", "ngram-mod"}
+
+
+def test_layers_for_multi_token_prediction_are_found_in_either_file(tmp_path: Path) -> None:
+    plain, own = gguf(tmp_path / "a.gguf", "qwen35"), gguf(tmp_path / "b.gguf", "qwen35", mtp=1)
+    for files, found in (((plain, None), False), ((own, None), True), ((plain, own), True)):
+        assert ("draft-mtp" in {mode for mode, _ in drafts_of(HELP, *files, tmp_path)}) == found
 
 
 def test_words_become_a_preset() -> None:

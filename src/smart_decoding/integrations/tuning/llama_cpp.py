@@ -7,7 +7,6 @@ import os
 import re
 import shlex
 import shutil
-import struct
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from smart_decoding.integrations.tuning.found import MARGIN
 from smart_decoding.integrations.tuning.llama_help import asked
 from smart_decoding.integrations.tuning.processes import ServerProcess, free_memory, free_port
 from smart_decoding.integrations.tuning.settings import Patience, Setting, Trial
+from smart_decoding.models.checkpoints.gguf_words import has_mtp, own_words
 
 if TYPE_CHECKING:
     from smart_decoding.integrations.tuning.found import Found, Verdict
@@ -215,7 +215,9 @@ class LlamaCpp:
         if f"draft-{kind}" in known:  # a drafter of that kind alone; dspark is a kind of dflash
             ours = {f"draft-{kind}", *(["draft-dspark"] if kind == "dflash" else [])}
         else:
-            ours = {"draft-mtp", *(["draft-simple"] if draft else [])}
+            files = [path for path in (self.model, draft) if path is not None]
+            ours = {"draft-simple"} if draft else set()
+            ours |= {"draft-mtp"} if any(map(has_mtp, files)) else set()
         return [mode for mode in known if mode in ours or mode.startswith("ngram")]
 
     def _of_mode(self, mode: str) -> tuple[str, list[tuple[str, ...]]]:
@@ -368,20 +370,14 @@ def server_at(path: Path | None) -> Path:
 
 
 def architecture(path: Path) -> str:
-    """Return the architecture that a GGUF file names first, as all do; empty if it does not.
-    Raises ConfigError if it is no such file."""
+    """Return the architecture that a GGUF file names; empty if it names none. Raises ConfigError if
+    it is no such file."""
     if not path.is_file():
         raise ConfigError(f"{path} is no file: give the model as a GGUF file")
     with path.open("rb") as file:
-        head = file.read(256)
-    if head[:4] != b"GGUF":
-        raise ConfigError(f"{path} is no GGUF file")
-    with contextlib.suppress(struct.error, UnicodeDecodeError):
-        (length,) = struct.unpack_from("<Q", head, 24)
-        if head[32 : 32 + length] == b"general.architecture":
-            _, size = struct.unpack_from("<IQ", head, 32 + length)
-            return head[44 + length : 44 + length + size].decode()
-    return ""
+        if file.read(4) != b"GGUF":
+            raise ConfigError(f"{path} is no GGUF file")
+    return own_words(path).get("architecture", "")
 
 
 def threads() -> list[int]:

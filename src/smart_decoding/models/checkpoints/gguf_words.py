@@ -1,4 +1,4 @@
-"""What a GGUF file says of itself: the texts under `general.` at the beginning of its header."""
+"""What a GGUF file says of itself at the beginning of its header, before the vocabulary."""
 
 from __future__ import annotations
 
@@ -9,19 +9,39 @@ from pathlib import Path
 HEAD = "eagle3"  # the architecture of files of draft heads
 _READ = 1 << 20  # bytes: what comes before the vocabulary takes a few thousand
 _ENTRIES = 1 << 12
-_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # by kind of value
+_FORMS = {  # of a value, by its kind
+    **{0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i"},
+    **{6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"},
+}
 _TEXT = 8
 _ARRAY = 9
 _GENERAL = "general."
+_MTP = ".nextn_predict_layers"
 _VOCABULARY = "tokenizer."  # entries that come last
 
 
 def own_words(path: Path) -> dict[str, str]:
     """Return the texts under `general.`, such as architecture and name, by the rest of their keys.
 
-    The vocabulary is not read, so that this takes no time. Returns what was found before a damage:
-    those who read the file report it."""
-    found: dict[str, str] = {}
+    Returns what was found before a damage: those who read the file report it."""
+    texts = {key: value for key, value in _entries(path).items() if isinstance(value, str)}
+    return {k.removeprefix(_GENERAL): text for k, text in texts.items() if k.startswith(_GENERAL)}
+
+
+def has_mtp(path: Path) -> bool:
+    """Return whether a file has layers for multi-token prediction."""
+    return any(key.endswith(_MTP) and value for key, value in _entries(path).items())
+
+
+def is_head_file(path: Path) -> bool:
+    """Return whether a file is a GGUF file of a draft head."""
+    return own_words(path).get("architecture") == HEAD
+
+
+def _entries(path: Path) -> dict[str, str | float]:
+    """Return texts and numbers before the vocabulary, which is not read, so that this takes no
+    time."""
+    found: dict[str, str | float] = {}
     with suppress(OSError, ValueError, LookupError, struct.error):
         with path.open("rb") as file:
             header = _Header(file.read(_READ))
@@ -29,17 +49,10 @@ def own_words(path: Path) -> dict[str, str]:
             key = header.text()
             if key.startswith(_VOCABULARY):
                 break
-            kind = header.number("<I")
-            if kind == _TEXT and key.startswith(_GENERAL):
-                found[key.removeprefix(_GENERAL)] = header.text()
-            else:
-                header.skip(kind)
+            value = header.value(int(header.number("<I")))
+            if value is not None:
+                found[key] = value
     return found
-
-
-def is_head_file(path: Path) -> bool:
-    """Return whether a file is a GGUF file of a draft head."""
-    return own_words(path).get("architecture") == HEAD
 
 
 class _Header:
@@ -58,17 +71,18 @@ class _Header:
         if self.number("<I") not in (2, 3):
             raise ValueError("another version, or order of bytes")
         self.number("<Q")  # tensors
-        return self.number("<Q")
+        return int(self.number("<Q"))
 
-    def number(self, form: str) -> int:
+    def number(self, form: str) -> float:
         """Return the next number."""
         (number,) = struct.unpack_from(form, self._data, self._at)
         self._at += struct.calcsize(form)
-        return int(number)
+        found: float = number
+        return found
 
     def text(self) -> str:
         """Return the next text."""
-        length = self.number("<Q")
+        length = int(self.number("<Q"))
         end = self._at + length
         if end > len(self._data):
             raise ValueError("a header that does not end")
@@ -76,16 +90,16 @@ class _Header:
         self._at = end
         return text
 
-    def skip(self, kind: int) -> None:
-        """Go behind a value."""
+    def value(self, kind: int) -> str | float | None:
+        """Return a value; None for a list, which is left out."""
         if kind == _TEXT:
-            self.text()
-        elif kind == _ARRAY:
-            each, count = self.number("<I"), self.number("<Q")
-            if each == _TEXT:
-                for _ in range(count):
-                    self.text()
-            else:
-                self._at += _SIZES[each] * count
+            return self.text()
+        if kind != _ARRAY:
+            return self.number(_FORMS[kind])
+        each, count = int(self.number("<I")), int(self.number("<Q"))
+        if each == _TEXT:
+            for _ in range(count):
+                self.text()
         else:
-            self._at += _SIZES[kind]
+            self._at += struct.calcsize(_FORMS[each]) * count
+        return None
