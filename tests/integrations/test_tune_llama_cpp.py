@@ -342,6 +342,27 @@ def test_a_run_that_is_stopped_ends_its_servers(
     assert "Traceback" not in errors
 
 
+def test_a_signal_while_a_server_starts_leaves_none_behind(
+    server: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It comes when the process is there, and nobody knows it yet."""
+    real, pids = subprocess.Popen, []
+
+    def popen(*words: Any, **options: Any) -> Any:
+        process = real(*words, **options)
+        pids.append(process.pid)
+        signal.raise_signal(signal.SIGTERM)
+        return process
+
+    monkeypatch.setenv("FAKE_LOG", str(tmp_path / "log"))
+    monkeypatch.setattr(processes.subprocess, "Popen", popen)
+    port = processes.free_port()
+    with pytest.raises(SystemExit, match="143"), processes.ending_with_us():
+        processes.ServerProcess([str(server / "llama-server"), "--port", str(port)], port)
+    assert len(pids) == 1
+    assert not alive(pids[0])
+
+
 @pytest.mark.slow
 def test_an_exhaustive_search_finds_the_same_later(
     server: Path,

@@ -14,10 +14,11 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ ENDING = 20.0  # seconds that a server has to end by itself
 # A line that tells an error: llama-server's log at its level, or in words.
 _ERROR = re.compile(r"^(?:\d[\d.]* E )|\b(?:error|Error|failed)\b")
 _TIME = re.compile(r"^\d[\d.]* [EWID] (?:\S+\s+)?")
+_RUNNING: set[ServerProcess] = set()
 
 
 class ServerProcess:
@@ -48,14 +50,16 @@ class ServerProcess:
         self.name, self._port = Path(command[0]).name, port
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the process)
         try:
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=self._log,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                start_new_session=True,
-            )
+            with _signals_later():
+                self._process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=self._log,
+                    stderr=subprocess.STDOUT,
+                    env=environment,
+                    start_new_session=True,
+                )
+                _RUNNING.add(self)
         except OSError as error:
             self._log.close()
             raise ModelError(f"{command[0]} cannot be started: {error.strerror}") from error
@@ -106,6 +110,7 @@ class ServerProcess:
             self._signal(signal.SIGKILL)  # what it started, too
             self._process.wait()
             self._log.close()
+            _RUNNING.discard(self)
 
     def _signal(self, number: int) -> None:
         with contextlib.suppress(OSError):
@@ -178,15 +183,39 @@ def free_memory() -> int:
 
 @contextmanager
 def ending_with_us() -> Iterator[None]:
-    """Exit on SIGTERM and SIGHUP, so that no server stays behind."""
+    """Exit on SIGTERM and SIGHUP; leave no server behind, wherever a signal came between."""
 
     def leave(number: int, _: object) -> None:
         sys.exit(128 + number)
 
-    numbers = (signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, leave) for number in numbers}
+    try:
+        with _handling((signal.SIGTERM, signal.SIGHUP), leave):
+            yield
+    finally:
+        for server in list(_RUNNING):
+            server.close()
+
+
+@contextmanager
+def _signals_later() -> Iterator[None]:
+    """Hold signals that end us back: a server that is just started is not known yet."""
+    if threading.current_thread() is not threading.main_thread():  # signals are the main one's
+        yield
+        return
+    came: list[int] = []
+    with _handling((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), lambda n, _: came.append(n)):
+        yield
+    for number in came[:1]:
+        signal.raise_signal(number)
+
+
+@contextmanager
+def _handling(
+    numbers: Sequence[signal.Signals], handler: Callable[[int, object], None]
+) -> Iterator[None]:
+    before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, each in before.items():
+            signal.signal(number, each)
