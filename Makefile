@@ -4,7 +4,9 @@ PYTHON ?= $(shell for p in python3.11 python3 python3.14 python3.13 python3.12; 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-slow wheel test-wheel test-native test-heads test-transformers test-vllm test-sglang test-triton test-gpu-path quality docs soak fuzz lab pictures env clean
+.PHONY: install demo test test-slow wheel test-wheel test-native test-heads test-transformers test-vllm test-llama-cpp test-sglang test-triton test-gpu-path quality docs soak fuzz lab pictures env clean
+
+install: .venv/.installed
 
 demo: .venv/.installed
 	$(BIN)/smart demo
@@ -105,6 +107,20 @@ $(VLLM_ENV)/.installed:
 $(VLLM_NEWEST)/.installed: $(VLLM_ENV)/.installed
 	$(VLLM_ENV)/bin/pip install --no-deps --target $(VLLM_NEWEST) 'vllm==0.33.0'
 	@touch $@
+
+# `smart tune` with a real llama-server: the one in the source distribution of llama-cpp-python, compiled for this machine
+# (12 minutes of two cores). A test that is skipped fails the target.
+LLAMA_CPP ?= .llama.cpp
+test-llama-cpp: env $(LLAMA_CPP)/bin/llama-server
+	SMART_NO_SKIPS=1 SMART_LLAMA_SERVER=$(abspath $(LLAMA_CPP)/bin/llama-server) $(BIN)/python -m pytest -rs -m slow \
+		tests/integrations/test_tune_llama_cpp.py
+
+$(LLAMA_CPP)/bin/llama-server:
+	$(PIP) download --no-deps --no-binary :all: --dest $(LLAMA_CPP)/source 'llama-cpp-python==0.3.36'
+	tar -xzf $(LLAMA_CPP)/source/*.tar.gz -C $(LLAMA_CPP)/source --strip-components 1
+	cmake -S $(LLAMA_CPP)/source/vendor/llama.cpp -B $(LLAMA_CPP) -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON \
+		-DBUILD_SHARED_LIBS=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_BUILD_TESTS=OFF
+	cmake --build $(LLAMA_CPP) --parallel --target llama-server llama-bench llama-batched-bench
 
 # SMART inside SGLang as far as CPUs go: its controller, its start-up, and its tree kernels by Triton's interpreter. The
 # wheel is unpacked for it, without its GPU dependencies; what its modules import at the least comes beside it. A test
