@@ -139,7 +139,7 @@ def faults(result: dict[str, Any]) -> list[str]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """As it stands in docs/reliability.md."""
+    """The figures as a Markdown table."""
     heads = (
         "",
         "ended, left early",

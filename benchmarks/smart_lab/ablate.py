@@ -11,7 +11,7 @@ mean, with its standard error in thousandths.
 A rival's name with " tuned" behind it stands for its best setting at each machine's costs and batch
 size, found on these very answers: "eagle2 tuned" is the best of all fixed trees and chains.
 
-Needed by docs/results.md, "What does each ingredient give?".
+Needed by docs/controller.md, "What each part gains".
 """
 
 from __future__ import annotations

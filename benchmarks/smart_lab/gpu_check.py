@@ -25,7 +25,7 @@ host, with one for each level.
 
 Nothing here needs more than Python until a step runs.
 
-Needed by tools/gpu_check.sh, which docs/models.md describes.
+Needed by tools/gpu_check.sh, which docs/will-it-help.md describes.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ DRAWN = 0.99  # of tokens: sums round differently, which can decide a near-tie
 def parity(device: torch.device, tiny: bool) -> Iterator[Check]:
     """Return one check after another: name, error, limit, and whether it holds."""
     torch.manual_seed(0)
-    half = torch.float16 if device.type == "cpu" else torch.bfloat16  # see docs/models.md
+    half = torch.float16 if device.type == "cpu" else torch.bfloat16  # the interpreter has no bf16
     if device.type == "cpu":  # few parts: the interpreter is slow
         triton_ops.BLOCKS = 8
     batches = _batches(tiny)

@@ -11,7 +11,7 @@ A round's plain equivalent is what plain decoding takes for its tokens on the sa
 same moment. Printed are, over worlds, the ratio of plain equivalents to seconds, the same of the
 worst 64 rounds in a row, and what the slowest request pays.
 
-Needed by docs/controller.md, "Never slower".
+Needed by docs/results.md, "Where it loses".
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Speedup against batch size, drawn by matplotlib (extra `bench`), which is imported only here.
 
-Needed by `report`, which made docs/images/speedup-zen4.png.
+Needed by `report`, which made docs/images/rules-*.png.
 """
 
 from __future__ import annotations

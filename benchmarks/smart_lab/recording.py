@@ -7,7 +7,7 @@ run. A union is recorded by its model alone (`recorder.record_wide`): its n-gram
 that a policy decides, but a model that expands their nodes leaves no tree of its own. Drafters
 without a model propose whole trees, which are recorded as they are.
 
-Needed by `bench --record`, `ablate` and the tuning of `bench`, and so by docs/simulate.md.
+Needed by `bench --record`, `ablate` and the tuning of `bench`, and so by docs/lab.md.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ A replay walks through the recorded answers as an engine would: the policy draft
 trees, the recorded answer says what is accepted, and a CostModel says how long it takes. A node
 that the recording did not expand has no children; `missing` counts requests for such children.
 
-Needed by `ablate`, `simulate` and the tuning of `bench`, and so by docs/simulate.md.
+Needed by `ablate`, `simulate` and the tuning of `bench`, and so by docs/lab.md.
 """
 
 from __future__ import annotations

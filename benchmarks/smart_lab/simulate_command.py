@@ -1,6 +1,6 @@
 """`python -m smart_lab simulate`: would speculation pay on that machine, and which policy?
 
-Needed by docs/simulate.md.
+Needed by docs/lab.md.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ for a whole function back: with a parameter renamed, one operator repaired, type
 line of logging. Both are functions of the fetched files alone, so a checksum of those pins them
 too; both are for evaluation only, as their sources are.
 
-Needed by docs/results.md, "Long contexts and edits".
+Needed by docs/will-it-help.md, "By kind of text".
 """
 
 from __future__ import annotations

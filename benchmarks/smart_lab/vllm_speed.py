@@ -14,7 +14,7 @@ and are stopped while it is not their turn, as they would wait by spinning.
 tests/integrations/smollm_variants.py makes draft models, and a SmolLM2 whose heads two ranks can
 share.
 
-Needed by docs/vllm.md, "What it brings".
+Needed by docs/vllm.md, "The scheduler".
 """
 
 from __future__ import annotations

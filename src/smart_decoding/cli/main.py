@@ -42,7 +42,7 @@ COMMANDS = {
 # Subcommand that is gone: the command that took its place.
 MOVED = {
     "report": "python -m smart_lab report, in a clone (docs/lab.md)",
-    "simulate": "python -m smart_lab simulate, in a clone (docs/simulate.md)",
+    "simulate": "python -m smart_lab simulate, in a clone (docs/lab.md)",
     "vllm-config": "smart tune vllm MODEL (docs/tune.md)",
     "sglang-costs": "smart tune sglang --bench-serving STEPS=FILE ... (docs/tune.md)",
 }

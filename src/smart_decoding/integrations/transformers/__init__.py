@@ -3,7 +3,7 @@
     model.generate(**inputs, custom_generate=smart_decoding.integrations.transformers.generate)
 
 works for causal language models of transformers 5.12 and later. The answers are those of `generate`
-without it; docs/transformers.md lists the refused calls with reasons.
+without it; docs/transformers.md lists the refused calls.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ first, then one reduction. A tile holds up to TILE rows of a group with all quer
 head of keys, so that the keys of the context are read once for them. A row's ancestors in the draft
 tree are few: each row reads its own, which needs no mask.
 
-This never ran on a GPU so far (2026-11-28). docs/models.md says what is checked without one.
+This never ran on a GPU so far (2026-11-28). docs/will-it-help.md says what is checked without one.
 """
 
 from __future__ import annotations
