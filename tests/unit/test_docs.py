@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from collections.abc import Iterator
@@ -85,6 +86,25 @@ def test_the_sources_name_pages_that_exist() -> None:
     }
     assert named
     assert [name for name in sorted(named) if not (ROOT / name).is_file()] == []
+
+
+def test_the_lines_of_errors_are_those_of_the_sources() -> None:
+    """docs/troubleshooting.md quotes them; … stands for what varies."""
+    text = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`[^|]*) \| [^|]* \|$", text, re.MULTILINE)
+    quoted = [line for row in rows for line in re.findall(r"`(.*?)`", row)]
+    assert len(quoted) > 20
+    source = "\n".join(_texts(ROOT / "src"))
+    pieces = {line: max(line.split("…"), key=len).rstrip(" :") for line in quoted}
+    assert [line for line, piece in pieces.items() if piece not in source] == []
+
+
+def _texts(folder: Path) -> Iterator[str]:
+    """All string constants, and those within f-strings."""
+    for path in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
 
 
 def test_the_readme_is_short() -> None:
