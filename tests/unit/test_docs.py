@@ -163,6 +163,40 @@ def test_the_readme_table_of_a_gguf_file_is_in_its_file() -> None:
         assert max(cells, key=float) in line.split("**")[1]
 
 
+def test_the_ratios_by_cpu_are_in_the_files_that_they_name() -> None:
+    """docs/will-it-help.md: with drafts over plain decoding, bold below 1."""
+    text = (ROOT / "docs" / "will-it-help.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| [^|]* \| ((?:[^|]*\| ){5})(`\w[^|]*\.json`) \|$", text, re.MULTILINE)
+    assert len(rows) == 7
+    for cells, files in rows:
+        found: dict[int, float] = {}
+        for name in re.findall(r"`(.*?)`", files):
+            found = _ratios(ROOT / "benchmarks" / "results" / name) | found
+        for requests, cell in zip((1, 4, 8, 16, 32), cells.split("|"), strict=False):
+            if cell.strip() != "–":
+                value = float(cell.strip(" *"))
+                assert value == pytest.approx(found[requests], abs=0.006)
+                assert ("*" in cell) == (value < 1)
+
+
+def _ratios(path: Path) -> dict[int, float]:
+    """Requests at once -> speed of the default way over plain decoding, prompts included where the
+    file has that."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if "robustness" in content:
+        good = [c for c in content["robustness"] if c["case"] == "the shipped head"]
+        order = sorted(good, key=lambda case: case["arrivals"])  # a closed batch, then a queue
+        return {case["batch_size"]: case["end_to_end"] for case in order}
+    if "contestants" in content["runs"][0]:
+        rates = {
+            run["slots"]: {each["name"]: each["overall"][0] for each in run["contestants"]}
+            for run in content["runs"]
+        }
+        return {n: of["auto smart union"] / of["auto plain"] for n, of in rates.items()}
+    smart = [r for r in content["runs"] if (r["policy"], r["task"]) == ("smart", "all")]
+    return {run["batch_size"]: run["speedup"] for run in smart}
+
+
 def _speedup(run: dict[str, Any]) -> str:
     value = f"{run['speedup']:.2f}"
     shown = f"**{value}**" if run["speedup"] < 0.995 else value
