@@ -10,7 +10,6 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -108,7 +107,8 @@ def _texts(folder: Path) -> Iterator[str]:
 
 
 def test_the_readme_is_short() -> None:
-    assert len((ROOT / "README.md").read_bytes()) <= 6_000
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 105
 
 
 def test_the_recording_is_of_todays_demo() -> None:
@@ -125,24 +125,6 @@ def test_entries_of_the_log_have_dates_newest_first() -> None:
     dates = [re.fullmatch(r"(\d{4}-\d\d-\d\d): \S.*", heading) for heading in headings]
     assert all(dates), [h for h, date in zip(headings, dates, strict=True) if not date]
     assert sorted(headings, key=lambda h: h[:10], reverse=True) == headings
-
-
-def test_the_readme_table_is_in_the_files_that_it_names() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    folder = ROOT / "benchmarks" / "results" / "zen4"
-    names = re.findall(r"\[(2026-\S+\.json)\]\(benchmarks/results/zen4/", readme)
-    runs = [run for name in names for run in json.loads((folder / name).read_text())["runs"]]
-    lines = re.findall(r"^\| \d+ \|.*\|$", readme, re.MULTILINE)
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
-    assert len(rows) == 4
-    for batch, plain, *cells in rows:
-        here = [r for r in runs if r["batch_size"] == int(batch) and r["task"] == "all"]
-        assert all(run["identical"] for run in here)
-        assert [round(r["tokens_per_s"]) for r in here if r["policy"] == "off"] == [int(plain)]
-        for kind, cell in zip(("smart", "eagle2", "paper"), cells, strict=True):
-            found = [r for r in here if r["policy"].startswith(kind)]
-            best = max(found, key=lambda run: run["speedup"], default=None)
-            assert cell == ("" if best is None else _speedup(best))
 
 
 def test_the_readme_table_of_a_gguf_file_is_in_its_file() -> None:
@@ -195,9 +177,3 @@ def _ratios(path: Path) -> dict[int, float]:
         return {n: of["auto smart union"] / of["auto plain"] for n, of in rates.items()}
     smart = [r for r in content["runs"] if (r["policy"], r["task"]) == ("smart", "all")]
     return {run["batch_size"]: run["speedup"] for run in smart}
-
-
-def _speedup(run: dict[str, Any]) -> str:
-    value = f"{run['speedup']:.2f}"
-    shown = f"**{value}**" if run["speedup"] < 0.995 else value
-    return f"{shown} ({run['speedup_low']:.2f}–{run['speedup_high']:.2f})"
