@@ -148,7 +148,7 @@ def test_loading_a_model_imports_nothing_slow_but_torch() -> None:
 
 
 def test_as_a_program() -> None:
-    assert smart("-m", "smart_decoding.cli.main", "--version").stdout == "smart 0.1.0\n"
+    assert smart("-m", "smart_decoding.cli.main", "--version").stdout == "smart 0.2.0\n"
     wrong = smart("-m", "smart_decoding.cli.main", "run", "--temperature", "9", "hi")
     assert (wrong.returncode, wrong.stdout) == (2, "")
     assert wrong.stderr == "smart: error: temperature=9.0 is not allowed: it must be in [0, 2]\n"
@@ -193,7 +193,7 @@ def test_public_names() -> None:
     assert smart_decoding.SamplingParams is SamplingParams
     assert smart_decoding.ConfigError is ConfigError
     assert (Path(smart_decoding.__file__).parent / "py.typed").is_file()
-    assert smart_decoding.__version__ == "0.1.0"
+    assert smart_decoding.__version__ == "0.2.0"
     with pytest.raises(AttributeError, match="no attribute 'Nonsense'"):
         _ = smart_decoding.Nonsense
 
