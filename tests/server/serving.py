@@ -31,6 +31,14 @@ if TYPE_CHECKING:
     from smart_decoding.server.worker import Worker
 
 NAME = "tiny"
+STREAMED = {
+    "model": NAME,
+    "prompt": "abcabcabc",
+    "max_tokens": 900,
+    "ignore_eos": True,
+    "temperature": 0,
+    "stream": True,
+}
 LONG = {"model": NAME, "prompt": "a", "max_tokens": 300, "ignore_eos": True, "temperature": 0}
 
 
@@ -199,3 +207,33 @@ def prepared(llm: LLM, task: bytes) -> Any:
 
 def post(running: Running, path: str, **options: Any) -> httpx.Response:
     return httpx.post(running.url + path, timeout=20, **options)
+
+
+@contextmanager
+def reading(stream: httpx.Response, read: Callable[[str], object]) -> Iterator[None]:
+    """While another thread reads the lines of a stream."""
+    stop = threading.Event()
+
+    def read_all() -> None:
+        for line in stream.iter_lines():
+            read(line)
+            if stop.is_set():
+                return
+
+    reader = threading.Thread(target=read_all)
+    reader.start()
+    yield
+    stop.set()
+    reader.join()
+
+
+@contextmanager
+def busy(running: Running, headers: dict[str, str] | None = None, **more: Any) -> Iterator[None]:
+    """While one answer streams."""
+    body = {**STREAMED, **more}
+    url = f"{running.url}/v1/completions"
+    with (
+        httpx.stream("POST", url, json=body, headers=headers, timeout=30) as stream,
+        reading(stream, lambda _: None),
+    ):
+        yield

@@ -1,89 +1,14 @@
-"""The live page: its events always; in a real Chromium where there is one (Debian: chromium; PyPI:
-playwright)."""
+"""The live events: what they tell, whom, and what they cost."""
 
 from __future__ import annotations
 
 import json
-import re
-import shutil
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
-from urllib.parse import urlsplit
 
 import httpx
-import pytest
-from serving import NAME, Running, post, serving, slow, wait_for
-
-BODY = {
-    "model": NAME,
-    "prompt": "abcabcabc",
-    "max_tokens": 900,
-    "ignore_eos": True,
-    "temperature": 0,
-    "stream": True,
-}
-CHROMIUM = shutil.which("chromium")
-# Of texts that overlap others, and of what is cut off: the page must have none.
-COLLISIONS = """() => {
-  const texts = "h1, h2, h3, b, small, .say, button, textarea, svg text, header span";
-  const seen = [...document.querySelectorAll(texts)]
-    .filter(e => e.textContent.trim() && e.getClientRects().length && !e.closest(".tree"));
-  const faults = [];
-  seen.forEach((a, i) => {
-    const p = a.getBoundingClientRect();
-    if (p.left < 0 || p.right > innerWidth) faults.push(`cut off: ${a.textContent}`);
-    for (const b of seen.slice(i + 1)) {
-      const q = b.getBoundingClientRect();
-      if (a.contains(b) || b.contains(a)) continue;
-      if (Math.min(p.right, q.right) - Math.max(p.left, q.left) > 1 &&
-          Math.min(p.bottom, q.bottom) - Math.max(p.top, q.top) > 3)
-        faults.push(`${a.textContent} / ${b.textContent}`);
-    }
-  });
-  return faults;
-}"""
-# Of a tree with these labels: what is shown, where it ends, and where its probability begins.
-LABELS = """texts => {
-  const nodes = texts.map(text => [-1, text, 1, false]);
-  const box = by("trees").appendChild(drawTree({id: 1, tokens: 1, before: "", own: "", nodes}));
-  const found = [...box.querySelectorAll("text")].map(e => [e.textContent, e.getBBox()]);
-  box.remove();
-  return texts.map((_, i) => [found[2 * i], found[2 * i + 1]])
-    .map(([[text, label], [, chance]]) => [text, label.x + label.width, chance.x]);
-}"""
-BACKGROUND = "getComputedStyle(document.body).backgroundColor.match(/[0-9]+/g).map(Number)"
-
-
-@contextmanager
-def reading(stream: httpx.Response, read: Callable[[str], object]) -> Iterator[None]:
-    """While another thread reads the lines of a stream."""
-    stop = threading.Event()
-
-    def read_all() -> None:
-        for line in stream.iter_lines():
-            read(line)
-            if stop.is_set():
-                return
-
-    reader = threading.Thread(target=read_all)
-    reader.start()
-    yield
-    stop.set()
-    reader.join()
-
-
-@contextmanager
-def busy(running: Running, headers: dict[str, str] | None = None, **more: Any) -> Iterator[None]:
-    """While one answer streams."""
-    body = {**BODY, **more}
-    url = f"{running.url}/v1/completions"
-    with (
-        httpx.stream("POST", url, json=body, headers=headers, timeout=30) as stream,
-        reading(stream, lambda _: None),
-    ):
-        yield
+from serving import NAME, STREAMED, Running, busy, post, reading, serving, slow, wait_for
 
 
 def events(running: Running, count: int, **options: Any) -> list[dict[str, Any]]:
@@ -114,7 +39,7 @@ def test_events_show_the_running_trees(load: Any) -> None:
     with serving(lambda: slow(load(), 0.005)) as running:
         quiet = events(running, 1)[0]
         assert quiet["name"] == NAME
-        assert quiet["yield"] is None
+        assert quiet["yield"] is quiet["expected"] is quiet["drafting"] is None
         assert quiet["ready"]
         assert quiet["running"] == 0
         assert quiet["tps"] == 0
@@ -128,8 +53,15 @@ def test_events_show_the_running_trees(load: Any) -> None:
 
             _, *later = events_until(running, enough)
         assert all(
-            event["running"] == 1 and event["tps"] > 0 and event["yield"] >= 1 for event in later
+            event["running"] == 1
+            and event["tps"] > 0
+            and event["yield"] >= 1
+            and event["expected"] >= 1
+            and 0 <= event["drafting"] <= 1
+            for event in later
         )
+        assert later[-1]["expected"] > 1  # there were guesses
+        assert later[-1]["drafting"] > 0
         tree = drawn(later)[0]
         assert tree["own"]
         assert all(len(event["trees"]) == 1 for event in later)
@@ -193,7 +125,7 @@ def test_nobody_watching_costs_nothing_and_a_key_guards_the_events(load: Any) ->
         post(
             running,
             "/v1/completions",
-            json={**BODY, "max_tokens": 5, "stream": False},
+            json={**STREAMED, "max_tokens": 5, "stream": False},
             headers=headers,
         )
         assert running.idle()
@@ -285,120 +217,3 @@ def test_a_client_may_watch_four_times(load: Any) -> None:
         assert "too_many_watchers" in refused.read().decode()
         two = stack.enter_context(httpx.Client(transport=elsewhere))
         assert stack.enter_context(two.stream("GET", url)).status_code == 200
-
-
-@contextmanager
-def browser_page(width: int, height: int) -> Iterator[Any]:
-    """A page of a real browser; at its end it must have had no error, and asked nobody else."""
-    sync_api = pytest.importorskip("playwright.sync_api")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": width, "height": height}, color_scheme="dark")
-        page.set_default_timeout(15_000)
-        faults: list[str] = []
-        hosts: set[str] = set()
-        page.on("pageerror", lambda error: faults.append(str(error)))
-        page.on("request", lambda request: hosts.add(urlsplit(request.url).hostname))
-        yield page
-        browser.close()
-    assert faults == []
-    assert hosts == {"127.0.0.1"}
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium")
-def test_the_page_in_chromium(load: Any) -> None:
-    """It loads without errors, moves while a request runs, rests when told to, keeps the last
-    result, and comes back after the server was away."""
-    with browser_page(390, 844) as page:
-        with serving(lambda: slow(load(), 0.01)) as running:
-            port = int(running.url.rpartition(":")[2])
-            page.goto(running.url)
-            page.wait_for_selector("#state.live")
-            labels = page.evaluate(LABELS, ["short", "W" * 12, "漢字" * 6, "😀" * 9, "👨‍👩‍👧" * 3])
-            assert labels[0][0] == "short"
-            for text, end, chance in labels:
-                assert end + 2 < chance, text
-                assert len(text) > 2
-            assert f'"model": "{NAME}"' in page.text_content("#hint")
-            assert page.is_visible("#hint")
-            changed = "old => document.querySelector('#trees p i').textContent !== old"
-            with busy(running):
-                page.wait_for_selector("#trees rect")
-                page.wait_for_selector("#hint", state="hidden")
-                page.wait_for_function(changed, arg=page.text_content("#trees p i"))
-                assert float(page.text_content("#tps")) > 0
-                assert page.evaluate("document.querySelector('#bar').clientWidth") > 20
-                page.wait_for_selector("#trees rect.accepted, #trees rect.rejected")
-                page.click("#pause")
-                still = page.inner_html("main")
-                page.wait_for_timeout(700)
-                assert page.inner_html("main") == still
-                page.click("#pause")
-                page.wait_for_function(changed, arg=page.text_content("#trees p i"))
-            assert page.evaluate(COLLISIONS) == []
-            page.wait_for_function(
-                "() => document.querySelector('#quiet').textContent.startsWith('Quiet')"
-            )
-            assert float(page.text_content("#tps")) > 0  # the last result stays
-            assert page.locator("#trees .tree").count() == 1
-            dark = page.evaluate(BACKGROUND)
-            page.emulate_media(color_scheme="light")
-            assert sum(page.evaluate(BACKGROUND)) > 600
-            assert sum(dark) < 120
-        page.wait_for_selector("#state.lost")
-        with serving(load, port=port):
-            page.wait_for_selector("#state.live")
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium")
-def test_a_race_in_chromium(load: Any) -> None:
-    """The same answer twice, through the ordinary route and with its key: with drafts, then
-    plainly; then both are shown from the start."""
-    with (
-        browser_page(1280, 800) as page,
-        serving(lambda: slow(load(), 0.01), api_keys=("k",)) as running,
-    ):
-        bodies: list[dict[str, Any]] = []
-        page.on("request", lambda r: r.method == "POST" and bodies.append(json.loads(r.post_data)))
-        page.goto(running.url)
-        page.fill("#key input", "k")
-        page.press("#key input", "Enter")
-        page.wait_for_selector("#state.live")
-        page.fill("#ask textarea", "abcabcabc")
-        page.press("#ask textarea", "Enter")
-        page.wait_for_selector("#lane-plain pre span")
-        assert page.locator("#lane-smart pre span").count() < 160  # it has begun again
-        page.wait_for_selector("#replay")
-        smart, plain = (page.text_content(f"#lane-{name} pre") for name in ("smart", "plain"))
-        assert smart == plain != ""
-        verdict = page.text_content("#verdict")
-        assert re.search(r"was [\d.]+ times as fast. The two answers are the same", verdict)
-        passes = [
-            int(re.search(r"in (\d+) passes", page.text_content(f"#lane-{name} > small"))[1])
-            for name in ("smart", "plain")
-        ]
-        assert passes[0] < passes[1]  # a pass with drafts gives more than one token at times
-        assert re.search(r"; \d+ of \d+ guesses right$", page.text_content("#lane-smart > small"))
-        assert "guesses" not in page.text_content("#lane-plain > small")
-        assert [body["speculate"] for body in bodies] == [True, False]
-        assert page.evaluate(COLLISIONS) == []
-        page.set_viewport_size({"width": 390, "height": 844})
-        page.wait_for_timeout(500)  # the charts are drawn anew
-        assert page.evaluate(COLLISIONS) == []
-        page.click("#replay")
-        page.wait_for_selector("#replay", state="visible")
-        assert page.text_content("#verdict") == verdict
-        assert len(bodies) == 2  # the replay asks for nothing
-        page.click("#ask button.main")
-        page.wait_for_selector("#lane-smart pre span")
-        page.click("#ask button.main")  # Stop: the request ends with it
-        page.wait_for_function(
-            "() => document.querySelector('#verdict').textContent === 'Stopped.'"
-        )
-        assert running.idle()
-        running.worker.draining = True  # what is refused is said
-        page.click("#ask button.main")
-        page.wait_for_function(
-            "() => document.querySelector('#verdict').textContent.includes('shutting down')"
-        )
-        running.worker.draining = False

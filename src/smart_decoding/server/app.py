@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from prometheus_client import generate_latest
+from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from smart_decoding import __version__
 from smart_decoding.server import errors, openai_api
 from smart_decoding.server.answering import STREAM_HEADERS
-from smart_decoding.server.live import CSP, PAGE, Live
+from smart_decoding.server.live import FILES, PAGE_HEADERS, TYPES, Live
 from smart_decoding.server.middleware import Gate
 
 if TYPE_CHECKING:
@@ -93,8 +94,12 @@ def _live_page(worker: Worker, live: Live) -> APIRouter:
     api = APIRouter()
 
     @api.get("/")
-    async def page() -> FileResponse:
-        return FileResponse(PAGE, media_type="text/html", headers={"Content-Security-Policy": CSP})
+    @api.get("/page/{name}")
+    async def page(name: str = "index.html") -> FileResponse:
+        path = FILES.get(name)
+        if path is None:
+            raise HTTPException(404)
+        return FileResponse(path, media_type=TYPES[path.suffix], headers=PAGE_HEADERS)
 
     @api.get("/events")
     async def events(request: Request) -> StreamingResponse:

@@ -1,4 +1,4 @@
-"""The events of the live page, a few a second. They cost time only while the page is open."""
+"""The page: its files, and its live events, which cost time only while somebody watches."""
 
 from __future__ import annotations
 
@@ -19,32 +19,49 @@ from smart_decoding.server.worker import Watcher, Worker
 if TYPE_CHECKING:
     from smart_decoding.core.batch import Round
     from smart_decoding.core.costs import CostModel
+    from smart_decoding.core.tree import DraftTrees, FloatArray
     from smart_decoding.engine.engine import Engine, RoundRecord
     from smart_decoding.engine.request import Request
     from smart_decoding.llm import LLM
 
-PAGE = Path(__file__).with_name("page.html")
+PAGE = Path(__file__).with_name("page")  # the folder of its files
+FILES = {each.name: each for each in PAGE.iterdir()}
+TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 INTERVAL = 0.25  # seconds between events
 WINDOW = 2.0  # seconds that speeds are averaged over
 MAX_WATCHERS = 16
 MAX_OF_ONE = 4  # of a client
 MAX_TREES = 8
 BEFORE = 12  # tokens of text before a tree
+# Nothing from elsewhere, no script within the page, and no text that becomes HTML: what an answer
+# holds is not ours.
 CSP = (
-    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
-    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    "default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    "require-trusted-types-for 'script'"
 )
+PAGE_HEADERS = {
+    "Content-Security-Policy": CSP,
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",  # after an update all its files are new
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """One round: its end, seconds and tokens, and the seconds and tokens of plain decoding."""
+    """One round: its end, seconds and tokens, and the seconds and tokens of plain decoding.
+
+    expected: tokens that the round's guesses promised; drafted: whether it had guesses, None for a
+    round with a prompt, which never has.
+    """
 
     at: float
     seconds: float
     tokens: int
     plain_seconds: float
     plain_tokens: int
+    expected: float
+    drafted: bool | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +117,12 @@ class Live(Watcher):
         if cost is not None and batch.size:
             context = batch.mean_context
             plain = float(cost.verify_seconds(batch.size, batch.size + batch.prefill_rows, context))
+        size = len(record.requests)
+        guesses = _chances(record.round.trees.take(record.round.kept))
+        drafted = None if batch.prefill_rows else len(guesses) > 0
+        expected = size + float(guesses.sum())
         self._paces.append(
-            Pace(time.monotonic(), record.seconds, record.emitted, plain, len(record.requests))
+            Pace(time.monotonic(), record.seconds, record.emitted, plain, size, expected, drafted)
         )
 
     def _keep_trees(self, record: RoundRecord, watching: set[str]) -> None:
@@ -146,7 +167,6 @@ class Live(Watcher):
         if llm is None:
             return {"ready": False}
         engine = llm.engine
-        stats = engine.policy.stats()
         paces = self._paces.copy()
         last = paces[-1].at if paces else 0.0  # an idle engine keeps its last speeds
         recent = [pace for pace in paces if pace.at > last - WINDOW]
@@ -166,8 +186,6 @@ class Live(Watcher):
             "kv": round(engine.pool.used, 4),
             "idle": round(now - last, 2) if paces else None,
             **_speeds(recent),
-            "off": _rounded(stats.get("share_off")),
-            "calibration": _rounded(stats.get("calibration_error")),
             **self._last_round(engine.policy.cost),
             "trees_idle": None if trees is None else round(now - trees.at, 2),
             "trees": [] if trees is None else _drawn(llm, trees),
@@ -180,7 +198,6 @@ class Live(Watcher):
         return {
             "curve": None if cost is None else _curve(cost, done),
             "point": {"rows": done.verify_rows, "ms": round(1000 * done.verify_seconds, 3)},
-            "levels": len(done.level_widths),
         }
 
 
@@ -195,10 +212,13 @@ def _curve(cost: CostModel, done: Round) -> dict[str, Any]:
 
 
 def _speeds(recent: Sequence[Pace]) -> dict[str, float | None]:
-    """Return tokens per second and per request of some rounds, beside plain decoding's."""
+    """Return tokens per second and per request of some rounds, beside plain decoding's and the
+    expected ones; and the share of rounds with guesses."""
     tokens = sum(pace.tokens for pace in recent)
     plain_tokens = sum(pace.plain_tokens for pace in recent)
     plain_seconds = sum(pace.plain_seconds for pace in recent)
+    expected = sum(pace.expected for pace in recent)
+    drafted = [pace.drafted for pace in recent if pace.drafted is not None]
     tps = tokens / sum(pace.seconds for pace in recent) if recent else 0.0
     plain_tps = plain_tokens / plain_seconds if plain_seconds else None
     return {
@@ -206,6 +226,8 @@ def _speeds(recent: Sequence[Pace]) -> dict[str, float | None]:
         "plain_tps": _rounded(plain_tps),
         "speedup": _rounded(tps / plain_tps if plain_tps else None),
         "yield": _rounded(tokens / plain_tokens if plain_tokens else None),
+        "expected": _rounded(expected / plain_tokens if plain_tokens else None),
+        "drafting": _rounded(sum(drafted) / len(drafted) if drafted else None),
     }
 
 
@@ -222,7 +244,7 @@ def _tree(llm: LLM, record: RoundRecord, owner: int, end: int) -> dict[str, Any]
     mine = trees.nodes_of(owner).tolist()
     place = {node: i for i, node in enumerate(mine)}
     accepted = set(acceptance.path[owner])
-    prob = np.where(np.isnan(trees.accept_prob), trees.path_prob, trees.accept_prob)
+    prob = _chances(trees)
     nodes = [
         [
             place.get(int(trees.parent[node]), -1),
@@ -241,6 +263,13 @@ def _tree(llm: LLM, record: RoundRecord, owner: int, end: int) -> dict[str, Any]
         "own": _text(llm, [acceptance.emitted[owner][-1]]),
         "tokens": len(request.output),
     }
+
+
+def _chances(trees: DraftTrees) -> FloatArray:
+    """Return each node's chance: the policy's, else the drafter's own."""
+    own = trees.path_prob
+    chances: FloatArray = np.where(np.isnan(trees.accept_prob), own, trees.accept_prob)
+    return chances
 
 
 def _text(llm: LLM, tokens: list[int]) -> str:

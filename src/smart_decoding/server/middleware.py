@@ -24,6 +24,7 @@ log = logging.getLogger("smart.access")
 
 # Served without a key: they hold nothing of any client. HEAD is answered as GET is.
 OPEN = ("/", "/health", "/health/live", "/version", "/openapi.json")
+PAGE = "/page/"  # what lies below it, too
 LARGEST = 16  # largest bodies that one client's requests may hold, or as many bytes
 OF_ALL = 4  # clients that may hold so many at once
 _ID = re.compile(r"[\w.-]{1,64}", re.ASCII)
@@ -79,7 +80,7 @@ class Gate:
             if refusal is not None:
                 await refusal.response(scope, receive, send_with_id)
             else:
-                if scope["method"] == "HEAD" and scope["path"] in (*OPEN, "/metrics", "/v1/models"):
+                if scope["method"] == "HEAD" and _is_read(scope["path"]):
                     scope = {**scope, "method": "GET"}  # the server leaves out the body
                 await self.app(scope, self._limited(receive, state["client"], body), send_with_id)
         finally:
@@ -108,7 +109,7 @@ class Gate:
             return ApiError(
                 403, "only localhost is served here: set an API key or start with --no-api-key"
             )
-        if not client and path not in OPEN:
+        if not client and not _is_open(path):
             return ApiError(
                 401, "no valid API key in the header 'Authorization: Bearer KEY'", "invalid_api_key"
             )
@@ -163,6 +164,14 @@ class Gate:
 
     def _too_big(self) -> ApiError:
         return ApiError(413, f"the body is larger than {self.settings.max_body} bytes")
+
+
+def _is_open(path: str) -> bool:
+    return path in OPEN or path.startswith(PAGE)
+
+
+def _is_read(path: str) -> bool:
+    return _is_open(path) or path in ("/metrics", "/v1/models")
 
 
 def _warning(unknown: set[str], request_id: str) -> str:
