@@ -88,7 +88,7 @@ class EngineArgs:
     gpu_memory_utilization: part of a GPU's memory that weights and KV memory may fill.
     enable_prefix_caching: keep the keys of finished requests for prompts that begin alike.
     seed: the seeds of requests without their own are drawn from it.
-    stop_at_loops: end an answer that only repeats itself.
+    stop_at_loops: end an answer that only repeats itself, once so many tokens do; True: 24.
     max_logprobs: the most log probabilities of a token that requests may ask for; -1: any.
     chat_template: makes prompts of conversations, instead of the model's own template: a file, a
         built-in name (vicuna), or the text itself.
@@ -127,7 +127,7 @@ class EngineArgs:
     gpu_memory_utilization: float = 0.9
     enable_prefix_caching: bool = True
     seed: int = 0
-    stop_at_loops: bool = False
+    stop_at_loops: bool | int = False
     max_logprobs: int = -1
     chat_template: str | Path | None = None
     generation_config: str | Path = "auto"
@@ -184,7 +184,7 @@ class EngineArgs:
         self._at_least(
             1, "max_num_seqs", "max_num_batched_tokens", "max_model_len", "kv_cache_tokens"
         )
-        self._at_least(0, "seed")
+        self._at_least(0, "seed", "stop_at_loops")
         self._at_least(-1, "max_logprobs")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ConfigError(

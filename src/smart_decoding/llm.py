@@ -22,6 +22,7 @@ from smart_decoding.engine.engine import Engine, EngineConfig
 from smart_decoding.engine.engine_thread import EngineThread
 from smart_decoding.engine.jobs import Ask, Job
 from smart_decoding.engine.kv import PAGE
+from smart_decoding.engine.loops import MIN_TOKENS
 from smart_decoding.engine.metrics import Metric, Record
 from smart_decoding.engine.outputs import RequestOutput, completion_of, prompt_logprobs_of
 from smart_decoding.engine.sampling_params import SamplingParams
@@ -463,7 +464,7 @@ def _engine_config(args: EngineArgs, pages: int, longest: int) -> EngineConfig:
         args.chunk(device_of(args.device).type == "cuda"),
         args.enable_prefix_caching,
         args.seed,
-        args.stop_at_loops,
+        MIN_TOKENS if args.stop_at_loops is True else args.stop_at_loops,
     )
 
 

@@ -35,7 +35,7 @@ class EngineConfig:
     max_num_batched_tokens: int = 256
     prefix_caching: bool = True
     seed: int = 0
-    stop_at_loops: bool = False
+    stop_at_loops: int = 0
 
 
 class Admission:

@@ -20,9 +20,12 @@ MIN_TOKENS = 24
 
 class LoopDetector:
     """Finds a loop as tokens arrive. A token costs one step for each place of the same token among
-    the last MAX_PERIOD."""
+    the last MAX_PERIOD.
 
-    def __init__(self) -> None:
+    min_tokens: of a loop, all its repetitions together."""
+
+    def __init__(self, min_tokens: int = MIN_TOKENS) -> None:
+        self._min_tokens = min_tokens
         self._last: dict[int, int] = {}  # token -> index of its last occurrence
         # index -> index of the same token's occurrence before it, or -1
         self._before: list[int] = []
@@ -43,7 +46,7 @@ class LoopDetector:
             run = runs[period] = self._runs.get(period, 0) + 1
             # A tail of `run` tokens that each equal the one a period earlier is a block of run +
             # period tokens.
-            if run + period >= max(MIN_REPETITIONS * period, MIN_TOKENS):
+            if run + period >= max(MIN_REPETITIONS * period, self._min_tokens):
                 self.start = now + 1 - run
                 return True  # the shortest period: the latest occurrences come first
             earlier = self._before[earlier]
@@ -53,10 +56,10 @@ class LoopDetector:
         return False
 
 
-def loop_start(tokens: Iterable[int]) -> int | None:
+def loop_start(tokens: Iterable[int], min_tokens: int = MIN_TOKENS) -> int | None:
     """Return the index from which `tokens` only repeats itself, or None: cut the answer to
-    tokens[:loop_start(tokens)]."""
-    detector = LoopDetector()
+    tokens[:loop_start(tokens)]. min_tokens: as of `LoopDetector`."""
+    detector = LoopDetector(min_tokens)
     for token in tokens:
         if detector.push(token):
             break

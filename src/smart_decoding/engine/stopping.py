@@ -91,12 +91,13 @@ class StopChecker:
         decode: Decode,
         eos_ids: Sequence[int] = (),
         max_tokens: int | None = None,
-        detect_loops: bool = False,
+        loop_tokens: int = 0,
         before: Sequence[int] = (),
     ) -> None:
         """Start an answer. decode: token ids to text, with special tokens or not. max_tokens: room
-        in the context, where it is less than `params.max_tokens`. before: the prompt's last tokens,
-        on which the first one's text may depend."""
+        in the context, where it is less than `params.max_tokens`. loop_tokens: least length of a
+        loop, which ends the answer; 0: none does. before: the prompt's last tokens, on which the
+        first one's text may depend."""
         limits = [limit for limit in (params.max_tokens, max_tokens) if limit is not None]
         self._max_tokens = min(limits) if limits else None
         self._params = params
@@ -104,7 +105,7 @@ class StopChecker:
         self._matched = [0] * len(self._strings)  # characters of each that the text ends with
         self._eos_ids: frozenset[int] = frozenset() if params.ignore_eos else frozenset(eos_ids)
         self._detokenizer = Detokenizer(decode, before)
-        self._loops = LoopDetector() if detect_loops else None
+        self._loops = LoopDetector(loop_tokens) if loop_tokens else None
         self._text = ""
         self._shown = 0
         self._undecoded: list[int] = []

@@ -10,6 +10,7 @@ from smart_decoding.core.policies import make_policy
 from smart_decoding.core.tree import DraftTrees
 from smart_decoding.engine.drafting import Selection, draft_by_levels
 from smart_decoding.engine.engine import Engine, EngineConfig
+from smart_decoding.engine.loops import MIN_TOKENS
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.engine.verification import TargetScores, verify_by_rows
 
@@ -111,7 +112,7 @@ class RuleDrafter:
 
 
 def engine(clock, policy="off", drafter=None, target=None, batch=8, **options) -> Engine:
-    config = EngineConfig(512, 2048, batch, 256, prefix_caching=False, stop_at_loops=True)
+    config = EngineConfig(512, 2048, batch, 256, prefix_caching=False, stop_at_loops=MIN_TOKENS)
     return Engine(
         target or RuleTarget(clock),
         make_policy(policy, **options),

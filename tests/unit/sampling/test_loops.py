@@ -36,6 +36,14 @@ def test_a_block_counts_from_its_third_repetition_and_24_tokens_on(period):
     assert loop_start(looping) == loop_start(looping + block * 3) == len(prefix) + period
 
 
+@pytest.mark.parametrize("period", [1, 30, MAX_PERIOD])
+def test_a_caller_may_ask_for_longer_loops(period):
+    tokens = [7, 8, 9, *(list(range(100, 100 + period)) * 400)[:400]]
+    assert loop_start(tokens, 400) == 3 + period
+    assert loop_start(tokens[:-1], 400) is None
+    assert loop_start(tokens) == 3 + period
+
+
 def test_a_longer_block_is_no_loop():
     assert loop_start(list(range(MAX_PERIOD + 1)) * 4) is None
 

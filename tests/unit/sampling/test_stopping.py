@@ -26,9 +26,9 @@ def encode(text):
     return [b + 1 for b in text.encode()]
 
 
-def checker(max_tokens=None, detect_loops=False, **options):
+def checker(max_tokens=None, loop_tokens=0, **options):
     options.setdefault("max_tokens", None)
-    return StopChecker(SamplingParams(**options), decode, (EOS,), max_tokens, detect_loops)
+    return StopChecker(SamplingParams(**options), decode, (EOS,), max_tokens, loop_tokens)
 
 
 def test_what_a_detokenizer_holds_back_are_complete_characters():
@@ -236,7 +236,7 @@ def test_a_token_whose_text_depends_on_its_neighbour():
 
 def test_a_loop_ends_the_answer_only_where_asked():
     tokens = encode("The sum is " + "ten and " * 8)
-    check = checker(detect_loops=True)
+    check = checker(loop_tokens=24)
     check.push(tokens)
     assert (check.finish_reason, check.stop_reason) == ("stop", LOOP)
     assert decode(check.token_ids[: check.loop_start]) == "The sum is ten and"
