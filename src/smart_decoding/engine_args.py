@@ -250,6 +250,8 @@ class EngineArgs:
             for name, value in values.items()
             if name in _SAMPLING and value is not None
         }
+        if values.get("do_sample") is True:  # transformers' default temperature
+            ours.setdefault("temperature", 1.0)
         try:
             SamplingParams(**ours)
         except ConfigError as error:

@@ -13,7 +13,14 @@ from typing import Any
 import pytest
 from serving import NAME, post, save_tiny_model, serving, slow
 
-from smart_decoding import LLM, AsyncLLM, ConfigError, SamplingParams, StructuredOutputsParams
+from smart_decoding import (
+    LLM,
+    AsyncLLM,
+    ConfigError,
+    EngineArgs,
+    SamplingParams,
+    StructuredOutputsParams,
+)
 
 PROMPTS = ["abc abc abc", "some words, some more words", "12 and 12 and 13"]
 SHORT = {"dtype": "float32", "max_model_len": 512, "max_num_seqs": 4, "speculative_config": False}
@@ -143,6 +150,20 @@ def test_generation_config_may_be_elsewhere_overridden_or_wrong(
     assert llm.default_sampling_params == {"top_k": 3, "temperature": 0.5}
     with pytest.raises(ConfigError, match="give auto, vllm, or a folder with"):
         LLM(folder, **SHORT, generation_config=tmp_path / "none")
+
+
+def test_a_model_that_is_to_be_sampled_has_a_temperature(tmp_path: Path) -> None:
+    """transformers' own, where generation_config.json names none, as gpt-oss's."""
+    args = EngineArgs()
+    path = tmp_path / "generation_config.json"
+    for content, expected in (
+        ({"do_sample": True}, {"temperature": 1.0}),
+        ({"do_sample": True, "temperature": 0.6}, {"temperature": 0.6}),
+        ({"do_sample": False}, {}),
+        ({}, {}),
+    ):
+        path.write_text(json.dumps(content))
+        assert args.sampling_defaults(tmp_path) == expected
 
 
 def test_the_server_takes_them_for_what_a_request_leaves_open(folder: Path) -> None:

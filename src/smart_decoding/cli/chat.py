@@ -6,21 +6,19 @@ import argparse
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from smart_decoding.cli.arguments import add_options, chosen_model
+from smart_decoding.cli.arguments import chosen_model
 from smart_decoding.cli.model_options import llm_options
 from smart_decoding.cli.run import (
-    SAMPLING,
     add_model_options,
     announce_default,
     loaded,
     rate,
-    sampling_params,
     show_steps,
     stream_answer,
 )
+from smart_decoding.cli.sampling import add_sampling_options, given, params_of
 from smart_decoding.errors import SmartError
 from smart_decoding.models.checkpoints.registry import DEFAULT_MODEL
 
@@ -29,6 +27,7 @@ if TYPE_CHECKING:
     from smart_decoding.engine.sampling_params import SamplingParams
     from smart_decoding.llm import LLM
 
+MAX_TOKENS = 1024  # of an answer, unless the user or the model says otherwise
 HELP = """/reset        forget the conversation
 /system TEXT  instructions for the model, from now on; without TEXT none
 /bye          leave (also /exit, or Ctrl-D)
@@ -42,10 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--system", metavar="TEXT", help="instructions for the model (none)")
     add_model_options(parser)
-    longer = [
-        replace(each, default=1024) if each.name == "max-tokens" else each for each in SAMPLING
-    ]
-    add_options(parser.add_argument_group("sampling"), longer)
+    add_sampling_options(parser, MAX_TOKENS)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -53,14 +49,14 @@ def main(args: argparse.Namespace) -> int:
     standard input was refused."""
     model = chosen_model(args) or DEFAULT_MODEL
     options = llm_options(args)
-    params = sampling_params(args)
+    sampling = given(args)
     show_steps()
     with loaded(model, 1, options) as llm:
         announce_default(llm, options["speculative_config"])
         typed = sys.stdin.isatty()
         if typed:
             print("/help lists the commands", file=sys.stderr)
-        talk = ChatSession(llm, params, args.system)
+        talk = ChatSession(llm, params_of(llm, sampling, MAX_TOKENS), args.system)
         for line in lines(typed):
             if not talk.take(line.strip()):
                 break

@@ -103,6 +103,13 @@ MODEL_OPTIONS = (
         "longest prompt plus answer, in tokens (the model's, 4096 and the KV memory at most)",
         aliases=("-c", "--ctx-size"),
     ),
+    Option(
+        "generation-config",
+        str,
+        "auto",
+        "where sampling defaults come from: auto (the model's generation_config.json), vllm "
+        "(nowhere), or a folder with such a file",
+    ),
 )
 
 
@@ -118,7 +125,6 @@ def llm_options(
     taken = [option for option in options if option.dest in known]
     values = {option.dest: getattr(args, option.dest) for option in taken}
     return {
-        "generation_config": "vllm",  # commands give all sampling parameters themselves
         **values,
         "speculative_config": speculative_config(args),
         **{option.dest: dict(values[option.dest]) for option in taken if option.kind is key_value},

@@ -9,7 +9,6 @@ import argparse
 import gc
 import json
 import logging
-import secrets
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -17,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smart_decoding.cli.arguments import Option, add_options
+from smart_decoding.cli.arguments import add_options
 from smart_decoding.cli.model_options import MODEL_OPTIONS, llm_options
 from smart_decoding.cli.prompts import (
     check_takes_images,
@@ -25,35 +24,21 @@ from smart_decoding.cli.prompts import (
     prompt_texts,
     read_images,
 )
+from smart_decoding.cli.sampling import add_sampling_options, given, params_of
 from smart_decoding.engine.outputs import CompletionOutput, completion_of
-from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ConfigError
 from smart_decoding.models.checkpoints.registry import DEFAULT_MODEL, folder_at_hand, siblings
 from smart_decoding.models.text import tokenizer
 from smart_decoding.models.text.harmony import HarmonyText, Part, speaks_harmony
 
 if TYPE_CHECKING:
+    from smart_decoding.engine.sampling_params import SamplingParams
     from smart_decoding.llm import LLM
     from smart_decoding.multimodal.messages import Message
     from smart_decoding.multimodal.prompts import MediaPrompt, Prompt
 
 TOGETHER = 32  # answers of a batch that run at a time
-SAMPLING = (
-    Option("temperature", float, 0.0, "spread of the draws (0: greedy)", aliases=("--temp",)),
-    Option("top-p", float, 1.0, "draw from the likeliest tokens of this mass"),
-    Option("top-k", int, 0, "draw from so many likeliest tokens (0: all)"),
-    Option("min-p", float, 0.0, "draw from tokens this likely, relative to the likeliest (0.0)"),
-    Option(
-        "seed",
-        int,
-        None,
-        "the same seed gives the same answer under every policy (a new one each time, which "
-        "--stats tells)",
-    ),
-    Option(
-        "max-tokens", int, 256, "length of the answer at most (-1: the context's)", aliases=("-n",)
-    ),
-)
+MAX_TOKENS = 256  # of an answer, unless the user or the model says otherwise
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -84,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--system", metavar="TEXT", help="instructions for the model (none)")
     add_model_options(parser)
-    add_options(parser.add_argument_group("sampling"), SAMPLING)
+    add_sampling_options(parser, MAX_TOKENS)
     parser.add_argument(
         "--raw", action="store_true", help="continue the prompt as it is, without the chat template"
     )
@@ -110,7 +95,7 @@ def main(args: argparse.Namespace) -> None:
     if args.system and args.raw:
         raise ConfigError("--system is for the chat template, which --raw leaves out")
     options = llm_options(args)
-    params = sampling_params(args)
+    sampling = given(args)
     texts = prompt_texts(args, message)
     images = read_images(args.image)
     if images:
@@ -121,12 +106,13 @@ def main(args: argparse.Namespace) -> None:
         announce_default(llm, options["speculative_config"])
         system = [{"role": "system", "content": args.system}] if args.system else []
         prompts = [prompt_of(llm, text, images, args.raw, system) for text in texts]
+        params = params_of(llm, sampling, MAX_TOKENS)
         if one:
             answer = stream_answer(llm, prompts[0], params, chat=not args.raw)
             if answer.finish_reason == "length":
                 print("smart: cut at --max-tokens", file=sys.stderr)
             if args.stats:
-                drawn = args.seed is None and not params.greedy
+                drawn = "seed" not in sampling and not params.greedy
                 stats = stats_line(answer) + (f", seed {params.seed}" if drawn else "")
                 print(f"{stats}; {llm.provenance['dtype']}", file=sys.stderr)
         else:
@@ -167,18 +153,6 @@ def loaded(
         yield llm
     finally:
         gc.unfreeze()
-
-
-def sampling_params(args: argparse.Namespace) -> SamplingParams:
-    """Return the parameters in the options SAMPLING; draws without a seed get a new one."""
-    values = {option.dest: getattr(args, option.dest) for option in SAMPLING}
-    if values["max_tokens"] == -1:  # as in llama.cpp: up to the context's end
-        values["max_tokens"] = None
-    params = SamplingParams(**values)
-    if params.seed is None and not params.greedy:
-        # the engine's own draws are the same in every process
-        params = replace(params, seed=secrets.randbits(32))
-    return params
 
 
 def prompt_of(

@@ -31,13 +31,6 @@ OPTIONS = {
         Option("enable-prefix-caching", bool, True, "beginnings of earlier prompts are kept"),
         Option("seed", int, 0, "what the seeds of requests without one are drawn from (0)"),
         Option(
-            "generation-config",
-            str,
-            "auto",
-            "where requests' defaults come from: auto (the model's generation_config.json), vllm "
-            "(nowhere), or a folder with such a file",
-        ),
-        Option(
             "override-generation-config",
             key_value,
             [],

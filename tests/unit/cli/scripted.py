@@ -32,6 +32,10 @@ class FakeLLM:
     made: ClassVar[list[FakeLLM]] = []
     finish_reason: ClassVar[str] = "stop"
     failure: ClassVar[BaseException | None] = None
+    pieces: ClassVar[tuple[str, str]] = ("Paris", " is the capital.")
+    stop_reason: ClassVar[str | None] = None
+    context: ClassVar[int] = 4096
+    recommended: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, model: str, **options: Any) -> None:
         self.model = model
@@ -43,7 +47,10 @@ class FakeLLM:
             encode_chat=lambda messages: [1, *map(ord, messages[-1]["content"])],
             decode=lambda ids, skip=True: "".join(WORDS.get(i, "?") for i in ids),
         )
-        self.engine = SimpleNamespace(last_round=None)
+        config = SimpleNamespace(max_model_len=self.context)
+        self.engine = SimpleNamespace(last_round=None, config=config)
+        self.engine_thread = SimpleNamespace(stop=lambda: None)
+        self.default_sampling_params = self.recommended
         self.target = SimpleNamespace(decoder=SimpleNamespace(config=CONFIG))
         self.drafts = options["speculative_config"] is not False
         self.loads: list[int] = []  # tokens of the answer before each
@@ -85,7 +92,7 @@ class FakeLLM:
         metrics = RequestMetrics(
             arrival=0.0, first_token=0.5, finished=0.9, rounds=1, verified=5, accepted=3
         )
-        texts = iter(["Paris", " is the capital."])
+        texts = iter(self.pieces)
         stop = SimpleNamespace(new_text=lambda: next(texts))
         request = SimpleNamespace(tokens=[1, 2], output=[], stop=stop, finished=False)
         self.speculation.load = lambda: self.loads.append(len(request.output))
@@ -101,8 +108,9 @@ class FakeLLM:
                 on_step([request])
         output = SimpleNamespace(
             token_ids=list(ANSWER),
-            text="Paris is the capital.",
+            text="".join(self.pieces),
             finish_reason=self.finish_reason,
+            stop_reason=self.stop_reason,
             metrics=metrics,
             tokens_per_round=4.0,
             logprobs=None,

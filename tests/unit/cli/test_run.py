@@ -580,6 +580,22 @@ def test_a_batch_comes_from_standard_input(monkeypatch: pytest.MonkeyPatch) -> N
         cli_prompts.read_prompts(Path("-"))
 
 
-def test_run_leaves_out_the_sampling_defaults_of_a_model(fake: type[FakeLLM]) -> None:
-    assert cli.main(["run", "hi"]) == 0
-    assert fake.made[0].options["generation_config"] == "vllm"
+def test_run_samples_as_the_model_recommends(
+    fake: type[FakeLLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recommended = {"temperature": 0.7, "top_k": 20, "repetition_penalty": 1.05, "max_tokens": 99}
+    monkeypatch.setattr(FakeLLM, "recommended", recommended)
+    for options in ([], ["--temperature", "0"], ["--repeat-penalty", "1.2", "-n", "9"]):
+        assert cli.main(["run", "hi", *options]) == 0
+    own, greedy, other = (llm.calls[0][1] for llm in fake.made)
+    assert own == SamplingParams(**recommended, seed=own.seed)
+    assert own.seed is not None
+    assert greedy == SamplingParams(**{**recommended, "temperature": 0.0})
+    chosen = {"repetition_penalty": 1.2, "max_tokens": 9}
+    assert other == SamplingParams(**{**recommended, **chosen}, seed=other.seed)
+
+
+def test_run_can_leave_out_what_a_model_recommends(fake: type[FakeLLM]) -> None:
+    for options in ([], ["--generation-config", "vllm"]):
+        assert cli.main(["run", "hi", *options]) == 0
+    assert [llm.options["generation_config"] for llm in fake.made] == ["auto", "vllm"]
