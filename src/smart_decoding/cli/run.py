@@ -10,9 +10,8 @@ import gc
 import json
 import logging
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,11 +24,11 @@ from smart_decoding.cli.prompts import (
     read_images,
 )
 from smart_decoding.cli.sampling import add_sampling_options, given, params_of
+from smart_decoding.cli.streaming import StreamedAnswer
 from smart_decoding.engine.outputs import CompletionOutput, completion_of
 from smart_decoding.errors import ConfigError
 from smart_decoding.models.checkpoints.registry import DEFAULT_MODEL, folder_at_hand, siblings
 from smart_decoding.models.text import tokenizer
-from smart_decoding.models.text.harmony import HarmonyText, Part, speaks_harmony
 
 if TYPE_CHECKING:
     from smart_decoding.engine.sampling_params import SamplingParams
@@ -108,7 +107,7 @@ def main(args: argparse.Namespace) -> None:
         prompts = [prompt_of(llm, text, images, args.raw, system) for text in texts]
         params = params_of(llm, sampling, MAX_TOKENS)
         if one:
-            answer = stream_answer(llm, prompts[0], params, chat=not args.raw)
+            answer = StreamedAnswer(llm, chat=not args.raw).run(prompts[0], params)
             if answer.finish_reason == "length":
                 print("smart: cut at --max-tokens", file=sys.stderr)
             if args.stats:
@@ -134,7 +133,7 @@ def keep_for_later(llm: LLM) -> None:
 def loaded(
     model: str, max_num_seqs: int, options: Mapping[str, Any], draft_later: bool = False
 ) -> Iterator[LLM]:
-    """Return the model. draft_later: for an answer by `stream_answer`.
+    """Return the model. draft_later: for an answer by `StreamedAnswer`.
 
     Imported and loaded objects are all in use, so garbage collections skip them: they took 0.4 s
     before the first word."""
@@ -252,51 +251,6 @@ def chat_prompt(
     parts = [{"type": "image", "image": image} for image in images]
     content = [*parts, {"type": "text", "text": text}] if parts else text
     return llm.chat_prompt([*system, {"role": "user", "content": content}])
-
-
-def stream_answer(
-    llm: LLM, prompt: Prompt, params: SamplingParams, chat: bool = False
-) -> CompletionOutput:
-    """Answer one prompt, printing the text as rounds yield it.
-
-    chat: the prompt is a conversation. Of an answer in Harmony reasoning is then printed on
-    standard error, and the text that is returned is the rest."""
-
-    harmony = HarmonyText() if chat and speaks_harmony(llm.tokenizer.template) else None
-    if harmony is not None:
-        params = replace(params, skip_special_tokens=False)
-    shown = False
-    content = ""
-
-    def show(touched: Sequence[Any]) -> None:
-        nonlocal shown, content
-        for request in touched:
-            text = request.stop.new_text()
-            if harmony is not None:
-                text = _without_reasoning(harmony.feed(text, request.finished))
-            content += text
-            shown |= bool(text)
-            print(text, end="", flush=True)
-        if not all(request.finished for request in touched):
-            llm.speculation.load()  # the first word needed none
-
-    try:
-        (output,) = llm.generate(prompt, params, on_step=show, use_tqdm=False)
-    finally:
-        if shown:
-            print(flush=True)
-    return replace(output.outputs[0], text=content) if harmony else output.outputs[0]
-
-
-def _without_reasoning(parts: Iterable[Part]) -> str:
-    """Return the text of all other parts, and print reasoning on standard error."""
-    text = ""
-    for part in parts:
-        if part.kind == "reasoning":
-            print(part.text, end="", file=sys.stderr, flush=True)
-        else:
-            text += f"\n{part.text} " if part.kind == "call" else part.text
-    return text
 
 
 def stats_line(answer: CompletionOutput) -> str:

@@ -51,6 +51,14 @@ SAMPLING = (
     ),
 )
 
+# Names that /set of `smart chat` takes, Ollama's among them
+PARAMETERS = {
+    flag.lstrip("-").replace("-", "_"): option
+    for option in SAMPLING
+    for flag in (option.name, *option.aliases)
+}
+PARAMETERS["num_predict"] = PARAMETERS["max_tokens"]
+
 
 def add_sampling_options(parser: argparse.ArgumentParser, max_tokens: int) -> None:
     """Add SAMPLING. max_tokens: shown as the default, as for `params_of`."""

@@ -62,7 +62,7 @@ def test_nothing_is_searched_for_garbage_until_it_is_loaded(
         return SimpleNamespace(finish_reason="stop")
 
     monkeypatch.setattr(sys.modules["smart_decoding.llm"], "LLM", load)
-    monkeypatch.setattr(cli_run, "stream_answer", answer)
+    monkeypatch.setattr(cli_run, "StreamedAnswer", lambda *_, **__: SimpleNamespace(run=answer))
     assert cli.main(["run", "hi"]) == (2 if failure else 0)
     assert observed == ([False] if failure else [False, (True, True)])
     assert gc.isenabled()

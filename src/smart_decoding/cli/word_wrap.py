@@ -1,0 +1,90 @@
+"""Word wrap of text that grows, for a terminal."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Callable
+
+_FENCE = "```"
+
+
+class WordWrap:
+    """Breaks lines between words where they would reach a terminal's edge.
+
+    A word is held back until it is whole, and blanks until the next word; those at a line's end are
+    left out. Code between fences stays as it is, so that it can be copied. width: the terminal's
+    present columns."""
+
+    def __init__(self, width: Callable[[], int]) -> None:
+        self._width = width
+        self._line = ""  # the text's own line so far
+        self._column = 0
+        self._blanks = ""
+        self._word = ""
+        self._in_code = False
+
+    def feed(self, text: str) -> str:
+        """Add text; return what can be printed now."""
+        return "".join(map(self._feed_one, text))
+
+    def flush(self) -> str:
+        """Return the rest at the text's end."""
+        return self._end_word()
+
+    def _feed_one(self, character: str) -> str:
+        if character == "\n":
+            return self._end_line()
+        self._line += character
+        if self._in_code:
+            return character
+        if character.isspace():
+            printed = self._end_word()
+            self._blanks += character
+            return printed
+        if _is_wide(character):  # scripts without blanks break anywhere
+            printed = self._end_word()
+            self._word = character
+            return printed + self._end_word()
+        self._word += character
+        too_long = len(self._word) >= self._width()
+        return self._end_word() if too_long else ""
+
+    def _end_line(self) -> str:
+        printed = self._end_word() + "\n"
+        self._blanks = ""
+        if self._line.lstrip().startswith(_FENCE):
+            self._in_code = not self._in_code
+        self._line = ""
+        self._column = 0
+        return printed
+
+    def _end_word(self) -> str:
+        """Return blanks and word, or a new line in place of the blanks. The terminal breaks words
+        that are longer than a line."""
+        if not self._word:
+            return ""
+        word = self._word
+        size = sum(map(_columns, word))
+        width = self._width()
+        self._word = ""
+        may_break = self._column and (self._blanks or _is_wide(word))
+        if may_break and self._column + len(self._blanks) + size > width:
+            self._blanks = ""
+            self._column = 0
+            word = "\n" + word
+        printed = self._blanks + word
+        self._column += len(self._blanks) + size
+        self._blanks = ""
+        while self._column > width:
+            self._column -= width
+        return printed
+
+
+def _columns(character: str) -> int:
+    if unicodedata.combining(character):
+        return 0
+    return 2 if _is_wide(character) else 1
+
+
+def _is_wide(word: str) -> bool:
+    return unicodedata.east_asian_width(word[0]) in "WF"
