@@ -192,6 +192,7 @@ def test_commands_of_vllm(served: Any, capsys: pytest.CaptureFixture[str]) -> No
     """What changes nothing here is taken, and what would change something is not left out."""
     common = "-tp 1 --pipeline-parallel-size=1 --trust-remote-code --enable-chunked-prefill "
     common += "--load-format auto --dtype auto --swap-space 4 --disable-log-requests "
+    common += "--enable-auto-tool-choice --tool-call-parser hermes --jinja "
     common += "--gpu-memory-utilization 0.8 --no-async-scheduling --block-size 16 --task generate"
     assert cli.main(["serve", "m", *common.split(), "--no-enable-prefix-caching"]) == 0
     assert cli.main(["serve", "m"]) == 0

@@ -19,6 +19,7 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from smart_decoding import __version__
+from smart_decoding.cli import habits
 from smart_decoding.cli.arguments import use_threads
 from smart_decoding.errors import ConfigError, SmartError
 
@@ -46,37 +47,14 @@ MOVED = {
     "vllm-config": "smart tune vllm MODEL (docs/tune.md)",
     "sglang-costs": "smart tune sglang --bench-serving STEPS=FILE ... (docs/tune.md)",
 }
-# Other programs' names of subcommands: ours.
-MEANT = {
-    "generate": "run",
-    "complete": "run",
-    "list": "models list",
-    "ls": "models list",
-    "pull": "models pull",
-    "download": "models pull",
-    "rm": "models rm",
-    "show": "info",
-    "help": "--help",
-    "version": "--version",
-}
-# llama.cpp's names of options: ours.
-MEANT_OPTIONS = {
-    "-md": "--draft",
-    "--model-draft": "--draft",
-    "--hf-repo": "-hf",
-    "-ngl": "--device",
-    "--n-gpu-layers": "--device",
-    "-np": "--max-num-seqs",
-    "--parallel": "--max-num-seqs",
-    "--n-predict": "--max-tokens",
-}
 INTERRUPTED = 130  # as the shell reports SIGINT
 BROKEN_PIPE = 141  # and SIGPIPE
 
 
 @dataclass(frozen=True)
 class Program:
-    """A command line: its name, what it is, and its subcommands as in COMMANDS, MOVED and MEANT."""
+    """A command line: its name, what it is, its subcommands as in COMMANDS and MOVED, and other
+    programs' names of them."""
 
     name: str
     description: str
@@ -86,7 +64,11 @@ class Program:
 
 
 SMART = Program(
-    "smart", "Speculative decoding with draft trees sized by their cost.", COMMANDS, MOVED, MEANT
+    "smart",
+    "Speculative decoding with draft trees sized by their cost.",
+    COMMANDS,
+    MOVED,
+    habits.COMMANDS,
 )
 
 
@@ -113,6 +95,9 @@ class Parser(argparse.ArgumentParser):
             known.words += [word for word in unknown if word != "--"]  # argparse takes one place's
             unknown = []
         if unknown:
+            option = unknown[0].partition("=")[0]
+            if option in habits.INSTEAD:
+                self.error(f"there is no {option} here: {habits.INSTEAD[option]}")
             hint = self._hint(unknown[0])
             self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
         return known, unknown
@@ -120,9 +105,6 @@ class Parser(argparse.ArgumentParser):
     def _hint(self, unknown: str) -> str:
         """Return a suggestion in place of an unknown argument."""
         if unknown.startswith("-"):
-            meant = MEANT_OPTIONS.get(unknown, "")
-            if meant in self._option_string_actions:
-                return f"; did you mean {meant}?"
             if not unknown.startswith("--"):
                 return ""
             return did_you_mean(unknown.partition("=")[0], self._listed())
@@ -139,12 +121,12 @@ class Parser(argparse.ArgumentParser):
         if option_string[:2] != "--" and not option_string[2:].lstrip("=").isdecimal():
             return []
         found = super()._get_option_tuples(option_string)
-        return [each for each in found if each[0].help != argparse.SUPPRESS]
+        return [each for each in found if each[1] in self._listed()]
 
     def _listed(self) -> list[str]:
         """Return the options that --help lists."""
-        actions = self._option_string_actions.items()
-        return [option for option, action in actions if action.help != argparse.SUPPRESS]
+        listed = (each for each in self._actions if each.help != argparse.SUPPRESS)
+        return [option for action in listed for option in action.option_strings]
 
 
 def _is_option(word: str) -> bool:
@@ -236,6 +218,7 @@ def build_parser(command: str | None = None, program: Program = SMART) -> argpar
         sub = commands.add_parser(name, help=summary, description=sentence, parents=[common])
         if name == command:
             _import(f"{program.name} {name}", module).add_arguments(sub)
+            habits.take(sub)
     return parser
 
 
@@ -246,6 +229,9 @@ def _run(arguments: Sequence[str], program: Program) -> int:
     if command is not None and command in program.moved:
         raise ConfigError(f"'{program.name} {command}' is now {program.moved[command]}")
     parser = build_parser(command, program)
+    if not arguments:
+        parser.print_help()
+        return 0
     first = next((word for word in arguments if not word.startswith("-")), None)
     if first is not None and first not in known:
         close = get_close_matches(first, {**program.commands, **program.meant}, 1)

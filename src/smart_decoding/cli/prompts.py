@@ -26,11 +26,16 @@ PATIENCE = 1.0  # seconds until a message says that standard input is read
 
 def model_and_message(args: argparse.Namespace) -> tuple[str | None, str | None]:
     """Return the model and the message, by options or by position: MODEL PROMPT, or one of them.
-    Raises ConfigError for several messages."""
+    Behind a model's name the words of a message need no quotes, as for Ollama. Raises ConfigError
+    for several messages."""
     words = args.words
     named = bool(words) and not args.model and names_model(words[0])
     model = words[0] if named else args.model
-    messages = [*words[named:], *([] if args.prompt is None else [args.prompt])]
+    messages = list(words[named:])
+    if model:
+        messages = [" ".join(messages)] if messages else []
+    if args.prompt is not None:
+        messages.append(args.prompt)
     if words and not named and not args.model and _TAG.fullmatch(words[0]):
         raise ConfigError(
             f"no model {words[0]!r} is known{unknown_model(words[0])}: smart models list shows the "
@@ -39,7 +44,8 @@ def model_and_message(args: argparse.Namespace) -> tuple[str | None, str | None]
     if len(messages) > 1:
         raise ConfigError(
             f"several prompts are given, {messages[0]!r} and {messages[1]!r}: put a text of "
-            f"several words in quotes{unknown_model(messages[0])}"
+            f"several words in quotes; if {messages[0]!r} is a model, none is known by this name: "
+            f"give a hub id, a folder or a GGUF file{unknown_model(messages[0])}"
         )
     return model, messages[0] if messages else None
 

@@ -9,11 +9,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from smart_decoding.cli import habits
 from smart_decoding.cli.arguments import add_options, chosen_model, use_threads
 from smart_decoding.cli.model_options import llm_options
 from smart_decoding.cli.serve_options import (
     KEY_VARIABLE,
-    NO_REQUEST_LOG,
     OPTIONS,
     merge,
     read_config,
@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for title, options in OPTIONS.items():
         add_options(parser.add_argument_group(title), options, unset=True)
     EngineArgs.add_neutral_cli_args(parser)
-    parser.add_argument(*NO_REQUEST_LOG, action="store_true", help=argparse.SUPPRESS)
+    habits.take_without_effect(parser)
 
 
 def main(args: argparse.Namespace) -> int:

@@ -99,8 +99,6 @@ OPTIONS = {
         Option("max-n", int, 8, "answers to one prompt"),
     ),
 }
-# vLLM's: what requests hold is never logged
-NO_REQUEST_LOG = ("--disable-log-requests", "--no-enable-log-requests")
 _MODEL = Option("model", str, DEFAULT_MODEL, "as of the command line")
 _NO_KEY = Option("no-api-key", bool, False, "as of the command line (off)")
 _ALL = {each.name: each for group in ((_MODEL, _NO_KEY), *OPTIONS.values()) for each in group}

@@ -82,10 +82,14 @@ def test_a_broken_import_inside_a_command_is_not_hidden(
     assert "No module named 'no_such_library'" in fails(capsys, "train", code=1)
 
 
-def test_no_command_and_an_unknown_one_list_the_commands(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    assert "command" in fails(capsys)
+def test_no_command_prints_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 0
+    told = capsys.readouterr()
+    assert all(f"\n    {name} " in told.out for name in cli.COMMANDS)
+    assert told.err == ""
+
+
+def test_an_unknown_command_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert "'bench'" in fails(capsys, "sing")
 
 
@@ -96,6 +100,7 @@ def test_no_command_and_an_unknown_one_list_the_commands(
         ("list", "models list"),
         ("pull", "models pull"),
         ("serv", "serve"),
+        ("server", "serve"),
         ("lst", "models list"),
     ],
 )

