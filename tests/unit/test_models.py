@@ -515,7 +515,7 @@ def hub_folder(tmp_path: Path, *names: str) -> Path:
 
 @pytest.fixture
 def tiny_named(pinned: PinnedFile, monkeypatch: pytest.MonkeyPatch) -> models.NamedModel:
-    named = models.NamedModel("owner/tiny", pinned, "Q4_1")
+    named = models.NamedModel("owner/tiny", pinned, "Q4_1", "tiny")
     monkeypatch.setitem(NAMED_MODELS, "tiny", named)
     return named
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from smart_decoding.bench import report
 from smart_decoding.bench.options import QUICK, BenchOptions
@@ -38,7 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """
     parser.argument_default = argparse.SUPPRESS
     default = BenchOptions()
-    parser.add_argument("--quick", action="store_true", help="within three minutes")
+    quick = ", ".join(f"{name.replace('_', '-')} {_shown(value)}" for name, value in QUICK.items())
+    help_ = f"within three minutes: unless they are given, {quick}"
+    parser.add_argument("--quick", action="store_true", help=help_)
     _what_runs(parser, default)
     _what_is_measured(parser, default)
     add = parser.add_argument
@@ -46,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--time-limit",
         type=float,
         metavar="SECONDS",
-        help="report what was measured by then, marked as partial",
+        help="report what was measured by then, marked as partial (none)",
     )
     add("--json", type=Path, metavar="FILE", help="write the results there, whole or not at all")
 
@@ -56,7 +59,8 @@ def _what_runs(parser: argparse.ArgumentParser, default: BenchOptions) -> None:
     add = group.add_argument
     models = "built-in name, hub id, folder or GGUF file"
     add("-m", "--model", help=f"{models} (default: {default.model})")
-    add("--policies", type=words, metavar="A,B", help="'off', the baseline, always runs")
+    policies = f"'off', the baseline, always runs (default: {_shown(default.policies)})"
+    add("--policies", type=words, metavar="A,B", help=policies)
     add(
         "--policy-options",
         action="append",
@@ -71,12 +75,18 @@ def _what_runs(parser: argparse.ArgumentParser, default: BenchOptions) -> None:
 
 def _what_is_measured(parser: argparse.ArgumentParser, default: BenchOptions) -> None:
     add = parser.add_argument_group("what is measured").add_argument
-    add("--batch-sizes", type=whole_numbers, metavar="1,4")
+    sizes = f"requests at once (default: {_shown(default.batch_sizes)})"
+    add("--batch-sizes", type=whole_numbers, metavar="1,4", help=sizes)
     add("--tasks", type=words, metavar="A,B", help="code, maths, general (all by default)")
     add("--limit", type=int, help=f"prompts per task (default: {default.limit})")
     add("--max-tokens", type=int, help=f"tokens per answer (default: {default.max_tokens})")
-    add("--temperature", type=float, help="0, the default, is greedy")
-    add("--seed", type=int)
+    add("--temperature", type=float, help=f"0 is greedy (default: {default.temperature:g})")
+    add("--seed", type=int, help=f"of the first prompt's draws (default: {default.seed})")
+
+
+def _shown(value: Any) -> str:
+    """Return a value as the command line takes it."""
+    return f"{value:g}" if isinstance(value, float | int) else ",".join(map(str, value))
 
 
 def options_of(args: argparse.Namespace, kind: type[BenchOptions] = BenchOptions) -> BenchOptions:

@@ -16,7 +16,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", help="its target: name, hub id, folder or GGUF file (default: HEAD, if built in)"
     )
-    parser.add_argument("--layout", required=True, choices=("eagle3", "speculators", "eagle"))
+    layouts = ("eagle3", "speculators", "eagle")
+    parser.add_argument("--layout", required=True, choices=layouts, help="to write the head in")
     TRUST_PICKLE.add_to(parser)
     parser.add_argument("--output", type=Path, required=True, help="folder to write to")
 

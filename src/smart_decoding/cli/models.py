@@ -35,8 +35,12 @@ from smart_decoding.models.checkpoints.registry import (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the subcommands list (the default), pull and rm."""
+    verbose = "say where the built-in models come from"
+    parser.add_argument("-v", "--verbose", action="store_true", help=verbose)
     actions = parser.add_subparsers(dest="action", metavar="list | pull MODEL | rm MODEL")
-    actions.add_parser("list", help="names, sizes, and what is cached")
+    listing = actions.add_parser("list", help="names, sizes, and what is cached")
+    as_above = argparse.SUPPRESS
+    listing.add_argument("-v", "--verbose", action="store_true", default=as_above, help=verbose)
     pull = actions.add_parser("pull", help="fetch a model into the cache")
     pull.add_argument("model", help="built-in name or hub id")
     add_options(pull, (TRUST_PICKLE,))
@@ -54,11 +58,12 @@ def main(args: argparse.Namespace) -> None:
     elif args.action == "rm":
         remove(args.model, args.yes)
     else:
-        show()
+        show(args.verbose)
 
 
-def show() -> None:
-    """Print one block per model, then the other contents of the caches."""
+def show(verbose: bool = False) -> None:
+    """Print one block per model, then the other contents of the caches; their sources, too, if
+    `verbose`."""
     listed = set()
     for name, model in NAMED_MODELS.items():
         kept = kept_of(name)
@@ -67,8 +72,10 @@ def show() -> None:
         is_here = any(each.kind in ("download", "hub") for each in kept)
         missing = [] if is_here else [f"{readable(model.pinned.wheel_size)} to fetch"]
         print(f"{name}{default}: {', '.join(missing + _summary(kept))}")
-        print(f"  {name}@hub   {model.on_hub}")
-        print(f"  {name}@pypi  {model.pinned.origin}, {model.quantisation}, pinned by sha256")
+        print(f"  {model.described}")
+        if verbose:
+            print(f"  {name}@hub   {model.on_hub}")
+            print(f"  {name}@pypi  {model.pinned.origin}, {model.quantisation}, pinned by sha256")
         if shipped_head(name) is not None:
             print("  drafts with its own head, which is here already")
     for each in hub_repositories():

@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-m",
         "--model",
         default=DEFAULT_MODEL,
-        help="the target: name, hub id, folder or GGUF file",
+        help=f"the target: name, hub id, folder or GGUF file (default: {DEFAULT_MODEL})",
     )
     add(
         "--output",
@@ -45,14 +45,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     _add_data(parser.add_argument_group("conversations"))
     _add_head(parser.add_argument_group("head"))
-    add("--seconds", type=float, default=2400, help="training time in all, over resumed runs")
+    add("--seconds", type=float, default=2400, help="of training in all, over resumed runs (2400)")
     add(
         "--prior-prompts",
         type=int,
         default=60,
-        help="held-out prompts that the prior is learned on",
+        help="held-out prompts that the prior is learned on (60)",
     )
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of all random choices (0)")
     add_allow_slow(parser)
 
 
@@ -63,7 +63,7 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
         "--tokens",
         type=int,
         default=1_000_000,
-        help="tokens of all conversations, prompts included",
+        help="tokens of all conversations, prompts included (1000000)",
     )
     ACTIVATIONS.add_to(group, unset=True)
     add("--skip-generation", action="store_true", help="train on the conversations that are there")
@@ -77,13 +77,14 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
     add(
         "--without-tasks",
         default="",
-        help="leave out what shares eight words with a prompt of these bench tasks",
+        help="leave out what shares eight words with a prompt of these bench tasks (none)",
     )
 
 
 def _add_head(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--draft-vocab", type=int, default=8192, help="output rows of the head: frequent tokens")
+    rows = "output rows of the head: frequent tokens (8192)"
+    add("--draft-vocab", type=int, default=8192, help=rows)
     add(
         "--intermediate-size",
         type=int,
@@ -94,7 +95,8 @@ def _add_head(group: argparse._ArgumentGroup) -> None:
         "--aux-layers",
         help="layers whose outputs the head reads, such as 4,15,30 (default: early, middle, last)",
     )
-    add("--init", help="a head to start from, in any layout: folder, hub id, or built-in model")
+    init = "a head to start from, in any layout: folder, hub id, or built-in model (none)"
+    add("--init", help=init)
     TRUST_PICKLE.add_to(group)
     add(
         "--head-quantization",

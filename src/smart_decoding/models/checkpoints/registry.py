@@ -73,13 +73,14 @@ class Source:
 class NamedModel:
     """A built-in model: its hub repository, and the same model inside PyPI wheels.
 
-    hub_file: the GGUF file to take from the repository, else its safetensors; vocab: token ids;
-    parameters: counted; called: what GGUF files of it call themselves beside the repository's name,
-    as `_plain_name` has it."""
+    described: what its files are, for people; hub_file: the GGUF file to take from the repository,
+    else its safetensors; vocab: token ids; parameters: counted; called: what GGUF files of it call
+    themselves beside the repository's name, as `_plain_name` has it."""
 
     repository: str
     pinned: PinnedFile
     quantisation: str
+    described: str
     hub_file: str = ""
     vocab: int = 0
     parameters: int = 0
@@ -102,6 +103,7 @@ NAMED_MODELS = {
             wheel_size=92_871_040,
         ),
         quantisation="Q4_1",
+        described="Hugging Face's own weights, or a 4-bit file of them, checked",
         vocab=49_152,
         parameters=135_000_000,
         called=("smollm2-135m-8k-lc100k-mix1-ep2",),  # of its checkpoint in training
@@ -123,6 +125,7 @@ NAMED_MODELS = {
             wheel_size=1_092_845_809,
         ),
         quantisation="Q4_K_M",
+        described="Qwen's official file of 4 bits, checked",
         hub_file="qwen2.5-coder-1.5b-instruct-q4_k_m.gguf",
         vocab=151_936,
         parameters=1_544_000_000,
@@ -142,6 +145,7 @@ NAMED_MODELS = {
             wheel_size=477_610_024,
         ),
         quantisation="Q4_K_M",
+        described="Qwen's official file of 4 bits, checked",
         hub_file="qwen2.5-coder-0.5b-instruct-q4_k_m.gguf",
         vocab=151_936,
         parameters=494_000_000,
