@@ -1,26 +1,40 @@
-"""The tables of a benchmark, for the terminal."""
+"""The tables of a benchmark, for the terminal, and what follows from them in a sentence or two."""
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from smart_decoding.bench.options import OURS
 from smart_decoding.bench.results import Results, Run
-from smart_decoding.bench.sections import UNKNOWN, Cell, Section, as_text, ratio_cell, said
+from smart_decoding.bench.sections import (
+    ASCII,
+    UNKNOWN,
+    WIDTH,
+    Cell,
+    Section,
+    as_text,
+    number,
+    ratio_cell,
+    said,
+)
 from smart_decoding.bench.summary import POOLED
 
 PARTIAL = "Partial: the time limit came before all blocks had run."
 
 
 def everything(result: Mapping[str, Any]) -> str:
-    """Return all tables of a result below one another; those without rows are left out."""
+    """Return all tables of a result below one another, and the conclusion; tables without rows are
+    left out."""
     results = Results.from_dict(result)
     parts = [
         policies(results, "Policies", SPEED),
         policies(results, "Rounds", ROUNDS),
         by_task(results),
     ]
-    return "\n\n".join([*warnings(results), *(as_text(part) for part in parts if part.rows)])
+    tables = (as_text(part) for part in parts if part.rows)
+    return "\n\n".join([*warnings(results), *tables, *conclusion(results)])
 
 
 def warnings(results: Results) -> list[str]:
@@ -31,6 +45,33 @@ def warnings(results: Results) -> list[str]:
     if any(run.get("partial") for run in results.runs):
         found.append(PARTIAL)
     return found
+
+
+def conclusion(results: Results) -> list[str]:
+    """Return what `smart`, else the first policy, gains at each batch size, and what follows: a
+    text, or none where plain decoding ran alone."""
+    if not results.policies:
+        return []
+    policy = results.policies[0]
+    runs = [run for run in results.pooled if run["policy"] == policy]
+    text = f"{policy} against plain decoding: {'; '.join(map(_gain, runs))}."
+    if any((number(run, "speedup_high") or 1.0) < 1 for run in runs):
+        text += " Where it is slower, --policy off decodes plainly."
+    elif policy == OURS:
+        text += " smart run, chat and serve use it by default."
+    return [textwrap.fill(text, WIDTH, break_on_hyphens=False).translate(ASCII)]
+
+
+def _gain(run: Run) -> str:
+    """Return what a run tells, in words."""
+    size = run["batch_size"]
+    load = "with one request" if size == 1 else f"with {size} at once"
+    ratio = ratio_cell(run)
+    if isinstance(ratio, str):
+        return f"{load} unknown"
+    if ratio.high is not None and (ratio.low or 0.0) <= 1 <= ratio.high:
+        return f"{load} no certain difference{ratio.bounds}"
+    return f"{load} {ratio.value:.2f} times as fast{ratio.bounds}"
 
 
 def policies(results: Results, title: str, columns: Sequence[str]) -> Section:

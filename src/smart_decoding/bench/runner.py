@@ -98,7 +98,7 @@ class Bench:
             share = until(stop, 1 / (len(options.batch_sizes) - i))
             found = self._batch(contestants, batch_size, share)
             if not found.cycles:
-                reason = "no time was left for one block of every policy"
+                reason = "no time was left for one block of every policy: raise --time-limit"
                 print(f"smart: batch {batch_size} is left out: {reason}", file=sys.stderr)
                 continue
             settings = {arm.label: _setting(arm) for arm in contestants if arm.name}

@@ -171,10 +171,31 @@ def test_tables_fit_on_a_terminal(world):
     text = terminal(runs_of(world))
     assert max(map(len, text.splitlines())) <= 100
     titles = ["Policies", "Rounds", "Speedup by task"]
-    assert [part.splitlines()[0] for part in text.split("\n\n")] == titles
+    assert [part.splitlines()[0] for part in text.split("\n\n")[:-1]] == titles
     assert "maths" in text.split("\n\n")[2].splitlines()[1]
     assert "noise (95 %)" in text
     assert "smart / it" not in text  # a column that no run has
+
+
+def test_the_end_says_what_follows(world):
+    """In words: how much faster, whether that is certain, and what to do about a loss."""
+    assert terminal(runs_of(world)).endswith("with 2 at once 1.99 times as fast (1.98-2.00).")
+
+    def run(size, value, low, high):
+        bounds = {"speedup": value, "speedup_low": low, "speedup_high": high}
+        return {"policy": "smart", "batch_size": size, "task": "all", "identical": True, **bounds}
+
+    runs = [run(1, 1.71, 1.57, 1.87), run(4, 1.04, 0.84, 1.14), run(8, 1.2, 1.1, None)]
+    end = " ".join(terminal(runs).split("\n\n")[-1].split())
+    assert end == (
+        "smart against plain decoding: with one request 1.71 times as fast (1.57-1.87); with 4 at "
+        "once no certain difference (0.84-1.14); with 8 at once 1.20 times as fast (one block). "
+        "smart run, chat and serve use it by default."
+    )
+    end = " ".join(terminal([*runs, run(16, 0.9, 0.85, 0.96)]).split("\n\n")[-1].split())
+    assert "with 16 at once 0.90 times as fast (0.85-0.96)." in end
+    assert end.endswith("Where it is slower, --policy off decodes plainly.")
+    assert "against" not in terminal([{**run(1, 1.0, 1.0, 1.0), "policy": "off"}])
 
 
 def test_settings_of_a_policy_run_side_by_side():
