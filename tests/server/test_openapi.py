@@ -60,6 +60,7 @@ def test_the_document_tells_of_what_is_served(document: Any) -> None:
         "/v1/completions",
         "/v1/chat/completions",
         "/v1/responses",
+        "/infill",
         "/tokenize",
         "/detokenize",
         "/health",

@@ -15,7 +15,7 @@ from fastapi.responses import Response, StreamingResponse
 from smart_decoding.async_llm import AsyncJob
 from smart_decoding.engine.jobs import Ask
 from smart_decoding.errors import ConfigError
-from smart_decoding.server.answers import CompletionForm, Usage
+from smart_decoding.server.answers import Usage
 from smart_decoding.server.errors import ApiError
 from smart_decoding.server.lane import disconnect
 from smart_decoding.server.replies import Reply, encoded
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from smart_decoding.server.schemas import Completions
     from smart_decoding.server.worker import Worker
 
-COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions; a chat goes on to the context's end
 STREAM_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
 
@@ -104,9 +103,7 @@ async def _job(worker: Worker, request: Request, parsed: ParsedRequest) -> Async
         raise ApiError(400, message, "invalid_value", "n")
     llm = worker.ready()
     _check_length(parsed, llm)
-    limit = body.limit
-    if limit is None and isinstance(parsed.form, CompletionForm):
-        limit = COMPLETION_TOKENS
+    limit = body.usual_limit if body.limit is None else body.limit
     defaults = llm.default_sampling_params
     longest = defaults.get("max_tokens")  # the model's limit holds for all requests, as in vLLM
     if longest is not None:

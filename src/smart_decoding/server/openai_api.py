@@ -1,4 +1,4 @@
-"""The routes under /v1, and tokenisation: OpenAI's interface over the worker."""
+"""The routes under /v1, /infill and tokenisation: OpenAI's interface over the worker."""
 
 from __future__ import annotations
 
@@ -19,6 +19,13 @@ from smart_decoding.server.answers import ChatForm, CompletionForm, Json
 from smart_decoding.server.chat import ChatTask, chat_task
 from smart_decoding.server.counting import CountedRoute
 from smart_decoding.server.errors import ApiError
+from smart_decoding.server.infill import (
+    InfillReply,
+    infill_tokens,
+    prompt_of,
+    stop_at_ends,
+    texts_of,
+)
 from smart_decoding.server.preparation import TooLargeError, task
 from smart_decoding.server.replies import Reply
 from smart_decoding.server.responses import ResponsesReply
@@ -27,6 +34,7 @@ from smart_decoding.server.schemas import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
+    InfillRequest,
     TokenizeRequest,
 )
 from smart_decoding.server.tool_text import HarmonyReader, ToolText
@@ -49,6 +57,7 @@ def router(worker: Worker) -> APIRouter:
     api.post("/v1/completions", response_model=None)(routes.completions)
     api.post("/v1/chat/completions", response_model=None)(routes.chat)
     api.post("/v1/responses", response_model=None)(routes.responses)
+    api.post("/infill", response_model=None)(routes.infill)
     api.post("/tokenize")(routes.tokenize)
     api.post("/detokenize")(routes.detokenize)
     return api
@@ -69,11 +78,41 @@ class _Routes:
     async def completions(self, request: Request, body: CompletionRequest) -> Response:
         sent = _prompts(body.prompt)
         llm = self._worker.check_room(len(sent) * (body.n or 1), request.state.client)
+        if body.suffix:
+            sent = await self._around_gap(request, llm, body, sent)
         prompts = [await self._text_prompt(request, llm, each) for each in sent]
         form = CompletionForm(llm.tokenizer.token_text, body.logprobs, _readers(llm, body, prompts))
         parsed = ParsedRequest(
             body, prompts, form, body.logprobs, partial(self._encode, request, False)
         )
+        return await answer(self._worker, request, parsed)
+
+    async def _around_gap(
+        self, request: Request, llm: LLM, body: CompletionRequest, sent: Sequence[str | list[int]]
+    ) -> list[list[int]]:
+        """Return prompts with the suffix behind them, to be answered with the text between."""
+        tokens = infill_tokens(llm.tokenizer, "suffix")
+        stop_at_ends(body, tokens)
+        behind = await self._encoded(request, "suffix", body.suffix or "", False)
+        before = [
+            await self._encoded(request, "prompt", each, False) if isinstance(each, str) else each
+            for each in sent
+        ]
+        return [tokens.prompt(each, behind) for each in before]
+
+    async def infill(self, request: Request, body: InfillRequest) -> Response:
+        llm = self._worker.check_room(1, request.state.client)
+        tokens = infill_tokens(llm.tokenizer, body.prompt_field)
+        stop_at_ends(body, tokens)
+        context = llm.engine.config.max_model_len
+        texts = texts_of(body, tokens, context)
+        encode = partial(self._encode, request, False)
+        encoded = await encode(body.prompt_field, texts)
+        prompt, cut = prompt_of(encoded, tokens, context, body.limit or context // 2)
+        prompts = [await self._text_prompt(request, llm, prompt)]
+        form = CompletionForm(llm.tokenizer.token_text, None, _readers(llm, body, prompts))
+        reply = partial(InfillReply, truncated=cut)
+        parsed = ParsedRequest(body, prompts, form, None, encode, reply=reply)
         return await answer(self._worker, request, parsed)
 
     async def chat(self, request: Request, body: ChatRequest) -> Response:
@@ -220,7 +259,7 @@ def _prompts(prompt: str | list[str] | list[int] | list[list[int]]) -> list[Any]
 
 
 def _readers(
-    llm: LLM, body: CompletionRequest, prompts: Sequence[list[int]]
+    llm: LLM, body: CompletionRequest | InfillRequest, prompts: Sequence[list[int]]
 ) -> Callable[[int], Detokenizer]:
     """Return a function from an answer's index to a detokenizer as the engine uses it."""
     skip = body.skip_special_tokens is not False

@@ -120,6 +120,7 @@ class Completions(Sampling):
     response_format: ResponseFormat | None = None
 
     prompt_field: ClassVar[str]
+    usual_limit: ClassVar[int | None] = None  # of an answer's tokens; None: the context's end
 
     @model_validator(mode="after")
     def _stream_options_need_a_stream(self) -> Completions:
@@ -193,10 +194,10 @@ class CompletionRequest(Completions):
     """The body of /v1/completions."""
 
     prompt_field: ClassVar[str] = "prompt"
+    usual_limit: ClassVar[int | None] = 16  # OpenAI's
     _NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = UNSUPPORTED | {
         "add_special_tokens": (None, True),
         "prompt_embeds": (None,),
-        "suffix": (None, ""),
     }
 
     prompt: (
@@ -206,6 +207,53 @@ class CompletionRequest(Completions):
         | Annotated[list[Annotated[list[Token], FAST]], FAST]
     )
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    suffix: Text | None = Field(
+        None, description="The text behind the answer, for models that fill in."
+    )
+
+
+class ExtraText(Body):
+    """A text beside the one with the gap, such as another file."""
+
+    text: Text
+    filename: Text = "tmp"
+    time: float | int | None = Field(None, description="Changes nothing.")
+
+
+class InfillRequest(Completions):
+    """The body of /infill, as llama.cpp has it."""
+
+    prompt_field: ClassVar[str] = "input_prefix"
+    _NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = UNSUPPORTED | {"logprobs": (None, False)}
+
+    input_prefix: Text = ""
+    input_suffix: Text = ""
+    input_extra: Annotated[list[ExtraText], FAST] | None = None
+    prompt: Text = Field("", description="It comes behind input_prefix.")
+    n_predict: Annotated[int, Field(ge=-1)] | None = None
+    n: Literal[1] | None = None
+    response_fields: list[Text] | None = Field(
+        None, description="Only these, such as content and timings/predicted_n."
+    )
+
+    @property
+    def limit(self) -> int | None:
+        """The most tokens of an answer, if the request sets a limit. None is none: to read the
+        prompt takes a round, and the round yields a token."""
+        if self.n_predict is None:
+            return self.max_tokens
+        return None if self.n_predict < 0 else max(1, self.n_predict)
+
+    @property
+    def limit_field(self) -> str:
+        """The field that says so."""
+        return "n_predict"
+
+    def params(
+        self, max_tokens: int | None, logprobs: int | None, defaults: Mapping[str, Any]
+    ) -> SamplingParams:
+        """See `Completions`. Defaults are no model's, which are for chats: the likeliest code."""
+        return super().params(max_tokens, logprobs, {"temperature": 0.0})
 
 
 class TextPart(Body):

@@ -25,7 +25,16 @@ from smart_decoding.models.text import chat_template
 
 _LONGEST_PIECE = 256  # characters
 _PROBE = "A text, 12 of them.\n"  # some tokenizers load, and can encode nothing
-_SPECIALS = ("bos_token", "eos_token", "unk_token", "pad_token")
+# Special tokens, as tokenizer_config.json and GGUF files call them; the last three are of `infill`.
+_SPECIALS = {
+    "bos_token": ("bos",),
+    "eos_token": ("eos",),
+    "unk_token": ("unknown",),
+    "pad_token": ("padding",),
+    "prefix_token": ("fim_pre", "prefix"),
+    "suffix_token": ("fim_suf", "suffix"),
+    "middle_token": ("fim_mid", "middle"),
+}
 # GGUF token types
 _NORMAL = 1
 _UNKNOWN = 2
@@ -135,9 +144,11 @@ class Tokenizer:
         it, SentencePiece puts a blank before a text if `space` is true, and byte-level BPE is of
         the kind `pre`."""
         tokens = metadata["tokenizer.ggml.tokens"]
-        keys = (f"tokenizer.ggml.{name}_token_id" for name in ("bos", "eos", "unknown", "padding"))
-        ids = zip(_SPECIALS, map(metadata.get, keys), strict=True)
-        specials = {name: tokens[id_] for name, id_ in ids if id_ is not None}
+        specials = {}
+        for special, names in _SPECIALS.items():
+            ids = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in names]
+            if found := [id_ for id_ in ids if id_ is not None]:
+                specials[special] = tokens[found[0]]
         backend = _gguf_backend(metadata, specials, space, pre)
         return cls(backend, specials, metadata.get("tokenizer.chat_template"))
 
