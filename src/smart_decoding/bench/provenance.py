@@ -152,5 +152,5 @@ def _git(folder: Path, *arguments: str) -> str | None:
 def _memory_gib() -> float | None:
     try:
         return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
-    except (ValueError, OSError):
+    except (AttributeError, ValueError, OSError):  # the first on Windows
         return None

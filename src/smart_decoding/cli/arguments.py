@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from argparse import (
     Action,
     ArgumentParser,
@@ -106,6 +107,12 @@ def chosen_model(args: Namespace) -> str | None:
     if args.name and args.model:
         raise ConfigError(f"two models are given, {args.name} and {args.model}: leave out one")
     return args.model or args.name or None
+
+
+def refuse_windows(command: str) -> None:
+    """Raise ConfigError on Windows, for a command that starts processes as Linux and macOS do."""
+    if sys.platform == "win32":
+        raise ConfigError(f"{command} does not run on Windows: use Linux, by WSL (wsl --install)")
 
 
 def use_threads(count: int | None) -> None:

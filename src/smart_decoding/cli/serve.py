@@ -10,7 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smart_decoding.cli import habits
-from smart_decoding.cli.arguments import add_options, chosen_model, use_threads
+from smart_decoding.cli.arguments import (
+    add_options,
+    chosen_model,
+    refuse_windows,
+    use_threads,
+)
 from smart_decoding.cli.model_options import llm_options
 from smart_decoding.cli.serve_options import (
     KEY_VARIABLE,
@@ -55,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Check everything that can be checked without the model, then serve."""
+    refuse_windows("smart serve")
     args.model = chosen_model(args)
     merge(args, read_config(args.config) if args.config else {})
     use_threads(args.threads)  # the file may say it, too

@@ -21,7 +21,7 @@ from smart_decoding import __version__
 from smart_decoding.bench.data import load_task
 from smart_decoding.bench.provenance import write_json
 from smart_decoding.bench.resume import Progress
-from smart_decoding.cli.arguments import json_object, whole_numbers
+from smart_decoding.cli.arguments import json_object, refuse_windows, whole_numbers
 from smart_decoding.cli.prompts import read_prompts
 from smart_decoding.errors import ConfigError, DownloadError, ModelError
 from smart_decoding.integrations.tuning import report, sglang_lines
@@ -128,6 +128,7 @@ def _add_common(
 def main(args: argparse.Namespace) -> int:
     """Measure, print what to do, and write it. Raises ConfigError for what cannot be, before an
     engine is started, and ModelError if the engine fails without drafts."""
+    refuse_windows("smart tune")
     _check(args)
     if args.engine == "sglang" and args.bench_serving:
         return _from_lines(args)

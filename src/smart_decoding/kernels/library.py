@@ -9,6 +9,7 @@ import importlib.util
 import logging
 import os
 import platform
+import sys
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,10 @@ log = logging.getLogger("smart.kernels")
 SOURCES = Path(__file__).parent / "csrc"
 LIBRARIES = Path(__file__).parent / "lib"
 MOST_THREADS = 16  # threads per CPU, at most; with thousands no answer would end
+INSTEAD = {  # of systems that the kernels are not made for
+    "win32": "Windows: use Linux, by WSL (wsl --install)",
+    "darwin": "macOS: use Linux, in a container (Docker; a clone has a Dockerfile)",
+}
 BUILD = "build them with `make env` in a clone, or `pip install .` (needs g++ 11 or newer)"
 
 
@@ -235,6 +240,8 @@ def _make_waiting_short(openmp: ctypes.CDLL) -> None:
 
 
 def _nothing() -> str:
+    if sys.platform in INSTEAD:
+        return f"there are no CPU kernels for {INSTEAD[sys.platform]}"
     mine = [variant for variant in reversed(variants()) if variant.machine == platform.machine()]
     if not mine:
         return f"there are no CPU kernels for {platform.machine()}"
