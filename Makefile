@@ -172,9 +172,9 @@ $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: install one, or name yours by make PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv .venv || { rm -rf .venv; echo "venv is missing (Debian: apt install $(notdir $(PYTHON))-venv)"; exit 1; }
 
-# Installing compiles the CPU kernels, all variants of them: 100 s on two cores.
+# Installing compiles the CPU kernels, all variants of them: 100 s on two cores. The server is what the demo goes on with.
 .venv/.installed: pyproject.toml CMakeLists.txt $(wildcard src/smart_decoding/kernels/csrc/*) | $(BIN)/python
-	$(PIP) install -e .
+	$(PIP) install -e '.[serve]'
 	@touch $@
 
 # What the clone asks for beside, without compiling it once more.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from argparse import (
     Action,
@@ -15,6 +16,7 @@ from argparse import (
 )
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from smart_decoding.errors import ConfigError
@@ -113,6 +115,17 @@ def refuse_windows(command: str) -> None:
     """Raise ConfigError on Windows, for a command that starts processes as Linux and macOS do."""
     if sys.platform == "win32":
         raise ConfigError(f"{command} does not run on Windows: use Linux, by WSL (wsl --install)")
+
+
+def program_here(name: str) -> str:
+    """Return how a program of this Python's environment is called: by its name where that leads to
+    it, else by its path, from the current folder if it lies in it."""
+    place = Path(sys.executable).with_name(name)
+    found = shutil.which(name)
+    if not place.exists() or (found and Path(found).samefile(place)):
+        return name
+    here = Path.cwd()
+    return str(place.relative_to(here) if place.is_relative_to(here) else place)
 
 
 def use_threads(count: int | None) -> None:

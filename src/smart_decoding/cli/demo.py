@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from smart_decoding.cli.arguments import add_allow_slow
+from smart_decoding.cli.arguments import add_allow_slow, program_here
 from smart_decoding.cli.run import chat_prompt, show_steps
 from smart_decoding.cli.tree_picture import TreeStyle, draw_tree, legend, wants_colour
 from smart_decoding.engine.sampling_params import SamplingParams
@@ -38,12 +38,13 @@ _NARROWEST = 60  # columns in which two lanes can be read
 _FRAME = 0.05  # seconds
 _END = 0.5  # seconds that the end is held
 _COLOURS = {"smart": "\x1b[32m", "plain": "\x1b[33m"}
-NEXT = """what to try next:
-  smart serve                               the same race in a browser
-  smart run --stats "a question"            ask it something
-  smart run --policy off "a question"       the same answer, decoded plainly
-  smart run --temperature 0.8 --seed 1 "…"  the same tokens under every policy
-  smart bench --help                        compare policies"""
+NEXT = {
+    "smart serve": "the same race in a browser",
+    'smart run --stats "a question"': "ask it something",
+    'smart run --policy off "a question"': "the same answer, decoded plainly",
+    'smart run --temperature 0.8 --seed 1 "…"': "the same tokens under every policy",
+    "smart bench --quick": "how much it brings, in three minutes",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +108,17 @@ def main(args: argparse.Namespace) -> None:
     print("\n" + summary(races, all(each == same[0] for same in answers for each in same)))
     model = smart.provenance.get("model", DEFAULT_MODEL)
     weights = smart.provenance.get("weights", "unknown")
-    print(f"model: {model}\n{textwrap.fill(f'weights: {weights}', 79)}\n{kernels()}\n\n{NEXT}")
+    print(f"model: {model}\n{textwrap.fill(f'weights: {weights}', 79)}\n{kernels()}\n")
+    print(what_next())
+
+
+def what_next() -> str:
+    """Return what to try next, first how to have `smart` on the path where it is not."""
+    first = {f". {program_here('activate')}": "puts smart on the path"}
+    commands = NEXT if program_here("smart") == "smart" else first | NEXT
+    width = max(map(len, NEXT))
+    lines = (f"  {command:<{width}}  {result}" for command, result in commands.items())
+    return "\n".join(["what to try next:", *lines])
 
 
 def kernels() -> str:

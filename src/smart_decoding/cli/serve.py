@@ -13,6 +13,7 @@ from smart_decoding.cli import habits
 from smart_decoding.cli.arguments import (
     add_options,
     chosen_model,
+    program_here,
     refuse_windows,
     use_threads,
 )
@@ -71,7 +72,8 @@ def main(args: argparse.Namespace) -> int:
         from smart_decoding.server.launch import serve
     except ModuleNotFoundError as error:
         raise ConfigError(
-            f"smart serve needs {error.name}: in the clone, pip install -e '.[serve]'"
+            f"smart serve needs {error.name}: in the clone, {program_here('pip')} install -e "
+            "'.[serve]'"
         ) from error
     settings = _settings(args)
     # Check the options, as the model is loaded later. dtype was checked, and may warn only once.

@@ -5,6 +5,9 @@ from __future__ import annotations
 import io
 import itertools
 import re
+import shlex
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -43,11 +46,33 @@ def test_demo(
     assert re.search(line, out)
     assert "weights: fake weights" in out
     assert "what to try next" in out
-    assert max(map(len, out.splitlines())) <= 80
+    assert max(map(len, out.partition("what to try next")[0].splitlines())) <= 80
     smart, plain = fake.made
     assert [llm.options["speculative_config"] for llm in fake.made] == [{"policy": "smart"}, False]
     assert order == [smart, plain, plain, smart] * 3
     assert {params.temperature for _, params in smart.calls} == {0.0}
+
+
+def test_what_comes_next_can_be_typed_as_it_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the clone's folder, without the environment on the path; each command is known."""
+    programs = tmp_path / ".venv" / "bin"
+    programs.mkdir(parents=True)
+    for name in ("python", "smart", "activate"):
+        (programs / name).touch(mode=0o755)
+    monkeypatch.setattr(sys, "executable", str(programs / "python"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", "/nonexistent")
+    first, *lines = cli_demo.what_next().splitlines()[1:]
+    assert first.split("  ")[1] == ". .venv/bin/activate"
+    assert max(map(len, lines)) <= 80
+    monkeypatch.setenv("PATH", str(programs))
+    assert cli_demo.what_next().splitlines()[1:] == lines
+    for line in lines:
+        program, command, *words = shlex.split(re.split(" {2,}", line.strip())[0])
+        cli.build_parser(command).parse_args([command, *words])
+        assert program == "smart"
 
 
 TREE = """
