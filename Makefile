@@ -28,12 +28,23 @@ test-heads: env
 test-transformers: env
 	$(BIN)/python -m pytest tests/unit/integrations
 
-# A wheel with every variant of the kernels, for any Python from 3.11 on, as far back as this machine's C library allows:
-# into dist/. Then it is installed into empty environments without a compiler, and decodes.
+# Wheels with every variant of the kernels, for any Python from 3.11 on, as far back as this machine's C library allows:
+# into dist/, for this machine and, where its compiler is installed (Debian: g++-aarch64-linux-gnu), for aarch64. Beside
+# them goes what they were made from and with. Then they are installed into empty environments without a compiler.
+CROSS := $(if $(filter x86_64,$(shell uname -m)),$(shell command -v aarch64-linux-gnu-g++))
+WHEEL = $(PIP) wheel --no-deps --wheel-dir build/dist
 wheel: env
-	rm -rf dist
-	$(PIP) wheel --no-deps --wheel-dir build/dist .
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist build/dist/smart_decoding-*.whl
+	rm -rf dist build/dist
+	$(WHEEL) .
+	@if test -n "$(CROSS)"; then set -ex; \
+	  CXX=$(CROSS) $(WHEEL)/aarch64 -C build-dir=build/aarch64 -C cmake.define.CMAKE_SYSTEM_NAME=Linux \
+	    -C cmake.define.CMAKE_SYSTEM_PROCESSOR=aarch64 .; \
+	  $(BIN)/wheel tags --remove --platform-tag linux_aarch64 build/dist/aarch64/*.whl; \
+	else echo "not built: a wheel for aarch64 (no aarch64-linux-gnu-g++)"; fi
+	for wheel in build/dist/*.whl build/dist/aarch64/*.whl; do test ! -e $$wheel || \
+	  PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist $$wheel || exit 1; done
+	$(BIN)/twine check --strict dist/*.whl
+	$(BIN)/python tools/provenance.py dist
 	rm -r build/dist
 
 test-wheel: wheel
