@@ -31,7 +31,11 @@ class StreamedAnswer:
         self._chat = chat
         harmony = chat and speaks_harmony(llm.tokenizer.template)
         self._harmony = HarmonyText() if harmony else None
-        self._wrap = WordWrap(lambda: shutil.get_terminal_size().columns)
+        self._wraps = {
+            stream: WordWrap(lambda: shutil.get_terminal_size().columns)
+            for stream in (sys.stdout, sys.stderr)
+        }
+        self._stream: TextIO | None = None  # the last one that was printed to
         self.text = ""
 
     def run(self, prompt: Prompt, params: SamplingParams) -> CompletionOutput:
@@ -41,8 +45,7 @@ class StreamedAnswer:
         try:
             (output,) = self._llm.generate(prompt, params, on_step=self._show, use_tqdm=False)
         finally:
-            if self.text:
-                print(self._wrap.flush(), flush=True)
+            self._end_line()
         answer = output.outputs[0]
         return answer if self._harmony is None else replace(answer, text=self.text)
 
@@ -68,6 +71,17 @@ class StreamedAnswer:
         self._print(text, sys.stdout)
 
     def _print(self, text: str, stream: TextIO) -> None:
+        if not text:
+            return
+        if stream is not self._stream:
+            self._end_line()
+        self._stream = stream
         if self._chat and stream.isatty():
-            text = self._wrap.feed(text)
+            text = self._wraps[stream].feed(text)
         print(text, end="", file=stream, flush=True)
+
+    def _end_line(self) -> None:
+        """End the last stream's line, with a word that was held back."""
+        if self._stream is not None:
+            line_end = self._wraps[self._stream].feed("\n")
+            print(line_end, end="", file=self._stream, flush=True)

@@ -12,8 +12,8 @@ class WordWrap:
     """Breaks lines between words where they would reach a terminal's edge.
 
     A word is held back until it is whole, and blanks until the next word; those at a line's end are
-    left out. Code between fences stays as it is, so that it can be copied. width: the terminal's
-    present columns."""
+    left out. A line end ends the last word, too. Code between fences stays as it is, so that it can
+    be copied. width: the terminal's present columns."""
 
     def __init__(self, width: Callable[[], int]) -> None:
         self._width = width
@@ -26,10 +26,6 @@ class WordWrap:
     def feed(self, text: str) -> str:
         """Add text; return what can be printed now."""
         return "".join(map(self._feed_one, text))
-
-    def flush(self) -> str:
-        """Return the rest at the text's end."""
-        return self._end_word()
 
     def _feed_one(self, character: str) -> str:
         if character == "\n":

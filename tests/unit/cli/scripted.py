@@ -14,6 +14,7 @@ import pytest
 
 from smart_decoding.cli import main as cli
 from smart_decoding.core.tree import ROOT, DraftTrees, accept
+from smart_decoding.engine.outputs import CompletionOutput
 from smart_decoding.engine.request import RequestMetrics
 from smart_decoding.models.families.config import ModelConfig
 
@@ -106,14 +107,13 @@ class FakeLLM:
             request.finished = len(request.output) == len(ANSWER)
             if on_step is not None:
                 on_step([request])
-        output = SimpleNamespace(
-            token_ids=list(ANSWER),
+        output = CompletionOutput(
+            index=0,
             text="".join(self.pieces),
+            token_ids=list(ANSWER),
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
             metrics=metrics,
-            tokens_per_round=4.0,
-            logprobs=None,
         )
         return [SimpleNamespace(outputs=[output])]
 

@@ -17,7 +17,7 @@ def wrapped(text: str, width: int, *cuts: int) -> str:
     wrap = WordWrap(lambda: width)
     edges = [0, *sorted(cuts), len(text)]
     pieces = [text[a:b] for a, b in itertools.pairwise(edges)]
-    return "".join(map(wrap.feed, pieces)) + wrap.flush()
+    return "".join(map(wrap.feed, [*pieces, "\n"])).removesuffix("\n")
 
 
 @pytest.mark.parametrize(
@@ -65,4 +65,4 @@ def test_a_window_may_change_its_size() -> None:
     wrap = WordWrap(lambda: width)
     first = wrap.feed("some words to\n")
     width = 4
-    assert first + wrap.feed("some words") + wrap.flush() == "some words\nto\nsome\nwords"
+    assert first + wrap.feed("some words\n") == "some words\nto\nsome\nwords\n"
