@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Callable
 
-_FENCE = "```"
+_FENCE = re.compile(r"(`{3,}(?=[^`]*$)|~{3,})")  # with a backtick behind it, it is code in a line
 
 
 class WordWrap:
@@ -21,7 +22,7 @@ class WordWrap:
         self._column = 0
         self._blanks = ""
         self._word = ""
-        self._in_code = False
+        self._fence = ""  # that the present code began with
 
     def feed(self, text: str) -> str:
         """Add text; return what can be printed now."""
@@ -31,7 +32,7 @@ class WordWrap:
         if character == "\n":
             return self._end_line()
         self._line += character
-        if self._in_code:
+        if self._fence:
             return character
         if character.isspace():
             printed = self._end_word()
@@ -48,8 +49,13 @@ class WordWrap:
     def _end_line(self) -> str:
         printed = self._end_word() + "\n"
         self._blanks = ""
-        if self._line.lstrip().startswith(_FENCE):
-            self._in_code = not self._in_code
+        line = self._line.strip()
+        opening = _FENCE.match(line)
+        if self._fence:
+            if line.startswith(self._fence) and not line.strip(self._fence[0]):
+                self._fence = ""
+        elif opening:
+            self._fence = opening[1]
         self._line = ""
         self._column = 0
         return printed

@@ -35,6 +35,9 @@ def wrapped(text: str, width: int, *cuts: int) -> str:
         ("e\u0301" * 9 + " ab", "e\u0301" * 9 + "\nab"),
         ("```\na long line of code\n```\nand a text", "```\na long line of code\n```\nand a text"),
         ("```\na b\n```\nand some text", "```\na b\n```\nand some\ntext"),
+        ("~~~\na long line of code\n~~~\nand a text", "~~~\na long line of code\n~~~\nand a text"),
+        ("```a``` sets\nand some text", "```a```\nsets\nand some\ntext"),
+        ("````\n```\na long line\n~~~\na long line", "````\n```\na long line\n~~~\na long line"),
     ],
 )
 def test_lines_break_between_words(text: str, expected: str) -> None:
