@@ -11,6 +11,7 @@ from smart_decoding.errors import ConfigError
 from smart_decoding.files import expanded, whole
 
 Message = dict[str, Any]
+_KEYS = {"role", "content"}  # of a message; what has more, as calls of tools, is not ours
 
 
 class Dialogue:
@@ -44,11 +45,12 @@ class Dialogue:
         """Write a file of JSON, whole or not at all. Raises ConfigError where that cannot be, and
         for a file that is there and holds something else."""
         path = expanded(name)
-        if path.exists():
-            _read(path)
         text = json.dumps(self.all, ensure_ascii=False, indent=1)
         try:
+            if path.exists():
+                _read(path)
             with whole(path) as scratch:
+                scratch.touch(0o600)  # as the history: a conversation is its owner's
                 scratch.write_text(f"{text}\n", encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"{path} cannot be written: {error.strerror}") from error
@@ -67,8 +69,9 @@ def _read(path: Path) -> list[Message]:
     try:
         if path.exists() and not path.is_file():  # reading a device may never end
             raise ValueError("no regular file")
-        found = json.loads(path.read_text(encoding="utf-8"))
-        messages = [{"role": each["role"], "content": each["content"]} for each in found]
+        messages: list[Message] = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(messages, list) or any(set(each) != _KEYS for each in messages):
+            raise ValueError("no list of roles and contents")
         if not all(isinstance(each["content"], str) for each in messages):
             raise ValueError("a content is no text")
         roles = [each["role"] for each in messages]
@@ -76,7 +79,7 @@ def _read(path: Path) -> list[Message]:
             raise ValueError("an unknown role")
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise ConfigError(
             f"{path} holds no conversation: a JSON list of messages, as /save writes it"
         ) from error

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
 import re
+import stat
 import sys
 import weakref
 from pathlib import Path
@@ -265,11 +268,71 @@ def test_a_conversation_is_saved_and_loaded(
     assert calls[-1] == [*saved, said("two")]
     assert json.loads(file.read_text(encoding="utf-8")) == [*saved, said("two"), ANSWER]
     assert [path.name for path in tmp_path.iterdir()] == [file.name]
+
+
+@pytest.mark.parametrize("before", [None, 0o600, 0o644])
+def test_a_saved_conversation_is_for_its_owner_only(
+    before: int | None, fake: type[FakeLLM], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = tmp_path / "talk.json"
+    if before is not None:
+        file.write_text("[]")
+        file.chmod(before)
+    talk(monkeypatch, "one", f"/save {file}")
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert json.loads(file.read_text()) == [said("one"), ANSWER]
+
+
+def test_a_folder_that_may_not_be_searched_gets_no_conversation(
+    fake: type[FakeLLM],
+    calls: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    exists = Path.exists
+
+    def refused(path: Path) -> bool:
+        if path == Path("/closed/x"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return exists(path)
+
+    monkeypatch.setattr(Path, "exists", refused)
+    talk(monkeypatch, "one", "/save /closed/x", "/load /closed/x", "two", code=2)
+    assert calls[1] == [said("one"), ANSWER, said("two")]
+    err = capsys.readouterr().err
+    assert "/closed/x cannot be written: Permission denied\n" in err
+    assert "/closed/x cannot be read: Permission denied\n" in err
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[1, 2]",
+        "{}",
+        '""',
+        '["role"]',
+        '[{"role": "user"}]',
+        '[{"role": "tool", "content": "x"}]',
+        '[{"role": "user", "content": null}]',
+        '[{"role": "user", "content": "x", "name": "y"}]',
+        '[{"role": "user", "content": "x"}, {"role": "system", "content": "y"}]',
+        '[{"role": "system", "content": "x"}, {"role": "system", "content": "y"}]',
+    ],
+)
+def test_a_file_of_something_else_is_neither_read_nor_overwritten(
+    content: str,
+    fake: type[FakeLLM],
+    calls: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     other = tmp_path / "notes"
-    other.write_text("[1, 2]")
-    talk(monkeypatch, "one", f"/save {other}", code=2)
-    assert other.read_text() == "[1, 2]"
-    assert f"{other} holds no conversation" in capsys.readouterr().err
+    other.write_text(content)
+    talk(monkeypatch, "one", f"/save {other}", f"/load {other}", "two", code=2)
+    assert other.read_text() == content
+    assert calls[1] == [said("one"), ANSWER, said("two")]
+    assert capsys.readouterr().err.count(f"{other} holds no conversation") == 2
 
 
 def test_another_model_goes_on_with_the_conversation(
