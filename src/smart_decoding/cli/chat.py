@@ -10,12 +10,18 @@ from typing import TYPE_CHECKING
 
 from smart_decoding.cli.arguments import chosen_model
 from smart_decoding.cli.chat_input import entries
-from smart_decoding.cli.chat_session import LOOP_TOKENS, MAX_TOKENS, ChatSession, ChatState
+from smart_decoding.cli.chat_session import (
+    LOOP_TOKENS,
+    MAX_TOKENS,
+    REFUSALS,
+    ChatSession,
+    ChatState,
+)
 from smart_decoding.cli.dialogue import Dialogue
 from smart_decoding.cli.model_options import llm_options
+from smart_decoding.cli.prompts import standard_input
 from smart_decoding.cli.run import add_model_options, announce_default, loaded, show_steps
 from smart_decoding.cli.sampling import add_sampling_options, given
-from smart_decoding.errors import SmartError
 from smart_decoding.models.checkpoints.registry import DEFAULT_MODEL
 
 if TYPE_CHECKING:
@@ -40,7 +46,7 @@ def main(args: argparse.Namespace) -> int:
     options = {**llm_options(args), "stop_at_loops": LOOP_TOKENS}
     state = ChatState(Dialogue(args.system), given(args))
     show_steps()
-    typed = sys.stdin.isatty()
+    typed = standard_input().isatty()
     entered = entries()
     present = None
     while wanted is not None:
@@ -55,7 +61,7 @@ def main(args: argparse.Namespace) -> int:
                 llm.engine_thread.stop()
                 del llm
                 gc.collect()
-        except (SmartError, KeyboardInterrupt) as error:
+        except (*REFUSALS, KeyboardInterrupt) as error:
             if present in (None, wanted):
                 raise
             state.refuse(str(error) or f"{wanted} is not loaded")

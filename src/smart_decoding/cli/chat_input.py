@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from smart_decoding.cli.prompts import standard_input
 from smart_decoding.models.checkpoints.hub import cache_dir
 
 if TYPE_CHECKING:
@@ -24,12 +25,14 @@ _OPENING = re.compile(rf"\s*(/set\s+system\s+)?{QUOTES}")
 
 
 def entries() -> Iterator[str]:
-    """Yield the user's entries, with their quotes. Bytes of a pipe beyond UTF-8 are replaced."""
-    if sys.stdin.isatty():
+    """Yield the user's entries, with their quotes. Bytes of a pipe beyond UTF-8 are replaced.
+    Raises ConfigError without a standard input."""
+    stream = standard_input()
+    if stream.isatty():
         return _typed()
     with suppress(AttributeError, ValueError):
-        sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
-    return joined(sys.stdin)
+        stream.reconfigure(errors="replace")  # type: ignore[attr-defined]
+    return joined(stream)
 
 
 def is_open(entry: str) -> bool:
@@ -103,4 +106,13 @@ def _history(path: Path) -> History:
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
     except OSError:
         return InMemoryHistory()
-    return FileHistory(str(path))
+
+    class ChatHistory(FileHistory):
+        """A history that goes on where its file cannot, as on a full disk."""
+
+        def store_string(self, string: str) -> None:
+            """Append an entry to the file, if that can be."""
+            with suppress(OSError):
+                super().store_string(string)
+
+    return ChatHistory(str(path))

@@ -32,6 +32,8 @@ LOOP_HINT = (
     "the answer repeats itself, so it was ended: a larger model (/model NAME) helps, or "
     "/set repeat_penalty 1.2"
 )
+# Errors that end an entry and leave the conversation: of a file, or of a text that is not UTF-8.
+REFUSALS = (SmartError, OSError, UnicodeError)
 _COMMAND = re.compile(r"/(\?|[a-zA-Z]+)(?=\s|$)")
 _USES = {
     "/set": ("/set NAME VALUE", "set temperature, top_p, ... or system; /show lists them"),
@@ -90,7 +92,9 @@ class ChatSession:
                 return self._obey(command[0].lower(), entry[command.end() :].strip())
             if text := unquoted(entry):
                 self._answer(text)
-        except SmartError as error:
+        except BrokenPipeError:  # nobody reads the answers any more
+            raise
+        except REFUSALS as error:
             self._state.refuse(str(error))
         except KeyboardInterrupt:  # behind an answer's end: it was to end the answer
             print(file=sys.stderr)
@@ -172,8 +176,8 @@ class ChatSession:
         return "\n".join(f"{name:<19} {value}" for name, value in rows.items())
 
     def _answer(self, text: str) -> None:
-        """Answer a message. Ctrl-C ends the answer and keeps what is there. Raises SmartError,
-        which leaves the conversation as it was."""
+        """Answer a message. Ctrl-C ends the answer and keeps what is there. Raises REFUSALS, which
+        leave the conversation as it was."""
         asked = self._state.conversation.with_message("user", text)
         answer = StreamedAnswer(self._llm, chat=True)
         try:
@@ -181,17 +185,27 @@ class ChatSession:
             asked, prompt = self._fitting(asked, params)
             output = answer.run(prompt, params)
         except KeyboardInterrupt:
-            self._state.conversation = asked.with_message("assistant", answer.text)
-            print("(ended; the answer is kept as far as it goes)", file=sys.stderr)
+            if self._keep(asked, answer.text):
+                print("(ended; the answer is kept as far as it goes)", file=sys.stderr)
             return
         said = answer.text
         if output.stop_reason == LOOP:
             start = loop_start(output.token_ids, LOOP_TOKENS)
             said = said.removesuffix(self._llm.tokenizer.decode(output.token_ids[start:]))
-        self._state.conversation = asked.with_message("assistant", said)
+        self._keep(asked, said)
         print(figures(output, params), file=sys.stderr)
         if output.stop_reason == LOOP:
             print(f"smart: {LOOP_HINT}", file=sys.stderr)
+
+    def _keep(self, asked: Dialogue, said: str) -> bool:
+        """Keep a question and its answer; return whether there is an answer. Without one the
+        conversation stays as it was: many chat templates demand that question and answer alternate,
+        and an empty answer would be read by the model from then on."""
+        if not said.strip():
+            print("(no word came, so the question is not kept either)", file=sys.stderr)
+            return False
+        self._state.conversation = asked.with_message("assistant", said)
+        return True
 
     def _fitting(
         self, conversation: Dialogue, params: SamplingParams

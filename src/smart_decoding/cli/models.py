@@ -117,7 +117,7 @@ def remove(name: str, yes: bool) -> None:
                 print(f"{'':<25}{file.relative_to(each.path / 'snapshots')}")
     total = sum(each.size for each in kept)
     if not yes:
-        if not sys.stdin.isatty():
+        if sys.stdin is None or not sys.stdin.isatty():
             raise ConfigError("there is no terminal to confirm the removal: give -y")
         answer = ""
         with suppress(EOFError):  # Ctrl-D is no

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from smart_decoding.errors import ConfigError
 from smart_decoding.models.checkpoints.registry import DEFAULT_MODEL, names_model, unknown_model
@@ -85,15 +85,21 @@ def _piped(required: bool) -> bool:
     return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
 
 
-def _read_pipe() -> str:
-    """Return standard input until its end; after PATIENCE a message says that it is read."""
+def standard_input() -> TextIO:
+    """Return standard input. Raises ConfigError where it is closed, as behind <&-."""
     if sys.stdin is None:
         raise ConfigError("there is no standard input to read a prompt from")
+    return sys.stdin
+
+
+def _read_pipe() -> str:
+    """Return standard input until its end; after PATIENCE a message says that it is read."""
+    stream = standard_input()
     with suppress(OSError, ValueError):
-        if not select.select([sys.stdin], [], [], PATIENCE)[0]:
+        if not select.select([stream], [], [], PATIENCE)[0]:
             print("smart: reading standard input (</dev/null leaves it out)", file=sys.stderr)
     try:
-        return sys.stdin.read()
+        return stream.read()
     except UnicodeError as error:
         raise ConfigError(f"the prompt is not valid UTF-8: {error}") from error
 

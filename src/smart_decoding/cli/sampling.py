@@ -80,6 +80,8 @@ def checked(values: Mapping[str, Any]) -> dict[str, Any]:
     values = dict(values)
     if values.get("max_tokens") == -1:  # as in llama.cpp: up to the context's end
         values["max_tokens"] = None
+    if values.get("seed") == -1:  # likewise: a new one for each answer
+        del values["seed"]
     SamplingParams(**values)
     return values
 

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from scripted import FakeLLM, fails
 
-from smart_decoding.cli import chat_session
+from smart_decoding.cli import chat_input, chat_session
 from smart_decoding.cli import main as cli
 from smart_decoding.engine.stopping import LOOP
 from smart_decoding.errors import CapacityError, ModelError
@@ -125,6 +125,49 @@ def test_ctrl_c_keeps_the_question_and_the_answer_so_far(
     assert "the answer is kept as far as it goes" in err
 
 
+@pytest.mark.parametrize("pieces", [("", " is the capital."), ("\n", " is the capital.")])
+def test_ctrl_c_before_the_first_word_keeps_nothing_of_the_turn(
+    pieces: tuple[str, str],
+    fake: type[FakeLLM],
+    calls: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Templates that demand alternation refuse two questions in a row."""
+    generate = FakeLLM.generate
+
+    def interrupted(llm: FakeLLM, prompt: Any, params: Any, on_step: Any, use_tqdm: bool) -> Any:
+        def show(touched: list[Any]) -> None:
+            on_step(touched)
+            if len(llm.calls) == 2:
+                raise KeyboardInterrupt
+
+        FakeLLM.pieces = pieces if len(llm.calls) == 1 else ("Paris", " is the capital.")
+        return generate(llm, prompt, params, show, use_tqdm)
+
+    monkeypatch.setattr(FakeLLM, "pieces", FakeLLM.pieces)
+    monkeypatch.setattr(FakeLLM, "generate", interrupted)
+    talk(monkeypatch, "one", "two", "three")
+    assert calls[2] == [said("one"), ANSWER, said("three")]
+    err = capsys.readouterr().err
+    assert "no word came, so the question is not kept either" in err
+    assert "the answer is kept as far as it goes" not in err
+
+
+def test_an_answer_without_a_word_is_not_kept(
+    fake: type[FakeLLM],
+    calls: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(FakeLLM, "pieces", ("", ""))
+    talk(monkeypatch, "one", "two")
+    assert calls[1] == [said("two")]
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("no word came, so the question is not kept either") == 2
+
+
 def test_ctrl_c_behind_the_end_of_an_answer_ends_nothing(
     fake: type[FakeLLM], calls: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -222,6 +265,7 @@ def test_parameters_are_set(
         "/set num_predict -1",
         "/set seed 5",
         "two",
+        "/set seed -1",
         "/set temperature 0",
         "/show",
         "three",
@@ -235,6 +279,7 @@ def test_parameters_are_set(
     shown = dict(line.split(None, 1) for line in capsys.readouterr().err.splitlines() if line)
     assert shown["temperature"] == "0.0"
     assert shown["repetition_penalty"] == "1.1"
+    assert shown["seed"] == "a new one for each answer"
     assert shown["conversation"] == "2 turns, 22 of 4096 tokens"
 
 
@@ -268,6 +313,30 @@ def test_a_conversation_is_saved_and_loaded(
     assert calls[-1] == [*saved, said("two")]
     assert json.loads(file.read_text(encoding="utf-8")) == [*saved, said("two"), ANSWER]
     assert [path.name for path in tmp_path.iterdir()] == [file.name]
+
+
+def test_what_is_no_utf8_is_not_saved_and_ends_nothing(
+    fake: type[FakeLLM],
+    calls: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = tmp_path / "talk.json"
+    file.write_text(json.dumps([said("\ud800"), ANSWER]))
+    talk(monkeypatch, f"/load {file}", f"/save {tmp_path / 'new'}", "two", code=2)
+    assert calls[0] == [said("\ud800"), ANSWER, said("two")]
+    assert "surrogates not allowed" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
+
+
+def test_a_reader_who_leaves_ends_the_chat(
+    fake: type[FakeLLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    FakeLLM.failure = BrokenPipeError()
+    monkeypatch.setattr("os.dup2", lambda *_: None)  # standard output is pytest's
+    talk(monkeypatch, "one", "two", code=cli.BROKEN_PIPE)
+    assert len(fake.made[0].calls) == 1
 
 
 @pytest.mark.parametrize("before", [None, 0o600, 0o644])
@@ -348,18 +417,22 @@ def test_another_model_goes_on_with_the_conversation(
             raise ModelError("no such repository")
         if model == "slow/model":
             raise KeyboardInterrupt
+        if model == "closed/model":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), model)
         make(llm, model, **options)
 
     monkeypatch.setattr(FakeLLM, "__init__", load)
-    lines = ["one", "/model good/model", "two", "/model bad/model", "/model slow/model", "three"]
+    lines = ["one", "/model good/model", "two"]
+    lines += ["/model bad/model", "/model slow/model", "/model closed/model", "three"]
     talk(monkeypatch, *lines, options=("--temp", "0.5", "--max-model-len", "99"), code=2)
-    assert [llm.model for llm in fake.made] == ["smollm2-135m", *["good/model"] * 3]
+    assert [llm.model for llm in fake.made] == ["smollm2-135m", *["good/model"] * 4]
     assert calls[-1] == [said("one"), ANSWER, said("two"), ANSWER, said("three")]
     assert all(llm.options["max_model_len"] == 99 for llm in fake.made)
     assert [params.temperature for llm in fake.made for _, params in llm.calls] == [0.5] * 3
     err = capsys.readouterr().err
     assert "smart: error: no such repository\n" in err
     assert "smart: error: slow/model is not loaded\n" in err
+    assert "Permission denied: 'closed/model'\n" in err
 
 
 def test_a_model_is_gone_before_the_next_one_is_loaded(
@@ -463,6 +536,20 @@ def test_an_answer_that_is_cut_says_where(
     monkeypatch.setattr(FakeLLM, "finish_reason", "length")
     talk(monkeypatch, "one", options=("-n", most))
     assert cut in capsys.readouterr().err
+
+
+def test_a_history_on_a_full_disk_goes_on() -> None:
+    history = chat_input._history(Path("/dev/full"))
+    history.append_string("one")
+    assert history.get_strings() == ["one"]
+
+
+def test_a_closed_standard_input_is_refused(
+    fake: type[FakeLLM], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    assert "there is no standard input" in fails(capsys, "chat")
+    assert not fake.made
 
 
 def test_only_one_model(fake: type[FakeLLM], capsys: pytest.CaptureFixture[str]) -> None:

@@ -155,10 +155,14 @@ def test_asks_first(
     assert (own_cache / "converted" / "v1-other").exists() is not removed
 
 
+@pytest.mark.parametrize("given", [io.StringIO(), None])
 def test_where_nobody_can_be_asked_it_wants_to_be_told(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, own_cache: Path
+    given: io.StringIO | None,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    own_cache: Path,
 ) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO())
+    monkeypatch.setattr("sys.stdin", given)
     assert cli.main(["models", "rm", "v1-other"]) == 2
     assert "give -y" in capsys.readouterr().err
     assert (own_cache / "converted" / "v1-other").exists()
