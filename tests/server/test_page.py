@@ -45,6 +45,10 @@ def test_the_pages_files_are_open_and_nothing_beside_them(load: Any) -> None:
             assert "unsafe" not in policy
             assert "require-trusted-types-for 'script'" in policy
         assert httpx.head(f"{running.url}/page/chat.js").status_code == 200
+        page = httpx.get(running.url).text
+        assert page.startswith("<!doctype html>")
+        for name in ("chat.js", "nothing.js"):  # no parameter of the page
+            assert httpx.get(f"{running.url}/?name={name}").text == page
         for name in ("", "nothing.js", "..%2fapp.py", "%2e%2e/app.py"):
             assert httpx.get(f"{running.url}/page/{name}").status_code == 404
 

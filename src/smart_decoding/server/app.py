@@ -94,8 +94,11 @@ def _live_page(worker: Worker, live: Live) -> APIRouter:
     api = APIRouter()
 
     @api.get("/")
+    async def index() -> FileResponse:
+        return await page("index.html")
+
     @api.get("/page/{name}")
-    async def page(name: str = "index.html") -> FileResponse:
+    async def page(name: str) -> FileResponse:
         path = FILES.get(name)
         if path is None:
             raise HTTPException(404)
