@@ -238,6 +238,50 @@ def test_an_answer_that_ends_says_how_it_went_and_can_be_tried_again(load: Any) 
 
 
 @needs_chromium
+def test_an_answer_stays_until_another_one_comes(slowly: Running) -> None:
+    """Of a second try that is refused, and of one that finds no server."""
+    address = "**/v1/chat/completions"
+    refusal = json.dumps({"error": {"message": "the queue is full"}})
+    with chatting(slowly) as (page, _):
+        for text in ("before", "old"):
+            answers_with(page, text)
+            ask(page, f"asked {text}")
+            ends(page)
+            page.unroute(address)
+        kept = page.evaluate(f"{STORED}.messages.map(m => m.content)")
+        assert kept == ["asked before", "before", "asked old", "old"]
+        for fail in (
+            lambda route: route.fulfill(status=429, content_type="application/json", body=refusal),
+            lambda route: route.abort(),
+        ):
+            page.route(address, fail)
+            page.click(".given:last-of-type footer >> text=Try again")
+            page.wait_for_selector("#told:not([hidden])")
+            ends(page)
+            page.unroute(address)
+            assert page.locator("article .text, article > p").all_inner_texts() == kept
+            assert page.evaluate(f"{STORED}.messages.map(m => m.content)") == kept
+            assert page.input_value("#question") == ""
+        answers_with(page, "new")
+        page.click(".given:last-of-type footer >> text=Try again")
+        page.wait_for_selector(".given .text >> text=new")
+        ends(page)
+        assert page.locator("article .text, article > p").all_inner_texts() == [*kept[:3], "new"]
+
+
+@needs_chromium
+def test_a_question_that_comes_back_stands_before_a_draft(slowly: Running) -> None:
+    with chatting(slowly) as (page, _):
+        page.route("**/v1/chat/completions", lambda route: None)  # no answer at all
+        ask(page, "a question")
+        page.wait_for_selector("#chat.busy")
+        page.fill("#question", "a draft")
+        page.keyboard.press("Escape")
+        ends(page)
+        assert page.input_value("#question") == "a question\n\na draft"
+
+
+@needs_chromium
 @pytest.mark.parametrize("clipboard", [True, False])
 def test_copy(slowly: Running, clipboard: bool) -> None:
     """With the clipboard that browsers give to https and to this machine, and without."""

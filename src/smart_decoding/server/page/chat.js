@@ -22,7 +22,7 @@ const save = () => remember("localStorage", STORE, JSON.stringify(state));
 
 // --- a turn ---
 
-async function send(question) {
+async function send(question, before = []) {  // before: the turn that this one replaces
   const asked = {role: "user", content: question}, given = {role: "assistant", content: "", thought: "", note: ""};
   control = new AbortController();
   state.messages.push(asked, given);
@@ -38,10 +38,11 @@ async function send(question) {
   control = null;
   if (!state.messages.includes(given)) return busy(false);  // a new chat has begun
   const empty = !given.content && !given.thought;
-  if (empty) {  // nothing came: the question goes back
-    state.messages.splice(-2);
+  if (empty) {  // nothing came: the turn before comes back, or the question does, before a draft
+    state.messages.splice(-2, 2, ...before);
     drawn.forEach(each => each.remove());
-    if (!box.value) box.value = question;
+    before.forEach(draw);
+    if (!before.length) box.value = [question, box.value].filter(Boolean).join("\n\n");
     fit();
   }
   drawn[1].update(true);
@@ -152,9 +153,9 @@ function stop() {
 }
 function again() {
   if (control) return;
-  const [asked] = state.messages.splice(-2);
+  const before = state.messages.splice(-2);
   [...log.querySelectorAll("article")].slice(-2).forEach(turn => turn.remove());
-  send(asked.content);
+  send(before[0].content, before);
 }
 by("compose").addEventListener("submit", event => {
   event.preventDefault();
