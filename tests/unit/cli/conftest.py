@@ -1,4 +1,4 @@
-"""`smart_decoding.llm` with a scripted LLM."""
+"""`smart_decoding.llm` with a scripted LLM, and a machine without Ollama."""
 
 from __future__ import annotations
 
@@ -11,6 +11,12 @@ import pytest
 sys.path.append(str(Path(__file__).parent))
 
 from scripted import FakeLLM
+
+
+@pytest.fixture(autouse=True)
+def no_ollama(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ollama has no models here, whatever this machine's has."""
+    monkeypatch.setenv("OLLAMA_MODELS", str(tmp_path / "no-ollama"))
 
 
 @pytest.fixture
