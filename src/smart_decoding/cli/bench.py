@@ -49,9 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--time-limit",
         type=float,
         metavar="SECONDS",
-        help="report what was measured by then, marked as partial (none)",
+        help="end then, and report a partial result (none)",
     )
-    add("--json", type=Path, metavar="FILE", help="write the results there, whole or not at all")
+    add("--json", type=Path, metavar="FILE", help="write the results there")
 
 
 def _what_runs(parser: argparse.ArgumentParser, default: BenchOptions) -> None:
@@ -81,7 +81,7 @@ def _what_is_measured(parser: argparse.ArgumentParser, default: BenchOptions) ->
     add("--limit", type=int, help=f"prompts per task (default: {default.limit})")
     add("--max-tokens", type=int, help=f"tokens per answer (default: {default.max_tokens})")
     add("--temperature", type=float, help=f"0 is greedy (default: {default.temperature:g})")
-    add("--seed", type=int, help=f"of the first prompt's draws (default: {default.seed})")
+    add("--seed", type=int, help=f"seed of the first prompt's draws (default: {default.seed})")
 
 
 def _shown(value: Any) -> str:

@@ -25,19 +25,19 @@ def policy_name(name: str) -> str:
     return name
 
 
-DTYPE = Option("dtype", str, "bf16", "of weights and KV cache", DTYPES)
+DTYPE = Option("dtype", str, "bf16", "type of weights and KV cache", DTYPES)
 QUANTIZATION = Option(
     "quantization",
     str,
     None,
-    "round weights to int8 or int4, or expand those of a GGUF file (off) (as they are stored)",
+    "int8, int4: round the weights; off: expand a GGUF file's to bf16 (as the file stores them)",
     ("off", "int8", "int4"),
 )
 ACTIVATIONS = Option(
     "activations",
     str,
     "auto",
-    "what quantised weights are multiplied with: rounded to int8, exact, or whichever is faster",
+    "activations that meet quantised weights: exact, rounded to int8, or the faster of both",
     ("auto", "exact", "int8"),
 )
 DEVICE = Option("device", str, "auto", "auto, cpu or cuda")
@@ -45,29 +45,29 @@ METHOD = Option(
     "method",
     str,
     None,
-    "what drafts (the model's own head or MTP layer, else a cached smaller model of its family, "
-    "else ngram)",
+    "kind of drafter (the model's own head or MTP layer, else a cached smaller model of its "
+    "family, else ngram)",
     METHODS,
 )
 DRAFT = Option(
     "draft",
     str,
     None,
-    "what drafts: a head (its folder, GGUF file or hub id), or a smaller model of the same "
-    "vocabulary (the model's own head)",
+    "drafter: a head (its folder, GGUF file or hub id), or a smaller model of the same "
+    "vocabulary (chosen as for --method)",
 )
 METHOD_OPTION = Option("method-option", key_value, [], "K=V for the method; may be repeated (none)")
 CHAT_TEMPLATE = Option(
     "chat-template",
     str,
     None,
-    "file, or built-in name (vicuna), of what makes prompts of conversations (the model's own)",
+    "template that makes a prompt of a conversation: a file, or vicuna (the model's own)",
 )
 TRUST_PICKLE = Option(
     "trust-pickle",
     bool,
     False,
-    "load models and draft heads that are pickled (pytorch_model.bin), tensors only (off)",
+    "load pickled models and draft heads (pytorch_model.bin), tensors only (off)",
 )
 MODEL_OPTIONS = (
     DTYPE,
@@ -83,7 +83,7 @@ MODEL_OPTIONS = (
         "policy",
         policy_name,
         None,
-        "what sizes the trees: off, chain, static, eagle2, paper, smart (smart)",
+        "rule that sizes the draft trees: off, chain, static, eagle2, paper, smart (smart)",
     ),
     Option("policy-option", key_value, [], "K=V for the policy; may be repeated (none)"),
     METHOD_OPTION,
@@ -91,7 +91,7 @@ MODEL_OPTIONS = (
         "speculative-config",
         json_object,
         None,
-        "all of these as vLLM writes them, JSON such as "
+        "method, drafter and policy in vLLM's JSON, such as "
         '{"method": "ngram", "num_speculative_tokens": 4} (none)',
     ),
     CHAT_TEMPLATE,
@@ -107,8 +107,8 @@ MODEL_OPTIONS = (
         "generation-config",
         str,
         "auto",
-        "where sampling defaults come from: auto (the model's generation_config.json), vllm "
-        "(nowhere), or a folder with such a file",
+        "source of the sampling defaults: auto (the model's generation_config.json), vllm "
+        "(no file), or a folder with such a file",
     ),
 )
 

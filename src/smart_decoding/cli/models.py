@@ -35,7 +35,7 @@ from smart_decoding.models.checkpoints.registry import (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the subcommands list (the default), pull and rm."""
-    verbose = "say where the built-in models come from"
+    verbose = "name the sources of the built-in models"
     parser.add_argument("-v", "--verbose", action="store_true", help=verbose)
     actions = parser.add_subparsers(dest="action", metavar="list | pull MODEL | rm MODEL")
     listing = actions.add_parser("list", help="names, sizes, and what is cached")

@@ -46,11 +46,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "words",
         nargs="*",
         metavar="[MODEL] PROMPT",
-        help="the model, as for --model, and the user's message; a file's text and a pipe's come "
-        "behind the message",
+        help="the model, as for --model, and the user's message; text of a file or pipe "
+        "follows the message",
     )
     parser.add_argument("-p", "--prompt", metavar="PROMPT", help="the message")
-    parser.add_argument("-f", "--file", type=Path, metavar="FILE", help="a file's text; - a pipe's")
+    parser.add_argument(
+        "-f", "--file", type=Path, metavar="FILE", help="the message from a file; - from a pipe"
+    )
     parser.add_argument(
         "--batch",
         type=Path,

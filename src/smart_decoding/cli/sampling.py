@@ -19,18 +19,22 @@ SAMPLING = (
         "temperature",
         float,
         None,
-        "spread of the draws, 0 is greedy (the model's, else 0)",
+        "0 takes the likeliest token, more draws more freely (the model's, else 0)",
         aliases=("--temp",),
     ),
     Option(
-        "top-p", float, None, "draw from the likeliest tokens of this mass (the model's, else 1.0)"
+        "top-p",
+        float,
+        None,
+        "draw from the likeliest tokens of this probability (the model's, else 1.0)",
     ),
-    Option("top-k", int, None, "draw from so many likeliest tokens (the model's, else 0: all)"),
+    Option("top-k", int, None, "draw from this many likeliest tokens (the model's, else 0: all)"),
     Option(
         "min-p",
         float,
         None,
-        "draw from tokens this likely, relative to the likeliest (the model's, else 0.0)",
+        "draw from tokens of at least this part of the likeliest one's probability (the model's, "
+        "else 0.0)",
     ),
     Option(
         "repetition-penalty",
@@ -44,10 +48,10 @@ SAMPLING = (
         int,
         None,
         "the same seed gives the same answer under every policy (a new one each time, which "
-        "--stats tells)",
+        "--stats names)",
     ),
     Option(
-        "max-tokens", int, None, "length of the answer at most (-1: the context's)", aliases=("-n",)
+        "max-tokens", int, None, "longest answer, -1: to the end of the context", aliases=("-n",)
     ),
 )
 

@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help=f"name, hub id, folder or GGUF file ({DEFAULT_MODEL})",
     )
-    parser.add_argument("-m", "--model", "-hf", help="the same")
+    parser.add_argument("-m", "--model", "-hf", help="as MODEL")
     parser.add_argument(
         "--config",
         type=Path,

@@ -17,7 +17,7 @@ KEY_VARIABLE = "SMART_API_KEY"
 OPTIONS = {
     "model": (
         *MODEL_OPTIONS,
-        Option("max-num-seqs", int, 32, "answers that run at a time"),
+        Option("max-num-seqs", int, 32, "answers that run at once"),
         Option("max-num-batched-tokens", int, None, "prompt tokens in a round (256, on CUDA 2048)"),
         Option(
             "kv-cache-tokens",
@@ -28,13 +28,13 @@ OPTIONS = {
         Option(
             "gpu-memory-utilization", float, 0.9, "part of a GPU's memory for weights and KV memory"
         ),
-        Option("enable-prefix-caching", bool, True, "beginnings of earlier prompts are kept"),
-        Option("seed", int, 0, "what the seeds of requests without one are drawn from (0)"),
+        Option("enable-prefix-caching", bool, True, "keep the beginnings of earlier prompts"),
+        Option("seed", int, 0, "number that the seeds of requests without one derive from (0)"),
         Option(
             "override-generation-config",
             key_value,
             [],
-            "K=V in place of its own, such as temperature=0; may be repeated (none)",
+            "K=V in place of a sampling default, such as temperature=0; may be repeated (none)",
         ),
     ),
     "pictures": (
@@ -45,7 +45,7 @@ OPTIONS = {
             "limit-mm-per-prompt",
             key_value,
             [],
-            "image=N or video=N, of one prompt; may be repeated (image=16, video=1)",
+            "pictures of one prompt, image=N or video=N; may be repeated (image=16, video=1)",
         ),
         Option(
             "mm-processor-option",
@@ -53,9 +53,7 @@ OPTIONS = {
             [],
             "K=V for the image processor, such as max_pixels; may be repeated (none)",
         ),
-        Option(
-            "max-image-pixels", int, 50_000_000, "of one picture as it is sent; more are refused"
-        ),
+        Option("max-image-pixels", int, 50_000_000, "largest picture, in pixels as it is sent"),
     ),
     "server": (
         Option("host", str, "127.0.0.1", "address to listen on; any but loopback needs an API key"),
@@ -77,26 +75,35 @@ OPTIONS = {
             "log-level",
             str,
             "info",
-            "debug, info, warning or error",
+            "least severe messages to log",
             ("debug", "info", "warning", "error"),
         ),
-        Option(
-            "shutdown-timeout", float, 30.0, "seconds that running answers get to end after SIGTERM"
-        ),
+        Option("shutdown-timeout", float, 30.0, "seconds for running answers to end after SIGTERM"),
     ),
     "limits": (
-        Option("max-queue", int, 256, "answers that may wait beyond the running ones; then 429"),
-        Option("queue-timeout", float, 60.0, "seconds that an answer may wait; then 503"),
-        Option("max-body", int, 4 * 2**20, "bytes of a request's body; then 413"),
-        Option("body-timeout", float, 30.0, "seconds that a body may take to arrive; then 408"),
+        Option("max-queue", int, 256, "most answers that wait; status 429 beyond"),
+        Option(
+            "queue-timeout", float, 60.0, "longest wait of an answer, in seconds; status 503 beyond"
+        ),
+        Option(
+            "max-body", int, 4 * 2**20, "largest body of a request, in bytes; status 413 beyond"
+        ),
+        Option(
+            "body-timeout",
+            float,
+            30.0,
+            "longest time for a body to arrive, in seconds; status 408 beyond",
+        ),
         Option(
             "head-timeout",
             float,
             10.0,
-            "seconds that a request's head may take to arrive; then 408",
+            "longest time for a request's head to arrive, in seconds; status 408 beyond",
         ),
-        Option("max-connections", int, 512, "connections, half of them from one address"),
-        Option("max-n", int, 8, "answers to one prompt"),
+        Option(
+            "max-connections", int, 512, "most connections; one address gets half of them at most"
+        ),
+        Option("max-n", int, 8, "most answers to one prompt"),
     ),
 }
 _MODEL = Option("model", str, DEFAULT_MODEL, "as of the command line")

@@ -45,14 +45,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     _add_data(parser.add_argument_group("conversations"))
     _add_head(parser.add_argument_group("head"))
-    add("--seconds", type=float, default=2400, help="of training in all, over resumed runs (2400)")
+    add("--seconds", type=float, default=2400, help="training time over all resumed runs (2400)")
     add(
         "--prior-prompts",
         type=int,
         default=60,
         help="held-out prompts that the prior is learned on (60)",
     )
-    add("--seed", type=int, default=0, help="of all random choices (0)")
+    add("--seed", type=int, default=0, help="seed of all random choices (0)")
     add_allow_slow(parser)
 
 
@@ -77,7 +77,8 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
     add(
         "--without-tasks",
         default="",
-        help="leave out what shares eight words with a prompt of these bench tasks (none)",
+        help="leave out conversations that share eight words with a prompt of these tasks of smart "
+        "bench (none)",
     )
 
 
@@ -89,7 +90,7 @@ def _add_head(group: argparse._ArgumentGroup) -> None:
         "--intermediate-size",
         type=int,
         metavar="N",
-        help="neurons of its feed-forward network (default: as many as in what it starts from)",
+        help="neurons of its feed-forward network (default: as in what it starts from)",
     )
     add(
         "--aux-layers",

@@ -58,7 +58,7 @@ def _add_llama_cpp(parser: argparse.ArgumentParser) -> None:
     draft = "a smaller model of the same vocabulary, or a draft head (none: n-grams alone)"
     add("--draft", "-md", type=Path, metavar="FILE", help=draft)
     add("--server", type=Path, metavar="PATH", help="llama-server, or its folder (from PATH)")
-    more = "options that it always gets, in quotes, such as '-ngl 99 -ctk q8_0'"
+    more = "further options of llama-server, in quotes, such as '-ngl 99 -ctk q8_0' (none)"
     add("--server-args", type=shlex.split, default=[], metavar="WORDS", help=more)
     _add_common(parser, "slots", (1, 4, 8), "smart-tune.ini", 64)
 
@@ -89,18 +89,18 @@ def _add_sglang(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", nargs="?", help="as SGLang takes it: a hub id or a folder")
     add("--speculative-algorithm", default="EAGLE3", metavar="NAME", help="SGLang's (EAGLE3)")
-    add("--speculative-draft-model-path", metavar="PATH", help="SGLang's: the draft head")
-    topk = "SGLang's; above 1 for trees, with --nodes (1)"
+    add("--speculative-draft-model-path", metavar="PATH", help="SGLang's option: the draft head")
+    topk = "SGLang's option; above 1 for trees, with --nodes (1)"
     add("--speculative-eagle-topk", type=int, default=1, metavar="K", help=topk)
     add("--steps", type=whole_numbers, default=(1, 3, 5), help="draft steps to try (1,3,5)")
-    nodes = "for trees: nodes after so many steps, without the root (none: chains)"
+    nodes = "for trees: nodes after each number of steps, without the root (none: chains)"
     add("--nodes", default="", metavar="STEPS=NODES,...", help=nodes)
-    more = "options that its server always gets, in quotes, such as '--tp 2'"
+    more = "further options of SGLang's server, in quotes, such as '--tp 2' (none)"
     add("--server-args", type=shlex.split, default=[], metavar="WORDS", help=more)
     add("--blocks", type=int, default=4, help="measurements of each load and size (4)")
     lines = (
-        "start nothing: take what sglang.bench_serving wrote to --output-file, of a server with so "
-        "many steps (0: no speculation), a line for each load"
+        "start no server: read the --output-file of sglang.bench_serving, measured with STEPS "
+        "draft steps (0: no speculation), a line for each load"
     )
     add("--bench-serving", nargs="+", metavar="STEPS=FILE", help=lines)
     _add_common(parser, "max-concurrency", (1, 4, 16), "costs.json", 128)
@@ -113,14 +113,14 @@ def _add_common(
     shown = ",".join(map(str, loads))
     help_ = f"requests at once ({shown})"
     add(f"--{load}", dest="loads", type=whole_numbers, default=loads, metavar=shown, help=help_)
-    help_ = "a prompt a line, text or JSON with 'prompt': yours tell most (ours: 3 tasks)"
+    help_ = "your prompts: one a line, text or JSON with 'prompt' (code, maths, general)"
     add("--prompts", type=Path, metavar="FILE", help=help_)
-    add("--max-tokens", type=int, default=tokens, help=f"of each answer ({tokens})")
-    help_ = "when it says what it knows by then (1800)"
+    add("--max-tokens", type=int, default=tokens, help=f"longest answer ({tokens})")
+    help_ = "end the search then, and report its best so far (1800)"
     add("--time-limit", type=float, default=1800.0, metavar="SECONDS", help=help_)
-    help_ = "keep what is measured, and go on from it"
+    help_ = "keep each measurement there, and go on from them (none)"
     add("--resume", type=Path, metavar="FILE", help=help_)
-    help_ = f"for the engine's own options ({output}); all measurements go beside it"
+    help_ = f"write the engine's own options there, and all measurements beside it ({output})"
     add("--output", type=Path, default=Path(output), metavar="FILE", help=help_)
     add("--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks")
 
