@@ -18,7 +18,7 @@ from smart_decoding.kernels.memory import pointer
 
 HEADER = Path(__file__).parent / "csrc" / "abi.h"
 LAYOUT = HEADER.with_name("layout.inc")
-_STALE = "it was not built from this version's csrc/abi.h; build the CPU kernels again (make env)"
+_STALE = "it was not built from this version's csrc/abi.h; build the kernels again (make install)"
 _SCALARS: dict[str, Any] = {
     "int8_t": ctypes.c_int8,
     "uint8_t": ctypes.c_uint8,

@@ -26,7 +26,7 @@ INSTEAD = {  # of systems that the kernels are not made for
     "win32": "Windows: use Linux, by WSL (wsl --install)",
     "darwin": "macOS: use Linux, in a container (Docker; a clone has a Dockerfile)",
 }
-BUILD = "build them with `make env` in a clone, or `pip install .` (needs g++ 11 or newer)"
+BUILD = "build them with `make install` in a clone, or `pip install .` (needs g++ 11 or newer)"
 
 
 class DeniedError(ConfigError):
