@@ -3,6 +3,7 @@ in llama-cpp-python 0.3.36), against the safetensors that they were converted fr
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -389,7 +390,12 @@ def test_a_head_on_the_hub(answered: bool, tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"GGUF", b"GGUF" + bytes(20), b"GGUF\x03\0\0\0" + b"\xff" * 40, b"PK" + bytes(60)],
+    [
+        *(b"", b"GGUF", b"GGUF" + bytes(20), b"PK" + bytes(60)),
+        b"GGUF\x03\0\0\0" + b"\xff" * 40,
+        # a list of 2**63 numbers
+        b"GGUF" + struct.pack("<IQQQsIIQ", 3, 0, 2, 1, b"a", 9, 4, 1 << 63) + bytes(60),
+    ],
 )
 def test_a_damaged_file_says_nothing_of_itself(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "x.gguf"

@@ -56,6 +56,8 @@ def test_a_name_means_the_file_that_ollama_has(store: Path) -> None:
         {"layers": [{**WEIGHTS, "digest": "sha256:../x"}]},
         {"layers": [{**WEIGHTS, "digest": f"sha256:{'cd' * 32}"}]},
         {"layers": [TEMPLATE]},
+        {"layers": [{**WEIGHTS, "digest": 5}]},
+        "[" * 100_000,
     ],
 )
 def test_a_manifest_without_a_model_means_nothing(store: Path, manifest: Any) -> None:

@@ -42,7 +42,7 @@ def _entries(path: Path) -> dict[str, str | float]:
     """Return texts and numbers before the vocabulary, which is not read, so that this takes no
     time."""
     found: dict[str, str | float] = {}
-    with suppress(OSError, ValueError, LookupError, struct.error):
+    with suppress(OSError, ValueError, LookupError, OverflowError, struct.error):
         with path.open("rb") as file:
             header = _Header(file.read(_READ))
         for _ in range(min(header.begin(), _ENTRIES)):

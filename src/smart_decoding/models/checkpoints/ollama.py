@@ -26,12 +26,12 @@ def ollama_file(name: str) -> Path | None:
         try:
             layers = json.loads(manifest.read_text(encoding="utf-8"))["layers"]
             digests = [each["digest"] for each in layers if each["mediaType"] == _WEIGHTS]
-        except (OSError, ValueError, LookupError, TypeError):  # there is none, or another's file
-            continue
-        for digest in filter(_DIGEST.fullmatch, digests):
-            blob = store / "blobs" / str(digest).replace(":", "-")
-            if blob.is_file():
-                return blob
+            blobs = [store / "blobs" / d.replace(":", "-") for d in digests if _DIGEST.fullmatch(d)]
+            blob: Path | None = next(filter(Path.is_file, blobs), None)
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
+            continue  # there is none, or another's file
+        if blob is not None:
+            return blob
     return None
 
 
