@@ -132,6 +132,25 @@ def test_of_a_users_own_file_only_what_was_made_of_it_is_removed(
     assert not made.exists()
 
 
+def test_what_was_made_of_a_model_of_ollamas_is_removed_by_its_name(
+    own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = "ab" * 32
+    blob = tmp_path / "blobs" / f"sha256-{digest}"
+    manifest = tmp_path / "manifests" / "registry.ollama.ai" / "library" / "llama3" / "latest"
+    for path in (blob, manifest):
+        path.parent.mkdir(parents=True)
+    blob.write_bytes(b"GGUF")
+    layer = {"mediaType": "application/vnd.ollama.image.model", "digest": f"sha256:{digest}"}
+    manifest.write_text(json.dumps({"layers": [layer]}))
+    monkeypatch.setenv("OLLAMA_MODELS", str(tmp_path))
+    made = own_cache / "converted" / conversion_key(blob)
+    write(made / "config.json", 10)
+    assert cli.main(["models", "rm", "llama3", "-y"]) == 0
+    assert blob.exists()
+    assert not made.exists()
+
+
 def test_what_was_made_of_a_file_is_removed_by_the_name_that_is_shown(
     own_cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

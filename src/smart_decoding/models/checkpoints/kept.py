@@ -20,6 +20,7 @@ from smart_decoding.models.checkpoints.hub_repository import (
     hub_cache,
     is_complete,
 )
+from smart_decoding.models.checkpoints.ollama import ollama_file
 from smart_decoding.models.checkpoints.registry import (
     HUB,
     HUB_ID,
@@ -54,8 +55,7 @@ def kept_of(name: str) -> list[Kept]:
     hub_id = hub_id_of(name)
     if base in NAMED_MODELS and origin in ("", "hub", "pypi"):
         return _of_named(name, base, origin)
-    local = expanded(name)
-    local = first_part(local)
+    local = ollama_file(name) or first_part(expanded(name))
     if hub_id and not local.exists():
         return _of_hub(name, hub_id[1], hub_id[2])
     place = str(local.resolve())
