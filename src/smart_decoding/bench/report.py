@@ -55,7 +55,8 @@ def conclusion(results: Results) -> list[str]:
     policy = results.policies[0]
     runs = [run for run in results.pooled if run["policy"] == policy]
     text = f"{policy} against plain decoding: {'; '.join(map(_gain, runs))}."
-    if any((number(run, "speedup_high") or 1.0) < 1 for run in runs):
+    highest = (number(run, "speedup_high") or number(run, "speedup") or 1.0 for run in runs)
+    if any(value < 1 for value in highest):
         text += " Where it is slower, --policy off decodes plainly."
     elif policy == OURS:
         text += " smart run, chat and serve use it by default."

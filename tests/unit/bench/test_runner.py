@@ -195,6 +195,8 @@ def test_the_end_says_what_follows(world):
     end = " ".join(terminal([*runs, run(16, 0.9, 0.85, 0.96)]).split("\n\n")[-1].split())
     assert "with 16 at once 0.90 times as fast (0.85-0.96)." in end
     assert end.endswith("Where it is slower, --policy off decodes plainly.")
+    end = " ".join(terminal([run(1, 0.5, None, None)]).split("\n\n")[-1].split())
+    assert end.endswith("Where it is slower, --policy off decodes plainly.")
     assert "against" not in terminal([{**run(1, 1.0, 1.0, 1.0), "policy": "off"}])
 
 
