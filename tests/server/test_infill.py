@@ -136,6 +136,13 @@ def test_editors_get_the_fields_that_they_request(coder: Running) -> None:
     assert found["timings/predicted_n"] <= 8
 
 
+def test_without_a_limit_half_of_the_context_stays_free(coder: Running) -> None:
+    body = {name: value for name, value in EDITOR.items() if name != "n_predict"}
+    for limit in ({}, {"n_predict": -1}):
+        long = {**body, **limit, "input_prefix": "a" * 5000, "stop": ["\n"]}
+        assert post(coder, "/infill", json=long).json()["tokens_evaluated"] == 128
+
+
 def test_a_prompt_is_read_ahead_without_an_answer(coder: Running) -> None:
     ahead = {"input_extra": EDITOR["input_extra"], "n_predict": 0, "samplers": []}
     found = post(coder, "/infill", json=ahead).json()

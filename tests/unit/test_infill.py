@@ -90,7 +90,7 @@ def test_what_a_text_begins_with_comes_first() -> None:
 
 
 def encoded(body: InfillRequest, tokens: InfillTokens, context: int, limit: int) -> object:
-    of_bytes = [list(text.encode()) for text in texts_of(body, tokens, context)]
+    of_bytes = [list(text.encode()) for text in texts_of(body, tokens, context)[0]]
     prompt, cut = prompt_of(of_bytes, tokens, context, limit)
     text = "".join(chr(token) if token < 256 else f"<{token}>" for token in prompt)
     return text, cut
@@ -136,9 +136,17 @@ def test_no_more_is_encoded_than_may_fit() -> None:
     extra = [{"text": f"{i}" * 90} for i in range(10)]
     body = InfillRequest(input_prefix="a" * 900, input_suffix="b" * 900, input_extra=extra)  # type: ignore[arg-type]
     for tokens in (fits(*DEEPSEEK), fits(*QWEN, "<|file_sep|>")):
-        before, behind, *beside = texts_of(body, tokens, 20)
+        (before, behind, *beside), cut = texts_of(body, tokens, 20)
+        assert cut
+        assert not texts_of(body, tokens, 200)[1]
         assert (before, behind) == ("a" * 160, "b" * 160)
         of_extra = "".join(beside).replace("repository\n", "").replace("filename\n", "")
         assert len(of_extra) == 160
         assert "8" in of_extra
         assert "7" not in of_extra
+
+
+def test_sampling_defaults_of_a_model_are_for_its_chats() -> None:
+    recommended = {"temperature": 0.7, "repetition_penalty": 1.3}
+    params = InfillRequest(input_prefix="a").params(8, None, recommended)
+    assert (params.temperature, params.repetition_penalty) == (0.0, 1.0)

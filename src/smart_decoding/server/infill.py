@@ -16,12 +16,11 @@ if TYPE_CHECKING:
     from smart_decoding.server.answers import Json
     from smart_decoding.server.schemas import Completions, InfillRequest
 
-CHARACTERS = 8  # a token, at most, of texts that are cut to fit into the context
+CHARACTERS = 8  # a token of the context: of longer texts the rest is not encoded
 SUFFIX_SHARE = 4  # the part of the context that the text behind a gap gets: a quarter
 SNIPPET = "\n\n--- snippet ---\n\n"  # before a text where the vocabulary has no token for a file
 FILENAME = "filename"  # of the file with the gap, of which requests do not tell
 REPOSITORY = "repository\n"
-STOPS = {"stop": "eos", "length": "limit"}
 
 
 def infill_tokens(tokenizer: Tokenizer, field: str) -> InfillTokens:
@@ -43,18 +42,22 @@ def stop_at_ends(body: Completions, tokens: InfillTokens) -> None:
         body.stop_token_ids = [*(body.stop_token_ids or ()), *tokens.ends]
 
 
-def texts_of(body: InfillRequest, tokens: InfillTokens, context: int) -> list[str]:
+def texts_of(body: InfillRequest, tokens: InfillTokens, context: int) -> tuple[list[str], bool]:
     """Return the texts to encode: before the gap, behind it, and then those beside the file with
-    it. They are cut to what may fit into so many tokens."""
+    it; and whether they were cut to what is worth encoding for so many tokens."""
     most = CHARACTERS * context
-    before = (body.input_prefix + body.prompt)[-most:]
-    behind = body.input_suffix[:most]
+    before, behind = body.input_prefix + body.prompt, body.input_suffix
     extra = body.input_extra or ()
-    if tokens.file is None:
-        return [before, behind, *_latest([f"{SNIPPET}{each.text}" for each in extra], most)]
-    beside = _latest([f"{each.filename}\n{each.text}" for each in extra], most)
-    head = [] if tokens.repository is None else [REPOSITORY]
-    return [before, behind, *([*head, *beside, f"{FILENAME}\n"] if beside else [])]
+    snippets = [
+        f"{SNIPPET}{each.text}" if tokens.file is None else f"{each.filename}\n{each.text}"
+        for each in extra
+    ]
+    beside = _latest(snippets, most)
+    cut = max(len(before), len(behind), sum(map(len, snippets))) > most
+    if beside and tokens.file is not None:
+        head = [] if tokens.repository is None else [REPOSITORY]
+        beside = [*head, *beside, f"{FILENAME}\n"]
+    return [before[-most:], behind[:most], *beside], cut
 
 
 def _latest(texts: Sequence[str], most: int) -> list[str]:
@@ -119,7 +122,6 @@ class InfillReply(Reply):
             "index": 0,
             "content": "" if body.n_predict == 0 else content,
             "stop": True,
-            "stop_type": STOPS.get(str(last.finish_reason), "none"),
             "model": self.model,
             "tokens_predicted": self.usage.completion,
             "tokens_evaluated": self.usage.prompt,

@@ -105,13 +105,13 @@ class _Routes:
         tokens = infill_tokens(llm.tokenizer, body.prompt_field)
         stop_at_ends(body, tokens)
         context = llm.engine.config.max_model_len
-        texts = texts_of(body, tokens, context)
+        texts, shortened = texts_of(body, tokens, context)
         encode = partial(self._encode, request, False)
         encoded = await encode(body.prompt_field, texts)
         prompt, cut = prompt_of(encoded, tokens, context, body.limit or context // 2)
         prompts = [await self._text_prompt(request, llm, prompt)]
         form = CompletionForm(llm.tokenizer.token_text, None, _readers(llm, body, prompts))
-        reply = partial(InfillReply, truncated=cut)
+        reply = partial(InfillReply, truncated=cut or shortened)
         parsed = ParsedRequest(body, prompts, form, None, encode, reply=reply)
         return await answer(self._worker, request, parsed)
 
