@@ -203,10 +203,12 @@ def _signals_later() -> Iterator[None]:
         yield
         return
     came: list[int] = []
-    with _handling((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), lambda n, _: came.append(n)):
-        yield
-    for number in came[:1]:
-        signal.raise_signal(number)
+    try:
+        with _handling((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), lambda n, _: came.append(n)):
+            yield
+    finally:
+        for number in came[:1]:
+            signal.raise_signal(number)
 
 
 @contextmanager
