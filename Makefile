@@ -40,7 +40,7 @@ wheel: env
 	  CXX=$(CROSS) $(WHEEL)/aarch64 -C build-dir=build/aarch64 -C cmake.define.CMAKE_SYSTEM_NAME=Linux \
 	    -C cmake.define.CMAKE_SYSTEM_PROCESSOR=aarch64 .; \
 	  $(BIN)/wheel tags --remove --platform-tag linux_aarch64 build/dist/aarch64/*.whl; \
-	else echo "not built: a wheel for aarch64 (no aarch64-linux-gnu-g++)"; fi
+	else echo "not built: a wheel for aarch64 (CROSS names no aarch64-linux-gnu-g++)"; fi
 	for wheel in build/dist/*.whl build/dist/aarch64/*.whl; do test ! -e $$wheel || \
 	  PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist $$wheel || exit 1; done
 	$(BIN)/twine check --strict dist/*.whl

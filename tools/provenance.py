@@ -52,9 +52,10 @@ def provenance(folder: Path) -> dict[str, Any]:
     wheels = {path.name: wheel(path) for path in sorted(folder.glob("*.whl"))}
     if not wheels or not all(all(each["compilers"].values()) for each in wheels.values()):
         sys.exit(f"{folder} has no wheels whose libraries name their compilers")
+    changes = first_line("git", "status", "--porcelain")  # None outside of a clone
     return {
         "commit": first_line("git", "rev-parse", "HEAD"),
-        "modified": bool(first_line("git", "status", "--porcelain")),
+        "modified": None if changes is None else bool(changes),
         "wheels": wheels,
         "versions": {
             "python": platform.python_version(),
