@@ -2,8 +2,10 @@
 
     python tools/provenance.py dist
 
-Each wheel has its checksum, and its compilers as the compiled libraries name them. Needed by
-`make wheel`; a release publishes the file with the wheels.
+Each wheel has its checksum, and its compilers as the compiled libraries name them. A release
+publishes the file with the wheels.
+
+Needed by `make wheel`.
 """
 
 from __future__ import annotations

@@ -76,6 +76,7 @@ def test_ctrl_c_clears_the_line_and_leaves_the_second_time(
     terminal = chat()
     terminal.send(CTRL_C)
     terminal.until("leaves)")
+    terminal.until("> ")
     terminal.send(CTRL_C)
     assert terminal.end() == 0
 
