@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from smart_decoding.core.batch import BatchState, Round
+from smart_decoding.core.rule import TreeRule
 from smart_decoding.core.tree import BoolArray, DraftTrees, FloatArray, IntArray
 from smart_decoding.engine.admission import BEFORE, Admission, EngineConfig
 from smart_decoding.engine.drafting import Draft
@@ -22,7 +23,6 @@ from smart_decoding.errors import CapacityError, ConfigError
 
 if TYPE_CHECKING:
     from smart_decoding.core.policies.base import Policy
-    from smart_decoding.core.rule import TreeRule
     from smart_decoding.core.tree import Acceptance
     from smart_decoding.engine.media import Media
     from smart_decoding.engine.protocols import Clock, Drafter, Target, Verified
@@ -286,7 +286,11 @@ class Engine:
             return None
         if not self._dropped.isdisjoint(batch.decode):
             return None
-        return self.policy.plan(state)
+        rule = self.policy.plan(state)
+        if rule is not None and not isinstance(rule, TreeRule):  # of a user's own policy
+            kind = type(rule).__name__
+            raise ConfigError(f"plan() of a policy must return a TreeRule or None, not {kind}")
+        return rule
 
     def _update(self, batch: Batch, verified: Verified) -> tuple[int, list[int]]:
         """Append the new tokens and commit the KV lengths. Return how many tokens entered answers,
