@@ -501,7 +501,8 @@ def command_of(args: argparse.Namespace, limits: Sequence[float]) -> str:
     for text in args.smart or ():
         command += ["--smart", without_folders(text)]
     command += ["--max-tokens", str(args.max_tokens), "--tune-tokens", str(args.tune_tokens)]
-    command += ["--blocks", str(args.blocks), "--max-model-len", str(args.max_model_len)]
+    command += ["--blocks", ",".join(map(str, args.blocks))]
+    command += ["--max-model-len", str(args.max_model_len)]
     command += ["--rows", ",".join(map(str, args.rows))]
     command += ["--forward-context", str(args.forward_context)]
     command += ["--time-limit", f"{sum(limits):.0f}"]
