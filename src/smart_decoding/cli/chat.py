@@ -56,6 +56,7 @@ def main(args: argparse.Namespace) -> int:
                     print(f"smart: {wanted} answers now", file=sys.stderr)
                 present = wanted
                 announce_default(llm, options["speculative_config"])
+                llm.engine_thread.start()  # costs are measured while the first message is typed
                 wanted = converse(llm, state, entered)
             if wanted is not None:  # which needs the memory
                 llm.engine_thread.stop()

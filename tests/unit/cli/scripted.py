@@ -50,7 +50,10 @@ class FakeLLM:
         )
         config = SimpleNamespace(max_model_len=self.context)
         self.engine = SimpleNamespace(last_round=None, config=config)
-        self.engine_thread = SimpleNamespace(stop=lambda: None)
+        self.started: list[int] = []  # answers before each start of the engine's thread
+        self.engine_thread = SimpleNamespace(
+            start=lambda: self.started.append(len(self.calls)), stop=lambda: None
+        )
         self.default_sampling_params = self.recommended
         self.target = SimpleNamespace(decoder=SimpleNamespace(config=CONFIG))
         self.drafts = options["speculative_config"] is not False

@@ -77,6 +77,7 @@ def test_history_grows_and_is_forgotten(
     ]
     out, err = capsys.readouterr()
     assert out == "Paris is the capital.\n" * 4
+    assert [llm.started for llm in fake.made] == [[0]]  # measures before the first message
     assert err.count("[5 tokens, 10.0 tok/s, 3 of 5 drafts accepted]\n") == 4
     (llm,) = fake.made
     assert llm.model == "some-model"
