@@ -58,8 +58,8 @@ def test_the_pages_files_are_open_and_nothing_beside_them(load: Any) -> None:
 
 @pytest.fixture(scope="module")
 def slowly(load: Any) -> Iterator[Running]:
-    """A server whose rounds take a hundredth of a second more."""
-    with serving(lambda: slow(load(), 0.01)) as running:
+    """A server whose rounds take some hundredths of a second more."""
+    with serving(lambda: slow(load(), 0.04)) as running:
         yield running
 
 
@@ -330,7 +330,7 @@ def test_an_answers_markdown_fits_and_its_html_is_not_run(
 @needs_chromium
 def test_what_is_refused_is_said_and_the_question_comes_back(load: Any) -> None:
     with (
-        serving(lambda: slow(load(), 0.01), api_keys=("k",)) as running,
+        serving(lambda: slow(load(), 0.04), api_keys=("k",)) as running,
         chatting(running) as (page, bodies),
     ):
         ask(page, "abc")
@@ -407,7 +407,7 @@ def test_thoughts_are_folded_and_not_sent_back(slowly: Running) -> None:
 @needs_chromium
 def test_a_model_without_a_template_continues_text(load: Any) -> None:
     def untaught() -> Any:
-        llm = slow(load(), 0.01)
+        llm = slow(load(), 0.04)
         llm.tokenizer.template = None
         return llm
 
@@ -463,7 +463,7 @@ def test_the_live_view(load: Any, size: tuple[int, int], scheme: str) -> None:
     """It loads without errors, moves while a request runs, rests when told to, keeps the last
     result, and comes back after the server was away."""
     with browser_page(size, scheme) as page:
-        with serving(lambda: slow(load(), 0.01)) as running:
+        with serving(lambda: slow(load(), 0.04)) as running:
             port = int(running.url.rpartition(":")[2])
             page.goto(running.url)
             page.click("#views [data-view=live]")
@@ -522,7 +522,7 @@ def test_a_race(load: Any) -> None:
     plainly; then both are shown from the start."""
     with (
         browser_page(DESKTOP) as page,
-        serving(lambda: slow(load(), 0.01), api_keys=("k",)) as running,
+        serving(lambda: slow(load(), 0.04), api_keys=("k",)) as running,
     ):
         bodies: list[dict[str, Any]] = []
         page.on("request", lambda r: r.method == "POST" and bodies.append(json.loads(r.post_data)))
