@@ -114,7 +114,9 @@ def chosen_model(args: Namespace) -> str | None:
 def refuse_windows(command: str) -> None:
     """Raise ConfigError on Windows, for a command that starts processes as Linux and macOS do."""
     if sys.platform == "win32":
-        raise ConfigError(f"{command} does not run on Windows: use Linux, by WSL (wsl --install)")
+        from smart_decoding.kernels.library import INSTEAD  # no other system needs it
+
+        raise ConfigError(f"{command} does not run on {INSTEAD['win32']}")
 
 
 def program_here(name: str) -> str:
