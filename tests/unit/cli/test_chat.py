@@ -32,6 +32,26 @@ def talk(
     assert cli.main(["chat", *options]) == code
 
 
+def interrupt(
+    monkeypatch: pytest.MonkeyPatch, number: int, pieces: tuple[str, str] = FakeLLM.pieces
+) -> None:
+    """Press Ctrl-C behind the first piece of an answer. number: of the answer, from 1; pieces: of
+    its text."""
+    generate, usual = FakeLLM.generate, FakeLLM.pieces
+
+    def interrupted(llm: FakeLLM, prompt: Any, params: Any, on_step: Any, use_tqdm: bool) -> Any:
+        def show(touched: list[Any]) -> None:
+            on_step(touched)
+            if len(llm.calls) == number:
+                raise KeyboardInterrupt
+
+        FakeLLM.pieces = pieces if len(llm.calls) == number - 1 else usual
+        return generate(llm, prompt, params, show, use_tqdm)
+
+    monkeypatch.setattr(FakeLLM, "pieces", usual)
+    monkeypatch.setattr(FakeLLM, "generate", interrupted)
+
+
 def said(text: str) -> dict[str, Any]:
     return {"role": "user", "content": text}
 
@@ -108,17 +128,7 @@ def test_ctrl_c_keeps_the_question_and_the_answer_so_far(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    generate = FakeLLM.generate
-
-    def interrupted(llm: FakeLLM, prompt: Any, params: Any, on_step: Any, use_tqdm: bool) -> Any:
-        def show(touched: list[Any]) -> None:
-            on_step(touched)
-            if len(llm.calls) == 1:
-                raise KeyboardInterrupt
-
-        return generate(llm, prompt, params, show, use_tqdm)
-
-    monkeypatch.setattr(FakeLLM, "generate", interrupted)
+    interrupt(monkeypatch, 1)
     talk(monkeypatch, "one", "go on")
     assert calls[1] == [said("one"), {"role": "assistant", "content": "Paris"}, said("go on")]
     out, err = capsys.readouterr()
@@ -135,19 +145,7 @@ def test_ctrl_c_before_the_first_word_keeps_nothing_of_the_turn(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Templates that demand alternation refuse two questions in a row."""
-    generate = FakeLLM.generate
-
-    def interrupted(llm: FakeLLM, prompt: Any, params: Any, on_step: Any, use_tqdm: bool) -> Any:
-        def show(touched: list[Any]) -> None:
-            on_step(touched)
-            if len(llm.calls) == 2:
-                raise KeyboardInterrupt
-
-        FakeLLM.pieces = pieces if len(llm.calls) == 1 else ("Paris", " is the capital.")
-        return generate(llm, prompt, params, show, use_tqdm)
-
-    monkeypatch.setattr(FakeLLM, "pieces", FakeLLM.pieces)
-    monkeypatch.setattr(FakeLLM, "generate", interrupted)
+    interrupt(monkeypatch, 2, pieces)
     talk(monkeypatch, "one", "two", "three")
     assert calls[2] == [said("one"), ANSWER, said("three")]
     err = capsys.readouterr().err
