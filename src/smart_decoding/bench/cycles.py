@@ -32,11 +32,13 @@ Rounds: TypeAlias = Generator[int, None, Block]
 @dataclass(slots=True)
 class Measurement:
     """The measurements of one batch size: complete cycles (arm -> block), pairs of baseline blocks,
-    and whether time ran out."""
+    and whether time ran out. first_deadline: of the first cycle, which there is no result without,
+    if it may take longer than the deadline of all."""
 
     cycles: list[dict[str, Block]] = field(default_factory=list)
     again: list[tuple[Block, Block]] = field(default_factory=list)
     partial: bool = False
+    first_deadline: float | None = None
 
     def add(self, cycle: dict[str, Block], again: Block | None) -> None:
         """Add a cycle, with the baseline's second block if it had one."""
@@ -78,6 +80,11 @@ def measure(
     first = len(result.cycles)
     if first == len(cycles):
         return result
+
+    def late() -> bool:
+        end = deadline if result.cycles else result.first_deadline or deadline
+        return end is not None and clock() > end
+
     for engine in engines.values():
         _warm_up(engine, prompts, batch_size, clock)
     for number, (chunk, fillers) in enumerate(cycles[first:], first):
@@ -88,7 +95,7 @@ def measure(
             label: rounds_of(engines[label], chunk, None if closed else fillers, batch_size, clock)
             for label in due
         }
-        cycle = _in_turns(blocks, batch_size, lambda: deadline is not None and clock() > deadline)
+        cycle = _in_turns(blocks, batch_size, late)
         if cycle is None:
             result.partial = True
             return result

@@ -96,7 +96,7 @@ class Bench:
         for i, batch_size in enumerate(options.batch_sizes):
             contestants = self.contestants(batch_size)
             share = until(stop, 1 / (len(options.batch_sizes) - i))
-            found = self._batch(contestants, batch_size, share)
+            found = self._batch(contestants, batch_size, share, stop)
             if not found.cycles:
                 reason = "no time was left for one block of every policy: raise --time-limit"
                 print(f"smart: batch {batch_size} is left out: {reason}", file=sys.stderr)
@@ -107,11 +107,17 @@ class Bench:
         return runs
 
     def _batch(
-        self, contestants: Sequence[Arm], batch_size: int, deadline: float | None
+        self,
+        contestants: Sequence[Arm],
+        batch_size: int,
+        deadline: float | None,
+        stop: float | None,
     ) -> Measurement:
-        """Measure one batch size, as far as memory allows, and free its engines."""
+        """Measure one batch size, as far as memory allows, and free its engines. A slow machine
+        may take the whole run's time for the first cycle."""
         name = f"T {self.options.temperature:g}, batch {batch_size}"
         found = self.begun(name)
+        found.first_deadline = stop
         made = self.made(contestants)
         made[AGAIN] = self.llm.sharing_weights(False)
         cycles = sum(1 for _ in cycles_of(self.prompts, batch_size))

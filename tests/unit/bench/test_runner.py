@@ -8,9 +8,10 @@ import pytest
 import worlds
 
 from smart_decoding.bench import report, runner
+from smart_decoding.bench.cycles import AGAIN, Measurement, cycles_of, measure, rows_of
 from smart_decoding.bench.options import BenchOptions, parse_setting
 from smart_decoding.bench.provenance import provenance, write_json
-from smart_decoding.bench.runner import AGAIN, command_of, cycles_of, measure, rows_of
+from smart_decoding.bench.runner import command_of
 from smart_decoding.cli import bench as cli
 from smart_decoding.errors import CapacityError, ConfigError
 
@@ -110,6 +111,14 @@ def test_a_deadline_keeps_complete_cycles_and_says_so(world):
     assert "Partial: the time limit" in terminal(runs)
     with pytest.raises(CapacityError, match="too short"):
         runs_of(world, deadline=0.0)
+
+
+def test_a_first_cycle_may_take_the_whole_time(world):
+    runs = runs_of(world, deadline=0.0, into=Measurement(first_deadline=1e9))
+    assert {r["blocks"] for r in runs if r["task"] == "all"} == {1}
+    assert all(r["partial"] for r in runs)
+    with pytest.raises(CapacityError, match="too short"):
+        runs_of(world, deadline=0.0, into=Measurement(first_deadline=1.0))
 
 
 def test_every_prompt_is_measured_once_and_never_its_own_filler():
