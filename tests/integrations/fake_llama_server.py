@@ -1,9 +1,9 @@
 """A fake of llama-server: it knows the recorded help, and answers by a rule in place of a model.
 
-The rule: without repacked weights it is half as slow again; n-grams of three and drafts of four
-give two tokens a round to one request, and cost more than they give to several; a model called
-`broken` cannot be loaded, one called `dies` ends in its third answer; multi-token prediction is
-not in any file. FAKE_LOG names a file for what it is started with.
+The rule: without repacked weights it is one and a half times as fast, on huge pages four times;
+n-grams of three and drafts of four give two tokens a round to one request, and cost more than they
+give to several; a model called `broken` cannot be loaded, one called `dies` ends in its third
+answer; multi-token prediction is in no file. FAKE_LOG names a file for what it is started with.
 """
 
 import json
@@ -24,7 +24,8 @@ if words == ["--version"]:
     sys.exit()
 if "FAKE_LOG" in os.environ:
     with open(os.environ["FAKE_LOG"], "a") as log:
-        print(json.dumps({"process": os.getpid(), "words": words}), file=log)
+        tunables = os.environ.get("GLIBC_TUNABLES")
+        print(json.dumps({"process": os.getpid(), "words": words, "tunables": tunables}), file=log)
 
 
 def value(option, default):
@@ -41,6 +42,8 @@ if kind == "draft-mtp":
     sys.exit(1)
 good = value("--spec-ngram-simple-size-n", "12") == "3"
 speed = 1.5 if "--no-repack" in words else 1.0
+if "GLIBC_TUNABLES" in os.environ:
+    speed *= 4.0
 if kind:
     speed *= (2.0 if slots == 1 else 0.8) if good else 0.95
 answered = 0

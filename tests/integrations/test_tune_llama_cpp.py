@@ -19,9 +19,10 @@ from typing import Any
 import pytest
 from gguf import GGUFWriter
 
+from smart_decoding.bench import provenance
 from smart_decoding.cli import main as cli
 from smart_decoding.errors import ConfigError
-from smart_decoding.integrations.tuning import llama_cpp, processes
+from smart_decoding.integrations.tuning import huge_pages, llama_cpp, processes
 from smart_decoding.integrations.tuning.llama_cpp import LlamaCpp, architecture, pairs, server_at
 from smart_decoding.integrations.tuning.llama_help import LlamaHelp
 from smart_decoding.integrations.tuning.settings import Setting
@@ -37,6 +38,12 @@ OLD = """usage: llama-server [options]
 --draft-max, --draft, --draft-n N   number of tokens to draft (default: 16)
 --draft-p-min P           minimum probability (default: 0.8)
 """
+
+
+@pytest.fixture(autouse=True)
+def no_huge_pages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """All machines search alike: one whose system does not tell of huge pages."""
+    monkeypatch.setattr(provenance, "_HUGE_PAGES", tmp_path / "none")
 
 
 @pytest.fixture
@@ -217,6 +224,53 @@ def test_the_command_finds_the_rule_of_the_fake(
     assert left_over(tmp_path) == []
     for each in started(tmp_path):
         assert each["words"][each["words"].index("--ctk") + 1] == "q8_0"
+
+
+@pytest.mark.parametrize(
+    ("mode", "libc", "found"),
+    [
+        ("always [madvise] never", ("glibc", "2.35"), True),
+        ("[always] madvise never", ("glibc", "2.41"), False),
+        ("always madvise [never]", ("glibc", "2.41"), False),
+        ("always [madvise] never", ("glibc", "2.31"), False),
+        ("always [madvise] never", ("", ""), False),  # musl
+        ("nonsense", ("glibc", "2.41"), False),
+    ],
+)
+def test_huge_pages_are_tried_where_they_must_be_requested(
+    mode: str, libc: tuple[str, str], found: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "enabled").write_text(mode + "\n")
+    monkeypatch.setattr(provenance, "_HUGE_PAGES", tmp_path / "enabled")
+    monkeypatch.setattr("platform.libc_ver", lambda: libc)
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    assert huge_pages.variable() == ((huge_pages.VARIABLE,) if found else ())
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.check=1")  # the user's own stay
+    assert huge_pages.variable() == ()
+
+
+def test_huge_pages_stand_before_the_command(
+    tune: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(huge_pages, "variable", lambda: (huge_pages.VARIABLE,))
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    assert tune("--slots", "1", "--server-args", "-ctk q8_0") == 0
+    told = capsys.readouterr().out
+    program, variable = tmp_path / "bin" / "llama-server", "GLIBC_TUNABLES=glibc.malloc.hugetlb=1"
+    (line,) = (line for line in told.splitlines() if "1 at once: " in line)
+    assert line.startswith(f"1 at once: {variable} {program} -m ")
+    assert line.count(variable) == 1
+    assert "--no-repack" in line
+    assert "--spec-ngram-simple-size-n 3" in line
+    assert f"a preset: {variable} {program} --models-preset" in told
+    assert f"times as fast with {variable} --no-repack" in told
+    assert "GLIBC" not in (tmp_path / "out.ini").read_text()
+    assert "ctk = q8_0\n" in (tmp_path / "out.ini").read_text()
+    starts = started(tmp_path)
+    assert {each["tunables"] for each in starts} == {None, variable.partition("=")[2]}
+    assert not any("GLIBC" in word for each in starts for word in each["words"])
+    drafting = [each for each in starts if "--spec-type" in each["words"]]
+    assert all(each["tunables"] for each in drafting)
 
 
 def test_a_cut_run_goes_on(tune: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from smart_decoding.integrations.tuning import huge_pages
 from smart_decoding.integrations.tuning.settings import PLAIN, Setting
 from smart_lab.gguf.server import SERVER, Program, origin, require
 from smart_lab.gguf.tuning import NGRAM, TokenServers, Tuned
@@ -66,9 +67,11 @@ class IkServers(TokenServers):
     shares: tuple[int, ...] = (1, 0)
 
     def settings(self, loads: Sequence[int], found: Found) -> Iterator[list[Setting]]:
-        """Yield its defaults and changes, by themselves and together."""
+        """Yield its defaults, and its changes by themselves and together, on huge pages."""
+        huge = huge_pages.variable()
         both = tuple(word for change in CHANGES for word in change)
-        yield [Setting(), *(Setting(base=change) for change in (*CHANGES, both))]
+        changes = [(), *CHANGES, both] if huge else [*CHANGES, both]
+        yield [Setting(), *(Setting(base=(*huge, *change)) for change in changes)]
 
 
 def tuned(found: Found, slots: int, always: Sequence[str]) -> Tuned:

@@ -32,6 +32,7 @@ _FLAGS = (
     "sve",
 )
 _PACKAGES = ("numpy", "safetensors", "tokenizers")
+_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 def provenance(
@@ -92,8 +93,8 @@ def hardware() -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores this process may use, torch's threads, memory, the instruction sets that
-    matter, any GPU."""
+    """Processor, cores this process may use, torch's threads, memory, when there are huge pages,
+    the instruction sets that matter, any GPU."""
     import torch
 
     from smart_decoding.kernels.library import cpu_flags, cpu_info
@@ -106,9 +107,20 @@ def machine() -> dict[str, Any]:
         "cores": usable_cpus(),
         "threads": torch.get_num_threads(),
         "memory_gib": _memory_gib(),
+        "huge_pages": huge_pages(),
         "flags": [flag for flag in _FLAGS if flag in cpu_flags()],
         "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
     }
+
+
+def huge_pages() -> str | None:
+    """Return when Linux grants huge pages: "always", "madvise" (on request) or "never"; None if it
+    does not tell."""
+    try:
+        text = _HUGE_PAGES.read_text(encoding="ascii")
+    except (OSError, UnicodeDecodeError):
+        return None
+    return text.partition("[")[2].partition("]")[0] or None
 
 
 def write_json(path: Path, result: Mapping[str, Any]) -> None:

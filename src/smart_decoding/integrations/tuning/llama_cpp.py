@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from smart_decoding.bench.provenance import write_text
 from smart_decoding.errors import ConfigError, ModelError
+from smart_decoding.integrations.tuning import huge_pages
 from smart_decoding.integrations.tuning.found import MARGIN
 from smart_decoding.integrations.tuning.llama_help import asked
 from smart_decoding.integrations.tuning.processes import ServerProcess, free_memory, free_port
@@ -62,7 +63,7 @@ class LlamaCpp:
     """One llama-server with one model; see `Tunable`."""
 
     name = "llama.cpp"
-    shares: tuple[int, ...] = (3, 1, 4, 2, 2)
+    shares: tuple[int, ...] = (1, 3, 1, 4, 2, 2)
 
     def __init__(
         self,
@@ -102,19 +103,24 @@ class LlamaCpp:
         return min(MOST_AT_ONCE, max(1, int(0.8 * free_memory()) // size))
 
     def settings(self, loads: Sequence[int], found: Found) -> Iterator[list[Setting]]:
-        """Yield plain decoding with single changes; those that gained together; drafts of all
-        kinds; what is like the best of them."""
+        """Yield plain decoding with huge pages, without which two processes with the same options
+        may differ by a tenth; with single changes; those that gained together; drafts of all kinds;
+        what is like the best of them."""
         (load,) = loads
         default = Setting()
-        changed = [Setting(base=change) for change in self._changes(load)]
-        yield [default, *changed]
-        ratios = {setting: found.ratio(load, setting, default) for setting in changed}
+        huge = [Setting(base=word) for word in [huge_pages.variable()] if word]
+        yield [default, *huge]
+        first = found.best(load, huge, default)
+        changed = [replace(first, base=(*first.base, *each)) for each in self._changes(load)]
+        yield [first, *changed]
+        ratios = {setting: found.ratio(load, setting, first) for setting in changed}
         better = [s for s, ratio in ratios.items() if ratio.pairs > 1 and ratio.value > MARGIN]
         better.sort(key=lambda setting: ratios[setting].value, reverse=True)
-        together = Setting(base=_joined([setting.base for setting in better]))
-        more = [*better[:1], together] if len(better) > 1 else []
+        changes = [setting.base[len(first.base) :] for setting in better]
+        together = Setting(base=(*first.base, *_joined(changes)))
+        more = [*better[:1], together] if len(better) > 1 else better
         yield [default, *more]
-        base = found.best(load, more or better, default)
+        base = found.best(load, [first, *more], default)
         drafts = [replace(base, mode=mode, drafts=words) for mode, words in self.drafts()]
         yield [base, *drafts]
         if found.left[load]:
@@ -178,16 +184,20 @@ class LlamaCpp:
         for choice in choices:
             words = (*self.more, *choice.chosen.words)
             start = ["-m", str(self.model), "--parallel", str(choice.load), *words]
-            lines.append(f"{choice.load} at once: {shlex.join([program, *start])}")
+            line = huge_pages.in_front([program, *start])
+            lines.append(f"{choice.load} at once: {shlex.join(line)}")
             preset += ["", f"[{self._section(choice.load)}]", f"model = {self.model.absolute()}"]
             preset += [f"{key} = {value}" for key, value in pairs(("--parallel", str(choice.load)))]
-            preset += [f"{key} = {value}" for key, value in pairs(words)]
+            options = [word for word in words if word != huge_pages.VARIABLE]
+            preset += [f"{key} = {value}" for key, value in pairs(options)]
         if "--models-preset" not in self.help:
             return lines
         if any(mark in line for line in preset[2:] for mark in ";#"):
             return [*lines, "No preset was written: a path has ; or #, which begins a comment"]
         write_text(output, "\n".join(preset) + "\n")
-        return [*lines, f"Written: {output}, a preset: {program} --models-preset {output}"]
+        used = [word for choice in choices for word in choice.chosen.base]
+        before = f"{huge_pages.VARIABLE} " if huge_pages.VARIABLE in used else ""
+        return [*lines, f"Written: {output}, a preset: {before}{program} --models-preset {output}"]
 
     def _section(self, load: int) -> str:
         return f"{re.sub(r'[^A-Za-z0-9_.-]', '-', self.model.stem)}-{load}-at-once"

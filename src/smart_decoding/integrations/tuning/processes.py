@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from smart_decoding.errors import ModelError
+from smart_decoding.integrations.tuning import huge_pages
 from smart_decoding.kernels import limits
 
 ASKING = 5.0  # seconds until a server that says nothing is asked again whether it is ready
@@ -45,8 +46,12 @@ class ServerProcess:
         environment: Mapping[str, str] | None = None,
         loading: float = 300.0,
     ) -> None:
-        """command: all its words; loading: seconds until it is given up. Returns when GET /health
-        answers."""
+        """command: all its words, and `huge_pages.VARIABLE` among them; loading: seconds until it
+        is given up. Returns when GET /health answers."""
+        if huge_pages.VARIABLE in command:
+            command = [word for word in command if word != huge_pages.VARIABLE]
+            name, _, value = huge_pages.VARIABLE.partition("=")
+            environment = {**(os.environ if environment is None else environment), name: value}
         self.name, self._port = Path(command[0]).name, port
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the process)
         try:

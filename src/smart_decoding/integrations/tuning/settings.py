@@ -10,7 +10,8 @@ PLAIN = "plain"
 @dataclass(frozen=True, slots=True)
 class Setting:
     """One way to start an engine. mode: how it drafts, in the engine's own word, or `PLAIN`; base:
-    its options of plain decoding; drafts: its options of drafting, words of a command line."""
+    its options of plain decoding, `huge_pages.VARIABLE` among them; drafts: its options of
+    drafting, words of a command line."""
 
     mode: str = PLAIN
     base: tuple[str, ...] = ()
