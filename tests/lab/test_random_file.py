@@ -14,7 +14,10 @@ from smart_lab.gguf.random_file import MODELS, small, write
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_file_is_read_as_a_published_one(name: str, tmp_path: Path) -> None:
+def test_a_file_is_read_as_a_published_one(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SMART_CACHE", str(tmp_path))  # what it converts is of no use later
     model = small(MODELS[name])
     write(tmp_path / "random.gguf", model, layers=4)
     checkpoint = load_checkpoint(tmp_path / "random.gguf", quantization=None)
