@@ -11,7 +11,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).parent))
 
-from serving import Running, save_tiny_model, serving
+from serving import Running, save_tiny_model, serving, slow
 
 from smart_decoding.llm import LLM
 from smart_decoding.profiling import measure, profile
@@ -46,6 +46,13 @@ def plain(load: Load) -> LLM:
 def running(load: Load) -> Iterator[Running]:
     with serving(load) as server:
         yield server
+
+
+@pytest.fixture(scope="module")
+def slowly(load: Load) -> Iterator[Running]:
+    """A server whose rounds take some hundredths of a second more."""
+    with serving(lambda: slow(load(), 0.04)) as running:
+        yield running
 
 
 @pytest.fixture(scope="module")

@@ -5,16 +5,28 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import httpx
 import pytest
-from browsing import DESKTOP, FAULTS, PHONE, browser_page, needs_chromium
+from browsing import (
+    DESKTOP,
+    FAULTS,
+    PHONE,
+    STORED,
+    answers_with,
+    ask,
+    browser_page,
+    chatting,
+    ends,
+    looks,
+    needs_chromium,
+    setting,
+    streams,
+)
 from serving import NAME, Running, busy, serving, slow, wait_for
 
-FILES = ("index.html", "style.css", "client.js", "markdown.js", "chat.js", "live.js")
+FILES = ("index.html", "style.css", "client.js", "conversations.js", "chat.js", "live.js")
 # Of a tree with these labels: what is shown, where it ends, and where its probability begins.
 LABELS = """async texts => {
   const {drawTree} = await import("/page/trees.js");
@@ -27,10 +39,6 @@ LABELS = """async texts => {
     .map(([[text, label], [, chance]]) => [text, label.x + label.width, chance.x]);
 }"""
 BACKGROUND = "getComputedStyle(document.body).backgroundColor.match(/[0-9]+/g).map(Number)"
-STORED = "JSON.parse(localStorage.getItem('smart.chat'))"
-looks = pytest.mark.parametrize(
-    ("size", "scheme"), [(DESKTOP, "light"), (PHONE, "dark")], ids=["desktop", "phone"]
-)
 
 
 def test_the_pages_files_are_open_and_nothing_beside_them(load: Any) -> None:
@@ -54,64 +62,6 @@ def test_the_pages_files_are_open_and_nothing_beside_them(load: Any) -> None:
 
 
 # --- the chat ---
-
-
-@pytest.fixture(scope="module")
-def slowly(load: Any) -> Iterator[Running]:
-    """A server whose rounds take some hundredths of a second more."""
-    with serving(lambda: slow(load(), 0.04)) as running:
-        yield running
-
-
-@contextmanager
-def chatting(
-    running: Running,
-    size: tuple[int, int] = DESKTOP,
-    scheme: str = "light",
-    script: str = "",
-) -> Iterator[Any]:
-    """A page with the bodies of its requests. script: runs before the page's own."""
-    with browser_page(size, scheme) as page:
-        page.add_init_script(script)
-        bodies: list[dict[str, Any]] = []
-        page.on("request", lambda r: r.method == "POST" and bodies.append(json.loads(r.post_data)))
-        page.goto(running.url)
-        yield page, bodies
-
-
-def setting(page: Any, **values: str) -> None:
-    """Fill in settings."""
-    page.click("#settings summary")
-    for name, value in values.items():
-        page.fill(f"#{name}", value)
-    page.click("#settings summary")
-
-
-def answers_with(page: Any, text: str, *more: Any) -> None:
-    """Let the server's next answers be this text, and further events."""
-    first = {"choices": [{"delta": {"content": text}, "finish_reason": "stop"}]}
-    body = "".join(f"data: {json.dumps(event)}\n\n" for event in (first, *more))
-    page.route(
-        "**/v1/chat/completions",
-        lambda route: route.fulfill(content_type="text/event-stream", body=body),
-    )
-
-
-def ask(page: Any, question: str) -> None:
-    page.fill("#question", question)
-    page.press("#question", "Enter")
-
-
-def streams(page: Any, letters: int = 20) -> None:
-    """Wait until the last answer has some letters."""
-    page.wait_for_function(
-        "n => [...document.querySelectorAll('.given .text')].at(-1)?.textContent.length > n",
-        arg=letters,
-    )
-
-
-def ends(page: Any) -> None:
-    page.wait_for_selector("#chat:not(.busy)")
 
 
 @needs_chromium
@@ -145,14 +95,13 @@ def test_a_conversation_by_keyboard(slowly: Running, size: tuple[int, int], sche
         ends(page)
         first, second = bodies
         assert first["messages"] == [{"role": "user", "content": "abc\nabc **not bold**"}]
-        answers = page.evaluate(f"{STORED}.messages.map(m => m.content)")
+        answers = [answer for _, answer in page.evaluate(STORED)]
         assert second["messages"] == [
             *first["messages"],
-            {"role": "assistant", "content": answers[1]},
+            {"role": "assistant", "content": answers[0]},
             {"role": "user", "content": "next"},
         ]
-        assert answers[1]
-        assert answers[3]
+        assert all(answers)
         assert (second["temperature"], second["stream"]) == (0, True)
 
         shown = page.inner_text("#log")
@@ -168,14 +117,13 @@ def test_a_conversation_by_keyboard(slowly: Running, size: tuple[int, int], sche
         page.keyboard.press("Enter")
         assert page.locator("article").count() == 0
         assert page.is_visible("#welcome")
-        assert page.evaluate(f"{STORED}.messages") == []
         page.reload()
         assert page.locator("article").count() == 0
 
 
 @needs_chromium
 def test_an_answer_that_is_left_alone(slowly: Running) -> None:
-    """Leaving the page keeps what has come of an answer, a new chat drops it, a stop before its
+    """Leaving the page keeps what has come of an answer, and so does a new chat; a stop before its
     first letter gives the question back, and an error in its middle is said below it."""
     with chatting(slowly) as (page, _):
         ask(page, "abc")
@@ -189,9 +137,14 @@ def test_an_answer_that_is_left_alone(slowly: Running) -> None:
         ends(page)
         assert slowly.idle()
         assert page.locator("article").count() == 0
-        assert page.evaluate(f"{STORED}.messages") == []
         assert page.input_value("#question") == ""
+        page.click("#menu")
+        page.click("#list button >> text=abc")
+        assert page.locator("article").count() == 4
+        assert page.text_content(".given:last-of-type footer small") == "Stopped."
+        assert page.text_content(".given:last-of-type .text")
 
+        page.click("#new")
         page.route("**/v1/chat/completions", lambda route: None)  # no answer at all
         ask(page, "a question")
         page.wait_for_selector("#chat.busy")
@@ -248,8 +201,9 @@ def test_an_answer_stays_until_another_one_comes(slowly: Running) -> None:
             ask(page, f"asked {text}")
             ends(page)
             page.unroute(address)
-        kept = page.evaluate(f"{STORED}.messages.map(m => m.content)")
-        assert kept == ["asked before", "before", "asked old", "old"]
+        stored = page.evaluate(STORED)
+        assert stored == [["asked before", "before"], ["asked old", "old"]]
+        kept = [*stored[0], *stored[1]]
         for fail in (
             lambda route: route.fulfill(status=429, content_type="application/json", body=refusal),
             lambda route: route.abort(),
@@ -260,7 +214,7 @@ def test_an_answer_stays_until_another_one_comes(slowly: Running) -> None:
             ends(page)
             page.unroute(address)
             assert page.locator("article .text, article > p").all_inner_texts() == kept
-            assert page.evaluate(f"{STORED}.messages.map(m => m.content)") == kept
+            assert page.evaluate(STORED) == stored
             assert page.input_value("#question") == ""
         answers_with(page, "new")
         page.click(".given:last-of-type footer >> text=Try again")
@@ -425,6 +379,9 @@ def test_a_broken_store_or_none_is_an_empty_chat(slowly: Running) -> None:
     for script in (
         "localStorage.setItem('smart.chat', '{\"messages\": [{\"role\": 1}]}')",
         "localStorage.setItem('smart.chat', '{')",
+        "localStorage.setItem('smart.chat.1', 'null')",
+        """localStorage.setItem('smart.chat.1', '{"turns": [{"question": 1, "answer": ""}]}')""",
+        "localStorage.setItem('smart.settings', 'null')",
         "Object.defineProperty(window, 'localStorage', {get() { throw new Error('forbidden') }})",
     ):
         with browser_page(DESKTOP) as page:

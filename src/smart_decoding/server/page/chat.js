@@ -1,79 +1,92 @@
-// The chat: a conversation kept in this browser, and its requests, as any client would send them.
+// The chat: the conversation that is open, and its requests, as any client would send them.
 import {answer, button, by, copy, make, recall, remember, say} from "./client.js";
+import {all, asked, begin, forget, keep, merge, read, STORE, title} from "./conversations.js";
 import {show} from "./markdown.js";
 
-const STORE = "smart.chat", EVERY = 50;  // milliseconds between drawings of an answer: the model may need these cores
-// temperature: "" is the model's own; from: the first message that the model still sees.
-const KEPT = {system: "", temperature: "0", messages: [], from: 0};
-const state = load();
+const SETTINGS = "smart.settings", OPEN = "smart.open";
+const EVERY = 50;  // milliseconds between drawings of an answer: the model may need these cores
+const settings = load();
 const box = by("question"), log = by("log");
+let chat;
 let control = null;  // of the answer that is coming
+let stale = false;  // whether another tab wrote this conversation while an answer came
+let lost = "";  // what a full storage did since the last question
 
-function load() {
-  try {
-    const {system, temperature, messages, from} = {...KEPT, ...JSON.parse(recall("localStorage", STORE) || "{}")};
-    const good = Array.isArray(messages) && messages.every(({role, content}) => typeof role === "string" && typeof content === "string");
-    return good ? {system: String(system), temperature: String(temperature), messages, from: Number(from) || 0} : {...KEPT, messages: []};
-  } catch {
-    return {...KEPT, messages: []};
-  }
+function load() {  // temperature: "" is the model's own
+  let kept = {};
+  try { kept = JSON.parse(recall("localStorage", SETTINGS) || recall("localStorage", STORE)); } catch { /* nothing is kept */ }
+  return {system: String(kept?.system ?? ""), temperature: String(kept?.temperature ?? "0")};
 }
-const save = () => remember("localStorage", STORE, JSON.stringify(state));
+const save = () => remember("localStorage", SETTINGS, JSON.stringify(settings));
+function store(written) {
+  lost = keep(written) || lost;
+  list();
+}
 
 // --- a turn ---
 
-async function send(question, before = []) {  // before: the turn that this one replaces
-  const asked = {role: "user", content: question}, given = {role: "assistant", content: "", thought: "", note: ""};
+function ask(question) {
+  const now = Date.now(), turn = {at: now, changed: now, question, answer: "", thought: "", note: ""};
+  chat.turns.push(turn);
+  lost = "";
+  store(chat);
+  send(turn);
+}
+async function send(turn, before) {  // before: the turn that this one replaces
+  const mine = chat, update = draw(turn);
   control = new AbortController();
-  state.messages.push(asked, given);
-  save();
-  const drawn = [draw(asked), draw(given)];
   busy(true);
   log.scrollTop = log.scrollHeight;
   try {
-    await receive(given, drawn[1].update);
+    await receive(mine, turn, update);
   } catch (error) {
-    given.note = error.name === "AbortError" ? "Stopped." : error.message;
+    turn.note = error.name === "AbortError" ? "Stopped." : error.message;
   }
   control = null;
-  if (!state.messages.includes(given)) return busy(false);  // a new chat has begun
-  const empty = !given.content && !given.thought;
-  if (empty) {  // nothing came: the turn before comes back, or the question does, before a draft
-    state.messages.splice(-2, 2, ...before);
-    drawn.forEach(each => each.remove());
-    before.forEach(draw);
-    if (!before.length) box.value = [question, box.value].filter(Boolean).join("\n\n");
+  busy(false);
+  if (mine.turns.includes(turn)) end(mine, turn, before, update);  // else the conversation was deleted
+}
+function end(mine, turn, before, update) {
+  const empty = !hasWords(turn), shown = mine === chat, {question, note} = turn;
+  turn.changed = Date.now();
+  if (empty && before) mine.turns[mine.turns.indexOf(turn)] = before;
+  else if (empty && shown) {  // the question comes back, before a draft
+    turn.question = "";
+    box.value = [question, box.value].filter(Boolean).join("\n\n");
     fit();
   }
-  drawn[1].update(true);
-  busy(false);
-  tell(empty ? given.note || "The model had nothing to say." : "");
-  say(empty ? by("told").textContent : `The answer is complete. ${given.note}`);
-  save();
+  store(mine);
+  if (!shown) return;
+  if (empty || stale) drawAll();
+  else update(true);
+  tell(empty ? note || "The model had nothing to say." : lost);
+  say(empty ? by("told").textContent : `The answer is complete. ${note} ${lost}`);
 }
-async function receive(given, update) {
+async function receive(mine, turn, update) {
   for (;;) {
+    const seen = asked(mine).filter(({at}) => at >= mine.from);
     try {
-      for await (const piece of answer(conversation(), options(), control.signal)) {
-        given.thought += piece.thought;
-        given.content += piece.text;
-        if (piece.reason) given.note = noteOf(piece);
+      for await (const piece of answer(messages(seen), options(), control.signal)) {
+        turn.thought += piece.thought;
+        turn.answer += piece.text;
+        if (piece.reason) turn.note = noteOf(piece);
         update();
       }
       return;
     } catch (error) {
-      if (error.code !== "context_length_exceeded" || state.messages.length - state.from < 4) throw error;
-      state.from += 2;  // the model's memory is full: leave out the oldest turn
+      if (error.code !== "context_length_exceeded" || seen.length < 2) throw error;
+      mine.from = seen[1].at;  // the model's memory is full: leave out the oldest turn
       mark();
     }
   }
 }
-function conversation() {
-  const turns = state.messages.slice(state.from, -1).map(({role, content}) => ({role, content: split(content).said}));
-  return state.system.trim() ? [{role: "system", content: state.system}, ...turns] : turns;
+const hasWords = ({answer, thought}) => answer || thought;
+function messages(turns) {  // up to the last question
+  const said = turns.flatMap(({question, answer}) => [{role: "user", content: question}, {role: "assistant", content: split(answer).said}]);
+  return [...(settings.system.trim() ? [{role: "system", content: settings.system}] : []), ...said.slice(0, -1)];
 }
 function options() {
-  const temperature = parseFloat(state.temperature);
+  const temperature = parseFloat(settings.temperature);
   return Number.isFinite(temperature) ? {temperature} : {};
 }
 function noteOf({timings, reason}) {
@@ -91,30 +104,30 @@ function split(content) {  // many models think aloud, in text
 
 // --- what is shown ---
 
-function draw(message) {
-  const mine = message.role === "user", turn = make("article", undefined, mine ? "mine" : "given");
-  turn.setAttribute("aria-label", mine ? "You" : "Answer");
-  if (mine) turn.append(make("p", message.content));
-  else turn.update = drawAnswer(turn, message);
-  log.append(turn);
+function draw(turn) {
+  const mine = make("article", undefined, "mine"), given = make("article", undefined, "given");
+  mine.setAttribute("aria-label", "You");
+  given.setAttribute("aria-label", "Answer");
+  mine.append(make("p", turn.question));
+  log.append(mine, given);
   by("welcome").hidden = true;
-  return turn;
+  return drawAnswer(given, turn);
 }
-function drawAnswer(turn, message) {
+function drawAnswer(given, turn) {  // returns what draws its next words
   const thought = make("details"), text = make("div", undefined, "text"), foot = make("footer"), note = make("small");
   thought.append(make("summary", "Thoughts"), make("p"));
-  foot.append(note, button("Copy", "Copy the answer", event => copy(split(message.content).said, event.target)),
+  foot.append(note, button("Copy", "Copy the answer", event => copy(split(turn.answer).said, event.target)),
     button("Try again", "", again));
-  turn.append(thought, text, foot);
+  given.append(thought, text, foot);
   let timer = 0;
   const now = () => {
     timer = 0;
     const {scrollTop, scrollHeight, clientHeight} = log, atEnd = scrollHeight - scrollTop - clientHeight < 40;
-    const parts = split(message.content), thinking = message.thought || parts.thought;
+    const parts = split(turn.answer), thinking = turn.thought || parts.thought;
     thought.hidden = !thinking;
     thought.lastChild.textContent = thinking;
     show(text, parts.said);
-    note.textContent = message.note || "";
+    note.textContent = turn.note;
     if (atEnd) log.scrollTop = log.scrollHeight;  // follow, unless the reader has scrolled up
   };
   now();
@@ -126,15 +139,41 @@ function drawAnswer(turn, message) {
     }
   };
 }
+function drawAll() {
+  log.querySelectorAll("article").forEach(each => each.remove());
+  by("welcome").hidden = false;
+  asked(chat).forEach(draw);
+  mark();
+  log.scrollTop = log.scrollHeight;
+  stale = false;
+}
 function mark() {  // where the model's memory begins
-  const first = log.querySelectorAll("article")[state.from];
-  by("beyond").hidden = !state.from || !first;
-  if (first) first.before(by("beyond"));
+  const first = asked(chat).findIndex(({at}) => at >= chat.from);
+  by("beyond").hidden = first < 1;
+  if (first > 0) log.querySelectorAll("article")[2 * first]?.before(by("beyond"));
+}
+function list() {
+  const active = document.activeElement, before = active.closest("#list li");
+  by("list").replaceChildren(...all().map(listed));
+  if (!before) return;  // else the focus stays
+  const item = by(before.id) || by("list").firstChild;
+  (item?.children[before.lastChild === active ? 1 : 0] || by("new")).focus();
+}
+function listed(each) {
+  const item = make("li"), name = title(each), opens = button(name, "", () => {
+    by("chats").hidePopover();  // where it is a drawer
+    open(each.id === chat.id ? chat : read(each.id));
+    say(`Opened: ${name}`);
+  });
+  item.id = each.id;
+  if (each.id === chat.id) opens.setAttribute("aria-current", "true");
+  item.append(opens, button("×", `Delete “${name}”`, () => discard(each.id, name)));
+  return item;
 }
 function busy(answering) {
   by("chat").classList.toggle("busy", answering);
   by("send").textContent = answering ? "Stop" : "Send";
-  tell("");
+  tell(lost);
   if (answering) say("Answering");
 }
 function tell(text) {
@@ -153,9 +192,29 @@ function stop() {
 }
 function again() {
   if (control) return;
-  const before = state.messages.splice(-2);
-  [...log.querySelectorAll("article")].slice(-2).forEach(turn => turn.remove());
-  send(before[0].content, before);
+  const before = asked(chat).at(-1), turn = {...before, answer: "", thought: "", note: ""};
+  chat.turns[chat.turns.indexOf(before)] = turn;  // the storage keeps the old answer until this one has words
+  [...log.querySelectorAll("article")].slice(-2).forEach(each => each.remove());
+  send(turn, before);
+}
+function open(next) {
+  if (next === chat) return;
+  stop();
+  chat = next;
+  lost = "";
+  remember("sessionStorage", OPEN, chat.id);
+  drawAll();
+  list();
+  tell("");
+}
+function discard(id, name) {
+  if (!confirm(`Delete “${name}”?`)) return;
+  forget(id);
+  if (id === chat.id) {
+    chat.turns = [];
+    open(begin());
+  } else list();
+  say(`Deleted: ${name}`);
 }
 by("compose").addEventListener("submit", event => {
   event.preventDefault();
@@ -164,7 +223,7 @@ by("compose").addEventListener("submit", event => {
   if (!question) return;
   box.value = "";
   fit();
-  send(question);
+  ask(question);
 });
 box.addEventListener("keydown", event => {
   if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
@@ -173,28 +232,35 @@ box.addEventListener("keydown", event => {
 });
 box.addEventListener("input", fit);
 document.addEventListener("keydown", event => {
-  if (event.key === "Escape") stop();
+  if (event.key === "Escape" && !by("chats").matches(":popover-open")) stop();
 });
 by("new").addEventListener("click", () => {
-  stop();
-  state.messages = [];
-  state.from = 0;
-  save();
-  log.querySelectorAll("article").forEach(turn => turn.remove());
-  by("welcome").hidden = false;
-  by("beyond").hidden = true;
-  tell("");
+  open(begin());
   say("A new chat");
   box.focus();
 });
 for (const name of ["system", "temperature"]) {
-  by(name).value = state[name];
+  by(name).value = settings[name];
   by(name).addEventListener("input", () => {
-    state[name] = by(name).value;
+    settings[name] = by(name).value;
     save();
   });
 }
-addEventListener("pagehide", () => { if (control) save(); });  // else it is saved, perhaps by a later tab
-state.messages.forEach(draw);
-mark();
-log.scrollTop = log.scrollHeight;
+save();  // older pages kept them with the conversation
+addEventListener("storage", ({key}) => {  // another tab wrote
+  if (key && !key.startsWith(STORE)) return;
+  if (key === chat.id && control) stale = true;
+  else if (key === chat.id) {
+    merge(chat);
+    drawAll();
+  }
+  list();
+});
+addEventListener("pagehide", () => {
+  const turn = control && asked(chat).at(-1);
+  if (!turn || !hasWords(turn)) return;
+  turn.changed = Date.now();
+  keep(chat);
+});
+const opened = recall("sessionStorage", OPEN);
+open(opened ? read(opened) : begin());

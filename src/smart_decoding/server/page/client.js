@@ -21,15 +21,16 @@ export function button(text, label, press) {
 export function recall(area, name) {
   try { return window[area].getItem(name) || ""; } catch { return ""; }
 }
-export function remember(area, name, value) {
-  try { window[area].setItem(name, value); } catch { /* until the page is left, then */ }
+export function remember(area, name, value) {  // returns whether the browser will
+  try { window[area].setItem(name, value); } catch { return false; }
+  return true;
 }
 
 // --- requests ---
 
 const CONTINUED = 400;  // tokens of a plain text; OpenAI's default is 16
+export const fresh = () => Array.from(crypto.getRandomValues(new Uint8Array(16)), byte => byte.toString(16).padStart(2, "0")).join("");
 // Without API keys, the trees of requests with this token are shown here, and nowhere else.
-const fresh = () => Array.from(crypto.getRandomValues(new Uint8Array(16)), byte => byte.toString(16).padStart(2, "0")).join("");
 const viewer = recall("sessionStorage", "viewer") || fresh();
 remember("sessionStorage", "viewer", viewer);
 let key = recall("sessionStorage", "key"), known = () => {};
