@@ -193,7 +193,8 @@ def test_loading_a_model_imports_nothing_slow_but_torch() -> None:
 
 
 def test_as_a_program() -> None:
-    assert smart("-m", "smart_decoding.cli.main", "--version").stdout == "smart 0.2.0\n"
+    for module in ("smart_decoding", "smart_decoding.cli.main"):
+        assert smart("-m", module, "--version").stdout == "smart 0.2.0\n"
     wrong = smart("-m", "smart_decoding.cli.main", "run", "--temperature", "9", "hi")
     assert (wrong.returncode, wrong.stdout) == (2, "")
     assert wrong.stderr == "smart: error: temperature=9.0 is not allowed: it must be in [0, 2]\n"
