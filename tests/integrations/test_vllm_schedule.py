@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from smart_decoding.errors import ConfigError
-from smart_decoding.integrations.vllm import options, seams
+from smart_decoding.integrations.vllm import measure, options, seams
 from smart_decoding.integrations.vllm.schedule import (
     LengthChoice,
     Line,
@@ -62,6 +62,13 @@ def test_what_a_schedule_costs_is_said(resolved: dict[str, Any], messages: list[
     found = warnings(resolved)
     assert len(found) == len(messages)
     assert all(message in text for message, text in zip(messages, found, strict=True))
+
+
+def test_vllm_is_quiet_unless_the_user_wants_its_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLLM_LOGGING_LEVEL", raising=False)
+    assert measure.environment()["VLLM_LOGGING_LEVEL"] == "WARNING"
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "DEBUG")
+    assert measure.environment()["VLLM_LOGGING_LEVEL"] == "DEBUG"
 
 
 def test_importing_the_integration_imports_no_vllm() -> None:

@@ -45,6 +45,7 @@ class Measured:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            env=environment(),
             start_new_session=True,  # Ctrl-C is for us, who end it
         )
 
@@ -91,13 +92,19 @@ class Measured:
         self._process.stdout.close()
 
 
+def environment() -> dict[str, str]:
+    """Return ours; vLLM logs warnings and errors only, unless the user says otherwise: an engine
+    would print a hundred lines for each of ours."""
+    return {"VLLM_LOGGING_LEVEL": "WARNING", **os.environ}
+
+
 def resolved(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Return vLLM's settings under these arguments, whose speculative config has a schedule; see
     `_resolve`.
 
     Raises ConfigError if vLLM refuses them."""
     command = [sys.executable, "-m", __spec__.name, "--resolve", json.dumps(dict(arguments))]
-    run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    run = subprocess.run(command, stdout=subprocess.PIPE, env=environment(), text=True, check=False)
     if run.returncode:
         raise ConfigError("vLLM does not take these arguments: its own message stands above")
     answer: dict[str, Any] = json.loads(run.stdout)
