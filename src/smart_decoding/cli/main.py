@@ -170,10 +170,13 @@ def _guarded(argv: Sequence[str] | None, program: Program) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     options = arguments[: arguments.index("--")] if "--" in arguments else arguments
     debug = "--debug" in options
+    _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):  # a model may write what the terminal's encoding lacks
         with contextlib.suppress(AttributeError, ValueError):
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     try:
+        if sys.stdout is None:
+            raise ConfigError("standard output is closed: >/dev/null discards what is printed")
         code = _run(arguments, program)
         sys.stdout.flush()
         return code
@@ -187,6 +190,17 @@ def _guarded(argv: Sequence[str] | None, program: Program) -> int:
             traceback.print_exception(error)
         print(f"{program.name}: error: {_one_line(message)}", file=sys.stderr)
         return code
+
+
+def _open_closed_streams() -> None:
+    """Put /dev/null in place of closed standard streams, as behind 2>&-: else files that are opened
+    later get their numbers, and with them what libraries print. Standard output stays None."""
+    with contextlib.suppress(OSError):
+        while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+            os.set_inheritable(descriptor, True)
+        os.close(descriptor)
+        if sys.stderr is None:  # print() would take standard output instead
+            sys.stderr = os.fdopen(2, "w")
 
 
 def _described(error: Exception, debug: bool) -> tuple[int, str]:

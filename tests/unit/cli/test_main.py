@@ -14,11 +14,14 @@ from typing import Any
 
 import pytest
 from scripted import FakeLLM, fails
+from terminal import SCRIPTED
 
 import smart_decoding
 from smart_decoding.cli import main as cli
 from smart_decoding.engine.sampling_params import SamplingParams
 from smart_decoding.errors import ConfigError, ModelError
+
+SMART = [sys.executable, "-m", "smart_decoding.cli.main"]
 
 
 def test_errors_are_one_line(fake: type[FakeLLM], capsys: pytest.CaptureFixture[str]) -> None:
@@ -210,6 +213,47 @@ def test_a_closed_pipe_is_quiet() -> None:
     )
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+CLOSED = "smart: error: standard output is closed: >/dev/null discards what is printed\n"
+NO_PROMPT = "smart: error: there is no prompt: give one, or -f FILE, or one through a pipe\n"
+
+
+@pytest.mark.parametrize(
+    ("closed", "command", "expected"),
+    [
+        (">&-", [*SMART, "models"], (2, "", CLOSED)),
+        (">&-", [*SMART, "--help"], (2, "", CLOSED)),
+        ("2>&-", [*SMART, "run", "--temperature", "9", "hi"], (2, "", "")),
+        ("2>&-", SCRIPTED, (0, "Paris is the capital.\n", "")),
+        ("<&-", [*SMART, "run"], (2, "", NO_PROMPT)),
+    ],
+)
+def test_a_closed_stream_is_no_defect(
+    closed: str, command: list[str], expected: tuple[int, str, str], tmp_path: Path
+) -> None:
+    env = {**os.environ, "SMART_CACHE": str(tmp_path)}
+    closing = ["sh", "-c", f'exec "$@" {closed}', "sh", *command]
+    done = subprocess.run(
+        closing, env=env, input="hi\n", capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout, done.stderr) == expected
+
+
+def test_what_libraries_print_reaches_no_file(tmp_path: Path) -> None:
+    """A file that is opened while standard error is closed got its number."""
+    program = (
+        "import os, sys\n"
+        "from smart_decoding.cli.main import main\n"
+        "main(['models'])\n"
+        f"file = open({str(tmp_path / 'file')!r}, 'w')\n"
+        "os.write(2, b'printed')\n"
+        "sys.exit(file.fileno() <= 2)\n"
+    )
+    closing = ["sh", "-c", 'exec "$@" 2>&-', "sh", sys.executable, "-c", program]
+    done = subprocess.run(closing, stdout=subprocess.PIPE, timeout=60)
+    assert done.returncode == 0
+    assert (tmp_path / "file").read_bytes() == b""
 
 
 def test_public_names() -> None:
