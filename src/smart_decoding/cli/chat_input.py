@@ -9,7 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,6 +33,25 @@ def entries() -> Iterator[str]:
     with suppress(AttributeError, ValueError):
         stream.reconfigure(errors="replace")  # type: ignore[attr-defined]
     return joined(stream)
+
+
+@contextmanager
+def hidden_control_keys() -> Iterator[None]:
+    """Keep a terminal from showing Ctrl-C as ^C, in the midst of an answer. A pipe has no keys."""
+    stream = standard_input()
+    if not stream.isatty():
+        yield
+        return
+    import termios  # imported late: Windows has none
+
+    before = termios.tcgetattr(stream)
+    hiding = [*before]
+    hiding[3] &= ~termios.ECHOCTL  # the local modes
+    try:
+        termios.tcsetattr(stream, termios.TCSANOW, hiding)
+        yield
+    finally:
+        termios.tcsetattr(stream, termios.TCSANOW, before)
 
 
 def is_open(entry: str) -> bool:

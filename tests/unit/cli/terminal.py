@@ -43,6 +43,12 @@ class Terminal:
         os.close(theirs)
         self._output = ""
 
+    @property
+    def shows_control_keys(self) -> bool:
+        """Whether it writes ^C for Ctrl-C, where a program lets it."""
+        local = termios.tcgetattr(self._ours)[3]
+        return bool(local & termios.ECHOCTL)
+
     def send(self, text: str) -> None:
         """Type a text."""
         os.write(self._ours, text.encode())

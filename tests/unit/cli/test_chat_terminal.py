@@ -81,6 +81,19 @@ def test_ctrl_c_clears_the_line_and_leaves_the_second_time(
     assert terminal.end() == 0
 
 
+def test_ctrl_c_is_not_shown_in_an_answer(chat: Callable[..., Terminal], tmp_path: Path) -> None:
+    terminal = chat(PAUSE="60")
+    assert terminal.shows_control_keys
+    terminal.send("one\r")
+    terminal.until("Well,")
+    assert not terminal.shows_control_keys
+    terminal.send(CTRL_C)
+    assert "^C" not in terminal.until("the answer is kept as far as it goes")
+    terminal.until("> ")
+    assert terminal.shows_control_keys
+    assert saved(terminal, tmp_path) == ["one"]
+
+
 def test_earlier_lines_come_back_and_only_their_owner_can_read_them(
     chat: Callable[..., Terminal], tmp_path: Path
 ) -> None:
