@@ -93,7 +93,7 @@ class EngineArgs:
     chat_template: makes prompts of conversations, instead of the model's own template: a file, a
         built-in name (vicuna), or the text itself.
     generation_config: where default sampling parameters come from: auto (the model's
-        generation_config.json), vllm (nowhere), or a folder with such a file.
+        generation_config.json or GGUF file), vllm (nowhere), or a folder with such a JSON file.
         override_generation_config: values in place of its own.
     trust_pickle: load pytorch_model.bin, tensors only, where a model or draft head has no
         safetensors; without it only safetensors are loaded.
@@ -228,17 +228,23 @@ class EngineArgs:
         parsed = vars(args)
         return cls(**{each.name: parsed[each.name] for each in fields(cls) if each.name in parsed})
 
-    def sampling_defaults(self, folder: Path) -> dict[str, Any]:
-        """Return the default sampling parameters. folder: the model's. Raises ConfigError for
-        values that SamplingParams refuses."""
+    def sampling_defaults(
+        self, folder: Path, in_file: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Return the default sampling parameters. folder: the model's; in_file: what its GGUF file
+        recommends. Raises ConfigError for values that SamplingParams refuses."""
         from smart_decoding.models.checkpoints.loading import (
             generation_config,  # imported late: torch is slow
         )
 
         chosen = self.generation_config
-        found: dict[str, Any] | None = {}
-        if chosen != "vllm":
-            found = generation_config(folder if chosen == "auto" else expanded(chosen))
+        where = folder if chosen == "auto" else chosen
+        source = "generation_config.json" + ("" if chosen == "vllm" else f" in {where}")
+        found: Mapping[str, Any] | None = {}
+        if chosen == "auto" and in_file:
+            source, found = "general.sampling of the GGUF file", in_file
+        elif chosen != "vllm":
+            found = generation_config(expanded(where))
         if found is None and chosen != "auto":
             raise ConfigError(
                 f"generation_config={str(chosen)!r} is not supported: give auto, vllm, or a folder "
@@ -255,9 +261,9 @@ class EngineArgs:
         try:
             SamplingParams(**ours)
         except ConfigError as error:
-            where = folder if chosen == "auto" else chosen
-            file = "generation_config.json" + ("" if chosen == "vllm" else f" in {where}")
-            raise ConfigError(f"{file}: {error}; generation_config='vllm' leaves it out") from error
+            raise ConfigError(
+                f"{source}: {error}; generation_config='vllm' leaves it out"
+            ) from error
         return ours
 
     def template(self) -> str | None:

@@ -94,8 +94,10 @@ class LLM:
         self.tokenizer = _tokenizer(args, checkpoint)
         config = checkpoint.config.with_end_token(self.tokenizer.eos_token_id)  # as vLLM does
         checkpoint = self._checkpoint = replace(checkpoint, config=config)
-        # of generation_config.json
-        self.default_sampling_params = args.sampling_defaults(checkpoint.tokenizer_source)
+        # of generation_config.json, or of a GGUF file
+        self.default_sampling_params = args.sampling_defaults(
+            checkpoint.tokenizer_source, checkpoint.sampling
+        )
         self.supports_images = checkpoint.vision is not None
         self.prompts = _prompts(args, checkpoint, self.tokenizer)
         longest = args.longest(checkpoint.config.max_positions)
@@ -290,7 +292,7 @@ class LLM:
 
     def get_default_sampling_params(self) -> SamplingParams:
         """Return the parameters of requests without their own: the values of the model's
-        generation_config.json, else vLLM's defaults."""
+        generation_config.json or GGUF file, else vLLM's defaults."""
         return SamplingParams(**self.default_sampling_params)
 
     def get_tokenizer(self) -> Tokenizer:

@@ -745,7 +745,7 @@ def write_gguf(
     split: int = 0,
     architecture: str = "",
     mtp: Mapping[str, torch.Tensor] = MappingProxyType({}),
-    words: Mapping[str, str] | None = None,
+    words: Mapping[str, Any] | None = None,
     **metadata: int,
 ) -> dict[str, torch.Tensor]:
     """Writes a tiny model as llama.cpp's converter would, and returns the weights that must be read
@@ -889,9 +889,10 @@ def by_expert(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
     return {name.replace("experts.", f"experts.{n}."): each for n, each in enumerate(weight)}
 
 
-def add_shape(writer: gguf.GGUFWriter, words: Mapping[str, str], of_mtp: int = 0) -> None:
+def add_shape(writer: gguf.GGUFWriter, words: Mapping[str, Any], of_mtp: int = 0) -> None:
+    kinds = {str: "string", bool: "bool", int: "int32", float: "float32"}
     for key, word in words.items():
-        writer.add_string(f"general.{key}", word)
+        getattr(writer, f"add_{kinds[type(word)]}")(f"general.{key}", word)
     writer.add_block_count(2 + of_mtp)
     if of_mtp:
         writer.add_nextn_predict_layers(of_mtp)

@@ -107,8 +107,8 @@ MODEL_OPTIONS = (
         "generation-config",
         str,
         "auto",
-        "source of the sampling defaults: auto (the model's generation_config.json), vllm "
-        "(no file), or a folder with such a file",
+        "source of the sampling defaults: auto (the model's generation_config.json or GGUF file), "
+        "vllm (no file), or a folder with generation_config.json",
     ),
 )
 

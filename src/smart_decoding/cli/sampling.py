@@ -93,8 +93,8 @@ def checked(values: Mapping[str, Any]) -> dict[str, Any]:
 def params_of(llm: LLM, values: Mapping[str, Any], max_tokens: int) -> SamplingParams:
     """Return the parameters of one answer. Draws without a seed get a new one.
 
-    values: what the user gives. The model's generation_config.json gives the rest, as in `smart
-    serve`. A model that recommends no temperature is decoded greedily, unlike there: most people
+    values: what the user gives. The model's own defaults give the rest, as in `smart serve`. A
+    model that recommends no temperature is decoded greedily, unlike there: most people
     who ask it once want its likeliest answer. max_tokens: where neither has it."""
     defaults = {"temperature": 0.0, "max_tokens": max_tokens, **llm.default_sampling_params}
     params = SamplingParams(**{**defaults, **values})

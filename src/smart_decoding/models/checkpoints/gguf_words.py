@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 HEAD = "eagle3"  # the architecture of files of draft heads
 _READ = 1 << 20  # bytes: what comes before the vocabulary takes a few thousand
@@ -17,6 +18,14 @@ _TEXT = 8
 _ARRAY = 9
 _GENERAL = "general."
 _MTP = ".nextn_predict_layers"
+# What llama.cpp's converter takes from generation_config.json, and the names there
+_SAMPLING = {
+    "general.sampling.temp": "temperature",
+    "general.sampling.top_k": "top_k",
+    "general.sampling.top_p": "top_p",
+    "general.sampling.min_p": "min_p",
+    "general.sampling.penalty_repeat": "repetition_penalty",
+}
 _VOCABULARY = "tokenizer."  # entries that come last
 
 
@@ -26,6 +35,18 @@ def own_words(path: Path) -> dict[str, str]:
     Returns what was found before a damage: those who read the file report it."""
     texts = {key: value for key, value in _entries(path).items() if isinstance(value, str)}
     return {k.removeprefix(_GENERAL): text for k, text in texts.items() if k.startswith(_GENERAL)}
+
+
+def recommended_sampling(path: Path) -> dict[str, Any]:
+    """Return the sampling that a file recommends, in generation_config.json's names. Values may be
+    anything."""
+    found = _entries(path)
+    return {name: _rounded(found[key]) for key, name in _SAMPLING.items() if key in found}
+
+
+def _rounded(value: str | float) -> str | float:
+    """Return what was meant by a number of 32 bits: 0.95, not 0.949999988079071."""
+    return float(f"{value:.7g}") if isinstance(value, float) else value
 
 
 def has_mtp(path: Path) -> bool:

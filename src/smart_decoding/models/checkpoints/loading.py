@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from smart_decoding.errors import ConfigError
 from smart_decoding.files import read_json, reading
 from smart_decoding.kernels.weights import Matrix, QuantizedTensor
 from smart_decoding.models.checkpoints.gguf import TENSORS, StoredWeights, converted_folder
-from smart_decoding.models.checkpoints.gguf_words import own_words
+from smart_decoding.models.checkpoints.gguf_words import own_words, recommended_sampling
 from smart_decoding.models.checkpoints.registry import Source, named_in_file, resolve
 from smart_decoding.models.checkpoints.rounding import RoundedWeights
 from smart_decoding.models.checkpoints.weight_files import (
@@ -49,7 +49,8 @@ class Checkpoint:
     its vision part, if it has one; `quantization`: as requested;
     `in_bytes`: whether inputs of quants are rounded to 8 bits; `mtp`: the tensors of its layers
     for multi-token prediction, which are not checked; `named`: the built-in name of the model that
-    a GGUF file says it is."""
+    a GGUF file says it is; `sampling`: what that file recommends, in the names of
+    generation_config.json, not checked."""
 
     config: ModelConfig
     weights: Mapping[str, Matrix]
@@ -60,6 +61,7 @@ class Checkpoint:
     in_bytes: bool = False
     mtp: Weights[Any] | None = None
     named: str | None = None
+    sampling: Mapping[str, Any] = field(default_factory=dict)
 
 
 def load_checkpoint(
@@ -98,11 +100,11 @@ def load_checkpoint(
         mtp = as_computed(config, RenamedWeights(opened, of_mtp), stored) if of_mtp else None
     check_tensors(config, weights.shapes, source.path.name if is_file else folder.name)
     provenance = _provenance(source, weights.dtypes["model.embed_tokens.weight"])
-    named = None
+    made = Checkpoint(config, weights, folder, provenance, mtp=mtp)
     if is_file:
         provenance["weights"] += ", as stored" if stored else ", dequantised to bf16"
         named = named_in_file(own_words(source.path))
-    made = Checkpoint(config, weights, folder, provenance, mtp=mtp, named=named)
+        made = replace(made, named=named, sampling=recommended_sampling(source.path))
     return _rounded(made, quantization)
 
 
