@@ -24,6 +24,7 @@ from smart_decoding.models.checkpoints.kept import (
     readable,
     size_of,
 )
+from smart_decoding.models.checkpoints.ollama import ollama_file, ollama_models
 from smart_decoding.models.checkpoints.registry import (
     DEFAULT_MODEL,
     NAMED_MODELS,
@@ -62,8 +63,8 @@ def main(args: argparse.Namespace) -> None:
 
 
 def show(verbose: bool = False) -> None:
-    """Print one block per model, then the other contents of the caches; their sources, too, if
-    `verbose`."""
+    """Print one block per model, then the other contents of the caches, and Ollama's models; their
+    sources, too, if `verbose`."""
     listed = set()
     for name, model in NAMED_MODELS.items():
         kept = kept_of(name)
@@ -91,6 +92,7 @@ def show(verbose: bool = False) -> None:
     old = sum(each.size for each in made if each.kind == OUTDATED)
     if old:
         print(f"{readable(old)} are outdated conversions, which nothing uses: smart models rm NAME")
+    _show_ollamas()
     print("also: a hub id (owner/name, owner/name:Q4_K_M or owner/name:FILE.gguf),")
     print("a folder with config.json and safetensors, or a GGUF file")
 
@@ -108,8 +110,10 @@ def remove(name: str, yes: bool) -> None:
     """Remove a model from the caches. Raises ConfigError if they hold nothing of it, or without a
     terminal to confirm the removal."""
     kept = kept_of(name)
+    theirs = _told_of_ollama(name)
     if not kept:
-        raise ConfigError(f"the caches hold nothing of {name!r}{unknown_model(name)}")
+        hint = f", and {theirs}" if theirs else unknown_model(name)
+        raise ConfigError(f"the caches hold nothing of {name!r}{hint}")
     for each in kept:
         print(f"{each.kind:<14} {readable(each.size):>8}  {each.path}")
         if each.path.is_dir():
@@ -130,7 +134,22 @@ def remove(name: str, yes: bool) -> None:
             shutil.rmtree(each.path)
         else:
             each.path.unlink()
-    print(f"removed {total:,} bytes ({readable(total)})")
+    print("\n".join(filter(None, [f"removed {total:,} bytes ({readable(total)})", theirs])))
+
+
+def _show_ollamas() -> None:
+    """Print the models that Ollama has here, if it has any."""
+    found = ollama_models()
+    if found:
+        print("fetched by Ollama, under its names:")
+    for name, file in found.items():
+        print(f"  {name}: {readable(size_of(file, links=True))}")
+
+
+def _told_of_ollama(name: str) -> str:
+    """Return how a model of Ollama's is removed; nothing for another model."""
+    is_ollamas = ollama_file(name) is not None
+    return f"{name} belongs to Ollama: ollama rm {name} removes it" if is_ollamas else ""
 
 
 def _tell_mtp(kept: Kept) -> None:

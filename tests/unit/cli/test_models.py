@@ -132,23 +132,58 @@ def test_of_a_users_own_file_only_what_was_made_of_it_is_removed(
     assert not made.exists()
 
 
-def test_what_was_made_of_a_model_of_ollamas_is_removed_by_its_name(
-    own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    digest = "ab" * 32
-    blob = tmp_path / "blobs" / f"sha256-{digest}"
-    manifest = tmp_path / "manifests" / "registry.ollama.ai" / "library" / "llama3" / "latest"
-    for path in (blob, manifest):
-        path.parent.mkdir(parents=True)
-    blob.write_bytes(b"GGUF")
-    layer = {"mediaType": "application/vnd.ollama.image.model", "digest": f"sha256:{digest}"}
-    manifest.write_text(json.dumps({"layers": [layer]}))
+@pytest.fixture
+def ollama(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Ollama's folder, with llama3:latest of 3 MB."""
     monkeypatch.setenv("OLLAMA_MODELS", str(tmp_path))
+    digest = "ab" * 32
+    write(tmp_path / "blobs" / f"sha256-{digest}", 3_000_000)
+    layer = {"mediaType": "application/vnd.ollama.image.model", "digest": f"sha256:{digest}"}
+    keep(tmp_path, "llama3/latest", json.dumps({"layers": [layer]}))
+    return tmp_path
+
+
+def keep(ollama: Path, name: str, manifest: str) -> None:
+    path = ollama / "manifests" / "registry.ollama.ai" / "library" / name
+    path.parent.mkdir(parents=True)
+    path.write_text(manifest)
+
+
+def test_what_was_made_of_a_model_of_ollamas_is_removed_by_its_name(
+    own_cache: Path, ollama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (blob,) = (ollama / "blobs").iterdir()
     made = own_cache / "converted" / conversion_key(blob)
     write(made / "config.json", 10)
     assert cli.main(["models", "rm", "llama3", "-y"]) == 0
     assert blob.exists()
     assert not made.exists()
+    theirs = "llama3 belongs to Ollama: ollama rm llama3 removes it\n"
+    assert capsys.readouterr().out.endswith(f"removed 10 bytes (0 MB)\n{theirs}")
+    assert fails(capsys, "models", "rm", "llama3", "-y").endswith(f"'llama3', and {theirs}")
+
+
+def test_lists_the_models_that_ollama_has_here(
+    ollama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those whose manifest is broken, or whose file is gone, are left out."""
+    keep(ollama, "broken/latest", "{")
+    gone = {"mediaType": "application/vnd.ollama.image.model", "digest": f"sha256:{'cd' * 32}"}
+    keep(ollama, "gone/8b", json.dumps({"layers": [gone]}))
+    (ollama / "manifests" / "registry.ollama.ai" / "library" / "strange").write_text("no folder")
+    assert cli.main(["models"]) == 0
+    out = capsys.readouterr().out
+    assert "\nfetched by Ollama, under its names:\n  llama3:latest: 3 MB\nalso: a hub id" in out
+
+
+@pytest.mark.parametrize("folder", ["no-ollama", 5000 * "x"])
+def test_says_nothing_of_ollama_where_it_has_no_model(
+    folder: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nor where its folder cannot be searched, as it has no name that can be."""
+    monkeypatch.setenv("OLLAMA_MODELS", folder)
+    assert cli.main(["models"]) == 0
+    assert "Ollama" not in capsys.readouterr().out
 
 
 def test_what_was_made_of_a_file_is_removed_by_the_name_that_is_shown(

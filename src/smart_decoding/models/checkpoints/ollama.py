@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 _NAME = re.compile(r"([A-Za-z0-9][\w.-]*)(?::([A-Za-z0-9][\w.-]*))?")
@@ -33,6 +34,19 @@ def ollama_file(name: str) -> Path | None:
         if blob is not None:
             return blob
     return None
+
+
+def ollama_models() -> dict[str, Path]:
+    """Return the files of all models of Ollama's library that it has on this machine, by their full
+    names, such as llama3.2:latest."""
+    found: dict[str, Path] = {}
+    for store in _stores():
+        with suppress(OSError):  # it may not be searched
+            for manifest in sorted((store / _LIBRARY).glob("*/*")):
+                name = f"{manifest.parent.name}:{manifest.name}"
+                if (file := ollama_file(name)) is not None:
+                    found[name] = file
+    return found
 
 
 def _stores() -> Iterator[Path]:
