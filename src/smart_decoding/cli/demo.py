@@ -39,7 +39,7 @@ _FRAME = 0.05  # seconds
 _END = 0.5  # seconds that the end is held
 _COLOURS = {"smart": "\x1b[32m", "plain": "\x1b[33m"}
 NEXT = {
-    "smart serve": "the same race in a browser",
+    "smart serve": "a chat in a browser, with this race",
     'smart run --stats "a question"': "ask it something",
     'smart run --policy off "a question"': "the same answer, decoded plainly",
     'smart run --temperature 0.8 --seed 1 "…"': "the same tokens under every policy",

@@ -67,6 +67,7 @@ def test_what_comes_next_can_be_typed_as_it_stands(
     first, *lines = cli_demo.what_next().splitlines()[1:]
     assert first.split("  ")[1] == ". .venv/bin/activate"
     assert max(map(len, lines)) <= 80
+    assert lines[0].split("  ")[-1].strip() == "a chat in a browser, with this race"
     monkeypatch.setenv("PATH", str(programs))
     assert cli_demo.what_next().splitlines()[1:] == lines
     for line in lines:
