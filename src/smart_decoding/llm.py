@@ -295,6 +295,11 @@ class LLM:
         generation_config.json or GGUF file, else vLLM's defaults."""
         return SamplingParams(**self.default_sampling_params)
 
+    @property
+    def precision(self) -> str:
+        """The types of weights and activations, in words, such as Q4_K_M."""
+        return self._checkpoint.precision
+
     def get_tokenizer(self) -> Tokenizer:
         """Return the model's tokenizer."""
         return self.tokenizer

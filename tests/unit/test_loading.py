@@ -30,6 +30,7 @@ from smart_decoding.errors import ConfigError, DownloadError, ModelError
 from smart_decoding.kernels.weights import QuantizedTensor, as_tensor
 from smart_decoding.models.checkpoints import loading
 from smart_decoding.models.checkpoints.gguf import TENSORS
+from smart_decoding.models.checkpoints.hub import RECORD
 from smart_decoding.models.checkpoints.hub_repository import is_complete
 from smart_decoding.models.checkpoints.loading import load_checkpoint, with_rounded_activations
 from smart_decoding.models.checkpoints.memory import parameters, weight_bytes
@@ -1284,6 +1285,36 @@ def test_stored_weights_stay_in_their_file(
         file.truncate(path.stat().st_size - 20_000)
     with pytest.raises(ModelError, match=r"tiny\.gguf ends within the tensor"):
         dict(weights)
+
+
+def precision(path: Path, quantization: str | None = None) -> str:
+    return load_checkpoint(path, quantization=quantization).precision
+
+
+def test_types_are_named_as_users_know_them(tmp_path: Path) -> None:
+    """What a GGUF file calls its mixture, or its types; norms and the like are too few to name."""
+    kind = gguf.GGMLQuantizationType.Q8_0
+    write_gguf(tmp_path / "named.gguf", "llama", kind, words={"file_type": 15})
+    assert precision(tmp_path / "named.gguf") == "Q4_K_M"
+    assert precision(tmp_path / "named.gguf", "off") == "BF16"
+    assert precision(tmp_path / "named.gguf", "int8") == "int8"
+    checkpoint = load_checkpoint(tmp_path / "named.gguf", quantization=None)
+    assert with_rounded_activations(checkpoint).precision == "Q4_K_M, activations in 8 bits"
+    for number, wrong in enumerate(("Q4_K_M", 999, 1024, 2.5)):
+        path = tmp_path / f"wrong-{number}.gguf"
+        write_gguf(path, "llama", kind, words={"file_type": wrong})
+        assert precision(path) == "Q8_0"
+    record = checkpoint.tokenizer_source / RECORD
+    older = json.loads(record.read_text())
+    del older["file_type"]
+    record.write_text(json.dumps(older))
+    assert precision(tmp_path / "named.gguf") == "Q8_0"
+
+
+def test_types_of_a_folder_are_named_by_their_share(folder: Path) -> None:
+    name = "model.embed_tokens.weight"
+    change_weights(folder, lambda weights: weights.update({name: weights[name].bfloat16()}))
+    assert load_checkpoint(folder).precision == "F32 + BF16"
 
 
 @pytest.mark.parametrize(("scheme", "bits"), [("int8", 8.5), ("int4", 5.0)])

@@ -115,7 +115,7 @@ def main(args: argparse.Namespace) -> None:
             if args.stats:
                 drawn = "seed" not in sampling and not params.greedy
                 stats = stats_line(answer) + (f", seed {params.seed}" if drawn else "")
-                print(f"{stats}; {llm.provenance['dtype']}", file=sys.stderr)
+                print(f"{stats}; {llm.precision}", file=sys.stderr)
         else:
             answer_all(llm, texts, prompts, params, args.json)
         keep_for_later(llm)

@@ -43,6 +43,7 @@ class FakeLLM:
         self.options = options
         self.calls = []
         self.provenance = {"model": model, "weights": "fake weights", "dtype": "fp32"}
+        self.precision = "Q4_K_M, activations in 8 bits"
         self.tokenizer = SimpleNamespace(
             template=None,
             encode_chat=lambda messages: [1, *map(ord, messages[-1]["content"])],

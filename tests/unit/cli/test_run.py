@@ -204,7 +204,7 @@ def test_run_reports_statistics_on_stderr(
     assert cli.main(["run", "--stats", "hi"]) == 0
     assert capsys.readouterr().err == (
         "5 tokens, 10.0 tokens/s, 4.00 tokens per round, 5 drafted rows verified (2 wasted), "
-        "TTFT 500 ms; fp32\n"
+        "TTFT 500 ms; Q4_K_M, activations in 8 bits\n"
     )
 
 
@@ -219,8 +219,8 @@ def test_run_draws_another_seed_each_time_and_tells_it(
     assert first != second
     assert given == 7
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0].endswith(f", seed {first}; fp32")
-    assert lines[1].endswith(f", seed {second}; fp32")
+    assert lines[0].endswith(f", seed {first}; {fake.made[0].precision}")
+    assert lines[1].endswith(f", seed {second}; {fake.made[1].precision}")
     assert "seed" not in lines[2]
 
 

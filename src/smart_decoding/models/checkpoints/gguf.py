@@ -58,6 +58,7 @@ _SHARD = 1 << 30  # bytes of weights held in memory before they are written
 _READS = 1 << 18
 _VALUES = 1 << 21
 TENSORS = "tensors.json"
+FILE_TYPE = "file_type"  # in the record of a stored folder, which older ones lack
 _FLOATS = {"F32": np.float32, "F16": np.float16}
 _TOP_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -189,6 +190,7 @@ def _convert(
     with scratch(need) as part:
         record = {"source": source.path.name}
         if stored:
+            record[FILE_TYPE] = _file_type(metadata)
             (part / TENSORS).write_text(json.dumps(index))
             progress(1.0)
         else:
@@ -199,6 +201,17 @@ def _convert(
         (part / "config.json").write_text(json.dumps(config_to_hf(config), indent=1))
         write_record(part, record)
         move_into_place(part, target)
+
+
+def _file_type(metadata: Mapping[str, Any]) -> str:
+    """Return the name of a file's mixture of types, such as Q4_K_M; nothing for an unknown one."""
+    from gguf import LlamaFileType  # imported late: it is slow
+
+    try:
+        name = LlamaFileType(metadata["general.file_type"]).name
+    except (KeyError, ValueError):
+        return ""
+    return name.partition("_")[2] if name.startswith(("ALL_", "MOSTLY_")) else ""
 
 
 def _read_parts(path: Path) -> tuple[Metadata, dict[str, Any], dict[str, int]]:

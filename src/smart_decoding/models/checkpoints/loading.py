@@ -8,17 +8,25 @@ configuration before any weight is read.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from smart_decoding.errors import ConfigError
 from smart_decoding.files import read_json, reading
 from smart_decoding.kernels.weights import Matrix, QuantizedTensor
-from smart_decoding.models.checkpoints.gguf import TENSORS, StoredWeights, converted_folder
+from smart_decoding.models.checkpoints.gguf import (
+    FILE_TYPE,
+    TENSORS,
+    StoredWeights,
+    converted_folder,
+)
 from smart_decoding.models.checkpoints.gguf_words import own_words, recommended_sampling
+from smart_decoding.models.checkpoints.hub import RECORD
 from smart_decoding.models.checkpoints.registry import Source, named_in_file, resolve
 from smart_decoding.models.checkpoints.rounding import RoundedWeights
 from smart_decoding.models.checkpoints.weight_files import (
@@ -41,6 +49,9 @@ from smart_decoding.models.heads.files import is_head
 
 log = logging.getLogger("smart.models")
 
+_IN_BYTES = ", activations in 8 bits"
+_NAMED = 0.01  # of all numbers: types of fewer are not named
+
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
@@ -50,7 +61,8 @@ class Checkpoint:
     `in_bytes`: whether inputs of quants are rounded to 8 bits; `mtp`: the tensors of its layers
     for multi-token prediction, which are not checked; `named`: the built-in name of the model that
     a GGUF file says it is; `sampling`: what that file recommends, in the names of
-    generation_config.json, not checked."""
+    generation_config.json, not checked; `file_type`: what it calls its mixture of types, as stored,
+    such as Q4_K_M."""
 
     config: ModelConfig
     weights: Mapping[str, Matrix]
@@ -62,6 +74,16 @@ class Checkpoint:
     mtp: Weights[Any] | None = None
     named: str | None = None
     sampling: Mapping[str, Any] = field(default_factory=dict)
+    file_type: str = ""
+
+    @property
+    def precision(self) -> str:
+        """The types of weights and activations, in words: the mixture's name, or all types with a
+        share of 1 % at least, the largest first."""
+        end = _IN_BYTES if self.in_bytes else ""
+        if isinstance(self.weights, RoundedWeights):
+            return f"{self.quantization}{end}"
+        return f"{self.file_type or _types(self.weights)}{end}"
 
 
 def load_checkpoint(
@@ -104,7 +126,9 @@ def load_checkpoint(
     if is_file:
         provenance["weights"] += ", as stored" if stored else ", dequantised to bf16"
         named = named_in_file(own_words(source.path))
-        made = replace(made, named=named, sampling=recommended_sampling(source.path))
+        sampling = recommended_sampling(source.path)
+        file_type = str(read_json(folder / RECORD).get(FILE_TYPE, "")) if stored else ""
+        made = replace(made, named=named, sampling=sampling, file_type=file_type)
     return _rounded(made, quantization)
 
 
@@ -169,8 +193,18 @@ def with_rounded_activations(checkpoint: Checkpoint, required: bool = False) -> 
             "activations='int8' needs quantised weights: a GGUF file, or "
             "quantization='int8' or 'int4'"
         )
-    dtype = f"{checkpoint.provenance['dtype']}, activations in 8 bits"
+    dtype = checkpoint.provenance["dtype"] + _IN_BYTES
     return replace(checkpoint, provenance={**checkpoint.provenance, "dtype": dtype}, in_bytes=True)
+
+
+def _types(weights: Mapping[str, Matrix]) -> str:
+    """Return the types of weights as they are on disk, by their share of the numbers."""
+    assert isinstance(weights, Weights)
+    counts: Counter[str] = Counter()
+    for name, shape in weights.shapes.items():
+        counts[weights.dtypes[name]] += prod(shape)
+    shares = counts.most_common()
+    return " + ".join(kind for kind, count in shares if count >= _NAMED * counts.total())
 
 
 def _has_quants(weights: Mapping[str, Matrix]) -> bool:
