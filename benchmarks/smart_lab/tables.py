@@ -21,6 +21,7 @@ from smart_decoding.bench.summary import POOLED
 from smart_lab.gguf.report import (
     build_of,
     drafts_of,
+    in_words,
     memory_and_prompt,
     not_tried,
     rivals_of,
@@ -187,6 +188,7 @@ OLD_DECODE = "the requests' own rates, added up (files of before 2026-11-29, 05:
 def gguf(result: Mapping[str, Any]) -> list[Section]:
     """Return one GGUF file here and in llama.cpp: forwards, then a table for each number of
     requests."""
+    result = in_words(result)
     decode = f"decode: {result.get('decode', OLD_DECODE)}"
     captions = [build_of(result["llama_cpp"]), *rivals_of(result), decode]
     return [_gguf_forwards(result), *(_gguf_run(run, captions) for run in result["runs"])]
@@ -220,7 +222,7 @@ def _gguf_run(run: Mapping[str, Any], captions: Sequence[str]) -> Section:
         "tok/s, prompts included (lowest–highest)",
         "decode",
         "tokens a round",
-        "our plain's words",
+        "same as SMART's plain decoding",
         *(f"{task}, one request, prompt included" for task in tasks),
     )
     ratios = [

@@ -676,6 +676,34 @@ def test_ratios_are_of_the_best_over_the_same_blocks() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("auto", "SMART"),
+        ("exact", "SMART (exact products)"),
+        ("auto plain", "SMART (plain decoding)"),
+        ("as-stored smart ngram", "SMART (n-grams, exact products)"),
+        ("int8 smart draft_model", "SMART (draft model, activations in 8 bits)"),
+        ("auto smart union", "SMART (head and n-grams)"),
+        ("auto smart union, model=a.gguf", "SMART (draft model and n-grams, model=a.gguf)"),
+        ("auto smart union, model=head2", "SMART (head and n-grams, model=head2)"),
+        ("auto ngram", "auto ngram"),
+        ("llama.cpp plain", "llama.cpp plain"),
+    ],
+)
+def test_contestants_are_told_in_words(name: str, told: str) -> None:
+    run = {"ratios": [{"of": name}], "by_task": {name: {"code": 1.0}}}
+    found = report.in_words({"runs": [run], "decode": name})
+    assert found["runs"] == [{"ratios": [{"of": told}], "by_task": {told: {"code": 1.0}}}]
+    assert found["decode"] == name
+
+
+def test_a_draft_model_of_the_whole_run_is_told() -> None:
+    origin = {"command": "python -m smart_lab gguf-speed a.gguf --draft b.gguf --slots 1"}
+    found = report.in_words({"provenance": origin, "runs": ["auto smart union"]})
+    assert found["runs"] == ["SMART (draft model and n-grams)"]
+
+
 def test_tasks_of_different_speed_do_not_widen_an_interval() -> None:
     """Where a block is all code or all maths, each is resampled by itself."""
     ours, base = [80.0, 20.0] * 3, [40.0, 16.0] * 3
@@ -767,8 +795,8 @@ def test_a_run_is_whole_whatever_the_time_and_goes_on(
     text = capsys.readouterr().out
     assert "2 requests at a time, 1 blocks of 6 prompts" in text
     assert re.search("llama.cpp, not tried for lack of time: 15 of (19|20) settings", text)
-    assert "auto, one row: 0.04 GB of weights, 40.0 GB/s, 0.80 of the 50.0 at which" in text
-    assert "llama.cpp 1000 (1000 - 1000), 1.00 of llama.cpp's; auto 500 (500 - 500), 0.50" in text
+    assert "SMART, one row: 0.04 GB of weights, 40.0 GB/s, 0.80 of the 50.0 at which" in text
+    assert "llama.cpp 1000 (1000 - 1000), 1.00 of llama.cpp's; SMART 500 (500 - 500), 0.50" in text
     result = json.loads(file.read_text())
     assert str(tmp_path) not in file.read_text()
     weights = result["provenance"]["weights"]
@@ -860,7 +888,7 @@ def test_the_best_and_the_default_draft_model_are_measured(
     decode = {name: words[4] for name, words in rates.items()}
     assert decode["llama.cpp draft model, its defaults"] == "2.0"
     assert decode["llama.cpp draft model"] == "4.0"
-    assert "auto smart draft_model over llama.cpp draft model, decode: 2.25 (one" in reported
+    assert "SMART (draft model) over llama.cpp draft model, decode: 2.25 (one" in reported
     assert "failed: llama.cpp plain with" in reported
     assert "not tried" not in reported
 
@@ -882,7 +910,7 @@ def test_rivals_take_part(
         assert "vLLM: 9, in bf16" in reported
         assert "OpenVINO: 9, from the file" in reported
         assert "ik_llama.cpp: version: 7 (abc)" in reported
-        assert "auto smart draft_model over vLLM n-gram, decode: 4.50 (one block)" in reported
+        assert "SMART (draft model) over vLLM n-gram, decode: 4.50 (one block)" in reported
         assert "ik_llama.cpp, not tried for lack of time: 3 of 4 settings" in reported
         text = (tmp_path / "run.json").read_text()
         assert str(tmp_path) not in text

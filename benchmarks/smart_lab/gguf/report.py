@@ -10,12 +10,29 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from smart_decoding.bench.results import mapping
 from smart_lab.gguf.ik import NAME as IK
 from smart_lab.gguf.rates import best, by_task, figures, ratio
 
 THEIRS = "llama.cpp"
 KEYS = ("overall", "decode")
 BY_TASK = "of one request, its prompt included, by task:"
+# Parts of our contestants' names in words: how weights are held, in old files too, and what drafts.
+_HELD = {
+    "auto": "",
+    "exact": ", exact products",
+    "as-stored": ", exact products",
+    "int8": ", activations in 8 bits",
+    "expanded": ", expanded to bf16",
+}
+_DRAFTERS = {
+    "plain": "plain decoding",
+    "smart draft_model": "draft model",
+    "smart eagle": "head",
+    "smart mtp": "MTP layer",
+    "smart ngram": "n-grams",
+    "smart union": "{} and n-grams",
+}
 DECODE = "of one request behind its first token; neighbours' prompts are in it"
 
 
@@ -70,8 +87,39 @@ def counted(names: Sequence[str]) -> str:
     return ", ".join(f"{count} {name}" for name, count in sorted(Counter(names).items()))
 
 
+def in_words(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a result whose names of our contestants are words: SMART (head and n-grams) for auto
+    smart union."""
+    command = mapping(result.get("provenance")).get("command") or ""
+    drafter = "draft model" if " --draft " in command else "head"
+
+    def told(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {_in_words(name, drafter): told(of) for name, of in value.items()}
+        if isinstance(value, list):
+            return [told(each) for each in value]
+        return _in_words(value, drafter) if isinstance(value, str) else value
+
+    parts = ("forwards", "bytes_read", "prompt", "runs")
+    return {**result, **{part: told(result[part]) for part in parts if part in result}}
+
+
+def _in_words(name: str, drafter: str) -> str:
+    """Return a contestant's name, or a way to hold weights, in words; another text as it is.
+    drafter: in a union whose name has no model."""
+    way, _, rest = name.partition(" ")
+    kind, comma, options = rest.partition(", ")
+    if way not in _HELD or (kind and kind not in _DRAFTERS):
+        return name
+    if "model=" in options:
+        drafter = "draft model" if options.endswith(".gguf") else "head"
+    parts = _DRAFTERS.get(kind, "").format(drafter) + comma + options + _HELD[way]
+    return f"SMART ({parts.removeprefix(', ')})" if parts else "SMART"
+
+
 def text(result: Mapping[str, Any]) -> str:
     """Tables for a terminal."""
+    result = in_words(result)
     about = result["llama_cpp"]
     lines = [f"\n{build_of(about)}", about["system"]]
     lines += rivals_of(result)
