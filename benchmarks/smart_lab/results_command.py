@@ -32,6 +32,7 @@ TOLD = {"simulated": ": nothing here was measured"}
 KINDS = {
     "bench": "Policies",
     "gguf": "A GGUF file here and in llama.cpp",
+    "gguf-huge-pages": "The same with huge pages for llama.cpp, and a head",
     "gguf-avx2": "The same with AVX2 alone, on both sides",
     "gguf-avx2-exact": "Exact products with AVX2 alone, on both sides",
     "gguf-avx-vnni": "The same with AVX2 and AVX-VNNI, on both sides",

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import worlds
 
+from smart_decoding.bench import provenance
 from smart_decoding.errors import ConfigError, ModelError
 from smart_decoding.integrations.tuning.found import Found
 from smart_decoding.integrations.tuning.settings import PLAIN, Setting, Trial
@@ -156,6 +157,12 @@ for line in sys.stdin:
              "steps": [1 + (tokens - 1) // fast] * len(prompts), "answers": told}}
     print(json.dumps({{**found, "seconds": seconds}}), flush=True)
 """
+
+
+@pytest.fixture(autouse=True)
+def no_huge_pages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """All machines try the same settings."""
+    monkeypatch.setattr(provenance, "_HUGE_PAGES", tmp_path / "none")
 
 
 @pytest.fixture

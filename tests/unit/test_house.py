@@ -37,7 +37,8 @@ def test_a_class_has_a_name_of_its_own() -> None:
 
 
 def test_few_modules_stand_outside_of_packages() -> None:
-    assert len([*SOURCE.glob("*.py")]) <= MOST_MODULES_AT_THE_TOP
+    ours = [path for path in SOURCE.glob("*.py") if path.name != "__main__.py"]  # Python's own name
+    assert len(ours) <= MOST_MODULES_AT_THE_TOP
 
 
 def test_a_package_says_what_lives_there() -> None:
