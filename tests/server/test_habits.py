@@ -37,6 +37,21 @@ def test_unknown_fields_are_ignored_and_named_in_a_header(running: Running) -> N
     assert len(answer.headers["warning"]) < 2000
 
 
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_llama_cpps_name_of_a_limit(running: Running, path: str) -> None:
+    """llama.vim sends n_predict=0 to have a prompt read: it must not get a whole answer."""
+    asked = {**CHAT, "prompt": "abc", "ignore_eos": True, "temperature": 0}
+    for limit, expected in ((3, 3), (0, 1), (-1, 100)):
+        body = {**asked, "max_tokens": 100, "n_predict": limit}
+        if limit < 0:
+            del body["max_tokens"]
+        answer = post(running, path, json=body).json()
+        count = answer["usage"]["completion_tokens"]
+        assert count == expected if limit >= 0 else count > expected
+    refused = post(running, path, json={**asked, "n_predict": 10**7}).json()["error"]
+    assert refused["param"] == "n_predict"
+
+
 def test_masks_hold_in_the_server(running: Running) -> None:
     request_body = {"prompt": "abc abc", "max_tokens": 20, "temperature": 0}
     free = post(running, "/v1/completions", json=request_body).json()["choices"][0]["text"]

@@ -149,6 +149,17 @@ def test_a_prompt_is_read_ahead_without_an_answer(coder: Running) -> None:
     assert (found["content"], found["tokens_predicted"]) == ("", 1)
 
 
+def test_an_editor_waits_no_longer_than_it_says(coder: Running) -> None:
+    (line,) = ids(coder, "\n")
+    body = {**EDITOR, "n_predict": 100, "ignore_eos": True, "logit_bias": {str(line): 100}}
+    whole = post(coder, "/infill", json={**body, "t_max_predict_ms": 60_000}).json()
+    assert whole["tokens_predicted"] == 100
+    short = post(coder, "/infill", json={**body, "t_max_predict_ms": 1}).json()
+    assert short["tokens_predicted"] < 100
+    assert whole["content"].startswith(short["content"])
+    assert "\n" in short["content"]
+
+
 def test_infill_streams(coder: Running) -> None:
     whole = post(coder, "/infill", json=EDITOR).json()
     lines = post(coder, "/infill", json={**EDITOR, "stream": True}).text.splitlines()

@@ -54,6 +54,8 @@ class SamplingParams:
     stop / stop_token_ids: strings and token ids that end the answer; text before a stop string is
     kept. min_tokens: end-of-sequence and stop ids cannot be drawn before so many tokens.
     max_tokens: None means up to the context's end.
+    t_max_predict_ms: llama.cpp's, for editors: behind so many milliseconds of writing an answer
+    ends, once it has a line's end; None or 0: never. Where it ends depends on the machine.
     seed: 64-bit signed; None (or -1) lets the engine draw one.
     logprobs: how many most likely tokens to return with log probabilities, beyond the drawn one; -1
     means all. prompt_logprobs: the same for the prompt's tokens, which then are not taken from the
@@ -82,6 +84,7 @@ class SamplingParams:
     ignore_eos: bool = False
     min_tokens: int = 0
     max_tokens: int | None = 16
+    t_max_predict_ms: int | None = None
     seed: int | None = None
     logprobs: int | None = None
     prompt_logprobs: int | None = None
@@ -144,6 +147,8 @@ class SamplingParams:
             most = self.max_tokens
             allowed = f"an integer in [0, max_tokens={most}]"
         self._check_integer("min_tokens", allowed, 0, most)
+        if self.t_max_predict_ms is not None:
+            self._check_integer("t_max_predict_ms", "an integer or None", INT64_MIN)
         if self.seed is not None:
             self._check_integer("seed", "a 64-bit signed integer or None", INT64_MIN)
         for name in ("logprobs", "prompt_logprobs"):

@@ -3,6 +3,7 @@ part of its text."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
@@ -106,6 +107,8 @@ class StopChecker:
         self._eos_ids: frozenset[int] = frozenset() if params.ignore_eos else frozenset(eos_ids)
         self._detokenizer = Detokenizer(decode, before)
         self._loops = LoopDetector(loop_tokens) if loop_tokens else None
+        self._patience = (params.t_max_predict_ms or 0) / 1000
+        self._due: float | None = None  # when it is over, on time.perf_counter
         self._text = ""
         self._shown = 0
         self._undecoded: list[int] = []
@@ -125,12 +128,23 @@ class StopChecker:
         if self._goes_on(tokens):
             self.token_ids += tokens
             self._undecoded += tokens
-            return list(tokens)
-        for token in tokens:
-            if self.finish_reason:
-                break
-            self._push_one(int(token))
+        else:
+            for token in tokens:
+                if self.finish_reason:
+                    break
+                self._push_one(int(token))
+        if self._patience > 0 and not self.finish_reason:
+            self._check_time(time.perf_counter())
         return self.token_ids[before:]
+
+    def _check_time(self, now: float) -> None:
+        """End an answer that takes too long from its first tokens on, once it has a line's end."""
+        if self._due is None:
+            self._due = now + self._patience
+        elif now > self._due:
+            self._decode_pending()
+            if "\n" in self._text:
+                self._finish("length", None)
 
     def _goes_on(self, tokens: Sequence[int]) -> bool:
         """Return whether none of these tokens can end the answer: a quick check, nearly always

@@ -103,7 +103,8 @@ async def _job(worker: Worker, request: Request, parsed: ParsedRequest) -> Async
         raise ApiError(400, message, "invalid_value", "n")
     llm = worker.ready()
     _check_length(parsed, llm)
-    limit = body.usual_limit if body.limit is None else body.limit
+    open_ended = body.limit is None and body.n_predict is None
+    limit = body.usual_limit if open_ended else body.limit
     defaults = llm.default_sampling_params
     longest = defaults.get("max_tokens")  # the model's limit holds for all requests, as in vLLM
     if longest is not None:

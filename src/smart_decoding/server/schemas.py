@@ -116,6 +116,9 @@ class Completions(Sampling):
 
     stream_options: StreamOptions | None = None
     max_tokens: int | None = None
+    n_predict: Annotated[int, Field(ge=-1)] | None = Field(
+        None, description="llama.cpp's name of max_tokens; -1: to the end of the context."
+    )
     n: int | None = None
     response_format: ResponseFormat | None = None
 
@@ -149,13 +152,16 @@ class Completions(Sampling):
 
     @property
     def limit(self) -> int | None:
-        """The most tokens of an answer, if the request sets a limit."""
-        return self.max_tokens
+        """The most tokens of an answer, if the request sets a limit. 0 means 1: to read the prompt
+        takes a round, and the round yields a token."""
+        if self.n_predict is None:
+            return self.max_tokens
+        return None if self.n_predict < 0 else max(1, self.n_predict)
 
     @property
     def limit_field(self) -> str:
         """The field that says so."""
-        return "max_tokens"
+        return "max_tokens" if self.n_predict is None else "n_predict"
 
     def params(
         self, max_tokens: int | None, logprobs: int | None, defaults: Mapping[str, Any]
@@ -230,24 +236,13 @@ class InfillRequest(Completions):
     input_suffix: Text = ""
     input_extra: Annotated[list[ExtraText], FAST] | None = None
     prompt: Text = Field("", description="It comes behind input_prefix.")
-    n_predict: Annotated[int, Field(ge=-1)] | None = None
     n: Literal[1] | None = None
+    t_max_predict_ms: int | None = Field(
+        None, description="After so long the answer ends, if it has a whole line."
+    )
     response_fields: list[Text] | None = Field(
         None, description="Only these, such as content and timings/predicted_n."
     )
-
-    @property
-    def limit(self) -> int | None:
-        """The most tokens of an answer, if the request sets a limit. None is none: to read the
-        prompt takes a round, and the round yields a token."""
-        if self.n_predict is None:
-            return self.max_tokens
-        return None if self.n_predict < 0 else max(1, self.n_predict)
-
-    @property
-    def limit_field(self) -> str:
-        """The field that says so."""
-        return "n_predict"
 
     def params(
         self, max_tokens: int | None, logprobs: int | None, defaults: Mapping[str, Any]
@@ -371,12 +366,14 @@ class ChatRequest(Completions):
     @property
     def limit(self) -> int | None:
         """The most tokens of an answer, if the request sets a limit."""
-        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+        return super().limit if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property
     def limit_field(self) -> str:
         """The field that says so."""
-        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+        return (
+            super().limit_field if self.max_completion_tokens is None else "max_completion_tokens"
+        )
 
     @property
     def offer(self) -> Offer | None:

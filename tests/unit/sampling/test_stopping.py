@@ -55,6 +55,25 @@ def test_bytes_that_never_become_a_character_do_not_pile_up(step):
     assert sum(decoded) < 200 * 3000
 
 
+def test_an_answer_that_takes_too_long_ends_once_it_has_a_line(monkeypatch):
+    clock = iter([10.0, 10.4, 10.6, 10.7])  # seconds at the ends of rounds
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    check = checker(t_max_predict_ms=500)
+    for text in ("a\n", "bc", ""):
+        check.push(encode(text))
+        assert check.finish_reason == (None if text else "length")
+    assert check.text == "a\nbc"
+    clock = iter([10.0, 10.6, 10.7])
+    check = checker(t_max_predict_ms=500)
+    for text in ("a", "b", "c\nd"):
+        assert check.push(encode(text)) == encode(text)
+        assert check.finish_reason == ("length" if "d" in text else None)
+    for never in (None, 0, -1):
+        check = checker(t_max_predict_ms=never)
+        check.push(encode("a\n"))
+        assert check.finish_reason is None
+
+
 def test_a_stop_string_over_several_tokens_ends_the_answer_before_it():
     check = checker(stop=["END", "###"])
     assert check.push(encode("one two E")) == encode("one two E")
