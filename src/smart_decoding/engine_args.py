@@ -20,7 +20,8 @@ from smart_decoding.models.checkpoints.registry import DEFAULT_MODEL
 from smart_decoding.models.text import chat_template
 from smart_decoding.multimodal.images import Limits
 
-DEFAULT_MODEL_LEN = 4096  # where the model and the KV memory allow it
+DEFAULT_MODEL_LEN = 4096  # where the model and the KV memory allow it, and few requests run
+USUAL_TOKENS, USUAL_REQUESTS = 2048, 16  # of a request; that KV memory holds by default
 
 log = logging.getLogger("smart.llm")
 
@@ -79,8 +80,8 @@ class EngineArgs:
         groups of 32, as llama.cpp does, on CPUs with AVX2 or i8mm. exact: not rounded, in bfloat16.
         auto: int8 wherever that is faster. Answers are the same under every policy.
     device: cpu or cuda; auto takes CUDA where there is one.
-    max_model_len: longest prompt plus answer, in tokens (4,096, or what the model or
-        kv_cache_tokens allows if that is less).
+    max_model_len: longest prompt plus answer, in tokens (4,096; 1,024 for each of max_num_seqs, up
+        to 16,384, if that is more; what the model or kv_cache_tokens allows if that is less).
     max_num_seqs: requests in a round. max_num_batched_tokens: prompt tokens in a round (256, on
         CUDA 2,048).
     kv_cache_tokens: KV memory, in tokens over all requests (up to 16 of 2,048; on CUDA what
@@ -281,8 +282,9 @@ class EngineArgs:
         CapacityError if max_model_len exceeds the KV memory."""
         requested = self.max_model_len
         memory = self.kv_cache_tokens
-        if requested is None:
-            return min(DEFAULT_MODEL_LEN, positions, memory or positions)
+        if requested is None:  # half of the memory of many requests: an editor's or a chat's tools
+            most = max(DEFAULT_MODEL_LEN, self._requests * USUAL_TOKENS // 2)
+            return min(most, positions, memory or positions)
         if memory is not None and requested > memory:
             raise CapacityError(
                 f"max_model_len={requested} exceeds the KV memory of {memory} tokens: "
@@ -292,8 +294,13 @@ class EngineArgs:
 
     def kv_tokens(self, longest: int) -> int:
         """Return tokens of KV memory where an answer and its prompt may be `longest` tokens."""
-        usual = min(longest, 2048) * min(self.max_num_seqs, 16)
+        usual = min(longest, USUAL_TOKENS) * self._requests
         return self.kv_cache_tokens or max(longest, usual)
+
+    @property
+    def _requests(self) -> int:
+        """Requests that KV memory holds by default."""
+        return min(self.max_num_seqs, USUAL_REQUESTS)
 
     def chunk(self, on_cuda: bool) -> int:
         """Return prompt tokens in a round."""

@@ -60,7 +60,11 @@ def test_llm_refuses_wrong_options_in_one_line(options: dict[str, Any], message:
 
 
 def test_the_longest_answer_is_what_model_and_memory_allow() -> None:
-    assert EngineArgs().longest(8192) == 4096
+    assert EngineArgs().longest(131_072) == 16_384  # half of the KV memory that there is anyway
+    assert EngineArgs().kv_tokens(16_384) == EngineArgs().kv_tokens(4096) == 32_768
+    assert EngineArgs().longest(8192) == 8192
+    assert EngineArgs(max_num_seqs=1).longest(8192) == 4096
+    assert EngineArgs(max_num_seqs=6).longest(8192) == 6144
     assert EngineArgs(kv_cache_tokens=512).longest(8192) == 512
     assert EngineArgs(max_model_len=700).longest(8192) == 700
     with pytest.raises(CapacityError, match="max_model_len=700 exceeds the KV memory of 512"):

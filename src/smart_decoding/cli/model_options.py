@@ -100,7 +100,8 @@ MODEL_OPTIONS = (
         "max-model-len",
         int,
         None,
-        "longest prompt plus answer, in tokens (the model's, 4096 and the KV memory at most)",
+        "longest prompt plus answer, in tokens (4096, and 16384 for 16 requests at once or more; "
+        "the model's and the KV memory at most)",
         aliases=("-c", "--ctx-size"),
     ),
     Option(
