@@ -110,6 +110,8 @@ EDITOR = {
     "cache_prompt": True,
     "t_max_prompt_ms": 500,
     "t_max_predict_ms": 1000,
+    "id_slot": 0,
+    "model": "",
 }
 
 
@@ -144,7 +146,8 @@ def test_without_a_limit_half_of_the_context_stays_free(coder: Running) -> None:
 
 
 def test_a_prompt_is_read_ahead_without_an_answer(coder: Running) -> None:
-    ahead = {"input_extra": EDITOR["input_extra"], "n_predict": 0, "samplers": []}
+    extra = [{"text": "x = 1\n", "time": [12, 500], "filename": "a.py"}]  # as Vim counts
+    ahead = {"input_extra": extra, "n_predict": 0, "samplers": []}
     found = post(coder, "/infill", json=ahead).json()
     assert (found["content"], found["tokens_predicted"]) == ("", 1)
 

@@ -95,7 +95,7 @@ def check_model(name: str, worker: Worker) -> None:
 async def _job(worker: Worker, request: Request, parsed: ParsedRequest) -> AsyncJob:
     """Return the job of a request. Raises ApiError if it is not allowed."""
     body = parsed.body
-    if body.model is not None:
+    if body.model:  # llama.vim sends an empty one
         check_model(body.model, worker)
     most = worker.settings.max_n
     if (body.n or 1) > most:

@@ -10,6 +10,7 @@ import time
 import uuid
 from collections import Counter
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -72,7 +73,7 @@ class Gate:
                 sent = MutableHeaders(scope=message)
                 sent["x-request-id"] = request_id
                 if unknown:
-                    sent["warning"] = _warning(unknown, request_id)
+                    sent["warning"] = _warning(unknown)
             await send(message)
 
         try:
@@ -174,12 +175,18 @@ def _is_read(path: str) -> bool:
     return _is_open(path) or path in ("/metrics", "/v1/models")
 
 
-def _warning(unknown: set[str], request_id: str) -> str:
+@lru_cache(maxsize=64)
+def _log_ignored(names: str) -> None:
+    """Log fields that mean nothing here, once: an editor sends the same ones with every key."""
+    log.warning(f"unknown fields were ignored: {names}")
+
+
+def _warning(unknown: set[str]) -> str:
     """Return the header that names ignored fields."""
     names = ", ".join(
         sorted(re.sub(r"[^\w.-]", "?", name, flags=re.ASCII)[:64] for name in unknown)
     )
-    log.warning(f"unknown fields were ignored: {names}", extra={"request_id": request_id})
+    _log_ignored(names)
     return f'299 - "unknown fields were ignored: {names}"'
 
 

@@ -223,7 +223,7 @@ class ExtraText(Body):
 
     text: Text
     filename: Text = "tmp"
-    time: float | int | None = Field(None, description="Changes nothing.")
+    time: Any = Field(None, description="Changes nothing. Vim's has two numbers.")
 
 
 class InfillRequest(Completions):
