@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}
 
 
-def test_unknown_fields_are_ignored_and_named_in_a_header(running: Running) -> None:
+def test_unknown_fields_are_ignored_and_named_in_a_header(
+    running: Running, caplog: pytest.LogCaptureFixture
+) -> None:
     assert "warning" not in post(running, "/v1/chat/completions", json=CHAT).headers
     message = {"role": "user", "content": "hi", "mood": 1}
     unknown = {"temprature": 3, "safety_identifier": "me", 'x"\r\né': 0}
@@ -31,6 +33,10 @@ def test_unknown_fields_are_ignored_and_named_in_a_header(running: Running) -> N
     named = answer.headers["warning"]
     assert named.startswith('299 - "')
     assert "mood, safety_identifier, temprature, x????" in named
+    caplog.clear()
+    for _ in range(2):
+        post(running, "/v1/chat/completions", json={**CHAT, "once": 1})
+    assert [each.message for each in caplog.records].count("unknown fields were ignored: once") == 1
     many = {f"x{i}": None for i in range(1000)}
     answer = post(running, "/v1/completions", json={"prompt": "a", "max_tokens": 1, **many})
     assert answer.status_code == 200

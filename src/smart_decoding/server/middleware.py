@@ -10,7 +10,6 @@ import time
 import uuid
 from collections import Counter
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -27,6 +26,7 @@ log = logging.getLogger("smart.access")
 OPEN = ("/", "/health", "/health/live", "/version", "/openapi.json")
 PAGE = "/page/"  # what lies below it, too
 LARGEST = 16  # largest bodies that one client's requests may hold, or as many bytes
+WARNINGS = 64  # different ones that are logged: each has 2,000 characters at most
 OF_ALL = 4  # clients that may hold so many at once
 _ID = re.compile(r"[\w.-]{1,64}", re.ASCII)
 _VIEWER = re.compile(r"[\w-]{16,64}", re.ASCII)  # too long to be guessed
@@ -47,6 +47,7 @@ class Gate:
         self.settings = settings
         self._keys = [key.encode() for key in settings.api_keys]
         self._held: Counter[str] = Counter()  # bytes of bodies, whole or not, by client
+        self._warnings: set[str] = set()  # logged ones
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer or pass on one request."""
@@ -73,7 +74,7 @@ class Gate:
                 sent = MutableHeaders(scope=message)
                 sent["x-request-id"] = request_id
                 if unknown:
-                    sent["warning"] = _warning(unknown)
+                    sent["warning"] = f'299 - "{self._told(unknown, request_id)}"'
             await send(message)
 
         try:
@@ -163,6 +164,15 @@ class Gate:
         full = self._held.total() > room and mine > room // len(self._held)
         return mine > most or full
 
+    def _told(self, unknown: set[str], request_id: str) -> str:
+        """Return the warning of ignored fields. It is logged once: an editor sends the same ones
+        with every key."""
+        warning = _warning(unknown)
+        if warning not in self._warnings and len(self._warnings) < WARNINGS:
+            self._warnings.add(warning)
+            log.warning(warning, extra={"request_id": request_id})
+        return warning
+
     def _too_big(self) -> ApiError:
         return ApiError(413, f"the body is larger than {self.settings.max_body} bytes")
 
@@ -175,19 +185,10 @@ def _is_read(path: str) -> bool:
     return _is_open(path) or path in ("/metrics", "/v1/models")
 
 
-@lru_cache(maxsize=64)
-def _log_ignored(names: str) -> None:
-    """Log fields that mean nothing here, once: an editor sends the same ones with every key."""
-    log.warning(f"unknown fields were ignored: {names}")
-
-
 def _warning(unknown: set[str]) -> str:
-    """Return the header that names ignored fields."""
-    names = ", ".join(
-        sorted(re.sub(r"[^\w.-]", "?", name, flags=re.ASCII)[:64] for name in unknown)
-    )
-    _log_ignored(names)
-    return f'299 - "unknown fields were ignored: {names}"'
+    """Return what names ignored fields."""
+    names = sorted(re.sub(r"[^\w.-]", "?", name, flags=re.ASCII)[:64] for name in unknown)
+    return f"unknown fields were ignored: {', '.join(names)}"
 
 
 def _log_access(scope: Scope, request_id: str, status: int, seconds: float) -> None:
