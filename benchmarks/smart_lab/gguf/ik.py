@@ -70,8 +70,8 @@ class IkServers(TokenServers):
         """Yield its defaults, and its changes by themselves and together, on huge pages."""
         huge = huge_pages.variable()
         both = tuple(word for change in CHANGES for word in change)
-        changes = [(), *CHANGES, both] if huge else [*CHANGES, both]
-        yield [Setting(), *(Setting(base=(*huge, *change)) for change in changes)]
+        changed = [Setting(base=(*huge, *change)) for change in ((), *CHANGES, both)]
+        yield list(dict.fromkeys((Setting(), *changed)))
 
 
 def tuned(found: Found, slots: int, always: Sequence[str]) -> Tuned:

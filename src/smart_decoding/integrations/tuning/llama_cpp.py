@@ -108,9 +108,9 @@ class LlamaCpp:
         what is like the best of them."""
         (load,) = loads
         default = Setting()
-        huge = [Setting(base=word) for word in [huge_pages.variable()] if word]
-        yield [default, *huge]
-        first = found.best(load, huge, default)
+        huge = Setting(base=huge_pages.variable())
+        yield list(dict.fromkeys((default, huge)))
+        first = found.best(load, [huge], default)
         changed = [replace(first, base=(*first.base, *each)) for each in self._changes(load)]
         yield [first, *changed]
         ratios = {setting: found.ratio(load, setting, first) for setting in changed}
