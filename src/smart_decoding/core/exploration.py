@@ -13,6 +13,7 @@ rounds, whose length is known for every batch.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
@@ -35,38 +36,56 @@ class Mode(Enum):
     MODEL = "model"
 
 
-class Exploration:
-    """Spends `budget` of the time on options that are not predicted best.
+@dataclass(slots=True)
+class Account:
+    """What batches of about one size have for explorations.
 
     balance: plain rounds earned and not spent yet, at first those of two HORIZONs; negative where a
-    run lost more than expected. left: rounds of the run that is going on. seconds: lost in all,
-    gains not counted; count: runs."""
+    run lost more than expected. pause: rounds until the next run at least, however little it
+    costs."""
+
+    balance: float
+    pause: int = HORIZON
+
+
+class Exploration:
+    """Spends `budget` of the time on options that are not predicted best. Batches of other sizes
+    have accounts of their own: an expensive run of many requests does not silence a lone one.
+
+    left: rounds of the run that is going on. seconds: lost in all, gains not counted; count:
+    runs."""
 
     def __init__(self, budget: float) -> None:
         self.budget = budget
-        self.balance = 2 * HORIZON * budget
         self.left = 0
         self.seconds = 0.0
         self.count = 0
+        self._accounts: dict[int, Account] = {}
         self._loan = LOAN  # what of it is left
-        self._pause = HORIZON  # rounds until the next run at least, however little it costs
         self._lost = 0.0  # seconds, by the run that is going on
         self._spent = 0.0  # plain rounds, by the same, beyond what it was lent
 
-    def wait(self, price: float = 0.0, lone: bool = False) -> float:
-        """Return how many more rounds in the best option pay for a run. price: in plain rounds.
-        lone: whether one request runs alone, which may take the loan."""
+    def account(self, size: int) -> Account:
+        """Return the account of batches of about this size."""
+        start = 2 * HORIZON * self.budget
+        return self._accounts.setdefault(size_bucket(size), Account(start))
+
+    def wait(self, size: int, price: float = 0.0) -> float:
+        """Return how many more rounds in the best option pay for a run. price: in plain rounds. A
+        lone request may take the loan."""
         if self.budget <= 0:
             return math.inf
-        missing = min(price, HORIZON) - self.balance - (self._loan if lone else 0.0)
-        return max(self._pause, math.ceil(missing / self.budget))
+        account = self.account(size)
+        missing = min(price, HORIZON) - account.balance - (self._loan if size == 1 else 0.0)
+        return max(account.pause, math.ceil(missing / self.budget))
 
-    def begin(self, price: float = 0.0, lone: bool = False) -> None:
+    def begin(self, size: int, price: float = 0.0) -> None:
         """Begin a run with the coming round."""
-        missing = min(price, HORIZON) - self.balance
-        lent = min(max(missing, 0.0), self._loan) if lone else 0.0
+        account = self.account(size)
+        missing = min(price, HORIZON) - account.balance
+        lent = min(max(missing, 0.0), self._loan) if size == 1 else 0.0
         self._loan -= lent
-        self.balance += lent
+        account.balance += lent
         self.left = RUN
         self.count += 1
         self._lost = 0.0
@@ -76,12 +95,13 @@ class Exploration:
         """End the run: another option is predicted best now."""
         self.left = 0
 
-    def observe_best(self) -> None:
+    def observe_best(self, size: int) -> None:
         """Earn budget, after a round in the option predicted best."""
-        self.balance = min(HORIZON, self.balance + self.budget)
-        self._pause = max(0, self._pause - 1)
+        account = self.account(size)
+        account.balance = min(HORIZON, account.balance + self.budget)
+        account.pause = max(0, account.pause - 1)
 
-    def observe(self, loss: float, plain: float) -> bool:
+    def observe(self, size: int, loss: float, plain: float) -> bool:
         """Charge a round of a run, which lost so many seconds against the best option (negative:
         gained); return whether the run has ended. plain: seconds of a plain round. Where rounds
         overlap, some are reported after their run has ended: each is charged by itself.
@@ -90,24 +110,25 @@ class Exploration:
         before: otherwise many runs would follow each other after a long time without any. A process
         that was stopped meanwhile must not lose the explorations of hours to come: a round loses no
         more than HORIZON plain ones."""
+        account = self.account(size)
         spent = min(loss / plain, HORIZON)
-        self.balance = min(HORIZON, self.balance - spent)
+        account.balance = min(HORIZON, account.balance - spent)
         self._lost += loss
         self._spent += spent
-        self._pause = HORIZON
+        account.pause = HORIZON
         if self.left > 1:
             self.left -= 1
             return False
         going_on = self.left > 0
         lost = self._lost
         if self.budget > 0:
-            self._pause = max(HORIZON, math.ceil(self._spent / self.budget))
+            account.pause = max(HORIZON, math.ceil(self._spent / self.budget))
         self._lost = 0.0
         self._spent = 0.0
         self.left = 0
         self.seconds += max(lost, 0.0)
         if lost < 0 and going_on:
-            self.begin()
+            self.begin(size)
         return True
 
 

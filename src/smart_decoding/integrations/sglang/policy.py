@@ -105,8 +105,8 @@ class SmartSpecPolicy:
         it can show."""
         best = self._best(batch_size)
         larger = next((steps for steps in self._allowed(batch_size) if steps > best), best)
-        if larger > best and not self._exploration.left and self._exploration.wait() <= 0:
-            self._exploration.begin()
+        if larger > best and not self._exploration.left and self._exploration.wait(batch_size) <= 0:
+            self._exploration.begin(batch_size)
         self._explores = larger > best and self._exploration.left > 0
         return larger if self._explores else best
 
@@ -116,11 +116,11 @@ class SmartSpecPolicy:
         steps = self._recent[-1]
         best = self._best(batch_size)
         if not self._explores or steps <= best or not batch_size:
-            self._exploration.observe_best()
+            self._exploration.observe_best(batch_size)
             return
         usual = self.costs.seconds(batch_size, best) / self.expected_tokens(best)
         loss = self.costs.seconds(batch_size, steps) - tokens / batch_size * usual
-        self._exploration.observe(loss, self.costs.seconds(batch_size, 0))
+        self._exploration.observe(batch_size, loss, self.costs.seconds(batch_size, 0))
 
     def acceptance(self, steps: int) -> list[float]:
         """Return P(draft at depth 1, 2, ... is accepted | the one before it was).

@@ -182,8 +182,8 @@ class DraftLengths:
         if best != self._best:
             self._best = best
             self.exploration.stop()
-        if not self.exploration.left and self.exploration.wait() <= 0:
-            self.exploration.begin()
+        if not self.exploration.left and self.exploration.wait(batch) <= 0:
+            self.exploration.begin(batch)
         if not self.exploration.left:
             return best
         self.exploring = True
@@ -207,9 +207,10 @@ class DraftLengths:
         if seconds is not None and step.clean and step.length == step.drafts:
             self.seconds.observe(step.batch, step.length, seconds)
         if step.exploring and self.seconds.known:
-            self.exploration.observe(self._loss(step), self.seconds.predict(step.batch, self._best))
+            usual = self.seconds.predict(step.batch, self._best)
+            self.exploration.observe(step.batch, self._loss(step), usual)
         else:
-            self.exploration.observe_best()
+            self.exploration.observe_best(step.batch)
 
     def _count(self, step: Step) -> None:
         counters = self.counters
