@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,8 @@ def test_what_drafts_counts_too() -> None:
     assert both.per_token == 327_680 + 131_072
     assert both.draft > 2 * memory.parameters(LLAMA_8B)
     rows = 9 * LLAMA_70B.hidden  # of the target's output matrix
+    many = replace(LIMITS, seqs=32)
+    waiting = 4 * 32 * 512 * LLAMA_70B.hidden  # features of one layer that wait for the head
     plain = torch.zeros(10, 50)
     quants = QuantizedTensor(np.zeros((4, 34), np.uint8), "Q8_0", 32)
     for weights, size, numbers in (
@@ -100,10 +103,10 @@ def test_what_drafts_counts_too() -> None:
         ({"fc.weight": plain, "lm_head.weight": torch.zeros(9, 20)}, 1360, 680),
     ):
         files = HeadFiles({}, {**weights, "draft_ids": torch.arange(9)}, (1,), LLAMA_70B.of_head())
-        head = memory.need_of(checkpoint(LLAMA_70B), torch.bfloat16, CPU, LIMITS, head=files)
-        assert head.draft == size
-        wide = memory.need_of(checkpoint(LLAMA_70B), torch.float32, CPU, LIMITS, head=files)
-        assert wide.draft == 4 * numbers
+        head = memory.need_of(checkpoint(LLAMA_70B), torch.bfloat16, CPU, many, head=files)
+        assert head.draft == size + waiting
+        wide = memory.need_of(checkpoint(LLAMA_70B), torch.float32, CPU, many, head=files)
+        assert wide.draft == 4 * numbers + waiting
         assert head.per_token == alone.per_token * 81 // 80
 
 

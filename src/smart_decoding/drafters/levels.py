@@ -28,14 +28,12 @@ from smart_decoding.core.selection import is_data
 from smart_decoding.core.tree import ROOT, DraftTrees, FloatArray, IntArray
 from smart_decoding.engine.drafting import Draft, draft_by_levels
 from smart_decoding.engine.kv import PAGE, Ints
-from smart_decoding.engine.rows import Rows, RowsBuilder
+from smart_decoding.engine.rows import WINDOW, Rows, RowsBuilder
 from smart_decoding.kernels.selection import fastest_selection
 
 if TYPE_CHECKING:
     from smart_decoding.core.rule import TreeRule
     from smart_decoding.engine.request import Request
-
-WINDOW = 512  # rows that may wait for a request
 
 # A request's seed and sample, and the output position of a token.
 Draw: TypeAlias = tuple[int, int, int]

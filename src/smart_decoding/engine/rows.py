@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from smart_decoding.engine.media import MultimodalEmbeddings
 
 Ints: TypeAlias = NDArray[np.int32]
+WINDOW = 512  # rows of a request that may wait for a drafter, with the features that they need
 
 
 @dataclass(slots=True)

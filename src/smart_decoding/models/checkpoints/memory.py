@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from smart_decoding.engine.kv import PAGE
+from smart_decoding.engine.rows import WINDOW
 from smart_decoding.errors import CapacityError
 from smart_decoding.kernels.limits import free_memory
 from smart_decoding.kernels.ops import COLUMNS
@@ -168,8 +169,10 @@ def need_of(
         per_token += kv_bytes(draft.config, dtype)
     if mtp_tokens:
         drafting = _mtp_bytes(checkpoint, dtype, device, mtp_tokens)
+        drafting += _waiting_bytes(config, limits, 1)
     if head is not None:
         drafting = _head_bytes(head, config, dtype, device)
+        drafting += _waiting_bytes(config, limits, len(head.aux_layers))
     if head is not None or mtp_tokens:
         per_token += kv_bytes(config, dtype) // config.kv_layers
     weights = weight_bytes(checkpoint, dtype, device)
@@ -259,6 +262,13 @@ def _head_bytes(
             for weight in weights.values()
         )
     return (outputs + sum(prod(weight.shape) for weight in weights.values())) * dtype.itemsize
+
+
+def _waiting_bytes(config: ModelConfig, limits: EngineLimits, aux_layers: int) -> int:
+    """Return bytes of the target's features, in float32, that wait for a head to catch up: those of
+    a window of each request."""
+    rows = limits.seqs * min(WINDOW, limits.longest)
+    return 4 * rows * aux_layers * config.hidden
 
 
 def _mtp_bytes(
