@@ -29,7 +29,7 @@ from numpy.typing import ArrayLike
 from smart_decoding.core.calibration import RunningMean
 
 if TYPE_CHECKING:
-    from smart_decoding.core.tree import FloatArray, IntArray
+    from smart_decoding.core.tree import BoolArray, FloatArray, IntArray
 
 # --- samples --------------------------------------------------------------------------------------
 
@@ -154,19 +154,18 @@ def non_decreasing(values: FloatArray, weights: FloatArray) -> FloatArray:
 
 # --- correction -----------------------------------------------------------------------------------
 #
-# Online correction of a cost table by the times of real steps.
+# Online correction of a cost table by the times of real steps: a Kalman filter (extended, as one
+# state acts within a logarithm). Its states are log factors:
 #
-# A shared machine changes in two ways. First, everything becomes slower or faster: one factor.
-# Second, other programs leave more or less memory bandwidth. This changes the time of reading the
-# weights, which is the whole cost of a few rows. Many rows are bound by arithmetic and cost the
-# same, so the *slope* over rows changes, too: one shift, which fades out with the rows. A table
-# from another machine is wrong in the same two ways.
+#   speed    of every step: a shared machine becomes slower or faster as a whole.
+#   memory   of reading the weights: other programs leave more or less memory bandwidth. This is the
+#            whole cost of a few rows, and nothing of many, which are bound by arithmetic.
+#   drafts   of a verification with drafted rows: a table that is timed on repeated forwards misses
+#            what a round adds, such as cold caches.
+#   octaves  errors of the table at 1, 2, 4, ... rows, linear in log rows between them.
 #
-# A Kalman filter of two states separates them (extended, as the shift acts within a logarithm). The
-# uncertainty of each state decides how far a step of 24 rows corrects the cost of one row. A rare
-# exploration settles the state that many steps of one size leave uncertain. Further states, for
-# errors of the table at some counts of rows, brought nothing in any world of `ablate`, and lost 1 %
-# where a machine changes (LOG.md, 2026-12-01).
+# The states' uncertainty decides how far a step of 24 rows corrects the cost of one row. A rare
+# exploration settles the states that many steps of one size leave uncertain.
 
 
 MAX_ROWS = 8192  # initial size of a dense table
@@ -174,67 +173,94 @@ NOISE = 0.06  # standard deviation of the logarithm of one step's time
 # Standard deviations beyond which an observation is a surprise. It is clipped, so that outliers
 # move little; and the speed becomes less certain, as the machine may have changed.
 SURPRISE = 2.0
+OCTAVES: FloatArray = np.arange(9.0)  # log2 of 1, 2, ... 256 rows
+SPEED, MEMORY, DRAFTS, FIRST_OCTAVE = range(4)  # places of the states
 # Prior standard deviations.
-SPEED = 0.2
-MEMORY = 0.8
-# Each observation shrinks both states a little and makes them a little less certain. The variance
-# of an unobserved state grows back to its prior, and no further.
-WALK = 1 / 16  # in prior standard deviations
-KEEP = math.sqrt(1.0 - WALK**2)
+ERROR = 0.1  # of a table, for rows that are drafted and at each octave
+PRIOR: FloatArray = np.array([0.2, 0.8, *[ERROR] * (1 + len(OCTAVES))])
+# Each observation shrinks all states a little and makes them a little less certain. The variance
+# of an unobserved state grows back to its prior, and no further. A machine changes within seconds,
+# the table's errors stay.
+LESSON = 1 / 16  # prior deviations
+WALK: FloatArray = np.where(PRIOR > ERROR, LESSON, LESSON / 4)
+KEEP: FloatArray = np.sqrt(1.0 - WALK**2)
+_WALKED: FloatArray = np.diag((WALK * PRIOR) ** 2)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Correction:
-    """Log factors, their variances and their covariance. speed: of every step of the machine;
-    memory: of reading the weights.
+    """The filter's state. logs: [states] log factors. covariance: [states, states].
 
-    Both are logarithms, so that a step that only reads weights is linear in them: with a curve, the
+    All are logarithms, so that a step that only reads weights is linear in them: with a curve, the
     filter would drift along it."""
 
-    speed: float = 0.0
-    memory: float = 0.0
-    speed_variance: float = SPEED**2
-    memory_variance: float = MEMORY**2
-    covariance: float = 0.0
+    logs: FloatArray = field(default_factory=lambda: np.zeros(len(PRIOR)))
+    covariance: FloatArray = field(default_factory=lambda: np.diag(PRIOR**2))
 
     def seconds(self, table: FloatArray, weights: FloatArray | float) -> FloatArray:
-        """Return the corrected seconds of a table. weights: the part of them in which a step only
-        waits for the weights."""
-        now: FloatArray = table + math.expm1(self.memory) * np.minimum(weights, table)
-        now *= math.exp(self.speed)
+        """Return the seconds of a table, corrected by speed and memory. weights: the part of them
+        in which a step only waits for the weights."""
+        now: FloatArray = table + math.expm1(self.logs[MEMORY]) * np.minimum(weights, table)
+        now *= math.exp(self.logs[SPEED])
         return now
 
-    def updated(self, table: float, weights: float, seconds: float, steps: int = 1) -> Correction:
+    def of_rows(self, rows: IntArray, drafts: BoolArray) -> FloatArray:
+        """Return the further factors of verifications of so many rows. drafts: whether some of
+        them are drafted."""
+        octaves = np.interp(np.log2(np.maximum(rows, 1)), OCTAVES, self.logs[FIRST_OCTAVE:])
+        factors: FloatArray = np.exp(octaves + self.logs[DRAFTS] * drafts)
+        return factors
+
+    def updated(
+        self,
+        table: float,
+        weights: float,
+        seconds: float,
+        steps: int = 1,
+        rows: float = 0.0,
+        drafts: bool = False,
+    ) -> Correction:
         """Return the correction after a step of `seconds`, or the means of `steps`; `table` and
-        `weights` as in `seconds()`.
+        `weights` as in `seconds()`. rows, drafts: as in `of_rows()`; 0 rows: of a drafter's level.
 
         Unusable times (NaN, zero, negative) change nothing."""
         if not (math.isfinite(seconds) and seconds > 0 and table > 0):
             return self
-        speed = KEEP * self.speed
-        memory = KEEP * self.memory
-        speed_variance = KEEP**2 * self.speed_variance + (WALK * SPEED) ** 2
-        memory_variance = KEEP**2 * self.memory_variance + (WALK * MEMORY) ** 2
-        covariance = KEEP**2 * self.covariance
+        logs = KEEP * self.logs
+        covariance = np.outer(KEEP, KEEP) * self.covariance + _WALKED
         weights = min(weights, table)  # in a noisy profile they may take longer
-        now = table + math.expm1(memory) * weights
-        slope = math.exp(memory) * weights / now  # of the log seconds, by memory
+        now = table + math.expm1(logs[MEMORY]) * weights
+        slope = np.zeros(len(PRIOR))  # of the log seconds, by each state
+        slope[SPEED] = 1.0
+        if rows:
+            slope[DRAFTS] = drafts
+            slope[FIRST_OCTAVE:] = _at_octaves(rows)
+        error = math.log(seconds / now) - float(slope @ logs)
+        slope[MEMORY] = math.exp(logs[MEMORY]) * weights / now
         # Covariance of the log seconds with each state, and their standard deviation.
-        with_speed = speed_variance + slope * covariance
-        with_memory = covariance + slope * memory_variance
-        spread = math.sqrt(with_speed + slope * with_memory + NOISE**2 / steps)
-        error = (math.log(seconds / now) - speed) / spread
+        with_states = covariance @ slope
+        spread = math.sqrt(float(slope @ with_states) + NOISE**2 / steps)
+        error /= spread
         clipped = min(max(error, -SURPRISE), SURPRISE) / spread
-        speed_variance -= (with_speed / spread) ** 2
+        covariance -= np.outer(with_states, with_states) / spread**2
         if abs(error) > SURPRISE:
-            speed_variance += (0.5 * SPEED) ** 2
-        return Correction(
-            speed + with_speed * clipped,
-            memory + with_memory * clipped,
-            speed_variance,
-            memory_variance - (with_memory / spread) ** 2,
-            covariance - with_speed * with_memory / spread**2,
+            covariance[SPEED, SPEED] += (0.5 * PRIOR[SPEED]) ** 2
+        return Correction(logs + with_states * clipped, covariance)
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Correction)
+            and np.array_equal(self.logs, other.logs)
+            and np.array_equal(self.covariance, other.covariance)
         )
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _at_octaves(rows: float) -> FloatArray:
+    """Return the weight of each octave's error at so many rows."""
+    weights: FloatArray = np.maximum(0.0, 1.0 - np.abs(OCTAVES - min(math.log2(rows), OCTAVES[-1])))
+    return weights
 
 
 # --- experts --------------------------------------------------------------------------------------
@@ -249,7 +275,7 @@ class Share:
 
     def learned(self, value: float) -> Share:
         """Return the share after one more lesson."""
-        weight = max(WALK, 1.0 / (1 + self.lessons))
+        weight = max(LESSON, 1.0 / (1 + self.lessons))
         clipped = min(max(value, 0.0), 1.0)
         return Share(self.value + weight * (clipped - self.value), self.lessons + 1)
 
@@ -394,7 +420,8 @@ class CostModel:
             further = self.experts.further_seconds(self.experts.awake(batch, rows))
             table = table + further
             weights = weights + further
-        return self.verify_correction.seconds(table, weights)
+        correction = self.verify_correction
+        return correction.seconds(table, weights) * correction.of_rows(rows, rows > batch)
 
     def draft_seconds(self, width: ArrayLike, context: float) -> FloatArray:
         """Return the seconds of one level of the model drafter, not the first, that expands `width`
@@ -448,7 +475,9 @@ class CostModel:
             table += further
             stalled += further
             experts = experts.learned(s)
-        correction = self.verify_correction.updated(table, stalled, s.seconds, s.rounds)
+        correction = self.verify_correction.updated(
+            table, stalled, s.seconds, s.rounds, s.rows, s.rows > s.batch
+        )
         return replace(self, verify_correction=correction, experts=experts)
 
     def _corrected_by_first(self, s: DraftSample, waiting: float) -> CostModel:

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from scipy.optimize import isotonic_regression, nnls
 
 from smart_decoding.core.costs import (
+    MEMORY,
+    PRIOR,
     Correction,
     CostModel,
     DraftSample,
@@ -250,8 +252,8 @@ def test_what_is_never_observed_is_as_uncertain_as_it_was_and_no_more() -> None:
     correction = Correction()
     for _ in range(4000):
         correction = correction.updated(0.1, 0.0, 0.1)
-    variance = correction.memory_variance
-    assert variance == pytest.approx(Correction().memory_variance, rel=1e-6)
+    variance = correction.covariance[MEMORY, MEMORY]
+    assert variance == pytest.approx(PRIOR[MEMORY] ** 2, rel=1e-6)
     slower = correction.updated(0.05, 0.02, 0.055)
     assert slower.seconds(np.array([0.02]), 0.02)[0] < 1.5 * 0.02
 
