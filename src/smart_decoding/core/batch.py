@@ -86,8 +86,9 @@ class Round:
     level_widths, level_seconds: rows and seconds of each drafted model level (level 1: one row per
     request and its catch-up rows).
     verify_rows: rows of the verifying forward: roots, kept nodes and prefill rows.
-    verify_seconds: its duration, sampling included.
-    other_seconds: the rest of the round, without drafting, verifying and sampling.
+    verify_seconds: its duration, without the drawing of tokens.
+    other_seconds: the rest of the round, and the time between rounds.
+    lost_seconds: of drafts before the round that were dropped, as a request had arrived.
     experts: that the forward's rows woke, in the mean of a mixture's layers; 0: there are none.
     """
 
@@ -102,12 +103,14 @@ class Round:
     verify_rows: int = 0
     verify_seconds: float = 0.0
     other_seconds: float = 0.0
+    lost_seconds: float = 0.0
     experts: float = 0.0
 
     @property
     def seconds(self) -> float:
-        """Seconds of the whole round."""
-        return self.verify_seconds + sum(self.level_seconds) + self.other_seconds
+        """Seconds of the whole round, dropped drafts included."""
+        forwards = self.verify_seconds + sum(self.level_seconds)
+        return forwards + self.other_seconds + self.lost_seconds
 
     @property
     def accepted(self) -> int:

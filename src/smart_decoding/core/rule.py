@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import numpy as np
 
 from smart_decoding.core.tree import (
+    ROOT,
     BoolArray,
     DraftTrees,
     IntArray,
@@ -117,14 +118,19 @@ class TreeRule:
         if level >= self.levels or not len(trees):
             return NO_NODES
         self.score(trees)
-        return self.expand.frontier(self, trees, level)
+        return require_nodes(trees, self.expand.frontier(self, trees, level), "frontier()")
 
     def select(self, trees: DraftTrees) -> IntArray:
         """Return ascending indices of the nodes to verify, prefix-closed."""
         if not len(trees):
             return NO_NODES
         self.score(trees)
-        return self.keep.select(self, trees)
+        nodes = require_nodes(trees, self.keep.select(self, trees), "select()")
+        known = np.zeros(len(trees) + 1, np.bool_)  # the last one: the root, which is parent -1
+        known[nodes] = known[ROOT] = True
+        if not known[trees.parent[nodes]].all():
+            raise ValueError("select() returned a node without its parent: add the parent")
+        return nodes
 
     def score(self, trees: DraftTrees) -> None:
         """Set the trees' accept_prob."""
@@ -154,6 +160,18 @@ class TreeRule:
         if trees.source.any():
             mask &= of_expanded(trees, slots(trees))
         return np.flatnonzero(mask)
+
+
+def require_nodes(trees: DraftTrees, nodes: IntArray, source: str) -> IntArray:
+    """Return a policy's set of nodes. Raises ValueError for what the kernels cannot follow."""
+    nodes = np.asarray(nodes)
+    if nodes.ndim != 1 or nodes.dtype != np.int64:
+        shape = f"{nodes.dtype} of shape {nodes.shape}"
+        raise ValueError(f"{source} must return indices as int64 of one dimension, not {shape}")
+    ends = nodes[[0, -1]].tolist() if len(nodes) else [0, -1]
+    if ends[0] < 0 or ends[1] >= len(trees) or (np.diff(nodes) <= 0).any():
+        raise ValueError(f"{source} must return ascending indices below {len(trees)}, each once")
+    return nodes
 
 
 def expanded_widths(trees: DraftTrees) -> IntArray:

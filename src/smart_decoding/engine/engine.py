@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -94,7 +95,14 @@ class Engine:
         self.admission = Admission(target, config, self.pool, decode, clock, constrain)
         self._clock = clock
         self._requests: dict[str, Request] = {}
-        self._observe_seconds = 0.0  # of the round before
+        # Seconds behind the last rounds that drafted, and behind the others: of learning, and until
+        # the next step began. Each is charged to the next round of its kind.
+        self._behind = {True: 0.0, False: 0.0}
+        self._ended: tuple[float, bool] | None = (
+            None  # the last round: when, and whether it drafted
+        )
+        self._lost_seconds = 0.0  # of dropped drafts
+        self._reported: set[str] = set()  # parts of speculation that have raised
         # Requests whose drafts were dropped. Their next round is plain, so that it never
         # waits for two drafts, and the drafter, which has read their last tokens, gets new ones.
         self._dropped: set[Request] = set()
@@ -174,6 +182,10 @@ class Engine:
         next round, drafting stops and nothing is returned. A forward cannot be cut short: the
         request would wait for all of it."""
         started = self._clock()
+        if self._ended is not None:
+            ended, drafted = self._ended
+            self._behind[drafted] += started - ended
+            self._ended = None
         batch = self.scheduler.next_batch()
         self._forget(self.scheduler.preempted)
         if not batch:
@@ -183,15 +195,10 @@ class Engine:
         started += self._encode_images(batch)  # no part of a round's cost
         self._begin_states(batch)
         state = self._state(batch)
-        rule = self._plan(batch, state)
-        if rule is None or self.drafter is None:
-            draft = Draft(DraftTrees.empty(len(batch.decode)))
-        else:
-            draft = self.drafter.draft(
-                batch.decode, rule, lambda: self.scheduler.can_begin(arrived())
-            )
+        draft = self._draft(batch, state, lambda: self.scheduler.can_begin(arrived()))
         if draft.interrupted:
             self._dropped.update(batch.decode)
+            self._lost_seconds += self._clock() - started
             return []
         draft.kept = _allowed(batch, state, draft)
         aux_layers = () if self.drafter is None else self.drafter.aux_layers
@@ -204,12 +211,14 @@ class Engine:
         self.scheduler.charge(batch, _count_nodes(batch, draft, accepted))
         done = _round(batch, state, draft, verified)
         if batch.decode:
-            self._observe(done, self._clock() - started - verified.seconds - draft.seconds)
+            self._observe(done, self._clock() - started - verified.forward_seconds - draft.seconds)
         seconds = self._clock() - started
         self.last_round = _record(done, draft, verified, emitted, accepted, seconds)
         for request in verified.requests:
             if request.finished:
                 self._finish(request)
+        if self.scheduler.running:
+            self._ended = self._clock(), done.rule is not None
         return verified.requests
 
     def _encode_images(self, batch: Batch) -> float:
@@ -279,18 +288,34 @@ class Engine:
             requests=numbers,
         )
 
-    def _plan(self, batch: Batch, state: BatchState) -> TreeRule | None:
-        """Ask the policy for a rule. Rounds with prompts never draft: their requests wait for a
-        first token."""
-        if batch.prefill or not batch.decode or self.drafter is None:
-            return None
+    def _draft(self, batch: Batch, state: BatchState, interrupted: Callable[[], bool]) -> Draft:
+        """Plan and draft a round; no answer depends on either, so what raises leaves it plain.
+        Rounds with prompts never draft: their requests wait for a first token."""
+        plain = Draft(DraftTrees.empty(len(batch.decode)))
+        drafter = self.drafter
+        if batch.prefill or not batch.decode or drafter is None:
+            return plain
         if not self._dropped.isdisjoint(batch.decode):
-            return None
-        rule = self.policy.plan(state)
-        if rule is not None and not isinstance(rule, TreeRule):  # of a user's own policy
-            kind = type(rule).__name__
-            raise ConfigError(f"plan() of a policy must return a TreeRule or None, not {kind}")
-        return rule
+            return plain
+        with self._reporting("plan()"):
+            rule = self.policy.plan(state)
+            if rule is not None and not isinstance(rule, TreeRule):  # of a user's own policy
+                kind = type(rule).__name__
+                raise ConfigError(f"plan() of a policy must return a TreeRule or None, not {kind}")
+            if rule is not None:
+                with self._reporting("draft()"):
+                    return drafter.draft(batch.decode, rule, interrupted)
+        return plain
+
+    @contextmanager
+    def _reporting(self, part: str) -> Iterator[None]:
+        """Log the first exception of a part of speculation, and go on without what it does."""
+        try:
+            yield
+        except Exception:
+            if part not in self._reported:
+                self._reported.add(part)
+                log.exception("%s raised: such rounds are plain, and this is said once", part)
 
     def _update(self, batch: Batch, verified: Verified) -> tuple[int, list[int]]:
         """Append the new tokens and commit the KV lengths. Return how many tokens entered answers,
@@ -334,11 +359,15 @@ class Engine:
             drafter.extend_each([verified.requests[i] for i in going_on], features)
 
     def _observe(self, done: Round, other_seconds: float) -> None:
-        """Let the policy observe the round. The time of observe() is charged to the next round."""
+        """Let the policy observe the round."""
         start = self._clock()
-        done.other_seconds = other_seconds + self._observe_seconds
-        self.policy.observe(done)
-        self._observe_seconds = self._clock() - start
+        drafted = done.rule is not None
+        done.other_seconds = other_seconds + self._behind[drafted]
+        done.lost_seconds = self._lost_seconds
+        self._behind[drafted] = self._lost_seconds = 0.0
+        with self._reporting("observe()"):
+            self.policy.observe(done)
+        self._behind[drafted] += self._clock() - start
 
     def _forget(self, requests: Sequence[Request]) -> None:
         self._dropped.difference_update(requests)
@@ -366,7 +395,7 @@ def _traits(
 ) -> tuple[FloatArray, BoolArray, BoolArray | None, BoolArray | None, list[int]]:
     """Return the fields of BatchState that last as long as the batch: temperature, may_speculate,
     pictures, constrained and requests."""
-    temperature = np.array([r.params.temperature for r in requests], np.float64)
+    temperature = np.array([0.0 if r.params.greedy else r.params.temperature for r in requests])
     may_speculate = np.array([r.params.speculate for r in requests], np.bool_)
     pictures = np.array([r.media is not None for r in requests], np.bool_)
     constrained = np.array([r.constraint is not None for r in requests], np.bool_)
@@ -408,7 +437,7 @@ def _round(
         draft.widths,
         draft.level_seconds,
         verified.rows,
-        verified.seconds,
+        verified.forward_seconds,
         experts=verified.experts,
     )
 

@@ -39,8 +39,8 @@ class Verified:
 
     requests: the requests that get tokens: first the decoding ones, then the ones whose prompt
     ended. rows: number of the forward's rows. committed: of `requests` in order, then of prompts
-    that go on. Seconds: of the forward, of drawing tokens, of moving keys, and (`seconds`) of
-    forward and drawing together. experts: that the rows woke, in the mean of a mixture's layers."""
+    that go on. Seconds: of the forward, of drawing tokens, and of moving keys. experts: that the
+    rows woke, in the mean of a mixture's layers."""
 
     requests: list[Request]
     acceptance: Acceptance
@@ -50,7 +50,6 @@ class Verified:
     forward_seconds: float
     sample_seconds: float
     kv_seconds: float
-    seconds: float
     experts: float = 0.0
 
 

@@ -90,7 +90,7 @@ def verify_by_rows(
     round_rows = lay_out(batch, draft)
     start = model.clock()
     scores = model.forward(round_rows.layout.rows, aux_layers)
-    return settle(model, round_rows, scores, start, model.clock() - start)
+    return settle(model, round_rows, scores, model.clock() - start)
 
 
 @dataclass(slots=True)
@@ -144,10 +144,9 @@ def _prompt_rows(
 
 
 def settle(
-    model: RowModel, rows: RoundRows, scores: TargetScores, start: float, forward_seconds: float
+    model: RowModel, rows: RoundRows, scores: TargetScores, forward_seconds: float
 ) -> Verified:
-    """Draw tokens down the trees, move the keys of accepted nodes, and advance recurrent states.
-    start: when the round's verification began."""
+    """Draw tokens down the trees, move the keys of accepted nodes, and advance recurrent states."""
     sample_start = model.clock()
     acceptance = _accept(model, rows.emitting, rows.nodes, rows.layout, scores)
     for request, at in rows.scored:
@@ -171,7 +170,6 @@ def settle(
         forward_seconds=forward_seconds,
         sample_seconds=sampled - sample_start,
         kv_seconds=moved - sampled,
-        seconds=sampled - start,
         experts=scores.experts,
     )
 

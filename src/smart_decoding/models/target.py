@@ -138,14 +138,13 @@ class TorchTarget(Sampler):
         """See `Target`."""
         if self.native is None or not draws_unchanged(batch):
             return verify_by_rows(self, batch, draft, aux_layers)
-        start = self.clock()
         done = self.native.verify(NativeBatch.of(batch.decode, draft, aux_layers))
         if done.acceptance is None:  # rounding would decide a token, which the reference draws
             rows = lay_out(batch, draft)
             done.scores.advance = self.native.advance_after(rows.layout.rows)
-            return settle(self, rows, done.scores, start, done.forward_seconds)
+            return settle(self, rows, done.scores, done.forward_seconds)
         require_finite(min(map(min, done.acceptance.emitted)) >= 0)
-        return done.verified(batch.decode, self.clock() - start)
+        return done.verified(batch.decode)
 
     def forward(self, rows: Rows, aux_layers: tuple[int, ...]) -> TargetScores:
         """See `RowModel`."""

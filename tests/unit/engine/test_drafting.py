@@ -17,7 +17,6 @@ from smart_decoding.core.tree import DraftTrees, IntArray
 from smart_decoding.drafters.free import FreeDrafter
 from smart_decoding.drafters.union import UnionDrafter
 from smart_decoding.engine.drafting import Draft, Selection, draft_by_levels
-from smart_decoding.errors import ConfigError
 
 from .fakes import Clock, alone, finish, make_engine, random_requests
 
@@ -126,19 +125,6 @@ def test_a_policy_with_a_rule_of_its_own_serves() -> None:
     engine = make_engine("off")
     engine.policy = Whims()
     answers(engine)
-
-
-def test_a_policy_that_returns_no_rule_is_named() -> None:
-    class Broken(Whims):
-        def plan(self, batch: BatchState) -> TreeRule | None:
-            return [3, 2]  # type: ignore[return-value]
-
-    engine = make_engine("off")
-    engine.policy = Broken()
-    ((prompt, params),) = random_requests(1, seed=4)
-    engine.add_request("0", prompt, params)
-    with pytest.raises(ConfigError, match="must return a TreeRule or None, not list"):
-        finish(engine)
 
 
 class Proposes(FreeDrafter):

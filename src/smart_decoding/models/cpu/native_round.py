@@ -83,8 +83,8 @@ class NativeRound(NamedTuple):
     sample_seconds: float
     kv_seconds: float
 
-    def verified(self, requests: list[Request], seconds: float) -> Verified:
-        """Return the same for the engine. seconds: of the whole call."""
+    def verified(self, requests: list[Request]) -> Verified:
+        """Return the same for the engine."""
         assert self.acceptance is not None
         committed = [
             Committed(request, request.table.length, 1 + len(path), slice(row, row + 1 + len(path)))
@@ -99,6 +99,5 @@ class NativeRound(NamedTuple):
             forward_seconds=self.forward_seconds,
             sample_seconds=self.sample_seconds,
             kv_seconds=self.kv_seconds,
-            seconds=seconds - self.kv_seconds,
             experts=self.scores.experts,
         )
