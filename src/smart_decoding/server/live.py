@@ -6,13 +6,14 @@ import asyncio
 import json
 import time
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from smart_decoding.core.policies.statistics import KINDS
 from smart_decoding.server.errors import ApiError
 from smart_decoding.server.worker import Watcher, Worker
 
@@ -113,10 +114,9 @@ class Live(Watcher):
             self._last = record
             self._keep_trees(record, {viewer for _, viewer in watching if viewer})
         cost = engine.policy.cost
-        plain = 0.0
-        if cost is not None and batch.size:
-            context = batch.mean_context
-            plain = float(cost.verify_seconds(batch.size, batch.size + batch.prefill_rows, context))
+        plain = record.seconds if batch.prefill_rows else 0.0  # plain decoding reads prompts, too
+        if cost is not None and batch.size and not batch.prefill_rows:
+            plain = float(cost.verify_seconds(batch.size, batch.size, batch.mean_context))
         size = len(record.requests)
         guesses = _chances(record.round.trees.take(record.round.kept))
         drafted = None if batch.prefill_rows else len(guesses) > 0
@@ -186,6 +186,7 @@ class Live(Watcher):
             "kv": round(engine.pool.used, 4),
             "idle": round(now - last, 2) if paces else None,
             **_speeds(recent),
+            "predicted": _predicted(engine.policy.stats()),
             **self._last_round(engine.policy.cost),
             "trees_idle": None if trees is None else round(now - trees.at, 2),
             "trees": [] if trees is None else _drawn(llm, trees),
@@ -199,6 +200,12 @@ class Live(Watcher):
             "curve": None if cost is None else _curve(cost, done),
             "point": {"rows": done.verify_rows, "ms": round(1000 * done.verify_seconds, 3)},
         }
+
+
+def _predicted(stats: Mapping[str, float]) -> dict[str, float]:
+    """Return predicted over real seconds of each kind of rounds that there were."""
+    known = {kind: stats.get(f"{kind}_predicted_seconds") for kind in KINDS}
+    return {kind: round(ratio, 4) for kind, ratio in known.items() if ratio is not None}
 
 
 def _curve(cost: CostModel, done: Round) -> dict[str, Any]:

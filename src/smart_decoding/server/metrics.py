@@ -13,17 +13,15 @@ from typing import TYPE_CHECKING
 from prometheus_client import CollectorRegistry, Histogram, Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
+from smart_decoding.core.policies.statistics import KINDS
 from smart_decoding.engine.metrics import COUNTERS, TTFT_LIMITS, Record, gauges
 from smart_decoding.server.worker import Watcher
 
 if TYPE_CHECKING:
-    from smart_decoding.core.batch import Round
-    from smart_decoding.core.costs import CostModel
     from smart_decoding.engine.engine import Engine, RoundRecord
     from smart_decoding.engine.request import Request
     from smart_decoding.llm import LLM
 
-CHECK_EVERY = 8  # one of so many rounds is compared with its prediction
 
 _TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0)
 _WHOLE = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 60.0, 120.0, 300.0)
@@ -45,8 +43,6 @@ _COUNTERS = {
     "verify_rows": "Rows of the verifying forwards.",
     "round_seconds": "Seconds in rounds.",
     "controller_seconds": "Seconds in rounds outside of forwards, sampling and KV.",
-    "checked_round_seconds": f"Real seconds of every {CHECK_EVERY}th decoding round.",
-    "predicted_round_seconds": "The cost model's seconds for the same rounds.",
 }
 _COUNTERS_BY = {  # name: (help text, its label besides the model's name)
     "request_success": ("Answers that ended, by reason.", "finished_reason"),
@@ -73,6 +69,11 @@ _POLICY_GAUGES = {
     "share_off": ("speculation_off_share", "Share of recent rounds that did not draft."),
     "exploration_seconds": ("exploration_seconds", "Seconds that exploration has cost."),
 }
+# Of recent rounds by kind: (end of the key of a policy's statistics, name, help text).
+_BELIEFS = (
+    ("predicted_seconds", "predicted_seconds_ratio", "Predicted over real seconds."),
+    ("expected_tokens", "expected_tokens_ratio", "Expected over real tokens."),
+)
 # Metrics that vLLM has too: our name, and vLLM's names.
 _VLLM = {
     **{name: (name,) for name in (*_GAUGES, *COUNTERS, *_COUNTERS_BY)},
@@ -105,7 +106,6 @@ class Metrics(Watcher):
         # Gauges of the event loop: (name, help text, value).
         self.shared: Callable[[], Iterable[tuple[str, str, float]]] = tuple
         self._engine: Engine | None = None
-        self._cost: CostModel | None = None
         self._last: RoundRecord | None = None
         self._tokens_at: dict[Request, float] = {}  # second of a request's last tokens
 
@@ -116,10 +116,6 @@ class Metrics(Watcher):
         self._engine = llm.engine
         self._last = llm.engine.last_round
         self.record = llm.record
-
-    def before(self, engine: Engine) -> None:
-        """Keep the costs, as they are before the round corrects them."""
-        self._cost = engine.policy.cost  # immutable
 
     def after(self, engine: Engine, touched: Sequence[Request]) -> None:
         """Count the round and the answers that have got tokens in it."""
@@ -149,9 +145,6 @@ class Metrics(Watcher):
             counts["spec_decode_num_proposed_tokens"] += len(done.trees)
         counts["round_seconds"] += record.seconds
         counts["controller_seconds"] += record.controller_seconds
-        if self._cost is not None and done.batch.size and counts["rounds"] % CHECK_EVERY == 0:
-            counts["checked_round_seconds"] += done.verify_seconds + sum(done.level_seconds)
-            counts["predicted_round_seconds"] += predicted_seconds(self._cost, done)
 
     def ended(self, request: Request, reason: str) -> None:
         """Count an answer that is over."""
@@ -206,6 +199,12 @@ class Metrics(Watcher):
         for key, (name, text) in _POLICY_GAUGES.items():
             if key in stats:
                 yield self._gauge(name, text, stats[key])
+        for end, name, text in _BELIEFS:
+            family = GaugeMetricFamily(f"smart:{name}", text, labels=("model_name", "round"))
+            for kind in KINDS:
+                if f"{kind}_{end}" in stats:
+                    family.add_metric((self._model, kind), stats[f"{kind}_{end}"])
+            yield family
 
     def _gauge(self, name: str, text: str, value: float) -> Metric:
         family = GaugeMetricFamily(f"smart:{name}", text, labels=("model_name",))
@@ -223,11 +222,3 @@ def _renamed(metric: Metric, name: str) -> Metric:
         for each in metric.samples
     ]
     return renamed
-
-
-def predicted_seconds(cost: CostModel, done: Round) -> float:
-    """Return the predicted seconds of a round's forwards."""
-    batch = done.batch
-    context = batch.mean_context
-    seconds = float(cost.verify_seconds(batch.size, done.verify_rows, context))
-    return seconds + sum(cost.levels_seconds(batch.size, done.level_widths, context))

@@ -50,7 +50,9 @@ class FakeLLM:
             decode=lambda ids, skip=True: "".join(WORDS.get(i, "?") for i in ids),
         )
         config = SimpleNamespace(max_model_len=self.context)
-        self.engine = SimpleNamespace(last_round=None, config=config)
+        self.engine = SimpleNamespace(
+            last_round=None, config=config, policy=SimpleNamespace(stats=dict)
+        )
         self.started: list[int] = []  # answers before each start of the engine's thread
         self.engine_thread = SimpleNamespace(
             start=lambda: self.started.append(len(self.calls)), stop=lambda: None

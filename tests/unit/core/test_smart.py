@@ -64,7 +64,7 @@ def test_a_state_can_be_printed_stored_and_compared() -> None:
     assert again.state != policy.state
     again.state = pickle.loads(stored)
     assert again.state == policy.state
-    policy.cost = policy.cost  # what was predicted is not kept: the other one has nothing
+    policy._predictions.clear()  # the other one has none
     rates = [run(each, world, range(50, 80)).rate for each in (policy, again)]
     assert rates[0] == rates[1]
     assert again.state == policy.state != pickle.loads(stored)
@@ -271,13 +271,14 @@ def test_free_drafters_alone_are_an_option_only_where_the_model_does_not_pay() -
     free = make_policy("smart", cost=FLAT).predict(replace(shape, has_model=False)).rates
     both = make_policy("smart", cost=FLAT).predict(shape).rates
     assert apart[Mode.MODEL] > apart[Mode.PLAIN]
-    assert both == {**apart, Mode.MODEL: max(apart[Mode.MODEL], free[Mode.FREE])}
+    assert free[Mode.FREE] > free[Mode.PLAIN]
+    assert both == apart  # what free drafters reached once says nothing of both
     slow = make_policy("smart", cost=DEAR_DRAFTS).predict(shape).rates
     assert slow[Mode.MODEL] < slow[Mode.PLAIN] < slow[Mode.FREE]
 
 
-def test_a_round_of_free_drafters_says_nothing_of_the_model() -> None:
-    """What the model reaches of its forecast is learned where it drafts."""
+def test_rounds_in_which_free_drafters_were_enough_count_for_the_model() -> None:
+    """They are rounds of its mode: what all of these reach is compared with plain decoding."""
     policy = make_policy("smart", cost=FLAT)
     now = replace(World(5, 1, FLAT).state(), has_free=True)
     rule = policy.plan(now)
@@ -292,7 +293,7 @@ def test_a_round_of_free_drafters_says_nothing_of_the_model() -> None:
     policy.observe(
         Round(now, rule, trees, kept, after, np.array([99]), [], [], 1 + len(kept), 0.03)
     )
-    assert policy.state.with_model.of(1) == before
+    assert policy.state.with_model.of(1) > before
 
 
 @pytest.mark.parametrize("right", [True, False])
@@ -407,11 +408,11 @@ def test_a_model_that_has_much_to_read_is_explored_once_that_is_earned() -> None
     exploration = policy.state.exploration
     assert prediction.price(Mode.MODEL) > LOAN
     for _ in range(HORIZON):
-        exploration.observe_best()
-    assert exploration.wait() == 0
+        exploration.observe_best(4)
+    assert exploration.wait(4) == 0
     assert choose(prediction, policy.state, shape).mode is Mode.PLAIN
-    while exploration.wait(prediction.price(Mode.MODEL)) > 0:
-        exploration.observe_best()
+    while exploration.wait(4, prediction.price(Mode.MODEL)) > 0:
+        exploration.observe_best(4)
     assert choose(prediction, policy.state, shape).mode is Mode.MODEL
 
 
@@ -422,7 +423,7 @@ def test_a_batch_may_not_spend_before_it_has_earned() -> None:
         prediction = policy.predict(shape)
         assert LOAN / 4 + 1 < prediction.price(Mode.MODEL) < LOAN
         for _ in range(HORIZON):
-            policy.state.exploration.observe_best()
+            policy.state.exploration.observe_best(size)
         assert choose(prediction, policy.state, shape).mode is chosen
 
 
@@ -438,6 +439,6 @@ def test_choosing_changes_nothing() -> None:
         assert choices[0] == choices[1]
         assert vars(exploration) == before
         found.append(choices[0])
-        exploration.observe_best()
+        exploration.observe_best(1)
     assert {choice.begins for choice in found} == {False, True}
     assert max(choice.backoff for choice in found) == HORIZON - 1

@@ -42,17 +42,11 @@ def test_means_of_forwards_that_are_alike() -> None:
     assert not timings.take()
 
 
-def test_experts_are_those_of_rounds_without_prompts() -> None:
+def test_experts_are_a_mean() -> None:
     timings = Timings()
     for rows, experts in ((8, 30.0), (11, 36.0)):
         timings.add(replace(a_round(2, rows, 1.0, []), experts=experts))
-    prompts = a_round(2, 10, 1.0, [])
-    with_prompts = replace(prompts.batch, prefill_rows=8)
-    timings.add(replace(prompts, batch=with_prompts, experts=64.0))
-    assert timings.take() == [
-        VerifySample(2, 9.5, 100, 1.0, experts=33.0),
-        VerifySample(2, 10, 100, 1.0),
-    ]
+    assert timings.take() == [VerifySample(2, 9.5, 100, 1.0, experts=33.0)]
 
 
 def test_plain_rounds_count_each() -> None:

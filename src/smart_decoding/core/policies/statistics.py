@@ -5,66 +5,78 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 if TYPE_CHECKING:
     from smart_decoding.core.batch import Round
-    from smart_decoding.core.tree import DraftTrees, IntArray
+    from smart_decoding.core.tree import DraftTrees, FloatArray, IntArray
 
 KEEP = 1.0 - 1.0 / 256.0  # decay per round
-FIGURES = (
-    "rounds",
-    "off",
-    "tokens",
-    "seconds",
-    "plain_tokens",
-    "plain_seconds",
-    "accepted",
-    "expected",
-)
+FIGURES = ("rounds", "off", "seconds", "in plain", "at most", "accepted", "expected")
+SUMS = ("predicted seconds", "real seconds", "expected tokens", "real tokens")
+KINDS = ("plain", "ngrams", "model", "prompts")  # of rounds
 
 
 class Statistics:
     """Exponentially decayed sums over rounds.
 
-    verified: rounds by batch size and shape: "plain", "chain" or "tree"."""
+    verified: rounds by batch size and shape: "plain", "chain" or "tree". kinds: KINDS -> predicted
+    and real seconds, expected and real tokens, of the rounds of a kind."""
 
     def __init__(self) -> None:
         self.verified: Counter[tuple[int, str]] = Counter()
-        self._sums = [0.0] * len(FIGURES)
+        self.kinds: dict[str, FloatArray] = {kind: np.zeros(len(SUMS)) for kind in KINDS}
+        self._rounds = np.zeros(len(FIGURES))
 
-    def record(self, round: Round, plain_seconds: float) -> None:
-        """Count a round. plain_seconds: the predicted seconds of a plain round."""
+    def record(self, round: Round, predicted_seconds: float, plain_seconds: float) -> None:
+        """Count a round. predicted_seconds: of the round; plain_seconds: of a plain round in its
+        place."""
         size = round.batch.size
         accepted = round.accepted
-        figures = (
-            1.0,
-            round.rule is None,
-            size + accepted,
-            round.seconds,
-            size,
-            plain_seconds,
-            accepted,
-            round.expected,
-        )
-        self._sums = [KEEP * sum_ + new for sum_, new in zip(self._sums, figures, strict=True)]
+        seconds = round.seconds
+        tokens = size + accepted
+        # Plain decoding would have needed tokens / size rounds, none of them longer than this one.
+        rounds = tokens / size if size else 0.0
+        plain = (plain_seconds * rounds, seconds * rounds)
+        figures = (1.0, round.rule is None, seconds, *plain, accepted, round.expected)
+        self._rounds *= KEEP
+        self._rounds += figures
+        kind = self.kinds[kind_of(round)]
+        kind *= KEEP
+        kind += (predicted_seconds, seconds, size + round.expected, tokens)
         self.verified[size, shape_of(round.trees, round.kept)] += 1
 
     def summary(self) -> dict[str, float]:
         """Return estimated speedup over plain decoding, share of rounds without drafting, accepted
-        over expected nodes - 1, and the numbers of rounds that verified chains and trees."""
-        rounds, off, tokens, seconds, plain_tokens, plain_seconds, accepted, expected = self._sums
-        speedup = 1.0
-        if seconds > 0 and plain_seconds > 0:
-            speedup = tokens / seconds / (plain_tokens / plain_seconds)
-        kinds: Counter[str] = Counter()
-        for (_, kind), count in list(self.verified.items()):  # a copy: other threads call this
-            kinds[kind] += count
-        return {
-            "estimated_speedup": speedup,
+        over expected nodes - 1, and the numbers of rounds that verified chains and trees; and of
+        each kind of rounds predicted over real seconds, and expected over real tokens."""
+        rounds, off, seconds, in_plain, at_most, accepted, expected = self._rounds.tolist()
+        in_plain = min(in_plain, at_most)
+        shapes: Counter[str] = Counter()
+        for (_, shape), count in list(self.verified.items()):  # a copy: other threads call this
+            shapes[shape] += count
+        found = {
+            "estimated_speedup": in_plain / seconds if seconds > 0 and in_plain > 0 else 1.0,
             "share_off": off / rounds if rounds else 0.0,
             "calibration_error": accepted / expected - 1.0 if expected > 0 else 0.0,
-            "chain_rounds": float(kinds["chain"]),
-            "tree_rounds": float(kinds["tree"]),
+            "chain_rounds": float(shapes["chain"]),
+            "tree_rounds": float(shapes["tree"]),
         }
+        for kind, sums in self.kinds.items():
+            predicted, real, of_tokens, tokens = sums.tolist()
+            if real > 0 and tokens > 0:
+                found[f"{kind}_predicted_seconds"] = predicted / real
+                found[f"{kind}_expected_tokens"] = of_tokens / tokens
+        return found
+
+
+def kind_of(round: Round) -> str:
+    """Return the kind of a round: what drafted, or whose prompts are in it."""
+    if round.batch.prefill_rows:
+        return "prompts"
+    if round.rule is None:
+        return "plain"
+    return "model" if round.level_widths else "ngrams"
 
 
 def shape_of(trees: DraftTrees, kept: IntArray) -> str:

@@ -112,6 +112,14 @@ function drawCost(curve, point) {
   set("cost-plain", `${curve.ms[0].toFixed(1)} ms`);
 }
 
+const KINDS = {plain: "without guesses", ngrams: "with guesses from the text", model: "with the drafter's guesses"};
+
+function predicted(ratios) {
+  const known = Object.entries(KINDS).filter(([kind]) => kind in ratios);
+  const parts = known.map(([kind, name]) => `${ratios[kind].toFixed(2)} ${name}`);
+  return parts.length ? `Predicted over real time of a pass: ${parts.join(", ")}.` : "";
+}
+
 // --- events ---
 
 function show(e) {
@@ -139,6 +147,7 @@ function show(e) {
     `They use ${(100 * e.kv).toFixed(0)} % of the memory for contexts.`);
   drawPast();
   drawCost(e.curve, e.point);
+  set("predicted", predicted(e.predicted));
   if (!race.isShowing()) showTrees(e);
   hint(e);
 }

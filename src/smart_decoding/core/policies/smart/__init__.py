@@ -21,6 +21,7 @@ from smart_decoding.core.policies.smart.predict import Prediction, Shape, predic
 from smart_decoding.core.policies.smart.state import SmartState
 from smart_decoding.core.policies.statistics import Statistics
 from smart_decoding.core.rule import Scores, TreeRule
+from smart_decoding.core.selection import BestRate
 
 if TYPE_CHECKING:
     from smart_decoding.core.batch import BatchState, Round
@@ -48,12 +49,22 @@ class Choice:
         """Whether the round leaves what is predicted best."""
         return self.mode is not self.best
 
-    def forecast_rate(self, round: Round) -> float:
-        """Return tokens per second that were forecast: of a model's drafts, else of plain decoding.
-        0 where the model was left out, as free drafters were enough: others may do worse."""
-        if self.mode is not Mode.MODEL:
-            return self.prediction.rates[Mode.PLAIN]
-        return self.prediction.forecast_rate if round.rule and round.rule.levels else 0.0
+    @property
+    def forecast_rate(self) -> float:
+        """Tokens per second that were forecast: of a model's drafts, else of plain decoding."""
+        if self.mode is Mode.MODEL:
+            return self.prediction.forecast_rate
+        return self.prediction.rates[Mode.PLAIN]
+
+    def predicted_seconds(self, round: Round) -> float:
+        """Return the seconds that the round was predicted to take, as it was drafted."""
+        rule = round.rule
+        if rule is None or not isinstance(rule.keep, BestRate):
+            return self.prediction.plain
+        costs = rule.keep.costs
+        further = sum(costs.levels[round.level_widths[1:]].tolist())
+        seconds = float(costs.sunk + further + float(costs.verify[len(round.kept)]))
+        return seconds + (self.prediction.unshared if rule.levels else 0.0)
 
     def loss(self, round: Round) -> float:
         """Return seconds that the round took longer than the best mode for as many tokens."""
@@ -72,7 +83,7 @@ def choose(
     prices = {mode: prediction.price(mode) for mode in prediction.rates if mode is not best}
     if exploration.left > 0 and best is state.best and state.explored in prices:
         return Choice(state.explored, best, prediction)
-    waits = {mode: exploration.wait(price, shape.size == 1) for mode, price in prices.items()}
+    waits = {mode: exploration.wait(shape.size, price) for mode, price in prices.items()}
     due = [mode for mode, wait in waits.items() if wait <= 0]
     if due:  # in turn
         mode = due[-1] if due[0] is state.explored else due[0]
@@ -126,6 +137,7 @@ class Smart:
         self._predictions: dict[tuple[object, ...], Prediction] = {}
         # By which the last round was planned; None where it was plain without a choice.
         self._choice: Choice | None = None
+        self._plain = (0, 0.0)  # requests and seconds of a plain round, as predicted last
 
     @property
     def cost(self) -> CostModel:
@@ -134,7 +146,7 @@ class Smart:
 
     @cost.setter
     def cost(self, model: CostModel) -> None:
-        self.state.cost = model
+        self.state.begin_costs(model)
         self._predictions.clear()
 
     def plan(self, batch: BatchState) -> TreeRule | None:
@@ -157,6 +169,7 @@ class Smart:
         if learn_plain(state):
             self._predictions.clear()
         prediction = self.predict(shape)
+        self._plain = (batch.size, prediction.plain)
         self._choice = choose(prediction, state, shape, recovery)
         self._apply(self._choice, batch.size)
         if self._choice.mode is Mode.PLAIN:
@@ -182,7 +195,7 @@ class Smart:
         if choice.begins:
             state.explored = choice.mode
             price = choice.prediction.price(choice.mode)
-            state.exploration.begin(price, lone=size == 1)
+            state.exploration.begin(size, price)
         if choice.backoff:
             state.backoff.begin(choice.backoff, size)
 
@@ -215,18 +228,48 @@ class Smart:
 
     def _learn(self, round: Round, choice: Choice | None) -> None:
         state = self.state
-        forecast_rate = choice.forecast_rate(round) if choice else 0.0
-        changed = learn(state, round, forecast_rate, choice.prediction.plain if choice else None)
+        size = round.batch.size
+        plain = self._plain_seconds(round, choice)
+        predicted = plain
+        if choice is not None:
+            predicted = choice.predicted_seconds(round)
+        elif round.batch.prefill_rows:
+            predicted = self._with_prompts(round)
+        lost = self._choice if round.lost_seconds else None  # planned the draft that was dropped
+        if lost is not None and lost.mode is Mode.MODEL:
+            state.with_model.observe(size, 0.0, lost.forecast_rate * round.lost_seconds)
+        changed = learn(state, round, predicted / plain)
+        if choice is not None and round.rule is not None:
+            state.realised(choice.mode).observe(
+                size, size + round.expected, choice.forecast_rate * _counted(round, choice)
+            )
         if choice is not None and choice.explores:
-            if state.exploration.observe(choice.loss(round), choice.prediction.plain):
+            if state.exploration.observe(size, choice.loss(round), plain):
                 learn_plain(state)
                 learn_acceptance(state)
                 changed = True
         elif not round.batch.prefill_rows:
-            state.exploration.observe_best()
+            state.exploration.observe_best(size)
         if changed:
             self._predictions.clear()
-        self.statistics.record(round, choice.prediction.plain if choice else round.seconds)
+        self.statistics.record(round, predicted, plain)
+
+    def _with_prompts(self, round: Round) -> float:
+        """Return what a round with prompts would take if their rows cost as much as others. No
+        decision depends on it."""
+        batch = round.batch
+        forward = self.state.cost.verify_seconds(batch.size, round.verify_rows, batch.mean_context)
+        return self.state.overhead.of(batch.size, False) + float(forward)
+
+    def _plain_seconds(self, round: Round, choice: Choice | None) -> float:
+        """Return the predicted seconds of a plain round in place of this one; of a round with
+        prompts its own, which plain decoding has, too."""
+        if choice is not None:
+            return choice.prediction.plain
+        size, seconds = self._plain
+        return (
+            seconds if size == round.batch.size and not round.batch.prefill_rows else round.seconds
+        )
 
     def stats(self) -> dict[str, float]:
         """Running figures for metrics: estimated speedup, share of rounds off, calibration error,
@@ -236,3 +279,12 @@ class Smart:
             "exploration_seconds": self.state.exploration.seconds,
             "explorations": float(self.state.exploration.count),
         }
+
+
+def _counted(round: Round, choice: Choice) -> float:
+    """Return the seconds of a drafting round that its rate is judged by: the real ones, without
+    what the model caught up with for later rounds. A stall doubles a round, a time that is no
+    number halves it."""
+    predicted = choice.predicted_seconds(round)
+    unshared = choice.prediction.unshared if round.level_widths else 0.0
+    return (predicted - unshared) * min(max(0.5, round.seconds / predicted), 2.0)

@@ -24,7 +24,7 @@ class Credit:
 
     def __init__(self, slowdown: float) -> None:
         self.slowdown = slowdown
-        self._known: dict[Hashable, float] = {}  # those seen last at the end
+        self._known: dict[Hashable, float] = {}
 
     def longest_round(self, requests: Sequence[Hashable]) -> float:
         """Return how many plain rounds the coming round of these requests may last; 0: none but a
@@ -47,10 +47,10 @@ class Credit:
         """Learn of a round that lasted so many plain ones; tokens: [requests], or more."""
         known = self._known
         for request, count in zip(requests, tokens, strict=False):
-            before = known.pop(request, START)
+            before = known.get(request, START)
             known[request] = min(MOST, before + self.slowdown * count - plain_rounds)
-        while len(known) > HORIZON * HORIZON:  # ended requests
-            del known[next(iter(known))]
+        if len(known) > HORIZON * HORIZON:  # most of them have ended
+            self._known = {request: known[request] for request in requests}
 
     def _poorest(self, requests: Sequence[Hashable]) -> float:
         """Requests without a name are new in every round."""

@@ -12,7 +12,6 @@ import numpy as np
 from smart_decoding.core.batch import merged
 from smart_decoding.core.calibration import HORIZON
 from smart_decoding.core.costs import SURPRISE
-from smart_decoding.core.selection import BestRate, RoundCosts
 
 if TYPE_CHECKING:
     from smart_decoding.core.batch import Round
@@ -23,25 +22,26 @@ if TYPE_CHECKING:
 COSTS_EVERY = 8
 
 
-def learn(state: SmartState, round: Round, forecast_rate: float, plain: float | None) -> bool:
+def learn(state: SmartState, round: Round, plain_rounds: float) -> bool:
     """Learn from a round; return whether predictions depend on what was learned.
 
-    forecast_rate: tokens per second that were forecast of it; 0: it says nothing of them. plain:
-    seconds that a plain round was predicted to take; None: the round was one."""
+    plain_rounds: how many plain rounds it was predicted to last."""
     batch = round.batch
-    if not batch.prefill_rows:
-        state.overhead.observe(batch.size, round.rule is not None, round.other_seconds)
     if batch.size > 1:
-        state.credit.observe(batch.requests, round.tokens, _plain_rounds(round, plain))
+        state.credit.observe(batch.requests, round.tokens, plain_rounds)
+    if batch.prefill_rows:
+        # Rows of prompts skip the output matrix and most of the last layer, and are more than the
+        # table has: their times say nothing of rounds that draft.
+        return False
+    state.overhead.observe(batch.size, round.rule is not None, round.other_seconds)
     if round.rule is None:
-        # Rounds with prompts have as many rows as those that draft.
-        (state.drafted if batch.prefill_rows else state.plain).add(round)
+        state.plain.add(round)
         return False
     state.rounds += 1
     state.drafted.add(round)
     if state.rounds % min(COSTS_EVERY, state.rounds) == 0:
         _learn_costs(state, state.drafted)
-    _observe_trees(state, round, forecast_rate)
+    _observe_trees(state, round)
     # As if accepted nodes were Poisson.
     surprised = state.shortfall**2 > SURPRISE**2 * state.expected
     due = len(state.unlearned) >= min(HORIZON, state.rounds - len(state.unlearned))
@@ -76,32 +76,11 @@ def _learn_costs(state: SmartState, timings: Timings) -> bool:
     return bool(samples)
 
 
-def _observe_trees(state: SmartState, round: Round, forecast_rate: float) -> None:
-    rule = round.rule
-    assert rule is not None
-    if rule.scores is None:  # what was drafted is not calibrated
+def _observe_trees(state: SmartState, round: Round) -> None:
+    assert round.rule is not None
+    if round.rule.scores is None:  # what was drafted is not calibrated
         state.calibration.score(round.trees, round.batch.kind)
     state.unlearned.append(round)
     expected = round.expected
     state.expected += expected
     state.shortfall += expected - round.accepted
-    if not forecast_rate or not isinstance(rule.keep, BestRate):
-        return
-    costs = rule.keep.costs
-    realised = state.with_model if rule.levels else state.free
-    forecast = forecast_rate * _seconds(round, costs)
-    realised.observe(round.batch.size, costs.tokens + expected, forecast)
-
-
-def _plain_rounds(round: Round, plain: float | None) -> float:
-    """Return how many plain rounds a round was predicted to last."""
-    rule = round.rule
-    if plain is None or rule is None or not isinstance(rule.keep, BestRate):
-        return 1.0
-    return _seconds(round, rule.keep.costs) / plain
-
-
-def _seconds(round: Round, costs: RoundCosts) -> float:
-    """Return what a drafting round was predicted to take."""
-    further = sum(costs.levels[round.level_widths[1:]].tolist())
-    return float(costs.sunk + further + float(costs.verify[len(round.kept)]))

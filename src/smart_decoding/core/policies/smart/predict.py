@@ -80,7 +80,8 @@ class Shape:
 class Prediction:
     """rates: tokens per second of each mode that is an option. forecast_rate: of MODEL, before what
     such forecasts really reach is taken into account. plain: seconds of a plain round. catch_up:
-    those that a model needs for what it has missed. expand: what of a model's trees is expanded.
+    those that a model needs for what it has missed; unshared: those of them that a first level
+    takes and later rounds are charged. expand: what of a model's trees is expanded.
     keep: what is verified; for MODEL its costs have the first level, a share of the catching up
     included. skip_model: where free drafters propose beside the model, when it is left out."""
 
@@ -88,6 +89,7 @@ class Prediction:
     forecast_rate: float
     plain: float
     catch_up: float
+    unshared: float
     expand: LookAhead
     keep: Mapping[Mode, BestRate]
     skip_model: SkipModel | None
@@ -113,27 +115,29 @@ def predict(state: SmartState, shape: Shape, max_levels: int) -> Prediction:
     forecast_rate = 0.0
     skip_model = None
     rates = {Mode.PLAIN: size / plain}
-    if shape.has_free:
+    if shape.has_free and _allows_node(costs, 0.0):
         rates[Mode.FREE] = rates[Mode.PLAIN] * state.free.of(size)
-    if shape.has_model:
+    if shape.has_model and _allows_node(costs, first):
         levels = max_levels if shape.deepest > 1 else 1  # every answer comes to its end
         losses, drafted = _levels(children, levels, costs, first, drafting)
         forecast_rate = _rate(losses, drafted, costs, drafting)
         rates[Mode.MODEL] = forecast_rate * state.with_model.of(size)
         if shape.has_free:
             skip_model = SkipModel(BestRate(costs), np.maximum(-losses[:, :NODES], 0.0), drafted)
-            _join(rates)
+            if rates[Mode.MODEL] > rates[Mode.PLAIN]:
+                # Each round has the better of both, so free drafters alone are no option.
+                rates.pop(Mode.FREE, None)
     with_model = replace(costs, sunk=costs.sunk + first)
     expand = _look_ahead(with_model, children, drafting, max_levels)
     keep = {Mode.FREE: BestRate(costs), Mode.MODEL: BestRate(with_model)}
-    return Prediction(rates, forecast_rate, plain, catch_up, expand, keep, skip_model)
+    unshared = catch_up * (1.0 - 1.0 / shape.stay)
+    return Prediction(rates, forecast_rate, plain, catch_up, unshared, expand, keep, skip_model)
 
 
-def _join(rates: dict[Mode, float]) -> None:
-    """Where the model beats plain decoding, it drafts whenever free drafters have nothing better:
-    each round has the better of both, so free drafters alone are no option."""
-    if rates[Mode.MODEL] > rates[Mode.PLAIN]:
-        rates[Mode.MODEL] = max(rates[Mode.MODEL], rates.pop(Mode.FREE))
+def _allows_node(costs: RoundCosts, first: float) -> bool:
+    """Return whether a round with one node keeps its limit. first: seconds of a model's first
+    level."""
+    return costs.limit == math.inf or costs.sunk + first + float(costs.verify[1]) <= costs.limit
 
 
 def _round_costs(state: SmartState, shape: Shape) -> tuple[RoundCosts, float]:

@@ -108,18 +108,16 @@ class Sums:
 
 
 class Timings:
-    """The times of rounds: sums by kind of forward, batch size, octave of the rows, and whether
-    rows of prompts are among them, which share experts in other ways."""
+    """The times of rounds: sums by kind of forward, batch size, and octave of the rows."""
 
     def __init__(self) -> None:
-        self._sums: defaultdict[tuple[Forward, int, int, bool], Sums] = defaultdict(Sums)
+        self._sums: defaultdict[tuple[Forward, int, int], Sums] = defaultdict(Sums)
 
     def add(self, round: Round) -> None:
         """Count a round."""
         context = round.batch.mean_context
-        experts = 0.0 if round.batch.prefill_rows else round.experts
         self._of(Forward.VERIFY, round, round.verify_rows).add(
-            round.verify_rows, context, round.verify_seconds, 0, experts
+            round.verify_rows, context, round.verify_seconds, 0, round.experts
         )
         waiting = round.batch.catch_up_rows
         kind = Forward.FIRST
@@ -129,12 +127,11 @@ class Timings:
             waiting = 0
 
     def _of(self, kind: Forward, round: Round, rows: int) -> Sums:
-        prompts = round.batch.prefill_rows > 0
-        return self._sums[kind, round.batch.size, rows.bit_length(), prompts]
+        return self._sums[kind, round.batch.size, rows.bit_length()]
 
     def take(self) -> list[Sample]:
         """Return the means of each; they begin anew."""
-        samples = [sums.mean(kind, size) for (kind, size, *_), sums in self._sums.items()]
+        samples = [sums.mean(kind, size) for (kind, size, _), sums in self._sums.items()]
         self._sums.clear()
         return samples
 
@@ -148,8 +145,8 @@ class SmartState:
     the model's rounds reach of their forecast, as choosing among real nodes does better than a mean
     can predict. free: what rounds of free drafters reach of a plain one's rate.
 
-    plain, drafted: times that costs are not corrected by yet; of plain rounds, and of those with
-    more rows: nodes or prompts. rounds: that drafted. unlearned: those of them whose trees are not
+    plain, drafted: times that costs are not corrected by yet; of plain rounds, and of drafting
+    ones. rounds: that drafted. unlearned: those of them whose trees are not
     learned from yet. expected, shortfall: nodes that these were expected to accept, and that less
     the accepted ones.
 
@@ -172,6 +169,18 @@ class SmartState:
     best: Mode = Mode.PLAIN
     explored: Mode = Mode.PLAIN
     backoff: Backoff = field(default_factory=Backoff)
+
+    def realised(self, mode: Mode) -> Realised:
+        """Return what rounds of a drafting mode reach of their forecast."""
+        return self.with_model if mode is Mode.MODEL else self.free
+
+    def begin_costs(self, cost: CostModel) -> None:
+        """Take other costs, of which nothing has been learned."""
+        self.cost = cost
+        self.with_model = Realised()
+        self.free = Realised(UNSURE)
+        self.plain = Timings()
+        self.drafted = Timings()
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain numbers, lists and dictionaries, to print and to compare."""
