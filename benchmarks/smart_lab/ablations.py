@@ -51,6 +51,16 @@ CHEAP = (0.2, 0.25)
 EXPENSIVE = (5.0, 4.0)
 WIDTHS = (1, 2, 4, 8)  # frontier nodes per request that a foreseeing policy considers
 
+# Where a profile is wrong, as a share over the octaves of rows beyond the batch size.
+NOWHERE = "nowhere"
+BUMPS: Mapping[str, Callable[[FloatArray], FloatArray]] = {
+    "around the batch size": lambda octaves: np.exp(-2.0 * octaves**2),
+    "beyond twice the batch": lambda octaves: 1.0 / (1.0 + np.exp(-8.0 * (octaves - 1.0))),
+    "beyond four times the batch": lambda octaves: 1.0 / (1.0 + np.exp(-8.0 * (octaves - 2.0))),
+}
+MOST_WRONG = 0.2
+BENT = 1024  # rows of a wrong curve
+
 # Exchanges parts of a rule, whose choice of what to verify is the exact one.
 Exchange = Callable[[TreeRule, BestRate], TreeRule]
 
@@ -363,6 +373,20 @@ def askew(cost: CostModel, rows: float, levels: float) -> CostModel:
         sequence_token=cost.sequence_token,
         draft_token=cost.draft_token,
     )
+
+
+def bent(cost: CostModel, where: str, share: float, size: int) -> CostModel:
+    """Return a profile that is wrong by up to `share` for some rows only: one of BUMPS, for batches
+    of `size`, or nowhere."""
+    if where == NOWHERE:
+        return cost
+    rows = np.arange(1, BENT)
+    factor = 1.0 + share * BUMPS[where](np.log2(rows / size))
+
+    def bend(curve: Curve) -> Curve:
+        return Curve(tuple(rows.tolist()), tuple((curve.dense(BENT)[1:] * factor).tolist()))
+
+    return replace(cost, verify={batch: bend(curve) for batch, curve in cost.verify.items()})
 
 
 def smart(

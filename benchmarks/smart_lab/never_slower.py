@@ -3,13 +3,13 @@
     python -m smart_lab never-slower answers.smart --worlds 200
 
 A world is a machine's costs, what `smart` believes of them, how good the head is, the batch (a
-queue that is refilled, or a closed batch whose answers end one by one), the answers' lengths, and
-neighbours that come and go. `smart` starts afresh in each. Of prompts the head's reading counts
-alone, as both policies read them with the target.
+queue that is refilled, or a closed batch whose answers end one by one), the kind of text, the
+answers' lengths, whether prompts are read in rounds of their own or beside answers, and neighbours
+that come and go. `smart` starts afresh in each, and plain decoding runs in the same world.
 
-A round's plain equivalent is what plain decoding takes for its tokens on the same machine at the
-same moment. Printed are, over worlds, the ratio of plain equivalents to seconds, the same of the
-worst 64 rounds in a row, and what the slowest request pays.
+Printed are, over worlds, plain decoding's seconds over those of `smart`, the worst 64 rounds in a
+row, what single requests pay, and what `smart` believed of its rounds. A round's plain equivalent
+is what plain decoding takes for its tokens on the same machine at the same moment.
 
 Needed by docs/results.md, "Where it loses".
 """
@@ -26,32 +26,39 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from smart_decoding.bench.options import check_outputs
+from smart_decoding.bench.options import BASELINE, check_outputs
 from smart_decoding.bench.provenance import write_json
 from smart_decoding.cli.arguments import whole_numbers, words
 from smart_decoding.core.batch import Round
 from smart_lab.ablate import contestant
-from smart_lab.ablations import askew
+from smart_lab.ablations import BUMPS, MOST_WRONG, NOWHERE, askew, bent
+from smart_lab.figures import SLOW, Figures, beliefs, requests, slowdowns
 from smart_lab.machines import costs_of
-from smart_lab.replay import Walk, draft, judged
+from smart_lab.replay import READ, Prompts, Walk, draft, judged
 from smart_lab.trace import Trace, read_trace
 from smart_lab.unsteady import Turns, noisy
 from smart_lab.worlds import NOBODYS, SLOWER
 
 if TYPE_CHECKING:
     from smart_decoding.core.costs import CostModel
-    from smart_decoding.core.tree import FloatArray, IntArray
+    from smart_decoding.core.policies.base import Policy
+    from smart_decoding.core.tree import FloatArray
     from smart_lab.recording import Recording
 
 WINDOW = 64  # rounds
 QUEUE, ROUNDS = 4, 256  # batches at least; rounds of plain decoding at least, nearly
+CHUNKS = (64, 256)  # tokens of prompts in a round: beside other clients' answers a quarter
+SHARES = (0.6, 0.9)  # what rows of prompts cost, of the table's seconds
+ALL = "all"
 
 
 @dataclass(frozen=True, slots=True)
 class World:
     """closed: whether answers that end make room for no others. wrong: factors of what the profile
     says rows and levels cost. damage: share of the drafted tokens that are spoiled. longest: tokens
-    of an answer. neighbour: tokens between its comings and goings; 0: there is none."""
+    of an answer. neighbour: tokens between its comings and goings; 0: there is none. bump: where
+    the profile is wrong for some rows only (one of BUMPS, or nowhere), by which share of what they
+    take. prompts: how they are read. text: the kind of all answers; none: all kinds."""
 
     seed: int
     machine: str
@@ -61,9 +68,14 @@ class World:
     damage: float
     longest: int
     neighbour: float
+    bump: tuple[str, float] = (NOWHERE, 0.0)
+    prompts: Prompts = READ
+    text: str = ""
 
     @classmethod
-    def drawn(cls, seed: int, machines: Sequence[str], sizes: Sequence[int]) -> World:
+    def drawn(
+        cls, seed: int, machines: Sequence[str], sizes: Sequence[int], texts: Sequence[str] = ("",)
+    ) -> World:
         rng = np.random.default_rng(seed)
         factors = np.exp(rng.uniform(-1, 1, 2) * np.log(1.5)) if rng.random() < 0.5 else np.ones(2)
         return cls(
@@ -75,12 +87,36 @@ class World:
             float(rng.random()) if rng.random() < 0.5 else 0.0,
             int(rng.choice([16, 32, 64, 96])),
             float(rng.uniform(200, 3000)) if rng.random() < 0.5 else 0.0,
+            (str(rng.choice(list(BUMPS))), float(rng.uniform(-MOST_WRONG, MOST_WRONG)))
+            if rng.random() < 0.5
+            else (NOWHERE, 0.0),
+            Prompts(int(rng.choice(CHUNKS)), float(rng.uniform(*SHARES)))
+            if rng.random() < 0.5
+            else READ,
+            str(rng.choice(texts)),
         )
+
+    @property
+    def traits(self) -> list[str]:
+        """Return which lines of a report the world belongs to."""
+        wrong = self.bump[0] != NOWHERE or self.wrong != (1.0, 1.0)
+        return [
+            ALL,
+            f"batch {self.size}",
+            "closed batches" if self.closed else "queues",
+            "with prompts" if self.prompts.chunk else "prompts read",
+            *(["closed, prompts"] if self.closed and self.prompts.chunk else []),
+            *(["queue, prompts"] if not self.closed and self.prompts.chunk else []),
+            "wrong tables" if wrong else "right tables",
+            f"wrong {self.bump[0]}",
+            "spoiled heads" if self.damage else "good heads",
+            self.text or "all kinds of text",
+        ]
 
     def recording(self, recorded: Recording) -> Recording:
         """Return the answers to decode, their trees spoiled."""
         rng = np.random.default_rng([self.seed, 1])
-        usable = [answer for answer in recorded.answers if answer.positions > 0]
+        usable = [a for a in recorded.answers if a.positions > 0 and self.text in ("", a.task)]
         count = self.size * max(QUEUE, ROUNDS // self.longest)
         chosen = rng.choice(len(usable), count, replace=count > len(usable))
         answers = [
@@ -91,19 +127,18 @@ class World:
         token[rng.random(len(token)) < self.damage] = NOBODYS
         return replace(recorded, answers=answers, token=token)
 
+    def assumed(self, cost: CostModel) -> CostModel:
+        """Return what `smart` believes of a machine's costs."""
+        return bent(askew(cost, *self.wrong), *self.bump, self.size)
 
-class ClosedWalk(Walk):
-    """Batch after batch: answers that end make room for no others before all have ended."""
 
-    def advance(self, emitted: IntArray, drafted: bool) -> None:
-        self.at = self.at + emitted
-        self.pending = emitted.copy() if drafted else self.pending + emitted
-        stays = self.left > 0
-        self.answer, self.at, self.pending = (
-            each[stays] for each in (self.answer, self.at, self.pending)
-        )
-        if not len(self.at):
-            self.begin()
+@dataclass(slots=True)
+class Played:
+    """A policy in a world. seconds, equivalents: [rounds]; figures: of `Figures`."""
+
+    seconds: FloatArray
+    equivalents: FloatArray
+    figures: dict[str, Any]
 
 
 def measured(
@@ -112,55 +147,59 @@ def measured(
     """Return one world's figures under a policy."""
     cost = costs[world.machine]
     recording = world.recording(trace.recording)
-    policy = contestant(name, trace, askew(cost, *world.wrong))
-    walk = (ClosedWalk if world.closed else Walk)(recording, world.size)
+    ours, plain = (
+        played(contestant(each, trace, world.assumed(cost)), recording, cost, world)
+        for each in (name, BASELINE)
+    )
+    return {
+        **asdict(world),
+        "traits": world.traits,
+        "ratio": float(plain.seconds.sum() / ours.seconds.sum()),
+        "window": _worst_window(ours.equivalents, ours.seconds),
+        "rounds": len(ours.seconds),
+        "requests": slowdowns(ours.figures, plain.figures),
+        "figures": {k: v for k, v in ours.figures.items() if k != "per_token"},
+    }
+
+
+def played(policy: Policy, recording: Recording, cost: CostModel, world: World) -> Played:
+    """Decode a world's answers under a policy."""
+    walk = Walk(recording, world.size, world.closed, world.prompts.chunk)
     neighbour = Turns(2, world.neighbour or np.inf, np.random.default_rng([world.seed, 2]))
     noise = np.random.default_rng([world.seed, 3])
+    figures = Figures(len(recording.answers))
     seconds: list[float] = []
-    plains: list[float] = []
     equivalents: list[float] = []
-    paid = np.zeros(len(recording.answers))  # seconds of an answer's rounds
-    plainly = np.zeros(len(recording.answers))  # of plain rounds for its tokens
     while walk.running:
-        answer = walk.answer.copy()
         done = draft(policy, walk)
-        size = done.batch.size
-        context = done.batch.mean_context
-        rows = size + len(done.kept)
+        size, context = done.batch.size, done.batch.mean_context
+        rows = size + len(done.kept) + done.batch.prefill_rows
         slowness = (1.0, SLOWER)[neighbour.now]
         levels = [slowness * each for each in cost.levels_seconds(size, done.widths, context)]
-        verify = slowness * float(cost.verify_seconds(size, rows, context))
-        plain = slowness * float(cost.verify_seconds(size, size, context))
+        plain, verify = (
+            slowness * float(cost.verify_seconds(max(size, 1), each, context))
+            for each in (size, rows)
+        )
+        if done.batch.prefill_rows:
+            verify = world.prompts.seconds(plain if size else 0.0, verify)
         beyond = cost.overhead_seconds if done.rule is not None else 0.0
         truth, emitted = judged(done, walk)
         took = verify + sum(levels) + beyond  # without noise, of which the policy alone knows
         verify = noisy(verify, noise)
         levels = [noisy(each, noise) for each in levels]
-        policy.observe(
-            Round(
-                done.batch, done.rule, done.trees, done.kept, *truth, done.widths, levels, rows,
-                verify, beyond,
-            )
+        round_ = Round(
+            done.batch, done.rule, done.trees, done.kept, *truth, done.widths, levels, rows,
+            verify, beyond,
         )  # fmt: skip
+        figures.add(policy, round_, walk.answer, emitted, took)
+        if size:
+            policy.observe(round_)
         walk.advance(emitted, done.rule is not None)
         tokens = int(emitted.sum())
         neighbour.advance(tokens)
         seconds.append(took)
-        plains.append(plain)
-        equivalents.append(plain * tokens / size)
-        paid[answer] += took
-        plainly[answer] += plain * emitted
-    slow = paid[paid > 0] / plainly[paid > 0]
-    lost = np.cumsum(np.array(seconds) - equivalents) / np.mean(plains)
-    return {
-        **asdict(world),
-        "ratio": sum(equivalents) / sum(seconds),
-        "drawdown": float((lost - np.minimum.accumulate(np.append(0.0, lost))[:-1]).max()),
-        "late": sum(equivalents[WINDOW:]) / max(sum(seconds[WINDOW:]), 1e-9),
-        "window": _worst_window(np.array(equivalents), np.array(seconds)),
-        "slowest": float(slow.max()),
-        "rounds": len(seconds),
-    }
+        equivalents.append(took if done.batch.prefill_rows else plain * tokens / size)
+    return Played(np.array(seconds), np.array(equivalents), figures.summary(policy))
 
 
 def _worst_window(equivalents: FloatArray, seconds: FloatArray) -> float:
@@ -171,24 +210,31 @@ def _worst_window(equivalents: FloatArray, seconds: FloatArray) -> float:
 
 
 def report(found: Sequence[Mapping[str, Any]]) -> str:
-    """Return a table: a line for each batch size, and one for all."""
+    """Return a line for each trait of worlds; then what was believed, and what requests took."""
     lines = [
-        f"{'batch':>6}{'worlds':>8}{'mean':>8}{'worst':>8}{'5 %':>8}{'below 0.99':>12}"
-        f"{'window 5 %':>12}{'worst':>8}{'slowest request: 95 %':>24}{'worst':>8}"
+        f"{'worlds':28}{'count':>7}{'mean':>8}{'worst':>8}{'5 %':>8}{'below 0.99':>12}"
+        f"{'window 5 %':>12}{'worst':>8}{'requests <= 1.05':>18}{'95 %':>8}{'slowest':>9}"
     ]
-    for size in (*sorted({row["size"] for row in found}), None):
-        rows = [row for row in found if size in (None, row["size"])]
-        ratio, window, slowest = (
-            np.array([row[key] for row in rows]) for key in ("ratio", "window", "slowest")
-        )
-        mean = np.exp(np.log(ratio).mean())
+    traits = sorted({trait for row in found for trait in row["traits"]}, key=_natural)
+    for trait in traits:
+        rows = [row for row in found if trait in row["traits"]]
+        ratio, window = (np.array([row[key] for row in rows]) for key in ("ratio", "window"))
+        slower = np.concatenate([row["requests"] for row in rows])
         lines.append(
-            f"{size or 'all':>6}{len(rows):>8}{mean:>8.3f}{ratio.min():>8.3f}"
-            f"{np.quantile(ratio, 0.05):>8.3f}{(ratio < 0.99).mean():>12.2f}"
+            f"{trait:28}{len(rows):>7}{np.exp(np.log(ratio).mean()):>8.3f}{ratio.min():>8.3f}"
+            f"{np.quantile(ratio, 0.05):>8.3f}{(ratio < 0.99).mean():>12.3f}"
             f"{np.quantile(window, 0.05):>12.3f}{window.min():>8.3f}"
-            f"{np.quantile(slowest, 0.95):>24.2f}{slowest.max():>8.2f}"
+            f"{(slower <= SLOW).mean():>18.3f}{np.quantile(slower, 0.95):>8.3f}{slower.max():>9.2f}"
         )
+    lines.append(beliefs([(row["figures"], row["ratio"]) for row in found]))
+    lines.append(requests([row["requests"] for row in found]))
     return "\n".join(lines)
+
+
+def _natural(trait: str) -> tuple[bool, int, str]:
+    """Return a key for sorting: all worlds come last, batch sizes first."""
+    size = trait.removeprefix("batch ")
+    return trait == ALL, int(size) if size.isdecimal() else 1 << 30, trait
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -210,8 +256,10 @@ def main(args: argparse.Namespace) -> int:
     check_outputs((args.json,))
     trace = read_trace(args.trace)
     costs = costs_of(args.machines, trace.cost)
+    tasks = sorted({a.task for a in trace.recording.answers if a.positions > 0})
+    texts = ["", *tasks] if len(tasks) > 1 else [""]
     worlds = [
-        World.drawn(seed, list(costs), args.batch_sizes)
+        World.drawn(seed, list(costs), args.batch_sizes, texts)
         for seed in range(args.seed, args.seed + args.worlds)
     ]
     results = {}

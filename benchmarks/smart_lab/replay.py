@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from smart_decoding.core.calibration import path_products
 from smart_decoding.core.rule import NO_NODES
 from smart_decoding.core.tree import ROOT, BoolArray, DraftTrees, FloatArray, IntArray
 from smart_decoding.errors import ConfigError
+from smart_lab.figures import Figures
 
 if TYPE_CHECKING:
     from smart_decoding.core.costs import CostModel
@@ -52,12 +53,37 @@ class HostCosts:
         return cls(drafting=cost.overhead_seconds)
 
 
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """How prompts are read. chunk: their tokens in a round at most; 0: they are there already.
+    share: what their rows cost, of the table's seconds for as many rows more. They skip the output
+    matrix and most of the last layer."""
+
+    chunk: int = 0
+    share: float = 1.0
+
+    def seconds(self, decoding: float, whole: float) -> float:
+        """Return the seconds of a round with prompts. decoding, whole: the table's, without and
+        with their rows."""
+        return decoding + self.share * (whole - decoding)
+
+
+READ = Prompts()
+
+
 class StepCosts:
     """A cost model's seconds at one batch size as tables, since asking it again and again is what
     would take long."""
 
-    def __init__(self, cost: CostModel, batch_size: int, rows: int = 128, width: int = 128) -> None:
-        self._cost, self._batch = cost, batch_size
+    def __init__(
+        self,
+        cost: CostModel,
+        batch_size: int,
+        rows: int = 128,
+        width: int = 128,
+        prompts: Prompts = READ,
+    ) -> None:
+        self._cost, self._batch, self.prompts = cost, batch_size, prompts
         self._verify = self._draft = self._first = (np.zeros(0), np.zeros(0))
         self._grow(batch_size + rows, width)
 
@@ -120,7 +146,9 @@ def _line(seconds: Callable[[float], FloatArray]) -> tuple[FloatArray, FloatArra
 
 
 class Machine(Protocol):
-    """The seconds of steps."""
+    """The seconds of steps, and how prompts are read."""
+
+    prompts: Prompts
 
     def experts(self, done: Drafted, walk: Walk) -> float: ...
 
@@ -138,7 +166,8 @@ class Replayed:
     """Sums over the decoding rounds at full batch. rows: of the verifying forwards; kept: verified
     nodes; off: rounds without drafting; chains: those that verified no two children of one node,
     but some node (a sweep counts none); missing: drafts that the recording lacked; own_seconds: the
-    policy's own."""
+    policy's own; with_prompts: rounds with prompts, in which fewer requests decode; figures: what
+    the policy believed, and what each request took (a sweep has none)."""
 
     batch_size: int
     tokens: int = 0
@@ -151,6 +180,8 @@ class Replayed:
     off: int = 0
     chains: int = 0
     own_seconds: float = 0.0
+    with_prompts: int = 0
+    figures: dict[str, Any] = field(default_factory=dict, compare=False)
 
     @property
     def tokens_per_s(self) -> float:
@@ -163,14 +194,19 @@ class Replayed:
 
 
 class Walk:
-    """The place of each running answer in a recording. Arrays have shape [batch].
+    """The place of each running answer in a recording. Arrays have shape [decoding requests].
 
     at: output tokens that are out, less one; pending: rows that the drafter has not processed yet,
-    at first the prompt's."""
+    at first the prompt's. reading: the other running answers, and how much of their prompts is
+    left."""
 
-    def __init__(self, recording: Recording, batch_size: int) -> None:
+    def __init__(
+        self, recording: Recording, batch_size: int, closed: bool = False, chunk: int = 0
+    ) -> None:
+        """closed: batch after batch; answers that end make room for no others before all have
+        ended. chunk: of `Prompts`."""
         answers = recording.answers
-        self.recording = recording
+        self.recording, self.closed, self.chunk = recording, closed, chunk
         self._tokens, self._start = _padded([a.tokens.astype(np.int64) for a in answers])
         self._length = np.array([len(a.tokens) for a in answers], np.int64)
         self._limit = np.array([a.limit for a in answers], np.int64)
@@ -188,11 +224,30 @@ class Walk:
 
     def begin(self) -> None:
         """Begin with a batch of new answers, if there are as many left."""
-        self.answer = np.array(self._waiting[: self._size], np.int64)
-        self._waiting = self._waiting[self._size :]
-        self.at = np.zeros(len(self.answer), np.int64)
-        self.pending = self._prompt[self.answer]
-        self.running = len(self.answer) == self._size
+        self.answer = self.at = self.pending = np.zeros(0, np.int64)
+        self.reading: list[tuple[int, int]] = []
+        self.running = len(self._waiting) >= self._size
+        self._admit(self._size)
+
+    def _admit(self, count: int) -> None:
+        """Take so many answers from the queue: where prompts are not read, they decode at once."""
+        new, self._waiting = self._waiting[:count], self._waiting[count:]
+        if self.chunk:
+            self.reading += [(answer, int(self._prompt[answer])) for answer in new]
+        else:
+            self._decode(new)
+
+    def _decode(self, answers: Sequence[int]) -> None:
+        """Let answers begin whose prompts are read and whose first tokens are out."""
+        new = np.array(answers, np.int64)
+        self.answer = np.append(self.answer, new)
+        self.at = np.append(self.at, np.zeros_like(new))
+        self.pending = np.append(self.pending, self._prompt[new])
+
+    @property
+    def prompt_rows(self) -> int:
+        """Rows of prompts in the coming round."""
+        return min(self.chunk, sum(left for _, left in self.reading))
 
     @classmethod
     def everywhere(cls, recording: Recording) -> Walk:
@@ -234,6 +289,7 @@ class Walk:
             self._limit[self.answer] - self.at - 1,
             self._temperature[self.answer],
             np.ones(size, np.bool_),
+            prefill_rows=self.prompt_rows,
             catch_up_rows=0 if self.recording.free else int(self.pending.sum()) - size,
             has_model=not self.recording.free,
             has_free=self.recording.free,
@@ -249,12 +305,29 @@ class Walk:
         """After a round; answers that ended make room for the next one, until there is none."""
         self.at = self.at + emitted
         self.pending = emitted.copy() if drafted else self.pending + emitted
-        for i in np.flatnonzero(self.left <= 0).tolist():
-            if not self._waiting:
-                self.running = False
-                return
-            self.answer[i] = self._waiting.pop(0)
-            self.at[i], self.pending[i] = 0, self._prompt[self.answer[i]]
+        stays = self.left > 0
+        ended = len(stays) - int(stays.sum())
+        self.answer, self.at, self.pending = (
+            each[stays] for each in (self.answer, self.at, self.pending)
+        )
+        self._read()
+        if self.closed:
+            if not len(self.at) and not self.reading:
+                self.begin()
+            return
+        self.running = len(self._waiting) >= ended
+        self._admit(ended)
+
+    def _read(self) -> None:
+        """Read the round's rows of prompts, in their order."""
+        rows = self.prompt_rows
+        while rows:
+            answer, left = self.reading.pop(0)
+            if left > rows:
+                self.reading.insert(0, (answer, left - rows))
+                break
+            rows -= left
+            self._decode([answer])
 
 
 class Source:
@@ -328,10 +401,11 @@ class Drafted:
 
 
 def draft(policy: Policy, walk: Walk, clock: Clock = lambda: 0.0) -> Drafted:
-    """Return the trees by the policy's rule, level by level."""
+    """Return the trees by the policy's rule, level by level. As in the engine, rounds with prompts
+    never draft."""
     batch = walk.state()
     started = clock()
-    rule = policy.plan(batch)
+    rule = None if batch.prefill_rows else policy.plan(batch)
     planning = clock() - started
     trees = DraftTrees.empty(batch.size)
     if rule is None:
@@ -381,11 +455,13 @@ def replay(
     host: seconds beyond the forwards (default: those of `cost`). own_time: a clock for the policy's
     `plan` and `observe`, whose seconds then count, too; following a rule is the engine's time.
     rounds: stop after so many. costs: real seconds of steps (default: those of `cost`)."""
-    walk, result = Walk(recording, batch_size), Replayed(batch_size)
     costs = costs or StepCosts(cost, batch_size)
+    walk = Walk(recording, batch_size, chunk=costs.prompts.chunk)
+    result, figures = Replayed(batch_size), Figures(len(recording.answers))
     host = host or HostCosts.of(cost)
     while walk.running and result.rounds != rounds:
-        _round(policy, walk, costs, host, own_time, result)
+        _round(policy, walk, costs, host, own_time, result, figures)
+    result.figures = figures.summary(policy)
     return result
 
 
@@ -396,9 +472,10 @@ def _round(
     host: HostCosts,
     clock: Clock,
     result: Replayed,
+    figures: Figures,
 ) -> None:
     done = draft(policy, walk, clock)
-    size = done.batch.size
+    size, prompt_rows = done.batch.size, done.batch.prefill_rows
     widths = done.widths
     context = done.batch.mean_context
     levels = costs.levels(widths, context)
@@ -406,25 +483,31 @@ def _round(
     own = done.batch.context[done.trees.owner[done.kept]]  # of the rows of nodes
     experts = costs.experts(done, walk)
     verify = costs.verify(rows, context, float(own.sum()) - len(own) * context, experts)
+    if prompt_rows:
+        rows += prompt_rows
+        verify = costs.prompts.seconds(verify, costs.verify(rows, context))
     beyond = host.seconds(size, done.rule is not None) + done.planning
     truth, emitted = judged(done, walk)
     round_ = Round(
         done.batch, done.rule, done.trees, done.kept, *truth, widths, levels, rows, verify, beyond,
         experts,
     )  # fmt: skip
+    figures.add(policy, round_, walk.answer, emitted, round_.seconds)
     started = clock()
-    policy.observe(round_)
+    if size:
+        policy.observe(round_)
     learning = clock() - started
     walk.advance(emitted, done.rule is not None)
     costs.advance(int(emitted.sum()))
     result.tokens += int(emitted.sum())
-    result.seconds += verify + sum(levels) + beyond + learning
+    result.seconds += round_.seconds + learning
+    result.with_prompts += prompt_rows > 0
     result.rounds += 1
     result.missing += int(done.missing.sum())
     result.rows += rows
     result.kept += len(done.kept)
     result.levels += len(widths)
-    result.off += done.rule is None
+    result.off += done.rule is None and not prompt_rows
     result.chains += _are_chains(done.trees, done.kept)
     result.own_seconds += done.planning + learning
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from smart_lab.replay import StepCosts
+from smart_lab.replay import READ, StepCosts
 
 if TYPE_CHECKING:
     from smart_decoding.core.costs import CostModel
@@ -51,6 +51,8 @@ class Unsteady:
 
     Turns are counted in tokens, so that every policy does the same work in the same state: ratios
     are paired."""
+
+    prompts = READ
 
     def __init__(
         self,

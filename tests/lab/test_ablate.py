@@ -8,7 +8,7 @@ import pytest
 
 from smart_decoding.cli.main import main
 from smart_decoding.core.costs import CostModel
-from smart_decoding.core.policies.base import Policy
+from smart_decoding.core.policies.base import StatelessPolicy
 from smart_decoding.errors import ConfigError
 from smart_lab.__main__ import LAB
 from smart_lab.ablate import Ablation, Cell, ordered, table
@@ -149,7 +149,7 @@ def test_a_row_costs_what_its_own_context_takes(trace):
             observed.append((rows, context, beyond))
             return super().verify(rows, context, beyond)
 
-    class OfTheFirst(Policy):
+    class OfTheFirst(StatelessPolicy):
         """Keeps what was drafted for the first request alone."""
 
         def select(self, rule, trees):
@@ -157,9 +157,6 @@ def test_a_row_costs_what_its_own_context_takes(trace):
 
         def plan(self, batch):
             return replace(eagle2.plan(batch), keep=self)
-
-        def observe(self, round):
-            pass
 
     eagle2 = trace.policy("eagle2", cost, depth=1, top_k=2, total_tokens=2)
     steps = Watched(cost, 2)

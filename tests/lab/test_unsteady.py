@@ -1,5 +1,6 @@
 """A machine that changes: the same work in the same state for everyone, and `smart` follows it."""
 
+import numpy as np
 import pytest
 
 from smart_decoding.core.costs import CostModel
@@ -54,9 +55,8 @@ def test_never_slower_where_drafting_does_not_pay_whatever_the_profile_says(trac
 
 def test_drafts_in_the_state_where_it_pays(trace):
     known, off = speedup(trace, [SLOW], SLOW, seed=2)
-    found, later = speedup(
-        trace, [SLOW], FAST, seed=2
-    )  # from the other state's profile: only plain rounds tell
+    # From the other state's profile only plain rounds tell, when is a matter of luck.
+    found, later = np.mean([speedup(trace, [SLOW], FAST, seed=seed) for seed in range(4)], axis=0)
     turning, _ = speedup(trace, [FAST, SLOW], FAST, seed=2)
     assert known > 1.08
     assert off < 0.1

@@ -1,0 +1,124 @@
+"""What a policy believed of its rounds and what they were, by kind; and what each request took.
+
+Needed by `never-slower` and `ablate`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from smart_decoding.core.policies.smart import Smart
+from smart_decoding.core.selection import BestRate
+
+if TYPE_CHECKING:
+    from smart_decoding.core.batch import Round
+    from smart_decoding.core.policies.base import Policy
+    from smart_decoding.core.tree import FloatArray, IntArray
+
+PLAIN, NGRAMS, MODEL, PROMPTS = "plain", "n-grams", "model", "with prompts"
+CLOSE = 0.05  # an estimate of the speedup so near is right
+SLOW = 1.05  # times its plain time per token, that a request may take
+
+
+def kind_of(round: Round) -> str:
+    """Return the kind of a round, by what it drafted with."""
+    if round.batch.prefill_rows:
+        return PROMPTS
+    if round.rule is None:
+        return PLAIN
+    return MODEL if round.level_widths else NGRAMS
+
+
+def predicted_seconds(policy: Policy, round: Round) -> float:
+    """Return what `smart` predicts of a round that it has not observed yet; 0 for other
+    policies."""
+    smart = getattr(policy, "inner", policy)
+    if not isinstance(smart, Smart):
+        return 0.0
+    batch, rule = round.batch, round.rule
+    if rule is None:
+        verify = smart.cost.verify_seconds(batch.size, round.verify_rows, batch.mean_context)
+        return float(verify) + smart.state.overhead.of(batch.size, False)
+    if not isinstance(rule.keep, BestRate):
+        return 0.0
+    costs = rule.keep.costs
+    further = float(costs.levels[round.level_widths[1:]].sum())
+    return costs.sunk + further + float(costs.verify[len(round.kept)])
+
+
+class Figures:
+    """Sums over the rounds of one policy."""
+
+    def __init__(self, answers: int) -> None:
+        # By kind: seconds predicted and real, tokens expected and real.
+        self._sums: dict[str, FloatArray] = {}
+        self._seconds = np.zeros(answers)  # of the rounds in which each answer decoded
+        self._tokens = np.zeros(answers)
+
+    def add(
+        self, policy: Policy, round: Round, answers: IntArray, emitted: IntArray, seconds: float
+    ) -> None:
+        """Count a round before the policy observes it. answers: its requests, which gained the
+        tokens `emitted` in `seconds`."""
+        self._seconds[answers] += seconds
+        self._tokens[answers] += emitted
+        predicted = predicted_seconds(policy, round) if len(answers) else 0.0
+        if predicted:
+            size = round.batch.size
+            new = (predicted, round.seconds, size + round.expected, size + round.accepted)
+            self._sums[kind_of(round)] = self._sums.get(kind_of(round), 0.0) + np.array(new)
+
+    def summary(self, policy: Policy) -> dict[str, Any]:
+        """Return predicted over real seconds and expected over real tokens by kind of round, the
+        policy's own estimate of its speedup, and each answer's seconds per token."""
+        return {
+            "seconds": {kind: sums[0] / sums[1] for kind, sums in self._sums.items()},
+            "tokens": {kind: sums[2] / sums[3] for kind, sums in self._sums.items()},
+            "estimated_speedup": policy.stats().get("estimated_speedup", 1.0),
+            "per_token": (self._seconds / np.maximum(self._tokens, 1)).tolist(),
+        }
+
+
+def slowdowns(found: Mapping[str, Any], plain: Mapping[str, Any]) -> FloatArray:
+    """Return seconds per token over those of plain decoding, of the answers that both have
+    decoded."""
+    ours, plainly = np.array(found["per_token"]), np.array(plain["per_token"])
+    both = (ours > 0) & (plainly > 0)
+    slower: FloatArray = ours[both] / plainly[both]
+    return slower
+
+
+def beliefs(rows: Sequence[tuple[Mapping[str, Any], float]]) -> str:
+    """Return a table by kind of round, and a line on the estimated speedup. rows: summaries, each
+    with the speedup that was real."""
+    lines = [f"{'rounds':14}{'runs':>6}{'seconds, predicted / real: 5 %':>32}{'mean':>8}{'95 %':>8}"
+             f"{'tokens, expected / real: 5 %':>32}{'mean':>8}{'95 %':>8}"]  # fmt: skip
+    for kind in (PLAIN, NGRAMS, MODEL, PROMPTS):
+        runs = [found for found, _ in rows if kind in found["seconds"]]
+        if runs:
+            seconds, tokens = (
+                _spread([found[name][kind] for found in runs]) for name in ("seconds", "tokens")
+            )
+            lines.append(f"{kind:14}{len(runs):>6}{seconds:>48}{tokens:>48}")
+    ratio = [found["estimated_speedup"] / real for found, real in rows]
+    close = np.mean(np.abs(np.array(ratio) - 1) <= CLOSE)
+    lines.append(f"estimated / real speedup{_spread(ratio):>38}, within {CLOSE:.0%}: {close:.2f}")
+    return "\n".join(lines)
+
+
+def _spread(ratios: Sequence[float]) -> str:
+    low, high = np.quantile(ratios, (0.05, 0.95))
+    return f"{low:.3f}{np.exp(np.mean(np.log(ratios))):>8.3f}{high:>8.3f}"
+
+
+def requests(slower: Sequence[FloatArray]) -> str:
+    """Return a line on single requests: of each run their seconds per token over plain ones."""
+    each = np.concatenate(slower)
+    return (
+        f"requests: {(each <= SLOW).mean():.3f} take at most {SLOW} of their plain time per token; "
+        f"95 % {np.quantile(each, 0.95):.3f}, slowest {each.max():.2f}, "
+        f"mean speedup {np.exp(-np.log(each).mean()):.3f}"
+    )
