@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from smart_decoding.core.policies.smart import Smart
-from smart_decoding.core.selection import BestRate
 
 if TYPE_CHECKING:
     from smart_decoding.core.batch import Round
@@ -38,22 +37,18 @@ def predicted_seconds(policy: Policy, round: Round) -> float:
     smart = getattr(policy, "inner", policy)
     if not isinstance(smart, Smart):
         return 0.0
-    batch, rule = round.batch, round.rule
-    if rule is None:
-        verify = smart.cost.verify_seconds(batch.size, round.verify_rows, batch.mean_context)
-        return float(verify) + smart.state.overhead.of(batch.size, False)
-    if not isinstance(rule.keep, BestRate):
-        return 0.0
-    costs = rule.keep.costs
-    further = float(costs.levels[round.level_widths[1:]].sum())
-    return costs.sunk + further + float(costs.verify[len(round.kept)])
+    size, context = round.batch.size, round.batch.mean_context
+    cost = smart.cost
+    verify = float(cost.verify_seconds(size, round.verify_rows, context))
+    levels = sum(cost.levels_seconds(size, round.level_widths, context))
+    return verify + levels + smart.state.overhead.of(size, round.rule is not None)
 
 
 class Figures:
     """Sums over the rounds of one policy."""
 
     def __init__(self, answers: int) -> None:
-        # By kind: seconds predicted and real, tokens expected and real.
+        # By kind: seconds predicted and real, tokens expected and real, rounds.
         self._sums: dict[str, FloatArray] = {}
         self._seconds = np.zeros(answers)  # of the rounds in which each answer decoded
         self._tokens = np.zeros(answers)
@@ -68,13 +63,14 @@ class Figures:
         predicted = predicted_seconds(policy, round) if len(answers) else 0.0
         if predicted:
             size = round.batch.size
-            new = (predicted, round.seconds, size + round.expected, size + round.accepted)
+            new = (predicted, round.seconds, size + round.expected, size + round.accepted, 1)
             self._sums[kind_of(round)] = self._sums.get(kind_of(round), 0.0) + np.array(new)
 
     def summary(self, policy: Policy) -> dict[str, Any]:
         """Return predicted over real seconds and expected over real tokens by kind of round, the
         policy's own estimate of its speedup, and each answer's seconds per token."""
         return {
+            "rounds": {kind: int(sums[4]) for kind, sums in self._sums.items()},
             "seconds": {kind: sums[0] / sums[1] for kind, sums in self._sums.items()},
             "tokens": {kind: sums[2] / sums[3] for kind, sums in self._sums.items()},
             "estimated_speedup": policy.stats().get("estimated_speedup", 1.0),
@@ -92,26 +88,33 @@ def slowdowns(found: Mapping[str, Any], plain: Mapping[str, Any]) -> FloatArray:
 
 
 def beliefs(rows: Sequence[tuple[Mapping[str, Any], float]]) -> str:
-    """Return a table by kind of round, and a line on the estimated speedup. rows: summaries, each
-    with the speedup that was real."""
-    lines = [f"{'rounds':14}{'runs':>6}{'seconds, predicted / real: 5 %':>32}{'mean':>8}{'95 %':>8}"
-             f"{'tokens, expected / real: 5 %':>32}{'mean':>8}{'95 %':>8}"]  # fmt: skip
+    """Return a table by kind of round, runs weighted by their rounds, and a line on the estimated
+    speedup. rows: summaries, each with the speedup that was real."""
+    lines = [
+        f"{'rounds':14}{'runs':>6}{'rounds':>9}{'seconds, predicted / real: 5 %':>32}{'mean':>8}"
+        f"{'95 %':>8}{'tokens, expected / real: 5 %':>32}{'mean':>8}{'95 %':>8}"
+    ]
     for kind in (PLAIN, NGRAMS, MODEL, PROMPTS):
-        runs = [found for found, _ in rows if kind in found["seconds"]]
+        runs = [found for found, _ in rows if kind in found["rounds"]]
         if runs:
+            counts = [found["rounds"][kind] for found in runs]
             seconds, tokens = (
-                _spread([found[name][kind] for found in runs]) for name in ("seconds", "tokens")
+                _spread([found[name][kind] for found in runs], counts)
+                for name in ("seconds", "tokens")
             )
-            lines.append(f"{kind:14}{len(runs):>6}{seconds:>48}{tokens:>48}")
+            line = f"{kind:14}{len(runs):>6}{sum(counts):>9}{seconds:>48}{tokens:>48}"
+            lines.append(line)
     ratio = [found["estimated_speedup"] / real for found, real in rows]
     close = np.mean(np.abs(np.array(ratio) - 1) <= CLOSE)
-    lines.append(f"estimated / real speedup{_spread(ratio):>38}, within {CLOSE:.0%}: {close:.2f}")
+    spread = _spread(ratio, [1] * len(ratio))
+    lines.append(f"estimated / real speedup{spread:>38}, within {CLOSE:.0%}: {close:.2f}")
     return "\n".join(lines)
 
 
-def _spread(ratios: Sequence[float]) -> str:
-    low, high = np.quantile(ratios, (0.05, 0.95))
-    return f"{low:.3f}{np.exp(np.mean(np.log(ratios))):>8.3f}{high:>8.3f}"
+def _spread(ratios: Sequence[float], weights: Sequence[int]) -> str:
+    low, high = np.quantile(ratios, (0.05, 0.95), weights=weights, method="inverted_cdf")
+    mean = np.exp(np.average(np.log(ratios), weights=weights))
+    return f"{low:.3f}{mean:>8.3f}{high:>8.3f}"
 
 
 def requests(slower: Sequence[FloatArray]) -> str:

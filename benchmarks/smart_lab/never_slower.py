@@ -32,7 +32,7 @@ from smart_decoding.cli.arguments import whole_numbers, words
 from smart_decoding.core.batch import Round
 from smart_lab.ablate import contestant
 from smart_lab.ablations import BUMPS, MOST_WRONG, NOWHERE, askew, bent
-from smart_lab.figures import SLOW, Figures, beliefs, requests, slowdowns
+from smart_lab.figures import MODEL, NGRAMS, SLOW, Figures, beliefs, requests, slowdowns
 from smart_lab.machines import costs_of
 from smart_lab.replay import READ, Prompts, Walk, draft, judged
 from smart_lab.trace import Trace, read_trace
@@ -50,6 +50,8 @@ QUEUE, ROUNDS = 4, 256  # batches at least; rounds of plain decoding at least, n
 CHUNKS = (64, 256)  # tokens of prompts in a round: beside other clients' answers a quarter
 SHARES = (0.6, 0.9)  # what rows of prompts cost, of the table's seconds
 ALL = "all"
+UNION = "both"
+DRAFTERS = (MODEL, NGRAMS, UNION)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +60,8 @@ class World:
     says rows and levels cost. damage: share of the drafted tokens that are spoiled. longest: tokens
     of an answer. neighbour: tokens between its comings and goings; 0: there is none. bump: where
     the profile is wrong for some rows only (one of BUMPS, or nowhere), by which share of what they
-    take. prompts: how they are read. text: the kind of all answers; none: all kinds."""
+    take. prompts: how they are read. text: the kind of all answers; none: all kinds. drafters: one
+    of DRAFTERS."""
 
     seed: int
     machine: str
@@ -71,10 +74,11 @@ class World:
     bump: tuple[str, float] = (NOWHERE, 0.0)
     prompts: Prompts = READ
     text: str = ""
+    drafters: str = MODEL
 
     @classmethod
     def drawn(
-        cls, seed: int, machines: Sequence[str], sizes: Sequence[int], texts: Sequence[str] = ("",)
+        cls, seed: int, machines: Sequence[str], sizes: Sequence[int], recorded: Recording
     ) -> World:
         rng = np.random.default_rng(seed)
         factors = np.exp(rng.uniform(-1, 1, 2) * np.log(1.5)) if rng.random() < 0.5 else np.ones(2)
@@ -93,7 +97,8 @@ class World:
             Prompts(int(rng.choice(CHUNKS)), float(rng.uniform(*SHARES)))
             if rng.random() < 0.5
             else READ,
-            str(rng.choice(texts)),
+            str(rng.choice(["", *sorted({a.task for a in recorded.answers if a.positions > 0})])),
+            str(rng.choice(DRAFTERS)) if recorded.ngrams is not None else MODEL,
         )
 
     @property
@@ -111,6 +116,7 @@ class World:
             f"wrong {self.bump[0]}",
             "spoiled heads" if self.damage else "good heads",
             self.text or "all kinds of text",
+            f"drafters: {self.drafters}",
         ]
 
     def recording(self, recorded: Recording) -> Recording:
@@ -123,9 +129,13 @@ class World:
             replace(answer, tokens=answer.tokens[: self.longest], limit=self.longest)
             for answer in (usable[i] for i in chosen)
         ]
+        if self.drafters == NGRAMS:
+            assert recorded.ngrams is not None
+            return replace(recorded.ngrams, answers=answers)
         token = recorded.token.copy()
         token[rng.random(len(token)) < self.damage] = NOBODYS
-        return replace(recorded, answers=answers, token=token)
+        ngrams = recorded.ngrams if self.drafters == UNION else None
+        return replace(recorded, answers=answers, token=token, ngrams=ngrams)
 
     def assumed(self, cost: CostModel) -> CostModel:
         """Return what `smart` believes of a machine's costs."""
@@ -181,7 +191,7 @@ def played(policy: Policy, recording: Recording, cost: CostModel, world: World) 
             for each in (size, rows)
         )
         if done.batch.prefill_rows:
-            verify = world.prompts.seconds(plain if size else 0.0, verify)
+            verify = world.prompts.seconds(plain, verify)
         beyond = cost.overhead_seconds if done.rule is not None else 0.0
         truth, emitted = judged(done, walk)
         took = verify + sum(levels) + beyond  # without noise, of which the policy alone knows
@@ -242,6 +252,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("trace", type=Path, help="a recording by `bench --record`")
     add("names", nargs="*", default=["smart"], metavar="NAME", help="policies or variants")
+    text = "a recording of the same prompts by n-grams, which then draft alone or beside in worlds"
+    add("--ngrams", type=Path, metavar="FILE", help=text)
     machines = "of benchmarks/results, `recorded`, or cards (default: all measured ones and l40s)"
     add("--machines", type=words, default=(), metavar="A,B", help=machines)
     add("--batch-sizes", type=whole_numbers, default=(1, 2, 4, 8, 16, 32), metavar="1,4")
@@ -256,10 +268,11 @@ def main(args: argparse.Namespace) -> int:
     check_outputs((args.json,))
     trace = read_trace(args.trace)
     costs = costs_of(args.machines, trace.cost)
-    tasks = sorted({a.task for a in trace.recording.answers if a.positions > 0})
-    texts = ["", *tasks] if len(tasks) > 1 else [""]
+    if args.ngrams is not None:
+        both = trace.recording.beside(read_trace(args.ngrams).recording)
+        trace = replace(trace, recording=both)
     worlds = [
-        World.drawn(seed, list(costs), args.batch_sizes, texts)
+        World.drawn(seed, list(costs), args.batch_sizes, trace.recording)
         for seed in range(args.seed, args.seed + args.worlds)
     ]
     results = {}

@@ -65,7 +65,8 @@ class Recording:
 
     token, prob: [nodes], position after position, each breadth first. count: [positions + nodes]
     recorded children of each root, then of each node; 0 where it was not expanded. child: the first
-    of them; the others follow it. free: the trees are proposed as a whole, without a model."""
+    of them; the others follow it. free: the trees are proposed as a whole, without a model. ngrams:
+    such trees of the same positions, where both drafters make a union."""
 
     answers: Sequence[Answer]
     token: NDArray[np.int32]
@@ -73,6 +74,7 @@ class Recording:
     count: NDArray[np.uint8]
     child: NDArray[np.int64]
     free: bool = False
+    ngrams: Recording | None = None
 
     @classmethod
     def of(cls, answers: Iterable[Drawn], free: bool = False) -> Recording:
@@ -147,6 +149,17 @@ class Recording:
         """Return the same answers behind prompts of that length. Acceptance stays what it was."""
         answers = [replace(a, prompt_length=context) for a in self.answers]
         return replace(self, answers=answers)
+
+    def beside(self, ngrams: Recording) -> Recording:
+        """Return the recording of a union. Raises ConfigError unless `ngrams` is of free drafters
+        and of the same answers."""
+        both = zip(self.answers, ngrams.answers, strict=False)
+        same = all(np.array_equal(one.tokens, other.tokens) for one, other in both)
+        if self.free or not ngrams.free or self.positions != ngrams.positions or not same:
+            raise ConfigError(
+                "n-grams beside a model need a recording of the same prompts by n-grams"
+            )
+        return replace(self, ngrams=ngrams)
 
     def followed_by(self, other: Recording) -> Recording:
         """Return all answers of both, with the trees of both. Raises ConfigError if only one has

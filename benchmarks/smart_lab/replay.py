@@ -18,7 +18,7 @@ import numpy as np
 from smart_decoding.core.batch import BatchState, Round
 from smart_decoding.core.calibration import path_products
 from smart_decoding.core.rule import NO_NODES
-from smart_decoding.core.tree import ROOT, BoolArray, DraftTrees, FloatArray, IntArray
+from smart_decoding.core.tree import ROOT, BoolArray, DraftTrees, FloatArray, IntArray, fold
 from smart_decoding.errors import ConfigError
 from smart_lab.figures import Figures
 
@@ -292,7 +292,7 @@ class Walk:
             prefill_rows=self.prompt_rows,
             catch_up_rows=0 if self.recording.free else int(self.pending.sum()) - size,
             has_model=not self.recording.free,
-            has_free=self.recording.free,
+            has_free=self.recording.free or self.recording.ngrams is not None,
             requests=self.answer.tolist(),
         )
 
@@ -331,11 +331,13 @@ class Walk:
 
 
 class Source:
-    """Recorded trees as a drafter. roots: [batch] the positions whose trees are drafted."""
+    """Recorded trees as a drafter. roots: [batch] the positions whose trees are drafted; proposed:
+    nodes that other drafters have proposed before."""
 
-    def __init__(self, recording: Recording, roots: IntArray) -> None:
-        self._recording, self._root = recording, roots
-        self._where = np.zeros(0, np.int64)  # [live nodes] their number in the recording
+    def __init__(self, recording: Recording, roots: IntArray, proposed: int = 0) -> None:
+        self._recording, self._root, self._proposed = recording, roots, proposed
+        # [live nodes] their number in the recording, -1 for other drafters' nodes
+        self._where: IntArray = np.full(proposed, -1)
         self.missing = np.zeros(len(self._root), np.int64)  # [batch]
 
     def expand(
@@ -344,10 +346,12 @@ class Source:
         """Append the recorded children of `parents`: live nodes, or the roots of `owners`."""
         recording = self._recording
         if owners is None:
-            owners, slot = trees.owner[parents], recording.positions + self._where[parents]
+            owners, where = trees.owner[parents], self._where[parents]
+            slot = recording.positions + where
+            known = recording.count.take(slot).astype(np.int64) * (where >= 0)
         else:
             slot = self._root[owners]
-        known = recording.count.take(slot).astype(np.int64)
+            known = recording.count.take(slot).astype(np.int64)
         if not known.all():
             self.missing += np.bincount(owners[known == 0], minlength=len(self.missing))
         count = np.minimum(known, children)
@@ -355,7 +359,7 @@ class Source:
         node = np.repeat(recording.child.take(slot) - np.cumsum(count) + count, count) + np.arange(
             total
         )
-        self._where = np.concatenate((self._where, node))
+        first = len(trees)
         if total:
             trees.append(
                 np.repeat(owners, count),
@@ -364,6 +368,20 @@ class Source:
                 recording.prob.take(node),
                 source=int(recording.free),
             )
+        same = self._same(trees, first)
+        self._where[same[same >= 0]] = node[same >= 0]
+        self._where = np.concatenate((self._where, node[same < 0]))
+
+    def _same(self, trees: DraftTrees, first: int) -> IntArray:
+        """Make nodes from `first` on that were proposed before one node; return each one's place
+        before, or -1."""
+        if not self._proposed:
+            return np.full(len(trees) - first, -1)
+        columns = (trees.owner.tolist(), trees.parent.tolist(), trees.token.tolist())
+        keys = list(zip(*columns, strict=True))
+        places = {key: i for i, key in enumerate(keys[:first])}
+        fold(trees, first)
+        return np.array([places.get(key, -1) for key in keys[first:]], np.int64)
 
     def propose(self, trees: DraftTrees, levels: int) -> None:
         """Append the whole trees of a drafter without a model, down to so many levels."""
@@ -410,10 +428,14 @@ def draft(policy: Policy, walk: Walk, clock: Clock = lambda: 0.0) -> Drafted:
     trees = DraftTrees.empty(batch.size)
     if rule is None:
         return Drafted(batch, None, trees, NO_NODES, np.zeros(batch.size, np.int64), planning)
-    source = Source(walk.recording, walk.position)
+    recording = walk.recording
+    ngrams = recording if recording.free else recording.ngrams
+    if ngrams is not None:
+        Source(ngrams, walk.position).propose(trees, DEEPEST)
+        rule = rule.after_free(trees)
+    source = Source(recording, walk.position, len(trees))
     done = Drafted(batch, rule, trees, NO_NODES, source.missing, planning)
-    if walk.recording.free:
-        source.propose(trees, DEEPEST)
+    if recording.free or not rule.levels:
         done.kept = rule.select(trees)
         return done
     owners: IntArray | None = np.arange(batch.size)

@@ -22,15 +22,16 @@ if TYPE_CHECKING:
 
 COST = CostModel.from_table({1: {1: 10.0, 8: 12.0, 64: 60.0}}, {1: 0.5, 64: 3.0})
 SIZES = (1, 2, 4)
+RECORDING = synthetic(3.0, answers=8, length=24, context=50)
 
 
 @pytest.fixture(scope="module")
 def trace() -> Trace:
-    return Trace(synthetic(3.0, answers=8, length=24, context=50), {}, (), COST)
+    return Trace(RECORDING, {}, (), COST)
 
 
 def worlds(count: int) -> list[World]:
-    return [World.drawn(seed, ["here"], SIZES) for seed in range(count)]
+    return [World.drawn(seed, ["here"], SIZES, RECORDING) for seed in range(count)]
 
 
 def test_plain_decoding_is_itself_in_every_world(trace: Trace) -> None:

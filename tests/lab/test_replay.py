@@ -19,7 +19,7 @@ from smart_decoding.drafters.union import UnionDrafter
 from smart_decoding.errors import ConfigError
 from smart_lab.recorder import record_wide
 from smart_lab.recording import Recording, Wide, record
-from smart_lab.replay import HostCosts, replay
+from smart_lab.replay import HostCosts, Prompts, StepCosts, replay
 from smart_lab.sweep import Fixed, Sweep, add_up, likelihood_settings, tree_of
 from smart_lab.synthetic import synthetic
 from smart_lab.tuning import best_likelihood, cost_of
@@ -155,6 +155,82 @@ def test_n_grams_are_replayed_as_they_are_drafted_live(repeated, free, policy, o
     assert (found.rows, found.levels) == (counts.rows, 0)
     assert found.seconds == pytest.approx(counts.seconds)
     assert (found.tokens_per_round > 1.5) == (policy != "off")
+
+
+@pytest.fixture(scope="module")
+def union(repeated, free):
+    """The same answers by a model whose first proposal is wrong."""
+    clock = worlds.Clock()
+    engine = worlds.engine(clock, drafter=worlds.RuleDrafter(clock, good=False))
+    engine.policy = Wide(levels=3, children=2, width=9)
+    return record(engine, repeated).beside(free)
+
+
+@pytest.mark.parametrize("setting", [(0, 2, 4), (1, 2, 5), (2, 2, 7)])
+def test_a_union_is_replayed_as_it_is_drafted_live(repeated, union, setting):
+    """Equal nodes are one, and count in one drafter's children."""
+    options = dict(zip(("depth", "top_k", "total_tokens"), setting, strict=True))
+    clock = worlds.Clock()
+    model = worlds.RuleDrafter(clock, False, LEVEL, LEVEL_ROW)
+    drafter = UnionDrafter([model, NgramDrafter()])
+    live = worlds.engine(clock, "eagle2", drafter, worlds.RuleTarget(clock, ROW), **options)
+    counts = Counts()
+    for prompt in repeated:
+        counts += run_block(live, [prompt], [], 1, clock).counts
+    found = replay(make_policy("eagle2", **options), union, COST, 1)
+    assert (found.tokens, found.rounds, found.rows) == (counts.tokens, counts.rounds, counts.rows)
+    model_alone = replay(make_policy("eagle2", **options), replace(union, ngrams=None), COST, 1)
+    assert found.rounds < model_alone.rounds
+
+
+def test_a_union_needs_the_same_prompts(union, free):
+    with pytest.raises(ConfigError, match="same prompts"):
+        union.beside(replace(free, answers=free.answers[::-1]))
+    with pytest.raises(ConfigError, match="same prompts"):
+        free.beside(free)
+
+
+class Watching(Off):
+    """Plain decoding that remembers its rounds."""
+
+    def __init__(self):
+        self.rounds = []
+
+    def observe(self, round):
+        batch = round.batch
+        self.rounds.append(
+            (batch.size, batch.prefill_rows, round.verify_rows, batch.context.tolist())
+        )
+
+
+@pytest.mark.parametrize("chunk", [7, 60])
+def test_prompts_are_read_as_by_the_live_scheduler(repeated, free, chunk):
+    """In chunks, beside the answers that run already, whenever a request leaves."""
+    live, replayed = Watching(), Watching()
+    engine = worlds.engine(worlds.Clock(), drafter=NgramDrafter(), batch=3)
+    engine.policy, engine.scheduler.chunk = live, chunk
+    for turn in range(2):
+        for prompt in repeated:
+            engine.add_request(f"{turn}-{prompt.index}", prompt.tokens, prompt.params)
+    while engine.has_unfinished_requests:
+        engine.step()
+    steps = StepCosts(COST, 3, prompts=Prompts(chunk, 0.75))
+    found = replay(replayed, free.repeated(2), COST, 3, costs=steps)
+    assert replayed.rounds == live.rounds[: len(replayed.rounds)]
+    assert len(replayed.rounds) > 60
+    assert 0 < found.with_prompts == found.rounds - found.off
+    mixed = [rows for _, prompts, rows, _ in replayed.rounds if prompts]
+    assert len(mixed) > 4
+    assert max(mixed) >= 2 + min(chunk, 27)
+
+
+def test_prompts_take_their_share_of_the_tables_seconds(free):
+    def taken(share):
+        steps = StepCosts(COST, 2, prompts=Prompts(64, share))
+        return replay(Off(), free, COST, 2, costs=steps).seconds
+
+    rows = 27 * 4 - 1  # of the four prompts; the first round's first row begins the forward
+    assert taken(1.0) - taken(0.75) == pytest.approx(0.25 * ROW * rows)
 
 
 @pytest.mark.parametrize("batch", [1, 2])

@@ -47,7 +47,7 @@ class RuleTarget:
         return TargetScores(np.asarray(self.rule(requested)), None)
 
     def argmax(self, logits, which):
-        return logits[which].astype(np.int64)
+        return logits[which.astype(np.int64)].astype(np.int64)  # there may be none
 
     def move(self, source, target):
         pass
