@@ -6,7 +6,8 @@ sizes.
 
 A gain is tokens per second over those of another policy (plain decoding by default) on the same
 answers in the same order at the same costs. Nothing is timed. With several orders a cell is their
-mean, with its standard error in thousandths.
+mean, with its standard error in thousandths. Below stand what variants of `smart` believed of their
+rounds, and what single requests took.
 
 A rival's name with " tuned" behind it stands for its best setting at each machine's costs and batch
 size, found on these very answers: "eagle2 tuned" is the best of all fixed trees and chains.
@@ -33,6 +34,7 @@ from smart_decoding.bench.provenance import write_json
 from smart_decoding.cli.arguments import whole_numbers, words
 from smart_decoding.errors import ConfigError
 from smart_lab.ablations import ABLATIONS, VARIANTS, smart
+from smart_lab.figures import beliefs, requests, slowdowns
 from smart_lab.machines import RECORDED, costs_of
 from smart_lab.recording import interleaved
 from smart_lab.replay import replay
@@ -169,6 +171,14 @@ def table(
     return "\n".join(lines)
 
 
+def believed(found: Mapping[Cell, Mapping[str, Mapping[str, Any]]], name: str, base: str) -> str:
+    """Return what a contestant believed of its rounds, and what requests took over `base`."""
+    cells = [(rows[name], rows[base]) for rows in found.values()]
+    known = [(one["figures"], one["tokens_per_s"] / other["tokens_per_s"]) for one, other in cells]
+    slower = [slowdowns(one["figures"], other["figures"]) for one, other in cells]
+    return f"{name}\n{beliefs(known)}{requests(slower)}"
+
+
 def _cells(
     values: Mapping[tuple[str, int], Sequence[float]], machines: Sequence[str], sizes: Sequence[int]
 ) -> Iterator[list[float]]:
@@ -236,8 +246,13 @@ def main(args: argparse.Namespace) -> int:
         for order in range(args.orders)
     ]
     found = run(ablation, cells, args.processes)
-    print(table(found, [name for name in names if name != args.over], args.over))
+    others = [name for name in names if name != args.over]
+    print(table(found, others, args.over))
+    for name in others:
+        print(believed(found, name, args.over))
     if args.json is not None:
+        for row in (row for of_cell in found.values() for row in of_cell.values()):
+            del row["figures"]["per_token"]
         rows = [{**asdict(cell), "replayed": of_cell} for cell, of_cell in found.items()]
         write_json(args.json, {"over": args.over, "cells": rows})
     return 0

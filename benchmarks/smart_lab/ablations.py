@@ -386,7 +386,16 @@ def bent(cost: CostModel, where: str, share: float, size: int) -> CostModel:
     def bend(curve: Curve) -> Curve:
         return Curve(tuple(rows.tolist()), tuple((curve.dense(BENT)[1:] * factor).tolist()))
 
-    return replace(cost, verify={batch: bend(curve) for batch, curve in cost.verify.items()})
+    return CostModel(  # anew: a replaced one would keep the tables that it has computed
+        {batch: bend(curve) for batch, curve in cost.verify.items()},
+        cost.draft,
+        cost.row_token,
+        cost.sequence_token,
+        cost.draft_token,
+        cost.overhead_seconds,
+        first=cost.first,
+        waiting=cost.waiting,
+    )
 
 
 def smart(

@@ -31,12 +31,14 @@ def kind_of(round: Round) -> str:
     return MODEL if round.level_widths else NGRAMS
 
 
-def predicted_seconds(policy: Policy, round: Round) -> float:
-    """Return what `smart` predicts of a round that it has not observed yet; 0 for other
-    policies."""
-    smart = getattr(policy, "inner", policy)
-    if not isinstance(smart, Smart):
-        return 0.0
+def controller(policy: Policy) -> Smart | None:
+    """Return the `smart` of a policy, which may be a variant of it; None for others."""
+    inner = getattr(policy, "inner", policy)
+    return inner if isinstance(inner, Smart) else None
+
+
+def predicted_seconds(smart: Smart, round: Round) -> float:
+    """Return what `smart` predicts of a round that it has not observed yet."""
     size, context = round.batch.size, round.batch.mean_context
     cost = smart.cost
     verify = float(cost.verify_seconds(size, round.verify_rows, context))
@@ -60,20 +62,22 @@ class Figures:
         tokens `emitted` in `seconds`."""
         self._seconds[answers] += seconds
         self._tokens[answers] += emitted
-        predicted = predicted_seconds(policy, round) if len(answers) else 0.0
-        if predicted:
-            size = round.batch.size
+        smart, size = controller(policy), round.batch.size
+        if smart is not None and size:
+            predicted = predicted_seconds(smart, round)
             new = (predicted, round.seconds, size + round.expected, size + round.accepted, 1)
             self._sums[kind_of(round)] = self._sums.get(kind_of(round), 0.0) + np.array(new)
 
     def summary(self, policy: Policy) -> dict[str, Any]:
         """Return predicted over real seconds and expected over real tokens by kind of round, the
-        policy's own estimate of its speedup, and each answer's seconds per token."""
+        policy's own estimate of its speedup, and each answer's seconds per token. Policies other
+        than `smart` believe nothing."""
+        smart = controller(policy)
         return {
             "rounds": {kind: int(sums[4]) for kind, sums in self._sums.items()},
             "seconds": {kind: sums[0] / sums[1] for kind, sums in self._sums.items()},
             "tokens": {kind: sums[2] / sums[3] for kind, sums in self._sums.items()},
-            "estimated_speedup": policy.stats().get("estimated_speedup", 1.0),
+            "estimated_speedup": smart and smart.stats()["estimated_speedup"],
             "per_token": (self._seconds / np.maximum(self._tokens, 1)).tolist(),
         }
 
@@ -89,7 +93,10 @@ def slowdowns(found: Mapping[str, Any], plain: Mapping[str, Any]) -> FloatArray:
 
 def beliefs(rows: Sequence[tuple[Mapping[str, Any], float]]) -> str:
     """Return a table by kind of round, runs weighted by their rounds, and a line on the estimated
-    speedup. rows: summaries, each with the speedup that was real."""
+    speedup; nothing where nothing was believed. rows: summaries, each with the speedup that was
+    real."""
+    if any(found["estimated_speedup"] is None for found, _ in rows):
+        return ""
     lines = [
         f"{'rounds':14}{'runs':>6}{'rounds':>9}{'seconds, predicted / real: 5 %':>32}{'mean':>8}"
         f"{'95 %':>8}{'tokens, expected / real: 5 %':>32}{'mean':>8}{'95 %':>8}"
@@ -107,7 +114,7 @@ def beliefs(rows: Sequence[tuple[Mapping[str, Any], float]]) -> str:
     ratio = [found["estimated_speedup"] / real for found, real in rows]
     close = np.mean(np.abs(np.array(ratio) - 1) <= CLOSE)
     spread = _spread(ratio, [1] * len(ratio))
-    lines.append(f"estimated / real speedup{spread:>38}, within {CLOSE:.0%}: {close:.2f}")
+    lines.append(f"estimated / real speedup{spread:>38}, within {CLOSE:.0%}: {close:.2f}\n")
     return "\n".join(lines)
 
 

@@ -236,9 +236,8 @@ def report(found: Sequence[Mapping[str, Any]]) -> str:
             f"{np.quantile(window, 0.05):>12.3f}{window.min():>8.3f}"
             f"{(slower <= SLOW).mean():>18.3f}{np.quantile(slower, 0.95):>8.3f}{slower.max():>9.2f}"
         )
-    lines.append(beliefs([(row["figures"], row["ratio"]) for row in found]))
-    lines.append(requests([row["requests"] for row in found]))
-    return "\n".join(lines)
+    believed = beliefs([(row["figures"], row["ratio"]) for row in found])
+    return "\n".join(lines) + "\n" + believed + requests([row["requests"] for row in found])
 
 
 def _natural(trait: str) -> tuple[bool, int, str]:

@@ -10,7 +10,7 @@ Needed by `regret`, tests/unit/core/test_smart.py and test_constants.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,12 +20,13 @@ from smart_decoding.core.batch import BatchState, Round
 from smart_decoding.core.calibration import path_products
 from smart_decoding.core.rule import NO_NODES
 from smart_decoding.core.selection import best_size, ranked
-from smart_decoding.core.tree import DraftTrees, FloatArray, IntArray, accept
+from smart_decoding.core.tree import BoolArray, DraftTrees, FloatArray, IntArray, accept
 
 if TYPE_CHECKING:
     from smart_decoding.core.costs import CostModel
     from smart_decoding.core.policies.base import Policy
     from smart_decoding.core.rule import TreeRule
+    from smart_lab.replay import Prompts
 
 CHILDREN = 8
 TRUST = np.array(
@@ -51,10 +52,22 @@ class Totals:
         return self.tokens / self.seconds
 
 
+@dataclass(frozen=True, slots=True)
+class Queue:
+    """Requests that leave, each after so many rounds on average; others come, whose prompts of so
+    many tokens are read beside the other answers. spread: standard deviation of how hard texts are;
+    every other request is sampled. Rounds are counted, so that all policies meet the same ones."""
+
+    rounds: float
+    prompt: int
+    prompts: Prompts
+    spread: float = 1.0
+
+
 class World:
-    """`batch` requests for ever. `good(round)` says whether the drafter is in order (else it is
-    shuffled: as confident, never right). `costs` is the truth about time, and `overhead` the
-    seconds that a speculating round takes beyond."""
+    """`batch` requests for ever, or as a queue has them. `good(round)` says whether the drafter is
+    in order (else it is shuffled: as confident, never right). `costs` is the truth about time, and
+    `overhead` the seconds that a speculating round takes beyond."""
 
     def __init__(
         self,
@@ -64,9 +77,10 @@ class World:
         good: Callable[[int], bool] = lambda _: True,
         ease: float = 0.7,
         overhead: float = 0.0,
+        queue: Queue | None = None,
     ) -> None:
         self.seed, self.batch, self.costs, self.good, self.ease = seed, batch, costs, good, ease
-        self.overhead = overhead
+        self.overhead, self.queue = overhead, queue
         rng = np.random.default_rng(seed)
         steps = rng.normal(size=(4096, batch))
         self.noise = rng.normal(size=NOISE)
@@ -76,16 +90,35 @@ class World:
         for t in range(1, 4096):
             self.mood[t] = 0.9 * self.mood[t - 1] + 0.45 * steps[t]
 
-    def state(self, catch_up: int = 0) -> BatchState:
-        """Return the batch before a round."""
-        size = self.batch
+        leaves = np.zeros((4096, batch), np.bool_)
+        if queue is not None:
+            leaves = rng.random((4096, batch)) < 1 / queue.rounds
+            leaves[0] = False
+        self.request = np.cumsum(leaves, axis=0) * batch + np.arange(batch)
+        if queue is not None:
+            self.mood += queue.spread * rng.normal(size=int(self.request.max()) + 1)[self.request]
+
+    def state(self, catch_up: int = 0, round_index: int = 0, prompt_rows: int = 0) -> BatchState:
+        """Return the batch before a round; with rows of prompts, those who decode beside them."""
+        request = self.request[round_index % 4096]
+        if prompt_rows:
+            request = request[~self.comes(round_index)]
+        size = len(request)
         return BatchState(
             np.full(size, CONTEXT),
             np.full(size, 10_000),
-            np.zeros(size),
+            np.zeros(size) if self.queue is None else request % 2.0,
             np.ones(size, bool),
+            prefill_rows=prompt_rows,
             catch_up_rows=catch_up,
+            requests=() if self.queue is None else request.tolist(),
         )
+
+    def comes(self, round_index: int) -> BoolArray:
+        """[batch] whether the request is one that came just before the round."""
+        at = round_index % 4096
+        new: BoolArray = self.request[at] != self.request[max(at - 1, 0)]
+        return new
 
     def expand(
         self, round_index: int, trees: DraftTrees, parents: IntArray, children: int, depth: int
@@ -148,7 +181,13 @@ def run(policy: Policy, world: World, rounds: range) -> Totals:
     tokens = seconds = 0.0
     nodes = off = catch_up = 0
     for index in rounds:
-        batch = world.state(catch_up)
+        for prompts in _prompt_rounds(world, index):
+            if prompts.batch.size:
+                policy.observe(prompts)
+            tokens += prompts.batch.size
+            seconds += prompts.seconds
+            catch_up += prompts.verify_rows
+        batch = world.state(catch_up, index)
         rule = policy.plan(batch)
         trees = DraftTrees.empty(world.batch)
         widths: list[int] = []
@@ -170,6 +209,24 @@ def run(policy: Policy, world: World, rounds: range) -> Totals:
         nodes, off = nodes + len(kept), off + (rule is None)
         catch_up = 0 if widths else min(catch_up + world.batch, WAITING * world.batch)
     return Totals(float(tokens), seconds, nodes, off)
+
+
+def _prompt_rounds(world: World, index: int) -> Iterator[Round]:
+    """Yield the rounds that read the prompts of requests that come before a round."""
+    queue = world.queue
+    left = 0 if queue is None else queue.prompt * int(world.comes(index).sum())
+    while queue is not None and left:
+        rows = min(left, queue.prompts.chunk)
+        left -= rows
+        batch = world.state(0, index, rows)
+        size, costs = batch.size, world.costs
+        own, whole = costs.verify_seconds(max(size, 1), [size, size + rows], CONTEXT).tolist()
+        trees, roots = DraftTrees.empty(size), np.zeros(size, np.int64)
+        yield Round(
+            *(batch, None, trees, NO_NODES, NO_NODES, roots),
+            verify_rows=size + rows,
+            verify_seconds=queue.prompts.seconds(own, whole),
+        )
 
 
 def full_knowledge(

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from smart_decoding.core.costs import CostModel, Curve
-from smart_lab.ablations import askew
-from smart_lab.replay import Machine, StepCosts
+from smart_lab.ablations import BUMPS, MOST_WRONG, askew, bent
+from smart_lab.replay import Machine, Prompts, StepCosts
 from smart_lab.unsteady import Unsteady
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 AS_PROFILED = "as profiled"
 WRONG = 2.0  # times what steps take
 SLOWER = 1.5
+PROMPTS = Prompts(256, 0.75)  # as an engine on a CPU has measured them
 LASTS = 3000.0  # tokens, on average, until a machine changes its speed
 CONTEXTS = (100, 2000)  # tokens of prompts, by turns
 FAR_CONTEXTS = (200, 8000)
@@ -97,6 +98,21 @@ def unknown_costs(recording: Recording, cost: CostModel, batch_size: int, seed: 
     return replace(as_profiled(recording, cost, batch_size, seed), assumed=CostModel.default())
 
 
+def wrong_in_places(where: str, share: float) -> Make:
+    """Make the profile wrong for some rows only: one of BUMPS."""
+
+    def make(recording: Recording, cost: CostModel, batch_size: int, seed: int) -> World:
+        world = as_profiled(recording, cost, batch_size, seed)
+        return replace(world, assumed=bent(cost, where, share, batch_size))
+
+    return make
+
+
+def with_prompts(recording: Recording, cost: CostModel, batch_size: int, seed: int) -> World:
+    """Read prompts beside the other answers, whenever one leaves the batch."""
+    return World(recording, cost, lambda: StepCosts(cost, batch_size, prompts=PROMPTS))
+
+
 def slower(cost: CostModel, factor: float) -> CostModel:
     """Return a machine on which everything takes `factor` times as long."""
 
@@ -121,7 +137,13 @@ WORLDS: Mapping[str, Make] = {
     "costs twice too low": misjudged(1 / WRONG),
     "speed changes by half": unsteady,
     "a head that turns bad and good": turning_head,
+    **{
+        f"costs {share:+.0%} {where}": wrong_in_places(where, share)
+        for where in BUMPS
+        for share in (-MOST_WRONG, MOST_WRONG)
+    },
     "costs unknown": unknown_costs,
+    "prompts beside answers": with_prompts,
     "short and long contexts": mixed_contexts(CONTEXTS),
     "short and very long contexts": mixed_contexts(FAR_CONTEXTS),
 }

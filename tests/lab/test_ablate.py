@@ -102,6 +102,8 @@ def test_the_command(trace, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "tokens per second over off" in out
     assert "greedy rule" in out
+    assert out.count("seconds, predicted / real") == 2  # a chain believes nothing
+    assert out.count("of their plain time per token") == 3
     cells = json.loads(figures.read_text())["cells"]
     assert {(c["batch_size"], c["order"]) for c in cells} == {(1, 0), (1, 1), (2, 0), (2, 1)}
     assert {*cells[0]["replayed"]} == {"off", "smart", "greedy rule", "chain:length=1"}
@@ -193,6 +195,24 @@ def test_worlds_change_what_they_say(trace):
     lengths = {a.prompt_length for a in worlds["short and long contexts"].recording.answers}
     assert lengths == {100, 2000}
     assert worlds["costs unknown"].assumed == CostModel.default()
+    for name, factor in (("-20%", 0.8), ("+20%", 1.2)):
+        bent = worlds[f"costs {name} beyond four times the batch"].assumed
+        known = COST.verify_seconds(1, [1, 2, 16], 0.0)
+        assert bent.verify_seconds(1, [1, 2, 16], 0.0) / known == pytest.approx(
+            [1, 1, factor], rel=1e-3
+        )
+
+
+def test_a_world_reads_prompts_beside_the_other_answers(trace):
+    """In rounds at three quarters of the table, which all contestants pay."""
+    world = WORLDS["prompts beside answers"](trace.recording, COST, 2, 0)
+    found = replay(trace.policy("smart", COST), world.recording, COST, 2, costs=world.machine())
+    plain = replay(trace.policy("off", COST), world.recording, COST, 2, costs=world.machine())
+    for result in (found, plain):
+        assert 0 < result.with_prompts < result.rounds
+    assert found.figures["rounds"]["with prompts"] == found.with_prompts - 1  # one had none else
+    assert found.figures["seconds"]["with prompts"] > 1.05
+    assert found.figures["seconds"]["model"] == pytest.approx(1.0, abs=0.1)
 
 
 def test_a_head_turns_bad_for_a_third_of_the_answers(trace):

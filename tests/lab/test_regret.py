@@ -6,9 +6,11 @@ import pytest
 
 from smart_decoding.cli.main import main
 from smart_decoding.core.policies import make_policy
+from smart_decoding.core.policies.off import Off
 from smart_lab.__main__ import LAB
 from smart_lab.regret import MACHINES, SCENARIOS, Trial, simulated
-from smart_lab.simulation import World, best_rounds, full_knowledge, run, total
+from smart_lab.replay import Prompts
+from smart_lab.simulation import CONTEXT, Queue, World, best_rounds, full_knowledge, run, total
 
 MACHINE = "cheap rows"
 
@@ -23,6 +25,35 @@ def test_full_knowledge_decodes_plainly_where_the_drafter_is_bad():
     assert best.tokens == pytest.approx(good.tokens + plain.tokens)
     assert best.seconds == pytest.approx(good.seconds + plain.seconds)
     assert best.off == good.off + 5
+
+
+class Watching(Off):
+    """Plain decoding that remembers its rounds."""
+
+    def __init__(self):
+        self.rounds = []
+
+    def observe(self, round):
+        self.rounds.append(round)
+
+
+def test_a_queues_prompts_are_read_beside_the_other_answers():
+    """In chunks, at three quarters of the table's seconds; the requests are others then."""
+    costs, policy = MACHINES["linear rows"], Watching()
+    world = World(1, 4, costs, queue=Queue(20, 150, Prompts(64, 0.75)))
+    found = run(policy, world, range(100))
+    mixed = [r for r in policy.rounds if r.batch.prefill_rows]
+    assert [r.batch.prefill_rows for r in mixed[:3]] == [64, 64, 22]
+    for round in mixed:
+        size, rows = round.batch.size, round.verify_rows
+        assert 1 <= size < 4
+        own, whole = costs.verify_seconds(size, [size, rows], CONTEXT).tolist()
+        assert round.verify_seconds == pytest.approx(0.25 * own + 0.75 * whole)
+    known = [set(r.batch.requests) for r in policy.rounds]
+    assert set.union(*known) > known[0] > set(mixed[0].batch.requests)
+    assert {t for r in policy.rounds for t in r.batch.temperature} == {0.0, 1.0}
+    assert found.tokens == pytest.approx(sum(r.batch.size for r in policy.rounds))
+    assert found.seconds == pytest.approx(sum(r.seconds for r in policy.rounds))
 
 
 def test_a_hopeless_drafter_costs_a_chain_what_it_drafts():
