@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from smart_decoding.core.tree import FloatArray, IntArray
 
 PLAIN, NGRAMS, MODEL, PROMPTS = "plain", "n-grams", "model", "with prompts"
+# Which prompts an answer meets is luck, and the same for all policies in the mean.
+ALL_ROUNDS, OWN = "all rounds", "rounds without prompts"
 CLOSE = 0.05  # an estimate of the speedup so near is right
 SLOW = 1.05  # times its plain time per token, that a request may take
 
@@ -52,16 +54,18 @@ class Figures:
     def __init__(self, answers: int) -> None:
         # By kind: seconds predicted and real, tokens expected and real, rounds.
         self._sums: dict[str, FloatArray] = {}
-        self._seconds = np.zeros(answers)  # of the rounds in which each answer decoded
-        self._tokens = np.zeros(answers)
+        # [2, 2, answers]: seconds and tokens of the rounds in which each answer decoded, those with
+        # prompts apart.
+        self._taken = np.zeros((2, 2, answers))
 
     def add(
         self, policy: Policy, round: Round, answers: IntArray, emitted: IntArray, seconds: float
     ) -> None:
         """Count a round before the policy observes it. answers: its requests, which gained the
         tokens `emitted` in `seconds`."""
-        self._seconds[answers] += seconds
-        self._tokens[answers] += emitted
+        taken = self._taken[int(round.batch.prefill_rows > 0)]
+        taken[0, answers] += seconds
+        taken[1, answers] += emitted
         smart, size = controller(policy), round.batch.size
         if smart is not None and size:
             predicted = predicted_seconds(smart, round)
@@ -70,24 +74,29 @@ class Figures:
 
     def summary(self, policy: Policy) -> dict[str, Any]:
         """Return predicted over real seconds and expected over real tokens by kind of round, the
-        policy's own estimate of its speedup, and each answer's seconds per token. Policies other
-        than `smart` believe nothing."""
+        policy's own estimate of its speedup, and each answer's seconds per token in ALL_ROUNDS, and
+        in OWN ones. Policies other than `smart` believe nothing."""
         smart = controller(policy)
         return {
             "rounds": {kind: int(sums[4]) for kind, sums in self._sums.items()},
             "seconds": {kind: sums[0] / sums[1] for kind, sums in self._sums.items()},
             "tokens": {kind: sums[2] / sums[3] for kind, sums in self._sums.items()},
             "estimated_speedup": smart and smart.stats()["estimated_speedup"],
-            "per_token": (self._seconds / np.maximum(self._tokens, 1)).tolist(),
+            "per_token": {
+                name: (taken[0] / np.maximum(taken[1], 1)).tolist()
+                for name, taken in ((ALL_ROUNDS, self._taken.sum(axis=0)), (OWN, self._taken[0]))
+            },
         }
 
 
-def slowdowns(found: Mapping[str, Any], plain: Mapping[str, Any]) -> FloatArray:
-    """Return seconds per token over those of plain decoding, of the answers that both have
-    decoded."""
-    ours, plainly = np.array(found["per_token"]), np.array(plain["per_token"])
-    both = (ours > 0) & (plainly > 0)
-    slower: FloatArray = ours[both] / plainly[both]
+def slowdowns(found: Mapping[str, Any], plain: Mapping[str, Any]) -> dict[str, list[float]]:
+    """Return seconds per token over those of plain decoding in ALL_ROUNDS and in OWN ones, of the
+    answers that both have decoded."""
+    slower = {}
+    for name in (ALL_ROUNDS, OWN):
+        ours, plainly = (np.array(each["per_token"][name]) for each in (found, plain))
+        both = (ours > 0) & (plainly > 0)
+        slower[name] = (ours[both] / plainly[both]).tolist()
     return slower
 
 
@@ -124,11 +133,14 @@ def _spread(ratios: Sequence[float], weights: Sequence[int]) -> str:
     return f"{low:.3f}{mean:>8.3f}{high:>8.3f}"
 
 
-def requests(slower: Sequence[FloatArray]) -> str:
-    """Return a line on single requests: of each run their seconds per token over plain ones."""
-    each = np.concatenate(slower)
-    return (
-        f"requests: {(each <= SLOW).mean():.3f} take at most {SLOW} of their plain time per token; "
-        f"95 % {np.quantile(each, 0.95):.3f}, slowest {each.max():.2f}, "
-        f"mean speedup {np.exp(-np.log(each).mean()):.3f}"
-    )
+def requests(slower: Sequence[Mapping[str, Sequence[float]]]) -> str:
+    """Return lines on single requests: of each run what `slowdowns` returns."""
+    lines = []
+    for name in (ALL_ROUNDS, OWN):
+        each = np.concatenate([run[name] for run in slower])
+        lines.append(
+            f"requests, {name}: {(each <= SLOW).mean():.3f} take at most {SLOW} of their plain "
+            f"time per token; 95 % {np.quantile(each, 0.95):.3f}, slowest {each.max():.2f}, "
+            f"mean speedup {np.exp(-np.log(each).mean()):.3f}"
+        )
+    return "\n".join(lines)

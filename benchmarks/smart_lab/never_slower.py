@@ -8,8 +8,9 @@ answers' lengths, whether prompts are read in rounds of their own or beside answ
 that come and go. `smart` starts afresh in each, and plain decoding runs in the same world.
 
 Printed are, over worlds, plain decoding's seconds over those of `smart`, the worst 64 rounds in a
-row, what single requests pay, and what `smart` believed of its rounds. A round's plain equivalent
-is what plain decoding takes for its tokens on the same machine at the same moment.
+row, what single requests pay in rounds without prompts, and what `smart` believed of its rounds. A
+round's plain equivalent is what plain decoding takes for its tokens on the same machine at the same
+moment.
 
 Needed by docs/results.md, "Where it loses".
 """
@@ -32,7 +33,7 @@ from smart_decoding.cli.arguments import whole_numbers, words
 from smart_decoding.core.batch import Round
 from smart_lab.ablate import contestant
 from smart_lab.ablations import BUMPS, MOST_WRONG, NOWHERE, askew, bent
-from smart_lab.figures import MODEL, NGRAMS, SLOW, Figures, beliefs, requests, slowdowns
+from smart_lab.figures import MODEL, NGRAMS, OWN, SLOW, Figures, beliefs, requests, slowdowns
 from smart_lab.machines import costs_of
 from smart_lab.replay import READ, Prompts, Walk, draft, judged
 from smart_lab.trace import Trace, read_trace
@@ -229,7 +230,7 @@ def report(found: Sequence[Mapping[str, Any]]) -> str:
     for trait in traits:
         rows = [row for row in found if trait in row["traits"]]
         ratio, window = (np.array([row[key] for row in rows]) for key in ("ratio", "window"))
-        slower = np.concatenate([row["requests"] for row in rows])
+        slower = np.concatenate([row["requests"][OWN] for row in rows])
         lines.append(
             f"{trait:28}{len(rows):>7}{np.exp(np.log(ratio).mean()):>8.3f}{ratio.min():>8.3f}"
             f"{np.quantile(ratio, 0.05):>8.3f}{(ratio < 0.99).mean():>12.3f}"

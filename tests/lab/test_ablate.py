@@ -103,7 +103,7 @@ def test_the_command(trace, tmp_path, capsys):
     assert "tokens per second over off" in out
     assert "greedy rule" in out
     assert out.count("seconds, predicted / real") == 2  # a chain believes nothing
-    assert out.count("of their plain time per token") == 3
+    assert out.count("requests, rounds without prompts") == 3
     cells = json.loads(figures.read_text())["cells"]
     assert {(c["batch_size"], c["order"]) for c in cells} == {(1, 0), (1, 1), (2, 0), (2, 1)}
     assert {*cells[0]["replayed"]} == {"off", "smart", "greedy rule", "chain:length=1"}

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import itertools
+import json
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 
+from smart_decoding.cli.main import main
 from smart_decoding.core.costs import CostModel
 from smart_decoding.core.policies.off import Off
+from smart_lab.__main__ import LAB
 from smart_lab.ablations import BUMPS, NOWHERE
 from smart_lab.never_slower import World, measured, played, report
 from smart_lab.replay import Prompts, Walk
 from smart_lab.synthetic import synthetic
-from smart_lab.trace import Trace
+from smart_lab.trace import Trace, write_trace
 
 if TYPE_CHECKING:
     from smart_decoding.core.batch import Round
@@ -38,7 +41,8 @@ def test_plain_decoding_is_itself_in_every_world(trace: Trace) -> None:
     for world in worlds(12):
         found = measured(trace, {"here": COST}, "off", world)
         assert [found["ratio"], found["window"]] == pytest.approx([1.0, 1.0])
-        assert found["requests"] == pytest.approx(1.0)
+        for slower in found["requests"].values():
+            assert slower == pytest.approx(1.0)
 
 
 def test_worlds_differ_and_come_again() -> None:
@@ -62,6 +66,22 @@ def test_a_good_head_gains_and_a_bad_one_loses_little(trace: Trace) -> None:
     assert 0.8 < measured(trace, {"here": COST}, "smart", bad)["ratio"] < 1.0
 
 
+def test_the_command(trace, tmp_path, capsys):
+    """N-grams of other prompts are refused; figures can be kept."""
+    path, figures = tmp_path / "t.smart", tmp_path / "f.json"
+    write_trace(path, trace)
+    command = ["never-slower", str(path), "--machines", "zen4", "--batch-sizes", "1,2"]
+    assert main([*command, "--worlds", "3", "--processes", "1", "--json", str(figures)], LAB) == 0
+    out = capsys.readouterr().out
+    assert "with prompts" in out
+    rows = json.loads(figures.read_text())["smart"]
+    assert [row["seed"] for row in rows] == [0, 1, 2]
+    assert all(min(row["requests"]["all rounds"]) > 0 for row in rows)
+    assert all("plain" in row["figures"]["seconds"] for row in rows)
+    assert main([*command, "--ngrams", str(path)], LAB) == 2
+    assert "same prompts" in capsys.readouterr().err
+
+
 def test_a_closed_batch_ends_before_the_next_begins(trace: Trace) -> None:
     walk = Walk(trace.recording, 4, closed=True)
     sizes = []
@@ -82,7 +102,7 @@ def test_a_report_has_a_line_for_each_batch_size(trace: Trace) -> None:
         {str(row["size"]) for row in rows}, key=int
     )
     assert [line.split()[1] for line in lines if line.startswith("all ")][-1] == "6"
-    assert "estimated / real speedup" in lines[-2]
+    assert "estimated / real speedup" in lines[-3]
     assert "of their plain time per token" in lines[-1]
 
 
