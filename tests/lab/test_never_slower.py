@@ -82,6 +82,21 @@ def test_the_command(trace, tmp_path, capsys):
     assert "same prompts" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("closed", [False, True])
+def test_what_a_queue_leaves_unfinished_is_no_gain(trace, closed):
+    """Plain answers end together, and drafted ones apart: a queue runs dry in their midst."""
+    world = World(3, "here", 4, closed, (1.0, 1.0), 0.0, 16, 0.0)
+    ratio = measured(trace, {"here": COST}, "chain:length=1", world)["ratio"]
+    recording = world.recording(trace.recording)
+    ours, plain = (
+        played(policy, recording, COST, world)
+        for policy in (trace.policy("chain", COST, length=1), Off())
+    )
+    known = plain.seconds if closed else ours.equivalents
+    assert ratio == pytest.approx(known.sum() / ours.seconds.sum())
+    assert (ours.equivalents.sum() < 0.98 * plain.seconds.sum()) != closed
+
+
 def test_a_closed_batch_ends_before_the_next_begins(trace: Trace) -> None:
     walk = Walk(trace.recording, 4, closed=True)
     sizes = []
