@@ -151,8 +151,8 @@ class Recording:
         return replace(self, answers=answers)
 
     def beside(self, ngrams: Recording) -> Recording:
-        """Return the recording of a union. Raises ConfigError unless `ngrams` is of free drafters
-        and of the same answers."""
+        """Return the recording of a union; `take` and `followed_by` leave its n-grams out. Raises
+        ConfigError unless `ngrams` is of free drafters and of the same answers."""
         both = zip(self.answers, ngrams.answers, strict=False)
         same = all(np.array_equal(one.tokens, other.tokens) for one, other in both)
         if self.free or not ngrams.free or self.positions != ngrams.positions or not same:
