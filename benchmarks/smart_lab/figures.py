@@ -128,8 +128,9 @@ def beliefs(rows: Sequence[tuple[Mapping[str, Any], float]]) -> str:
 
 
 def _spread(ratios: Sequence[float], weights: Sequence[int]) -> str:
-    low, high = np.quantile(ratios, (0.05, 0.95), weights=weights, method="inverted_cdf")
-    mean = np.exp(np.average(np.log(ratios), weights=weights))
+    each = np.repeat(ratios, weights)
+    low, high = np.quantile(each, (0.05, 0.95))
+    mean = np.exp(np.log(each).mean())
     return f"{low:.3f}{mean:>8.3f}{high:>8.3f}"
 
 
