@@ -7,14 +7,13 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields
-from difflib import get_close_matches
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
 from smart_decoding.engine.kv import PAGE
 from smart_decoding.engine.sampling_params import SamplingParams
-from smart_decoding.errors import CapacityError, ConfigError
+from smart_decoding.errors import CapacityError, ConfigError, named_options
 from smart_decoding.files import expanded
 from smart_decoding.models.checkpoints.registry import DEFAULT_MODEL
 from smart_decoding.models.text import chat_template
@@ -62,6 +61,7 @@ def _neutral(*allowed: Any, short: str = "") -> Any:
     return field(default=next(iter(allowed), None), metadata={"allowed": allowed, "short": short})
 
 
+@named_options
 @dataclass(frozen=True, kw_only=True)
 class EngineArgs:
     """The options of `LLM`.
@@ -192,17 +192,6 @@ class EngineArgs:
                 f"gpu_memory_utilization={self.gpu_memory_utilization} is not allowed: "
                 "it must be above 0 and at most 1"
             )
-
-    @classmethod
-    def of(cls, **options: Any) -> EngineArgs:
-        """Return the arguments of these options. Raises ConfigError for an unknown one."""
-        known = [each.name for each in fields(cls)]
-        for name in options:
-            if name not in known:
-                close = get_close_matches(name, known, 1)
-                hint = f"did you mean {close[0]!r}?" if close else f"use {', '.join(known)}"
-                raise ConfigError(f"unknown option {name!r}: {hint}")
-        return cls(**options)
 
     @classmethod
     def add_cli_args(cls, parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

@@ -85,7 +85,7 @@ class LLM:
     def __init__(
         self, model: str | Path = DEFAULT_MODEL, *, draft_later: bool = False, **options: Any
     ) -> None:
-        args = self._args = EngineArgs.of(model=model, **options)
+        args = self._args = EngineArgs(model=model, **options)
         device = device_of(args.device)
         slow = args.allow_slow
         require_kernels(device, slow)

@@ -197,8 +197,8 @@ def test_commands_of_vllm(served: Any, capsys: pytest.CaptureFixture[str]) -> No
     assert cli.main(["serve", "m", *common.split(), "--no-enable-prefix-caching"]) == 0
     assert cli.main(["serve", "m"]) == 0
     (_, options), (_, usual) = served
-    assert EngineArgs.of(**options) == replace(
-        EngineArgs.of(**usual),
+    assert EngineArgs(**options) == replace(
+        EngineArgs(**usual),
         trust_remote_code=True,
         enable_chunked_prefill=True,
         dtype="auto",

@@ -23,11 +23,9 @@ if TYPE_CHECKING:
     from smart_decoding import LLM
 
 MOVED = (
-    (
-        r"from vllm(\.sampling_params|\.inputs|\.outputs|\.engine\.arg_utils)? import",
-        "from smart_decoding import",
-    ),
+    (r"from vllm\.engine\.arg_utils import", "from smart_decoding import"),
     (r"from vllm\.v1\.engine\.async_llm import", "from smart_decoding import"),
+    (r"from vllm(\.\w+)? import", r"from smart_decoding\1 import"),
     (r"from vllm\.v1\.metrics\.reader import", "from smart_decoding.engine.metrics import"),
     (
         r"from vllm\.utils(\.argparse_utils)? import FlexibleArg",

@@ -77,7 +77,7 @@ def main(args: argparse.Namespace) -> int:
         ) from error
     settings = _settings(args)
     # Check the options, as the model is loaded later. dtype was checked, and may warn only once.
-    EngineArgs.of(model=args.model, **{**options, "dtype": "bfloat16"})
+    EngineArgs(model=args.model, **{**options, "dtype": "bfloat16"})
     from smart_decoding.llm import LLM
     from smart_decoding.models.cpu.kernel_check import require_kernels
     from smart_decoding.models.target import device_of

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from smart_decoding.engine.stop_strings import StopString
 from smart_decoding.engine.structured import StructuredOutputsParams
-from smart_decoding.errors import ConfigError
+from smart_decoding.errors import ConfigError, named_options
 
 MAX_BAD_WORD = 256  # characters
 MAX_STOP = 1024  # characters
@@ -36,10 +36,11 @@ class RequestOutputKind(Enum):
     FINAL_ONLY = 2
 
 
+@named_options
 @dataclass(slots=True)
 class SamplingParams:
     """How to sample one request. Raises ConfigError, naming the parameter, if a value is out of
-    range. A value that is set later is checked when it is used.
+    range or the name unknown. A value that is set later is checked when it is used.
 
     n: independent answers to one prompt (1 if greedy).
     temperature: in [0, 2]; below 1e-5 is greedy and then top_p, top_k and min_p have no effect.

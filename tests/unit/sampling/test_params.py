@@ -1,6 +1,8 @@
 """SamplingParams: vLLM's defaults and ranges, one clear line per error."""
 
+import inspect
 import math
+import re
 
 import numpy as np
 import pytest
@@ -48,6 +50,19 @@ def test_a_value_out_of_range_is_refused_in_one_line_that_names_it(name, value):
     assert "must be" in message
     assert "\n" not in message
     assert repr(value)[:200] in message or name == "logit_bias"
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("max_token", "did you mean 'max_tokens'?"), ("best_of", "use n, temperature, top_p")],
+)
+def test_an_unknown_name_is_refused_with_the_nearest_one(name, hint):
+    with pytest.raises(ConfigError, match=re.escape(f"unknown option {name!r}: {hint}")):
+        SamplingParams(**{name: 3})
+
+
+def test_the_arguments_are_still_seen_by_tools():
+    assert [*inspect.signature(SamplingParams).parameters][:3] == ["n", "temperature", "top_p"]
 
 
 def test_boundaries_are_allowed():
