@@ -25,7 +25,11 @@ from smart_lab.results import LabResults
 
 RESULTS = Path(__file__).parents[1] / "results"
 PICTURE = Path(__file__).parents[2] / "docs" / "images" / "speeds.svg"
-MADE = "Made by `python -m smart_lab results` from the JSON files of this folder; do not edit."
+MADE = """\
+Made by `python -m smart_lab results` from the JSON files of this folder; do not edit.
+
+A command ran at the commit below it, and its options and versions are of that commit. Some options
+are gone since: `git checkout COMMIT` brings them back."""
 LAST = "6f6a75aa"  # a commit with all commands of older runs
 TOLD = {"simulated": ": nothing here was measured"}
 # Kind -> title, in the order of the page.

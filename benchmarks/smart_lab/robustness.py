@@ -329,10 +329,14 @@ CASES = (
 
 
 def line_of(row: Mapping[str, Any]) -> str:
-    """Return a row as a line of text."""
+    """Return a row as a line of text. One block has no interval, so it is not judged."""
+    where = f"{row['case']:26} {row['arrivals']:6} batch {row['batch_size']:2}"
+    few = f"too few blocks to judge ({row['blocks']}): raise --seconds"
+    if not row["blocks"]:
+        return f"{where}, {few}"
     tasks = " ".join(f"{task} {of['end_to_end']:.3f}" for task, of in row["tasks"].items())
     parts = [
-        f"{row['case']:26} {row['arrivals']:6} batch {row['batch_size']:2}",
+        where,
         f"decode {_range(row, 'speedup')}",
         f"end to end {_range(row, 'end_to_end')}: {tasks}",
         f"noise {row['noise']:.3f}",
@@ -342,6 +346,8 @@ def line_of(row: Mapping[str, Any]) -> str:
     if "rounds_until_noticed" in row:
         parts.append(f"noticed after {row['rounds_until_noticed']} rounds")
     verdict = "ok" if row["end_to_end"] >= REQUIRED else f"BELOW {REQUIRED}"
+    if row["blocks"] < 2:
+        verdict = few
     return f"{', '.join(parts)}  {verdict}{'' if row['identical'] else ', OTHER TOKENS'}"
 
 

@@ -1,0 +1,37 @@
+"""What `robustness` says of a case."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from smart_decoding.bench.blocks import Answer, Block, Counts
+from smart_decoding.bench.cycles import Measurement
+from smart_lab.robustness import _figures, line_of
+
+
+def row(cycles: int, speed: float = 1.0) -> dict[str, Any]:
+    """A row of blocks of 100 tokens, `smart` at `speed` of plain decoding."""
+
+    def block(seconds: float) -> Block:
+        return Block("code", 1, Counts(100, seconds, rounds=9), {0: Answer([1], 1)}, 100, seconds)
+
+    found = Measurement(cycles=[{"off": block(1.0), "smart": block(1 / speed)}] * cycles)
+    return {"case": "a bad head", "batch_size": 1, "arrivals": "queue", **_figures(found)}
+
+
+@pytest.mark.parametrize("cycles", [0, 1])
+def test_too_few_blocks_are_not_judged(cycles: int) -> None:
+    line = line_of(row(cycles, speed=0.5))
+    assert f"too few blocks to judge ({cycles}): raise --seconds" in line
+    assert "BELOW" not in line
+    assert cycles or "nan" not in line
+
+
+@pytest.mark.parametrize(("speed", "verdict"), [(0.98, "BELOW 0.99"), (1.2, "ok")])
+def test_two_blocks_are_judged(speed: float, verdict: str) -> None:
+    found = row(2, speed)
+    assert math.isclose(found["end_to_end"], speed)
+    assert line_of(found).endswith(f"  {verdict}")
