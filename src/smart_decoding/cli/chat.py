@@ -50,6 +50,8 @@ def main(args: argparse.Namespace) -> int:
     entered = entries()
     present = None
     while wanted is not None:
+        if sys.stderr.isatty():  # the next line comes in seconds
+            print(f"smart: loading {wanted} ...", file=sys.stderr, flush=True)
         try:
             with loaded(wanted, 1, options) as llm:
                 if present is not None:

@@ -36,8 +36,9 @@ def entries() -> Iterator[str]:
 
 
 @contextmanager
-def hidden_control_keys() -> Iterator[None]:
-    """Keep a terminal from showing Ctrl-C as ^C, in the midst of an answer. A pipe has no keys."""
+def hidden_keys() -> Iterator[None]:
+    """Keep a terminal from showing what is typed in the midst of an answer, and from dropping it at
+    Ctrl-C: it is the next entry. A pipe has no keys."""
     stream = standard_input()
     if not stream.isatty():
         yield
@@ -46,7 +47,7 @@ def hidden_control_keys() -> Iterator[None]:
 
     before = termios.tcgetattr(stream)
     hiding = [*before]
-    hiding[3] &= ~termios.ECHOCTL  # the local modes
+    hiding[3] = hiding[3] & ~termios.ECHO | termios.NOFLSH  # the local modes
     try:
         termios.tcsetattr(stream, termios.TCSANOW, hiding)
         yield

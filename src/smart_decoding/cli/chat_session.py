@@ -7,10 +7,10 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from smart_decoding.cli.chat_input import hidden_control_keys, unquoted
+from smart_decoding.cli.chat_input import hidden_keys, unquoted
 from smart_decoding.cli.dialogue import Dialogue
 from smart_decoding.cli.main import did_you_mean
-from smart_decoding.cli.run import rate
+from smart_decoding.cli.run import gain, rate
 from smart_decoding.cli.sampling import PARAMETERS, SAMPLING, checked, params_of
 from smart_decoding.cli.streaming import StreamedAnswer
 from smart_decoding.engine.loops import loop_start
@@ -162,9 +162,8 @@ class ChatSession:
         conversation = self._state.conversation
         context = self._llm.engine.config.max_model_len
         tokens = len(self._llm.chat_prompt(conversation.all).tokens) if conversation.turns else 0
-        provenance = self._llm.provenance
         rows = {
-            "model": f"{provenance['model']}, {provenance['weights']}",
+            "model": f"{self._llm.provenance['model']}, {self._llm.precision}",
             "system": conversation.system or "none",
             "conversation": f"{counted(conversation)}, {tokens} of {context} tokens",
         }
@@ -181,7 +180,7 @@ class ChatSession:
         asked = self._state.conversation.with_message("user", text)
         answer = StreamedAnswer(self._llm, chat=True)
         try:
-            with hidden_control_keys():
+            with hidden_keys():
                 params = params_of(self._llm, self._state.values, MAX_TOKENS)
                 asked, prompt = self._fitting(asked, params)
                 output = answer.run(prompt, params)
@@ -194,7 +193,7 @@ class ChatSession:
             start = loop_start(output.token_ids, LOOP_TOKENS)
             said = said.removesuffix(self._llm.tokenizer.decode(output.token_ids[start:]))
         self._keep(asked, said)
-        print(figures(output, params), file=sys.stderr)
+        print(figures(self._llm, output, params), file=sys.stderr)
         if output.stop_reason == LOOP:
             print(f"smart: {LOOP_HINT}", file=sys.stderr)
 
@@ -250,16 +249,14 @@ def counted(conversation: Dialogue) -> str:
     return "1 turn" if conversation.turns == 1 else f"{conversation.turns} turns"
 
 
-def figures(answer: CompletionOutput, params: SamplingParams) -> str:
-    """Return the line below an answer: tokens, speed, and accepted drafts."""
+def figures(llm: LLM, answer: CompletionOutput, params: SamplingParams) -> str:
+    """Return the line below an answer: speed, what drafts gain, and tokens."""
     reached = rate(answer)
-    speed = "" if reached is None else f", {reached:.1f} tok/s"
-    metrics = answer.metrics
-    drafts = (
-        f", {metrics.accepted} of {metrics.verified} drafts accepted" if metrics.verified else ""
-    )
+    speed = "" if reached is None else f"{reached:.1f} tok/s"
+    drafted = gain(llm) if answer.metrics.verified else ""
     count = len(answer.token_ids)
     cut = ""
     if answer.finish_reason == "length":
         cut = ", cut at max_tokens" if count == params.max_tokens else ", cut at the context's end"
-    return f"[{count} tokens{speed}{drafts}{cut}]"
+    parts = [", ".join(filter(None, (speed, drafted))), f"{count} tokens{cut}"]
+    return f"[{'; '.join(filter(None, parts))}]"

@@ -78,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--json", action="store_true", help="print each answer as one line of JSON when it is done"
     )
     parser.add_argument(
-        "--stats", action="store_true", help="one line of speed and rows on standard error"
+        "--stats", action="store_true", help="one line of speed and drafts on standard error"
     )
 
 
@@ -109,16 +109,15 @@ def main(args: argparse.Namespace) -> None:
         prompts = [prompt_of(llm, text, images, args.raw, system) for text in texts]
         params = params_of(llm, sampling, MAX_TOKENS)
         if one:
-            answer = StreamedAnswer(llm, chat=not args.raw).run(prompts[0], params)
-            if answer.finish_reason == "length":
+            answers = [StreamedAnswer(llm, chat=not args.raw).run(prompts[0], params)]
+            if answers[0].finish_reason == "length":
                 print("smart: cut at --max-tokens", file=sys.stderr)
-            if args.stats:
-                drawn = "seed" not in sampling and not params.greedy
-                stats = stats_line(answer) + (f", seed {params.seed}" if drawn else "")
-                figures = beliefs_line(llm.engine.policy.stats())
-                print(f"{stats}; {llm.precision}{figures}", file=sys.stderr)
         else:
-            answer_all(llm, texts, prompts, params, args.json)
+            answers = answer_all(llm, texts, prompts, params, args.json)
+        if args.stats:
+            drawn = "seed" not in sampling and not params.greedy
+            seed = f", seed {params.seed}" if drawn else ""
+            print(f"{stats_line(llm, answers)}{seed}; {llm.precision}", file=sys.stderr)
         keep_for_later(llm)
 
 
@@ -168,7 +167,7 @@ def prompt_of(
 
 def answer_all(
     llm: LLM, texts: Sequence[str], prompts: Sequence[Prompt], params: SamplingParams, as_json: bool
-) -> None:
+) -> list[CompletionOutput]:
     """Answer prompts together; print each answer once it and all earlier ones are done."""
     done: dict[int, CompletionOutput] = {}
     shown = 0
@@ -190,7 +189,8 @@ def answer_all(
             )
             shown += 1
 
-    llm.generate(prompts, params, on_step=show, use_tqdm=False)
+    outputs = llm.generate(prompts, params, on_step=show, use_tqdm=False)
+    return [output.outputs[0] for output in outputs]
 
 
 def record_of(prompt: str, answer: CompletionOutput) -> dict[str, Any]:
@@ -209,11 +209,19 @@ def record_of(prompt: str, answer: CompletionOutput) -> dict[str, Any]:
     }
 
 
-def rate(answer: CompletionOutput) -> float | None:
-    """Return tokens per second from the first token on; None for a single one."""
-    count = len(answer.token_ids) - 1
-    seconds = (answer.metrics.finished or 0.0) - (answer.metrics.first_token or 0.0)
+def rate(*answers: CompletionOutput) -> float | None:
+    """Return tokens per second from the first token on; None for a single token each."""
+    count = sum(len(answer.token_ids) - 1 for answer in answers)
+    last = max(answer.metrics.finished or 0.0 for answer in answers)
+    seconds = last - min(answer.metrics.first_token or 0.0 for answer in answers)
     return count / seconds if count > 0 and seconds > 0 else None
+
+
+def gain(llm: LLM) -> str:
+    """Return how fast recent rounds were beside plain ones; empty where the policy does not
+    estimate it."""
+    times = llm.policy.stats().get("estimated_speedup")
+    return "" if times is None else f"about {times:.1f} times plain decoding"
 
 
 def show_steps() -> None:
@@ -256,30 +264,23 @@ def chat_prompt(
     return llm.chat_prompt([*system, {"role": "user", "content": content}])
 
 
-def beliefs_line(stats: Mapping[str, float]) -> str:
-    """Return what the policy believed of its rounds over what they were, by kind; nothing of
-    policies that predict nothing."""
-    end = "_predicted_seconds"
-    parts = [
-        f"{key.removesuffix(end)} {ratio:.2f}" for key, ratio in stats.items() if key.endswith(end)
-    ]
-    if not parts:
-        return ""
-    speedup = f"{stats['estimated_speedup']:.2f} times plain decoding, as estimated"
-    return f"; {speedup}; predicted over real seconds of rounds: {', '.join(parts)}"
-
-
-def stats_line(answer: CompletionOutput) -> str:
-    """Return tokens, speed from the first token on, tokens per round, rows, time to the first
-    token."""
-    metrics = answer.metrics
-    count = len(answer.token_ids)
-    ttft = metrics.ttft or 0.0
-    reached = rate(answer)
-    speed = "-" if reached is None else f"{reached:.1f}"
-    vision = f" (vision {1000 * metrics.vision_seconds:.0f} ms)" if metrics.vision_seconds else ""
+def stats_line(llm: LLM, answers: Sequence[CompletionOutput]) -> str:
+    """Return speed from the first token on, tokens, tokens per round, time to the first token, and
+    drafts: of one answer, or of all that were written together."""
+    each = [answer.metrics for answer in answers]
+    reached = rate(*answers)
+    tokens = sum(len(answer.token_ids) for answer in answers)
+    rounds = sum(metrics.rounds for metrics in each)
+    seconds = sum(metrics.vision_seconds for metrics in each)
+    times = gain(llm)
+    one = len(answers) == 1
+    of = "" if one else f" in {len(answers)} answers"
+    vision = f" (vision {1000 * seconds:.0f} ms)" if seconds else ""
+    first = max(metrics.ttft or 0.0 for metrics in each)
     return (
-        f"{count} tokens, {speed} tokens/s, {answer.tokens_per_round:.2f} tokens per round, "
-        f"{metrics.verified} drafted rows verified ({metrics.wasted_rows} wasted), "
-        f"TTFT {1000 * ttft:.0f} ms{vision}"
+        f"{'-' if reached is None else f'{reached:.1f}'} tokens/s{f', {times}' if times else ''}; "
+        f"{tokens} tokens{of}, {(tokens - len(answers)) / max(1, rounds):.2f} tokens per round, "
+        f"{'first token after' if one else 'first tokens within'} {1000 * first:.0f} ms{vision}, "
+        f"{sum(metrics.accepted for metrics in each)} of "
+        f"{sum(metrics.verified for metrics in each)} drafts accepted"
     )

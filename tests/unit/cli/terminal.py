@@ -44,10 +44,9 @@ class Terminal:
         self._output = ""
 
     @property
-    def shows_control_keys(self) -> bool:
-        """Whether it writes ^C for Ctrl-C, where a program lets it."""
-        local = termios.tcgetattr(self._ours)[3]
-        return bool(local & termios.ECHOCTL)
+    def shows_keys(self) -> bool:
+        """Whether it writes what is typed, where no program reads it."""
+        return bool(termios.tcgetattr(self._ours)[3] & termios.ECHO)
 
     def send(self, text: str) -> None:
         """Type a text."""

@@ -98,7 +98,7 @@ def test_history_grows_and_is_forgotten(
     out, err = capsys.readouterr()
     assert out == "Paris is the capital.\n" * 4
     assert [llm.started for llm in fake.made] == [[0]]  # measures before the first message
-    assert err.count("[5 tokens, 10.0 tok/s, 3 of 5 drafts accepted]\n") == 4
+    assert err.count("[10.0 tok/s, about 1.8 times plain decoding; 5 tokens]\n") == 4
     (llm,) = fake.made
     assert llm.model == "some-model"
     assert llm.options["stop_at_loops"] == chat_session.LOOP_TOKENS
@@ -276,6 +276,7 @@ def test_parameters_are_set(
     assert (second.top_k, second.max_tokens) == (20, None)
     assert third.greedy
     shown = dict(line.split(None, 1) for line in capsys.readouterr().err.splitlines() if line)
+    assert shown["model"] == "smollm2-135m, Q4_K_M, activations in 8 bits"
     assert shown["temperature"] == "0.0"
     assert shown["repetition_penalty"] == "1.1"
     assert shown["seed"] == "a new one for each answer"

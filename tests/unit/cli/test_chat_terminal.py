@@ -15,7 +15,7 @@ PASTE = "\x1b[200~", "\x1b[201~"
 CTRL_C = "\x03"
 CTRL_D = "\x04"
 UP = "\x1b[A"
-FIGURES = "drafts accepted]"
+FIGURES = "plain decoding; 5 tokens]"
 
 
 @pytest.fixture
@@ -39,6 +39,7 @@ def saved(terminal: Terminal, folder: Path) -> list[Any]:
     """What the user said so far, then leave."""
     file = folder / "talk.json"
     terminal.send(f"/save {file}\r")
+    terminal.until(f" in {file}\n")
     terminal.until("> ")
     terminal.send(CTRL_D)
     assert terminal.end() == 0
@@ -81,17 +82,34 @@ def test_ctrl_c_clears_the_line_and_leaves_the_second_time(
     assert terminal.end() == 0
 
 
-def test_ctrl_c_is_not_shown_in_an_answer(chat: Callable[..., Terminal], tmp_path: Path) -> None:
+def test_keys_in_an_answer_are_not_shown_there_and_are_the_next_entry(
+    chat: Callable[..., Terminal], tmp_path: Path
+) -> None:
     terminal = chat(PAUSE="60")
-    assert terminal.shows_control_keys
     terminal.send("one\r")
     terminal.until("Well,")
-    assert not terminal.shows_control_keys
+    terminal.send("two\rth")
     terminal.send(CTRL_C)
-    assert "^C" not in terminal.until("the answer is kept as far as it goes")
+    shown = terminal.until("the answer is kept as far as it goes")
+    assert not {"^C", "two", "th"} & set(shown.split())
+    terminal.until("> two")
+    terminal.until("Well,")
+    terminal.send(CTRL_C)
+    terminal.until("> th")
+    terminal.send("ree\r")
+    terminal.until("Well,")
+    terminal.send(CTRL_C)
     terminal.until("> ")
-    assert terminal.shows_control_keys
-    assert saved(terminal, tmp_path) == ["one"]
+    assert saved(terminal, tmp_path) == ["one", "two", "three"]
+    assert terminal.shows_keys
+
+
+def test_loading_is_said_before_the_first_prompt(tmp_path: Path) -> None:
+    terminal = Terminal([*SCRIPTED, "a-model"], {"SMART_CACHE": str(tmp_path)})
+    try:
+        assert terminal.until("/help lists the commands").startswith("smart: loading a-model ...\n")
+    finally:
+        terminal.close()
 
 
 def test_earlier_lines_come_back_and_only_their_owner_can_read_them(

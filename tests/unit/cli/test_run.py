@@ -10,9 +10,11 @@ import logging
 import os
 import sys
 import threading
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from scripted import FakeLLM, fails, vision_checkpoints
@@ -198,14 +200,48 @@ def test_run_names_the_draft_model(fake: type[FakeLLM]) -> None:
     assert fake.made[0].options["speculative_config"] == {"method": "draft_model", "model": "small"}
 
 
+@pytest.mark.parametrize("estimates", [{"estimated_speedup": 1.79}, {}])
 def test_run_reports_statistics_on_stderr(
-    fake: type[FakeLLM], capsys: pytest.CaptureFixture[str]
+    fake: type[FakeLLM],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    estimates: dict[str, float],
 ) -> None:
+    monkeypatch.setattr(FakeLLM, "estimates", estimates)
     assert cli.main(["run", "--stats", "hi"]) == 0
+    gain = ", about 1.8 times plain decoding" if estimates else ""
     assert capsys.readouterr().err == (
-        "5 tokens, 10.0 tokens/s, 4.00 tokens per round, 5 drafted rows verified (2 wasted), "
-        "TTFT 500 ms; Q4_K_M, activations in 8 bits\n"
+        f"10.0 tokens/s{gain}; 5 tokens, 4.00 tokens per round, first token after 500 ms, "
+        "3 of 5 drafts accepted; Q4_K_M, activations in 8 bits\n"
     )
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_a_batch_has_statistics_of_all_its_answers(
+    fake: type[FakeLLM],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+) -> None:
+    """The second answer begins 0.1 s behind the first, and ends 0.1 s behind it."""
+    generate = FakeLLM.generate
+
+    def both(llm: FakeLLM, prompts: list[Any], params: Any, on_step: Any, use_tqdm: bool) -> Any:
+        outputs = [generate(llm, prompt, params, None, use_tqdm)[0] for prompt in prompts]
+        answer = outputs[1].outputs[0]
+        later = replace(answer.metrics, first_token=0.6, finished=1.0, rounds=2)
+        outputs[1].outputs = [replace(answer, metrics=later)]
+        return outputs
+
+    monkeypatch.setattr(FakeLLM, "generate", both)
+    path = tmp_path / "prompts"
+    path.write_text("one\ntwo\n")
+    assert cli.main(["run", "--batch", str(path), "--stats", *options]) == 0
+    assert (
+        "16.0 tokens/s, about 1.8 times plain decoding; 10 tokens in 2 answers, "
+        "2.67 tokens per round, first tokens within 600 ms, 6 of 10 drafts accepted; "
+    ) in capsys.readouterr().err
 
 
 def test_run_draws_another_seed_each_time_and_tells_it(
