@@ -29,7 +29,11 @@ QUICK: dict[str, Any] = {
     "time_limit": 100.0,
 }
 FILES = ("draft",)  # text options that may name a folder
-REPEATED = {"policy_options": "policy-options", "method_options": "method-option"}
+REPEATED = {
+    "policy_options": "policy-options",
+    "method_options": "method-option",
+    "policy": "policy",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +74,8 @@ class BenchOptions:
     policies: names; policy_options: 'policy:name=value,...', once for each setting of a policy that
     is to run. method: drafter, or None for the model's default; draft: what it drafts with, a
     head's folder or a smaller model; method_options: its other options.
+    policy: a user's own, 'FILE.py:CLASS' each, in addition to those named. prompts: a file of
+    prompts, measured as a task of that name.
     limit: prompts per task.
     time_limit: seconds over the whole run; results so far are then reported, marked as partial.
     json: a file for the results.
@@ -100,6 +106,8 @@ class BenchOptions:
     chat_template: str | None = None
     trust_pickle: bool = False
     allow_slow: bool = False
+    policy: Sequence[str] = ()
+    prompts: Path | None = None
 
     def __post_init__(self) -> None:
         if self.chat_template is not None:
@@ -229,6 +237,7 @@ def words_of(options: BenchOptions, without: Collection[str]) -> list[str]:
         value = getattr(options, name)
         if name in REPEATED:
             each = [f"{k}={v}" for k, v in value.items()] if isinstance(value, Mapping) else value
+            each = [Path(place).name for place in value] if name == "policy" else each
             words += [word for one in each for word in (f"--{REPEATED[name]}", one)]
         elif value:
             words.append(f"--{name.replace('_', '-')}")

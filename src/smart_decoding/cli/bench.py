@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from smart_decoding.bench import report
+from smart_decoding.bench.data import TASKS
 from smart_decoding.bench.options import QUICK, BenchOptions
 from smart_decoding.bench.provenance import write_json
 from smart_decoding.cli.arguments import (
@@ -29,6 +30,7 @@ from smart_decoding.cli.model_options import (
     TRUST_PICKLE,
     once_each,
 )
+from smart_decoding.cli.prompts import read_prompts
 from smart_decoding.cli.run import show_steps
 
 
@@ -61,6 +63,8 @@ def _what_runs(parser: argparse.ArgumentParser, default: BenchOptions) -> None:
     add("-m", "--model", help=f"{models} (default: {default.model})")
     policies = f"'off', the baseline, always runs (default: {_shown(default.policies)})"
     add("--policies", type=words, metavar="A,B", help=policies)
+    yours = "a policy of your own, in addition: a class in a file (docs/your-policy.md)"
+    add("--policy", action="append", metavar="FILE.py:CLASS", help=yours)
     add(
         "--policy-options",
         action="append",
@@ -78,6 +82,8 @@ def _what_is_measured(parser: argparse.ArgumentParser, default: BenchOptions) ->
     sizes = f"requests at once (default: {_shown(default.batch_sizes)})"
     add("--batch-sizes", type=whole_numbers, metavar="1,4", help=sizes)
     add("--tasks", type=words, metavar="A,B", help="code, maths, general (all by default)")
+    file = "your own prompts in place of tasks: one a line, as text or JSON with 'prompt'"
+    add("--prompts", type=Path, metavar="FILE", help=file)
     add("--limit", type=int, help=f"prompts per task (default: {default.limit})")
     add("--max-tokens", type=int, help=f"tokens per answer (default: {default.max_tokens})")
     add("--temperature", type=float, help=f"0 is greedy (default: {default.temperature:g})")
@@ -97,7 +103,17 @@ def options_of(args: argparse.Namespace, kind: type[BenchOptions] = BenchOptions
     if args.method_option:
         values["method_options"] = once_each(args.method_option)
     quick = QUICK if "quick" in args else {}
-    return kind(**{**quick, **values})
+    values = {**quick, **values}
+    if "policy" in values:
+        from smart_decoding.core.policies import add_policy  # imported late: numpy is slow
+
+        named = values.get("policies", kind().policies)
+        values["policies"] = tuple(dict.fromkeys([*named, *map(add_policy, values["policy"])]))
+    if "prompts" in values:
+        texts = read_prompts(values["prompts"])
+        TASKS["prompts"] = lambda: texts
+        values["tasks"] = tuple(dict.fromkeys([*values.get("tasks", ()), "prompts"]))
+    return kind(**values)
 
 
 def main(args: argparse.Namespace) -> int:

@@ -1,10 +1,11 @@
 """Policies by name: `make_policy` builds one, refusing unknown names and options. A user's own
-policy is passed as an object."""
+policy is passed as an object, or added by `add_policy`."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from runpy import run_path
 from typing import TYPE_CHECKING, Any
 
 from smart_decoding.core.policies.chain import Chain
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 FROM_THE_ENGINE = ("cost", "calibration", "forecast", "eos_token_ids")
 RENAMED_OPTIONS = {"probe_budget": "exploration_budget"}
 RENAMED = {"likelihood": "eagle2", "smart_paper": "paper"}
+_PARTS = ("name", "cost", "plan", "observe", "stats")
 POLICIES: dict[str, type[Any]] = {
     cls.name: cls for cls in (Off, Chain, Static, Eagle2, Paper, Smart)
 }
@@ -29,8 +31,30 @@ POLICIES: dict[str, type[Any]] = {
 
 def is_policy(value: object) -> bool:
     """Return whether this is a policy itself, not a name or a class."""
-    parts = ("name", "cost", "plan", "observe", "stats")
-    return not isinstance(value, type) and all(hasattr(value, part) for part in parts)
+    return not isinstance(value, type) and all(hasattr(value, part) for part in _PARTS)
+
+
+def add_policy(place: str) -> str:
+    """Make a user's policy known, given as FILE.py:CLASS; return its name. Raises ConfigError."""
+    file, _, kind = place.rpartition(":")
+    if not file.endswith(".py"):
+        raise ConfigError(f"policy {place!r} is not of the form FILE.py:CLASS")
+    try:
+        made = run_path(file)
+    except Exception as error:
+        raise ConfigError(f"{file} cannot be run: {type(error).__name__}: {error}") from error
+    if not isinstance(made.get(kind), type):
+        raise ConfigError(f"{file} has no class {kind!r}")
+    try:
+        policy = made[kind]()
+    except TypeError as error:
+        raise ConfigError(f"give each argument of {place} a default: {error}") from error
+    if not is_policy(policy):
+        raise ConfigError(f"{place} is no policy: it needs {', '.join(_PARTS)}")
+    if getattr(POLICIES.get(policy.name), "__module__", "").startswith("smart_decoding."):
+        raise ConfigError(f"{policy.name!r} is a built-in policy: give {place} another name")
+    POLICIES[policy.name] = made[kind]
+    return str(policy.name)
 
 
 def policy_options(name: str | Policy) -> list[str]:
