@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from smart_decoding.cli.chat_input import hidden_keys, unquoted
 from smart_decoding.cli.dialogue import Dialogue
 from smart_decoding.cli.main import did_you_mean
-from smart_decoding.cli.run import gain, rate
+from smart_decoding.cli.run import rate
 from smart_decoding.cli.sampling import PARAMETERS, SAMPLING, checked, params_of
 from smart_decoding.cli.streaming import StreamedAnswer
 from smart_decoding.engine.loops import loop_start
@@ -193,7 +193,7 @@ class ChatSession:
             start = loop_start(output.token_ids, LOOP_TOKENS)
             said = said.removesuffix(self._llm.tokenizer.decode(output.token_ids[start:]))
         self._keep(asked, said)
-        print(figures(self._llm, output, params), file=sys.stderr)
+        print(figures(output, params), file=sys.stderr)
         if output.stop_reason == LOOP:
             print(f"smart: {LOOP_HINT}", file=sys.stderr)
 
@@ -249,14 +249,15 @@ def counted(conversation: Dialogue) -> str:
     return "1 turn" if conversation.turns == 1 else f"{conversation.turns} turns"
 
 
-def figures(llm: LLM, answer: CompletionOutput, params: SamplingParams) -> str:
-    """Return the line below an answer: speed, what drafts gain, and tokens."""
+def figures(answer: CompletionOutput, params: SamplingParams) -> str:
+    """Return the line below an answer: speed, what drafts bring, and tokens."""
     reached = rate(answer)
-    speed = "" if reached is None else f"{reached:.1f} tok/s"
-    drafted = gain(llm) if answer.metrics.verified else ""
+    speed = [] if reached is None else [f"{reached:.1f} tok/s"]
+    if answer.metrics.verified:
+        speed.append(f"{answer.tokens_per_round:.1f} tokens per round (plain decoding: 1)")
     count = len(answer.token_ids)
     cut = ""
     if answer.finish_reason == "length":
         cut = ", cut at max_tokens" if count == params.max_tokens else ", cut at the context's end"
-    parts = [", ".join(filter(None, (speed, drafted))), f"{count} tokens{cut}"]
-    return f"[{'; '.join(filter(None, parts))}]"
+    begin = f"{', '.join(speed)}; " if speed else ""
+    return f"[{begin}{count} tokens{cut}]"

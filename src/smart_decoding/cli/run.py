@@ -117,7 +117,7 @@ def main(args: argparse.Namespace) -> None:
         if args.stats:
             drawn = "seed" not in sampling and not params.greedy
             seed = f", seed {params.seed}" if drawn else ""
-            print(f"{stats_line(llm, answers)}{seed}; {llm.precision}", file=sys.stderr)
+            print(f"{stats_line(answers)}{seed}; {llm.precision}", file=sys.stderr)
         keep_for_later(llm)
 
 
@@ -217,13 +217,6 @@ def rate(*answers: CompletionOutput) -> float | None:
     return count / seconds if count > 0 and seconds > 0 else None
 
 
-def gain(llm: LLM) -> str:
-    """Return how fast recent rounds were beside plain ones; empty where the policy does not
-    estimate it."""
-    times = llm.policy.stats().get("estimated_speedup")
-    return "" if times is None else f"about {times:.1f} times plain decoding"
-
-
 def show_steps() -> None:
     """Show the estimate of memory on a terminal, too; long steps always show."""
     logger = logging.getLogger("smart.memory")
@@ -264,7 +257,7 @@ def chat_prompt(
     return llm.chat_prompt([*system, {"role": "user", "content": content}])
 
 
-def stats_line(llm: LLM, answers: Sequence[CompletionOutput]) -> str:
+def stats_line(answers: Sequence[CompletionOutput]) -> str:
     """Return speed from the first token on, tokens, tokens per round, time to the first token, and
     drafts: of one answer, or of all that were written together."""
     each = [answer.metrics for answer in answers]
@@ -272,14 +265,14 @@ def stats_line(llm: LLM, answers: Sequence[CompletionOutput]) -> str:
     tokens = sum(len(answer.token_ids) for answer in answers)
     rounds = sum(metrics.rounds for metrics in each)
     seconds = sum(metrics.vision_seconds for metrics in each)
-    times = gain(llm)
     one = len(answers) == 1
     of = "" if one else f" in {len(answers)} answers"
     vision = f" (vision {1000 * seconds:.0f} ms)" if seconds else ""
     first = max(metrics.ttft or 0.0 for metrics in each)
     return (
-        f"{'-' if reached is None else f'{reached:.1f}'} tokens/s{f', {times}' if times else ''}; "
-        f"{tokens} tokens{of}, {(tokens - len(answers)) / max(1, rounds):.2f} tokens per round, "
+        f"{'-' if reached is None else f'{reached:.1f}'} tokens/s, "
+        f"{(tokens - len(answers)) / max(1, rounds):.2f} tokens per round (plain decoding: 1); "
+        f"{tokens} tokens{of}, "
         f"{'first token after' if one else 'first tokens within'} {1000 * first:.0f} ms{vision}, "
         f"{sum(metrics.accepted for metrics in each)} of "
         f"{sum(metrics.verified for metrics in each)} drafts accepted"

@@ -37,7 +37,6 @@ class FakeLLM:
     stop_reason: ClassVar[str | None] = None
     context: ClassVar[int] = 4096
     recommended: ClassVar[dict[str, Any]] = {}
-    estimates: ClassVar[dict[str, float]] = {"estimated_speedup": 1.79}
 
     def __init__(self, model: str, **options: Any) -> None:
         self.model = model
@@ -63,7 +62,6 @@ class FakeLLM:
         self.drafts = options["speculative_config"] is not False
         self.loads: list[int] = []  # tokens of the answer before each
         self.speculation = SimpleNamespace(description="ngram", profile=None)
-        self.policy = SimpleNamespace(stats=lambda: self.estimates)
         self.profiles: list[int] = []  # answers before each
         self.kept: list[int] = []  # likewise
         FakeLLM.made.append(self)

@@ -98,7 +98,7 @@ def test_history_grows_and_is_forgotten(
     out, err = capsys.readouterr()
     assert out == "Paris is the capital.\n" * 4
     assert [llm.started for llm in fake.made] == [[0]]  # measures before the first message
-    assert err.count("[10.0 tok/s, about 1.8 times plain decoding; 5 tokens]\n") == 4
+    assert err.count("[10.0 tok/s, 4.0 tokens per round (plain decoding: 1); 5 tokens]\n") == 4
     (llm,) = fake.made
     assert llm.model == "some-model"
     assert llm.options["stop_at_loops"] == chat_session.LOOP_TOKENS

@@ -15,7 +15,7 @@ PASTE = "\x1b[200~", "\x1b[201~"
 CTRL_C = "\x03"
 CTRL_D = "\x04"
 UP = "\x1b[A"
-FIGURES = "plain decoding; 5 tokens]"
+FIGURES = "(plain decoding: 1); 5 tokens]"
 
 
 @pytest.fixture
