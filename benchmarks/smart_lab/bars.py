@@ -1,6 +1,6 @@
 """Bars of tokens per second by CPU and load, as an SVG file that follows the reader's dark mode.
 
-Needed by `results`, which writes docs/images/speeds.svg for the README.
+Needed by `results`, which writes docs/images/speeds.svg for docs/results.md.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ PANELS = (
 )
 # Name in the legend, contestants whose best is shown, colour.
 BARS = (
-    ("llama.cpp, its best options", "llama.cpp ", "#8c9198"),
-    ("SMART, plain decoding", "auto plain", "#7fb0e6"),
-    ("SMART, drafting", "auto smart", "#1f6fd0"),
+    ("llama.cpp, tuned", "llama.cpp ", "#8c9198"),
+    ("SMART without drafts", "auto plain", "#7fb0e6"),
+    ("SMART with drafts", "auto smart", "#1f6fd0"),
 )
 PANEL, HEIGHT, TOP, BOTTOM, BAR, GAP = 430, 280, 64, 40, 34, 22  # pixels
 STYLE = (

@@ -1,5 +1,5 @@
 """`python -m smart_lab results`: one Markdown page a machine, made from the JSON files beside it,
-and the README's picture of some of them.
+and a picture of some of them.
 
 benchmarks/results/MACHINE/DATE-KIND.json is one run: what `bench`, `robustness`, `busy`,
 `vllm` or `transformers` wrote. A new run of a kind replaces the one before.

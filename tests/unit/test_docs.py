@@ -10,11 +10,13 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 
 from smart_decoding.cli.demo import PROMPTS
+from smart_decoding.cli.main import COMMANDS
 
 ROOT = Path(__file__).parents[2]
 if not (ROOT / "docs" / "index.md").is_file():
@@ -127,22 +129,51 @@ def test_entries_of_the_log_have_dates_newest_first() -> None:
     assert sorted(headings, key=lambda h: h[:10], reverse=True) == headings
 
 
+GGUF_RUN = ROOT / "benchmarks" / "results" / "zen5" / "2026-12-01-gguf.json"
+
+
+def readme_and_runs() -> tuple[str, dict[int, Any]]:
+    """The README, and the run that it shows, by requests at once."""
+    runs = {run["slots"]: run for run in json.loads(GGUF_RUN.read_text(encoding="utf-8"))["runs"]}
+    return (ROOT / "README.md").read_text(encoding="utf-8"), runs
+
+
 def test_the_readme_table_of_a_gguf_file_is_in_its_file() -> None:
     """Tokens per second, prompts included: each rival's best way; ours plainly, and `smart` with
     the model's own head."""
-    path = ROOT / "benchmarks" / "results" / "zen5" / "2026-12-01-gguf.json"
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    readme, runs = readme_and_runs()
     lines = re.findall(r"^\| (\d+) at once \|(.*)\|$", readme, re.MULTILINE)
-    runs = {run["slots"]: run["contestants"] for run in json.loads(path.read_text())["runs"]}
     assert [int(slots) for slots, _ in lines] == list(runs)
     for slots, line in lines:
-        rates = {each["name"]: each["overall"][0] for each in runs[int(slots)]}
+        rates = {each["name"]: each["overall"][0] for each in runs[int(slots)]["contestants"]}
         engines = ("llama.cpp ", "ik_llama.cpp ", "OpenVINO ", "auto plain", "auto smart union")
         expected = [max(rates[name] for name in rates if name.startswith(who)) for who in engines]
         cells = [cell.strip().strip("*") for cell in line.split("|")]
         assert cells == [f"{rate:.1f}" for rate in expected]
         assert line.count("**") == 2
         assert max(cells, key=float) in line.split("**")[1]
+
+
+def test_the_readme_tells_drafts_from_kernels_as_the_file_does() -> None:
+    readme, runs = readme_and_runs()
+    gain, over_llama_cpp, same = {}, {}, []
+    for slots, run in runs.items():
+        found = {each["name"]: each for each in run["contestants"]}
+        theirs = [each for name, each in found.items() if name.startswith("llama.cpp ")]
+        plain = found["auto plain"]["overall"][0]
+        gain[slots] = found["auto smart union"]["overall"][0] / plain
+        over_llama_cpp[slots] = plain / max(each["overall"][0] for each in theirs)
+        same += [each["same"] for each in theirs]
+        kinds = [run["by_task"][name] for name in ("auto smart union", "auto plain")]
+        ratios = [kinds[0][kind] / kinds[1][kind] for kind in ("code", "maths", "general")]
+        cells = [f"**{x:.2f}**" if x < 1 else f"{x:.2f}" for x in (*ratios, gain[slots])]
+        assert f"| {slots} at a time | {' | '.join(cells)} |" in readme
+    text = " ".join(readme.split())
+    assert f"with drafts SMART is {gain[1]:.2f} times as fast as without" in text
+    assert f"Without drafts it is {over_llama_cpp[1]:.2f} times as fast as llama.cpp" in text
+    assert f"drafts bring {100 * (gain[8] - 1):.0f} %" in text
+    assert f"SMART is {over_llama_cpp[8]:.1f} times as fast as llama.cpp" in text
+    assert f"for {100 * min(same):.0f} to {100 * max(same):.0f} % of their length" in text
 
 
 def test_the_ratios_by_cpu_are_in_the_files_that_they_name() -> None:
@@ -177,3 +208,20 @@ def _ratios(path: Path) -> dict[int, float]:
         return {n: of["auto smart union"] / of["auto plain"] for n, of in rates.items()}
     smart = [r for r in content["runs"] if (r["policy"], r["task"]) == ("smart", "all")]
     return {run["batch_size"]: run["speedup"] for run in smart}
+
+
+def test_the_reference_is_of_use_without_the_site() -> None:
+    """A code host shows neither --help nor docstrings: tables name all commands, classes and
+    functions, with links to their sources."""
+    folder = ROOT / "docs" / "reference"
+    page = (folder / "commands.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `smart (\w+)` \| (.*) \| \[`cli/(\w+)\.py`\]", page, re.MULTILINE)
+    assert [(name, (what, f"smart_decoding.cli.{module}")) for name, what, module in rows] == [
+        *COMMANDS.items()
+    ]
+    page = (folder / "python.md").read_text(encoding="utf-8")
+    table, _, _ = page.partition(":::")
+    public = r"::: smart_decoding\.([\w.]+)\.([A-Z]\w+|make_policy|accept)$"
+    for module, name in re.findall(public, page, re.MULTILINE):
+        (row,) = re.findall(rf"^\| [^|]*`{name}`.*$", table, re.MULTILINE)
+        assert any(f"{module.replace('.', '/')}{end}" in row for end in (".py", "/__init__.py"))
