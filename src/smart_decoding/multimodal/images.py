@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
+import numpy as np
+
 from smart_decoding.errors import ConfigError
 from smart_decoding.files import expanded
 
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 MODALITIES = ("image", "video")
 _ORIENTATION = 0x0112  # in EXIF
+_BAND = (
+    256  # rows that are put on white at once, as a copy of all would take as much as the picture
+)
 _PLAIN = ("1", "L", "P", "RGB")  # modes that are RGB, or become it in little more memory
 
 
@@ -72,13 +77,27 @@ def open_image(source: Any, limits: Limits) -> Image:
         if turned and not is_open:
             _check_pixels(image, "a picture that must be turned", limits, limits.turned)
         # Without a copy where there is nothing to do: it may be large.
-        image = ImageOps.exif_transpose(image) if turned else image
-        return image if image.mode == "RGB" else image.convert("RGB")
+        return _in_rgb(ImageOps.exif_transpose(image) if turned else image)
     except ConfigError:
         raise
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error and more
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"an image is corrupt or truncated: {reason}") from error
+
+
+def _in_rgb(image: Image) -> Image:
+    """Return the picture in RGB: 16 bits scaled to 8, transparent pixels on white."""
+    pil = _pil()
+    if image.mode.startswith("I;16"):  # Pillow's own conversion cuts them off at 255
+        image = pil.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if not image.has_transparency_data:
+        return image if image.mode == "RGB" else image.convert("RGB")
+    white: Image = pil.new("RGB", image.size, "white")
+    for top in range(0, image.height, _BAND):
+        box = (0, top, image.width, min(top + _BAND, image.height))
+        band = image.crop(box).convert("RGBA")
+        white.paste(band, box, band)
+    return white
 
 
 def header_size(source: Any, limits: Limits) -> tuple[int, int]:

@@ -55,6 +55,30 @@ def test_data_urls_files_and_pil_images_are_the_same_picture(tmp_path: Path) -> 
         assert np.array_equal(np.asarray(open_image(source, limits)), np.asarray(SMALL))
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_transparent_pixels_are_white(mode: str) -> None:
+    """Black letters are read on white, as a page shows them. The height is of several bands."""
+    alpha = Image.fromarray(np.tile(np.array([0, 255, 51], np.uint8), (600, 1)))
+    image = Image.new(mode, alpha.size)
+    image.putalpha(alpha)
+    found = np.asarray(open_image(encoded(image), Limits()))
+    np.testing.assert_array_equal(found, 255 - np.repeat(np.asarray(alpha)[..., None], 3, axis=2))
+
+
+def test_a_transparent_colour_of_a_palette_is_white() -> None:
+    image = Image.new("P", (2, 1))
+    image.putpalette([0, 0, 0, 9, 9, 9])
+    image.putpixel((1, 0), 1)
+    found = np.asarray(open_image(encoded(image, transparency=0), Limits()))
+    assert found.tolist() == [[[255, 255, 255], [9, 9, 9]]]
+
+
+def test_sixteen_bits_are_scaled_to_eight() -> None:
+    grey = np.linspace(0, 65535, 256 * 20).astype(np.uint16).reshape(20, 256)
+    found = np.asarray(open_image(encoded(Image.fromarray(grey)), Limits()))
+    np.testing.assert_array_equal(found, np.repeat((grey >> 8)[..., None], 3, axis=2))
+
+
 def test_pictures_are_turned_upright() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was held upright

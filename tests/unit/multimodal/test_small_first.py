@@ -77,7 +77,8 @@ def test_all_modes_and_orientations(mode: str, orientation: int) -> None:
     buffer = io.BytesIO()
     noise(50, 120, mode).save(buffer, "JPEG" if mode == "CMYK" else "PNG", exif=exif)
     content = buffer.getvalue()
-    plain = ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB")
+    turned = ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGBA")
+    plain = Image.alpha_composite(Image.new("RGBA", turned.size, "white"), turned).convert("RGB")
     np.testing.assert_array_equal(open_image(content, Limits()), plain)
     expected = processor(images=plain, return_tensors="np")
     found = reader.image(open_image(content, Limits()))
@@ -156,6 +157,7 @@ def test_a_header_costs_nothing() -> None:
         (5000, {"kind": "JPEG", "progressive": True}),
         (5000, {"kind": "JPEG", "turned": True}),
         (5000, {"kind": "PNG", "mode": "RGBA"}),
+        (5000, {"kind": "PNG", "mode": "LA"}),
         (3535, {"kind": "WEBP"}),
     ],
 )
