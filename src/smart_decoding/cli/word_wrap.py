@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Callable
+
+from wcwidth import iter_graphemes, wcwidth, width
 
 _FENCE = re.compile(r"(`{3,}(?=[^`]*$)|~{3,})")  # with a backtick behind it, it is code in a line
 
@@ -38,13 +39,18 @@ class WordWrap:
             printed = self._end_word()
             self._blanks += character
             return printed
-        if _is_wide(character):  # scripts without blanks break anywhere
-            printed = self._end_word()
-            self._word = character
-            return printed + self._end_word()
+        printed = ""
+        if not self._joins(character) and (_is_wide(character) or _is_wide(self._word)):
+            printed = self._end_word()  # scripts without blanks break anywhere
         self._word += character
         too_long = len(self._word) >= self._width()
-        return self._end_word() if too_long else ""
+        return printed + (self._end_word() if too_long else "")
+
+    def _joins(self, character: str) -> bool:
+        """Return whether a character belongs to the one before, as parts of an emoji do."""
+        if character.isascii() or not self._word:
+            return False
+        return [*iter_graphemes(self._word + character)][-1] != character
 
     def _end_line(self) -> str:
         printed = self._end_word() + "\n"
@@ -66,27 +72,21 @@ class WordWrap:
         if not self._word:
             return ""
         word = self._word
-        size = sum(map(_columns, word))
-        width = self._width()
+        size = width(word)
+        room = self._width()
         self._word = ""
         may_break = self._column and (self._blanks or _is_wide(word))
-        if may_break and self._column + len(self._blanks) + size > width:
+        if may_break and self._column + len(self._blanks) + size > room:
             self._blanks = ""
             self._column = 0
             word = "\n" + word
         printed = self._blanks + word
         self._column += len(self._blanks) + size
         self._blanks = ""
-        while self._column > width:
-            self._column -= width
+        while self._column > room:
+            self._column -= room
         return printed
 
 
-def _columns(character: str) -> int:
-    if unicodedata.combining(character):
-        return 0
-    return 2 if _is_wide(character) else 1
-
-
 def _is_wide(word: str) -> bool:
-    return unicodedata.east_asian_width(word[0]) in "WF"
+    return wcwidth(word[:1]) == 2

@@ -12,6 +12,11 @@ from hypothesis import strategies as st
 
 from smart_decoding.cli.word_wrap import WordWrap
 
+THAI = "ที่นี่นั้นที่ abcd"  # ten columns: vowels and tones stand above letters
+FAMILY = (
+    "a \U0001f469\u200d\U0001f469\u200d\U0001f467 bcdef"  # one emoji, two columns
+)
+
 
 def wrapped(text: str, width: int, *cuts: int) -> str:
     wrap = WordWrap(lambda: width)
@@ -33,6 +38,8 @@ def wrapped(text: str, width: int, *cuts: int) -> str:
         ("blanks    at the end  \n", "blanks\nat the end\n"),
         ("日本語日本語", "日本語日本\n語"),
         ("e\u0301" * 9 + " ab", "e\u0301" * 9 + "\nab"),
+        (THAI, THAI),
+        (FAMILY, FAMILY),
         ("```\na long line of code\n```\nand a text", "```\na long line of code\n```\nand a text"),
         ("```\na b\n```\nand some text", "```\na b\n```\nand some\ntext"),
         ("~~~\na long line of code\n~~~\nand a text", "~~~\na long line of code\n~~~\nand a text"),
