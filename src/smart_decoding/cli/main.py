@@ -22,6 +22,7 @@ from smart_decoding import __version__
 from smart_decoding.cli import habits
 from smart_decoding.cli.arguments import use_threads
 from smart_decoding.errors import ConfigError, SmartError
+from smart_decoding.files import errno_of
 
 _SUMMARIES = {
     "run": "answer one prompt, or those of a file",
@@ -49,6 +50,7 @@ MOVED = {
 }
 INTERRUPTED = 130  # as the shell reports SIGINT
 BROKEN_PIPE = 141  # and SIGPIPE
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)
@@ -211,6 +213,10 @@ def _described(error: Exception, debug: bool) -> tuple[int, str]:
         return 2, "too many open files: allow more, such as ulimit -n 1024"
     if isinstance(error, OSError):  # a full disk, a file that cannot be read
         return 2, f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    for each in (error, error.__context__):  # torch hides the system's error
+        number = None if each is None else errno_of(each)
+        if number in _FULL:
+            return 2, f"cannot write a file: {os.strerror(number)}: make room there"
     message = f"{type(error).__name__}: {error}"
     if not debug:
         message += "; this is a defect: run again with --debug and report the traceback"

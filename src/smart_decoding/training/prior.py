@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from tqdm import tqdm
 
+from smart_decoding.core.calibration import Calibration, Forecast
 from smart_decoding.core.policies.base import StatelessPolicy
 from smart_decoding.core.policies.eagle2 import Eagle2
 from smart_decoding.core.policies.smart import Smart
@@ -61,8 +62,8 @@ def learn_prior(
 
     Three of four answers are greedy, one is sampled."""
     options = {"method": "eagle", "policy": "smart", "model": str(head)}
-    (head / "prior.json").unlink(missing_ok=True)
     if not prompts:
+        (head / "prior.json").unlink(missing_ok=True)
         return
     llm = LLM(
         model,
@@ -75,6 +76,8 @@ def learn_prior(
     )
     policy = llm.policy
     assert isinstance(policy, Smart)
+    calibration = Calibration()  # in place of the prior that the head has
+    policy.state.calibration, policy.state.forecast = calibration, Forecast(calibration)
     llm.engine.policy = Exploring(policy)
     for i, prompt in enumerate(tqdm(prompts, desc="learning the prior")):
         ready: Prompt = llm.chat_prompt(prompt) if isinstance(prompt[0], Mapping) else list(prompt)

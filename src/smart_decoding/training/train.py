@@ -333,8 +333,8 @@ class Trainer:
             "steps": self.steps,
             "seen": self.trained,
         }
-        with whole(self.output / "state.pt") as path:
-            torch.save(state, path)
+        with whole(self.output / "state.pt") as path, path.open("wb") as file:
+            torch.save(state, file)  # into a path it would not say why it cannot write
 
     def _export(self, files: HeadFiles, figures: dict[str, Any]) -> None:
         write_head(files, self._checkpoint, self.options.layout, self.output)

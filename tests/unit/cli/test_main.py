@@ -57,6 +57,23 @@ def test_the_systems_errors_are_not_defects(
     assert capsys.readouterr().err == "smart: error: cache/weights: No space left on device\n"
 
 
+def test_a_full_disk_is_no_defect(fake: type[FakeLLM], capsys: pytest.CaptureFixture[str]) -> None:
+    """Libraries in Rust put the system's error into their text."""
+    fake.failure = RuntimeError("Error while serializing: No space left on device (os error 28)")
+    assert cli.main(["run", "hi"]) == 2
+    assert "No space left on device: make room there" in capsys.readouterr().err
+
+
+def test_no_home_is_no_defect(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A user id without a name, as in a container."""
+    monkeypatch.delenv("HOME")
+    monkeypatch.delenv("SMART_CACHE", raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    assert "no home folder for the cache: set SMART_CACHE" in fails(capsys, "models", "list")
+
+
 @pytest.mark.parametrize("option", ["run -f", "run --batch", "serve --config"])
 def test_a_file_that_is_not_there_is_named_once(
     option: str, capsys: pytest.CaptureFixture[str]

@@ -3,6 +3,7 @@ behind."""
 
 from __future__ import annotations
 
+import io
 import json
 import signal
 import time
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from smart_decoding.cli import main as cli
 from smart_decoding.errors import ConfigError, ModelError
 from smart_decoding.kernels.weights import QuantizedTensor, as_tensor
 from smart_decoding.models.checkpoints.loading import Checkpoint
@@ -243,6 +245,37 @@ def until(batches: Iterator[list[Any]], size: int, trainer: Trainer) -> list[lis
     return taken
 
 
+def test_a_full_disk_is_reported_as_one(
+    trainer: Callable[..., Trainer], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """torch says `unexpected pos` in its place. A limit of file sizes stands for the disk."""
+    resource = pytest.importorskip("resource")
+    full = trainer()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(RuntimeError) as caught:
+            full._save_state()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    code, message = cli._described(caught.value, debug=False)
+    assert (code, message) == (2, "cannot write a file: File too large: make room there")
+    assert not [*(tmp_path / "head").iterdir()]
+
+
+def test_a_head_that_is_not_finite_is_refused(
+    trainer: Callable[..., Trainer], tmp_path: Path
+) -> None:
+    trainer().run()
+    path = tmp_path / "head" / "model.safetensors"
+    tensors = load_file(path)
+    name = "fc.weight"
+    tensors[name].flatten()[1] = torch.nan
+    save_file(tensors, path)
+    with pytest.raises(ModelError, match=f"tensor {name} holds numbers that are not finite"):
+        load_head(tmp_path / "head", CONFIG)
+
+
 @pytest.mark.parametrize(
     "writer",
     ["torch.save", "smart_decoding.models.heads.export.save_file", "pathlib.Path.write_text"],
@@ -254,8 +287,8 @@ def test_ctrl_c_while_writing_keeps_the_older_file(
     before = {name: (tmp_path / "head" / name).read_bytes() for name in FILES}
 
     def half(*given: Any, **more: Any) -> None:
-        path = next(g for g in given if isinstance(g, Path))
-        with path.open("wb") as file:
+        where = next(g for g in given if isinstance(g, Path | io.IOBase))
+        with where.open("wb") if isinstance(where, Path) else where as file:
             file.write(b"half")
         raise KeyboardInterrupt
 

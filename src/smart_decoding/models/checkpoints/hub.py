@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from smart_decoding.errors import DownloadError, ModelError, SmartError
+from smart_decoding.errors import ConfigError, DownloadError, ModelError, SmartError
 from smart_decoding.files import (
     are_intact,
     errno_of,
@@ -84,9 +84,14 @@ class PinnedFile:
 
 
 def cache_dir() -> Path:
-    """$SMART_CACHE, or ~/.cache/smart-decoding."""
+    """Return $SMART_CACHE, or ~/.cache/smart-decoding. Raises ConfigError without a home."""
     chosen = os.environ.get("SMART_CACHE")
-    return expanded(chosen) if chosen else Path.home() / ".cache" / "smart-decoding"
+    if chosen:
+        return expanded(chosen)
+    try:
+        return Path.home() / ".cache" / "smart-decoding"
+    except RuntimeError as error:  # no HOME, and a user id without a name, as in a container
+        raise ConfigError("there is no home folder for the cache: set SMART_CACHE") from error
 
 
 def conversion_key(path: Path, sha256: str = "") -> str:

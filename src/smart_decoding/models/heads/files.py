@@ -270,7 +270,15 @@ def _read_tensors(folder: Path, trust_pickle: bool) -> dict[str, Tensor]:
     for path in files or [folder / "model.safetensors"]:
         with reading(path):
             tensors |= load_file(path)
+            _refuse_not_finite(tensors)
     return tensors
+
+
+def _refuse_not_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError for NaN or infinity, as a broken training leaves them."""
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"the tensor {name} holds numbers that are not finite")
 
 
 def _check_shapes(
