@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from smart_decoding.errors import CapacityError, ConfigError, ModelError, SmartError
 
@@ -22,8 +23,9 @@ def whole(path: Path) -> Iterator[Path]:
     """Return a scratch path to write to: it becomes `path` when the block ends, and vanishes if
     that fails (or Ctrl-C).
 
-    Each process has its own, so that two may write the same file: the last one wins."""
-    scratch = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    Each writer has its own, so that two may write the same file: the last one wins. Containers
+    that share a folder may have equal process ids."""
+    scratch = path.with_name(f"{path.name}.{uuid4().hex[:8]}.partial")
     try:
         yield scratch
         os.replace(scratch, path)

@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -27,6 +28,7 @@ import pytest
 import torch
 from serving import NAME, post, serving, slow, wait_for
 
+from smart_decoding import files
 from smart_decoding.core.costs import CostModel
 from smart_decoding.engine import engine_thread
 from smart_decoding.engine.kv import PAGE
@@ -69,13 +71,19 @@ def expected_text(plain: LLM) -> str:
     return plain.generate("abcabc", params)[0].outputs[0].text
 
 
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="needs Linux's /dev/full")
 def test_a_full_disk_for_the_profile(
-    cache: Path, load: Any, plain: LLM, caplog: pytest.LogCaptureFixture
+    cache: Path,
+    load: Any,
+    plain: LLM,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Real ENOSPC: the profile's scratch file is /dev/full."""
+    monkeypatch.setattr(files, "uuid4", lambda: SimpleNamespace(hex="own"))
     path = profile_of(plain)
     path.parent.mkdir(parents=True)
-    path.with_name(f"{path.name}.{os.getpid()}.partial").symlink_to("/dev/full")
+    path.with_name(f"{path.name}.own.partial").symlink_to("/dev/full")
     with serving(lambda: load(speculative_config=SMART)) as running:
         assert wait_for(lambda: profile(running.llm).known, A_TURN)
         assert answer_of(running) == expected_text(plain)
@@ -612,7 +620,7 @@ def test_killed_in_the_middle_and_started_again(cache: Path, load: Any, plain: L
     with pytest.raises(httpx.HTTPError):
         killed_while_it_streams()
     assert process.wait(10) == -signal.SIGKILL
-    (path.parent / f"{path.name}.{process.pid}.partial").write_bytes(
+    (path.parent / f"{path.name}.0123abcd.partial").write_bytes(
         before[:30]
     )  # as if killed while it wrote
     process = start(folder, port)

@@ -118,7 +118,9 @@ def test_errors_name_what_is_wrong(running: Running) -> None:
     nowhere = error_of(post(running, "/v1/nothing"), 404)
     assert nowhere["type"] == "invalid_request_error"
     assert "/openapi.json lists them" in nowhere["message"]
-    error_of(httpx.get(f"{running.url}/v1/completions"), 405)
+    wrong_method = httpx.get(f"{running.url}/v1/completions")
+    error_of(wrong_method, 405)
+    assert wrong_method.headers["allow"] == "POST"
     for headers in ({"content-type": "text/plain"}, {}):
         form = {"content": b'{"model": "tiny", "prompt": "a"}', "headers": headers}
         reported = error_of(post(running, "/v1/completions", **form), 415)["message"]

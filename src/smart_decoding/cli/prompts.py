@@ -138,6 +138,7 @@ def read_prompts(path: Path) -> list[str]:
                 prompt = json.loads(line)["prompt"]
                 if not isinstance(prompt, str):
                     raise ValueError("a prompt is a text")
+                prompt.encode()  # JSON can spell half a surrogate pair
             except (ValueError, KeyError, RecursionError) as error:
                 raise ConfigError(
                     f"{path}, line {number}: no JSON object with a text as 'prompt'"

@@ -103,7 +103,9 @@ def _api_error(error: Exception) -> ApiError:
     if isinstance(error, HTTPException):
         no_route = error.status_code == 404  # anything else not found is an ApiError
         message = "there is no such route here: GET /openapi.json lists them"
-        return ApiError(error.status_code, message if no_route else str(error.detail))
+        found = ApiError(error.status_code, message if no_route else str(error.detail))
+        found.headers |= error.headers or {}  # a 405 says what is allowed
+        return found
     if isinstance(error, RequestValidationError):
         return of_validation(error.errors())
     log.error("request failed", exc_info=error)

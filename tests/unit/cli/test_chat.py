@@ -538,6 +538,7 @@ def test_an_answer_that_is_cut_says_where(
     assert cut in capsys.readouterr().err
 
 
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="needs Linux's /dev/full")
 def test_a_history_on_a_full_disk_goes_on() -> None:
     history = chat_input._history(Path("/dev/full"))
     history.append_string("one")

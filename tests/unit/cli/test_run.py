@@ -625,7 +625,12 @@ def test_lines_of_a_batch_end_at_line_breaks_only(
     path = tmp_path / "prompts"
     path.write_bytes('\ufeff{"prompt": "a\u2028b"}\r\nc\u2028d\x0ce\n'.encode())
     assert cli_prompts.read_prompts(path) == ["a\u2028b", "c\u2028d\x0ce"]
-    for odd in ('{"prompt": null}', '{"prompt": ["a"]}', '{"a":' * 100_000):
+    for odd in (
+        '{"prompt": null}',
+        r'{"prompt": "\ud800"}',
+        '{"prompt": ["a"]}',
+        '{"a":' * 100_000,
+    ):
         path.write_text(odd)
         assert "no JSON object with a text" in fails(capsys, "run", "--batch", str(path))
     assert not fake.made
