@@ -13,6 +13,7 @@ from smart_decoding.cli.main import did_you_mean
 from smart_decoding.cli.run import rate
 from smart_decoding.cli.sampling import PARAMETERS, SAMPLING, checked, params_of
 from smart_decoding.cli.streaming import StreamedAnswer
+from smart_decoding.cli.terminal import shown
 from smart_decoding.engine.loops import loop_start
 from smart_decoding.engine.stopping import LOOP
 from smart_decoding.errors import CapacityError, ConfigError, SmartError
@@ -69,7 +70,7 @@ class ChatState:
     def refuse(self, reason: str) -> None:
         """Print why an entry, or a model, cannot be used."""
         self.failed = True
-        print(f"smart: error: {reason}", file=sys.stderr)
+        print(f"smart: error: {shown(reason, sys.stderr)}", file=sys.stderr)
 
 
 class ChatSession:

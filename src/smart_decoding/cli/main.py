@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 from smart_decoding import __version__
 from smart_decoding.cli import habits
 from smart_decoding.cli.arguments import use_threads
+from smart_decoding.cli.terminal import shown
 from smart_decoding.errors import ConfigError, SmartError
 from smart_decoding.files import errno_of
 
@@ -190,7 +191,7 @@ def _guarded(argv: Sequence[str] | None, program: Program) -> int:
         code, message = _described(error, debug)
         if debug:
             traceback.print_exception(error)
-        print(f"{program.name}: error: {_one_line(message)}", file=sys.stderr)
+        print(f"{program.name}: error: {shown(_one_line(message), sys.stderr)}", file=sys.stderr)
         return code
 
 

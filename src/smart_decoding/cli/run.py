@@ -25,6 +25,7 @@ from smart_decoding.cli.prompts import (
 )
 from smart_decoding.cli.sampling import add_sampling_options, given, params_of
 from smart_decoding.cli.streaming import StreamedAnswer
+from smart_decoding.cli.terminal import shown
 from smart_decoding.engine.outputs import CompletionOutput, completion_of
 from smart_decoding.errors import ConfigError
 from smart_decoding.models.checkpoints.registry import DEFAULT_MODEL, folder_at_hand, siblings
@@ -170,24 +171,22 @@ def answer_all(
 ) -> list[CompletionOutput]:
     """Answer prompts together; print each answer once it and all earlier ones are done."""
     done: dict[int, CompletionOutput] = {}
-    shown = 0
+    next_one = 0
 
     def show(touched: Sequence[Any]) -> None:
-        nonlocal shown
+        nonlocal next_one
         for request in touched:
             if request.finished:
                 done[int(request.id.rpartition("-")[2])] = completion_of(
                     request, llm.tokenizer.token_text
                 )
-        while shown in done:
-            answer = done.pop(shown)
-            print(
-                json.dumps(record_of(texts[shown], answer), ensure_ascii=False)
-                if as_json
-                else f"> {texts[shown]}\n{answer.text}\n",
-                flush=True,
-            )
-            shown += 1
+        while next_one in done:
+            answer = done.pop(next_one)
+            text = f"> {texts[next_one]}\n{answer.text}\n"
+            if as_json:
+                text = json.dumps(record_of(texts[next_one], answer), ensure_ascii=False)
+            print(shown(text, sys.stdout), flush=True)
+            next_one += 1
 
     outputs = llm.generate(prompts, params, on_step=show, use_tqdm=False)
     return [output.outputs[0] for output in outputs]

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, TextIO
 
+from smart_decoding.cli.terminal import shown
 from smart_decoding.cli.word_wrap import WordWrap
 from smart_decoding.models.text.harmony import HarmonyText, Part, speaks_harmony
 
@@ -76,6 +77,7 @@ class StreamedAnswer:
         if stream is not self._stream:
             self._end_line()
         self._stream = stream
+        text = shown(text, stream)
         if self._chat and stream.isatty():
             text = self._wraps[stream].feed(text)
         print(text, end="", file=stream, flush=True)

@@ -25,8 +25,10 @@ from smart_decoding.cli import run as cli_run
 from smart_decoding.cli.arguments import key_value
 from smart_decoding.cli.model_options import speculative_config
 from smart_decoding.core.policies import POLICIES
+from smart_decoding.engine.outputs import CompletionOutput
+from smart_decoding.engine.request import RequestMetrics
 from smart_decoding.engine.sampling_params import SamplingParams
-from smart_decoding.errors import CapacityError, ConfigError
+from smart_decoding.errors import CapacityError, ConfigError, ModelError
 
 
 def test_run_streams_the_answer(fake: type[FakeLLM], capsys: pytest.CaptureFixture[str]) -> None:
@@ -650,6 +652,37 @@ def test_lengths_are_told_as_in_llama_cpp(fake: type[FakeLLM]) -> None:
     assert cli.main(["run", "-n64", "hi"]) == 0
     assert cli.main(["run", "-n", "-1", "hi"]) == 0
     assert [made.calls[-1][1].max_tokens for made in fake.made] == [64, None]
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_terminal_gets_no_control_characters_of_a_batch(
+    as_json: bool, terminal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def generate(*_: Any, on_step: Any, **__: Any) -> None:
+        on_step([SimpleNamespace(id="batch-0", finished=True)])
+
+    llm: Any = SimpleNamespace(generate=generate, tokenizer=SimpleNamespace(token_text=None))
+    answer = CompletionOutput(0, "\x9b2J", [1], "stop", None, RequestMetrics(arrival=0.0))
+    monkeypatch.setattr(cli_run, "completion_of", lambda *_: answer)
+    out = io.StringIO()
+    monkeypatch.setattr(out, "isatty", lambda: terminal)
+    monkeypatch.setattr(sys, "stdout", out)
+    cli_run.answer_all(llm, ["q"], ["q"], SamplingParams(), as_json)
+    assert "2J" in out.getvalue()
+    assert ("\x9b" in out.getvalue()) is not terminal
+
+
+def test_a_terminal_gets_no_control_characters_of_an_error(
+    fake: type[FakeLLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model's file may hold any."""
+    fake.failure = ModelError("no \x1b[2J model")
+    err = io.StringIO()
+    monkeypatch.setattr(err, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stderr", err)
+    assert cli.main(["run", "hi"]) == 2
+    assert err.getvalue() == "smart: error: no [2J model\n"
 
 
 def test_a_batch_comes_from_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:

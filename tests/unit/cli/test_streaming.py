@@ -56,6 +56,22 @@ def test_reasoning_and_content_share_no_word(
     assert shown == ("42\n", "I think so.\n", "I think so.\n" * err + "42\n" * out)
 
 
+CLIPBOARD = "\x1b]52;c;cm0gLXJm\x07"  # writes to the clipboard of many terminals
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+@pytest.mark.parametrize("channel", ["", ANALYSIS, FINAL])
+def test_a_terminal_gets_no_control_characters(
+    monkeypatch: pytest.MonkeyPatch, channel: str, terminal: bool
+) -> None:
+    """A pipe gets the answer as it is."""
+    answer = f"{channel}a{CLIPBOARD} \x9b2Jb\rc\n\td"
+    out, err, _ = answered(monkeypatch, answer, terminal, terminal)
+    printed = err if channel == ANALYSIS else out
+    raw = answer.removeprefix(channel)
+    assert printed == ("a]52;c;cm0gLXJm 2Jbc\n\td\n" if terminal else f"{raw}\n")
+
+
 def test_an_answer_of_reasoning_alone_keeps_its_last_word(monkeypatch: pytest.MonkeyPatch) -> None:
     for terminal in (True, False):
         shown = answered(monkeypatch, f"{ANALYSIS}I think so", True, terminal)

@@ -13,9 +13,7 @@ from hypothesis import strategies as st
 from smart_decoding.cli.word_wrap import WordWrap
 
 THAI = "ที่นี่นั้นที่ abcd"  # ten columns: vowels and tones stand above letters
-FAMILY = (
-    "a \U0001f469\u200d\U0001f469\u200d\U0001f467 bcdef"  # one emoji, two columns
-)
+FAMILY = "a \U0001f469\u200d\U0001f469\u200d\U0001f467 bcdef"  # one emoji, two columns
 
 
 def wrapped(text: str, width: int, *cuts: int) -> str:
