@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from smart_decoding.server.schemas import Completions
     from smart_decoding.server.worker import Worker
 
+SILENCE = 10.0  # seconds until a comment in a stream without a token
 STREAM_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
 
@@ -52,19 +53,18 @@ class ParsedRequest:
 
 
 async def answer(worker: Worker, request: Request, parsed: ParsedRequest) -> Response:
-    """Return the response, whole or as a stream. Raises ApiError before the first token."""
+    """Return the response, whole or as a stream, which has its headers before the first token:
+    later errors are events. Raises ApiError."""
     job = await _job(worker, request, parsed)
     worker.submit(job, parsed.ended)
     watch = asyncio.create_task(_cancel_at_disconnect(request, job, worker))
     usage = Usage(sum(map(len, parsed.prompts)))
     reply = parsed.reply(worker, job, parsed.form, worker.settings.model_name, usage, parsed.body)
+    if job.stream:
+        events = _to_the_end(reply, job, worker, watch)
+        return StreamingResponse(events, media_type="text/event-stream", headers=STREAM_HEADERS)
     try:
-        # before the headers: until here an error has a status of its own
-        first = await worker.chunk(job)
-        if job.stream:
-            events = _to_the_end(reply.events(first), job, worker, watch)
-            return StreamingResponse(events, media_type="text/event-stream", headers=STREAM_HEADERS)
-        chunks = [chunk async for chunk in reply.chunks(first)]
+        chunks = [chunk async for chunk in reply.chunks(worker.chunk(job))]
         body = await _written(worker, request, reply, chunks)
     except BaseException:
         worker.cancel(job)
@@ -163,13 +163,18 @@ async def _grammars(
 
 
 async def _to_the_end(
-    events: AsyncIterator[str], job: AsyncJob, worker: Worker, watch: asyncio.Task[None]
+    reply: Reply, job: AsyncJob, worker: Worker, watch: asyncio.Task[None]
 ) -> AsyncIterator[str]:
-    """Return the events, and cancel the job at their end."""
+    """Return the reply's events, and cancel the job at their end. Until its first token comments
+    keep proxies from cutting the stream: clients ignore them."""
+    first = asyncio.create_task(worker.chunk(job))
     try:
-        async for event in events:
+        while not (await asyncio.wait((first,), timeout=SILENCE))[0]:
+            yield ": keep-alive\n\n"
+        async for event in reply.events(first):
             yield event
     finally:
+        first.cancel()
         worker.cancel(job)  # of no effect if it is over
         watch.cancel()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -103,7 +103,7 @@ class InfillReply(Reply):
         """Return the whole reply, made of all `chunks`."""
         return self._selected("".join(chunk.text for chunk in chunks), chunks[-1])
 
-    async def events(self, first: Chunk) -> AsyncIterator[str]:
+    async def events(self, first: Awaitable[Chunk]) -> AsyncIterator[str]:
         """Return an event for each round with text; the last has the figures."""
         try:
             async for chunk in self.chunks(first):

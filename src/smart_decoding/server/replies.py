@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +41,7 @@ class Reply:
             **self._figures(),
         }
 
-    async def events(self, first: Chunk) -> AsyncIterator[str]:
+    async def events(self, first: Awaitable[Chunk]) -> AsyncIterator[str]:
         """Return a delta per round with text, the usage if requested, [DONE]."""
         frame = envelope(self.form, self.job.id, self.model, False)
         with_usage = self.body.include_usage
@@ -71,10 +71,10 @@ class Reply:
         """Return the figures of a job with one answer, as vLLM does."""
         return self.usage.figures() if self.job.size == 1 else {}
 
-    async def chunks(self, first: Chunk) -> AsyncIterator[Chunk]:
+    async def chunks(self, first: Awaitable[Chunk]) -> AsyncIterator[Chunk]:
         """Return all chunks of the job, to the end of its last answer. Raises ApiError if it
         fails."""
-        chunk = first
+        chunk = await first
         while True:
             self.usage.add(chunk, self.job.asks[0].params.n)
             yield chunk

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -119,7 +119,7 @@ class ResponsesReply(Reply):
             reason = chunk.finish_reason
         return self._response(items, reason)
 
-    async def events(self, first: Chunk) -> AsyncIterator[str]:
+    async def events(self, first: Awaitable[Chunk]) -> AsyncIterator[str]:
         """Return the events, numbered."""
         number = 0
         try:
@@ -131,7 +131,7 @@ class ResponsesReply(Reply):
             fields = {name: content[name] for name in ("code", "message", "param")}
             yield event({"type": "error", **fields, "sequence_number": number})
 
-    async def _events(self, first: Chunk) -> AsyncIterator[Json]:
+    async def _events(self, first: Awaitable[Chunk]) -> AsyncIterator[Json]:
         items = Items()
         for kind in ("created", "in_progress"):
             yield {"type": f"response.{kind}", "response": self._response(items, None)}
