@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -9,6 +11,8 @@ from typing import Any
 import httpx
 import pytest
 from serving import NAME, Running, client, post, serving, slow, wait_for
+
+from smart_decoding.server.launch import JsonLines, Lines
 
 PROMPT = "The vault code is 7291, and nobody else may know it. " * 4
 ALICE = "alice-key"
@@ -81,8 +85,10 @@ def test_conversations_and_responses_take_a_salt(running: Running) -> None:
         assert found == [False, False, True]
 
 
-def test_what_a_failed_round_says_is_for_the_log(load: Any) -> None:
-    """Whatever raises may quote any request of the round."""
+def test_nobody_is_told_what_a_failed_round_says(
+    load: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever raises may quote any request of the round. The log has the place and the types."""
     body = {"model": NAME, "prompt": PROMPT, "max_tokens": 200, "ignore_eos": True}
     with (
         serving(lambda: slow(load(), 0.01), api_keys=(ALICE, BOB)) as running,
@@ -97,7 +103,11 @@ def test_what_a_failed_round_says_is_for_the_log(load: Any) -> None:
         assert wait_for(lambda: len(running.llm.engine.scheduler.running) == 2)
 
         def broken(*_: Any) -> Any:
-            raise ValueError("7291")
+            code = "7291"
+            try:
+                json.loads(code + "}")
+            except ValueError as error:
+                raise KeyError(code) from error
 
         running.llm.engine.step = broken  # type: ignore[method-assign]
         replies = [each.result() for each in both]
@@ -105,3 +115,9 @@ def test_what_a_failed_round_says_is_for_the_log(load: Any) -> None:
         health = httpx.get(f"{running.url}/health")
     assert all(reply.status_code in (500, 503) for reply in replies)
     assert all("7291" not in reply.text for reply in (*replies, health))
+    for record in caplog.records:
+        record.exc_text = None  # pytest's own, which later formatters would take
+    for form in (Lines(), JsonLines()):
+        log = "\n".join(map(form.format, caplog.records))
+        assert "7291" not in log
+        assert re.search("JSONDecodeError.*then:.*raise KeyError.*KeyError", log, re.DOTALL)

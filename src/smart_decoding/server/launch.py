@@ -26,6 +26,7 @@ from smart_decoding.server.connections import MAX_HEAD, Connection
 from smart_decoding.server.listener import AT_ONCE, BACKLOG, Listener, allowed_connections
 from smart_decoding.server.live import Live
 from smart_decoding.server.metrics import Metrics
+from smart_decoding.server.tracebacks import traced
 from smart_decoding.server.worker import Worker
 
 if TYPE_CHECKING:
@@ -65,7 +66,8 @@ class JsonLines(logging.Formatter):
         }
         line.update({name: record.__dict__[name] for name in _EXTRA if name in record.__dict__})
         if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
+            assert record.exc_info[1] is not None
+            line["exception"] = traced(record.exc_info[1])
         return _harmless(json.dumps(line, ensure_ascii=False))
 
 
@@ -84,8 +86,8 @@ class Lines(logging.Formatter):
         return _harmless(super().formatMessage(record) + (f", {more}" if more else ""))
 
     def formatException(self, ei: Any) -> str:  # noqa: N802
-        """Return the traceback, indented: what it quotes may look like a line of the log."""
-        return "\n".join(f"  {_harmless(line)}" for line in super().formatException(ei).split("\n"))
+        """Return the traceback, indented."""
+        return "\n".join(f"  {_harmless(line)}" for line in traced(ei[1]).split("\n"))
 
 
 class Server(uvicorn.Server):

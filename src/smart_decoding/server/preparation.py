@@ -70,11 +70,20 @@ class OverdueError(ApiError):
 
 
 class EndedError(RuntimeError):
-    """A process that ended for an unknown reason. status: its exit status."""
+    """A process that ended for an unknown reason. status: its exit status; said: for the log."""
 
     def __init__(self, status: int, said: str) -> None:
-        super().__init__(f"a preparation process ended with status {status}: {said}")
         self.status = status
+        self.said = f"a preparation process ended with status {status}: {said}"
+        super().__init__(self.said)
+
+
+class FailedError(RuntimeError):
+    """A task that failed as none may. said: the traceback, for the log."""
+
+    def __init__(self, said: str) -> None:
+        super().__init__("a preparation process failed")
+        self.said = said
 
 
 class Process:
@@ -398,7 +407,7 @@ def _result(answer: dict[str, Any]) -> Any:
     if "refused" in answer:
         raise ConfigError(answer["refused"])
     if "failed" in answer:
-        raise RuntimeError(f"a preparation process failed: {answer['failed']}")
+        raise FailedError(answer["failed"])
     return answer["result"]
 
 

@@ -31,6 +31,7 @@ from smart_decoding.errors import CapacityError, ConfigError, SmartError
 from smart_decoding.models.text.grammar_source import library, tried
 from smart_decoding.models.text.tokenizer import Tokenizer
 from smart_decoding.multimodal.messages import Conversations
+from smart_decoding.server.tracebacks import traced
 
 HEAD = struct.Struct(">II")
 MEMORY = 256 * 2**20  # bytes of address space beyond what the process has when it is ready
@@ -120,8 +121,8 @@ def answer(tasks: Tasks, body: bytes) -> bytes:
         return framed({"over_capacity": str(error)})
     except SmartError as error:
         return framed({"refused": str(error)})
-    except BaseException:  # a panic of native code is no Exception
-        return framed({"failed": traceback.format_exc()})
+    except BaseException as error:  # a panic of native code is no Exception
+        return framed({"failed": traced(error)})
 
 
 def _die_with_parent() -> None:

@@ -225,7 +225,7 @@ class Worker:
         except BaseException as error:
             self._load_error = error
             if not isinstance(error, SmartError | OSError):
-                log.error("the model could not be loaded", exc_info=error)
+                log.error(f"the model could not be loaded: {error}", exc_info=error)
             self.failed()
 
     def _loaded(self) -> LLM:
