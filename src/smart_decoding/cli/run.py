@@ -29,7 +29,7 @@ from smart_decoding.cli.terminal import shown
 from smart_decoding.engine.outputs import CompletionOutput, completion_of
 from smart_decoding.errors import ConfigError
 from smart_decoding.models.checkpoints.registry import DEFAULT_MODEL, folder_at_hand, siblings
-from smart_decoding.models.text import tokenizer
+from smart_decoding.models.text import rendering, tokenizer
 
 if TYPE_CHECKING:
     from smart_decoding.engine.sampling_params import SamplingParams
@@ -141,6 +141,7 @@ def loaded(
     Imported and loaded objects are all in use, so garbage collections skip them: they took 0.4 s
     before the first word."""
     gc.disable()
+    rendering.begin()
     try:
         folder = folder_at_hand(model, options.get("quantization") != "off")
         if folder is not None:

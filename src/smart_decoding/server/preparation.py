@@ -5,8 +5,8 @@ This is the server's side; `server.preparation_process` is the program of such a
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -20,6 +20,7 @@ from functools import partial
 from typing import IO, TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from smart_decoding.errors import CapacityError, ConfigError
+from smart_decoding.models.text import bounds
 from smart_decoding.models.text.grammar_source import library
 from smart_decoding.models.text.grammars import Compiled, Grammars, stand_back
 from smart_decoding.server import preparation_process
@@ -28,8 +29,6 @@ from smart_decoding.server.lane import SHORT, Lane, Lanes
 from smart_decoding.server.preparation_process import (
     HEAD,
     LARGEST,
-    MEMORY,
-    NO_MEMORY,
     framed,
     unframed,
     unpacked,
@@ -39,6 +38,7 @@ if TYPE_CHECKING:
     from smart_decoding.engine.structured import StructuredOutputsParams
     from smart_decoding.llm import LLM
 
+log = logging.getLogger("smart.server")
 T = TypeVar("T")
 _Streams: TypeAlias = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 SHORT_SECONDS = 0.25  # of a processor for a short task; a usual chat takes some thousandths
@@ -121,7 +121,20 @@ class Process:
         """Do one task; return its result. Only one may run at a time.
 
         Raises TooLargeError if the task breaks a limit, ConfigError or CapacityError if it is
-        refused, ApiError if the server ends or the task is overdue."""
+        refused, ApiError if the server ends, the task is overdue or its process is killed twice."""
+        try:
+            return await self._answer(task)
+        except EndedError as error:
+            if error.status >= 0:  # a defect; else it was killed, as where there is no memory
+                raise
+        try:
+            return await self._answer(task)
+        except EndedError as error:
+            log.error(error.said)
+            message = "the process that prepares it was killed: try again later"
+            raise ApiError(503, message, "overloaded") from error
+
+    async def _answer(self, task: bytes) -> Any:
         self.start()
         if self._ready is None:
             raise shutting_down()
@@ -154,7 +167,7 @@ class Process:
                 stdin=theirs.fileno(),
                 stdout=theirs.fileno(),
                 stderr=self._log or subprocess.DEVNULL,
-                env={**os.environ, **_THREADS},
+                env={**bounds.environment(), **_THREADS},
                 process_group=0,  # Ctrl-C is the server's
             )
         except OSError as error:
@@ -183,10 +196,10 @@ class Process:
         await asyncio.wait([self._ready])  # at this client's cost
         if late:
             return OverdueError()
-        if status == -signal.SIGPROF:
+        if status == bounds.OVER_TIME:
             return TooSlowError(f"preparing it takes more than {self._seconds:g} s of a processor")
-        if status in (NO_MEMORY, -signal.SIGABRT, -signal.SIGSEGV):
-            size = f"{MEMORY >> 20} MiB of memory"
+        if status in bounds.OVER_MEMORY:
+            size = f"{bounds.MEMORY >> 20} MiB of memory"
             return TooLargeError(f"preparing it takes more than {size}, or it is nested too deep")
         return ended
 

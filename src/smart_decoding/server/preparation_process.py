@@ -21,21 +21,19 @@ import traceback
 from array import array
 from collections.abc import Mapping, Sequence
 from importlib import import_module
-from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any
 
 import tokenizers
 
 from smart_decoding.errors import CapacityError, ConfigError, SmartError
+from smart_decoding.models.text import bounds
 from smart_decoding.models.text.grammar_source import library, tried
 from smart_decoding.models.text.tokenizer import Tokenizer
 from smart_decoding.multimodal.messages import Conversations
 from smart_decoding.server.tracebacks import traced
 
 HEAD = struct.Struct(">II")
-MEMORY = 256 * 2**20  # bytes of address space beyond what the process has when it is ready
-NO_MEMORY = 77  # the exit status where Python found no memory; native code aborts
 LARGEST = 16 * 2**20  # bytes of an answer
 _PR_SET_PDEATHSIG = 1
 _ENCODING = ("utf-8", "surrogatepass")
@@ -116,7 +114,7 @@ def answer(tasks: Tasks, body: bytes) -> bytes:
         found = framed({"result": result})
         return found if len(found) <= LARGEST else framed({"too_large": len(found)})
     except MemoryError:
-        os._exit(NO_MEMORY)
+        os._exit(bounds.NO_MEMORY)
     except CapacityError as error:
         return framed({"over_capacity": str(error)})
     except SmartError as error:
@@ -132,24 +130,13 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _limit_memory() -> None:
-    """Bound the memory of tasks. macOS has no such limit."""
-    import resource  # which Windows lacks, where the server imports this file, too
-
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    with contextlib.suppress(OSError, ValueError):
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-        most = pages * resource.getpagesize() + MEMORY
-        resource.setrlimit(resource.RLIMIT_AS, (most, most))
-
-
 def _read(stream: IO[bytes]) -> bytes | None:
     """Read a frame and start its task's clock; return its body, or None at the input's end."""
     head = stream.read(HEAD.size)
     if len(head) < HEAD.size:
         return None
     length, milliseconds = HEAD.unpack(head)
-    signal.setitimer(signal.ITIMER_PROF, milliseconds / 1000)  # which ends the process
+    bounds.limit_time(milliseconds / 1000)
     body = stream.read(length)
     return body if len(body) == length else None
 
@@ -159,7 +146,7 @@ def main() -> None:
     try:
         _answer_all()
     except MemoryError:
-        os._exit(NO_MEMORY)
+        os._exit(bounds.NO_MEMORY)
     except BaseException:  # a panic of native code is no Exception
         traceback.print_exc()
         os._exit(1)
@@ -171,7 +158,7 @@ def _answer_all() -> None:
     with open(os.dup(1), "wb", buffering=0) as out, open(0, "rb") as stream:
         os.dup2(2, 1)
         tasks = Tasks(**unframed(_read(stream) or b"{}"))
-        _limit_memory()
+        bounds.limit_memory()
         os.nice(int(sys.argv[1]))  # only now: a start is never held up by other work
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, 1)
@@ -183,7 +170,7 @@ def _answer_all() -> None:
             if body is None:
                 return
             ready = answer(tasks, body)
-            signal.setitimer(signal.ITIMER_PROF, 0)
+            bounds.limit_time(0)
 
 
 def _write(out: IO[bytes], frame: bytes) -> None:

@@ -2,8 +2,8 @@
 
 A model without one can be given one: a file, or one of those built in here.
 Templates come with downloaded models, so they run in Jinja's sandbox, with the environment that
-transformers gives them, and get plain JSON data only. Nothing here bounds their time and memory:
-the server renders in a process that the operating system bounds (server/preparation.py).
+transformers gives them, and get plain JSON data only. A process with bounds compiles and renders
+them: `rendering`'s, or in the server that of server/preparation.py.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from smart_decoding.errors import ConfigError
 from smart_decoding.files import expanded, read_json, read_text, reading, reason_of
+from smart_decoding.models.text import rendering
 
 if TYPE_CHECKING:
     import jinja2
@@ -45,8 +46,6 @@ def read(chosen: str | Path) -> str:
     braces or line breaks, as no file's name has).
 
     Raises ConfigError for a file that is missing and for a template that does not parse."""
-    import jinja2
-
     text = str(chosen)
     if text in BUILT_IN:
         return BUILT_IN[text]
@@ -60,10 +59,9 @@ def read(chosen: str | Path) -> str:
             known = ", ".join(BUILT_IN)
             raise ConfigError(f"cannot read {given}: {reason}; built in: {known}") from error
     try:
-        _compile(text)
-    except Exception as error:  # nested too deep, and the like
-        where = f"line {error.lineno}: " if isinstance(error, jinja2.TemplateSyntaxError) else ""
-        raise ConfigError(f"{given} is no Jinja template: {where}{reason_of(error)}") from error
+        rendering.run(text, None)
+    except ConfigError as error:
+        raise ConfigError(f"{given} is no Jinja template: {error}") from error
     return text
 
 
@@ -107,10 +105,8 @@ def _entry(path: Path) -> str | None:
 def render(
     template: str, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]
 ) -> str:
-    """Return the prompt text. Raises ConfigError for a malformed template and messages that it
-    refuses."""
-    import jinja2
-
+    """Return the prompt text. Raises ConfigError for a template that is malformed, refuses the
+    messages or breaks a bound, CapacityError where its process is killed."""
     given = [
         {name: value for name, value in message.items() if value is not None}
         for message in messages
@@ -119,11 +115,28 @@ def render(
         if "tool_calls" in message:  # templates add to what an answer that only calls says: nothing
             message.setdefault("content", "")
     try:
-        plain = json.loads(json.dumps({**variables, "messages": given}, default=_type_name))
-        return _compile(template).render(plain)
+        plain = json.dumps({**variables, "messages": given}, default=_type_name)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"the chat template takes JSON only: {reason_of(error)}") from error
+    return rendering.run(template, plain)
+
+
+def fill(template: str, variables: str | None) -> str:
+    """Compile and render here, without bounds. variables: JSON; None: the template is only
+    compiled, which computes its constants. Raises ConfigError."""
+    import jinja2
+
+    try:
+        compiled = _compile(template)
+        return "" if variables is None else compiled.render(json.loads(variables))
     except MemoryError:
         raise
     except Exception as error:  # a template is a program, which can fail in any way
+        if variables is None:
+            where = (
+                f"line {error.lineno}: " if isinstance(error, jinja2.TemplateSyntaxError) else ""
+            )
+            raise ConfigError(f"{where}{reason_of(error)}") from error
         reason = str(error) if isinstance(error, jinja2.TemplateError) else reason_of(error)
         raise ConfigError(f"the chat template refuses these messages: {reason}") from error
 
