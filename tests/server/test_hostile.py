@@ -7,6 +7,7 @@ import json
 import os
 import re
 import resource
+import signal
 import socket
 import subprocess
 import sys
@@ -419,6 +420,24 @@ def test_idle_connections_of_one_address_starve_nobody_where_files_are_few(tmp_p
         (said,) = [line["message"] for line in server.log if "instead of 512" in line["message"]]
         assert "only 256 files may be open; ulimit -n" in said
         assert len(server.log) < 20
+
+
+def test_a_burst_of_one_address_drops_nobody_else_where_files_are_few(tmp_path: Path) -> None:
+    """They all wait when the server looks. One of ten others was dropped."""
+    with Limited(256, 256, tmp_path / "log") as server, ExitStack() as stack:
+        there = ("127.0.0.1", server.port)
+        server.process.send_signal(signal.SIGSTOP)
+        others = []
+        for _ in range(10):
+            server.idle("127.0.0.2", 30, stack)
+            other = stack.enter_context(socket.create_connection(there, 5, ("127.0.0.3", 0)))
+            other.sendall(HEALTH.replace(b"/health", b"/version"))
+            others.append(other)
+        server.process.send_signal(signal.SIGCONT)
+        for other in others:
+            other.settimeout(60)
+            assert b"200 OK" in other.recv(65536)
+        assert [line for line in server.log if line["level"] == "error"] == []
 
 
 def test_the_limit_of_files_is_raised_as_far_as_needed(tmp_path: Path) -> None:

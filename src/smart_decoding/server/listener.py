@@ -13,7 +13,9 @@ from pathlib import Path
 from smart_decoding.errors import ConfigError
 
 log = logging.getLogger("smart.server")
-AT_ONCE = 64  # connections accepted in one turn of the event loop
+# Connections accepted in one turn of the event loop. Refused ones are closed some turns later, and
+# those under way must leave files for others.
+AT_ONCE = 16
 BACKLOG = 2048  # connections that wait to be accepted
 SPARE = 128  # files for all but connections: models, caches, and connections of one look
 QUIET = 60.0  # seconds between two lines of the log that say the same
