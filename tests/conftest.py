@@ -3,6 +3,7 @@
 import gc
 import logging
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,8 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
 
 from smart_decoding.kernels import library
 
+# A shell starts its background with SIGINT ignored, which all that is started here would inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 gc.disable()  # while modules are imported: what they make stays
 logging.getLogger("smart.steps").setLevel(logging.WARNING)  # long steps are silent here
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # for smart_lab

@@ -1,12 +1,11 @@
 """A fake of SGLang's server: rounds of drafts take longer the more requests there are.
 
 It answers /generate as SGLang does, with `completion_tokens`, `prompt_tokens` and, where it
-drafts, `spec_verify_ct` in `meta_info`.
+drafts, `spec_verify_ct` in `meta_info`; and with the seconds that it would have taken.
 """
 
 import json
 import sys
-import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 TOKEN = 0.004  # seconds of a plain round
@@ -33,8 +32,8 @@ class Handler(BaseHTTPRequestHandler):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         count, tokens = len(asked["text"]), asked["sampling_params"]["max_new_tokens"]
         rounds = tokens // 2 if steps else tokens
-        time.sleep(TOKEN * rounds * (1 + 0.2 * count * steps))
-        meta = {"completion_tokens": tokens, "prompt_tokens": 9}
+        seconds = TOKEN * rounds * (1 + 0.2 * count * steps)
+        meta = {"completion_tokens": tokens, "prompt_tokens": 9, "seconds": seconds}
         meta |= {"spec_verify_ct": rounds} if steps else {}
         self.send_response(200)
         self.end_headers()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,12 +20,23 @@ FAKE = Path(__file__).with_name("fake_sglang_server.py")
 
 @pytest.fixture
 def tune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Run the command in an environment whose Python starts the fake."""
+    """Run the command in an environment whose Python starts the fake, on the fake's clock."""
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\nshift 2\nexec {sys.executable} -S {FAKE} "$@"\n')
     python.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(python))
     monkeypatch.setattr(sglang, "find_spec", lambda name: object())
+    generated = sglang.SglangServer._generated
+    now = 0.0
+
+    def timed(server: sglang.SglangServer, prompts: Any, tokens: int) -> Any:
+        nonlocal now
+        found = generated(server, prompts, tokens)
+        now += found[0]["meta_info"]["seconds"]
+        return found
+
+    monkeypatch.setattr(sglang.SglangServer, "_generated", timed)
+    monkeypatch.setattr(sglang, "time", SimpleNamespace(perf_counter=lambda: now))
     monkeypatch.setattr(cli_tune, "load_task", lambda task: [f"{task} {n}" for n in range(30)])
 
     def run(*words: str) -> int:

@@ -262,19 +262,18 @@ def test_forty_small_bombs_beside_a_client(running: Running) -> None:
 
 
 def test_all_bombs_beside_a_stream(running: Running) -> None:
-    """Whoever asks for no grammar does not wait for those of others."""
-    longest = []
-    for _ in range(3):  # the machine's other work makes one of them longer
-        done = threading.Event()
-        with ThreadPoolExecutor(1) as pool:
-            gap = pool.submit(longest_gap, running, done)
-            for structure, _ in BOMBS.values():
-                assert post_structure(running, structure).status_code == 400
-            done.set()
-            longest.append(gap.result())
-        if longest[-1] < 0.3:
-            break
-    assert min(longest) < 0.3, longest
+    """Whoever asks for no grammar does not wait for those of others: some take a sixth of the time
+    of all, on a busy machine, too."""
+    done = threading.Event()
+    with ThreadPoolExecutor(1) as pool, stretches_of_loops() as stretches:
+        gap = pool.submit(longest_gap, running, done)
+        started = time.monotonic()
+        for structure, _ in BOMBS.values():
+            assert post_structure(running, structure).status_code == 400
+        seconds = time.monotonic() - started
+        done.set()
+        assert gap.result() < seconds / 20
+    assert max(stretches) < 0.1
 
 
 def test_a_failing_grammar_ends_its_own_stream(

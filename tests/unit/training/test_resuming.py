@@ -41,14 +41,6 @@ STEPS = 24
 FILES = {"config.json", "model.safetensors", "state.pt", "training.json"}
 
 
-@pytest.fixture(autouse=True)
-def ctrl_c_is_heard() -> Iterator[None]:
-    """A shell starts what runs in its background with SIGINT ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 class Clock:
     """Each second look is STEP later: a step starts and ends."""
 
