@@ -96,6 +96,19 @@ def goes_on(running: Running) -> None:
     assert running.idle()
 
 
+@pytest.mark.parametrize("body", [b"{}", b"2\r\n{}\r\n0\r\n\r\n"])
+def test_two_lengths_of_a_body_are_refused_at_once(running: Running, body: bytes) -> None:
+    """They were waited for, and a proxy may have read the other one. The connection is closed."""
+    lengths = b"content-length: 2\r\ntransfer-encoding: chunked\r\n\r\n"
+    with connected(running) as client:
+        client.settimeout(60)
+        client.sendall(HEAD + lengths + body)
+        answer = read_all(client)
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert b"contradict each other" in answer
+    goes_on(running)
+
+
 def test_answers_on_a_kept_connection_come_at_once(running: Running) -> None:
     """Without TCP_NODELAY the body waits 40 ms for the client to acknowledge the head."""
     connections = running.server.server_state.connections

@@ -115,6 +115,11 @@ class Gate:
             return ApiError(
                 401, "no valid API key in the header 'Authorization: Bearer KEY'", "invalid_api_key"
             )
+        if "content-length" in headers and "transfer-encoding" in headers:
+            message = "Content-Length and Transfer-Encoding contradict each other: send one"
+            refusal = ApiError(400, message, "invalid_http")
+            refusal.headers["Connection"] = "close"  # who knows where the next request begins
+            return refusal
         length = headers.get("content-length", "0")
         if length.isascii() and length.isdigit() and int(length) > self.settings.max_body:
             return self._too_big()
