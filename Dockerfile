@@ -19,6 +19,6 @@ USER smart
 ENV SMART_CACHE=/cache HF_HOME=/cache/huggingface
 VOLUME /cache
 EXPOSE 8000
-HEALTHCHECK --start-period=300s --interval=10s \
-    CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8000/health', timeout=5)"]
+HEALTHCHECK --start-period=60s --interval=30s --timeout=10s \
+    CMD ["python", "-m", "smart_decoding.cli.health"]
 ENTRYPOINT ["smart", "serve", "--host", "0.0.0.0"]
