@@ -3,6 +3,7 @@
 import ast
 import collections
 import functools
+import re
 from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -133,3 +134,17 @@ def _imports(body: Sequence[ast.stmt]) -> Iterator[str]:
         elif isinstance(statement, ast.ImportFrom) and statement.module:
             yield statement.module
             yield from (f"{statement.module}.{alias.name}" for alias in statement.names)
+
+
+def test_private_parts_of_libraries_have_an_upper_bound() -> None:
+    """gguf's reader and uvicorn's connections are extended; nobody imports a private module."""
+    private = [
+        f"{path.name}: {node.module}"
+        for path in SOURCE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and "._" in (node.module or "")
+    ]
+    assert private == []
+    requirements = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
+    for library in ("gguf", "uvicorn"):
+        assert re.search(rf'"{library}>=[\d.]+,<[\d.]+"', requirements), library

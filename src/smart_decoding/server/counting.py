@@ -7,17 +7,16 @@ import json
 from collections.abc import Callable, Coroutine
 from contextvars import copy_context
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
+from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect
 
 from smart_decoding.server.errors import ApiError, gone, of_validation
 
 if TYPE_CHECKING:
-    from fastapi._compat import ModelField
-
     from smart_decoding.server.lane import Texts
 
 MAX_VALUES = 200_000  # in a body: numbers, texts, ...
@@ -46,6 +45,23 @@ def _few(raw: bytes) -> bool:
     return raw.count(b",") < MAX_VALUES and named <= MAX_NAMED and nested <= MAX_NESTED
 
 
+class _Read(Request):
+    """A request whose body has been read: as bytes, and as its model."""
+
+    def __init__(self, request: Request, raw: bytes, found: BaseModel) -> None:
+        super().__init__(request.scope, request.receive)
+        self._raw = raw
+        self._found = found
+
+    async def body(self) -> bytes:
+        """Return what was sent."""
+        return self._raw
+
+    async def json(self) -> BaseModel:
+        """Return the model, which FastAPI takes as it is."""
+        return self._found
+
+
 class CountedRoute(APIRoute):
     """A route that counts the values of a body before it reads it. Long bodies take turns, by
     `Texts` in the application's state."""
@@ -53,20 +69,20 @@ class CountedRoute(APIRoute):
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """Return FastAPI's handler behind one that reads the body."""
         handle = super().get_route_handler()
-        field = self.body_field
+        model = get_type_hints(self.endpoint).get("body")
 
         async def counted(request: Request) -> Response:
-            if field is not None:
+            if model is not None:
                 _check_type(request)
             try:
                 raw = await request.body()
             except ClientDisconnect:
                 raise gone() from None
-            if field is not None and raw:
+            if model is not None and raw:
                 # With this request's own `ignored`, in another thread, too.
-                read = partial(copy_context().run, _read, field, raw)
+                read = partial(copy_context().run, _read, model, raw)
                 texts: Texts = request.app.state.texts
-                request._json = await texts.checked(request, read)
+                request = _Read(request, raw, await texts.checked(request, read))
             return await handle(request)
 
         return counted
@@ -81,15 +97,15 @@ def _check_type(request: Request) -> None:
         raise ApiError(415, message, "unsupported_media_type")
 
 
-def _read(field: ModelField, raw: bytes) -> Any:
+def _read(model: type[BaseModel], raw: bytes) -> BaseModel:
     """Return the body as its model. Raises ApiError."""
-    found = _model_of(field, raw)
+    found = _model_of(model, raw)
     if isinstance(found, ApiError):
         raise found
     return found
 
 
-def _model_of(field: ModelField, raw: bytes) -> Any:
+def _model_of(model: type[BaseModel], raw: bytes) -> BaseModel | ApiError:
     """Return the model, or the error. A raised error would hold the whole body, for the event loop
     to free."""
     check_count(raw)
@@ -99,5 +115,8 @@ def _model_of(field: ModelField, raw: bytes) -> Any:
         return ApiError(400, f"the body is not valid JSON: {error.msg}")
     except (ValueError, RecursionError):
         return ApiError(400, "the body is not valid JSON: no UTF-8, or too deep")
-    found, errors = field.validate(content, {}, loc=("body",))
-    return of_validation(errors) if errors else found
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        errors = error.errors(include_url=False, include_input=False)
+        return of_validation([{**each, "loc": ("body", *each["loc"])} for each in errors])
