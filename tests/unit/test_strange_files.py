@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import struct
 import time
 import tracemalloc
@@ -581,6 +582,84 @@ def test_converted_models_are_summed_once(place: Path, monkeypatch: pytest.Monke
     for _ in range(2):
         assert converted_folder(source, lambda config: None) == folder
         assert len(summed) == 5
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_rot_of_equal_size_and_time_is_made_again(stored: bool, place: Path) -> None:
+    """It was called a file to be fetched again, of a folder that is ours."""
+    quantization = None if stored else "off"
+
+    def load() -> Path:
+        return load_checkpoint(place / "tiny.gguf", quantization=quantization).tokenizer_source
+
+    folder = load()
+    for path in sorted(folder.iterdir()):
+        if path.name == "verified":
+            continue
+        content, stat = path.read_bytes(), path.stat()
+        path.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        assert load() == folder
+        assert (folder / path.name).stat().st_size == stat.st_size
+        assert (folder / path.name).read_bytes()[:1] == content[:1]
+
+
+def test_two_processes_that_make_the_same_keep_the_first(place: Path) -> None:
+    """The second one removed what the first one was reading."""
+    source = Source("tiny", place / "tiny.gguf", "tiny")
+    folder = converted_folder(source, lambda config: None)
+    with hub.scratch() as part:
+        (part / "config.json").write_text("{}")
+        hub.write_record(part, {"source": "tiny.gguf"})
+        before = (folder / "config.json").stat().st_ino
+        hub.move_into_place(part, folder)
+        assert (folder / "config.json").stat().st_ino == before
+        (folder / "config.json").unlink()
+        hub.move_into_place(part, folder)
+    assert (folder / "config.json").read_text() == "{}"
+
+
+def test_another_converter_makes_it_anew(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Older folders stay while another version uses them."""
+    source = Source("tiny", place / "tiny.gguf", "tiny")
+    folder = converted_folder(source, lambda config: None)
+    monkeypatch.setattr(hub, "conversion", lambda: "v01234567")
+    other = converted_folder(source, lambda config: None)
+    assert other != folder
+    assert other.name.partition("-")[2] == folder.name.partition("-")[2]
+    assert folder.is_dir()
+    shutil.rmtree(other)
+    os.utime(folder, (0, 0))
+    converted_folder(source, lambda config: None)
+    assert not folder.exists()
+
+
+def test_the_converters_code_is_its_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A number was to be raised by hand."""
+    models = Path(hub.__file__).parents[1]
+    shutil.copytree(models, tmp_path / "models", ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(hub, "__file__", str(tmp_path / "models" / "checkpoints" / "hub.py"))
+    assert hub.conversion.__wrapped__() == hub.conversion()
+    for name in ("checkpoints/gguf.py", "families/qwen.py", "text/tokenizer.py"):
+        before = hub.conversion.__wrapped__()
+        with (tmp_path / "models" / name).open("a") as file:
+            file.write("# changed")
+        assert hub.conversion.__wrapped__() != before
+
+
+def test_writers_of_one_file_have_scratch_files_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two containers on one volume may have equal process ids."""
+    monkeypatch.setattr(os, "getpid", lambda: 7)
+    path = tmp_path / "file"
+    with files.whole(path) as one, files.whole(path) as other:
+        one.write_text("one")
+        other.write_text("other")
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]
+    assert path.read_text() == "one"  # the last one to end
 
 
 def test_no_flipped_profile_is_believed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

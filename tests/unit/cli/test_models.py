@@ -13,7 +13,7 @@ from scripted import fails
 from smart_decoding.cli import main as cli
 from smart_decoding.cli import models as cli_models
 from smart_decoding.core.costs import CostModel
-from smart_decoding.models.checkpoints.hub import CONVERSION, RECORD, conversion_key
+from smart_decoding.models.checkpoints.hub import RECORD, conversion, conversion_key
 from smart_decoding.models.checkpoints.registry import NAMED_MODELS, Source
 from smart_decoding.profiling.cache import load_profile, save_profile
 
@@ -87,7 +87,7 @@ def test_tells_which_hold_a_layer_that_predicts_further_tokens(
     repository = own_cache.parent / "hub" / "models--Org--Model"
     index = repository / "snapshots" / "abc" / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"mtp.fc.weight": "model.safetensors"}}))
-    made = own_cache / "converted" / f"v{CONVERSION}-0123456789abcdef-stored"
+    made = own_cache / "converted" / f"{conversion()}-0123456789abcdef-stored"
     write(made / "tokenizer.json", 1)
     (made / "tensors.json").write_text(json.dumps({"mtp.norm.weight": {}}))
     assert cli.main(["models"]) == 0
@@ -190,7 +190,7 @@ def test_what_was_made_of_a_file_is_removed_by_the_name_that_is_shown(
     own_cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Its folder may be gone."""
-    made = own_cache / "converted" / f"v{CONVERSION}-0123456789abcdef"
+    made = own_cache / "converted" / f"{conversion()}-0123456789abcdef"
     write(made / "model.safetensors", 2_000_000)
     (made / RECORD).write_text(json.dumps({"source": "own.gguf"}))
     assert cli.main(["models"]) == 0

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
@@ -29,8 +28,10 @@ from smart_decoding.kernels.weights import FORMATS, Matrix, QuantizedTensor, as_
 from smart_decoding.models.checkpoints.gguf_parts import files_of
 from smart_decoding.models.checkpoints.hub import (
     conversion_folder,
+    conversion_key,
     is_whole,
     move_into_place,
+    remove_unused,
     scratch,
     write_record,
 )
@@ -86,10 +87,12 @@ def converted_folder(
             raise ModelError(f"{file.name} is missing: the model is split into {len(files)} files")
     target = conversion_folder(source.path, source.sha256, stored)
     if not is_whole(target):
-        shutil.rmtree(target, ignore_errors=True)
         step = long_step(f"converting {source.path.name}, once", 1.0)
         with reading(source.path), step as progress:
             _convert(source, target, check, stored, progress)
+        version, _, key = conversion_key(source.path, source.sha256).partition("-")
+        made = target.parent.glob(f"v*-{key}*")
+        remove_unused(each for each in made if not each.name.startswith(f"{version}-"))
     return target
 
 

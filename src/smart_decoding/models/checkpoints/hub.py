@@ -15,10 +15,12 @@ import logging
 import os
 import shutil
 import tempfile
+import time
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -49,7 +51,13 @@ _MARKER = "verified"
 _OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO)
 _PART = ".part-"  # what names of scratch folders begin with
 RECORD = "converted.json"  # of a converted folder: what it was made of, and its checksums
-CONVERSION = 6  # version of the conversion of GGUF files: folders of another one are not used
+UNUSED = 7 * 86_400.0  # seconds after which what was made for another version is removed
+_CONVERTERS = (  # whose code makes converted folders
+    "checkpoints/gguf*.py",
+    "checkpoints/weight_files.py",
+    "families/*.py",
+    "text/tokenizer.py",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,15 +102,25 @@ def cache_dir() -> Path:
         raise ConfigError("there is no home folder for the cache: set SMART_CACHE") from error
 
 
+@cache
+def conversion() -> str:
+    """Return the version of the conversion of GGUF files, a hash of its code. Folders of another
+    one are not used."""
+    root = Path(__file__).parents[1]
+    code = (path for names in _CONVERTERS for path in sorted(root.glob(names)))
+    digest = hashlib.sha256(b"\0".join(path.read_bytes() for path in code))
+    return f"v{digest.hexdigest()[:8]}"
+
+
 def conversion_key(path: Path, sha256: str = "") -> str:
     """Return the name of what is made of a GGUF file. A pinned file is known by its checksum; a
     user's file by place, size and time, since hashing it takes long."""
     if sha256:
-        return f"v{CONVERSION}-{sha256[:16]}"
+        return f"{conversion()}-{sha256[:16]}"
     further = [part for part in files_of(path)[1:] if part.exists()]
     stats = [part.stat() for part in (path, *further)]
     identity = "|".join([str(path.resolve()), *(f"{s.st_size}|{s.st_mtime_ns}" for s in stats)])
-    return f"v{CONVERSION}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
+    return f"{conversion()}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
 
 
 def conversion_folder(path: Path, sha256: str, stored: bool) -> Path:
@@ -184,16 +202,43 @@ def is_whole(folder: Path) -> bool:
     written. A damaged one is reported in the log."""
     if not folder.is_dir():
         return False
+    reason = _damage(folder)
+    if reason:
+        _log.warning("the converted model %s is damaged, it is made again: %s", folder, reason)
+        return False
+    with suppress(OSError):  # a cache that is only read
+        os.utime(folder)  # it is used
+    return True
+
+
+def _damage(folder: Path) -> str:
+    """Return what is wrong with a converted folder, or nothing."""
     try:
         with reading(folder / RECORD):
-            sums = read_json(folder / RECORD)["sha256"]
-            if are_intact({folder / name: sums[name] for name in sums}, folder / _MARKER):
-                return True
-        reason = "its files have other checksums"
+            listed = read_json(folder / RECORD)["sha256"]
+            sums = {folder / name: sha256 for name, sha256 in listed.items()}
+            # Of small files the bytes, each time: what rots keeps its size and time.
+            small = (path for path in sums if path.suffix == ".json")
+            whole = all(sha256_of(path) == sums[path] for path in small)
+            if whole and are_intact(sums, folder / _MARKER):
+                return ""
+        return "its files have other checksums"
     except ModelError as error:
-        reason = str(error.__cause__ or error)
-    _log.warning("the converted model %s is damaged, it is made again: %s", folder, reason)
-    return False
+        return str(error.__cause__ or error)
+
+
+def forget_sums(folder: Path) -> None:
+    """Have all files of a converted folder summed the next time, as it turned out to be damaged."""
+    with suppress(OSError):
+        (folder / _MARKER).unlink()
+
+
+def remove_unused(folders: Iterable[Path]) -> None:
+    """Remove what was made for other versions, unless one of them used it lately."""
+    for folder in folders:
+        with suppress(OSError):
+            if time.time() - folder.stat().st_mtime > UNUSED:
+                shutil.rmtree(folder)
 
 
 def write_record(part: Path, entries: Mapping[str, str]) -> None:
@@ -206,14 +251,19 @@ def write_record(part: Path, entries: Mapping[str, str]) -> None:
 
 
 def move_into_place(part: Path, target: Path) -> None:
-    """Rename a finished folder, unless another process was faster. Raises DownloadError."""
-    target.parent.mkdir(exist_ok=True)
-    part.chmod(0o755)  # a temporary folder is its owner's alone, and a cache may be shared
+    """Rename a finished folder, in place of a damaged one, unless another process was faster.
+    Raises DownloadError."""
     try:
-        os.rename(part, target)
+        target.parent.mkdir(exist_ok=True)
+        part.chmod(0o755)  # a temporary folder is its owner's alone, and a cache may be shared
+        with _lock(target.parent, wait=True):
+            if target.is_dir():
+                if not _damage(target):
+                    return
+                shutil.rmtree(target)
+            os.rename(part, target)
     except OSError as error:
-        if not is_whole(target):
-            raise DownloadError(f"cannot write {target}: {error.strerror}") from error
+        raise DownloadError(f"cannot write {target}: {error.strerror}") from error
 
 
 def fetch_pinned(file: PinnedFile) -> Path:

@@ -13,7 +13,7 @@ from typing import Any
 from smart_decoding.errors import ConfigError, ModelError
 from smart_decoding.files import expanded, read_json
 from smart_decoding.models.checkpoints.gguf_parts import without_part
-from smart_decoding.models.checkpoints.hub import CONVERSION, RECORD, cache_dir, conversion_key
+from smart_decoding.models.checkpoints.hub import RECORD, cache_dir, conversion, conversion_key
 from smart_decoding.models.checkpoints.hub_repository import (
     cached_folder,
     fits,
@@ -213,7 +213,8 @@ def _converted(keys: set[str], name: str = "") -> Iterator[Kept]:
 
 
 def _conversion(folder: Path) -> Kept:
-    is_old = re.match(r"v\d+-", folder.name) and not folder.name.startswith(f"v{CONVERSION}-")
+    version = re.match(r"v[0-9a-f]+(?=-)", folder.name)
+    is_old = version is not None and version[0] != conversion()
     return _kept(OUTDATED if is_old else "converted", folder)
 
 

@@ -16,7 +16,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from smart_decoding.errors import ConfigError
+from smart_decoding.errors import ConfigError, ModelError
 from smart_decoding.files import read_json, reading
 from smart_decoding.kernels.weights import Matrix, QuantizedTensor
 from smart_decoding.models.checkpoints.gguf import (
@@ -26,7 +26,7 @@ from smart_decoding.models.checkpoints.gguf import (
     converted_folder,
 )
 from smart_decoding.models.checkpoints.gguf_words import own_words, recommended_sampling
-from smart_decoding.models.checkpoints.hub import RECORD
+from smart_decoding.models.checkpoints.hub import RECORD, forget_sums
 from smart_decoding.models.checkpoints.registry import Source, named_in_file, resolve
 from smart_decoding.models.checkpoints.rounding import RoundedWeights
 from smart_decoding.models.checkpoints.weight_files import (
@@ -102,8 +102,25 @@ def load_checkpoint(
     Raises ModelError, which names the file or tensor; DownloadError if it cannot be fetched."""
     usable = partial(require_usable, check=check)
     source = resolve(path_or_name, trust_pickle, usable)
+    if source.path.is_dir():
+        return _loaded(source, source.path, check, quantization, trust_pickle)
+    folder = converted_folder(source, check, quantization is None)
+    try:
+        return _loaded(source, folder, check, quantization, trust_pickle)
+    except ModelError:
+        forget_sums(folder)
+        folder = converted_folder(source, check, quantization is None)  # made again if it rotted
+        return _loaded(source, folder, check, quantization, trust_pickle)
+
+
+def _loaded(
+    source: Source,
+    folder: Path,
+    check: Callable[[ModelConfig], None],
+    quantization: str | None,
+    trust_pickle: bool,
+) -> Checkpoint:
     stored = quantization is None
-    folder = source.path if source.path.is_dir() else converted_folder(source, check, stored)
     raw = read_json(folder / "config.json")
     if _has_vision(folder, raw):
         return _rounded(_load_vision(source, folder, raw, check, trust_pickle), quantization)

@@ -26,6 +26,7 @@ from smart_decoding.models.checkpoints.hub import (
     RECORD,
     is_whole,
     move_into_place,
+    remove_unused,
     scratch,
     write_record,
 )
@@ -70,7 +71,8 @@ class KeptPanels:
         return None
 
     def write(self, panels: Sequence[Tensor]) -> None:
-        """Keep them in this order, in place of those for older kernels. Where that cannot be, or
+        """Keep them in this order. Those for other kernels are removed, if none used them lately:
+        two builds may share a cache. Where that cannot be, or
         would leave less room than it takes, a line in the log says so."""
         size = sum(map(len, panels))
         try:
@@ -82,9 +84,10 @@ class KeptPanels:
                         file.write(piece)
                         progress(len(piece))
                 write_record(part, {"source": source})
-                for old in self._made.parent.glob(f"{self._stem}-{'[0-9a-f]' * 8}"):
-                    shutil.rmtree(old, ignore_errors=True)
+                shutil.rmtree(self._folder, ignore_errors=True)  # of another order of packing
                 move_into_place(part, self._folder)
+            others = self._made.parent.glob(f"{self._stem}-{'[0-9a-f]' * 8}")
+            remove_unused(each for each in others if each != self._folder)
         except (DownloadError, ModelError) as error:
             log.warning("packed weights are not kept, each start packs them: %s", error)
 
