@@ -132,13 +132,11 @@ def fill(template: str, variables: str | None) -> str:
     except MemoryError:
         raise
     except Exception as error:  # a template is a program, which can fail in any way
-        if variables is None:
-            where = (
-                f"line {error.lineno}: " if isinstance(error, jinja2.TemplateSyntaxError) else ""
-            )
-            raise ConfigError(f"{where}{reason_of(error)}") from error
-        reason = str(error) if isinstance(error, jinja2.TemplateError) else reason_of(error)
-        raise ConfigError(f"the chat template refuses these messages: {reason}") from error
+        if variables is not None:
+            reason = str(error) if isinstance(error, jinja2.TemplateError) else reason_of(error)
+            raise ConfigError(f"the chat template refuses these messages: {reason}") from error
+        where = f"line {error.lineno}: " if isinstance(error, jinja2.TemplateSyntaxError) else ""
+        raise ConfigError(f"{where}{reason_of(error)}") from error
 
 
 @lru_cache(maxsize=16)

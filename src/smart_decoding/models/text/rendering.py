@@ -68,15 +68,16 @@ class _Renderer:
         child = self._running()
         assert child.stdin is not None
         assert child.stdout is not None
-        answer = b""
         try:
             with suppress(BrokenPipeError):
                 child.stdin.write(line.encode() + b"\n")
                 child.stdin.flush()
             answer = child.stdout.readline()
-        finally:
-            if not answer.endswith(b"\n"):
-                self._stop(killed=sys.exc_info()[0] is not None)
+        except BaseException:  # Ctrl-C: the next task would get this one's answer
+            self._stop()
+            raise
+        if not answer.endswith(b"\n"):
+            self._stop(killed=False)
         return child.returncode or 0, answer
 
     def begin(self) -> None:
@@ -87,14 +88,18 @@ class _Renderer:
     def _running(self) -> subprocess.Popen[bytes]:
         if self._child is None or self._owner != os.getpid():  # after a fork it is the parent's
             self._owner = os.getpid()
-            self._child = subprocess.Popen(
-                [sys.executable, "-P", "-X", "utf8", "-m", __name__],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                env=bounds.environment(),
-                process_group=0,  # Ctrl-C is ours
-            )
+            try:
+                self._child = subprocess.Popen(
+                    [sys.executable, "-P", "-X", "utf8", "-m", __name__],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.DEVNULL,
+                    env=bounds.environment(),
+                    process_group=0,  # Ctrl-C is ours
+                )
+            except OSError as error:
+                message = f"no process for the chat template can be started: {error.strerror}"
+                raise CapacityError(message) from error
         return self._child
 
     def _stop(self, killed: bool = True) -> None:
@@ -116,8 +121,9 @@ _renderer = _Renderer()
 
 def begin() -> None:
     """Start the process before there is a conversation: it takes a tenth of a second."""
-    if sys.platform != "win32":
-        _renderer.begin()
+    with suppress(CapacityError):  # a prompt without a template needs none
+        if sys.platform != "win32":
+            _renderer.begin()
 
 
 def main() -> None:
