@@ -36,7 +36,9 @@ from smart_decoding.bench.data import load_task
 from smart_decoding.bench.provenance import plain
 from smart_decoding.bench.statistics import Pair, paired_ratio
 from smart_decoding.cli.arguments import whole_numbers
+from smart_decoding.kernels import children
 
+children.become_another_program()  # vLLM runs here, in these processes
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

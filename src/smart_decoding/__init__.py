@@ -8,6 +8,8 @@ import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from smart_decoding.kernels import children
+
 if TYPE_CHECKING:
     from smart_decoding.async_llm import AsyncLLM
     from smart_decoding.engine.outputs import CompletionOutput, Logprob, RequestOutput
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 # imported. If that was earlier, the kernels set it when they are loaded.
 SPINS = "150"
 if "OMP_WAIT_POLICY" not in os.environ and "torch" not in sys.modules:
-    os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
+    children.set_for_us("GOMP_SPINCOUNT", SPINS)
 
 __version__ = "0.2.0"
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from smart_decoding.errors import ModelError
 from smart_decoding.integrations.tuning.settings import PLAIN
+from smart_decoding.kernels import children
 from smart_decoding.models.checkpoints.loading import load_checkpoint
 from smart_lab.gguf.rates import Reply, Span, reply
 from smart_lab.gguf.tuning import NGRAM
@@ -226,8 +227,8 @@ def job_of(prompts: Sequence[Sequence[int]], tokens: int) -> dict[str, Any]:
 
 
 def _environment(threads: int) -> dict[str, str]:
-    """Ours, but its Python finds the laboratory alone of our packages."""
-    ours = {name: value for name, value in os.environ.items() if name != "PYTHONHOME"}
+    """The user's, but its Python finds the laboratory alone of our packages."""
+    ours = {name: value for name, value in children.environment().items() if name != "PYTHONHOME"}
     return {
         **ours,
         "PYTHONPATH": str(FOLDER),

@@ -7,7 +7,6 @@ Needed by `gguf-speed`, whose files are the README's first table.
 from __future__ import annotations
 
 import json
-import os
 import re
 import statistics
 import subprocess
@@ -20,6 +19,7 @@ from typing import Any
 from smart_decoding.errors import ConfigError, ModelError
 from smart_decoding.integrations.tuning.llama_cpp import completion
 from smart_decoding.integrations.tuning.processes import ServerProcess, free_port
+from smart_decoding.kernels import children
 from smart_lab.gguf.rates import Reply, Span, reply
 
 SERVER, BENCH, BATCHED = "llama-server", "llama-bench", "llama-batched-bench"
@@ -253,8 +253,9 @@ def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
 
 
 def environment() -> dict[str, str]:
-    """Return ours without variables that would change a rival."""
-    return {name: text for name, text in os.environ.items() if not name.startswith(_NOT_THEIRS)}
+    """Return the user's without variables that would change a rival."""
+    own = children.environment()
+    return {name: text for name, text in own.items() if not name.startswith(_NOT_THEIRS)}
 
 
 def _last(text: str) -> str:

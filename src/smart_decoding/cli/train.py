@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from smart_decoding.cli.arguments import Gone, add_allow_slow
 from smart_decoding.cli.model_options import ACTIVATIONS, TRUST_PICKLE
 from smart_decoding.errors import ConfigError
+from smart_decoding.kernels import children
 from smart_decoding.models.checkpoints.registry import DEFAULT_MODEL
 
 if TYPE_CHECKING:
@@ -288,8 +289,8 @@ def _use_huge_pages() -> None:
     """Start the command anew with memory on huge pages: page faults take half of a step."""
     is_command = sys.platform == "linux" and Path(sys.argv[0]).name == "smart"
     if is_command and "GLIBC_TUNABLES" not in os.environ:
-        os.environ["GLIBC_TUNABLES"] = TUNABLES
-        os.execv(sys.executable, [sys.executable, *sys.argv])
+        environment = {**children.environment(), "GLIBC_TUNABLES": TUNABLES}
+        os.execve(sys.executable, [sys.executable, *sys.argv], environment)
 
 
 def _without(checkpoint: Checkpoint, tasks: Sequence[str]) -> Callable[[Sequence[int]], bool]:
